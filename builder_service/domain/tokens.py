@@ -29,7 +29,7 @@ class NoTokens(Exception):
 
 
 def answer(question: Mapping[str, Any]) -> dict[str, Any]:
-    """Return ``{"unreadable": {file: why}, "others": {file: {count, shown}}, "added": [...], "last": id}``.
+    """Return ``{"unreadable": {file: why}, "others": {file: {count, shown}}, "added": [...], "last": N}``.
 
     The question has ``adapter`` and ``base``, paths by names of files, and ``vocab``, the number of ids of the
     base. Added are tokens behind the base's last one, as ``tokenizer.json`` has them, or else
