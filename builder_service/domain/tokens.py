@@ -34,8 +34,8 @@ def answer(question: Mapping[str, Any]) -> dict[str, Any]:
     The question has ``adapter`` and ``base``, paths by names of files, and ``vocab``, the number of ids of the
     base. Added are tokens behind the base's last one, as ``tokenizer.json`` has them, or else
     ``tokenizer_config.json``: an object with id, content and FLAGS each. Others are those that could not come
-    so: of a base whose tokens are not known, those beyond its ids. Last is the base's last token, or its last id
-    where its tokens are not known.
+    so: of a base whose tokens are not known, those beyond its ids. Last is the base's last token, or its last
+    id where its tokens are not known.
     """
     known: dict[str, int] = {}
     for name, path in question["base"].items():
