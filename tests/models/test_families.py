@@ -439,7 +439,7 @@ EACH_FAMILY = (
     pytest.param("llama-yarn", marks=pytest.mark.sweep),
     pytest.param("mistral", marks=pytest.mark.sweep),
     pytest.param("qwen2-windows", marks=pytest.mark.sweep),
-    "qwen3",
+    pytest.param("qwen3", marks=pytest.mark.sweep),
     pytest.param("gemma2", marks=pytest.mark.sweep),
     pytest.param("gemma3", marks=pytest.mark.sweep),
     "gemma4-small",
@@ -451,7 +451,7 @@ EACH_FAMILY = (
     pytest.param("olmo3", marks=pytest.mark.sweep),
     "ministral3",
     "gpt-oss",
-    "qwen3_5-images",
+    pytest.param("qwen3_5-images", marks=pytest.mark.sweep),
     pytest.param("qwen3-moe", marks=pytest.mark.sweep),
     pytest.param("qwen3_5-moe", marks=pytest.mark.sweep),
 )
