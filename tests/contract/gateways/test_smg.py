@@ -118,7 +118,7 @@ async def test_the_load_is_told_in_both_places(chatty: Built) -> None:
         await asyncio.gather(*busy)
 
 
-@pytest.mark.sweep  # of some thirty runs beside others one timed out and one failed, which is not understood yet
+@pytest.mark.sweep  # of thirty runs beside others one timed out and one failed, which is not understood
 async def test_a_worker_stops(gateway: Gateway) -> None:
     """Of 120 requests around a drain none fails, and afterwards the gateway knows that one worker is left."""
 
