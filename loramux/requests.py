@@ -26,10 +26,7 @@ def generate_request(model: str, prompt: Prompt, options: GenerateOptions) -> pb
         RequestInvalid: an option's value does not fit its field; the findings name them all.
         TypeError: an option that does not exist.
     """
-    if unknown := sorted(set(options) - set(GenerateOptions.__annotations__)):
-        known = ", ".join(GenerateOptions.__annotations__)
-        raise TypeError(f"unknown option {unknown[0]!r}; known are {known}")
-    given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+    given = given_of(options, GenerateOptions)
     given |= {name: [given[name]] for name in ("stop", "bad_words") if isinstance(given.get(name), str)}
     constraints, templated, fields, sampling = (_of(kind, given) for kind in _MESSAGES)
     fields["model"] = model
@@ -50,6 +47,18 @@ def generate_request(model: str, prompt: Prompt, options: GenerateOptions) -> pb
     if findings:
         raise RequestInvalid("the request cannot be sent", findings)
     return pb.GenerateRequest(**fields, sampling=pb.SamplingParams(**sampling))
+
+
+def given_of(options: Mapping[str, Any], kind: type) -> dict[str, Any]:
+    """Return the options of a kind, a TypedDict, that are not left to the server.
+
+    Raises:
+        TypeError: an option that does not exist.
+    """
+    known = kind.__annotations__
+    if unknown := sorted(set(options) - set(known)):
+        raise TypeError(f"unknown option {unknown[0]!r}; known are {', '.join(known)}")
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def adapters_of(given: Any) -> list[pb.ScaledAdapter]:

@@ -8,7 +8,7 @@ from typing import Any, Final, TypeAlias, TypedDict, Unpack, cast
 
 from loramux.connection import named
 from loramux.inference.v1 import inference_pb2 as pb
-from loramux.requests import ADAPTERS, adapters_of
+from loramux.requests import ADAPTERS, adapters_of, given_of
 from loramux_shared.faults import Finding, InternalFault, RequestInvalid
 
 TextInput: TypeAlias = str | Sequence[int] | tuple[str, str]
@@ -92,7 +92,7 @@ def embed_request(model: str, inputs: Sequence[TextInput], options: EmbedOptions
         RequestInvalid: an option's value, or an input, does not fit its field; the findings name them.
         TypeError: an option that does not exist.
     """
-    given = _known(options, EmbedOptions)
+    given = given_of(options, EmbedOptions)
     pooling = given.pop("pooling", None)
     findings = []
     if pooling is not None and pooling not in _POOLINGS:
@@ -108,16 +108,8 @@ def embed_request(model: str, inputs: Sequence[TextInput], options: EmbedOptions
 
 def classify_request(model: str, inputs: Sequence[TextInput], options: ScoreOptions) -> pb.ClassifyRequest:
     """Return a request for scores; it raises what `embed_request` does."""
-    given = _known(options, ScoreOptions)
+    given = given_of(options, ScoreOptions)
     return cast(pb.ClassifyRequest, _request(pb.ClassifyRequest, model, inputs, given, []))
-
-
-def _known(options: Mapping[str, Any], kind: Any) -> dict[str, Any]:
-    known = {name for each in kind.__mro__ if hasattr(each, "__annotations__") for name in each.__annotations__}
-    known |= set(kind.__annotations__)
-    if unknown := sorted(set(options) - known):
-        raise TypeError(f"unknown option {unknown[0]!r}; known are {', '.join(sorted(known))}")
-    return {name: value for name, value in options.items() if value is not None}
 
 
 def _request(

@@ -9,10 +9,9 @@ import grpc
 from inference_service.serving.lengths import check_ids, countable
 from inference_service.serving.request import Prompt, Request
 from inference_service.vllm_rpc.calling import refuse_rank, said_beside
-from inference_service.vllm_rpc.refusals import refuse_fields
+from inference_service.vllm_rpc.refusals import no_prompt, refuse_fields
 from inference_service.vllm_rpc.structure import constraint_of
 from loramux.vllm import engine_pb2 as pb
-from loramux_shared.faults import Finding, RequestInvalid
 from loramux_shared.pooling import Pooling
 
 NO_MEDIA: Final = "Only tokens and text are served."
@@ -86,8 +85,7 @@ def embedding_of(
     """
     refuse_fields(message, {})
     if not message.HasField("tokenized"):
-        finding = Finding(code="E_MISSING_FIELD", where="tokenized", expected="input_ids")
-        raise RequestInvalid("the request lacks a prompt.", [finding])
+        raise no_prompt("tokenized", "input_ids")
     check_ids(message.tokenized.input_ids, max_seq_len)
     own = {"id": message.request_id} if message.request_id else {}
     prompt = list(message.tokenized.input_ids)
@@ -99,7 +97,6 @@ def _prompt(message: pb.GenerateRequest, max_seq_len: int) -> Prompt:
     if kind == "text":
         return str(message.text)
     if kind is None:
-        finding = Finding(code="E_MISSING_FIELD", where="input", expected="tokenized or text")
-        raise RequestInvalid("the request lacks a prompt.", [finding])
+        raise no_prompt("input", "tokenized or text")
     check_ids(message.tokenized.input_ids, max_seq_len)
     return list(message.tokenized.input_ids)

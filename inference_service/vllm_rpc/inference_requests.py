@@ -10,7 +10,7 @@ import grpc
 from inference_service.serving.lengths import check_ids, countable
 from inference_service.serving.request import Prompt, Request
 from inference_service.vllm_rpc.calling import said_beside
-from inference_service.vllm_rpc.refusals import refuse_fields
+from inference_service.vllm_rpc.refusals import no_prompt, refuse_fields
 from inference_service.vllm_rpc.structure import constraint_of
 from loramux.vllm import inference_pb2 as pb
 from loramux_shared.faults import Finding, RequestInvalid
@@ -117,8 +117,7 @@ def _prompt(message: pb.GenerateRequest, max_seq_len: int) -> Prompt:
     if kind == "text":
         return str(message.text)
     if kind is None:
-        finding = Finding(code="E_MISSING_FIELD", where="prompt", expected="text or token_ids")
-        raise RequestInvalid("the request lacks a prompt.", [finding])
+        raise no_prompt("prompt", "text or token_ids")
     check_ids(message.token_ids.ids, max_seq_len)
     return list(message.token_ids.ids)
 

@@ -37,6 +37,12 @@ def refused_stream(name: str, why: str) -> Callable[..., AsyncGenerator[Any]]:
     return refuse
 
 
+def no_prompt(where: str, expected: str) -> RequestInvalid:
+    """Return the fault of a request without a prompt."""
+    finding = Finding(code="E_MISSING_FIELD", where=where, expected=expected)
+    return RequestInvalid("the request lacks a prompt.", [finding])
+
+
 @contextmanager
 def spelled_out() -> Iterator[None]:
     """Tell the findings of a fault in its message too: gateways pass on nothing else of a status."""
