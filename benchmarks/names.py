@@ -15,7 +15,8 @@ from contextlib import suppress
 from datetime import UTC, datetime
 
 from inference_service.serving.catalog import Catalog, ServedModel
-from loramux_shared.bundle.manifest import AdapterRecord, AdapterSummary, BaseRecord, Generation
+from loramux_shared.bundle.generation import AdapterRecord, BaseRecord, Generation
+from loramux_shared.bundle.manifest import AdapterSummary
 from loramux_shared.deployment import Dtype, Repository, SourceKind
 from loramux_shared.faults import ModelNotFound
 

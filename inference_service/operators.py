@@ -22,7 +22,7 @@ from inference_service.serving.catalog import Changes, ServedModel
 from inference_service.serving.service import GenerationService
 from inference_service.startup.load import Ready
 from loramux.client import AsyncClient
-from loramux_shared.bundle.manifest import Generation
+from loramux_shared.bundle.generation import Generation
 from loramux_shared.settings import InferenceSettings
 from loramux_shared.storage.base import Store
 

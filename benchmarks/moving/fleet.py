@@ -27,7 +27,7 @@ from benchmarks.soak import SHAPE
 from loramux import AsyncClient
 from loramux.records import Started
 from loramux_shared.bundle.deployments import current_generation, publish_generation
-from loramux_shared.bundle.manifest import AdapterRecord, Generation
+from loramux_shared.bundle.generation import AdapterRecord, Generation
 from loramux_shared.faults import Fault
 
 REPLICAS: Final = 3

@@ -13,15 +13,8 @@ import numpy as np
 
 from benchmarks import serving
 from loramux_shared.bundle.deployments import current_generation, publish_generation
-from loramux_shared.bundle.manifest import (
-    MANIFEST_FILE,
-    WEIGHTS_FILE,
-    AdapterRecord,
-    FileDigest,
-    Generation,
-    bundle_key,
-    sha256_hex,
-)
+from loramux_shared.bundle.generation import AdapterRecord, Generation
+from loramux_shared.bundle.manifest import MANIFEST_FILE, WEIGHTS_FILE, FileDigest, bundle_key, sha256_hex
 from loramux_shared.bundle.reader import read_manifest
 from loramux_shared.storage.base import Store
 from loramux_shared.storage.local import LocalStore

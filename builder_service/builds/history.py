@@ -14,7 +14,7 @@ from loramux_shared.bundle.deployments import (
     read_pointer,
     stored_deployments,
 )
-from loramux_shared.bundle.manifest import Generation
+from loramux_shared.bundle.generation import Generation
 from loramux_shared.faults import BundleCorrupt, DeploymentNotFound, PageTokenInvalid
 from loramux_shared.storage.base import Store
 

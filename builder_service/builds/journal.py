@@ -22,7 +22,8 @@ from builder_service.pipeline.context import BuildContext
 from builder_service.pipeline.progress import Progress
 from builder_service.pipeline.update import update
 from builder_service.pipeline.wishes import Update
-from loramux_shared.bundle.manifest import BUILDS_PREFIX, Record
+from loramux_shared.bundle.generation import BUILDS_PREFIX
+from loramux_shared.bundle.manifest import Record
 from loramux_shared.deployment import Deployment
 from loramux_shared.faults import BundleCorrupt
 from loramux_shared.storage.base import ObjectMissing, Store

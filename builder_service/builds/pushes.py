@@ -18,7 +18,7 @@ from builder_service.pipeline.push import PushedAdapter
 from builder_service.pipeline.update import push
 from loramux_shared.adapter_files import CONFIG, WEIGHTS
 from loramux_shared.bundle.changes import newest_generation, require
-from loramux_shared.bundle.manifest import AdapterRecord
+from loramux_shared.bundle.generation import AdapterRecord
 from loramux_shared.deployment import NAME_RULE, Name
 from loramux_shared.faults import (
     BuildInterrupted,

@@ -9,7 +9,7 @@ from enum import StrEnum
 from builder_service.domain.origin import origin_warnings
 from builder_service.pipeline.progress import AdapterProgress, Stage
 from loramux_shared.bundle.deployments import current_generation, is_deployment_name, read_pointer
-from loramux_shared.bundle.manifest import Generation
+from loramux_shared.bundle.generation import Generation
 from loramux_shared.bundle.reader import read_manifest
 from loramux_shared.faults import BundleCorrupt, Fault
 from loramux_shared.storage.base import Store

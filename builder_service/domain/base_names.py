@@ -8,7 +8,7 @@ from typing import Final
 
 from builder_service.domain.strict_json import shown
 from loramux_shared.adapter_files import CONFIG
-from loramux_shared.bundle.manifest import Descent
+from loramux_shared.bundle.generation import Descent
 from loramux_shared.faults import Finding
 
 _FORMAT: Final = re.compile(

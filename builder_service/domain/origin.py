@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from builder_service.domain.base_names import base_warning
-from loramux_shared.bundle.manifest import BaseRecord, Descent
+from loramux_shared.bundle.generation import BaseRecord, Descent
 from loramux_shared.faults import Finding
 from loramux_shared.sources.licence import OTHER, README
 

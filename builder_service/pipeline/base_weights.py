@@ -10,7 +10,8 @@ from typing import Final
 from builder_service.domain.safetensors_header import HeaderInvalid, TensorFile, read_header
 from builder_service.domain.strict_json import JsonInvalid, parse
 from builder_service.pipeline.widening import Widener, can_widen
-from loramux_shared.bundle.manifest import BaseRecord, FileDigest
+from loramux_shared.bundle.generation import BaseRecord
+from loramux_shared.bundle.manifest import FileDigest
 from loramux_shared.faults import BundleCorrupt, CheckpointInvalid
 from loramux_shared.sources.base import Progress, Room, unwatched
 from loramux_shared.sources.checkpoint import INDEX, WEIGHTS

@@ -13,7 +13,7 @@ from builder_service.pipeline.progress import Progress
 from builder_service.pipeline.prove import require_prover
 from builder_service.pipeline.publish import hold
 from loramux_shared.bundle.deployments import current_generation, publish_generation
-from loramux_shared.bundle.manifest import AdapterRecord, BaseRecord, Generation, Recipe
+from loramux_shared.bundle.generation import AdapterRecord, BaseRecord, Generation, Recipe
 from loramux_shared.deployment import Deployment, Dtype
 from loramux_shared.faults import BundleCorrupt, Fault
 from loramux_shared.sources.checkpoint import Base, describe_base

@@ -19,7 +19,8 @@ from builder_service.pipeline.progress import Progress
 from builder_service.pipeline.space import BASE_FILES
 from builder_service.pipeline.validate import check_deployment, check_fetched, rulebook
 from loramux_shared.bases.memory import ITEM_BYTES, widening
-from loramux_shared.bundle.manifest import BaseRecord, FileDigest, ModuleRow, npy_files
+from loramux_shared.bundle.generation import BaseRecord
+from loramux_shared.bundle.manifest import FileDigest, ModuleRow, npy_files
 from loramux_shared.bundle.npy import DESCR, header_bytes
 from loramux_shared.codes import CODES
 from loramux_shared.deployment import Deployment, Dtype, Repository

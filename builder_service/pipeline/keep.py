@@ -14,16 +14,8 @@ from builder_service.domain.file_rules import extra_files
 from builder_service.domain.origin import origin_warnings
 from builder_service.pipeline.fetch import ListedAdapter, recorded
 from builder_service.pipeline.progress import Progress
-from loramux_shared.bundle.manifest import (
-    CONFIG_FILE,
-    CONVERTER,
-    MANIFEST_FILE,
-    WEIGHTS_FILE,
-    AdapterRecord,
-    BaseRecord,
-    Generation,
-    bundle_key,
-)
+from loramux_shared.bundle.generation import CONVERTER, AdapterRecord, BaseRecord, Generation
+from loramux_shared.bundle.manifest import CONFIG_FILE, MANIFEST_FILE, WEIGHTS_FILE, bundle_key
 from loramux_shared.bundle.reader import read_manifest
 from loramux_shared.deployment import Repository, SourceKind
 from loramux_shared.faults import BundleCorrupt, Finding

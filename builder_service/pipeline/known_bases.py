@@ -10,7 +10,7 @@ from typing import Any, Final, TypeAlias
 from builder_service.pipeline.base_weights import BaseWeights
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bases.read import read_fields
-from loramux_shared.bundle.manifest import BaseRecord
+from loramux_shared.bundle.generation import BaseRecord
 from loramux_shared.sources.checkpoint import CONFIG, GENERATION, Base
 
 MOST: Final = 64

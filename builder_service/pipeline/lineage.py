@@ -10,7 +10,7 @@ from typing import Final
 import structlog
 
 from builder_service.domain.base_names import QUANTIZED, base_warning
-from loramux_shared.bundle.manifest import Descent
+from loramux_shared.bundle.generation import Descent
 from loramux_shared.deployment import Repository, SourceKind
 from loramux_shared.faults import Fault, SourceUnavailable
 from loramux_shared.sources.open import Sources

@@ -19,7 +19,8 @@ from builder_service.pipeline.progress import Progress
 from builder_service.pipeline.prove import prove_adapters
 from builder_service.pipeline.space import BASE_FILES, Space
 from builder_service.pipeline.validate import ValidAdapter, rulebook
-from loramux_shared.bundle.manifest import AdapterRecord, BaseRecord, apart
+from loramux_shared.bundle.generation import AdapterRecord, BaseRecord
+from loramux_shared.bundle.manifest import apart
 from loramux_shared.bundle.proof import Proof
 from loramux_shared.deployment import Build, Merge, Repository
 from loramux_shared.faults import DeploymentInvalid, Finding

@@ -16,7 +16,7 @@ from builder_service.pipeline.progress import Progress, Stage
 from builder_service.pipeline.publish import publish_bundle
 from builder_service.pipeline.space import Space
 from builder_service.pipeline.validate import ValidAdapter
-from loramux_shared.bundle.manifest import CONVERTER, AdapterRecord, BaseRecord, Descent
+from loramux_shared.bundle.generation import CONVERTER, AdapterRecord, BaseRecord, Descent
 from loramux_shared.bundle.proof import Proof
 from loramux_shared.deployment import Dtype
 from loramux_shared.storage.base import Store

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any, Final
 
-from loramux_shared.bundle.manifest import AdapterRecord, Manifest
+from loramux_shared.bundle.generation import AdapterRecord
+from loramux_shared.bundle.manifest import Manifest
 from loramux_shared.faults import BuildCancelled, BuildInterrupted, BuildTimedOut, Fault, Finding
 
 STOPS: Final = (BuildInterrupted, BuildCancelled, BuildTimedOut)

@@ -19,7 +19,7 @@ from pydantic import ValidationError
 
 from builder_service.pipeline.progress import Progress, Stage
 from builder_service.pipeline.validate import ValidAdapter
-from loramux_shared.bundle.manifest import BaseRecord
+from loramux_shared.bundle.generation import BaseRecord
 from loramux_shared.bundle.modules import NO_LAYER
 from loramux_shared.bundle.proof import Effect, Proof
 from loramux_shared.deployment import Build

@@ -8,7 +8,7 @@ from builder_service.pipeline.publish import hold
 from loramux_shared.bundle.changes import newest_generation, publish_change, require
 from loramux_shared.bundle.claims import generation_numbers
 from loramux_shared.bundle.deployments import read_generation
-from loramux_shared.bundle.manifest import Generation
+from loramux_shared.bundle.generation import Generation
 from loramux_shared.faults import GenerationNotFound
 from loramux_shared.storage.patient import PatientStore
 from loramux_shared.wording import listed

@@ -16,7 +16,7 @@ from builder_service.pipeline.prove import require_prover
 from builder_service.pipeline.push import PushedAdapter
 from builder_service.pipeline.wishes import Update
 from loramux_shared.bundle.changes import newest_generation, publish_change, require
-from loramux_shared.bundle.manifest import AdapterRecord, Generation, Recipe
+from loramux_shared.bundle.generation import AdapterRecord, Generation, Recipe
 from loramux_shared.deployment import NAME_TAKEN, Build, LoraConfiguration, Merge
 from loramux_shared.faults import AdapterNotFound, DeploymentInvalid, Finding, GenerationMismatch
 from loramux_shared.storage.base import Store

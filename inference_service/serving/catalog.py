@@ -23,7 +23,7 @@ from inference_service.serving.unknown import (
     version_not_found,
 )
 from loramux_shared.access.rights import ACCESS, Access
-from loramux_shared.bundle.manifest import AdapterRecord, Generation
+from loramux_shared.bundle.generation import AdapterRecord, Generation
 from loramux_shared.deployment import Repository, SourceKind
 from loramux_shared.faults import ModelNotFound
 

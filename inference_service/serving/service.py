@@ -49,7 +49,7 @@ from inference_service.serving.telemetry.record import Watcher, following
 from inference_service.serving.telemetry.replica import EngineView
 from inference_service.serving.text import StopTexts, Text
 from loramux_shared.access.rights import ACCESS
-from loramux_shared.bundle.manifest import Generation
+from loramux_shared.bundle.generation import Generation
 from loramux_shared.faults import Finding, RequestInvalid
 from loramux_shared.parsers import Parsers
 from loramux_shared.pooling import Pooling

@@ -24,7 +24,7 @@ from inference_service.serving.inbox import Inbox
 from inference_service.startup.base import Base
 from inference_service.startup.memory import free_bytes
 from loramux_shared.bases.memory import GB, USUAL_RANK, adapter_bytes, plan_bank
-from loramux_shared.bundle.manifest import Generation
+from loramux_shared.bundle.generation import Generation
 from loramux_shared.bundle.reader import read_manifest
 from loramux_shared.settings import InferenceSettings
 from loramux_shared.storage.base import Store

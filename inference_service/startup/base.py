@@ -19,7 +19,7 @@ from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bases.formats.scheme import Quantization
 from loramux_shared.bases.memory import widening
 from loramux_shared.bases.read import read_config
-from loramux_shared.bundle.manifest import Generation
+from loramux_shared.bundle.generation import Generation
 from loramux_shared.codes import CODES
 from loramux_shared.faults import ResourcesExhausted
 from loramux_shared.pooling import Pooling, pooling_in

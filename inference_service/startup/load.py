@@ -40,7 +40,7 @@ from inference_service.startup.profile import SCRATCH_BLOCKS, CudaMemory, Measur
 from inference_service.startup.rounding import agree, weights_told
 from loramux_shared.bases.memory import GB
 from loramux_shared.bundle.deployments import current_generation, list_deployments
-from loramux_shared.bundle.manifest import Generation
+from loramux_shared.bundle.generation import Generation
 from loramux_shared.faults import DeploymentNotFound
 from loramux_shared.settings import InferenceSettings
 from loramux_shared.sources.open import open_sources

@@ -14,7 +14,7 @@ from inference_service.proof.replay import replay
 from inference_service.serving.adapter_defaults import read_adapter_defaults
 from inference_service.serving.catalog import ServedModel, shown_source
 from inference_service.startup.base import Base, checkpoint
-from loramux_shared.bundle.manifest import Generation
+from loramux_shared.bundle.generation import Generation
 from loramux_shared.bundle.reader import Bundle, read_bundle
 from loramux_shared.storage.base import Store
 

@@ -6,7 +6,7 @@ import structlog
 
 from inference_service.startup.base import Base
 from loramux_shared.bases.memory import GB, weights_bytes
-from loramux_shared.bundle.manifest import Generation
+from loramux_shared.bundle.generation import Generation
 from loramux_shared.deployment import Merge
 from loramux_shared.faults import SettingsInvalid
 from loramux_shared.rounding import Rounding

@@ -12,7 +12,7 @@ from loramux.connection import API_KEY, Credentials
 from loramux_shared.access.guard import open_guard
 from loramux_shared.access.keyring import Keyring
 from loramux_shared.access.rights import Scope
-from loramux_shared.bundle.manifest import current_key
+from loramux_shared.bundle.generation import current_key
 from loramux_shared.deployment import Deployment, SourceKind
 from loramux_shared.faults import PermissionDenied, Unauthenticated
 from loramux_shared.rpc.listening import require_free

@@ -12,7 +12,7 @@ from loramux.cli.documents import emit
 from loramux.cli.services import StoreFlag
 from loramux.cli.signers import signers
 from loramux_shared.bundle.deployments import current_generation, stored_deployments
-from loramux_shared.bundle.manifest import Generation, generation_key, signature_key
+from loramux_shared.bundle.generation import Generation, generation_key, signature_key
 from loramux_shared.faults import DeploymentNotFound, SettingsInvalid
 from loramux_shared.settings import BuilderSettings, load_settings, variable
 from loramux_shared.signing.folder import verify_folder

@@ -21,7 +21,7 @@ from loramux.builder.v1 import builder_pb2 as pb
 from loramux.builder.v1 import builder_pb2_grpc
 from loramux.mapping import Watched, deployment_of
 from loramux.messages import deployment_to_message
-from loramux_shared.bundle.manifest import current_key
+from loramux_shared.bundle.generation import current_key
 from loramux_shared.deployment import Deployment
 from loramux_shared.deployment_file import parse_deployment
 from loramux_shared.faults import Fault, StoreUnavailable

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from loramux_shared.bundle.manifest import BaseRecord
+from loramux_shared.bundle.generation import BaseRecord
 from loramux_shared.deployment import Repository, SourceKind
 from loramux_shared.faults import BundleCorrupt, Fault, ResourcesExhausted
 from loramux_shared.sources import files

@@ -10,7 +10,7 @@ from inference_service.serving.adapters.follower import Follower
 from inference_service.serving.adapters.loader import AdapterLoader, Loaded
 from inference_service.serving.adapters.reading import BundleReader
 from loramux_shared.bundle.deployments import current_generation, publish_generation
-from loramux_shared.bundle.manifest import Generation
+from loramux_shared.bundle.generation import Generation
 from tests.support.bundles import FakePacked, Handle, Unsteady, build_bundles
 
 

@@ -20,7 +20,7 @@ from builder_service.pipeline.context import BuildContext
 from builder_service.pipeline.progress import Progress
 from loramux_shared.bundle.claims import generation_numbers
 from loramux_shared.bundle.deployments import current_generation, read_generation
-from loramux_shared.bundle.manifest import Generation
+from loramux_shared.bundle.generation import Generation
 from loramux_shared.bundle.reader import read_bundle
 from loramux_shared.deployment import Deployment
 from loramux_shared.deployment_file import parse_deployment

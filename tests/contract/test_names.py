@@ -34,7 +34,7 @@ from loramux.messages import deployment_from_message, deployment_to_message
 from loramux_shared.access.guard import Guard
 from loramux_shared.access.keyring import Keyring
 from loramux_shared.bundle.deployments import current_generation
-from loramux_shared.bundle.manifest import Generation
+from loramux_shared.bundle.generation import Generation
 from loramux_shared.deployment import Deployment, ModelLimits, Runtime
 from loramux_shared.limits import Limits
 from loramux_shared.rpc.server import RpcServer

@@ -11,7 +11,8 @@ import pytest_asyncio
 
 from inference_service.serving.request import Delta, Request, Started
 from loramux_shared.bundle.deployments import current_generation, publish_generation
-from loramux_shared.bundle.manifest import WEIGHTS_FILE, AdapterRecord, Generation, bundle_key
+from loramux_shared.bundle.generation import AdapterRecord, Generation
+from loramux_shared.bundle.manifest import WEIGHTS_FILE, bundle_key
 from loramux_shared.faults import BundleCorrupt, ModelNotFound
 from loramux_shared.storage.memory import MemoryStore
 from tests.support.service import PROMPT, Service, open_service

@@ -26,7 +26,7 @@ from builder_service.rpc.servicer import SERVICE_NAME, BuilderServicer
 from loramux.cli.main import app
 from loramux_shared.bundle.claims import generation_numbers
 from loramux_shared.bundle.deployments import current_generation
-from loramux_shared.bundle.manifest import Generation
+from loramux_shared.bundle.generation import Generation
 from loramux_shared.bundle.reader import read_bundle
 from loramux_shared.deployment import Repository, SourceKind
 from loramux_shared.rpc.server import RpcServer

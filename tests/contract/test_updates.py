@@ -22,7 +22,8 @@ from loramux.client import AsyncClient
 from loramux.records import DeploymentInfo, DeploymentState
 from loramux_shared.bundle.changes import publish_change
 from loramux_shared.bundle.deployments import current_generation
-from loramux_shared.bundle.manifest import CONFIG_FILE, WEIGHTS_FILE, Generation, bundle_key
+from loramux_shared.bundle.generation import Generation
+from loramux_shared.bundle.manifest import CONFIG_FILE, WEIGHTS_FILE, bundle_key
 from loramux_shared.bundle.reader import read_manifest
 from loramux_shared.deployment import Deployment, Repository, SourceKind
 from loramux_shared.deployment_file import parse_deployment

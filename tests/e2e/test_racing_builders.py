@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from loramux_shared.bundle.claims import claimed_numbers, generation_numbers
 from loramux_shared.bundle.deployments import current_generation, publish_generation
-from loramux_shared.bundle.manifest import Current, Generation, current_key, generation_key
+from loramux_shared.bundle.generation import Current, Generation, current_key, generation_key
 from loramux_shared.faults import BundleCorrupt
 from loramux_shared.storage.base import Store
 from loramux_shared.storage.memory import MemoryStore

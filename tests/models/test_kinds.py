@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 from inference_service.serving.adapters.bundles import StoredBundles
 from inference_service.serving.mixing import Scaled
 from loramux_shared.bundle.deployments import current_generation
-from loramux_shared.bundle.manifest import AdapterRecord
+from loramux_shared.bundle.generation import AdapterRecord
 from loramux_shared.bundle.reader import read_bundle
 from loramux_shared.faults import RequestInvalid
 from loramux_shared.storage.memory import MemoryStore

@@ -18,7 +18,7 @@ from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Sequence
 from inference_service.lora.segments import Segment
 from loramux_shared.bundle.deployments import current_generation
-from loramux_shared.bundle.manifest import Generation
+from loramux_shared.bundle.generation import Generation
 from loramux_shared.bundle.reader import read_manifest
 from loramux_shared.deployment import Deployment
 from loramux_shared.faults import DeploymentInvalid

@@ -14,7 +14,7 @@ from inference_service.serving.adapters.pins import Pins
 from inference_service.serving.adapters.registry import Registry
 from inference_service.serving.adapters.views import Facts
 from inference_service.serving.catalog import Catalog, ServedModel
-from loramux_shared.bundle.manifest import AdapterRecord, BaseRecord, Generation
+from loramux_shared.bundle.generation import AdapterRecord, BaseRecord, Generation
 from loramux_shared.deployment import Dtype, Repository, SourceKind
 from loramux_shared.faults import (
     BundleCorrupt,

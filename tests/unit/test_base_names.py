@@ -8,7 +8,7 @@ import pytest
 from huggingface_hub.hf_api import ModelInfo
 
 from builder_service.domain.base_names import base_warning, plain_name
-from loramux_shared.bundle.manifest import Descent
+from loramux_shared.bundle.generation import Descent
 from loramux_shared.sources.hub_card import MOST, descent_of
 
 

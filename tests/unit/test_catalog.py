@@ -19,7 +19,8 @@ from inference_service.serving.adapter_defaults import NO_DEFAULTS, AdapterDefau
 from inference_service.serving.catalog import EARLIER, Catalog, ServedModel
 from inference_service.serving.mixing import Scaled, written
 from loramux_shared.access.rights import ACCESS, Access, Scope
-from loramux_shared.bundle.manifest import AdapterRecord, AdapterSummary, BaseRecord, Generation
+from loramux_shared.bundle.generation import AdapterRecord, BaseRecord, Generation
+from loramux_shared.bundle.manifest import AdapterSummary
 from loramux_shared.deployment import Dtype, Repository, SourceKind
 from loramux_shared.faults import ModelNotFound, RequestInvalid
 

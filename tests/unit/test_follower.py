@@ -13,16 +13,15 @@ from structlog.testing import capture_logs
 from inference_service.serving.adapters.follower import Follower, State
 from inference_service.serving.adapters.restart import needs_restart
 from loramux_shared.bundle.deployments import publish_generation, read_generation
-from loramux_shared.bundle.manifest import (
+from loramux_shared.bundle.generation import (
     AdapterRecord,
     BaseRecord,
     Current,
-    FileDigest,
     Generation,
     current_key,
     generation_key,
-    sha256_hex,
 )
+from loramux_shared.bundle.manifest import FileDigest, sha256_hex
 from loramux_shared.deployment import Dtype, Merge, Repository, SourceKind
 from loramux_shared.faults import ReplicaBehind, ResourcesExhausted, Status
 from loramux_shared.rpc.status import status_of

@@ -8,18 +8,13 @@ from pathlib import Path
 import pytest
 
 from loramux_shared.bundle.added_tokens import AddedToken, OwnTokens
+from loramux_shared.bundle.generation import AdapterRecord, BaseRecord, Current, Descent, Generation, Recipe
 from loramux_shared.bundle.manifest import (
-    AdapterRecord,
     AdapterSummary,
-    BaseRecord,
     Coverage,
-    Current,
-    Descent,
     FileDigest,
-    Generation,
     Manifest,
     ModuleRow,
-    Recipe,
     Replaced,
     ScoreHead,
     Truncation,

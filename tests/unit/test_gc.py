@@ -16,7 +16,8 @@ from loramux.cli.main import app
 from loramux_shared.bundle.claims import generation_numbers
 from loramux_shared.bundle.deployments import current_generation
 from loramux_shared.bundle.gc import Kind, Retention, check_grace, find_orphans, remove
-from loramux_shared.bundle.manifest import MANIFEST_FILE, bundle_key, claim_key, generation_key
+from loramux_shared.bundle.generation import claim_key, generation_key
+from loramux_shared.bundle.manifest import MANIFEST_FILE, bundle_key
 from loramux_shared.bundle.reader import read_bundle
 from loramux_shared.deployment_file import parse_deployment
 from loramux_shared.faults import BuildInProgress, BundleCorrupt

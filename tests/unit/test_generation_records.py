@@ -6,7 +6,8 @@ import hashlib
 import json
 from datetime import UTC, datetime
 
-from loramux_shared.bundle.manifest import AdapterSummary, Generation, Recipe
+from loramux_shared.bundle.generation import Generation, Recipe
+from loramux_shared.bundle.manifest import AdapterSummary
 
 OLD = (
     '{"adapters":{"one":{"digest":"' + "a" * 64 + '","source":{"repo":"org/one","revision":"r",'

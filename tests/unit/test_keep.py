@@ -17,7 +17,8 @@ from builder_service.pipeline.progress import AdapterProgress, Progress
 from builder_service.pipeline.update import update
 from builder_service.pipeline.wishes import Update
 from loramux_shared.bundle.changes import publish_change
-from loramux_shared.bundle.manifest import CONVERTER, FileDigest, Generation, bundle_key
+from loramux_shared.bundle.generation import CONVERTER, Generation
+from loramux_shared.bundle.manifest import FileDigest, bundle_key
 from loramux_shared.bundle.reader import read_bundle
 from loramux_shared.deployment import Deployment, Repository, SourceKind
 from loramux_shared.deployment_file import parse_deployment

@@ -10,7 +10,8 @@ from builder_service.pipeline.context import BuildContext
 from builder_service.pipeline.progress import Progress
 from loramux_shared.bundle.claims import generation_numbers
 from loramux_shared.bundle.deployments import current_generation, list_deployments, publish_generation
-from loramux_shared.bundle.manifest import Manifest, bundle_key, current_key, generation_key, sha256_hex
+from loramux_shared.bundle.generation import current_key, generation_key
+from loramux_shared.bundle.manifest import Manifest, bundle_key, sha256_hex
 from loramux_shared.bundle.reader import read_bundle
 from loramux_shared.deployment_file import parse_deployment
 from loramux_shared.faults import BundleCorrupt

@@ -12,7 +12,7 @@ import yaml
 from loramux.builder.v1 import builder_pb2 as pb
 from loramux.messages import deployment_from_message, deployment_to_message
 from loramux_shared.access.keys import parse_keys
-from loramux_shared.bundle.manifest import BaseRecord, Generation
+from loramux_shared.bundle.generation import BaseRecord, Generation
 from loramux_shared.deployment import Deployment, Dtype, ModelLimits, Repository, Runtime, SourceKind
 from loramux_shared.deployment_file import parse_deployment
 from loramux_shared.faults import DeploymentInvalid, SettingsInvalid

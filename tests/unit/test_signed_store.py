@@ -26,7 +26,8 @@ from loramux.cli.main import app
 from loramux.messages import deployment_from_message, deployment_to_message
 from loramux_shared.bundle.deployments import current_generation
 from loramux_shared.bundle.gc import Retention, find_orphans, remove
-from loramux_shared.bundle.manifest import Generation, current_key, generation_key, sha256_hex, signature_key
+from loramux_shared.bundle.generation import Generation, current_key, generation_key, signature_key
+from loramux_shared.bundle.manifest import sha256_hex
 from loramux_shared.deployment import Repository, SourceKind
 from loramux_shared.deployment_file import load_deployment, parse_deployment
 from loramux_shared.faults import AdapterInvalid, DeploymentInvalid, SettingsInvalid, SignatureInvalid

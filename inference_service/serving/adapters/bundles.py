@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from loramux_shared.bundle.manifest import AdapterRecord
+from loramux_shared.bundle.generation import AdapterRecord
 from loramux_shared.bundle.reader import read_manifest
 from loramux_shared.deployment import Repository, SourceKind
 from loramux_shared.faults import BundleCorrupt, SignatureInvalid, StoreUnavailable

@@ -16,7 +16,7 @@ import structlog
 from inference_service.serving.adapters.restart import needs_restart
 from inference_service.serving.adapters.workers import Workers
 from loramux_shared.bundle.deployments import READ_AGAIN_S, read_generation, read_pointer
-from loramux_shared.bundle.manifest import Current, Generation
+from loramux_shared.bundle.generation import Current, Generation
 from loramux_shared.faults import BundleCorrupt, Fault, ReplicaBehind, StoreUnavailable
 from loramux_shared.storage.base import Store
 

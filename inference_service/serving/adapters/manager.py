@@ -28,7 +28,7 @@ from inference_service.serving.adapters.views import (
 )
 from inference_service.serving.catalog import ServedModel
 from loramux_shared.access.rights import ACCESS
-from loramux_shared.bundle.manifest import Generation
+from loramux_shared.bundle.generation import Generation
 from loramux_shared.faults import PageTokenInvalid, RequestInvalid
 
 PAGE: Final = 100

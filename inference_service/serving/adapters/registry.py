@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from inference_service.core.sequence import Adapter
 from inference_service.serving.adapters.pins import Pins
 from inference_service.serving.adapters.ports import ChangingNames
-from loramux_shared.bundle.manifest import AdapterRecord, Generation
+from loramux_shared.bundle.generation import AdapterRecord, Generation
 
 
 class Registry:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from loramux_shared.bundle.manifest import Generation
+from loramux_shared.bundle.generation import Generation
 from loramux_shared.deployment import Merge
 
 

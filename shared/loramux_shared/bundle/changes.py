@@ -18,7 +18,7 @@ from loramux_shared.bundle.deployments import (
     read_whole,
     stored_deployments,
 )
-from loramux_shared.bundle.manifest import Generation, generation_key
+from loramux_shared.bundle.generation import Generation, generation_key
 from loramux_shared.faults import DeploymentNotFound, GenerationMismatch, StoreUnavailable
 from loramux_shared.storage.base import Store
 

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Final
 
-from loramux_shared.bundle.manifest import DEPLOYMENTS_PREFIX, claim_key
+from loramux_shared.bundle.generation import DEPLOYMENTS_PREFIX, claim_key
 from loramux_shared.faults import StoreUnavailable
 from loramux_shared.storage.base import Entry, Store
 

@@ -10,15 +10,14 @@ from typing import Final, TypeVar
 import structlog
 
 from loramux_shared.bundle.claims import MAX_CLAIMS, claim_number, generation_numbers
-from loramux_shared.bundle.manifest import (
+from loramux_shared.bundle.generation import (
     DEPLOYMENTS_PREFIX,
-    REBUILD,
     Current,
     Generation,
     current_key,
     generation_key,
-    sha256_hex,
 )
+from loramux_shared.bundle.manifest import REBUILD, sha256_hex
 from loramux_shared.faults import BundleCorrupt, StoreUnavailable
 from loramux_shared.storage.base import ObjectMissing, Store
 from loramux_shared.wording import listed

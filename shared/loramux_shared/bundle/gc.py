@@ -17,13 +17,8 @@ from typing import Final
 
 from loramux_shared.bundle.claims import generation_numbers
 from loramux_shared.bundle.deployments import read_generation, read_pointer
-from loramux_shared.bundle.manifest import (
-    BUILDS_PREFIX,
-    DEPLOYMENTS_PREFIX,
-    MANIFEST_FILE,
-    generation_key,
-    signature_key,
-)
+from loramux_shared.bundle.generation import BUILDS_PREFIX, DEPLOYMENTS_PREFIX, generation_key, signature_key
+from loramux_shared.bundle.manifest import MANIFEST_FILE
 from loramux_shared.faults import BuildInProgress
 from loramux_shared.storage.base import Entry, Store
 

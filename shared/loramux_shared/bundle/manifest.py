@@ -1,4 +1,4 @@
-"""The records that are kept in a store, and their canonical bytes.
+"""Records of bundles, and the canonical bytes of all that are kept in a store.
 
 ::
 
@@ -8,11 +8,6 @@
     bundles/sha256/<digest>/model.vocabulary_weights.npy   where an adapter changes embeddings or head
     bundles/sha256/<digest>/model.score_weights.npy    where it classifies texts
     bundles/sha256/<digest>/model.own_tokens.json      where it has other tokens than the base
-    deployments/<name>/generations/<n>.json            immutable
-    deployments/<name>/generations/<n>.json.sig        its signature, where a builder signs
-    deployments/<name>/claims/<n>-<token>              empty; a builder is about to write generation n
-    deployments/<name>/current.json                    which generation is served, with its digest
-    builds/<name>/<builder>.json                       while a build runs, and until a killed one is taken up
 
 A manifest holds nothing but what follows from the adapter's bytes and the build's settings, so the same
 adapter has the same digest wherever it comes from; where it came from stands in the generation.
@@ -23,7 +18,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Collection, Iterable, Sequence
-from datetime import datetime
 from typing import Annotated, Final, Literal, Self
 
 from pydantic import Field, ValidationError
@@ -31,12 +25,9 @@ from pydantic import Field, ValidationError
 from loramux_shared.bundle.kinds import kinds_of
 from loramux_shared.bundle.modules import BY_ID, NO_LAYER, OF_NO_LAYER, TENSORRT_LLM
 from loramux_shared.bundle.proof import Proof
-from loramux_shared.deployment import Aliases, Dtype, Merge, Model, ModelLimits, Repository, StoredName
+from loramux_shared.deployment import Dtype, Model
 from loramux_shared.faults import BundleCorrupt, Finding
 from loramux_shared.limits import unset
-from loramux_shared.parsers import ReasoningParser, ToolParser
-from loramux_shared.pooling import Pooling
-from loramux_shared.rounding import Rounding
 
 FORMAT_VERSION: Final = 1
 """Of records; a manifest is of version 2 where older readers would serve something else: see `version_of`."""
@@ -47,8 +38,6 @@ VOCABULARY_FILE = "model.vocabulary_weights.npy"
 SCORE_FILE: Final = "model.score_weights.npy"
 """The score head of an adapter that classifies texts, float32."""
 MANIFEST_FILE = "manifest.json"
-BUILDS_PREFIX: Final = "builds/"
-DEPLOYMENTS_PREFIX: Final = "deployments/"
 REBUILD: Final = "Build the deployment again with --verify."
 """What mends a store: of other builds only what is missing."""
 TEXT_FILES: Final = ("chat_template.jinja", "generation_config.json", "tokenizer_config.json")
@@ -65,8 +54,6 @@ PROBLEM_TYPES: Final = ("regression", "single_label_classification", "multi_labe
 """What transformers knows."""
 MAX_INVOCATION: Final = 64
 """Tokens from which on an activated adapter acts."""
-CONVERTER: Final = 1
-"""Raised when the same adapter would be judged otherwise or give another bundle: then all are built again."""
 
 Sha256 = Field(pattern=r"^[0-9a-f]{64}$")
 Tokens = Annotated[tuple[Annotated[int, Field(ge=0, lt=1 << 31)], ...], Field(max_length=MAX_INVOCATION)]
@@ -347,129 +334,6 @@ class AdapterSummary(Model):
         return npy_files(self.modules, score=self.num_labels is not None)
 
 
-class Descent(Model):
-    """What a hub says that a model was made from."""
-
-    model: str
-    relation: Literal["quantized", "finetune", "merge", "adapter", ""]
-    """How; empty where the hub does not say."""
-    parent: str
-
-
-class AdapterRecord(Model):
-    """An adapter of a generation."""
-
-    digest: str = Sha256
-    source: Repository
-    """With the resolved revision."""
-    summary: AdapterSummary | None = Field(default=None, exclude_if=unset)
-    """None in generations of older releases, as are the next two."""
-    listing: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$", exclude_if=unset)
-    """sha256 of what the source said of the files when it was asked for them: where it says the same again,
-    nothing of the adapter has changed. None where a source says nothing that can be relied on."""
-    converter: int | None = Field(default=None, ge=1, exclude_if=unset)
-    """The builder's rules and arithmetic by which the bundle was made; see `CONVERTER`."""
-    invocation_tokens: Tokens = Field(default=(), exclude_if=unset)
-    """Those of its manifest."""
-    lineage: tuple[Descent, ...] = Field(default=(), exclude_if=lambda lineage: not lineage)
-    """Where the adapter names another base than the deployment's: what a hub said of the two, if asked."""
-    licence: str = Field(default="", exclude_if=lambda licence: not licence)
-    """What its repository says of its licence."""
-
-    @property
-    def apart(self) -> str:
-        """Why it is never merged into the weights; empty: it may be."""
-        if self.summary is None:
-            return apart(self.invocation_tokens, ())
-        summary = self.summary
-        return apart(self.invocation_tokens, summary.modules, summary.vocab, summary.num_labels)
-
-    def same_but_said(self, other: AdapterRecord) -> bool:
-        """True when only what sources say of the same files and bases differs."""
-        said = {"listing": self.listing, "lineage": self.lineage}
-        return self is other or self == other.model_copy(update=said)
-
-
-class BaseRecord(Model):
-    """The base checkpoint of a generation."""
-
-    source: Repository
-    """With the resolved revision."""
-    files: dict[str, FileDigest]
-    """Every file that serving needs, by its path in the repository's subfolder."""
-    licence: str = Field(default="", exclude_if=lambda licence: not licence)
-    """What its repository says of its licence."""
-
-    @property
-    def weights_bytes(self) -> int:
-        """Bytes of the files of weights."""
-        return sum(file.size for name, file in self.files.items() if name.endswith(".safetensors"))
-
-
-class Recipe(Model):
-    """The settings of a build that a generation does not tell otherwise: what comes in later obeys them too."""
-
-    truncate_to_rank: int | None = Field(default=None, ge=1)
-    prove: bool = False
-    signed_by: tuple[str, ...] = Field(default=(), exclude_if=lambda signers: not signers)
-    """Who is to have signed each adapter."""
-
-
-class Generation(Record):
-    """What a deployment serves; immutable."""
-
-    format_version: Literal[1] = FORMAT_VERSION
-    deployment: StoredName
-    number: int = Field(ge=1)
-    create_time: datetime
-    served_model_name: StoredName
-    base: BaseRecord
-    adapters: dict[StoredName, AdapterRecord]
-    max_seq_len: int | None = None
-    max_lora_rank: int
-    lora_target_modules: tuple[str, ...] = ()
-    lora_dtype: Dtype
-    request_default_max_tokens: int | None = None
-    speculative_tokens: int | None = Field(default=None, ge=0, exclude_if=unset)
-    quantization: Rounding = Field(default=Rounding.NONE, exclude_if=lambda kind: kind is Rounding.NONE)
-    tool_parser: ToolParser = Field(default=ToolParser.AUTO, exclude_if=lambda name: name is ToolParser.AUTO)
-    pooling: Pooling | None = Field(default=None, exclude_if=unset)
-    reasoning_parser: ReasoningParser = Field(
-        default=ReasoningParser.AUTO, exclude_if=lambda name: name is ReasoningParser.AUTO
-    )
-    serve_base: bool = True
-    merge: Merge = Merge.AUTO
-    aliases: Aliases = Field(default_factory=dict, exclude_if=unset)
-    """May name adapters that later generations do not have; then the others answer."""
-    limits: ModelLimits = Field(default_factory=ModelLimits, exclude_if=lambda limits: limits == ModelLimits())
-    recipe: Recipe | None = Field(default=None, exclude_if=unset)
-    """None in generations of older releases."""
-
-    @property
-    def merged(self) -> str | None:
-        """The adapter that is merged into the weights at load, if one is."""
-        if len(self.adapters) != 1 or self.serve_base or self.merge is Merge.NEVER:
-            return None
-        return next((name for name, record in self.adapters.items() if not record.apart), None)
-
-    def same_content(self, other: Generation) -> bool:
-        """True when only number and time differ, and what sources say of files that are the same."""
-        if self.adapters.keys() != other.adapters.keys():
-            return False
-        aside = {"number": self.number, "create_time": self.create_time, "adapters": {}}
-        return self.model_copy(update={"adapters": {}}) == other.model_copy(update=aside) and all(
-            record.same_but_said(other.adapters[name]) for name, record in self.adapters.items()
-        )
-
-
-class Current(Record):
-    """The one mutable object of a deployment: which generation is served."""
-
-    generation: int = Field(ge=1)
-    sha256: str = Sha256
-    """Of the generation's bytes."""
-
-
 def sha256_hex(data: bytes | bytearray | memoryview) -> str:
     """Return the sha256 of data in hex."""
     return hashlib.sha256(data).hexdigest()
@@ -521,23 +385,3 @@ def verify(data: bytes | bytearray | memoryview, sha256: str, what: str) -> None
 def bundle_key(digest: str, file: str) -> str:
     """Return the key of a file of a bundle."""
     return f"bundles/sha256/{digest}/{file}"
-
-
-def generation_key(deployment: str, number: int) -> str:
-    """Return the key of a generation; numbers are padded, so that listings are in order."""
-    return f"deployments/{deployment}/generations/{number:08d}.json"
-
-
-def signature_key(key: str) -> str:
-    """Return the key of the signature of a generation."""
-    return f"{key}.sig"
-
-
-def claim_key(deployment: str, number: int, token: str) -> str:
-    """Return the key of a builder's claim to a number that it will publish a generation under."""
-    return f"deployments/{deployment}/claims/{number:08d}-{token}"
-
-
-def current_key(deployment: str) -> str:
-    """Return the key of the pointer to the served generation."""
-    return f"deployments/{deployment}/current.json"

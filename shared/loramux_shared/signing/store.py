@@ -16,7 +16,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Final, TypeAlias
 
-from loramux_shared.bundle.manifest import sha256_hex, signature_key
+from loramux_shared.bundle.generation import signature_key
+from loramux_shared.bundle.manifest import sha256_hex
 from loramux_shared.faults import SettingsInvalid, SignatureInvalid, SourceUnavailable, StoreUnavailable
 from loramux_shared.signing.openssf import SigningKey, public_key, sign_folder, verified
 from loramux_shared.sources.files import disk_errors

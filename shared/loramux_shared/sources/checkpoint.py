@@ -14,7 +14,8 @@ import structlog
 
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bases.read import read_fields
-from loramux_shared.bundle.manifest import BaseRecord, FileDigest
+from loramux_shared.bundle.generation import BaseRecord
+from loramux_shared.bundle.manifest import FileDigest
 from loramux_shared.deployment import Repository, SourceKind
 from loramux_shared.faults import BundleCorrupt, CheckpointInvalid, SignatureInvalid
 from loramux_shared.pooling import FILE as POOLING

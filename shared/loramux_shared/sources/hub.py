@@ -25,7 +25,8 @@ from huggingface_hub.errors import (
 from huggingface_hub.hf_api import RepoSibling
 from tqdm import tqdm  # type: ignore[import-untyped,unused-ignore]
 
-from loramux_shared.bundle.manifest import Descent, FileDigest
+from loramux_shared.bundle.generation import Descent
+from loramux_shared.bundle.manifest import FileDigest
 from loramux_shared.deployment import Repository, SourceKind
 from loramux_shared.faults import (
     BundleCorrupt,

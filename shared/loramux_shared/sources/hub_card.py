@@ -7,7 +7,7 @@ from typing import Any, Final, get_args
 
 from huggingface_hub.hf_api import ModelInfo
 
-from loramux_shared.bundle.manifest import Descent
+from loramux_shared.bundle.generation import Descent
 
 MODEL: Final = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 """The name of a model on a hub."""

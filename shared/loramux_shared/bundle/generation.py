@@ -1,0 +1,180 @@
+"""What a deployment serves, generation by generation: the records that name bundles.
+
+::
+
+    deployments/<name>/generations/<n>.json            immutable
+    deployments/<name>/generations/<n>.json.sig        its signature, where a builder signs
+    deployments/<name>/claims/<n>-<token>              empty; a builder is about to write generation n
+    deployments/<name>/current.json                    which generation is served, with its digest
+    builds/<name>/<builder>.json                       while a build runs, and until a killed one is taken up
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Final, Literal
+
+from pydantic import Field
+
+from loramux_shared.bundle.manifest import (
+    FORMAT_VERSION,
+    AdapterSummary,
+    FileDigest,
+    Record,
+    Sha256,
+    Tokens,
+    apart,
+)
+from loramux_shared.deployment import Aliases, Dtype, Merge, Model, ModelLimits, Repository, StoredName
+from loramux_shared.limits import unset
+from loramux_shared.parsers import ReasoningParser, ToolParser
+from loramux_shared.pooling import Pooling
+from loramux_shared.rounding import Rounding
+
+BUILDS_PREFIX: Final = "builds/"
+DEPLOYMENTS_PREFIX: Final = "deployments/"
+CONVERTER: Final = 1
+"""Raised when the same adapter would be judged otherwise or give another bundle: then all are built again."""
+
+
+class Descent(Model):
+    """What a hub says that a model was made from."""
+
+    model: str
+    relation: Literal["quantized", "finetune", "merge", "adapter", ""]
+    """How; empty where the hub does not say."""
+    parent: str
+
+
+class AdapterRecord(Model):
+    """An adapter of a generation."""
+
+    digest: str = Sha256
+    source: Repository
+    """With the resolved revision."""
+    summary: AdapterSummary | None = Field(default=None, exclude_if=unset)
+    """None in generations of older releases, as are the next two."""
+    listing: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$", exclude_if=unset)
+    """sha256 of what the source said of the files when it was asked for them: where it says the same again,
+    nothing of the adapter has changed. None where a source says nothing that can be relied on."""
+    converter: int | None = Field(default=None, ge=1, exclude_if=unset)
+    """The builder's rules and arithmetic by which the bundle was made; see `CONVERTER`."""
+    invocation_tokens: Tokens = Field(default=(), exclude_if=unset)
+    """Those of its manifest."""
+    lineage: tuple[Descent, ...] = Field(default=(), exclude_if=lambda lineage: not lineage)
+    """Where the adapter names another base than the deployment's: what a hub said of the two, if asked."""
+    licence: str = Field(default="", exclude_if=lambda licence: not licence)
+    """What its repository says of its licence."""
+
+    @property
+    def apart(self) -> str:
+        """Why it is never merged into the weights; empty: it may be."""
+        if self.summary is None:
+            return apart(self.invocation_tokens, ())
+        summary = self.summary
+        return apart(self.invocation_tokens, summary.modules, summary.vocab, summary.num_labels)
+
+    def same_but_said(self, other: AdapterRecord) -> bool:
+        """True when only what sources say of the same files and bases differs."""
+        said = {"listing": self.listing, "lineage": self.lineage}
+        return self is other or self == other.model_copy(update=said)
+
+
+class BaseRecord(Model):
+    """The base checkpoint of a generation."""
+
+    source: Repository
+    """With the resolved revision."""
+    files: dict[str, FileDigest]
+    """Every file that serving needs, by its path in the repository's subfolder."""
+    licence: str = Field(default="", exclude_if=lambda licence: not licence)
+    """What its repository says of its licence."""
+
+    @property
+    def weights_bytes(self) -> int:
+        """Bytes of the files of weights."""
+        return sum(file.size for name, file in self.files.items() if name.endswith(".safetensors"))
+
+
+class Recipe(Model):
+    """The settings of a build that a generation does not tell otherwise: what comes in later obeys them too."""
+
+    truncate_to_rank: int | None = Field(default=None, ge=1)
+    prove: bool = False
+    signed_by: tuple[str, ...] = Field(default=(), exclude_if=lambda signers: not signers)
+    """Who is to have signed each adapter."""
+
+
+class Generation(Record):
+    """What a deployment serves; immutable."""
+
+    format_version: Literal[1] = FORMAT_VERSION
+    deployment: StoredName
+    number: int = Field(ge=1)
+    create_time: datetime
+    served_model_name: StoredName
+    base: BaseRecord
+    adapters: dict[StoredName, AdapterRecord]
+    max_seq_len: int | None = None
+    max_lora_rank: int
+    lora_target_modules: tuple[str, ...] = ()
+    lora_dtype: Dtype
+    request_default_max_tokens: int | None = None
+    speculative_tokens: int | None = Field(default=None, ge=0, exclude_if=unset)
+    quantization: Rounding = Field(default=Rounding.NONE, exclude_if=lambda kind: kind is Rounding.NONE)
+    tool_parser: ToolParser = Field(default=ToolParser.AUTO, exclude_if=lambda name: name is ToolParser.AUTO)
+    pooling: Pooling | None = Field(default=None, exclude_if=unset)
+    reasoning_parser: ReasoningParser = Field(
+        default=ReasoningParser.AUTO, exclude_if=lambda name: name is ReasoningParser.AUTO
+    )
+    serve_base: bool = True
+    merge: Merge = Merge.AUTO
+    aliases: Aliases = Field(default_factory=dict, exclude_if=unset)
+    """May name adapters that later generations do not have; then the others answer."""
+    limits: ModelLimits = Field(default_factory=ModelLimits, exclude_if=lambda limits: limits == ModelLimits())
+    recipe: Recipe | None = Field(default=None, exclude_if=unset)
+    """None in generations of older releases."""
+
+    @property
+    def merged(self) -> str | None:
+        """The adapter that is merged into the weights at load, if one is."""
+        if len(self.adapters) != 1 or self.serve_base or self.merge is Merge.NEVER:
+            return None
+        return next((name for name, record in self.adapters.items() if not record.apart), None)
+
+    def same_content(self, other: Generation) -> bool:
+        """True when only number and time differ, and what sources say of files that are the same."""
+        if self.adapters.keys() != other.adapters.keys():
+            return False
+        aside = {"number": self.number, "create_time": self.create_time, "adapters": {}}
+        return self.model_copy(update={"adapters": {}}) == other.model_copy(update=aside) and all(
+            record.same_but_said(other.adapters[name]) for name, record in self.adapters.items()
+        )
+
+
+class Current(Record):
+    """The one mutable object of a deployment: which generation is served."""
+
+    generation: int = Field(ge=1)
+    sha256: str = Sha256
+    """Of the generation's bytes."""
+
+
+def generation_key(deployment: str, number: int) -> str:
+    """Return the key of a generation; numbers are padded, so that listings are in order."""
+    return f"deployments/{deployment}/generations/{number:08d}.json"
+
+
+def signature_key(key: str) -> str:
+    """Return the key of the signature of a generation."""
+    return f"{key}.sig"
+
+
+def claim_key(deployment: str, number: int, token: str) -> str:
+    """Return the key of a builder's claim to a number that it will publish a generation under."""
+    return f"deployments/{deployment}/claims/{number:08d}-{token}"
+
+
+def current_key(deployment: str) -> str:
+    """Return the key of the pointer to the served generation."""
+    return f"deployments/{deployment}/current.json"
