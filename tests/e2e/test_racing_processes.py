@@ -20,7 +20,7 @@ SCRIPT = """
 import sys
 from datetime import UTC, datetime
 from loramux_shared.bundle.deployments import publish_generation
-from loramux_shared.bundle.manifest import BaseRecord, Generation
+from loramux_shared.bundle.generation import BaseRecord, Generation
 from loramux_shared.deployment import Dtype, Repository, SourceKind
 from loramux_shared.storage.open import open_store
 uri, first, count = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
