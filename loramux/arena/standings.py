@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import statistics
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Final
 
 from loramux.arena.contest import Found
@@ -65,7 +66,7 @@ class Score:
     comparisons: tuple[Comparison, ...]
     """In the order of the versions; of one that has no question together with the baseline there is none."""
     values: Mapping[str, Mapping[str, float]]
-    """By version and question."""
+    """By version and question, in their order, whoever came first: what is drawn anew is drawn the same."""
 
 
 @dataclass(frozen=True)
@@ -90,10 +91,9 @@ def standings(plan: Plan, questions: Sequence[Question], found: Found, judge: st
     """Return the report; judge is the name of whoever judged."""
     scores = [_score(name, plan, _by_reference(name, plan, questions, found)) for name in plan.scores]
     if plan.likelihood:
-        values = _collected(plan, ((*key, row.per_token) for key, row in found.likelihoods.items()))
-        scores.append(_score(LIKELIHOOD, plan, values))
+        scores.append(_score(LIKELIHOOD, plan, _likelihoods(plan, questions, found)))
     if judge:
-        scores.append(_score(JUDGE, plan, _judged(plan, found)))
+        scores.append(_score(JUDGE, plan, _judged(plan, questions, found)))
     speed = found.new_tokens / found.answering_s if found.new_tokens and found.answering_s else None
     rows = [_standing(model, plan, found) for model in plan.models]
     return Standings(
@@ -109,11 +109,15 @@ def standings(plan: Plan, questions: Sequence[Question], found: Found, judge: st
     )
 
 
-def _collected(plan: Plan, rows: Iterable[tuple[str, str, float]]) -> dict[str, dict[str, float]]:
-    values: dict[str, dict[str, float]] = {model: {} for model in plan.models}
-    for model, question, value in rows:
-        values[model][question] = value
-    return values
+def _likelihoods(plan: Plan, questions: Sequence[Question], found: Found) -> dict[str, dict[str, float]]:
+    return {
+        model: {
+            question.id: row.per_token
+            for question in questions
+            if (row := found.likelihoods.get((model, question.id))) is not None
+        }
+        for model in plan.models
+    }
 
 
 def _by_reference(
@@ -139,13 +143,14 @@ def _answers(plan: Plan, found: Found, model: str, question: str) -> list[Answer
     return [answer for answer in answers if answer is not None] if all(answers) else []
 
 
-def _judged(plan: Plan, found: Found) -> dict[str, dict[str, float]]:
+def _judged(plan: Plan, questions: Sequence[Question], found: Found) -> dict[str, dict[str, float]]:
     """Return the part of the verdicts that a version won, ties by half; the baseline has 0.5."""
     said: dict[tuple[str, str], list[float]] = {}
     for (model, question, _, _), row in found.verdicts.items():
         said.setdefault((model, question), []).append(row.score)
     values: dict[str, dict[str, float]] = {model: {} for model in plan.models}
-    for (model, question), scores in said.items():
+    for question, model in product((each.id for each in questions), plan.models):
+        scores = said.get((model, question), [])
         if len(scores) == 2 * plan.samples:
             values[model][question] = statistics.fmean(scores)
             values[plan.baseline][question] = 0.5

@@ -14,7 +14,7 @@ from loramux.arena.judge import BEGIN, END, ServedJudge, Trial, conversation, le
 from loramux.arena.kept import Kept
 from loramux.arena.plan import Plan, in_turns
 from loramux.arena.questions import Question
-from loramux.arena.records import Answer
+from loramux.arena.records import Answer, Likelihood, Verdict
 from loramux.arena.standings import Standings, standings
 from loramux.arena.work import Gate, Patience
 from loramux.client import AsyncClient
@@ -214,6 +214,30 @@ async def test_a_judge_is_asked_in_both_orders(tmp_path: Path) -> None:
     again, _ = await hold(service, replace(PLAN, scores=()), tmp_path / "kept", asked, judge="b")
     assert again.verdicts == found.verdicts
     assert [each for each in service.heard if each.model == "b"] == []
+
+
+def test_a_report_is_the_same_whoever_came_first() -> None:
+    """Scores are paired in the order of the questions, so the same draws give the same intervals."""
+    plan = replace(PLAN, models=("base", "a"), scores=(), likelihood=True)
+    rows = [
+        Likelihood(f"{model} {at}", model, "", question.id, -float((at + 1) ** shift), 1)
+        for model, shift in (("base", 1), ("a", 2))
+        for at, question in enumerate(QUESTIONS)
+    ]
+    said = [
+        Verdict(f"{row.key} {swapped}", "b", "a", row.question, 0, swapped, "A" if row.question < "q3" else "C")
+        for row in rows[4:]
+        for swapped in (False, True)
+    ]
+    reports = []
+    for order in (1, -1):
+        found = Found()
+        found.likelihoods.update({(row.model, row.question): row for row in rows[::order]})
+        found.verdicts.update({(row.model, row.question, 0, row.swapped): row for row in said[::order]})
+        reports.append(standings(plan, QUESTIONS, found, "b"))
+    assert reports[0] == reports[1]
+    for score in reports[1].scores:
+        assert all(list(values) == [question.id for question in QUESTIONS] for values in score.values.values())
 
 
 async def test_a_judge_that_only_sees_places_decides_nothing(tmp_path: Path) -> None:

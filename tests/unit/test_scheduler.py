@@ -14,6 +14,7 @@ from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import FAIR, Adapter, FinishReason, Mixture, Sequence, Share, Token
 from inference_service.engine.block_manager import BlockManager
 from inference_service.engine.engine import Engine
+from inference_service.engine.pace import TIMES, Pace, Room
 from inference_service.engine.plan import SchedulerLimits
 from inference_service.engine.residents import AlwaysResident
 from inference_service.engine.scheduler import QUANTUM
@@ -37,6 +38,18 @@ class FakeRunner:
         self.batches.append(batch)
         seqs = tuple(chunk.seq for chunk in batch.chunks if chunk.samples)
         return Pending(seqs, lambda: [Token(7)] * len(seqs))
+
+
+class NotedPace(Pace):
+    """Notes whether the last step that anybody could have begun in was for a look at those that decode."""
+
+    looks = False
+
+    def room(self, decodes: int, times: float = TIMES) -> Room:
+        """As without notes."""
+        room = super().room(decodes, times)
+        self.looks = not room.rows
+        return room
 
 
 def _engine(
@@ -306,7 +319,7 @@ def test_who_was_away_has_saved_nothing_and_owes_nothing() -> None:
 @given(
     st.lists(
         st.tuples(st.integers(0, 5), st.sampled_from(["", "a", "b"]), st.sampled_from([1, 4, 60])),
-        min_size=4,
+        min_size=12,
         max_size=40,
     ),
     st.integers(2, 5),
@@ -318,16 +331,19 @@ def test_nobody_under_way_gets_far_ahead_of_who_waits(
     requests: list[tuple[int, str, int]], max_seqs: int, max_adapters: int, num_blocks: int, depth: int
 ) -> None:
     """Whatever is short (seats, blocks, places among the adapters): a lane under way is ahead of one that waits
-    by a quantum and a step at most, and within a lane those begin first that came first."""
+    by a quantum and a step at most, and within a lane those begin first that came first. In a step that looks
+    at those that decode nobody begins, also who was kept from it by nothing else."""
     engine, runner, blocks = _engine(
         blocks=num_blocks, max_seqs=max_seqs, max_adapters=max_adapters, max_tokens=16, depth=depth
     )
     scheduler = engine._scheduler
+    scheduler.pace = pace = NotedPace()
     began: dict[tuple[str, tuple[Adapter, ...]], list[int]] = {}
     seqs = [_seq(3, new, uid, flow=flow) for uid, flow, new in requests]
     for seq in seqs:
         engine.add(seq)
     while not engine.idle:
+        active = set(scheduler.lanes.active)  # one step ahead, who ended keeps its place until that is known
         engine.step()
         for lane in scheduler.lanes:
             first = [
@@ -336,11 +352,13 @@ def test_nobody_under_way_gets_far_ahead_of_who_waits(
                 if seq.arrival not in began.get((lane.flow, lane.adapters), [])
             ]
             began.setdefault((lane.flow, lane.adapters), []).extend(sorted(first))
-        active = {chunk.seq.adapter for chunk in runner.batches[-1].chunks} - {None}
+        if pace.looks:
+            continue
+        active |= {chunk.seq.adapter for chunk in runner.batches[-1].chunks if chunk.seq.adapter}
         for waits in scheduler.lanes:
             if not waits.waiting or waits.waiting[0].in_flight:
                 continue
-            crowded = not active.issuperset(waits.adapters) and len(active) == max_adapters
+            crowded = not active.issuperset(waits.adapters) and len(active) >= max_adapters
             in_the_way = [lane for lane in scheduler.lanes if lane.running and (lane.adapters or not crowded)]
             assert max([lane.served for lane in in_the_way], default=0.0) - waits.served <= QUANTUM + 2 * 16
     assert all(order == sorted(order) for order in began.values())
