@@ -283,24 +283,29 @@ class Scheduler:
         """Lanes of which one may be admitted, as many as there are seats and places of adapters, and one more.
 
         Where either is short, the one that is more may ask only when somebody is far enough ahead: a step does
-        not walk through a thousand who wait.
+        not walk through a thousand who wait. Who waits for a seat alone asks beside who waits for a place too,
+        for those who are ahead of both may have a seat to give and no place.
         """
         if not self.num_waiting or plan.short:
             return []
         seats = max(0, self.limits.max_seqs - len(self.running))
         places = max(0, self.limits.max_adapters - len(self.lanes.active)) if seats else 0
-        joining = self.lanes.joining() if seats else []
-        joining = [lane for lane in joining if self._may_begin(lane, lane.waiting[0], plan)]
-        if not places:
-            if math.isinf(self.lanes.lowest):
-                return joining
-            most = max((lane.served for lane in self.lanes.under_way), default=0.0)
-            if most - self.lanes.lowest < QUANTUM:
-                return joining
+        asks = bool(places) or self._somebody_is_far_ahead()
+        if not (seats or asks):
+            return []
+        joining = [lane for lane in self.lanes.joining() if self._may_begin(lane, lane.waiting[0], plan)]
+        if not asks:
+            return joining
         known = set(joining)
         others = [lane for lane in self.lanes.look_through() if lane not in known]
         others = [lane for lane in others if self._may_begin(lane, lane.waiting[0], plan)]
+        joining = joining if seats else heapq.nsmallest(1, joining, key=lambda lane: lane.rank)
         return joining + heapq.nsmallest(places + 1, others, key=lambda lane: lane.rank)
+
+    def _somebody_is_far_ahead(self) -> bool:
+        """Whether somebody under way may be far enough ahead of somebody who waits to make room."""
+        most = max((lane.served for lane in self.lanes.under_way), default=0.0)
+        return most - self.lanes.lowest >= QUANTUM
 
     def _may_begin(self, lane: Lane, seq: Sequence, plan: Plan) -> bool:
         """Whether nothing that only the lane itself can change is in the way of one that waits in it."""
