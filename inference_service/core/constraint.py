@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -37,8 +38,19 @@ class Grammar(Protocol):
         """Why the answer cannot be followed any further; empty while it can."""
         ...
 
-    def mask(self) -> bytes:
-        """Return the tokens that may come next: bit i % 8 of byte i // 8, lowest first, is token i."""
+    def mask(self, ahead: int = 0) -> bytes:
+        """Return the tokens that may come next: bit i % 8 of byte i // 8, lowest first, is token i.
+
+        With ahead, those that may come behind so many tokens of what was drafted last.
+        """
+        ...
+
+    def forced(self) -> list[int]:
+        """Return tokens that must come next, as far as that is known; none where there is a choice."""
+        ...
+
+    def draft(self, tokens: Sequence[int]) -> int:
+        """Return how many of these may come with others behind them; `mask` knows them until `accept`."""
         ...
 
     def accept(self, token: int) -> None:

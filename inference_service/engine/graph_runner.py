@@ -129,7 +129,8 @@ class GraphRunner(Runner):
         else:
             self._compute(buffers, segments, own)
         vectors = pool(rows.pooled, [states[place.start : place.stop] for place in places])
-        reading = Reading(self._logits[: len(rows.sampled)], self._ids, rows.sampled, self._shaper)
+        logits = self._logits[: len(rows.sampled)]
+        reading = Reading(logits, self._ids, rows.sampled, self._shaper, rows.ahead)
         return Pending(tuple(rows.sampled), reading.wait, reading.finish, rows.drafts, vectors)
 
     def _compute(

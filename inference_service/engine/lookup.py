@@ -19,7 +19,7 @@ from weakref import WeakKeyDictionary
 from inference_service.core.sequence import Sequence, Token
 from inference_service.engine.block_manager import BlockManager
 from inference_service.engine.plan import Plan, SchedulerLimits
-from inference_service.engine.sampler import shapes
+from inference_service.engine.sampler import looks_back
 
 LOOKED_UP: Final = 3
 """Tokens that must have stood together before. Fewer do so by chance too often, more miss what was changed."""
@@ -55,11 +55,22 @@ class Lookup:
         self._said: WeakKeyDictionary[Sequence, _Said] = WeakKeyDictionary()
 
     def draft(self, seq: Sequence, most: int) -> list[int]:
-        """Return what may follow a sequence all of whose tokens are known; at most so many tokens, or none."""
+        """Return what may follow a sequence all of whose tokens are known; at most so many tokens, or none.
+
+        What a grammar leaves no choice about comes before what was said before; it lets pass no more of either
+        than may come.
+        """
         said = self._said.setdefault(seq, _Said())
         if said.resting:
             said.resting -= 1
             return []
+        if seq.grammar is None:
+            return self._look_up(seq, said, most)
+        draft = seq.grammar.forced()[:most] or self._look_up(seq, said, most)
+        return draft[: seq.grammar.draft(draft)] if draft else []
+
+    def _look_up(self, seq: Sequence, said: _Said, most: int) -> list[int]:
+        """Return what followed the last tokens when they stood together before."""
         said.tokens.extend(seq.tokens[len(said.tokens) :])
         behind = _behind(said.tokens)
         if behind is None:
@@ -83,7 +94,7 @@ class Lookup:
                 plan.lengths.get(seq) != 1
                 or seq.num_pending != 1
                 or seq.in_flight
-                or shapes(seq, seq.num_known)
+                or looks_back(seq, seq.num_known)
             ):
                 continue
             left = min(seq.sampling.max_tokens - seq.num_known, limits.max_seq_len - len(seq.tokens)) - 1

@@ -37,7 +37,7 @@ def sample(logits: Tensor, seqs: Seq[Sequence], ahead: Seq[int] | None = None) -
     for row, (seq, more) in enumerate(zip(seqs, ahead or [0] * len(seqs), strict=True)):
         shaped = shapes(seq, seq.num_known)
         if shaped or not seq.sampling.greedy:
-            after = shape(logits[row], seq) if shaped else logits[row].float()
+            after = shape(logits[row], seq, more) if shaped else logits[row].float()
             own = after.numpy(force=True)
             ids[row] = draw(own, row_params(seq, seq.num_known + more))
             shaped_rows[row] = after
@@ -69,18 +69,19 @@ def _token(logits: Tensor, shaped: Tensor, token: int, seq: Sequence) -> Token:
 
 def shapes(seq: Sequence, generated: int) -> bool:
     """Return whether a token is not drawn from the model's logits, after so many others of the answer."""
+    return seq.grammar is not None or looks_back(seq, generated)
+
+
+def looks_back(seq: Sequence, generated: int) -> bool:
+    """Return whether more than a grammar shapes it: what may need to know all tokens before."""
     params = seq.sampling
-    return bool(
-        seq.grammar is not None
-        or params.logit_bias
-        or params.penalizes
-        or params.restricts
-        or generated < params.min_tokens
-    )
+    return bool(params.logit_bias or params.penalizes or params.restricts or generated < params.min_tokens)
 
 
-def shape(logits: Tensor, seq: Sequence) -> Tensor:
+def shape(logits: Tensor, seq: Sequence, ahead: int = 0) -> Tensor:
     """Return the logits [vocab], in float32, that the next token of a sequence is drawn from.
+
+    With ahead, the token is the one behind so many drafted ones, at which nothing but a grammar looks.
 
     First the penalties (repetition as Hugging Face and vLLM define it, then OpenAI's two), then the bias, then
     what may not come: what grammar and request do not allow, which can be all, and stop tokens before
@@ -93,7 +94,7 @@ def shape(logits: Tensor, seq: Sequence) -> Tensor:
     if len(history.bias):
         logits[history.bias_tokens.to(logits.device)] += history.bias.to(logits.device)
     if seq.grammar is not None or seq.sampling.restricts:
-        mask = torch.from_numpy(_forbidden(seq, len(logits))).to(logits.device)
+        mask = torch.from_numpy(_forbidden(seq, len(logits), ahead)).to(logits.device)
         logits.masked_fill_(mask, -torch.inf)
     if seq.num_known < seq.sampling.min_tokens:
         stops = torch.tensor(sorted(seq.sampling.stop_token_ids), dtype=torch.int64, device=logits.device)
@@ -103,10 +104,10 @@ def shape(logits: Tensor, seq: Sequence) -> Tensor:
     return logits
 
 
-def _forbidden(seq: Sequence, vocab: int) -> npt.NDArray[np.bool_]:
+def _forbidden(seq: Sequence, vocab: int, ahead: int) -> npt.NDArray[np.bool_]:
     """Return which tokens [vocab] may not come."""
     allowed = np.ones(vocab, np.bool_)
-    for mask in (None if seq.grammar is None else seq.grammar.mask(), seq.sampling.allowed_token_ids):
+    for mask in (None if seq.grammar is None else seq.grammar.mask(ahead), seq.sampling.allowed_token_ids):
         if mask is not None:
             allowed &= unpacked(mask, vocab)
     for length, words in seq.sampling.bad_words.items():

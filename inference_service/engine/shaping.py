@@ -58,7 +58,9 @@ class Shaped:
     seq: Sequence
     place: Place
     generated: int
-    """Tokens of the answer before."""
+    """Tokens of the answer before, drafted ones too."""
+    ahead: int = 0
+    """Of those, the drafted ones."""
 
 
 class Shaper:
@@ -72,11 +74,18 @@ class Shaper:
         self.state = ShapingState(max_seqs, vocab, device)
         self._places: WeakKeyDictionary[Sequence, Place] = WeakKeyDictionary()
 
-    def rows(self, seqs: Seq[Sequence]) -> list[Shaped]:
-        """Return the rows of a step, of which seqs are, that are to be drawn here."""
+    def rows(self, seqs: Seq[Sequence], ahead: Seq[int] | None = None) -> list[Shaped]:
+        """Return the rows of a step, of which seqs are, that are to be drawn here.
+
+        Of a sequence with a draft there are several, each with how many of its tokens stand ahead.
+        """
         found = [(row, seq) for row, seq in enumerate(seqs) if shapes(seq, seq.num_generated)]
         here = {seq for _, seq in found}
-        return [Shaped(row, seq, self._place(seq, here), seq.num_generated) for row, seq in found]
+        more = ahead or [0] * len(seqs)
+        return [
+            Shaped(row, seq, self._place(seq, here), seq.num_generated + more[row], more[row])
+            for row, seq in found
+        ]
 
     def draw(self, logits: Tensor, ids: Tensor, rows: Seq[Shaped]) -> dict[int, Tensor]:
         """Draw the tokens ids of rows of logits [N, vocab], which stay as they are.
@@ -177,7 +186,7 @@ def _shaped(row: Shaped) -> ShapedRow:
         params.presence_penalty,
         params.frequency_penalty,
         place.restricted,
-        None if seq.grammar is None else seq.grammar.mask(),
+        None if seq.grammar is None else seq.grammar.mask(row.ahead),
         np.concatenate(edits),
         place.stops if row.generated < params.min_tokens else NOTHING,
     )

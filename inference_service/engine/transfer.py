@@ -30,14 +30,22 @@ def to_host(tensor: Tensor) -> Tensor:
 class Reading:
     """The tokens of a step on their way to the host: ids [>= N], drawn from logits [N, vocab] for N sequences.
 
+    Of a sequence with a draft there are several rows, and ahead says how many of its tokens stand before each.
     Where a request shapes its logits, its token is drawn here, behind the step. A grammar must have seen the
     tokens before, so where one of them is in flight, that draw and all copies are put off to ``finish``; until
     then logits and ids must stay as they are.
     """
 
-    def __init__(self, logits: Tensor, ids: Tensor, seqs: Seq[Sequence], shaper: Shaper) -> None:
+    def __init__(
+        self,
+        logits: Tensor,
+        ids: Tensor,
+        seqs: Seq[Sequence],
+        shaper: Shaper,
+        ahead: Seq[int] | None = None,
+    ) -> None:
         self._logits, self._ids, self._seqs, self._shaper = logits, ids, seqs, shaper
-        rows = shaper.rows(seqs)
+        rows = shaper.rows(seqs, ahead)
         self._shaped = bool(rows)
         now: list[Shaped] = []
         self._late: list[Shaped] = []

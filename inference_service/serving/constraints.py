@@ -174,38 +174,86 @@ class _Matcher:
     """A `Grammar`: a token of ends may come where the text may stop, and no other special token ever."""
 
     def __init__(self, matcher: Any, eos: int, ends: frozenset[int]) -> None:
-        self.complete = False
-        self.failure = ""
         self._matcher = matcher
         self._eos = eos
         self._ends = ends
-        self._mask: bytes | None = None
+        self._looks: list[_Look] = []
+        """Of what may come next, then behind each token that is drafted; none until somebody asks."""
+        self._drafted: Sequence[int] = ()
 
-    def mask(self) -> bytes:
-        """Return the tokens that may come next."""
-        if self._mask is None:
-            self._mask = self._look()
-        return self._mask
+    @property
+    def complete(self) -> bool:
+        """Whether it is a whole text that nothing may follow, as far as was looked."""
+        return bool(self._looks) and self._looks[0].complete
+
+    @property
+    def failure(self) -> str:
+        """Why it cannot be followed any further, as far as was looked."""
+        return self._looks[0].failure if self._looks else ""
+
+    def mask(self, ahead: int = 0) -> bytes:
+        """Return the tokens that may come next, or behind so many drafted ones."""
+        return self._first.mask if not ahead else self._looks[ahead].mask
+
+    def forced(self) -> list[int]:
+        """Return the tokens that must come next."""
+        return [] if self.failure or self.complete else list(self._matcher.compute_ff_tokens())
+
+    def draft(self, tokens: Sequence[int]) -> int:
+        """Return how many of these tokens may come with others behind them."""
+        self._looks = [self._first]
+        for token in tokens:
+            may_come = self._looks[-1].mask[token // 8] >> token % 8 & 1
+            if token in self._ends or not may_come or not self._matcher.consume_token(token):
+                break
+            look = self._look()
+            self._looks.append(look)
+            if look.complete or look.failure:  # the token itself may come, but none is to be drawn behind it
+                break
+        taken = len(self._looks) - 1
+        if taken:
+            self._matcher.rollback(taken)
+            if self._looks[-1].complete or self._looks[-1].failure:
+                self._looks.pop()
+        self._drafted = tokens[: len(self._looks) - 1]
+        return len(self._drafted)
 
     def accept(self, token: int) -> None:
         """Take the token that was chosen."""
         if token in self._ends or self.failure:
             return
         self._matcher.consume_token(token)
-        self._mask = self._look()
+        if self._drafted and self._drafted[0] == token:
+            self._looks, self._drafted = self._looks[1:], self._drafted[1:]
+        else:
+            self._looks, self._drafted = [self._look()], ()
 
-    def _look(self) -> bytes:
-        """Return the mask; note whether the text is complete, or cannot be continued by any token."""
-        self.failure = self._matcher.get_error()
-        may_stop = not self.failure and self._matcher.is_accepting()
+    @property
+    def _first(self) -> _Look:
+        if not self._looks:
+            self._looks = [self._look()]
+        return self._looks[0]
+
+    def _look(self) -> _Look:
+        """Look at what may come next, and whether the text is complete, or cannot be continued by any token."""
+        failure = self._matcher.get_error()
+        may_stop = not failure and self._matcher.is_accepting()
         mask = bytearray(self._matcher.compute_bitmask())
         for token in (self._eos, *self._ends):
             mask[token // 8] &= ~(1 << token % 8)
         stuck = not np.frombuffer(mask, np.uint8).any()
-        self.complete = may_stop and stuck
-        if stuck and not may_stop and not self.failure:
-            self.failure = "no token of this model continues the text"
+        if stuck and not may_stop and not failure:
+            failure = "no token of this model continues the text"
         if may_stop:
             for token in self._ends:
                 mask[token // 8] |= 1 << token % 8
-        return bytes(mask)
+        return _Look(bytes(mask), may_stop and stuck, failure)
+
+
+@dataclass(frozen=True, slots=True)
+class _Look:
+    """What a grammar says at one place of an answer; see `Grammar`."""
+
+    mask: bytes
+    complete: bool
+    failure: str

@@ -19,6 +19,7 @@ from inference_service.serving.service import Delta, Finished, Request
 from inference_service.startup.load import Ready
 from loramux_shared.faults import RequestInvalid
 from loramux_shared.storage.memory import MemoryStore
+from tests.support.grammars import mask_of
 from tests.support.tiny import World
 
 PROMPT = [5, 6, 7, 8]
@@ -162,6 +163,61 @@ async def test_a_preempted_answer_goes_on_where_it_was(world: tuple[World, Memor
         await ready.engine.stop()
     assert preempted
     assert found[0] == found[1]
+
+
+async def test_drafts_change_no_constrained_answer(world: tuple[World, MemoryStore]) -> None:
+    """Drafted is what a grammar leaves no choice about, and what was said before; no answer changes."""
+    again = {"max_tokens": 90, "temperature": 0.0}
+    found, accepted = [], []
+    for tokens in (0, 8):
+        ready = world[0].load(world[1], stream_interval_ms=0, speculative_tokens=tokens)
+        ready.engine.start()
+        said, count = [], []
+        for model in ("base", "all"):
+            for kind, text, fields in (
+                ("json_schema", json.dumps(POINT), {"seed": 1, **DRAWN, "logit_bias": {}}),
+                ("regex", "([a-c]{2}(say it again|stop)){9}", {**again, "n": 2}),
+                ("regex", "(abc|abd){30}", again),
+                ("lark", "start: A+\nA: /[x-z]/", {"seed": 2, "temperature": 1.0, "max_tokens": 60}),
+            ):
+                before = ready.engine.stats.tokens_accepted
+                said.append(await ask(ready, kind, text, model=model, **fields))
+                count.append(ready.engine.stats.tokens_accepted - before)
+        await ready.engine.stop()
+        found.append(said)
+        accepted.append(count)
+    assert found[0] == found[1]
+    assert not any(accepted[0])
+    assert min(accepted[1][at] for at in (1, 2, 5, 6)) > 20, accepted[1]
+
+
+async def test_masks_along_a_draft_are_those_that_it_leads_to(world: tuple[World, MemoryStore]) -> None:
+    """Behind each token of a draft, and behind those that come; a draft ends where a text may not go on."""
+    text = world[0].load(world[1]).service.text
+    constraints = Constraints(frozenset({2}))
+    compiled = await constraints.compile(Constraint("regex", "ab(c|de)f?"), text)
+    a, b, c, d, e, f = (3 + ord(letter) - 32 for letter in "abcdef")
+    grammar, other = compiled.begin(frozenset({2})), compiled.begin(frozenset({2}))
+    assert grammar.forced() == [a, b]
+    for drafted, taken in (
+        ([a, b, d, c], 3),
+        ([b], 0),
+        ([a, 2], 1),
+        ([], 0),
+        ([a, b, c, f], 3),
+        ([a, b, d, e], 4),
+    ):
+        assert grammar.draft(drafted) == taken
+    for ahead, token in enumerate([a, b, d]):
+        assert grammar.mask(ahead) == other.mask()
+        other.accept(token)
+    for token in (a, b, c):  # the last is another than the draft's
+        grammar.accept(token)
+        assert not grammar.complete
+    assert grammar.draft([f]) == 0  # nothing is drawn behind it
+    assert grammar.mask() == mask_of({f, 2}).ljust(len(grammar.mask()), b"\0")
+    grammar.accept(f)
+    assert (grammar.complete, grammar.failure) == (True, "")
 
 
 async def test_masks_outlive_a_preemption(world: tuple[World, MemoryStore]) -> None:

@@ -40,6 +40,7 @@ from loramux_shared.bundle.deployments import current_generation
 from loramux_shared.bundle.reader import read_bundle
 from loramux_shared.pooling import Pooling
 from loramux_shared.storage.memory import MemoryStore
+from tests.support.grammars import Scripted
 from tests.support.launches import per_layer, per_step
 from tests.support.pooled import run_pooled
 from tests.support.tiny import VOCAB, World, make_world, run_engine
@@ -169,22 +170,9 @@ def test_vectors_are_read_from_recorded_steps(
 Asked = tuple[str, list[int], SamplingParams]
 
 
-class Walk:
-    """A grammar where each token says which may follow."""
-
-    complete = False
-    failure = ""
-
-    def __init__(self) -> None:
-        self._last = 0
-
-    def mask(self) -> bytes:
-        """The multiples of 7, moved by the last token."""
-        return sum(1 << token for token in range(self._last % 7, VOCAB, 7)).to_bytes(VOCAB // 8 + 1, "little")
-
-    def accept(self, token: int) -> None:
-        """It is the last."""
-        self._last = 3 * token + 1
+def walk() -> Scripted:
+    """A grammar where each token says which may follow: the multiples of 7, moved by it."""
+    return Scripted(lambda before: range((3 * before[-1] + 1) % 7 if before else 0, VOCAB, 7))
 
 
 def _run(ready: Ready, requests: Sequence[Asked], walking: Collection[int] = ()) -> list[list[Token]]:
@@ -193,7 +181,7 @@ def _run(ready: Ready, requests: Sequence[Asked], walking: Collection[int] = ())
     tokens: dict[str, list[Token]] = {}
     for number, (name, prompt, sampling) in enumerate(requests):
         adapter = ready.service.catalog.get(name).adapter
-        grammar = Walk() if number in walking else None
+        grammar = walk() if number in walking else None
         engine.add(EngineSequence(str(number), list(prompt), sampling, adapter, grammar=grammar))
         tokens[str(number)] = []
     while not engine.idle:
@@ -399,22 +387,27 @@ def test_drafts_are_verified_row_by_row(
     recorder: CountingRecorder,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Tokens that are drawn behind a draft's are those that a step each would have given, sampled ones too."""
-    requests, drawn = [REQUESTS[0], REQUESTS[1]], {"temperature": 1.0, "seed": 3}
-    expected = run_engine(world[0].load(world[1], backend="torch", native=False), requests, 8, **drawn)
-    known = {tuple(prompt): answer for (_, prompt), answer in zip(requests, expected, strict=True)}
+    """Tokens that are drawn behind a draft's are those that a step each would have given, sampled ones too, and
+    those of a grammar."""
+    lengths = {"base": 8, "wide": 8, "rs": 14}
+    asked = [
+        (name, prompt, SamplingParams(max_tokens=lengths[name], temperature=1.0, seed=3))
+        for name, prompt in zip(lengths, (prompt for _, prompt in REQUESTS), strict=False)
+    ]
+    plain = world[0].load(world[1], backend="torch", native=False)
+    expected = [[token.id for token in tokens] for tokens in _run(plain, asked, walking=[2])]
+    known = {tuple(prompt): answer for (_, prompt, _), answer in zip(asked, expected, strict=True)}
 
-    def draft(lookup: Lookup, seq: EngineSequence, most: int) -> list[int]:
-        found(lookup, seq, most)  # what it learns is about this sequence
+    def look_up(lookup: Lookup, seq: EngineSequence, said: Any, most: int) -> list[int]:
         right = known[tuple(seq.tokens[: seq.num_prompt])][seq.num_known :][:most]
         return [*right[:-1], (right[-1] + 1) % VOCAB] if seq.num_known % 2 else right
 
-    found = Lookup.draft
-    monkeypatch.setattr(Lookup, "draft", draft)
+    monkeypatch.setattr(Lookup, "_look_up", look_up)
     limits = replace(LIMITS, speculative_tokens=3)
     runner = _runner(ready, recorder, limits)
     runner.depth = 0
     ready.engine._engine = Engine(runner, limits, BlockManager(BLOCKS, BLOCK), AlwaysResident())
-    assert run_engine(ready, requests, 8, **drawn) == expected
+    found = [[token.id for token in tokens] for tokens in _run(ready, asked, walking=[2])]
+    assert found == expected
     stats = ready.engine.stats
     assert stats.tokens_drafted > stats.tokens_accepted > 3

@@ -25,6 +25,7 @@ from inference_service.kernels.sampling import ShapingTables, pack_shapes, plan_
 from inference_service.kernels.sampling.shaping import PIECE, ShapedRow, ShapingState
 from loramux_shared.bases.memory import shaping_bytes
 from tests.support.examples import examples
+from tests.support.grammars import Scripted, mask_of
 
 VOCAB = 2100
 """Two tiles, and no whole words of a mask."""
@@ -33,27 +34,9 @@ FEW = 6
 """Tokens that answers are made of, so that all that looks back finds something."""
 
 
-class Allow:
-    """A grammar that allows some tokens, and others after each token."""
-
-    complete = False
-    failure = ""
-
-    def __init__(self, tokens: Sequence[int]) -> None:
-        self._tokens = tokens
-
-    def mask(self) -> bytes:
-        """The tokens."""
-        return mask_of(self._tokens)
-
-    def accept(self, token: int) -> None:
-        """Those that may come are shifted by the token."""
-        self._tokens = [(each + token + 1) % VOCAB for each in self._tokens]
-
-
-def mask_of(tokens: Sequence[int]) -> bytes:
-    """Tokens as a mask, which is no longer than it must be."""
-    return sum(1 << token for token in set(tokens)).to_bytes(max(tokens, default=0) // 8 + 1, "little")
+def shifting(tokens: Sequence[int]) -> Scripted:
+    """A grammar that allows some tokens, shifted by each that came."""
+    return Scripted(lambda before: [(each + sum(before) + len(before)) % VOCAB for each in tokens])
 
 
 def words_of(words: Sequence[Sequence[int]]) -> dict[int, dict[tuple[int, ...], tuple[int, ...]]]:
@@ -102,7 +85,7 @@ TRIED: dict[str, Any] = {
 def seq_of(request: dict[str, Any]) -> EngineSequence:
     """A sequence with its answer so far."""
     seq = EngineSequence("s", list(request["prompt"]), SamplingParams(**request["sampling"]))
-    seq.grammar = None if request["grammar"] is None else Allow(request["grammar"])
+    seq.grammar = None if request["grammar"] is None else shifting(request["grammar"])
     seq.tokens += request["answer"]
     return seq
 

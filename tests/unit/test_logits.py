@@ -13,6 +13,7 @@ from transformers import MinPLogitsWarper, RepetitionPenaltyLogitsProcessor
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Sequence
 from inference_service.engine.sampler import sample, shape, shapes
+from tests.support.grammars import mask_of, only
 
 VOCAB = 50
 
@@ -27,24 +28,6 @@ def seq(tokens: list[int], answer: list[int] | None = None, **sampling: Any) -> 
 def logits(seed: int, rows: int = 1) -> torch.Tensor:
     """Random logits [rows, vocab]."""
     return torch.randn(rows, VOCAB, generator=torch.Generator().manual_seed(seed)) * 3
-
-
-class Allow:
-    """A grammar of some tokens."""
-
-    complete = False
-    failure = ""
-
-    def __init__(self, *tokens: int) -> None:
-        self._tokens = tokens
-
-    def mask(self) -> bytes:
-        """The tokens."""
-        bits = sum(1 << token for token in self._tokens)
-        return bits.to_bytes(8, "little")
-
-    def accept(self, token: int) -> None:
-        """Nothing changes."""
 
 
 @settings(deadline=None, max_examples=50)
@@ -89,22 +72,17 @@ def test_stop_tokens_come_only_after_min_tokens() -> None:
 def test_a_grammar_comes_before_min_tokens() -> None:
     """Where the grammar leaves stop tokens alone, one of them is drawn however short the answer is."""
     made = seq([1], min_tokens=5, stop_token_ids=frozenset([9]))
-    made.grammar = Allow(9)
+    made.grammar = only(9)
     assert sample(logits(4), [made])[0].id == 9
-    made.grammar = Allow(9, 11)
+    made.grammar = only(9, 11)
     assert sample(logits(4), [made])[0].id == 11
-
-
-def mask(*tokens: int) -> bytes:
-    """These tokens, as a grammar says them."""
-    return Allow(*tokens).mask()
 
 
 def test_only_what_is_allowed_may_come() -> None:
     """Every draw is among the allowed tokens, of which a bad word takes one, and the grammar others."""
-    made = seq([1], allowed_token_ids=mask(3, 4, 5, 9), bad_words={0: {(): (4,)}}, temperature=50.0)
+    made = seq([1], allowed_token_ids=mask_of([3, 4, 5, 9]), bad_words={0: {(): (4,)}}, temperature=50.0)
     assert torch.isfinite(shape(logits(3)[0], made)).nonzero().flatten().tolist() == [3, 5, 9]
-    made.grammar = Allow(5, 9, 12)
+    made.grammar = only(5, 9, 12)
     assert torch.isfinite(shape(logits(3)[0], made)).nonzero().flatten().tolist() == [5, 9]
 
 
@@ -127,8 +105,8 @@ def test_bad_words_are_vllms(words: list[list[int]], answer: list[int]) -> None:
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_draw_from_nothing_says_so(temperature: float) -> None:
     """Masks that leave nothing together make no NaN; the token is marked as none, and its neighbour is not."""
-    made = seq([1], allowed_token_ids=mask(3), bad_words={0: {(): (3,)}}, temperature=temperature)
-    other = seq([1], allowed_token_ids=mask(3), temperature=temperature)
+    made = seq([1], allowed_token_ids=mask_of([3]), bad_words={0: {(): (3,)}}, temperature=temperature)
+    other = seq([1], allowed_token_ids=mask_of([3]), temperature=temperature)
     drawn = sample(logits(3, rows=2), [made, other])
     assert [token.impossible for token in drawn] == [True, False]
     assert drawn[1].id == 3
@@ -152,7 +130,7 @@ def test_hopeless_logits_still_give_a_token(kind: str, temperature: float) -> No
     model = torch.full((1, VOCAB), -torch.inf) if kind == "infinite" else logits(5)
     bias = dict.fromkeys(range(VOCAB), -100.0) if kind == "bias" else {}
     made = seq([1], temperature=temperature, logit_bias=bias, top_p=0.5, top_k=3, min_p=0.1)
-    made.grammar = Allow() if kind == "nothing allowed" else None
+    made.grammar = only() if kind == "nothing allowed" else None
     assert 0 <= sample(model, [made])[0].id < VOCAB
 
 

@@ -1,0 +1,50 @@
+"""Grammars of tests: what may come next is said by the tokens before."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+
+
+class Scripted:
+    """A grammar that never ends."""
+
+    complete = False
+    failure = ""
+
+    def __init__(self, allowed: Callable[[Sequence[int]], Collection[int]]) -> None:
+        """Take what may come behind some tokens of an answer."""
+        self._allowed = allowed
+        self._tokens: list[int] = []
+        self._drafted: list[int] = []
+
+    def mask(self, ahead: int = 0) -> bytes:
+        """What may come, as a mask that is no longer than it must be."""
+        return mask_of(self._allowed([*self._tokens, *self._drafted[:ahead]]))
+
+    def forced(self) -> list[int]:
+        """Nothing is known of that."""
+        return []
+
+    def draft(self, tokens: Sequence[int]) -> int:
+        """Those up to the first that may not come."""
+        self._drafted = []
+        for token in tokens:
+            if token not in self._allowed([*self._tokens, *self._drafted]):
+                break
+            self._drafted.append(token)
+        return len(self._drafted)
+
+    def accept(self, token: int) -> None:
+        """It is the last."""
+        self._tokens.append(token)
+        self._drafted = []
+
+
+def only(*tokens: int) -> Scripted:
+    """Return the grammar of these tokens."""
+    return Scripted(lambda _: tokens)
+
+
+def mask_of(tokens: Collection[int]) -> bytes:
+    """Return tokens as a mask."""
+    return sum(1 << token for token in set(tokens)).to_bytes(max(tokens, default=0) // 8 + 1, "little")
