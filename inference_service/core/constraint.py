@@ -21,8 +21,10 @@ class Constraint:
     """The schema, expression or grammar; empty for ``json_object``. A ``gbnf`` may as well be in Lark."""
     where: str = field(default="response_format", compare=False)
     """The field that asks for it, by which it is refused."""
-    before: str = ""
-    """What comes before such a text: Lark, whose rule is ``before``."""
+    around: str = ""
+    """What stands around such a text, or in its place: Lark, in which the text is ``@answer``."""
+    optional: bool = field(default=False, compare=False)
+    """Whether an answer goes on without it where it cannot be followed."""
 
 
 class Grammar(Protocol):

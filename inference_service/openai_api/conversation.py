@@ -110,11 +110,15 @@ class Conversation:
             if grammar is None:
                 self._dialect = replace(self._dialect, tool=ToolParser.LLAMA3_JSON)  # which has no marks
             return partial(demand.calls, tools, grammar)
-        if self.request.constraint is not None:
-            return partial(demand.behind_reasoning, self.request.constraint)
-        if any(tool.function.strict for tool in self._tools):
-            return partial(demand.free, [_asked(tool, free=not tool.function.strict) for tool in self._tools])
-        return None
+        strict = [tool.function.name for tool in self._tools if tool.function.strict]
+        tools = [_asked(tool, free=not tool.function.strict) for tool in self._tools]
+        wanted = self.request.constraint
+        if tools:
+            if wanted is not None:
+                return partial(demand.calls_or, wanted, tools, not self._one_call)
+            restricted = self.request.allowed_token_ids is not None or self._body.bad_words
+            return partial(demand.free, tools, strict) if strict or not restricted else None
+        return None if wanted is None else partial(demand.behind_reasoning, wanted)
 
     def _opened(self, started: Started) -> Thinking | None:
         """Return the reasoning that the answers go on with, if they do."""

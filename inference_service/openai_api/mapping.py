@@ -52,7 +52,7 @@ def chat_request(body: ChatBody, headers: Mapping[str, str] = NO_HEADERS) -> Req
         prompt=messages_of(body.messages),
         max_tokens=_limit(body),
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-        constraint=_constraint(body, tools),
+        constraint=_constraint(body),
         chat_template_kwargs=_variables(body),
         tools=tuple(tool.model_dump(exclude_none=True) for tool in tools),
     )
@@ -177,19 +177,14 @@ def is_forced(body: ChatBody) -> bool:
     return choice == "required" or isinstance(choice, NamedTool) or getattr(choice, "mode", "") == "required"
 
 
-def _constraint(body: ChatBody, tools: Sequence[Tool]) -> Constraint | None:
+def _constraint(body: ChatBody) -> Constraint | None:
     wanted, structure = _format(body.response_format), _structure(body.structured_outputs)
     if wanted and structure:
         raise refused("structured_outputs", "none beside a response_format", "both")
-    wanted = wanted or structure
     if is_forced(body):
         demanded_tools(body)
         return None  # it is made when the model is known
-    if wanted and tools:
-        raise refused(
-            wanted.where, 'text, or tool_choice "none": an answer is constrained or may call tools', ""
-        )
-    return wanted
+    return wanted or structure
 
 
 def _format(response_format: ResponseFormat | None) -> Constraint | None:

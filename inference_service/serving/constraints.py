@@ -41,9 +41,12 @@ class Compiled:
     eos: int
     """The token that the library allows where the text may stop."""
 
-    def begin(self, ends: frozenset[int]) -> Grammar:
-        """Return the grammar of a new answer; a token of ends may come where its text may stop."""
-        return _Matcher(self.start.deep_copy(), self.eos, ends)
+    def begin(self, ends: frozenset[int], *, optional: bool = False) -> Grammar:
+        """Return the grammar of a new answer; a token of ends may come where its text may stop.
+
+        One that is optional allows everything from where it cannot follow the answer any further.
+        """
+        return _Matcher(self.start.deep_copy(), self.eos, ends, optional)
 
 
 class Constraints:
@@ -105,8 +108,8 @@ def _refused(constraint: Constraint, reason: str, fix: str = "Correct it.") -> R
 
 def _question(constraint: Constraint) -> Mapping[str, str]:
     """Return what the trial is asked: a grammar, or one that it has to translate or to put together first."""
-    before = {"before": constraint.before} if constraint.before else {}
-    return {**_language(constraint), **before}
+    around = {"around": constraint.around} if constraint.around else {}
+    return {**_language(constraint), **around}
 
 
 def _language(constraint: Constraint) -> Mapping[str, str]:
@@ -173,7 +176,8 @@ class _Tokens:
 class _Matcher:
     """A `Grammar`: a token of ends may come where the text may stop, and no other special token ever."""
 
-    def __init__(self, matcher: Any, eos: int, ends: frozenset[int]) -> None:
+    def __init__(self, matcher: Any, eos: int, ends: frozenset[int], optional: bool) -> None:
+        self._optional = optional
         self._matcher = matcher
         self._eos = eos
         self._ends = ends
@@ -197,7 +201,8 @@ class _Matcher:
 
     def forced(self) -> list[int]:
         """Return the tokens that must come next."""
-        return [] if self.failure or self.complete else list(self._matcher.compute_ff_tokens())
+        may_go_on = not (self._first.failure or self._first.complete or self._matcher.is_error())
+        return list(self._matcher.compute_ff_tokens()) if may_go_on else []
 
     def draft(self, tokens: Sequence[int]) -> int:
         """Return how many of these tokens may come with others behind them."""
@@ -239,6 +244,8 @@ class _Matcher:
         failure = self._matcher.get_error()
         may_stop = not failure and self._matcher.is_accepting()
         mask = bytearray(self._matcher.compute_bitmask())
+        if failure and self._optional:
+            return _Look(b"\xff" * len(mask), False, "")
         for token in (self._eos, *self._ends):
             mask[token // 8] &= ~(1 << token % 8)
         stuck = not np.frombuffer(mask, np.uint8).any()

@@ -150,9 +150,8 @@ class GenerationService:
                 defaults = await self.naming.defaults(model)
                 tokens = await self._tokens(request, defaults, self.limits.max_seq_len)
                 if request.constraint_for is not None:
-                    constraint = request.constraint_for(self._text(defaults).end_of(tokens))
-                    check_constraint(constraint)
-                    request = replace(request, constraint=constraint)
+                    made = request.constraint_for(self._text(defaults).end_of(tokens))
+                    request = replace(request, constraint=made)
                 answers = await self._answers(request, model, tokens, defaults, ticket)
                 seqs = [answer.seq for answer in answers.values()]
                 follower.submitted(seqs)
@@ -320,11 +319,18 @@ class GenerationService:
 
     async def _grammars(self, request: Request, defaults: AdapterDefaults) -> list[Grammar | None]:
         """Return a grammar for each answer, or None for each."""
-        if request.constraint is None:
+        constraint = request.constraint
+        try:
+            check_constraint(constraint)
+            if constraint is None:
+                return [None] * request.n
+            compiled = await self._constraints.compile(constraint, self._text(defaults))
+        except RequestInvalid:
+            if constraint is None or not constraint.optional:
+                raise
             return [None] * request.n
         ends = self._ends_of_text(request, defaults)
-        compiled = await self._constraints.compile(request.constraint, self._text(defaults))
-        return [compiled.begin(ends) for _ in range(request.n)]
+        return [compiled.begin(ends, optional=constraint.optional) for _ in range(request.n)]
 
     def _allowed(self, request: Request, defaults: AdapterDefaults) -> bytes | None:
         """Return the mask of the tokens that a request allows; the end of a text is left to its constraint."""

@@ -246,13 +246,26 @@ async def test_a_schema_that_cannot_be_followed_is_named(door: OpenAIDoor) -> No
             assert (caught.value.param, caught.value.code) == (param, "invalid_schema")
 
 
-async def test_tools_and_a_format_are_not_mixed(door: OpenAIDoor) -> None:
-    """An answer that may call tools cannot be held to a format, and that is said."""
-    with pytest.raises(openai.BadRequestError) as caught:
-        await door.openai.chat.completions.parse(
-            **GREEDY, tools=[pydantic_function_tool(Wait)], response_format=Verdict
-        )
-    assert caught.value.param == "response_format"
+@pytest.mark.parametrize("begin", "{<")
+async def test_an_answer_has_a_format_or_calls_a_tool(door: OpenAIDoor, begin: str) -> None:
+    """Whatever the model draws: a whole call of the tool, or else what the format says."""
+    bias = {str(3 + ord(char) - 32): value for char, value in ((begin, 8.0), ('"', 6.0), ("}", 6.0))}
+    asked: Any = {"model": "all", "messages": USER, "temperature": 1, "n": 6, "seed": 3, "logit_bias": bias}
+    answer = await door.openai.chat.completions.parse(
+        **asked,
+        max_tokens=150,
+        tools=[pydantic_function_tool(Wait)],
+        parallel_tool_calls=False,
+        response_format=Verdict,
+    )
+    for choice in answer.choices:
+        if begin == "{":
+            assert isinstance(choice.message.parsed, Verdict)
+            assert not choice.message.tool_calls
+        else:
+            [call] = choice.message.tool_calls or ()
+            assert isinstance(call.function.parsed_arguments, Wait)
+            assert not choice.message.content
 
 
 @pytest.mark.parametrize("max_tokens", [0, 1])

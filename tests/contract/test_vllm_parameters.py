@@ -365,12 +365,12 @@ async def test_structures_that_cannot_be_are_refused(
 
 
 async def test_one_structure_is_asked_for_at_a_time(door: OpenAIDoor) -> None:
-    """Beside a response format it contradicts itself, and beside tools that may be called, too."""
+    """Beside a response format it contradicts itself; beside tools an answer is of it or calls one."""
     asked = {"structured_outputs": {"regex": "a"}}
     fields: dict[str, Any] = {"response_format": {"type": "json_object"}}
     assert await refusal(door, CHAT, **asked, **fields) == ("structured_outputs", "invalid_value")
-    fields = {"tools": [{"type": "function", "function": {"name": "f"}}]}
-    assert await refusal(door, CHAT, **asked, **fields) == ("structured_outputs", "invalid_value")
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    assert await texts(door, CHAT, **asked, tools=tools, logit_bias={"68": 100}) == ["a"]
     assert await texts(door, CHAT, **asked, response_format={"type": "text"}) == ["a"]
 
 

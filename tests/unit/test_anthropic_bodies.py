@@ -118,8 +118,6 @@ def _refused(**fields: Any) -> Fault:
         ({"tool_choice": {"type": "any"}}, "tool_choice"),
         ({"tools": [TOOL], "tool_choice": {"type": "tool", "name": "leap"}}, "tool_choice"),
         ({"thinking": {"type": "between_tools"}}, "thinking.type"),
-        ({"output_config": {"format": SCHEMA}, "tools": [TOOL]}, "output_config.format"),
-        ({"output_format": SCHEMA, "tools": [TOOL]}, "output_format"),
         ({"output_format": SCHEMA, "output_config": {"format": SCHEMA | {"schema": {}}}}, "output_format"),
         ({"output_format": SCHEMA, "messages": [USER, {"role": "assistant", "content": "{"}]}, "messages[1]"),
         ({"context_management": {"edits": [{"type": "compact_20260112"}]}}, "context_management.edits[0]"),
@@ -229,11 +227,12 @@ def test_examples_of_inputs_are_told_with_the_description() -> None:
 
 @pytest.mark.parametrize("where", ["output_format", "output_config"])
 def test_a_schema_constrains_the_answer(where: str) -> None:
-    """Under its old name and its new one, also beside tools that may not be called."""
+    """Under its old name and its new one, beside tools too."""
     fields = {where: SCHEMA if where == "output_format" else {"format": SCHEMA}}
-    request = chat_request(_chat(tools=[TOOL], tool_choice={"type": "none"}, **fields).body)
-    assert request.constraint is not None
-    assert (request.constraint.kind, request.constraint.text) == ("json_schema", '{"type": "object"}')
+    for choice in ({}, {"tool_choice": {"type": "none"}}):
+        request = chat_request(_chat(tools=[TOOL], **choice, **fields).body)
+        assert request.constraint is not None
+        assert (request.constraint.kind, request.constraint.text) == ("json_schema", '{"type": "object"}')
 
 
 def test_null_is_not_set() -> None:

@@ -53,7 +53,7 @@ class Speaks(Scripted):
         tokens = await self.text.encode_messages(turns, 9999, None, (), request.chat_template_kwargs)
         if request.constraint_for is not None:
             made = request.constraint_for(self.text.end_of(tokens))
-            self.constraint = f"{made.before}{made.text}" if made else ""
+            self.constraint = f"{made.around}{made.text}" if made else ""
         yield Started(request.id, model, 7, len(tokens), self.text, tuple(tokens))
         [says] = self._case.answers
         for part in (says[:20], says[20:]):
@@ -126,9 +126,17 @@ async def test_one_call_is_one_call(tmp_path: Path) -> None:
             {"tool_choice": FIND | {"function": {"name": "find"}}},
             'start:  "<tool_call>" call\n',
         ),
-        ("Qwen 2.5", "Hi.", {}, ""),
+        ("Qwen 2.5", "Hi.", {}, "until"),
+        ("Qwen 2.5", "Hi.", {"bad_words": ["x"]}, ""),
+        ("Llama 3", "Hi.", {}, ""),
+        ("Qwen 2.5", CALL, {"response_format": {"type": "json_object"}}, "@answer |"),
         ("Qwen 2.5", CALL, {"tools": [FIND | {"function": {"name": "find", "strict": True}}]}, "until"),
-        ("Gemma 4", "{}", {"tools": None, "response_format": {"type": "json_object"}}, "before: thinks?"),
+        (
+            "Gemma 4",
+            "{}",
+            {"tools": None, "response_format": {"type": "json_object"}},
+            "start: thinks? @answer",
+        ),
     ],
 )
 async def test_what_is_demanded_is_demanded_in_the_dialect(

@@ -19,7 +19,7 @@ from inference_service.openai_api.dialects.table import Dialect
 from inference_service.serving.chat_template import ChatTemplate
 from inference_service.serving.parsers import shown
 from inference_service.serving.sandbox import grammars as sandbox
-from inference_service.serving.sandbox.grammars import LIMITS, behind
+from inference_service.serving.sandbox.grammars import LIMITS, put_into
 from inference_service.serving.text import Text
 from loramux_shared.faults import RequestInvalid
 from loramux_shared.parsers import Parsers, ReasoningParser, ToolParser
@@ -47,6 +47,8 @@ CALLS: list[dict[str, Any]] = [
     {"id": "call_1", "type": "function", "function": {"name": "find", "arguments": ARGUMENTS}},
     {"id": "call_2", "type": "function", "function": {"name": "news", "arguments": {}}},
 ]
+
+SCHEMA = Constraint("json_schema", '{"type": "object", "properties": {"a": {"const": 1}}, "required": ["a"]}')
 
 
 class Bytes:
@@ -80,8 +82,8 @@ def accepts(constraint: Constraint | None, text: str, vocabulary: Bytes) -> bool
     grammar = constraint.text
     if constraint.kind == "json_schema":
         grammar = LLMatcher.grammar_from_json_schema(grammar)
-    if constraint.before:
-        grammar = behind(constraint.before, grammar)
+    if constraint.around:
+        grammar = put_into(constraint.around, grammar)
     matcher = LLMatcher(LLTokenizer(TokenizerWrapper(vocabulary)), grammar, limits=LIMITS, log_level=0)
     assert matcher.get_error() == ""
     return all(map(matcher.consume_token, vocabulary(text))) and bool(matcher.is_accepting())
@@ -166,7 +168,10 @@ def test_what_a_form_cannot_say_is_demanded_as_json() -> None:
     assert not accepts(constraint, 'hm\n</think>\n\n{"name": "f", "arguments": {"x": "b"}}', vocabulary)
     assert not accepts(constraint, '{"name": "f", "arguments": {"x": "aa"}}', vocabulary)
     with pytest.raises(RequestInvalid, match="pattern"):
-        wanted.free(tools, "")
+        wanted.free(tools, ["f"], "")
+    assert wanted.free(tools, [], "") is None
+    with pytest.raises(RequestInvalid, match="pattern"):
+        wanted.calls_or(SCHEMA, tools, True, "")
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -181,30 +186,65 @@ async def test_a_strict_tool_is_called_rightly_or_not_at_all(name: str) -> None:
     if family.tool is T.HARMONY:
         head = "<|channel|>final<|message|>"
         answer = "<|channel|>commentary to=functions.find <|constrain|>json<|message|>" + json.dumps(ARGUMENTS)
-    free = wanted.free(ASKED, "</think>")
+    free = wanted.free(ASKED, ["find"], "</think>")
     assert accepts(free, f"{head}It <b rains.", vocabulary)
     assert accepts(free, answer, vocabulary)
     assert not accepts(free, answer.replace("find", "fine"), vocabulary)
     assert not accepts(free, answer[: len(answer) // 2], vocabulary)
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+async def test_an_answer_in_a_format_may_be_a_call_instead(name: str) -> None:
+    """A whole call of an offered tool, or what the format says, behind reasoning or not; nothing else."""
+    family = FAMILIES[name]
+    wanted, vocabulary = demand(family)
+    turn = {"role": "assistant", "content": "", "tool_calls": CALLS[:1]}
+    prompt, call = await answer_of(family, turn | {"reasoning_content": "", "reasoning": ""})
+    call = re.sub(r', "id": "\w+"', "", call)
+    call = call.removeprefix("\n") if name == "Qwen 2.5" else call
+    head = "<|channel|>final<|message|>" if family.tool is T.HARMONY else ""
+    thought = "</think>\n\n" if name == "Qwen 3.5" else ""
+    if family.tool is T.HARMONY:
+        call = "<|channel|>commentary to=functions.find <|constrain|>json<|message|>" + json.dumps(ARGUMENTS)
+    constraint = wanted.calls_or(SCHEMA, ASKED, True, prompt)
+    assert accepts(constraint, f'{thought}{head}{{"a": 1}}', vocabulary)
+    assert accepts(constraint, call, vocabulary)
+    for wrong in (f"{thought}{head}Hi", f'{thought}{head}{{"a": 2}}', call.replace("find", "fine"), call[:-1]):
+        assert not accepts(constraint, wrong, vocabulary)
+
+
+def test_calls_of_tools_that_are_not_strict_are_held_to_their_form() -> None:
+    """Where that has a mark, and models write no more than its grammar says; but it can be done without."""
+    tools = [Asked("find", {"type": "object"})]
+    held = set()
+    for name, family in FAMILIES.items():
+        wanted, vocabulary = demand(family)
+        constraint = wanted.free(tools, [], "")
+        strict = wanted.free(tools, ["find"], "")
+        assert strict is None or not strict.optional
+        if constraint is not None:
+            assert constraint.optional
+            head = "<|channel|>final<|message|>" if family.tool is T.HARMONY else ""
+            assert accepts(constraint, f"{head}It [rains]: {{}}.", vocabulary)
+            held.add(name)
+    free = {T.LLAMA3_JSON, T.PYTHONIC, T.OLMO3, T.TOOL_CODE}
+    assert held == {name for name, family in FAMILIES.items() if family.tool not in free}
+
+
 def test_reasoning_may_come_before_what_is_asked_for() -> None:
     """A format binds what is said, not what is thought, where the model thinks and the prompt lets it."""
-    schema = Constraint(
-        "json_schema", '{"type": "object", "properties": {"a": {"const": 1}}, "required": ["a"]}'
-    )
     wanted, vocabulary = demand(FAMILIES["Qwen 3"])
-    free = wanted.behind_reasoning(schema, "<|im_start|>assistant\n")
+    free = wanted.behind_reasoning(SCHEMA, "<|im_start|>assistant\n")
     assert accepts(free, '{"a": 1}', vocabulary)
     assert accepts(free, '<think>\nhm {"a"\n</think>\n\n{"a": 1}', vocabulary)
-    assert wanted.behind_reasoning(schema, "<think>\n\n</think>\n\n") == schema
+    assert wanted.behind_reasoning(SCHEMA, "<think>\n\n</think>\n\n") == SCHEMA
     wanted, vocabulary = demand(FAMILIES["gpt-oss"])
-    free = wanted.behind_reasoning(schema, "<|start|>assistant")
+    free = wanted.behind_reasoning(SCHEMA, "<|start|>assistant")
     final = '<|channel|>final<|message|>{"a": 1}'
     assert accepts(free, final, vocabulary)
     assert accepts(free, f"<|channel|>analysis<|message|>hm<|end|><|start|>assistant{final}", vocabulary)
     wanted, vocabulary = demand(FAMILIES["Qwen 2.5"])
-    assert wanted.behind_reasoning(schema, "") == schema
+    assert wanted.behind_reasoning(SCHEMA, "") == SCHEMA
 
 
 def test_a_call_of_mistral_may_have_an_id() -> None:
@@ -221,7 +261,7 @@ def test_a_trial_of_a_grammar_knows_no_tokens_by_number() -> None:
     trial = LLTokenizer(TokenizerWrapper(sandbox.Bytes()))
     assert sandbox.answer(trial, 'start: <[151657]> "a"') == {}
     assert "error" in sandbox.answer(trial, 'start: <[151657] "a"')
-    composed = sandbox.translated({"gbnf": 'start: "a"', "before": 'before: <[9999]> "x"\n'})
+    composed = sandbox.translated({"gbnf": 'start: "a"', "around": 'start: <[9999]> "x" @answer\n'})
     assert sandbox.answer(trial, composed["grammar"]) == {}
     assert "<[9999]>" in composed["grammar"]
 

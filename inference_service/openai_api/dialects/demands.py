@@ -43,44 +43,80 @@ class Demand:
         if grammar is None:
             plain = Constraint("json_schema", json.dumps(calls_schema(tools), ensure_ascii=False), WHERE)
             return self.behind_reasoning(plain, end_of_prompt)
-        spelling = self._spelling
         thought, rules = self._thought(end_of_prompt)
-        begin = spelling(grammar.begin)
-        between = f"({spelling(grammar.between)})? " if grammar.between else ""
-        more = f" ({between}{begin} call){{0,{grammar.most - 1}}}" if grammar.most > 1 else ""
-        return Constraint("lark", f"start: {thought} {begin} call{more}\n{rules}{grammar.rules}", WHERE)
+        return Constraint("lark", f"start: {thought} {self._calls(grammar)}\n{rules}{grammar.rules}", WHERE)
 
-    def free(self, tools: Sequence[Asked], end_of_prompt: str) -> Constraint | None:
+    def free(self, tools: Sequence[Asked], strict: Sequence[str], end_of_prompt: str) -> Constraint | None:
         """Return the constraint to any text, in which what begins as a call is one of these tools.
 
-        None: calls are not read.
+        None: calls are not read; or no tool is strict, and the form has no mark that a call begins with, or
+        models write more than its grammar says.
 
         Raises:
             RequestInvalid: calls in the form of the model cannot be held to the schema of a strict tool.
         """
-        form = ToolParser.HERMES if self.dialect.tool is ToolParser.AUTO else self.dialect.tool
         try:
-            grammar = call_grammar(form, tools, self._spelling, several=True)
+            grammar = call_grammar(self._form, tools, self._spelling, several=True)
         except CannotSayError as error:
-            finding = Finding(
-                code="E_CONSTRAINT",
-                where=WHERE,
-                expected=f"schemas that calls in the form {form} can be held to",
-                found=str(error),
-                fix="Leave out strict, or what the schema asks for there.",
-            )
-            raise RequestInvalid("the tools cannot be called strictly.", [finding]) from None
-        if grammar is None:
+            if strict:
+                raise self._unsaid(error, "strict") from None
+            return None
+        if grammar is None or not (strict or (grammar.begin and not grammar.narrow)):
             return None
         thought, rules = ("", "") if self.dialect.is_harmony else self._thought(end_of_prompt)
-        return Constraint("lark", f"start: {thought} {self._around(grammar)}{rules}{grammar.rules}", WHERE)
+        text = f"start: {thought} {self._around(grammar)}{rules}{grammar.rules}"
+        return Constraint("lark", text, WHERE, optional=not strict)
+
+    def calls_or(
+        self, constraint: Constraint, tools: Sequence[Asked], several: bool, end_of_prompt: str
+    ) -> Constraint:
+        """Return the constraint to calls of these tools or else to what a constraint says, behind reasoning.
+
+        Raises:
+            RequestInvalid: calls in the form of the model cannot be held to the schemas.
+        """
+        try:
+            grammar = call_grammar(self._form, tools, self._spelling, several=several)
+        except CannotSayError as error:
+            raise self._unsaid(error, constraint.where) from None
+        if grammar is None:
+            return self.behind_reasoning(constraint, end_of_prompt)
+        thought, rules = self._thought(end_of_prompt)
+        around = f"start: {thought} ({self._final} @answer | {self._calls(grammar)})\n{rules}{grammar.rules}"
+        return replace(constraint, around=around)
 
     def behind_reasoning(self, constraint: Constraint, end_of_prompt: str) -> Constraint:
         """Return a constraint that the model may reason before, where it does."""
         thought, rules = self._thought(end_of_prompt)
-        if self.dialect.is_harmony:
-            thought += f" {self._spelling(f'{harmony.CHANNEL}final{harmony.MESSAGE}')}"
-        return replace(constraint, before=f"before: {thought}\n{rules}") if thought else constraint
+        before = f"{thought} {self._final}".strip()
+        return replace(constraint, around=f"start: {before} @answer\n{rules}") if before else constraint
+
+    @property
+    def _form(self) -> ToolParser:
+        """The form in which calls are read."""
+        return ToolParser.HERMES if self.dialect.tool is ToolParser.AUTO else self.dialect.tool
+
+    @property
+    def _final(self) -> str:
+        """What an answer begins with that is none of the model's notes; empty where that needs no saying."""
+        return self._spelling(f"{harmony.CHANNEL}final{harmony.MESSAGE}") if self.dialect.is_harmony else ""
+
+    def _calls(self, grammar: CallGrammar) -> str:
+        """Return what writes one block of calls, or as many as may follow each other."""
+        begin = self._spelling(grammar.begin)
+        between = f"({self._spelling(grammar.between)})? " if grammar.between else ""
+        more = f" ({between}{begin} call){{0,{grammar.most - 1}}}" if grammar.most > 1 else ""
+        return f"{begin} call{more}"
+
+    def _unsaid(self, error: CannotSayError, asks: str) -> RequestInvalid:
+        finding = Finding(
+            code="E_CONSTRAINT",
+            where=WHERE,
+            expected=f"schemas that calls in the form {self._form} can be held to",
+            found=str(error),
+            fix=f"Leave out {asks}, or what the schema asks for there.",
+        )
+        return RequestInvalid("the tools cannot be called as their schemas say.", [finding])
 
     @property
     def _spelling(self) -> Spelling:

@@ -44,6 +44,8 @@ class CallGrammar:
     most: int = 1
     """Blocks that may follow each other."""
     between: str = ""
+    narrow: bool = False
+    """Whether models write calls that are read and that this does not say: values as Python has them."""
 
 
 Maker = Callable[[Sequence[Asked], Spelling, bool], CallGrammar | None]
@@ -107,13 +109,13 @@ def _pythonic(tools: Sequence[Asked], spelling: Spelling, several: bool) -> Call
 def _olmo(tools: Sequence[Asked], spelling: Spelling, several: bool) -> CallGrammar:
     more = f'("\\n" one){{0,{MOST_CALLS - 1}}}' if several else ""
     end = spelling("\n" + llama.OLMO_END)
-    return CallGrammar(llama.OLMO, f'call: "\\n" one {more} {end}\n{_python(tools)}')
+    return CallGrammar(llama.OLMO, f'call: "\\n" one {more} {end}\n{_python(tools)}', narrow=True)
 
 
 def _fenced(tools: Sequence[Asked], spelling: Spelling, several: bool) -> CallGrammar:
     more = f'("\\n" one){{0,{MOST_CALLS - 1}}}' if several else ""
     end = spelling("\n" + llama.FENCE_END)
-    return CallGrammar(llama.FENCE, f"call: one {more} {end}\n{_python(tools)}")
+    return CallGrammar(llama.FENCE, f"call: one {more} {end}\n{_python(tools)}", narrow=True)
 
 
 def _python(tools: Sequence[Asked]) -> str:

@@ -69,11 +69,8 @@ def chat_of(body: Turns) -> Chat:
     turns = turns_of(body)
     messages = [turn.message for turn in turns]
     goes_on = messages[-1].role == "assistant"
-    where, wanted = _format(body)
+    wanted = _format(body)
     forced = body.tool_choice is not None and body.tool_choice.type in ("any", "tool")
-    may_call = bool(body.tools) and not (body.tool_choice and body.tool_choice.type == "none")
-    if wanted and may_call:
-        raise refused(where, 'none beside tools, or tool_choice {"type": "none"}', "both")
     if goes_on:
         _check_last(body, bool(messages[-1].tool_calls), bool(messages[-1].content), bool(wanted) or forced)
     chosen = {} if body.tool_choice is None else _choice(body.tool_choice)
@@ -117,12 +114,11 @@ def _check_last(body: Turns, calls: bool, says: bool, constrained: bool) -> None
         raise refused(place, expected, "one of the assistant")
 
 
-def _format(body: Turns) -> tuple[str, OutputFormat | None]:
-    """Return where a format is asked for, and it."""
+def _format(body: Turns) -> OutputFormat | None:
     new, old = body.output_config.format if body.output_config else None, body.output_format
     if new and old and new != old:
         raise refused(OLD_FORMAT, f"the same as {FORMAT}, or one of the two", "another")
-    return (FORMAT, new) if new else (OLD_FORMAT, old)
+    return new or old
 
 
 def _wanted(wanted: OutputFormat) -> ResponseFormat:

@@ -3,7 +3,7 @@
 The library bounds the work of a token, but not that of the beginning: there are grammars of few bytes that take
 minutes, or that overflow the stack. Question: ``{"grammar": ...}``; answer: ``{}`` or ``{"error": why}``.
 A grammar in GBNF or Lark is asked as ``{"gbnf": ...}`` and answered as ``{"grammar": ...}``: its translator
-has no bounds at all. What comes before such a text is ``{"before": ...}`` beside either.
+has no bounds at all. What stands around such a text is ``{"around": ...}`` beside either.
 """
 
 from __future__ import annotations
@@ -56,18 +56,17 @@ def translated(question: dict[str, Any]) -> dict[str, str]:
     try:
         if "gbnf" in question:
             grammar = LLMatcher.grammar_from_lark(any_to_lark(question["gbnf"]))
-        before = question.get("before")
-        return {"grammar": behind(before, grammar) if before else grammar}
+        around = question.get("around")
+        return {"grammar": put_into(around, grammar) if around else grammar}
     except Exception as error:  # noqa: BLE001 - the translator raises it itself, and whatever its mistakes raise
         return {"error": str(error) or type(error).__name__}
 
 
-def behind(before: str, grammar: str) -> str:
-    """Return the grammar of what the rule ``before`` of some Lark says, and then of a grammar."""
+def put_into(around: str, grammar: str) -> str:
+    """Return the grammar of some Lark in which another grammar is ``@answer``."""
     given = json.loads(grammar)["grammars"] if grammar.startswith("{") else [{"lark_grammar": grammar}]
     first, *others = given
-    start = {"lark_grammar": f"start: before @answer\n{before}"}
-    return json.dumps({"grammars": [start, {**first, "name": "answer"}, *others]})
+    return json.dumps({"grammars": [{"lark_grammar": around}, {**first, "name": "answer"}, *others]})
 
 
 def main() -> None:
