@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 
 from inference_service.core.constraint import Constraint
 from inference_service.openai_api.dialects import harmony
+from inference_service.openai_api.dialects.arguments import CannotSayError
 from inference_service.openai_api.dialects.frame import Thinking
-from inference_service.openai_api.dialects.grammars import CallGrammar, CannotSayError, call_grammar
+from inference_service.openai_api.dialects.grammars import CallGrammar, call_grammar
 from inference_service.openai_api.dialects.lark import ANYTHING, Asked, Spelling, calls_schema
 from inference_service.openai_api.dialects.table import Dialect
 from inference_service.serving.text import Text

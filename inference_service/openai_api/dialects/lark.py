@@ -132,3 +132,13 @@ def row(name: str, parts: Sequence[tuple[str, bool]], separator: str = "") -> st
     rules.append(f'{name}_b{end}: ""' if end else f'{name}: ""')
     rules.append(f'{name}_s{end}: ""')
     return "\n".join(rules) + "\n"
+
+
+def either(choices: Sequence[str], name: str = "call") -> str:
+    """Return the rules of a choice; each has one of its own, for JSON stands alone in a rule."""
+    names = [f"{name}_c{at}" for at in range(len(choices))]
+    rules = [f"{name}: {' | '.join(names)}\n"]
+    for own, choice in zip(names, choices, strict=True):
+        words, found, schema = choice.partition("%json ")
+        rules.append(f"{own}: {words}{own}_j\n{own}_j: {found}{schema}\n" if found else f"{own}: {choice}\n")
+    return "".join(rules)
