@@ -4,6 +4,15 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
+import sys
+
+# What a test starts finds what was compiled before, also where this environment would have nothing kept.
+if os.environ.pop("PYTHONDONTWRITEBYTECODE", ""):
+    sys.dont_write_bytecode = False
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # As of `nohup make test &` in a script. What a test starts would inherit it, and end at no Ctrl-C.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Workers share the cores; two that both compute on all of them wait for each other at every barrier.
