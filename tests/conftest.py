@@ -57,7 +57,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skip the tests marked `sweep` unless they are asked for."""
+    """Skip the tests marked `sweep` unless they are asked for; those marked `whole` come first.
+
+    Whoever has nothing to do takes tests from the end of another's. A module in the middle of which that
+    happens makes its fixtures twice, a cluster of Ray for example.
+    """
+    items.sort(key=lambda item: item.get_closest_marker("whole") is None)
     if not config.getoption("--sweep"):
         for item in items:
             if item.get_closest_marker("sweep"):
