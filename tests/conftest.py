@@ -4,6 +4,15 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
+import sys
+
+# What a test starts finds what was compiled before, also where this environment would have nothing kept.
+if os.environ.pop("PYTHONDONTWRITEBYTECODE", ""):
+    sys.dont_write_bytecode = False
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # As of `nohup make test &` in a script. What a test starts would inherit it, and end at no Ctrl-C.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Workers share the cores; two that both compute on all of them wait for each other at every barrier.
@@ -48,7 +57,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skip the tests marked `sweep` unless they are asked for."""
+    """Skip the tests marked `sweep` unless they are asked for; those marked `whole` come first.
+
+    Whoever has nothing to do takes tests from the end of another's. A module in the middle of which that
+    happens makes its fixtures twice, a cluster of Ray for example.
+    """
+    items.sort(key=lambda item: item.get_closest_marker("whole") is None)
     if not config.getoption("--sweep"):
         for item in items:
             if item.get_closest_marker("sweep"):

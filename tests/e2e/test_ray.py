@@ -28,6 +28,7 @@ from loramux_shared.storage.open import open_store
 from tests.support.ray_cluster import NAMES, RayFleet, ray_world, settings_of
 from tests.support.tiny import World
 
+pytestmark = pytest.mark.whole
 PROMPT = "The party of the first part"
 ASKED: dict[str, Any] = {"max_tokens": 12, "ignore_eos": True, "logprobs": 2, "timeout_s": 60}
 

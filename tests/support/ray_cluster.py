@@ -42,6 +42,8 @@ ENVIRONMENT: Final = {
     "RAY_DEDUP_LOGS": "0",
 }
 PATIENCE_S: Final = 90.0
+LOGS: Final = bool(os.environ.get("RAY_FLEET_LOG"))
+"""Whether what Ray's processes print is shown."""
 
 
 class RayFleet:
@@ -56,11 +58,12 @@ class RayFleet:
         os.environ.update(environment)
         Config.initialize("")  # Ray reads its variables when it is imported
         node = {"num_cpus": 4, "object_store_memory": STORE_BYTES}
-        head = {**node, "include_dashboard": False}
+        # Nobody here reads the dashboard, asks for more nodes, or unless told to, for what processes print.
+        head = {**node, "include_dashboard": False, "no_monitor": True, "include_log_monitor": LOGS}
         self.cluster = Cluster(initialize_head=True, head_node_args=head)
         self.second = self.cluster.add_node(**node)
         self.grpc, self.http = free_port(), free_port()
-        ray.init(address=self.cluster.address, log_to_driver=bool(os.environ.get("RAY_FLEET_LOG")))
+        ray.init(address=self.cluster.address, log_to_driver=LOGS)
         serve.start(
             proxy_location="HeadOnly",
             http_options={"host": "127.0.0.1", "port": self.http},
