@@ -135,6 +135,7 @@ def model_of(message: pb.Model) -> ModelInfo:
         base_licence=message.base_licence,
         tool_parser=message.tool_parser,
         reasoning_parser=message.reasoning_parser,
+        num_labels=message.num_labels,
     )
 
 
@@ -206,6 +207,8 @@ def report_of(message: builder_pb2.AdapterReport) -> AdapterReport:
         kinds=tuple(message.kinds),
         replaced_rows=dict(message.replaced_rows),
         invocation_tokens=tuple(message.invocation_tokens),
+        labels=tuple(message.labels),
+        problem_type=message.problem_type,
     )
 
 

@@ -275,6 +275,8 @@ class ModelInfo:
     """The form in which it writes calls of tools, auto where its template shows none; empty while not known."""
     reasoning_parser: str = ""
     """The same of its reasoning."""
+    num_labels: int = 0
+    """How many a classifier scores; `Client.classify` tells their names."""
 
     @property
     def is_base(self) -> bool:
@@ -383,6 +385,10 @@ class AdapterReport:
     """What its repository says; empty where it says nothing."""
     base_licence: str = ""
     kinds: tuple[str, ...] = ()
-    """What it is, as in `ModelInfo`; none where it was refused, and so of the next two."""
+    """What it is, as in `ModelInfo`; none where it was refused, and so of all that follow."""
     replaced_rows: Mapping[str, int] = field(default_factory=dict)
     invocation_tokens: tuple[int, ...] = ()
+    labels: tuple[str, ...] = ()
+    """Of a classifier, in their order, LABEL_0 and so on where it has no names for them."""
+    problem_type: str = ""
+    """What its scores are, as transformers has it; empty where it does not say."""

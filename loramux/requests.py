@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Final, cast
 
 from google.protobuf.message import Message
 
+from loramux.fields import misfit, misfits
 from loramux.inference.v1 import inference_pb2 as pb
 from loramux.records import GenerateOptions, Prompt
 from loramux.records import Message as Turn
-from loramux_shared.faults import Finding, RequestInvalid
+from loramux_shared.faults import RequestInvalid
 
 ADAPTERS: Final = "a list of names, or of (name, scale)"
 PROMPTS: Final = "text, a list of token ids, or a list of messages with role and content"
+CONSTRAINT: Final = "json_object True, or one of json_schema, regex and lark as text, a schema as a mapping too"
+OF_MESSAGES: Final = "messages as the prompt beside it: it is of the chat template"
 _MESSAGES: Final = (pb.Constraint, pb.Messages, pb.GenerateRequest, pb.SamplingParams)
 """An option is a field of one of them, by its name."""
 
@@ -31,19 +34,22 @@ def generate_request(model: str, prompt: Prompt, options: GenerateOptions) -> pb
     constraints, templated, fields, sampling = (_of(kind, given) for kind in _MESSAGES)
     fields["model"] = model
     adapters = fields.pop("adapters", ())
-    findings = [*_misfits(pb.GenerateRequest, fields), *_misfits(pb.SamplingParams, sampling)]
+    findings = [*misfits(pb.GenerateRequest, fields), *misfits(pb.SamplingParams, sampling)]
     try:
         fields["adapters"] = adapters_of(adapters)
     except (ValueError, TypeError) as error:
-        findings.append(Finding(code="E_BAD_FIELD", where="adapters", expected=ADAPTERS, found=str(error)))
+        findings.append(misfit("adapters", ADAPTERS, str(error)))
     try:
         fields |= _prompt(prompt, templated)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        findings.append(Finding(code="E_BAD_FIELD", where="prompt", expected=PROMPTS, found=str(error)))
+        findings.append(misfit("prompt", PROMPTS, str(error)))
+    else:
+        alone = {} if "messages" in fields else templated
+        findings += [misfit(name, OF_MESSAGES, repr(value)) for name, value in alone.items() if value]
     try:
         fields |= _constraint(constraints)
     except (ValueError, TypeError) as error:
-        findings.append(Finding(code="E_BAD_FIELD", where="constraint", found=str(error)))
+        findings.append(misfit("constraint", CONSTRAINT, str(error)))
     if findings:
         raise RequestInvalid("the request cannot be sent", findings)
     return pb.GenerateRequest(**fields, sampling=pb.SamplingParams(**sampling))
@@ -75,17 +81,6 @@ def adapters_of(given: Any) -> list[pb.ScaledAdapter]:
 
 def _of(kind: type[Message], given: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in given.items() if name in kind.DESCRIPTOR.fields_by_name}
-
-
-def _misfits(kind: Callable[..., object], fields: Mapping[str, Any]) -> list[Finding]:
-    findings = []
-    for name, value in fields.items():
-        try:
-            kind(**{name: value})
-        except (ValueError, TypeError) as error:
-            found = repr(value)[:80]
-            findings.append(Finding(code="E_BAD_FIELD", where=name, found=found, fix=str(error)))
-    return findings
 
 
 def _prompt(prompt: Prompt, templated: Mapping[str, Any]) -> dict[str, Any]:
@@ -134,11 +129,13 @@ def _tool(tool: Mapping[str, Any]) -> pb.Tool:
 def _constraint(given: Mapping[str, Any]) -> dict[str, Any]:
     said = {name: value for name, value in given.items() if value is not False}
     if len(said) > 1:
-        raise ValueError(f"one constraint at most, not {' and '.join(said)}")
+        raise ValueError(" and ".join(said))
     for name, value in said.items():
         if name == "json_object":
             return {"constraint": pb.Constraint(json_object=pb.JsonObject())}
-        text: Any = _json(value) if name == "json_schema" else value
+        if name != "json_schema" and not isinstance(value, str):
+            raise TypeError(f"{name} {value!r}")
+        text: Any = _json(value)
         return {"constraint": pb.Constraint(**{name: text})}
     return {}
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Final, TypeAlias, TypedDict, Unpack, cast
 
 from loramux.connection import named
+from loramux.fields import misfit, misfits
 from loramux.inference.v1 import inference_pb2 as pb
 from loramux.requests import ADAPTERS, adapters_of, given_of
 from loramux_shared.faults import Finding, InternalFault, RequestInvalid
@@ -95,14 +96,14 @@ def embed_request(model: str, inputs: Sequence[TextInput], options: EmbedOptions
     given = given_of(options, EmbedOptions)
     pooling = given.pop("pooling", None)
     findings = []
-    if pooling is not None and pooling not in _POOLINGS:
-        findings.append(_misfit("pooling", "last or mean", repr(pooling)[:80]))
+    if pooling is not None and not (isinstance(pooling, str) and pooling in _POOLINGS):
+        findings.append(misfit("pooling", "last or mean", repr(pooling)))
     elif pooling is not None:
         given["pooling"] = _POOLINGS[pooling]
     try:
         given["adapters"] = adapters_of(given.pop("adapters", ()))
     except (ValueError, TypeError) as error:
-        findings.append(_misfit("adapters", ADAPTERS, str(error)))
+        findings.append(misfit("adapters", ADAPTERS, str(error)))
     return cast(pb.EmbedRequest, _request(pb.EmbedRequest, model, inputs, given, findings))
 
 
@@ -115,15 +116,11 @@ def classify_request(model: str, inputs: Sequence[TextInput], options: ScoreOpti
 def _request(
     kind: Any, model: str, inputs: Sequence[TextInput], given: Mapping[str, Any], findings: list[Finding]
 ) -> Any:
-    for name, value in given.items():
-        try:
-            kind(**{name: value})
-        except (ValueError, TypeError) as error:
-            findings.append(_misfit(name, str(error), repr(value)[:80]))
+    findings += misfits(kind, {"model": model, **given})
     try:
         messages = [_input(each) for each in _several(inputs)]
     except (ValueError, TypeError) as error:
-        findings.append(_misfit("inputs", INPUTS, str(error)))
+        findings.append(misfit("inputs", INPUTS, str(error)))
     if findings:
         raise RequestInvalid("the request cannot be sent", findings)
     return kind(model=model, inputs=messages, **given)
@@ -133,10 +130,6 @@ def _several(inputs: Sequence[TextInput]) -> Sequence[TextInput]:
     if isinstance(inputs, str):
         raise TypeError("one text")
     return inputs
-
-
-def _misfit(where: str, expected: str, found: str) -> Finding:
-    return Finding(code="E_BAD_FIELD", where=where, expected=expected, found=found)
 
 
 def _input(given: TextInput) -> pb.TextInput:

@@ -20,7 +20,7 @@ from builder_service.pipeline.space import BASE_FILES
 from builder_service.pipeline.validate import check_deployment, check_fetched, rulebook
 from loramux_shared.bases.memory import ITEM_BYTES, widening
 from loramux_shared.bundle.generation import BaseRecord
-from loramux_shared.bundle.manifest import FileDigest, ModuleRow, npy_files
+from loramux_shared.bundle.manifest import FileDigest, ModuleRow, ScoreHead, npy_files
 from loramux_shared.bundle.npy import DESCR, header_bytes
 from loramux_shared.codes import CODES
 from loramux_shared.deployment import Deployment, Dtype, Repository
@@ -53,6 +53,8 @@ class AdapterReport:
     kinds: tuple[str, ...] = ()
     replaced_rows: Mapping[str, int] = field(default_factory=dict)
     invocation_tokens: tuple[int, ...] = ()
+    score: ScoreHead | None = None
+    """Of a classifier."""
 
     @property
     def accepted(self) -> bool:
@@ -101,6 +103,7 @@ def check_one(deployment: Deployment, context: BuildContext, progress: Progress)
             checked.kinds,
             {planned.replaced.module: planned.replaced.count for planned in checked.replaced},
             checked.invocation_tokens,
+            checked.score.head if checked.score else None,
         )
 
 

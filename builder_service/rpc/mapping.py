@@ -143,6 +143,8 @@ def report_message(report: AdapterReport) -> pb.AdapterReport:
         kinds=report.kinds,
         replaced_rows=report.replaced_rows,
         invocation_tokens=report.invocation_tokens,
+        labels=report.score.label_names if report.score else (),
+        problem_type=(report.score and report.score.problem_type) or "",
     )
 
 

@@ -56,6 +56,7 @@ class Model(TypedDict):
     kinds: list[str]
     replaced_rows: dict[str, int]
     invocation_tokens: list[int]
+    num_labels: int | None
     licence: str | None
     base_licence: str | None
     tool_parser: str | None

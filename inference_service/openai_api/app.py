@@ -65,80 +65,53 @@ ANSWERS: Final = ("application/json", "text/event-stream")
 TEXT: Final = ("text/plain",)
 CHANGES: Final = (403, 404, 409, 504)
 """Statuses of failures of what changes the deployment."""
+_counting = partial(Endpoint, "POST", fails=(404, 429))
+"""What reads a prompt as answers do, and computes nothing."""
+_computing = partial(_counting, hinted=True)
+"""What the engine answers."""
+_streaming = partial(_computing, media=ANSWERS)
 ENDPOINTS: Final = (
-    Endpoint(
-        "POST",
+    _streaming(
         "/v1/chat/completions",
         chat.chat_completions,
         body=ChatBody,
-        media=ANSWERS,
         answer=generated.ChatCompletion,
         event=generated.ChatCompletionChunk,
-        fails=(404, 429),
-        hinted=True,
     ),
-    Endpoint(
-        "POST",
+    _streaming(
         "/v1/completions",
         completions.completions,
         body=CompletionBody,
-        media=ANSWERS,
         answer=generated.Completion,
         event=generated.CompletionChunk,
-        fails=(404, 429),
-        hinted=True,
     ),
-    Endpoint(
-        "POST",
+    _streaming(
         "/v1/messages",
         create_message,
         body=MessagesBody,
-        media=ANSWERS,
         answer=messages.AnthropicMessage,
         event=messages.MessageEvent,
         fails=(404, 429, 529),
         error=messages.MessageError,
-        hinted=True,
     ),
-    Endpoint(
-        "POST",
+    _counting(
         "/v1/messages/count_tokens",
         count_tokens,
         body=CountBody,
         answer=messages.TokenCount,
-        fails=(404, 429),
         error=messages.MessageError,
     ),
-    Endpoint(
-        "POST",
+    _streaming(
         "/v1/responses",
         create_response,
         body=ResponsesBody,
-        media=ANSWERS,
         answer=responses.Response,
         event=responses.ResponseEvent,
-        fails=(404, 429),
-        hinted=True,
     ),
-    Endpoint(
-        "POST",
-        "/v1/responses/input_tokens",
-        count_input,
-        body=ResponsesBody,
-        answer=responses.InputTokens,
-        fails=(404, 429),
-    ),
-    Endpoint(
-        "POST",
-        "/v1/embeddings",
-        embeddings.embeddings,
-        body=EmbeddingsBody,
-        answer=answers.Embeddings,
-        fails=(404, 429),
-        hinted=True,
-    ),
+    _counting("/v1/responses/input_tokens", count_input, body=ResponsesBody, answer=responses.InputTokens),
+    _computing("/v1/embeddings", embeddings.embeddings, body=EmbeddingsBody, answer=answers.Embeddings),
     *(
-        Endpoint("POST", path, handler, body=body, answer=answer, fails=(404, 429), hinted=True)
+        _computing(path, handler, body=body, answer=answer)
         for handler, body, answer, paths in (
             (scores.score, ScoreBody, answers.Scores, ("/score", "/v1/score")),
             (scores.rerank, RerankBody, answers.Ranking, ("/rerank", "/v1/rerank", "/v2/rerank")),

@@ -64,6 +64,7 @@ def _model(model: ServedModel, service: GenerationService, adapters: AdapterMana
         "kinds": list(model.kinds),
         "replaced_rows": dict(model.replaced),
         "invocation_tokens": list(model.invocation),
+        "num_labels": model.num_labels,
         "licence": (catalog.base_licence if base else model.licence) or None,
         "base_licence": None if base else catalog.base_licence or None,
         "tool_parser": parsers.tool if parsers else None,

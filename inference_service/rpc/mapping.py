@@ -183,6 +183,7 @@ def model_to_message(model: ServedModel, service: GenerationService) -> pb.Model
         base_licence="" if base else catalog.base_licence,
         tool_parser=parsers.tool if parsers else "",
         reasoning_parser=parsers.reasoning if parsers else "",
+        num_labels=model.num_labels or 0,
     )
     message.load_time.FromDatetime(model.load_time)
     return message

@@ -6,7 +6,7 @@ import asyncio
 import os
 import re
 import time
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Collection, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from fnmatch import fnmatchcase
@@ -32,6 +32,8 @@ from loramux.cli.names import complete_model, no_such_model
 from loramux.cli.state import state_dir
 from loramux.client import INFERENCE, AsyncClient
 from loramux_shared.faults import Fault, SettingsInvalid
+from loramux_shared.mixtures import names_of
+from loramux_shared.wording import listed
 
 MAX_TOKENS: Final = 256
 CONCURRENCY: Final = 32
@@ -183,35 +185,57 @@ async def _arena(wanted: Wanted, plan: Plan, questions: Sequence[Question], kept
 
 
 async def _entered(client: AsyncClient, wanted: Wanted, plan: Plan) -> Plan:
-    """Return the plan with its versions."""
-    served = [each.name for each in await client.models()]
-    models = named(wanted.models, served)
+    """Return the plan with its versions; nothing that generates no text is among them.
+
+    Raises:
+        SettingsInvalid, ModelNotFound: what `named` raises, of the baseline and a judge too.
+    """
+    found = await client.models()
+    served, silent = [each.name for each in found], [each.name for each in found if not each.generates]
+    models = named(wanted.models, served, silent)
     baseline = wanted.baseline or models[0]
+    for flag, name in (("--baseline", baseline), ("--judge", "" if wanted.judge_url else wanted.judge)):
+        _require_text(flag, name, silent)
+    if left := [name for name in named(wanted.models, served) if name not in models]:
+        shell.say(f"left out, as they generate no text: {listed(left)}")
     models = [baseline, *(model for model in models if model != baseline)] if baseline not in models else models
     return replace(plan, models=tuple(models), baseline=baseline)
 
 
-def named(words: str, served: Sequence[str]) -> list[str]:
-    """Return the versions of a list with commas, each once; ``all`` and patterns stand for what is served.
+def named(words: str, served: Sequence[str], silent: Collection[str] = ()) -> list[str]:
+    """Return the versions of a list with commas, each once; ``all`` and patterns stand for what answers.
 
     Raises:
         ModelNotFound: a pattern that nothing matches.
-        SettingsInvalid: there are none.
+        SettingsInvalid: there are none, or one is named that is silent: it generates no text.
     """
     found: list[str] = []
     for word in filter(None, (part.strip() for part in words.split(","))):
         if word == ALL and word not in served:
-            found += served
+            found += [name for name in served if name not in silent]
         elif ("*" in word and not _SCALED.search(word)) or "?" in word:
             matching = [name for name in served if fnmatchcase(name, word)]
             if not matching:
                 raise no_such_model(word, served)
-            found += matching
+            answering = [name for name in matching if name not in silent]
+            for name in () if answering else matching:
+                _require_text("--models", name, silent)
+            found += answering
         else:
+            _require_text("--models", word, silent)
             found.append(word)
     if not found:
         raise SettingsInvalid("--models: expected names with commas between them, or all")
     return list(dict.fromkeys(found))
+
+
+def _require_text(flag: str, model: str, silent: Collection[str]) -> None:
+    """Refuse what generates no text, by itself or as a part of a mixture."""
+    if said := [name for name in {model: None, **dict.fromkeys(names_of(model))} if name in silent]:
+        raise SettingsInvalid(
+            f"{flag} {model}: expected what generates text, found what was trained for scores or vectors: "
+            f"{listed(said)}. Leave it out"
+        )
 
 
 async def _judge(client: AsyncClient, wanted: Wanted) -> Judge | None:

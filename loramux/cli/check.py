@@ -163,6 +163,8 @@ def report_fields(report: AdapterReport) -> dict[str, Any]:
         "kinds": list(report.kinds),
         "replaced_rows": dict(report.replaced_rows),
         "invocation_tokens": list(report.invocation_tokens),
+        "labels": list(report.labels),
+        "problem_type": report.problem_type,
         "dtype": report.dtype.value,
         "bundle_bytes": report.bundle_bytes,
         "files": {name: file.model_dump() for name, file in report.files.items()},

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from rich.filesize import decimal
 
 from loramux.cli import shell
-from loramux.cli.kinds import kind
+from loramux.cli.kinds import kind, task
 from loramux.records import AdapterReport, RowReport
 from loramux_shared.bundle.modules import NO_LAYER
 from loramux_shared.deployment import Repository
@@ -28,7 +28,9 @@ def show_report(report: AdapterReport) -> None:
     if sizes:
         shell.show(f"files    {sizes}")
     if report.kinds:
-        shell.show(f"kind     {kind(report.kinds, report.replaced_rows)}")
+        shell.show(f"kind     {kind(report.kinds, report.replaced_rows, len(report.labels))}")
+    if asked := task(report.kinds, report.labels, report.problem_type):
+        shell.show(f"task     {asked}")
     if report.invocation_tokens:
         shell.show(f"acts     from the tokens {shell.numbers(report.invocation_tokens)} on")
     if report.kinds:

@@ -45,7 +45,7 @@ def models(address: shell.Grpc = INFERENCE, as_json: shell.Json = False) -> None
         (
             model.name,
             model.parent or "-",
-            kind(model.kinds, model.replaced_rows) or "-",
+            kind(model.kinds, model.replaced_rows, model.num_labels) or "-",
             shell.numbers(model.ranks),
             shell.modules(model.modules),
             shell.digest(model.digest),

@@ -101,6 +101,23 @@ async def test_a_report_says_which_kind_an_adapter_is(running: Running) -> None:
     assert (called.kinds, called.invocation_tokens) == (("lora", "activated"), (3, 4))
 
 
+async def test_a_report_names_labels(running: Running) -> None:
+    """As a config beside a classifier calls them, or as transformers does where there is none."""
+    head = {"base_model.model.score.weight": np.ones((2, HIDDEN), "f4")}
+    trained = {"task_type": "SEQ_CLS", "modules_to_save": ["classifier", "score"]}
+    for name in ("named", "nameless"):
+        write_adapter(running.folder / name, tensors() | head, **trained)
+    about = {"id2label": {"0": "spam", "1": "ham"}, "problem_type": "multi_label_classification"}
+    (running.folder / "named" / "config.json").write_text(json.dumps(about))
+    async with AsyncClient(builder=running.address) as client:
+        base = str(running.folder / "base")
+        named = await client.check(str(running.folder / "named"), base)
+        nameless = await client.check(str(running.folder / "nameless"), base)
+    assert (named.labels, named.problem_type) == (("spam", "ham"), "multi_label_classification")
+    assert (nameless.labels, nameless.problem_type) == (("LABEL_0", "LABEL_1"), "")
+    assert named.kinds == nameless.kinds == ("lora", "classifier")
+
+
 async def test_the_size_of_the_bundle_is_told_beforehand(running: Running) -> None:
     """bundle_bytes is what a build then writes."""
     async with AsyncClient(builder=running.address) as client:

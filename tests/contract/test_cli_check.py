@@ -70,6 +70,7 @@ def test_json_is_stable_and_alone_on_stdout(folder: Path) -> None:
     fields = {
         "schema", "accepted", "adapter", "base", "base_model_name", "dtype", "bundle_bytes", "files",
         "findings", "rows", "licence", "base_licence", "kinds", "replaced_rows", "invocation_tokens",
+        "labels", "problem_type",
     }  # fmt: skip
     reports: dict[str, Any] = {}
     for name, expected in (("fine", 0), ("deep", 1)):

@@ -292,4 +292,7 @@ async def test_who_makes_vectors_makes_nothing_else(made: tuple[World, MemorySto
         )
         close([each["embedding"] for each in found["data"]], np.stack(wanted))
     described = (await door.http.get("/v1/models/encoder")).json()
-    assert described["kinds"] == ["lora", "encoder"]
+    assert (described["kinds"], described["num_labels"]) == (["lora", "encoder"], None)
+    async with open_client(door.ready) as client:
+        served = {each.name: each.num_labels for each in await client.models()}
+    assert served == LABELS | dict.fromkeys(("base", "plain", "encoder"), 0)

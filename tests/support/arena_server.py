@@ -28,6 +28,8 @@ class Versions(inference_grpc.InferenceServiceServicer):
         self.refusals: Iterator[Fault | None] = iter(())
         """What the next requests end with."""
         self.digests: dict[str, str] = dict(DIGESTS)
+        self.silent: frozenset[str] = frozenset()
+        """Those that were trained for scores."""
         self.open = self.most_open = 0
         self.words: Mapping[str, float] = {}
         """Log probability of a word of a prompt, by model."""
@@ -40,6 +42,7 @@ class Versions(inference_grpc.InferenceServiceServicer):
         models = [pb.Model(name=name, parent="" if name == "base" else "base") for name in names]
         for model in models:
             model.digest = self.digests[model.name]
+            model.kinds.extend(["classifier"] * (model.name in self.silent))
         return pb.ListModelsResponse(models=models)
 
     async def Generate(self, request: Any, context: Any) -> AsyncIterator[Any]:

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from loramux.cli import services
 from loramux.cli.build_view import WORK, fraction_done
-from loramux.cli.kinds import kind
+from loramux.cli.kinds import kind, task
 from loramux.cli.logs import important, tail
 from loramux.cli.main import app, usual
 from loramux.cli.shell import complain, modules, printable
@@ -149,6 +149,17 @@ def test_a_kind_that_is_not_known_here_is_told_as_it_is() -> None:
     """A newer service may have words that this command does not."""
     assert kind(("lora", "spline", "embedding"), {"embedding": 2}) == "LoRA, spline, embedding (2 rows)"
     assert kind(()) == ""
+
+
+def test_who_generates_no_text_is_told_what_it_is_asked_for() -> None:
+    """Labels by name, and no more of them than fit a line; an adapter that answers has no such line."""
+    assert kind(("lora", "classifier"), num_labels=2) == "LoRA, classifier (2 labels)"
+    assert task(("lora", "classifier"), ["spam", "ham"]) == "scores texts, and generates none: spam, ham"
+    said = task(("classifier",), [f"l{number}" for number in range(1024)], "regression")
+    assert said.startswith("scores texts, and generates none (regression): l0, l1, ")
+    assert said.endswith(" and 1004 more")
+    assert task(("lora", "encoder")) == "makes vectors of texts, and generates none"
+    assert task(("lora",)) == ""
 
 
 def test_chat_answers_each_line_of_a_pipe(fakes: Fakes) -> None:

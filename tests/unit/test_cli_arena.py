@@ -160,6 +160,48 @@ def test_names_and_patterns() -> None:
         named(" , ", known)
 
 
+@pytest.fixture
+def silent(served: tuple[Versions, str]) -> Iterator[None]:
+    """The adapter ``b`` was trained for scores."""
+    served[0].silent = frozenset({"b"})
+    served[0].heard.clear()
+    yield
+    served[0].silent = frozenset()
+
+
+@pytest.mark.usefixtures("silent")
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["--models", "base,b"], "--models b"),
+        (["--models", "a,*b"], "--models b"),
+        (["--models", "a*0.5+b*0.5"], "--models a*0.5+b*0.5"),
+        (["--baseline", "b"], "--baseline b"),
+        (["--judge", "b"], "--judge b"),
+    ],
+)
+def test_who_generates_no_text_is_refused_by_name(
+    args: list[str], said: str, served: tuple[Versions, str], prompts: Path
+) -> None:
+    """Before anybody is asked for a token."""
+    code, _, errors = arena(served, prompts, *args)
+    assert code == 2
+    assert f"{said}: expected what generates text" in errors
+    assert not served[0].heard
+
+
+@pytest.mark.usefixtures("silent")
+@pytest.mark.parametrize("args", [[], ["--models", "all"], ["--models", "base,?"]])
+def test_who_generates_no_text_is_left_out_of_all(
+    args: list[str], served: tuple[Versions, str], prompts: Path
+) -> None:
+    """A line says who."""
+    code, text, errors = arena(served, prompts, *args, "--json")
+    assert code == 0
+    assert json.loads(text)["plan"]["models"] == ["base", "a"]
+    assert "left out, as they generate no text: b" in errors
+
+
 def test_answers_are_kept_without_being_asked_for(
     served: tuple[Versions, str], prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -29,7 +29,8 @@ from loramux import (
 from loramux.builder.v1 import builder_pb2
 from loramux.inference.v1 import inference_pb2
 from loramux.mapping import completion_of, deployment_of, event_of
-from loramux.requests import generate_request
+from loramux.requests import CONSTRAINT, OF_MESSAGES, generate_request
+from loramux.vectors import ScoreOptions, classify_request, embed_request
 from loramux_shared.deployment import Deployment
 from tests.support.fake_services import DIGEST, WORDS, Fakes
 
@@ -124,6 +125,43 @@ def test_values_that_fit_no_field_are_all_named() -> None:
         )
     wrong = {"priority", "max_tokens", "seed", "prompt", "adapters"}
     assert {item.where for item in caught.value.findings} == wrong
+
+
+WRONG: dict[str, tuple[Any, str, str]] = {
+    "temperature": ("hot", "a number", "'hot'"),
+    "top_k": (-1, "a whole number from 0 to 4294967295", "-1"),
+    "ignore_eos": ("yes", "True or False", "'yes'"),
+    "stop": ([1], "a list, each text", "[1]"),
+    "logit_bias": (
+        {"a": 1},
+        "a mapping, each key a whole number from 0 to 4294967295, each value a number",
+        "{'a': 1}",
+    ),
+    "cache_salt": (3, "text", "3"),
+    "regex": (5, CONSTRAINT, "regex 5"),
+    "tools": ([{}], OF_MESSAGES, "[{}]"),
+}
+"""A value that does not fit, by option, with what is said to be expected and found."""
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_an_option_that_does_not_fit_is_told_what_would(name: str) -> None:
+    """For answers, and in the same words for vectors and scores where they have the option."""
+    value, expected, found = WRONG[name]
+    asked: list[tuple[Any, Any]] = [(generate_request, "hi")]
+    asked += [
+        (kind, ["hi"]) for kind in (embed_request, classify_request) if name in ScoreOptions.__annotations__
+    ]
+    for request, prompt in asked:
+        with pytest.raises(faults.RequestInvalid) as caught:
+            request("m", prompt, {name: value})
+        [told] = caught.value.findings
+        assert (told.where.replace("constraint", "regex"), told.expected, told.found, told.fix) == (
+            name,
+            expected,
+            found,
+            "",
+        )
 
 
 def test_adapters_are_sent_with_their_scales() -> None:

@@ -499,7 +499,7 @@ class CheckAdapterResponse(_message.Message):
     def __init__(self, report: _Optional[_Union[AdapterReport, _Mapping]] = ...) -> None: ...
 
 class AdapterReport(_message.Message):
-    __slots__ = ("accepted", "adapter", "base", "files", "findings", "rows", "dtype", "bundle_bytes", "base_model_name", "licence", "base_licence", "kinds", "replaced_rows", "invocation_tokens")
+    __slots__ = ("accepted", "adapter", "base", "files", "findings", "rows", "dtype", "bundle_bytes", "base_model_name", "licence", "base_licence", "kinds", "replaced_rows", "invocation_tokens", "labels", "problem_type")
     class ReplacedRowsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -521,6 +521,8 @@ class AdapterReport(_message.Message):
     KINDS_FIELD_NUMBER: _ClassVar[int]
     REPLACED_ROWS_FIELD_NUMBER: _ClassVar[int]
     INVOCATION_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    LABELS_FIELD_NUMBER: _ClassVar[int]
+    PROBLEM_TYPE_FIELD_NUMBER: _ClassVar[int]
     accepted: bool
     adapter: Repository
     base: Repository
@@ -535,7 +537,9 @@ class AdapterReport(_message.Message):
     kinds: _containers.RepeatedScalarFieldContainer[str]
     replaced_rows: _containers.ScalarMap[str, int]
     invocation_tokens: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, accepted: _Optional[bool] = ..., adapter: _Optional[_Union[Repository, _Mapping]] = ..., base: _Optional[_Union[Repository, _Mapping]] = ..., files: _Optional[_Iterable[_Union[AdapterFile, _Mapping]]] = ..., findings: _Optional[_Iterable[_Union[Finding, _Mapping]]] = ..., rows: _Optional[_Iterable[_Union[AdapterRow, _Mapping]]] = ..., dtype: _Optional[_Union[Dtype, str]] = ..., bundle_bytes: _Optional[int] = ..., base_model_name: _Optional[str] = ..., licence: _Optional[str] = ..., base_licence: _Optional[str] = ..., kinds: _Optional[_Iterable[str]] = ..., replaced_rows: _Optional[_Mapping[str, int]] = ..., invocation_tokens: _Optional[_Iterable[int]] = ...) -> None: ...
+    labels: _containers.RepeatedScalarFieldContainer[str]
+    problem_type: str
+    def __init__(self, accepted: _Optional[bool] = ..., adapter: _Optional[_Union[Repository, _Mapping]] = ..., base: _Optional[_Union[Repository, _Mapping]] = ..., files: _Optional[_Iterable[_Union[AdapterFile, _Mapping]]] = ..., findings: _Optional[_Iterable[_Union[Finding, _Mapping]]] = ..., rows: _Optional[_Iterable[_Union[AdapterRow, _Mapping]]] = ..., dtype: _Optional[_Union[Dtype, str]] = ..., bundle_bytes: _Optional[int] = ..., base_model_name: _Optional[str] = ..., licence: _Optional[str] = ..., base_licence: _Optional[str] = ..., kinds: _Optional[_Iterable[str]] = ..., replaced_rows: _Optional[_Mapping[str, int]] = ..., invocation_tokens: _Optional[_Iterable[int]] = ..., labels: _Optional[_Iterable[str]] = ..., problem_type: _Optional[str] = ...) -> None: ...
 
 class AdapterFile(_message.Message):
     __slots__ = ("name", "size", "sha256")
