@@ -167,3 +167,9 @@ def test_what_a_page_points_to_is_there(page: Path) -> None:
     linked = set(re.findall(r"\]\((?!https?:)([^)#]+)", text))
     lost = [path for path in named if not any((ROOT / room / path).exists() for room in ROOMS)]
     assert not lost + [path for path in linked if not (page.parent / path).exists()]
+
+
+def test_nothing_of_a_merge_is_left() -> None:
+    """Ruff sees it in Python alone."""
+    pages = [*PAGES, ROOT / "CHANGELOG.md", *(ROOT / "docs" / "decisions").glob("*.md")]
+    assert not [page.name for page in pages if re.search(r"^[<>|]{7} ", page.read_text(), re.MULTILINE)]
