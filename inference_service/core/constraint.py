@@ -23,6 +23,8 @@ class Constraint:
     """The field that asks for it, by which it is refused."""
     around: str = ""
     """What stands around such a text, or in its place: Lark, in which the text is ``@answer``."""
+    composed: bool = field(default=False, compare=False)
+    """Whether its text is ours, made of what the client sent: nobody else is to read it."""
     optional: bool = field(default=False, compare=False)
     """Whether an answer goes on without it where it cannot be followed."""
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -31,6 +32,8 @@ MAX_TOKENIZERS: Final = 8
 COMPILE_TIMEOUT_S: Final = 10.0
 # A model that is unsure of what comes next would else write spaces until its tokens are spent.
 JSON_OPTIONS: Final[JsonCompileOptions] = {"whitespace_pattern": r"\n?[ \t]{0,40}"}
+_PLACE: Final = re.compile(r"^at \d+\(\d+\): (failed to compile JSON schema: )?")
+"""Where something is wrong in a grammar, which lines of that follow."""
 
 
 @dataclass(frozen=True)
@@ -102,8 +105,11 @@ class Constraints:
 
 
 def _refused(constraint: Constraint, reason: str, fix: str = "Correct it.") -> RequestInvalid:
+    if constraint.composed:
+        reason = _PLACE.sub("", reason).partition("\n")[0]
     finding = Finding(code="E_CONSTRAINT", where=constraint.where, found=reason[:500], fix=fix)
-    return RequestInvalid("the response format is refused.", [finding])
+    what = "the tools are" if constraint.composed else "the response format is"
+    return RequestInvalid(f"{what} refused.", [finding])
 
 
 def _question(constraint: Constraint) -> Mapping[str, str]:

@@ -244,6 +244,8 @@ async def test_a_schema_that_cannot_be_followed_is_named(door: OpenAIDoor) -> No
                     **GREEDY | {"extra_body": None}, **fields, stream=stream
                 )
             assert (caught.value.param, caught.value.code) == (param, "invalid_schema")
+            assert "Invalid type: nonsense" in caught.value.message
+            assert "\n" not in caught.value.message
 
 
 @pytest.mark.parametrize("begin", "{<")

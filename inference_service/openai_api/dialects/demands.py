@@ -45,7 +45,8 @@ class Demand:
             plain = Constraint("json_schema", json.dumps(calls_schema(tools), ensure_ascii=False), WHERE)
             return self.behind_reasoning(plain, end_of_prompt)
         thought, rules = self._thought(end_of_prompt)
-        return Constraint("lark", f"start: {thought} {self._calls(grammar)}\n{rules}{grammar.rules}", WHERE)
+        text = f"start: {thought} {self._calls(grammar)}\n{rules}{grammar.rules}"
+        return Constraint("lark", text, WHERE, composed=True)
 
     def free(self, tools: Sequence[Asked], strict: Sequence[str], end_of_prompt: str) -> Constraint | None:
         """Return the constraint to any text, in which what begins as a call is one of these tools.
@@ -66,7 +67,7 @@ class Demand:
             return None
         thought, rules = ("", "") if self.dialect.is_harmony else self._thought(end_of_prompt)
         text = f"start: {thought} {self._around(grammar)}{rules}{grammar.rules}"
-        return Constraint("lark", text, WHERE, optional=not strict)
+        return Constraint("lark", text, WHERE, composed=True, optional=not strict)
 
     def calls_or(
         self, constraint: Constraint, tools: Sequence[Asked], several: bool, end_of_prompt: str
