@@ -15,6 +15,8 @@ from transformers import AutoModelForCausalLM
 from loramux_shared.deployment import Deployment
 from loramux_shared.deployment_file import load_deployment
 
+Answers = dict[tuple[str, int], list[int]]
+"""The tokens that a model says, by its name and the place of the prompt."""
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 _QUESTIONS = (
     "What is the capital of France?",
@@ -64,32 +66,29 @@ def prompts(base: Path, *, every: int = 1) -> list[list[int]]:
     return [tokenizer.encode(text).ids for text in (*chats, *_TEXTS)[::-1][::every]]
 
 
-def oracle_answers(found: Deployment, asked: list[list[int]], new: int) -> dict[str, list[list[int]]]:
-    """Greedy answers of so many tokens of every model to every prompt in float32."""
+def oracle_choices(found: Deployment, asked: list[list[int]], answers: Answers) -> Answers:
+    """The token that each model finds likeliest in float32 at every place of its answers.
+
+    That is what it sees there: the prompt and the answer up to the place. So an answer that equals these
+    choices is, token by token, the one that the model gives when it always takes the likeliest.
+    """
     base = Path(found.build.checkpoint_repository.repo)
     model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
-    answers = {found.served_model_name: _generate(model, asked, new)}
+    choices = _choices(model, asked, answers, found.served_model_name)
     for name, repository in found.build.lora_adapters.items():
         adapted = PeftModel.from_pretrained(model, repository.repo).eval()
-        answers[name] = _generate(adapted, asked, new)
+        choices |= _choices(adapted, asked, answers, name)
         model = adapted.unload()  # the base as it was
-    return answers
+    return choices
 
 
-def _generate(model: Any, asked: list[list[int]], new: int) -> list[list[int]]:
-    longest = max(map(len, asked))
-    ids = torch.zeros(len(asked), longest, dtype=torch.int64)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(asked):
-        ids[row, longest - len(prompt) :] = torch.tensor(prompt)
-        mask[row, longest - len(prompt) :] = 1
-    out = model.generate(
-        input_ids=ids,
-        attention_mask=mask,
-        max_new_tokens=new,
-        min_new_tokens=new,
-        do_sample=False,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
-    return [[int(token) for token in row] for row in out[:, longest:]]
+@torch.inference_mode()
+def _choices(model: Any, asked: list[list[int]], answers: Answers, name: str) -> Answers:
+    """The choices of one model, prompt by prompt, so that nothing is padded."""
+    choices: Answers = {}
+    for (answering, place), answer in answers.items():
+        if answering == name:
+            ids = torch.tensor([[*asked[place], *answer[:-1]]])
+            logits = model(input_ids=ids, logits_to_keep=len(answer)).logits[0]
+            choices[name, place] = logits.argmax(-1).tolist()
+    return choices

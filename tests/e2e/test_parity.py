@@ -1,11 +1,11 @@
 """The demo's model and adapters through builder, store and engine, against transformers and PEFT in float32.
 
-Four of twenty prompts and 20 tokens, which fill a block of the cache; with ``--sweep`` all of them and 64.
+Four of twenty prompts and 12 tokens, which end a block of the cache and begin another; with ``--sweep`` all of
+them and 64.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,12 +20,11 @@ from loramux_shared.sources.open import open_sources
 from loramux_shared.storage.base import Store
 from loramux_shared.storage.local import LocalStore
 from loramux_shared.storage.open import open_store
-from tests.e2e.real import EXAMPLES, deployment, in_float32, oracle_answers, prompts
-from tests.support.once import made_once
+from tests.e2e.real import EXAMPLES, Answers, deployment, in_float32, oracle_choices, prompts
 from tests.support.s3_gateway import S3Server
 from tests.support.tiny import run_engine
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = [pytest.mark.timeout(400), pytest.mark.whole]
 MIXED = 8
 
 
@@ -35,19 +34,26 @@ def sweeps(pytestconfig: pytest.Config) -> bool:
 
 
 @pytest.fixture(scope="module")
+def new(sweeps: bool) -> int:
+    """How many tokens each answer has."""
+    return 64 if sweeps else 12
+
+
+@pytest.fixture(scope="module")
 def asked(sweeps: bool) -> list[list[int]]:
     return prompts(Path(deployment().build.checkpoint_repository.repo), every=1 if sweeps else 5)
 
 
 @pytest.fixture(scope="module")
-def expected(
-    asked: list[list[int]], sweeps: bool, tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, list[list[int]]]:
-    def write(path: Path) -> None:
-        path.write_text(json.dumps(oracle_answers(deployment(), asked, 64 if sweeps else 20)))
+def ready(tmp_path_factory: pytest.TempPathFactory) -> Ready:
+    """The demo's deployment in float32, from a folder."""
+    return _ready(LocalStore(tmp_path_factory.mktemp("store")))
 
-    answers: dict[str, list[list[int]]] = json.loads(made_once(tmp_path_factory, "oracle", write).read_text())
-    return answers
+
+@pytest.fixture(scope="module")
+def answers(ready: Ready, asked: list[list[int]], new: int) -> Answers:
+    """What every model says to every prompt, eight at a time."""
+    return _mixed_batches(ready, asked, new)
 
 
 def _ready(store: Store) -> Ready:
@@ -62,47 +68,58 @@ def _ready(store: Store) -> Ready:
     return load(settings, store)
 
 
-def _mixed_batches(
-    ready: Ready, asked: Sequence[Sequence[int]], expected: dict[str, list[list[int]]], most: int | None = None
-) -> None:
+def _models() -> list[str]:
+    found = deployment()
+    return [found.served_model_name, *found.build.lora_adapters]
+
+
+def _mixed_batches(ready: Ready, asked: Sequence[Sequence[int]], new: int, most: int | None = None) -> Answers:
     """Every model meets every prompt, eight at a time, base and adapters side by side; of so many batches."""
-    models = list(expected)
+    models = _models()
     pairs = [
         (models[(place + turn) % len(models)], place)
         for turn in range(len(models))
         for place in range(len(asked))
     ]
+    answers: Answers = {}
     for start in range(0, len(pairs), MIXED)[:most]:
         batch = pairs[start : start + MIXED]
         assert len({model for model, _ in batch}) == len(models)
-        new = len(expected[batch[0][0]][0])
-        answers = run_engine(ready, [(model, asked[place]) for model, place in batch], new)
-        for (model, place), answer in zip(batch, answers, strict=True):
-            assert answer == expected[model][place], (model, place)
+        said = run_engine(ready, [(model, asked[place]) for model, place in batch], new)
+        answers |= dict(zip(batch, said, strict=True))
+    assert {len(answer) for answer in answers.values()} == {new}
+    return answers
 
 
-def test_mixed_batches_and_each_alone_equal_peft(
-    tmp_path: Path, asked: list[list[int]], expected: dict[str, list[list[int]]], sweeps: bool
+def test_mixed_batches_equal_peft(asked: list[list[int]], answers: Answers) -> None:
+    """In batches of eight that mix base and adapters every token is the one that PEFT chooses there."""
+    assert len(answers) == len(_models()) * len(asked)
+    assert answers == oracle_choices(deployment(), asked, answers)
+    said = {name: [answers[name, place] for place in range(len(asked))] for name in _models()}
+    assert len({str(each) for each in said.values()}) == len(said)  # every adapter changes something
+
+
+def test_each_alone_is_as_in_a_batch(
+    ready: Ready, asked: list[list[int]], answers: Answers, sweeps: bool
 ) -> None:
-    """In batches of eight that mix base and adapters every token is PEFT's, and one request at a time, each
-    with a prompt of its own, or with all."""
-    ready = _ready(LocalStore(tmp_path))
-    _mixed_batches(ready, asked, expected)
-    for number, (model, answers) in enumerate(expected.items()):
+    """One request at a time says the same tokens, each model to a prompt of its own, or with all."""
+    for number, model in enumerate(_models()):
         for place in range(len(asked)) if sweeps else [number % len(asked)]:
-            answer = run_engine(ready, [(model, asked[place])], len(answers[place]))[0]
-            assert answer == answers[place], (model, place)
+            expected = answers[model, place]
+            assert run_engine(ready, [(model, asked[place])], len(expected)) == [expected], (model, place)
 
 
 def test_bundles_from_an_s3_server_give_the_same_tokens(
     s3_server: S3Server,
     asked: list[list[int]],
-    expected: dict[str, list[list[int]]],
+    answers: Answers,
+    new: int,
     monkeypatch: pytest.MonkeyPatch,
     sweeps: bool,
 ) -> None:
-    """Built into and read from a real S3 server, every token of a mixed batch is PEFT's."""
+    """Built into and read from a real S3 server, every token of a mixed batch is the same."""
     for name, value in s3_server.environment.items():
         monkeypatch.setenv(name, value)
-    ready = _ready(open_store(f"s3://{s3_server.new_bucket()}/loramux"))
-    _mixed_batches(ready, asked, expected, None if sweeps else 1)
+    far = _ready(open_store(f"s3://{s3_server.new_bucket()}/loramux"))
+    said = _mixed_batches(far, asked, new, None if sweeps else 1)
+    assert said == {pair: answers[pair] for pair in said}
