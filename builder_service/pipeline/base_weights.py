@@ -10,6 +10,7 @@ from typing import Final
 from builder_service.domain.safetensors_header import HeaderInvalid, TensorFile, read_header
 from builder_service.domain.strict_json import JsonInvalid, parse
 from builder_service.pipeline.widening import Widener, can_widen
+from loramux_shared.bases.formats.read import QUANTIZE
 from loramux_shared.bundle.generation import BaseRecord
 from loramux_shared.bundle.manifest import FileDigest
 from loramux_shared.faults import BundleCorrupt, CheckpointInvalid
@@ -73,7 +74,8 @@ class BaseWeights:
             return None
         for part in parts:
             self.find(part)  # which brings and verifies its file
-        return self._widener.widen(self.fetch(CONFIG).parent, name, shape)
+        described = [self.fetch(each) for each in (CONFIG, QUANTIZE) if each in self._base.files]
+        return self._widener.widen(described[0].parent, name, shape)
 
     def _beside(self, prefix: str) -> list[str]:
         """Return the tensors of a linear."""

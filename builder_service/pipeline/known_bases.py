@@ -9,6 +9,7 @@ from typing import Any, Final, TypeAlias
 
 from builder_service.pipeline.base_weights import BaseWeights
 from loramux_shared.bases.config import ModelConfig
+from loramux_shared.bases.formats.read import QUANTIZE, with_quantize
 from loramux_shared.bases.read import read_fields
 from loramux_shared.bundle.generation import BaseRecord
 from loramux_shared.sources.checkpoint import CONFIG, GENERATION, Base
@@ -16,7 +17,10 @@ from loramux_shared.sources.checkpoint import CONFIG, GENERATION, Base
 MOST: Final = 64
 """Configs that are remembered; one is a few KB."""
 
-_Key: TypeAlias = tuple[str, str, int | None]
+CONFIGS: Final = (CONFIG, GENERATION, QUANTIZE)
+"""What a base is described by."""
+
+_Key: TypeAlias = tuple[tuple[str, ...], int | None]
 
 
 class KnownBases:
@@ -45,19 +49,18 @@ class KnownBases:
             known = self._models.get(_key(record, max_seq_len))
         if known is not None:
             return Base(record, known)
-        model = read_fields(
-            _fields(weights, CONFIG),
-            _fields(weights, GENERATION) if GENERATION in record.files else None,
-            max_seq_len,
+        fields, generation, quantize = (
+            _fields(weights, name) if name in record.files else None for name in CONFIGS
         )
+        model = read_fields(with_quantize(fields or {}, quantize), generation, max_seq_len)
         base = Base(record, model)
         self.remember(base, max_seq_len)
         return base
 
 
 def _key(record: BaseRecord, max_seq_len: int | None) -> _Key:
-    digests = [record.files[name].sha256 if name in record.files else "" for name in (CONFIG, GENERATION)]
-    return digests[0], digests[1], max_seq_len
+    digests = [record.files[name].sha256 if name in record.files else "" for name in CONFIGS]
+    return tuple(digests), max_seq_len
 
 
 def _fields(weights: BaseWeights, name: str) -> dict[str, Any]:

@@ -24,6 +24,7 @@ TYPES: Final = {
     "F16": torch.float16,
     "F32": torch.float32,
     "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
     "F8_E8M0": torch.float8_e8m0fnu,
     "I8": torch.int8,
     "U8": torch.uint8,
@@ -31,7 +32,7 @@ TYPES: Final = {
     "I64": torch.int64,
 }
 """What is read, by safetensors' names: weights, and of what those of few bits are made."""
-OTHERS: Final = {"F8_E5M2": "float8_e5m2", "I16": "int16", "F64": "float64"}
+OTHERS: Final = {"I16": "int16", "F64": "float64"}
 """Names that people know of some that are not."""
 MAX_HEADER: Final = 100 << 20
 PIECE: Final = 1 << 20

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from loramux_shared.bases.formats.read import QUANTIZE, with_quantize
+from loramux_shared.bases.hf_config import read_json
 from loramux_shared.bases.memory import (
     ITEM_BYTES,
     MemoryPlan,
@@ -66,7 +68,7 @@ class Sizes:
 
 
 def read_base(path: Path) -> dict[str, Any]:
-    """Return the ``config.json`` of a base: the file, or the folder that holds it.
+    """Return the ``config.json`` of a base: the file, or the folder that holds it, as `with_quantize` has it.
 
     Raises:
         CheckpointInvalid: there is none, or it is no JSON object.
@@ -79,7 +81,7 @@ def read_base(path: Path) -> dict[str, Any]:
         raise CheckpointInvalid(f"{file}: expected the config.json of a checkpoint: {why}") from error
     if not isinstance(config, dict):
         raise CheckpointInvalid(f"{file}: expected a JSON object")
-    return config
+    return dict(with_quantize(config, read_json(file.parent / QUANTIZE)))
 
 
 def weight_files_bytes(path: Path) -> int | None:

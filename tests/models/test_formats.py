@@ -11,12 +11,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import LlamaConfig
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from inference_service.models.checkpoint import Checkpoint
 from inference_service.models.formats import packed
-from loramux_shared.bases.formats.read import read_quantization
+from loramux_shared.bases.formats.read import read_quantization, with_quantize
+from loramux_shared.bases.read import read_config
 from loramux_shared.faults import CheckpointInvalid
 from tests.support.lowbit import KINDS, gptq, int_quantized
 
@@ -53,6 +55,44 @@ def test_a_weight_is_what_its_library_says(tmp_path: Path, name: str) -> None:
     found = checkpoint(tmp_path, tensors, config, widened.dtype).get("layer.weight", tuple(widened.shape))
     assert found.dtype == widened.dtype
     assert torch.equal(found, widened)
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in WRITTEN.glob("gptq-*.safetensors")))
+def test_gptq_is_described_by_a_file_beside_the_config_too(tmp_path: Path, name: str) -> None:
+    """As AutoGPTQ wrote it, which named no method; what the config says itself counts before it."""
+    config, tensors, widened = read_written(name)
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(LlamaConfig(architectures=["LlamaForCausalLM"]).to_dict()))
+    own = {key: value for key, value in config.items() if key != "quant_method"}
+    beside = own | {"damp_percent": 0.01, "static_groups": False, "model_file_base_name": "model"}
+    (tmp_path / "quantize_config.json").write_text(json.dumps(beside))
+    found = read_config(tmp_path).quantization
+    read = Checkpoint(tmp_path, widened.dtype, CPU, quantization=found)
+    assert torch.equal(read.get("layer.weight", tuple(widened.shape)), widened)
+    said = with_quantize({"text_config": {"quantization_config": {"quant_method": "fp8"}}}, beside)
+    assert said == {"text_config": {"quantization_config": {"quant_method": "fp8"}}}
+    assert with_quantize({}, beside | {"method": "awq"})["quantize_config.json"]["quant_method"] == "awq"
+    (tmp_path / "quantize_config.json").write_text(json.dumps(beside | {"bits": 3}))
+    with pytest.raises(CheckpointInvalid, match=r"quantize_config\.json\.bits 3"):
+        read_config(tmp_path)
+
+
+@pytest.mark.parametrize("kind", [torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_each_number_of_fp8_is_read(tmp_path: Path, kind: torch.dtype, dtype: torch.dtype) -> None:
+    """In both of its types, those below the smallest normal number too; what is no finite number is refused."""
+    every = torch.arange(256, dtype=torch.uint8).view(kind)
+    finite = every[every.float().isfinite()]
+    weight, scale = finite.repeat(2, 1), torch.tensor([[0.25], [3.7]])
+    config = {"quant_method": "fp8", "weight_block_size": None}
+    tensors = {"layer.weight": weight, "layer.weight_scale": scale}
+    expected = Fp8Dequantize(None)._dequantize_one(weight, scale, dtype)
+    assert torch.equal(checkpoint(tmp_path, tensors, config, dtype).get("layer.weight", weight.shape), expected)
+    for wrong in every[~every.float().isfinite()]:
+        tensors["layer.weight"] = torch.cat([weight, wrong.repeat(2, 1)], 1)
+        read = checkpoint(tmp_path, tensors, config, dtype)
+        with pytest.raises(CheckpointInvalid, match="found NaN or infinite ones"):
+            read.get("layer.weight", (2, len(finite) + 1))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -239,7 +279,11 @@ def test_values_beyond_a_type_are_refused(tmp_path: Path) -> None:
         ("fp8", _to("weight_scale_inv", torch.ones(4, 2, 3)), "expected a grid of scales"),
         ("fp8", _to("weight_scale", torch.ones(2, 3)), "expected one of weight_scale_inv and weight_scale"),
         ("fp8", _to("weight", lambda weight: (weight.float() * torch.nan).to(weight.dtype)), "found NaN"),
-        ("fp8", _to("weight", lambda weight: weight.bfloat16()), "expected float8_e4m3fn, found bfloat16"),
+        (
+            "fp8",
+            _to("weight", lambda weight: weight.bfloat16()),
+            "expected float8_e4m3fn, float8_e5m2, found bfloat16",
+        ),
         ("fp8", _to("weight", lambda weight: weight[1:]), r"expected shape \(48, 80\), found \(47, 80\)"),
         ("pack-quantized", _without("weight_scale"), "weight_scale: expected the tensor, found none"),
         ("pack-quantized", _without("weight_zero_point"), "no such weight for int4 without zero points"),

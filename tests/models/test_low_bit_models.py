@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,18 +12,22 @@ from structlog.testing import capture_logs
 from transformers import GptOssConfig, LlamaConfig, Qwen3MoeConfig
 
 from builder_service.pipeline import widening
+from builder_service.pipeline.base_weights import BaseWeights
 from builder_service.pipeline.build import build
 from builder_service.pipeline.check import check_one
 from builder_service.pipeline.context import BuildContext
+from builder_service.pipeline.known_bases import KnownBases
 from builder_service.pipeline.progress import Progress
 from inference_service.proof.adapter_source import read_adapter
 from inference_service.proof.reference import Reference
 from loramux.doctor.sizes import read_base, sizes_of, weight_files_bytes
 from loramux_shared.bases.memory import count_weights
 from loramux_shared.bases.read import read_config
-from loramux_shared.deployment import Deployment
+from loramux_shared.bundle.deployments import current_generation
+from loramux_shared.deployment import Deployment, Repository, SourceKind
 from loramux_shared.faults import AdapterInvalid
 from loramux_shared.settings import InferenceSettings
+from loramux_shared.sources.checkpoint import describe_base
 from loramux_shared.sources.open import open_sources
 from loramux_shared.storage.memory import MemoryStore
 from tests.support.lowbit import EXPERTS, KINDS, WHOLE_BLOCKS, keep
@@ -190,6 +195,39 @@ def test_libraries_answer_the_same_from_the_same_files(tmp_path: Path, name: str
         module.quantization_enabled = False
     expected = oracle_tokens(model, PROMPT, NEW)
     assert run_engine(world.load(store), [("base", PROMPT)], NEW) == [expected]
+
+
+@pytest.mark.parametrize("dora", [False, pytest.param(True, marks=pytest.mark.sweep)])
+def test_a_base_may_be_described_by_quantize_config(plain: World, tmp_path: Path, dora: bool) -> None:
+    """For builds, what goes on from one, norms of DoRA, the doctor and replicas."""
+    keep(plain.base, KINDS["gptq"], tmp_path / "kept", tmp_path / "widened")
+    config = json.loads((tmp_path / "kept" / "config.json").read_bytes())
+    (tmp_path / "kept" / "quantize_config.json").write_text(json.dumps(config.pop("quantization_config")))
+    (tmp_path / "kept" / "config.json").write_text(json.dumps(config))
+    make_adapter(tmp_path / "widened", tmp_path / "one", 3, r=4, use_dora=dora, target_modules=["q_proj"])
+    world = replace(plain, base=tmp_path / "kept", root=tmp_path, adapters={"one": tmp_path / "one"})
+    store = MemoryStore()
+    world.build(store)
+    expected = [
+        oracle_tokens(oracle(tmp_path / "widened", adapter), PROMPT, NEW)
+        for adapter in (None, tmp_path / "one")
+    ]
+    assert run_engine(world.load(store), [("base", PROMPT), ("one", PROMPT)], NEW) == expected
+    generation, sources = current_generation(store, "tiny"), open_sources(local_roots=[tmp_path])
+    assert generation is not None
+    weights = BaseWeights(generation.base, sources, tmp_path / "again", lambda _: None)
+    assert KnownBases().recall(generation.base, None, weights).model == read_config(world.base)
+    assert sizes_of(read_base(world.base), InferenceSettings(deployment="none"), 10**9).widened
+
+
+def test_a_file_that_the_config_contradicts_is_none_of_the_base(plain: World, tmp_path: Path) -> None:
+    """So nothing changes for bases that say it in both places."""
+    keep(plain.base, KINDS["gptq"], tmp_path / "kept", tmp_path / "widened")
+    (tmp_path / "kept" / "quantize_config.json").write_text('{"bits": 3}')
+    base = Repository(source=SourceKind.LOCAL, repo=str(tmp_path / "kept"))
+    found = describe_base(open_sources(local_roots=[tmp_path]), base)
+    assert "quantize_config.json" not in found.record.files
+    assert found.model == read_config(tmp_path / "kept")
 
 
 def test_what_widening_takes_is_told_beforehand(plain: World, tmp_path: Path) -> None:

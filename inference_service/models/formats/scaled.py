@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Final
 
 import torch
@@ -13,7 +14,13 @@ from inference_service.models.formats.pieces import FLOATS, Pieces
 from inference_service.models.formats.words import NO_NUMBER, powers
 from loramux_shared.bases.formats.scheme import Numbers
 
-NUMBERS: Final[dict[torch.dtype, Numbers]] = {torch.float8_e4m3fn: "fp8", torch.int8: "int8"}
+NUMBERS: Final[dict[torch.dtype, Numbers]] = {
+    torch.float8_e4m3fn: "fp8",
+    torch.float8_e5m2: "fp8",
+    torch.int8: "int8",
+}
+_LARGEST: Final = {torch.float8_e4m3fn: 0x7E, torch.float8_e5m2: 0x7B}
+"""Of the numbers without their signs; what follows is NaN, or infinite."""
 SCALES: Final = ("weight_scale_inv", "weight_scale")
 EXPONENTS: Final = (torch.float8_e8m0fnu, torch.uint8)
 """Scales that are powers of two, by their exponents; ``scale_fmt`` says it too."""
@@ -35,8 +42,8 @@ class Scaled:
         self.matrices = math.prod(matrices)
         kept = {scheme.numbers for scheme in pieces.quantization.schemes}
         weight = pieces.take("weight", [each for each in NUMBERS if NUMBERS[each] in kept], pieces.shape)
-        if weight.dtype == torch.float8_e4m3fn and int((weight.view(torch.uint8) & 127).max()) == 127:
-            raise pieces.invalid("weight", "expected numbers, found NaN.")
+        if int((weight.view(torch.uint8) & 127).max()) > _LARGEST.get(weight.dtype, 127):
+            raise pieces.invalid("weight", "expected finite numbers, found NaN or infinite ones.")
         self._weight = weight.view(self.matrices, self.rows, self.columns)
         scales = grids(pieces, _scales(pieces))
         _, *grid = scales.shape
@@ -52,8 +59,7 @@ class Scaled:
     def part(self, matrix: int, begin: int, end: int) -> Tensor:
         """Return rows of a matrix in float32."""
         rows = self._weight[matrix, begin:end]
-        numbers = rows.float() if rows.dtype == torch.int8 else _from_e4m3(rows)
-        return self._shared[matrix].apply(numbers, begin)
+        return self._shared[matrix].apply(_AS_FLOATS[rows.dtype](rows), begin)
 
 
 def _scales(pieces: Pieces) -> Tensor:
@@ -70,6 +76,11 @@ def _scales(pieces: Pieces) -> Tensor:
     return powers(scales.view(torch.uint8))
 
 
+def _from_e5m2(values: Tensor) -> Tensor:
+    """Return numbers in float32: e5m2 is the upper half of float16."""
+    return values.view(torch.int8).short().bitwise_left_shift_(8).view(torch.float16).float()
+
+
 def _from_e4m3(values: Tensor) -> Tensor:
     """Return numbers in float32, in a fifteenth of torch's time, which goes one by one.
 
@@ -78,3 +89,10 @@ def _from_e4m3(values: Tensor) -> Tensor:
     """
     moved = values.view(torch.int8).short().bitwise_left_shift_(7).bitwise_and_(~(1 << 14))
     return moved.view(torch.float16).float().mul_(256)
+
+
+_AS_FLOATS: Final[dict[torch.dtype, Callable[[Tensor], Tensor]]] = {
+    torch.float8_e4m3fn: _from_e4m3,
+    torch.float8_e5m2: _from_e5m2,
+    torch.int8: Tensor.float,
+}

@@ -10,21 +10,22 @@ from typing import Any
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bases.families import load_families
 from loramux_shared.bases.family import Architecture, Family, token_ids
-from loramux_shared.bases.formats.read import read_quantization
+from loramux_shared.bases.formats.read import QUANTIZE, read_quantization, with_quantize
 from loramux_shared.bases.geometry import refuse_other_geometry
 from loramux_shared.bases.hf_config import HfConfig, read_json
 from loramux_shared.faults import CheckpointInvalid
 
 
 def read_config(folder: Path, max_seq_len: int | None = None) -> ModelConfig:
-    """Read ``config.json`` and ``generation_config.json`` of a folder, as `read_fields` does.
+    """Read ``config.json`` of a folder and what stands beside it, as `read_fields` does.
 
     Raises:
         CheckpointInvalid: no such file, or a model that is not supported, with what is.
     """
-    fields = read_json(folder / "config.json")
+    fields: Mapping[str, Any] | None = read_json(folder / "config.json")
     if fields is None:
         raise CheckpointInvalid("the base checkpoint has no config.json; expected a Hugging Face checkpoint.")
+    fields = with_quantize(fields, read_json(folder / QUANTIZE))
     return read_fields(fields, read_json(folder / "generation_config.json") or {}, max_seq_len)
 
 

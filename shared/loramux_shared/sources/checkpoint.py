@@ -13,6 +13,7 @@ from typing import Any, Final, TypeVar
 import structlog
 
 from loramux_shared.bases.config import ModelConfig
+from loramux_shared.bases.formats.read import QUANTIZE, says_quantization, with_quantize
 from loramux_shared.bases.read import read_fields
 from loramux_shared.bundle.generation import BaseRecord
 from loramux_shared.bundle.manifest import FileDigest
@@ -40,6 +41,7 @@ SMALL_FILES: Final = (
     INDEX,
     "chat_template.jinja",
     GENERATION,
+    QUANTIZE,
     "special_tokens_map.json",
     "tokenizer.json",
     "tokenizer_config.json",
@@ -83,13 +85,13 @@ def describe_base(
                 f"{_name(repository)}: expected {CONFIG}, found {_some(resolved)}. "
                 "The base must be a decoder checkpoint in Hugging Face format."
             )
-        generation = GENERATION in resolved.files
-        model = read_fields(
-            _read_json(source, resolved, CONFIG, sources.work_dir),
-            _read_json(source, resolved, GENERATION, sources.work_dir) if generation else None,
-            max_seq_len,
+        fields, generation, quantize = (
+            _read_json(source, resolved, name, sources.work_dir) if name in resolved.files else None
+            for name in (CONFIG, GENERATION, QUANTIZE)
         )
-        names = [name for name in SMALL_FILES if name in resolved.files]
+        unused = {QUANTIZE} if says_quantization(fields or {}) else set()
+        model = read_fields(with_quantize(fields or {}, quantize), generation, max_seq_len)
+        names = [name for name in SMALL_FILES if name in resolved.files and name not in unused]
         names += _weights(source, resolved, sources.work_dir)
         files = source.digests(resolved, names, progress, room)
         sizes = {name: file.size for name, file in resolved.files.items()}
@@ -205,9 +207,11 @@ def _weights(source: Source, resolved: Resolved, work_dir: Path | None) -> list[
         )
     if WEIGHTS in resolved.files:
         return [WEIGHTS]
+    others = [name for name in resolved.files if _SHARD.fullmatch(name)]
+    cure = "Convert the base to safetensors; pickled weights are refused."
     raise CheckpointInvalid(
         f"{_name(resolved.repository)}: expected {WEIGHTS} or {INDEX}, found {_some(resolved)}. "
-        "Convert the base to safetensors; pickled weights are refused."
+        + (f"Name {others[0]} {WEIGHTS}." if len(others) == 1 else cure)
     )
 
 

@@ -18,10 +18,12 @@ from loramux_shared.bases.formats.scheme import Format, Quantization
 from loramux_shared.bases.hf_config import HfConfig
 from loramux_shared.faults import CheckpointInvalid
 
-KEYS: Final = ("quantization_config", "compression_config")
-"""The second is what compressed-tensors wrote first."""
+QUANTIZE: Final = "quantize_config.json"
+"""The file in which AutoGPTQ said how weights are kept, before ``config.json`` did."""
+KEYS: Final = ("quantization_config", "compression_config", QUANTIZE)
+"""The second is what compressed-tensors wrote first; under the third `with_quantize` puts that file."""
 FORMATS: Final = (
-    Format("fp8", ("fp8",), "e4m3 with scales per block, row or tensor", read_fp8),
+    Format("fp8", ("fp8",), "e4m3 or e5m2 with scales per block, row or tensor", read_fp8),
     Format("fp8", ("fbgemm_fp8",), "e4m3 with scales per row", read_fbgemm),
     Format(
         "compressed-tensors",
@@ -30,7 +32,12 @@ FORMATS: Final = (
         "FP8 per tensor, row or block; several groups and ignored linears",
         read_compressed,
     ),
-    Format("gptq", ("gptq",), "int4 and int8, both forms of zero points, with or without desc_act", read_gptq),
+    Format(
+        "gptq",
+        ("gptq",),
+        "int4 and int8, both forms of zero points, with or without desc_act; also by `quantize_config.json`",
+        read_gptq,
+    ),
     Format("awq", ("awq",), "int4 as AutoAWQ packs it for gemm", read_awq),
     Format(
         "bitsandbytes", ("bitsandbytes",), "nf4, fp4, with double quantisation or not; int8", read_bitsandbytes
@@ -51,6 +58,23 @@ def read_quantization(*levels: Mapping[str, Any], architecture: str) -> Quantiza
                 block = HfConfig(fields, architecture).block(key)
                 return _read(HfConfig(block.fields, architecture, at=f"{key}."))
     return None
+
+
+def says_quantization(fields: Mapping[str, Any]) -> bool:
+    """Whether the fields of a ``config.json`` say how weights are kept."""
+    text = fields.get("text_config")
+    return any(level.get(key) for level in (fields, text if isinstance(text, dict) else {}) for key in KEYS)
+
+
+def with_quantize(fields: Mapping[str, Any], quantize: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    """Return the fields of a ``config.json`` with those of the `QUANTIZE` beside it, if they say nothing.
+
+    Without a method they are AutoGPTQ's, which had but one; newer gptqmodel calls it ``method``.
+    """
+    if quantize is None or says_quantization(fields):
+        return fields
+    method = quantize.get("quant_method") or quantize.get("method") or "gptq"
+    return {**fields, QUANTIZE: {**quantize, "quant_method": method}}
 
 
 def _read(config: HfConfig) -> Quantization:
