@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any, cast
 
+import jsonschema
 import pytest
 from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
 
@@ -23,6 +25,7 @@ from inference_service.serving.sandbox.grammars import LIMITS, put_into
 from inference_service.serving.text import Text
 from loramux_shared.faults import RequestInvalid
 from loramux_shared.parsers import Parsers, ReasoningParser, ToolParser
+from tests.support.examples import examples
 from tests.support.family_templates import FAMILIES, Family
 from tests.support.readings import read
 
@@ -49,6 +52,24 @@ CALLS: list[dict[str, Any]] = [
 ]
 
 SCHEMA = Constraint("json_schema", '{"type": "object", "properties": {"a": {"const": 1}}, "required": ["a"]}')
+
+BEGINS = {
+    T.HERMES: "Hm. <tool_call>",
+    T.QWEN3_CODER: "Hm. <tool_call>",
+    T.LLAMA3_JSON: "{",
+    T.PYTHONIC: "[",
+    T.OLMO3: "Hm. <function_calls>",
+    T.TOOL_CODE: "Hm. ```tool_code\n",
+    T.MISTRAL: "Hm. [TOOL_CALLS]",
+    T.GRANITE: "Hm. <|tool_call|>",
+    T.PHI4: "Hm. <|tool_call|>",
+    T.GEMMA4: "Hm. <|tool_call>",
+    T.FUNCTIONGEMMA: "Hm. <start_function_call>",
+    T.HARMONY: "<|channel|>commentary to=functions.",
+}
+"""Answers that have begun a call."""
+CLOSING = set(b'"}])>/\n')
+"""Bytes without which random text would not end."""
 
 
 class Bytes:
@@ -229,6 +250,49 @@ def test_calls_of_tools_that_are_not_strict_are_held_to_their_form() -> None:
             held.add(name)
     free = {T.LLAMA3_JSON, T.PYTHONIC, T.OLMO3, T.TOOL_CODE}
     assert held == {name for name, family in FAMILIES.items() if family.tool not in free}
+
+
+@pytest.mark.parametrize("marks", ["special", "text"])
+@pytest.mark.parametrize("tool", BEGINS)
+def test_whatever_a_grammar_lets_pass_is_read_as_whole_calls(tool: ToolParser, marks: str) -> None:
+    """Random answers that begin a call: each is of an offered tool, and its arguments keep to the schema."""
+    dialect = Dialect(tool, R.NONE)
+    vocabulary = Bytes(tuple(dict.fromkeys(dialect.tokens)) if marks == "special" else ())
+    tokenizer, draw, whole = LLTokenizer(TokenizerWrapper(vocabulary)), random.Random(tool), 0
+    for strict in ([], ["find", "news"]):
+        tools = ASKED if strict else [Asked(asked.name, {"type": "object"}) for asked in ASKED]
+        constraint = Demand(dialect, vocabulary.text()).free(tools, strict, "")
+        for _ in range(examples(6) if constraint else 0):
+            assert constraint is not None
+            matcher = LLMatcher(tokenizer, constraint.text, limits=LIMITS, log_level=0)
+            begin = "functools" if (tool, marks) == (T.PHI4, "text") else BEGINS[tool]
+            text = walk(matcher, vocabulary, draw, begin)
+            if text is None:
+                continue
+            calls = [each for each in read(dialect.reading(Calls(OFFERED), None), text) if each[0] == "call"]
+            assert calls, text
+            for _, called, arguments in calls:
+                assert isinstance(json.loads(arguments), dict), text
+                if strict:
+                    jsonschema.validate(json.loads(arguments), OFFERED[called])
+            whole += 1
+    assert whole > 2
+
+
+def walk(matcher: LLMatcher, vocabulary: Bytes, draw: random.Random, begin: str) -> str | None:
+    """Write what a grammar lets pass, at random, up to where it may stop; None where that does not come."""
+    written = list(vocabulary(begin))
+    assert all(map(matcher.consume_token, written)), begin
+    for _ in range(600):
+        if matcher.is_accepting():
+            return b"".join(vocabulary.tokens[token] for token in written).decode(errors="replace")
+        mask = matcher.compute_bitmask()
+        may = [token for token in range(vocabulary.eos_token_id) if mask[token // 8] >> token % 8 & 1]
+        closing = [token for token in may if token > 255 or token in CLOSING]
+        token = draw.choice(closing if closing and draw.random() < 0.7 else may)
+        assert matcher.consume_token(token)
+        written.append(token)
+    return None
 
 
 def test_reasoning_may_come_before_what_is_asked_for() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Final
 
 from inference_service.openai_api.dialects import gemma
 from inference_service.openai_api.dialects.arguments import (
@@ -14,8 +14,17 @@ from inference_service.openai_api.dialects.arguments import (
     shown,
     texts,
 )
-from inference_service.openai_api.dialects.lark import ANYTHING, Asked, Spelling, either, quoted, row
+from inference_service.openai_api.dialects.lark import Asked, Spelling, either, json_of, quoted, row
 from inference_service.openai_api.dialects.values import types_of
+
+_OPEN: Final = """\
+open: "{{" (open_m ("," open_m)*)? "}}"
+open_m: /[a-zA-Z_][a-zA-Z0-9_.-]{{0,63}}/ ":" open_v
+open_v: open_t | open_o | open | "[" (open_v ("," open_v)*)? "]"
+open_t: {text}
+open_o: {other}
+"""
+"""Any object."""
 
 
 class GemmaRules:
@@ -23,14 +32,16 @@ class GemmaRules:
 
     def __init__(self, form: gemma.Form, spelling: Spelling) -> None:
         self._quote, self._spelling = form.quote, spelling
-        self._ends, self.text = spelling.until(form.quote, "text")
+        self._ends, rule = spelling.until(form.quote, "text")
+        self.shared = rule + _OPEN.format(
+            text=f"{spelling(form.quote)} {self._ends}", other=json_of({"type": ["number", "boolean", "null"]})
+        )
+        """Rules that the others need."""
 
     def members(self, name: str, tool: Asked, schema: Mapping[str, Any]) -> Iterator[str]:
         """Yield the rules of an object."""
         if is_open(schema):
-            if not self._spelling.is_special(self._quote):
-                raise CannotSayError("arguments that are not named")
-            yield f'{name}: "{{" {name}_o ({self._spelling(self._quote)} {name}_o)*\n{name}_o: {ANYTHING}\n'
+            yield f"{name}: open\n"
             return
         named = sorted(arguments(schema), key=lambda each: each[0].lower())
         parts = [(f"{quoted(key + ':')} {name}_v{at}", needed) for at, (key, _, needed) in enumerate(named)]

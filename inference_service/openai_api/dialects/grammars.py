@@ -41,7 +41,8 @@ class CallGrammar:
     """Blocks that may follow each other."""
     between: str = ""
     narrow: bool = False
-    """Whether models write calls that are read and that this does not say: values as Python has them."""
+    """Whether models write calls that are read and that this does not say: with values as Python has them, or
+    behind another mark."""
 
 
 Maker = Callable[[Sequence[Asked], Spelling, bool], CallGrammar | None]
@@ -66,9 +67,8 @@ def _hermes(tools: Sequence[Asked], spelling: Spelling, several: bool) -> CallGr
 
 
 def _granite(tools: Sequence[Asked], spelling: Spelling, several: bool) -> CallGrammar:
-    del spelling
     rules = f"call: {json_of(list_schema(tools, MOST_CALLS if several else 1))}\n"
-    return CallGrammar(listed.GRANITE, rules)
+    return CallGrammar(listed.GRANITE, rules, narrow=spelling.is_special(tagged.BEGIN))
 
 
 def _phi(tools: Sequence[Asked], spelling: Spelling, several: bool) -> CallGrammar:
@@ -174,7 +174,7 @@ def _gemma(form: gemma.Form) -> Maker:
         rules = [f"call: one {spelling(form.end)}\n", either(names, "one")]
         for at, tool in enumerate(tools):
             rules += writer.members(f"a{at}", tool, tool.schema)
-        return CallGrammar(form.begin, "".join((*rules, writer.text)), MOST_CALLS if several else 1)
+        return CallGrammar(form.begin, "".join((*rules, writer.shared)), MOST_CALLS if several else 1)
 
     return make
 
