@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
+import multiprocessing
 import os
-import subprocess
-import sys
+import signal
 import time
-from concurrent.futures import ThreadPoolExecutor
+from io import TextIOWrapper
 from pathlib import Path
 
 import pytest
@@ -19,84 +18,10 @@ from loramux_shared.bundle.manifest import CONFIG_FILE, MANIFEST_FILE, WEIGHTS_F
 from loramux_shared.storage.local import LocalStore
 from loramux_shared.storage.open import open_store
 from tests.support.bundles import FakePacked, Unsteady, build_bundles, load, settle, waiting
+from tests.support.dying import dies_at_a_touch, fills
+from tests.support.forks import Forked
 from tests.support.s3_gateway import S3Server
 
-# Processes that are killed at their n-th touch of the cache folder for n = 1, 2, ..., until one lives. An audit
-# hook sees every open, rename, mkdir and removal before it happens. They are forks: packages are imported once.
-DIES = """
-import os, signal, sys, pathlib
-from inference_service.serving.adapters.disk import DiskTier
-from inference_service.serving.adapters.loader import AdapterLoader
-from inference_service.serving.adapters.reading import BundleReader
-from loramux_shared.storage.local import LocalStore
-from tests.support.bundles import FakePacked, load, settle
-root, store, limit, *digests = sys.argv[1:]
-
-def lives(number):
-    cache = pathlib.Path(root) / str(number)
-    touched = [0]
-    def hook(event, arguments):
-        if any(str(cache) in str(each) for each in arguments):
-            touched[0] += 1
-            if touched[0] == number:
-                os.kill(os.getpid(), signal.SIGKILL)
-    reader = BundleReader(LocalStore(pathlib.Path(store)), DiskTier(cache, int(limit)))
-    loader = AdapterLoader(reader, FakePacked)
-    sys.addaudithook(hook)
-    for digest in (*digests, digests[0]):
-        load(loader, digest)
-        settle(loader)
-    os._exit(0)
-
-number, status = 0, 1
-while status:
-    number += 1
-    pid = os.fork()
-    if pid == 0:
-        lives(number)
-    status = os.waitpid(pid, 0)[1]
-    assert status in (0, signal.SIGKILL), status
-print(number)
-"""
-# Processes whose files may have so many bytes, which ends them or fails their writes: forks again.
-FILLS = """
-import json, os, resource, signal, sys, pathlib, traceback
-from inference_service.serving.adapters.disk import DiskTier
-from inference_service.serving.adapters.loader import AdapterLoader, Loaded
-from inference_service.serving.adapters.reading import BundleReader
-from loramux_shared.storage.local import LocalStore
-from tests.support.bundles import FakePacked, load, settle
-root, store, cases, *digests = sys.argv[1:]
-
-def lives(case):
-    limit, kills = case.split("-")
-    signal.signal(signal.SIGXFSZ, signal.SIG_DFL if kills == "yes" else signal.SIG_IGN)
-    reader = BundleReader(LocalStore(pathlib.Path(store)), DiskTier(pathlib.Path(root) / case, 10**9))
-    loader = AdapterLoader(reader, FakePacked)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), int(limit)))
-    for digest in digests:
-        assert isinstance(load(loader, digest), Loaded)
-        settle(loader)
-
-found = {}
-for case in cases.split():
-    reads, writes = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        os.dup2(writes, 1)
-        status = 0
-        try:
-            lives(case)
-        except BaseException:
-            status, problem = 1, traceback.format_exc()
-            print(problem)
-        sys.stdout.flush()
-        os._exit(status)
-    os.close(writes)
-    said = open(reads).read()
-    found[case] = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), said
-print(json.dumps(found))
-"""
 LIMITS = (0, 1, 200, 1000)
 
 
@@ -106,12 +31,6 @@ def local(tmp_path: Path) -> tuple[LocalStore, Path, list[str]]:
     folder = tmp_path / "store"
     store = LocalStore(folder)
     return store, folder, build_bundles(store, tmp_path / "inputs", 2)
-
-
-def in_a_process(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """Run a program of this test."""
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
 
 
 def serves(store: LocalStore, cache: Path, digests: list[str]) -> list[Tier]:
@@ -143,14 +62,17 @@ def test_kill_9_at_any_touch_of_the_disk_leaves_no_wrong_bundle(local, tmp_path,
     store, folder, digests = local
     one = sum(path.stat().st_size for path in (folder / "bundles" / "sha256" / digests[0]).iterdir())
     limit = 10**9 if bound == "roomy" else int(one * 1.5)  # narrow: each bundle that comes makes one leave
-    done = in_a_process(DIES, tmp_path / "caches", folder, limit, *digests)
-    assert done.returncode == 0, done.stderr[-2000:]
-    deaths = int(done.stdout) - 1
+    caches, deaths, status = tmp_path / "caches", -1, -signal.SIGKILL
+    while status:
+        assert status == -signal.SIGKILL
+        deaths += 1
+        number = deaths + 1
+        status = Forked(dies_at_a_touch, number, caches / str(number), folder, limit, digests).wait(20)
     assert deaths > (20 if bound == "roomy" else 30)
     old = time.time() - 2 * YOUNG_S
     left = 0
     for number in range(1, deaths + 1):
-        cache = tmp_path / "caches" / str(number)
+        cache = caches / str(number)
         for path in cache.glob(".part-*"):
             os.utime(path, (old, old))
             left += 1
@@ -161,37 +83,38 @@ def test_kill_9_at_any_touch_of_the_disk_leaves_no_wrong_bundle(local, tmp_path,
     assert left > 5  # it was killed in the middle of writing, too
 
 
-def filled(caches: Path, store: Path, cases: str, digests: list[str]) -> dict[str, tuple[int, str]]:
-    """How processes of limits ended, and what they said; each has a cache of its own."""
-    done = in_a_process(FILLS, caches, store, cases, *digests)
-    assert done.returncode == 0, done.stderr[-2000:]
-    found: dict[str, tuple[int, str]] = json.loads(done.stdout)
-    return found
+def filling(
+    limit: int, kills: bool, cache: Path, store: Path, digests: list[str]
+) -> tuple[Forked, TextIOWrapper]:
+    """A process that loads bundles onto a disk of a size, and what it says."""
+    reads, writes = multiprocessing.Pipe(duplex=False)
+    with writes:
+        process = Forked(fills, limit, kills, cache, store, digests, writes)
+    return process, os.fdopen(os.dup(reads.fileno()))
 
 
 @pytest.fixture(scope="module")
-def full(tmp_path_factory) -> tuple[LocalStore, Path, list[str], dict[str, tuple[int, str]]]:
-    """A store with two bundles, and what became of processes on disks of all sizes that load them."""
+def full(tmp_path_factory) -> tuple[LocalStore, Path, list[str]]:
+    """A store with two bundles."""
     folder = tmp_path_factory.mktemp("full")
     store = LocalStore(folder / "store")
-    digests = build_bundles(store, folder / "inputs", 2)
-    cases = " ".join(f"{limit}-{kills}" for limit in LIMITS for kills in ("no", "yes"))
-    return store, folder, digests, filled(folder, folder / "store", cases, digests)
+    return store, folder, build_bundles(store, folder / "inputs", 2)
 
 
 @pytest.mark.parametrize("limit", LIMITS)
-@pytest.mark.parametrize("kills", ["no", "yes"])
+@pytest.mark.parametrize("kills", [False, True])
 def test_a_disk_that_takes_no_more_fails_no_load(full, limit, kills):
     """When a write stops in the middle, or ends the process there, loads go on and half a file is never one."""
-    store, folder, digests, found = full
+    store, folder, digests = full
     cache = folder / f"{limit}-{kills}"
-    status, said = found[cache.name]
-    if kills == "no":
-        assert status == 0, said
-        assert said.count("without being kept") == 1
-        assert not list(cache.glob(".part-*"))
+    process, said = filling(limit, kills, cache, folder / "store", digests)
+    if kills:
+        assert process.wait(20) == -signal.SIGXFSZ
     else:
-        assert status < 0
+        text = said.read()
+        assert process.wait(20) == 0, text
+        assert text.count("without being kept") == 1
+        assert not list(cache.glob(".part-*"))
     assert serves(store, cache, digests) == [Tier.STORE] * 2
     assert serves(store, cache, digests) == [Tier.DISK] * 2
 
@@ -231,10 +154,10 @@ def test_what_is_on_the_disk_outlives_the_store(tmp_path):
 def test_two_processes_share_a_cache(local, tmp_path):
     """Two replicas that start with one empty cache both serve, and leave one whole copy of each bundle."""
     store, folder, digests = local
-    cache = tmp_path / f"{10**9}-no"
-    with ThreadPoolExecutor(2) as pool:
-        done = list(pool.map(lambda _: filled(tmp_path, folder, cache.name, digests), range(2)))
-    assert [each[cache.name][0] for each in done] == [0, 0], done
+    cache = tmp_path / "cache"
+    both = [filling(10**9, False, cache, folder, digests) for _ in range(2)]
+    said = [text.read() for _, text in both]
+    assert [process.wait(20) for process, _ in both] == [0, 0], said
     assert sorted(path.name for path in cache.iterdir()) == sorted(digests)
     assert serves(store, cache, digests) == [Tier.DISK] * 2
 

@@ -6,8 +6,6 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +23,7 @@ from loramux.cli.exits import Exit
 from loramux.faults import ReplicaFailed
 from loramux.vllm import engine_pb2, engine_pb2_grpc
 from loramux_shared.storage.local import LocalStore
+from tests.support.forks import Forked, inference_service
 from tests.support.tiny import World, make_world
 
 READY_S = 60
@@ -38,21 +37,19 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     return world
 
 
-def _command(world: World, *flags: str) -> list[str]:
-    command = [sys.executable, "-m", "inference_service", "--deployment", "tiny", *flags]
-    return [*command, "--store", f"file://{world.root}/store", "--local-root", str(world.root)]
+def _flags(world: World, *flags: str) -> list[str]:
+    store = f"file://{world.root}/store"
+    return ["--deployment", "tiny", *flags, "--store", store, "--local-root", str(world.root)]
 
 
 @contextmanager
-def _serving(
-    world: World, folder: Path, **settings: str
-) -> Iterator[tuple[subprocess.Popen[str], dict[str, Any]]]:
+def _serving(world: World, folder: Path, **settings: str) -> Iterator[tuple[Forked, dict[str, Any]]]:
     """Run the service; yields the process and the fields of its start line."""
-    command = _command(world, "--grpc", "127.0.0.1:0", "--http", "127.0.0.1:0", "--threads", "1")
+    flags = _flags(world, "--grpc", "127.0.0.1:0", "--http", "127.0.0.1:0", "--threads", "1")
     environment = {**os.environ, "LORAMUX_KV_MEMORY_GB": "0.01", "LORAMUX_DTYPE": "float32"} | settings
     log = folder / "log"
-    with log.open("w") as output:
-        process = subprocess.Popen(command, stderr=output, text=True, env=environment)
+    log.write_text("")
+    process = inference_service(flags, log, environment)
     try:
         deadline = time.monotonic() + READY_S
         while not (ready := [line for line in log.read_text().splitlines() if "service ready" in line]):
@@ -120,12 +117,12 @@ def test_a_step_that_takes_too_long_ends_the_process(world: World, tmp_path: Pat
     assert "a step does not end" in (tmp_path / "log").read_text()
 
 
-def test_a_port_that_is_taken_stops_the_start(world: World) -> None:
+def test_a_port_that_is_taken_stops_the_start(world: World, tmp_path: Path) -> None:
     """The message names the address, and the exit status is that of bad settings."""
+    log = tmp_path / "log"
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        command = _command(world, "--grpc", "127.0.0.1:0", "--http", f"127.0.0.1:{port}")
-        ended = subprocess.run(command, capture_output=True, text=True, timeout=READY_S)
-    assert ended.returncode == 2
-    assert f"cannot listen on '127.0.0.1:{port}'" in ended.stderr
-    assert "Traceback" not in ended.stderr
+        flags = _flags(world, "--grpc", "127.0.0.1:0", "--http", f"127.0.0.1:{port}")
+        assert inference_service(flags, log).wait(READY_S) == 2
+    assert f"cannot listen on '127.0.0.1:{port}'" in log.read_text()
+    assert "Traceback" not in log.read_text()

@@ -7,7 +7,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ import httpx
 
 from loramux.envoy.config import render
 from loramux.envoy.fleet import Fleet, Place, Replica
+from tests.support.forks import inference_service
 from tests.support.tiny import World
 
 READY_S = 60.0
@@ -29,17 +29,17 @@ DELAY_S = 3.0
 class Running:
     """A replica's process."""
 
-    def __init__(self, command: list[str], environment: dict[str, str], log: Path) -> None:
-        self._command = command
+    def __init__(self, flags: list[str], environment: dict[str, str], log: Path) -> None:
+        self._flags = flags
         self._environment = environment
         self._log = log
         self.grpc = self.http = "127.0.0.1:0"
 
     def start(self) -> None:
         """Begin; a second time it listens where it did."""
-        command = [*self._command, "--grpc", self.grpc, "--http", self.http]
-        with self._log.open("w") as output:
-            self.process = subprocess.Popen(command, stderr=output, text=True, env=self._environment)
+        self._log.write_text("")
+        flags = [*self._flags, "--grpc", self.grpc, "--http", self.http]
+        self.process = inference_service(flags, self._log, self._environment)
 
     @property
     def alive(self) -> bool:
@@ -89,12 +89,12 @@ def running(world: World, folder: Path, count: int, **settings: str) -> Iterator
         "LORAMUX_ADAPTER_DISK_GB": "0",
         "OMP_NUM_THREADS": "1",
     } | settings
-    command = [sys.executable, "-m", "inference_service", "--deployment", "tiny", "--threads", "1"]
-    command += ["--store", f"file://{world.root}/store", "--local-root", str(world.root)]
+    flags = ["--deployment", "tiny", "--threads", "1"]
+    flags += ["--store", f"file://{world.root}/store", "--local-root", str(world.root)]
     started: list[Running] = []
     try:
         for number in range(count):
-            started.append(Running(command, environment, folder / f"replica-{number}.log"))
+            started.append(Running(flags, environment, folder / f"replica-{number}.log"))
             started[-1].start()
         for replica in started:
             replica.until_ready()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import json
 import threading
 import urllib.request
@@ -113,13 +114,17 @@ def _key_id(form: bytes) -> str:
     return str(json.loads(base64.urlsafe_b64decode(header + "=="))["kid"])
 
 
-def _account(endpoint: str) -> dict[str, str]:
+@functools.cache
+def _private_key() -> str:
     key = rsa.generate_private_key(65537, 2048)
-    pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()).decode()
+    return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()).decode()
+
+
+def _account(endpoint: str) -> dict[str, str]:
     return {
         "type": "service_account",
         "client_email": "loramux@tests.iam.gserviceaccount.com",
         "private_key_id": "canary-key-id",
-        "private_key": pem,
+        "private_key": _private_key(),
         "token_uri": f"{endpoint}/token",
     }

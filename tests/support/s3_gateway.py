@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import shutil
 import signal
@@ -52,8 +53,9 @@ class S3Server:
             "AWS_EC2_METADATA_DISABLED": "true",
         }
 
+    @functools.cache  # noqa: B019 - there are as many servers as processes
     def client(self) -> S3Client:
-        """A client that is independent of the product's settings."""
+        """A client that is independent of the product's settings; the same each time, as it takes a while."""
         return boto3.session.Session().client(
             "s3",
             endpoint_url=self.endpoint,

@@ -1,0 +1,52 @@
+"""Replicas that load bundles with a cache, and are killed or find no room while they do: each a process."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import sys
+from collections.abc import Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+from inference_service.serving.adapters.disk import DiskTier
+from inference_service.serving.adapters.loader import AdapterLoader, Loaded
+from inference_service.serving.adapters.reading import BundleReader
+from loramux_shared.storage.local import LocalStore
+from tests.support.bundles import FakePacked, load, settle
+
+
+def dies_at_a_touch(number: int, cache: Path, store: Path, limit: int, digests: Sequence[str]) -> None:
+    """Load bundles, the first of them twice, and be killed at the n-th touch of the cache, if it comes.
+
+    An audit hook sees every open, rename, mkdir and removal before it happens.
+    """
+    touched = 0
+
+    def hook(_: str, arguments: tuple[object, ...]) -> None:
+        nonlocal touched
+        if any(str(cache) in str(each) for each in arguments):
+            touched += 1
+            if touched == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    loader = AdapterLoader(BundleReader(LocalStore(store), DiskTier(cache, limit)), FakePacked)
+    sys.addaudithook(hook)
+    for digest in (*digests, digests[0]):
+        load(loader, digest)
+        settle(loader)
+    os._exit(0)
+
+
+def fills(limit: int, kills: bool, cache: Path, store: Path, digests: Sequence[str], said: Connection) -> None:
+    """Load bundles where no file may have more bytes, which ends the process or fails its write, and say so."""
+    os.dup2(said.fileno(), 1)
+    os.dup2(said.fileno(), 2)
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL if kills else signal.SIG_IGN)
+    loader = AdapterLoader(BundleReader(LocalStore(store), DiskTier(cache, 10**9)), FakePacked)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    for digest in digests:
+        assert isinstance(load(loader, digest), Loaded)
+        settle(loader)
+    loader.close()

@@ -1,0 +1,66 @@
+"""Processes of a test that need not import torch again: forks of one that did.
+
+They are processes like others, with an exit status, signals and files of their own. Only their start is not the
+one of ``python -m``; what that does is shown where ``loramux up`` and ``loramux serve`` are run.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+from tests.support import dying
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["inference_service.__main__", dying.__name__])
+
+
+class Forked:
+    """A process; its methods are those of `subprocess.Popen`."""
+
+    def __init__(self, work: Callable[..., None], *arguments: object) -> None:
+        """Run a function of a module that the forks import."""
+        self._process: BaseProcess = _CONTEXT.Process(target=work, args=arguments)
+        self._process.start()
+
+    @property
+    def pid(self) -> int:
+        """Its number."""
+        assert self._process.pid
+        return self._process.pid
+
+    def poll(self) -> int | None:
+        """Return the exit status, or None while it runs."""
+        return self._process.exitcode
+
+    def wait(self, timeout: float) -> int:
+        """Return the exit status, once it has ended."""
+        self._process.join(timeout)
+        status = self._process.exitcode
+        if status is None:
+            raise subprocess.TimeoutExpired(str(self.pid), timeout)
+        return status
+
+    def kill(self) -> None:
+        """End it at once."""
+        self._process.kill()
+
+
+def inference_service(flags: Sequence[str], log: Path, environment: Mapping[str, str] = os.environ) -> Forked:
+    """Run the service with flags; what it logs is written into a file."""
+    return Forked(_inference_service, list(flags), str(log), dict(environment))
+
+
+def _inference_service(flags: list[str], log: str, environment: dict[str, str]) -> None:
+    from inference_service.__main__ import main
+
+    os.environ.clear()
+    os.environ.update(environment)
+    os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+    sys.argv = ["inference_service", *flags]
+    sys.exit(main())
