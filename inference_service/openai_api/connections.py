@@ -16,6 +16,8 @@ from uvicorn.server import ServerState
 
 from inference_service.openai_api.protocol import BoundedHttp, Patience
 
+ACCEPTS: Final = 16
+"""Connections that are taken at a time; in between those that are open have their turn."""
 RETRY_S: Final = 1.0
 """Between attempts to accept, when the system has no descriptor left."""
 UNREAD_BYTES: Final = 128 * 1024
@@ -51,54 +53,91 @@ class Connections:
         self._bound = bound
         self._tls = tls
         self._opening: set[asyncio.Task[None]] = set()
-        self._running: list[asyncio.Task[None]] = []
+        self._listener: socket.socket | None = None
+        self._watching: asyncio.Task[None] | None = None
         self._said_s = -math.inf
 
     def start(self, listener: socket.socket) -> None:
         """Accept from a listening socket from now on."""
         listener.setblocking(False)
         self._keep_time()
-        self._running = [asyncio.create_task(self._accept(listener)), asyncio.create_task(self._watch())]
+        self._listener = listener
+        self._listen()
+        self._watching = asyncio.create_task(self._watch())
+
+    def announce(self) -> None:
+        """Let the answers that have not begun say that their connections end behind them."""
+        for each in self._held():
+            each.announce()
 
     def drain(self) -> None:
-        """Wait no longer for the rest of bodies."""
+        """The same, and wait no longer for the rest of bodies."""
         for each in self._held():
             each.drain()
 
     async def close(self, timeout_s: float) -> None:
-        """Accept no more; let what is written reach the clients, and cut what remains after a time."""
-        for task in (*self._running, *self._opening):
-            task.cancel()
-        await asyncio.gather(*self._running, *self._opening, return_exceptions=True)
-        for each in self._held():
-            each.shutdown()
+        """Listen no more, part with those who are here, and cut what remains after a time.
+
+        Who has connected already is let in first: a listening socket that is closed resets them, and what they
+        ask was sent before anybody could know.
+        """
+        if (listener := self._listener) is None:
+            return
+        self._listener = None
+        asyncio.get_running_loop().remove_reader(listener)
+        with listener, contextlib.suppress(OSError):
+            while self._accept(listener):
+                pass
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
-                while self._state.connections:
+                while self._opening or self._state.connections:
                     await asyncio.sleep(0.01)
+                    for each in self._held():
+                        each.part()
         for each in self._held():
             each.transport.abort()
+        ending = [*self._opening, *([self._watching] if self._watching else [])]
+        for task in ending:
+            task.cancel()
+        await asyncio.gather(*ending, return_exceptions=True)
 
     def _held(self) -> list[BoundedHttp]:
         return [each for each in self._state.connections if isinstance(each, BoundedHttp)]
 
-    async def _accept(self, listener: socket.socket) -> None:
-        loop = asyncio.get_running_loop()
-        with listener:
-            while True:
-                try:
-                    sock, _ = await loop.sock_accept(listener)
-                except OSError as error:
-                    self._say("cannot accept connections", error=str(error))
-                    await asyncio.sleep(RETRY_S)
-                    continue
-                if self._has_room():
-                    task = loop.create_task(self._open(sock))
-                    self._opening.add(task)
-                    task.add_done_callback(self._opening.discard)
-                else:
-                    self._refuse(sock)
-                await asyncio.sleep(0)  # those that are open come first
+    def _listen(self) -> None:
+        if self._listener is not None:
+            asyncio.get_running_loop().add_reader(self._listener, self._take, self._listener)
+
+    def _take(self, listener: socket.socket) -> None:
+        """Accept some of those that wait."""
+        try:
+            for _ in range(ACCEPTS):
+                if not self._accept(listener):
+                    return
+        except OSError as error:
+            self._say("cannot accept connections", error=str(error))
+            loop = asyncio.get_running_loop()
+            loop.remove_reader(listener)
+            loop.call_later(RETRY_S, self._listen)
+
+    def _accept(self, listener: socket.socket) -> bool:
+        """Accept one; False when none waits.
+
+        Raises:
+            OSError: the system has no descriptor left.
+        """
+        try:
+            sock, _ = listener.accept()
+        except (BlockingIOError, ConnectionAbortedError):
+            return False
+        sock.setblocking(False)
+        if self._has_room():
+            task = asyncio.create_task(self._open(sock))
+            self._opening.add(task)
+            task.add_done_callback(self._opening.discard)
+        else:
+            self._refuse(sock)
+        return True
 
     async def _open(self, sock: socket.socket) -> None:
         loop = asyncio.get_running_loop()

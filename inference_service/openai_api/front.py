@@ -42,7 +42,7 @@ class Front:
 
     @property
     def open(self) -> int:
-        """Requests that have not ended."""
+        """Requests that were let in and have not ended."""
         return len(self._open)
 
     async def until_idle(self, timeout_s: float) -> bool:
@@ -62,8 +62,9 @@ class Front:
         scope.setdefault("state", {})[REQUEST_ID] = answer.request_id
         task = asyncio.current_task()
         assert task is not None  # noqa: S101 - a coroutine runs in one
-        self._open.add(task)
-        self._idle.clear()
+        if not self.draining:  # nobody waits for what is refused at once
+            self._open.add(task)
+            self._idle.clear()
         ARRIVED_S.set(scope.get("state", {}).get(ARRIVED))
         try:
             with bound_contextvars(request_id=answer.request_id):

@@ -17,6 +17,7 @@ import httptools
 from pydantic_core import to_json
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
+from inference_service.openai_api.closing import StagedTransport
 from inference_service.openai_api.errors import status_of
 from inference_service.openai_api.front import ARRIVED, DRAINING
 from inference_service.openai_api.refusals import fault_body, refused_body
@@ -33,7 +34,9 @@ OVERHEAD: Final = 8
 MAX_PIPELINED: Final = 16
 """Requests that wait on one connection for the answer before them."""
 LINGER_S: Final = 1.0
-"""After a refusal; a connection that is closed over unread data loses what was answered."""
+"""For the client to close, once everything was said to it."""
+FIRST_S: Final = 0.1
+"""For a client that has just connected to say what it wants, once the server parts with everybody."""
 DRAIN_BODY_S: Final = 1.0
 """For the rest of a body once the server drains."""
 PROGRESS_BYTES: Final = 16 * 1024
@@ -66,10 +69,21 @@ class BoundedHttp(HttpToolsProtocol):
     url: bytes = b""
     """Of the request that is being read."""
 
-    def __init__(self, *args: Any, patience: Patience, refused: Callable[[int], None], **kwargs: Any) -> None:
-        """Wait as long as patience says; refused hears the status of every refusal."""
+    def __init__(
+        self,
+        *args: Any,
+        patience: Patience,
+        refused: Callable[[int], None],
+        leaving: Callable[[], bool],
+        **kwargs: Any,
+    ) -> None:
+        """Wait as long as patience says; refused hears the status of every refusal.
+
+        While leaving is true, every answer says that the connection ends behind it.
+        """
         super().__init__(*args, **kwargs)
         self._patience = patience
+        self._leaving = leaving
         self._heard = refused
         self._deadline = math.inf
         self._in_head = False
@@ -77,7 +91,7 @@ class BoundedHttp(HttpToolsProtocol):
         """No part of a request is awaited."""
         self._overhead = self._since_body = self._body = self._trailers = self._bodies = 0
         self._problem = (400, "invalid_http", "the request is no valid HTTP/1.1.")
-        self._refused = self._draining = False
+        self._draining = False
         self._unused_since = 0.0
         self._answered: Any = None
         """The cycle whose answer is under way; `cycle` is that of the newest request."""
@@ -89,16 +103,44 @@ class BoundedHttp(HttpToolsProtocol):
         """Since when the server owes the client nothing, by the loop's clock; None while it answers."""
         return None if self._busy() else self._unused_since
 
+    def announce(self) -> None:
+        """Let the newest answer say that the connection ends behind it, unless it has begun."""
+        if self._busy() and not self.cycle.response_started:
+            self.cycle.keep_alive = False
+
     def drain(self) -> None:
         """Wait no longer for the rest of a body."""
         self._draining = True
+        self.announce()
         if not self._whole and not self._in_head:
             self._deadline = min(self._deadline, self.loop.time() + DRAIN_BODY_S)
+
+    def part(self) -> None:
+        """Close: behind the answers that are under way, else now.
+
+        A client that asks in this moment reads what is said here as its answer. 408 is what RFC 9110 has for
+        that: the request may be sent again, on another connection. One that asks nothing takes it for the end.
+        """
+        if self.transport.is_closing() or self._has_just_come():
+            return
+        if self._busy():
+            self.cycle.keep_alive = False
+        elif not self._whole and not self._in_head:  # it was answered, and is still being sent
+            self.transport.close()
+        else:
+            fault = ShuttingDown(DRAINING)
+            self._say(
+                408 if self._whole else status_of(fault),
+                fault_body({"path": self._path}, fault),
+                told=self._in_head,
+            )
 
     def check(self, now: float) -> None:
         """End the connection when the client took too long; called about once a second."""
         if self._is_stalled(now):
             self.transport.abort()
+        elif self.transport.is_closing() and self.transport.get_write_buffer_size():
+            self._wait(LINGER_S)  # it still takes what was said
         elif now >= self._deadline:
             self._expire()
 
@@ -106,8 +148,10 @@ class BoundedHttp(HttpToolsProtocol):
 
     def connection_made(self, transport: Any) -> None:
         """Begin to wait for a request."""
-        super().connection_made(transport)
+        staged: Any = StagedTransport(transport, self._linger)
+        super().connection_made(staged)
         self._unused_since = self.loop.time()
+        self._waits = (self.loop.time(), 0)
         self._wait(self._patience.head_s)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -120,11 +164,11 @@ class BoundedHttp(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """Take what the client sent."""
-        if self._refused:
+        if self.transport.is_closing():
             return
         before = self._bodies
         self._feed(data)
-        if self._refused or self.transport.is_closing():
+        if self.transport.is_closing():
             return
         framing = len(data) - (self._bodies - before)
         self._overhead += framing
@@ -182,6 +226,8 @@ class BoundedHttp(HttpToolsProtocol):
         queued = self._busy()
         self.scope["state"][ARRIVED] = arrived_at(self.transport.get_extra_info("socket"))
         super().on_headers_complete()
+        if self._leaving():
+            self.announce()
         self._wait(math.inf if queued else self._patience.body_s)
 
     def on_body(self, body: bytes) -> None:
@@ -230,20 +276,29 @@ class BoundedHttp(HttpToolsProtocol):
         self._unused_since = self.loop.time()
         self._wait(self._patience.idle_s)
 
+    def _has_just_come(self) -> bool:
+        return self._answered is None and self._whole and self.loop.time() - self._unused_since < FIRST_S
+
     def _wait(self, seconds: float) -> None:
-        self._deadline = self.loop.time() + seconds
+        self._deadline = self.loop.time() + (LINGER_S if self.transport.is_closing() else seconds)
+
+    def _linger(self) -> None:
+        """Wait for the client to close; from here on nothing that it sends is looked at."""
+        self._wait(LINGER_S)
+        self._waits = (self.loop.time(), self.transport.get_write_buffer_size())
 
     def _is_stalled(self, now: float) -> bool:
         """True when an answer, or its rest before the connection closes, waits for the client too long."""
         left = self.transport.get_write_buffer_size()
         since, waited = self._waits
-        if not (self.flow.write_paused or self.transport.is_closing()) or waited - left >= PROGRESS_BYTES:
+        waiting = self.flow.write_paused or (left and self.transport.is_closing())
+        if not waiting or waited - left >= PROGRESS_BYTES:
             self._waits = (now, left)
             return False
         return now - since > self._patience.read_s
 
     def _expire(self) -> None:
-        if self._refused or self.transport.is_closing() or self._whole:
+        if self.transport.is_closing() or self._whole:
             self.transport.abort()
         elif self._in_head and not self._overhead:
             self.transport.close()  # nothing was asked
@@ -293,9 +348,8 @@ class BoundedHttp(HttpToolsProtocol):
     def _refuse(self, status: int, code: str, message: str) -> None:
         self._say(status, refused_body(self._path, message, status, code))
 
-    def _say(self, status: int, body: Json) -> None:
-        """Answer in the place of the application, and end the connection."""
-        self._refused = True
+    def _say(self, status: int, body: Json, *, told: bool = True) -> None:
+        """Answer in the place of the application, and end the connection; told to a request that came."""
         if self._has_begun() or self.transport.is_closing():
             self.transport.abort()  # nothing can be said within an answer, before it, or twice
             return
@@ -303,10 +357,10 @@ class BoundedHttp(HttpToolsProtocol):
             self._answered.disconnected = True
             self._answered.message_event.set()
         content = to_json(body)
-        retry = b"retry-after: 1\r\n" if status == 503 else b""
+        retry = b"" if told and status != 503 else b"retry-after: 1\r\n"
         fields = b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n" % len(content)
         self.transport.write(STATUS_LINE[status] + fields + retry + b"\r\n" + content)
-        if self.transport.can_write_eof():
-            self.transport.write_eof()
-        self._wait(LINGER_S)
-        self._heard(status)
+        self.transport.close()
+        self._linger()
+        if told:
+            self._heard(status)

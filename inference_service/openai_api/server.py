@@ -55,7 +55,14 @@ class HttpServer:
         state = ServerState()
 
         def connection() -> BoundedHttp:
-            return BoundedHttp(config, state, {}, patience=patience, refused=service.metrics.responded)
+            return BoundedHttp(
+                config,
+                state,
+                {},
+                patience=patience,
+                refused=service.metrics.responded,
+                leaving=lambda: self._front.leaving or self._front.draining,
+            )
 
         bound = max_connections or connections_of_a_door()
         tls = guard.tls.following_context() if guard.tls is not None else None
@@ -74,8 +81,9 @@ class HttpServer:
         return self.address
 
     async def leave(self) -> None:
-        """Answer health with 503 from now on, and go on taking requests."""
+        """Answer health with 503 from now on, and go on taking requests, the last of each connection."""
         self._front.leaving = True
+        self._connections.announce()
 
     async def refuse(self) -> None:
         """Answer every new request, health included, with 503 from now on."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager, suppress
@@ -23,6 +24,9 @@ from loramux_shared.tracing.door import DoorSpans
 CUT: Final = "the server shut down before the call was complete. Retry with another replica."
 DRAIN_SEND_S: Final = 1.0
 """For the rest of a request once the server drains."""
+QUIET_S: Final = 0.1
+PARTING_S: Final = 1.0
+"""A server that drains stops when nobody was refused for the first, or after the second."""
 
 LINGER_S: Final = 2.0
 LINGER_BYTES: Final = 256 << 20
@@ -51,6 +55,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc
         self._tracing = tracing
         self._patience = patience
         self.draining = False
+        self._refused_s = -math.inf
+        """When a call was refused because of that."""
         self._open: set[asyncio.Task[Any]] = set()
         self._reading: set[asyncio.Timeout] = set()
         self._writing: dict[asyncio.Task[Any], tuple[asyncio.Timeout, float]] = {}
@@ -62,7 +68,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc
 
     @property
     def active(self) -> int:
-        """Calls that have not ended."""
+        """Calls that were let in and have not ended."""
         return len(self._open)
 
     def drain(self) -> None:
@@ -77,6 +83,16 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc
         with suppress(TimeoutError):
             await asyncio.wait_for(self._idle.wait(), timeout_s)
         return self._idle.is_set()
+
+    async def until_quiet(self) -> None:
+        """Wait until clients that still come have heard that they are to go, but not for long.
+
+        gRPC ends calls that come while it stops with CANCELLED, which says nothing.
+        """
+        loop = asyncio.get_running_loop()
+        latest = loop.time() + PARTING_S
+        while (now := loop.time()) < (until := min(latest, self._refused_s + QUIET_S)):
+            await asyncio.sleep(until - now)
 
     def cut(self) -> None:
         """End what is open with SHUTTING_DOWN; new calls are refused already.
@@ -213,10 +229,13 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc
     @asynccontextmanager
     async def _guard(self, context: grpc.aio.ServicerContext, method: str) -> AsyncIterator[asyncio.Task[Any]]:
         """Count a call as open, trace it, and end it with a status where it raises."""
-        task = self._enter()
+        task = asyncio.current_task()
+        assert task is not None  # noqa: S101 - a coroutine runs in one
         try:
             with traced(self._tracing, context, method):
-                self._refuse_when_draining()
+                self._refuse_when_draining()  # nobody waits for what is refused at once
+                self._open.add(task)
+                self._idle.clear()
                 yield task
         except Fault as fault:
             await abort(context, fault)
@@ -234,16 +253,10 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc
 
     def _refuse_when_draining(self) -> None:
         if self.draining:
+            self._refused_s = asyncio.get_running_loop().time()
             raise ShuttingDown(
                 "the server is shutting down and takes no new calls. Retry with another replica."
             )
-
-    def _enter(self) -> asyncio.Task[Any]:
-        task = asyncio.current_task()
-        assert task is not None  # noqa: S101 - a coroutine runs in one
-        self._open.add(task)
-        self._idle.clear()
-        return task
 
     def _leave(self, task: asyncio.Task[Any]) -> None:
         self._open.discard(task)
