@@ -38,8 +38,9 @@ from inference_service.openai_api.pooling_schema import ClassifyBody, Embeddings
 from inference_service.openai_api.refusals import fault_response, on_failure, on_fault, on_http_error
 from inference_service.openai_api.reply import json_response
 from inference_service.openai_api.responses import answers as responses
+from inference_service.openai_api.responses.compact import compact
 from inference_service.openai_api.responses.create import count_input, create_response
-from inference_service.openai_api.responses.schema import ResponsesBody
+from inference_service.openai_api.responses.schema import CompactBody, ResponsesBody
 from inference_service.openai_api.schema import CompletionBody
 from inference_service.openai_api.tokens_schema import DetokenizeBody, TokenizeBody
 from inference_service.openai_api.trainers import InfoQuery, PauseQuery
@@ -127,6 +128,15 @@ ENDPOINTS: Final = (
         body=ResponsesBody,
         answer=responses.InputTokens,
         fails=(404, 429),
+    ),
+    Endpoint(
+        "POST",
+        "/v1/responses/compact",
+        compact,
+        body=CompactBody,
+        answer=responses.Compaction,
+        fails=(404, 429),
+        hinted=True,
     ),
     Endpoint(
         "POST",
