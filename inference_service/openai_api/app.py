@@ -38,8 +38,9 @@ from inference_service.openai_api.pooling_schema import ClassifyBody, Embeddings
 from inference_service.openai_api.refusals import fault_response, on_failure, on_fault, on_http_error
 from inference_service.openai_api.reply import json_response
 from inference_service.openai_api.responses import answers as responses
+from inference_service.openai_api.responses.compact import compact
 from inference_service.openai_api.responses.create import count_input, create_response
-from inference_service.openai_api.responses.schema import ResponsesBody
+from inference_service.openai_api.responses.schema import CompactBody, ResponsesBody
 from inference_service.openai_api.schema import CompletionBody
 from inference_service.openai_api.tokens_schema import DetokenizeBody, TokenizeBody
 from inference_service.openai_api.trainers import InfoQuery, PauseQuery
@@ -109,6 +110,7 @@ ENDPOINTS: Final = (
         event=responses.ResponseEvent,
     ),
     _counting("/v1/responses/input_tokens", count_input, body=ResponsesBody, answer=responses.InputTokens),
+    _computing("/v1/responses/compact", compact, body=CompactBody, answer=responses.Compaction),
     _computing("/v1/embeddings", embeddings.embeddings, body=EmbeddingsBody, answer=answers.Embeddings),
     *(
         _computing(path, handler, body=body, answer=answer)

@@ -14,6 +14,9 @@ from openai.types.responses import ResponseFunctionToolCall
 from pydantic import BaseModel
 
 from inference_service.core.sequence import FinishReason
+from inference_service.openai_api.responses.carried import carried, uncarried
+from inference_service.openai_api.responses.compact import ASK, SAID_NOTHING
+from inference_service.openai_api.responses.turns import SUMMED_UP
 from loramux_shared.faults import QueueFull, RateLimited, ReplicaFailed, RequestInvalid
 from loramux_shared.parsers import Parsers, ReasoningParser
 from tests.support.responses import check_events, check_response, read_stream
@@ -269,6 +272,62 @@ async def test_reasoning_is_an_item_and_comes_back(door: TalkerDoor) -> None:
         assert (await door.post(PATH, model="pirate", input=asked)).status_code == 200
         [_, turn, _] = door.talker.last
         assert (turn["reasoning"], turn["content"], len(turn["tool_calls"])) == ("Hm.", "So.", 1)
+
+
+SYSTEM = {"role": "system", "content": "Be brief."}
+HI = {"role": "user", "content": "Hi"}
+COMPACT = f"{PATH}/compact"
+
+
+async def test_a_summary_goes_on_in_the_place_of_a_conversation(door: TalkerDoor) -> None:
+    """The model sums up, instructions stay, and what comes back unread is told to the model again."""
+    door.talker.say("They| launch.\n", LENGTH)
+    ahoy = {"role": "assistant", "content": "Ahoy"}
+    compacted = await door.openai.responses.compact(model="pirate", input=[SYSTEM, HI, ahoy])
+    assert door.talker.last[:-1] == [SYSTEM, HI, ahoy]
+    assert door.talker.last[-1] == {"role": "user", "content": ASK}
+    assert door.talker.asked[-1].temperature == 0
+    assert compacted.object == "response.compaction"
+    assert compacted.usage.output_tokens == len("They launch.\n")
+    told: Any = compacted.to_dict(warnings=False)["output"]
+    assert [item["type"] for item in told] == ["message", "compaction"]
+    for before in ([], [HI, ahoy]):
+        door.talker.say("So.")
+        await door.post(PATH, model="pirate", input=[told[0], *before, told[1], HI])
+        summed_up = f"Be brief.\n\n{SUMMED_UP}They launch."
+        assert door.talker.last == [{"role": "system", "content": summed_up}, HI]
+
+
+async def test_the_question_for_a_summary_is_no_second_turn_of_the_user(door: TalkerDoor) -> None:
+    """Templates may refuse two in a row; reasoning is turned off, and what is thought anyway is no summary."""
+    door.talker.parsers = Parsers(reasoning=ReasoningParser.THINK)
+    door.talker.say("<think>Hm.</think>So.")
+    answer = (await door.post(COMPACT, **ASKED, instructions="Be brief.", temperature=0.5)).json()
+    assert door.talker.last == [SYSTEM, {"role": "user", "content": f"Hi\n\n{ASK}"}]
+    [request] = door.talker.asked[-1:]
+    assert (request.temperature, request.chat_template_kwargs["enable_thinking"]) == (0.5, False)
+    [compaction] = answer["output"]
+    assert uncarried(compaction["encrypted_content"]) == "So."
+    assert answer["usage"]["output_tokens_details"]["reasoning_tokens"]
+
+
+async def test_what_cannot_be_summed_up_is_refused(door: TalkerDoor) -> None:
+    """A call without its output, a stored conversation, no model, and a model that says nothing."""
+    call = {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"}
+    output = {"type": "function_call_output", "call_id": "c", "output": "4"}
+    summary = {"type": "compaction", "encrypted_content": carried("So.")}
+    for path, body, param in (
+        (COMPACT, {"model": "pirate", "input": [HI, call]}, "input[1]"),
+        (COMPACT, {"model": "pirate", "input": "Hi", "previous_response_id": "r"}, "previous_response_id"),
+        (COMPACT, {"input": "Hi"}, "model"),
+        (PATH, {"model": "pirate", "input": [HI, call, summary, output]}, "input[3].call_id"),
+        (PATH, ASKED | {"input": [summary | {"encrypted_content": "gAAAA"}]}, "input[0].encrypted_content"),
+    ):
+        refused = await door.post(path, **body)
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, param)
+    door.talker.say(" \n")
+    refused = await door.post(COMPACT, **ASKED)
+    assert (refused.status_code, refused.json()["error"]["message"]) == (400, SAID_NOTHING)
 
 
 COMPLIANCE: dict[str, tuple[dict[str, Any], str, list[str]]] = {

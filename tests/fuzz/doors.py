@@ -26,7 +26,7 @@ from inference_service.openai_api.chat_schema import ChatBody
 from inference_service.openai_api.messages.schema import CountBody, MessagesBody
 from inference_service.openai_api.operators import LoadBody, RollbackBody, UnloadBody
 from inference_service.openai_api.pooling_schema import PoolingBody
-from inference_service.openai_api.responses.schema import ResponsesBody
+from inference_service.openai_api.responses.schema import CompactBody, ResponsesBody
 from inference_service.openai_api.schema import Body, CompletionBody
 from inference_service.openai_api.server import HttpServer
 from inference_service.openai_api.tokens_schema import DetokenizeBody, TokenizeBody
@@ -123,6 +123,7 @@ BODIES: Mapping[str, tuple[type[Body], dict[str, Any]]] = {
         | SAMPLED,
     ),
     "/v1/responses/input_tokens": (ResponsesBody, {"model": "rs", "input": "Hi"}),
+    "/v1/responses/compact": (CompactBody, {"model": "rs", "input": "Hi", "max_output_tokens": 2, "seed": 3}),
     "/v1/responses": (
         ResponsesBody,
         {

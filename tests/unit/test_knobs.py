@@ -22,8 +22,15 @@ from inference_service.openai_api.chat_schema import (
     Tool,
     ToolCall,
 )
-from inference_service.openai_api.responses.items import CallItem, MessageItem, OutputItem, ReasoningItem
+from inference_service.openai_api.responses.items import (
+    CallItem,
+    CompactionItem,
+    MessageItem,
+    OutputItem,
+    ReasoningItem,
+)
 from inference_service.openai_api.responses.schema import (
+    CompactBody,
     Reasoning,
     ResponsesBody,
     StreamingOptions,
@@ -91,7 +98,7 @@ def test_the_table_is_finite_where_a_number_is_no_length() -> None:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("body", [ChatBody, CompletionBody, ResponsesBody])
+@pytest.mark.parametrize("body", [ChatBody, CompletionBody, ResponsesBody, CompactBody])
 def test_http_fields_pass_by_name(body: type[Body]) -> None:
     """A field of a body is a request's, one of the door's own, or refused whatever it holds."""
     refused = {name for name, field in body.model_fields.items() if field.annotation is type(None)}
@@ -103,10 +110,12 @@ SMALLEST: Mapping[type[Body], dict[str, Any]] = {
     ChatBody: {"model": "m", "messages": [USER]},
     CompletionBody: {"model": "m", "prompt": "x"},
     ResponsesBody: {"model": "m", "input": "x"},
+    CompactBody: {"model": "m", "input": "x"},
     MessageItem: {"role": "user", "content": "x"},
     CallItem: {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"},
     OutputItem: {"type": "function_call_output", "call_id": "c", "output": "x"},
     ReasoningItem: {"type": "reasoning"},
+    CompactionItem: {"type": "compaction", "encrypted_content": ""},
     NamespaceTool: {"type": "namespace", "name": "n", "description": "d", "tools": []},
     FunctionTool: {"type": "function", "name": "f"},
     TextConfig: {},

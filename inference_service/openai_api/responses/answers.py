@@ -147,6 +147,41 @@ class Response(TypedDict):
     previous_response_id: None
 
 
+class InstructionPart(TypedDict):
+    """Text that was given."""
+
+    type: Literal["input_text"]
+    text: str
+
+
+class InstructionItem(TypedDict):
+    """What a system or a developer said before anybody else."""
+
+    id: str
+    type: Literal["message"]
+    status: ItemStatus
+    role: Literal["system", "developer"]
+    content: list[InstructionPart]
+
+
+class SummaryItem(TypedDict):
+    """A summary in the form in which it is given back unread."""
+
+    id: str
+    type: Literal["compaction"]
+    encrypted_content: str
+
+
+class Compaction(TypedDict):
+    """What goes on in the place of a conversation."""
+
+    id: str
+    object: Literal["response.compaction"]
+    created_at: int
+    output: list[InstructionItem | SummaryItem]
+    usage: ResponseUsage
+
+
 class InputTokens(TypedDict):
     """Tokens of a prompt."""
 

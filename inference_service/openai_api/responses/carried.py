@@ -1,7 +1,7 @@
-"""Reasoning in the form in which clients give it back unread.
+"""Text in the form in which clients give it back unread: reasoning, and summaries of conversations.
 
 Agents that keep no state on a server ask for ``reasoning.encrypted_content`` and send it with the next turn,
-while they drop the text itself. It is no secret here: the text stands beside it, and this is it in base64.
+while they drop the text itself. It is no secret here: this is the text in base64.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from typing import Final
 PREFIX: Final = "loramux:"
 
 
-def carried(thought: str) -> str:
-    """Return reasoning as an ``encrypted_content``."""
-    return PREFIX + base64.b64encode(thought.encode(errors="replace")).decode()
+def carried(text: str) -> str:
+    """Return a text as an ``encrypted_content``."""
+    return PREFIX + base64.b64encode(text.encode(errors="replace")).decode()
 
 
 def uncarried(content: str) -> str | None:
-    """Return the reasoning that an ``encrypted_content`` carries; None where it is not ours. Empty: nothing."""
+    """Return the text that an ``encrypted_content`` carries; None where it is not ours. Empty: nothing."""
     if not content:
         return ""
     if not content.startswith(PREFIX):

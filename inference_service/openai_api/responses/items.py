@@ -23,6 +23,7 @@ SAID: Final = {"input_text": "text", "output_text": "text", "text": "text", "ref
 """Parts that hold text, and their key for it."""
 THOUGHT: Final = {"reasoning_text": "text"}
 SUMMED_UP: Final = {"summary_text": "text"}
+SERVED: Final = "Messages, calls, their outputs, reasoning and compactions are served."
 NOTHING_STORED: Final = "Nothing is stored here: send the earlier items themselves, in input."
 Status = Literal["in_progress", "completed", "incomplete"] | None
 
@@ -115,12 +116,21 @@ class ReasoningItem(Body):
     status: Status = None
 
 
+class CompactionItem(Body):
+    """What stands for all before it: a conversation that this server summed up, see `compact`."""
+
+    type: Literal["compaction"]
+    encrypted_content: str
+    id: str | None = None
+    created_by: str | None = None
+
+
 def _refuse(value: Any) -> Any:
     kind = value.get("type") if isinstance(value, dict) else None
     if kind == "item_reference":
         raise unsupported("an item_reference", NOTHING_STORED)
     if isinstance(kind, str):
-        raise unsupported(f"an item of type {kind}", "Messages, calls, their outputs and reasoning are served.")
+        raise unsupported(f"an item of type {kind}", SERVED)
     raise PydanticCustomError("item", 'items like {"role": "user", "content": "..."}')
 
 
@@ -132,13 +142,14 @@ def _kind(value: Any) -> str:
     return f"[{kind}]" if kind in KINDS else "[other]"
 
 
-KINDS: Final = ("message", "function_call", "function_call_output", "reasoning")
-Item = MessageItem | CallItem | OutputItem | ReasoningItem
+KINDS: Final = ("message", "function_call", "function_call_output", "reasoning", "compaction")
+Item = MessageItem | CallItem | OutputItem | ReasoningItem | CompactionItem
 AnyItem = Annotated[
     Annotated[MessageItem, Tag("[message]")]
     | Annotated[CallItem, Tag("[function_call]")]
     | Annotated[OutputItem, Tag("[function_call_output]")]
     | Annotated[ReasoningItem, Tag("[reasoning]")]
+    | Annotated[CompactionItem, Tag("[compaction]")]
     | Annotated[Never, PlainValidator(_refuse), SkipJsonSchema(), Tag("[other]")],
     Discriminator(_kind),
 ]

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from inference_service.openai_api.chat_schema import ChatBody, JsonSchema, ResponseFormat, Tool
 from inference_service.openai_api.mapping import refused
-from inference_service.openai_api.responses.items import Item, OutputItem
+from inference_service.openai_api.responses.items import CompactionItem, Item, OutputItem
 from inference_service.openai_api.responses.schema import ResponsesBody, TextFormat
 from inference_service.openai_api.responses.tools import functions_of
 from inference_service.openai_api.responses.turns import messages_of
@@ -33,7 +33,7 @@ def chat_of(body: ResponsesBody) -> ChatBody:
     """Return the chat that a body asks for.
 
     Raises:
-        RequestInvalid: an output is that of no call, or reasoning is not ours.
+        RequestInvalid: an output is that of no call, or reasoning or a compaction is not ours.
     """
     if not isinstance(body.input, str):
         _check_calls(body.input)
@@ -59,8 +59,10 @@ def _check_calls(items: Sequence[Item]) -> None:
     for index, item in enumerate(items):
         if isinstance(item, OutputItem):
             if item.call_id not in calls:
-                expected = "the call_id of a function_call before it"
+                expected = "the call_id of a function_call before it, behind the last compaction"
                 raise refused(f"input[{index}].call_id", expected, repr(item.call_id[:80]))
+        elif isinstance(item, CompactionItem):
+            calls.clear()
         else:
             calls.add(getattr(item, "call_id", ""))
 

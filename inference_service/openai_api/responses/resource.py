@@ -41,7 +41,7 @@ class Resource:
 
     def ended(self, finished: Finished, output: list[Json], reasoning_tokens: int) -> Json:
         """Return it with its output."""
-        told: Json = {"output": output, "usage": _usage(finished, reasoning_tokens)}
+        told: Json = {"output": output, "usage": usage_of(finished, reasoning_tokens)}
         if finished.reason is FinishReason.LENGTH:
             return self._json("incomplete", incomplete_details=INCOMPLETE, **told)
         return self._json("completed", completed_at=int(time.time()), **told)
@@ -108,7 +108,8 @@ def _text(text: TextConfig | None) -> Json:
     return {"format": told, "verbosity": "medium"}
 
 
-def _usage(finished: Finished, reasoning_tokens: int) -> Json:
+def usage_of(finished: Finished, reasoning_tokens: int) -> Json:
+    """Return the tokens of a response."""
     return {
         "input_tokens": finished.prompt_tokens,
         "input_tokens_details": {"cached_tokens": finished.cached_tokens, "cache_write_tokens": 0},

@@ -218,3 +218,25 @@ class ResponsesBody(SamplingBody):
     def carries(self) -> bool:
         """True when reasoning is also told in a form that clients give back unread."""
         return CARRIED in (self.include or ())
+
+
+class CompactBody(SamplingBody):
+    """``POST /v1/responses/compact``."""
+
+    examples: ClassVar[Examples] = {
+        "turns": {
+            "input": [
+                {"role": "user", "content": "My order is late."},
+                {"role": "assistant", "content": "Which one?"},
+                {"role": "user", "content": "Number 7, since Monday."},
+            ],
+            "max_output_tokens": 8,
+        },
+    }
+
+    input: Input
+    instructions: str | None = None
+    max_output_tokens: int | None = None
+    """Of the summary."""
+    previous_response_id: Annotated[None, _refused(NOTHING_STORED)] = None
+    image: None = None

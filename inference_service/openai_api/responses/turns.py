@@ -1,7 +1,8 @@
 """From items to the messages that chat templates know.
 
 What the assistant did in one turn comes in several items, and is one message: reasoning, text and calls. So are
-the instructions and what systems and developers say before anybody else: templates know one system message.
+the instructions and what systems and developers say before anybody else: templates know one system message. A
+compaction is part of that one too, and stands for what was said before it.
 """
 
 from __future__ import annotations
@@ -14,23 +15,45 @@ from typing import Final
 from inference_service.openai_api.chat_schema import CalledFunction, ChatMessage, ToolCall
 from inference_service.openai_api.mapping import refused
 from inference_service.openai_api.responses.carried import uncarried
-from inference_service.openai_api.responses.items import CallItem, Item, MessageItem, OutputItem, ReasoningItem
+from inference_service.openai_api.responses.items import (
+    CallItem,
+    CompactionItem,
+    Item,
+    MessageItem,
+    OutputItem,
+    ReasoningItem,
+)
 from inference_service.openai_api.responses.tools import qualified
 
 SYSTEM: Final = ("system", "developer")
+SUMMED_UP: Final = "What was said before, summed up:\n"
+"""Stands before the summary of a compaction."""
 
 
 def messages_of(instructions: str | None, told: str | Sequence[Item]) -> tuple[ChatMessage, ...]:
     """Return the messages of a text, or of items, behind the instructions.
 
     Raises:
-        RequestInvalid: reasoning is not ours.
+        RequestInvalid: reasoning or a compaction is not ours.
     """
     said = [ChatMessage(role="user", content=told)] if isinstance(told, str) else [*_messages(told)]
     before = [*takewhile(lambda message: message.role in SYSTEM, said)]
     texts = [text for text in (instructions, *(message.content for message in before)) if text is not None]
     system = [ChatMessage(role="system", content="\n\n".join(texts))] if texts else []
     return (*system, *said[len(before) :])
+
+
+def leading(items: Sequence[Item]) -> list[MessageItem]:
+    """Return what systems and developers say before anybody else."""
+    first = takewhile(lambda item: isinstance(item, MessageItem) and item.role in SYSTEM, items)
+    return [item for item in first if isinstance(item, MessageItem)]
+
+
+def _in_force(items: Sequence[Item]) -> Iterator[tuple[int, Item]]:
+    """Yield the items that count, with their places: a compaction stands for all before it but the lead."""
+    last = max((nth for nth, item in enumerate(items) if isinstance(item, CompactionItem)), default=0)
+    yield from enumerate(leading(items[:last]))
+    yield from enumerate(items[last:], last)
 
 
 @dataclass
@@ -59,12 +82,14 @@ class _Turn:
 
 def _messages(items: Sequence[Item]) -> Iterator[ChatMessage]:
     turn = _Turn()
-    for index, item in enumerate(items):
+    for index, item in _in_force(items):
         theirs = isinstance(item, OutputItem) or (isinstance(item, MessageItem) and item.role != "assistant")
         if theirs or (turn.is_answer and not isinstance(item, CallItem)):
             yield from turn.message()
             turn = _Turn()
         match item:
+            case CompactionItem(encrypted_content=content):
+                yield ChatMessage(role="system", content=SUMMED_UP + _uncarried(content, index))
             case OutputItem():
                 yield ChatMessage(role="tool", content=item.output, tool_call_id=item.call_id)
             case MessageItem() if theirs:
@@ -81,14 +106,17 @@ def _messages(items: Sequence[Item]) -> Iterator[ChatMessage]:
 
 def _thought(item: ReasoningItem, index: int) -> list[str]:
     """Return what was thought: the text itself, else what was carried, else its summary."""
-    carried = None
-    if item.encrypted_content is not None:
-        carried = uncarried(item.encrypted_content)
-        if carried is None:
-            raise refused(
-                f"input[{index}].encrypted_content",
-                "what this server gave; leave out the reasoning of other servers",
-                "another text",
-            )
+    carried = None if item.encrypted_content is None else _uncarried(item.encrypted_content, index)
     thought = next((text for text in (item.content, carried, item.summary) if text), None)
     return [] if thought is None else [thought]
+
+
+def _uncarried(content: str, index: int) -> str:
+    text = uncarried(content)
+    if text is None:
+        raise refused(
+            f"input[{index}].encrypted_content",
+            "what this server gave; leave out the items of other servers",
+            "another text",
+        )
+    return text
