@@ -20,6 +20,7 @@ from inference_service.engine.plan import SchedulerLimits
 from inference_service.engine.residents import AlwaysResident
 from inference_service.engine.scheduler import QUANTUM
 from inference_service.engine.step import Pending
+from tests.support.examples import examples
 
 ADAPTERS = [Adapter(f"{number:064x}", slot=number) for number in range(40)]
 _ids = itertools.count()
@@ -330,7 +331,7 @@ def test_who_was_away_has_saved_nothing_and_owes_nothing() -> None:
     assert rows["back"] / rows["steady"] == pytest.approx(1.0, rel=0.25)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(80), deadline=None)
 @given(
     st.lists(
         st.tuples(st.integers(0, 5), st.sampled_from(["", "a", "b"]), st.sampled_from([1, 4, 60])),
