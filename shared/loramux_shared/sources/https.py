@@ -8,6 +8,7 @@ import ssl
 import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from functools import cached_property
 from http.client import HTTPException, HTTPResponse, HTTPSConnection
 from typing import Final
 from urllib.parse import SplitResult, urljoin, urlsplit
@@ -66,8 +67,14 @@ class Https:
 
     def __init__(self, guard: Guard) -> None:
         self._guard = guard
-        # SSL_CERT_FILE and SSL_CERT_DIR are OpenSSL's own variables.
-        self._context = ssl.create_default_context()
+
+    @cached_property
+    def _context(self) -> ssl.SSLContext:
+        """Made for the first address: all authorities are read from files, of which most starts need none.
+
+        SSL_CERT_FILE and SSL_CERT_DIR are OpenSSL's own variables.
+        """
+        return ssl.create_default_context()
 
     @contextmanager
     def get(self, url: str, pace: Pace, authorization: tuple[str, str] | None = None) -> Iterator[Download]:
