@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from loramux.cli.report_view import layers
 from loramux_shared.deployment_file import parse_deployment
 from tests.support.adapters import tensors, write_adapter, write_base
 from tests.support.fake_services import Fakes, deployment_text
+from tests.support.forks import builder_service
+from tests.support.s3_gateway import free_port
 from tests.unit.test_npy_import import write
 
 
@@ -27,6 +30,18 @@ def folder(tmp_path: Path) -> Path:
     write_adapter(tmp_path / "fine", base_model_name_or_path="base")
     write_adapter(tmp_path / "deep", tensors(rank=80), r=80)
     return tmp_path
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
+    """The flag that names a builder, which may read all that is made here."""
+    folder, address = tmp_path_factory.mktemp("builder"), f"127.0.0.1:{free_port()}"
+    flags = ["--grpc", address, "--store", f"file://{folder}/store", "--work-dir", f"{folder}/work"]
+    process = builder_service([*flags, "--local-root", str(folder.parent)], folder / "log")
+    assert CliRunner().invoke(app, ["health", address, "--wait", "20"]).exit_code == 0
+    yield "--builder", address
+    process.kill()
+    process.wait(10)
 
 
 def run(*args: str | Path) -> tuple[int, str, str]:
@@ -47,9 +62,9 @@ def test_a_report_for_people(folder: Path) -> None:
     assert lines[-1] == "accepted: no errors, no warnings"
 
 
-def test_a_refused_adapter_is_exit_1_with_its_fix(folder: Path) -> None:
+def test_a_refused_adapter_is_exit_1_with_its_fix(folder: Path, shared: tuple[str, str]) -> None:
     """Code, place, what was expected and found, and what to do, each on a line of its own."""
-    code, text, _ = run("check", folder / "deep", "--base", folder / "base")
+    code, text, _ = run("check", folder / "deep", "--base", folder / "base", *shared)
     assert code == 1
     assert "E_RANK_MAX  layer 0 q_proj" in text
     assert "  expected rank <= max_lora_rank 64" in text
@@ -57,15 +72,15 @@ def test_a_refused_adapter_is_exit_1_with_its_fix(folder: Path) -> None:
     assert text.splitlines()[-1].startswith("refused: 1 error")
 
 
-def test_truncation_shows_what_is_lost(folder: Path) -> None:
+def test_truncation_shows_what_is_lost(folder: Path, shared: tuple[str, str]) -> None:
     """Both ranks stand in the table, and the worst error in the warning."""
-    code, text, _ = run("check", folder / "deep", "--base", folder / "base", "--truncate-to", "8")
+    code, text, _ = run("check", folder / "deep", "--base", folder / "base", "--truncate-to", "8", *shared)
     assert code == 0
     assert "80 -> 8" in text
     assert "worst relative error" in text
 
 
-def test_json_is_stable_and_alone_on_stdout(folder: Path) -> None:
+def test_json_is_stable_and_alone_on_stdout(folder: Path, shared: tuple[str, str]) -> None:
     """Every documented field is there, whether the adapter is taken or refused."""
     fields = {
         "schema", "accepted", "adapter", "base", "base_model_name", "dtype", "bundle_bytes", "files",
@@ -74,7 +89,7 @@ def test_json_is_stable_and_alone_on_stdout(folder: Path) -> None:
     }  # fmt: skip
     reports: dict[str, Any] = {}
     for name, expected in (("fine", 0), ("deep", 1)):
-        code, text, _ = run("check", folder / name, "--base", folder / "base", "--json")
+        code, text, _ = run("check", folder / name, "--base", folder / "base", "--json", *shared)
         assert code == expected
         reports[name] = json.loads(text)
         assert set(reports[name]) == fields

@@ -23,6 +23,7 @@ from loramux_shared.deployment_file import parse_deployment
 from loramux_shared.rpc.status import fault_of
 from loramux_shared.storage.local import LocalStore
 from tests.support.adapters import tensors, write_adapter, write_base
+from tests.support.forks import Forked, builder_service
 
 ADAPTERS = 80
 State = pb.Deployment
@@ -34,23 +35,20 @@ def environment() -> dict[str, str]:
 
 
 @contextmanager
-def builder(folder: Path, port: int) -> Iterator[subprocess.Popen[str]]:
-    """The real process on a file store."""
+def builder(folder: Path, port: int) -> Iterator[Forked]:
+    """A process of the service on a file store."""
     flags = {
         "--store": f"file://{folder}/store",
         "--grpc": f"127.0.0.1:{port}",
         "--local-root": str(folder),
         "--work-dir": str(folder / "work"),
     }
-    command = [sys.executable, "-m", "builder_service", *(part for pair in flags.items() for part in pair)]
-    log = (folder / "builder.log").open("a")
-    process = subprocess.Popen(command, stderr=log, text=True, env=environment())
+    words = [part for pair in flags.items() for part in pair]
+    process = builder_service(words, folder / "builder.log", environment())
     try:
         yield process
     finally:
-        log.close()
-        if process.poll() is None:
-            process.kill()
+        process.kill()
         process.wait(10)
 
 
@@ -159,10 +157,9 @@ def test_a_killed_build_that_was_never_taken_up_is_not_found(tmp_path):
 def test_bad_settings_end_the_start(tmp_path, flags, said):
     """A bad setting is one line that names it, the value and what is allowed; the status is 2."""
     store = [] if "--store" in flags else ["--store", f"file://{tmp_path}"]
-    command = [sys.executable, "-m", "builder_service", *store, *flags]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=30, env=environment(), check=False)
-    assert ended.returncode == 2
-    (line,) = ended.stderr.splitlines()
+    log = tmp_path / "log"
+    assert builder_service([*store, *flags], log, environment()).wait(30) == 2
+    (line,) = log.read_text().splitlines()
     assert said in line
 
 

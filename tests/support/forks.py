@@ -1,13 +1,15 @@
 """Processes of a test that need not import torch again: forks of one that did.
 
 They are processes like others, with an exit status, signals and files of their own. Only their start is not the
-one of ``python -m``; what that does is shown where ``loramux up`` and ``loramux serve`` are run.
+one of ``python -m``; what that does is shown where ``loramux up``, ``serve`` and ``builder`` are run.
 """
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +19,7 @@ from pathlib import Path
 from tests.support import dying
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["inference_service.__main__", dying.__name__])
+_CONTEXT.set_forkserver_preload(["inference_service.__main__", "builder_service.__main__", dying.__name__])
 
 
 class Forked:
@@ -46,21 +48,34 @@ class Forked:
             raise subprocess.TimeoutExpired(str(self.pid), timeout)
         return status
 
+    def send_signal(self, number: signal.Signals) -> None:
+        """Send it a signal, while it runs."""
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        """Ask it to end."""
+        self.send_signal(signal.SIGTERM)
+
     def kill(self) -> None:
         """End it at once."""
-        self._process.kill()
+        self.send_signal(signal.SIGKILL)
 
 
 def inference_service(flags: Sequence[str], log: Path, environment: Mapping[str, str] = os.environ) -> Forked:
-    """Run the service with flags; what it logs is written into a file."""
-    return Forked(_inference_service, list(flags), str(log), dict(environment))
+    """Run the service with flags; what it logs is written at the end of a file."""
+    return Forked(_run, "inference_service", list(flags), str(log), dict(environment))
 
 
-def _inference_service(flags: list[str], log: str, environment: dict[str, str]) -> None:
-    from inference_service.__main__ import main
+def builder_service(flags: Sequence[str], log: Path, environment: Mapping[str, str] = os.environ) -> Forked:
+    """Run the service with flags; what it logs is written at the end of a file."""
+    return Forked(_run, "builder_service", list(flags), str(log), dict(environment))
 
+
+def _run(module: str, flags: list[str], log: str, environment: dict[str, str]) -> None:
+    main = importlib.import_module(f"{module}.__main__").main
     os.environ.clear()
     os.environ.update(environment)
-    os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
-    sys.argv = ["inference_service", *flags]
+    os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+    sys.argv = [module, *flags]
     sys.exit(main())
