@@ -22,7 +22,8 @@ from ray_service.names import ENGINE, MODEL
 
 RETRIED: Final = frozenset(
     {
-        *("/v1/chat/completions", "/v1/completions", "/v1/responses"),
+        *("/v1/chat/completions", "/v1/completions"),
+        *("/v1/responses", "/v1/responses/input_tokens", "/v1/responses/compact"),
         *("/v1/messages", "/v1/messages/count_tokens", "/tokenize", "/detokenize"),
         *("/v1/embeddings", "/score", "/v1/score", "/rerank", "/v1/rerank", "/v2/rerank"),
         *("/classify", "/v1/classify"),

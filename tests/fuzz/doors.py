@@ -352,6 +352,7 @@ class Doors:
 VALID: Mapping[str, str] = {
     **dict.fromkeys(("/score", "/v1/score", "/rerank", "/v1/rerank", "/v2/rerank"), "invalid_value"),
     **dict.fromkeys(("/classify", "/v1/classify"), "invalid_value"),
+    "/v1/responses/compact": "context_length_exceeded",
     "/v1/load_lora_adapter": "no_builder",
     "/v1/unload_lora_adapter": "no_builder",
     "/v1/rollback": "no_builder",
@@ -364,7 +365,7 @@ VALID: Mapping[str, str] = {
     f"/{BUILDER}/PutAdapter": "ADAPTER_INVALID",
 }
 """What valid requests are answered that cannot succeed here: the replica knows no builder and no classifier,
-and an upload has more than one message."""
+the question for a summary is longer than its sequences, and an upload has more than one message."""
 
 
 @asynccontextmanager
