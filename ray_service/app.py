@@ -10,11 +10,12 @@ from ray.serve import Application
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
 
 from loramux_shared.faults import SettingsInvalid
-from loramux_shared.settings import BuilderSettings, InferenceSettings, load_settings
+from loramux_shared.settings import BuilderSettings, load_settings
 from ray_service.builder import BuilderReplica
 from ray_service.door import Door
 from ray_service.engine import Engine
 from ray_service.names import BUILDER, DOOR, ENGINE
+from ray_service.settings import engine_settings
 
 ROUTER: Final = "ray_service.routing.AffineRouter"
 MARGIN_S: Final = 5.0
@@ -56,7 +57,7 @@ def build(args: dict[str, Any]) -> Application:
     except ValidationError as error:
         wrong = [f"{each['loc'][0]}: {each['msg']}" for each in error.errors(include_url=False)]
         raise SettingsInvalid(f"options of the application: {'; '.join(wrong)}.") from error
-    drain_s = load_settings(InferenceSettings, **options.settings).drain_timeout_s
+    drain_s = engine_settings(options.settings).drain_timeout_s
     engine = serve.deployment(
         name=ENGINE,
         max_ongoing_requests=options.max_requests,

@@ -18,11 +18,11 @@ from inference_service.rpc.servicer import InferenceServicer, register
 from loramux_shared.access.guard import open_guard
 from loramux_shared.descriptors import raise_limit
 from loramux_shared.faults import ReplicaFailed
-from loramux_shared.settings import InferenceSettings, load_settings
 from loramux_shared.telemetry import log_to_stderr
 from ray_service.asgi import answered
 from ray_service.bridge import Bridge
 from ray_service.calls import End, HttpCall, Messages, RpcCall
+from ray_service.settings import engine_settings
 
 log = structlog.get_logger()
 
@@ -36,7 +36,7 @@ class Engine:
         Raises:
             Fault: it cannot be served.
         """
-        settings = load_settings(InferenceSettings, **values)
+        settings = engine_settings(values)
         log_to_stderr(settings.log_format)
         raise_limit()
         guard = open_guard(settings)

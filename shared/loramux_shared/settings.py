@@ -232,7 +232,7 @@ class InferenceSettings(Settings):
     """Where the OpenAI HTTP door listens; it is closed when not given."""
     model_doors: ModelDoors = ()
     """gRPC addresses that stand for one model each, MODEL=HOST:PORT by commas: for gateways whose workers have
-    one model, as SMG's over gRPC. Any name of a model will do, a mixture's too; docs/fleet.md."""
+    one model, as SMG's over gRPC. Any name of a model will do, a mixture's too. None under Ray."""
     backend: Literal["auto", "native", "torch", "triton"] = "auto"
     """The kernels; auto: triton on CUDA, else native (compiled) where that can be, else torch."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

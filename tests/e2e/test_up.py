@@ -6,8 +6,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,36 +18,18 @@ from loramux.faults import ModelNotFound
 from loramux.records import Delta, Finished, Started
 from tests.e2e.real import EXAMPLES, deployment
 from tests.support.s3_gateway import free_port
-
-READY_S = 120
-
-
-LORAMUX = Path(sys.executable).parent / "loramux"
+from tests.support.up import LORAMUX, up
 
 
 @contextmanager
-def _up(folder: Path, builder: str = "") -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """Run `loramux up` until it is ready; yields the process and the inference address."""
-    grpc, builder = f"127.0.0.1:{free_port()}", builder or f"127.0.0.1:{free_port()}"
-    command = [LORAMUX, "up", EXAMPLES / "deployment.yaml"]
-    command += ["--store", f"file://{folder}/store", "--grpc", grpc, "--builder", builder]
-    log = folder / "up.log"
-    with log.open("w") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=output, text=True, cwd=folder)
-        try:
-            deadline = time.monotonic() + READY_S
-            while not re.search(r"^ready", log.read_text(), re.M):
-                assert process.poll() is None, log.read_text()
-                assert time.monotonic() < deadline, log.read_text()
-                time.sleep(0.1)
-            yield process, grpc
-        finally:
-            if process.poll() is None:
-                process.kill()
-            process.wait(10)
+def _up(folder: Path, builder: str = "") -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    """Run `loramux up`; yields the process and the inference address."""
+    grpc = f"127.0.0.1:{free_port()}"
+    with up(folder, grpc=grpc, builder=builder or f"127.0.0.1:{free_port()}") as process:
+        yield process, grpc
 
 
-def _children(process: subprocess.Popen[str]) -> list[psutil.Process]:
+def _children(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
     return psutil.Process(process.pid).children(recursive=True)
 
 

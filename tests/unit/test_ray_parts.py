@@ -112,10 +112,15 @@ def test_without_keys_only_this_machine_is_answered(peer, host, let_in):
     [
         ({"settings": {"deployment": "d"}, "replica": 2}, "replica: Extra"),
         ({"settings": {"treads": 2}}, "treads"),
+        (
+            {"settings": {"deployment": "d", "model_doors": "a=127.0.0.1:1"}},
+            "LORAMUX_MODEL_DOORS: .* none under Ray",
+        ),
+        ({"settings": {"deployment": "d", "http": "127.0.0.1:1"}}, "http: Ray's doors"),
     ],
 )
 def test_options_and_settings_that_nobody_knows_stop_a_deploy(args, said):
-    """What is misspelt is named before anything starts."""
+    """What is misspelt, or is of doors that Ray does not have, is named before anything starts."""
     with pytest.raises(SettingsInvalid, match=said):
         build(args)
 

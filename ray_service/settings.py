@@ -1,0 +1,32 @@
+"""Settings of the engine under Ray, where Ray's are the doors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+from loramux_shared.faults import SettingsInvalid
+from loramux_shared.settings import InferenceSettings, load_settings, variable
+
+ADDRESSES: Final = ("grpc", "http")
+"""Ray is told where its doors listen; variables of these on a node may be there for another service."""
+
+
+def engine_settings(values: Mapping[str, Any]) -> InferenceSettings:
+    """Return settings from values by name, and the environment where those say nothing.
+
+    Raises:
+        SettingsInvalid: one is unknown, wrong, or of doors that Ray does not have.
+    """
+    settings = load_settings(InferenceSettings, **values)
+    wrong = [
+        f"{name}: Ray's doors listen where Ray is told" for name in ADDRESSES if values.get(name) is not None
+    ]
+    if settings.model_doors:
+        wrong.append(
+            f"{variable('model_doors')}: expected none under Ray, which has no doors of one model and no "
+            "services of vLLM's; ask for the model by name, or serve with `loramux serve`"
+        )
+    if wrong:
+        raise SettingsInvalid("; ".join(wrong))
+    return settings
