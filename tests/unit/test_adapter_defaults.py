@@ -16,6 +16,7 @@ from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import FinishReason
 from inference_service.serving.adapter_defaults import AdapterDefaults
 from inference_service.serving.service import Finished, Request, Started
+from inference_service.serving.terms import Terms
 from inference_service.startup.load import Ready
 from loramux_shared.bundle.deployments import current_generation
 from loramux_shared.bundle.manifest import TEXT_FILES, bundle_key
@@ -91,7 +92,9 @@ def prompt(ready: Ready, model: str) -> str:
 
 def sampling(ready: Ready, model: str, **fields: Any) -> SamplingParams:
     """How a request to a model is sampled."""
-    return ready.service._sampling(Request(model, "x", **fields), 1, defaults(ready, model))
+    service = ready.service
+    terms = Terms(Request(model, "x", **fields), defaults(ready, model), service.text, service.limits)
+    return asyncio.run(terms.sampling(1))
 
 
 def test_every_file_is_in_the_bundle_byte_for_byte(world: World, store: MemoryStore) -> None:

@@ -1,0 +1,154 @@
+"""What a request comes to on the model that answers it: tokens of its prompt, and what answers are drawn by."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from inference_service.core.constraint import Grammar, packed
+from inference_service.core.sampling import LogprobsMode, SamplingParams
+from inference_service.serving.adapter_defaults import AdapterDefaults
+from inference_service.serving.bounds import check_constraint
+from inference_service.serving.constraints import Constraints
+from inference_service.serving.lengths import countable
+from inference_service.serving.numbers import completing, drawable, first, room
+from inference_service.serving.request import Pair, Request, told
+from inference_service.serving.text import Text
+from loramux_shared.faults import Finding, RequestInvalid
+
+
+@dataclass(frozen=True)
+class ServingLimits:
+    """Bounds of a request."""
+
+    max_seq_len: int
+    """Tokens of prompt and answer together."""
+    default_max_tokens: int | None
+    """New tokens of a request that sets no limit; None: as many as fit."""
+    eos_token_ids: frozenset[int]
+    hidden_size: int = 0
+    """Numbers of a vector."""
+
+
+@dataclass(frozen=True)
+class Terms:
+    """A request beside its model."""
+
+    request: Request
+    defaults: AdapterDefaults
+    """Of the model."""
+    text: Text
+    """What the tokens of the model mean."""
+    limits: ServingLimits
+    logprobs_mode: LogprobsMode = "raw"
+    """Where the request does not say one."""
+
+    @property
+    def ends(self) -> frozenset[int]:
+        """Tokens that end an answer by themselves."""
+        ends = self.limits.eos_token_ids | self.defaults.stop_token_ids
+        return frozenset() if self.request.ignore_eos else ends
+
+    async def prompt(self, most: int) -> list[int]:
+        """Return the tokens of the prompt, of which a text may have so many unless it is cut.
+
+        Raises:
+            PromptTooLong: it has more.
+            RequestInvalid: it is empty, or the template refuses its messages.
+        """
+        request, text = self.request, self.text
+        prompt, cut = request.prompt, request.truncate_prompt_tokens
+        if cut is not None:
+            most = countable(most)
+        if isinstance(prompt, Pair):
+            special = request.add_special_tokens is not False
+            tokens = await asyncio.to_thread(text.encode_pair, prompt, most, add_special_tokens=special)
+        elif isinstance(prompt, str):
+            special = request.add_special_tokens is not False
+            tokens = await asyncio.to_thread(text.encode_prompt, prompt, most, add_special_tokens=special)
+        elif prompt and isinstance(prompt[0], Mapping):
+            tokens = await text.encode_messages(
+                [item for item in prompt if isinstance(item, Mapping)],
+                most,
+                self.defaults.template,
+                request.tools,
+                request.chat_template_kwargs,
+                add_generation_prompt=request.add_generation_prompt,
+                add_special_tokens=bool(request.add_special_tokens),
+                continue_final_message=request.continue_final_message,
+            )
+        else:
+            tokens = [item for item in prompt if isinstance(item, int)]
+        if not tokens:
+            finding = Finding(code="E_BAD_FIELD", where="prompt", expected="at least one token", found="none")
+            raise RequestInvalid("the prompt is empty.", [finding])
+        if cut == -1:
+            longest = self.limits.max_seq_len
+            usual = min(self.limits.default_max_tokens or 1, longest - 1)
+            cut = longest - (usual if request.max_tokens is None else request.max_tokens)
+        return tokens if cut is None or cut < 1 else tokens[-cut:]
+
+    async def grammars(self, constraints: Constraints) -> list[Grammar | None]:
+        """Return a grammar for each answer, or None for each.
+
+        Raises:
+            RequestInvalid: the constraint is too long, or cannot be followed, and is not optional.
+        """
+        request, constraint = self.request, self.request.constraint
+        if constraint is None:
+            return [None] * request.n
+        try:
+            check_constraint(constraint)
+            compiled = await constraints.compile(constraint, self.text)
+        except RequestInvalid:
+            if not constraint.optional:
+                raise
+            return [None] * request.n
+        return [compiled.begin(self._ends_of_text, optional=constraint.optional) for _ in range(request.n)]
+
+    async def sampling(self, prompt_tokens: int) -> SamplingParams:
+        """Return what the answers to a prompt of so many tokens are drawn by.
+
+        Raises:
+            PromptTooLong: prompt and answer do not fit.
+        """
+        request, defaults = self.request, self.defaults
+        fits = room(request.max_tokens, prompt_tokens, self.limits.max_seq_len)
+        most = min(self.limits.default_max_tokens or fits, fits)
+        own: dict[str, Any] = {
+            "max_tokens": most if request.max_tokens is None else request.max_tokens,
+            "temperature": drawable(
+                first(request.temperature, defaults.temperature, request.usual_temperature)
+            ),
+            "top_p": drawable(first(request.top_p, defaults.top_p, 1.0)),
+            "top_k": min(max(0, first(request.top_k, defaults.top_k, 0)), self.text.vocab),
+            "seed": secrets.randbits(63) if request.seed is None else request.seed,
+            "stop_token_ids": self.ends | frozenset(request.stop_token_ids),
+            "allowed_token_ids": self._allowed(),
+            "logprobs_mode": request.logprobs_mode or self.logprobs_mode,
+            "bad_words": {},
+        }
+        if request.bad_words or request.bad_words_token_ids:
+            words = await asyncio.to_thread(self.text.bad_words, request.bad_words)
+            own["bad_words"] = completing((*words, *request.bad_words_token_ids))
+        return SamplingParams(**told(request, SamplingParams) | own)
+
+    def _allowed(self) -> bytes | None:
+        """Return the mask of the tokens that a request allows; the end of a text is left to its constraint."""
+        request = self.request
+        if request.allowed_token_ids is None:
+            return None
+        ends = self._ends_of_text if request.constraint else frozenset()
+        allowed = np.zeros(self.text.vocab, np.bool_)
+        allowed[[*request.allowed_token_ids, *ends]] = True
+        return packed(allowed)
+
+    @property
+    def _ends_of_text(self) -> frozenset[int]:
+        special = self.text.vocabulary.special
+        return self.ends | (special & set(self.request.stop_token_ids))
