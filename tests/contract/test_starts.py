@@ -7,8 +7,6 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -21,8 +19,10 @@ from inference_service.__main__ import serve
 from loramux_shared.faults import BuildCancelled, SettingsInvalid, SourceUnavailable
 from loramux_shared.settings import InferenceSettings, load_settings
 from loramux_shared.sources.retry import Pace, Patience
+from tests.support.forks import Forked, builder_service, inference_service
 
-SERVICES = {"inference_service": "reading the deployment", "builder_service": "reading the journal"}
+SERVICES = {"inference_service": inference_service, "builder_service": builder_service}
+WAITS = {"inference_service": "reading the deployment", "builder_service": "reading the journal"}
 """By module: the event of the line that says that it waits for the store."""
 
 
@@ -47,8 +47,8 @@ def silent() -> Iterator[str]:
 
 
 @contextmanager
-def started(module: str, endpoint: str, folder: Path) -> Iterator[subprocess.Popen[str]]:
-    """Start a service on a store at an endpoint."""
+def started(module: str, endpoint: str, folder: Path) -> Iterator[tuple[Forked, Path]]:
+    """Start a service on a store at an endpoint; yields its process and what it logs."""
     environment = {
         "AWS_ENDPOINT_URL_S3": endpoint,
         "AWS_ACCESS_KEY_ID": "key",
@@ -57,24 +57,27 @@ def started(module: str, endpoint: str, folder: Path) -> Iterator[subprocess.Pop
         "LORAMUX_LOG_FORMAT": "json",
         "LORAMUX_WORK_DIR": str(folder),
     }
-    command = [sys.executable, "-m", module, "--store", "s3://bucket/prefix", "--grpc", "127.0.0.1:0"]
-    command += ["--deployment", "tiny"] if module == "inference_service" else []
-    process = subprocess.Popen(command, env=os.environ | environment, stderr=subprocess.PIPE, text=True)
+    flags = ["--store", "s3://bucket/prefix", "--grpc", "127.0.0.1:0"]
+    flags += ["--deployment", "tiny"] if module == "inference_service" else []
+    log = folder / "log"
+    log.touch()
+    process = SERVICES[module](flags, log, os.environ | environment)
     try:
-        yield process
+        yield process, log
     finally:
         process.kill()
-        process.communicate()
+        process.wait(10)
 
 
-def told(process: subprocess.Popen[str], event: str) -> dict[str, str]:
+def told(process: Forked, log: Path, event: str) -> dict[str, str]:
     """Read a log until an event."""
-    assert process.stderr is not None
-    for line in process.stderr:
-        if line.startswith("{") and json.loads(line)["event"] == event:
-            found: dict[str, str] = json.loads(line)
-            return found
-    raise AssertionError(f"ended with {process.wait()} before it said {event!r}")
+    while process.poll() is None:
+        for line in log.read_text().splitlines():
+            if line.startswith("{") and line.endswith("}") and json.loads(line)["event"] == event:
+                found: dict[str, str] = json.loads(line)
+                return found
+        time.sleep(0.02)
+    raise AssertionError(f"ended with {process.poll()} before it said {event!r}")
 
 
 @pytest.mark.parametrize(
@@ -89,9 +92,9 @@ def test_a_signal_ends_a_start_that_waits(
     silent: str, tmp_path: Path, module: str, number: signal.Signals
 ) -> None:
     """A service says which store it waits for, and ends at once when it is asked to, as if it was killed."""
-    with started(module, silent, tmp_path) as process:
-        assert told(process, SERVICES[module])["store"] == "s3://bucket/prefix"
-        time.sleep(0.5)
+    with started(module, silent, tmp_path) as (process, log):
+        assert told(process, log, WAITS[module])["store"] == "s3://bucket/prefix"
+        time.sleep(0.2)
         process.send_signal(number)
         began = time.monotonic()
         assert process.wait(10) == 128 + number
@@ -103,10 +106,9 @@ def test_a_signal_ends_a_start_that_waits(
 def test_a_store_that_never_answers_ends_a_start(silent: str, tmp_path: Path, module: str) -> None:
     """Without a signal it ends by itself: exit 1, with the store's name, in less than two minutes."""
     began = time.monotonic()
-    with started(module, silent, tmp_path) as process:
-        _, errors = process.communicate(timeout=150)
-    assert process.returncode == 1
-    assert "s3://bucket/prefix: http://127.0.0.1" in errors.splitlines()[-1]
+    with started(module, silent, tmp_path) as (process, log):
+        assert process.wait(150) == 1
+    assert "s3://bucket/prefix: http://127.0.0.1" in log.read_text().splitlines()[-1]
     assert time.monotonic() - began < 120
 
 

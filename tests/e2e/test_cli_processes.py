@@ -177,27 +177,30 @@ def test_every_form_of_an_address_may_be_free(address: str) -> None:
 
 
 @pytest.mark.parametrize("flag", ["--grpc", "--http", "--builder"])
-def test_up_on_a_taken_address(launch: Launch, fakes: Fakes, deployment: Callable[..., str], flag: str) -> None:
+def test_up_on_a_taken_address(fakes: Fakes, deployment: Callable[..., str], flag: str) -> None:
     """Where something listens already, ``up`` says so before it starts anything."""
-    process = launch("up", deployment("tiny", "lora1"), flag, fakes.inference_address, "--json")
-    text, errors = process.communicate(timeout=DEADLINE_S)
-    assert process.returncode == 2
-    assert [json.loads(line)["error"]["reason"] for line in text.splitlines()] == ["SETTINGS_INVALID"]
-    assert f"cannot listen on '{fakes.inference_address}' (Address already in use)" in errors
-    assert "service on" not in errors
+    args = ["up", deployment("tiny", "lora1"), flag, fakes.inference_address, "--json"]
+    ended = CliRunner().invoke(app, args)
+    assert ended.exit_code == 2
+    assert [json.loads(line)["error"]["reason"] for line in ended.stdout.splitlines()] == ["SETTINGS_INVALID"]
+    assert f"cannot listen on '{fakes.inference_address}' (Address already in use)" in ended.stderr
+    assert "service on" not in ended.stderr
 
 
-def test_up_with_a_wrong_setting(launch: Launch, deployment: Callable[..., str]) -> None:
+def test_up_with_a_wrong_setting(deployment: Callable[..., str]) -> None:
     """A value that the inference service would refuse after the build is refused before it, in one line."""
-    process = launch("up", deployment("tiny", "lora1"), "--dtype", "bf16")
-    _, errors = process.communicate(timeout=DEADLINE_S)
-    assert process.returncode == 2
-    assert len(errors.splitlines()) == 1
-    assert "SETTINGS_INVALID: --dtype=bf16: expected 'auto', 'float32', 'bfloat16' or 'float16'" in errors
+    ended = CliRunner().invoke(app, ["up", deployment("tiny", "lora1"), "--dtype", "bf16"])
+    assert ended.exit_code == 2
+    [line] = ended.stderr.splitlines()
+    assert "SETTINGS_INVALID: --dtype=bf16: expected 'auto', 'float32', 'bfloat16' or 'float16'" in line
 
 
 def test_up_with_keys_needs_one_itself(
-    launch: Launch, environment: dict[str, str], tmp_path: Path, deployment: Callable[..., str]
+    launch: Launch,
+    environment: dict[str, str],
+    tmp_path: Path,
+    deployment: Callable[..., str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Where the services will ask for keys, ``up`` says at once which it needs; with that it goes on."""
     keys = tmp_path / "keys.jsonl"
@@ -205,22 +208,23 @@ def test_up_with_keys_needs_one_itself(
         scope: CliRunner().invoke(app, ["keys", "new", "--file", str(keys), *scope.split()]).stdout.strip()
         for scope in ("--scope infer", "--scope build --scope infer")
     }
-    environment["LORAMUX_KEYS_FILE"] = str(keys)
+    monkeypatch.setenv("LORAMUX_KEYS_FILE", str(keys))
     for key, code, word in (("", 4, "UNAUTHENTICATED"), (made["--scope infer"], 4, "PERMISSION_DENIED")):
-        environment["LORAMUX_API_KEY"] = key
-        process = launch("up", deployment("tiny", "lora1"))
-        _, errors = process.communicate(timeout=DEADLINE_S)
-        assert process.returncode == code
-        assert errors.startswith(f"error: {word}: ")
-        assert "loramux keys new --scope build --scope infer" in errors
-    environment["LORAMUX_API_KEY"] = made["--scope build --scope infer"]
+        monkeypatch.setenv("LORAMUX_API_KEY", key)
+        ended = CliRunner().invoke(app, ["up", deployment("tiny", "lora1")])
+        assert ended.exit_code == code
+        assert ended.stderr.startswith(f"error: {word}: ")
+        assert "loramux keys new --scope build --scope infer" in ended.stderr
+    environment |= {"LORAMUX_KEYS_FILE": str(keys), "LORAMUX_API_KEY": made["--scope build --scope infer"]}
     process = launch("up", deployment("tiny", "lora1"))
     read_until(process, "InferenceService/Generate")
+    children = family(process)
     process.terminate()
     assert process.wait(DEADLINE_S) == 0
+    assert_gone(children)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.sweep), signal.SIGINT])
 def test_up_serves_until_a_signal(
     launch: Launch, deployment: Callable[..., str], number: signal.Signals
 ) -> None:
@@ -242,20 +246,12 @@ def test_up_serves_until_a_signal(
     assert_gone(children)
 
 
-def test_up_for_machines(launch: Launch, deployment: Callable[..., str]) -> None:
-    """``up --json`` prints one document once all is up, and nothing before it."""
+def test_up_for_machines_killed_kills_its_children(launch: Launch, deployment: Callable[..., str]) -> None:
+    """``up --json`` prints one document once all is up, and nothing before; ``kill -9`` ends both services."""
     process = launch("up", deployment("json", "lora1"), "--json")
     found = json.loads(read_until(process, "}"))
     assert found["models"] == ["base", "lora1", "lora2"]
     assert set(found) == {"schema", "inference", "http", "builder", "models", "logs"}
-    process.terminate()
-    assert process.wait(DEADLINE_S) == 0
-
-
-def test_up_killed_kills_its_children(launch: Launch, deployment: Callable[..., str]) -> None:
-    """``kill -9`` of the parent ends both services."""
-    process = launch("up", deployment("tiny"))
-    read_until(process, "InferenceService/Generate")
     children = family(process)
     process.kill()
     assert_gone(children)
@@ -274,8 +270,10 @@ def test_interrupted_before_it_is_ready(launch: Launch, deployment: Callable[...
     """Ctrl-C while a service still loads ends everything with exit 130."""
     process = launch("up", deployment("hang", "lora1"))
     read_until(process, "is published")
-    time.sleep(0.5)
-    children = psutil.Process(process.pid).children(recursive=True)
+    end = time.monotonic() + DEADLINE_S
+    while len(children := psutil.Process(process.pid).children(recursive=True)) < 2:
+        assert time.monotonic() < end
+        time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     assert process.wait(DEADLINE_S) == 130
     assert_gone(children)

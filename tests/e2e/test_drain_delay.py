@@ -4,27 +4,28 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from loramux import Client
+from loramux.cli.main import app
 from loramux.cli.tree import free_address
+from tests.support.forks import Forked, builder_service
 
 DEADLINE_S = 30
 
 
 @pytest.fixture
-def builder(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+def builder(tmp_path: Path) -> Iterator[tuple[Forked, str]]:
     """A builder that takes an hour to leave, and its address."""
     address = free_address("127.0.0.1:0")
-    command = [sys.executable, "-m", "builder_service", "--grpc", address, "--store", f"file://{tmp_path}"]
     environment = {**os.environ, "LORAMUX_DRAIN_DELAY_S": "3600"}
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+    flags = ["--grpc", address, "--store", f"file://{tmp_path}"]
+    process = builder_service(flags, tmp_path / "log", environment)
     _until(address, "SERVING")
     yield process, address
     process.kill()
@@ -32,14 +33,13 @@ def builder(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
 
 
 def _until(address: str, status: str) -> None:
-    command = [sys.executable, "-c", "from loramux.cli.main import main; main()", "health", address]
     deadline = time.monotonic() + DEADLINE_S
-    while (said := subprocess.run(command, capture_output=True, text=True).stdout.strip()) != status:
+    while (said := CliRunner().invoke(app, ["health", address]).stdout.strip()) != status:
         assert time.monotonic() < deadline, said
 
 
 def test_a_builder_that_leaves_goes_on_until_it_is_told_again(
-    builder: tuple[subprocess.Popen[bytes], str],
+    builder: tuple[Forked, str],
 ) -> None:
     """After SIGTERM it is NOT_SERVING and answers; a second signal ends it at once."""
     process, address = builder

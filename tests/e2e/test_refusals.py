@@ -11,7 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from typer.testing import CliRunner
 
+from loramux.cli.main import app
 from tests.e2e.test_builder_kill import builder, free_port
 from tests.support.adapters import tensors, write_adapter, write_base
 
@@ -45,10 +47,9 @@ class Bench:
         return path
 
     def build(self, path: Path) -> tuple[int, str]:
-        """Run `loramux build`; exit status and all that it printed."""
-        command = [LORAMUX, "build", path, "--builder", self.address]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
-        return done.returncode, done.stdout + done.stderr
+        """Run `loramux build` in this process; exit status and all that it printed."""
+        done = CliRunner().invoke(app, ["build", str(path), "--builder", self.address])
+        return done.exit_code, done.output
 
     def stored(self) -> list[Path]:
         """Every file in the store."""
@@ -60,7 +61,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     folder, port = tmp_path_factory.mktemp("bench"), free_port()
     with builder(folder, port):
         address = f"127.0.0.1:{port}"
-        subprocess.run([LORAMUX, "health", address, "--wait", "20"], check=True, capture_output=True)
+        assert CliRunner().invoke(app, ["health", address, "--wait", "20"]).exit_code == 0
         yield Bench(folder, address)
 
 

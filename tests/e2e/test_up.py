@@ -12,8 +12,10 @@ from pathlib import Path
 
 import psutil
 import pytest
+from typer.testing import CliRunner
 
 from loramux import Client
+from loramux.cli.main import app
 from loramux.faults import ModelNotFound
 from loramux.records import Delta, Finished, Started
 from tests.e2e.real import EXAMPLES, deployment
@@ -59,10 +61,9 @@ def test_up_serves_until_a_signal_and_finishes_its_streams(tmp_path: Path, numbe
 
 
 def _changed(builder: str, *words: str | Path) -> int:
-    """Run a command that changes the deployment; return the generation that it names."""
-    command = [LORAMUX, *words, "--builder", builder, "--json"]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    assert ended.returncode == 0, ended.stderr
+    """Run a command that changes the deployment, in this process; return the generation that it names."""
+    ended = CliRunner().invoke(app, [*map(str, words), "--builder", builder, "--json"])
+    assert ended.exit_code == 0, ended.stderr
     return int(re.findall(r'"generation": ?([0-9]+)', ended.stdout)[-1])
 
 
