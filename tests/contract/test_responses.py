@@ -89,6 +89,12 @@ SAYS: dict[str, tuple[str, FinishReason, dict[str, Any], list[tuple[str, str]]]]
         },
         [("message", CALL)],
     ),
+    "a format beside tools": (
+        '{"a"|: 1}',
+        STOP,
+        {"tools": [WEATHER], "text": {"format": {"type": "json_object"}}},
+        [("message", '{"a": 1}')],
+    ),
     "scores": (
         "A|h",
         STOP,
@@ -412,7 +418,6 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
         "tool_choice",
         "invalid_value",
     ),
-    ({"tools": [WEATHER], "text": {"format": {"type": "json_object"}}}, "text.format", "invalid_value"),
     ({"text": {"format": {"type": "json_schema", "name": "n"}}}, "text.format", "invalid_value"),
     ({"text": {"verbosity": "low"}}, "text.verbosity", "unsupported_parameter"),
     ({"text": 5}, "text", "invalid_value"),
