@@ -20,7 +20,7 @@ from loramux.faults import ModelNotFound
 from loramux.records import Delta, Finished, Started
 from tests.e2e.real import EXAMPLES, deployment
 from tests.support.s3_gateway import free_port
-from tests.support.up import LORAMUX, up
+from tests.support.up import up
 
 
 @contextmanager
