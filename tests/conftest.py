@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import structlog
 import torch
 from hypothesis import HealthCheck, settings
 
@@ -39,6 +40,10 @@ from tests.support.s3_gateway import S3Server, s3_gateway
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     interpreter.quicken()
+
+# Plain tracebacks: a log with one that rich paints, with all variables, takes longer than most tests.
+plain = structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)
+structlog.configure(processors=[*structlog.get_config()["processors"][:-1], plain])
 
 # How long an example takes says how busy the machine is, and nothing of the property.
 settings.register_profile("unhurried", deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 from collections.abc import AsyncIterator
@@ -95,7 +96,8 @@ async def _answers_of(door: OpenAIDoor, models: list[str]) -> list[dict[str, Any
         "temperature": 0,
         "max_completion_tokens": TOKENS,
     }
-    return [(await door.post("/v1/chat/completions", model=name, **body)).json() for name in models]
+    asked = [door.post("/v1/chat/completions", model=name, **body) for name in models]
+    return [answer.json() for answer in await asyncio.gather(*asked)]
 
 
 async def test_base_and_adapters_answer_side_by_side(page: Page, door: OpenAIDoor) -> None:
