@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Workers share the cores; two that both compute on all of them wait for each other at every barrier.
@@ -42,7 +43,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Let properties be tried with more examples in a sweep."""
+    """Let properties be tried with more examples in a sweep, and a run's many processes keep their bytecode."""
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    sys.dont_write_bytecode = False
     if config.getoption("--sweep"):
         os.environ[SWEEPING] = "1"
 
