@@ -66,7 +66,7 @@ async def test_numbers_in_json(doors: Doors, stream: bool) -> None:
             for turn, (place, name, value) in enumerate(fields):
                 text = json.dumps(valid | {name: value} | ({"stream": True} if stream else {}))
                 assert str(HOLE) in text
-                for literal in in_turn(LITERALS, turn, 6 if stream else 3):
+                for literal in in_turn(LITERALS, turn, 12 if stream else 6):
                     with watch.case(f"{path} {place} {literal:.40}"):
                         watch.note(await doors.post(path, text.replace(str(HOLE), literal).encode()))
     assert len(watch.outcomes) > 1
@@ -79,7 +79,7 @@ async def test_numbers_on_the_wire(doors: Doors, method: str) -> None:
         for turn, path in enumerate(wire_fields(METHODS[method])):
             name = ".".join(field.name for field in path)
             for request in doors.messages[method]:
-                for number in in_turn(NUMBERS, turn, 3):
+                for number in in_turn(NUMBERS, turn, 6):
                     more = on_the_wire(path, number)
                     if more is not None:
                         with watch.case(f"{method} {name} {number!r:.40}"):

@@ -36,12 +36,21 @@ def compiler(native_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     return folder / "quick"
 
 
+@pytest.fixture(scope="module")
+def first_start(compiler: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a first start leaves."""
+    folder = tmp_path_factory.mktemp("first") / "native"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CXX", str(compiler))
+        assert load(folder).how == "compiled with quick"
+    return folder
+
+
 @pytest.fixture
-def kept(compiler: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def kept(first_start: Path, compiler: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The one file in a folder after a first start."""
     monkeypatch.setenv("CXX", str(compiler))
-    assert load(tmp_path / "native").how == "compiled with quick"
-    (file,) = (tmp_path / "native").iterdir()
+    (file,) = shutil.copytree(first_start, tmp_path / "native").iterdir()
     return file
 
 

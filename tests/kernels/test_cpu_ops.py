@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +14,13 @@ import torch
 from torch import Tensor
 
 from inference_service.backends.torch import ACTIVATIONS
-from inference_service.kernels.cpu.build import COMPILERS, compile_beforehand, load
+from inference_service.kernels.cpu import build
+from inference_service.kernels.cpu.build import COMPILERS, FLAGS, compile_beforehand, load
 from inference_service.kernels.cpu.check import first_wrong
 from inference_service.kernels.cpu.ops import ADAPTER_FIELDS, BLOCK, Chunks, CpuOps, Table, adapters_of
 from inference_service.kernels.cpu.processors import kinds_of_machine, kinds_that_run
 from inference_service.kernels.rows import Activation
+from tests.support.examples import SWEEPING
 from tests.support.once import made_once
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1.2e-2}
@@ -26,11 +30,14 @@ V4 = "avx512f avx512bw avx512cd avx512dq avx512vl"
 
 
 @pytest.fixture(scope="module")
-def beforehand(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of what an image holds."""
+def beforehand(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder of what an image holds; what kinds of processors differ in is shown by quicker compiling too."""
     if not any(map(shutil.which, COMPILERS)):
         pytest.skip("no C++ compiler")
-    return made_once(tmp_path_factory, "beforehand", compile_beforehand)
+    with pytest.MonkeyPatch.context() as patch:
+        if not os.environ.get(SWEEPING):
+            patch.setattr(build, "FLAGS", tuple(flag.replace("-O3", "-O1") for flag in FLAGS))
+        yield made_once(tmp_path_factory, "beforehand", compile_beforehand)
 
 
 @pytest.fixture(scope="module", params=["native", *(kind.name for kind in kinds_of_machine())])

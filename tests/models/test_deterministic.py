@@ -29,7 +29,7 @@ from loramux_shared.storage.memory import MemoryStore
 from tests.models.test_families import QWEN_DELTA
 from tests.support.tiny import ADAPTERS, SIZES, VOCAB, World, make_world_of
 
-NEW, SEQS = 26, 64
+NEW, SEQS = 17, 64
 MODELS = ("base", *ADAPTERS)
 DELTA_FIRST = {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]}
 WINDOWED = {"head_dim": 16, "num_hidden_layers": 2, "sliding_window": 24}
@@ -93,7 +93,7 @@ def test_nothing_around_a_request_changes_a_bit_of_its_answer(
     draw = random.Random(5)
     asked = [
         (MODELS[index % 4], [draw.randrange(3, VOCAB) for _ in range(draw.randrange(1, 70))])
-        for index in range(14)
+        for index in range(9)
     ]
     quiet = loaded(world, dtype=dtype)
     alone = [answers(quiet, [each])[0] for each in asked]
