@@ -11,6 +11,9 @@ from typing import Any, Final, TypeAlias
 
 import pytest
 
+from loramux_shared.storage.memory import MemoryStore
+from tests.support.tiny import World
+
 PARITY: Final = "parity"
 ORACLES: Final = ("torch", "transformers", "peft")
 Counted: TypeAlias = Callable[[str, str, str, Sequence[list[int]], Sequence[list[int]]], None]
@@ -21,6 +24,14 @@ counts: Counter[tuple[Any, ...]] = Counter()
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add --parity."""
     parser.addoption("--parity", type=Path, help="write what was tried and exact to this file")
+
+
+@pytest.fixture(scope="module")
+def store(world: World) -> MemoryStore:
+    """Where the world of a module is built."""
+    made = MemoryStore()
+    world.build(made)
+    return made
 
 
 @pytest.fixture

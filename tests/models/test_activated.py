@@ -55,13 +55,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 
 @pytest.fixture(scope="module")
-def store(world: World) -> MemoryStore:
-    store = MemoryStore()
-    world.build(store)
-    return store
-
-
-@pytest.fixture(scope="module")
 def requests() -> list[tuple[str, list[int]]]:
     """Called at the beginning, within a block, at a block's end, by the last token, twice, never."""
     draw = random.Random(6)

@@ -87,13 +87,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     return World(root / "base", {name: root / name for name in ADAPTERS}, root)
 
 
-@pytest.fixture(scope="module")
-def store(world: World) -> MemoryStore:
-    store = MemoryStore()
-    world.build(store)
-    return store
-
-
 def requests_of(name: str) -> list[tuple[str, list[int]]]:
     """Two prompts, of which every third token is one of the last that the model has."""
     vocab = ADAPTERS.get(name, (BASE, {}))[0]

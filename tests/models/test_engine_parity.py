@@ -34,13 +34,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 
 @pytest.fixture(scope="module")
-def store(world: World) -> MemoryStore:
-    store = MemoryStore()
-    world.build(store)
-    return store
-
-
-@pytest.fixture(scope="module")
 def requests() -> list[tuple[str, list[int]]]:
     return [(MODELS[index % 4], prompt) for index, prompt in enumerate(_prompts(12, 60))]
 

@@ -50,14 +50,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 
 @pytest.fixture(scope="module")
-def store(world: World) -> MemoryStore:
-    """Built."""
-    store = MemoryStore()
-    world.build(store)
-    return store
-
-
-@pytest.fixture(scope="module")
 def peft(world: World) -> Oracle:
     """Greedy tokens of a mixture in PEFT; a base and an adapter alone are mixtures of none and one."""
     model = oracle(world.base, world.adapters["wide"])

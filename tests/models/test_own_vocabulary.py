@@ -92,13 +92,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     return made(tmp_path_factory.mktemp("own"), LlamaConfig(**SIZES), ADAPTERS)
 
 
-@pytest.fixture(scope="module")
-def store(world: World) -> MemoryStore:
-    store = MemoryStore()
-    world.build(store)
-    return store
-
-
 REQUESTS = requests_of(MODELS)
 
 

@@ -25,11 +25,10 @@ TEMPLATE = (
 )
 
 
-class OpenAIDoor:
+class Door:
     """A server and clients of it."""
 
-    def __init__(self, ready: Ready, server: HttpServer) -> None:
-        self.ready = ready
+    def __init__(self, server: HttpServer) -> None:
         self.server = server
         self.url = f"http://{server.address}"
         self.http = httpx.AsyncClient(base_url=self.url, timeout=60)
@@ -38,6 +37,14 @@ class OpenAIDoor:
     async def post(self, path: str, **body: Any) -> httpx.Response:
         """Send a body."""
         return await self.http.post(path, json=body)
+
+
+class OpenAIDoor(Door):
+    """One with an engine behind it."""
+
+    def __init__(self, ready: Ready, server: HttpServer) -> None:
+        super().__init__(server)
+        self.ready = ready
 
     async def events(self, path: str, **body: Any) -> list[str]:
         """Send a body that asks for a stream, and return what stands behind each ``data:``."""

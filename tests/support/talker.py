@@ -7,14 +7,12 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-import httpx
-from openai import AsyncOpenAI
-
 from inference_service.core.sequence import FinishReason
 from inference_service.openai_api.server import HttpServer
 from inference_service.serving.request import Event, Request
 from inference_service.serving.text import Text
 from tests.golden.openai.script import Case, Scripted
+from tests.support.openai_door import Door
 from tests.support.tokens import VOCAB, write_tokenizer
 
 
@@ -50,18 +48,12 @@ class Talker(Scripted):
         return request.prompt
 
 
-class TalkerDoor:
-    """A server and clients of it."""
+class TalkerDoor(Door):
+    """One with a talker behind it."""
 
     def __init__(self, talker: Talker, server: HttpServer) -> None:
+        super().__init__(server)
         self.talker = talker
-        self.url = f"http://{server.address}"
-        self.http = httpx.AsyncClient(base_url=self.url, timeout=30)
-        self.openai = AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=30)
-
-    async def post(self, path: str, **body: Any) -> httpx.Response:
-        """Send a body."""
-        return await self.http.post(path, json=body)
 
 
 @asynccontextmanager

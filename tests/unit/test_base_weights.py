@@ -176,16 +176,21 @@ def taken_away(path: Path) -> None:
     path.unlink()
 
 
-@pytest.mark.parametrize("change", [zeroed, cut_off, taken_away])
-@pytest.mark.parametrize("name", [WEIGHTS, "config.json", "tokenizer.json"])
-def test_what_is_read_is_verified(tmp_path: Path, name: str, change: Any) -> None:
-    """A file that changed after the build, even after it was looked at, is refused when it is read."""
-    world, store = World(tmp_path / "base", {}, tmp_path), MemoryStore()
+def _placed(folder: Path) -> tuple[World, MemoryStore, PlacedBase]:
+    """A base alone, built, and where its files are."""
+    world, store = World(folder / "base", {}, folder), MemoryStore()
     make_checkpoint(world.base, TIED["llama"])
     world.build(store)
     generation = current_generation(store, "tiny")
     assert generation is not None
-    placed = PlacedBase(generation.base, world.base, tmp_path / "cache")
+    return world, store, PlacedBase(generation.base, world.base, folder / "cache")
+
+
+@pytest.mark.parametrize("change", [zeroed, cut_off, taken_away])
+@pytest.mark.parametrize("name", [WEIGHTS, "config.json", "tokenizer.json"])
+def test_what_is_read_is_verified(tmp_path: Path, name: str, change: Any) -> None:
+    """A file that changed after the build, even after it was looked at, is refused when it is read."""
+    world, store, placed = _placed(tmp_path)
     checkpoint = Checkpoint(placed.folder, torch.float32, torch.device("cpu"), placed.require)
     change(world.base / name)
     with pytest.raises(BundleCorrupt, match=rf"{name}: expected sha256 \w+ \(\d+ bytes\), found"):  # noqa: PT012
@@ -198,15 +203,10 @@ def test_what_is_read_is_verified(tmp_path: Path, name: str, change: Any) -> Non
 
 def test_the_small_files_are_copies(tmp_path: Path) -> None:
     """What a replica parses is a copy of its own, which is gone afterwards; weights are not copied."""
-    world, store = World(tmp_path / "base", {}, tmp_path), MemoryStore()
-    make_checkpoint(world.base, TIED["llama"])
-    world.build(store)
-    generation = current_generation(store, "tiny")
-    assert generation is not None
-    placed = PlacedBase(generation.base, world.base, tmp_path / "cache")
+    world, _, placed = _placed(tmp_path)
     with placed.small_files() as folder:
         names = {path.name for path in folder.iterdir()}
-        assert names == set(generation.base.files) - {WEIGHTS}
+        assert names == set(placed.record.files) - {WEIGHTS}
         assert (folder / "config.json").read_bytes() == (world.base / "config.json").read_bytes()
     assert not folder.exists()
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from inference_service.models.formats.packed import Shared
-from inference_service.models.formats.pieces import FLOATS, Pieces
+from inference_service.models.formats.pieces import Pieces
 from inference_service.models.formats.words import WORD
 
 ORDER: Final = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -32,9 +32,8 @@ class Awq:
         if odd:
             raise pieces.invalid("qweight", f"expected a multiple of 8 rows, config.json implies {rows}.")
         self._words = pieces.take("qweight", (torch.int32,), (columns, words))
-        scales = pieces.take("scales", FLOATS)
-        groups = scales.shape[0] if scales.dim() else 0
-        scales = pieces.take("scales", FLOATS, (groups, rows)).float().t()
+        scales = pieces.groups_of_rows("scales", rows)
+        groups = scales.shape[1]
         zeros = pieces.take("qzeros", (torch.int32,), (groups, words))
         self.scheme = pieces.scheme("int4", [rows, groups], rows, columns)
         self._shared = Shared(self.scheme, scales, _ordered(zeros))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from inference_service.models.formats.packed import Shared
-from inference_service.models.formats.pieces import FLOATS, Pieces
+from inference_service.models.formats.pieces import Pieces
 from inference_service.models.formats.words import NUMBERS, WORD, bits_of, groups_of, unpacked
 
 ONES: Final = {4: 0x11111111, 8: 0x01010101}
@@ -32,9 +32,8 @@ class Gptq:
         words = self._words.shape[0] if self._words.dim() else 0
         self._bits = bits = bits_of(pieces, "qweight", words, columns)
         pieces.take("qweight", (torch.int32,), (words, rows))
-        scales = pieces.take("scales", FLOATS)
-        groups = scales.shape[0] if scales.dim() else 0
-        scales = pieces.take("scales", FLOATS, (groups, rows)).float().t()
+        scales = pieces.groups_of_rows("scales", rows)
+        groups = scales.shape[1]
         zeros = pieces.take("qzeros", (torch.int32,), (groups, -(-rows * bits // WORD)))
         if pieces.quantization.zeros_less_one:
             zeros = zeros + ONES[bits]  # carries included, as gptqmodel stores and reads them

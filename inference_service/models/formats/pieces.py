@@ -49,6 +49,16 @@ class Pieces:
             raise self.invalid(role, f"expected shape {expected}, found {tuple(tensor.shape)}.")
         return tensor
 
+    def groups_of_rows(self, role: str, rows: int) -> Tensor:
+        """Return scales [rows, groups] in float32, of a file that has them [groups, rows].
+
+        Raises:
+            CheckpointInvalid: there are none, or others.
+        """
+        scales = self.take(role, FLOATS)
+        groups = scales.shape[0] if scales.dim() else 0
+        return self.take(role, FLOATS, (groups, rows)).float().t()
+
     def matrix(self) -> tuple[int, int]:
         """Return the rows and columns of a weight that must be one matrix.
 

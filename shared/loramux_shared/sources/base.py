@@ -11,7 +11,7 @@ from typing import Final, Protocol, TypeAlias
 
 from loramux_shared.bundle.manifest import FileDigest, sha256_hex
 from loramux_shared.deployment import Repository
-from loramux_shared.faults import Fault
+from loramux_shared.faults import Fault, SourceRefused
 
 Progress: TypeAlias = Callable[[int], None]
 """Told the bytes that came in since the last call, from any thread; what it raises ends the transfer."""
@@ -72,6 +72,18 @@ class Resolved:
             return None
         table = {name: [file.size, file.sha256 or file.checksum or file.version] for name, file in said.items()}
         return sha256_hex(json.dumps(table, sort_keys=True, separators=(",", ":")).encode())
+
+
+def bounded(resolved: Resolved, names: Iterable[str], what: str) -> list[str]:
+    """Return names in their order, of files to be fetched from what is called so.
+
+    Raises:
+        SourceRefused: they have more than `MAX_BYTES` together.
+    """
+    wanted = sorted(names)
+    if (size := resolved.size(wanted)) > MAX_BYTES:
+        raise SourceRefused(f"{what}: {size} bytes, at most {MAX_BYTES}")
+    return wanted
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from typing import IO, Final, Protocol, TypeAlias
 from loramux_shared.bundle.manifest import FileDigest
 from loramux_shared.deployment import Repository
 from loramux_shared.faults import BundleCorrupt, RepoNotFound, SourceRefused, SourceUnavailable
-from loramux_shared.sources.base import MAX_BYTES, MAX_FILES, Progress, Resolved, Room, SourceFile, unwatched
+from loramux_shared.sources.base import MAX_FILES, Progress, Resolved, Room, SourceFile, bounded, unwatched
 from loramux_shared.sources.cache import missing_files
 from loramux_shared.sources.checksum import Checksum
 from loramux_shared.sources.files import exactly, hash_pieces, inside, is_text, pin_content, whole
@@ -77,11 +77,7 @@ class BucketSource:
         self, resolved: Resolved, names: Iterable[str], into: Path, progress: Progress = unwatched
     ) -> dict[str, FileDigest]:
         """Download the listed versions of files, and hash what arrived."""
-        names = sorted(names)
-        if resolved.size(names) > MAX_BYTES:
-            raise SourceRefused(
-                f"{_name(resolved.repository)}: {resolved.size(names)} bytes, at most {MAX_BYTES}"
-            )
+        names = bounded(resolved, names, _name(resolved.repository))
         fetched = {}
         with self._opened(resolved.repository) as (bucket, prefix):
             for name in names:

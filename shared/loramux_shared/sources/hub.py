@@ -37,7 +37,7 @@ from loramux_shared.faults import (
     SourceRefused,
     SourceUnavailable,
 )
-from loramux_shared.sources.base import MAX_BYTES, Progress, Resolved, Room, SourceFile, unwatched
+from loramux_shared.sources.base import Progress, Resolved, Room, SourceFile, bounded, unwatched
 from loramux_shared.sources.cache import missing_files
 from loramux_shared.sources.checksum import checked_file
 from loramux_shared.sources.files import disk_errors, disk_fault, inside, is_text, scratch
@@ -112,11 +112,7 @@ class HubSource:
         self, resolved: Resolved, names: Iterable[str], into: Path, progress: Progress = unwatched
     ) -> dict[str, FileDigest]:
         """Download files, and hash what arrived."""
-        names = sorted(names)
-        if resolved.size(names) > MAX_BYTES:
-            raise SourceRefused(
-                f"HF {resolved.repository.repo}: {resolved.size(names)} bytes, at most {MAX_BYTES}"
-            )
+        names = bounded(resolved, names, f"HF {resolved.repository.repo}")
         return {name: self._fetched(resolved, name, into, progress) for name in names}
 
     def digests(
