@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import multiprocessing
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -18,7 +17,9 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from loramux import AsyncClient
 from loramux.faults import ServerUnavailable
+from tests.support import crowded
 from tests.support.endless import BOUND, MODEL, Doors
+from tests.support.forks import Forked
 from tests.support.raw_http import JSON
 from tests.support.raw_http2 import CANCEL, RESET, call, connect, frame, hello
 
@@ -121,24 +122,24 @@ async def test_calls_that_are_reset_do_not_cancel_those_of_others(doors: Doors) 
     assert [each for each in answers if isinstance(each, BaseException)] == []
 
 
-def test_idle_connections_do_not_stop_the_doors() -> None:
+def test_idle_connections_do_not_stop_the_doors(tmp_path: Path) -> None:
     """With 256 descriptors and 300 idle connections both doors answer, and the log stays short."""
-    command = [sys.executable, "-m", "tests.support.crowded", "256"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        try:
-            assert process.stdout is not None
-            addresses = json.loads(process.stdout.readline())
-            host, port = addresses["http"].rsplit(":", 1)
-            idle = [socket.create_connection((host, int(port)), timeout=20) for _ in range(300)]
-            assert httpx.get(f"http://{addresses['http']}/health", timeout=20).status_code == 200
-            with grpc.insecure_channel(addresses["grpc"]) as channel:
-                health = health_pb2_grpc.HealthStub(channel)
-                status = health.Check(health_pb2.HealthCheckRequest(), timeout=20).status
-            assert status == health_pb2.HealthCheckResponse.SERVING
-            for each in idle:
-                each.close()
-        finally:
-            process.terminate()
-            _, log = process.communicate(timeout=10)
-    events = [json.loads(line)["event"] for line in log.splitlines()]
+    ours, theirs = multiprocessing.Pipe()
+    process = Forked(crowded.serves, 256, tmp_path / "log", theirs)
+    theirs.close()
+    try:
+        addresses = ours.recv()
+        host, port = addresses["http"].rsplit(":", 1)
+        idle = [socket.create_connection((host, int(port)), timeout=20) for _ in range(300)]
+        assert httpx.get(f"http://{addresses['http']}/health", timeout=20).status_code == 200
+        with grpc.insecure_channel(addresses["grpc"]) as channel:
+            health = health_pb2_grpc.HealthStub(channel)
+            status = health.Check(health_pb2.HealthCheckRequest(), timeout=20).status
+        assert status == health_pb2.HealthCheckResponse.SERVING
+        for each in idle:
+            each.close()
+    finally:
+        process.kill()
+        process.wait(10)
+    events = [json.loads(line)["event"] for line in (tmp_path / "log").read_text().splitlines()]
     assert events == ["limit on open files raised", "connections are at their bound"]

@@ -14,7 +14,7 @@ import pytest
 from tests.support.adapters import write_base
 from tests.support.s3_gateway import S3Server
 
-HIDDEN, INTERMEDIATE, RANK, LAYERS = 32768, 262144, 64, 5
+HIDDEN, INTERMEDIATE, RANK, LAYERS = 32768, 262144, 64, 3
 MODULES = {
     "gate_proj": (HIDDEN, INTERMEDIATE),
     "up_proj": (HIDDEN, INTERMEDIATE),
@@ -78,7 +78,7 @@ def peak_bytes(folder: Path, uri: str, names: list[str], environment: dict[str, 
 
 @pytest.mark.parametrize("kind", ["file", pytest.param("s3", marks=pytest.mark.sweep)])
 def test_memory_does_not_grow_with_an_adapter(tmp_path, s3_server: S3Server, kind):
-    """Two adapters at once, of up to 566 MB, take at most 256 MB and two of their rows of 38 MB each."""
+    """Two adapters at once, of up to 340 MB, take at most 256 MB and two of their rows of 38 MB each."""
     write_base(tmp_path / "base", hidden_size=HIDDEN, intermediate_size=INTERMEDIATE, num_hidden_layers=LAYERS)
     total = write_large_adapter(tmp_path / "large", LAYERS if kind == "file" else 1, 0x3F80)
     total += write_large_adapter(tmp_path / "other", 1, 0x4000)

@@ -1,12 +1,12 @@
-"""``python -m tests.support.crowded LIMIT``: both doors, which may open few files; prints their addresses."""
+"""Both doors in a process that may open few files."""
 
 from __future__ import annotations
 
 import asyncio
-import json
+import os
 import resource
-import sys
 import tempfile
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 from loramux_shared.descriptors import raise_limit
@@ -14,18 +14,19 @@ from loramux_shared.telemetry import log_to_stderr
 from tests.support.endless import Endless, doors_of
 
 
-async def main(limit: int) -> None:
-    """Serve until killed."""
+def serves(limit: int, log: Path, peer: Connection) -> None:
+    """Serve until killed, with so many descriptors; tells the other end its addresses."""
+    os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT), 2)
     log_to_stderr("json")
+    asyncio.run(_serve(limit, peer))
+
+
+async def _serve(limit: int, peer: Connection) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (limit // 2, limit))
     raise_limit()
     with tempfile.TemporaryDirectory() as folder:
         http, rpc = doors_of(Endless(Path(folder)))
         addresses = {"http": await http.start(), "grpc": await rpc.start()}
         await rpc.set_serving(True)
-        print(json.dumps(addresses), flush=True)  # noqa: T201 - what the test waits for
+        peer.send(addresses)
         await asyncio.Event().wait()
-
-
-if __name__ == "__main__":
-    asyncio.run(main(int(sys.argv[1])))

@@ -16,10 +16,13 @@ from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from tests.support import dying
-
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["inference_service.__main__", "builder_service.__main__", dying.__name__])
+_CONTEXT.set_forkserver_preload(
+    [
+        *("inference_service.__main__", "builder_service.__main__"),
+        *("tests.support.crowded", "tests.support.dying", "tests.support.racing"),
+    ]
+)
 
 
 class Forked:

@@ -9,8 +9,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
 
+import pytest
+
 from inference_service.core.sequence import Adapter, FinishReason, Token
 from inference_service.engine.engine import EngineStats, SequenceCounts
+from inference_service.openai_api import server as door
 from inference_service.openai_api.server import HttpServer
 from inference_service.serving.adapters.manager import AdapterManager
 from inference_service.serving.catalog import Catalog, ServedModel
@@ -89,4 +92,6 @@ async def scripted_door(
     """Serve it on a free port; yields its URL."""
     server = HttpServer("127.0.0.1:0", service, Guard(keyring), adapters=adapters)
     yield f"http://{await server.start()}"
-    await server.drain(0.1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(door, "CUT_S", 0.05)  # a browser keeps its connections as long as it may
+        await server.drain(0.1)
