@@ -169,6 +169,8 @@ class Connections:
     def _refuse(self, sock: socket.socket) -> None:
         with sock, contextlib.suppress(OSError):
             if self._tls is None:
+                with contextlib.suppress(BlockingIOError):
+                    sock.recv(UNREAD_BYTES)  # closed over what lies unread, it would be reset and say nothing
                 sock.send(FULL)
 
     async def _watch(self) -> None:

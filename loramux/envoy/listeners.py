@@ -33,6 +33,8 @@ BEGUN: Final = f"{NOT_BEGUN},reset"
 GONE: Final = "unavailable,cancelled"
 """Cancelled is what gRPC says by itself of a call that arrives at the very moment in which its server ends."""
 REFUSED: Final = "retriable-status-codes"
+STATUSES: Final = (408, 503)
+"""Nothing was begun: 408 is what a replica that ends says on a connection that is asked in that moment."""
 LOG: Final = {
     "time": "%START_TIME%",
     "request_id": "%REQ(X-REQUEST-ID)%",
@@ -133,7 +135,7 @@ def _route(prefix: str, cluster: str, retry: Json) -> Json:
 def _retry(on: str, first_token_s: float = 0) -> Json:
     return {
         "retry_on": on,
-        **({"retriable_status_codes": [503]} if REFUSED in on else {}),
+        **({"retriable_status_codes": list(STATUSES)} if REFUSED in on else {}),
         "num_retries": RETRIES,
         "retry_back_off": BACK_OFF,
         **({"per_try_timeout": f"{first_token_s:.3f}s"} if first_token_s else {}),

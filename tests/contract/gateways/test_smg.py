@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import pytest
 import pytest_asyncio
 from openai import AsyncOpenAI
 
@@ -118,7 +117,6 @@ async def test_the_load_is_told_in_both_places(chatty: Built) -> None:
         await asyncio.gather(*busy)
 
 
-@pytest.mark.sweep  # of thirty runs beside others one timed out and one failed, which is not understood
 async def test_a_worker_stops(gateway: Gateway) -> None:
     """Of 120 requests around a drain none fails, and afterwards the gateway knows that one worker is left."""
 
