@@ -7,7 +7,6 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.support.s3_gateway import free_port
 from tests.support.up import up
 
 URL = "CLIENTS_URL"
@@ -20,6 +19,5 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     if running := os.environ.get(URL):
         yield running.rstrip("/").removesuffix("/v1")
         return
-    http, grpc, builder = (f"127.0.0.1:{free_port()}" for _ in range(3))
-    with up(tmp_path_factory.mktemp("clients"), grpc=grpc, builder=builder, http=http):
-        yield f"http://{http}"
+    with up(tmp_path_factory.mktemp("clients")) as served:
+        yield f"http://{served.http}"

@@ -6,8 +6,6 @@ import os
 import re
 import signal
 import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -19,16 +17,7 @@ from loramux.cli.main import app
 from loramux.faults import ModelNotFound
 from loramux.records import Delta, Finished, Started
 from tests.e2e.real import EXAMPLES, deployment
-from tests.support.s3_gateway import free_port
 from tests.support.up import up
-
-
-@contextmanager
-def _up(folder: Path, builder: str = "") -> Iterator[tuple[subprocess.Popen[bytes], str]]:
-    """Run `loramux up`; yields the process and the inference address."""
-    grpc = f"127.0.0.1:{free_port()}"
-    with up(folder, grpc=grpc, builder=builder or f"127.0.0.1:{free_port()}") as process:
-        yield process, grpc
 
 
 def _children(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
@@ -46,8 +35,8 @@ def _left(children: list[psutil.Process]) -> list[psutil.Process]:
 def test_up_serves_until_a_signal_and_finishes_its_streams(tmp_path: Path, number: signal.Signals) -> None:
     """A stream that is open at SIGTERM or Ctrl-C comes to its end, the exit status is 0, no process is left."""
     names = set(deployment().build.lora_adapters)
-    with _up(tmp_path) as (process, grpc), Client(grpc) as client:
-        children = _children(process)
+    with up(tmp_path) as served, Client(served.grpc) as client:
+        process, children = served.process, _children(served.process)
         assert {model.name for model in client.models()} >= names
         stream = client.generate("pirate", "Tell me about the sea.", max_tokens=60, ignore_eos=True)
         assert isinstance(next(stream), Started)
@@ -70,9 +59,8 @@ def _changed(builder: str, *words: str | Path) -> int:
 def test_what_is_changed_is_served_without_a_restart(tmp_path: Path) -> None:
     """Pushed, removed and rolled back by commands: the next request that names the generation finds it so, and
     a stream that began before ends on what it began with."""
-    deployment()
-    builder = f"127.0.0.1:{free_port()}"
-    with _up(tmp_path, builder) as (_, grpc), Client(grpc) as client:
+    with up(tmp_path) as served, Client(served.grpc) as client:
+        builder = served.builder
 
         def ask(model: str, generation: int) -> Started:
             events = list(client.generate(model, "Hello", max_tokens=4, min_generation=generation))
@@ -99,9 +87,8 @@ def test_what_is_changed_is_served_without_a_restart(tmp_path: Path) -> None:
 @pytest.mark.sweep  # with scripted services, started by the same code, in test_cli_processes
 def test_a_killed_parent_takes_its_children_along(tmp_path: Path) -> None:
     """kill -9 of `loramux up` leaves no service behind."""
-    deployment()
-    with _up(tmp_path) as (process, _):
-        children = _children(process)
+    with up(tmp_path) as served:
+        process, children = served.process, _children(served.process)
         assert len(children) >= 2
         process.kill()
         process.wait(10)
