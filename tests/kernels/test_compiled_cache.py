@@ -152,6 +152,22 @@ def test_in_a_folder_of_others_nothing_is_kept_or_run(kept: Path, canary: tuple[
     assert kept.read_bytes() == sealed(code)
 
 
+def test_a_compiler_that_fails_for_one_type_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The start line has its first words, and the process for the other type is gone."""
+    lines = ["#!/bin/sh", f"echo $$ >>{tmp_path}/began", "case $* in *ONLY_FLOAT32*)"]
+    lines += [f"while [ $(wc -l <{tmp_path}/began) -lt 2 ]; do sleep 0.01; done", "echo no floats >&2; exit 1"]
+    half = tmp_path / "half"
+    half.write_text("\n".join([*lines, ";; esac", "exec sleep 100", ""]))
+    half.chmod(0o755)
+    monkeypatch.setenv("CXX", str(half))
+    assert load(tmp_path / "native").how == "torch operations (half failed: no floats)"
+    for process in (tmp_path / "began").read_text().split():
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(process), 0)
+
+
 @needs_compiler
 def test_a_library_without_the_operations_is_told(canary: tuple[bytes, Path]) -> None:
     """The check that every start makes before anything else uses the library."""

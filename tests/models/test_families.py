@@ -61,7 +61,7 @@ from tests.support.tiny import (
     run_engine,
 )
 
-NEW = 16
+NEW = 14
 SNAPSHOTS = 2
 """Of states, where layers carry some: for a cache as small as that of the test below."""
 WINDOW = 24

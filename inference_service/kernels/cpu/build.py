@@ -18,9 +18,11 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from subprocess import DEVNULL, PIPE
 
 from inference_service.kernels.cpu.check import first_wrong  # and torch, whose OpenMP runtime is to be shared
 from inference_service.kernels.cpu.processors import Kind, kinds_of_machine, kinds_that_run
@@ -31,6 +33,8 @@ SOURCE = Path(__file__).with_name("ops.cpp")
 BEFOREHAND = Path(__file__).with_name("beforehand")
 """Holds what was compiled beforehand: who could write there could change this file too."""
 FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-std=c++17", "-fopenmp", "-shared", "-fPIC")
+TYPES = ("ONLY_FLOAT32", "ONLY_BFLOAT16")
+"""What of ops.cpp is compiled by itself."""
 COMPILERS = ("c++", "g++", "clang++")
 TIMEOUT_S = 120
 DIGEST_SIZE = hashlib.sha256().digest_size
@@ -66,7 +70,7 @@ def compile_beforehand(into: Path) -> None:
         raise FileNotFoundError(f"no C++ compiler: expected one of {', '.join(COMPILERS)}, or CXX")
     into.mkdir(exist_ok=True)
     for kind in kinds_of_machine():
-        _run([compiler, *_flags(kind), str(SOURCE), "-o", str(_place(into, kind))])
+        _compile(compiler, _flags(kind), _place(into, kind))
 
 
 def _made_beforehand(folder: Path) -> Built | None:
@@ -117,7 +121,7 @@ def _load(compiler: str, cache_dir: Path) -> Built:
     with tempfile.TemporaryDirectory(dir=cache_dir if writable else None) as folder:
         library = Path(folder) / "ops.so"
         if code is None:
-            _compile(compiler, library)
+            _compile(compiler, FLAGS, library)
             _try_out(library)
             if writable:
                 _keep(library.read_bytes(), Path(folder) / kept.name, kept)
@@ -149,8 +153,12 @@ def _opened(sealed: bytes | None) -> bytes | None:
     return code if code is not None and sealed == _sealed(code) else None
 
 
-def _compile(compiler: str, target: Path) -> None:
-    _run([compiler, *FLAGS, str(SOURCE), "-o", str(target)])
+def _compile(compiler: str, flags: Sequence[str], target: Path) -> None:
+    """Compile all types at the same time: a start waits for it."""
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        objects = {only: str(Path(folder) / f"{only}.o") for only in TYPES}
+        _run(*([compiler, *flags, "-c", f"-D{only}", str(SOURCE), "-o", to] for only, to in objects.items()))
+        _run([compiler, *flags, *objects.values(), "-o", str(target)])
 
 
 def _try_out(library: Path) -> None:
@@ -158,9 +166,20 @@ def _try_out(library: Path) -> None:
     _run([sys.executable, "-W", "ignore", "-m", first_wrong.__module__, str(library)])
 
 
-def _run(command: list[str]) -> None:
-    # our own source, flags and module; the operator's compiler
-    subprocess.run(command, check=True, capture_output=True, text=True, timeout=TIMEOUT_S)  # noqa: S603
+def _run(*commands: list[str]) -> None:
+    """Run commands side by side; whatever ends this ends all of them."""
+    running: list[subprocess.Popen[str]] = []
+    try:
+        # our own source, flags and module; the operator's compiler
+        running.extend(subprocess.Popen(each, stdout=DEVNULL, stderr=PIPE, text=True) for each in commands)  # noqa: S603
+        for process in running:
+            _, said = process.communicate(timeout=TIMEOUT_S)
+            if process.returncode:
+                raise subprocess.CalledProcessError(process.returncode, process.args, stderr=said)
+    finally:
+        for process in running:
+            with process:
+                process.kill()
 
 
 def _key(compiler: str) -> str:

@@ -51,5 +51,10 @@
                    (T*)out, channels, width, key_heads, heads, K, V, eps}, (const DeltaChunk*)chunks, count, threads);\
   }
 
+// build.py compiles each type by itself, and both at the same time.
+#ifndef ONLY_BFLOAT16
 EXPORT(float, float32)
+#endif
+#ifndef ONLY_FLOAT32
 EXPORT(bf16, bfloat16)
+#endif
