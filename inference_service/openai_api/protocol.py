@@ -8,7 +8,6 @@ Source of the rules: RFC 9112, sections 2.2, 3.2, 6.1, 6.3, 7.1 and 11.2.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final, NoReturn
@@ -20,6 +19,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from inference_service.openai_api.closing import StagedTransport
 from inference_service.openai_api.errors import status_of
 from inference_service.openai_api.front import ARRIVED, DRAINING
+from inference_service.openai_api.heads import Refused, check_head
 from inference_service.openai_api.refusals import fault_body, refused_body
 from inference_service.openai_api.reply import Json
 from loramux_shared.arrival import arrived_at
@@ -41,9 +41,6 @@ DRAIN_BODY_S: Final = 1.0
 """For the rest of a body once the server drains."""
 PROGRESS_BYTES: Final = 16 * 1024
 """What a client must take of an answer that waits, in `Patience.read_s`."""
-HOST: Final = re.compile(rb"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9\-._~%!$&'()*+,;=]*)(:[0-9]*)?")
-
-TARGET: Final = re.compile(rb"(/|https?://[^/]|\*$)[^#]*$", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -309,31 +306,11 @@ class BoundedHttp(HttpToolsProtocol):
             self._refuse(408, "request_timeout", "the request did not arrive in time.")
 
     def _check_head(self) -> None:
-        version = self.parser.get_http_version()
-        if version not in ("1.0", "1.1"):
-            self._reject(505, "invalid_http", "HTTP/1.1 is spoken here.")
-        if not TARGET.match(self.url):
-            self._reject(
-                400, "invalid_http", "expected the target of the request as a path, or as http://HOST/PATH."
-            )
-        fields: dict[bytes, list[bytes]] = {}
-        for name, value in self.headers:
-            fields.setdefault(name, []).append(value.strip(b" \t"))
-        hosts = fields.get(b"host", [])
-        if len(hosts) > 1 or (version == "1.1" and not hosts) or not all(map(HOST.fullmatch, hosts)):
-            self._reject(400, "invalid_http", "expected one valid Host header.")
-        codings = fields.get(b"transfer-encoding", [])
-        if codings and (version == "1.0" or b"content-length" in fields):
-            self._reject(400, "invalid_http", "Transfer-Encoding stands where it must not.")
-        if codings and [each.lower() for each in codings] != [b"chunked"]:
-            self._reject(501, "invalid_http", "of transfer codings only `chunked` is taken, once.")
-        if self.parser.should_upgrade() and (codings or fields.get(b"content-length", [b"0"]) != [b"0"]):
-            # httptools takes what follows for another protocol, and would read the body as a request.
-            self._reject(
-                501, "invalid_http", "with a body no Upgrade is served: speak HTTP/1.1 from the start."
-            )
-        if any(each.lower() != b"100-continue" for each in fields.get(b"expect", [])):
-            self._reject(417, "invalid_http", "of expectations only `100-continue` is met.")
+        version, upgrades = self.parser.get_http_version(), self.parser.should_upgrade()
+        try:
+            check_head(version, self.url, self.headers, upgrades=upgrades)
+        except Refused as refused:
+            self._reject(*refused.problem)
 
     def _reject(self, status: int, code: str, message: str) -> NoReturn:
         """Stop the parser, which leads to `_refuse`."""

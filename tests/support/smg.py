@@ -28,6 +28,8 @@ async def running_smg(folder: Path, workers: Sequence[str], *flags: str) -> Asyn
             "1",
             "--health-failure-threshold",
             "1",
+            "--health-check-timeout-secs",  # a worker that is slow on a busy machine is not dead
+            "60",
         ),
         *flags,
     ]
