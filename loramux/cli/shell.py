@@ -14,14 +14,13 @@ from pathlib import Path
 from typing import Annotated, ParamSpec, TypeVar
 
 import typer
-from rich import box
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from loramux.cli.documents import emit_line
 from loramux.cli.exits import Exit, exit_of
 from loramux.cli.later import Later
+from loramux.cli.tables import fitted
 from loramux_shared.faults import Fault
 
 P = ParamSpec("P")
@@ -159,7 +158,7 @@ def working(doing: str) -> Iterator[None]:
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[str]], right: frozenset[str] = frozenset()) -> None:
-    """Print a table on stdout: with rules and folded cells on a terminal, else aligned and one line a row."""
+    """Print a table on stdout: no wider than a terminal that it goes to, else aligned and one line a row."""
     rows = [[printable(cell) for cell in row] for row in rows]
     if not out.is_terminal:
         widths = [max(map(len, column)) for column in zip(headers, *rows, strict=True)]
@@ -170,13 +169,7 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[str]], right: frozense
             ]
             show("  ".join(cells).rstrip())
         return
-    grid = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    for header in headers:
-        number = header in right
-        grid.add_column(header, justify="right" if number else "left", overflow="fold", no_wrap=number)
-    for row in rows:
-        grid.add_row(*map(Text, row))
-    out.print(grid)
+    out.print(fitted(headers, rows, right, out.width))
 
 
 def numbers(values: Sequence[int]) -> str:
