@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import time
 from collections.abc import Iterator
@@ -13,7 +14,6 @@ from typer.testing import CliRunner
 
 from loramux import Client
 from loramux.cli.main import app
-from loramux.cli.tree import free_address
 from tests.support.forks import Forked, builder_service
 
 DEADLINE_S = 30
@@ -22,20 +22,26 @@ DEADLINE_S = 30
 @pytest.fixture
 def builder(tmp_path: Path) -> Iterator[tuple[Forked, str]]:
     """A builder that takes an hour to leave, and its address."""
-    address = free_address("127.0.0.1:0")
+    log = tmp_path / "log"
+    log.touch()
     environment = {**os.environ, "LORAMUX_DRAIN_DELAY_S": "3600"}
-    flags = ["--grpc", address, "--store", f"file://{tmp_path}"]
-    process = builder_service(flags, tmp_path / "log", environment)
-    _until(address, "SERVING")
-    yield process, address
+    flags = ["--grpc", "127.0.0.1:0", "--store", f"file://{tmp_path}/store", "--work-dir", f"{tmp_path}/work"]
+    process = builder_service(flags, log, environment)
+    deadline = time.monotonic() + DEADLINE_S
+    while not (ready := re.findall(r'"grpc": "([^"]+)".*"builder service ready"', log.read_text())):
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.02)
+    _until(ready[0], "SERVING")
+    yield process, ready[0]
     process.kill()
     process.wait(10)
 
 
 def _until(address: str, status: str) -> None:
     deadline = time.monotonic() + DEADLINE_S
-    while (said := CliRunner().invoke(app, ["health", address]).stdout.strip()) != status:
-        assert time.monotonic() < deadline, said
+    while (said := CliRunner().invoke(app, ["health", address])).stdout.strip() != status:
+        assert time.monotonic() < deadline, said.output
 
 
 def test_a_builder_that_leaves_goes_on_until_it_is_told_again(
