@@ -9,7 +9,7 @@ from typing import Final
 
 import structlog
 
-from builder_service.builds.failures import Failures
+from builder_service.builds.failures import Failures, place_of
 from builder_service.builds.journal import Journal, JournalEntry
 from builder_service.builds.keeper import Keeper
 from builder_service.builds.limits import BuildLimits
@@ -56,9 +56,7 @@ class Builds(Shown):
         self._context = context
         self._limits = limits or BuildLimits()
         self._journal = Journal(context.store, context.owner or "builder")
-        self._failures = Failures(
-            context.place() / f"loramux-failed-{context.owner}" if context.owner else None
-        )
+        self._failures = Failures(place_of(context))
         self._pool = ThreadPoolExecutor(self._limits.running, "build")
         self._slots = asyncio.Semaphore(self._limits.running)
         self._requests = RequestIds()

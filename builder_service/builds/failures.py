@@ -11,7 +11,8 @@ from typing import Final
 import structlog
 
 from builder_service.builds.journal import JournalEntry
-from loramux_shared.bundle.manifest import Record
+from builder_service.pipeline.context import BuildContext
+from loramux_shared.bundle.manifest import Record, sha256_hex
 from loramux_shared.faults import FAULTS, BundleCorrupt, Fault, Finding, InternalFault
 
 log = structlog.get_logger()
@@ -32,6 +33,17 @@ class FailedBuild(Record):
     def fault(self) -> Fault:
         """What it failed with."""
         return FAULTS.get(self.reason, InternalFault)(self.message, self.findings)
+
+
+def place_of(context: BuildContext) -> Path | None:
+    """Return where a builder keeps failures of builds into its store; one without an owner keeps none.
+
+    The next owner of the same name may have another store, whose deployments these are not.
+    """
+    if not context.owner:
+        return None
+    store = sha256_hex(context.store.uri.encode())[:16]
+    return context.place() / f"loramux-failed-{context.owner}-{store}"
 
 
 class Failures:

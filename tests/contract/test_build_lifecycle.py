@@ -164,6 +164,21 @@ async def test_a_cancelled_build_stays_cancelled_after_a_kill(world):
     assert list(world.store.objects) == []
 
 
+async def test_a_failure_is_of_its_store(world):
+    """A builder that starts where another one failed tells of that, unless it has another store."""
+    first = world.builder()
+    await first.build(world.deployment("bad"))
+    assert (await ended(first)).state is State.FAILED
+    await first.drain(10)
+    for store, told in ((world.store, [State.FAILED]), (Gated(), [])):
+        store.uri = store.uri if told else "memory://another"
+        world.store = store
+        builds = world.builder()
+        await builds.recover()
+        assert [view.state for view in (await builds.list(0, "")).views] == told
+        await builds.drain(10)
+
+
 async def test_a_build_that_takes_too_long_fails(world):
     """After its time a build fails with BUILD_TIMED_OUT and the limit; nothing of it is served."""
     builds = world.builder(timeout_s=0.3)
