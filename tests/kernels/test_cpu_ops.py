@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -29,15 +28,20 @@ V3 = "avx avx2 bmi1 bmi2 f16c fma abm movbe"
 V4 = "avx512f avx512bw avx512cd avx512dq avx512vl"
 
 
+def compile_as_in_an_image(patch: pytest.MonkeyPatch) -> None:
+    """But quicker: what kinds of processors differ in is the source they choose. In a sweep just so."""
+    if not os.environ.get(SWEEPING):
+        patch.setattr(build, "FLAGS", tuple(flag.replace("-O3", "-O1") for flag in FLAGS))
+
+
 @pytest.fixture(scope="module")
-def beforehand(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder of what an image holds; what kinds of processors differ in is shown by quicker compiling too."""
+def beforehand(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of what an image holds."""
     if not any(map(shutil.which, COMPILERS)):
         pytest.skip("no C++ compiler")
     with pytest.MonkeyPatch.context() as patch:
-        if not os.environ.get(SWEEPING):
-            patch.setattr(build, "FLAGS", tuple(flag.replace("-O3", "-O1") for flag in FLAGS))
-        yield made_once(tmp_path_factory, "beforehand", compile_beforehand)
+        compile_as_in_an_image(patch)
+        return made_once(tmp_path_factory, "beforehand", compile_beforehand)
 
 
 @pytest.fixture(scope="module", params=["native", *(kind.name for kind in kinds_of_machine())])
@@ -395,6 +399,7 @@ def test_what_an_adapter_adds_to_a_row_does_not_depend_on_the_others(
 
 @pytest.fixture
 def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    compile_as_in_an_image(monkeypatch)
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CXX", raising=False)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +106,13 @@ def _class_of(config: PreTrainedConfig) -> Any:
 
 
 def _loaded(base: Path) -> Any:
+    """A model of one's own; the last checkpoint that was read is copied."""
+    files = sorted((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in base.iterdir())
+    return copy.deepcopy(_read(base, tuple(files)))
+
+
+@lru_cache(maxsize=1)
+def _read(base: Path, _files: tuple[tuple[Any, ...], ...]) -> Any:
     return _class_of(AutoConfig.from_pretrained(base)).from_pretrained(base, dtype=torch.float32)
 
 
