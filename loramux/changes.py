@@ -103,7 +103,8 @@ def _of_memory(files: Mapping[str, bytes]) -> Iterator[tuple[str, bytes]]:
 def _of_folder(folder: Path) -> tuple[Iterator[tuple[str, bytes]], list[str]]:
     """Return the pieces of what a builder would fetch of a folder, weights last, and the names of the rest."""
     if not folder.is_dir():
-        raise RequestInvalid(f"{folder}: expected a folder with {CONFIG} and {WEIGHTS}, found none.")
+        found = "a file" if folder.exists() else "none"
+        raise RequestInvalid(f"{folder}: expected a folder with {CONFIG} and {WEIGHTS}, found {found}.")
     try:
         names = [path.name for path in folder.iterdir() if path.is_file()]
         below = [f"{path.parent.name}/{CONFIG}" for path in folder.glob(f"*/{CONFIG}")]

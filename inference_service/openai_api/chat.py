@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing, contextmanager
 
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
@@ -17,16 +17,37 @@ from inference_service.openai_api.reply import Head, Json, Tally, json_response,
 from inference_service.openai_api.stream import open_stream, while_connected
 from inference_service.serving.request import Delta, Finished, PromptLogprobs, Started
 from inference_service.serving.service import GenerationService
+from loramux_shared.faults import RequestInvalid
 
 
 async def chat_completions(service: GenerationService, http: HttpRequest) -> Response:
     """Answer a conversation."""
     body = await read_body(http, ChatBody)
-    chat = Chat(service, body, Conversation(service, body, http.headers))
-    if body.stream:
-        return await open_stream(http.receive, chat.chunks(), chat.head)
-    whole = await while_connected(http.receive, chat.whole())
+    with _in_words_of(body):
+        chat = Chat(service, body, Conversation(service, body, http.headers))
+        if body.stream:
+            return await open_stream(http.receive, chat.chunks(), chat.head)
+        whole = await while_connected(http.receive, chat.whole())
     return json_response(whole, headers=chat.head.headers)
+
+
+@contextmanager
+def _in_words_of(body: ChatBody) -> Iterator[None]:
+    """Name the bound of an answer in faults as a body does, which has two names for it.
+
+    Raises:
+        Fault: the same.
+    """
+    try:
+        yield
+    except RequestInvalid as fault:
+        if body.max_completion_tokens is None or body.max_tokens is not None:
+            raise
+        names = {"max_tokens": "max_completion_tokens"}
+        findings = [
+            each.model_copy(update={"where": names.get(each.where, each.where)}) for each in fault.findings
+        ]
+        raise RequestInvalid(fault.message, findings) from fault
 
 
 class Chat:

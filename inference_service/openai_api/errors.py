@@ -89,7 +89,8 @@ def told_http(http: Request, error: HTTPException) -> tuple[str, str]:
     """Return message and code of a request that met no handler, or that HTTP itself refuses."""
     code, message = HTTP_CODES.get(error.status_code, "invalid_request"), error.detail
     if error.status_code in (404, 405):
-        allowed = f", but {error.headers['Allow']} is" if error.headers else ""
+        methods = error.headers["Allow"] if error.headers else ""
+        allowed = f", but {methods} {'are' if ',' in methods else 'is'}" if methods else ""
         message = f"{http.method} {http.url.path[:200]} is not served{allowed}; see docs/openai.md."
     return message, code
 

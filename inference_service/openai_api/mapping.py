@@ -225,10 +225,12 @@ def demanded_tools(body: ChatBody) -> Sequence[Tool]:
         RequestInvalid: there is none, or not the one that is named.
     """
     choice, tools = body.tool_choice, callable_tools(body)
+    if not tools:
+        raise refused("tool_choice", "auto or none, where there are no tools", getattr(choice, "name", choice))
     if isinstance(choice, NamedTool):
         tools = tuple(tool for tool in tools if tool.function.name == choice.name)
-    if not tools:
-        raise refused("tool_choice", "a tool that tools holds", getattr(choice, "name", choice))
+        if not tools:
+            raise refused("tool_choice", "a tool that tools holds", choice.name)
     return tools
 
 

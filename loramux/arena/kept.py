@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
 from types import TracebackType
@@ -59,9 +60,10 @@ class Kept:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
-        if not self._rows and not self.path.stat().st_size:
-            self.path.unlink()  # nothing came of it
+        with self._named():
+            self._file.close()
+        if not self._rows and self.path.is_file() and not self.path.stat().st_size:
+            self.path.unlink()  # nothing came of it; a device such as /dev/null stays
 
     def get(self, kind: type[_R], key: str) -> _R | None:
         """Return the row of a key; None where there is none."""
@@ -75,8 +77,17 @@ class Kept:
         self._write(json.dumps({"kind": kind, **asdict(row)}) + "\n")
 
     def _write(self, text: str) -> None:
-        self._file.write(text)
-        self._file.flush()
+        with self._named():
+            self._file.write(text)
+            self._file.flush()
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """Say of which file it is that the system refuses something: a full disk does not."""
+        try:
+            yield
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
 
     def _read(self, text: str) -> None:
         findings = []
@@ -92,7 +103,7 @@ class Kept:
                             code="E_BAD_FIELD",
                             where=f"line {number}",
                             expected="an answer, likelihood or verdict that an arena kept",
-                            found=str(error)[:SHOWN],
+                            found="no JSON" if isinstance(error, json.JSONDecodeError) else str(error)[:SHOWN],
                         )
                     )
             else:

@@ -271,14 +271,17 @@ async def _run(
 def _tell(ran: Ran, wanted: Wanted, questions: Sequence[Question], kept: Path, as_json: bool) -> None:
     with shell.working("comparing"):
         report = standings(ran.plan, questions, ran.found, ran.judge)
-    if wanted.output is not None:
-        text = page(ran.plan, questions, ran.found, report, datetime.now(UTC))
-        wanted.output.write_text(text, encoding="utf-8")
     if as_json:
         emit({"plan": ran.plan, "report": report, "answers": kept})
     else:
         show_standings(report)
-        if wanted.output is not None:
+    if wanted.output is not None:
+        text = page(ran.plan, questions, ran.found, report, datetime.now(UTC))
+        try:
+            wanted.output.write_text(text, encoding="utf-8")
+        except OSError as error:  # a full disk names no file
+            raise OSError(error.errno, error.strerror, str(wanted.output)) from error
+        if not as_json:
             shell.say(f"report: {wanted.output}", "dim")
     _end(ran, report, kept)
 

@@ -99,7 +99,7 @@ def _standing(row: Standing, report: Standings) -> tuple[str, ...]:
 
 def _show_score(score: Score, baseline: str) -> None:
     mean = "nothing is scored" if score.baseline is None else f"{baseline} {score.baseline:.3f}"
-    shell.show(f"{score.name}: {mean} over {score.questions} questions", "bold")
+    shell.show(f"{score.name}: {mean} over {score.questions} question{'s' * (score.questions != 1)}", "bold")
     if score.comparisons:
         headers = ("version", "mean", "difference", "95 %", "won/tied/lost", "p", "p (Holm)")
         shell.table(headers, [_comparison(each) for each in score.comparisons], NUMBERS)

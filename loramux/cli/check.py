@@ -138,7 +138,8 @@ async def _private(
 ) -> None:
     for folder in local_roots:
         if not folder.is_dir():
-            raise RepoNotFound(f"LOCAL {folder}: there is no such folder here")
+            found = "that is a file, and no folder" if folder.exists() else "there is no such folder here"
+            raise RepoNotFound(f"LOCAL {folder}: {found}")
     address = free_address(BUILDER)
     argv = builder_command(f"file://{tree.folder / 'store'}", address, local_roots)
     with shell.step("starting a private builder"):

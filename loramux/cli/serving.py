@@ -87,7 +87,7 @@ def health(
     ] = 0.0,
     as_json: shell.Json = False,
 ) -> None:
-    """Ask a server for its health; exit 0 when SERVING, else 1.
+    """Ask a server for its health; exit 0 when it is SERVING.
 
     Example: loramux health 127.0.0.1:50052 --wait 30
     """

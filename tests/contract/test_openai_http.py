@@ -105,6 +105,8 @@ async def test_a_model_that_is_nearly_right_is_corrected(door: OpenAIDoor) -> No
         ({"logprobs": True, "top_logprobs": 21}, 400, "top_logprobs", "invalid_value"),
         ({"top_logprobs": 2}, 400, "top_logprobs", "invalid_value"),
         ({"tool_choice": "required"}, 400, "tool_choice", "invalid_value"),
+        ({"max_completion_tokens": 0}, 400, "max_completion_tokens", "invalid_value"),
+        ({"max_completion_tokens": 0, "stream": True}, 400, "max_completion_tokens", "invalid_value"),
         ({"messages": [{"role": "user", "content": "x" * 300}]}, 400, None, "context_length_exceeded"),
         ({"stream": True, "n": 0}, 400, "n", "invalid_value"),
     ],
@@ -157,7 +159,7 @@ async def test_what_is_not_served_is_refused_in_openais_shape(
     assert response.status_code == status
     assert _error(response)["code"] == code
     if status == 405:
-        assert f"is not served, but {response.headers['allow']} is;" in _error(response)["message"]
+        assert f"is not served, but {response.headers['allow']} " in _error(response)["message"]
 
 
 async def test_every_endpoint_of_the_table_is_served(door: OpenAIDoor) -> None:

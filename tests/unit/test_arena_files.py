@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,32 @@ def test_files_that_ask_nothing(tmp_path: Path) -> None:
 
 
 ROW = Answer("k", "m", "d", "q", 0, "text \u2028 \ud83d", False, 1, 2, 0, None, 0.5, 1)
+
+
+def _keep_on_a_full_disk(path: Path) -> None:
+    most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1, most[1]))
+    try:
+        with Kept(path) as kept:
+            kept.put(ROW)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, most)
+
+
+def test_what_the_disk_refuses_is_told_with_the_file(tmp_path: Path) -> None:
+    """The system names no file when it has no room for more; the failure does, also at its end."""
+    with pytest.raises(OSError, match="File too large") as raised:
+        _keep_on_a_full_disk(tmp_path / "kept")
+    assert raised.value.filename == str(tmp_path / "kept")
+
+
+def test_a_device_is_not_removed(tmp_path: Path) -> None:
+    """An empty file that nothing was kept in goes; what is no file, such as /dev/null, stays."""
+    (tmp_path / "null").symlink_to("/dev/null")
+    for name in ("null", "new"):
+        with Kept(tmp_path / name):
+            pass
+    assert [path.name for path in tmp_path.iterdir()] == ["null"]
 
 
 def test_a_torn_line_costs_only_itself(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ def test_a_table_that_fits_has_a_line_for_each_row() -> None:
 
 
 def test_cells_go_on_between_words_before_rows_become_blocks() -> None:
-    """The column with several words gives way first; then each row is a block of cells that say something."""
+    """The column with several words gives way first; then each row is a block of what it says."""
     wrapped, blocks = _lines(43), _lines(42)
     assert sum("bård" in line or "mlp" in line for line in wrapped) == 2
     assert "model      bård" in blocks

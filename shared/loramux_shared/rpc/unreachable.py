@@ -48,6 +48,6 @@ def unreachable(target: str, message: str) -> str:
             "it does not speak gRPC. If that is the HTTP door: gRPC has a port of its own, 50052 of an "
             "inference service and 50051 of a builder unless said otherwise."
         )
-    elif "Socket closed" in message:
+    elif "Socket closed" in message and "Stream removed" not in message:  # then it has spoken
         return f"{message}. Does it speak TLS? Then its address is grpcs://{target}"
     return f"{message}. Is it running?"

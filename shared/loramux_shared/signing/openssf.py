@@ -224,7 +224,8 @@ def _usable(key: SigningKey | str | None, failures: tuple[type[Exception], ...])
 
 
 def _reason(error: Exception) -> str:
-    words = " ".join(str(error).split())[:200].rstrip(". ")
+    said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    words = " ".join(said.split())[:200].rstrip(". ")
     return words if isinstance(error, ValueError | OSError) and words else type(error).__name__
 
 

@@ -139,6 +139,8 @@ def disk_fault(error: OSError) -> ResourcesExhausted:
     log.warning("the disk refuses", path=str(error.filename or ""), problem=error.strerror)
     if error.errno in {errno.ENOSPC, errno.EDQUOT}:
         cure = "Free or add space."
+    elif error.errno == errno.EFBIG:
+        cure = "Let the server write larger files: `ulimit -f`."
     elif error.errno in {errno.EEXIST, errno.EISDIR, errno.ELOOP, errno.ENOTDIR}:
         cure = "Remove what stands in its way; the log names it."
     else:
