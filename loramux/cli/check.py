@@ -15,6 +15,7 @@ from loramux.cli import shell
 from loramux.cli.documents import emit
 from loramux.cli.exits import Exit
 from loramux.cli.report_view import show_report
+from loramux.cli.roots import local_roots
 from loramux.cli.services import builder_command
 from loramux.cli.signers import signers
 from loramux.cli.tree import ProcessTree, free_address, run_tree
@@ -58,8 +59,7 @@ class Wanted:
     @property
     def local_roots(self) -> list[Path]:
         """The folders that a builder must be allowed to read."""
-        folders = [each.repo for each in self.repositories if each.source is SourceKind.LOCAL]
-        return [Path(folder) for folder in dict.fromkeys(folders)]
+        return local_roots(self.repositories)
 
 
 @shell.command

@@ -8,12 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
+from loramux.cli.roots import local_roots
 from loramux.connection import API_KEY, Credentials
 from loramux_shared.access.guard import open_guard
 from loramux_shared.access.keyring import Keyring
 from loramux_shared.access.rights import Scope
 from loramux_shared.bundle.generation import current_key
-from loramux_shared.deployment import Deployment, SourceKind
+from loramux_shared.deployment import Deployment
 from loramux_shared.faults import PermissionDenied, Unauthenticated
 from loramux_shared.rpc.listening import require_free
 from loramux_shared.settings import BuilderSettings, InferenceSettings, load_settings, require_triton
@@ -41,9 +42,7 @@ class UpPlan:
     def local_roots(self) -> list[Path]:
         """The folders that the deployment names."""
         build = self.deployment.build
-        repositories = [build.checkpoint_repository, *build.lora_adapters.values()]
-        folders = [each.repo for each in repositories if each.source is SourceKind.LOCAL]
-        return [Path(folder) for folder in dict.fromkeys(folders)]
+        return local_roots([build.checkpoint_repository, *build.lora_adapters.values()])
 
 
 def preflight(plan: UpPlan) -> None:

@@ -123,9 +123,11 @@ class LocalSource:
                 f"LOCAL {str(path)[:200]!r}: no path of this server, but a NUL or a link that leads to itself"
             ) from None
         if not any(real.is_relative_to(root) for root in self._roots):
+            linked = any(path.is_relative_to(root) for root in self._roots)
+            how = ", once its links are followed" if linked else ""
             allowed = listed([str(root) for root in self._roots], none="there is none")
             raise SourceRefused(
-                f"LOCAL {path}: not below a folder that the operator allows ({allowed}). "
+                f"LOCAL {path}: not below a folder that the operator allows ({allowed}){how}. "
                 "Correct it, or start the server with --local-root and a folder above it."
             )
         return real
