@@ -89,7 +89,6 @@ def test_what_the_model_is_told_of_tools() -> None:
     [
         ({"tool_choice": "required"}, "tool_choice"),
         ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "g"}}}, "tool_choice"),
-        ({"tools": TOOLS, "response_format": {"type": "json_object"}}, "response_format"),
         ({"max_tokens": 1, "max_completion_tokens": 2}, "max_tokens"),
         ({"top_logprobs": 1}, "top_logprobs"),
         (
@@ -124,4 +123,5 @@ def test_formats_become_constraints() -> None:
     assert constraint
     assert (constraint.kind, json.loads(constraint.text)) == ("json_schema", schema)
     assert _chat(response_format={"type": "text"}).constraint is None
-    assert _chat(response_format={"type": "json_object"}, tools=TOOLS, tool_choice="none").constraint
+    for choice in ("none", "auto"):
+        assert _chat(response_format={"type": "json_object"}, tools=TOOLS, tool_choice=choice).constraint
