@@ -1,8 +1,9 @@
 """Prompt lookup: how much faster one stream is, and several at once, with drafts than without.
 
-Two texts, with the demo's base and with an adapter: code that is to be repeated, whose answer stands in the
-prompt, and random words that are gone on with at temperature 1, where hardly a draft holds. Both sides are
-replicas in this process, and answer the same requests in turn; figures are medians of ratios of neighbours.
+Texts, with the demo's base and with an adapter: code that is to be repeated, whose answer stands in the prompt;
+the same held to a grammar, as a chat with tools is; records in JSON of a schema, whose names the grammar leaves
+no choice about; and random words that are gone on with at temperature 1, where hardly a draft holds. Both sides
+are replicas in this process, and answer the same requests in turn; figures are medians of ratios of neighbours.
 
     python -m benchmarks.speculation
     python -m benchmarks.speculation --tokens 4 8 16 --rounds 5
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 import logging
 import statistics
 import sys
@@ -28,7 +30,12 @@ import structlog
 
 from benchmarks.moving.forge import Forge
 from benchmarks.moving.replica import Local, prompt, replica
+from inference_service.core.constraint import Constraint
+from inference_service.openai_api.dialects.demands import Demand
+from inference_service.openai_api.dialects.lark import Asked
+from inference_service.openai_api.dialects.table import Dialect
 from inference_service.serving.request import Delta, Request
+from loramux_shared.parsers import ReasoningParser, ToolParser
 
 NEW: Final = 128
 KV_GB: Final = 0.3
@@ -50,6 +57,7 @@ class Text:
     name: str
     prompt: Callable[[Local], list[int]]
     temperature: float
+    constraint: Callable[[Local], Constraint | None] = lambda _: None
 
 
 def _code(local: Local) -> list[int]:
@@ -57,8 +65,28 @@ def _code(local: Local) -> list[int]:
     return tokens
 
 
+def _tools(local: Local) -> Constraint | None:
+    tools = [Asked(f"tool_{number}", {"type": "object"}) for number in range(8)]
+    return Demand(Dialect(ToolParser.HERMES, ReasoningParser.NONE), local.ready.service.text).free(
+        tools, [], ""
+    )
+
+
+def _records(_: Local) -> Constraint:
+    kinds = {"name": "string", "price": "number", "count": "integer", "in_stock": "boolean"}
+    item = {
+        "type": "object",
+        "properties": {name: {"type": kind} for name, kind in kinds.items()},
+        "required": list(kinds),
+        "additionalProperties": False,
+    }
+    return Constraint("json_schema", json.dumps({"type": "array", "items": item, "minItems": 20}))
+
+
 TEXTS: Final = (
     Text("code that stands in the prompt, greedy", _code, 0.0),
+    Text("the same beside 8 tools", _code, 0.0, _tools),
+    Text("records of a schema, greedy", _code, 0.0, _records),
     Text("random words, drawn", lambda _: prompt(120), 1.0),
 )
 
@@ -67,7 +95,15 @@ async def _answer(local: Local, model: str, text: Text, tokens: list[int]) -> tu
     """Return an answer, and the seconds from its first token to its last."""
     answer: list[int] = []
     first = 0.0
-    request = Request(model, tokens, max_tokens=NEW, temperature=text.temperature, seed=1, ignore_eos=True)
+    request = Request(
+        model,
+        tokens,
+        max_tokens=NEW,
+        temperature=text.temperature,
+        seed=1,
+        ignore_eos=True,
+        constraint=text.constraint(local),
+    )
     async for event in local.ready.service.generate(request):
         if isinstance(event, Delta):
             first = first or time.perf_counter()
