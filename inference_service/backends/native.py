@@ -58,20 +58,27 @@ class NativeOperations(TorchOperations):
 
     @property
     def own_products(self) -> bool:
-        """Whether linears are multiplied by the compiled product, where it takes their weights."""
+        """Whether linears are multiplied by the compiled product, where it takes their weights.
+
+        Rounded ones are wherever there is one: torch has none but for widened weights.
+        """
         return self.ops.multiplies
 
     def new_linear(
         self, weight: Tensor, bias: Tensor | None = None, quantization: Rounding = Rounding.NONE
     ) -> Linear:
         """With a compiled product, where that is the fastest here."""
-        if not self.own_products:
-            return super().new_linear(weight, bias, quantization)
-        quantized = quantize(weight, quantization)
-        tiled = self.ops.tiled_integers(quantized, bias) if quantized else self.ops.tiled(weight, bias)
+        tiled = self._tiled(weight, bias, quantization) if self.ops.can_multiply else None
         if tiled is None:
             return super().new_linear(weight, bias, quantization)
         return NativeLinear(self.ops, weight, tiled)
+
+    def _tiled(self, weight: Tensor, bias: Tensor | None, quantization: Rounding) -> Tiled | None:
+        """Return a weight as the compiled product takes it; None where it does not, or is not to have it."""
+        quantized = quantize(weight, quantization)
+        if quantized:
+            return self.ops.tiled_integers(quantized, bias)
+        return self.ops.tiled(weight, bias) if self.own_products else None
 
     def adapted(self, layer: Linear, x: Tensor, lora: StepLora, index: int, group: str) -> Tensor:
         """In one call, where both are compiled."""

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from inference_service.backends.native import NativeLinear, NativeOperations
 from inference_service.kernels.cpu import build
 from inference_service.kernels.cpu.ops import ROUNDED, CpuOps, Table, adapters_of
 from inference_service.kernels.integers import Quantized, quantize
@@ -59,6 +60,22 @@ def test_what_is_no_whole_number_of_groups_stays_as_it_is() -> None:
     assert type(new_linear(weight, None, Rounding.INT4)) is Linear
     assert type(new_linear(weight, None, Rounding.NONE)) is Linear
     assert type(new_linear(weight, None, Rounding.INT8)) is QuantizedLinear
+
+
+@pytest.mark.parametrize("quantization", INTEGERS)
+def test_rounded_weights_are_multiplied_by_the_compiled_product_beside_amx_too(
+    library: object, quantization: Rounding
+) -> None:
+    """There oneDNN's product of whole weights is the faster one, but it has none of rounded ones."""
+    ops = CpuOps(library, torch.bfloat16)  # type: ignore[arg-type]
+    if not ops.can_multiply:
+        pytest.skip("this processor has no such product")
+    weight = torch.randn(48, 64, dtype=torch.bfloat16)
+    for ops.multiplies in (False, True):
+        operations = NativeOperations(ops)
+        assert type(operations.new_linear(weight, None, quantization)) is NativeLinear
+        plain = operations.new_linear(weight)
+        assert type(plain) is (NativeLinear if ops.multiplies else Linear)
 
 
 def _in_integers(x: Tensor, weight: Quantized) -> Tensor:
