@@ -19,7 +19,7 @@ from loramux.cli.roots import local_roots
 from loramux.cli.services import builder_command
 from loramux.cli.signers import signers
 from loramux.cli.tree import ProcessTree, free_address, run_tree
-from loramux.client import BUILDER, AsyncClient
+from loramux.client import AsyncClient
 from loramux.records import AdapterReport
 from loramux_shared.deployment import LoraConfiguration, Repository, SourceKind
 from loramux_shared.deployment_file import parse_lora_configuration
@@ -140,7 +140,7 @@ async def _private(
         if not folder.is_dir():
             found = "that is a file, and no folder" if folder.exists() else "there is no such folder here"
             raise RepoNotFound(f"LOCAL {folder}: {found}")
-    address = free_address(BUILDER)
+    address = free_address()
     argv = builder_command(f"file://{tree.folder / 'store'}", address, local_roots)
     with shell.step("starting a private builder"):
         await tree.serve("builder", argv)

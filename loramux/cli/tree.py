@@ -236,8 +236,11 @@ def _signals(tree: ProcessTree) -> Iterator[asyncio.Future[None]]:
             loop.remove_signal_handler(number)
 
 
-def free_address(preferred: str) -> str:
-    """Return the preferred address if nothing listens there, else one with a free port."""
+def free_address(preferred: str = f"{LOOPBACK}:0") -> str:
+    """Return the preferred address if nothing listens there, else one with a free port.
+
+    Who tells nobody its address prefers none: two that want the same one at the same moment both find it free.
+    """
     port = int(preferred.rpartition(":")[2])
     for candidate in (port, 0):
         with socket.socket() as probe:

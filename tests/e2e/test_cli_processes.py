@@ -27,6 +27,7 @@ from loramux.cli.tree import ProcessTree, ServiceDied, free_address, run_tree
 from loramux.faults import SettingsInvalid
 from loramux_shared.rpc.listening import require_free
 from tests.support.fake_services import Fakes
+from tests.support.once import one_at_a_time
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = [sys.executable, "-c", "from loramux.cli.main import main; main()"]
@@ -35,21 +36,25 @@ Launch = Callable[..., "subprocess.Popen[str]"]
 
 
 @pytest.fixture
-def environment(tmp_path: Path) -> dict[str, str]:
-    """An environment in which ``python -m builder_service`` and its peer are the scripted ones."""
+def environment(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """An environment in which ``python -m builder_service`` and its peer are the scripted ones.
+
+    Commands take the usual ports where these are free, and two that look at the same moment find them so.
+    """
     for kind in ("builder", "inference"):
         package = tmp_path / "fakes" / f"{kind}_service"
         package.mkdir(parents=True)
         (package / "__init__.py").touch()
         (package / "__main__.py").write_text(f"from tests.support.fake_services import main; main({kind!r})\n")
     path = os.pathsep.join(map(str, (tmp_path / "fakes", ROOT, ROOT / "shared")))
-    return {
-        **os.environ,
-        "PYTHONPATH": path,
-        "TMPDIR": str(tmp_path),
-        "COLUMNS": "80",
-        "XDG_STATE_HOME": str(tmp_path),
-    }
+    with one_at_a_time(tmp_path_factory, "usual-ports"):
+        yield {
+            **os.environ,
+            "PYTHONPATH": path,
+            "TMPDIR": str(tmp_path),
+            "COLUMNS": "80",
+            "XDG_STATE_HOME": str(tmp_path),
+        }
 
 
 @pytest.fixture

@@ -11,9 +11,18 @@ from filelock import FileLock
 
 def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
     """Return a path below the folder of the run; whoever comes first makes it, and the others wait."""
-    own = factory.getbasetemp()
-    path = (own.parent if own.name.startswith("popen-") else own) / name
+    path = _of_the_run(factory) / name
     with FileLock(f"{path}.lock"):
         if not path.exists():
             make(path)
     return path
+
+
+def one_at_a_time(factory: pytest.TempPathFactory, name: str) -> FileLock:
+    """Return the lock of what there is one of for all workers of a run, like a port with a number."""
+    return FileLock(_of_the_run(factory) / f"{name}.lock")
+
+
+def _of_the_run(factory: pytest.TempPathFactory) -> Path:
+    own = factory.getbasetemp()
+    return own.parent if own.name.startswith("popen-") else own
