@@ -7,6 +7,7 @@ import signal
 import threading
 from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import astuple, is_dataclass
 from functools import partial
 from typing import Any
 
@@ -75,6 +76,22 @@ def said(body: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in body.items() if name not in ("id", "created")}
 
 
+def agree(one: Any, other: Any) -> bool:
+    """Whether two answers are the same but for the last digits of scores: rows round by what stands beside them.
+
+    How many rows of a prompt a step has depends on the time that earlier steps took.
+    """
+    if isinstance(one, float):
+        return bool(one == pytest.approx(other, abs=1e-4))
+    if is_dataclass(one) and not isinstance(one, type):
+        return type(one) is type(other) and agree(astuple(one), astuple(other))
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(agree(one[name], other[name]) for name in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(agree, one, other))
+    return bool(one == other)
+
+
 class Single:
     """The same service as a process of its own has it."""
 
@@ -108,7 +125,7 @@ async def test_answers_equal_those_of_a_single_service(fleet: RayFleet, single: 
             return together([event async for event in opened.generate(model, PROMPT, **ASKED)])
 
     for model in ("base", "a1", "a5"):
-        assert await events(fleet.rpc, model) == await events(single.grpc, model)
+        assert agree(await events(fleet.rpc, model), await events(single.grpc, model))
     async with httpx.AsyncClient(base_url=fleet.url, timeout=60) as ray_http:
         body = {
             "messages": [{"role": "user", "content": "Hi"}],
@@ -119,7 +136,7 @@ async def test_answers_equal_those_of_a_single_service(fleet: RayFleet, single: 
         for model in ("base", "a2"):
             asked = body | {"model": model}
             answers = [await http.post("/v1/chat/completions", json=asked) for http in (ray_http, single.http)]
-            assert said(answers[0].json()) == said(answers[1].json())
+            assert agree(said(answers[0].json()), said(answers[1].json()))
             streamed = [
                 await http.post("/v1/chat/completions", json=asked | {"stream": True})
                 for http in (ray_http, single.http)
