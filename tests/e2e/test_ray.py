@@ -77,7 +77,7 @@ def said(body: dict[str, Any]) -> dict[str, Any]:
 
 
 def agree(one: Any, other: Any) -> bool:
-    """Whether two answers are the same but for the last digits of scores: rows round by what stands beside them.
+    """Whether two answers are the same but for the last digits of scores: rows round by what is beside them.
 
     How many rows of a prompt a step has depends on the time that earlier steps took.
     """
