@@ -212,20 +212,15 @@ class _Matcher:
 
     def draft(self, tokens: Sequence[int]) -> int:
         """Return how many of these tokens may come with others behind them."""
-        self._looks = [self._first]
+        self._looks, ahead = [self._first], self._matcher.deep_copy()
         for token in tokens:
             may_come = self._looks[-1].mask[token // 8] >> token % 8 & 1
-            if token in self._ends or not may_come or not self._matcher.consume_token(token):
+            if token in self._ends or not may_come or not ahead.consume_token(token):
                 break
-            look = self._look()
+            look = self._look(ahead)
+            if look.complete or look.failure or ahead.is_error():  # nothing is to be drawn behind this token
+                break
             self._looks.append(look)
-            if look.complete or look.failure:  # the token itself may come, but none is to be drawn behind it
-                break
-        taken = len(self._looks) - 1
-        if taken:
-            self._matcher.rollback(taken)
-            if self._looks[-1].complete or self._looks[-1].failure:
-                self._looks.pop()
         self._drafted = tokens[: len(self._looks) - 1]
         return len(self._drafted)
 
@@ -237,19 +232,19 @@ class _Matcher:
         if self._drafted and self._drafted[0] == token:
             self._looks, self._drafted = self._looks[1:], self._drafted[1:]
         else:
-            self._looks, self._drafted = [self._look()], ()
+            self._looks, self._drafted = [self._look(self._matcher)], ()
 
     @property
     def _first(self) -> _Look:
         if not self._looks:
-            self._looks = [self._look()]
+            self._looks = [self._look(self._matcher)]
         return self._looks[0]
 
-    def _look(self) -> _Look:
+    def _look(self, matcher: Any) -> _Look:
         """Look at what may come next, and whether the text is complete, or cannot be continued by any token."""
-        failure = self._matcher.get_error()
-        may_stop = not failure and self._matcher.is_accepting()
-        mask = bytearray(self._matcher.compute_bitmask())
+        failure = matcher.get_error()
+        may_stop = not failure and matcher.is_accepting()
+        mask = bytearray(matcher.compute_bitmask())
         if failure and self._optional:
             return _Look(b"\xff" * len(mask), False, "")
         for token in (self._eos, *self._ends):
