@@ -29,10 +29,8 @@ WAIT = {"model": MODEL, "prompt": "WAIT"}
 @pytest_asyncio.fixture
 async def doors(tmp_path: Path) -> AsyncIterator[Doors]:
     """Doors of a service whose answers never end."""
-    made = Doors(tmp_path)
-    await made.start()
-    yield made
-    assert made.service.open == 0
+    async with Doors(tmp_path) as made:
+        yield made
 
 
 async def test_an_http_request_that_is_cut_is_told_so(doors: Doors) -> None:

@@ -34,11 +34,8 @@ LIST = b"/loramux.inference.v1.InferenceService/ListModels"
 @pytest_asyncio.fixture
 async def doors(tmp_path: Path) -> AsyncIterator[Doors]:
     """Doors that take few connections."""
-    made = Doors(tmp_path)
-    await made.start()
-    yield made
-    await asyncio.gather(made.http.drain(0), made.rpc.drain(0))
-    assert made.service.open == 0
+    async with Doors(tmp_path) as made:
+        yield made
 
 
 async def test_small_answers_are_sent_at_once(doors: Doors) -> None:

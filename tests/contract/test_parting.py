@@ -29,11 +29,8 @@ ASK = b"POST /v1/completions HTTP/1.1\r\n" + JSON + b"Content-Length: %d\r\n\r\n
 @pytest_asyncio.fixture
 async def doors(tmp_path: Path) -> AsyncIterator[Doors]:
     """Doors of a service whose answers never end."""
-    made = Doors(tmp_path)
-    await made.start()
-    yield made
-    await asyncio.gather(made.http.drain(0), made.rpc.drain(0))
-    assert made.service.open == 0
+    async with Doors(tmp_path) as made:
+        yield made
 
 
 async def told(client: RawClient) -> tuple[int, bool, str | None]:

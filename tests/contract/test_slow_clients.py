@@ -43,11 +43,8 @@ async def doors(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator
     guard = Guard(keyring("infer")[1]) if given.get("keys") else Guard()
     http = protocol.Patience(**{name: value for name, value in given.items() if name in HTTP_TIMES})
     rpc = calls.Patience(**{name: value for name, value in given.items() if name in RPC_TIMES})
-    made = Doors(tmp_path, guard, http, rpc)
-    await made.start()
-    yield made
-    await asyncio.gather(made.http.drain(0), made.rpc.drain(0))
-    assert made.service.open == 0
+    async with Doors(tmp_path, guard, http, rpc) as made:
+        yield made
 
 
 HTTP_TIMES = protocol.Patience.__dataclass_fields__

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncGenerator
 from functools import partial
 from pathlib import Path
+from typing import Self
 
 from inference_service.core.sequence import Token
 from inference_service.openai_api import protocol
@@ -79,10 +80,16 @@ class Doors:
         self.service = Endless(folder)
         self.http, self.rpc = doors_of(self.service, guard, http, rpc, BOUND)
 
-    async def start(self) -> None:
+    async def __aenter__(self) -> Self:
         """Listen."""
         await self.http.start()
         await self.rpc.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """Part with everybody; no answer is held behind that."""
+        await asyncio.gather(self.http.drain(0), self.rpc.drain(0))
+        assert self.service.open == 0
 
     async def raw(self, data: bytes = b"") -> RawClient:
         """Connect to the HTTP door, and send something."""

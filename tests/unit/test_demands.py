@@ -127,6 +127,18 @@ async def answer_of(family: Family, turn: dict[str, Any]) -> tuple[str, str]:
     return prompt, whole[len(prompt) :].rpartition(family.end)[0]
 
 
+def as_models_write(family: Family, call: str) -> str:
+    """Return the call of ``find`` where a template has it otherwise: with an id, or the recipient first."""
+    if family.tool is T.HARMONY:
+        return "<|channel|>commentary to=functions.find <|constrain|>json<|message|>" + json.dumps(ARGUMENTS)
+    return re.sub(r', "id": "\w+"', "", call)
+
+
+def head_of(family: Family) -> str:
+    """Return what stands before the text of an answer."""
+    return "<|channel|>final<|message|>" if family.tool is T.HARMONY else ""
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 async def test_a_turn_of_a_family_is_read_as_what_it_was(name: str) -> None:
     """Its template shows the dialect, and calls, text and reasoning come back as they were."""
@@ -162,10 +174,7 @@ async def test_a_demanded_call_is_one_in_the_form_of_the_family(name: str) -> No
     }
     turn |= {"reasoning": "Hm."} if family.tool is not T.HARMONY else {}
     prompt, answer = await answer_of(family, turn)
-    if name == "Mistral Nemo":
-        answer = re.sub(r', "id": "\w+"', "", answer)  # which models leave out
-    if family.tool is T.HARMONY:  # the template writes the recipient first, models the channel
-        answer = "<|channel|>commentary to=functions.find <|constrain|>json<|message|>" + json.dumps(ARGUMENTS)
+    answer = as_models_write(family, answer)
     constraint = wanted.calls(ASKED, wanted.form(ASKED, several=True), prompt)
     assert accepts(constraint, answer.strip("\n") if name == "Qwen 2.5" else answer, vocabulary)
     for right, wrong in (
@@ -202,11 +211,8 @@ async def test_a_strict_tool_is_called_rightly_or_not_at_all(name: str) -> None:
     wanted, vocabulary = demand(family)
     turn = {"role": "assistant", "content": "", "tool_calls": CALLS[:1]}
     _, answer = await answer_of(family, turn | {"reasoning_content": "", "reasoning": ""})
-    answer = re.sub(r', "id": "\w+"', "", answer).removeprefix("\n</think>\n\n").removeprefix("\n")
-    head = ""
-    if family.tool is T.HARMONY:
-        head = "<|channel|>final<|message|>"
-        answer = "<|channel|>commentary to=functions.find <|constrain|>json<|message|>" + json.dumps(ARGUMENTS)
+    answer = as_models_write(family, answer).removeprefix("\n</think>\n\n").removeprefix("\n")
+    head = head_of(family)
     free = wanted.free(ASKED, ["find"], "</think>")
     assert accepts(free, f"{head}It <b rains.", vocabulary)
     assert accepts(free, answer, vocabulary)
@@ -221,12 +227,9 @@ async def test_an_answer_in_a_format_may_be_a_call_instead(name: str) -> None:
     wanted, vocabulary = demand(family)
     turn = {"role": "assistant", "content": "", "tool_calls": CALLS[:1]}
     prompt, call = await answer_of(family, turn | {"reasoning_content": "", "reasoning": ""})
-    call = re.sub(r', "id": "\w+"', "", call)
+    call = as_models_write(family, call)
     call = call.removeprefix("\n") if name == "Qwen 2.5" else call
-    head = "<|channel|>final<|message|>" if family.tool is T.HARMONY else ""
-    thought = "</think>\n\n" if name == "Qwen 3.5" else ""
-    if family.tool is T.HARMONY:
-        call = "<|channel|>commentary to=functions.find <|constrain|>json<|message|>" + json.dumps(ARGUMENTS)
+    thought, head = "</think>\n\n" if name == "Qwen 3.5" else "", head_of(family)
     constraint = wanted.calls_or(SCHEMA, ASKED, True, prompt)
     assert accepts(constraint, f'{thought}{head}{{"a": 1}}', vocabulary)
     assert accepts(constraint, call, vocabulary)
@@ -245,8 +248,7 @@ def test_calls_of_tools_that_are_not_strict_are_held_to_their_form() -> None:
         assert strict is None or not strict.optional
         if constraint is not None:
             assert constraint.optional
-            head = "<|channel|>final<|message|>" if family.tool is T.HARMONY else ""
-            assert accepts(constraint, f"{head}It [rains]: {{}}.", vocabulary)
+            assert accepts(constraint, f"{head_of(family)}It [rains]: {{}}.", vocabulary)
             held.add(name)
     free = {T.LLAMA3_JSON, T.PYTHONIC, T.OLMO3, T.TOOL_CODE}
     assert held == {name for name, family in FAMILIES.items() if family.tool not in free}
