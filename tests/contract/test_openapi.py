@@ -16,6 +16,7 @@ from starlette.routing import Route
 
 from inference_service.openai_api.app import ENDPOINTS, create_app
 from inference_service.openai_api.openapi import document
+from tests.support.root import ROOT
 from tests.support.silent import silent_service
 
 DOCUMENT = document(ENDPOINTS, "base")
@@ -26,7 +27,7 @@ OPERATIONS = [
     for method, told in methods.items()
 ]
 WITH_BODY = [case for case in OPERATIONS if "requestBody" in case.values[2]]
-DOCS = (Path(__file__).resolve().parents[2] / "docs" / "openai.md").read_text(encoding="utf-8")
+DOCS = (ROOT / "docs" / "openai.md").read_text(encoding="utf-8")
 TYPES = {"null", "boolean", "object", "array", "number", "integer", "string"}
 KEYWORDS = {
     "$ref": str,

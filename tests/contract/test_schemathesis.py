@@ -27,10 +27,11 @@ from loramux_shared.access.keyring import Keyring
 from tests.support.access import lines, new_entry
 from tests.support.openai_door import openai_world
 from tests.support.operated import digest_of, operated
+from tests.support.root import ROOT
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 COMMAND = shutil.which("schemathesis", path=str(Path(sys.executable).parent))
-HOOKS = Path(__file__).resolve().parents[1] / "support" / "schemathesis"
+HOOKS = ROOT / "tests/support" / "schemathesis"
 MODELS = ["base", "all"]
 """Names that requests are drawn with: a name that nobody has is 404, whatever else a request says."""
 STATEFUL = ("/v1/load_lora_adapter", "/v1/adapters/{name}/pin", "/v1/adapters/{name}/unpin")

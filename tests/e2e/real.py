@@ -14,10 +14,11 @@ from transformers import AutoModelForCausalLM
 
 from loramux_shared.deployment import Deployment
 from loramux_shared.deployment_file import load_deployment
+from tests.support.root import ROOT
 
 Answers = dict[tuple[str, int], list[int]]
 """The tokens that a model says, by its name and the place of the prompt."""
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+EXAMPLES = ROOT / "examples"
 _QUESTIONS = (
     "What is the capital of France?",
     "Tell me about the sea.",

@@ -28,8 +28,8 @@ from loramux.faults import SettingsInvalid
 from loramux_shared.rpc.listening import require_free
 from tests.support.fake_services import Fakes
 from tests.support.once import one_at_a_time
+from tests.support.root import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = [sys.executable, "-c", "from loramux.cli.main import main; main()"]
 DEADLINE_S = 20.0
 Launch = Callable[..., "subprocess.Popen[str]"]

@@ -24,12 +24,13 @@ from tests.e2e.real import EXAMPLES, deployment
 from tests.support.browser import CHROMIUM, CTRL, Page, browser
 from tests.support.looks import faint, nameless, overflow
 from tests.support.openai_door import OpenAIDoor
+from tests.support.root import ROOT
 
 pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt install chromium"),
     pytest.mark.asyncio(loop_scope="module"),
 ]
-ARTIFACTS = Path(os.environ.get("TEST_ARTIFACTS", Path(__file__).resolve().parents[1] / "artifacts"))
+ARTIFACTS = Path(os.environ.get("TEST_ARTIFACTS", ROOT / "tests/artifacts"))
 """Where the pictures of the page are kept."""
 PROMPT = "Tell me about the sea."
 TOKENS = 24

@@ -21,8 +21,9 @@ from loramux_shared.bases.formats.read import read_quantization, with_quantize
 from loramux_shared.bases.read import read_config
 from loramux_shared.faults import CheckpointInvalid
 from tests.support.lowbit import KINDS, gptq, int_quantized
+from tests.support.root import ROOT
 
-WRITTEN = Path(__file__).parents[1] / "golden" / "formats"
+WRITTEN = ROOT / "tests/golden" / "formats"
 CPU = torch.device("cpu")
 
 

@@ -25,10 +25,10 @@ from loramux_shared.storage.open import open_store
 from ray_service.app import build, build_builder
 from ray_service.names import APP, BUILDER_APP, ENGINE, MIDDLEWARES, SERVICERS
 from tests.support.openai_door import TEMPLATE
+from tests.support.root import ROOT
 from tests.support.tiny import SIZES, World, make_world_of
 
 NAMES: Final = [f"a{index}" for index in range(8)]
-ROOT: Final = Path(__file__).parents[2]
 STORE_BYTES: Final = 100 * 1024 * 1024
 """Ray's object store of a node; what we send through it is small."""
 ENVIRONMENT: Final = {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +15,7 @@ from inference_service.openai_api.messages.errors import fault_body
 from inference_service.openai_api.messages.mapping import Chat, chat_of
 from inference_service.openai_api.messages.schema import CountBody, MessagesBody
 from loramux_shared.faults import Fault, Finding, QueueFull, RequestInvalid, ShuttingDown
+from tests.support.root import ROOT
 
 USER = {"role": "user", "content": "Hi"}
 BODY: dict[str, Any] = {"model": "m", "max_tokens": 5, "messages": [USER]}
@@ -275,5 +275,5 @@ def test_a_thread_is_refused_so_that_clients_go_on_without() -> None:
 @pytest.mark.parametrize("kind", [MessagesBody, CountBody])
 def test_every_parameter_is_documented(kind: Any) -> None:
     """docs/anthropic.md says of each parameter what becomes of it."""
-    page = (Path(__file__).parents[2] / "docs/anthropic.md").read_text()
+    page = (ROOT / "docs/anthropic.md").read_text()
     assert [name for name in kind.model_fields if f"`{name}" not in page] == []

@@ -18,8 +18,9 @@ from loramux_shared.deployment_file import parse_deployment
 from loramux_shared.sources.open import open_sources
 from loramux_shared.storage.local import LocalStore
 from tests.support.adapters import HIDDEN, Tensors, key, tensors, write_adapter, write_base
+from tests.support.root import ROOT
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "bundle-format.md"
+PAGE = ROOT / "docs" / "bundle-format.md"
 NAMES = {
     1: "attn_q",
     2: "attn_k",

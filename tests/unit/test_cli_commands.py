@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,8 +11,8 @@ from typer.testing import CliRunner
 
 from loramux.cli.exits import MEANINGS
 from loramux.cli.main import app
+from tests.support.root import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 WITHOUT_JSON = {
     "chat": "a conversation: what it prints is the answer itself",
     "demo": "a show for people; up and bench are for machines",

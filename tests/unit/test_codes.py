@@ -8,8 +8,8 @@ from pathlib import Path
 from loramux_shared.codes import CODES, CURES
 from loramux_shared.faults import FAULTS
 from scripts import docs, errors_doc
+from tests.support.root import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("shared/loramux_shared", "builder_service", "loramux", "inference_service")
 
 

@@ -23,8 +23,8 @@ from loramux_shared.settings import (
 )
 from loramux_shared.storage.open import open_store
 from tests.support.commands import assert_takes
+from tests.support.root import ROOT
 
-ROOT = Path(__file__).parents[2]
 COMPOSE_TEXT = (ROOT / "docker-compose.yml").read_text(encoding="utf-8")
 RAW: dict[str, dict[str, Any]] = yaml.safe_load(COMPOSE_TEXT)["services"]
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]

@@ -19,8 +19,8 @@ from loramux.envoy.listeners import COMPLETIONS
 from loramux_shared.rpc.options import IDLE_S, LEAST_PING_S, MAX_REQUEST_BYTES, MAX_STREAMS
 from loramux_shared.settings import InferenceSettings
 from tests.support.access import Certificates
+from tests.support.root import ROOT
 
-ROOT = Path(__file__).parents[2]
 LISTEN = ("--listen-grpc", "127.0.0.1:7001", "--listen-http", "127.0.0.1:7002")
 KEPT_S = 65
 """How long a replica keeps an unused connection of its HTTP door."""

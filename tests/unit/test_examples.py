@@ -14,8 +14,9 @@ import pytest
 from safetensors import safe_open
 
 from loramux_shared.deployment_file import load_deployment
+from tests.support.root import ROOT
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+EXAMPLES = ROOT / "examples"
 BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 STATED = {  # name: rank, target modules, data type, rsLoRA

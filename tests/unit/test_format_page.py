@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import pytest
 
@@ -23,8 +22,9 @@ from loramux_shared.bundle.proof import Effect, Probe, Proof, TokenLogprob
 from loramux_shared.deployment import Model, ModelLimits, Repository
 from loramux_shared.faults import Finding
 from loramux_shared.limits import Limits
+from tests.support.root import ROOT
 
-PAGE = (Path(__file__).resolve().parents[2] / "docs" / "bundle-format.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs" / "bundle-format.md").read_text(encoding="utf-8")
 
 
 def section(begin: str, end: str) -> str:

@@ -19,8 +19,7 @@ from loramux_shared.deployment_file import IGNORED_KEYS
 from loramux_shared.settings import BuilderSettings, InferenceSettings, variable
 from scripts import api_doc, deployment_doc, models_doc, settings_doc
 from scripts.pages import type_of
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.support.root import ROOT
 
 
 def test_the_api_page_has_every_rpc_field_and_value() -> None:

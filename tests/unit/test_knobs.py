@@ -7,7 +7,6 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -51,8 +50,8 @@ from inference_service.serving.request import Request
 from loramux.inference.v1 import inference_pb2 as pb
 from loramux.records import GenerateOptions
 from loramux_shared.sampling import MAX_TEMPERATURE
+from tests.support.root import ROOT
 
-ROOT = Path(__file__).parents[2]
 ASKED = {field.name for field in fields(Request)}
 BOUNDED = NUMBERS.keys() | TEXTS.keys() | IDS.keys()
 UNBOUNDED = {

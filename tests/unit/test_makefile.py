@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
-MAKEFILE = Path(__file__).resolve().parents[2] / "Makefile"
+from tests.support.root import ROOT
+
+MAKEFILE = ROOT / "Makefile"
 MAKE = shutil.which("make")
 
 pytestmark = pytest.mark.skipif(MAKE is None, reason="no make here")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +14,7 @@ from inference_service.openai_api.errors import error_body, invalid_body, param_
 from inference_service.openai_api.mapping import messages_of
 from inference_service.openai_api.schema import MAX_PROMPTS, Body, CompletionBody
 from inference_service.openai_api.tokens_schema import TokenizeBody
+from tests.support.root import ROOT
 
 USER = {"role": "user", "content": "Hi"}
 CHAT: dict[str, Any] = {"model": "m", "messages": [USER]}
@@ -210,7 +210,7 @@ def test_a_prompt_or_messages_are_tokenized_and_not_both() -> None:
 @pytest.mark.parametrize("kind", [ChatBody, CompletionBody])
 def test_every_parameter_is_documented(kind: type[Body]) -> None:
     """docs/openai.md says of each parameter what becomes of it."""
-    page = (Path(__file__).parents[2] / "docs/openai.md").read_text()
+    page = (ROOT / "docs/openai.md").read_text()
     missing = [name for name in kind.model_fields if not re.search(rf"`{name}\b", page)]
     assert not missing
 

@@ -23,8 +23,9 @@ from inference_service.serving.service import GenerationService
 from loramux_shared.faults import FAULTS
 from loramux_shared.rpc import calls
 from loramux_shared.sources.base import Source
+from tests.support.root import ROOT
 
-PROTOS = sorted((Path(__file__).resolve().parents[2] / "protos").glob("loramux/*/v1/*.proto"))
+PROTOS = sorted((ROOT / "protos").glob("loramux/*/v1/*.proto"))
 _LINE = re.compile(r"^ *// (?P<status>[A-Z_]{6,}) +(?P<reason>[A-Z_]{4,})[:,]", re.MULTILINE)
 _MORE = re.compile(r"(?<=[ ,])(?P<reason>[A-Z]+(?:_[A-Z]+)+)(?=[:,])")
 EVERYWHERE = {"UNAUTHENTICATED", "PERMISSION_DENIED", "SHUTTING_DOWN", "REQUEST_INVALID", "CLIENT_STALLED"}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -19,8 +18,9 @@ from ray_service.forwarding import _fault
 from ray_service.names import MIDDLEWARES, SERVICERS, key_of
 from ray_service.routing import AffineRouter
 from ray_service.scaling import by_sequences
+from tests.support.root import ROOT
 
-DEPLOY = Path(__file__).parents[2] / "deploy" / "ray"
+DEPLOY = ROOT / "deploy" / "ray"
 
 
 def test_requests_of_an_adapter_have_its_name_as_key_however_it_is_written():

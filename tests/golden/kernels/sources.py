@@ -20,6 +20,7 @@ from typing import Any
 
 from inference_service.kernels.launch import ARCHITECTURES
 from tests.kernels.aot import PACKAGES, Variant, source_of, variants
+from tests.support.root import ROOT
 
 KEPT = Path(__file__).with_name("sources.txt")
 ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {
@@ -63,7 +64,7 @@ def run(module: str, arguments: Collection[str] = ()) -> list[str]:
     """Return the lines that a module prints where kernels are as the compiler sees them."""
     return subprocess.run(
         [sys.executable, "-m", module, *arguments],
-        cwd=Path(__file__).parents[3],
+        cwd=ROOT,
         env=ENVIRONMENT,
         check=True,
         stdout=subprocess.PIPE,

@@ -13,8 +13,9 @@ import jsonschema
 import kubernetes_validate
 import yaml
 
+from tests.support.root import ROOT
+
 Resource = dict[str, Any]
-ROOT = Path(__file__).parents[3]
 KUBERNETES = ROOT / "deploy/kubernetes"
 VERSIONS = ("1.31", "1.37")
 """Of Kubernetes: the oldest that is promised, and the newest whose schemas there are."""
