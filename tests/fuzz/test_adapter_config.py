@@ -17,7 +17,7 @@ from loramux_shared.codes import CODES
 from tests.fuzz.mutate import TEXTS, bounded, json_text, mutated_json
 from tests.golden.hostile.configs import EXPONENTIAL, GIANT
 from tests.support.adapters import ADAPTER_CONFIG, write_adapter
-from tests.unit.test_adapter_rules import book
+from tests.unit.domain.test_adapter_rules import book
 
 SEEDS: tuple[dict[str, Any], ...] = (
     ADAPTER_CONFIG,

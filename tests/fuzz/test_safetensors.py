@@ -18,7 +18,7 @@ from builder_service.domain.safetensors_header import HeaderInvalid, TensorFile,
 from loramux_shared.codes import CODES
 from tests.fuzz.mutate import bounded, json_text, mutated_json, mutations
 from tests.support.adapters import tensors, write_adapter
-from tests.unit.test_adapter_rules import book
+from tests.unit.domain.test_adapter_rules import book
 
 SEEDS: tuple[dict[str, Any], ...] = (
     tensors(),

@@ -1,0 +1,217 @@
+"""``loramux check``, ``prove`` and ``import-bundle``: what they print, what machines get, how they end."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from loramux.cli.build import wished
+from loramux.cli.main import app
+from loramux.cli.report_view import layers
+from loramux_shared.deployment_file import parse_deployment
+from tests.support.adapters import tensors, write_adapter, write_base
+from tests.support.fake_services import Fakes, deployment_text
+from tests.support.forks import builder_service
+from tests.support.s3_gateway import free_port
+from tests.unit.pipeline.test_npy_import import write
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A base, an adapter that is fine, one that is not."""
+    write_base(tmp_path / "base")
+    write_adapter(tmp_path / "fine", base_model_name_or_path="base")
+    write_adapter(tmp_path / "deep", tensors(rank=80), r=80)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
+    """The flag that names a builder, which may read all that is made here."""
+    folder, address = tmp_path_factory.mktemp("builder"), f"127.0.0.1:{free_port()}"
+    flags = ["--grpc", address, "--store", f"file://{folder}/store", "--work-dir", f"{folder}/work"]
+    process = builder_service([*flags, "--local-root", str(folder.parent)], folder / "log")
+    assert CliRunner().invoke(app, ["health", address, "--wait", "20"]).exit_code == 0
+    yield "--builder", address
+    process.kill()
+    process.wait(10)
+
+
+def run(*args: str | Path) -> tuple[int, str, str]:
+    """Run a command in this process; returns its exit code, stdout and stderr."""
+    result = CliRunner().invoke(app, [str(arg) for arg in args])
+    return result.exit_code, result.stdout, result.stderr
+
+
+def test_a_report_for_people(folder: Path) -> None:
+    """A private builder is started and leaves nothing; rows are collapsed by module; exit 0."""
+    code, text, errors = run("check", folder / "fine", "--base", folder / "base")
+    assert code == 0, errors
+    lines = text.splitlines()
+    assert lines[0].startswith(f"adapter  LOCAL {folder / 'fine'} @ ")
+    assert "kind     LoRA" in lines
+    assert any(line.split()[:4] == ["attn_q", "0-1", "4", "2"] for line in lines)
+    assert any(line.split()[:4] == ["attn_v", "0-1", "4", "2"] for line in lines)
+    assert lines[-1] == "accepted: no errors, no warnings"
+
+
+def test_a_refused_adapter_is_exit_1_with_its_fix(folder: Path, shared: tuple[str, str]) -> None:
+    """Code, place, what was expected and found, and what to do, each on a line of its own."""
+    code, text, _ = run("check", folder / "deep", "--base", folder / "base", *shared)
+    assert code == 1
+    assert "E_RANK_MAX  layer 0 q_proj" in text
+    assert "  expected rank <= max_lora_rank 64" in text
+    assert "  fix      Set max_lora_rank to at least 80." in text
+    assert text.splitlines()[-1].startswith("refused: 1 error")
+
+
+def test_truncation_shows_what_is_lost(folder: Path, shared: tuple[str, str]) -> None:
+    """Both ranks stand in the table, and the worst error in the warning."""
+    code, text, _ = run("check", folder / "deep", "--base", folder / "base", "--truncate-to", "8", *shared)
+    assert code == 0
+    assert "80 -> 8" in text
+    assert "worst relative error" in text
+
+
+def test_json_is_stable_and_alone_on_stdout(folder: Path, shared: tuple[str, str]) -> None:
+    """Every documented field is there, whether the adapter is taken or refused."""
+    fields = {
+        "schema", "accepted", "adapter", "base", "base_model_name", "dtype", "bundle_bytes", "files",
+        "findings", "rows", "licence", "base_licence", "kinds", "replaced_rows", "invocation_tokens",
+        "labels", "problem_type",
+    }  # fmt: skip
+    reports: dict[str, Any] = {}
+    for name, expected in (("fine", 0), ("deep", 1)):
+        code, text, _ = run("check", folder / name, "--base", folder / "base", "--json", *shared)
+        assert code == expected
+        reports[name] = json.loads(text)
+        assert set(reports[name]) == fields
+    assert (reports["fine"]["schema"], reports["fine"]["accepted"]) == (2, True)
+    assert (reports["fine"]["kinds"], reports["deep"]["kinds"]) == (["lora"], [])
+    assert set(reports["fine"]["rows"][0]) == {
+        "layer", "module_id", "module", "rank", "in_features", "out_features", "scale", "norm_a", "norm_b",
+        "norm_ba", "truncated_from", "truncation_error", "expert", "vectors",
+    }  # fmt: skip
+    [finding] = [item for item in reports["deep"]["findings"] if item["code"].startswith("E_")]
+    assert set(finding) == {"code", "where", "expected", "found", "fix"}
+
+
+def test_what_is_not_there_is_one_line(folder: Path) -> None:
+    """A repository that cannot be read is a failure, not a report."""
+    code, text, errors = run("check", f"{folder}/nowhere", "--base", folder / "base")
+    assert (code, text) == (1, "")
+    assert "error: REPO_NOT_FOUND: LOCAL" in errors
+    assert run("check", "no repository", "--base", "x/y")[0] == 1
+
+
+class NoHub(BaseHTTPRequestHandler):
+    """A hub without repositories."""
+
+    def do_GET(self) -> None:
+        """Answer as the hub does for what is not there."""
+        self.send_response(404)
+        self.send_header("X-Error-Code", "RepoNotFound")
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+
+@pytest.mark.parametrize(
+    ("adapter", "base", "missing"),
+    [("adapters/pirat", "{}/base", "adapters/pirat"), ("{}/base", "org/bas", "org/bas")],
+)
+def test_a_mistyped_folder_is_no_mystery(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, adapter: str, base: str, missing: str
+) -> None:
+    """A word that could be of the hub is looked for there; a failure says that no such folder is here."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), NoHub) as hub:
+        threading.Thread(target=hub.serve_forever, daemon=True).start()
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{hub.server_address[1]}")
+        code, _, errors = run("check", adapter.format(folder), "--base", base.format(folder))
+        hub.shutdown()
+    assert code == 1
+    assert f"If a folder was meant: there is no {missing} here." in errors
+
+
+def test_import_bundle_checks_and_says_how_to_publish(folder: Path) -> None:
+    """Without a deployment's name it is a dry run."""
+    write(folder / "npy", [(1, 0, 4), (18, 1, 2)])
+    code, text, errors = run("import-bundle", folder / "npy", "--base", folder / "base", "--name", "lora1")
+    assert code == 0, errors
+    assert "mlp_h_to_4h" in text
+    assert "--deployment NAME publishes it" in errors
+
+
+def test_import_bundle_wants_npy_files(folder: Path) -> None:
+    """A folder without them, or with a PEFT adapter beside them, is a mistake that is named."""
+    code, _, errors = run("import-bundle", folder / "base", "--base", folder / "base", "--name", "a")
+    assert (code, "expected model.lora_weights.npy" in errors) == (1, True)
+    write(folder / "fine", [(1, 0, 4)])
+    code, _, errors = run("import-bundle", folder / "fine", "--base", folder / "base", "--name", "a")
+    assert (code, "adapter_config.json" in errors) == (1, True)
+
+
+@pytest.mark.parametrize("published", [(), ("--deployment", "imported")])
+def test_import_bundle_refuses_names_that_are_none(folder: Path, published: tuple[str, ...]) -> None:
+    """Also where it only checks, so that nobody publishes under another name than was tried."""
+    write(folder / "npy", [(1, 0, 4)])
+    code, _, errors = run(
+        "import-bundle", folder / "npy", "--base", folder / "base", "--name", ".x", *published
+    )
+    assert code == 1
+    assert "Begin with a letter, a digit, _ or :" in errors
+
+
+def test_import_bundle_publishes_a_deployment_of_one(folder: Path, fakes: Fakes) -> None:
+    """With a deployment's name it is a build of that one adapter."""
+    write(folder / "npy", [(1, 0, 4)])
+    code, text, errors = run(
+        "import-bundle", folder / "npy", "--base", "org/base@main", "--name", "lora1",
+        "--deployment", "imported", "--builder", fakes.builder_address,
+    )  # fmt: skip
+    assert code == 0, errors
+    spec = fakes.builder.specs["imported"]
+    assert [(each.name, each.repository.repo) for each in spec.adapters] == [("lora1", str(folder / "npy"))]
+    assert (spec.base.repo, spec.base.revision) == ("org/base", "main")
+    assert "deployment imported: generation 3 is published" in text
+
+
+def test_wishes_of_the_command_line_reach_the_builder(tmp_path: Path, fakes: Fakes) -> None:
+    """``build --truncate-to R --prove`` and ``prove`` are the file with these two fields set."""
+    path = tmp_path / "d.yaml"
+    path.write_text(deployment_text("wishes", "a"))
+    at = ("--builder", fakes.builder_address)
+    for args, expected in (
+        (("build", path, *at), (0, False)),
+        (("build", path, "--truncate-to", "8", "--prove", *at), (8, True)),
+        (("prove", path, *at), (0, True)),
+    ):
+        assert run(*args)[0] == 0
+        spec = fakes.builder.specs["wishes"]
+        assert (spec.truncate_to_rank, spec.prove) == expected
+
+
+def test_the_files_own_wishes_stay() -> None:
+    """A flag that is not given changes nothing."""
+    data = {
+        "model_name": "m",
+        "build": {
+            "checkpoint_repository": {"source": "HF", "repo": "a/b"},
+            "lora_configuration": {"truncate_to_rank": 4},
+            "prove": True,
+        },
+    }
+    deployment = parse_deployment(data).deployment
+    assert wished(deployment, None, False) == deployment
+    assert wished(deployment, 9, False).build.lora_configuration.truncate_to_rank == 9
+
+
+def test_layers_are_folded() -> None:
+    """Runs of layers are named by their ends."""
+    assert layers([3, 0, 1, 2, 7, 9, 10]) == "0-3, 7, 9-10"

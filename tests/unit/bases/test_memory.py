@@ -1,0 +1,226 @@
+"""The memory budget: what fits, and what is said when it does not."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from structlog.testing import capture_logs
+
+from loramux_shared.bases.cache import Cache, Kept, window_blocks
+from loramux_shared.bases.memory import GB, Needs, cache_of, count_weights, needs_of, plan_memory
+from loramux_shared.bases.read import read_config, read_fields
+from loramux_shared.faults import ResourcesExhausted
+from loramux_shared.settings import InferenceSettings
+from loramux_shared.storage.memory import MemoryStore
+from tests.support.examples import examples
+from tests.support.tiny import SIZES, make_world
+from tests.unit.bases.test_model_config import HUB_CONFIGS
+
+NEEDS = Needs(weights=16 * 10**9, adapters=10**9, activations=2 * 10**9, graphs=10**9)
+CACHE = Cache((Kept(None, 131072),), block_size=16, longest=8192, seqs=64, rows=2048, whole=True)
+"""Of Llama-3 8B in bfloat16, for 64 sequences."""
+
+
+def test_the_cache_takes_its_share_of_what_steps_leave() -> None:
+    """63 GB free, 3 GB for steps: 90 % of 60 GB, in whole blocks."""
+    plan = plan_memory(63 * 10**9, NEEDS, CACHE, share=0.9)
+    assert plan.blocks == (54 * 10**9 // 131072 // 16,)
+    assert plan.kv_bytes == plan.blocks[0] * 16 * 131072
+    assert plan.max_seq_len == 8192
+
+
+def test_the_cache_is_not_larger_than_its_use_or_its_ceiling() -> None:
+    """What all sequences at their longest need is enough; a ceiling is not exceeded."""
+    assert plan_memory(10**12, NEEDS, CACHE, share=0.9).blocks == (64 * 8192 // 16,)
+    plan = plan_memory(10**12, NEEDS, CACHE, share=0.9, ceiling=4 * 10**9)
+    assert 4 * 10**9 - 16 * 131072 < plan.kv_bytes <= 4 * 10**9
+
+
+def test_a_size_that_is_said_is_taken_as_it_is() -> None:
+    """kv_memory_gb may take all that steps leave, which is more than the usual share."""
+    plan = plan_memory(63 * 10**9, NEEDS, replace(CACHE, kv_bytes=60 * 10**9), share=0.5)
+    assert plan.kv_bytes > 59.9e9
+
+
+@pytest.mark.parametrize("kv_bytes", [None, 10**9])
+def test_steps_that_do_not_fit_are_refused_with_the_numbers(kv_bytes: int | None) -> None:
+    """A card that weights and adapters fill: every item, in GB, and the settings that help."""
+    with pytest.raises(ResourcesExhausted) as caught:
+        plan_memory(2 * 10**9, NEEDS, replace(CACHE, kv_bytes=kv_bytes), share=0.9)
+    said = str(caught.value)
+    assert "16.00 GB of weights and 1.00 GB of adapters, 2.00 GB are free; steps need 3.00 GB" in said
+    assert f"cache {1 if kv_bytes else 0}.00 GB" in said
+    assert set(re.findall(r"LORAMUX_\w+", said)) == {
+        "LORAMUX_KV_MEMORY_GB",
+        "LORAMUX_MAX_BATCH_TOKENS",
+        "LORAMUX_MAX_BATCH_SEQS",
+    }
+
+
+def test_a_cache_that_is_larger_than_what_is_left_is_refused() -> None:
+    """The size that the settings ask for is not cut silently."""
+    with pytest.raises(ResourcesExhausted, match=r"steps need 3.00 GB and the key-value cache 20.00 GB"):
+        plan_memory(22 * 10**9, NEEDS, replace(CACHE, kv_bytes=20 * 10**9), share=0.9)
+
+
+def test_a_sequence_that_was_promised_must_fit_and_another_is_cut() -> None:
+    """A deployment's max_seq_len is kept or refused; the model's own longest sequence may be cut."""
+    small = replace(CACHE, kv_bytes=4096 * 131072)
+    with pytest.raises(ResourcesExhausted, match=r"holds 4096 tokens \(0.54 GB at 131072 .* max_seq_len=8192"):
+        plan_memory(63 * 10**9, NEEDS, small, share=0.9)
+    assert plan_memory(63 * 10**9, NEEDS, replace(small, whole=False), share=0.9).max_seq_len == 4096
+
+
+def test_needs_follow_the_model_and_the_settings(tmp_path: Path) -> None:
+    """Weights are those of the checkpoint; steps grow with the batch; graphs cost nothing without graphs."""
+    base = make_world(tmp_path).base
+    config = read_config(base, None)
+    with safe_open(str(base / "model.safetensors"), "pt") as file:
+        tensors = [file.get_tensor(name) for name in file.keys()]  # noqa: SIM118 - no mapping
+    matrices = sum(tensor.nbytes for tensor in tensors if tensor.dim() == 2)
+    wanted = InferenceSettings(deployment="tiny", max_batch_tokens=100, max_batch_seqs=8)
+    needs = needs_of(config, 4, 77, wanted, "cpu", graphs=False)
+    assert (needs.weights, needs.adapters, needs.graphs) == (matrices, 77, 0)
+    assert needs_of(config, 2, 77, wanted, "cpu", graphs=False).weights == matrices / 2
+    wider = wanted.model_copy(update={"max_batch_tokens": 200})
+    more = needs_of(config, 4, 77, wider, "cpu", graphs=True)
+    assert more.activations - needs.activations >= 100 * 4 * (2 * SIZES["intermediate_size"])
+    assert more.graphs > 0
+
+
+@pytest.mark.parametrize(
+    ("quantization", "device", "linears", "head"),
+    [("int8", "cpu", 1, 1), ("int4", "cpu", 0.5625, 1), ("fp8", "cuda", 1, 2), ("none", "cuda", 2, 0)],
+)
+def test_weights_of_fewer_bits_take_less(
+    tmp_path: Path, quantization: str, device: str, linears: float, head: int
+) -> None:
+    """Bytes of a weight of a layer, and of a tied head, which a rounded base has beside its embeddings."""
+    config = read_config(make_world(tmp_path, tie_word_embeddings=True).base, None)
+    settings = InferenceSettings(deployment="tiny", quantization=quantization)
+    table = SIZES["vocab_size"] * SIZES["hidden_size"]
+    in_layers = count_weights(config) - table
+    needs = needs_of(config, 2, 0, settings, device, graphs=False)
+    shared = quantization in ("fp8", "none")
+    assert needs.weights == int(in_layers * linears) + 2 * table + (0 if shared else head * table)
+
+
+def test_the_start_logs_a_line_per_item(tmp_path: Path) -> None:
+    """The bank, weights, adapters, activations, graphs, the cache and what is left, in GB."""
+    world, store = make_world(tmp_path), MemoryStore()
+    world.build(store)
+    with capture_logs() as logs:
+        ready = world.load(store, kv_memory_gb=0.01)
+    sizes = {entry["item"]: entry["gb"] for entry in logs if entry["event"] == "memory"}
+    assert list(sizes) == [
+        "bank of adapters",
+        "weights",
+        "adapters",
+        "activations",
+        "graphs",
+        "libraries",
+        "key-value cache",
+        "left",
+    ]
+    stats = ready.engine.stats
+    assert sizes["key-value cache"] == round(stats.blocks_total * 16 * 2 * 2 * 2 * 8 * 4 / GB, 3)
+    assert sizes["left"] > 0
+
+
+def _at_once(cache: Cache, blocks: tuple[int, ...], length: int) -> int:
+    """How many sequences of a length fit into blocks of groups."""
+    whole = -(-length // cache.block_size)
+    fitting = [
+        number // (whole if group.window is None else min(whole, window_blocks(group.window, 1, 16)))
+        for group, number in zip(cache.groups, blocks, strict=True)
+    ]
+    return min(cache.seqs, *fitting)
+
+
+@settings(max_examples=examples(60), deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.integers(16, 8192), st.integers(1, 64)),
+        min_size=1,
+        max_size=2,
+        unique_by=lambda group: group[0],
+    ),
+    st.integers(1, 64),
+    st.integers(64, 131072),
+    st.integers(1, 256),
+    st.floats(0.01, 1.0),
+    st.floats(0.0, 1.0),
+)
+def test_a_division_serves_half_of_what_the_best_one_for_any_length_would(
+    sliding: list[tuple[int, int]], everything: int, longest: int, seqs: int, memory: float, length: float
+) -> None:
+    """Of groups with windows, as many sequences as could be served, short or long, in what memory there is; all
+    of them where there is enough for all."""
+    groups = (Kept(None, 1024 * everything), *(Kept(window, 1024 * each) for window, each in sliding))
+    cache = Cache(groups, 16, longest, seqs, rows=1024, whole=False)
+    budget = int(memory * cache.num_bytes(cache.most))
+    count = cache.fitting(budget)
+    blocks = cache.blocks(count)
+    assert cache.num_bytes(count) <= budget
+    if cache.capacity(count) < longest:
+        return
+    tokens = max(1, int(longest * length))
+    best = next((number for number in range(seqs, 0, -1) if _bytes_of(cache, tokens, number) <= budget), 0)
+    assert 2 * _at_once(cache, blocks, tokens) + 2 >= best
+
+
+def _bytes_of(cache: Cache, length: int, number: int) -> int:
+    """What so many sequences of a length hold, in bytes."""
+    whole = -(-length // 16)
+    each = [
+        group.token_bytes
+        * 16
+        * (whole if group.window is None else min(whole, window_blocks(group.window, 1, 16)))
+        for group in cache.groups
+    ]
+    return number * sum(each)
+
+
+def test_gemma_3_has_room_for_more_than_it_had_without_windows() -> None:
+    """In 20 GB, with all seats of a GPU: its sliding layers took most of every token."""
+    config = read_fields(HUB_CONFIGS["gemma-3-4b"])
+    cache = cache_of(config, 2, InferenceSettings(deployment="none"), "cuda")
+    plan = plan_memory(25 * 10**9, NEEDS, replace(cache, kv_bytes=20 * 10**9), share=0.9)
+    assert plan.kv_bytes <= 20 * 10**9
+    assert plan.tokens > 3 * (20 * 10**9 // cache.token_bytes)
+    assert plan.blocks[0] < plan.blocks[1] / 5
+
+
+def test_states_have_slots_for_all_sequences_and_the_rest_for_snapshots() -> None:
+    """A quarter of what the sequences' states leave; spaced so that one prompt that fills the cache has them
+    all."""
+    cache = replace(CACHE, kv_bytes=20 * 10**9, state_bytes=50 * 10**6)
+    plan = plan_memory(63 * 10**9, NEEDS, cache, share=0.9)
+    tokens = plan.blocks[0] * 16 * 131072
+    snapshots = plan.slots - 64
+    assert plan.kv_bytes == tokens + plan.slots * 50 * 10**6
+    assert 0 <= 20 * 10**9 - plan.kv_bytes < 16 * 131072 + 50 * 10**6
+    assert snapshots == tokens // 3 // (50 * 10**6)
+    assert plan.spacing is not None
+    assert snapshots - 1 <= plan.blocks[0] // plan.spacing <= snapshots
+    assert plan_memory(63 * 10**9, NEEDS, replace(cache, kv_bytes=plan.kv_bytes), share=0.9) == plan
+    assert plan.seqs == 64
+    fewer = plan_memory(
+        63 * 10**9, NEEDS, replace(cache, kv_bytes=10**9, every_seat=False, whole=False), share=0.9
+    )
+    assert fewer.seqs == fewer.tokens * 131072 // (50 * 10**6) < 10
+    alone = plan_memory(63 * 10**9, NEEDS, replace(cache, snapshots=False), share=0.9)
+    assert (alone.slots, alone.spacing) == (64, None)
+
+
+def test_states_that_do_not_fit_are_refused_with_the_numbers() -> None:
+    """Of as many sequences as may run, before there is a token."""
+    cache = replace(CACHE, kv_bytes=10**9, state_bytes=50 * 10**6)
+    with pytest.raises(ResourcesExhausted, match="64 sequences' states of 50000000 bytes"):
+        plan_memory(63 * 10**9, NEEDS, cache, share=0.9)

@@ -1,0 +1,156 @@
+"""``--json``: documents alone on stdout, with failures among them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from loramux.cli.build_lines import BuildLines
+from loramux.cli.documents import jsonable
+from loramux.cli.main import app
+from loramux.records import Stage
+from loramux_shared.faults import AdapterInvalid, Finding
+from tests.support.fake_services import Fakes
+from tests.unit.cli.test_build_view import adapter, state
+
+
+def documents(*args: str, code: int = 0) -> list[Any]:
+    """Run a command with ``--json`` and return what stands on its stdout, a document per line or one in all."""
+    result = CliRunner().invoke(app, [*args, "--json"])
+    assert result.exit_code == code, result.stderr
+    if result.stdout.startswith("{\n"):
+        return [json.loads(result.stdout)]
+    return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+def test_models(fakes: Fakes) -> None:
+    """``models`` is one document with every field of every model."""
+    [document] = documents("models", "--grpc", fakes.inference_address)
+    assert document["schema"] == 2
+    assert [model["name"] for model in document["models"]] == ["base", "lora1", "lora2"]
+    assert document["models"][1]["ranks"] == [8]
+
+
+def test_health(fakes: Fakes) -> None:
+    """``health`` says where it asked and what it heard."""
+    [document] = documents("health", fakes.builder_address)
+    assert document["status"] == "SERVING"
+    assert document["address"] == fakes.builder_address
+
+
+def test_a_build_is_a_line_per_state(fakes: Fakes, deployment: Callable[..., str]) -> None:
+    """``build`` and ``watch`` give the deployment at each change, the last one as it stayed."""
+    path = deployment("lines", "lora1")
+    lines = documents("build", path, "--builder", fakes.builder_address)
+    assert len(lines) > 2
+    assert {line["schema"] for line in lines} == {2}
+    last = lines[-1]["deployment"]
+    assert (last["state"], last["generation"], last["failure"]) == ("active", 3, None)
+    assert last["adapters"][0]["warnings"][0]["code"] == "W_NARROWED"
+    assert documents("watch", "lines", "--builder", fakes.builder_address)[-1] == lines[-1]
+
+
+def test_lines_of_a_build_grow_with_what_happens(capsys: pytest.CaptureFixture[str]) -> None:
+    """All adapters at the beginning and at the end, between them those that changed; nothing without news."""
+    count = 60
+    adapters = [adapter(number, Stage.WAITING) for number in range(count)]
+    lines = BuildLines()
+    states = [list(adapters)]
+    for number in range(count):
+        for stage in (Stage.FETCHING, Stage.DONE):
+            adapters[number] = adapter(number, stage)
+            states.append(list(adapters))
+    for found in states:
+        for _ in range(2):  # the second time, copies that are equal
+            lines.tell(state([replace(each) for each in found]))
+    lines.tell(state(adapters, ended=True))
+    told = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [len(line["deployment"]["adapters"]) for line in told] == [count, *[1] * (2 * count), count]
+    merged: dict[str, Any] = {}
+    for line, found in zip(told, [*states, adapters], strict=True):
+        merged |= {each["name"]: each for each in line["deployment"]["adapters"]}
+        assert list(merged.values()) == jsonable(found)
+        assert sum(line["stages"].values()) == count
+    assert told[-1]["stages"] == {"done": count}
+
+
+def test_a_refused_build_ends_with_its_failure(fakes: Fakes, deployment: Callable[..., str]) -> None:
+    """The last line holds the reason and the findings, and the exit code is that of people."""
+    path = deployment("refused", "bad")
+    *_, state, failed = documents("build", path, "--builder", fakes.builder_address, code=1)
+    assert state["deployment"]["failure"]["reason"] == "ADAPTER_INVALID"
+    assert failed["error"]["reason"] == "ADAPTER_INVALID"
+    assert [finding["code"] for finding in failed["error"]["findings"]] == ["E_RANK_MAX", "E_SHAPE"]
+
+
+def test_deployments_and_cancel(fakes: Fakes, deployment: Callable[..., str]) -> None:
+    """``deployments`` lists them all or shows one; ``cancel`` says whether there was something to cancel."""
+    documents("build", deployment("listed", "lora1"), "--builder", fakes.builder_address)
+    [listed] = documents("deployments", "--builder", fakes.builder_address)
+    assert "listed" in [info["name"] for info in listed["deployments"]]
+    [one] = documents("deployments", "listed", "--builder", fakes.builder_address)
+    assert [info["name"] for info in one["deployments"]] == ["listed"]
+    [cancelled] = documents("cancel", "listed", "--builder", fakes.builder_address)
+    assert (cancelled["cancelled"], cancelled["deployment"]["state"]) == (False, "active")
+    [error] = documents("deployments", "nothing", "--builder", fakes.builder_address, code=1)
+    assert error["error"]["reason"] == "DEPLOYMENT_NOT_FOUND"
+
+
+def test_deployments_for_people(fakes: Fakes, deployment: Callable[..., str]) -> None:
+    """Without ``--json`` it is a table."""
+    documents("build", deployment("shown", "lora1", "lora2"), "--builder", fakes.builder_address)
+    result = CliRunner().invoke(app, ["deployments", "shown", "--builder", fakes.builder_address])
+    header, row = result.stdout.splitlines()
+    assert header.split() == ["deployment", "state", "generation", "adapters", "changed", "failure"]
+    assert row.split()[:4] == ["shown", "active", "3", "2"]
+
+
+def test_gc(tmp_path: Path) -> None:
+    """``gc`` lists what it found with its sizes in bytes."""
+    digest = "ab" * 32
+    orphan = tmp_path / f"bundles/sha256/{digest}/model.lora_weights.npy"
+    orphan.parent.mkdir(parents=True)
+    orphan.write_bytes(b"x" * 10)
+    [spared] = documents("gc", "--store", f"file://{tmp_path}")
+    assert (spared["orphans"], len(spared["spared"])) == ([], 1)
+    [removed] = documents("gc", "--store", f"file://{tmp_path}", "--grace", "0", "--delete")
+    [found] = removed["orphans"]
+    assert (found["kind"], found["name"], found["bytes"], found["removed"]) == ("bundle", digest, 10, True)
+
+
+def test_keys(tmp_path: Path) -> None:
+    """A new key is in its document and nowhere else; the list has everything but keys."""
+    file = str(tmp_path / "keys.jsonl")
+    [new] = documents("keys", "new", "--scope", "infer", "--id", "ann", "--file", file)
+    assert new["key"].startswith("lmx_")
+    [listed] = documents("keys", "list", "--file", file)
+    assert listed["keys"] == [new["entry"]]
+    assert new["key"] not in json.dumps(listed)
+    assert documents("keys", "remove", "ann", "--file", file) == [{"schema": 2, "removed": "ann"}]
+    assert documents("keys", "list", "--file", file)[0]["keys"] == []
+
+
+@pytest.mark.parametrize("command", ["models", "bench"])
+def test_a_failure_is_a_document_too(command: str) -> None:
+    """Whoever parses stdout finds the reason there; stderr says it in words."""
+    [document] = documents(command, "--grpc", "127.0.0.1:1", code=3)
+    assert document["error"]["reason"] == "SERVER_UNAVAILABLE"
+
+
+def test_records_become_json() -> None:
+    """Times, paths and failures have a form in JSON."""
+    fault = AdapterInvalid("no", [Finding(code="E_SHAPE", fix="Do it.")])
+    moment = datetime(2026, 1, 2, tzinfo=UTC)
+    found = jsonable({"at": moment, "in": Path("/a"), "why": fault, "of": (1, None)})
+    assert found["at"] == "2026-01-02T00:00:00+00:00"
+    assert found["in"] == "/a"
+    assert found["why"]["findings"][0]["fix"] == "Do it."
+    assert found["of"] == [1, None]
+    assert json.loads(json.dumps(found)) == found

@@ -1,0 +1,225 @@
+"""``loramux doctor``: what is installed, what fits, what is wrong."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from structlog.testing import capture_logs
+from typer.testing import CliRunner
+
+from loramux.cli.main import app
+from loramux.doctor import installed
+from loramux.doctor.machine import look_at_inference, look_at_machine, look_at_store
+from loramux.doctor.sizes import read_base, sizes_of
+from loramux_shared.bases.groups import features_of
+from loramux_shared.bases.memory import MemoryPlan, cache_of, needs_of, plan_on
+from loramux_shared.bases.read import read_config, read_fields
+from loramux_shared.faults import CheckpointInvalid, ResourcesExhausted
+from loramux_shared.settings import InferenceSettings
+from loramux_shared.storage.memory import MemoryStore
+from tests.support.fake_services import Fakes
+from tests.support.tiny import make_world
+from tests.support.weights import adapter_of
+from tests.unit.bases.test_model_config import HUB_CONFIGS
+
+SETTINGS = InferenceSettings(deployment="none")
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "vocab_size": 199,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-5,
+    "torch_dtype": "bfloat16",
+}
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    """A folder with a config.json."""
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    return tmp_path
+
+
+def doctor(*args: str | Path) -> tuple[int, str]:
+    """Run the command; returns its exit code and stdout."""
+    result = CliRunner().invoke(app, ["doctor", *map(str, args)])
+    return result.exit_code, result.stdout
+
+
+def test_extras_name_what_they_lack() -> None:
+    """An extra that names others needs what they need; those for development are left out."""
+    requirements = [
+        "typer>=0.15",
+        "numpy>=2; extra == 'store'",
+        'no-such-thing>=1; extra == "store"',
+        "loramux[store]; extra == 'builder'",
+        "pydantic[email]>=2; extra == 'builder'",
+        "neither; extra == 'test'",
+    ]
+    store, builder = installed.extras(requirements)
+    assert (store.name, store.missing) == ("store", ("no-such-thing",))
+    assert (builder.name, builder.missing) == ("builder", ("no-such-thing",))
+    assert builder.cure == "pip install 'loramux[builder]'"
+
+
+def test_versions_of_what_is_there() -> None:
+    """A package is known by its version, a missing one by None."""
+    assert installed.versions()["torch"] == torch.__version__
+    assert installed.version_of("no-such-thing") is None
+
+
+def test_an_adapter_takes_what_is_said(base: Path) -> None:
+    """The bytes of an adapter are those that the engine's own packing takes."""
+    config = read_config(base)
+    rows = [
+        (
+            layer,
+            module,
+            torch.zeros(8, inside, dtype=torch.bfloat16),
+            torch.zeros(outside, 8, dtype=torch.bfloat16),
+        )
+        for layer in range(config.dims.num_layers)
+        for module, (inside, outside) in features_of(config.layer_groups[layer]).items()
+    ]
+    packed = adapter_of(rows, config.layer_groups)
+    tensors = [
+        tensor
+        for layer in packed.layers
+        for group in layer.values()
+        for tensor in (*group.a, *group.b)
+        if tensor is not None
+    ]
+    said = sizes_of(LLAMA, SETTINGS, 10**9).fits[0]
+    assert said.rank == 8
+    assert said.adapter_bytes == sum(tensor.nbytes for tensor in tensors)
+
+
+def test_what_fits_beside_weights_and_cache() -> None:
+    """Adapters share what weights, steps and a cache of the size that is said leave."""
+    settings = InferenceSettings(deployment="none", kv_memory_gb=0.001)
+    sizes = sizes_of(LLAMA, settings, 20_000_000, "float32")
+    assert sizes.kv_token_bytes == 2 * 2 * 2 * 8 * 4
+    assert sizes.kv_tokens == 1_000_000 // sizes.kv_token_bytes // 16 * 16
+    room = 20_000_000 - sizes.weights_bytes - sizes.steps_bytes - 1_000_000
+    assert [fit.adapters for fit in sizes.fits] == [room // fit.adapter_bytes for fit in sizes.fits]
+    assert sizes.fits[0].adapters > 0
+
+
+def test_what_does_not_fit_says_so_in_the_words_of_a_replica() -> None:
+    """No cache, no adapters, and the plan's own refusal."""
+    sizes = sizes_of(LLAMA, SETTINGS, 100_000, "float32")
+    assert (sizes.kv_bytes, [fit.adapters for fit in sizes.fits]) == (0, [0, 0, 0, 0])
+    assert "LORAMUX_MAX_BATCH_TOKENS" in sizes.refusal
+
+
+@pytest.mark.parametrize("kv_memory_gb", [None, 4.0])
+@pytest.mark.parametrize(("device", "dtype"), [("cpu", "float32"), ("cpu", "bfloat16"), ("cuda", "float16")])
+@pytest.mark.parametrize("name", HUB_CONFIGS)
+def test_the_doctors_figures_are_those_of_the_plan(
+    name: str, device: str, dtype: str, kv_memory_gb: float | None
+) -> None:
+    """A replica with as many adapters as are said to fit starts with this cache, one with one more does not."""
+    settings, free = InferenceSettings(deployment="none", kv_memory_gb=kv_memory_gb), 10**12
+    config, item = read_fields(HUB_CONFIGS[name]), getattr(torch, dtype).itemsize
+    sizes = sizes_of(HUB_CONFIGS[name], settings, free, dtype, device, graphs=device == "cuda")
+
+    def plan(adapters: int, kv_bytes: int | None) -> MemoryPlan:
+        needs = needs_of(config, item, adapters, settings, device, graphs=device == "cuda")
+        assert (sizes.weights_bytes, sizes.steps_bytes) == (needs.weights, needs.activations + needs.graphs)
+        cache = replace(cache_of(config, item, settings, device), kv_bytes=kv_bytes)
+        return plan_on(device, free - needs.weights - adapters, needs, cache)
+
+    said = None if kv_memory_gb is None else int(kv_memory_gb * 1e9)
+    assert (sizes.refusal, sizes.kv_bytes, sizes.kv_is_set) == ("", plan(0, said).kv_bytes, said is not None)
+    for fit in sizes.fits:
+        assert plan(fit.adapters * fit.adapter_bytes, said or sizes.kv_bytes).kv_bytes == sizes.kv_bytes
+        with pytest.raises(ResourcesExhausted):
+            plan((fit.adapters + 1) * fit.adapter_bytes, said or sizes.kv_bytes)
+
+
+def test_a_replica_plans_what_the_doctor_says(tmp_path: Path) -> None:
+    """Weights, steps and tokens of the cache of a loaded model are the doctor's of its config."""
+    world, store = make_world(tmp_path), MemoryStore()
+    world.build(store)
+    with capture_logs() as logs:
+        ready = world.load(store, kv_memory_gb=0.01)
+    planned = {entry["item"]: entry["gb"] for entry in logs if entry["event"] == "memory"}
+    settings = InferenceSettings(deployment="none", kv_memory_gb=0.01)
+    sizes = sizes_of(read_base(world.base), settings, 10**10, "float32")
+    found = (sizes.weights_bytes, sizes.steps_bytes, sizes.kv_bytes)
+    assert [round(size / 1e9, 3) for size in found] == [
+        planned["weights"],
+        round(planned["activations"] + planned["graphs"], 3),
+        planned["key-value cache"],
+    ]
+    assert sizes.kv_tokens == ready.engine.stats.blocks_total * ready.engine.stats.block_size
+
+
+def test_a_base_is_a_folder_or_its_config(base: Path) -> None:
+    """Both name the same file; anything else is a base that is none."""
+    assert read_base(base) == read_base(base / "config.json") == LLAMA
+    (base / "list.json").write_text("[]")
+    for wrong in (base / "list.json", base / "nowhere.json"):
+        with pytest.raises(CheckpointInvalid, match="expected"):
+            read_base(wrong)
+
+
+def test_a_store_answers_or_not(tmp_path: Path) -> None:
+    """A store is fine when it answers, empty or not; a wrong address is told."""
+    assert look_at_store(f"file://{tmp_path}").state == "answers, 0 deployments"
+    assert not look_at_store("ftp://nowhere").ok
+
+
+def test_a_store_without_its_packages_names_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """S3 needs an extra, which is said with what installs it."""
+    monkeypatch.setitem(sys.modules, "boto3", None)
+    monkeypatch.delitem(sys.modules, "loramux_shared.storage.s3", raising=False)
+    assert (
+        "needs boto3, not installed here: pip install 'loramux[store]'" in look_at_store("s3://bucket/x").state
+    )
+
+
+def test_a_cache_that_does_not_exist_yet(tmp_path: Path) -> None:
+    """The free space is that of the disk on which it would be made."""
+    found = look_at_machine(tmp_path / "not" / "yet")
+    assert found.cache_free_bytes > 0
+    assert found.cores >= 1
+
+
+def test_no_torch_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the inference extra there is a reason with its cure instead of a device."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    assert look_at_inference(tmp_path) == "torch is not installed: pip install 'loramux[inference]'"
+
+
+def test_all_of_it(base: Path, fakes: Fakes) -> None:
+    """For people and for machines: device, backend, services, and what fits; nothing is wrong."""
+    at = ("--grpc", fakes.inference_address, "--builder", "127.0.0.1:1", "--store", f"file://{base}")
+    code, text = doctor("--base", base, "--kv-gb", "0.001", *at, "--json")
+    found = json.loads(text)["diagnosis"]
+    assert code == 0, found["problems"]
+    assert found["inference"]["device"] == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert found["inference"]["backend"] in ("native", "torch", "triton")
+    assert [place["ok"] for place in found["places"]] == [True, False, True]
+    assert [fit["rank"] for fit in found["base"]["fits"]] == [8, 16, 32, 64]
+
+
+def test_what_is_wrong_is_exit_1(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A setting that stops the services is wrong here too; what is not running is not."""
+    monkeypatch.setenv("LORAMUX_STORRE", "x")
+    code, text = doctor("--grpc", "127.0.0.1:1", "--builder", "127.0.0.1:1")
+    assert code == 1
+    assert "wrong: LORAMUX_STORRE: unknown setting, did you mean LORAMUX_STORE?" in text
+    assert "inference    127.0.0.1:1: nothing answers there" in text

@@ -1,0 +1,108 @@
+"""Every manifest is one that a cluster takes: rendered, and checked field by field."""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+
+from tests.unit.project.kubernetes.manifests import (
+    KUBERNETES,
+    OVERLAYS,
+    ROOT,
+    check,
+    of_kind,
+    plain,
+    render,
+    rendered,
+)
+
+BROKEN: tuple[tuple[str, str, tuple[Any, ...], Any], ...] = (
+    ("overlays/gpu", "ScaledObject", ("spec", "triggers", 0, "metadata", "threshhold"), "8"),
+    ("overlays/gpu", "ScaledObject", ("spec", "minReplicas"), 1),
+    ("overlays/cpu", "PodMonitor", ("spec", "podMetricsEndpoints", 0, "interval"), 15),
+    ("overlays/inference-gateway", "InferencePool", ("spec", "extensionRef"), {"name": "picker"}),
+    ("overlays/inference-gateway", "HTTPRoute", ("spec", "rules", 0, "timeouts", "request"), "never"),
+    ("overlays/cpu", "Deployment", ("spec", "template", "spec", "containers", 0, "livenesProbe"), {}),
+)
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_every_overlay_is_taken(overlay: str) -> None:
+    """It renders without a warning, and each resource is known with all of its fields; none stands twice."""
+    resources = rendered(overlay)
+    for each in resources:
+        check(each)
+    names = [(each["kind"], each["metadata"]["name"]) for each in resources]
+    assert len(set(names)) == len(names)
+    if overlay != "base":
+        assert all(each["metadata"]["namespace"] == "loramux" for each in resources)
+
+
+def test_what_is_applied_as_it_is_is_taken() -> None:
+    """KServe's, Ray's and whatever else lies beside the overlays, with the pods in it."""
+    found = plain()
+    assert {"LLMInferenceService", "LLMInferenceServiceConfig"} <= {each["kind"] for each in found}
+    for each in found:
+        check(each)
+
+
+@pytest.mark.parametrize(("overlay", "kind", "place", "value"), BROKEN)
+def test_a_wrong_field_is_found(overlay: str, kind: str, place: tuple[Any, ...], value: Any) -> None:
+    """The checks above can fail: a field that is misspelt, of another version or of another type."""
+    broken = copy.deepcopy(next(iter(of_kind(rendered(overlay), kind).values())))
+    *path, last = place
+    at: Any = broken
+    for step in path:
+        at = at[step]
+    at[last] = value
+    with pytest.raises(jsonschema.ValidationError):
+        check(broken)
+
+
+def test_an_overlay_of_ones_own(tmp_path: Path) -> None:
+    """The one of the page about fleets is taken, and says whose store, images and model it is."""
+    [text] = re.findall(r"```yaml\n(# my-overlay.+?)```", (ROOT / "docs/fleet.md").read_text(), re.S)
+    overlay = yaml.safe_load(text)
+    overlay["resources"] = [os.path.relpath(KUBERNETES / "base", tmp_path.resolve())]
+    (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump(overlay))
+    (tmp_path / "deployment.yaml").write_text("model_name: my-model\n")
+    resources = render(tmp_path)
+    for each in resources:
+        check(each)
+    said = yaml.safe_dump_all(resources)
+    for mine in ("s3://my-bucket/loramux", "LORAMUX_DEPLOYMENT: my-model", "model_name: my-model"):
+        assert mine in said
+    assert said.count("image: registry.example.com/loramux-") == 4
+    assert said.count(": my-base") == 2
+
+
+def test_the_picker_is_configured() -> None:
+    """Its file has the fields of its kind, and the profile weighs the plugins that it names."""
+    [config] = [
+        each["data"]["picker-config.yaml"]
+        for name, each in of_kind(rendered("overlays/inference-gateway"), "ConfigMap").items()
+        if name.startswith("loramux-picker")
+    ]
+    read = yaml.safe_load(config)
+    check(read)
+    [profile] = read["schedulingProfiles"]
+    assert {each["pluginRef"] for each in profile["plugins"]} == {each["type"] for each in read["plugins"]}
+
+
+def test_kedas_behavior_is_the_autoscalers() -> None:
+    """What KEDA passes on says what our own autoscaler says, whose fields are checked."""
+    [keda] = of_kind(rendered("overlays/gpu"), "ScaledObject").values()
+    [hpa] = of_kind(rendered("overlays/cpu"), "HorizontalPodAutoscaler").values()
+    passed_on = keda["spec"]["advanced"]["horizontalPodAutoscalerConfig"]["behavior"]
+    assert passed_on == hpa["spec"]["behavior"]
+    assert (keda["spec"]["minReplicaCount"], keda["spec"]["maxReplicaCount"]) == (
+        hpa["spec"]["minReplicas"],
+        hpa["spec"]["maxReplicas"],
+    )

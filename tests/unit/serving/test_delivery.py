@@ -1,0 +1,153 @@
+"""How outputs come to their streams: a few at once, many in slices, and never lost or reordered."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+
+import pytest
+
+from inference_service.core.sampling import SamplingParams
+from inference_service.core.sequence import FinishReason, Sequence, StepOutput, Token
+from inference_service.engine.block_manager import BlockManager
+from inference_service.engine.engine import Engine
+from inference_service.engine.plan import SchedulerLimits
+from inference_service.engine.residents import AlwaysResident
+from inference_service.serving.delivery import SLICE, Delivery, Outputs
+from inference_service.serving.engine_thread import EngineThread
+from tests.unit.serving.test_engine_thread import Device, _submit
+
+
+def _stream(name: int) -> Outputs:
+    seq = Sequence(str(name), [5], SamplingParams(max_tokens=9))
+    stream = Outputs([seq], lambda _: None)
+    stream.put([StepOutput(seq.id, Token(7), None)])
+    return stream
+
+
+class _Woken:
+    """Notes in which order streams are woken, by their numbers."""
+
+    def __init__(self, streams: list[Outputs]) -> None:
+        self.order: list[int] = []
+        self.tasks = [asyncio.ensure_future(self._wait(*each)) for each in enumerate(streams)]
+
+    async def _wait(self, number: int, stream: Outputs) -> None:
+        await stream.get()
+        self.order.append(number)
+
+
+async def _ready(count: int) -> tuple[Delivery, list[Outputs], _Woken]:
+    """Return a delivery that has not begun, its streams, and who waits for them."""
+    delivery, streams = Delivery(), [_stream(number) for number in range(count)]
+    woken = _Woken(streams)
+    await asyncio.sleep(0)
+    for each in streams:
+        delivery.add(each, urgent=False)
+    return delivery, streams, woken
+
+
+async def test_a_slice_is_woken_at_once_and_the_loop_has_its_turns_between_two() -> None:
+    """Others on the loop wait for one slice and never for all streams."""
+    delivery, streams, woken = await _ready(3 * SLICE)
+    delivery.begin()
+    seen = []
+    while len(woken.order) < len(streams):
+        await asyncio.sleep(0)
+        seen.append(len(woken.order))
+    grown = {after - before for before, after in zip([0, *seen], seen, strict=False)}
+    assert grown == {0, SLICE}
+    assert woken.order == list(range(3 * SLICE))
+
+
+async def test_first_and_last_tokens_pass_all_others() -> None:
+    """Also those whose stream waited for its turn already; within both, who came first is first."""
+    delivery, streams, woken = await _ready(3 * SLICE)
+    for each in streams[-2:]:
+        delivery.add(each, urgent=True)
+        delivery.add(each, urgent=False)
+    delivery.begin()
+    await asyncio.gather(*woken.tasks)
+    assert woken.order == [3 * SLICE - 2, 3 * SLICE - 1, *range(3 * SLICE - 2)]
+
+
+async def test_what_comes_while_a_stream_waits_is_one_message() -> None:
+    """Nothing is lost or handed over twice, and the order is that of the steps."""
+    delivery, stream = Delivery(), _stream(0)
+    delivery.add(stream, urgent=False)
+    stream.put([StepOutput("0", Token(8), None)])
+    delivery.add(stream, urgent=False)
+    delivery.begin()
+    assert [output.token for output in await stream.get()] == [Token(7), Token(8)]
+    stream.put([StepOutput("0", Token(9), FinishReason.LENGTH)])
+    delivery.add(stream, urgent=True)
+    assert [output.token for output in await stream.get()] == [Token(9)]
+
+
+async def test_whoever_holds_the_loop_up_delays_deliveries_by_no_more_than_a_rest() -> None:
+    """A slice that took long because of somebody else is not paid for as long again."""
+    delivery, _streams, woken = await _ready(2 * SLICE)
+    asyncio.get_running_loop().call_soon(time.sleep, 1.0)
+    delivery.begin()
+    await asyncio.sleep(0)
+    began = time.monotonic()
+    await asyncio.gather(*woken.tasks)
+    assert time.monotonic() - began < 0.6
+
+
+async def test_requests_that_come_are_waited_for_and_not_without_end() -> None:
+    """While requests come at every turn of the loop, deliveries still go on."""
+    delivery, streams, woken = await _ready(2 * SLICE)
+    delivery.begin()
+    async with asyncio.timeout(20):
+        while len(woken.order) < len(streams):
+            delivery.came = True
+            await asyncio.sleep(0)
+
+
+def _thread(interval_s: float) -> EngineThread:
+    limits = SchedulerLimits(max_tokens=512, max_seqs=256, max_adapters=1, max_seq_len=64)
+    engine = Engine(Device(), limits, BlockManager(4096, 4), AlwaysResident())
+    return EngineThread(engine, 256, lambda: None, step_timeout_s=60, interval_s=interval_s)
+
+
+@pytest.mark.parametrize("streams", [4, 4 * SLICE])
+async def test_every_token_comes_once_and_in_order(streams: int) -> None:
+    """Whether streams are woken at once or in slices."""
+    thread = _thread(0.005)
+    opened = [_submit(thread, new=40) for _ in range(streams)]
+
+    async def read(outputs: Outputs) -> int:
+        count = 0
+        while True:
+            for output in await outputs.get():
+                assert output.first is (count == 0)
+                count += output.token is not None
+                if output.finish is not None:
+                    outputs.close()
+                    return count
+
+    thread.start()
+    assert set(await asyncio.gather(*map(read, opened))) == {40}
+    assert await thread.stop() is None
+
+
+@pytest.mark.parametrize(("streams", "together"), [(SLICE, True), (SLICE + 1, False)])
+async def test_a_first_token_takes_others_along_only_where_they_are_few(
+    streams: int, *, together: bool
+) -> None:
+    """With many streams some always begin or end: that must not wake all the others."""
+    thread = _thread(3600.0)
+    thread._sent_s = float("inf")
+    seqs = [Sequence(str(number), [5], SamplingParams(max_tokens=9)) for number in range(streams)]
+    thread._loop = asyncio.get_running_loop()
+    opened = [thread.submit([seq]) for seq in seqs]
+    thread._engine.add(Sequence("endless", [5], SamplingParams(max_tokens=9)))
+    thread._send([StepOutput(seq.id, Token(7), None) for seq in seqs[1:]])
+    await asyncio.sleep(0.01)
+    assert Counter(each._arrived.is_set() for each in opened) == {False: streams}
+    thread._send([StepOutput(seqs[0].id, Token(7), None, first=True)])
+    await asyncio.sleep(0.05)
+    woken = streams if together else 1
+    assert Counter(each._arrived.is_set() for each in opened)[True] == woken

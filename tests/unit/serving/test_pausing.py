@@ -1,0 +1,160 @@
+"""An engine that stands still: no request is lost, whatever the mode, and none overstays its deadline."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+
+import pytest
+
+from inference_service.core.sampling import SamplingParams
+from inference_service.core.sequence import FinishReason, Sequence
+from inference_service.serving.engine_thread import EngineThread
+from inference_service.serving.pausing import PauseMode
+from loramux_shared.faults import ReplicaPaused, ShuttingDown
+from tests.unit.serving.test_engine_thread import Device, _end, _ids, _submit, _thread
+
+HELD_AT = 3
+
+
+class Counting(Device):
+    """Counts its steps, and waits in the third until it is let go."""
+
+    def __init__(self, depth: int = 0) -> None:
+        super().__init__()
+        self.depth = depth
+        self.steps = 0
+        self.go = threading.Event()
+        self.before_step = self._count
+
+    def _count(self, _: object) -> None:
+        self.steps += 1
+        if self.steps == HELD_AT:
+            assert self.go.wait(20)
+
+
+async def _running(device: Counting, thread: EngineThread) -> asyncio.Task[FinishReason]:
+    """A request in the middle of a step."""
+    task = asyncio.create_task(_end(_submit(thread, new=30)))
+    while device.steps < HELD_AT:
+        await asyncio.sleep(0.002)
+    return task
+
+
+async def _asked_to_pause(thread: EngineThread, mode: PauseMode) -> asyncio.Task[None]:
+    """A pause that was asked for, and has not come yet."""
+    pause = asyncio.create_task(thread.pause(mode))
+    await asyncio.sleep(0)
+    assert thread.paused
+    return pause
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+async def test_what_is_kept_stands_still_and_goes_on(depth: int) -> None:
+    """No step is under way when the pause returns, none follows, and both old and new requests end whole."""
+    device = Counting(depth)
+    thread = _thread(device)
+    thread.start()
+    task = await _running(device, thread)
+    pause = await _asked_to_pause(thread, PauseMode.KEEP)
+    device.go.set()
+    await pause
+    steps = device.steps
+    late = asyncio.create_task(_end(_submit(thread)))
+    await asyncio.sleep(0.1)
+    assert thread.paused
+    assert (device.steps, task.done(), late.done()) == (steps, False, False)
+    await thread.pause(PauseMode.KEEP)  # again: nothing changes
+    thread.resume()
+    assert await asyncio.gather(task, late) == [FinishReason.LENGTH] * 2
+    assert await thread.stop() is None
+
+
+async def test_what_is_under_way_is_ended_when_that_is_said() -> None:
+    """By name; who comes later waits."""
+    device = Counting()
+    thread = _thread(device)
+    thread.start()
+    task = await _running(device, thread)
+    pause = await _asked_to_pause(thread, PauseMode.ABORT)
+    device.go.set()
+    await pause
+    with pytest.raises(ReplicaPaused):
+        await task
+    late = asyncio.create_task(_end(_submit(thread)))
+    await asyncio.sleep(0.05)
+    assert not late.done()
+    thread.resume()
+    assert await late is FinishReason.LENGTH
+    assert await thread.stop() is None
+
+
+@pytest.mark.parametrize("called_off", [False, True])
+async def test_what_is_under_way_may_end_first(called_off: bool) -> None:
+    """The pause returns behind its end, or when it is called off; who came meanwhile has not begun, and goes on
+    afterwards."""
+    device = Counting()
+    thread = _thread(device)
+    thread.start()
+    task = await _running(device, thread)
+    pause = await _asked_to_pause(thread, PauseMode.WAIT)
+    late = asyncio.create_task(_end(_submit(thread)))
+    if called_off:
+        thread.resume()
+        await pause
+    device.go.set()
+    await pause
+    assert (task.done(), late.done()) == (not called_off, False)
+    thread.resume()
+    assert await asyncio.gather(task, late) == [FinishReason.LENGTH] * 2
+    assert await thread.stop() is None
+
+
+@pytest.mark.parametrize("mode", [PauseMode.KEEP, PauseMode.WAIT])
+async def test_deadlines_pass_while_nothing_moves(mode: PauseMode) -> None:
+    """Of those that wait, in the engine's queue or before it."""
+    device = Counting()
+    thread = _thread(device)
+    thread.start()
+    task = await _running(device, thread)
+    pause = await _asked_to_pause(thread, mode)
+    if mode is PauseMode.KEEP:
+        device.go.set()
+    seq = Sequence(f"{next(_ids)}", [5, 6], SamplingParams(max_tokens=2), deadline_s=time.monotonic() + 0.03)
+    assert await _end(thread.submit([seq])) is FinishReason.DEADLINE
+    device.go.set()
+    await pause
+    thread.resume()
+    assert await task is FinishReason.LENGTH
+    assert await thread.stop() is None
+
+
+async def test_who_goes_away_while_nothing_moves_is_let_go() -> None:
+    """Its sequence is forgotten, and nothing of it is computed."""
+    device = Counting()
+    thread = _thread(device)
+    thread.start()
+    await thread.pause()
+    _submit(thread).close()
+    thread.resume()
+    assert await _end(_submit(thread, new=1)) is FinishReason.LENGTH
+    assert device.steps == 1
+    assert await thread.stop() is None
+
+
+async def test_a_stop_ends_a_pause() -> None:
+    """Whoever waits for the pause is not left waiting, and whoever waits for an answer is told."""
+    device = Counting()
+    thread = _thread(device)
+    thread.start()
+    task = await _running(device, thread)
+    pause = await _asked_to_pause(thread, PauseMode.WAIT)
+    stopped = asyncio.create_task(thread.stop())
+    await asyncio.sleep(0)
+    device.go.set()
+    assert await stopped is None
+    async with asyncio.timeout(20):
+        await pause
+    with pytest.raises(ShuttingDown):
+        await task
