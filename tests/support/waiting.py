@@ -1,0 +1,89 @@
+"""Waits of tests: each ends with the event that it waits for, never with a clock.
+
+``BOUND_S`` tells a test that hangs from one that waits: no machine that works is so slow. It is for everything
+that demands a time-out: processes, threads, sockets, clients.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Final, TypeVar
+
+T = TypeVar("T")
+
+BOUND_S: Final = 120.0
+_PAUSE_S: Final = 0.005
+
+
+def _nothing() -> object:
+    return "not given"
+
+
+def wait_until(true: Callable[[], T], what: str, state: Callable[[], object] = _nothing) -> T:
+    """Return the first true value of ``true()``, asked again and again.
+
+    :raises AssertionError: after ``BOUND_S``, with ``what`` was waited for and the ``state()`` then.
+    """
+    ends = time.monotonic() + BOUND_S
+    while not (found := true()):
+        assert time.monotonic() < ends, f"waited {BOUND_S:.0f} s for {what}; state: {state()}"
+        time.sleep(_PAUSE_S)
+    return found
+
+
+async def until(true: Callable[[], T], what: str, state: Callable[[], object] = _nothing) -> T:
+    """Return the first true value of ``true()``; the event loop runs meanwhile.
+
+    :raises AssertionError: after ``BOUND_S``, with ``what`` was waited for and the ``state()`` then.
+    """
+    ends = time.monotonic() + BOUND_S
+    while not (found := true()):
+        assert time.monotonic() < ends, f"waited {BOUND_S:.0f} s for {what}; state: {state()}"
+        await asyncio.sleep(_PAUSE_S)
+    return found
+
+
+@asynccontextmanager
+async def bounded(what: str, state: Callable[[], object] = _nothing) -> AsyncIterator[None]:
+    """Bound what is awaited inside.
+
+    :raises AssertionError: after ``BOUND_S``, with ``what`` was waited for and the ``state()`` then.
+    """
+    try:
+        async with asyncio.timeout(BOUND_S) as timeout:
+            yield
+    except TimeoutError:
+        assert not timeout.expired(), f"waited {BOUND_S:.0f} s for {what}; state: {state()}"
+        raise
+
+
+async def ended(awaited: Awaitable[T], what: str, state: Callable[[], object] = _nothing) -> T:
+    """Return what ``awaited`` gives.
+
+    :raises AssertionError: after ``BOUND_S``, with ``what`` was waited for and the ``state()`` then.
+    """
+    task = asyncio.ensure_future(awaited)
+    done, _ = await asyncio.wait({task}, timeout=BOUND_S)
+    assert done, f"waited {BOUND_S:.0f} s for {what}; state: {state()}"
+    return task.result()
+
+
+class Clock:
+    """The time of the running event loop, which a test moves forward: timers of hours fire when it says so.
+
+    Give what is under test an hour, and ``advance`` by one: however slow the machine is, nothing fires before.
+    """
+
+    def __init__(self) -> None:
+        self._ahead_s = 0.0
+        asyncio.get_running_loop().time = self._time  # type: ignore[method-assign]
+
+    def _time(self) -> float:
+        return time.monotonic() + self._ahead_s
+
+    def advance(self, seconds: float) -> None:
+        """Let that much time pass for all timers of the loop."""
+        self._ahead_s += seconds
