@@ -25,9 +25,12 @@ class Watchdog:
     its health, and gets no answer, sees it.
     """
 
-    def __init__(self, limit_s: float, late: Callable[[], None]) -> None:
+    def __init__(
+        self, limit_s: float, late: Callable[[], None], clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._limit_s = limit_s
         self._late = late
+        self._clock = clock
         self._watched = 0
         self._since_s: float | None = None
         self._ended = threading.Event()
@@ -43,7 +46,7 @@ class Watchdog:
 
     def __enter__(self) -> Self:
         """Begin what is to end in time."""
-        self._since_s = time.monotonic()
+        self._since_s = self._clock()
         return self
 
     def __exit__(
@@ -52,13 +55,18 @@ class Watchdog:
         """End it."""
         self._since_s = None
 
+    def look(self) -> bool:
+        """Call late and return True where the block under way has lasted too long."""
+        since_s = self._since_s
+        if since_s is None or self._clock() - since_s <= self._limit_s:
+            return False
+        log.critical("a step does not end", limit_s=self._limit_s, where=self._where())
+        self._late()
+        return True
+
     def _run(self) -> None:
-        while not self._ended.wait(min(1.0, self._limit_s / 4)):
-            since_s = self._since_s
-            if since_s is not None and time.monotonic() - since_s > self._limit_s:
-                log.critical("a step does not end", limit_s=self._limit_s, where=self._where())
-                self._late()
-                return
+        while not self._ended.wait(min(1.0, self._limit_s / 4)) and not self.look():
+            pass
 
     def _where(self) -> list[str]:
         frame = sys._current_frames().get(self._watched)  # the documented way to another thread's stack

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, Protocol
 
 from builder_service.pipeline.build import build
 from builder_service.pipeline.context import BuildContext
@@ -22,6 +21,7 @@ from loramux_shared.sources.open import open_sources
 from loramux_shared.storage.base import Store
 from loramux_shared.storage.memory import MemoryStore
 from tests.support.adapters import tensors, write_adapter, write_base
+from tests.support.waiting import BOUND_S, wait_until
 
 TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"
 
@@ -68,26 +68,30 @@ class FakePacked:
     num_bytes: int = 1000
 
 
-def load(loader: AdapterLoader[Any], digest: str, timeout_s: float = 20) -> Loaded[Any] | Fault:
+def load(loader: AdapterLoader[Any], digest: str, timeout_s: float = BOUND_S) -> Loaded[Any] | Fault:
     """Load an adapter and wait for what comes of it."""
     return waiting(loader, digest)(timeout_s)
 
 
-def waiting(
-    loader: AdapterLoader[Any], digest: str, invocation: tuple[int, ...] = ()
-) -> Callable[[float], Loaded[Any] | Fault]:
+class Outcome(Protocol):
+    """Waits for what comes of a load."""
+
+    def __call__(self, timeout_s: float = BOUND_S) -> Loaded[Any] | Fault:
+        """Return it."""
+        ...
+
+
+def waiting(loader: AdapterLoader[Any], digest: str, invocation: tuple[int, ...] = ()) -> Outcome:
     """Begin to load an adapter; what is returned waits for the outcome."""
     outcomes: SimpleQueue[Loaded[Any] | Fault] = SimpleQueue()
     loader.load(Handle(digest, invocation), outcomes.put)
-    return lambda timeout_s: outcomes.get(timeout=timeout_s)
+    return lambda timeout_s=BOUND_S: outcomes.get(timeout=timeout_s)
 
 
-def settle(loader: AdapterLoader[Any], timeout_s: float = 20) -> None:
+def settle(loader: AdapterLoader[Any]) -> None:
     """Wait until what was loaded is also kept on the disk, which goes on beside the load."""
-    room, deadline = loader._reader._room, time.monotonic() + timeout_s
-    while room._free != room._size:
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
+    room = loader._reader._room
+    wait_until(lambda: room._free == room._size, "bundles that are kept", lambda: room._free)
 
 
 class Unsteady(MemoryStore):
@@ -99,23 +103,27 @@ class Unsteady(MemoryStore):
         """Of the bundles that a test built."""
         self.away = False
         self.latency_s = 0.0
+        self.gate = threading.Event()
+        """Cleared: requests wait in the store until it is set."""
+        self.gate.set()
         self.asked: list[str] = []
         self.at_once = 0
         """The most requests that were under way together."""
-        self._now = 0
+        self.under_way = 0
         self._lock = threading.Lock()
 
     def get(self, key: str) -> bytes:
         """Return an object's bytes, later, or not."""
         with self._lock:
             self.asked.append(key)
-            self._now += 1
-            self.at_once = max(self.at_once, self._now)
+            self.under_way += 1
+            self.at_once = max(self.at_once, self.under_way)
         try:
             time.sleep(self.latency_s)
+            assert self.gate.wait(BOUND_S), "the store was never opened again"
             if self.away:
                 raise StoreUnavailable(f"{self.uri}: cannot connect to http://store.internal:9000")
             return super().get(key)
         finally:
             with self._lock:
-                self._now -= 1
+                self.under_way -= 1

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import time
-from collections import Counter
+import math
+import threading
 
 import pytest
 
@@ -16,6 +16,7 @@ from inference_service.engine.plan import SchedulerLimits
 from inference_service.engine.residents import AlwaysResident
 from inference_service.serving.delivery import SLICE, Delivery, Outputs
 from inference_service.serving.engine_thread import EngineThread
+from tests.support.waiting import BOUND_S, Clock, bounded, ended
 from tests.unit.serving.test_engine_thread import Device, _submit
 
 
@@ -53,9 +54,10 @@ async def test_a_slice_is_woken_at_once_and_the_loop_has_its_turns_between_two()
     delivery, streams, woken = await _ready(3 * SLICE)
     delivery.begin()
     seen = []
-    while len(woken.order) < len(streams):
-        await asyncio.sleep(0)
-        seen.append(len(woken.order))
+    async with bounded("all streams", lambda: seen[-1:]):
+        while len(woken.order) < len(streams):
+            await asyncio.sleep(0)
+            seen.append(len(woken.order))
     grown = {after - before for before, after in zip([0, *seen], seen, strict=False)}
     assert grown == {0, SLICE}
     assert woken.order == list(range(3 * SLICE))
@@ -68,7 +70,7 @@ async def test_first_and_last_tokens_pass_all_others() -> None:
         delivery.add(each, urgent=True)
         delivery.add(each, urgent=False)
     delivery.begin()
-    await asyncio.gather(*woken.tasks)
+    await ended(asyncio.gather(*woken.tasks), "all streams")
     assert woken.order == [3 * SLICE - 2, 3 * SLICE - 1, *range(3 * SLICE - 2)]
 
 
@@ -86,36 +88,35 @@ async def test_what_comes_while_a_stream_waits_is_one_message() -> None:
 
 
 async def test_whoever_holds_the_loop_up_delays_deliveries_by_no_more_than_a_rest() -> None:
-    """A slice that took long because of somebody else is not paid for as long again."""
+    """A slice that took an hour because of other work is not followed by a rest of an hour."""
+    clock = Clock()
     delivery, _streams, woken = await _ready(2 * SLICE)
-    asyncio.get_running_loop().call_soon(time.sleep, 1.0)
+    asyncio.get_running_loop().call_soon(clock.advance, 3600.0)
     delivery.begin()
     await asyncio.sleep(0)
-    began = time.monotonic()
-    await asyncio.gather(*woken.tasks)
-    assert time.monotonic() - began < 0.6
+    await ended(asyncio.gather(*woken.tasks), "the second slice")
 
 
 async def test_requests_that_come_are_waited_for_and_not_without_end() -> None:
     """While requests come at every turn of the loop, deliveries still go on."""
     delivery, streams, woken = await _ready(2 * SLICE)
     delivery.begin()
-    async with asyncio.timeout(20):
+    async with bounded("deliveries", lambda: len(woken.order)):
         while len(woken.order) < len(streams):
             delivery.came = True
             await asyncio.sleep(0)
 
 
-def _thread(interval_s: float) -> EngineThread:
+def _thread(device: Device, interval_s: float) -> EngineThread:
     limits = SchedulerLimits(max_tokens=512, max_seqs=256, max_adapters=1, max_seq_len=64)
-    engine = Engine(Device(), limits, BlockManager(4096, 4), AlwaysResident())
+    engine = Engine(device, limits, BlockManager(4096, 4), AlwaysResident())
     return EngineThread(engine, 256, lambda: None, step_timeout_s=60, interval_s=interval_s)
 
 
 @pytest.mark.parametrize("streams", [4, 4 * SLICE])
 async def test_every_token_comes_once_and_in_order(streams: int) -> None:
     """Whether streams are woken at once or in slices."""
-    thread = _thread(0.005)
+    thread = _thread(Device(), 0.005)
     opened = [_submit(thread, new=40) for _ in range(streams)]
 
     async def read(outputs: Outputs) -> int:
@@ -129,7 +130,7 @@ async def test_every_token_comes_once_and_in_order(streams: int) -> None:
                     return count
 
     thread.start()
-    assert set(await asyncio.gather(*map(read, opened))) == {40}
+    assert set(await ended(asyncio.gather(*map(read, opened)), "all answers")) == {40}
     assert await thread.stop() is None
 
 
@@ -138,16 +139,24 @@ async def test_a_first_token_takes_others_along_only_where_they_are_few(
     streams: int, *, together: bool
 ) -> None:
     """With many streams some always begin or end: that must not wake all the others."""
-    thread = _thread(3600.0)
-    thread._sent_s = float("inf")
-    seqs = [Sequence(str(number), [5], SamplingParams(max_tokens=9)) for number in range(streams)]
-    thread._loop = asyncio.get_running_loop()
-    opened = [thread.submit([seq]) for seq in seqs]
-    thread._engine.add(Sequence("endless", [5], SamplingParams(max_tokens=9)))
-    thread._send([StepOutput(seq.id, Token(7), None) for seq in seqs[1:]])
-    await asyncio.sleep(0.01)
-    assert Counter(each._arrived.is_set() for each in opened) == {False: streams}
-    thread._send([StepOutput(seqs[0].id, Token(7), None, first=True)])
-    await asyncio.sleep(0.05)
-    woken = streams if together else 1
-    assert Counter(each._arrived.is_set() for each in opened)[True] == woken
+    device, steps = Device(), threading.Semaphore(0)
+    device.before_step = lambda _: steps.acquire(timeout=BOUND_S)
+    thread = _thread(device, math.inf)
+    opened = [_submit(thread, prompt=1, new=40) for _ in range(streams - 1)]
+    thread.start()
+    steps.release()
+    for each in opened:
+        [output] = await ended(each.get(), "a first token")
+        assert output.first
+    steps.release()  # nobody begins or ends in this step
+    waiting = [asyncio.ensure_future(each.get()) for each in opened]
+    for _ in range(2):  # what the first one takes along has come before the second
+        newest = _submit(thread, prompt=1, new=40)
+        steps.release(2)
+        [output] = await ended(newest.get(), "a first token")
+        assert output.first
+    assert {task.done() for task in waiting} == {together}
+    steps.release(1000)
+    assert await thread.stop() is None
+    for task in waiting:
+        task.cancel()

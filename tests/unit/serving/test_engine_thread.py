@@ -7,6 +7,7 @@ import itertools
 import threading
 import time
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 
@@ -18,9 +19,12 @@ from inference_service.engine.engine import Engine
 from inference_service.engine.plan import SchedulerLimits
 from inference_service.engine.residents import AlwaysResident
 from inference_service.engine.step import Pending
+from inference_service.serving import engine_thread
 from inference_service.serving.delivery import Outputs
-from inference_service.serving.engine_thread import EngineThread
+from inference_service.serving.engine_thread import PROBE_PAUSES_S, EngineThread
+from inference_service.serving.watchdog import Watchdog
 from loramux_shared.faults import QueueFull, ReplicaFailed
+from tests.support.waiting import BOUND_S, bounded, until
 
 _ids = itertools.count()
 
@@ -57,7 +61,7 @@ def _submit(thread: EngineThread, prompt: int = 3, new: int = 2) -> Outputs:
 
 
 async def _end(outputs: Outputs) -> FinishReason:
-    async with asyncio.timeout(30):
+    async with bounded("the end of a sequence"):
         while True:
             for output in await outputs.get():
                 if output.finish is not None:
@@ -85,7 +89,16 @@ async def test_a_bad_step_ends_its_sequences_and_nothing_else() -> None:
     assert await thread.stop() is None
 
 
-async def test_what_others_held_for_a_moment_is_waited_for() -> None:
+@pytest.fixture
+def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The pauses before probes, which take no time."""
+    paused: list[float] = []
+    clock = SimpleNamespace(monotonic=time.monotonic, sleep=paused.append)
+    monkeypatch.setattr(engine_thread, "time", clock)
+    return paused
+
+
+async def test_what_others_held_for_a_moment_is_waited_for(pauses: list[float]) -> None:
     """A probe that fails once and then works, as when memory came back, leaves the replica serving."""
     device = Device()
     failures = iter([True, True])
@@ -99,6 +112,7 @@ async def test_what_others_held_for_a_moment_is_waited_for() -> None:
     thread.start()
     assert await _end(_submit(thread)) is FinishReason.FAILED
     assert await _end(_submit(thread)) is FinishReason.LENGTH
+    assert pauses == list(PROBE_PAUSES_S)
     assert await thread.stop() is None
 
 
@@ -106,9 +120,8 @@ def _gone(batch: Batch) -> None:
     raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
 
-@pytest.mark.parametrize("requests", [1, 3])
-async def test_an_error_that_stays_ends_health_first_and_then_every_request(requests: int) -> None:
-    """Those under way, those that wait and those that come are all told REPLICA_FAILED."""
+async def test_an_error_that_stays_ends_health_first_and_then_every_request(pauses: list[float]) -> None:
+    """Requests that run, that wait and that come later all end with REPLICA_FAILED."""
     device = Device()
     device.before_step = _gone
     thread = _thread(device)
@@ -116,7 +129,8 @@ async def test_an_error_that_stays_ends_health_first_and_then_every_request(requ
 
     async def on_failure() -> None:
         order.append("asked for")
-        await asyncio.sleep(0.01)
+        for _ in range(9):  # turns of the loop, in which a request could end
+            await asyncio.sleep(0)
         order.append("not serving")
 
     async def ask() -> None:
@@ -125,8 +139,9 @@ async def test_an_error_that_stays_ends_health_first_and_then_every_request(requ
         order.append("told")
 
     thread.start(on_failure)
-    await asyncio.gather(*(ask() for _ in range(requests)))
-    assert order == ["asked for", "not serving", *["told"] * requests]
+    await asyncio.gather(*(ask() for _ in range(3)))
+    assert order == ["asked for", "not serving", *["told"] * 3]
+    assert pauses == list(PROBE_PAUSES_S)
     with pytest.raises(ReplicaFailed):
         _submit(thread)
     why = await thread.ended()
@@ -138,25 +153,56 @@ async def test_an_error_that_stays_ends_health_first_and_then_every_request(requ
 async def test_a_step_that_never_ends_is_seen_from_outside() -> None:
     """The requests end with the name of the setting, though the thread that runs steps is stuck."""
     device, free = Device(), threading.Event()
-    device.before_step = lambda _: free.wait(20)
+    device.before_step = lambda _: free.wait(BOUND_S)
     thread = _thread(device, step_timeout_s=0.1)
     thread.start()
-    with pytest.raises(ReplicaFailed, match=r"LORAMUX_STEP_TIMEOUT_S=0\.1"):
-        await _end(_submit(thread))
-    assert await thread.ended() is not None
-    free.set()
+    try:
+        with pytest.raises(ReplicaFailed, match=r"LORAMUX_STEP_TIMEOUT_S=0\.1"):
+            await _end(_submit(thread))
+        assert await thread.ended() is not None
+    finally:
+        free.set()
 
 
-async def test_steps_in_time_never_wake_the_watchdog() -> None:
+def test_a_watchdog_bounds_each_step_by_itself() -> None:
     """The bound is for one step, not for all of them together, nor for the time between two."""
+    now_s, late = [0.0], list[float]()
+    watchdog = Watchdog(10.0, lambda: late.append(now_s[0]), clock=lambda: now_s[0])
+    for _ in range(3):
+        with watchdog:
+            now_s[0] += 10.0
+            assert not watchdog.look()
+        now_s[0] += 100.0
+        assert not watchdog.look()
+    assert late == []
+    with watchdog:
+        now_s[0] += 10.5
+        assert watchdog.look()
+    assert late == [340.5]
+
+
+async def test_the_engine_bounds_each_step_and_nothing_between_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every step is watched, its failure included; the thread that waits for work is not."""
+    watched: list[str] = []
+
+    class Noted(Watchdog):
+        def __enter__(self) -> Noted:
+            watched.append("begin")
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            watched.append("end")
+
+    monkeypatch.setattr(engine_thread, "Watchdog", Noted)
     device = Device()
-    device.before_step = lambda _: time.sleep(0.015)
-    thread = _thread(device, step_timeout_s=0.5)
+    device.before_step = lambda _: watched.append("step")
+    thread = _thread(device)
     thread.start()
-    assert await _end(_submit(thread, new=40)) is FinishReason.LENGTH
-    await asyncio.sleep(0.6)
-    assert await _end(_submit(thread)) is FinishReason.LENGTH
+    assert await _end(_submit(thread, new=3)) is FinishReason.LENGTH
     assert await thread.stop() is None
+    assert [watched[at - 1 : at + 2] for at, what in enumerate(watched) if what == "step"] == [
+        ["begin", "step", "end"]
+    ] * 3
 
 
 async def test_a_mistake_outside_a_step_ends_every_request_too() -> None:
@@ -178,12 +224,6 @@ def _seats(max_seqs: int, max_queue: int, device: Device) -> EngineThread:
     return EngineThread(engine, max_queue, lambda: None, step_timeout_s=60)
 
 
-async def _until(true: Callable[[], bool]) -> None:
-    async with asyncio.timeout(20):
-        while not true():
-            await asyncio.sleep(0.002)
-
-
 async def test_those_who_will_find_a_seat_do_not_wait() -> None:
     """An idle replica takes as many at once as it has seats and places to wait, and refuses the next one."""
     thread = _seats(64, 32, Device())
@@ -200,11 +240,11 @@ async def test_a_full_queue_refuses_at_once_and_one_that_ends_makes_room() -> No
     """With all seats taken, as many wait as the queue holds, whether or not a step has seen them."""
     device, go = Device(), threading.Event()
     steps = itertools.count()
-    device.before_step = lambda _: next(steps) == 0 or go.wait(20)
+    device.before_step = lambda _: next(steps) == 0 or go.wait(BOUND_S)
     thread = _seats(2, 3, device)
     running = [_submit(thread, new=30) for _ in range(2)]
     thread.start()
-    await _until(lambda: thread.stats.running == 2)
+    await until(lambda: thread.stats.running == 2, "two that run", lambda: thread.stats)
     waiting = [_submit(thread) for _ in range(3)]
     for _ in range(2):
         with pytest.raises(QueueFull):
@@ -222,12 +262,12 @@ async def test_free_seats_that_a_step_cannot_fill_let_nobody_in() -> None:
     """Where blocks run out before seats, those that a step left waiting fill the queue."""
     limits = SchedulerLimits(max_tokens=64, max_seqs=8, max_adapters=1, max_seq_len=64, watermark=0.0)
     device, go = Device(), threading.Event()
-    device.before_step = lambda _: go.wait(20)
+    device.before_step = lambda _: go.wait(BOUND_S)
     engine = Engine(device, limits, BlockManager(8, 4), AlwaysResident())
     thread = EngineThread(engine, 2, lambda: None, step_timeout_s=60)
     taken = [_submit(thread, prompt=20) for _ in range(3)]
     thread.start()
-    await _until(lambda: thread.stats.left == 2)
+    await until(lambda: thread.stats.left == 2, "two that a step left", lambda: thread.stats)
     assert thread.stats.seats - thread.stats.running == 7
     with pytest.raises(QueueFull):
         _submit(thread)

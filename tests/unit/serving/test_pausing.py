@@ -13,6 +13,7 @@ from inference_service.core.sequence import FinishReason, Sequence
 from inference_service.serving.engine_thread import EngineThread
 from inference_service.serving.pausing import PauseMode
 from loramux_shared.faults import ReplicaPaused, ShuttingDown
+from tests.support.waiting import BOUND_S, ended, until
 from tests.unit.serving.test_engine_thread import Device, _end, _ids, _submit, _thread
 
 HELD_AT = 3
@@ -31,15 +32,23 @@ class Counting(Device):
     def _count(self, _: object) -> None:
         self.steps += 1
         if self.steps == HELD_AT:
-            assert self.go.wait(20)
+            assert self.go.wait(BOUND_S)
 
 
 async def _running(device: Counting, thread: EngineThread) -> asyncio.Task[FinishReason]:
     """A request in the middle of a step."""
     task = asyncio.create_task(_end(_submit(thread, new=30)))
-    while device.steps < HELD_AT:
-        await asyncio.sleep(0.002)
+    await until(lambda: device.steps == HELD_AT, "the step that is held", lambda: device.steps)
     return task
+
+
+async def _passes(thread: EngineThread) -> None:
+    """Wait until the engine's thread has passed its loop: what a step could have done is done."""
+    loop = asyncio.get_running_loop()
+    for _ in range(3):
+        passed = asyncio.Event()
+        thread.post(lambda: loop.call_soon_threadsafe(passed.set))  # noqa: B023 - awaited in its turn
+        await ended(passed.wait(), "a pass of the engine's thread")
 
 
 async def _asked_to_pause(thread: EngineThread, mode: PauseMode) -> asyncio.Task[None]:
@@ -62,7 +71,7 @@ async def test_what_is_kept_stands_still_and_goes_on(depth: int) -> None:
     await pause
     steps = device.steps
     late = asyncio.create_task(_end(_submit(thread)))
-    await asyncio.sleep(0.1)
+    await _passes(thread)
     assert thread.paused
     assert (device.steps, task.done(), late.done()) == (steps, False, False)
     await thread.pause(PauseMode.KEEP)  # again: nothing changes
@@ -83,7 +92,7 @@ async def test_what_is_under_way_is_ended_when_that_is_said() -> None:
     with pytest.raises(ReplicaPaused):
         await task
     late = asyncio.create_task(_end(_submit(thread)))
-    await asyncio.sleep(0.05)
+    await _passes(thread)
     assert not late.done()
     thread.resume()
     assert await late is FinishReason.LENGTH
@@ -154,7 +163,6 @@ async def test_a_stop_ends_a_pause() -> None:
     await asyncio.sleep(0)
     device.go.set()
     assert await stopped is None
-    async with asyncio.timeout(20):
-        await pause
+    await ended(pause, "the pause")
     with pytest.raises(ShuttingDown):
         await task
