@@ -20,10 +20,14 @@ from loramux_shared.rpc.server import RpcServer
 from tests.golden.openai.script import Case, Scripted
 from tests.support.raw_http import RawClient
 from tests.support.tokens import VOCAB, write_tokenizer
+from tests.support.waiting import until
 
 MODEL = "tiny"
 BOUND = 8
 """Connections of each door."""
+PIECE = 8000
+"""Characters."""
+HEALTH = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
 
 
 class Endless(Scripted):
@@ -33,6 +37,8 @@ class Endless(Scripted):
         write_tokenizer(folder)
         super().__init__(Case("chat", {}, []), Text.load(folder, VOCAB))
         self.open = 0
+        self.pieces = 0
+        """How many were taken from all answers."""
 
     async def generate(self, request: Request) -> AsyncGenerator[Event]:
         """Go on and on."""
@@ -40,16 +46,15 @@ class Endless(Scripted):
         try:
             yield Started(request.id, self.catalog.get(request.model), 7, 2, self.text)
             while True:
-                yield Delta("x" * 1000, (Token(5),), 0)
-                await asyncio.sleep(3600 if request.prompt == "WAIT" else 0)
+                yield Delta("x" * PIECE, (Token(5),), 0)
+                self.pieces += 1
+                await (asyncio.Event().wait() if request.prompt == "WAIT" else asyncio.sleep(0))
         finally:
             self.open -= 1
 
-    async def until(self, count: int, within_s: float = 5.0) -> None:
+    async def until(self, count: int) -> None:
         """Wait until so many answers are held."""
-        async with asyncio.timeout(within_s):
-            while self.open != count:
-                await asyncio.sleep(0.01)
+        await until(lambda: self.open == count, f"{count} answers to be held", lambda: self.open)
 
 
 def doors_of(
@@ -96,3 +101,9 @@ class Doors:
         client = await RawClient.open(self.http.address)
         await client.send(data)
         return client
+
+    async def seen(self) -> None:
+        """Return when the HTTP door has read whatever clients of this process sent it before."""
+        client = await self.raw(HEALTH)
+        await client.answer()
+        client.close()

@@ -10,6 +10,7 @@ from inference_service.rpc.servicer import SERVICE_NAME, InferenceServicer, regi
 from inference_service.startup.load import Ready
 from loramux import AsyncClient
 from loramux_shared.rpc.server import RpcServer
+from tests.support.waiting import BOUND_S
 
 
 @asynccontextmanager
@@ -22,4 +23,4 @@ async def open_client(ready: Ready) -> AsyncIterator[AsyncClient]:
         async with AsyncClient(address) as client:
             yield client
     finally:
-        await server.drain(5)
+        await server.drain(BOUND_S)

@@ -16,6 +16,7 @@ from inference_service.startup.load import Ready
 from loramux_shared.storage.memory import MemoryStore
 from tests.support.service import until_free
 from tests.support.tiny import World, make_world
+from tests.support.waiting import BOUND_S
 
 TEMPLATE = (
     "{% for tool in tools or [] %}[{{ tool.function.name }}]{% endfor %}"
@@ -31,8 +32,8 @@ class Door:
     def __init__(self, server: HttpServer) -> None:
         self.server = server
         self.url = f"http://{server.address}"
-        self.http = httpx.AsyncClient(base_url=self.url, timeout=60)
-        self.openai = AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=60)
+        self.http = httpx.AsyncClient(base_url=self.url, timeout=BOUND_S)
+        self.openai = AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=BOUND_S)
 
     async def post(self, path: str, **body: Any) -> httpx.Response:
         """Send a body."""
@@ -89,5 +90,5 @@ async def open_door(world: tuple[World, MemoryStore], **settings: Any) -> AsyncI
     finally:
         await door.http.aclose()
         await door.openai.close()
-        await server.drain(5)
+        await server.drain(BOUND_S)
         await ready.engine.stop()

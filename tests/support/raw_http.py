@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import re
 
+from tests.support.waiting import bounded
+
 JSON = b"Host: x\r\nContent-Type: application/json\r\n"
 
 
@@ -25,17 +27,17 @@ class RawClient:
         self.writer.write(data)
         await self.writer.drain()
 
-    async def answer(self, within_s: float = 5.0) -> tuple[int, bytes]:
+    async def answer(self) -> tuple[int, bytes]:
         """Return the status and the body of one answer that says its length."""
-        async with asyncio.timeout(within_s):
+        async with bounded("an answer"):
             head = await self.reader.readuntil(b"\r\n\r\n")
             length = re.search(rb"content-length: (\d+)", head)
             return int(head.split()[1]), await self.reader.readexactly(int(length[1]) if length else 0)
 
-    async def ended(self, within_s: float = 5.0) -> bytes:
+    async def ended(self) -> bytes:
         """Wait until the server closes, and return what it said before."""
         try:
-            async with asyncio.timeout(within_s):
+            async with bounded("the end of the connection"):
                 return await self.reader.read()
         except ConnectionError:
             return b""

@@ -8,7 +8,8 @@ import struct
 from loramux.inference.v1 import inference_pb2 as pb
 
 GENERATE = b"/loramux.inference.v1.InferenceService/Generate"
-DATA, HEADERS, RESET, SETTINGS = 0, 1, 3, 4
+DATA, HEADERS, RESET, SETTINGS, PING, GOAWAY = 0, 1, 3, 4, 6, 7
+ASK_PING = b"\x00\x00\x08\x06\x00\x00\x00\x00\x00" + bytes(8)
 CANCEL = struct.pack(">I", 8)
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any
 
 from inference_service.serving.service import Delta, Event, Request
 from inference_service.startup.load import Ready
 from loramux_shared.storage.memory import MemoryStore
 from tests.support.tiny import World
+from tests.support.waiting import until
 
 PROMPT = [5, 6, 7, 8]
 LONG = [3 + (7 * place) % 190 for place in range(100)]
@@ -17,12 +17,12 @@ SAMPLED: dict[str, Any] = {"max_tokens": 8, "ignore_eos": True, "temperature": 1
 
 async def until_free(ready: Ready) -> None:
     """Wait until the engine holds no sequence and no block."""
-    for _ in range(500):
+
+    def free() -> bool:
         stats = ready.engine.stats
-        if not stats.running and not stats.waiting and stats.blocks_free == stats.blocks_total:
-            return
-        await asyncio.sleep(0.01)
-    raise AssertionError(f"the engine still holds something: {ready.engine.stats}")
+        return not stats.running and not stats.waiting and stats.blocks_free == stats.blocks_total
+
+    await until(free, "the engine to hold no sequence and no block", lambda: ready.engine.stats)
 
 
 class Service:

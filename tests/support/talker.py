@@ -14,6 +14,7 @@ from inference_service.serving.text import Text
 from tests.golden.openai.script import Case, Scripted
 from tests.support.openai_door import Door
 from tests.support.tokens import VOCAB, write_tokenizer
+from tests.support.waiting import BOUND_S
 
 
 class Talker(Scripted):
@@ -69,4 +70,4 @@ async def open_talker(folder: Path) -> AsyncIterator[TalkerDoor]:
     finally:
         await door.http.aclose()
         await door.openai.close()
-        await server.drain(5)
+        await server.drain(BOUND_S)

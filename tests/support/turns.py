@@ -11,8 +11,7 @@ from typing import Generic, TypeVar
 
 from loramux_shared.storage.base import Entry, Store
 from loramux_shared.storage.memory import MemoryStore
-
-WAIT_S = 20
+from tests.support.waiting import BOUND_S
 
 T = TypeVar("T")
 
@@ -33,7 +32,7 @@ class Turns:
 
     def _turn(self) -> None:
         self.parked.release()
-        assert self.go.acquire(timeout=WAIT_S)
+        assert self.go.acquire(timeout=BOUND_S)
         self.count += 1
         if self.dies_at is not None and self.count > self.dies_at:
             raise Killed
@@ -92,7 +91,7 @@ class Race(Generic[T]):
             self.pool.submit(self._do, turns, work) for turns, work in zip(self.turns, works, strict=True)
         ]
         for turns in self.turns:
-            assert turns.parked.acquire(timeout=WAIT_S)
+            assert turns.parked.acquire(timeout=BOUND_S)
 
     def _do(self, turns: Turns, work: Callable[[Store], T]) -> T | None:
         try:
@@ -107,7 +106,7 @@ class Race(Generic[T]):
         if self.results[i].done():
             return False
         self.turns[i].go.release()
-        assert self.turns[i].parked.acquire(timeout=WAIT_S)
+        assert self.turns[i].parked.acquire(timeout=BOUND_S)
         return True
 
     def run(self, schedule: Sequence[tuple[int, int]]) -> list[T | None]:

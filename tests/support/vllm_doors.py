@@ -25,6 +25,7 @@ from loramux_shared.rpc.server import RpcServer
 from loramux_shared.storage.memory import MemoryStore
 from tests.support.service import until_free
 from tests.support.tiny import World
+from tests.support.waiting import BOUND_S
 
 PROMPT = [5, 6, 7, 8]
 MODEL = "rs"
@@ -84,20 +85,22 @@ async def open_doors(world: tuple[World, MemoryStore], **settings: Any) -> Async
     for each in (server, of_model):
         await each.set_serving(True)
     own, single = channels
-    yield Doors(
-        ready,
-        server,
-        (server.address, of_model.address),
-        engine_pb2_grpc.VllmEngineStub(own),
-        engine_pb2_grpc.VllmEngineStub(single),
-        inference_pb2_grpc.InferenceStub(own),
-        control_pb2_grpc.ControlStub(own),
-    )
-    for channel in channels:
-        await channel.close()
-    for each in (server, of_model):
-        await each.drain(5)
-    await ready.engine.stop()
+    try:
+        yield Doors(
+            ready,
+            server,
+            (server.address, of_model.address),
+            engine_pb2_grpc.VllmEngineStub(own),
+            engine_pb2_grpc.VllmEngineStub(single),
+            inference_pb2_grpc.InferenceStub(own),
+            control_pb2_grpc.ControlStub(own),
+        )
+    finally:
+        for channel in channels:
+            await channel.close()
+        for each in (server, of_model):
+            await each.drain(BOUND_S)
+        await ready.engine.stop()
 
 
 async def failure(call: Any) -> tuple[str, str, list[str]]:

@@ -160,13 +160,14 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc
 
     def _stream(self, call: Callable[..., AsyncGenerator[Any]], method: str) -> Callable[..., Awaitable[None]]:
         async def handler(_requests: Any, context: grpc.aio.ServicerContext) -> None:
+            loop = asyncio.get_running_loop()
             async with (
                 self._guard(context, method) as task,
                 self._patient(task) as limit,
                 aclosing(call(await self._read(context), context)) as responses,
             ):
                 async for response in responses:
-                    self._writing[task] = limit, time.monotonic()
+                    self._writing[task] = limit, loop.time()
                     await context.write(response)
                     self._writing.pop(task, None)
                     if self._ended:
@@ -214,7 +215,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc
         """Look at what is written, again and again while calls are open."""
         if self._looking:
             return
-        loop, late_s = asyncio.get_running_loop(), time.monotonic() - self._patience.read_s
+        loop = asyncio.get_running_loop()
+        late_s = loop.time() - self._patience.read_s
         for task in [task for task, (_, since_s) in self._writing.items() if since_s <= late_s]:
             limit, _ = self._writing.pop(task)
             limit.reschedule(loop.time())

@@ -1,22 +1,38 @@
-"""Connections to a server: sizes, compression, pings, Unix sockets."""
+"""Connections: sizes, compression, pings and Unix sockets, and more of them than a server takes."""
 
 from __future__ import annotations
 
 import asyncio
+import json
+import multiprocessing
+import socket
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import grpc
+import httpx
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from loramux import AsyncClient
+from loramux.faults import ServerUnavailable
 from loramux.inference.v1 import inference_pb2 as pb
 from loramux.inference.v1 import inference_pb2_grpc
 from loramux_shared.faults import RequestInvalid
+from loramux_shared.rpc import options
 from loramux_shared.rpc.options import LEAST_PING_S, MAX_REQUEST_BYTES, PING_S
 from loramux_shared.rpc.server import RpcServer
+from tests.support import crowded
+from tests.support.endless import BOUND, HEALTH, MODEL, Doors
 from tests.support.fake_services import WORDS, FakeInference, inference_server
+from tests.support.forks import Forked
+from tests.support.raw_http import JSON
+from tests.support.raw_http2 import ASK_PING, CANCEL, GOAWAY, PING, RESET, call, connect, frame, hello
+from tests.support.waiting import BOUND_S, bounded, ended
+
+WAIT = json.dumps({"model": MODEL, "prompt": "WAIT", "stream": True}).encode()
+ASK = b"POST /v1/completions HTTP/1.1\r\n" + JSON + b"Content-Length: %d\r\n\r\n" % len(WAIT) + WAIT
+LIST = b"/loramux.inference.v1.InferenceService/ListModels"
 
 
 @pytest.fixture
@@ -24,9 +40,15 @@ async def server() -> AsyncIterator[RpcServer]:
     """A scripted inference service."""
     made = inference_server("127.0.0.1:0", FakeInference())
     await made.start()
-    await made.set_serving(True)
     yield made
-    await made.drain(1)
+    await made.drain(BOUND_S)
+
+
+@pytest.fixture
+async def doors(tmp_path: Path) -> AsyncIterator[Doors]:
+    """Both endpoints of one service, which take few connections."""
+    async with Doors(tmp_path) as made:
+        yield made
 
 
 async def test_a_request_above_the_cap_is_not_sent(server: RpcServer) -> None:
@@ -56,22 +78,140 @@ async def test_a_unix_socket(tmp_path: Path) -> None:
     """A server listens on a Unix socket, and a client reaches it there."""
     server = inference_server(f"unix:{tmp_path}/door", FakeInference())
     assert await server.start() == f"unix:{tmp_path}/door"
-    async with AsyncClient(server.address) as client:
-        assert [model.name for model in await client.models()] == ["base", "lora1", "lora2"]
-    await server.drain(1)
+    try:
+        async with AsyncClient(server.address) as client:
+            assert [model.name for model in await client.models()] == ["base", "lora1", "lora2"]
+    finally:
+        await server.drain(BOUND_S)
 
 
-async def test_a_client_that_pings_often_stays(server: RpcServer) -> None:
-    """A silent stream stays open under pings that gRPC's defaults answer with GOAWAY at the third."""
-    assert LEAST_PING_S < 1.1 < PING_S
-    options = (
-        ("grpc.keepalive_time_ms", 1100),
-        ("grpc.keepalive_permit_without_calls", 1),
-        ("grpc.http2.max_pings_without_data", 0),
-    )
-    async with grpc.aio.insecure_channel(server.address, options) as channel:
-        stub = health_pb2_grpc.HealthStub(channel)
-        watch = stub.Watch(health_pb2.HealthCheckRequest())
-        assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVING
-        with pytest.raises(TimeoutError):
-            await asyncio.wait_for(watch.read(), 4.8)
+async def test_a_client_that_pings_often_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pings as often as the server allows are answered; gRPC's default answers the third with GOAWAY."""
+    assert LEAST_PING_S < PING_S
+    monkeypatch.setattr(options, "LEAST_PING_S", 0)
+    server = inference_server("127.0.0.1:0", FakeInference())
+    reader, writer = await connect(await server.start())
+    answered = 0
+    async with bounded("answers to pings", lambda: answered):
+        for _ in range(9):
+            writer.write(ASK_PING)
+            kind = flags = 0
+            while (kind, flags) != (PING, 1):
+                head = await reader.readexactly(9)
+                kind, flags = head[3], head[4]
+                await reader.readexactly(int.from_bytes(head[:3], "big"))
+                assert kind != GOAWAY
+            answered += 1
+    writer.close()
+    await server.drain(BOUND_S)
+
+
+async def test_small_answers_are_sent_at_once(doors: Doors) -> None:
+    """Connections have TCP_NODELAY, so that an answer in two writes does not wait for an acknowledgement."""
+    client = await doors.raw(HEALTH)
+    assert (await client.answer())[0] == 200
+    [connection] = doors.http._connections._held()
+    sock = connection.transport.get_extra_info("socket")
+    assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+    client.close()
+
+
+async def test_the_longest_unused_connection_makes_room(doors: Doors) -> None:
+    """Idle ones and half heads give way, oldest first; one that is being answered does not."""
+    busy = await doors.raw(ASK)
+    await doors.service.until(1)
+    idle = [await doors.raw(b"GET /" if index % 2 else b"") for index in range(BOUND - 1)]
+    late = await doors.raw(HEALTH)
+    assert (await late.answer())[0] == 200
+    assert await idle[0].ended() == b""
+    await idle[-1].send(HEALTH[5:] if (BOUND - 2) % 2 else HEALTH)
+    assert (await idle[-1].answer())[0] == (404 if (BOUND - 2) % 2 else 200)
+    assert (await busy.reader.readline()).startswith(b"HTTP/1.1 200")
+    for each in (busy, late, *idle):
+        each.close()
+
+
+async def test_an_endpoint_whose_connections_are_all_busy_says_so(doors: Doors) -> None:
+    """One more is 503 with a time to try again."""
+    busy = [await doors.raw(ASK) for _ in range(BOUND)]
+    await doors.service.until(BOUND)
+    late = await doors.raw()
+    assert (await late.answer())[0] == 503
+    assert await late.ended() == b""
+    for each in busy:
+        each.close()
+
+
+async def test_a_grpc_server_takes_so_many_connections(doors: Doors) -> None:
+    """One more is closed at once, and a place that gets free is taken."""
+    held = [await connect(doors.rpc.address) for _ in range(BOUND)]
+    for reader, _ in held:
+        await reader.readexactly(9)
+    reader, writer = await connect(doors.rpc.address)
+    assert await ended(reader.read(), "the end of one connection too many") == b""
+    for _, each in [*held, (reader, writer)]:
+        each.close()
+    async with bounded("a place that is free"):
+        while not await _answers(doors.rpc.address):
+            await asyncio.sleep(0.005)
+
+
+async def _answers(address: str) -> bool:
+    """Whether a server takes one more connection; it sees in its own time that others are closed."""
+    async with AsyncClient(address) as client:
+        try:
+            return len(await client.models()) == 2
+        except ServerUnavailable:
+            return False
+
+
+def _read_pong(sock: socket.socket) -> None:
+    """Return when the server has read all that was sent before a ping."""
+    data = b""
+    while ASK_PING[:4] + b"\x01" not in data:
+        data = data[-9:] + sock.recv(65536)
+
+
+async def test_calls_that_are_reset_do_not_cancel_those_of_others(doors: Doors) -> None:
+    """Thousands of calls that are opened and reset cost time, and nobody else's call."""
+    host, port = doors.rpc.address.rsplit(":", 1)
+    streams = range(1, 2400, 2)
+    async with AsyncClient(doors.rpc.address) as client:
+        await client.models()
+        floods = [socket.create_connection((host, int(port)), timeout=BOUND_S) for _ in range(4)]
+        for each in floods:
+            each.sendall(hello() + b"".join(call(stream, LIST) for stream in streams) + ASK_PING)
+        for each in floods:
+            _read_pong(each)  # while the loop stands still, and no call has its handler
+        asked = [asyncio.create_task(client.models()) for _ in range(100)]
+        await asyncio.sleep(0)
+        for each in floods:
+            each.sendall(b"".join(frame(RESET, 0, stream, CANCEL) for stream in streams))
+        answers = await asyncio.gather(*asked, return_exceptions=True)
+    for each in floods:
+        each.close()
+    assert [each for each in answers if isinstance(each, BaseException)] == []
+
+
+def test_idle_connections_do_not_stop_the_server(tmp_path: Path) -> None:
+    """With 256 descriptors and 300 idle connections both endpoints answer, and the log stays short."""
+    ours, theirs = multiprocessing.Pipe()
+    process = Forked(crowded.serves, 256, tmp_path / "log", theirs)
+    theirs.close()
+    idle: list[socket.socket] = []
+    try:
+        addresses = ours.recv()
+        host, port = addresses["http"].rsplit(":", 1)
+        idle += (socket.create_connection((host, int(port)), timeout=BOUND_S) for _ in range(300))
+        assert httpx.get(f"http://{addresses['http']}/health", timeout=BOUND_S).status_code == 200
+        with grpc.insecure_channel(addresses["grpc"]) as channel:
+            health = health_pb2_grpc.HealthStub(channel)
+            status = health.Check(health_pb2.HealthCheckRequest(), timeout=BOUND_S).status
+        assert status == health_pb2.HealthCheckResponse.SERVING
+    finally:
+        for each in idle:
+            each.close()
+        process.kill()
+        process.wait(BOUND_S)
+    events = [json.loads(line)["event"] for line in (tmp_path / "log").read_text().splitlines()]
+    assert events == ["limit on open files raised", "connections are at their bound"]

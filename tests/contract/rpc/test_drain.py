@@ -1,36 +1,60 @@
-"""What a drain does to requests that are not done in time: each is told SHUTTING_DOWN, once."""
+"""What a drain does to what is open, half sent, or just coming: each hears SHUTTING_DOWN, once."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-import time
+import socket
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import grpc
 import httpx
 import pytest
-import pytest_asyncio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from inference_service.openai_api.front import Front
 from inference_service.rpc.servicer import SERVICE_NAME
 from loramux import AsyncClient
 from loramux.inference.v1 import inference_pb2 as pb
 from loramux_shared.faults import ShuttingDown
+from loramux_shared.rpc import calls
+from loramux_shared.rpc.calls import CallInterceptor
 from loramux_shared.rpc.status import fault_of
 from loramux_shared.rpc.stopping import leave
-from tests.support.endless import MODEL, Doors
-from tests.support.raw_http import JSON
+from tests.support.endless import BOUND, MODEL, Doors
+from tests.support.raw_http import JSON, RawClient
+from tests.support.waiting import BOUND_S, Clock, ended, until
 
+HOUR, NEVER = 3600.0, 1e9
 WAIT = {"model": MODEL, "prompt": "WAIT"}
+VERSION = b"GET /version HTTP/1.1\r\nHost: x\r\n\r\n"
+BODY = json.dumps(WAIT).encode()
+ASK = b"POST /v1/completions HTTP/1.1\r\n" + JSON + b"Content-Length: %d\r\n\r\n" % len(BODY) + BODY
+TOLD = (503, True, "shutting_down")
 
 
-@pytest_asyncio.fixture
+@pytest.fixture
 async def doors(tmp_path: Path) -> AsyncIterator[Doors]:
-    """Doors of a service whose answers never end."""
+    """Both endpoints of a service whose answers never end."""
     async with Doors(tmp_path) as made:
         yield made
+
+
+async def told(client: RawClient) -> tuple[int, bool, str | None]:
+    """The status of an answer, whether it says that the connection ends, as it then does, and its error."""
+    raw = await client.ended()
+    client.close()
+    head, _, body = raw.partition(b"\r\n\r\n")
+    code = json.loads(body).get("error", {}).get("code") if body else None
+    return int(head.split()[1]), b"connection: close" in head, code
+
+
+async def passes(count: int = 3) -> None:
+    """Let the loop, which serves as well, handle what has come."""
+    for _ in range(count):
+        await asyncio.sleep(0)
 
 
 async def test_an_http_request_that_is_cut_is_told_so(doors: Doors) -> None:
@@ -38,11 +62,10 @@ async def test_an_http_request_that_is_cut_is_told_so(doors: Doors) -> None:
     async with httpx.AsyncClient(base_url=f"http://{doors.http.address}") as web:
         asking = asyncio.create_task(web.post("/v1/completions", json=WAIT))
         await doors.service.until(1)
-        assert not await doors.http.drain(0.1)
+        assert not await doors.http.drain(0)
         answer = await asking
     assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
     assert answer.json()["error"]["code"] == "shutting_down"
-    await doors.rpc.drain(0)
 
 
 async def test_a_grpc_call_that_is_cut_is_told_so(doors: Doors) -> None:
@@ -50,78 +73,218 @@ async def test_a_grpc_call_that_is_cut_is_told_so(doors: Doors) -> None:
     async with AsyncClient(doors.rpc.address) as client:
         events = client.generate(MODEL, "WAIT")
         await anext(events)
-        draining = asyncio.create_task(doors.rpc.drain(0.1))
+        draining = asyncio.create_task(doors.rpc.drain(0))
         with pytest.raises(ShuttingDown):
             async for _ in events:
                 pass
         assert not await draining
-    await doors.http.drain(0)
 
 
 async def test_a_server_that_leaves_goes_on(doors: Doors) -> None:
-    """Health says no at both doors at once, to those who watch it too; requests are taken until the drain."""
+    """Health says no at both endpoints until the delay is over, also to watchers; requests are taken."""
+    clock = Clock()
     await doors.rpc.set_serving(True)
     async with (
         grpc.aio.insecure_channel(doors.rpc.address) as channel,
         httpx.AsyncClient(base_url=f"http://{doors.http.address}") as web,
+        AsyncClient(doors.rpc.address) as client,
     ):
-        health = health_pb2_grpc.HealthStub(channel)
-        watch = health.Watch(health_pb2.HealthCheckRequest())
+        watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
         assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVING
-        leaving = asyncio.create_task(leave([doors.http, doors.rpc], 3600))
+        leaving = asyncio.create_task(leave([doors.http, doors.rpc], HOUR))
         assert (await watch.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
         for path in ("/health", "/ping"):
             answer = await web.get(path)
             assert (answer.status_code, answer.json()["error"]["code"]) == (503, "shutting_down")
         assert (await web.get("/v1/models")).status_code == 200
-        async with AsyncClient(doors.rpc.address) as client:
-            events = client.generate(MODEL, "WAIT")
-            assert (await anext(events)).model == MODEL
-            assert not leaving.done()
-            leaving.cancel()
-            await doors.rpc.drain(0)
-            with pytest.raises(ShuttingDown):
-                _ = [event async for event in events]
-        await doors.http.drain(0)
+        assert (await anext(client.generate(MODEL, "WAIT"))).model == MODEL
+        assert not leaving.done()
+        clock.advance(HOUR)
+        await ended(leaving, "the end of the delay")
 
 
-async def test_a_server_that_breaks_leaves_no_longer() -> None:
-    """Nobody waits for proxies where there is nothing left to ask."""
-    await asyncio.wait_for(leave([], 3600, asyncio.sleep(0)), 10)
+async def test_a_server_that_breaks_does_not_wait_for_proxies() -> None:
+    """A delay ends when what is watched beside it ends, and no sooner; the watch ends with the delay."""
+    clock, broken, watching = Clock(), asyncio.Event(), asyncio.Event()
+
+    async def watch() -> None:
+        watching.set()
+        try:
+            await broken.wait()
+        finally:
+            watching.clear()
+
+    for end in (broken.set, lambda: clock.advance(NEVER)):
+        broken.clear()
+        leaving = asyncio.create_task(leave([], NEVER, watch()))
+        await watching.wait()
+        assert not leaving.done()
+        end()
+        await ended(leaving, "the end of the delay")
+        await passes()
+        assert not watching.is_set()
 
 
 async def test_an_unfinished_body_does_not_hold_a_drain(doors: Doors) -> None:
-    """Nothing was begun for it: it is told SHUTTING_DOWN after a second, and nothing was cut."""
+    """Nothing was begun for it: it gets SHUTTING_DOWN after a second, and nothing was cut."""
+    clock = Clock()
     client = await doors.raw(b"POST /v1/completions HTTP/1.1\r\n" + JSON + b"Content-Length: 9\r\n\r\n{")
-    await asyncio.sleep(0.05)
-    began = time.monotonic()
-    assert await doors.http.drain(20)
-    assert time.monotonic() - began < 5
-    status, body = await client.answer()
-    assert (status, json.loads(body)["error"]["code"]) == (503, "shutting_down")
-    assert await client.ended() == b""
-    await doors.rpc.drain(0)
+    await doors.seen()
+    draining = asyncio.create_task(doors.http.drain(NEVER))
+    await passes()
+    assert not draining.done()
+    clock.advance(1)
+    assert await ended(draining, "the drain")
+    assert await told(client) == TOLD
 
 
 async def test_an_unfinished_request_does_not_hold_a_drain(doors: Doors) -> None:
-    """The same over gRPC."""
+    """The same holds over gRPC."""
+    clock = Clock()
+
+    async def never() -> AsyncIterator[bytes]:
+        await asyncio.Event().wait()
+        yield b""
+
     async with grpc.aio.insecure_channel(doors.rpc.address) as channel:
-
-        async def never() -> AsyncIterator[bytes]:
-            await asyncio.Event().wait()
-            yield b""
-
-        stub = channel.stream_stream(
-            f"/{SERVICE_NAME}/Generate", response_deserializer=pb.GenerateResponse.FromString
-        )
-        call = stub(never())
+        call = channel.stream_stream(f"/{SERVICE_NAME}/Generate")(never())
         asking = asyncio.create_task(call.read())
         await call.wait_for_connection()
-        await asyncio.sleep(0.05)
-        began = time.monotonic()
-        assert await doors.rpc.drain(20)
-        assert time.monotonic() - began < 5
+        await channel.unary_unary(f"/{SERVICE_NAME}/ListModels")(b"")  # comes behind it
+        draining = asyncio.create_task(doors.rpc.drain(NEVER))
+        await passes()
+        assert not asking.done()
+        clock.advance(1)
+        assert await ended(draining, "the drain")
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await asking
     assert isinstance(fault_of(caught.value), ShuttingDown)
-    await doors.http.drain(0)
+
+
+async def test_requests_that_wait_to_be_accepted_are_answered(doors: Doors) -> None:
+    """Requests in the listen queue are refused by name when a drain begins, those above the bound by 503."""
+    host, port = doors.http.address.rsplit(":", 1)
+    waiting = [socket.create_connection((host, int(port))) for _ in range(BOUND + 4)]
+    for each in waiting:
+        each.sendall(ASK)
+    draining = asyncio.create_task(doors.http.drain(BOUND_S))
+    clients = [RawClient(*await asyncio.open_connection(sock=each)) for each in waiting]
+    answers = await asyncio.gather(*map(told, clients))
+    assert answers == [TOLD] * BOUND + [(503, True, None)] * 4
+    assert await draining
+
+
+async def test_a_request_that_crosses_the_end_is_answered(doors: Doors) -> None:
+    """A request on a kept connection that the server has just closed reads that it may be sent again."""
+    client = await doors.raw(VERSION)
+    assert (await client.answer())[0] == 200
+    draining = asyncio.create_task(doors.http.drain(BOUND_S))
+    peeked, transport = client.writer.get_extra_info("socket"), client.writer.transport
+    transport.pause_reading()  # type: ignore[attr-defined]  # a transport of a socket has it
+    await until(lambda: _has_come(peeked), "the server's last word")
+    await client.send(ASK)
+    await passes()
+    transport.resume_reading()  # type: ignore[attr-defined]  # the same
+    assert await told(client) == (408, True, "shutting_down")
+    assert await draining
+
+
+def _has_come(sock: Any) -> bool:
+    with socket.socket(fileno=socket.dup(sock.fileno())) as same:
+        same.setblocking(False)
+        try:
+            return bool(same.recv(1, socket.MSG_PEEK))
+        except BlockingIOError:
+            return False
+
+
+async def test_half_a_head_is_answered(doors: Doors) -> None:
+    """Its request was begun, so it is refused as others are."""
+    client = await doors.raw(VERSION[:20])
+    await doors.seen()
+    draining = asyncio.create_task(doors.http.drain(BOUND_S))
+    assert await told(client) == TOLD
+    assert await draining
+
+
+async def test_an_endpoint_that_leaves_lets_connections_go(doors: Doors) -> None:
+    """Every answer says that its connection ends, also where the request came before."""
+    kept, busy = await doors.raw(VERSION), await doors.raw(ASK)
+    assert (await kept.answer())[0] == 200
+    await doors.service.until(1)
+    await doors.http.leave()
+    await kept.send(VERSION)
+    assert (await told(kept))[:2] == (200, True)
+    draining = asyncio.create_task(doors.http.drain(0))
+    assert await told(busy) == TOLD
+    assert not await draining
+
+
+async def test_a_refusal_holds_no_drain_over_http() -> None:
+    """Refusals that are not sent yet are nothing that a drain waits for, or cuts."""
+    front, never = Front(_unasked, lambda _: None), asyncio.Event()
+
+    async def send(_: Any) -> None:
+        await never.wait()
+
+    front.draining = True
+    scope = {"type": "http", "path": "/version", "headers": []}
+    asking = asyncio.create_task(front(scope, _unasked, send))
+    await passes()
+    assert await front.until_idle(0)
+    never.set()
+    await asking
+
+
+async def test_a_refusal_holds_no_drain_over_grpc() -> None:
+    """The same holds over gRPC."""
+    interceptor, never = CallInterceptor(), asyncio.Event()
+
+    class Context:
+        """Of a call whose status cannot be sent."""
+
+        async def abort(self, *_: Any) -> None:
+            await never.wait()
+            raise grpc.aio.AbortError
+
+        def __getattr__(self, name: str) -> Any:
+            return lambda *_: ()
+
+    interceptor.drain()
+    read = pb.ListModelsRequest.FromString
+    handler = interceptor.wrap(grpc.unary_unary_rpc_method_handler(_unasked, read), "/a.B/C")
+    asking = asyncio.create_task(handler.stream_unary(None, Context()))
+    await passes()
+    assert await interceptor.until_idle(0)
+    never.set()
+    with pytest.raises(grpc.aio.AbortError):
+        await asking
+
+
+async def _unasked(*_: Any) -> Any:
+    raise AssertionError("nothing is asked")
+
+
+async def test_a_grpc_server_stops_when_nobody_comes(doors: Doors, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clients that go on calling are refused by name a moment longer: calls while gRPC stops get no reason."""
+    clock = Clock()
+    monkeypatch.setattr(calls, "QUIET_S", HOUR)
+    monkeypatch.setattr(calls, "PARTING_S", NEVER)
+
+    async def refused() -> None:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await call(b"")
+        assert isinstance(fault_of(caught.value), ShuttingDown)
+
+    async with grpc.aio.insecure_channel(doors.rpc.address) as channel:
+        call = channel.unary_unary(f"/{SERVICE_NAME}/ListModels")
+        await call(b"")
+        await doors.rpc.refuse()
+        await refused()
+        draining = asyncio.create_task(doors.rpc.drain(NEVER))
+        for _ in range(3):
+            clock.advance(0.6 * HOUR)
+            await refused()
+        assert not draining.done()
+        clock.advance(HOUR)
+        assert await ended(draining, "the drain")

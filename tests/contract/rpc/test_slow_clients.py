@@ -1,4 +1,4 @@
-"""Clients that send or read slowly, or not at all, on both doors; every time-out is short here."""
+"""Clients that send or read slowly, or not at all, at both endpoints, under a clock that the tests move."""
 
 from __future__ import annotations
 
@@ -6,13 +6,11 @@ import asyncio
 import contextlib
 import json
 import socket
-import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import grpc
 import pytest
-import pytest_asyncio
 
 from inference_service.openai_api import protocol
 from inference_service.openai_api.protocol import MAX_HEAD_BYTES
@@ -24,94 +22,74 @@ from loramux_shared.faults import ClientStalled
 from loramux_shared.rpc import calls
 from loramux_shared.rpc.status import fault_of
 from tests.support.access import keyring
-from tests.support.endless import MODEL, Doors
+from tests.support.endless import HEALTH, MODEL, Doors
 from tests.support.raw_http import JSON
 from tests.support.raw_http2 import call, connect, message
+from tests.support.waiting import Clock, ended, until
 
-SOON_S = 0.3
+HOUR, NEVER = 3600.0, 1e9
 BODY = json.dumps({"model": MODEL, "prompt": "HI", "stream": True}).encode()
 POST = b"POST /v1/completions HTTP/1.1\r\n" + JSON
 ASK = POST + b"Content-Length: %d\r\n\r\n" % len(BODY) + BODY
 CHUNKED = POST + b"Transfer-Encoding: chunked\r\n\r\n"
-HEALTH = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
+HTTP_TIMES, RPC_TIMES = protocol.Patience.__dataclass_fields__, calls.Patience.__dataclass_fields__
 
 
-@pytest_asyncio.fixture
-async def doors(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Doors]:
-    """Doors with the patience that a test gives, by the name of a time."""
-    given = getattr(request, "param", {})
-    guard = Guard(keyring("infer")[1]) if given.get("keys") else Guard()
-    http = protocol.Patience(**{name: value for name, value in given.items() if name in HTTP_TIMES})
-    rpc = calls.Patience(**{name: value for name, value in given.items() if name in RPC_TIMES})
+@pytest.fixture
+async def clock() -> Clock:
+    """The time of both endpoints."""
+    return Clock()
+
+
+@pytest.fixture
+async def doors(request: pytest.FixtureRequest, tmp_path: Path, clock: Clock) -> AsyncIterator[Doors]:
+    """Both endpoints; the time that a test names is an hour, and the others do not pass."""
+    limit, keys = getattr(request, "param", ("", False))
+    guard = Guard(keyring("infer")[1]) if keys else Guard()
+    times = {name: HOUR if name == limit else NEVER for name in (*HTTP_TIMES, *RPC_TIMES)}
+    http = protocol.Patience(**{name: times[name] for name in HTTP_TIMES})
+    rpc = calls.Patience(**{name: times[name] for name in RPC_TIMES})
     async with Doors(tmp_path, guard, http, rpc) as made:
         yield made
 
 
-HTTP_TIMES = protocol.Patience.__dataclass_fields__
-RPC_TIMES = calls.Patience.__dataclass_fields__
+def patience(limit: str = "", *, keys: bool = False) -> pytest.MarkDecorator:
+    """Endpoints with a limit, and with API keys."""
+    return pytest.mark.parametrize("doors", [(limit, keys)], indirect=True, ids=[""])
 
 
-def patience(**given: object) -> pytest.MarkDecorator:
-    """Doors with these times."""
-    return pytest.mark.parametrize("doors", [given], indirect=True, ids=[""])
+SLOW: dict[str, tuple[tuple[str, bool], bytes, int | None, bytes, int | None]] = {
+    "nothing": (("head_s", False), b"", None, b"", None),
+    "empty lines": (("head_s", False), b"", None, b"\r\n", None),
+    "a head": (("head_s", False), b"GET /health HTTP/1.1\r\nX-A: ", None, b"a", 408),
+    "a later head": (("head_s", False), HEALTH + b"GET / HTTP/1.1\r\nX-A: ", 200, b"a", 408),
+    "empty lines behind an answer": (("idle_s", False), HEALTH, 200, b"\r\n", None),
+    "a body": (("body_s", False), CHUNKED, None, b"1\r\n \r\n", 408),
+    "a body behind a refusal": (("body_s", True), CHUNKED, 401, b"1\r\n \r\n", None),
+}
+"""The limit; what is sent first, and the status of its answer; what trickles, and the status of that."""
 
 
-@patience(head_s=SOON_S)
-async def test_a_connection_that_asks_nothing_is_closed(doors: Doors) -> None:
-    """One that was never used ends without a word, and so does one that sends empty lines for ever."""
-    silent, empty = await doors.raw(), await doors.raw(b"\r\n")
-    assert await silent.ended() == b""
-    await empty.send(b"\r\n")
-    assert await empty.ended() == b""
-
-
-@patience(idle_s=SOON_S)
-async def test_a_connection_is_not_kept_for_ever(doors: Doors) -> None:
-    """After an answer it waits for the next request, and empty lines are none."""
-    client = await doors.raw(HEALTH)
-    assert (await client.answer())[0] == 200
-    await client.send(b"\r\n")
-    assert await client.ended() == b""
-
-
-@patience(head_s=SOON_S)
-@pytest.mark.parametrize("before", [b"", HEALTH])
-async def test_a_slow_head_is_refused(doors: Doors, before: bytes) -> None:
-    """A head that trickles is 408 after its time, on a new connection and on a kept one."""
-    client = await doors.raw(before)
-    if before:
-        await client.answer()
-    began = time.monotonic()
-    for byte in b"GET /health HTTP/1.1\r\nX-A:":
-        await client.send(bytes([byte]))
-        await asyncio.sleep(0.05)
-        if time.monotonic() - began > 2 * SOON_S:
-            break
-    status, body = await client.answer()
-    assert status == 408
-    assert json.loads(body)["error"]["code"] == "request_timeout"
-    assert await client.ended() == b""
-
-
-@patience(body_s=SOON_S)
-async def test_a_slow_body_is_refused(doors: Doors) -> None:
-    """A body that does not come is 408; nothing was begun for it."""
-    client = await doors.raw(ASK[:-5])
-    status, _ = await client.answer()
-    assert status == 408
-    assert await client.ended() == b""
-
-
-@patience(body_s=SOON_S, keys=True)
-async def test_a_body_behind_a_refusal_is_not_read_for_ever(doors: Doors) -> None:
-    """Who was told 401 may not go on sending chunks as long as it likes."""
-    client = await doors.raw(CHUNKED)
-    assert (await client.answer())[0] == 401
-    with contextlib.suppress(ConnectionError):
-        for _ in range(100):
-            await client.send(b"1\r\nx\r\n")
-            await asyncio.sleep(0.02)
-    assert await client.ended(0.1) == b""
+@pytest.mark.parametrize(
+    ("doors", "first", "answered", "piece", "status"), SLOW.values(), indirect=["doors"], ids=SLOW
+)
+async def test_a_request_that_trickles_ends_at_its_limit(
+    doors: Doors, clock: Clock, first: bytes, answered: int | None, piece: bytes, status: int | None
+) -> None:
+    """What has begun is 408, and what asks nothing just ends; no byte that comes renews the limit."""
+    client = await doors.raw(first)
+    if answered:
+        assert (await client.answer())[0] == answered
+    answer = asyncio.create_task(client.reader.read())
+    for _ in range(3):
+        await client.send(piece)
+        await doors.seen()
+        assert not answer.done()
+        clock.advance(0.4 * HOUR)
+    raw = await ended(answer, "the end of a slow connection")
+    assert raw.startswith(b"HTTP/1.1 408") if status else raw == b""
+    assert not status or b'"request_timeout"' in raw
+    client.close()
 
 
 @patience(keys=True)
@@ -159,79 +137,79 @@ def narrow(doors: Doors) -> socket.socket:
     return sock
 
 
-@patience(read_s=SOON_S)
-async def test_an_http_client_that_does_not_read_is_given_up(doors: Doors) -> None:
-    """Its answer is ended, and its connection closed."""
+async def given_up(doors: Doors, clock: Clock) -> None:
+    """Let hours pass until no answer is held."""
+    await until(lambda: clock.advance(HOUR) or not doors.service.open, "the answer to end")
+
+
+@patience("read_s")
+async def test_an_http_client_that_does_not_read_is_given_up(doors: Doors, clock: Clock) -> None:
+    """Others are answered meanwhile; then its answer is ended, and its connection closed."""
     with narrow(doors):
         await doors.service.until(1)
-        await doors.service.until(0)
-
-
-@patience(read_s=6 * SOON_S)
-async def test_an_http_client_that_reads_slowly_is_served(doors: Doors) -> None:
-    """One that takes something now and then is waited for."""
-    loop = asyncio.get_running_loop()
-    with narrow(doors) as sock:
-        await doors.service.until(1)
-        sock.setblocking(False)
-        for _ in range(8):
-            await asyncio.sleep(SOON_S)
-            left = 128 * 1024
-            while left > 0:
-                taken = len(await loop.sock_recv(sock, left))
-                assert taken
-                left -= taken
+        await doors.seen()
         assert doors.service.open == 1
+        await given_up(doors, clock)
 
 
-@patience(read_s=SOON_S)
-async def test_a_grpc_client_that_does_not_read_is_given_up(doors: Doors) -> None:
-    """Its answer is ended, though its connection answers pings; it is told why when it reads on."""
-    reader, writer = await connect(doors.rpc.address, window=0)
+@patience("read_s")
+async def test_an_http_client_that_reads_slowly_is_served(doors: Doors, clock: Clock) -> None:
+    """One that takes something now and then is waited for."""
+    with narrow(doors) as sock:
+        sock.setblocking(False)
+        for _ in range(3):
+            left = 2**20  # more than all buffers hold
+            while left > 0:
+                left -= len(await asyncio.get_running_loop().sock_recv(sock, left))
+            clock.advance(0.6 * HOUR)
+            await doors.seen()
+            assert doors.service.open == 1
+
+
+@patience("read_s")
+async def test_a_grpc_client_that_does_not_read_is_given_up(doors: Doors, clock: Clock) -> None:
+    """Its answer is ended, though its connection is open; nothing of it holds a drain."""
+    _, writer = await connect(doors.rpc.address, window=0)
     writer.write(call(1) + message(1, pb.GenerateRequest(model=MODEL, text="HI")))
     await doors.service.until(1)
-    await doors.service.until(0)
-    assert await doors.rpc.drain(1)
+    await given_up(doors, clock)
+    assert await doors.rpc.drain(NEVER)
     writer.close()
-    del reader
 
 
-@patience(read_s=SOON_S)
-async def test_a_grpc_client_that_stops_reading_learns_why(doors: Doors) -> None:
+@patience("read_s")
+async def test_a_grpc_client_that_stops_reading_learns_why(doors: Doors, clock: Clock) -> None:
     """The status comes behind what the client had not read."""
     async with AsyncClient(doors.rpc.address) as client:
         events = client.generate(MODEL, "HI")
         await anext(events)
-        await doors.service.until(0)
+        await given_up(doors, clock)
         with pytest.raises(ClientStalled):
             async for _ in events:
                 pass
 
 
-@patience(send_s=SOON_S)
-async def test_a_grpc_request_that_does_not_come_is_refused(doors: Doors) -> None:
+@patience("send_s")
+async def test_a_grpc_request_that_does_not_come_is_refused(doors: Doors, clock: Clock) -> None:
     """A call whose message stays away ends with a name."""
+
+    async def nothing() -> AsyncIterator[bytes]:
+        await asyncio.Event().wait()
+        yield b""
+
     async with grpc.aio.insecure_channel(doors.rpc.address) as channel:
-        stub = channel.stream_stream(
-            f"/{SERVICE_NAME}/Generate", response_deserializer=pb.GenerateResponse.FromString
-        )
-        open_ = asyncio.Event()
-
-        async def nothing() -> AsyncIterator[bytes]:
-            await open_.wait()
-            yield b""
-
+        reading = asyncio.create_task(channel.stream_stream(f"/{SERVICE_NAME}/Generate")(nothing()).read())
+        await until(lambda: clock.advance(HOUR) or reading.done(), "the call to end")
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            async for _ in stub(nothing()):
-                pass
+            await reading
     assert fault_of(caught.value).reason == "CLIENT_STALLED"
 
 
-@pytest.mark.parametrize(("sent", "reason"), [([], "REQUEST_INVALID"), ([b"\xff\xff"], "REQUEST_INVALID")])
-async def test_a_grpc_call_without_a_request_is_refused(doors: Doors, sent: list[bytes], reason: str) -> None:
-    """No message, and bytes that are none."""
+@pytest.mark.parametrize("sent", [[], [b"\xff\xff"]])
+async def test_a_grpc_call_without_a_request_is_refused(doors: Doors, sent: list[bytes]) -> None:
+    """No message, and bytes that are none, are invalid requests."""
     async with grpc.aio.insecure_channel(doors.rpc.address) as channel:
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             async for _ in channel.stream_stream(f"/{SERVICE_NAME}/Generate")(iter(sent)):
                 pass
-    assert fault_of(caught.value).reason == reason
+    assert fault_of(caught.value).reason == "REQUEST_INVALID"
