@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,7 @@ _TEXTS = (
 )
 
 
+@cache
 def deployment() -> Deployment:
     """The example's deployment; its base is made when it is not there."""
     found = load_deployment(EXAMPLES / "deployment.yaml").deployment
