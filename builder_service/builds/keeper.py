@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Awaitable, Callable
 
 import structlog
@@ -38,7 +37,7 @@ class Keeper:
     async def _round(self) -> None:
         await asyncio.to_thread(self._journal.beat)
         others = await asyncio.to_thread(self._journal.others)
-        for key in self._abandoned.among(others, time.monotonic()):
+        for key in self._abandoned.among(others, asyncio.get_running_loop().time()):
             entry = await asyncio.to_thread(self._journal.parse, key, others[key])
             if entry is not None and await self._take_over(entry):
                 await asyncio.to_thread(self._journal.drop, key)

@@ -3,149 +3,80 @@
 from __future__ import annotations
 
 import asyncio
-import threading
-import time
-from collections.abc import AsyncIterator, Callable
-from dataclasses import replace
+import json
+from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
-from builder_service.builds.builds import Builds
 from builder_service.builds.journal import Abandoned, Journal, JournalEntry
-from builder_service.builds.limits import BuildLimits
-from builder_service.builds.views import DeploymentView, State
-from builder_service.pipeline.check import Checks
-from builder_service.pipeline.context import BuildContext
-from builder_service.rpc.servicer import SERVICE_NAME, BuilderServicer
+from builder_service.builds.running import RunningBuild
+from builder_service.builds.views import State
+from builder_service.pipeline.wishes import Update
 from loramux.cli.main import app
 from loramux.client import AsyncClient
 from loramux.records import DeploymentState
 from loramux_shared.bundle.deployments import current_generation
-from loramux_shared.deployment import Deployment
-from loramux_shared.deployment_file import parse_deployment
 from loramux_shared.faults import DeploymentNotFound, QueueFull, RequestIdReused
-from loramux_shared.rpc.server import RpcServer
-from loramux_shared.sources.open import open_sources
-from loramux_shared.storage.memory import MemoryStore
-from tests.support.adapters import tensors, write_adapter, write_base
-
-OWNER, OTHER = "0" * 16, "1" * 16
-
-
-class Gated(MemoryStore):
-    """Puts of bundles wait until the gate is open."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.gate = threading.Event()
-
-    def put(self, key: str, data: bytes | Path) -> None:
-        """Store when the gate is open."""
-        if key.startswith("bundles/"):
-            assert self.gate.wait(20)
-        super().put(key, data)
-
-
-class World:
-    """A base and adapters on disk, and builders over one store."""
-
-    def __init__(self, folder: Path) -> None:
-        write_base(folder / "base")
-        for i, name in enumerate(("one", "two")):
-            write_adapter(folder / name, tensors(seed=i))
-        write_adapter(folder / "bad", use_dora=True)
-        self.folder, self.store = folder, Gated()
-        self.started: list[Builds] = []
-
-    def deployment(self, *names: str, name: str = "tiny") -> Deployment:
-        """A deployment of adapters below the folder."""
-        local = {adapter: {"source": "LOCAL", "repo": str(self.folder / adapter)} for adapter in names}
-        base = {"source": "LOCAL", "repo": str(self.folder / "base")}
-        data = {"model_name": name, "build": {"checkpoint_repository": base, "lora_adapters": local}}
-        return parse_deployment(data).deployment
-
-    def builder(self, owner: str = OWNER, **limits: float) -> Builds:
-        """A builder that has not recovered yet."""
-        context = BuildContext(
-            self.store, open_sources(local_roots=[self.folder]), self.folder / "work", owner=owner
-        )
-        made = Builds(context, replace(BuildLimits(), **limits))
-        self.started.append(made)
-        return made
+from tests.support.builders import HOUR, OTHER, OWNER, Builders, Gated, ended
+from tests.support.waiting import Clock, until
 
 
 @pytest.fixture
-async def world(tmp_path) -> AsyncIterator[World]:
-    """A world whose builders end with the test."""
-    made = World(tmp_path)
+async def world(tmp_path: Path) -> AsyncIterator[Builders]:
+    """A world whose gate is shut, and whose builders end with the test."""
+    made = Builders(tmp_path)
+    made.store.gate.clear()
     yield made
-    made.store.gate.set()
-    for builds in made.started:
-        await builds.drain(10)
+    await made.close()
 
 
-async def ended(builds: Builds, name: str = "tiny") -> DeploymentView:
-    """The last state of a deployment."""
-    return [view async for view in builds.watch(name)][-1]
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    """Wait for something that happens in a thread."""
-    end = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < end
-        await asyncio.sleep(0.01)
-
-
-async def test_a_cancelled_build_fails_and_leaves_what_is_served(world):
+async def test_a_cancelled_build_fails_and_leaves_what_is_served(world: Builders) -> None:
     """Over gRPC: CancelBuild answers at once, the build ends as BUILD_CANCELLED, and building again works."""
-    builds = world.builder()
-    server = RpcServer("127.0.0.1:0", {SERVICE_NAME: BuilderServicer(builds, Checks(builds._context)).register})
-    async with AsyncClient(builder=await server.start()) as client:
+    async with world.served(world.builder()) as address, AsyncClient(builder=address) as client:
         await client.build(world.deployment("one"))
         assert (await client.cancel("tiny")).state is DeploymentState.BUILDING
         world.store.gate.set()
         *_, last = [info async for info in client.watch("tiny")]
+        assert last.failure is not None
         assert (last.state, last.failure.reason) == (DeploymentState.FAILED, "BUILD_CANCELLED")
         assert (await client.cancel("tiny")).state is DeploymentState.FAILED
         assert current_generation(world.store, "tiny") is None
-        assert list(world.store.list("builds/")) == []
+        assert world.journal == []
         await client.build(world.deployment("one"))
         *_, last = [info async for info in client.watch("tiny")]
         assert (last.state, last.generation) == (DeploymentState.ACTIVE, 1)
         with pytest.raises(DeploymentNotFound):
             await client.cancel("other")
-    await server.drain(5)
 
 
-async def test_the_cancel_command(world):
-    """`loramux cancel` waits for the end of the build and says it; without one it says what there is."""
+async def test_the_cancel_command(world: Builders, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`loramux cancel` waits for the end of the build and prints it; without a build it prints the state."""
+    stopped, stop = asyncio.Event(), RunningBuild.stop
+    monkeypatch.setattr(RunningBuild, "stop", lambda build, why: (stop(build, why), stopped.set()))
     builds = world.builder()
-    server = RpcServer("127.0.0.1:0", {SERVICE_NAME: BuilderServicer(builds, Checks(builds._context)).register})
-    address = await server.start()
-    await builds.build(world.deployment("one"))
-    call = asyncio.create_task(
-        asyncio.to_thread(CliRunner().invoke, app, ["cancel", "tiny", "--builder", address])
-    )
-    await asyncio.wait_for(builds._builds["tiny"].stopping.wait(), 20)
-    world.store.gate.set()
-    said = await call
-    assert (said.exit_code, said.stdout.splitlines()[-1]) == (0, "tiny: failed, BUILD_CANCELLED")
-    again = await asyncio.to_thread(CliRunner().invoke, app, ["cancel", "tiny", "--builder", address])
-    assert (again.exit_code, again.stdout) == (0, "tiny: no build runs; it is failed\n")
-    await server.drain(5)
+    async with world.served(builds) as address:
+        words = ["cancel", "tiny", "--builder", address]
+        await builds.build(world.deployment("one"))
+        call = asyncio.create_task(asyncio.to_thread(CliRunner().invoke, app, words))
+        await until(stopped.is_set, "the cancel at the builder")
+        world.store.gate.set()
+        first = await call
+        assert (first.exit_code, first.stdout.splitlines()[-1]) == (0, "tiny: failed, BUILD_CANCELLED")
+        again = await asyncio.to_thread(CliRunner().invoke, app, words)
+        assert (again.exit_code, again.stdout) == (0, "tiny: no build runs; it is failed\n")
 
 
-async def test_a_waiting_build_can_be_cancelled(world):
+async def test_a_waiting_build_can_be_cancelled(world: Builders) -> None:
     """A build that waits for its turn ends at once when it is cancelled, while the one before it goes on."""
     builds = world.builder(running=1)
     await builds.build(world.deployment("one", name="first"))
     await builds.build(world.deployment("two", name="second"))
     await builds.cancel("second")
-    last = await asyncio.wait_for(ended(builds, "second"), 5)
+    last = await ended(builds, "second")
+    assert last.failure is not None
     assert (last.state, last.failure.reason) == (State.FAILED, "BUILD_CANCELLED")
     assert (await builds.get("first")).state is State.BUILDING
     world.store.gate.set()
@@ -154,55 +85,58 @@ async def test_a_waiting_build_can_be_cancelled(world):
     assert (await ended(builds, "second")).state is State.ACTIVE
 
 
-async def test_a_cancelled_build_stays_cancelled_after_a_kill(world):
+async def test_a_cancelled_build_stays_cancelled_after_a_kill(world: Builders) -> None:
     """A builder that is killed after a cancel does not run the build again."""
     entry = JournalEntry(deployment=world.deployment("one"), create_time=datetime.now(UTC), cancelled=True)
     Journal(world.store, OWNER).write(entry)
     builds = world.builder()
     assert await builds.recover() == 1
-    assert (await ended(builds)).failure.reason == "BUILD_CANCELLED"
+    last = await ended(builds)
+    assert last.failure is not None
+    assert last.failure.reason == "BUILD_CANCELLED"
     assert list(world.store.objects) == []
 
 
-async def test_a_failure_is_of_its_store(world):
-    """A builder that starts where another one failed tells of that, unless it has another store."""
+async def test_a_failure_is_of_its_store(world: Builders) -> None:
+    """A builder that starts where another one failed shows that failure, unless it has another store."""
     first = world.builder()
     await first.build(world.deployment("bad"))
     assert (await ended(first)).state is State.FAILED
-    await first.drain(10)
-    for store, told in ((world.store, [State.FAILED]), (Gated(), [])):
-        store.uri = store.uri if told else "memory://another"
+    for store, shown in ((world.store, [State.FAILED]), (Gated(), [])):
+        store.uri = store.uri if shown else "memory://another"
         world.store = store
         builds = world.builder()
         await builds.recover()
-        assert [view.state for view in (await builds.list(0, "")).views] == told
-        await builds.drain(10)
+        assert [view.state for view in (await builds.list(0, "")).views] == shown
 
 
-async def test_a_build_that_takes_too_long_fails(world):
+async def test_a_build_that_takes_too_long_fails(world: Builders) -> None:
     """After its time a build fails with BUILD_TIMED_OUT and the limit; nothing of it is served."""
-    builds = world.builder(timeout_s=0.3)
+    clock, builds = Clock(), world.builder(timeout_s=HOUR)
     await builds.build(world.deployment("one"))
-    await asyncio.sleep(0.5)
+    await until(world.store.waiting.is_set, "the build at the gate")
+    clock.advance(HOUR)
+    await asyncio.sleep(0.001)  # a timer of the loop that is due later than the limit
     world.store.gate.set()
     last = await ended(builds)
+    assert last.failure is not None
     assert (last.state, last.failure.reason) == (State.FAILED, "BUILD_TIMED_OUT")
-    assert "0.3 s" in last.failure.message
+    assert "3600 s" in last.failure.message
     assert current_generation(world.store, "tiny") is None
 
 
-async def test_too_many_waiting_builds_are_refused(world):
+async def test_too_many_waiting_builds_are_refused(world: Builders) -> None:
     """One build more than may wait is QUEUE_FULL, and is not recorded."""
     builds = world.builder(running=1, waiting=1)
     for name in ("a", "b"):
         await builds.build(world.deployment("one", name=name))
     with pytest.raises(QueueFull, match="2 builds run or wait"):
         await builds.build(world.deployment("one", name="c"))
-    assert len(list(world.store.list("builds/"))) == 2
+    assert len(world.journal) == 2
 
 
-async def test_a_failure_is_explained_after_a_restart(world):
-    """What a build failed with is kept beside the work folder, not in the store, until a build succeeds."""
+async def test_a_failure_is_explained_after_a_restart(world: Builders) -> None:
+    """A failed build is kept beside the work folder, not in the store, until a build succeeds."""
     builds = world.builder()
     await builds.build(world.deployment("bad"), "request-1")
     before = await ended(builds)
@@ -210,6 +144,8 @@ async def test_a_failure_is_explained_after_a_restart(world):
     successor = world.builder()
     await successor.recover()
     after = await successor.get("tiny")
+    assert before.failure is not None
+    assert after.failure is not None
     assert (after.state, after.failure.reason) == (State.FAILED, "ADAPTER_INVALID")
     assert (after.failure.findings, after.create_time) == (before.failure.findings, before.create_time)
     assert [adapter.stage for adapter in after.adapters] == ["REFUSED"]
@@ -224,32 +160,79 @@ async def test_a_failure_is_explained_after_a_restart(world):
     assert (await third.get("tiny")).state is State.ACTIVE
 
 
-async def test_the_build_of_a_dead_builder_is_taken_over(world):
-    """A build whose builder gives no sign of life goes on at another builder, under that one's name."""
-    entry = JournalEntry(deployment=world.deployment("one"), create_time=datetime.now(UTC))
-    Journal(world.store, OTHER).write(entry)
-    builds = world.builder(beat_s=0.05, lease_s=0.2)
+class Beats:
+    """The hours between two signs of life of the builders of a world: they pass when a test lets them."""
+
+    def __init__(self, world: Builders, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.world, self.clock, self.asleep = world, Clock(), 0
+        sleep = asyncio.sleep
+
+        async def watched(seconds: float) -> None:
+            self.asleep += seconds == HOUR
+            try:
+                await sleep(seconds)
+            finally:
+                self.asleep -= seconds == HOUR
+
+        monkeypatch.setattr(asyncio, "sleep", watched)
+
+    async def __call__(self, count: int) -> None:
+        """Let every builder beat so often, and look at the journal."""
+        builders = len(self.world.started)
+        for looks in range(
+            self.world.store.looks + builders, self.world.store.looks + count * builders + 1, builders
+        ):
+            await until(lambda: self.asleep == builders, "builders between two beats")
+            self.clock.advance(HOUR)
+            await until(
+                lambda looks=looks: (self.asleep, self.world.store.looks) == (builders, looks), "a beat of each"
+            )
+
+
+@pytest.fixture
+async def beats(world: Builders, monkeypatch: pytest.MonkeyPatch) -> Beats:
+    """The beats of the world's builders."""
+    return Beats(world, monkeypatch)
+
+
+@pytest.mark.parametrize("updates", [False, True], ids=["a build", "an update"])
+async def test_the_work_of_a_dead_builder_is_taken_over(world: Builders, beats: Beats, updates: bool) -> None:
+    """A build whose builder gives no sign of life goes on at another one after a lease, under its name."""
+    wish = {"deployment": world.deployment("one")}
+    if updates:
+        world.store.gate.set()
+        first = world.builder()
+        await first.build(world.deployment("one"))
+        await ended(first)
+        world.started.clear()
+        wish = {"update": Update(name="tiny", add={"two": world.repository("two")})}
+        world.store.gate.clear()
+    Journal(world.store, OTHER).write(JournalEntry(**wish, create_time=datetime.now(UTC)))
+    builds = world.builder(beat_s=HOUR, lease_s=2 * HOUR, timeout_s=1e9)
     assert await builds.recover() == 0
-    await until(lambda: list(world.store.list("builds/")) == [f"builds/tiny/{OWNER}.json"])
+    await beats(2)
+    assert world.journal == [f"builds/tiny/{OTHER}.json"]
+    await beats(1)
+    await until(lambda: world.journal == [f"builds/tiny/{OWNER}.json"], "the take-over", lambda: world.journal)
     world.store.gate.set()
     assert (await ended(builds)).state is State.ACTIVE
-    assert list(world.store.list("builds/")) == []
+    assert (world.journal, list(world.generation.adapters)) == ([], ["one", "two"] if updates else ["one"])
 
 
-async def test_the_build_of_a_living_builder_is_left_alone(world):
-    """While a builder gives signs of life its build is its own; nobody else runs it."""
-    living = world.builder(OTHER, beat_s=0.05)
+async def test_the_build_of_a_living_builder_is_left_alone(world: Builders, beats: Beats) -> None:
+    """A builder that gives signs of life keeps its build for longer than the lease of others."""
+    living = world.builder(OTHER, beat_s=HOUR, timeout_s=1e9)
     await living.recover()
     await living.build(world.deployment("one"))
-    builds = world.builder(beat_s=0.05, lease_s=0.5)
-    await builds.recover()
-    await asyncio.sleep(1.0)
-    assert list(world.store.list("builds/")) == [f"builds/tiny/{OTHER}.json"]
+    await world.builder(beat_s=HOUR, lease_s=2 * HOUR).recover()
+    await beats(5)
+    [key] = world.journal
+    assert (key, json.loads(world.store.get(key))["beat"]) == (f"builds/tiny/{OTHER}.json", 5)
     world.store.gate.set()
     assert (await ended(living)).state is State.ACTIVE
 
 
-async def test_two_builders_build_one_deployment(world):
+async def test_two_builders_build_one_deployment(world: Builders) -> None:
     """Different content under one name at two builders: both are published, and the later number is served."""
     one, two = world.builder(), world.builder(OTHER)
     await asyncio.gather(one.build(world.deployment("one")), two.build(world.deployment("two")))
@@ -257,14 +240,11 @@ async def test_two_builders_build_one_deployment(world):
     ends = await asyncio.gather(ended(one), ended(two))
     assert [end.state for end in ends] == [State.ACTIVE, State.ACTIVE]
     assert len(list(world.store.list("deployments/tiny/generations/"))) == 2
-    served = current_generation(world.store, "tiny")
-    assert served is not None
-    assert served.number == 2
-    assert list(world.store.list("builds/")) == []
+    assert (world.generation.number, world.journal) == (2, [])
 
 
-def test_an_entry_is_abandoned_when_it_does_not_change():
-    """Only what was seen unchanged for a whole lease is abandoned; a change or an absence begins anew."""
+def test_an_entry_is_abandoned_when_it_does_not_change() -> None:
+    """Only an entry that stayed the same for a whole lease is abandoned; a change or an absence begins anew."""
     watch = Abandoned(10)
     assert watch.among({"a": b"1", "b": b"1"}, 0) == []
     assert watch.among({"a": b"1", "b": b"2"}, 9) == []

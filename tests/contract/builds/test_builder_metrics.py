@@ -2,56 +2,53 @@
 
 from __future__ import annotations
 
-import asyncio
+import select
 import socket
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
+from unittest.mock import Mock
 
 import httpx
 import pytest
 from prometheus_client import CollectorRegistry, Gauge
 
+from builder_service.builds import metrics_door
 from builder_service.builds.meter import BuildMeter
 from builder_service.builds.metrics_door import MAX_CLIENTS, MetricsDoor
 from loramux_shared.faults import SettingsInvalid
-from tests.contract.builds.test_build_lifecycle import OWNER, World
+from tests.support.builders import Builders
 from tests.support.metrics import Scrape
+from tests.support.waiting import BOUND_S, wait_until
 
 
 async def scrape(address: str) -> Scrape:
-    """What the builder says at its address of metrics."""
-    async with httpx.AsyncClient() as web:
+    """The metrics at an address."""
+    async with httpx.AsyncClient(timeout=BOUND_S) as web:
         return Scrape((await web.get(f"http://{address}/metrics")).text)
-
-
-async def after_builds(address: str, count: int) -> Scrape:
-    """What it says when so many builds have ended."""
-    for _ in range(1000):
-        said = await scrape(address)
-        if said.value("loramux_build_seconds_count") == count:
-            return said
-        await asyncio.sleep(0.01)
-    raise AssertionError("builds do not end")
 
 
 async def test_builds_are_counted_by_outcome(tmp_path: Path) -> None:
     """A build that runs is running; one that ends is counted under OK or its reason, with its seconds."""
-    world = World(tmp_path)
-    builds = world.builder(OWNER)
+    world = Builders(tmp_path)
+    world.store.gate.clear()
+    builds = world.builder()
     address = builds.meter.listen("127.0.0.1:0", insecure=False)
     await builds.build(world.deployment("one"))
     busy = await scrape(address)
     assert busy.value("loramux_builds_running") == 1
     assert busy.series("loramux_builds_total") == []
-    world.store.gate.set()
-    await after_builds(address, 1)
     await builds.build(world.deployment("bad", name="other"))
-    said = await after_builds(address, 2)
-    assert said.value("loramux_builds_running") == 0
-    assert said.value("loramux_builds_total", outcome="OK") == 1
-    assert said.value("loramux_builds_total", outcome="ADAPTER_INVALID") == 1
-    assert said.value("loramux_build_seconds_sum") > 0
-    assert not any(name in said.text for name in ("tiny", "other"))
-    await builds.drain(5)
+    await world.close()
+    done = await scrape(address)
+    assert done.value("loramux_builds_running") == 0
+    assert done.value("loramux_builds_total", outcome="OK") == 1
+    assert done.value("loramux_builds_total", outcome="ADAPTER_INVALID") == 1
+    assert done.value("loramux_build_seconds_count") == 2
+    assert done.value("loramux_build_seconds_sum") > 0
+    assert not any(name in done.text for name in ("tiny", "other"))
 
 
 @pytest.mark.parametrize("address", ["0.0.0.0:0", "unix:/tmp/metrics"])
@@ -71,18 +68,49 @@ def test_an_address_that_is_taken() -> None:
             BuildMeter(lambda: 0).listen(f"127.0.0.1:{port}", insecure=False)
 
 
-def test_metrics_wait_for_nobody() -> None:
-    """Clients that ask nothing are closed, those beyond the bound at once, and then others are answered."""
+class Clocks(list[Callable[[], None]]):
+    """The timers of a module: each fires when the test fires it."""
+
+    def timer(self, _: float, fire: Callable[..., None], given: tuple[object, ...]) -> threading.Thread:
+        """Stand for threading.Timer."""
+        self.append(partial(fire, *given))
+        made = threading.Thread()
+        made.cancel = lambda: None  # type: ignore[attr-defined]
+        return made
+
+
+def test_silent_clients_are_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clients beyond the bound are closed at once, silent ones after their time; then others are answered."""
+    clocks = Clocks()
+    monkeypatch.setattr(metrics_door, "threading", Mock(wraps=threading, Timer=clocks.timer))
     registry = CollectorRegistry()
     Gauge("seen", "1.", registry=registry).set(1)
-    door = MetricsDoor("127.0.0.1", 0, registry, limit_s=0.3)
+    door = MetricsDoor("127.0.0.1", 0, registry)
     door.start()
-    idle = [
-        socket.create_connection(("127.0.0.1", door.server_port), timeout=5) for _ in range(2 * MAX_CLIENTS)
-    ]
-    assert [each.recv(1) for each in idle] == [b""] * len(idle)
-    for each in idle:
-        each.close()
-    assert "seen 1.0" in httpx.get(f"http://127.0.0.1:{door.server_port}/metrics").text
-    door.shutdown()
-    door.server_close()
+    address = ("127.0.0.1", door.server_port)
+    try:
+        idle = [socket.create_connection(address, timeout=BOUND_S) for _ in range(2 * MAX_CLIENTS)]
+        wait_until(
+            lambda: len(closed_of(idle)) == MAX_CLIENTS == len(clocks), "the end of those beyond the bound"
+        )
+        for fire in clocks:
+            fire()
+        assert [each.recv(1) for each in idle] == [b""] * len(idle)
+        for each in idle:
+            each.close()
+        assert "seen 1.0" in wait_until(lambda: answer_of(address), "a place for another client")
+    finally:
+        door.shutdown()
+        door.server_close()
+
+
+def closed_of(connections: list[socket.socket]) -> list[socket.socket]:
+    """The connections that the other end has closed."""
+    return select.select(connections, [], [], 0)[0]
+
+
+def answer_of(address: tuple[str, int]) -> str:
+    """What is answered at an address; nothing where the connection is closed unheard."""
+    with suppress(httpx.TransportError):
+        return httpx.get(f"http://{address[0]}:{address[1]}/metrics", timeout=BOUND_S).text
+    return ""

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
 
 import pytest
 import structlog
@@ -23,73 +21,15 @@ from loramux_shared.bundle.deployments import current_generation, read_generatio
 from loramux_shared.bundle.generation import Generation
 from loramux_shared.bundle.reader import read_bundle
 from loramux_shared.deployment import Deployment
-from loramux_shared.deployment_file import parse_deployment
 from loramux_shared.faults import Fault
-from loramux_shared.sources.open import open_sources
-from loramux_shared.storage.base import Entry
 from loramux_shared.storage.memory import MemoryStore
 from tests.support.adapters import tensors, write_adapter, write_base
+from tests.support.examples import spread
+from tests.support.folders import built, deployment_of, workshop
+from tests.support.mortal import Killed, Mortal, copied
+from tests.support.waiting import BOUND_S
 
-T = TypeVar("T")
-
-
-class Killed(BaseException):
-    """The end of the process."""
-
-
-class Mortal:
-    """A store whose user dies at its n-th operation: before it took effect, or after, without an answer."""
-
-    def __init__(self, store: MemoryStore, dies_at: int = 0, *, after: bool = False) -> None:
-        self.store, self.uri = store, store.uri
-        self.dies_at, self.after = dies_at, after
-        self.count = 0
-        self.lock = threading.Lock()
-
-    @property
-    def dead(self) -> bool:
-        """Whether nothing it does has an effect any more."""
-        return 0 < self.dies_at <= self.count
-
-    def _lives(self, operation: Callable[[], T]) -> T:
-        with self.lock:
-            if self.dead:
-                raise Killed
-            self.count += 1
-            if self.dead and not self.after:
-                raise Killed
-            result = operation()
-            if self.dead:
-                raise Killed
-            return result
-
-    def get(self, key: str) -> bytes:
-        """Read, if alive."""
-        return self._lives(lambda: self.store.get(key))
-
-    def put(self, key: str, data: bytes | Path) -> None:
-        """Write, if alive."""
-        self._lives(lambda: self.store.put(key, data))
-
-    def take(self, key: str, file: Path) -> None:
-        """Move, if alive."""
-        self._lives(lambda: self.store.take(key, file))
-
-    def sha256(self, key: str) -> str | None:
-        """Look, if alive."""
-        return self._lives(lambda: self.store.sha256(key))
-
-    def list(self, prefix: str) -> Iterator[str]:
-        """List, if alive."""
-        return iter(self._lives(lambda: [*self.store.list(prefix)]))
-
-    def entries(self, prefix: str) -> Iterator[Entry]:
-        """List, if alive."""
-        return iter(self._lives(lambda: [*self.store.entries(prefix)]))
-
-    def delete(self, key: str) -> None:
-        """Remove, if alive."""
-        self._lives(lambda: self.store.delete(key))
+NAMES = ("one", "two", "three")
 
 
 class World:
@@ -97,30 +37,15 @@ class World:
 
     def __init__(self, folder: Path) -> None:
         write_base(folder / "base")
-        for i, name in enumerate(("one", "two", "three")):
+        for i, name in enumerate(NAMES):
             write_adapter(folder / name, tensors(seed=i % 2))  # the third is the first
-        self.folder = folder
-        self.old = self.deployment("one")
-        self.new = self.deployment("one", "two", "three")
-        self.start = MemoryStore()
-        build(self.old, self.context(self.start), Progress(["one"]))
-
-    def deployment(self, *names: str) -> Deployment:
-        """A deployment of adapters below the folder."""
-        local = {name: {"source": "LOCAL", "repo": str(self.folder / name)} for name in names}
-        base = {"source": "LOCAL", "repo": str(self.folder / "base")}
-        data = {"model_name": "tiny", "build": {"checkpoint_repository": base, "lora_adapters": local}}
-        return parse_deployment(data).deployment
+        self.folder, self.start = folder, MemoryStore()
+        self.new = deployment_of(folder, *NAMES)
+        built(deployment_of(folder, "one"), self.context(self.start))
 
     def context(self, store: MemoryStore | Mortal) -> BuildContext:
         """A workshop over a store."""
-        return BuildContext(store, open_sources(local_roots=[self.folder]), self.folder / "work")
-
-    def copy(self) -> MemoryStore:
-        """The store at the beginning."""
-        store = MemoryStore()
-        store.objects.update(self.start.objects)
-        return store
+        return workshop(self.folder, store)
 
     async def life(self, store: MemoryStore | Mortal, wanted: Deployment | None = None) -> State | None:
         """Start a builder, let it take up what there is, ask for a build, and wait for the end of both."""
@@ -132,7 +57,7 @@ class World:
                 await builds.build(wanted)
             async for view in builds.watch("tiny"):
                 state = view.state
-        await builds.drain(10)
+        await builds.drain(BOUND_S)
         return state
 
     def check_reader(self, store: MemoryStore) -> Generation:
@@ -153,7 +78,7 @@ class World:
 
 
 @pytest.fixture
-def world(tmp_path):
+def world(tmp_path: Path) -> Iterator[World]:
     """A world of small adapters, whose many deaths are not printed."""
     with structlog.testing.capture_logs():
         yield World(tmp_path)
@@ -161,20 +86,20 @@ def world(tmp_path):
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("after", [pytest.param(False, marks=pytest.mark.sweep), True])
-async def test_a_kill_at_every_operation_of_the_store(world, after):
+async def test_a_kill_at_every_operation_of_the_store(world: World, after: bool) -> None:
     """Whatever operation is the last, readers see old or new, and the next start ends the build."""
-    whole = Mortal(world.copy())
+    whole = Mortal(copied(world.start))
     assert await world.life(whole, world.new) is State.ACTIVE
     assert whole.count > 25
     accepted = 0
     for dies_at in range(1, whole.count + 1):
-        store = world.copy()
+        store = copied(world.start)
         await world.life(Mortal(store, dies_at, after=after), world.new)
         world.check_reader(store)
         if journalled := list(store.list("builds/")):
             accepted += 1
             assert await world.life(store) is State.ACTIVE, dies_at
-        else:  # not accepted yet, or ended already: whoever asked asks again
+        else:  # not accepted yet, or ended already: the client asks again
             assert await world.life(store, world.new) is State.ACTIVE, dies_at
         world.check_end(store)
         assert accepted or not journalled
@@ -182,53 +107,37 @@ async def test_a_kill_at_every_operation_of_the_store(world, after):
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-async def test_a_second_kill_at_every_operation_of_the_recovery(world):
+async def test_a_second_kill_at_operations_of_the_recovery(world: World) -> None:
     """A builder that is killed while it takes a build up leaves it to its next start."""
-    begun = world.copy()
+    begun = copied(world.start)
     await world.life(Mortal(begun, 20), world.new)
     assert list(begun.list("builds/"))
-    recovery = Mortal(replace_objects(begun))
+    recovery = Mortal(copied(begun))
     assert await world.life(recovery) is State.ACTIVE
-    for dies_at in range(1, recovery.count + 1):
-        store = replace_objects(begun)
+    for dies_at in spread(range(1, recovery.count + 1), 10):
+        store = copied(begun)
         await world.life(Mortal(store, dies_at), None)
         world.check_reader(store)
         await world.life(store, world.new)
         world.check_end(store)
 
 
-def test_a_kill_at_every_change_in_the_work_folder(world):
+def test_a_kill_at_changes_in_the_work_folder(world: World) -> None:
     """Wherever fetching, validating and converting end, nothing is half published and a rebuild works."""
-    events = 0
+    seen = [0, 0]  # changes, and the one that kills
 
-    def count() -> None:
-        nonlocal events
-        events += 1
+    def change() -> None:
+        seen[0] += 1
+        if seen[0] >= seen[1] > 0:
+            raise Killed
 
-    build(
-        world.new,
-        replace(world.context(world.copy()), parallel_adapters=2),
-        Progress(["one", "two", "three"], count),
-    )
+    build(world.new, replace(world.context(copied(world.start)), parallel_adapters=2), Progress(NAMES, change))
+    events = seen[0]
     assert events > 40
-    for dies_at in range(1, events + 1):
-        store, seen = world.copy(), 0
-
-        def die(dies_at: int = dies_at) -> None:
-            nonlocal seen
-            seen += 1
-            if seen >= dies_at:
-                raise Killed
-
+    for seen[1] in spread(range(1, events + 1), 12):
+        store, seen[0] = copied(world.start), 0
         with suppress(Killed):
-            build(world.new, world.context(store), Progress(["one", "two", "three"], die))
+            build(world.new, world.context(store), Progress(NAMES, change))
         world.check_reader(store)
-        build(world.new, world.context(store), Progress(["one", "two", "three"]))
+        built(world.new, world.context(store))
         world.check_end(store)
-
-
-def replace_objects(store: MemoryStore) -> MemoryStore:
-    """A copy of a store."""
-    copied = MemoryStore()
-    copied.objects.update(store.objects)
-    return copied

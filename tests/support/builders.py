@@ -1,0 +1,121 @@
+"""Builders over folders and one store, which a test can shut, take away and watch; also behind gRPC."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from builder_service.builds.builds import Builds
+from builder_service.builds.limits import BuildLimits
+from builder_service.builds.views import DeploymentView
+from builder_service.pipeline.check import Checks
+from builder_service.pipeline.context import BuildContext
+from builder_service.rpc.servicer import SERVICE_NAME, BuilderServicer
+from loramux_shared.bundle.deployments import current_generation
+from loramux_shared.bundle.generation import BUILDS_PREFIX, Generation
+from loramux_shared.deployment import Deployment, Repository
+from loramux_shared.faults import StoreUnavailable
+from loramux_shared.rpc.calls import USUAL, Patience
+from loramux_shared.rpc.server import RpcServer
+from loramux_shared.storage.memory import MemoryStore
+from tests.support.adapters import tensors, write_adapter, write_base
+from tests.support.folders import deployment_of, local_repository, workshop
+from tests.support.waiting import BOUND_S, bounded
+
+OWNER, OTHER = "0" * 16, "1" * 16
+GOOD = ("one", "two", "three")
+HOUR = 3600.0
+
+
+class Gated(MemoryStore):
+    """Puts of bundles wait while the gate is shut, and nothing can be put while it is down."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.waiting = threading.Event(), threading.Event()
+        self.gate.set()
+        self.down = False
+        self.looks = 0
+        """At the journal."""
+
+    def put(self, key: str, data: bytes | Path) -> None:
+        """Store when the gate is open."""
+        if self.down:
+            raise StoreUnavailable("the store is down")
+        if key.startswith("bundles/") and not self.gate.is_set():
+            self.waiting.set()
+            assert self.gate.wait(BOUND_S), f"the gate stayed shut for {key}"
+        super().put(key, data)
+
+    def list(self, prefix: str) -> Iterator[str]:
+        """List, and count looks at the journal."""
+        self.looks += prefix == BUILDS_PREFIX
+        return super().list(prefix)
+
+
+class Builders:
+    """A base, three good adapters and a bad one in folders, and builders that publish into one store."""
+
+    def __init__(self, folder: Path) -> None:
+        write_base(folder / "base")
+        for seed, name in enumerate(GOOD):
+            write_adapter(folder / name, tensors(seed=seed))
+        write_adapter(folder / "bad", use_dora=True)
+        self.folder, self.store = folder, Gated()
+        self.started: list[Builds] = []
+
+    def deployment(self, *names: str, name: str = "tiny", **build: object) -> Deployment:
+        """A deployment of adapters below the folder."""
+        return deployment_of(self.folder, *names, name=name, **build)
+
+    def repository(self, name: str) -> Repository:
+        """The folder of an adapter, or the base's."""
+        return local_repository(self.folder / name)
+
+    def context(self, owner: str = OWNER) -> BuildContext:
+        """Where a builder works."""
+        return workshop(self.folder, self.store, owner=owner)
+
+    def builder(self, owner: str = OWNER, **limits: float) -> Builds:
+        """A builder that has not recovered yet."""
+        self.started.append(Builds(self.context(owner), replace(BuildLimits(), **limits)))
+        return self.started[-1]
+
+    @asynccontextmanager
+    async def served(self, builds: Builds, patience: Patience = USUAL) -> AsyncIterator[str]:
+        """The address of a builder's service."""
+        servicer = BuilderServicer(builds, Checks(self.context()))
+        server = RpcServer("127.0.0.1:0", {SERVICE_NAME: servicer.register}, patience=patience)
+        try:
+            yield await server.start()
+        finally:
+            await self.close()
+            await server.drain(BOUND_S)
+
+    @property
+    def journal(self) -> list[str]:
+        """The keys of builds that have not ended."""
+        return list(MemoryStore.list(self.store, BUILDS_PREFIX))
+
+    @property
+    def generation(self) -> Generation:
+        """What a replica reads."""
+        found = current_generation(self.store, "tiny")
+        assert found is not None
+        return found
+
+    async def close(self) -> None:
+        """Open the gate, and let everything end."""
+        self.store.gate.set()
+        self.store.down = False
+        for builds in self.started:
+            await builds.drain(BOUND_S)
+
+
+async def ended(builds: Builds, name: str = "tiny") -> DeploymentView:
+    """The last state of a deployment that a builder builds."""
+    async with bounded(f"the end of the build of {name}"):
+        return [view async for view in builds.watch(name)][-1]

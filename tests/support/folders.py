@@ -1,0 +1,69 @@
+"""Deployments of adapters in folders, and builds of them: what a builder does, without a service."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from builder_service.pipeline.build import build
+from builder_service.pipeline.context import BuildContext
+from builder_service.pipeline.progress import Progress
+from loramux_shared.bundle.generation import Generation
+from loramux_shared.bundle.reader import Bundle, read_bundle
+from loramux_shared.deployment import Deployment, Repository
+from loramux_shared.deployment_file import parse_deployment
+from loramux_shared.faults import Finding
+from loramux_shared.sources.open import open_sources
+from loramux_shared.storage.base import Store
+from loramux_shared.storage.memory import MemoryStore
+
+
+def local(folder: Path) -> dict[str, str]:
+    """A folder as a repository of a file."""
+    return {"source": "LOCAL", "repo": str(folder)}
+
+
+def local_repository(folder: Path) -> Repository:
+    """A folder as a repository."""
+    return Repository.model_validate(local(folder))
+
+
+def deployment_of(folder: Path, *names: str, name: str = "tiny", **build: Any) -> Deployment:
+    """The adapters with these names below a folder on the base there; further fields are those of ``build``."""
+    made = {
+        "checkpoint_repository": local(folder / "base"),
+        "lora_adapters": {each: local(folder / each) for each in names},
+    }
+    return parse_deployment({"model_name": name, "build": made | build}).deployment
+
+
+def workshop(folder: Path, store: Store | None = None, **fields: Any) -> BuildContext:
+    """Where a builder works that reads what is below a folder; into a store of its own where none is given."""
+    sources = open_sources(local_roots=[folder])
+    return BuildContext(store or MemoryStore(), sources, folder / "work", **fields)
+
+
+@dataclass(frozen=True)
+class Built:
+    """What a build published and found."""
+
+    generation: Generation
+    progress: Progress
+    store: Store
+    unchanged: bool
+
+    def bundle(self, name: str = "one") -> Bundle:
+        """Read an adapter as a replica does."""
+        return read_bundle(self.store, self.generation.adapters[name].digest)
+
+    def warnings(self, name: str = "one") -> tuple[Finding, ...]:
+        """What was found about an adapter."""
+        return next(each.warnings for each in self.progress.adapters if each.name == name)
+
+
+def built(wanted: Deployment, context: BuildContext, *, verify: bool = False) -> Built:
+    """Build a deployment; raises what its build raises."""
+    progress = Progress(wanted.build.lora_adapters)
+    result = build(wanted, context, progress, verify=verify)
+    return Built(result.generation, progress, context.store, result.unchanged)
