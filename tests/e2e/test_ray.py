@@ -1,7 +1,8 @@
-"""The services on a Ray cluster of two nodes: three replicas of a tiny real model, and a builder."""
+"""The services on a Ray cluster: three replicas of a tiny real model, and a builder."""
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import threading
@@ -9,6 +10,7 @@ from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple, is_dataclass
 from functools import partial
+from itertools import count
 from typing import Any
 
 import grpc
@@ -19,7 +21,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from inference_service.openai_api.server import HttpServer
 from inference_service.rpc.servicer import SERVICE_NAME, InferenceServicer, register
-from loramux.client import Client
+from loramux.client import AsyncClient, Client
 from loramux.faults import ModelNotFound, ReplicaFailed, RequestInvalid
 from loramux.inference.v1 import inference_pb2 as pb
 from loramux.inference.v1 import inference_pb2_grpc
@@ -28,10 +30,11 @@ from loramux_shared.rpc.server import RpcServer
 from loramux_shared.storage.open import open_store
 from tests.support.ray_cluster import NAMES, RayFleet, ray_world, settings_of
 from tests.support.tiny import World
+from tests.support.waiting import BOUND_S, wait_until
 
-pytestmark = pytest.mark.whole
+pytestmark = [pytest.mark.whole, pytest.mark.timeout(1800)]  # the first test starts the cluster
 PROMPT = "The party of the first part"
-ASKED: dict[str, Any] = {"max_tokens": 12, "ignore_eos": True, "logprobs": 2, "timeout_s": 60}
+ASKED: dict[str, Any] = {"max_tokens": 12, "ignore_eos": True, "logprobs": 2, "timeout_s": BOUND_S}
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +44,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 
 @pytest.fixture(scope="module")
-def fleet(world: World) -> Iterator[RayFleet]:
+def cluster(world: World) -> Iterator[RayFleet]:
     """The cluster, with all that runs on it."""
     running = RayFleet()
     try:
@@ -53,9 +56,21 @@ def fleet(world: World) -> Iterator[RayFleet]:
 
 
 @pytest.fixture
+def fleet(cluster: RayFleet) -> RayFleet:
+    """The cluster, whose replicas have nothing to do."""
+    cluster.until(lambda: not any(cluster.ask(in_work)), "idle replicas")
+    return cluster
+
+
+def in_work(engine: Any) -> int:
+    """The requests that a replica has."""
+    return int(engine._replica.ready.service.in_work)
+
+
+@pytest.fixture
 def client(fleet: RayFleet) -> Iterator[Client]:
     """A client of ours at Ray's door."""
-    with Client(fleet.rpc, fleet.rpc, timeout_s=60) as opened:
+    with Client(fleet.rpc, fleet.rpc, timeout_s=BOUND_S) as opened:
         yield opened
 
 
@@ -109,24 +124,23 @@ async def single(world: World) -> Any:
     addresses = await server.start(), await http.start()
     ready.engine.start()
     await server.set_serving(True)
-    async with httpx.AsyncClient(base_url=f"http://{addresses[1]}", timeout=60) as opened:
+    async with httpx.AsyncClient(base_url=f"http://{addresses[1]}", timeout=BOUND_S) as opened:
         yield Single(addresses[0], opened)
-    await server.drain(5)
-    await http.drain(5)
+    await server.drain(0)
+    await http.drain(0)
     await ready.engine.stop()
 
 
 async def test_answers_equal_those_of_a_single_service(fleet: RayFleet, single: Single) -> None:
     """Through both of Ray's doors, streamed or not, the base and adapters say what one process says."""
-    from loramux.client import AsyncClient
 
     async def events(address: str, model: str) -> list[object]:
-        async with AsyncClient(address, timeout_s=60) as opened:
+        async with AsyncClient(address, timeout_s=BOUND_S) as opened:
             return together([event async for event in opened.generate(model, PROMPT, **ASKED)])
 
     for model in ("base", "a1", "a5"):
         assert agree(await events(fleet.rpc, model), await events(single.grpc, model))
-    async with httpx.AsyncClient(base_url=fleet.url, timeout=60) as ray_http:
+    async with httpx.AsyncClient(base_url=fleet.url, timeout=BOUND_S) as ray_http:
         body = {
             "messages": [{"role": "user", "content": "Hi"}],
             "max_tokens": 9,
@@ -148,8 +162,6 @@ async def test_answers_equal_those_of_a_single_service(fleet: RayFleet, single: 
 def text_of(response: httpx.Response) -> tuple[str, str]:
     """The text of a stream, and how it ends."""
     *events, end, _ = response.text.split("\n\n")
-    import json
-
     chunks = [json.loads(event.removeprefix("data: ")) for event in events]
     text = "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks)
     return text, end
@@ -162,19 +174,21 @@ def test_what_is_refused_has_its_reason_and_no_stack_trace(fleet: RayFleet, clie
     with pytest.raises(RequestInvalid) as caught:
         client.complete("a1", PROMPT, temperature=-1)
     assert [finding.where for finding in caught.value.findings] == ["temperature"]
-    answer = httpx.post(f"{fleet.url}/v1/completions", json={"model": "a1", "prompt": "x", "n": 0})
+    answer = httpx.post(
+        f"{fleet.url}/v1/completions", json={"model": "a1", "prompt": "x", "n": 0}, timeout=BOUND_S
+    )
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "n")
     assert answer.headers.get_list("x-request-id", split_commas=True) == [answer.headers["x-request-id"]]
     with grpc.insecure_channel(fleet.rpc) as channel:
         stub = inference_pb2_grpc.InferenceServiceStub(channel)
         request = pb.GenerateRequest(model="a1", text=PROMPT)
         with pytest.raises(grpc.RpcError) as refused:
-            list(stub.Generate(request, metadata=[("application", "other")], timeout=20))
+            list(stub.Generate(request, metadata=[("application", "other")], timeout=BOUND_S))
         assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
         assert "'other'" in refused.value.details()
         assert "Traceback" not in refused.value.details()
         with pytest.raises(grpc.RpcError, match="larger than 8388608 bytes"):
-            list(stub.Generate(pb.GenerateRequest(model="a1", text="x" * (9 << 20)), timeout=20))
+            list(stub.Generate(pb.GenerateRequest(model="a1", text="x" * (9 << 20)), timeout=BOUND_S))
 
 
 def test_health_is_told_as_our_own_doors_tell_it(fleet: RayFleet) -> None:
@@ -182,12 +196,12 @@ def test_health_is_told_as_our_own_doors_tell_it(fleet: RayFleet) -> None:
     with grpc.insecure_channel(fleet.rpc) as channel:
         stub = health_pb2_grpc.HealthStub(channel)
         for name in ("", "loramux.inference.v1.InferenceService", "loramux.builder.v1.BuilderService"):
-            answer = stub.Check(health_pb2.HealthCheckRequest(service=name), timeout=20)
+            answer = stub.Check(health_pb2.HealthCheckRequest(service=name), timeout=BOUND_S)
             assert answer.status == health_pb2.HealthCheckResponse.SERVING
         with pytest.raises(grpc.RpcError) as refused:
-            stub.Check(health_pb2.HealthCheckRequest(service="nothing"), timeout=20)
+            stub.Check(health_pb2.HealthCheckRequest(service="nothing"), timeout=BOUND_S)
         assert refused.value.code() is grpc.StatusCode.NOT_FOUND
-    assert httpx.get(f"{fleet.url}/health").status_code == 200
+    assert httpx.get(f"{fleet.url}/health", timeout=BOUND_S).status_code == 200
 
 
 def test_a_model_is_answered_where_its_adapter_is(fleet: RayFleet, client: Client) -> None:
@@ -198,14 +212,11 @@ def test_a_model_is_answered_where_its_adapter_is(fleet: RayFleet, client: Clien
         found = [line for line in lines if line.startswith("loramux_requests_total{")]
         return {line.split('model="')[1].split('"')[0]: float(line.rpartition(" ")[2]) for line in found}
 
+    fleet.until(lambda: len(fleet.ask(in_work)) == 3, "three replicas")
     with ThreadPoolExecutor(8) as pool:
-        list(
-            pool.map(
-                lambda index: client.complete(NAMES[index % 8], PROMPT, max_tokens=2, timeout_s=60), range(64)
-            )
-        )
-        list(pool.map(lambda _: client.complete("base", PROMPT, max_tokens=2, timeout_s=60), range(24)))
-    with httpx.Client(base_url=fleet.url, timeout=60) as http:
+        asked = [*NAMES * 4, *["base"] * 24]
+        list(pool.map(lambda name: client.complete(name, PROMPT, max_tokens=2, timeout_s=BOUND_S), asked))
+    with httpx.Client(base_url=fleet.url, timeout=BOUND_S) as http:
         for name in (*NAMES, *(f"base:{name}" for name in NAMES)):
             http.post(
                 "/v1/completions", json={"model": name, "prompt": "x", "max_tokens": 2}
@@ -219,45 +230,50 @@ def test_a_model_is_answered_where_its_adapter_is(fleet: RayFleet, client: Clien
 
 def switched(fleet: RayFleet, path: str, *, paused: bool) -> None:
     """Pause every replica, or resume it, at Ray's door: by keys, until one has led to each."""
-    for key in range(60):
-        httpx.post(f"{fleet.url}{path}", headers={"x-loramux-model": f"key {key}"}).raise_for_status()
-        if all(each is paused for each in fleet.ask(lambda engine: engine._replica.ready.engine.paused)):
-            return
-    raise AssertionError(f"{path} did not reach every replica")
+    keys = count()
+
+    def all_are() -> bool:
+        headers = {"x-loramux-model": f"key {next(keys)}"}
+        httpx.post(f"{fleet.url}{path}", headers=headers, timeout=BOUND_S).raise_for_status()
+        return all(each is paused for each in fleet.ask(lambda engine: engine._replica.ready.engine.paused))
+
+    fleet.until(all_are, f"{path} at every replica")
 
 
 def test_a_killed_replica_takes_with_it_what_had_begun(fleet: RayFleet, client: Client) -> None:
     """What had no token yet is answered by another replica; what had is told UNAVAILABLE and when to retry."""
     expected = {name: client.complete(name, PROMPT, **ASKED).text for name in NAMES}
-    begun = {
-        name: client.generate(name, PROMPT, max_tokens=200, ignore_eos=True, n=4, timeout_s=60)
-        for name in NAMES
-    }
-    for events in begun.values():
-        next(events), next(events)  # Started, and a first token
-    switched(fleet, "/pause?mode=keep", paused=True)
-    at_work = fleet.ask(lambda engine: (engine._replica.ready.service.in_work, os.getpid()))
-    under_way = sum(count for count, _ in at_work)
+    begun: dict[str, Generator[Event, None, None]] = {}
+
+    def held() -> list[tuple[int, int]]:
+        """What replicas that stand still have of streams that began, unless all of them ended before."""
+        switched(fleet, "/resume", paused=False)
+        for name in NAMES:
+            begun[name] = client.generate(name, PROMPT, max_tokens=200, ignore_eos=True, n=8, timeout_s=BOUND_S)
+            next(begun[name]), next(begun[name])  # Started, and a first token
+        switched(fleet, "/pause?mode=keep", paused=True)
+        at_work = fleet.ask(lambda engine: (engine._replica.ready.service.in_work, os.getpid()))
+        return at_work if any(had for had, _ in at_work) else []
+
+    at_work = wait_until(held, "streams under way")
+    under_way = sum(had for had, _ in at_work)
     victim_had, victim = max(at_work)
     with ThreadPoolExecutor(24) as pool:
         waiting = {name: pool.submit(client.complete, name, PROMPT, **ASKED) for name in NAMES}
         body = {"prompt": PROMPT, "max_tokens": 12, "ignore_eos": True, "temperature": 0}
         plain = {
             name: pool.submit(
-                httpx.post, f"{fleet.url}/v1/completions", json=body | {"model": name}, timeout=60
+                httpx.post, f"{fleet.url}/v1/completions", json=body | {"model": name}, timeout=BOUND_S
             )
             for name in NAMES
         }
-        fleet.until(
-            lambda: sum(fleet.ask(lambda engine: engine._replica.ready.service.in_work)) == under_way + 16
-        )
+        fleet.until(lambda: sum(fleet.ask(in_work)) == under_way + 16, "all requests at replicas")
         os.kill(victim, signal.SIGKILL)
         switched(fleet, "/resume", paused=False)
         assert {name: each.result().text for name, each in waiting.items()} == expected
         texts = {name: each.result().json()["choices"][0]["text"] for name, each in plain.items()}
         assert texts == expected
     ends = [end_of(events) for events in begun.values()]
-    assert victim_had > 0
     assert ends.count("the replica ended before the answer did. Retry. 1 s") == victim_had
     assert ends.count("") == len(begun) - victim_had
 
@@ -278,7 +294,7 @@ def test_a_generation_comes_while_it_is_served(fleet: RayFleet, client: Client, 
     def traffic() -> None:
         while not stop.is_set():
             try:
-                client.complete("a0", PROMPT, max_tokens=4, timeout_s=60)
+                client.complete("a0", PROMPT, max_tokens=4, timeout_s=BOUND_S)
             except Exception as error:  # noqa: BLE001 - each is told
                 failures.append(error)
 
@@ -289,7 +305,11 @@ def test_a_generation_comes_while_it_is_served(fleet: RayFleet, client: Client, 
         answer = client.complete("fresh", PROMPT, min_generation=pushed.generation, **ASKED)
     finally:
         stop.set()
-        beside.join()
+        beside.join(BOUND_S)
+    assert not beside.is_alive()
     assert answer.text == client.complete("a1", PROMPT, **ASKED).text
     assert not failures
-    fleet.until(lambda: set(fleet.ask(lambda engine: engine._replica.ready.service.catalog.generation)) == {2})
+    fleet.until(
+        lambda: set(fleet.ask(lambda engine: engine._replica.ready.service.catalog.generation)) == {2},
+        "the new generation at every replica",
+    )

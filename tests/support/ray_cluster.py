@@ -1,4 +1,4 @@
-"""A Ray cluster of two nodes on this machine, with Serve's doors and our applications."""
+"""A Ray cluster on this machine, with Serve's doors and our applications."""
 
 from __future__ import annotations
 
@@ -7,17 +7,20 @@ import secrets
 import shutil
 import socket
 import tempfile
-import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
+from unittest.mock import patch
 
 import ray
 from ray import serve
+from ray._private import services
 from ray._raylet import Config  # type: ignore[attr-defined]
 from ray.cluster_utils import Cluster
 from ray.exceptions import RayError
+from ray.serve._private import api as serve_api
+from ray.serve._private import client as serve_client
 from ray.serve.api import RunTarget
 from transformers import LlamaConfig
 
@@ -27,6 +30,7 @@ from ray_service.names import APP, BUILDER_APP, ENGINE, MIDDLEWARES, SERVICERS
 from tests.support.openai_door import TEMPLATE
 from tests.support.root import ROOT
 from tests.support.tiny import SIZES, World, make_world_of
+from tests.support.waiting import BOUND_S, wait_until
 
 NAMES: Final = [f"a{index}" for index in range(8)]
 STORE_BYTES: Final = 100 * 1024 * 1024
@@ -40,30 +44,79 @@ ENVIRONMENT: Final = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_SERVE_ENABLE_TASK_EVENTS": "0",
     "RAY_DEDUP_LOGS": "0",
+    # Workers are started when an actor needs one, instead of one for each CPU of a node.
+    "RAY_prestart_worker_first_driver": "0",
+    "RAY_enable_worker_prestart": "0",
+    # A busy machine is slow, and not broken: Ray gives up, or ends and begins again, what takes longer.
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": f"{BOUND_S:g}",
+    "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": f"{BOUND_S:g}",
+    "RAY_SERVE_QUEUE_LENGTH_RESPONSE_DEADLINE_S": "10",
+    "RAY_SERVE_MAX_QUEUE_LENGTH_RESPONSE_DEADLINE_S": "20",
+    "RAY_gcs_server_port_wait_time_s": f"{BOUND_S:g}",
+    "RAY_gcs_rpc_server_connect_timeout_s": f"{BOUND_S:g}",
+    "RAY_py_gcs_connect_timeout_s": f"{BOUND_S:g}",
+    "RAY_raylet_start_wait_time_s": f"{BOUND_S:g}",
+    "RAY_worker_register_timeout_seconds": "300",
+    "RAY_agent_register_timeout_ms": "300000",
+    "RAY_health_check_initial_delay_ms": "60000",
+    "RAY_health_check_timeout_ms": "60000",
 }
-PATIENCE_S: Final = 90.0
 LOGS: Final = bool(os.environ.get("RAY_FLEET_LOG"))
 """Whether what Ray's processes print is shown."""
 
 
-class RayFleet:
-    """Two nodes, of which the first has the doors."""
+@contextmanager
+def _patient() -> Iterator[None]:
+    """Bound by ``BOUND_S`` those waits of Ray's for nodes and doors that no variable bounds."""
+    get_node = services.get_node
 
-    def __init__(self, **variables: str) -> None:
+    def node(*given: Any) -> Any:
+        def found() -> Any:
+            with suppress(RuntimeError):  # it is not registered yet
+                return get_node(*given)
+
+        return wait_until(found, "a node of Ray's")
+
+    with (
+        patch.object(services, "get_node", node),
+        patch.object(serve_api, "HTTP_PROXY_TIMEOUT", BOUND_S),
+        patch.object(serve_client, "HTTP_PROXY_TIMEOUT", BOUND_S),
+    ):
+        yield
+
+
+class RayFleet:
+    """A node with the doors, and others beside it."""
+
+    def __init__(self, nodes: int = 1, **variables: str) -> None:
         """Start it; variables are those of the nodes, an empty one for none."""
-        self._folder = Path(tempfile.mkdtemp(prefix="lmx-", dir="/tmp"))  # sockets want short paths
-        (self._folder / "ray").mkdir()
-        environment = ENVIRONMENT | {"RAY_TMPDIR": str(self._folder)} | variables
-        self._before = {name: os.environ.get(name) for name in environment}
-        os.environ.update(environment)
+        self._ends = ExitStack()
+        try:
+            self._start(nodes, variables)
+        except BaseException:
+            self.close()
+            raise
+
+    def _start(self, nodes: int, variables: Mapping[str, str]) -> None:
+        folder = Path(tempfile.mkdtemp(prefix="lmx-", dir="/tmp"))  # sockets want short paths
+        self._ends.callback(shutil.rmtree, folder, ignore_errors=True)
+        (folder / "ray").mkdir()
+        environment = ENVIRONMENT | {"RAY_TMPDIR": str(folder)} | variables
+        self._ends.enter_context(patch.dict(os.environ, environment))
+        self._ends.enter_context(_patient())
         Config.initialize("")  # Ray reads its variables when it is imported
         node = {"num_cpus": 4, "object_store_memory": STORE_BYTES}
         # Nobody here reads the dashboard, asks for more nodes, or unless told to, for what processes print.
         head = {**node, "include_dashboard": False, "no_monitor": True, "include_log_monitor": LOGS}
-        self.cluster = Cluster(initialize_head=True, head_node_args=head)
-        self.second = self.cluster.add_node(**node)
+        self.cluster = Cluster()
+        self._ends.callback(self.cluster.shutdown)
+        self.cluster.add_node(wait=False, **head)
+        self.others = [self.cluster.add_node(wait=False, **node) for _ in range(nodes - 1)]
+        self.cluster.wait_for_nodes(BOUND_S)
         self.grpc, self.http = free_port(), free_port()
         ray.init(address=self.cluster.address, log_to_driver=LOGS)
+        self._ends.callback(ray.shutdown)
+        self._ends.callback(serve.shutdown)
         serve.start(
             proxy_location="HeadOnly",
             http_options={"host": "127.0.0.1", "port": self.http},
@@ -111,28 +164,17 @@ class RayFleet:
             if f"#{ENGINE}#" in name:
                 with suppress(RayError, ValueError):  # it has just ended
                     answers.append(
-                        ray.get(ray.get_actor(name, "serve").__ray_call__.remote(within), timeout=30)
+                        ray.get(ray.get_actor(name, "serve").__ray_call__.remote(within), timeout=BOUND_S)
                     )
         return [answer for answer in answers if answer is not None]
 
-    def until(self, true: Callable[[], bool], patience_s: float = PATIENCE_S) -> None:
+    def until(self, true: Callable[[], bool], what: str) -> None:
         """Wait until something is true."""
-        end = time.monotonic() + patience_s
-        while not true():
-            assert time.monotonic() < end, "Ray took too long"
-            time.sleep(0.1)
+        wait_until(true, what, lambda: serve.status().applications)
 
     def close(self) -> None:
         """End all."""
-        serve.shutdown()
-        ray.shutdown()
-        self.cluster.shutdown()
-        shutil.rmtree(self._folder, ignore_errors=True)
-        for name, value in self._before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+        self._ends.close()
 
 
 def ray_world(root: Path) -> World:
