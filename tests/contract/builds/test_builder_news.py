@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from structlog.testing import capture_logs
 
-from inference_service.rpc.builder_news import BuilderNews
+from inference_service.rpc import builder_news
+from inference_service.rpc.builder_news import FIRST_PAUSE_S, BuilderNews
 from loramux.builder.v1 import builder_pb2 as pb
 from loramux.builder.v1 import builder_pb2_grpc as builder_grpc
 from loramux_shared.faults import SettingsInvalid
 from loramux_shared.rpc.server import RpcServer
 from tests.support.s3_gateway import free_port
+from tests.support.waiting import until
 
 
 class Telling(builder_grpc.BuilderServiceServicer):
@@ -32,56 +36,80 @@ class Telling(builder_grpc.BuilderServiceServicer):
             yield pb.WatchDeploymentResponse(deployment=pb.Deployment(generation=generation))
 
 
-async def serve(builder: Telling, port: int) -> RpcServer:
-    """Start the builder."""
-    register = partial(builder_grpc.add_BuilderServiceServicer_to_server, builder)
-    server = RpcServer(f"127.0.0.1:{port}", {"loramux.builder.v1.BuilderService": register})
-    await server.start()
-    return server
+class Replica:
+    """A replica that listens to a builder, whose pauses before another call end when a test ends them."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.builder, self.port, self.heard = Telling(), free_port(), 0
+        self.pauses: list[float] = []
+        self.go = asyncio.Semaphore(0)
+
+        async def paused(seconds: float) -> None:
+            self.pauses.append(seconds)
+            await self.go.acquire()
+
+        monkeypatch.setattr(builder_news, "asyncio", SimpleNamespace(sleep=paused))
+        monkeypatch.setattr(builder_news, "random", SimpleNamespace(uniform=lambda _, most: most))
+
+    @asynccontextmanager
+    async def listening(self) -> AsyncIterator[None]:
+        """Listen while the block runs."""
+        task = asyncio.create_task(BuilderNews(f"127.0.0.1:{self.port}", "d", self.hears).run())
+        try:
+            yield
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+    @asynccontextmanager
+    async def served(self) -> AsyncIterator[None]:
+        """Let the builder be there while the block runs."""
+        register = partial(builder_grpc.add_BuilderServiceServicer_to_server, self.builder)
+        server = RpcServer(f"127.0.0.1:{self.port}", {"loramux.builder.v1.BuilderService": register})
+        await server.start()
+        try:
+            yield
+        finally:
+            await server.drain(0)
+
+    def hears(self) -> None:
+        """Count another generation."""
+        self.heard += 1
 
 
-async def until(condition: Any) -> None:
-    """Wait until something is so."""
-    async with asyncio.timeout(20):
-        while not condition():
-            await asyncio.sleep(0.01)
-
-
-async def test_each_generation_is_heard_of_once() -> None:
+async def test_each_generation_is_heard_of_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Changes of a build are no news; another generation is, also after the stream ended."""
-    builder, heard, port = Telling(), list[int](), free_port()
-    server = await serve(builder, port)
-    news = BuilderNews(f"127.0.0.1:{port}", "d", lambda: heard.append(1), first_pause_s=0.02)
-    task = asyncio.create_task(news.run())
-    for generation in (3, 3, 4, 4):
-        builder.news.put_nowait(generation)
-    await until(lambda: len(heard) == 2)
-    builder.news.put_nowait(None)
-    builder.news.put_nowait(4)
-    builder.news.put_nowait(5)
-    await until(lambda: len(heard) == 3)
-    assert len(builder.asked) == 2
-    assert (builder.asked[0].name, builder.asked[0].follow, builder.asked[0].changes_only) == ("d", True, True)
-    task.cancel()
-    await asyncio.gather(task, return_exceptions=True)
-    await server.drain(0)
+    replica = Replica(monkeypatch)
+    builder = replica.builder
+    async with replica.served(), replica.listening():
+        for generation in (3, 3, 4, 4, None):
+            builder.news.put_nowait(generation)
+        await until(lambda: replica.pauses, "the end of the stream")
+        assert (replica.heard, replica.pauses) == (2, [FIRST_PAUSE_S])
+        for generation in (4, 5, None):
+            builder.news.put_nowait(generation)
+        replica.go.release()
+        await until(lambda: len(replica.pauses) == 2, "the end of the second stream")
+        assert (replica.heard, len(builder.asked)) == (3, 2)
+    [asked, _] = builder.asked
+    assert (asked.name, asked.follow, asked.changes_only) == ("d", True, True)
 
 
-async def test_a_builder_that_is_away_is_said_once_and_called_again() -> None:
-    """The log has one line when it is gone and one when it is back; news come from then on."""
-    builder, heard, port = Telling(), list[int](), free_port()
+async def test_a_builder_that_is_away_is_logged_once_and_called_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The log has one line when it is gone and one when it is back; pauses grow until it answers."""
+    replica = Replica(monkeypatch)
     with capture_logs() as logs:
-        news = BuilderNews(f"127.0.0.1:{port}", "d", lambda: heard.append(1), first_pause_s=0.02)
-        task = asyncio.create_task(news.run())
-        await until(lambda: logs)
-        await asyncio.sleep(0.3)
-        server = await serve(builder, port)
-        builder.news.put_nowait(7)
-        await until(lambda: heard)
-        await until(lambda: len(logs) >= 2)
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
-        await server.drain(0)
+        async with replica.listening():
+            for count in (1, 2, 3):
+                await until(lambda count=count: len(replica.pauses) == count, "another call")
+                replica.go.release()
+            async with replica.served():
+                for generation in (7, None):
+                    replica.builder.news.put_nowait(generation)
+                # The channel has pauses of its own between two connections.
+                await until(lambda: replica.heard or replica.go.release(), "the news")
+                await until(lambda: replica.pauses[-1] == FIRST_PAUSE_S, "the end of the stream")
+    assert replica.pauses[:3] == [FIRST_PAUSE_S, 2 * FIRST_PAUSE_S, 4 * FIRST_PAUSE_S]
     events = [line["event"] for line in logs if "builder tells" in line["event"]]
     assert events == [
         "the builder tells of no generations, the store is asked instead",
