@@ -104,13 +104,20 @@ class Unsteady(MemoryStore):
         self.away = False
         self.latency_s = 0.0
         self.gate = threading.Event()
-        """Cleared: requests wait in the store until it is set."""
+        """Cleared: answers of the store wait until it is set."""
         self.gate.set()
         self.asked: list[str] = []
         self.at_once = 0
         """The most requests that were under way together."""
         self.under_way = 0
         self._lock = threading.Lock()
+
+    def copied(self) -> Unsteady:
+        """Return another store with the same objects."""
+        other = Unsteady()
+        other.objects.update(self.objects)
+        other.digests = list(self.digests)
+        return other
 
     def get(self, key: str) -> bytes:
         """Return an object's bytes, later, or not."""
@@ -120,10 +127,11 @@ class Unsteady(MemoryStore):
             self.at_once = max(self.at_once, self.under_way)
         try:
             time.sleep(self.latency_s)
+            found = self.objects.get(key)
             assert self.gate.wait(BOUND_S), "the store was never opened again"
             if self.away:
                 raise StoreUnavailable(f"{self.uri}: cannot connect to http://store.internal:9000")
-            return super().get(key)
+            return super().get(key) if found is None else found
         finally:
             with self._lock:
                 self.under_way -= 1

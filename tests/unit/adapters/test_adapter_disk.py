@@ -15,16 +15,23 @@ from inference_service.serving.adapters.reading import BundleReader, Tier
 from loramux_shared.bundle.manifest import CONFIG_FILE, MANIFEST_FILE, WEIGHTS_FILE, bundle_key
 from loramux_shared.bundle.reader import files_of, parse_manifest
 from tests.support.bundles import Unsteady, build_bundles
+from tests.support.waiting import BOUND_S
 
 FILES = (MANIFEST_FILE, WEIGHTS_FILE, CONFIG_FILE, "chat_template.jinja")
 
 
-@pytest.fixture
-def store(tmp_path):
-    """A store with three bundles; the first has a chat template."""
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """A store with three bundles, of which the first has a chat template; no test changes it."""
     store = Unsteady()
-    store.digests = build_bundles(store, tmp_path / "inputs", 3)
+    store.digests = build_bundles(store, tmp_path_factory.mktemp("inputs"), 3)
     return store
+
+
+@pytest.fixture
+def store(built):
+    """A copy of it."""
+    return built.copied()
 
 
 @pytest.fixture
@@ -124,28 +131,33 @@ def test_what_is_put_while_the_folder_is_counted_counts(store, folder, monkeypat
     room = size_of(store, first) + size_of(store, second) + size_of(store, third) // 2
     for digest in (first, second):
         keep(store, DiskTier(folder, room), digest)
-    counted, go_on, disk = threading.Event(), threading.Event(), DiskTier(folder, room)
-    kept = disk._kept
+    counted, tidies, go_on, disk = (*(threading.Event() for _ in range(3)), DiskTier(folder, room))
+    kept, make_room = disk._kept, disk._make_room
 
     def slow():
         yield from kept()
         counted.set()
-        assert go_on.wait(10)
+        assert go_on.wait(BOUND_S)
+
+    def tidy(added):
+        if added:
+            tidies.set()
+        make_room(added)
 
     monkeypatch.setattr(disk, "_kept", slow)
+    monkeypatch.setattr(disk, "_make_room", tidy)
     sweep = threading.Thread(target=disk.sweep)
     sweep.start()
-    assert counted.wait(10)
+    assert counted.wait(BOUND_S)
     reader = BundleReader(store, None)
     with reader.reading(third) as found:
         put = threading.Thread(target=disk.put, args=(third, found.manifest, found.files))
         put.start()
-        while not (folder / third).exists():
-            time.sleep(0.001)
-        put.join(0.05)
+        assert tidies.wait(BOUND_S)
         go_on.set()
-        sweep.join()
-        put.join()
+        for thread in (sweep, put):
+            thread.join(BOUND_S)
+            assert not thread.is_alive()
     reader.close()
     assert sum(size_of(store, path.name) for path in folder.iterdir()) <= room
 
@@ -197,7 +209,7 @@ def test_replicas_share_a_folder(store, folder):
 
     def serve(disk):
         reader = BundleReader(store, disk)
-        for round_number in range(12):
+        for round_number in range(8):
             for digest in store.digests:
                 with reader.reading(digest) as found:
                     if found.bundle.digest != digest:
@@ -218,7 +230,7 @@ def test_replicas_share_a_folder(store, folder):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(BOUND_S)
         assert not thread.is_alive()
     assert not wrong
     assert not list(folder.glob(".part-*"))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import time
 from queue import SimpleQueue
 
 import pytest
@@ -27,17 +26,24 @@ from loramux_shared.faults import (
     StoreUnavailable,
 )
 from tests.support.bundles import TEMPLATE, FakePacked, Handle, Unsteady, build_bundles, load, waiting
-from tests.support.tiny import VOCAB, write_tokenizer
+from tests.support.tokens import VOCAB, write_tokenizer
+from tests.support.waiting import BOUND_S, ended, until, wait_until
 
 COUNT = 4
 
 
-@pytest.fixture
-def store(tmp_path):
-    """A store with a few bundles."""
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """A store with a few bundles, which no test changes."""
     store = Unsteady()
-    store.digests = build_bundles(store, tmp_path / "inputs", COUNT)
+    store.digests = build_bundles(store, tmp_path_factory.mktemp("inputs"), COUNT)
     return store
+
+
+@pytest.fixture
+def store(built):
+    """A copy of it."""
+    return built.copied()
 
 
 @pytest.fixture
@@ -50,6 +56,7 @@ def make(store):
         return made[-1]
 
     yield make
+    store.gate.set()
     for loader in made:
         loader.close()
 
@@ -60,15 +67,16 @@ def test_a_load_brings_a_verified_bundle(store, make):
     assert isinstance(found, Loaded)
     assert found.packed.bundle.digest == store.digests[1]
     assert found.tier is Tier.STORE
-    assert 0 < found.seconds < 20
+    assert found.seconds > 0
 
 
 def test_loads_of_one_digest_at_once_are_one(store, make):
     """All who ask are told, the store is asked once; who asks later causes another load."""
-    store.latency_s = 0.1
+    store.gate.clear()
     loader, digest = make(), store.digests[0]
     outcomes = [waiting(loader, digest) for _ in range(8)]
-    packed = {id(outcome(20).packed) for outcome in outcomes}
+    store.gate.set()
+    packed = {id(outcome().packed) for outcome in outcomes}
     assert len(packed) == 1
     key = bundle_key(digest, WEIGHTS_FILE)
     assert store.asked.count(key) == 1
@@ -78,7 +86,7 @@ def test_loads_of_one_digest_at_once_are_one(store, make):
 
 def test_a_bundle_that_acts_from_other_tokens_than_its_generation_says_is_refused(store, make):
     """Requests looked for what the generation says before the bundle was read."""
-    outcome = waiting(make(), store.digests[0], (5, 6))(20)
+    outcome = waiting(make(), store.digests[0], (5, 6))()
     assert isinstance(outcome, BundleCorrupt)
     assert "invocation_tokens [5, 6] as the generation says, found []" in outcome.message
 
@@ -163,15 +171,14 @@ def test_a_slow_store_holds_up_only_what_it_serves(store, make):
     """While all reads wait for the store, what is in the host tier comes, and other work is done, at once."""
     loader = make(host_bytes=10**6)
     load(loader, store.digests[0])
-    store.latency_s = 1.0
+    store.gate.clear()
     slow = [waiting(loader, digest) for digest in store.digests[1:]]
-    began = time.monotonic()
     assert load(loader, store.digests[0]).tier is Tier.HOST
     outcomes = SimpleQueue()
     loader.run(lambda: "copied", outcomes.put)
-    assert outcomes.get(timeout=5) == "copied"
-    assert time.monotonic() - began < store.latency_s
-    assert all(isinstance(outcome(20), Loaded) for outcome in slow)
+    assert outcomes.get(timeout=BOUND_S) == "copied"
+    store.gate.set()
+    assert all(isinstance(outcome(), Loaded) for outcome in slow)
 
 
 def test_urgent_work_goes_before_packing_that_waits(store, make):
@@ -180,21 +187,19 @@ def test_urgent_work_goes_before_packing_that_waits(store, make):
 
     def pack(bundle):
         begun.set()
-        go.wait(20)
+        go.wait(BOUND_S)
         order.append("packed")
         return FakePacked(bundle)
 
     loader = make(pack)
     loads = [waiting(loader, digest) for digest in store.digests]
-    begun.wait(20)
-    deadline = time.monotonic() + 20
-    while loader._work._queue.qsize() < COUNT - 1 and time.monotonic() < deadline:
-        time.sleep(0.01)
+    assert begun.wait(BOUND_S)
+    wait_until(lambda: loader._work._queue.qsize() == COUNT - 1, "bundles that wait to be packed")
     outcomes = SimpleQueue()
     loader.run(lambda: order.append("copied"), outcomes.put)
     go.set()
     for outcome in loads:
-        outcome(20)
+        outcome()
     assert order == ["packed", "copied", *["packed"] * (COUNT - 1)]
 
 
@@ -206,36 +211,46 @@ def test_other_work_that_fails_is_told(make):
         raise InternalFault("no such slot")
 
     loader.run(fail, outcomes.put)
-    assert isinstance(outcomes.get(timeout=5), InternalFault)
+    assert isinstance(outcomes.get(timeout=BOUND_S), InternalFault)
     loader.run(lambda: 7, outcomes.put)
-    assert outcomes.get(timeout=5) == 7
+    assert outcomes.get(timeout=BOUND_S) == 7
 
 
 def test_who_cannot_be_told_holds_up_nobody(store, make):
     """A listener that raises does not keep the others from hearing, nor later loads from working."""
-    store.latency_s = 0.1
+    store.gate.clear()
     loader, digest = make(), store.digests[0]
     loader.load(Handle(digest), lambda _: 1 / 0)
-    assert isinstance(load(loader, digest), Loaded)
+    outcome = waiting(loader, digest)
+    store.gate.set()
+    assert isinstance(outcome(), Loaded)
     assert isinstance(load(loader, store.digests[1]), Loaded)
 
 
 def test_whatever_waits_at_the_end_is_told(store, make):
     """After close, whatever did not begin ends with SHUTTING_DOWN, and what is new at once."""
-    store.latency_s = 0.3
-    go = threading.Event()
-    loader = make(lambda bundle: go.wait(20) and FakePacked(bundle))
-    digests = [*store.digests, *(f"{number:064x}" for number in range(3 * LOADS))]
-    outcomes = [waiting(loader, digest) for digest in digests]
+    packing, go = threading.Event(), threading.Event()
+
+    def pack(bundle):
+        packing.set()
+        go.wait(BOUND_S)
+        return FakePacked(bundle)
+
+    loader = make(pack)
+    first = waiting(loader, store.digests[0])
+    assert packing.wait(BOUND_S)
+    store.gate.clear()
+    outcomes = [waiting(loader, f"{number:064x}") for number in range(3 * LOADS)]
+    wait_until(lambda: store.under_way == LOADS - 1, "loads that read", lambda: store.under_way)
     worked = SimpleQueue()
-    time.sleep(0.5)
     loader.run(lambda: 1, worked.put)
     loader.close()
     go.set()
-    kinds = [type(outcome(20)) for outcome in outcomes]
-    assert ShuttingDown in kinds
-    assert set(kinds) <= {ShuttingDown, Loaded, BundleCorrupt}
-    assert type(worked.get(timeout=5)) in {ShuttingDown, int}
+    store.gate.set()
+    assert type(first()) is Loaded
+    kinds = [type(outcome()) for outcome in outcomes]
+    assert (kinds.count(BundleCorrupt), kinds.count(ShuttingDown)) == (LOADS - 1, 2 * LOADS + 1)
+    assert type(worked.get(timeout=BOUND_S)) is ShuttingDown
     assert type(load(loader, store.digests[0])) is ShuttingDown
 
 
@@ -250,7 +265,7 @@ def test_every_load_of_many_ends_once(store, make):
 
     loader = make(pack, threads=3, host_bytes=1500)
     answers = SimpleQueue()
-    calls = 400
+    calls = 160
 
     def ask(number):
         for call in range(calls // 8):
@@ -261,8 +276,9 @@ def test_every_load_of_many_ends_once(store, make):
     threads = [threading.Thread(target=ask, args=(number,)) for number in range(8)]
     for thread in threads:
         thread.start()
-    told = [answers.get(timeout=30)[0] for _ in range(calls)]
-    time.sleep(0.1)
+    told = [answers.get(timeout=BOUND_S)[0] for _ in range(calls)]
+    for digest in store.digests:  # behind all that could be told again
+        load(loader, digest)
     assert len(set(told)) == calls
     assert answers.empty()
 
@@ -284,37 +300,39 @@ def test_packing_leaves_the_threads_of_the_steps_alone(store, make):
     assert (torch.get_num_threads(), later) == (before, [before])
 
 
-def test_many_adapters_are_asked_for_at_once(tmp_path, make, store):
-    """At a latency per request, a store is asked for a dozen bundles at once, and not for all."""
-    store.latency_s = 0.03
+def test_many_adapters_are_asked_for_at_once(make, store):
+    """A store that is slow to answer is asked for a dozen bundles at once, and not for all."""
+    store.gate.clear()
     loader = make()
     missing = [waiting(loader, f"{number:064x}") for number in range(40)]
-    assert all(isinstance(outcome(20), BundleCorrupt) for outcome in missing)
-    assert LOADS // 2 <= store.at_once <= LOADS
+    wait_until(lambda: store.under_way == LOADS, "a dozen reads", lambda: store.under_way)
+    store.gate.set()
+    assert all(isinstance(outcome(), BundleCorrupt) for outcome in missing)
+    assert store.at_once == LOADS
 
 
 def test_reads_share_a_bound_of_memory():
-    """What is under way together stays below the bound; something larger than it goes alone."""
-    room, now, most = _Room(100), [0], [0]
-    lock = threading.Lock()
+    """What is under way together stays within the bound; something larger than it goes alone."""
+    room, came = _Room(100), SimpleQueue()
 
     def take(size):
         with room.taken(size):
-            with lock:
-                now[0] += size
-                most[0] = max(most[0], now[0])
-            time.sleep(0.01)
-            with lock:
-                now[0] -= size
+            came.put(size)
 
-    threads = [threading.Thread(target=take, args=(size,)) for size in (40, 60, 30, 70, 99, 1) * 3]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(20)
-    assert 0 < most[0] <= 100
-    take(1000)
-    assert most[0] == 1000
+    def begin(size):
+        threading.Thread(target=take, args=(size,), daemon=True).start()
+
+    with room.taken(60):
+        for size in (1000, 41):  # there is no room for either
+            begin(size)
+        begin(40)
+        assert came.get(timeout=BOUND_S) == 40
+        assert came.empty()
+    assert {came.get(timeout=BOUND_S) for _ in range(2)} == {1000, 41}
+    with room.taken(1000):
+        begin(1)
+        assert came.empty()
+    assert came.get(timeout=BOUND_S) == 1
 
 
 def test_recent_values_stay_within_their_bound():
@@ -333,13 +351,12 @@ def test_cancelled_workers_tell_their_futures():
     """Close cancels what waits and lets what runs end."""
     workers = Workers("test", 1)
     go = threading.Event()
-    running, waits = workers.submit(lambda: go.wait(5)), workers.submit(lambda: 1)
-    while not running.running():
-        time.sleep(0.001)
+    running, waits = workers.submit(lambda: go.wait(BOUND_S)), workers.submit(lambda: 1)
+    wait_until(running.running, "work that runs")
     workers.close()
     workers.close()
     go.set()
-    assert running.result(5)
+    assert running.result(BOUND_S)
     assert waits.cancelled()
     assert workers.submit(lambda: 1).cancelled()
 
@@ -352,6 +369,7 @@ def texts(store, tmp_path):
     write_tokenizer(folder)
     texts = AdapterTexts(BundleReader(store, None), Text.load(folder, VOCAB))
     yield texts
+    store.gate.set()
     texts.close()
 
 
@@ -360,8 +378,11 @@ async def test_texts_do_not_wait_for_weights(store, texts):
     digest = store.digests[0]
     assert await texts.texts(digest) == {"chat_template.jinja": TEMPLATE.encode()}
     store.asked.clear()
-    store.latency_s = 0.1
-    several = await asyncio.gather(*(texts.defaults(digest, "a0") for _ in range(5)))
+    store.gate.clear()
+    asking = [asyncio.create_task(texts.defaults(digest, "a0")) for _ in range(5)]
+    await until(lambda: store.under_way, "a reading")
+    store.gate.set()
+    several = await ended(asyncio.gather(*asking), "all who ask")
     assert all(defaults is several[0] for defaults in several)
     assert several[0].template is not None
     assert store.asked == [bundle_key(digest, name) for name in (MANIFEST_FILE, "chat_template.jinja")]
@@ -372,11 +393,13 @@ async def test_texts_do_not_wait_for_weights(store, texts):
 async def test_texts_that_fail_are_read_again(store, texts):
     """A store that is away, and a caller who leaves, are no answer for the next one."""
     digest = store.digests[0]
-    store.latency_s, store.away = 0.1, True
-    task = asyncio.create_task(texts.defaults(digest, "a0"))
-    await asyncio.sleep(0.05)
-    task.cancel()
+    store.away = True
+    store.gate.clear()
+    gone, stays = (asyncio.create_task(texts.defaults(digest, "a0")) for _ in range(2))
+    await until(lambda: store.under_way, "a reading")
+    gone.cancel()
+    store.gate.set()
     with pytest.raises(StoreUnavailable):
-        await texts.defaults(digest, "a0")
+        await ended(stays, "the other caller")
     store.away = False
     assert (await texts.defaults(digest, "a0")).template is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from datetime import UTC, datetime
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
+from inference_service.serving.adapters import follower as following
 from inference_service.serving.adapters.follower import Follower, State
 from inference_service.serving.adapters.restart import needs_restart
 from loramux_shared.bundle.deployments import publish_generation, read_generation
@@ -26,8 +28,10 @@ from loramux_shared.deployment import Dtype, Merge, Repository, SourceKind
 from loramux_shared.faults import ReplicaBehind, ResourcesExhausted, Status
 from loramux_shared.rpc.status import status_of
 from tests.support.bundles import Unsteady
+from tests.support.examples import examples
+from tests.support.waiting import ended, until
 
-FAST_S = 0.02
+HOUR_S = 3600.0
 
 
 def record(name, digest=None):
@@ -55,6 +59,12 @@ def generation(*names, **fields):
     return Generation(**(values | fields))
 
 
+@pytest.fixture(autouse=True)
+def _read_again_at_once(monkeypatch):
+    """What does not fit is read again without a pause."""
+    monkeypatch.setattr(following, "READ_AGAIN_S", (0.0, 0.0))
+
+
 @pytest.fixture
 def store():
     """A store whose deployment has one generation."""
@@ -71,7 +81,7 @@ class Replica:
         self.took = []
         self.stale = []
         self.fails = 0
-        options = {"interval_s": FAST_S, "spacing_s": 0.0, "on_stale": self.stale.append} | options
+        options = {"interval_s": HOUR_S, "spacing_s": 0.0, "on_stale": self.stale.append} | options
         self.follower = Follower(store, read_generation(store, "d", 1), self.take, **options)
         self.task = None
 
@@ -81,6 +91,12 @@ class Replica:
             self.fails -= 1
             raise ResourcesExhausted("no room")
         self.took.append(new)
+
+    async def look(self, times=1):
+        """Look at the store, for a generation that never comes."""
+        for _ in range(times):
+            with suppress(ReplicaBehind):
+                await ended(self.follower.catch_up(10**9), "a look")
 
     @property
     def numbers(self):
@@ -97,20 +113,13 @@ class Replica:
         self.follower.close()
 
 
-async def until(condition, timeout_s=10.0):
-    """Wait until something is so."""
-    async with asyncio.timeout(timeout_s):
-        while not condition():
-            await asyncio.sleep(0.005)
-
-
 async def test_a_newer_generation_is_taken_over_once(store):
     """It is taken over with its content, and looks after it read the pointer alone."""
     async with Replica(store) as replica:
         second = publish_generation(store, generation("one", "two"))
-        await until(lambda: replica.took)
+        await replica.look()
         store.asked.clear()
-        await asyncio.sleep(5 * FAST_S)
+        await replica.look(3)
         assert replica.took == [second]
         assert replica.follower.standing.generation == 2
         assert replica.follower.standing.state is State.CURRENT
@@ -118,12 +127,14 @@ async def test_a_newer_generation_is_taken_over_once(store):
 
 
 async def test_generations_between_two_looks_are_passed_over(store):
-    """Only the newest is taken over."""
+    """Looks come at intervals, and take over only the newest generation."""
     for names in (("a",), ("b",), ("c",)):
         publish_generation(store, generation(*names))
-    async with Replica(store) as replica:
-        await until(lambda: replica.took)
+    async with Replica(store, interval_s=0.01) as replica:
+        await until(lambda: replica.took, "a look")
         assert replica.numbers == [4]
+        publish_generation(store, generation("d"))
+        await until(lambda: replica.numbers == [4, 5], "another look", lambda: replica.numbers)
 
 
 @pytest.mark.parametrize(
@@ -145,12 +156,12 @@ async def test_what_is_damaged_is_never_applied_and_tried_again(store, damage):
         del store.objects[generation_key("d", 2)]
     with capture_logs() as logs:
         async with Replica(store) as replica:
-            await until(lambda: replica.follower.standing.blind)
-            await asyncio.sleep(20 * FAST_S)
+            await replica.look(3)
             assert replica.took == []
+            assert replica.follower.standing.blind
             assert replica.follower.standing.state is State.BLIND
             store.objects[current_key("d")], store.objects[generation_key("d", 2)] = pointer, newer
-            await until(lambda: replica.took)
+            await replica.look()
             assert replica.numbers == [2]
             assert replica.follower.standing.blind == ""
     said = [line["event"] for line in logs if line["log_level"] == "warning"]
@@ -162,11 +173,12 @@ async def test_a_store_that_is_away_is_logged_once_and_when_it_is_back(store):
     with capture_logs() as logs:
         async with Replica(store) as replica:
             store.away = True
-            await until(lambda: replica.follower.standing.blind)
-            await asyncio.sleep(5 * FAST_S)
+            await replica.look(3)
+            assert replica.follower.standing.blind
             assert replica.follower.standing.generation == 1
             store.away = False
-            await until(lambda: replica.follower.standing.state is State.CURRENT)
+            await replica.look()
+            assert replica.follower.standing.state is State.CURRENT
     events = [line["event"] for line in logs]
     assert len(events) == 2
     assert "serves what it has" in events[0]
@@ -179,9 +191,9 @@ async def test_a_lower_number_is_never_taken_over(store):
     publish_generation(store, generation("one", "two"))
     with capture_logs() as logs:
         async with Replica(store) as replica:
-            await until(lambda: replica.took)
+            await replica.look()
             store.objects[current_key("d")] = old
-            await asyncio.sleep(10 * FAST_S)
+            await replica.look(3)
             assert replica.numbers == [2]
             assert replica.follower.standing.generation == 2
     assert len([line for line in logs if "older generation" in line["event"]]) == 1
@@ -192,8 +204,7 @@ async def test_what_needs_a_restart_is_said_and_not_half_taken(store):
     with capture_logs() as logs:
         async with Replica(store) as replica:
             publish_generation(store, generation("one", "two", max_seq_len=64))
-            await until(lambda: replica.stale)
-            await asyncio.sleep(5 * FAST_S)
+            await replica.look(3)
             standing = replica.follower.standing
             assert (standing.generation, standing.newest, standing.state) == (1, 2, State.STALE)
             assert "another max_seq_len: 64 instead of none" in standing.stale
@@ -201,7 +212,7 @@ async def test_what_needs_a_restart_is_said_and_not_half_taken(store):
             with pytest.raises(ReplicaBehind, match="a restart"):
                 await replica.follower.catch_up(2)
             publish_generation(store, generation("three"))
-            await until(lambda: replica.took)
+            await replica.look()
             assert replica.numbers == [3]
             assert replica.follower.standing.state is State.CURRENT
     assert len([line for line in logs if line["event"] == "a generation needs a restart"]) == 1
@@ -212,15 +223,15 @@ async def test_a_generation_that_cannot_be_taken_is_tried_again(store):
     async with Replica(store) as replica:
         replica.fails = 3
         publish_generation(store, generation("one", "two"))
-        await until(lambda: replica.follower.standing.stale == "no room")
-        await until(lambda: replica.took)
-        assert replica.numbers == [2]
-        assert replica.follower.standing.stale == ""
+        await replica.look(3)
+        assert (replica.follower.standing.stale, replica.took) == ("no room", [])
+        await replica.look()
+        assert (replica.follower.standing.stale, replica.numbers) == ("", [2])
 
 
 async def test_catching_up_reads_ones_own_writes(store):
     """A request that names a generation which was just published finds it, long before the next look."""
-    async with Replica(store, interval_s=3600.0) as replica:
+    async with Replica(store) as replica:
         published = publish_generation(store, generation("one", "two"))
         await replica.follower.catch_up(published.number)
         assert replica.numbers == [2]
@@ -230,33 +241,45 @@ async def test_catching_up_reads_ones_own_writes(store):
         assert len(store.asked) == asked
 
 
-async def test_several_who_catch_up_share_a_look(store):
+@pytest.fixture
+async def held(store):
+    """A replica whose look has read the first generation and has not ended, though there is a second."""
+    old = store.objects[current_key("d")]
+    publish_generation(store, generation("one", "two"))
+    new, store.objects[current_key("d")] = store.objects[current_key("d")], old
+    async with Replica(store) as replica:
+        store.asked.clear()
+        store.gate.clear()
+        replica.first = asyncio.create_task(replica.look())
+        await until(lambda: store.under_way, "a look")
+        store.objects[current_key("d")] = new
+        yield replica
+        store.gate.set()
+        await asyncio.gather(replica.first, return_exceptions=True)
+
+
+async def test_several_who_catch_up_share_a_look(store, held):
     """Fifty requests for what does not exist cost two looks, and all are REPLICA_BEHIND."""
-    store.latency_s = 0.05
-    async with Replica(store, interval_s=3600.0) as replica:
-        found = await asyncio.gather(*(replica.follower.catch_up(9) for _ in range(50)), return_exceptions=True)
-        assert {type(fault) for fault in found} == {ReplicaBehind}
-        assert store.asked.count(current_key("d")) == 2
+    asking = [asyncio.create_task(held.follower.catch_up(9)) for _ in range(50)]
+    await asyncio.sleep(0)
+    store.gate.set()
+    found = await ended(asyncio.gather(*asking, return_exceptions=True), "all requests")
+    assert {type(fault) for fault in found} == {ReplicaBehind}
+    assert store.asked.count(current_key("d")) == 2
 
 
-async def test_who_joins_a_look_that_began_too_early_gets_another(store):
+async def test_who_joins_a_look_that_began_too_early_gets_another(store, held):
     """What was published after a look began is found by the caller who came meanwhile."""
-    store.latency_s = 0.1
-    async with Replica(store, interval_s=3600.0) as replica:
-        first = asyncio.create_task(replica.follower.catch_up(9))
-        await asyncio.sleep(0.05)
-        pointer = store.objects[current_key("d")]
-        published = publish_generation(store, generation("one", "two"))
-        assert store.objects[current_key("d")] != pointer
-        await replica.follower.catch_up(published.number)
-        assert replica.follower.standing.generation == 2
-        with pytest.raises(ReplicaBehind):
-            await first
+    late = asyncio.create_task(held.follower.catch_up(2))
+    await asyncio.sleep(0)
+    store.gate.set()
+    await ended(late, "the second look")
+    assert held.numbers == [2]
 
 
 async def test_a_look_that_is_just_over_is_not_taken_for_one_under_way(store):
     """Who comes between the end of a look and the moment in which it is forgotten looks anew."""
-    async with Replica(store, interval_s=3600.0) as replica:
+    async with Replica(store) as replica:
         over = asyncio.create_task(asyncio.sleep(0))
         await over
         replica.follower._looking = over
@@ -265,43 +288,49 @@ async def test_a_look_that_is_just_over_is_not_taken_for_one_under_way(store):
         assert replica.follower.standing.generation == 2
 
 
-async def test_looks_that_requests_ask_for_are_spaced(store):
+async def test_looks_that_requests_ask_for_are_spaced(store, monkeypatch):
     """A client that asks for the impossible in a loop does not make the replica ask the store in a loop."""
-    async with Replica(store, interval_s=3600.0, spacing_s=0.1) as replica:
-        store.asked.clear()
-        loop = asyncio.get_running_loop()
-        end = loop.time() + 0.55
-        while loop.time() < end:
-            with pytest.raises(ReplicaBehind):
-                await replica.follower.catch_up(5)
-        assert 2 <= len(store.asked) <= 7
+    async with Replica(store, spacing_s=HOUR_S) as replica:
+        await replica.look()
+        loop, pauses = asyncio.get_running_loop(), []
+        later = loop.call_later
+
+        def at_once(delay, *arguments, **options):
+            if delay > HOUR_S / 2:
+                pauses.append(delay)
+                delay = 0.0
+            return later(delay, *arguments, **options)
+
+        monkeypatch.setattr(loop, "call_later", at_once)
+        await replica.look(4)
+        assert len(pauses) == 4
+        assert max(pauses) <= HOUR_S
 
 
-async def test_a_caller_who_leaves_ends_no_look_of_others(store):
+async def test_a_caller_who_leaves_ends_no_look_of_others(store, held):
     """A cancelled request does not cancel the look that another one waits for."""
-    store.latency_s = 0.1
-    async with Replica(store, interval_s=3600.0) as replica:
-        publish_generation(store, generation("one", "two"))
-        gone = asyncio.create_task(replica.follower.catch_up(2))
-        stays = asyncio.create_task(replica.follower.catch_up(2))
-        await asyncio.sleep(0.05)
-        gone.cancel()
-        await stays
-        assert replica.follower.standing.generation == 2
+    gone, stays = (asyncio.create_task(held.follower.catch_up(2)) for _ in range(2))
+    await asyncio.sleep(0)
+    gone.cancel()
+    held.first.cancel()
+    await asyncio.sleep(0)
+    store.gate.set()
+    await ended(stays, "the request that stays")
+    assert held.follower.standing.generation == 2
 
 
 async def test_a_nudge_is_followed_at_once(store):
     """News of a new generation does not wait for the interval."""
-    async with Replica(store, interval_s=3600.0) as replica:
+    async with Replica(store) as replica:
         publish_generation(store, generation("one", "two"))
         replica.follower.nudge()
-        await until(lambda: replica.took, 2)
+        await until(lambda: replica.took, "the look of a nudge")
 
 
 async def test_a_replica_that_follows_nothing_says_so(store):
     """With interval 0 nothing is read, and who wants more is told to go elsewhere."""
     async with Replica(store, interval_s=0.0) as replica:
-        await asyncio.wait_for(replica.task, 10)
+        await ended(replica.task, "a follower of nothing")
         publish_generation(store, generation("one", "two"))
         with pytest.raises(ReplicaBehind, match="follows no deployment"):
             await replica.follower.catch_up(2)
@@ -367,7 +396,7 @@ STEPS = st.lists(
 )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(20), deadline=None)
 @given(STEPS)
 def test_whatever_happens_numbers_only_grow(steps):
     """Over any history of a store, what is taken over is whole, newer each time, and in the end the newest."""
@@ -375,7 +404,7 @@ def test_whatever_happens_numbers_only_grow(steps):
     async def history():
         store = Unsteady()
         first = publish_generation(store, generation("one"))
-        replica = Replica(store, interval_s=3600.0)
+        replica = Replica(store, interval_s=HOUR_S)
         follower, count, good = replica.follower, 1, {}
         for step in steps:
             if step in {"publish", "restart"} and not store.away:
