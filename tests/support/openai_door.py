@@ -68,12 +68,13 @@ class OpenAIDoor(Door):
         await until_free(self.ready)
 
 
-def openai_world(folder: Path) -> tuple[World, MemoryStore]:
+def openai_world(folder: Path, *, built: bool = True) -> tuple[World, MemoryStore]:
     """Make a tiny model with a chat template and adapters, and build them."""
     world = make_world(folder)
     (world.base / "chat_template.jinja").write_text(TEMPLATE)
     store = MemoryStore()
-    world.build(store)
+    if built:
+        world.build(store)
     return world, store
 
 

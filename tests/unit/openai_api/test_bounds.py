@@ -1,0 +1,155 @@
+"""What the fields of a request may hold: judged here once, for every API whose requests pass there."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+from inference_service.core.constraint import Constraint
+from inference_service.serving.bounds import check
+from inference_service.serving.request import Request
+from loramux_shared.faults import Fault, PromptTooLong, RequestInvalid
+
+USER = {"role": "user", "content": "x"}
+CALL = {"id": "c1", "type": "function", "function": {"name": "look", "arguments": {}}}
+ASKED = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+GAVE = {"role": "tool", "content": "4", "tool_call_id": "c1"}
+VOCAB, QUEUE, LENGTH = 199, 64, 256
+
+
+def tool(name: str) -> dict[str, Any]:
+    """A tool of a name."""
+    return {"type": "function", "function": {"name": name}}
+
+
+def named(fields: dict[str, Any]) -> list[str]:
+    """Return the names of what is out of bounds in a request."""
+    fields = {"prompt": (5, 6)} | fields
+    try:
+        check(Request("base", **fields), VOCAB, QUEUE, LENGTH)
+    except RequestInvalid as fault:
+        return [finding.where for finding in fault.findings]
+    return []
+
+
+@pytest.mark.parametrize(
+    ("name", "low", "high", "step"),
+    [
+        ("n", 1, QUEUE, 1),
+        ("max_tokens", 1, 2**70, 1),
+        ("temperature", 0.0, 100.0, 0.01),
+        ("top_p", math.ulp(0.0), 1.0, 0.01),
+        ("top_k", -1, 2**70, 1),
+        ("min_p", 0.0, 1.0, 0.01),
+        ("seed", -(2**63), 2**64 - 1, 1),
+        ("repetition_penalty", 0.01, 10.0, 0.005),
+        ("presence_penalty", -2.0, 2.0, 0.01),
+        ("frequency_penalty", -2.0, 2.0, 0.01),
+        ("logprobs", 0, 20, 1),
+        ("prompt_logprobs", 0, 20, 1),
+        ("truncate_prompt_tokens", 1, LENGTH, 1),
+    ],
+)
+def test_a_number_is_taken_up_to_its_bounds(name: str, low: float, high: float, step: float) -> None:
+    """Both ends are taken; what lies beyond them, and what is no number, is refused by name."""
+    assert named({name: low}) == named({name: high}) == []
+    beyond = [low - step, *([high + step] if high < 2**70 else []), *([math.nan] * (step < 1))]
+    assert [named({name: number}) for number in beyond] == [[name]] * len(beyond)
+
+
+REFUSED: list[tuple[dict[str, Any], list[str]]] = [
+    ({"temperature": -1, "top_p": 0}, ["temperature", "top_p"]),
+    ({"temperature": math.inf}, ["temperature"]),
+    ({"max_tokens": 3, "min_tokens": 4}, ["min_tokens"]),
+    ({"truncate_prompt_tokens": -2}, ["truncate_prompt_tokens"]),
+    ({"stop": ("x",) * 17}, ["stop"]),
+    ({"stop": ("",)}, ["stop"]),
+    ({"stop": ("x" * 257,)}, ["stop"]),
+    ({"stop": ("x",) * 17, "logprobs": 21}, ["logprobs", "stop"]),
+    ({"bad_words": ("x",) * 1025}, ["bad_words"]),
+    ({"bad_words": ("",)}, ["bad_words"]),
+    ({"bad_words": ("x" * 257,)}, ["bad_words"]),
+    ({"bad_words_token_ids": ((),)}, ["bad_words_token_ids"]),
+    ({"bad_words_token_ids": ((VOCAB,),)}, ["bad_words_token_ids"]),
+    ({"cache_salt": ""}, ["cache_salt"]),
+    ({"cache_salt": "x" * 257}, ["cache_salt"]),
+    ({"stop_token_ids": (5,) * 65}, ["stop_token_ids"]),
+    ({"stop_token_ids": (VOCAB,)}, ["stop_token_ids"]),
+    ({"allowed_token_ids": ()}, ["allowed_token_ids"]),
+    ({"allowed_token_ids": (5, 10**30)}, ["allowed_token_ids"]),
+    ({"allowed_token_ids": (-1,)}, ["allowed_token_ids"]),
+    ({"logit_bias": {VOCAB: 1}}, ["logit_bias"]),
+    ({"logit_bias": {5: 100.1}}, ["logit_bias"]),
+    ({"logprobs_mode": "raw_logits"}, ["logprobs_mode"]),
+    *(({"id": bad}, ["request_id"]) for bad in ("", "a b", "x" * 129, "é", "a\n")),
+    ({"constraint": Constraint("regex", "x" * 65537)}, ["response_format"]),
+    ({"prompt": (5, VOCAB)}, ["token_ids"]),
+    ({"prompt": ({"role": "", "content": "x"},)}, ["messages[0].role"]),
+    ({"prompt": (USER, {"role": "boss", "content": "x"})}, ["messages[1].role"]),
+    ({"prompt": ({"role": "tool", "content": "x"},)}, ["messages[0].tool_call_id"]),
+    ({"prompt": (USER | {"tool_calls": [CALL]},)}, ["messages[0].tool_calls"]),
+    ({"prompt": (USER | {"reasoning_content": "x"},)}, ["messages[0].reasoning_content"]),
+    (
+        {"prompt": (ASKED | {"tool_calls": [CALL | {"function": {"name": "", "arguments": {}}}]},)},
+        ["messages[0].tool_calls[0].function.name"],
+    ),
+    *(({"prompt": (USER,), "tools": (tool(bad),)}, ["tools[0].function.name"]) for bad in ("a b", "", "a\n")),
+    ({"prompt": (USER,), "tools": (tool("f"),) * 129}, ["tools"]),
+    ({"prompt": (USER,), "continue_final_message": True}, ["add_generation_prompt"]),
+    (
+        {
+            "prompt": (USER | {"content": ""},),
+            "continue_final_message": True,
+            "add_generation_prompt": False,
+        },
+        ["messages[0].content"],
+    ),
+    *(
+        ({"chat_template_kwargs": {name: 1}}, [f"chat_template_kwargs.{name}"])
+        for name in ("messages", "bos_token", "add_generation_prompt")
+    ),
+    *(
+        ({"chat_template_kwargs": wrong}, ["chat_template_kwargs"])
+        for wrong in ({"a b": 1}, {"_x": 1}, {f"a{n}": 1 for n in range(33)}, {"a": "x" * 65536})
+    ),
+]
+
+
+@pytest.mark.parametrize(("fields", "where"), REFUSED)
+def test_what_is_out_of_bounds_is_named(fields: dict[str, Any], where: list[str]) -> None:
+    """A request with fields out of bounds is refused with the names of all of them."""
+    assert named(fields) == where
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"max_tokens": 0, "prompt_logprobs": 0},
+        {"truncate_prompt_tokens": -1},
+        {"stop": ("x" * 256,) * 16, "bad_words": ("x",) * 1024, "cache_salt": "x" * 256},
+        {
+            "allowed_token_ids": (VOCAB - 1,),
+            "logit_bias": {0: -100, VOCAB - 1: 100},
+            "stop_token_ids": (0,) * 64,
+        },
+        {"id": "job:7.a-b_c", "constraint": Constraint("regex", "x" * 65536)},
+        {"prompt": (USER, ASKED, GAVE), "tools": (tool("a.b-C_9"),) * 128},
+        {"prompt": (ASKED | {"reasoning_content": "Hm."}, GAVE)},
+        {"prompt": (USER,), "continue_final_message": True, "add_generation_prompt": False},
+        {"chat_template_kwargs": {f"a{n}": [{"text": "x"}] for n in range(32)}},
+    ],
+)
+def test_what_is_just_within_bounds_is_taken(fields: dict[str, Any]) -> None:
+    """A request whose fields are as large as they may be is taken."""
+    assert named(fields) == []
+
+
+def test_more_ids_than_fit_are_too_long() -> None:
+    """A list of ids is counted before it is looked at; one that is to be cut may be longer."""
+    for fields in ({"prompt": (999,) * (LENGTH + 1)}, {"prompt": (5,) * 200_000, "truncate_prompt_tokens": 4}):
+        with pytest.raises(Fault) as caught:
+            named(fields)
+        assert isinstance(caught.value, PromptTooLong)
+    assert named({"prompt": (5,) * (LENGTH + 1), "truncate_prompt_tokens": 4}) == []
