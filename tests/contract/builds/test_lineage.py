@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from builder_service.builds.views import stored_view
-from builder_service.pipeline.build import BuildResult, build
 from builder_service.pipeline.check import ADAPTER, check_one
 from builder_service.pipeline.context import BuildContext
 from builder_service.pipeline.progress import Progress
 from loramux_shared.deployment import Deployment
-from loramux_shared.deployment_file import parse_deployment
 from loramux_shared.sources.open import open_sources
 from loramux_shared.storage.memory import MemoryStore
 from tests.support.adapters import write_adapter, write_base
+from tests.support.folders import Built, built, deployment_of
 from tests.support.hub import Hub, HubRepo, serve_hub
 
 COMMIT = "c" * 40
@@ -59,28 +57,19 @@ def deployment(folder: Path, base: str = "", **adapters: str) -> Deployment:
     """Adapters in folders that say that they were trained on these bases, for one on the hub or in a folder."""
     for name, trained_on in adapters.items():
         write_adapter(folder / name, base_model_name_or_path=trained_on)
-    checkpoint: dict[str, Any] = {"source": "HF", "repo": base or "lab/Tiny-1B"}
-    if base.startswith("/"):
-        checkpoint["source"] = "LOCAL"
-    local = {name: {"source": "LOCAL", "repo": str(folder / name)} for name in adapters}
-    data = {"model_name": "tiny", "build": {"checkpoint_repository": checkpoint, "lora_adapters": local}}
-    return parse_deployment(data).deployment
+    wanted = {"source": "LOCAL" if base.startswith("/") else "HF", "repo": base or "lab/Tiny-1B"}
+    return deployment_of(folder, *adapters, checkpoint_repository=wanted)
 
 
-def built(wanted: Deployment, context: BuildContext) -> tuple[BuildResult, dict[str, str]]:
+def found_by(wanted: Deployment, context: BuildContext) -> tuple[Built, dict[str, str]]:
     """Build, and return what was found of the bases' names, by adapter."""
-    progress = Progress(wanted.build.lora_adapters)
-    result = build(wanted, context, progress)
-    return result, {
-        adapter.name: warning.found
-        for adapter in progress.adapters
-        for warning in adapter.warnings
-        if warning.code == "W_BASE"
-    }
+    done = built(wanted, context)
+    warnings = {name: done.warnings(name) for name in wanted.build.lora_adapters}
+    return done, {name: each.found for name in warnings for each in warnings[name] if each.code == "W_BASE"}
 
 
 def asked(hub: Hub) -> list[str]:
-    """The models that were asked about, beside the base."""
+    """The models that the hub was asked about, beside the base."""
     names = [path.removeprefix(INFO) for _, path in hub.requests if path.startswith(INFO)]
     return [name for name in names if not name.startswith("lab/")]
 
@@ -90,7 +79,7 @@ def test_copies_are_the_base_and_others_are_named(hub: Hub, context: BuildContex
     hub.repos["some/private"] = HubRepo({"main": COMMIT}, {}, token=TOKEN, card={"base_model": "lab/Tiny-1B"})
     names = {"one": "some/copy", "two": "some/copy-of-it", "three": "some/tuned", "four": "some/tuned"}
     wanted = deployment(tmp_path, **names, five="some/private", six="unsloth/Tiny-1B-bnb-4bit")
-    _, found = built(wanted, context)
+    _, found = found_by(wanted, context)
     tuned = "some/tuned; some/tuned is a finetune of lab/Tiny-1B, as the hub says"
     assert found == {"three": tuned, "four": tuned, "five": "some/private"}
     assert sorted(asked(hub)) == ["some/copy", "some/copy-of-it", "some/private", "some/tuned"]
@@ -100,7 +89,7 @@ def test_copies_are_the_base_and_others_are_named(hub: Hub, context: BuildContex
     assert words == {name: [found[name]] if name in found else [] for name in wanted.build.lora_adapters}
 
     hub.requests.clear()
-    again, found_again = built(wanted, context)
+    again, found_again = found_by(wanted, context)
     assert again.unchanged
     assert found_again == found
     assert asked(hub) == []
@@ -111,7 +100,7 @@ def test_the_deployment_s_base_may_be_the_copy(hub: Hub, context: BuildContext, 
     hub.repos["some/weights"] = content(tmp_path / "base")
     hub.repos["some/weights"].card = {"base_model": "lab/Tiny-1B"}
     hub.repos["some/weights"].tags = ("base_model:lab/Tiny-1B", "base_model:quantized:lab/Tiny-1B")
-    _, found = built(deployment(tmp_path, "some/weights", one="lab/Tiny-1B", two="lab/Other"), context)
+    _, found = found_by(deployment(tmp_path, "some/weights", one="lab/Tiny-1B", two="lab/Other"), context)
     assert found == {"two": "lab/Other; some/weights is a quantised copy of lab/Tiny-1B, as the hub says"}
 
 
@@ -121,14 +110,14 @@ def test_no_failure_of_the_question_fails_a_build(
 ) -> None:
     """The warning is what it is without the hub, and a hub that does not answer is asked once."""
     hub.repos["some/copy"].status = hub.repos["some/tuned"].status = status
-    _, found = built(deployment(tmp_path, one="some/copy", two="some/tuned"), context)
+    _, found = found_by(deployment(tmp_path, one="some/copy", two="some/tuned"), context)
     assert found == {"one": "some/copy", "two": "some/tuned"}
     assert len(asked(hub)) == questions
 
 
 def test_folders_ask_nobody(hub: Hub, context: BuildContext, tmp_path: Path) -> None:
     """Where neither base nor adapter is from a hub, none hears of them."""
-    _, found = built(deployment(tmp_path, str(tmp_path / "base"), one="some/copy"), context)
+    _, found = found_by(deployment(tmp_path, str(tmp_path / "base"), one="some/copy"), context)
     assert found == {"one": "some/copy"}
     assert hub.requests == []
 

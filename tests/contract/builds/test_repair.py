@@ -7,36 +7,30 @@ from pathlib import Path
 
 import pytest
 
-from builder_service.pipeline.build import build
 from builder_service.pipeline.context import BuildContext
-from builder_service.pipeline.progress import AdapterProgress, Progress
+from builder_service.pipeline.progress import AdapterProgress
 from loramux_shared.bundle.deployments import current_generation
 from loramux_shared.bundle.manifest import CONFIG_FILE, MANIFEST_FILE, WEIGHTS_FILE, bundle_key
 from loramux_shared.bundle.reader import read_bundle
-from loramux_shared.deployment import Deployment
-from loramux_shared.deployment_file import parse_deployment
 from loramux_shared.faults import BundleCorrupt
-from loramux_shared.sources.open import open_sources
 from loramux_shared.storage.base import Store
+from loramux_shared.storage.memory import MemoryStore
+from tests.support import folders
 from tests.support.adapters import write_adapter, write_base
+from tests.support.examples import spread
 
 
 @pytest.fixture
-def wish(tmp_path: Path) -> Deployment:
-    """A deployment of one adapter, in folders."""
-    base, adapter = write_base(tmp_path / "base"), write_adapter(tmp_path / "adapter")
-    repository = {"source": "LOCAL", "repo": str(base)}
-    adapters = {"one": {"source": "LOCAL", "repo": str(adapter)}}
-    made = {"checkpoint_repository": repository, "lora_adapters": adapters}
-    return parse_deployment({"model_name": "tiny", "build": made}).deployment
+def context(store: Store, tmp_path: Path) -> BuildContext:
+    """A base and an adapter in folders, and where they are built."""
+    write_base(tmp_path / "base")
+    write_adapter(tmp_path / "one")
+    return folders.workshop(tmp_path, store)
 
 
-def built(wish: Deployment, store: Store, folder: Path, *, verify: bool = True) -> AdapterProgress:
-    """Build, and return what the build says of its adapter."""
-    progress = Progress(["one"])
-    context = BuildContext(store, open_sources(local_roots=[folder]), folder / "work")
-    build(wish, context, progress, verify=verify)
-    return progress.adapters[0]
+def built(context: BuildContext, folder: Path) -> AdapterProgress:
+    """Build with every byte read back, and return what the build says of its adapter."""
+    return folders.built(folders.deployment_of(folder, "one"), context, verify=True).progress.adapters[0]
 
 
 def flip(data: bytes) -> bytes:
@@ -56,33 +50,34 @@ DAMAGES: dict[str, tuple[str, Callable[[bytes], bytes | None]]] = {
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_a_build_repairs_what_is_damaged(store: Store, tmp_path: Path, wish: Deployment, damage: str) -> None:
+def test_a_build_repairs_what_is_damaged(store: Store, tmp_path: Path, context: BuildContext) -> None:
     """A damaged bundle is put again and reported as repaired, not as reused; then replicas can read it."""
-    digest = built(wish, store, tmp_path).digest
-    file, change = DAMAGES[damage]
-    key = bundle_key(digest, file)
-    damaged = change(store.get(key))
-    store.delete(key) if damaged is None else store.put(key, damaged)
-    with pytest.raises(BundleCorrupt):
+    digest = built(context, tmp_path).digest
+    some = DAMAGES if isinstance(store, MemoryStore) else spread([*DAMAGES], 3)
+    for damage in some:
+        file, change = DAMAGES[damage]
+        key = bundle_key(digest, file)
+        damaged = change(store.get(key))
+        store.delete(key) if damaged is None else store.put(key, damaged)
+        with pytest.raises(BundleCorrupt):
+            read_bundle(store, digest)
+        again = built(context, tmp_path)
+        assert (again.digest, again.reused, again.repaired) == (digest, False, True), damage
         read_bundle(store, digest)
-    again = built(wish, store, tmp_path)
-    assert (again.digest, again.reused, again.repaired) == (digest, False, True)
-    read_bundle(store, digest)
-    last = built(wish, store, tmp_path)
+    last = built(context, tmp_path)
     assert (last.reused, last.repaired) == (True, False)
     served = current_generation(store, "tiny")
     assert served is not None
     assert served.number == 1
 
 
-def test_what_a_killed_build_left_is_no_damage(store: Store, tmp_path: Path, wish: Deployment) -> None:
-    """Files without a manifest and no generation: they are published, neither reused nor repaired."""
-    digest = built(wish, store, tmp_path).digest
+def test_what_a_killed_build_left_is_no_damage(store: Store, tmp_path: Path, context: BuildContext) -> None:
+    """Files without a manifest and no generation are published, neither reused nor repaired."""
+    digest = built(context, tmp_path).digest
     for key in [*store.list("deployments/")]:
         store.delete(key)
     store.delete(bundle_key(digest, MANIFEST_FILE))
     store.put(bundle_key(digest, WEIGHTS_FILE), b"half")
-    again = built(wish, store, tmp_path)
+    again = built(context, tmp_path)
     assert (again.reused, again.repaired) == (False, False)
     read_bundle(store, digest)

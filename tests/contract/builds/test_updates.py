@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 from collections.abc import AsyncIterator, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +12,15 @@ import grpc
 import pytest
 
 from builder_service.builds import following
-from builder_service.builds.builds import Builds
-from builder_service.builds.limits import BuildLimits
-from builder_service.pipeline.check import Checks
-from builder_service.pipeline.context import BuildContext
-from builder_service.rpc.servicer import SERVICE_NAME, BuilderServicer
 from loramux.builder.v1 import builder_pb2 as pb
+from loramux.builder.v1 import builder_pb2_grpc
 from loramux.client import AsyncClient
 from loramux.records import DeploymentInfo, DeploymentState
 from loramux_shared.bundle.changes import publish_change
-from loramux_shared.bundle.deployments import current_generation
 from loramux_shared.bundle.generation import Generation
 from loramux_shared.bundle.manifest import CONFIG_FILE, WEIGHTS_FILE, bundle_key
 from loramux_shared.bundle.reader import read_manifest
 from loramux_shared.deployment import Deployment, Repository, SourceKind
-from loramux_shared.deployment_file import parse_deployment
 from loramux_shared.faults import (
     AdapterInvalid,
     AdapterNotFound,
@@ -42,53 +36,18 @@ from loramux_shared.faults import (
     RequestInvalid,
 )
 from loramux_shared.rpc.calls import Patience
-from loramux_shared.rpc.server import RpcServer
 from loramux_shared.rpc.status import fault_of
-from loramux_shared.sources.open import open_sources
-from loramux_shared.storage.memory import MemoryStore
 from tests.golden.wild.shape import Shape
-from tests.support.adapters import tensors, write_adapter, write_base
-
-NAMES = ("one", "two", "three")
-
-
-class Gated(MemoryStore):
-    """Puts of bundles wait until the gate is open."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.gate, self.waiting = threading.Event(), threading.Event()
-        self.gate.set()
-
-    def put(self, key: str, data: bytes | Path) -> None:
-        """Store when the gate is open."""
-        if key.startswith("bundles/") and not self.gate.is_set():
-            self.waiting.set()
-            assert self.gate.wait(20)
-        super().put(key, data)
+from tests.support.adapters import tensors, write_adapter
+from tests.support.builders import HOUR, Builders
+from tests.support.waiting import Clock, until
 
 
-class World:
-    """A served builder, a base and three adapters."""
+class World(Builders):
+    """A served builder, and its client."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.store = folder, Gated()
-        write_base(folder / "base")
-        for seed, name in enumerate(NAMES):
-            write_adapter(folder / name, tensors(seed=seed))
-        self.context = BuildContext(self.store, open_sources(local_roots=[folder]), folder / "work")
-        self.builds = Builds(self.context, BuildLimits())
-        self.client: AsyncClient = None  # type: ignore[assignment]  # until it is served
-
-    def repository(self, name: str) -> Repository:
-        """A folder of an adapter."""
-        return Repository(source=SourceKind.LOCAL, repo=str(self.folder / name))
-
-    def deployment(self, *names: str, **build: Any) -> Deployment:
-        """A deployment of adapters below the folder."""
-        local = {name: self.repository(name).model_dump() for name in names}
-        made = {"checkpoint_repository": self.repository("base").model_dump(), "lora_adapters": local}
-        return parse_deployment({"model_name": "tiny", "build": made | build}).deployment
+    client: AsyncClient
+    channel: grpc.aio.Channel
 
     async def build(self, deployment: Deployment) -> DeploymentInfo:
         """Build to the end."""
@@ -108,52 +67,50 @@ class World:
         return last
 
     @property
-    def served(self) -> Generation:
-        """What a replica reads."""
-        found = current_generation(self.store, "tiny")
-        assert found is not None
-        return found
+    def uploads(self) -> list[Path]:
+        """The folders of builds that have not ended."""
+        return list((self.folder / "work").glob("loramux-build-*"))
 
 
 @pytest.fixture
 async def world(tmp_path: Path) -> AsyncIterator[World]:
     """A world with a deployment of one adapter, which is generation 1."""
     made = World(tmp_path)
-    services = {SERVICE_NAME: BuilderServicer(made.builds, Checks(made.context)).register}
-    server = RpcServer("127.0.0.1:0", services, patience=Patience(send_s=2))
-    async with AsyncClient(builder=await server.start()) as client:
-        made.client = client
+    patience = Patience(send_s=100 * HOUR)
+    async with (
+        made.served(made.builder(), patience) as address,
+        AsyncClient(builder=address) as made.client,
+        grpc.aio.insecure_channel(address) as made.channel,
+    ):
         await made.build(made.deployment("one"))
         yield made
-        await made.builds.drain(5)
-        await server.drain(5)
 
 
 async def test_an_update_adds_and_removes(world: World) -> None:
     """The next generation has what came in, without what left, and the rest as it was."""
-    one = world.served.adapters["one"]
+    one = world.generation.adapters["one"]
     done = await world.update("two")
     assert (done.state, done.generation, [each.name for each in done.adapters]) == ("active", 2, ["two"])
-    assert world.served.adapters["one"] == one
+    assert world.generation.adapters["one"] == one
     assert [each.name for each in (await world.client.deployment("tiny")).adapters] == ["one", "two"]
     done = await world.update("three", remove=["one"])
-    assert (done.generation, list(world.served.adapters)) == (3, ["three", "two"])
-    assert world.served.recipe is not None
+    assert (done.generation, list(world.generation.adapters)) == (3, ["three", "two"])
+    assert world.generation.recipe is not None
 
 
 async def test_an_update_is_what_a_build_would_be(world: World) -> None:
     """Digest and record of an adapter are the same whether it was added or built."""
     await world.update("two")
-    added = world.served.adapters["two"]
+    added = world.generation.adapters["two"]
     await world.build(world.deployment("one", "two"))
-    assert world.served.number == 2
-    assert world.served.adapters["two"] == added
+    assert world.generation.number == 2
+    assert world.generation.adapters["two"] == added
 
 
 async def test_an_update_that_changes_nothing_is_unchanged(world: World) -> None:
     """No generation is published, and the adapter is reported as kept."""
     await world.client.update("tiny", {"one": world.repository("one")})
-    for done in (await world.ended(), await world.ended()):  # whoever watches late hears the same
+    for done in (await world.ended(), await world.ended()):  # a watcher that comes late gets the same
         assert (done.unchanged, done.generation, done.adapters[0].kept) == (True, 1, True)
 
 
@@ -171,19 +128,18 @@ async def test_what_an_update_is_refused_for(world: World) -> None:
         await world.client.update("tiny")
     with pytest.raises(DeploymentInvalid):
         await world.client.update("tiny", {"two": world.repository("two")}, ["two"])
-    write_adapter(world.folder / "bad", use_dora=True)
     with pytest.raises(AdapterInvalid, match="E_DORA"):
         await world.update("bad")
     with pytest.raises(RepoNotFound):
         await world.update("missing")
-    assert world.served.number == 1
+    assert world.generation.number == 1
 
 
 async def test_a_repeated_update_is_one(world: World) -> None:
     """The same request_id leads to the same update; for another it is refused."""
     await world.update("two", request_id="r1")
     await world.update("two", request_id="r1")
-    assert world.served.number == 2
+    assert world.generation.number == 2
     with pytest.raises(RequestIdReused):
         await world.update("three", request_id="r1")
 
@@ -192,20 +148,24 @@ async def test_an_update_is_made_again_when_the_settings_changed_meanwhile(world
     """Another builder publishes other settings while an adapter is made: it is made again for those."""
     world.store.gate.clear()
     await world.client.update("tiny", {"two": world.repository("two")})
-    await asyncio.to_thread(world.store.waiting.wait, 20)
+    await until(world.store.waiting.is_set, "the adapter at the gate")
     change = {"lora_dtype": "float32", "max_lora_rank": 32}
-    other = Generation.model_validate(world.served.model_dump() | change)
+    other = Generation.model_validate(world.generation.model_dump() | change)
     await asyncio.to_thread(publish_change, world.store, "tiny", lambda _: other)
     world.store.gate.set()
     done = await world.ended()
-    assert (done.generation, world.served.max_lora_rank, list(world.served.adapters)) == (3, 32, ["one", "two"])
-    assert read_manifest(world.store, world.served.adapters["two"].digest).dtype == "float32"
+    assert (done.generation, world.generation.max_lora_rank, list(world.generation.adapters)) == (
+        3,
+        32,
+        ["one", "two"],
+    )
+    assert read_manifest(world.store, world.generation.adapters["two"].digest).dtype == "float32"
 
 
 async def test_a_pushed_adapter_is_what_its_folder_would_be(world: World) -> None:
     """Same digest as the folder's; pushing it again changes nothing; an update keeps it."""
     pushed = await world.client.push("tiny", "two", world.folder / "two")
-    assert (pushed.generation, pushed.unchanged, world.served.adapters["two"].digest) == (
+    assert (pushed.generation, pushed.unchanged, world.generation.adapters["two"].digest) == (
         2,
         False,
         pushed.digest,
@@ -213,9 +173,9 @@ async def test_a_pushed_adapter_is_what_its_folder_would_be(world: World) -> Non
     again = await world.client.push("tiny", "two", world.folder / "two")
     assert (again.generation, again.unchanged, again.digest) == (2, True, pushed.digest)
     await world.update("three")
-    assert world.served.adapters["two"].digest == pushed.digest
+    assert world.generation.adapters["two"].digest == pushed.digest
     done = await world.update("two")  # now from its folder
-    assert (done.generation, world.served.adapters["two"].digest) == (4, pushed.digest)
+    assert (done.generation, world.generation.adapters["two"].digest) == (4, pushed.digest)
 
 
 async def test_what_a_build_takes_of_a_folder_can_be_pushed(world: World) -> None:
@@ -224,14 +184,14 @@ async def test_what_a_build_takes_of_a_folder_can_be_pushed(world: World) -> Non
     pushed = await world.client.push("tiny", "several", several)
     assert [warning.code for warning in pushed.adapter.warnings] == ["W_EXTRA_FILES"]
     await world.update("several")
-    assert world.served.adapters["several"].digest == pushed.digest
+    assert world.generation.adapters["several"].digest == pushed.digest
     npy = world.folder / "npy"
     npy.mkdir()
     for name in (WEIGHTS_FILE, CONFIG_FILE):
         (npy / name).write_bytes(world.store.get(bundle_key(pushed.digest, name)))
     imported = await world.client.push("tiny", "npy", npy)
     await world.update("npy")
-    assert world.served.adapters["npy"].digest == imported.digest
+    assert world.generation.adapters["npy"].digest == imported.digest
     assert imported.adapter.kinds == ("lora",)
 
 
@@ -260,16 +220,15 @@ async def test_a_build_keeps_a_pushed_adapter_that_its_file_names(world: World) 
     adapters = {**named.build.lora_adapters, "2": Repository(source=SourceKind.PUSHED, repo="two")}
     build = named.build.model_copy(update={"lora_adapters": adapters})
     await world.build(named.model_copy(update={"build": build}))
-    assert world.served.adapters["2"].digest == pushed.digest
+    assert world.generation.adapters["2"].digest == pushed.digest
     await world.build(world.deployment("one"))
-    assert list(world.served.adapters) == ["one"]
+    assert list(world.generation.adapters) == ["one"]
     with pytest.raises(RepoNotFound, match="Push it again"):
         await world.build(named.model_copy(update={"build": build}))
 
 
 async def test_what_a_push_is_refused_for(world: World) -> None:
     """Rules, names and expectations hold as they do for repositories."""
-    write_adapter(world.folder / "bad", use_dora=True)
     (world.folder / "empty").mkdir()
     with pytest.raises(AdapterInvalid, match="E_DORA"):
         await world.client.push("tiny", "bad", world.folder / "bad")
@@ -283,15 +242,14 @@ async def test_what_a_push_is_refused_for(world: World) -> None:
         await world.client.push("tiny", "two", world.folder / "two", expected_generation=9)
     with pytest.raises(DeploymentNotFound):
         await world.client.push("other", "two", world.folder / "two")
-    assert world.served.number == 1
-    assert not list((world.folder / "work").glob("loramux-build-*"))
+    assert world.generation.number == 1
+    assert world.uploads == []
 
 
-async def parts(*messages: pb.PutAdapterRequest, pause_s: float = 0) -> AsyncIterator[pb.PutAdapterRequest]:
+async def parts(*messages: pb.PutAdapterRequest) -> AsyncIterator[pb.PutAdapterRequest]:
     """An upload as a client of its own would send it."""
     for message in messages:
         yield message
-        await asyncio.sleep(pause_s)
 
 
 UPLOAD = pb.PutAdapterRequest(upload=pb.AdapterUpload(deployment="tiny", name="two", config=b"{}"))
@@ -307,43 +265,58 @@ def chunk(file: str, data: bytes = b"x") -> pb.PutAdapterRequest:
     return pb.PutAdapterRequest(chunk=pb.FileChunk(file=file, data=data))
 
 
-@pytest.mark.parametrize(
-    ("messages", "pause_s", "reason"),
-    [
-        pytest.param((chunk(""),), 0.0, RequestInvalid, id="a chunk first"),
-        pytest.param((), 0.0, RequestInvalid, id="nothing"),
-        pytest.param((UPLOAD, UPLOAD), 0.0, RequestInvalid, id="two uploads"),
-        pytest.param((UPLOAD, pb.PutAdapterRequest()), 0.0, RequestInvalid, id="an empty message"),
-        pytest.param((UPLOAD, chunk("adapter_model.bin")), 0.0, RequestInvalid, id="a pickle"),
-        pytest.param((UPLOAD, chunk("../../etc/passwd")), 0.0, RequestInvalid, id="a path"),
-        pytest.param((NAMED,), 0.0, RequestInvalid, id="weights by their name alone"),
-        pytest.param((UPLOAD, chunk("")), 0.0, AdapterInvalid, id="no safetensors"),
-        pytest.param((UPLOAD, chunk("")), 30.0, ClientStalled, id="a client that stalls"),
-    ],
-)
-async def test_what_an_upload_may_not_be(
-    world: World, messages: Any, pause_s: float, reason: type[Exception]
-) -> None:
-    """A client that sends something else, or nothing more, is told so, and nothing is left of it."""
-    call = world.client._builder.PutAdapter(parts(*messages, pause_s=pause_s))
+NO_UPLOADS: dict[str, tuple[tuple[pb.PutAdapterRequest, ...], type[Exception]]] = {
+    "a chunk first": ((chunk(""),), RequestInvalid),
+    "nothing": ((), RequestInvalid),
+    "two uploads": ((UPLOAD, UPLOAD), RequestInvalid),
+    "an empty message": ((UPLOAD, pb.PutAdapterRequest()), RequestInvalid),
+    "a pickle": ((UPLOAD, chunk("adapter_model.bin")), RequestInvalid),
+    "a path": ((UPLOAD, chunk("../../etc/passwd")), RequestInvalid),
+    "weights by their name alone": ((NAMED,), RequestInvalid),
+    "no safetensors": ((UPLOAD, chunk("")), AdapterInvalid),
+}
+
+
+async def test_what_an_upload_may_not_be(world: World) -> None:
+    """A client that sends something else, or nothing more, gets the reason, and nothing is left of it."""
+    stub = builder_pb2_grpc.BuilderServiceStub(world.channel)
+    for name, (messages, reason) in NO_UPLOADS.items():
+        with pytest.raises(grpc.RpcError) as error:
+            await stub.PutAdapter(parts(*messages))
+        assert isinstance(fault_of(error.value), reason), name
+        assert world.generation.number == 1
+        await until(lambda: world.uploads == [], "the end of the upload")
+
+
+async def test_an_upload_that_stalls_is_ended(world: World) -> None:
+    """A client that sends nothing more for too long is CLIENT_STALLED, and nothing is left of its upload."""
+    clock = Clock()
+
+    async def stalling() -> AsyncIterator[pb.PutAdapterRequest]:
+        yield UPLOAD
+        yield chunk("")
+        await asyncio.Event().wait()
+
+    call = builder_pb2_grpc.BuilderServiceStub(world.channel).PutAdapter(stalling())
+    await until(lambda: world.uploads, "the upload at the builder")
+    clock.advance(100 * HOUR)
     with pytest.raises(grpc.RpcError) as error:
         await call
-    assert isinstance(fault_of(error.value), reason)
-    assert world.served.number == 1
-    assert not list((world.folder / "work").glob("loramux-build-*"))
+    assert isinstance(fault_of(error.value), ClientStalled)
+    await until(lambda: world.uploads == [], "the end of the upload")
 
 
 async def test_a_rollback_serves_what_was_served(world: World) -> None:
     """The content of an older generation under a new number; without a number, of the one before."""
-    first = world.served
+    first = world.generation
     await world.update("two", remove=["one"])
     back = await world.client.rollback("tiny")
     assert (back.generation, back.unchanged) == (3, False)
-    assert world.served.same_content(first)
+    assert world.generation.same_content(first)
     again = await world.client.rollback("tiny", to=1)
     assert (again.generation, again.unchanged) == (3, True)
     assert (await world.client.rollback("tiny")).generation == 4
-    assert list(world.served.adapters) == ["two"]
+    assert list(world.generation.adapters) == ["two"]
 
 
 async def test_what_a_rollback_is_refused_for(world: World) -> None:
@@ -354,14 +327,14 @@ async def test_what_a_rollback_is_refused_for(world: World) -> None:
         await world.client.rollback("tiny", to=5)
     with pytest.raises(DeploymentNotFound):
         await world.client.rollback("other")
-    one = world.served.adapters["one"].digest
+    one = world.generation.adapters["one"].digest
     await world.update("two", remove=["one"])
     with pytest.raises(GenerationMismatch):
         await world.client.rollback("tiny", to=1, expected_generation=1)
     world.store.delete(bundle_key(one, WEIGHTS_FILE))
     with pytest.raises(BundleCorrupt):
         await world.client.rollback("tiny", to=1)
-    assert world.served.number == 2
+    assert world.generation.number == 2
 
 
 async def test_the_history_tells_what_changed(world: World) -> None:
@@ -379,13 +352,14 @@ async def test_the_history_tells_what_changed(world: World) -> None:
     ]
     assert [each.other_settings for each in found] == [True, False, False, False]
     assert [each.adapters for each in found] == [1, 2, 2, 1]
-    answer = await world.client._builder.ListGenerations(pb.ListGenerationsRequest(name="tiny", page_size=3))
+    stub = builder_pb2_grpc.BuilderServiceStub(world.channel)
+    answer = await stub.ListGenerations(pb.ListGenerationsRequest(name="tiny", page_size=3))
     assert [each.number for each in answer.generations] == [4, 3, 2]
     request = pb.ListGenerationsRequest(name="tiny", page_token=answer.next_page_token)
-    assert [each.number for each in (await world.client._builder.ListGenerations(request)).generations] == [1]
+    assert [each.number for each in (await stub.ListGenerations(request)).generations] == [1]
     request.page_token = "x"  # noqa: S105 - of a page
     with pytest.raises(grpc.RpcError) as error:
-        await world.client._builder.ListGenerations(request)
+        await stub.ListGenerations(request)
     assert isinstance(fault_of(error.value), PageTokenInvalid)
     with pytest.raises(DeploymentNotFound):
         await world.client.history("other")
@@ -393,7 +367,7 @@ async def test_the_history_tells_what_changed(world: World) -> None:
 
 async def test_a_follower_hears_of_every_generation(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """A stream that stays: builds, pushes, rollbacks, and what another builder published."""
-    monkeypatch.setattr(following, "POLL_S", 0.1)
+    monkeypatch.setattr(following, "POLL_S", 0.01)
     heard: list[int] = []
     seen: list[tuple[str, int]] = []
 
@@ -403,35 +377,33 @@ async def test_a_follower_hears_of_every_generation(world: World, monkeypatch: p
             if info.state is DeploymentState.ACTIVE and info.generation not in heard:
                 heard.append(info.generation or 0)
 
-    async def until(number: int) -> None:
-        async with asyncio.timeout(20):
-            while number not in heard:
-                await asyncio.sleep(0.01)
+    async def elsewhere(**change: Any) -> None:
+        other = partial(publish_change, world.store, "tiny", lambda before: before.model_copy(update=change))
+        await asyncio.to_thread(other)
 
     listening = asyncio.create_task(listen())
-    await until(1)
-    await world.update("two")
-    await until(2)
-    await world.client.push("tiny", "three", world.folder / "three")
-    await until(3)
-    await world.client.rollback("tiny")
-    await until(4)
-    published, _ = await asyncio.to_thread(
-        publish_change, world.store, "tiny", lambda before: before.model_copy(update={"max_lora_rank": 16})
-    )
-    await until(published.number)
-    world.store.gate.clear()
-    await world.client.update("tiny", {"three": world.repository("three")})
-    await asyncio.to_thread(
-        publish_change, world.store, "tiny", lambda before: before.model_copy(update={"max_lora_rank": 64})
-    )
-    async with asyncio.timeout(20):  # while the update runs
-        while seen[-1] != ("building", 6):
-            await asyncio.sleep(0.01)
-    world.store.gate.set()
-    await until(7)
-    listening.cancel()
-    await asyncio.gather(listening, return_exceptions=True)
+    try:
+        for number, publish in enumerate(
+            (
+                lambda: asyncio.sleep(0),
+                lambda: world.update("two"),
+                lambda: world.client.push("tiny", "three", world.folder / "three"),
+                lambda: world.client.rollback("tiny"),
+                lambda: elsewhere(max_lora_rank=16),
+            ),
+            1,
+        ):
+            await publish()
+            await until(lambda number=number: number in heard, f"generation {number}", lambda: seen)
+        world.store.gate.clear()
+        await world.client.update("tiny", {"three": world.repository("three")})
+        await elsewhere(max_lora_rank=64)
+        await until(lambda: seen[-1] == ("building", 6), "a generation while the update runs", lambda: seen)
+        world.store.gate.set()
+        await until(lambda: 7 in heard, "generation 7", lambda: seen)
+    finally:
+        listening.cancel()
+        await asyncio.gather(listening, return_exceptions=True)
     assert heard == [1, 2, 3, 4, 5, 6, 7]
 
 
@@ -442,5 +414,5 @@ async def test_updates_that_race_on_one_builder_lose_nothing(world: World) -> No
     await asyncio.gather(
         *(world.client.push("tiny", f"p{seed}", world.folder / f"p{seed}") for seed in range(6))
     )
-    assert set(world.served.adapters) == {"one", *(f"p{seed}" for seed in range(6))}
-    assert world.served.number == 7
+    assert set(world.generation.adapters) == {"one", *(f"p{seed}" for seed in range(6))}
+    assert world.generation.number == 7
