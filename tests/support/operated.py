@@ -98,6 +98,8 @@ class FakeResidency:
         self.known: dict[Adapter, Standing] = {}
         self.fails: Fault | None = None
         self.looked_at = 0
+        self.looks = 0
+        """At all of them."""
 
     @property
     def num_bytes(self) -> int:
@@ -112,6 +114,7 @@ class FakeResidency:
 
     def standings(self) -> list[Standing]:
         """The same of all."""
+        self.looks += 1
         return list(self.known.values())
 
     def hold(self, adapter: Adapter, *, in_flight: int = 0, used_s: float | None = None) -> None:

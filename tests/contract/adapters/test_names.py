@@ -44,6 +44,7 @@ from tests.support.access import lines, new_entry
 from tests.support.metrics import Scrape
 from tests.support.service import until_free
 from tests.support.tiny import World
+from tests.support.waiting import BOUND_S, until
 
 RUNTIME = {
     "served_model_name": "base",
@@ -80,7 +81,7 @@ class Doors:
 
     async def start(self) -> None:
         """Listen."""
-        self.http = httpx.AsyncClient(base_url=f"http://{await self.web.start()}", timeout=60)
+        self.http = httpx.AsyncClient(base_url=f"http://{await self.web.start()}", timeout=BOUND_S)
         self.address = await self.rpc.start()
         self.client = AsyncClient(self.address)
         self.ready.engine.start()
@@ -324,9 +325,8 @@ def hold(doors: Doors) -> asyncio.Event:
 
 async def until_held(doors: Doors, count: int) -> None:
     """Wait until so many requests are in work."""
-    async with asyncio.timeout(10):
-        while doors.ready.service.in_work < count:
-            await asyncio.sleep(0.01)
+    service = doors.ready.service
+    await until(lambda: service.in_work == count, f"{count} requests in work", lambda: service.in_work)
 
 
 def limits(**default: int) -> ModelLimits:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -29,6 +29,7 @@ from loramux_shared.faults import (
     RequestInvalid,
 )
 from tests.support.operated import digest_of, generation, operated
+from tests.support.waiting import ended, until
 
 
 def test_pages_give_every_name_once_and_look_at_no_other() -> None:
@@ -75,12 +76,15 @@ def test_a_view_says_where_an_adapter_is() -> None:
     """Where it is, since when it was not used, how many use it, and why it could not be loaded."""
     replica = operated()
     assert replica.manager.get("one").place is Place.STORE
-    replica.residency.hold(replica.adapter("one"), in_flight=3, used_s=time.monotonic() - 60)
+    before = datetime.now(UTC)
+    replica.residency.hold(replica.adapter("one"), in_flight=3, used_s=time.monotonic() - 3600)
     view = replica.manager.get("one")
+    after = datetime.now(UTC)
     assert (view.place, view.state, view.in_flight, view.num_bytes) == (Place.DEVICE, State.RESIDENT, 3, 100)
     assert view.digest == view.resident_digest == digest_of(1)
     assert view.last_used is not None
-    assert 59 < (datetime.now(UTC) - view.last_used).total_seconds() < 65
+    hour, moment = timedelta(hours=1), timedelta(seconds=1)
+    assert before - moment <= view.last_used + hour <= after + moment
     replica.residency.fails = BundleCorrupt("two is damaged")
     failed = replica.manager.pin("two")
     assert failed.failure is not None
@@ -240,12 +244,13 @@ async def test_watchers_hear_of_changes_once() -> None:
     watch = replica.manager.watch()
     assert (await anext(watch)).generation == 1
     waiting = asyncio.ensure_future(anext(watch))
-    await asyncio.sleep(0.25)
+    looks = replica.residency.looks
+    await until(lambda: replica.residency.looks > looks + 2, "three looks of the watch")
     assert not waiting.done()
     replica.pauses[0] = True
-    assert (await waiting).paused
+    assert (await ended(waiting, "the news of a pause")).paused
     await replica.deployment.catch_up(replica.deployment.publish({}))
-    view = await anext(watch)
+    view = await ended(anext(watch), "the news of a generation")
     assert (view.generation, view.registered) == (2, 0)
     await watch.aclose()
 
