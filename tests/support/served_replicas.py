@@ -21,6 +21,7 @@ from loramux_shared.sources.open import open_sources
 from loramux_shared.storage.memory import MemoryStore
 from tests.support.openai_door import OpenAIDoor
 from tests.support.tiny import World
+from tests.support.waiting import BOUND_S
 
 Built = tuple[World, MemoryStore]
 
@@ -52,7 +53,7 @@ async def open_replica(
         await operators.end()
         await door.http.aclose()
         await door.openai.close()
-        await server.drain(5)
+        await server.drain(BOUND_S)
         await ready.engine.stop()
 
 
@@ -75,5 +76,5 @@ async def open_builder(world: Built, folder: Path) -> AsyncIterator[str]:
     try:
         yield address
     finally:
-        await builds.drain(5)
-        await server.drain(5)
+        await builds.drain(BOUND_S)
+        await server.drain(BOUND_S)

@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 from tests.support.s3_gateway import free_port
+from tests.support.waiting import BOUND_S, bounded
 
 
 @asynccontextmanager
@@ -40,7 +41,7 @@ async def running_smg(folder: Path, workers: Sequence[str], *flags: str) -> Asyn
         yield f"http://127.0.0.1:{port}"
     finally:
         process.kill()
-        process.wait(10)
+        process.wait(BOUND_S)
 
 
 def _quiet() -> dict[str, str]:
@@ -48,13 +49,13 @@ def _quiet() -> dict[str, str]:
 
 
 async def _listening(port: int, process: subprocess.Popen[bytes]) -> None:
-    for _ in range(1200):
-        assert process.poll() is None, "the gateway ended"
-        try:
-            _, writer = await asyncio.open_connection("127.0.0.1", port)
-        except OSError:
-            await asyncio.sleep(0.05)
-        else:
-            writer.close()
-            return
-    raise AssertionError("the gateway never listened")
+    async with bounded("a gateway that listens"):
+        while True:
+            assert process.poll() is None, "the gateway ended"
+            try:
+                _, writer = await asyncio.open_connection("127.0.0.1", port)
+            except OSError:
+                await asyncio.sleep(0.05)
+            else:
+                writer.close()
+                return
