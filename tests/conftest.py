@@ -1,4 +1,8 @@
-"""What all tests share."""
+"""What all tests share.
+
+Collecting imports every test, in every worker. The controller of workers imports none, and so nothing here
+imports what only tests need before it is needed.
+"""
 
 from __future__ import annotations
 
@@ -20,45 +24,80 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-import structlog
-import torch
-from hypothesis import HealthCheck, settings
 
-if not torch.cuda.is_available():
-    # Without a GPU, kernels run in Triton's interpreter, which must be chosen before anything imports Triton.
-    os.environ.setdefault("TRITON_INTERPRET", "1")
-
-from inference_service.kernels.cpu.build import load
-from loramux_shared.sources import local
-from tests.support import interpreter
 from tests.support.examples import SWEEPING
-from tests.support.fake_services import Fakes, deployment_text
-from tests.support.once import made_once
-from tests.support.s3_gateway import S3Server, s3_gateway
 
-if os.environ.get("TRITON_INTERPRET") == "1":
-    interpreter.quicken()
-
-# Plain tracebacks: a log with one that rich paints, with all variables, takes longer than most tests.
-plain = structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)
-structlog.configure(processors=[*structlog.get_config()["processors"][:-1], plain])
-
-# How long an example takes says how busy the machine is, and nothing of the property.
-settings.register_profile("unhurried", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("unhurried")
+if TYPE_CHECKING:
+    from tests.support.fake_services import Fakes
+    from tests.support.s3_gateway import S3Server
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add --sweep."""
+    """Add --sweep and --backwards."""
     parser.addoption("--sweep", action="store_true", help="run the long sweeps too")
+    parser.addoption("--backwards", action="store_true", help="run the last test first")
+
+
+def pytest_plugin_registered(plugin: object, manager: pytest.PytestPluginManager) -> None:
+    """Prepare a process that runs tests, before another conftest.py imports what is tested."""
+    if plugin is sys.modules[__name__] and _runs_tests(manager.get_plugin("pytestconfig")):
+        _prepare()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Let properties be tried with more examples in a sweep."""
+    """Let properties be tried with more examples in a sweep, and look at what tests leave behind."""
     if config.getoption("--sweep"):
         os.environ[SWEEPING] = "1"
+    if _runs_tests(config):
+        from tests.support.left_behind import LeftBehind
+
+        config.pluginmanager.register(LeftBehind())
+
+
+def _runs_tests(config: pytest.Config) -> bool:
+    """Return whether this is no controller of workers."""
+    workers = getattr(config.known_args_namespace, "numprocesses", None)
+    return "PYTEST_XDIST_WORKER" in os.environ or not workers
+
+
+def _prepare() -> None:
+    import structlog
+    import torch
+    from hypothesis import HealthCheck, settings
+
+    if not torch.cuda.is_available():
+        # Without a GPU, kernels run in Triton's interpreter: to be chosen before anything imports Triton.
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        from tests.support import interpreter
+
+        interpreter.quicken()
+    # Plain tracebacks: a log with one that rich paints, with all variables, takes longer than most tests.
+    plain = structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)
+    structlog.configure(processors=[*structlog.get_config()["processors"][:-1], plain])
+    # How long an example takes says how busy the machine is, and nothing of the property.
+    settings.register_profile("unhurried", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.load_profile("unhurried")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """Collect no garbage while millions of objects of libraries and tests come to stay."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.collect()
+        gc.freeze()
+        gc.enable()
+
+
+def pytest_unconfigure() -> None:
+    """Let libraries find at their end that all of theirs is gone."""
+    gc.unfreeze()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -67,6 +106,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     Whoever has nothing to do takes tests from the end of another's. A module in the middle of which that
     happens makes its fixtures twice, a cluster of Ray for example.
     """
+    if config.getoption("--backwards"):
+        items.reverse()
     items.sort(key=lambda item: item.get_closest_marker("whole") is None)
     if not config.getoption("--sweep"):
         for item in items:
@@ -74,20 +115,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.add_marker(pytest.mark.skip(reason="a long sweep: run it with --sweep"))
 
 
-def pytest_collection_finish() -> None:
-    """Spare every later collection of garbage the millions of objects of libraries and tests."""
-    gc.collect()
-    gc.freeze()
-
-
-def pytest_unconfigure() -> None:
-    """Let libraries find at their end that all of theirs is gone."""
-    gc.unfreeze()
-
-
 @pytest.fixture(autouse=True, scope="session")
 def _soon_settled() -> Iterator[None]:
     """Folders that a test has just written are listed after 20 ms, two ticks of any file system here."""
+    from loramux_shared.sources import local
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(local, "SETTLED_NS", 20_000_000)
         yield
@@ -96,6 +128,8 @@ def _soon_settled() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def s3_server() -> Iterator[S3Server]:
     """A real S3 server, started at its first use."""
+    from tests.support.s3_gateway import s3_gateway
+
     with s3_gateway() as server:
         yield server
 
@@ -103,12 +137,17 @@ def s3_server() -> Iterator[S3Server]:
 @pytest.fixture(scope="session")
 def native_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What a start keeps of the compiled operations, of a compiler that may be missing."""
+    from inference_service.kernels.cpu.build import load
+    from tests.support.once import made_once
+
     return made_once(tmp_path_factory, "native", load)
 
 
 @pytest.fixture(scope="module")
 def fakes() -> Iterator[Fakes]:
     """Both services, scripted, in a thread of this process."""
+    from tests.support.fake_services import Fakes
+
     running = Fakes()
     yield running
     running.close()
@@ -117,6 +156,7 @@ def fakes() -> Iterator[Fakes]:
 @pytest.fixture
 def deployment(tmp_path: Path) -> Callable[..., str]:
     """Writes a deployment file of a name and adapters, and returns its path."""
+    from tests.support.fake_services import deployment_text
 
     def write(name: str, *adapters: str) -> str:
         path = tmp_path / "deployment.yaml"

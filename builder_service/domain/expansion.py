@@ -53,7 +53,8 @@ class Product:
 
     def of(self, *wholes: Array) -> Array:
         """Return it, in float32."""
-        return np.ascontiguousarray(self.make(*(whole.astype(np.float32) for whole in wholes)))
+        with np.errstate(over="ignore", invalid="ignore"):  # what is not finite afterwards is found as such
+            return np.ascontiguousarray(self.make(*(whole.astype(np.float32) for whole in wholes)))
 
 
 @dataclass(frozen=True)

@@ -1,21 +1,74 @@
-"""The `loramux` commands that files name."""
+"""The `loramux` command: as files name it, and as tests run it."""
 
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
-from collections.abc import Sequence
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+
+from typer.testing import CliRunner
+
+from loramux.cli.main import app
+from tests.support.forks import Forked, command_line
+from tests.support.waiting import wait_until
 
 
 def assert_takes(name: str, arguments: Sequence[str]) -> None:
     """A command exists, and takes the flags among these arguments."""
-    said = subprocess.run(
-        [Path(sys.executable).with_name("loramux"), name, "--help"],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"COLUMNS": "200", "NO_COLOR": "1"},
-    )
-    assert said.returncode == 0, said.stderr
+    said = CliRunner().invoke(app, [name, "--help"], env={"COLUMNS": "200", "NO_COLOR": "1"})
+    assert said.exit_code == 0, said.stderr
     assert all(flag in said.stdout for flag in arguments if flag.startswith("--"))
+
+
+@dataclass(frozen=True)
+class Command:
+    """One that runs, and what it has written so far."""
+
+    process: Forked
+    folder: Path
+    stdin: int
+    """Where what it reads is written to."""
+
+    @property
+    def out(self) -> str:
+        """What it wrote to stdout."""
+        return (self.folder / "out").read_text()
+
+    @property
+    def errors(self) -> str:
+        """What it wrote to stderr."""
+        return (self.folder / "errors").read_text()
+
+    def read_until(self, wanted: str) -> str:
+        """Return what it wrote to stdout, once a text is part of it."""
+        wait_until(
+            lambda: wanted in self.out or self.process.poll() is not None,
+            f"{wanted!r} in its output",
+            lambda: (self.out, self.errors),
+        )
+        assert wanted in self.out, (self.out, self.errors)
+        return self.out
+
+    def end(self, number: signal.Signals | None = None) -> int:
+        """Return its exit status, after a signal."""
+        if number is not None:
+            self.process.send_signal(number)
+        return self.process.wait()
+
+
+@contextmanager
+def running(folder: Path, *words: str, stdin: bool = True, **environment: str) -> Iterator[Command]:
+    """Run a command, with stdin closed or empty until something is written there; it is killed afterwards."""
+    reading, writing = os.pipe()
+    files = [os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) for name in ("out", "errors")]
+    process = command_line(words, [reading if stdin else None, *files], **environment)
+    try:
+        yield Command(process, folder, writing)
+    finally:
+        process.kill()
+        process.wait()
+        for file in (reading, writing, *files):
+            os.close(file)

@@ -6,20 +6,27 @@ one of ``python -m``; what that does is shown where ``loramux up``, ``serve`` an
 
 from __future__ import annotations
 
+import fcntl
 import importlib
 import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import termios
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.process import BaseProcess
+from multiprocessing.reduction import DupFd
 from pathlib import Path
+from typing import Any
+
+from tests.support.waiting import BOUND_S
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
     [
         *("inference_service.__main__", "builder_service.__main__"),
+        *("loramux", "typer.main", "rich.live", "rich.progress", "rich.table"),  # of commands, but no console
         *("tests.support.crowded", "tests.support.dying", "tests.support.racing"),
     ]
 )
@@ -43,7 +50,7 @@ class Forked:
         """Return the exit status, or None while it runs."""
         return self._process.exitcode
 
-    def wait(self, timeout: float) -> int:
+    def wait(self, timeout: float = BOUND_S) -> int:
         """Return the exit status, once it has ended."""
         self._process.join(timeout)
         status = self._process.exitcode
@@ -73,6 +80,54 @@ def inference_service(flags: Sequence[str], log: Path, environment: Mapping[str,
 def builder_service(flags: Sequence[str], log: Path, environment: Mapping[str, str] = os.environ) -> Forked:
     """Run the service with flags; what it logs is written at the end of a file."""
     return Forked(_run, "builder_service", list(flags), str(log), dict(environment))
+
+
+def command_line(words: Sequence[str], streams: Sequence[int | None], **environment: str) -> Forked:
+    """Run ``loramux`` with descriptors of stdin, stdout and stderr, or None for one that is closed.
+
+    A terminal that it reads from is its own.
+    """
+    return Forked(
+        _command,
+        list(words),
+        [stream and _Passed(stream) for stream in streams],
+        str(Path.cwd()),
+        {**os.environ, **environment},
+    )
+
+
+class _Passed:
+    """A descriptor that is another process's too, once this has been sent there."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+
+    def __reduce__(self) -> Any:
+        return _received, (DupFd(self._descriptor),)
+
+
+def _received(descriptor: Any) -> int:
+    return int(descriptor.detach())
+
+
+def _command(words: list[str], streams: list[int | None], folder: str, environment: dict[str, str]) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(folder)
+    os.setsid()
+    for place, stream in enumerate(streams):
+        if stream is None:
+            os.close(place)
+        else:
+            os.dup2(stream, place)
+            os.close(stream)
+    if streams[0] is not None and os.isatty(0):
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    sys.stdin = None if streams[0] is None else open(0, closefd=False)  # noqa: SIM115
+    sys.stdout = open(1, "w", buffering=1 if os.isatty(1) else -1, closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
+    sys.argv = ["loramux", *words]
+    importlib.import_module("loramux.cli.entry").main()
 
 
 def _run(module: str, flags: list[str], log: str, environment: dict[str, str]) -> None:

@@ -16,8 +16,10 @@ from typer.testing import CliRunner
 
 from inference_service.rpc.adapters import SERVICE_NAME, AdapterServicer, register
 from loramux.addresses import Address, resolve
+from loramux.cli import shell
 from loramux.cli.adapters import Rollout
 from loramux.cli.main import app
+from loramux.connection import API_KEY
 from loramux.inference.v1 import inference_pb2_grpc
 from loramux_shared.access.guard import NOBODY_GUARDS, Guard
 from loramux_shared.faults import SettingsInvalid
@@ -25,8 +27,15 @@ from loramux_shared.rpc.server import RpcServer
 from tests.support.access import Certificates, keyring
 from tests.support.fake_services import FakeInference
 from tests.support.operated import Operated, operated
+from tests.support.waiting import BOUND_S, Clock
 
 KEYS, RING = keyring("infer", "admin")
+
+
+@pytest.fixture(autouse=True)
+def _no_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A key that a command was given stays in the environment of its process."""
+    monkeypatch.setenv(API_KEY, "")
 
 
 def run(*args: str) -> tuple[int, str, str]:
@@ -53,13 +62,17 @@ def door(replica: Operated, guard: Guard = NOBODY_GUARDS) -> Iterator[tuple[str,
         return server
 
     def do(work: Any) -> Any:
-        return asyncio.run_coroutine_threadsafe(work, loop).result(10)
+        return asyncio.run_coroutine_threadsafe(work, loop).result(BOUND_S)
 
     server = do(open_it())
-    yield server.address, do
-    do(server.drain(0.1))
-    loop.call_soon_threadsafe(loop.stop)
-    thread.join(10)
+    try:
+        yield server.address, do
+    finally:
+        do(server.drain(0.1))
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join(BOUND_S)
+        assert not thread.is_alive()
+        loop.close()
 
 
 def test_a_pin_is_told() -> None:
@@ -88,15 +101,30 @@ def test_models_say_where_they_are() -> None:
         assert [each["name"] for each in json.loads(text)["adapters"]] == ["lora1", "lora2"]
 
 
-def test_a_rollout_ends_when_all_serve_the_generation() -> None:
+@pytest.fixture
+def when_told(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Callable[[], object]], None]:
+    """Has something done when a command tells a text for the first time."""
+
+    def when(text: str, do: Callable[[], object]) -> None:
+        say, left = shell.say, [do]
+
+        def said(line: str, *style: str) -> None:
+            say(line, *style)
+            if text in line and left:
+                left.pop()()
+
+        monkeypatch.setattr(shell, "say", said)
+
+    return when
+
+
+def test_a_rollout_ends_when_all_serve_the_generation(when_told: Callable[..., None]) -> None:
     """A line for every change of every replica, and one at the end."""
     first, second = operated(), operated()
     with door(first) as (one, do), door(second) as (two, also):
         do(first.manager.load("x", "org/x"))
-        timer = threading.Timer(0.5, lambda: also(second.manager.load("x", "org/x")))
-        timer.start()
-        code, text, said = run("rollout", "demo", "--replicas", f"{one},{two}", "--timeout", "30")
-        timer.join()
+        when_told(f"{two} serves 1", lambda: also(second.manager.load("x", "org/x")))
+        code, text, said = run("rollout", "demo", "--replicas", f"{one},{two}", "--timeout", f"{BOUND_S}")
     assert (code, text) == (0, "generation 2 is served by 2 replicas\n")
     assert [line.split(" ", 1)[1] for line in said.splitlines() if two in line] == [
         f"{two} serves 1, current",
@@ -111,15 +139,17 @@ def test_a_rollout_by_a_name_with_tls(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setenv("LORAMUX_TLS_CA", str(tmp_path / "ours.pem"))
     with door(operated(), Guard(tls=certificates.server)) as (address, _):
         [found] = [each for each in resolve(f"grpcs://dns:///localhost:{address[10:]}") if "127" in each.target]
-        assert asyncio.run(Rollout("demo", [found], None, as_json=False).run(10))
+        assert asyncio.run(Rollout("demo", [found], None, as_json=False).run(BOUND_S))
 
 
-def test_a_rollout_that_takes_too_long() -> None:
+def test_a_rollout_that_takes_too_long(when_told: Callable[..., None]) -> None:
     """Status 3 with who is late; 1 where a replica says that it will never come."""
     replica = operated()
     with door(replica) as (address, _):
-        code, _, said = run("rollout", "demo", "--replicas", address, "--generation", "2", "--timeout", "0.5")
-        assert (code, f"{address} serves 1" in said) == (3, True)
+        when_told(f"{address} serves 1", lambda: Clock().advance(3600))
+        asked = ("rollout", "demo", "--replicas", address, "--timeout", "3600")
+        code, _, said = run(*asked, "--generation", "2")
+        assert (code, said.count(f"{address} serves 1")) == (3, 2)
         code, text, _ = run(
             "rollout", "demo", "--replicas", f"{address},127.0.0.1:1", "--timeout", "0.5", "--json"
         )
@@ -127,7 +157,8 @@ def test_a_rollout_that_takes_too_long() -> None:
         assert (code, last["done"], len(last["replicas"])) == (3, False, 2)
         replica.deployment.standing.state, replica.deployment.standing.newest = "stale", 2
         replica.deployment.standing.stale = "another base"
-        code, _, said = run("rollout", "demo", "--replicas", address, "--timeout", "0.5")
+        when_told("another base", lambda: Clock().advance(3600))
+        code, _, said = run(*asked)
         assert (code, "another base" in said) == (1, True)
 
 

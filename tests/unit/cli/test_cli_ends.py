@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import grpc
@@ -26,9 +23,10 @@ from loramux_shared.faults import (
     Unauthenticated,
 )
 from loramux_shared.rpc.status import CallFailed
+from tests.support.commands import running
 from tests.support.fake_services import Fakes
-
-PROGRAM = [sys.executable, "-c", "from loramux.cli.entry import main; main()"]
+from tests.support.forks import command_line
+from tests.support.waiting import wait_until
 
 
 @pytest.mark.parametrize(
@@ -52,59 +50,44 @@ def test_exit_codes(fault: Fault, code: Exit) -> None:
 
 
 @pytest.mark.parametrize("flags", [[], ["--json"]])
-def test_a_reader_that_goes(fakes: Fakes, flags: list[str]) -> None:
+def test_a_reader_that_goes(fakes: Fakes, tmp_path: Path, flags: list[str]) -> None:
     """When nobody reads the output, as behind ``| head``, the command ends quietly with 141."""
     reading, writing = os.pipe()
     os.close(reading)
-    command = [*PROGRAM, "models", "--grpc", fakes.inference_address, *flags]
-    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=60)
+    errors = tmp_path / "errors"
+    with errors.open("w") as file:
+        words = ["models", "--grpc", fakes.inference_address, *flags]
+        process = command_line(words, [os.open(os.devnull, os.O_RDONLY), writing, file.fileno()])
     os.close(writing)
-    assert (done.returncode, done.stderr) == (141, "")
+    assert (process.wait(), errors.read_text()) == (141, "")
 
 
-def test_ctrl_c_is_quiet(fakes: Fakes) -> None:
+def test_ctrl_c_is_quiet(fakes: Fakes, tmp_path: Path) -> None:
     """Ctrl-C while an answer is waited for is exit code 130, with no word about it."""
-    command = [*PROGRAM, "chat", "base", "--grpc", fakes.inference_address]
     before = len(fakes.inference.requests)
-    process = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    assert process.stdin
-    process.stdin.write("wait\n")
-    process.stdin.flush()
-    end = time.monotonic() + 30
-    while len(fakes.inference.requests) == before and time.monotonic() < end:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=30)
-    assert process.returncode == 130
-    assert "Traceback" not in errors
+    with running(tmp_path, "chat", "base", "--grpc", fakes.inference_address) as command:
+        os.write(command.stdin, b"wait\n")
+        wait_until(lambda: len(fakes.inference.requests) > before, "a request", lambda: command.errors)
+        assert command.end(signal.SIGINT) == 130
+        assert "Traceback" not in command.errors
 
 
-def test_ctrl_c_ends_a_bench_with_its_figures(fakes: Fakes) -> None:
+def test_ctrl_c_ends_a_bench_with_its_figures(fakes: Fakes, tmp_path: Path) -> None:
     """What was measured until then is shown, and the exit code says that it was cut off."""
-    command = [*PROGRAM, "bench", "--grpc", fakes.inference_address, "--duration", "60"]
     before = len(fakes.inference.requests)
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    end = time.monotonic() + 30
-    while len(fakes.inference.requests) < before + 40 and time.monotonic() < end:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    text, _ = process.communicate(timeout=30)
-    assert process.returncode == 130
-    assert text.splitlines()[4].split()[0] == "all"
+    with running(tmp_path, "bench", "--grpc", fakes.inference_address, "--duration", "3600") as command:
+        wait_until(lambda: len(fakes.inference.requests) >= before + 40, "requests", lambda: command.errors)
+        assert command.end(signal.SIGINT) == 130
+        assert command.out.splitlines()[4].split()[0] == "all"
 
 
-def test_closed_stdin(fakes: Fakes) -> None:
+def test_closed_stdin(fakes: Fakes, tmp_path: Path) -> None:
     """A chat whose stdin is closed says so in one line."""
-    command = [*PROGRAM, "chat", "base", "--grpc", fakes.inference_address]
-    done = subprocess.run(
-        ["sh", "-c", 'exec "$@" <&-', "sh", *command], capture_output=True, text=True, timeout=60
-    )
-    assert done.returncode == 1
-    assert done.stderr == (
-        "error: REQUEST_INVALID: stdin is closed: pipe the prompts in, or start it on a terminal\n"
-    )
+    with running(tmp_path, "chat", "base", "--grpc", fakes.inference_address, stdin=False) as command:
+        assert command.end() == 1
+        assert command.errors == (
+            "error: REQUEST_INVALID: stdin is closed: pipe the prompts in, or start it on a terminal\n"
+        )
 
 
 def test_an_error_of_ours_is_one_line_and_a_file(
