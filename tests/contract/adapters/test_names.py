@@ -56,14 +56,15 @@ PROMPT = [5, 6, 7, 8]
 ASKED = {"max_tokens": 4, "temperature": 0, "ignore_eos": True}
 
 
-def built(world: World) -> tuple[MemoryStore, Deployment]:
+@pytest.fixture(scope="module")
+def built(world: tuple[World, MemoryStore]) -> tuple[MemoryStore, Deployment]:
     """A store into which a deployment was built that came as a message, with names and limits."""
     runtime = Runtime.model_validate(RUNTIME)
-    said = world.deployment().model_copy(update={"runtime": runtime})
+    said = world[0].deployment().model_copy(update={"runtime": runtime})
     deployment, store = deployment_from_message(deployment_to_message(said)), MemoryStore()
     build(
         deployment,
-        BuildContext(store, open_sources(local_roots=[world.root])),
+        BuildContext(store, open_sources(local_roots=[world[0].root])),
         Progress(deployment.build.lora_adapters),
     )
     return store, deployment
@@ -118,20 +119,26 @@ class Doors:
 
 
 @pytest_asyncio.fixture
-async def doors(world: tuple[World, MemoryStore]) -> AsyncIterator[Doors]:
+async def doors(
+    world: tuple[World, MemoryStore], built: tuple[MemoryStore, Deployment]
+) -> AsyncIterator[Doors]:
     """Both doors of a replica of the deployment."""
-    store, _ = built(world[0])
+    store, _ = built
     generation = current_generation(store, "tiny")
     assert generation is not None
     opened = Doors(world[0].load(store, stream_interval_ms=0), generation, Guard())
     await opened.start()
-    yield opened
-    await opened.close()
+    try:
+        yield opened
+    finally:
+        await opened.close()
 
 
-def test_what_the_file_says_is_in_the_generation(world: tuple[World, MemoryStore]) -> None:
+def test_what_the_file_says_is_in_the_generation(
+    world: tuple[World, MemoryStore], built: tuple[MemoryStore, Deployment]
+) -> None:
     """Aliases, limits and drafts travel as a message and in the record; bytes without them are older ones."""
-    store, deployment = built(world[0])
+    store, deployment = built
     assert deployment.runtime == Runtime.model_validate(RUNTIME)
     generation = current_generation(store, "tiny")
     assert generation is not None
@@ -190,7 +197,7 @@ async def test_an_alias_sticks_to_a_user_at_both_doors(doors: Doors) -> None:
     channel = grpc.aio.insecure_channel(doors.address)
     stub = inference_pb2_grpc.InferenceServiceStub(channel)
     picked = set()
-    for key in ("ann", "bob", "cid", "dan", "eve", "fay", "gil", "hal"):
+    for key in ("ann", "bob", "cid", "dan"):
         by_user = (await doors.ask("alias", user=key)).json()["model"]
         by_header = (await doors.ask("alias", {"x-loramux-key": key}, user="other")).json()["model"]
         by_field = (await doors.client.complete("alias", PROMPT, max_tokens=1, sticky_key=key)).started.model
