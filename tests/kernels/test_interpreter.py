@@ -54,6 +54,16 @@ def _real(p_x, p_out, N: tl.constexpr):  # type: ignore[no-untyped-def]
     tl.store(p_out + rows * N + columns, found / 3)
 
 
+@triton.jit
+def _loaded(p_half, p_bits, p_out, N: tl.constexpr):  # type: ignore[no-untyped-def]
+    i = tl.arange(0, N)
+    half = tl.load(p_half + i, mask=i < 5, other=-1.5).to(tl.float32)
+    bits = tl.load(p_bits + i, mask=i < 3, other=2.5) * 1.0 + tl.load(p_bits + i, mask=i < 4, other=0.0)
+    first = tl.load(p_bits).to(tl.float32) + tl.load(p_half + 1, mask=N > 4)
+    found = half + bits.to(tl.float32) + first + 2 * (half * 3.7).to(tl.int32) + i.to(tl.int64).to(tl.float32)
+    tl.store(p_out + i, found + tl.load(p_half + i, mask=(i < 2)[None, :].reshape(N), other=i))
+
+
 def _bits() -> list[list[int]]:
     x = torch.randn(6, 7, generator=torch.Generator().manual_seed(0))
     half, outer = torch.zeros(6, 7, dtype=torch.float16), torch.zeros(4, 8)
@@ -62,7 +72,10 @@ def _bits() -> list[list[int]]:
     whole, real = torch.zeros(16, 16, dtype=torch.int64), torch.zeros(16, 16)
     _whole[(1,)](torch.arange(-5, 27, dtype=torch.int32), whole, 16)
     _real[(1,)](x, real, 16)
+    loaded = torch.zeros(8)
+    _loaded[(1,)](x.half(), x.bfloat16(), loaded, N=8)
     return [
+        loaded.view(torch.int32).tolist(),
         half.view(torch.int16).flatten().tolist(),
         outer.view(torch.int32).flatten().tolist(),
         whole.flatten().tolist(),
@@ -71,7 +84,7 @@ def _bits() -> list[list[int]]:
 
 
 def test_kernels_compute_what_they_do_in_triton_s_own() -> None:
-    """Reductions, casts, broadcasts, masks, operators between tensors, scalars and numbers, and what overflows:
+    """Reductions, casts, loads, broadcasts, masks, operators between tensors, scalars and numbers, overflows:
     the same bits in a process without it."""
     if not interpreter.quicken():
         pytest.skip(f"Triton {triton.__version__} is interpreted as it is")

@@ -13,6 +13,7 @@ from typing import Any, Final
 
 import numpy as np
 from triton.language import core
+from triton.runtime import interpreter
 from triton.runtime.interpreter import TensorHandle
 
 Method = Callable[[Any, Any], Any]
@@ -22,6 +23,9 @@ _INTEGERS: Final = {"int32": np.int32, "int64": np.int64}
 _WHOLE: Final = frozenset(_INTEGERS.values())
 _NUMBERS: Final = _FLOATS | _INTEGERS
 _BITS: Final = {"int1": np.bool_} | _INTEGERS
+_LOADED: Final = {
+    name: np.dtype(numbers) for name, numbers in {**_NUMBERS, "fp16": np.float16, "bf16": np.uint16}.items()
+}
 
 
 def _quotient(one: Any, other: Any) -> Any:
@@ -35,6 +39,8 @@ _ARITHMETIC: Final[dict[str, tuple[Method, dict[str, Any]]]] = {
     "__truediv__": (np.divide, _FLOATS),
     "__floordiv__": (_quotient, _INTEGERS),
     "__mod__": (np.fmod, _INTEGERS),
+    "__radd__": (np.add, _NUMBERS),
+    "__rmul__": (np.multiply, _NUMBERS),
     "__and__": (np.bitwise_and, _BITS),
     "__or__": (np.bitwise_or, _BITS),
 }
@@ -54,9 +60,50 @@ def straight(name: str, slow: Method) -> Method:
         return _method(_COMPARISONS[name], _NUMBERS, slow, compares=True)
     if name == "__getitem__":
         return _with_new_axes(slow)
+    if name == "to":
+        return _converting(slow)
     if name not in _ARITHMETIC:
         return slow
     return _method(*_ARITHMETIC[name], _adding(slow) if name == "__add__" else slow)
+
+
+def loading(slow: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a quicker ``tl.load`` of numbers, with a mask of the pointers' shape and a number beside it."""
+
+    def load(pointer: Any, mask: Any = None, other: Any = None, **how: Any) -> Any:
+        kind, data = pointer.dtype, pointer.handle.data
+        element = kind.element_ty if kind.is_ptr() else None
+        numbers = None if element is None else _LOADED.get(element.name)
+        fits = type(mask) is core.tensor and mask.handle.data.shape == data.shape
+        if numbers is None or not (fits or mask is None) or how.get("volatile"):
+            return slow(pointer, mask, other, **how)
+        value = other.value if type(other) is core.constexpr else other
+        if value is not None and (type(value) not in (int, float) or mask is None):
+            return slow(pointer, mask, other, **how)
+        if value and element.name == "bf16":  # kept as bits
+            return slow(pointer, mask, other, **how)
+        there = np.ones(data.shape, np.bool_) if mask is None else mask.handle.data
+        found = interpreter._interpreter.load(data, there, np.full(data.shape, value or 0, numbers), numbers)
+        result = block_of(element, pointer.type.shape.values) if pointer.type.is_block() else element
+        return core.tensor(TensorHandle(found, element), result)
+
+    return load
+
+
+def _converting(slow: Callable[..., Any]) -> Callable[..., Any]:
+    def to(one: Any, dtype: Any, *how: Any, **more: Any) -> Any:
+        kind = dtype.value if type(dtype) is core.constexpr else dtype
+        if how or more or type(kind) is not core.dtype:
+            return slow(one, dtype, *how, **more)
+        if one.dtype.name == kind.name:
+            return one
+        numbers = _NUMBERS.get(kind.name)
+        if numbers is None or one.dtype.name not in _NUMBERS:
+            return slow(one, dtype)
+        result = block_of(kind, one.type.shape.values) if one.type.is_block() else kind
+        return core.tensor(TensorHandle(one.handle.data.astype(numbers), kind), result)
+
+    return to
 
 
 def block_of(element: Any, shape: Any) -> Any:

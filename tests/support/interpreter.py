@@ -1,9 +1,10 @@
 """Triton's interpreter, without what it does again and again: a fifth of the time, and the same bits.
 
 At every launch, and at every call of ``tl.sum`` or another helper, it looks for the builtins among all names
-of its language and patches them; at every operation it makes the same types anew, broadcasts shapes that are
-equal, and computes in 64 bits whether integers overflow, of which it says nothing. Here it looks once, patches
-once for each launch, keeps types, and leaves the rest; operators are those of `interpreted_operators`.
+of its language and patches them, and copies what lies on the CPU onto itself; at every operation it makes the
+same types anew, broadcasts shapes that are equal, and computes in 64 bits whether integers overflow, of which
+it says nothing. Here it looks once, patches once for each launch, keeps types, and leaves the rest; operators
+and loads are those of `interpreted_operators`.
 """
 
 from __future__ import annotations
@@ -11,17 +12,19 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache, partial
+from functools import cache, partial, partialmethod
 from math import prod
 from types import ModuleType
 from typing import Any, Final
 
+import numpy as np
 import triton
+from torch import Tensor
 from triton import language
 from triton.language import core
 from triton.runtime import interpreter
 
-from tests.support.interpreted_operators import block_of, straight
+from tests.support.interpreted_operators import block_of, loading, straight
 
 KNOWN: Final = "3.9."
 """Releases whose inside is the one that is changed here; others are left as they are."""
@@ -42,6 +45,8 @@ def quicken() -> bool:
         core.block_type.with_element_ty = _with_element
         core.block_type.to_ir = lambda self, _: self
         core.tensor.__init__ = _make_tensor
+        interpreter.TensorHandle.__init__ = _make_handle
+        interpreter.InterpretedFunction.run = partialmethod(_run, interpreter.InterpretedFunction.run)
     return isinstance(interpreter._patch_lang, _Patch)
 
 
@@ -50,24 +55,35 @@ class _Patch:
 
     def __init__(self, patch: Callable[[Any], Any]) -> None:
         self._patch = patch
-        self._scope: Any = None
-        self._patched: set[str] = set()
+        self._known: dict[frozenset[str], list[tuple[Any, str, Any, Any]]] = {}
+        self._under_way: list[frozenset[str]] = []
 
     def __call__(self, function: Any) -> Any:
         """Patch; return what takes it all back."""
         seen = _languages(function)
-        if self._scope is None:
-            self._scope = self._patch(function)
-            self._scope.restore = partial(self._restore, self._scope.restore)
-        elif not seen <= self._patched:
-            self._scope._changes += self._patch(function)._changes
-        self._patched |= seen
-        return self._scope
+        if not any(seen <= patched for patched in self._under_way):
+            self._under_way.append(seen)
+            for place, name, _, interpreted in self._changes(seen, function):
+                setattr(place, name, interpreted)
+        return self
 
-    def _restore(self, restore: Callable[[], None]) -> None:
-        self._scope = None
-        self._patched.clear()
-        restore()
+    def restore(self) -> None:
+        """Let the language be its own again."""
+        while self._under_way:
+            for place, name, original, _ in self._known[self._under_way.pop()]:
+                if original is interpreter._MISSING:
+                    delattr(place, name)
+                else:
+                    setattr(place, name, original)
+
+    def _changes(self, seen: frozenset[str], function: Any) -> list[tuple[Any, str, Any, Any]]:
+        """What is changed: where, which name, what it was and what it is while a kernel runs."""
+        if seen not in self._known:
+            scope = self._patch(function)
+            first = {(id(place), name): (place, name, was) for place, name, was in reversed(scope._changes)}
+            self._known[seen] = [(*change, getattr(*change[:2])) for change in first.values()]
+            scope.restore()
+        return self._known[seen]
 
 
 @cache
@@ -90,7 +106,9 @@ def _patch_builtins(package: Any, builder: Any, scope: Any) -> None:
 def _interpreted(package: Any) -> list[tuple[str, Callable[..., Any]]]:
     """What a package's builtins are while a kernel runs."""
     made = [(name, _with_semantic(member)) for name, member in _builtins(package)]
-    return [(name, straight(name, slow)) for name, slow in made] if package is core.tensor else made
+    if package is core.tensor:
+        return [(name, straight(name, slow)) for name, slow in made]
+    return [(name, loading(slow) if name == "load" else slow) for name, slow in made]
 
 
 def _with_semantic(member: Callable[..., Any]) -> Callable[..., Any]:
@@ -128,3 +146,65 @@ def _make_tensor(tensor: Any, handle: Any, kind: Any) -> None:
 @cache
 def _sizes(*shape: int) -> tuple[Any, Any]:
     return core.constexpr(prod(shape)), core.tuple([core.constexpr(size) for size in shape])
+
+
+def _make_handle(handle: Any, data: Any, dtype: Any) -> None:
+    handle.data, handle.dtype, handle.attr = data, dtype, {}
+
+
+def _run(function: Any, slow: Callable[..., Any], *given: Any, grid: Any, warmup: bool, **named: Any) -> None:
+    """Launch a kernel on tensors where they are; those of a GPU are copied, as Triton does."""
+    values = [*given, *named.values()]
+    if warmup or function.pre_run_hooks or not all(map(_is_here, values)):
+        slow(function, *given, grid=grid, warmup=warmup, **named)
+        return
+    kernel = function.rewrite()
+    names, defaults, constants = _parameters(kernel)
+    bound = defaults | dict(zip(names, given, strict=False))
+    bound |= {name: value for name, value in named.items() if name in names}
+    scope = interpreter._patch_lang(kernel)
+    try:
+        arguments = {name: value if name in constants else _converted(value) for name, value in bound.items()}
+        sizes = grid(arguments) if callable(grid) else grid
+        _over_grid(kernel, arguments, (*sizes, 1, 1)[:3])
+    finally:
+        scope.restore()
+
+
+def _over_grid(kernel: Any, arguments: dict[str, Any], sizes: tuple[int, int, int]) -> None:
+    interpreter.interpreter_builder.set_grid_dim(*sizes)
+    try:
+        for place in np.ndindex(*sizes):
+            interpreter.interpreter_builder.set_grid_idx(*place)
+            kernel(**arguments)
+    except Exception as error:
+        raise interpreter.InterpreterError(repr(error)) from error
+
+
+def _is_here(value: Any) -> bool:
+    return value.device.type == "cpu" if isinstance(value, Tensor) else value is None or type(value) in _PLAIN
+
+
+_PLAIN: Final = frozenset((int, float, bool, str, core.dtype, core.constexpr))
+
+
+@cache
+def _parameters(kernel: Any) -> tuple[list[str], dict[str, Any], frozenset[str]]:
+    """Names, defaults, and which are known when a kernel is compiled."""
+    of_kernel = inspect.signature(kernel).parameters
+    defaults = {name: each.default for name, each in of_kernel.items() if each.default is not each.empty}
+    executor = interpreter.GridExecutor(kernel, [*of_kernel], None)
+    return [*of_kernel], defaults, frozenset(executor.constexprs)
+
+
+def _converted(value: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return interpreter._implicit_cvt(value)
+    kind = _pointer_to(value.dtype)
+    address = np.array([value.data_ptr()], dtype=np.uint64)
+    return core.tensor(interpreter.TensorHandle(address, kind), kind)
+
+
+@cache
+def _pointer_to(dtype: Any) -> Any:
+    return interpreter._implicit_cvt(Tensor([]).to(dtype)).type
