@@ -3,9 +3,6 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,11 +16,13 @@ from loramux.messages import deployment_to_message
 from loramux_shared.bundle.deployments import current_generation
 from loramux_shared.bundle.reader import read_bundle
 from loramux_shared.deployment import Deployment
-from loramux_shared.deployment_file import parse_deployment
 from loramux_shared.rpc.status import fault_of
 from loramux_shared.storage.local import LocalStore
 from tests.support.adapters import tensors, write_adapter, write_base
+from tests.support.folders import deployment_of
 from tests.support.forks import Forked, builder_service
+from tests.support.s3_gateway import free_port
+from tests.support.waiting import BOUND_S, wait_until
 
 ADAPTERS = 80
 State = pb.Deployment
@@ -49,40 +48,23 @@ def builder(folder: Path, port: int) -> Iterator[Forked]:
         yield process
     finally:
         process.kill()
-        process.wait(10)
-
-
-def free_port() -> int:
-    """A port that is free now."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
+        process.wait()
 
 
 def stub(port: int) -> builder_pb2_grpc.BuilderServiceStub:
     """A client of the process, once it serves."""
     channel = grpc.insecure_channel(f"127.0.0.1:{port}")
-    grpc.channel_ready_future(channel).result(timeout=20)
+    grpc.channel_ready_future(channel).result(timeout=BOUND_S)
     return builder_pb2_grpc.BuilderServiceStub(channel)
 
 
 def make(folder: Path) -> Deployment:
     """A deployment whose bundles take a while to publish, one after the other."""
     write_base(folder / "base")
-    local = {}
-    for i in range(ADAPTERS):
-        write_adapter(folder / f"a{i}", tensors(seed=i))
-        local[f"a{i}"] = {"source": "LOCAL", "repo": str(folder / f"a{i}")}
-    base = {"source": "LOCAL", "repo": str(folder / "base")}
-    data = {"model_name": "tiny", "build": {"checkpoint_repository": base, "lora_adapters": local}}
-    return parse_deployment(data).deployment
-
-
-def wait_for(found, what: str) -> None:
-    """Poll without a pause until a condition holds."""
-    end = time.monotonic() + 20
-    while not found():
-        assert time.monotonic() < end, what
+    names = [f"a{i}" for i in range(ADAPTERS)]
+    for i, name in enumerate(names):
+        write_adapter(folder / name, tensors(seed=i))
+    return deployment_of(folder, *names)
 
 
 def test_a_killed_builder_leaves_nothing_half_visible_and_goes_on(tmp_path):
@@ -93,9 +75,9 @@ def test_a_killed_builder_leaves_nothing_half_visible_and_goes_on(tmp_path):
         client = stub(port)
         answer = client.BuildDeployment(pb.BuildDeploymentRequest(deployment=deployment_to_message(wanted)))
         assert answer.deployment.state == State.STATE_BUILDING
-        wait_for(lambda: len(list(bundles.glob("sha256/*"))) >= 3, "no bundle appeared")
+        wait_until(lambda: len(list(bundles.glob("sha256/*"))) >= 3, "bundles")
         process.kill()
-        process.wait(10)
+        process.wait()
     store = LocalStore(tmp_path / "store")
     assert current_generation(store, "tiny") is None
     assert list(store.list("deployments/")) == []
@@ -116,7 +98,7 @@ def test_a_killed_builder_leaves_nothing_half_visible_and_goes_on(tmp_path):
         again = [item.deployment for item in client.WatchDeployment(pb.WatchDeploymentRequest(name="tiny"))][-1]
         assert (again.state, again.generation, again.unchanged) == (State.STATE_ACTIVE, 1, True)
         process.send_signal(signal.SIGTERM)
-        assert process.wait(20) == 0
+        assert process.wait() == 0
     assert list(store.list("builds/")) == []
     generation = current_generation(store, "tiny")
     assert generation is not None
@@ -129,9 +111,9 @@ def test_a_killed_build_that_was_never_taken_up_is_not_found(tmp_path):
     wanted, port = make(tmp_path), free_port()
     with builder(tmp_path, port) as process:
         stub(port).BuildDeployment(pb.BuildDeploymentRequest(deployment=deployment_to_message(wanted)))
-        wait_for(lambda: list((tmp_path / "store" / "bundles").glob("sha256/*/*")), "no object appeared")
+        wait_until(lambda: list((tmp_path / "store" / "bundles").glob("sha256/*/*")), "an object")
         process.kill()
-        process.wait(10)
+        process.wait()
     store = LocalStore(tmp_path / "store")
     for key in store.list("builds/"):
         store.delete(key)
@@ -158,20 +140,18 @@ def test_bad_settings_end_the_start(tmp_path, flags, said):
     """A bad setting is one line that names it, the value and what is allowed; the status is 2."""
     store = [] if "--store" in flags else ["--store", f"file://{tmp_path}"]
     log = tmp_path / "log"
-    assert builder_service([*store, *flags], log, environment()).wait(30) == 2
+    assert builder_service([*store, *flags], log, environment()).wait() == 2
     (line,) = log.read_text().splitlines()
     assert said in line
 
 
 def test_a_taken_port_ends_the_start(tmp_path):
     """A port that another process has is named, and nothing is shared with it."""
+    log = tmp_path / "log"
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         address = f"127.0.0.1:{taken.getsockname()[1]}"
-        command = [sys.executable, "-m", "builder_service", "--store", f"file://{tmp_path}", "--grpc", address]
-        ended = subprocess.run(
-            command, capture_output=True, text=True, timeout=30, env=environment(), check=False
-        )
-    assert ended.returncode == 2
-    assert f"cannot listen on '{address}'" in ended.stderr
+        flags = ["--store", f"file://{tmp_path}", "--grpc", address]
+        assert builder_service(flags, log, environment()).wait() == 2
+    assert f"cannot listen on '{address}'" in log.read_text()

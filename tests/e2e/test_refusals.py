@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,10 +12,11 @@ import yaml
 from typer.testing import CliRunner
 
 from loramux.cli.main import app
-from tests.e2e.test_builder_kill import builder, free_port
+from tests.e2e.test_builder_kill import builder
 from tests.support.adapters import tensors, write_adapter, write_base
-
-LORAMUX = Path(sys.executable).parent / "loramux"
+from tests.support.forks import inference_service
+from tests.support.s3_gateway import free_port
+from tests.support.waiting import BOUND_S
 
 
 class Bench:
@@ -61,7 +60,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     folder, port = tmp_path_factory.mktemp("bench"), free_port()
     with builder(folder, port):
         address = f"127.0.0.1:{port}"
-        assert CliRunner().invoke(app, ["health", address, "--wait", "20"]).exit_code == 0
+        assert CliRunner().invoke(app, ["health", address, "--wait", f"{BOUND_S:.0f}"]).exit_code == 0
         yield Bench(folder, address)
 
 
@@ -137,11 +136,11 @@ def test_the_good_adapter_alone_is_built(bench: Bench) -> None:
 
 
 def test_an_unknown_deployment_stops_the_inference_service_with_its_name(bench: Bench) -> None:
-    """Serving what was never built says what there is, in one line and with exit status 1."""
-    command = [LORAMUX, "serve", "--deployment", "nowhere", "--grpc", "127.0.0.1:0"]
-    command += ["--store", f"file://{bench.folder}/store"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
-    assert done.returncode == 1
-    assert "DEPLOYMENT_NOT_FOUND" in done.stderr
-    assert "'nowhere'" in done.stderr
-    assert "Traceback" not in done.stderr
+    """A service of a deployment that was never built names it, and ends with exit status 1."""
+    log = bench.folder / "inference.log"
+    flags = ["--deployment", "nowhere", "--grpc", "127.0.0.1:0", "--store", f"file://{bench.folder}/store"]
+    assert inference_service(flags, log).wait() == 1
+    *_, line = log.read_text().splitlines()
+    assert "DEPLOYMENT_NOT_FOUND" in line
+    assert "'nowhere'" in line
+    assert "Traceback" not in log.read_text()
