@@ -17,21 +17,21 @@ MEMORY_BYTES: Final = 512 * 1024 * 1024
 
 
 def serve(answer: Callable[[dict[str, Any]], dict[str, str]]) -> None:
-    """Answer lines of JSON on stdin with lines of JSON on stdout, until nobody asks for argv's seconds.
+    """Answer lines of JSON on stdin with lines of JSON on stdout, until nobody asks for some seconds.
 
-    A question that takes more time than it may ends the process: the timer's signal does. One that takes more
-    memory meets `MemoryError`.
+    argv has those, and the seconds of a core that a question may take: one that takes more ends the process by
+    the timer's signal. One that takes more memory than it may meets `MemoryError`.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever asks ends it, by closing stdin
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     with suppress(ValueError, OSError):  # macOS refuses this one
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
-    idle_s = float(sys.argv[1])
+    idle_s, cpu_s = map(float, sys.argv[1:])
     while select.select([sys.stdin], [], [], idle_s)[0]:
         line = sys.stdin.buffer.readline()
         if not line:
             return
-        signal.setitimer(signal.ITIMER_PROF, CPU_S)
+        signal.setitimer(signal.ITIMER_PROF, cpu_s)
         try:
             said = answer(json.loads(line))
         except MemoryError:

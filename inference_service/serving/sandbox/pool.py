@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
+from inference_service.serving.sandbox.loop import CPU_S
 from inference_service.serving.sandbox.process import IDLE_S, SandboxProcess
 
 Asked = tuple[Mapping[str, Any], "Future[dict[str, str]]"]
@@ -21,11 +22,17 @@ class SandboxPool:
     not needed idle, and end.
     """
 
-    def __init__(self, module: str, most: int, idle_s: float = IDLE_S) -> None:
+    def __init__(self, module: str, most: int, idle_s: float = IDLE_S, cpu_s: float = CPU_S) -> None:
         self._threads = ThreadPoolExecutor(most, thread_name_prefix=module)
-        self._idle = [SandboxProcess(module, idle_s) for _ in range(most)]
+        self._idle = [SandboxProcess(module, idle_s, cpu_s) for _ in range(most)]
         self._waiting: dict[str, deque[Asked]] = {}
         self._lock = threading.Lock()
+
+    def close(self) -> None:
+        """End threads and processes, when what was asked is answered."""
+        self._threads.shutdown()
+        for process in self._idle:
+            process.close()
 
     def ask(self, kind: str, question: Mapping[str, Any]) -> Future[dict[str, str]]:
         """Return what becomes the answer, as `SandboxProcess.ask` gives it."""

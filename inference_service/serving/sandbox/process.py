@@ -17,10 +17,17 @@ IDLE_S: Final = 60.0
 class SandboxProcess:
     """A process that answers questions of one thread at a time; it is started when there is one."""
 
-    def __init__(self, module: str, idle_s: float = IDLE_S) -> None:
+    def __init__(self, module: str, idle_s: float = IDLE_S, cpu_s: float = CPU_S) -> None:
         """Take a module of this package that calls `loop.serve`; the process ends after idle_s without one."""
-        self._command = [sys.executable, "-m", f"{__package__}.{module}", f"{idle_s}"]
+        self._cpu_s = cpu_s
+        self._command = [sys.executable, "-m", f"{__package__}.{module}", f"{idle_s}", f"{cpu_s}"]
         self._process: subprocess.Popen[bytes] | None = None
+
+    def close(self) -> None:
+        """End the process; another question would start it again."""
+        if self._process is not None and self._process.stdin is not None:
+            self._process.stdin.close()
+            self._process.wait()
 
     def ask(self, question: Mapping[str, Any]) -> dict[str, str]:
         """Return the answer; ``{"error": why}`` where the question cannot be put, or ended the process."""
@@ -48,7 +55,7 @@ class SandboxProcess:
             return dict(json.loads(answer))
         status = process.wait()
         if status == -signal.SIGPROF:
-            return {"error": f"it takes more than {CPU_S:g} s"}
+            return {"error": f"it takes more than {self._cpu_s:g} s"}
         return None if status == 0 else _TOO_DEEP
 
 

@@ -1,4 +1,4 @@
-"""Stop texts, incremental detokenizing, chat templates."""
+"""Stop texts, and incremental detokenizing."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from inference_service.serving.chat_template import ChatTemplate
 from inference_service.serving.numbers import completing
 from inference_service.serving.text import StopTexts, Text
-from loramux_shared.faults import CheckpointInvalid, RequestInvalid
+from loramux_shared.faults import RequestInvalid
 
 
 @given(
@@ -91,37 +90,6 @@ def test_special_tokens_that_are_shown_are_in_the_text() -> None:
     assert shown == {(): "\u00e9x", ("[CALL]", "[NONE]", "x"): "\u00e9[CALL]x"}
     everything = text.detokenizer([], skip_special_tokens=False, shown=("[CALL]",))
     assert "".join(map(everything.push, answer)) == "\u00e9[CALL]x[END]"
-
-
-async def test_a_template_renders_as_hugging_face_does() -> None:
-    """Blocks are trimmed, special tokens are known, and the assistant's turn is asked for."""
-    template = ChatTemplate(
-        "{{ bos_token }}{% for m in messages %}\n[{{ m.role }}] {{ m.content }}\n{% endfor %}\n"
-        "{% if add_generation_prompt %}[assistant]{% endif %}",
-        {"bos_token": "<s>"},
-    )
-    assert await template.render([{"role": "user", "content": "hi"}]) == "<s>[user] hi\n[assistant]"
-
-
-@pytest.mark.parametrize(
-    "source",
-    [
-        "{{ raise_exception('no system turns') }}",
-        "{{ messages.__class__.__mro__ }}",
-        "{{ messages + 1 }}",
-        "{{ 1 // 0 }}",
-    ],
-)
-async def test_a_template_that_refuses_or_reaches_out_is_an_error_of_the_request(source: str) -> None:
-    """What goes wrong inside a template is named, and a template reaches nothing but the messages."""
-    with pytest.raises(RequestInvalid):
-        await ChatTemplate(source, {}).render([{"role": "user", "content": "hi"}])
-
-
-def test_a_template_that_cannot_be_parsed_is_refused_at_load() -> None:
-    """A broken template stops the start."""
-    with pytest.raises(CheckpointInvalid):
-        ChatTemplate("{% for %}", {})
 
 
 async def test_messages_without_a_template_are_refused() -> None:
