@@ -1,11 +1,15 @@
-"""The gRPC door over a real loopback channel, with a tiny real model behind it."""
+"""The gRPC API over a real loopback channel, from our clients and plain stubs to a tiny model and back."""
 
 from __future__ import annotations
 
 import asyncio
+import json
+import math
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -17,25 +21,42 @@ from grpc_status import rpc_status
 
 from inference_service.rpc.servicer import SERVICE_NAME, InferenceServicer, register
 from inference_service.startup.load import Ready
+from loramux import AsyncClient, Client, FinishReason, PromptLogprobs, Started, faults
 from loramux.inference.v1 import inference_pb2 as pb
 from loramux.inference.v1 import inference_pb2_grpc
+from loramux.records import Delta, Finished
 from loramux_shared.rpc.server import RpcServer
 from loramux_shared.rpc.status import fault_of
 from loramux_shared.storage.memory import MemoryStore
 from tests.support.service import until_free
-from tests.support.tiny import World
+from tests.support.tiny import World, make_world
+from tests.support.waiting import BOUND_S, until
 
-TOKENS = pb.TokenIds(ids=[5, 6, 7, 8])
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+TEMPLATE = """{% for m in messages %}<{{ m.role }}{% if m.name %}/{{ m.name }}{% endif %}:
+{{- m.content if m.content is not none else 'nothing' }}
+{%- for c in m.tool_calls %}{{ c.function.name }}({{ c.function.arguments.at }}){% endfor %}
+{%- if m.tool_call_id %}#{{ m.tool_call_id }}{% endif %}>{% endfor %}
+{%- if tools %}{{ tools | tojson }}{% endif %}{% if add_generation_prompt %}!{% endif %}"""
+PROMPT = [5, 6, 7, 8]
+TOKENS = pb.TokenIds(ids=PROMPT)
+SAMPLED: dict[str, Any] = {"max_tokens": 6, "ignore_eos": True, "temperature": 1.0, "seed": 3}
+
+
+def greedy(max_tokens: int, **fields: Any) -> pb.SamplingParams:
+    """So many tokens, whatever comes."""
+    return pb.SamplingParams(max_tokens=max_tokens, ignore_eos=True, **fields)
 
 
 class Door:
-    """A running server and a stub."""
+    """A running server, a stub and a client."""
 
-    def __init__(self, ready: Ready, server: RpcServer, channel: grpc.aio.Channel) -> None:
+    def __init__(self, ready: Ready, server: RpcServer) -> None:
         self.ready = ready
         self.server = server
-        self.channel = channel
-        self.stub = inference_pb2_grpc.InferenceServiceStub(channel)
+        self.channel = grpc.aio.insecure_channel(server.address)
+        self.stub = inference_pb2_grpc.InferenceServiceStub(self.channel)
+        self.client = AsyncClient(server.address)
 
     async def events(self, timeout: float | None = None, **fields: object) -> list[pb.GenerateResponse]:
         """Call Generate and collect the stream."""
@@ -59,31 +80,52 @@ class Door:
         await until_free(self.ready)
 
 
-async def _open(world: tuple[World, MemoryStore], **settings: object) -> Door:
-    ready = world[0].load(world[1], **({"stream_interval_ms": 0} | settings))
+@asynccontextmanager
+async def served(ready: Ready) -> AsyncIterator[Door]:
+    """Put a server before a service."""
     server = RpcServer("127.0.0.1:0", {SERVICE_NAME: partial(register, InferenceServicer(ready.service))})
-    address = await server.start()
-    ready.engine.start()
+    await server.start()
     await server.set_serving(True)
-    return Door(ready, server, grpc.aio.insecure_channel(address))
+    door = Door(ready, server)
+    try:
+        async with door.channel, door.client:
+            yield door
+    finally:
+        await server.drain(BOUND_S)
 
 
-async def _close(door: Door) -> None:
-    await door.channel.close()
-    await door.server.drain(5)
-    await door.ready.engine.stop()
+@asynccontextmanager
+async def opened(built: tuple[World, MemoryStore], **settings: object) -> AsyncIterator[Door]:
+    """Load a service, and serve it."""
+    ready = built[0].load(built[1], **({"stream_interval_ms": 0} | settings))
+    ready.engine.start()
+    try:
+        async with served(ready) as door:
+            yield door
+    finally:
+        await ready.engine.stop()
 
 
-@pytest_asyncio.fixture
-async def door(world: tuple[World, MemoryStore]) -> AsyncIterator[Door]:
-    door = await _open(world)
-    yield door
-    await _close(door)
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def shared(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Door]:
+    """A server that the tests share."""
+    world, store = make_world(tmp_path_factory.mktemp("tiny"), max_position_embeddings=2048), MemoryStore()
+    (world.base / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATE}))
+    world.build(store)
+    async with opened((world, store)) as door:
+        yield door
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def door(shared: Door) -> Door:
+    """The same, once it holds nothing of the test before."""
+    await shared.until_free()
+    return shared
 
 
 async def test_a_stream_is_started_deltas_finished(door: Door) -> None:
     """One Started that says what answers, the tokens, and one Finished with the counts."""
-    events = await door.events(model="rs", sampling=pb.SamplingParams(max_tokens=5, ignore_eos=True))
+    events = await door.events(model="rs", sampling=greedy(5))
     kinds = [event.WhichOneof("event") for event in events]
     assert [kinds[0], *sorted(set(kinds[1:-1])), kinds[-1]] == ["started", "delta", "finished"]
     assert sum(len(event.delta.token_ids) for event in events) == 5
@@ -96,16 +138,10 @@ async def test_a_stream_is_started_deltas_finished(door: Door) -> None:
 
 
 async def test_tokens_between_first_and_last_come_together(world: tuple[World, MemoryStore]) -> None:
-    """With an interval there are fewer messages, the first token comes alone, and no token is lost."""
-    door = await _open(world, stream_interval_ms=1000)
-    deltas = [
-        event.delta for event in await door.events(sampling=pb.SamplingParams(max_tokens=40, ignore_eos=True))
-    ]
-    counts = [len(delta.token_ids) for delta in deltas[1:-1]]
-    assert counts[0] == 1
-    assert sum(counts) == 40
-    assert len(counts) <= 4
-    await _close(door)
+    """Within an interval there is one message: the first token comes alone, all others at the end."""
+    async with opened(world, stream_interval_ms=3_600_000) as door:
+        deltas = [event.delta for event in await door.events(sampling=greedy(40))]
+    assert [len(delta.token_ids) for delta in deltas[1:-1]] == [1, 39]
 
 
 async def test_models_are_listed_base_first(door: Door) -> None:
@@ -115,51 +151,41 @@ async def test_models_are_listed_base_first(door: Door) -> None:
     assert [model.parent for model in models] == ["", "base", "base", "base"]
     assert list(models[1].ranks) == [2, 4, 12]
     assert list(models[3].modules) == ["attn_q", "attn_v"]
-    assert models[0].max_seq_len == 256
+    assert models[0].max_seq_len == 2048
 
 
 async def test_text_and_tokens_agree(door: Door) -> None:
     """The deltas' text is what the tokens decode to, and a text prompt is tokenized."""
-    sampling = pb.SamplingParams(max_tokens=8, ignore_eos=True)
-    events = await door.events(text="HELLO", sampling=sampling)
+    events = await door.events(text="HELLO", sampling=greedy(8))
     assert events[0].started.prompt_tokens == 5
     ids = [token for event in events for token in event.delta.token_ids]
-    text = "".join(event.delta.text for event in events)
     assert len(ids) == 8
-    assert text == door.ready.service.text._tokenizer.decode(ids)
+    assert "".join(event.delta.text for event in events) == door.ready.service.text.decode(ids)
 
 
-async def test_a_stop_text_ends_the_answer_before_it(door: Door) -> None:
-    """The stop text is found, not shown, and named; the sequence is freed."""
-    sampling = pb.SamplingParams(max_tokens=20, ignore_eos=True)
-    whole = "".join(event.delta.text for event in await door.events(sampling=sampling))
+async def test_stops_end_the_answer_before_their_text(door: Door) -> None:
+    """A stop text is found, not shown, and named; a stop token is reported as a token, without its text."""
+    events = await door.events(sampling=greedy(20))
+    ids = [token for event in events for token in event.delta.token_ids]
+    whole = "".join(event.delta.text for event in events)
     stop = whole[4:6]
-    sampling = pb.SamplingParams(max_tokens=20, ignore_eos=True, stop=[stop])
-    events = await door.events(sampling=sampling)
+    events = await door.events(sampling=greedy(20, stop=[stop]))
     assert "".join(event.delta.text for event in events) == whole[: whole.index(stop)]
-    assert events[-1].finished.reason == pb.FINISH_REASON_STOP
-    assert (events[-1].finished.stop_text, events[-1].finished.HasField("stop_token_id")) == (stop, False)
+    finished = events[-1].finished
+    assert (finished.reason, finished.stop_text) == (pb.FINISH_REASON_STOP, stop)
+    assert not finished.HasField("stop_token_id")
     await door.until_free()
-
-
-async def test_a_stop_token_ends_the_answer_without_its_text(door: Door) -> None:
-    """A stop token is reported as a token, named at the end, and has no text."""
-    sampling = pb.SamplingParams(max_tokens=8, ignore_eos=True)
-    ids = [token for event in await door.events(sampling=sampling) for token in event.delta.token_ids]
-    stop = ids[3]
-    sampling = pb.SamplingParams(max_tokens=8, ignore_eos=True, stop_token_ids=[stop])
-    events = await door.events(sampling=sampling)
+    events = await door.events(sampling=greedy(8, stop_token_ids=[ids[3]]))
     assert events[-1].finished.reason == pb.FINISH_REASON_STOP
-    assert events[-1].finished.stop_token_id == stop
+    assert events[-1].finished.stop_token_id == ids[3]
     got = [token for event in events for token in event.delta.token_ids]
-    assert got == ids[: ids.index(stop) + 1]
-    text = "".join(event.delta.text for event in events)
-    assert text == door.ready.service.text._tokenizer.decode(got[:-1])
+    assert got == ids[: ids.index(ids[3]) + 1]
+    assert "".join(event.delta.text for event in events) == door.ready.service.text.decode(got[:-1])
 
 
 async def test_logprobs_belong_to_the_tokens(door: Door) -> None:
     """Greedy tokens are the likeliest, and as many alternatives come as were asked for."""
-    events = await door.events(sampling=pb.SamplingParams(max_tokens=4, ignore_eos=True, logprobs=3))
+    events = await door.events(sampling=greedy(4, logprobs=3))
     tokens = [token for event in events for token in event.delta.token_ids]
     logprobs = [item for event in events for item in event.delta.logprobs]
     assert len(tokens) == len(logprobs) == 4
@@ -184,10 +210,7 @@ async def test_an_unknown_model_is_never_the_base(door: Door) -> None:
         ({"model": ""}, ["model"]),
         ({"token_ids": None}, ["prompt"]),
         ({"token_ids": pb.TokenIds(ids=[5, 199])}, ["token_ids"]),
-        ({"sampling": pb.SamplingParams(temperature=-1, top_p=0)}, ["temperature", "top_p"]),
-        ({"sampling": pb.SamplingParams(temperature=float("nan"))}, ["temperature"]),
-        ({"sampling": pb.SamplingParams(max_tokens=0)}, ["max_tokens"]),
-        ({"sampling": pb.SamplingParams(stop=[""])}, ["stop"]),
+        ({"sampling": pb.SamplingParams(temperature=float("nan"), top_p=0)}, ["temperature", "top_p"]),
         ({"sampling": pb.SamplingParams(stop=["x"] * 17, logprobs=21)}, ["logprobs", "stop"]),
     ],
 )
@@ -200,13 +223,13 @@ async def test_fields_out_of_bounds_are_named(door: Door, fields: dict[str, obje
 
 async def test_a_prompt_that_does_not_fit_gives_both_numbers(door: Door) -> None:
     """Too long a prompt, and too long an answer, are refused before anything runs."""
-    code, reason, _, message = await door.failure(token_ids=pb.TokenIds(ids=[5] * 256))
+    code, reason, _, message = await door.failure(token_ids=pb.TokenIds(ids=[5] * 2048))
     assert (code, reason) == (grpc.StatusCode.INVALID_ARGUMENT, "PROMPT_TOO_LONG")
-    assert "256" in message
-    assert "255" in message
-    code, reason, _, message = await door.failure(sampling=pb.SamplingParams(max_tokens=253))
+    assert "2048" in message
+    assert "2047" in message
+    code, reason, _, message = await door.failure(sampling=pb.SamplingParams(max_tokens=2045))
     assert reason == "PROMPT_TOO_LONG"
-    assert "252" in message
+    assert "2044" in message
 
 
 async def test_closing_the_stream_frees_the_sequence(door: Door) -> None:
@@ -223,70 +246,70 @@ async def test_closing_the_stream_frees_the_sequence(door: Door) -> None:
 
 async def test_a_deadline_frees_the_sequence(door: Door) -> None:
     """A call whose deadline passes ends as DEADLINE_EXCEEDED, and its sequence is freed."""
-    with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await door.events(timeout=0.05, sampling=pb.SamplingParams(max_tokens=252, ignore_eos=True))
-    assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    await door.ready.engine.pause()
+    try:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await door.events(timeout=0.05, sampling=greedy(200))
+        assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    finally:
+        door.ready.engine.resume()
     await door.until_free()
 
 
 async def test_a_full_queue_is_said_with_a_delay(world: tuple[World, MemoryStore]) -> None:
     """Beyond the bound a request is refused at once, with RetryInfo."""
-    door = await _open(world, max_batch_seqs=1, max_queue=1)
-    long = pb.GenerateRequest(
-        model="base", token_ids=TOKENS, sampling=pb.SamplingParams(max_tokens=200, ignore_eos=True)
-    )
-    calls = [door.stub.Generate(long) for _ in range(4)]
-    firsts = await asyncio.gather(*(call.read() for call in calls), return_exceptions=True)
-    refused = [item for item in firsts if isinstance(item, grpc.aio.AioRpcError)]
-    assert refused
-    assert any(isinstance(item, pb.GenerateResponse) for item in firsts)
-    for error in refused:
-        assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-        details = [detail.TypeName() for detail in rpc_status.from_call(error).details]
-        assert "google.rpc.RetryInfo" in details
-    for call in calls:
-        call.cancel()
-    await door.until_free()
-    await _close(door)
+    async with opened(world, max_batch_seqs=1, max_queue=1) as door:
+        await door.ready.engine.pause()
+        long = pb.GenerateRequest(model="base", token_ids=TOKENS, sampling=greedy(200))
+        calls = [door.stub.Generate(long) for _ in range(4)]
+        reads = [asyncio.create_task(call.read()) for call in calls]
+        await until(lambda: any(read.done() for read in reads), "a refusal")
+        door.ready.engine.resume()
+        firsts = await asyncio.gather(*reads, return_exceptions=True)
+        refused = [item for item in firsts if isinstance(item, grpc.aio.AioRpcError)]
+        assert refused
+        assert any(isinstance(item, pb.GenerateResponse) for item in firsts)
+        for error in refused:
+            assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+            details = [detail.TypeName() for detail in rpc_status.from_call(error).details]
+            assert "google.rpc.RetryInfo" in details
+        for call in calls:
+            call.cancel()
+        await door.until_free()
 
 
-async def test_draining_finishes_open_streams_and_refuses_new_ones(world: tuple[World, MemoryStore]) -> None:
-    """After the signal, what runs is finished, what comes is SHUTTING_DOWN, and health says so."""
-    door = await _open(world)
-    request = pb.GenerateRequest(
-        model="rs", token_ids=TOKENS, sampling=pb.SamplingParams(max_tokens=200, ignore_eos=True)
-    )
-    call = door.stub.Generate(request)
-    events = aiter(call)
-    await anext(events)
-    draining = asyncio.create_task(door.server.drain(20))
-    await asyncio.sleep(0)
-    _, reason, _, _ = await door.failure()
-    assert reason == "SHUTTING_DOWN"
-    rest = [event async for event in events]
-    assert rest[-1].HasField("finished")
-    assert await draining
-    await door.ready.engine.stop()
-    await door.channel.close()
+async def test_draining_finishes_open_streams_and_refuses_new_ones(door: Door) -> None:
+    """After the signal, what runs is finished, and what comes is SHUTTING_DOWN."""
+    engine = door.ready.engine
+    async with served(door.ready) as leaving:
+        await engine.pause()
+        asking = asyncio.create_task(leaving.events(model="rs", sampling=greedy(9)))
+        await until(lambda: engine.stats.waiting, "a request in the queue", lambda: engine.stats)
+        draining = asyncio.create_task(leaving.server.drain(BOUND_S))
+        await asyncio.sleep(0)
+        _, reason, _, _ = await leaving.failure()
+        assert reason == "SHUTTING_DOWN"
+        assert not draining.done()
+        engine.resume()
+        assert (await asking)[-1].HasField("finished")
+        assert await draining
 
 
 async def test_a_drain_that_takes_too_long_cuts_what_is_open(world: tuple[World, MemoryStore]) -> None:
     """When the time is over, open streams end with SHUTTING_DOWN and a delay, and their sequences are freed."""
-    door = await _open(world)
-    sampling = pb.SamplingParams(max_tokens=240, ignore_eos=True)
-    events = aiter(door.stub.Generate(pb.GenerateRequest(model="rs", token_ids=TOKENS, sampling=sampling)))
-    await anext(events)
-    draining = asyncio.create_task(door.server.drain(0, door.ready.engine.cut))
-    with pytest.raises(grpc.aio.AioRpcError) as caught:
-        async for _ in events:
-            pass
-    assert not await draining
-    status = rpc_status.from_call(caught.value)
-    assert fault_of(caught.value).reason == "SHUTTING_DOWN"
-    assert "google.rpc.RetryInfo" in [detail.TypeName() for detail in status.details]
-    await door.until_free()
-    await door.ready.engine.stop()
-    await door.channel.close()
+    async with opened(world) as door:
+        request = pb.GenerateRequest(model="rs", token_ids=TOKENS, sampling=greedy(240))
+        events = aiter(door.stub.Generate(request))
+        await anext(events)
+        draining = asyncio.create_task(door.server.drain(0, door.ready.engine.cut))
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            async for _ in events:
+                pass
+        assert not await draining
+        status = rpc_status.from_call(caught.value)
+        assert fault_of(caught.value).reason == "SHUTTING_DOWN"
+        assert "google.rpc.RetryInfo" in [detail.TypeName() for detail in status.details]
+        await door.until_free()
 
 
 async def test_health_and_reflection_answer(door: Door) -> None:
@@ -302,7 +325,9 @@ async def test_health_and_reflection_answer(door: Door) -> None:
     assert SERVICE_NAME in names
 
 
-async def test_a_failing_step_ends_every_request_and_the_next_one_works(door: Door) -> None:
+async def test_a_failing_step_ends_every_request_and_the_next_one_works(
+    door: Door, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A step that raises is INTERNAL for those in it, without a stack trace, and the engine goes on."""
     runner = door.ready.engine._engine._runner
     submit, calls = runner.submit, []
@@ -313,16 +338,195 @@ async def test_a_failing_step_ends_every_request_and_the_next_one_works(door: Do
             raise RuntimeError("secret detail")
         return submit(batch)  # type: ignore[arg-type]
 
-    runner.submit = broken  # type: ignore[method-assign, assignment]
-    code, reason, _, message = await door.failure(sampling=pb.SamplingParams(max_tokens=9, ignore_eos=True))
+    monkeypatch.setattr(runner, "submit", broken)
+    code, reason, _, message = await door.failure(sampling=greedy(9))
     assert (code, reason) == (grpc.StatusCode.INTERNAL, "INTERNAL")
     assert "secret" not in message
-    events = await door.events(sampling=pb.SamplingParams(max_tokens=3, ignore_eos=True))
+    events = await door.events(sampling=greedy(3))
     assert events[-1].finished.usage.completion_tokens == 3
     await door.until_free()
 
 
-def test_the_folder_of_the_base_is_not_copied(world: tuple[World, MemoryStore], tmp_path: Path) -> None:
+async def test_the_folder_of_the_base_is_not_copied(world: tuple[World, MemoryStore], tmp_path: Path) -> None:
     """A LOCAL base is verified and read where it is."""
     world[0].load(world[1], cache_dir=tmp_path, native=False)
     assert not list(tmp_path.rglob("*.safetensors"))
+
+
+async def test_n_answers_are_choices(door: Door) -> None:
+    """Both clients return the n answers in order, the first one as the completion's own."""
+    alone = await door.client.complete("base", PROMPT, **SAMPLED)
+    several = await door.client.complete("base", PROMPT, n=3, **SAMPLED)
+    assert len(several.choices) == 3
+    assert several.token_ids == several.choices[0].token_ids == alone.token_ids
+    assert len({choice.token_ids for choice in several.choices}) == 3
+    assert all(choice.usage.completion_tokens == 6 for choice in several.choices)
+    with Client(door.server.address) as sync:
+        again = await asyncio.to_thread(sync.complete, "base", PROMPT, n=3, **SAMPLED)
+    assert again.choices == several.choices
+
+
+async def test_events_carry_their_index(door: Door) -> None:
+    """One Started, and per answer its deltas and one Finished."""
+    events = [event async for event in door.client.generate("all", PROMPT, n=2, **SAMPLED)]
+    assert [event.index for event in events if isinstance(event, Finished)] in ([0, 1], [1, 0])
+    assert {event.index for event in events if isinstance(event, Delta)} == {0, 1}
+    assert sum(isinstance(event, Started) for event in events) == 1
+
+
+async def test_long_prompts_are_scored_in_several_messages(door: Door) -> None:
+    """All tokens come with the bytes they stand for, the first without a log probability."""
+    prompt = [3 + (7 * place) % 190 for place in range(1500)]
+    events = [event async for event in door.client.generate("base", prompt, prompt_logprobs=2, max_tokens=0)]
+    completion = await door.client.complete("base", prompt, prompt_logprobs=2, max_tokens=0)
+    assert sum(isinstance(event, PromptLogprobs) for event in events) == 2
+    assert [token.token_id for token in completion.prompt] == prompt
+    assert completion.prompt[0].logprobs is None
+    for token in completion.prompt[1:]:
+        assert token.logprobs is not None
+        assert math.isfinite(token.logprobs.logprob)
+        assert token.logprobs.token == door.ready.service.text.token_bytes(token.token_id)
+        assert len(token.logprobs.top) == len(token.logprobs.top_tokens) == 2
+        listed = token.token_id in (number for number, _ in token.logprobs.top)
+        assert (token.logprobs.rank <= 2) == listed
+    assert completion.token_ids == ()
+    assert completion.reason is FinishReason.LENGTH
+
+
+async def test_logprobs_come_with_bytes(door: Door) -> None:
+    """The tokens of an answer and their alternatives say what they stand for."""
+    completion = await door.client.complete("base", PROMPT, logprobs=3, **SAMPLED)
+    for token, item in zip(completion.token_ids, completion.logprobs, strict=True):
+        assert item.token == door.ready.service.text.token_bytes(token)
+        assert item.top_tokens == tuple(door.ready.service.text.token_bytes(token) for token, _ in item.top)
+
+
+@pytest.mark.parametrize(
+    ("options", "valid"),
+    [
+        ({"json_object": True}, lambda text: isinstance(json.loads(text), dict)),
+        ({"json_schema": {"enum": ["a", "b"]}}, lambda text: json.loads(text) in ("a", "b")),
+        ({"json_schema": '{"type": "boolean"}'}, lambda text: text in ("true", "false")),
+        ({"regex": "[xy]{4}"}, lambda text: len(text) == 4 and not set(text) - {"x", "y"}),
+        ({"lark": 'start: "a" "b"?'}, lambda text: text in ("a", "ab")),
+    ],
+)
+async def test_constraints_reach_the_model(door: Door, options: dict[str, Any], valid: Any) -> None:
+    """Each kind of constraint shapes the answer."""
+    closing = {3 + ord(char) - 32: 6.0 for char in '"}:'}
+    completion = await door.client.complete(
+        "base", PROMPT, n=4, temperature=1.0, seed=1, max_tokens=200, logit_bias=closing, **options
+    )
+    stopped = [choice.text for choice in completion.choices if choice.reason is FinishReason.STOP]
+    assert stopped
+    assert all(map(valid, stopped))
+
+
+async def test_a_refusal_of_the_server_is_named_to_the_client(door: Door) -> None:
+    """A bad option comes back as the field's name, through the status of the call."""
+    for options, named in (({"regex": "("}, "response_format"), ({"logit_bias": {5000: 1.0}}, "logit_bias")):
+        with pytest.raises(faults.RequestInvalid) as caught:
+            await door.client.complete("base", PROMPT, **options)  # type: ignore[arg-type]
+        assert [finding.where for finding in caught.value.findings] == [named]
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"regex": "a", "json_object": True}, "constraint"),
+        ({"lark": 3}, "constraint"),
+        ({"logit_bias": {"a": 1.0}}, "logit_bias"),
+        ({"n": -1}, "n"),
+    ],
+)
+async def test_what_cannot_be_sent_is_named(door: Door, options: dict[str, Any], named: str) -> None:
+    """What fits no field is refused before it is sent."""
+    with Client(door.server.address) as client, pytest.raises(faults.RequestInvalid) as caught:
+        client.complete("base", PROMPT, **options)
+    assert [finding.where for finding in caught.value.findings] == [named]
+
+
+CALL = {"id": "7", "function": {"name": "f", "arguments": '{"at": 3}'}}
+TOOL = {"type": "function", "function": {"name": "f", "description": "d", "parameters": {"type": "object"}}}
+
+
+async def test_messages_and_tools_reach_the_template(door: Door) -> None:
+    """Names, calls, answers of tools and tools are rendered as they were given."""
+    messages: list[dict[str, Any]] = [
+        {"role": "user", "content": "hi", "name": "Ada"},
+        {"role": "assistant", "content": None, "tool_calls": [CALL]},
+        {"role": "assistant", "tool_calls": [{"function": {"name": "g", "arguments": {"at": "x"}}}]},
+        {"role": "tool", "content": "4", "tool_call_id": "7"},
+    ]
+    turns = "<user/Ada:hi><assistant:nothingf(3)><assistant:nothingg(x)><tool:4#7>"
+    for options, rendered in (
+        ({}, turns + "!"),
+        ({"add_generation_prompt": False}, turns),
+        ({"tools": [TOOL]}, turns + json.dumps([TOOL]) + "!"),
+    ):
+        completion = await door.client.complete(
+            "base",
+            messages,
+            max_tokens=0,
+            prompt_logprobs=0,
+            **options,  # type: ignore[typeddict-item]
+        )
+        tokens = [token.token_id for token in completion.prompt]
+        assert door.ready.service.text.decode(tokens) == rendered
+
+
+async def test_arguments_that_are_no_object_are_refused(door: Door) -> None:
+    """The arguments of a call are a JSON object, and so are the parameters of a tool."""
+    broken = {"function": {"name": "f", "arguments": "[1]"}}
+    cases: list[tuple[dict[str, Any], dict[str, Any], str]] = [
+        ({"tool_calls": [broken]}, {}, "messages.messages[0].tool_calls.arguments"),
+        (
+            {"content": "x"},
+            {"tools": [{"function": {"name": "f", "parameters": "{"}}]},
+            "messages.tools[0].parameters",
+        ),
+    ]
+    for turn, options, named in cases:
+        with pytest.raises(faults.RequestInvalid) as caught:
+            await door.client.complete("base", [{"role": "assistant", **turn}], **options)
+        assert [finding.where for finding in caught.value.findings] == [named]
+
+
+async def test_masks_and_stops_reach_the_draw(door: Door) -> None:
+    """Allowed tokens, bad words and kept stop texts do here what they do over HTTP."""
+    allowed: dict[str, Any] = {"max_tokens": 30, "temperature": 50.0, "seed": 3, "allowed_token_ids": [36, 37]}
+    free = await door.client.complete("base", PROMPT, **allowed)
+    assert set(free.text) == {"A", "B"}
+    assert "AB" in free.text
+    tamed = await door.client.complete("base", PROMPT, **allowed, bad_words="AB")
+    assert "AB" not in tamed.text
+    assert "BA" in tamed.text
+    kept = await door.client.complete("base", PROMPT, **allowed, stop="BA", include_stop_str_in_output=True)
+    assert (kept.text, kept.stop_text) == (free.text[: free.text.index("BA") + 2], "BA")
+    with pytest.raises(faults.RequestInvalid) as caught:
+        await door.client.complete("base", PROMPT, **allowed, bad_words=["A", "B"])
+    assert [finding.where for finding in caught.value.findings] == ["allowed_token_ids"]
+
+
+async def test_prompts_are_cut_salted_and_gone_on_with(door: Door) -> None:
+    """What a request says of its prompt beside the prompt itself, as over HTTP."""
+    with pytest.raises(faults.PromptTooLong):
+        await door.client.complete("base", [5] * 3000, max_tokens=2)
+    cut = await door.client.complete("base", [5] * 3000, max_tokens=2, truncate_prompt_tokens=-1)
+    assert cut.started.prompt_tokens == 2046
+    cached = [
+        (await door.client.complete("base", PROMPT * 30, max_tokens=1, cache_salt=salt)).usage.cached_tokens > 0
+        for salt in (None, "a", "a", "b", None)
+    ]
+    assert cached == [False, False, True, False, True]
+    turns = [{"role": "assistant", "content": "So"}]
+    goes_on = await door.client.complete(
+        "base", turns, **SAMPLED, add_generation_prompt=False, continue_final_message=True
+    )
+    assert goes_on.token_ids == (await door.client.complete("base", "<assistant:So", **SAMPLED)).token_ids
+    for name, value in (("truncate_prompt_tokens", 0), ("cache_salt", "x" * 257)):
+        with pytest.raises(faults.RequestInvalid) as caught:
+            await door.client.complete("base", PROMPT, **{name: value})  # type: ignore[arg-type]
+        assert [finding.where for finding in caught.value.findings] == [name]
+    with pytest.raises(faults.PromptTooLong):
+        await door.client.complete("base", [5] * 140_000, truncate_prompt_tokens=4)
