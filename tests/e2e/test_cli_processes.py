@@ -9,10 +9,8 @@ import pty
 import re
 import select
 import signal
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -26,17 +24,18 @@ from loramux.cli.main import app
 from loramux.cli.tree import ProcessTree, ServiceDied, free_address, run_tree
 from loramux.faults import SettingsInvalid
 from loramux_shared.rpc.listening import require_free
+from tests.support.commands import Command, running
 from tests.support.fake_services import Fakes
+from tests.support.forks import command_line
 from tests.support.once import one_at_a_time
 from tests.support.root import ROOT
+from tests.support.waiting import BOUND_S, wait_until
 
-PROGRAM = [sys.executable, "-c", "from loramux.cli.main import main; main()"]
-DEADLINE_S = 20.0
-Launch = Callable[..., "subprocess.Popen[str]"]
+BOTH = "--scope build --scope infer"
 
 
 @pytest.fixture
-def environment(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+def scripted(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """An environment in which ``python -m builder_service`` and its peer are the scripted ones.
 
     Commands take the usual ports where these are free, and two that look at the same moment find them so.
@@ -47,62 +46,28 @@ def environment(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
         (package / "__init__.py").touch()
         (package / "__main__.py").write_text(f"from tests.support.fake_services import main; main({kind!r})\n")
     path = os.pathsep.join(map(str, (tmp_path / "fakes", ROOT, ROOT / "shared")))
+    state = {"TMPDIR": str(tmp_path), "XDG_STATE_HOME": str(tmp_path)}
     with one_at_a_time(tmp_path_factory, "usual-ports"):
-        yield {
-            **os.environ,
-            "PYTHONPATH": path,
-            "TMPDIR": str(tmp_path),
-            "COLUMNS": "80",
-            "XDG_STATE_HOME": str(tmp_path),
-        }
+        yield {"PYTHONPATH": path, "COLUMNS": "80", **state}
 
 
-@pytest.fixture
-def launch(tmp_path: Path, environment: dict[str, str]) -> Iterator[Launch]:
-    """Starts ``loramux`` as a process, and kills what a failed test leaves of it."""
-    started: list[subprocess.Popen[str]] = []
-
-    def start(*args: str) -> subprocess.Popen[str]:
-        process = subprocess.Popen(
-            [*PROGRAM, *args],
-            cwd=tmp_path,
-            env=environment,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
-        started.append(process)
-        return process
-
-    yield start
-    for process in started:
-        if process.poll() is None:
-            process.kill()
-        process.communicate()
-
-
-def read_until(process: subprocess.Popen[str], wanted: str) -> str:
-    """Read stdout up to the line that holds the wanted text."""
-    assert process.stdout
-    lines = []
-    for line in process.stdout:
-        lines.append(line)
-        if wanted in line:
-            return "".join(lines)
-    raise AssertionError(f"{wanted!r} never came; stderr: {process.stderr and process.stderr.read()}")
-
-
-def family(process: subprocess.Popen[str], size: int = 2) -> list[psutil.Process]:
-    """Return the children of a running tree."""
-    children = psutil.Process(process.pid).children(recursive=True)
-    assert len(children) == size
-    return children
+def family(command: Command) -> list[psutil.Process]:
+    """Return the two children of a command, once it has them."""
+    parent = psutil.Process(command.process.pid)
+    return wait_until(
+        lambda: found if len(found := parent.children(recursive=True)) == 2 else [],
+        "two children",
+        lambda: (parent.children(recursive=True), command.errors),
+    )
 
 
 def assert_gone(processes: Sequence[psutil.Process]) -> None:
     """Wait until none of the processes runs."""
-    _, alive = psutil.wait_procs(processes, timeout=5)
-    assert not [each for each in alive if each.status() != psutil.STATUS_ZOMBIE]
+    wait_until(lambda: not any(map(_runs, processes)), "the end of processes", lambda: processes)
+
+
+def _runs(process: psutil.Process) -> bool:
+    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
 
 
 def test_a_taken_port_is_replaced() -> None:
@@ -117,7 +82,7 @@ def test_a_child_that_dies_ends_the_tree(tmp_path: Path, monkeypatch: pytest.Mon
     others: list[int] = []
 
     async def work(tree: ProcessTree) -> None:
-        other = await tree.start("other", [sys.executable, "-c", "import time; time.sleep(60)"])
+        other = await tree.start("other", [sys.executable, "-c", "import time; time.sleep(3600)"])
         others.append(other.process.pid)
         await tree.start("weak", [sys.executable, "-c", "print('out of memory'); raise SystemExit(3)"])
         await asyncio.Event().wait()
@@ -133,7 +98,7 @@ def test_a_failure_beside_children_stops_them() -> None:
     pids: list[int] = []
 
     async def work(tree: ProcessTree) -> None:
-        child = await tree.start("other", [sys.executable, "-c", "import time; time.sleep(60)"])
+        child = await tree.start("other", [sys.executable, "-c", "import time; time.sleep(3600)"])
         pids.append(child.process.pid)
         raise SettingsInvalid("wrong")
 
@@ -151,9 +116,8 @@ def test_a_child_is_ready_when_it_says_so(tmp_path: Path, monkeypatch: pytest.Mo
 
     async def work(tree: ProcessTree) -> None:
         program = (
-            "import time; from loramux_shared.notify import notify, READY; time.sleep(0.2); "
-            "print('up', flush=True); "
-            "notify('STATUS=nearly'); notify(READY); time.sleep(60)"
+            "import time; from loramux_shared.notify import notify, READY; print('up', flush=True); "
+            "notify('STATUS=nearly'); notify(READY); time.sleep(3600)"
         )
         await tree.serve("child", [sys.executable, "-c", program])
         said.append((tree.folder / "child.log").read_text())
@@ -200,134 +164,135 @@ def test_up_with_a_wrong_setting(deployment: Callable[..., str]) -> None:
     assert "SETTINGS_INVALID: --dtype=bf16: expected 'auto', 'float32', 'bfloat16' or 'float16'" in line
 
 
-def test_up_with_keys_needs_one_itself(
-    launch: Launch,
-    environment: dict[str, str],
-    tmp_path: Path,
-    deployment: Callable[..., str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Where the services will ask for keys, ``up`` says at once which it needs; with that it goes on."""
-    keys = tmp_path / "keys.jsonl"
+@pytest.fixture
+def keys(tmp_path: Path) -> tuple[str, dict[str, str]]:
+    """A file of keys, and one by its scopes."""
+    file = str(tmp_path / "keys.jsonl")
+    new = ["keys", "new", "--file", file]
     made = {
-        scope: CliRunner().invoke(app, ["keys", "new", "--file", str(keys), *scope.split()]).stdout.strip()
-        for scope in ("--scope infer", "--scope build --scope infer")
+        scope: CliRunner().invoke(app, [*new, *scope.split()]).stdout.strip()
+        for scope in ("--scope infer", BOTH)
     }
-    monkeypatch.setenv("LORAMUX_KEYS_FILE", str(keys))
-    for key, code, word in (("", 4, "UNAUTHENTICATED"), (made["--scope infer"], 4, "PERMISSION_DENIED")):
-        monkeypatch.setenv("LORAMUX_API_KEY", key)
-        ended = CliRunner().invoke(app, ["up", deployment("tiny", "lora1")])
-        assert ended.exit_code == code
+    return file, made
+
+
+def test_up_with_keys_asks_for_one(keys: tuple[str, dict[str, str]], deployment: Callable[..., str]) -> None:
+    """Where the services will ask for keys, ``up`` names at once the scopes that its own key lacks."""
+    file, made = keys
+    for key, word in (("", "UNAUTHENTICATED"), (made["--scope infer"], "PERMISSION_DENIED")):
+        environment = {"LORAMUX_KEYS_FILE": file, "LORAMUX_API_KEY": key}
+        ended = CliRunner().invoke(app, ["up", deployment("tiny", "lora1")], env=environment)
+        assert ended.exit_code == 4
         assert ended.stderr.startswith(f"error: {word}: ")
-        assert "loramux keys new --scope build --scope infer" in ended.stderr
-    environment |= {"LORAMUX_KEYS_FILE": str(keys), "LORAMUX_API_KEY": made["--scope build --scope infer"]}
-    process = launch("up", deployment("tiny", "lora1"))
-    read_until(process, "InferenceService/Generate")
-    children = family(process)
-    process.terminate()
-    assert process.wait(DEADLINE_S) == 0
-    assert_gone(children)
+        assert f"loramux keys new {BOTH}" in ended.stderr
 
 
 @pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.sweep), signal.SIGINT])
 def test_up_serves_until_a_signal(
-    launch: Launch, deployment: Callable[..., str], number: signal.Signals
+    scripted: dict[str, str],
+    keys: tuple[str, dict[str, str]],
+    tmp_path: Path,
+    deployment: Callable[..., str],
+    number: signal.Signals,
 ) -> None:
-    """``up`` builds, serves, says what to try; a signal lets an open stream finish, and nothing is left."""
-    process = launch("up", deployment("tiny", "lora1", "lora2"))
-    text = read_until(process, "InferenceService/Generate")
-    assert "lora1    -     8, 16" in text
-    assert "models     base, lora1, lora2" in text
-    assert "loramux chat lora2" in text
-    found = re.search(r"inference +(\S+)", text)
-    assert found
-    children = family(process)
-    with Client(found[1]) as client:
-        events = client.generate("lora1", "slow")
-        next(events)
-        process.send_signal(number)
-        assert len([event for event in events if isinstance(event, Delta)]) == 5
-    assert process.wait(DEADLINE_S) == 0
-    assert_gone(children)
+    """``up`` with a key builds, serves and says what to try; at a signal an open stream comes to its end, and
+    no process is left."""
+    scripted |= {"LORAMUX_KEYS_FILE": keys[0], "LORAMUX_API_KEY": keys[1][BOTH]}
+    with running(tmp_path, "up", deployment("tiny", "lora1", "lora2"), **scripted) as command:
+        text = command.read_until("InferenceService/Generate")
+        assert "lora1    -     8, 16" in text
+        assert "models     base, lora1, lora2" in text
+        assert "loramux chat lora2" in text
+        found = re.search(r"inference +(\S+)", text)
+        assert found
+        children = family(command)
+        with Client(found[1]) as client:
+            events = client.generate("lora1", "slow")
+            next(events)
+            command.process.send_signal(number)
+            assert len([event for event in events if isinstance(event, Delta)]) == 5
+        assert command.end() == 0
+        assert_gone(children)
 
 
-def test_up_for_machines_killed_kills_its_children(launch: Launch, deployment: Callable[..., str]) -> None:
+def test_up_for_machines_killed_kills_its_children(
+    scripted: dict[str, str], tmp_path: Path, deployment: Callable[..., str]
+) -> None:
     """``up --json`` prints one document once all is up, and nothing before; ``kill -9`` ends both services."""
-    process = launch("up", deployment("json", "lora1"), "--json")
-    found = json.loads(read_until(process, "}"))
-    assert found["models"] == ["base", "lora1", "lora2"]
-    assert set(found) == {"schema", "inference", "http", "builder", "models", "logs"}
-    children = family(process)
-    process.kill()
-    assert_gone(children)
+    with running(tmp_path, "up", deployment("json", "lora1"), "--json", **scripted) as command:
+        found = json.loads(command.read_until("}\n"))
+        assert found["models"] == ["base", "lora1", "lora2"]
+        assert set(found) == {"schema", "inference", "http", "builder", "models", "logs"}
+        children = family(command)
+        command.process.kill()
+        assert_gone(children)
 
 
-def test_up_with_a_service_that_cannot_start(launch: Launch, deployment: Callable[..., str]) -> None:
+def test_up_with_a_service_that_cannot_start(
+    scripted: dict[str, str], tmp_path: Path, deployment: Callable[..., str]
+) -> None:
     """A service that dies at the start ends ``up`` with its last lines and exit 1."""
-    process = launch("up", deployment("crash"))
-    _, errors = process.communicate(timeout=DEADLINE_S)
-    assert process.returncode == 1
-    assert "error: SERVICE_DIED: inference ended with exit status 1" in errors
-    assert "| error: SETTINGS_INVALID: this machine is too small" in errors
+    with running(tmp_path, "up", deployment("crash"), **scripted) as command:
+        assert command.end() == 1
+        assert "error: SERVICE_DIED: inference ended with exit status 1" in command.errors
+        assert "| error: SETTINGS_INVALID: this machine is too small" in command.errors
 
 
-def test_interrupted_before_it_is_ready(launch: Launch, deployment: Callable[..., str]) -> None:
+def test_interrupted_before_it_is_ready(
+    scripted: dict[str, str], tmp_path: Path, deployment: Callable[..., str]
+) -> None:
     """Ctrl-C while a service still loads ends everything with exit 130."""
-    process = launch("up", deployment("hang", "lora1"))
-    read_until(process, "is published")
-    end = time.monotonic() + DEADLINE_S
-    while len(children := psutil.Process(process.pid).children(recursive=True)) < 2:
-        assert time.monotonic() < end
-        time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
-    assert process.wait(DEADLINE_S) == 130
-    assert_gone(children)
+    with running(tmp_path, "up", deployment("hang", "lora1"), **scripted) as command:
+        command.read_until("is published")
+        children = family(command)
+        assert command.end(signal.SIGINT) == 130
+        assert_gone(children)
 
 
-def test_become_runs_the_service(launch: Launch, environment: dict[str, str]) -> None:
+def test_become_runs_the_service(scripted: dict[str, str], tmp_path: Path) -> None:
     """``loramux builder`` becomes the service: the same process, so that signals reach it."""
     address = free_address("127.0.0.1:0")
-    process = launch("builder", "--grpc", address)
-    assert CliRunner().invoke(app, ["health", address, "--wait", "10"]).exit_code == 0
-    assert psutil.Process(process.pid).cmdline()[1:3] == ["-m", "builder_service"]
-    process.terminate()
-    assert process.wait(DEADLINE_S) == 0
+    with running(tmp_path, "builder", "--grpc", address, **scripted) as command:
+        waited = CliRunner().invoke(app, ["health", address, "--wait", f"{BOUND_S}"])
+        assert waited.exit_code == 0, command.errors
+        assert psutil.Process(command.process.pid).cmdline()[1:3] == ["-m", "builder_service"]
+        assert command.end(signal.SIGTERM) == 0
 
 
 def on_a_terminal(
     args: Sequence[str], environment: dict[str, str], dialogue: Sequence[tuple[str, bytes]]
 ) -> str:
     """Run ``loramux`` on a terminal of 80x24; when a text of the dialogue stands there, type its keys."""
-    pid, terminal = pty.fork()
-    if pid == 0:
-        os.chdir(environment["TMPDIR"])
-        size = {"COLUMNS": "80", "LINES": "24", "TERM": "xterm"}
-        os.execve(PROGRAM[0], [*PROGRAM, *args], {**environment, **size})  # noqa: S606
+    terminal, own = pty.openpty()
+    size = {"COLUMNS": "80", "LINES": "24", "TERM": "xterm"}
+    folder = Path(environment["XDG_STATE_HOME"])
+    process = command_line(args, [own] * 3, folder, environment | size)
+    os.close(own)
     written, read, left = b"", 0, list(dialogue)
-    end = time.monotonic() + DEADLINE_S
-    while time.monotonic() < end:
-        if left and left[0][0].encode() in written[read:]:
-            read = len(written)
-            os.write(terminal, left.pop(0)[1])
-        if not select.select([terminal], [], [], 0.1)[0]:
-            continue
-        try:
-            written += os.read(terminal, 65536)
-        except OSError:  # what Linux calls the end of a terminal
-            break
-    else:
-        os.kill(pid, signal.SIGKILL)
-    os.close(terminal)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0, written.decode()
+    try:
+        while True:
+            assert select.select([terminal], [], [], BOUND_S)[0], (left, written.decode())
+            try:
+                written += os.read(terminal, 65536)
+            except OSError:  # what Linux calls the end of a terminal
+                break
+            if left and left[0][0].encode() in written[read:]:
+                read = len(written)
+                os.write(terminal, left.pop(0)[1])
+        assert process.wait() == 0, written.decode()
+    finally:
+        process.kill()
+        process.wait()
+        os.close(terminal)
     return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", written.decode())
 
 
 def test_the_demo_on_a_terminal(
-    tmp_path: Path, environment: dict[str, str], deployment: Callable[..., str]
+    tmp_path: Path, scripted: dict[str, str], deployment: Callable[..., str]
 ) -> None:
     """The demo shows bars, the table, panels side by side and lines to try, within the terminal's width."""
     deployment("demo", "lora1", "lora2")
-    text = on_a_terminal(["demo", "--examples", str(tmp_path), "--prompt", "hello"], environment, [])
+    text = on_a_terminal(["demo", "--examples", str(tmp_path), "--prompt", "hello"], scripted, [])
     assert "✓ builder service on 127.0.0.1" in text
     assert re.search(r"lora2 +done +━+ +5\.2 MB", text)
     assert re.search(r"╭─ base · base ─+╮╭─ lora1 · rank 8 ─+╮", text)
@@ -338,38 +303,25 @@ def test_the_demo_on_a_terminal(
     assert max(map(len, panels)) <= 80
 
 
-def test_a_conversation(fakes: Fakes, environment: dict[str, str]) -> None:
-    """A chat keeps its history, forgets it, changes the model, survives a wrong one, and leaves at Ctrl-D."""
-    lines = (b"one", b"two", b"/clear", b"three", b"/model lora2", b"/model lora22", b"/help", b"/modle x")
-    dialogue = [("> ", line + b"\n") for line in lines]
+def test_a_conversation(fakes: Fakes, tmp_path: Path) -> None:
+    """A chat keeps its history, forgets it but for the system message, completes names, recalls lines, changes
+    the model, survives wrong ones, stops an answer at Ctrl-C, and leaves at Ctrl-D."""
+    fakes.inference.cancelled.clear()
+    typed = [b"one", b"two", b"/system be brief", b"three", b"/clear", b"\x1b[A\x1b[A", b"/model lo\t2"]
+    typed += [b"four", b"/model lora22", b"/models", b"/help", b"/modle x", b"wait"]
+    dialogue = [("> ", line + b"\n") for line in typed]
+    dialogue += [("the ", b"\x03"), ("> ", b"hello\n"), ("> ", b"\x04")]
     args = ["chat", "lora1", "--grpc", fakes.inference_address]
-    text = on_a_terminal(args, environment, [*dialogue, ("> ", b"\x04")])
-    assert re.findall(r"sings \((\d)\)", text) == ["1", "3", "1"]
+    text = on_a_terminal(args, {"XDG_STATE_HOME": str(tmp_path)}, dialogue)
+    said = [[turn.content for turn in request.messages.messages] for request in fakes.inference.requests[-7:]]
+    assert [turns[-1] for turns in said] == ["one", "two", "three", "three", "four", "wait", "hello"]
+    assert said[2][0] == said[3][0] == said[4][0] == "be brief"
+    assert [len(turns) for turns in said] == [1, 3, 6, 2, 4, 6, 8]
+    assert re.findall(r"sings \((\d)\)", text) == ["1", "3", "6", "2", "4", "8"]
     assert "lora2> " in text
+    assert "* lora2" in text
     assert "error: MODEL_NOT_FOUND: no model 'lora22'; served are base, lora1, lora2." in text
     assert "no command /modle" in text
-    typed = (Path(environment["XDG_STATE_HOME"]) / "loramux/chat_history").read_text()
-    assert "two\n" in typed
-
-
-def test_a_system_message_and_the_keys(fakes: Fakes, environment: dict[str, str]) -> None:
-    """``/system`` stays over ``/clear``; TAB completes names; the arrow finds earlier lines."""
-    lines = (b"/system be brief", b"one", b"/clear", b"\x1b[A\x1b[A", b"/model lo\t1", b"two", b"/models")
-    dialogue = [("> ", line + b"\n") for line in lines]
-    args = ["chat", "base", "--grpc", fakes.inference_address]
-    text = on_a_terminal(args, environment, [*dialogue, ("> ", b"/quit\n")])
-    said = [[turn.content for turn in request.messages.messages] for request in fakes.inference.requests[-3:]]
-    assert said[:2] == [["be brief", "one"], ["be brief", "one"]]
-    assert said[2][::3] == ["be brief", "two"]
-    assert "* lora1" in text
-
-
-def test_stopping_an_answer(fakes: Fakes, environment: dict[str, str]) -> None:
-    """Ctrl-C stops an answer, which frees it on the server, and the conversation goes on."""
-    fakes.inference.cancelled.clear()
-    dialogue = [("> ", b"wait\n"), ("the ", b"\x03"), ("> ", b"hello\n"), ("> ", b"/quit\n")]
-    args = ["chat", "lora1", "--grpc", fakes.inference_address]
-    text = on_a_terminal(args, environment, dialogue)
     assert "stopped" in text
-    assert "sings (3)" in text
     assert fakes.inference.cancelled.is_set()
+    assert "two\n" in (tmp_path / "loramux/chat_history").read_text()

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,8 +25,8 @@ from loramux.vllm import engine_pb2, engine_pb2_grpc
 from loramux_shared.storage.local import LocalStore
 from tests.support.forks import Forked, inference_service
 from tests.support.tiny import World, make_world
+from tests.support.waiting import BOUND_S, wait_until
 
-READY_S = 60
 LONG = {"model": "rs", "prompt": [5, 6, 7], "max_tokens": 250, "n": 32, "stream": True}
 
 
@@ -51,16 +51,16 @@ def _serving(world: World, folder: Path, **settings: str) -> Iterator[tuple[Fork
     log.write_text("")
     process = inference_service(flags, log, environment)
     try:
-        deadline = time.monotonic() + READY_S
-        while not (ready := [line for line in log.read_text().splitlines() if "service ready" in line]):
-            assert process.poll() is None, log.read_text()
-            assert time.monotonic() < deadline, log.read_text()
-            time.sleep(0.1)
+        ready = wait_until(
+            lambda: re.findall(".*service ready.*", log.read_text()) or process.poll() is not None,
+            "a service that is ready",
+            log.read_text,
+        )
+        assert process.poll() is None, log.read_text()
         yield process, json.loads(ready[0])
     finally:
-        if process.poll() is None:
-            process.kill()
-        process.wait(10)
+        process.kill()
+        process.wait()
 
 
 def test_all_doors_drain_together(world: World, tmp_path: Path) -> None:
@@ -76,7 +76,7 @@ def test_all_doors_drain_together(world: World, tmp_path: Path) -> None:
         of_model = door.Generate(engine_pb2.GenerateRequest(text="HELLO", sampling_params=params, stream=True))
         next(of_model)
         url = f"http://{ready['http']}"
-        assert [model["id"] for model in httpx.get(f"{url}/v1/models").json()["data"]] == [
+        assert [model["id"] for model in httpx.get(f"{url}/v1/models", timeout=BOUND_S).json()["data"]] == [
             "base",
             "all",
             "rs",
@@ -85,20 +85,24 @@ def test_all_doors_drain_together(world: World, tmp_path: Path) -> None:
         events = client.generate("all", "HELLO", max_tokens=200, ignore_eos=True)
         next(events)
         with httpx.stream(
-            "POST", f"{url}/v1/completions", json=LONG | {"ignore_eos": True}, timeout=60
+            "POST", f"{url}/v1/completions", json=LONG | {"ignore_eos": True}, timeout=BOUND_S
         ) as stream:
             lines = stream.iter_lines()
             next(lines)
             os.kill(process.pid, signal.SIGTERM)
-            while (answer := httpx.get(f"{url}/health")).status_code == 200:
-                time.sleep(0.001)
+            answer = wait_until(
+                lambda: (
+                    found if (found := httpx.get(f"{url}/health", timeout=BOUND_S)).status_code != 200 else None
+                ),
+                "the end of its health",
+            )
             assert answer.status_code == 503
             assert answer.json()["error"]["code"] == "shutting_down"
             *_, last = [line for line in lines if line]
         assert last == "data: [DONE]"
         assert list(events)[-1].usage.completion_tokens == 200
         assert list(of_model)[-1].complete.completion_tokens == 200
-        assert process.wait(30) == 0
+        assert process.wait() == 0
 
 
 def test_a_step_that_takes_too_long_ends_the_process(world: World, tmp_path: Path) -> None:
@@ -108,12 +112,12 @@ def test_a_step_that_takes_too_long_ends_the_process(world: World, tmp_path: Pat
         Client(ready["grpc"]) as client,
         grpc.insecure_channel(ready["grpc"]) as channel,
     ):
-        watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(), timeout=30)
+        watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(), timeout=BOUND_S)
         assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
         with pytest.raises(ReplicaFailed, match="LORAMUX_STEP_TIMEOUT_S"):
             list(client.generate("all", "HELLO", max_tokens=200, n=8, ignore_eos=True))
         assert next(watch).status == health_pb2.HealthCheckResponse.NOT_SERVING
-        assert process.wait(10) == BROKEN == Exit.BROKEN
+        assert process.wait() == BROKEN == Exit.BROKEN
     assert "a step does not end" in (tmp_path / "log").read_text()
 
 
@@ -123,6 +127,6 @@ def test_a_port_that_is_taken_stops_the_start(world: World, tmp_path: Path) -> N
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         flags = _flags(world, "--grpc", "127.0.0.1:0", "--http", f"127.0.0.1:{port}")
-        assert inference_service(flags, log).wait(READY_S) == 2
+        assert inference_service(flags, log).wait() == 2
     assert f"cannot listen on '127.0.0.1:{port}'" in log.read_text()
     assert "Traceback" not in log.read_text()

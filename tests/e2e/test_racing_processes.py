@@ -13,6 +13,7 @@ from loramux_shared.storage.open import open_store
 from tests.support.forks import Forked
 from tests.support.racing import publishes
 from tests.support.s3_gateway import S3Server
+from tests.support.waiting import BOUND_S
 
 PROCESSES, EACH = 3, 6
 
@@ -30,16 +31,22 @@ def test_racing_processes_lose_no_generation(
         Forked(publishes, uri, 100 * (i + 1), EACH, theirs, s3_server.environment)
         for i, (_, theirs) in enumerate(ends)
     ]
-    store, seen = open_store(uri), []
-    for ours, theirs in ends:
-        theirs.close()
-        assert ours.recv() == "ready"
-    for ours, _ in ends:
-        ours.send("go")
-    while any(racer.poll() is None for racer in racers):
-        generation = current_generation(store, "tiny")  # never a mix, never damaged
-        seen.append(generation.number if generation else 0)
-    assert [racer.poll() for racer in racers] == [0] * PROCESSES
+    try:
+        store, seen = open_store(uri), []
+        for ours, theirs in ends:
+            theirs.close()
+            assert ours.poll(BOUND_S)
+            assert ours.recv() == "ready"
+        for ours, _ in ends:
+            ours.send("go")
+        while any(racer.poll() is None for racer in racers):
+            generation = current_generation(store, "tiny")  # never a mix, never damaged
+            seen.append(generation.number if generation else 0)
+        assert [racer.poll() for racer in racers] == [0] * PROCESSES
+    finally:
+        for racer in racers:
+            racer.kill()
+            racer.wait()
     numbers = [ours.recv() for ours, _ in ends for _ in range(EACH)]
     assert sorted(numbers) == generation_numbers(store, "tiny")
     assert len(set(numbers)) == PROCESSES * EACH

@@ -64,7 +64,7 @@ def running(folder: Path, *words: str, stdin: bool = True, **environment: str) -
     """Run a command, with stdin closed or empty until something is written there; it is killed afterwards."""
     reading, writing = os.pipe()
     files = [os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) for name in ("out", "errors")]
-    process = command_line(words, [reading if stdin else None, *files], **environment)
+    process = command_line(words, [reading if stdin else None, *files], folder, environment)
     try:
         yield Command(process, folder, writing)
     finally:

@@ -82,7 +82,9 @@ def builder_service(flags: Sequence[str], log: Path, environment: Mapping[str, s
     return Forked(_run, "builder_service", list(flags), str(log), dict(environment))
 
 
-def command_line(words: Sequence[str], streams: Sequence[int | None], **environment: str) -> Forked:
+def command_line(
+    words: Sequence[str], streams: Sequence[int | None], folder: Path, environment: Mapping[str, str]
+) -> Forked:
     """Run ``loramux`` with descriptors of stdin, stdout and stderr, or None for one that is closed.
 
     A terminal that it reads from is its own.
@@ -91,7 +93,7 @@ def command_line(words: Sequence[str], streams: Sequence[int | None], **environm
         _command,
         list(words),
         [stream and _Passed(stream) for stream in streams],
-        str(Path.cwd()),
+        str(folder),
         {**os.environ, **environment},
     )
 

@@ -57,7 +57,7 @@ def test_a_reader_that_goes(fakes: Fakes, tmp_path: Path, flags: list[str]) -> N
     errors = tmp_path / "errors"
     with errors.open("w") as file:
         words = ["models", "--grpc", fakes.inference_address, *flags]
-        process = command_line(words, [os.open(os.devnull, os.O_RDONLY), writing, file.fileno()])
+        process = command_line(words, [None, writing, file.fileno()], tmp_path, {})
     os.close(writing)
     assert (process.wait(), errors.read_text()) == (141, "")
 
