@@ -14,19 +14,13 @@ import torch
 import transformers
 from safetensors.numpy import save_file
 
-from builder_service.pipeline.build import build
-from builder_service.pipeline.context import BuildContext
-from builder_service.pipeline.progress import Progress
 from loramux_shared.bundle.modules import BY_NAME
-from loramux_shared.bundle.reader import read_bundle
-from loramux_shared.deployment_file import parse_deployment
 from loramux_shared.faults import AdapterInvalid
-from loramux_shared.sources.open import open_sources
-from loramux_shared.storage.memory import MemoryStore
 from tests.golden.wild.bases import BASES
 from tests.golden.wild.shape import NAME, Shape
 from tests.golden.wild.shapes import SHAPES
 from tests.support.adapters import HIDDEN, VOCAB
+from tests.support.folders import built, deployment_of, local, workshop
 
 Deltas = dict[str, np.ndarray[Any, Any]]
 
@@ -41,23 +35,17 @@ def judged(shape: Shape, folder: Path) -> tuple[list[str], Deltas]:
         kept = model_of(shape.base).state_dict().items()
         weights |= {name: values.numpy() for name, values in kept if "self_attn" in name}
     save_file(weights, base / "model.safetensors")
-    data = {
-        "model_name": "wild",
-        "build": {
-            "checkpoint_repository": {"source": "LOCAL", "repo": str(base)},
-            "lora_adapters": {"one": {"source": "LOCAL", "repo": str(shape.write(folder / "adapter"))}},
-            "lora_configuration": {"dtype": "float32", "max_lora_rank": shape.max_rank},
-        },
-    }
-    store, progress = MemoryStore(), Progress(["one"])
-    context = BuildContext(store, open_sources(local_roots=[folder]), folder / "work")
+    shape.write(folder / "one")
+    lora = {"dtype": "float32", "max_lora_rank": shape.max_rank}
+    wanted = deployment_of(folder, "one", checkpoint_repository=local(base), lora_configuration=lora)
+    context = workshop(folder)
     try:
-        generation = build(parse_deployment(data).deployment, context, progress).generation
+        done = built(wanted, context)
     except AdapterInvalid as refusal:
-        assert not store.objects
+        assert list(context.store.list("")) == []
         return [finding.code for finding in refusal.findings], {}
     deltas: Deltas = {}
-    bundle = read_bundle(store, generation.adapters["one"].digest)
+    bundle = done.bundle()
     covered = bundle.manifest.coverage
     assert shape.tensors is not None
     assert sorted((*covered.used, *covered.redundant)) == sorted(shape.tensors())
@@ -70,7 +58,7 @@ def judged(shape: Shape, folder: Path) -> tuple[list[str], Deltas]:
             deltas[f"{place} scale"] = np.asarray(row.vectors[::2], np.float64).sum(0) - 1
             continue
         deltas[place] = np.asarray(row.b, np.float64) @ np.asarray(row.a, np.float64)
-    return [finding.code for finding in progress.adapters[0].warnings], deltas
+    return [finding.code for finding in done.warnings()], deltas
 
 
 @cache

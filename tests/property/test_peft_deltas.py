@@ -3,7 +3,6 @@ from __future__ import annotations
 import shutil
 import warnings
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -12,15 +11,12 @@ import transformers
 from hypothesis import HealthCheck, given, settings
 from safetensors.torch import save_file
 
-from builder_service.pipeline.build import build
-from builder_service.pipeline.context import BuildContext
-from builder_service.pipeline.progress import Progress
-from loramux_shared.bundle.reader import Bundle, BundleRow, read_bundle
-from loramux_shared.deployment_file import parse_deployment
-from loramux_shared.sources.open import open_sources
-from loramux_shared.storage.memory import MemoryStore
+from loramux_shared.bundle.reader import Bundle, BundleRow
 from tests.property.peft_draws import DTYPES, LAYERS, Draw, Saved, draws, save
+from tests.support import folders
 from tests.support.adapters import BASE_CONFIG, write_base
+from tests.support.examples import examples
+from tests.support.folders import deployment_of, workshop
 
 CONFIG = BASE_CONFIG | {"num_hidden_layers": LAYERS}
 GROUPS = {
@@ -54,18 +50,8 @@ def room(tmp_path_factory) -> tuple[Path, torch.nn.Module]:
 
 def built(folder: Path, storage: str) -> Bundle:
     """Build the adapter of a folder through the whole pipeline, and read its bundle."""
-    data: dict[str, Any] = {
-        "model_name": "property",
-        "build": {
-            "checkpoint_repository": {"source": "LOCAL", "repo": str(folder / "base")},
-            "lora_adapters": {"one": {"source": "LOCAL", "repo": str(folder / "adapter")}},
-            "lora_configuration": {"dtype": storage},
-        },
-    }
-    store = MemoryStore()
-    context = BuildContext(store, open_sources(local_roots=[folder]), folder / "work")
-    generation = build(parse_deployment(data).deployment, context, Progress(["one"])).generation
-    return read_bundle(store, generation.adapters["one"].digest)
+    wanted = deployment_of(folder, "adapter", lora_configuration={"dtype": storage})
+    return folders.built(wanted, workshop(folder)).bundle("adapter")
 
 
 def check_row(row: BundleRow, saved: Saved, storage: str) -> None:
@@ -118,24 +104,13 @@ def check(draw: Draw, room: tuple[Path, torch.nn.Module]) -> None:
         check_row(row, saved[name], draw.storage)
 
 
-COMMON: dict[str, Any] = {
-    "deadline": None,
-    "database": None,
-    "suppress_health_check": [HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-}
-
-
 @given(draw=draws())
-@settings(max_examples=24, derandomize=True, **COMMON)
+@settings(
+    max_examples=examples(10),
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 def test_every_delta_is_peft_s_own(room, draw):
     """Whatever PEFT saves, the bundle holds its delta of every module, to one rounding of the storage type."""
-    check(draw, room)
-
-
-@pytest.mark.sweep
-@pytest.mark.timeout(3600)
-@given(draw=draws())
-@settings(max_examples=5000, print_blob=True, **COMMON)
-def test_every_delta_is_peft_s_own_in_a_long_sweep(room, draw):
-    """The same of thousands of configurations, other ones each time."""
     check(draw, room)

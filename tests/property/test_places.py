@@ -5,11 +5,12 @@ from __future__ import annotations
 from itertools import combinations, pairwise
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from inference_service.lora.places import ALIGNMENT, Place, Places
 from loramux_shared.faults import InternalFault, ResourcesExhausted
+from tests.support.examples import examples
 
 LINES = 12
 """Of the arena: few, so that every window can be looked at."""
@@ -58,6 +59,7 @@ def best_window(
     return first, gone
 
 
+@settings(max_examples=examples(40))
 @given(data=st.data(), need=st.integers(1, LINES))
 def test_a_fit_that_exists_is_found_and_it_is_the_best(data: st.DataObject, need: int) -> None:
     """As looking at every window says: best hole, else longest unused, fewest bytes, lowest address."""
@@ -67,12 +69,13 @@ def test_a_fit_that_exists_is_found_and_it_is_the_best(data: st.DataObject, need
     assert (found and (found.offset // ALIGNMENT, frozenset(found.leaving))) == expected
 
 
+@settings(max_examples=examples(25))
 @given(data=st.data())
 def test_whatever_comes_and_goes_nothing_overlaps_and_holes_coalesce(data: st.DataObject) -> None:
     """Adapters come one after the other, those that may not leave never do, and bytes are never lost."""
     places = Places(LINES * ALIGNMENT)
     spans: dict[int, tuple[int, int]] = {}
-    for owner in range(data.draw(st.integers(1, 30))):
+    for owner in range(data.draw(st.integers(1, 20))):
         size = data.draw(st.integers(1, 5 * ALIGNMENT))
         pinned = data.draw(st.sets(st.sampled_from(sorted(spans)))) if spans else set()
         place = places.find(size, lambda each, pinned=pinned: None if each in pinned else each)

@@ -9,15 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from builder_service.pipeline.build import build
-from builder_service.pipeline.context import BuildContext
-from builder_service.pipeline.progress import Progress
-from loramux_shared.bundle.reader import read_manifest
-from loramux_shared.deployment_file import parse_deployment
-from loramux_shared.sources.open import open_sources
-from loramux_shared.storage.memory import MemoryStore
 from tests.golden.hostile.exhibit import ROOT, entry, header
 from tests.support.adapters import ADAPTER_CONFIG, FEATURES, HIDDEN, INTERMEDIATE, LAYERS, key, write_base
+from tests.support.folders import built, deployment_of, workshop
 
 FOLDER = Path(__file__).parent
 Shapes = dict[str, tuple[int, int]]
@@ -80,18 +74,8 @@ def manifest(name: str) -> bytes:
         (folder / name).mkdir()
         (folder / name / "adapter_config.json").write_text(json.dumps(ADAPTER_CONFIG | config, sort_keys=True))
         (folder / name / "adapter_model.safetensors").write_bytes(_tensors(shapes))
-        data = {
-            "model_name": "golden",
-            "build": {
-                "checkpoint_repository": {"source": "LOCAL", "repo": str(folder / "base")},
-                "lora_adapters": {name: {"source": "LOCAL", "repo": str(folder / name)}},
-                "lora_configuration": {"dtype": dtype},
-            },
-        }
-        store = MemoryStore()
-        context = BuildContext(store, open_sources(local_roots=[folder]), folder / "work")
-        generation = build(parse_deployment(data).deployment, context, Progress([name])).generation
-        found = json.loads(read_manifest(store, generation.adapters[name].digest).to_bytes())
+        wanted = deployment_of(folder, name, name="golden", lora_configuration={"dtype": dtype})
+        found = json.loads(built(wanted, workshop(folder)).bundle(name).manifest.to_bytes())
     return (json.dumps(found, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
 

@@ -24,6 +24,7 @@ from loramux_shared.settings import InferenceSettings
 from loramux_shared.sources.open import open_sources
 from loramux_shared.storage.memory import MemoryStore
 from tests.support.adapters import BASE_CONFIG, write_adapter, write_base
+from tests.support.examples import examples
 from tests.unit.bases.test_model_config import HUB_CONFIGS
 
 SETTINGS = InferenceSettings(deployment="none")
@@ -104,7 +105,7 @@ KEYS = sorted({key for config in HUB_CONFIGS.values() for key in (*config, *(con
 MORE = ("rope_parameters", "layer_types", "quantization_config", "dtype", "per_layer_config", "attention_bias")
 
 
-@settings(max_examples=400, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=examples(80), derandomize=True, suppress_health_check=list(HealthCheck))
 @given(
     base=st.sampled_from(sorted(HUB_CONFIGS)),
     change=st.dictionaries(st.sampled_from([*KEYS, *MORE]), VALUES, max_size=3),
