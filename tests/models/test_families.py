@@ -43,12 +43,15 @@ from inference_service.engine.engine import Engine
 from inference_service.engine.runner import Runner
 from inference_service.models.checkpoint import Checkpoint
 from inference_service.models.decoder import Decoder
+from inference_service.proof.adapter_source import read_adapter
+from inference_service.proof.reference import Reference
 from inference_service.startup.load import Ready
 from loramux_shared.bases.memory import count_weights
 from loramux_shared.bases.read import read_config, read_fields
 from loramux_shared.faults import CheckpointInvalid
 from loramux_shared.storage.memory import MemoryStore
 from tests.support import tiny
+from tests.support.greedy import choices_and_logprobs, greedy_tokens
 from tests.support.tiny import (
     ADAPTERS,
     SIZES,
@@ -202,6 +205,10 @@ def delta_adapters(where: str = "") -> dict[str, dict[str, Any]]:
     }
 
 
+ALL = {"all": ADAPTERS["all"]}
+"""For what a family does otherwise with its positions, windows or biases alone."""
+
+
 @dataclass(frozen=True)
 class Case:
     """A checkpoint of a family."""
@@ -211,21 +218,23 @@ class Case:
     max_seq_len: int | None = None
     shortest: int = 1
     """Tokens of the shortest prompt."""
+    stepwise: bool = False
+    """Whether keys are turned otherwise as the sequence grows, so that only steps of transformers answer."""
 
 
-def _llama(**rope: Any) -> Case:
+def _llama(*, stepwise: bool = False, **rope: Any) -> Case:
     rope = {"rope_theta": 10000.0, "original_max_position_embeddings": 32} | rope
-    return Case(LlamaConfig(**SIZES, rope_parameters=rope), ADAPTERS)
+    return Case(LlamaConfig(**SIZES, rope_parameters=rope), ALL, stepwise=stepwise)
 
 
 CASES = {
-    "llama-dynamic": _llama(rope_type="dynamic", factor=2.0),
+    "llama-dynamic": _llama(rope_type="dynamic", factor=2.0, stepwise=True),
     "llama-yarn": _llama(rope_type="yarn", factor=8.0),
     "llama-yarn-mscale": _llama(
         rope_type="yarn", factor=4.0, mscale=0.8, mscale_all_dim=0.4, beta_fast=16, truncate=False
     ),
     "mistral": Case(MistralConfig(**SIZES, sliding_window=WINDOW), ADAPTERS),
-    "mistral-full": Case(MistralConfig(**SIZES, sliding_window=None, head_dim=16), ADAPTERS),
+    "mistral-full": Case(MistralConfig(**SIZES, sliding_window=None, head_dim=16), ALL),
     "qwen2": Case(Qwen2Config(**SIZES), ADAPTERS),
     "qwen2-windows": Case(
         Qwen2Config(
@@ -234,7 +243,7 @@ CASES = {
             sliding_window=WINDOW,
             max_window_layers=1,
         ),
-        ADAPTERS,
+        ALL,
     ),
     "qwen3": Case(Qwen3Config(**SIZES, head_dim=16, attention_bias=True), ADAPTERS),
     "qwen3-moe": Case(Qwen3MoeConfig(**SIZES | EXPERTS, head_dim=16, norm_topk_prob=True), MOE_ADAPTERS),
@@ -247,7 +256,7 @@ CASES = {
             use_sliding_window=True,
             sliding_window=WINDOW,
         ),
-        ADAPTERS,
+        ALL,
     ),
     "gemma2": Case(
         Gemma2Config(
@@ -357,7 +366,7 @@ CASES = {
             attention_bias=True,
             pad_token_id=0,
         ),
-        ADAPTERS,
+        ALL,
     ),
     "olmo3": Case(
         Olmo3Config(
@@ -434,36 +443,45 @@ CASES = {
     "olmo2": Case(Olmo2Config(**SIZES, attention_bias=True, pad_token_id=0), ADAPTERS),
 }
 
-EACH_FAMILY = (
-    # those in a sweep have ropes, windows and norms that kernels see in the others too
-    pytest.param("llama-yarn", marks=pytest.mark.sweep),
-    pytest.param("mistral", marks=pytest.mark.sweep),
-    pytest.param("qwen2-windows", marks=pytest.mark.sweep),
-    pytest.param("qwen3", marks=pytest.mark.sweep),
-    pytest.param("gemma2", marks=pytest.mark.sweep),
-    pytest.param("gemma3", marks=pytest.mark.sweep),
-    "gemma4-small",
-    pytest.param("gemma4-images", marks=pytest.mark.sweep),
-    pytest.param("phi4-mini", marks=pytest.mark.sweep),
-    pytest.param("granite", marks=pytest.mark.sweep),
-    pytest.param("smollm3-windows", marks=pytest.mark.sweep),
-    "olmo2",
-    pytest.param("olmo3", marks=pytest.mark.sweep),
-    "ministral3",
-    "gpt-oss",
-    pytest.param("qwen3_5-images", marks=pytest.mark.sweep),
-    pytest.param("qwen3-moe", marks=pytest.mark.sweep),
-    pytest.param("qwen3_5-moe", marks=pytest.mark.sweep),
-)
-"""One case of each family, with what is special in its layers."""
+
+def _swept_but(*names: str) -> list[Any]:
+    """All cases; only those of these names are tried without a sweep."""
+    return [name if name in names else pytest.param(name, marks=pytest.mark.sweep) for name in CASES]
+
+
+def _is_dense(case: Case) -> bool:
+    text = case.config.get_text_config()
+    return not (getattr(text, "num_experts", None) or getattr(text, "num_local_experts", None))
+
+
+NO_PROOFS = pytest.mark.skip(reason="of mixtures there are no proofs")
+DENSE = [name if _is_dense(case) else pytest.param(name, marks=NO_PROOFS) for name, case in CASES.items()]
+KERNELS = _swept_but("gemma4-small", "olmo2", "ministral3", "gpt-oss")
+"""The others have ropes, windows and norms that kernels see in these too."""
+CACHES = _swept_but(
+    "llama-dynamic", "mistral", "qwen2-windows", "gemma4-small", "gemma4-images", "phi3-long", "gpt-oss",
+    "qwen3_5-images",
+)  # fmt: skip
+"""Of those that keep the same of their tokens one."""
+HALVES = _swept_but(
+    "qwen2", "gemma2", "gemma4-small", "gemma4-images", "phi4-mini", "granite", "olmo2", "gpt-oss",
+    "qwen3_5-moe",
+)  # fmt: skip
+"""Of those whose sums, norms and caps are the same one."""
 
 
 @dataclass(frozen=True)
 class Answers(tiny.Answers):
-    """With what transformers thinks of its tokens."""
+    """With what the engine found first, and what transformers thinks of its own tokens."""
 
-    logprobs: list[float]
+    found: list[list[int]]
+    """Base and adapters in one batch, prompts whole."""
+    found_logprobs: list[float]
     """Of the tokens of the base's first answer."""
+    logprobs: list[float]
+    """The same by transformers."""
+    adapted: Any
+    """Transformers with the adapter "all"."""
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -481,19 +499,30 @@ def answers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         (models[index % len(models)], [draw.randrange(3, VOCAB) for _ in range(length)])
         for index, length in enumerate(lengths)
     ]
+    ready = world.load(store)
+    found = run_engine(ready, requests, NEW)
     oracles = {name: oracle(world.base, world.adapters.get(name)) for name in models}
-    expected = [oracle_tokens(oracles[name], prompt, NEW) for name, prompt in requests]
-    return Answers(world, store, requests, expected, _logprobs(oracles["base"], requests[0][1], expected[0]))
+    expected = [
+        oracle_tokens(oracles[name], prompt, NEW)
+        if case.stepwise
+        else greedy_tokens(oracles[name], prompt, guess)
+        for (name, prompt), guess in zip(requests, found, strict=True)
+    ]
+    _, logprobs = choices_and_logprobs(oracles["base"], requests[0][1], expected[0])
+    found_logprobs = _engine_logprobs(ready, requests[0][1])
+    return Answers(world, store, requests, expected, found, found_logprobs, logprobs, oracles.get("all"))
 
 
-@pytest.mark.parametrize("max_batch_tokens", [1024, 16])
-def test_a_mixed_batch_equals_transformers(answers: Answers, max_batch_tokens: int) -> None:
-    """Base and adapters in one batch, prompts whole or in chunks, past blocks and windows."""
-    ready = answers.world.load(answers.store, max_batch_tokens=max_batch_tokens)
+def test_a_mixed_batch_equals_transformers(answers: Answers) -> None:
+    """Base and adapters in one batch, prompts whole or in chunks, past blocks and windows, and log
+    probabilities, which see what greedy tokens cannot, a cap on the logits for one."""
+    assert answers.found == answers.expected
+    assert answers.found_logprobs == pytest.approx(answers.logprobs, abs=2e-4)
+    ready = answers.world.load(answers.store, max_batch_tokens=16)
     assert run_engine(ready, answers.requests, NEW) == answers.expected
 
 
-@pytest.mark.parametrize("answers", EACH_FAMILY, indirect=True)
+@pytest.mark.parametrize("answers", KERNELS, indirect=True)
 def test_the_kernels_for_gpus_answer_the_same(answers: Answers) -> None:
     """In the interpreter: base and adapters, prompts in chunks beside decoding, past blocks and windows."""
     ready = answers.world.load(answers.store, backend="triton", max_batch_tokens=32)
@@ -517,13 +546,13 @@ def tight(world: World, sequences: int, least: int = 64) -> dict[str, Any]:
     }
 
 
+@pytest.mark.parametrize("answers", CACHES, indirect=True)
 def test_preemption_and_prefix_hits_change_no_token(answers: Answers) -> None:
     """With a cache too small for all, and again with what is left of the prefixes in it."""
     ready = answers.world.load(answers.store, **tight(answers.world, len(answers.requests)))
     windows = read_config(answers.world.base).windows
     if len(windows) > 1:  # for which a plan has more tokens of everything in as many bytes
         _divide_evenly(ready, (152 if None in windows else 64) // 8)
-    assert run_engine(ready, answers.requests, NEW) == answers.expected
     assert run_engine(ready, answers.requests, NEW) == answers.expected
     assert ready.engine.stats.preemptions > 0
     for _ in range(2):  # alone, so that nobody needs its blocks meanwhile
@@ -543,18 +572,32 @@ def _divide_evenly(ready: Ready, blocks: int) -> None:
     ready.engine._engine = Engine(runner, limits, manager, engine._residency)
 
 
-def test_log_probabilities_equal_those_of_transformers(answers: Answers) -> None:
-    """Which sees what greedy tokens cannot, a cap on the logits for one."""
-    ready = answers.world.load(answers.store)
-    found = _engine_logprobs(ready, answers.requests[0][1])
-    assert found == pytest.approx(answers.logprobs, abs=2e-4)
-
-
+@pytest.mark.parametrize("answers", HALVES, indirect=True)
 def test_bfloat16_stays_close(answers: Answers) -> None:
     """In the type that most checkpoints are served in, norms with an offset and caps included."""
     ready = answers.world.load(answers.store, dtype="bfloat16")
     found = _engine_logprobs(ready, answers.requests[0][1], new=1)
     assert found == pytest.approx(answers.logprobs[:1], abs=0.5)
+
+
+@pytest.mark.parametrize("answers", DENSE, indirect=True)
+def test_the_reference_of_proofs_is_transformers_and_peft(
+    answers: Answers, request: pytest.FixtureRequest
+) -> None:
+    """Logits behind a probe longer than any window are those of transformers with PEFT, fused or not."""
+    case = CASES[request.node.callspec.params["answers"]]
+    check_reference(answers.world, case.max_seq_len, answers.adapted)
+
+
+def check_reference(world: World, max_seq_len: int | None, adapted: Any) -> None:
+    """Compare the second reading of a base with the adapter "all" with transformers and PEFT."""
+    config = read_config(world.base, max_seq_len)
+    tokens = [5 + (index * 37) % 180 for index in range(60)]
+    adapter = read_adapter(world.adapters["all"], config)
+    [run] = Reference(config, world.base).run({"all": [tokens]}, {"all": adapter})["all"]
+    with torch.no_grad():
+        expected = adapted(torch.tensor([tokens])).logits[0, -1]
+    torch.testing.assert_close(run.logits, expected, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize(("dtype", "max_shard_size"), [("bfloat16", "40KB"), ("float16", "1GB")])
@@ -592,13 +635,6 @@ def test_undescribed_and_missing_tensors_are_refused_by_name(tmp_path: Path) -> 
     save_file({name: tensor for name, tensor in tensors.items() if name != "lm_head.weight"}, file)
     with pytest.raises(CheckpointInvalid, match=r"lacks the tensor lm_head\.weight"):
         Decoder(read_config(tmp_path), Checkpoint(tmp_path, torch.float32, device))
-
-
-def _logprobs(model: Any, prompt: list[int], answer: list[int]) -> list[float]:
-    with torch.inference_mode():
-        logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
-    rows = torch.log_softmax(logits, dim=-1)
-    return [float(row[token]) for row, token in zip(rows, answer, strict=True)]
 
 
 def _engine_logprobs(ready: Ready, prompt: list[int], new: int = NEW) -> list[float]:

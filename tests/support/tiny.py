@@ -34,6 +34,7 @@ from loramux_shared.settings import InferenceSettings
 from loramux_shared.sources.open import open_sources
 from loramux_shared.storage.base import Store
 from loramux_shared.storage.memory import MemoryStore
+from tests.support.native import opened_once
 from tests.support.tokens import VOCAB as VOCAB
 from tests.support.tokens import write_tokenizer as write_tokenizer
 
@@ -98,6 +99,7 @@ def make_adapter(base: Path, folder: Path, seed: int, **config: Any) -> None:
             if parameter.requires_grad:
                 began = parameter if "bias" in name or "magnitude" in name else 0.0
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2 + began)
+    model.create_or_update_model_card = lambda _: None  # a template that takes longer than the rest
     model.save_pretrained(folder)
 
 
@@ -185,7 +187,8 @@ class World:
             "kv_memory_gb": 0.01,
             "adapter_disk_gb": 0,  # the folder of this machine's user is nobody's business
         }
-        return load(InferenceSettings(**(values | settings)), store)
+        with opened_once():
+            return load(InferenceSettings(**(values | settings)), store)
 
 
 def refusal(ready: Ready, name: str) -> Fault | None:

@@ -1,0 +1,32 @@
+"""Compiled operations, opened and checked once in a process rather than at each of its starts."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from inference_service.kernels.cpu import build
+from inference_service.kernels.cpu.build import Built, load
+
+
+@contextmanager
+def opened_once() -> Iterator[None]:
+    """Let a start take what an earlier one of this process has opened from the same folder, and checked."""
+    with pytest.MonkeyPatch.context() as patch:
+        if build.load is load:
+            patch.setattr(build, "load", _kept)
+        yield
+
+
+def _kept(folder: Path) -> Built:
+    return _opened(folder, os.environ.get("PATH"), os.environ.get("CXX"))
+
+
+@cache
+def _opened(folder: Path, *_compilers: str | None) -> Built:
+    return load(folder)
