@@ -17,16 +17,25 @@ from loramux_shared.storage.memory import MemoryStore
 from tests.support.service import LONG, SAMPLED, Service, open_service
 from tests.support.tiny import World, oracle
 
+pytestmark = pytest.mark.asyncio(loop_scope="module")
 
-@pytest_asyncio.fixture
-async def service(world: tuple[World, MemoryStore]) -> AsyncIterator[Service]:
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def shared(world: tuple[World, MemoryStore]) -> AsyncIterator[Service]:
+    """A loaded service for all tests."""
     service = await open_service(world)
     yield service
     await service.close()
 
 
-@pytest.mark.parametrize("model", ["base", "all"])
-@pytest.mark.parametrize("max_batch_tokens", [16, 1024])
+@pytest_asyncio.fixture(loop_scope="module")
+async def service(shared: Service) -> Service:
+    """The service, which holds nothing."""
+    await shared.until_free()
+    return shared
+
+
+@pytest.mark.parametrize(("model", "max_batch_tokens"), [("base", 1024), ("all", 16)])
 async def test_prompt_logprobs_equal_transformers(
     world: tuple[World, MemoryStore], model: str, max_batch_tokens: int
 ) -> None:
@@ -76,17 +85,18 @@ async def test_prompt_logprobs_come_once_with_several_answers(service: Service) 
     )
 
 
-async def test_prompts_are_scored_across_preemptions(world: tuple[World, MemoryStore]) -> None:
+async def test_prompts_are_scored_across_preemptions(
+    world: tuple[World, MemoryStore], service: Service
+) -> None:
     """Where memory runs out, every scored prompt is still reported once and whole; answers stay the same."""
-    roomy = await open_service(world)
-    prompts = [LONG[place:] + LONG[:place] for place in range(4)]
+    prompts = [LONG[place:] + LONG[:place] for place in range(3)]
     fields: dict[str, Any] = {
         "max_tokens": 60,
         "ignore_eos": True,
         "prompt_logprobs": 0,
         "repetition_penalty": 1.3,
     }
-    expected = [await roomy.events(prompt, **fields) for prompt in prompts]
+    expected = [await service.events(prompt, **fields) for prompt in prompts]
     tight = await open_service(world, kv_memory_gb=0.0001, max_batch_tokens=64)
     found = await asyncio.gather(*(tight.events(prompt, **fields) for prompt in prompts))
     assert tight.ready.engine.stats.preemptions
@@ -96,8 +106,7 @@ async def test_prompts_are_scored_across_preemptions(world: tuple[World, MemoryS
             next(e for e in events if isinstance(e, PromptLogprobs)).tokens for events in (one, other)
         )
         assert [token.logprob for token in ours[1:]] == pytest.approx([t.logprob for t in theirs[1:]], abs=1e-4)
-    for service in (roomy, tight):
-        await service.close()
+    await tight.close()
 
 
 def _tokens(events: list[Event]) -> list[int]:
