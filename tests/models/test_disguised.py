@@ -24,6 +24,7 @@ from loramux_shared.bundle.reader import read_bundle
 from loramux_shared.faults import AdapterInvalid
 from loramux_shared.sources.open import open_sources
 from loramux_shared.storage.memory import MemoryStore
+from tests.support.proving import proved_here
 from tests.support.tiny import SIZES, World, make_checkpoint, oracle, oracle_tokens, refusal, run_engine
 
 SOME: dict[str, Any] = {"task_type": "CAUSAL_LM", "target_modules": ["q_proj", "v_proj", "down_proj"]}
@@ -109,7 +110,8 @@ def test_proofs_of_what_amounts_to_lora_hold(world: World) -> None:
     """A replica replays them before it serves."""
     store, deployment = MemoryStore(), world.deployment()
     proved = deployment.model_copy(update={"build": deployment.build.model_copy(update={"prove": True})})
-    build(proved, BuildContext(store, open_sources(local_roots=[world.root])), Progress(KINDS))
+    with proved_here():
+        build(proved, BuildContext(store, open_sources(local_roots=[world.root])), Progress(KINDS))
     ready = world.load(store)
     assert [refusal(ready, name) for name in KINDS] == [None] * len(KINDS)
 

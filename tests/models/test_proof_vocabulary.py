@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +10,8 @@ import pytest
 import torch
 from transformers import Gemma3TextConfig, GraniteConfig, LlamaConfig
 
-from builder_service.pipeline import prove as builder_prove
-from builder_service.pipeline.progress import Progress
 from inference_service.proof.adapter_source import read_adapter
-from inference_service.proof.prove import probe_tokens, prove
+from inference_service.proof.prove import probe_tokens
 from inference_service.proof.reference import Reference
 from loramux_shared.bases.read import read_config
 from loramux_shared.bundle.manifest import VOCABULARY_FILE, Manifest, ModuleRow, Replaced
@@ -37,16 +34,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 @pytest.fixture(scope="module")
 def store(world: World) -> MemoryStore:
-    """Bundles in bfloat16, with proofs, which take no process of their own here."""
-
-    def run(request: dict[str, Any], _: Progress) -> Any:
-        proofs = prove(Path(request["base"]), request["adapters"], request["max_seq_len"])
-        return json.loads(json.dumps({"proofs": proofs}))
-
+    """Bundles in bfloat16, with proofs."""
     store = MemoryStore()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(builder_prove, "_run", run)
-        build_into(store, world, dtype="bfloat16")
+    build_into(store, world, dtype="bfloat16")
     return store
 
 

@@ -23,6 +23,7 @@ from loramux_shared.faults import DeploymentInvalid, SettingsInvalid
 from loramux_shared.rounding import Rounding
 from loramux_shared.sources.open import open_sources
 from loramux_shared.storage.memory import MemoryStore
+from tests.support.proving import proved_here
 from tests.support.tiny import VOCAB, World, make_world, next_logprobs, oracle, oracle_tokens, run_engine
 
 INTEGERS = ["int8", "int4"]
@@ -49,7 +50,8 @@ def _built(world: World, changes: dict[str, Any], runtime: dict[str, Any]) -> Me
     deployment = Deployment.model_validate(data)
     store = MemoryStore()
     context = BuildContext(store, open_sources(local_roots=[world.root]))
-    build(deployment, context, Progress(deployment.build.lora_adapters))
+    with proved_here():
+        build(deployment, context, Progress(deployment.build.lora_adapters))
     return store
 
 

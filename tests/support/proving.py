@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,4 +24,5 @@ def proved_here() -> Iterator[None]:
 
 
 def _answer(request: dict[str, Any], _: Progress) -> dict[str, Any]:
-    return {"proofs": prove(Path(request["base"]), request["adapters"], request["max_seq_len"])}
+    proofs = prove(Path(request["base"]), request["adapters"], request["max_seq_len"])
+    return {"proofs": json.loads(json.dumps(proofs))}
