@@ -7,11 +7,11 @@ import os
 import signal
 import socket
 import subprocess
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import envoy
 import httpx
@@ -20,10 +20,10 @@ from loramux.envoy.config import render
 from loramux.envoy.fleet import Fleet, Place, Replica
 from tests.support.forks import inference_service
 from tests.support.tiny import World
+from tests.support.waiting import BOUND_S, wait_until
 
-READY_S = 60.0
-DELAY_S = 3.0
-"""Of a replica's drain: two looks at its health and some more."""
+DELAY_S = 1.0
+"""Of a replica's drain; what it refuses afterwards is retried."""
 
 
 class Running:
@@ -48,25 +48,21 @@ class Running:
 
     def until_ready(self) -> None:
         """Wait for its start line."""
-        deadline = time.monotonic() + READY_S
-        while not (ready := [line for line in self._log.read_text().splitlines() if "service ready" in line]):
+
+        def ready() -> list[str]:
             assert self.alive, self._log.read_text()
-            assert time.monotonic() < deadline, self._log.read_text()
-            time.sleep(0.05)
-        said = json.loads(ready[0])
+            return [line for line in self._log.read_text().splitlines() if "service ready" in line]
+
+        said = json.loads(wait_until(ready, "a replica that is ready", self._log.read_text)[0])
         self.grpc, self.http = said["grpc"], said["http"]
 
     def pause(self) -> None:
         """Let its sequences stand still: it takes requests, is healthy, and has no token for anybody."""
-        httpx.post(f"http://{self.http}/pause?mode=keep").raise_for_status()
-
-    def resume(self) -> None:
-        """Let them go on."""
-        httpx.post(f"http://{self.http}/resume").raise_for_status()
+        httpx.post(f"http://{self.http}/pause?mode=keep", timeout=BOUND_S).raise_for_status()
 
     def load(self) -> int:
         """Requests that it holds."""
-        return int(httpx.get(f"http://{self.http}/load").json()["server_load"])
+        return int(httpx.get(f"http://{self.http}/load", timeout=BOUND_S).json()["server_load"])
 
     @property
     def doors(self) -> tuple[str, str]:
@@ -102,7 +98,7 @@ def running(world: World, folder: Path, count: int, **settings: str) -> Iterator
     finally:
         for replica in started:
             replica.process.kill()
-            replica.process.wait(10)
+            replica.process.wait(BOUND_S)
 
 
 class Proxy:
@@ -137,7 +133,7 @@ class Proxy:
         """End it."""
         if self._process is not None:
             self._process.kill()
-            self._process.wait(10)
+            self._process.wait(BOUND_S)
 
     def until_healthy(self, doors: int) -> None:
         """Wait until so many doors get traffic."""
@@ -151,11 +147,11 @@ class Proxy:
             except httpx.TransportError:
                 return False
 
-        until(healthy, log.read_text)
+        wait_until(healthy, f"{doors} doors that get traffic", log.read_text)
 
     def healthy(self) -> set[str]:
         """The doors that get traffic."""
-        clusters = httpx.get(f"{self._admin}/clusters?format=json").json()
+        clusters = httpx.get(f"{self._admin}/clusters?format=json", timeout=BOUND_S).json()
         return {
             f"{place['address']}:{place['port_value']}"
             for cluster in clusters["cluster_statuses"]
@@ -166,16 +162,25 @@ class Proxy:
 
     def counter(self, name: str) -> int:
         """One of its counters, over both doors."""
-        said = httpx.get(f"{self._admin}/stats?filter={name}$&format=json").json()
+        said = httpx.get(f"{self._admin}/stats?filter={name}$&format=json", timeout=BOUND_S).json()
         return sum(each["value"] for each in said["stats"])
 
     def requests(self, count: int) -> list[dict[str, Any]]:
         """What its log says of the next so many requests; it is written when they have ended."""
         log = self._folder / "access.log"
-        until(lambda: len(log.read_text().splitlines()) >= self._seen + count, log.read_text)
+        wait_until(
+            lambda: len(log.read_text().splitlines()) >= self._seen + count, f"{count} lines", log.read_text
+        )
         found = log.read_text().splitlines()[self._seen : self._seen + count]
         self._seen += count
         return [json.loads(line) for line in found]
+
+    def forget(self) -> None:
+        """Let the next request be the first of its log; none may be under way."""
+        mark, log = f"mark-{uuid4()}", self._folder / "access.log"
+        httpx.get(f"{self.url}/health", headers={"x-request-id": mark}, timeout=BOUND_S)
+        wait_until(lambda: mark in log.read_text(), "the line of the last request", log.read_text)
+        self._seen = len(log.read_text().splitlines())
 
 
 def fleet_of(doors: Iterable[tuple[str, str]], **options: Any) -> Fleet:
@@ -195,14 +200,6 @@ def proxy(fleet: Fleet, folder: Path) -> Iterator[Proxy]:
         yield made
     finally:
         made.stop()
-
-
-def until(done: Callable[[], bool], why: Callable[[], object] = str, within_s: float = 20.0) -> None:
-    """Wait until something is so."""
-    deadline = time.monotonic() + within_s
-    while not done():
-        assert time.monotonic() < deadline, why()
-        time.sleep(0.02)
 
 
 def _place(address: str) -> Place:

@@ -16,6 +16,7 @@ from loramux.envoy.fleet import Tls
 from loramux_shared.access.guard import NOBODY_GUARDS, Guard
 from tests.support.fleet import Proxy, fleet_of
 from tests.support.scripted_replica import ScriptedReplica
+from tests.support.waiting import BOUND_S, until
 
 
 class Fleet:
@@ -25,16 +26,18 @@ class Fleet:
         self.replicas = {name: ScriptedReplica(folder, name, guard) for name in ("one", "two", "three")}
         self.folder = folder
 
-    async def start(self, host: str = "127.0.0.1", tls: Tls | None = None) -> None:
+    async def start(self, host: str = "127.0.0.1", tls: Tls | None = None, first_token_s: float = 600) -> None:
         """Listen; Envoy finds the replicas by a name of this machine."""
         await asyncio.gather(*(replica.start() for replica in self.replicas.values()))
         doors = [
             tuple(door.replace("127.0.0.1", host) for door in each.doors) for each in self.replicas.values()
         ]
-        self.proxy = Proxy(fleet_of(doors, first_token_s=1, tls=tls), self.folder)
+        self.proxy = Proxy(fleet_of(doors, first_token_s=first_token_s, tls=tls), self.folder)
         self.client = AsyncClient(self.proxy.grpc)
-        self.web = httpx.AsyncClient(base_url=self.proxy.url, timeout=20)
-        self.openai = AsyncOpenAI(base_url=f"{self.proxy.url}/v1", api_key="none", max_retries=0, timeout=20)
+        self.web = httpx.AsyncClient(base_url=self.proxy.url, timeout=BOUND_S)
+        self.openai = AsyncOpenAI(
+            base_url=f"{self.proxy.url}/v1", api_key="none", max_retries=0, timeout=BOUND_S
+        )
         await asyncio.to_thread(self.proxy.start)
 
     async def stop(self) -> None:
@@ -48,10 +51,18 @@ class Fleet:
         self.proxy.stop()
         await asyncio.gather(*(replica.drain() for replica in self.replicas.values()))
 
-    async def until_healthy(self, doors: int) -> None:
-        """Wait until so many doors get traffic."""
-        await asyncio.to_thread(self.proxy.until_healthy, doors)
-        await asyncio.sleep(0.1)  # for its threads to hear of it
+    async def idle(self) -> None:
+        """Have every replica answer as it does at first, and wait until none of them answers."""
+        for replica in self.replicas.values():
+            replica.service.refuses = None
+            replica.service.tokens.set()
+        await until(
+            lambda: not any(each.service.open for each in self.replicas.values()),
+            "replicas without a request",
+            lambda: {name: each.service.open for name, each in self.replicas.items()},
+        )
+        await asyncio.to_thread(self.proxy.until_healthy, 2 * len(self.replicas))
+        await asyncio.to_thread(self.proxy.forget)
 
     async def who(self, model: str) -> str:
         """The replica that answers a model over gRPC."""
@@ -61,6 +72,11 @@ class Fleet:
         """The same of OpenAI's API."""
         answer = await self.web.post("/v1/completions", json={"model": model, "prompt": "HELLO"} | more)
         return str(answer.json()["choices"][0]["text"])
+
+    async def streamed(self, model: str) -> str:
+        """The same of a stream of OpenAI's API."""
+        stream = await self.openai.completions.create(model=model, prompt="HELLO", stream=True)
+        return "".join([chunk.choices[0].text async for chunk in stream])
 
 
 @asynccontextmanager

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
+from itertools import count
 from pathlib import Path
 
 import grpc
@@ -12,28 +13,45 @@ import httpx
 import pytest
 import pytest_asyncio
 
+from inference_service.openai_api import protocol
+from loramux import AsyncClient
+from loramux.envoy.fleet import Tls
 from loramux.faults import ServerUnavailable, ShuttingDown
 from loramux.inference.v1 import inference_pb2 as pb
-from tests.support.scripted_fleet import Fleet, behind_envoy
-from tests.support.scripted_replica import MODELS
+from loramux_shared.access.guard import Guard
+from loramux_shared.rpc import calls
+from tests.support.access import Certificates, keyring
+from tests.support.endless import Endless, doors_of
+from tests.support.fleet import Proxy
+from tests.support.scripted_fleet import Fleet, behind_envoy, envoy_of
+from tests.support.scripted_replica import MODELS, Named, ScriptedReplica
+from tests.support.waiting import BOUND_S, bounded, until, wait_until
 
+pytestmark = pytest.mark.asyncio(loop_scope="module")
 GENERATE = "/loramux.inference.v1.InferenceService/Generate"
 
 
-@pytest_asyncio.fixture
-async def fleet(tmp_path: Path) -> AsyncIterator[Fleet]:
-    """Three replicas behind Envoy."""
-    async with behind_envoy(Fleet(tmp_path)) as made:
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def shared(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Fleet]:
+    """Three replicas behind an Envoy that waits long for a first token."""
+    async with behind_envoy(Fleet(tmp_path_factory.mktemp("envoy"))) as made:
         yield made
 
 
+@pytest_asyncio.fixture(loop_scope="module")
+async def fleet(shared: Fleet) -> Fleet:
+    """The shared fleet, which is idle."""
+    await shared.idle()
+    return shared
+
+
 async def test_a_model_stays_with_its_replica(fleet: Fleet) -> None:
-    """One replica answers a model at both doors, whoever asks, and models are spread over all replicas."""
+    """One replica answers a model at both doors, and models are spread over all replicas."""
     seen = {model: {await fleet.who_over_http(model)} for model in MODELS}
     assert set.union(*seen.values()) == set(fleet.replicas)
     async with grpc.aio.insecure_channel(fleet.proxy.grpc) as channel:
         generate = channel.unary_stream(GENERATE, response_deserializer=pb.GenerateResponse.FromString)
-        for model in MODELS[:6] * 2:
+        for model in MODELS[:5]:
             seen[model].add(await fleet.who(model))
             chat = await fleet.openai.chat.completions.create(
                 model=model, messages=[{"role": "user", "content": "A long story. " * 10_000}]
@@ -46,9 +64,9 @@ async def test_a_model_stays_with_its_replica(fleet: Fleet) -> None:
 
 
 async def test_the_header_comes_before_the_body(fleet: Fleet) -> None:
-    """A client that names the model in `x-loramux-model` decides who answers, at both doors."""
+    """The model that a client names in `x-loramux-model` decides which replica answers, at both doors."""
     wanted = await fleet.who("lora1")
-    [other, *_] = [model for model in MODELS if await fleet.who(model) != wanted]
+    [other, *_] = [model for model in MODELS[:20] if await fleet.who_over_http(model) != wanted]
     headers = {"x-loramux-model": "lora1"}
     answer = await fleet.web.post("/v1/completions", json={"model": other, "prompt": "HELLO"}, headers=headers)
     assert answer.json()["choices"][0]["text"] == wanted
@@ -59,7 +77,7 @@ async def test_the_header_comes_before_the_body(fleet: Fleet) -> None:
         assert "".join([message.delta.text async for message in call]) == wanted
 
 
-async def test_a_popular_model_spreads(fleet: Fleet) -> None:
+async def test_streams_of_one_model_spread(fleet: Fleet) -> None:
     """No replica has much more than the mean of what is under way, though all of it is for one model."""
     streams = [fleet.client.generate("base", "WAIT") for _ in range(24)]
     said = [[await anext(stream), await anext(stream)][1] for stream in streams]
@@ -68,73 +86,27 @@ async def test_a_popular_model_spreads(fleet: Fleet) -> None:
         await stream.aclose()
 
 
-async def test_what_most_ask_for_has_several_places(fleet: Fleet) -> None:
-    """As many as there are replicas; another model keeps its one. What clients say of places is not heeded."""
-    for model in MODELS:
-        await fleet.who_over_http(model)
-    headers = {"x-loramux-place": "mine"}
-    for model in (["base"] * 60 + ["lora1"]) * 10:
-        await fleet.web.post("/v1/completions", json={"model": model, "prompt": "HELLO"}, headers=headers)
-    answer = await fleet.web.get("/v1/models", headers=headers)
+async def test_a_popular_model_has_several_places(fleet: Fleet) -> None:
+    """A popular model has as many places as there are replicas, another one keeps its one.
+
+    A client's own header of places is not heeded, and answers have no header of ours.
+    """
+    mine = {"x-loramux-place": "mine"}
+    for model in (*MODELS[1:], *["popular"] * 470):
+        await fleet.web.get("/health", headers=mine | {"x-loramux-model": model})
+    answer = await fleet.web.get("/v1/models", headers=mine)
     assert not [name for name in answer.headers if name.startswith("x-loramux")]
-    lines = await asyncio.to_thread(fleet.proxy.requests, len(MODELS) + 611)
+    lines = await asyncio.to_thread(fleet.proxy.requests, len(MODELS) + 470)
     homes: dict[tuple[str, str], set[str]] = {}
     for line in lines:
         homes.setdefault((line["model"], line["place"]), set()).add(line["replica"])
-    assert {place for model, place in homes if model == "base"} == {"base", "base 2", "base 3"}
-    assert {place for model, place in homes if model != "base"} == {None, *MODELS[1:]}
+    assert {place for model, place in homes if model == "popular"} == {"popular", "popular 2", "popular 3"}
+    assert {place for model, place in homes if model != "popular"} == {None, *MODELS[1:]}
     assert all(len(replicas) == 1 for replicas in homes.values())
 
 
-async def test_a_replica_without_tokens_is_left(fleet: Fleet) -> None:
-    """What it has not begun is answered elsewhere, at both doors, and it gets no more, for all its health."""
-    slow = fleet.replicas[await fleet.who("lora1")]
-    slow.service.tokens.clear()
-    before = slow.service.asked
-    answers = await asyncio.gather(
-        *(fleet.who("lora1") for _ in range(3)),
-        *(_streamed(fleet, "lora1") for _ in range(3)),
-    )
-    assert slow.service.name not in answers
-    asked = slow.service.asked
-    assert asked > before
-    assert slow.service.open == 0
-    assert [await fleet.who("lora1"), await _streamed(fleet, "lora1")] == [answers[0]] * 2
-    assert slow.service.asked == asked
-
-
-async def _streamed(fleet: Fleet, model: str) -> str:
-    stream = await fleet.openai.completions.create(model=model, prompt="HELLO", stream=True)
-    return "".join([chunk.choices[0].text async for chunk in stream])
-
-
-async def test_a_long_answer_that_is_not_streamed_waits(fleet: Fleet) -> None:
-    """Its headers come with its last token, so no time for a first token is set for it."""
-    slow = fleet.replicas[await fleet.who("lora1")]
-    asking = asyncio.create_task(fleet.who_over_http("lora1", stream=False))
-    slow.service.tokens.clear()
-    await asyncio.sleep(1.5)  # longer than a stream may wait here
-    slow.service.tokens.set()
-    assert await asking == slow.service.name
-
-
-async def test_a_replica_that_leaves_is_left_in_peace(fleet: Fleet) -> None:
-    """Without health it keeps its streams and gets no more; once it refuses, nobody notices."""
-    leaving = fleet.replicas[await fleet.who("lora1")]
-    stream = fleet.client.generate("lora1", "WAIT")
-    assert [(await anext(stream)).model, (await anext(stream)).text] == ["lora1", leaving.service.name]
-    await leaving.leave()
-    assert (await fleet.who("lora1"), leaving.service.open) == (leaving.service.name, 1)
-    await fleet.until_healthy(4)
-    assert await fleet.who("lora1") != leaving.service.name
-    assert await fleet.who_over_http("lora1") != leaving.service.name
-    await leaving.grpc.refuse()
-    leaving.service.ends.set()
-    assert [type(event).__name__ async for event in stream] == ["Finished"]
-
-
-async def test_what_is_refused_is_asked_elsewhere(fleet: Fleet) -> None:
-    """A replica that drains before Envoy knows it: its refusal reaches nobody, however large the request."""
+async def test_a_refused_request_goes_to_another_replica(fleet: Fleet) -> None:
+    """No client sees the refusal of a replica that drains before Envoy knows it, however large the request."""
     draining = fleet.replicas[await fleet.who("lora1")]
     draining.service.refuses = ShuttingDown("the server is shutting down.")
     large = {"model": "lora1", "prompt": "A" * 6_000_000}
@@ -144,25 +116,8 @@ async def test_what_is_refused_is_asked_elsewhere(fleet: Fleet) -> None:
     assert [each["attempts"] for each in await asyncio.to_thread(fleet.proxy.requests, 3)] == [1, 2, 2]
 
 
-async def test_without_replicas_errors_have_names(fleet: Fleet) -> None:
-    """When no replica is well, clients are told so in the words of their door, at once."""
-    for replica in fleet.replicas.values():
-        await replica.leave()
-    await fleet.until_healthy(0)
-    with pytest.raises(ServerUnavailable, match="no healthy upstream"):
-        await fleet.who("lora1")
-    answer = await fleet.web.post("/v1/completions", json={"model": "lora1", "prompt": "HELLO"})
-    assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
-    error = answer.json()["error"]
-    assert (error["type"], error["code"]) == ("server_error", "server_unavailable")
-    answer = await fleet.web.post("/v1/messages?beta=true", json={}, headers={"x-request-id": "mine-1"})
-    assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
-    told = answer.json()
-    assert (told["type"], told["error"]["type"], told["request_id"]) == ("error", "overloaded_error", "mine-1")
-
-
-async def test_what_all_refuse_keeps_its_reason(fleet: Fleet) -> None:
-    """After the last try the client hears what a replica said, with a time to retry after."""
+async def test_a_refusal_of_all_replicas_keeps_its_reason(fleet: Fleet) -> None:
+    """After the last try the client gets a replica's fault, with a time to retry after."""
     for replica in fleet.replicas.values():
         replica.service.refuses = ShuttingDown("the server is shutting down.")
     with pytest.raises(ShuttingDown) as caught:
@@ -173,7 +128,7 @@ async def test_what_all_refuse_keeps_its_reason(fleet: Fleet) -> None:
 
 
 async def test_nothing_is_sent_before_the_first_token(fleet: Fleet) -> None:
-    """Not even headers, at both doors: what began could not be asked elsewhere."""
+    """A replica sends not even headers before the first token, so that another one may still answer."""
     one = fleet.replicas["one"]
     one.service.tokens.clear()
     bodies = {
@@ -183,7 +138,7 @@ async def test_nothing_is_sent_before_the_first_token(fleet: Fleet) -> None:
     }
     async with (
         grpc.aio.insecure_channel(one.grpc.address) as channel,
-        httpx.AsyncClient(base_url=f"http://{one.http.address}") as web,
+        httpx.AsyncClient(base_url=f"http://{one.http.address}", timeout=BOUND_S) as web,
     ):
         call = channel.unary_stream(GENERATE)(
             pb.GenerateRequest(model="base", text="HELLO").SerializeToString()
@@ -194,11 +149,11 @@ async def test_nothing_is_sent_before_the_first_token(fleet: Fleet) -> None:
         ]
         waits = [call.initial_metadata(), *(web.send(request, stream=True) for request in requests)]
         begun = [asyncio.ensure_future(wait) for wait in waits]
-        async with asyncio.timeout(10):
-            while one.service.open < len(begun):
-                await asyncio.sleep(0.01)
-        done, _ = await asyncio.wait(begun, timeout=0.1)
-        assert not done
+        await until(lambda: one.service.open == len(begun), "all requests at the replica")
+        # Whatever the replica had sent by now would come before these answers on the same loop and channel.
+        assert (await web.get("/health")).status_code == 200
+        assert await channel.unary_unary("/grpc.health.v1.Health/Check")(b"")
+        assert not any(each.done() for each in begun)
         one.service.tokens.set()
         await asyncio.gather(*begun)
         async for _ in call:
@@ -206,7 +161,7 @@ async def test_nothing_is_sent_before_the_first_token(fleet: Fleet) -> None:
 
 
 async def test_the_log_has_no_prompt(fleet: Fleet) -> None:
-    """It says which replica answered which model, under the id that the client gave, and nothing of a text."""
+    """A log line names replica, model and the client's request id, and holds no text and no key."""
     headers = {"x-request-id": "mine-1", "authorization": "Bearer lmx_secret"}
     body = {"model": "lora1", "prompt": "SECRET WORDS"}
     await fleet.web.post("/v1/completions?SECRET", json=body, headers=headers)
@@ -214,3 +169,121 @@ async def test_the_log_has_no_prompt(fleet: Fleet) -> None:
     assert (line["request_id"], line["model"], line["attempts"]) == ("mine-1", "lora1", 1)
     assert line["replica"] in {replica.http.address for replica in fleet.replicas.values()}
     assert "SECRET" not in str(line).upper()
+
+
+async def test_a_replica_without_tokens_is_left(tmp_path: Path) -> None:
+    """A stream without a token in time is answered elsewhere, and its replica gets no more; other answers wait.
+
+    Headers of an answer that is not streamed come with its last token, so no time is set for its first.
+    """
+    async with behind_envoy(Fleet(tmp_path), first_token_s=1) as fleet:
+        slow = fleet.replicas[await fleet.who("lora1")].service
+        slow.tokens.clear()
+        whole = asyncio.create_task(fleet.who_over_http("lora1"))
+        await until(lambda: slow.open, "the answer that is not streamed")
+        await left(fleet, "grpc", fleet.who, slow)
+        assert not whole.done()
+        slow.tokens.set()
+        assert await whole == slow.name
+        slow.tokens.clear()
+        await left(fleet, "http", fleet.streamed, slow)
+
+
+async def left(fleet: Fleet, door: str, ask: Callable[[str], Awaitable[str]], slow: Named) -> None:
+    """Ask again and again, until Envoy leaves a replica that took requests and had no token for them."""
+    ejections = f"replicas_{door}.outlier_detection.ejections_enforced_consecutive_local_origin_failure"
+    before = slow.asked
+    async with bounded(f"a replica that is left at the door {door}"):
+        while not await asyncio.to_thread(fleet.proxy.counter, ejections):
+            # Envoy counts those that wait at the same time: each one that it sends on begins the count anew.
+            assert slow.name not in await asyncio.gather(*(ask("lora1") for _ in range(9)))
+    assert slow.asked - before >= 3
+
+
+async def test_replicas_that_leave_are_left_in_peace(tmp_path: Path) -> None:
+    """A replica without health keeps its streams and gets no more; without replicas errors have names."""
+    async with behind_envoy(Fleet(tmp_path)) as fleet:
+        leaving = fleet.replicas[await fleet.who("lora1")]
+        stream = fleet.client.generate("lora1", "WAIT")
+        assert [(await anext(stream)).model, (await anext(stream)).text] == ["lora1", leaving.service.name]
+        await leaving.leave()
+        async with bounded("answers of another replica at both doors"):
+            while leaving.service.name in (await fleet.who("lora1"), await fleet.who_over_http("lora1")):
+                pass
+        await leaving.grpc.refuse()
+        leaving.service.ends.set()
+        assert [type(event).__name__ async for event in stream] == ["Finished"]
+        for replica in fleet.replicas.values():
+            await replica.leave()
+        await asyncio.to_thread(fleet.proxy.until_healthy, 0)
+        body = {"model": "lora1", "prompt": "HELLO"}
+        async with bounded("an answer of Envoy itself at both doors"):
+            while (answer := await fleet.web.post("/v1/completions", json=body)).status_code == 200:
+                pass
+            with pytest.raises(ServerUnavailable, match="no healthy upstream"):
+                [await fleet.who("lora1") for _ in count()]
+        assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+        error = answer.json()["error"]
+        assert (error["type"], error["code"]) == ("server_error", "server_unavailable")
+        answer = await fleet.web.post("/v1/messages?beta=true", json={}, headers={"x-request-id": "mine-1"})
+        assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+        told = answer.json()
+        assert (told["type"], told["error"]["type"]) == ("error", "overloaded_error")
+        assert told["request_id"] == "mine-1"
+
+
+async def test_replicas_with_names_tls_and_keys(tmp_path: Path) -> None:
+    """Envoy finds replicas by name, wants a certificate for that name, and passes keys on."""
+    certificates = Certificates(tmp_path)
+    keys, ring = keyring("infer")
+    guarded = Fleet(tmp_path, Guard(ring, certificates.server))
+    tls = Tls(str(tmp_path / "ours.pem"), "localhost")
+    async with (
+        behind_envoy(guarded, host="localhost", tls=tls),
+        AsyncClient(guarded.proxy.grpc, api_key=keys["infer"]) as client,
+    ):
+        assert (await client.complete("lora1", "HELLO")).text in guarded.replicas
+        headers = {"authorization": f"Bearer {keys['infer']}"}
+        answer = await guarded.web.get("/v1/models", headers=headers)
+        assert answer.json()["data"][0]["id"] == MODELS[0]
+        assert (await guarded.web.get("/v1/models")).status_code == 401
+
+
+async def test_a_certificate_of_another_name_is_no_replica(tmp_path: Path) -> None:
+    """A server whose certificate is for another name gets no traffic."""
+    replica = ScriptedReplica(tmp_path, "one", Guard(None, Certificates(tmp_path).server))
+    await replica.start()
+    tls = Tls(str(tmp_path / "ours.pem"), "elsewhere.example.com")
+    try:
+        async with envoy_of(replica.doors, folder=tmp_path, tls=tls) as envoy:
+            await asyncio.to_thread(wait_until, lambda: refused(envoy) > 1, "two refused certificates")
+            assert not envoy.healthy()
+    finally:
+        await replica.drain()
+
+
+def refused(envoy: Proxy) -> int:
+    """How many certificates Envoy refused for their names."""
+    return envoy.counter("ssl.fail_verify_san")
+
+
+async def test_a_client_that_does_not_read_is_cut_off(tmp_path: Path) -> None:
+    """Envoy keeps little of an answer that its client does not read, so the replica waits and cuts it off."""
+    endless = Endless(tmp_path)
+    http, rpc = doors_of(endless, http=protocol.Patience(read_s=0.5), rpc=calls.Patience(read_s=0.5))
+    await http.start()
+    await rpc.start()
+    await rpc.set_serving(True)
+    body = {"model": "tiny", "prompt": "HELLO", "stream": True}
+    try:
+        async with (
+            envoy_of((rpc.address, http.address), folder=tmp_path) as envoy,
+            AsyncClient(envoy.grpc) as client,
+            httpx.AsyncClient(base_url=envoy.url, timeout=BOUND_S) as web,
+            web.stream("POST", "/v1/completions", json=body) as begun,
+        ):
+            assert begun.status_code == 200
+            await anext(client.generate("tiny", "HELLO"))
+            await until(lambda: not endless.open, "the ends of both answers", lambda: endless.open)
+    finally:
+        await asyncio.gather(http.drain(0), rpc.drain(0))
