@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing
@@ -25,7 +26,7 @@ from loramux_shared.faults import DeadlineExceeded, Fault, QueueFull, RequestInv
 from loramux_shared.storage.memory import MemoryStore
 from tests.support.service import LONG, PROMPT, SAMPLED, Service, open_service
 from tests.support.tiny import VOCAB, World
-from tests.support.waiting import ended
+from tests.support.waiting import ended, wait_until
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -108,10 +109,20 @@ async def test_closing_the_stream_frees_all_answers(service: Service) -> None:
     assert not service.ready.engine._streams
 
 
-async def test_a_deadline_ends_all_answers(service: Service) -> None:
+async def test_a_deadline_ends_all_answers(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is one fault, and nothing stays."""
+    deadline_s, steps = time.monotonic() + 0.1, itertools.count()
+    runner = service.ready.engine._engine._runner
+    submit = runner.submit
+
+    def late(batch: Any) -> Any:
+        if next(steps) == 2:
+            wait_until(lambda: time.monotonic() > deadline_s, "the deadline")
+        return submit(batch)
+
+    monkeypatch.setattr(runner, "submit", late)
     with pytest.raises(DeadlineExceeded):
-        await service.events(n=3, max_tokens=200, ignore_eos=True, deadline_s=time.monotonic() + 0.05)
+        await service.events(n=3, max_tokens=200, ignore_eos=True, deadline_s=deadline_s)
     await service.until_free()
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import os
 import signal
 import socket
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +20,7 @@ from loramux_shared.faults import BuildCancelled, SettingsInvalid, SourceUnavail
 from loramux_shared.settings import InferenceSettings, load_settings
 from loramux_shared.sources.retry import Pace, Patience
 from tests.support.forks import Forked, builder_service, inference_service
+from tests.support.waiting import BOUND_S, wait_until
 
 SERVICES = {"inference_service": inference_service, "builder_service": builder_service}
 WAITS = {"inference_service": "reading the deployment", "builder_service": "reading the journal"}
@@ -66,18 +67,18 @@ def started(module: str, endpoint: str, folder: Path) -> Iterator[tuple[Forked, 
         yield process, log
     finally:
         process.kill()
-        process.wait(10)
+        process.wait(BOUND_S)
 
 
 def told(process: Forked, log: Path, event: str) -> dict[str, str]:
     """Read a log until an event."""
-    while process.poll() is None:
-        for line in log.read_text().splitlines():
-            if line.startswith("{") and line.endswith("}") and json.loads(line)["event"] == event:
-                found: dict[str, str] = json.loads(line)
-                return found
-        time.sleep(0.02)
-    raise AssertionError(f"ended with {process.poll()} before it said {event!r}")
+
+    def found() -> list[dict[str, str]]:
+        assert process.poll() is None, log.read_text()
+        lines = [line for line in log.read_text().splitlines() if line.startswith("{") and line.endswith("}")]
+        return [each for each in map(json.loads, lines) if each["event"] == event]
+
+    return wait_until(found, event, log.read_text)[0]
 
 
 @pytest.mark.parametrize(
@@ -94,38 +95,32 @@ def test_a_signal_ends_a_start_that_waits(
     """A service says which store it waits for, and ends at once when it is asked to, as if it was killed."""
     with started(module, silent, tmp_path) as (process, log):
         assert told(process, log, WAITS[module])["store"] == "s3://bucket/prefix"
-        time.sleep(0.2)
         process.send_signal(number)
-        began = time.monotonic()
-        assert process.wait(10) == 128 + number
-        assert time.monotonic() - began < 10
+        assert process.wait(BOUND_S) == 128 + number
 
 
 @pytest.mark.sweep
 @pytest.mark.parametrize("module", SERVICES)
 def test_a_store_that_never_answers_ends_a_start(silent: str, tmp_path: Path, module: str) -> None:
-    """Without a signal it ends by itself: exit 1, with the store's name, in less than two minutes."""
-    began = time.monotonic()
+    """Without a signal it ends by itself: exit 1, with the store's name."""
     with started(module, silent, tmp_path) as (process, log):
-        assert process.wait(150) == 1
+        assert process.wait(3 * BOUND_S) == 1
     assert "s3://bucket/prefix: http://127.0.0.1" in log.read_text().splitlines()[-1]
-    assert time.monotonic() - began < 120
 
 
 def test_a_pause_before_a_source_is_asked_again_can_be_ended() -> None:
-    """A build that is cancelled while it waits for a source does not wait any longer."""
+    """A build that is cancelled while it waits for a source does not wait the hour that it was to."""
+    looks = itertools.count()
 
     def attempt(_: Pace) -> None:
         raise SourceUnavailable("away")
 
     def progress(_: int) -> None:
-        if time.monotonic() > began + 0.3:
+        if next(looks) == 2:
             raise BuildCancelled("enough")
 
-    began = time.monotonic()
     with pytest.raises(BuildCancelled):
-        Patience(wait_s=30).call(attempt, progress)
-    assert time.monotonic() - began < 10
+        Patience(wait_s=3600, max_wait_s=3600, answer_s=7200).call(attempt, progress)
 
 
 @pytest.mark.parametrize("door", ["grpc", "http"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import AsyncIterator, Iterator
 from functools import partial
@@ -30,6 +29,7 @@ from loramux_shared.storage.memory import MemoryStore
 from loramux_shared.tracing.otel import Tracing
 from tests.support.openai_door import openai_world
 from tests.support.tiny import World
+from tests.support.waiting import BOUND_S, until
 
 TRACE, SPAN = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 TRACEPARENT = f"00-{TRACE}-{SPAN}-01"
@@ -40,7 +40,7 @@ class Watched:
     """A server with both doors, and what it told."""
 
     def __init__(self, http: str, rpc: str, exporter: InMemorySpanExporter) -> None:
-        self.web = httpx.AsyncClient(base_url=f"http://{http}", timeout=60)
+        self.web = httpx.AsyncClient(base_url=f"http://{http}", timeout=BOUND_S)
         self.rpc = rpc
         self._exporter = exporter
 
@@ -50,14 +50,15 @@ class Watched:
 
     async def spans(self, door: str) -> dict[str, ReadableSpan]:
         """The spans of one request, by name, as soon as the door's has ended: a client may be faster."""
-        for _ in range(500):
-            spans = {span.name: span for span in self.all_spans()}
-            if door in spans:
-                assert len(spans) == len(self.all_spans())
-                self._exporter.clear()
-                return spans
-            await asyncio.sleep(0.01)
-        raise AssertionError(f"no span {door}")
+
+        def names() -> list[str]:
+            return [span.name for span in self.all_spans()]
+
+        await until(lambda: door in names(), f"the span {door}", names)
+        spans = {span.name: span for span in self.all_spans()}
+        assert len(spans) == len(names())
+        self._exporter.clear()
+        return spans
 
     async def generate(self, **metadata: str) -> list[pb.GenerateResponse]:
         """Ask over gRPC."""
