@@ -54,6 +54,7 @@ from loramux_shared.storage.memory import MemoryStore
 from tests.support.adapters import tensors, write_adapter, write_base
 from tests.support.openai_door import TEMPLATE
 from tests.support.tiny import make_world
+from tests.support.waiting import BOUND_S
 
 TOOL = {
     "type": "function",
@@ -332,7 +333,7 @@ class Doors:
 
     async def call(self, path: str, request: bytes) -> str:
         """Send the bytes of a request; returns OK or the reason of its fault."""
-        call = self.channels[path.split("/")[1]].unary_stream(path)(request, timeout=30)
+        call = self.channels[path.split("/")[1]].unary_stream(path)(request, timeout=BOUND_S)
         with suppress(grpc.aio.AioRpcError):
             async for _ in call:
                 if path == ENDLESS:
@@ -392,7 +393,7 @@ async def open_doors(folder: Path) -> AsyncIterator[Doors]:
     ready.engine.start()
     url = f"http://{await http.start()}"
     channels = {name: grpc.aio.insecure_channel(await server.start()) for name, server in servers.items()}
-    async with httpx.AsyncClient(base_url=url, timeout=30) as web:
+    async with httpx.AsyncClient(base_url=url, timeout=BOUND_S) as web:
         doors = Doors(web, channels, messages(folder))
         for path, (_, body) in BODIES.items():
             assert await doors.post(path, json.dumps(body).encode()) == VALID.get(path, "OK"), path
@@ -403,7 +404,7 @@ async def open_doors(folder: Path) -> AsyncIterator[Doors]:
         yield doors
     await asyncio.gather(*(channel.close() for channel in channels.values()))
     checks.stop()
-    await builds.drain(5)
-    await http.drain(5)
-    await asyncio.gather(*(server.drain(5) for server in servers.values()))
+    await builds.drain(BOUND_S)
+    await http.drain(BOUND_S)
+    await asyncio.gather(*(server.drain(BOUND_S) for server in servers.values()))
     await ready.engine.stop()

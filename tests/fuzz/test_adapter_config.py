@@ -73,7 +73,7 @@ def fuzz(folder: Path, seed: int, count: int) -> None:
 
 def test_mutated_configs_are_taken_or_refused_by_name(tmp_path):
     """Whatever a config says, there is a named finding or rows with finite scales; never anything else."""
-    fuzz(tmp_path, 0, 150)
+    fuzz(tmp_path, 0, 75)
 
 
 KINDS = {
@@ -105,7 +105,7 @@ def test_odd_shapes_of_other_kinds_are_taken_or_refused_by_name(tmp_path):
     """Whatever shapes stand beside each other, there is a named finding, or rows of the base's own sizes."""
     accepted = 0
     with bounded() as watch:
-        for case in range(120):
+        for case in range(80):
             kind, parts = odd_kind(Random(case))
             root = "base_model.model.model.layers.0.self_attn.q_proj."
             named = {name if "." in name else root + name: shape for name, shape in parts.items()}
@@ -118,7 +118,7 @@ def test_odd_shapes_of_other_kinds_are_taken_or_refused_by_name(tmp_path):
             assert bool(checked.rows) != bool(checked.errors), case
             assert all((row.row.in_features, row.row.out_features) == (16, 16) for row in checked.rows), case
             accepted += bool(checked.rows)
-    assert 20 < accepted < 100
+    assert 13 < accepted < 67
 
 
 @pytest.mark.sweep

@@ -94,7 +94,7 @@ def fuzz(folder: Path, seed: int, count: int) -> None:
 
 def test_mutated_files_are_taken_or_refused_by_name(tmp_path):
     """Whatever is accepted has the numbers that numpy reads; whatever is refused has a code."""
-    fuzz(tmp_path, 0, 250)
+    fuzz(tmp_path, 0, 100)
 
 
 @pytest.mark.sweep

@@ -69,7 +69,7 @@ def fuzz(folder: Path, seed: int, count: int) -> None:
 
 def test_mutated_files_are_read_as_the_library_reads_them(tmp_path):
     """Whatever is accepted is accepted by the library too; whatever is refused has a code."""
-    fuzz(tmp_path, 0, 600)
+    fuzz(tmp_path, 0, 300)
 
 
 @pytest.mark.sweep

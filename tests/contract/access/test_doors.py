@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import subprocess
-import sys
 from collections.abc import AsyncIterator
 from functools import partial
 from pathlib import Path
@@ -44,6 +42,7 @@ from loramux_shared.rpc.status import fault_of
 from loramux_shared.settings import PREFIX
 from loramux_shared.sources.open import open_sources
 from loramux_shared.storage.memory import MemoryStore
+from tests.support import forks
 from tests.support.access import keyring, lines, new_entry
 from tests.support.silent import MODELS, silent_server, silent_service
 from tests.support.waiting import BOUND_S
@@ -254,11 +253,8 @@ async def test_a_key_that_nobody_asks_for(service: GenerationService) -> None:
 
 def test_a_builder_is_not_opened_to_others_by_accident(tmp_path: Path) -> None:
     """The process ends with status 2 and one line before it listens beyond this machine without keys."""
-    command = [sys.executable, "-m", "builder_service", "--grpc", "0.0.0.0:0", "--store", f"file://{tmp_path}"]
     environment = {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
-    assert ended.returncode == 2
-    assert ended.stderr.startswith(
-        "builder_service: SETTINGS_INVALID: 0.0.0.0:0 can be reached from other machines"
-    )
-    assert ended.stderr.count("\n") == 1
+    flags, log = ["--grpc", "0.0.0.0:0", "--store", f"file://{tmp_path}"], tmp_path / "log"
+    assert forks.builder_service(flags, log, environment).wait(BOUND_S) == 2
+    [said] = log.read_text().splitlines()
+    assert "SETTINGS_INVALID: 0.0.0.0:0 can be reached from other machines" in said

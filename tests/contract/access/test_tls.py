@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import socket
 import ssl
-import sys
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -23,8 +21,10 @@ from loramux_shared.access.guard import Guard
 from loramux_shared.access.tls import TlsFiles
 from loramux_shared.faults import ServerUnavailable, SettingsInvalid, Unauthenticated
 from loramux_shared.rpc.server import RpcServer
+from tests.support import forks
 from tests.support.access import NOBODY, Certificates, keyring
 from tests.support.silent import MODELS, silent_server, silent_service
+from tests.support.waiting import BOUND_S
 
 KEYS, RING = keyring("infer")
 
@@ -47,7 +47,7 @@ class Doors:
     async def ask(self, **fields: Any) -> list[str]:
         """The models, asked over gRPC by a client that trusts our authority unless the fields say otherwise."""
         options = NOBODY | {"tls_ca": self.certificates.folder / "ours.pem"} | fields
-        async with AsyncClient(f"grpcs://{self.grpc.address}", timeout_s=10, **options) as client:
+        async with AsyncClient(f"grpcs://{self.grpc.address}", timeout_s=BOUND_S, **options) as client:
             return [model.name for model in await client.models()]
 
     async def browse(self, key: str | None = None, **fields: Path) -> list[str]:
@@ -76,8 +76,8 @@ async def open_doors(tmp_path: Path, certificates: Certificates) -> AsyncIterato
 
     yield open_them
     for doors in opened:
-        await doors.http.drain(1)
-        await doors.grpc.drain(1)
+        await doors.http.drain(BOUND_S)
+        await doors.grpc.drain(BOUND_S)
 
 
 async def test_both_doors_speak_tls(open_doors: Any, certificates: Certificates) -> None:
@@ -130,7 +130,7 @@ async def test_a_client_in_the_clear_and_a_server_in_the_clear(
 ) -> None:
     """Who speaks TLS to one that does not, or the other way round, is told so."""
     doors = await open_doors(Guard(None, certificates.server))
-    async with AsyncClient(doors.grpc.address, timeout_s=10, **NOBODY) as client:
+    async with AsyncClient(doors.grpc.address, timeout_s=BOUND_S, **NOBODY) as client:
         with pytest.raises(ServerUnavailable, match=f"its address is grpcs://{doors.grpc.address}"):
             await client.models()
     plain = await open_doors(Guard())
@@ -189,7 +189,7 @@ async def test_the_client_authority_is_renewed_too(open_doors: Any, certificates
 def _get(address: str, context: ssl.SSLContext, session: ssl.SSLSession | None) -> ssl.SSLSession | None:
     host, port = address.split(":")
     with (
-        socket.create_connection((host, int(port)), 10) as raw,
+        socket.create_connection((host, int(port)), BOUND_S) as raw,
         context.wrap_socket(raw, server_hostname=host, session=session) as tls,
     ):
         tls.sendall(b"GET /health HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
@@ -264,20 +264,22 @@ async def test_a_client_reads_its_environment(
             await client.models()
 
 
-async def test_the_command_line_says_it_in_one_line(open_doors: Any, certificates: Certificates) -> None:
+async def test_the_command_line_says_it_in_one_line(
+    open_doors: Any, certificates: Certificates, tmp_path: Path
+) -> None:
     """A command that meets the wrong certificate prints one line, of ours, and nothing of gRPC's core."""
     doors = await open_doors(Guard(None, certificates.server))
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-c", "from loramux.cli.main import main; main()"),
-        *("models", "--grpc", f"grpcs://{doors.grpc.address}"),
-        env=os.environ | {"LORAMUX_TLS_CA": str(certificates.folder / "other.pem")},
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-    )
-    said, errors = (stream.decode() for stream in await process.communicate())
+    ca = {"LORAMUX_TLS_CA": str(certificates.folder / "other.pem")}
+    with (tmp_path / "out").open("w") as out, (tmp_path / "err").open("w") as err:
+        streams = [None, out.fileno(), err.fileno()]
+        command = forks.command_line(
+            ["models", "--grpc", f"grpcs://{doors.grpc.address}"], streams, tmp_path, ca
+        )
+        status = await asyncio.to_thread(command.wait, BOUND_S)
+    said, errors = ((tmp_path / name).read_text() for name in ("out", "err"))
     assert (said, errors.count("\n")) == ("", 1)
     assert errors.startswith("error: SERVER_UNAVAILABLE: no answer from grpcs://127.0.0.1:")
-    assert process.returncode == Exit.UNAVAILABLE
+    assert status == Exit.UNAVAILABLE
 
 
 def test_what_a_client_cannot_use(certificates: Certificates) -> None:

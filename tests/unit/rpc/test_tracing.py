@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import logging
 import os
-import subprocess
 import sys
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import structlog
-from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-from loramux_shared.tracing.otel import Tracing
 from loramux_shared.tracing.setup import open_tracing
+from tests.support.forks import Forked
+from tests.support.waiting import BOUND_S
+
+if TYPE_CHECKING:  # a fork imports this module too, and looks for what it must not have imported
+    from loramux_shared.tracing.otel import Tracing
 
 
 @pytest.fixture(autouse=True)
@@ -62,34 +65,46 @@ def test_an_exporter_that_is_missing(
     assert line["cure"].startswith("pip install 'loramux[otel]'")
 
 
+def _sends(path: Path, variables: dict[str, str]) -> None:
+    os.environ.update(variables)
+    sys.stdout = path.open("w")
+    tracing = open_tracing("loramux-test")
+    assert tracing is not None
+    with tracing.call("a call", {}, {"n": 1}):
+        pass
+    tracing.close()
+    sys.stdout.close()
+
+
 @pytest.mark.parametrize(("variable", "name"), [({}, "loramux-test"), ({"OTEL_SERVICE_NAME": "mine"}, "mine")])
-def test_spans_are_sent_when_it_closes(variable: dict[str, str], name: str) -> None:
+def test_spans_are_sent_when_it_closes(variable: dict[str, str], name: str, tmp_path: Path) -> None:
     """A standard exporter gets what is left at the end; OTEL_SERVICE_NAME comes before the own name."""
-    code = (
-        "from loramux_shared.tracing.setup import open_tracing\n"
-        "tracing = open_tracing('loramux-test')\n"
-        "with tracing.call('a call', {}, {'n': 1}): pass\n"
-        "tracing.close()"
-    )
-    environment = os.environ | {"OTEL_TRACES_EXPORTER": "console"} | variable
-    ended = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    assert "traces are sent" in ended.stdout
-    assert '"name": "a call"' in ended.stdout
-    assert f'"service.name": "{name}"' in ended.stdout
+    variables = {"OTEL_TRACES_EXPORTER": "console"} | variable
+    Forked(_sends, tmp_path / "out", variables).wait(BOUND_S)
+    sent = (tmp_path / "out").read_text()
+    assert "traces are sent" in sent
+    assert '"name": "a call"' in sent
+    assert f'"service.name": "{name}"' in sent
 
 
 def test_what_the_sdk_says_is_in_the_log() -> None:
     """A problem of OpenTelemetry's own is a line of the log, and not a stray line beside it."""
+    from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+    from loramux_shared.tracing.otel import Tracing
+
     Tracing.to(InMemorySpanExporter(), "loramux-test").close()
     with structlog.testing.capture_logs() as lines:
         logging.getLogger("opentelemetry.exporter").warning("nobody answers at %s", "http://there")
     assert lines == [{"event": "tracing", "problem": "nobody answers at http://there", "log_level": "warning"}]
 
 
+def _sees_nothing_of_it() -> None:
+    """End with 1 where something of OpenTelemetry is imported, in a fork that has imported both services."""
+    assert {"inference_service.__main__", "builder_service.__main__"} <= sys.modules.keys()
+    os._exit(any(name.startswith("opentelemetry") for name in sys.modules))
+
+
 def test_nothing_of_it_is_needed() -> None:
     """Both services start without OpenTelemetry: nothing of it is imported before it is asked for."""
-    code = (
-        "import sys, inference_service.__main__, builder_service.__main__\n"
-        "sys.exit(any(name.startswith('opentelemetry') for name in sys.modules))"
-    )
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+    assert Forked(_sees_nothing_of_it).wait(BOUND_S) == 0

@@ -1,0 +1,246 @@
+"""Requests to every API that are mutated, hold numbers at their limits, or are as large as they may be.
+
+Each gets an answer or a named fault, in little memory; nothing is a failure of the server's.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import AsyncIterator, Callable, Sequence
+from random import Random
+from typing import Any, TypeVar
+
+import pytest
+import pytest_asyncio
+from google.protobuf.json_format import MessageToDict, Parse, ParseError
+from google.protobuf.message import Message
+
+from inference_service.openai_api.app import ENDPOINTS
+from inference_service.openai_api.operators import LoadBody
+from inference_service.rpc.servicer import SERVICE_NAME
+from inference_service.serving.json_size import MAX_NAMES
+from loramux.builder.v1 import builder_pb2
+from loramux.inference.v1 import adapters_pb2, inference_pb2
+from loramux.vllm import control_pb2, engine_pb2
+from loramux.vllm import inference_pb2 as vllm_pb2
+from loramux_shared.rpc.options import MAX_REQUEST_BYTES
+from loramux_shared.rpc.wire import MAX_FIELDS
+from tests.fuzz.doors import BODIES, Doors, open_doors, vllm_messages
+from tests.fuzz.mutate import bounded, json_text, mutated_json, mutations
+from tests.fuzz.numbers import HOLE, LITERALS, NUMBERS, json_fields, on_the_wire, wire_fields
+from tests.support.examples import SWEEPING
+
+T = TypeVar("T")
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+SWEEP = (pytest.mark.sweep, pytest.mark.timeout(1800))
+CHAT, PLAIN = "/v1/chat/completions", "/v1/completions"
+METHODS = {
+    f"/{service.full_name}/{method.name}": method.input_type
+    for module in (inference_pb2, adapters_pb2, builder_pb2, engine_pb2, vllm_pb2, control_pb2)
+    for service in module.DESCRIPTOR.services_by_name.values()
+    for method in service.methods
+    if module in (inference_pb2, adapters_pb2, builder_pb2)
+    or f"/{service.full_name}/{method.name}" in vllm_messages()
+}
+"""Of vLLM's services those that read something and leave the replica as it is."""
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def doors(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Doors]:
+    """All servers."""
+    async with open_doors(tmp_path_factory.mktemp("doors")) as opened:
+        # What a process makes once, at the first long text, is no growth.
+        assert await opened.post(PLAIN, LARGE_BODIES["text"][1]()) == TOO_LONG
+        yield opened
+
+
+async def test_nothing_is_left_out(doors: Doors) -> None:
+    """Each route that takes a body and each rpc of both services has a valid request to start from."""
+    read = {endpoint.path: endpoint.body for endpoint in ENDPOINTS if endpoint.body}
+    assert {path: kind for path, (kind, _) in BODIES.items()} == read
+    assert set(doors.messages) == set(METHODS)
+
+
+RUNS = [
+    pytest.param(range(150), id="short"),
+    # In two parts, each with the memory that a run may take: in the first, libraries fill their caches.
+    pytest.param(range(2000), marks=SWEEP, id="long"),
+    pytest.param(range(2000, 20_000), marks=SWEEP, id="longest"),
+]
+
+
+@pytest.mark.parametrize("cases", RUNS)
+async def test_mutated_bodies(doors: Doors, cases: range) -> None:
+    """A mutated body, whose case is its seed, is answered or refused by name."""
+    with bounded() as watch:
+        for number in cases:
+            rng = Random(number)
+            path = rng.choice(sorted(BODIES))
+            body = json_text(mutated_json(BODIES[path][1], rng), rng)
+            with watch.case(f"{path} {number}"):
+                watch.note(await doors.post(path, body))
+    assert watch.outcomes["OK"] > len(cases) / 100
+
+
+@pytest.mark.parametrize("cases", RUNS)
+async def test_mutated_messages(doors: Doors, cases: range) -> None:
+    """Over gRPC, nothing is INTERNAL, and nothing without a reason of ours."""
+    with bounded() as watch:
+        for number in cases:
+            rng = Random(number)
+            method = rng.choice(sorted(doors.messages))
+            data = mutated_message(rng.choice(doors.messages[method]), rng)
+            with watch.case(f"{method} {number}"):
+                watch.note(await doors.call(method, data))
+    assert watch.outcomes["OK"] > len(cases) / 100
+
+
+def mutated_message(valid: Message, rng: Random) -> bytes:
+    """Return a message with other values in its fields, or where that makes none, with other bytes."""
+    if rng.random() < 0.5:
+        text = json.dumps(mutated_json(MessageToDict(valid), rng), ensure_ascii=False)
+        try:
+            made = Parse(text.encode(errors="replace"), type(valid)(), ignore_unknown_fields=True)
+            return made.SerializeToString()
+        except (ParseError, ValueError, TypeError, AttributeError, RecursionError):
+            pass  # no message can say it
+    return mutations(valid.SerializeToString(), rng)
+
+
+def in_turn(numbers: Sequence[T], turn: int, share: int) -> Sequence[T]:
+    """One in so many of the numbers, others for the next field; in a sweep all of them."""
+    return numbers if os.environ.get(SWEEPING) else numbers[turn % share :: share]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_numbers_in_json(doors: Doors, stream: bool) -> None:
+    """Whatever number a client writes, it gets an answer or the name of what is wrong."""
+    with bounded() as watch:
+        kinds = {kind: (path, valid) for path, (kind, valid) in BODIES.items()}
+        for kind, (path, valid) in kinds.items():
+            if stream and "stream" not in kind.model_fields:
+                continue
+            fields = list(json_fields(kind))
+            assert fields or kind is LoadBody  # which has none
+            for turn, (place, name, value) in enumerate(fields):
+                text = json.dumps(valid | {name: value} | ({"stream": True} if stream else {}))
+                assert str(HOLE) in text
+                for literal in in_turn(LITERALS, turn, 30 if stream else 14):
+                    with watch.case(f"{path} {place} {literal:.40}"):
+                        watch.note(await doors.post(path, text.replace(str(HOLE), literal).encode()))
+    assert len(watch.outcomes) > 1
+
+
+@pytest.mark.parametrize("method", METHODS)
+async def test_numbers_on_the_wire(doors: Doors, method: str) -> None:
+    """The same over gRPC, with bytes that a client's own library would not write."""
+    with bounded() as watch:
+        for turn, path in enumerate(wire_fields(METHODS[method])):
+            name = ".".join(field.name for field in path)
+            for request in doors.messages[method]:
+                for number in in_turn(NUMBERS, turn, 14):
+                    more = on_the_wire(path, number)
+                    if more is not None:
+                        with watch.case(f"{method} {name} {number!r:.40}"):
+                            watch.note(await doors.call(method, request.SerializeToString() + more))
+
+
+ROOM = MAX_REQUEST_BYTES - 300
+TOO_LONG, TOO_MUCH, MISSING = "context_length_exceeded", "request_invalid", "missing_required_parameter"
+GROWTH = 96 << 20
+"""Bytes: a body is there as bytes, as text and parsed, and threads have heaps of their own."""
+
+
+def chat(**fields: Any) -> bytes:
+    """A chat's body."""
+    return json.dumps({"model": "base", "messages": [{"role": "user", "content": "x"}]} | fields).encode()
+
+
+def filled(before: str, element: str, after: str = "}") -> bytes:
+    """A body full of an element."""
+    count = (ROOM - len(before) - len(after)) // (len(element) + 1)
+    return (before + ",".join([element] * count) + after).encode()
+
+
+def keys(count: int) -> bytes:
+    """An object of many keys that nobody knows."""
+    return ("{" + ",".join(f'"k{number}":0' for number in range(count)) + "}").encode()
+
+
+CALL = {"type": "function", "id": "1", "function": {"name": "f", "arguments": "[" + "[]," * (ROOM // 4)}}
+SAID = {"role": "user", "content": "ab " * (ROOM // 3 - 99)}
+LARGE_BODIES: dict[str, tuple[str, Callable[[], bytes], str]] = {
+    "text": (PLAIN, lambda: filled('{"model":"base","prompt":"', "ab cd", '"}'), TOO_LONG),
+    "ids": (PLAIN, lambda: filled('{"model":"base","prompt":[', "77777", "]}"), TOO_MUCH),
+    "fewer ids": (PLAIN, lambda: json.dumps({"model": "base", "prompt": [7] * 10**6}).encode(), TOO_LONG),
+    "detokenize": ("/detokenize", lambda: json.dumps({"tokens": [7] * 10**6}).encode(), "invalid_value"),
+    "fewer keys": (CHAT, lambda: keys(MAX_NAMES - 9), MISSING),
+    "arguments": (CHAT, lambda: chat(messages=[{"role": "assistant", "tool_calls": [CALL]}]), TOO_MUCH),
+    "stops": (CHAT, lambda: chat(stop=["a"] * 900_000), "invalid_value"),
+    "a number": (CHAT, lambda: chat(n=123).replace(b"123", b"1" * (ROOM - 99)), TOO_MUCH),
+}
+SWEPT_BODIES: dict[str, tuple[str, Callable[[], bytes], str]] = {
+    "one word": (PLAIN, lambda: filled('{"model":"base","prompt":"', "a" * 1000, '"}'), TOO_LONG),
+    "messages": (CHAT, lambda: chat(messages=[SAID]), TOO_LONG),
+    "tokenize": ("/tokenize", lambda: filled('{"prompt":"', "ab cd", '"}'), TOO_LONG),
+    "keys": (CHAT, lambda: keys(500_000), TOO_MUCH),
+    "a long key": (CHAT, lambda: filled('{"', "max_tokens", '":1}'), MISSING),
+    "no messages": (CHAT, lambda: filled('{"model":"base","messages":[', "{}", "]}"), TOO_MUCH),
+    "lists": (CHAT, lambda: filled('{"model":"base","metadata":{"x":[', "[]", "]}}"), TOO_MUCH),
+}
+
+
+@pytest.mark.parametrize("name", [*LARGE_BODIES, *(pytest.param(name, marks=SWEEP) for name in SWEPT_BODIES)])
+async def test_large_bodies(doors: Doors, name: str) -> None:
+    """A body of 8 MB is refused with a reason, in little memory."""
+    path, made, expected = (LARGE_BODIES | SWEPT_BODIES)[name]
+    body = made()
+    assert len(body) <= MAX_REQUEST_BYTES
+    with bounded(growth=GROWTH) as watch, watch.case(name):
+        assert await doors.post(path, body) == expected
+
+
+def field(number: int, content: bytes) -> bytes:
+    """A field of bytes on the wire."""
+    size, made = len(content), bytearray([number << 3 | 2])
+    while size > 0x7F:
+        made.append(size & 0x7F | 0x80)
+        size >>= 7
+    return bytes(made) + bytes([size]) + content
+
+
+LARGE: dict[str, tuple[Callable[[], bytes], str]] = {
+    "text": (lambda: field(2, b"ab " * (ROOM // 3)), "PROMPT_TOO_LONG"),
+    "ids": (lambda: field(3, field(1, b"\x07" * ROOM)), "PROMPT_TOO_LONG"),
+    "messages": (lambda: field(4, b"\x0a\x00" * (ROOM // 2)), "REQUEST_INVALID"),
+    "unknown fields": (lambda: b"\x78\x00" * (ROOM // 2), "REQUEST_INVALID"),
+    "parameters": (
+        lambda: field(4, field(2, field(1, b"f") + field(3, b"[" + b"[]," * (ROOM // 3)))),
+        "REQUEST_INVALID",
+    ),
+}
+SWEPT: dict[str, tuple[Callable[[], bytes], str]] = {
+    "tools": (lambda: field(4, b"\x12\x00" * (ROOM // 2)), "REQUEST_INVALID"),
+    "stops": (lambda: field(5, b"\x32\x00" * (ROOM // 2)), "REQUEST_INVALID"),
+    "fewer messages": (lambda: field(4, b"\x0a\x00" * (MAX_FIELDS - 9)), "REQUEST_INVALID"),
+}
+
+
+@pytest.mark.parametrize("name", [*LARGE, *(pytest.param(name, marks=SWEEP) for name in SWEPT)])
+async def test_large_messages(doors: Doors, name: str) -> None:
+    """A message of 8 MB is refused with a reason, in little memory."""
+    made, expected = (LARGE | SWEPT)[name]
+    request = field(1, b"base") + made()
+    assert len(request) <= MAX_REQUEST_BYTES
+    with bounded(growth=GROWTH) as watch, watch.case(name):
+        assert await doors.call(f"/{SERVICE_NAME}/Generate", request) == expected
+
+
+async def test_many_adapters(doors: Doors) -> None:
+    """A deployment of thousands of adapters that all break a rule is refused as a whole, and names a few."""
+    adapter = field(3, field(1, b"a b"))
+    spec = field(1, field(1, b"x") + adapter * 12_000)
+    with bounded() as watch, watch.case("adapters"):
+        outcome = await doors.call("/loramux.builder.v1.BuilderService/BuildDeployment", spec)
+    assert outcome == "DEPLOYMENT_INVALID"
