@@ -1,0 +1,41 @@
+"""A process that serves a base whose file changes under it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from inference_service.core.sampling import SamplingParams
+from inference_service.core.sequence import Sequence
+from inference_service.engine.engine import Engine
+from inference_service.startup.load import load
+from loramux_shared.settings import InferenceSettings
+from loramux_shared.storage.open import open_store
+
+WAYS = ({"dtype": "float32"}, {"dtype": "float16", "backend": "torch"})
+TOKENS = 8
+
+
+def answers_while_its_file_changes(root: Path, prompt: list[int]) -> None:
+    """Write the answers of the whole base, of one whose file is overwritten, and of one whose file is cut."""
+    settings = {"deployment": "tiny", "local_roots": (root,), "kv_memory_gb": 0.01, "prefix_cache": False}
+    store = open_store(f"file://{root}/store")
+    engines = [load(InferenceSettings(**settings, **way), store).engine._engine for way in WAYS]
+    answers, file = [_answer(engines, prompt)], root / "base" / "model.safetensors"
+    with file.open("r+b") as stream:
+        stream.seek(4096)
+        stream.write(bytes(file.stat().st_size - 4096))
+    answers.append(_answer(engines, prompt))
+    with file.open("r+b") as stream:
+        stream.truncate(10)
+    answers.append(_answer(engines, prompt))
+    (root / "answers.json").write_text(json.dumps(answers))
+
+
+def _answer(engines: list[Engine], prompt: list[int]) -> list[int]:
+    tokens = []
+    for engine in engines:
+        engine.add(Sequence("0", list(prompt), SamplingParams(max_tokens=TOKENS)))
+        while not engine.idle:
+            tokens += [output.token.id for output in engine.step()]
+    return tokens
