@@ -13,6 +13,7 @@ from loramux.inference.v1 import inference_pb2 as pb
 from loramux.inference.v1 import inference_pb2_grpc as inference_grpc
 from loramux_shared.faults import Fault, ModelNotFound
 from tests.support.fake_services import inference_server
+from tests.support.waiting import until
 
 DIGESTS = {"base": "", "a": "a" * 64, "b": "b" * 64, "a*0.5+b*0.5": "c" * 64}
 Says = Callable[[str, str, int], str]
@@ -31,6 +32,8 @@ class Versions(inference_grpc.InferenceServiceServicer):
         self.silent: frozenset[str] = frozenset()
         """Those that were trained for scores."""
         self.open = self.most_open = 0
+        self.together = 1
+        """So many must be open at once before the first of them ends."""
         self.words: Mapping[str, float] = {}
         """Log probability of a word of a prompt, by model."""
         self.holds: asyncio.Event | None = None
@@ -70,7 +73,7 @@ class Versions(inference_grpc.InferenceServiceServicer):
         if request.sampling.HasField("prompt_logprobs"):
             yield pb.GenerateResponse(prompt_logprobs=self._scored(request.model, asked))
             said = ""
-        await asyncio.sleep(0.001)
+        await until(lambda: self.most_open >= self.together, "others that are open too", lambda: self.most_open)
         for piece in (said[:1], said[1:]):
             if piece:
                 yield pb.GenerateResponse(delta=pb.Delta(text=piece, token_ids=[1]))

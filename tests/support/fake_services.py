@@ -20,10 +20,12 @@ from loramux_shared.access.guard import NOBODY_GUARDS, Guard
 from loramux_shared.faults import DeploymentNotFound, ModelNotFound, RequestIdReused, RequestInvalid
 from loramux_shared.rpc.server import RpcServer
 from loramux_shared.rpc.stopping import Stop
+from tests.support.waiting import BOUND_S
 
 WORDS = ("the ", "grey ", "sea ", "sings")
 STAGES = ("WAITING", "FETCHING", "VALIDATING", "CONVERTING", "PUBLISHING", "DONE")
-PAUSES_S = {"wait": 60.0, "slow": 0.2}
+NEVER_S = 86_400.0
+PAUSES_S = {"wait": NEVER_S, "slow": 0.2}
 DIGEST = "0123456789abcdef" * 4
 
 
@@ -73,7 +75,7 @@ class FakeBuilder(builder_grpc.BuilderServiceServicer):
         try:
             for stage in range(len(STAGES)):
                 yield builder_pb.WatchDeploymentResponse(deployment=self._at(spec, stage))
-                await asyncio.sleep(60 if request.name == "endless" else 0.02)
+                await asyncio.sleep(NEVER_S if request.name == "endless" else 0.02)
         except (asyncio.CancelledError, GeneratorExit):
             self.closed_watches += 1
             raise
@@ -184,7 +186,7 @@ class Fakes:
             target=lambda: self._loop.run_until_complete(self._serve()), daemon=True
         )
         self._thread.start()
-        assert self._up.wait(10)
+        assert self._up.wait(BOUND_S), "the fake services do not start"
 
     async def _serve(self) -> None:
         servers = (
@@ -202,7 +204,8 @@ class Fakes:
     def close(self) -> None:
         """Stop both."""
         self._loop.call_soon_threadsafe(self._stop.set)
-        self._thread.join(10)
+        self._thread.join(BOUND_S)
+        assert not self._thread.is_alive(), "the fake services do not end"
 
 
 async def _main(kind: str) -> None:

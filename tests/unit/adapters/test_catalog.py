@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from inference_service.core.sequence import Adapter
@@ -23,6 +23,7 @@ from loramux_shared.bundle.generation import AdapterRecord, BaseRecord, Generati
 from loramux_shared.bundle.manifest import AdapterSummary
 from loramux_shared.deployment import Dtype, Repository, SourceKind
 from loramux_shared.faults import ModelNotFound, RequestInvalid
+from tests.support.examples import examples
 
 BASE = ServedModel("base", warnings=("W_HEAD",))
 SUMMARY = AdapterSummary(
@@ -264,9 +265,9 @@ def test_a_caller_gets_no_model_through_another_name() -> None:
         names.resolve("alias")
 
 
-def test_ten_thousand_adapters_are_cheap() -> None:
+def test_thousands_of_adapters_are_cheap() -> None:
     """A registered adapter costs less than 2 KB here, and a switch of one leaves all others what they were."""
-    adapters = {f"adapter-{number:05}": f"d{number:05}" for number in range(10_000)}
+    adapters = {f"adapter-{number:05}": f"d{number:05}" for number in range(2_000)}
     first = generation(1, adapters)
     names = Catalog(1, "base", [BASE])
     tracemalloc.start()
@@ -348,6 +349,7 @@ def test_what_adapters_of_a_mixture_bring_alike_counts() -> None:
     assert unread.resolve("a+b").defaults is None
 
 
+@settings(max_examples=examples(50))
 @given(st.text("ab*+ .@:-1e5n", max_size=24))
 def test_whatever_is_asked_for_is_named_or_refused(asked: str) -> None:
     """Nothing that a client may write is worse than refused."""
@@ -356,6 +358,7 @@ def test_whatever_is_asked_for_is_named_or_refused(asked: str) -> None:
         assert known.resolve(asked).names
 
 
+@settings(max_examples=examples(30))
 @given(st.lists(st.tuples(st.sampled_from("ab"), st.floats(-8, 8)), min_size=1, max_size=8))
 def test_what_a_mixture_is_called_asks_for_it(parts: list[tuple[str, float]]) -> None:
     """In full precision, with blanks or without: what is written is what was meant."""

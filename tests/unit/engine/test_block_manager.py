@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Adapter, Sequence
 from inference_service.engine.block_manager import BlockManager
+from tests.support.examples import examples
 
 _ids = itertools.count()
 
@@ -123,7 +124,7 @@ def test_prefix_hashes_outlast_a_preemption() -> None:
     assert (seq.num_computed, seq.hashes) == (12, known)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(
     st.lists(
         st.tuples(

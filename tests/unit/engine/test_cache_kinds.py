@@ -210,7 +210,7 @@ def _expect_sound(engine: Engine, manager: BlockManager) -> None:
         assert sorted(slots + others) == list(range(manager.states.num_slots))
 
 
-@settings(max_examples=examples(120), deadline=None)
+@settings(max_examples=examples(70), deadline=None)
 @given(BASES, st.lists(st.one_of(REQUESTS, st.just("step"), st.integers(0, 9)), min_size=1, max_size=30))
 def test_every_answer_is_what_the_model_says(base: Base, actions: list[object]) -> None:
     """Whatever layers see, and however little memory there is: with prompts in chunks, shared prefixes,
@@ -404,7 +404,7 @@ def test_after_a_failed_step_no_state_is_trusted() -> None:
     assert _run(engine, manager, prompt).num_cached == 0
 
 
-@settings(max_examples=examples(25), deadline=None)
+@settings(max_examples=examples(14), deadline=None)
 @given(
     st.lists(st.one_of(REQUESTS, st.just("step")), min_size=4, max_size=30),
     st.integers(16, 60),

@@ -119,8 +119,7 @@ def test_blocks_are_copied_as_they_are() -> None:
         assert (view.format, view.itemsize, view.contiguous) == ("i", 4, True)
 
 
-@pytest.mark.parametrize("kind", ["starved", "crowded"])
-@pytest.mark.parametrize("context", [256, 4096])
+@pytest.mark.parametrize(("kind", "context"), [("starved", 4096), ("crowded", 256)])
 def test_a_queue_costs_a_step_next_to_nothing(kind: host.Kind, context: int) -> None:
     """Neither a head that waits for blocks, however long the prefix that it finds, nor a thousand whose
     adapters are on their way."""

@@ -13,6 +13,7 @@ from transformers import MinPLogitsWarper, RepetitionPenaltyLogitsProcessor
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Sequence
 from inference_service.engine.sampler import sample, shape, shapes
+from tests.support.examples import examples
 from tests.support.grammars import mask_of, only
 
 VOCAB = 50
@@ -30,7 +31,7 @@ def logits(seed: int, rows: int = 1) -> torch.Tensor:
     return torch.randn(rows, VOCAB, generator=torch.Generator().manual_seed(seed)) * 3
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=examples(25))
 @given(st.floats(0.1, 10), st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=9), st.integers(0, 99))
 def test_the_repetition_penalty_is_that_of_transformers(penalty: float, tokens: list[int], seed: int) -> None:
     """Tokens of prompt and answer are made less likely by the same formula."""
@@ -86,7 +87,7 @@ def test_only_what_is_allowed_may_come() -> None:
     assert torch.isfinite(shape(logits(3)[0], made)).nonzero().flatten().tolist() == [5, 9]
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=examples(60))
 @given(
     st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=3), min_size=1, max_size=5),
     st.lists(st.integers(0, 3), max_size=6),
@@ -113,7 +114,7 @@ def test_a_draw_from_nothing_says_so(temperature: float) -> None:
 
 
 @given(st.floats(0.01, 1), st.integers(0, 99))
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=examples(12))
 def test_min_p_leaves_what_transformers_leaves(min_p: float, seed: int) -> None:
     """No token is drawn that the same threshold of transformers leaves out."""
     left = MinPLogitsWarper(min_p)(torch.empty(1, 0), logits(seed))[0].isfinite()

@@ -1,6 +1,7 @@
 """Draws on the host: all 64 bits of a seed count, no two streams share noise, and the distribution is right."""
 
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +18,8 @@ CHI_SQUARE = {4: 23.5, 7: 29.9}
 """By degrees of freedom: exceeded once in 10000 honest experiments."""
 
 
-def answer(seed: int, steps: int = 40) -> list[int]:
+@cache
+def answer(seed: int, steps: int = 16) -> list[int]:
     """The tokens that a request of a seed is given when all of 1000 tokens are equally likely."""
     seq = Sequence("request", [0], SamplingParams(temperature=1.0, seed=seed))
     for _ in range(steps):
@@ -29,7 +31,7 @@ def answer(seed: int, steps: int = 40) -> list[int]:
 @pytest.mark.parametrize("other", [1 + 2**32, 1 + 2**63, 1 - 2**63, -1, 2])
 def test_every_bit_of_a_seed_counts(other: int) -> None:
     """Seeds of 64 bits, signed or not, have answers of their own."""
-    assert answer(1) == answer(1)
+    assert answer(1) == answer.__wrapped__(1)
     assert sum(mine == theirs for mine, theirs in zip(answer(1), answer(other), strict=True)) < 4
 
 
@@ -54,16 +56,17 @@ def chi_square(counts: npt.NDArray[np.int64], probs: npt.NDArray[np.float64]) ->
     return float(((counts - expected) ** 2 / expected).sum())
 
 
-@pytest.mark.parametrize("varied", ["seed", "num_generated"])
 @pytest.mark.parametrize(
-    "params", [RowParams(1.3, seed=11), RowParams(1.3, top_k=5, seed=11)], ids=["all", "five"]
+    ("varied", "params"),
+    [("seed", RowParams(1.3, seed=11)), ("num_generated", RowParams(1.3, top_k=5, seed=11))],
+    ids=["all", "five"],
 )
 def test_draws_follow_the_distribution(varied: str, params: RowParams) -> None:
-    """6000 draws over steps or over seeds: chi-square, which another temperature would not pass."""
+    """3000 draws over steps or over seeds: chi-square, which another temperature would not pass."""
     logits = np.array([0.0, 1.0, -1.0, 2.0, 0.5, -2.0, 1.5, 0.1], dtype=np.float32)
-    tokens = [draw(logits, replace(params, **{varied: value})) for value in range(6000)]
+    tokens = [draw(logits, replace(params, **{varied: value})) for value in range(3000)]
     counts = np.bincount(tokens, minlength=8)
-    for other, passes in ((params, True), (replace(params, temperature=1.1), False)):
+    for other, passes in ((params, True), (replace(params, temperature=0.9), False)):
         probs = reference.distribution(torch.from_numpy(logits), other).numpy()
         taking = probs > 0
         assert counts[~taking].sum() == 0

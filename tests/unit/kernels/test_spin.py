@@ -1,13 +1,18 @@
 """How the threads of a step wait for each other."""
 
+import os
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
-from inference_service.kernels.cpu.spin import LOOK_S, REST_S, Spin, Spinning
+from inference_service.kernels.cpu import spin
+from inference_service.kernels.cpu.spin import LOOK_S, REST_S, IdleTeams, Spin, Spinning
+from tests.support.waiting import wait_until
 
 S = 10**9
 
@@ -89,6 +94,35 @@ def test_nothing_is_read_before_it_is_time(machine: Machine) -> None:
     assert not machine.passes(ran=0.5, waited=9.0, seconds=LOOK_S / 2)
 
 
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """An operation of torch is shared by two threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("cores", [1, 2, 4])
+def test_idle_teams_are_more_threads_than_cores(cores: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While they live, they and the threads of a step are more than the cores, which makes all sleep."""
+    monkeypatch.setattr(spin, "_cores", lambda: cores)
+    threads, before, teams = 2, _tasks(), IdleTeams()
+    teams(live=True)
+    began = _tasks() - before
+    assert len(began) == 2 * (cores - 1)  # of each team one thread waits in Python, and one in libgomp
+    assert threads + len(began) // 2 > cores
+    teams(live=True)
+    assert _tasks() - before == began
+    teams(live=False)
+    wait_until(lambda: not _tasks() & began, "the end of the teams")
+
+
+def _tasks() -> set[str]:
+    return {each.name for each in Path("/proc/self/task").iterdir()}
+
+
 PROGRAM = """
 import resource, threading, time, torch
 from inference_service.kernels.cpu.spin import IdleTeams
@@ -114,8 +148,11 @@ print(*found)
 """
 
 
+@pytest.mark.sweep
 def test_idle_teams_make_the_others_sleep() -> None:
-    """With them, threads that wait for each other give up their cores; without, and after them, they do not."""
+    """With idle teams, threads that wait for each other give up their cores; without them they do not."""
+    if len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("on one core all threads sleep")
     done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True)
     spun, slept, still, again = map(int, done.stdout.split())
     assert max(spun, again) * 3 < min(slept, still)
