@@ -15,17 +15,20 @@ from loramux_shared.access.guard import NOBODY_GUARDS, Guard
 from loramux_shared.faults import Fault
 from loramux_shared.rpc.server import RpcServer
 from tests.support.fake_services import FakeInference, inference_server
+from tests.support.waiting import BOUND_S
 
 MODELS = ("base", "lora1", "lora2")
 
 
 class Scripted(FakeInference):
-    """Also refuses, and takes some prompts without ever saying anything."""
+    """Also refuses, takes some prompts without ever saying anything, and holds others after a first piece."""
 
     def __init__(self) -> None:
         super().__init__()
         self.refuses: Fault | None = None
         self.silences = {"silent"}
+        self.held = asyncio.Event()
+        """What the prompt ``held`` waits for after its first piece."""
         self.headers: list[str] = []
         self.open = 0
 
@@ -40,9 +43,11 @@ class Scripted(FakeInference):
             if request.text in self.silences:
                 self.requests.append(request)
                 yield pb.GenerateResponse(started=pb.Started(request_id="r", model=request.model))
-                await asyncio.sleep(60)
+                await asyncio.Event().wait()
             async for message in super().Generate(request, context):
                 yield message
+                if request.text == "held" and message.HasField("delta"):
+                    await self.held.wait()
         finally:
             self.open -= 1
 
@@ -115,7 +120,12 @@ class Replicas:
 
     def drain(self, address: str) -> None:
         """End a replica as SIGTERM does."""
-        self._do(self._servers[self.addresses.index(address)].drain(5))
+        self._do(self._servers[self.addresses.index(address)].drain(BOUND_S))
+
+    def release(self) -> None:
+        """Let all go on that are held."""
+        for service in self.services:
+            self._loop.call_soon_threadsafe(service.held.set)
 
     def cut(self, address: str) -> None:
         """Take a replica away."""
@@ -131,10 +141,11 @@ class Replicas:
             self._loop.call_soon_threadsafe(wire.cut)
         self._do(self._stop())
         self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(10)
+        self._thread.join(BOUND_S)
+        assert not self._thread.is_alive()
 
     def _do(self, work: Coroutine[Any, Any, Any]) -> Any:
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result(10)
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result(BOUND_S)
 
     async def _start(self) -> None:
         for service in self.services:

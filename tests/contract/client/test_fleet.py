@@ -6,8 +6,7 @@ import asyncio
 import json
 import socket
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -30,6 +29,7 @@ from loramux.placement import order
 from loramux_shared.access.guard import Guard
 from tests.support.access import NOBODY, Certificates
 from tests.support.replicas import MODELS, Replicas, replicas
+from tests.support.waiting import BOUND_S, bounded, until, wait_until
 
 TEXT = "the grey sea sings (0)"
 
@@ -44,16 +44,8 @@ def three() -> Iterator[Replicas]:
 @pytest.fixture
 def client(three: Replicas) -> Iterator[Client]:
     """A client of all of them."""
-    with Client(three.addresses, timeout_s=10) as made:
+    with Client(three.addresses, timeout_s=BOUND_S) as made:
         yield made
-
-
-def until(true: Callable[[], Any], within_s: float = 10.0) -> None:
-    """Wait until something is so."""
-    ends = time.monotonic() + within_s
-    while not true():
-        assert time.monotonic() < ends, "it did not come true"
-        time.sleep(0.01)
 
 
 def homes(three: Replicas, model: str) -> tuple[str, ...]:
@@ -61,19 +53,26 @@ def homes(three: Replicas, model: str) -> tuple[str, ...]:
     return order(model, tuple(three.addresses))
 
 
-def reading(client: Client, model: str, prompt: str) -> tuple[threading.Thread, list[Any]]:
-    """A thread that reads an answer, and what it read, a fault at the end."""
-    seen: list[Any] = []
+class Reading:
+    """A thread that reads an answer."""
 
-    def read() -> None:
+    def __init__(self, client: Client, model: str, prompt: str, timeout_s: float = BOUND_S) -> None:
+        self.seen: list[Any] = []
+        """What it read, a fault at the end."""
+        self._thread = threading.Thread(target=self._read, args=(client, model, prompt, timeout_s), daemon=True)
+        self._thread.start()
+
+    def _read(self, client: Client, model: str, prompt: str, timeout_s: float) -> None:
         try:
-            seen.extend(client.generate(model, prompt))
+            self.seen.extend(client.generate(model, prompt, timeout_s=timeout_s))
         except faults.Fault as fault:
-            seen.append(fault)
+            self.seen.append(fault)
 
-    thread = threading.Thread(target=read, daemon=True)
-    thread.start()
-    return thread, seen
+    def ended(self) -> list[Any]:
+        """What it read, once it has ended."""
+        self._thread.join(BOUND_S)
+        assert not self._thread.is_alive()
+        return self.seen
 
 
 async def test_a_model_stays_where_it_is(three: Replicas, client: Client) -> None:
@@ -91,7 +90,7 @@ async def test_a_model_stays_where_it_is(three: Replicas, client: Client) -> Non
 
 def test_one_address_names_its_model_too(three: Replicas) -> None:
     """The header is for proxies; a name that no header may hold is not put into one."""
-    with Client(three.addresses[0], timeout_s=5) as single:
+    with Client(three.addresses[0], timeout_s=BOUND_S) as single:
         single.complete("lora1", "hi")
         for name in ("größer", "x" * 5000, "a\nb"):
             with pytest.raises(faults.ModelNotFound):
@@ -109,7 +108,7 @@ def test_streams_go_on_to_the_next_at_the_bound(three: Replicas, client: Client)
         first, second, third = (three[address].open for address in homes(three, "lora1"))
         assert first == 14
         assert first + second + third == 24
-    until(lambda: not any(service.open for service in three.services))
+    wait_until(lambda: not any(service.open for service in three.services), "the ends of all streams")
     client.complete("lora1", "hi")
     assert three[homes(three, "lora1")[0]].requests[-1].text == "hi"
 
@@ -117,39 +116,39 @@ def test_streams_go_on_to_the_next_at_the_bound(three: Replicas, client: Client)
 def test_a_replica_that_is_not_serving_gets_nothing_new(three: Replicas, client: Client) -> None:
     """What it has goes on, new requests go to the next, and it has its models again when it serves."""
     first, second, _ = homes(three, "lora1")
-    thread, seen = reading(client, "lora1", "slow")
-    until(lambda: three[first].open)
+    before = Reading(client, "lora1", "held")
+    wait_until(lambda: before.seen[1:], "its first piece")
     three.serving(first, False)
-    until(lambda: client.complete("lora1", "hi") and len(three[second].requests))
-    before = len(three[first].requests)
+    wait_until(lambda: client.complete("lora1", "hi") and three[second].requests, "an answer of the next one")
+    asked = len(three[first].requests)
     client.complete("lora1", "hi")
-    assert len(three[first].requests) == before
+    assert len(three[first].requests) == asked
     three.serving(first, True)
-    until(lambda: client.complete("lora1", "hi") and len(three[first].requests) > before)
-    thread.join(10)
-    assert "".join(each.text for each in seen if isinstance(each, Delta)) == TEXT
+    wait_until(
+        lambda: client.complete("lora1", "hi") and len(three[first].requests) > asked, "an answer of the first"
+    )
+    three.release()
+    assert "".join(each.text for each in before.ended() if isinstance(each, Delta)) == TEXT
 
 
 def test_what_had_no_token_is_answered_elsewhere(three: Replicas, client: Client) -> None:
-    """A replica that goes after it took the request; nobody sees that there were two."""
+    """A client sees one answer when a replica goes after it took the request."""
     first, second, _ = homes(three, "lora1")
     three[first].silences.add("hi")
-    thread, seen = reading(client, "lora1", "hi")
-    until(lambda: three[first].open)
+    reading = Reading(client, "lora1", "hi")
+    wait_until(lambda: three[first].open, "the request")
     three.cut(first)
-    thread.join(10)
-    assert [type(each).__name__ for each in seen] == ["Started", *["Delta"] * 5, "Finished"]
+    assert [type(each).__name__ for each in reading.ended()] == ["Started", *["Delta"] * 5, "Finished"]
     assert len(three[second].requests) == 1
 
 
 def test_what_had_tokens_is_unavailable(three: Replicas, client: Client) -> None:
-    """It is not begun again, and the fault says when to try."""
+    """An answer that had begun is not begun again, and the fault says when to retry."""
     first, *_ = homes(three, "lora1")
-    thread, seen = reading(client, "lora1", "wait")
-    until(lambda: len(seen) >= 2)
+    reading = Reading(client, "lora1", "held")
+    wait_until(lambda: len(reading.seen) >= 2, "its first piece")
     three.cut(first)
-    thread.join(10)
-    *events, fault = seen
+    *events, fault = reading.ended()
     assert [type(each) for each in events] == [Started, Delta]
     assert isinstance(fault, faults.ServerUnavailable)
     assert fault.retry_after_s
@@ -158,18 +157,18 @@ def test_what_had_tokens_is_unavailable(three: Replicas, client: Client) -> None
 
 
 async def test_the_same_on_an_event_loop(three: Replicas) -> None:
-    """Without a token answered elsewhere, with one unavailable."""
+    """A request without a token is answered elsewhere, and one with tokens is unavailable."""
     first, *_ = homes(three, "lora1")
     three[first].silences.add("hi")
     async with AsyncClient(three.addresses) as aio:
-        lost = asyncio.create_task(aio.complete("lora1", "wait"))
+        lost = aio.generate("lora1", "held")
+        assert [type(await anext(lost)), type(await anext(lost))] == [Started, Delta]
         saved = asyncio.create_task(aio.complete("lora1", "hi"))
-        await asyncio.to_thread(until, lambda: three[first].open == 2)
-        await asyncio.sleep(0.1)  # the first token arrives
+        await until(lambda: three[first].open == 2, "both requests")
         three.cut(first)
         assert (await saved).text == TEXT
         with pytest.raises(faults.ServerUnavailable):
-            await lost
+            await anext(lost)
 
 
 def test_a_replica_that_comes_back_is_used_again(three: Replicas, client: Client) -> None:
@@ -180,7 +179,7 @@ def test_a_replica_that_comes_back_is_used_again(three: Replicas, client: Client
     assert client.complete("lora1", "hi").text == TEXT
     three.mend(first)
     before = len(three[first].requests)
-    until(lambda: client.complete("lora1", "hi") and len(three[first].requests) > before)
+    wait_until(lambda: client.complete("lora1", "hi") and len(three[first].requests) > before, "its answer")
 
 
 def test_what_is_refused_is_asked_elsewhere(three: Replicas, client: Client) -> None:
@@ -199,24 +198,29 @@ def test_what_is_refused_is_asked_elsewhere(three: Replicas, client: Client) -> 
 def test_calls_that_meet_the_end_of_their_replica(three: Replicas, client: Client) -> None:
     """Those of a fleet are answered elsewhere; with one address they are unavailable, and none is cancelled."""
     first, *_ = homes(three, "lora1")
-    ended = threading.Event()
+    ended, refused = threading.Event(), 0
 
     def ask(client: Client) -> list[faults.Fault]:
+        nonlocal refused
         seen: list[faults.Fault] = []
         while not ended.is_set():
             try:
                 client.complete("lora1", "hi")
             except faults.Fault as fault:
                 seen.append(fault)
+                refused += 1
         return seen
 
-    with Client(first) as single, ThreadPoolExecutor(12) as pool:
-        of_fleet = [pool.submit(ask, client) for _ in range(4)]
-        of_single = [pool.submit(ask, single) for _ in range(8)]
-        until(lambda: len(three[first].requests) > 100)
-        three.drain(first)
-        until(lambda: sum(three.counts) > len(three[first].requests) + 100)
-        ended.set()
+    with Client(first) as single, ThreadPoolExecutor(6) as pool:
+        of_fleet = [pool.submit(ask, client) for _ in range(3)]
+        of_single = [pool.submit(ask, single) for _ in range(3)]
+        try:
+            wait_until(lambda: len(three[first].requests) > 30, "calls before the drain")
+            three.drain(first)
+            wait_until(lambda: sum(three.counts) > len(three[first].requests) + 10, "calls after the drain")
+            wait_until(lambda: refused > 8, "calls of one address after the drain")
+        finally:
+            ended.set()
     assert not [fault for each in of_fleet for fault in each.result()]
     told = [fault for each in of_single for fault in each.result()]
     assert {type(fault) for fault in told} <= {faults.ShuttingDown, faults.ServerUnavailable}
@@ -229,7 +233,7 @@ def test_nobody_there_is_a_named_fault() -> None:
         hole = f"127.0.0.1:{silent.getsockname()[1]}"
         with Client(["127.0.0.1:1", hole, "127.0.0.1:2"]) as client:
             with pytest.raises(faults.ServerUnavailable, match="none of 3 replicas"):
-                client.complete("lora1", "hi", timeout_s=12)
+                client.complete("lora1", "hi", timeout_s=BOUND_S)
             with pytest.raises(faults.ServerUnavailable, match="none of 3 replicas"):
                 client.models()
     with (
@@ -241,53 +245,44 @@ def test_nobody_there_is_a_named_fault() -> None:
         Client("a,b:1")
 
 
-def test_a_deadline_bounds_all_tries(three: Replicas) -> None:
-    """Also those that come after a replica failed."""
+def test_a_deadline_bounds_all_tries(three: Replicas, client: Client) -> None:
+    """A deadline also bounds the tries that come after a replica failed."""
     for address in three.addresses:
         three[address].silences.add("hi")
-    with Client(three.addresses) as client:
-        thread = threading.Timer(0.3, three.cut, [homes(three, "lora1")[0]])
-        thread.start()
-        with pytest.raises(faults.CallFailed) as caught:
-            client.complete("lora1", "hi", timeout_s=0.8)
-        assert caught.value.code is grpc.StatusCode.DEADLINE_EXCEEDED
+    reading = Reading(client, "lora1", "hi", timeout_s=3)
+    wait_until(lambda: sum(three.counts), "the request")
+    three.cut(homes(three, "lora1")[0])
+    fault = reading.ended()[-1]
+    assert isinstance(fault, faults.CallFailed)
+    assert fault.code is grpc.StatusCode.DEADLINE_EXCEEDED
     assert sum(three.counts) == 2
 
 
-def test_closing_ends_open_streams(three: Replicas) -> None:
-    """With a name, and nothing is asked again elsewhere."""
-    client = Client(three.addresses)
-    thread, seen = reading(client, "lora1", "silent")
-    until(lambda: sum(three.counts))
+async def test_closing_ends_open_streams(three: Replicas) -> None:
+    """A stream of a client that is closed ends with a name, and is not asked again elsewhere."""
+    client, aio = Client(three.addresses), AsyncClient(three.addresses)
+    reading, task = Reading(client, "lora1", "silent"), asyncio.create_task(aio.complete("lora1", "silent"))
+    await until(lambda: sum(three.counts) == 2, "both requests")
     client.close()
-    thread.join(10)
-    assert isinstance(seen[-1], faults.CallFailed)
-    with pytest.raises(faults.CallFailed, match="closed"):
-        client.complete("lora1", "hi")
-    assert sum(three.counts) == 1
-
-
-async def test_closing_ends_open_async_streams(three: Replicas) -> None:
-    """The same on an event loop."""
-    client = AsyncClient(three.addresses)
-    task = asyncio.create_task(client.complete("lora1", "silent"))
-    await asyncio.to_thread(until, lambda: sum(three.counts))
-    await client.close()
+    await aio.close()
+    assert isinstance((await asyncio.to_thread(reading.ended))[-1], faults.CallFailed)
     with pytest.raises(faults.CallFailed, match="closed"):
         await task
-    assert sum(three.counts) == 1
+    with pytest.raises(faults.CallFailed, match="closed"):
+        client.complete("lora1", "hi")
+    assert sum(three.counts) == 2
 
 
 async def test_a_cancelled_task_leaves_nothing(three: Replicas) -> None:
-    """Its stream ends on the server, and counts no more."""
+    """The stream of a cancelled task ends on the server, and is not counted any more."""
     async with AsyncClient(three.addresses) as client:
-        for prompt in ("silent", "wait"):
+        for prompt in ("silent", "held"):
             task = asyncio.create_task(client.complete("lora1", prompt))
-            await asyncio.to_thread(until, lambda: any(service.open for service in three.services))
+            await until(lambda: any(service.open for service in three.services), "the request")
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task
-            await asyncio.to_thread(until, lambda: not any(service.open for service in three.services))
+            await until(lambda: not any(service.open for service in three.services), "its end")
         assert open_streams(client) == 0
 
 
@@ -299,17 +294,16 @@ def test_threads_share_a_client(three: Replicas, client: Client) -> None:
         while not done.is_set():
             for address in three.addresses:
                 three.serving(address, False)
-                done.wait(0.05)
                 three.serving(address, True)
-                done.wait(0.05)
 
-    disturber = threading.Thread(target=disturb)
-    disturber.start()
-    with ThreadPoolExecutor(8) as pool:
-        answers = list(pool.map(lambda n: client.complete(MODELS[n % 3], "hi").text, range(96)))
-    done.set()
-    disturber.join()
-    assert answers == [TEXT] * 96
+    with ThreadPoolExecutor(9) as pool:
+        disturbing = pool.submit(disturb)
+        try:
+            answers = list(pool.map(lambda n: client.complete(MODELS[n % 3], "hi").text, range(48)))
+        finally:
+            done.set()
+        disturbing.result(BOUND_S)
+    assert answers == [TEXT] * 48
     assert open_streams(client) == 0
 
 
@@ -332,16 +326,17 @@ def test_a_name_is_followed(three: Replicas) -> None:
     calls: Any = FleetCalls(fleet, InferenceServiceStub)
 
     def ask(text: str) -> Any:
-        return calls.Generate(pb.GenerateRequest(model="lora1", text=text), timeout=10)
+        return calls.Generate(pb.GenerateRequest(model="lora1", text=text), timeout=BOUND_S)
 
-    running = ask("slow")
+    running = ask("held")
     assert next(running).HasField("started")
     there[:] = three.addresses[1:]
     now[0] = 60.0
-    until(lambda: len(list(ask("hi"))) and sum(three.counts[1:]))
+    wait_until(lambda: len(list(ask("hi"))) and sum(three.counts[1:]), "an answer of a new replica")
     before = three.counts[0]
     list(ask("hi"))
     assert three.counts[0] == before
+    three.release()
     assert len(list(running)) == 6
     list(ask("hi"))
     assert set(fleet._links) <= set(three.addresses[1:])
@@ -363,11 +358,10 @@ async def test_a_name_is_followed_on_an_event_loop(three: Replicas) -> None:
     now[0] = 1.5
     with suppress(faults.ServerUnavailable):
         await ask()
-    async with asyncio.timeout(10):
+    async with bounded("an answer of the new replica"):
         while not three.counts[1]:
             with suppress(faults.ServerUnavailable):
                 await ask()
-            await asyncio.sleep(0.01)
     assert set(fleet._links) == {three.addresses[1]}
     for channel in fleet.close():
         await channel.close()
@@ -380,10 +374,10 @@ def test_a_name_with_tls(tmp_path: Path) -> None:
     options = NOBODY | {"tls_ca": tmp_path / "ours.pem"}
     with replicas(1, Guard(tls=certificates.server)) as one:
         port = one.addresses[0].rpartition(":")[2]
-        with Client(f"grpcs://dns:///localhost:{port}", timeout_s=10, **options) as client:
+        with Client(f"grpcs://dns:///localhost:{port}", timeout_s=BOUND_S, **options) as client:
             assert client.complete("lora1", "hi").text == TEXT
         with (
-            Client(f"grpcs://127.0.0.1:{port},grpcs://127.0.0.1:1", timeout_s=10, **options) as client,
+            Client(f"grpcs://127.0.0.1:{port},grpcs://127.0.0.1:1", timeout_s=BOUND_S, **options) as client,
             pytest.raises(faults.ServerUnavailable),
         ):
             client.complete("lora1", "hi")
