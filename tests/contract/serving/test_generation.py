@@ -14,14 +14,7 @@ import pytest_asyncio
 
 from inference_service.core.constraint import Constraint
 from inference_service.core.sequence import FinishReason
-from inference_service.serving.service import (
-    Delta,
-    Event,
-    Finished,
-    PromptLogprobs,
-    Request,
-    Started,
-)
+from inference_service.serving.service import Delta, Event, Finished, PromptLogprobs, Request, Started
 from loramux_shared.faults import DeadlineExceeded, Fault, QueueFull, RequestInvalid, ShuttingDown
 from loramux_shared.storage.memory import MemoryStore
 from tests.support.service import LONG, PROMPT, SAMPLED, Service, open_service

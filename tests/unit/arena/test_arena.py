@@ -18,13 +18,7 @@ from loramux.arena.records import Answer, Likelihood, Verdict
 from loramux.arena.standings import Standings, standings
 from loramux.arena.work import Gate, Patience
 from loramux.client import AsyncClient
-from loramux_shared.faults import (
-    Fault,
-    ModelNotFound,
-    PromptTooLong,
-    QueueFull,
-    ServerUnavailable,
-)
+from loramux_shared.faults import Fault, ModelNotFound, PromptTooLong, QueueFull, ServerUnavailable
 from tests.support.arena_server import Versions, serving
 from tests.support.waiting import until
 

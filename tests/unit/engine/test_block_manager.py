@@ -136,9 +136,7 @@ def test_prefix_hashes_outlast_a_preemption() -> None:
         max_size=40,
     )
 )
-def test_blocks_balance_and_contents_are_never_mixed(
-    actions: list[tuple[int, list[int], int, str]],
-) -> None:
+def test_blocks_balance_and_contents_are_never_mixed(actions: list[tuple[int, list[int], int, str]]) -> None:
     """After any mix of admissions, growths and releases, every block is free or held, and a shared block holds
     the very tokens, under the very adapter and salt, of all that share it."""
     blocks = BlockManager(10, 4)

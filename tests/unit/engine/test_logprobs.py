@@ -40,13 +40,7 @@ def test_what_the_door_lists_has_the_same_ranks(tmp_path: Path) -> None:
     assert {token: entry["rank"] for token, entry in scored.items()} == {"40": 1, "41": 1, "42": 3}
 
 
-DRAWS = (
-    {},
-    {"top_k": 3},
-    {"top_p": 0.7},
-    {"min_p": 0.2},
-    {"top_k": 5, "top_p": 0.8, "min_p": 0.05},
-)
+DRAWS = ({}, {"top_k": 3}, {"top_p": 0.7}, {"min_p": 0.2}, {"top_k": 5, "top_p": 0.8, "min_p": 0.05})
 
 
 @pytest.mark.parametrize("draw", DRAWS, ids=str)
