@@ -1,4 +1,4 @@
-"""The page in a real browser, with the demo's base and adapters behind it."""
+"""The page in a real browser: in front of a tiny model, and of models that say what a test wants to see."""
 
 from __future__ import annotations
 
@@ -7,24 +7,21 @@ import os
 import re
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import pytest_asyncio
 
-from builder_service.pipeline.build import build
-from builder_service.pipeline.context import BuildContext
-from builder_service.pipeline.progress import Progress
-from inference_service.openai_api.server import HttpServer
-from inference_service.startup.load import load
-from loramux_shared.settings import InferenceSettings
-from loramux_shared.sources.open import open_sources
-from loramux_shared.storage.memory import MemoryStore
-from tests.e2e.real import EXAMPLES, deployment
+from loramux_shared.access.keyring import Keyring
+from loramux_shared.faults import InternalFault, RequestInvalid
+from loramux_shared.parsers import Parsers, ReasoningParser
+from tests.support.access import lines, new_entry
 from tests.support.browser import CHROMIUM, CTRL, Page, browser
 from tests.support.looks import faint, nameless, overflow
-from tests.support.openai_door import OpenAIDoor
+from tests.support.openai_door import open_door, openai_world
+from tests.support.operated import operated
 from tests.support.root import ROOT
+from tests.support.scripted_page import ScriptedPage, scripted_door
+from tests.support.waiting import until
 
 pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt install chromium"),
@@ -32,32 +29,15 @@ pytestmark = [
 ]
 ARTIFACTS = Path(os.environ.get("TEST_ARTIFACTS", ROOT / "tests/artifacts"))
 """Where the pictures of the page are kept."""
-PROMPT = "Tell me about the sea."
-TOKENS = 24
 SLIDE = "const slider = document.querySelector('#scales input'); slider.value = 0.5; "
 SLIDE += "slider.dispatchEvent(new Event('input'))"
 DONE = "document.querySelector('#stop').disabled && document.querySelector('article')"
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def door() -> AsyncIterator[OpenAIDoor]:
-    found = deployment()
-    roots = (EXAMPLES, Path(found.build.checkpoint_repository.repo))
-    store = MemoryStore()
-    build(found, BuildContext(store, open_sources(local_roots=roots)), Progress(found.build.lora_adapters))
-    settings = InferenceSettings(
-        deployment=found.model_name, dtype="float32", local_roots=roots, kv_memory_gb=0.2
-    )
-    ready = load(settings, store)
-    server = HttpServer("127.0.0.1:0", ready.service)
-    await server.start()
-    ready.engine.start()
-    door = OpenAIDoor(ready, server)
-    yield door
-    await door.http.aclose()
-    await door.openai.close()
-    await server.drain(5)
-    await ready.engine.stop()
+MANY = [f"adapter-{number:03}" for number in range(300)]
+HOSTILE = "<img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script>"
+TIMERS = """window.due = [];
+const wait = window.setTimeout;
+window.setTimeout = (work, ms, ...more) => (ms === 1000 ? -due.push(work) : wait(work, ms, ...more));"""
+"""Timers of a second are a test's, which fires them."""
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -67,111 +47,317 @@ async def tab(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Page]:
 
 
 @pytest_asyncio.fixture(loop_scope="module")
-async def page(tab: Page, door: OpenAIDoor) -> AsyncIterator[Page]:
-    """The page as somebody finds it who opens it on a desk; nothing may have gone wrong in the end."""
-    await tab.appear(1280, 800)
-    await tab.open(door.url)
-    await tab.until("document.querySelectorAll('.model').length === 4")
-    yield tab
-    assert tab.complaints == []
+async def page(tab: Page) -> Page:
+    """The browser's tab, empty, and without complaints about what another test showed it."""
+    await tab.call("Page.navigate", url="about:blank")
+    await tab.until("location.href === 'about:blank'")
+    tab.complaints.clear()
+    return tab
 
 
-async def _ask(page: Page, tokens: int) -> None:
-    await page.click("#ask summary")
-    await page.type("#max-tokens", str(tokens))
-    await page.type("#temperature", "0")
-    await page.click("#ask summary")
-    await page.type("#prompt", PROMPT)
+async def _open(page: Page, url: str, models: int) -> None:
+    await page.appear(1280, 800)
+    await page.open(url)
+    await page.until(f"document.querySelectorAll('.model').length === {models}")
+
+
+async def _shown(page: Page) -> list[str]:
+    return await page.texts(".model:not([hidden]) .name")
+
+
+async def _ask(page: Page, prompt: str = "Hi") -> None:
+    await page.type("#prompt", prompt)
     await page.press("Enter", CTRL)
 
 
-async def _numbers(page: Page) -> list[dict[str, str]]:
-    names = ("first", "speed", "tokens", "end")
-    columns = [await page.texts(f"article .{name}") for name in names]
-    return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
+async def test_base_and_adapters_answer_side_by_side(page: Page, tmp_path: Path) -> None:
+    """Each chosen model, and the mixture of the chosen adapters, has a card with its own answer, token for
+    token, and its numbers."""
+    async with open_door(openai_world(tmp_path)) as door:
+        await _open(page, door.url, 4)
+        listed = [model.name for model in door.ready.service.catalog]
+        assert await page.texts(".model .name") == listed == ["base", "all", "rs", "wide"]
+        await page.click(".model input[value=all]")
+        assert await page.text("#chosen") == "3 of 4"
+        await page.click("#mix summary")
+        await page.eval(SLIDE)
+        await page.click("#ask summary")
+        await page.type("#max-tokens", "24")
+        await page.type("#temperature", "0")
+        await _ask(page)
+        await page.until(DONE)
+        asked = ["base", "rs", "wide", "rs*0.5+wide"]
+        assert await page.text("#mix-note") == asked[-1]
+        assert await page.texts("article h3") == asked
+        body = {"messages": [{"role": "user", "content": "Hi"}], "temperature": 0, "max_completion_tokens": 24}
+        answers = await asyncio.gather(
+            *(door.post("/v1/chat/completions", model=name, **body) for name in asked)
+        )
+        wanted = [answer.json() for answer in answers]
+        texts = [answer["choices"][0]["message"]["content"] for answer in wanted]
+        assert await page.texts("article .text") == texts
+        assert len(set(texts)) == 4
+        assert all(re.fullmatch(r"\d+ ms", told) for told in await page.texts("article .first"))
+        assert all(re.fullmatch(r"[\d.]+ tok/s", told) for told in await page.texts("article .speed"))
+        assert await page.texts("article .tokens") == [
+            str(each["usage"]["completion_tokens"]) for each in wanted
+        ]
+        assert await page.texts("article .end") == [each["choices"][0]["finish_reason"] for each in wanted]
+        assert await page.texts("article .rank") == ["base model", "rank 5", "rank 8", "rank 5, 8"]
+        digests = [door.ready.service.catalog.get(name).digest for name in ("rs", "wide")]
+        assert await page.texts("article .digest:not([hidden])") == [digest[:12] for digest in digests]
+        tips = "[...document.querySelectorAll('.digest:not([hidden])')].map((each) => each.dataset.tip)"
+        assert await page.eval(tips) == digests
+        assert page.complaints == []
 
 
-async def _answers_of(door: OpenAIDoor, models: list[str]) -> list[dict[str, Any]]:
-    body = {
-        "messages": [{"role": "user", "content": PROMPT}],
-        "temperature": 0,
-        "max_completion_tokens": TOKENS,
-    }
-    asked = [door.post("/v1/chat/completions", model=name, **body) for name in models]
-    return [answer.json() for answer in await asyncio.gather(*asked)]
-
-
-async def test_base_and_adapters_answer_side_by_side(page: Page, door: OpenAIDoor) -> None:
-    """Each chosen model has a card with its own answer, token for token, and its numbers, and so has the
-    mixture of the chosen adapters; all run at once."""
-    listed = [model.name for model in door.ready.service.catalog]
-    assert await page.texts(".model .name") == listed
-    await page.click(".model input[value=json]")
-    assert await page.text("#chosen") == "3 of 4"
-    await page.click("#mix summary")
-    await page.eval(SLIDE)
-    await _ask(page, TOKENS)
-    await page.until("document.querySelectorAll('article[data-state=streaming]').length === 4")
-    await page.until(DONE)
-    chosen = [name for name in listed if name != "json"]
-    asked = [*chosen, f"{chosen[1]}*0.5+{chosen[2]}"]
-    assert await page.text("#mix-note") == asked[-1]
-    assert await page.texts("article h3") == asked
-    wanted = await _answers_of(door, asked)
-    texts = [answer["choices"][0]["message"]["content"] for answer in wanted]
-    assert await page.texts("article .text") == texts
-    for told, answer in zip(await _numbers(page), wanted, strict=True):
-        assert re.fullmatch(r"\d+ ms", told["first"])
-        assert re.fullmatch(r"[\d.]+ tok/s", told["speed"])
-        assert told["tokens"] == str(answer["usage"]["completion_tokens"])
-        assert told["end"] == answer["choices"][0]["finish_reason"]
-    assert await page.texts("article .rank") == ["base model", "rank 2", "rank 16", "rank 2, 16"]
-    digests = [door.ready.service.catalog.get(name).digest for name in chosen[1:]]
-    assert await page.texts("article .digest:not([hidden])") == [digest[:12] for digest in digests]
-    tips = "[...document.querySelectorAll('.digest:not([hidden])')].map((each) => each.dataset.tip)"
-    assert await page.eval(tips) == digests
-
-
-async def test_escape_stops_every_answer(page: Page, door: OpenAIDoor) -> None:
-    """Answers end where they are, with the tokens they had, and the server lets go of them."""
-    await _ask(page, 1500)
-    await page.until("document.querySelectorAll('article[data-state=streaming]').length === 4")
-    await page.until("document.querySelector('#running').textContent > 0")
-    assert await page.text("#at-work") != "none"
-    await page.press("Escape")
-    await page.until(DONE)
-    numbers = await _numbers(page)
-    assert all(int(told["tokens"]) > 0 for told in numbers)
-    ends = {told["end"] for told in numbers}
-    assert ends <= {"stopped", "stop"}
-    assert "stopped" in ends
-    await door.until_free()
-    await page.click("#clear")
-    assert await page.texts("article") == []
-    assert await page.eval("document.activeElement.id") == "prompt"
-
-
-async def test_it_can_be_used_by_many(page: Page) -> None:
+async def test_it_can_be_used_by_many(page: Page, tmp_path: Path) -> None:
     """On desks, tablets and phones, light and dark: no sideways scrolling, faint text or nameless control."""
-    await _ask(page, TOKENS)
-    await page.until(DONE)
-    await page.until("document.querySelector('#running').textContent === '0'")
-    for name, width, height, scheme in (
-        ("light", 1280, 800, "light"),
-        ("dark", 1280, 800, "dark"),
-        ("tablet", 800, 1000, "light"),
-        ("phone", 360, 740, "light"),
-        ("phone-dark", 360, 740, "dark"),
-    ):
-        await page.appear(width, height, scheme)
-        await page.photograph(ARTIFACTS / f"page-{name}.png")
+    says = {"bard": ["The sea is a vast and mysterious realm. " * 9]}
+    async with scripted_door(ScriptedPage(tmp_path, ["bard", "json", "pirate"], says)) as url:
+        await _open(page, url, 4)
+        await _ask(page, "Tell me about the sea.")
+        await page.until(DONE)
+        for name, width, height, scheme in (
+            ("light", 1280, 800, "light"),
+            ("dark", 1280, 800, "dark"),
+            ("tablet", 800, 1000, "light"),
+            ("phone", 360, 740, "light"),
+            ("phone-dark", 360, 740, "dark"),
+        ):
+            await page.appear(width, height, scheme)
+            await page.click("#ask summary")
+            await page.click("#mix summary")
+            await page.photograph(ARTIFACTS / f"page-{name}.png")
+            assert await overflow(page) == 0, name
+            assert await faint(page) == [], name
+            assert await nameless(page) == [], name
+            await page.click("#mix summary")
+            await page.click("#ask summary")
+        lefts = "new Set([...document.querySelectorAll('main section, main .panel, article')].map("
+        assert await page.eval(f"{lefts}(each) => each.getBoundingClientRect().left)).size") == 1  # one column
+        assert page.complaints == []
+
+
+async def test_hundreds_of_adapters_are_chosen_with_the_keyboard(page: Page, tmp_path: Path) -> None:
+    """The filter finds a part of a name, arrows walk the list, space chooses, and Tab leaves it at once."""
+    async with scripted_door(ScriptedPage(tmp_path, MANY, {})) as url:
+        await _open(page, url, 301)
+        await page.click("#choose-none")
+        await page.type("#filter", "Adapter-07")
+        assert await _shown(page) == [f"adapter-07{digit}" for digit in range(10)]
+        await page.press("ArrowDown")
+        await page.press(" ")
+        await page.press("ArrowDown")
+        await page.press("Tab")
+        assert await page.eval("document.activeElement.id") == "prompt"
+        await page.type("#filter", "adapter-07")
+        await page.press("ArrowDown")
+        await page.press("End")
+        await page.press(" ")
+        assert await page.text("#chosen") == "2 of 301"
+        await page.type("#filter", "none such")
+        assert await _shown(page) == []
+        assert await page.text("#list-note") == "No model has such a name."
+        assert await page.texts("#chips .label") == ["adapter-070", "adapter-079"]
+        await page.click("#chips button")
+        assert await page.texts("#chips .label") == ["adapter-079"]
+        await page.appear(360, 740)
+        assert await overflow(page) == 0
+
+
+async def test_more_models_than_connections_take_turns(page: Page, tmp_path: Path) -> None:
+    """Five are asked at a time, so that no first token waits for a connection of the browser unseen; Escape
+    ends all answers with the tokens that they had, and the server lets go of them."""
+    says = {name: ["Ahoy", None] for name in MANY[:5]}
+    service = ScriptedPage(tmp_path, MANY, says)
+    async with scripted_door(service) as url:
+        await _open(page, url, 301)
+        await page.click("#choose-none")
+        for name in MANY[:7]:
+            await page.click(f".model input[value={name}]")
+        await _ask(page)
+        await page.until("document.querySelectorAll('article[data-state=streaming]').length === 5")
+        assert sorted(service.asked) == MANY[:5]
+        assert "5 answer at a time" in await page.text("#note")
+        await page.press("Escape")
+        await page.until("document.querySelectorAll('article[data-state=stopped]').length === 7")
+        assert await page.texts("article .end") == ["stopped"] * 7
+        assert await page.texts("article .tokens") == ["1"] * 5 + ["\N{EN DASH}"] * 2
+        await until(lambda: service.let_go == 5, "the end of five requests", lambda: service.let_go)
+        await page.click("#clear")
+        assert await page.texts("article") == []
+        assert await page.eval("document.activeElement.id") == "prompt"
+    assert sorted(service.asked) == MANY[:5]
+
+
+async def test_what_a_model_writes_stays_text(page: Page, tmp_path: Path) -> None:
+    """Tags in an answer are shown as they are; none becomes an element, and nothing of them runs.
+
+    What was thought stands apart.
+    """
+    says = {"evil": [HOSTILE[:9], HOSTILE[9:]], "thinks": ["<think>Hm.", "</think>Ahoy."]}
+    service = ScriptedPage(tmp_path, list(says), says)
+    service.parsers = Parsers(reasoning=ReasoningParser.THINK)
+    async with scripted_door(service) as url:
+        await _open(page, url, 3)
+        await _ask(page)
+        await page.until(DONE)
+        assert await page.texts("article .text") == ["Ahoy!", HOSTILE, "Hm.Ahoy."]
+        assert await page.texts("article .thought") == ["", "", "Hm."]
+        assert await page.eval("document.querySelectorAll('article script, article img').length") == 0
+        assert await page.eval("document.title") == "loramux"
+
+
+async def test_failures_are_told_in_the_servers_words(page: Page, tmp_path: Path) -> None:
+    """A refusal, an end in the middle and a server that is gone each have a message, and spare the others."""
+    broken, refused = InternalFault("the engine failed."), RequestInvalid("the prompt is empty.")
+    says = {"breaks": ["A", broken], "refuses": [refused]}
+    async with scripted_door(ScriptedPage(tmp_path, list(says), says)) as url:
+        await _open(page, url, 3)
+        await _ask(page)
+        await page.until(DONE)
+        assert await page.texts("article .text") == ["Ahoy!", "A", ""]
+        assert await page.texts("article .error:not([hidden])") == [str(broken), str(refused)]
+        assert await page.texts("article .end") == ["stop", "error", "error"]
+    await page.until("document.querySelector('#link').textContent === 'not reachable'")
+    await page.click("#send")
+    await page.until("document.querySelector('#shared-error').checkVisibility()")
+    assert await page.text("#shared-error") == "The server cannot be reached."
+    await page.appear(390, 844)
+    error, card = (f"document.querySelector('{each}')" for each in ("#shared-error", "article"))
+    above = f"{error}.getBoundingClientRect().bottom <= {card}.getBoundingClientRect().top"
+    assert await page.eval(above)  # on a phone not behind all cards
+    assert await page.texts("article .error:not([hidden])") == []
+    assert set(await page.texts("article .end")) == {"error"}
+    await page.click("#clear")
+    assert not await page.eval("document.querySelector('#shared-error').checkVisibility()")
+
+
+async def test_what_a_desk_shows_without_scrolling(page: Page, tmp_path: Path) -> None:
+    """At 1280x800 the server's numbers and those of long answers are in sight; names keep their ends."""
+    names = [f"acme-corporation-customer-support-{number:03}-de" for number in range(60)]
+    says = {name: ["The sea is a vast and mysterious realm. " * 60] for name in names[:3]}
+    async with scripted_door(ScriptedPage(tmp_path, names, says)) as url:
+        await _open(page, url, 61)
+        await _ask(page, "Tell me about the sea.")
+        await page.until(DONE)
+        for selector in ("#server", "article dl"):
+            place = f"document.querySelector('{selector}').getBoundingClientRect()"
+            assert await page.eval(f"{place}.bottom") <= 800
+        assert await page.texts("article h3") == ["base", *names[:3]]
+        ends = "[...document.querySelectorAll('.model .tail, article h3')].every((each) => "
+        ends += "!each.textContent || each.getBoundingClientRect().width >= each.scrollWidth - 1)"
+        assert await page.eval(ends)
+        await page.appear(390, 844)
+        scrolled = "[...document.querySelectorAll('article .text')].filter("
+        scrolled += "(each) => each.scrollHeight > each.clientHeight + 1).length"
+        assert await page.eval(scrolled) == 0  # on a phone the page is what scrolls
+        assert await overflow(page) == 0
+
+
+async def test_the_settings_are_shown_and_start_greedy(page: Page, tmp_path: Path) -> None:
+    """Beside the closed fields stands what is in them; greedy and of some length until changed."""
+    async with scripted_door(ScriptedPage(tmp_path, ["one"], {})) as url:
+        await _open(page, url, 2)
+        assert await page.text("#settings") == "temperature 0, max tokens 512"
         await page.click("#ask summary")
-        await page.click("#mix summary")
-        await page.photograph(ARTIFACTS / f"page-{name}-mix.png")
-        assert await overflow(page) == 0, name
-        assert await faint(page) == [], name
-        assert await nameless(page) == [], name
-        await page.click("#mix summary")
-        await page.click("#ask summary")
-    lefts = "new Set([...document.querySelectorAll('main section, main .panel, article')].map("
-    assert await page.eval(f"{lefts}(each) => each.getBoundingClientRect().left)).size") == 1  # one column
+        await page.type("#temperature", "0.7")
+        await page.type("#seed", "5")
+        await page.type("#system", "Be brief.")
+        assert await page.text("#settings") == "with a system prompt, temperature 0.7, max tokens 512, seed 5"
+
+
+async def test_a_server_with_keys_asks_for_one(page: Page, tmp_path: Path) -> None:
+    """The page opens without a key, asks for one, says why it is refused, and shows what a good one may see."""
+    key, entry = new_entry("ann", "infer", models=("one",))
+    wrong, builder = new_entry("bob", "build")
+    service = ScriptedPage(tmp_path, ["one", "two"], {})
+    async with scripted_door(service, Keyring(text=lines(entry, builder))) as url:
+        await page.open(url)
+        await page.until("document.querySelector('#access').checkVisibility()")
+        assert await page.text("#link") == "key needed"
+        for typed, said in (("lmx_nope", "not one of this server"), (wrong, "has the scopes build")):
+            await page.type("#key", typed)
+            await page.press("Enter")
+            await page.until(f"document.querySelector('#key-hint').textContent.includes('{said}')")
+            assert await page.text("#link") == "key refused"
+        await page.type("#key", key)
+        await page.press("Enter")
+        await page.until("document.querySelectorAll('.model').length === 1")
+        assert not await page.eval("document.querySelector('#access').checkVisibility()")
+        assert await page.texts(".model .name") == ["one"]
+        await page.until("document.querySelector('#at-work').textContent === 'one (2)'")
+        await _ask(page)
+        await page.until(DONE)
+        assert await page.texts("article .text") == ["Ahoy!"]
+        assert key not in await page.eval("JSON.stringify(localStorage) + document.cookie + location.href")
+
+
+async def test_the_panel_rests_while_nobody_looks(page: Page, tmp_path: Path) -> None:
+    """It shows the engine's numbers, asks once a second, and not at all in a tab that is hidden."""
+    looks = "performance.getEntriesByType('resource').filter((each) => each.name.endsWith('/state')).length"
+    hide = "Object.defineProperty(document, 'hidden', {value: %s, configurable: true})"
+    hide += ", document.dispatchEvent(new Event('visibilitychange'))"
+    fire, due = "due.pop()()", "due.length === 1"
+    script = await page.call("Page.addScriptToEvaluateOnNewDocument", source=TIMERS)
+    try:
+        async with scripted_door(ScriptedPage(tmp_path, ["one", "two"], {})) as url:
+            await _open(page, url, 3)
+            await page.until(due)
+            assert await page.texts("#server dd") == ["3", "2", "0", "25 %", "25 %", "base, one (2)"]
+            await page.eval(fire)
+            await page.until(f"{due} && {looks} === 2")
+            await page.eval(hide % "true")
+            await page.eval(fire)
+            assert await page.eval(f"[due.length, {looks}]") == [0, 2]
+            await page.eval(hide % "false")
+            await page.until(f"{due} && {looks} === 3")
+    finally:
+        await page.call("Page.removeScriptToEvaluateOnNewDocument", **script)
+
+
+async def test_an_admin_key_pins_loads_and_rolls_back(page: Page, tmp_path: Path) -> None:
+    """Beside each name stand its version and where it is; what is done is told, and the list follows."""
+    replica = operated(["one", "two"])
+    service = ScriptedPage(tmp_path, ["one", "two"], {})
+    service.catalog = replica.names
+    told = "document.querySelector('#operated').textContent"
+    async with scripted_door(service, adapters=replica.manager) as url:
+        await _open(page, url, 3)
+        assert await page.texts(".model .version") == ["000000 ○", "000000 ○"]
+        await page.click("#operate summary")
+        await page.until("document.querySelector('#replica').textContent.includes('generation 1, current')")
+        await page.click("#pin")
+        await page.until(f"{told} === 'Pinned: one, two.'")
+        await page.until("document.querySelectorAll('.tier')[1].textContent === '●'")
+        await page.type("#load-name", "three")
+        await page.type("#load-path", "org/three")
+        await page.press("Enter")
+        await page.until("document.querySelectorAll('.model').length === 4")
+        await page.click("#roll-back")
+        await page.until(f"{told}.startsWith('Click again')")
+        assert replica.names.generation == 2
+        await page.click("#roll-back")
+        await page.until("document.querySelectorAll('.model').length === 3")
+        await page.until(f"{told} === 'Served as generation 3.'")
+        assert await page.eval("document.querySelector('#server').getBoundingClientRect().bottom") <= 800
+        for width, height in ((1280, 800), (390, 844)):
+            await page.appear(width, height)
+            assert await overflow(page) == 0
+            assert await faint(page) == []
+            assert await nameless(page) == []
+
+
+async def test_a_key_without_the_scope_is_told_so(page: Page, tmp_path: Path) -> None:
+    """In the panel, when it is opened; the rest of the page goes on."""
+    key, entry = new_entry("ann", "infer")
+    async with scripted_door(ScriptedPage(tmp_path, ["one"], {}), Keyring(text=lines(entry))) as url:
+        await page.open(url)
+        await page.until("document.querySelector('#access').checkVisibility()")
+        await page.type("#key", key)
+        await page.press("Enter")
+        await page.until("document.querySelectorAll('.model').length === 2")
+        await page.click("#operate summary")
+        await page.until("document.querySelector('#operated').textContent.includes('admin')")
+        assert await page.text("#link") == "connected"

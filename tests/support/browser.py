@@ -12,10 +12,13 @@ import json
 import os
 import shutil
 import subprocess
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
+
+from tests.support.waiting import BOUND_S, ended
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = (
@@ -33,8 +36,6 @@ FLAGS = (
 )
 LARGEST = 2**26
 """Bytes of a message; screenshots are the largest."""
-SCREEN_S = 30
-"""How long a page may take to show what a test waits for."""
 KEYS = {"Escape": 27, "Enter": 13, "Tab": 9, "ArrowDown": 40, "ArrowUp": 38, "End": 35, " ": 32}
 CTRL = 2
 
@@ -75,7 +76,7 @@ class Page:
         self._answers[number] = asyncio.get_running_loop().create_future()
         message = {"id": number, "method": method, "params": params} | self._session
         os.write(self._pipe, json.dumps(message).encode() + b"\0")
-        answer = await asyncio.wait_for(self._answers[number], SCREEN_S)
+        answer = await ended(self._answers[number], f"an answer to {method}")
         assert "error" not in answer, (method, answer)
         return dict(answer["result"])
 
@@ -101,13 +102,12 @@ class Page:
 
     async def until(self, script: str) -> None:
         """Wait until an expression is true."""
-        try:
-            async with asyncio.timeout(SCREEN_S):
-                while not await self.eval(f"Boolean({script})"):
-                    await asyncio.sleep(0.02)
-        except TimeoutError:
-            shown = await self.eval("document.body.innerText")
-            raise AssertionError(f"never true: {script}\n{shown}\n{self.complaints}") from None
+        ends = time.monotonic() + BOUND_S
+        while not await self.eval(f"Boolean({script})"):
+            if time.monotonic() > ends:
+                shown = await self.eval("document.body.innerText")
+                raise AssertionError(f"never true: {script}\n{shown}\n{self.complaints}")
+            await asyncio.sleep(0.02)
 
     async def text(self, selector: str) -> str:
         """Return the text of the first element that a selector finds."""
@@ -181,7 +181,7 @@ async def browser(profile: Path) -> AsyncIterator[Page]:
     finally:
         os.close(told)  # Chromium ends with its pipe
         try:
-            await asyncio.to_thread(process.wait, 10)
+            await asyncio.to_thread(process.wait, BOUND_S)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()

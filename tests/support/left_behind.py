@@ -7,6 +7,7 @@ into being while such a fixture is in use: they are looked for once more when it
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import sys
@@ -23,8 +24,10 @@ import pytest
 Alive: TypeAlias = "threading.Thread | multiprocessing.process.BaseProcess | psutil.Process"
 STARTS: Final = frozenset({"subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn"})
 """Python's audit events of processes: only after one of them is the table of all processes worth reading."""
-HELPERS: Final = ("multiprocessing.forkserver", "multiprocessing.resource_tracker")
-"""Python's own processes, which stay for as long as the one that started them."""
+HELPERS: Final = ("multiprocessing.forkserver", "multiprocessing.resource_tracker", ".sandbox")
+"""Processes that stay for as long as the one that started them: Python's own, and those of sandboxes."""
+POOLS: Final = ("templates_",)
+"""The names of threads of which there are some for a whole process."""
 LIBRARIES: Final = ("PYTEST_", "RAY_", "TORCHINDUCTOR_", "KINETO_")
 """What the test runner and libraries write into the environment by themselves."""
 HARMLESS: Final = frozenset({"_soon_settled", "tmp_path_factory", "native_folder", "pytestconfig"})
@@ -86,7 +89,9 @@ class LeftBehind:
 
     def _alive(self) -> set[Alive]:
         """Return the threads and processes that there are."""
-        alive: set[Alive] = {each for each in threading.enumerate() if not each.daemon}
+        alive: set[Alive] = {
+            each for each in threading.enumerate() if not each.daemon and not each.name.startswith(POOLS)
+        }
         alive.update(multiprocessing.active_children())
         if self._started:
             children = psutil.Process().children()
@@ -157,6 +162,8 @@ class LeftBehind:
         for each in new - self._suspects.keys():
             self._suspects[each] = (item.nodeid, used)
         due = [each for each, (_, owners) in self._suspects.items() if not owners & self._shared.keys()]
+        if any(map(_runs, due)):
+            gc.collect()  # the threads of a pool end with it
         ends = time.monotonic() + ENDING_S
         while any(map(_runs, due)) and time.monotonic() < ends:
             time.sleep(0.01)

@@ -91,7 +91,13 @@ async def scripted_door(
 ) -> AsyncIterator[str]:
     """Serve it on a free port; yields its URL."""
     server = HttpServer("127.0.0.1:0", service, Guard(keyring), adapters=adapters)
-    yield f"http://{await server.start()}"
+    try:
+        yield f"http://{await server.start()}"
+    finally:
+        await _close(server)
+
+
+async def _close(server: HttpServer) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(door, "CUT_S", 0.05)  # a browser keeps its connections as long as it may
         await server.drain(0.1)

@@ -1,24 +1,20 @@
-"""``loramux up`` on the demo's deployment, as a process of its own."""
+"""``loramux up`` as a process of its own."""
 
 from __future__ import annotations
 
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from tests.e2e.real import EXAMPLES, deployment
 from tests.support.s3_gateway import free_port
+from tests.support.waiting import BOUND_S, wait_until
 
 LORAMUX: Final = Path(sys.executable).parent / "loramux"
-READY_S: Final = 240
-END_S: Final = 60
-"""For a service that drains, and for what stands in its way."""
 
 
 @dataclass(frozen=True)
@@ -32,11 +28,15 @@ class Up:
 
 
 @contextmanager
-def up(folder: Path) -> Iterator[Up]:
-    """Run the command on free ports until it is ready; it is ended afterwards."""
-    deployment()
+def up(folder: Path, file: Path | None = None, *flags: str) -> Iterator[Up]:
+    """Run the command on a deployment file, or the demo's, on free ports until it is ready; end it then."""
+    if file is None:
+        from tests.e2e.real import EXAMPLES, deployment  # imports transformers
+
+        deployment()
+        file = EXAMPLES / "deployment.yaml"
     doors = {name: f"127.0.0.1:{free_port()}" for name in ("grpc", "http", "builder")}
-    command = [str(LORAMUX), "up", str(EXAMPLES / "deployment.yaml"), "--store", f"file://{folder}/store"]
+    command = [str(LORAMUX), "up", str(file), "--store", f"file://{folder}/store", *flags]
     log = folder / "up.log"
     with log.open("w") as output:
         process = subprocess.Popen(
@@ -46,16 +46,17 @@ def up(folder: Path) -> Iterator[Up]:
             cwd=folder,
         )
     try:
-        deadline = time.monotonic() + READY_S
-        while not re.search(r"^ready", log.read_text(), re.M):
-            assert process.poll() is None, log.read_text()
-            assert time.monotonic() < deadline, log.read_text()
-            time.sleep(0.1)
+        wait_until(
+            lambda: re.search(r"^ready", log.read_text(), re.M) or process.poll() is not None,
+            "`loramux up` to be ready",
+            log.read_text,
+        )
+        assert process.poll() is None, log.read_text()
         yield Up(process, **doors)
     finally:
         process.terminate()
         try:
-            process.wait(END_S)
+            process.wait(BOUND_S)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
