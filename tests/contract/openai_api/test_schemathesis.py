@@ -1,7 +1,7 @@
 """The door against its own description, judged by schemathesis: everything that is described is tried.
 
-The short run sends the document's examples and a few requests that are drawn from its schemas; the sweep walks
-through every keyword of every schema, and draws many more.
+The short run sends the document's examples; the sweep walks through every keyword of every schema as well, and
+draws many requests from them.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from tests.support.access import lines, new_entry
 from tests.support.openai_door import openai_world
 from tests.support.operated import digest_of, operated
 from tests.support.root import ROOT
+from tests.support.waiting import BOUND_S
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 COMMAND = shutil.which("schemathesis", path=str(Path(sys.executable).parent))
@@ -65,7 +66,7 @@ async def judged(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Judg
     try:
         yield Judged(url, key, narrowed(document, ready.service.text.vocab))
     finally:
-        await server.drain(5)
+        await server.drain(BOUND_S)
         await ready.engine.stop()
 
 
@@ -143,8 +144,8 @@ async def judge(judged: Judged, folder: Path, *arguments: str) -> str:
 
 @pytest.mark.skipif(COMMAND is None, reason="needs schemathesis, which is in the extra `test`")
 async def test_the_door_is_as_it_is_described(judged: Judged, tmp_path: Path) -> None:
-    """Examples are answered, valid requests understood, invalid ones refused; answers have their form."""
-    told = await judge(judged, tmp_path, "--phases", "examples,fuzzing,stateful", "-n", "1")
+    """The examples of every route are answered as they are described."""
+    told = await judge(judged, tmp_path, "--phases", "examples")
     assert f"Selected: {len(ENDPOINTS)}/{len(ENDPOINTS)}" in told
 
 

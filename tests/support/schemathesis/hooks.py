@@ -55,7 +55,7 @@ def after_call(context: Any, case: Any, response: Any) -> None:
     """Go on after a pause: whoever asks next would wait."""
     if case.path == "/pause" and response.status_code == 200:
         url = response.request.url.partition("/pause")[0] + "/resume"
-        requests.post(url, headers={"authorization": response.request.headers["Authorization"]}, timeout=10)
+        requests.post(url, headers={"authorization": response.request.headers["Authorization"]}, timeout=120)
 
 
 @schemathesis.check
