@@ -16,6 +16,7 @@ from loramux.cli.shell import Screen
 from loramux.records import AdapterInfo, DeploymentInfo, DeploymentState, Stage
 from loramux_shared.faults import Finding
 from loramux_shared.wording import listed
+from tests.support.waiting import BOUND_S
 
 WARNING = Finding(code="W_FP32", where="weights", found="float32")
 
@@ -169,7 +170,7 @@ def test_what_is_soon_over_is_never_seen() -> None:
     with Later(short, after_s=3600):
         pass
     with Later(long, after_s=0):
-        assert long.begun.wait(10)
+        assert long.begun.wait(BOUND_S)
     assert (short.calls, long.calls) == ([], ["start", "stop"])
 
 

@@ -16,6 +16,7 @@ from loramux.cli.arena import named
 from loramux.cli.main import app
 from loramux_shared.faults import ModelNotFound, RequestInvalid, SettingsInvalid
 from tests.support.arena_server import Versions, serving
+from tests.support.waiting import BOUND_S
 
 HOSTILE = "</script><script>document.title='owned'</script>\x1b[2J"
 
@@ -41,10 +42,11 @@ def served() -> Iterator[tuple[Versions, str]]:
 
     thread = threading.Thread(target=lambda: loop.run_until_complete(serve()), daemon=True)
     thread.start()
-    assert up.wait(10)
+    assert up.wait(BOUND_S)
     yield service, addresses[0]
     loop.call_soon_threadsafe(stop.set)
-    thread.join(10)
+    thread.join(BOUND_S)
+    assert not thread.is_alive()
 
 
 @pytest.fixture

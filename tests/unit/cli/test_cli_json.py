@@ -59,7 +59,7 @@ def test_a_build_is_a_line_per_state(fakes: Fakes, deployment: Callable[..., str
 
 def test_lines_of_a_build_grow_with_what_happens(capsys: pytest.CaptureFixture[str]) -> None:
     """All adapters at the beginning and at the end, between them those that changed; nothing without news."""
-    count = 60
+    count = 20
     adapters = [adapter(number, Stage.WAITING) for number in range(count)]
     lines = BuildLines()
     states = [list(adapters)]

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import sys
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -124,9 +125,18 @@ def test_what_does_not_fit_says_so_in_the_words_of_a_replica() -> None:
     assert "LORAMUX_MAX_BATCH_TOKENS" in sizes.refusal
 
 
-@pytest.mark.parametrize("kv_memory_gb", [None, 4.0])
-@pytest.mark.parametrize(("device", "dtype"), [("cpu", "float32"), ("cpu", "bfloat16"), ("cuda", "float16")])
-@pytest.mark.parametrize("name", HUB_CONFIGS)
+PLACES = list(product([("cpu", "float32"), ("cpu", "bfloat16"), ("cuda", "float16")], [None, 4.0]))
+"""A device with a dtype, and a size of the cache; each base is tried in two."""
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "dtype", "kv_memory_gb"),
+    [
+        (name, *place, kv_memory_gb)
+        for number, name in enumerate(HUB_CONFIGS)
+        for place, kv_memory_gb in (PLACES[number % 6], PLACES[(number + 3) % 6])
+    ],
+)
 def test_the_doctors_figures_are_those_of_the_plan(
     name: str, device: str, dtype: str, kv_memory_gb: float | None
 ) -> None:
