@@ -14,8 +14,8 @@ from builder_service.domain.npy_rules import FOLDED, NpyAdapter, read_npy_adapte
 from builder_service.domain.rules import CheckedAdapter, Rulebook, check_tensors
 from loramux_shared.codes import CODES
 from tests.fuzz.mutate import NUMBERS, bounded, mutations
+from tests.support.npy_files import SIZES, matrices
 from tests.unit.domain.test_adapter_rules import book
-from tests.unit.pipeline.test_npy_import import SIZES, matrices
 
 WEIGHTS, CONFIG = "model.lora_weights.npy", "model.lora_config.npy"
 ROWS = ((0, 0, 2), (1, 1, 4), (5, 1, 3), (18, 0, 2))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from builder_service.builds.builds import Builds
 from builder_service.builds.limits import BuildLimits
@@ -119,3 +121,34 @@ async def ended(builds: Builds, name: str = "tiny") -> DeploymentView:
     """The last state of a deployment that a builder builds."""
     async with bounded(f"the end of the build of {name}"):
         return [view async for view in builds.watch(name)][-1]
+
+
+@contextmanager
+def in_thread(context: BuildContext) -> Iterator[str]:
+    """The address of a builder's service in a thread of this process."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+
+    async def start() -> tuple[str, Callable[[], Coroutine[Any, Any, None]]]:
+        builds, checks = Builds(context), Checks(context)
+        server = RpcServer("127.0.0.1:0", {SERVICE_NAME: BuilderServicer(builds, checks).register})
+
+        async def stop() -> None:
+            checks.stop()
+            await builds.drain(BOUND_S)
+            await server.drain(BOUND_S)
+
+        return await server.start(), stop
+
+    try:
+        address, stop = asyncio.run_coroutine_threadsafe(start(), loop).result(BOUND_S)
+        try:
+            yield address
+        finally:
+            asyncio.run_coroutine_threadsafe(stop(), loop).result(BOUND_S)
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join(BOUND_S)
+        assert not thread.is_alive()
+        loop.close()

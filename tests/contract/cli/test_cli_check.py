@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
+from builder_service.pipeline.context import BuildContext
 from loramux.cli.build import wished
 from loramux.cli.main import app
 from loramux.cli.report_view import layers
 from loramux_shared.deployment_file import parse_deployment
+from loramux_shared.sources.open import open_sources
+from loramux_shared.storage.memory import MemoryStore
 from tests.support.adapters import tensors, write_adapter, write_base
+from tests.support.builders import in_thread
 from tests.support.fake_services import Fakes, deployment_text
-from tests.support.forks import builder_service
-from tests.support.s3_gateway import free_port
-from tests.unit.pipeline.test_npy_import import write
+from tests.support.hub import serve_hub
+from tests.support.npy_files import write
 
 
 @pytest.fixture
@@ -34,14 +35,12 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
-    """The flag that names a builder, which may read all that is made here."""
-    folder, address = tmp_path_factory.mktemp("builder"), f"127.0.0.1:{free_port()}"
-    flags = ["--grpc", address, "--store", f"file://{folder}/store", "--work-dir", f"{folder}/work"]
-    process = builder_service([*flags, "--local-root", str(folder.parent)], folder / "log")
-    assert CliRunner().invoke(app, ["health", address, "--wait", "20"]).exit_code == 0
-    yield "--builder", address
-    process.kill()
-    process.wait(10)
+    """The flag that names a builder, which may read all that is made here, and whose hub has nothing."""
+    folder = tmp_path_factory.mktemp("builder")
+    with serve_hub() as hub:
+        sources = open_sources(local_roots=[folder.parent], hub_endpoint=hub.endpoint)
+        with in_thread(BuildContext(MemoryStore(), sources, folder / "work")) as address:
+            yield "--builder", address
 
 
 def run(*args: str | Path) -> tuple[int, str, str]:
@@ -103,23 +102,12 @@ def test_json_is_stable_and_alone_on_stdout(folder: Path, shared: tuple[str, str
     assert set(finding) == {"code", "where", "expected", "found", "fix"}
 
 
-def test_what_is_not_there_is_one_line(folder: Path) -> None:
+def test_what_is_not_there_is_one_line(folder: Path, shared: tuple[str, str]) -> None:
     """A repository that cannot be read is a failure, not a report."""
-    code, text, errors = run("check", f"{folder}/nowhere", "--base", folder / "base")
+    code, text, errors = run("check", f"{folder}/nowhere", "--base", folder / "base", *shared)
     assert (code, text) == (1, "")
     assert "error: REPO_NOT_FOUND: LOCAL" in errors
-    assert run("check", "no repository", "--base", "x/y")[0] == 1
-
-
-class NoHub(BaseHTTPRequestHandler):
-    """A hub without repositories."""
-
-    def do_GET(self) -> None:
-        """Answer as the hub does for what is not there."""
-        self.send_response(404)
-        self.send_header("X-Error-Code", "RepoNotFound")
-        self.send_header("Content-Length", "0")
-        self.end_headers()
+    assert run("check", "no repository", "--base", "x/y", *shared)[0] == 1
 
 
 @pytest.mark.parametrize(
@@ -127,22 +115,19 @@ class NoHub(BaseHTTPRequestHandler):
     [("adapters/pirat", "{}/base", "adapters/pirat"), ("{}/base", "org/bas", "org/bas")],
 )
 def test_a_mistyped_folder_is_no_mystery(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, adapter: str, base: str, missing: str
+    folder: Path, shared: tuple[str, str], adapter: str, base: str, missing: str
 ) -> None:
     """A word that could be of the hub is looked for there; a failure says that no such folder is here."""
-    with ThreadingHTTPServer(("127.0.0.1", 0), NoHub) as hub:
-        threading.Thread(target=hub.serve_forever, daemon=True).start()
-        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{hub.server_address[1]}")
-        code, _, errors = run("check", adapter.format(folder), "--base", base.format(folder))
-        hub.shutdown()
+    code, _, errors = run("check", adapter.format(folder), "--base", base.format(folder), *shared)
     assert code == 1
     assert f"If a folder was meant: there is no {missing} here." in errors
 
 
-def test_import_bundle_checks_and_says_how_to_publish(folder: Path) -> None:
+def test_import_bundle_checks_and_says_how_to_publish(folder: Path, shared: tuple[str, str]) -> None:
     """Without a deployment's name it is a dry run."""
     write(folder / "npy", [(1, 0, 4), (18, 1, 2)])
-    code, text, errors = run("import-bundle", folder / "npy", "--base", folder / "base", "--name", "lora1")
+    words = ("import-bundle", folder / "npy", "--base", folder / "base", "--name", "lora1")
+    code, text, errors = run(*words, *shared)
     assert code == 0, errors
     assert "mlp_h_to_4h" in text
     assert "--deployment NAME publishes it" in errors

@@ -6,106 +6,33 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import pytest
 
-from builder_service.pipeline.build import build
 from builder_service.pipeline.check import AdapterReport, check_one
-from builder_service.pipeline.context import BuildContext
 from builder_service.pipeline.progress import Progress
-from loramux_shared.bundle.deployments import current_generation
-from loramux_shared.bundle.reader import Bundle, read_bundle
-from loramux_shared.deployment import Deployment
-from loramux_shared.deployment_file import parse_deployment
-from loramux_shared.sources.open import open_sources
-from loramux_shared.storage.memory import MemoryStore
+from loramux_shared.bundle.reader import Bundle
 from tests.support.adapters import HIDDEN, INTERMEDIATE, write_adapter, write_base
-
-Q, KV = HIDDEN, HIDDEN // 2
-SIZES = {
-    0: (HIDDEN, Q + 2 * KV),
-    1: (HIDDEN, Q),
-    2: (HIDDEN, KV),
-    3: (HIDDEN, KV),
-    4: (Q, HIDDEN),
-    5: (HIDDEN, INTERMEDIATE),
-    6: (INTERMEDIATE, HIDDEN),
-    7: (HIDDEN, INTERMEDIATE),
-    18: (HIDDEN, 2 * INTERMEDIATE),
-}
-Rows = list[tuple[int, int, int]]
-"""(module id, layer, rank)"""
-BF16 = np.dtype(ml_dtypes.bfloat16)
-
-
-def matrices(module: int, layer: int, rank: int) -> tuple[Any, Any]:
-    """A and B of a row, exact in every storage type."""
-    random = np.random.default_rng([module, layer, rank])
-    features, out = SIZES[module]
-    a = random.integers(-64, 64, (rank, features)) / 32
-    return a.astype(np.float32), (random.integers(1, 64, (out, rank)) / 32).astype(np.float32)
-
-
-def write(
-    folder: Path,
-    rows: Rows,
-    *,
-    dtype: Any = np.float16,
-    columns: int = 4,
-    batch: bool = True,
-    config_name: str = "model.lora_config.npy",
-    extra: int = 3,
-    change: Callable[[Any, Any], None] | None = None,
-) -> Path:
-    """Write the files of a converter: rows in their order, padded a little more than they must be."""
-    folder.mkdir(parents=True, exist_ok=True)
-    flat = [np.concatenate([part.ravel() for part in matrices(*row)]) for row in rows]
-    width = max(map(len, flat)) + extra
-    weights = np.stack([np.pad(row, (0, width - len(row))) for row in flat])
-    config = np.array([[*row, 0][:columns] for row in rows], np.int32)
-    if change is not None:
-        change(weights, config)
-    stored = weights.astype(dtype)
-    np.save(folder / "model.lora_weights.npy", stored[None] if batch else stored)
-    np.save(folder / config_name, config[None] if batch else config)
-    return folder
+from tests.support.folders import built, deployment_of, workshop
+from tests.support.npy_files import BF16, KV, SIZES, Q, Rows, matrices, write
 
 
 class Bench:
     """A base, a folder for npy files, a store."""
 
     def __init__(self, root: Path) -> None:
-        self.root = root
+        self.root, self.npy = root, root / "npy"
         write_base(root / "base")
-        self.context = BuildContext(MemoryStore(), open_sources(local_roots=[root]), root / "work")
-
-    @property
-    def npy(self) -> Path:
-        """The adapter's folder."""
-        return self.root / "npy"
-
-    def deployment(self, **lora: Any) -> Deployment:
-        """A deployment of the one adapter."""
-        block = {
-            "checkpoint_repository": {"source": "LOCAL", "repo": str(self.root / "base")},
-            "lora_adapters": {"other": {"source": "LOCAL", "repo": str(self.npy)}},
-            "lora_configuration": lora,
-        }
-        return parse_deployment({"model_name": "tiny", "build": block}).deployment
+        self.context = workshop(root)
 
     def check(self, **lora: Any) -> AdapterReport:
-        """Check it."""
-        wanted = self.deployment(**lora)
-        return check_one(wanted, self.context, Progress(wanted.build.lora_adapters))
+        """Check the adapter."""
+        wanted = deployment_of(self.root, "npy", lora_configuration=lora)
+        return check_one(wanted, self.context, Progress(["npy"]))
 
     def build(self, **lora: Any) -> Bundle:
         """Build it, and read it as a replica does."""
-        wanted = self.deployment(**lora)
-        build(wanted, self.context, Progress(wanted.build.lora_adapters))
-        generation = current_generation(self.context.store, "tiny")
-        assert generation is not None
-        return read_bundle(self.context.store, generation.adapters["other"].digest)
+        return built(deployment_of(self.root, "npy", lora_configuration=lora), self.context).bundle("npy")
 
     def errors(self, **lora: Any) -> list[tuple[str, str]]:
         """Codes and places of the errors of a check."""
@@ -120,9 +47,10 @@ def bench(tmp_path: Path) -> Bench:
 EVERY: Rows = [(6, 1, 3), (1, 0, 4), (3, 0, 2), (2, 1, 4), (4, 1, 1), (7, 0, 8), (5, 0, 8)]
 
 
-@pytest.mark.parametrize("dtype", [np.float16, np.float32, BF16, "V2"])
-@pytest.mark.parametrize("columns", [3, 4])
-@pytest.mark.parametrize("batch", [True, False])
+@pytest.mark.parametrize(
+    ("dtype", "columns", "batch"),
+    [(np.float16, 3, True), (np.float32, 4, False), (BF16, 4, True), ("V2", 3, False), ("V2", 4, True)],
+)
 def test_files_of_every_kind_become_the_same_rows(bench: Bench, dtype: Any, columns: int, batch: bool) -> None:
     """Any type, three or four columns, with or without the batch dimension: sorted rows of the same values."""
     raw = dtype == "V2"
@@ -251,7 +179,6 @@ def test_the_ceilings_of_the_deployment_hold(bench: Bench) -> None:
     assert sorted(codes) == ["E_MODULE", "E_RANK_MAX"]
 
 
-@pytest.mark.parametrize("name", ["model.lora_weights.npy", "model.lora_config.npy"])
 @pytest.mark.parametrize(
     "value",
     [
@@ -265,11 +192,12 @@ def test_the_ceilings_of_the_deployment_hold(bench: Bench) -> None:
     ],
     ids=["float64", "big-endian", "batch-2", "empty", "rows", "fortran", "pickle"],
 )
-def test_files_that_are_no_such_arrays_are_refused(bench: Bench, name: str, value: Any) -> None:
+def test_files_that_are_no_such_arrays_are_refused(bench: Bench, value: Any) -> None:
     """Types, shapes and orders that TensorRT-LLM does not have, and pickles, which are never loaded."""
-    write(bench.npy, [(1, 0, 4), (4, 0, 4)])
-    np.save(bench.npy / name, value, allow_pickle=True)
-    assert [code for code, _ in bench.errors()] == ["E_BAD_NPY"]
+    for name in ("model.lora_weights.npy", "model.lora_config.npy"):
+        write(bench.npy, [(1, 0, 4), (4, 0, 4)])
+        np.save(bench.npy / name, value, allow_pickle=True)
+        assert [code for code, _ in bench.errors()] == ["E_BAD_NPY"], name
 
 
 def test_a_file_that_was_cut_off_is_refused(bench: Bench) -> None:
@@ -280,16 +208,10 @@ def test_a_file_that_was_cut_off_is_refused(bench: Bench) -> None:
     assert bench.errors() == [("E_BAD_NPY", "model.lora_weights.npy")]
 
 
-def claim(rank: int) -> Callable[[Any, Any], None]:
-    """Let the first row say another rank."""
-    return poke(0, 2, rank)
-
-
-@pytest.mark.parametrize("module", sorted(SIZES))
-@pytest.mark.parametrize("wrong", [4, 5, 8])
+@pytest.mark.parametrize(("module", "wrong"), [*zip(sorted(SIZES), (4, 5, 8) * 3, strict=True)])
 def test_a_row_that_claims_a_higher_rank_over_padding_is_refused(bench: Bench, module: int, wrong: int) -> None:
     """Its first rows of B would be taken for A, and its padding for the end of B."""
-    write(bench.npy, [(module, 0, 3)], extra=5 * sum(SIZES[module]), change=claim(wrong))
+    write(bench.npy, [(module, 0, 3)], extra=5 * sum(SIZES[module]), change=poke(0, 2, wrong))
     assert [code for code, _ in bench.errors()] == ["E_RANK_SHAPE"]
 
 
@@ -303,8 +225,7 @@ def test_a_zero_b_that_could_be_padding_is_refused(bench: Bench) -> None:
     assert [code for code, _ in bench.errors()] == ["E_RANK_SHAPE"]
 
 
-@pytest.mark.parametrize("rank", [1, 2, 4])
-@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize(("rank", "parts"), [(1, 1), (2, 2), (4, 1)])
 def test_a_fused_row_whose_last_parts_are_not_adapted_is_taken(bench: Bench, rank: int, parts: int) -> None:
     """Zeros for k and v, or for v alone, are no padding: there B ends with a part."""
     end = rank * (HIDDEN + (Q, Q + KV)[parts - 1])
