@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator
 from functools import partial
 from pathlib import Path
@@ -207,11 +206,3 @@ async def test_trainers_pause_and_resume(tmp_path: Path, query: str, mode: str) 
         assert (await web.post("/resume")).json() == {"status": "resumed"}
         assert (await web.get("/is_paused")).json() == {"is_paused": False}
         assert (await web.post("/pause?mode=never")).status_code == 400
-
-
-async def test_racing_loads_of_a_name_have_one_winner(web: httpx.AsyncClient, replica: Operated) -> None:
-    """Two at once: one is added, the other is told that the name is taken."""
-    body = {"lora_name": "new", "lora_path": "org/new"}
-    answers = await asyncio.gather(*(web.post("/v1/load_lora_adapter", json=body) for _ in range(2)))
-    assert sorted(answer.status_code for answer in answers) == [200, 400]
-    assert len(replica.deployment.history) == 2

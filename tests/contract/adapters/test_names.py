@@ -341,21 +341,6 @@ def limits(**default: int) -> ModelLimits:
     return ModelLimits(default=Limits(**default))
 
 
-async def test_requests_that_wait_are_bounded_by_model(doors: Doors) -> None:
-    """Those that no step has begun with, of one model; they end, and others may wait."""
-    doors.ready.service.limiter.limits = limits(max_waiting=3)
-    gate = hold(doors)
-    waiting = [asyncio.ensure_future(doors.ask("rs")) for _ in range(3)]
-    await until_held(doors, 3)
-    assert (await doors.ask("rs")).status_code == 429
-    other = asyncio.ensure_future(doors.ask("wide"))
-    await until_held(doors, 4)
-    gate.set()
-    answers = [answer.status_code for answer in await asyncio.gather(*waiting, other)]
-    assert answers == [200] * 4
-    assert (await doors.ask("rs")).status_code == 200
-
-
 async def test_tokens_of_a_minute_are_not_used_twice(doors: Doors) -> None:
     """Requests that came while there were some are looked at again before the engine gets them."""
     doors.ready.service.limiter.limits = limits(tokens_per_minute=4)

@@ -169,16 +169,6 @@ async def test_min_tokens_hold_back_the_end(service: Service) -> None:
     assert answer.index(2) == 7
 
 
-async def test_special_tokens_are_kept_when_asked_for(service: Service) -> None:
-    """The text of what was decoded is the tokenizer's, with or without special tokens."""
-    for skip in (False, True):
-        events = await service.events(
-            max_tokens=4, logit_bias={1: 100.0}, ignore_eos=True, skip_special_tokens=skip
-        )
-        text = "".join(event.text for event in events if isinstance(event, Delta))
-        assert text == service.ready.service.text.decode([1] * 4, skip_special_tokens=skip)
-
-
 OUT_OF_BOUNDS: list[tuple[dict[str, Any], list[str]]] = [
     ({"n": 0}, ["n"]),
     ({"n": 129}, ["n"]),

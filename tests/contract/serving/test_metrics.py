@@ -194,18 +194,6 @@ async def test_what_is_loaded_is_told(door: OpenAIDoor) -> None:
     assert 0 < sum(loads.values()) < said.value("loramux_load_seconds")
 
 
-async def test_series_do_not_grow_with_requests(door: OpenAIDoor) -> None:
-    """A second round of the same requests adds to values and makes no series."""
-
-    async def ask() -> list[str]:
-        for model in ("rs", "all", "nope"):
-            await door.post("/v1/completions", **ASKED | {"model": model})
-        return sorted(line.rpartition(" ")[0] for line in (await scrape(door)).text.splitlines())
-
-    first = [line for line in await ask() if not line.startswith("vllm:lora")]
-    assert [line for line in await ask() if not line.startswith("vllm:lora")] == first
-
-
 async def test_a_setting_bounds_the_models_with_series(world: tuple[World, MemoryStore]) -> None:
     """What models count beyond it is told as that of the others."""
     ready = world[0].load(world[1])

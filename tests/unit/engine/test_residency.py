@@ -225,16 +225,6 @@ class World:
         return {number for number, adapter in enumerate(self.adapters) if adapter.slot is not None}
 
 
-def test_a_cold_adapter_waits_for_its_load_and_holds_up_nobody() -> None:
-    """While an adapter loads, others begin and end; then its request is answered."""
-    world = World(4, [1, 1])
-    cold, base = world.ask(0), world.ask()
-    world.step(5)
-    assert set(world.ends) == {base.id}
-    world.settle()
-    assert world.ends[cold.id].finish is FinishReason.LENGTH
-
-
 def test_who_is_copied_at_once_misses_no_step() -> None:
     """A copy ends on another thread while a step waits for it, and the step has the rows."""
     world, thread = World(4, [1, 1], wait_s=BOUND_S), threading.get_ident()

@@ -331,7 +331,7 @@ def test_who_was_away_has_saved_nothing_and_owes_nothing() -> None:
     assert rows["back"] / rows["steady"] == pytest.approx(1.0, rel=0.25)
 
 
-@settings(max_examples=examples(40), deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(
     st.lists(
         st.tuples(st.integers(0, 5), st.sampled_from(["", "a", "b"]), st.sampled_from([1, 4, 60])),

@@ -10,14 +10,11 @@ import pytest
 
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import FinishReason, Sequence, StepOutput, Token
-from inference_service.engine.block_manager import BlockManager
-from inference_service.engine.engine import Engine
-from inference_service.engine.plan import SchedulerLimits
-from inference_service.engine.residents import AlwaysResident
 from inference_service.serving.delivery import SLICE, Delivery, Outputs
-from inference_service.serving.engine_thread import EngineThread
 from tests.support.waiting import BOUND_S, Clock, bounded, ended
-from tests.unit.serving.test_engine_thread import Device, _submit
+from tests.unit.serving.threads import Device, Threads, submit
+
+MANY = 256
 
 
 def _stream(name: int) -> Outputs:
@@ -107,17 +104,11 @@ async def test_requests_that_come_are_waited_for_and_not_without_end() -> None:
             await asyncio.sleep(0)
 
 
-def _thread(device: Device, interval_s: float) -> EngineThread:
-    limits = SchedulerLimits(max_tokens=512, max_seqs=256, max_adapters=1, max_seq_len=64)
-    engine = Engine(device, limits, BlockManager(4096, 4), AlwaysResident())
-    return EngineThread(engine, 256, lambda: None, step_timeout_s=60, interval_s=interval_s)
-
-
 @pytest.mark.parametrize("streams", [4, 4 * SLICE])
-async def test_every_token_comes_once_and_in_order(streams: int) -> None:
+async def test_every_token_comes_once_and_in_order(threads: Threads, streams: int) -> None:
     """Whether streams are woken at once or in slices."""
-    thread = _thread(Device(), 0.005)
-    opened = [_submit(thread, new=40) for _ in range(streams)]
+    thread = threads.make(Device(), MANY, MANY, blocks=4096, interval_s=0.005)
+    opened = [submit(thread, new=40) for _ in range(streams)]
 
     async def read(outputs: Outputs) -> int:
         count = 0
@@ -136,13 +127,13 @@ async def test_every_token_comes_once_and_in_order(streams: int) -> None:
 
 @pytest.mark.parametrize(("streams", "together"), [(SLICE, True), (SLICE + 1, False)])
 async def test_a_first_token_takes_others_along_only_where_they_are_few(
-    streams: int, *, together: bool
+    threads: Threads, streams: int, *, together: bool
 ) -> None:
     """With many streams some always begin or end: that must not wake all the others."""
     device, steps = Device(), threading.Semaphore(0)
     device.before_step = lambda _: steps.acquire(timeout=BOUND_S)
-    thread = _thread(device, math.inf)
-    opened = [_submit(thread, prompt=1, new=40) for _ in range(streams - 1)]
+    thread = threads.make(device, MANY, MANY, blocks=4096, interval_s=math.inf)
+    opened = [submit(thread, prompt=1, new=40) for _ in range(streams - 1)]
     thread.start()
     steps.release()
     for each in opened:
@@ -151,7 +142,7 @@ async def test_a_first_token_takes_others_along_only_where_they_are_few(
     steps.release()  # nobody begins or ends in this step
     waiting = [asyncio.ensure_future(each.get()) for each in opened]
     for _ in range(2):  # what the first one takes along has come before the second
-        newest = _submit(thread, prompt=1, new=40)
+        newest = submit(thread, prompt=1, new=40)
         steps.release(2)
         [output] = await ended(newest.get(), "a first token")
         assert output.first

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
-import threading
 import time
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -13,60 +11,13 @@ import pytest
 
 from inference_service.core.batch import Batch
 from inference_service.core.sampling import SamplingParams
-from inference_service.core.sequence import FinishReason, Sequence, Token
-from inference_service.engine.block_manager import BlockManager
-from inference_service.engine.engine import Engine
-from inference_service.engine.plan import SchedulerLimits
-from inference_service.engine.residents import AlwaysResident
-from inference_service.engine.step import Pending
+from inference_service.core.sequence import FinishReason, Sequence
 from inference_service.serving import engine_thread
-from inference_service.serving.delivery import Outputs
-from inference_service.serving.engine_thread import PROBE_PAUSES_S, EngineThread
+from inference_service.serving.engine_thread import PROBE_PAUSES_S
 from inference_service.serving.watchdog import Watchdog
 from loramux_shared.faults import QueueFull, ReplicaFailed
-from tests.support.waiting import BOUND_S, bounded, until
-
-_ids = itertools.count()
-
-
-class Device:
-    """A runner whose steps do what a test says; every sampled sequence gets one token."""
-
-    depth = 0
-
-    def __init__(self) -> None:
-        self.before_step: Callable[[Batch], object] = lambda _: None
-
-    def submit(self, batch: Batch) -> Pending:
-        """Run a step."""
-        self.before_step(batch)
-        seqs = tuple(chunk.seq for chunk in batch.chunks if chunk.samples)
-        return Pending(seqs, lambda: [Token(7)] * len(seqs))
-
-
-def _thread(device: Device, step_timeout_s: float = 60.0) -> EngineThread:
-    limits = SchedulerLimits(max_tokens=64, max_seqs=8, max_adapters=1, max_seq_len=64)
-    engine = Engine(device, limits, BlockManager(64, 4), AlwaysResident())
-
-    def probe() -> None:
-        engine.add(Sequence("probe", [0], SamplingParams(max_tokens=1)))
-        while not engine.idle:
-            engine.step()
-
-    return EngineThread(engine, 8, probe, step_timeout_s=step_timeout_s)
-
-
-def _submit(thread: EngineThread, prompt: int = 3, new: int = 2) -> Outputs:
-    return thread.submit([Sequence(f"{next(_ids)}", [5] * prompt, SamplingParams(max_tokens=new))])
-
-
-async def _end(outputs: Outputs) -> FinishReason:
-    async with bounded("the end of a sequence"):
-        while True:
-            for output in await outputs.get():
-                if output.finish is not None:
-                    outputs.close()
-                    return output.finish
+from tests.support.waiting import until
+from tests.unit.serving.threads import Device, Threads, end, submit
 
 
 def _raise_at(length: int) -> Callable[[Batch], object]:
@@ -77,15 +28,14 @@ def _raise_at(length: int) -> Callable[[Batch], object]:
     return raise_at
 
 
-async def test_a_bad_step_ends_its_sequences_and_nothing_else() -> None:
+async def test_a_bad_step_ends_its_sequences_and_nothing_else(threads: Threads) -> None:
     """A request that no step can compute may come as often as it likes: others are served after each."""
     device = Device()
     device.before_step = _raise_at(13)
-    thread = _thread(device)
-    thread.start()
+    thread = threads.start(device)
     for _ in range(5):
-        assert await _end(_submit(thread, prompt=13)) is FinishReason.FAILED
-    assert await _end(_submit(thread)) is FinishReason.LENGTH
+        assert await end(submit(thread, prompt=13)) is FinishReason.FAILED
+    assert await end(submit(thread)) is FinishReason.LENGTH
     assert await thread.stop() is None
 
 
@@ -98,7 +48,7 @@ def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return paused
 
 
-async def test_what_others_held_for_a_moment_is_waited_for(pauses: list[float]) -> None:
+async def test_what_others_held_for_a_moment_is_waited_for(threads: Threads, pauses: list[float]) -> None:
     """A probe that fails once and then works, as when memory came back, leaves the replica serving."""
     device = Device()
     failures = iter([True, True])
@@ -108,10 +58,9 @@ async def test_what_others_held_for_a_moment_is_waited_for(pauses: list[float]) 
             raise MemoryError
 
     device.before_step = out_of_memory
-    thread = _thread(device)
-    thread.start()
-    assert await _end(_submit(thread)) is FinishReason.FAILED
-    assert await _end(_submit(thread)) is FinishReason.LENGTH
+    thread = threads.start(device)
+    assert await end(submit(thread)) is FinishReason.FAILED
+    assert await end(submit(thread)) is FinishReason.LENGTH
     assert pauses == list(PROBE_PAUSES_S)
     assert await thread.stop() is None
 
@@ -120,11 +69,13 @@ def _gone(batch: Batch) -> None:
     raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
 
-async def test_an_error_that_stays_ends_health_first_and_then_every_request(pauses: list[float]) -> None:
+async def test_an_error_that_stays_ends_health_first_and_then_every_request(
+    threads: Threads, pauses: list[float]
+) -> None:
     """Requests that run, that wait and that come later all end with REPLICA_FAILED."""
     device = Device()
     device.before_step = _gone
-    thread = _thread(device)
+    thread = threads.make(device)
     order: list[str] = []
 
     async def on_failure() -> None:
@@ -135,7 +86,7 @@ async def test_an_error_that_stays_ends_health_first_and_then_every_request(paus
 
     async def ask() -> None:
         with pytest.raises(ReplicaFailed, match=r"RuntimeError.*another replica"):
-            await _end(_submit(thread))
+            await end(submit(thread))
         order.append("told")
 
     thread.start(on_failure)
@@ -143,25 +94,19 @@ async def test_an_error_that_stays_ends_health_first_and_then_every_request(paus
     assert order == ["asked for", "not serving", *["told"] * 3]
     assert pauses == list(PROBE_PAUSES_S)
     with pytest.raises(ReplicaFailed):
-        _submit(thread)
+        submit(thread)
     why = await thread.ended()
     assert why is not None
     assert "RuntimeError" in why
     assert await thread.stop() == why
 
 
-async def test_a_step_that_never_ends_is_seen_from_outside() -> None:
+async def test_a_step_that_never_ends_is_seen_from_outside(threads: Threads) -> None:
     """The requests end with the name of the setting, though the thread that runs steps is stuck."""
-    device, free = Device(), threading.Event()
-    device.before_step = lambda _: free.wait(BOUND_S)
-    thread = _thread(device, step_timeout_s=0.1)
-    thread.start()
-    try:
-        with pytest.raises(ReplicaFailed, match=r"LORAMUX_STEP_TIMEOUT_S=0\.1"):
-            await _end(_submit(thread))
-        assert await thread.ended() is not None
-    finally:
-        free.set()
+    thread = threads.start(Device(held_from=1), step_timeout_s=0.1)
+    with pytest.raises(ReplicaFailed, match=r"LORAMUX_STEP_TIMEOUT_S=0\.1"):
+        await end(submit(thread))
+    assert await thread.ended() is not None
 
 
 def test_a_watchdog_bounds_each_step_by_itself() -> None:
@@ -181,7 +126,9 @@ def test_a_watchdog_bounds_each_step_by_itself() -> None:
     assert late == [340.5]
 
 
-async def test_the_engine_bounds_each_step_and_nothing_between_two(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_engine_bounds_each_step_and_nothing_between_two(
+    threads: Threads, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Every step is watched, its failure included; the thread that waits for work is not."""
     watched: list[str] = []
 
@@ -196,81 +143,67 @@ async def test_the_engine_bounds_each_step_and_nothing_between_two(monkeypatch: 
     monkeypatch.setattr(engine_thread, "Watchdog", Noted)
     device = Device()
     device.before_step = lambda _: watched.append("step")
-    thread = _thread(device)
-    thread.start()
-    assert await _end(_submit(thread, new=3)) is FinishReason.LENGTH
+    thread = threads.start(device)
+    assert await end(submit(thread, new=3)) is FinishReason.LENGTH
     assert await thread.stop() is None
     assert [watched[at - 1 : at + 2] for at, what in enumerate(watched) if what == "step"] == [
         ["begin", "step", "end"]
     ] * 3
 
 
-async def test_a_mistake_outside_a_step_ends_every_request_too() -> None:
+async def test_a_mistake_outside_a_step_ends_every_request_too(threads: Threads) -> None:
     """The thread cannot vanish behind the back of those who wait for it."""
-    device = Device()
-    thread = _thread(device)
-    thread.start()
+    thread = threads.start(Device())
     broken = Sequence("broken", [5], SamplingParams(max_tokens=1))
     broken.priority = None  # type: ignore[assignment]  # what no door lets through: the queue cannot be sorted
     outputs = thread.submit([broken])
     with pytest.raises(ReplicaFailed):
-        await _end(outputs)
+        await end(outputs)
     assert await thread.ended() == "its thread failed"
 
 
-def _seats(max_seqs: int, max_queue: int, device: Device) -> EngineThread:
-    limits = SchedulerLimits(max_tokens=512, max_seqs=max_seqs, max_adapters=1, max_seq_len=64)
-    engine = Engine(device, limits, BlockManager(1024, 4), AlwaysResident())
-    return EngineThread(engine, max_queue, lambda: None, step_timeout_s=60)
-
-
-async def test_those_who_will_find_a_seat_do_not_wait() -> None:
+async def test_those_who_will_find_a_seat_do_not_wait(threads: Threads) -> None:
     """An idle replica takes as many at once as it has seats and places to wait, and refuses the next one."""
-    thread = _seats(64, 32, Device())
-    outputs = [_submit(thread) for _ in range(64 + 32)]
+    thread = threads.make(Device(), max_queue=32, seqs=64, blocks=1024)
+    outputs = [submit(thread) for _ in range(64 + 32)]
     with pytest.raises(QueueFull):
-        _submit(thread)
+        submit(thread)
     thread.start()
-    assert {await _end(each) for each in outputs} == {FinishReason.LENGTH}
-    assert await _end(_submit(thread)) is FinishReason.LENGTH
+    assert {await end(each) for each in outputs} == {FinishReason.LENGTH}
+    assert await end(submit(thread)) is FinishReason.LENGTH
     assert await thread.stop() is None
 
 
-async def test_a_full_queue_refuses_at_once_and_one_that_ends_makes_room() -> None:
+async def test_a_full_queue_refuses_at_once_and_one_that_ends_makes_room(threads: Threads) -> None:
     """With all seats taken, as many wait as the queue holds, whether or not a step has seen them."""
-    device, go = Device(), threading.Event()
-    steps = itertools.count()
-    device.before_step = lambda _: next(steps) == 0 or go.wait(BOUND_S)
-    thread = _seats(2, 3, device)
-    running = [_submit(thread, new=30) for _ in range(2)]
+    device = Device(held_from=2)
+    thread = threads.make(device, max_queue=3, seqs=2)
+    running = [submit(thread, new=30) for _ in range(2)]
     thread.start()
     await until(lambda: thread.stats.running == 2, "two that run", lambda: thread.stats)
-    waiting = [_submit(thread) for _ in range(3)]
+    waiting = [submit(thread) for _ in range(3)]
     for _ in range(2):
         with pytest.raises(QueueFull):
-            _submit(thread)
+            submit(thread)
     waiting.pop().close()
-    waiting.append(_submit(thread))
+    waiting.append(submit(thread))
     with pytest.raises(QueueFull):
-        _submit(thread)
-    go.set()
-    assert {await _end(each) for each in (*running, *waiting)} == {FinishReason.LENGTH}
+        submit(thread)
+    device.go.set()
+    assert {await end(each) for each in (*running, *waiting)} == {FinishReason.LENGTH}
     assert await thread.stop() is None
 
 
-async def test_free_seats_that_a_step_cannot_fill_let_nobody_in() -> None:
+async def test_free_seats_that_a_step_cannot_fill_let_nobody_in(threads: Threads) -> None:
     """Where blocks run out before seats, those that a step left waiting fill the queue."""
-    limits = SchedulerLimits(max_tokens=64, max_seqs=8, max_adapters=1, max_seq_len=64, watermark=0.0)
-    device, go = Device(), threading.Event()
-    device.before_step = lambda _: go.wait(BOUND_S)
-    engine = Engine(device, limits, BlockManager(8, 4), AlwaysResident())
-    thread = EngineThread(engine, 2, lambda: None, step_timeout_s=60)
-    taken = [_submit(thread, prompt=20) for _ in range(3)]
+    device = Device(held_from=1)
+    thread = threads.make(device, max_queue=2, blocks=8)
+    taken = [submit(thread, prompt=20) for _ in range(3)]
     thread.start()
     await until(lambda: thread.stats.left == 2, "two that a step left", lambda: thread.stats)
     assert thread.stats.seats - thread.stats.running == 7
     with pytest.raises(QueueFull):
-        _submit(thread)
-    go.set()
-    assert {await _end(each) for each in taken} == {FinishReason.LENGTH}
+        submit(thread)
+    device.go.set()
+    assert {await end(each) for each in taken} == {FinishReason.LENGTH}
     assert await thread.stop() is None

@@ -3,41 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 import time
 
 import pytest
 
-from inference_service.core.sampling import SamplingParams
-from inference_service.core.sequence import FinishReason, Sequence
+from inference_service.core.sequence import FinishReason
 from inference_service.serving.engine_thread import EngineThread
 from inference_service.serving.pausing import PauseMode
 from loramux_shared.faults import ReplicaPaused, ShuttingDown
-from tests.support.waiting import BOUND_S, ended, until
-from tests.unit.serving.test_engine_thread import Device, _end, _ids, _submit, _thread
+from tests.support.waiting import ended, until
+from tests.unit.serving.threads import Device, Threads, end, submit
 
 HELD_AT = 3
 
 
-class Counting(Device):
-    """Counts its steps, and waits in the third until it is let go."""
-
-    def __init__(self, depth: int = 0) -> None:
-        super().__init__()
-        self.depth = depth
-        self.steps = 0
-        self.go = threading.Event()
-        self.before_step = self._count
-
-    def _count(self, _: object) -> None:
-        self.steps += 1
-        if self.steps == HELD_AT:
-            assert self.go.wait(BOUND_S)
-
-
-async def _running(device: Counting, thread: EngineThread) -> asyncio.Task[FinishReason]:
+async def _running(device: Device, thread: EngineThread) -> asyncio.Task[FinishReason]:
     """A request in the middle of a step."""
-    task = asyncio.create_task(_end(_submit(thread, new=30)))
+    task = asyncio.create_task(end(submit(thread, new=30)))
     await until(lambda: device.steps == HELD_AT, "the step that is held", lambda: device.steps)
     return task
 
@@ -60,17 +42,16 @@ async def _asked_to_pause(thread: EngineThread, mode: PauseMode) -> asyncio.Task
 
 
 @pytest.mark.parametrize("depth", [0, 1])
-async def test_what_is_kept_stands_still_and_goes_on(depth: int) -> None:
+async def test_what_is_kept_stands_still_and_goes_on(threads: Threads, depth: int) -> None:
     """No step is under way when the pause returns, none follows, and both old and new requests end whole."""
-    device = Counting(depth)
-    thread = _thread(device)
-    thread.start()
+    device = Device(HELD_AT, depth)
+    thread = threads.start(device)
     task = await _running(device, thread)
     pause = await _asked_to_pause(thread, PauseMode.KEEP)
     device.go.set()
     await pause
     steps = device.steps
-    late = asyncio.create_task(_end(_submit(thread)))
+    late = asyncio.create_task(end(submit(thread)))
     await _passes(thread)
     assert thread.paused
     assert (device.steps, task.done(), late.done()) == (steps, False, False)
@@ -80,18 +61,17 @@ async def test_what_is_kept_stands_still_and_goes_on(depth: int) -> None:
     assert await thread.stop() is None
 
 
-async def test_what_is_under_way_is_ended_when_that_is_said() -> None:
+async def test_what_is_under_way_is_ended_when_that_is_said(threads: Threads) -> None:
     """By name; who comes later waits."""
-    device = Counting()
-    thread = _thread(device)
-    thread.start()
+    device = Device(HELD_AT)
+    thread = threads.start(device)
     task = await _running(device, thread)
     pause = await _asked_to_pause(thread, PauseMode.ABORT)
     device.go.set()
     await pause
     with pytest.raises(ReplicaPaused):
         await task
-    late = asyncio.create_task(_end(_submit(thread)))
+    late = asyncio.create_task(end(submit(thread)))
     await _passes(thread)
     assert not late.done()
     thread.resume()
@@ -100,15 +80,14 @@ async def test_what_is_under_way_is_ended_when_that_is_said() -> None:
 
 
 @pytest.mark.parametrize("called_off", [False, True])
-async def test_what_is_under_way_may_end_first(called_off: bool) -> None:
+async def test_what_is_under_way_may_end_first(threads: Threads, called_off: bool) -> None:
     """The pause returns behind its end, or when it is called off; who came meanwhile has not begun, and goes on
     afterwards."""
-    device = Counting()
-    thread = _thread(device)
-    thread.start()
+    device = Device(HELD_AT)
+    thread = threads.start(device)
     task = await _running(device, thread)
     pause = await _asked_to_pause(thread, PauseMode.WAIT)
-    late = asyncio.create_task(_end(_submit(thread)))
+    late = asyncio.create_task(end(submit(thread)))
     if called_off:
         thread.resume()
         await pause
@@ -121,17 +100,16 @@ async def test_what_is_under_way_may_end_first(called_off: bool) -> None:
 
 
 @pytest.mark.parametrize("mode", [PauseMode.KEEP, PauseMode.WAIT])
-async def test_deadlines_pass_while_nothing_moves(mode: PauseMode) -> None:
+async def test_deadlines_pass_while_nothing_moves(threads: Threads, mode: PauseMode) -> None:
     """Of those that wait, in the engine's queue or before it."""
-    device = Counting()
-    thread = _thread(device)
-    thread.start()
+    device = Device(HELD_AT)
+    thread = threads.start(device)
     task = await _running(device, thread)
     pause = await _asked_to_pause(thread, mode)
     if mode is PauseMode.KEEP:
         device.go.set()
-    seq = Sequence(f"{next(_ids)}", [5, 6], SamplingParams(max_tokens=2), deadline_s=time.monotonic() + 0.03)
-    assert await _end(thread.submit([seq])) is FinishReason.DEADLINE
+    late = submit(thread, deadline_s=time.monotonic() + 0.03)
+    assert await end(late) is FinishReason.DEADLINE
     device.go.set()
     await pause
     thread.resume()
@@ -139,24 +117,22 @@ async def test_deadlines_pass_while_nothing_moves(mode: PauseMode) -> None:
     assert await thread.stop() is None
 
 
-async def test_who_goes_away_while_nothing_moves_is_let_go() -> None:
+async def test_who_goes_away_while_nothing_moves_is_let_go(threads: Threads) -> None:
     """Its sequence is forgotten, and nothing of it is computed."""
-    device = Counting()
-    thread = _thread(device)
-    thread.start()
+    device = Device(HELD_AT)
+    thread = threads.start(device)
     await thread.pause()
-    _submit(thread).close()
+    submit(thread).close()
     thread.resume()
-    assert await _end(_submit(thread, new=1)) is FinishReason.LENGTH
+    assert await end(submit(thread, new=1)) is FinishReason.LENGTH
     assert device.steps == 1
     assert await thread.stop() is None
 
 
-async def test_a_stop_ends_a_pause() -> None:
+async def test_a_stop_ends_a_pause(threads: Threads) -> None:
     """Whoever waits for the pause is not left waiting, and whoever waits for an answer is told."""
-    device = Counting()
-    thread = _thread(device)
-    thread.start()
+    device = Device(HELD_AT)
+    thread = threads.start(device)
     task = await _running(device, thread)
     pause = await _asked_to_pause(thread, PauseMode.WAIT)
     stopped = asyncio.create_task(thread.stop())

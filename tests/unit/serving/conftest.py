@@ -1,0 +1,17 @@
+"""What tests of the engine's thread share."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import pytest_asyncio
+
+from tests.unit.serving.threads import Threads
+
+
+@pytest_asyncio.fixture
+async def threads() -> AsyncIterator[Threads]:
+    """Makes threads that end with the test."""
+    made = Threads()
+    yield made
+    await made.end()

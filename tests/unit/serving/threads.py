@@ -1,0 +1,94 @@
+"""Threads of engines whose steps do what a test says."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import threading
+from collections.abc import Callable
+
+from inference_service.core.batch import Batch
+from inference_service.core.sampling import SamplingParams
+from inference_service.core.sequence import FinishReason, Sequence, Token
+from inference_service.engine.block_manager import BlockManager
+from inference_service.engine.engine import Engine
+from inference_service.engine.plan import SchedulerLimits
+from inference_service.engine.residents import AlwaysResident
+from inference_service.engine.step import Pending
+from inference_service.serving.delivery import Outputs
+from inference_service.serving.engine_thread import EngineThread
+from tests.support.waiting import BOUND_S, bounded
+
+_ids = itertools.count()
+
+
+class Device:
+    """A runner of which every sampled sequence gets one token; from a step on, steps wait until they may go."""
+
+    def __init__(self, held_from: float = math.inf, depth: int = 0) -> None:
+        self.depth = depth
+        self.steps = 0
+        self.held_from = held_from
+        self.go = threading.Event()
+        self.before_step: Callable[[Batch], object] = lambda _: None
+
+    def submit(self, batch: Batch) -> Pending:
+        """Run a step."""
+        self.steps += 1
+        self.before_step(batch)
+        if self.steps >= self.held_from:
+            assert self.go.wait(BOUND_S), "a step was never let go"
+        seqs = tuple(chunk.seq for chunk in batch.chunks if chunk.samples)
+        return Pending(seqs, lambda: [Token(7)] * len(seqs))
+
+
+class Threads:
+    """Makes threads, and ends them."""
+
+    def __init__(self) -> None:
+        self._made: list[tuple[Device, EngineThread]] = []
+
+    def make(
+        self, device: Device, max_queue: int = 8, seqs: int = 8, blocks: int = 64, **options: float
+    ) -> EngineThread:
+        """Return one that has not been started; its probe runs a step."""
+        limits = SchedulerLimits(max(64, 4 * seqs), seqs, max_adapters=1, max_seq_len=64, watermark=0.0)
+        engine = Engine(device, limits, BlockManager(blocks, 4), AlwaysResident())
+
+        def probe() -> None:
+            engine.add(Sequence("probe", [0], SamplingParams(max_tokens=1)))
+            while not engine.idle:
+                engine.step()
+
+        thread = EngineThread(engine, max_queue, probe, **({"step_timeout_s": 600.0} | options))
+        self._made.append((device, thread))
+        return thread
+
+    def start(self, device: Device, **options: float) -> EngineThread:
+        """Return one that runs."""
+        thread = self.make(device, **options)  # type: ignore[arg-type]
+        thread.start()
+        return thread
+
+    async def end(self) -> None:
+        """Let steps go, and end all that were started."""
+        for device, thread in self._made:
+            device.go.set()
+            if thread._ended is not None:
+                await thread.stop()
+
+
+def submit(thread: EngineThread, prompt: int = 3, new: int = 2, deadline_s: float | None = None) -> Outputs:
+    """Send a request."""
+    sampling = SamplingParams(max_tokens=new)
+    return thread.submit([Sequence(f"{next(_ids)}", [5] * prompt, sampling, deadline_s=deadline_s)])
+
+
+async def end(outputs: Outputs) -> FinishReason:
+    """Return how a request ends."""
+    async with bounded("the end of a sequence"):
+        while True:
+            for output in await outputs.get():
+                if output.finish is not None:
+                    outputs.close()
+                    return output.finish
