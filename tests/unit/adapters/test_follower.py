@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import suppress
-from datetime import UTC, datetime
 
 import pytest
 from hypothesis import given, settings
@@ -15,48 +14,26 @@ from inference_service.serving.adapters import follower as following
 from inference_service.serving.adapters.follower import Follower, State
 from inference_service.serving.adapters.restart import needs_restart
 from loramux_shared.bundle.deployments import publish_generation, read_generation
-from loramux_shared.bundle.generation import (
-    AdapterRecord,
-    BaseRecord,
-    Current,
-    Generation,
-    current_key,
-    generation_key,
-)
+from loramux_shared.bundle.generation import Current, current_key, generation_key
 from loramux_shared.bundle.manifest import FileDigest, sha256_hex
 from loramux_shared.deployment import Dtype, Merge, Repository, SourceKind
 from loramux_shared.faults import ReplicaBehind, ResourcesExhausted, Status
 from loramux_shared.rpc.status import status_of
+from tests.support import generations
 from tests.support.bundles import Unsteady
 from tests.support.examples import examples
+from tests.support.generations import record
 from tests.support.waiting import ended, until
 
 HOUR_S = 3600.0
 
 
-def record(name, digest=None):
-    """An adapter of a generation."""
-    source = Repository(source=SourceKind.HF, repo=f"org/{name}", revision="main")
-    return AdapterRecord(digest=digest or sha256_hex(name.encode()), source=source)
-
-
 def generation(*names, **fields):
     """A generation of adapters; its number is given when it is published."""
-    base = BaseRecord(
-        source=Repository(source=SourceKind.HF, repo="org/base", revision="1"),
-        files={"model.safetensors": FileDigest(size=1, sha256="b" * 64)},
-    )
-    values = {
-        "deployment": "d",
-        "number": 1,
-        "create_time": datetime.now(UTC),
-        "served_model_name": "base",
-        "base": base,
-        "adapters": {name: record(name) for name in names},
-        "max_lora_rank": 16,
-        "lora_dtype": Dtype.BFLOAT16,
-    }
-    return Generation(**(values | fields))
+    made = generations.generation(*names)
+    base = made.base.model_copy(update={"files": {"x": FileDigest(size=1, sha256="b" * 64)}})
+    values = {"deployment": "d", "served_model_name": "base", "base": base, "max_lora_rank": 16}
+    return made.model_copy(update=values | fields)
 
 
 @pytest.fixture(autouse=True)
@@ -385,7 +362,7 @@ def test_a_merged_adapter_cannot_change():
     for other in (
         generation("one", "two", serve_base=False),
         generation("one"),
-        generation("one", serve_base=False, adapters={"one": record("one", "d" * 64)}),
+        generation("one", serve_base=False, adapters={"one": record("other")}),
         generation("one", serve_base=False, adapters={"two": record("one")}),
     ):
         assert "merged" in needs_restart(merged, other)

@@ -94,6 +94,15 @@ def _drain(engine: Engine, steps: int = 3000) -> dict[str, FinishReason]:
     raise AssertionError("the engine did not come to an end")
 
 
+def _steps(engine: Engine, seq: Sequence, most: int, *, first: bool = False) -> int:
+    """Return how many steps a request takes to its end, or to its first token."""
+    for steps in range(1, most + 1):
+        outputs = [output for output in engine.step() if output.seq_id == seq.id]
+        if any(output.first if first else output.finish for output in outputs):
+            return steps
+    raise AssertionError("it starves")
+
+
 def test_decodes_come_before_a_long_prompt_and_share_its_step() -> None:
     """A long prompt is cut to what the budget leaves beside those that decode."""
     engine, runner, _ = _engine(max_tokens=8)
@@ -122,15 +131,13 @@ def test_an_adapter_without_a_place_lets_others_pass_but_does_not_starve() -> No
     """One request of a third adapter gets in although two adapters keep the places busy without end."""
     engine, _, _ = _engine(max_adapters=2, max_seqs=4)
     waiting = _seq(2, 3, uid=3)
-    ends: set[str] = set()
     for uid in (1, 2, 1, 2):
         engine.add(_seq(2, 6, uid=uid))
     engine.step()
     engine.add(waiting)
-    for step in range(200):
-        engine.add(_seq(2, 6, uid=1 + step % 2))
-        ends |= {output.seq_id for output in engine.step() if output.finish}
-        if waiting.id in ends:
+    for uid in (1, 2) * 100:
+        engine.add(_seq(2, 6, uid=uid))
+        if any(output.seq_id == waiting.id and output.finish for output in engine.step()):
             return
     pytest.fail("the third adapter starved")
 
@@ -146,10 +153,7 @@ def test_a_mixture_finds_both_of_its_places_although_others_take_turns_at_them()
     engine.add(mixture)
     for uid in range(5, 40):
         engine.add(_seq(2, 9, uid=uid))
-    for _ in range(60):
-        if mixture.id in {output.seq_id for output in engine.step() if output.finish}:
-            return
-    pytest.fail("the mixture starved")
+    assert _steps(engine, mixture, 60)
 
 
 def test_base_requests_pass_an_adapter_that_waits() -> None:
@@ -262,12 +266,7 @@ def test_a_model_that_asks_once_does_not_wait_for_endless_streams() -> None:
         engine.step()
     asked = _seq(8, 4, flow="once")
     engine.add(asked)
-    for steps in range(1, 20):
-        outputs = engine.step()
-        if any(output.seq_id == asked.id and output.first for output in outputs):
-            assert steps <= 1 + QUANTUM / 32 + 1
-            return
-    pytest.fail("it waits for the endless streams")
+    assert _steps(engine, asked, 20, first=True) <= 1 + QUANTUM / 32 + 1
 
 
 def test_of_a_flow_no_more_run_than_its_share_allows() -> None:
@@ -294,10 +293,7 @@ def test_a_flow_that_may_have_no_more_holds_up_nobody_behind_it() -> None:
         engine.step()
     asked = _seq(2, 2, flow="once")
     engine.add(asked)
-    for _ in range(300):
-        if any(output.seq_id == asked.id and output.first for output in engine.step()):
-            return
-    pytest.fail("it waits for the flow that may have no more")
+    assert _steps(engine, asked, 300, first=True)
 
 
 def test_who_lacks_a_seat_alone_is_not_hidden_by_who_lacks_a_place_too() -> None:
