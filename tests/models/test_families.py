@@ -6,6 +6,7 @@ import random
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -222,12 +223,20 @@ class Case:
     """Whether keys are turned otherwise as the sequence grows, so that only steps of transformers answer."""
 
 
-def _llama(*, stepwise: bool = False, **rope: Any) -> Case:
+def _llama(*, stepwise: bool = False, config: Mapping[str, Any] = MappingProxyType({}), **rope: Any) -> Case:
     rope = {"rope_theta": 10000.0, "original_max_position_embeddings": 32} | rope
-    return Case(LlamaConfig(**SIZES, rope_parameters=rope), ALL, stepwise=stepwise)
+    return Case(LlamaConfig(**SIZES | config, rope_parameters=rope), ALL, stepwise=stepwise)
 
 
 CASES = {
+    "llama-linear": _llama(
+        config={"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True, "head_dim": 16},
+        rope_type="linear",
+        factor=2.0,
+    ),
+    "llama-3": _llama(
+        rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, rope_theta=500000.0
+    ),
     "llama-dynamic": _llama(rope_type="dynamic", factor=2.0, stepwise=True),
     "llama-yarn": _llama(rope_type="yarn", factor=8.0),
     "llama-yarn-mscale": _llama(
