@@ -8,10 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +24,14 @@ from loramux.client import Client
 from loramux.faults import Fault
 from loramux.records import Delta
 from ray_service.names import APP, MIDDLEWARES
-from tests.support.ray_cluster import NAMES, ROOT, RayFleet, free_port, ray_world, settings_of
+from tests.support.ray_cluster import NAMES, RayFleet, free_port, ray_world, settings_of
+from tests.support.root import ROOT
 from tests.support.tiny import World
+from tests.support.waiting import BOUND_S, wait_until
 
-pytestmark = [pytest.mark.sweep, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.sweep, pytest.mark.timeout(1800)]
 
-LONG: dict[str, Any] = {"max_tokens": 120, "ignore_eos": True, "timeout_s": 90}
+LONG: dict[str, Any] = {"max_tokens": 120, "ignore_eos": True, "timeout_s": BOUND_S}
 
 
 @pytest.fixture(scope="module")
@@ -56,15 +55,21 @@ class Traffic:
         """Stop; how often each end came."""
         self._stop.set()
         for thread in self._threads:
-            thread.join()
+            thread.join(BOUND_S)
+            assert not thread.is_alive()
         return self.ends
+
+    def goes_on(self, answers: int = 12) -> None:
+        """Wait until so many more have ended."""
+        before = self.ends.total()
+        wait_until(lambda: self.ends.total() >= before + answers, f"{answers} answers", lambda: self.ends)
 
     def _run(self, index: int) -> None:
         names = ["base", *NAMES][index:] + ["base", *NAMES][:index]
         number = 0
         with (
             Client(self._fleet.rpc) as client,
-            httpx.Client(base_url=self._fleet.url, timeout=90) as http,
+            httpx.Client(base_url=self._fleet.url, timeout=BOUND_S) as http,
         ):
             while not self._stop.is_set():
                 number += 1
@@ -98,42 +103,34 @@ ALLOWED = {
 """Ends of requests while a replica or a node goes: only what had begun is told so."""
 
 
-@contextmanager
-def fleet_of(world: World, **variables: str) -> Iterator[RayFleet]:
-    """Three replicas on two nodes."""
-    running = RayFleet(**variables)
-    try:
-        running.run(settings_of(world), replicas=3, num_cpus=1.5)
-        yield running
-    finally:
-        running.close()
-
-
 def test_an_engine_that_breaks_and_a_node_that_goes_cost_what_had_begun(world: World) -> None:
     """Under traffic only answers with tokens end with UNAVAILABLE, and new replicas come."""
     quickly = {
+        "RAY_health_check_initial_delay_ms": "5000",
         "RAY_health_check_period_ms": "500",
         "RAY_health_check_timeout_ms": "1000",
         "RAY_health_check_failure_threshold": "3",
     }
-    with fleet_of(world, **quickly) as fleet:
+    fleet = RayFleet(nodes=2, **quickly)
+    try:
+        fleet.run(settings_of(world), replicas=3, num_cpus=1.5)
         before = set(fleet.ask(lambda _: os.getpid()))
         assert len(set(fleet.ask(lambda _: ray.get_runtime_context().get_node_id()))) == 2
         traffic = Traffic(fleet)
-        time.sleep(3)
+        traffic.goes_on()
         victim = min(before)
         fleet.ask(lambda engine: engine._replica.ready.engine._end("tested") if os.getpid() == victim else None)
-        fleet.until(lambda: gone(victim))
-        fleet.until(lambda: fleet.running() == 3)
-        time.sleep(3)
-        assert set(traffic.end()) <= ALLOWED, traffic.ends
-        traffic = Traffic(fleet)
-        time.sleep(3)
-        fleet.cluster.remove_node(fleet.second, allow_graceful=False)
-        time.sleep(15)
-        fleet.until(lambda: fleet.running() >= 2)
+        fleet.until(lambda: gone(victim), "the end of the broken replica")
+        fleet.until(lambda: fleet.running() == 3, "three replicas")
+        traffic.goes_on()
+        fleet.cluster.remove_node(fleet.others[0], allow_graceful=False)
+        fleet.until(lambda: sum(node["Alive"] for node in ray.nodes()) == 1, "one node")
+        fleet.until(lambda: fleet.running() >= 2, "two replicas")
+        traffic.goes_on()
         assert set(traffic.end()) <= ALLOWED, traffic.ends
         print(traffic.ends)  # noqa: T201 - the table of docs/fleet.md
+    finally:
+        fleet.close()
 
 
 def gone(pid: int) -> bool:
@@ -165,20 +162,22 @@ def test_replicas_follow_what_runs_and_waits(world: World) -> None:
         def ask() -> None:
             while not stop.is_set():
                 body = {"model": "a1", "prompt": "Whereas", "max_tokens": 200, "ignore_eos": True, "n": 8}
-                answer = httpx.post(f"{fleet.url}/v1/completions", json=body, timeout=90)
+                answer = httpx.post(f"{fleet.url}/v1/completions", json=body, timeout=BOUND_S)
                 if answer.status_code != 200 or len(answer.json()["choices"]) != 8:
                     failures.append(answer.text)
 
         threads = [threading.Thread(target=ask) for _ in range(2)]
         for thread in threads:
             thread.start()
-        fleet.until(lambda: fleet.running() == 2)
+        try:
+            fleet.until(lambda: fleet.running() == 2, "two replicas")
+        finally:
+            stop.set()
         seen.add(2)
-        time.sleep(2)
-        stop.set()
         for thread in threads:
-            thread.join()
-        fleet.until(lambda: fleet.running() == 1)
+            thread.join(BOUND_S)
+            assert not thread.is_alive()
+        fleet.until(lambda: fleet.running() == 1, "one replica")
         assert seen == {1, 2}
         assert not failures
     finally:
@@ -213,14 +212,14 @@ def test_a_cluster_to_try_is_one_command(world: World, tmp_path: Path) -> None:
         with Client(doors[0], doors[0]) as client:
             pushed = client.push("tiny", "fresh", world.adapters["a5"])
             answer = client.complete(
-                "fresh", "Hi", max_tokens=4, min_generation=pushed.generation, timeout_s=60
+                "fresh", "Hi", max_tokens=4, min_generation=pushed.generation, timeout_s=BOUND_S
             )
         assert answer.started.generation == 2
         body = {"model": "a1", "prompt": "Hi", "max_tokens": 4}
-        assert httpx.post(f"http://{doors[1]}/v1/completions", json=body, timeout=60).status_code == 200
+        assert httpx.post(f"http://{doors[1]}/v1/completions", json=body, timeout=BOUND_S).status_code == 200
         process.send_signal(signal.SIGINT)
-        assert process.wait(60) == 0
-        assert not psutil.wait_procs(started, timeout=20)[1]
+        assert process.wait(BOUND_S) == 0
+        assert not psutil.wait_procs(started, timeout=BOUND_S)[1]
     finally:
         process.kill()
         process.communicate()

@@ -26,6 +26,7 @@ from transformers import LlamaConfig
 from loramux_shared.storage.open import open_store
 from tests.support.s3_gateway import free_port
 from tests.support.tiny import ADAPTERS, SIZES, World, make_world_of, oracle
+from tests.support.waiting import BOUND_S
 
 trl = pytest.importorskip("trl", reason="the trainer is an extra: pip install 'loramux[trl]'")
 aiohttp = pytest.importorskip("aiohttp", reason="the trainer is an extra: pip install 'loramux[trl]'")
@@ -94,7 +95,7 @@ def _process(folder: Path, module: str, *flags: str) -> Iterator[None]:
         yield
     finally:
         process.kill()
-        process.wait(10)
+        process.wait(BOUND_S)
 
 
 def save_version(world: World, number: int) -> Path:
@@ -139,7 +140,7 @@ def no_reward(**_: Any) -> list[float]:
 
 def digest_of(url: str, name: str) -> str:
     """The digest of a name, as operators are told it."""
-    listed = requests.get(f"{url}/v1/adapters", params={"page_size": 100}, timeout=10).json()["data"]
+    listed = requests.get(f"{url}/v1/adapters", params={"page_size": 100}, timeout=BOUND_S).json()["data"]
     [found] = [each for each in listed if each["id"] == name]
     return str(found["digest"])
 
@@ -157,7 +158,7 @@ async def test_every_step_is_answered_by_its_own_version(world: World, url: str)
     from trl.experimental.async_grpo.vllm_client import VLLMClient
 
     PartialState()  # the trainer logs by it
-    client = VLLMClient(url, server_timeout=60)
+    client = VLLMClient(url, server_timeout=BOUND_S)
     await asyncio.to_thread(client.wait_for_server_ready, 0.2)
     assert client.get_server_info()["model_config"]["logprobs_mode"] == "processed_logprobs"
     assert client.get_dtype().removeprefix("torch.") == "float32"  # as the trainer compares it

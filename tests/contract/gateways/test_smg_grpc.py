@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from inference_service.openai_api.server import HttpServer
 from tests.support.served_replicas import Built
 from tests.support.smg import running_smg
 from tests.support.vllm_doors import MODEL, Doors, open_doors
+from tests.support.waiting import BOUND_S, bounded, until
 
 pytestmark = [pytest.mark.sweep, pytest.mark.asyncio(loop_scope="module")]
 HELLO: Any = [{"role": "user", "content": "hello"}]
@@ -49,26 +51,28 @@ async def gateway(chatty: Built, tmp_path_factory: pytest.TempPathFactory) -> As
         workers = [f"grpc://{address}" for address in doors.addresses]
         async with (
             running_smg(folder, workers, "--policy", "round_robin") as url,
-            httpx.AsyncClient(base_url=url, timeout=60) as web,
-            AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60) as through,
-            AsyncOpenAI(base_url=f"http://{http.address}/v1", api_key="none", max_retries=0) as direct,
+            httpx.AsyncClient(base_url=url, timeout=BOUND_S) as web,
+            AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=BOUND_S) as through,
+            AsyncOpenAI(
+                base_url=f"http://{http.address}/v1", api_key="none", max_retries=0, timeout=BOUND_S
+            ) as direct,
         ):
             gateway = Gateway(doors, web, through, direct)
-            await until(gateway, "base", MODEL)
+            await until_known(gateway.web, "base", MODEL)
             yield gateway
         await http.drain(1)
 
 
-async def until(gateway: Gateway, *models: str) -> None:
+async def until_known(web: httpx.AsyncClient, *models: str) -> None:
     """Wait until these are the models of its ready workers, and their tokenizers are there."""
-    for _ in range(600):
-        workers = (await gateway.web.get("/workers")).json()["workers"]
-        ready = sorted(worker["model_id"] for worker in workers if worker["status"] == "ready")
-        tokenizers = (await gateway.web.get("/v1/tokenizers")).json()["tokenizers"]
-        if ready == sorted(models) and {each["name"] for each in tokenizers} >= set(models):
-            return
-        await asyncio.sleep(0.1)
-    raise AssertionError(f"the workers were never those of {models}")
+    async with bounded(f"workers of {models}"):
+        while True:
+            workers = (await web.get("/workers")).json()["workers"]
+            ready = sorted(worker["model_id"] for worker in workers if worker["status"] == "ready")
+            tokenizers = (await web.get("/v1/tokenizers")).json()["tokenizers"]
+            if ready == sorted(models) and {each["name"] for each in tokenizers} >= set(models):
+                return
+            await asyncio.sleep(0.05)
 
 
 @pytest.mark.parametrize("model", ["base", MODEL])
@@ -160,14 +164,11 @@ async def test_refusals_reach_the_client(gateway: Gateway) -> None:
 async def test_a_replica_that_leaves_is_out(gateway: Gateway) -> None:
     """Without health there is no worker, and with it there are both again."""
     await gateway.doors.server.leave()
-    for _ in range(100):
-        if not any(each["is_healthy"] for each in (await gateway.web.get("/workers")).json()["workers"]):
-            break
-        await asyncio.sleep(0.1)
-    else:
-        raise AssertionError("the gateway never noticed")
+    async with bounded("workers without health"):
+        while any(each["is_healthy"] for each in (await gateway.web.get("/workers")).json()["workers"]):
+            await asyncio.sleep(0.05)
     await gateway.doors.server.set_serving(True)
-    await until(gateway, "base", MODEL)
+    await until_known(gateway.web, "base", MODEL)
     direct, through = await gateway.both(model=MODEL)
     assert direct.choices[0].message.content == through.choices[0].message.content
 
@@ -180,17 +181,20 @@ async def test_of_two_replicas_one_drains(chatty: Built, tmp_path: Path) -> None
         running_smg(
             tmp_path, [f"grpc://{each.addresses[0]}" for each in (one, two)], "--policy", "round_robin"
         ) as url,
-        httpx.AsyncClient(base_url=url, timeout=60) as web,
-        AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60) as through,
+        httpx.AsyncClient(base_url=url, timeout=BOUND_S) as web,
+        AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=BOUND_S) as through,
     ):
-        await until(Gateway(one, web, through, through), "base", "base")
+        await until_known(web, "base", "base")
 
-        async def ask(number: int) -> str:
-            await asyncio.sleep(number / 100)
-            chat = await through.chat.completions.create(model="base", messages=HELLO, **GREEDY)
-            return str(chat.choices[0].message.content)
+        numbers, texts = count(), []
 
-        asking = [asyncio.create_task(ask(number)) for number in range(120)]
-        await asyncio.sleep(0.4)
-        assert await one.server.drain(20)
-        assert len(set(await asyncio.gather(*asking))) == 1
+        async def ask() -> None:
+            while next(numbers) < 120:
+                chat = await through.chat.completions.create(model="base", messages=HELLO, **GREEDY)
+                texts.append(chat.choices[0].message.content)
+
+        asking = [asyncio.create_task(ask()) for _ in range(8)]
+        await until(lambda: len(texts) > 20, "answers before the drain")
+        assert await one.server.drain(BOUND_S)
+        await asyncio.gather(*asking)
+        assert len(set(texts)) == 1

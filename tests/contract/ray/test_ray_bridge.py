@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 from functools import partial
 from typing import Any
 
+import pytest
 import pytest_asyncio
 from google.rpc import error_details_pb2, status_pb2
 
@@ -22,17 +23,26 @@ from ray_service.bridge import Bridge
 from ray_service.calls import End, HttpCall, RpcCall
 from tests.support.service import PROMPT, Service, open_service
 from tests.support.tiny import World
+from tests.support.waiting import BOUND_S
 
+pytestmark = pytest.mark.asyncio(loop_scope="module")
 GENERATE = "/loramux.inference.v1.InferenceService/Generate"
 KEY = new_key()
 
 
-@pytest_asyncio.fixture
-async def service(world: tuple[World, MemoryStore]) -> AsyncIterator[Service]:
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def opened(world: tuple[World, MemoryStore]) -> AsyncIterator[Service]:
     """A loaded service."""
     opened = await open_service(world)
     yield opened
     await opened.close()
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def service(opened: Service) -> Service:
+    """The service, which is free."""
+    await opened.until_free()
+    return opened
 
 
 def bridge_of(service: Service, guard: Guard = NOBODY_GUARDS, *, insecure: bool = False) -> Bridge:
@@ -48,7 +58,7 @@ async def call(
     tokens = pb.TokenIds(ids=PROMPT)
     request = pb.GenerateRequest(**({"model": "base", "token_ids": tokens} | fields))
     metadata = (("authorization", f"Bearer {key}"),) if key else ()
-    asked = RpcCall(method, request.SerializeToString(), metadata, 20.0, peer)
+    asked = RpcCall(method, request.SerializeToString(), metadata, BOUND_S, peer)
     return [part async for part in bridge.run(asked)]
 
 

@@ -32,15 +32,30 @@ from tests.support.vllm_doors import (
     inference_request,
     open_doors,
 )
+from tests.support.waiting import until
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def doors(world: tuple[World, MemoryStore]) -> AsyncIterator[Doors]:
+async def opened(world: tuple[World, MemoryStore]) -> AsyncIterator[Doors]:
     """Both doors."""
     async with open_doors(world) as doors:
         yield doors
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def doors(opened: Doors) -> AsyncIterator[Doors]:
+    """The doors, healthy, of an engine that is free."""
+    await opened.until_free()
+    yield opened
+    await opened.control.ResumeGeneration(control.ResumeGenerationRequest())
+    await opened.server.set_serving(True)
+
+
+async def pause(doors: Doors) -> None:
+    """Let what runs stand still."""
+    await doors.control.PauseGeneration(control.PauseGenerationRequest(mode=3))
 
 
 async def tokens_of(doors: Doors, model: str, **fields: Any) -> list[int]:
@@ -183,31 +198,35 @@ async def test_a_caller_ends_its_requests(doors: Doors) -> None:
     request = engine.GenerateRequest(request_id="x-1", text="a", sampling_params=params, stream=True)
     call = aiter(doors.engine.Generate(request))
     await anext(call)
+    await pause(doors)
     await doors.control.Abort(control.AbortRequest(request_ids=["x-1", "x-2"]))
     said = [message async for message in call]
     ends = [message.complete for message in said if message.HasField("complete")]
     assert [(end.index, end.finish_reason) for end in ends] == [(0, "abort"), (1, "abort")]
-    long = inference.StoppingCriteria(max_new_tokens=240, ignore_eos=True)
-    whole = asyncio.ensure_future(doors.inference.Generate(inference_request(request_id="x-2", stopping=long)))
-    while not doors.ready.service.in_work:
-        await asyncio.sleep(0.001)
+    whole = asyncio.ensure_future(doors.inference.Generate(inference_request(request_id="x-2")))
+    await until(lambda: doors.ready.service.in_work, "the request")
     await doors.engine.Abort(engine.AbortRequest(request_ids=["x-2"]))
     assert (await whole).outputs.finish_info.finish_reason == inference.FinishInfo.ABORTED
-    await Service(doors.ready).until_free()
+    await doors.control.ResumeGeneration(control.ResumeGenerationRequest())
+    await doors.until_free()
 
 
-async def test_who_goes_away_or_waits_no_longer_frees_a_sequence(doors: Doors) -> None:
+async def test_a_call_that_ends_early_frees_its_sequence(doors: Doors) -> None:
     """A cancelled call, and one whose deadline passes, of each service."""
     params = engine.SamplingParams(max_tokens=240, ignore_eos=True)
     stream = doors.engine.Generate(engine.GenerateRequest(text="a", sampling_params=params, stream=True))
     await stream.read()
+    await pause(doors)
     stream.cancel()
-    long = inference_request(stopping=inference.StoppingCriteria(max_new_tokens=240, ignore_eos=True))
-    assert (await failure(doors.inference.Generate(long, timeout=0.05)))[0] == "DEADLINE_EXCEEDED"
-    whole = doors.inference.Generate(long)
-    while not doors.ready.service.in_work:
-        await asyncio.sleep(0.001)
+    assert (await failure(doors.inference.Generate(inference_request(), timeout=0.05)))[
+        0
+    ] == "DEADLINE_EXCEEDED"
+    await until(lambda: not doors.ready.service.in_work, "the ends of both")
+    whole = doors.inference.Generate(inference_request())
+    await until(lambda: doors.ready.service.in_work, "the request")
     whole.cancel()
+    await until(lambda: not doors.ready.service.in_work, "its end")
+    await doors.control.ResumeGeneration(control.ResumeGenerationRequest())
     await doors.until_free()
 
 
@@ -254,14 +273,12 @@ async def test_health_is_that_of_the_model(doors: Doors) -> None:
     """A door is well while requests are taken, and its model is served."""
     for stub in (doors.engine, doors.of_model):
         assert (await stub.HealthCheck(engine.HealthCheckRequest())).healthy
-    catalog = doors.ready.service.catalog
-    gone = catalog._models.pop(MODEL)
-    assert (await doors.of_model.HealthCheck(engine.HealthCheckRequest())).message == "MODEL_NOT_FOUND"
-    catalog._models[MODEL] = gone
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delitem(doors.ready.service.catalog._models, MODEL)  # type: ignore[arg-type]
+        assert (await doors.of_model.HealthCheck(engine.HealthCheckRequest())).message == "MODEL_NOT_FOUND"
     await doors.server.leave()
     for stub in (doors.engine, doors.of_model):
         assert not (await stub.HealthCheck(engine.HealthCheckRequest())).healthy
-    await doors.server.set_serving(True)
 
 
 async def test_the_tokenizer_comes_as_an_archive(doors: Doors, world: tuple[World, MemoryStore]) -> None:
@@ -274,17 +291,16 @@ async def test_the_tokenizer_comes_as_an_archive(doors: Doors, world: tuple[Worl
     assert await archive_of(doors.engine) == files == await archive_of(doors.of_model)
     model = doors.ready.service.catalog.get(MODEL)
     assert model.defaults is not None
-    before = doors.ready.service.naming.defaults_of
 
     async def with_template(_model: Any) -> Any:
         template = type("Template", (), {"source": "{{ messages }}"})
         return type("Defaults", (), {"template": template, "text": doors.ready.service.text})
 
-    doors.ready.service.catalog._models[MODEL] = type(model)(MODEL, model.adapter, defaults=None)
-    doors.ready.service.naming.defaults_of = with_template
-    own = await archive_of(doors.of_model)
-    doors.ready.service.naming.defaults_of = before
-    doors.ready.service.catalog._models[MODEL] = model
+    with pytest.MonkeyPatch.context() as patch:
+        bare = type(model)(MODEL, model.adapter, defaults=None)
+        patch.setitem(doors.ready.service.catalog._models, MODEL, bare)  # type: ignore[arg-type]
+        patch.setattr(doors.ready.service.naming, "defaults_of", with_template)
+        own = await archive_of(doors.of_model)
     assert own["chat_template.jinja"] == b"{{ messages }}"
     assert json.loads(own["tokenizer_config.json"])["chat_template"] == "{{ messages }}"
     theirs = Tokenizer.from_str(own["tokenizer.json"].decode())
