@@ -128,10 +128,8 @@ async def doors(
     assert generation is not None
     opened = Doors(world[0].load(store, stream_interval_ms=0), generation, Guard())
     await opened.start()
-    try:
-        yield opened
-    finally:
-        await opened.close()
+    yield opened
+    await opened.close()
 
 
 def test_what_the_file_says_is_in_the_generation(

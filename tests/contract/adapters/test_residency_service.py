@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import pytest
+import pytest_asyncio
 
 from inference_service.serving.request import Delta, Request, Started
 from loramux_shared.bundle.deployments import current_generation, publish_generation
@@ -17,6 +19,7 @@ from tests.support.service import PROMPT, Service, open_service
 from tests.support.tiny import ADAPTERS, World
 from tests.support.waiting import until
 
+Opened = Callable[..., Awaitable[Service]]
 NAMES = sorted(ADAPTERS)
 SMALL = 29_000 / 1e9
 """GB that hold the largest of the tiny adapters alone, or the two others."""
@@ -41,6 +44,20 @@ async def _tokens(service: Service, model: str, **fields: Any) -> tuple[str, lis
     return digest, tokens
 
 
+@pytest_asyncio.fixture
+async def opened() -> AsyncIterator[Opened]:
+    """Opens services that close with the test."""
+    made: list[Service] = []
+
+    async def opened(world: tuple[World, MemoryStore], **settings: Any) -> Service:
+        made.append(await open_service(world, **settings))
+        return made[-1]
+
+    yield opened
+    for service in made:
+        await service.close()
+
+
 @pytest.fixture(scope="module")
 def expected(world: tuple[World, MemoryStore]) -> dict[str, list[int]]:
     """The greedy answer of each digest, of a replica that holds all of them."""
@@ -56,30 +73,30 @@ def expected(world: tuple[World, MemoryStore]) -> dict[str, list[int]]:
 
 @pytest.mark.parametrize("backend", ["auto", "torch"])
 async def test_a_small_bank_serves_every_adapter_in_turn(
-    world: tuple[World, MemoryStore], expected: dict[str, list[int]], backend: str
+    opened: Opened, world: tuple[World, MemoryStore], expected: dict[str, list[int]], backend: str
 ) -> None:
     """In a bank that cannot hold all, requests for all of them at once are answered as in one that can."""
-    service = await open_service(world, adapter_memory_gb=SMALL, preload=0, backend=backend)
+    service = await opened(world, adapter_memory_gb=SMALL, preload=0, backend=backend)
     for _ in range(2):
         answers = await asyncio.gather(*(_tokens(service, name) for name in [*NAMES, "base"] * 3))
         assert all(tokens == expected[digest] for digest, tokens in answers)
     assert service.ready.bank is not None
     assert service.ready.bank.residency.stats.evictions >= 2
-    await service.close()
 
 
-async def test_what_is_not_preloaded_arrives_while_others_are_served(world: tuple[World, MemoryStore]) -> None:
+async def test_what_is_not_preloaded_arrives_while_others_are_served(
+    opened: Opened, world: tuple[World, MemoryStore]
+) -> None:
     """With room for all, a replica that was ready with one adapter has all of them a moment later, unasked."""
-    service = await open_service(world, preload=1)
+    service = await opened(world, preload=1)
     bank = service.ready.bank
     assert bank is not None
     resident = bank.residency.resident
     await until(lambda: len(resident()) == len(NAMES), "all adapters", resident)
-    await service.close()
 
 
 async def test_a_corrupt_bundle_is_refused_by_name_and_nobody_else_is(
-    world: tuple[World, MemoryStore], expected: dict[str, list[int]]
+    opened: Opened, world: tuple[World, MemoryStore], expected: dict[str, list[int]]
 ) -> None:
     """A flipped byte of one adapter: the replica starts, others are answered, and requests for it say why."""
     store = _copy(world[1])
@@ -89,7 +106,7 @@ async def test_a_corrupt_bundle_is_refused_by_name_and_nobody_else_is(
     data = bytearray(store.get(key))
     data[len(data) // 2] ^= 1
     store.put(key, bytes(data))
-    service = await open_service((world[0], store))
+    service = await opened((world[0], store))
     for name in ("all", "wide", "all", "base"):
         if name == "all":
             with pytest.raises(BundleCorrupt, match="model 'all'"):
@@ -97,7 +114,6 @@ async def test_a_corrupt_bundle_is_refused_by_name_and_nobody_else_is(
         else:
             digest, tokens = await _tokens(service, name)
             assert tokens == expected[digest]
-    await service.close()
 
 
 def _published(store: MemoryStore, before: Generation, adapters: dict[str, AdapterRecord]) -> Generation:
@@ -105,13 +121,13 @@ def _published(store: MemoryStore, before: Generation, adapters: dict[str, Adapt
 
 
 async def test_names_switch_under_running_requests(
-    world: tuple[World, MemoryStore], expected: dict[str, list[int]]
+    opened: Opened, world: tuple[World, MemoryStore], expected: dict[str, list[int]]
 ) -> None:
     """Generations exchange which adapter a name stands for, while requests for it come all the time:
     each is answered by the digest that its Started names, from the first token to the last, also while the bank
     is too small for all of them."""
     store = _copy(world[1])
-    service = await open_service((world[0], store), adapter_memory_gb=SMALL)
+    service = await opened((world[0], store), adapter_memory_gb=SMALL)
     generation = current_generation(store, "tiny")
     assert generation is not None
     digests = {record.digest for record in generation.adapters.values()}
@@ -124,29 +140,30 @@ async def test_names_switch_under_running_requests(
 
     asking = [asyncio.create_task(ask(name)) for name in NAMES]
     records = [generation.adapters[name] for name in NAMES]
-    for turn in range(1, 7):
-        turned = records[turn % 3 :] + records[: turn % 3]
-        generation = _published(store, generation, dict(zip(NAMES, turned, strict=True)))
-        service.ready.service.apply(generation)
-        for found in answers.values():
-            behind = len(found) + 1  # the next one may have begun before the switch
-            await until(lambda: len(found) > behind, "answers behind the switch", lambda: len(answers))  # noqa: B023
-    going = False
+    try:
+        for turn in range(1, 7):
+            turned = records[turn % 3 :] + records[: turn % 3]
+            generation = _published(store, generation, dict(zip(NAMES, turned, strict=True)))
+            service.ready.service.apply(generation)
+            for found in answers.values():
+                behind = len(found) + 1  # the next one may have begun before the switch
+                await until(lambda: len(found) > behind, "answers behind the switch", lambda: len(found))  # noqa: B023
+    finally:
+        going = False
     await asyncio.gather(*asking)
     for found in answers.values():
         assert {digest for digest, _ in found} == digests
         assert all(tokens == expected[digest] for digest, tokens in found)
     digest, _ = await _tokens(service, NAMES[0])
     assert digest == generation.adapters[NAMES[0]].digest
-    await service.close()
 
 
 async def test_a_name_that_is_gone_is_not_found_and_what_runs_on_it_ends(
-    world: tuple[World, MemoryStore], expected: dict[str, list[int]]
+    opened: Opened, world: tuple[World, MemoryStore], expected: dict[str, list[int]]
 ) -> None:
     """A removed name is MODEL_NOT_FOUND for new requests; one that began before is answered to its end."""
     store = _copy(world[1])
-    service = await open_service((world[0], store))
+    service = await opened((world[0], store))
     generation = current_generation(store, "tiny")
     assert generation is not None
     running = asyncio.create_task(_tokens(service, "all", max_tokens=60))
@@ -158,4 +175,3 @@ async def test_a_name_that_is_gone_is_not_found_and_what_runs_on_it_ends(
     digest, tokens = await running
     assert tokens[:8] == expected[digest]
     assert len(tokens) == 60
-    await service.close()

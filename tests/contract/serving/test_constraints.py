@@ -7,6 +7,7 @@ import json
 import re
 import threading
 from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any
 
@@ -37,15 +38,24 @@ DRAWN: dict[str, Any] = {"max_tokens": 120, "temperature": 1.0, "logit_bias": CL
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 
+@asynccontextmanager
+async def running(ready: Ready) -> AsyncIterator[None]:
+    """Let the engine run."""
+    ready.engine.start()
+    try:
+        yield
+    finally:
+        await ready.engine.stop()
+
+
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def shared(world: tuple[World, MemoryStore]) -> AsyncIterator[Ready]:
     """A loaded service for all tests, which tries constraints for a third of a second."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(constraints, "SandboxProcess", partial(SandboxProcess, cpu_s=0.3))
         ready = world[0].load(world[1], stream_interval_ms=0)
-    ready.engine.start()
-    yield ready
-    await ready.engine.stop()
+    async with running(ready):
+        yield ready
 
 
 @pytest_asyncio.fixture(loop_scope="module")
@@ -60,10 +70,9 @@ async def found_by(world: tuple[World, MemoryStore], kind: Kind, text: str, **fi
     found = []
     for settings in ({}, {"kv_memory_gb": 0.00007, "prefix_cache": False}):
         ready = world[0].load(world[1], stream_interval_ms=0, **settings)
-        ready.engine.start()
-        found.append(await ask(ready, kind, text, **fields))
-        preempted = ready.engine.stats.preemptions
-        await ready.engine.stop()
+        async with running(ready):
+            found.append(await ask(ready, kind, text, **fields))
+            preempted = ready.engine.stats.preemptions
     assert preempted
     assert found[0] == found[1]
     return found[0]
@@ -197,19 +206,18 @@ async def test_drafts_change_no_constrained_answer(world: tuple[World, MemorySto
     found, accepted = [], []
     for tokens in (0, 8):
         ready = world[0].load(world[1], stream_interval_ms=0, speculative_tokens=tokens)
-        ready.engine.start()
         said, count = [], []
-        for model in ("base", "all"):
-            for kind, text, fields in (
-                ("json_schema", json.dumps(POINT), {"seed": 1, **DRAWN, "logit_bias": {}}),
-                ("regex", "([a-c]{2}(say it again|stop)){9}", again),
-                ("regex", "(abc|abd){20}", again),
-                ("lark", "start: A+\nA: /[x-z]/", {"seed": 2, "temperature": 1.0, "max_tokens": 60}),
-            ):
-                before = ready.engine.stats.tokens_accepted
-                said.append(await ask(ready, kind, text, model=model, **fields))
-                count.append(ready.engine.stats.tokens_accepted - before)
-        await ready.engine.stop()
+        async with running(ready):
+            for model in ("base", "all"):
+                for kind, text, fields in (
+                    ("json_schema", json.dumps(POINT), {"seed": 1, **DRAWN, "logit_bias": {}}),
+                    ("regex", "([a-c]{2}(say it again|stop)){9}", again),
+                    ("regex", "(abc|abd){20}", again),
+                    ("lark", "start: A+\nA: /[x-z]/", {"seed": 2, "temperature": 1.0, "max_tokens": 60}),
+                ):
+                    before = ready.engine.stats.tokens_accepted
+                    said.append(await ask(ready, kind, text, model=model, **fields))
+                    count.append(ready.engine.stats.tokens_accepted - before)
         found.append(said)
         accepted.append(count)
     assert found[0] == found[1]
