@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from inference_service.backends import long_chunks
 from inference_service.backends.long_chunks import rows_from_which_torch_is_faster
 from inference_service.backends.native import NativeAttention
 from inference_service.kernels.attention import Context
@@ -98,31 +98,49 @@ def test_layers_with_windows_caps_and_sinks_stay_compiled(
     assert torch.equal(attended(ops, spec, 4, 2, 16, None, sinks), attended(ops, spec, 4, 2, 16, 1, sinks))
 
 
-class Paced(CpuOps):
-    """Compiled attention that takes so long as is said, by rows."""
+class Clock:
+    """The time that operations take, as a test says."""
 
-    def __init__(self, ops: CpuOps, seconds: dict[int, float]) -> None:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def thread_time(self) -> float:
+        """Return it."""
+        return self.now
+
+
+class Paced(CpuOps):
+    """Compiled attention that takes so long as is said, by rows; torch's products take a second."""
+
+    def __init__(self, ops: CpuOps, clock: Clock, seconds: dict[int, float]) -> None:
         self.__dict__ |= ops.__dict__
-        self.seconds = seconds
+        self._clock, self._seconds = clock, seconds
 
     def attention(self, q: Tensor, *_args: Any, **_fields: Any) -> Tensor:
         """Take the time."""
-        began = time.thread_time()
-        while time.thread_time() - began < self.seconds[len(q)]:
-            pass
+        self._clock.now += self._seconds[len(q)]
         return q
+
+    def in_order(self, keys: Tensor, values: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+        """Take a second for what the products begin with."""
+        self._clock.now += 1.0
+        return super().in_order(keys, values, dim)
 
 
 @pytest.mark.parametrize("ops", [torch.float32], indirect=True)
 @pytest.mark.parametrize(
     ("seconds", "rows"),
     [
-        ({8: 0.0, 32: 0.0, 128: 0.0}, None),
-        ({8: 0.0, 32: 0.0, 128: 0.1}, 128),
-        ({8: 0.1, 32: 0.1, 128: 0.1}, 8),
-        ({8: 0.1, 32: 0.0, 128: 0.1}, 128),
+        ({8: 0.5, 32: 0.5, 128: 0.5}, None),
+        ({8: 0.5, 32: 1.2, 128: 1.3}, 128),  # a fifth is not worth other bits
+        ({8: 2.0, 32: 2.0, 128: 2.0}, 8),
+        ({8: 2.0, 32: 0.5, 128: 2.0}, 128),
     ],
 )
-def test_the_faster_one_is_chosen(ops: CpuOps, seconds: dict[int, float], rows: int | None) -> None:
+def test_the_faster_one_is_chosen(
+    ops: CpuOps, seconds: dict[int, float], rows: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """By measurement: torch's products from the fewest rows on at which they win, and only if many rows win."""
-    assert rows_from_which_torch_is_faster(Paced(ops, seconds), [HeadCounts(2, 1, 16)]) == rows
+    clock = Clock()
+    monkeypatch.setattr(long_chunks, "time", clock)
+    assert rows_from_which_torch_is_faster(Paced(ops, clock, seconds), [HeadCounts(2, 1, 16)]) == rows

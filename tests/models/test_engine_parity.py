@@ -76,7 +76,7 @@ def test_a_mixed_batch_equals_peft(
 def test_each_alone_equals_peft(
     world: World, store: MemoryStore, requests: list[tuple[str, list[int]]], expected: list[list[int]]
 ) -> None:
-    """A request alone gives the tokens that it gives beside others; one to the base has no row of an adapter."""
+    """A request alone gives the tokens that it gives beside others, to the base without a row of an adapter."""
     ready = world.load(store)
     assert [run_engine(ready, [request], NEW)[0] for request in requests] == expected
 

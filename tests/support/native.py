@@ -1,4 +1,7 @@
-"""Compiled operations, opened and checked once in a process rather than at each of its starts."""
+"""Compiled operations, opened and checked once in a process rather than at each of its starts, and not timed.
+
+What is faster on this machine now and then would give answers other last bits now and then.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +15,17 @@ import pytest
 
 from inference_service.kernels.cpu import build
 from inference_service.kernels.cpu.build import Built, load
+from inference_service.startup import choose
 
 
 @contextmanager
 def opened_once() -> Iterator[None]:
-    """Let a start take what an earlier one of this process has opened from the same folder, and checked."""
+    """Let a start take what an earlier one of this process has opened from the same folder, and checked.
+
+    Attention is compiled whatever the length of a chunk.
+    """
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(choose, "rows_from_which_torch_is_faster", lambda *_: None)
         if build.load is load:
             patch.setattr(build, "load", _kept)
         yield
