@@ -36,9 +36,9 @@ if TYPE_CHECKING:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add --sweep and --backwards."""
+    """Add --sweep and --reverse."""
     parser.addoption("--sweep", action="store_true", help="run the long sweeps too")
-    parser.addoption("--backwards", action="store_true", help="run the last test first")
+    parser.addoption("--reverse", action="store_true", help="run the last test first")
 
 
 def pytest_plugin_registered(plugin: object, manager: pytest.PytestPluginManager) -> None:
@@ -106,7 +106,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     Whoever has nothing to do takes tests from the end of another's. A module in the middle of which that
     happens makes its fixtures twice, a cluster of Ray for example.
     """
-    if config.getoption("--backwards"):
+    if config.getoption("--reverse"):
         items.reverse()
     items.sort(key=lambda item: item.get_closest_marker("whole") is None)
     if not config.getoption("--sweep"):

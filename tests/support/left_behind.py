@@ -30,7 +30,7 @@ POOLS: Final = ("templates_",)
 """The names of threads of which there are some for a whole process."""
 LIBRARIES: Final = ("PYTEST_", "RAY_", "TORCHINDUCTOR_", "KINETO_")
 """What the test runner and libraries write into the environment by themselves."""
-HARMLESS: Final = frozenset({"_soon_settled", "tmp_path_factory", "native_folder", "pytestconfig"})
+HARMLESS: Final = frozenset({"_soon_settled", "event_loop_policy", "native_folder", "tmp_path_factory"})
 """Fixtures that hold neither threads nor processes."""
 ENDING_S: Final = 20.0
 """For what was asked to end and is about to."""
@@ -163,6 +163,7 @@ class LeftBehind:
             self._suspects[each] = (item.nodeid, used)
         due = [each for each, (_, owners) in self._suspects.items() if not owners & self._shared.keys()]
         if any(map(_runs, due)):
+            getattr(item, "funcargs", {}).clear()
             gc.collect()  # the threads of a pool end with it
         ends = time.monotonic() + ENDING_S
         while any(map(_runs, due)) and time.monotonic() < ends:
