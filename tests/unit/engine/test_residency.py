@@ -214,6 +214,19 @@ class World:
                 self.loader.end_one()
         raise AssertionError("requests never end")
 
+    def answer(self, *numbers: int) -> None:
+        """Send a request for each of these adapters, one after the other, and go on to its end."""
+        for number in numbers:
+            self.ask(number)
+            self.settle()
+
+    def run(self, times: int) -> None:
+        """Go on for some steps, after each of which one thing ends that was begun."""
+        for _ in range(times):
+            self.step()
+            if self.loader.begun:
+                self.loader.end_one()
+
     def abort(self, seq: Sequence) -> None:
         """Let a request go, unless it ended."""
         if seq.id not in self.ends:
@@ -265,9 +278,7 @@ def test_a_copy_that_takes_long_is_not_waited_for() -> None:
 def test_who_was_used_longest_ago_leaves() -> None:
     """Of those that nobody uses, the bank lets the least recently used go."""
     world = World(2, [1, 1, 1])
-    for number in (0, 1, 0, 2):
-        world.ask(number)
-        world.settle()
+    world.answer(0, 1, 0, 2)
     assert world.resident() == {0, 2}
     assert world.residency.stats.evictions == 1
 
@@ -276,16 +287,9 @@ def test_what_is_under_way_stays() -> None:
     """An adapter with a sequence under way is not let go; who needs its place waits for the end."""
     world = World(1, [1, 1])
     world.ask(0, new=100)
-    world.step()
-    world.loader.end_one()
-    world.step()
-    world.loader.end_one()
-    world.step(2)
+    world.run(4)
     waiting = world.ask(1, new=1)
-    for _ in range(20):
-        world.step()
-        if world.loader.begun:
-            world.loader.end_one()
+    world.run(20)
     assert world.resident() == {0}
     world.settle()
     assert world.ends[waiting.id].finish is FinishReason.LENGTH
@@ -317,14 +321,10 @@ def test_a_pinned_adapter_stays_and_comes_back_by_itself() -> None:
     world = World(2, [1, 1, 1])
     world.residency.pin(world.adapters[0])
     world.settle()
-    for number in (1, 2, 1, 2):
-        world.ask(number)
-        world.settle()
+    world.answer(1, 2, 1, 2)
     assert 0 in world.resident()
     world.residency.unpin(world.adapters[0])
-    for number in (1, 2):
-        world.ask(number)
-        world.settle()
+    world.answer(1, 2)
     assert world.resident() == {1, 2}
 
 
@@ -344,8 +344,7 @@ def test_what_fits_beside_no_pin_is_refused_by_name() -> None:
 def test_a_prefetched_adapter_takes_room_that_nobody_has_and_no_other() -> None:
     """What is loaded on the chance of being asked for makes nobody leave."""
     world = World(2, [1, 1, 1])
-    world.ask(0)
-    world.settle()
+    world.answer(0)
     for number in (1, 2):
         world.residency.prefetch(world.adapters[number])
     world.settle()
@@ -430,8 +429,7 @@ def test_a_pinned_adapter_that_failed_is_tried_again_when_nobody_asks() -> None:
 def test_an_adapter_that_nobody_waits_for_any_more_is_not_kept() -> None:
     """Its request is aborted before the load ends: what was loaded is let fall, and takes nobody's place."""
     world = World(1, [1, 1])
-    world.ask(0)
-    world.settle()
+    world.answer(0)
     gone = world.ask(1)
     world.step()
     world.engine.abort(gone.id)
@@ -469,9 +467,7 @@ def test_a_mixture_that_no_bank_of_this_size_holds_is_refused_and_nobody_else() 
 def test_adapters_of_a_mixture_that_are_in_each_others_way_lie_down_again() -> None:
     """One of them is in the midst of the bank, so that the other finds no place: it leaves and comes back."""
     world = World(5, [2, 1, 3, 1])
-    for number in (0, 1):
-        world.ask(number)
-        world.settle()
+    world.answer(0, 1)
     world.residency.drop(world.adapters[0])
     mixture = world.ask(1, 2)
     world.settle()
@@ -492,18 +488,14 @@ def test_only_a_few_adapters_are_on_their_way_at_once() -> None:
 def test_slots_are_as_many_as_there_are() -> None:
     """With room in bytes and no slot left, one leaves all the same."""
     world = World(10, [1, 1, 1], slots=2)
-    for number in (0, 1, 2):
-        world.ask(number)
-        world.settle()
+    world.answer(0, 1, 2)
     assert world.resident() == {1, 2}
 
 
 def test_what_is_resident_costs_nothing_more_than_its_entry() -> None:
     """Adapters that left are forgotten."""
     world = World(2, [1] * 30)
-    for number in range(30):
-        world.ask(number)
-        world.settle()
+    world.answer(*range(30))
     assert len(world.residency.standings()) == 2
     assert {each.state for each in world.residency.standings()} == {State.RESIDENT}
 

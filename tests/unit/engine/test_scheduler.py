@@ -94,6 +94,16 @@ def _drain(engine: Engine, steps: int = 3000) -> dict[str, FinishReason]:
     raise AssertionError("the engine did not come to an end")
 
 
+def _add(engine: Engine, *seqs: Sequence) -> None:
+    for seq in seqs:
+        engine.add(seq)
+
+
+def _run(engine: Engine, steps: int) -> None:
+    for _ in range(steps):
+        engine.step()
+
+
 def _steps(engine: Engine, seq: Sequence, most: int, *, first: bool = False) -> int:
     """Return how many steps a request takes to its end, or to its first token."""
     for steps in range(1, most + 1):
@@ -120,8 +130,7 @@ def test_a_higher_priority_is_admitted_first() -> None:
     """Of those that wait, the most urgent enters first, then the oldest."""
     engine, runner, _ = _engine(max_seqs=1)
     seqs = [_seq(2, 1), _seq(2, 1), _seq(2, 1, priority=5)]
-    for seq in seqs:
-        engine.add(seq)
+    _add(engine, *seqs)
     _drain(engine)
     order = [batch.chunks[0].seq.id for batch in runner.batches]
     assert order == [seqs[2].id, seqs[0].id, seqs[1].id]
@@ -182,8 +191,7 @@ def test_preemption_keeps_every_request() -> None:
     """With too few blocks for all, some are preempted and all come to their end."""
     engine, _, blocks = _engine(blocks=8, max_seqs=4)
     seqs = [_seq(6, 14) for _ in range(4)]
-    for seq in seqs:
-        engine.add(seq)
+    _add(engine, *seqs)
     ends = _drain(engine)
     assert set(ends) == {seq.id for seq in seqs}
     assert engine.stats.preemptions > 0
@@ -247,12 +255,9 @@ def test_flows_are_served_by_their_weights() -> None:
     """Of two models that both have more to do than there are seats, one of three times the weight gets three
     times the tokens, however many requests the other sends."""
     engine, runner, _ = _engine(max_seqs=4, blocks=200)
-    for _ in range(30):
-        engine.add(_seq(2, 400, flow="light"))
-    for _ in range(8):
-        engine.add(_seq(2, 400, flow="heavy", share=Share(weight=3.0)))
-    for _ in range(600):
-        engine.step()
+    _add(engine, *(_seq(2, 400, flow="light") for _ in range(30)))
+    _add(engine, *(_seq(2, 400, flow="heavy", share=Share(weight=3.0)) for _ in range(8)))
+    _run(engine, 600)
     rows = _served(runner)
     assert rows["heavy"] / rows["light"] == pytest.approx(3.0, rel=0.15)
 
@@ -260,10 +265,8 @@ def test_flows_are_served_by_their_weights() -> None:
 def test_a_model_that_asks_once_does_not_wait_for_endless_streams() -> None:
     """All seats are taken by endless streams of one model: another's first token comes a few steps later."""
     engine, _, _ = _engine(max_seqs=32, max_tokens=64, blocks=2000)
-    for _ in range(40):
-        engine.add(_seq(2, 2000, flow="endless"))
-    for _ in range(50):
-        engine.step()
+    _add(engine, *(_seq(2, 2000, flow="endless") for _ in range(40)))
+    _run(engine, 50)
     asked = _seq(8, 4, flow="once")
     engine.add(asked)
     assert _steps(engine, asked, 20, first=True) <= 1 + QUANTUM / 32 + 1
@@ -285,12 +288,9 @@ def test_a_flow_that_may_have_no_more_holds_up_nobody_behind_it() -> None:
     """All seats are taken, and the model that was served least has as many as its share allows: the next one
     makes room for itself all the same."""
     engine, _, _ = _engine(max_seqs=4, max_tokens=16, blocks=2000)
-    for _ in range(3):
-        engine.add(_seq(2, 1500, flow="endless"))
-    for _ in range(2):
-        engine.add(_seq(2, 1500, flow="bounded", share=Share(weight=50.0, max_running=1)))
-    for _ in range(20):
-        engine.step()
+    _add(engine, *(_seq(2, 1500, flow="endless") for _ in range(3)))
+    _add(engine, *(_seq(2, 1500, flow="bounded", share=Share(weight=50.0, max_running=1)) for _ in range(2)))
+    _run(engine, 20)
     asked = _seq(2, 2, flow="once")
     engine.add(asked)
     assert _steps(engine, asked, 300, first=True)
@@ -299,8 +299,7 @@ def test_a_flow_that_may_have_no_more_holds_up_nobody_behind_it() -> None:
 def test_who_lacks_a_seat_alone_is_not_hidden_by_who_lacks_a_place_too() -> None:
     """Some on the base are far ahead of two who wait, one of whom lacks a place among the adapters as well."""
     engine, runner, _ = _engine(max_seqs=4, max_adapters=1, blocks=400)
-    for _ in range(3):
-        engine.add(_seq(3, 200, flow="base"))
+    _add(engine, *(_seq(3, 200, flow="base") for _ in range(3)))
     engine.add(_seq(3, 200, uid=4))
     engine.add(_seq(3, 1, uid=3, flow="place"))
     engine.add(_seq(3, 1, uid=4, flow="seat"))
@@ -314,15 +313,11 @@ def test_who_was_away_has_saved_nothing_and_owes_nothing() -> None:
     """A model that comes back after a while begins beside the others: it is neither first for as long as it was
     away, nor last for what it had long ago."""
     engine, runner, _ = _engine(max_seqs=2, blocks=400)
-    for _ in range(3):
-        engine.add(_seq(2, 1000, flow="steady"))
-    for _ in range(200):
-        engine.step()
-    for _ in range(3):
-        engine.add(_seq(2, 1000, flow="back"))
+    _add(engine, *(_seq(2, 1000, flow="steady") for _ in range(3)))
+    _run(engine, 200)
+    _add(engine, *(_seq(2, 1000, flow="back") for _ in range(3)))
     runner.batches.clear()
-    for _ in range(600):
-        engine.step()
+    _run(engine, 600)
     rows = _served(runner)
     assert rows["back"] / rows["steady"] == pytest.approx(1.0, rel=0.25)
 
