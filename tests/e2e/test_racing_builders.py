@@ -16,7 +16,7 @@ from loramux_shared.bundle.generation import Current, Generation, current_key, g
 from loramux_shared.faults import BundleCorrupt
 from loramux_shared.storage.base import Store
 from loramux_shared.storage.memory import MemoryStore
-from tests.support.examples import examples
+from tests.support.examples import examples, spread
 from tests.support.generations import generation
 from tests.support.turns import Race
 
@@ -70,7 +70,7 @@ def test_every_order_with_two_switches_keeps_both_generations():
     count = operations_of_one()
     assert count < 25
     for first in range(count + 1):
-        for second in range(1, count + 2):
+        for second in spread(range(1, count + 2), 6):
             Published(2).run([(0, first), (1, second), (0, 2 * count)])
 
 
@@ -83,7 +83,7 @@ def test_any_order_of_three_builders_keeps_all_generations(schedule):
 
 def test_a_builder_killed_at_any_operation_hinders_nobody():
     """One builder dies at each of its operations; the other publishes, and the first one's retry does too."""
-    for dies_at in range(operations_of_one()):
+    for dies_at in spread(range(operations_of_one()), 10):
         for before in (0, dies_at // 2, dies_at + 1):
             both = Published(2, dies_at)
             both.run([(0, before), (1, 4)])

@@ -18,7 +18,7 @@ from loramux_shared.bundle.generation import Generation
 from loramux_shared.faults import GenerationMismatch
 from loramux_shared.storage.base import Store
 from loramux_shared.storage.memory import MemoryStore
-from tests.support.examples import examples
+from tests.support.examples import examples, spread
 from tests.support.generations import generation, record
 from tests.support.turns import Race
 
@@ -95,14 +95,14 @@ def test_every_order_with_two_switches_keeps_both_changes() -> None:
     count = operations_of_one()
     assert count < 25
     for first in range(count + 1):
-        for second in range(1, count + 2):
+        for second in spread(range(1, count + 2), 6):
             both = race("one", "two")
             both.run([(0, first), (1, second), (0, 2)])
             assert set(served(both.store).adapters) == {"first", "one", "two"}
             check_history(both.store)
 
 
-@settings(max_examples=examples(30), deadline=None)
+@settings(max_examples=examples(15))
 @given(st.lists(st.tuples(st.integers(0, 2), st.integers(1, 4)), max_size=25))
 def test_any_order_of_three_changes_keeps_all(schedule: list[tuple[int, int]]) -> None:
     """Three changes whose operations are mixed at random: all three adapters are served, none twice."""
@@ -112,7 +112,7 @@ def test_any_order_of_three_changes_keeps_all(schedule: list[tuple[int, int]]) -
     check_history(three.store)
 
 
-@settings(max_examples=examples(30), deadline=None)
+@settings(max_examples=examples(15))
 @given(st.lists(st.tuples(st.integers(0, 2), st.integers(1, 4)), max_size=25))
 def test_a_build_among_changes_is_before_or_after_each(schedule: list[tuple[int, int]]) -> None:
     """A build that runs beside two changes: each generation follows from the one below it, in any order."""
@@ -124,7 +124,7 @@ def test_a_build_among_changes_is_before_or_after_each(schedule: list[tuple[int,
 
 def test_a_change_killed_at_any_operation_hinders_nobody() -> None:
     """One change dies at each of its operations: the other gets through, and the first one's retry does too."""
-    for dies_at in range(operations_of_one()):
+    for dies_at in spread(range(operations_of_one()), 10):
         for before in (0, dies_at // 2, dies_at + 1):
             two = race("one", "two", dies_at=dies_at, stale=STALE)
             two.run([(0, before), (1, 4)])
@@ -135,7 +135,7 @@ def test_a_change_killed_at_any_operation_hinders_nobody() -> None:
 
 def test_a_killed_change_is_found_done_whatever_was_expected() -> None:
     """Killed after its generation was written: the retry finds it, though another generation was expected."""
-    for dies_at in range(operations_of_one()):
+    for dies_at in spread(range(operations_of_one()), 10):
         store = started()
         first = partial(publish_change, name="tiny", change=adding("one"), expected=1, stale=STALE)
         Race(store, [first], partial(served, store), dies_at).run([])

@@ -10,9 +10,8 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,8 +20,8 @@ from azure.core.exceptions import AzureError
 from azure.storage.blob import BlobServiceClient
 
 from tests.support.s3_gateway import free_port
+from tests.support.waiting import wait_until
 
-START_TIMEOUT_S = 30.0
 PROGRAM = Path(sys.prefix) / "azurite" / "node_modules" / "azurite" / "dist" / "src" / "blob" / "main.js"
 ACCOUNT = "loramuxtests"
 _PR_SET_PDEATHSIG = 1
@@ -71,13 +70,13 @@ def azurite() -> Iterator[Azure]:
 
 
 def _wait_until_it_answers(server: Azure, process: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + START_TIMEOUT_S
     client = server.client()
-    while process.poll() is None and time.monotonic() < deadline:
-        try:
+
+    def answers() -> bool:
+        assert process.poll() is None, "Azurite did not start"
+        with suppress(AzureError):
             client.get_account_information()
-        except AzureError:
-            time.sleep(0.05)
-        else:
-            return
-    raise RuntimeError("Azurite did not start")
+            return True
+        return False
+
+    wait_until(answers, "Azurite")

@@ -20,6 +20,8 @@ from gcp_storage_emulator.handlers import buckets
 from gcp_storage_emulator.server import RequestHandler
 from gcp_storage_emulator.storage import Storage
 
+from tests.support.waiting import BOUND_S
+
 TOKEN = "ya29.a-token-of-the-emulator"  # noqa: S105 - of the emulator
 _JSON = "application/json"
 
@@ -39,7 +41,7 @@ class Gcs:
         url = f"{self.endpoint}/upload/storage/v1/b/{bucket}/o?uploadType=media&name={quote(key, safe='')}"
         headers = {"Authorization": f"Bearer {TOKEN}", "Content-Type": "application/octet-stream"}
         request = urllib.request.Request(url, data, headers)  # noqa: S310 - http
-        urllib.request.urlopen(request, timeout=5).close()  # noqa: S310 - http
+        urllib.request.urlopen(request, timeout=BOUND_S).close()  # noqa: S310 - http
 
 
 @contextmanager

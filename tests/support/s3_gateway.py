@@ -11,7 +11,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 import urllib.error
 import urllib.request
 import uuid
@@ -24,10 +23,11 @@ from typing import TYPE_CHECKING
 import boto3
 from botocore.config import Config
 
+from tests.support.waiting import BOUND_S, wait_until
+
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
-START_TIMEOUT_S = 30.0
 REGION = "us-east-1"
 _PR_SET_PDEATHSIG = 1
 
@@ -123,19 +123,20 @@ def _start(folder: Path, server: S3Server) -> subprocess.Popen[bytes]:
 
 
 def _wait_until_it_answers(server: S3Server, process: subprocess.Popen[bytes], output: Path) -> None:
-    deadline = time.monotonic() + START_TIMEOUT_S
-    while process.poll() is None and time.monotonic() < deadline:
+    def said() -> str:
+        return output.read_text(errors="replace")[-2000:]
+
+    def answers() -> bool:
+        assert process.poll() is None, f"the S3 gateway did not start:\n{said()}"
         with suppress(urllib.error.URLError, ConnectionError, TimeoutError):
-            urllib.request.urlopen(f"{server.endpoint}/minio/health/ready", timeout=1).close()  # noqa: S310 - http
-            return
-        time.sleep(0.02)
-    raise RuntimeError(f"the S3 gateway did not start:\n{output.read_text(errors='replace')[-2000:]}")
+            urllib.request.urlopen(f"{server.endpoint}/minio/health/ready", timeout=BOUND_S).close()  # noqa: S310 - http
+            return True
+        return False
+
+    wait_until(answers, "the S3 gateway", said)
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, number)
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(5)
-            return
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()

@@ -23,8 +23,9 @@ from loramux_shared.sources.open import Sources
 from loramux_shared.sources.retry import Patience
 from loramux_shared.sources.secrets import Secrets
 from tests.support.adapters import write_base
+from tests.support.fake_bucket import FakeBucket
 from tests.support.hub import Hub, HubRepo, serve_hub
-from tests.unit.sources.test_bucket_source import FakeBucket
+from tests.support.waiting import BOUND_S
 
 QUICK = Patience(attempts=2, wait_s=0.01)
 
@@ -173,6 +174,6 @@ def test_replicas_that_start_together_share_a_cache(remote: Remote, tmp_path: Pa
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join()
+        thread.join(BOUND_S)
     assert ended == [folder] * 4
     assert remote.fetch(tmp_path / "cache") == folder

@@ -9,8 +9,7 @@ import socketserver
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -26,46 +25,30 @@ from loramux_shared.storage.local import LocalStore
 from loramux_shared.storage.open import open_store
 from loramux_shared.storage.s3 import PART_BYTES, S3Store
 from tests.support.s3_gateway import S3Server, free_port
+from tests.support.waiting import BOUND_S, wait_until
 
 MIB = 1 << 20
 
 
-def test_bytes_come_back(store: Store) -> None:
-    """What was put under a key is what get returns, the empty object included."""
-    store.put("a/b/c", b"\x00\xff bytes")
-    store.put("a/empty", b"")
-    assert store.get("a/b/c") == b"\x00\xff bytes"
-    assert store.get("a/empty") == b""
-
-
-def test_a_file_comes_back(store: Store, tmp_path: Path) -> None:
-    """A path stores the file's content, and the file stays."""
+def test_bytes_come_back(store: Store, tmp_path: Path) -> None:
+    """Get returns the bytes that were put last under a key, empty ones and those of a file included."""
     file = tmp_path / "file"
     file.write_bytes(b"content of a file")
-    store.put("a/file", file)
-    assert store.get("a/file") == file.read_bytes() == b"content of a file"
-
-
-def test_a_put_replaces(store: Store) -> None:
-    """A second put under a key replaces the first, also by something shorter."""
-    store.put("k", b"a long first object")
-    store.put("k", b"short")
-    assert store.get("k") == b"short"
+    store.put("a/b/c", b"\x00\xff bytes that are many")
+    for content in (b"\x00\xff bytes", b"", file):
+        store.put("a/b/c", content)
+        assert store.get("a/b/c") == (file.read_bytes() if content is file else content)
+    assert file.read_bytes() == b"content of a file"
 
 
 def test_digests(store: Store) -> None:
-    """A digest is that of the bytes that come back, and None beside, above and below an object."""
-    store.put("a/b", b"x" * 3_000_000)
+    """A digest is that of the bytes that come back; beside, above and below an object there is none."""
+    store.put("a/b", b"x" * 300_000)
     store.put("a/bc", b"")
     assert store.sha256("a/b") == sha256_hex(store.get("a/b"))
     assert store.sha256("a/bc") == sha256_hex(b"")
-    assert [store.sha256(key) for key in ("a", "a/c", "a/b/c", "other")] == [None] * 4
-
-
-def test_missing(store: Store) -> None:
-    """Reading what is not there is ObjectMissing, which names the store and the key."""
-    store.put("a/b", b"x")
     for key in ("a", "a/c", "a/b/c", "other"):
+        assert store.sha256(key) is None
         with pytest.raises(ObjectMissing, match=f"{store.uri}.*'{key}'"):
             store.get(key)
 
@@ -100,11 +83,11 @@ def test_delete(store: Store) -> None:
 
 
 def test_a_large_file(store: Store, tmp_path: Path) -> None:
-    """20 MB come back byte for byte."""
+    """A file of more than one part comes back byte for byte."""
     file = tmp_path / "large"
-    file.write_bytes(os.urandom(20 * 10**6))
+    file.write_bytes(os.urandom(PART_BYTES + 9))
     store.put("large", file)
-    assert [entry.size for entry in store.entries("large")] == [20 * 10**6]
+    assert [entry.size for entry in store.entries("large")] == [PART_BYTES + 9]
     assert hashlib.sha256(store.get("large")).digest() == hashlib.sha256(file.read_bytes()).digest()
 
 
@@ -149,14 +132,14 @@ def test_entries_have_size_and_age(store: Store) -> None:
     assert list(store.entries("nothing/")) == []
 
 
-@pytest.mark.parametrize("key", ["", "/a", "a/", "a//b", "../a", "a/../b", "a/./b", ".", "a\n", "a\0"])
 @pytest.mark.parametrize("kind", ["local", "s3"])
-def test_a_key_cannot_leave_the_store(kind: str, key: str, tmp_path: Path, aws: S3Server) -> None:
+def test_a_key_cannot_leave_the_store(kind: str, tmp_path: Path, aws: S3Server) -> None:
     """A key with empty, '.' or '..' parts is refused by every method before anything is touched."""
     store: Store = LocalStore(tmp_path / "store") if kind == "local" else S3Store("never-made")
     for call in (store.get, store.sha256, store.delete, lambda key: store.put(key, b"x")):
-        with pytest.raises(ValueError, match="is no key"):
-            call(key)
+        for key in ("", "/a", "a/", "a//b", "../a", "a/../b", "a/./b", ".", "a\n", "a\0"):
+            with pytest.raises(ValueError, match="is no key"):
+                call(key)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -173,9 +156,9 @@ def test_killed_put_leaves_nothing(tmp_path: Path) -> None:
         writer = subprocess.Popen(command)
         with pipe.open("wb") as source:
             source.write(b"x" * 4 * MIB)
-            _wait_until(lambda: any(f.stat().st_size for f in (tmp_path / "store/.tmp").iterdir()))
+            wait_until(lambda: any(f.stat().st_size for f in (tmp_path / "store/.tmp").iterdir()), "a part")
             writer.send_signal(signal.SIGKILL)
-            assert writer.wait(10) == -signal.SIGKILL
+            assert writer.wait(BOUND_S) == -signal.SIGKILL
         assert store.get("old") == b"old"
         assert store.sha256("new/key") is None
         assert list(store.list("")) == ["old"]
@@ -328,13 +311,11 @@ def test_missing_bucket(aws: S3Server) -> None:
 
 
 def test_server_down(aws: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A server that does not answer is StoreUnavailable, which names its address, within seconds."""
+    """A server that does not answer is StoreUnavailable, which names its address."""
     endpoint = f"http://127.0.0.1:{free_port()}"
     store = S3Store("bucket", endpoint_url=endpoint)
-    start = time.monotonic()
     with pytest.raises(StoreUnavailable, match=f"cannot connect to {endpoint}. Check AWS_ENDPOINT_URL_S3"):
         store.get("k")
-    assert time.monotonic() - start < 15
 
 
 class _BreaksOff(socketserver.StreamRequestHandler):
@@ -421,10 +402,3 @@ def test_local_stores_need_no_boto3() -> None:
     code += "; print('boto3' in sys.modules)"
     said = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
     assert said == "False\n"
-
-
-def _wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)

@@ -38,6 +38,7 @@ from loramux_shared.sources.open import open_sources
 from loramux_shared.storage.local import LocalStore
 from tests.support.adapters import tensors, write_adapter, write_base
 from tests.support.signing import new_certificate, new_key
+from tests.support.waiting import until
 
 FIRST = generation_key("tiny", 1)
 
@@ -132,17 +133,13 @@ async def test_a_follower_serves_on_while_another_builder_does_not_sign(world):
     task = asyncio.create_task(follower.run())
     with capture_logs() as logs:
         unsigned = await asyncio.to_thread(world.build, world.plain, "one", "two")
-        async with asyncio.timeout(20):
-            while follower.standing.state is not State.BLIND:
-                await asyncio.sleep(0.01)
+        await until(lambda: follower.standing.state is State.BLIND, "the follower to be blind")
         assert (took, follower.standing.generation, unsigned.number) == ([], 1, 2)
         mine = Repository(source=SourceKind.LOCAL, repo=str(world.folder / "two"))
         with pytest.raises(SignatureInvalid):  # nobody goes on from what others wrote, and signs it
             update(Update(name="tiny", add={"more": mine}), world.context(world.signed), Progress(["more"]))
         signed = await asyncio.to_thread(world.build, world.signed, "one", "two")
-        async with asyncio.timeout(20):
-            while not took:
-                await asyncio.sleep(0.01)
+        await until(lambda: took, "the signed generation")
     task.cancel()
     follower.close()
     assert (took, signed.number, follower.standing.state) == ([signed], 3, State.CURRENT)

@@ -20,9 +20,12 @@ from loramux_shared.deployment import Deployment
 from loramux_shared.deployment_file import parse_deployment
 from loramux_shared.faults import AdapterInvalid, BuildCancelled, ResourcesExhausted, StoreUnavailable
 from loramux_shared.sources.open import open_sources
+from loramux_shared.storage import patient
 from loramux_shared.storage.memory import MemoryStore
 from loramux_shared.storage.patient import PatientStore
 from tests.support.adapters import tensors, write_adapter, write_base
+from tests.support.own_time import OwnTime
+from tests.support.waiting import BOUND_S
 
 
 class Counting(MemoryStore):
@@ -93,7 +96,7 @@ class Meeting(Counting):
     def put(self, key: str, data: bytes | Path) -> None:
         """Store, in company."""
         if key.endswith("weights.npy"):
-            self.together.wait(20)
+            self.together.wait(BOUND_S)
         super().put(key, data)
 
 
@@ -178,22 +181,31 @@ class Flaky(Counting):
         super().put(key, data)
 
 
-def test_a_store_that_comes_back_is_waited_for():
+def test_a_store_that_comes_back_is_waited_for(monkeypatch):
     """An operation is tried again with growing pauses, and fails with the store's own words after the last."""
-    store = PatientStore(Flaky(2), pauses_s=(0.01, 0.01))
+    monkeypatch.setattr(patient, "time", time := OwnTime())
+    store = PatientStore(Flaky(2), pauses_s=(1, 2))
     store.put("k", b"x")
     assert list(store.list("")) == ["k"]
+    assert time.now_s == pytest.approx(3)
     with pytest.raises(StoreUnavailable, match="the store is away"):
-        PatientStore(Flaky(3), pauses_s=(0.01, 0.01)).put("k", b"x")
+        PatientStore(Flaky(3), pauses_s=(1, 2)).put("k", b"x")
 
 
-def test_waiting_for_a_store_can_be_stopped():
+def test_waiting_for_a_store_can_be_stopped(monkeypatch):
     """A build that is cancelled does not wait for its store any longer."""
     progress = Progress(())
-    store = PatientStore(Flaky(10), progress.check, pauses_s=(30.0,))
-    threading.Timer(0.2, progress.stop, [BuildCancelled("enough")]).start()
+
+    class Cancelling(OwnTime):
+        def sleep(self, seconds: float) -> None:
+            super().sleep(seconds)
+            progress.stop(BuildCancelled("enough"))
+
+    monkeypatch.setattr(patient, "time", time := Cancelling())
+    store = PatientStore(Flaky(10), progress.check, pauses_s=(3600.0,))
     with pytest.raises(BuildCancelled, match="enough"):
         store.put("k", b"x")
+    assert time.now_s < 1
 
 
 def test_identities_are_kept_and_not_shared(tmp_path):

@@ -4,7 +4,6 @@ import base64
 import hashlib
 import importlib
 import os
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from loramux_shared.faults import (
     SourceRefused,
     SourceUnavailable,
 )
+from loramux_shared.sources import retry
 from loramux_shared.sources.base import MAX_BYTES, MAX_FILES, Resolved, SourceFile
 from loramux_shared.sources.bucket import BucketSource
 from loramux_shared.sources.checksum import md5_of
@@ -27,38 +27,11 @@ from loramux_shared.sources.open import Sources, needs_extra
 from loramux_shared.sources.retry import Busy, Patience
 from loramux_shared.sources.secrets import Secrets
 from tests.support.descriptors import cancelled_after, failing, nothing_stays_open
+from tests.support.fake_bucket import FakeBucket
+from tests.support.own_time import OwnTime
 
 REPO = Repository(source=SourceKind.S3, repo="s3://bucket/one")
 QUICK = Patience(attempts=3, wait_s=0.01)
-
-
-class FakeBucket:
-    """A bucket in memory whose reads fail as often as wanted."""
-
-    def __init__(self, files: dict[str, bytes]) -> None:
-        self.files = files
-        self.reads = 0
-        self.failures: list[SourceUnavailable] = []
-
-    def list(self, prefix: str) -> Iterator[tuple[str, SourceFile]]:
-        """Yield the files."""
-        if self.failures:
-            raise self.failures.pop()
-        for name, data in self.files.items():
-            yield prefix + name, SourceFile(len(data), version="1")
-
-    def read(self, key: str, version: str) -> Iterator[bytes]:
-        """Yield a file in two pieces, the second of which may fail."""
-        assert version == "1"
-        self.reads += 1
-        data = self.files[key.rpartition("one/")[2]]
-        yield data[:2]
-        if self.failures:
-            raise self.failures.pop()
-        yield data[2:]
-
-    def close(self) -> None:
-        """Nothing is open."""
 
 
 def source(bucket: FakeBucket, patience: Patience = QUICK) -> BucketSource:
@@ -118,30 +91,36 @@ def test_names_stay_inside(name, tmp_path):
     assert bucket.reads == 0
 
 
-def test_a_source_says_when_to_come_back():
+def test_a_source_says_when_to_come_back(monkeypatch):
     """``Retry-After`` is waited for; a wish that is longer than the patience is not."""
     bucket = FakeBucket({"a": b""})
     bucket.failures = [Busy.until("x", "0"), Busy.until("x", "nonsense")]
     assert source(bucket).resolve(REPO).files
     bucket.failures = [Busy.until("x", "3600")]
-    began = time.monotonic()
+    monkeypatch.setattr(retry, "time", time := OwnTime())
     with pytest.raises(SourceUnavailable):
         source(bucket, Patience(answer_s=20)).resolve(REPO)
-    assert time.monotonic() - began < 10
+    assert time.now_s == 0
+    bucket.failures = [Busy.until("x", "7")]
+    assert source(bucket, Patience(answer_s=20)).resolve(REPO).files
+    assert time.now_s == pytest.approx(7)
 
 
-def test_a_slow_transfer_is_given_up(tmp_path):
+def test_a_slow_transfer_is_given_up(tmp_path, monkeypatch):
     """A transfer below the least rate ends at its deadline, whatever the attempts."""
+
+    monkeypatch.setattr(retry, "time", time := OwnTime())
 
     class Slow(FakeBucket):
         def read(self, key: str, version: str) -> Iterator[bytes]:  # noqa: ARG002 - the port's
             for byte in self.files["a"]:
-                time.sleep(0.02)
+                time.sleep(2)
                 yield bytes([byte])
 
     bucket = Slow({"a": bytes(1000)})
     with pytest.raises(SourceUnavailable, match="slower than is waited for"):
-        source(bucket, Patience(answer_s=0.1)).fetch(listed(a=1000), ["a"], tmp_path)
+        source(bucket, Patience(answer_s=100)).fetch(listed(a=1000), ["a"], tmp_path)
+    assert time.now_s < 110
 
 
 def test_a_build_that_ends_stops_its_transfers(tmp_path):

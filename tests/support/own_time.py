@@ -1,0 +1,18 @@
+"""The module ``time`` of a module under test: it passes when something sleeps, and when the test says so."""
+
+from __future__ import annotations
+
+
+class OwnTime:
+    """What ``monkeypatch.setattr(module, "time", OwnTime())`` puts in place of the real one."""
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+
+    def monotonic(self) -> float:
+        """The time."""
+        return self.now_s
+
+    def sleep(self, seconds: float) -> None:
+        """Let it pass."""
+        self.now_s += seconds
