@@ -46,7 +46,7 @@ class Replica:
     async def drafted(self) -> float:
         """How many tokens were drafted for a request whose answer says the same again and again."""
         before = self._count()
-        request = Request("base", [5, 6, 7, 8] * 8, max_tokens=100, temperature=0, ignore_eos=True)
+        request = Request("base", [5, 6, 7, 8] * 8, max_tokens=50, temperature=0, ignore_eos=True)
         async for _ in self._ready.service.generate(request):
             pass
         return self._count() - before
@@ -61,24 +61,23 @@ class Replica:
         await self._ready.engine.stop()
 
 
-async def test_a_deployment_says_how_many(world: World) -> None:
-    """0 drafts nothing; another generation counts from the next step on; unsaid, a CPU drafts by itself."""
-    replica = Replica(world, 0)
+@pytest.mark.parametrize(
+    ("own", "said", "drafts"),
+    [
+        (None, (0, 4, 0, None), (False, True, False, True)),
+        (0, (4, None, 4), (False,) * 3),
+        (4, (0, None, 0), (True,) * 3),
+    ],
+    ids=["the deployment", "none of its own", "four of its own"],
+)
+async def test_a_deployment_says_how_many_unless_the_replica_does(
+    world: World, own: int | None, said: tuple[int | None, ...], drafts: tuple[bool, ...]
+) -> None:
+    """Each generation counts from the next step on, where a replica has no setting; unsaid, a CPU drafts."""
+    replica = Replica(world, said[0], **({} if own is None else {"speculative_tokens": own}))
     found = [await replica.drafted()]
-    for tokens in (4, 0, None):
+    for tokens in said[1:]:
         await replica.follow(tokens)
         found.append(await replica.drafted())
     await replica.stop()
-    assert [drafted > 0 for drafted in found] == [False, True, False, True]
-
-
-@pytest.mark.parametrize("own", [0, 4])
-async def test_what_the_replica_was_told_comes_first(world: World, own: int) -> None:
-    """Whatever the deployment says, at the start and later."""
-    replica = Replica(world, 4 - own, speculative_tokens=own)
-    found = [await replica.drafted()]
-    await replica.follow(None)
-    await replica.follow(4 - own)
-    found.append(await replica.drafted())
-    await replica.stop()
-    assert [drafted > 0 for drafted in found] == [own > 0] * 2
+    assert tuple(drafted > 0 for drafted in found) == drafts

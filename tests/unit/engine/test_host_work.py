@@ -73,27 +73,12 @@ def coming_and_going(seqs: int, *, waiting: int, lanes: int, adapters: int) -> C
     return step
 
 
-@pytest.fixture(scope="module")
-def usual() -> float:
-    return instructions(BASE)
-
-
-@pytest.mark.parametrize(
-    "other",
-    [
-        Point("decode", SEQS, context=4096, loaded=64),
-        Point("decode", SEQS, context=256, loaded=8),
-        Point("decode", SEQS, context=256, loaded=1000),
-    ],
-    ids=["longer contexts", "fewer adapters", "more adapters"],
-)
-def test_a_step_costs_what_its_sequences_do(usual: float, other: Point) -> None:
-    """However long their contexts are, and however many adapters are loaded beside those that they use."""
-    assert instructions(other) == pytest.approx(usual, rel=0.02)
-
-
-def test_a_step_costs_no_more_than_its_share_with_more_sequences(usual: float) -> None:
-    """Nothing is quadratic: four times the sequences are at most four times the work."""
+def test_a_step_costs_what_its_sequences_do() -> None:
+    """However long their contexts are, and however many adapters are loaded beside those that they use; four
+    times the sequences are at most four times the work."""
+    usual = instructions(BASE)
+    for context, loaded in ((4096, 64), (256, 1000)):
+        assert instructions(Point("decode", SEQS, context, loaded)) == pytest.approx(usual, rel=0.02)
     assert instructions(Point("decode", 4 * SEQS, context=256, loaded=64)) < 4 * usual
 
 

@@ -1,8 +1,5 @@
 """How the threads of a step wait for each other."""
 
-import os
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -121,38 +118,3 @@ def test_idle_teams_are_more_threads_than_cores(cores: int, monkeypatch: pytest.
 
 def _tasks() -> set[str]:
     return {each.name for each in Path("/proc/self/task").iterdir()}
-
-
-PROGRAM = """
-import resource, threading, time, torch
-from inference_service.kernels.cpu.spin import IdleTeams
-torch.set_num_threads(max(2, torch.get_num_threads()))
-switch, found = IdleTeams(), []
-
-def slept(values):
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_nvcsw
-    for _ in range(300):
-        values.add_(1)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_nvcsw - before
-
-def run():
-    values = torch.zeros(2**19)
-    for live in (False, True, True, False):
-        switch(live=live)
-        found.append(min(slept(values) for _ in range(3)))
-
-engine = threading.Thread(target=run)
-engine.start()
-engine.join()
-print(*found)
-"""
-
-
-@pytest.mark.sweep
-def test_idle_teams_make_the_others_sleep() -> None:
-    """With idle teams, threads that wait for each other give up their cores; without them they do not."""
-    if len(os.sched_getaffinity(0)) < 2:
-        pytest.skip("on one core all threads sleep")
-    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True)
-    spun, slept, still, again = map(int, done.stdout.split())
-    assert max(spun, again) * 3 < min(slept, still)
