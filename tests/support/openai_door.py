@@ -93,3 +93,4 @@ async def open_door(world: tuple[World, MemoryStore], **settings: Any) -> AsyncI
         await door.openai.close()
         await server.drain(BOUND_S)
         await ready.engine.stop()
+        vars(door).clear()  # pytest keeps it for a while, and threads of the model with it

@@ -11,6 +11,7 @@ from inference_service.core.sequence import FinishReason
 from inference_service.openai_api.server import HttpServer
 from inference_service.serving.request import Event, Request
 from inference_service.serving.text import Text
+from loramux_shared.access.guard import NOBODY_GUARDS, Guard
 from tests.golden.openai.script import Case, Scripted
 from tests.support.openai_door import Door
 from tests.support.tokens import VOCAB, write_tokenizer
@@ -26,10 +27,10 @@ class Talker(Scripted):
         self._cases: list[Case] = []
 
     def say(
-        self, answer: str, reason: FinishReason = FinishReason.STOP, failure: Exception | None = None
+        self, *answers: str, reason: FinishReason = FinishReason.STOP, failure: Exception | None = None
     ) -> None:
-        """Answer one more request, in steps that are separated by ``|``."""
-        self._cases.append(Case("chat", {}, [answer], reason, failure))
+        """Answer one more request with each, in steps that are separated by ``|``."""
+        self._cases += (Case("chat", {}, [answer], reason, failure) for answer in answers)
 
     def say_nothing(self, failure: Exception) -> None:
         """Fail one more request before its first token."""
@@ -58,11 +59,11 @@ class TalkerDoor(Door):
 
 
 @asynccontextmanager
-async def open_talker(folder: Path) -> AsyncIterator[TalkerDoor]:
+async def open_talker(folder: Path, guard: Guard = NOBODY_GUARDS) -> AsyncIterator[TalkerDoor]:
     """Listen on a free port; a tokenizer lies in a folder."""
     write_tokenizer(folder)
     talker = Talker(Text.load(folder, VOCAB))
-    server = HttpServer("127.0.0.1:0", talker)
+    server = HttpServer("127.0.0.1:0", talker, guard)
     await server.start()
     door = TalkerDoor(talker, server)
     try:

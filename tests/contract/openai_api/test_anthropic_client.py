@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -15,26 +15,18 @@ import pytest
 import pytest_asyncio
 from anthropic import AsyncAnthropic, beta_async_tool
 from pydantic import BaseModel
-from tokenizers import Tokenizer
 
-from inference_service.core.sequence import FinishReason
 from inference_service.openai_api.app import create_app
 from inference_service.openai_api.messages.answer import Answer
 from inference_service.openai_api.messages.mapping import chat_of
 from inference_service.openai_api.messages.schema import MessagesBody
-from inference_service.openai_api.server import HttpServer
-from inference_service.serving.request import Event, Request
-from inference_service.serving.text import Text
 from loramux_shared.access.guard import NOBODY_GUARDS, Guard
 from loramux_shared.access.keyring import Keyring
-from loramux_shared.faults import Fault, InternalFault, QueueFull, RateLimited, ReplicaFailed
+from loramux_shared.faults import InternalFault, QueueFull, RateLimited, ReplicaFailed
 from loramux_shared.parsers import Parsers, ReasoningParser
-from loramux_shared.storage.memory import MemoryStore
-from tests.golden.openai.script import Case, Scripted
 from tests.support.access import lines, new_entry
-from tests.support.openai_door import OpenAIDoor, open_door, openai_world
-from tests.support.tiny import World
-from tests.support.tokens import VOCAB, write_tokenizer
+from tests.support.openai_door import OpenAIDoor
+from tests.support.talker import Talker, open_talker
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -66,60 +58,21 @@ class Verdict(BaseModel):
     color: Literal["red", "blue"]
 
 
-class InTurns(Scripted):
-    """Answers each request as the next case says, or fails; keeps what it was asked."""
-
-    def __init__(self, text: Text) -> None:
-        super().__init__(Case("", {}, []), text)
-        self.next: list[Case | Fault] = []
-        self.asked: list[Request] = []
-
-    async def generate(self, request: Request) -> AsyncGenerator[Event]:
-        """Say what the next case says."""
-        self.asked.append(request)
-        case = self.next.pop(0)
-        if isinstance(case, Fault):
-            raise case
-        self._case = case
-        async for event in super().generate(request):
-            yield event
-
-
-def says(*answers: str, reason: FinishReason = FinishReason.STOP, failure: Exception | None = None) -> Case:
-    """A case of one answer, in steps that are separated by ``|``."""
-    return Case("", {}, answers, reason, failure)
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[World, MemoryStore]:
-    return openai_world(tmp_path_factory.mktemp("anthropic"))
-
-
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def door(world: tuple[World, MemoryStore]) -> AsyncIterator[OpenAIDoor]:
-    async with open_door(world) as door:
-        yield door
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def claude(door: OpenAIDoor) -> AsyncIterator[AsyncAnthropic]:
+async def claude(opened: OpenAIDoor) -> AsyncIterator[AsyncAnthropic]:
     """The client of the tiny model's door."""
-    async with AsyncAnthropic(base_url=door.url, api_key="none", max_retries=0) as client:
+    async with AsyncAnthropic(base_url=opened.url, api_key="none", max_retries=0) as client:
         yield client
 
 
 @asynccontextmanager
-async def scripted(folder: Path, guard: Guard = NOBODY_GUARDS) -> AsyncIterator[tuple[InTurns, AsyncAnthropic]]:
-    """A door in front of a script, and a client of it."""
-    write_tokenizer(folder)
-    service = InTurns(Text(Tokenizer.from_file(str(folder / "tokenizer.json")), None, VOCAB))
-    server = HttpServer("127.0.0.1:0", service, guard)
-    url = f"http://{await server.start()}"
-    try:
-        async with AsyncAnthropic(base_url=url, api_key=SECRET, max_retries=0) as client:
-            yield service, client
-    finally:
-        await server.drain(5)
+async def scripted(folder: Path, guard: Guard = NOBODY_GUARDS) -> AsyncIterator[tuple[Talker, AsyncAnthropic]]:
+    """A server in front of a script, and a client of it."""
+    async with (
+        open_talker(folder, guard) as door,
+        AsyncAnthropic(base_url=door.url, api_key=SECRET, max_retries=0) as client,
+    ):
+        yield door.talker, client
 
 
 async def test_an_answer(claude: AsyncAnthropic, door: OpenAIDoor) -> None:
@@ -134,10 +87,7 @@ async def test_an_answer(claude: AsyncAnthropic, door: OpenAIDoor) -> None:
     usage = answer.usage
     assert usage.input_tokens + (usage.cache_read_input_tokens or 0) == len("s:Be brief.;u:Hi;a:")
     chat = await door.openai.chat.completions.create(
-        model="rs",
-        messages=[{"role": "system", "content": "Be brief."}, *USER],
-        max_tokens=8,
-        temperature=0,
+        model="rs", messages=[{"role": "system", "content": "Be brief."}, *USER], max_tokens=8, temperature=0
     )
     assert chat.choices[0].message.content == block.text
 
@@ -271,7 +221,7 @@ async def test_other_failures_have_their_classes(tmp_path: Path) -> None:
             (ReplicaFailed("gone."), anthropic.InternalServerError, "overloaded_error", 503),
             (InternalFault("oops."), anthropic.InternalServerError, "api_error", 500),
         ):
-            service.next = [fault]
+            service.say_nothing(fault)
             with pytest.raises(kind) as caught:
                 await client.messages.create(**SENT)
             assert (caught.value.status_code, caught.value.type) == (status, type_)
@@ -281,7 +231,7 @@ async def test_other_failures_have_their_classes(tmp_path: Path) -> None:
 async def test_a_stream_that_fails_ends_with_an_error(tmp_path: Path) -> None:
     """The client raises what the last event says."""
     async with scripted(tmp_path) as (service, client):
-        service.next = [says("A|h", failure=ReplicaFailed("the engine failed."))]
+        service.say("A|h", failure=ReplicaFailed("the engine failed."))
         async with client.messages.stream(**SENT) as stream:
             said = [await anext(stream.text_stream) for _ in range(2)]
             with pytest.raises(anthropic.APIStatusError, match="the engine failed") as caught:
@@ -297,11 +247,7 @@ async def test_what_http_refuses_has_the_same_shape(door: OpenAIDoor) -> None:
         (await door.http.post("/v1/messages/batches", json={}, headers=own), 404, "not_found_error"),
         (await door.http.post("/v1/messages", content=b"x", headers=own), 415, "invalid_request_error"),
         (await door.http.post("/v1/messages", json=[], headers=own), 400, "invalid_request_error"),
-        (
-            await door.http.post("/v1/messages", json={"x": "y" * 2**23}, headers=own),
-            413,
-            "request_too_large",
-        ),
+        (await door.http.post("/v1/messages", json={"x": "y" * 2**23}, headers=own), 413, "request_too_large"),
     ):
         told = answer.json()
         assert (answer.status_code, told["type"], told["error"]["type"]) == (status, "error", kind)
@@ -325,17 +271,10 @@ async def test_so_has_what_is_refused_before_that(door: OpenAIDoor) -> None:
     assert answer.json()["request_id"] == answer.headers["request-id"]
 
 
-async def test_null_is_not_set(door: OpenAIDoor) -> None:
-    """Whatever the name, in a body as in a block."""
-    content = [{"type": "text", "text": "Hi", "mood": None, "cache_control": None}]
-    body = SENT | {"model": "rs", "messages": [{"role": "user", "content": content}], "no_such_field": None}
-    assert (await door.http.post("/v1/messages", json=body)).status_code == 200
-
-
 async def test_keys_come_in_either_header(tmp_path: Path) -> None:
     """As the client sends them, and as clients did before; what is missing is told in Anthropic's shape."""
     async with scripted(tmp_path, Guard(Keyring(text=lines(ENTRY, METRICS_ENTRY)))) as (service, client):
-        service.next = [says("Ahoy!"), says("Ahoy!")]
+        service.say("Ahoy!", "Ahoy!")
         assert (await client.messages.create(**SENT)).content[0].text == "Ahoy!"  # type: ignore[union-attr]
         async with httpx.AsyncClient(base_url=str(client.base_url)) as web:
             answers = [
@@ -356,7 +295,7 @@ async def test_blocks_come_one_after_the_other(tmp_path: Path) -> None:
     expected = ["text:Let me see.", 'tool_use:{"color": "red"}', "tool_use:{}", "text:Done."]
     said = f'Let me see.{call}\n|<tool_call>{{"name": "Paint", "arguments": {{}}}}</tool_call>\n\nDone.'
     async with scripted(tmp_path) as (service, client):
-        service.next = [says(said), says(said), says(f"\n {call}")]
+        service.say(said, said, f"\n {call}")
         async with client.messages.stream(**fields) as stream:
             final = await stream.get_final_message()
         whole = await client.messages.create(**fields)
@@ -371,7 +310,7 @@ async def test_a_stream_that_tells_nothing_is_alive(tmp_path: Path) -> None:
     async with scripted(tmp_path) as (service, _):
         kinds = []
         for patience_s in (60.0, 0.0):
-            service.next = [says('<tool_call>|{"na|me": |"Paint", "arguments": {}}</tool_call>')]
+            service.say('<tool_call>|{"na|me": |"Paint", "arguments": {}}</tool_call>')
             answer = Answer(service, body, chat_of(body), {}, patience_s)
             kinds.append([event["type"] async for event in answer.events()])
     patient, hasty = kinds
@@ -381,10 +320,10 @@ async def test_a_stream_that_tells_nothing_is_alive(tmp_path: Path) -> None:
 
 async def test_what_is_thought_comes_apart(tmp_path: Path) -> None:
     """A block before the text, with a signature and its price; without its text where that is not wanted."""
-    said = says("<think>I |look.</think>|The |sky.")
+    said = "<think>I |look.</think>|The |sky."
     async with scripted(tmp_path) as (service, client):
         service.parsers = Parsers(reasoning=ReasoningParser.THINK)
-        service.next = [said, said]
+        service.say(said, said)
         async with client.messages.stream(**SENT, thinking={"type": "enabled", "budget_tokens": 9}) as stream:
             kinds = list(dict.fromkeys([event.type async for event in stream if event.type in KINDS]))
             thinking, text = (await stream.get_final_message()).content
@@ -420,10 +359,7 @@ async def test_the_clients_tool_runner_runs_tools(tmp_path: Path) -> None:
         return f"{place} is blue"
 
     async with scripted(tmp_path) as (service, client):
-        service.next = [
-            says('<tool_call>{"name": "look", "arguments": {"place": "sky"}}</tool_call>'),
-            says("It is blue."),
-        ]
+        service.say('<tool_call>{"name": "look", "arguments": {"place": "sky"}}</tool_call>', "It is blue.")
         runner = client.beta.messages.tool_runner(
             model="pirate",
             max_tokens=50,

@@ -4,25 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
 from typing import Any, Literal
 
 import openai
 import pytest
-import pytest_asyncio
 from openai import pydantic_function_tool
 from pydantic import BaseModel
 
-from loramux_shared.storage.memory import MemoryStore
-from tests.support.openai_door import OpenAIDoor, open_door, openai_world
-from tests.support.tiny import World
+from tests.support.openai_door import OpenAIDoor
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 USER: Any = [{"role": "user", "content": "Hi"}]
 GREEDY: dict[str, Any] = {"model": "rs", "messages": USER, "temperature": 0, "extra_body": {"ignore_eos": True}}
-
-FREE: dict[str, Any] = {"extra_body": {"ignore_eos": True}}
 
 
 class Verdict(BaseModel):
@@ -42,17 +36,6 @@ class Wait(BaseModel):
     """Wait a while."""
 
     long: bool
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[World, MemoryStore]:
-    return openai_world(tmp_path_factory.mktemp("openai"))
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def door(world: tuple[World, MemoryStore]) -> AsyncIterator[OpenAIDoor]:
-    async with open_door(world) as door:
-        yield door
 
 
 async def test_models(door: OpenAIDoor) -> None:
@@ -150,15 +133,6 @@ async def test_logprobs_of_a_chat(door: OpenAIDoor) -> None:
     assert streamed == scores.content
 
 
-async def test_stops_and_biases(door: OpenAIDoor) -> None:
-    """A stop text may be a string or a list; a bias of 100 decides."""
-    options = GREEDY | {"max_tokens": 3, "logit_bias": {str(door.ready.service.text.token_id("Z")): 100}}
-    assert (await door.openai.chat.completions.create(**options)).choices[0].message.content == "ZZZ"
-    for stop in ("Z", ["Q", "Z"]):
-        answer = await door.openai.chat.completions.create(**options, stop=stop)
-        assert (answer.choices[0].message.content, answer.choices[0].finish_reason) == ("", "stop")
-
-
 async def test_an_answer_is_parsed_into_a_model(door: OpenAIDoor) -> None:
     """A response format that is a pydantic model constrains the answer, whatever the model would have said."""
     options = GREEDY | {"extra_body": None, "max_tokens": 200}
@@ -171,17 +145,6 @@ async def test_an_answer_is_parsed_into_a_model(door: OpenAIDoor) -> None:
             pass
         final = await stream.get_final_completion()
     assert isinstance(final.choices[0].message.parsed, Verdict)
-
-
-async def test_a_json_object_is_one(door: OpenAIDoor) -> None:
-    """With json_object the answer begins as an object, and is one when it ends by itself."""
-    answer = await door.openai.chat.completions.create(
-        **GREEDY | {"extra_body": None, "max_tokens": 150}, response_format={"type": "json_object"}
-    )
-    said = answer.choices[0].message.content or ""
-    assert said.lstrip().startswith("{")
-    if answer.choices[0].finish_reason == "stop":
-        assert isinstance(json.loads(said), dict)
 
 
 @pytest.mark.parametrize(
@@ -248,28 +211,6 @@ async def test_a_schema_that_cannot_be_followed_is_named(door: OpenAIDoor) -> No
             assert "\n" not in caught.value.message
 
 
-@pytest.mark.parametrize("begin", "{<")
-async def test_an_answer_has_a_format_or_calls_a_tool(door: OpenAIDoor, begin: str) -> None:
-    """Whatever the model draws: a whole call of the tool, or else what the format says."""
-    bias = {str(3 + ord(char) - 32): value for char, value in ((begin, 8.0), ('"', 6.0), ("}", 6.0))}
-    asked: Any = {"model": "all", "messages": USER, "temperature": 1, "n": 6, "seed": 3, "logit_bias": bias}
-    answer = await door.openai.chat.completions.parse(
-        **asked,
-        max_tokens=150,
-        tools=[pydantic_function_tool(Wait)],
-        parallel_tool_calls=False,
-        response_format=Verdict,
-    )
-    for choice in answer.choices:
-        if begin == "{":
-            assert isinstance(choice.message.parsed, Verdict)
-            assert not choice.message.tool_calls
-        else:
-            [call] = choice.message.tool_calls or ()
-            assert isinstance(call.function.parsed_arguments, Wait)
-            assert not choice.message.content
-
-
 @pytest.mark.parametrize("max_tokens", [0, 1])
 async def test_an_evaluation_harness_scores_a_continuation(door: OpenAIDoor, max_tokens: int) -> None:
     """Echo with log probabilities gives one per token of prompt and answer, the first without."""
@@ -294,22 +235,6 @@ async def test_an_evaluation_harness_scores_a_continuation(door: OpenAIDoor, max
         ):
             assert top[token] == score <= max(top.values())
         assert scores.text_offset == list(range(len(scores.tokens)))
-
-
-async def test_scores_of_a_prompt_agree_with_scores_of_an_answer(door: OpenAIDoor) -> None:
-    """A greedy answer, sent back as a prompt, has the same log probabilities."""
-    greedy: dict[str, Any] = {"model": "all", "temperature": 0, "logprobs": 1}
-    answer = await door.openai.completions.create(
-        prompt=[40, 41, 42], max_tokens=6, extra_body={"ignore_eos": True}, **greedy
-    )
-    scores = answer.choices[0].logprobs
-    assert scores
-    assert scores.tokens
-    said = [door.ready.service.text.token_id(token) for token in scores.tokens]
-    echoed = await door.openai.completions.create(prompt=[40, 41, 42, *said], max_tokens=0, echo=True, **greedy)
-    assert echoed.choices[0].logprobs
-    assert echoed.choices[0].logprobs.token_logprobs
-    assert echoed.choices[0].logprobs.token_logprobs[3:] == pytest.approx(scores.token_logprobs, abs=1e-4)
 
 
 async def test_plain_prompts_stream(door: OpenAIDoor) -> None:
@@ -353,61 +278,30 @@ async def test_prompt_logprobs_come_in_vllms_shape(door: OpenAIDoor) -> None:
 
 async def test_what_stopped_an_answer_is_told(door: OpenAIDoor) -> None:
     """A stop text, a stop token's id, or null: vLLM's `stop_reason`, beside every `finish_reason`."""
-    text = door.ready.service.text
-    whole = await door.openai.completions.create(model="rs", prompt="AB", temperature=0, max_tokens=4, **FREE)
-    said = whole.choices[0].text
-    token = text.encode(said)[-1]
-    for asked, expected in (
-        ({"stop": [said[2:]]}, ("stop", said[2:])),
-        ({"extra_body": {"ignore_eos": True, "stop_token_ids": [token]}}, ("stop", token)),
-        ({}, ("length", None)),
-    ):
-        options: dict[str, Any] = {"temperature": 0, "max_tokens": 4} | FREE | asked
-        plain = await door.openai.completions.create(model="rs", prompt="AB", **options)
-        stream = await door.openai.completions.create(model="rs", prompt="AB", stream=True, **options)
-        *before, last = [chunk.choices[0] async for chunk in stream]
-        assert _end(plain.choices[0]) == _end(last) == expected
-        assert {_end(choice) for choice in before} == {(None, None)}
-
-
-async def test_what_stopped_a_chat_is_told(door: OpenAIDoor) -> None:
-    """As for plain prompts; an end-of-sequence token, asked for as a stop token or not, is null."""
     whole = await door.openai.chat.completions.create(**GREEDY, max_tokens=4)
     said = whole.choices[0].message.content or ""
-    assert _end(whole.choices[0]) == ("length", None)
     ending: dict[str, Any] = {"logit_bias": {"2": 100}}
     for asked, expected in (
+        ({}, ("length", None)),
         ({"stop": said[2:]}, ("stop", said[2:])),
         (ending | {"extra_body": {}}, ("stop", None)),
         (ending | {"extra_body": {"stop_token_ids": [2]}}, ("stop", None)),
         (ending | {"extra_body": {"stop_token_ids": [2], "ignore_eos": True}}, ("stop", 2)),
     ):
         options = GREEDY | {"max_tokens": 4} | asked
-        answer = await door.openai.chat.completions.create(**options)
-        stream = await door.openai.chat.completions.create(stream=True, **options)
-        *before, last = [chunk.choices[0] async for chunk in stream]
-        assert _end(answer.choices[0]) == _end(last) == expected
-        assert {_end(choice) for choice in before} == {(None, None)}
+        plain = {name: value for name, value in options.items() if name != "messages"}
+        for create, prompted in (
+            (door.openai.chat.completions.create, options),
+            (door.openai.completions.create, plain | {"prompt": "u:Hi;a:"}),
+        ):
+            answer = await create(**prompted)
+            *before, last = [chunk.choices[0] async for chunk in await create(stream=True, **prompted)]
+            assert _end(answer.choices[0]) == _end(last) == expected
+            assert {_end(choice) for choice in before} <= {(None, None)}
 
 
 def _end(choice: Any) -> tuple[str | None, str | int | None]:
     return choice.finish_reason, choice.model_extra["stop_reason"]
-
-
-async def test_vllms_parameters_are_taken(door: OpenAIDoor) -> None:
-    """Extras reach the sampler: with top_k 1 any temperature is greedy; a stop token ends the answer."""
-    greedy = await door.openai.chat.completions.create(**GREEDY, max_tokens=4)
-    extra = {"ignore_eos": True, "top_k": 1, "min_p": 0.1, "repetition_penalty": 1.0, "min_tokens": 2}
-    extra |= {"priority": 3, "skip_special_tokens": False, "add_generation_prompt": True}
-    same = await door.openai.chat.completions.create(
-        **GREEDY | {"temperature": 2, "extra_body": extra}, max_tokens=4
-    )
-    assert same.choices[0].message.content == greedy.choices[0].message.content
-    first = door.ready.service.text.encode(greedy.choices[0].message.content or "")[0]
-    ended = await door.openai.chat.completions.create(
-        **GREEDY | {"extra_body": {"stop_token_ids": [first]}}, max_tokens=4
-    )
-    assert (ended.choices[0].message.content, ended.choices[0].finish_reason) == ("", "stop")
 
 
 async def test_errors_are_the_clients_classes(door: OpenAIDoor) -> None:

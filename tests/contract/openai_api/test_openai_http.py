@@ -249,12 +249,7 @@ def _sent(body: dict[str, Any]) -> bytes:
     """A request as bytes."""
     content = json.dumps(body).encode()
     return (
-        b"POST %s HTTP/1.1\r\n%sContent-Length: %d\r\n\r\n"
-        % (
-            COMPLETIONS.encode(),
-            JSON,
-            len(content),
-        )
+        b"POST %s HTTP/1.1\r\n%sContent-Length: %d\r\n\r\n" % (COMPLETIONS.encode(), JSON, len(content))
         + content
     )
 

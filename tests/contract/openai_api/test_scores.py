@@ -112,12 +112,7 @@ async def test_the_bundle_has_the_head_as_it_is(made: tuple[World, MemoryStore])
     assert generation is not None
     assert {
         name: record.summary and record.summary.num_labels for name, record in generation.adapters.items()
-    } == {
-        "ranker": 1,
-        "topics": 5,
-        "plain": None,
-        "encoder": None,
-    }
+    } == {"ranker": 1, "topics": 5, "plain": None, "encoder": None}
     bundle = read_bundle(store, generation.adapters["topics"].digest)
     assert bundle.manifest.score == ScoreHead(num_labels=5, hidden_size=48, id2label=tuple(NAMES))
     assert bundle.manifest.format_version == 2
