@@ -24,10 +24,10 @@ from tests.support.tiny import make_world_of, run_engine
 BLOCK, BLOCKS, SLOTS = 16, 16, 4
 LIMITS = SchedulerLimits(max_tokens=16, max_seqs=2, max_adapters=2, max_seq_len=128)
 REQUESTS = [
-    ("all", list(range(3, 40))),
-    ("base", list(range(3, 36))),
+    ("all", list(range(3, 24))),
+    ("base", list(range(3, 21))),
     ("wide", [7]),
-    ("base", list(range(3, 40))),
+    ("base", list(range(3, 24))),
 ]
 NEW = 3
 
