@@ -44,6 +44,8 @@ ENVIRONMENT: Final = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_SERVE_ENABLE_TASK_EVENTS": "0",
     "RAY_DEDUP_LOGS": "0",
+    # Ray's workers are nice to all others; beside processes that are not, they get next to nothing.
+    "RAY_worker_niceness": "0",
     # Workers are started when an actor needs one, instead of one for each CPU of a node.
     "RAY_prestart_worker_first_driver": "0",
     "RAY_enable_worker_prestart": "0",

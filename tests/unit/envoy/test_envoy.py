@@ -6,6 +6,7 @@ import re
 import socket
 import subprocess
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ KEPT_S = 65
 """How long a replica keeps an unused connection of its HTTP door."""
 
 
+@cache
 def printed(*words: str) -> str:
     """What the command prints."""
     result = CliRunner().invoke(app, ["envoy", *words])
@@ -36,7 +38,7 @@ def printed(*words: str) -> str:
 
 def configured(*words: str) -> dict[str, Any]:
     """The same, read."""
-    found: dict[str, Any] = yaml.safe_load(printed(*words))
+    found: dict[str, Any] = yaml.load(printed(*words), yaml.CSafeLoader)
     return found
 
 

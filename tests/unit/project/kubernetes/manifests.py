@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -34,7 +35,7 @@ def render(folder: Path) -> list[Resource]:
     kubectl = str(Path(sys.executable).with_name("kubectl"))
     done = subprocess.run([kubectl, "kustomize", str(folder)], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
-    return list(yaml.safe_load_all(done.stdout))
+    return list(yaml.load_all(done.stdout, yaml.CSafeLoader))
 
 
 @cache
@@ -44,7 +45,7 @@ def plain() -> list[Resource]:
     paths = [
         path for path in (ROOT / "deploy").rglob("*.y*ml") if not any(part in path.parents for part in parts)
     ]
-    documents = [each for path in sorted(paths) for each in yaml.safe_load_all(path.read_text())]
+    documents = [each for path in sorted(paths) for each in yaml.load_all(path.read_text(), yaml.CSafeLoader)]
     return [each for each in documents if isinstance(each, dict) and {"apiVersion", "kind"} <= each.keys()]
 
 
@@ -55,6 +56,12 @@ def of_kind(resources: list[Resource], *kinds: str) -> dict[str, Resource]:
 
 def check(resource: Resource) -> None:
     """Raise where a resource is none that the cluster knows, or has a field that it does not know."""
+    _check(json.dumps(resource))
+
+
+@cache  # overlays have most of their resources from the base
+def _check(text: str) -> None:
+    resource = json.loads(text)
     schema = _schemas().get((resource["apiVersion"], resource["kind"]))
     if schema is not None:
         jsonschema.validate(resource, schema)
@@ -95,7 +102,7 @@ def containers(pod: Resource) -> list[Resource]:
 def _schemas() -> dict[tuple[str, str], Resource]:
     found: dict[tuple[str, str], Resource] = {}
     for path in sorted((HERE / "crds").glob("*.yaml")):
-        for each in yaml.safe_load_all(path.read_text()):
+        for each in yaml.load_all(path.read_text(), yaml.CSafeLoader):
             named = {"apiVersion": {"const": each["apiVersion"]}, "kind": {"const": each["kind"]}}
             if "fields" in each:
                 fields = each["fields"]
