@@ -19,8 +19,8 @@ from loramux_shared.faults import ResourcesExhausted
 from loramux_shared.settings import InferenceSettings
 from loramux_shared.storage.memory import MemoryStore
 from tests.support.examples import examples
+from tests.support.hub_configs import HUB_CONFIGS
 from tests.support.tiny import SIZES, make_world
-from tests.unit.bases.test_model_config import HUB_CONFIGS
 
 NEEDS = Needs(weights=16 * 10**9, adapters=10**9, activations=2 * 10**9, graphs=10**9)
 CACHE = Cache((Kept(None, 131072),), block_size=16, longest=8192, seqs=64, rows=2048, whole=True)

@@ -25,7 +25,7 @@ from loramux_shared.sources.open import open_sources
 from loramux_shared.storage.memory import MemoryStore
 from tests.support.adapters import BASE_CONFIG, write_adapter, write_base
 from tests.support.examples import examples
-from tests.unit.bases.test_model_config import HUB_CONFIGS
+from tests.support.hub_configs import HUB_CONFIGS
 
 SETTINGS = InferenceSettings(deployment="none")
 LONGROPE = {"rope_type": "longrope", "short_factor": [1.0, 1.0], "long_factor": [2.0]}

@@ -10,14 +10,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from builder_service.pipeline.build import build
-from builder_service.pipeline.context import BuildContext
-from builder_service.pipeline.progress import Progress
 from loramux_shared.bundle.norms import row_norms
-from loramux_shared.deployment_file import parse_deployment
-from loramux_shared.sources.open import open_sources
 from loramux_shared.storage.local import LocalStore
 from tests.support.adapters import HIDDEN, Tensors, key, tensors, write_adapter, write_base
+from tests.support.folders import built, deployment_of, workshop
 from tests.support.root import ROOT
 
 PAGE = ROOT / "docs" / "bundle-format.md"
@@ -92,16 +88,8 @@ def published(folder: Path, dtype: str, weights: Tensors | None = None, **config
     write_base(folder / "base", **config)
     if weights:
         save_file(weights, folder / "base" / "model.safetensors")
-    data = {
-        "model_name": "page",
-        "build": {
-            "checkpoint_repository": {"source": "LOCAL", "repo": str(folder / "base")},
-            "lora_adapters": {"one": {"source": "LOCAL", "repo": str(folder / "one")}},
-            "lora_configuration": {"dtype": dtype},
-        },
-    }
-    context = BuildContext(LocalStore(folder / "store"), open_sources(local_roots=[folder]), folder / "work")
-    build(parse_deployment(data).deployment, context, Progress(["one"]))
+    wanted = deployment_of(folder, "one", name="page", lora_configuration={"dtype": dtype})
+    built(wanted, workshop(folder, LocalStore(folder / "store")))
     return folder / "store"
 
 

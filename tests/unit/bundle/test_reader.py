@@ -5,19 +5,15 @@ from datetime import UTC, datetime
 import numpy as np
 import pytest
 
-from builder_service.pipeline.build import build
-from builder_service.pipeline.context import BuildContext
-from builder_service.pipeline.progress import Progress
 from loramux_shared.bundle.claims import generation_numbers
 from loramux_shared.bundle.deployments import current_generation, list_deployments, publish_generation
 from loramux_shared.bundle.generation import current_key, generation_key
 from loramux_shared.bundle.manifest import Manifest, bundle_key, sha256_hex
 from loramux_shared.bundle.reader import read_bundle
-from loramux_shared.deployment_file import parse_deployment
 from loramux_shared.faults import BundleCorrupt
-from loramux_shared.sources.open import open_sources
 from loramux_shared.storage.memory import MemoryStore
 from tests.support.adapters import write_adapter, write_base
+from tests.support.folders import built, deployment_of, workshop
 
 FILES = ("model.lora_weights.npy", "model.lora_config.npy", "manifest.json")
 
@@ -26,16 +22,9 @@ FILES = ("model.lora_weights.npy", "model.lora_config.npy", "manifest.json")
 def store(tmp_path):
     """A store with one deployment of one adapter."""
     store = MemoryStore()
-    base, adapter = write_base(tmp_path / "base"), write_adapter(tmp_path / "adapter")
-    data = {
-        "model_name": "tiny",
-        "build": {
-            "checkpoint_repository": {"source": "LOCAL", "repo": str(base)},
-            "lora_adapters": {"one": {"source": "LOCAL", "repo": str(adapter)}},
-        },
-    }
-    context = BuildContext(store, open_sources(local_roots=[tmp_path]), tmp_path / "work")
-    build(parse_deployment(data).deployment, context, Progress(["one"]))
+    write_base(tmp_path / "base")
+    write_adapter(tmp_path / "one")
+    built(deployment_of(tmp_path, "one"), workshop(tmp_path, store))
     return store
 
 

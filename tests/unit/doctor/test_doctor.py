@@ -25,9 +25,9 @@ from loramux_shared.faults import CheckpointInvalid, ResourcesExhausted
 from loramux_shared.settings import InferenceSettings
 from loramux_shared.storage.memory import MemoryStore
 from tests.support.fake_services import Fakes
+from tests.support.hub_configs import HUB_CONFIGS
 from tests.support.tiny import make_world
 from tests.support.weights import adapter_of
-from tests.unit.bases.test_model_config import HUB_CONFIGS
 
 SETTINGS = InferenceSettings(deployment="none")
 LLAMA = {

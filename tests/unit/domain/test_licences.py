@@ -5,14 +5,10 @@ from __future__ import annotations
 import pytest
 
 from builder_service.domain.origin import licence_warning
-from builder_service.pipeline.build import build
-from builder_service.pipeline.context import BuildContext
-from builder_service.pipeline.progress import Progress
-from loramux_shared.deployment_file import parse_deployment
 from loramux_shared.sources.licence import MAX_README, licence_in, licence_of
-from loramux_shared.sources.open import open_sources
-from loramux_shared.storage.memory import MemoryStore
+from tests.support import folders
 from tests.support.adapters import write_adapter, write_base
+from tests.support.folders import deployment_of, workshop
 
 
 @pytest.mark.parametrize(
@@ -75,19 +71,13 @@ def test_licences_that_differ_or_are_not_known_are_a_warning(adapter, base, warn
 
 def test_a_generation_records_the_licences_of_base_and_adapters(tmp_path):
     """They are in its records, builds warn where they differ, and no README changes a bundle or a revision."""
-    base, adapter = (
-        write_base(tmp_path / "base"),
-        write_adapter(tmp_path / "one", base_model_name_or_path="base"),
-    )
-    repositories = [{"source": "LOCAL", "repo": str(path)} for path in (base, adapter)]
-    data = {"checkpoint_repository": repositories[0], "lora_adapters": {"one": repositories[1]}}
-    deployment = parse_deployment({"model_name": "tiny", "build": data}).deployment
-    context = BuildContext(MemoryStore(), open_sources(local_roots=[tmp_path]), tmp_path / "work")
+    base, adapter = write_base(tmp_path / "base"), tmp_path / "one"
+    write_adapter(adapter, base_model_name_or_path="base")
+    deployment, context = deployment_of(tmp_path, "one"), workshop(tmp_path)
 
     def built():
-        progress = Progress(["one"])
-        generation = build(deployment, context, progress).generation
-        return generation, [(finding.code, finding.found) for finding in progress.adapters[0].warnings]
+        done = folders.built(deployment, context)
+        return done.generation, [(finding.code, finding.found) for finding in done.warnings()]
 
     first, none = built()
     (base / "README.md").write_text("---\nlicense: apache-2.0\n---\n")

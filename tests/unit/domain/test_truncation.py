@@ -9,20 +9,17 @@ import numpy as np
 import pytest
 
 from builder_service.domain.truncation import best_approximation
-from builder_service.pipeline.build import build
 from builder_service.pipeline.check import check_one
 from builder_service.pipeline.context import BuildContext
 from builder_service.pipeline.progress import Progress
 from builder_service.pipeline.validate import check_deployment
 from loramux.messages import deployment_from_message, deployment_to_message
-from loramux_shared.bundle.deployments import current_generation
-from loramux_shared.bundle.reader import read_bundle
+from loramux_shared.bundle.reader import Bundle
 from loramux_shared.deployment import Deployment
-from loramux_shared.deployment_file import parse_deployment
 from loramux_shared.faults import AdapterInvalid, DeploymentInvalid
-from loramux_shared.sources.open import open_sources
-from loramux_shared.storage.memory import MemoryStore
+from tests.support import folders
 from tests.support.adapters import tensors, write_adapter, write_base
+from tests.support.folders import deployment_of, workshop
 
 RANDOM = np.random.default_rng(3)
 
@@ -71,25 +68,17 @@ def context(tmp_path: Path) -> BuildContext:
     write_base(tmp_path / "base")
     values = tensors(("q_proj",), rank=8) | tensors(("v_proj",), rank=4)
     write_adapter(tmp_path / "wide", values, r=8, rank_pattern={"v_proj": 4})
-    return BuildContext(MemoryStore(), open_sources(local_roots=[tmp_path]), tmp_path / "work")
+    return workshop(tmp_path)
 
 
 def deployment(folder: Path, **lora: Any) -> Deployment:
     """A deployment of that adapter, in float32."""
-    build = {
-        "checkpoint_repository": {"source": "LOCAL", "repo": str(folder / "base")},
-        "lora_adapters": {"wide": {"source": "LOCAL", "repo": str(folder / "wide")}},
-        "lora_configuration": {"dtype": "float32"} | lora,
-    }
-    return parse_deployment({"model_name": "tiny", "build": build}).deployment
+    return deployment_of(folder, "wide", lora_configuration={"dtype": "float32"} | lora)
 
 
-def built(wanted: Deployment, context: BuildContext) -> Any:
+def built(wanted: Deployment, context: BuildContext) -> Bundle:
     """Build, and read the bundle as a replica does."""
-    build(wanted, context, Progress(wanted.build.lora_adapters))
-    generation = current_generation(context.store, "tiny")
-    assert generation is not None
-    return read_bundle(context.store, generation.adapters["wide"].digest)
+    return folders.built(wanted, context).bundle("wide")
 
 
 def test_a_rank_above_the_ceiling_is_refused_unless_truncation_is_wished(

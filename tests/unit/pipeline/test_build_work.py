@@ -11,19 +11,16 @@ from pathlib import Path
 import pytest
 
 from builder_service.pipeline.build import build
-from builder_service.pipeline.context import BuildContext
 from builder_service.pipeline.identity import claim_identity
 from builder_service.pipeline.progress import Progress, Stage
 from builder_service.pipeline.space import RESERVE_BYTES, Ledger, Space
 from loramux_shared.bundle.reader import read_bundle
-from loramux_shared.deployment import Deployment
-from loramux_shared.deployment_file import parse_deployment
 from loramux_shared.faults import AdapterInvalid, BuildCancelled, ResourcesExhausted, StoreUnavailable
-from loramux_shared.sources.open import open_sources
 from loramux_shared.storage import patient
 from loramux_shared.storage.memory import MemoryStore
 from loramux_shared.storage.patient import PatientStore
 from tests.support.adapters import tensors, write_adapter, write_base
+from tests.support.folders import deployment_of, workshop
 from tests.support.own_time import OwnTime
 from tests.support.waiting import BOUND_S
 
@@ -48,15 +45,7 @@ class Counting(MemoryStore):
 def context(tmp_path):
     """A workshop over an empty store."""
     write_base(tmp_path / "base")
-    return BuildContext(Counting(), open_sources(local_roots=[tmp_path]), tmp_path / "work")
-
-
-def deployment(folder: Path, *names: str, **lora: int) -> Deployment:
-    """A deployment of adapters below a folder."""
-    local = {name: {"source": "LOCAL", "repo": str(folder / name)} for name in names}
-    base = {"source": "LOCAL", "repo": str(folder / "base")}
-    made = {"checkpoint_repository": base, "lora_adapters": local, "lora_configuration": lora}
-    return parse_deployment({"model_name": "tiny", "build": made}).deployment
+    return workshop(tmp_path, Counting())
 
 
 def test_identical_adapters_are_converted_once(tmp_path, context):
@@ -66,7 +55,7 @@ def test_identical_adapters_are_converted_once(tmp_path, context):
     write_adapter(tmp_path / "d", tensors(seed=1))
     seen = []
     progress = Progress("abcd", lambda: seen.append(progress.adapters))
-    records = build(deployment(tmp_path, *"abcd"), context, progress).generation.adapters
+    records = build(deployment_of(tmp_path, *"abcd"), context, progress).generation.adapters
     assert len({record.digest for record in records.values()}) == 2
     assert sum(key.endswith("weights.npy") for key in context.store.puts) == 2
     assert [adapter.stage for adapter in progress.adapters] == [Stage.DONE] * 4
@@ -86,7 +75,7 @@ def test_identical_adapters_are_refused_under_each_name(tmp_path, context):
     for name in ("a", "b"):
         write_adapter(tmp_path / name, use_dora=True)
     with pytest.raises(AdapterInvalid) as refusal:
-        build(deployment(tmp_path, "a", "b"), context, Progress("ab"))
+        build(deployment_of(tmp_path, "a", "b"), context, Progress("ab"))
     assert [(item.adapter, item.code) for item in refusal.value.findings] == [("a", "E_DORA"), ("b", "E_DORA")]
 
 
@@ -105,7 +94,7 @@ def test_adapters_are_published_side_by_side(tmp_path, context):
     for i, name in enumerate("abcd"):
         write_adapter(tmp_path / name, tensors(seed=i))
     context = replace(context, store=Meeting(), parallel_adapters=2)
-    build(deployment(tmp_path, *"abcd"), context, Progress("abcd"))
+    build(deployment_of(tmp_path, *"abcd"), context, Progress("abcd"))
     assert len(context.store.threads) >= 2
 
 
@@ -116,7 +105,7 @@ def test_nothing_is_published_before_everything_is_valid(tmp_path, context):
     write_adapter(tmp_path / "z", task_type="SEQ_CLS")
     names = [*(f"a{i:02}" for i in range(12)), "z"]
     with pytest.raises(AdapterInvalid):
-        build(deployment(tmp_path, *names), context, Progress(names))
+        build(deployment_of(tmp_path, *names), context, Progress(names))
     assert context.store.puts == []
 
 
@@ -127,12 +116,12 @@ def test_a_build_stays_within_its_room(tmp_path, context):
     seen = []
     progress = Progress("a", lambda: seen.append(progress.adapters[0].bytes_done))
     with pytest.raises(ResourcesExhausted, match=f"{size} bytes.* may write 1000"):
-        build(deployment(tmp_path, "a"), replace(context, max_build_bytes=1000), progress)
+        build(deployment_of(tmp_path, "a"), replace(context, max_build_bytes=1000), progress)
     assert set(seen) == {0}
     with pytest.raises(ResourcesExhausted, match="the bundle of adapter 'a'"):
-        build(deployment(tmp_path, "a"), replace(context, max_build_bytes=size + 10), Progress("a"))
+        build(deployment_of(tmp_path, "a"), replace(context, max_build_bytes=size + 10), Progress("a"))
     assert context.store.puts == []
-    build(deployment(tmp_path, "a"), replace(context, max_build_bytes=3 * size), Progress("a"))
+    build(deployment_of(tmp_path, "a"), replace(context, max_build_bytes=3 * size), Progress("a"))
 
 
 def test_builds_share_the_disk(tmp_path):

@@ -11,18 +11,13 @@ from safetensors.numpy import save_file
 
 from builder_service.domain.tensor_names import LoraKey, nearest_key, parse_key
 from builder_service.pipeline.base_weights import BaseWeights
-from builder_service.pipeline.build import build
-from builder_service.pipeline.context import BuildContext
-from builder_service.pipeline.progress import Progress
 from loramux_shared.bundle.manifest import Coverage, Manifest
-from loramux_shared.bundle.reader import read_manifest
 from loramux_shared.deployment import Repository
-from loramux_shared.deployment_file import parse_deployment
 from loramux_shared.faults import AdapterInvalid, BundleCorrupt, CheckpointInvalid
 from loramux_shared.sources.checkpoint import describe_base
 from loramux_shared.sources.open import open_sources
-from loramux_shared.storage.memory import MemoryStore
 from tests.support.adapters import HIDDEN, VOCAB, tensors, write_adapter, write_base
+from tests.support.folders import built, deployment_of, workshop
 
 EMBED = "base_model.model.model.embed_tokens.weight"
 HEAD = "base_model.model.lm_head.weight"
@@ -45,19 +40,9 @@ def sharded_base(folder: Path) -> None:
     (folder / "base" / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": table}))
 
 
-def built(folder: Path, **config: Any) -> Manifest:
+def manifest_of(folder: Path) -> Manifest:
     """Build the adapter of a folder and return its manifest."""
-    data = {
-        "model_name": "tiny",
-        "build": {
-            "checkpoint_repository": {"source": "LOCAL", "repo": str(folder / "base")},
-            "lora_adapters": {"one": {"source": "LOCAL", "repo": str(folder / "one")}},
-        },
-    }
-    store = MemoryStore()
-    context = BuildContext(store, open_sources(local_roots=[folder]), folder / "work")
-    generation = build(parse_deployment(data).deployment, context, Progress(["one"])).generation
-    return read_manifest(store, generation.adapters["one"].digest)
+    return built(deployment_of(folder, "one"), workshop(folder)).bundle().manifest
 
 
 def test_every_key_is_used_or_redundant(tmp_path):
@@ -65,7 +50,7 @@ def test_every_key_is_used_or_redundant(tmp_path):
     sharded_base(tmp_path)
     values = {**tensors(), EMBED: matrix(1).astype(np.float32), HEAD: matrix(2)}
     write_adapter(tmp_path / "one", values, modules_to_save=["embed_tokens", "lm_head"], revision="v2")
-    manifest = built(tmp_path)
+    manifest = manifest_of(tmp_path)
     assert manifest.coverage == Coverage(used=tuple(sorted(tensors())), redundant=(HEAD, EMBED))
     assert manifest.base_model_revision == "v2"
     (warning,) = manifest.warnings
@@ -78,7 +63,7 @@ def test_one_other_value_is_no_copy(tmp_path):
     head = matrix(2)
     head[-1, -1] += 1
     write_adapter(tmp_path / "one", {**tensors(), EMBED: matrix(1), HEAD: head}, modules_to_save=["lm_head"])
-    manifest = built(tmp_path)
+    manifest = manifest_of(tmp_path)
     assert manifest.coverage == Coverage(used=tuple(sorted([*tensors(), HEAD])), redundant=(EMBED,))
     (replaced,) = manifest.replaced
     assert (replaced.module, replaced.tokens) == ("head", ((VOCAB - 1, 1),))
@@ -91,9 +76,9 @@ def test_tied_matrices_of_two_values_are_refused(tmp_path):
     head[3] = 1
     write_adapter(tmp_path / "one", {**tensors(), EMBED: 2 * head, HEAD: head})
     with pytest.raises(AdapterInvalid, match=r"E_EMBED.*two matrices that differ"):
-        built(tmp_path)
+        manifest_of(tmp_path)
     write_adapter(tmp_path / "one", {**tensors(), EMBED: head, HEAD: head})
-    assert [(part.module, part.tokens) for part in built(tmp_path).replaced] == [
+    assert [(part.module, part.tokens) for part in manifest_of(tmp_path).replaced] == [
         ("embedding", ((3, 1),)),
         ("head", ((3, 1),)),
     ]
@@ -104,7 +89,7 @@ def test_the_vocabulary_is_named_with_both_sizes(tmp_path):
     sharded_base(tmp_path)
     write_adapter(tmp_path / "one", {**tensors(), EMBED: np.zeros((VOCAB + 2, HIDDEN), np.float16)})
     with pytest.raises(AdapterInvalid, match="found 32 and 34 rows"):
-        built(tmp_path)
+        manifest_of(tmp_path)
 
 
 def test_nothing_is_compared_with_a_base_that_changed(tmp_path):

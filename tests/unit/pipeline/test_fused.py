@@ -9,15 +9,11 @@ import pytest
 import torch
 import transformers
 
-from builder_service.pipeline.build import build
-from builder_service.pipeline.context import BuildContext
-from builder_service.pipeline.progress import Progress
-from loramux_shared.bundle.reader import Bundle, read_bundle
-from loramux_shared.deployment_file import parse_deployment
+from loramux_shared.bundle.reader import Bundle
 from loramux_shared.faults import AdapterInvalid
-from loramux_shared.sources.open import open_sources
-from loramux_shared.storage.memory import MemoryStore
+from tests.support import folders
 from tests.support.adapters import BASE_CONFIG, HEADS, HIDDEN, INTERMEDIATE, KV_HEADS, write_adapter, write_base
+from tests.support.folders import deployment_of
 
 CONFIG = BASE_CONFIG | {"model_type": "phi3", "architectures": ["Phi3ForCausalLM"], "torch_dtype": "float32"}
 HEAD_DIM = HIDDEN // HEADS
@@ -50,18 +46,8 @@ def phi3_adapter(folder: Path, **config: Any) -> dict[str, np.ndarray]:
 def built(folder: Path, **lora: Any) -> Bundle:
     """Build the adapter of a folder for a Phi-3 base."""
     write_base(folder / "base", **CONFIG)
-    data = {
-        "model_name": "phi",
-        "build": {
-            "checkpoint_repository": {"source": "LOCAL", "repo": str(folder / "base")},
-            "lora_adapters": {"one": {"source": "LOCAL", "repo": str(folder / "one")}},
-            "lora_configuration": lora,
-        },
-    }
-    store = MemoryStore()
-    context = BuildContext(store, open_sources(local_roots=[folder]), folder / "work")
-    generation = build(parse_deployment(data).deployment, context, Progress(["one"])).generation
-    return read_bundle(store, generation.adapters["one"].digest)
+    wanted = deployment_of(folder, "one", lora_configuration=lora)
+    return folders.built(wanted, folders.workshop(folder)).bundle()
 
 
 def test_fused_projections_are_split_into_exact_rows(tmp_path):
