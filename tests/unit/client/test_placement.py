@@ -35,7 +35,7 @@ def test_the_order_is_the_same_everywhere() -> None:
     assert found == ["15234", "51423", "41532"]
 
 
-@settings(max_examples=examples(50))
+@settings(max_examples=examples(25))
 @given(names, fleets)
 def test_who_leaves_moves_its_own_models_only(model: str, fleet: list[str]) -> None:
     """The order of the others stays as it was."""
@@ -52,7 +52,7 @@ def test_models_are_spread_evenly() -> None:
     assert all(900 < count < 1100 for count in first.values())
 
 
-@settings(max_examples=examples(50))
+@settings(max_examples=examples(25))
 @given(st.lists(st.tuples(names, st.integers(0, 3)), max_size=120), fleets, st.floats(0, 0.999))
 def test_no_replica_has_many_more_than_the_mean(
     steps: list[tuple[str, int]], fleet: list[str], spot: float
@@ -107,8 +107,8 @@ def test_a_popular_model_goes_on_where_its_share_is_taken() -> None:
 def test_popularity_is_forgotten() -> None:
     """What is asked for no more is spread no more, and costs nothing."""
     popularity = Popularity()
-    for number in range(60_000):
-        popularity.copies("old" if number < 5000 else f"new-{number % 50}", 10)
+    for number in range(30_000):
+        popularity.copies("old" if number < 1000 else f"new-{number % 50}", 10)
     assert popularity.copies("old", 10) == 1
     assert len(popularity._asked) < 60
 

@@ -18,10 +18,10 @@ from loramux_shared.settings import CLIENT_VARIABLES, PREFIX, BuilderSettings, I
 from loramux_shared.storage.open import open_store
 from tests.golden.metrics.script import NAMES
 from tests.support.commands import assert_takes
+from tests.support.root import ROOT
 from tests.unit.project.kubernetes.manifests import (
     KUBERNETES,
     OVERLAYS,
-    ROOT,
     Resource,
     containers,
     of_kind,

@@ -12,10 +12,10 @@ import jsonschema
 import pytest
 import yaml
 
+from tests.support.root import ROOT
 from tests.unit.project.kubernetes.manifests import (
     KUBERNETES,
     OVERLAYS,
-    ROOT,
     check,
     of_kind,
     plain,
