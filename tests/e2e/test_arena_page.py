@@ -50,13 +50,19 @@ def written(path: Path, count: int) -> str:
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def page(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Page]:
+async def tab(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[tuple[Page, str]]:
     folder = tmp_path_factory.mktemp("browser")
-    url = written(folder / "report.html", 60)
-    async with browser(folder / "profile") as page:
-        await page.appear(1280, 800)
-        await page.open(url)
-        yield page
+    async with browser(folder / "profile") as tab:
+        yield tab, written(folder / "report.html", 60)
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def page(tab: tuple[Page, str]) -> Page:
+    """The report as it is found when it is opened."""
+    page, url = tab
+    await page.appear(1280, 800)
+    await page.open(url)
+    return page
 
 
 async def choose(page: Page, field: str, value: str) -> None:
