@@ -52,12 +52,18 @@ def mutated(rng: Random, *, costly: bool) -> bytes:
     return json_text(value, rng)
 
 
-def fuzz(folder: Path, seed: int, count: int) -> None:
+RUNS = [
+    pytest.param(range(75), id="short"),
+    pytest.param(range(10_000, 30_000), marks=(pytest.mark.sweep, pytest.mark.timeout(3600)), id="long"),
+]
+
+
+def fuzz(folder: Path, cases: range) -> None:
     """Check so many mutations, each from a seed of its own."""
     rules = book()
     write_adapter(folder)
     with bounded() as watch:
-        for case in range(seed, seed + count):
+        for case in cases:
             (folder / "adapter_config.json").write_bytes(mutated(Random(case), costly=case % 500 == 499))
             with watch.case(f"seed {case}"):
                 checked = check_adapter(folder, rules)
@@ -71,9 +77,10 @@ def fuzz(folder: Path, seed: int, count: int) -> None:
             assert all(math.isfinite(planned.row.scale) for planned in checked.rows), case
 
 
-def test_mutated_configs_are_taken_or_refused_by_name(tmp_path):
+@pytest.mark.parametrize("cases", RUNS)
+def test_mutated_configs_are_taken_or_refused_by_name(tmp_path: Path, cases: range) -> None:
     """Whatever a config says, there is a named finding or rows with finite scales; never anything else."""
-    fuzz(tmp_path, 0, 75)
+    fuzz(tmp_path, cases)
 
 
 KINDS = {
@@ -119,10 +126,3 @@ def test_odd_shapes_of_other_kinds_are_taken_or_refused_by_name(tmp_path):
             assert all((row.row.in_features, row.row.out_features) == (16, 16) for row in checked.rows), case
             accepted += bool(checked.rows)
     assert 13 < accepted < 67
-
-
-@pytest.mark.sweep
-@pytest.mark.timeout(3600)
-def test_mutated_configs_are_taken_or_refused_by_name_in_a_long_sweep(tmp_path):
-    """The same of twenty thousand mutations."""
-    fuzz(tmp_path, 10_000, 20_000)

@@ -73,11 +73,17 @@ def same_numbers(folder: Path, npy: NpyAdapter) -> bool:
     return True
 
 
-def fuzz(folder: Path, seed: int, count: int) -> None:
+RUNS = [
+    pytest.param(range(100), id="short"),
+    pytest.param(range(10_000, 30_000), marks=(pytest.mark.sweep, pytest.mark.timeout(3600)), id="long"),
+]
+
+
+def fuzz(folder: Path, cases: range) -> None:
     """Check so many mutations, each from a seed of its own."""
     rules = book()
     with bounded() as watch:
-        for case in range(seed, seed + count):
+        for case in cases:
             written(folder, Random(case))
             with watch.case(f"seed {case}"):
                 npy, whole = checked(folder, rules)
@@ -92,13 +98,7 @@ def fuzz(folder: Path, seed: int, count: int) -> None:
                 assert same_numbers(folder, npy), case
 
 
-def test_mutated_files_are_taken_or_refused_by_name(tmp_path):
+@pytest.mark.parametrize("cases", RUNS)
+def test_mutated_files_are_taken_or_refused_by_name(tmp_path: Path, cases: range) -> None:
     """Whatever is accepted has the numbers that numpy reads; whatever is refused has a code."""
-    fuzz(tmp_path, 0, 100)
-
-
-@pytest.mark.sweep
-@pytest.mark.timeout(3600)
-def test_mutated_files_are_taken_or_refused_by_name_in_a_long_sweep(tmp_path):
-    """The same of twenty thousand mutations."""
-    fuzz(tmp_path, 10_000, 20_000)
+    fuzz(tmp_path, cases)

@@ -48,12 +48,18 @@ def opened(path: Path) -> TensorFile | None:
         return None
 
 
-def fuzz(folder: Path, seed: int, count: int) -> None:
+RUNS = [
+    pytest.param(range(300), id="short"),
+    pytest.param(range(10_000, 30_000), marks=(pytest.mark.sweep, pytest.mark.timeout(3600)), id="long"),
+]
+
+
+def fuzz(folder: Path, cases: range) -> None:
     """Check so many mutations, each from a seed of its own."""
     write_adapter(folder)
     path, rules = folder / "adapter_model.safetensors", book()
     with bounded() as watch:
-        for case in range(seed, seed + count):
+        for case in cases:
             data = mutated(Random(case))
             path.write_bytes(data)
             with watch.case(f"seed {case}"):
@@ -67,13 +73,7 @@ def fuzz(folder: Path, seed: int, count: int) -> None:
                 assert theirs == {name: tensor.shape for name, tensor in file.tensors.items()}, case
 
 
-def test_mutated_files_are_read_as_the_library_reads_them(tmp_path):
+@pytest.mark.parametrize("cases", RUNS)
+def test_mutated_files_are_read_as_the_library_reads_them(tmp_path: Path, cases: range) -> None:
     """Whatever is accepted is accepted by the library too; whatever is refused has a code."""
-    fuzz(tmp_path, 0, 300)
-
-
-@pytest.mark.sweep
-@pytest.mark.timeout(3600)
-def test_mutated_files_are_read_as_the_library_reads_them_in_a_long_sweep(tmp_path):
-    """The same of twenty thousand mutations."""
-    fuzz(tmp_path, 10_000, 20_000)
+    fuzz(tmp_path, cases)

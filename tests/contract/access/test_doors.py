@@ -13,7 +13,6 @@ import grpc
 import httpx
 import pytest
 from google.protobuf.descriptor_pb2 import FileDescriptorProto
-from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from builder_service.builds.builds import Builds
@@ -155,19 +154,6 @@ async def test_what_does_not_exist_asks_for_a_key_too(guarded: Any) -> None:
     assert await outcome(channel, "/no.such.Service/Nope", KEYS["admin"]) == "UNIMPLEMENTED"
 
 
-async def test_health_is_told_without_a_key(guarded: Any) -> None:
-    """Orchestrators learn the health of the server and of each service without a key."""
-    service, channel = guarded
-    check = channel.unary_unary(
-        f"/{HEALTH}/Check",
-        request_serializer=health_pb2.HealthCheckRequest.SerializeToString,
-        response_deserializer=health_pb2.HealthCheckResponse.FromString,
-    )
-    for name in ("", service):
-        answer = await check(health_pb2.HealthCheckRequest(service=name))
-        assert answer.status == health_pb2.HealthCheckResponse.SERVING
-
-
 @pytest.mark.parametrize("endpoint", ENDPOINTS, ids=lambda each: f"{each.method} {each.path}")
 async def test_every_route_asks_for_a_key(endpoint: Any, service: GenerationService) -> None:
     """Every route is served; all but health and the page ask for a key with the scope of what they do."""
@@ -218,10 +204,7 @@ async def test_a_key_sees_its_models_only(address: str) -> None:
 
 async def test_calls_at_the_same_time_keep_their_rights(address: str) -> None:
     """The rights of a call are its own, however many others run in between."""
-    async with (
-        AsyncClient(address, api_key=RESTRICTED) as ann,
-        AsyncClient(address, api_key=OTHER) as bob,
-    ):
+    async with AsyncClient(address, api_key=RESTRICTED) as ann, AsyncClient(address, api_key=OTHER) as bob:
         answers = await asyncio.gather(*(client.models() for _ in range(50) for client in (ann, bob)))
     assert {tuple(model.name for model in answer) for answer in answers[::2]} == {("wide",)}
     assert {tuple(model.name for model in answer) for answer in answers[1::2]} == {("base", "rs")}

@@ -166,12 +166,15 @@ async def test_a_name_that_is_gone_is_not_found_and_what_runs_on_it_ends(
     service = await opened((world[0], store))
     generation = current_generation(store, "tiny")
     assert generation is not None
+    engine = service.ready.engine
+    await engine.pause()
     running = asyncio.create_task(_tokens(service, "all", max_tokens=60))
-    await until(lambda: service.ready.engine.stats.running, "the request that runs")
+    await until(lambda: engine.stats.waiting, "the request that is held", lambda: engine.stats)
     rest = {name: record for name, record in generation.adapters.items() if name != "all"}
     service.ready.service.apply(_published(store, generation, rest))
     with pytest.raises(ModelNotFound):
         await _tokens(service, "all")
+    engine.resume()
     digest, tokens = await running
     assert tokens[:8] == expected[digest]
     assert len(tokens) == 60

@@ -13,6 +13,7 @@ from inference_service.openai_api.server import HttpServer
 from inference_service.serving.service import GenerationService
 from tests.support.raw_http import JSON, RawClient
 from tests.support.silent import silent_service
+from tests.support.waiting import BOUND_S
 
 BODY = b'{"model": "base", "prompt": "HI"}'
 CHUNKS = b"%x\r\n%s\r\n0\r\n\r\n" % (len(BODY), BODY)
@@ -125,7 +126,7 @@ async def client(service: GenerationService) -> AsyncIterator[RawClient]:
     client = await RawClient.open(await server.start())
     yield client
     client.close()
-    assert await server.drain(1)
+    assert await server.drain(BOUND_S)
 
 
 @pytest.mark.parametrize("case", TAKEN)

@@ -99,21 +99,6 @@ async def test_several_answers_are_apart(door: OpenAIDoor) -> None:
     assert streamed == said
 
 
-async def test_the_defaults_are_the_apis(door: OpenAIDoor) -> None:
-    """Without a temperature an answer is sampled; without a length, a plain prompt gets 16 tokens."""
-    chats = [
-        await door.openai.chat.completions.create(model="base", messages=USER, max_tokens=12, seed=seed)
-        for seed in (1, 2, 1)
-    ]
-    first, second, again = (chat.choices[0].message.content for chat in chats)
-    assert first == again != second
-    completion = await door.openai.completions.create(
-        model="base", prompt="HI", extra_body={"ignore_eos": True}
-    )
-    assert completion.usage
-    assert completion.usage.completion_tokens == 16
-
-
 async def test_logprobs_of_a_chat(door: OpenAIDoor) -> None:
     """Each token with its text, its bytes and its rivals, in a stream and as a whole."""
     options = GREEDY | {"max_tokens": 4, "logprobs": True, "top_logprobs": 2}

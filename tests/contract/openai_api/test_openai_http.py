@@ -254,19 +254,21 @@ def _sent(body: dict[str, Any]) -> bytes:
     )
 
 
-async def _until_running(door: OpenAIDoor) -> None:
-    """Wait until the engine has a sequence in work."""
-    await until(lambda: door.ready.engine.stats.running, "a sequence in work", lambda: door.ready.engine.stats)
+async def _begun(door: OpenAIDoor, before: int) -> None:
+    """Wait until the engine has generated more than so many tokens."""
+    engine = door.ready.engine
+    await until(lambda: engine.stats.tokens_generated > before, "a sequence in work", lambda: engine.stats)
 
 
 @pytest.mark.parametrize("stream", [True, False])
 async def test_a_client_that_goes_away_frees_its_sequences(door: OpenAIDoor, stream: bool) -> None:
     """The engine is idle again, whether the answer was streamed or awaited as a whole."""
     client = await RawClient.open(door.server.address)
+    before = door.ready.engine.stats.tokens_generated
     await client.send(_sent(LONG | {"stream": stream, "prompt": [[5, 6, 7]] * 4}))
     if stream:
         await client.reader.readuntil(b"data: ")
-    await _until_running(door)
+    await _begun(door, before)
     client.writer.transport.abort()
     await door.until_free()
 
@@ -279,8 +281,9 @@ async def test_a_client_that_does_not_read_holds_up_nobody(door: OpenAIDoor) -> 
         loop, (host, port) = asyncio.get_running_loop(), door.server.address.split(":")
         await loop.sock_connect(sock, (host, int(port)))
         body = {"stream": True, "prompt": [[5, 6, 7]] * 4, "logprobs": 20, "n": 2, "max_tokens": 150}
+        before = door.ready.engine.stats.tokens_generated
         await loop.sock_sendall(sock, _sent(LONG | body))
-        await _until_running(door)
+        await _begun(door, before)
         assert (await door.post(CHAT, **HI | {"max_tokens": 20})).status_code == 200
         await door.until_free()
         read = b""

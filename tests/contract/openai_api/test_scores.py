@@ -75,7 +75,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[World, MemoryStore]:
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def door(made: tuple[World, MemoryStore]) -> AsyncIterator[OpenAIDoor]:
+async def opened(made: tuple[World, MemoryStore]) -> AsyncIterator[OpenAIDoor]:
     async with open_door(made, max_batch_tokens=32) as door:
         yield door
 

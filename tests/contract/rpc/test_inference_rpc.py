@@ -21,10 +21,9 @@ from grpc_status import rpc_status
 
 from inference_service.rpc.servicer import SERVICE_NAME, InferenceServicer, register
 from inference_service.startup.load import Ready
-from loramux import AsyncClient, Client, FinishReason, PromptLogprobs, Started, faults
+from loramux import AsyncClient, Client, FinishReason, PromptLogprobs, faults
 from loramux.inference.v1 import inference_pb2 as pb
 from loramux.inference.v1 import inference_pb2_grpc
-from loramux.records import Delta, Finished
 from loramux_shared.rpc.server import RpcServer
 from loramux_shared.rpc.status import fault_of
 from loramux_shared.storage.memory import MemoryStore
@@ -364,14 +363,6 @@ async def test_n_answers_are_choices(door: Door) -> None:
     with Client(door.server.address) as sync:
         again = await asyncio.to_thread(sync.complete, "base", PROMPT, n=3, **SAMPLED)
     assert again.choices == several.choices
-
-
-async def test_events_carry_their_index(door: Door) -> None:
-    """One Started, and per answer its deltas and one Finished."""
-    events = [event async for event in door.client.generate("all", PROMPT, n=2, **SAMPLED)]
-    assert [event.index for event in events if isinstance(event, Finished)] in ([0, 1], [1, 0])
-    assert {event.index for event in events if isinstance(event, Delta)} == {0, 1}
-    assert sum(isinstance(event, Started) for event in events) == 1
 
 
 async def test_long_prompts_are_scored_in_several_messages(door: Door) -> None:

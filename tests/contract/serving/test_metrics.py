@@ -82,7 +82,7 @@ async def test_time_counts_from_arrival_at_the_socket(door: OpenAIDoor) -> None:
     client = await RawClient.open(door.server.address)
     head = b"POST /v1/completions HTTP/1.1\r\n" + JSON + b"Content-Length: %d\r\n\r\n" % len(body)
     client.writer.write(head + body)  # it is sent at once
-    time.sleep(0.3)
+    time.sleep(0.3)  # the loop is busy, with at least as much as is looked for below
     assert (await client.answer())[0] == 200
     client.close()
     said = await scrape(door)

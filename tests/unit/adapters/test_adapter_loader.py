@@ -295,7 +295,7 @@ def test_packing_leaves_the_threads_of_the_steps_alone(store, make):
     load(make(pack), store.digests[0])
     thread = threading.Thread(target=lambda: later.append(torch.get_num_threads()))
     thread.start()
-    thread.join()
+    thread.join(BOUND_S)
     assert seen == [1]
     assert (torch.get_num_threads(), later) == (before, [before])
 
