@@ -424,7 +424,7 @@ async def test_a_drain_that_takes_too_long_cuts_what_is_open(
     async with open_door(world) as door:
         body = LONG | {"stream": stream, "n": 8}
         asking = asyncio.create_task(door.http.post(COMPLETIONS, json=body))
-        await _until_running(door)
+        await _begun(door, 0)
         assert not await door.server.drain(0, door.ready.engine.cut)
         answer = await asking
         if stream:
