@@ -423,9 +423,12 @@ async def test_a_drain_that_takes_too_long_cuts_what_is_open(
     """When the time is over, what is open is told so, in an event or by a status, and its sequences freed."""
     async with open_door(world) as door:
         body = LONG | {"stream": stream, "n": 8}
+        engine = door.ready.engine
+        await engine.pause()
         asking = asyncio.create_task(door.http.post(COMPLETIONS, json=body))
-        await _begun(door, 0)
-        assert not await door.server.drain(0, door.ready.engine.cut)
+        await until(lambda: engine.stats.waiting, "a request that waits", lambda: engine.stats)
+        assert not await door.server.drain(0, engine.cut)
+        engine.resume()
         answer = await asking
         if stream:
             *_, last = [line for line in answer.text.splitlines() if line]
