@@ -8,23 +8,20 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Final
 
-from pydantic import TypeAdapter, ValidationError
-
 from builder_service.pipeline.build import BuildResult
 from builder_service.pipeline.context import BuildContext
 from builder_service.pipeline.making import Workshop, workshop
 from builder_service.pipeline.progress import AdapterProgress, Progress
 from builder_service.pipeline.push import PushedAdapter
-from builder_service.pipeline.update import push
+from builder_service.pipeline.update import changed, push
 from loramux_shared.adapter_files import CONFIG, WEIGHTS
 from loramux_shared.bundle.changes import newest_generation, require
 from loramux_shared.bundle.generation import AdapterRecord
-from loramux_shared.deployment import NAME_RULE, Name
+from loramux_shared.bundle.names import bad_name
 from loramux_shared.faults import (
     BuildInterrupted,
     ClientStalled,
     DeploymentInvalid,
-    Finding,
     QueueFull,
     RequestInvalid,
     ResourcesExhausted,
@@ -38,8 +35,6 @@ OPEN: Final = 64
 """Uploads that are open at once."""
 UPLOAD_S: Final = 600.0
 """For a whole upload."""
-
-_NAME: Final[TypeAdapter[str]] = TypeAdapter(Name)
 
 
 @dataclass(frozen=True)
@@ -104,7 +99,8 @@ class Pushes:
         upload = await anext(parts, None)
         if not isinstance(upload, Upload):
             raise RequestInvalid("the first message of PutAdapter: expected an upload, found something else.")
-        _check_name(upload.name)
+        if finding := bad_name(upload.name, "name"):
+            raise DeploymentInvalid("the adapter's name cannot be one", [finding])
         progress = Progress([upload.name])
         self._open.add(progress)
         try:
@@ -149,7 +145,9 @@ class Pushes:
 
     def _look(self, upload: Upload) -> None:
         """Refuse what can be refused before anything is sent."""
-        require(newest_generation(self._context.store, upload.deployment), upload.expected_generation)
+        before = newest_generation(self._context.store, upload.deployment)
+        require(before, upload.expected_generation)
+        changed(before, {upload.name: None}, ()).check_names()
 
 
 async def _receive(
@@ -175,13 +173,3 @@ async def _until_done(
         shop.progress.stop()
         await asyncio.gather(waiting, return_exceptions=True)
         raise
-
-
-def _check_name(name: str) -> None:
-    try:
-        _NAME.validate_python(name)
-    except ValidationError as error:
-        finding = Finding(
-            code="E_BAD_FIELD", where="name", expected="a name", found=repr(name[:80]), fix=NAME_RULE
-        )
-        raise DeploymentInvalid("the adapter's name cannot be one", [finding]) from error

@@ -20,6 +20,7 @@ def rollback(name: str, to: int | None, expected: int | None, context: BuildCont
     Raises:
         DeploymentNotFound: there is no such deployment.
         GenerationNotFound: it has no such generation; the message lists those that it has.
+        DeploymentInvalid: the names of the older generation do not fit together.
         GenerationMismatch: the newest generation is another than the expected one.
         BundleCorrupt: the older generation, or a bundle to which it refers, is not whole any more.
         StoreUnavailable: the store does not answer.

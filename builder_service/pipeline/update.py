@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 
 import structlog
@@ -17,8 +16,8 @@ from builder_service.pipeline.push import PushedAdapter
 from builder_service.pipeline.wishes import Update
 from loramux_shared.bundle.changes import newest_generation, publish_change, require
 from loramux_shared.bundle.generation import AdapterRecord, Generation, Recipe
-from loramux_shared.deployment import NAME_TAKEN, Build, LoraConfiguration, Merge
-from loramux_shared.faults import AdapterNotFound, DeploymentInvalid, Finding, GenerationMismatch
+from loramux_shared.deployment import Build, LoraConfiguration
+from loramux_shared.faults import AdapterNotFound, GenerationMismatch
 from loramux_shared.storage.base import Store
 from loramux_shared.storage.patient import PatientStore
 from loramux_shared.wording import listed
@@ -48,7 +47,7 @@ def update(wish: Update, context: BuildContext, progress: Progress, *, again: bo
         before = known = newest_generation(store, wish.name, known)
         if not again:
             require(before, wish.expected_generation)
-        check_names(changed(before, dict.fromkeys(wish.add), wish.remove))
+        changed(before, dict.fromkeys(wish.add), wish.remove).check_names()
         records: dict[str, AdapterRecord] = {}
         if wish.add:
             with workshop(context, store, progress) as shop:
@@ -73,7 +72,6 @@ def push(pushed: PushedAdapter, shop: Workshop, expected: int | None) -> tuple[B
     store, check = shop.store, shop.progress.check
     before = newest_generation(store, pushed.deployment)
     require(before, expected)
-    check_names(changed(before, {pushed.name: None}, ()))
     fetched = pushed.fetched(before.recipe.signed_by if before.recipe else ())
     there = Keeping(before).unasked(pushed.name, fetched.source)
     found = keep(store, [there], before.base, shop.progress, verify=False) if there else {}
@@ -110,29 +108,7 @@ def check_update(store: Store, wish: Update) -> None:
         raise AdapterNotFound(
             f"deployment {before.deployment} has no adapter {listed(missing)}; it has {listed(before.adapters)}"
         )
-    check_names(changed(before, dict.fromkeys(wish.add), wish.remove))
-
-
-def check_names(wanted: Generation) -> None:
-    """Raise `DeploymentInvalid` where the names of a deployment's models do not fit together."""
-    counts = Counter(map(str.casefold, wanted.adapters))
-    base = wanted.served_model_name.casefold()
-    findings = [
-        _finding(name, NAME_TAKEN if name.casefold() == base else "names that differ in more than case")
-        for name in wanted.adapters
-        if counts[name.casefold()] > 1 or name.casefold() == base
-    ]
-    if not wanted.serve_base and not wanted.adapters:
-        findings.append(_finding("", "at least one adapter where runtime.serve_base is false"))
-    if wanted.merge is Merge.ALWAYS and len(wanted.adapters) != 1:
-        findings.append(_finding("", "one adapter where runtime.merge is always"))
-    if findings:
-        raise DeploymentInvalid(f"deployment {wanted.deployment}: its names do not fit together", findings)
-
-
-def _finding(adapter: str, expected: str) -> Finding:
-    where = f"adapters.{adapter}" if adapter else "adapters"
-    return Finding(code="E_BAD_FIELD", where=where, expected=expected, found=adapter)
+    changed(before, dict.fromkeys(wish.add), wish.remove).check_names()
 
 
 def _making(shop: Workshop, before: Generation) -> Making:
@@ -172,9 +148,7 @@ def _publish(
     def change(current: Generation) -> Generation:
         if records and not same_conditions(before, current):
             raise Moved
-        wanted = changed(current, records, remove)
-        check_names(wanted)
-        return wanted
+        return changed(current, records, remove)
 
     name = before.deployment
     check()

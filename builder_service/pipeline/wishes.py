@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pydantic import Field, model_validator
 
-from loramux_shared.deployment import Model, Name, Repository, StoredName
+from loramux_shared.bundle.names import Name, StoredName
+from loramux_shared.deployment import Model, Repository
 
 
 class Update(Model):

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator
 from enum import StrEnum
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from loramux_shared.bundle.names import ModelNames, Name
 from loramux_shared.limits import Limits, unset
 from loramux_shared.parsers import ReasoningParser, ToolParser
 from loramux_shared.pooling import Pooling
@@ -16,19 +16,6 @@ from loramux_shared.rounding import Rounding
 from loramux_shared.signing.signers import is_file, parse_signer
 
 DEFAULT_MAX_LORA_RANK = 64
-
-
-def _no_path(name: str) -> str:
-    if name in {".", ".."}:
-        raise ValueError("a name that is no step of a path")
-    return name
-
-
-Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_:][a-zA-Z0-9_\-\.:]*$", max_length=128)]
-"""A name that can be an OpenAI ``model``, a part of an object's key, and an argument of a command."""
-StoredName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_\-\.:]+$", max_length=128), AfterValidator(_no_path)]
-"""What a store may have: older releases took names that begin with a dot or a dash."""
-NAME_RULE = "Begin with a letter, a digit, _ or :, and go on with these, - and dots."
 
 
 class SourceKind(StrEnum):
@@ -162,16 +149,6 @@ class Build(Model):
                 data["lora_configuration"] = block
         return data
 
-    @field_validator("lora_adapters")
-    @classmethod
-    def _differ_in_more_than_case(cls, adapters: dict[str, Repository]) -> dict[str, Repository]:
-        seen: dict[str, str] = {}
-        for name in adapters:
-            other = seen.setdefault(name.casefold(), name)
-            if other != name:
-                raise ValueError(f"names that differ in more than case, unlike {other} and {name}")
-        return adapters
-
     @field_validator("signed_by", "base_signed_by")
     @classmethod
     def _signers(cls, words: tuple[str, ...]) -> tuple[str, ...]:
@@ -240,28 +217,9 @@ class Runtime(Model):
     limits: ModelLimits = ModelLimits()
     """How much of each replica the models may have."""
 
-    @field_validator("aliases")
-    @classmethod
-    def _somebody_answers(cls, aliases: Aliases) -> Aliases:
-        for alias, weights in aliases.items():
-            if not any(weights.values()):
-                raise ValueError(f"a model with a weight above 0, unlike alias {alias}")
-        return aliases
 
-
-def wrong_names(aliases: Aliases, limits: ModelLimits, served: Collection[str]) -> Iterator[str]:
-    """Yield what is expected instead of each name in aliases and limits that does not fit the models served."""
-    taken = {name.casefold() for name in served}
-    for alias, weights in aliases.items():
-        if alias.casefold() in taken:
-            yield f"no alias that has the name of another, or of a model, as runtime.aliases.{alias} does"
-        taken.add(alias.casefold())
-        for name in weights:
-            if name not in served:
-                yield f"models of this deployment in runtime.aliases.{alias}, unlike {name}"
-    for name in limits.models:
-        if name not in served:
-            yield f"models of this deployment in runtime.limits.models, unlike {name}"
+class NamesInvalid(ValueError):
+    """The names of a deployment do not fit together."""
 
 
 class Deployment(Model):
@@ -280,25 +238,19 @@ class Deployment(Model):
         return self.runtime.served_model_name or self.model_name
 
     @model_validator(mode="after")
-    def _names_are_distinct(self) -> Deployment:
-        if self.served_model_name.casefold() in map(str.casefold, self.build.lora_adapters):
-            raise ValueError(NAME_TAKEN)
+    def _names_fit_together(self) -> Deployment:
+        runtime, merge_always = self.runtime, self.runtime.merge is Merge.ALWAYS
+        adapters = tuple(self.build.lora_adapters)
+        names = ModelNames(self.served_model_name, adapters, runtime.aliases, runtime.serve_base, merge_always)
+        if findings := list(names.findings(in_file=True)):
+            raise NamesInvalid("; ".join(map(str, findings)))
         return self
 
     @model_validator(mode="after")
-    def _aliases_and_limits_name_models(self) -> Deployment:
-        served = {self.served_model_name, *self.build.lora_adapters}
-        for expected in wrong_names(self.runtime.aliases, self.runtime.limits, served):
-            raise ValueError(expected)
-        return self
-
-    @model_validator(mode="after")
-    def _something_is_served(self) -> Deployment:
-        adapters, runtime = len(self.build.lora_adapters), self.runtime
-        if not runtime.serve_base and not adapters:
-            raise ValueError("at least one adapter where runtime.serve_base is false")
-        if runtime.merge is Merge.ALWAYS and (adapters != 1 or runtime.serve_base):
-            raise ValueError("one adapter and runtime.serve_base: false where runtime.merge is always")
+    def _limits_are_of_models(self) -> Deployment:
+        for name in self.runtime.limits.models:
+            if name != self.served_model_name and name not in self.build.lora_adapters:
+                raise ValueError(f"models of this deployment in runtime.limits.models, unlike {name}")
         return self
 
     @model_validator(mode="after")
@@ -306,7 +258,3 @@ class Deployment(Model):
         if self.runtime.merge is Merge.ALWAYS and self.runtime.quantization is not Rounding.NONE:
             raise ValueError("runtime.quantization: none where runtime.merge is always")
         return self
-
-
-NAME_TAKEN = "another name than the base's"
-"""What the model says of a deployment whose base has the name of an adapter."""

@@ -10,18 +10,20 @@ from __future__ import annotations
 import re
 import reprlib
 from collections.abc import Hashable, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from loramux_shared.bundle.names import NAME_RULE, ModelNames
 from loramux_shared.deployment import (
-    NAME_RULE,
-    NAME_TAKEN,
     Deployment,
     LoraConfiguration,
+    Merge,
     Model,
+    NamesInvalid,
     Repository,
     SourceKind,
 )
@@ -95,8 +97,7 @@ def parse_deployment(data: Any, *, default_name: str = "") -> DeploymentFile:
     try:
         deployment = Deployment.model_validate(data)
     except ValidationError as error:
-        findings = [item for item in findings_of(error, Deployment) if item.expected != NAME_TAKEN]
-        findings += _taken_names(data)
+        findings = [*findings_of(error, Deployment), *_name_findings(data)]
         count = max(len(findings), error.error_count())
         raise DeploymentInvalid(f"the deployment breaks {count} rule{'s'[: count > 1]}", findings) from error
     return DeploymentFile(deployment=deployment, ignored=tuple(ignored))
@@ -116,7 +117,12 @@ def parse_lora_configuration(**fields: Any) -> LoraConfiguration:
 
 def findings_of(error: ValidationError, model: type[BaseModel]) -> list[Finding]:
     """One finding per violation, up to a number, with the nearest known key beside an unknown one."""
-    return [_finding(item, model) for item in error.errors(include_url=False)[:MAX_FINDINGS]]
+    items = (item for item in error.errors(include_url=False) if not _is_about_names(item))
+    return [_finding(item, model) for item in islice(items, MAX_FINDINGS)]
+
+
+def _is_about_names(item: Any) -> bool:
+    return isinstance(item.get("ctx", {}).get("error"), NamesInvalid)
 
 
 def _finding(item: Any, model: type[BaseModel]) -> Finding:
@@ -154,25 +160,22 @@ _shown.maxlevel = 2  # a few lines of YAML can unfold to millions of values
 _shown.maxstring = _shown.maxother = 80
 
 
-def _taken_names(data: dict[Any, Any]) -> list[Finding]:
-    """What `Deployment` itself says only when nothing else is wrong."""
-    runtime, build = data.get("runtime"), data.get("build")
-    adapters = build.get("lora_adapters") if isinstance(build, dict) else None
-    served = runtime.get("served_model_name") if isinstance(runtime, dict) else None
-    served = data.get("model_name") if served is None else served
-    if not isinstance(adapters, dict) or not isinstance(served, str):
+def _name_findings(data: dict[Any, Any]) -> list[Finding]:
+    """Judge names as `Deployment` does, which says nothing of them while anything else is wrong."""
+    build, runtime = data.get("build", {}), data.get("runtime", {})
+    if not isinstance(build, dict) or not isinstance(runtime, dict):
         return []
-    return [
-        Finding(
-            code="E_BAD_FIELD",
-            where=f"build.lora_adapters.{name}",
-            expected=NAME_TAKEN,
-            found=repr(served),
-            fix="Rename the adapter, or set runtime.served_model_name.",
-        )
-        for name in adapters
-        if isinstance(name, str) and name.casefold() == served.casefold()
-    ]
+    adapters, aliases = build.get("lora_adapters", {}), runtime.get("aliases", {})
+    base: Any = runtime.get("served_model_name") or data.get("model_name")
+    serve_base = runtime.get("serve_base", True)
+    weights = aliases.values() if isinstance(aliases, dict) else [None]
+    whole = isinstance(base, str) and isinstance(adapters, dict) and isinstance(serve_base, bool)
+    if not whole or not all(isinstance(each, dict) for each in weights):
+        return []
+    if not all(isinstance(name, str) for name in (*adapters, *aliases)):
+        return []
+    merge_always = runtime.get("merge") in (Merge.ALWAYS, Merge.ALWAYS.value)
+    return list(ModelNames(base, adapters, aliases, serve_base, merge_always).findings(in_file=True))
 
 
 def _known_keys(model: type[BaseModel], loc: list[Any]) -> list[str]:

@@ -188,7 +188,9 @@ class FakeDeployment:
     def publish(self, adapters: Mapping[str, AdapterRecord]) -> int:
         """Publish a generation."""
         number = self.newest.number + 1
-        self.history.append(self.newest.model_copy(update={"number": number, "adapters": dict(adapters)}))
+        published = self.newest.model_copy(update={"number": number, "adapters": dict(adapters)})
+        published.check_names()
+        self.history.append(published)
         return number
 
     async def add(self, name: str, repository: Repository, expected: int | None) -> int:

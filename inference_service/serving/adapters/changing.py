@@ -8,7 +8,7 @@ from inference_service.serving.adapters.paths import digest_of, repository_of
 from inference_service.serving.adapters.ports import Bundles, Follower, Names, Publisher
 from inference_service.serving.adapters.registry import Registry
 from loramux_shared.deployment import Repository
-from loramux_shared.faults import AdapterExists, Finding, GenerationMismatch, NoBuilder, RequestInvalid
+from loramux_shared.faults import AdapterExists, GenerationMismatch, NoBuilder
 
 ATTEMPTS: Final = 5
 """To add a name that must be new, while others change the deployment."""
@@ -40,7 +40,8 @@ class Changing:
         """Add a name, or give it another version; return whether a generation of the deployment has it.
 
         Raises:
-            RequestInvalid: the path names no adapter, or the name cannot be an adapter's of this replica.
+            RequestInvalid: the path names no adapter, or a bundle's name cannot be one of this replica.
+            DeploymentInvalid: the builder finds that the name does not fit the others.
             AdapterExists: the name is taken, and is not to be replaced.
             NoBuilder: the path names no bundle, and no builder is known; or no name can change here.
             GenerationMismatch: others changed the deployment all the time.
@@ -50,8 +51,6 @@ class Changing:
             StoreUnavailable: it does not answer.
         """
         digest = digest_of(path)
-        if name == self._names.base_name:
-            raise RequestInvalid(f"{name!r} is the base; an adapter needs a name of its own.")
         if digest is not None:
             await self._load_bundle(name, digest, replace=replace)
             return False
@@ -92,7 +91,7 @@ class Changing:
         return self._publisher
 
     def _taken(self, name: str) -> bool:
-        return any(model.name == name for model in self._names.everything)
+        return name != self._names.base_name and any(model.name == name for model in self._names.everything)
 
     def _require_free(self, name: str, *, replace: bool) -> None:
         if not replace and self._taken(name):
@@ -120,14 +119,7 @@ class Changing:
         if self._registry is None or self._bundles is None:
             raise NoBuilder("the names of this replica never change. Serve the bundle from another one.")
         self._require_free(name, replace=replace)
+        self._registry.check_own(name)
         record = await self._bundles.record(digest)
         self._require_free(name, replace=replace)
-        if self._taken(name) and not self._registry.is_own(name):
-            found = Finding(
-                code="E_BAD_FIELD",
-                where="lora_name",
-                found="a name of the deployment",
-                fix="Load the bundle under another name, or change the deployment through a builder.",
-            )
-            raise RequestInvalid("a bundle is loaded into this replica alone.", [found])
         self._registry.add(name, record)

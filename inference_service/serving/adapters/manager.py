@@ -143,7 +143,8 @@ class AdapterManager:
         """Have an adapter built and published, or a bundle registered, and return when it is served here.
 
         Raises:
-            RequestInvalid: the path names no adapter, or the name cannot be an adapter's of this replica.
+            RequestInvalid: the path names no adapter, or a bundle's name cannot be one of this replica.
+            DeploymentInvalid: the builder finds that the name does not fit the others.
             AdapterExists: the name is taken, and is not to be replaced.
             NoBuilder: the path names no bundle, and this replica knows no builder; or no name can change here.
             GenerationMismatch: others changed the deployment all the time. Try again.

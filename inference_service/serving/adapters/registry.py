@@ -8,6 +8,8 @@ from inference_service.core.sequence import Adapter
 from inference_service.serving.adapters.pins import Pins
 from inference_service.serving.adapters.ports import ChangingNames
 from loramux_shared.bundle.generation import AdapterRecord, Generation
+from loramux_shared.bundle.names import OWN_NAME, bad_name
+from loramux_shared.faults import Finding, RequestInvalid
 
 
 class Registry:
@@ -28,11 +30,26 @@ class Registry:
     def take(self, generation: Generation) -> None:
         """Take over a generation of the deployment in one step."""
         self._generation = generation
-        self._own = {name: record for name, record in self._own.items() if name not in generation.adapters}
+        self._own = {name: record for name, record in self._own.items() if generation.names.owner(name) is None}
         self._apply()
 
+    def check_own(self, name: str) -> None:
+        """Raise `RequestInvalid` where this replica alone may not have a name, by the rules of builders."""
+        others = self._with({own: record for own, record in self._own.items() if own != name})
+        finding = bad_name(name, "lora_name")
+        if finding is None and (owner := others.names.owner(name)):
+            fix = "Load the bundle under another name, or change the deployment through a builder."
+            finding = Finding(code="E_BAD_FIELD", where="lora_name", expected=OWN_NAME, found=owner, fix=fix)
+        if finding is not None:
+            raise RequestInvalid("a bundle is loaded into this replica alone.", [finding])
+
     def add(self, name: str, record: AdapterRecord) -> None:
-        """Register a bundle in this replica alone, under a name that the deployment does not have."""
+        """Register a bundle in this replica alone.
+
+        Raises:
+            RequestInvalid: the deployment has the name, or it cannot be one.
+        """
+        self.check_own(name)
         self._own[name] = record
         self._apply()
 
@@ -49,10 +66,12 @@ class Registry:
         """Return the version that a name had before the present one, if it had one in this replica."""
         return self._before.get(name)
 
+    def _with(self, own: Mapping[str, AdapterRecord]) -> Generation:
+        return self._generation.model_copy(update={"adapters": self._generation.adapters | dict(own)})
+
     def _apply(self) -> None:
         before = {model.name: model.adapter for model in self._names.everything if model.adapter}
-        adapters = self._generation.adapters | self._own
-        changes = self._names.apply(self._generation.model_copy(update={"adapters": adapters}))
+        changes = self._names.apply(self._with(self._own))
         self._pins.switched(self._switched(before, frozenset(changes.switched)))
         for name in changes.removed:
             self._before.pop(name, None)

@@ -70,6 +70,7 @@ def publish_change(
     Raises:
         GenerationMismatch: the newest generation is another than the expected one.
         DeploymentNotFound, BundleCorrupt: see `newest_generation`.
+        DeploymentInvalid: the names of what comes of it do not fit together.
         StoreUnavailable: the store does not answer, or others publish the same deployment without end.
         Fault: what the change raises.
     """
@@ -78,8 +79,10 @@ def publish_change(
         before = known = newest_generation(store, name, known)
         if not (published or again):
             require(before, expected)
-        if change(before).same_content(before):
+        wanted = change(before)
+        if wanted.same_content(before):
             return point_at_highest(store, before), published is not None
+        wanted.check_names()
         with alone(store, name, stale=stale, check=check) as number:
             before = newest_generation(store, name, before)
             if before.number > number:  # a build took a higher one meanwhile
@@ -88,6 +91,7 @@ def publish_change(
             wanted = change(before)
             if wanted.same_content(before):
                 continue
+            wanted.check_names()
             update = {"number": number, "create_time": datetime.now(UTC)}
             published = wanted.model_copy(update=update)
             store.put(generation_key(name, number), published.to_bytes())

@@ -120,8 +120,10 @@ def publish_generation(store: Store, generation: Generation) -> Generation:
     another's generation, and in the end the pointer names the highest; see docs/decisions/0003.
 
     Raises:
+        DeploymentInvalid: its names do not fit together.
         StoreUnavailable: the store does not answer, or others publish the same deployment without end.
     """
+    generation.check_names()
     name = generation.deployment
     current = _unless_damaged(lambda: current_generation(store, name))
     if current is not None and current.same_content(generation):

@@ -25,7 +25,9 @@ from loramux_shared.bundle.manifest import (
     Tokens,
     apart,
 )
-from loramux_shared.deployment import Aliases, Dtype, Merge, Model, ModelLimits, Repository, StoredName
+from loramux_shared.bundle.names import ModelNames, StoredName
+from loramux_shared.deployment import Aliases, Dtype, Merge, Model, ModelLimits, Repository
+from loramux_shared.faults import DeploymentInvalid
 from loramux_shared.limits import unset
 from loramux_shared.parsers import ReasoningParser, ToolParser
 from loramux_shared.pooling import Pooling
@@ -130,7 +132,7 @@ class Generation(Record):
     serve_base: bool = True
     merge: Merge = Merge.AUTO
     aliases: Aliases = Field(default_factory=dict, exclude_if=unset)
-    """May name adapters that later generations do not have; then the others answer."""
+    """May name adapters that later generations do not have, while one of the others answers."""
     limits: ModelLimits = Field(default_factory=ModelLimits, exclude_if=lambda limits: limits == ModelLimits())
     recipe: Recipe | None = Field(default=None, exclude_if=unset)
     """None in generations of older releases."""
@@ -141,6 +143,17 @@ class Generation(Record):
         if len(self.adapters) != 1 or self.serve_base or self.merge is Merge.NEVER:
             return None
         return next((name for name, record in self.adapters.items() if not record.apart), None)
+
+    @property
+    def names(self) -> ModelNames:
+        """The names that it serves."""
+        merge_always = self.merge is Merge.ALWAYS
+        return ModelNames(self.served_model_name, self.adapters, self.aliases, self.serve_base, merge_always)
+
+    def check_names(self) -> None:
+        """Raise `DeploymentInvalid` where its names do not fit together: nobody may publish it."""
+        if findings := list(self.names.findings()):
+            raise DeploymentInvalid(f"deployment {self.deployment}: its names do not fit together", findings)
 
     def same_content(self, other: Generation) -> bool:
         """True when only number and time differ, and what sources say of files that are the same."""

@@ -17,7 +17,7 @@ from loramux.builder.v1 import builder_pb2_grpc
 from loramux.client import AsyncClient
 from loramux.records import DeploymentInfo, DeploymentState
 from loramux_shared.bundle.changes import publish_change
-from loramux_shared.bundle.generation import Generation
+from loramux_shared.bundle.generation import Generation, generation_key
 from loramux_shared.bundle.manifest import CONFIG_FILE, WEIGHTS_FILE, bundle_key
 from loramux_shared.bundle.reader import read_manifest
 from loramux_shared.deployment import Deployment, Repository, SourceKind
@@ -133,6 +133,29 @@ async def test_what_an_update_is_refused_for(world: World) -> None:
     with pytest.raises(RepoNotFound):
         await world.update("missing")
     assert world.generation.number == 1
+
+
+async def test_aliases_are_names_too(world: World) -> None:
+    """However a generation comes about, none has an alias that is another model or that nothing answers."""
+    await world.update("two")
+    deployment = world.deployment("one")
+    runtime = deployment.runtime.model_copy(update={"aliases": {"al": {"one": 1}}})
+    await world.build(deployment.model_copy(update={"runtime": runtime}))
+    assert world.generation.number == 3
+    for name, owner in (("al", "alias al"), ("AL", "alias al"), ("One", "adapter One")):
+        with pytest.raises(DeploymentInvalid, match=f"found {owner}"):
+            await world.client.update("tiny", {name: world.repository("two")})
+        with pytest.raises(DeploymentInvalid, match=f"found {owner}"):
+            await world.client.push("tiny", name, world.folder / "two")
+    with pytest.raises(DeploymentInvalid, match=r"aliases.al: expected a served model .*found one: 1"):
+        await world.client.update("tiny", remove=["one"])
+    renamed = world.generation.model_copy(update={"adapters": {"AL": world.generation.adapters["one"]}})
+    world.store.put(generation_key("tiny", 2), renamed.model_copy(update={"number": 2}).to_bytes())
+    with pytest.raises(DeploymentInvalid, match="alias al"):
+        await world.client.rollback("tiny", 2)
+    assert world.generation.number == 3
+    await world.update("two", remove=[])
+    assert world.generation.number == 4
 
 
 async def test_a_repeated_update_is_one(world: World) -> None:

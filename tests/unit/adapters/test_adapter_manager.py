@@ -216,6 +216,27 @@ async def test_without_a_builder_only_bundles_are_loaded() -> None:
     assert replica.manager.get("mine").digest == digest_of(5)
 
 
+async def test_a_bundle_of_this_replica_obeys_the_rules_of_names() -> None:
+    """It takes the name of no alias, in any case, and leaves when a generation has such a name."""
+    digest = digest_of(77)
+    replica = operated(bundles=(digest,))
+    started = replica.deployment.newest.model_copy(update={"aliases": {"al": {"one": 1}}})
+    replica.manager.take(started)
+    for name, found in (("al", "alias al"), ("AL", "alias al"), ("One", "adapter one"), ("a*2", "'a*2'")):
+        with pytest.raises(RequestInvalid) as refused:
+            await replica.manager.load(name, f"bundle:{digest}", replace=True)
+        assert (refused.value.findings[0].where, refused.value.findings[0].found) == ("lora_name", found)
+    with pytest.raises(RequestInvalid, match="the base base"):
+        await replica.manager.load("base", f"bundle:{digest}")
+    await replica.manager.load("mine", f"bundle:{digest}")
+    await replica.manager.load("mine", f"bundle:{digest}", replace=True)
+    with pytest.raises(RequestInvalid, match="adapter mine"):
+        await replica.manager.load("Mine", f"bundle:{digest}")
+    replica.manager.take(started.model_copy(update={"number": 3, "aliases": {"Mine": {"one": 1}}}))
+    with pytest.raises(ModelNotFound):
+        replica.manager.get("mine")
+
+
 async def test_what_is_unloaded_is_gone_when_it_returns() -> None:
     """Through the builder where a generation has it; from this replica alone where it alone has it."""
     digest = digest_of(77)

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
-from loramux_shared.deployment import Build, Deployment, Repository, Runtime, SourceKind, StoredName
+from loramux_shared.bundle.names import OWN_NAME, StoredName
+from loramux_shared.deployment import Build, Deployment, Repository, Runtime, SourceKind
 from loramux_shared.deployment_file import DeploymentFile, load_deployment, parse_deployment
 from loramux_shared.faults import DeploymentInvalid, Finding
 
@@ -238,10 +239,10 @@ def test_a_bad_beginning_of_a_name_is_explained(tmp_path: Path) -> None:
 def test_names_that_differ_only_in_case_are_refused(tmp_path: Path) -> None:
     """Nobody who asks for one of them means the other."""
     text = MINIMAL + "  lora_adapters: {Law: {source: HF, repo: a/b}, law: {source: HF, repo: a/c}}\n"
-    finding = _findings(tmp_path, text)["build.lora_adapters"]
-    assert finding.expected == "names that differ in more than case, unlike Law and law"
+    finding = _findings(tmp_path, text)["build.lora_adapters.law"]
+    assert (finding.expected, finding.found) == (OWN_NAME, "adapter Law")
     text = "model_name: Law\n" + MINIMAL + "  lora_adapters: {law: {source: HF, repo: a/b}}\n"
-    assert _findings(tmp_path, text)["build.lora_adapters.law"].found == "'Law'"
+    assert _findings(tmp_path, text)["build.lora_adapters.law"].found == "the base Law"
 
 
 def test_names_of_older_stores_are_read() -> None:
@@ -262,7 +263,7 @@ def test_an_adapter_with_the_bases_name(tmp_path: Path, head: str, broken: str) 
     """An adapter named as the base is refused, also when other things are wrong."""
     text = head + MINIMAL + "  lora_adapters: {same: {source: HF, repo: a/b}}\n" + broken
     findings = _findings(tmp_path, text)
-    assert findings["build.lora_adapters.same"].expected == "another name than the base's"
+    assert findings["build.lora_adapters.same"].found == "the base same"
     assert len(findings) == (2 if broken else 1)
 
 
@@ -277,7 +278,7 @@ def test_a_deployment_made_in_code_obeys_too() -> None:
     """The rule about names belongs to the deployment, not to the file."""
     repository = Repository(source=SourceKind.HF, repo="a/b")
     build = Build(checkpoint_repository=repository, lora_adapters={"m": repository})
-    with pytest.raises(ValidationError, match="another name than the base's"):
+    with pytest.raises(ValidationError, match="found the base m"):
         Deployment(model_name="m", build=build)
 
 

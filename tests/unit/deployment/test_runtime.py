@@ -13,6 +13,7 @@ from loramux.builder.v1 import builder_pb2 as pb
 from loramux.messages import deployment_from_message, deployment_to_message
 from loramux_shared.access.keys import parse_keys
 from loramux_shared.bundle.generation import BaseRecord, Generation
+from loramux_shared.bundle.names import OWN_NAME
 from loramux_shared.deployment import Deployment, Dtype, ModelLimits, Repository, Runtime, SourceKind
 from loramux_shared.deployment_file import parse_deployment
 from loramux_shared.faults import DeploymentInvalid, SettingsInvalid
@@ -47,15 +48,20 @@ def test_blocks_may_be_empty() -> None:
 @pytest.mark.parametrize(
     ("runtime", "where", "said"),
     [
-        ({"aliases": {"a": {}}}, "runtime.aliases", "a weight above 0, unlike alias a"),
-        ({"aliases": {"a": {"support-v1": 0}}}, "runtime.aliases", "a weight above 0, unlike alias a"),
+        ({"aliases": {"a": {}}}, "runtime.aliases.a", "a weight above 0"),
+        ({"aliases": {"a": {"support-v1": 0}}}, "runtime.aliases.a", "a weight above 0"),
+        ({"aliases": {"a": {"d": 1}}, "serve_base": False}, "runtime.aliases.a", "a served model"),
         ({"aliases": {"a": {"support-v1": -1}}}, "runtime.aliases.a.support-v1", "greater than or equal to 0"),
         ({"aliases": {"a b": {"support-v1": 1}}}, "runtime.aliases.a b", "match pattern"),
-        ({"aliases": {"a": {"gone": 1}}}, "deployment", "runtime.aliases.a, unlike gone"),
-        ({"aliases": {"a": {"support-v1": 1}, "b": {"a": 1}}}, "deployment", "runtime.aliases.b, unlike a"),
-        ({"aliases": {"Support-V1": {"support-v2": 1}}}, "deployment", "as runtime.aliases.Support-V1 does"),
-        ({"aliases": {"D": {"support-v2": 1}}}, "deployment", "as runtime.aliases.D does"),
-        ({"aliases": {"a": {"d": 1}, "A": {"d": 1}}}, "deployment", "as runtime.aliases.A does"),
+        ({"aliases": {"a": {"gone": 1}}}, "runtime.aliases.a", "models of this deployment"),
+        (
+            {"aliases": {"a": {"support-v1": 1}, "b": {"a": 1}}},
+            "runtime.aliases.b",
+            "models of this deployment",
+        ),
+        ({"aliases": {"Support-V1": {"support-v2": 1}}}, "build.lora_adapters.support-v1", OWN_NAME),
+        ({"aliases": {"D": {"support-v2": 1}}}, "runtime.aliases.D", OWN_NAME),
+        ({"aliases": {"a": {"d": 1}, "A": {"d": 1}}}, "runtime.aliases.A", OWN_NAME),
         ({"speculative_tokens": -1}, "runtime.speculative_tokens", "greater than or equal to 0"),
         ({"pooling": "cls"}, "runtime.pooling", "'last' or 'mean'"),
         ({"tool_parser": "hermes2"}, "runtime.tool_parser", "'hermes'"),
