@@ -147,9 +147,14 @@ def shown(parts: SplitResult) -> str:
 
 @contextmanager
 def _ended_after(seconds: float, connection: PinnedConnection) -> Iterator[None]:
-    """Shut a connection that still waits for headers then: a socket's timeout begins anew with each byte."""
+    """Shut a connection that still waits for headers then: a socket's timeout begins anew with each byte.
+
+    :raises TimeoutError: when it did, though headers that end there may look whole.
+    """
+    over = threading.Event()
 
     def end() -> None:
+        over.set()
         try:
             connection.sock.shutdown(socket.SHUT_RDWR)
         except (OSError, AttributeError):  # closed already
@@ -162,6 +167,8 @@ def _ended_after(seconds: float, connection: PinnedConnection) -> Iterator[None]
         yield
     finally:
         timer.cancel()
+    if over.is_set():
+        raise TimeoutError
 
 
 @contextmanager
