@@ -173,6 +173,11 @@ class BlockManager:
         seq.num_computed = seq.num_full = seq.room = 0
         seq.stop = NEVER
 
+    def lost(self, seq: Sequence) -> int:
+        """Rows that a sequence computes again when it gives up what it holds, if nobody needs it meanwhile."""
+        found = self._prefix_cache and self.states is None
+        return seq.num_computed - found * seq.num_full * self.block_size
+
     def keep(self) -> None:
         """Keep the states that the last step left, where they are wanted; before anybody is given a slot."""
         if self.states is not None:

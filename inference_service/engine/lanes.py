@@ -34,6 +34,8 @@ class Lane:
     served: float
     """Tokens that were computed for it, by weight."""
     share: Share = FAIR
+    is_new: bool = False
+    """Whether nothing was computed for it since it came, and it is not ahead of the others from before."""
     waiting: list[Sequence] = field(default_factory=list)
     running: list[Sequence] = field(default_factory=list)
     """Both in their order."""
@@ -57,6 +59,8 @@ class Lanes:
     def __init__(self) -> None:
         self.uncounted: set[Lane] = set()
         """Those that wait for adapters to arrive: their counters begin anew then."""
+        self.new: dict[Lane, None] = {}
+        """Those that are new and can be served, in the order in which they came."""
         self.lowest = math.inf
         """No counter of those that wait and can be served is smaller; see `look_through`."""
         self.active: Counter[Adapter] = Counter()
@@ -105,12 +109,14 @@ class Lanes:
         key = seq.flow, seq.adapters
         lane = self._lanes.get(key)
         if lane is None:
-            served = max(self._ahead.pop(key, 0.0), self._least())
-            lane = self._lanes[key] = Lane(*key, served)
+            ahead, least = self._ahead.pop(key, 0.0), self._least()
+            lane = self._lanes[key] = Lane(*key, max(ahead, least), is_new=ahead <= least)
             for adapter in lane.adapters or (None,):
                 self._by_adapter[adapter][lane] = None
             if not lane.resident:
                 self.uncounted.add(lane)
+            elif lane.is_new:
+                self.new[lane] = None
         lane.share, seq.lane = seq.share, lane
         self._wait(lane, seq)
         return lane
@@ -143,11 +149,21 @@ class Lanes:
         """Note whether a lane can be served; one that could not be begins anew when it can."""
         if not counted and lane not in self.uncounted:
             self.uncounted.add(lane)
+            self.new.pop(lane, None)
             self.changed()
         elif counted and lane in self.uncounted:
             lane.served = max(lane.served, self._least())
             self.uncounted.remove(lane)
+            if lane.is_new:
+                self.new[lane] = None
             self.lowest = min(self.lowest, lane.served)
+
+    def charge(self, lane: Lane, rows: int) -> None:
+        """Note rows that were computed for a lane."""
+        lane.served += rows / lane.share.weight
+        if lane.is_new:
+            lane.is_new = False
+            self.new.pop(lane, None)
 
     def changed(self) -> None:
         """Note that counters grew."""
@@ -187,6 +203,7 @@ class Lanes:
         if lane.served == self._smallest:
             self.changed()
         self.uncounted.discard(lane)
+        self.new.pop(lane, None)
         for adapter in lane.adapters or (None,):
             del self._by_adapter[adapter][lane]
             if not self._by_adapter[adapter]:

@@ -54,6 +54,10 @@ class Plan:
     """Whether those under way lacked blocks, so that nobody new may take some."""
     crowded: bool = False
     """Whether a mixture waits for places of adapters, so that nobody behind it may have those that are free."""
+    decodes: int = 0
+    """Sequences that decode in it."""
+    brief: bool = True
+    """Whether it may take as long as one whose prompts are all brief."""
     ahead: dict[Lane, float] = field(default_factory=dict)
     """What lanes are given in this step, which they are charged for when it was submitted."""
 
@@ -68,9 +72,17 @@ class Plan:
 
     def limit(self, decodes: int) -> None:
         """Let prompts have what the pace says, beside so many that decode."""
-        brief = all(seq.num_prompt - seq.num_cached <= BRIEF for seq in self.prompts)
-        room = self.pace.room(decodes, TIMES_OF_BRIEF if brief else TIMES)
+        self.decodes, self.brief = decodes, all(map(_is_brief, self.prompts))
+        room = self.pace.room(decodes, TIMES_OF_BRIEF if self.brief else TIMES)
         self.budget, self.seconds = int(min(self.budget, room.rows)), room.seconds
+
+    def begin(self, seq: Sequence) -> None:
+        """Take in a prompt that was admitted; beside one that is not brief, prompts have less of the step."""
+        self.prompts.append(seq)
+        if self.brief and not _is_brief(seq):
+            self.brief = False
+            more, less = (self.pace.room(self.decodes, times) for times in (TIMES_OF_BRIEF, TIMES))
+            self.seconds -= more.seconds - less.seconds if self.decodes else 0.0
 
     def fitting(self, seq: Sequence) -> int:
         """Rows of a prompt that find room, beside those that it has."""
@@ -107,3 +119,7 @@ class Plan:
         drafted = self.drafts
         chunks = [Chunk(seq, length, len(drafted.get(seq, ()))) for seq, length in self.lengths.items()]
         return Batch(tuple(chunks), drafted, blocks.copies())
+
+
+def _is_brief(seq: Sequence) -> bool:
+    return seq.num_prompt - seq.num_cached <= BRIEF

@@ -22,6 +22,14 @@ from inference_service.engine.residents import Presence, Residents
 QUANTUM: Final = 128.0
 """Tokens, by weight, that a lane under way is ahead of one that finds no place before it makes room for it.
 With less, sequences would be computed again too often; with more, the others would wait longer."""
+FIRST_QUANTUM: Final = 4.0
+"""The same for a lane that is new, while there is credit for it: its first token costs one preemption."""
+TWICE: Final = 1 / 8
+"""Rows that may be computed twice for new lanes, of all that are computed."""
+MOST_CREDIT: Final = 128.0
+"""Rows that may be computed twice at once."""
+MOST_NEW: Final = 8
+"""New lanes that may ask for room in a step, however many there are."""
 SHORTER: Final = 0.75
 """Part that a prompt which would take all that is left of a step leaves to shorter ones of its lane."""
 
@@ -51,7 +59,8 @@ class Scheduler:
     Whoever finds no seat, no blocks, no place among the adapters or none in the bank is served nothing, while
     those under way are. So the difference grows, and from a QUANTUM on they make room: the lane that is
     furthest ahead gives up its least urgent sequence, whose tokens are kept and whose blocks may be found
-    again. That nobody starves follows from this and from nothing else.
+    again. That nobody starves follows from this and from nothing else. Those who are new wait for less than a
+    QUANTUM, as long as few rows are computed twice.
 
     A token in flight counts as a token: its sequence is scheduled again before it is known, unless it is the
     last one. A preempted sequence waits until what it has in flight is known.
@@ -69,6 +78,8 @@ class Scheduler:
         self.pace = Pace()
         self._load = NOTHING
         self._residents = residents
+        self._credit = MOST_CREDIT
+        """Rows that may be computed twice now; below 0 only those that are a QUANTUM behind find room."""
         self._seen = -1
         self._starved: list[Lane] = []
         self._numbers = itertools.count()
@@ -125,16 +136,19 @@ class Scheduler:
         """Note that a batch was submitted: for every later step, its keys and values are in the cache."""
         self.pace.submitted(self._load, now_s)
         self.lanes.changed()
+        computed = 0
         for seq, length, drafted in batch.chunks:
             known = length - drafted
+            computed += known
             drawn = known == len(seq.tokens) + seq.in_flight - seq.num_computed
             seq.num_computed += known
             seq.in_flight += drawn
             rows = seq.num_computed - seq.num_charged
             if rows > 0:  # what is computed again costs nothing, nor does what was cached
-                seq.lane.served += min(rows, length) / seq.lane.share.weight
+                self.lanes.charge(seq.lane, min(rows, length))
                 seq.num_charged = seq.num_computed
             self.blocks.register(seq)
+        self._credit = min(MOST_CREDIT, self._credit + TWICE * computed)
 
     def _bring_in(self, plan: Plan) -> float:
         """Let adapters arrive in the order of those who wait for them.
@@ -151,7 +165,7 @@ class Scheduler:
         furthest = self._furthest(first, plan, lambda lane: bool(lane.adapters))
         if furthest is not None and not self._residents.releasing:
             self._displace(furthest.adapters, plan)
-        return first.served + QUANTUM
+        return first.served + self._quantum(first)
 
     def _look_for_adapters(self) -> None:
         """Say who waits for which adapter, and note who can be served now."""
@@ -291,16 +305,18 @@ class Scheduler:
         seats = max(0, self.limits.max_seqs - len(self.running))
         places = max(0, self.limits.max_adapters - len(self.lanes.active)) if seats else 0
         asks = bool(places) or self._somebody_is_far_ahead()
-        if not (seats or asks):
+        new = self.lanes.new if self._credit > 0 else ()
+        if not (seats or asks or new):
             return []
         joining = [lane for lane in self.lanes.joining() if self._may_begin(lane, lane.waiting[0], plan)]
-        if not asks:
-            return joining
         known = set(joining)
-        others = [lane for lane in self.lanes.look_through() if lane not in known]
-        others = [lane for lane in others if self._may_begin(lane, lane.waiting[0], plan)]
-        joining = joining if seats else heapq.nsmallest(1, joining, key=lambda lane: lane.rank)
-        return joining + heapq.nsmallest(places + 1, others, key=lambda lane: lane.rank)
+        if asks:
+            joining = joining if seats else heapq.nsmallest(1, joining, key=lambda lane: lane.rank)
+            others = [lane for lane in self.lanes.look_through() if lane not in known]
+            others = [lane for lane in others if self._may_begin(lane, lane.waiting[0], plan)]
+            joining += heapq.nsmallest(places + 1, others, key=lambda lane: lane.rank)
+        may = (lane for lane in new if lane.waiting and self._may_begin(lane, lane.waiting[0], plan))
+        return list(dict.fromkeys((*joining, *itertools.islice(may, MOST_NEW))))
 
     def _somebody_is_far_ahead(self) -> bool:
         """Whether somebody under way may be far enough ahead of somebody who waits to make room."""
@@ -329,7 +345,7 @@ class Scheduler:
         self._waits_no_more(seq)
         self.lanes.start(seq)
         bisect.insort(self.running, seq, key=order)
-        plan.prompts.append(seq)
+        plan.begin(seq)
         for adapter in seq.adapters:
             self._residents.acquire(adapter)
         return _Outcome.ADMITTED
@@ -363,15 +379,19 @@ class Scheduler:
         return furthest is not None
 
     def _furthest(self, lane: Lane, plan: Plan, may: Callable[[Lane], bool]) -> Lane | None:
-        """The lane under way that is furthest ahead of another, by a QUANTUM at least; None if none is."""
+        """The lane under way that is furthest ahead of another, and far enough; None if none is."""
         return next(iter(self._far_ahead(lane, plan, may)), None)
 
     def _far_ahead(self, lane: Lane, plan: Plan, may: Callable[[Lane], bool]) -> list[Lane]:
-        """The lanes under way that are ahead of another by a QUANTUM at least, the furthest first."""
-        least = plan.counter(lane) + QUANTUM
+        """The lanes under way that are far enough ahead of another to make room, the furthest first."""
+        least = plan.counter(lane) + self._quantum(lane)
         under_way = (other for other in self.lanes.under_way if other is not lane and may(other))
         ahead = [other for other in under_way if other.served >= least]
         return sorted(ahead, key=lambda other: other.served, reverse=True)
+
+    def _quantum(self, lane: Lane) -> float:
+        """How far others must be ahead of a lane to make room for it."""
+        return FIRST_QUANTUM if lane.is_new and self._credit > 0 else QUANTUM
 
     def _displace(self, adapters: Iterable[Adapter], plan: Plan) -> None:
         """Preempt all that are under way on any of some adapters."""
@@ -384,6 +404,7 @@ class Scheduler:
         plan.preempted.add(seq)
         rows = plan.lengths.pop(seq, 0)
         plan.budget += rows
+        self._credit -= self.blocks.lost(seq)
         take(self.running, seq)
         self._let_go(seq)
         self.lanes.stop(seq)

@@ -120,6 +120,22 @@ def test_brief_prompts_have_more_of_a_step(long: int, times: float) -> None:
     assert max(machine.took_s[30:]) / machine.step_s == pytest.approx(times, rel=0.15)
 
 
+def test_a_long_prompt_has_less_of_a_step_from_its_first_chunk_on() -> None:
+    """One that arrives where all prompts were brief takes no more of the step in which it begins."""
+    machine = Machine()
+    engine = _streaming(machine)
+    for _ in range(30):
+        engine.step()
+        _add(engine, _seq(BRIEF // 4))
+    for _ in range(60):
+        engine.step()
+    took = len(machine.took_s)
+    _add(engine, _seq(LONG))
+    for _ in range(5):
+        engine.step()
+    assert max(machine.took_s[took:]) / machine.step_s == pytest.approx(TIMES, rel=0.15)
+
+
 def test_a_machine_that_becomes_slower_is_followed() -> None:
     """When all of it takes three times as long, steps with prompts keep their proportion after some of them."""
     machine = Machine()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections import Counter
 
 import pytest
@@ -18,7 +19,7 @@ from inference_service.engine.lanes import Lane
 from inference_service.engine.pace import TIMES, Pace, Room
 from inference_service.engine.plan import SchedulerLimits
 from inference_service.engine.residents import AlwaysResident
-from inference_service.engine.scheduler import QUANTUM
+from inference_service.engine.scheduler import MOST_CREDIT, QUANTUM, TWICE
 from inference_service.engine.step import Pending
 from tests.support.examples import examples
 
@@ -32,11 +33,14 @@ class FakeRunner:
     def __init__(self, depth: int) -> None:
         self.depth = depth
         self.batches: list[Batch] = []
+        self.again = 0
+        """Rows that were computed before."""
 
     def submit(self, batch: Batch) -> Pending:
         """Note a batch; every chunk's blocks must cover its context."""
         for chunk in batch.chunks:
             assert len(chunk.seq.blocks) * 4 >= chunk.end
+            self.again += max(0, min(chunk.length, chunk.seq.num_charged - chunk.end + chunk.length))
         self.batches.append(batch)
         seqs = tuple(chunk.seq for chunk in batch.chunks if chunk.samples)
         return Pending(seqs, lambda: [Token(7)] * len(seqs))
@@ -272,6 +276,42 @@ def test_a_model_that_asks_once_does_not_wait_for_endless_streams() -> None:
     assert _steps(engine, asked, 20, first=True) <= 1 + QUANTUM / 32 + 1
 
 
+def test_the_first_token_of_an_adapter_without_a_place_costs_one_preemption() -> None:
+    """All 16 places of a step are taken by endless streams: the 17th adapter's first token comes at once."""
+    engine, _, _ = _engine(max_seqs=64, max_adapters=16, max_tokens=256, blocks=4000)
+    _add(engine, *(_seq(2, 2000, uid=uid) for uid in range(1, 17)))
+    _run(engine, 50)
+    asked = _seq(8, 4, uid=17)
+    engine.add(asked)
+    assert _steps(engine, asked, 10, first=True)
+    assert engine.stats.preemptions <= 2
+
+
+def test_many_new_ones_are_served_soon() -> None:
+    """Twenty models ask once at the same moment, beside endless streams of one that take all seats."""
+    engine, _, _ = _engine(max_seqs=32, max_adapters=32, max_tokens=256, blocks=4000)
+    _add(engine, *(_seq(2, 4000, flow="endless") for _ in range(40)))
+    _run(engine, 50)
+    asked = [_seq(8, 3, uid=uid) for uid in range(1, 21)]
+    _add(engine, *asked)
+    _run(engine, 20)
+    assert all(seq.num_generated for seq in asked)
+
+
+def test_of_all_rows_few_are_computed_twice_for_new_ones() -> None:
+    """With one seat, models that ask once, one after the other, take it from an endless stream, which computes
+    its last rows again each time: once the credit is used up, they wait for longer."""
+    engine, runner, _ = _engine(max_seqs=1, blocks=4000)
+    _add(engine, _seq(2, 8000, flow="endless"))
+    _run(engine, 5)
+    for number in range(2000):
+        if number % 3 == 0:
+            engine.add(_seq(2, 1, flow=f"once {number}"))
+        engine.step()
+    rows = sum(chunk.length for batch in runner.batches for chunk in batch.chunks)
+    assert MOST_CREDIT < runner.again <= rows * TWICE + MOST_CREDIT
+
+
 def test_of_a_flow_no_more_run_than_its_share_allows() -> None:
     """max_running holds over all adapters of a flow, and leaves the seats to others."""
     engine, runner, _ = _engine(max_seqs=4, max_adapters=4)
@@ -303,6 +343,7 @@ def test_who_lacks_a_seat_alone_is_not_hidden_by_who_lacks_a_place_too() -> None
     engine.add(_seq(3, 200, uid=4))
     engine.add(_seq(3, 1, uid=3, flow="place"))
     engine.add(_seq(3, 1, uid=4, flow="seat"))
+    engine._scheduler._credit = -math.inf  # nobody is served before others because they are new
     while "seat" not in _served(runner):
         engine.step()
     assert _served(runner)["base"] <= QUANTUM + 2 * 16
