@@ -120,9 +120,9 @@ class CountingStore(LocalStore):
         super().__init__(root)
         self.counts = Counter[str]()
 
-    def get(self, key: str) -> bytes:
+    def get(self, key: str, bound: int | None = None) -> bytes:
         """Read, and count."""
-        data = super().get(key)
+        data = super().get(key, bound)
         self.counts.update(read=len(data), operations=1)
         return data
 

@@ -28,10 +28,10 @@ class Distant:
         self.uri = "distant://" + store.uri.partition("://")[2]
         self.put, self.take, self.delete = store.put, store.take, store.delete
 
-    def get(self, key: str) -> bytes:
+    def get(self, key: str, bound: int | None = None) -> bytes:
         """Return an object, later."""
         time.sleep(self._latency_s)
-        return self._store.get(key)
+        return self._store.get(key, bound)
 
     def sha256(self, key: str) -> str | None:
         """Return an object's digest, later."""

@@ -108,6 +108,7 @@ class Builds(Shown):
             AdapterNotFound: one that is to leave is not there.
             GenerationMismatch: the newest generation is another than the expected one.
             BundleCorrupt: the newest generation cannot be read.
+            RecordTooLarge: an object of the store exceeds its bound.
             SignatureInvalid: it is not signed by whom this builder trusts.
             RequestIdReused, BuildInProgress, QueueFull, StoreUnavailable, ShuttingDown
         """
@@ -120,8 +121,8 @@ class Builds(Shown):
         """Publish the content of an older generation; None: of the one before the newest.
 
         Raises:
-            DeploymentNotFound, GenerationNotFound, GenerationMismatch, BundleCorrupt, SignatureInvalid,
-            StoreUnavailable, ShuttingDown
+            DeploymentNotFound, GenerationNotFound, GenerationMismatch, BundleCorrupt, RecordTooLarge,
+            SignatureInvalid, StoreUnavailable, ShuttingDown
         """
         self._refuse_when_draining()
         result = await asyncio.to_thread(rollback, name, to, expected, self._context)

@@ -25,8 +25,9 @@ from builder_service.pipeline.wishes import Update
 from loramux_shared.bundle.generation import BUILDS_PREFIX
 from loramux_shared.bundle.manifest import Record
 from loramux_shared.deployment import Deployment
-from loramux_shared.faults import BundleCorrupt
+from loramux_shared.faults import BundleCorrupt, RecordTooLarge
 from loramux_shared.storage.base import ObjectMissing, Store
+from loramux_shared.storage.bounds import JOURNAL_BYTES
 
 log = structlog.get_logger()
 
@@ -138,8 +139,7 @@ class Journal:
         try:
             return JournalEntry.from_bytes(data, what=key)
         except BundleCorrupt as damage:
-            log.warning("journal entry dropped", key=key, problem=damage.message)
-            self._store.delete(key)
+            self._dropped(key, damage)
             return None
 
     def drop(self, key: str) -> None:
@@ -147,14 +147,26 @@ class Journal:
         self._store.delete(key)
 
     def _read(self, wanted: Callable[[str], bool]) -> dict[str, bytes]:
-        found = {}
+        found, left = dict[str, bytes](), JOURNAL_BYTES
         for key in list(self._store.list(BUILDS_PREFIX)):
             if wanted(key.rpartition("/")[2].removesuffix(".json")):
                 try:
-                    found[key] = self._store.get(key)
+                    data = self._store.get(key)
                 except ObjectMissing:
                     continue
+                except RecordTooLarge as damage:
+                    self._dropped(key, damage)
+                    continue
+                left -= len(data)
+                if left < 0:
+                    log.warning("journal entries are too large together, the rest is not read", first=key)
+                    break
+                found[key] = data
         return found
+
+    def _dropped(self, key: str, damage: BundleCorrupt) -> None:
+        log.warning("journal entry dropped", key=key, problem=damage.message)
+        self._store.delete(key)
 
     def _key(self, name: str) -> str:
         return f"{BUILDS_PREFIX}{name}/{self._owner}.json"

@@ -90,6 +90,7 @@ class Pushes:
             CheckpointInvalid: the base is not served by this release.
             RepoNotFound, RevisionNotFound, RepoGated, SourceRefused, SourceChanged, SourceUnavailable,
             BundleCorrupt: what the base's source raises, whose config is read once.
+            RecordTooLarge: an object of the store exceeds its bound.
             SignatureInvalid: the newest generation is not signed by whom this builder trusts.
         """
         if self._stopped:

@@ -202,6 +202,7 @@ CURES: Final = {
     "QUEUE_FULL": "retry",
     "RATE_LIMITED": "retry after the delay; the limits are those of the deployment file or of the key",
     "BUNDLE_CORRUPT": "restore the file, or build the deployment again",
+    "RECORD_TOO_LARGE": "see who can write to the store, remove the object, and build the deployment again",
     "SIGNATURE_INVALID": "sign it, or build it again with a builder that signs; see who is to have signed it",
     "PROOF_FAILED": "build the deployment again; then look at the named rows",
     "CHECKPOINT_INVALID": "the message says why; choose another base",

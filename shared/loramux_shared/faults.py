@@ -38,6 +38,7 @@
     ├── QueueFull            QUEUE_FULL              RESOURCE_EXHAUSTED
     ├── RateLimited          RATE_LIMITED            RESOURCE_EXHAUSTED   a model or a key used its share
     ├── BundleCorrupt        BUNDLE_CORRUPT          DATA_LOSS
+    │   ├── RecordTooLarge   RECORD_TOO_LARGE        DATA_LOSS            larger than any that is written
     │   └── SignatureInvalid SIGNATURE_INVALID       DATA_LOSS            not signed by whom it must be
     ├── ProofFailed          PROOF_FAILED            DATA_LOSS            a bundle that answers otherwise
     ├── CheckpointInvalid    CHECKPOINT_INVALID      FAILED_PRECONDITION  a base that cannot be served
@@ -386,6 +387,12 @@ class BundleCorrupt(Fault):
 
     reason = "BUNDLE_CORRUPT"
     status = Status.DATA_LOSS
+
+
+class RecordTooLarge(BundleCorrupt):
+    """An object or a listing of a store exceeds its bound; it is not read."""
+
+    reason = "RECORD_TOO_LARGE"
 
 
 class SignatureInvalid(BundleCorrupt):

@@ -113,9 +113,9 @@ class Torn(MemoryStore):
         super().__init__()
         self.torn, self.mix = torn, mix
 
-    def get(self, key: str) -> bytes:
+    def get(self, key: str, bound: int | None = None) -> bytes:
         """Read, torn at first."""
-        data = super().get(key)
+        data = super().get(key, bound)
         if key == current_key("tiny") and self.torn:
             self.torn -= 1
             return self.mix(data)

@@ -119,7 +119,7 @@ class Unsteady(MemoryStore):
         other.digests = list(self.digests)
         return other
 
-    def get(self, key: str) -> bytes:
+    def get(self, key: str, bound: int | None = None) -> bytes:
         """Return an object's bytes, later, or not."""
         with self._lock:
             self.asked.append(key)
@@ -131,7 +131,7 @@ class Unsteady(MemoryStore):
             assert self.gate.wait(BOUND_S), "the store was never opened again"
             if self.away:
                 raise StoreUnavailable(f"{self.uri}: cannot connect to http://store.internal:9000")
-            return super().get(key) if found is None else found
+            return super().get(key, bound) if found is None else found
         finally:
             with self._lock:
                 self.under_way -= 1

@@ -50,9 +50,9 @@ class Mortal:
                 raise Killed
             return result
 
-    def get(self, key: str) -> bytes:
+    def get(self, key: str, bound: int | None = None) -> bytes:
         """Read, if alive."""
-        return self._lives(lambda: self.store.get(key))
+        return self._lives(lambda: self.store.get(key, bound))
 
     def put(self, key: str, data: bytes | Path) -> None:
         """Write, if alive."""

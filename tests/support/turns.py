@@ -37,10 +37,10 @@ class Turns:
         if self.dies_at is not None and self.count > self.dies_at:
             raise Killed
 
-    def get(self, key: str) -> bytes:
+    def get(self, key: str, bound: int | None = None) -> bytes:
         """Read at one's turn."""
         self._turn()
-        return self.store.get(key)
+        return self.store.get(key, bound)
 
     def put(self, key: str, data: bytes | Path) -> None:
         """Write at one's turn."""

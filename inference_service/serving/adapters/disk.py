@@ -26,10 +26,10 @@ from loramux_shared.bundle.reader import parse_manifest
 from loramux_shared.faults import BundleCorrupt, ResourcesExhausted
 from loramux_shared.sources.cache import discard
 from loramux_shared.sources.files import PART
+from loramux_shared.storage.bounds import RECORD_BYTES
 
 log = structlog.get_logger()
 
-MAX_MANIFEST_BYTES: Final = 64 << 20
 KEPT: Final = 0.9
 """Of the bound, what stays when bundles leave, so that they do not leave one by one."""
 COUNT_EVERY_S: Final = 60.0
@@ -78,7 +78,7 @@ class DiskTier:
     def manifest(self, digest: str) -> Manifest | None:
         """Return the manifest of a bundle that is here; a damaged bundle is removed."""
         try:
-            return parse_manifest(bytes(self._read(digest, MANIFEST_FILE, MAX_MANIFEST_BYTES)), digest)
+            return parse_manifest(bytes(self._read(digest, MANIFEST_FILE, RECORD_BYTES)), digest)
         except OSError as error:
             self._be_rid_of(digest, error)
         except BundleCorrupt as damage:

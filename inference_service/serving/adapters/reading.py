@@ -151,14 +151,14 @@ class BundleReader:
         return manifest, {name: bytes(self._fetch(digest, manifest, name)) for name in wanted(manifest)}
 
     def _fetch(self, digest: str, manifest: Manifest, name: str) -> bytes:
-        data = self._get(digest, name)
+        data = self._get(digest, name, manifest.files[name].size)
         self._known.verify(data, manifest.files, name, digest)
         return data
 
-    def _get(self, digest: str, name: str) -> bytes:
+    def _get(self, digest: str, name: str, size: int | None = None) -> bytes:
         """Return a file's bytes. What fails is told to clients; the log alone says where the store is."""
         try:
-            return read_file(self._store, digest, name)
+            return read_file(self._store, digest, name, size)
         except (BundleCorrupt, StoreUnavailable) as fault:
             log.warning("the store gives no bundle", digest=digest[:12], file=name, problem=fault.message)
             if isinstance(fault, StoreUnavailable):

@@ -190,6 +190,7 @@ class BuilderServiceServicer:
         runs. Watch it, then call again.
         RESOURCE_EXHAUSTED  QUEUE_FULL: too many builds wait. Retry.
         DATA_LOSS         BUNDLE_CORRUPT: the newest generation cannot be read. Build the deployment again.
+        RECORD_TOO_LARGE: an object of the store exceeds its bound. Build it again.
         SIGNATURE_INVALID: it is not signed by whom this builder trusts. Build it again.
         UNAVAILABLE       STORE_UNAVAILABLE: the object store does not answer. Retry.
         """
@@ -206,6 +207,7 @@ class BuilderServiceServicer:
         GENERATION_NOT_FOUND: the message lists those that the deployment has.
         ABORTED      GENERATION_MISMATCH: the newest generation is another than the expected one.
         DATA_LOSS    BUNDLE_CORRUPT: that generation, or a bundle of it, is not whole any more. Choose another.
+        RECORD_TOO_LARGE: an object of the store exceeds its bound. Build the deployment again.
         SIGNATURE_INVALID: it, or the newest one, is not signed by whom this builder trusts.
         UNAVAILABLE  STORE_UNAVAILABLE: retry.
         """
@@ -244,6 +246,7 @@ class BuilderServiceServicer:
         served by this release. SETTINGS_INVALID: the deployment wants proofs, for which this
         builder lacks torch.
         DATA_LOSS            BUNDLE_CORRUPT: the newest generation, or the base, is not what was recorded.
+        RECORD_TOO_LARGE: an object of the store exceeds its bound. Build it again.
         SIGNATURE_INVALID: it is not signed by whom this builder trusts. Build it again.
         UNAVAILABLE          STORE_UNAVAILABLE, SOURCE_UNAVAILABLE: retry.
         """

@@ -101,7 +101,7 @@ def read_bundle(store: Store, digest: str) -> Bundle:
     manifest = read_manifest(store, digest)
     files = {}
     for name in files_of(manifest, digest):
-        data = read_file(store, digest, name)
+        data = read_file(store, digest, name, manifest.files[name].size)
         verify_file(data, manifest.files, name, digest)
         files[name] = data
     return assemble(digest, manifest, files)
@@ -271,15 +271,16 @@ def _expect(found: object, expected: object, what: str) -> None:
         raise BundleCorrupt(f"{what}: expected {expected}, found {found}. {REBUILD}")
 
 
-def read_file(store: Store, digest: str, name: str) -> bytes:
-    """Return a file of a bundle as it is in the store: nothing is verified.
+def read_file(store: Store, digest: str, name: str, size: int | None = None) -> bytes:
+    """Return a file of a bundle as it is in the store: nothing is verified but that it has at most size bytes.
 
     Raises:
         BundleCorrupt: it is missing.
+        RecordTooLarge: it has more, or is a manifest that exceeds its bound.
         StoreUnavailable: the store does not answer.
     """
     try:
-        return store.get(bundle_key(digest, name))
+        return store.get(bundle_key(digest, name), size)
     except ObjectMissing as missing:
         raise BundleCorrupt(
             f"{_what(digest, name)}: expected an object, found none in {store.uri}. {REBUILD}"

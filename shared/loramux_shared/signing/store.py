@@ -42,9 +42,9 @@ class SignedStore:
         self._sign = sign
         self.uri = store.uri
 
-    def get(self, key: str) -> bytes:
-        """Return an object's bytes, or raise `ObjectMissing`, or `SignatureInvalid` of a generation."""
-        data = self._store.get(key)
+    def get(self, key: str, bound: int | None = None) -> bytes:
+        """Return an object's bytes, or raise as the store below, and `SignatureInvalid` of a generation."""
+        data = self._store.get(key, bound)
         if _GENERATION.fullmatch(key):
             try:
                 signature = self._store.get(signature_key(key))

@@ -40,8 +40,17 @@ class Store(Protocol):
     uri: str
     """The address, without credentials."""
 
-    def get(self, key: str) -> bytes:
-        """Return an object's bytes, or raise `ObjectMissing`."""
+    def get(self, key: str, bound: int | None = None) -> bytes:
+        """Return an object's bytes.
+
+        Args:
+            key: Key of the object.
+            bound: Bytes that it may have; by default `bounds.bound_of` its key.
+
+        Raises:
+            ObjectMissing: there is none.
+            RecordTooLarge: it exceeds the bound; at most a byte more than that was read.
+        """
         ...
 
     def put(self, key: str, data: bytes | Path) -> None:
@@ -57,7 +66,11 @@ class Store(Protocol):
         ...
 
     def list(self, prefix: str) -> Iterator[str]:
-        """Yield the keys that begin with prefix, in lexicographic order."""
+        """Yield the keys that begin with prefix, in lexicographic order.
+
+        Raises:
+            RecordTooLarge: they are more than `bounds.KEYS`.
+        """
         ...
 
     def entries(self, prefix: str) -> Iterator[Entry]:

@@ -17,6 +17,7 @@ from typing import BinaryIO
 
 from loramux_shared.faults import StoreUnavailable
 from loramux_shared.storage.base import Entry, ObjectMissing
+from loramux_shared.storage.bounds import bound_of, bounded_keys, check_size, read_bounded
 from loramux_shared.storage.keys import checked_key, checked_prefix, is_key
 
 TEMPORARY = ".tmp"
@@ -42,16 +43,20 @@ class LocalStore:
         self.uri = f"file://{self._root}"
         self._remove_leftovers()
 
-    def get(self, key: str) -> bytes:
-        """Return an object's bytes, or raise `ObjectMissing`."""
+    def get(self, key: str, bound: int | None = None) -> bytes:
+        """Return an object's bytes, or raise `ObjectMissing` or `RecordTooLarge`."""
         with self._translated("read", key):
             try:
-                return self._path(key).read_bytes()
+                with self._path(key).open("rb", buffering=0) as file:
+                    size = os.fstat(file.fileno()).st_size
+                    return read_bounded(self.uri, key, file.read, bound_of(key, bound), size)
             except _NO_OBJECT:
                 raise ObjectMissing(f"{self.uri}: no object {key!r}") from None
 
     def put(self, key: str, data: bytes | Path) -> None:
         """Store bytes, or a file's content, under a key; it is on disk when this returns."""
+        if isinstance(data, bytes):
+            check_size(self.uri, key, len(data), bound_of(key))
         # A source that cannot be opened is no fault of the store.
         with data.open("rb") if isinstance(data, Path) else io.BytesIO(data) as source:
             self._put(key, source)
@@ -112,7 +117,8 @@ class LocalStore:
         folder = checked_prefix(prefix).rpartition("/")[0]
         with self._translated("list", prefix):
             top = self._path(folder) if folder else self._root
-            keys = sorted(key for key in self._keys_below(top) if key.startswith(prefix) and is_key(key))
+            found = (key for key in self._keys_below(top) if key.startswith(prefix) and is_key(key))
+            keys = sorted(bounded_keys(self.uri, prefix, found))
         yield from keys
 
     def entries(self, prefix: str) -> Iterator[Entry]:

@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from loramux_shared.storage.base import Entry, ObjectMissing
+from loramux_shared.storage.bounds import bound_of, bounded_keys, check_size
 
 
 class MemoryStore:
@@ -20,15 +21,18 @@ class MemoryStore:
         self.modified: dict[str, datetime] = {}
         """When the objects were put; one that is not here was put into ``objects`` long ago."""
 
-    def get(self, key: str) -> bytes:
-        """Return an object's bytes, or raise `ObjectMissing`."""
-        try:
-            return self.objects[key]
-        except KeyError:
-            raise ObjectMissing(f"{self.uri}: no object {key!r}") from None
+    def get(self, key: str, bound: int | None = None) -> bytes:
+        """Return an object's bytes, or raise `ObjectMissing` or `RecordTooLarge`."""
+        data = self.objects.get(key)
+        if data is None:
+            raise ObjectMissing(f"{self.uri}: no object {key!r}")
+        check_size(self.uri, key, len(data), bound_of(key, bound))
+        return data
 
     def put(self, key: str, data: bytes | Path) -> None:
         """Store bytes, or a file's content, under a key."""
+        if isinstance(data, bytes):
+            check_size(self.uri, key, len(data), bound_of(key))
         self.objects[key] = data.read_bytes() if isinstance(data, Path) else bytes(data)
         self.modified[key] = datetime.now(UTC)
 
@@ -44,7 +48,8 @@ class MemoryStore:
 
     def list(self, prefix: str) -> Iterator[str]:
         """Yield the keys that begin with prefix, in lexicographic order."""
-        yield from sorted(key for key in tuple(self.objects) if key.startswith(prefix))
+        found = (key for key in tuple(self.objects) if key.startswith(prefix))
+        yield from sorted(bounded_keys(self.uri, prefix, found))
 
     def entries(self, prefix: str) -> Iterator[Entry]:
         """Yield what `list` yields, with size and age."""

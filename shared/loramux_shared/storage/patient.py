@@ -35,9 +35,9 @@ class PatientStore:
         self._pauses_s = pauses_s
         self.uri = store.uri
 
-    def get(self, key: str) -> bytes:
-        """Return an object's bytes, or raise `ObjectMissing`."""
-        return self._tried(lambda: self._store.get(key))
+    def get(self, key: str, bound: int | None = None) -> bytes:
+        """Return an object's bytes, or raise `ObjectMissing` or `RecordTooLarge`."""
+        return self._tried(lambda: self._store.get(key, bound))
 
     def put(self, key: str, data: bytes | Path) -> None:
         """Store bytes, or a file's content, under a key."""

@@ -6,11 +6,13 @@ import hashlib
 import io
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from http import HTTPStatus
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import boto3
 from boto3.s3.transfer import TransferConfig, create_transfer_manager
+from botocore.awsrequest import AWSPreparedRequest, AWSResponse
 from botocore.config import Config
 from botocore.exceptions import (
     BotoCoreError,
@@ -18,10 +20,13 @@ from botocore.exceptions import (
     IncompleteReadError,
     ResponseStreamingError,
 )
+from botocore.httpsession import URLLib3Session
+from botocore.response import StreamingBody
 from tenacity import retry, retry_if_exception_type, stop_after_attempt
 
 from loramux_shared.faults import SettingsInvalid
 from loramux_shared.storage.base import Entry, ObjectMissing
+from loramux_shared.storage.bounds import bound_of, bounded_keys, check_size, read_bounded
 from loramux_shared.storage.keys import checked_key, checked_prefix, is_key
 from loramux_shared.storage.s3_faults import store_fault
 
@@ -33,6 +38,8 @@ PART_BYTES = 16 << 20
 PARTS_AT_ONCE = 4
 PIECE = 1 << 20
 CONNECT_TIMEOUT_S = 5
+ANSWER_BYTES = 8 << 20
+"""A page of a listing with a thousand keys of the longest, or an error."""
 READ_TIMEOUT_S = 20
 """Between two pieces. A store that accepts and says nothing is given up after twice as long."""
 
@@ -72,12 +79,14 @@ class S3Store:
         self._prefix = f"{checked_key(prefix.strip('/'))}/" if prefix.strip("/") else ""
         self.uri = f"s3://{bucket}/{self._prefix}".rstrip("/")
         self._client = client or _new_client(self.uri, endpoint_url, region)
+        endpoint = self._client._endpoint  # type: ignore[attr-defined]  # botocore has no hook
+        endpoint.http_session = _BoundedSession(self.uri, endpoint.http_session)
 
-    def get(self, key: str) -> bytes:
-        """Return an object's bytes, or raise `ObjectMissing`."""
+    def get(self, key: str, bound: int | None = None) -> bytes:
+        """Return an object's bytes, or raise `ObjectMissing` or `RecordTooLarge`."""
         with self._translated():
             try:
-                return self._read(self._prefix + checked_key(key))
+                return self._read(key, bound_of(key, bound))
             except self._client.exceptions.NoSuchKey:
                 raise ObjectMissing(f"{self.uri}: no object {key!r}") from None
 
@@ -86,6 +95,8 @@ class S3Store:
         full_key = self._prefix + checked_key(key)
         if isinstance(data, Path):
             data.open("rb").close()  # a source that cannot be opened is no fault of the store
+        else:
+            check_size(self.uri, key, len(data), bound_of(key))
         # Of a file that is named, parts are read as they are sent; of one that is open, they are held.
         source = str(data) if isinstance(data, Path) else io.BytesIO(data)
         with self._translated(), create_transfer_manager(self._client, _TRANSFER) as transfers:
@@ -115,11 +126,11 @@ class S3Store:
             Bucket=self._bucket, Prefix=self._prefix + checked_prefix(prefix)
         )
         with self._translated():
-            for page in pages:
-                for item in page.get("Contents", ()):
-                    key = item["Key"].removeprefix(self._prefix)
-                    if is_key(key):  # consoles mark folders by "/" at the end
-                        yield Entry(key, item["Size"], item["LastModified"])
+            items = (item for page in pages for item in page.get("Contents", ()))
+            for item in bounded_keys(self.uri, prefix, items):
+                key = item["Key"].removeprefix(self._prefix)
+                if is_key(key):  # consoles mark folders by "/" at the end
+                    yield Entry(key, item["Size"], item["LastModified"])
 
     def delete(self, key: str) -> None:
         """Remove an object; no error when there is none."""
@@ -127,8 +138,10 @@ class S3Store:
             self._client.delete_object(Bucket=self._bucket, Key=self._prefix + checked_key(key))
 
     @_unbroken
-    def _read(self, full_key: str) -> bytes:
-        return self._client.get_object(Bucket=self._bucket, Key=full_key)["Body"].read()
+    def _read(self, key: str, bound: int) -> bytes:
+        answer = self._client.get_object(Bucket=self._bucket, Key=self._prefix + checked_key(key))
+        with closing(answer["Body"]) as body:
+            return read_bounded(self.uri, key, body.read, bound, answer.get("ContentLength"))
 
     @_unbroken
     def _hashed(self, full_key: str) -> str:
@@ -144,6 +157,31 @@ class S3Store:
             yield
         except (BotoCoreError, ClientError) as error:
             raise store_fault(error, self.uri, self._bucket, self._client.meta.endpoint_url) from error
+
+
+class _BoundedSession:
+    """Bounds the answers that botocore itself reads into memory: listings and errors."""
+
+    def __init__(self, uri: str, session: URLLib3Session) -> None:
+        self._uri = uri
+        self._session = session
+
+    def send(self, request: AWSPreparedRequest) -> AWSResponse:
+        """Send a request; raises `RecordTooLarge` of an answer that exceeds `ANSWER_BYTES`."""
+        is_object, request.stream_output = request.stream_output, True
+        answer = self._session.send(request)
+        if not is_object or answer.status_code >= HTTPStatus.MULTIPLE_CHOICES:
+            what, body = f"answer {answer.status_code}", StreamingBody(answer.raw, None)
+            try:
+                answer._content = read_bounded(self._uri, what, body.read, ANSWER_BYTES, None)
+            except BaseException:
+                body.close()
+                raise
+        return answer
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._session.close()
 
 
 def _new_client(uri: str, endpoint_url: str | None, region: str | None) -> S3Client:

@@ -9,8 +9,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+from structlog.testing import capture_logs
 from typer.testing import CliRunner
 
+from builder_service.builds import journal
 from builder_service.builds.journal import Abandoned, Journal, JournalEntry
 from builder_service.builds.running import RunningBuild
 from builder_service.builds.views import State
@@ -20,6 +22,8 @@ from loramux.client import AsyncClient
 from loramux.records import DeploymentState
 from loramux_shared.bundle.deployments import current_generation
 from loramux_shared.faults import DeploymentNotFound, QueueFull, RequestIdReused
+from loramux_shared.storage.bounds import bound_of
+from loramux_shared.storage.memory import MemoryStore
 from tests.support.builders import HOUR, OTHER, OWNER, Builders, Gated, ended
 from tests.support.waiting import Clock, until
 
@@ -241,6 +245,22 @@ async def test_two_builders_build_one_deployment(world: Builders) -> None:
     assert [end.state for end in ends] == [State.ACTIVE, State.ACTIVE]
     assert len(list(world.store.list("deployments/tiny/generations/"))) == 2
     assert (world.generation.number, world.journal) == (2, [])
+
+
+def test_entries_beyond_their_bounds_are_not_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An entry that is too large is removed; of entries that are too large together the first ones are read."""
+    store = MemoryStore()
+    key = f"builds/a/{OTHER}.json"
+    store.objects[key] = bytes(bound_of(key) + 1)
+    store.objects |= {f"builds/{name}/{OTHER}.json": bytes(10) for name in "bcd"}
+    monkeypatch.setattr(journal, "JOURNAL_BYTES", 25)
+    with capture_logs() as logs:
+        assert list(Journal(store, OWNER).others()) == [f"builds/{name}/{OTHER}.json" for name in "bc"]
+    assert key not in store.objects
+    assert [line["event"].partition(",")[0] for line in logs] == [
+        "journal entry dropped",
+        "journal entries are too large together",
+    ]
 
 
 def test_an_entry_is_abandoned_when_it_does_not_change() -> None:

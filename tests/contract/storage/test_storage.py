@@ -9,8 +9,10 @@ import socketserver
 import subprocess
 import sys
 import threading
+import tracemalloc
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -18,9 +20,13 @@ from typing import Any
 import boto3
 import pytest
 
+from loramux_shared.bundle.deployments import read_pointer
+from loramux_shared.bundle.generation import current_key
 from loramux_shared.bundle.manifest import sha256_hex
-from loramux_shared.faults import SettingsInvalid, StoreUnavailable
+from loramux_shared.faults import RecordTooLarge, SettingsInvalid, StoreUnavailable
+from loramux_shared.storage import bounds
 from loramux_shared.storage.base import ObjectMissing, Store
+from loramux_shared.storage.bounds import bound_of, read_bounded
 from loramux_shared.storage.local import LocalStore
 from loramux_shared.storage.open import open_store
 from loramux_shared.storage.s3 import PART_BYTES, S3Store
@@ -402,3 +408,84 @@ def test_local_stores_need_no_boto3() -> None:
     code += "; print('boto3' in sys.modules)"
     said = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
     assert said == "False\n"
+
+
+def test_an_object_beyond_its_bound_is_not_read(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A record of the bound is read; a larger one is an error that says its key, its size and the bound."""
+    pointer = "deployments/d/current.json"
+    store.put(pointer, b"x" * bound_of(pointer))
+    assert len(store.get(pointer)) == bound_of(pointer) == 4096
+    store.put("b/file", b"")
+    assert store.get("b/file", 0) == b""
+    store.put("b/file", b"0123456789")
+    assert store.get("b/file", 10) == b"0123456789"
+    with pytest.raises(RecordTooLarge, match=r"b/file: expected at most 9 bytes, found 10\."):
+        store.get("b/file", 9)
+    with pytest.raises(RecordTooLarge, match=f"{pointer}: expected at most 4096 bytes, found 4097"):
+        store.put(pointer, b"x" * 4097)
+    with monkeypatch.context() as patched:
+        patched.setattr(bounds, "_KINDS", ())
+        store.put(pointer, b"x" * 5000)
+    with pytest.raises(RecordTooLarge, match=f"{pointer}: expected at most 4096 bytes, found 5000"):
+        store.get(pointer)
+
+
+def test_a_listing_beyond_its_bound_is_not_read(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many keys as the bound says are listed; one more is an error that says the prefix and the bound."""
+    monkeypatch.setattr(bounds, "KEYS", 3)
+    for name in "abc":
+        store.put(f"k/{name}", b"")
+    assert len(list(store.list("k/"))) == len(list(store.entries("k/"))) == 3
+    store.put("k/d", b"")
+    for listing in (store.list, store.entries):
+        with pytest.raises(RecordTooLarge, match="expected at most 3 keys below 'k/', found more"):
+            list(listing("k/"))
+
+
+def test_a_large_pointer_costs_no_memory(tmp_path: Path) -> None:
+    """Of a pointer of a gigabyte nothing is read, and of one that grows beyond its size a piece."""
+    store = LocalStore(tmp_path)
+    path = tmp_path / current_key("tiny")
+    path.parent.mkdir(parents=True)
+    with path.open("wb") as file:
+        file.truncate(1 << 30)
+    tracemalloc.start()
+    try:
+        with pytest.raises(RecordTooLarge, match=f"found {1 << 30}"):
+            read_pointer(store, "tiny")
+        with pytest.raises(RecordTooLarge, match="found more than 4096"), path.open("rb", buffering=0) as file:
+            read_bounded(store.uri, "k", file.read, 4096, 0)
+        assert tracemalloc.get_traced_memory()[1] < MIB
+    finally:
+        tracemalloc.stop()
+
+
+class _Endless(socketserver.StreamRequestHandler):
+    """Answers with a body without an end and without a length."""
+
+    status = b"200 OK"
+
+    def handle(self) -> None:
+        while self.rfile.readline().strip():
+            pass
+        self.wfile.write(b"HTTP/1.1 " + self.status + b"\r\nConnection: close\r\n\r\n")
+        with suppress(ConnectionError):
+            while True:
+                self.wfile.write(b" " * MIB)
+
+
+@pytest.mark.parametrize("status", ["200 OK", "404 Not Found", "503 Slow Down"])
+def test_a_server_that_sends_without_end(aws: S3Server, status: str) -> None:
+    """Objects, listings and errors of a server that lies about their size are read up to their bounds."""
+    handler = type("Handler", (_Endless,), {"status": status.encode()})
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        store = S3Store("bucket", endpoint_url=f"http://127.0.0.1:{server.server_address[1]}")
+        for call in (
+            lambda: store.get(current_key("d")),
+            lambda: list(store.list("")),
+            lambda: store.put("k", b""),
+        ):
+            with pytest.raises(RecordTooLarge, match="expected at most"):
+                call()
+        server.shutdown()

@@ -115,7 +115,7 @@ async def test_generations_between_two_looks_are_passed_over(store):
 
 
 @pytest.mark.parametrize(
-    "damage", ["pointer", "generation", "half pointer", "missing generation", "no pointer"]
+    "damage", ["pointer", "generation", "half pointer", "huge pointer", "missing generation", "no pointer"]
 )
 async def test_what_is_damaged_is_never_applied_and_tried_again(store, damage):
     """A damaged or half-written record is said once, the replica serves on, and repair is enough."""
@@ -125,6 +125,8 @@ async def test_what_is_damaged_is_never_applied_and_tried_again(store, damage):
         store.objects[current_key("d")] = pointer.replace(b'"generation":2', b'"generation":02')
     elif damage == "half pointer":
         store.objects[current_key("d")] = pointer[: len(pointer) // 2]
+    elif damage == "huge pointer":
+        store.objects[current_key("d")] = pointer + b" " * 300_000
     elif damage == "no pointer":
         del store.objects[current_key("d")]
     elif damage == "generation":

@@ -10,7 +10,8 @@ from loramux_shared.bundle.deployments import current_generation, list_deploymen
 from loramux_shared.bundle.generation import current_key, generation_key
 from loramux_shared.bundle.manifest import Manifest, bundle_key, sha256_hex
 from loramux_shared.bundle.reader import read_bundle
-from loramux_shared.faults import BundleCorrupt
+from loramux_shared.faults import BundleCorrupt, RecordTooLarge
+from loramux_shared.storage.bounds import bound_of
 from loramux_shared.storage.memory import MemoryStore
 from tests.support.adapters import write_adapter, write_base
 from tests.support.folders import built, deployment_of, workshop
@@ -62,6 +63,16 @@ def test_a_missing_or_short_file_is_found(store, name):
         read_bundle(store, digest_of(store))
     store.objects[key] = data[:-1]
     with pytest.raises(BundleCorrupt, match="expected"):
+        read_bundle(store, digest_of(store))
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_that_is_larger_than_its_manifest_says_is_not_read(store, name):
+    """RECORD_TOO_LARGE names the file and both sizes; a manifest has a bound of its own."""
+    key = bundle_key(digest_of(store), name)
+    size = bound_of(key) if name == "manifest.json" else len(store.objects[key])
+    store.objects[key] = bytes(size + 1)
+    with pytest.raises(RecordTooLarge, match=f"{name}: expected at most {size} bytes, found {size + 1}"):
         read_bundle(store, digest_of(store))
 
 

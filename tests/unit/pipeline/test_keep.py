@@ -61,9 +61,9 @@ class CountingStore(MemoryStore):
         super().__init__()
         self.read, self.written, self.looks = 0, 0, 0
 
-    def get(self, key: str) -> bytes:
+    def get(self, key: str, bound: int | None = None) -> bytes:
         """Read, and count."""
-        data = super().get(key)
+        data = super().get(key, bound)
         self.read += len(data) if key.startswith("bundles/") else 0
         return data
 
