@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from http import HTTPStatus
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import boto3
 from boto3.s3.transfer import TransferConfig, create_transfer_manager
-from botocore.awsrequest import AWSPreparedRequest, AWSResponse
+from botocore.awsrequest import AWSPreparedRequest
 from botocore.config import Config
 from botocore.exceptions import (
     BotoCoreError,
@@ -166,12 +166,13 @@ class _BoundedSession:
         self._uri = uri
         self._session = session
 
-    def send(self, request: AWSPreparedRequest) -> AWSResponse:
+    def send(self, request: AWSPreparedRequest) -> Any:
         """Send a request; raises `RecordTooLarge` of an answer that exceeds `ANSWER_BYTES`."""
         is_object, request.stream_output = request.stream_output, True
-        answer = self._session.send(request)
+        answer: Any = self._session.send(request)  # its stubs know neither attribute
         if not is_object or answer.status_code >= HTTPStatus.MULTIPLE_CHOICES:
-            what, body = f"answer {answer.status_code}", StreamingBody(answer.raw, None)
+            no_length: Any = None  # of a HEAD, none of it comes
+            what, body = f"answer {answer.status_code}", StreamingBody(answer.raw, no_length)
             try:
                 answer._content = read_bounded(self._uri, what, body.read, ANSWER_BYTES, None)
             except BaseException:
