@@ -34,6 +34,7 @@ from inference_service.serving.service import GenerationService, ServingLimits
 from inference_service.serving.telemetry.record import Watcher
 from inference_service.startup.bank import Bank, open_bank, preload, preload_later
 from inference_service.startup.base import Base, load_base
+from inference_service.startup.heap import bound_arenas, give_back
 from inference_service.startup.memory import blocks_of, divide_memory
 from inference_service.startup.merged import merge
 from inference_service.startup.profile import SCRATCH_BLOCKS, CudaMemory, Measured, largest_step, measure
@@ -73,10 +74,13 @@ async def load_apart(settings: InferenceSettings, store: Store, watchers: Sequen
     """Do what `load` does, in a thread that ends with it: one that lived on would keep its team of OpenMP's.
 
     With more of their threads than cores, those of a step would sleep between operations
-    (`kernels/cpu/spin.py`).
+    (`kernels/cpu/spin.py`). What it and its threads freed is the system's again when it returns.
     """
+    bound_arenas()
     with ThreadPoolExecutor(1, "load") as thread:
-        return await asyncio.get_running_loop().run_in_executor(thread, load, settings, store, watchers)
+        ready = await asyncio.get_running_loop().run_in_executor(thread, load, settings, store, watchers)
+    give_back()
+    return ready
 
 
 def load(settings: InferenceSettings, store: Store, watchers: Sequence[Watcher] = ()) -> Ready:

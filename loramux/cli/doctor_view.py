@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from rich.filesize import decimal
 
 from loramux.cli import shell
-from loramux.doctor.sizes import Sizes
+from loramux.doctor.sizes import PROCESS_BYTES, Sizes
 
 if TYPE_CHECKING:
     from loramux.cli.doctor import Diagnosis
@@ -29,7 +29,8 @@ def show(found: Diagnosis) -> None:
         _line(place.name, f"{place.address}: {place.state}")
     if found.base:
         shell.show()
-        _show_sizes(found.base)
+        on_cpu = not isinstance(found.inference, str) and found.inference.device == "cpu"
+        _show_sizes(found.base, on_cpu=on_cpu)
     shell.show()
     for problem in found.problems:
         shell.show(f"wrong: {problem}", "bold red")
@@ -47,12 +48,15 @@ def _show_inference(found: Diagnosis) -> None:
     _line("computes in", f"{chosen.dtype}, backend {chosen.backend}: {chosen.how}")
 
 
-def _show_sizes(sizes: Sizes) -> None:
+def _show_sizes(sizes: Sizes, *, on_cpu: bool) -> None:
     weights, left = decimal(sizes.weights_bytes), decimal(sizes.free_bytes)
     _line("weights", f"{weights} as {sizes.dtype}; {left} are free")
     if sizes.widened:
         _line("", sizes.widened)
     _line("steps", f"{decimal(sizes.steps_bytes)} for the largest")
+    if on_cpu:
+        ready = decimal(sizes.ready_bytes)
+        _line("process", f"{decimal(PROCESS_BYTES)}; a replica is ready with {ready}, before the cache fills")
     token, behind = sizes.kv_token_bytes, sizes.kv_behind_bytes
     each = decimal(token) + (f", {decimal(behind)} behind the windows of layers" if behind < token else "")
     states = f", {sizes.state_slots} states of {decimal(sizes.state_bytes)}" if sizes.state_bytes else ""

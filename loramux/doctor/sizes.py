@@ -25,6 +25,10 @@ from loramux_shared.rounding import Rounding
 from loramux_shared.settings import InferenceSettings
 
 RANKS: Final = (8, 16, 32, 64)
+PROCESS_BYTES: Final = 250_000_000
+"""What a replica on a CPU takes for itself: the interpreter, torch, grpc, a tokenizer, and their threads."""
+TOUCHED_BYTES: Final = 8 << 20
+"""Of each layer's cache, what a first step writes on a CPU: two pages of 2 MiB of keys and of values."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,8 @@ class Sizes:
     fits: tuple[Fit, ...]
     refusal: str
     """What a replica would say; empty where it would start."""
+    ready_bytes: int
+    """What a replica on a CPU takes when it is ready, before adapters are loaded and the cache fills."""
 
 
 def read_base(path: Path) -> dict[str, Any]:
@@ -134,4 +140,5 @@ def sizes_of(
         state_slots=plan.slots,
         fits=tuple(Fit(rank, size, room // size) for rank, size in each.items()),
         refusal=refusal,
+        ready_bytes=PROCESS_BYTES + needs.weights + min(plan.kv_bytes, TOUCHED_BYTES * len(config.layers)),
     )

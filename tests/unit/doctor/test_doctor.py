@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from loramux.cli.main import app
 from loramux.doctor import installed
 from loramux.doctor.machine import look_at_inference, look_at_machine, look_at_store
-from loramux.doctor.sizes import read_base, sizes_of
+from loramux.doctor.sizes import PROCESS_BYTES, TOUCHED_BYTES, read_base, sizes_of
 from loramux_shared.bases.groups import features_of
 from loramux_shared.bases.memory import MemoryPlan, cache_of, needs_of, plan_on
 from loramux_shared.bases.read import read_config, read_fields
@@ -116,6 +116,9 @@ def test_what_fits_beside_weights_and_cache() -> None:
     room = 20_000_000 - sizes.weights_bytes - sizes.steps_bytes - 1_000_000
     assert [fit.adapters for fit in sizes.fits] == [room // fit.adapter_bytes for fit in sizes.fits]
     assert sizes.fits[0].adapters > 0
+    assert sizes.ready_bytes == PROCESS_BYTES + sizes.weights_bytes + sizes.kv_bytes
+    longer = sizes_of(LLAMA | {"max_position_embeddings": 2**20}, SETTINGS, 10**9, "float32")
+    assert longer.ready_bytes == PROCESS_BYTES + longer.weights_bytes + 2 * TOUCHED_BYTES
 
 
 def test_what_does_not_fit_says_so_in_the_words_of_a_replica() -> None:
