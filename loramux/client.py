@@ -55,10 +55,11 @@ _T = TypeVar("_T")
 
 
 def _build_request(
-    deployment: Deployment, request_id: str | None, verify: bool
+    deployment: Deployment, request_id: str | None, verify: bool, exact: bool
 ) -> builder_pb2.BuildDeploymentRequest:
-    spec = deployment_to_message(deployment)
-    return builder_pb2.BuildDeploymentRequest(deployment=spec, request_id=request_id or "", verify=verify)
+    return builder_pb2.BuildDeploymentRequest(
+        deployment=deployment_to_message(deployment), request_id=request_id or "", verify=verify, exact=exact
+    )
 
 
 def _check_request(
@@ -163,13 +164,19 @@ class Client(Vectors, Operations, Changes, _Addresses):
         return completion_of(list(self.generate(model, prompt, timeout_s=timeout_s, **options)))
 
     def build(
-        self, deployment: Deployment, request_id: str | None = None, *, verify: bool = False
+        self,
+        deployment: Deployment,
+        request_id: str | None = None,
+        *,
+        verify: bool = False,
+        exact: bool = False,
     ) -> DeploymentInfo:
         """Start a build; returns at once. Repeating it is safe.
 
-        With verify, every byte of the bundles that are kept is read back.
+        Adapters that were added or pushed stay beside those of the deployment; with exact they leave. With
+        verify, every byte of the bundles that are kept is read back.
         """
-        request = _build_request(deployment, request_id, verify)
+        request = _build_request(deployment, request_id, verify, exact)
         with named(self.builder):
             answer = self._builder.BuildDeployment(request, timeout=self.timeout_s)
         return deployment_of(answer.deployment)
@@ -304,13 +311,19 @@ class AsyncClient(AsyncVectors, AsyncOperations, AsyncChanges, _Addresses):
         return completion_of([event async for event in events])
 
     async def build(
-        self, deployment: Deployment, request_id: str | None = None, *, verify: bool = False
+        self,
+        deployment: Deployment,
+        request_id: str | None = None,
+        *,
+        verify: bool = False,
+        exact: bool = False,
     ) -> DeploymentInfo:
         """Start a build; returns at once. Repeating it is safe.
 
-        With verify, every byte of the bundles that are kept is read back.
+        Adapters that were added or pushed stay beside those of the deployment; with exact they leave. With
+        verify, every byte of the bundles that are kept is read back.
         """
-        request = _build_request(deployment, request_id, verify)
+        request = _build_request(deployment, request_id, verify, exact)
         with named(self.builder):
             answer = await self._builder.BuildDeployment(request, timeout=self.timeout_s)
         return deployment_of(answer.deployment)

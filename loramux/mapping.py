@@ -186,6 +186,7 @@ def adapter_of(message: builder_pb2.AdapterBuild) -> AdapterInfo:
         reused=message.reused,
         repaired=message.repaired,
         kept=message.kept,
+        added=message.added,
         kinds=tuple(message.kinds),
     )
 

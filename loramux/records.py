@@ -312,6 +312,8 @@ class AdapterInfo:
     """Whether the store held the bundle with other bytes or without some, and they were put again."""
     kept: bool = False
     """Whether it is what it was in the served generation, so that nothing was fetched or made."""
+    added: bool = False
+    """Whether it is not in the deployment that is built: it was added or pushed before, and stays."""
     kinds: tuple[str, ...] = ()
     """What it is, as in `ModelInfo`."""
 

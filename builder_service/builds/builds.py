@@ -86,18 +86,24 @@ class Builds(Shown):
         return len(entries)
 
     async def build(
-        self, deployment: Deployment, request_id: str = "", *, verify: bool = False
+        self, deployment: Deployment, request_id: str = "", *, verify: bool = False, exact: bool = False
     ) -> DeploymentView:
         """Accept a build, or find the one that was asked for already; answers before it runs.
+
+        With exact, adapters that were added or pushed and are not in the deployment leave.
 
         Raises:
             DeploymentInvalid, RequestIdReused, BuildInProgress, QueueFull, StoreUnavailable, ShuttingDown
         """
         check_deployment(deployment)
-        now = datetime.now(UTC)
-        return await self._accepted(
-            JournalEntry(deployment=deployment, verify=verify, request_id=request_id, create_time=now)
+        entry = JournalEntry(
+            deployment=deployment,
+            verify=verify,
+            exact=exact,
+            request_id=request_id,
+            create_time=datetime.now(UTC),
         )
+        return await self._accepted(entry)
 
     async def update(self, wish: Update, request_id: str = "") -> DeploymentView:
         """Accept an update, or find the one that was asked for already; answers before it runs.

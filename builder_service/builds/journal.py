@@ -39,6 +39,8 @@ class JournalEntry(Record):
     update: Update | None = None
     verify: bool = False
     """Whether every byte of the bundles that are kept is to be read back."""
+    exact: bool = False
+    """Whether adapters that the deployment does not name are to leave, however they came."""
     request_id: str = ""
     create_time: datetime
     attempt: int = Field(default=1, ge=1)
@@ -65,9 +67,9 @@ class JournalEntry(Record):
         return self.update.add if self.update else self._whole.build.lora_adapters
 
     @property
-    def wish(self) -> tuple[Deployment | None, Update | None, bool]:
+    def wish(self) -> tuple[Deployment | None, Update | None, bool, bool]:
         """What was asked for: the same for a call that is repeated."""
-        return self.deployment, self.update, self.verify
+        return self.deployment, self.update, self.verify, self.exact
 
     @property
     def _whole(self) -> Deployment:
@@ -78,7 +80,7 @@ class JournalEntry(Record):
         """Do it. Blocks; raises what `build` and `update` raise."""
         if self.update is not None:
             return update(self.update, context, progress, again=self.attempt > 1)
-        return build(self._whole, context, progress, verify=self.verify)
+        return build(self._whole, context, progress, verify=self.verify, exact=self.exact)
 
 
 class Journal:

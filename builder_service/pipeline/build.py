@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
+import structlog
+
 from builder_service.pipeline.context import BuildContext
-from builder_service.pipeline.keep import Keeping, same_conditions
+from builder_service.pipeline.keep import Keeping, Moved, same_conditions
 from builder_service.pipeline.making import Workshop, making, workshop
 from builder_service.pipeline.progress import Progress
 from builder_service.pipeline.prove import require_prover
 from builder_service.pipeline.publish import hold
+from loramux_shared.bundle.changes import newest_generation, publish_change
 from loramux_shared.bundle.deployments import current_generation, publish_generation
 from loramux_shared.bundle.generation import AdapterRecord, BaseRecord, Generation, Recipe
-from loramux_shared.deployment import Deployment, Dtype
-from loramux_shared.faults import BundleCorrupt, Fault
+from loramux_shared.deployment import Deployment, Dtype, SourceKind
+from loramux_shared.faults import BundleCorrupt, DeploymentInvalid, DeploymentNotFound, Fault, Finding
 from loramux_shared.sources.checkpoint import Base, describe_base
 from loramux_shared.storage.base import Store
 from loramux_shared.storage.patient import PatientStore
+from loramux_shared.wording import listed
+
+log = structlog.get_logger()
 
 
 @dataclass(frozen=True)
@@ -31,31 +37,124 @@ class BuildResult:
 
 
 def build(
-    deployment: Deployment, context: BuildContext, progress: Progress, *, verify: bool = False
+    deployment: Deployment,
+    context: BuildContext,
+    progress: Progress,
+    *,
+    verify: bool = False,
+    exact: bool = False,
 ) -> BuildResult:
     """Build a deployment. Blocks; everything is checked before anything is written to the store.
 
-    With verify, every byte of the bundles that are kept is read back.
+    Adapters that were added or pushed to it stay, unless the deployment names others like them. With exact they
+    leave. With verify, every byte of the bundles that are kept is read back.
 
     Raises:
         AdapterInvalid: with every violation of every adapter.
+        DeploymentInvalid: adapters that stay do not fit the deployment.
         Fault: what the base, a source or the store raises.
     """
     if deployment.build.prove:
         require_prover()
     store = PatientStore(context.store, progress.check)
-    with workshop(context, store, progress) as shop:
-        base = _describe_base(deployment, shop)
-        before = served_generation(store, deployment.model_name)
-        made = making(shop, base, deployment.build, digests_of(before), deployment.runtime.merge)
-        draft = _draft(deployment, base.record, made.book.dtype)
-        keeping = Keeping(before if before is not None and same_conditions(before, draft) else None)
-        records = made.make(deployment.build.lora_adapters, keeping, verify=verify)
-        progress.check()
-        _hold_on(store, before, records.values())
-        wanted = draft.model_copy(update={"adapters": dict(sorted(records.items()))})
+    while True:
+        try:
+            with workshop(context, store, progress) as shop:
+                return _build(deployment, shop, verify=verify, exact=exact)
+        except Moved:
+            log.info("adapters were added meanwhile, building again", deployment=deployment.model_name)
+
+
+def _build(deployment: Deployment, shop: Workshop, *, verify: bool, exact: bool) -> BuildResult:
+    store, progress = shop.store, shop.progress
+    base = _describe_base(deployment, shop)
+    before = _newest(store, deployment.model_name)
+    made = making(shop, base, deployment.build, digests_of(before), deployment.runtime.merge)
+    draft = _draft(deployment, base.record, made.book.dtype)
+    same = before is not None and same_conditions(before, draft)
+    named = deployment.build.lora_adapters
+    added = {} if exact else added_to(before)
+    beside = {name: record for name, record in added.items() if name not in named}
+    _check_beside(draft, named, beside, same)
+    progress.include(beside)
+    keeping = Keeping(before if same else None, beside)
+    records = made.make(
+        {**named, **{name: each.source for name, each in beside.items()}}, keeping, verify=verify
+    )
+    records |= {name: records[name].model_copy(update={"added": True}) for name in beside}
+    for name, record in added.items():
+        if name in named and records[name].digest != record.digest:
+            progress.warn(name, _replaced(record))
+    progress.check()
+    _hold_on(store, before, records.values())
+    wanted = draft.model_copy(update={"adapters": dict(sorted(records.items()))})
+    if before is None or exact:
         published = publish_generation(store, wanted)
-        return BuildResult(published, unchanged=before is not None and published.number == before.number)
+    else:
+        published = _publish_beside(wanted, added, before, shop)
+    return BuildResult(published, unchanged=before is not None and published.number == before.number)
+
+
+def added_to(generation: Generation | None) -> dict[str, AdapterRecord]:
+    """Return the adapters of a generation that did not come from the deployment's file."""
+    records = generation.adapters if generation else {}
+    return {name: record for name, record in records.items() if record.added}
+
+
+def _check_beside(
+    draft: Generation, named: Collection[str], beside: Mapping[str, AdapterRecord], same: bool
+) -> None:
+    """Refuse adapters that are to stay beside those of the file, and cannot."""
+    if not beside:
+        return
+    names = f"the file does not name {listed(beside)}, which came by an update or a push and would stay"
+    lost = [name for name, record in beside.items() if record.source.source is SourceKind.PUSHED]
+    if lost and not same:
+        raise DeploymentInvalid(
+            f"deployment {draft.deployment}: {names}, but a push leaves no files to make {listed(lost)} for "
+            "another base or other settings. Build with --exact, which removes them, then push them again."
+        )
+    try:
+        draft.model_copy(update={"adapters": {**dict.fromkeys(named), **beside}}).check_names()
+    except DeploymentInvalid as fault:
+        raise fault.retold(f"{fault.message}: {names}. Build with --exact to remove them.") from fault
+
+
+def _replaced(record: AdapterRecord) -> Finding:
+    source, digest = record.source, record.digest[:12]
+    return Finding(
+        code="W_REPLACED",
+        expected="a name that no added or pushed adapter has",
+        found=f"{source.source} {source.shown}, digest {digest}, whose place this one takes",
+        fix="`loramux rollback` brings it back; under another name both are served.",
+    )
+
+
+def _publish_beside(
+    wanted: Generation, added: Mapping[str, AdapterRecord], before: Generation, shop: Workshop
+) -> Generation:
+    """Publish, unless other adapters were added meanwhile.
+
+    Raises:
+        Moved: they were.
+    """
+
+    def change(current: Generation) -> Generation:
+        if added_to(current) != added and not current.same_content(wanted):
+            raise Moved
+        return wanted
+
+    name, check = wanted.deployment, shop.progress.check
+    with shop.context.publishing(name):
+        return publish_change(shop.store, name, change, known=before, check=check)[0]
+
+
+def _newest(store: Store, name: str) -> Generation | None:
+    """Return the newest generation, or None where there is none, or it cannot be read."""
+    try:
+        return newest_generation(store, name)
+    except (BundleCorrupt, DeploymentNotFound):
+        return None
 
 
 def served_generation(store: Store, name: str) -> Generation | None:

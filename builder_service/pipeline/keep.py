@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Final, TypeAlias
@@ -45,12 +45,18 @@ class Kept:
     """About files of its repository that are not used."""
 
 
+class Moved(Exception):
+    """The newest generation is no longer the one that adapters were made for."""
+
+
 @dataclass
 class Keeping:
     """The adapters of the served generation that a build with the same base and settings may keep."""
 
     before: Generation | None
     """None where nothing may be kept."""
+    beside: Collection[str] = ()
+    """Names of adapters that stay as they are, whatever their sources say now."""
     _by_revision: dict[Place, AdapterRecord] = field(default_factory=dict)
     _by_listing: dict[Place, AdapterRecord] = field(default_factory=dict)
 
@@ -62,6 +68,8 @@ class Keeping:
 
     def unasked(self, name: str, repository: Repository) -> Kept | None:
         """Return an adapter whose repository need not even be listed: it was built at this very revision."""
+        if self.before is not None and name in self.beside:
+            return Kept(name, self.before.adapters[name])
         pinned = _PINNED.get(repository.source)
         if repository.source is not SourceKind.PUSHED and not (
             pinned and pinned.fullmatch(repository.revision)
@@ -112,7 +120,7 @@ def _from(record: AdapterRecord, repository: Repository) -> AdapterRecord:
     """Return a record as of a repository: of another commit with the same files, or with another secret."""
     revision = repository.revision if repository.source in _PINNED else record.source.revision
     source = recorded(repository).model_copy(update={"revision": revision})
-    return record.model_copy(update={"source": source})
+    return record.model_copy(update={"source": source, "added": False})
 
 
 def keep(

@@ -52,6 +52,8 @@ class AdapterProgress:
     repaired: bool = False
     kept: bool = False
     """Whether it is what it was in the served generation, so that nothing was fetched or made."""
+    added: bool = False
+    """Whether the deployment's file does not name it: it was added or pushed before, and stays."""
     kinds: tuple[str, ...] = ()
     """What it is, as its manifest says."""
 
@@ -154,6 +156,21 @@ class Progress:
         self.check()
         with self._lock:
             self._adapters[name] = self._adapters[name].described(digest, manifest, extra)
+        self._changed()
+
+    def include(self, names: Iterable[str]) -> None:
+        """Follow adapters that stay beside those of the deployment's file."""
+        with self._lock:
+            for name in names:
+                self._adapters.setdefault(name, AdapterProgress(name, added=True))
+                self._done.setdefault(name, 0)
+            self._adapters = dict(sorted(self._adapters.items()))
+
+    def warn(self, name: str, warning: Finding) -> None:
+        """Append to the warnings of an adapter."""
+        with self._lock:
+            adapter = self._adapters[name]
+            self._adapters[name] = replace(adapter, warnings=(*adapter.warnings, warning))
         self._changed()
 
     def settle(

@@ -8,7 +8,7 @@ import structlog
 
 from builder_service.pipeline.build import BuildResult, digests_of
 from builder_service.pipeline.context import BuildContext
-from builder_service.pipeline.keep import Keeping, keep, same_conditions
+from builder_service.pipeline.keep import Keeping, Moved, keep, same_conditions
 from builder_service.pipeline.making import Making, Workshop, making, workshop
 from builder_service.pipeline.progress import Progress
 from builder_service.pipeline.prove import require_prover
@@ -23,10 +23,6 @@ from loramux_shared.storage.patient import PatientStore
 from loramux_shared.wording import listed
 
 log = structlog.get_logger()
-
-
-class Moved(Exception):
-    """The newest generation has another base or other settings than the one that adapters were made for."""
 
 
 def update(wish: Update, context: BuildContext, progress: Progress, *, again: bool = False) -> BuildResult:
@@ -90,9 +86,16 @@ def changed(
     before: Generation, records: Mapping[str, AdapterRecord | None], remove: Collection[str]
 ) -> Generation:
     """Return a generation with other adapters; of a record that is not known yet, only the name counts."""
-    adapters = {name: record for name, record in before.adapters.items() if name not in remove} | dict(records)
+    adapters = {name: record for name, record in before.adapters.items() if name not in remove}
+    new = {name: record and _added(record, before.adapters.get(name)) for name, record in records.items()}
     recipe = before.recipe or (Recipe() if records else None)
-    return before.model_copy(update={"adapters": dict(sorted(adapters.items())), "recipe": recipe})
+    return before.model_copy(update={"adapters": dict(sorted({**adapters, **new}.items())), "recipe": recipe})
+
+
+def _added(record: AdapterRecord, before: AdapterRecord | None) -> AdapterRecord:
+    """Return a record as one that is not of the deployment's file, unless it is the file's own again."""
+    own = before is not None and not before.added and record.same_but_said(before)
+    return record.model_copy(update={"added": not own})
 
 
 def check_update(store: Store, wish: Update) -> None:

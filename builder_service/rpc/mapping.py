@@ -172,6 +172,7 @@ def _adapter_message(adapter: AdapterProgress) -> pb.AdapterBuild:
         reused=adapter.reused,
         repaired=adapter.repaired,
         kept=adapter.kept,
+        added=adapter.added,
         kinds=adapter.kinds,
     )
 

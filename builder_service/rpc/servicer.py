@@ -44,7 +44,9 @@ class BuilderServicer(builder_pb2_grpc.BuilderServiceServicer):
         """Accept a build."""
         del context
         deployment = deployment_from_message(request.deployment)
-        view = await self._builds.build(deployment, request.request_id, verify=request.verify)
+        view = await self._builds.build(
+            deployment, request.request_id, verify=request.verify, exact=request.exact
+        )
         return pb.BuildDeploymentResponse(deployment=deployment_message(view))
 
     async def UpdateDeployment(  # noqa: N802 - the rpc's name

@@ -17,6 +17,8 @@ from loramux_shared.deployment import Deployment
 from loramux_shared.deployment_file import DeploymentFile, load_deployment
 from loramux_shared.faults import InternalFault
 
+Exact = Annotated[bool, typer.Option("--exact", help="Remove what was added or pushed beside the file.")]
+
 
 @shell.command
 def build(
@@ -29,17 +31,19 @@ def build(
     verify: Annotated[
         bool, typer.Option("--verify", help="Read back what is kept, and mend what is damaged.")
     ] = False,
+    exact: Exact = False,
     as_json: shell.JsonLines = False,
 ) -> None:
     """Fetch, check, convert and publish a file's adapters.
 
-    Repeating it is safe: adapters that are what they were are kept. With --json
-    the first line and the last tell all adapters, those between the ones that
-    changed.
+    Repeating it is safe: adapters that are what they were are kept, and so are
+    those that were added or pushed. With --json the first line and the last tell
+    all adapters, those between the ones that changed.
 
     Example: loramux build deployment.yaml
     """
-    run_build(builder, wished(read_deployment(file).deployment, truncate_to, prove), as_json, verify)
+    deployment = wished(read_deployment(file).deployment, truncate_to, prove)
+    run_build(builder, deployment, as_json, verify=verify, exact=exact)
 
 
 @shell.command
@@ -64,10 +68,12 @@ def wished(deployment: Deployment, truncate_to: int | None, prove: bool) -> Depl
     return deployment.model_copy(update={"build": deployment.build.model_copy(update=update)})
 
 
-def run_build(builder: str, deployment: Deployment, as_json: bool, verify: bool = False) -> None:
+def run_build(
+    builder: str, deployment: Deployment, as_json: bool, *, verify: bool = False, exact: bool = False
+) -> None:
     """Build, and show it."""
     try:
-        asyncio.run(_build(builder, deployment, as_json, verify))
+        asyncio.run(_build(builder, deployment, as_json, verify, exact))
     except KeyboardInterrupt:
         shell.say("the builder goes on; the same command shows it again")
         raise
@@ -81,28 +87,32 @@ def read_deployment(path: shell.File) -> DeploymentFile:
     return read
 
 
-async def _build(address: str, deployment: Deployment, as_json: bool, verify: bool) -> None:
+async def _build(address: str, deployment: Deployment, as_json: bool, verify: bool, exact: bool) -> None:
     async with AsyncClient(builder=address) as client:
         if as_json:
-            await follow_build(client, deployment, BuildLines().tell, verify)
+            await follow_build(client, deployment, BuildLines().tell, verify=verify, exact=exact)
         else:
-            show_built(await build_with_bars(client, deployment, verify))
+            show_built(await build_with_bars(client, deployment, verify=verify, exact=exact))
 
 
-async def build_with_bars(client: AsyncClient, deployment: Deployment, verify: bool = False) -> DeploymentInfo:
+async def build_with_bars(
+    client: AsyncClient, deployment: Deployment, *, verify: bool = False, exact: bool = False
+) -> DeploymentInfo:
     """Build a deployment, show its progress on stderr; raises what it failed with."""
     with BuildView() as view:
-        return await follow_build(client, deployment, view.update, verify)
+        return await follow_build(client, deployment, view.update, verify=verify, exact=exact)
 
 
 async def follow_build(
     client: AsyncClient,
     deployment: Deployment,
     tell: Callable[[DeploymentInfo], None],
+    *,
     verify: bool = False,
+    exact: bool = False,
 ) -> DeploymentInfo:
     """Build a deployment, tell all its states and return the last; raises what it failed with."""
-    tell(await client.build(deployment, verify=verify))
+    tell(await client.build(deployment, verify=verify, exact=exact))
     return await follow(client, deployment.model_name, tell)
 
 

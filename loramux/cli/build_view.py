@@ -177,6 +177,10 @@ def show_built(info: DeploymentInfo) -> None:
         total = decimal(sum(adapter.bundle_bytes for adapter in info.adapters))
         shell.show(f"... and {len(info.adapters) - ROWS} more, {total} in all (all of them: --json)")
     _show_warnings(info.adapters)
+    if beside := [adapter.name for adapter in info.adapters if adapter.added]:
+        shell.say(
+            f"also served, since added or pushed: {listed(beside, ROWS)} (a build with --exact removes them)"
+        )
     unchanged = ", unchanged" if info.unchanged else ""
     shell.show(f"deployment {info.name}: generation {info.generation} is published{unchanged}")
 

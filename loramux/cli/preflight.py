@@ -37,6 +37,8 @@ class UpPlan:
     """Settings of the inference service that are about speed; None: its default."""
     http: str | None = None
     """Of OpenAI's door; None keeps it closed."""
+    exact: bool = False
+    """Whether adapters that were added or pushed to the deployment are to leave."""
 
     @property
     def local_roots(self) -> list[Path]:

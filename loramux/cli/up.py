@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from loramux.cli import shell
-from loramux.cli.build import build_with_bars, read_deployment
+from loramux.cli.build import Exact, build_with_bars, read_deployment
 from loramux.cli.build_view import show_built
 from loramux.cli.documents import emit
 from loramux.cli.hints import reachable, show_lines_to_try
@@ -37,6 +37,7 @@ def up(
     backend: shell.Backend = None,
     dtype: shell.Dtype = None,
     threads: shell.Threads = None,
+    exact: Exact = False,
     as_json: shell.Json = False,
 ) -> None:
     """Build a deployment file and serve it, here, until Ctrl-C.
@@ -53,6 +54,7 @@ def up(
         inference=grpc or free_address(INFERENCE),
         engine={"backend": backend, "dtype": dtype, "threads": threads},
         http=http or free_address(OPENAI),
+        exact=exact,
     )
     preflight(plan)
     run_tree(functools.partial(_up, plan=plan, as_json=as_json))
@@ -61,7 +63,7 @@ def up(
 async def _up(tree: ProcessTree, plan: UpPlan, as_json: bool) -> None:
     async with AsyncClient(inference=reachable(plan.inference), builder=reachable(plan.builder)) as client:
         await start_builder(tree, plan)
-        built = await build_with_bars(client, plan.deployment)
+        built = await build_with_bars(client, plan.deployment, exact=plan.exact)
         if not as_json:
             show_built(built)
         await start_inference(tree, plan)

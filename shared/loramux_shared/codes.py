@@ -143,6 +143,8 @@ _WARNED: Final = (
      "See that the import says the right order."),
     ("W_TRUNCATED", "rows above `truncate_to_rank` are approximated, as the deployment asked; the relative "
      "error is given", "Drop `truncate_to_rank`, or raise it, if the error is too large."),
+    ("W_REPLACED", "the deployment's file has an adapter of this name, which takes the place of one that was "
+     "added or pushed", "Add or push that under another name; `loramux rollback` brings it back."),
     ("W_GENERATION", "fields of `generation_config.json` or `tokenizer_config.json` that are not used",
      "Send them with each request, where a request has them."),
 )  # fmt: skip

@@ -167,14 +167,16 @@ class Limits(_message.Message):
     def __init__(self, weight: _Optional[float] = ..., max_running: _Optional[int] = ..., max_waiting: _Optional[int] = ..., tokens_per_minute: _Optional[int] = ...) -> None: ...
 
 class BuildDeploymentRequest(_message.Message):
-    __slots__ = ("deployment", "request_id", "verify")
+    __slots__ = ("deployment", "request_id", "verify", "exact")
     DEPLOYMENT_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     VERIFY_FIELD_NUMBER: _ClassVar[int]
+    EXACT_FIELD_NUMBER: _ClassVar[int]
     deployment: DeploymentSpec
     request_id: str
     verify: bool
-    def __init__(self, deployment: _Optional[_Union[DeploymentSpec, _Mapping]] = ..., request_id: _Optional[str] = ..., verify: _Optional[bool] = ...) -> None: ...
+    exact: bool
+    def __init__(self, deployment: _Optional[_Union[DeploymentSpec, _Mapping]] = ..., request_id: _Optional[str] = ..., verify: _Optional[bool] = ..., exact: _Optional[bool] = ...) -> None: ...
 
 class BuildDeploymentResponse(_message.Message):
     __slots__ = ("deployment",)
@@ -397,7 +399,7 @@ class Deployment(_message.Message):
     def __init__(self, name: _Optional[str] = ..., state: _Optional[_Union[Deployment.State, str]] = ..., generation: _Optional[int] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., update_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., adapters: _Optional[_Iterable[_Union[AdapterBuild, _Mapping]]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ..., unchanged: _Optional[bool] = ...) -> None: ...
 
 class AdapterBuild(_message.Message):
-    __slots__ = ("name", "stage", "bytes_done", "bytes_total", "digest", "ranks", "modules", "tensors_used", "bundle_bytes", "warnings", "reused", "repaired", "kept", "kinds")
+    __slots__ = ("name", "stage", "bytes_done", "bytes_total", "digest", "ranks", "modules", "tensors_used", "bundle_bytes", "warnings", "reused", "repaired", "kept", "kinds", "added")
     class Stage(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         STAGE_UNSPECIFIED: _ClassVar[AdapterBuild.Stage]
@@ -432,6 +434,7 @@ class AdapterBuild(_message.Message):
     REPAIRED_FIELD_NUMBER: _ClassVar[int]
     KEPT_FIELD_NUMBER: _ClassVar[int]
     KINDS_FIELD_NUMBER: _ClassVar[int]
+    ADDED_FIELD_NUMBER: _ClassVar[int]
     name: str
     stage: AdapterBuild.Stage
     bytes_done: int
@@ -446,7 +449,8 @@ class AdapterBuild(_message.Message):
     repaired: bool
     kept: bool
     kinds: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, name: _Optional[str] = ..., stage: _Optional[_Union[AdapterBuild.Stage, str]] = ..., bytes_done: _Optional[int] = ..., bytes_total: _Optional[int] = ..., digest: _Optional[str] = ..., ranks: _Optional[_Iterable[int]] = ..., modules: _Optional[_Iterable[str]] = ..., tensors_used: _Optional[int] = ..., bundle_bytes: _Optional[int] = ..., warnings: _Optional[_Iterable[_Union[Finding, _Mapping]]] = ..., reused: _Optional[bool] = ..., repaired: _Optional[bool] = ..., kept: _Optional[bool] = ..., kinds: _Optional[_Iterable[str]] = ...) -> None: ...
+    added: bool
+    def __init__(self, name: _Optional[str] = ..., stage: _Optional[_Union[AdapterBuild.Stage, str]] = ..., bytes_done: _Optional[int] = ..., bytes_total: _Optional[int] = ..., digest: _Optional[str] = ..., ranks: _Optional[_Iterable[int]] = ..., modules: _Optional[_Iterable[str]] = ..., tensors_used: _Optional[int] = ..., bundle_bytes: _Optional[int] = ..., warnings: _Optional[_Iterable[_Union[Finding, _Mapping]]] = ..., reused: _Optional[bool] = ..., repaired: _Optional[bool] = ..., kept: _Optional[bool] = ..., kinds: _Optional[_Iterable[str]] = ..., added: _Optional[bool] = ...) -> None: ...
 
 class Finding(_message.Message):
     __slots__ = ("code", "adapter", "where", "expected", "found", "fix")

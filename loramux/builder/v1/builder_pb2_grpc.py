@@ -134,8 +134,8 @@ class BuilderServiceServicer:
         so does the same deployment while its build runs. Later it is built again: adapters
         that are what they were in the served generation are kept, bundles that the store
         has are read back instead of put, and where nothing differs no generation is
-        published (unchanged). Adapters that the message does not name leave the deployment,
-        those that were pushed or added by an update too.
+        published (unchanged). Adapters that an older message named and this one does not leave the
+        deployment. Those that were pushed, or added by an update, stay unless exact is true.
 
         INVALID_ARGUMENT  DEPLOYMENT_INVALID: the message breaks a rule of the deployment
         file; the violations name the fields. Correct them.

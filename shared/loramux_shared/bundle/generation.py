@@ -67,6 +67,8 @@ class AdapterRecord(Model):
     """Where the adapter names another base than the deployment's: what a hub said of the two, if asked."""
     licence: str = Field(default="", exclude_if=lambda licence: not licence)
     """What its repository says of its licence."""
+    added: bool = Field(default=False, exclude_if=lambda added: not added)
+    """Whether it came in by an update or a push. A build of the deployment's file leaves it where it is."""
 
     @property
     def apart(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 from collections.abc import AsyncIterator, Iterable
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,7 @@ from loramux_shared.bundle.changes import publish_change
 from loramux_shared.bundle.generation import Generation, generation_key
 from loramux_shared.bundle.manifest import CONFIG_FILE, WEIGHTS_FILE, bundle_key
 from loramux_shared.bundle.reader import read_manifest
-from loramux_shared.deployment import Deployment, Repository, SourceKind
+from loramux_shared.deployment import Deployment, Repository, Runtime, SourceKind
 from loramux_shared.faults import (
     AdapterInvalid,
     AdapterNotFound,
@@ -49,9 +50,9 @@ class World(Builders):
     client: AsyncClient
     channel: grpc.aio.Channel
 
-    async def build(self, deployment: Deployment) -> DeploymentInfo:
+    async def build(self, deployment: Deployment, *, exact: bool = False) -> DeploymentInfo:
         """Build to the end."""
-        await self.client.build(deployment)
+        await self.client.build(deployment, exact=exact)
         return await self.ended()
 
     async def update(self, *names: str, remove: Iterable[str] = (), **fields: Any) -> DeploymentInfo:
@@ -99,12 +100,78 @@ async def test_an_update_adds_and_removes(world: World) -> None:
 
 
 async def test_an_update_is_what_a_build_would_be(world: World) -> None:
-    """Digest and record of an adapter are the same whether it was added or built."""
+    """Digest and record of an adapter are the same whether it was added or built, but for which it was."""
     await world.update("two")
     added = world.generation.adapters["two"]
     await world.build(world.deployment("one", "two"))
-    assert world.generation.number == 2
-    assert world.generation.adapters["two"] == added
+    assert (added.added, world.generation.number) == (True, 3)
+    assert world.generation.adapters["two"] == added.model_copy(update={"added": False})
+    assert (await world.update("two")).unchanged  # the file's own again
+
+
+async def test_a_file_that_is_built_again_leaves_what_was_added(world: World) -> None:
+    """Pushed and added adapters stay, by name, whatever their sources have become; with exact they leave."""
+    await world.client.push("tiny", "two", world.folder / "two")
+    await world.update("three")
+    before = world.generation
+    shutil.rmtree(world.folder / "three")
+    done = await world.build(world.deployment("one"))
+    assert (done.unchanged, world.generation) == (True, before)
+    assert [(each.name, each.added, each.kept) for each in done.adapters] == [
+        ("one", False, True),
+        ("three", True, True),
+        ("two", True, True),
+    ]
+    await world.build(world.deployment("one", max_seq_len=100))
+    assert list(world.generation.adapters) == ["one", "three", "two"]
+    done = await world.build(world.deployment("one"), exact=True)
+    assert list(world.generation.adapters) == [each.name for each in done.adapters] == ["one"]
+
+
+async def test_what_stays_is_made_again_for_other_settings(world: World) -> None:
+    """What has a source is; what was pushed has none, and the build is refused rather than to lose it."""
+    await world.update("two")
+    wide = world.deployment("one", lora_configuration={"dtype": "float32"})
+    done = await world.build(wide)
+    assert (done.generation, world.generation.adapters["two"].added) == (3, True)
+    assert read_manifest(world.store, world.generation.adapters["two"].digest).dtype == "float32"
+    await world.client.push("tiny", "three", world.folder / "three")
+    with pytest.raises(DeploymentInvalid, match=r"no files to make three for another.*--exact"):
+        await world.build(world.deployment("one"))
+    wide = wide.model_copy(update={"runtime": Runtime(served_model_name="Two")})
+    with pytest.raises(DeploymentInvalid, match=r"fit together.*does not name three, two"):
+        await world.build(wide)
+    assert list(world.generation.adapters) == ["one", "three", "two"]
+
+
+async def test_a_file_takes_a_name_that_was_pushed(world: World) -> None:
+    """The file's adapter is served under the name, with a warning that tells of the other."""
+    pushed = await world.client.push("tiny", "three", world.folder / "two")
+    done = await world.build(world.deployment("one", "three"))
+    [warning] = [each for each in done.adapters[1].warnings if each.code == "W_REPLACED"]
+    assert f"PUSHED three, digest {pushed.digest[:12]}" in warning.found
+    three = world.generation.adapters["three"]
+    assert (three.added, three.digest != pushed.digest) == (False, True)
+    done = await world.build(world.deployment("one", "three"))
+    assert "W_REPLACED" not in {each.code for each in done.adapters[1].warnings}
+
+
+async def test_a_push_during_a_build_stays(world: World) -> None:
+    """What comes in while a file is built is in the generation that the build publishes."""
+    world.store.gate.clear()
+    await world.client.build(world.deployment("one", "three"))
+    await until(world.store.waiting.is_set, "the adapter at the gate")
+    change = {
+        "adapters": {
+            **world.generation.adapters,
+            "two": world.generation.adapters["one"].model_copy(update={"added": True}),
+        }
+    }
+    added = Generation.model_validate(world.generation.model_copy(update=change).model_dump())
+    await asyncio.to_thread(publish_change, world.store, "tiny", lambda _: added)
+    world.store.gate.set()
+    await world.ended()
+    assert list(world.generation.adapters) == ["one", "three", "two"]
 
 
 async def test_an_update_that_changes_nothing_is_unchanged(world: World) -> None:
@@ -140,7 +207,7 @@ async def test_aliases_are_names_too(world: World) -> None:
     await world.update("two")
     deployment = world.deployment("one")
     runtime = deployment.runtime.model_copy(update={"aliases": {"al": {"one": 1}}})
-    await world.build(deployment.model_copy(update={"runtime": runtime}))
+    await world.build(deployment.model_copy(update={"runtime": runtime}), exact=True)
     assert world.generation.number == 3
     for name, owner in (("al", "alias al"), ("AL", "alias al"), ("One", "adapter One")):
         with pytest.raises(DeploymentInvalid, match=f"found {owner}"):
@@ -237,14 +304,15 @@ async def test_a_push_says_what_the_folder_has_instead_of_weights(world: World) 
 
 
 async def test_a_build_keeps_a_pushed_adapter_that_its_file_names(world: World) -> None:
-    """source: PUSHED means what was pushed under that name; a file without it drops the adapter."""
+    """source: PUSHED means what was pushed under that name, and a file may give it another one."""
     pushed = await world.client.push("tiny", "two", world.folder / "two")
     named = world.deployment("one")
     adapters = {**named.build.lora_adapters, "2": Repository(source=SourceKind.PUSHED, repo="two")}
     build = named.build.model_copy(update={"lora_adapters": adapters})
     await world.build(named.model_copy(update={"build": build}))
     assert world.generation.adapters["2"].digest == pushed.digest
-    await world.build(world.deployment("one"))
+    assert list(world.generation.adapters) == ["2", "one", "two"]
+    await world.build(world.deployment("one"), exact=True)
     assert list(world.generation.adapters) == ["one"]
     with pytest.raises(RepoNotFound, match="Push it again"):
         await world.build(named.model_copy(update={"build": build}))
@@ -364,7 +432,7 @@ async def test_the_history_tells_what_changed(world: World) -> None:
     """Newest first, page by page, each against the one before it."""
     await world.update("two")
     await world.update("three", remove=["one"])
-    await world.build(world.deployment("one", lora_configuration={"max_lora_rank": 32}))
+    await world.build(world.deployment("one", lora_configuration={"max_lora_rank": 32}), exact=True)
     found = await world.client.history("tiny")
     assert [each.number for each in found] == [4, 3, 2, 1]
     assert [each.served for each in found] == [True, False, False, False]
