@@ -18,7 +18,15 @@ from loramux.cli.documents import emit
 from loramux.client import BUILDER, AsyncClient, Client
 from loramux.records import DeploymentInfo
 from loramux_shared.deployment import Repository, SourceKind
-from loramux_shared.faults import BuildInProgress, DeploymentInvalid, DeploymentNotFound, Finding
+from loramux_shared.faults import (
+    BuildInProgress,
+    DeploymentInvalid,
+    DeploymentNotFound,
+    Fault,
+    Finding,
+    RepoNotFound,
+    SourceRefused,
+)
 from loramux_shared.spelling import parse_repository
 from loramux_shared.wording import listed
 
@@ -167,8 +175,21 @@ def run_update(
     except KeyboardInterrupt:
         shell.say(f"the builder goes on; `loramux watch {deployment}` shows it")
         raise
+    except (RepoNotFound, SourceRefused) as fault:
+        raise _also_here(fault, add) from fault
     if not as_json:
         show_built(info)
+
+
+def _also_here(fault: Fault, add: Mapping[str, Repository]) -> Fault:
+    """Return a fault that also says whether this machine has the folder that the builder's cannot read."""
+    for name, repository in add.items():
+        if repository.source is SourceKind.LOCAL:
+            folder = Path(repository.repo) / repository.subfolder
+            push = f"This machine has it: `loramux push {folder} --name {name}` sends it."
+            here = push if folder.is_dir() else "This machine has no such folder."
+            return fault.retold(f"{fault.message} {here}")
+    return fault
 
 
 async def _update(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,14 +37,19 @@ class UpPlan:
     """Settings of the inference service that are about speed; None: its default."""
     http: str | None = None
     """Of OpenAI's door; None keeps it closed."""
+    roots: Sequence[Path] = ()
+    """Folders below which LOCAL repositories may lie, beside those that the deployment names."""
     exact: bool = False
     """Whether adapters that were added or pushed to the deployment are to leave."""
 
     @property
     def local_roots(self) -> list[Path]:
-        """The folders that the deployment names."""
+        """The folders that the services may read."""
         build = self.deployment.build
-        return local_roots([build.checkpoint_repository, *build.lora_adapters.values()])
+        named = local_roots([build.checkpoint_repository, *build.lora_adapters.values()])
+        roots = [root.expanduser().resolve() for root in self.roots]
+        others = [each for each in named if not any(each.resolve().is_relative_to(root) for root in roots)]
+        return list(dict.fromkeys([*others, *roots]))
 
 
 def preflight(plan: UpPlan) -> None:

@@ -71,6 +71,7 @@ def up(
         builder=grpc,
         inference=grpc,
         http=http or free_address(OPENAI),
+        roots=[file.absolute().parent],
     )
     preflight(plan)
     most = max_replicas or replicas

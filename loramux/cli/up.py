@@ -37,13 +37,13 @@ def up(
     backend: shell.Backend = None,
     dtype: shell.Dtype = None,
     threads: shell.Threads = None,
+    local_root: shell.LocalRoots = None,
     exact: Exact = False,
     as_json: shell.Json = False,
 ) -> None:
     """Build a deployment file and serve it, here, until Ctrl-C.
 
-    Addresses that are not given are 127.0.0.1:50051 (builder), :50052 (inference)
-    and :8000 (OpenAI's API), or free ports.
+    Ports: 50051 (builder), 50052 (inference), 8000 (OpenAI), or free ones.
 
     Example: loramux up deployment.yaml
     """
@@ -54,6 +54,7 @@ def up(
         inference=grpc or free_address(INFERENCE),
         engine={"backend": backend, "dtype": dtype, "threads": threads},
         http=http or free_address(OPENAI),
+        roots=(file.absolute().parent, *(local_root or ())),
         exact=exact,
     )
     preflight(plan)

@@ -127,8 +127,8 @@ class LocalSource:
             how = ", once its links are followed" if linked else ""
             allowed = listed([str(root) for root in self._roots], none="there is none")
             raise SourceRefused(
-                f"LOCAL {path}: not below a folder that the operator allows ({allowed}){how}. "
-                "Correct it, or start the server with --local-root and a folder above it."
+                f"LOCAL {path}: not below a folder that this server may read ({allowed}){how}. Correct it, "
+                "send an adapter with `loramux push`, or start the server with --local-root, a folder above it."
             )
         return real
 

@@ -114,6 +114,13 @@ async def test_the_commands(world: Builders) -> None:
         assert "error: GENERATION_MISMATCH" in await run("add", "2", two, "--expect", "1", code=1)
         assert "error: ADAPTER_INVALID" in await run("add", "b", str(world.folder / "bad"), code=1)
         assert "error: DEPLOYMENT_INVALID" in await run("add", "b", "no repository", code=1)
+        outside = str(world.folder.parent)
+        refused = await run("add", "b", outside, code=4)
+        assert f"LOCAL {outside}: not below a folder that this server may read" in refused
+        assert f"`loramux push {outside} --name b` sends it." in refused
+        missing = await run("add", "b", str(world.folder / "none"), code=1)
+        assert "REPO_NOT_FOUND" in missing
+        assert "This machine has no such folder." in missing
         await builds.build(world.deployment("one", name="other"))
         await ended(builds, "other")
         assert "which deployment? " in await run("history", code=1)
