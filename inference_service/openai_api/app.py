@@ -31,7 +31,7 @@ from inference_service.openai_api.front import Front
 from inference_service.openai_api.messages import answers as messages
 from inference_service.openai_api.messages.routes import count_tokens, create_message
 from inference_service.openai_api.messages.schema import CountBody, MessagesBody
-from inference_service.openai_api.openapi import document
+from inference_service.openai_api.openapi import Served, document
 from inference_service.openai_api.operators import LoadBody, PageQuery, RollbackBody, UnloadBody
 from inference_service.openai_api.page import page_files
 from inference_service.openai_api.pooling_schema import ClassifyBody, EmbeddingsBody, RerankBody, ScoreBody
@@ -55,9 +55,15 @@ from loramux_shared.tracing.asgi import TraceMiddleware
 from loramux_shared.tracing.door import DoorSpans
 
 
-async def show_openapi(service: GenerationService, http: HttpRequest) -> Response:  # noqa: ARG001
+async def show_openapi(service: GenerationService, http: HttpRequest) -> Response:
     """Describe all of this."""
-    served = next((model.name for model in service.catalog), service.catalog.base_name)
+    models = list(service.catalog)
+    served = Served(
+        model=next((model.name for model in models if model.num_labels is None), service.catalog.base_name),
+        scorer=next((model.name for model in models if model.num_labels == 1), ""),
+        classifier=next((model.name for model in models if model.num_labels), ""),
+        keyless=http.app.state.keyless,
+    )
     return json_response(document(ENDPOINTS, served))
 
 
@@ -199,6 +205,7 @@ def create_app(
     handlers = {Fault: on_fault, HTTPException: on_http_error, Exception: on_failure}
     app = Starlette(routes=routes, exception_handlers=handlers)
     app.router.redirect_slashes = False
+    app.state.keyless = keyring is None
     app.state.adapters = adapters or fixed_manager(service.catalog)
     guarded = app if keyring is None else AccessMiddleware(app, keyring, scope_of, fault_response)
     traced = guarded if tracing is None else TraceMiddleware(guarded, tracing, TRACED)

@@ -12,7 +12,7 @@ from inference_service.openai_api.body import read_body
 from inference_service.openai_api.chat_choice import ChatChoice
 from inference_service.openai_api.chat_schema import ChatBody
 from inference_service.openai_api.conversation import Conversation, Told
-from inference_service.openai_api.logprobs import prompt_logprobs
+from inference_service.openai_api.logprobs import Names, prompt_logprobs
 from inference_service.openai_api.reply import Head, Json, Tally, json_response, usage
 from inference_service.openai_api.stream import open_stream, while_connected
 from inference_service.serving.request import Delta, Finished, PromptLogprobs, Started
@@ -67,10 +67,11 @@ class Chat:
         """Begin the answers; return what is told of the prompt."""
         self.head.begin(started)
         self._text = started.text
-        text = started.text if self._body.logprobs else None
+        names = Names(started.text, bool(self._body.return_tokens_as_token_ids))
+        scored = names if self._body.logprobs else None
         ids = bool(self._body.return_token_ids)
         indices = range(self._conversation.request.n)
-        self._choices = [ChatChoice(index, self._body.stop, text, ids=ids) for index in indices]
+        self._choices = [ChatChoice(index, self._body.stop, scored, ids=ids) for index in indices]
         return {"prompt_token_ids": started.prompt_token_ids} if ids else {}
 
     @property

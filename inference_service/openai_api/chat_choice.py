@@ -6,11 +6,10 @@ from collections.abc import Collection, Sequence
 from typing import Final
 
 from inference_service.core.sequence import FinishReason, Token
-from inference_service.openai_api.logprobs import chat_logprobs
+from inference_service.openai_api.logprobs import Names, chat_logprobs
 from inference_service.openai_api.pieces import CallArguments, CallBegun, Piece, Said, Thought
 from inference_service.openai_api.reply import REASONS, Json, ended_by
 from inference_service.serving.request import Delta, Finished
-from inference_service.serving.text import Text
 
 REASONING: Final = ("reasoning_content", "reasoning")
 """Where reasoning stands, beside the content: both of vLLM's names, of which clients know one or the other."""
@@ -20,15 +19,15 @@ GOES_ON: Final[Json] = {"finish_reason": None, "stop_reason": None}
 class ChatChoice:
     """Collects what a message consists of, or tells it in chunks."""
 
-    def __init__(self, index: int, stops: Collection[str], text: Text | None, *, ids: bool) -> None:
+    def __init__(self, index: int, stops: Collection[str], names: Names | None, *, ids: bool) -> None:
         """Begin an answer that stops may end.
 
-        Text is given where log probabilities are to be told, ids where its tokens are.
+        Names are given where log probabilities are to be told, ids where its tokens are.
         """
         self._ids: list[int] | None = [] if ids else None
         self._index = index
         self._stops = stops
-        self._text = text
+        self._names = names
         self._said: list[str] = []
         self._thoughts: list[str] = []
         self._calls: list[Json] = []
@@ -41,7 +40,7 @@ class ChatChoice:
 
     def take(self, delta: Delta, pieces: Sequence[Piece]) -> None:
         """Keep more of the answer, which says these pieces."""
-        if self._text is not None:
+        if self._names is not None:
             self._tokens += delta.tokens
         if self._ids is not None:
             self._ids += [token.id for token in delta.tokens]
@@ -79,14 +78,14 @@ class ChatChoice:
             message |= dict.fromkeys(REASONING, "".join(self._thoughts))
         if self._calls:
             message["tool_calls"] = self._calls
-        scores = None if self._text is None else chat_logprobs(self._tokens, self._text)
+        scores = None if self._names is None else chat_logprobs(self._tokens, self._names)
         choice = {"index": self._index, "message": message, "logprobs": scores} | self._ended
         return choice if self._ids is None else choice | {"token_ids": self._ids}
 
     def chunks(self, delta: Delta, pieces: Sequence[Piece]) -> list[Json]:
         """Return the choices that tell more of the answer, the first of all with the role."""
         self.take(delta, pieces)
-        scores = None if self._text is None else chat_logprobs(delta.tokens, self._text)
+        scores = None if self._names is None else chat_logprobs(delta.tokens, self._names)
         if (scores or self._ids is not None) and not pieces:
             pieces = (Said(""),)
         chunks = [self._chunk(piece, scores if not nth else None) for nth, piece in enumerate(pieces)]

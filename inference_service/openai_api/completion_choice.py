@@ -5,24 +5,23 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 from inference_service.core.sequence import Token
-from inference_service.openai_api.logprobs import legacy_logprobs
+from inference_service.openai_api.logprobs import Names, legacy_logprobs
 from inference_service.openai_api.reply import REASONS, Json, ended_by
 from inference_service.serving.request import Delta, Finished
-from inference_service.serving.text import Text
 
 
 class CompletionChoice:
     """Collects the text of an answer, or tells it in chunks."""
 
-    def __init__(self, index: int, stops: Collection[str], text: Text | None, *, ids: bool) -> None:
+    def __init__(self, index: int, stops: Collection[str], names: Names | None, *, ids: bool) -> None:
         """Begin an answer that stops may end.
 
-        Text is given where log probabilities are to be told, ids where its tokens are.
+        Names are given where log probabilities are to be told, ids where its tokens are.
         """
         self._index = index
         self._stops = stops
         self._ids: list[int] | None = [] if ids else None
-        self._text = text
+        self._names = names
         self._said: list[str] = []
         self._tokens: list[Token] = []
         self._offset = 0
@@ -51,7 +50,7 @@ class CompletionChoice:
         ids = [token.id for token in delta.tokens]
         if self._ids is not None:
             self._ids += ids
-        told = delta.text or self._text is not None or self._ids is not None
+        told = delta.text or self._names is not None or self._ids is not None
         return [self._chunk(delta.text, delta.tokens, ids)] if told else []
 
     def end(self, finished: Finished) -> list[Json]:
@@ -71,9 +70,9 @@ class CompletionChoice:
 
     def _choice(self, said: str, tokens: Sequence[Token], ids: Sequence[int]) -> Json:
         scores = None
-        if self._text is not None and tokens:
-            scores = legacy_logprobs(tokens, self._text, self._offset)
-            self._offset += sum(len(self._text.token_text(token.id)) for token in tokens)
+        if self._names is not None and tokens:
+            scores = legacy_logprobs(tokens, self._names, self._offset)
+            self._offset += sum(len(self._names.text.token_text(token.id)) for token in tokens)
         choice = {"index": self._index, "text": said, "logprobs": scores, "finish_reason": self._reason}
         choice["stop_reason"] = self._ended_by
         return choice if self._ids is None else choice | {"token_ids": list(ids)}

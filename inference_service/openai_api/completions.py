@@ -12,7 +12,7 @@ from starlette.responses import Response
 from inference_service.core.sequence import Token
 from inference_service.openai_api.body import read_body
 from inference_service.openai_api.completion_choice import CompletionChoice
-from inference_service.openai_api.logprobs import prompt_logprobs
+from inference_service.openai_api.logprobs import Names, prompt_logprobs
 from inference_service.openai_api.mapping import completion_requests
 from inference_service.openai_api.merge import merged
 from inference_service.openai_api.reply import Head, Json, Tally, json_response, usage
@@ -105,10 +105,11 @@ class Completion:
         self.head.begin(started)
         self._prompts[number] = started.prompt_token_ids
         self._text = started.text
-        text = started.text if self._body.logprobs is not None else None
+        names = Names(started.text, bool(self._body.return_tokens_as_token_ids))
+        scored = names if self._body.logprobs is not None else None
         indices = range(number * self._n, (number + 1) * self._n)
         ids = bool(self._body.return_token_ids)
-        self._choices[number] = [CompletionChoice(index, self._body.stop, text, ids=ids) for index in indices]
+        self._choices[number] = [CompletionChoice(index, self._body.stop, scored, ids=ids) for index in indices]
         for choice in self._choices[number] if ids else ():
             choice.know({"prompt_token_ids": started.prompt_token_ids})
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from inference_service.core.sequence import Token
@@ -14,44 +15,60 @@ IMPOSSIBLE = -9999.0
 """What the API says for minus infinity, which JSON does not know."""
 
 
-def chat_logprobs(tokens: Sequence[Token], text: Text) -> Json:
+@dataclass(frozen=True)
+class Names:
+    """What tokens are called where their log probabilities are told."""
+
+    text: Text
+    as_ids: bool = False
+    """vLLM's ``return_tokens_as_token_ids``: ``token_id:5`` for a text, which several tokens may have."""
+
+    def of_chat(self, token: int) -> str:
+        """Return a token's name in a chat."""
+        return f"token_id:{token}" if self.as_ids else self.text.token_text(token)
+
+    def of_completion(self, token: int) -> str:
+        """Return a token's name in a plain completion."""
+        return f"token_id:{token}" if self.as_ids else legacy_name(token, self.text)
+
+
+def chat_logprobs(tokens: Sequence[Token], names: Names) -> Json:
     """Return the ``logprobs`` of a chat's choice."""
     content = []
     for token in tokens:
-        top = [_chat_token(number, logprob, text) for number, logprob in token.top]
-        content.append(_chat_token(token.id, token.logprob, text) | {"top_logprobs": top})
+        top = [_chat_token(number, logprob, names) for number, logprob in token.top]
+        content.append(_chat_token(token.id, token.logprob, names) | {"top_logprobs": top})
     return {"content": content, "refusal": None}
 
 
-def _chat_token(token: int, logprob: float | None, text: Text) -> Json:
+def _chat_token(token: int, logprob: float | None, names: Names) -> Json:
     return {
-        "token": text.token_text(token),
+        "token": names.of_chat(token),
         "logprob": _finite(logprob),
-        "bytes": list(text.token_bytes(token)),
+        "bytes": list(names.text.token_bytes(token)),
     }
 
 
-def legacy_logprobs(tokens: Sequence[Token], text: Text, offset: int) -> Json:
+def legacy_logprobs(tokens: Sequence[Token], names: Names, offset: int) -> Json:
     """Return the ``logprobs`` of a plain completion's choice; offset is where its text begins in the answer."""
-    names = [legacy_name(token.id, text) for token in tokens]
     offsets = []
     for token in tokens:
         offsets.append(offset)
-        offset += len(text.token_text(token.id))
+        offset += len(names.text.token_text(token.id))
     return {
-        "tokens": names,
+        "tokens": [names.of_completion(token.id) for token in tokens],
         "token_logprobs": [_finite(token.logprob) for token in tokens],
-        "top_logprobs": [_legacy_top(token, text) for token in tokens],
+        "top_logprobs": [_legacy_top(token, names) for token in tokens],
         "text_offset": offsets,
     }
 
 
-def _legacy_top(token: Token, text: Text) -> Json | None:
-    """Return the most likely tokens by their text, the chosen one among them."""
+def _legacy_top(token: Token, names: Names) -> Json | None:
+    """Return the most likely tokens by their names, the chosen one among them."""
     if token.logprob is None:
         return None
-    top = {legacy_name(number, text): _finite(logprob) for number, logprob in token.top}
-    return top | {legacy_name(token.id, text): _finite(token.logprob)}
+    top = {names.of_completion(number): _finite(logprob) for number, logprob in token.top}
+    return top | {names.of_completion(token.id): _finite(token.logprob)}
 
 
 def legacy_name(token: int, text: Text) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import version
 from typing import Any, Final
@@ -27,7 +28,9 @@ from inference_service.openai_api.openapi_parts import (
     path_parameter,
     query_parameters,
 )
+from inference_service.openai_api.pooling_schema import ClassifyBody, ScoringBody
 from inference_service.openai_api.reply import Json
+from inference_service.openai_api.schema import Body
 
 OPENAPI: Final = "3.1.1"
 SCHEMAS: Final = "#/components/schemas/"
@@ -47,22 +50,42 @@ _PARAMETER: Final = re.compile(r"{(\w+)(:\w+)?}")
 _REFERENCE: Final = re.compile(rf"'{SCHEMAS}([^']+)'")
 
 
-@lru_cache(8)
-def document(endpoints: tuple[Endpoint, ...], model: str) -> Json:
-    """Return the document that describes routes, with the schemas of what they read and answer.
+@dataclass(frozen=True)
+class Served:
+    """What a server has, as far as its document depends on it."""
 
-    Model is the name that examples ask.
-    """
+    model: str
+    """The name that examples ask."""
+    scorer: str = ""
+    """One whose head has one label; examples of scores and orders ask it, and there are none without it."""
+    classifier: str = ""
+    """One whose head has labels; the same for classes."""
+    keyless: bool = False
+    """Whether no key is asked for."""
+
+    def model_of(self, body: type[Body]) -> str:
+        """Return the model that examples of a body ask; empty where no model answers it."""
+        if not issubclass(body, ScoringBody):
+            return self.model
+        return self.classifier if issubclass(body, ClassifyBody) else self.scorer
+
+
+@lru_cache(8)
+def document(endpoints: tuple[Endpoint, ...], served: Served) -> Json:
+    """Return the document that describes routes, with the schemas of what they read and answer."""
     schemas = _schemas(endpoints)
     paths: dict[str, Json] = {}
     for endpoint in endpoints:
         path = _PARAMETER.sub(r"{\1}", endpoint.path)
-        paths.setdefault(path, {})[endpoint.method.lower()] = _operation(endpoint, path, schemas, model)
+        paths.setdefault(path, {})[endpoint.method.lower()] = _operation(endpoint, path, schemas, served)
+    components: Json = {"schemas": _used(schemas, paths)}
+    if not served.keyless:
+        components["securitySchemes"] = dict(SECURITY)
     return {
         "openapi": OPENAPI,
         "info": {"title": "loramux", "version": version("loramux"), "description": ABOUT},
         "paths": paths,
-        "components": {"schemas": _used(schemas, paths), "securitySchemes": dict(SECURITY)},
+        "components": components,
     }
 
 
@@ -96,15 +119,16 @@ def _used(schemas: dict[str, Json], paths: dict[str, Json]) -> dict[str, Json]:
     return dict(sorted(found.items()))
 
 
-def _operation(endpoint: Endpoint, path: str, schemas: dict[str, Json], model: str) -> Json:
+def _operation(endpoint: Endpoint, path: str, schemas: dict[str, Json], served: Served) -> Json:
+    guarded = endpoint.scope is not None and not served.keyless
     operation: Json = {
         "operationId": operation_id(endpoint.method, path),
         "summary": (endpoint.handler.__doc__ or "").partition("\n")[0],
-        "security": [{name: [endpoint.scope.value]} for name in SECURITY] if endpoint.scope else [],
-        "responses": dict(_responses(endpoint)),
+        "security": [{name: [str(endpoint.scope)]} for name in SECURITY] if guarded else [],
+        "responses": dict(_responses(endpoint, guarded=guarded)),
     }
     parameters = [
-        path_parameter(name, model if name == "model" else "", slashes=bool(kind))
+        path_parameter(name, served.model if name == "model" else "", slashes=bool(kind))
         for name, kind in _PARAMETER.findall(endpoint.path)
     ]
     if endpoint.query:
@@ -115,17 +139,18 @@ def _operation(endpoint: Endpoint, path: str, schemas: dict[str, Json], model: s
         operation["parameters"] = parameters
     if endpoint.body:
         read: Json = {"schema": {"$ref": SCHEMAS + endpoint.body.__name__}}
-        if examples := endpoint.body.examples:
-            asked = {"model": model} if "model" in endpoint.body.model_fields else {}
+        model = served.model_of(endpoint.body)
+        asked = {"model": model} if "model" in endpoint.body.model_fields else {}
+        if (examples := endpoint.body.examples) and model:
             read["examples"] = {name: {"value": {**asked, **told}} for name, told in examples.items()}
         operation["requestBody"] = {"required": True, "content": {"application/json": read}}
     return operation
 
 
-def _responses(endpoint: Endpoint) -> Iterator[tuple[str, Json]]:
+def _responses(endpoint: Endpoint, *, guarded: bool) -> Iterator[tuple[str, Json]]:
     """Yield what an operation may answer, by status."""
     failures = {*EVERYWHERE, *endpoint.fails}
-    if endpoint.scope:
+    if guarded:
         failures.update(OF_KEYS)
     if endpoint.body:
         failures.update(OF_BODIES)

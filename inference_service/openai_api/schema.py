@@ -175,6 +175,7 @@ class GenerationBody(SamplingBody):
     # vLLM's
     prompt_logprobs: int | None = None
     return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
     truncate_prompt_tokens: int | None = None
     add_special_tokens: bool | None = None
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from typing import Final, Literal
 
 from inference_service.core.sequence import Token
-from inference_service.openai_api.logprobs import chat_logprobs
+from inference_service.openai_api.logprobs import Names, chat_logprobs
 from inference_service.openai_api.pieces import CallArguments, CallBegun, Piece, Said, Thought
 from inference_service.openai_api.reply import Json
 from inference_service.openai_api.responses.carried import carried
@@ -222,7 +222,7 @@ class Output:
             events = self._close("completed")
             self._open = _Message(len(self._done))
             events += self._open.added()
-        scores = chat_logprobs(self._tokens, self._scored)["content"] if self._scored else []
+        scores = chat_logprobs(self._tokens, Names(self._scored))["content"] if self._scored else []
         self._tokens.clear()
         return events + self._open.more(text, scores)
 

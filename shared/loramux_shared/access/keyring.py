@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hmac
+from base64 import b64decode
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -108,8 +109,21 @@ def key_of(headers: Iterable[tuple[bytes, bytes]]) -> str | None:
 
 
 def bearer(headers: Sequence[str]) -> str | None:
-    """Return the key of the ``authorization`` headers of a call; None unless there is exactly one Bearer."""
+    """Return the key of the ``authorization`` headers of a call; None unless one alone has it.
+
+    It is what Bearer shows, or the password of Basic (RFC 7617), which clients make of ``https://:KEY@HOST``.
+    """
     if len(headers) != 1:
         return None
-    scheme, _, key = headers[0].partition(" ")
-    return key.strip() or None if scheme.lower() == "bearer" else None
+    scheme, _, shown = headers[0].partition(" ")
+    match scheme.lower():
+        case "bearer":
+            return shown.strip() or None
+        case "basic":
+            try:
+                named = b64decode(shown.strip(), validate=True).decode()
+            except ValueError:
+                return None
+            return named.partition(":")[2] or None
+        case _:
+            return None

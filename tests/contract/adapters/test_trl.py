@@ -12,6 +12,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -200,3 +201,21 @@ async def _update(client: Any, name: str, folder: Path) -> None:
         await asyncio.to_thread(client.load_lora_adapter, name, str(folder))
     finally:
         await asyncio.to_thread(client.resume)
+
+
+def test_its_client_of_servers_reads_tokens_and_their_log_probabilities(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What its online trainers ask in server mode: answers to ids, and the likelihood of whole sequences."""
+    module = import_module("trl.generation.vllm_client")
+    monkeypatch.setattr(module, "is_vllm_available", lambda: True)  # it uses nothing of that package
+    client = module.VLLMClient(base_url=url, connection_timeout=BOUND_S)
+    assert client.model == "base"
+    found = client.generate([PROMPT, PROMPT[:2]], n=2, max_tokens=4, logprobs=2, top_k=-1)
+    assert found["prompt_ids"] == [PROMPT, PROMPT[:2]]
+    assert [ids[0] for each in found["logprob_token_ids"] for ids in each] != []
+    for answer, ids in zip(found["completion_ids"], found["logprob_token_ids"], strict=True):
+        assert all(token in rivals for token, rivals in zip(answer, ids, strict=True))
+    whole = [PROMPT + found["completion_ids"][0]]
+    scored = client.get_sequence_logprobs(whole, [len(PROMPT)], top_logprobs=5)
+    assert [ids for [ids] in scored["actual_token_ids"][0]] == found["completion_ids"][0]

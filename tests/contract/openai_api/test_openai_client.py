@@ -118,6 +118,24 @@ async def test_logprobs_of_a_chat(door: OpenAIDoor) -> None:
     assert streamed == scores.content
 
 
+async def test_tokens_are_called_by_their_ids_where_that_is_asked_for(door: OpenAIDoor) -> None:
+    """In a chat and in a plain completion, as trainers read them."""
+    extra = {"ignore_eos": True, "return_tokens_as_token_ids": True, "return_token_ids": True}
+    ids = {"temperature": 0, "max_tokens": 3, "extra_body": extra}
+    asked = {"model": "all", "messages": USER, "logprobs": True, "top_logprobs": 1}
+    chat = await door.openai.chat.completions.create(**asked, **ids)
+    choice = chat.choices[0]
+    assert choice.logprobs
+    wanted = [f"token_id:{token}" for token in choice.model_extra["token_ids"]]
+    assert [each.token for each in choice.logprobs.content or ()] == wanted
+    assert [each.top_logprobs[0].token for each in choice.logprobs.content or ()] == wanted
+    plain = (await door.openai.completions.create(model="all", prompt="HI", logprobs=1, **ids)).choices[0]
+    assert plain.logprobs
+    wanted = [f"token_id:{token}" for token in plain.model_extra["token_ids"]]
+    assert plain.logprobs.tokens == wanted
+    assert [next(iter(each)) for each in plain.logprobs.top_logprobs or ()] == wanted
+
+
 async def test_an_answer_is_parsed_into_a_model(door: OpenAIDoor) -> None:
     """A response format that is a pydantic model constrains the answer, whatever the model would have said."""
     options = GREEDY | {"extra_body": None, "max_tokens": 200}

@@ -16,11 +16,11 @@ from starlette.applications import Starlette
 from starlette.routing import Route
 
 from inference_service.openai_api.app import ENDPOINTS, create_app
-from inference_service.openai_api.openapi import document
+from inference_service.openai_api.openapi import Served, document
 from tests.support.root import ROOT
 from tests.support.silent import silent_service
 
-DOCUMENT = document(ENDPOINTS, "base")
+DOCUMENT = document(ENDPOINTS, Served("base"))
 SCHEMAS = DOCUMENT["components"]["schemas"]
 OPERATIONS = [
     (path, method, told) for path, methods in DOCUMENT["paths"].items() for method, told in methods.items()
@@ -59,10 +59,32 @@ async def test_the_document_is_what_the_route_says(web: httpx.AsyncClient) -> No
     answer = await web.get("/openapi.json")
     assert answer.headers["content-type"] == "application/json"
     first = (await web.get("/v1/models")).json()["data"][0]["id"]
-    assert answer.json() == json.loads(json.dumps(document(ENDPOINTS, first)))
+    served = document(ENDPOINTS, Served(first, keyless=True))
+    assert answer.json() == json.loads(json.dumps(served))
     assert re.fullmatch(r"3\.1\.\d+", DOCUMENT["openapi"])
     assert {"title", "version"} <= set(DOCUMENT["info"])
     assert set(DOCUMENT) == {"openapi", "info", "paths", "components"}
+
+
+def test_a_server_without_keys_describes_none() -> None:
+    """Neither security nor what a wrong key would be answered; else it is all the same."""
+    found = document(ENDPOINTS, Served("base", keyless=True))
+    assert "securitySchemes" not in found["components"]
+    for path, method, told in OPERATIONS:
+        open_to_all = found["paths"][path][method]
+        assert not open_to_all["security"]
+        keys = {"401", "403"} if told["security"] else set()
+        assert told["responses"].keys() - open_to_all["responses"].keys() in (keys, keys - {"403"})
+
+
+@pytest.mark.parametrize("scorer", ["", "best"])
+@pytest.mark.parametrize("classifier", ["", "kinds"])
+def test_examples_ask_models_that_answer_them(scorer: str, classifier: str) -> None:
+    """Scores and classes have examples where a model has such a head, and these name it."""
+    found = document(ENDPOINTS, Served("base", scorer, classifier))
+    for path, model in {"/score": scorer, "/v1/rerank": scorer, "/classify": classifier}.items():
+        read = found["paths"][path]["post"]["requestBody"]["content"]["application/json"]
+        assert {each["value"]["model"] for each in read.get("examples", {}).values()} == ({model} - {""})
 
 
 def test_the_paths_are_those_of_the_app(tmp_path: Path) -> None:

@@ -170,15 +170,19 @@ def test_file_and_variable_add_up(tmp_path: Path) -> None:
     [
         (["Bearer abc"], "abc"),
         (["bearer  abc "], "abc"),
+        (["Basic OmFiYw=="], "abc"),
+        (["basic dXNlcjphOmI="], "a:b"),
+        (["Basic YWJj"], None),
+        (["Basic abc"], None),
+        (["Basic /w=="], None),
         ([], None),
         (["abc"], None),
         (["Bearer "], None),
-        (["Basic YTpi"], None),
         (["Bearer abc", "Bearer def"], None),
     ],
 )
 def test_bearer(headers: list[str], key: str | None) -> None:
-    """A key is what follows Bearer in the one header there is."""
+    """A key is what follows Bearer in the one header there is, or the password of Basic."""
     assert bearer(headers) == key
 
 
