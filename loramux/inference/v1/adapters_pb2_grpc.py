@@ -178,6 +178,7 @@ class AdapterServiceServicer:
 
         INVALID_ARGUMENT     REQUEST_INVALID: the path names no adapter, or the name cannot be an adapter's here. The
         violations name the field.
+        DEPLOYMENT_INVALID: an alias or the base has the name. Choose another.
         ALREADY_EXISTS       ADAPTER_EXISTS: the name is taken. Set replace, or unload it.
         FAILED_PRECONDITION  NO_BUILDER: this replica knows no builder. Start it with --builder, or load bundle:DIGEST.
         ABORTED              GENERATION_MISMATCH: others changed the deployment all the time. Call again.
