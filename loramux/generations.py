@@ -69,6 +69,8 @@ class RollbackInfo:
     generation: int
     unchanged: bool
     """Whether that was served already."""
+    restored: int | None
+    """The older generation whose content it is; None: the builder is older, and does not say."""
 
 
 def generation_of(message: pb.Generation) -> GenerationInfo:
@@ -92,7 +94,7 @@ def push_of(message: pb.PutAdapterResponse) -> PushInfo:
 
 def rollback_of(message: pb.RollbackDeploymentResponse) -> RollbackInfo:
     """Return what came of a rollback."""
-    return RollbackInfo(message.generation, message.unchanged)
+    return RollbackInfo(message.generation, message.unchanged, message.restored or None)
 
 
 def _change(message: pb.AdapterChange) -> AdapterChange:

@@ -34,6 +34,8 @@ class BuildResult:
     generation: Generation
     unchanged: bool
     """True when it was the current generation already."""
+    restored: int = 0
+    """Of a rollback, the older generation whose content it is."""
 
 
 def build(

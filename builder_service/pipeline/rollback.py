@@ -47,4 +47,4 @@ def rollback(name: str, to: int | None, expected: int | None, context: BuildCont
     hold(store, digests_of(target) - held)
     with context.publishing(name):
         generation, new = publish_change(store, name, change, expected=expected, known=before)
-    return BuildResult(generation, unchanged=not new)
+    return BuildResult(generation, unchanged=not new, restored=wanted)

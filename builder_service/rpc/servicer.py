@@ -64,7 +64,9 @@ class BuilderServicer(builder_pb2_grpc.BuilderServiceServicer):
         del context
         to, expected = request.to or None, request.expected_generation or None
         result = await self._builds.rollback(request.name, to, expected)
-        return pb.RollbackDeploymentResponse(generation=result.generation.number, unchanged=result.unchanged)
+        return pb.RollbackDeploymentResponse(
+            generation=result.generation.number, unchanged=result.unchanged, restored=result.restored
+        )
 
     async def ListGenerations(  # noqa: N802 - the rpc's name
         self, request: pb.ListGenerationsRequest, context: grpc.aio.ServicerContext

@@ -26,6 +26,7 @@ from loramux_shared.access.rights import ACCESS, Access
 from loramux_shared.bundle.generation import AdapterRecord, Generation
 from loramux_shared.deployment import Repository, SourceKind
 from loramux_shared.faults import ModelNotFound
+from loramux_shared.mixtures import BASE
 
 EARLIER: Final = 8
 """Versions of a name before the present one that are still known."""
@@ -182,8 +183,8 @@ class Catalog:
     def resolve(self, asked: str, sticky_key: str = "") -> ServedModel:
         """Return what answers a request: of an exact name, an alias, ``NAME@DIGEST``, or another spelling.
 
-        What is none of these may be several of them with scales, ``NAME*SCALE+NAME``. ``BASE:NAME`` is Ray
-        Serve's and SGLang's, ``publishers/NAMESPACE/models/NAME`` that of KServe's routes.
+        What is none of these may be several of them with scales, ``NAME*SCALE+NAME``. ``base`` is the base,
+        ``BASE:NAME`` is Ray Serve's and SGLang's, ``publishers/NAMESPACE/models/NAME`` that of KServe's routes.
 
         Who may not use an alias cannot ask for it, and of its models one answers that the caller may use: by
         weight, the same one for the same key.
@@ -223,6 +224,8 @@ class Catalog:
 
     def _spellings(self, asked: str) -> Iterator[str]:
         yield asked
+        if asked == BASE:
+            yield self.base_name
         of_base = asked.removeprefix(f"{self.base_name}:")
         if of_base not in (asked, self.base_name):
             yield of_base

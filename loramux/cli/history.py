@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Annotated
 
 import typer
@@ -11,6 +12,7 @@ from loramux.cli.change import Expected, only_deployment
 from loramux.cli.documents import emit
 from loramux.client import BUILDER, Client
 from loramux.generations import ChangeKind, GenerationInfo
+from loramux_shared.faults import DeploymentNotFound
 from loramux_shared.wording import listed
 
 NAMES = 6
@@ -75,13 +77,20 @@ def rollback(
     """
     with Client(builder=builder) as client, shell.working(f"asking {builder}"):
         wanted = name or only_deployment(client)
-        done = client.rollback(wanted, to, expected_generation=expect)
+        try:
+            done = client.rollback(wanted, to, expected_generation=expect)
+        except DeploymentNotFound as fault:
+            if not name.isdecimal():
+                raise
+            raise fault.retold(
+                f"{fault.message}. For generation {name}: `loramux rollback --to {name}`"
+            ) from fault
     if as_json:
-        emit({"deployment": wanted, "generation": done.generation, "unchanged": done.unchanged})
+        emit({"deployment": wanted, **asdict(done)})
         return
-    as_before = f"as generation {to}" if to else "as before the newest one"
+    content = f", as generation {done.restored}" if done.restored else ""
     unchanged = ", unchanged" if done.unchanged else ""
-    shell.show(f"deployment {wanted}: generation {done.generation} is published, {as_before}{unchanged}")
+    shell.show(f"deployment {wanted}: generation {done.generation} is published{content}{unchanged}")
 
 
 def _changes(generation: GenerationInfo) -> str:

@@ -9,7 +9,7 @@ import typer
 
 from loramux.client import INFERENCE, Client
 from loramux_shared.faults import Fault, ModelNotFound
-from loramux_shared.mixtures import names_of
+from loramux_shared.mixtures import BASE, names_of
 from loramux_shared.wording import listed
 
 COMPLETION_S = 1.0
@@ -20,7 +20,7 @@ def unserved(model: str, served: Sequence[str]) -> list[str]:
     """Return what is not served of a model, or of the parts of ``NAME*SCALE+NAME``."""
     if model in served:
         return []
-    return [name for name in names_of(model) if name not in served]
+    return [name for name in names_of(model) if name not in (*served, BASE)]
 
 
 def no_such_model(name: str, served: Sequence[str]) -> ModelNotFound:

@@ -78,7 +78,7 @@ def _where(adapter: AdapterStatus | None) -> tuple[str, str, str]:
 
 @shell.command
 def health(
-    address: Annotated[str, typer.Argument(metavar="ADDRESS", help="HOST:PORT", show_default=False)],
+    address: Annotated[str, typer.Argument(metavar="[ADDRESS]", help="HOST:PORT")] = INFERENCE,
     service: Annotated[
         str, typer.Option("--service", metavar="NAME", help="Full name of one service; empty: the server.")
     ] = "",

@@ -116,20 +116,19 @@ class ProcessTree:
             raise child.death()
 
     async def stop(self) -> None:
-        """Ask all children to end, and wait: open streams finish first."""
+        """Ask children to end, the last one first, and wait: streams finish while what they need answers."""
         self._stopping = True
-        running = [child for child in self._children if child.process.returncode is None]
+        running = [child for child in reversed(self._children) if child.process.returncode is None]
         if running:
             shell.say(f"stopping {' and '.join(child.name for child in running)}", "dim")
         for child in running:
             with contextlib.suppress(ProcessLookupError):
                 child.process.terminate()
-        waits = [asyncio.create_task(child.process.wait()) for child in running]
-        if waits:
-            _, late = await asyncio.wait(waits, timeout=DRAIN_S)
-            if late:
+            try:
+                await asyncio.wait_for(child.process.wait(), DRAIN_S)
+            except TimeoutError:
                 self.kill()
-                await asyncio.wait(late)
+                await child.process.wait()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

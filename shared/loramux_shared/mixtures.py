@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Final
+
+BASE: Final = "base"
+"""A name of every served base, where nothing else is called so."""
+
 
 def names_of(model: str) -> list[str]:
     """Return the distinct names of ``NAME*SCALE+NAME``, in their order; of one name itself."""

@@ -107,6 +107,23 @@ def test_a_failure_beside_children_stops_them() -> None:
     assert not psutil.pid_exists(pids[0])
 
 
+def test_children_end_in_the_reverse_order_of_their_start(tmp_path: Path) -> None:
+    """What was started first is there until all that may call it has ended."""
+    ends = tmp_path / "ends"
+    program = (
+        "import pathlib, signal, sys; from loramux_shared.notify import notify, READY; "
+        "signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM]); notify(READY); "
+        "signal.sigwait([signal.SIGTERM]); pathlib.Path(sys.argv[1]).open('a').write(sys.argv[2])"
+    )
+
+    async def work(tree: ProcessTree) -> None:
+        for name in "abc":
+            await tree.serve(name, [sys.executable, "-c", program, str(ends), name])
+
+    run_tree(work)
+    assert ends.read_text() == "cba"
+
+
 def test_a_child_is_ready_when_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Waiting ends with the child's own word, however long the path of the temporary folder is."""
     deep = tmp_path / ("deep" * 30)

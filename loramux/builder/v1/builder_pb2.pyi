@@ -215,12 +215,14 @@ class RollbackDeploymentRequest(_message.Message):
     def __init__(self, name: _Optional[str] = ..., to: _Optional[int] = ..., expected_generation: _Optional[int] = ...) -> None: ...
 
 class RollbackDeploymentResponse(_message.Message):
-    __slots__ = ("generation", "unchanged")
+    __slots__ = ("generation", "unchanged", "restored")
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     UNCHANGED_FIELD_NUMBER: _ClassVar[int]
+    RESTORED_FIELD_NUMBER: _ClassVar[int]
     generation: int
     unchanged: bool
-    def __init__(self, generation: _Optional[int] = ..., unchanged: _Optional[bool] = ...) -> None: ...
+    restored: int
+    def __init__(self, generation: _Optional[int] = ..., unchanged: _Optional[bool] = ..., restored: _Optional[int] = ...) -> None: ...
 
 class ListGenerationsRequest(_message.Message):
     __slots__ = ("name", "page_size", "page_token")

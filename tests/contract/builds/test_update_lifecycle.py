@@ -108,8 +108,11 @@ async def test_the_commands(world: Builders) -> None:
         assert "-2, 3, two" in said.splitlines()[1]
         assert "generation 7 is published, as generation 3" in await run("rollback", "tiny", "--to", "3")
         assert list(world.generation.adapters) == ["2", "3", "one"]
+        assert "generation 8 is published, as generation 6" in await run("rollback")
+        assert "generation 9 is published, as generation 3" in await run("rollback", "--to", "3")
+        assert "`loramux rollback --to 1`" in await run("rollback", "1", code=1)
         history = json.loads(await run("history", "tiny", "--limit", "1", "--json"))
-        assert [each["number"] for each in history["generations"]] == [7]
+        assert [each["number"] for each in history["generations"]] == [9]
         assert "error: ADAPTER_NOT_FOUND" in await run("remove", "nine", code=1)
         assert "error: GENERATION_MISMATCH" in await run("add", "2", two, "--expect", "1", code=1)
         assert "error: ADAPTER_INVALID" in await run("add", "b", str(world.folder / "bad"), code=1)

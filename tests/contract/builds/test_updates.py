@@ -402,10 +402,10 @@ async def test_a_rollback_serves_what_was_served(world: World) -> None:
     first = world.generation
     await world.update("two", remove=["one"])
     back = await world.client.rollback("tiny")
-    assert (back.generation, back.unchanged) == (3, False)
+    assert (back.generation, back.unchanged, back.restored) == (3, False, 1)
     assert world.generation.same_content(first)
     again = await world.client.rollback("tiny", to=1)
-    assert (again.generation, again.unchanged) == (3, True)
+    assert (again.generation, again.unchanged, again.restored) == (3, True, 1)
     assert (await world.client.rollback("tiny")).generation == 4
     assert list(world.generation.adapters) == ["two"]
 

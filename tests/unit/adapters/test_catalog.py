@@ -300,6 +300,18 @@ def test_a_mixture_is_of_what_its_parts_are_named_by() -> None:
     assert named.resolve("a+b").name == "a+b"
 
 
+def test_base_is_a_name_of_the_base() -> None:
+    """Where nothing else is called so; not where no base is served, or the caller may not use it."""
+    known = Catalog(1, "tiny", [ServedModel("tiny"), ServedModel("a", Adapter("a"))])
+    assert known.resolve("base") == known.get("tiny")
+    with caller("a"), pytest.raises(ModelNotFound, match="no model 'base'"):
+        known.resolve("base")
+    named = Catalog(1, "tiny", [ServedModel("tiny"), ServedModel("base", Adapter("b"))])
+    assert named.resolve("base").adapter is not None
+    with pytest.raises(ModelNotFound):
+        Catalog(1, "tiny", [ServedModel("a", Adapter("a"))]).resolve("base")
+
+
 def test_a_mixture_opens_nothing_that_its_parts_do_not() -> None:
     """Each part must be a model that the caller may use, the base where nothing is left; and none is merged."""
     known = catalog({"a": "one", "b": "two"})

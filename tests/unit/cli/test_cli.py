@@ -193,6 +193,7 @@ def test_health(fakes: Fakes) -> None:
     service = "loramux.inference.v1.InferenceService"
     assert run("health", fakes.inference_address, "--service", service)[0] == 0
     assert run("health", "127.0.0.1:1", "--wait", "0.3")[0] == 3
+    assert "[default: 127.0.0.1:50052]" in run("health", "--help")[1]
 
 
 def test_a_missing_extra_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
