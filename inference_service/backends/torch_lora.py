@@ -108,7 +108,7 @@ class TorchLora:
         self._short: tuple[Segment, ...] = ()
         self._apart: tuple[Segment, ...] = ()
         """Those that take products of their own: long ones, and each part of a mixture."""
-        self._masks: dict[tuple[tuple[int, ...], ...], Tensor] = {}
+        self._others: dict[tuple[tuple[int, ...], ...], Tensor] = {}
         self._finished: tuple[Segment, ...] = ()
         """Those whose adapters have vectors."""
 
@@ -168,7 +168,7 @@ class TorchLora:
         """Prepare for the rows of a step."""
         self._bank.touched([segment.slot for segment in arrangement.segments])
         self._short, self._apart = arrangement.short, arrangement.long + arrangement.mixed
-        self._masks.clear()
+        self._others.clear()
         self._finished = tuple(
             segment for segment in arrangement.segments if self._adapters[segment.slot].has_vectors
         )
@@ -199,8 +199,7 @@ class TorchLora:
         part = self._adapters[segment.slot].part(layer, index)
         if part is not None:
             rows, shape = slice(segment.start, segment.end), self._layout.shapes[index]
-            scale = None if segment.scale == 1.0 else segment.scale
-            _add(x[rows], out[rows], part.a, part.b, part.ranks, scale, shape)
+            _add(x[rows], out[rows], part.a, part.b, part.ranks, shape, segment.scale)
 
     def _apply_short(self, x: Tensor, out: Tensor, layer: int, index: int) -> None:
         shape = self._layout.shapes[index]
@@ -211,9 +210,9 @@ class TorchLora:
         if pack is None:
             return
         rows = slice(self._short[0].start, self._short[-1].end)
-        mask = self._mask(pack.ranks, x) if len(self._short) > 1 else None
+        others = self._of_others(pack.ranks) if len(self._short) > 1 else None
         widths = tuple(sum(ranks) for ranks in pack.ranks)
-        _add(x[rows], out[rows], pack.a, pack.b, widths, mask, shape)
+        _add(x[rows], out[rows], pack.a, pack.b, widths, shape, others=others)
 
     def _pack(self, layer: int, index: int) -> _Pack | None:
         found = [self._adapters[slot].part(layer, index) for slot in self._slots]
@@ -228,15 +227,15 @@ class TorchLora:
             b.append(torch.cat([part[1] for part in present]) if present else None)
         return _Pack(torch.cat(a), tuple(b), tuple(ranks)) if a else None
 
-    def _mask(self, ranks: tuple[tuple[int, ...], ...], x: Tensor) -> Tensor:
-        """[rows, R]: 1 where row and rank belong to the same adapter."""
-        if ranks not in self._masks:
+    def _of_others(self, ranks: tuple[tuple[int, ...], ...]) -> Tensor:
+        """[rows, R]: True where row and rank belong to different adapters."""
+        if ranks not in self._others:
             owner = torch.tensor(
                 [slot for part in ranks for slot, rank in enumerate(part) for _ in range(rank)]
             )
             rows = torch.tensor([index for index, seg in enumerate(self._short) for _ in range(seg.length)])
-            self._masks[ranks] = (rows[:, None] == owner[None, :]).to(x)
-        return self._masks[ranks]
+            self._others[ranks] = (rows[:, None] != owner[None, :]).to(self._device)
+        return self._others[ranks]
 
 
 def _add(
@@ -245,12 +244,15 @@ def _add(
     a: Tensor,
     b: tuple[Tensor | None, ...],
     widths: tuple[int, ...],
-    factor: Tensor | float | None,
     shape: GroupShape,
+    scale: float = 1.0,
+    others: Tensor | None = None,
 ) -> None:
     y = torch.mm(x, a.t())
-    if factor is not None:
-        y.mul_(factor)
+    if scale != 1.0:
+        y.mul_(scale)
+    if others is not None:  # filled, for 0 times what overflowed would be NaN
+        y.masked_fill_(others, 0.0)
     first = 0
     for part, width, offset, size in zip(b, widths, shape.out_offsets, shape.out_features, strict=True):
         if part is not None:

@@ -210,7 +210,7 @@ def test_a_row_of_a_linear_and_its_adapters_depends_on_no_other(
 
 @pytest.mark.parametrize(("heads", "kv", "dim"), [(9, 3, 64), (6, 2, 8), (4, 4, 80), (8, 1, 256)])
 def test_attention_over_a_paged_cache(ops: CpuOps, heads: int, kv: int, dim: int) -> None:
-    """Decode rows and chunks of prompts in one call, written through rope, over scattered blocks."""
+    """Decode rows and chunks of prompts in one call, written through rope, over blocks between NaN."""
     for window, softcap, sunk in [(0, 0.0, False), (24, 0.0, True), (0, 5.0, False), (0, 0.0, True)]:
         _check_attention(ops, heads, kv, dim, window, softcap, sunk)
 
@@ -221,8 +221,8 @@ def _check_attention(
     dtype = ops.dtype
     shapes = [(1, 1), (1, 37), (20, 20), (7, 90), (1, 160)]  # rows of the chunk, context length
     keys, values = ops.new_cache(kv, 64 * BLOCK, dim)
-    keys.fill_(3.0)
-    values.fill_(3.0)
+    keys.fill_(torch.nan)
+    values.fill_(torch.nan)
     order = torch.randperm(64).tolist()
     contexts, queries, expected, row = [], [], [], 0
     sinks = torch.randn(heads) * 3 if sunk else None

@@ -6,7 +6,10 @@ import ctypes
 import random
 import sys
 from collections.abc import Callable
+from dataclasses import replace
+from itertools import product
 
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -61,6 +64,39 @@ def test_rows_of_mixtures_get_the_scaled_sum(lora: LoraBackend, device: str) -> 
     mixtures = [({0: 0.5, 3: -2.0}, 20), (eight, 2), ({2: 1.5}, 3), ({4: 1.0, 2: 1.0, 1: 0.125}, 1)]
     expect_right(lora, arrangement({0: 1, 5: 2, 1: 17}, mixtures=mixtures), held, device)
     expect_right(lora, arrangement({}, mixtures=[({3: 0.5}, 2), ({0: 1.0, 3: 1.0}, 1)]), held, device)
+
+
+@pytest.mark.parametrize("bad", [0, 2, 4])
+def test_an_adapter_that_overflows_reaches_no_row_of_others(lora: LoraBackend, device: str, bad: int) -> None:
+    """In short runs, long runs and mixtures, whatever it makes of its own rows: the bits are the same."""
+    device = device if lora.name != "native" else "cpu"
+    steps = [
+        arrangement(dict.fromkeys(range(5), 2), mixtures=[({bad: 0.5, 1: 2.0}, 3), ({3: 0.5, 1: 1.0}, 2)]),
+        arrangement({0: 1, 1: 2, 2: 1, 3: 2, 4: 17}),
+    ]
+    torch.manual_seed(bad)
+    given = [(torch.randn(30, shape.in_features), torch.randn(30, sum(shape.out_features))) for shape in GROUPS]
+    every = [adapter(ranks, seed) for seed, ranks in enumerate(ADAPTERS)]
+    bank = Resident(lora, sum(taken_by(lora.pack(each).num_bytes) for each in every), num_slots=5)
+    for each in every:
+        bank.bring(each)
+
+    def rows_of_others() -> list[torch.Tensor]:
+        found = []
+        for step in steps:
+            lora.begin(step)
+            own = {row for each in step.segments if each.slot == bad for row in range(each.start, each.end)}
+            for layer, (shape, (x, out)) in product(range(LAYERS), zip(GROUPS, given, strict=True)):
+                added = out.to(device, copy=True)
+                with np.errstate(all="ignore"):  # of the interpreter, which would tell of it
+                    lora.apply(x.to(device), added, layer, shape.name)
+                found.append(added[[row for row in range(len(x)) if row not in own]])
+        return found
+
+    before = rows_of_others()
+    bank.send_away(bad)
+    assert bank.bring(replace(every[bad], values=every[bad].values * 1e38)) == bad
+    assert all(torch.equal(one, other) for one, other in zip(rows_of_others(), before, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

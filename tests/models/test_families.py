@@ -53,6 +53,7 @@ from loramux_shared.faults import CheckpointInvalid
 from loramux_shared.storage.memory import MemoryStore
 from tests.support import tiny
 from tests.support.greedy import choices_and_logprobs, greedy_tokens
+from tests.support.poisoned import poison
 from tests.support.tiny import (
     ADAPTERS,
     SIZES,
@@ -523,18 +524,22 @@ def answers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 
 def test_a_mixed_batch_equals_transformers(answers: Answers) -> None:
-    """Base and adapters in one batch, prompts whole or in chunks, past blocks and windows, and log
-    probabilities, which see what greedy tokens cannot, a cap on the logits for one."""
+    """Base and adapters in one batch, prompts whole or in chunks, past blocks and windows, with NaN in all of
+    the cache that no row sees; and log probabilities, which see what greedy tokens cannot, a cap on the logits
+    for one."""
     assert answers.found == answers.expected
     assert answers.found_logprobs == pytest.approx(answers.logprobs, abs=2e-4)
     ready = answers.world.load(answers.store, max_batch_tokens=16)
+    poison(ready)
     assert run_engine(ready, answers.requests, NEW) == answers.expected
 
 
 @pytest.mark.parametrize("answers", KERNELS, indirect=True)
 def test_the_kernels_for_gpus_answer_the_same(answers: Answers) -> None:
-    """In the interpreter: base and adapters, prompts in chunks beside decoding, past blocks and windows."""
+    """In the interpreter: base and adapters, prompts in chunks beside decoding, past blocks and windows, in a
+    cache that holds NaN beside what they see."""
     ready = answers.world.load(answers.store, backend="triton", max_batch_tokens=32)
+    poison(ready)
     picked = [(answers.requests[index], answers.expected[index]) for index in (2, 3, 4)]
     found = run_engine(ready, [request for request, _ in picked], 2)
     assert found == [expected[:2] for _, expected in picked]
@@ -557,11 +562,12 @@ def tight(world: World, sequences: int, least: int = 64) -> dict[str, Any]:
 
 @pytest.mark.parametrize("answers", CACHES, indirect=True)
 def test_preemption_and_prefix_hits_change_no_token(answers: Answers) -> None:
-    """With a cache too small for all, and again with what is left of the prefixes in it."""
+    """With a cache too small for all, and again with what is left of the prefixes in it; the rest is NaN."""
     ready = answers.world.load(answers.store, **tight(answers.world, len(answers.requests)))
     windows = read_config(answers.world.base).windows
     if len(windows) > 1:  # for which a plan has more tokens of everything in as many bytes
         _divide_evenly(ready, (152 if None in windows else 64) // 8)
+    poison(ready)
     assert run_engine(ready, answers.requests, NEW) == answers.expected
     assert ready.engine.stats.preemptions > 0
     for _ in range(2):  # alone, so that nobody needs its blocks meanwhile
@@ -585,6 +591,7 @@ def _divide_evenly(ready: Ready, blocks: int) -> None:
 def test_bfloat16_stays_close(answers: Answers) -> None:
     """In the type that most checkpoints are served in, norms with an offset and caps included."""
     ready = answers.world.load(answers.store, dtype="bfloat16")
+    poison(ready)
     found = _engine_logprobs(ready, answers.requests[0][1], new=1)
     assert found == pytest.approx(answers.logprobs[:1], abs=0.5)
 

@@ -53,7 +53,8 @@ class _Prefill:
 @dataclass(frozen=True)
 class _Decode:
     table: Tensor
-    """[D, longest]: cache rows that each decoding row sees."""
+    """[D, longest]: cache rows that each decoding row sees. Padding is multiplied by 0, so it is the sequence's
+    own: what others left in the cache may be NaN."""
     mask: Tensor
     """[D, longest]: 0, and -inf for padding."""
 
@@ -210,10 +211,11 @@ def _plan(
 
 def _decode(seen: Sequence[Tensor], dtype: torch.dtype, device: torch.device) -> _Decode:
     longest = max(map(len, seen))
-    table = torch.zeros(len(seen), longest, dtype=torch.int64)
+    table = torch.empty(len(seen), longest, dtype=torch.int64)
     mask = torch.full((len(seen), longest), float("-inf"), dtype=dtype)
     for place, index in enumerate(seen):
         table[place, : len(index)] = index
+        table[place, len(index) :] = index[-1]
         mask[place, : len(index)] = 0
     return _Decode(table.to(device), mask.to(device))
 

@@ -3,6 +3,8 @@
 //   K cache block of 16 positions:  [head_dim / P][16 positions][P]
 //   V cache block of 16 positions:  [16 / P][head_dim padded to 16][P]
 #pragma once
+#include <type_traits>
+
 #include "vectors.h"
 
 namespace {
@@ -65,25 +67,38 @@ inline float weigh(float* s, int count, int low, int high, float scale, float so
   return shrink;
 }
 
+// All bits of the values of a unit whose weights are not 0. A position that a row does not see has the weight 0 and holds
+// whatever was written there, by another sequence too: 0 times infinity or NaN would be NaN.
+inline uint32_t weighted(uint32_t weight, float*) { return weight ? ~0u : 0u; }
+inline uint32_t weighted(uint32_t weight, bf16*) { return (weight & 0xffffu ? 0xffffu : 0u) | (weight >> 16 ? 0xffff0000u : 0u); }
+
+// Units of positions that some row of a tile sees, and among them those that all rows see whole.
+struct Seen { int first, whole, rest, last; };
+
 // acc[row][WIDE * LANES] += weights . values of the blocks, for the TALL rows of a tile.
 template <class T, int TALL, int WIDE>
-inline void gather(const uint32_t (*p)[SPAN], const T* values, const int32_t* blocks, int spans, int64_t v_block, int padded,
+inline void gather(const uint32_t (*p)[SPAN], const T* values, const int32_t* blocks, const Seen& seen, int64_t v_block, int padded,
                    float (*acc)[512], int column) {
-  constexpr int P = Unit<T>::P;
+  constexpr int P = Unit<T>::P, UNITS = BLOCK / P;
   vf part[TALL][WIDE];
   for (int i = 0; i < TALL; ++i)
     for (int c = 0; c < WIDE; ++c) part[i][c] = load<vf>(acc[i] + column + c * LANES);
-  for (int b = 0; b < spans; ++b) {
-    const T* v = values + blocks[b] * v_block + int64_t(column) * P;
-    for (int u = 0; u < BLOCK / P; ++u) {
-      vu w[WIDE];
-      for (int c = 0; c < WIDE; ++c) w[c] = load<vu>(v + (int64_t(u) * padded + c * LANES) * P);
-      for (int i = 0; i < TALL; ++i) {
-        const vu weight = broadcast(&p[i][b * (BLOCK / P) + u]);
-        for (int c = 0; c < WIDE; ++c) part[i][c] = Unit<T>::fma(part[i][c], weight, w[c]);
+  auto add = [&](int first, int last, auto whole) __attribute__((always_inline)) {
+    for (int u = first; u < last;) {
+      const T* v = values + blocks[u / UNITS] * v_block + (int64_t(u % UNITS) * padded + column) * P;
+      for (const int end = std::min(last, (u / UNITS + 1) * UNITS); u < end; ++u, v += int64_t(padded) * P) {
+        vu w[WIDE];
+        for (int c = 0; c < WIDE; ++c) w[c] = load<vu>(v + c * LANES * P);
+        for (int i = 0; i < TALL; ++i) {
+          const vu weight = broadcast(&p[i][u]), mask = whole ? ~vu{} : vu{} + weighted(p[i][u], static_cast<T*>(nullptr));
+          for (int c = 0; c < WIDE; ++c) part[i][c] = Unit<T>::fma(part[i][c], weight, w[c] & mask);
+        }
       }
     }
-  }
+  };
+  add(seen.first, seen.whole, std::false_type{});
+  add(seen.whole, seen.rest, std::true_type{});
+  add(seen.rest, seen.last, std::false_type{});
   for (int i = 0; i < TALL; ++i)
     for (int c = 0; c < WIDE; ++c) store(acc[i] + column + c * LANES, part[i][c]);
 }
@@ -123,17 +138,21 @@ void attend(const T* const* q, int rows, const int64_t* from, const int64_t* to,
     int b = 0;
     for (; b + 2 <= spans; b += 2) score<T, TALL, 2>(q, keys, here + b, k_block, dim / P, reinterpret_cast<float(*)[SPAN]>(s[0] + b * BLOCK));
     if (b < spans) score<T, TALL, 1>(q, keys, here + b, k_block, dim / P, reinterpret_cast<float(*)[SPAN]>(s[0] + b * BLOCK));
+    Seen seen = {SPAN, 0, SPAN, 0};
     for (int i = 0; i < rows; ++i) {
       const int low = int(std::max<int64_t>(0, from[i] - start)), high = int(std::min<int64_t>(spans * BLOCK, to[i] - start));
+      if (low < high) seen.first = std::min(seen.first, low / P), seen.last = std::max(seen.last, (high + P - 1) / P);
+      seen.whole = std::max(seen.whole, (low + P - 1) / P), seen.rest = std::min(seen.rest, std::max(high, 0) / P);
       const float shrink = weigh<T>(s[i], spans * BLOCK, low, high, scale, softcap, best[i], total[i], p[i]);
       if (shrink != 1.0f)
         for (int d = 0; d < padded; d += LANES) store(acc[i] + d, load<vf>(acc[i] + d) * shrink);
     }
+    if (seen.whole >= seen.rest) seen.whole = seen.rest = seen.last;  // no unit that all see
     int d = 0;
     if (TALL < TILE)
-      for (; d + 4 * LANES <= padded; d += 4 * LANES) gather<T, TALL, 4>(p, values, here, spans, v_block, padded, acc, d);
-    for (; d + 2 * LANES <= padded; d += 2 * LANES) gather<T, TALL, 2>(p, values, here, spans, v_block, padded, acc, d);
-    if (d < padded) gather<T, TALL, 1>(p, values, here, spans, v_block, padded, acc, d);
+      for (; d + 4 * LANES <= padded; d += 4 * LANES) gather<T, TALL, 4>(p, values, here, seen, v_block, padded, acc, d);
+    for (; d + 2 * LANES <= padded; d += 2 * LANES) gather<T, TALL, 2>(p, values, here, seen, v_block, padded, acc, d);
+    if (d < padded) gather<T, TALL, 1>(p, values, here, seen, v_block, padded, acc, d);
   }
   for (int i = 0; i < rows; ++i)
     for (int d = 0; d < dim; ++d) narrow(out[i][d], acc[i][d] / total[i]);

@@ -107,10 +107,10 @@ def _integers(ops: CpuOps, generator: torch.Generator, rounding: Rounding) -> Pa
 
 
 def _attention(ops: CpuOps, generator: torch.Generator) -> Pair:
-    """Rotated by nothing, so that writing the cache and reading it are seen together."""
+    """Rotated by nothing, so that writing the cache and reading it are seen together; the rest is NaN."""
     q, k, v = (_random(ops, generator, ROWS, heads, DIM) for heads in (HEADS, KV_HEADS, KV_HEADS))
     fused = torch.cat([q, k, v], dim=1)
-    keys, values = ops.new_cache(KV_HEADS, 3 * BLOCK, DIM)
+    keys, values = (cache.fill_(torch.nan) for cache in ops.new_cache(KV_HEADS, 3 * BLOCK, DIM))
     rows = torch.tensor([(2 - at // BLOCK) * BLOCK + at % BLOCK for at in range(ROWS)])
     parts = torch.split(fused, [HEADS, KV_HEADS, KV_HEADS], dim=1)
     still = torch.ones(ROWS, DIM), torch.zeros(ROWS, DIM)

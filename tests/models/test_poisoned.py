@@ -1,0 +1,141 @@
+"""An adapter that makes NaN, in random traffic: what others get is what they get beside one that does not."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, MistralConfig, PreTrainedConfig, Qwen3_5TextConfig
+
+from inference_service.core.sampling import SamplingParams
+from inference_service.core.sequence import Adapter, Sequence
+from inference_service.engine.pace import Pace
+from inference_service.serving.inbox import Inbox
+from inference_service.startup import load
+from inference_service.startup.bank import Bank, preload
+from inference_service.startup.load import Ready
+from loramux_shared.pooling import Pooling
+from loramux_shared.storage.memory import MemoryStore
+from tests.models.test_families import QWEN_DELTA, delta_adapters
+from tests.support.tiny import ADAPTERS, SIZES, VOCAB, World, make_world_of, sequence
+
+BAD = "bad"
+REQUESTS = 48
+TIMES = 1e12
+"""Of A and of B: finite in every type, and products of queries and keys are not."""
+FAMILIES: dict[str, tuple[PreTrainedConfig, dict[str, dict[str, Any]]]] = {
+    "llama": (LlamaConfig(**SIZES), ADAPTERS | {BAD: ADAPTERS["all"]}),
+    "windows": (MistralConfig(**SIZES, sliding_window=24), ADAPTERS | {BAD: ADAPTERS["all"]}),
+    "states": (
+        Qwen3_5TextConfig(**SIZES | QWEN_DELTA, pad_token_id=0),
+        delta_adapters() | {BAD: delta_adapters()["all"]},
+    ),
+}
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def stores(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[World, list[MemoryStore]]:
+    """A world, built with an adapter as it is, and again when it makes NaN."""
+    world, stores = make_world_of(tmp_path_factory.mktemp("poisoned"), *FAMILIES[request.param]), []
+    for times in (1.0, TIMES):
+        _multiply(world.adapters[BAD] / "adapter_model.safetensors", times)
+        stores.append(MemoryStore())
+        world.build(stores[-1])
+    return world, stores
+
+
+def _multiply(file: Path, times: float) -> None:
+    save_file({name: tensor * times for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+
+
+@pytest.fixture(autouse=True)
+def in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Adapters have the same slots in every replica: torch's sums have their order."""
+
+    def one_by_one(bank: Bank, adapters: Iterable[Adapter], inbox: Inbox) -> None:
+        for adapter in adapters:
+            preload(bank, [adapter], inbox)
+
+    monkeypatch.setattr(load, "preload", one_by_one)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"dtype": "bfloat16"},
+        {"native": False, "block_size": 8},
+        {"native": False, "dtype": "bfloat16"},
+        {"deterministic": True},
+    ],
+    ids=lambda settings: ", ".join(map(str, settings.values())) or "compiled",
+)
+def test_it_reaches_no_answer_of_others(
+    stores: tuple[World, list[MemoryStore]], settings: dict[str, Any]
+) -> None:
+    """Bit for bit: tokens with log probabilities, and vectors, with prefixes found and blocks handed on."""
+    world, every = stores
+    small = {"max_batch_tokens": 24, "max_batch_seqs": 8, "kv_memory_gb": 0.0008} | settings
+    healthy, beside = [_answers(world.load(store, **small)) for store in every]
+    assert not _all_finite(beside, bad=True)
+    assert _all_finite(beside, bad=False)
+    assert {key: one for key, one in beside.items() if BAD not in key} == {
+        key: one for key, one in healthy.items() if BAD not in key
+    }
+
+
+Found = dict[str, list[Any]]
+
+
+def _answers(ready: Ready) -> Found:
+    """What requests of all models get, which come while others are under way; the bad one's are short."""
+    engine, found = ready.engine._engine, {}
+    engine._clock, engine._scheduler.pace = lambda: 0.0, Pace()  # so that chunks depend on no time
+    coming, draw = list(_requests(ready)), random.Random(1)
+    while coming or not engine.idle:
+        while coming and (engine.idle or draw.random() < 0.4):
+            seq = coming.pop(0)
+            found[seq.id] = []
+            engine.add(seq)
+        for output in engine.step():
+            if output.pooled is not None:
+                found[output.seq_id] += output.pooled.tolist()
+            elif output.token is not None:
+                found[output.seq_id] += [output.token.id, output.token.logprob]
+    assert engine.stats.prefix_tokens_hit > 0
+    return found
+
+
+def _requests(ready: Ready) -> Iterator[Sequence]:
+    draw = random.Random(2)
+    models = ["base", *ready.generation.adapters]
+    prefixes = [[draw.randrange(3, VOCAB) for _ in range(40)] for _ in range(2)]
+    for number in range(REQUESTS):
+        model = BAD if number % 4 == 1 else draw.choice(models)
+        mixed = f"all*0.5+{BAD}*0.5" if number % 12 == 5 else model
+        prompt = draw.choice(prefixes)[: draw.randrange(41)]
+        prompt += [draw.randrange(3, VOCAB) for _ in range(draw.randrange(1, 24))]
+        sampling = SamplingParams(
+            max_tokens=1 if BAD in mixed else draw.randrange(1, 12),
+            logprobs=1,
+            temperature=draw.choice([0.0, 1.0]),
+            seed=number,
+        )
+        seq = sequence(ready, f"{number} {mixed}", mixed, prompt, sampling)
+        if number % 6 == 0:
+            kind = draw.choice([Pooling.LAST, Pooling.MEAN])
+            seq = replace(seq, sampling=SamplingParams(max_tokens=0), pooling=kind)
+        yield seq
+
+
+def _all_finite(found: Found, *, bad: bool) -> bool:
+    values = [value for key, one in found.items() if (BAD in key) == bad for value in one]
+    return bool(torch.tensor(values).isfinite().all())
