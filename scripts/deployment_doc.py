@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from loramux_shared.deployment import Deployment
-from loramux_shared.deployment_file import IGNORED_KEYS
+from loramux_shared.deployment_file import IGNORED_KEYS, UNSERVED_KEYS
 from scripts.pages import default_of, one_line, table, type_of
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -54,7 +54,7 @@ IGNORED_HEAD = """\
 ## Keys that mean nothing here
 
 Files of hosted builders carry keys that loramux has no use for. They are accepted, and listed once when the
-file is read.
+file is read. Those that ask for what is not done are warnings (`W_UNSERVED`), each with what to set instead.
 
 """
 BLOCKS = {
@@ -85,7 +85,11 @@ def page() -> str:
     ignored = [
         (BLOCKS[block], ", ".join(f"`{key}`" for key in sorted(keys))) for block, keys in IGNORED_KEYS.items()
     ]
-    return "\n".join([*parts, IGNORED_HEAD + table(("block", "keys"), ignored)])
+    unserved = [
+        (f"`{key}`", "-" if usual is None else f"`{usual}`", fix) for key, (usual, fix) in UNSERVED_KEYS.items()
+    ]
+    tables = table(("block", "keys"), ignored), table(("a warning, unless", "it is", "instead"), unserved)
+    return "\n".join([*parts, IGNORED_HEAD + tables[0], tables[1]])
 
 
 def _meaning(field: dict[str, Any]) -> str:

@@ -80,10 +80,12 @@ def run_build(
 
 
 def read_deployment(path: shell.File) -> DeploymentFile:
-    """Read a deployment file and say which of its keys mean nothing here."""
+    """Read a deployment file and say which of its keys mean nothing here, or ask for what is not done."""
     read = load_deployment(path)
     if read.ignored:
         shell.say(f"ignored, they mean nothing here: {', '.join(read.ignored)}", "dim")
+    for warning in read.warnings:
+        shell.say(f"warning: {warning}", "yellow")
     return read
 
 

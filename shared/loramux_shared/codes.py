@@ -36,6 +36,11 @@ _DEPLOYMENT: Final = (
     ("E_UNSUPPORTED", "something of OpenAI's API that this server does not do", "Leave it out."),
     ("E_CONSTRAINT", "a response format that cannot be used", "The finding says why; correct or simplify it."),
     ("E_MESSAGES", "the chat template refuses the messages", "The finding says why; often two roles in a row."),
+    (
+        "W_UNSERVED",
+        "a key of hosted engine builders that asks for what is not done here",
+        "The finding says what to set instead; or remove it.",
+    ),
     ("E_NO_TEMPLATE", "messages for a model without a chat template", "Send text or token_ids."),
 )
 _REFUSED: Final = (

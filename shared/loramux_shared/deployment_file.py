@@ -58,6 +58,20 @@ IGNORED_KEYS: dict[str, frozenset[str]] = {
         tensor_parallel_size total_token_limit webserver_default_route
     """),
 }
+_ONE_DEVICE = "A replica computes on one device: take a larger one, or set runtime.quantization."
+UNSERVED_KEYS: dict[str, tuple[Any, str]] = {
+    "build.max_beam_width": (1, "Answers are sampled: ask for several with n."),
+    "build.max_prompt_embedding_table_size": (0, "Prompt tuning is not served: train a LoRA adapter."),
+    "build.pipeline_parallel_count": (1, _ONE_DEVICE),
+    "build.quantization_type": ("no_quant", "Set runtime.quantization to fp8, int8 or int4."),
+    "build.speculator": (None, "Set runtime.speculative_tokens: drafts come from what a request said before."),
+    "build.tensor_parallel_count": (1, _ONE_DEVICE),
+    "runtime.config_kwargs": ({}, "Name what it sets by the keys of this file."),
+    "runtime.kv_cache_host_memory_bytes": (0, "The cache is in the device's memory alone."),
+    "runtime.patch_kwargs": ({}, "Name what it sets by the keys of this file."),
+    "runtime.tensor_parallel_size": (1, _ONE_DEVICE),
+}
+"""Of the ignored keys, those that ask for what is not done unless they have this value; and what to do."""
 
 
 class DeploymentFile(Model):
@@ -65,6 +79,8 @@ class DeploymentFile(Model):
 
     deployment: Deployment
     ignored: tuple[str, ...] = ()
+    warnings: tuple[Finding, ...] = ()
+    """Keys that ask for what is not done."""
 
 
 def load_deployment(path: Path) -> DeploymentFile:
@@ -91,7 +107,7 @@ def parse_deployment(data: Any, *, default_name: str = "") -> DeploymentFile:
     if not isinstance(data, dict):
         found = "nothing" if data is None else type(data).__name__
         raise DeploymentInvalid(f"a deployment file is a mapping with model_name and build; found {found}")
-    data, ignored = _unwrap(data)
+    data, dropped = _unwrap(data)
     if default_name and data.get("model_name") is None:
         data["model_name"] = default_name
     try:
@@ -100,7 +116,18 @@ def parse_deployment(data: Any, *, default_name: str = "") -> DeploymentFile:
         findings = [*findings_of(error, Deployment), *_name_findings(data)]
         count = max(len(findings), error.error_count())
         raise DeploymentInvalid(f"the deployment breaks {count} rule{'s'[: count > 1]}", findings) from error
-    return DeploymentFile(deployment=deployment, ignored=tuple(ignored))
+    warnings = {where: each for where, value in dropped.items() if (each := _unserved(where, value))}
+    ignored = sorted(dropped.keys() - warnings.keys())
+    return DeploymentFile(deployment=deployment, ignored=tuple(ignored), warnings=tuple(warnings.values()))
+
+
+def _unserved(where: str, value: Any) -> Finding | None:
+    """Return a warning where a key asks for what is not done."""
+    usual, fix = UNSERVED_KEYS.get(where, (value, ""))
+    if value is None or value == usual:
+        return None
+    expected = "nothing" if usual is None else f"{usual} or nothing"
+    return Finding(code="W_UNSERVED", where=where, expected=expected, found=_shown.repr(value), fix=fix)
 
 
 def parse_lora_configuration(**fields: Any) -> LoraConfiguration:
@@ -193,9 +220,9 @@ def _args(annotation: Any) -> tuple[Any, ...]:
     return getattr(annotation, "__args__", ())
 
 
-def _unwrap(data: dict[Any, Any]) -> tuple[dict[Any, Any], list[str]]:
-    """Lift the ``trt_llm`` block to the top and drop the keys that mean nothing here."""
-    ignored: list[str] = []
+def _unwrap(data: dict[Any, Any]) -> tuple[dict[Any, Any], dict[str, Any]]:
+    """Lift the ``trt_llm`` block to the top and return the keys that mean nothing here beside the rest."""
+    ignored: dict[str, Any] = {}
     top = dict(data)
     if "trt_llm" in top:
         inner = top.pop("trt_llm")
@@ -215,7 +242,7 @@ def _unwrap(data: dict[Any, Any]) -> tuple[dict[Any, Any], list[str]]:
     for name in ("build", "runtime"):
         if isinstance(top.get(name), dict):
             top[name] = _drop(_without_empty(top[name]), name, name, ignored)
-    return _without_empty(top), sorted(ignored)
+    return _without_empty(top), ignored
 
 
 def _without_empty(block: dict[Any, Any]) -> dict[Any, Any]:
@@ -225,9 +252,9 @@ def _without_empty(block: dict[Any, Any]) -> dict[Any, Any]:
     return {key: value for key, value in block.items() if key not in optional or value is not None}
 
 
-def _drop(block: dict[Any, Any], table: str, prefix: str, ignored: list[str]) -> dict[Any, Any]:
+def _drop(block: dict[Any, Any], table: str, prefix: str, ignored: dict[str, Any]) -> dict[Any, Any]:
     known = IGNORED_KEYS[table]
-    ignored += [f"{prefix}.{key}".lstrip(".") for key in block if key in known]
+    ignored |= {f"{prefix}.{key}".lstrip("."): value for key, value in block.items() if key in known}
     return {key: value for key, value in block.items() if key not in known}
 
 

@@ -10,7 +10,13 @@ from pydantic import TypeAdapter, ValidationError
 
 from loramux_shared.bundle.names import OWN_NAME, StoredName
 from loramux_shared.deployment import Build, Deployment, Repository, Runtime, SourceKind
-from loramux_shared.deployment_file import DeploymentFile, load_deployment, parse_deployment
+from loramux_shared.deployment_file import (
+    IGNORED_KEYS,
+    UNSERVED_KEYS,
+    DeploymentFile,
+    load_deployment,
+    parse_deployment,
+)
 from loramux_shared.faults import DeploymentInvalid, Finding
 
 HOSTED = """
@@ -91,6 +97,30 @@ def test_ignored_keys_are_listed_once(tmp_path: Path) -> None:
         "secrets",
         "trt_llm.inference_stack",
     )
+
+
+def test_a_key_that_asks_for_what_is_not_done_is_a_warning(tmp_path: Path) -> None:
+    """Each has its name, its value and what to set instead; one with its usual value is ignored."""
+    asked = HOSTED.replace(
+        "no_quant", "fp8_kv\n    tensor_parallel_count: 1\n    speculator: {num_draft_tokens: 4}"
+    )
+    asked = asked.replace("    request_default", "    tensor_parallel_size: 2\n    request_default")
+    file = _load(tmp_path, asked)
+    assert file.deployment == EXPECTED
+    assert {each.where: (each.code, each.expected, each.found) for each in file.warnings} == {
+        "build.quantization_type": ("W_UNSERVED", "no_quant or nothing", "'fp8_kv'"),
+        "build.speculator": ("W_UNSERVED", "nothing", "{'num_draft_tokens': 4}"),
+        "runtime.tensor_parallel_size": ("W_UNSERVED", "1 or nothing", "2"),
+    }
+    assert all(each.fix for each in file.warnings)
+    assert "build.tensor_parallel_count" in file.ignored
+    assert not {each.where for each in file.warnings} & set(file.ignored)
+
+
+def test_every_unserved_key_is_known() -> None:
+    """A warning is only ever about a key that files of hosted builders have."""
+    blocks = [key.split(".") for key in UNSERVED_KEYS]
+    assert all(name in IGNORED_KEYS[block] for block, name in blocks)
 
 
 def test_the_wrapper_is_optional(tmp_path: Path) -> None:
