@@ -81,6 +81,7 @@ async def test_base_and_adapters_answer_side_by_side(page: Page, tmp_path: Path)
         assert await page.text("#chosen") == "3 of 4"
         await page.click("#mix summary")
         await page.eval(SLIDE)
+        await page.click("#mix-asked")
         await page.click("#ask summary")
         await page.type("#max-tokens", "24")
         await page.type("#temperature", "0")
@@ -97,7 +98,7 @@ async def test_base_and_adapters_answer_side_by_side(page: Page, tmp_path: Path)
         texts = [answer["choices"][0]["message"]["content"] for answer in wanted]
         assert await page.texts("article .text") == texts
         assert len(set(texts)) == 4
-        assert all(re.fullmatch(r"\d+ ms", told) for told in await page.texts("article .first"))
+        assert all(re.fullmatch(r"\d+ ms|\d+\.\d s", told) for told in await page.texts("article .first"))
         assert all(re.fullmatch(r"[\d.]+ tok/s", told) for told in await page.texts("article .speed"))
         assert await page.texts("article .tokens") == [
             str(each["usage"]["completion_tokens"]) for each in wanted
@@ -252,7 +253,12 @@ async def test_what_a_desk_shows_without_scrolling(page: Page, tmp_path: Path) -
         await page.appear(390, 844)
         scrolled = "[...document.querySelectorAll('article .text')].filter("
         scrolled += "(each) => each.scrollHeight > each.clientHeight + 1).length"
-        assert await page.eval(scrolled) == 0  # on a phone the page is what scrolls
+        assert await page.eval(scrolled) == 3  # on a phone the page is what scrolls, and long answers are cut
+        assert await page.texts("article .more:not([hidden])") == ["More"] * 3
+        for nth in range(3):
+            await page.eval(f"document.querySelectorAll('article .more:not([hidden])')[{nth}].click()")
+        await page.until(f"{scrolled} === 0")
+        assert await page.texts("article .more:not([hidden])") == ["Less"] * 3
         assert await overflow(page) == 0
 
 
@@ -260,7 +266,7 @@ async def test_the_settings_are_shown_and_start_greedy(page: Page, tmp_path: Pat
     """Beside the closed fields stands what is in them; greedy and of some length until changed."""
     async with scripted_door(ScriptedPage(tmp_path, ["one"], {})) as url:
         await _open(page, url, 2)
-        assert await page.text("#settings") == "temperature 0, max tokens 512"
+        assert await page.text("#settings") == "greedy, temperature 0, max tokens 512"
         await page.click("#ask summary")
         await page.type("#temperature", "0.7")
         await page.type("#seed", "5")
@@ -335,15 +341,25 @@ async def test_an_admin_key_pins_loads_and_rolls_back(page: Page, tmp_path: Path
         await page.type("#load-path", "org/three")
         await page.press("Enter")
         await page.until("document.querySelectorAll('.model').length === 4")
+        counted = "document.querySelector('#replica').textContent.includes('3 of 3 adapters in memory')"
+        await page.until(counted)
         await page.click("#roll-back")
         await page.until(f"{told}.startsWith('Click again')")
         assert replica.names.generation == 2
         await page.click("#roll-back")
         await page.until("document.querySelectorAll('.model').length === 3")
         await page.until(f"{told} === 'Served as generation 3.'")
+        await page.click("#choose-none")
+        await page.click(".model input[value=two]")
+        await page.click("#remove")
+        await page.until(f"{told}.startsWith('Click again to take two out')")
+        await page.click("#remove")
+        await page.until("document.querySelectorAll('.model').length === 2")
+        await page.until(f"{told} === 'Removed: two.'")
         assert await page.eval("document.querySelector('#server').getBoundingClientRect().bottom") <= 800
         for width, height in ((1280, 800), (390, 844)):
             await page.appear(width, height)
+            await page.photograph(ARTIFACTS / f"page-operate-{width}.png")
             assert await overflow(page) == 0
             assert await faint(page) == []
             assert await nameless(page) == []

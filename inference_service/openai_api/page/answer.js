@@ -31,6 +31,8 @@ export class Answer {
     this.#part(".text").setAttribute("aria-label", `Text of ${model.id}`);
     this.#part(".copy").setAttribute("aria-label", `Copy the answer of ${model.id}`);
     this.#part(".copy").addEventListener("click", () => this.#copy());
+    this.#part(".more").addEventListener("click", () => this.#unfold());
+    new ResizeObserver(() => this.#fold()).observe(this.#part(".text"));
     this.#describeDigest(this.#part(".digest"));
     this.#become("waiting");
   }
@@ -61,7 +63,7 @@ export class Answer {
     const now = performance.now();
     if (this.#first === null) {
       this.#first = { at: now, tokens };
-      this.#part(".first").textContent = `${Math.round(now - this.#sent)} ms`;
+      this.#part(".first").textContent = duration(now - this.#sent);
       this.#become("streaming");
     }
     this.#say(this.#thought, choice.delta.reasoning ?? "");
@@ -76,9 +78,25 @@ export class Answer {
 
   #say(where, text) {
     const part = this.#part(".text");
-    const follows = part.scrollHeight - part.scrollTop - part.clientHeight < 40; // CSS pixels: at the end
+    const scrolls = getComputedStyle(part).overflowY === "auto";
+    const follows = scrolls && part.scrollHeight - part.scrollTop - part.clientHeight < 40; // CSS pixels: at the end
     where.appendData(text);
     if (follows) part.scrollTop = part.scrollHeight;
+    this.#fold();
+  }
+
+  /** Offer the rest of a text that is cut, which it is on phones. */
+  #fold() {
+    const part = this.#part(".text");
+    const cut = getComputedStyle(part).overflowY === "hidden" && part.scrollHeight > part.clientHeight + 1;
+    if (cut) part.scrollTop = 0;
+    this.#part(".more").hidden = !cut && !this.card.classList.contains("whole");
+  }
+
+  #unfold() {
+    const whole = this.card.classList.toggle("whole");
+    this.#part(".more").textContent = whole ? "Less" : "More";
+    this.#part(".more").setAttribute("aria-expanded", String(whole));
   }
 
   #describePrompt(usage) {
@@ -138,6 +156,10 @@ export class Answer {
   #part(selector) {
     return this.card.querySelector(selector);
   }
+}
+
+function duration(ms) {
+  return ms < 1000 ? `${Math.round(ms)} ms` : `${(ms / 1000).toFixed(1)} s`;
 }
 
 /** Copy a text; false where the browser does not let us, as on plain HTTP from afar. */

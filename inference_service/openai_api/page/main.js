@@ -17,7 +17,7 @@ const mixer = new Mixer();
 const picker = new Picker((chosen) => mixer.show(chosen));
 const panel = new Panel(found, lost);
 const empty = $("#empty");
-new Operate(() => picker.chosen, found);
+new Operate(picker, found);
 let running = null; // the AbortController of the answers under way
 
 function link(state, text) {
@@ -29,7 +29,7 @@ async function found() {
   try {
     const [{ data: models }, { version }] = await Promise.all([getJson("v1/models"), getJson("version")]);
     picker.list(models);
-    const adapters = models.filter((model) => model.parent).length;
+    const adapters = picker.adapters.length;
     const base = models[0] ? `${models[0].parent ?? models[0].id}, generation ${models[0].generation}` : "";
     const counted = `${adapters} ${adapters === 1 ? "adapter" : "adapters"}`;
     $("#about").textContent = [base, counted, `version ${version}`].filter(Boolean).join(" · ");
@@ -70,8 +70,9 @@ function request() {
 function tellSettings() {
   const fields = [["temperature", "#temperature"], ["max tokens", "#max-tokens"], ["seed", "#seed"]];
   const told = fields.map(([name, selector]) => [name, $(selector).value]).filter(([, value]) => value);
+  const greedy = Number($("#temperature").value || 1) === 0 ? ["greedy"] : [];
   const system = $("#system").value.trim() ? ["with a system prompt"] : [];
-  $("#settings").textContent = [...system, ...told.map(([name, value]) => `${name} ${value}`)].join(", ");
+  $("#settings").textContent = [...system, ...greedy, ...told.map(([name, value]) => `${name} ${value}`)].join(", ");
 }
 
 /** A failure that all answers share is told once. */

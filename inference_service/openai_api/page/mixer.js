@@ -1,4 +1,4 @@
-/** The adapters that are chosen as one mixture: a slider for the scale of each, and one answer more. */
+/** The adapters that are chosen as one blend: a slider for the scale of each, and one answer more. */
 
 import { element, middle } from "./dom.js";
 
@@ -9,7 +9,7 @@ const HIGHEST = 2;
 export class Mixer {
   #scales = new Map(); // by name; kept while the page is open
   #adapters = [];
-  #open = document.querySelector("#mix");
+  #asked = document.querySelector("#mix-asked");
   #rows = document.querySelector("#scales");
   #note = document.querySelector("#mix-note");
 
@@ -20,10 +20,10 @@ export class Mixer {
     this.#tell();
   }
 
-  /** The mixture as a model, where one is asked for; none where there is nothing to mix. */
+  /** The blend as a model, where it is to be asked; none where there is nothing to blend. */
   get chosen() {
     const name = this.#name;
-    if (!this.#open.open || !name || this.#adapters.length > MOST) return [];
+    if (!this.#asked.checked || !name || this.#adapters.length > MOST) return [];
     const ranks = this.#adapters.flatMap((model) => model.ranks);
     return [{ id: name, parent: this.#adapters[0].parent, ranks, digest: "" }];
   }
@@ -51,7 +51,7 @@ export class Mixer {
   }
 
   #tell() {
-    const few = "Choose adapters, and move a slider: they answer together too.";
+    const few = "Choose several adapters, or move a slider.";
     const many = `At most ${MOST} adapters answer together.`;
     this.#note.textContent = this.#adapters.length > MOST ? many : this.#name || few;
   }

@@ -1,21 +1,22 @@
-/** What a key with the scope admin can do: load an adapter, pin the chosen ones, roll back. */
+/** What a key with the scope admin can do: pin or remove the chosen adapters, load one, roll back. */
 
 import { getJson, postJson } from "./api.js";
 
-const SURE_MS = 4000; // how long a rollback waits for its second click
+const SURE_MS = 4000; // how long a change waits for its second click
 
 const $ = (selector) => document.querySelector(selector);
 
 export class Operate {
-  #chosen;
+  #picker;
   #changed;
-  #sure = 0;
+  #asked = { what: "", until: 0 }; // the change that waits for its second click
 
-  /** chosen() gives the chosen models, changed() is called when the list of models may be another. */
-  constructor(chosen, changed) {
-    this.#chosen = chosen;
+  /** The picker has the models; changed() is called when they may be others, and lists them anew. */
+  constructor(picker, changed) {
+    this.#picker = picker;
     this.#changed = changed;
     $("#operate").addEventListener("toggle", () => $("#operate").open && this.#try(async () => ""));
+    $("#remove").addEventListener("click", () => this.#removeChosen());
     $("#pin").addEventListener("click", () => this.#pinChosen("pin"));
     $("#unpin").addEventListener("click", () => this.#pinChosen("unpin"));
     $("#roll-back").addEventListener("click", () => this.#rollBack());
@@ -25,9 +26,25 @@ export class Operate {
     });
   }
 
+  /** The names of the chosen adapters; says so where there are none. */
+  get #names() {
+    const names = this.#picker.chosen.filter((model) => model.parent).map((model) => model.id);
+    if (!names.length) this.#say("Choose adapters first.");
+    return names;
+  }
+
+  #removeChosen() {
+    const names = this.#names;
+    if (!names.length || !this.#sure(`take ${names.join(", ")} out of the deployment, for all replicas`)) return;
+    this.#try(async () => {
+      for (const name of names) await postJson("v1/unload_lora_adapter", { lora_name: name });
+      return `Removed: ${names.join(", ")}.`;
+    });
+  }
+
   #pinChosen(verb) {
-    const names = this.#chosen().filter((model) => model.parent).map((model) => model.id);
-    if (!names.length) return this.#say("Choose adapters first.");
+    const names = this.#names;
+    if (!names.length) return;
     this.#try(async () => {
       for (const name of names) await postJson(`v1/adapters/${encodeURIComponent(name)}/${verb}`);
       return `${verb === "pin" ? "Pinned" : "Unpinned"}: ${names.join(", ")}.`;
@@ -43,16 +60,20 @@ export class Operate {
   }
 
   #rollBack() {
-    const now = performance.now();
-    if (now > this.#sure) {
-      this.#sure = now + SURE_MS;
-      return this.#say("Click again to serve the generation before this one.");
-    }
-    this.#sure = 0;
+    if (!this.#sure("serve the generation before this one")) return;
     this.#try(async () => {
       const { generation } = await (await postJson("v1/rollback", {})).json();
       return `Served as generation ${generation}.`;
     });
+  }
+
+  /** Whether this click is the second one; the first says what a second would do. */
+  #sure(what) {
+    const now = performance.now();
+    const sure = this.#asked.what === what && now <= this.#asked.until;
+    this.#asked = sure ? { what: "", until: 0 } : { what, until: now + SURE_MS };
+    if (!sure) this.#say(`Click again to ${what}.`);
+    return sure;
   }
 
   /** Do something, say what came of it, and show how the replica is then. */
@@ -62,10 +83,9 @@ export class Operate {
     this.#say("");
     try {
       const said = await work();
-      const { replica } = await getJson("v1/adapters?page_size=1");
-      $("#replica").textContent = described(replica);
+      const [{ replica }] = await Promise.all([getJson("v1/adapters?page_size=1"), this.#changed()]);
+      $("#replica").textContent = described(replica, this.#picker.adapters);
       this.#say(said);
-      if (said) this.#changed();
     } catch (error) {
       this.#say(error.message);
     } finally {
@@ -78,9 +98,11 @@ export class Operate {
   }
 }
 
-function described(replica) {
-  const { generation, newest_generation: newest, state, reason, resident, registered, pinned } = replica;
+function described(replica, adapters) {
+  const { generation, newest_generation: newest, state, reason, pinned } = replica;
   const behind = newest > generation ? ` of ${newest}` : "";
-  const words = [`generation ${generation}${behind}, ${state}`, reason, `${resident} of ${registered} in memory`];
+  const here = adapters.filter((model) => model.tier === "device").length;
+  const counted = `${here} of ${adapters.length} ${adapters.length === 1 ? "adapter" : "adapters"} in memory`;
+  const words = [`generation ${generation}${behind}, ${state}`, reason, counted];
   return [...words, `${pinned} pinned`, replica.paused && "paused"].filter(Boolean).join(" · ");
 }

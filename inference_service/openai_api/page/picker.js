@@ -33,6 +33,11 @@ export class Picker {
     return [...this.#chosen].map((name) => byName.get(name));
   }
 
+  /** The models that are adapters. */
+  get adapters() {
+    return this.#models.filter((model) => model.parent);
+  }
+
   /** List models; what was chosen and is still there stays chosen. */
   list(models) {
     const known = new Set(models.map((model) => model.id));
