@@ -50,7 +50,12 @@ Files: TypeAlias = Path | str | Mapping[str, bytes]
 
 
 def _update_request(
-    name: str, add: Adapters, remove: Iterable[str], expected: int | None, request_id: str | None
+    name: str,
+    add: Adapters,
+    remove: Iterable[str],
+    expected: int | None,
+    must_be_new: bool,
+    request_id: str | None,
 ) -> pb.UpdateDeploymentRequest:
     repositories = {
         adapter: parse_repository(each) if isinstance(each, str) else each for adapter, each in add.items()
@@ -60,6 +65,7 @@ def _update_request(
         add=adapters_to_message(repositories),
         remove=remove,
         expected_generation=expected or 0,
+        must_be_new=must_be_new,
         request_id=request_id or "",
     )
 
@@ -139,13 +145,16 @@ class Changes:
         remove: Iterable[str] = (),
         *,
         expected_generation: int | None = None,
+        must_be_new: bool = False,
         request_id: str | None = None,
     ) -> DeploymentInfo:
         """Start an update: adapters come in, take the place of others, or leave; returns at once.
 
-        With expected_generation it is refused where another one is the newest.
+        Updates of one deployment take turns, and those that wait become one generation: watch with the
+        request_id for the end of this one. With expected_generation it is refused where another one is the
+        newest, with must_be_new where one of the adapters to add is there.
         """
-        request = _update_request(name, add or {}, remove, expected_generation, request_id)
+        request = _update_request(name, add or {}, remove, expected_generation, must_be_new, request_id)
         with named(self.builder):
             answer = self._builder.UpdateDeployment(request, timeout=self.timeout_s)
         return deployment_of(answer.deployment)
@@ -202,10 +211,11 @@ class AsyncChanges:
         remove: Iterable[str] = (),
         *,
         expected_generation: int | None = None,
+        must_be_new: bool = False,
         request_id: str | None = None,
     ) -> DeploymentInfo:
         """Start an update: adapters come in, take the place of others, or leave; returns at once."""
-        request = _update_request(name, add or {}, remove, expected_generation, request_id)
+        request = _update_request(name, add or {}, remove, expected_generation, must_be_new, request_id)
         with named(self.builder):
             answer = await self._builder.UpdateDeployment(request, timeout=self.timeout_s)
         return deployment_of(answer.deployment)

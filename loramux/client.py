@@ -69,8 +69,10 @@ def _check_request(
     return check_request(named[0], named[1], lora, signed_by)
 
 
-def _watch_request(name: str, follow: bool) -> builder_pb2.WatchDeploymentRequest:
-    return builder_pb2.WatchDeploymentRequest(name=name, changes_only=True, follow=follow)
+def _watch_request(name: str, follow: bool, request_id: str | None) -> builder_pb2.WatchDeploymentRequest:
+    return builder_pb2.WatchDeploymentRequest(
+        name=name, changes_only=True, follow=follow, request_id=request_id or ""
+    )
 
 
 class _Addresses:
@@ -182,19 +184,25 @@ class Client(Vectors, Operations, Changes, _Addresses):
         return deployment_of(answer.deployment)
 
     def watch(
-        self, name: str, *, follow: bool = False, timeout_s: float | None = None
+        self,
+        name: str,
+        *,
+        follow: bool = False,
+        request_id: str | None = None,
+        timeout_s: float | None = None,
     ) -> Generator[DeploymentInfo, None, None]:
         """Stream a deployment's state: as it is, then every change, until ACTIVE or FAILED.
 
-        With follow it goes on for ever, and tells of every generation; adapters only while builds run.
+        With follow it goes on for ever, and tells of every generation; adapters only while builds run. With the
+        request_id of a build or update, the states are those of that one, else those of the newest.
         """
-        request = _watch_request(name, follow)
+        request = _watch_request(name, follow, request_id)
         return self._stream(
             lambda: self._builder.WatchDeployment(request, timeout=timeout_s), self.builder, Watched().state_of
         )
 
     def cancel(self, name: str) -> DeploymentInfo:
-        """Ask the running build of a deployment to end; returns at once. Watch it to know how it ended."""
+        """Ask all builds of a deployment that run or wait to end; returns at once. Watch them to know how."""
         request = builder_pb2.CancelBuildRequest(name=name)
         with named(self.builder):
             answer = self._builder.CancelBuild(request, timeout=self.timeout_s)
@@ -329,16 +337,21 @@ class AsyncClient(AsyncVectors, AsyncOperations, AsyncChanges, _Addresses):
         return deployment_of(answer.deployment)
 
     def watch(
-        self, name: str, *, follow: bool = False, timeout_s: float | None = None
+        self,
+        name: str,
+        *,
+        follow: bool = False,
+        request_id: str | None = None,
+        timeout_s: float | None = None,
     ) -> AsyncGenerator[DeploymentInfo, None]:
         """Stream a deployment's state: as it is, then every change, until ACTIVE or FAILED, or for ever."""
-        request = _watch_request(name, follow)
+        request = _watch_request(name, follow, request_id)
         return self._stream(
             lambda: self._builder.WatchDeployment(request, timeout=timeout_s), self.builder, Watched().state_of
         )
 
     async def cancel(self, name: str) -> DeploymentInfo:
-        """Ask the running build of a deployment to end; returns at once. Watch it to know how it ended."""
+        """Ask all builds of a deployment that run or wait to end; returns at once. Watch them to know how."""
         request = builder_pb2.CancelBuildRequest(name=name)
         with named(self.builder):
             answer = await self._builder.CancelBuild(request, timeout=self.timeout_s)

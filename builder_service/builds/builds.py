@@ -15,16 +15,17 @@ from builder_service.builds.keeper import Keeper
 from builder_service.builds.limits import BuildLimits
 from builder_service.builds.meter import BuildMeter
 from builder_service.builds.pushes import Pushes
-from builder_service.builds.request_ids import RequestIds
 from builder_service.builds.running import RunningBuild
 from builder_service.builds.shown import Shown
+from builder_service.builds.turns import MAX_ATTEMPTS, Group, Turns
 from builder_service.builds.views import DeploymentView, State, served_number
 from builder_service.pipeline.build import BuildResult
 from builder_service.pipeline.context import BuildContext
+from builder_service.pipeline.progress import JointProgress
 from builder_service.pipeline.rollback import rollback
 from builder_service.pipeline.update import check_update
 from builder_service.pipeline.validate import check_deployment
-from builder_service.pipeline.wishes import Update
+from builder_service.pipeline.wishes import Update, joined
 from loramux_shared.deployment import Deployment
 from loramux_shared.faults import (
     BuildCancelled,
@@ -41,8 +42,6 @@ from loramux_shared.faults import (
 
 log = structlog.get_logger()
 
-MAX_ATTEMPTS: Final = 3
-"""Starts of the builder that one build may outlive; then it is given up, for it may be what kills it."""
 STOP_GRACE_S: Final = 15.0
 """For a build that was asked to stop, and waits for a network."""
 CANCELLED: Final = "a client cancelled the build; what was served before is served still"
@@ -59,7 +58,9 @@ class Builds(Shown):
         self._failures = Failures(place_of(context))
         self._pool = ThreadPoolExecutor(self._limits.running, "build")
         self._slots = asyncio.Semaphore(self._limits.running)
-        self._requests = RequestIds()
+        self._turns = Turns(self._make)
+        self._open: dict[RunningBuild, None] = {}
+        """Those that have not ended, in order."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._keeping: asyncio.Task[None] | None = None
         self._draining = False
@@ -108,18 +109,22 @@ class Builds(Shown):
     async def update(self, wish: Update, request_id: str = "") -> DeploymentView:
         """Accept an update, or find the one that was asked for already; answers before it runs.
 
+        Where other builds of the deployment have not ended, it is judged when its turn comes: then it ends as
+        FAILED with what is raised here otherwise.
+
         Raises:
             DeploymentInvalid: the names do not fit together.
             DeploymentNotFound: there is no such deployment.
             AdapterNotFound: one that is to leave is not there.
+            AdapterExists: one that must be new is there.
             GenerationMismatch: the newest generation is another than the expected one.
             BundleCorrupt: the newest generation cannot be read.
             RecordTooLarge: an object of the store exceeds its bound.
             SignatureInvalid: it is not signed by whom this builder trusts.
-            RequestIdReused, BuildInProgress, QueueFull, StoreUnavailable, ShuttingDown
+            RequestIdReused, QueueFull, StoreUnavailable, ShuttingDown
         """
         entry = JournalEntry(update=wish, request_id=request_id, create_time=datetime.now(UTC))
-        if self._find(entry) is None:
+        if self._find(entry) is None and self._running(wish.name) is None:
             await asyncio.to_thread(check_update, self._context.store, wish)
         return await self._accepted(entry)
 
@@ -164,20 +169,21 @@ class Builds(Shown):
             )
 
     async def cancel(self, name: str) -> DeploymentView:
-        """Ask the running build of a deployment to end as FAILED; without one, nothing changes.
+        """Ask all builds of a deployment that run or wait to end as FAILED; without one, nothing changes.
 
         Raises:
             DeploymentNotFound, StoreUnavailable
         """
-        running = self._running(name)
-        if running is None:
+        last = self._running(name)
+        if last is None:
             return await self.get(name)
-        await running.accepted.wait()
-        if running.state is State.BUILDING:
-            running.entry = running.entry.model_copy(update={"cancelled": True})
-            await asyncio.to_thread(self._journal.update, running.entry)
-            running.stop(BuildCancelled(CANCELLED))
-        return running.view()
+        for running in [running for running in self._open if running.name == name]:
+            await running.accepted.wait()
+            if running.state is State.BUILDING:
+                running.entry = running.entry.model_copy(update={"cancelled": True})
+                await asyncio.to_thread(self._journal.update, running.key, running.entry)
+                running.stop(BuildCancelled(CANCELLED))
+        return last.view()
 
     async def drain(self, timeout_s: float) -> None:
         """Take no new builds; let the running ones end, and interrupt them when the time is over."""
@@ -186,9 +192,8 @@ class Builds(Shown):
         self.pushes.stop()
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=timeout_s)
-        for running in self._builds.values():
-            if running.state is State.BUILDING:
-                running.stop()
+        for running in self._open:
+            running.stop()
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=STOP_GRACE_S)
         if self._keeping is not None:
@@ -196,21 +201,27 @@ class Builds(Shown):
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _count_running(self) -> int:
-        return sum(running.state is State.BUILDING for running in tuple(self._builds.values()))
+        return len(self._open)
 
     def _find(self, entry: JournalEntry) -> RunningBuild | None:
         known = self._requests.find(entry)
         if known is not None:
             return known
-        running = self._running(entry.name)
-        if running is not None and running.entry.wish != entry.wish:
+        others = [running for running in self._open if running.name == entry.name]
+        if entry.update is None or not entry.update.must_be_new:
+            same = next((running for running in others if running.entry.wish == entry.wish), None)
+            if same is not None:
+                return same
+        if others and entry.update is None:
             raise BuildInProgress(f"another build of {entry.name!r} runs. Watch it, then call again.")
-        return running
+        return None
 
     def _start(self, entry: JournalEntry) -> RunningBuild:
         running = RunningBuild(entry)
         before = self._builds.get(running.name)
         self._builds[running.name] = running
+        self._open[running] = None
+        self._journal.add(running.key, entry)
         self._requests.remember(entry.request_id, running)
         self._news.tell(running.name)
         task = asyncio.create_task(self._run(running, before), name=f"build {running.name}")
@@ -232,7 +243,7 @@ class Builds(Shown):
             running.refuse(fault)
             return
         try:
-            result = await self._work(running)
+            result = await self._turns.result(running)
         except BuildInterrupted:
             log.warning("build interrupted, it goes on at the next start", deployment=running.name)
             self._journal.leave(running.name)
@@ -240,32 +251,41 @@ class Builds(Shown):
         except Fault as fault:
             log.warning("build failed", deployment=running.name, reason=fault.reason, problem=str(fault))
             await asyncio.to_thread(self._failures.write, running.record(fault))
-            await self._forget(running.name)
+            await self._forget(running)
+            self._open.pop(running, None)
             running.fail(fault)
         else:
             log.info("build ended", deployment=running.name, generation=result.generation.number)
             await asyncio.to_thread(self._failures.remove, running.name)
-            await self._forget(running.name)
+            await self._forget(running)
+            self._open.pop(running, None)
             running.succeed(result)
 
     async def _accept(self, running: RunningBuild) -> None:
-        await asyncio.to_thread(self._journal.write, running.entry)
+        await asyncio.to_thread(self._journal.save, running.key, running.name)
         running.accept(await asyncio.to_thread(served_number, self._context.store, running.name))
 
-    async def _work(self, running: RunningBuild) -> BuildResult:
-        if running.entry.cancelled:
+    async def _make(self, group: Group) -> BuildResult:
+        """Run builds of one deployment as one, when there is a slot for them."""
+        first = group[0]
+        if first.entry.cancelled:
             raise BuildCancelled(CANCELLED)
-        if running.entry.attempt > MAX_ATTEMPTS:
+        if first.entry.attempt > MAX_ATTEMPTS:
             raise InternalFault(
                 f"the builder stopped {MAX_ATTEMPTS} times during this build, which was given up. "
                 "Look into the builder's log, then build again."
             )
-        await running.wait_for(self._slots)
+        await first.wait_for(self._slots)
+        entry, progress = first.entry, first.progress
+        if len(group) > 1:
+            wish = joined([running.entry.update for running in group if running.entry.update])
+            entry = entry.model_copy(update={"update": wish})
+            progress = JointProgress([running.progress for running in group])
         loop, timeout_s = asyncio.get_running_loop(), self._limits.timeout_s
         late = BuildTimedOut(f"the build took longer than {timeout_s:g} s, which is the limit of this builder")
-        timer = loop.call_later(timeout_s, running.stop, late)
+        timer = loop.call_later(timeout_s, _stop, group, late)
         try:
-            return await loop.run_in_executor(self._pool, running.entry.run, self._context, running.progress)
+            return await loop.run_in_executor(self._pool, entry.run, self._context, progress)
         except OSError as error:
             raise ResourcesExhausted(
                 f"the builder's work folder: {error.strerror or type(error).__name__}. "
@@ -277,10 +297,10 @@ class Builds(Shown):
 
     async def _take_over(self, entry: JournalEntry) -> bool:
         """Run the build of another builder; True when its entry is not needed any more."""
-        before = self._running(entry.name)
-        if before is not None:
-            return before.entry.wish == entry.wish
-        if self._draining:
+        others = [running for running in self._open if running.name == entry.name]
+        if any(running.entry.wish == entry.wish for running in others):
+            return True
+        if self._draining or (others and entry.update is None):
             return False
         running = self._take_up(entry)
         await running.accepted.wait()
@@ -288,27 +308,34 @@ class Builds(Shown):
 
     def _retract(self, running: RunningBuild, before: RunningBuild | None) -> None:
         """Forget a build that was not accepted; the call may be repeated."""
+        self._open.pop(running, None)
         self._requests.forget(running.entry.request_id)
-        if before is not None:
-            self._builds[running.name] = before
-        else:
+        if self._builds.get(running.name) is running:
             del self._builds[running.name]
+            if before is not None:
+                self._builds[running.name] = before
 
-    async def _forget(self, name: str) -> None:
+    async def _forget(self, running: RunningBuild) -> None:
         try:
-            await asyncio.to_thread(self._journal.remove, name)
+            await asyncio.to_thread(self._journal.remove, running.key, running.name)
         except StoreUnavailable as fault:
             log.warning("journal entry stays; the build runs again at the next start", problem=fault.message)
 
     def _ended(self, task: asyncio.Task[None], running: RunningBuild) -> None:
         self._tasks.discard(task)
+        self._open.pop(running, None)
         problem = None if task.cancelled() else task.exception()
         if problem is not None:
             log.error("build failed inside", deployment=running.name, exc_info=problem)
             fault = InternalFault("loramux failed inside; the builder's log has the details. Please report it.")
             running.refuse(fault) if not running.accepted.is_set() else running.fail(fault)
-            forgetting = asyncio.create_task(self._forget(running.name))
+            forgetting = asyncio.create_task(self._forget(running))
             self._tasks.add(forgetting)
             forgetting.add_done_callback(self._tasks.discard)
         self.meter.ended(running)
         self._following.forget(running.name)
+
+
+def _stop(group: Group, why: Fault) -> None:
+    for running in group:
+        running.stop(why)

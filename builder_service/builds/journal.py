@@ -5,14 +5,18 @@
     builds/<deployment>/<owner>.json     written before the build begins, removed when it ended
 
 The owner writes it again every few seconds while the build runs. An entry that does not change for a while
-belongs to a builder that is gone, and is taken over by any other one.
+belongs to a builder that is gone, and is taken over by any other one. The changes of a deployment that wait for
+their turn stand in one entry, so that hundreds which come at once cost few requests.
 """
 
 from __future__ import annotations
 
+import itertools
 import threading
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field
 from datetime import datetime
+from functools import partial
 
 import structlog
 from pydantic import Field, model_validator
@@ -25,9 +29,9 @@ from builder_service.pipeline.wishes import Update
 from loramux_shared.bundle.generation import BUILDS_PREFIX
 from loramux_shared.bundle.manifest import Record
 from loramux_shared.deployment import Deployment
-from loramux_shared.faults import BundleCorrupt, RecordTooLarge
+from loramux_shared.faults import BundleCorrupt, QueueFull, RecordTooLarge
 from loramux_shared.storage.base import ObjectMissing, Store
-from loramux_shared.storage.bounds import JOURNAL_BYTES
+from loramux_shared.storage.bounds import JOURNAL_BYTES, bound_of
 
 log = structlog.get_logger()
 
@@ -49,6 +53,8 @@ class JournalEntry(Record):
     """Whether a client wants it to end."""
     beat: int = 0
     """Changes while its builder lives."""
+    behind: tuple[JournalEntry, ...] = Field(default=(), exclude_if=lambda behind: not behind)
+    """The builds of the deployment that were accepted after it."""
 
     @model_validator(mode="after")
     def _is_one(self) -> JournalEntry:
@@ -83,66 +89,110 @@ class JournalEntry(Record):
         return build(self._whole, context, progress, verify=self.verify, exact=self.exact)
 
 
+@dataclass
+class _Page:
+    """The builds of a deployment that have not ended, and what of them is in the store."""
+
+    entries: dict[str, JournalEntry] = field(default_factory=dict)
+    """By the key of each build."""
+    left: bool = False
+    """Whether they go on in another run of a builder: then the store is not changed."""
+    changes: Iterator[int] = field(default_factory=partial(itertools.count, 1))
+    stored: int = 0
+    """The newest of the changes that are in the store."""
+    beat: int = 0
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    """Held by whoever writes: a beat must not bring back an entry that is being removed."""
+
+
 class Journal:
-    """The entries of all builders on a store, of which one's own may be written; blocking."""
+    """The entries of all builders on a store, of which one's own may be written; blocking.
+
+    Calls about one deployment that come while one of them writes are written together.
+    """
 
     def __init__(self, store: Store, owner: str) -> None:
         self._store = store
         self._owner = owner
-        self._lock = threading.Lock()
-        self._live: dict[str, JournalEntry] = {}
+        self._pages: dict[str, _Page] = {}
 
-    def write(self, entry: JournalEntry) -> None:
-        """Record a build before it begins."""
-        name = entry.name
-        with self._lock:  # a beat must not bring back an entry that is being removed
-            self._store.put(self._key(name), entry.to_bytes())
-            self._live[name] = entry
+    def add(self, key: str, entry: JournalEntry) -> None:
+        """Take a build that is about to begin, under a key of the caller's choice; does not block."""
+        self._pages.setdefault(entry.name, _Page()).entries[key] = entry
 
-    def update(self, entry: JournalEntry) -> None:
+    def save(self, key: str, name: str) -> None:
+        """Record a build that was added.
+
+        Raises:
+            StoreUnavailable: it is not recorded, and is no more among the builds.
+            QueueFull: likewise; those that wait are too large together.
+        """
+        try:
+            self._store_page(name)
+        except BaseException:
+            self._pages[name].entries.pop(key, None)
+            raise
+
+    def update(self, key: str, entry: JournalEntry) -> None:
         """Record what changed about a build, unless it ended meanwhile."""
-        with self._lock:
-            if entry.name in self._live:
-                self._store.put(self._key(entry.name), entry.to_bytes())
-                self._live[entry.name] = entry
+        page = self._pages[entry.name]
+        if key in page.entries:
+            page.entries[key] = entry
+            self._store_page(entry.name)
 
-    def remove(self, name: str) -> None:
+    def remove(self, key: str, name: str) -> None:
         """Forget a build that ended."""
-        with self._lock:
-            self._live.pop(name, None)
-            self._store.delete(self._key(name))
+        self._pages[name].entries.pop(key, None)
+        self._store_page(name)
 
     def leave(self, name: str) -> None:
-        """Leave a build that did not end to whoever comes next."""
-        with self._lock:
-            self._live.pop(name, None)
+        """Leave the builds of a deployment that did not end to whoever comes next."""
+        self._pages[name].left = True
 
     def beat(self) -> None:
         """Show that this builder lives."""
-        for name in list(self._live):
-            with self._lock:
-                if name in self._live:
-                    entry = self._live[name]
-                    entry = entry.model_copy(update={"beat": entry.beat + 1})
-                    self._store.put(self._key(name), entry.to_bytes())
-                    self._live[name] = entry
+        for name, page in list(self._pages.items()):
+            if page.entries:
+                page.beat += 1
+                self._store_page(name)
+
+    def _store_page(self, name: str) -> None:
+        page = self._pages[name]
+        change = next(page.changes)
+        with page.lock:
+            if page.stored > change or page.left:
+                return
+            change = next(page.changes)  # higher than that of each change whose entries are seen here
+            entries = list(page.entries.values())
+            if entries:
+                update = {"beat": page.beat, "behind": tuple(entries[1:])}
+                data = entries[0].model_copy(update=update).to_bytes()
+                if len(data) > bound_of(self._key(name)):
+                    raise QueueFull(
+                        f"the changes of {name} that wait are too large together. Call again later."
+                    )
+                self._store.put(self._key(name), data)
+            else:
+                self._store.delete(self._key(name))
+            page.stored = change
 
     def mine(self) -> list[JournalEntry]:
         """Return the builds that an earlier run of this owner did not end."""
         found = self._read(lambda owner: owner == self._owner)
-        return [entry for key, data in found.items() if (entry := self.parse(key, data)) is not None]
+        return [entry for key, data in found.items() for entry in self.parse(key, data)]
 
     def others(self) -> dict[str, bytes]:
         """Return the entries of other builders by key."""
         return self._read(lambda owner: owner != self._owner)
 
-    def parse(self, key: str, data: bytes) -> JournalEntry | None:
-        """Return an entry; one that cannot be read is logged and removed."""
+    def parse(self, key: str, data: bytes) -> list[JournalEntry]:
+        """Return the builds of an entry; one that cannot be read is logged and removed."""
         try:
-            return JournalEntry.from_bytes(data, what=key)
+            first = JournalEntry.from_bytes(data, what=key)
         except BundleCorrupt as damage:
             self._dropped(key, damage)
-            return None
+            return []
+        return [first.model_copy(update={"behind": ()}), *first.behind]
 
     def drop(self, key: str) -> None:
         """Remove an entry of another builder, which was taken over."""

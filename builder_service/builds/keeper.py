@@ -38,6 +38,7 @@ class Keeper:
         await asyncio.to_thread(self._journal.beat)
         others = await asyncio.to_thread(self._journal.others)
         for key in self._abandoned.among(others, asyncio.get_running_loop().time()):
-            entry = await asyncio.to_thread(self._journal.parse, key, others[key])
-            if entry is not None and await self._take_over(entry):
+            entries = await asyncio.to_thread(self._journal.parse, key, others[key])
+            taken = [await self._take_over(entry) for entry in entries]
+            if all(taken):
                 await asyncio.to_thread(self._journal.drop, key)

@@ -31,6 +31,10 @@ class RequestIds:
             )
         return known
 
+    def of(self, request_id: str) -> RunningBuild | None:
+        """Return the build that a request id led to, while that is remembered."""
+        return self._builds.get(request_id)
+
     def remember(self, request_id: str, running: RunningBuild) -> None:
         """Let a request id lead to a build."""
         if request_id:

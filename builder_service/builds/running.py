@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import uuid
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 from typing import Final
@@ -23,6 +24,8 @@ class RunningBuild:
 
     def __init__(self, entry: JournalEntry) -> None:
         self.entry = entry
+        self.key = uuid.uuid4().hex
+        """In the journal."""
         self.state = State.BUILDING
         self.generation = 0
         self.failure: Fault | None = None

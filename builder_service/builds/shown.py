@@ -11,6 +11,7 @@ from builder_service.builds.following import Following
 from builder_service.builds.history import History, history
 from builder_service.builds.news import News
 from builder_service.builds.pages import Page, names_of_page
+from builder_service.builds.request_ids import RequestIds
 from builder_service.builds.running import RunningBuild
 from builder_service.builds.views import DeploymentView, State, stored_view
 from loramux_shared.bundle.deployments import is_deployment_name, list_deployments
@@ -26,6 +27,7 @@ class Shown:
         """Know of no build yet."""
         self._store = store
         self._builds: dict[str, RunningBuild] = {}
+        self._requests = RequestIds()
         self._news = News()
         self._following = Following(store, self._news, self._running)
 
@@ -52,13 +54,18 @@ class Shown:
         views = [await self._view(name) for name in page.names]
         return Page(tuple(view for view in views if view is not None), page.next_token)
 
-    async def watch(self, name: str, *, follow: bool = False) -> AsyncIterator[DeploymentView]:
+    async def watch(
+        self, name: str, *, follow: bool = False, request_id: str = ""
+    ) -> AsyncIterator[DeploymentView]:
         """Yield a deployment's state, then each change, until it is ACTIVE or FAILED; with follow, for ever.
+
+        With the request id of a build that this process knows, the states are those of that build.
 
         Raises:
             DeploymentNotFound, StoreUnavailable, ShuttingDown
         """
-        running = self._running(name)
+        asked = self._requests.of(request_id)
+        running = asked if asked is not None and asked.name == name else self._running(name)
         if follow:
             async for view in self._following.follow(name, running.view() if running else await self.get(name)):
                 yield view

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any, Final
@@ -182,3 +182,41 @@ class Progress:
             settled = self._adapters[name].settled(record, extra, read_back=read_back)
             self._adapters[name], self._done[name] = settled, settled.bytes_done
         self._changed()
+
+
+class JointProgress(Progress):
+    """The progress of builds that are made together: each shows its own adapters, and each can stop all."""
+
+    def __init__(self, parts: Sequence[Progress]) -> None:
+        """Join them; no adapter is in two."""
+        super().__init__(())
+        self._parts = parts
+        self._of = {adapter.name: part for part in parts for adapter in part.adapters}
+
+    @property
+    def adapters(self) -> tuple[AdapterProgress, ...]:
+        """The adapters of all parts."""
+        return tuple(adapter for part in self._parts for adapter in part.adapters)
+
+    def check(self) -> None:
+        """Raise what one of the builds was asked to end with."""
+        for part in self._parts:
+            part.check()
+
+    def advance(self, name: str, count: int) -> None:
+        """Count bytes of the present stage."""
+        self._of[name].advance(name, count)
+
+    def update(self, name: str, **changes: Any) -> None:
+        """Set fields of an adapter."""
+        self._of[name].update(name, **changes)
+
+    def describe(self, name: str, digest: str, manifest: Manifest, extra: Iterable[Finding] = ()) -> None:
+        """Set what a manifest says."""
+        self._of[name].describe(name, digest, manifest, extra)
+
+    def settle(
+        self, name: str, record: AdapterRecord, extra: Iterable[Finding] = (), *, read_back: bool = False
+    ) -> None:
+        """Say that an adapter stays what it was."""
+        self._of[name].settle(name, record, extra, read_back=read_back)

@@ -17,7 +17,7 @@ from builder_service.pipeline.wishes import Update
 from loramux_shared.bundle.changes import newest_generation, publish_change, require
 from loramux_shared.bundle.generation import AdapterRecord, Generation, Recipe
 from loramux_shared.deployment import Build, LoraConfiguration
-from loramux_shared.faults import AdapterNotFound, GenerationMismatch
+from loramux_shared.faults import AdapterExists, AdapterNotFound, GenerationMismatch
 from loramux_shared.storage.base import Store
 from loramux_shared.storage.patient import PatientStore
 from loramux_shared.wording import listed
@@ -32,26 +32,21 @@ def update(wish: Update, context: BuildContext, progress: Progress, *, again: bo
     have published it.
 
     Raises:
-        GenerationMismatch: the newest generation is another than the wish expects.
         AdapterInvalid: with every violation of every adapter.
-        DeploymentInvalid: the names do not fit together.
-        Fault: what the base, a source or the store raises.
+        Fault: as `judge`, and what the base, a source or the store raises.
     """
     store = PatientStore(context.store, progress.check)
     known: Generation | None = None
     while True:
         before = known = newest_generation(store, wish.name, known)
         if not again:
-            require(before, wish.expected_generation)
-        changed(before, dict.fromkeys(wish.add), wish.remove).check_names()
+            judge(before, wish)
         records: dict[str, AdapterRecord] = {}
         if wish.add:
             with workshop(context, store, progress) as shop:
                 records = _making(shop, before).make(wish.add, Keeping(before))
         try:
-            return _publish(
-                context, store, before, records, wish.remove, wish.expected_generation, progress.check, again
-            )
+            return _publish(context, store, before, wish, records, progress.check, again)
         except Moved:
             log.info("the base or the settings changed meanwhile, making it again", deployment=wish.name)
 
@@ -73,7 +68,8 @@ def push(pushed: PushedAdapter, shop: Workshop, expected: int | None) -> tuple[B
     found = keep(store, [there], before.base, shop.progress, verify=False) if there else {}
     record = found.get(pushed.name) or _making(shop, before).make_fetched(fetched)
     try:
-        result = _publish(shop.context, store, before, {pushed.name: record}, (), expected, check, again=False)
+        wish = Update(name=pushed.deployment, add={pushed.name: record.source}, expected_generation=expected)
+        result = _publish(shop.context, store, before, wish, {pushed.name: record}, check, again=False)
     except Moved as moved:
         raise GenerationMismatch(
             f"deployment {pushed.deployment}: its base or settings changed while the adapter was made. "
@@ -102,16 +98,37 @@ def check_update(store: Store, wish: Update) -> None:
     """Refuse what can be seen to be wrong before an update runs. Blocks.
 
     Raises:
-        DeploymentNotFound, GenerationMismatch, AdapterNotFound, DeploymentInvalid, BundleCorrupt,
-        StoreUnavailable
+        DeploymentNotFound, BundleCorrupt, StoreUnavailable
+        Fault: as `judge`.
     """
-    before = newest_generation(store, wish.name)
+    judge(newest_generation(store, wish.name), wish)
+
+
+def judge(before: Generation, wish: Update) -> None:
+    """Refuse an update that cannot follow a generation.
+
+    Raises:
+        GenerationMismatch: it expects another one.
+        AdapterNotFound: an adapter that is to leave is not there.
+        AdapterExists: one that must be new is there.
+        DeploymentInvalid: the names do not fit together.
+    """
     require(before, wish.expected_generation)
     if missing := sorted(set(wish.remove) - before.adapters.keys()):
         raise AdapterNotFound(
             f"deployment {before.deployment} has no adapter {listed(missing)}; it has {listed(before.adapters)}"
         )
+    if wish.must_be_new:
+        _require_new(before, wish.add.keys() & before.adapters.keys())
     changed(before, dict.fromkeys(wish.add), wish.remove).check_names()
+
+
+def _require_new(generation: Generation, there: Collection[str]) -> None:
+    if there:
+        raise AdapterExists(
+            f"deployment {generation.deployment}: expected adapters that are new, found that it has "
+            f"{listed(sorted(there))}. Choose another name, or replace it."
+        )
 
 
 def _making(shop: Workshop, before: Generation) -> Making:
@@ -142,21 +159,23 @@ def _publish(
     context: BuildContext,
     store: Store,
     before: Generation,
+    wish: Update,
     records: Mapping[str, AdapterRecord],
-    remove: Collection[str],
-    expected: int | None,
     check: Callable[[], None],
     again: bool,
 ) -> BuildResult:
     def change(current: Generation) -> Generation:
         if records and not same_conditions(before, current):
             raise Moved
-        return changed(current, records, remove)
+        others = {name for name, record in current.adapters.items() if records.get(name, record) != record}
+        if wish.must_be_new and not again:
+            _require_new(current, others)
+        return changed(current, records, wish.remove)
 
     name = before.deployment
     check()
     with context.publishing(name):
         generation, new = publish_change(
-            store, name, change, expected=expected, again=again, known=before, check=check
+            store, name, change, expected=wish.expected_generation, again=again, known=before, check=check
         )
     return BuildResult(generation, unchanged=not new)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from pydantic import Field, model_validator
 
 from loramux_shared.bundle.names import Name, StoredName
@@ -18,6 +20,13 @@ class Update(Model):
     remove: tuple[StoredName, ...] = ()
     expected_generation: int | None = Field(default=None, ge=1)
     """The newest one when this is published; None: whatever it is."""
+    must_be_new: bool = Field(default=False, exclude_if=lambda new: not new)
+    """Refuse it where the deployment has one of the adapters that are added."""
+
+    @property
+    def touched(self) -> frozenset[str]:
+        """The adapters that it changes."""
+        return frozenset((*self.add, *self.remove))
 
     @model_validator(mode="after")
     def _says_something(self) -> Update:
@@ -26,3 +35,10 @@ class Update(Model):
         if both := sorted(self.add.keys() & set(self.remove)):
             raise ValueError(f"adapters to add and others to remove, unlike {both[0]}")
         return self
+
+
+def joined(wishes: Sequence[Update]) -> Update:
+    """Return changes of a deployment as one; they touch different adapters and agree on the rest."""
+    add = {name: repository for wish in wishes for name, repository in wish.add.items()}
+    remove = tuple(name for wish in wishes for name in wish.remove)
+    return wishes[0].model_copy(update={"add": add, "remove": remove})

@@ -54,8 +54,12 @@ def update_of(request: pb.UpdateDeploymentRequest) -> Update:
     """
     add = adapters_from_message(request.add)
     fields = {"name": request.name, "add": add, "remove": tuple(request.remove)}
+    judged = {
+        "expected_generation": request.expected_generation or None,
+        "must_be_new": request.must_be_new,
+    }
     try:
-        return Update.model_validate(fields | {"expected_generation": request.expected_generation or None})
+        return Update.model_validate(fields | judged)
     except ValidationError as error:
         raise DeploymentInvalid("the update breaks rules", findings_of(error, Update)) from error
 

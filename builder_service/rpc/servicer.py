@@ -109,7 +109,9 @@ class BuilderServicer(builder_pb2_grpc.BuilderServiceServicer):
         """Stream a deployment's states."""
         del context
         known: Mapping[str, AdapterProgress] = {}
-        async for view in self._builds.watch(request.name, follow=request.follow):
+        async for view in self._builds.watch(
+            request.name, follow=request.follow, request_id=request.request_id
+        ):
             shown = view
             if request.changes_only:
                 changed = tuple(each for each in view.adapters if known.get(each.name) != each)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import AsyncIterator, Iterable, Mapping
-from typing import Final, Protocol
+from typing import Protocol
 
 from loramux.records import DeploymentInfo, DeploymentState
 from loramux_shared.deployment import Repository
-from loramux_shared.faults import BuildInProgress, InternalFault
-
-ATTEMPTS: Final = 20
-"""To begin an update while others of the same deployment run, each of which is waited for."""
+from loramux_shared.faults import InternalFault
 
 
 class Published(Protocol):
@@ -31,14 +29,14 @@ class BuilderClient(Protocol):
         add: Mapping[str, Repository | str] | None = None,
         remove: Iterable[str] = (),
         *,
-        expected_generation: int | None = None,
+        must_be_new: bool = False,
         request_id: str | None = None,
     ) -> DeploymentInfo:
         """Start an update."""
         ...
 
-    def watch(self, name: str) -> AsyncIterator[DeploymentInfo]:
-        """Stream the state of a deployment until its newest build has ended."""
+    def watch(self, name: str, *, request_id: str | None = None) -> AsyncIterator[DeploymentInfo]:
+        """Stream the states of the build of a request until it has ended."""
         ...
 
     async def rollback(self, name: str, to: int | None = None) -> Published:
@@ -53,9 +51,9 @@ class BuilderPublisher:
         self._client = client
         self._deployment = deployment
 
-    async def add(self, name: str, repository: Repository, expected: int | None) -> int:
+    async def add(self, name: str, repository: Repository, *, must_be_new: bool) -> int:
         """Publish a generation that has an adapter more, or another version of it; return its number."""
-        return await self._update(add={name: repository}, expected=expected)
+        return await self._update(add={name: repository}, must_be_new=must_be_new)
 
     async def remove(self, name: str) -> int:
         """Publish a generation without an adapter; return its number."""
@@ -69,27 +67,16 @@ class BuilderPublisher:
         self,
         add: Mapping[str, Repository | str] | None = None,
         remove: Iterable[str] = (),
-        expected: int | None = None,
+        must_be_new: bool = False,
     ) -> int:
-        left = ATTEMPTS
-        while True:
-            try:
-                await self._client.update(self._deployment, add, remove, expected_generation=expected)
-                break
-            except BuildInProgress:
-                left -= 1
-                if not left:
-                    raise
-                await self._until_built()  # of others: how it ends is not ours to tell
-        return _number(await self._until_built())
-
-    async def _until_built(self) -> DeploymentInfo:
+        request_id = str(uuid.uuid4())
+        await self._client.update(self._deployment, add, remove, must_be_new=must_be_new, request_id=request_id)
         last = None
-        async for info in self._client.watch(self._deployment):
+        async for info in self._client.watch(self._deployment, request_id=request_id):
             last = info
         if last is None:
             raise InternalFault("the builder told nothing of the build. Please report it.")
-        return last
+        return _number(last)
 
 
 def _number(info: DeploymentInfo) -> int:

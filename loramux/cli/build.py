@@ -118,10 +118,12 @@ async def follow_build(
     return await follow(client, deployment.model_name, tell)
 
 
-async def follow(client: AsyncClient, name: str, tell: Callable[[DeploymentInfo], None]) -> DeploymentInfo:
+async def follow(
+    client: AsyncClient, name: str, tell: Callable[[DeploymentInfo], None], request_id: str | None = None
+) -> DeploymentInfo:
     """Tell the states of a deployment until its build ends; raises what it failed with."""
     last: DeploymentInfo | None = None
-    async for last in client.watch(name):
+    async for last in client.watch(name, request_id=request_id):
         tell(last)
     if last is None or last.state not in (DeploymentState.ACTIVE, DeploymentState.FAILED):
         raise InternalFault(f"the builder stopped telling of a build of {name} that runs. Repeat the command.")

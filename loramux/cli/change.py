@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated
@@ -19,7 +20,6 @@ from loramux.client import BUILDER, AsyncClient, Client
 from loramux.records import DeploymentInfo
 from loramux_shared.deployment import Repository, SourceKind
 from loramux_shared.faults import (
-    BuildInProgress,
     DeploymentInvalid,
     DeploymentNotFound,
     Fault,
@@ -166,7 +166,7 @@ def run_update(
     expected: int | None,
     as_json: bool,
 ) -> None:
-    """Update a deployment and show it; where another build of it runs, after that."""
+    """Update a deployment and show it."""
     if not deployment:
         with Client(builder=builder) as client, shell.working(f"asking {builder}"):
             deployment = only_deployment(client)
@@ -203,15 +203,13 @@ async def _update(
     async with AsyncClient(builder=builder) as client:
 
         async def asked(tell: Callable[[DeploymentInfo], None]) -> DeploymentInfo:
-            while True:
-                try:
-                    tell(await client.update(deployment, add, remove, expected_generation=expected))
-                except BuildInProgress:
-                    shell.say(f"another build of {deployment} runs, waiting for its end")
-                    async for _ in client.watch(deployment):
-                        pass
-                else:
-                    return await follow(client, deployment, tell)
+            request_id = str(uuid.uuid4())
+            tell(
+                await client.update(
+                    deployment, add, remove, expected_generation=expected, request_id=request_id
+                )
+            )
+            return await follow(client, deployment, tell, request_id)
 
         if as_json:
             return await asked(BuildLines().tell)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from builder_service.builds.builds import Builds
+from builder_service.builds.journal import Journal, JournalEntry
 from builder_service.builds.limits import BuildLimits
 from builder_service.builds.views import DeploymentView
 from builder_service.pipeline.check import Checks
@@ -22,6 +23,7 @@ from loramux_shared.deployment import Deployment, Repository
 from loramux_shared.faults import StoreUnavailable
 from loramux_shared.rpc.calls import USUAL, Patience
 from loramux_shared.rpc.server import RpcServer
+from loramux_shared.storage.base import Store
 from loramux_shared.storage.memory import MemoryStore
 from tests.support.adapters import tensors, write_adapter, write_base
 from tests.support.folders import deployment_of, local_repository, workshop
@@ -115,6 +117,14 @@ class Builders:
         self.store.down = False
         for builds in self.started:
             await builds.drain(BOUND_S)
+
+
+def journaled(store: Store, owner: str, *entries: JournalEntry) -> None:
+    """Leave builds as an owner that was killed does."""
+    journal = Journal(store, owner)
+    for number, entry in enumerate(entries):
+        journal.add(str(number), entry)
+    journal.save("0", entries[0].name)
 
 
 async def ended(builds: Builds, name: str = "tiny") -> DeploymentView:

@@ -17,9 +17,9 @@ from inference_service.serving.catalog import Catalog, ServedModel
 from loramux_shared.bundle.generation import AdapterRecord, BaseRecord, Generation
 from loramux_shared.deployment import Dtype, Repository, SourceKind
 from loramux_shared.faults import (
+    AdapterExists,
     BundleCorrupt,
     Fault,
-    GenerationMismatch,
     GenerationNotFound,
     ModelNotFound,
     ReplicaBehind,
@@ -175,7 +175,7 @@ class FakeDeployment:
         self.history = [started]
         self.standing = FakeStanding(started.number, started.number)
         self.manager: AdapterManager | None = None
-        self.asked: list[tuple[str, Repository, int | None]] = []
+        self.asked: list[tuple[str, Repository, bool]] = []
         self.racing: list[Mapping[str, int]] = []
         """What others publish right before the next changes."""
         self.refuses: Fault | None = None
@@ -193,12 +193,12 @@ class FakeDeployment:
         self.history.append(published)
         return number
 
-    async def add(self, name: str, repository: Repository, expected: int | None) -> int:
+    async def add(self, name: str, repository: Repository, *, must_be_new: bool) -> int:
         """Publish one more, or another version."""
-        self.asked.append((name, repository, expected))
+        self.asked.append((name, repository, must_be_new))
         self._race()
-        if expected not in (None, self.newest.number):
-            raise GenerationMismatch(f"expected {expected}, found {self.newest.number}")
+        if must_be_new and name in self.newest.adapters:
+            raise AdapterExists(f"expected a new adapter, found {name}")
         return self.publish(self.newest.adapters | {name: record(1000 + len(self.history))})
 
     async def remove(self, name: str) -> int:

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Final
-
 from inference_service.serving.adapters.paths import digest_of, repository_of
 from inference_service.serving.adapters.ports import Bundles, Follower, Names, Publisher
 from inference_service.serving.adapters.registry import Registry
 from loramux_shared.deployment import Repository
-from loramux_shared.faults import AdapterExists, GenerationMismatch, NoBuilder
-
-ATTEMPTS: Final = 5
-"""To add a name that must be new, while others change the deployment."""
+from loramux_shared.faults import AdapterExists, NoBuilder
 
 
 class Changing:
@@ -44,7 +39,6 @@ class Changing:
             DeploymentInvalid: the builder finds that the name does not fit the others.
             AdapterExists: the name is taken, and is not to be replaced.
             NoBuilder: the path names no bundle, and no builder is known; or no name can change here.
-            GenerationMismatch: others changed the deployment all the time.
             ReplicaBehind: it was published, and this replica does not serve it yet.
             BundleCorrupt: of bundle:DIGEST, the store has no such bundle.
             SignatureInvalid: likewise, and this replica serves only what is signed.
@@ -95,25 +89,16 @@ class Changing:
 
     def _require_free(self, name: str, *, replace: bool) -> None:
         if not replace and self._taken(name):
-            raise AdapterExists(
-                f"The lora adapter '{name}' has already been loaded. Say load_inplace (replace), or unload it."
-            )
+            raise _already_loaded(name)
 
     async def _publish(self, name: str, repository: Repository, *, replace: bool) -> None:
-        """Have the builder add a name; one that must be new is added to the very generation that lacks it."""
         builder = self._builder()
-        for attempt in range(ATTEMPTS):
-            self._require_free(name, replace=replace)
-            served = self._names.generation
-            try:
-                number = await builder.add(name, repository, None if replace else served)
-            except GenerationMismatch:
-                if attempt == ATTEMPTS - 1:
-                    raise
-                await self._follower.catch_up(served + 1)
-            else:
-                await self._follower.catch_up(number)
-                return
+        self._require_free(name, replace=replace)
+        try:
+            number = await builder.add(name, repository, must_be_new=not replace)
+        except AdapterExists as fault:
+            raise _already_loaded(name) from fault
+        await self._follower.catch_up(number)
 
     async def _load_bundle(self, name: str, digest: str, *, replace: bool) -> None:
         if self._registry is None or self._bundles is None:
@@ -123,3 +108,9 @@ class Changing:
         record = await self._bundles.record(digest)
         self._require_free(name, replace=replace)
         self._registry.add(name, record)
+
+
+def _already_loaded(name: str) -> AdapterExists:
+    return AdapterExists(
+        f"The lora adapter '{name}' has already been loaded. Say load_inplace (replace), or unload it."
+    )

@@ -147,7 +147,6 @@ class AdapterManager:
             DeploymentInvalid: the builder finds that the name does not fit the others.
             AdapterExists: the name is taken, and is not to be replaced.
             NoBuilder: the path names no bundle, and this replica knows no builder; or no name can change here.
-            GenerationMismatch: others changed the deployment all the time. Try again.
             ReplicaBehind: it was published, and this replica does not serve it yet.
             BundleCorrupt: of bundle:DIGEST, the store has no such bundle.
             SignatureInvalid: likewise, and this replica serves only what is signed.

@@ -149,10 +149,10 @@ class Publisher(Protocol):
     What the builder refuses arrives as the fault that it named.
     """
 
-    async def add(self, name: str, repository: Repository, expected: int | None) -> int:
+    async def add(self, name: str, repository: Repository, *, must_be_new: bool) -> int:
         """Publish a generation that has an adapter more, or another version of it; return its number.
 
-        With expected it must follow that generation, else GENERATION_MISMATCH is raised.
+        With must_be_new the deployment must not have the name, else `AdapterExists` is raised.
         """
         ...
 

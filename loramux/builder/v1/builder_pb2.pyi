@@ -185,18 +185,20 @@ class BuildDeploymentResponse(_message.Message):
     def __init__(self, deployment: _Optional[_Union[Deployment, _Mapping]] = ...) -> None: ...
 
 class UpdateDeploymentRequest(_message.Message):
-    __slots__ = ("name", "add", "remove", "expected_generation", "request_id")
+    __slots__ = ("name", "add", "remove", "expected_generation", "request_id", "must_be_new")
     NAME_FIELD_NUMBER: _ClassVar[int]
     ADD_FIELD_NUMBER: _ClassVar[int]
     REMOVE_FIELD_NUMBER: _ClassVar[int]
     EXPECTED_GENERATION_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    MUST_BE_NEW_FIELD_NUMBER: _ClassVar[int]
     name: str
     add: _containers.RepeatedCompositeFieldContainer[Adapter]
     remove: _containers.RepeatedScalarFieldContainer[str]
     expected_generation: int
     request_id: str
-    def __init__(self, name: _Optional[str] = ..., add: _Optional[_Iterable[_Union[Adapter, _Mapping]]] = ..., remove: _Optional[_Iterable[str]] = ..., expected_generation: _Optional[int] = ..., request_id: _Optional[str] = ...) -> None: ...
+    must_be_new: bool
+    def __init__(self, name: _Optional[str] = ..., add: _Optional[_Iterable[_Union[Adapter, _Mapping]]] = ..., remove: _Optional[_Iterable[str]] = ..., expected_generation: _Optional[int] = ..., request_id: _Optional[str] = ..., must_be_new: _Optional[bool] = ...) -> None: ...
 
 class UpdateDeploymentResponse(_message.Message):
     __slots__ = ("deployment",)
@@ -343,14 +345,16 @@ class ListDeploymentsResponse(_message.Message):
     def __init__(self, deployments: _Optional[_Iterable[_Union[Deployment, _Mapping]]] = ..., next_page_token: _Optional[str] = ...) -> None: ...
 
 class WatchDeploymentRequest(_message.Message):
-    __slots__ = ("name", "changes_only", "follow")
+    __slots__ = ("name", "changes_only", "follow", "request_id")
     NAME_FIELD_NUMBER: _ClassVar[int]
     CHANGES_ONLY_FIELD_NUMBER: _ClassVar[int]
     FOLLOW_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     name: str
     changes_only: bool
     follow: bool
-    def __init__(self, name: _Optional[str] = ..., changes_only: _Optional[bool] = ..., follow: _Optional[bool] = ...) -> None: ...
+    request_id: str
+    def __init__(self, name: _Optional[str] = ..., changes_only: _Optional[bool] = ..., follow: _Optional[bool] = ..., request_id: _Optional[str] = ...) -> None: ...
 
 class WatchDeploymentResponse(_message.Message):
     __slots__ = ("deployment",)

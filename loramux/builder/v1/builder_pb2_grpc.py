@@ -177,6 +177,11 @@ class BuilderServiceServicer:
         are, and are not even looked at. Updates that race lose nothing: one that finds
         another generation in the end is made again from that, unless it expected another.
 
+        Where other builds of the deployment have not ended, the update waits for its turn, and
+        is judged then: what is refused below ends it as FAILED. Updates that wait are made
+        together, as one generation, unless they expect one or touch the same adapters; where
+        they fail together, they are tried apart. Watch with the request_id for one's own end.
+
         Repeating the call is safe, as with BuildDeployment.
 
         INVALID_ARGUMENT  DEPLOYMENT_INVALID: the message breaks a rule of the deployment
@@ -184,10 +189,10 @@ class BuilderServiceServicer:
         NOT_FOUND         DEPLOYMENT_NOT_FOUND: the message lists those that exist.
         ADAPTER_NOT_FOUND: an adapter to remove is not there; the message lists those that are.
         ALREADY_EXISTS    REQUEST_ID_REUSED: the request_id was used for something else.
-        Draw a new one.
+        Draw a new one. ADAPTER_EXISTS: an adapter that must be new is there. Choose another
+        name, or replace it.
         ABORTED           GENERATION_MISMATCH: the newest generation is another than the expected one. Look at
-        it, then repeat with its number. BUILD_IN_PROGRESS: another build of this deployment
-        runs. Watch it, then call again.
+        it, then repeat with its number.
         RESOURCE_EXHAUSTED  QUEUE_FULL: too many builds wait. Retry.
         DATA_LOSS         BUNDLE_CORRUPT: the newest generation cannot be read. Build the deployment again.
         RECORD_TOO_LARGE: an object of the store exceeds its bound. Build it again.
@@ -270,8 +275,8 @@ class BuilderServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def CancelBuild(self, request, context):
-        """Asks the running build of a deployment to end, and answers at once with the present state. It ends at
-        its next step as FAILED with BUILD_CANCELLED, and what was served before is served still; a build that
+        """Asks all builds of a deployment that run or wait to end, and answers at once with the present state of
+        the newest. It ends at its next step as FAILED with BUILD_CANCELLED, and what was served before is served still; a build that
         was about to end may be ACTIVE instead. Watch it to know. Without a running build nothing changes, so
         repeating the call is safe. Only the builder that runs a build can cancel it.
 

@@ -181,7 +181,6 @@ class AdapterServiceServicer:
         DEPLOYMENT_INVALID: an alias or the base has the name. Choose another.
         ALREADY_EXISTS       ADAPTER_EXISTS: the name is taken. Set replace, or unload it.
         FAILED_PRECONDITION  NO_BUILDER: this replica knows no builder. Start it with --builder, or load bundle:DIGEST.
-        ABORTED              GENERATION_MISMATCH: others changed the deployment all the time. Call again.
         UNAVAILABLE          REPLICA_BEHIND: it was published, and this replica does not serve it yet. Look again.
         STORE_UNAVAILABLE: retry.
         DATA_LOSS            BUNDLE_CORRUPT: of bundle:DIGEST, the store has no such bundle. Build it.

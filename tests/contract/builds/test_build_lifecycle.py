@@ -24,7 +24,7 @@ from loramux_shared.bundle.deployments import current_generation
 from loramux_shared.faults import DeploymentNotFound, QueueFull, RequestIdReused
 from loramux_shared.storage.bounds import bound_of
 from loramux_shared.storage.memory import MemoryStore
-from tests.support.builders import HOUR, OTHER, OWNER, Builders, Gated, ended
+from tests.support.builders import HOUR, OTHER, OWNER, Builders, Gated, ended, journaled
 from tests.support.waiting import Clock, until
 
 
@@ -92,7 +92,7 @@ async def test_a_waiting_build_can_be_cancelled(world: Builders) -> None:
 async def test_a_cancelled_build_stays_cancelled_after_a_kill(world: Builders) -> None:
     """A builder that is killed after a cancel does not run the build again."""
     entry = JournalEntry(deployment=world.deployment("one"), create_time=datetime.now(UTC), cancelled=True)
-    Journal(world.store, OWNER).write(entry)
+    journaled(world.store, OWNER, entry)
     builds = world.builder()
     assert await builds.recover() == 1
     last = await ended(builds)
@@ -211,7 +211,7 @@ async def test_the_work_of_a_dead_builder_is_taken_over(world: Builders, beats: 
         world.started.clear()
         wish = {"update": Update(name="tiny", add={"two": world.repository("two")})}
         world.store.gate.clear()
-    Journal(world.store, OTHER).write(JournalEntry(**wish, create_time=datetime.now(UTC)))
+    journaled(world.store, OTHER, JournalEntry(**wish, create_time=datetime.now(UTC)))
     builds = world.builder(beat_s=HOUR, lease_s=2 * HOUR, timeout_s=1e9)
     assert await builds.recover() == 0
     await beats(2)

@@ -13,9 +13,9 @@ import grpc
 import pytest
 
 from builder_service.builds import running
-from builder_service.builds.builds import MAX_ATTEMPTS
-from builder_service.builds.journal import Journal, JournalEntry
+from builder_service.builds.journal import JournalEntry
 from builder_service.builds.running import RunningBuild
+from builder_service.builds.turns import MAX_ATTEMPTS
 from loramux.builder.v1 import builder_pb2 as pb
 from loramux.builder.v1 import builder_pb2_grpc
 from loramux.mapping import Watched, deployment_of
@@ -25,7 +25,7 @@ from loramux_shared.deployment import Deployment
 from loramux_shared.faults import BuildCancelled, Fault
 from loramux_shared.rpc.status import fault_of
 from tests.support.adapters import tensors, write_adapter
-from tests.support.builders import HOUR, OWNER, Builders, ended
+from tests.support.builders import HOUR, OWNER, Builders, ended, journaled
 from tests.support.waiting import Clock, until
 
 State, Stage = pb.Deployment, pb.AdapterBuild
@@ -242,7 +242,7 @@ async def test_a_build_that_kills_the_builder_is_given_up(world: Served) -> None
     entry = JournalEntry(
         deployment=world.deployment("one"), create_time=datetime.now(UTC), attempt=MAX_ATTEMPTS
     )
-    Journal(world.store, OWNER).write(entry)
+    journaled(world.store, OWNER, entry)
     world.store.objects[f"builds/broken/{OWNER}.json"] = b"?"
     assert await world.builds.recover() == 1
     last = (await world.watch())[-1]

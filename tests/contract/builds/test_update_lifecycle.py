@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from builder_service.builds.journal import Journal, JournalEntry
+from builder_service.builds.journal import JournalEntry
 from builder_service.builds.views import State
 from builder_service.pipeline.progress import Progress
 from builder_service.pipeline.update import update
@@ -23,7 +23,7 @@ from loramux.cli.main import app
 from loramux_shared.bundle.claims import generation_numbers
 from loramux_shared.bundle.deployments import current_generation
 from loramux_shared.bundle.reader import read_bundle
-from tests.support.builders import OWNER, Builders, ended
+from tests.support.builders import OWNER, Builders, ended, journaled
 from tests.support.folders import built
 from tests.support.mortal import Killed, Mortal, copied
 
@@ -66,7 +66,7 @@ def test_an_update_killed_at_any_operation_is_made_once(world: Builders, after: 
 async def test_an_update_goes_on_after_a_restart(world: Builders) -> None:
     """The builder's own journal entry is taken up at its next start."""
     entry = JournalEntry(update=wish(world, "two", remove=("one",)), create_time=datetime.now(UTC))
-    Journal(world.store, OWNER).write(entry)
+    journaled(world.store, OWNER, entry)
     builds = world.builder()
     assert await builds.recover() == 1
     assert (await ended(builds)).state is State.ACTIVE

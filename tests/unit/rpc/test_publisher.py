@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from inference_service.rpc.publisher import ATTEMPTS, BuilderPublisher
+from inference_service.rpc.publisher import BuilderPublisher
 from loramux.records import DeploymentInfo, DeploymentState
 from loramux_shared.deployment import Repository, SourceKind
-from loramux_shared.faults import AdapterInvalid, BuildInProgress, Fault
+from loramux_shared.faults import AdapterInvalid, Fault
 
 REPOSITORY = Repository(source=SourceKind.HF, repo="org/lora")
 
@@ -22,13 +22,12 @@ def info(state: DeploymentState, generation: int | None, failure: Fault | None =
 
 
 class Builder:
-    """Is busy so often, then builds."""
+    """Builds, and has watchers ask for the build of their request."""
 
-    def __init__(self, end: DeploymentInfo, busy: int = 0) -> None:
+    def __init__(self, end: DeploymentInfo) -> None:
         self.end = end
-        self.busy = busy
         self.asked: list[Any] = []
-        self.watched = 0
+        self.request_ids: list[str | None] = []
 
     async def update(
         self,
@@ -36,20 +35,18 @@ class Builder:
         add: Mapping[str, Repository | str] | None = None,
         remove: Iterable[str] = (),
         *,
-        expected_generation: int | None = None,
+        must_be_new: bool = False,
         request_id: str | None = None,
     ) -> DeploymentInfo:
-        """Begin, or say that others are first."""
-        if self.busy:
-            self.busy -= 1
-            raise BuildInProgress("another build runs")
-        self.asked.append((name, dict(add or {}), tuple(remove), expected_generation, request_id))
+        """Begin."""
+        self.asked.append((name, dict(add or {}), tuple(remove), must_be_new))
+        self.request_ids.append(request_id)
         return info(DeploymentState.BUILDING, None)
 
-    async def watch(self, name: str) -> AsyncIterator[DeploymentInfo]:
+    async def watch(self, name: str, *, request_id: str | None = None) -> AsyncIterator[DeploymentInfo]:
         """Tell the begin and the end."""
         assert name == "demo"
-        self.watched += 1
+        assert request_id == self.request_ids[-1]
         yield info(DeploymentState.BUILDING, None)
         yield self.end
 
@@ -60,27 +57,19 @@ class Builder:
 
 
 async def test_an_update_returns_with_the_number_of_its_generation() -> None:
-    """What is asked is what was meant; builds of others are waited for."""
-    builder = Builder(info(DeploymentState.ACTIVE, 7), busy=2)
+    """What is asked is what was meant, and each request has an id of its own."""
+    builder = Builder(info(DeploymentState.ACTIVE, 7))
     publisher = BuilderPublisher(builder, "demo")
-    assert await publisher.add("a", REPOSITORY, 6) == 7
+    assert await publisher.add("a", REPOSITORY, must_be_new=True) == 7
     assert await publisher.remove("a") == 7
     assert await publisher.roll_back(3) == 8
-    added, removed = ("demo", {"a": REPOSITORY}, (), 6, None), ("demo", {}, ("a",), None, None)
+    added, removed = ("demo", {"a": REPOSITORY}, (), True), ("demo", {}, ("a",), False)
     assert builder.asked == [added, removed, ("demo", 3)]
-    assert builder.watched == 4
+    assert len(set(builder.request_ids)) == 2
 
 
 async def test_what_a_build_fails_with_is_raised() -> None:
     """With the builder's reason."""
     builder = Builder(info(DeploymentState.FAILED, 6, AdapterInvalid("no LoRA")))
     with pytest.raises(AdapterInvalid):
-        await BuilderPublisher(builder, "demo").add("a", REPOSITORY, None)
-
-
-async def test_a_builder_that_is_always_busy_is_given_up() -> None:
-    """By the name that the builder gave."""
-    builder = Builder(info(DeploymentState.ACTIVE, 7), busy=99)
-    with pytest.raises(BuildInProgress):
-        await BuilderPublisher(builder, "demo").remove("a")
-    assert builder.watched == ATTEMPTS - 1
+        await BuilderPublisher(builder, "demo").add("a", REPOSITORY, must_be_new=False)

@@ -1,0 +1,182 @@
+"""Changes of one deployment that come at the same moment: each gets its turn, and those that wait share one."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from builder_service.builds.builds import Builds
+from builder_service.builds.journal import JournalEntry
+from builder_service.builds.views import DeploymentView, State
+from builder_service.pipeline.wishes import Update
+from loramux.client import AsyncClient
+from loramux_shared.faults import BuildCancelled, BuildInProgress
+from tests.support.adapters import tensors, write_adapter
+from tests.support.builders import OWNER, Builders, ended, journaled
+from tests.support.waiting import bounded, until
+
+MANY = 12
+
+
+@pytest.fixture
+async def world(tmp_path: Path) -> AsyncIterator[Builders]:
+    """A deployment of one adapter, and many that can come in."""
+    made = Builders(tmp_path)
+    for seed in range(MANY):
+        write_adapter(tmp_path / f"m{seed}", tensors(seed=20 + seed))
+    yield made
+    await made.close()
+
+
+async def started(world: Builders) -> Builds:
+    """A builder whose deployment is generation 1."""
+    builds = world.builder()
+    await builds.build(world.deployment("one"))
+    await ended(builds)
+    return builds
+
+
+def wish(world: Builders, *names: str, **fields: Any) -> Update:
+    """Adapters that come in."""
+    return Update(name="tiny", add={name: world.repository(name) for name in names}, **fields)
+
+
+async def end_of(builds: Builds, request_id: str) -> DeploymentView:
+    """How the build of a request ended."""
+    async with bounded(f"the end of {request_id}"):
+        return [view async for view in builds.watch("tiny", request_id=request_id)][-1]
+
+
+async def ask(builds: Builds, world: Builders, *requests: tuple[str, Update]) -> None:
+    """Have the first change wait in the middle of its work, and the others behind it."""
+    (first, update), *others = requests
+    world.store.gate.clear()
+    await builds.update(update, first)
+    async with bounded("the work of the first change"):
+        await asyncio.to_thread(world.store.waiting.wait)
+    await asyncio.gather(*(builds.update(update, request_id) for request_id, update in others))
+
+
+def reason(view: DeploymentView) -> str:
+    """Why a build failed; empty where it did not."""
+    return view.failure.reason if view.failure else ""
+
+
+async def test_changes_that_wait_are_one_generation(world: Builders) -> None:
+    """Each tells its own adapter and end; one journal entry has all of them, and is gone at the end."""
+    builds = await started(world)
+    names = [f"m{seed}" for seed in range(MANY)]
+    await ask(builds, world, *((name, wish(world, name, must_be_new=True)) for name in names))
+    assert len(world.journal) == 1
+    world.store.gate.set()
+    ends = await asyncio.gather(*(end_of(builds, name) for name in names))
+    assert [end.state for end in ends] == [State.ACTIVE] * MANY
+    assert [end.generation for end in ends] == [2, *[3] * (MANY - 1)]
+    assert [[adapter.name for adapter in end.adapters] for end in ends] == [[name] for name in names]
+    assert set(world.generation.adapters) == {"one", *names}
+    await until(lambda: world.journal == [], "the end of the journal", lambda: world.journal)
+
+
+async def test_what_cannot_be_published_fails_alone(world: Builders) -> None:
+    """Bad adapters, names that are taken and generations that passed: the others of the turn are served."""
+    builds = await started(world)
+    await ask(
+        builds,
+        world,
+        ("first", wish(world, "m0")),
+        ("good", wish(world, "m1", must_be_new=True)),
+        ("bad", wish(world, "bad", must_be_new=True)),
+        ("twice", wish(world, "m1", must_be_new=True)),
+        ("gone", Update(name="tiny", remove=("nine",))),
+        ("expects", wish(world, "m2", expected_generation=1)),
+        ("last", wish(world, "m3")),
+    )
+    world.store.gate.set()
+    found = {
+        name: reason(await end_of(builds, name))
+        for name in ("first", "good", "bad", "twice", "gone", "expects", "last")
+    }
+    assert found == {
+        "first": "",
+        "good": "",
+        "bad": "ADAPTER_INVALID",
+        "twice": "ADAPTER_EXISTS",
+        "gone": "ADAPTER_NOT_FOUND",
+        "expects": "GENERATION_MISMATCH",
+        "last": "",
+    }
+    assert set(world.generation.adapters) == {"one", "m0", "m1", "m3"}
+
+
+async def test_a_change_follows_what_was_accepted_before_it(world: Builders) -> None:
+    """Of one adapter, in order; and behind a build, which in turn waits for nothing."""
+    builds = await started(world)
+    remove = Update(name="tiny", remove=("m1",))
+    await ask(
+        builds,
+        world,
+        ("0", wish(world, "m0")),
+        ("1", wish(world, "m1")),
+        ("2", remove),
+        ("3", wish(world, "m2")),
+    )
+    with pytest.raises(BuildInProgress):
+        await builds.build(world.deployment("two"))
+    world.store.gate.set()
+    assert [(await end_of(builds, number)).state for number in "0123"] == [State.ACTIVE] * 4
+    assert set(world.generation.adapters) == {"one", "m0", "m2"}
+    world.store.gate.clear()
+    await builds.build(world.deployment("two"))
+    await builds.update(wish(world, "m3"), "behind")
+    world.store.gate.set()
+    assert (await end_of(builds, "behind")).state is State.ACTIVE
+    assert {"two", "m3"} <= set(world.generation.adapters)
+
+
+async def test_waiting_changes_outlive_the_builder(world: Builders) -> None:
+    """All stand in the journal: the next run makes them."""
+    await started(world)
+    entries = [
+        JournalEntry(update=wish(world, f"m{seed}"), create_time=datetime.now(UTC), request_id=f"m{seed}")
+        for seed in range(MANY)
+    ]
+    journaled(world.store, OWNER, *entries)
+    again = world.builder()
+    assert await again.recover() == MANY
+    for entry in entries:
+        assert (await end_of(again, entry.request_id)).state is State.ACTIVE
+    assert (len(world.generation.adapters), world.journal) == (1 + MANY, [])
+
+
+async def test_a_cancel_ends_all_that_run_or_wait(world: Builders) -> None:
+    """Nothing of them is served."""
+    builds = await started(world)
+    await ask(builds, world, *((f"m{seed}", wish(world, f"m{seed}")) for seed in range(4)))
+    await builds.cancel("tiny")
+    world.store.gate.set()
+    for seed in range(4):
+        assert reason(await end_of(builds, f"m{seed}")) == BuildCancelled.reason
+    assert (world.generation.number, world.journal) == (1, [])
+
+
+async def test_over_grpc_each_caller_hears_of_its_own(world: Builders) -> None:
+    """A failure of one is none of another, whose states have its adapter alone."""
+    builds = world.builder()
+    async with world.served(builds) as address, AsyncClient(builder=address) as client:
+        await client.build(world.deployment("one"))
+        await ended(builds)
+
+        async def end(name: str) -> tuple[str, list[str]]:
+            await client.update("tiny", {name: world.repository(name)}, must_be_new=True, request_id=name)
+            *_, last = [info async for info in client.watch("tiny", request_id=name)]
+            return str(last.state), [each.name for each in last.adapters]
+
+        names = ["m0", "bad", *(f"m{seed}" for seed in range(1, MANY))]
+        found = await asyncio.gather(*map(end, names))
+    assert found == [("failed" if name == "bad" else "active", [name]) for name in names]
+    assert len(world.generation.adapters) == 1 + MANY
