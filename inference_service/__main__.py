@@ -1,35 +1,29 @@
-"""``python -m inference_service``: serve a deployment until SIGTERM."""
+"""``python -m inference_service``: serve a deployment until SIGTERM.
+
+What can be refused is refused before torch is imported, which takes seconds.
+"""
 
 from __future__ import annotations
 
 import argparse
 import asyncio
 import sys
-from collections.abc import Collection
-from functools import partial
 
 import structlog
 
-from inference_service.openai_api import protocol
-from inference_service.openai_api.server import HttpServer
-from inference_service.replica import TELL_S, Replica, end_broken
-from inference_service.rpc import adapters as adapters_rpc
-from inference_service.rpc.adapters import AdapterServicer
-from inference_service.rpc.servicer import SERVICE_NAME, InferenceServicer, register
-from inference_service.vllm_rpc.services import Services, VllmServices
+from inference_service.store import open_replica_store
 from loramux_shared.access.guard import open_guard
+from loramux_shared.bundle.deployments import require_deployment
 from loramux_shared.descriptors import raise_limit
 from loramux_shared.faults import Fault, SettingsInvalid
-from loramux_shared.rpc import calls
+from loramux_shared.notify import report
 from loramux_shared.rpc.listening import require_free
-from loramux_shared.rpc.server import RpcServer
-from loramux_shared.rpc.stopping import Stop, leave
-from loramux_shared.settings import InferenceSettings, load_settings
+from loramux_shared.rpc.stopping import Stop
+from loramux_shared.settings import InferenceSettings, load_settings, require_triton
 from loramux_shared.telemetry import log_to_stderr
 
 log = structlog.get_logger()
 
-Door = RpcServer | HttpServer
 FLAGS = {
     "store": "URI of the object store",
     "grpc": "HOST:PORT to listen on",
@@ -53,7 +47,7 @@ def main() -> int:
     The exit status is 0 after a drain, 1 when it cannot serve or had to cut requests off, 2 for bad settings,
     and BROKEN when it can compute no more.
     """
-    parser = argparse.ArgumentParser(prog="inference_service", description=__doc__)
+    parser = argparse.ArgumentParser(prog="inference_service", description=__doc__.partition("\n")[0])
     for name, text in FLAGS.items():
         parser.add_argument(f"--{name.replace('_', '-')}", help=text)
     parser.add_argument(
@@ -86,63 +80,29 @@ def main() -> int:
 
 
 async def serve(settings: InferenceSettings) -> int:
-    """Load, listen, and drain at SIGTERM or SIGINT, or end when the engine can go on no more."""
+    """Look at settings, keys, addresses and the store, then run the replica to its end.
+
+    Raises:
+        SettingsInvalid: a setting, an address or a file of keys or certificates is no good.
+        DeploymentNotFound: the store has no such deployment.
+        Fault: what the store raises, and what loading does.
+    """
     stop = Stop()
     raise_limit()
     given = (settings.grpc, settings.http, *settings.addresses_of_models.values())
     addresses = [address for address in given if address]
     guard = open_guard(settings, *addresses)
     for address in addresses:
-        require_free(address)  # before minutes of loading
-    replica = await stop.starting(Replica.load(settings))
-    ready, operators, tracing = replica.ready, replica.operators, replica.tracing
-    stall_s = settings.stall_timeout_s
-    vllm = VllmServices(ready.service, operators.manager)
-    services: Services = {
-        SERVICE_NAME: partial(register, InferenceServicer(ready.service)),
-        adapters_rpc.SERVICE_NAME: partial(adapters_rpc.register, AdapterServicer(operators.manager)),
-        **vllm.of_all_models(lambda: server.serving),
-    }
-    patience = calls.Patience(read_s=stall_s)
-    server = RpcServer(settings.grpc, services, guard, tracing, patience)
-    doors: dict[str, Door] = {}
-    if settings.http:
-        http_patience = protocol.Patience(read_s=stall_s)
-        doors["http"] = HttpServer(
-            settings.http, ready.service, guard, tracing, http_patience, adapters=operators.manager
-        )
-    doors["grpc"] = server
-    of_models = {
-        model: RpcServer(address, vllm.of_model(model, lambda: server.serving), guard, tracing, patience)
-        for model, address in settings.addresses_of_models.items()
-    }
-    bound = {name: await door.start() for name, door in doors.items()}
-    if of_models:
-        bound["model_doors"] = ", ".join([f"{name}={await door.start()}" for name, door in of_models.items()])
-    every = [*doors.values(), *of_models.values()]
-    replica.begin(partial(_refuse, every))
-    for each in (*of_models.values(), server):
-        await each.set_serving(True)
-    log.info("inference service ready", **bound, guarded_by=guard.shown, deployment=settings.deployment)
-    operators.begin()
-    number = await stop.wait_beside(replica.until_over())
-    if number or operators.outdated.is_set():
-        await leave(every, settings.drain_delay_s, ready.engine.ended())
-    await operators.end()
-    drain_s = settings.drain_timeout_s if number or operators.outdated.is_set() else TELL_S
-    ready.engine.resume()  # what stands still could not end
-    log.info("draining", signal=number.name if number else "none", timeout_s=drain_s)
-    finished = await asyncio.gather(*(door.drain(drain_s, ready.engine.cut) for door in every))
-    why = await replica.stop()
-    if why is not None:
-        end_broken(why)
-    return 0 if all(finished) else 1
+        require_free(address)
+    if settings.backend == "triton":
+        require_triton(settings.backend)
+    store = open_replica_store(settings)
+    log.info("reading the deployment", deployment=settings.deployment, store=store.uri)
+    await stop.starting(asyncio.to_thread(require_deployment, store, settings.deployment))
+    report("importing torch")
+    from inference_service.process import run
 
-
-async def _refuse(doors: Collection[Door]) -> None:
-    """Say to whoever asks for health that there is none."""
-    for door in doors:
-        await door.refuse()
+    return await run(settings, guard, stop)
 
 
 if __name__ == "__main__":

@@ -15,11 +15,9 @@ import structlog
 from inference_service.operators import Operators
 from inference_service.serving.telemetry.watchers import open_watchers
 from inference_service.startup.load import Ready, load_apart
+from inference_service.store import open_replica_store
 from loramux_shared.rpc.stopping import first_of
 from loramux_shared.settings import InferenceSettings
-from loramux_shared.signing.store import signed_store
-from loramux_shared.storage.open import open_store
-from loramux_shared.storage.patient import PatientStore
 from loramux_shared.tracing.setup import open_tracing
 
 if TYPE_CHECKING:
@@ -34,8 +32,6 @@ TELL_S: Final = 1.0
 SWITCH_S: Final = 0.0005
 """How long the engine's thread waits for the interpreter at most, while another one packs an adapter; 5 ms are
 Python's own. See docs/performance.md."""
-START_PAUSES_S: Final = (1.0,)
-"""Before a store that did not answer is asked once more; whoever runs this starts it again."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +52,7 @@ class Replica:
         sys.setswitchinterval(SWITCH_S)
         tracing = open_tracing("loramux-inference")
         watchers = open_watchers(tracing.tracer if tracing else None, log_prompts=settings.log_prompts)
-        signed = signed_store(open_store(settings.store), settings.require_signature)
-        store = PatientStore(signed, pauses_s=START_PAUSES_S)
+        store = open_replica_store(settings)
         ready = await load_apart(settings, store, watchers)
         return cls(ready, Operators(settings, store, ready), tracing)
 

@@ -17,11 +17,12 @@ from inference_service.serving.text import Text
 from inference_service.startup.choose import choose_backend
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bases.formats.scheme import Quantization
-from loramux_shared.bases.memory import widening
+from loramux_shared.bases.memory import GB, widening
 from loramux_shared.bases.read import read_config
 from loramux_shared.bundle.generation import Generation
 from loramux_shared.codes import CODES
 from loramux_shared.faults import ResourcesExhausted
+from loramux_shared.notify import report
 from loramux_shared.pooling import Pooling, pooling_in
 from loramux_shared.rounding import Rounding
 from loramux_shared.settings import InferenceSettings
@@ -74,6 +75,7 @@ def load_base(generation: Generation, settings: InferenceSettings, sources: Sour
         if told and backend.quantization is Rounding.NONE:
             log.info("the base's weights are of few bits", weights=told)
         reading = time.monotonic()
+        report(f"reading the base, {placed.record.weights_bytes / GB:.2f} GB")
         model = Decoder(
             config,
             checkpoint(placed, backend.dtype, backend.device, config.quantization),

@@ -40,13 +40,12 @@ from inference_service.startup.merged import merge
 from inference_service.startup.profile import SCRATCH_BLOCKS, CudaMemory, Measured, largest_step, measure
 from inference_service.startup.rounding import agree, weights_told
 from loramux_shared.bases.memory import GB
-from loramux_shared.bundle.deployments import current_generation, list_deployments
+from loramux_shared.bundle.deployments import require_deployment
 from loramux_shared.bundle.generation import Generation
-from loramux_shared.faults import DeploymentNotFound
+from loramux_shared.notify import report
 from loramux_shared.settings import InferenceSettings
 from loramux_shared.sources.open import open_sources
 from loramux_shared.storage.base import Store
-from loramux_shared.wording import listed
 
 log = structlog.get_logger()
 
@@ -99,8 +98,7 @@ def load(settings: InferenceSettings, store: Store, watchers: Sequence[Watcher] 
         Fault: what the store or the base's source raise.
     """
     started = time.monotonic()
-    log.info("reading the deployment", deployment=settings.deployment, store=store.uri)
-    settings, generation = agree(settings, _generation(settings.deployment, store))
+    settings, generation = agree(settings, require_deployment(store, settings.deployment))
     sources = open_sources(
         local_roots=settings.local_roots,
         allowed_hosts=settings.allowed_hosts,
@@ -122,8 +120,9 @@ def load(settings: InferenceSettings, store: Store, watchers: Sequence[Watcher] 
     catalog.most_mixed = min(MOST_PARTS, settings.max_batch_adapters)
     registered = [model.adapter for model in catalog.everything if model.adapter is not None]
     fitting = bank.fitting(registered) if bank is not None else []
-    if bank is not None:
-        preload(bank, fitting[: settings.preload], inbox)
+    if bank is not None and (first := fitting[: settings.preload]):
+        report(f"loading {len(first)} adapter{'s'[: len(first) != 1]}")
+        preload(bank, first, inbox)
     engine, limits = _engine(settings, generation, base, bank)
     probe = partial(_run_a_few_tokens, engine, bank)
     probe()  # so that the first request does not wait for what is made at first use
@@ -251,16 +250,6 @@ def _log_loaded(
     )
 
 
-def _generation(name: str, store: Store) -> Generation:
-    generation = current_generation(store, name)
-    if generation is None:
-        known = listed(list_deployments(store))
-        raise DeploymentNotFound(
-            f"no deployment {name!r} in {store.uri}. There: {known}. Build it first: loramux build FILE."
-        )
-    return generation
-
-
 def _runner(
     base: Base,
     lora: LoraBackend,
@@ -287,5 +276,6 @@ def _record(runner: Runner, device: torch.device) -> None:
     """Record the steps, and log what that took."""
     memory = CudaMemory(device)
     before = memory.settled()
+    report("recording steps")
     runner.capture()
     log.info("memory", item="recorded steps", gb=round((before - memory.settled()) / GB, 3))

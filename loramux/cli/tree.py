@@ -20,7 +20,7 @@ from typing import Any, Self
 from loramux.cli import shell
 from loramux.cli.logs import follow, tail
 from loramux_shared.faults import FAULTS, Fault, ServerUnavailable, Status
-from loramux_shared.notify import READY, SOCKET
+from loramux_shared.notify import READY, SOCKET, STATUS
 from loramux_shared.rpc.status import CallFailed
 
 DRAIN_S = 120.0  # longer than a service takes to drain; then it is killed
@@ -47,6 +47,10 @@ class ServiceDied(Fault):
 
     def __str__(self) -> str:
         return "\n  | ".join([self.message, *self.last_lines])
+
+
+def ignore(doing: str) -> None:
+    """Tell nobody what a child does."""
 
 
 @dataclass(frozen=True)
@@ -97,16 +101,16 @@ class ProcessTree:
         else:
             shutil.rmtree(self.folder, ignore_errors=True)
 
-    async def start(self, name: str, argv: Sequence[str]) -> Child:
-        """Start a service that is meant to run until it is stopped."""
-        child = await self._spawn(name, argv)
+    async def start(self, name: str, argv: Sequence[str], tell: Callable[[str], None] = ignore) -> Child:
+        """Start a service that is meant to run until it is stopped; tell what it says that it does."""
+        child = await self._spawn(name, argv, tell)
         self._tasks.append(asyncio.create_task(follow(child.log, name)))
         self._tasks.append(asyncio.create_task(self._watch(child)))
         return child
 
-    async def serve(self, name: str, argv: Sequence[str]) -> None:
+    async def serve(self, name: str, argv: Sequence[str], tell: Callable[[str], None] = ignore) -> None:
         """Start a service and wait until it says that it is ready; its death ends the tree."""
-        child = await self.start(name, argv)
+        child = await self.start(name, argv, tell)
         await child.ready.wait()
 
     async def run(self, name: str, argv: Sequence[str]) -> None:
@@ -140,7 +144,7 @@ class ProcessTree:
                 with contextlib.suppress(ProcessLookupError):
                     child.process.kill()
 
-    async def _spawn(self, name: str, argv: Sequence[str]) -> Child:
+    async def _spawn(self, name: str, argv: Sequence[str], tell: Callable[[str], None] = ignore) -> Child:
         log = self.folder / f"{name}.log"
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         listener.bind(str(self._sockets / name))
@@ -157,16 +161,19 @@ class ProcessTree:
             )
         child = Child(name, process, log)
         self._children.append(child)
-        self._listen(listener, child.ready)
+        self._listen(listener, child.ready, tell)
         return child
 
-    def _listen(self, listener: socket.socket, ready: asyncio.Event) -> None:
-        """Set ready at the message that says so."""
+    def _listen(self, listener: socket.socket, ready: asyncio.Event, tell: Callable[[str], None]) -> None:
+        """Set ready at the message that says so, and tell what those before it say."""
         loop = asyncio.get_running_loop()
 
         def hear() -> None:
-            if READY in listener.recv(4096).decode().split("\n"):
-                ready.set()
+            for line in listener.recv(4096).decode(errors="replace").split("\n"):
+                if line == READY:
+                    ready.set()
+                elif line.startswith(STATUS):
+                    tell(line.removeprefix(STATUS))
 
         loop.add_reader(listener, hear)
         self._listeners.append(listener)

@@ -14,8 +14,15 @@ import structlog
 SOCKET: Final = "NOTIFY_SOCKET"
 READY: Final = "READY=1"
 STOPPING: Final = "STOPPING=1"
+STATUS: Final = "STATUS="
+"""What stands behind it is for people."""
 
 log = structlog.get_logger()
+
+
+def report(doing: str) -> None:
+    """Say what a start does now, in a few words."""
+    notify(f"{STATUS}{doing}")
 
 
 def notify(message: str) -> None:

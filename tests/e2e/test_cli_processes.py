@@ -125,7 +125,8 @@ def test_children_end_in_the_reverse_order_of_their_start(tmp_path: Path) -> Non
 
 
 def test_a_child_is_ready_when_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Waiting ends with the child's own word, however long the path of the temporary folder is."""
+    """Waiting ends with the child's own word, and what it does until then is told, however long the path of the
+    temporary folder is."""
     deep = tmp_path / ("deep" * 30)
     deep.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(deep))
@@ -133,14 +134,14 @@ def test_a_child_is_ready_when_it_says_so(tmp_path: Path, monkeypatch: pytest.Mo
 
     async def work(tree: ProcessTree) -> None:
         program = (
-            "import time; from loramux_shared.notify import notify, READY; print('up', flush=True); "
-            "notify('STATUS=nearly'); notify(READY); time.sleep(3600)"
+            "import time; from loramux_shared.notify import notify, report, READY; print('up', flush=True); "
+            "report('nearly'); notify('STATUS=up\\n' + READY); time.sleep(3600)"
         )
-        await tree.serve("child", [sys.executable, "-c", program])
+        await tree.serve("child", [sys.executable, "-c", program], said.append)
         said.append((tree.folder / "child.log").read_text())
 
     run_tree(work)
-    assert said == ["up\n"]
+    assert said == ["nearly", "up", "up\n"]
 
 
 def test_a_child_names_the_failure_that_ends_it() -> None:

@@ -26,6 +26,7 @@ from subprocess import DEVNULL, PIPE
 
 from inference_service.kernels.cpu.check import first_wrong  # and torch, whose OpenMP runtime is to be shared
 from inference_service.kernels.cpu.processors import Kind, kinds_of_machine, kinds_that_run
+from loramux_shared.notify import report
 from loramux_shared.private import private_folder, read_private
 
 SOURCE = Path(__file__).with_name("ops.cpp")
@@ -121,6 +122,7 @@ def _load(compiler: str, cache_dir: Path) -> Built:
     with tempfile.TemporaryDirectory(dir=cache_dir if writable else None) as folder:
         library = Path(folder) / "ops.so"
         if code is None:
+            report("compiling operations for this processor, once")
             _compile(compiler, FLAGS, library)
             _try_out(library)
             if writable:

@@ -18,7 +18,7 @@ from loramux_shared.bundle.generation import (
     generation_key,
 )
 from loramux_shared.bundle.manifest import REBUILD, sha256_hex
-from loramux_shared.faults import BundleCorrupt, StoreUnavailable
+from loramux_shared.faults import BundleCorrupt, DeploymentNotFound, StoreUnavailable
 from loramux_shared.storage.base import ObjectMissing, Store
 from loramux_shared.wording import listed
 
@@ -64,6 +64,22 @@ def current_generation(store: Store, name: str) -> Generation | None:
         except BundleCorrupt:
             time.sleep(pause_s)
     return _current_generation(store, name)
+
+
+def require_deployment(store: Store, name: str) -> Generation:
+    """Return the served generation of a deployment.
+
+    Raises:
+        DeploymentNotFound: the store has none; the message lists those that it has.
+        Fault: what `current_generation` raises.
+    """
+    generation = current_generation(store, name)
+    if generation is None:
+        raise DeploymentNotFound(
+            f"no deployment {name!r} in {store.uri}. There: {stored_deployments(store)}. "
+            "Build it first: loramux build FILE."
+        )
+    return generation
 
 
 def _current_generation(store: Store, name: str) -> Generation | None:

@@ -8,6 +8,8 @@ import json
 import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -132,3 +134,19 @@ def test_a_taken_address_is_told_before_anything_is_read(door: str, silent: str,
         SettingsInvalid, match=r"cannot listen on '127.* \(Address already in use\): expected a free"
     ):
         asyncio.run(serve(settings))
+
+
+def test_a_deployment_that_is_not_there_is_told_before_torch_is_imported(tmp_path: Path) -> None:
+    """As settings are: a process that is refused has imported nothing that takes seconds."""
+    program = (
+        "import sys; from inference_service.__main__ import main; status = main(); "
+        "sys.exit(status if 'torch' not in sys.modules else 99)"
+    )
+    store = ["--store", f"file://{tmp_path}", "--grpc", "127.0.0.1:0"]
+    for flags, status, said in (
+        (["--deployment", "none", *store], 1, "DEPLOYMENT_NOT_FOUND: no deployment 'none'"),
+        (["--deployment", "none", *store, "--threads", "none"], 2, "SETTINGS_INVALID: --threads=none"),
+    ):
+        command = [sys.executable, "-c", program, *flags]
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=BOUND_S, check=False)
+        assert (ended.returncode, said in ended.stderr) == (status, True), ended.stderr

@@ -1,0 +1,79 @@
+"""A replica with its doors: loaded, listening, and drained at a signal."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Collection
+from functools import partial
+
+import structlog
+
+from inference_service.openai_api import protocol
+from inference_service.openai_api.server import HttpServer
+from inference_service.replica import TELL_S, Replica, end_broken
+from inference_service.rpc import adapters as adapters_rpc
+from inference_service.rpc.adapters import AdapterServicer
+from inference_service.rpc.servicer import SERVICE_NAME, InferenceServicer, register
+from inference_service.vllm_rpc.services import Services, VllmServices
+from loramux_shared.access.guard import Guard
+from loramux_shared.rpc import calls
+from loramux_shared.rpc.server import RpcServer
+from loramux_shared.rpc.stopping import Stop, leave
+from loramux_shared.settings import InferenceSettings
+
+log = structlog.get_logger()
+
+Door = RpcServer | HttpServer
+
+
+async def run(settings: InferenceSettings, guard: Guard, stop: Stop) -> int:
+    """Load, listen, and drain at SIGTERM or SIGINT, or end when the engine can go on no more."""
+    replica = await stop.starting(Replica.load(settings))
+    ready, operators, tracing = replica.ready, replica.operators, replica.tracing
+    stall_s = settings.stall_timeout_s
+    vllm = VllmServices(ready.service, operators.manager)
+    services: Services = {
+        SERVICE_NAME: partial(register, InferenceServicer(ready.service)),
+        adapters_rpc.SERVICE_NAME: partial(adapters_rpc.register, AdapterServicer(operators.manager)),
+        **vllm.of_all_models(lambda: server.serving),
+    }
+    patience = calls.Patience(read_s=stall_s)
+    server = RpcServer(settings.grpc, services, guard, tracing, patience)
+    doors: dict[str, Door] = {}
+    if settings.http:
+        http_patience = protocol.Patience(read_s=stall_s)
+        doors["http"] = HttpServer(
+            settings.http, ready.service, guard, tracing, http_patience, adapters=operators.manager
+        )
+    doors["grpc"] = server
+    of_models = {
+        model: RpcServer(address, vllm.of_model(model, lambda: server.serving), guard, tracing, patience)
+        for model, address in settings.addresses_of_models.items()
+    }
+    bound = {name: await door.start() for name, door in doors.items()}
+    if of_models:
+        bound["model_doors"] = ", ".join([f"{name}={await door.start()}" for name, door in of_models.items()])
+    every = [*doors.values(), *of_models.values()]
+    replica.begin(partial(_refuse, every))
+    for each in (*of_models.values(), server):
+        await each.set_serving(True)
+    log.info("inference service ready", **bound, guarded_by=guard.shown, deployment=settings.deployment)
+    operators.begin()
+    number = await stop.wait_beside(replica.until_over())
+    if number or operators.outdated.is_set():
+        await leave(every, settings.drain_delay_s, ready.engine.ended())
+    await operators.end()
+    drain_s = settings.drain_timeout_s if number or operators.outdated.is_set() else TELL_S
+    ready.engine.resume()  # what stands still could not end
+    log.info("draining", signal=number.name if number else "none", timeout_s=drain_s)
+    finished = await asyncio.gather(*(door.drain(drain_s, ready.engine.cut) for door in every))
+    why = await replica.stop()
+    if why is not None:
+        end_broken(why)
+    return 0 if all(finished) else 1
+
+
+async def _refuse(doors: Collection[Door]) -> None:
+    """Say to whoever asks for health that there is none."""
+    for door in doors:
+        await door.refuse()
