@@ -14,7 +14,8 @@ from typing import Final
 import structlog
 from uvicorn.server import ServerState
 
-from inference_service.openai_api.protocol import BoundedHttp, Patience
+from inference_service.openai_api.protocol import LINGER_S, BoundedHttp, Patience
+from loramux_shared.arrival import unread_bytes
 
 ACCEPTS: Final = 16
 """Connections that are taken at a time; in between those that are open have their turn."""
@@ -22,6 +23,10 @@ RETRY_S: Final = 1.0
 """Between attempts to accept, when the system has no descriptor left."""
 UNREAD_BYTES: Final = 128 * 1024
 """Of answers that the system keeps for a client, doubled by Linux; by itself it would be megabytes."""
+REFUSED: Final = 64
+"""Refused connections that are read until their clients close; they count among `descriptors.RESERVED`."""
+UNUSED_S: Final = 1e6
+"""Of asyncio's own limit of a handshake, which does not see that its bytes lie unread."""
 SAY_S: Final = 60.0
 """A condition that lasts is logged this often."""
 FULL: Final = (
@@ -52,7 +57,10 @@ class Connections:
         self._patience = patience
         self._bound = bound
         self._tls = tls
-        self._opening: set[asyncio.Task[None]] = set()
+        self._opening: dict[asyncio.Task[None], tuple[socket.socket, float]] = {}
+        """Connections that are being opened, and until when their handshakes may take."""
+        self._refused: dict[socket.socket, float] = {}
+        """Connections that were refused, and until when their clients may close them."""
         self._listener: socket.socket | None = None
         self._watching: asyncio.Task[None] | None = None
         self._said_s = -math.inf
@@ -67,12 +75,12 @@ class Connections:
 
     def announce(self) -> None:
         """Let the answers that have not begun say that their connections end behind them."""
-        for each in self._held():
+        for each in self.held():
             each.announce()
 
     def drain(self) -> None:
         """The same, and wait no longer for the rest of bodies."""
-        for each in self._held():
+        for each in self.held():
             each.drain()
 
     async def close(self, timeout_s: float) -> None:
@@ -92,16 +100,19 @@ class Connections:
             async with asyncio.timeout(timeout_s):
                 while self._opening or self._state.connections:
                     await asyncio.sleep(0.01)
-                    for each in self._held():
+                    for each in self.held():
                         each.part()
-        for each in self._held():
+        for each in self.held():
             each.transport.abort()
+        for sock in list(self._refused):
+            self._part(sock)
         ending = [*self._opening, *([self._watching] if self._watching else [])]
         for task in ending:
             task.cancel()
         await asyncio.gather(*ending, return_exceptions=True)
 
-    def _held(self) -> list[BoundedHttp]:
+    def held(self) -> list[BoundedHttp]:
+        """Return those that are open."""
         return [each for each in self._state.connections if isinstance(each, BoundedHttp)]
 
     def _listen(self) -> None:
@@ -131,17 +142,17 @@ class Connections:
         except (BlockingIOError, ConnectionAbortedError):
             return False
         sock.setblocking(False)
-        if self._has_room():
+        if self.has_room():
             task = asyncio.create_task(self._open(sock))
-            self._opening.add(task)
-            task.add_done_callback(self._opening.discard)
+            self._opening[task] = sock, asyncio.get_running_loop().time() + self._patience.head_s
+            task.add_done_callback(self._opening.pop)
         else:
             self._refuse(sock)
         return True
 
     async def _open(self, sock: socket.socket) -> None:
         loop = asyncio.get_running_loop()
-        limit_s = None if self._tls is None else self._patience.head_s
+        limit_s = None if self._tls is None else UNUSED_S
         try:
             # asyncio sets it only where the listener was made with proto=IPPROTO_TCP; without it, every small
             # answer on a kept connection waits for the client's delayed acknowledgement, 40 ms.
@@ -153,25 +164,54 @@ class Connections:
         except OSError:  # it went away, or its handshake failed
             sock.close()
 
-    def _has_room(self) -> bool:
+    def has_room(self) -> bool:
+        """True when one more can be held, for which the one that is unused for the longest time may go."""
         if len(self._state.connections) + len(self._opening) < self._bound:
             return True
-        held = self._held()
+        held = self.held()
         unused = [(since, each) for each in held if (since := each.unused_since) is not None]
         self._say("connections are at their bound", bound=self._bound, unused=len(unused))
-        if not unused:
+        by_age = (each for _, each in sorted(unused, key=lambda pair: pair[0]))
+        oldest = next((each for each in by_age if not each.has_unread()), None)
+        if oldest is None:
             return False
-        _, oldest = min(unused, key=lambda pair: pair[0])
         oldest.transport.abort()
         self._state.connections.discard(oldest)
         return True
 
     def _refuse(self, sock: socket.socket) -> None:
-        with sock, contextlib.suppress(OSError):
+        """Say that there is no room, and read on until the client closes: closed before, it would be reset."""
+        try:
             if self._tls is None:
                 with contextlib.suppress(BlockingIOError):
-                    sock.recv(UNREAD_BYTES)  # closed over what lies unread, it would be reset and say nothing
+                    sock.recv(UNREAD_BYTES)
                 sock.send(FULL)
+            if self._tls is not None or len(self._refused) >= REFUSED:
+                sock.close()
+                return
+            sock.shutdown(socket.SHUT_WR)
+        except OSError:  # it went away
+            sock.close()
+            return
+        loop = asyncio.get_running_loop()
+        self._refused[sock] = loop.time() + LINGER_S
+        loop.add_reader(sock, self._drop, sock)
+
+    def _drop(self, sock: socket.socket) -> None:
+        """Read what a refused client sends, until it closes."""
+        try:
+            if sock.recv(UNREAD_BYTES):
+                return
+        except BlockingIOError:
+            return
+        except OSError:  # it was reset
+            pass
+        self._part(sock)
+
+    def _part(self, sock: socket.socket) -> None:
+        asyncio.get_running_loop().remove_reader(sock)
+        del self._refused[sock]
+        sock.close()
 
     async def _watch(self) -> None:
         patience = self._patience
@@ -180,8 +220,14 @@ class Connections:
         while True:
             await asyncio.sleep(min(1.0, shortest_s / 4))
             self._keep_time()
-            for each in self._held():
-                each.check(loop.time())
+            now = loop.time()
+            for each in self.held():
+                each.check(now)
+            for task, (sock, end) in self._opening.items():
+                if now >= end and not unread_bytes(sock):
+                    task.cancel()
+            for sock in [sock for sock, end in self._refused.items() if now >= end]:
+                self._part(sock)
 
     def _keep_time(self) -> None:
         self._state.default_headers = [(b"date", formatdate(usegmt=True).encode())]

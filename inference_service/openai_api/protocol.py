@@ -22,7 +22,7 @@ from inference_service.openai_api.front import ARRIVED, DRAINING
 from inference_service.openai_api.heads import Refused, check_head
 from inference_service.openai_api.refusals import fault_body, refused_body
 from inference_service.openai_api.reply import Json
-from loramux_shared.arrival import arrived_at
+from loramux_shared.arrival import arrived_at, unread_bytes, unsent_bytes
 from loramux_shared.faults import ShuttingDown
 
 MAX_HEAD_BYTES: Final = 64 * 1024
@@ -45,7 +45,7 @@ PROGRESS_BYTES: Final = 16 * 1024
 
 @dataclass(frozen=True)
 class Patience:
-    """How many seconds a client may take."""
+    """How many seconds a client may take; none ends while what it sent lies unread."""
 
     head_s: float = 10.0
     """From the connection, or from the first byte of a later request, to the end of the head."""
@@ -92,6 +92,10 @@ class BoundedHttp(HttpToolsProtocol):
         self._unused_since = 0.0
         self._answered: Any = None
         """The cycle whose answer is under way; `cycle` is that of the newest request."""
+        self._reads = 0
+        """Times that something came."""
+        self._overdue = -1
+        """So many when the deadline was first seen to be over with bytes unread; -1: it was not."""
         self._waits = (0.0, 0)
         """Since when the answer waits for the client, and how many bytes of it waited then."""
 
@@ -138,13 +142,14 @@ class BoundedHttp(HttpToolsProtocol):
             self.transport.abort()
         elif self.transport.is_closing() and self.transport.get_write_buffer_size():
             self._wait(LINGER_S)  # it still takes what was said
-        elif now >= self._deadline:
+        elif now >= self._deadline and not self._owes_a_read():
             self._expire()
 
     # What the connection tells.
 
     def connection_made(self, transport: Any) -> None:
         """Begin to wait for a request."""
+        self._sock = transport.get_extra_info("socket")
         staged: Any = StagedTransport(transport, self._linger)
         super().connection_made(staged)
         self._unused_since = self.loop.time()
@@ -161,6 +166,7 @@ class BoundedHttp(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """Take what the client sent."""
+        self._reads += 1
         if self.transport.is_closing():
             return
         before = self._bodies
@@ -182,7 +188,7 @@ class BoundedHttp(HttpToolsProtocol):
     def pause_writing(self) -> None:
         """Begin to wait for the client."""
         super().pause_writing()
-        self._waits = (self.loop.time(), self.transport.get_write_buffer_size())
+        self._waits = (self.loop.time(), self._unsent())
 
     def _feed(self, data: bytes) -> None:
         while data:
@@ -274,21 +280,44 @@ class BoundedHttp(HttpToolsProtocol):
         self._wait(self._patience.idle_s)
 
     def _has_just_come(self) -> bool:
-        return self._answered is None and self._whole and self.loop.time() - self._unused_since < FIRST_S
+        if self._answered is not None or not self._whole:
+            return False
+        return self.loop.time() - self._unused_since < FIRST_S or self.has_unread()
+
+    def has_unread(self) -> bool:
+        """True when the client sent something that this process has not read yet."""
+        return unread_bytes(self._sock) > 0
+
+    def _owes_a_read(self) -> bool:
+        """True where the deadline is over while bytes lie unread: the process is late, and not the client.
+
+        Of a client that sends without end something is always unread, so one read is enough.
+        """
+        if self.transport.is_closing() or not self.has_unread():
+            return False
+        if self._overdue < 0:
+            self._overdue = self._reads
+        return self._overdue == self._reads
+
+    def _unsent(self) -> int:
+        """Return the bytes of answers that the client has not taken, from here or from the system."""
+        return int(self.transport.get_write_buffer_size()) + unsent_bytes(self._sock)
 
     def _wait(self, seconds: float) -> None:
+        self._overdue = -1
         self._deadline = self.loop.time() + (LINGER_S if self.transport.is_closing() else seconds)
 
     def _linger(self) -> None:
         """Wait for the client to close; from here on nothing that it sends is looked at."""
         self._wait(LINGER_S)
-        self._waits = (self.loop.time(), self.transport.get_write_buffer_size())
+        self._waits = (self.loop.time(), self._unsent())
 
     def _is_stalled(self, now: float) -> bool:
         """True when an answer, or its rest before the connection closes, waits for the client too long."""
-        left = self.transport.get_write_buffer_size()
+        here = self.transport.get_write_buffer_size()
+        left = self._unsent() if here else 0
         since, waited = self._waits
-        waiting = self.flow.write_paused or (left and self.transport.is_closing())
+        waiting = self.flow.write_paused or (here and self.transport.is_closing())
         if not waiting or waited - left >= PROGRESS_BYTES:
             self._waits = (now, left)
             return False

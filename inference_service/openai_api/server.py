@@ -66,7 +66,7 @@ class HttpServer:
 
         bound = max_connections or connections_of_a_door()
         tls = guard.tls.following_context() if guard.tls is not None else None
-        self._connections = Connections(state, connection, patience, bound, tls)
+        self.connections = Connections(state, connection, patience, bound, tls)
 
     async def start(self) -> str:
         """Listen, and return the bound address (port 0 draws a free one).
@@ -77,18 +77,18 @@ class HttpServer:
         host, _, _ = self.address.rpartition(":")
         listener = listen(self.address)
         self.address = f"{host}:{listener.getsockname()[1]}"
-        self._connections.start(listener)
+        self.connections.start(listener)
         return self.address
 
     async def leave(self) -> None:
         """Answer health with 503 from now on, and go on taking requests, the last of each connection."""
         self._front.leaving = True
-        self._connections.announce()
+        self.connections.announce()
 
     async def refuse(self) -> None:
         """Answer every new request, health included, with 503 from now on."""
         self._front.draining = True
-        self._connections.drain()
+        self.connections.drain()
 
     async def drain(self, timeout_s: float, cut: Callable[[], None] | None = None) -> bool:
         """Refuse new requests, wait for the open ones, stop; False when the time ran out and some were cut.
@@ -104,5 +104,5 @@ class HttpServer:
             if cut is None or not await self._front.until_idle(CUT_S):
                 self._front.cut()
                 await self._front.until_idle(CUT_S)
-        await self._connections.close(CUT_S)
+        await self.connections.close(CUT_S)
         return finished

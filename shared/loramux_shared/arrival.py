@@ -1,10 +1,12 @@
-"""When the call that is being answered arrived."""
+"""When the call that is being answered arrived, and what the system holds of a connection."""
 
 from __future__ import annotations
 
+import fcntl
 import socket
 import struct
 import sys
+import termios
 import time
 from contextvars import ContextVar
 from typing import Any, Final
@@ -29,3 +31,21 @@ def arrived_at(sock: Any) -> float:
         return now
     [ago_ms] = struct.unpack_from("=I", info, _LAST_DATA_RECV)
     return now - int(ago_ms) / 1e3
+
+
+def unread_bytes(sock: Any) -> int:
+    """Return how many bytes came to a socket that nobody has read yet; 0 where the system does not say."""
+    return _held_bytes(sock, termios.FIONREAD)
+
+
+def unsent_bytes(sock: Any) -> int:
+    """Return how many bytes of a socket its peer has not taken yet; 0 where the system does not say."""
+    return _held_bytes(sock, termios.TIOCOUTQ)
+
+
+def _held_bytes(sock: Any, which: int) -> int:
+    try:
+        [held] = struct.unpack("=i", fcntl.ioctl(sock.fileno(), which, bytes(4)))
+    except (AttributeError, OSError, ValueError):  # there is none, or it was closed
+        return 0
+    return int(held)

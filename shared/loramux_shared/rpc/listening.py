@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import os
 import socket
+from typing import Final
 
 from loramux_shared.faults import SettingsInvalid
+
+BACKLOG: Final = 4096
+"""Connections that wait to be accepted, as many as an endpoint may hold; Linux has its own bound, somaxconn."""
 
 
 def listen(address: str) -> socket.socket:
@@ -19,7 +23,7 @@ def listen(address: str) -> socket.socket:
     try:
         family = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)[0][0]
         both = family == socket.AF_INET6 and host == "::" and socket.has_dualstack_ipv6()
-        return socket.create_server((host, int(port)), family=family, backlog=2048, dualstack_ipv6=both)
+        return socket.create_server((host, int(port)), family=family, backlog=BACKLOG, dualstack_ipv6=both)
     except (OSError, OverflowError, ValueError) as error:
         number = error.errno if isinstance(error, OSError) else None
         why = os.strerror(number) if number and number > 0 else str(error)  # below 0: of the resolver

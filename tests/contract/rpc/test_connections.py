@@ -110,7 +110,7 @@ async def test_small_answers_are_sent_at_once(doors: Doors) -> None:
     """Connections have TCP_NODELAY, so that an answer in two writes does not wait for an acknowledgement."""
     client = await doors.raw(HEALTH)
     assert (await client.answer())[0] == 200
-    [connection] = doors.http._connections._held()
+    [connection] = doors.http.connections.held()
     sock = connection.transport.get_extra_info("socket")
     assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
     client.close()

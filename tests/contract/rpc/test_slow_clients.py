@@ -22,15 +22,17 @@ from loramux_shared.faults import ClientStalled
 from loramux_shared.rpc import calls
 from loramux_shared.rpc.status import fault_of
 from tests.support.access import keyring
-from tests.support.endless import HEALTH, MODEL, Doors
+from tests.support.endless import BOUND, HEALTH, MODEL, Doors
 from tests.support.raw_http import JSON
 from tests.support.raw_http2 import call, connect, message
-from tests.support.waiting import Clock, ended, until
+from tests.support.waiting import Clock, bounded, ended, until
 
 HOUR, NEVER = 3600.0, 1e9
 BODY = json.dumps({"model": MODEL, "prompt": "HI", "stream": True}).encode()
 POST = b"POST /v1/completions HTTP/1.1\r\n" + JSON
 ASK = POST + b"Content-Length: %d\r\n\r\n" % len(BODY) + BODY
+QUIET = BODY.replace(b"HI", b"WAIT")
+WAIT = POST + b"Content-Length: %d\r\n\r\n" % len(QUIET) + QUIET
 CHUNKED = POST + b"Transfer-Encoding: chunked\r\n\r\n"
 HTTP_TIMES, RPC_TIMES = protocol.Patience.__dataclass_fields__, calls.Patience.__dataclass_fields__
 
@@ -164,6 +166,75 @@ async def test_an_http_client_that_reads_slowly_is_served(doors: Doors, clock: C
             clock.advance(0.6 * HOUR)
             await doors.seen()
             assert doors.service.open == 1
+
+
+def late(doors: Doors, clock: Clock, seconds: float) -> None:
+    """Let the server stand still for a time, and look at its deadlines before it reads anything."""
+    clock.advance(seconds)
+    for each in doors.http.connections.held():
+        each.check(asyncio.get_running_loop().time())
+
+
+@patience("head_s")
+@pytest.mark.parametrize("first", [b"", HEALTH[:20]], ids=["nothing", "half a head"])
+async def test_what_lies_unread_at_the_deadline_is_read(doors: Doors, clock: Clock, first: bytes) -> None:
+    """A request that came while the server stood still is answered; one that is still not whole ends then."""
+    whole, half = await doors.raw(first), await doors.raw(first)
+    await doors.seen()
+    whole.writer.write(HEALTH[len(first) :])
+    half.writer.write(HEALTH[len(first) : -2])
+    for _ in range(3):
+        late(doors, clock, 2 * HOUR)
+    assert (await whole.answer())[0] == 200
+    await doors.seen()
+    clock.advance(2 * HOUR)
+    assert (await half.ended()).startswith(b"HTTP/1.1 408")
+    whole.close()
+    half.close()
+
+
+@patience("read_s")
+async def test_a_client_that_took_what_there_was_is_not_given_up(doors: Doors, clock: Clock) -> None:
+    """An answer goes on whose client read all that a server which stood still had sent."""
+    with narrow(doors) as sock:
+        await doors.service.until(1)
+        await doors.seen()
+        sock.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            while sock.recv(2**20):
+                pass
+        late(doors, clock, 2 * HOUR)
+        await doors.seen()
+        assert doors.service.open == 1
+
+
+async def test_a_connection_whose_request_lies_unread_makes_no_room(doors: Doors) -> None:
+    """At the bound it is not unused: a new connection is refused, and it is answered."""
+    clients = [await doors.raw() for _ in range(BOUND)]
+    await until(lambda: len(doors.http.connections.held()) == BOUND, "all connections")
+    for each in clients:
+        each.writer.write(HEALTH)
+    assert not doors.http.connections.has_room()
+    for each in clients:
+        assert (await each.answer())[0] == 200
+        each.close()
+
+
+async def test_a_refused_client_reads_why(doors: Doors) -> None:
+    """One that asks only after it was refused is not reset: it reads 503, and when to come again."""
+    waiting = [await doors.raw(WAIT) for _ in range(BOUND)]
+    await doors.service.until(BOUND)
+    refused = await doors.raw()
+    async with bounded("the refusal"):
+        head = await refused.reader.readuntil(b"retry-after: 1\r\n")
+    assert head.startswith(b"HTTP/1.1 503")
+    for _ in range(3):
+        await refused.send(ASK)
+    refused.writer.write_eof()
+    async with bounded("the end of the connection"):
+        assert (await refused.reader.read()).endswith(b"connection: close\r\n\r\n")
+    for each in (*waiting, refused):
+        each.close()
 
 
 @patience("read_s")
