@@ -23,13 +23,22 @@ from loramux_shared.rpc.status import CallFailed, fault_of
 CHECK_S = 5.0
 POLL_S = 0.1
 SERVING = "SERVING"
+SPARE = ("base", "warnings", "modules", "pinned", "kind", "in use", "digest", "rank", "tier")
+"""Columns of the models that a narrow terminal does without, the least important first."""
 
 
 @shell.command
-def models(address: shell.Grpc = INFERENCE, as_json: shell.Json = False) -> None:
+def models(
+    address: shell.Grpc = INFERENCE,
+    wide: Annotated[
+        bool, typer.Option("--wide", help="All columns, also where the terminal is narrower.")
+    ] = False,
+    as_json: shell.Json = False,
+) -> None:
     """List the models that are served: base first, then adapters.
 
-    With a key that has the scope admin, also where each is.
+    With a key that has the scope admin, also where each is. A narrow terminal
+    shows the columns for which it has room.
 
     Example: loramux models --grpc 127.0.0.1:50052
     """
@@ -39,7 +48,7 @@ def models(address: shell.Grpc = INFERENCE, as_json: shell.Json = False) -> None
     if as_json:
         emit({"models": found} | ({"adapters": adapters} if adapters is not None else {}))
         return
-    headers = ("model", "base", "kind", "rank", "modules", "digest", "warnings")
+    headers: tuple[str, ...] = ("model", "base", "kind", "rank", "modules", "digest", "warnings")
     where = {each.name: each for each in adapters or ()}
     rows = [
         (
@@ -54,7 +63,8 @@ def models(address: shell.Grpc = INFERENCE, as_json: shell.Json = False) -> None
         )
         for model in found
     ]
-    shell.table((*headers, *(("tier", "pinned", "in use") if adapters is not None else ())), rows)
+    headers += ("tier", "pinned", "in use") if adapters is not None else ()
+    shell.table(headers, rows, spare=SPARE, wide=wide)
 
 
 def _adapters(client: Client) -> list[AdapterStatus] | None:

@@ -20,7 +20,7 @@ from rich.text import Text
 from loramux.cli.documents import emit_line
 from loramux.cli.exits import Exit, exit_of
 from loramux.cli.later import Later
-from loramux.cli.tables import fitted
+from loramux.cli.tables import fitted, kept
 from loramux_shared.faults import Fault
 
 P = ParamSpec("P")
@@ -157,10 +157,21 @@ def working(doing: str) -> Iterator[None]:
         yield
 
 
-def table(headers: Sequence[str], rows: Sequence[Sequence[str]], right: frozenset[str] = frozenset()) -> None:
-    """Print a table on stdout: no wider than a terminal that it goes to, else aligned and one line a row."""
+def table(
+    headers: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    right: frozenset[str] = frozenset(),
+    *,
+    spare: Sequence[str] = (),
+    wide: bool = False,
+) -> None:
+    """Print a table on stdout: no wider than a terminal that it goes to, else aligned and one line a row.
+
+    On a terminal that is too narrow, columns of spare are left out, the first ones first. With wide, a row is
+    a line with all its columns there too.
+    """
     rows = [[printable(cell) for cell in row] for row in rows]
-    if not out.is_terminal:
+    if wide or not out.is_terminal:
         widths = [max(map(len, column)) for column in zip(headers, *rows, strict=True)]
         for row in (headers, *rows):
             cells = [
@@ -169,7 +180,11 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[str]], right: frozense
             ]
             show("  ".join(cells).rstrip())
         return
-    out.print(fitted(headers, rows, right, out.width))
+    places, left_out = kept(headers, rows, spare, out.width)
+    chosen = [[row[i] for i in places] for row in (headers, *rows)]
+    out.print(fitted(chosen[0], chosen[1:], right, out.width))
+    if left_out:
+        say(f"left out, as the terminal is too narrow: {', '.join(left_out)} (--wide shows all)", "dim")
 
 
 def numbers(values: Sequence[int]) -> str:

@@ -16,6 +16,25 @@ NOTHING = ("", "-")
 """Cells that say nothing."""
 
 
+def kept(
+    headers: Sequence[str], rows: Sequence[Sequence[str]], spare: Sequence[str], width: int
+) -> tuple[list[int], list[str]]:
+    """Return the places of the columns that fit a line each row, and the headers of those that were left out.
+
+    Columns of ``spare`` go, the first ones first, until the others fit; all others stay.
+    """
+    widths = {
+        header: max(map(cell_len, column)) for header, *column in zip(headers, headers, *rows, strict=True)
+    }
+    left_out: list[str] = []
+    for header in spare:
+        if sum(widths.values()) + GAP * (len(widths) - 1) <= width:
+            break
+        if widths.pop(header, None) is not None:
+            left_out.append(header)
+    return [i for i, header in enumerate(headers) if header in widths], left_out
+
+
 def fitted(
     headers: Sequence[str], rows: Sequence[Sequence[str]], right: frozenset[str], width: int
 ) -> RenderableType:

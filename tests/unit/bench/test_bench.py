@@ -171,7 +171,8 @@ def test_a_table_for_people(fakes: Fakes) -> None:
         ["lora2", "3"],
         ["all", "9"],
     ]
-    assert "percentiles 50/90/99" in lines[5]
+    assert "first token p50/90/99 ms" in lines[0]
+    assert "requests/s; on average" in lines[5]
     assert "the client took" in errors
     assert fakes.inference.requests[-1].sampling.ignore_eos
 
