@@ -97,6 +97,8 @@ class Pace:
         self._resolved_s = -math.inf
         self._decode_s: dict[int, float] = {}
         """What a step takes that only decodes, by the bits of the number of its sequences."""
+        self._first_s: dict[int, float] = {}
+        """What the first of them took, perhaps several times as long: it is believed beside a second one."""
         self._since_look = 0
         self._most = 0.0
         self._sums = _Sums()
@@ -148,12 +150,18 @@ class Pace:
 
     def _learn_decode(self, decodes: int, took_s: float) -> None:
         """Follow what is faster sooner than what is slower, which may be chance."""
-        known = self._decode_s.get(decodes.bit_length(), took_s)
         self._since_look = 0
+        size = decodes.bit_length()
+        known = self._decode_s.get(size)
+        if known is None:
+            if (first := self._first_s.get(size)) is not None:
+                self._decode_s[size] = min(first, took_s)
+            self._first_s[size] = took_s
+            return
         if self._stood_still(took_s, known, rows=False):
             return
         part = 0.5 if took_s < known else 0.25
-        self._decode_s[decodes.bit_length()] = known + part * (took_s - known)
+        self._decode_s[size] = known + part * (took_s - known)
 
     def _stood_still(self, took_s: float, expected_s: float, *, rows: bool) -> bool:
         """Whether a step says nothing, for the machine did something else; twice in a row it is believed."""
