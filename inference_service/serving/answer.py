@@ -95,7 +95,11 @@ class Answer:
             raise output.fault.retold(f"model {self.seq.model!r}: {output.fault.message}")
         if self.seq.grammar is not None and self.seq.grammar.failure:
             finding = Finding(
-                code="E_CONSTRAINT", where=self._constraint, found=self.seq.grammar.failure, fix="Simplify it."
+                code="E_CONSTRAINT",
+                where=self._constraint,
+                expected="a constraint that the answer can follow to its end",
+                found=self.seq.grammar.failure,
+                fix="Simplify it.",
             )
             raise RequestInvalid("the answer cannot be constrained any further.", [finding])
         if output.token is not None and output.token.impossible:

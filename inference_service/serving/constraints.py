@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
 
-from inference_service.core.constraint import Constraint, Grammar
+from inference_service.core.constraint import Constraint, Grammar, Kind
+from inference_service.serving.counts import too_many
 from inference_service.serving.sandbox.grammars import LIMITS
 from inference_service.serving.sandbox.process import SandboxProcess
 from inference_service.serving.text import Text
@@ -34,6 +35,27 @@ COMPILE_TIMEOUT_S: Final = 10.0
 JSON_OPTIONS: Final[JsonCompileOptions] = {"whitespace_pattern": r"\n?[ \t]{0,40}"}
 _PLACE: Final = re.compile(r"^at \d+\(\d+\): (failed to compile JSON schema: )?")
 """Where something is wrong in a grammar, which lines of that follow."""
+_EXPECTED: Final[Mapping[Kind, str]] = {
+    "json_object": "an object",
+    "json_schema": "a JSON schema of keywords that are supported",
+    "regex": "a regular expression without look-around and backreferences",
+    "lark": "a grammar in Lark",
+    "gbnf": "a grammar in GBNF or Lark",
+}
+_IN_OUR_WORDS: Final = (
+    (
+        r"^NoExtensionBias",
+        "no text at all: a rule or $ref leads only to itself, or its parts exclude each other",
+    ),
+    (r"^oneOf constraints are not supported.*", "oneOf, which is not supported; use anyOf"),
+    (
+        r"^Resource '(.*?)' is not present in a registry.*",
+        r"$ref to \1; it must lead into the schema itself",
+    ),
+    (r"^at \d+\(\d+\): (invalid regex .*?)(?<=\n)   1 \| start: /.*", r"\1"),
+    (r"\s*<non-verbose/>\s*$", ""),
+)
+"""What the library says for its own developers, and what a client can use."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +94,8 @@ class Constraints:
         future = self._matchers.get((constraint, text))
         if future is None:
             question = _question(constraint)
+            if found := too_many(constraint.kind, constraint.text):
+                raise _refused(constraint, found, "Lower it, or repeat without a bound.", "fewer repeats")
             future = asyncio.get_running_loop().run_in_executor(self._thread, self._begin, question, text)
             self._matchers[constraint, text] = future
         self._matchers.move_to_end((constraint, text))
@@ -98,16 +122,27 @@ class Constraints:
         """Return the beginning of a grammar, or why there is none."""
         said = {**question, **self._trial.ask(question)}
         if "error" in said:
-            return said["error"]
+            return _explained(said["error"])
         start = LLMatcher(self._tokenizer(text), said["grammar"], limits=LIMITS, log_level=0)
         start.compute_bitmask()  # makes the lexer's first states, which every answer needs
-        return str(start.get_error()) or start
+        return _explained(start.get_error()) or start
 
 
-def _refused(constraint: Constraint, reason: str, fix: str = "Correct it.") -> RequestInvalid:
+def _explained(error: str) -> str:
+    for pattern, words in _IN_OUR_WORDS:
+        error = re.sub(pattern, words, error, flags=re.DOTALL)
+    return error
+
+
+def _refused(
+    constraint: Constraint, reason: str, fix: str = "Correct it.", expected: str = ""
+) -> RequestInvalid:
     if constraint.composed:
         reason = _PLACE.sub("", reason).partition("\n")[0]
-    finding = Finding(code="E_CONSTRAINT", where=constraint.where, found=reason[:500], fix=fix)
+    expected = expected or _EXPECTED["json_schema" if constraint.composed else constraint.kind]
+    finding = Finding(
+        code="E_CONSTRAINT", where=constraint.where, expected=expected, found=reason[:500], fix=fix
+    )
     what = "the tools are" if constraint.composed else "the response format is"
     return RequestInvalid(f"{what} refused.", [finding])
 
@@ -242,7 +277,7 @@ class _Matcher:
 
     def _look(self, matcher: Any) -> _Look:
         """Look at what may come next, and whether the text is complete, or cannot be continued by any token."""
-        failure = matcher.get_error()
+        failure = _explained(matcher.get_error())
         may_stop = not failure and matcher.is_accepting()
         mask = bytearray(matcher.compute_bitmask())
         if failure and self._optional:

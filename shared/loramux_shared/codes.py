@@ -208,6 +208,7 @@ CURES: Final = {
     "CLIENT_STALLED": "send and read without pauses; call again",
     "QUEUE_FULL": "retry",
     "RATE_LIMITED": "retry after the delay; the limits are those of the deployment file or of the key",
+    "BUNDLE_NOT_FOUND": "build the adapter, or name a digest that the store has: `loramux adapters` lists them",
     "BUNDLE_CORRUPT": "restore the file, or build the deployment again",
     "RECORD_TOO_LARGE": "see who can write to the store, remove the object, and build the deployment again",
     "SIGNATURE_INVALID": "sign it, or build it again with a builder that signs; see who is to have signed it",

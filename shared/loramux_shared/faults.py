@@ -382,6 +382,13 @@ class RateLimited(Fault):
     retry_after_s = 1.0
 
 
+class BundleNotFound(Fault):
+    """The store has no bundle of that digest."""
+
+    reason = "BUNDLE_NOT_FOUND"
+    status = Status.NOT_FOUND
+
+
 class BundleCorrupt(Fault):
     """Bytes of a store or a source whose digest is not the recorded one."""
 

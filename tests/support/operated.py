@@ -18,7 +18,7 @@ from loramux_shared.bundle.generation import AdapterRecord, BaseRecord, Generati
 from loramux_shared.deployment import Dtype, Repository, SourceKind
 from loramux_shared.faults import (
     AdapterExists,
-    BundleCorrupt,
+    BundleNotFound,
     Fault,
     GenerationNotFound,
     ModelNotFound,
@@ -239,7 +239,7 @@ class FakeBundles:
     async def record(self, digest: str) -> AdapterRecord:
         """Describe it."""
         if digest not in self.digests:
-            raise BundleCorrupt(f"the store has no bundle {digest[:12]}")
+            raise BundleNotFound(f"the store has no bundle {digest[:12]}")
         source = Repository(source=SourceKind.HF, repo="org/pushed")
         return AdapterRecord(digest=digest, source=source)
 

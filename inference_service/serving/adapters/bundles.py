@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 
 from loramux_shared.bundle.generation import AdapterRecord
-from loramux_shared.bundle.reader import read_manifest
+from loramux_shared.bundle.manifest import MANIFEST_FILE, bundle_key
+from loramux_shared.bundle.reader import parse_manifest
 from loramux_shared.deployment import Repository, SourceKind
-from loramux_shared.faults import BundleCorrupt, SignatureInvalid, StoreUnavailable
-from loramux_shared.storage.base import Store
+from loramux_shared.faults import BundleCorrupt, BundleNotFound, Finding, RequestInvalid, StoreUnavailable
+from loramux_shared.storage.base import ObjectMissing, Store
 
 
 class StoredBundles:
@@ -23,22 +24,32 @@ class StoredBundles:
         """Return what a generation would say of a bundle.
 
         Raises:
-            BundleCorrupt: the store has no such bundle, or its manifest is damaged.
-            SignatureInvalid: nothing is served that is not signed.
+            BundleNotFound: the store has no such bundle.
+            BundleCorrupt: its manifest is damaged.
+            RequestInvalid: only what a signed generation names is served.
             StoreUnavailable: the store does not answer.
         """
         if self._refused:
-            raise SignatureInvalid(
-                f"bundle {digest[:12]}: expected one of a signed generation, found one that is named "
-                "by its digest. Add the adapter through a builder that signs."
+            finding = Finding(
+                code="E_BAD_FIELD",
+                where="lora_path",
+                expected="an adapter that comes with a signed generation",
+                found=f"bundle:{digest[:12]}...",
+                fix="Add the adapter through a builder that signs.",
             )
+            raise RequestInvalid("this replica serves only what is signed.", [finding])
         try:
-            manifest = await asyncio.to_thread(read_manifest, self._store, digest)
+            data = await asyncio.to_thread(self._store.get, bundle_key(digest, MANIFEST_FILE))
+            manifest = parse_manifest(data, digest)
+        except ObjectMissing as missing:
+            raise BundleNotFound(
+                f"bundle:{digest}: the store has no bundle of this digest. Build it, or name another."
+            ) from missing
         except StoreUnavailable as fault:
             raise fault.retold("the store does not answer, so the bundle cannot be read. Retry.") from fault
         except BundleCorrupt as fault:
             raise fault.retold(
-                f"the store has no bundle {digest[:12]} whose manifest is right. Build it, or name another."
+                f"bundle {digest[:12]}: its manifest is damaged in the store. Build it again, or name another."
             ) from fault
         # Where it came from is told by no bundle, and this record is stored nowhere.
         source = Repository(source=SourceKind.PUSHED, repo=f"bundle:{digest}")

@@ -35,13 +35,14 @@ class Changing:
         """Add a name, or give it another version; return whether a generation of the deployment has it.
 
         Raises:
-            RequestInvalid: the path names no adapter, or a bundle's name cannot be one of this replica.
+            RequestInvalid: the path names no adapter, a bundle's name cannot be one of this replica, or the
+                replica serves only what is signed.
             DeploymentInvalid: the builder finds that the name does not fit the others.
             AdapterExists: the name is taken, and is not to be replaced.
             NoBuilder: the path names no bundle, and no builder is known; or no name can change here.
             ReplicaBehind: it was published, and this replica does not serve it yet.
-            BundleCorrupt: of bundle:DIGEST, the store has no such bundle.
-            SignatureInvalid: likewise, and this replica serves only what is signed.
+            BundleNotFound: of bundle:DIGEST, the store has no such bundle.
+            BundleCorrupt: likewise, its manifest is damaged.
             StoreUnavailable: it does not answer.
         """
         digest = digest_of(path)

@@ -143,13 +143,14 @@ class AdapterManager:
         """Have an adapter built and published, or a bundle registered, and return when it is served here.
 
         Raises:
-            RequestInvalid: the path names no adapter, or a bundle's name cannot be one of this replica.
+            RequestInvalid: the path names no adapter, a bundle's name cannot be one of this replica, or the
+                replica serves only what is signed.
             DeploymentInvalid: the builder finds that the name does not fit the others.
             AdapterExists: the name is taken, and is not to be replaced.
             NoBuilder: the path names no bundle, and this replica knows no builder; or no name can change here.
             ReplicaBehind: it was published, and this replica does not serve it yet.
-            BundleCorrupt: of bundle:DIGEST, the store has no such bundle.
-            SignatureInvalid: likewise, and this replica serves only what is signed.
+            BundleNotFound: of bundle:DIGEST, the store has no such bundle.
+            BundleCorrupt: likewise, its manifest is damaged.
             StoreUnavailable: it does not answer.
         """
         everywhere = await self._changing.add(name, path, replace=replace)

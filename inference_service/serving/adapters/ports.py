@@ -169,5 +169,5 @@ class Bundles(Protocol):
     """The store's bundles."""
 
     async def record(self, digest: str) -> AdapterRecord:
-        """Return what a generation would say of a bundle; raises BundleCorrupt, StoreUnavailable."""
+        """Return what a generation would say of a bundle; raises BundleNotFound, BundleCorrupt, ...."""
         ...

@@ -176,15 +176,15 @@ class AdapterServiceServicer:
         """Adds an adapter, or gives a name another version, and answers when this replica serves it. A call that
         is given up does not end the build: the adapter may be published later.
 
-        INVALID_ARGUMENT     REQUEST_INVALID: the path names no adapter, or the name cannot be an adapter's here. The
-        violations name the field.
+        NOT_FOUND            BUNDLE_NOT_FOUND: of bundle:DIGEST, the store has no such bundle. Build it.
+        INVALID_ARGUMENT     REQUEST_INVALID: the path names no adapter, or the name cannot be an adapter's here, or
+        the replica serves only what is signed. The violations name the field.
         DEPLOYMENT_INVALID: an alias or the base has the name. Choose another.
         ALREADY_EXISTS       ADAPTER_EXISTS: the name is taken. Set replace, or unload it.
         FAILED_PRECONDITION  NO_BUILDER: this replica knows no builder. Start it with --builder, or load bundle:DIGEST.
         UNAVAILABLE          REPLICA_BEHIND: it was published, and this replica does not serve it yet. Look again.
         STORE_UNAVAILABLE: retry.
-        DATA_LOSS            BUNDLE_CORRUPT: of bundle:DIGEST, the store has no such bundle. Build it.
-        SIGNATURE_INVALID: this replica serves only what a signed generation names.
+        DATA_LOSS            BUNDLE_CORRUPT: the manifest of bundle:DIGEST is damaged. Build it again.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

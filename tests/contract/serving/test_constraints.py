@@ -270,7 +270,13 @@ async def test_masks_outlive_a_preemption(world: tuple[World, MemoryStore]) -> N
         ("json_schema", '{"type": "foo"}', "foo"),
         ("json_schema", '{"not": {"type": "string"}}', "not"),
         ("json_schema", '{"items":' * 900 + "{}" + "}" * 900, "JSON"),
-        ("json_schema", '{"$ref": "http://example.com/x.json"}', "example.com"),
+        ("json_schema", '{"$ref": "http://example.com/x.json"}', "into the schema itself"),
+        ("json_schema", '{"$ref": "#"}', "leads only to itself"),
+        ("json_schema", '{"oneOf": [{"type": "string"}, {"maxLength": 3}]}', "use anyOf"),
+        ("json_schema", '{"minLength": 99999999}', "minLength: 99999999, more than 100000"),
+        ("regex", "a{99999999}", "{99999999} in a{99999999}"),
+        ("lark", 'start: "a"~99999999', "~99999999, more than"),
+        ("gbnf", "root ::= root", "leads only to itself"),
         ("regex", "(", "unclosed"),
         ("regex", "(?=a)b", "look-around"),
         ("lark", "x: /a/", "start"),
@@ -287,6 +293,8 @@ async def test_a_constraint_that_cannot_be_used_is_refused_with_the_reason(
     (finding,) = caught.value.findings
     assert finding.where == "response_format"
     assert why in finding.found
+    assert finding.expected
+    assert not any(word in finding.found for word in ("verbose", "NoExt", "coerce_one_of", "start: /"))
 
 
 async def test_an_answer_that_cannot_go_on_ends_with_the_reason(ready: Ready) -> None:

@@ -21,6 +21,7 @@ from loramux_shared.faults import (
     AdapterExists,
     AdapterInvalid,
     BundleCorrupt,
+    BundleNotFound,
     ModelNotFound,
     NoBuilder,
     PageTokenInvalid,
@@ -203,7 +204,7 @@ async def test_without_a_builder_only_bundles_are_loaded() -> None:
         await replica.manager.load("mine", f"bundle:{digest}")
     with pytest.raises(RequestInvalid, match="lora_name"):
         await replica.manager.load("one", f"bundle:{digest}", replace=True)
-    with pytest.raises(BundleCorrupt):
+    with pytest.raises(BundleNotFound):
         await replica.manager.load("other", f"bundle:{digest_of(78)}")
     replica.manager.take(generation(2, {"one": 1}))
     assert replica.manager.get("mine").only_here

@@ -27,10 +27,18 @@ from loramux.messages import deployment_from_message, deployment_to_message
 from loramux_shared.bundle.deployments import current_generation
 from loramux_shared.bundle.gc import Retention, find_orphans, remove
 from loramux_shared.bundle.generation import Generation, current_key, generation_key, signature_key
-from loramux_shared.bundle.manifest import sha256_hex
+from loramux_shared.bundle.manifest import MANIFEST_FILE, bundle_key, sha256_hex
 from loramux_shared.deployment import Repository, SourceKind
 from loramux_shared.deployment_file import load_deployment, parse_deployment
-from loramux_shared.faults import AdapterInvalid, DeploymentInvalid, SettingsInvalid, SignatureInvalid
+from loramux_shared.faults import (
+    AdapterInvalid,
+    BundleCorrupt,
+    BundleNotFound,
+    DeploymentInvalid,
+    RequestInvalid,
+    SettingsInvalid,
+    SignatureInvalid,
+)
 from loramux_shared.settings import BuilderSettings, InferenceSettings
 from loramux_shared.signing.openssf import SIGNATURE, sign_folder
 from loramux_shared.signing.store import sign_object, signed_store
@@ -170,8 +178,13 @@ async def test_a_replica_that_requires_signatures_starts_and_loads_nothing_witho
     with pytest.raises(SignatureInvalid, match="found none"):
         await Replica.load(settings)
     assert (await StoredBundles(world.trusting).record(digest)).digest == digest
-    with pytest.raises(SignatureInvalid, match="named by its digest"):
+    with pytest.raises(RequestInvalid, match="lora_path: expected an adapter that comes with a signed gen"):
         await StoredBundles(world.trusting, refused=True).record(digest)
+    with pytest.raises(BundleNotFound, match="bundle:0000"):
+        await StoredBundles(world.trusting).record("0" * 64)
+    world.trusting.put(bundle_key("1" * 64, MANIFEST_FILE), b"{}")
+    with pytest.raises(BundleCorrupt, match="manifest is damaged"):
+        await StoredBundles(world.trusting).record("1" * 64)
 
 
 async def test_a_builder_that_would_not_take_its_own_word_does_not_start(world):

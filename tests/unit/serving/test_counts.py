@@ -1,0 +1,89 @@
+"""Counts in constraints, which are judged before a library sees them."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from inference_service.serving.counts import MOST, MOST_UP_TO, too_many
+
+MANY = MOST + 1
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        f"a{{{MANY}}}",
+        f"a{{{MANY},}}",
+        f"a{{0,{MANY}}}",
+        f"x(a|b){{{MANY}}}y",
+        "(a{1000}){1000}",
+        "((a{100}b?){100}){100}",
+        "a{1000}{1000}",
+        f"[]a]{{{MANY}}}",
+        f"[^]]{{{MANY}}}",
+        f"[a[b]]{{{MANY}}}",
+        r"\p{Greek}" f"{{{MANY}}}",
+        "a{60000}b{60000}",
+        "a{" + "9" * 5000 + "}",
+    ],
+)
+def test_patterns_that_unfold_to_too_much(pattern: str) -> None:
+    """Counts are multiplied where they are nested, and added where they are beside each other."""
+    assert "characters or more" in (too_many("regex", pattern) or "")
+    assert too_many("json_schema", json.dumps({"items": [{"pattern": pattern}]}))
+    assert too_many("json_schema", json.dumps({"patternProperties": {pattern: {}}}))
+    assert too_many("lark", f"start: /{pattern}/")
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        f"[a-z]{{1,{MOST}}}",
+        "(a{100}){100}",
+        "[{999999}]",
+        r"\{999999}",
+        "a{999999",
+        "{999999",
+        "(ab|c){3}[0-9]?",
+    ],
+)
+def test_patterns_that_do_not(pattern: str) -> None:
+    """A brace in a class or behind a backslash is a character."""
+    assert too_many("regex", pattern) is None
+
+
+def test_numbers_of_a_schema() -> None:
+    """Lower bounds are counts; upper bounds may be the largest number of 32 bits, which stands for any."""
+    for key in ("minLength", "minItems", "minProperties", "minContains"):
+        found = too_many("json_schema", json.dumps({"$defs": {"a": {"anyOf": [{key: MANY}]}}}))
+        assert found == f"{key}: {MANY}, more than {MOST}"
+    for key in ("maxLength", "maxItems", "maxProperties", "maxContains"):
+        assert too_many("json_schema", json.dumps({key: MOST_UP_TO})) is None
+        assert too_many("json_schema", json.dumps({key: MOST_UP_TO + 1}))
+
+
+def test_names_and_values_are_no_keywords() -> None:
+    """A property may be called as a keyword is, and is looked into."""
+    assert too_many("json_schema", json.dumps({"properties": {"minLength": {"type": "string"}}})) is None
+    assert too_many("json_schema", json.dumps({"enum": [{"minLength": MANY}], "const": MANY})) is None
+    assert too_many("json_schema", json.dumps({"properties": {"enum": {"minLength": MANY}}}))
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "refused"),
+    [
+        ("lark", f'start: "a"{{{MANY}}}', True),
+        ("lark", f'start: "a" ~ 1..{MANY}', True),
+        ("lark", 'start: %json {"properties": {"a": {"minItems": 999999}}} "b"', True),
+        ("lark", 'start: "{999999}" // {999999}', False),
+        ("lark", "start: %json {", False),
+        ("gbnf", f'root ::= "a"{{{MANY}}}', True),
+        ("gbnf", "root ::= [{999999}] # {999999}", False),
+        ("json_object", "", False),
+    ],
+)
+def test_repeats_of_grammars(kind: str, text: str, refused: bool) -> None:
+    """Those of rules, and those in their patterns and schemas; none in literals and comments."""
+    assert (too_many(kind, text) is not None) == refused
