@@ -167,10 +167,11 @@ def _publish(
     def change(current: Generation) -> Generation:
         if records and not same_conditions(before, current):
             raise Moved
-        others = {name for name, record in current.adapters.items() if records.get(name, record) != record}
+        wanted = changed(current, records, wish.remove)
         if wish.must_be_new and not again:
-            _require_new(current, others)
-        return changed(current, records, wish.remove)
+            there = records.keys() & current.adapters.keys()
+            _require_new(current, {name for name in there if current.adapters[name] != wanted.adapters[name]})
+        return wanted
 
     name = before.deployment
     check()

@@ -13,6 +13,10 @@ import grpc
 import pytest
 
 from builder_service.builds import following
+from builder_service.pipeline.build import build
+from builder_service.pipeline.progress import Progress
+from builder_service.pipeline.update import update
+from builder_service.pipeline.wishes import Update
 from loramux.builder.v1 import builder_pb2 as pb
 from loramux.builder.v1 import builder_pb2_grpc
 from loramux.client import AsyncClient
@@ -23,6 +27,7 @@ from loramux_shared.bundle.manifest import CONFIG_FILE, WEIGHTS_FILE, bundle_key
 from loramux_shared.bundle.reader import read_manifest
 from loramux_shared.deployment import Deployment, Repository, Runtime, SourceKind
 from loramux_shared.faults import (
+    AdapterExists,
     AdapterInvalid,
     AdapterNotFound,
     BundleCorrupt,
@@ -40,7 +45,7 @@ from loramux_shared.rpc.calls import Patience
 from loramux_shared.rpc.status import fault_of
 from tests.golden.wild.shape import Shape
 from tests.support.adapters import tensors, write_adapter
-from tests.support.builders import HOUR, Builders
+from tests.support.builders import HOUR, Builders, Gated
 from tests.support.waiting import Clock, until
 
 
@@ -154,6 +159,31 @@ async def test_a_file_takes_a_name_that_was_pushed(world: World) -> None:
     assert (three.added, three.digest != pushed.digest) == (False, True)
     done = await world.build(world.deployment("one", "three"))
     assert "W_REPLACED" not in {each.code for each in done.adapters[1].warnings}
+
+
+class Overtaken(Gated):
+    """Another builder publishes generation 3 in the moment in which generation 2 is there."""
+
+    def put(self, key: str, data: bytes | Path) -> None:
+        """Store, and be overtaken."""
+        super().put(key, data)
+        if key == generation_key("tiny", 2) and isinstance(data, bytes):
+            change = {"number": 3, "request_default_max_tokens": 7}
+            other = Generation.from_bytes(data, what=key).model_copy(update=change)
+            super().put(generation_key("tiny", 3), other.to_bytes())
+
+
+def test_an_adapter_that_must_be_new_may_be_there_already(tmp_path: Path) -> None:
+    """Where another builder published after it, an update finds its own adapter, and is done."""
+    made = Builders(tmp_path)
+    made.store = Overtaken()
+    context = made.context()
+    build(made.deployment("one"), context, Progress(["one"]))
+    wish = Update(name="tiny", add={"two": made.repository("two")}, must_be_new=True)
+    assert update(wish, context, Progress(["two"])).generation.number == 3
+    assert (list(made.generation.adapters), made.generation.adapters["two"].added) == (["one", "two"], True)
+    with pytest.raises(AdapterExists):
+        update(wish, context, Progress(["two"]))
 
 
 async def test_a_push_during_a_build_stays(world: World) -> None:
