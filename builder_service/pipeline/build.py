@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 import structlog
 
 from builder_service.pipeline.context import BuildContext
-from builder_service.pipeline.keep import Keeping, Moved, same_conditions
+from builder_service.pipeline.keep import Keeping, Moved, same_conditions, still_fits
 from builder_service.pipeline.making import Workshop, making, workshop
 from builder_service.pipeline.progress import Progress
 from builder_service.pipeline.prove import require_prover
@@ -73,13 +73,19 @@ def _build(deployment: Deployment, shop: Workshop, *, verify: bool, exact: bool)
     before = _newest(store, deployment.model_name)
     made = making(shop, base, deployment.build, digests_of(before), deployment.runtime.merge)
     draft = _draft(deployment, base.record, made.book.dtype)
-    same = before is not None and same_conditions(before, draft)
+    same = before if before is not None and same_conditions(before, draft) else None
     named = deployment.build.lora_adapters
     added = {} if exact else added_to(before)
     beside = {name: record for name, record in added.items() if name not in named}
-    _check_beside(draft, named, beside, same)
+    limits = made.book.limits
+    fit = {
+        name: record
+        for name, record in beside.items()
+        if same or (before is not None and still_fits(record, before, draft, limits))
+    }
+    _check_beside(draft, named, beside, beside.keys() - fit.keys())
     progress.include(beside)
-    keeping = Keeping(before if same else None, beside)
+    keeping = Keeping(same, fit)
     records = made.make(
         {**named, **{name: each.source for name, each in beside.items()}}, keeping, verify=verify
     )
@@ -104,14 +110,17 @@ def added_to(generation: Generation | None) -> dict[str, AdapterRecord]:
 
 
 def _check_beside(
-    draft: Generation, named: Collection[str], beside: Mapping[str, AdapterRecord], same: bool
+    draft: Generation,
+    named: Collection[str],
+    beside: Mapping[str, AdapterRecord],
+    anew: Collection[str],
 ) -> None:
-    """Refuse adapters that are to stay beside those of the file, and cannot."""
+    """Refuse adapters that are to stay beside those of the file, and cannot. Some are to be made anew."""
     if not beside:
         return
     names = f"the file does not name {listed(beside)}, which came by an update or a push and would stay"
-    lost = [name for name, record in beside.items() if record.source.source is SourceKind.PUSHED]
-    if lost and not same:
+    lost = [name for name in beside if name in anew and beside[name].source.source is SourceKind.PUSHED]
+    if lost:
         raise DeploymentInvalid(
             f"deployment {draft.deployment}: {names}, but a push leaves no files to make {listed(lost)} for "
             "another base or other settings. Build with --exact, which removes them, then push them again."

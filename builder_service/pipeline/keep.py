@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Final, TypeAlias
@@ -12,6 +12,7 @@ import structlog
 
 from builder_service.domain.file_rules import extra_files
 from builder_service.domain.origin import origin_warnings
+from builder_service.domain.tensor_rules import AdapterLimits
 from builder_service.pipeline.fetch import ListedAdapter, recorded
 from builder_service.pipeline.progress import Progress
 from loramux_shared.bundle.generation import CONVERTER, AdapterRecord, BaseRecord, Generation
@@ -55,8 +56,8 @@ class Keeping:
 
     before: Generation | None
     """None where nothing may be kept."""
-    beside: Collection[str] = ()
-    """Names of adapters that stay as they are, whatever their sources say now."""
+    beside: Mapping[str, AdapterRecord] = field(default_factory=dict)
+    """Adapters that stay as they are, whatever their sources say now."""
     _by_revision: dict[Place, AdapterRecord] = field(default_factory=dict)
     _by_listing: dict[Place, AdapterRecord] = field(default_factory=dict)
 
@@ -68,8 +69,8 @@ class Keeping:
 
     def unasked(self, name: str, repository: Repository) -> Kept | None:
         """Return an adapter whose repository need not even be listed: it was built at this very revision."""
-        if self.before is not None and name in self.beside:
-            return Kept(name, self.before.adapters[name])
+        if name in self.beside:
+            return Kept(name, self.beside[name])
         pinned = _PINNED.get(repository.source)
         if repository.source is not SourceKind.PUSHED and not (
             pinned and pinned.fullmatch(repository.revision)
@@ -100,6 +101,18 @@ class Keeping:
 def same_conditions(one: Generation, other: Generation) -> bool:
     """True when an adapter gives the same bundle, or breaks the same rules, in both."""
     return _conditions(one) == _conditions(other)
+
+
+def still_fits(record: AdapterRecord, before: Generation, draft: Generation, limits: AdapterLimits) -> bool:
+    """True when all that differs between two generations are ceilings, and an adapter is below the new ones."""
+    ceilings = {"max_lora_rank": draft.max_lora_rank, "lora_target_modules": draft.lora_target_modules}
+    summary, allowed = record.summary, limits.target_modules
+    return (
+        same_conditions(before.model_copy(update=ceilings), draft)
+        and summary is not None
+        and max(summary.ranks, default=0) <= limits.max_rank
+        and (not allowed or allowed.issuperset(summary.modules))
+    )
 
 
 def _conditions(generation: Generation) -> tuple[object, ...]:

@@ -141,6 +141,12 @@ async def test_what_stays_is_made_again_for_other_settings(world: World) -> None
     assert (done.generation, world.generation.adapters["two"].added) == (3, True)
     assert read_manifest(world.store, world.generation.adapters["two"].digest).dtype == "float32"
     await world.client.push("tiny", "three", world.folder / "three")
+    ceiling = {"lora_configuration": {"dtype": "float32", "max_lora_rank": 32}}
+    done = await world.build(world.deployment("one", **ceiling))
+    assert [each.name for each in done.adapters if each.added and each.kept] == ["three", "two"]
+    low = world.deployment(lora_configuration={"dtype": "float32", "max_lora_rank": 1})
+    with pytest.raises(DeploymentInvalid, match="no files to make three"):
+        await world.build(low)
     with pytest.raises(DeploymentInvalid, match=r"no files to make three for another.*--exact"):
         await world.build(world.deployment("one"))
     wide = wide.model_copy(update={"runtime": Runtime(served_model_name="Two")})
