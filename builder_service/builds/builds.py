@@ -289,7 +289,7 @@ class Builds(Shown):
         except OSError as error:
             raise ResourcesExhausted(
                 f"the builder's work folder: {error.strerror or type(error).__name__}. "
-                "Free some space, or set --work-dir."
+                "Free some space, or set LORAMUX_WORK_DIR."
             ) from error
         finally:
             timer.cancel()

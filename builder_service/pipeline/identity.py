@@ -43,7 +43,7 @@ def claim_identity(folder: Path) -> Identity:
             continue
         return Identity(_name_in(file), file)
     raise ResourcesExhausted(
-        f"the builder's work folder {folder}: no place for another builder. Set --work-dir."
+        f"the builder's work folder {folder}: no place for another builder. Set LORAMUX_WORK_DIR."
     )
 
 

@@ -78,7 +78,8 @@ class Guard:
         if self._allows(host, port) or all(map(is_public, found)):
             return found
         raise SourceRefused(
-            f"{host}: not a public address. Name a public host, or start the server with --allow-host {host}."
+            f"{host}: not a public address. Name a public host, or start the server with "
+            f"LORAMUX_ALLOWED_HOSTS={host}."
         )
 
     def _allows(self, host: str, port: int) -> bool:

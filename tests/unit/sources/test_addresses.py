@@ -78,7 +78,7 @@ def guard(*answers: str, allowed: tuple[str, ...] = ()) -> Guard:
 def test_one_bad_address_refuses_the_name():
     """A name that has a public address and a private one is refused."""
     assert guard("1.1.1.1", "1.1.1.1").addresses("host", 443) == [ip_address("1.1.1.1")]
-    with pytest.raises(SourceRefused, match="start the server with --allow-host host"):
+    with pytest.raises(SourceRefused, match="start the server with LORAMUX_ALLOWED_HOSTS=host"):
         guard("1.1.1.1", "10.0.0.1").addresses("host", 443)
     with pytest.raises(SourceRefused, match="cannot be read"):
         guard("fe80::1%no such zone%").addresses("host", 443)
