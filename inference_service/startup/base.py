@@ -21,6 +21,7 @@ from loramux_shared.bases.memory import GB, widening
 from loramux_shared.bases.read import read_config
 from loramux_shared.bundle.generation import Generation
 from loramux_shared.codes import CODES
+from loramux_shared.deployment import SourceKind
 from loramux_shared.faults import ResourcesExhausted
 from loramux_shared.notify import report
 from loramux_shared.pooling import Pooling, pooling_in
@@ -84,6 +85,8 @@ def load_base(generation: Generation, settings: InferenceSettings, sources: Sour
         )
         return Base(placed, config, text, backend, model, time.monotonic() - reading, pooling)
 
+    if generation.base.source.source is not SourceKind.LOCAL:
+        report("fetching the base, or finding it in the cache")
     log.info("fetching the base", source=shown_source(generation.base.source), cache=str(settings.cache_dir))
     try:
         return with_base(generation.base, into, sources, read)

@@ -117,6 +117,14 @@ async def test_the_commands(world: Builders) -> None:
         assert "error: GENERATION_MISMATCH" in await run("add", "2", two, "--expect", "1", code=1)
         assert "error: ADAPTER_INVALID" in await run("add", "b", str(world.folder / "bad"), code=1)
         assert "error: DEPLOYMENT_INVALID" in await run("add", "b", "no repository", code=1)
+        file = world.folder / "deployment.json"
+        file.write_text(world.deployment("one").model_dump_json())
+        assert "generation 9 is published, unchanged" in await run("build", str(file))
+        await run("push", two, "--name", "5")
+        again = await asyncio.to_thread(CliRunner().invoke, app, ["build", str(file), "--builder", address])
+        assert "also served, since added or pushed: 2, 3, 5 (a build with --exact removes them)" in again.stderr
+        assert "also served" not in await run("build", str(file), "--exact")
+        assert list(world.generation.adapters) == ["one"]
         outside = str(world.folder.parent)
         refused = await run("add", "b", outside, code=4)
         assert f"LOCAL {outside}: not below a folder that this server may read" in refused
