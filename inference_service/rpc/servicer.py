@@ -15,7 +15,8 @@ from inference_service.rpc.pooling import (
     vector_to_message,
 )
 from inference_service.serving.pooling import check_dimensions, pooled, pooling_of, scored, shaped
-from inference_service.serving.service import GenerationService, Started
+from inference_service.serving.request import WORDLESS, Delta, Event, Finished, Started
+from inference_service.serving.service import GenerationService
 from loramux.inference.v1 import inference_pb2 as pb
 from loramux.inference.v1 import inference_pb2_grpc
 from loramux_shared.pooling import Pooling
@@ -34,17 +35,21 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     ) -> AsyncIterator[pb.GenerateResponse]:
         """Stream the events of an answer.
 
-        `Started` waits for the event behind it: a proxy may send a call elsewhere until its answer begins.
+        Nothing leaves before text does: a proxy may send a call elsewhere until its answer begins. The first
+        tokens may be part of a character or of a stop text; after `WORDLESS` of them the answer begins anyway.
         """
         asked = request_from_message(request, context, self._service.limits.max_seq_len)
         events = self._service.generate(asked)
         held: list[pb.GenerateResponse] = []
+        wordless, begun = 0, False
         text = self._service.text
         async with aclosing(events):
             async for event in events:
                 text = event.text if isinstance(event, Started) else text
                 held += event_to_messages(event, text)
-                if not isinstance(event, Started):
+                wordless += len(event.tokens) if isinstance(event, Delta) else 0
+                begun = begun or wordless > WORDLESS or isinstance(event, Finished) or _has_text(event)
+                if begun:
                     for message in held:
                         yield message
                     held = []
@@ -86,6 +91,10 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         """List what is served."""
         models = [model_to_message(model, self._service) for model in self._service.catalog]
         return pb.ListModelsResponse(models=models)
+
+
+def _has_text(event: Event) -> bool:
+    return isinstance(event, Delta) and bool(event.text)
 
 
 def register(servicer: InferenceServicer, server: grpc.aio.Server) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from inference_service.core.constraint import Constraint
 from inference_service.core.sequence import FinishReason, Token, Vector
@@ -148,6 +148,10 @@ class Pooled:
     """The hidden states of the prompt as one vector; comes once, and no Delta comes beside it."""
 
     vector: Vector
+
+
+WORDLESS: Final = 4
+"""Tokens without text for which the beginning of an answer waits: the bytes of a character."""
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from loramux.envoy.fleet import Fleet, Place, Tls
@@ -24,6 +24,7 @@ BUFFER_BYTES: Final = 256 * 1024
 STREAM_WINDOW_BYTES: Final = 64 * 1024
 CONNECTION_WINDOW_BYTES: Final = 64 * 1024 * 1024
 """A thousand streams that nobody reads hold up no other stream of the connection."""
+ANSWERS: Final = "replicas_http_answers"
 HTTP_IDLE_S: Final = 30
 """A replica closes a connection that has been unused for 65 s; Envoy does so first."""
 
@@ -69,6 +70,45 @@ def grpc_cluster(fleet: Fleet) -> Json:
 def http_cluster(fleet: Fleet) -> Json:
     """Return the HTTP doors."""
     return _cluster(_HTTP, [(replica.http, replica.ring_key) for replica in fleet.replicas], fleet.tls)
+
+
+def answer_clusters(fleet: Fleet) -> list[Json]:
+    """Return the HTTP endpoints for answers: a cluster of all replicas, and one of each behind its TCP proxy.
+
+    HTTP/1.1 cannot ask whether somebody is there while an answer is awaited. So these connections pass a TCP
+    proxy, which closes them when the replica answers nothing at all, not even that it is leaving.
+    """
+    places = [replica.http for replica in fleet.replicas]
+    hosts = [(place, replica.ring_key) for place, replica in zip(places, fleet.replicas, strict=True)]
+    answers = _cluster(replace(_HTTP, name=ANSWERS), hosts, None)
+    endpoints = answers["load_assignment"]["endpoints"][0]["lb_endpoints"]
+    for number, endpoint in enumerate(endpoints):
+        endpoint["endpoint"]["address"] = proxy_address(fleet, number)
+    for name in ("cluster_type", "type", "upstream_connection_options"):
+        answers.pop(name, None)
+    answers["health_checks"] = [HEALTH | _HTTP.check | SOON]
+    return [{"type": "STATIC"} | answers, *(_inner_cluster(place, fleet.tls) for place in places)]
+
+
+def proxy_address(fleet: Fleet, number: int) -> Json:
+    """Return where the TCP proxy of a replica listens: a socket of this machine, without a file."""
+    return {"pipe": {"path": f"@loramux-envoy-{fleet.admin_port}-{number}"}}
+
+
+def inner_name(place: Place) -> str:
+    """Return the name of the TCP proxy of a replica's HTTP endpoint, and of its cluster."""
+    return f"{place.host}:{place.port}"
+
+
+def _inner_cluster(place: Place, tls: Tls | None) -> Json:
+    whole = _cluster(replace(_HTTP, name=inner_name(place)), [(place, None)], tls)
+    for name in ("lb_policy", "ring_hash_lb_config", "outlier_detection", "typed_extension_protocol_options"):
+        del whole[name]
+    return whole | {
+        "common_lb_config": {"healthy_panic_threshold": {"value": 0}},
+        "health_checks": [STILL],
+        "close_connections_on_host_health_failure": True,
+    }
 
 
 def _cluster(door: _Door, hosts: Sequence[tuple[Place, str | None]], tls: Tls | None) -> Json:
@@ -124,6 +164,17 @@ OUTLIERS: Final[Json] = {
 }
 
 
+STILL: Final[Json] = {
+    # A replica that drains answers 503, and keeps its connections; one that stands still answers nothing.
+    "timeout": "5s",
+    "interval": "1s",
+    "no_traffic_interval": "1s",
+    "unhealthy_threshold": 3,
+    "healthy_threshold": 1,
+    "http_health_check": {"path": "/health", "expected_statuses": [{"start": 200, "end": 600}]},
+}
+SOON: Final = dict.fromkeys(("no_traffic_interval", "unhealthy_interval"), "0.2s")
+"""The first look fails, for Envoy looks before it listens, on its TCP proxies too."""
 HEALTH: Final[Json] = {
     "timeout": "2s",
     "interval": "1s",
@@ -148,7 +199,8 @@ def _connections(door: _Door) -> Json:
 
 def _endpoint(place: Place, key: str | None) -> Json:
     address = {"address": place.host, "port_value": place.port}
-    endpoint: Json = {"endpoint": {"address": {"socket_address": address}}}
+    named = {} if key is None else {"hostname": inner_name(place)}
+    endpoint: Json = {"endpoint": {"address": {"socket_address": address}} | named}
     return endpoint | ({"metadata": {"filter_metadata": {"envoy.lb": {"hash_key": key}}}} if key else {})
 
 

@@ -6,9 +6,9 @@ from typing import Any, Final
 
 import yaml
 
-from loramux.envoy.clusters import TYPE, grpc_cluster, http_cluster
+from loramux.envoy.clusters import TYPE, answer_clusters, grpc_cluster, http_cluster
 from loramux.envoy.fleet import Fleet
-from loramux.envoy.listeners import grpc_listener, http_listener
+from loramux.envoy.listeners import grpc_listener, http_listener, inner_listener
 
 HEAD: Final = """\
 # Envoy before replicas of one deployment, as `loramux envoy` prints it; docs/fleet.md says what it does.
@@ -47,11 +47,13 @@ def configuration(fleet: Fleet) -> dict[str, Any]:
         },
     }
     admin = {"address": "127.0.0.1", "port_value": fleet.admin_port}
+    listeners = [grpc_listener(fleet), http_listener(fleet)]
+    clusters = [grpc_cluster(fleet), http_cluster(fleet)]
+    if fleet.is_watched:
+        listeners += [inner_listener(fleet, number) for number in range(len(fleet.replicas))]
+        clusters += answer_clusters(fleet)
     return {
         "admin": {"address": {"socket_address": admin}},
         "overload_manager": {"resource_monitors": [monitor]},
-        "static_resources": {
-            "listeners": [grpc_listener(fleet), http_listener(fleet)],
-            "clusters": [grpc_cluster(fleet), http_cluster(fleet)],
-        },
+        "static_resources": {"listeners": listeners, "clusters": clusters},
     }

@@ -67,6 +67,11 @@ class Fleet:
     first_token_s: float = 120.0
     """Then a streamed request that has no token is sent to another replica; 0: never."""
 
+    @property
+    def is_watched(self) -> bool:
+        """True when each replica has its own address: one that stands still is then found over HTTP too."""
+        return not any(replica.all_of_name for replica in self.replicas)
+
 
 def replica_of(text: str, grpc_port: int, http_port: int) -> Replica:
     """Return the replica of ``HOST``, ``HOST:GRPC`` or ``HOST:GRPC:HTTP``; behind ``dns:///``, all of a name.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from loramux.envoy.clusters import BUFFER_BYTES
+from loramux.envoy.clusters import ANSWERS, BUFFER_BYTES, inner_name, proxy_address
 from loramux.envoy.fleet import Fleet, Place
 from loramux.envoy.model import HEADER, filters_of_json, filters_of_protobuf
 from loramux.envoy.place import PLACE, filter_of_places, told_by
@@ -74,19 +74,40 @@ def grpc_listener(fleet: Fleet) -> Json:
 
 def http_listener(fleet: Fleet) -> Json:
     """Return OpenAI's door."""
+    answers = ANSWERS if fleet.is_watched else "replicas_http"
     routes = [
-        *(_route(path, "replicas_http", _retry(f"{BEGUN},{REFUSED}")) for path in COMPLETIONS),
+        *(_route(path, answers, _retry(f"{BEGUN},{REFUSED}")) for path in COMPLETIONS),
         _route("/", "replicas_http", _retry(f"{NOT_BEGUN},{REFUSED}")),
     ]
     protocol = {"codec_type": "AUTO", "local_reply_config": LOCAL_REPLIES}
     filters = filters_of_json(fleet.first_token_s)
-    return _listener("http", fleet.http, protocol, HTTP_IDLE_S, routes, filters, LOG)
+    log = LOG | ({"replica": "%UPSTREAM_HOST_NAME%"} if fleet.is_watched else {})
+    return _listener("http", fleet.http, protocol, HTTP_IDLE_S, routes, filters, log)
+
+
+def inner_listener(fleet: Fleet, number: int) -> Json:
+    """Return the TCP proxy of a replica's HTTP endpoint, which only this Envoy reaches."""
+    place = fleet.replicas[number].http
+    proxy = {
+        "@type": f"{TYPE}.filters.network.tcp_proxy.v3.TcpProxy",
+        "stat_prefix": "replica_http",
+        "cluster": inner_name(place),
+        "idle_timeout": "0s",
+    }
+    return {
+        "name": inner_name(place),
+        "address": proxy_address(fleet, number),
+        "per_connection_buffer_limit_bytes": BUFFER_BYTES,
+        "filter_chains": [{"filters": [{"name": "envoy.filters.network.tcp_proxy", "typed_config": proxy}]}],
+    }
 
 
 def _listener(
     name: str, place: Place, protocol: Json, idle_s: int, routes: list[Json], filters: list[Json], log: Json
 ) -> Json:
-    hosts = [{"name": name, "domains": ["*"], "response_headers_to_add": [told_by()], "routes": routes}]
+    hosts = [
+        {"name": name, "domains": ["*"], "response_headers_to_add": [told_by(log["replica"])], "routes": routes}
+    ]
     manager = {
         "@type": f"{TYPE}.filters.network.http_connection_manager.v3.HttpConnectionManager",
         "stat_prefix": name,

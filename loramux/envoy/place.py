@@ -63,9 +63,9 @@ def filter_of_places() -> dict[str, Any]:
     return lua(PLACES)
 
 
-def told_by() -> dict[str, Any]:
-    """Return the header of an answer by which that filter knows the replica."""
+def told_by(replica: str) -> dict[str, Any]:
+    """Return the header of an answer by which that filter knows the replica, whose format is given."""
     return {
-        "header": {"key": HOST, "value": "%UPSTREAM_HOST%"},
+        "header": {"key": HOST, "value": replica},
         "append_action": "OVERWRITE_IF_EXISTS_OR_ADD",
     }

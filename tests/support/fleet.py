@@ -152,13 +152,12 @@ class Proxy:
     def healthy(self) -> set[str]:
         """The doors that get traffic."""
         clusters = httpx.get(f"{self._admin}/clusters?format=json", timeout=BOUND_S).json()
-        return {
-            f"{place['address']}:{place['port_value']}"
-            for cluster in clusters["cluster_statuses"]
-            for host in cluster.get("host_statuses", ())
-            if set(host["health_status"]) == {"eds_health_status"}
-            for place in [host["address"]["socket_address"]]
-        }
+        well, ill = set[str](), set[str]()
+        for host in (host for each in clusters["cluster_statuses"] for host in each.get("host_statuses", ())):
+            place = host["address"].get("socket_address")
+            name = f"{place['address']}:{place['port_value']}" if place else host["hostname"]
+            (well if set(host["health_status"]) == {"eds_health_status"} else ill).add(name)
+        return well - ill
 
     def counter(self, name: str) -> int:
         """One of its counters, over both doors."""

@@ -36,7 +36,7 @@ class Named(Scripted):
         self.refuses: Fault | None = None
         """What every request ends with."""
         self.tokens = asyncio.Event()
-        """Not set: requests are taken, and have no token."""
+        """Not set: requests are taken, and have no text."""
         self.tokens.set()
         self.ends = asyncio.Event()
         """For those that wait."""
@@ -50,6 +50,8 @@ class Named(Scripted):
         self.open += 1
         try:
             yield Started(request.id, model, 1, 2, self.text)
+            if not self.tokens.is_set():
+                yield Delta("", (Token(5),), 0)  # part of a character
             await self.tokens.wait()
             yield Delta(self.name, (Token(5),), 0)
             if request.prompt == "WAIT":

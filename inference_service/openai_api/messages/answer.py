@@ -14,7 +14,7 @@ from inference_service.openai_api.messages.mapping import Chat
 from inference_service.openai_api.messages.schema import MessagesBody
 from inference_service.openai_api.pieces import Thought
 from inference_service.openai_api.reply import Head, Json
-from inference_service.serving.request import Delta, Finished, Started
+from inference_service.serving.request import WORDLESS, Delta, Finished, Started
 from inference_service.serving.service import GenerationService
 from loramux_shared.faults import Fault, PromptTooLong
 
@@ -73,7 +73,7 @@ class Answer:
         return self._message(self._content.blocks) | ended
 
     async def events(self) -> AsyncGenerator[Json]:
-        """Yield the events of a stream; the first comes with the first token.
+        """Yield the events of a stream; the first comes with the first text.
 
         Raises:
             Fault: as `whole` does.
@@ -86,6 +86,8 @@ class Answer:
                     prompt_tokens = event.prompt_tokens
                     continue
                 news = self._take(event)
+                if not (begun or news or self._unread > WORDLESS or isinstance(event.event, Finished)):
+                    continue
                 if not begun:
                     begun = True
                     news = [self._started(prompt_tokens), PING, *news]

@@ -127,8 +127,8 @@ async def test_a_refusal_of_all_replicas_keeps_its_reason(fleet: Fleet) -> None:
     assert (answer.status_code, answer.json()["error"]["code"]) == (503, "shutting_down")
 
 
-async def test_nothing_is_sent_before_the_first_token(fleet: Fleet) -> None:
-    """A replica sends not even headers before the first token, so that another one may still answer."""
+async def test_nothing_is_sent_before_the_first_text(fleet: Fleet) -> None:
+    """A replica sends not even headers before there is text, so that another one may still answer."""
     one = fleet.replicas["one"]
     one.service.tokens.clear()
     bodies = {
@@ -181,17 +181,17 @@ async def test_a_replica_without_tokens_is_left(tmp_path: Path) -> None:
         slow.tokens.clear()
         whole = asyncio.create_task(fleet.who_over_http("lora1"))
         await until(lambda: slow.open, "the answer that is not streamed")
-        await left(fleet, "grpc", fleet.who, slow)
+        await left(fleet, "replicas_grpc", fleet.who, slow)
         assert not whole.done()
         slow.tokens.set()
         assert await whole == slow.name
         slow.tokens.clear()
-        await left(fleet, "http", fleet.streamed, slow)
+        await left(fleet, "replicas_http_answers", fleet.streamed, slow)
 
 
 async def left(fleet: Fleet, door: str, ask: Callable[[str], Awaitable[str]], slow: Named) -> None:
     """Ask again and again, until Envoy leaves a replica that took requests and had no token for them."""
-    ejections = f"replicas_{door}.outlier_detection.ejections_enforced_consecutive_local_origin_failure"
+    ejections = f"{door}.outlier_detection.ejections_enforced_consecutive_local_origin_failure"
     before = slow.asked
     async with bounded(f"a replica that is left at the door {door}"):
         while not await asyncio.to_thread(fleet.proxy.counter, ejections):

@@ -97,7 +97,7 @@ def test_long_streams_are_not_cut() -> None:
     for name in ("max_stream_duration", "max_connection_duration", "per_try_idle_timeout"):
         assert not list(values(config, name))
     idle = [int(text.removesuffix("s")) for text in values(clusters, "idle_timeout")]
-    assert all(given < kept for given, kept in zip(idle, (IDLE_S, KEPT_S), strict=True))
+    assert all(given < kept for given, kept in zip(idle, (IDLE_S, KEPT_S, KEPT_S), strict=True))
     pings = [int(each["interval"].removesuffix("s")) for each in values(clusters, "connection_keepalive")]
     assert min(pings) > LEAST_PING_S
 
@@ -108,7 +108,7 @@ def test_envoy_holds_what_replicas_take() -> None:
     assert min(values(config, "request_body_buffer_limit")) > MAX_REQUEST_BYTES
     usual = InferenceSettings(deployment="any")
     most = usual.max_queue + usual.sizes("cuda").seqs
-    [breakers, _] = list(values(config, "thresholds"))
+    [breakers, *_] = list(values(config, "thresholds"))
     assert all(value > 10 * most for value in breakers[0].values())
     assert set(breakers[0]) == {"max_connections", "max_pending_requests", "max_requests", "max_retries"}
     assert set(values(config, "max_concurrent_streams")) == {MAX_STREAMS}
@@ -118,12 +118,26 @@ def test_what_is_retried_had_no_token() -> None:
     """Envoy retries before headers alone; after a reset only what generates, which has no effect that stays."""
     listeners = configured("10.0.0.4")["static_resources"]["listeners"]
     for listener in listeners:
-        for route in next(values(listener, "routes")):
+        for route in next(values(listener, "routes"), ()):
             on = route["route"]["retry_policy"]["retry_on"].split(",")
             prefix = route["match"]["prefix"]
             generates = "InferenceService" in prefix or prefix in COMPLETIONS
             assert ("reset" in on) == generates
             assert not {"5xx", "gateway-error", "internal", "deadline-exceeded"} & set(on)
+
+
+def test_a_proxy_leaves_a_replica_that_drains_alone() -> None:
+    """Whatever a replica answers is a sign of life; without one its connections close within 20 s."""
+    [proxied] = [
+        each
+        for each in configured("10.0.0.4")["static_resources"]["clusters"]
+        if each.get("close_connections_on_host_health_failure")
+    ]
+    [check] = proxied["health_checks"]
+    assert check["http_health_check"]["expected_statuses"] == [{"start": 200, "end": 600}]
+    seconds = [float(check[name].removesuffix("s")) for name in ("timeout", "interval")]
+    assert check["unhealthy_threshold"] * sum(seconds) < 20
+    assert not list(values(configured("dns:///replicas"), "close_connections_on_host_health_failure"))
 
 
 def test_its_admin_page_is_on_loopback() -> None:
@@ -136,9 +150,9 @@ def test_its_admin_page_is_on_loopback() -> None:
 
 def test_a_replica_has_one_place_on_both_rings() -> None:
     """Replicas have the same key at both doors; of a name that stands for several there are only addresses."""
-    grpc, http = configured("10.0.0.4", "[::1]:5:6")["static_resources"]["clusters"]
-    keys = [list(values(cluster, "hash_key")) for cluster in (grpc, http)]
-    assert keys == [["10.0.0.4:50052", "::1:5"]] * 2
+    rings = configured("10.0.0.4", "[::1]:5:6")["static_resources"]["clusters"][:3]
+    keys = [list(values(cluster, "hash_key")) for cluster in rings]
+    assert keys == [["10.0.0.4:50052", "::1:5"]] * 3
     assert not list(values(configured("dns:///replicas"), "hash_key"))
 
 
