@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from loramux_shared.digits import is_whole
 from loramux_shared.faults import ServerUnavailable, SettingsInvalid
 
 TLS_SCHEME: Final = "grpcs://"
@@ -43,7 +44,7 @@ def split(words: str) -> tuple[str, ...]:
     parts = tuple(dict.fromkeys(each.strip() for each in words.split(",") if each.strip()))
     for each in parts or ("nothing",):
         host, _, port = each.removeprefix(TLS_SCHEME).removeprefix(DNS_SCHEME).rpartition(":")
-        if not host or not port.isdecimal() or "/" in host or int(port) > 65535:
+        if not host or not is_whole(port) or "/" in host or int(port) > 65535:
             raise SettingsInvalid(f"{each}: {EXPECTED}.")
     return parts
 

@@ -15,6 +15,7 @@ from loramux_shared.bundle.deployments import (
     stored_deployments,
 )
 from loramux_shared.bundle.generation import Generation
+from loramux_shared.digits import is_whole
 from loramux_shared.faults import BundleCorrupt, DeploymentNotFound, PageTokenInvalid
 from loramux_shared.storage.base import Store
 
@@ -63,7 +64,7 @@ def history(store: Store, name: str, page_size: int, page_token: str) -> History
     Raises:
         DeploymentNotFound, PageTokenInvalid, StoreUnavailable
     """
-    if page_token and not (page_token.isascii() and page_token.isdecimal() and len(page_token) < 20):
+    if page_token and not is_whole(page_token):
         raise PageTokenInvalid(UNKNOWN_PAGE)
     numbers = generation_numbers(store, name) if is_deployment_name(name) else []
     if not numbers:

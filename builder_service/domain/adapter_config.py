@@ -18,6 +18,7 @@ from builder_service.domain.config_rules import (
 )
 from builder_service.domain.kinds import Kind, as_lora, kind_of, scale
 from builder_service.domain.patterns import BOUNDS, PatternsInvalid, Reading, read_names
+from builder_service.domain.peft_defaults import default_targets
 from builder_service.domain.sandbox import TooCostly
 from builder_service.domain.strict_json import JsonInvalid, parse, shown
 from loramux_shared.faults import Finding
@@ -40,7 +41,9 @@ class AdapterConfig:
     initial: str = ""
     """The initialisation that took a part of the base's weights, which follows from them; else empty."""
     target_modules: tuple[str, ...] | str | None = None
-    """Names, a pattern or ``all-linear``; None where it is not given."""
+    """Names, a pattern or ``all-linear``; None where there is no config, which could say it."""
+    default_for: str = ""
+    """The ``model_type`` for which PEFT chose the target modules, where the config does not say them."""
     exclude_modules: tuple[str, ...] | str = ()
     layers_to_transform: tuple[int, ...] | int = ()
     layers_pattern: tuple[str, ...] = ()
@@ -97,6 +100,25 @@ class AdapterConfig:
     def left_out_by(self, module: str) -> str:
         """Return the field for which PEFT does not adapt a module of the base; empty where it does."""
         return self._reading(module).left_out
+
+    def with_default_targets(self, model_type: str) -> tuple[AdapterConfig, list[Finding]]:
+        """Return the config with what PEFT adapts of a base where the config says no ``target_modules``."""
+        if self.target_modules is not None:
+            return self, []
+        targets = default_targets(self.kind, model_type)
+        if targets is None and not self.target_parameters:
+            expected = f"names or a pattern: PEFT has no default for {model_type}"
+            return self, [bad_config("target_modules", expected, "none")]
+        return replace(self, target_modules=targets or (), default_for=model_type), []
+
+    @property
+    def default_note(self) -> str:
+        """What PEFT takes for the target modules, where the config does not say them; else empty."""
+        targets = self.target_modules or "none"
+        shown_targets = targets if isinstance(targets, str) else ", ".join(targets)
+        return (
+            f"not given, which means {shown_targets} to PEFT for {self.default_for}" if self.default_for else ""
+        )
 
     def read(self, modules: Iterable[str]) -> tuple[AdapterConfig, list[Finding]]:
         """Read every pattern for every module, which is what the other methods answer from.

@@ -12,8 +12,11 @@ from loramux_shared.wording import listed
 
 FILE: Final = "adapter_config.json"
 MAX_RANK: Final = 1 << 16
+RANK: Final = f"a whole number from 1 to {MAX_RANK}"
 MAX_NAME: Final = 4096
 """Characters."""
+MAX_ALPHA: Final = 1e30
+ALPHA: Final = f"a number above -{MAX_ALPHA:g} and below {MAX_ALPHA:g}"
 MAX_SAVED: Final = 64
 """Modules that are saved whole: embeddings, a head, norms."""
 MAX_TOKENS: Final = 1 << 16
@@ -45,8 +48,8 @@ def bad_fields(fields: dict[str, Any]) -> list[Finding]:
     """Return one finding for each value that cannot be meant."""
     found = []
     for key, check, expected in (
-        ("r", is_rank, "a positive integer"),
-        ("lora_alpha", is_alpha, "a number"),
+        ("r", is_rank, RANK),
+        ("lora_alpha", is_alpha, ALPHA),
         ("use_rslora", lambda value: isinstance(value, bool), "true or false"),
         ("use_dora", lambda value: isinstance(value, bool), "true or false"),
         ("lora_bias", lambda value: isinstance(value, bool), "true or false"),
@@ -66,8 +69,8 @@ def bad_fields(fields: dict[str, Any]) -> list[Finding]:
             found += _bad_sizes(key, [value])
         elif value and key in {"modules_to_save", "layers_pattern"}:
             found += _bad_sizes(key, value)
-    found += _bad_patterns(fields, "rank_pattern", is_rank, "a positive integer")
-    found += _bad_patterns(fields, "alpha_pattern", is_alpha, "a number")
+    found += _bad_patterns(fields, "rank_pattern", is_rank, RANK)
+    found += _bad_patterns(fields, "alpha_pattern", is_alpha, ALPHA)
     return found + _contradictions(fields)
 
 
@@ -94,7 +97,7 @@ def is_rank(value: Any) -> bool:
 
 def is_alpha(value: Any) -> bool:
     """True for what an alpha can be; PEFT itself writes fractions, and reads negative ones as they are."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and -1e30 < value < 1e30
+    return isinstance(value, int | float) and not isinstance(value, bool) and -MAX_ALPHA < value < MAX_ALPHA
 
 
 def _bad_patterns(

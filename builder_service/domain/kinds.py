@@ -62,6 +62,7 @@ def as_lora(kind: Kind, fields: dict[str, Any]) -> dict[str, Any]:
         plain["rank_pattern"] = _allocated(fields.get("rank_pattern"))
         # The singular values are tensors of their own, and begin as zeros whatever this says.
         plain.pop("init_lora_weights", None)
+        plain.pop("alpha_pattern", None)  # PEFT gives every module the same alpha
     elif kind in (Kind.VERA, Kind.IA3):
         plain.pop("lora_alpha", None)
     else:
@@ -89,13 +90,16 @@ def scale(kind: Kind, alpha: float, rank: int, first: int | None, *, rs: bool) -
         kind: of the adapter.
         alpha: of the module.
         rank: of the module, as it was trained.
-        first: the rank that modules began with. AdaLoRA divides by it whatever it left, and adds 1e-5.
+        first: the rank that modules began with. AdaLoRA divides by it whatever it left, and adds 1e-5; an
+            alpha that is not above 0 means to it the rank that the module has.
         rs: whether it is rsLoRA.
     """
     match kind:
         case Kind.VERA:
             return 1.0
         case Kind.ADALORA:
-            return alpha / float(np.float32(first or DEFAULT_RANKS[kind]) + np.float32(1e-5))
+            return (alpha if alpha > 0 else rank) / float(
+                np.float32(first or DEFAULT_RANKS[kind]) + np.float32(1e-5)
+            )
         case _:
             return alpha / (math.sqrt(rank) if rs else rank)

@@ -60,11 +60,11 @@ def _alpha_order(pairs: list[Pair], config: AdapterConfig) -> list[Finding]:
 def _targets(keys: list[LoraKey], leaves: set[str], config: AdapterConfig) -> list[Finding]:
     """PEFT does not mind a target that matches no module; people do."""
     where, targets = f"{FILE}: target_modules", config.target_modules
-    if targets is None and not config.target_parameters:
+    if config.default_for and not config.target_parameters:
         listed = ", ".join(sorted(leaves))
+        fix = f"Set it to the modules that were trained; the tensors are of {listed}."
         expected = "names or a pattern; PEFT's choice where there are none depends on its version"
-        fix = f"Set it to the modules that were trained; the tensors are of {listed}, and all are taken."
-        return [Finding(code="W_TARGETS", where=where, expected=expected, found="none", fix=fix)]
+        return [Finding(code="W_TARGETS", where=where, expected=expected, found=config.default_note, fix=fix)]
     matched = {end for key in keys for end in ends(key.name)}
     missing = [name for name in targets or () if isinstance(targets, tuple) and name not in matched]
     if not missing:

@@ -37,6 +37,7 @@ from builder_service.domain.vector_rules import check_lone
 from builder_service.domain.vectors import VectorReader, Vectors
 from loramux_shared.adapter_files import CONFIG, WEIGHTS
 from loramux_shared.bases.config import ModelConfig
+from loramux_shared.bases.families import load_families
 from loramux_shared.bundle.added_tokens import AddedToken, OwnTokens
 from loramux_shared.bundle.kinds import kinds_of
 from loramux_shared.bundle.manifest import Coverage, FileDigest
@@ -159,6 +160,10 @@ def check_adapter(
     except HeaderInvalid as error:
         return CheckedAdapter((*found, *config.read(())[1], _no_header(str(error))))
     found += [*_base_findings(config, book), *_invocation_findings(config, book.limits.base)]
+    if parsed.config is not None:
+        architecture = load_families()[book.limits.base.architecture][0]
+        config, wrong = config.with_default_targets(architecture.model_type)
+        found += wrong
     if not file.tensors:
         return CheckedAdapter((*found, _nothing(config)))
     return check_tensors(file, config, book, found, progress)

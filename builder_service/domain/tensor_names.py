@@ -57,7 +57,7 @@ _OF_EMBEDDING: Final[Mapping[Side, re.Pattern[str]]] = {
 _OF_NO_LAYER: Final = re.compile(r"(?P<decoder>(?:[^.]+\.)*?)(?P<path>embed_tokens|lm_head)")
 _BIAS: Final = re.compile(r"(?P<module>.+?)(?P<wrapped>\.base_layer)?\.bias")
 _PLACE: Final = re.compile(
-    r"(?P<decoder>(?:[^.]+\.)*?)layers\.(?P<layer>[0-9]{1,6})\.(?P<path>[^.]+(?:\.[^.]+)*)"
+    r"(?P<decoder>(?:[^.]+\.)*?)layers\.(?P<layer>0|[1-9][0-9]{0,5})\.(?P<path>[^.]+(?:\.[^.]+)*)"
 )
 _TOWER: Final = re.compile(
     r"(?:^|\.)(visual|vision_\w+|audio_\w+|multi_modal_projector|mm_projector|embed_vision|embed_audio)\."

@@ -24,7 +24,7 @@ from builder_service.domain.tensor_names import (
     nearest_key,
     parse_key,
 )
-from builder_service.domain.vector_rules import check_vectors, refuse_vectors
+from builder_service.domain.vector_rules import check_vectors, refuse_vectors, report_left_out
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bases.families import load_families
 from loramux_shared.bases.groups import GroupShape
@@ -106,9 +106,8 @@ def sort_tensors(
     infixes: dict[str, str] = {}
     fulls, tokens, towers = [], [], []
     has_towers = load_families()[base.architecture][0].nested
-    experts = any(isinstance(layer.mlp, ExpertsLayer) for layer in base.layers)
     for name, tensor in file.tensors.items():
-        parsed = parse_key(name, base.dims.fused, experts=experts)
+        parsed = parse_key(name, base.dims.fused, experts=base.has_experts)
         match parsed:
             case RefusedKey():
                 _refuse(parsed, name, base, report)
@@ -264,14 +263,7 @@ def _once_each(pairs: list[Pair], report: Grouping) -> None:
 def _check_targets(pair: Pair, config: AdapterConfig, report: Grouping) -> None:
     """PEFT loads the tensors of modules that the config chooses, and drops the others without a word."""
     if not pair.key.of_parameter and (field := config.left_out_by(pair.key.name)):
-        report.add(
-            "E_TARGETS",
-            pair.place,
-            cause=field,
-            expected=f"modules that adapter_config.json adapts; its {field} leaves these out",
-            found="tensors of them, which PEFT would not load",
-            fix=f"Correct {field}, if they were trained; else save the adapter without these tensors.",
-        )
+        report_left_out(pair.place, field, "tensors", config, report)
 
 
 def _is_tied(pair: Pair, pairs: list[Pair], config: AdapterConfig, base: ModelConfig) -> bool:

@@ -125,17 +125,23 @@ def _is_scale(lone: Lone, config: AdapterConfig, report: Grouping) -> bool:
             fix=MERGE,
         )
     elif field := config.left_out_by(key.name):
-        report.add(
-            "E_TARGETS",
-            key.place,
-            cause=field,
-            expected=f"modules that adapter_config.json adapts; its {field} leaves these out",
-            found="scales of them, which PEFT would not load",
-            fix=f"Correct {field}, if they were trained; else save the adapter without these tensors.",
-        )
+        report_left_out(key.place, field, "scales", config, report)
     else:
         return True
     return False
+
+
+def report_left_out(place: str, field: str, what: str, config: AdapterConfig, report: Grouping) -> None:
+    """Report tensors of a module that a field of the config leaves out."""
+    note = f": it is {config.default_note}" if field == "target_modules" and config.default_for else ""
+    report.add(
+        "E_TARGETS",
+        place,
+        cause=field,
+        expected=f"modules that adapter_config.json adapts; its {field} leaves these out{note}",
+        found=f"{what} of them, which PEFT would not load",
+        fix=f"Correct {field}, if they were trained; else save the adapter without these tensors.",
+    )
 
 
 def has_bias(key: LoraKey, base: ModelConfig) -> bool:

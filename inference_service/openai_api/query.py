@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 from starlette.requests import Request
 
 from inference_service.openai_api.errors import invalid_query, refused_twice
+from loramux_shared.digits import refuse_odd
 
 
 class Query(BaseModel):
     """What a query may hold: unknown names and values of other types are refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _plain_numbers(cls, value: Any, info: ValidationInfo) -> Any:
+        return refuse_odd(value, cls.model_fields[str(info.field_name)].annotation)
 
 
 Q = TypeVar("Q", bound=Query)

@@ -44,10 +44,11 @@ def products(
         return {name: _vera(own, shared, width(name)) for name, own in parts.items()}
     if kind == "ADALORA":
         alpha = 8.0 if config.get("lora_alpha") is None else float(config["lora_alpha"])
-        scale = alpha / (config.get("init_r", 12) + 1e-5)
+        first = config.get("init_r", 12) + 1e-5
         ranked = {name: own for name, own in parts.items() if len(own["lora_E"])}
         made = {name: own["lora_A"] * own["lora_E"] for name, own in ranked.items()}
-        return {name: (a, scale * ranked[name]["lora_B"]) for name, a in made.items()}
+        scaled = {name: (alpha if alpha > 0 else len(a)) / first for name, a in made.items()}
+        return {name: (a, scaled[name] * ranked[name]["lora_B"]) for name, a in made.items()}
     compute = _loha if kind == "LOHA" else _lokr
     found = {}
     for name, own in parts.items():

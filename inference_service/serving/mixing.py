@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final
 from inference_service.core.sequence import MOST_PARTS, Adapter, Mixture
 from inference_service.serving.adapter_defaults import AdapterDefaults
 from loramux_shared.bundle.manifest import apart
+from loramux_shared.digits import is_number
 from loramux_shared.faults import Finding, RequestInvalid
 
 if TYPE_CHECKING:
@@ -53,10 +54,9 @@ def written(text: str) -> tuple[Scaled, ...]:
 
 
 def _number(said: str | None, text: str) -> float:
-    try:
-        return 1.0 if said is None else float(said)
-    except ValueError:
-        raise _refused("model", "a number behind every *", text) from None
+    if said is not None and not is_number(said):
+        raise _refused("model", "a number behind every *", text)
+    return 1.0 if said is None else float(said)
 
 
 def check(parts: Sequence[Scaled], most: int, where: str) -> None:

@@ -14,6 +14,7 @@ from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from loramux.arena.judge import LETTERS, NoVerdict, letter_in
 from loramux.records import Message
+from loramux_shared.digits import is_whole
 from loramux_shared.faults import (
     Fault,
     ModelNotFound,
@@ -119,7 +120,7 @@ class UrlJudge:
         said = " ".join(error.read(2000).decode("utf-8", "replace").split())[:200]
         kind = _KINDS.get(error.code, ServerUnavailable if error.code >= 500 else RequestInvalid)
         after = error.headers.get("retry-after", "")
-        wait_s = float(after) if after.isdecimal() else None
+        wait_s = float(after) if is_whole(after) else None
         told = f"the judge at {self._host} answered {error.code}: {said}"
         if kind in (Unauthenticated, PermissionDenied):
             told += f". Its key is to stand in {API_KEY}, apart from the server's."

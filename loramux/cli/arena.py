@@ -40,7 +40,7 @@ CONCURRENCY: Final = 32
 ALL: Final = "all"
 RUNS: Final = 20
 """Files of answers that are kept unasked; the oldest ones go."""
-_SCALED: Final = re.compile(r"\*\s*[-+.\d]")
+_SCALED: Final = re.compile(r"\*\s*[-+.0-9]")
 """A star before a number is a scale, any other one a pattern."""
 
 Models = Annotated[

@@ -126,7 +126,7 @@ def _counted(orphans: Sequence[Orphan]) -> str:
 
 
 def _duration(flag: str, text: str) -> timedelta:
-    match = re.fullmatch(r"(\d{1,6}(?:\.\d+)?)([dhms])", text)
+    match = re.fullmatch(r"([0-9]{1,6}(?:\.[0-9]+)?)([dhms])", text)
     if match:
         return timedelta(**{_UNITS[match[2]]: float(match[1])})
     if text == "0":

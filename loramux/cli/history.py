@@ -12,6 +12,7 @@ from loramux.cli.change import Expected, only_deployment
 from loramux.cli.documents import emit
 from loramux.client import BUILDER, Client
 from loramux.generations import ChangeKind, GenerationInfo
+from loramux_shared.digits import is_whole
 from loramux_shared.faults import DeploymentNotFound
 from loramux_shared.wording import listed
 
@@ -80,7 +81,7 @@ def rollback(
         try:
             done = client.rollback(wanted, to, expected_generation=expect)
         except DeploymentNotFound as fault:
-            if not name.isdecimal():
+            if not is_whole(name):
                 raise
             raise fault.retold(
                 f"{fault.message}. For generation {name}: `loramux rollback --to {name}`"

@@ -9,8 +9,10 @@ from typing import Final
 
 from loramux_shared.faults import SettingsInvalid
 
-_REPLICA: Final = re.compile(r"(?P<host>\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9_.\-]+)(:(?P<grpc>\d+)(:(?P<http>\d+))?)?")
-_LISTEN: Final = re.compile(r"(?P<host>\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9_.\-]+):(?P<port>\d+)")
+_REPLICA: Final = re.compile(
+    r"(?P<host>\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9_.\-]+)(:(?P<grpc>[0-9]+)(:(?P<http>[0-9]+))?)?"
+)
+_LISTEN: Final = re.compile(r"(?P<host>\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9_.\-]+):(?P<port>[0-9]+)")
 DNS: Final = "dns:///"
 
 

@@ -12,7 +12,7 @@ CONFIG: Final = "adapter_config.json"
 WEIGHTS: Final = "adapter_model.safetensors"
 INDEX: Final = "adapter_model.safetensors.index.json"
 """Says which tensor is in which file, where the weights are in several."""
-SHARD: Final = re.compile(r"adapter_model-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")
+SHARD: Final = re.compile(r"adapter_model-(?P<number>[0-9]{5})-of-(?P<count>[0-9]{5})\.safetensors")
 """The names of those."""
 MODEL_CONFIG: Final = "config.json"
 """What transformers says of a model: of an adapter that classifies, the names of its labels."""

@@ -125,7 +125,7 @@ _WARNED: Final = (
     ("W_UNDERFLOW", "more than 1 % of the values become zero in the storage type", "Build with bfloat16."),
     ("W_ALPHA", "alpha/r below 0.001 or above 64", "Look at `lora_alpha`."),
     ("W_RANK", "the config gives no rank; the tensors' is taken", "Nothing."),
-    ("W_TARGETS", "`target_modules` names modules that have no tensors, or is not given; the tensors count",
+    ("W_TARGETS", "`target_modules` names modules that have no tensors, or is not given: PEFT's choice counts",
      "See that the file is the one that you mean."),
     ("W_PATTERN_ORDER", "several patterns of `alpha_pattern` match a module and say different things; the "
      "first in the file is taken, as PEFT does when it loads it, but PEFT sorts them when it saves",

@@ -12,9 +12,18 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, TypeVar
 
-from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    SecretStr,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from loramux_shared.digits import refuse_odd
 from loramux_shared.faults import SettingsInvalid
 from loramux_shared.near import nearest
 from loramux_shared.parsers import Parsers, ReasoningParser, ToolParser
@@ -29,7 +38,7 @@ CLIENT_VARIABLES = ("API_KEY", "TLS_CA", "CLIENT_CERT", "CLIENT_KEY")
 
 
 def _address(value: str) -> str:
-    host_port = re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[^\s:/\[\]]+):(\d{1,5})", value)
+    host_port = re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[^\s:/\[\]]+):([0-9]{1,5})", value)
     if not (host_port and int(host_port[2]) < 2**16) and not re.fullmatch(r"unix:/\S+", value):
         raise ValueError("HOST:PORT, for example 127.0.0.1:50051, or unix:/PATH")
     return value
@@ -81,7 +90,7 @@ def _signer(value: str) -> str:
 
 
 def _host(value: str) -> str:
-    if not re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9_.\-]+)(:\d{1,5})?", value):
+    if not re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9_.\-]+)(:[0-9]{1,5})?", value):
         raise ValueError("HOST or HOST:PORT, for example models.example.com, separated by commas")
     return value.lower()
 
@@ -162,6 +171,13 @@ class Settings(BaseSettings):
         use_attribute_docstrings=True,
         validate_default=True,
     )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _plain_numbers(cls, value: Any, info: ValidationInfo) -> Any:
+        plain = value.strip() if isinstance(value, str) else value
+        refuse_odd(plain, cls.model_fields[str(info.field_name)].annotation)
+        return value
 
     store: str = Field(default="file://~/.local/share/loramux/store", min_length=1)
     """The object store: s3://BUCKET/PREFIX, file:///DIR or file://~/DIR."""

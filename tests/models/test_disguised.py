@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,21 +10,26 @@ import numpy as np
 import peft
 import pytest
 import torch
+from peft.utils import constants
 from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from builder_service.domain.derived import NotMade
 from builder_service.domain.initial import first_columns, leading
+from builder_service.domain.kinds import Kind
+from builder_service.domain.peft_defaults import default_targets
 from builder_service.pipeline.build import build
 from builder_service.pipeline.context import BuildContext
 from builder_service.pipeline.progress import Progress
 from inference_service.proof.adapter_source import read_adapter
+from loramux_shared.bases.families import load_families
 from loramux_shared.bases.read import read_config
 from loramux_shared.bundle.deployments import current_generation
 from loramux_shared.bundle.reader import read_bundle
 from loramux_shared.faults import AdapterInvalid
 from loramux_shared.sources.open import open_sources
 from loramux_shared.storage.memory import MemoryStore
+from tests.models.test_families import CASES
 from tests.support.proving import proved_here
 from tests.support.tiny import SIZES, World, make_checkpoint, oracle, oracle_tokens, refusal, run_engine
 
@@ -34,6 +40,7 @@ KINDS: dict[str, Any] = {
     "olora": peft.LoraConfig(r=3, lora_alpha=6, init_lora_weights="olora", use_rslora=True, **SOME),
     "pissa-dora": peft.LoraConfig(r=4, lora_alpha=6, init_lora_weights="pissa", use_dora=True, **SOME),
     "adalora": peft.AdaLoraConfig(init_r=4, lora_alpha=6, total_step=9, **SOME),
+    "adalora-of-no-alpha": peft.AdaLoraConfig(init_r=4, lora_alpha=-3, total_step=9, **SOME),
     "vera": peft.VeraConfig(r=5, **SOME),
     "loha": peft.LoHaConfig(r=3, alpha=5, rank_pattern={"v_proj": 2}, **SOME),
     "lokr": peft.LoKrConfig(r=2, alpha=5, decompose_factor=4, **SOME),
@@ -114,6 +121,52 @@ def test_proofs_of_what_amounts_to_lora_hold(world: World) -> None:
         build(proved, BuildContext(store, open_sources(local_roots=[world.root])), Progress(KINDS))
     ready = world.load(store)
     assert [refusal(ready, name) for name in KINDS] == [None] * len(KINDS)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_vera_of_an_expert_that_all_rows_share(tmp_path: Path) -> None:
+    """Its projections are cut to what the expert reads, in a base that has others beside it."""
+    make_checkpoint(tmp_path / "base", CASES["qwen3_5-moe"].config)
+    vera = peft.VeraConfig(r=5, task_type="CAUSAL_LM", target_modules=r".*shared_expert\.(up|down)_proj")
+    folder = save(tmp_path / "base", tmp_path / "vera", vera, 1)
+    world, store = World(tmp_path / "base", {"vera": folder}, tmp_path), MemoryStore()
+    world.build(store)
+    expected = oracle_tokens(oracle(world.base, folder), PROMPT, NEW)
+    assert expected != oracle_tokens(oracle(world.base, None), PROMPT, NEW)
+    assert run_engine(world.load(store), [("vera", PROMPT)], NEW) == [expected]
+
+
+@pytest.mark.parametrize("kind", list(Kind))
+def test_modules_that_a_config_does_not_name_are_those_of_peft(kind: Kind) -> None:
+    """For every architecture that is served, as the installed PEFT has them."""
+    table = getattr(constants, f"TRANSFORMERS_MODELS_TO_{kind}_TARGET_MODULES_MAPPING")
+    for architecture, _ in load_families().values():
+        found, expected = default_targets(kind, architecture.model_type), table.get(architecture.model_type)
+        assert found == (tuple(expected) if isinstance(expected, list) else expected), architecture
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_adalora_left_is_what_an_alpha_of_zero_means(world: World) -> None:
+    """Modules of which it pruned singular values have the rank that is left for an alpha, and PEFT agrees."""
+    folder = save(
+        world.base, world.root / "pruned", peft.AdaLoraConfig(init_r=4, lora_alpha=0, total_step=9, **SOME), 3
+    )
+    tensors = load_file(folder / "adapter_model.safetensors")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    config["rank_pattern"] = {}
+    for name in [name for name in tensors if name.endswith("lora_E")]:
+        kept = [True, "v_proj" in name, True, False]
+        config["rank_pattern"][name.removeprefix("base_model.model.")] = kept
+        for part, axis in (("lora_E", 0), ("lora_A", 0), ("lora_B", 1)):
+            each = name.replace("lora_E", part)
+            tensors[each] = np.compress(kept, tensors[each], axis).copy()
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config["alpha_pattern"] = {"v_proj": 99}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    pruned, store = World(world.base, {"pruned": folder}, world.root), MemoryStore()
+    pruned.build(store)
+    expected = oracle_tokens(oracle(world.base, folder), PROMPT, NEW)
+    assert run_engine(pruned.load(store), [("pruned", PROMPT)], NEW) == [expected]
 
 
 def test_a_base_that_does_not_say_what_it_lost_is_refused(world: World) -> None:

@@ -9,7 +9,7 @@ from typing import Literal
 from loramux_shared.bases.attention import HeadCounts, QueryGrowth
 from loramux_shared.bases.formats.scheme import Quantization
 from loramux_shared.bases.groups import GroupShape, distinct, features_of, named_apart
-from loramux_shared.bases.layers import AttentionLayer, InputLayer, LayerSpec
+from loramux_shared.bases.layers import AttentionLayer, ExpertsLayer, InputLayer, LayerSpec
 from loramux_shared.bases.rope import RopeSpec
 from loramux_shared.bundle.modules import NO_LAYER, BaseDims
 
@@ -173,6 +173,11 @@ class ModelConfig:
             vocab, hidden = self.dims.vocab, self.dims.hidden
             return {"embedding": (vocab, hidden), "head": (hidden, vocab)}.get(module)
         return self._features[layer].get(module) if 0 <= layer < len(self.layers) else None
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether a layer is a mixture of experts."""
+        return any(isinstance(layer.mlp, ExpertsLayer) for layer in self.layers)
 
     @cached_property
     def _features(self) -> tuple[dict[str, tuple[int, int]], ...]:

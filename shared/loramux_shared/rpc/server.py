@@ -12,6 +12,7 @@ from grpc_reflection.v1alpha import reflection
 
 from loramux_shared.access.guard import NOBODY_GUARDS, Guard
 from loramux_shared.descriptors import connections_of_a_door
+from loramux_shared.digits import is_whole
 from loramux_shared.notify import READY, STOPPING, notify
 from loramux_shared.rpc.admission import AdmissionInterceptor
 from loramux_shared.rpc.calls import USUAL, CallInterceptor, Patience
@@ -74,7 +75,7 @@ class RpcServer:
             bound = self._bind()
         except RuntimeError:
             bound = 0
-        if not (bound and host and (unix or port.isdecimal())):
+        if not (bound and host and (unix or is_whole(port))):
             raise cannot_listen(self.address, "gRPC could not bind it")
         await self._server.start()
         if not unix:

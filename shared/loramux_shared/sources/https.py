@@ -13,6 +13,7 @@ from http.client import HTTPException, HTTPResponse, HTTPSConnection
 from typing import Final
 from urllib.parse import SplitResult, urljoin, urlsplit
 
+from loramux_shared.digits import is_whole
 from loramux_shared.faults import Fault, RepoGated, RepoNotFound, SourceRefused, SourceUnavailable
 from loramux_shared.sources.addresses import Address, Guard
 from loramux_shared.sources.files import PIECE
@@ -50,7 +51,7 @@ class Download:
         self._response = response
         self._name = name
         length = response.headers.get("Content-Length", "")
-        self.size = int(length) if length.isdecimal() else None
+        self.size = int(length) if is_whole(length) else None
 
     def pieces(self) -> Iterator[bytes]:
         """Yield the body as it is sent; raise `SourceUnavailable` where it breaks off."""

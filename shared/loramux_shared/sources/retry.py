@@ -17,6 +17,7 @@ from tenacity import (
     wait_random,
 )
 
+from loramux_shared.digits import is_whole
 from loramux_shared.faults import Fault, SourceUnavailable
 from loramux_shared.sources.base import Progress, unwatched
 
@@ -35,7 +36,7 @@ class Busy(SourceUnavailable):
     def until(cls, message: str, retry_after: str | None) -> SourceUnavailable:
         """Return the fault for an answer with this ``Retry-After``; dates are not read, only seconds."""
         fault = cls(message)
-        fault.wait_s = float(retry_after) if retry_after and retry_after.isdecimal() else 0.0
+        fault.wait_s = float(retry_after) if retry_after and is_whole(retry_after) else 0.0
         return fault
 
 

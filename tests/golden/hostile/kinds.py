@@ -17,7 +17,7 @@ VERA = {"vera_lambda_b": (16,), "vera_lambda_d": (4,)}
 
 def _kind(name: str, codes: str, kind: str, parts: dict[str, tuple[int, ...]], **more: Any) -> Exhibit:
     """Parts of q_proj in layer 0, of ones; ``of`` is put in place of the ones of its keys."""
-    of, lora = more.pop("of", {}), more.pop("lora", {})
+    of, lora, base = more.pop("of", {}), more.pop("lora", {}), more.pop("base", {})
 
     def make(folder: Any) -> Any:
         values = {part: np.ones(shape, "f4") for part, shape in parts.items()} | of
@@ -25,7 +25,7 @@ def _kind(name: str, codes: str, kind: str, parts: dict[str, tuple[int, ...]], *
         config = {"peft_type": kind, "r": 2, "target_modules": ["q_proj"]}
         return adapter(folder, named, **config | more)
 
-    return exhibit(name, codes, make, lora={"dtype": "float32"} | lora)
+    return exhibit(name, codes, make, lora={"dtype": "float32"} | lora, base=base)
 
 
 REFUSED = (
@@ -55,6 +55,8 @@ REFUSED = (
           rank_pattern={"model.layers.0.self_attn.q_proj.lora_E": 2}),
     _kind("AdaLoRA with ranks as text", "E_BAD_CONFIG", "ADALORA", ADALORA, init_r=4,
           rank_pattern={"model.layers.0.self_attn.q_proj.lora_E": ["yes"]}),
+    _kind("AdaLoRA of no modules that PEFT chooses", "E_BAD_CONFIG", "ADALORA", ADALORA, init_r=4,
+          target_modules=None, base={"model_type": "mistral", "architectures": ["MistralForCausalLM"]}),
     _kind("IA3 under LoRA's name", "E_UNKNOWN_KEY", "LORA", {"ia3_l": (16, 1)}),
     _kind("LoRA under IA3's name", "E_UNKNOWN_KEY", "IA3",
           {"lora_A.weight": (2, 16), "lora_B.weight": (16, 2)}),

@@ -300,6 +300,14 @@ def test_a_mixture_is_of_what_its_parts_are_named_by() -> None:
     assert named.resolve("a+b").name == "a+b"
 
 
+@pytest.mark.parametrize("weight", ["1_0", "0_0.5", "٣", "1e1_0", "inf", "nan", "0x1", "--1", "."])
+def test_weights_are_numbers_as_json_has_them(weight: str) -> None:
+    """What Python alone takes for a number is none."""
+    known = catalog({"a": "one", "b": "two"})
+    with pytest.raises(RequestInvalid, match=r"a number behind every \*|and \+ between"):
+        known.resolve(f"a*{weight}+b")
+
+
 def test_base_is_a_name_of_the_base() -> None:
     """Where nothing else is called so; not where no base is served, or the caller may not use it."""
     known = Catalog(1, "tiny", [ServedModel("tiny"), ServedModel("a", Adapter("a"))])

@@ -153,7 +153,14 @@ def test_known_prefixes(text):
 
 @pytest.mark.parametrize(
     "text",
-    ["", ".", f"{ROOT}layers.x.self_attn.q_proj.lora_A.weight", f"{ROOT}layers.-1.mlp.up_proj.lora_A.weight"],
+    [
+        "",
+        ".",
+        *(
+            f"{ROOT}layers.{layer}.self_attn.q_proj.lora_A.weight"
+            for layer in ("x", "-1", "01", "00", "٣", "1_0")
+        ),
+    ],
 )
 def test_unknown_keys(text):
     """Nothing is guessed from the last part of a key."""
@@ -166,11 +173,12 @@ Q = f"{ROOT}layers.0.self_attn.q_proj"
 @pytest.mark.parametrize(
     ("config", "extra", "words"),
     [
-        ({"r": "4"}, {}, ("E_BAD_CONFIG", "adapter_config.json: r", "a positive integer", '"4"', "Correct")),
+        ({"lora_alpha": 1e30}, {}, ("E_BAD_CONFIG", "lora_alpha", "above -1e+30 and below 1e+30", "1e+30", "")),
+        ({"r": "4"}, {}, ("E_BAD_CONFIG", "adapter_config.json: r", "a whole number from 1", '"4"', "Correct")),
         (
             {"rank_pattern": {"q_proj": "4"}},
             {},
-            ("E_BAD_CONFIG", "rank_pattern.q_proj", "a positive integer", '"4"', "Correct"),
+            ("E_BAD_CONFIG", "rank_pattern.q_proj", "a whole number from 1", '"4"', "Correct"),
         ),
         (
             {},
