@@ -17,6 +17,7 @@ task) is cancelled on the server, which frees its sequence.
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncGenerator, Callable, Generator, Sequence
 from functools import cached_property
 from types import TracebackType
@@ -44,6 +45,8 @@ from loramux_shared.spelling import parse_repository
 
 INFERENCE = "127.0.0.1:50052"
 BUILDER = "127.0.0.1:50051"
+CLOSE_S = 1.0
+"""For a connection to close: milliseconds, unless it never does."""
 CHECK_TIMEOUT_S = 600.0
 """A check fetches the adapter."""
 DEFAULT_LORA = LoraConfiguration()
@@ -142,7 +145,10 @@ class Client(Vectors, Operations, Changes, _Addresses):
     def close(self) -> None:
         """Close the connections; open streams end with `CallFailed`."""
         for channel in self._all_channels():
-            channel.close()
+            # gRPC waits for ever for a call that Ctrl-C met in the moment in which it began.
+            closing = threading.Thread(target=channel.close, daemon=True)
+            closing.start()
+            closing.join(CLOSE_S)
 
     def models(self) -> list[ModelInfo]:
         """Return the base, then the adapters by name."""

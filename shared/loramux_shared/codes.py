@@ -37,6 +37,12 @@ _DEPLOYMENT: Final = (
     ("E_CONSTRAINT", "a response format that cannot be used", "The finding says why; correct or simplify it."),
     ("E_MESSAGES", "the chat template refuses the messages", "The finding says why; often two roles in a row."),
     (
+        "W_REPLACED",
+        "the deployment's file has an adapter of this name, which takes the place of one that was "
+        "added or pushed",
+        "Add or push that under another name; `loramux rollback` brings it back.",
+    ),
+    (
         "W_UNSERVED",
         "a key of hosted engine builders that asks for what is not done here",
         "The finding says what to set instead; or remove it.",
@@ -148,8 +154,6 @@ _WARNED: Final = (
      "See that the import says the right order."),
     ("W_TRUNCATED", "rows above `truncate_to_rank` are approximated, as the deployment asked; the relative "
      "error is given", "Drop `truncate_to_rank`, or raise it, if the error is too large."),
-    ("W_REPLACED", "the deployment's file has an adapter of this name, which takes the place of one that was "
-     "added or pushed", "Add or push that under another name; `loramux rollback` brings it back."),
     ("W_GENERATION", "fields of `generation_config.json` or `tokenizer_config.json` that are not used",
      "Send them with each request, where a request has them."),
 )  # fmt: skip
