@@ -62,7 +62,7 @@ async def serve(settings: BuilderSettings) -> None:
     builds, checks, identity = builder.builds, builder.checks, builder.identity
     store = builder.context.store.uri
     tracing = open_tracing("loramux-builder")
-    patience = Patience(read_s=settings.stall_timeout_s)
+    patience = Patience(read_s=settings.stall_timeout_s, pause_s=settings.stall_timeout_s)
     services = {SERVICE_NAME: BuilderServicer(builds, checks).register}
     server = RpcServer(settings.grpc, services, guard, tracing, patience)
     metrics = builds.meter.listen(settings.metrics, insecure=settings.insecure) if settings.metrics else "off"

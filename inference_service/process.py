@@ -37,11 +37,11 @@ async def run(settings: InferenceSettings, guard: Guard, stop: Stop) -> int:
         adapters_rpc.SERVICE_NAME: partial(adapters_rpc.register, AdapterServicer(operators.manager)),
         **vllm.of_all_models(lambda: server.serving),
     }
-    patience = calls.Patience(read_s=stall_s)
+    patience = calls.Patience(read_s=stall_s, pause_s=stall_s)
     server = RpcServer(settings.grpc, services, guard, tracing, patience)
     doors: dict[str, Door] = {}
     if settings.http:
-        http_patience = protocol.Patience(read_s=stall_s)
+        http_patience = protocol.Patience(read_s=stall_s, pause_s=stall_s)
         doors["http"] = HttpServer(
             settings.http, ready.service, guard, tracing, http_patience, adapters=operators.manager
         )

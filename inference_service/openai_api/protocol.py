@@ -51,6 +51,8 @@ class Patience:
     """From the connection, or from the first byte of a later request, to the end of the head."""
     body_s: float = 60.0
     """From there to the end of the body."""
+    pause_s: float = 30.0
+    """From one piece of the body to the next."""
     idle_s: float = 65.0
     """Between an answer and the next request: longer than load balancers wait, so that they close first."""
     read_s: float = 30.0
@@ -83,6 +85,8 @@ class BoundedHttp(HttpToolsProtocol):
         self._leaving = leaving
         self._heard = refused
         self._deadline = math.inf
+        self._body_end = math.inf
+        """When the body that is awaited must be whole."""
         self._in_head = False
         self._whole = True
         """No part of a request is awaited."""
@@ -231,17 +235,20 @@ class BoundedHttp(HttpToolsProtocol):
         super().on_headers_complete()
         if self._leaving():
             self.announce()
-        self._wait(math.inf if queued else self._patience.body_s)
+        self._wait_for_body(math.inf if queued else self._patience.body_s)
 
     def on_body(self, body: bytes) -> None:
         """Count what is no framing."""
         self._body += len(body)
         self._bodies += len(body)
+        if self._body_end < math.inf and not self._draining:
+            self._wait_for_body(self._body_end - self.loop.time())
         super().on_body(body)
 
     def on_message_complete(self) -> None:
         """Wait for the answer, or for the next request where this one was answered before its end."""
         self._whole = True
+        self._body_end = math.inf
         super().on_message_complete()
         if self._busy():
             self._wait(math.inf)
@@ -260,11 +267,15 @@ class BoundedHttp(HttpToolsProtocol):
         self._unset_keepalive_if_required()  # the deadline is kept here: bytes between requests do not renew it
         if self._busy():
             whole = self._whole or self._in_head or self.pipeline
-            self._wait(math.inf if whole else self._patience.body_s)
+            self._wait_for_body(math.inf if whole else self._patience.body_s)
             return
         self._unused_since = self.loop.time()
         if self._whole or self._in_head:
             self._wait(self._patience.idle_s if self._whole else self._patience.head_s)
+
+    def _wait_for_body(self, seconds: float) -> None:
+        self._body_end = self.loop.time() + seconds
+        self._wait(min(seconds, self._patience.pause_s) if seconds < math.inf else seconds)
 
     def _busy(self) -> bool:
         return self._answered is not None and not self._answered.response_complete

@@ -208,7 +208,8 @@ class Settings(BaseSettings):
     drain_timeout_s: float = Field(default=30, ge=0, allow_inf_nan=False)
     """Seconds that running work may take to end after SIGTERM and drain_delay_s before it is cut off."""
     stall_timeout_s: float = Field(default=30, gt=0, allow_inf_nan=False)
-    """Seconds that an answer may wait for a client that does not read; then it is cut off."""
+    """Seconds that an answer may wait for a client that does not read, and that a client may pause in what it
+    sends: an upload, or the body of a request; then it is cut off."""
     log_format: LogFormat = "auto"
     """The log on stderr; auto: text on a terminal, else JSON lines."""
 

@@ -40,7 +40,9 @@ class Patience:
     """How many seconds a client may take."""
 
     send_s: float = 60.0
-    """From a call's begin to the end of its request."""
+    """From a call's begin to the end of its request, or of the first message of a stream."""
+    pause_s: float = 30.0
+    """From one message to the next of a stream that the client sends."""
     read_s: float = 30.0
     """To make room for a message of an answer."""
 
@@ -155,8 +157,10 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc
         return handler
 
     async def _messages(self, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
-        while (message := await self._next(context)) is not grpc.aio.EOF:
+        limit_s, late = self._patience.send_s, "the request did not arrive"
+        while (message := await self._next(context, limit_s, late)) is not grpc.aio.EOF:
             yield message
+            limit_s, late = self._patience.pause_s, "the client sent nothing more of the request"
 
     def _stream(self, call: Callable[..., AsyncGenerator[Any]], method: str) -> Callable[..., Awaitable[None]]:
         async def handler(_requests: Any, context: grpc.aio.ServicerContext) -> None:
@@ -176,14 +180,14 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc
         return handler
 
     async def _read(self, context: grpc.aio.ServicerContext) -> Any:
-        request = await self._next(context)
+        request = await self._next(context, self._patience.send_s, "the request did not arrive")
         if request is grpc.aio.EOF:
             raise RequestInvalid("the call has no request; expected one message.")
         return request
 
-    async def _next(self, context: grpc.aio.ServicerContext) -> Any:
+    async def _next(self, context: grpc.aio.ServicerContext, limit_s: float, late: str) -> Any:
         try:
-            async with asyncio.timeout(self._patience.send_s) as limit:
+            async with asyncio.timeout(limit_s) as limit:
                 self._reading.add(limit)
                 try:
                     return await context.read()
@@ -191,7 +195,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc
                     self._reading.discard(limit)
         except TimeoutError:
             self._refuse_when_draining()
-            raise ClientStalled(f"the request did not arrive within {self._patience.send_s:g} s.") from None
+            raise ClientStalled(f"{late} within {limit_s:g} s. Send it again without a pause.") from None
         except DecodeError:
             raise RequestInvalid("the request is no message of this method.") from None
 

@@ -12,7 +12,7 @@ from typing import Any
 import grpc
 import pytest
 
-from builder_service.builds import following
+from builder_service.builds import following, pushes
 from builder_service.pipeline.build import build
 from builder_service.pipeline.progress import Progress
 from builder_service.pipeline.update import update
@@ -82,7 +82,7 @@ class World(Builders):
 async def world(tmp_path: Path) -> AsyncIterator[World]:
     """A world with a deployment of one adapter, which is generation 1."""
     made = World(tmp_path)
-    patience = Patience(send_s=100 * HOUR)
+    patience = Patience(send_s=1e9, pause_s=HOUR)
     async with (
         made.served(made.builder(), patience) as address,
         AsyncClient(builder=address) as made.client,
@@ -415,8 +415,14 @@ async def test_what_an_upload_may_not_be(world: World) -> None:
         await until(lambda: world.uploads == [], "the end of the upload")
 
 
-async def test_an_upload_that_stalls_is_ended(world: World) -> None:
-    """A client that sends nothing more for too long is CLIENT_STALLED, and nothing is left of its upload."""
+@pytest.mark.parametrize(
+    ("upload_s", "why"), [(600.0, "took longer than 600 s"), (1e9, "nothing more of the request within 3600 s")]
+)
+async def test_an_upload_that_stalls_is_ended(
+    world: World, monkeypatch: pytest.MonkeyPatch, upload_s: float, why: str
+) -> None:
+    """A client that pauses, or sends for too long, is CLIENT_STALLED, and nothing is left of its upload."""
+    monkeypatch.setattr(pushes, "UPLOAD_S", upload_s)
     clock = Clock()
 
     async def stalling() -> AsyncIterator[pb.PutAdapterRequest]:
@@ -426,10 +432,12 @@ async def test_an_upload_that_stalls_is_ended(world: World) -> None:
 
     call = builder_pb2_grpc.BuilderServiceStub(world.channel).PutAdapter(stalling())
     await until(lambda: world.uploads, "the upload at the builder")
-    clock.advance(100 * HOUR)
+    await until(lambda: clock.advance(HOUR) or call.done(), "the call to end")
     with pytest.raises(grpc.RpcError) as error:
         await call
-    assert isinstance(fault_of(error.value), ClientStalled)
+    fault = fault_of(error.value)
+    assert isinstance(fault, ClientStalled)
+    assert why in fault.message
     await until(lambda: world.uploads == [], "the end of the upload")
 
 

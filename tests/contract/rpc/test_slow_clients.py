@@ -67,6 +67,7 @@ SLOW: dict[str, tuple[tuple[str, bool], bytes, int | None, bytes, int | None]] =
     "a later head": (("head_s", False), HEALTH + b"GET / HTTP/1.1\r\nX-A: ", 200, b"a", 408),
     "empty lines behind an answer": (("idle_s", False), HEALTH, 200, b"\r\n", None),
     "a body": (("body_s", False), CHUNKED, None, b"1\r\n \r\n", 408),
+    "a body that pauses": (("pause_s", False), CHUNKED + b"1\r\n \r\n", None, b"", 408),
     "a body behind a refusal": (("body_s", True), CHUNKED, 401, b"1\r\n \r\n", None),
 }
 """The limit; what is sent first, and the status of its answer; what trickles, and the status of that."""
