@@ -135,6 +135,7 @@ class Bench:
         lora: Any = SimpleNamespace(num_slots=point.loaded, vocabularies=Vocabularies())
         runner = _Runner(model, lora, blocks, BLOCK_SIZE, limits, _Nothing())
         runner.capture()
+        runner._logits.zero_()  # no numbers would end sequences
         self._engine = Engine(runner, limits, BlockManager(blocks, BLOCK_SIZE), AlwaysResident())
         self._fill()
         if point.kind == "starved":

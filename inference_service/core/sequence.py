@@ -54,6 +54,10 @@ class Adapter:
     """Its place in the LoRA backend while it is resident; changed on the engine's thread alone."""
     invocation: tuple[int, ...] = ()
     """Tokens from which on it acts; none: it acts on everything. See `inference_service.core.activation`."""
+    overflows_s: tuple[float, ...] = ()
+    """When answers of the last minute held NaN or infinity, on the clock of ``time.monotonic``."""
+    unusable: Fault | None = None
+    """Why it is served no more."""
 
     @property
     def members(self) -> tuple[Adapter, ...]:
@@ -277,6 +281,8 @@ class Token:
     """1 + how many tokens are more likely: those that tie share a rank. None without a log probability."""
     impossible: bool = False
     """True when there was none to draw: everything that the request asks for together allows no token."""
+    finite: bool = True
+    """False when the model's largest logit is NaN or infinite, so that the token means nothing."""
 
 
 class StepOutput(NamedTuple):
@@ -291,6 +297,6 @@ class StepOutput(NamedTuple):
     prompt: tuple[Token, ...] = ()
     """With the first output, the tokens of the prompt, where their log probabilities are asked for."""
     fault: Fault | None = None
-    """Why it failed, where that is known: its adapter cannot be loaded."""
+    """Why it failed, where that is known: its adapter cannot be loaded, or its values are no numbers."""
     pooled: Vector | None = None
     """What its hidden states became, where that is asked for."""

@@ -164,6 +164,15 @@ class BlockManager:
         if self.states is not None:
             self.states.reached(seq)
 
+    def forget(self, seq: Sequence) -> None:
+        """Let nothing of a sequence be found again, from where its adapter acts on."""
+        keys = seq.hashes[seq.invocation // self.block_size :]
+        for group in self.groups:
+            for key in keys:
+                group.pool.forget(key)
+        if self.states is not None:
+            self.states.forget(seq, keys)
+
     def release(self, seq: Sequence) -> None:
         """Take everything that a sequence holds back."""
         for group, table in zip(self.groups, seq.tables, strict=False):

@@ -61,6 +61,14 @@ class BlockPool:
             if block not in self._key_of:
                 self._free.move_to_end(block, last=False)
 
+    def forget(self, key: int) -> None:
+        """Let the block that is known by a key, if there is one, be found no more."""
+        block = self._by_key.pop(key, None)
+        if block is not None:
+            del self._key_of[block]
+            if not self._refs[block]:
+                self._free.move_to_end(block, last=False)
+
     def forget_all(self) -> None:
         """Let no block be found any more."""
         self._by_key.clear()

@@ -8,10 +8,13 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from inference_service.core.batch import Batch
 from inference_service.core.sequence import FinishReason, Sequence, StepOutput, Token, Vector
 from inference_service.engine.block_manager import BlockManager
 from inference_service.engine.lookup import accept
+from inference_service.engine.numerics import overflowed
 from inference_service.engine.plan import SchedulerLimits
 from inference_service.engine.residents import Residents
 from inference_service.engine.scheduler import Scheduler
@@ -148,9 +151,10 @@ class Engine:
     def add(self, seq: Sequence) -> None:
         """Take a sequence in; it ends with one output that has a finish reason, unless it is aborted.
 
-        One with an adapter that could not be loaded a moment ago ends at once.
+        One with an adapter that could not be loaded a moment ago, or is served no more, ends at once.
         """
-        fault = next(filter(None, map(self._residency.refusal, seq.adapters)), None)
+        unusable = (adapter.unusable for adapter in seq.adapters)
+        fault = next(filter(None, (*unusable, *map(self._residency.refusal, seq.adapters))), None)
         if fault is not None:
             self._outputs.append(StepOutput(seq.id, None, FinishReason.FAILED, fault=fault))
             return
@@ -244,8 +248,20 @@ class Engine:
             self._scheduler.lookup.learn(seq, len(pending.drafts[seq]), max(0, count))
         self._residency.resolved()
 
+    def _overflowed(self, seq: Sequence) -> StepOutput:
+        """End a sequence whose values are no numbers; nothing of it is found by others."""
+        fault = overflowed(seq, self._clock())
+        self._blocks.forget(seq)
+        self.abort(seq.id)
+        for adapter in seq.adapters:
+            if adapter.unusable is not None:
+                self._residency.failures.append(((adapter,), adapter.unusable))
+        return StepOutput(seq.id, None, FinishReason.FAILED, fault=fault)
+
     def _append(self, seq: Sequence, token: Token) -> StepOutput:
         first = len(seq.tokens) == seq.num_prompt
+        if not token.finite or (first and any(score.logprob != score.logprob for score in seq.prompt_scores)):
+            return self._overflowed(seq)
         seq.tokens.append(token.id)
         seq.in_flight -= 1
         finish = self._finish_reason(seq, token)
@@ -258,6 +274,8 @@ class Engine:
         return StepOutput(seq.id, drawn, finish, seq.num_cached, first=first, prompt=scores)
 
     def _pooled(self, seq: Sequence, vector: Vector) -> StepOutput:
+        if not np.isfinite(vector).all():
+            return self._overflowed(seq)
         self.abort(seq.id)
         return StepOutput(seq.id, None, FinishReason.LENGTH, seq.num_cached, first=True, pooled=vector)
 

@@ -83,5 +83,5 @@ def standing_of(entry: Entry[P]) -> Standing:
         entry.waiters,
         entry.pinned,
         entry.used_s,
-        entry.fault,
+        entry.adapter.unusable or entry.fault,
     )

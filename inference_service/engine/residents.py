@@ -172,7 +172,7 @@ class Standing:
     last_used_s: float | None
     """On the clock of ``time.monotonic``."""
     failure: Fault | None
-    """Of its last load, if that failed."""
+    """Why it is served no more, or why its last load failed."""
 
 
 class AlwaysResident:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence as Seq
 from dataclasses import replace
 from weakref import WeakKeyDictionary
@@ -31,7 +32,8 @@ def sample(logits: Tensor, seqs: Seq[Sequence], ahead: Seq[int] | None = None) -
     backend. Log probabilities are those of logits, before whatever the request does to them, or where it asks
     for it those that the token was drawn by.
     """
-    ids = logits.argmax(dim=-1).tolist()
+    best = logits.argmax(dim=-1, keepdim=True)
+    ids, tops = best[:, 0].tolist(), logits.gather(1, best)[:, 0].tolist()
     impossible = set()
     shaped_rows: dict[int, Tensor] = {}
     for row, (seq, more) in enumerate(zip(seqs, ahead or [0] * len(seqs), strict=True)):
@@ -48,7 +50,14 @@ def sample(logits: Tensor, seqs: Seq[Sequence], ahead: Seq[int] | None = None) -
     ]
     for row in impossible:
         tokens[row] = replace(tokens[row], impossible=True)
-    return tokens
+    return marked(tokens, tops)
+
+
+def marked(tokens: list[Token], tops: Seq[float]) -> list[Token]:
+    """Return the tokens of rows with these largest logits; NaN is the largest of a row that has any."""
+    if all(map(math.isfinite, tops)):
+        return tokens
+    return [replace(token, finite=math.isfinite(top)) for token, top in zip(tokens, tops, strict=True)]
 
 
 def row_params(seq: Sequence, generated: int) -> RowParams:

@@ -11,7 +11,7 @@ which blocks were found but no state was: somebody else had the same prefix, so 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Final
 
 from inference_service.core.sequence import NEVER, NOWHERE, Sequence
@@ -99,6 +99,12 @@ class StateSlots:
         if seq.state_slot != NOWHERE:
             self._free.append(seq.state_slot)
             seq.state_slot = NOWHERE
+
+    def forget(self, seq: Sequence, keys: Iterable[int]) -> None:
+        """Let the states of a sequence, which are known by these keys, be found no more."""
+        self._due = [due for due in self._due if due[0] is not seq]
+        slots = (self._snapshots.pop(key, None) for key in keys)
+        self._free += [slot for slot in slots if slot is not None]
 
     def forget_all(self) -> None:
         """Let no snapshot be found, and copy nothing."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from inference_service.core.sampling import LogprobsMode
 from inference_service.core.sequence import Sequence, Token
 from inference_service.engine.logprobs import PIECE, processed, scores, tokens_of
+from inference_service.engine.sampler import marked
 from inference_service.engine.shaping import Shaped, Shaper
 
 
@@ -74,7 +75,7 @@ class Reading:
         for row, seq in enumerate(self._seqs):
             if seq.sampling.logprobs is not None:
                 groups.setdefault((seq.sampling.logprobs, seq.sampling.logprobs_mode), []).append(row)
-        drawn = to_host(ids[:num])
+        drawn, tops = to_host(ids[:num]), to_host(logits[:num].amax(dim=-1))
         impossible = to_host(self._shaper.state.impossible[:num]) if self._shaped else None
         scored = []
         for (count, mode), rows in groups.items():
@@ -96,7 +97,7 @@ class Reading:
                     tokens[row] = token
             for row in () if impossible is None else impossible.nonzero().flatten().tolist():
                 tokens[row] = replace(tokens[row], impossible=True)
-            return tokens
+            return marked(tokens, tops.tolist())
 
         return wait
 

@@ -62,6 +62,7 @@ class Model(TypedDict):
     tool_parser: str | None
     reasoning_parser: str | None
     warnings: list[str]
+    last_failure: Failure | None
     type: Literal["model"]
     """This and what follows are Anthropic's."""
     display_name: str
@@ -80,7 +81,7 @@ class ModelList(TypedDict):
 
 
 class Failure(TypedDict):
-    """Why the last load of an adapter failed."""
+    """Why an adapter is served no more (MODEL_UNUSABLE), or why its last load failed."""
 
     reason: str
     message: str

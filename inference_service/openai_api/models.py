@@ -10,7 +10,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from inference_service.openai_api import answers
-from inference_service.openai_api.operators import manager_of
+from inference_service.openai_api.operators import failure_of, manager_of
 from inference_service.openai_api.reply import json_response
 from inference_service.serving.adapters.manager import AdapterManager
 from inference_service.serving.catalog import ServedModel
@@ -70,6 +70,7 @@ def _model(model: ServedModel, service: GenerationService, adapters: AdapterMana
         "tool_parser": parsers.tool if parsers else None,
         "reasoning_parser": parsers.reasoning if parsers else None,
         "warnings": list(model.warnings),
+        "last_failure": failure_of(adapters.failure_of(model)),
         "type": "model",
         "display_name": model.name,
         "created_at": model.load_time.isoformat(timespec="seconds"),

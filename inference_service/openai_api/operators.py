@@ -150,8 +150,12 @@ async def roll_back(service: GenerationService, http: HttpRequest) -> Response: 
     return json_response(told)
 
 
+def failure_of(fault: Fault | None) -> answers.Failure | None:
+    """Tell why an adapter is not served."""
+    return None if fault is None else {"reason": fault.reason, "message": fault.message}
+
+
 def _adapter(view: AdapterView) -> answers.Adapter:
-    failure = view.failure
     return {
         "id": view.name,
         "object": "adapter",
@@ -165,7 +169,7 @@ def _adapter(view: AdapterView) -> answers.Adapter:
         "waiting": view.waiting,
         "bytes": view.num_bytes,
         "last_used": int(view.last_used.timestamp()) if view.last_used else None,
-        "last_failure": {"reason": failure.reason, "message": failure.message} if failure else None,
+        "last_failure": failure_of(view.failure),
         "only_here": view.only_here,
     }
 

@@ -119,6 +119,8 @@ class GenerationService:
             ReplicaFailed: the engine can go on no more.
             ReplicaPaused: an operator ended what was under way.
             DeadlineExceeded: the deadline passed.
+            NumericsFault: its values are NaN or infinite.
+            ModelUnusable: those of the adapter were so again and again.
         """
         with following(request, self._watchers) as follower, self._working():
             served = await self.naming.choose(request)

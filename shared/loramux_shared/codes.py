@@ -217,6 +217,8 @@ CURES: Final = {
     "RECORD_TOO_LARGE": "see who can write to the store, remove the object, and build the deployment again",
     "SIGNATURE_INVALID": "sign it, or build it again with a builder that signs; see who is to have signed it",
     "PROOF_FAILED": "build the deployment again; then look at the named rows",
+    "NUMERICS": "replace the adapter: its weights overflow; serve a base in a type that holds its values",
+    "MODEL_UNUSABLE": "push or load another version of the adapter",
     "CHECKPOINT_INVALID": "the message says why; choose another base",
     "RESOURCES_EXHAUSTED": "free or add memory or disk; the numbers are given",
     "NO_BUILDER": "start the replica with `--builder HOST:PORT`, or load `bundle:DIGEST`",

@@ -41,6 +41,8 @@
     │   ├── RecordTooLarge   RECORD_TOO_LARGE        DATA_LOSS            larger than any that is written
     │   └── SignatureInvalid SIGNATURE_INVALID       DATA_LOSS            not signed by whom it must be
     ├── ProofFailed          PROOF_FAILED            DATA_LOSS            a bundle that answers otherwise
+    ├── NumericsFault        NUMERICS                DATA_LOSS            an answer of NaN or infinity
+    ├── ModelUnusable        MODEL_UNUSABLE          DATA_LOSS            an adapter with several of those
     ├── CheckpointInvalid    CHECKPOINT_INVALID      FAILED_PRECONDITION  a base that cannot be served
     ├── ResourcesExhausted   RESOURCES_EXHAUSTED     FAILED_PRECONDITION  it does not fit this machine
     ├── NoBuilder            NO_BUILDER              FAILED_PRECONDITION  a replica that knows no builder
@@ -412,6 +414,20 @@ class ProofFailed(Fault):
     """A bundle whose adapter does not answer as its proof says; the message names adapter and error."""
 
     reason = "PROOF_FAILED"
+    status = Status.DATA_LOSS
+
+
+class NumericsFault(Fault):
+    """An answer whose values are NaN or infinite; the message says by which model."""
+
+    reason = "NUMERICS"
+    status = Status.DATA_LOSS
+
+
+class ModelUnusable(Fault):
+    """An adapter whose answers held NaN or infinity again and again; a replica serves the version no more."""
+
+    reason = "MODEL_UNUSABLE"
     status = Status.DATA_LOSS
 
 

@@ -27,7 +27,9 @@ class AllResident:
 
     def standing(self, adapter: Adapter) -> Standing:
         """Resident, and used by who knows whom."""
-        return Standing(adapter, State.RESIDENT, 0, 0, 0, pinned=False, last_used_s=None, failure=None)
+        return Standing(
+            adapter, State.RESIDENT, 0, 0, 0, pinned=False, last_used_s=None, failure=adapter.unusable
+        )
 
     def standings(self) -> list[Standing]:
         """All of them."""

@@ -29,7 +29,7 @@ from inference_service.serving.adapters.views import (
 from inference_service.serving.catalog import ServedModel
 from loramux_shared.access.rights import ACCESS
 from loramux_shared.bundle.generation import Generation
-from loramux_shared.faults import PageTokenInvalid, RequestInvalid
+from loramux_shared.faults import Fault, PageTokenInvalid, RequestInvalid
 
 PAGE: Final = 100
 MAX_PAGE: Final = 1000
@@ -84,6 +84,10 @@ class AdapterManager:
         if model.adapter is None:
             return Place.DEVICE
         return PLACES[self._residency.standing(model.adapter).state]
+
+    def failure_of(self, model: ServedModel) -> Fault | None:
+        """Say why a model is served no more, or why its last load failed; None where neither is so."""
+        return None if model.adapter is None else self._residency.standing(model.adapter).failure
 
     def is_pinned(self, name: str) -> bool:
         """True for a name that is pinned."""

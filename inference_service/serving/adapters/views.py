@@ -53,7 +53,7 @@ class AdapterView:
     """Of the bank; 0 where it was never loaded."""
     last_used: datetime | None
     failure: Fault | None
-    """Of its last load, if that failed."""
+    """Why it is served no more, or why its last load failed."""
     only_here: bool
     """True where it was loaded into this replica alone, and no generation has it."""
     kinds: tuple[str, ...]

@@ -112,6 +112,9 @@ class InferenceServiceServicer:
         more work than a token may.
         PROMPT_TOO_LONG: the message gives both numbers. Shorten the
         prompt, or ask for fewer new tokens.
+        DATA_LOSS           NUMERICS: the model computed NaN or infinity; its weights overflow. Replace the adapter.
+        MODEL_UNUSABLE: the adapter did so three times within a minute, and this version is served
+        no more. Push or load another one.
         RESOURCE_EXHAUSTED  QUEUE_FULL: too many requests wait. Retry after the delay.
         RATE_LIMITED: too many requests of this model or key wait, or its
         tokens of a minute are used up. Retry after the delay.
@@ -135,6 +138,9 @@ class InferenceServiceServicer:
         INVALID_ARGUMENT    REQUEST_INVALID: the violations name the fields, or the model does something else. Correct
         them.
         PROMPT_TOO_LONG: an input is longer than a sequence. Shorten it.
+        DATA_LOSS           NUMERICS: the model computed NaN or infinity; its weights overflow. Replace the adapter.
+        MODEL_UNUSABLE: the adapter did so three times within a minute, and this version is served
+        no more. Push or load another one.
         RESOURCE_EXHAUSTED  QUEUE_FULL: too many requests wait. Retry after the delay.
         RATE_LIMITED: too many requests of this model or key wait, or its
         tokens of a minute are used up. Retry after the delay.
@@ -157,7 +163,10 @@ class InferenceServiceServicer:
         INVALID_ARGUMENT    REQUEST_INVALID: the violations name the fields, or the model does something else. Correct
         them.
         PROMPT_TOO_LONG: an input is longer than a sequence. Shorten it.
-        DATA_LOSS           BUNDLE_CORRUPT: the score head is damaged in the store. Build the deployment again.
+        DATA_LOSS           NUMERICS: the model computed NaN or infinity; its weights overflow. Replace the adapter.
+        MODEL_UNUSABLE: the adapter did so three times within a minute, and this version is served
+        no more. Push or load another one.
+        BUNDLE_CORRUPT: the score head is damaged in the store. Build the deployment again.
         RESOURCE_EXHAUSTED  QUEUE_FULL: too many requests wait. Retry after the delay.
         RATE_LIMITED: too many requests of this model or key wait, or its
         tokens of a minute are used up. Retry after the delay.

@@ -1,0 +1,144 @@
+"""Answers that hold NaN or infinity: they end, nothing of them is found, and their adapter goes out of use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+
+from inference_service.core.batch import Batch
+from inference_service.core.sampling import SamplingParams
+from inference_service.core.sequence import Adapter, FinishReason, Mixture, Sequence, StepOutput, Token
+from inference_service.engine.block_manager import BlockManager
+from inference_service.engine.engine import Engine
+from inference_service.engine.numerics import MOST, WITHIN_S
+from inference_service.engine.plan import SchedulerLimits
+from inference_service.engine.residents import AlwaysResident
+from inference_service.engine.sampler import sample
+from inference_service.engine.state_slots import StateSlots
+from inference_service.engine.step import Pending
+from loramux_shared.pooling import Pooling
+
+PROMPT = list(range(3, 16))
+
+
+class Overflowing:
+    """Draws a token that means nothing for every sequence of one adapter, and makes such vectors of it."""
+
+    depth = 0
+
+    def __init__(self, bad: Adapter) -> None:
+        self.bad = bad
+
+    def submit(self, batch: Batch) -> Pending:
+        """Answer at once."""
+        seqs = tuple(chunk.seq for chunk in batch.chunks if chunk.samples)
+        drawn = tuple(seq for seq in seqs if seq.pooling is None)
+        vectors = [(seq, np.array([0.0, self._value(seq)], np.float32)) for seq in seqs if seq.pooling]
+        tokens = [Token(7, finite=bool(np.isfinite(self._value(seq)))) for seq in drawn]
+        return Pending(drawn, lambda: tokens, vectors=lambda: vectors)
+
+    def _value(self, seq: Sequence) -> float:
+        return np.nan if self.bad in seq.adapters else 1.0
+
+
+class World:
+    """An engine, a bad adapter and a good one."""
+
+    def __init__(self, **cache: StateSlots) -> None:
+        self.bad, self.good = Adapter("b" * 64, slot=0), Adapter("a" * 64, slot=1)
+        self.blocks = BlockManager(64, 4, **cache)
+        self.now_s = 0.0
+        limits = SchedulerLimits(64, 8, 4, max_seq_len=128)
+        runner = Overflowing(self.bad)
+        self.engine = Engine(runner, limits, self.blocks, AlwaysResident(), clock=lambda: self.now_s)
+
+    def ask(self, name: str, adapter: Adapter | Mixture | None, **fields: object) -> StepOutput:
+        """Return the last output of a request."""
+        params = SamplingParams(max_tokens=0 if "pooling" in fields else 2)
+        self.engine.add(Sequence(name, list(PROMPT), params, adapter, model=name, **fields))  # type: ignore[arg-type]
+        outputs = []
+        while not outputs or not self.engine.idle:
+            outputs += self.engine.step()
+        assert [output.seq_id for output in outputs if output.finish] == [name]
+        return outputs[-1]
+
+    def reason(self, name: str, adapter: Adapter | Mixture | None, **fields: object) -> str:
+        """Why a request failed; empty where it did not."""
+        output = self.ask(name, adapter, **fields)
+        assert (output.fault is not None) == (output.finish is FinishReason.FAILED)
+        return output.fault.reason if output.fault else ""
+
+
+@pytest.mark.parametrize("fields", [{}, {"pooling": Pooling.LAST}], ids=["answer", "vector"])
+def test_it_fails_and_nothing_of_it_is_found(fields: dict[str, object]) -> None:
+    """Neither blocks nor states; what others have of the same tokens stays."""
+    world = World(states=StateSlots(12, 4, 1))
+    assert world.reason("good", world.good, **fields) == ""
+    kept = world.blocks.stats.hit
+    for _ in range(2):
+        assert world.reason("bad", world.bad, **fields) == "NUMERICS"
+    assert world.blocks.stats.hit == kept
+    assert world.ask("good", world.good, **fields).num_cached == 12
+    assert world.blocks.num_free == world.blocks.num_blocks
+
+
+def test_what_is_of_the_base_is_found_again() -> None:
+    """Blocks before an activated adapter acts are healthy, and others have them."""
+    world = World()
+    assert world.reason("bad", world.bad, invocation=9) == "NUMERICS"
+    assert world.ask("base", None).num_cached == 8
+
+
+def test_after_three_within_a_minute_a_version_is_served_no_more() -> None:
+    """In every request, blends too; others are served, and those that are further apart do not count."""
+    world = World()
+    for _ in range(MOST - 1):
+        assert world.reason("bad", world.bad) == "NUMERICS"
+    world.now_s += WITHIN_S
+    for _ in range(MOST):
+        assert world.bad.unusable is None
+        assert world.reason("bad", world.bad) == "NUMERICS"
+    blend = Mixture.of([(world.bad, 0.5), (world.good, 0.5)])
+    assert world.reason("bad", world.bad) == world.reason("blend", blend) == "MODEL_UNUSABLE"
+    assert world.reason("good", world.good) == world.reason("base", None) == ""
+    assert world.reason("bad", Adapter("c" * 64, slot=0)) == ""  # another version
+
+
+def test_a_blend_counts_for_none_of_its_adapters() -> None:
+    """Its weights are the request's: nobody can take an adapter away from others with them."""
+    world = World()
+    blend = Mixture.of([(world.bad, 1e30), (world.good, 0.5)])
+    assert [world.reason("blend", blend) for _ in range(MOST + 1)] == ["NUMERICS"] * (MOST + 1)
+    assert world.bad.unusable is world.good.unusable is None
+
+
+def test_whoever_waits_for_it_ends() -> None:
+    """With the reason, when the third answer fails."""
+    world = World()
+    world.engine._scheduler.limits = SchedulerLimits(64, 1, 4, max_seq_len=128)
+    for number in range(MOST + 2):
+        params = SamplingParams(max_tokens=2)
+        world.engine.add(Sequence(str(number), [number, *PROMPT], params, world.bad, model="bad"))
+    ends: dict[str, str] = {}
+    while not world.engine.idle:
+        ends |= {each.seq_id: each.fault.reason for each in world.engine.step() if each.fault is not None}
+    assert [ends[str(number)] for number in range(MOST)] == ["NUMERICS"] * MOST
+    assert set(ends.values()) == {"NUMERICS", "MODEL_UNUSABLE"}
+
+
+@pytest.mark.parametrize("spoil", [lambda row: row[5].fill_(torch.nan), lambda row: row.fill_(-torch.inf)])
+@pytest.mark.parametrize(
+    "sampling", [SamplingParams(), SamplingParams(temperature=1.0), SamplingParams(logprobs=2)]
+)
+def test_the_sampler_sees_it(spoil: Callable[[torch.Tensor], object], sampling: SamplingParams) -> None:
+    """NaN anywhere in a row, or nothing finite; rows beside it are drawn as ever."""
+    logits = torch.randn(3, 300)
+    seqs = [Sequence(str(row), [1], sampling) for row in range(3)]
+    expected = sample(logits, seqs)
+    spoil(logits[1])
+    found = sample(logits, seqs)
+    assert [token.finite for token in found] == [True, False, True]
+    assert (found[0], found[2]) == (expected[0], expected[2])
