@@ -18,7 +18,7 @@ import numpy as np
 from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
 
 from inference_service.core.constraint import Constraint, Grammar, Kind
-from inference_service.serving.counts import too_many
+from inference_service.serving.counts import REPEATS, too_many
 from inference_service.serving.sandbox.grammars import LIMITS
 from inference_service.serving.sandbox.process import SandboxProcess
 from inference_service.serving.text import Text
@@ -47,12 +47,14 @@ _IN_OUR_WORDS: Final = (
         r"^NoExtensionBias",
         "no text at all: a rule or $ref leads only to itself, or its parts exclude each other",
     ),
+    (r"^Unsatisfiable schema: Regex is empty.*", "a string that nothing fits: its keywords exclude each other"),
     (r"^oneOf constraints are not supported.*", "oneOf, which is not supported; use anyOf"),
     (
         r"^Resource '(.*?)' is not present in a registry.*",
-        r"$ref to \1; it must lead into the schema itself",
+        r"a reference to \1; it must lead into the schema itself",
     ),
-    (r"^at \d+\(\d+\): (invalid regex .*?)(?<=\n)   1 \| start: /.*", r"\1"),
+    (r"^maximum recursion depth exceeded.*", "one that is too deeply nested"),
+    (r"^at \d+\(\d+\): (.*?)\n   1 \| (?:start: /|%llguidance ).*", r"\1"),  # lines that are ours
     (r"\s*<non-verbose/>\s*$", ""),
 )
 """What the library says for its own developers, and what a client can use."""
@@ -95,7 +97,7 @@ class Constraints:
         if future is None:
             question = _question(constraint)
             if found := too_many(constraint.kind, constraint.text):
-                raise _refused(constraint, found, "Lower it, or repeat without a bound.", "fewer repeats")
+                raise _refused(constraint, found, "Lower it, or repeat without a bound.", REPEATS)
             future = asyncio.get_running_loop().run_in_executor(self._thread, self._begin, question, text)
             self._matchers[constraint, text] = future
         self._matchers.move_to_end((constraint, text))

@@ -11,6 +11,7 @@ MOST: Final = 100_000
 """Repeats of one part, nested ones multiplied; more than any answer has."""
 MOST_UP_TO: Final = 2**31 - 1
 """Upper bounds of a schema cost nothing, and generators write this one for "any"."""
+REPEATS: Final = f"at most {MOST} repeats"
 _AT_LEAST: Final = ("minLength", "minItems", "minProperties", "minContains")
 _UP_TO: Final = ("maxLength", "maxItems", "maxProperties", "maxContains")
 _OF_NAMES: Final = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
@@ -70,7 +71,7 @@ def _in_regex(pattern: str) -> str | None:
             sums[-1] += last * (times - 1)
             last, at = last * times, count.end()
             if sums[-1] > MOST:
-                return f"{count[0]} in {_shown(pattern)}, which is {sums[-1]} characters or more, of {MOST}"
+                return f"{count[0]} in {_shown(pattern)}, which is {sums[-1]} characters or more"
             continue
         if char == "(":
             sums.append(0)
