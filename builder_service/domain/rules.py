@@ -17,6 +17,7 @@ from builder_service.domain.full_tensors import BaseTensors, check_full_tensors,
 from builder_service.domain.grouping import LONGEST, Grouping
 from builder_service.domain.initial import with_initial
 from builder_service.domain.legal_rules import legal_findings
+from builder_service.domain.magnitudes import check_magnitudes
 from builder_service.domain.own_rows import PlannedRows, plan_rows
 from builder_service.domain.pairs import Lone, Pair
 from builder_service.domain.planned import PlannedRow, planned_rows
@@ -194,6 +195,7 @@ def check_tensors(
     own = list(dict.fromkeys(planned.tensor for planned in replaced))
     heads = [] if score is None else [score.tensor]
     values = check_values(file, pairs, own, config, base, book.dtype, report, progress)
+    large = check_magnitudes(values.parts, base, book.base, report)
     broken = report or any(_is_error(finding) for finding in found)
     vectors = Vectors() if broken else _vectors(pairs, tensors.lone, file, config, book, report, progress)
     found += [*unread, *report.findings()]
@@ -210,7 +212,7 @@ def check_tensors(
         file, row = unchanged(file, base)
         planned = (row,)
     found += [each for each in values.warnings if each.code != "W_ZERO_B" or not (vectors.rows or score)]
-    found += [*vectors.warnings(book.dtype), *redundant_warning((*full.redundant, *vectors.redundant))]
+    found += [*large, *vectors.warnings(book.dtype), *redundant_warning((*full.redundant, *vectors.redundant))]
     found += [*tower_warning(tensors.towers), *legal_findings(pairs, tensors.keys, config, base)]
     redundant = {*full.redundant, *tensors.towers, *plain.idle, *vectors.redundant}
     adapting = [*(tensor for pair in pairs for tensor in pair.tensors), *(lone.vector for lone in tensors.lone)]

@@ -119,6 +119,8 @@ _REFUSED: Final = (
     ("E_RANK_MAX", "a rank above `max_lora_rank`", "Set `max_lora_rank` to the number that is named."),
     ("E_NAN", "NaN or infinite values", "Use an earlier checkpoint: training diverged."),
     ("E_OVERFLOW", "a value, scale included, beyond the storage type", "Build with bfloat16 or float32."),
+    ("E_MAGNITUDE", "a product of scale, B and A beyond every type that is computed in: answers would be NaN",
+     "Use an earlier checkpoint: training diverged."),
     ("E_DTYPE", "tensors that are not F32, F16 or BF16", "Save the adapter in one of them."),
 )  # fmt: skip
 _WARNED: Final = (
@@ -130,6 +132,10 @@ _WARNED: Final = (
      "Look at the training; an untrained adapter is like this."),
     ("W_UNDERFLOW", "more than 1 % of the values become zero in the storage type", "Build with bfloat16."),
     ("W_ALPHA", "alpha/r below 0.001 or above 64", "Look at `lora_alpha`."),
+    ("W_MAGNITUDE", "the norm of the product of scale, B and A is more than 100 times that of the base's "
+     "weight, and of a weight that keeps the size of its input: the adapter drowns the base, and its answers "
+     "may become NaN, which a replica fails as `NUMERICS`",
+     "Look at the training and `lora_alpha`; compare its answers with those of an earlier checkpoint."),
     ("W_RANK", "the config gives no rank; the tensors' is taken", "Nothing."),
     ("W_TARGETS", "`target_modules` names modules that have no tensors, or is not given: PEFT's choice counts",
      "See that the file is the one that you mean."),

@@ -208,6 +208,11 @@ REFUSED = (
     _changed("infinite", "E_NAN", _set(np.inf)),
     of_tensors("beyond bfloat16", "E_OVERFLOW", lambda: tensors() | {
         key(0, "q_proj", "A"): np.full((4, 16), 3.4e38, "f4")}),
+    of_tensors("a product beyond every type", "E_MAGNITUDE", lambda: tensors() | {
+        key(0, "q_proj", "A"): np.full((4, 16), 1e20, "f4"),
+        key(0, "q_proj", "B"): np.full((16, 4), 1e20, "f4")}),
+    of_tensors("A beyond every type for any input", "E_MAGNITUDE", lambda: tensors() | {
+        key(0, "q_proj", "A"): np.full((4, 16), 3e38, "f4")}, lora={"dtype": "float32"}),
     _changed("beyond float16", "E_OVERFLOW", _set(9.1e4), lora={"dtype": "float16"}),
     *(_changed(f"{kind} values", "E_DTYPE", lambda _, kind=kind: np.ones((4, 16), kind))
       for kind in ("i1", "f8", ml_dtypes.float8_e4m3fn)),
@@ -231,6 +236,8 @@ ACCEPTED = (
         folder, {f"{EMBED}.weight": np.ones((VOCAB, HIDDEN), "f2")}, modules_to_save=["embed_tokens"])),
     of_tensors("B is zero", "W_ZERO_B", lambda: _zero("B")),
     of_tensors("A is zero", "W_ZERO_B", lambda: _zero("A")),
+    of_tensors("a product that drowns the base", "W_MAGNITUDE", lambda: tensors() | {
+        key(1, "v_proj", "A"): np.full((4, 16), 1e4, "f4")}, lora={"dtype": "float32"}),
     of_tensors("cut to rank 2", "W_TRUNCATED", tensors, lora={"truncate_to_rank": 2}),
     exhibit("o_proj of narrow heads", "W_ODENSE",
             lambda folder: adapter(folder, _wide_o_proj(), target_modules=["o_proj"]),
