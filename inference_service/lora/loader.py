@@ -36,9 +36,14 @@ def load_adapter(
         )
         for index, row in enumerate(bundle.manifest.layer_rows)
     )  # fmt: skip
-    weights = arrange(table.to(device, dtype).view(-1), rows, layers)
+    weights = arrange(values_of(bundle, dtype, device), rows, layers)
     own = bundle.vocabulary is not None or bundle.manifest.vocab is not None
     return replace(weights, vocabulary=_vocabulary(bundle, device)) if own else weights
+
+
+def values_of(bundle: Bundle, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return what `AdapterWeights.values` is of a bundle: its rows of layers [elements]."""
+    return _tensor(bundle.table, bundle.manifest.dtype).to(device, dtype).view(-1)
 
 
 def _vocabulary(bundle: Bundle, device: torch.device) -> Vocabulary:

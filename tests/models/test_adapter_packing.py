@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from structlog.testing import capture_logs
 
@@ -63,6 +64,9 @@ def test_an_adapter_is_proved_once(world, loader_of):
     assert isinstance(first, Loaded)
     assert isinstance(second, Loaded)
     assert first.packed.matrices.equal(second.packed.matrices)
+    assert np.array_equal(first.packed.table, second.packed.table)
+    assert np.array_equal(first.packed.ranks, second.packed.ranks)
+    assert np.array_equal(first.packed.linears, second.packed.linears)
     assert [line["adapter"] for line in logs if line["event"] == "proof holds"] == [digest[:12]]
 
 

@@ -75,10 +75,12 @@ class DiskTier:
         self._counted_s = -COUNT_EVERY_S
         self._refused = False
 
-    def manifest(self, digest: str) -> Manifest | None:
-        """Return the manifest of a bundle that is here; a damaged bundle is removed."""
+    def manifest(
+        self, digest: str, parse: Callable[[bytes, str], Manifest] = parse_manifest
+    ) -> Manifest | None:
+        """Return the manifest of a bundle that is here, as parse reads it; a damaged bundle is removed."""
         try:
-            return parse_manifest(bytes(self._read(digest, MANIFEST_FILE, RECORD_BYTES)), digest)
+            return parse(bytes(self._read(digest, MANIFEST_FILE, RECORD_BYTES)), digest)
         except OSError as error:
             self._be_rid_of(digest, error)
         except BundleCorrupt as damage:

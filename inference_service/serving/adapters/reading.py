@@ -13,9 +13,10 @@ from typing import Final
 import structlog
 
 from inference_service.serving.adapters.disk import DiskTier
-from inference_service.serving.adapters.known import KnownWeights
+from inference_service.serving.adapters.known import KNOWN, KnownWeights
+from inference_service.serving.adapters.recent import Recent
 from inference_service.serving.adapters.workers import Workers
-from loramux_shared.bundle.manifest import MANIFEST_FILE, REBUILD, SCORE_FILE, Manifest, ScoreHead
+from loramux_shared.bundle.manifest import MANIFEST_FILE, REBUILD, SCORE_FILE, Manifest, ScoreHead, sha256_hex
 from loramux_shared.bundle.npy import Array, Bytes
 from loramux_shared.bundle.reader import (
     Bundle,
@@ -33,6 +34,10 @@ log = structlog.get_logger()
 
 REQUESTS: Final = 16
 """Files beside the weights that are asked of the store at once, for all bundles."""
+MANIFESTS_BYTES: Final = 32 << 20
+"""Of manifests that are kept as they were parsed, about: those of 100 adapters of a small dense base."""
+PARSED: Final = 6
+"""Bytes that a byte of a manifest takes once it is parsed."""
 AT_ONCE_BYTES: Final = 1 << 30
 """Of bundles that are read and not yet packed; a larger one is read alone."""
 
@@ -65,6 +70,8 @@ class BundleReader:
         self._requests = Workers("bundle-files", REQUESTS)
         self._room = _Room(AT_ONCE_BYTES)
         self._known = KnownWeights()
+        self._manifests: Recent[Manifest] = Recent(MANIFESTS_BYTES)
+        self._checked: Recent[bool] = Recent(KNOWN)
         if disk is not None:
             self._requests.submit(disk.sweep)
 
@@ -84,7 +91,7 @@ class BundleReader:
             yield self._from_disk(digest, room) or self._from_store(digest, room)
 
     def _from_disk(self, digest: str, room: ExitStack) -> Found | None:
-        manifest = self._disk.manifest(digest) if self._disk else None
+        manifest = self._disk.manifest(digest, self._parsed) if self._disk else None
         if manifest is None or self._disk is None:
             return None
         names = files_of(manifest, digest)
@@ -93,11 +100,11 @@ class BundleReader:
         if files is None:
             room.close()
             return None
-        return Found(assemble(digest, manifest, files), Tier.DISK)
+        return Found(self._assembled(digest, manifest, files), Tier.DISK)
 
     def _from_store(self, digest: str, room: ExitStack) -> Found:
         data = self._get(digest, MANIFEST_FILE)
-        manifest = parse_manifest(data, digest)
+        manifest = self._parsed(data, digest)
         names = files_of(manifest, digest)
         room.enter_context(self._room.taken(_size(manifest)))
         largest = max(names, key=lambda name: manifest.files[name].size)
@@ -108,7 +115,20 @@ class BundleReader:
         }
         files: dict[str, Bytes] = {largest: self._fetch(digest, manifest, largest)}
         files.update((name, future.result()) for name, future in others.items())
-        return Found(assemble(digest, manifest, files), Tier.STORE, data, files)
+        return Found(self._assembled(digest, manifest, files), Tier.STORE, data, files)
+
+    def _assembled(self, digest: str, manifest: Manifest, files: Mapping[str, Bytes]) -> Bundle:
+        bundle = assemble(digest, manifest, files, checked=self._checked.get(digest) or False)
+        self._checked.put(digest, True)
+        return bundle
+
+    def _parsed(self, data: bytes, digest: str) -> Manifest:
+        """Return a manifest from its bytes, which are verified each time."""
+        manifest = self._manifests.get(digest)
+        if manifest is None or sha256_hex(data) != digest:
+            manifest = parse_manifest(data, digest)
+            self._manifests.put(digest, manifest, PARSED * len(data))
+        return manifest
 
     def keep(self, found: Found) -> None:
         """Write a bundle of the store to the disk, where there is one."""
@@ -142,12 +162,12 @@ class BundleReader:
         self, digest: str, wanted: Callable[[Manifest], tuple[str, ...]]
     ) -> tuple[Manifest, dict[str, bytes]]:
         """Return a bundle's manifest and some of its files, from the disk where it has them."""
-        manifest = self._disk.manifest(digest) if self._disk else None
+        manifest = self._disk.manifest(digest, self._parsed) if self._disk else None
         if manifest is not None and self._disk is not None:
             files = self._disk.files(digest, manifest, wanted(manifest), self._known.verify)
             if files is not None:
                 return manifest, {name: bytes(data) for name, data in files.items()}
-        manifest = parse_manifest(self._get(digest, MANIFEST_FILE), digest)
+        manifest = self._parsed(self._get(digest, MANIFEST_FILE), digest)
         return manifest, {name: bytes(self._fetch(digest, manifest, name)) for name in wanted(manifest)}
 
     def _fetch(self, digest: str, manifest: Manifest, name: str) -> bytes:

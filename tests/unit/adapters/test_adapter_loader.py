@@ -6,6 +6,7 @@ import asyncio
 import threading
 from queue import SimpleQueue
 
+import numpy as np
 import pytest
 import torch
 
@@ -165,6 +166,30 @@ def test_damage_in_the_store_is_never_served(store, make, tmp_path, name):
     assert not (tmp_path / "bundles" / digest).exists()
     store.objects[key] = right
     assert isinstance(load(loader, digest), Loaded)
+
+
+@pytest.mark.parametrize("name", [MANIFEST_FILE, WEIGHTS_FILE, CONFIG_FILE, "chat_template.jinja"])
+@pytest.mark.parametrize("cached", [False, True], ids=["store", "disk"])
+def test_damage_after_a_load_is_never_served(store, make, tmp_path, name, cached):
+    """What is known of a bundle from its first load is known of its digest: every byte is verified again."""
+    digest, folder = store.digests[0], tmp_path / "bundles"
+    key = bundle_key(digest, name)
+    loader = make(disk=DiskTier(folder, 10**9) if cached else None)
+    first = load(loader, digest)
+    if cached:
+        wait_until((folder / digest).exists, "the copy on the disk")
+    wrong = bytearray(store.objects[key])
+    wrong[len(wrong) // 2] ^= 4
+    store.objects[key] = bytes(wrong)
+    if cached:
+        assert load(loader, digest).tier is Tier.DISK
+        (folder / digest / name).write_bytes(wrong)
+    assert type(load(loader, digest)) is BundleCorrupt
+    wrong[len(wrong) // 2] ^= 4
+    store.objects[key] = bytes(wrong)
+    again = load(loader, digest)
+    assert again.tier is Tier.STORE
+    assert np.array_equal(again.packed.bundle.table, first.packed.bundle.table)
 
 
 def test_a_slow_store_holds_up_only_what_it_serves(store, make):
