@@ -200,7 +200,18 @@ template <class T> void pack_rows(const Piece& piece) {
 template <class T> void pack_tiles(const Piece& piece) {
   constexpr int P = Unit<T>::P;
   const int64_t units = (piece.rows + P - 1) / P, whole = piece.row == 1 ? piece.rows / P : 0;
-  for (int64_t c = 0; c < round_up(int(piece.columns), LANES); ++c) {
+  int64_t done = 0;
+  if (whole == units)  // tiles that are full: written as they lie, a line of units at a time
+    for (; done + LANES <= piece.columns; done += LANES) {
+      const T* from = static_cast<const T*>(piece.from) + done * piece.column;
+      T* to = static_cast<T*>(piece.to) + done * units * P;
+      for (int64_t u = 0; u < units; ++u) {
+        T line[LANES * P];
+        for (int l = 0; l < LANES; ++l) std::memcpy(line + l * P, from + l * piece.column + u * P, P * sizeof(T));
+        std::memcpy(to + u * LANES * P, line, sizeof(line));
+      }
+    }
+  for (int64_t c = done; c < round_up(int(piece.columns), LANES); ++c) {
     const T* from = static_cast<const T*>(piece.from) + c * piece.column;
     T* to = static_cast<T*>(piece.to) + (c / LANES * units * LANES + c % LANES) * P;
     if (c >= piece.columns) {
