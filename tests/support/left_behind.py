@@ -32,7 +32,7 @@ LIBRARIES: Final = ("PYTEST_", "RAY_", "TORCHINDUCTOR_", "KINETO_")
 """What the test runner and libraries write into the environment by themselves."""
 HARMLESS: Final = frozenset({"_soon_settled", "event_loop_policy", "native_folder", "tmp_path_factory"})
 """Fixtures that hold neither threads nor processes."""
-ENDING_S: Final = 20.0
+ENDING_S: Final = 60.0
 """For what was asked to end and is about to."""
 
 
