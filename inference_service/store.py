@@ -11,7 +11,7 @@ from loramux_shared.storage.open import open_store
 from loramux_shared.storage.patient import PatientStore
 
 START_PAUSES_S: Final = (1.0,)
-"""Before a store that did not answer is asked once more; whoever runs this starts it again."""
+"""Pauses before a store that did not answer is asked once more; the supervisor starts the process again."""
 
 
 def open_replica_store(settings: InferenceSettings) -> Store:

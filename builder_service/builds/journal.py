@@ -94,7 +94,7 @@ class _Page:
     """The builds of a deployment that have not ended, and what of them is in the store."""
 
     entries: dict[str, JournalEntry] = field(default_factory=dict)
-    """By the key of each build."""
+    """Keyed by build."""
     left: bool = False
     """Whether they go on in another run of a builder: then the store is not changed."""
     changes: Iterator[int] = field(default_factory=partial(itertools.count, 1))
@@ -102,7 +102,7 @@ class _Page:
     """The newest of the changes that are in the store."""
     beat: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
-    """Held by whoever writes: a beat must not bring back an entry that is being removed."""
+    """Held during a write: a beat must not bring back an entry that is being removed."""
 
 
 class Journal:

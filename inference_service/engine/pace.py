@@ -98,7 +98,7 @@ class Pace:
         self._decode_s: dict[int, float] = {}
         """What a step takes that only decodes, by the bits of the number of its sequences."""
         self._first_s: dict[int, float] = {}
-        """What the first of them took, perhaps several times as long: it is believed beside a second one."""
+        """Seconds of the first of them, perhaps several times as long: the second decides."""
         self._since_look = 0
         self._most = 0.0
         self._sums = _Sums()

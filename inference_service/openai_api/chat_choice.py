@@ -22,7 +22,7 @@ class ChatChoice:
     def __init__(self, index: int, stops: Collection[str], names: Names | None, *, ids: bool) -> None:
         """Begin an answer that stops may end.
 
-        Names are given where log probabilities are to be told, ids where its tokens are.
+        Names are given where log probabilities are asked for, ids where token ids are.
         """
         self._ids: list[int] | None = [] if ids else None
         self._index = index

@@ -17,7 +17,7 @@ IMPOSSIBLE = -9999.0
 
 @dataclass(frozen=True)
 class Names:
-    """What tokens are called where their log probabilities are told."""
+    """The names of tokens in log probabilities."""
 
     text: Text
     as_ids: bool = False

@@ -52,7 +52,7 @@ _REFERENCE: Final = re.compile(rf"'{SCHEMAS}([^']+)'")
 
 @dataclass(frozen=True)
 class Served:
-    """What a server has, as far as its document depends on it."""
+    """The properties of a server that its document depends on."""
 
     model: str
     """The name that examples ask."""

@@ -6,7 +6,7 @@ import ctypes
 from typing import Final
 
 _M_ARENA_MAX: Final = -8
-"""Of malloc.h."""
+"""From malloc.h."""
 ARENAS: Final = 2
 """glibc's own is eight for each core: each thread of a load would keep in its own what it freed."""
 

@@ -26,9 +26,9 @@ from loramux_shared.settings import InferenceSettings
 
 RANKS: Final = (8, 16, 32, 64)
 PROCESS_BYTES: Final = 250_000_000
-"""What a replica on a CPU takes for itself: the interpreter, torch, grpc, a tokenizer, and their threads."""
+"""Memory of a replica on a CPU for itself: the interpreter, torch, grpc, a tokenizer, and their threads."""
 TOUCHED_BYTES: Final = 8 << 20
-"""Of each layer's cache, what a first step writes on a CPU: two pages of 2 MiB of keys and of values."""
+"""The part of a layer's cache that a first step writes on a CPU: two pages of 2 MiB of keys and of values."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Sizes:
     refusal: str
     """What a replica would say; empty where it would start."""
     ready_bytes: int
-    """What a replica on a CPU takes when it is ready, before adapters are loaded and the cache fills."""
+    """Memory of a replica on a CPU when it is ready, before adapters are loaded and the cache fills."""
 
 
 def read_base(path: Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ SOCKET: Final = "NOTIFY_SOCKET"
 READY: Final = "READY=1"
 STOPPING: Final = "STOPPING=1"
 STATUS: Final = "STATUS="
-"""What stands behind it is for people."""
+"""The prefix of a line for people."""
 
 log = structlog.get_logger()
 

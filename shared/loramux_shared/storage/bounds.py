@@ -56,7 +56,7 @@ def read_bounded(uri: str, key: str, read: Callable[[int], bytes], bound: int, s
         key: Key of the object, for the error.
         read: Returns at most so many of the next bytes; none at the end.
         bound: Bytes that the object may have.
-        size: Bytes that it is said to have; it may have others.
+        size: Its size in bytes, as the store reports it.
 
     Raises:
         RecordTooLarge: it exceeds the bound.
