@@ -25,7 +25,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from types import SimpleNamespace
 from typing import Any, Final, Literal, get_args
 
@@ -115,6 +114,8 @@ class Bench:
     def __init__(self, point: Point) -> None:
         self._point = point
         self._numbers = itertools.count()
+        self._adapters: dict[int, Adapter] = {}
+        """By slot; those of the queue are on their way and have none."""
         growth = (point.seqs + 1) * (2 + (WARM_UP + STEPS) // BLOCK_SIZE)
         prompts = 0 if point.kind == "starved" else 4 * PROMPT // BLOCK_SIZE
         blocks = ACTIVE * -(-point.context // BLOCK_SIZE) + growth + prompts
@@ -172,20 +173,16 @@ class Bench:
         number = next(self._numbers)
         stride = max(1, self._point.loaded // ACTIVE)
         slot = adapter * stride if adapter < ACTIVE else ACTIVE * stride + adapter
-        known = _adapter(slot) if self._point.loaded else None
-        if known is not None and adapter >= ACTIVE:
-            known.slot = None  # on its way
+        known = None
+        if self._point.loaded:
+            resident = slot if adapter < ACTIVE else None
+            known = self._adapters.setdefault(slot, Adapter(f"{slot:064x}", resident))
         own = [] if params is None else [number % VOCAB]
         tokens = own + list(itertools.islice(itertools.cycle(range(2, 1000)), length - len(own)))
         params = params or SamplingParams(temperature=0.7, top_p=0.9, seed=number)
         seq = EngineSequence(str(number), tokens, params, known)
         self._engine.add(seq)
         return seq
-
-
-@cache
-def _adapter(slot: int) -> Adapter:
-    return Adapter(f"{slot:064x}", slot)
 
 
 def measure(point: Point, profile: cProfile.Profile | None = None) -> Took:
