@@ -56,9 +56,9 @@ def kept(first_start: Path, compiler: Path, tmp_path: Path, monkeypatch: pytest.
     return file
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def canary(tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, Path]:
-    """A library that leaves a file behind when it is loaded, and that file."""
+    """A library that leaves a file behind when it is loaded, and that file; each test has its own."""
     folder = tmp_path_factory.mktemp("canary")
     source = f'#include <cstdio>\n__attribute__((constructor)) void sing() {{ fopen("{folder}/sung", "w"); }}\n'
     (folder / "canary.cpp").write_text(source)

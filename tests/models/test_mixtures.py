@@ -152,7 +152,7 @@ REFUSED: list[tuple[str, type[Fault], str]] = [
     ("wide+", RequestInvalid, "and \\+ between"),
     ("wide**2", RequestInvalid, "and \\+ between"),
     ("wide*+all", RequestInvalid, "a number behind every \\*"),
-    ("wide*nan", RequestInvalid, "scales from -8 to 8, found wide\\*nan"),
+    ("wide*nan", RequestInvalid, "a number behind every \\*, found wide\\*nan"),
     ("wide*-8.5", RequestInvalid, "scales from -8 to 8"),
     ("+".join(["wide"] * 9), RequestInvalid, "at most 8 adapters, found more"),
     ("wide+all+rs", RequestInvalid, "at most 2 adapters, as many as a step may have"),

@@ -44,9 +44,9 @@ def test_native_can_be_asked_for(config: ModelConfig, native_folder: Path) -> No
     ],
 )
 def test_native_that_cannot_be_is_refused(
-    config: ModelConfig, tmp_path: Path, settings: dict[str, object], why: str
+    config: ModelConfig, native_folder: Path, settings: dict[str, object], why: str
 ) -> None:
     """What was asked for by name is not replaced in silence; by auto it is, and the start line says so."""
     with pytest.raises(SettingsInvalid, match=f"LORAMUX_BACKEND=native.*{why}"):
-        choose_backend(_settings(tmp_path, backend="native", **settings), config)
-    assert why in choose_backend(_settings(tmp_path, device="cpu", **settings), config).how
+        choose_backend(_settings(native_folder.parent, backend="native", **settings), config)
+    assert why in choose_backend(_settings(native_folder.parent, device="cpu", **settings), config).how
