@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 from inference_service.serving.adapters.paths import digest_of, repository_of
 from inference_service.serving.adapters.ports import Bundles, Follower, Names, Publisher
 from inference_service.serving.adapters.registry import Registry
 from loramux_shared.deployment import Repository
-from loramux_shared.faults import AdapterExists, NoBuilder
+from loramux_shared.faults import AdapterExists, NoBuilder, ReplicaBehind
 
 
 class Changing:
@@ -98,6 +100,9 @@ class Changing:
         try:
             number = await builder.add(name, repository, must_be_new=not replace)
         except AdapterExists as fault:
+            if not self._taken(name):  # published a moment ago, through another replica
+                with suppress(ReplicaBehind):
+                    await self._follower.catch_up(self._follower.standing.generation + 1)
             raise _already_loaded(name) from fault
         await self._follower.catch_up(number)
 

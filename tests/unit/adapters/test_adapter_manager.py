@@ -176,6 +176,7 @@ async def test_a_new_name_that_others_took_meanwhile_is_taken() -> None:
     replica.deployment.racing = [{"four": 9}]
     with pytest.raises(AdapterExists, match="has already been loaded"):
         await replica.manager.load("four", "org/four")
+    assert replica.manager.get("four")  # a client that takes the refusal for success finds it here
 
 
 async def test_what_the_builder_refuses_arrives() -> None:
