@@ -115,7 +115,7 @@ class Bench:
         self._point = point
         self._numbers = itertools.count()
         self._adapters: dict[int, Adapter] = {}
-        """By slot; those of the queue are on their way and have none."""
+        """Keyed by slot; those of the queue are on their way and have none."""
         growth = (point.seqs + 1) * (2 + (WARM_UP + STEPS) // BLOCK_SIZE)
         prompts = 0 if point.kind == "starved" else 4 * PROMPT // BLOCK_SIZE
         blocks = ACTIVE * -(-point.context // BLOCK_SIZE) + growth + prompts

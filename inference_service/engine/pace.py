@@ -98,7 +98,7 @@ class Pace:
         self._decode_s: dict[int, float] = {}
         """What a step takes that only decodes, by the bits of the number of its sequences."""
         self._first_s: dict[int, float] = {}
-        """Seconds of the first of them, perhaps several times as long: the second decides."""
+        """Seconds of the first of them until there is a second: a first use may take several times as long."""
         self._since_look = 0
         self._most = 0.0
         self._sums = _Sums()
@@ -154,9 +154,11 @@ class Pace:
         size = decodes.bit_length()
         known = self._decode_s.get(size)
         if known is None:
-            if (first := self._first_s.get(size)) is not None:
+            first = self._first_s.pop(size, None)
+            if first is None:
+                self._first_s[size] = took_s
+            else:
                 self._decode_s[size] = min(first, took_s)
-            self._first_s[size] = took_s
             return
         if self._stood_still(took_s, known, rows=False):
             return

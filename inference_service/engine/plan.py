@@ -82,7 +82,7 @@ class Plan:
         if self.brief and not _is_brief(seq):
             self.brief = False
             more, less = (self.pace.room(self.decodes, times) for times in (TIMES_OF_BRIEF, TIMES))
-            self.seconds -= more.seconds - less.seconds if self.decodes else 0.0
+            self.seconds -= more.seconds - less.seconds
 
     def fitting(self, seq: Sequence) -> int:
         """Rows of a prompt that find room, beside those that it has."""

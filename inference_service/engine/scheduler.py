@@ -298,7 +298,7 @@ class Scheduler:
 
         Where either is short, the one that is more may ask only when somebody is far enough ahead: a step does
         not walk through a thousand who wait. Who waits for a seat alone asks beside who waits for a place too,
-        for those who are ahead of both may have a seat to give and no place.
+        for those who are ahead of both may have a seat to give and no place. MOST_NEW new ones ask too.
         """
         if not self.num_waiting or plan.short:
             return []
@@ -309,8 +309,8 @@ class Scheduler:
         if not (seats or asks or new):
             return []
         joining = [lane for lane in self.lanes.joining() if self._may_begin(lane, lane.waiting[0], plan)]
-        known = set(joining)
         if asks:
+            known = set(joining)
             joining = joining if seats else heapq.nsmallest(1, joining, key=lambda lane: lane.rank)
             others = [lane for lane in self.lanes.look_through() if lane not in known]
             others = [lane for lane in others if self._may_begin(lane, lane.waiting[0], plan)]
