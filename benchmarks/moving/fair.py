@@ -1,7 +1,6 @@
-"""One model with 64 endless streams, while 20 others ask once: their first tokens against a server with room.
+"""One model with 64 endless streams, which take all seats, while 20 others ask once: their first tokens.
 
-The other side has the same 64 streams in its steps, and seats for all the rest: what is compared is the wait
-for a seat, at the same size of a batch. Told beside it: an idle server, whose steps have no other rows.
+Compared with the same 20 on a server with nothing else to do.
 """
 
 from __future__ import annotations
@@ -19,8 +18,6 @@ from loramux import AsyncClient
 
 STREAMS: Final = 64
 OTHERS: Final = 20
-SEATS: Final = 64
-ROOM: Final = 96
 APART_S: Final = 0.25
 """Between two of those that ask once."""
 NEW: Final = 4
@@ -32,42 +29,34 @@ Ask = Callable[[str], Awaitable[float]]
 async def measure(forge: Forge, rounds: int) -> list[Figure]:
     """In this process, then over gRPC."""
     names = forge.deploy("fair", OTHERS + 1)
-    found: dict[int, list[float]] = {SEATS: [], ROOM: []}
-    idle: list[float] = []
+    settings: dict[str, Any] = {"adapter_memory_gb": bank_gb(OTHERS + 1), "preload": OTHERS + 1}
+    settings["max_batch_seqs"] = STREAMS
+    beside: dict[str, list[float]] = {"in this process": [], "from clients over gRPC": []}
+    idle: dict[str, list[float]] = {where: [] for where in beside}
     for _ in range(rounds):
-        for seats, firsts in found.items():
-            async with replica(
-                forge, "fair", adapter_memory_gb=bank_gb(OTHERS + 1), preload=OTHERS + 1, max_batch_seqs=seats
-            ) as local:
-                if seats == SEATS:
-                    idle.append(await _others(_asks(local), names[1:]))
-                async with local.streams([names[0]] * STREAMS):
-                    firsts.append(await _others(_asks(local), names[1:]))
-    note = f"{shown(found[SEATS], 1e3)}; with room {shown(found[ROOM], 1e3)}; idle {shown(idle, 1e3, 'ms')}"
-    figure = Figure(
-        "p50 first token of 20, no seat / a seat free", ratio(found[SEATS], found[ROOM]), "x", BAR, note
-    )
-    return [figure, *await _over_grpc(forge, names, rounds)]
+        async with replica(forge, "fair", **settings) as local:
+            idle["in this process"].append(await _others(_asks(local), names[1:]))
+            async with local.streams([names[0]] * STREAMS):
+                beside["in this process"].append(await _others(_asks(local), names[1:]))
+        with server(forge, "fair", **settings) as running:
+            async with AsyncClient(inference=running.grpc) as client:
 
+                async def ask(name: str, client: AsyncClient = client) -> float:
+                    return await first_token_s(client, name, prompt(), NEW)
 
-async def _over_grpc(forge: Forge, names: list[str], rounds: int) -> list[Figure]:
-    found: dict[int, list[float]] = {SEATS: [], ROOM: []}
-    for _ in range(rounds):
-        for seats, firsts in found.items():
-            settings: dict[str, Any] = {"adapter_memory_gb": bank_gb(OTHERS + 1), "preload": OTHERS + 1}
-            with server(forge, "fair", max_batch_seqs=seats, **settings) as running:
-                firsts.append(await _beside_streams(running.grpc, names))
-    note = f"{shown(found[SEATS], 1e3)}; with room {shown(found[ROOM], 1e3, 'ms')}"
-    return [Figure("the same from clients over gRPC", ratio(found[SEATS], found[ROOM]), "x", BAR, note)]
-
-
-async def _beside_streams(address: str, names: list[str]) -> float:
-    async with AsyncClient(inference=address) as client, streams(client, [names[0]] * STREAMS):
-
-        async def ask(name: str) -> float:
-            return await first_token_s(client, name, prompt(), NEW)
-
-        return await _others(ask, names[1:])
+                idle["from clients over gRPC"].append(await _others(ask, names[1:]))
+                async with streams(client, [names[0]] * STREAMS):
+                    beside["from clients over gRPC"].append(await _others(ask, names[1:]))
+    return [
+        Figure(
+            f"p50 first token of 20 {where}, beside streams / idle",
+            ratio(found, idle[where]),
+            "x",
+            BAR,
+            f"{shown(found, 1e3)}; idle {shown(idle[where], 1e3, 'ms')}",
+        )
+        for where, found in beside.items()
+    ]
 
 
 def _asks(local: Local) -> Ask:

@@ -39,6 +39,8 @@ STALL: Final = 3.0
 """Times longer than expected, from which on a step is believed only when the next of its kind is as well."""
 DRIFT: Final = 0.2
 """Part that one step has in how much slower than usual the machine is now."""
+SMALL: Final = 0.4
+"""Part of a step that one of few rows takes, at most, where two steps take about as long as one of both."""
 
 
 class Load(NamedTuple):
@@ -118,6 +120,14 @@ class Pace:
         if decode_s is None or self._since_look >= LOOK:
             return Room(0, 0.0)
         return Room(max(FIRST, GROWTH * self._most), (times - 1) * decode_s)
+
+    def may_part(self, decodes: int) -> bool:
+        """Return whether prompts may have a step without those that decode, which costs little more.
+
+        True where a step's rows take most of its time, as on a CPU, and not its weights and launches.
+        """
+        decode_s = self._decode_s.get(decodes.bit_length())
+        return decode_s is not None and min(self._decode_s.values()) <= SMALL * decode_s
 
     def rows(self, context: int, seconds: float) -> float:
         """Return how many rows behind a context fit a time; LEAST where they do not."""

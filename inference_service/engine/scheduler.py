@@ -23,7 +23,8 @@ QUANTUM: Final = 128.0
 """Tokens, by weight, that a lane under way is ahead of one that finds no place before it makes room for it.
 With less, sequences would be computed again too often; with more, the others would wait longer."""
 FIRST_QUANTUM: Final = 4.0
-"""The same for a lane that is new, while there is credit for it: its first token costs one preemption."""
+"""The same for a place among the adapters where a lane is new, while there is credit for it. For a seat it need
+not wait at all: its first token costs one preemption."""
 TWICE: Final = 1 / 8
 """Rows that may be computed twice for new lanes, of all that are computed."""
 MOST_CREDIT: Final = 128.0
@@ -77,6 +78,8 @@ class Scheduler:
         self.lookup = Lookup()
         self.pace = Pace()
         self._load = NOTHING
+        self._parted = False
+        """Whether the last step left those out that decode."""
         self._residents = residents
         self._credit = MOST_CREDIT
         """Rows that may be computed twice now; below 0 only those that are a QUANTUM behind find room."""
@@ -127,6 +130,10 @@ class Scheduler:
         if plan.prompts or self.num_waiting:
             plan.limit(len(plan.lengths))
             self._take_turns(plan)
+            self._parted = not self._parted and self._may_part(plan)
+            if self._parted:
+                for seq in decodes:
+                    plan.lengths.pop(seq, None)
         self._load = plan.load()
         if self.limits.speculative_tokens and not plan.short:
             self.lookup.fill(plan, self.running, self.limits, self.blocks)
@@ -149,6 +156,18 @@ class Scheduler:
                 seq.num_charged = seq.num_computed
             self.blocks.register(seq)
         self._credit = min(MOST_CREDIT, self._credit + TWICE * computed)
+
+    def _may_part(self, plan: Plan) -> bool:
+        """Whether a step is for its prompts alone: the first tokens of new lanes need not wait for the others.
+
+        Those that decode wait as long as in a step of both, for all prompts end in this one.
+        """
+        prompts = [seq for seq in plan.prompts if seq in plan.lengths]
+        return (
+            any(self.lanes.of(seq).is_new for seq in prompts)
+            and not any(map(plan.left, prompts))
+            and self.pace.may_part(plan.decodes)
+        )
 
     def _bring_in(self, plan: Plan) -> float:
         """Let adapters arrive in the order of those who wait for them.
@@ -373,25 +392,29 @@ class Scheduler:
 
     def _make_room(self, lane: Lane, plan: Plan) -> bool:
         """Preempt one sequence of the lane that is furthest ahead of this one, if any is far enough."""
-        furthest = self._furthest(lane, plan, lambda _: True)
+        furthest = self._furthest(lane, plan, lambda other: not other.is_new, first=0.0)
         if furthest is not None:
             self._preempt(furthest.running[-1], plan)
         return furthest is not None
 
-    def _furthest(self, lane: Lane, plan: Plan, may: Callable[[Lane], bool]) -> Lane | None:
+    def _furthest(
+        self, lane: Lane, plan: Plan, may: Callable[[Lane], bool], first: float = FIRST_QUANTUM
+    ) -> Lane | None:
         """The lane under way that is furthest ahead of another, and far enough; None if none is."""
-        return next(iter(self._far_ahead(lane, plan, may)), None)
+        return next(iter(self._far_ahead(lane, plan, may, first)), None)
 
-    def _far_ahead(self, lane: Lane, plan: Plan, may: Callable[[Lane], bool]) -> list[Lane]:
+    def _far_ahead(
+        self, lane: Lane, plan: Plan, may: Callable[[Lane], bool], first: float = FIRST_QUANTUM
+    ) -> list[Lane]:
         """The lanes under way that are far enough ahead of another to make room, the furthest first."""
-        least = plan.counter(lane) + self._quantum(lane)
+        least = plan.counter(lane) + self._quantum(lane, first)
         under_way = (other for other in self.lanes.under_way if other is not lane and may(other))
         ahead = [other for other in under_way if other.served >= least]
         return sorted(ahead, key=lambda other: other.served, reverse=True)
 
-    def _quantum(self, lane: Lane) -> float:
+    def _quantum(self, lane: Lane, first: float = FIRST_QUANTUM) -> float:
         """How far others must be ahead of a lane to make room for it."""
-        return FIRST_QUANTUM if lane.is_new and self._credit > 0 else QUANTUM
+        return first if lane.is_new and self._credit > 0 else QUANTUM
 
     def _displace(self, adapters: Iterable[Adapter], plan: Plan) -> None:
         """Preempt all that are under way on any of some adapters."""

@@ -32,6 +32,8 @@ class Machine:
     row_s: float = 0.0006
     token_s: float = 5e-7
     """Of each token that a row of a prompt attends to."""
+    decode_s: float = 0.0
+    """Of each sequence that decodes."""
     now_s: float = 0.0
     free_s: float = 0.0
     batches: list[Batch] = field(default_factory=list)
@@ -42,7 +44,8 @@ class Machine:
         prompts = [chunk for chunk in batch.chunks if chunk.seq.num_pending > 1]
         rows = sum(chunk.length * self.row_s for chunk in prompts)
         area = sum(chunk.length * (chunk.start + chunk.end) / 2 for chunk in prompts)
-        took_s = self.step_s + rows + area * self.token_s
+        decodes = (len(batch.chunks) - len(prompts)) * self.decode_s
+        took_s = self.step_s + rows + area * self.token_s + decodes
         self.free_s = end_s = max(self.now_s, self.free_s) + took_s
         self.batches.append(batch)
         self.took_s.append(took_s)
@@ -61,9 +64,10 @@ def _engine(machine: Machine, max_tokens: int = 1024, max_seqs: int = 64) -> Eng
     return Engine(machine, limits, blocks, AlwaysResident(), clock=lambda: machine.now_s)
 
 
-def _seq(prompt: int, new: int = 1, priority: int = 0) -> Sequence:
+def _seq(prompt: int, new: int = 1, priority: int = 0, flow: str = "") -> Sequence:
     number = next(_ids)
-    return Sequence(str(number), [number] * prompt, SamplingParams(max_tokens=new), priority=priority)
+    sampling = SamplingParams(max_tokens=new)
+    return Sequence(str(number), [number] * prompt, sampling, priority=priority, flow=flow)
 
 
 def _add(engine: Engine, *seqs: Sequence) -> tuple[Sequence, ...]:
@@ -271,3 +275,27 @@ def test_less_urgent_requests_do_not_pass_however_short_they_are() -> None:
     while not long.num_known:
         engine.step()
         assert long.num_known or not short.num_computed
+
+
+@pytest.mark.parametrize(("decode_s", "alone"), [(0.001, True), (0.0, False)], ids=["rows cost", "free rows"])
+def test_a_first_token_of_another_model_does_not_wait_for_streams(decode_s: float, alone: bool) -> None:
+    """All seats are taken by streams of one model. Where a step of these is long because of its rows, a new
+    model's prompt has a step of its own, and every second step has all streams; else they share a step."""
+    machine = Machine(step_s=0.01, decode_s=decode_s)
+    engine = _engine(machine)
+    _add(engine, _seq(8, 8000))
+    for _ in range(5):
+        engine.step()
+    _add(engine, *(_seq(8, 8000) for _ in range(63)))
+    for _ in range(30):
+        engine.step()
+    for number in range(4):
+        [asked] = _add(engine, _seq(64, flow=f"once {number}"))
+        engine.step()
+        assert asked.num_known
+        assert (len(machine.batches[-1].chunks) == 1) is alone
+        _add(engine, _seq(64, flow=f"after {number}"))
+        engine.step()
+        assert len(machine.batches[-1].chunks) == 64
+        engine.step()
+        engine.step()
