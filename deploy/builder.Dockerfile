@@ -2,7 +2,7 @@
 # Build it from the root of the repository: docker build -f deploy/builder.Dockerfile .
 FROM python:3.11-slim-bookworm AS install
 WORKDIR /source
-COPY pyproject.toml README.md LICENSE ./
+COPY pyproject.toml hatch_build.py README.md LICENSE ./
 COPY builder_service builder_service
 COPY examples examples
 COPY inference_service inference_service

@@ -5,7 +5,7 @@
 FROM python:3.11-slim-bookworm AS install
 RUN apt-get update && apt-get install --yes --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
 WORKDIR /source
-COPY pyproject.toml README.md LICENSE ./
+COPY pyproject.toml hatch_build.py README.md LICENSE ./
 COPY builder_service builder_service
 COPY examples examples
 COPY inference_service inference_service
@@ -17,8 +17,8 @@ ARG PIP_EXTRA_INDEX_URL
 ARG MORE
 RUN python -m venv /opt/loramux && /opt/loramux/bin/pip install --no-cache-dir '.[inference,gcs,azure,otel,signing]' \
     ${MORE:+"$MORE"}
-# The operations of CPUs, for every processor that may run the image: it has no C++ compiler itself. Not in /source,
-# where the sources would be imported.
+# The wheel brings the operations of CPUs, compiled for every processor that may run the image, which has no C++ compiler
+# itself. This fails where it could not; not in /source, where the sources would be imported.
 RUN cd / && /opt/loramux/bin/python -m inference_service.kernels.cpu.build
 
 FROM python:3.11-slim-bookworm

@@ -3,7 +3,7 @@
 FOLDER holds the base's ``config.json``. Either form is the answer::
 
     {"torch": "2.13.0", "device": "cpu", "name": "...", "memory_bytes": 1, "free_bytes": 1,
-     "dtype": "bfloat16", "backend": "native", "how": "compiled with c++", "threads": 2}
+     "dtype": "bfloat16", "backend": "native", "how": "compiled with c++", "warning": null, "threads": 2}
     {"fault": {"reason": "SETTINGS_INVALID", "message": "..."}}
 """
 
@@ -22,10 +22,12 @@ from inference_service.startup.choose import choose_backend
 from loramux_shared.bases.read import read_config
 from loramux_shared.faults import Fault
 from loramux_shared.settings import InferenceSettings, load_settings
+from loramux_shared.telemetry import log_to_stderr
 
 
 def main() -> int:
     """Answer for the folder that the command line names; returns the exit status."""
+    log_to_stderr()
     try:
         answer = examine(Path(sys.argv[1]))
     except Fault as fault:
@@ -51,7 +53,8 @@ def examine(folder: Path) -> dict[str, Any]:
         **_memory(chosen.device),
         "dtype": str(chosen.dtype).removeprefix("torch."),
         "backend": chosen.new_lora().name,
-        "how": chosen.how,
+        "how": chosen.computing.how,
+        "warning": chosen.computing.warning,
         "threads": torch.get_num_threads(),
     }
 

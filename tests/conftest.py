@@ -143,6 +143,20 @@ def native_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made_once(tmp_path_factory, "native", load)
 
 
+@pytest.fixture(scope="session")
+def beforehand(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of what a wheel holds, for each kind of processor, but quickly compiled; in a sweep just so."""
+    from inference_service.kernels.cpu import compiling
+    from tests.support.native import as_in_a_wheel
+    from tests.support.once import made_once
+
+    if compiling.compiler() is None:
+        pytest.skip("no C++ compiler")
+    with pytest.MonkeyPatch.context() as patch:
+        as_in_a_wheel(patch)
+        return made_once(tmp_path_factory, "beforehand", compiling.compile_beforehand)
+
+
 @pytest.fixture(scope="module")
 def fakes() -> Iterator[Fakes]:
     """Both services, scripted, in a thread of this process."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from inference_service.backends.experts import Grouped
+from inference_service.core.computing import Computing
 from inference_service.kernels.attention import Context
 from inference_service.kernels.delta import DeltaInputs
 from inference_service.kernels.experts import ByExpert, Routed
@@ -270,8 +271,8 @@ class Backend:
     operations: Operations
     new_lora: Callable[[], LoraBackend]
     """Makes an empty home for adapters."""
-    how: str
-    """For the start line: where the operations come from."""
+    computing: Computing
+    """What that is, for operators."""
     quantization: Rounding = Rounding.NONE
     """What the weights of linears are rounded to."""
     recordable: bool = False

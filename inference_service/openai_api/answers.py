@@ -305,6 +305,15 @@ class Version(TypedDict):
     version: str
 
 
+class Health(TypedDict):
+    """That requests are taken; ``slow`` where torch's operations stand in for compiled ones."""
+
+    status: Literal["ok", "slow"]
+    backend: str
+    lack: NotRequired[str]
+    """Why: ``no_compiler``, ``not_compiled``, ``wrong_result`` or ``unsupported``."""
+
+
 class Blocks(TypedDict):
     """Cache blocks."""
 

@@ -78,11 +78,15 @@ def _model(model: ServedModel, service: GenerationService, adapters: AdapterMana
 
 
 async def health(service: GenerationService, http: HttpRequest) -> Response:  # noqa: ARG001
-    """Say that requests are taken; a server that drains says 503.
+    """Say that requests are taken, and why they are computed slowly if so; a server that drains says 503.
 
     `front` does that, before anything gets here.
     """
-    return Response()
+    computing = service.catalog.computing
+    body: answers.Health = {"status": "slow" if computing.lack else "ok", "backend": computing.backend}
+    if computing.lack:
+        body |= {"lack": computing.lack.value}
+    return json_response(body)
 
 
 async def show_metrics(service: GenerationService, http: HttpRequest) -> Response:  # noqa: ARG001

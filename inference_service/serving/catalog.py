@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Final
 from weakref import WeakValueDictionary
 
+from inference_service.core.computing import Computing
 from inference_service.core.sequence import MOST_PARTS, Adapter, Mixture
 from inference_service.serving import mixing
 from inference_service.serving.adapter_defaults import NO_DEFAULTS, AdapterDefaults
@@ -110,6 +111,7 @@ class Catalog:
         self.base_name = base_name
         self.base_licence = ""
         """What the base's repository says of its licence, where a generation says so."""
+        self.computing = Computing()
         self.aliases: Mapping[str, Mapping[str, int]] = {}
         self.most_mixed = MOST_PARTS
         """Adapters of one request, as many as a step may have."""

@@ -15,6 +15,7 @@ from inference_service.backends.native import NativeLora, NativeOperations
 from inference_service.backends.torch import TorchOperations
 from inference_service.backends.torch_lora import TorchLora
 from inference_service.backends.triton import TritonLora, TritonOperations
+from inference_service.core.computing import Computing, Lack
 from inference_service.kernels.attention import MIN_BLOCK_SIZE
 from inference_service.kernels.cpu import build
 from inference_service.kernels.cpu.ops import BLOCK, DTYPES, MAX_HEAD_DIM, CpuOps
@@ -48,20 +49,21 @@ def _kernels(settings: InferenceSettings, config: ModelConfig) -> Backend:
             dtype,
             TritonOperations(config.heads, dtype, device),
             lambda: TritonLora(groups, num_layers, dtype, device),
-            "triton kernels",
+            Computing("triton", "triton kernels"),
             recordable=device.type == "cuda",  # the interpreter runs them too, and records nothing
         )
-    ops, how = _native(settings, config, dtype, device)
+    ops, found = _native(settings, config, dtype, device)
     if ops is not None:
-        operations, how = _native_operations(ops, config, how, settings)
-        return Backend(device, dtype, operations, lambda: NativeLora(ops, groups, num_layers), how)
+        operations, how = _native_operations(ops, config, found.how, settings)
+        computing = replace(found, how=how)
+        return Backend(device, dtype, operations, lambda: NativeLora(ops, groups, num_layers), computing)
     if settings.backend == "native":
         raise SettingsInvalid(
-            f"LORAMUX_BACKEND=native, but a replica would run on {how}. Change that, or set auto."
+            f"LORAMUX_BACKEND=native, but a replica would run on {found.how}. Change that, or set auto."
         )
-    _refuse_deterministic(settings, how)
+    _refuse_deterministic(settings, found.how)
     plain = TorchOperations(dtype, device)
-    return Backend(device, dtype, plain, lambda: TorchLora(groups, dtype, device), how)
+    return Backend(device, dtype, plain, lambda: TorchLora(groups, dtype, device), found)
 
 
 def _native_operations(
@@ -105,19 +107,34 @@ def _dtype(settings: InferenceSettings, config: ModelConfig, device: torch.devic
 
 def _native(
     settings: InferenceSettings, config: ModelConfig, dtype: torch.dtype, device: torch.device
-) -> tuple[CpuOps | None, str]:
-    """Return the compiled operations, or None, and for the start line how that came."""
+) -> tuple[CpuOps | None, Computing]:
+    """Return the compiled operations, or None, and how that came."""
     if device.type != "cpu":
-        return None, "torch operations (compiled ones need LORAMUX_DEVICE=cpu)"
+        return None, Computing(how="torch operations (compiled ones need LORAMUX_DEVICE=cpu)")
     if not settings.native:
-        return None, "torch operations (LORAMUX_NATIVE=false)"
+        return None, Computing(how="torch operations (LORAMUX_NATIVE=false)")
     if settings.backend == "torch":
-        return None, "torch operations"
-    widest = max(heads.dim for heads in config.heads)
-    if dtype not in DTYPES or settings.block_size % BLOCK or not 0 < widest <= MAX_HEAD_DIM:
-        return None, f"torch operations (compiled ones take {BLOCK} | block_size, float32 and bfloat16)"
+        return None, Computing(how="torch operations (LORAMUX_BACKEND=torch)")
+    unsupported = _unsupported(settings, config, dtype)
+    if unsupported:
+        how = f"torch operations ({unsupported})"
+        return None, Computing(how=how, lack=Lack.UNSUPPORTED)
     built = build.load(settings.cache_dir / "native")
-    return (CpuOps(built.library, dtype) if built.library else None), built.how
+    if built.library is None:
+        return None, Computing(how=built.how, lack=built.lack)
+    return CpuOps(built.library, dtype), Computing("native", built.how)
+
+
+def _unsupported(settings: InferenceSettings, config: ModelConfig, dtype: torch.dtype) -> str | None:
+    """Return what compiled operations do not take; None where they take everything."""
+    if dtype not in DTYPES:
+        return f"compiled ones take float32 and bfloat16, found LORAMUX_DTYPE={settings.dtype}"
+    if settings.block_size % BLOCK:
+        return f"compiled ones take multiples of {BLOCK}, found LORAMUX_BLOCK_SIZE={settings.block_size}"
+    widest = max(heads.dim for heads in config.heads)
+    if not 0 < widest <= MAX_HEAD_DIM:
+        return f"compiled ones take heads of 1 to {MAX_HEAD_DIM} values, the base has {widest}"
+    return None
 
 
 def _uses_triton(settings: InferenceSettings, device: torch.device) -> bool:

@@ -127,7 +127,11 @@ def load(settings: InferenceSettings, store: Store, watchers: Sequence[Watcher] 
     probe = partial(_run_a_few_tokens, engine, bank)
     probe()  # so that the first request does not wait for what is made at first use
     catalog.load_s = time.monotonic() - started
+    catalog.computing = base.backend.computing
     _log_loaded(generation, base, bank, engine, limits, registered, catalog.load_s)
+    if slow := catalog.computing.warning:
+        log.warning("slow operations", why=slow)
+        report(f"slow operations: {slow}")
     thread = EngineThread(
         engine,
         settings.max_queue,
@@ -236,7 +240,7 @@ def _log_loaded(
         deployment=generation.deployment,
         generation=generation.number,
         backend=backend.new_lora().name if bank is None else bank.lora.name,
-        operations=backend.how,
+        operations=backend.computing.how,
         device=str(backend.device),
         dtype=str(backend.dtype).removeprefix("torch."),
         weights=weights_told(base),

@@ -119,8 +119,10 @@ def examine(store: str | None, grpc: str, builder: str, base: Path | None, kv_gb
         places = (look_at_store(uri), *asyncio.run(services(grpc, builder)))
     if store and not places[0].ok:
         problems.append(f"store {store}: {places[0].state}")
-    if base and isinstance(inference, str):
-        problems.append(inference)
+    if isinstance(inference, str):
+        problems += [inference] if base else []
+    elif inference.warning:
+        problems.append(inference.warning)
     machine = look_at_machine(cache_dir)
     return Diagnosis(
         problems=tuple(dict.fromkeys(problems)),

@@ -46,6 +46,8 @@ class Inference:
     backend: str
     how: str
     """Where the operations come from, and why not from the compiler if so."""
+    warning: str | None
+    """Why it is slower than it could be, what that costs and what to do; None where it is not."""
     threads: int
 
 

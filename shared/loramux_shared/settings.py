@@ -265,7 +265,7 @@ class InferenceSettings(Settings):
     reasoning_parser: ReasoningParser | None = None
     """The marks between which the models reason; the same."""
     native: bool = True
-    """Use compiled operations on a CPU; they are compiled at the first start where a C++ compiler is found."""
+    """Use compiled operations on a CPU; a wheel has them, or the first start compiles them."""
     threads: Count | None = None
     """Threads that compute on the CPU; as many as cores when not given."""
     spin: Literal["auto", "always", "never"] = "auto"

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
+import pytest
 from hatchling.builders.wheel import WheelBuilder
+from packaging.tags import sys_tags
+from packaging.utils import parse_wheel_filename
 
+from hatch_build import CompiledOperations
+from inference_service.kernels.cpu import compiling
+from inference_service.kernels.cpu.build import load
+from inference_service.kernels.cpu.processors import kinds_of_machine, kinds_that_run
+from tests.support.native import as_in_a_wheel
 from tests.support.root import ROOT
 
 OURS = {"loramux", "loramux_shared", "builder_service", "inference_service", "ray_service"}
@@ -25,10 +34,67 @@ for top in ("loramux", "loramux_shared", "builder_service"):
 """
 
 
-def test_a_wheel_stays_out_of_other_projects_way(tmp_path: Path) -> None:
+@pytest.fixture
+def built(tmp_path: Path, beforehand: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The wheel, with operations that were compiled once for all tests."""
+
+    def copied(into: Path) -> list[Path]:
+        shutil.copytree(beforehand, into)
+        return [compiling.place(into, kind) for kind in kinds_of_machine()]
+
+    as_in_a_wheel(monkeypatch)
+    monkeypatch.setattr(compiling, "compile_beforehand", copied)
+    return wheel(tmp_path)
+
+
+def wheel(into: Path) -> Path:
+    """Build a wheel of this tree."""
+    [path] = WheelBuilder(str(ROOT)).build(directory=str(into), versions=["standard"])
+    return Path(path)
+
+
+def test_a_wheel_has_the_operations_of_every_kind_of_processor(
+    built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where it is installed, a start without a compiler runs them and compiles nothing; its tag is one that
+    this system takes, for any Python 3."""
+    _, _, _, tags = parse_wheel_filename(built.name)
+    assert tags & set(sys_tags())
+    assert {(tag.interpreter, tag.abi) for tag in tags} == {("py3", "none")}
+    assert not any(tag.platform == "any" for tag in tags)
+    site = tmp_path / "site"
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", site]
+    subprocess.run([*map(str, command), str(built)], check=True)
+    inside = site / "inference_service/kernels/cpu" / compiling.BEFOREHAND
+    assert {path.name.split("-")[1] for path in inside.iterdir()} == {kind.name for kind in kinds_of_machine()}
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    how = load(tmp_path / "native", inside).how
+    assert how == f"compiled beforehand for {kinds_that_run()[0].name}"
+
+
+def test_without_a_compiler_a_wheel_is_pure_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """An installation does not fail for it: the client and the builder need none."""
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    assert wheel(tmp_path).name.endswith("-py3-none-any.whl")
+    said = "".join(capfd.readouterr())
+    assert "no compiled operations (no C++ compiler" in said
+
+
+def test_an_editable_installation_compiles_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It compiles at its first start, and again after each change of the source."""
+    monkeypatch.setattr(compiling, "compile_beforehand", lambda _: pytest.fail("it does"))
+    data: dict[str, object] = {}
+    CompiledOperations(str(ROOT), {}, None, None, str(tmp_path), "wheel").initialize("editable", data)
+    assert not data
+
+
+def test_a_wheel_stays_out_of_other_projects_way(built: Path, tmp_path: Path) -> None:
     """A wheel has five packages with every module and no `shared`, they import nothing that it does not have,
     and those that need no torch are imported beside another project's `shared`."""
-    [built] = WheelBuilder(str(ROOT)).build(directory=str(tmp_path), versions=["standard"])
     with zipfile.ZipFile(built) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
         archive.extractall(tmp_path / "site")

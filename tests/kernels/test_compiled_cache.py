@@ -8,21 +8,35 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from structlog.testing import capture_logs
 
-from inference_service.kernels.cpu import build
+from inference_service.core.computing import Lack
+from inference_service.kernels.cpu import build, compiling
 from inference_service.kernels.cpu.build import DIGEST_SIZE, Built, load
 from inference_service.kernels.cpu.check import first_wrong
+from inference_service.kernels.cpu.processors import kinds_that_run
 from inference_service.startup.choose import check_triton_cache
 from loramux_shared.faults import SettingsInvalid
 from loramux_shared.private import open_folder, private_folder, read_private
+from tests.support.native import as_in_a_wheel
+from tests.support.root import ROOT
 
 COMPILER = shutil.which("c++")
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
 STRANGER = 12345
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _nothing_beforehand(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Whatever lies beside the source, a start has to compile."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "BEFOREHAND", tmp_path_factory.mktemp("nothing"))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +94,13 @@ def sealed(code: bytes) -> bytes:
     return hashlib.sha256(code).digest() + code
 
 
+def script(path: Path, *lines: str) -> Path:
+    """A compiler that does what it likes."""
+    path.write_text("\n".join(["#!/bin/sh", *lines, ""]))
+    path.chmod(0o755)
+    return path
+
+
 @needs_compiler
 def test_what_was_compiled_from_another_header_is_not_used(
     kept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -87,9 +108,9 @@ def test_what_was_compiled_from_another_header_is_not_used(
     """The file's name has the digest of all that is compiled, not of ops.cpp alone."""
     source = tmp_path / "source"
     source.mkdir()
-    for path in build.SOURCE.parent.glob("*.[ch]*"):
+    for path in compiling.SOURCE.parent.glob("*.[ch]*"):
         shutil.copy(path, source)
-    monkeypatch.setattr(build, "SOURCE", source / build.SOURCE.name)
+    monkeypatch.setattr(compiling, "SOURCE", source / compiling.SOURCE.name)
     assert_works(load(kept.parent))
     assert len(list(kept.parent.iterdir())) == 1
     with (source / "vectors.h").open("a") as header:
@@ -158,16 +179,102 @@ def test_a_compiler_that_fails_for_one_type_is_not_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The start line has its first words, and the process for the other type is gone."""
-    lines = ["#!/bin/sh", f"echo $$ >>{tmp_path}/began", "case $* in *ONLY_FLOAT32*)"]
+    lines = [f"echo $$ >>{tmp_path}/began", "case $* in *ONLY_FLOAT32*)"]
     lines += [f"while [ $(wc -l <{tmp_path}/began) -lt 2 ]; do sleep 0.01; done", "echo no floats >&2; exit 1"]
-    half = tmp_path / "half"
-    half.write_text("\n".join([*lines, ";; esac", "exec sleep 100", ""]))
-    half.chmod(0o755)
-    monkeypatch.setenv("CXX", str(half))
-    assert load(tmp_path / "native").how == "torch operations (half failed: no floats)"
+    monkeypatch.setenv("CXX", str(script(tmp_path / "half", *lines, ";; esac", "exec sleep 100")))
+    built = load(tmp_path / "native")
+    assert (built.how, built.lack) == ("torch operations (half failed: no floats)", Lack.NOT_COMPILED)
     for process in (tmp_path / "began").read_text().split():
         with pytest.raises(ProcessLookupError):
             os.kill(int(process), 0)
+
+
+def test_the_line_with_the_error_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before it a compiler says in which files it was, and warns."""
+    lines = ("In file included from", "a.h: warning: odd", "a.h: fatal error: omp.h is missing", "stopped")
+    noisy = script(tmp_path / "noisy", *(f"echo '{line}' >&2" for line in lines), "exit 1")
+    monkeypatch.setenv("CXX", str(noisy))
+    expected = "torch operations (noisy failed: a.h: fatal error: omp.h is missing)"
+    assert load(tmp_path / "native").how == expected
+
+
+def test_a_start_that_compiles_says_what_it_waits_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At once and again and again, for as long as it takes: no deadline ends it."""
+    release = tmp_path / "release"
+    slow = script(
+        tmp_path / "slow", f"while [ ! -e {release} ]; do sleep 0.01; done", "echo enough >&2; exit 1"
+    )
+    said: list[str] = []
+
+    def report(text: str) -> None:
+        said.append(text)
+        if len(said) == 4:
+            release.touch()
+
+    monkeypatch.setattr(compiling, "INTERVAL_S", 0.02)
+    monkeypatch.setattr(build, "report", report)
+    monkeypatch.setenv("CXX", str(slow))
+    with capture_logs() as logs:
+        assert load(tmp_path / "native").how == "torch operations (slow failed: enough)"
+    assert said[0] == "compiling operations for this processor, once"
+    assert f"waiting for {slow}" in said[1]
+    assert logs[0] | {"waits_for": str(slow)} == logs[0]
+    assert [log["event"] for log in logs[1:4]] == ["still compiling operations for this processor"] * 3
+
+
+@pytest.fixture
+def forbidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A compiler that leaves a file behind when it is called, and that file."""
+    called = tmp_path / "called"
+    monkeypatch.setenv("CXX", str(script(tmp_path / "forbidden", f"touch {called}", "exit 1")))
+    return called
+
+
+def test_a_start_compiles_nothing_where_the_wheel_has_the_best_kind(
+    beforehand: Path, forbidden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is used where it lies, and nothing is kept."""
+    kinds = kinds_that_run()
+    if not kinds:
+        pytest.skip("no kind of processor that a wheel knows")
+    as_in_a_wheel(monkeypatch)
+    built = load(tmp_path / "native", beforehand)
+    assert_works(built)
+    assert built.how == f"compiled beforehand for {kinds[0].name}"
+    assert not forbidden.exists()
+    assert not (tmp_path / "native").exists()
+
+
+def test_a_lesser_kind_is_taken_where_the_best_can_be_had_in_no_way(
+    beforehand: Path, forbidden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is compiled for this processor first."""
+    kinds = kinds_that_run()
+    if len(kinds) < 2:
+        pytest.skip("the processor is of one kind at most")
+    as_in_a_wheel(monkeypatch)
+    lesser = tmp_path / "lesser"
+    lesser.mkdir()
+    shutil.copy(compiling.place(beforehand, kinds[1]), lesser)
+    assert load(tmp_path / "native", lesser).how == f"compiled beforehand for {kinds[1].name}"
+    assert forbidden.exists()
+
+
+@needs_compiler
+def test_operations_that_compute_something_else_are_not_used(
+    kept: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The start goes on with torch's, and knows why."""
+    monkeypatch.setattr(build, "first_wrong", lambda _: "rms_norm")
+    built = load(kept.parent)
+    assert (built.library, built.lack) == (None, Lack.WRONG_RESULT)
+    assert "rms_norm" in built.how
+
+
+def test_what_compiles_needs_nothing_that_is_installed() -> None:
+    """An installation runs it in an environment without torch, numpy and all else."""
+    code = "import sys; sys.path.append(sys.argv[1]); import inference_service.kernels.cpu.compiling"
+    subprocess.run([sys.executable, "-I", "-S", "-c", code, str(ROOT)], check=True)
 
 
 @needs_compiler

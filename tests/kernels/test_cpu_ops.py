@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import shutil
 from itertools import product
 from pathlib import Path
@@ -14,14 +13,13 @@ import torch
 from torch import Tensor
 
 from inference_service.backends.torch import ACTIVATIONS
-from inference_service.kernels.cpu import build
-from inference_service.kernels.cpu.build import COMPILERS, FLAGS, compile_beforehand, load
+from inference_service.core.computing import Lack
+from inference_service.kernels.cpu.build import load
 from inference_service.kernels.cpu.check import first_wrong
 from inference_service.kernels.cpu.ops import ADAPTER_FIELDS, BLOCK, Chunks, CpuOps, Table, adapters_of
 from inference_service.kernels.cpu.processors import kinds_of_machine, kinds_that_run
 from inference_service.kernels.rows import Activation
-from tests.support.examples import SWEEPING
-from tests.support.once import made_once
+from tests.support.native import as_in_a_wheel
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1.2e-2}
 DTYPES = [torch.float32, torch.bfloat16]
@@ -29,25 +27,9 @@ V3 = "avx avx2 bmi1 bmi2 f16c fma abm movbe"
 V4 = "avx512f avx512bw avx512cd avx512dq avx512vl"
 
 
-def compile_as_in_an_image(patch: pytest.MonkeyPatch) -> None:
-    """But quicker: what kinds of processors differ in is the source they choose. In a sweep just so."""
-    if not os.environ.get(SWEEPING):
-        patch.setattr(build, "FLAGS", tuple(flag.replace("-O3", "-O0") for flag in FLAGS))
-
-
-@pytest.fixture(scope="module")
-def beforehand(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of what an image holds."""
-    if not any(map(shutil.which, COMPILERS)):
-        pytest.skip("no C++ compiler")
-    with pytest.MonkeyPatch.context() as patch:
-        compile_as_in_an_image(patch)
-        return made_once(tmp_path_factory, "beforehand", compile_beforehand)
-
-
 @pytest.fixture(scope="module", params=["native", *(kind.name for kind in kinds_of_machine())])
 def library(request: pytest.FixtureRequest) -> ctypes.CDLL:
-    """The operations as this machine compiles them, and as an image has them for each kind of processor."""
+    """The operations as this machine compiles them, and as a wheel has them for each kind of processor."""
     if request.param != "native":
         if request.param not in {kind.name for kind in kinds_that_run()}:
             pytest.skip(f"the processor is not {request.param}")
@@ -370,13 +352,13 @@ def test_what_an_adapter_adds_to_a_row_does_not_depend_on_the_others(
 
 @pytest.fixture
 def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    compile_as_in_an_image(monkeypatch)
+    as_in_a_wheel(monkeypatch)
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CXX", raising=False)
 
 
 @pytest.mark.usefixtures("no_compiler")
-def test_without_a_compiler_what_an_image_holds_is_used(beforehand: Path, tmp_path: Path) -> None:
+def test_without_a_compiler_what_a_wheel_holds_is_used(beforehand: Path, tmp_path: Path) -> None:
     """The best for this processor; it is used where it lies, and the start line says which."""
     kinds = kinds_that_run()
     if not kinds:
@@ -400,7 +382,7 @@ def test_what_was_compiled_from_another_source_is_not_used(beforehand: Path, tmp
 def test_without_both_it_says_so(tmp_path: Path) -> None:
     """No compiler on the path is no error, and the start line says which way was taken."""
     built = load(tmp_path, tmp_path)
-    assert built.library is None
+    assert (built.library, built.lack) == (None, Lack.NO_COMPILER)
     assert "no C++ compiler" in built.how
 
 

@@ -13,9 +13,17 @@ from pathlib import Path
 
 import pytest
 
-from inference_service.kernels.cpu import build
+from inference_service.kernels.cpu import build, compiling
 from inference_service.kernels.cpu.build import Built, load
 from inference_service.startup import choose
+from tests.support.examples import SWEEPING
+
+
+def as_in_a_wheel(patch: pytest.MonkeyPatch) -> None:
+    """Compile as for a wheel, but quicker: kinds of processors differ in the source that they choose."""
+    if not os.environ.get(SWEEPING):
+        flags = tuple(flag.replace("-O3", "-O0") for flag in compiling.FLAGS)
+        patch.setattr(compiling, "FLAGS", flags)
 
 
 @contextmanager

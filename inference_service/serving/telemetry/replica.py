@@ -70,6 +70,14 @@ class ReplicaCollector(Collector):
         build = GaugeMetricFamily("loramux_build_info", "1.", labels=["version", "generation"])
         build.add_metric([self._version, str(self._catalog.generation)], 1)
         yield build
+        computing = self._catalog.computing
+        operations = GaugeMetricFamily(
+            "loramux_operations_info",
+            "1; lack is why torch's operations stand in for compiled ones.",
+            labels=["backend", "lack"],
+        )
+        operations.add_metric([computing.backend, computing.lack or ""], 1)
+        yield operations
         yield from _for_gateways(stats, self._catalog.base_name)
 
 

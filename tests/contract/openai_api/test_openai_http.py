@@ -14,6 +14,7 @@ import httpx
 import pytest
 from tokenizers import Tokenizer
 
+from inference_service.core.computing import Computing, Lack
 from inference_service.openai_api.connections import UNREAD_BYTES
 from inference_service.openai_api.server import HttpServer
 from inference_service.serving.text import Text
@@ -222,11 +223,19 @@ async def test_a_failure_of_the_door_itself_tells_nothing(tmp_path: Path) -> Non
         assert await server.drain(BOUND_S)
 
 
-async def test_health_and_version(door: OpenAIDoor) -> None:
-    """Monitors get what vLLM gives them."""
+async def test_health_and_version(door: OpenAIDoor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Monitors get the status that vLLM gives them, and why it is slow if so."""
+    catalog = door.ready.service.catalog
     for method, path in (("GET", "/health"), ("GET", "/ping"), ("POST", "/ping")):
         response = await door.http.request(method, path)
-        assert (response.status_code, response.content) == (200, b"")
+        expected = {"status": "ok", "backend": catalog.computing.backend}
+        assert (response.status_code, response.json()) == (200, expected)
+    monkeypatch.setattr(catalog, "computing", Computing(lack=Lack.NO_COMPILER))
+    slow = await door.http.get("/health")
+    assert (slow.status_code, slow.json()) == (
+        200,
+        {"status": "slow", "backend": "torch", "lack": "no_compiler"},
+    )
     assert list((await door.http.get("/version")).json()) == ["version"]
     assert "server" not in response.headers
 

@@ -242,7 +242,7 @@ def test_the_inference_image_has_compiled_operations() -> None:
 def test_images_get_all_that_the_package_is_made_of(path: Path) -> None:
     """What pyproject.toml packs is copied into the image's build, and reaches it past .dockerignore."""
     wheel = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
-    needed = {"pyproject.toml", PROJECT["readme"], *PROJECT["license-files"]}
+    needed = {"pyproject.toml", "hatch_build.py", PROJECT["readme"], *PROJECT["license-files"]}
     needed |= {package.partition("/")[0] for package in wheel["packages"]}
     needed |= set(wheel["force-include"])
     copied = {

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
 from inference_service.backends.native import NativeLora
+from inference_service.core.computing import COST, CURES, Lack
 from inference_service.kernels.cpu import build
+from inference_service.kernels.cpu.build import Built
 from inference_service.startup.choose import choose_backend
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bases.read import read_fields
@@ -39,8 +42,8 @@ def test_native_can_be_asked_for(config: ModelConfig, native_folder: Path) -> No
     ("settings", "why"),
     [
         ({"native": False}, "LORAMUX_NATIVE=false"),
-        ({"dtype": "float16"}, "float32 and bfloat16"),
-        ({"block_size": 8}, "block_size"),
+        ({"dtype": "float16"}, "float32 and bfloat16.*LORAMUX_DTYPE=float16"),
+        ({"block_size": 8}, "multiples of 16.*LORAMUX_BLOCK_SIZE=8"),
     ],
 )
 def test_native_that_cannot_be_is_refused(
@@ -49,4 +52,18 @@ def test_native_that_cannot_be_is_refused(
     """What was asked for by name is not replaced in silence; by auto it is, and the start line says so."""
     with pytest.raises(SettingsInvalid, match=f"LORAMUX_BACKEND=native.*{why}"):
         choose_backend(_settings(native_folder.parent, backend="native", **settings), config)
-    assert why in choose_backend(_settings(native_folder.parent, device="cpu", **settings), config).how
+    chosen = choose_backend(_settings(native_folder.parent, device="cpu", **settings), config).computing
+    assert re.search(why, chosen.how)
+    assert chosen.lack == (None if "native" in settings else Lack.UNSUPPORTED)
+
+
+@pytest.mark.parametrize("lack", [Lack.NO_COMPILER, Lack.NOT_COMPILED, Lack.WRONG_RESULT])
+def test_torch_in_the_place_of_compiled_operations_has_a_warning(
+    config: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lack: Lack
+) -> None:
+    """Why, what it costs, and what to do; torch's operations that were asked for have none."""
+    monkeypatch.setattr(build, "load", lambda _: Built(None, "torch operations (no luck)", lack))
+    chosen = choose_backend(_settings(tmp_path, device="cpu"), config).computing
+    assert (chosen.backend, chosen.lack) == ("torch", lack)
+    assert chosen.warning == f"torch operations (no luck): {COST}; {CURES[lack]}"
+    assert choose_backend(_settings(tmp_path, backend="torch", device="cpu"), config).computing.warning is None

@@ -1,0 +1,148 @@
+"""Compiles ops.cpp and its headers for this processor, or beforehand for every kind of processor of a machine.
+
+An installation compiles beforehand where neither torch nor numpy is, so nothing but Python's own library is
+imported here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from subprocess import DEVNULL, PIPE
+from typing import Final
+
+from inference_service.kernels.cpu.processors import Kind, kinds_of_machine
+
+SOURCE = Path(__file__).with_name("ops.cpp")
+"""It includes all headers beside it."""
+BEFOREHAND: Final = "beforehand"
+"""The folder beside the source with what was compiled beforehand."""
+FLAGS = (
+    "-O3",
+    "-march=native",
+    "-ffp-contract=off",
+    "-std=c++17",
+    "-fopenmp",
+    "-shared",
+    "-fPIC",
+    "-Wno-psabi",
+)
+TYPES: Final = ("ONLY_FLOAT32", "ONLY_BFLOAT16")
+"""What of ops.cpp is compiled by itself."""
+COMPILERS: Final = ("c++", "g++", "clang++")
+INTERVAL_S = 10.0
+"""Between two calls of `Waiting`."""
+
+Waiting = Callable[[int], None]
+"""Is called with the seconds that passed while a command still runs: nothing here has a deadline."""
+
+
+class CompilerMissing(FileNotFoundError):
+    """This machine has no C++ compiler."""
+
+    def __init__(self) -> None:
+        super().__init__(f"no C++ compiler: expected one of {', '.join(COMPILERS)}, or CXX")
+
+
+def compiler() -> str | None:
+    """Return the path of the C++ compiler that is used; None where there is none."""
+    return next(filter(None, map(shutil.which, (os.environ.get("CXX", ""), *COMPILERS))), None)
+
+
+def compile_beforehand(into: Path) -> list[Path]:
+    """Compile for every kind of processor of this kind of machine what is not there yet; return all of it.
+
+    Raises:
+        CompilerMissing: something is to be compiled, and there is no compiler.
+        OSError: there is no place.
+        CalledProcessError: the compiler refuses.
+    """
+    into.mkdir(exist_ok=True)
+    places = {kind: place(into, kind) for kind in kinds_of_machine()}
+    for kind, path in places.items():
+        if not path.is_file():
+            found = compiler()
+            if found is None:
+                raise CompilerMissing
+            compile_library(found, flags_of(kind), path)
+    return list(places.values())
+
+
+def reason(error: subprocess.CalledProcessError) -> str:
+    """Return what a command that failed printed about it, in a line."""
+    lines = error.stderr.strip().splitlines() or [f"status {error.returncode}"]
+    line = next((line for line in lines if "error" in line), lines[0])
+    return f"{Path(error.cmd[0]).name} failed: {line[:160]}"
+
+
+def compile_library(
+    compiler: str, flags: Sequence[str], target: Path, waiting: Waiting = lambda _: None
+) -> None:
+    """Compile all types at the same time: a start waits for it.
+
+    Raises:
+        OSError: there is no place.
+        CalledProcessError: the compiler refuses; its stderr is there.
+    """
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        objects = {only: str(Path(folder) / f"{only}.o") for only in TYPES}
+        compiled = (
+            [compiler, *flags, "-c", f"-D{only}", str(SOURCE), "-o", to] for only, to in objects.items()
+        )
+        run(*compiled, waiting=waiting)
+        made = Path(folder) / target.name
+        run([compiler, *flags, *objects.values(), "-o", str(made)], waiting=waiting)
+        made.replace(target)
+
+
+def run(*commands: list[str], waiting: Waiting = lambda _: None) -> None:
+    """Run commands side by side; an exception ends all of them.
+
+    Raises:
+        OSError: one of them does not start.
+        CalledProcessError: one of them fails.
+    """
+    began = time.monotonic()
+    calls = 0
+    running: list[subprocess.Popen[str]] = []
+    try:
+        # our own source, flags and module; the operator's compiler
+        running.extend(subprocess.Popen(each, stdout=DEVNULL, stderr=PIPE, text=True) for each in commands)  # noqa: S603
+        for process in running:
+            while True:
+                left = began + (calls + 1) * INTERVAL_S - time.monotonic()
+                try:
+                    _, printed = process.communicate(timeout=max(0.0, left))
+                    break
+                except subprocess.TimeoutExpired:
+                    calls += 1
+                    waiting(round(time.monotonic() - began))
+            if process.returncode:
+                raise subprocess.CalledProcessError(process.returncode, process.args, stderr=printed)
+    finally:
+        for process in running:
+            with process:
+                process.kill()
+
+
+def place(folder: Path, kind: Kind) -> Path:
+    """Return where a library lies; its name changes with source and flags, so other versions are not met."""
+    key = hashlib.sha256(source() + repr(flags_of(kind)).encode()).hexdigest()[:16]
+    return folder / f"ops-{kind.name}-{key}.so"
+
+
+def source() -> bytes:
+    """Return all that is compiled."""
+    headers = sorted(SOURCE.parent.glob("*.h"))
+    return b"\0".join(path.read_bytes() for path in (SOURCE, *headers))
+
+
+def flags_of(kind: Kind) -> list[str]:
+    """Return what the compiler is given for a kind of processor."""
+    return [*(flag for flag in FLAGS if flag != "-march=native"), *kind.options]
