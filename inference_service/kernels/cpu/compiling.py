@@ -90,26 +90,27 @@ def compile_library(
         OSError: there is no place.
         CalledProcessError: the compiler refuses; its stderr is there.
     """
+    began = time.monotonic()
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         objects = {only: str(Path(folder) / f"{only}.o") for only in TYPES}
         compiled = (
             [compiler, *flags, "-c", f"-D{only}", str(SOURCE), "-o", to] for only, to in objects.items()
         )
-        run(*compiled, waiting=waiting)
+        run(*compiled, waiting=waiting, began=began)
         made = Path(folder) / target.name
-        run([compiler, *flags, *objects.values(), "-o", str(made)], waiting=waiting)
+        run([compiler, *flags, *objects.values(), "-o", str(made)], waiting=waiting, began=began)
         made.replace(target)
 
 
-def run(*commands: list[str], waiting: Waiting = lambda _: None) -> None:
-    """Run commands side by side; an exception ends all of them.
+def run(*commands: list[str], waiting: Waiting = lambda _: None, began: float | None = None) -> None:
+    """Run commands side by side; an exception ends all of them. What began earlier is waited for since then.
 
     Raises:
         OSError: one of them does not start.
         CalledProcessError: one of them fails.
     """
-    began = time.monotonic()
-    calls = 0
+    began = time.monotonic() if began is None else began
+    calls = (time.monotonic() - began) // INTERVAL_S
     running: list[subprocess.Popen[str]] = []
     try:
         # our own source, flags and module; the operator's compiler
