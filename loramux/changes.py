@@ -30,10 +30,9 @@ from loramux.generations import (
 from loramux.mapping import deployment_of
 from loramux.messages import adapters_to_message
 from loramux.records import DeploymentInfo
-from loramux_shared.adapter_files import CONFIG, WEIGHTS, holds_weights, wanted_files
+from loramux_shared.adapter_files import CONFIG, PIECE, WEIGHTS, holds_weights, pieces_of, wanted_files
 from loramux_shared.deployment import Repository
 from loramux_shared.faults import RequestInvalid
-from loramux_shared.sources.files import PIECE, pieces_of
 from loramux_shared.spelling import parse_repository
 
 PUSH_TIMEOUT_S: Final = 600.0

@@ -1,4 +1,8 @@
-"""Generate the gRPC stubs under loramux/ from protos/; with --check, say whether that changes anything."""
+"""Generate the gRPC stubs under loramux/ from protos/; with --check, say whether that changes anything.
+
+Stubs demand a grpcio and a protobuf as new as the compiler that wrote them. This is the oldest whose output
+works with protobuf 6 and 7. It has a folder of its own, since it does not allow the environment's protobuf.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +11,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-from grpc_tools import protoc
-
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / ".venv/stubs"))
+
+from grpc_tools import protoc  # noqa: E402 - from there
 
 
 def generate(target: Path) -> list[Path]:

@@ -60,7 +60,7 @@ class RlCapabilities(_message.Message):
     weight_transfer_backend: str
     sleep_mode_enabled: bool
     draft_weight_updates_enabled: bool
-    def __init__(self, weight_transfer_enabled: _Optional[bool] = ..., weight_transfer_backend: _Optional[str] = ..., sleep_mode_enabled: _Optional[bool] = ..., draft_weight_updates_enabled: _Optional[bool] = ...) -> None: ...
+    def __init__(self, weight_transfer_enabled: bool = ..., weight_transfer_backend: _Optional[str] = ..., sleep_mode_enabled: bool = ..., draft_weight_updates_enabled: bool = ...) -> None: ...
 
 class ParallelismInfo(_message.Message):
     __slots__ = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size", "data_parallel_rank", "decode_context_parallel_size", "world_size", "data_parallel_size_local")
@@ -104,7 +104,7 @@ class ModelInfo(_message.Message):
     supports_multimodal: bool
     reasoning_parser: str
     tool_call_parser: str
-    def __init__(self, model_id: _Optional[str] = ..., served_model_name: _Optional[str] = ..., served_model_aliases: _Optional[_Iterable[str]] = ..., supports_text_input: _Optional[bool] = ..., supports_token_ids_input: _Optional[bool] = ..., supports_lora: _Optional[bool] = ..., supports_multimodal: _Optional[bool] = ..., reasoning_parser: _Optional[str] = ..., tool_call_parser: _Optional[str] = ...) -> None: ...
+    def __init__(self, model_id: _Optional[str] = ..., served_model_name: _Optional[str] = ..., served_model_aliases: _Optional[_Iterable[str]] = ..., supports_text_input: bool = ..., supports_token_ids_input: bool = ..., supports_lora: bool = ..., supports_multimodal: bool = ..., reasoning_parser: _Optional[str] = ..., tool_call_parser: _Optional[str] = ...) -> None: ...
 
 class ShutdownRequest(_message.Message):
     __slots__ = ()
@@ -176,7 +176,7 @@ class PauseGenerationRequest(_message.Message):
     CLEAR_CACHE_FIELD_NUMBER: _ClassVar[int]
     mode: PauseMode
     clear_cache: bool
-    def __init__(self, mode: _Optional[_Union[PauseMode, str]] = ..., clear_cache: _Optional[bool] = ...) -> None: ...
+    def __init__(self, mode: _Optional[_Union[PauseMode, str]] = ..., clear_cache: bool = ...) -> None: ...
 
 class PauseGenerationResponse(_message.Message):
     __slots__ = ()
@@ -198,7 +198,7 @@ class IsPausedResponse(_message.Message):
     __slots__ = ("paused",)
     PAUSED_FIELD_NUMBER: _ClassVar[int]
     paused: bool
-    def __init__(self, paused: _Optional[bool] = ...) -> None: ...
+    def __init__(self, paused: bool = ...) -> None: ...
 
 class SleepRequest(_message.Message):
     __slots__ = ()
@@ -224,7 +224,7 @@ class IsSleepingResponse(_message.Message):
     __slots__ = ("sleeping",)
     SLEEPING_FIELD_NUMBER: _ClassVar[int]
     sleeping: bool
-    def __init__(self, sleeping: _Optional[bool] = ...) -> None: ...
+    def __init__(self, sleeping: bool = ...) -> None: ...
 
 class InitWeightTransferEngineRequest(_message.Message):
     __slots__ = ()

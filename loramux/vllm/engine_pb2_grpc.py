@@ -6,7 +6,7 @@ import warnings
 from loramux.vllm import common_pb2 as loramux_dot_vllm_dot_common__pb2
 from loramux.vllm import engine_pb2 as loramux_dot_vllm_dot_engine__pb2
 
-GRPC_GENERATED_VERSION = '1.85.1'
+GRPC_GENERATED_VERSION = '1.72.1'
 GRPC_VERSION = grpc.__version__
 _version_not_supported = False
 
@@ -19,14 +19,14 @@ except ImportError:
 if _version_not_supported:
     raise RuntimeError(
         f'The grpc package installed is at version {GRPC_VERSION},'
-        + ' but the generated code in loramux/vllm/engine_pb2_grpc.py depends on'
+        + f' but the generated code in loramux/vllm/engine_pb2_grpc.py depends on'
         + f' grpcio>={GRPC_GENERATED_VERSION}.'
         + f' Please upgrade your grpc module to grpcio>={GRPC_GENERATED_VERSION}'
         + f' or downgrade your generated code using grpcio-tools<={GRPC_VERSION}.'
     )
 
 
-class VllmEngineStub:
+class VllmEngineStub(object):
     """VllmEngine answers prompts of token ids with token ids; text is the gateway's business.
     """
 
@@ -98,7 +98,7 @@ class VllmEngineStub:
                 _registered_method=True)
 
 
-class VllmEngineServicer:
+class VllmEngineServicer(object):
     """VllmEngine answers prompts of token ids with token ids; text is the gateway's business.
     """
 
@@ -257,7 +257,7 @@ def add_VllmEngineServicer_to_server(servicer, server):
 
 
  # This class is part of an EXPERIMENTAL API.
-class VllmEngine:
+class VllmEngine(object):
     """VllmEngine answers prompts of token ids with token ids; text is the gateway's business.
     """
 

@@ -1,13 +1,19 @@
-"""Which files an adapter consists of: what a builder fetches, and what is sent to one."""
+"""Which files an adapter consists of: what a builder fetches, and what is sent to one, piece by piece."""
 
 from __future__ import annotations
 
+import errno
+import os
 import re
-from collections.abc import Collection
+import stat
+from collections.abc import Collection, Iterator
+from pathlib import Path
 from typing import Final
 
 from loramux_shared.bundle.manifest import CONFIG_FILE, TEXT_FILES, WEIGHTS_FILE
 
+PIECE: Final = 1 << 20
+"""Bytes."""
 CONFIG: Final = "adapter_config.json"
 WEIGHTS: Final = "adapter_model.safetensors"
 INDEX: Final = "adapter_model.safetensors.index.json"
@@ -41,3 +47,16 @@ def wanted_files(names: Collection[str]) -> list[str]:
 def holds_weights(name: str) -> bool:
     """True for a file whose size follows from the adapter's."""
     return name in (WEIGHTS, WEIGHTS_FILE) or SHARD.fullmatch(name) is not None
+
+
+def pieces_of(path: Path) -> Iterator[bytes]:
+    """Yield a regular file's content; a pipe or a device that took its place is not waited for."""
+    with open(path, "rb", opener=_at_once) as source:
+        if not stat.S_ISREG(os.fstat(source.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
+        while piece := source.read(PIECE):
+            yield piece
+
+
+def _at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)

@@ -1,5 +1,3 @@
-import datetime
-
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
@@ -137,7 +135,7 @@ class DeploymentSpec(_message.Message):
     tool_parser: str
     reasoning_parser: str
     pooling: str
-    def __init__(self, model_name: _Optional[str] = ..., base: _Optional[_Union[Repository, _Mapping]] = ..., adapters: _Optional[_Iterable[_Union[Adapter, _Mapping]]] = ..., max_seq_len: _Optional[int] = ..., max_lora_rank: _Optional[int] = ..., lora_target_modules: _Optional[_Iterable[str]] = ..., served_model_name: _Optional[str] = ..., request_default_max_tokens: _Optional[int] = ..., lora_dtype: _Optional[_Union[Dtype, str]] = ..., truncate_to_rank: _Optional[int] = ..., prove: _Optional[bool] = ..., hide_base: _Optional[bool] = ..., merge: _Optional[_Union[Merge, str]] = ..., aliases: _Optional[_Iterable[_Union[Alias, _Mapping]]] = ..., default_limits: _Optional[_Union[Limits, _Mapping]] = ..., model_limits: _Optional[_Mapping[str, Limits]] = ..., speculative_tokens: _Optional[int] = ..., quantization: _Optional[_Union[Quantization, str]] = ..., signed_by: _Optional[_Iterable[str]] = ..., base_signed_by: _Optional[_Iterable[str]] = ..., tool_parser: _Optional[str] = ..., reasoning_parser: _Optional[str] = ..., pooling: _Optional[str] = ...) -> None: ...
+    def __init__(self, model_name: _Optional[str] = ..., base: _Optional[_Union[Repository, _Mapping]] = ..., adapters: _Optional[_Iterable[_Union[Adapter, _Mapping]]] = ..., max_seq_len: _Optional[int] = ..., max_lora_rank: _Optional[int] = ..., lora_target_modules: _Optional[_Iterable[str]] = ..., served_model_name: _Optional[str] = ..., request_default_max_tokens: _Optional[int] = ..., lora_dtype: _Optional[_Union[Dtype, str]] = ..., truncate_to_rank: _Optional[int] = ..., prove: bool = ..., hide_base: bool = ..., merge: _Optional[_Union[Merge, str]] = ..., aliases: _Optional[_Iterable[_Union[Alias, _Mapping]]] = ..., default_limits: _Optional[_Union[Limits, _Mapping]] = ..., model_limits: _Optional[_Mapping[str, Limits]] = ..., speculative_tokens: _Optional[int] = ..., quantization: _Optional[_Union[Quantization, str]] = ..., signed_by: _Optional[_Iterable[str]] = ..., base_signed_by: _Optional[_Iterable[str]] = ..., tool_parser: _Optional[str] = ..., reasoning_parser: _Optional[str] = ..., pooling: _Optional[str] = ...) -> None: ...
 
 class Alias(_message.Message):
     __slots__ = ("name", "weights")
@@ -176,7 +174,7 @@ class BuildDeploymentRequest(_message.Message):
     request_id: str
     verify: bool
     exact: bool
-    def __init__(self, deployment: _Optional[_Union[DeploymentSpec, _Mapping]] = ..., request_id: _Optional[str] = ..., verify: _Optional[bool] = ..., exact: _Optional[bool] = ...) -> None: ...
+    def __init__(self, deployment: _Optional[_Union[DeploymentSpec, _Mapping]] = ..., request_id: _Optional[str] = ..., verify: bool = ..., exact: bool = ...) -> None: ...
 
 class BuildDeploymentResponse(_message.Message):
     __slots__ = ("deployment",)
@@ -198,7 +196,7 @@ class UpdateDeploymentRequest(_message.Message):
     expected_generation: int
     request_id: str
     must_be_new: bool
-    def __init__(self, name: _Optional[str] = ..., add: _Optional[_Iterable[_Union[Adapter, _Mapping]]] = ..., remove: _Optional[_Iterable[str]] = ..., expected_generation: _Optional[int] = ..., request_id: _Optional[str] = ..., must_be_new: _Optional[bool] = ...) -> None: ...
+    def __init__(self, name: _Optional[str] = ..., add: _Optional[_Iterable[_Union[Adapter, _Mapping]]] = ..., remove: _Optional[_Iterable[str]] = ..., expected_generation: _Optional[int] = ..., request_id: _Optional[str] = ..., must_be_new: bool = ...) -> None: ...
 
 class UpdateDeploymentResponse(_message.Message):
     __slots__ = ("deployment",)
@@ -224,7 +222,7 @@ class RollbackDeploymentResponse(_message.Message):
     generation: int
     unchanged: bool
     restored: int
-    def __init__(self, generation: _Optional[int] = ..., unchanged: _Optional[bool] = ..., restored: _Optional[int] = ...) -> None: ...
+    def __init__(self, generation: _Optional[int] = ..., unchanged: bool = ..., restored: _Optional[int] = ...) -> None: ...
 
 class ListGenerationsRequest(_message.Message):
     __slots__ = ("name", "page_size", "page_token")
@@ -262,7 +260,7 @@ class Generation(_message.Message):
     change_count: int
     other_settings: bool
     damage: str
-    def __init__(self, number: _Optional[int] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., served: _Optional[bool] = ..., adapters: _Optional[int] = ..., changes: _Optional[_Iterable[_Union[AdapterChange, _Mapping]]] = ..., change_count: _Optional[int] = ..., other_settings: _Optional[bool] = ..., damage: _Optional[str] = ...) -> None: ...
+    def __init__(self, number: _Optional[int] = ..., create_time: _Optional[_Union[_timestamp_pb2.Timestamp, _Mapping]] = ..., served: bool = ..., adapters: _Optional[int] = ..., changes: _Optional[_Iterable[_Union[AdapterChange, _Mapping]]] = ..., change_count: _Optional[int] = ..., other_settings: bool = ..., damage: _Optional[str] = ...) -> None: ...
 
 class AdapterChange(_message.Message):
     __slots__ = ("name", "digest", "digest_before")
@@ -314,7 +312,7 @@ class PutAdapterResponse(_message.Message):
     generation: int
     unchanged: bool
     adapter: AdapterBuild
-    def __init__(self, digest: _Optional[str] = ..., generation: _Optional[int] = ..., unchanged: _Optional[bool] = ..., adapter: _Optional[_Union[AdapterBuild, _Mapping]] = ...) -> None: ...
+    def __init__(self, digest: _Optional[str] = ..., generation: _Optional[int] = ..., unchanged: bool = ..., adapter: _Optional[_Union[AdapterBuild, _Mapping]] = ...) -> None: ...
 
 class GetDeploymentRequest(_message.Message):
     __slots__ = ("name",)
@@ -354,7 +352,7 @@ class WatchDeploymentRequest(_message.Message):
     changes_only: bool
     follow: bool
     request_id: str
-    def __init__(self, name: _Optional[str] = ..., changes_only: _Optional[bool] = ..., follow: _Optional[bool] = ..., request_id: _Optional[str] = ...) -> None: ...
+    def __init__(self, name: _Optional[str] = ..., changes_only: bool = ..., follow: bool = ..., request_id: _Optional[str] = ...) -> None: ...
 
 class WatchDeploymentResponse(_message.Message):
     __slots__ = ("deployment",)
@@ -402,7 +400,7 @@ class Deployment(_message.Message):
     adapters: _containers.RepeatedCompositeFieldContainer[AdapterBuild]
     failure: Failure
     unchanged: bool
-    def __init__(self, name: _Optional[str] = ..., state: _Optional[_Union[Deployment.State, str]] = ..., generation: _Optional[int] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., update_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., adapters: _Optional[_Iterable[_Union[AdapterBuild, _Mapping]]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ..., unchanged: _Optional[bool] = ...) -> None: ...
+    def __init__(self, name: _Optional[str] = ..., state: _Optional[_Union[Deployment.State, str]] = ..., generation: _Optional[int] = ..., create_time: _Optional[_Union[_timestamp_pb2.Timestamp, _Mapping]] = ..., update_time: _Optional[_Union[_timestamp_pb2.Timestamp, _Mapping]] = ..., adapters: _Optional[_Iterable[_Union[AdapterBuild, _Mapping]]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ..., unchanged: bool = ...) -> None: ...
 
 class AdapterBuild(_message.Message):
     __slots__ = ("name", "stage", "bytes_done", "bytes_total", "digest", "ranks", "modules", "tensors_used", "bundle_bytes", "warnings", "reused", "repaired", "kept", "kinds", "added")
@@ -456,7 +454,7 @@ class AdapterBuild(_message.Message):
     kept: bool
     kinds: _containers.RepeatedScalarFieldContainer[str]
     added: bool
-    def __init__(self, name: _Optional[str] = ..., stage: _Optional[_Union[AdapterBuild.Stage, str]] = ..., bytes_done: _Optional[int] = ..., bytes_total: _Optional[int] = ..., digest: _Optional[str] = ..., ranks: _Optional[_Iterable[int]] = ..., modules: _Optional[_Iterable[str]] = ..., tensors_used: _Optional[int] = ..., bundle_bytes: _Optional[int] = ..., warnings: _Optional[_Iterable[_Union[Finding, _Mapping]]] = ..., reused: _Optional[bool] = ..., repaired: _Optional[bool] = ..., kept: _Optional[bool] = ..., kinds: _Optional[_Iterable[str]] = ..., added: _Optional[bool] = ...) -> None: ...
+    def __init__(self, name: _Optional[str] = ..., stage: _Optional[_Union[AdapterBuild.Stage, str]] = ..., bytes_done: _Optional[int] = ..., bytes_total: _Optional[int] = ..., digest: _Optional[str] = ..., ranks: _Optional[_Iterable[int]] = ..., modules: _Optional[_Iterable[str]] = ..., tensors_used: _Optional[int] = ..., bundle_bytes: _Optional[int] = ..., warnings: _Optional[_Iterable[_Union[Finding, _Mapping]]] = ..., reused: bool = ..., repaired: bool = ..., kept: bool = ..., kinds: _Optional[_Iterable[str]] = ..., added: bool = ...) -> None: ...
 
 class Finding(_message.Message):
     __slots__ = ("code", "adapter", "where", "expected", "found", "fix")
@@ -549,7 +547,7 @@ class AdapterReport(_message.Message):
     invocation_tokens: _containers.RepeatedScalarFieldContainer[int]
     labels: _containers.RepeatedScalarFieldContainer[str]
     problem_type: str
-    def __init__(self, accepted: _Optional[bool] = ..., adapter: _Optional[_Union[Repository, _Mapping]] = ..., base: _Optional[_Union[Repository, _Mapping]] = ..., files: _Optional[_Iterable[_Union[AdapterFile, _Mapping]]] = ..., findings: _Optional[_Iterable[_Union[Finding, _Mapping]]] = ..., rows: _Optional[_Iterable[_Union[AdapterRow, _Mapping]]] = ..., dtype: _Optional[_Union[Dtype, str]] = ..., bundle_bytes: _Optional[int] = ..., base_model_name: _Optional[str] = ..., licence: _Optional[str] = ..., base_licence: _Optional[str] = ..., kinds: _Optional[_Iterable[str]] = ..., replaced_rows: _Optional[_Mapping[str, int]] = ..., invocation_tokens: _Optional[_Iterable[int]] = ..., labels: _Optional[_Iterable[str]] = ..., problem_type: _Optional[str] = ...) -> None: ...
+    def __init__(self, accepted: bool = ..., adapter: _Optional[_Union[Repository, _Mapping]] = ..., base: _Optional[_Union[Repository, _Mapping]] = ..., files: _Optional[_Iterable[_Union[AdapterFile, _Mapping]]] = ..., findings: _Optional[_Iterable[_Union[Finding, _Mapping]]] = ..., rows: _Optional[_Iterable[_Union[AdapterRow, _Mapping]]] = ..., dtype: _Optional[_Union[Dtype, str]] = ..., bundle_bytes: _Optional[int] = ..., base_model_name: _Optional[str] = ..., licence: _Optional[str] = ..., base_licence: _Optional[str] = ..., kinds: _Optional[_Iterable[str]] = ..., replaced_rows: _Optional[_Mapping[str, int]] = ..., invocation_tokens: _Optional[_Iterable[int]] = ..., labels: _Optional[_Iterable[str]] = ..., problem_type: _Optional[str] = ...) -> None: ...
 
 class AdapterFile(_message.Message):
     __slots__ = ("name", "size", "sha256")

@@ -5,7 +5,7 @@ import warnings
 
 from loramux.builder.v1 import builder_pb2 as loramux_dot_builder_dot_v1_dot_builder__pb2
 
-GRPC_GENERATED_VERSION = '1.85.1'
+GRPC_GENERATED_VERSION = '1.72.1'
 GRPC_VERSION = grpc.__version__
 _version_not_supported = False
 
@@ -18,14 +18,14 @@ except ImportError:
 if _version_not_supported:
     raise RuntimeError(
         f'The grpc package installed is at version {GRPC_VERSION},'
-        + ' but the generated code in loramux/builder/v1/builder_pb2_grpc.py depends on'
+        + f' but the generated code in loramux/builder/v1/builder_pb2_grpc.py depends on'
         + f' grpcio>={GRPC_GENERATED_VERSION}.'
         + f' Please upgrade your grpc module to grpcio>={GRPC_GENERATED_VERSION}'
         + f' or downgrade your generated code using grpcio-tools<={GRPC_VERSION}.'
     )
 
 
-class BuilderServiceStub:
+class BuilderServiceStub(object):
     """BuilderService turns adapter repositories into bundles in an object store.
 
     Every error carries a google.rpc.ErrorInfo whose domain is "loramux" and whose
@@ -105,7 +105,7 @@ class BuilderServiceStub:
                 _registered_method=True)
 
 
-class BuilderServiceServicer:
+class BuilderServiceServicer(object):
     """BuilderService turns adapter repositories into bundles in an object store.
 
     Every error carries a google.rpc.ErrorInfo whose domain is "loramux" and whose
@@ -365,7 +365,7 @@ def add_BuilderServiceServicer_to_server(servicer, server):
 
 
  # This class is part of an EXPERIMENTAL API.
-class BuilderService:
+class BuilderService(object):
     """BuilderService turns adapter repositories into bundles in an object store.
 
     Every error carries a google.rpc.ErrorInfo whose domain is "loramux" and whose

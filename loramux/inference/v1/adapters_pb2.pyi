@@ -1,5 +1,3 @@
-import datetime
-
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
@@ -96,7 +94,7 @@ class LoadAdapterRequest(_message.Message):
     name: str
     path: str
     replace: bool
-    def __init__(self, name: _Optional[str] = ..., path: _Optional[str] = ..., replace: _Optional[bool] = ...) -> None: ...
+    def __init__(self, name: _Optional[str] = ..., path: _Optional[str] = ..., replace: bool = ...) -> None: ...
 
 class LoadAdapterResponse(_message.Message):
     __slots__ = ("adapter", "everywhere")
@@ -104,7 +102,7 @@ class LoadAdapterResponse(_message.Message):
     EVERYWHERE_FIELD_NUMBER: _ClassVar[int]
     adapter: AdapterState
     everywhere: bool
-    def __init__(self, adapter: _Optional[_Union[AdapterState, _Mapping]] = ..., everywhere: _Optional[bool] = ...) -> None: ...
+    def __init__(self, adapter: _Optional[_Union[AdapterState, _Mapping]] = ..., everywhere: bool = ...) -> None: ...
 
 class UnloadAdapterRequest(_message.Message):
     __slots__ = ("name",)
@@ -180,7 +178,7 @@ class AdapterState(_message.Message):
     last_failure: LoadFailure
     only_here: bool
     kinds: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, name: _Optional[str] = ..., digest: _Optional[str] = ..., resident_digest: _Optional[str] = ..., generation: _Optional[int] = ..., tier: _Optional[_Union[Tier, str]] = ..., residency: _Optional[_Union[Residency, str]] = ..., pinned: _Optional[bool] = ..., in_flight: _Optional[int] = ..., waiting: _Optional[int] = ..., bytes: _Optional[int] = ..., last_used: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., last_failure: _Optional[_Union[LoadFailure, _Mapping]] = ..., only_here: _Optional[bool] = ..., kinds: _Optional[_Iterable[str]] = ...) -> None: ...
+    def __init__(self, name: _Optional[str] = ..., digest: _Optional[str] = ..., resident_digest: _Optional[str] = ..., generation: _Optional[int] = ..., tier: _Optional[_Union[Tier, str]] = ..., residency: _Optional[_Union[Residency, str]] = ..., pinned: bool = ..., in_flight: _Optional[int] = ..., waiting: _Optional[int] = ..., bytes: _Optional[int] = ..., last_used: _Optional[_Union[_timestamp_pb2.Timestamp, _Mapping]] = ..., last_failure: _Optional[_Union[LoadFailure, _Mapping]] = ..., only_here: bool = ..., kinds: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class LoadFailure(_message.Message):
     __slots__ = ("reason", "message")
@@ -226,4 +224,4 @@ class ReplicaState(_message.Message):
     evictions: int
     start_time: _timestamp_pb2.Timestamp
     version: str
-    def __init__(self, deployment: _Optional[str] = ..., generation: _Optional[int] = ..., newest_generation: _Optional[int] = ..., state: _Optional[str] = ..., reason: _Optional[str] = ..., paused: _Optional[bool] = ..., bank_bytes: _Optional[int] = ..., bank_bytes_used: _Optional[int] = ..., registered: _Optional[int] = ..., resident: _Optional[int] = ..., arriving: _Optional[int] = ..., pinned: _Optional[int] = ..., loads: _Optional[int] = ..., load_failures: _Optional[int] = ..., evictions: _Optional[int] = ..., start_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., version: _Optional[str] = ...) -> None: ...
+    def __init__(self, deployment: _Optional[str] = ..., generation: _Optional[int] = ..., newest_generation: _Optional[int] = ..., state: _Optional[str] = ..., reason: _Optional[str] = ..., paused: bool = ..., bank_bytes: _Optional[int] = ..., bank_bytes_used: _Optional[int] = ..., registered: _Optional[int] = ..., resident: _Optional[int] = ..., arriving: _Optional[int] = ..., pinned: _Optional[int] = ..., loads: _Optional[int] = ..., load_failures: _Optional[int] = ..., evictions: _Optional[int] = ..., start_time: _Optional[_Union[_timestamp_pb2.Timestamp, _Mapping]] = ..., version: _Optional[str] = ...) -> None: ...

@@ -5,7 +5,7 @@ import warnings
 
 from loramux.inference.v1 import inference_pb2 as loramux_dot_inference_dot_v1_dot_inference__pb2
 
-GRPC_GENERATED_VERSION = '1.85.1'
+GRPC_GENERATED_VERSION = '1.72.1'
 GRPC_VERSION = grpc.__version__
 _version_not_supported = False
 
@@ -18,14 +18,14 @@ except ImportError:
 if _version_not_supported:
     raise RuntimeError(
         f'The grpc package installed is at version {GRPC_VERSION},'
-        + ' but the generated code in loramux/inference/v1/inference_pb2_grpc.py depends on'
+        + f' but the generated code in loramux/inference/v1/inference_pb2_grpc.py depends on'
         + f' grpcio>={GRPC_GENERATED_VERSION}.'
         + f' Please upgrade your grpc module to grpcio>={GRPC_GENERATED_VERSION}'
         + f' or downgrade your generated code using grpcio-tools<={GRPC_VERSION}.'
     )
 
 
-class InferenceServiceStub:
+class InferenceServiceStub(object):
     """InferenceService answers prompts with the base model or with one of its adapters.
 
     Every error carries a google.rpc.ErrorInfo whose domain is "loramux" and whose
@@ -75,7 +75,7 @@ class InferenceServiceStub:
                 _registered_method=True)
 
 
-class InferenceServiceServicer:
+class InferenceServiceServicer(object):
     """InferenceService answers prompts with the base model or with one of its adapters.
 
     Every error carries a google.rpc.ErrorInfo whose domain is "loramux" and whose
@@ -221,7 +221,7 @@ def add_InferenceServiceServicer_to_server(servicer, server):
 
 
  # This class is part of an EXPERIMENTAL API.
-class InferenceService:
+class InferenceService(object):
     """InferenceService answers prompts with the base model or with one of its adapters.
 
     Every error carries a google.rpc.ErrorInfo whose domain is "loramux" and whose

@@ -6,10 +6,11 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
+from loramux_shared.adapter_files import pieces_of
 from loramux_shared.bundle.manifest import FileDigest
 from loramux_shared.faults import SignatureInvalid
 from loramux_shared.signing.openssf import GIT, MAX_BYTES, SIGNATURE, Signed, verified
-from loramux_shared.sources.files import hash_if_there, pieces_of
+from loramux_shared.sources.files import hash_if_there
 from loramux_shared.wording import listed
 
 

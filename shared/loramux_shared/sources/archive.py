@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import IO, Final
 
+from loramux_shared.adapter_files import PIECE
 from loramux_shared.faults import SourceRefused
 from loramux_shared.sources.base import MAX_FILES, Progress, SourceFile, unwatched
-from loramux_shared.sources.files import PIECE, hash_pieces, is_text
+from loramux_shared.sources.files import hash_pieces, is_text
 
 MAX_UNPACKED: Final = 1 << 30
 MAX_RATIO: Final = 20

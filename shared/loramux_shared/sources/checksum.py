@@ -7,9 +7,10 @@ import hashlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from loramux_shared.adapter_files import pieces_of
 from loramux_shared.bundle.manifest import FileDigest
 from loramux_shared.sources.base import SourceFile, unwatched
-from loramux_shared.sources.files import ended, hash_pieces, pieces_of
+from loramux_shared.sources.files import ended, hash_pieces
 
 
 def md5_of(value: str | bytearray | None) -> str:

@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 import shutil
-import stat
 import tempfile
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -16,6 +15,7 @@ from typing import IO, Final
 
 import structlog
 
+from loramux_shared.adapter_files import pieces_of
 from loramux_shared.bundle.manifest import FileDigest, sha256_hex
 from loramux_shared.deployment import Repository
 from loramux_shared.faults import ResourcesExhausted, RevisionNotFound, SourceRefused, SourceUnavailable
@@ -23,7 +23,6 @@ from loramux_shared.sources.base import Progress, unwatched
 
 log = structlog.get_logger()
 
-PIECE: Final = 1 << 20
 PART: Final = ".part-"
 """Begins the name of a file that is being written."""
 SCRATCH: Final = "loramux-build-scratch-"
@@ -169,16 +168,3 @@ def pin_content(repository: Repository, files: Mapping[str, FileDigest]) -> Repo
             "Leave revision out to take the folder as it is."
         )
     return repository.model_copy(update={"revision": revision})
-
-
-def pieces_of(path: Path) -> Iterator[bytes]:
-    """Yield a regular file's content; a pipe or a device that took its place is not waited for."""
-    with open(path, "rb", opener=_at_once) as source:
-        if not stat.S_ISREG(os.fstat(source.fileno()).st_mode):
-            raise OSError(errno.EINVAL, "not a regular file", str(path))
-        while piece := source.read(PIECE):
-            yield piece
-
-
-def _at_once(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NONBLOCK)

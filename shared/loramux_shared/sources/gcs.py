@@ -18,6 +18,7 @@ from google.auth.transport.requests import AuthorizedSession
 from google.oauth2 import service_account
 from urllib3.exceptions import HTTPError
 
+from loramux_shared.adapter_files import PIECE
 from loramux_shared.deployment import Repository
 from loramux_shared.faults import (
     Fault,
@@ -30,7 +31,6 @@ from loramux_shared.faults import (
 from loramux_shared.sources.base import SourceFile
 from loramux_shared.sources.bucket import TIMEOUT_S
 from loramux_shared.sources.checksum import md5_of
-from loramux_shared.sources.files import PIECE
 from loramux_shared.sources.retry import Busy
 from loramux_shared.sources.secrets import Secrets, warn_unset
 

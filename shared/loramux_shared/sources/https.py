@@ -13,10 +13,10 @@ from http.client import HTTPException, HTTPResponse, HTTPSConnection
 from typing import Final
 from urllib.parse import SplitResult, urljoin, urlsplit
 
+from loramux_shared.adapter_files import PIECE
 from loramux_shared.digits import is_whole
 from loramux_shared.faults import Fault, RepoGated, RepoNotFound, SourceRefused, SourceUnavailable
 from loramux_shared.sources.addresses import Address, Guard
-from loramux_shared.sources.files import PIECE
 from loramux_shared.sources.retry import Busy, Pace
 
 TIMEOUT_S: Final = 20.0

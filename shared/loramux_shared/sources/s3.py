@@ -12,6 +12,7 @@ from botocore import UNSIGNED
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError, CredentialRetrievalError, ProfileNotFound
 
+from loramux_shared.adapter_files import PIECE
 from loramux_shared.deployment import Repository
 from loramux_shared.faults import (
     Fault,
@@ -23,7 +24,6 @@ from loramux_shared.faults import (
 )
 from loramux_shared.sources.base import SourceFile
 from loramux_shared.sources.bucket import TIMEOUT_S
-from loramux_shared.sources.files import PIECE
 from loramux_shared.sources.retry import Busy
 from loramux_shared.sources.secrets import Secrets, warn_unset
 

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
+from loramux_shared.adapter_files import pieces_of
 from loramux_shared.bundle.generation import BaseRecord
 from loramux_shared.deployment import Repository, SourceKind
 from loramux_shared.faults import BundleCorrupt, Fault, ResourcesExhausted
 from loramux_shared.sources import files
 from loramux_shared.sources.bucket import BucketSource
 from loramux_shared.sources.checkpoint import describe_base, fetch_base
-from loramux_shared.sources.files import pieces_of
 from loramux_shared.sources.hub import HubSource
 from loramux_shared.sources.open import Sources
 from loramux_shared.sources.retry import Patience
