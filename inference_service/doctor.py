@@ -3,7 +3,8 @@
 FOLDER holds the base's ``config.json``. Either form is the answer::
 
     {"torch": "2.13.0", "device": "cpu", "name": "...", "memory_bytes": 1, "free_bytes": 1,
-     "dtype": "bfloat16", "backend": "native", "how": "compiled with c++", "warning": null, "threads": 2}
+     "dtype": "bfloat16", "backend": "native", "how": "compiled with c++", "product": "bfloat16 ...",
+     "reading": "0.27 GB of weights a token, ...", "warning": null, "threads": 2}
     {"fault": {"reason": "SETTINGS_INVALID", "message": "..."}}
 """
 
@@ -12,17 +13,27 @@ from __future__ import annotations
 import json
 import platform
 import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import psutil
 import torch
 
+from inference_service.backends.base import Backend
 from inference_service.startup.choose import choose_backend
+from inference_service.startup.reading import bytes_per_s
+from loramux_shared.bases.config import ModelConfig
+from loramux_shared.bases.memory import token_bytes
 from loramux_shared.bases.read import read_config
 from loramux_shared.faults import Fault
 from loramux_shared.settings import InferenceSettings, load_settings
 from loramux_shared.telemetry import log_to_stderr
+
+SIDE: Final = 2048
+"""Of a square matrix that stands for a linear."""
+READ_BYTES: Final = 128 * 2**20
+"""Of all of them."""
 
 
 def main() -> int:
@@ -54,9 +65,25 @@ def examine(folder: Path) -> dict[str, Any]:
         "dtype": str(chosen.dtype).removeprefix("torch."),
         "backend": chosen.new_lora().name,
         "how": chosen.computing.how,
+        "product": chosen.computing.product,
+        "reading": _reading(chosen, config),
         "warning": chosen.computing.warning,
         "threads": torch.get_num_threads(),
     }
+
+
+def _reading(backend: Backend, config: ModelConfig) -> str:
+    """Return how long a token takes at least, by linears that together are beyond most caches."""
+    if backend.device.type != "cpu":
+        return ""
+    weight = torch.ones(SIDE, SIDE, dtype=backend.dtype)
+    linears = [
+        backend.operations.new_linear(weight, quantization=backend.quantization)
+        for _ in range(READ_BYTES // weight.nbytes)
+    ]
+    reads = token_bytes(config, backend.dtype.itemsize, backend.quantization)
+    speed = bytes_per_s(backend, linears)
+    return replace(backend.computing, token_bytes=reads, bytes_per_s=speed).reading
 
 
 def _memory(device: torch.device) -> dict[str, Any]:

@@ -39,6 +39,25 @@ class Computing:
     how: str = "torch operations"
     """Where the operations come from, and why they are torch's if so."""
     lack: Lack | None = None
+    product: str = ""
+    """How weights are multiplied, and why in that type."""
+    token_bytes: int = 0
+    """Of weights, which one token reads; 0 while that is not known."""
+    bytes_per_s: float = 0.0
+    """Of weights, which products read at best: measured; 0 where it was not."""
+
+    @property
+    def token_s(self) -> float | None:
+        """How long a token takes at least; None where that is not known."""
+        return self.token_bytes / self.bytes_per_s if self.token_bytes and self.bytes_per_s else None
+
+    @property
+    def reading(self) -> str:
+        """What that is made of, as far as it is known; for a person."""
+        size = f"{self.token_bytes / 1e9:.3g} GB of weights a token" if self.token_bytes else ""
+        speed = f"{self.bytes_per_s / 1e9:.3g} GB/s measured" if self.bytes_per_s else ""
+        both = ", ".join(filter(None, (size, speed)))
+        return both if self.token_s is None else f"{both}: at best {1e3 * self.token_s:.3g} ms a token"
 
     @property
     def warning(self) -> str | None:

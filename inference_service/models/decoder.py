@@ -6,7 +6,7 @@ together, and the adapters from theirs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import chain
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from inference_service.backends.base import Attention, Operations, Recurrence, StepLora, no_recurrence
 from inference_service.backends.torch import TorchOperations
 from inference_service.kernels.attention import Context
+from inference_service.layers.linear import Linear
 from inference_service.layers.norm import RMSNorm
 from inference_service.layers.rope import Rope
 from inference_service.lora.vocabulary import StepVocabulary
@@ -74,6 +75,11 @@ class Decoder:
         self._layers.clear()
         for index in range(self.config.dims.num_layers):
             self._layers.append(read_layer(reader.layer(index)))
+
+    def linears(self) -> Iterator[Linear]:
+        """Yield the linears of all layers that every token passes through, in their order."""
+        for block in chain.from_iterable((layer.mixer, layer.mlp) for layer in self._layers):
+            yield from (part for part in vars(block).values() if isinstance(part, Linear))
 
     def new_cache(self, size: CacheSize) -> Cache:
         """Return an empty cache."""

@@ -23,6 +23,7 @@ from inference_service.layers.quantizing import require_able
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.faults import SettingsInvalid
 from loramux_shared.private import open_folder
+from loramux_shared.rounding import Rounding
 from loramux_shared.settings import InferenceSettings, require_triton
 
 
@@ -35,7 +36,43 @@ def choose_backend(settings: InferenceSettings, config: ModelConfig) -> Backend:
     chosen = _kernels(settings, config)
     quantization = settings.rounding
     require_able(quantization, chosen.device, chosen.dtype)
-    return replace(chosen, quantization=quantization)
+    chosen = replace(chosen, quantization=quantization)
+    product = f"{_product(chosen)}; {_why(settings, config, chosen.dtype)}"
+    return replace(chosen, computing=replace(chosen.computing, product=product))
+
+
+def _product(chosen: Backend) -> str:
+    """Return how weights are multiplied."""
+    operations, rounding = chosen.operations, chosen.quantization
+    dtype = _name(chosen.dtype)
+    integers = rounding is not Rounding.NONE
+    if chosen.device.type != "cpu":
+        return str(rounding) if integers else dtype
+    if not isinstance(operations, NativeOperations) or not operations.ops.can_multiply:
+        return f"{rounding} widened piece by piece by torch" if integers else f"{dtype} by torch"
+    if not integers and not operations.own_products:
+        return f"{dtype} by oneDNN"
+    instructions = operations.ops.instructions
+    if integers:
+        how = "times rows of 8 bits" if chosen.dtype is torch.bfloat16 else "widened in registers"
+        return f"{rounding} {how} ({instructions})"
+    widened = chosen.dtype is torch.bfloat16 and "bfloat16" not in instructions
+    return f"{dtype}{' widened in registers' if widened else ''} ({instructions})"
+
+
+def _why(settings: InferenceSettings, config: ModelConfig, dtype: torch.dtype) -> str:
+    """Return why it is computed in a type."""
+    if settings.dtype != "auto":
+        return f"LORAMUX_DTYPE={settings.dtype}"
+    if config.dtype == _name(dtype):
+        return f"the checkpoint is {config.dtype}"
+    return (
+        f"the checkpoint is {config.dtype or 'of a type that its config does not name'}, which is slower here"
+    )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _kernels(settings: InferenceSettings, config: ModelConfig) -> Backend:

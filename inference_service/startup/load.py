@@ -14,6 +14,7 @@ import structlog
 import torch
 
 from inference_service.backends.base import LoraBackend
+from inference_service.core.computing import Computing
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import MOST_PARTS, Adapter
 from inference_service.core.sequence import Sequence as EngineSequence
@@ -38,8 +39,9 @@ from inference_service.startup.heap import bound_arenas, give_back
 from inference_service.startup.memory import blocks_of, divide_memory
 from inference_service.startup.merged import merge
 from inference_service.startup.profile import SCRATCH_BLOCKS, CudaMemory, Measured, largest_step, measure
+from inference_service.startup.reading import bytes_per_s
 from inference_service.startup.rounding import agree, weights_told
-from loramux_shared.bases.memory import GB
+from loramux_shared.bases.memory import GB, token_bytes
 from loramux_shared.bundle.deployments import require_deployment
 from loramux_shared.bundle.generation import Generation
 from loramux_shared.notify import report
@@ -127,8 +129,9 @@ def load(settings: InferenceSettings, store: Store, watchers: Sequence[Watcher] 
     probe = partial(_run_a_few_tokens, engine, bank)
     probe()  # so that the first request does not wait for what is made at first use
     catalog.load_s = time.monotonic() - started
-    catalog.computing = base.backend.computing
-    _log_loaded(generation, base, bank, engine, limits, registered, catalog.load_s)
+    catalog.computing = _computing(base)
+    report(f"{catalog.computing.product}; {catalog.computing.reading}")
+    _log_loaded(generation, base, bank, engine, limits, registered, catalog)
     if slow := catalog.computing.warning:
         log.warning("slow operations", why=slow)
         report(f"slow operations: {slow}")
@@ -156,6 +159,16 @@ def load(settings: InferenceSettings, store: Store, watchers: Sequence[Watcher] 
         preload_later(bank, fitting[settings.preload :], inbox)
     dtype = str(base.backend.dtype).removeprefix("torch.")
     return Ready(service, thread, generation, bank, dtype, base.model.device.type)
+
+
+def _computing(base: Base) -> Computing:
+    """Return what computes, with what a token takes at least where a processor reads the weights."""
+    backend = base.backend
+    if backend.device.type != "cpu":
+        return backend.computing
+    reads = token_bytes(base.config, backend.dtype.itemsize, backend.quantization)
+    speed = bytes_per_s(backend, base.model.linears())
+    return replace(backend.computing, token_bytes=reads, bytes_per_s=speed)
 
 
 async def _defaults(bank: Bank, catalog: Catalog, model: ServedModel) -> AdapterDefaults:
@@ -231,7 +244,7 @@ def _log_loaded(
     engine: Engine,
     limits: SchedulerLimits,
     registered: Sequence[Adapter],
-    seconds: float,
+    catalog: Catalog,
 ) -> None:
     backend, stats = base.backend, engine.stats
     facts: dict[str, Any] = {} if bank is None else {"resident": len(bank.residency.resident())}
@@ -240,17 +253,19 @@ def _log_loaded(
         deployment=generation.deployment,
         generation=generation.number,
         backend=backend.new_lora().name if bank is None else bank.lora.name,
-        operations=backend.computing.how,
+        operations=catalog.computing.how,
+        product=catalog.computing.product,
         device=str(backend.device),
         dtype=str(backend.dtype).removeprefix("torch."),
         weights=weights_told(base),
+        reading=catalog.computing.reading,
         threads=torch.get_num_threads(),
         adapters=len(registered) or len(generation.adapters),
         **facts,
         merged=generation.merged or "none",
         kv_tokens=stats.blocks_total * stats.block_size,
         max_seq_len=limits.max_seq_len,
-        seconds=round(seconds, 2),
+        seconds=round(catalog.load_s, 2),
     )
 
 

@@ -46,6 +46,9 @@ def _show_inference(found: Diagnosis) -> None:
     free, memory = decimal(chosen.free_bytes), decimal(chosen.memory_bytes)
     _line("runs on", f"{chosen.device}: {chosen.name}, {free} of {memory} free, {chosen.threads} threads")
     _line("computes in", f"{chosen.dtype}, backend {chosen.backend}: {chosen.how}")
+    _line("multiplies", chosen.product)
+    if found.base and chosen.reading:
+        _line("reads", chosen.reading)
 
 
 def _show_sizes(sizes: Sizes, *, on_cpu: bool) -> None:

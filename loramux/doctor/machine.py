@@ -46,6 +46,10 @@ class Inference:
     backend: str
     how: str
     """Where the operations come from, and why not from the compiler if so."""
+    product: str
+    """How weights are multiplied, and why in that type."""
+    reading: str
+    """What a token of the base reads, how fast that is here, and how long it takes at least; empty on a GPU."""
     warning: str | None
     """Why it is slower than it could be, what that costs and what to do; None where it is not."""
     threads: int

@@ -51,9 +51,24 @@
                    (T*)out, channels, width, key_heads, heads, K, V, eps}, (const DeltaChunk*)chunks, count, threads);\
   }
 
-// build.py compiles each type by itself, and both at the same time.
+// compiling.py compiles each type by itself, and both at the same time.
 #ifndef ONLY_BFLOAT16
 EXPORT(float, float32)
+
+// The instructions that it was compiled for, in words.
+extern "C" const char* instructions() {
+#if defined(__AVX512BF16__)
+  return "AVX-512 with bfloat16";
+#elif defined(__AVX512F__)
+  return "AVX-512";
+#elif defined(__AVX2__)
+  return "AVX2";
+#elif defined(__ARM_NEON)
+  return "NEON";
+#else
+  return "no vectors";
+#endif
+}
 #endif
 #ifndef ONLY_FLOAT32
 EXPORT(bf16, bfloat16)

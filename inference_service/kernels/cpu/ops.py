@@ -127,6 +127,9 @@ class CpuOps:
         functions = {name: getattr(library, f"{name}_{DTYPES[dtype]}") for name in _SIGNATURES}
         for name, function in functions.items():
             function.argtypes, function.restype = [_TYPES[letter] for letter in _SIGNATURES[name]], None
+        library.instructions.restype = ctypes.c_char_p
+        self.instructions = str(library.instructions().decode())
+        """For which it was compiled: ``AVX-512 with bfloat16``, ``AVX-512``, ``AVX2``, ``NEON`` or less."""
         self.can_multiply = bool(getattr(library, f"multiplies_{DTYPES[dtype]}")())
         """Whether `linear` takes weights: with AVX-512."""
         amx = dtype is torch.bfloat16 and torch.cpu._is_amx_tile_supported()

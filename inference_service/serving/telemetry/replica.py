@@ -74,10 +74,14 @@ class ReplicaCollector(Collector):
         operations = GaugeMetricFamily(
             "loramux_operations_info",
             "1; lack is why torch's operations stand in for compiled ones.",
-            labels=["backend", "lack"],
+            labels=["backend", "operations", "product", "lack"],
         )
-        operations.add_metric([computing.backend, computing.lack or ""], 1)
+        labels = [computing.backend, computing.how, computing.product, computing.lack or ""]
+        operations.add_metric(labels, 1)
         yield operations
+        if computing.token_s is not None:
+            text = "That the weights of a token are read in at best, by the speed measured at the start."
+            yield GaugeMetricFamily("loramux_least_token_seconds", text, computing.token_s)
         yield from _for_gateways(stats, self._catalog.base_name)
 
 

@@ -201,6 +201,18 @@ def weights_bytes(config: ModelConfig, item_bytes: int, device: str, quantizatio
     return quantization.weight_bytes(linears, item_bytes) + item_bytes * whole + head
 
 
+def token_bytes(config: ModelConfig, item_bytes: int, quantization: Rounding) -> int:
+    """Return what one token reads of the weights: linears, those experts that are chosen, and the head."""
+    count = sum(
+        group.in_features * sum(group.out_features)
+        for layer, groups in zip(config.layers, config.layer_groups, strict=True)
+        for group in groups
+        if group.expert is None or (isinstance(layer.mlp, ExpertsLayer) and group.expert < layer.mlp.top_k)
+    )
+    head = quantization.of_head.weight_bytes(config.dims.vocab * config.dims.hidden, item_bytes)
+    return quantization.weight_bytes(count, item_bytes) + head
+
+
 def shaping_bytes(max_seqs: int, vocab: int) -> int:
     """Return what the sampler on a device takes at most for sequences that shape their logits.
 

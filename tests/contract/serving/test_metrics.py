@@ -189,10 +189,10 @@ async def test_what_is_loaded_is_told(door: OpenAIDoor) -> None:
     digest = door.ready.service.catalog.get("wide").digest[:12]
     assert said.value("loramux_model_info", model="wide", digest=digest) == 1
     assert said.value("loramux_build_info", generation="1") == 1
-    assert (
-        said.value("loramux_operations_info", backend=door.ready.service.catalog.computing.backend, lack="")
-        == 1
-    )
+    computing = door.ready.service.catalog.computing
+    of_operations = {"backend": computing.backend, "operations": computing.how, "product": computing.product}
+    assert said.series("loramux_operations_info") == [(of_operations | {"lack": ""}, 1)]
+    assert said.value("loramux_least_token_seconds") == computing.token_s
     loads = {own["model"]: value for own, value in said.series("loramux_model_load_seconds")}
     assert set(loads) == {"base", "all", "rs", "wide"}
     assert 0 < sum(loads.values()) < said.value("loramux_load_seconds")

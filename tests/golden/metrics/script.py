@@ -12,6 +12,7 @@ from prometheus_client import generate_latest
 from builder_service.builds.meter import BuildMeter
 from builder_service.builds.running import RunningBuild
 from builder_service.builds.views import State
+from inference_service.core.computing import Computing
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Adapter, FinishReason, Sequence, Token
 from inference_service.engine.engine import EngineStats, SequenceCounts
@@ -44,7 +45,9 @@ def replica(sequences: SequenceCounts, models: tuple[ServedModel, ...] = MODELS)
         tokens_generated=0,
     )
     engine = cast(EngineView, SimpleNamespace(stats=stats, sequence_counts=sequences))
-    return Metrics(Catalog(1, "base", models), engine)
+    catalog = Catalog(1, "base", models)
+    catalog.computing = Computing(token_bytes=2, bytes_per_s=1.0)
+    return Metrics(catalog, engine)
 
 
 def everything() -> Scrape:

@@ -13,9 +13,19 @@ from safetensors import safe_open
 from structlog.testing import capture_logs
 
 from loramux_shared.bases.cache import Cache, Kept, window_blocks
-from loramux_shared.bases.memory import GB, Needs, cache_of, count_weights, needs_of, plan_memory
+from loramux_shared.bases.memory import (
+    GB,
+    Needs,
+    cache_of,
+    count_weights,
+    needs_of,
+    plan_memory,
+    token_bytes,
+    weights_bytes,
+)
 from loramux_shared.bases.read import read_config, read_fields
 from loramux_shared.faults import ResourcesExhausted
+from loramux_shared.rounding import Rounding
 from loramux_shared.settings import InferenceSettings
 from loramux_shared.storage.memory import MemoryStore
 from tests.support.examples import examples
@@ -25,6 +35,16 @@ from tests.support.tiny import SIZES, make_world
 NEEDS = Needs(weights=16 * 10**9, adapters=10**9, activations=2 * 10**9, graphs=10**9)
 CACHE = Cache((Kept(None, 131072),), block_size=16, longest=8192, seqs=64, rows=2048, whole=True)
 """Of Llama-3 8B in bfloat16, for 64 sequences."""
+
+
+def test_a_token_reads_all_matrices_but_the_embeddings_and_experts_that_are_not_chosen() -> None:
+    """In the bits that they are held in, the head's own among them."""
+    dense, mixture = (read_fields(HUB_CONFIGS[name]) for name in ("Llama-3.1", "Qwen3-30B-A3B"))
+    table = dense.dims.vocab * dense.dims.hidden
+    for rounding in (Rounding.NONE, Rounding.INT8, Rounding.INT4):
+        reads = token_bytes(dense, 2, rounding)
+        assert reads == weights_bytes(dense, 2, "cpu", rounding) - 2 * table, rounding
+    assert token_bytes(mixture, 1, Rounding.NONE) == pytest.approx(3.03e9, rel=0.01)  # of 30.5 billion
 
 
 def test_the_cache_takes_its_share_of_what_steps_leave() -> None:

@@ -233,7 +233,9 @@ def test_all_of_it(base: Path, fakes: Fakes) -> None:
 def test_slow_operations_are_exit_1(monkeypatch: pytest.MonkeyPatch) -> None:
     """A replica would serve, and nobody would know why it is slow."""
     slow = "torch operations (no C++ compiler found): slower; install g++"
-    chosen = Inference("cpu", "Some", 2, 1, "float32", "torch", "torch operations", slow, 2)
+    chosen = Inference(
+        "cpu", "Some", 2, 1, "float32", "torch", "torch operations", "float32 by torch", "", slow, 2
+    )
     monkeypatch.setattr("loramux.cli.doctor.look_at_inference", lambda _: chosen)
     code, text = doctor("--grpc", "127.0.0.1:1", "--builder", "127.0.0.1:1")
     assert code == 1

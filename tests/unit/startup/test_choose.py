@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from inference_service.backends.native import NativeLora
+from inference_service.backends.native import NativeLora, NativeOperations
 from inference_service.core.computing import COST, CURES, Lack
 from inference_service.kernels.cpu import build
 from inference_service.kernels.cpu.build import Built
@@ -36,6 +36,29 @@ def test_native_can_be_asked_for(config: ModelConfig, native_folder: Path) -> No
     chosen = choose_backend(_settings(native_folder.parent, backend="native"), config)
     assert isinstance(chosen.new_lora(), NativeLora)
     assert (chosen.device.type, chosen.recordable) == ("cpu", False)
+    assert isinstance(chosen.operations, NativeOperations)
+    ops = chosen.operations.ops
+    how = f"float32 ({ops.instructions})" if ops.multiplies else "float32 by oneDNN"
+    assert chosen.computing.product == f"{how}; the checkpoint is float32"
+
+
+@pytest.mark.parametrize(
+    ("settings", "product"),
+    [
+        ({}, "float32 by torch; the checkpoint is float32"),
+        ({"dtype": "bfloat16"}, "bfloat16 by torch; LORAMUX_DTYPE=bfloat16"),
+        (
+            {"quantization": "int8"},
+            "int8 widened piece by piece by torch; the checkpoint is float32",
+        ),
+    ],
+)
+def test_how_weights_are_multiplied_is_told_with_its_reason(
+    config: ModelConfig, tmp_path: Path, settings: dict[str, object], product: str
+) -> None:
+    """Those of torch; what a processor multiplies by itself depends on it."""
+    chosen = choose_backend(_settings(tmp_path, backend="torch", device="cpu", **settings), config)
+    assert chosen.computing.product == product
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,46 @@
+"""How fast this machine reads the weights of a base."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterable
+from typing import Final
+
+import torch
+
+from inference_service.backends.base import Backend
+from inference_service.layers.linear import Linear
+
+BOUND_S: Final = 0.05
+"""A start waits no longer for it, but for the product that is running then."""
+WINDOW_S: Final = 0.0004
+"""Of reading, for one speed: shorter than others take a core away for, so that few have such a gap."""
+
+
+def bytes_per_s(backend: Backend, linears: Iterable[Linear]) -> float:
+    """Return how many bytes of weights products with one row read in a second: the median of many windows.
+
+    The linears are those of a model, in their order and each once, so that no cache has them. The first one
+    wakes threads up and is not measured; 0 where there is no other.
+    """
+    speeds: list[float] = []
+    spent, read, ends = 0.0, 0, 0.0
+    for index, linear in enumerate(linears):
+        x = torch.ones(1, linear.in_features, dtype=backend.dtype, device=backend.device)
+        began = time.perf_counter()
+        backend.operations.linear(linear, x)
+        now = time.perf_counter()
+        if not index:
+            ends = now + BOUND_S
+            continue
+        spent += now - began
+        read += backend.quantization.weight_bytes(linear.in_features * linear.out_features, x.itemsize)
+        if spent > WINDOW_S:
+            speeds.append(read / spent)
+            spent, read = 0.0, 0
+        if now > ends:
+            break
+    if not speeds:
+        return read / spent if spent else 0.0
+    return statistics.median(speeds)

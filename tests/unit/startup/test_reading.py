@@ -1,0 +1,73 @@
+"""How fast weights are read: measured at the start, within a bound."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import chain, repeat
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+
+from inference_service.backends.base import Backend
+from inference_service.core.computing import Computing
+from inference_service.layers.linear import Linear
+from inference_service.startup import reading
+from inference_service.startup.reading import BOUND_S, bytes_per_s
+from loramux_shared.rounding import Rounding
+
+BYTES = 64 * 32 * 4
+"""Of each linear."""
+
+
+class Products:
+    """Operations whose products take what they are made to take, on a clock that they own."""
+
+    def __init__(self, seconds: Iterator[float]) -> None:
+        self.now, self.count = 0.0, 0
+        self._seconds = seconds
+
+    def linear(self, layer: Linear, x: torch.Tensor) -> torch.Tensor:
+        """Take the next time."""
+        assert x.shape == (1, layer.in_features)
+        self.now += next(self._seconds)
+        self.count += 1
+        return x
+
+
+def measured(monkeypatch: pytest.MonkeyPatch, linears: int, seconds: Iterator[float]) -> tuple[float, Products]:
+    """The speed with so many linears, whose products take these seconds."""
+    products = Products(seconds)
+    monkeypatch.setattr(reading, "time", SimpleNamespace(perf_counter=lambda: products.now))
+    fields: dict[str, Any] = {"dtype": torch.float32, "device": "cpu", "operations": products}
+    backend = cast(Backend, SimpleNamespace(**fields, quantization=Rounding.NONE))
+    linear = cast(Linear, SimpleNamespace(in_features=64, out_features=32))
+    return bytes_per_s(backend, repeat(linear, linears)), products
+
+
+def test_the_median_of_windows_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the first product, which wakes threads up, nor a moment in which others have the cores."""
+    speed, products = measured(monkeypatch, 8, iter([9e-3, 3e-4, 3e-4, 3e-4, 3e-4, 3e-4, 8e-3, 2e-4]))
+    assert speed == pytest.approx(BYTES / 3e-4)
+    assert products.count == 8
+
+
+def test_a_start_does_not_wait_for_it_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However large the model: all but the first product, and the one that is running when time is over."""
+    _, products = measured(monkeypatch, 10**6, repeat(0.02))
+    assert products.now <= BOUND_S + 2 * 0.02
+
+
+def test_a_small_model_is_measured_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be over before the first window is."""
+    assert measured(monkeypatch, 3, chain([1.0], repeat(1e-4)))[0] == pytest.approx(BYTES / 1e-4)
+    assert measured(monkeypatch, 1, repeat(1e-4))[0] == 0
+
+
+def test_what_is_known_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the start line: bytes, speed, and what follows from both."""
+    both = Computing(token_bytes=270_000_000, bytes_per_s=19e9)
+    assert both.reading == "0.27 GB of weights a token, 19 GB/s measured: at best 14.2 ms a token"
+    assert Computing(bytes_per_s=19e9).reading == "19 GB/s measured"
+    assert Computing().reading == ""
