@@ -8,17 +8,17 @@ from datetime import UTC, datetime
 
 import structlog
 
+from inference_service.adapters.bundles import StoredBundles
+from inference_service.adapters.catalog import Changes, ServedModel
+from inference_service.adapters.fixed import AllResident
+from inference_service.adapters.follower import Follower
+from inference_service.adapters.manager import AdapterManager
+from inference_service.adapters.pins import Pins
+from inference_service.adapters.ports import Residency
+from inference_service.adapters.registry import Registry
+from inference_service.adapters.views import Facts
 from inference_service.rpc.builder_news import BuilderNews
 from inference_service.rpc.publisher import BuilderPublisher
-from inference_service.serving.adapters.bundles import StoredBundles
-from inference_service.serving.adapters.fixed import AllResident
-from inference_service.serving.adapters.follower import Follower
-from inference_service.serving.adapters.manager import AdapterManager
-from inference_service.serving.adapters.pins import Pins
-from inference_service.serving.adapters.ports import Residency
-from inference_service.serving.adapters.registry import Registry
-from inference_service.serving.adapters.views import Facts
-from inference_service.serving.catalog import Changes, ServedModel
 from inference_service.serving.service import GenerationService
 from inference_service.startup.load import Ready
 from loramux.client import AsyncClient

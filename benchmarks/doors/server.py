@@ -17,6 +17,7 @@ from typing import Final
 
 from benchmarks.doors.clients import MODEL
 from benchmarks.on_gpu.checkpoint import write_tokenizer
+from inference_service.adapters.catalog import Catalog, ServedModel
 from inference_service.core.batch import Batch
 from inference_service.core.sequence import Token
 from inference_service.engine.block_manager import BlockManager
@@ -27,11 +28,10 @@ from inference_service.engine.step import Pending
 from inference_service.openai_api.server import HttpServer
 from inference_service.replica import SWITCH_S, keep_what_is_loaded
 from inference_service.rpc.servicer import SERVICE_NAME, InferenceServicer, register
-from inference_service.serving.catalog import Catalog, ServedModel
 from inference_service.serving.engine_thread import EngineThread
 from inference_service.serving.service import GenerationService, ServingLimits
 from inference_service.serving.telemetry.watchers import open_watchers
-from inference_service.serving.text import Text
+from inference_service.text.text import Text
 from loramux_shared.descriptors import raise_limit
 from loramux_shared.rpc.server import RpcServer
 from loramux_shared.telemetry import log_to_stderr

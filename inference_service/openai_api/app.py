@@ -12,6 +12,8 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 from starlette.routing import Route, compile_path
 
+from inference_service.adapters.fixed import fixed_manager
+from inference_service.adapters.manager import AdapterManager
 from inference_service.openai_api import (
     answers,
     chat,
@@ -44,8 +46,6 @@ from inference_service.openai_api.responses.schema import CompactBody, Responses
 from inference_service.openai_api.schema import CompletionBody
 from inference_service.openai_api.tokens_schema import DetokenizeBody, TokenizeBody
 from inference_service.openai_api.trainers import InfoQuery, PauseQuery
-from inference_service.serving.adapters.fixed import fixed_manager
-from inference_service.serving.adapters.manager import AdapterManager
 from inference_service.serving.service import GenerationService
 from loramux_shared.access.asgi import AccessMiddleware
 from loramux_shared.access.keyring import Keyring

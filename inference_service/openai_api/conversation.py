@@ -19,7 +19,7 @@ from inference_service.openai_api.mapping import callable_tools, chat_request, d
 from inference_service.openai_api.pieces import CallArguments, CallBegun, Piece, Reading, Said, Thought
 from inference_service.serving.request import Delta, Finished, Message, PromptLogprobs, Request, Started
 from inference_service.serving.service import GenerationService
-from inference_service.serving.text import Text
+from inference_service.text.text import Text
 from loramux_shared.parsers import ReasoningParser, ToolParser
 
 UNKNOWN: Final = Dialect(ToolParser.AUTO, ReasoningParser.AUTO)

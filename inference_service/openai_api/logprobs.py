@@ -9,7 +9,7 @@ from typing import Any
 
 from inference_service.core.sequence import Token
 from inference_service.openai_api.reply import Json
-from inference_service.serving.text import Text
+from inference_service.text.text import Text
 
 IMPOSSIBLE = -9999.0
 """What the API says for minus infinity, which JSON does not know."""

@@ -9,11 +9,11 @@ from typing import Final
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
+from inference_service.adapters.catalog import ServedModel
+from inference_service.adapters.manager import AdapterManager
 from inference_service.openai_api import answers
 from inference_service.openai_api.operators import failure_of, manager_of
 from inference_service.openai_api.reply import json_response
-from inference_service.serving.adapters.manager import AdapterManager
-from inference_service.serving.catalog import ServedModel
 from inference_service.serving.service import GenerationService
 from inference_service.serving.telemetry.metrics import CONTENT_TYPE
 

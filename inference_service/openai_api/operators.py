@@ -9,14 +9,14 @@ from pydantic import Field
 from starlette.requests import Request as HttpRequest
 from starlette.responses import PlainTextResponse, Response
 
+from inference_service.adapters.manager import MAX_PAGE, MAX_TOKEN, PAGE, AdapterManager
+from inference_service.adapters.views import AdapterView, ReplicaView
 from inference_service.openai_api import answers
 from inference_service.openai_api.body import read_body
 from inference_service.openai_api.errors import error_body, headers_of, status_of
 from inference_service.openai_api.query import Query, read_query
 from inference_service.openai_api.reply import json_response
 from inference_service.openai_api.schema import Body, Examples
-from inference_service.serving.adapters.manager import MAX_PAGE, MAX_TOKEN, PAGE, AdapterManager
-from inference_service.serving.adapters.views import AdapterView, ReplicaView
 from inference_service.serving.service import GenerationService
 from loramux_shared.faults import AdapterExists, Fault, PermissionDenied
 

@@ -9,10 +9,10 @@ import structlog
 import uvicorn
 from uvicorn.server import ServerState
 
+from inference_service.adapters.manager import AdapterManager
 from inference_service.openai_api.app import create_app
 from inference_service.openai_api.connections import Connections
 from inference_service.openai_api.protocol import USUAL, BoundedHttp, Patience
-from inference_service.serving.adapters.manager import AdapterManager
 from inference_service.serving.service import GenerationService
 from loramux_shared.access.guard import NOBODY_GUARDS, Guard
 from loramux_shared.descriptors import connections_of_a_door

@@ -10,9 +10,9 @@ from typing import Final
 import grpc
 from google.protobuf.timestamp_pb2 import Timestamp
 
+from inference_service.adapters.manager import AdapterManager
+from inference_service.adapters.views import AdapterView, Place, ReplicaView
 from inference_service.engine.residents import State
-from inference_service.serving.adapters.manager import AdapterManager
-from inference_service.serving.adapters.views import AdapterView, Place, ReplicaView
 from loramux.inference.v1 import adapters_pb2 as pb
 from loramux.inference.v1 import adapters_pb2_grpc
 

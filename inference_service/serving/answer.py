@@ -7,7 +7,7 @@ from collections.abc import Sequence as Seq
 
 from inference_service.core.sequence import FinishReason, Sequence, StepOutput, Token
 from inference_service.serving.request import Delta, Event, Finished, Pooled, PromptLogprobs
-from inference_service.serving.text import Detokenizer, StopTexts
+from inference_service.text.text import Detokenizer, StopTexts
 from loramux_shared.faults import DeadlineExceeded, Finding, InternalFault, RequestInvalid
 
 

@@ -19,9 +19,9 @@ from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
 
 from inference_service.core.constraint import Constraint, Grammar, Kind
 from inference_service.serving.counts import REPEATS, too_many
-from inference_service.serving.sandbox.grammars import LIMITS
-from inference_service.serving.sandbox.process import SandboxProcess
-from inference_service.serving.text import Text
+from inference_service.text.sandbox.grammars import LIMITS
+from inference_service.text.sandbox.process import SandboxProcess
+from inference_service.text.text import Text
 from loramux_shared.faults import Finding, RequestInvalid
 
 if TYPE_CHECKING:

@@ -14,8 +14,8 @@ import structlog
 
 from inference_service.core.sequence import FinishReason, Sequence, StepOutput
 from inference_service.engine.engine import Engine, EngineStats, SequenceCounts
+from inference_service.engine.inbox import Inbox
 from inference_service.serving.delivery import SLICE, Delivery, Outputs
-from inference_service.serving.inbox import Inbox
 from inference_service.serving.pausing import ENDED, LOOK_S, Held, PauseMode
 from inference_service.serving.watchdog import Watchdog
 from loramux_shared.faults import Fault, QueueFull, ReplicaFailed, ReplicaPaused, ShuttingDown

@@ -13,9 +13,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Final
 
+from inference_service.adapters.catalog import ServedModel
 from inference_service.core.sequence import FAIR, Share
 from inference_service.core.sequence import Sequence as EngineSequence
-from inference_service.serving.catalog import ServedModel
 from inference_service.serving.request import Delta, Event
 from loramux_shared.access.rights import Access
 from loramux_shared.deployment import ModelLimits

@@ -6,9 +6,9 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable
 
-from inference_service.serving.adapter_defaults import NO_DEFAULTS, AdapterDefaults
-from inference_service.serving.catalog import Catalog, ServedModel
-from inference_service.serving.mixing import agreed
+from inference_service.adapters.catalog import Catalog, ServedModel
+from inference_service.adapters.defaults import NO_DEFAULTS, AdapterDefaults
+from inference_service.adapters.mixing import agreed
 from inference_service.serving.request import Request, Served
 from loramux_shared.faults import DeadlineExceeded, Finding, ReplicaBehind, RequestInvalid
 

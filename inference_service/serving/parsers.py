@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Final
 
-from inference_service.serving.chat_template import ChatTemplate
+from inference_service.text.chat_template import ChatTemplate
 from loramux_shared.parsers import Parsers, ReasoningParser, ToolParser
 
 TOOL_MARKS: Final[Sequence[tuple[ToolParser, tuple[str, ...]]]] = (

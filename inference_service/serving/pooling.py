@@ -11,9 +11,9 @@ from typing import Any, Final, TypeVar
 
 import numpy as np
 
+from inference_service.adapters.scoring import Scorer, refused_model
 from inference_service.core.sequence import Vector
 from inference_service.serving.request import Finished, Pooled, Request, Started
-from inference_service.serving.scoring import Scorer, refused_model
 from inference_service.serving.service import GenerationService
 from loramux_shared.faults import Finding, InternalFault, RequestInvalid
 from loramux_shared.pooling import Pooling

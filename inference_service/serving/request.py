@@ -7,11 +7,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Final, NamedTuple
 
+from inference_service.adapters.catalog import ServedModel
+from inference_service.adapters.mixing import Scaled
 from inference_service.core.constraint import Constraint
 from inference_service.core.sequence import FinishReason, Token, Vector
-from inference_service.serving.catalog import ServedModel
-from inference_service.serving.mixing import Scaled
-from inference_service.serving.text import Text
+from inference_service.text.text import Text
 from loramux_shared.pooling import Pooling
 
 Message = Mapping[str, Any]

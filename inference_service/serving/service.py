@@ -8,15 +8,16 @@ from collections.abc import Sequence as Seq
 from contextlib import contextmanager
 from dataclasses import replace
 
+from inference_service.adapters.catalog import Catalog, Changes, ServedModel
+from inference_service.adapters.defaults import NO_DEFAULTS, AdapterDefaults
+from inference_service.adapters.scoring import ScorerOf, no_scorer, require_text
 from inference_service.core.activation import activation
 from inference_service.core.constraint import Constraint
 from inference_service.core.sampling import LogprobsMode
 from inference_service.core.sequence import Sequence
-from inference_service.serving.adapter_defaults import NO_DEFAULTS, AdapterDefaults
 from inference_service.serving.answer import Answer
 from inference_service.serving.base_files import BaseFiles, NoBaseFiles
 from inference_service.serving.bounds import check
-from inference_service.serving.catalog import Catalog, Changes, ServedModel
 from inference_service.serving.constraints import Constraints
 from inference_service.serving.delivery import Outputs
 from inference_service.serving.engine_thread import EngineThread
@@ -36,12 +37,11 @@ from inference_service.serving.request import (
     Served,
     Started,
 )
-from inference_service.serving.scoring import ScorerOf, no_scorer, require_text
 from inference_service.serving.telemetry.metrics import Metrics
 from inference_service.serving.telemetry.record import Watcher, following
 from inference_service.serving.telemetry.replica import EngineView
 from inference_service.serving.terms import ServingLimits, Terms
-from inference_service.serving.text import StopTexts, Text
+from inference_service.text.text import StopTexts, Text
 from loramux_shared.access.rights import ACCESS
 from loramux_shared.bundle.generation import Generation
 from loramux_shared.parsers import Parsers

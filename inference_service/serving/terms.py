@@ -10,15 +10,15 @@ from typing import Any
 
 import numpy as np
 
+from inference_service.adapters.defaults import AdapterDefaults
 from inference_service.core.constraint import Grammar, packed
 from inference_service.core.sampling import LogprobsMode, SamplingParams
-from inference_service.serving.adapter_defaults import AdapterDefaults
 from inference_service.serving.bounds import check_constraint
 from inference_service.serving.constraints import Constraints
 from inference_service.serving.lengths import countable
 from inference_service.serving.numbers import completing, drawable, first, room
 from inference_service.serving.request import Pair, Request, told
-from inference_service.serving.text import Text
+from inference_service.text.text import Text
 from loramux_shared.faults import Finding, RequestInvalid
 
 

@@ -10,17 +10,17 @@ from typing import Final
 
 import structlog
 
+from inference_service.adapters.disk import open_disk_tier
+from inference_service.adapters.loader import AdapterLoader
+from inference_service.adapters.packing import Packer
+from inference_service.adapters.reading import BundleReader
+from inference_service.adapters.texts import AdapterTexts
 from inference_service.backends.base import LoraBackend
 from inference_service.core.sequence import Adapter
+from inference_service.engine.inbox import Inbox
 from inference_service.engine.residency import Residency
 from inference_service.lora.packed import PackedAdapter
 from inference_service.lora.places import Places
-from inference_service.serving.adapters.disk import open_disk_tier
-from inference_service.serving.adapters.loader import AdapterLoader
-from inference_service.serving.adapters.packing import Packer
-from inference_service.serving.adapters.reading import BundleReader
-from inference_service.serving.adapters.texts import AdapterTexts
-from inference_service.serving.inbox import Inbox
 from inference_service.startup.base import Base
 from inference_service.startup.memory import free_bytes
 from loramux_shared.bases.memory import GB, USUAL_RANK, adapter_bytes, plan_bank

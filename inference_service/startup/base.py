@@ -9,12 +9,12 @@ from dataclasses import dataclass
 import structlog
 import torch
 
+from inference_service.adapters.catalog import ServedModel, shown_source
 from inference_service.backends.base import Backend
 from inference_service.models.checkpoint import Checkpoint
 from inference_service.models.decoder import Decoder
-from inference_service.serving.catalog import ServedModel, shown_source
-from inference_service.serving.text import Text
 from inference_service.startup.choose import choose_backend
+from inference_service.text.text import Text
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bases.formats.scheme import Quantization
 from loramux_shared.bases.memory import GB, widening

@@ -13,6 +13,9 @@ from typing import Any, Final, cast
 import structlog
 import torch
 
+from inference_service.adapters.catalog import Catalog, ServedModel
+from inference_service.adapters.defaults import AdapterDefaults
+from inference_service.adapters.scoring import Scorer
 from inference_service.backends.base import LoraBackend
 from inference_service.core.computing import Computing
 from inference_service.core.sampling import SamplingParams
@@ -21,16 +24,13 @@ from inference_service.core.sequence import Sequence as EngineSequence
 from inference_service.engine.engine import Engine
 from inference_service.engine.graph_runner import GraphRunner, SegmentedLora
 from inference_service.engine.graphs import CudaRecorder
+from inference_service.engine.inbox import Inbox
 from inference_service.engine.plan import SchedulerLimits
 from inference_service.engine.residents import AlwaysResident, Residents
 from inference_service.engine.runner import Blocks, Runner
 from inference_service.kernels.cpu.spin import Spinning
-from inference_service.serving.adapter_defaults import AdapterDefaults
 from inference_service.serving.base_files import PlacedFiles
-from inference_service.serving.catalog import Catalog, ServedModel
 from inference_service.serving.engine_thread import EngineThread
-from inference_service.serving.inbox import Inbox
-from inference_service.serving.scoring import Scorer
 from inference_service.serving.service import GenerationService, ServingLimits
 from inference_service.serving.telemetry.record import Watcher
 from inference_service.startup.bank import Bank, open_bank, preload, preload_later

@@ -7,12 +7,12 @@ import time
 import structlog
 import torch
 
+from inference_service.adapters.catalog import ServedModel, shown_source
+from inference_service.adapters.defaults import read_adapter_defaults
 from inference_service.backends.hold import hold_packed
 from inference_service.core.sequence import Adapter
 from inference_service.lora.loader import load_adapter
 from inference_service.proof.replay import replay
-from inference_service.serving.adapter_defaults import read_adapter_defaults
-from inference_service.serving.catalog import ServedModel, shown_source
 from inference_service.startup.base import Base, checkpoint
 from loramux_shared.bundle.generation import Generation
 from loramux_shared.bundle.reader import Bundle, read_bundle

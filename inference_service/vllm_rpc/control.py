@@ -8,7 +8,7 @@ from typing import Final
 
 import grpc
 
-from inference_service.serving.adapters.manager import MAX_PAGE, AdapterManager
+from inference_service.adapters.manager import MAX_PAGE, AdapterManager
 from inference_service.serving.pausing import PauseMode
 from inference_service.serving.service import GenerationService
 from inference_service.vllm_rpc.refusals import refuse_fields, refused, spelled_out

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 import grpc
 
-from inference_service.serving.adapter_defaults import AdapterDefaults
+from inference_service.adapters.defaults import AdapterDefaults
 from inference_service.serving.load_view import loads
 from inference_service.serving.pooling import pooled, pooling_of, shaped
 from inference_service.serving.service import GenerationService

@@ -7,7 +7,7 @@ from functools import partial
 
 import grpc
 
-from inference_service.serving.adapters.manager import AdapterManager
+from inference_service.adapters.manager import AdapterManager
 from inference_service.serving.service import GenerationService
 from inference_service.vllm_rpc import control, engine, inference
 from inference_service.vllm_rpc.control import VllmControlServicer

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from inference_service.serving.base_files import BaseFiles
-from inference_service.serving.text import Text
+from inference_service.text.text import Text
 
 CHUNK: Final = 64 * 1024
 """Bytes of a message, as other servers have it."""

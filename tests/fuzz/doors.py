@@ -21,6 +21,7 @@ from builder_service.pipeline.check import Checks
 from builder_service.pipeline.context import BuildContext
 from builder_service.rpc.servicer import SERVICE_NAME as BUILDER
 from builder_service.rpc.servicer import BuilderServicer
+from inference_service.adapters.fixed import fixed_manager
 from inference_service.openai_api.app import ENDPOINTS
 from inference_service.openai_api.chat_schema import ChatBody
 from inference_service.openai_api.messages.schema import CountBody, MessagesBody
@@ -35,7 +36,6 @@ from inference_service.rpc.adapters import SERVICE_NAME as ADAPTERS
 from inference_service.rpc.adapters import AdapterServicer
 from inference_service.rpc.servicer import SERVICE_NAME as INFERENCE
 from inference_service.rpc.servicer import InferenceServicer, register
-from inference_service.serving.adapters.fixed import fixed_manager
 from inference_service.vllm_rpc.control import SERVICE_NAME as VLLM_CONTROL
 from inference_service.vllm_rpc.engine import SERVICE_NAME as VLLM_ENGINE
 from inference_service.vllm_rpc.inference import SERVICE_NAME as VLLM_INFERENCE

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from structlog.testing import capture_logs
 
+from inference_service.adapters.loader import AdapterLoader, Loaded
+from inference_service.adapters.packing import Packer
+from inference_service.adapters.reading import BundleReader
 from inference_service.models.checkpoint import Checkpoint
 from inference_service.models.decoder import Decoder
-from inference_service.serving.adapters.loader import AdapterLoader, Loaded
-from inference_service.serving.adapters.packing import Packer
-from inference_service.serving.adapters.reading import BundleReader
 from inference_service.startup.choose import choose_backend
 from loramux_shared.bases.read import read_config
 from loramux_shared.bundle.deployments import current_generation

@@ -13,8 +13,8 @@ import peft
 import pytest
 from transformers import AutoModelForCausalLM, Qwen2Config
 
-from inference_service.serving.adapters.bundles import StoredBundles
-from inference_service.serving.mixing import Scaled
+from inference_service.adapters.bundles import StoredBundles
+from inference_service.adapters.mixing import Scaled
 from loramux_shared.bundle.deployments import current_generation
 from loramux_shared.bundle.generation import AdapterRecord
 from loramux_shared.bundle.reader import read_bundle

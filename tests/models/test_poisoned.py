@@ -14,8 +14,8 @@ from transformers import LlamaConfig, MistralConfig, PreTrainedConfig, Qwen3_5Te
 
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Adapter, Sequence
+from inference_service.engine.inbox import Inbox
 from inference_service.engine.pace import Pace
-from inference_service.serving.inbox import Inbox
 from inference_service.startup import load
 from inference_service.startup.bank import Bank, preload
 from inference_service.startup.load import Ready

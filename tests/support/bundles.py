@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from builder_service.pipeline.build import build
 from builder_service.pipeline.context import BuildContext
 from builder_service.pipeline.progress import Progress
-from inference_service.serving.adapters.loader import AdapterLoader, Loaded
+from inference_service.adapters.loader import AdapterLoader, Loaded
 from loramux_shared.bundle.deployments import current_generation
 from loramux_shared.bundle.reader import Bundle
 from loramux_shared.deployment_file import parse_deployment

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from inference_service.serving.adapters.disk import DiskTier
-from inference_service.serving.adapters.loader import AdapterLoader, Loaded
-from inference_service.serving.adapters.reading import BundleReader
+from inference_service.adapters.disk import DiskTier
+from inference_service.adapters.loader import AdapterLoader, Loaded
+from inference_service.adapters.reading import BundleReader
 from loramux_shared.storage.local import LocalStore
 from tests.support.bundles import FakePacked, load, settle
 

@@ -13,7 +13,7 @@ from inference_service.openai_api import protocol
 from inference_service.openai_api.server import HttpServer
 from inference_service.rpc.servicer import SERVICE_NAME, InferenceServicer, register
 from inference_service.serving.request import Delta, Event, Request, Started
-from inference_service.serving.text import Text
+from inference_service.text.text import Text
 from loramux_shared.access.guard import NOBODY_GUARDS, Guard
 from loramux_shared.rpc import calls
 from loramux_shared.rpc.server import RpcServer

@@ -6,14 +6,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
+from inference_service.adapters.catalog import Catalog, ServedModel
+from inference_service.adapters.manager import AdapterManager
+from inference_service.adapters.pins import Pins
+from inference_service.adapters.registry import Registry
+from inference_service.adapters.views import Facts
 from inference_service.core.sequence import Adapter
 from inference_service.engine.residency_entry import ResidencyStats
 from inference_service.engine.residents import Standing, State
-from inference_service.serving.adapters.manager import AdapterManager
-from inference_service.serving.adapters.pins import Pins
-from inference_service.serving.adapters.registry import Registry
-from inference_service.serving.adapters.views import Facts
-from inference_service.serving.catalog import Catalog, ServedModel
 from loramux_shared.bundle.generation import AdapterRecord, BaseRecord, Generation
 from loramux_shared.deployment import Dtype, Repository, SourceKind
 from loramux_shared.faults import (

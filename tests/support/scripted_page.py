@@ -11,16 +11,16 @@ from typing import cast
 
 import pytest
 
+from inference_service.adapters.catalog import Catalog, ServedModel
+from inference_service.adapters.manager import AdapterManager
 from inference_service.core.sequence import Adapter, FinishReason, Token
 from inference_service.engine.engine import EngineStats, SequenceCounts
 from inference_service.openai_api import server as door
 from inference_service.openai_api.server import HttpServer
-from inference_service.serving.adapters.manager import AdapterManager
-from inference_service.serving.catalog import Catalog, ServedModel
 from inference_service.serving.engine_thread import EngineThread
 from inference_service.serving.request import Delta, Event, Finished, Request, Started
 from inference_service.serving.service import GenerationService, ServingLimits
-from inference_service.serving.text import Text
+from inference_service.text.text import Text
 from loramux_shared.access.guard import Guard
 from loramux_shared.access.keyring import Keyring
 from tests.support.tiny import VOCAB, write_tokenizer

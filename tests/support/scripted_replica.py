@@ -7,13 +7,13 @@ from collections.abc import AsyncGenerator
 from functools import partial
 from pathlib import Path
 
+from inference_service.adapters.catalog import Catalog, ServedModel
 from inference_service.core.sequence import FinishReason, Token
 from inference_service.openai_api.server import HttpServer
 from inference_service.rpc.servicer import SERVICE_NAME, InferenceServicer, register
-from inference_service.serving.catalog import Catalog, ServedModel
 from inference_service.serving.naming import Naming
 from inference_service.serving.request import Delta, Event, Finished, Request, Started
-from inference_service.serving.text import Text
+from inference_service.text.text import Text
 from loramux_shared.access.guard import NOBODY_GUARDS, Guard
 from loramux_shared.faults import Fault
 from loramux_shared.rpc.server import RpcServer

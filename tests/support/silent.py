@@ -7,13 +7,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
 
+from inference_service.adapters.catalog import Catalog, ServedModel
 from inference_service.engine.engine import EngineStats, SequenceCounts
 from inference_service.rpc.servicer import SERVICE_NAME, InferenceServicer, register
-from inference_service.serving.catalog import Catalog, ServedModel
 from inference_service.serving.engine_thread import EngineThread
 from inference_service.serving.pausing import PauseMode
 from inference_service.serving.service import GenerationService, ServingLimits
-from inference_service.serving.text import Text
+from inference_service.text.text import Text
 from loramux_shared.access.guard import NOBODY_GUARDS, Guard
 from loramux_shared.rpc.server import RpcServer
 from tests.support.tiny import VOCAB, write_tokenizer

@@ -10,7 +10,7 @@ from typing import Any
 from inference_service.core.sequence import FinishReason
 from inference_service.openai_api.server import HttpServer
 from inference_service.serving.request import Event, Request
-from inference_service.serving.text import Text
+from inference_service.text.text import Text
 from loramux_shared.access.guard import NOBODY_GUARDS, Guard
 from tests.golden.openai.script import Case, Scripted
 from tests.support.openai_door import Door

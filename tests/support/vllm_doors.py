@@ -15,7 +15,7 @@ import pytest
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
-from inference_service.serving.adapters.fixed import fixed_manager
+from inference_service.adapters.fixed import fixed_manager
 from inference_service.startup.load import Ready
 from inference_service.vllm_rpc.services import VllmServices
 from loramux.vllm import common_pb2, control_pb2_grpc, engine_pb2_grpc, inference_pb2_grpc

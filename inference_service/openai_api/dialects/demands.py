@@ -13,7 +13,7 @@ from inference_service.openai_api.dialects.frame import Thinking
 from inference_service.openai_api.dialects.grammars import CallGrammar, call_grammar
 from inference_service.openai_api.dialects.lark import ANYTHING, Asked, Spelling, calls_schema
 from inference_service.openai_api.dialects.table import Dialect
-from inference_service.serving.text import Text
+from inference_service.text.text import Text
 from loramux_shared.faults import Finding, RequestInvalid
 from loramux_shared.parsers import ToolParser
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from inference_service.serving.text import Text
+from inference_service.text.text import Text
 
 WHITESPACE: Final = r"\n?[ \t]{0,40}"
 """Between the parts of JSON: a model that is unsure of what comes next would else write spaces for ever."""

@@ -12,10 +12,10 @@ from inference_service.openai_api.dialects.frame import Block, Thinking, answer,
 from inference_service.openai_api.dialects.source import Answer, Reader, Source
 from inference_service.openai_api.dialects.turns import call_by_call, with_short_ids
 from inference_service.openai_api.pieces import Plain, Reading
-from inference_service.serving.chat_template import ChatTemplate
 from inference_service.serving.parsers import parsers_of
 from inference_service.serving.request import Message
-from inference_service.serving.text import Text
+from inference_service.text.chat_template import ChatTemplate
+from inference_service.text.text import Text
 from loramux_shared.parsers import Parsers, ReasoningParser, ToolParser
 
 Blocks = Callable[[Calls], Mapping[str, Block]]

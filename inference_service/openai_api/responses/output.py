@@ -17,7 +17,7 @@ from inference_service.openai_api.pieces import CallArguments, CallBegun, Piece,
 from inference_service.openai_api.reply import Json
 from inference_service.openai_api.responses.carried import carried
 from inference_service.openai_api.responses.tools import Offered
-from inference_service.serving.text import Text
+from inference_service.text.text import Text
 
 Status = Literal["in_progress", "completed", "incomplete"]
 PART: Final = 0

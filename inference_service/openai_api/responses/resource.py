@@ -8,13 +8,13 @@ from __future__ import annotations
 import time
 from typing import Any, Final
 
+from inference_service.adapters.defaults import AdapterDefaults
 from inference_service.core.sequence import FinishReason
 from inference_service.openai_api.chat_schema import AllowedTools, NamedTool, ToolChoice
 from inference_service.openai_api.errors import error_body, status_of
 from inference_service.openai_api.mapping import DEFAULT_TEMPERATURE
 from inference_service.openai_api.reply import Head, Json
 from inference_service.openai_api.responses.schema import ResponsesBody, TextConfig
-from inference_service.serving.adapter_defaults import AdapterDefaults
 from inference_service.serving.numbers import first
 from inference_service.serving.request import Finished
 from loramux_shared.faults import Fault

@@ -12,12 +12,12 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
+from inference_service.adapters.catalog import Catalog, ServedModel
+from inference_service.adapters.manager import AdapterManager
+from inference_service.adapters.views import PLACES, Place, ReplicaView
 from inference_service.engine.engine import SequenceCounts
 from inference_service.engine.residency_entry import LOAD_BUCKETS_S
 from inference_service.engine.residents import State
-from inference_service.serving.adapters.manager import AdapterManager
-from inference_service.serving.adapters.views import PLACES, Place, ReplicaView
-from inference_service.serving.catalog import Catalog, ServedModel
 from inference_service.serving.telemetry.model_series import MOST
 from inference_service.serving.telemetry.replica import MODEL_LABEL, EngineView, of_model
 from inference_service.serving.telemetry.text_format import Lines, bounds_of, families, head, sample

@@ -13,9 +13,9 @@ from prometheus_client import (
     generate_latest,
 )
 
-from inference_service.serving.adapters.fixed import fixed_manager
-from inference_service.serving.adapters.manager import AdapterManager
-from inference_service.serving.catalog import Catalog
+from inference_service.adapters.catalog import Catalog
+from inference_service.adapters.fixed import fixed_manager
+from inference_service.adapters.manager import AdapterManager
 from inference_service.serving.request import Delta
 from inference_service.serving.telemetry.adapters import (
     AdapterCollector,

@@ -10,9 +10,9 @@ from contextvars import Context, copy_context
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
+from inference_service.adapters.catalog import ServedModel
 from inference_service.core.sequence import FinishReason
 from inference_service.core.sequence import Sequence as EngineSequence
-from inference_service.serving.catalog import ServedModel
 from inference_service.serving.request import Delta, Event, Finished, Request
 from loramux_shared.arrival import ARRIVED_S
 from loramux_shared.faults import Fault, InternalFault

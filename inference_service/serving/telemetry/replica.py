@@ -10,8 +10,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
+from inference_service.adapters.catalog import Catalog
 from inference_service.engine.engine import EngineStats, SequenceCounts
-from inference_service.serving.catalog import Catalog
 from inference_service.serving.pausing import PauseMode
 
 MODEL_LABEL: Final = "model_name"

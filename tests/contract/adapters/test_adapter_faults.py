@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from inference_service.serving.adapters.disk import DiskTier
-from inference_service.serving.adapters.loader import AdapterLoader, Loaded
-from inference_service.serving.adapters.reading import BundleReader, Tier
+from inference_service.adapters.disk import DiskTier
+from inference_service.adapters.loader import AdapterLoader, Loaded
+from inference_service.adapters.reading import BundleReader, Tier
 from loramux_shared.storage.local import LocalStore
 from tests.support.bundles import FakePacked, Unsteady, build_bundles, load, settle
 from tests.support.dying import dies_at_a_touch, fills

@@ -17,11 +17,11 @@ import pytest_asyncio
 from builder_service.pipeline.build import build
 from builder_service.pipeline.context import BuildContext
 from builder_service.pipeline.progress import Progress
+from inference_service.adapters.catalog import ServedModel
+from inference_service.adapters.defaults import NO_DEFAULTS, AdapterDefaults
 from inference_service.core.sequence import Sequence
 from inference_service.openai_api.server import HttpServer
 from inference_service.rpc.servicer import SERVICE_NAME, InferenceServicer, register
-from inference_service.serving.adapter_defaults import NO_DEFAULTS, AdapterDefaults
-from inference_service.serving.catalog import ServedModel
 from inference_service.serving.request import Delta, Request, Started
 from inference_service.serving.service import GenerationService
 from inference_service.serving.telemetry.record import Record

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 from inference_service.core.computing import Computing, Lack
 from inference_service.openai_api.connections import UNREAD_BYTES
 from inference_service.openai_api.server import HttpServer
-from inference_service.serving.text import Text
+from inference_service.text.text import Text
 from loramux_shared.faults import SettingsInvalid
 from loramux_shared.rpc.options import MAX_REQUEST_BYTES
 from loramux_shared.storage.memory import MemoryStore

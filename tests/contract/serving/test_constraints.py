@@ -18,10 +18,10 @@ from inference_service.core.constraint import Constraint, Kind
 from inference_service.core.sequence import FinishReason
 from inference_service.serving import constraints
 from inference_service.serving.constraints import Constraints
-from inference_service.serving.sandbox.process import SandboxProcess
 from inference_service.serving.service import Delta, Finished, Request
-from inference_service.serving.text import Text
 from inference_service.startup.load import Ready
+from inference_service.text.sandbox.process import SandboxProcess
+from inference_service.text.text import Text
 from loramux_shared.faults import RequestInvalid
 from loramux_shared.storage.memory import MemoryStore
 from tests.support.grammars import mask_of

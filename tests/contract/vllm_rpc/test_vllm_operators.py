@@ -12,7 +12,7 @@ import pytest
 
 from inference_service.serving.engine_thread import EngineThread
 from inference_service.serving.service import GenerationService, ServingLimits
-from inference_service.serving.text import Text
+from inference_service.text.text import Text
 from inference_service.vllm_rpc import control, engine, inference
 from inference_service.vllm_rpc.running import Running
 from inference_service.vllm_rpc.services import VllmServices

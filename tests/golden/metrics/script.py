@@ -12,12 +12,12 @@ from prometheus_client import generate_latest
 from builder_service.builds.meter import BuildMeter
 from builder_service.builds.running import RunningBuild
 from builder_service.builds.views import State
+from inference_service.adapters.catalog import Catalog, ServedModel
+from inference_service.adapters.fixed import fixed_manager
 from inference_service.core.computing import Computing
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Adapter, FinishReason, Sequence, Token
 from inference_service.engine.engine import EngineStats, SequenceCounts
-from inference_service.serving.adapters.fixed import fixed_manager
-from inference_service.serving.catalog import Catalog, ServedModel
 from inference_service.serving.request import Delta, Finished, Request
 from inference_service.serving.telemetry.metrics import Metrics
 from inference_service.serving.telemetry.record import following

@@ -12,14 +12,14 @@ from typing import Any
 import httpx
 from tokenizers import Tokenizer
 
+from inference_service.adapters.catalog import Catalog, ServedModel
 from inference_service.core.sequence import FinishReason, Token
 from inference_service.engine.engine import SequenceCounts
 from inference_service.openai_api.app import create_app
-from inference_service.serving.catalog import Catalog, ServedModel
 from inference_service.serving.naming import Naming
 from inference_service.serving.request import Delta, Event, Finished, PromptLogprobs, Request, Started
 from inference_service.serving.service import GenerationService, ServingLimits
-from inference_service.serving.text import Text
+from inference_service.text.text import Text
 from loramux_shared.faults import InternalFault, ReplicaFailed
 from tests.golden.metrics.script import replica
 from tests.support.tokens import VOCAB, write_tokenizer

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import structlog
 
+from inference_service.adapters.catalog import Catalog, ServedModel
 from inference_service.openai_api.refusals import fault_response
-from inference_service.serving.catalog import Catalog, ServedModel
 from loramux_shared.access.asgi import AccessMiddleware
 from loramux_shared.access.guard import is_local, open_guard
 from loramux_shared.access.keyring import Keyring, bearer, key_of

@@ -12,9 +12,9 @@ import pytest
 from builder_service.pipeline.check import check_one
 from builder_service.pipeline.context import BuildContext
 from builder_service.pipeline.progress import Progress
+from inference_service.adapters.defaults import AdapterDefaults
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import FinishReason
-from inference_service.serving.adapter_defaults import AdapterDefaults
 from inference_service.serving.service import Finished, Request, Started
 from inference_service.serving.terms import Terms
 from inference_service.startup.load import Ready

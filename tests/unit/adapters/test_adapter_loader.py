@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from inference_service.serving.adapters.disk import DiskTier
-from inference_service.serving.adapters.loader import LOADS, AdapterLoader, Loaded
-from inference_service.serving.adapters.reading import BundleReader, Tier, _Room
-from inference_service.serving.adapters.recent import Recent
-from inference_service.serving.adapters.texts import AdapterTexts
-from inference_service.serving.adapters.workers import Workers
-from inference_service.serving.text import Text
+from inference_service.adapters.disk import DiskTier
+from inference_service.adapters.loader import LOADS, AdapterLoader, Loaded
+from inference_service.adapters.reading import BundleReader, Tier, _Room
+from inference_service.adapters.recent import Recent
+from inference_service.adapters.texts import AdapterTexts
+from inference_service.adapters.workers import Workers
+from inference_service.text.text import Text
 from loramux_shared.bundle.manifest import CONFIG_FILE, MANIFEST_FILE, WEIGHTS_FILE, bundle_key
 from loramux_shared.faults import (
     BundleCorrupt,

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from inference_service.adapters.catalog import Catalog, ServedModel
+from inference_service.adapters.fixed import fixed_manager
+from inference_service.adapters.paths import digest_of as digest_in
+from inference_service.adapters.paths import repository_of
+from inference_service.adapters.views import Place
 from inference_service.engine.residents import State
-from inference_service.serving.adapters.fixed import fixed_manager
-from inference_service.serving.adapters.paths import digest_of as digest_in
-from inference_service.serving.adapters.paths import repository_of
-from inference_service.serving.adapters.views import Place
-from inference_service.serving.catalog import Catalog, ServedModel
 from loramux_shared.access.rights import ACCESS, Access, Scope
 from loramux_shared.deployment import SourceKind
 from loramux_shared.faults import (

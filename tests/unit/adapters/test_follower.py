@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
-from inference_service.serving.adapters import follower as following
-from inference_service.serving.adapters.follower import Follower, State
-from inference_service.serving.adapters.restart import needs_restart
+from inference_service.adapters import follower as following
+from inference_service.adapters.follower import Follower, State
+from inference_service.adapters.restart import needs_restart
 from loramux_shared.bundle.deployments import publish_generation, read_generation
 from loramux_shared.bundle.generation import Current, current_key, generation_key
 from loramux_shared.bundle.manifest import FileDigest, sha256_hex

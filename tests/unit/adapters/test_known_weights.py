@@ -7,8 +7,8 @@ from collections.abc import Mapping
 
 import pytest
 
-from inference_service.serving.adapters import known
-from inference_service.serving.adapters.known import KnownWeights
+from inference_service.adapters import known
+from inference_service.adapters.known import KnownWeights
 from loramux_shared.bundle.manifest import CONFIG_FILE, WEIGHTS_FILE, FileDigest
 from loramux_shared.bundle.npy import Bytes
 from loramux_shared.bundle.reader import verify_file

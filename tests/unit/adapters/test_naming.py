@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from inference_service.serving.adapter_defaults import NO_DEFAULTS, AdapterDefaults
-from inference_service.serving.catalog import Catalog, ServedModel
+from inference_service.adapters.catalog import Catalog, ServedModel
+from inference_service.adapters.defaults import NO_DEFAULTS, AdapterDefaults
 from inference_service.serving.naming import Naming
 from inference_service.serving.request import Request
 from loramux_shared.faults import DeadlineExceeded, ModelNotFound, ReplicaBehind, RequestInvalid

@@ -19,9 +19,9 @@ from builder_service.pipeline.push import PushedAdapter
 from builder_service.pipeline.rollback import rollback
 from builder_service.pipeline.update import push, update
 from builder_service.pipeline.wishes import Update
+from inference_service.adapters.bundles import StoredBundles
+from inference_service.adapters.follower import Follower, State
 from inference_service.replica import Replica
-from inference_service.serving.adapters.bundles import StoredBundles
-from inference_service.serving.adapters.follower import Follower, State
 from loramux.cli.main import app
 from loramux.messages import deployment_from_message, deployment_to_message
 from loramux_shared.bundle.deployments import current_generation

@@ -14,7 +14,7 @@ from inference_service.engine.sampler import sample
 from inference_service.kernels.sampling import RowParams
 from inference_service.kernels.sampling.reference import distribution
 from inference_service.openai_api.logprobs import prompt_logprobs
-from inference_service.serving.text import Text
+from inference_service.text.text import Text
 from tests.support.tiny import VOCAB, write_tokenizer
 
 

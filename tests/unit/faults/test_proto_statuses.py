@@ -15,10 +15,10 @@ import pytest
 from builder_service.builds.builds import Builds
 from builder_service.builds.pushes import Pushes
 from builder_service.pipeline.check import Checks
+from inference_service.adapters.manager import AdapterManager
+from inference_service.adapters.texts import AdapterTexts
 from inference_service.rpc.mapping import request_from_message
 from inference_service.rpc.pooling import requests_from_message
-from inference_service.serving.adapters.manager import AdapterManager
-from inference_service.serving.adapters.texts import AdapterTexts
 from inference_service.serving.service import GenerationService
 from loramux_shared.faults import FAULTS
 from loramux_shared.rpc import calls

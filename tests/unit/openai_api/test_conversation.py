@@ -15,10 +15,10 @@ from inference_service.openai_api.chat_schema import ChatBody
 from inference_service.openai_api.conversation import Conversation, Told
 from inference_service.openai_api.mapping import NO_HEADERS
 from inference_service.openai_api.pieces import Piece
-from inference_service.serving.chat_template import ChatTemplate
 from inference_service.serving.request import Delta, Event, Finished, Request, Started
 from inference_service.serving.telemetry.record import Record, Watcher
-from inference_service.serving.text import Text
+from inference_service.text.chat_template import ChatTemplate
+from inference_service.text.text import Text
 from loramux_shared.faults import ModelNotFound, RequestInvalid
 from loramux_shared.parsers import Parsers, ReasoningParser, ToolParser
 from tests.golden.openai.script import Case, Scripted

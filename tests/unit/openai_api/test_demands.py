@@ -18,11 +18,11 @@ from inference_service.openai_api.dialects.calls import Calls
 from inference_service.openai_api.dialects.demands import Demand
 from inference_service.openai_api.dialects.lark import Asked
 from inference_service.openai_api.dialects.table import Dialect
-from inference_service.serving.chat_template import ChatTemplate
 from inference_service.serving.parsers import shown
-from inference_service.serving.sandbox import grammars as sandbox
-from inference_service.serving.sandbox.grammars import LIMITS, put_into
-from inference_service.serving.text import Text
+from inference_service.text.chat_template import ChatTemplate
+from inference_service.text.sandbox import grammars as sandbox
+from inference_service.text.sandbox.grammars import LIMITS, put_into
+from inference_service.text.text import Text
 from loramux_shared.faults import RequestInvalid
 from loramux_shared.parsers import Parsers, ReasoningParser, ToolParser
 from tests.support.examples import examples

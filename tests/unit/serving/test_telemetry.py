@@ -13,10 +13,10 @@ import structlog
 from structlog.contextvars import bound_contextvars
 from structlog.testing import capture_logs
 
+from inference_service.adapters.catalog import ServedModel
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Adapter, FinishReason, Sequence, Token
 from inference_service.engine.engine import SequenceCounts
-from inference_service.serving.catalog import ServedModel
 from inference_service.serving.request import Delta, Finished, Request
 from inference_service.serving.telemetry.record import Follower, Record, following
 from inference_service.serving.telemetry.request_log import RequestLog

@@ -8,12 +8,12 @@ from concurrent.futures import Future
 from functools import partial
 from typing import Final
 
-from inference_service.serving.adapter_defaults import AdapterDefaults, read_adapter_defaults
-from inference_service.serving.adapters.reading import BundleReader
-from inference_service.serving.adapters.recent import Recent
-from inference_service.serving.adapters.workers import Workers
-from inference_service.serving.scoring import Scorer
-from inference_service.serving.text import Text
+from inference_service.adapters.defaults import AdapterDefaults, read_adapter_defaults
+from inference_service.adapters.reading import BundleReader
+from inference_service.adapters.recent import Recent
+from inference_service.adapters.scoring import Scorer
+from inference_service.adapters.workers import Workers
+from inference_service.text.text import Text
 
 KEPT: Final = 512
 """Adapters whose parsed texts are kept; a chat template with its macros takes some tens of KB."""

@@ -11,18 +11,18 @@ from pathlib import Path
 from typing import Any, Final
 from weakref import WeakValueDictionary
 
-from inference_service.core.computing import Computing
-from inference_service.core.sequence import MOST_PARTS, Adapter, Mixture
-from inference_service.serving import mixing
-from inference_service.serving.adapter_defaults import NO_DEFAULTS, AdapterDefaults
-from inference_service.serving.aliases import choose
-from inference_service.serving.unknown import (
+from inference_service.adapters import mixing
+from inference_service.adapters.aliases import choose
+from inference_service.adapters.defaults import NO_DEFAULTS, AdapterDefaults
+from inference_service.adapters.unknown import (
     LEAST_DIGITS,
     ambiguous_version,
     bad_version,
     model_not_found,
     version_not_found,
 )
+from inference_service.core.computing import Computing
+from inference_service.core.sequence import MOST_PARTS, Adapter, Mixture
 from loramux_shared.access.rights import ACCESS, Access
 from loramux_shared.bundle.generation import AdapterRecord, Generation
 from loramux_shared.deployment import Repository, SourceKind

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from inference_service.adapters.pins import Pins
+from inference_service.adapters.ports import ChangingNames
 from inference_service.core.sequence import Adapter
-from inference_service.serving.adapters.pins import Pins
-from inference_service.serving.adapters.ports import ChangingNames
 from loramux_shared.bundle.generation import AdapterRecord, Generation
 from loramux_shared.bundle.names import OWN_NAME, bad_name
 from loramux_shared.faults import Finding, RequestInvalid

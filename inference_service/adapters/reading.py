@@ -12,10 +12,10 @@ from typing import Final
 
 import structlog
 
-from inference_service.serving.adapters.disk import DiskTier
-from inference_service.serving.adapters.known import KNOWN, KnownWeights
-from inference_service.serving.adapters.recent import Recent
-from inference_service.serving.adapters.workers import Workers
+from inference_service.adapters.disk import DiskTier
+from inference_service.adapters.known import KNOWN, KnownWeights
+from inference_service.adapters.recent import Recent
+from inference_service.adapters.workers import Workers
 from loramux_shared.bundle.manifest import MANIFEST_FILE, REBUILD, SCORE_FILE, Manifest, ScoreHead, sha256_hex
 from loramux_shared.bundle.npy import Array, Bytes
 from loramux_shared.bundle.reader import (

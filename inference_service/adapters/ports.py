@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+from inference_service.adapters.catalog import ServedModel
 from inference_service.core.sequence import Adapter
 from inference_service.engine.residency_entry import ResidencyStats
 from inference_service.engine.residents import Standing
-from inference_service.serving.catalog import ServedModel
 from loramux_shared.bundle.generation import AdapterRecord, Generation
 from loramux_shared.deployment import Repository
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from inference_service.serving.chat_template import ChatTemplate
-from inference_service.serving.text import Text, special_tokens, template_in
+from inference_service.text.chat_template import ChatTemplate
+from inference_service.text.text import Text, special_tokens, template_in
 from loramux_shared.bundle.added_tokens import OwnTokens
 from loramux_shared.bundle.manifest import OWN_TOKENS_FILE, TEXT_FILES
 from loramux_shared.faults import AdapterInvalid, CheckpointInvalid, Finding

@@ -14,8 +14,8 @@ from weakref import WeakValueDictionary
 from tokenizers import AddedToken, Tokenizer
 from tokenizers.decoders import DecodeStream
 
-from inference_service.serving.chat_template import ChatTemplate
-from inference_service.serving.vocabulary import Vocabulary
+from inference_service.text.chat_template import ChatTemplate
+from inference_service.text.vocabulary import Vocabulary
 from loramux_shared.bundle.added_tokens import OwnTokens
 from loramux_shared.faults import CheckpointInvalid, Finding, PromptTooLong, RequestInvalid
 

@@ -13,8 +13,8 @@ from typing import Final
 
 import structlog
 
-from inference_service.serving.adapters.restart import needs_restart
-from inference_service.serving.adapters.workers import Workers
+from inference_service.adapters.restart import needs_restart
+from inference_service.adapters.workers import Workers
 from loramux_shared.bundle.deployments import READ_AGAIN_S, read_generation, read_pointer
 from loramux_shared.bundle.generation import Current, Generation
 from loramux_shared.faults import BundleCorrupt, Fault, ReplicaBehind, StoreUnavailable

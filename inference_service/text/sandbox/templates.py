@@ -1,4 +1,4 @@
-"""``python -m inference_service.serving.sandbox.templates``: renders chat templates as Hugging Face does.
+"""``python -m inference_service.text.sandbox.templates``: renders chat templates as Hugging Face does.
 
 Question: ``{"source": ..., "variables": {...} or null}`` (null: only compile); answer: ``{"text": ...}`` or
 ``{"error": why}``.
@@ -19,7 +19,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
-from inference_service.serving.sandbox.loop import serve
+from inference_service.text.sandbox.loop import serve
 
 MAX_CHARS: Final = 8 * 1024 * 1024
 """Of a rendered prompt."""

@@ -13,9 +13,9 @@ from typing import Any, Final, Generic, Protocol, TypeVar
 import structlog
 import torch
 
-from inference_service.serving.adapters.reading import BundleReader, Found, Tier
-from inference_service.serving.adapters.recent import Recent
-from inference_service.serving.adapters.workers import Workers
+from inference_service.adapters.reading import BundleReader, Found, Tier
+from inference_service.adapters.recent import Recent
+from inference_service.adapters.workers import Workers
 from loramux_shared.bundle.manifest import REBUILD
 from loramux_shared.bundle.reader import Bundle
 from loramux_shared.faults import BundleCorrupt, Fault, InternalFault, ResourcesExhausted, ShuttingDown

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from inference_service.adapters.catalog import ServedModel
 from inference_service.core.sequence import Vector
-from inference_service.serving.catalog import ServedModel
 from loramux_shared.bundle.kinds import SILENT
 from loramux_shared.bundle.manifest import ScoreHead
 from loramux_shared.bundle.npy import Array

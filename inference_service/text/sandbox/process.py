@@ -9,7 +9,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any, Final
 
-from inference_service.serving.sandbox.loop import CPU_S
+from inference_service.text.sandbox.loop import CPU_S
 
 IDLE_S: Final = 60.0
 

@@ -6,13 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
+from inference_service.adapters.manager import AdapterManager
+from inference_service.adapters.pins import Pins
+from inference_service.adapters.ports import Names
+from inference_service.adapters.views import Facts
 from inference_service.core.sequence import Adapter
 from inference_service.engine.residency_entry import ResidencyStats
 from inference_service.engine.residents import Standing, State
-from inference_service.serving.adapters.manager import AdapterManager
-from inference_service.serving.adapters.pins import Pins
-from inference_service.serving.adapters.ports import Names
-from inference_service.serving.adapters.views import Facts
 from loramux_shared.faults import ReplicaBehind
 
 

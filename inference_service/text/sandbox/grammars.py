@@ -1,4 +1,4 @@
-"""``python -m inference_service.serving.sandbox.grammars``: tries constraints before the service takes them.
+"""``python -m inference_service.text.sandbox.grammars``: tries constraints before the service takes them.
 
 The library bounds the work of a token, but not that of the beginning: there are grammars of few bytes that take
 minutes, or that overflow the stack. Question: ``{"grammar": ...}``; answer: ``{}`` or ``{"error": why}``.
@@ -17,7 +17,7 @@ from typing import Any, Final
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 from llguidance.gbnf_to_lark import any_to_lark
 
-from inference_service.serving.sandbox.loop import serve
+from inference_service.text.sandbox.loop import serve
 
 # A fourth of what the service's threads have: what fits here fits there.
 STACK_BYTES: Final = 2 * 1024 * 1024

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-from inference_service.serving.sandbox.loop import CPU_S
-from inference_service.serving.sandbox.process import IDLE_S, SandboxProcess
+from inference_service.text.sandbox.loop import CPU_S
+from inference_service.text.sandbox.process import IDLE_S, SandboxProcess
 
 Asked = tuple[Mapping[str, Any], "Future[dict[str, str]]"]
 

@@ -12,6 +12,7 @@ from typing import Final
 import structlog
 import torch
 
+from inference_service.adapters.recent import Recent
 from inference_service.backends.base import LoraBackend
 from inference_service.core.sequence import Adapter
 from inference_service.engine.graph_runner import ROOM
@@ -21,7 +22,6 @@ from inference_service.lora.places import ALIGNMENT
 from inference_service.lora.weights import AdapterWeights
 from inference_service.models.decoder import Decoder
 from inference_service.proof.replay import replay
-from inference_service.serving.adapters.recent import Recent
 from loramux_shared.bundle.reader import Bundle
 from loramux_shared.faults import ResourcesExhausted
 

@@ -11,13 +11,12 @@ from datetime import UTC, datetime, timedelta
 from importlib.metadata import version
 from typing import Final
 
-from inference_service.core.sequence import Adapter
-from inference_service.engine.residents import State
-from inference_service.serving.adapters.changing import Changing
-from inference_service.serving.adapters.pins import Pins
-from inference_service.serving.adapters.ports import Bundles, Follower, Names, Publisher, Residency
-from inference_service.serving.adapters.registry import Registry
-from inference_service.serving.adapters.views import (
+from inference_service.adapters.catalog import ServedModel
+from inference_service.adapters.changing import Changing
+from inference_service.adapters.pins import Pins
+from inference_service.adapters.ports import Bundles, Follower, Names, Publisher, Residency
+from inference_service.adapters.registry import Registry
+from inference_service.adapters.views import (
     PLACES,
     AdapterPage,
     AdapterView,
@@ -26,7 +25,8 @@ from inference_service.serving.adapters.views import (
     Place,
     ReplicaView,
 )
-from inference_service.serving.catalog import ServedModel
+from inference_service.core.sequence import Adapter
+from inference_service.engine.residents import State
 from loramux_shared.access.rights import ACCESS
 from loramux_shared.bundle.generation import Generation
 from loramux_shared.faults import Fault, PageTokenInvalid, RequestInvalid

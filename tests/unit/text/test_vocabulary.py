@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from inference_service.serving.vocabulary import Vocabulary
+from inference_service.text.vocabulary import Vocabulary
 
 
 def byte_level() -> Tokenizer:

@@ -9,7 +9,7 @@ from typing import Final
 
 from blake3 import blake3
 
-from inference_service.serving.adapters.recent import Recent
+from inference_service.adapters.recent import Recent
 from loramux_shared.bundle.manifest import VOCABULARY_FILE, WEIGHTS_FILE, FileDigest
 from loramux_shared.bundle.npy import Bytes
 from loramux_shared.bundle.reader import verify_file

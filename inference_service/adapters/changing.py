@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from contextlib import suppress
 
-from inference_service.serving.adapters.paths import digest_of, repository_of
-from inference_service.serving.adapters.ports import Bundles, Follower, Names, Publisher
-from inference_service.serving.adapters.registry import Registry
+from inference_service.adapters.paths import digest_of, repository_of
+from inference_service.adapters.ports import Bundles, Follower, Names, Publisher
+from inference_service.adapters.registry import Registry
 from loramux_shared.deployment import Repository
 from loramux_shared.faults import AdapterExists, NoBuilder, ReplicaBehind
 

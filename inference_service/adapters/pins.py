@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 
+from inference_service.adapters.ports import Residency
 from inference_service.core.sequence import Adapter
-from inference_service.serving.adapters.ports import Residency
 
 
 class Pins:

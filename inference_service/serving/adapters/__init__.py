@@ -1,1 +1,0 @@
-"""Adapters on their way from the store to packed memory, and the deployment that names them."""
