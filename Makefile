@@ -1,4 +1,4 @@
-# What a person types: `make demo`, `make test`. What CI runs: `make test`.
+# What a person types: `make demo`, `make test`. What CI runs: `make test test-extensions`.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,14 +6,22 @@ BIN := $(VENV)/bin
 QUIET := $(shell test -t 2 || echo --quiet)
 SILENT := $(if $(QUIET),; without a terminal pip is silent until it is done)
 
-.PHONY: azurite demo test check static stubs docs golden clean
+# What there is only where the folder extensions/ was not deleted.
+EXTENSIONS := $(wildcard extensions)
+
+.PHONY: azurite demo test test-extensions check static stubs docs golden clean
 
 demo: $(VENV)/.demo
 	$(BIN)/loramux demo $(ARGS)
 
-# Everything: some minutes. Each worker imports all tests and makes shared fixtures of its own: one for each core of CI.
+# Everything of the core: some minutes. Each worker imports all tests and makes shared fixtures of its own: one for each
+# core of CI.
 test: static azurite
 	$(BIN)/pytest -n 2 --dist worksteal $(ARGS)
+
+# Everything of the extensions.
+test-extensions: static
+	$(if $(EXTENSIONS),$(BIN)/pytest -n 2 --dist worksteal extensions $(ARGS))
 
 # What a minute can tell.
 check: static
@@ -24,6 +32,7 @@ static: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(if $(EXTENSIONS),$(BIN)/lint-imports --config extensions/imports.toml)
 	$(BIN)/buf lint
 	$(BIN)/python scripts/stubs.py --check
 	$(BIN)/python -m scripts.docs --check

@@ -10,9 +10,8 @@ from typing import Annotated
 
 import typer
 
-from loramux.cli import keys, ray, shell
+from loramux.cli import keys, shell
 from loramux.cli.adapters import pin, rollout, unpin
-from loramux.cli.arena import arena
 from loramux.cli.bench import bench
 from loramux.cli.build import build, prove
 from loramux.cli.cancel import cancel
@@ -22,7 +21,6 @@ from loramux.cli.check import check
 from loramux.cli.demo import demo
 from loramux.cli.deployments import deployments, watch
 from loramux.cli.doctor import doctor
-from loramux.cli.envoy import envoy
 from loramux.cli.gc import gc
 from loramux.cli.history import history, rollback
 from loramux.cli.import_bundle import import_bundle
@@ -32,6 +30,7 @@ from loramux.cli.sign import sign, verify
 from loramux.cli.state import tell_uncaught
 from loramux.cli.up import up
 from loramux.connection import API_KEY
+from loramux_shared.extensions import COMMANDS, load_extensions
 
 app = typer.Typer(
     name="loramux",
@@ -43,11 +42,15 @@ app = typer.Typer(
 for function in (
     *(demo, up, build, watch, cancel, deployments, check, prove, import_bundle),
     *(add, remove, push, history, rollback, rollout, gc, sign, verify),
-    *(models, pin, unpin, chat, arena, bench, serve, builder, envoy, health, doctor),
+    *(models, pin, unpin, chat, bench, serve, builder, health, doctor),
 ):
     app.command()(function)
 app.add_typer(keys.app, name="keys")
-app.add_typer(ray.app, name="ray")
+for name, extension in load_extensions(COMMANDS).items():
+    if isinstance(extension, typer.Typer):
+        app.add_typer(extension, name=name)
+    else:
+        app.command(name)(extension)
 
 
 def _version(wanted: bool) -> None:
