@@ -32,7 +32,7 @@ static: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(if $(EXTENSIONS),$(BIN)/lint-imports --config extensions/imports.toml)
+	$(if $(EXTENSIONS),$(BIN)/lint-imports extensions/imports.toml)
 	$(BIN)/buf lint
 	$(BIN)/python scripts/stubs.py --check
 	$(BIN)/python -m scripts.docs --check
@@ -47,6 +47,10 @@ golden: $(VENV)/.test
 	$(BIN)/python -m tests.golden.kernels.grids
 	$(BIN)/python -m tests.golden.openai.write
 	$(BIN)/python -m tests.golden.metrics.write
+	$(if $(EXTENSIONS),$(MAKE) deploy/envoy/envoy.yaml)
+
+.PHONY: deploy/envoy/envoy.yaml
+deploy/envoy/envoy.yaml:
 	$(BIN)/loramux envoy inference inference-2 --listen-grpc 0.0.0.0:50052 --listen-http 0.0.0.0:8000 > deploy/envoy/envoy.yaml
 
 docs: $(VENV)/.test

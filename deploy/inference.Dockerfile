@@ -10,6 +10,7 @@ COPY builder_service builder_service
 COPY examples examples
 COPY inference_service inference_service
 COPY loramux loramux
+COPY extensions extensions
 COPY ray_service ray_service
 COPY shared shared
 ARG PIP_EXTRA_INDEX_URL

@@ -21,7 +21,9 @@ from inference_service.kernels.cpu.processors import kinds_of_machine, kinds_tha
 from tests.support.native import as_in_a_wheel
 from tests.support.root import ROOT
 
-OURS = {"loramux", "loramux_shared", "builder_service", "inference_service", "ray_service"}
+CORE = ("loramux", "shared/loramux_shared", "builder_service", "inference_service", "ray_service")
+PACKAGES = {path.name: path for path in (*map(ROOT.joinpath, CORE), *ROOT.glob("extensions/*/loramux_*"))}
+OURS = set(PACKAGES)
 NOT_INSTALLED = {path.name for path in ROOT.iterdir() if path.is_dir()} - OURS
 IMPORT = """
 import importlib, pkgutil, sys
@@ -93,14 +95,13 @@ def test_an_editable_installation_compiles_nothing(tmp_path: Path, monkeypatch: 
 
 
 def test_a_wheel_stays_out_of_other_projects_way(built: Path, tmp_path: Path) -> None:
-    """A wheel has five packages with every module and no `shared`, they import nothing that it does not have,
-    and those that need no torch are imported beside another project's `shared`."""
+    """A wheel has the core's packages and the extensions' with every module and no `shared`, they import nothing
+    that it does not have, and those that need no torch are imported beside another project's `shared`."""
     with zipfile.ZipFile(built) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
         archive.extractall(tmp_path / "site")
     assert {name.partition("/")[0] for name in names} == OURS
-    roots = [(ROOT / "shared" if top == "loramux_shared" else ROOT, top) for top in OURS]
-    sources = {path: str(path.relative_to(root)) for root, top in roots for path in (root / top).rglob("*.py")}
+    sources = {path: str(path.relative_to(top.parent)) for top in PACKAGES.values() for path in top.rglob("*.py")}
     assert set(sources.values()) <= names
     for path in sources:
         imported = re.findall(r"^ *(?:from (\w+)[\w.]* import|import (\w+))", path.read_text(), re.M)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
-from loramux.envoy.fleet import Fleet, Place, Tls
+from loramux_envoy.fleet import Fleet, Place, Tls
 from loramux_shared.rpc.options import IDLE_S, PING_TIMEOUT_S
 
 Json = dict[str, Any]

@@ -16,8 +16,8 @@ from uuid import uuid4
 import envoy
 import httpx
 
-from loramux.envoy.config import render
-from loramux.envoy.fleet import Fleet, Place, Replica
+from loramux_envoy.config import render
+from loramux_envoy.fleet import Fleet, Place, Replica
 from tests.support.forks import inference_service
 from tests.support.tiny import World
 from tests.support.waiting import BOUND_S, wait_until

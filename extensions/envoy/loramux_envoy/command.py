@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from loramux.cli import shell
-from loramux.envoy.config import render
-from loramux.envoy.fleet import Fleet, Tls, listen_of, replica_of, require_distinct
+from loramux_envoy.config import render
+from loramux_envoy.fleet import Fleet, Tls, listen_of, replica_of, require_distinct
 from loramux_shared.faults import SettingsInvalid
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from loramux.envoy.model import HEADER, lua
+from loramux_envoy.model import HEADER, lua
 
 PLACE: Final = "x-loramux-place"
 """What the ring hashes."""

@@ -6,9 +6,9 @@ from typing import Any, Final
 
 import yaml
 
-from loramux.envoy.clusters import TYPE, answer_clusters, grpc_cluster, http_cluster
-from loramux.envoy.fleet import Fleet
-from loramux.envoy.listeners import grpc_listener, http_listener, inner_listener
+from loramux_envoy.clusters import TYPE, answer_clusters, grpc_cluster, http_cluster
+from loramux_envoy.fleet import Fleet
+from loramux_envoy.listeners import grpc_listener, http_listener, inner_listener
 
 HEAD: Final = """\
 # Envoy before replicas of one deployment, as `loramux envoy` prints it; docs/fleet.md says what it does.

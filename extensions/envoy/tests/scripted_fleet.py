@@ -12,9 +12,9 @@ import httpx
 from openai import AsyncOpenAI
 
 from loramux import AsyncClient
-from loramux.envoy.fleet import Tls
+from loramux_envoy.fleet import Tls
 from loramux_shared.access.guard import NOBODY_GUARDS, Guard
-from tests.support.fleet import Proxy, fleet_of
+from tests.fleet import Proxy, fleet_of
 from tests.support.scripted_replica import ScriptedReplica
 from tests.support.waiting import BOUND_S, until
 

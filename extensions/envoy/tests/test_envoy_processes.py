@@ -13,7 +13,7 @@ import pytest
 from loramux import Client, Finished
 from loramux.faults import Fault, ServerUnavailable
 from loramux_shared.storage.local import LocalStore
-from tests.support.fleet import Proxy, Running, fleet_of, proxy, running
+from tests.fleet import Proxy, Running, fleet_of, proxy, running
 from tests.support.tiny import World, make_world
 from tests.support.waiting import BOUND_S, wait_until
 

@@ -15,15 +15,15 @@ import pytest_asyncio
 
 from inference_service.openai_api import protocol
 from loramux import AsyncClient
-from loramux.envoy.fleet import Tls
 from loramux.faults import ServerUnavailable, ShuttingDown
 from loramux.inference.v1 import inference_pb2 as pb
+from loramux_envoy.fleet import Tls
 from loramux_shared.access.guard import Guard
 from loramux_shared.rpc import calls
+from tests.fleet import Proxy
+from tests.scripted_fleet import Fleet, behind_envoy, envoy_of
 from tests.support.access import Certificates, keyring
 from tests.support.endless import Endless, doors_of
-from tests.support.fleet import Proxy
-from tests.support.scripted_fleet import Fleet, behind_envoy, envoy_of
 from tests.support.scripted_replica import MODELS, Named, ScriptedReplica
 from tests.support.waiting import BOUND_S, bounded, until, wait_until
 

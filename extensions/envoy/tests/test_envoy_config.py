@@ -16,7 +16,7 @@ import yaml
 from typer.testing import CliRunner
 
 from loramux.cli.main import app
-from loramux.envoy.listeners import COMPLETIONS
+from loramux_envoy.listeners import COMPLETIONS
 from loramux_shared.rpc.options import IDLE_S, LEAST_PING_S, MAX_REQUEST_BYTES, MAX_STREAMS
 from loramux_shared.settings import InferenceSettings
 from tests.support.access import Certificates

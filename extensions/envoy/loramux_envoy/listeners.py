@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from loramux.envoy.clusters import ANSWERS, BUFFER_BYTES, inner_name, proxy_address
-from loramux.envoy.fleet import Fleet, Place
-from loramux.envoy.model import HEADER, filters_of_json, filters_of_protobuf
-from loramux.envoy.place import PLACE, filter_of_places, told_by
-from loramux.envoy.replies import LOCAL_REPLIES
+from loramux_envoy.clusters import ANSWERS, BUFFER_BYTES, inner_name, proxy_address
+from loramux_envoy.fleet import Fleet, Place
+from loramux_envoy.model import HEADER, filters_of_json, filters_of_protobuf
+from loramux_envoy.place import PLACE, filter_of_places, told_by
+from loramux_envoy.replies import LOCAL_REPLIES
 from loramux_shared.rpc.options import IDLE_S, MAX_REQUEST_BYTES, MAX_STREAMS, PING_S, PING_TIMEOUT_S
 
 Json = dict[str, Any]
