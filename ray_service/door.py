@@ -15,20 +15,13 @@ from starlette.types import Receive, Scope, Send
 from inference_service.openai_api.refusals import fault_event, fault_response
 from inference_service.openai_api.stream import while_connected
 from loramux_shared.faults import Fault
+from loramux_shared.routes import ROUTES
 from loramux_shared.rpc.options import MAX_REQUEST_BYTES
 from ray_service.calls import HttpCall, Messages
 from ray_service.forwarding import ONCE, PAUSES_S, Forwarder
 from ray_service.names import ENGINE, MODEL
 
-RETRIED: Final = frozenset(
-    {
-        *("/v1/chat/completions", "/v1/completions"),
-        *("/v1/responses", "/v1/responses/input_tokens", "/v1/responses/compact"),
-        *("/v1/messages", "/v1/messages/count_tokens", "/tokenize", "/detokenize"),
-        *("/v1/embeddings", "/score", "/v1/score", "/rerank", "/v1/rerank", "/v2/rerank"),
-        *("/classify", "/v1/classify"),
-    }
-)
+RETRIED: Final = frozenset(route.path for route in ROUTES if route.method == "POST" and route.repeatable)
 """What may be asked twice, beside everything that only reads."""
 REQUEST_ID: Final = b"x-request-id"
 SCOPE: Final = ("type", "http_version", "method", "scheme", "headers", "query_string", "server", "asgi")

@@ -22,6 +22,7 @@ from grpc_health.v1 import health_pb2_grpc
 from loramux.builder.v1 import builder_pb2_grpc
 from loramux.inference.v1 import adapters_pb2_grpc, inference_pb2_grpc
 from loramux_shared.faults import InternalFault, RequestInvalid
+from loramux_shared.routes import BUILDER_SERVICE, INFERENCE_SERVICE
 from loramux_shared.rpc.calls import CallInterceptor
 from loramux_shared.rpc.options import MAX_REQUEST_BYTES
 from ray_service.bridge import Handlers, Register
@@ -32,7 +33,7 @@ from ray_service.names import APP, BUILDER, BUILDER_APP, ENGINE, MODEL
 
 APPLICATION: Final = "application"
 """Ray's metadata that names an application."""
-RETRIED: Final = "/loramux.inference.v1.InferenceService/"
+RETRIED: Final = f"/{INFERENCE_SERVICE}/"
 """Calls that may be made twice."""
 
 
@@ -125,7 +126,7 @@ class Doors(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no types 
             pass
 
     async def _forwarder(self, method: str, context: grpc.aio.ServicerContext) -> Forwarder:
-        if "/loramux.builder." in method:
+        if method.startswith(f"/{BUILDER_SERVICE}/"):
             return self._builder
         app = str(dict(context.invocation_metadata() or ()).get(APPLICATION, APP))
         known = self._engines.get(app)

@@ -14,13 +14,14 @@ from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
+from loramux_shared.routes import ADAPTER_SERVICE, BUILDER_SERVICE, INFERENCE_SERVICE
 from ray_service.names import APP, BUILDER, BUILDER_APP, ENGINE
 
 PARTS: Final = {
     "": (APP, ENGINE),
-    "loramux.inference.v1.InferenceService": (APP, ENGINE),
-    "loramux.inference.v1.AdapterService": (APP, ENGINE),
-    "loramux.builder.v1.BuilderService": (BUILDER_APP, BUILDER),
+    INFERENCE_SERVICE: (APP, ENGINE),
+    ADAPTER_SERVICE: (APP, ENGINE),
+    BUILDER_SERVICE: (BUILDER_APP, BUILDER),
 }
 """The application and the deployment behind each service, and behind the whole."""
 LOOK_S: Final = 1.0

@@ -47,10 +47,12 @@ from inference_service.openai_api.schema import CompletionBody
 from inference_service.openai_api.tokens_schema import DetokenizeBody, TokenizeBody
 from inference_service.openai_api.trainers import InfoQuery, PauseQuery
 from inference_service.serving.service import GenerationService
+from loramux_shared import routes
 from loramux_shared.access.asgi import AccessMiddleware
 from loramux_shared.access.keyring import Keyring
 from loramux_shared.access.rights import Scope
 from loramux_shared.faults import Fault
+from loramux_shared.routes import Route as ApiRoute
 from loramux_shared.tracing.asgi import TraceMiddleware
 from loramux_shared.tracing.door import DoorSpans
 
@@ -72,28 +74,28 @@ ANSWERS: Final = ("application/json", "text/event-stream")
 TEXT: Final = ("text/plain",)
 CHANGES: Final = (403, 404, 409, 504)
 """Statuses of failures of what changes the deployment."""
-_counting = partial(Endpoint, "POST", fails=(404, 429))
+_counting = partial(Endpoint, fails=(404, 429))
 """What reads a prompt as answers do, and computes nothing."""
 _computing = partial(_counting, hinted=True)
 """What the engine answers."""
 _streaming = partial(_computing, media=ANSWERS)
 ENDPOINTS: Final = (
     _streaming(
-        "/v1/chat/completions",
+        routes.CHAT_COMPLETIONS,
         chat.chat_completions,
         body=ChatBody,
         answer=generated.ChatCompletion,
         event=generated.ChatCompletionChunk,
     ),
     _streaming(
-        "/v1/completions",
+        routes.COMPLETIONS,
         completions.completions,
         body=CompletionBody,
         answer=generated.Completion,
         event=generated.CompletionChunk,
     ),
     _streaming(
-        "/v1/messages",
+        routes.MESSAGES,
         create_message,
         body=MessagesBody,
         answer=messages.AnthropicMessage,
@@ -102,84 +104,65 @@ ENDPOINTS: Final = (
         error=messages.MessageError,
     ),
     _counting(
-        "/v1/messages/count_tokens",
+        routes.COUNT_TOKENS,
         count_tokens,
         body=CountBody,
         answer=messages.TokenCount,
         error=messages.MessageError,
     ),
     _streaming(
-        "/v1/responses",
+        routes.RESPONSES,
         create_response,
         body=ResponsesBody,
         answer=responses.Response,
         event=responses.ResponseEvent,
     ),
-    _counting("/v1/responses/input_tokens", count_input, body=ResponsesBody, answer=responses.InputTokens),
-    _computing("/v1/responses/compact", compact, body=CompactBody, answer=responses.Compaction),
-    _computing("/v1/embeddings", embeddings.embeddings, body=EmbeddingsBody, answer=answers.Embeddings),
+    _counting(routes.INPUT_TOKENS, count_input, body=ResponsesBody, answer=responses.InputTokens),
+    _computing(routes.COMPACT, compact, body=CompactBody, answer=responses.Compaction),
+    _computing(routes.EMBEDDINGS, embeddings.embeddings, body=EmbeddingsBody, answer=answers.Embeddings),
     *(
-        _computing(path, handler, body=body, answer=answer)
+        _computing(route, handler, body=body, answer=answer)
         for handler, body, answer, paths in (
-            (scores.score, ScoreBody, answers.Scores, ("/score", "/v1/score")),
-            (scores.rerank, RerankBody, answers.Ranking, ("/rerank", "/v1/rerank", "/v2/rerank")),
-            (scores.classify, ClassifyBody, answers.Classes, ("/classify", "/v1/classify")),
+            (scores.score, ScoreBody, answers.Scores, (routes.SCORE, routes.SCORE_V1)),
+            (scores.rerank, RerankBody, answers.Ranking, (routes.RERANK, routes.RERANK_V1, routes.RERANK_V2)),
+            (scores.classify, ClassifyBody, answers.Classes, (routes.CLASSIFY, routes.CLASSIFY_V1)),
         )
-        for path in paths
+        for route in paths
     ),
-    Endpoint("GET", "/v1/models", models.list_models, answer=answers.ModelList),
-    Endpoint("GET", "/v1/models/{model:path}", models.get_model, answer=answers.Model, fails=(404,)),
-    Endpoint(
-        "GET",
-        "/v1/adapters",
-        operators.list_adapters,
-        Scope.ADMIN,
-        answer=answers.AdapterList,
-        query=PageQuery,
-    ),
+    Endpoint(routes.MODELS, models.list_models, answer=answers.ModelList),
+    Endpoint(routes.MODEL, models.get_model, answer=answers.Model, fails=(404,)),
+    Endpoint(routes.ADAPTERS, operators.list_adapters, answer=answers.AdapterList, query=PageQuery),
+    Endpoint(routes.PIN, operators.pin_adapter, answer=answers.Adapter, fails=(403, 404)),
+    Endpoint(routes.UNPIN, operators.unpin_adapter, answer=answers.Adapter, fails=(403, 404)),
+    Endpoint(routes.ROLLBACK, operators.roll_back, RollbackBody, answer=answers.RolledBack, fails=CHANGES),
     *(
-        Endpoint("POST", path, handler, Scope.ADMIN, answer=answers.Adapter, fails=(403, 404))
-        for path, handler in (
-            ("/v1/adapters/{name:path}/pin", operators.pin_adapter),
-            ("/v1/adapters/{name:path}/unpin", operators.unpin_adapter),
+        Endpoint(route, handler, body, TEXT, fails=CHANGES, error=answers.VllmError)
+        for route, handler, body in (
+            (routes.LOAD_ADAPTER, operators.load_lora_adapter, LoadBody),
+            (routes.UNLOAD_ADAPTER, operators.unload_lora_adapter, UnloadBody),
         )
     ),
-    Endpoint(
-        "POST",
-        "/v1/rollback",
-        operators.roll_back,
-        Scope.ADMIN,
-        RollbackBody,
-        answer=answers.RolledBack,
-        fails=CHANGES,
-    ),
+    Endpoint(routes.PAUSE, trainers.pause, answer=answers.PauseStatus, query=PauseQuery),
+    Endpoint(routes.RESUME, trainers.resume, answer=answers.PauseStatus),
+    Endpoint(routes.IS_PAUSED, trainers.is_paused, answer=answers.IsPaused),
+    Endpoint(routes.WORLD_SIZE, trainers.get_world_size, answer=answers.WorldSize),
+    Endpoint(routes.SERVER_INFO, trainers.server_info, answer=answers.ServerInfo, query=InfoQuery),
+    Endpoint(routes.TOKENIZE, tokens.tokenize, body=TokenizeBody, answer=answers.Tokens, fails=(404,)),
+    Endpoint(routes.DETOKENIZE, tokens.detokenize, body=DetokenizeBody, answer=answers.Prompt, fails=(404,)),
+    Endpoint(routes.VERSION, models.show_version, answer=answers.Version),
+    Endpoint(routes.OPENAPI, show_openapi),
+    Endpoint(routes.HEALTH, models.health, media=()),
+    Endpoint(routes.PING, models.health, media=()),
+    Endpoint(routes.POST_PING, models.health, media=()),
+    Endpoint(routes.STATE, state.show_state, answer=answers.State),
+    Endpoint(routes.LOAD, state.show_load, answer=answers.Load),
+    Endpoint(routes.LOADS, state.show_loads, answer=answers.Loads),
+    Endpoint(routes.LOADS_V1, state.show_loads, answer=answers.Loads),
+    Endpoint(routes.METRICS, models.show_metrics, media=TEXT),
     *(
-        Endpoint("POST", path, handler, Scope.ADMIN, body, TEXT, fails=CHANGES, error=answers.VllmError)
-        for path, handler, body in (
-            ("/v1/load_lora_adapter", operators.load_lora_adapter, LoadBody),
-            ("/v1/unload_lora_adapter", operators.unload_lora_adapter, UnloadBody),
-        )
+        Endpoint(ApiRoute("GET", path, None), file.show, media=(file.media_type,))
+        for path, file in page_files().items()
     ),
-    Endpoint("POST", "/pause", trainers.pause, Scope.ADMIN, answer=answers.PauseStatus, query=PauseQuery),
-    Endpoint("POST", "/resume", trainers.resume, Scope.ADMIN, answer=answers.PauseStatus),
-    Endpoint("GET", "/is_paused", trainers.is_paused, Scope.ADMIN, answer=answers.IsPaused),
-    Endpoint("GET", "/get_world_size", trainers.get_world_size, answer=answers.WorldSize),
-    Endpoint("GET", "/server_info", trainers.server_info, answer=answers.ServerInfo, query=InfoQuery),
-    Endpoint("POST", "/tokenize", tokens.tokenize, body=TokenizeBody, answer=answers.Tokens, fails=(404,)),
-    Endpoint(
-        "POST", "/detokenize", tokens.detokenize, body=DetokenizeBody, answer=answers.Prompt, fails=(404,)
-    ),
-    Endpoint("GET", "/version", models.show_version, answer=answers.Version),
-    Endpoint("GET", "/openapi.json", show_openapi),
-    Endpoint("GET", "/health", models.health, None, answer=answers.Health),
-    Endpoint("GET", "/ping", models.health, None, answer=answers.Health),
-    Endpoint("POST", "/ping", models.health, None, answer=answers.Health),
-    Endpoint("GET", "/state", state.show_state, answer=answers.State),
-    Endpoint("GET", "/load", state.show_load, Scope.METRICS, answer=answers.Load),
-    Endpoint("GET", "/loads", state.show_loads, Scope.METRICS, answer=answers.Loads),
-    Endpoint("GET", "/v1/loads", state.show_loads, Scope.METRICS, answer=answers.Loads),
-    Endpoint("GET", "/metrics", models.show_metrics, Scope.METRICS, media=TEXT),
-    *(Endpoint("GET", path, file.show, None, media=(file.media_type,)) for path, file in page_files().items()),
 )
 """Everything that is answered."""
 TRACED: Final = frozenset(
@@ -198,12 +181,12 @@ def create_app(
 
     Without adapters, those of the service's catalog are there for good.
     """
-    routes = [
+    paths = [
         Route(path, partial(_answer, service, handlers_of(path)), methods=list(handlers_of(path)))
         for path in dict.fromkeys(endpoint.path for endpoint in ENDPOINTS)
     ]
     handlers = {Fault: on_fault, HTTPException: on_http_error, Exception: on_failure}
-    app = Starlette(routes=routes, exception_handlers=handlers)
+    app = Starlette(routes=paths, exception_handlers=handlers)
     app.router.redirect_slashes = False
     app.state.keyless = keyring is None
     app.state.adapters = adapters or fixed_manager(service.catalog)

@@ -14,20 +14,18 @@ from inference_service.openai_api.query import Query
 from inference_service.openai_api.schema import Body
 from inference_service.serving.service import GenerationService
 from loramux_shared.access.rights import Scope
+from loramux_shared.routes import Route
 
 Handler = Callable[[GenerationService, HttpRequest], Awaitable[Response]]
 
 
 @dataclass(frozen=True)
 class Endpoint:
-    """One route; all but method, path and handler is told to readers of `openapi`, and checked there."""
+    """What answers a route; all but route and handler is told to readers of `openapi`, and checked there."""
 
-    method: str
-    path: str
+    route: Route
     handler: Handler
     """The first line of its docstring says what the route is for, to readers of `openapi` too."""
-    scope: Scope | None = Scope.INFER
-    """Of the keys that open it; None: no key is asked for."""
     body: type[Body] | None = None
     """What it reads."""
     media: tuple[str, ...] = ("application/json",)
@@ -46,3 +44,18 @@ class Endpoint:
     """The type of what a failure is told with."""
     hinted: bool = False
     """True where headers say which version is to answer, and which one answered: `serving.hints`."""
+
+    @property
+    def method(self) -> str:
+        """Of its route."""
+        return self.route.method
+
+    @property
+    def path(self) -> str:
+        """Of its route."""
+        return self.route.path
+
+    @property
+    def scope(self) -> Scope | None:
+        """Of its route."""
+        return self.route.scope

@@ -95,13 +95,15 @@ def test_an_editable_installation_compiles_nothing(tmp_path: Path, monkeypatch: 
 
 
 def test_a_wheel_stays_out_of_other_projects_way(built: Path, tmp_path: Path) -> None:
-    """A wheel has the core's packages and the extensions' with every module and no `shared`, they import nothing
-    that it does not have, and those that need no torch are imported beside another project's `shared`."""
+    """A wheel has the core's packages and the extensions' with every module and no `shared`, they import
+    nothing that it lacks, and those that need no torch are imported beside another project's `shared`."""
     with zipfile.ZipFile(built) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
         archive.extractall(tmp_path / "site")
     assert {name.partition("/")[0] for name in names} == OURS
-    sources = {path: str(path.relative_to(top.parent)) for top in PACKAGES.values() for path in top.rglob("*.py")}
+    sources = {
+        path: str(path.relative_to(top.parent)) for top in PACKAGES.values() for path in top.rglob("*.py")
+    }
     assert set(sources.values()) <= names
     for path in sources:
         imported = re.findall(r"^ *(?:from (\w+)[\w.]* import|import (\w+))", path.read_text(), re.M)

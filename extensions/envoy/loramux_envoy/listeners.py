@@ -9,6 +9,7 @@ from loramux_envoy.fleet import Fleet, Place
 from loramux_envoy.model import HEADER, filters_of_json, filters_of_protobuf
 from loramux_envoy.place import PLACE, filter_of_places, told_by
 from loramux_envoy.replies import LOCAL_REPLIES
+from loramux_shared.routes import INFERENCE_SERVICE, ROUTES
 from loramux_shared.rpc.options import IDLE_S, MAX_REQUEST_BYTES, MAX_STREAMS, PING_S, PING_TIMEOUT_S
 
 Json = dict[str, Any]
@@ -25,8 +26,8 @@ BACK_OFF: Final = {"base_interval": "0.05s", "max_interval": "1s"}
 chosen again until three connections have failed, which is known sooner."""
 SELECTIONS: Final = 32
 """Draws of a replica that has not had the request yet: of two, all fail once in 2^32."""
-GENERATE: Final = "/loramux.inference.v1.InferenceService/"
-COMPLETIONS: Final = ("/v1/chat/completions", "/v1/completions", "/v1/messages", "/v1/responses")
+GENERATE: Final = f"/{INFERENCE_SERVICE}/"
+COMPLETIONS: Final = tuple(route.path for route in ROUTES if route.streams)
 NOT_BEGUN: Final = "connect-failure,refused-stream"
 BEGUN: Final = f"{NOT_BEGUN},reset"
 """Also where a replica may have begun, for its work is lost with it, and nobody has seen any of it."""

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any, Final
 
+from loramux_shared.routes import INFERENCE_SERVICE, OF_A_MODEL
+
 Json = dict[str, Any]
 
 HEADER: Final = "x-loramux-model"
-SERVICE: Final = "/loramux.inference.v1.InferenceService/"
-ANSWERS: Final = ("Generate", "Embed", "Classify")
-"""Methods that a model answers."""
+METHODS: Final = tuple(f"/{INFERENCE_SERVICE}/{method}" for method in OF_A_MODEL)
 METADATA: Final = "loramux"
 _FILTERS: Final = "type.googleapis.com/envoy.extensions.filters.http"
 
@@ -31,7 +31,7 @@ end
 OF_PROTOBUF: Final = f"""\
 -- The model is field 1 of what these read, and serializers begin with it: 5 bytes of gRPC's frame, then the
 -- tag 0x0a, the length in one or two bytes, and the name. What looks otherwise goes to any replica.
-local ANSWERS = {{{", ".join(f'["{SERVICE}{method}"] = true' for method in ANSWERS)}}}
+local ANSWERS = {{{", ".join(f'["{method}"] = true' for method in METHODS)}}}
 function envoy_on_request(request)
   local headers = request:headers()
   if headers:get("{HEADER}") ~= nil or not ANSWERS[headers:get(":path")] then

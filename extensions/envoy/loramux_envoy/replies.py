@@ -6,11 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
+from loramux_shared.routes import MESSAGES
 from loramux_shared.rpc.options import MAX_REQUEST_BYTES
 
 Json = dict[str, Any]
-MESSAGES: Final = "/v1/messages"
-"""Paths that begin so speak Anthropic's API, all others OpenAI's."""
 AGAIN: Final = {"header": {"key": "retry-after", "value": "1"}, "append_action": "OVERWRITE_IF_EXISTS_OR_ADD"}
 
 
@@ -32,7 +31,7 @@ class _Reply:
         return self._mapper(self._has_status(), {"error": error})
 
     def messages(self) -> Json:
-        here = {"header_filter": {"header": {"name": ":path", "string_match": {"prefix": MESSAGES}}}}
+        here = {"header_filter": {"header": {"name": ":path", "string_match": {"prefix": MESSAGES.path}}}}
         error = {"type": self.anthropic, "message": self.message}
         body = {"type": "error", "error": error, "request_id": "%REQ(X-REQUEST-ID)%"}
         return self._mapper({"and_filter": {"filters": [self._has_status(), here]}}, body)

@@ -10,8 +10,9 @@ from typing import Final
 from inference_service.openai_api.errors import message_of, status_of
 from inference_service.openai_api.reply import Json
 from loramux_shared.faults import Fault, QueueFull
+from loramux_shared.routes import MESSAGES
 
-PATH: Final = "/v1/messages"
+PATH: Final = MESSAGES.path
 OVERLOADED: Final = 529
 """Anthropic's own status of a server that has too much to do."""
 TYPES: Final = {

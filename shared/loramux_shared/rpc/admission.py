@@ -7,6 +7,7 @@ from typing import Any, Final
 
 import grpc
 
+from loramux_shared import routes
 from loramux_shared.access.keyring import Keyring, bearer
 from loramux_shared.access.rights import ACCESS, Scope
 from loramux_shared.faults import Fault, PermissionDenied, Unauthenticated
@@ -15,9 +16,7 @@ from loramux_shared.rpc.status import abort
 OPEN: Final = ("/grpc.health.v1.Health/", "/vllm.grpc.engine.VllmEngine/HealthCheck")
 """What orchestrators and gateways ask, which tells nothing else."""
 SCOPES: Final[Mapping[str, Scope | None]] = {
-    "loramux.inference.v1.InferenceService": Scope.INFER,
-    "loramux.inference.v1.AdapterService": Scope.ADMIN,
-    "loramux.builder.v1.BuilderService": Scope.BUILD,
+    **routes.SCOPES,
     "vllm.Inference": Scope.INFER,
     "vllm.Control": Scope.ADMIN,
     "vllm.Control/GetServerInfo": Scope.INFER,
@@ -29,7 +28,6 @@ SCOPES: Final[Mapping[str, Scope | None]] = {
     "vllm.grpc.engine.VllmEngine/FlushCache": Scope.ADMIN,
     "vllm.grpc.engine.VllmEngine/StartProfile": Scope.ADMIN,
     "vllm.grpc.engine.VllmEngine/StopProfile": Scope.ADMIN,
-    "grpc.reflection.v1alpha.ServerReflection": None,
 }
 """What a method needs, or all others of a service; None: any key. A service that is not named needs admin."""
 

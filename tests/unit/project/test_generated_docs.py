@@ -154,18 +154,28 @@ def test_the_schema_takes_what_the_program_takes() -> None:
 
 ELSEWHERE = {"1_Pooling/config.json", "claims/", "lora_adapter/", "native/", "tests/artifacts/"}
 """Folders of a store, of the cache, and of what tests leave."""
-PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
+PAGES = (
+    *(ROOT / "README.md", ROOT / "CONTRIBUTING.md"),
+    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "extensions").glob("*/README.md")),
+)
 ROOMS = ("", "inference_service", "builder_service", "shared/loramux_shared", "docs")
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_what_a_page_points_to_is_there(page: Path) -> None:
-    """Folders and modules in backquotes, and files behind links, exist; a room may be left out of a path."""
+    """Folders and modules in backquotes, and files behind links, exist; a room may be left out of a path.
+
+    Pages of extensions may be gone with their folder.
+    """
     text = page.read_text()
     named = set(re.findall(r"`((?:\w+/)+(?:\w+\.\w+)?)`", text)) - ELSEWHERE
     linked = set(re.findall(r"\]\((?!https?:)([^)#]+)", text))
-    lost = [path for path in named if not any((ROOT / room / path).exists() for room in ROOMS)]
-    assert not lost + [path for path in linked if not (page.parent / path).exists()]
+    rooms = [*map(ROOT.joinpath, ROOMS), page.parent]
+    lost = [path for path in named if not any((room / path).exists() for room in rooms)]
+    lost += [path for path in linked if not (page.parent / path).exists()]
+    gone = not (ROOT / "extensions").exists()
+    assert not [path for path in lost if not (gone and "extensions/" in path)]
 
 
 def test_nothing_of_a_merge_is_left() -> None:

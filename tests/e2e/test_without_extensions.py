@@ -1,0 +1,72 @@
+"""The tree without the folder of extensions: nothing in the core needs one."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support.root import ROOT
+
+PACKAGES = [path.name for path in ROOT.glob("extensions/*/loramux_*")]
+MODULES = [f"tests.{path.stem}" for path in ROOT.glob("extensions/*/tests/*.py")]
+IMPORTS = re.compile(
+    rf"^ *(?:from|import) (?:{'|'.join(map(re.escape, [*PACKAGES, *MODULES]))})\b", re.MULTILINE
+)
+LEFT_OUT = ("extensions", ".*", "__pycache__", "artifacts")
+RUN = """
+import sys
+root, here, code, *sys.argv[1:] = sys.argv[1:]
+own = lambda path: path in ("", root, f"{root}/shared") or path.startswith(f"{root}/extensions/")
+sys.path[:] = [here, f"{here}/shared", *(path for path in sys.path if not own(path))]
+exec(code)
+"""
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of this tree, without them."""
+    copy: Path = tmp_path_factory.mktemp("without") / "tree"
+    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(*LEFT_OUT), ignore_dangling_symlinks=True)
+    return copy
+
+
+def run(tree: Path, code: str, *words: str) -> str:
+    """Run code in the copy, where packages of this tree are not found; return its output."""
+    command = [sys.executable, "-c", RUN, str(ROOT), str(tree), code, *words]
+    done = subprocess.run(command, cwd=tree, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_no_file_of_the_core_imports_an_extension(tree: Path) -> None:
+    """Not its tests either, nor what these share."""
+    assert PACKAGES
+    assert MODULES
+    files = list(tree.rglob("*.py"))
+    assert len(files) > 1000
+    assert not [path for path in files if IMPORTS.search(path.read_text())]
+
+
+def test_the_command_line_has_all_other_commands(tree: Path) -> None:
+    """What the metadata of the installation still name is left out."""
+    commands = run(tree, "from loramux.cli.main import main; main()", "--help")
+    assert "  serve  " in commands
+    assert "  envoy  " not in commands
+
+
+def test_its_import_contracts_hold(tree: Path) -> None:
+    """They name no package that is not there."""
+    assert "0 broken" in run(
+        tree, "from importlinter.cli import lint_imports_command as main; main()", "--no-cache"
+    )
+
+
+@pytest.mark.sweep
+def test_all_tests_of_the_core_are_collected(tree: Path) -> None:
+    """None of their modules lacks an import."""
+    run(tree, "import pytest; sys.exit(pytest.main())", "--collect-only", "-q", "tests")
