@@ -2,8 +2,9 @@
 
 Texts, with the demo's base and with an adapter: code that is to be repeated, whose answer stands in the prompt;
 the same held to a grammar, as a chat with tools is; records in JSON of a schema, whose names the grammar leaves
-no choice about; and random words that are gone on with at temperature 1, where hardly a draft holds. Both sides
-are replicas in this process, and answer the same requests in turn; figures are medians of ratios of neighbours.
+no choice about; an essay; and random words that are gone on with at temperature 1, where hardly a draft holds.
+Both sides are replicas in this process, and answer the same requests in turn; figures are medians of ratios of
+neighbours.
 
     python -m benchmarks.speculation
     python -m benchmarks.speculation --tokens 4 8 16 --rounds 5
@@ -65,6 +66,11 @@ def _code(local: Local) -> list[int]:
     return tokens
 
 
+def _essay(local: Local) -> list[int]:
+    tokens: list[int] = local.ready.service.text.encode("The keepers of lighthouses, an essay. In antiquity, fires")
+    return tokens
+
+
 def _tools(local: Local) -> Constraint | None:
     tools = [Asked(f"tool_{number}", {"type": "object"}) for number in range(8)]
     return Demand(Dialect(ToolParser.HERMES, ReasoningParser.NONE), local.ready.service.text).free(
@@ -87,6 +93,7 @@ TEXTS: Final = (
     Text("code that stands in the prompt, greedy", _code, 0.0),
     Text("the same beside 8 tools", _code, 0.0, _tools),
     Text("records of a schema, greedy", _code, 0.0, _records),
+    Text("an essay, drawn", _essay, 0.8),
     Text("random words, drawn", lambda _: prompt(120), 1.0),
 )
 
@@ -158,7 +165,7 @@ def main() -> int:
     """Measure, and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, nargs="+", default=[8], help="sizes of the largest drafts")
-    parser.add_argument("--streams", type=int, nargs="+", default=[1, 4, 8])
+    parser.add_argument("--streams", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--folder", type=Path, help="keep stores here between runs; else they are temporary")
     options = parser.parse_args()

@@ -186,6 +186,8 @@ class Sequence:
     """Leading tokens that its flow was charged for; those that are computed again are not charged again."""
     lane: Any = None
     """Where the scheduler keeps it, with others of its flow and adapters."""
+    expected: Any = None
+    """What prompt lookup knows of it."""
     num_full: int = 0
     """Leading blocks that are full and whose tokens are known: those that the prefix cache has heard of."""
     hashes: list[int] = field(default_factory=list)

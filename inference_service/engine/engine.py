@@ -172,15 +172,15 @@ class Engine:
 
     def step(self) -> list[StepOutput]:
         """Submit one batch, and return what the oldest one under way gave if the runner takes no more."""
-        self._expire()
+        began_s = self._expire()
         batch = self._scheduler.schedule()
         self._left = self._scheduler.num_waiting
         self._end_failed_loads()
         if batch.chunks:
-            now_s = self._begin(batch)
+            self._begin(batch)
             self._under_way.append(self._runner.submit(batch))
             self._residency.submitted()
-            self._scheduler.commit(batch, now_s)
+            self._scheduler.commit(batch, began_s)
         if len(self._under_way) > (self._runner.depth if batch.chunks else 0):
             self._resolve(self._under_way.popleft())
         for pending in self._under_way:
@@ -203,12 +203,11 @@ class Engine:
         self._end(tuple(self._seqs), FinishReason.FAILED)
         return self._hand_out()
 
-    def _begin(self, batch: Batch) -> float:
+    def _begin(self, batch: Batch) -> None:
         now_s = self._clock()
         for chunk in batch.chunks:
             if chunk.seq.began_s is None:
                 chunk.seq.began_s = now_s
-        return now_s
 
     def _hand_out(self) -> list[StepOutput]:
         outputs, self._outputs = self._outputs, []
@@ -245,7 +244,7 @@ class Engine:
             if self._seqs.get(seq.id) is seq:
                 self._outputs.append(self._pooled(seq, vector))
         for seq, count in accepted.items():
-            self._scheduler.lookup.learn(seq, len(pending.drafts[seq]), max(0, count))
+            self._scheduler.lookup.learn(len(pending.drafts[seq]), max(0, count))
         self._residency.resolved()
 
     def _overflowed(self, seq: Sequence) -> StepOutput:
@@ -294,11 +293,13 @@ class Engine:
                 return FinishReason.STOP
         return FinishReason.LENGTH if self._limits.reached(seq, len(seq.tokens)) else None
 
-    def _expire(self) -> None:
+    def _expire(self) -> float:
+        """End those whose deadline has passed; return the time."""
         now = self._clock()
         if self._earliest_s <= now:
             self._end([seq.id for seq in self._seqs.values() if _deadline(seq) <= now], FinishReason.DEADLINE)
             self._earliest_s = min(map(_deadline, self._seqs.values()), default=math.inf)
+        return now
 
 
 def _names(seq: Sequence) -> tuple[str, ...]:

@@ -5,16 +5,22 @@ few tokens are looked up among those before, and what followed them is drafted. 
 drawing a token behind each of its tokens; all up to the first that was not drafted hold. A draw depends on
 nothing but the request and the tokens before, so an answer is what it would be without drafts, sampled ones
 included.
+
+How much is drafted follows from what the rows cost (`Pace`), and from how often the tokens that were expected
+of a sequence came, drafted or not.
 """
 
 from __future__ import annotations
 
+import math
 from array import array
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
+from itertools import accumulate
+from math import log, log1p
 from typing import Final
-from weakref import WeakKeyDictionary
 
 from inference_service.core.sequence import Sequence, Token
 from inference_service.engine.block_manager import BlockManager
@@ -23,61 +29,79 @@ from inference_service.engine.sampler import looks_back
 
 LOOKED_UP: Final = 3
 """Tokens that must have stood together before. Fewer do so by chance too often, more miss what was changed."""
-FIRST: Final = 4
-"""Tokens of a first draft; one that held is followed by one of twice as many."""
-LONGEST_REST: Final = 64
-"""Steps without a draft after one of which nothing held, at most: first one, then twice as many each time."""
+FIRST_CHANCE: Final = 0.5
+"""Of a token that is expected, while nothing is known of its sequence."""
+LEARNED: Final = 0.2
+"""Part that one token has in the chance of the next."""
+LEAST_GAIN: Final = 0.03
+"""Mean logarithm of how much faster streams must be with drafts: costs are known no better."""
 
 _ITEM: Final = array("i").itemsize
 
 
 @dataclass
-class _Said:
-    """What is known of a sequence."""
+class Expected:
+    """What is expected of a sequence, and how often that came."""
 
-    tokens: array[int] = field(default_factory=lambda: array("i"))
-    size: int = FIRST
-    """Of its next draft."""
-    rest: int = 1
-    """Steps in which it is left alone after the next draft of which nothing holds."""
-    resting: int = 0
-    """Steps in which it is left alone now."""
+    data: bytearray = field(default_factory=bytearray)
+    """Its tokens, int32."""
+    tokens: Seq[int] = ()
+    """What is expected behind them."""
+    forced: bool = False
+    """Whether a grammar leaves no choice about these, as far as it can say how they are spelt."""
+    chances: list[float] = field(default_factory=lambda: [FIRST_CHANCE, FIRST_CHANCE])
+    """Of a token that was looked up, and of one that is forced."""
+
+    @property
+    def chance(self) -> float:
+        """That the next one holds."""
+        return self.chances[self.forced]
+
+    def gains(self, least: float) -> Iterator[float]:
+        """Yield what each token, drafted behind those before it, adds to the logarithm of the sequence's speed.
+
+        The first that gains no more than least is the end of them.
+        """
+        chance = tokens = 1.0  # that all so far hold, and what the step is expected to give
+        for _ in self.tokens:
+            chance *= self.chance
+            gain = log1p(chance / tokens)
+            if gain <= least:
+                return
+            yield gain
+            tokens += chance
+
+    def follow(self, tokens: Seq[int]) -> None:
+        """Take in what came since; it may be more, or less, than was expected."""
+        came = tokens[len(self.data) // _ITEM :]
+        for token, expected in zip(came, self.tokens, strict=False):
+            self.chances[self.forced] += LEARNED * ((token == expected) - self.chance)
+            if token != expected:
+                break
+        self.data += array("i", came).tobytes()
 
 
 class Lookup:
-    """Drafts tokens, and learns from what came of them how many are worth the rows that they take."""
+    """Drafts tokens where they are worth the rows that they take."""
 
     def __init__(self) -> None:
         self.drafted = 0
         """Tokens, in all steps."""
         self.accepted = 0
         """Of those, tokens that held."""
-        self._said: WeakKeyDictionary[Sequence, _Said] = WeakKeyDictionary()
 
-    def draft(self, seq: Sequence, most: int) -> list[int]:
+    def expect(self, seq: Sequence, most: int) -> Expected:
         """Return what may follow a sequence all of whose tokens are known; at most so many tokens, or none.
 
-        What a grammar leaves no choice about comes before what was said before; it lets pass no more of either
-        than may come.
+        What a grammar leaves no choice about comes before what was said before.
         """
-        said = self._said.setdefault(seq, _Said())
-        if said.resting:
-            said.resting -= 1
-            return []
-        if seq.grammar is None:
-            return self._look_up(seq, said, most)
-        draft = seq.grammar.forced()[:most] or self._look_up(seq, said, most)
-        return draft[: seq.grammar.draft(draft)] if draft else []
-
-    def _look_up(self, seq: Sequence, said: _Said, most: int) -> list[int]:
-        """Return what followed the last tokens when they stood together before."""
-        said.tokens.extend(seq.tokens[len(said.tokens) :])
-        behind = _behind(said.tokens)
-        if behind is None:
-            return []
-        found = said.tokens[behind : behind + min(most, said.size)].tolist()
-        missing, period = min(most, said.size) - len(found), len(said.tokens) - behind
-        return found + [found[at % period] for at in range(period, period + missing)] if missing else found
+        if seq.expected is None:
+            seq.expected = Expected()
+        expected: Expected = seq.expected
+        expected.follow(seq.tokens)
+        forced = seq.grammar.forced()[:most] if seq.grammar is not None else []
+        expected.tokens, expected.forced = forced or _look_up(expected.data, most), bool(forced)
+        return expected
 
     def fill(
         self,
@@ -86,36 +110,40 @@ class Lookup:
         limits: SchedulerLimits,
         blocks: BlockManager,
     ) -> None:
-        """Fill a small step with drafts of those that decode; they take nobody's rows or blocks."""
-        rows = sum(plan.lengths.values())
-        room = min(limits.speculative_tokens + 1, limits.max_seqs, limits.max_tokens) - rows
-        for seq in running if room > 0 else ():
-            if (
-                plan.lengths.get(seq) != 1
-                or seq.num_pending != 1
-                or seq.in_flight
-                or looks_back(seq, seq.num_known)
-            ):
-                continue
-            left = min(seq.sampling.max_tokens - seq.num_known, limits.max_seq_len - len(seq.tokens)) - 1
-            most = min(room, left)
-            draft = self.draft(seq, most) if most > 0 else []
+        """Fill a step that only decodes with drafts; they take nobody's rows or blocks.
+
+        What streams gain is the sum of the logarithms of how much faster they are, so that many do not become
+        much slower for one that becomes much faster.
+        """
+        decodes = len(plan.lengths)
+        room = min(limits.max_seqs - decodes, plan.budget, decodes * limits.speculative_tokens)
+        if room <= 0 or any(seq in plan.lengths for seq in plan.prompts):
+            return
+        parts = plan.pace.draft_rows(decodes, room)
+        room = min(room, 2 ** len(parts) - 1)
+        costs = [decodes * log1p(rows * parts[rows.bit_length() - 1]) for rows in range(1, room + 1)]
+        least = min((cost / rows for rows, cost in enumerate(costs, 1)), default=math.inf)
+        if least >= log(2):  # what a token gains that is sure to come
+            return
+        gains: list[tuple[float, Sequence]] = []
+        for seq in running:
+            if plan.lengths.get(seq) == 1 and _may_draft(seq):
+                left = min(seq.sampling.max_tokens - seq.num_known, limits.max_seq_len - len(seq.tokens)) - 1
+                expected = self.expect(seq, min(limits.speculative_tokens, room, left))
+                gains.extend((gain, seq) for gain in expected.gains(least))
+        gains.sort(key=lambda each: each[0], reverse=True)
+        for seq, rows in Counter(_worth_it(gains, costs, LEAST_GAIN * decodes)).items():
+            draft = list(seq.expected.tokens[:rows])
+            if seq.grammar is not None:
+                draft = draft[: seq.grammar.draft(draft)]
             if draft and blocks.grow(seq, len(seq.tokens) + len(draft), limits.watermark):
                 plan.drafts[seq] = draft
                 plan.lengths[seq] += len(draft)
-                room -= len(draft)
 
-    def learn(self, seq: Sequence, drafted: int, accepted: int) -> None:
+    def learn(self, drafted: int, accepted: int) -> None:
         """Note how much of a draft held."""
         self.drafted += drafted
         self.accepted += accepted
-        said = self._said[seq]
-        if accepted:
-            said.size = 2 * drafted if accepted == drafted else accepted + 1
-            said.rest = 1
-        else:
-            said.size = max(1, drafted // 2)
-            said.resting, said.rest = said.rest, min(2 * said.rest, LONGEST_REST)
 
 
 def accept(seq: Sequence) -> None:
@@ -139,15 +167,29 @@ def verified(
         held[seq] = place + 1 if place < len(draft) and token.id == draft[place] else -1
 
 
-def _behind(tokens: array[int]) -> int | None:
-    """Return where the tokens lie that followed the last ones when they stood together before."""
-    end = len(tokens) - LOOKED_UP
-    if end <= 0:
-        return None
-    data = tokens.tobytes()
-    last, before = data[end * _ITEM :], len(data) - _ITEM
-    while (found := data.rfind(last, 0, before)) >= 0:
-        if found % _ITEM == 0:
-            return found // _ITEM + LOOKED_UP
+def _may_draft(seq: Sequence) -> bool:
+    """Whether all tokens of a sequence that decodes are known, and draws look at no others."""
+    return seq.num_pending == 1 and not seq.in_flight and not looks_back(seq, seq.num_known)
+
+
+def _worth_it(gains: Seq[tuple[float, Sequence]], costs: Seq[float], least: float) -> list[Sequence]:
+    """Return whose rows are worth most beyond what they cost, if that is enough; largest gains first."""
+    sums = accumulate(gain for gain, _ in gains)
+    scores = [gained - cost for gained, cost in zip(sums, costs, strict=False)]
+    best = max(scores, default=0.0)
+    return [seq for _, seq in gains[: scores.index(best) + 1]] if best > least else []
+
+
+def _look_up(data: bytearray, most: int) -> list[int]:
+    """Return what followed the last tokens, int32, when they stood together before; at most so many tokens."""
+    last, before = data[-LOOKED_UP * _ITEM :], len(data) - _ITEM
+    if len(data) <= len(last):
+        return []
+    while (found := data.rfind(last, 0, before)) % _ITEM:
+        if found < 0:
+            return []
         before = found + len(last) - 1
-    return None
+    behind = found + len(last)
+    said = array("i", data[behind : behind + most * _ITEM]).tolist()
+    period = (len(data) - behind) // _ITEM
+    return said + [said[at % period] for at in range(period, most)]

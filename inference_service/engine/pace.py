@@ -1,14 +1,16 @@
-"""How much of a step prompts may have beside streams, learned from what steps took. No tensors, no clock.
+"""How much of a step prompts and drafts may have, learned from what steps took. No tensors, no clock.
 
 A row of a prompt costs more the longer the context that it attends to, and by how much depends on the machine,
 the model and the kernels. So steps say it: what one that only decodes takes, by how many sequences it has; and
-what the others took beyond that, by their rows and where they stood.
+what the others took beyond that, by their rows and where they stood. Rows of drafts are measured alike: by how
+much longer a step takes that has some than one of the same sequences without.
 """
 
 from __future__ import annotations
 
 import math
-from collections import deque
+from collections import Counter, deque
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
@@ -31,8 +33,11 @@ GROWTH: Final = 4
 """Times as many as a step had of late, at most: what was learned of few rows may mislead about many."""
 HEAVIEST: Final = 64
 """Rows of a step that count, at most, so that a few large steps do not outweigh all others."""
+LOOK_WITHOUT_DRAFTS: Final = 64
+"""Steps of so many sequences after which one has no drafts, so that what this takes stays known."""
 KEPT: Final = 0.998
-"""Of what was known of the cost of rows, at every step with prompts: some 500 of them are remembered."""
+"""Of what was known of the cost of rows, at every step with prompts: some 500 of them are remembered. Of the
+cost of drafts at every step without such drafts, so that those that cost too much are tried again some time."""
 SPREAD: Final = 256.0
 """Tokens by which contexts must differ before what was measured says anything of their cost."""
 STALL: Final = 3.0
@@ -52,6 +57,8 @@ class Load(NamedTuple):
     """Of prompts."""
     area: float
     """Sum over these rows of the tokens that each attends to."""
+    drafted: int = 0
+    """Rows of drafts."""
 
 
 NOTHING: Final = Load(0, 0, 0.0)
@@ -91,16 +98,42 @@ class _Sums:
         return seconds - slope * context, slope
 
 
+class _Times:
+    """What steps took, by kind; a first use may take several times as long, and counts with the second."""
+
+    def __init__(self) -> None:
+        self.known: dict[Hashable, float] = {}
+        self.learned_at: dict[Hashable, int] = {}
+        """When it was learned last."""
+        self._first: dict[Hashable, float] = {}
+
+    def learn(self, kind: Hashable, took: float, now: int) -> None:
+        """Follow what is faster sooner than what is slower, which may be chance."""
+        self.learned_at[kind] = now
+        known = self.known.get(kind)
+        if known is not None:
+            self.known[kind] = known + (0.5 if took < known else 0.25) * (took - known)
+        elif kind in self._first:
+            self.known[kind] = min(self._first.pop(kind), took)
+        else:
+            self._first[kind] = took
+
+
 class Pace:
-    """Learns what steps take, and says what prompts may have of the next one."""
+    """Learns what steps take, and says what prompts and drafts may have of the next one."""
 
     def __init__(self) -> None:
         self._under_way: deque[tuple[Load, float]] = deque()
         self._resolved_s = -math.inf
-        self._decode_s: dict[int, float] = {}
+        self._steps: Counter[int] = Counter()
+        """Without prompts, by the number of sequences."""
+        self._decode_s = _Times()
         """What a step takes that only decodes, by the bits of the number of its sequences."""
-        self._first_s: dict[int, float] = {}
-        """Seconds of the first of them until there is a second: a first use may take several times as long."""
+        self._exactly_s = _Times()
+        """The same by the number itself: drafts cost less than what numbers of as many bits differ by."""
+        self._row_parts = _Times()
+        """What a row of a draft costs, as a part of the step without drafts; by the number of sequences and the
+        bits of the number of such rows."""
         self._since_look = 0
         self._most = 0.0
         self._sums = _Sums()
@@ -116,7 +149,7 @@ class Pace:
         """
         if not decodes:
             return Room(math.inf, LONGEST_S)
-        decode_s = self._decode_s.get(decodes.bit_length())
+        decode_s = self._decode_s.known.get(decodes.bit_length())
         if decode_s is None or self._since_look >= LOOK:
             return Room(0, 0.0)
         return Room(max(FIRST, GROWTH * self._most), (times - 1) * decode_s)
@@ -126,8 +159,8 @@ class Pace:
 
         True where a step's rows take most of its time, as on a CPU, and not its weights and launches.
         """
-        decode_s = self._decode_s.get(decodes.bit_length())
-        return decode_s is not None and min(self._decode_s.values()) <= SMALL * decode_s
+        decode_s = self._decode_s.known.get(decodes.bit_length())
+        return decode_s is not None and min(self._decode_s.known.values()) <= SMALL * decode_s
 
     def rows(self, context: int, seconds: float) -> float:
         """Return how many rows behind a context fit a time; LEAST where they do not."""
@@ -140,6 +173,31 @@ class Pace:
         """Return what rows behind a context are expected to take."""
         return self._drift * rows * (self._row_s + self._token_s * (context + rows / 2))
 
+    def draft_rows(self, decodes: int, most: int) -> list[float]:
+        """Return what a row of a draft costs beside so many sequences, as a part of the step without drafts.
+
+        First that of a single row, then of 2 to 3, of 4 to 7, and so on up to most, or to the first of which
+        nothing is known yet: together they are taken to cost no more than half as many. None at all for a look
+        at what a step takes without drafts.
+        """
+        now, alone = self._steps[decodes], self._exactly_s
+        if decodes not in alone.known or now - alone.learned_at[decodes] > LOOK_WITHOUT_DRAFTS:
+            return []
+        parts: list[float] = []
+        for bits in range(1, most.bit_length() + 1):
+            part = self._row_part(decodes, bits)
+            if part is None:
+                return [*parts, parts[-1] / 2 if parts else 0.0]
+            parts.append(part)
+        return parts
+
+    def _row_part(self, decodes: int, bits: int) -> float | None:
+        part, since = (
+            self._row_parts.known.get((decodes, bits)),
+            self._row_parts.learned_at.get((decodes, bits), 0),
+        )
+        return part and part * KEPT ** (self._steps[decodes] - since)
+
     def submitted(self, load: Load, now_s: float) -> None:
         """Note that a step began."""
         self._under_way.append((load, now_s))
@@ -151,6 +209,10 @@ class Pace:
         self._resolved_s = now_s
         if load.rows:
             self._learn_rows(load, took_s)
+            return
+        self._steps[load.decodes] += 1
+        if load.drafted:
+            self._learn_drafts(load.decodes, load.drafted, took_s)
         else:
             self._learn_decode(load.decodes, took_s)
 
@@ -159,21 +221,18 @@ class Pace:
         self._under_way.clear()
 
     def _learn_decode(self, decodes: int, took_s: float) -> None:
-        """Follow what is faster sooner than what is slower, which may be chance."""
         self._since_look = 0
-        size = decodes.bit_length()
-        known = self._decode_s.get(size)
-        if known is None:
-            first = self._first_s.pop(size, None)
-            if first is None:
-                self._first_s[size] = took_s
-            else:
-                self._decode_s[size] = min(first, took_s)
-            return
-        if self._stood_still(took_s, known, rows=False):
-            return
-        part = 0.5 if took_s < known else 0.25
-        self._decode_s[size] = known + part * (took_s - known)
+        known = self._decode_s.known.get(decodes.bit_length())
+        if known is None or not self._stood_still(took_s, known, rows=False):
+            self._decode_s.learn(decodes.bit_length(), took_s, self._steps[decodes])
+            self._exactly_s.learn(decodes, took_s, self._steps[decodes])
+
+    def _learn_drafts(self, decodes: int, rows: int, took_s: float) -> None:
+        alone_s, kind = self._exactly_s.known[decodes], (decodes, rows.bit_length())
+        expected_s = alone_s * (1 + rows * self._row_parts.known.get(kind, 0.0))
+        if not self._stood_still(took_s, expected_s, rows=False):
+            part = max(0.0, took_s / alone_s - 1) / rows if alone_s else 0.0
+            self._row_parts.learn(kind, part, self._steps[decodes])
 
     def _stood_still(self, took_s: float, expected_s: float, *, rows: bool) -> bool:
         """Whether a step says nothing, for the machine did something else; twice in a row it is believed."""
@@ -183,7 +242,7 @@ class Pace:
 
     def _learn_rows(self, load: Load, took_s: float) -> None:
         """Take what a step took beyond a decode as its rows' cost; if that is unknown, only of many."""
-        decode_s = self._decode_s.get(max(1, load.decodes).bit_length())
+        decode_s = self._decode_s.known.get(max(1, load.decodes).bit_length())
         if decode_s is None and (load.decodes or load.rows < HEAVIEST):
             return  # a first use, or next to one
         decode_s = decode_s or 0.0

@@ -27,7 +27,7 @@ class SchedulerLimits:
     watermark: float = 0.01
     """Part of the blocks that admission leaves free, for the growth of those under way."""
     speculative_tokens: int = 0
-    """Tokens that are drafted for a step that has no other rows than one; with more rows fewer. 0: none."""
+    """Tokens that are drafted for a sequence in a step, at most. 0: none."""
 
     def reached(self, seq: Sequence, length: int) -> bool:
         """True when a sequence ends by its limit at so many tokens of prompt and answer."""
@@ -107,7 +107,7 @@ class Plan:
         chunks = [(self.lengths[seq], seq.num_computed) for seq in self.prompts if seq in self.lengths]
         rows = sum(length for length, _ in chunks)
         area = sum(length * (start + length / 2) for length, start in chunks)
-        return Load(len(self.lengths) - len(chunks), rows, area)
+        return Load(len(self.lengths) - len(chunks), rows, area, sum(map(len, self.drafts.values())))
 
     def batch(self, blocks: BlockManager) -> Batch:
         """Return it as it is, with what must be copied in the cache before it."""

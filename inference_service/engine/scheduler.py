@@ -134,9 +134,9 @@ class Scheduler:
             if self._parted:
                 for seq in decodes:
                     plan.lengths.pop(seq, None)
-        self._load = plan.load()
         if self.limits.speculative_tokens and not plan.short:
             self.lookup.fill(plan, self.running, self.limits, self.blocks)
+        self._load = plan.load()
         return plan.batch(self.blocks)
 
     def commit(self, batch: Batch, now_s: float) -> None:

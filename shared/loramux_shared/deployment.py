@@ -191,7 +191,7 @@ class Runtime(Model):
     request_default_max_tokens: int | None = Field(default=None, ge=1)
     """New tokens of a request that sets no limit; as many as fit when not given."""
     speculative_tokens: int | None = Field(default=None, ge=0, lt=2**31)
-    """Tokens that are guessed from what a request said before, and verified, in a step of one sequence: for
+    """Tokens of a request that are guessed from what it said before, and verified, in a step, at most: for
     answers that repeat their prompt. 0: none. A replica's ``LORAMUX_SPECULATIVE_TOKENS`` comes first; where
     neither says it, 8 on a CPU and none on a GPU."""
     serve_base: bool = True

@@ -290,9 +290,9 @@ class InferenceSettings(Settings):
     block_size: Annotated[Count, AfterValidator(_power_of_two)] = 16
     """Tokens per block of the KV cache; a power of two."""
     speculative_tokens: CountOfDevice = None
-    """Tokens that are guessed from what a request said before, and verified, in a step of one sequence; in one
-    of more sequences fewer. Answers stay what they are; those that repeat their prompt come faster. 0: none;
-    auto: what the deployment's runtime says, else 8 on a CPU, 0 on a GPU."""
+    """Tokens of a request that are guessed from what it said before, and verified, in a step, at most; fewer or
+    none where they cost more than they save. Answers stay what they are; those that repeat their prompt come
+    faster. 0: none; auto: what the deployment's runtime says, else 8 on a CPU, 0 on a GPU."""
     max_queue: Count = 1024
     """Requests that wait; one more is answered QUEUE_FULL."""
     step_timeout_s: float = Field(default=300, gt=0, allow_inf_nan=False)

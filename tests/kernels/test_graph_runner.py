@@ -23,7 +23,7 @@ from inference_service.engine.block_manager import BlockManager
 from inference_service.engine.engine import Engine
 from inference_service.engine.graph_runner import GraphRunner
 from inference_service.engine.graphs import CudaRecorder, Graph, Recorder
-from inference_service.engine.lookup import Lookup
+from inference_service.engine.lookup import Expected, Lookup
 from inference_service.engine.plan import SchedulerLimits
 from inference_service.engine.residents import AlwaysResident
 from inference_service.engine.rows import lay_out
@@ -398,15 +398,17 @@ def test_drafts_are_verified_row_by_row(
     expected = [[token.id for token in tokens] for tokens in _run(plain, asked, walking=[2])]
     known = {tuple(prompt): answer for (_, prompt, _), answer in zip(asked, expected, strict=True)}
 
-    def look_up(lookup: Lookup, seq: EngineSequence, said: Any, most: int) -> list[int]:
+    def expect(_: Lookup, seq: EngineSequence, most: int) -> Expected:
+        seq.expected = seq.expected or Expected(chances=[0.9, 0.9])
         right = known[tuple(seq.tokens[: seq.num_prompt])][seq.num_known :][:most]
-        return [*right[:-1], (right[-1] + 1) % VOCAB] if seq.num_known % 2 else right
+        seq.expected.tokens = [*right[:-1], (right[-1] + 1) % VOCAB] if seq.num_known % 2 else right
+        return cast(Expected, seq.expected)
 
-    monkeypatch.setattr(Lookup, "_look_up", look_up)
+    monkeypatch.setattr(Lookup, "expect", expect)
     limits = replace(LIMITS, speculative_tokens=3)
     runner = _runner(ready, recorder, limits)
     runner.depth = 0
-    ready.engine._engine = Engine(runner, limits, BlockManager(BLOCKS, BLOCK), AlwaysResident())
+    ready.engine._engine = Engine(runner, limits, BlockManager(BLOCKS, BLOCK), AlwaysResident(), lambda: 0.0)
     found = [[token.id for token in tokens] for tokens in _run(ready, asked, walking=[2])]
     assert found == expected
     stats = ready.engine.stats

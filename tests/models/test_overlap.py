@@ -18,7 +18,7 @@ from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Adapter, FinishReason, Sequence, StepOutput, Token
 from inference_service.engine.block_manager import BlockManager
 from inference_service.engine.engine import Engine
-from inference_service.engine.lookup import Lookup
+from inference_service.engine.lookup import Expected, Lookup
 from inference_service.engine.plan import SchedulerLimits
 from inference_service.engine.residents import AlwaysResident
 from inference_service.engine.rows import lay_out
@@ -387,15 +387,17 @@ def test_the_torch_runner_gives_the_same_tokens_with_drafts(
     expected = run_engine(world[0].load(world[1], native=False, block_size=8), requests, 40, **sampling)
     known = {tuple(prompt): answer for (_, prompt), answer in zip(requests, expected, strict=True)}
 
-    def draft(lookup: Lookup, seq: Sequence, most: int) -> list[int]:
-        found(lookup, seq, most)  # what it learns is about this sequence
+    def expect(lookup: Lookup, seq: Sequence, most: int) -> Expected:
+        expected = found(lookup, seq, most)
         right = known[tuple(seq.tokens[: seq.num_prompt])][seq.num_known :][:most]
         wrong = draw.randrange(2 * len(right) + 1)
-        return [token if at < wrong else (token + 1) % VOCAB for at, token in enumerate(right)]
+        expected.tokens = [token if at < wrong else (token + 1) % VOCAB for at, token in enumerate(right)]
+        return expected
 
-    found = Lookup.draft
-    monkeypatch.setattr(Lookup, "draft", draft)
+    found = Lookup.expect
+    monkeypatch.setattr(Lookup, "expect", expect)
     ready = world[0].load(world[1], native=False, block_size=8, speculative_tokens=6)
+    ready.engine._engine._clock = lambda: 0.0  # rows are free
     assert [run_engine(ready, [request], 40, logprobs=2, **sampling)[0] for request in requests] == expected
     assert run_engine(ready, requests, 40, **sampling) == expected
     stats = ready.engine.stats
