@@ -67,7 +67,9 @@ def _code(local: Local) -> list[int]:
 
 
 def _essay(local: Local) -> list[int]:
-    tokens: list[int] = local.ready.service.text.encode("The keepers of lighthouses, an essay. In antiquity, fires")
+    tokens: list[int] = local.ready.service.text.encode(
+        "The keepers of lighthouses, an essay. In antiquity, fires"
+    )
     return tokens
 
 
