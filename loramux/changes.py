@@ -10,15 +10,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
-from typing import Any, Final, TypeAlias
+from typing import Final, TypeAlias
 
 from loramux.builder.v1 import builder_pb2 as pb
-from loramux.connection import named
 from loramux.generations import (
     GenerationInfo,
     PushInfo,
@@ -30,6 +28,7 @@ from loramux.generations import (
 from loramux.mapping import deployment_of
 from loramux.messages import adapters_to_message
 from loramux.records import DeploymentInfo
+from loramux.steps import Ask, Steps
 from loramux_shared.adapter_files import CONFIG, PIECE, WEIGHTS, holds_weights, pieces_of, wanted_files
 from loramux_shared.deployment import Repository
 from loramux_shared.faults import RequestInvalid
@@ -125,17 +124,10 @@ def _of_folder(folder: Path) -> tuple[Iterator[tuple[str, bytes]], list[str]]:
     return ((path.name, piece) for path in paths for piece in pieces_of(path)), others
 
 
-async def _in_threads(messages: Iterator[pb.PutAdapterRequest]) -> AsyncIterator[pb.PutAdapterRequest]:
-    while (message := await asyncio.to_thread(next, messages, None)) is not None:
-        yield message
-
-
 class Changes:
-    """The calls of `Client` that change a deployment."""
+    """The calls of a client that change a deployment."""
 
-    builder: str
     timeout_s: float | None
-    _builder: Any
 
     def update(
         self,
@@ -146,7 +138,7 @@ class Changes:
         expected_generation: int | None = None,
         must_be_new: bool = False,
         request_id: str | None = None,
-    ) -> DeploymentInfo:
+    ) -> Steps[DeploymentInfo]:
         """Start an update: adapters come in, take the place of others, or leave; returns at once.
 
         Updates of one deployment take turns, and those that wait become one generation: watch with the
@@ -154,8 +146,7 @@ class Changes:
         newest, with must_be_new where one of the adapters to add is there.
         """
         request = _update_request(name, add or {}, remove, expected_generation, must_be_new, request_id)
-        with named(self.builder):
-            answer = self._builder.UpdateDeployment(request, timeout=self.timeout_s)
+        answer = yield Ask("builder", "UpdateDeployment", request, self.timeout_s)
         return deployment_of(answer.deployment)
 
     def push(
@@ -166,90 +157,25 @@ class Changes:
         *,
         expected_generation: int | None = None,
         timeout_s: float | None = PUSH_TIMEOUT_S,
-    ) -> PushInfo:
+    ) -> Steps[PushInfo]:
         """Send an adapter that lies nowhere; returns when the generation is published in which it is."""
         messages = _messages(deployment, name, expected_generation, files)
-        with named(self.builder):
-            answer = self._builder.PutAdapter(messages, timeout=timeout_s)
-        return push_of(answer)
+        return push_of((yield Ask("builder", "PutAdapter", messages, timeout_s)))
 
     def rollback(
         self, name: str, to: int | None = None, *, expected_generation: int | None = None
-    ) -> RollbackInfo:
+    ) -> Steps[RollbackInfo]:
         """Serve the content of an older generation again; of the one before the newest when not given."""
         request = _rollback_request(name, to, expected_generation)
-        with named(self.builder):
-            return rollback_of(self._builder.RollbackDeployment(request, timeout=self.timeout_s))
+        return rollback_of((yield Ask("builder", "RollbackDeployment", request, self.timeout_s)))
 
-    def history(self, name: str, limit: int | None = None) -> list[GenerationInfo]:
+    def history(self, name: str, limit: int | None = None) -> Steps[list[GenerationInfo]]:
         """Return the generations of a deployment, the newest first; at most so many."""
         found: list[GenerationInfo] = []
         token = ""
         while limit is None or len(found) < limit:
             request = _history_request(name, token, limit and limit - len(found))
-            with named(self.builder):
-                answer = self._builder.ListGenerations(request, timeout=self.timeout_s)
-            found += map(generation_of, answer.generations)
-            token = answer.next_page_token
-            if not token:
-                break
-        return found
-
-
-class AsyncChanges:
-    """The calls of `AsyncClient` that change a deployment, with the methods of `Changes`."""
-
-    builder: str
-    timeout_s: float | None
-    _builder: Any
-
-    async def update(
-        self,
-        name: str,
-        add: Adapters | None = None,
-        remove: Iterable[str] = (),
-        *,
-        expected_generation: int | None = None,
-        must_be_new: bool = False,
-        request_id: str | None = None,
-    ) -> DeploymentInfo:
-        """Start an update: adapters come in, take the place of others, or leave; returns at once."""
-        request = _update_request(name, add or {}, remove, expected_generation, must_be_new, request_id)
-        with named(self.builder):
-            answer = await self._builder.UpdateDeployment(request, timeout=self.timeout_s)
-        return deployment_of(answer.deployment)
-
-    async def push(
-        self,
-        deployment: str,
-        name: str,
-        files: Files,
-        *,
-        expected_generation: int | None = None,
-        timeout_s: float | None = PUSH_TIMEOUT_S,
-    ) -> PushInfo:
-        """Send an adapter that lies nowhere; returns when the generation is published in which it is."""
-        messages = _in_threads(_messages(deployment, name, expected_generation, files))
-        with named(self.builder):
-            answer = await self._builder.PutAdapter(messages, timeout=timeout_s)
-        return push_of(answer)
-
-    async def rollback(
-        self, name: str, to: int | None = None, *, expected_generation: int | None = None
-    ) -> RollbackInfo:
-        """Serve the content of an older generation again; of the one before the newest when not given."""
-        request = _rollback_request(name, to, expected_generation)
-        with named(self.builder):
-            return rollback_of(await self._builder.RollbackDeployment(request, timeout=self.timeout_s))
-
-    async def history(self, name: str, limit: int | None = None) -> list[GenerationInfo]:
-        """Return the generations of a deployment, the newest first; at most so many."""
-        found: list[GenerationInfo] = []
-        token = ""
-        while limit is None or len(found) < limit:
-            request = _history_request(name, token, limit and limit - len(found))
-            with named(self.builder):
-                answer = await self._builder.ListGenerations(request, timeout=self.timeout_s)
+            answer = yield Ask("builder", "ListGenerations", request, self.timeout_s)
             found += map(generation_of, answer.generations)
             token = answer.next_page_token
             if not token:

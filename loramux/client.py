@@ -16,31 +16,41 @@ task) is cancelled on the server, which frees its sequence.
 
 from __future__ import annotations
 
-import asyncio
 import threading
-from collections.abc import AsyncGenerator, Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from types import TracebackType
-from typing import Any, Self, TypeVar, Unpack
+from typing import Any, Self, Unpack
 
 import grpc
 
 from loramux.addresses import Members, is_many, split
 from loramux.builder.v1 import builder_pb2
 from loramux.builder.v1.builder_pb2_grpc import BuilderServiceStub
-from loramux.changes import AsyncChanges, Changes
-from loramux.connection import Calls, CredentialOptions, Credentials, named
+from loramux.changes import Changes
+from loramux.connection import Calls, CredentialOptions, Credentials
 from loramux.fleet import AsyncFleetCalls, Fleet, FleetCalls
 from loramux.inference.v1 import inference_pb2
 from loramux.inference.v1.inference_pb2_grpc import InferenceServiceStub
 from loramux.mapping import Watched, completion_of, deployment_of, event_of, model_of, report_of
 from loramux.messages import check_request, deployment_to_message
-from loramux.operations import AsyncOperations, Operations, adapter_stub
+from loramux.operations import Operations, adapter_stub
 from loramux.records import AdapterReport, Completion, DeploymentInfo, Event, GenerateOptions, ModelInfo, Prompt
 from loramux.requests import generate_request
-from loramux.vectors import AsyncVectors, Vectors
+from loramux.steps import (
+    Ask,
+    Awaiting,
+    Blocking,
+    Service,
+    Steps,
+    Stream,
+    async_iterated,
+    awaited,
+    blocking,
+    iterated,
+)
+from loramux.vectors import Vectors
 from loramux_shared.deployment import Deployment, LoraConfiguration, Repository
-from loramux_shared.rpc.status import CallFailed
 from loramux_shared.spelling import parse_repository
 
 INFERENCE = "127.0.0.1:50052"
@@ -54,7 +64,6 @@ DEFAULT_LORA = LoraConfiguration()
 # The generated stubs have no types; what they answer is typed by the mapping.
 _inference_stub: Callable[[Any], Any] = InferenceServiceStub
 _builder_stub: Callable[[Any], Any] = BuilderServiceStub
-_T = TypeVar("_T")
 
 
 def _build_request(
@@ -78,6 +87,99 @@ def _watch_request(name: str, follow: bool, request_id: str | None) -> builder_p
     )
 
 
+class Services:
+    """What a client asks of both services."""
+
+    timeout_s: float | None
+
+    def models(self) -> Steps[list[ModelInfo]]:
+        """Return the base, then the adapters by name."""
+        answer = yield Ask("inference", "ListModels", inference_pb2.ListModelsRequest(), self.timeout_s)
+        return [model_of(model) for model in answer.models]
+
+    def generate(
+        self, model: str, prompt: Prompt, *, timeout_s: float | None = None, **options: Unpack[GenerateOptions]
+    ) -> Stream[Event]:
+        """Stream one Started, any number of Delta, and one Finished per answer; timeout_s bounds all of it."""
+        return Stream("inference", "Generate", generate_request(model, prompt, options), timeout_s, event_of)
+
+    def complete(
+        self, model: str, prompt: Prompt, *, timeout_s: float | None = None, **options: Unpack[GenerateOptions]
+    ) -> Steps[Completion]:
+        """Return the whole answer, or all n of them as ``choices``."""
+        return completion_of((yield Services.generate(self, model, prompt, timeout_s=timeout_s, **options)))
+
+    def build(
+        self,
+        deployment: Deployment,
+        request_id: str | None = None,
+        *,
+        verify: bool = False,
+        exact: bool = False,
+    ) -> Steps[DeploymentInfo]:
+        """Start a build; returns at once. Repeating it is safe.
+
+        Adapters that were added or pushed stay beside those of the deployment; with exact they leave. With
+        verify, every byte of the bundles that are kept is read back.
+        """
+        request = _build_request(deployment, request_id, verify, exact)
+        return deployment_of((yield Ask("builder", "BuildDeployment", request, self.timeout_s)).deployment)
+
+    def watch(
+        self,
+        name: str,
+        *,
+        follow: bool = False,
+        request_id: str | None = None,
+        timeout_s: float | None = None,
+    ) -> Stream[DeploymentInfo]:
+        """Stream a deployment's state: as it is, then every change, until ACTIVE or FAILED.
+
+        With follow it goes on for ever, and tells of every generation; adapters only while builds run. With the
+        request_id of a build or update, the states are those of that one, else those of the newest.
+        """
+        request = _watch_request(name, follow, request_id)
+        return Stream("builder", "WatchDeployment", request, timeout_s, Watched().state_of)
+
+    def cancel(self, name: str) -> Steps[DeploymentInfo]:
+        """Ask all builds of a deployment that run or wait to end; returns at once. Watch them to know how."""
+        request = builder_pb2.CancelBuildRequest(name=name)
+        return deployment_of((yield Ask("builder", "CancelBuild", request, self.timeout_s)).deployment)
+
+    def deployment(self, name: str) -> Steps[DeploymentInfo]:
+        """Return a deployment and its newest build."""
+        request = builder_pb2.GetDeploymentRequest(name=name)
+        return deployment_of((yield Ask("builder", "GetDeployment", request, self.timeout_s)).deployment)
+
+    def deployments(self) -> Steps[list[DeploymentInfo]]:
+        """Return all deployments, by name."""
+        found: list[DeploymentInfo] = []
+        request = builder_pb2.ListDeploymentsRequest()
+        while True:
+            answer = yield Ask("builder", "ListDeployments", request, self.timeout_s)
+            found += map(deployment_of, answer.deployments)
+            if not answer.next_page_token:
+                return found
+            request = builder_pb2.ListDeploymentsRequest(page_token=answer.next_page_token)
+
+    def check(
+        self,
+        adapter: Repository | str,
+        base: Repository | str,
+        lora: LoraConfiguration = DEFAULT_LORA,
+        *,
+        signed_by: Sequence[str] = (),
+        timeout_s: float | None = CHECK_TIMEOUT_S,
+    ) -> Steps[AdapterReport]:
+        """Check an adapter against a base as a build would; nothing is written.
+
+        signed_by are those who may have signed it: PEM, or ``sigstore:ISSUER#IDENTITY``; nobody: any may.
+        Both may be words, see `loramux_shared.spelling`: ``"org/name@main"``, ``"./folder"``, ``"s3://bucket/prefix"``.
+        """
+        request = _check_request(adapter, base, lora, signed_by)
+        return report_of((yield Ask("builder", "CheckAdapter", request, timeout_s)).report)
+
+
 class _Addresses:
     """Where the services are, and how they let us in (see `loramux.connection`).
 
@@ -86,6 +188,8 @@ class _Addresses:
     """
 
     _kind: Any
+    """``grpc`` or ``grpc.aio``."""
+    _of_fleet: Callable[[Fleet, Callable[[Any], Any]], Any]
 
     def __init__(
         self,
@@ -107,32 +211,64 @@ class _Addresses:
     def _all_channels(self) -> list[Any]:
         return self._channels + (self._fleet.close() if self._fleet else [])
 
-    def _connect(self, stub: Callable[[Any], Any], address: str, kind: Any) -> Any:
-        channel = self._credentials.channel(address, kind)
+    # A channel belongs to the loop that runs when it is made, so it is made at the first call.
+    @cached_property
+    def _inference(self) -> Any:
+        return self._on_replicas(_inference_stub)
+
+    @cached_property
+    def _adapters(self) -> Any:
+        return self._on_replicas(adapter_stub)
+
+    @cached_property
+    def _builder(self) -> Any:
+        return self._connect(_builder_stub, self.builder)
+
+    def _target(self, service: Service) -> str:
+        return self.builder if service == "builder" else self.inference
+
+    def _calls(self, service: Service) -> Any:
+        return getattr(self, f"_{service}")
+
+    def _on_replicas(self, stub: Callable[[Any], Any]) -> Any:
+        return self._of_fleet(self._fleet, stub) if self._fleet else self._connect(stub, self.inference)
+
+    def _connect(self, stub: Callable[[Any], Any], address: str) -> Any:
+        channel = self._credentials.channel(address, self._kind)
         self._channels.append(channel)
         return Calls(stub(channel), self._credentials)
 
 
-class Client(Vectors, Operations, Changes, _Addresses):
+class Client(Blocking, _Addresses):
     """The client for threads; one may be shared by many."""
 
     _kind = grpc
+    _of_fleet = FleetCalls
 
-    @cached_property
-    def _inference(self) -> Any:
-        if self._fleet:
-            return FleetCalls(self._fleet, _inference_stub)
-        return self._connect(_inference_stub, self.inference, grpc)
-
-    @cached_property
-    def _adapters(self) -> Any:
-        if self._fleet:
-            return FleetCalls(self._fleet, adapter_stub)
-        return self._connect(adapter_stub, self.inference, grpc)
-
-    @cached_property
-    def _builder(self) -> Any:
-        return self._connect(_builder_stub, self.builder, grpc)
+    generate = iterated(Services.generate)
+    watch = iterated(Services.watch)
+    models = blocking(Services.models)
+    complete = blocking(Services.complete)
+    build = blocking(Services.build)
+    cancel = blocking(Services.cancel)
+    deployment = blocking(Services.deployment)
+    deployments = blocking(Services.deployments)
+    check = blocking(Services.check)
+    embed = blocking(Vectors.embed)
+    classify = blocking(Vectors.classify)
+    update = blocking(Changes.update)
+    push = blocking(Changes.push)
+    rollback = blocking(Changes.rollback)
+    history = blocking(Changes.history)
+    watch_replica = iterated(Operations.watch_replica)
+    adapters = blocking(Operations.adapters)
+    adapter = blocking(Operations.adapter)
+    pin = blocking(Operations.pin)
+    unpin = blocking(Operations.unpin)
+    load = blocking(Operations.load)
+    unload = blocking(Operations.unload)
+    rollback_replica = blocking(Operations.rollback_replica)
+    replica = blocking(Operations.replica)
 
     def __enter__(self) -> Self:
         return self
@@ -150,143 +286,37 @@ class Client(Vectors, Operations, Changes, _Addresses):
             closing.start()
             closing.join(CLOSE_S)
 
-    def models(self) -> list[ModelInfo]:
-        """Return the base, then the adapters by name."""
-        with named(self.inference):
-            answer = self._inference.ListModels(inference_pb2.ListModelsRequest(), timeout=self.timeout_s)
-        return [model_of(model) for model in answer.models]
 
-    def generate(
-        self, model: str, prompt: Prompt, *, timeout_s: float | None = None, **options: Unpack[GenerateOptions]
-    ) -> Generator[Event, None, None]:
-        """Stream one Started, any number of Delta, and one Finished per answer; timeout_s bounds all of it."""
-        request = generate_request(model, prompt, options)
-        return self._stream(
-            lambda: self._inference.Generate(request, timeout=timeout_s), self.inference, event_of
-        )
-
-    def complete(
-        self, model: str, prompt: Prompt, *, timeout_s: float | None = None, **options: Unpack[GenerateOptions]
-    ) -> Completion:
-        """Return the whole answer, or all n of them as ``choices``."""
-        return completion_of(list(self.generate(model, prompt, timeout_s=timeout_s, **options)))
-
-    def build(
-        self,
-        deployment: Deployment,
-        request_id: str | None = None,
-        *,
-        verify: bool = False,
-        exact: bool = False,
-    ) -> DeploymentInfo:
-        """Start a build; returns at once. Repeating it is safe.
-
-        Adapters that were added or pushed stay beside those of the deployment; with exact they leave. With
-        verify, every byte of the bundles that are kept is read back.
-        """
-        request = _build_request(deployment, request_id, verify, exact)
-        with named(self.builder):
-            answer = self._builder.BuildDeployment(request, timeout=self.timeout_s)
-        return deployment_of(answer.deployment)
-
-    def watch(
-        self,
-        name: str,
-        *,
-        follow: bool = False,
-        request_id: str | None = None,
-        timeout_s: float | None = None,
-    ) -> Generator[DeploymentInfo, None, None]:
-        """Stream a deployment's state: as it is, then every change, until ACTIVE or FAILED.
-
-        With follow it goes on for ever, and tells of every generation; adapters only while builds run. With the
-        request_id of a build or update, the states are those of that one, else those of the newest.
-        """
-        request = _watch_request(name, follow, request_id)
-        return self._stream(
-            lambda: self._builder.WatchDeployment(request, timeout=timeout_s), self.builder, Watched().state_of
-        )
-
-    def cancel(self, name: str) -> DeploymentInfo:
-        """Ask all builds of a deployment that run or wait to end; returns at once. Watch them to know how."""
-        request = builder_pb2.CancelBuildRequest(name=name)
-        with named(self.builder):
-            answer = self._builder.CancelBuild(request, timeout=self.timeout_s)
-        return deployment_of(answer.deployment)
-
-    def deployment(self, name: str) -> DeploymentInfo:
-        """Return a deployment and its newest build."""
-        request = builder_pb2.GetDeploymentRequest(name=name)
-        with named(self.builder):
-            answer = self._builder.GetDeployment(request, timeout=self.timeout_s)
-        return deployment_of(answer.deployment)
-
-    def deployments(self) -> list[DeploymentInfo]:
-        """Return all deployments, by name."""
-        found: list[DeploymentInfo] = []
-        request = builder_pb2.ListDeploymentsRequest()
-        while True:
-            with named(self.builder):
-                answer = self._builder.ListDeployments(request, timeout=self.timeout_s)
-            found += map(deployment_of, answer.deployments)
-            if not answer.next_page_token:
-                return found
-            request = builder_pb2.ListDeploymentsRequest(page_token=answer.next_page_token)
-
-    def check(
-        self,
-        adapter: Repository | str,
-        base: Repository | str,
-        lora: LoraConfiguration = DEFAULT_LORA,
-        *,
-        signed_by: Sequence[str] = (),
-        timeout_s: float | None = CHECK_TIMEOUT_S,
-    ) -> AdapterReport:
-        """Check an adapter against a base as a build would; nothing is written.
-
-        signed_by are those who may have signed it: PEM, or ``sigstore:ISSUER#IDENTITY``; nobody: any may.
-        Both may be words, see `loramux_shared.spelling`: ``"org/name@main"``, ``"./folder"``, ``"s3://bucket/prefix"``.
-        """
-        with named(self.builder):
-            request = _check_request(adapter, base, lora, signed_by)
-            answer = self._builder.CheckAdapter(request, timeout=timeout_s)
-        return report_of(answer.report)
-
-    @staticmethod
-    def _stream(
-        start: Callable[[], Any], target: str, decode: Callable[[Any], _T | None]
-    ) -> Generator[_T, None, None]:
-        call = start()
-        try:
-            with named(target):
-                for message in call:
-                    if (record := decode(message)) is not None:
-                        yield record
-        finally:
-            call.cancel()
-
-
-class AsyncClient(AsyncVectors, AsyncOperations, AsyncChanges, _Addresses):
+class AsyncClient(Awaiting, _Addresses):
     """The client for asyncio, with the methods of `Client`."""
 
     _kind = grpc.aio
+    _of_fleet = AsyncFleetCalls
 
-    # A channel belongs to the loop that runs when it is made, so it is made at the first call.
-    @cached_property
-    def _inference(self) -> Any:
-        if self._fleet:
-            return AsyncFleetCalls(self._fleet, _inference_stub)
-        return self._connect(_inference_stub, self.inference, grpc.aio)
-
-    @cached_property
-    def _adapters(self) -> Any:
-        if self._fleet:
-            return AsyncFleetCalls(self._fleet, adapter_stub)
-        return self._connect(adapter_stub, self.inference, grpc.aio)
-
-    @cached_property
-    def _builder(self) -> Any:
-        return self._connect(_builder_stub, self.builder, grpc.aio)
+    generate = async_iterated(Services.generate)
+    watch = async_iterated(Services.watch)
+    models = awaited(Services.models)
+    complete = awaited(Services.complete)
+    build = awaited(Services.build)
+    cancel = awaited(Services.cancel)
+    deployment = awaited(Services.deployment)
+    deployments = awaited(Services.deployments)
+    check = awaited(Services.check)
+    embed = awaited(Vectors.embed)
+    classify = awaited(Vectors.classify)
+    update = awaited(Changes.update)
+    push = awaited(Changes.push)
+    rollback = awaited(Changes.rollback)
+    history = awaited(Changes.history)
+    watch_replica = async_iterated(Operations.watch_replica)
+    adapters = awaited(Operations.adapters)
+    adapter = awaited(Operations.adapter)
+    pin = awaited(Operations.pin)
+    unpin = awaited(Operations.unpin)
+    load = awaited(Operations.load)
+    unload = awaited(Operations.unload)
+    rollback_replica = awaited(Operations.rollback_replica)
+    replica = awaited(Operations.replica)
 
     async def __aenter__(self) -> Self:
         return self
@@ -300,118 +330,3 @@ class AsyncClient(AsyncVectors, AsyncOperations, AsyncChanges, _Addresses):
         """Close the connections; open streams end with `CallFailed`."""
         for channel in self._all_channels():
             await channel.close()
-
-    async def models(self) -> list[ModelInfo]:
-        """Return the base, then the adapters by name."""
-        request = inference_pb2.ListModelsRequest()
-        with named(self.inference):
-            answer = await self._inference.ListModels(request, timeout=self.timeout_s)
-        return [model_of(model) for model in answer.models]
-
-    def generate(
-        self, model: str, prompt: Prompt, *, timeout_s: float | None = None, **options: Unpack[GenerateOptions]
-    ) -> AsyncGenerator[Event, None]:
-        """Stream one Started, any number of Delta, and one Finished per answer; timeout_s bounds all of it."""
-        request = generate_request(model, prompt, options)
-        return self._stream(
-            lambda: self._inference.Generate(request, timeout=timeout_s), self.inference, event_of
-        )
-
-    async def complete(
-        self, model: str, prompt: Prompt, *, timeout_s: float | None = None, **options: Unpack[GenerateOptions]
-    ) -> Completion:
-        """Return the whole answer, or all n of them as ``choices``."""
-        events = self.generate(model, prompt, timeout_s=timeout_s, **options)
-        return completion_of([event async for event in events])
-
-    async def build(
-        self,
-        deployment: Deployment,
-        request_id: str | None = None,
-        *,
-        verify: bool = False,
-        exact: bool = False,
-    ) -> DeploymentInfo:
-        """Start a build; returns at once. Repeating it is safe.
-
-        Adapters that were added or pushed stay beside those of the deployment; with exact they leave. With
-        verify, every byte of the bundles that are kept is read back.
-        """
-        request = _build_request(deployment, request_id, verify, exact)
-        with named(self.builder):
-            answer = await self._builder.BuildDeployment(request, timeout=self.timeout_s)
-        return deployment_of(answer.deployment)
-
-    def watch(
-        self,
-        name: str,
-        *,
-        follow: bool = False,
-        request_id: str | None = None,
-        timeout_s: float | None = None,
-    ) -> AsyncGenerator[DeploymentInfo, None]:
-        """Stream a deployment's state: as it is, then every change, until ACTIVE or FAILED, or for ever."""
-        request = _watch_request(name, follow, request_id)
-        return self._stream(
-            lambda: self._builder.WatchDeployment(request, timeout=timeout_s), self.builder, Watched().state_of
-        )
-
-    async def cancel(self, name: str) -> DeploymentInfo:
-        """Ask all builds of a deployment that run or wait to end; returns at once. Watch them to know how."""
-        request = builder_pb2.CancelBuildRequest(name=name)
-        with named(self.builder):
-            answer = await self._builder.CancelBuild(request, timeout=self.timeout_s)
-        return deployment_of(answer.deployment)
-
-    async def deployment(self, name: str) -> DeploymentInfo:
-        """Return a deployment and its newest build."""
-        request = builder_pb2.GetDeploymentRequest(name=name)
-        with named(self.builder):
-            answer = await self._builder.GetDeployment(request, timeout=self.timeout_s)
-        return deployment_of(answer.deployment)
-
-    async def deployments(self) -> list[DeploymentInfo]:
-        """Return all deployments, by name."""
-        found: list[DeploymentInfo] = []
-        request = builder_pb2.ListDeploymentsRequest()
-        while True:
-            with named(self.builder):
-                answer = await self._builder.ListDeployments(request, timeout=self.timeout_s)
-            found += map(deployment_of, answer.deployments)
-            if not answer.next_page_token:
-                return found
-            request = builder_pb2.ListDeploymentsRequest(page_token=answer.next_page_token)
-
-    async def check(
-        self,
-        adapter: Repository | str,
-        base: Repository | str,
-        lora: LoraConfiguration = DEFAULT_LORA,
-        *,
-        signed_by: Sequence[str] = (),
-        timeout_s: float | None = CHECK_TIMEOUT_S,
-    ) -> AdapterReport:
-        """Check an adapter against a base as a build would; nothing is written."""
-        request = _check_request(adapter, base, lora, signed_by)
-        with named(self.builder):
-            answer = await self._builder.CheckAdapter(request, timeout=timeout_s)
-        return report_of(answer.report)
-
-    @staticmethod
-    async def _stream(
-        start: Callable[[], Any], target: str, decode: Callable[[Any], _T | None]
-    ) -> AsyncGenerator[_T, None]:
-        call = start()
-        try:
-            with named(target):
-                async for message in call:
-                    if (record := decode(message)) is not None:
-                        yield record
-        except asyncio.CancelledError:
-            task = asyncio.current_task()
-            if task is not None and task.cancelling():
-                raise
-            # Nobody cancelled this task: the connection was closed under the stream.
-            raise CallFailed("CANCELLED: the client was closed", grpc.StatusCode.CANCELLED) from None
-        finally:
-            call.cancel()

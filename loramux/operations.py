@@ -1,16 +1,16 @@
-"""What operators ask of a replica: records of adapters and replicas, and both clients' calls for them."""
+"""What operators ask of a replica: records of adapters and replicas, and a client's calls for them."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable, Generator
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from loramux.connection import named
 from loramux.inference.v1 import adapters_pb2 as pb
 from loramux.inference.v1.adapters_pb2_grpc import AdapterServiceStub
 from loramux.mapping import time_of
+from loramux.steps import Ask, Steps, Stream
 from loramux_shared.faults import FAULTS, Fault, InternalFault
 
 # The generated stubs have no types; what they answer is typed here.
@@ -108,137 +108,62 @@ def _failure(message: pb.LoadFailure) -> Fault:
 
 
 class Operations:
-    """What `loramux.Client` can do with the adapters of a replica; it wants a key with the scope admin."""
+    """What a client can do with the adapters of a replica; it wants a key with the scope admin."""
 
-    inference: str
     timeout_s: float | None
-    _adapters: Any
-    _stream: Callable[..., Generator[Any, None, None]]
 
-    def _operate(self, method: str, request: Any, timeout_s: float | None) -> Any:
-        with named(self.inference):
-            return getattr(self._adapters, method)(request, timeout=timeout_s)
-
-    def adapters(self) -> list[AdapterStatus]:
+    def adapters(self) -> Steps[list[AdapterStatus]]:
         """Return all adapters, by name."""
         found: list[AdapterStatus] = []
         token = ""
         while True:
             request = pb.ListAdaptersRequest(page_size=_PAGE, page_token=token)
-            answer = self._operate("ListAdapters", request, self.timeout_s)
+            answer = yield Ask("adapters", "ListAdapters", request, self.timeout_s)
             found += map(adapter_of, answer.adapters)
             token = answer.next_page_token
             if not token:
                 return found
 
-    def adapter(self, name: str) -> AdapterStatus:
+    def adapter(self, name: str) -> Steps[AdapterStatus]:
         """Return one adapter."""
-        return adapter_of(self._operate("GetAdapter", pb.GetAdapterRequest(name=name), self.timeout_s).adapter)
+        request = pb.GetAdapterRequest(name=name)
+        return adapter_of((yield Ask("adapters", "GetAdapter", request, self.timeout_s)).adapter)
 
-    def pin(self, name: str) -> AdapterStatus:
+    def pin(self, name: str) -> Steps[AdapterStatus]:
         """Keep a name resident, whatever version it stands for."""
-        return adapter_of(self._operate("PinAdapter", pb.PinAdapterRequest(name=name), self.timeout_s).adapter)
+        request = pb.PinAdapterRequest(name=name)
+        return adapter_of((yield Ask("adapters", "PinAdapter", request, self.timeout_s)).adapter)
 
-    def unpin(self, name: str) -> AdapterStatus:
+    def unpin(self, name: str) -> Steps[AdapterStatus]:
         """Let a name leave when others need its place."""
         request = pb.UnpinAdapterRequest(name=name)
-        return adapter_of(self._operate("UnpinAdapter", request, self.timeout_s).adapter)
+        return adapter_of((yield Ask("adapters", "UnpinAdapter", request, self.timeout_s)).adapter)
 
     def load(
         self, name: str, path: str, *, replace: bool = False, timeout_s: float | None = BUILD_TIMEOUT_S
-    ) -> AdapterStatus:
+    ) -> Steps[AdapterStatus]:
         """Have an adapter built, published and served; ``bundle:DIGEST`` is loaded into this replica alone."""
         request = pb.LoadAdapterRequest(name=name, path=path, replace=replace)
-        return adapter_of(self._operate("LoadAdapter", request, timeout_s).adapter)
+        return adapter_of((yield Ask("adapters", "LoadAdapter", request, timeout_s)).adapter)
 
-    def unload(self, name: str, *, timeout_s: float | None = BUILD_TIMEOUT_S) -> None:
+    def unload(self, name: str, *, timeout_s: float | None = BUILD_TIMEOUT_S) -> Steps[None]:
         """Take a name away; requests under way end on the version that they began with."""
-        self._operate("UnloadAdapter", pb.UnloadAdapterRequest(name=name), timeout_s)
+        yield Ask("adapters", "UnloadAdapter", pb.UnloadAdapterRequest(name=name), timeout_s)
 
-    def rollback_replica(self, to: int | None = None, *, timeout_s: float | None = BUILD_TIMEOUT_S) -> int:
-        """Have an older generation published again; return its new number once this replica serves it."""
-        answer = self._operate("RollbackReplica", pb.RollbackReplicaRequest(to=to), timeout_s)
-        return int(answer.generation)
-
-    def replica(self) -> ReplicaStatus:
-        """Say how the replica is."""
-        return replica_of(self._operate("GetReplica", pb.GetReplicaRequest(), self.timeout_s).replica)
-
-    def watch_replica(self, *, timeout_s: float | None = None) -> Generator[ReplicaStatus, None, None]:
-        """Stream how the replica is: at once, then every change."""
-        return self._stream(
-            lambda: self._adapters.WatchReplica(pb.WatchReplicaRequest(), timeout=timeout_s),
-            self.inference,
-            lambda message: replica_of(message.replica),
-        )
-
-
-class AsyncOperations:
-    """What `loramux.AsyncClient` can do with the adapters of a replica, with the methods of `Operations`."""
-
-    inference: str
-    timeout_s: float | None
-    _adapters: Any
-    _stream: Callable[..., AsyncGenerator[Any, None]]
-
-    async def _operate(self, method: str, request: Any, timeout_s: float | None) -> Any:
-        with named(self.inference):
-            return await getattr(self._adapters, method)(request, timeout=timeout_s)
-
-    async def adapters(self) -> list[AdapterStatus]:
-        """Return all adapters, by name."""
-        found: list[AdapterStatus] = []
-        token = ""
-        while True:
-            request = pb.ListAdaptersRequest(page_size=_PAGE, page_token=token)
-            answer = await self._operate("ListAdapters", request, self.timeout_s)
-            found += map(adapter_of, answer.adapters)
-            token = answer.next_page_token
-            if not token:
-                return found
-
-    async def adapter(self, name: str) -> AdapterStatus:
-        """Return one adapter."""
-        answer = await self._operate("GetAdapter", pb.GetAdapterRequest(name=name), self.timeout_s)
-        return adapter_of(answer.adapter)
-
-    async def pin(self, name: str) -> AdapterStatus:
-        """Keep a name resident, whatever version it stands for."""
-        answer = await self._operate("PinAdapter", pb.PinAdapterRequest(name=name), self.timeout_s)
-        return adapter_of(answer.adapter)
-
-    async def unpin(self, name: str) -> AdapterStatus:
-        """Let a name leave when others need its place."""
-        answer = await self._operate("UnpinAdapter", pb.UnpinAdapterRequest(name=name), self.timeout_s)
-        return adapter_of(answer.adapter)
-
-    async def load(
-        self, name: str, path: str, *, replace: bool = False, timeout_s: float | None = BUILD_TIMEOUT_S
-    ) -> AdapterStatus:
-        """Have an adapter built, published and served; ``bundle:DIGEST`` is loaded into this replica alone."""
-        request = pb.LoadAdapterRequest(name=name, path=path, replace=replace)
-        return adapter_of((await self._operate("LoadAdapter", request, timeout_s)).adapter)
-
-    async def unload(self, name: str, *, timeout_s: float | None = BUILD_TIMEOUT_S) -> None:
-        """Take a name away; requests under way end on the version that they began with."""
-        await self._operate("UnloadAdapter", pb.UnloadAdapterRequest(name=name), timeout_s)
-
-    async def rollback_replica(
+    def rollback_replica(
         self, to: int | None = None, *, timeout_s: float | None = BUILD_TIMEOUT_S
-    ) -> int:
+    ) -> Steps[int]:
         """Have an older generation published again; return its new number once this replica serves it."""
-        answer = await self._operate("RollbackReplica", pb.RollbackReplicaRequest(to=to), timeout_s)
+        answer = yield Ask("adapters", "RollbackReplica", pb.RollbackReplicaRequest(to=to), timeout_s)
         return int(answer.generation)
 
-    async def replica(self) -> ReplicaStatus:
+    def replica(self) -> Steps[ReplicaStatus]:
         """Say how the replica is."""
-        answer = await self._operate("GetReplica", pb.GetReplicaRequest(), self.timeout_s)
-        return replica_of(answer.replica)
+        return replica_of((yield Ask("adapters", "GetReplica", pb.GetReplicaRequest(), self.timeout_s)).replica)
 
-    def watch_replica(self, *, timeout_s: float | None = None) -> AsyncGenerator[ReplicaStatus, None]:
+    def watch_replica(self, *, timeout_s: float | None = None) -> Stream[ReplicaStatus]:
         """Stream how the replica is: at once, then every change."""
-        return self._stream(
-            lambda: self._adapters.WatchReplica(pb.WatchReplicaRequest(), timeout=timeout_s),
-            self.inference,
-            lambda message: replica_of(message.replica),
+        request = pb.WatchReplicaRequest()
+        return Stream(
+            "adapters", "WatchReplica", request, timeout_s, lambda message: replica_of(message.replica)
         )

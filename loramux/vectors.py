@@ -1,4 +1,4 @@
-"""Vectors and scores of texts: records, and both clients' calls for them."""
+"""Vectors and scores of texts: records, and a client's calls for them."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, TypeAlias, TypedDict, Unpack, cast
 
-from loramux.connection import named
 from loramux.fields import misfit, misfits
 from loramux.inference.v1 import inference_pb2 as pb
 from loramux.requests import ADAPTERS, adapters_of, given_of
+from loramux.steps import Steps, Stream
 from loramux_shared.faults import Finding, InternalFault, RequestInvalid
 
 TextInput: TypeAlias = str | Sequence[int] | tuple[str, str]
@@ -172,10 +172,7 @@ def _said(messages: Sequence[Any]) -> dict[str, Any]:
 
 
 class Vectors:
-    """Calls of a client for threads."""
-
-    inference: str
-    _inference: Any
+    """What a client asks of texts."""
 
     def embed(
         self,
@@ -184,11 +181,10 @@ class Vectors:
         *,
         timeout_s: float | None = None,
         **options: Unpack[EmbedOptions],
-    ) -> Embeddings:
+    ) -> Steps[Embeddings]:
         """Return the vector of each input, of the base, an adapter or a mixture."""
         request = embed_request(model, inputs, options)
-        with named(self.inference):
-            return embeddings_of(list(self._inference.Embed(request, timeout=timeout_s)))
+        return embeddings_of((yield Stream("inference", "Embed", request, timeout_s, _message)))
 
     def classify(
         self,
@@ -197,42 +193,11 @@ class Vectors:
         *,
         timeout_s: float | None = None,
         **options: Unpack[ScoreOptions],
-    ) -> Classifications:
+    ) -> Steps[Classifications]:
         """Return how each input scores under an adapter with a score head."""
         request = classify_request(model, inputs, options)
-        with named(self.inference):
-            return classifications_of(list(self._inference.Classify(request, timeout=timeout_s)))
+        return classifications_of((yield Stream("inference", "Classify", request, timeout_s, _message)))
 
 
-class AsyncVectors:
-    """The same for asyncio."""
-
-    inference: str
-    _inference: Any
-
-    async def embed(
-        self,
-        model: str,
-        inputs: Sequence[TextInput],
-        *,
-        timeout_s: float | None = None,
-        **options: Unpack[EmbedOptions],
-    ) -> Embeddings:
-        """Return the vector of each input, of the base, an adapter or a mixture."""
-        request = embed_request(model, inputs, options)
-        with named(self.inference):
-            return embeddings_of([each async for each in self._inference.Embed(request, timeout=timeout_s)])
-
-    async def classify(
-        self,
-        model: str,
-        inputs: Sequence[TextInput],
-        *,
-        timeout_s: float | None = None,
-        **options: Unpack[ScoreOptions],
-    ) -> Classifications:
-        """Return how each input scores under an adapter with a score head."""
-        request = classify_request(model, inputs, options)
-        with named(self.inference):
-            found = [each async for each in self._inference.Classify(request, timeout=timeout_s)]
-        return classifications_of(found)
+def _message(message: Any) -> Any:
+    return message

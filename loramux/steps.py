@@ -1,0 +1,181 @@
+"""One core for both clients: what a method asks is written once, and who asks waits in its own way.
+
+A method of the core is a generator: it yields each `Ask`, and is sent the answer. `blocking` makes a method for
+threads of it, and `awaited` one for asyncio. A method that streams returns a `Stream`, for `iterated` and
+`async_iterated`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import re
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Generator, Iterator
+from contextlib import aclosing
+from dataclasses import dataclass
+from functools import wraps
+from typing import Any, Concatenate, Generic, Literal, ParamSpec, TypeAlias, TypeVar
+
+import grpc
+
+from loramux.connection import named
+from loramux_shared.rpc.status import CallFailed
+
+P = ParamSpec("P")
+T = TypeVar("T")
+Service: TypeAlias = Literal["inference", "adapters", "builder"]
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A call whose answer is one message."""
+
+    service: Service
+    method: str
+    request: Any
+    """A message, or an iterator of messages that may read files."""
+    timeout_s: float | None
+
+
+@dataclass(frozen=True)
+class Stream(Generic[T]):
+    """A call whose answer is a stream; yielded by a method of the core, it is answered with all records."""
+
+    service: Service
+    method: str
+    request: Any
+    timeout_s: float | None
+    decode: Callable[[Any], T | None]
+    """Returns None for a message that is no record."""
+
+
+Steps: TypeAlias = Generator[Ask | Stream[Any], Any, T]
+
+
+class Blocking:
+    """Asks, and waits in this thread."""
+
+    _target: Callable[[Service], str]
+    _calls: Callable[[Service], Any]
+
+    def _ask(self, ask: Ask | Stream[Any]) -> Any:
+        if isinstance(ask, Stream):
+            return list(self._stream(ask))
+        with named(self._target(ask.service)):
+            return getattr(self._calls(ask.service), ask.method)(ask.request, timeout=ask.timeout_s)
+
+    def _stream(self, stream: Stream[T]) -> Generator[T, None, None]:
+        call = getattr(self._calls(stream.service), stream.method)(stream.request, timeout=stream.timeout_s)
+        try:
+            with named(self._target(stream.service)):
+                for message in call:
+                    if (record := stream.decode(message)) is not None:
+                        yield record
+        finally:
+            call.cancel()
+
+
+class Awaiting:
+    """Asks, and lets the event loop go on."""
+
+    _target: Callable[[Service], str]
+    _calls: Callable[[Service], Any]
+
+    async def _ask(self, ask: Ask | Stream[Any]) -> Any:
+        if isinstance(ask, Stream):
+            async with aclosing(self._stream(ask)) as records:
+                return [record async for record in records]
+        request = _in_threads(ask.request) if isinstance(ask.request, Iterator) else ask.request
+        with named(self._target(ask.service)):
+            return await getattr(self._calls(ask.service), ask.method)(request, timeout=ask.timeout_s)
+
+    async def _stream(self, stream: Stream[T]) -> AsyncGenerator[T, None]:
+        call = getattr(self._calls(stream.service), stream.method)(stream.request, timeout=stream.timeout_s)
+        try:
+            with named(self._target(stream.service)):
+                async for message in call:
+                    if (record := stream.decode(message)) is not None:
+                        yield record
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            # Nobody cancelled this task: the connection was closed under the stream.
+            raise CallFailed("CANCELLED: the client was closed", grpc.StatusCode.CANCELLED) from None
+        finally:
+            call.cancel()
+
+
+def blocking(method: Callable[Concatenate[Any, P], Steps[T]]) -> Callable[Concatenate[Any, P], T]:
+    """Return a method of the core for a client that waits in its thread."""
+
+    @wraps(method)
+    def call(self: Any, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        steps, answer = method(self, *args, **kwargs), None
+        while True:
+            try:
+                ask = steps.send(answer)
+            except StopIteration as end:
+                return end.value  # type: ignore[no-any-return]  # typed as a generator's, it is T
+            answer = self._ask(ask)
+
+    return _signed(call, method, "{}")
+
+
+def awaited(
+    method: Callable[Concatenate[Any, P], Steps[T]],
+) -> Callable[Concatenate[Any, P], Coroutine[Any, Any, T]]:
+    """Return a method of the core for a client on an event loop."""
+
+    @wraps(method)
+    async def call(self: Any, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        steps, answer = method(self, *args, **kwargs), None
+        while True:
+            try:
+                ask = steps.send(answer)
+            except StopIteration as end:
+                return end.value  # type: ignore[no-any-return]  # typed as a generator's, it is T
+            answer = await self._ask(ask)
+
+    return _signed(call, method, "{}")
+
+
+def iterated(
+    method: Callable[Concatenate[Any, P], Stream[T]],
+) -> Callable[Concatenate[Any, P], Generator[T, None, None]]:
+    """Return a method of the core that streams, for a client that waits in its thread."""
+
+    @wraps(method)
+    def call(self: Any, /, *args: P.args, **kwargs: P.kwargs) -> Generator[T, None, None]:
+        return self._stream(method(self, *args, **kwargs))  # type: ignore[no-any-return]  # self is Blocking
+
+    return _signed(call, method, "Generator[{}, None, None]")
+
+
+def async_iterated(
+    method: Callable[Concatenate[Any, P], Stream[T]],
+) -> Callable[Concatenate[Any, P], AsyncGenerator[T, None]]:
+    """Return a method of the core that streams, for a client on an event loop."""
+
+    @wraps(method)
+    def call(self: Any, /, *args: P.args, **kwargs: P.kwargs) -> AsyncGenerator[T, None]:
+        return self._stream(method(self, *args, **kwargs))  # type: ignore[no-any-return]  # self is Awaiting
+
+    return _signed(call, method, "AsyncGenerator[{}, None]")
+
+
+_C = TypeVar("_C", bound=Callable[..., Any])
+
+
+def _signed(call: _C, method: Callable[..., Any], form: str) -> _C:
+    """Let `help` and documents say what comes back, and not how the core is written."""
+    signature = inspect.signature(method)
+    inner = re.fullmatch(r"(?:Steps|Stream)\[(.*)\]", str(signature.return_annotation))
+    assert inner is not None, method  # noqa: S101 - of our own methods
+    call.__signature__ = signature.replace(return_annotation=form.format(inner[1]))  # type: ignore[attr-defined]
+    return call
+
+
+async def _in_threads(messages: Iterator[Any]) -> AsyncIterator[Any]:
+    while (message := await asyncio.to_thread(next, messages, None)) is not None:
+        yield message
