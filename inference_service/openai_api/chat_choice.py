@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import Final
 
+from inference_service.chat.pieces import CallArguments, CallBegun, Piece, Said, Thought
 from inference_service.core.sequence import FinishReason, Token
 from inference_service.openai_api.logprobs import Names, chat_logprobs
-from inference_service.openai_api.pieces import CallArguments, CallBegun, Piece, Said, Thought
 from inference_service.openai_api.reply import REASONS, Json, ended_by
 from inference_service.serving.request import Delta, Finished
 

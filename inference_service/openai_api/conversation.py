@@ -8,15 +8,15 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Final
 
+from inference_service.chat.demands import Demand
+from inference_service.chat.formats.calls import Calls
+from inference_service.chat.formats.frame import Thinking
+from inference_service.chat.formats.lark import Asked
+from inference_service.chat.formats.table import Dialect, dialect_of
+from inference_service.chat.pieces import CallArguments, CallBegun, Piece, Reading, Said, Thought
 from inference_service.core.constraint import Constraint
 from inference_service.openai_api.chat_schema import ChatBody, NamedTool, Tool
-from inference_service.openai_api.dialects.calls import Calls
-from inference_service.openai_api.dialects.demands import Demand
-from inference_service.openai_api.dialects.frame import Thinking
-from inference_service.openai_api.dialects.lark import Asked
-from inference_service.openai_api.dialects.table import Dialect, dialect_of
 from inference_service.openai_api.mapping import callable_tools, chat_request, demanded_tools, is_forced
-from inference_service.openai_api.pieces import CallArguments, CallBegun, Piece, Reading, Said, Thought
 from inference_service.serving.request import Delta, Finished, Message, PromptLogprobs, Request, Started
 from inference_service.serving.service import GenerationService
 from inference_service.text.text import Text

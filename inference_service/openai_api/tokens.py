@@ -8,9 +8,9 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from inference_service.adapters.defaults import NO_DEFAULTS, AdapterDefaults
+from inference_service.chat.formats.table import dialect_of
 from inference_service.openai_api import answers
 from inference_service.openai_api.body import read_body
-from inference_service.openai_api.dialects.table import dialect_of
 from inference_service.openai_api.mapping import messages_of, refused
 from inference_service.openai_api.reply import json_response
 from inference_service.openai_api.tokens_schema import DetokenizeBody, TokenizeBody

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from hypothesis import strategies as st
 
-from inference_service.openai_api.pieces import CallArguments, CallBegun, Piece, Reading, Said, Thought
+from inference_service.chat.pieces import CallArguments, CallBegun, Piece, Reading, Said, Thought
 
 Heard = list[list[str]]
 """``["said", text]``, ``["thought", text]`` and ``["call", name, arguments]``, each as long as it goes on."""

@@ -7,12 +7,12 @@ from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from typing import Final
 
+from inference_service.chat.pieces import Thought
 from inference_service.core.sequence import FinishReason
 from inference_service.openai_api.conversation import Conversation, Told
 from inference_service.openai_api.messages.content import Content
 from inference_service.openai_api.messages.mapping import Chat
 from inference_service.openai_api.messages.schema import MessagesBody
-from inference_service.openai_api.pieces import Thought
 from inference_service.openai_api.reply import Head, Json
 from inference_service.serving.request import WORDLESS, Delta, Finished, Started
 from inference_service.serving.service import GenerationService

@@ -9,7 +9,7 @@ from typing import Final
 
 from pydantic_core import from_json
 
-from inference_service.openai_api.pieces import CallArguments, CallBegun, Piece, Said, Thought
+from inference_service.chat.pieces import CallArguments, CallBegun, Piece, Said, Thought
 from inference_service.openai_api.reply import Json
 
 FIELDS: Final = {"text": "text", "thinking": "thinking", "tool_use": "partial_json"}

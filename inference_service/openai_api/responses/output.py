@@ -11,9 +11,9 @@ import secrets
 from collections.abc import Iterable, Sequence
 from typing import Final, Literal
 
+from inference_service.chat.pieces import CallArguments, CallBegun, Piece, Said, Thought
 from inference_service.core.sequence import Token
 from inference_service.openai_api.logprobs import Names, chat_logprobs
-from inference_service.openai_api.pieces import CallArguments, CallBegun, Piece, Said, Thought
 from inference_service.openai_api.reply import Json
 from inference_service.openai_api.responses.carried import carried
 from inference_service.openai_api.responses.tools import Offered

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from inference_service.chat.pieces import CallArguments, CallBegun, Piece, Said, Thought
 from inference_service.openai_api.messages.content import Content, input_of, signature_of
-from inference_service.openai_api.pieces import CallArguments, CallBegun, Piece, Said, Thought
 
 PIECES: list[Piece] = [
     Thought("I "),

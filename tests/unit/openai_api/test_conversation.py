@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer
 
+from inference_service.chat.pieces import Piece
 from inference_service.core.sequence import FinishReason
 from inference_service.openai_api.chat_schema import ChatBody
 from inference_service.openai_api.conversation import Conversation, Told
 from inference_service.openai_api.mapping import NO_HEADERS
-from inference_service.openai_api.pieces import Piece
 from inference_service.serving.request import Delta, Event, Finished, Request, Started
 from inference_service.serving.telemetry.record import Record, Watcher
 from inference_service.text.chat_template import ChatTemplate

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from llguidance import LLMatcher
 
+from inference_service.chat.formats.lark import Asked, calls_schema
+from inference_service.chat.pieces import Said, Thought
 from inference_service.core.sequence import Token
 from inference_service.openai_api.chat_choice import ChatChoice
-from inference_service.openai_api.dialects.lark import Asked, calls_schema
-from inference_service.openai_api.pieces import Said, Thought
 from inference_service.openai_api.reply import usage
 from inference_service.serving.request import Delta
 

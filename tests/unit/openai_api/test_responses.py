@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from inference_service.chat.pieces import CallArguments, CallBegun, Piece, Said, Thought
 from inference_service.core.sequence import Token
 from inference_service.openai_api.chat_schema import ChatBody
 from inference_service.openai_api.mapping import callable_tools, chat_request, is_forced, messages_of
-from inference_service.openai_api.pieces import CallArguments, CallBegun, Piece, Said, Thought
 from inference_service.openai_api.responses.carried import carried, uncarried
 from inference_service.openai_api.responses.mapping import chat_of, in_words_of
 from inference_service.openai_api.responses.output import Output

@@ -25,11 +25,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
-from inference_service.openai_api.dialects.calls import Calls
-from inference_service.openai_api.dialects.frame import Block
-from inference_service.openai_api.dialects.json_calls import json_calls
-from inference_service.openai_api.dialects.source import Reader, Source, marks
-from inference_service.openai_api.dialects.values import is_text, typed, written
+from inference_service.chat.formats.calls import Calls
+from inference_service.chat.formats.frame import Block
+from inference_service.chat.formats.json_calls import json_calls
+from inference_service.chat.formats.source import Reader, Source, marks
+from inference_service.chat.formats.values import is_text, typed, written
 
 BEGIN: Final = "<tool_call>"
 END: Final = "</tool_call>"

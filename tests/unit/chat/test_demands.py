@@ -13,11 +13,11 @@ import jsonschema
 import pytest
 from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
 
+from inference_service.chat.demands import Demand
+from inference_service.chat.formats.calls import Calls
+from inference_service.chat.formats.lark import Asked
+from inference_service.chat.formats.table import Dialect
 from inference_service.core.constraint import Constraint
-from inference_service.openai_api.dialects.calls import Calls
-from inference_service.openai_api.dialects.demands import Demand
-from inference_service.openai_api.dialects.lark import Asked
-from inference_service.openai_api.dialects.table import Dialect
 from inference_service.serving.parsers import shown
 from inference_service.text.chat_template import ChatTemplate
 from inference_service.text.sandbox import grammars as sandbox

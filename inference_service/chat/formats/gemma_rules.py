@@ -5,17 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
-from inference_service.openai_api.dialects import gemma
-from inference_service.openai_api.dialects.arguments import (
-    CannotSayError,
-    arguments,
-    asks_more,
-    is_open,
-    shown,
-    texts,
-)
-from inference_service.openai_api.dialects.lark import Asked, Spelling, either, json_of, quoted, row
-from inference_service.openai_api.dialects.values import types_of
+from inference_service.chat.formats import gemma
+from inference_service.chat.formats.arguments import CannotSayError, arguments, asks_more, is_open, shown, texts
+from inference_service.chat.formats.lark import Asked, Spelling, either, json_of, quoted, row
+from inference_service.chat.formats.values import types_of
 
 _OPEN: Final = """\
 open: "{{" (open_m ("," open_m)*)? "}}"

@@ -6,13 +6,13 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from inference_service.chat.formats import harmony
+from inference_service.chat.formats.arguments import CannotSayError
+from inference_service.chat.formats.frame import Thinking
+from inference_service.chat.formats.grammars import CallGrammar, call_grammar
+from inference_service.chat.formats.lark import ANYTHING, Asked, Spelling, calls_schema
+from inference_service.chat.formats.table import Dialect
 from inference_service.core.constraint import Constraint
-from inference_service.openai_api.dialects import harmony
-from inference_service.openai_api.dialects.arguments import CannotSayError
-from inference_service.openai_api.dialects.frame import Thinking
-from inference_service.openai_api.dialects.grammars import CallGrammar, call_grammar
-from inference_service.openai_api.dialects.lark import ANYTHING, Asked, Spelling, calls_schema
-from inference_service.openai_api.dialects.table import Dialect
 from inference_service.text.text import Text
 from loramux_shared.faults import Finding, RequestInvalid
 from loramux_shared.parsers import ToolParser

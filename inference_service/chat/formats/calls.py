@@ -7,7 +7,7 @@ import string
 from collections.abc import Mapping
 from typing import Any, Final
 
-from inference_service.openai_api.pieces import CallArguments, CallBegun, call_id
+from inference_service.chat.pieces import CallArguments, CallBegun, call_id
 
 SHORT: Final = 9
 """Letters and digits of an id in templates that bound it."""

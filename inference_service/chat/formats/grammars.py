@@ -9,10 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from inference_service.openai_api.dialects import gemma, harmony, listed, llama, tagged
-from inference_service.openai_api.dialects.arguments import arguments, is_open, texts
-from inference_service.openai_api.dialects.gemma_rules import GemmaRules
-from inference_service.openai_api.dialects.lark import (
+from inference_service.chat.formats import gemma, harmony, listed, llama, tagged
+from inference_service.chat.formats.arguments import arguments, is_open, texts
+from inference_service.chat.formats.gemma_rules import GemmaRules
+from inference_service.chat.formats.lark import (
     Asked,
     Spelling,
     calls_schema,

@@ -6,12 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from inference_service.openai_api.dialects import gemma, harmony, listed, llama, tagged
-from inference_service.openai_api.dialects.calls import Calls
-from inference_service.openai_api.dialects.frame import Block, Thinking, answer, nothing
-from inference_service.openai_api.dialects.source import Answer, Reader, Source
-from inference_service.openai_api.dialects.turns import call_by_call, with_short_ids
-from inference_service.openai_api.pieces import Plain, Reading
+from inference_service.chat.formats import gemma, harmony, listed, llama, tagged
+from inference_service.chat.formats.calls import Calls
+from inference_service.chat.formats.frame import Block, Thinking, answer, nothing
+from inference_service.chat.formats.source import Answer, Reader, Source
+from inference_service.chat.formats.turns import call_by_call, with_short_ids
+from inference_service.chat.pieces import Plain, Reading
 from inference_service.serving.parsers import parsers_of
 from inference_service.serving.request import Message
 from inference_service.text.chat_template import ChatTemplate

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from inference_service.openai_api.dialects.calls import SHORT
+from inference_service.chat.formats.calls import SHORT
 from inference_service.serving.request import Message
 
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any, Final
 
-from inference_service.openai_api.dialects.values import types_of
+from inference_service.chat.formats.values import types_of
 
 SAID_ABOUT: Final = frozenset(
     {"type", "description", "title", "default", "examples", "deprecated", "readOnly", "writeOnly", "$comment"}

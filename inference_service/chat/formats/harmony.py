@@ -18,9 +18,9 @@ from __future__ import annotations
 import re
 from typing import Final
 
-from inference_service.openai_api.dialects.calls import Calls
-from inference_service.openai_api.dialects.source import Reader, Source, marks
-from inference_service.openai_api.pieces import Piece, Said, Thought
+from inference_service.chat.formats.calls import Calls
+from inference_service.chat.formats.source import Reader, Source, marks
+from inference_service.chat.pieces import Piece, Said, Thought
 
 START: Final = "<|start|>"
 CHANNEL: Final = "<|channel|>"

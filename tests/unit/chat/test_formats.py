@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from inference_service.openai_api.dialects.calls import Calls
-from inference_service.openai_api.dialects.table import Dialect
-from inference_service.openai_api.pieces import CallArguments, CallBegun, Reading, Said
+from inference_service.chat.formats.calls import Calls
+from inference_service.chat.formats.table import Dialect
+from inference_service.chat.pieces import CallArguments, CallBegun, Reading, Said
 from inference_service.serving.parsers import shown
 from loramux_shared.parsers import Parsers, ReasoningParser, ToolParser
 from tests.support.readings import Heard, cuts_of, read

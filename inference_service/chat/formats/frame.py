@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from inference_service.openai_api.dialects.source import Marks, Reader, Source, marks
-from inference_service.openai_api.pieces import Said, Thought
+from inference_service.chat.formats.source import Marks, Reader, Source, marks
+from inference_service.chat.pieces import Said, Thought
 
 Block = Callable[[Source], Reader[bool]]
 """Reads what stands behind a mark, with its end; says whether it was what the mark promises. If not, it has

@@ -28,11 +28,11 @@ import re
 from collections.abc import Mapping
 from typing import Any, Final
 
-from inference_service.openai_api.dialects.calls import Calls
-from inference_service.openai_api.dialects.frame import Block
-from inference_service.openai_api.dialects.json_calls import json_calls
-from inference_service.openai_api.dialects.source import Reader, Source
-from inference_service.openai_api.dialects.values import MAX_DEPTH, MAX_LITERAL, PARSING, plain, written
+from inference_service.chat.formats.calls import Calls
+from inference_service.chat.formats.frame import Block
+from inference_service.chat.formats.json_calls import json_calls
+from inference_service.chat.formats.source import Reader, Source
+from inference_service.chat.formats.values import MAX_DEPTH, MAX_LITERAL, PARSING, plain, written
 
 PYTHON_TAG: Final = "<|python_tag|>"
 OLMO: Final = "<function_calls>"

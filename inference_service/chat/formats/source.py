@@ -11,7 +11,7 @@ from collections.abc import Callable, Generator, Sequence
 from functools import lru_cache
 from typing import Final, TypeVar
 
-from inference_service.openai_api.pieces import Piece
+from inference_service.chat.pieces import Piece
 
 T = TypeVar("T")
 Reader = Generator[Piece | None, None, T]

@@ -10,8 +10,8 @@ import json
 import re
 from typing import Final
 
-from inference_service.openai_api.dialects.calls import Calls
-from inference_service.openai_api.dialects.source import Reader, Source
+from inference_service.chat.formats.calls import Calls
+from inference_service.chat.formats.source import Reader, Source
 
 ARGUMENTS: Final = frozenset({"arguments", "parameters"})
 """Llama says parameters, all others arguments."""

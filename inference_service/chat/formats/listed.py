@@ -21,10 +21,10 @@ import re
 from collections.abc import Mapping
 from typing import Final
 
-from inference_service.openai_api.dialects.calls import Calls
-from inference_service.openai_api.dialects.frame import Block
-from inference_service.openai_api.dialects.json_calls import json_arguments, json_calls
-from inference_service.openai_api.dialects.source import Reader, Source
+from inference_service.chat.formats.calls import Calls
+from inference_service.chat.formats.frame import Block
+from inference_service.chat.formats.json_calls import json_arguments, json_calls
+from inference_service.chat.formats.source import Reader, Source
 
 GRANITE: Final = "<|tool_call|>"
 PHI_END: Final = "<|/tool_call|>"

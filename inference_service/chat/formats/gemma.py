@@ -16,10 +16,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from inference_service.openai_api.dialects.calls import Calls
-from inference_service.openai_api.dialects.frame import Block
-from inference_service.openai_api.dialects.source import Reader, Source, marks
-from inference_service.openai_api.dialects.values import MAX_DEPTH, PARSING, literal, written
+from inference_service.chat.formats.calls import Calls
+from inference_service.chat.formats.frame import Block
+from inference_service.chat.formats.source import Reader, Source, marks
+from inference_service.chat.formats.values import MAX_DEPTH, PARSING, literal, written
 
 
 @dataclass(frozen=True)
