@@ -8,8 +8,8 @@ from functools import partial
 
 import structlog
 
-from inference_service.openai_api import protocol
-from inference_service.openai_api.server import HttpServer
+from inference_service.http.server import HttpServer
+from inference_service.http.wire import protocol
 from inference_service.replica import TELL_S, Replica, end_broken
 from inference_service.rpc import adapters as adapters_rpc
 from inference_service.rpc.adapters import AdapterServicer

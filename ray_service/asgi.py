@@ -8,7 +8,7 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message
 
-from inference_service.openai_api.refusals import fault_response
+from inference_service.http.wire.refusals import fault_response
 from loramux_shared.faults import PermissionDenied
 from ray_service.calls import HttpCall, Messages, require_local
 

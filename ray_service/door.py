@@ -12,8 +12,8 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from inference_service.openai_api.refusals import fault_event, fault_response
-from inference_service.openai_api.stream import while_connected
+from inference_service.http.wire.refusals import fault_event, fault_response
+from inference_service.http.wire.stream import while_connected
 from loramux_shared.faults import Fault
 from loramux_shared.routes import ROUTES
 from loramux_shared.rpc.options import MAX_REQUEST_BYTES

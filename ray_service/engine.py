@@ -10,7 +10,7 @@ from typing import Any
 
 import structlog
 
-from inference_service.openai_api.app import create_app
+from inference_service.http.app import create_app
 from inference_service.replica import TELL_S, Replica, end_broken
 from inference_service.rpc import adapters as adapters_rpc
 from inference_service.rpc.adapters import AdapterServicer

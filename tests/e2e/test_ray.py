@@ -19,7 +19,7 @@ import pytest
 import pytest_asyncio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from inference_service.openai_api.server import HttpServer
+from inference_service.http.server import HttpServer
 from inference_service.rpc.servicer import SERVICE_NAME, InferenceServicer, register
 from loramux.client import AsyncClient, Client
 from loramux.faults import ModelNotFound, ReplicaFailed, RequestInvalid

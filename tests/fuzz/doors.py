@@ -22,15 +22,16 @@ from builder_service.pipeline.context import BuildContext
 from builder_service.rpc.servicer import SERVICE_NAME as BUILDER
 from builder_service.rpc.servicer import BuilderServicer
 from inference_service.adapters.fixed import fixed_manager
-from inference_service.openai_api.app import ENDPOINTS
-from inference_service.openai_api.chat_schema import ChatBody
-from inference_service.openai_api.messages.schema import CountBody, MessagesBody
-from inference_service.openai_api.operators import LoadBody, RollbackBody, UnloadBody
-from inference_service.openai_api.pooling_schema import PoolingBody
-from inference_service.openai_api.responses.schema import CompactBody, ResponsesBody
-from inference_service.openai_api.schema import Body, CompletionBody
-from inference_service.openai_api.server import HttpServer
-from inference_service.openai_api.tokens_schema import DetokenizeBody, TokenizeBody
+from inference_service.http.admin.operators import LoadBody, RollbackBody, UnloadBody
+from inference_service.http.admin.tokens_schema import DetokenizeBody, TokenizeBody
+from inference_service.http.anthropic.schema import CountBody, MessagesBody
+from inference_service.http.app import ENDPOINTS
+from inference_service.http.openai.chat_schema import ChatBody
+from inference_service.http.openai.schema import CompletionBody
+from inference_service.http.responses.schema import CompactBody, ResponsesBody
+from inference_service.http.server import HttpServer
+from inference_service.http.vectors.pooling_schema import PoolingBody
+from inference_service.http.wire.body import Body
 from inference_service.rpc import adapters
 from inference_service.rpc.adapters import SERVICE_NAME as ADAPTERS
 from inference_service.rpc.adapters import AdapterServicer

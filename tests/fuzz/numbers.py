@@ -10,7 +10,7 @@ from typing import Annotated, Any, Final, Literal, Never, Union, get_args, get_o
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from pydantic import BaseModel
 
-from inference_service.openai_api.chat_schema import AllowedTools, NamedTool
+from inference_service.http.openai.chat_schema import AllowedTools, NamedTool
 
 NUMBERS: Final[tuple[float, ...]] = (
     0, -1, 1, 128, 129, 1024, 1025, 2**31 - 1, 2**31, 2**32, 2**53 + 1, 2**63 - 1, 2**63, 2**64 - 1, 2**64,

@@ -16,8 +16,8 @@ import pytest_asyncio
 from google.protobuf.json_format import MessageToDict, Parse, ParseError
 from google.protobuf.message import Message
 
-from inference_service.openai_api.app import ENDPOINTS
-from inference_service.openai_api.operators import LoadBody
+from inference_service.http.admin.operators import LoadBody
+from inference_service.http.app import ENDPOINTS
 from inference_service.rpc.servicer import SERVICE_NAME
 from inference_service.serving.json_size import MAX_NAMES
 from loramux.builder.v1 import builder_pb2

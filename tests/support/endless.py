@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Self
 
 from inference_service.core.sequence import Token
-from inference_service.openai_api import protocol
-from inference_service.openai_api.server import HttpServer
+from inference_service.http.server import HttpServer
+from inference_service.http.wire import protocol
 from inference_service.rpc.servicer import SERVICE_NAME, InferenceServicer, register
 from inference_service.serving.request import Delta, Event, Request, Started
 from inference_service.text.text import Text

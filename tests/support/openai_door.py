@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 from openai import AsyncOpenAI
 
-from inference_service.openai_api.server import HttpServer
+from inference_service.http.server import HttpServer
 from inference_service.startup.load import Ready
 from loramux_shared.storage.memory import MemoryStore
 from tests.support.service import until_free

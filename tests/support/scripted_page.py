@@ -15,8 +15,8 @@ from inference_service.adapters.catalog import Catalog, ServedModel
 from inference_service.adapters.manager import AdapterManager
 from inference_service.core.sequence import Adapter, FinishReason, Token
 from inference_service.engine.engine import EngineStats, SequenceCounts
-from inference_service.openai_api import server as door
-from inference_service.openai_api.server import HttpServer
+from inference_service.http import server as door
+from inference_service.http.server import HttpServer
 from inference_service.serving.engine_thread import EngineThread
 from inference_service.serving.request import Delta, Event, Finished, Request, Started
 from inference_service.serving.service import GenerationService, ServingLimits

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from inference_service.adapters.catalog import Catalog, ServedModel
 from inference_service.core.sequence import FinishReason, Token
-from inference_service.openai_api.server import HttpServer
+from inference_service.http.server import HttpServer
 from inference_service.rpc.servicer import SERVICE_NAME, InferenceServicer, register
 from inference_service.serving.naming import Naming
 from inference_service.serving.request import Delta, Event, Finished, Request, Started

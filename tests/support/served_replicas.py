@@ -12,7 +12,7 @@ from builder_service.builds.limits import BuildLimits
 from builder_service.pipeline.check import Checks
 from builder_service.pipeline.context import BuildContext
 from builder_service.rpc.servicer import SERVICE_NAME, BuilderServicer
-from inference_service.openai_api.server import HttpServer
+from inference_service.http.server import HttpServer
 from inference_service.operators import Operators
 from loramux_shared.access.guard import NOBODY_GUARDS, Guard
 from loramux_shared.rpc.server import RpcServer

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from inference_service.core.sequence import FinishReason
-from inference_service.openai_api.server import HttpServer
+from inference_service.http.server import HttpServer
 from inference_service.serving.request import Event, Request
 from inference_service.text.text import Text
 from loramux_shared.access.guard import NOBODY_GUARDS, Guard

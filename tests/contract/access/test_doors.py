@@ -22,8 +22,8 @@ from builder_service.pipeline.context import BuildContext
 from builder_service.rpc.servicer import SERVICE_NAME as BUILDER
 from builder_service.rpc.servicer import BuilderServicer
 from inference_service.adapters.fixed import fixed_manager
-from inference_service.openai_api.app import ENDPOINTS, create_app
-from inference_service.openai_api.refusals import fault_body
+from inference_service.http.app import ENDPOINTS, create_app
+from inference_service.http.wire.refusals import fault_body
 from inference_service.rpc.adapters import SERVICE_NAME as ADAPTERS
 from inference_service.rpc.adapters import AdapterServicer
 from inference_service.rpc.adapters import register as register_adapters

@@ -14,7 +14,7 @@ import httpx
 import pytest
 import structlog
 
-from inference_service.openai_api.server import HttpServer
+from inference_service.http.server import HttpServer
 from loramux import AsyncClient, Client
 from loramux.cli.exits import Exit
 from loramux_shared.access.guard import Guard

@@ -10,7 +10,7 @@ from typing import cast
 import httpx
 import pytest
 
-from inference_service.openai_api.app import create_app
+from inference_service.http.app import create_app
 from inference_service.rpc.adapters import SERVICE_NAME, AdapterServicer, register
 from inference_service.serving.service import GenerationService, ServingLimits
 from loramux import AsyncClient

@@ -20,7 +20,7 @@ from builder_service.pipeline.progress import Progress
 from inference_service.adapters.catalog import ServedModel
 from inference_service.adapters.defaults import NO_DEFAULTS, AdapterDefaults
 from inference_service.core.sequence import Sequence
-from inference_service.openai_api.server import HttpServer
+from inference_service.http.server import HttpServer
 from inference_service.rpc.servicer import SERVICE_NAME, InferenceServicer, register
 from inference_service.serving.request import Delta, Request, Started
 from inference_service.serving.service import GenerationService

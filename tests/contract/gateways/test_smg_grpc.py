@@ -15,7 +15,7 @@ import pytest
 import pytest_asyncio
 from openai import APIStatusError, AsyncOpenAI
 
-from inference_service.openai_api.server import HttpServer
+from inference_service.http.server import HttpServer
 from tests.support.served_replicas import Built
 from tests.support.smg import running_smg
 from tests.support.vllm_doors import MODEL, Doors, open_doors

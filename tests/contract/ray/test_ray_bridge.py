@@ -10,7 +10,7 @@ import pytest
 import pytest_asyncio
 from google.rpc import error_details_pb2, status_pb2
 
-from inference_service.openai_api.app import create_app
+from inference_service.http.app import create_app
 from inference_service.rpc.servicer import InferenceServicer, register
 from loramux.inference.v1 import inference_pb2 as pb
 from loramux_shared.access.guard import NOBODY_GUARDS, Guard

@@ -12,8 +12,8 @@ from pathlib import Path
 import grpc
 import pytest
 
-from inference_service.openai_api import protocol
-from inference_service.openai_api.protocol import MAX_HEAD_BYTES
+from inference_service.http.wire import protocol
+from inference_service.http.wire.protocol import MAX_HEAD_BYTES
 from inference_service.rpc.servicer import SERVICE_NAME
 from loramux import AsyncClient
 from loramux.inference.v1 import inference_pb2 as pb

@@ -1,6 +1,6 @@
 """vLLM's own parameters, as clients that were written for it send them, over HTTP.
 
-Their bounds are judged in tests/unit/openai_api/test_bounds.py. That bodies hand them on by name is seen in
+Their bounds are judged in tests/unit/http/test_bounds.py. That bodies hand them on by name is seen in
 tests/unit/project/test_knobs.py, so each effect is shown with one kind of prompt, and streamed if it differs.
 """
 

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from inference_service.adapters.catalog import Catalog, ServedModel
 from inference_service.core.sequence import FinishReason, Token
 from inference_service.engine.engine import SequenceCounts
-from inference_service.openai_api.app import create_app
+from inference_service.http.app import create_app
 from inference_service.serving.naming import Naming
 from inference_service.serving.request import Delta, Event, Finished, PromptLogprobs, Request, Started
 from inference_service.serving.service import GenerationService, ServingLimits

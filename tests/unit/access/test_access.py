@@ -11,7 +11,7 @@ import pytest
 import structlog
 
 from inference_service.adapters.catalog import Catalog, ServedModel
-from inference_service.openai_api.refusals import fault_response
+from inference_service.http.wire.refusals import fault_response
 from loramux_shared.access.asgi import AccessMiddleware
 from loramux_shared.access.guard import is_local, open_guard
 from loramux_shared.access.keyring import Keyring, bearer, key_of

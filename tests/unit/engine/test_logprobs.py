@@ -11,9 +11,9 @@ from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Sequence, Token
 from inference_service.engine.logprobs import processed, report
 from inference_service.engine.sampler import sample
+from inference_service.http.openai.logprobs import prompt_logprobs
 from inference_service.kernels.sampling import RowParams
 from inference_service.kernels.sampling.reference import distribution
-from inference_service.openai_api.logprobs import prompt_logprobs
 from inference_service.text.text import Text
 from tests.support.tiny import VOCAB, write_tokenizer
 

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from inference_service.core.sampling import SamplingParams
-from inference_service.openai_api.chat_schema import (
+from inference_service.http.admin.tokens_schema import DetokenizeBody, TokenizeBody
+from inference_service.http.openai.chat_schema import (
     ChatBody,
     ChatMessage,
     Function,
@@ -21,14 +22,15 @@ from inference_service.openai_api.chat_schema import (
     Tool,
     ToolCall,
 )
-from inference_service.openai_api.responses.items import (
+from inference_service.http.openai.schema import CompletionBody, StreamOptions, StructuredOutputs
+from inference_service.http.responses.items import (
     CallItem,
     CompactionItem,
     MessageItem,
     OutputItem,
     ReasoningItem,
 )
-from inference_service.openai_api.responses.schema import (
+from inference_service.http.responses.schema import (
     CompactBody,
     Reasoning,
     ResponsesBody,
@@ -36,14 +38,8 @@ from inference_service.openai_api.responses.schema import (
     TextConfig,
     TextFormat,
 )
-from inference_service.openai_api.responses.tools import FunctionTool, NamespaceTool
-from inference_service.openai_api.schema import (
-    Body,
-    CompletionBody,
-    StreamOptions,
-    StructuredOutputs,
-)
-from inference_service.openai_api.tokens_schema import DetokenizeBody, TokenizeBody
+from inference_service.http.responses.tools import FunctionTool, NamespaceTool
+from inference_service.http.wire.body import Body
 from inference_service.rpc.mapping import TRANSLATED
 from inference_service.serving.bounds import IDS, NUMBERS, TEXTS
 from inference_service.serving.request import Request
@@ -174,7 +170,7 @@ def _section(name: str) -> str:
 
 def test_the_page_has_the_bound_of_the_temperature() -> None:
     """The field in the browser takes what the server takes."""
-    page = (ROOT / "inference_service/openai_api/page/index.html").read_text()
+    page = (ROOT / "inference_service/http/page/index.html").read_text()
     [field] = re.findall(r'<input id="temperature"[^>]*>', page)
     assert 'min="0"' in field
     assert f'max="{MAX_TEMPERATURE:g}"' in field

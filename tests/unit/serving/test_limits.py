@@ -10,7 +10,7 @@ import pytest
 from inference_service.adapters.catalog import ServedModel
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import FAIR, Sequence, Share, Token
-from inference_service.openai_api.errors import headers_of, status_of
+from inference_service.http.wire.errors import headers_of, status_of
 from inference_service.serving.limits import FEW_METERS, Limiter, Ticket
 from inference_service.serving.request import Delta
 from loramux_shared.access.rights import EVERYTHING, Access, Scope

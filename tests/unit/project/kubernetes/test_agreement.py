@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from inference_service.openai_api.app import ENDPOINTS
+from inference_service.http.app import ENDPOINTS
 from loramux_shared.access.rights import Scope
 from loramux_shared.deployment_file import parse_deployment
 from loramux_shared.settings import CLIENT_VARIABLES, PREFIX, BuilderSettings, InferenceSettings, load_settings

@@ -1,0 +1,1 @@
+"""The HTTP APIs: a room for each, on one wire."""

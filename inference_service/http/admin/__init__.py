@@ -1,0 +1,1 @@
+"""What operators and trainers ask: adapters, rollbacks, pauses, tokens, the load."""

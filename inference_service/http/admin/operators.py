@@ -1,0 +1,190 @@
+"""What operators do with adapters over HTTP: vLLM's two routes, and ours for the page."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Annotated, ClassVar, Final
+
+from pydantic import Field
+from starlette.requests import Request as HttpRequest
+from starlette.responses import PlainTextResponse, Response
+
+from inference_service.adapters.manager import MAX_PAGE, MAX_TOKEN, PAGE, AdapterManager
+from inference_service.adapters.views import AdapterView, ReplicaView
+from inference_service.http import answers
+from inference_service.http.wire.body import Body, Examples, read_body
+from inference_service.http.wire.errors import error_body, headers_of, status_of
+from inference_service.http.wire.query import Query, read_query
+from inference_service.http.wire.reply import json_response
+from inference_service.serving.service import GenerationService
+from loramux_shared.faults import AdapterExists, Fault, PermissionDenied
+
+VLLM_TYPES: Final = {400: "BadRequestError", 404: "NotFoundError"}
+"""Other statuses have the reason of the fault."""
+Name = Annotated[str, Field(min_length=1, max_length=256)]
+Path = Annotated[str, Field(min_length=1, max_length=4096)]
+
+
+class LoadBody(Body):
+    """vLLM's request for an adapter."""
+
+    examples: ClassVar[Examples] = {"repository": {"lora_name": "support", "lora_path": "my-org/support-lora"}}
+
+    lora_name: Name
+    lora_path: Path
+    """A repository, a bucket, an address, a path of the builder's machine, or ``bundle:DIGEST``."""
+    load_inplace: bool | None = None
+    """Give a name that is taken another version."""
+
+
+class UnloadBody(Body):
+    """vLLM's request to let an adapter go."""
+
+    examples: ClassVar[Examples] = {"name": {"lora_name": "support"}}
+
+    lora_name: Name
+    lora_int_id: int | None = None
+    """Accepted; adapters have no numbers here."""
+
+
+class RollbackBody(Body):
+    """Which generation is to be served again."""
+
+    examples: ClassVar[Examples] = {"before": {}, "number": {"to": 7}}
+
+    to: Annotated[int, Field(ge=1)] | None = None
+    """Unset: the one before the served one."""
+
+
+class PageQuery(Query):
+    """Which page of the adapters."""
+
+    page_size: Annotated[int, Field(ge=1, le=MAX_PAGE)] = PAGE
+    page_token: Annotated[str, Field(json_schema_extra={"maxLength": MAX_TOKEN})] = ""
+    """The `next_page_token` of the page before."""
+
+
+def manager_of(http: HttpRequest) -> AdapterManager:
+    """Return the manager that the application was made with."""
+    manager: AdapterManager = http.app.state.adapters
+    return manager
+
+
+def refuse_other_sites(http: HttpRequest) -> None:
+    """Refuse what a page of another site has a browser send; only needed where there is no JSON to read.
+
+    Raises:
+        PermissionDenied: the browser says that it is so.
+    """
+    if http.headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
+        raise PermissionDenied("a page of another site may not do this. Call it from this server's own page.")
+
+
+async def load_lora_adapter(service: GenerationService, http: HttpRequest) -> Response:  # noqa: ARG001
+    """Add an adapter, or give its name another version; answers when it is served."""
+    body = await read_body(http, LoadBody)
+    try:
+        loaded = await manager_of(http).load(body.lora_name, body.lora_path, replace=bool(body.load_inplace))
+    except Fault as fault:
+        return _refused(fault)
+    alone = "" if loaded.everywhere else " It is in this replica alone, and not in the deployment."
+    headers = {
+        "x-loramux-digest": loaded.adapter.digest,
+        "x-loramux-generation": str(loaded.adapter.generation),
+    }
+    said = f"Success: LoRA adapter '{body.lora_name}' added successfully.{alone}"
+    return PlainTextResponse(said, headers=headers)
+
+
+async def unload_lora_adapter(service: GenerationService, http: HttpRequest) -> Response:  # noqa: ARG001
+    """Take an adapter's name away; answers when it is served no more."""
+    body = await read_body(http, UnloadBody)
+    try:
+        await manager_of(http).unload(body.lora_name)
+    except Fault as fault:
+        return _refused(fault)
+    return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
+
+
+def _refused(fault: Fault) -> Response:
+    """Tell a fault as OpenAI's clients and as vLLM's read it."""
+    status = 400 if isinstance(fault, AdapterExists) else status_of(fault)
+    kind = "InvalidUserInput" if isinstance(fault, AdapterExists) else VLLM_TYPES.get(status, fault.reason)
+    told = error_body(fault)
+    flat = {"object": "error", "message": told["error"]["message"], "type": kind, "param": None, "code": status}
+    return json_response(told | flat, status, headers_of(fault, status_of(fault)))
+
+
+async def list_adapters(service: GenerationService, http: HttpRequest) -> Response:  # noqa: ARG001
+    """List adapters with where they are, a page at a time, and how the replica is."""
+    manager, asked = manager_of(http), read_query(http, PageQuery)
+    page = manager.list(asked.page_token, asked.page_size)
+    body: answers.AdapterList = {
+        "object": "list",
+        "data": [_adapter(view) for view in page.adapters],
+        "next_page_token": page.next_page,
+        "replica": _replica(manager.replica()),
+    }
+    return json_response(body)
+
+
+async def pin_adapter(service: GenerationService, http: HttpRequest) -> Response:  # noqa: ARG001
+    """Keep an adapter's name resident, whatever version it stands for."""
+    refuse_other_sites(http)
+    return json_response(_adapter(manager_of(http).pin(http.path_params["name"])))
+
+
+async def unpin_adapter(service: GenerationService, http: HttpRequest) -> Response:  # noqa: ARG001
+    """Let an adapter's name leave when others need its place."""
+    refuse_other_sites(http)
+    return json_response(_adapter(manager_of(http).unpin(http.path_params["name"])))
+
+
+async def roll_back(service: GenerationService, http: HttpRequest) -> Response:  # noqa: ARG001
+    """Have an older generation published again; answers when it is served."""
+    body = await read_body(http, RollbackBody)
+    # Given up by its client, it goes on: what was published is served.
+    generation = await asyncio.shield(manager_of(http).roll_back(body.to))
+    told: answers.RolledBack = {"generation": generation}
+    return json_response(told)
+
+
+def failure_of(fault: Fault | None) -> answers.Failure | None:
+    """Tell why an adapter is not served."""
+    return None if fault is None else {"reason": fault.reason, "message": fault.message}
+
+
+def _adapter(view: AdapterView) -> answers.Adapter:
+    return {
+        "id": view.name,
+        "object": "adapter",
+        "digest": view.digest,
+        "resident_digest": view.resident_digest or None,
+        "generation": view.generation,
+        "tier": view.place.value,
+        "residency": view.state.value,
+        "pinned": view.pinned,
+        "in_flight": view.in_flight,
+        "waiting": view.waiting,
+        "bytes": view.num_bytes,
+        "last_used": int(view.last_used.timestamp()) if view.last_used else None,
+        "last_failure": failure_of(view.failure),
+        "only_here": view.only_here,
+    }
+
+
+def _replica(view: ReplicaView) -> answers.Replica:
+    return {
+        "deployment": view.deployment,
+        "generation": view.generation,
+        "newest_generation": view.newest,
+        "state": view.state,
+        "reason": view.reason,
+        "paused": view.paused,
+        "bank_bytes": view.bank_bytes,
+        "bank_bytes_used": view.bank_used,
+        "registered": view.registered,
+        "resident": view.resident,
+        "arriving": view.arriving,
+        "pinned": view.pinned,
+    }

@@ -1,0 +1,50 @@
+"""What the server does at this moment: ``/state``, as the page's panel shows it, and what gateways ask."""
+
+from __future__ import annotations
+
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+
+from inference_service.http import answers
+from inference_service.http.wire.reply import json_response
+from inference_service.serving.load_view import loads
+from inference_service.serving.service import GenerationService
+
+
+async def show_state(service: GenerationService, http: HttpRequest) -> Response:  # noqa: ARG001
+    """Tell the load of the whole server, and which of the caller's models have sequences."""
+    stats = service.engine_view.stats
+    body: answers.State = {
+        "running": stats.running,
+        "waiting": stats.waiting,
+        "kv_blocks": {"used": stats.blocks_total - stats.blocks_free, "total": stats.blocks_total},
+        "prefix_tokens": {"hit": stats.prefix_tokens_hit, "queried": stats.prefix_tokens_queried},
+        "generated_tokens": stats.tokens_generated,
+        "models": _at_work(service),
+    }
+    return json_response(body)
+
+
+async def show_load(service: GenerationService, http: HttpRequest) -> Response:  # noqa: ARG001
+    """Tell how many requests are in work, in vLLM's words."""
+    body: answers.Load = {"server_load": service.in_work}
+    return json_response(body)
+
+
+async def show_loads(service: GenerationService, http: HttpRequest) -> Response:  # noqa: ARG001
+    """Tell how full the replica is, in SGLang's words; it is one rank of one."""
+    return json_response(loads(service.engine_view))
+
+
+def _at_work(service: GenerationService) -> dict[str, answers.AtWork]:
+    sequences = service.engine_view.sequence_counts
+    found: dict[str, answers.AtWork] = {}
+    for model in service.catalog:
+        name = model.name
+        counts: answers.AtWork = {
+            "running": sequences.running.get(name, 0),
+            "waiting": sequences.waiting.get(name, 0),
+        }
+        if any(counts.values()):
+            found[model.name] = counts
+    return found

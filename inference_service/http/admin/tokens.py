@@ -1,0 +1,77 @@
+"""``POST /tokenize`` and ``POST /detokenize``, in vLLM's shapes."""
+
+from __future__ import annotations
+
+import asyncio
+
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+
+from inference_service.adapters.defaults import NO_DEFAULTS, AdapterDefaults
+from inference_service.chat.formats.table import dialect_of
+from inference_service.http import answers
+from inference_service.http.admin.tokens_schema import DetokenizeBody, TokenizeBody
+from inference_service.http.openai.mapping import messages_of, refused
+from inference_service.http.wire.body import read_body
+from inference_service.http.wire.reply import json_response
+from inference_service.serving.bounds import check_turns
+from inference_service.serving.lengths import countable
+from inference_service.serving.service import GenerationService
+
+
+async def tokenize(service: GenerationService, http: HttpRequest) -> Response:
+    """Return the tokens of a text, or of messages as the model's template renders them."""
+    body = await read_body(http, TokenizeBody)
+    defaults = await _defaults(service, body.model)
+    text = defaults.text or service.text
+    most = countable(service.limits.max_seq_len)
+    if body.messages is not None:
+        dialect = dialect_of(text, defaults.template, service.parsers)
+        messages = dialect.turns(messages_of(body.messages))
+        tools = [tool.model_dump(exclude_none=True) for tool in body.tools or ()]
+        starts = body.add_generation_prompt is not False
+        variables = body.chat_template_kwargs or {}
+        check_turns(messages, tools, variables, goes_on=bool(body.continue_final_message), starts=starts)
+        tokens = await text.encode_messages(
+            messages,
+            most,
+            defaults.template,
+            tools,
+            variables,
+            add_generation_prompt=starts,
+            add_special_tokens=bool(body.add_special_tokens),
+            continue_final_message=bool(body.continue_final_message),
+        )
+    else:
+        special = body.add_special_tokens is not False
+        tokens = await asyncio.to_thread(
+            text.encode_prompt, body.prompt or "", most, add_special_tokens=special
+        )
+    names = [text.token_text(token) for token in tokens] if body.return_token_strs else None
+    told: answers.Tokens = {
+        "count": len(tokens),
+        "max_model_len": service.limits.max_seq_len,
+        "tokens": list(tokens),
+        "token_strs": names,
+    }
+    return json_response(told)
+
+
+async def detokenize(service: GenerationService, http: HttpRequest) -> Response:
+    """Return the text of tokens."""
+    body = await read_body(http, DetokenizeBody)
+    text = (await _defaults(service, body.model)).text or service.text
+    most = countable(service.limits.max_seq_len)
+    if len(body.tokens) > most:
+        raise refused("tokens", f"at most {most} ids", len(body.tokens))
+    foreign = [token for token in body.tokens if not 0 <= token < text.vocab]
+    if foreign:
+        raise refused("tokens", f"ids from 0 to {text.vocab - 1}", foreign[:5])
+    prompt = await asyncio.to_thread(text.decode, body.tokens, skip_special_tokens=False)
+    told: answers.Prompt = {"prompt": prompt}
+    return json_response(told)
+
+
+async def _defaults(service: GenerationService, model: str | None) -> AdapterDefaults:
+    """Return what a model brings; without a name, the base."""
+    return await service.naming.defaults(service.catalog.resolve(model)) if model else NO_DEFAULTS

@@ -1,0 +1,228 @@
+"""What the bodies of Anthropic's routes may hold.
+
+As everywhere at this door, a field whose type is None is refused by name, and null is "not set".
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from inference_service.http.anthropic.blocks import CacheControl, Content, Name, Texts, unsupported
+from inference_service.http.wire.body import Body, Examples
+from inference_service.serving.turns import NAME
+
+NAME_OF_TOOL: dict[str, Any] = {
+    "oneOf": [
+        {"required": ["name"], "properties": {"type": {"const": "tool"}, "name": {"type": "string"}}},
+        {"properties": {"type": {"enum": ["auto", "any", "none"]}, "name": {"type": "null"}}},
+    ]
+}
+"""The rule of `ToolChoice`, for readers of its schema."""
+
+
+class Message(Body):
+    """A turn of the conversation."""
+
+    role: Literal["user", "assistant", "system"]
+    content: Content
+
+
+def _some(messages: list[Message]) -> list[Message]:
+    if not messages:
+        raise PydanticCustomError("messages", "at least one message")
+    return messages
+
+
+def _custom(tool: Any) -> Any:
+    kind = tool.get("type") if isinstance(tool, dict) else None
+    if kind not in (None, "custom"):
+        raise unsupported(f"a tool of type {str(kind)[:80]}", "Only tools of type custom are served.")
+    return tool
+
+
+Directly = Annotated[list[Literal["direct"]], Field(min_length=1, max_length=1)]
+
+
+def _directly(callers: Any) -> Any:
+    if callers not in (None, ["direct"]):
+        raise unsupported(str(callers), 'Only ["direct"] is served.')
+    return callers
+
+
+def _at_once(deferred: Any) -> Any:
+    if deferred is True:
+        raise unsupported("true", "Tools are offered from the start: leave it out, or the tool.")
+    return deferred
+
+
+class CustomTool(Body):
+    """A tool that the client runs."""
+
+    type: Literal["custom"] | None = None
+    name: Annotated[Name, Field(json_schema_extra={"pattern": f"^{NAME.pattern}$"})]
+    description: str | None = None
+    input_schema: dict[str, Any]
+    strict: bool | None = None
+    input_examples: list[dict[str, Any]] | None = None
+    """The model is told of them with the description."""
+    cache_control: CacheControl | None = None
+    eager_input_streaming: bool | None = None
+    """Accepted: inputs stream as they come."""
+    defer_loading: Annotated[
+        bool | None, BeforeValidator(_at_once, json_schema_input_type=Literal[False] | None)
+    ] = None
+    allowed_callers: Annotated[
+        list[str] | None, BeforeValidator(_directly, json_schema_input_type=Directly | None)
+    ] = None
+
+
+Tool = Annotated[CustomTool, BeforeValidator(_custom, json_schema_input_type=CustomTool)]
+
+
+class ToolChoice(Body):
+    """Whether, and what, the model must call."""
+
+    model_config = ConfigDict(json_schema_extra=NAME_OF_TOOL)
+
+    type: Literal["auto", "any", "tool", "none"]
+    name: str | None = None
+    disable_parallel_tool_use: bool | None = None
+
+    @model_validator(mode="after")
+    def _has_name(self) -> Self:
+        if (self.type == "tool") != (self.name is not None):
+            raise PydanticCustomError("tool_choice", "a name exactly where the type is tool")
+        return self
+
+
+class Thinking(Body):
+    """Whether the model is to think before it answers."""
+
+    type: Literal["enabled", "disabled", "adaptive"]
+    budget_tokens: Annotated[int, Field(ge=1)] | None = None
+    """Accepted; the bound of an answer is max_tokens."""
+    display: Literal["summarized", "omitted"] | None = None
+
+
+class OutputFormat(Body):
+    """What the answer must look like."""
+
+    type: Literal["json_schema"]
+    schema_: Annotated[dict[str, Any], Field(alias="schema")]
+    name: str | None = None
+
+
+class OutputConfig(Body):
+    """How the model is to answer."""
+
+    effort: Literal["low", "medium", "high", "xhigh", "max"] | None = None
+    format: OutputFormat | None = None
+    task_budget: None = None
+
+
+class Metadata(Body):
+    """On whose behalf a request comes."""
+
+    user_id: str | None = None
+
+
+class KeptThinking(Body):
+    """The one edit of a context that changes nothing; Claude Code asks for it."""
+
+    type: Literal["clear_thinking_20251015"]
+    keep: Literal["all"]
+
+
+def _changes_nothing(edit: Any) -> Any:
+    if edit != {"type": "clear_thinking_20251015", "keep": "all"}:
+        kind = edit.get("type") if isinstance(edit, dict) else edit
+        raise unsupported(f"an edit {kind}", "Conversations are not edited here: send what is to be read.")
+    return edit
+
+
+Edit = Annotated[KeptThinking, BeforeValidator(_changes_nothing, json_schema_input_type=KeptThinking)]
+
+
+class ContextManagement(Body):
+    """What is to be left out of a long conversation."""
+
+    edits: list[Edit] | None = None
+
+
+def _usual_speed(speed: Any) -> Any:
+    if speed not in (None, "standard"):
+        raise unsupported(str(speed), "Only standard is served.")
+    return speed
+
+
+class Turns(Body):
+    """What becomes the prompt, and what both routes read."""
+
+    model: str
+    messages: Annotated[list[Message], AfterValidator(_some), Field(json_schema_extra={"minItems": 1})]
+    system: Texts | None = None
+    tools: list[Tool] | None = None
+    tool_choice: ToolChoice | None = None
+    thinking: Thinking | None = None
+    output_config: OutputConfig | None = None
+    output_format: OutputFormat | None = None
+    """The older name of output_config.format."""
+
+    cache_control: CacheControl | None = None
+    context_management: ContextManagement | None = None
+    speed: Annotated[
+        Literal["standard"] | None,
+        BeforeValidator(_usual_speed, json_schema_input_type=Literal["standard"] | None),
+    ] = None
+
+    billing_policy: None = None
+    compaction: None = None
+    container: None = None
+    mcp_servers: None = None
+    thread: None = None
+
+
+class CountBody(Turns):
+    """``POST /v1/messages/count_tokens``."""
+
+    examples: ClassVar[Examples] = {
+        "messages": {"messages": [{"role": "user", "content": "Hello"}], "system": "Be brief."},
+    }
+
+
+class MessagesBody(Turns):
+    """``POST /v1/messages``."""
+
+    examples: ClassVar[Examples] = {
+        "message": {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 8},
+        "stream": {
+            "messages": [{"role": "user", "content": [{"type": "text", "text": "Once"}]}],
+            "max_tokens": 8,
+            "stream": True,
+        },
+        "tool": {
+            "messages": [{"role": "user", "content": "Look at the sky."}],
+            "max_tokens": 8,
+            "tools": [{"name": "look", "input_schema": {"type": "object", "properties": {}}}],
+            "tool_choice": {"type": "any"},
+        },
+    }
+
+    max_tokens: Annotated[int, Field(ge=1)]
+    stop_sequences: list[str] | None = None
+    stream: bool | None = None
+    temperature: Annotated[float, Field(ge=0, le=1)] | None = None
+    top_p: float | None = None
+    top_k: Annotated[int, Field(ge=0)] | None = None
+
+    metadata: Metadata | None = None
+    """Its user_id picks among the models of an alias, as `user` does in a chat."""
+    service_tier: str | None = None
+    inference_geo: str | None = None
+
+    diagnostics: None = None
+    fallbacks: None = None
+    fallback_credit_token: None = None

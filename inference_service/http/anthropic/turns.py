@@ -1,0 +1,124 @@
+"""From Anthropic's turns, whose contents are blocks, to those of a chat."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any, Final
+
+from inference_service.http.anthropic.blocks import (
+    RedactedThinkingBlock,
+    TextBlock,
+    ThinkingBlock,
+    ToolResultBlock,
+    ToolUseBlock,
+)
+from inference_service.http.anthropic.schema import Turns
+from inference_service.http.openai.chat_schema import CalledFunction, ChatMessage, ToolCall
+from inference_service.http.openai.mapping import refused
+
+ROLES: Final = {
+    "user": ("text", "tool_result"),
+    "assistant": ("text", "tool_use", "thinking", "redacted_thinking"),
+    "system": ("text",),
+}
+"""Who says what."""
+BILLING: Final = "x-anthropic-billing-header:"
+"""Begins a line that Claude Code sends as the first block of the system prompt: it is not for the model, and
+differs in every request, so that no prompt would be found in the cache."""
+FAILED: Final = "Error: "
+"""Begins the result of a call that failed, unless that says so itself: templates have no other place for it."""
+
+AnyBlock = TextBlock | ToolUseBlock | ToolResultBlock | ThinkingBlock | RedactedThinkingBlock
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A message of a chat, and where it stood in the request."""
+
+    message: ChatMessage
+    place: str
+
+
+@dataclass(frozen=True)
+class _Placed:
+    """A block, who says it, and where it stands."""
+
+    role: str
+    block: AnyBlock
+    place: str
+
+
+def turns_of(body: Turns) -> list[Turn]:
+    """Return the messages of a chat; turns of one role that follow each other are one.
+
+    Raises:
+        RequestInvalid: a block is none of its role.
+    """
+    system = _said("system", [block for block in body.system or () if not _is_bill(block.text)], "system")
+    turns = [system] if system.message.content else []
+    for role, placed in groupby(_placed(body), key=lambda each: each.role):
+        parts = list(placed)
+        turns += _assistants(parts) if role == "assistant" else _others(role, parts)
+    return turns
+
+
+def _is_bill(text: str) -> bool:
+    return text.startswith(BILLING) and "\n" not in text.rstrip()
+
+
+def _placed(body: Turns) -> Iterator[_Placed]:
+    for index, message in enumerate(body.messages):
+        for at, block in enumerate(message.content):
+            place = f"messages[{index}].content[{at}]"
+            if block.type not in ROLES[message.role]:
+                one_of = f"a block of type {' or '.join(ROLES[message.role])}, in a turn of the {message.role}"
+                raise refused(place, one_of, block.type)
+            yield _Placed(message.role, block, place)
+        if not message.content:
+            yield _Placed(message.role, TextBlock(type="text", text=""), f"messages[{index}].content")
+
+
+def _others(role: str, placed: list[_Placed]) -> Iterator[Turn]:
+    """Yield what users, or the system, say; each result of a call is a message of its own."""
+    for is_result, run in groupby(placed, key=lambda each: isinstance(each.block, ToolResultBlock)):
+        if is_result:
+            yield from (_result(each) for each in run)
+        else:
+            parts = list(run)
+            yield _said(role, [each.block for each in parts], parts[0].place)
+
+
+def _said(role: str, blocks: list[Any], place: str) -> Turn:
+    return Turn(ChatMessage(role=role, content=_joined(blocks)), place)
+
+
+def _joined(blocks: list[Any]) -> str:
+    """Return the text of blocks as the chat door joins parts."""
+    return "\n".join(block.text for block in blocks if isinstance(block, TextBlock))
+
+
+def _result(placed: _Placed) -> Turn:
+    block = placed.block
+    assert isinstance(block, ToolResultBlock)  # noqa: S101 - grouped so
+    text = _joined(list(block.content or ()))
+    if block.is_error and not text.lower().startswith("error"):
+        text = FAILED + text
+    return Turn(ChatMessage(role="tool", content=text, tool_call_id=block.tool_use_id), placed.place)
+
+
+def _assistants(placed: list[_Placed]) -> Iterator[Turn]:
+    blocks = [each.block for each in placed]
+    calls = tuple(_call(block) for block in blocks if isinstance(block, ToolUseBlock))
+    thoughts = [block.thinking for block in blocks if isinstance(block, ThinkingBlock) and block.thinking]
+    more: dict[str, Any] = {"tool_calls": calls} if calls else {}
+    if thoughts:
+        more["reasoning_content"] = "\n".join(thoughts)
+    yield Turn(ChatMessage(role="assistant", content=_joined(blocks), **more), placed[0].place)
+
+
+def _call(block: ToolUseBlock) -> ToolCall:
+    arguments = json.dumps(block.input, ensure_ascii=False)
+    return ToolCall(id=block.id, type="function", function=CalledFunction(name=block.name, arguments=arguments))

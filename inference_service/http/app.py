@@ -1,0 +1,207 @@
+"""The application: its routes, and how a request gets to them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Final
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+from starlette.routing import Route, compile_path
+
+from inference_service.adapters.fixed import fixed_manager
+from inference_service.adapters.manager import AdapterManager
+from inference_service.http import answers
+from inference_service.http.admin import operators, state, tokens, trainers
+from inference_service.http.admin.operators import LoadBody, PageQuery, RollbackBody, UnloadBody
+from inference_service.http.admin.tokens_schema import DetokenizeBody, TokenizeBody
+from inference_service.http.admin.trainers import InfoQuery, PauseQuery
+from inference_service.http.anthropic import answers as messages
+from inference_service.http.anthropic.routes import count_tokens, create_message
+from inference_service.http.anthropic.schema import CountBody, MessagesBody
+from inference_service.http.endpoint import Endpoint, Handler
+from inference_service.http.openai import chat, completions, generated, models
+from inference_service.http.openai.chat_schema import ChatBody
+from inference_service.http.openai.schema import CompletionBody
+from inference_service.http.openapi import Served, document
+from inference_service.http.page import page_files
+from inference_service.http.responses import answers as responses
+from inference_service.http.responses.compact import compact
+from inference_service.http.responses.create import count_input, create_response
+from inference_service.http.responses.schema import CompactBody, ResponsesBody
+from inference_service.http.vectors import embeddings, scores
+from inference_service.http.vectors.pooling_schema import ClassifyBody, EmbeddingsBody, RerankBody, ScoreBody
+from inference_service.http.wire.front import Front
+from inference_service.http.wire.refusals import fault_response, on_failure, on_fault, on_http_error
+from inference_service.http.wire.reply import json_response
+from inference_service.serving.service import GenerationService
+from loramux_shared import routes
+from loramux_shared.access.asgi import AccessMiddleware
+from loramux_shared.access.keyring import Keyring
+from loramux_shared.access.rights import Scope
+from loramux_shared.faults import Fault
+from loramux_shared.routes import Route as ApiRoute
+from loramux_shared.tracing.asgi import TraceMiddleware
+from loramux_shared.tracing.door import DoorSpans
+
+
+async def show_openapi(service: GenerationService, http: HttpRequest) -> Response:
+    """Describe all of this."""
+    models = list(service.catalog)
+    served = Served(
+        model=next((model.name for model in models if model.num_labels is None), service.catalog.base_name),
+        scorer=next((model.name for model in models if model.num_labels == 1), ""),
+        classifier=next((model.name for model in models if model.num_labels), ""),
+        keyless=http.app.state.keyless,
+    )
+    return json_response(document(ENDPOINTS, served))
+
+
+ANSWERS: Final = ("application/json", "text/event-stream")
+"""Of what can be streamed."""
+TEXT: Final = ("text/plain",)
+CHANGES: Final = (403, 404, 409, 504)
+"""Statuses of failures of what changes the deployment."""
+_counting = partial(Endpoint, fails=(404, 429))
+"""What reads a prompt as answers do, and computes nothing."""
+_computing = partial(_counting, hinted=True)
+"""What the engine answers."""
+_streaming = partial(_computing, media=ANSWERS)
+ENDPOINTS: Final = (
+    _streaming(
+        routes.CHAT_COMPLETIONS,
+        chat.chat_completions,
+        body=ChatBody,
+        answer=generated.ChatCompletion,
+        event=generated.ChatCompletionChunk,
+    ),
+    _streaming(
+        routes.COMPLETIONS,
+        completions.completions,
+        body=CompletionBody,
+        answer=generated.Completion,
+        event=generated.CompletionChunk,
+    ),
+    _streaming(
+        routes.MESSAGES,
+        create_message,
+        body=MessagesBody,
+        answer=messages.AnthropicMessage,
+        event=messages.MessageEvent,
+        fails=(404, 429, 529),
+        error=messages.MessageError,
+    ),
+    _counting(
+        routes.COUNT_TOKENS,
+        count_tokens,
+        body=CountBody,
+        answer=messages.TokenCount,
+        error=messages.MessageError,
+    ),
+    _streaming(
+        routes.RESPONSES,
+        create_response,
+        body=ResponsesBody,
+        answer=responses.Response,
+        event=responses.ResponseEvent,
+    ),
+    _counting(routes.INPUT_TOKENS, count_input, body=ResponsesBody, answer=responses.InputTokens),
+    _computing(routes.COMPACT, compact, body=CompactBody, answer=responses.Compaction),
+    _computing(routes.EMBEDDINGS, embeddings.embeddings, body=EmbeddingsBody, answer=answers.Embeddings),
+    *(
+        _computing(route, handler, body=body, answer=answer)
+        for handler, body, answer, paths in (
+            (scores.score, ScoreBody, answers.Scores, (routes.SCORE, routes.SCORE_V1)),
+            (scores.rerank, RerankBody, answers.Ranking, (routes.RERANK, routes.RERANK_V1, routes.RERANK_V2)),
+            (scores.classify, ClassifyBody, answers.Classes, (routes.CLASSIFY, routes.CLASSIFY_V1)),
+        )
+        for route in paths
+    ),
+    Endpoint(routes.MODELS, models.list_models, answer=answers.ModelList),
+    Endpoint(routes.MODEL, models.get_model, answer=answers.Model, fails=(404,)),
+    Endpoint(routes.ADAPTERS, operators.list_adapters, answer=answers.AdapterList, query=PageQuery),
+    Endpoint(routes.PIN, operators.pin_adapter, answer=answers.Adapter, fails=(403, 404)),
+    Endpoint(routes.UNPIN, operators.unpin_adapter, answer=answers.Adapter, fails=(403, 404)),
+    Endpoint(routes.ROLLBACK, operators.roll_back, RollbackBody, answer=answers.RolledBack, fails=CHANGES),
+    *(
+        Endpoint(route, handler, body, TEXT, fails=CHANGES, error=answers.VllmError)
+        for route, handler, body in (
+            (routes.LOAD_ADAPTER, operators.load_lora_adapter, LoadBody),
+            (routes.UNLOAD_ADAPTER, operators.unload_lora_adapter, UnloadBody),
+        )
+    ),
+    Endpoint(routes.PAUSE, trainers.pause, answer=answers.PauseStatus, query=PauseQuery),
+    Endpoint(routes.RESUME, trainers.resume, answer=answers.PauseStatus),
+    Endpoint(routes.IS_PAUSED, trainers.is_paused, answer=answers.IsPaused),
+    Endpoint(routes.WORLD_SIZE, trainers.get_world_size, answer=answers.WorldSize),
+    Endpoint(routes.SERVER_INFO, trainers.server_info, answer=answers.ServerInfo, query=InfoQuery),
+    Endpoint(routes.TOKENIZE, tokens.tokenize, body=TokenizeBody, answer=answers.Tokens, fails=(404,)),
+    Endpoint(routes.DETOKENIZE, tokens.detokenize, body=DetokenizeBody, answer=answers.Prompt, fails=(404,)),
+    Endpoint(routes.VERSION, models.show_version, answer=answers.Version),
+    Endpoint(routes.OPENAPI, show_openapi),
+    Endpoint(routes.HEALTH, models.health, media=()),
+    Endpoint(routes.PING, models.health, media=()),
+    Endpoint(routes.POST_PING, models.health, media=()),
+    Endpoint(routes.STATE, state.show_state, answer=answers.State),
+    Endpoint(routes.LOAD, state.show_load, answer=answers.Load),
+    Endpoint(routes.LOADS, state.show_loads, answer=answers.Loads),
+    Endpoint(routes.LOADS_V1, state.show_loads, answer=answers.Loads),
+    Endpoint(routes.METRICS, models.show_metrics, media=TEXT),
+    *(
+        Endpoint(ApiRoute("GET", path, None), file.show, media=(file.media_type,))
+        for path, file in page_files().items()
+    ),
+)
+"""Everything that is answered."""
+TRACED: Final = frozenset(
+    each.path for each in ENDPOINTS if each.method == "POST" and each.scope and "{" not in each.path
+)
+"""What monitors ask all the time is left out."""
+
+
+def create_app(
+    service: GenerationService,
+    keyring: Keyring | None = None,
+    tracing: DoorSpans | None = None,
+    adapters: AdapterManager | None = None,
+) -> Front:
+    """Return the ASGI application; with a keyring, all but health and the page asks for a key.
+
+    Without adapters, those of the service's catalog are there for good.
+    """
+    paths = [
+        Route(path, partial(_answer, service, handlers_of(path)), methods=list(handlers_of(path)))
+        for path in dict.fromkeys(endpoint.path for endpoint in ENDPOINTS)
+    ]
+    handlers = {Fault: on_fault, HTTPException: on_http_error, Exception: on_failure}
+    app = Starlette(routes=paths, exception_handlers=handlers)
+    app.router.redirect_slashes = False
+    app.state.keyless = keyring is None
+    app.state.adapters = adapters or fixed_manager(service.catalog)
+    guarded = app if keyring is None else AccessMiddleware(app, keyring, scope_of, fault_response)
+    traced = guarded if tracing is None else TraceMiddleware(guarded, tracing, TRACED)
+    return Front(traced, service.metrics.responded)
+
+
+async def _answer(service: GenerationService, handlers: Mapping[str, Handler], http: HttpRequest) -> Response:
+    """Answer one of the methods of a path; HEAD is GET."""
+    return await handlers[http.method if http.method in handlers else "GET"](service, http)
+
+
+def handlers_of(path: str) -> dict[str, Handler]:
+    """Return what answers a path, by method: one route has them all, so that a refusal can name them all."""
+    return {endpoint.method: endpoint.handler for endpoint in ENDPOINTS if endpoint.path == path}
+
+
+def scope_of(path: str) -> Scope | None:
+    """Return what a path asks of a key: what the first of the routes asks that may answer it."""
+    if path in _SCOPES:
+        return _SCOPES[path]
+    return next((scope for pattern, scope in _PATTERNS if pattern.match(path)), Scope.INFER)
+
+
+_SCOPES: Final = {each.path: each.scope for each in ENDPOINTS if "{" not in each.path}
+_PATTERNS: Final = tuple((compile_path(each.path)[0], each.scope) for each in ENDPOINTS if "{" in each.path)

@@ -1,0 +1,326 @@
+"""What the body of a chat request may hold; the rules of turns and tools are `serving.turns`'s."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Final, Literal, Self
+
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
+from pydantic_core import PydanticCustomError
+from typing_extensions import TypedDict
+
+from inference_service.http.openai.schema import GenerationBody
+from inference_service.http.openai.schema_rules import BY_ROLE, GOES_ON, SAYS_SOMETHING, SCHEMA_WHERE_SAID
+from inference_service.http.wire.body import Body, Examples
+from inference_service.serving.turns import NAME, ROLES
+
+TEXT_PARTS: Final = {"text": "text", "refusal": "refusal"}
+"""Content parts that hold text, and their key for it."""
+EXPECTED_CHOICE = (
+    'none, auto, required, {"type": "function", "function": {"name": "..."}} '
+    'or {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [...]}}'
+)
+
+
+def _flat(content: Any) -> Any:
+    """Join the text parts of a content that comes in parts: templates expect a string."""
+    if not isinstance(content, list):
+        return content
+    return "\n".join(map(text_of, content))
+
+
+def text_of(part: Any, kinds: Mapping[str, str] = TEXT_PARTS) -> str:
+    """Return the text of a part, by the kinds of parts that have one and their keys for it.
+
+    Raises:
+        PydanticCustomError: it is of another kind, or no part.
+    """
+    kind = part.get("type") if isinstance(part, dict) else None
+    if isinstance(kind, str) and kind not in kinds:
+        raise unsupported(f"a part of type {kind}", "Only text parts are served.")
+    key = kinds.get(kind) if isinstance(kind, str) else None
+    text = part.get(key) if key else None
+    if not isinstance(text, str):
+        [(kind, key), *_] = kinds.items()
+        example = {"type": kind, key: "..."}
+        raise PydanticCustomError("content", "parts like {example}", {"example": json.dumps(example)})
+    return text
+
+
+def _only_text(value: Any) -> Any:
+    if value not in (None, ["text"]):
+        raise unsupported(str(value), 'Only ["text"] is served.')
+    return None
+
+
+def _only_functions(value: Any) -> Any:
+    if value != "function":
+        raise unsupported(str(value), "Only functions are served.")
+    return value
+
+
+def unsupported(found: str, served: str) -> PydanticCustomError:
+    """Return the error of what this server cannot honour, with what it can."""
+    return PydanticCustomError("unsupported", "{served}", {"found": found[:200], "served": served})
+
+
+class TextPart(TypedDict):
+    """A part of a content."""
+
+    type: Literal["text"]
+    text: str
+
+
+class RefusalPart(TypedDict):
+    """A part of what the assistant said before."""
+
+    type: Literal["refusal"]
+    refusal: str
+
+
+Content = Annotated[
+    str | None, BeforeValidator(_flat, json_schema_input_type=str | list[TextPart | RefusalPart] | None)
+]
+FunctionType = Annotated[Literal["function"], BeforeValidator(_only_functions)]
+
+
+OnlyText = Annotated[list[Literal["text"]], Field(min_length=1, max_length=1)]
+
+
+class CalledFunction(Body):
+    """The function of a call."""
+
+    name: Annotated[str, Field(json_schema_extra={"minLength": 1})]
+    arguments: str
+    """A JSON object, as the model wrote it."""
+
+
+class ToolCall(Body):
+    """A call that the assistant made earlier."""
+
+    id: str
+    type: FunctionType
+    function: CalledFunction
+
+
+class ChatMessage(Body):
+    """A turn of the conversation."""
+
+    model_config = ConfigDict(json_schema_extra=BY_ROLE | SAYS_SOMETHING)
+
+    role: Annotated[str, Field(json_schema_extra={"enum": ["developer", *ROLES]})]
+    content: Content = None
+    name: str | None = None
+    tool_calls: tuple[ToolCall, ...] | None = None
+    tool_call_id: str | None = None
+    refusal: str | None = None
+    reasoning_content: str | None = None
+    """What the assistant thought: for the template, which mostly leaves out that of earlier turns."""
+    reasoning: str | None = None
+    """The same, under vLLM's newer name."""
+    annotations: list[Any] | None = None
+    """Accepted: clients send back what they got."""
+    audio: None = None
+    function_call: None = None
+
+    @property
+    def thought(self) -> str | None:
+        """What the assistant thought, under whichever name."""
+        return self.reasoning_content if self.reasoning is None else self.reasoning
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        said = (self.content, self.refusal, self.thought)
+        if not self.tool_calls and all(each is None for each in said):
+            raise PydanticCustomError("content", "a message with content")
+        if None not in (self.reasoning, self.reasoning_content) and self.reasoning != self.reasoning_content:
+            raise PydanticCustomError("reasoning", "reasoning the same as reasoning_content, or one of the two")
+        return self
+
+
+def _some(messages: tuple[ChatMessage, ...]) -> tuple[ChatMessage, ...]:
+    if not messages:
+        raise PydanticCustomError("messages", "at least one message")
+    return messages
+
+
+Messages = Annotated[tuple[ChatMessage, ...], AfterValidator(_some), Field(json_schema_extra={"minItems": 1})]
+
+
+class Function(Body):
+    """A function that the model may call."""
+
+    name: Annotated[str, Field(json_schema_extra={"pattern": f"^{NAME.pattern}$"})]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    """A JSON schema."""
+    strict: bool | None = None
+    """Calls that the model makes of its own accord keep to the schema; those that are demanded always do."""
+
+
+class Tool(Body):
+    """A tool that the model may use."""
+
+    type: FunctionType
+    function: Function
+
+
+@dataclass(frozen=True)
+class NamedTool:
+    """A `tool_choice` that is a function: the model must call it."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class AllowedTools:
+    """A `tool_choice` of some of the tools: the model is told of all, and may call these."""
+
+    mode: Literal["auto", "required"]
+    """Whether it must."""
+    names: tuple[str, ...]
+
+
+def _choice(value: Any) -> ToolChoice | None:
+    match value:
+        case None | "none" | "auto" | "required":
+            return value
+        case {"type": "function", "function": {"name": str(name)}}:
+            return NamedTool(name)
+        case {
+            "type": "allowed_tools",
+            "allowed_tools": {"mode": "auto" | "required" as mode, "tools": [*tools]},
+        }:
+            return AllowedTools(mode, tuple(map(_allowed, tools)))
+        case {"type": str(kind)} if kind not in ("function", "allowed_tools"):
+            raise unsupported(f"a choice of type {kind}", "It can be none, auto, required or of functions.")
+    raise PydanticCustomError("tool_choice", EXPECTED_CHOICE)
+
+
+def _allowed(tool: Any) -> str:
+    match tool:
+        case {"type": "function", "function": {"name": str(name)}}:
+            return name
+    raise PydanticCustomError("tool_choice", EXPECTED_CHOICE)
+
+
+class ChosenFunction(TypedDict):
+    """The function that must be called."""
+
+    name: str
+
+
+class ChosenTool(TypedDict):
+    """A choice that is a function."""
+
+    type: Literal["function"]
+    function: ChosenFunction
+
+
+class AllowedChoice(TypedDict):
+    """Which tools may be called, or must be."""
+
+    mode: Literal["auto", "required"]
+    tools: list[ChosenTool]
+
+
+class AllowedChoices(TypedDict):
+    """A choice that is several functions."""
+
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedChoice
+
+
+ToolChoice = Literal["none", "auto", "required"] | NamedTool | AllowedTools
+ToolChoiceInput = Literal["none", "auto", "required"] | ChosenTool | AllowedChoices | None
+
+
+class JsonSchema(Body):
+    """The schema of a `response_format`."""
+
+    name: str
+    description: str | None = None
+    schema_: Annotated[dict[str, Any], Field(alias="schema")]
+    strict: bool | None = None
+    """Accepted; the answer always keeps to the schema."""
+
+
+class ResponseFormat(Body):
+    """What the answer must look like."""
+
+    model_config = ConfigDict(json_schema_extra=SCHEMA_WHERE_SAID)
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _has_schema(self) -> Self:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise PydanticCustomError("json_schema", "json_schema exactly where the type is json_schema")
+        return self
+
+
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
+"""How long the model is to think, as OpenAI spells it."""
+
+
+class ChatTurns(Body):
+    """What becomes the prompt of a chat."""
+
+    model_config = ConfigDict(json_schema_extra=GOES_ON)
+
+    messages: Messages
+    tools: tuple[Tool, ...] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    """vLLM's: variables of the chat template beside the usual ones."""
+
+
+class ChatBody(ChatTurns, GenerationBody):
+    """``POST /v1/chat/completions``."""
+
+    examples: ClassVar[Examples] = {
+        "question": {"messages": [{"role": "user", "content": "My order is late."}], "max_tokens": 8},
+        "stream": {
+            "messages": [{"role": "user", "content": "Hello"}],
+            "max_tokens": 4,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        },
+        "scored": {
+            "messages": [{"role": "user", "content": "Yes or no?"}],
+            "max_tokens": 2,
+            "logprobs": True,
+            "top_logprobs": 2,
+            "seed": 1,
+        },
+        "structured": {
+            "messages": [{"role": "user", "content": "Yes or no?"}],
+            "max_tokens": 8,
+            "structured_outputs": {"choice": ["yes", "no"]},
+        },
+    }
+
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    response_format: ResponseFormat | None = None
+    tool_choice: Annotated[
+        ToolChoice | None, PlainValidator(_choice, json_schema_input_type=ToolChoiceInput)
+    ] = None
+    parallel_tool_calls: bool | None = None
+    reasoning_effort: Effort | None = None
+    include_reasoning: bool | None = None
+    """vLLM's: false leaves out of the answer what was thought."""
+    modalities: Annotated[None, BeforeValidator(_only_text, json_schema_input_type=OnlyText | None)] = None
+
+    functions: None = None
+    function_call: None = None
+    audio: None = None
+    prediction: None = None
+    web_search_options: None = None
+    verbosity: None = None
+    moderation: None = None

@@ -1,0 +1,194 @@
+"""What a request's body may hold, apart from chat's own fields.
+
+Types are checked here and bounds in `serving`, which both doors share. A field whose type is None is one that
+this server cannot honour: any value of it is refused by name. The last group of fields of `SamplingBody` is
+accepted because clients send them, and none of them changes an answer.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Annotated, Any, ClassVar, Self
+
+from pydantic import ConfigDict, Field, PlainValidator, model_validator
+from pydantic_core import PydanticCustomError
+
+from inference_service.http.openai.schema_rules import ONE_STRUCTURE
+from inference_service.http.wire.body import Body, Examples
+from inference_service.serving.pooling import MAX_INPUTS
+
+MAX_PROMPTS = 256
+"""Prompts of one request."""
+MAX_CHOICES = 1024
+"""Answers to one request: prompts times n; and texts of which an answer is one."""
+EXPECTED_STRUCTURE = "exactly one of json, regex, choice, grammar and json_object"
+EXPECTED_PROMPT = "a string, a list of strings, a list of token ids or a list of lists of token ids"
+
+Prompt = str | list[int]
+Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+
+
+def prompts_of(value: Any, most: int) -> tuple[Prompt, ...]:
+    """Return one prompt or several as several.
+
+    Raises:
+        PydanticCustomError: it is none, or there are more.
+    """
+    prompts = value if isinstance(value, list) and not _is_ids(value) else [value]
+    if not prompts or not all(isinstance(prompt, str) or _is_ids(prompt) for prompt in prompts):
+        raise PydanticCustomError("prompt", EXPECTED_PROMPT)
+    if len(prompts) > most:
+        raise PydanticCustomError("prompt", "at most {most} prompts", {"most": most})
+    return tuple(prompts)
+
+
+def _is_ids(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(type(item) is int for item in value)
+
+
+def _stops(value: Any) -> tuple[str, ...]:
+    stops = [] if value is None else [value] if isinstance(value, str) else value
+    if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
+        raise PydanticCustomError("stop", "a string or a list of strings")
+    return tuple(stops)
+
+
+def _several(most: int) -> PlainValidator:
+    told = str | Ids | Annotated[list[str | Ids], Field(min_length=1, max_length=most)]
+    return PlainValidator(partial(prompts_of, most=most), json_schema_input_type=told)
+
+
+Prompts = Annotated[tuple[Prompt, ...], _several(MAX_PROMPTS)]
+Inputs = Annotated[tuple[Prompt, ...], _several(MAX_INPUTS)]
+Stops = Annotated[tuple[str, ...], PlainValidator(_stops, json_schema_input_type=str | list[str] | None)]
+Choices = Annotated[
+    tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1, max_length=MAX_CHOICES)
+]
+
+
+class StreamOptions(Body):
+    """What a stream holds beside the answer."""
+
+    include_usage: bool | None = None
+    """Send a last chunk that has no choices and the usage."""
+    continuous_usage_stats: bool | None = None
+    """vLLM's: with include_usage, tell with every chunk what its choice has used so far."""
+    include_obfuscation: bool | None = None
+    """Accepted; there is no padding here."""
+
+
+class StructuredOutputs(Body):
+    """vLLM's way to say what an answer looks like."""
+
+    model_config = ConfigDict(json_schema_extra=ONE_STRUCTURE)
+
+    json_: Annotated[dict[str, Any] | str | None, Field(alias="json")] = None
+    """A JSON schema."""
+    regex: str | None = None
+    choice: Choices | None = None
+    grammar: str | None = None
+    """In GBNF, or in Lark."""
+    json_object: bool | None = None
+    structural_tag: None = None
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """What is asked for, by its name here."""
+        return {name: value for name, value in self if value is not None and value is not False}
+
+    @model_validator(mode="after")
+    def _one(self) -> Self:
+        if len(self.given) != 1:
+            raise PydanticCustomError("structured_outputs", EXPECTED_STRUCTURE)
+        return self
+
+
+class SamplingBody(Body):
+    """What all bodies that ask for text have in common: what answers, and how its tokens are drawn."""
+
+    model: str
+    temperature: float | None = None
+    top_p: float | None = None
+    stop: Stops = ()
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: dict[int, float] | None = None
+
+    # vLLM's
+    top_k: int | None = None
+    min_p: float | None = None
+    min_tokens: int | None = None
+    repetition_penalty: float | None = None
+    ignore_eos: bool | None = None
+    stop_token_ids: tuple[int, ...] | None = None
+    include_stop_str_in_output: bool | None = None
+    structured_outputs: StructuredOutputs | None = None
+    bad_words: tuple[str, ...] | None = None
+    allowed_token_ids: tuple[int, ...] | None = None
+    cache_salt: str | None = None
+    request_id: str | None = None
+    skip_special_tokens: bool | None = None
+    priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = None
+    """Lower is earlier."""
+    lora_path: str | None = None
+    """SGLang's; the adapter that model names."""
+
+    # ours
+    min_generation: Annotated[int, Field(ge=0, lt=2**63)] | None = None
+    logprobs_mode: str | None = None
+    """raw or processed; vLLM has it as a flag of the server."""
+
+    user: str | None = None
+    """Picks among the models of an alias."""
+    metadata: dict[str, Any] | None = None
+    store: bool | None = None
+    service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_options: dict[str, Any] | None = None
+    prompt_cache_retention: str | None = None
+
+
+class GenerationBody(SamplingBody):
+    """What chat and plain completions have in common."""
+
+    n: int | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    max_tokens: int | None = None
+
+    # vLLM's
+    prompt_logprobs: int | None = None
+    return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
+    truncate_prompt_tokens: int | None = None
+    add_special_tokens: bool | None = None
+
+    @property
+    def include_usage(self) -> bool:
+        """True when a stream ends with the usage."""
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+    @property
+    def continuous_usage(self) -> bool:
+        """True when every chunk of a stream holds the usage so far."""
+        return bool(self.include_usage and self.stream_options and self.stream_options.continuous_usage_stats)
+
+
+class CompletionBody(GenerationBody):
+    """``POST /v1/completions``."""
+
+    examples: ClassVar[Examples] = {
+        "text": {"prompt": "The party of the first part", "max_tokens": 8},
+        "several": {"prompt": ["One", "Two"], "max_tokens": 4, "temperature": 0, "n": 2},
+        "tokens": {"prompt": [5, 6, 7], "max_tokens": 4, "logprobs": 1, "echo": True},
+        "stream": {"prompt": "Once", "max_tokens": 4, "stream": True},
+    }
+
+    prompt: Prompts
+    echo: bool | None = None
+    logprobs: int | None = None
+    best_of: int | None = None
+    """Only the same as n."""
+    suffix: None = None

@@ -1,0 +1,178 @@
+"""The description of the door as an OpenAPI document.
+
+Source: https://spec.openapis.org/oas/v3.1.1.html
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.metadata import version
+from typing import Any, Final
+
+from pydantic import TypeAdapter
+
+from inference_service.http.endpoint import Endpoint
+from inference_service.http.openapi_bounds import tell_bounds
+from inference_service.http.openapi_parts import (
+    DIGEST_HEADERS,
+    HINTS,
+    RETRY_AFTER,
+    SECURITY,
+    WORDS,
+    event_schema,
+    operation_id,
+    path_parameter,
+    query_parameters,
+)
+from inference_service.http.vectors.pooling_schema import ClassifyBody, ScoringBody
+from inference_service.http.wire.body import Body
+from inference_service.http.wire.errors import AGAIN
+from inference_service.http.wire.reply import Json
+
+OPENAPI: Final = "3.1.1"
+SCHEMAS: Final = "#/components/schemas/"
+ABOUT: Final = (
+    "OpenAI's API, and Anthropic's messages, of a loramux replica; a model is the base or one of its adapters. "
+    "The schemas say which parameters there are, of which types and within which bounds; one that can only be "
+    "null is refused, and null is not set. What they mean: docs/openai.md and docs/anthropic.md. Not told "
+    "here: methods that a path does not have are 405, and what is no HTTP/1.1 is 400, 417, 501 or 505. Answers "
+    "may grow by fields: read over unknown ones."
+)
+EVERYWHERE: Final = (400, 408, 431, 500, 503)
+"""Statuses of failures that any request may meet."""
+OF_KEYS: Final = (401, 403)
+OF_BODIES: Final = (413, 415)
+EVENTS: Final = "text/event-stream"
+_PARAMETER: Final = re.compile(r"{(\w+)(:\w+)?}")
+_REFERENCE: Final = re.compile(rf"'{SCHEMAS}([^']+)'")
+
+
+@dataclass(frozen=True)
+class Served:
+    """The properties of a server that its document depends on."""
+
+    model: str
+    """The name that examples ask."""
+    scorer: str = ""
+    """One whose head has one label; examples of scores and orders ask it, and there are none without it."""
+    classifier: str = ""
+    """One whose head has labels; the same for classes."""
+    keyless: bool = False
+    """Whether no key is asked for."""
+
+    def model_of(self, body: type[Body]) -> str:
+        """Return the model that examples of a body ask; empty where no model answers it."""
+        if not issubclass(body, ScoringBody):
+            return self.model
+        return self.classifier if issubclass(body, ClassifyBody) else self.scorer
+
+
+@lru_cache(8)
+def document(endpoints: tuple[Endpoint, ...], served: Served) -> Json:
+    """Return the document that describes routes, with the schemas of what they read and answer."""
+    schemas = _schemas(endpoints)
+    paths: dict[str, Json] = {}
+    for endpoint in endpoints:
+        path = _PARAMETER.sub(r"{\1}", endpoint.path)
+        paths.setdefault(path, {})[endpoint.method.lower()] = _operation(endpoint, path, schemas, served)
+    components: Json = {"schemas": _used(schemas, paths)}
+    if not served.keyless:
+        components["securitySchemes"] = dict(SECURITY)
+    return {
+        "openapi": OPENAPI,
+        "info": {"title": "loramux", "version": version("loramux"), "description": ABOUT},
+        "paths": paths,
+        "components": components,
+    }
+
+
+def _schemas(endpoints: tuple[Endpoint, ...]) -> dict[str, Json]:
+    """Return the schemas of all bodies, queries and answers, by name."""
+    read = [kind for each in endpoints for kind in (each.body, each.query) if kind]
+    written = [kind for each in endpoints for kind in (each.answer, each.event, each.error) if kind]
+    adapters: list[tuple[str, Any, TypeAdapter[Any]]] = [
+        *((kind.__name__, "validation", TypeAdapter(kind)) for kind in dict.fromkeys(read)),
+        *((kind.__name__, "serialization", TypeAdapter(kind)) for kind in dict.fromkeys(written)),
+    ]
+    _, told = TypeAdapter.json_schemas(adapters, ref_template=f"{SCHEMAS}{{model}}")
+    schemas: dict[str, Json] = told["$defs"]
+    for kind in dict.fromkeys(read):
+        tell_bounds(kind, schemas)
+    for schema in schemas.values():
+        for field in schema.get("properties", {}).values():
+            field.pop("title", None)  # its name once more
+            if "default" in field and field["default"] in (None, []):
+                del field["default"]
+    return schemas
+
+
+def _used(schemas: dict[str, Json], paths: dict[str, Json]) -> dict[str, Json]:
+    """Return the schemas that paths refer to, and those that these refer to."""
+    found: dict[str, Json] = {}
+    new = _REFERENCE.findall(str(paths))
+    while new:
+        found |= {name: schemas[name] for name in new}
+        new = [name for name in _REFERENCE.findall(str(found)) if name not in found]
+    return dict(sorted(found.items()))
+
+
+def _operation(endpoint: Endpoint, path: str, schemas: dict[str, Json], served: Served) -> Json:
+    guarded = endpoint.scope is not None and not served.keyless
+    operation: Json = {
+        "operationId": operation_id(endpoint.method, path),
+        "summary": (endpoint.handler.__doc__ or "").partition("\n")[0],
+        "security": [{name: [str(endpoint.scope)]} for name in SECURITY] if guarded else [],
+        "responses": dict(_responses(endpoint, guarded=guarded)),
+    }
+    parameters = [
+        path_parameter(name, served.model if name == "model" else "", slashes=bool(kind))
+        for name, kind in _PARAMETER.findall(endpoint.path)
+    ]
+    if endpoint.query:
+        parameters += query_parameters(schemas[endpoint.query.__name__])
+    if endpoint.hinted:
+        parameters += HINTS
+    if parameters:
+        operation["parameters"] = parameters
+    if endpoint.body:
+        read: Json = {"schema": {"$ref": SCHEMAS + endpoint.body.__name__}}
+        model = served.model_of(endpoint.body)
+        asked = {"model": model} if "model" in endpoint.body.model_fields else {}
+        if (examples := endpoint.body.examples) and model:
+            read["examples"] = {name: {"value": {**asked, **told}} for name, told in examples.items()}
+        operation["requestBody"] = {"required": True, "content": {"application/json": read}}
+    return operation
+
+
+def _responses(endpoint: Endpoint, *, guarded: bool) -> Iterator[tuple[str, Json]]:
+    """Yield what an operation may answer, by status."""
+    failures = {*EVERYWHERE, *endpoint.fails}
+    if guarded:
+        failures.update(OF_KEYS)
+    if endpoint.body:
+        failures.update(OF_BODIES)
+    if endpoint.status < 400:
+        answer: Json = {"description": "All is well."}
+        if endpoint.media:
+            answer["content"] = {media: {"schema": _answered(endpoint, media)} for media in endpoint.media}
+        if endpoint.hinted:
+            answer["headers"] = DIGEST_HEADERS
+        yield str(endpoint.status), answer
+    told = {"application/json": {"schema": {"$ref": SCHEMAS + endpoint.error.__name__}}}
+    for status in sorted(failures):
+        failed: Json = {"description": WORDS[status], "content": told}
+        if status in AGAIN:
+            failed["headers"] = RETRY_AFTER
+        yield str(status), failed
+
+
+def _answered(endpoint: Endpoint, media: str) -> Json:
+    if media == "application/json":
+        return {"$ref": SCHEMAS + endpoint.answer.__name__} if endpoint.answer else {"type": "object"}
+    if media == EVENTS and endpoint.event:
+        events = [SCHEMAS + kind.__name__ for kind in (endpoint.event, endpoint.error)]
+        return event_schema(events)
+    return {"type": "string"}

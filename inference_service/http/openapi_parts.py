@@ -1,0 +1,113 @@
+"""The parts of the OpenAPI document that are the same for many routes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+from inference_service.http.wire.reply import Json
+from inference_service.serving.hints import MAX_GENERATION, MIN_GENERATION, STICKY_KEY
+
+SECURITY: Final[Mapping[str, Json]] = {
+    "key": {"type": "http", "scheme": "bearer", "description": "Where the server has keys."},
+    "x_api_key": {"type": "apiKey", "in": "header", "name": "x-api-key", "description": "The same keys."},
+}
+"""The ways to show a key, by name."""
+WORDS: Final[Mapping[int, str]] = {
+    400: "The request is not valid, or is not served; the error says what was expected and found.",
+    401: "The server has keys, and the request shows none that it knows.",
+    403: "The key may not do this, or a page of another site asked for it.",
+    404: "No model, adapter or generation of that name; the error has the nearest.",
+    408: "The request did not arrive in time.",
+    409: "It cannot be done as things are now: somebody else changes them.",
+    413: "The body is larger than is read.",
+    415: "The body does not say that it is JSON.",
+    429: "The queue is full, or the model or the key has what its limits allow.",
+    431: "The head of the request is larger than is read.",
+    500: "loramux failed, or found bytes that are not what was built; the log has it under the request's id.",
+    503: "The replica drains, failed, is paused or behind, or a service that it needs does not answer.",
+    504: "What was asked for took longer than the operator allows.",
+    529: "The server has as much work as it takes.",
+}
+"""Of statuses of failures."""
+RETRY_AFTER: Final[Json] = {
+    "retry-after": {"description": "Seconds.", "required": True, "schema": {"type": "integer", "minimum": 1}}
+}
+HINTS: Final[Sequence[Json]] = (
+    {
+        "name": MIN_GENERATION,
+        "in": "header",
+        "description": "Answer with this generation of the deployment or a later one.",
+        "schema": {"type": "integer", "minimum": 0, "maximum": MAX_GENERATION},
+    },
+    {
+        "name": STICKY_KEY,
+        "in": "header",
+        "description": "Requests with the same one get the same model of an alias; it comes before `user`.",
+        "schema": {"type": "string"},
+    },
+)
+"""Headers by which requests say what is to answer."""
+DIGEST_HEADERS: Final[Json] = {
+    "x-loramux-model": {
+        "description": "What answers: of an alias the model that was picked.",
+        "required": True,
+        "schema": {"type": "string"},
+    },
+    "x-loramux-generation": {
+        "description": "By which the name was looked up.",
+        "required": True,
+        "schema": {"type": "integer"},
+    },
+    "x-loramux-digest": {"description": "Of an adapter; the base has none.", "schema": {"type": "string"}},
+}
+DONE: Final[Json] = {"const": "[DONE]"}
+"""The last event of a stream that did not fail."""
+
+
+def operation_id(method: str, path: str) -> str:
+    """Return a name that generators of clients can make a function of."""
+    return "_".join([method.lower(), *re.findall(r"\w+", path)])
+
+
+def path_parameter(name: str, example: str, *, slashes: bool) -> Json:
+    """Return the description of a part of a path, which may hold slashes or may not."""
+    told: Json = {"name": name, "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
+    if slashes:
+        told["description"] = "Slashes in it may stand as they are, or as %2F."
+    if example:
+        told["example"] = example
+    return told
+
+
+def query_parameters(schema: Json) -> list[Json]:
+    """Return the descriptions of what a query may hold, from the schema of all of it."""
+    return [
+        _query_parameter(name, told, schema.get("required", ())) for name, told in schema["properties"].items()
+    ]
+
+
+def _query_parameter(name: str, told: Json, required: Sequence[str]) -> Json:
+    schema = {keyword: value for keyword, value in told.items() if keyword not in ("description", "title")}
+    if "anyOf" in schema:  # what is not set is not there: a query knows no null
+        [schema] = [branch for branch in schema["anyOf"] if branch.get("type") != "null"]
+    parameter: Json = {"name": name, "in": "query", "required": name in required, "schema": schema}
+    return parameter | {keyword: told[keyword] for keyword in ("description",) if keyword in told}
+
+
+def event_schema(references: Sequence[str]) -> Json:
+    """Return the schema of each event of a stream, as readers of such streams see one.
+
+    Its data is JSON of one of the schemas that are referred to, and at the end ``[DONE]``.
+    """
+    held = {
+        "contentMediaType": "application/json",
+        "contentSchema": {"anyOf": [{"$ref": ref} for ref in references]},
+    }
+    return {
+        "description": "Each of the events.",
+        "type": "object",
+        "required": ["data"],
+        "properties": {"event": {"type": "string"}, "data": {"type": "string", "anyOf": [held, DONE]}},
+    }

@@ -1,0 +1,135 @@
+"""``POST /v1/responses/compact``: a conversation becomes a summary of it, which goes on in its place.
+
+The model that would answer sums up. Nothing is stored: the summary is the answer, in an item that clients give
+back unread.
+Sources: `openai.types.responses.CompactedResponse` and https://www.openresponses.org/specification
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from contextlib import aclosing
+from typing import Final
+
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+
+from inference_service.http.openai.chat_schema import ChatBody, ChatMessage
+from inference_service.http.openai.conversation import Conversation, Told
+from inference_service.http.openai.mapping import SWITCHES, refused
+from inference_service.http.openai.schema import SamplingBody
+from inference_service.http.responses.carried import carried
+from inference_service.http.responses.items import CallItem, Item, OutputItem
+from inference_service.http.responses.mapping import chat_of, in_words_of
+from inference_service.http.responses.output import Output
+from inference_service.http.responses.resource import usage_of
+from inference_service.http.responses.schema import CompactBody, ResponsesBody
+from inference_service.http.responses.turns import leading
+from inference_service.http.wire.body import read_body
+from inference_service.http.wire.reply import Head, Json, json_response
+from inference_service.http.wire.stream import while_connected
+from inference_service.serving.request import Delta, Finished, Started
+from inference_service.serving.service import GenerationService
+from loramux_shared.faults import RequestInvalid
+
+ASK: Final = (
+    "Sum up our conversation up to here: in its place, the summary is all that you will know of it. Keep what "
+    "was asked, decided, found and left to do, with names, numbers and code as they were. Write nothing else."
+)
+SAID_NOTHING: Final = (
+    "the model said nothing to sum up the conversation. Allow it more tokens, or ask another model."
+)
+
+
+async def compact(service: GenerationService, http: HttpRequest) -> Response:
+    """Sum up a conversation, to go on without its items."""
+    body = await read_body(http, CompactBody)
+    items = () if isinstance(body.input, str) else body.input
+    _check_answered(items)
+    told = _as_response(body)
+    with in_words_of(told):
+        conversation = Conversation(service, asking(chat_of(told)), http.headers)
+        head = Head(f"resp_{conversation.request.id}", "response.compaction", body.model)
+        summary, usage = await while_connected(http.receive, _summary(conversation, head))
+    answer = {
+        "id": head.id,
+        "object": head.kind,
+        "created_at": head.created,
+        "output": [*_instructions(items), _compaction(summary)],
+        "usage": usage,
+    }
+    return json_response(answer, headers=head.headers)
+
+
+def asking(chat: ChatBody) -> ChatBody:
+    """Return a chat that ends with the question for a summary; templates may refuse two turns of the user."""
+    *before, last = chat.messages
+    if last.role == "user":
+        asked = ChatMessage(role="user", content=f"{last.content}\n\n{ASK}")
+    else:
+        before, asked = [*chat.messages], ChatMessage(role="user", content=ASK)
+    return chat.model_copy(update={"messages": (*before, asked)})
+
+
+def _as_response(body: CompactBody) -> ResponsesBody:
+    """Return what would ask for an answer to the same conversation, as true to it as it can be."""
+    shared = {name: getattr(body, name) for name in SamplingBody.model_fields}
+    return ResponsesBody.model_construct(
+        **shared | {"temperature": 0.0 if body.temperature is None else body.temperature},
+        input=body.input,
+        instructions=body.instructions,
+        max_output_tokens=body.max_output_tokens,
+        chat_template_kwargs=dict.fromkeys(SWITCHES, False),  # reasoning would be lost, and takes the room
+    )
+
+
+def _check_answered(items: Sequence[Item]) -> None:
+    """Refuse calls without outputs: behind the summary, nobody would know what the outputs belong to."""
+    outputs = {item.call_id for item in items if isinstance(item, OutputItem)}
+    for index, item in enumerate(items):
+        if isinstance(item, CallItem) and item.call_id not in outputs:
+            raise refused(f"input[{index}]", "a function_call with its function_call_output", "one without")
+
+
+async def _summary(conversation: Conversation, head: Head) -> tuple[str, Json]:
+    """Return the summary and the tokens that it took.
+
+    Raises:
+        Fault: there is none.
+    """
+    output = Output(None, (), carries=False)
+    usage: Json = {}
+    async with aclosing(conversation.events()) as events:
+        async for event in events:
+            match event:
+                case Started():
+                    head.begin(event)
+                case Told(Delta() as delta, pieces):
+                    output.take(pieces, delta.tokens)
+                case Told(Finished() as finished, pieces):
+                    output.end(pieces, "completed")
+                    usage = usage_of(finished, output.reasoning_tokens)
+    said = [item["content"][0]["text"] for item in output.items() if item["type"] == "message"]
+    summary = "\n".join(said).strip()
+    if not summary:
+        raise RequestInvalid(SAID_NOTHING)
+    return summary, usage
+
+
+def _compaction(summary: str) -> Json:
+    return {"id": f"cmp_{secrets.token_hex(16)}", "type": "compaction", "encrypted_content": carried(summary)}
+
+
+def _instructions(items: Sequence[Item]) -> list[Json]:
+    """Return the instructions among the items as they were: they are not summed up alone."""
+    return [
+        {
+            "id": item.id or f"msg_{secrets.token_hex(16)}",
+            "type": "message",
+            "status": "completed",
+            "role": item.role,
+            "content": [{"type": "input_text", "text": item.content}],
+        }
+        for item in leading(items)
+    ]

@@ -1,0 +1,168 @@
+"""What may stand in the ``input`` of a response.
+
+An item says its kind in ``type``; one with a role and no type is a message. What was answered may be given back
+as it is. A kind that this server cannot read is refused by name.
+Sources: the types of OpenAI's client, `openai.types.responses.ResponseInputItemParam`, and
+https://www.openresponses.org/specification
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, Final, Literal, Never
+
+from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, PlainValidator, Tag
+from pydantic.json_schema import SkipJsonSchema
+from pydantic_core import PydanticCustomError
+from typing_extensions import TypedDict
+
+from inference_service.http.openai.chat_schema import RefusalPart, text_of, unsupported
+from inference_service.http.wire.body import Body
+
+SAID: Final = {"input_text": "text", "output_text": "text", "text": "text", "refusal": "refusal"}
+"""Parts that hold text, and their key for it."""
+THOUGHT: Final = {"reasoning_text": "text"}
+SUMMED_UP: Final = {"summary_text": "text"}
+SERVED: Final = "Messages, calls, their outputs, reasoning and compactions are served."
+NOTHING_STORED: Final = "Nothing is stored here: send the earlier items themselves, in input."
+Status = Literal["in_progress", "completed", "incomplete"] | None
+
+
+def _joined(kinds: Mapping[str, str]) -> Callable[[Any], Any]:
+    def joined(content: Any) -> Any:
+        if not isinstance(content, list):
+            return content
+        return "\n".join(text_of(part, kinds) for part in content)
+
+    return joined
+
+
+class InputPart(TypedDict):
+    """Text of a message, or of what a call gave."""
+
+    type: Literal["input_text", "output_text", "text"]
+    text: str
+
+
+class ReasoningPart(TypedDict):
+    """Text of reasoning."""
+
+    type: Literal["reasoning_text"]
+    text: str
+
+
+class SummaryPart(TypedDict):
+    """Text of a summary of reasoning."""
+
+    type: Literal["summary_text"]
+    text: str
+
+
+Text = Annotated[
+    str, BeforeValidator(_joined(SAID), json_schema_input_type=str | list[InputPart | RefusalPart])
+]
+
+
+def _parts(kinds: Mapping[str, str], told: Any) -> BeforeValidator:
+    return BeforeValidator(_joined(kinds), json_schema_input_type=list[told] | None)
+
+
+class MessageItem(Body):
+    """A turn of the conversation."""
+
+    type: Literal["message"] | None = None
+    role: Literal["user", "assistant", "system", "developer"]
+    content: Text
+    id: str | None = None
+    status: Status = None
+    phase: str | None = None
+
+
+class CallItem(Body):
+    """A call that the model made earlier."""
+
+    type: Literal["function_call"]
+    call_id: Annotated[str, Field(min_length=1)]
+    name: Annotated[str, Field(min_length=1)]
+    arguments: str
+    """A JSON object, as the model wrote it."""
+    namespace: str | None = None
+    id: str | None = None
+    status: Status = None
+
+
+class OutputItem(Body):
+    """What a call gave."""
+
+    type: Literal["function_call_output"]
+    call_id: Annotated[str, Field(min_length=1)]
+    output: Text
+    name: str | None = None
+    namespace: str | None = None
+    """Accepted: the call says both."""
+    id: str | None = None
+    status: Status = None
+
+
+class ReasoningItem(Body):
+    """What the model thought earlier."""
+
+    type: Literal["reasoning"]
+    id: str | None = None
+    content: Annotated[str | None, _parts(THOUGHT, ReasoningPart)] = None
+    summary: Annotated[str | None, _parts(SUMMED_UP, SummaryPart)] = None
+    encrypted_content: str | None = None
+    """Reasoning that this server carried to a client: see `carried`."""
+    status: Status = None
+
+
+class CompactionItem(Body):
+    """What stands for all before it: a conversation that this server summed up, see `compact`."""
+
+    type: Literal["compaction"]
+    encrypted_content: str
+    id: str | None = None
+    created_by: str | None = None
+
+
+def _refuse(value: Any) -> Any:
+    kind = value.get("type") if isinstance(value, dict) else None
+    if kind == "item_reference":
+        raise unsupported("an item_reference", NOTHING_STORED)
+    if isinstance(kind, str):
+        raise unsupported(f"an item of type {kind}", SERVED)
+    raise PydanticCustomError("item", 'items like {"role": "user", "content": "..."}')
+
+
+def _kind(value: Any) -> str:
+    """Return the tag of an item's kind; tags in brackets are left out of the places that errors name."""
+    kind = None
+    if isinstance(value, dict):
+        kind = value.get("type") or ("message" if "role" in value else None)
+    return f"[{kind}]" if kind in KINDS else "[other]"
+
+
+KINDS: Final = ("message", "function_call", "function_call_output", "reasoning", "compaction")
+Item = MessageItem | CallItem | OutputItem | ReasoningItem | CompactionItem
+AnyItem = Annotated[
+    Annotated[MessageItem, Tag("[message]")]
+    | Annotated[CallItem, Tag("[function_call]")]
+    | Annotated[OutputItem, Tag("[function_call_output]")]
+    | Annotated[ReasoningItem, Tag("[reasoning]")]
+    | Annotated[CompactionItem, Tag("[compaction]")]
+    | Annotated[Never, PlainValidator(_refuse), SkipJsonSchema(), Tag("[other]")],
+    Discriminator(_kind),
+]
+
+
+def _some(items: tuple[Item, ...]) -> tuple[Item, ...]:
+    if not items:
+        raise PydanticCustomError("input", "at least one item")
+    return items
+
+
+Items = Annotated[tuple[AnyItem, ...], AfterValidator(_some), Field(json_schema_extra={"minItems": 1})]
+Input = Annotated[
+    Annotated[str, Tag("[text]")] | Annotated[Items, Tag("[items]")],
+    Discriminator(lambda value: "[text]" if isinstance(value, str) else "[items]"),
+]

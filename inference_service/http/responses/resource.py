@@ -1,0 +1,126 @@
+"""The object that a response is: what was asked, what is answered, and how it ended.
+
+Source: `openai.types.responses.Response`; which fields there must be, https://www.openresponses.org/reference
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any, Final
+
+from inference_service.adapters.defaults import AdapterDefaults
+from inference_service.core.sequence import FinishReason
+from inference_service.http.openai.chat_schema import AllowedTools, NamedTool, ToolChoice
+from inference_service.http.openai.mapping import DEFAULT_TEMPERATURE
+from inference_service.http.responses.schema import ResponsesBody, TextConfig
+from inference_service.http.wire.errors import error_body, status_of
+from inference_service.http.wire.reply import Head, Json
+from inference_service.serving.numbers import first
+from inference_service.serving.request import Finished
+from loramux_shared.faults import Fault
+
+INCOMPLETE: Final[Json] = {"reason": "max_output_tokens"}
+
+
+class Resource:
+    """Says how a response is."""
+
+    def __init__(self, body: ResponsesBody, head: Head, defaults: AdapterDefaults) -> None:
+        """Describe the response to a body that was accepted; defaults are those of the model that answers."""
+        self._asked = _asked(body, defaults)
+        self._head: Json = {
+            "id": head.id,
+            "object": head.kind,
+            "created_at": head.created,
+            "model": head.model,
+        }
+
+    def under_way(self) -> Json:
+        """Return it before anything is answered."""
+        return self._json("in_progress")
+
+    def ended(self, finished: Finished, output: list[Json], reasoning_tokens: int) -> Json:
+        """Return it with its output."""
+        told: Json = {"output": output, "usage": usage_of(finished, reasoning_tokens)}
+        if finished.reason is FinishReason.LENGTH:
+            return self._json("incomplete", incomplete_details=INCOMPLETE, **told)
+        return self._json("completed", completed_at=int(time.time()), **told)
+
+    def failed(self, fault: Fault, output: list[Json]) -> Json:
+        """Return it with what there was before it failed."""
+        return self._json("failed", error=_error(fault), output=output)
+
+    def _json(self, status: str, **told: Any) -> Json:
+        empty: Json = {
+            "completed_at": None,
+            "error": None,
+            "incomplete_details": None,
+            "output": [],
+            "usage": None,
+        }
+        return self._head | {"status": status} | empty | told | self._asked
+
+
+def _asked(body: ResponsesBody, defaults: AdapterDefaults) -> Json:
+    """Return what was asked, with what the server took where nothing was said."""
+    return {
+        "instructions": body.instructions,
+        "max_output_tokens": body.max_output_tokens,
+        "max_tool_calls": body.max_tool_calls,
+        "tools": [tool.told() for tool in body.tools or ()],
+        "tool_choice": _choice(body.tool_choice),
+        "parallel_tool_calls": body.parallel_tool_calls is not False,
+        "text": _text(body.text),
+        "reasoning": {"effort": body.reasoning.effort if body.reasoning else None, "summary": None},
+        "temperature": first(body.temperature, defaults.temperature, DEFAULT_TEMPERATURE),
+        "top_p": first(body.top_p, defaults.top_p, 1.0),
+        "presence_penalty": body.presence_penalty or 0.0,
+        "frequency_penalty": body.frequency_penalty or 0.0,
+        "top_logprobs": body.top_logprobs or 0,
+        "truncation": body.truncation or "disabled",
+        "metadata": body.metadata or {},
+        "user": body.user,
+        "safety_identifier": body.safety_identifier,
+        "prompt_cache_key": body.prompt_cache_key,
+        "service_tier": "default",
+        "store": False,
+        "background": False,
+        "previous_response_id": None,
+    }
+
+
+def _choice(choice: ToolChoice | None) -> str | Json:
+    match choice:
+        case NamedTool(name):
+            return {"type": "function", "name": name}
+        case AllowedTools(mode, names):
+            tools = [{"type": "function", "name": name} for name in names]
+            return {"type": "allowed_tools", "mode": mode, "tools": tools}
+    return choice or "auto"
+
+
+def _text(text: TextConfig | None) -> Json:
+    asked = text.format if text else None
+    told: Json = {"type": asked.type if asked else "text"}
+    if asked and asked.schema_ is not None:
+        more = {"name": asked.name, "description": asked.description, "schema": asked.schema_}
+        told |= more | {"strict": asked.strict is not False}
+    return {"format": told, "verbosity": "medium"}
+
+
+def usage_of(finished: Finished, reasoning_tokens: int) -> Json:
+    """Return the tokens of a response."""
+    return {
+        "input_tokens": finished.prompt_tokens,
+        "input_tokens_details": {"cached_tokens": finished.cached_tokens, "cache_write_tokens": 0},
+        "output_tokens": finished.completion_tokens,
+        "output_tokens_details": {"reasoning_tokens": reasoning_tokens},
+        "total_tokens": finished.prompt_tokens + finished.completion_tokens,
+    }
+
+
+def _error(fault: Fault) -> Json:
+    """Return a fault as the error of a response: code is one of OpenAI's, reason is the fault's own name."""
+    told, status = error_body(fault)["error"], status_of(fault)
+    code = "rate_limit_exceeded" if status == 429 else "invalid_prompt" if status < 500 else "server_error"
+    return {**told, "code": code, "reason": told["code"]}

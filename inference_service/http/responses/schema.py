@@ -1,0 +1,237 @@
+"""What the body of ``POST /v1/responses`` may hold.
+
+The fields are OpenAI's, and those of `SamplingBody`, which mean what they mean for chats. What would need a
+store is refused with what to do instead.
+Source: the types of OpenAI's client, `openai.types.responses.ResponseCreateParams`.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, ClassVar, Final, Literal, NotRequired, Self
+
+from pydantic import BeforeValidator, Field, PlainValidator, model_validator
+from pydantic_core import PydanticCustomError
+from typing_extensions import TypedDict
+
+from inference_service.http.openai.chat_schema import AllowedTools, Effort, NamedTool, ToolChoice, unsupported
+from inference_service.http.openai.schema import SamplingBody
+from inference_service.http.responses.items import NOTHING_STORED, Input
+from inference_service.http.responses.tools import ONLY_FUNCTIONS, Tools
+from inference_service.http.wire.body import Body, Examples
+from inference_service.serving.bounds import MAX_LOGPROBS
+
+LOGPROBS: Final = "message.output_text.logprobs"
+CARRIED: Final = "reasoning.encrypted_content"
+Includable = Literal[
+    "message.output_text.logprobs",
+    "reasoning.encrypted_content",
+    "file_search_call.results",
+    "web_search_call.results",
+    "web_search_call.action.sources",
+    "message.input_image.image_url",
+    "computer_call_output.output.image_url",
+    "code_interpreter_call.outputs",
+]
+"""The last six ask for more of items that there never are here."""
+Metadata = Annotated[
+    dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=16)
+]
+EXPECTED_CHOICE: Final = (
+    'none, auto, required, {"type": "function", "name": "..."} '
+    'or {"type": "allowed_tools", "mode": "auto", "tools": [{"type": "function", "name": "..."}]}'
+)
+
+
+def _refused(served: str, harmless: tuple[Any, ...] = (None,)) -> BeforeValidator:
+    """Return what refuses every value but those that ask for nothing, and says what is served."""
+
+    def refused(value: Any) -> None:
+        if not any(type(value) is type(each) and value == each for each in harmless):
+            raise unsupported(_shown(value), served)
+
+    return BeforeValidator(refused, json_schema_input_type=None)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, str | bool):
+        return json.dumps(value)
+    return "an object" if isinstance(value, dict) else "a list" if isinstance(value, list) else "a number"
+
+
+class NamedFunction(TypedDict):
+    """A choice that is a function."""
+
+    type: Literal["function"]
+    name: str
+
+
+class NamedFunctions(TypedDict):
+    """A choice that is some of the functions."""
+
+    type: Literal["allowed_tools"]
+    mode: NotRequired[Literal["auto", "required"] | None]
+    tools: Annotated[list[NamedFunction], Field(min_length=1)]
+
+
+ToolChoiceInput = Literal["none", "auto", "required"] | NamedFunction | NamedFunctions | None
+
+
+def _choice(value: Any) -> ToolChoice | None:
+    match value:
+        case None | "none" | "auto" | "required":
+            return value
+        case {"type": "function", "name": str(name)}:
+            return NamedTool(name)
+        case {"type": "allowed_tools", "tools": [_, *_] as tools}:
+            return AllowedTools(_mode(value.get("mode")), tuple(map(_allowed, tools)))
+        case {"type": str(kind)} if kind not in ("function", "allowed_tools"):
+            raise unsupported(f"a choice of type {kind}", ONLY_FUNCTIONS)
+    raise PydanticCustomError("tool_choice", EXPECTED_CHOICE)
+
+
+def _mode(mode: Any) -> Literal["auto", "required"]:
+    if mode not in (None, "auto", "required"):
+        raise PydanticCustomError("tool_choice", EXPECTED_CHOICE)
+    return mode or "auto"
+
+
+def _allowed(tool: Any) -> str:
+    match tool:
+        case {"type": "function", "name": str(name)}:
+            return name
+        case {"type": str(kind)} if kind != "function":
+            raise unsupported(f"a tool of type {kind}", ONLY_FUNCTIONS)
+    raise PydanticCustomError("tool_choice", EXPECTED_CHOICE)
+
+
+class TextFormat(Body):
+    """What the text must look like."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    name: str | None = None
+    description: str | None = None
+    schema_: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
+    strict: bool | None = None
+    """Accepted; the text always keeps to the schema."""
+
+    @model_validator(mode="after")
+    def _has_schema(self) -> Self:
+        wanted = self.type == "json_schema"
+        if wanted != (self.schema_ is not None) or (wanted and self.name is None):
+            raise PydanticCustomError("format", "name and schema exactly where the type is json_schema")
+        return self
+
+
+class TextConfig(Body):
+    """How the text is written."""
+
+    format: TextFormat | None = None
+    verbosity: Annotated[None, _refused("Ask for it in instructions, or leave it out.", (None, "medium"))] = (
+        None
+    )
+
+
+class Reasoning(Body):
+    """How the model thinks."""
+
+    effort: Effort | None = None
+    summary: Literal["auto", "concise", "detailed"] | None = None
+    """Accepted: nothing is summed up, all that was thought is the content of the item."""
+    generate_summary: Literal["auto", "concise", "detailed"] | None = None
+    """Accepted: the older name."""
+    context: Annotated[None, _refused("The chat template decides it.", (None, "auto"))] = None
+    mode: Annotated[None, _refused('Only "standard" is served.', (None, "standard"))] = None
+
+
+class StreamingOptions(Body):
+    """Of streams."""
+
+    include_obfuscation: bool | None = None
+    """Accepted; there is no padding here."""
+
+
+class ResponsesBody(SamplingBody):
+    """``POST /v1/responses``."""
+
+    examples: ClassVar[Examples] = {
+        "question": {"input": "My order is late.", "max_output_tokens": 8},
+        "stream": {"input": "Hello", "max_output_tokens": 4, "stream": True},
+        "turns": {
+            "instructions": "Be brief.",
+            "input": [{"role": "user", "content": [{"type": "input_text", "text": "Hello"}]}],
+            "max_output_tokens": 4,
+            "temperature": 0,
+        },
+    }
+
+    input: Input
+    instructions: str | None = None
+    max_output_tokens: int | None = None
+    max_tool_calls: Annotated[int, Field(ge=1)] | None = None
+    """Accepted: it bounds the calls of hosted tools, and there are none."""
+    tools: Tools | None = None
+    tool_choice: Annotated[
+        ToolChoice | None, PlainValidator(_choice, json_schema_input_type=ToolChoiceInput)
+    ] = None
+    parallel_tool_calls: bool | None = None
+    text: TextConfig | None = None
+    reasoning: Reasoning | None = None
+    include: tuple[Includable, ...] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    truncation: Literal["auto", "disabled"] | None = None
+    stream: bool | None = None
+    stream_options: StreamingOptions | None = None
+    metadata: Metadata | None = None
+    client_metadata: dict[str, Any] | None = None
+    """Accepted: Codex says here which session it is."""
+    chat_template_kwargs: dict[str, Any] | None = None
+    """vLLM's: variables of the chat template beside the usual ones."""
+
+    background: Annotated[None, _refused("Answers come at once, or as a stream.", (None, False))] = None
+    previous_response_id: Annotated[None, _refused(NOTHING_STORED)] = None
+    conversation: Annotated[None, _refused(NOTHING_STORED)] = None
+    prompt: Annotated[None, _refused("No prompts are stored here: send instructions and input.")] = None
+    context_management: Annotated[None, _refused("Leave out of input what is not needed any more.")] = None
+    background_options: None = None
+    messages: Annotated[None, _refused("Here it is input.")] = None
+    max_tokens: Annotated[None, _refused("Here it is max_output_tokens.")] = None
+    max_completion_tokens: Annotated[None, _refused("Here it is max_output_tokens.")] = None
+    response_format: Annotated[None, _refused("Here it is text.format.")] = None
+    reasoning_effort: Annotated[None, _refused("Here it is reasoning.effort.")] = None
+    n: Annotated[None, _refused("There is one answer.", (None, 1))] = None
+    moderation: None = None
+    image: None = None
+    access_programs: None = None
+
+    @property
+    def logprobs(self) -> int | None:
+        """How many log probabilities are told beside each token's own; None: not even that."""
+        return self.top_logprobs or 0 if self.top_logprobs or LOGPROBS in (self.include or ()) else None
+
+    @property
+    def carries(self) -> bool:
+        """True when reasoning is also told in a form that clients give back unread."""
+        return CARRIED in (self.include or ())
+
+
+class CompactBody(SamplingBody):
+    """``POST /v1/responses/compact``."""
+
+    examples: ClassVar[Examples] = {
+        "turns": {
+            "input": [
+                {"role": "user", "content": "My order is late."},
+                {"role": "assistant", "content": "Which one?"},
+                {"role": "user", "content": "Number 7, since Monday."},
+            ],
+            "max_output_tokens": 8,
+        },
+    }
+
+    input: Input
+    instructions: str | None = None
+    max_output_tokens: int | None = None
+    """Of the summary."""
+    previous_response_id: Annotated[None, _refused(NOTHING_STORED)] = None
+    image: None = None

@@ -1,0 +1,127 @@
+"""``POST /v1/embeddings``: texts as vectors."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Final
+
+import numpy as np
+from pydantic_core import to_json
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+
+from inference_service.core.sequence import Vector
+from inference_service.http.vectors.pooling_schema import EmbeddingsBody, PoolingBody
+from inference_service.http.wire.body import read_body
+from inference_service.http.wire.reply import Head, Json
+from inference_service.http.wire.stream import while_connected
+from inference_service.serving.hints import hinted
+from inference_service.serving.pooling import (
+    PooledPrompt,
+    check_dimensions,
+    pooled,
+    pooling_of,
+    shaped,
+)
+from inference_service.serving.request import Prompt, Request, told
+from inference_service.serving.service import GenerationService
+from loramux_shared.faults import Fault
+from loramux_shared.pooling import Pooling
+
+MANY: Final = 1 << 14
+"""Numbers that are written on another thread: as JSON, they take some milliseconds."""
+
+
+async def embeddings(service: GenerationService, http: HttpRequest) -> Response:
+    """Make vectors of texts: their hidden states, pooled."""
+    body = await read_body(http, EmbeddingsBody)
+    with telling("input"):
+        pooling = pooling_of(body.pooling, service.usual_pooling)
+        check_dimensions(body.dimensions, service.limits.hidden_size)
+        requests = pooling_requests(body, body.input, pooling, http.headers)
+        found = await while_connected(http.receive, everything(service, requests))
+    normalize = body.normalize is not False
+    vectors = [shaped(each.vector, body.dimensions, normalize=normalize) for each in found]
+    return await answer(body, found, vectors, base64_=body.encoding_format == "base64")
+
+
+def pooling_requests(
+    body: PoolingBody, prompts: Sequence[Prompt], pooling: Pooling, headers: Mapping[str, str]
+) -> list[Request]:
+    """Return a request for each prompt.
+
+    Raises:
+        RequestInvalid: a header is wrong.
+    """
+    own: dict[str, Any] = {"pooling": pooling, "max_tokens": 0, "priority": -(body.priority or 0)}
+    own |= hinted(headers, body.min_generation or 0, body.user or "")
+    if body.request_id is not None:
+        own["id"] = body.request_id
+    fields = told(body, Request) | own
+    return [Request(**fields | {"prompt": prompt}) for prompt in prompts]
+
+
+async def everything(service: GenerationService, requests: Sequence[Request]) -> list[PooledPrompt]:
+    """Return what becomes of all requests."""
+    return [each async for each in pooled(service, requests)]
+
+
+@contextmanager
+def telling(name: str) -> Iterator[None]:
+    """Tell faults of prompts as of the field that they came in."""
+    try:
+        yield
+    except Fault as fault:
+        fault.findings = tuple(
+            each.model_copy(update={"where": name}) if each.where in ("prompt", "token_ids") else each
+            for each in fault.findings
+        )
+        raise
+
+
+def head_of(found: Sequence[PooledPrompt], body: PoolingBody, kind: str) -> Head:
+    """Return what tells which version answered."""
+    started = found[0].started
+    head = Head(f"{kind}-{started.request_id}", "list", body.model)
+    head.begin(started)
+    return head
+
+
+def prompt_usage(found: Sequence[PooledPrompt]) -> Json:
+    """Return the tokens of all prompts."""
+    tokens = sum(each.finished.prompt_tokens for each in found)
+    cached = sum(each.finished.cached_tokens for each in found)
+    return {
+        "prompt_tokens": tokens,
+        "total_tokens": tokens,
+        "prompt_tokens_details": {"cached_tokens": cached},
+    }
+
+
+async def answer(
+    body: PoolingBody, found: Sequence[PooledPrompt], vectors: Sequence[Vector], *, base64_: bool
+) -> Response:
+    """Return vectors as OpenAI has them."""
+    head = head_of(found, body, "embd")
+    whole: Json = {"object": "list", "model": head.model, "usage": prompt_usage(found)}
+
+    def write() -> bytes:
+        data = [
+            {"object": "embedding", "index": index, "embedding": _encoded(vector, base64_=base64_)}
+            for index, vector in enumerate(vectors)
+        ]
+        return to_json(whole | {"data": data})
+
+    many = len(vectors) * len(vectors[0]) > MANY
+    written = await asyncio.to_thread(write) if many else write()
+    return Response(written, headers=head.headers, media_type="application/json")
+
+
+def _encoded(vector: Vector, *, base64_: bool) -> str | list[float]:
+    if base64_:
+        return base64.b64encode(vector.astype("<f4").tobytes()).decode()
+    numbers: list[float] = np.asarray(vector, np.float64).tolist()
+    return numbers

@@ -1,0 +1,1 @@
+"""HTTP itself: connections, heads, bodies, answers, streams, and what a request that fails hears."""

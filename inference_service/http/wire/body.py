@@ -1,0 +1,92 @@
+"""Reads the body of a request."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any, ClassVar, Final, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+
+from inference_service.http.wire.errors import invalid_body, is_tag
+from inference_service.serving.json_size import unfolds_to
+from loramux_shared.faults import RequestInvalid
+from loramux_shared.rpc.options import MAX_REQUEST_BYTES
+
+Examples = Mapping[str, Mapping[str, Any]]
+"""Bodies, by what they show."""
+
+
+class Body(BaseModel):
+    """A JSON object: unknown keys, wrong types and numbers that are none are refused; null is "not set"."""
+
+    model_config = ConfigDict(
+        strict=True, extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+    examples: ClassVar[Examples] = {}
+    """By what they show; their model is one that is served. They are valid, and tests send them."""
+
+
+B = TypeVar("B", bound=Body)
+MAX_DISCARDED_BYTES: Final = 64 * 1024 * 1024
+"""A body that is too large is read up to here: most clients read an answer when they have sent all."""
+
+
+async def read_body(http: Request, kind: type[B]) -> B:
+    """Return the body as a model of its kind.
+
+    Raises:
+        RequestInvalid: it is no JSON or has too much in it, or a field is unknown, missing or of a wrong type.
+        HTTPException: 413 where it is too large, 415 where it does not say that it is JSON.
+        ClientDisconnect: the client went away.
+    """
+    media_type = http.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if media_type != "application/json":
+        raise HTTPException(
+            415,
+            f"the body must be JSON and say so, content-type: application/json; it says {media_type[:80]!r}.",
+        )
+    data = await _read(http)
+    if much := unfolds_to(data):
+        raise RequestInvalid(f"the body has {much}. Send less at once.")
+    try:
+        return kind.model_validate_json(data)
+    except ValidationError as error:
+        refused = error
+    try:
+        return kind.model_validate_json(_without_unknown_nulls(data, refused))
+    except ValidationError as error:
+        raise invalid_body(error, list(kind.model_fields)) from error
+
+
+def _without_unknown_nulls(data: bytes, refused: ValidationError) -> bytes:
+    """Return a body without the unknown fields that are null: clients send all that they know of, unset."""
+    nulls = [
+        each["loc"]
+        for each in refused.errors(include_url=False)
+        if each["type"] == "extra_forbidden" and each["input"] is None
+    ]
+    if not nulls:
+        return data
+    body = json.loads(data)
+    for *places, name in nulls:
+        holder = body
+        for place in places:
+            holder = holder if is_tag(place) else holder[place]
+        holder.pop(name, None)  # a name may come twice
+    return json.dumps(body).encode()
+
+
+async def _read(http: Request) -> bytes:
+    data, size = bytearray(), 0
+    async for part in http.stream():
+        size += len(part)
+        if size <= MAX_REQUEST_BYTES:
+            data += part
+        elif size > MAX_DISCARDED_BYTES:
+            break
+    if size > MAX_REQUEST_BYTES:
+        raise HTTPException(413, f"the body is larger than {MAX_REQUEST_BYTES} bytes.")
+    return bytes(data)

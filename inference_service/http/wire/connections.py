@@ -1,0 +1,239 @@
+"""Accepts connections up to a bound, and keeps the time of those that are open."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import socket
+from collections.abc import Callable
+from email.utils import formatdate
+from ssl import SSLContext
+from typing import Final
+
+import structlog
+from uvicorn.server import ServerState
+
+from inference_service.http.wire.protocol import LINGER_S, BoundedHttp, Patience
+from loramux_shared.arrival import unread_bytes
+
+ACCEPTS: Final = 16
+"""Connections that are taken at a time; in between those that are open have their turn."""
+RETRY_S: Final = 1.0
+"""Between attempts to accept, when the system has no descriptor left."""
+UNREAD_BYTES: Final = 128 * 1024
+"""Of answers that the system keeps for a client, doubled by Linux; by itself it would be megabytes."""
+REFUSED: Final = 64
+"""Refused connections that are read until their clients close; they count among `descriptors.RESERVED`."""
+UNUSED_S: Final = 1e6
+"""Of asyncio's own limit of a handshake, which does not see that its bytes lie unread."""
+SAY_S: Final = 60.0
+"""A condition that lasts is logged this often."""
+FULL: Final = (
+    b"HTTP/1.1 503 Service Unavailable\r\nretry-after: 1\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
+)
+
+log = structlog.get_logger()
+
+
+class Connections:
+    """The connections of a door.
+
+    Above the bound the one that is unused for the longest time makes room; when all are being answered, the new
+    one is refused. asyncio's own server is not used: it accepts without a bound, and writes a traceback per
+    failed attempt, thousands a second.
+    """
+
+    def __init__(
+        self,
+        state: ServerState,
+        make: Callable[[], BoundedHttp],
+        patience: Patience,
+        bound: int,
+        tls: SSLContext | None = None,
+    ) -> None:
+        self._state = state
+        self._make = make
+        self._patience = patience
+        self._bound = bound
+        self._tls = tls
+        self._opening: dict[asyncio.Task[None], tuple[socket.socket, float]] = {}
+        """Connections that are being opened, and until when their handshakes may take."""
+        self._refused: dict[socket.socket, float] = {}
+        """Connections that were refused, and until when their clients may close them."""
+        self._listener: socket.socket | None = None
+        self._watching: asyncio.Task[None] | None = None
+        self._said_s = -math.inf
+
+    def start(self, listener: socket.socket) -> None:
+        """Accept from a listening socket from now on."""
+        listener.setblocking(False)
+        self._keep_time()
+        self._listener = listener
+        self._listen()
+        self._watching = asyncio.create_task(self._watch())
+
+    def announce(self) -> None:
+        """Let the answers that have not begun say that their connections end behind them."""
+        for each in self.held():
+            each.announce()
+
+    def drain(self) -> None:
+        """The same, and wait no longer for the rest of bodies."""
+        for each in self.held():
+            each.drain()
+
+    async def close(self, timeout_s: float) -> None:
+        """Listen no more, part with those who are here, and cut what remains after a time.
+
+        Who has connected already is let in first: a listening socket that is closed resets them, and what they
+        ask was sent before anybody could know.
+        """
+        if (listener := self._listener) is None:
+            return
+        self._listener = None
+        asyncio.get_running_loop().remove_reader(listener)
+        with listener, contextlib.suppress(OSError):
+            while self._accept(listener):
+                pass
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                while self._opening or self._state.connections:
+                    await asyncio.sleep(0.01)
+                    for each in self.held():
+                        each.part()
+        for each in self.held():
+            each.transport.abort()
+        for sock in list(self._refused):
+            self._part(sock)
+        ending = [*self._opening, *([self._watching] if self._watching else [])]
+        for task in ending:
+            task.cancel()
+        await asyncio.gather(*ending, return_exceptions=True)
+
+    def held(self) -> list[BoundedHttp]:
+        """Return those that are open."""
+        return [each for each in self._state.connections if isinstance(each, BoundedHttp)]
+
+    def _listen(self) -> None:
+        if self._listener is not None:
+            asyncio.get_running_loop().add_reader(self._listener, self._take, self._listener)
+
+    def _take(self, listener: socket.socket) -> None:
+        """Accept some of those that wait."""
+        try:
+            for _ in range(ACCEPTS):
+                if not self._accept(listener):
+                    return
+        except OSError as error:
+            self._say("cannot accept connections", error=str(error))
+            loop = asyncio.get_running_loop()
+            loop.remove_reader(listener)
+            loop.call_later(RETRY_S, self._listen)
+
+    def _accept(self, listener: socket.socket) -> bool:
+        """Accept one; False when none waits.
+
+        Raises:
+            OSError: the system has no descriptor left.
+        """
+        try:
+            sock, _ = listener.accept()
+        except (BlockingIOError, ConnectionAbortedError):
+            return False
+        sock.setblocking(False)
+        if self.has_room():
+            task = asyncio.create_task(self._open(sock))
+            self._opening[task] = sock, asyncio.get_running_loop().time() + self._patience.head_s
+            task.add_done_callback(self._opening.pop)
+        else:
+            self._refuse(sock)
+        return True
+
+    async def _open(self, sock: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        limit_s = None if self._tls is None else UNUSED_S
+        try:
+            # asyncio sets it only where the listener was made with proto=IPPROTO_TCP; without it, every small
+            # answer on a kept connection waits for the client's delayed acknowledgement, 40 ms.
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, UNREAD_BYTES)
+            await loop.connect_accepted_socket(
+                self._make, sock, ssl=self._tls, ssl_handshake_timeout=limit_s, ssl_shutdown_timeout=limit_s
+            )
+        except OSError:  # it went away, or its handshake failed
+            sock.close()
+
+    def has_room(self) -> bool:
+        """True when one more can be held, for which the one that is unused for the longest time may go."""
+        if len(self._state.connections) + len(self._opening) < self._bound:
+            return True
+        held = self.held()
+        unused = [(since, each) for each in held if (since := each.unused_since) is not None]
+        self._say("connections are at their bound", bound=self._bound, unused=len(unused))
+        by_age = (each for _, each in sorted(unused, key=lambda pair: pair[0]))
+        oldest = next((each for each in by_age if not each.has_unread()), None)
+        if oldest is None:
+            return False
+        oldest.transport.abort()
+        self._state.connections.discard(oldest)
+        return True
+
+    def _refuse(self, sock: socket.socket) -> None:
+        """Say that there is no room, and read on until the client closes: closed before, it would be reset."""
+        try:
+            if self._tls is None:
+                with contextlib.suppress(BlockingIOError):
+                    sock.recv(UNREAD_BYTES)
+                sock.send(FULL)
+            if self._tls is not None or len(self._refused) >= REFUSED:
+                sock.close()
+                return
+            sock.shutdown(socket.SHUT_WR)
+        except OSError:  # it went away
+            sock.close()
+            return
+        loop = asyncio.get_running_loop()
+        self._refused[sock] = loop.time() + LINGER_S
+        loop.add_reader(sock, self._drop, sock)
+
+    def _drop(self, sock: socket.socket) -> None:
+        """Read what a refused client sends, until it closes."""
+        try:
+            if sock.recv(UNREAD_BYTES):
+                return
+        except BlockingIOError:
+            return
+        except OSError:  # it was reset
+            pass
+        self._part(sock)
+
+    def _part(self, sock: socket.socket) -> None:
+        asyncio.get_running_loop().remove_reader(sock)
+        del self._refused[sock]
+        sock.close()
+
+    async def _watch(self) -> None:
+        patience = self._patience
+        shortest_s = min(patience.head_s, patience.body_s, patience.idle_s, patience.read_s)
+        loop = asyncio.get_running_loop()
+        while True:
+            await asyncio.sleep(min(1.0, shortest_s / 4))
+            self._keep_time()
+            now = loop.time()
+            for each in self.held():
+                each.check(now)
+            for task, (sock, end) in self._opening.items():
+                if now >= end and not unread_bytes(sock):
+                    task.cancel()
+            for sock in [sock for sock, end in self._refused.items() if now >= end]:
+                self._part(sock)
+
+    def _keep_time(self) -> None:
+        self._state.default_headers = [(b"date", formatdate(usegmt=True).encode())]
+
+    def _say(self, event: str, **fields: object) -> None:
+        now = asyncio.get_running_loop().time()
+        if now - self._said_s >= SAY_S:
+            self._said_s = now
+            log.warning(event, **fields)

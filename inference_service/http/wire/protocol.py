@@ -1,0 +1,383 @@
+"""HTTP on a connection: what is refused before an application sees it, and how long a client may take.
+
+httptools reads heads, chunk extensions and trailers without end, and some requests whose length two servers
+could read differently. What is refused here is answered, and the connection closed.
+Source of the rules: RFC 9112, sections 2.2, 3.2, 6.1, 6.3, 7.1 and 11.2.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final, NoReturn
+
+import httptools
+from pydantic_core import to_json
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+
+from inference_service.http.wire.closing import StagedTransport
+from inference_service.http.wire.errors import status_of
+from inference_service.http.wire.front import ARRIVED, DRAINING
+from inference_service.http.wire.heads import Refused, check_head
+from inference_service.http.wire.refusals import fault_body, refused_body
+from inference_service.http.wire.reply import Json
+from loramux_shared.arrival import arrived_at, unread_bytes, unsent_bytes
+from loramux_shared.faults import ShuttingDown
+
+MAX_HEAD_BYTES: Final = 64 * 1024
+"""Of a request's line and headers, of its trailers, or of one chunk's head; and what one read brings more."""
+MAX_FIELDS: Final = 200
+"""Headers of a request; also its trailers."""
+OVERHEAD: Final = 8
+"""Bytes of framing that a byte of the body may take, besides MAX_HEAD_BYTES: chunks of one byte take 6."""
+MAX_PIPELINED: Final = 16
+"""Requests that wait on one connection for the answer before them."""
+LINGER_S: Final = 1.0
+"""For the client to close, once everything was said to it."""
+FIRST_S: Final = 0.1
+"""For a client that has just connected to say what it wants, once the server parts with everybody."""
+DRAIN_BODY_S: Final = 1.0
+"""For the rest of a body once the server drains."""
+PROGRESS_BYTES: Final = 16 * 1024
+"""What a client must take of an answer that waits, in `Patience.read_s`."""
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How many seconds a client may take; none ends while what it sent lies unread."""
+
+    head_s: float = 10.0
+    """From the connection, or from the first byte of a later request, to the end of the head."""
+    body_s: float = 60.0
+    """From there to the end of the body."""
+    pause_s: float = 30.0
+    """From one piece of the body to the next."""
+    idle_s: float = 65.0
+    """Between an answer and the next request: longer than load balancers wait, so that they close first."""
+    read_s: float = 30.0
+    """To take PROGRESS_BYTES of an answer that waits for it."""
+
+
+USUAL: Final = Patience()
+
+
+class BoundedHttp(HttpToolsProtocol):
+    """Bounds what a client sends, and how long it takes."""
+
+    url: bytes = b""
+    """Of the request that is being read."""
+
+    def __init__(
+        self,
+        *args: Any,
+        patience: Patience,
+        refused: Callable[[int], None],
+        leaving: Callable[[], bool],
+        **kwargs: Any,
+    ) -> None:
+        """Wait as long as patience says; refused hears the status of every refusal.
+
+        While leaving is true, every answer says that the connection ends behind it.
+        """
+        super().__init__(*args, **kwargs)
+        self._patience = patience
+        self._leaving = leaving
+        self._heard = refused
+        self._deadline = math.inf
+        self._body_end = math.inf
+        """When the body that is awaited must be whole."""
+        self._in_head = False
+        self._whole = True
+        """No part of a request is awaited."""
+        self._overhead = self._since_body = self._body = self._trailers = self._bodies = 0
+        self._problem = (400, "invalid_http", "the request is no valid HTTP/1.1.")
+        self._draining = False
+        self._unused_since = 0.0
+        self._answered: Any = None
+        """The cycle whose answer is under way; `cycle` is that of the newest request."""
+        self._reads = 0
+        """Times that something came."""
+        self._overdue = -1
+        """So many when the deadline was first seen to be over with bytes unread; -1: it was not."""
+        self._waits = (0.0, 0)
+        """Since when the answer waits for the client, and how many bytes of it waited then."""
+
+    @property
+    def unused_since(self) -> float | None:
+        """Since when the server owes the client nothing, by the loop's clock; None while it answers."""
+        return None if self._busy() else self._unused_since
+
+    def announce(self) -> None:
+        """Let the newest answer say that the connection ends behind it, unless it has begun."""
+        if self._busy() and not self.cycle.response_started:
+            self.cycle.keep_alive = False
+
+    def drain(self) -> None:
+        """Wait no longer for the rest of a body."""
+        self._draining = True
+        self.announce()
+        if not self._whole and not self._in_head:
+            self._deadline = min(self._deadline, self.loop.time() + DRAIN_BODY_S)
+
+    def part(self) -> None:
+        """Close: behind the answers that are under way, else now.
+
+        A client that asks in this moment reads what is said here as its answer. 408 is what RFC 9110 has for
+        that: the request may be sent again, on another connection. One that asks nothing takes it for the end.
+        """
+        if self.transport.is_closing() or self._has_just_come():
+            return
+        if self._busy():
+            self.cycle.keep_alive = False
+        elif not self._whole and not self._in_head:  # it was answered, and is still being sent
+            self.transport.close()
+        else:
+            fault = ShuttingDown(DRAINING)
+            self._say(
+                408 if self._whole else status_of(fault),
+                fault_body({"path": self._path}, fault),
+                told=self._in_head,
+            )
+
+    def check(self, now: float) -> None:
+        """End the connection when the client took too long; called about once a second."""
+        if self._is_stalled(now):
+            self.transport.abort()
+        elif self.transport.is_closing() and self.transport.get_write_buffer_size():
+            self._wait(LINGER_S)  # it still takes what was said
+        elif now >= self._deadline and not self._owes_a_read():
+            self._expire()
+
+    # What the connection tells.
+
+    def connection_made(self, transport: Any) -> None:
+        """Begin to wait for a request."""
+        self._sock = transport.get_extra_info("socket")
+        staged: Any = StagedTransport(transport, self._linger)
+        super().connection_made(staged)
+        self._unused_since = self.loop.time()
+        self._waits = (self.loop.time(), 0)
+        self._wait(self._patience.head_s)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Tell the request that is being answered, not only the newest."""
+        self.pipeline.clear()
+        if self._busy():
+            self._answered.disconnected = True
+            self._answered.message_event.set()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Take what the client sent."""
+        self._reads += 1
+        if self.transport.is_closing():
+            return
+        before = self._bodies
+        self._feed(data)
+        if self.transport.is_closing():
+            return
+        framing = len(data) - (self._bodies - before)
+        self._overhead += framing
+        self._since_body = 0 if self._bodies > before else self._since_body + framing
+        if self._whole:
+            return
+        if self._in_head and self._since_body > MAX_HEAD_BYTES:
+            self._refuse(431, "head_too_large", f"the head of the request exceeds {MAX_HEAD_BYTES} bytes.")
+        elif self._since_body > MAX_HEAD_BYTES or self._overhead > MAX_HEAD_BYTES + OVERHEAD * self._body:
+            self._refuse(
+                400, "invalid_http", "the chunks or trailers of the request say too much about themselves."
+            )
+
+    def pause_writing(self) -> None:
+        """Begin to wait for the client."""
+        super().pause_writing()
+        self._waits = (self.loop.time(), self._unsent())
+
+    def _feed(self, data: bytes) -> None:
+        while data:
+            try:
+                self.parser.feed_data(data)
+            except httptools.HttpParserUpgrade as upgrade:  # it is not taken up: HTTP/1.1 goes on
+                data = data[upgrade.args[0] :]
+            except httptools.HttpParserError:
+                self._refuse(*self._problem)
+                return
+            else:
+                return
+
+    # What the parser tells.
+
+    def on_message_begin(self) -> None:
+        """Begin to count."""
+        self._in_head, self._whole = True, False
+        self._overhead = self._since_body = self._body = self._trailers = 0
+        self._wait(math.inf if self._busy() else self._patience.head_s)
+        super().on_message_begin()
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Take a header; trailers are counted, and dropped, for nothing here reads them."""
+        if self._in_head:
+            super().on_header(name, value)
+        else:
+            self._trailers += 1
+        if max(len(self.headers), self._trailers) > MAX_FIELDS:
+            self._reject(431, "head_too_large", f"the request has more than {MAX_FIELDS} header fields.")
+
+    def on_headers_complete(self) -> None:
+        """Refuse what two servers could read differently; else let the request in."""
+        self._check_head()
+        if len(self.pipeline) >= MAX_PIPELINED:
+            self._reject(400, "invalid_http", f"more than {MAX_PIPELINED} requests wait for an answer.")
+        self._in_head, self._since_body = False, 0
+        queued = self._busy()
+        self.scope["state"][ARRIVED] = arrived_at(self.transport.get_extra_info("socket"))
+        super().on_headers_complete()
+        if self._leaving():
+            self.announce()
+        self._wait_for_body(math.inf if queued else self._patience.body_s)
+
+    def on_body(self, body: bytes) -> None:
+        """Count what is no framing."""
+        self._body += len(body)
+        self._bodies += len(body)
+        if self._body_end < math.inf and not self._draining:
+            self._wait_for_body(self._body_end - self.loop.time())
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        """Wait for the answer, or for the next request where this one was answered before its end."""
+        self._whole = True
+        self._body_end = math.inf
+        super().on_message_complete()
+        if self._busy():
+            self._wait(math.inf)
+        else:
+            self._rest()
+
+    # What the answers tell.
+
+    def _start_asgi_task(self, cycle: Any, app: Any) -> None:
+        self._answered = cycle
+        super()._start_asgi_task(cycle, app)
+
+    def on_response_complete(self) -> None:
+        """Go on with the next request, or wait for one."""
+        super().on_response_complete()
+        self._unset_keepalive_if_required()  # the deadline is kept here: bytes between requests do not renew it
+        if self._busy():
+            whole = self._whole or self._in_head or self.pipeline
+            self._wait_for_body(math.inf if whole else self._patience.body_s)
+            return
+        self._unused_since = self.loop.time()
+        if self._whole or self._in_head:
+            self._wait(self._patience.idle_s if self._whole else self._patience.head_s)
+
+    def _wait_for_body(self, seconds: float) -> None:
+        self._body_end = self.loop.time() + seconds
+        self._wait(min(seconds, self._patience.pause_s) if seconds < math.inf else seconds)
+
+    def _busy(self) -> bool:
+        return self._answered is not None and not self._answered.response_complete
+
+    def _has_begun(self) -> bool:
+        """True when an answer is under way, or has been given to a request that is still being sent."""
+        if self._busy():
+            return self._in_head or bool(self.pipeline) or bool(self._answered.response_started)
+        return not self._in_head and not self._whole
+
+    def _rest(self) -> None:
+        self._unused_since = self.loop.time()
+        self._wait(self._patience.idle_s)
+
+    def _has_just_come(self) -> bool:
+        if self._answered is not None or not self._whole:
+            return False
+        return self.loop.time() - self._unused_since < FIRST_S or self.has_unread()
+
+    def has_unread(self) -> bool:
+        """True when the client sent something that this process has not read yet."""
+        return unread_bytes(self._sock) > 0
+
+    def _owes_a_read(self) -> bool:
+        """True where the deadline is over while bytes lie unread: the process is late, and not the client.
+
+        Of a client that sends without end something is always unread, so one read is enough.
+        """
+        if self.transport.is_closing() or not self.has_unread():
+            return False
+        if self._overdue < 0:
+            self._overdue = self._reads
+        return self._overdue == self._reads
+
+    def _unsent(self) -> int:
+        """Return the bytes of answers that the client has not taken, from here or from the system."""
+        return int(self.transport.get_write_buffer_size()) + unsent_bytes(self._sock)
+
+    def _wait(self, seconds: float) -> None:
+        self._overdue = -1
+        self._deadline = self.loop.time() + (LINGER_S if self.transport.is_closing() else seconds)
+
+    def _linger(self) -> None:
+        """Wait for the client to close; from here on nothing that it sends is looked at."""
+        self._wait(LINGER_S)
+        self._waits = (self.loop.time(), self._unsent())
+
+    def _is_stalled(self, now: float) -> bool:
+        """True when an answer, or its rest before the connection closes, waits for the client too long."""
+        here = self.transport.get_write_buffer_size()
+        left = self._unsent() if here else 0
+        since, waited = self._waits
+        waiting = self.flow.write_paused or (here and self.transport.is_closing())
+        if not waiting or waited - left >= PROGRESS_BYTES:
+            self._waits = (now, left)
+            return False
+        return now - since > self._patience.read_s
+
+    def _expire(self) -> None:
+        if self.transport.is_closing() or self._whole:
+            self.transport.abort()
+        elif self._in_head and not self._overhead:
+            self.transport.close()  # nothing was asked
+        elif self._draining:
+            fault = ShuttingDown(DRAINING)
+            self._say(status_of(fault), fault_body({"path": self._path}, fault))
+        else:
+            self._refuse(408, "request_timeout", "the request did not arrive in time.")
+
+    def _check_head(self) -> None:
+        version, upgrades = self.parser.get_http_version(), self.parser.should_upgrade()
+        try:
+            check_head(version, self.url, self.headers, upgrades=upgrades)
+        except Refused as refused:
+            self._reject(*refused.problem)
+
+    def _reject(self, status: int, code: str, message: str) -> NoReturn:
+        """Stop the parser, which leads to `_refuse`."""
+        self._problem = (status, code, message)
+        raise ValueError(message)
+
+    @property
+    def _path(self) -> str:
+        """Of that request."""
+        return self.url.partition(b"?")[0].decode("latin-1")
+
+    def _refuse(self, status: int, code: str, message: str) -> None:
+        self._say(status, refused_body(self._path, message, status, code))
+
+    def _say(self, status: int, body: Json, *, told: bool = True) -> None:
+        """Answer in the place of the application, and end the connection; told to a request that came."""
+        if self._has_begun() or self.transport.is_closing():
+            self.transport.abort()  # nothing can be said within an answer, before it, or twice
+            return
+        if self._busy():
+            self._answered.disconnected = True
+            self._answered.message_event.set()
+        content = to_json(body)
+        retry = b"" if told and status != 503 else b"retry-after: 1\r\n"
+        fields = b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n" % len(content)
+        self.transport.write(STATUS_LINE[status] + fields + retry + b"\r\n" + content)
+        self.transport.close()
+        self._linger()
+        if told:
+            self._heard(status)

@@ -1,0 +1,373 @@
+"""Anthropic's door through Anthropic's own client, with a tiny real model or a script behind it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import anthropic
+import httpx
+import pytest
+import pytest_asyncio
+from anthropic import AsyncAnthropic, beta_async_tool
+from pydantic import BaseModel
+
+from inference_service.http.anthropic.answer import Answer
+from inference_service.http.anthropic.mapping import chat_of
+from inference_service.http.anthropic.schema import MessagesBody
+from inference_service.http.app import create_app
+from loramux_shared.access.guard import NOBODY_GUARDS, Guard
+from loramux_shared.access.keyring import Keyring
+from loramux_shared.faults import InternalFault, QueueFull, RateLimited, ReplicaFailed
+from loramux_shared.parsers import Parsers, ReasoningParser
+from tests.support.access import lines, new_entry
+from tests.support.openai_door import OpenAIDoor
+from tests.support.talker import Talker, open_talker
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+USER: Any = [{"role": "user", "content": "Hi"}]
+GREEDY: dict[str, Any] = {"temperature": 0}
+"""The client has no names for sampling any more."""
+ASKED: dict[str, Any] = {"model": "rs", "messages": USER, "max_tokens": 8, "extra_body": GREEDY}
+SENT: dict[str, Any] = {"model": "pirate", "messages": USER, "max_tokens": 8}
+PAINT: Any = {
+    "name": "Paint",
+    "description": "Paint something.",
+    "input_schema": {
+        "type": "object",
+        "properties": {"color": {"enum": ["red", "blue"]}},
+        "required": ["color"],
+        "additionalProperties": False,
+    },
+}
+KINDS = ("thinking", "signature", "text", "input_json")
+"""Events that the client makes of a stream's deltas."""
+SECRET, ENTRY = new_entry("ann", "infer")
+METRICS, METRICS_ENTRY = new_entry("bob", "metrics")
+
+
+class Verdict(BaseModel):
+    """An answer that cannot be long."""
+
+    fine: bool
+    color: Literal["red", "blue"]
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def claude(opened: OpenAIDoor) -> AsyncIterator[AsyncAnthropic]:
+    """The client of the tiny model's door."""
+    async with AsyncAnthropic(base_url=opened.url, api_key="none", max_retries=0) as client:
+        yield client
+
+
+@asynccontextmanager
+async def scripted(folder: Path, guard: Guard = NOBODY_GUARDS) -> AsyncIterator[tuple[Talker, AsyncAnthropic]]:
+    """A server in front of a script, and a client of it."""
+    async with (
+        open_talker(folder, guard) as door,
+        AsyncAnthropic(base_url=door.url, api_key=SECRET, max_retries=0) as client,
+    ):
+        yield door.talker, client
+
+
+async def test_an_answer(claude: AsyncAnthropic, door: OpenAIDoor) -> None:
+    """A message says what gave it, how it ended, and what it cost."""
+    answer = await claude.messages.create(**ASKED, system="Be brief.")
+    assert (answer.type, answer.role, answer.model) == ("message", "assistant", "rs")
+    assert answer.id.startswith("msg_")
+    assert answer.stop_reason in ("end_turn", "max_tokens")
+    [block] = answer.content
+    assert block.type == "text"
+    assert block.text
+    usage = answer.usage
+    assert usage.input_tokens + (usage.cache_read_input_tokens or 0) == len("s:Be brief.;u:Hi;a:")
+    chat = await door.openai.chat.completions.create(
+        model="rs", messages=[{"role": "system", "content": "Be brief."}, *USER], max_tokens=8, temperature=0
+    )
+    assert chat.choices[0].message.content == block.text
+
+
+async def test_a_stream_is_the_same_answer(claude: AsyncAnthropic) -> None:
+    """Text comes in pieces, the message at the end is the whole one's."""
+    whole = await claude.messages.create(**ASKED)
+    async with claude.messages.stream(**ASKED) as stream:
+        said = "".join([text async for text in stream.text_stream])
+        final = await stream.get_final_message()
+        assert stream.request_id
+    assert final.content[0].model_dump(exclude_none=True) == whole.content[0].model_dump(exclude_none=True)
+    assert said == whole.content[0].text  # type: ignore[union-attr]
+    assert (final.stop_reason, final.model) == (whole.stop_reason, "rs")
+    cost = [(each.usage.input_tokens + (each.usage.cache_read_input_tokens or 0)) for each in (final, whole)]
+    assert cost == [len("u:Hi;a:")] * 2
+    assert final.usage.output_tokens == whole.usage.output_tokens
+
+
+async def test_the_synchronous_client_asks_mixtures(claude: AsyncAnthropic, door: OpenAIDoor) -> None:
+    """Several adapters answer together, and the answer names them."""
+
+    def ask() -> Any:
+        with anthropic.Anthropic(base_url=door.url, api_key="none", max_retries=0) as client:
+            return client.messages.with_raw_response.create(**ASKED | {"model": "rs*0.5+wide*0.5"})
+
+    raw = await asyncio.to_thread(ask)
+    assert raw.parse().model == raw.headers["x-loramux-model"] == "rs*0.5+wide*0.5"
+    assert raw.headers["request-id"] == raw.headers["x-request-id"]
+
+
+async def test_models(claude: AsyncAnthropic) -> None:
+    """The client lists models, and finds one by name."""
+    assert [model.id async for model in claude.models.list()] == ["base", "all", "rs", "wide"]
+    model = await claude.models.retrieve("rs")
+    assert (model.type, model.display_name, model.created_at.tzinfo is not None) == ("model", "rs", True)
+    with pytest.raises(anthropic.NotFoundError):
+        await claude.models.retrieve("nope")
+
+
+async def test_what_is_counted_is_what_is_used(claude: AsyncAnthropic) -> None:
+    """count_tokens counts messages, tools and system as a request would be charged for them."""
+    turns: Any = [
+        {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
+        {"role": "assistant", "content": [{"type": "tool_use", "id": "c", "name": "Paint", "input": {"x": 1}}]},
+        {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "c", "content": "ok"}]},
+        {"role": "assistant", "content": "It is"},
+    ]
+    fields: dict[str, Any] = {"model": "wide", "messages": turns, "system": "S", "tools": [PAINT]}
+    counted = await claude.messages.count_tokens(**fields)
+    used = (await claude.messages.create(**fields, max_tokens=1)).usage
+    assert counted.input_tokens == used.input_tokens + (used.cache_read_input_tokens or 0)
+    assert counted.input_tokens == len('[Paint]s:S;u:a\nb;a:(Paint{"x": 1});t:ok;a:It is')
+    long = await claude.messages.count_tokens(model="base", messages=[{"role": "user", "content": "x" * 5000}])
+    assert long.input_tokens == 5000 + len("u:;a:")
+
+
+async def test_stops_and_what_they_are_called(claude: AsyncAnthropic) -> None:
+    """A stop sequence is named, and is not in the text."""
+    whole = (await claude.messages.create(**ASKED)).content[0].text  # type: ignore[union-attr]
+    stop = whole[1]
+    answer = await claude.messages.create(**ASKED, stop_sequences=["~~~", stop])
+    assert (answer.stop_reason, answer.stop_sequence) == ("stop_sequence", stop)
+    assert "".join(block.text for block in answer.content) == whole.partition(stop)[0]  # type: ignore[union-attr]
+
+
+async def test_a_demanded_call_is_made_and_answered(claude: AsyncAnthropic) -> None:
+    """The input keeps to the schema, streamed too; its result goes back as the client has it."""
+    demanded = ASKED | {"max_tokens": 100, "tools": [PAINT]}
+    answer = await claude.messages.create(**demanded, tool_choice={"type": "any"})
+    [call] = answer.content
+    assert call.type == "tool_use"
+    assert (call.name, answer.stop_reason) == ("Paint", "tool_use")
+    assert call.input["color"] in ("red", "blue")
+    async with claude.messages.stream(**demanded, tool_choice={"type": "tool", "name": "Paint"}) as stream:
+        parts = [event.partial_json async for event in stream if event.type == "input_json"]
+        final = await stream.get_final_message()
+    assert json.loads("".join(parts)) == final.content[0].input == call.input  # type: ignore[union-attr]
+    result = {"type": "tool_result", "tool_use_id": call.id, "content": [{"type": "text", "text": "ok"}]}
+    turns = [*USER, {"role": "assistant", "content": answer.content}, {"role": "user", "content": [result]}]
+    used = (await claude.messages.create(**ASKED | {"messages": turns}, tools=[PAINT])).usage
+    prompt = f"[Paint]u:Hi;a:(Paint{json.dumps(call.input)});t:ok;a:"
+    assert used.input_tokens + (used.cache_read_input_tokens or 0) == len(prompt)
+
+
+async def test_an_answer_is_parsed_into_a_model(claude: AsyncAnthropic) -> None:
+    """The client's structured outputs: the answer keeps to the schema, and is read into a class."""
+    parsed = await claude.messages.parse(**ASKED | {"max_tokens": 150}, output_format=Verdict)
+    assert isinstance(parsed.parsed_output, Verdict)
+
+
+@pytest.mark.parametrize(
+    ("fields", "kind", "said"),
+    [
+        ({"model": "nope"}, anthropic.NotFoundError, "no model 'nope'"),
+        ({"extra_body": {"temprature": 1}}, anthropic.BadRequestError, "Did you mean temperature?"),
+        (
+            {"stop_sequences": ["x"] * 20},
+            anthropic.BadRequestError,
+            "stop_sequences: expected at most 16 texts",
+        ),
+        ({"max_tokens": 10**4}, anthropic.BadRequestError, "context limit: 7 + 10000 > 256, decrease"),
+        (
+            {"messages": [{"role": "user", "content": "x" * 300}]},
+            anthropic.BadRequestError,
+            "prompt is too long: 305 tokens > 255 maximum",
+        ),
+    ],
+)
+async def test_refusals_are_the_clients_own(
+    claude: AsyncAnthropic, fields: dict[str, Any], kind: type[anthropic.APIStatusError], said: str
+) -> None:
+    """A refusal is of the client's class, with a type, the request's id and the names that were sent."""
+    for stream in (False, True):
+        with pytest.raises(kind) as caught:
+            await claude.messages.create(**ASKED | fields, stream=stream)
+        body: Any = caught.value.body
+        assert said in body["error"]["message"]
+        assert body["request_id"] == caught.value.request_id
+        assert caught.value.type == (
+            "not_found_error" if kind is anthropic.NotFoundError else "invalid_request_error"
+        )
+
+
+async def test_other_failures_have_their_classes(tmp_path: Path) -> None:
+    """Statuses that ask for another try come with a time to wait, and proxies know 503."""
+    async with scripted(tmp_path) as (service, client):
+        for fault, kind, type_, status in (
+            (RateLimited("later.", retry_after_s=7), anthropic.RateLimitError, "rate_limit_error", 429),
+            (QueueFull("full."), anthropic.APIStatusError, "overloaded_error", 529),
+            (ReplicaFailed("gone."), anthropic.InternalServerError, "overloaded_error", 503),
+            (InternalFault("oops."), anthropic.InternalServerError, "api_error", 500),
+        ):
+            service.say_nothing(fault)
+            with pytest.raises(kind) as caught:
+                await client.messages.create(**SENT)
+            assert (caught.value.status_code, caught.value.type) == (status, type_)
+            assert ("retry-after" in caught.value.response.headers) is (status != 500)
+
+
+async def test_a_stream_that_fails_ends_with_an_error(tmp_path: Path) -> None:
+    """The client raises what the last event says."""
+    async with scripted(tmp_path) as (service, client):
+        service.say("A|h", failure=ReplicaFailed("the engine failed."))
+        async with client.messages.stream(**SENT) as stream:
+            said = [await anext(stream.text_stream) for _ in range(2)]
+            with pytest.raises(anthropic.APIStatusError, match="the engine failed") as caught:
+                await anext(stream.text_stream)
+        assert (said, caught.value.type) == (["A", "h"], "overloaded_error")
+
+
+async def test_what_http_refuses_has_the_same_shape(door: OpenAIDoor) -> None:
+    """A wrong method, a route that is not here, and a body that is no JSON are told as all else here is."""
+    own = {"x-request-id": "mine-1"}
+    for answer, status, kind in (
+        (await door.http.get("/v1/messages", headers=own), 405, "invalid_request_error"),
+        (await door.http.post("/v1/messages/batches", json={}, headers=own), 404, "not_found_error"),
+        (await door.http.post("/v1/messages", content=b"x", headers=own), 415, "invalid_request_error"),
+        (await door.http.post("/v1/messages", json=[], headers=own), 400, "invalid_request_error"),
+        (await door.http.post("/v1/messages", json={"x": "y" * 2**23}, headers=own), 413, "request_too_large"),
+    ):
+        told = answer.json()
+        assert (answer.status_code, told["type"], told["error"]["type"]) == (status, "error", kind)
+        assert told["request_id"] == answer.headers["request-id"] == "mine-1"
+
+
+async def test_so_has_what_is_refused_before_that(door: OpenAIDoor) -> None:
+    """What two servers could read differently, and everything while the server drains."""
+    host, port = door.url.removeprefix("http://").split(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    writer.write(b"POST /v1/messages?beta=true HTTP/1.1\r\nhost: a\r\nhost: b\r\n\r\n")
+    told = json.loads((await reader.read()).partition(b"\r\n\r\n")[2])
+    writer.close()
+    assert (told["type"], told["error"]["type"], told["request_id"]) == ("error", "invalid_request_error", None)
+    app = create_app(door.ready.service)
+    app.draining = True
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://door") as web:
+        answer = await web.post("/v1/messages", json=SENT)
+    assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+    assert answer.json()["error"]["type"] == "overloaded_error"
+    assert answer.json()["request_id"] == answer.headers["request-id"]
+
+
+async def test_keys_come_in_either_header(tmp_path: Path) -> None:
+    """As the client sends them, and as clients did before; what is missing is told in Anthropic's shape."""
+    async with scripted(tmp_path, Guard(Keyring(text=lines(ENTRY, METRICS_ENTRY)))) as (service, client):
+        service.say("Ahoy!", "Ahoy!")
+        assert (await client.messages.create(**SENT)).content[0].text == "Ahoy!"  # type: ignore[union-attr]
+        async with httpx.AsyncClient(base_url=str(client.base_url)) as web:
+            answers = [
+                await web.post("/v1/messages", json=SENT, headers=headers)
+                for headers in ({"x-api-key": SECRET}, {"x-api-key": METRICS}, {"x-api-key": "lmx_no"}, {})
+            ]
+        assert [answer.status_code for answer in answers] == [200, 403, 401, 401]
+        kinds = [answer.json()["error"]["type"] for answer in answers[1:]]
+        assert kinds == ["permission_error", *["authentication_error"] * 2]
+        with pytest.raises(anthropic.AuthenticationError):
+            await client.with_options(api_key="lmx_wrong").messages.create(**SENT)
+
+
+async def test_blocks_come_one_after_the_other(tmp_path: Path) -> None:
+    """Text before a call is a block of its own, spaces alone are none; a stream adds up to the whole."""
+    call = '<tool_call>{"name": "Paint", "argu|ments": {"color": "red"}}</tool_call>'
+    fields = SENT | {"tools": [PAINT]}
+    expected = ["text:Let me see.", 'tool_use:{"color": "red"}', "tool_use:{}", "text:Done."]
+    said = f'Let me see.{call}\n|<tool_call>{{"name": "Paint", "arguments": {{}}}}</tool_call>\n\nDone.'
+    async with scripted(tmp_path) as (service, client):
+        service.say(said, said, f"\n {call}")
+        async with client.messages.stream(**fields) as stream:
+            final = await stream.get_final_message()
+        whole = await client.messages.create(**fields)
+        assert shown(final.content) == shown(whole.content) == expected
+        assert final.stop_reason == whole.stop_reason == "tool_use"
+        assert shown((await client.messages.create(**fields)).content) == ['tool_use:{"color": "red"}']
+
+
+async def test_a_stream_that_tells_nothing_is_alive(tmp_path: Path) -> None:
+    """While a call is held back until it is whole, tokens come, and pings with them."""
+    body = MessagesBody.model_validate_json(json.dumps(SENT | {"tools": [PAINT], "stream": True}))
+    async with scripted(tmp_path) as (service, _):
+        kinds = []
+        for patience_s in (60.0, 0.0):
+            service.say('<tool_call>|{"na|me": |"Paint", "arguments": {}}</tool_call>')
+            answer = Answer(service, body, chat_of(body), {}, patience_s)
+            kinds.append([event["type"] async for event in answer.events()])
+    patient, hasty = kinds
+    assert patient.count("ping") == 1 < hasty.count("ping")
+    assert [kind for kind in hasty if kind != "ping"] == [kind for kind in patient if kind != "ping"]
+
+
+async def test_what_is_thought_comes_apart(tmp_path: Path) -> None:
+    """A block before the text, with a signature and its price; without its text where that is not wanted."""
+    said = "<think>I |look.</think>|The |sky."
+    async with scripted(tmp_path) as (service, client):
+        service.parsers = Parsers(reasoning=ReasoningParser.THINK)
+        service.say(said, said)
+        async with client.messages.stream(**SENT, thinking={"type": "enabled", "budget_tokens": 9}) as stream:
+            kinds = list(dict.fromkeys([event.type async for event in stream if event.type in KINDS]))
+            thinking, text = (await stream.get_final_message()).content
+        hidden = await client.messages.create(**SENT, thinking={"type": "adaptive", "display": "omitted"})
+        variables = service.asked[0].chat_template_kwargs
+    assert kinds == ["thinking", "signature", "text"]
+    assert (thinking.type, thinking.thinking, text.text) == ("thinking", "I look.", "The sky.")  # type: ignore[union-attr]
+    assert thinking.signature == hidden.content[0].signature != ""  # type: ignore[union-attr]
+    assert hidden.content[0].thinking == ""  # type: ignore[union-attr]
+    assert hidden.content[1].text == "The sky."  # type: ignore[union-attr]
+    details = hidden.usage.output_tokens_details
+    assert details is not None
+    assert len("I look.") <= details.thinking_tokens < hidden.usage.output_tokens
+    assert variables == {"enable_thinking": True, "thinking": True}
+
+
+def shown(blocks: Sequence[Any]) -> list[str]:
+    """Blocks as short texts."""
+    told = {"text": lambda block: block.text, "tool_use": lambda block: json.dumps(block.input)}
+    return [f"{block.type}:{told[block.type](block)}" for block in blocks]
+
+
+async def test_the_clients_tool_runner_runs_tools(tmp_path: Path) -> None:
+    """It goes on without a thread on the server, which is refused to it, and sends results back."""
+
+    @beta_async_tool
+    async def look(place: str) -> str:
+        """Look somewhere.
+
+        Args:
+            place: Where.
+        """
+        return f"{place} is blue"
+
+    async with scripted(tmp_path) as (service, client):
+        service.say('<tool_call>{"name": "look", "arguments": {"place": "sky"}}</tool_call>', "It is blue.")
+        runner = client.beta.messages.tool_runner(
+            model="pirate",
+            max_tokens=50,
+            messages=USER,
+            tools=[look],
+            betas=["interleaved-thinking-2025-05-14"],
+        )
+        last = await runner.until_done()
+    assert last.content[0].text == "It is blue."
+    assert [message["role"] for message in service.asked[-1].prompt] == ["user", "assistant", "tool"]  # type: ignore[index]
+    assert service.asked[-1].prompt[-1]["content"] == "sky is blue"  # type: ignore[index]

@@ -1,0 +1,233 @@
+"""The OpenAPI document: what the specification asks of it, and that it tells of this door."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import pytest_asyncio
+from jsonschema import Draft202012Validator
+from starlette.applications import Starlette
+from starlette.routing import Route
+
+from inference_service.http.app import ENDPOINTS, create_app
+from inference_service.http.openapi import Served, document
+from tests.support.root import ROOT
+from tests.support.silent import silent_service
+
+DOCUMENT = document(ENDPOINTS, Served("base"))
+SCHEMAS = DOCUMENT["components"]["schemas"]
+OPERATIONS = [
+    (path, method, told) for path, methods in DOCUMENT["paths"].items() for method, told in methods.items()
+]
+WITH_BODY = [case for case in OPERATIONS if "requestBody" in case[2]]
+DOCS = (ROOT / "docs" / "openai.md").read_text(encoding="utf-8")
+KEYWORDS = {
+    *("$ref", "additionalProperties", "anyOf", "const", "contentMediaType", "contentSchema", "default"),
+    *("description", "enum", "exclusiveMaximum", "exclusiveMinimum", "if", "items", "maxItems", "maxLength"),
+    *("maxProperties", "maximum", "minItems", "minLength", "minimum", "not", "oneOf", "pattern", "properties"),
+    *("propertyNames", "required", "then", "title", "type"),
+}
+"""Of JSON Schema 2020-12, those that are used."""
+INSIDE = ("items", "additionalProperties", "propertyNames", "not", "if", "then", "contentSchema")
+
+
+@pytest_asyncio.fixture
+async def web(tmp_path: Path) -> AsyncIterator[httpx.AsyncClient]:
+    """A client of a door that cannot generate."""
+    transport = httpx.ASGITransport(create_app(silent_service(tmp_path)))
+    async with httpx.AsyncClient(transport=transport, base_url="http://door") as client:
+        yield client
+
+
+def _schemas(value: Any) -> Iterator[dict[str, Any]]:
+    """Yield a schema and all that are inside it."""
+    yield value
+    inside = [*value.get("anyOf", ()), *value.get("oneOf", ()), *value.get("properties", {}).values()]
+    inside += [value[key] for key in INSIDE if isinstance(value.get(key), dict)]
+    for schema in inside:
+        yield from _schemas(schema)
+
+
+async def test_the_document_is_what_the_route_says(web: httpx.AsyncClient) -> None:
+    """It is JSON, and names itself and its version."""
+    answer = await web.get("/openapi.json")
+    assert answer.headers["content-type"] == "application/json"
+    first = (await web.get("/v1/models")).json()["data"][0]["id"]
+    served = document(ENDPOINTS, Served(first, keyless=True))
+    assert answer.json() == json.loads(json.dumps(served))
+    assert re.fullmatch(r"3\.1\.\d+", DOCUMENT["openapi"])
+    assert {"title", "version"} <= set(DOCUMENT["info"])
+    assert set(DOCUMENT) == {"openapi", "info", "paths", "components"}
+
+
+def test_a_server_without_keys_describes_none() -> None:
+    """Neither security nor what a wrong key would be answered; else it is all the same."""
+    found = document(ENDPOINTS, Served("base", keyless=True))
+    assert "securitySchemes" not in found["components"]
+    for path, method, told in OPERATIONS:
+        open_to_all = found["paths"][path][method]
+        assert not open_to_all["security"]
+        keys = {"401", "403"} if told["security"] else set()
+        assert told["responses"].keys() - open_to_all["responses"].keys() in (keys, keys - {"403"})
+
+
+@pytest.mark.parametrize("scorer", ["", "best"])
+@pytest.mark.parametrize("classifier", ["", "kinds"])
+def test_examples_ask_models_that_answer_them(scorer: str, classifier: str) -> None:
+    """Scores and classes have examples where a model has such a head, and these name it."""
+    found = document(ENDPOINTS, Served("base", scorer, classifier))
+    for path, model in {"/score": scorer, "/v1/rerank": scorer, "/classify": classifier}.items():
+        read = found["paths"][path]["post"]["requestBody"]["content"]["application/json"]
+        assert {each["value"]["model"] for each in read.get("examples", {}).values()} == ({model} - {""})
+
+
+def test_the_paths_are_those_of_the_app(tmp_path: Path) -> None:
+    """Every route of the application is described with its method, and nothing else is."""
+    app = create_app(silent_service(tmp_path))._app
+    assert isinstance(app, Starlette)
+    served = {
+        (route.path.replace(":path}", "}"), method.lower())
+        for route in app.routes
+        if isinstance(route, Route)
+        for method in (route.methods or set()) - {"HEAD"}
+    }
+    assert served == {(path, method) for path, method, _ in OPERATIONS}
+
+
+def test_the_table_of_the_docs_names_the_same_routes() -> None:
+    """The page of the files stands for all of them."""
+    table = DOCS[DOCS.index("## Routes") : DOCS.index("<a id=")]
+    told = {(method, path) for method, path in re.findall(r"`(GET|POST) (/[^`]*)`", table)}
+    served = {
+        (
+            each.method,
+            re.sub(r"^/page/.*", "/page/*", each.path).replace("{model:path}", "{id}").replace(":path}", "}"),
+        )
+        for each in ENDPOINTS
+    }
+    assert told == served
+
+
+def test_an_operation_is_complete() -> None:
+    """Each has a summary, answers with descriptions, and parameters for what its path leaves open."""
+    for path, method, told in OPERATIONS:
+        assert path.startswith("/")
+        assert method in ("get", "post")
+        assert told["summary"].endswith(".")
+        assert {"400", "500", "503"} <= set(told["responses"])
+        assert {"401", "403"} <= set(told["responses"]) or not told["security"]
+        for status, answer in told["responses"].items():
+            assert re.fullmatch(r"[1-5]\d\d", status)
+            assert answer["description"]
+            assert all("/" in media for media in answer.get("content", {}))
+        parameters = told.get("parameters", ())
+        declared = [each["name"] for each in parameters if each["in"] == "path"]
+        assert declared == re.findall(r"{(\w+)}", path)
+        assert all(each["required"] for each in parameters if each["in"] == "path")
+        assert all(list(_schemas(each["schema"])) for each in parameters)
+        assert ("requestBody" in told) <= (method == "post")
+        assert all(set(each) <= set(DOCUMENT["components"]["securitySchemes"]) for each in told["security"])
+
+
+def test_ids_of_operations_differ() -> None:
+    """Generators of clients make functions of them."""
+    ids = [told["operationId"] for _, _, told in OPERATIONS]
+    assert len(set(ids)) == len(ids)
+    assert all(re.fullmatch(r"[a-z]\w*", each) for each in ids)
+
+
+def test_a_schema_is_one() -> None:
+    """Each is valid JSON Schema 2020-12, as generators of clients read it; required properties exist."""
+    for name, schema in SCHEMAS.items():
+        assert re.fullmatch(r"[A-Za-z][A-Za-z0-9]*", name), "two types have the same name"
+        Draft202012Validator.check_schema(schema)
+        for each in _schemas(schema):
+            assert each.keys() <= KEYWORDS
+            assert set(each.get("required", ())) <= set(each.get("properties", ()))
+
+
+def test_references_lead_somewhere() -> None:
+    """Whatever is referred to is there."""
+    found = set(re.findall(r'"\$ref": "([^"]*)"', json.dumps(DOCUMENT)))
+    assert len(found) > 4
+    assert found <= {f"#/components/schemas/{name}" for name in SCHEMAS}
+
+
+@pytest.mark.parametrize(("path", "method", "told"), WITH_BODY, ids=[case[0] for case in WITH_BODY])
+async def test_a_body_is_the_one_that_the_route_reads(
+    web: httpx.AsyncClient, path: str, method: str, told: dict[str, Any]
+) -> None:
+    """Without anything, what is required is asked for; a field that is not described is refused."""
+    schema = SCHEMAS[told["requestBody"]["content"]["application/json"]["schema"]["$ref"].rpartition("/")[2]]
+    assert schema["additionalProperties"] is False
+    answer = await web.request(method, path, json={"no_such_field": 1})
+    message = answer.json()["error"]["message"]
+    assert (answer.status_code, "no_such_field: found an unknown parameter" in message) == (400, True)
+    for name in schema.get("required", ()):
+        assert f"{name}: expected a value" in message
+    for name in schema["properties"]:
+        message = (await web.request(method, path, json={name: None})).json()["error"]["message"]
+        assert "unknown parameter" not in message
+
+
+def test_what_comes_in_several_forms_is_described_so() -> None:
+    """Fields that are read by rules of our own tell their forms too, not those that they end in."""
+    forms = {
+        ("CompletionBody", "prompt"): {"string", "array"},
+        ("CompletionBody", "stop"): {"string", "array", "null"},
+        ("ChatMessage", "content"): {"string", "array", "null"},
+        ("ChatBody", "tool_choice"): {"string", "object", "null"},
+        ("ChatBody", "modalities"): {"array", "null"},
+    }
+    for (body, name), expected in forms.items():
+        branches = SCHEMAS[body]["properties"][name]["anyOf"]
+        told = [SCHEMAS[each["$ref"].rpartition("/")[2]] if "$ref" in each else each for each in branches]
+        assert {form["type"] for form in told} == expected, name
+
+
+def test_bounds_are_those_that_requests_are_judged_by() -> None:
+    """What `serving.bounds` asks of a field stands in the schema of a body that has it."""
+    fields = SCHEMAS["CompletionBody"]["properties"]
+    number, texts = fields["repetition_penalty"]["anyOf"][0], fields["bad_words"]["anyOf"][0]
+    assert (number["minimum"], number["maximum"]) == (0.01, 10.0)
+    assert (texts["maxItems"], texts["items"]["minLength"], texts["items"]["maxLength"]) == (1024, 1, 256)
+    assert fields["top_p"]["anyOf"][0]["exclusiveMinimum"] == 0
+    assert fields["seed"]["anyOf"][0]["minimum"] == -(2**63)
+
+
+async def test_a_refused_method_is_told_all_that_there_are(web: httpx.AsyncClient) -> None:
+    """A path with several methods names each, whichever stands first."""
+    answer = await web.delete("/ping")
+    assert answer.status_code == 405
+    assert set(answer.headers["allow"].split(", ")) == {"GET", "HEAD", "POST"}
+    assert (await web.head("/ping")).status_code == (await web.post("/ping")).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("query", "param"),
+    [
+        ("page_size=0", "page_size"),
+        ("page_size=ten", "page_size"),
+        ("page_sise=5", "page_sise"),
+        ("page_size=1&page_size=2", "page_size"),
+    ],
+)
+async def test_a_query_is_read_as_strictly_as_a_body(web: httpx.AsyncClient, query: str, param: str) -> None:
+    """An unknown name, a wrong value and a name that comes twice are refused by name."""
+    answer = await web.get(f"/v1/adapters?{query}")
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"]) == (400, param)
+    assert error["message"].startswith("the query of the request is not valid.")
+
+
+async def test_a_prompt_is_not_rendered(web: httpx.AsyncClient) -> None:
+    """What says how messages become text is refused beside a text, rather than read over."""
+    answer = await web.post("/tokenize", json={"prompt": "Hi", "add_generation_prompt": True})
+    assert answer.status_code == 400
+    assert "only beside messages" in answer.json()["error"]["message"]

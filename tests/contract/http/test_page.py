@@ -1,0 +1,86 @@
+"""The page's files as a browser gets them, and the state that its panel shows; without a browser."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import AsyncIterator
+from importlib.resources import files
+from pathlib import Path
+
+import httpx
+import pytest
+
+from inference_service.http.app import ENDPOINTS, create_app
+from loramux_shared.access.keyring import Keyring
+from tests.support.access import lines, new_entry
+from tests.support.scripted_page import ScriptedPage
+
+FILES = {file.name: file for file in files("inference_service.http.page").iterdir() if file.is_file()}
+SCRIPTS = {name: FILES[name].read_text() for name in FILES if name.endswith(".js")}
+ROUTES = [endpoint.path for endpoint in ENDPOINTS if endpoint.path == "/" or endpoint.path.startswith("/page/")]
+
+
+@pytest.fixture
+async def web(tmp_path: Path) -> AsyncIterator[httpx.AsyncClient]:
+    transport = httpx.ASGITransport(app=create_app(ScriptedPage(tmp_path, ["one", "two"], {})))
+    async with httpx.AsyncClient(transport=transport, base_url="http://door") as web:
+        yield web
+
+
+@pytest.mark.parametrize("path", ROUTES)
+async def test_a_browser_is_told_to_trust_nothing_else(path: str, web: httpx.AsyncClient) -> None:
+    """Every file comes as what it is, and forbids anything inline, from elsewhere, or around it."""
+    answer = await web.get(path)
+    kinds = {".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml", "": "text/html"}
+    assert answer.status_code == 200
+    assert answer.headers["content-type"] == f"{kinds[Path(path).suffix]}; charset=utf-8"
+    policy = dict(part.split(" ", 1) for part in answer.headers["content-security-policy"].split("; "))
+    assert policy.pop("default-src") == "'none'"
+    assert set(policy.values()) == {"'self'", "'none'"}
+    assert policy["frame-ancestors"] == "'none'"
+    assert answer.headers["x-content-type-options"] == "nosniff"
+
+
+async def test_every_file_is_served_and_no_other(web: httpx.AsyncClient) -> None:
+    """What the page names is there; the module that serves it is not."""
+    expected = {f"/page/{name}" for name in FILES if not name.endswith(".py")} - {"/page/index.html"}
+    assert set(ROUTES) == expected | {"/"}
+    html = (await web.get("/")).text
+    named = re.findall(r'(?:src|href)="([^#"]+)"', html)
+    imported = [f"page/{name}" for text in SCRIPTS.values() for name in re.findall(r'from "\./(.+?)"', text)]
+    assert {f"/{name}" for name in named + imported} == expected
+    assert (await web.get("/page/__init__.py")).status_code == 404
+
+
+def test_nothing_comes_from_elsewhere_or_becomes_markup() -> None:
+    """No file names another host (but for SVG's namespace), and no script turns text into elements or code."""
+    for name, file in FILES.items():
+        found = set(re.findall(r"\w+://[^\s\"']+", file.read_text())) if not name.endswith(".py") else set()
+        assert found <= {"http://www.w3.org/2000/svg"}, name
+    for name, text in SCRIPTS.items():
+        forbidden = r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\b|new Function"
+        assert not re.search(forbidden, text), name
+
+
+async def test_the_state_tells_the_load(web: httpx.AsyncClient) -> None:
+    """Sequences, blocks, cached tokens and generated tokens of the engine, and the models that are at work."""
+    assert (await web.get("/state")).json() == {
+        "running": 3,
+        "waiting": 2,
+        "kv_blocks": {"used": 2, "total": 8},
+        "prefix_tokens": {"hit": 10, "queried": 40},
+        "generated_tokens": 7,
+        "models": {"base": {"running": 1, "waiting": 0}, "one": {"running": 2, "waiting": 0}}
+        | {"two": {"running": 0, "waiting": 2}},
+    }
+
+
+async def test_the_state_names_the_callers_models_only(tmp_path: Path) -> None:
+    """A key that is limited to a model does not learn which others are at work."""
+    key, entry = new_entry("ann", "infer", models=("two",))
+    app = create_app(ScriptedPage(tmp_path, ["one", "two"], {}), Keyring(text=lines(entry)))
+    headers = {"authorization": f"Bearer {key}"}
+    async with httpx.AsyncClient(
+        transport=httpx.ASGITransport(app=app), base_url="http://door", headers=headers
+    ) as web:
+        assert (await web.get("/state")).json()["models"] == {"two": {"running": 0, "waiting": 2}}

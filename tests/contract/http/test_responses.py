@@ -1,0 +1,430 @@
+"""``POST /v1/responses``: every answer and event is OpenAI's, and a chat is behind it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from typing import Any, Literal
+
+import openai
+import pytest
+import pytest_asyncio
+from openai import pydantic_function_tool
+from openai.types.responses import ResponseFunctionToolCall
+from pydantic import BaseModel
+
+from inference_service.core.sequence import FinishReason
+from inference_service.http.responses.carried import carried, uncarried
+from inference_service.http.responses.compact import ASK, SAID_NOTHING
+from inference_service.http.responses.turns import SUMMED_UP
+from loramux_shared.faults import QueueFull, RateLimited, ReplicaFailed, RequestInvalid
+from loramux_shared.parsers import Parsers, ReasoningParser
+from tests.support.responses import check_events, check_response, read_stream
+from tests.support.talker import TalkerDoor, open_talker
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+PATH = "/v1/responses"
+WEATHER = {"type": "function", "name": "weather", "parameters": {"type": "object"}}
+TIME = {"type": "function", "name": "time", "description": "Tell the time.", "parameters": {}}
+ASKED: dict[str, Any] = {"model": "pirate", "input": "Hi"}
+CALL = '<tool_call>{"name": "weather", "arguments": {"city": "Oslo"}}</tool_call>'
+
+
+class Verdict(BaseModel):
+    fine: bool
+    color: Literal["red", "blue"]
+
+
+class Weather(BaseModel):
+    """Say the weather of a city."""
+
+    city: str
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def door(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[TalkerDoor]:
+    async with open_talker(tmp_path_factory.mktemp("talker")) as door:
+        yield door
+
+
+STOP, LENGTH = FinishReason.STOP, FinishReason.LENGTH
+SAYS: dict[str, tuple[str, FinishReason, dict[str, Any], list[tuple[str, str]]]] = {
+    "text": ("Ah|oy!", STOP, {}, [("message", "Ahoy!")]),
+    "nothing": ("", STOP, {}, [("message", "")]),
+    "space": (" |\n", STOP, {}, [("message", " \n")]),
+    "space before": ("\n|Ahoy", STOP, {}, [("message", "\nAhoy")]),
+    "cut": ("Ah", LENGTH, {}, [("message", "Ah")]),
+    "call": (CALL, STOP, {"tools": [WEATHER]}, [("function_call", '{"city": "Oslo"}')]),
+    "calls": (
+        f"Hm.|{CALL}| {CALL}\n",
+        STOP,
+        {"tools": [WEATHER, TIME]},
+        [("message", "Hm."), ("function_call", '{"city": "Oslo"}'), ("function_call", '{"city": "Oslo"}')],
+    ),
+    "text behind": (
+        f"{CALL} So.",
+        STOP,
+        {"tools": [WEATHER]},
+        [("function_call", '{"city": "Oslo"}'), ("message", "So.")],
+    ),
+    "forced": (
+        '{"name": "weather", "argu|ments": {"city"|: "Oslo"}}',
+        STOP,
+        {"tools": [WEATHER], "tool_choice": {"type": "function", "name": "weather"}},
+        [("function_call", '{"city": "Oslo"}')],
+    ),
+    "forced, cut": (
+        '{"name": "weather", "arguments": {"ci',
+        LENGTH,
+        {"tools": [WEATHER], "tool_choice": "required"},
+        [("function_call", '{"ci')],
+    ),
+    "not allowed": (
+        CALL,
+        STOP,
+        {"tools": [WEATHER, TIME], "tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": [TIME]}},
+        [("message", CALL)],
+    ),
+    "a format beside tools": (
+        '{"a"|: 1}',
+        STOP,
+        {"tools": [WEATHER], "text": {"format": {"type": "json_object"}}},
+        [("message", '{"a": 1}')],
+    ),
+    "scores": (
+        "A|h",
+        STOP,
+        {"top_logprobs": 1, "include": ["message.output_text.logprobs"]},
+        [("message", "Ah")],
+    ),
+    "scores of a call": (f"A{CALL}", STOP, {"tools": [WEATHER], "top_logprobs": 1}, []),
+}
+
+
+@pytest.mark.parametrize("name", SAYS)
+async def test_events_tell_the_response(door: TalkerDoor, name: str) -> None:
+    """Streamed or whole, the items are the same, and each event is one of OpenAI's."""
+    said, reason, more, expected = SAYS[name]
+    door.talker.say(said, reason=reason)
+    answer = await door.post(PATH, **ASKED, **more)
+    whole = check_response(answer.json())
+    door.talker.say(said, reason=reason)
+    streamed = await door.post(PATH, **ASKED, **more, stream=True)
+    last = check_events(read_stream(streamed.content))
+    assert whole["status"] == ("incomplete" if reason is LENGTH else "completed")
+    assert _without_ids(last) == _without_ids(whole)
+    if expected:
+        assert [_said(item) for item in whole["output"]] == expected
+    for head in (answer.headers, streamed.headers):
+        assert head["x-loramux-model"] == "pirate"
+
+
+def _said(item: dict[str, Any]) -> tuple[str, str]:
+    return item["type"], item["arguments"] if "arguments" in item else item["content"][0]["text"]
+
+
+def _without_ids(response: dict[str, Any]) -> Any:
+    def walk(value: Any) -> Any:
+        if isinstance(value, list):
+            return list(map(walk, value))
+        if isinstance(value, dict):
+            return {key: walk(each) for key, each in value.items() if not key.endswith(("id", "_at"))}
+        return value
+
+    return walk(response)
+
+
+async def test_log_probabilities_are_those_of_what_is_said(door: TalkerDoor) -> None:
+    """Tokens of a call have no place in the message before it."""
+    door.talker.say(f"A|h|{CALL}")
+    answer = (await door.post(PATH, **ASKED, tools=[WEATHER], top_logprobs=1)).json()
+    [message, _] = answer["output"]
+    scores = message["content"][0]["logprobs"]
+    assert [score["token"] for score in scores] == ["A", "h"]
+    assert [len(score["top_logprobs"]) for score in scores] == [1, 1]
+    assert answer["top_logprobs"] == 1
+
+
+async def test_the_response_tells_what_was_asked(door: TalkerDoor) -> None:
+    """Fields come back as they count: what was asked, else what the server took."""
+    asked = {
+        "instructions": "Be brief.",
+        "max_output_tokens": 9,
+        "max_tool_calls": 2,
+        "metadata": {"a": "b"},
+        "parallel_tool_calls": False,
+        "presence_penalty": 0.5,
+        "frequency_penalty": 0.25,
+        "prompt_cache_key": "k",
+        "safety_identifier": "s",
+        "temperature": 0.25,
+        "top_p": 0.5,
+        "truncation": "disabled",
+        "user": "u",
+        "tools": [WEATHER | {"description": "d", "strict": True}],
+        "tool_choice": {
+            "type": "allowed_tools",
+            "mode": "auto",
+            "tools": [{"type": "function", "name": "weather"}],
+        },
+    }
+    ignored = {"store": True, "background": False, "service_tier": "flex", "stream": False}
+    hints = {"text": {"verbosity": "medium"}, "reasoning": {"summary": "auto"}}
+    door.talker.say("Ahoy")
+    told = (await door.post(PATH, **ASKED, **asked, **ignored, **hints)).json()
+    assert {name: told[name] for name in asked} == asked
+    assert [told[name] for name in ("store", "background", "service_tier")] == [False, False, "default"]
+    [request] = door.talker.asked[-1:]
+    assert (request.max_tokens, request.temperature, request.top_p) == (9, 0.25, 0.5)
+    assert (request.presence_penalty, request.frequency_penalty) == (0.5, 0.25)
+    assert request.sticky_key == "u"
+
+
+async def test_the_client_streams(door: TalkerDoor) -> None:
+    """OpenAI's own client collects the events to the response."""
+    door.talker.say(f"Hm.|{CALL}")
+    async with door.openai.responses.stream(**ASKED, tools=[WEATHER]) as stream:
+        kinds = [event.type async for event in stream]
+        final = await stream.get_final_response()
+    assert kinds[0] == "response.created"
+    assert kinds[-1] == "response.completed"
+    assert final.output_text == "Hm."
+    assert [item.type for item in final.output] == ["message", "function_call"]
+
+
+async def test_the_client_parses(door: TalkerDoor) -> None:
+    """A schema that the client makes of a class constrains the answer."""
+    door.talker.say('{"fine": true, "color": "red"}')
+    answer = await door.openai.responses.parse(**ASKED, text_format=Verdict)
+    assert answer.output_parsed == Verdict(fine=True, color="red")
+    [request] = door.talker.asked[-1:]
+    assert request.constraint
+    assert json.loads(request.constraint.text)["required"] == ["fine", "color"]
+
+
+async def test_a_loop_of_tools(door: TalkerDoor) -> None:
+    """What was answered goes back as it is, with the outputs, and is one turn of the chat."""
+    tool = pydantic_function_tool(Weather)["function"] | {"type": "function", "name": "weather"}
+    door.talker.say(f"Hm.|{CALL}")
+    first = await door.openai.responses.create(**ASKED, tools=[tool])
+    [_, call] = first.output
+    assert isinstance(call, ResponseFunctionToolCall)
+    assert json.loads(call.arguments) == {"city": "Oslo"}
+    output = {"type": "function_call_output", "call_id": call.call_id, "output": "Rain."}
+    door.talker.say("It rains.")
+    asked = [{"role": "user", "content": "Hi"}, *first.output, output]
+    second = await door.openai.responses.create(model="pirate", input=asked, tools=[tool])
+    assert second.output_text == "It rains."
+    function = {"name": "weather", "arguments": {"city": "Oslo"}}
+    assert door.talker.last == [
+        {"role": "user", "content": "Hi"},
+        {
+            "role": "assistant",
+            "content": "Hm.",
+            "tool_calls": [{"id": call.call_id, "type": "function", "function": function}],
+        },
+        {"role": "tool", "content": "Rain.", "tool_call_id": call.call_id},
+    ]
+
+
+async def test_functions_of_a_namespace(door: TalkerDoor) -> None:
+    """The model knows them by both names, and a call tells the two apart, here and when it comes back."""
+    namespace = {"type": "namespace", "name": "sky", "description": "Of the sky.", "tools": [WEATHER, TIME]}
+    door.talker.say(CALL.replace("weather", "sky__weather"))
+    answer = check_response((await door.post(PATH, **ASKED, tools=[WEATHER, namespace])).json())
+    [call] = answer["output"]
+    assert (call["namespace"], call["name"]) == ("sky", "weather")
+    functions = [tool["function"] for tool in door.talker.asked[-1].tools]
+    assert [each["name"] for each in functions] == ["weather", "sky__weather", "sky__time"]
+    assert [each.get("description") for each in functions] == [
+        None,
+        "Of the sky.",
+        "Of the sky.\nTell the time.",
+    ]
+    door.talker.say("So.")
+    output = {"type": "function_call_output", "call_id": call["call_id"], "output": "Rain."}
+    asked = [{"role": "user", "content": "Hi"}, call, output]
+    await door.post(PATH, model="pirate", input=asked, tools=[namespace])
+    [_, turn, _] = door.talker.last
+    assert turn["tool_calls"][0]["function"]["name"] == "sky__weather"
+
+
+async def test_reasoning_is_an_item_and_comes_back(door: TalkerDoor) -> None:
+    """It is told apart from the text, counted, and given to the template again, also unread."""
+    door.talker.parsers = Parsers(reasoning=ReasoningParser.THINK)
+    said = f"<think>H|m.</think>\n\nSo.|{CALL}"
+    for more in ({}, {"include": ["reasoning.encrypted_content"]}):
+        door.talker.say(said)
+        streamed = await door.post(PATH, **ASKED, tools=[WEATHER], stream=True, **more)
+        events = read_stream(streamed.content)
+        answer = check_events(events)
+        thoughts = [event["delta"] for event in events if event["type"] == "response.reasoning_text.delta"]
+        assert "".join(thoughts) == "Hm."
+        assert [_said(item) for item in answer["output"]] == [
+            ("reasoning", "Hm."),
+            ("message", "So."),
+            ("function_call", '{"city": "Oslo"}'),
+        ]
+        assert 0 < answer["usage"]["output_tokens_details"]["reasoning_tokens"] < len(said)
+        thought, message, call = answer["output"]
+        unread = {key: value for key, value in thought.items() if key != "content" or not more}
+        output = {"type": "function_call_output", "call_id": call["call_id"], "output": "Rain."}
+        door.talker.say("So.")
+        asked = [{"role": "user", "content": "Hi"}, unread, message, call, output]
+        assert (await door.post(PATH, model="pirate", input=asked)).status_code == 200
+        [_, turn, _] = door.talker.last
+        assert (turn["reasoning"], turn["content"], len(turn["tool_calls"])) == ("Hm.", "So.", 1)
+
+
+SYSTEM = {"role": "system", "content": "Be brief."}
+HI = {"role": "user", "content": "Hi"}
+COMPACT = f"{PATH}/compact"
+
+
+async def test_a_summary_goes_on_in_the_place_of_a_conversation(door: TalkerDoor) -> None:
+    """The model sums up, instructions stay, and what comes back unread is told to the model again."""
+    door.talker.say("They| launch.\n", reason=LENGTH)
+    ahoy = {"role": "assistant", "content": "Ahoy"}
+    compacted = await door.openai.responses.compact(model="pirate", input=[SYSTEM, HI, ahoy])
+    assert door.talker.last[:-1] == [SYSTEM, HI, ahoy]
+    assert door.talker.last[-1] == {"role": "user", "content": ASK}
+    assert door.talker.asked[-1].temperature == 0
+    assert compacted.object == "response.compaction"
+    assert compacted.usage.output_tokens == len("They launch.\n")
+    told: Any = compacted.to_dict(warnings=False)["output"]
+    assert [item["type"] for item in told] == ["message", "compaction"]
+    for before in ([], [HI, ahoy]):
+        door.talker.say("So.")
+        await door.post(PATH, model="pirate", input=[told[0], *before, told[1], HI])
+        summed_up = f"Be brief.\n\n{SUMMED_UP}They launch."
+        assert door.talker.last == [{"role": "system", "content": summed_up}, HI]
+
+
+async def test_the_question_for_a_summary_is_no_second_turn_of_the_user(door: TalkerDoor) -> None:
+    """Templates may refuse two in a row; reasoning is turned off, and what is thought anyway is no summary."""
+    door.talker.parsers = Parsers(reasoning=ReasoningParser.THINK)
+    door.talker.say("<think>Hm.</think>So.")
+    answer = (await door.post(COMPACT, **ASKED, instructions="Be brief.", temperature=0.5)).json()
+    assert door.talker.last == [SYSTEM, {"role": "user", "content": f"Hi\n\n{ASK}"}]
+    [request] = door.talker.asked[-1:]
+    assert (request.temperature, request.chat_template_kwargs["enable_thinking"]) == (0.5, False)
+    [compaction] = answer["output"]
+    assert uncarried(compaction["encrypted_content"]) == "So."
+    assert answer["usage"]["output_tokens_details"]["reasoning_tokens"]
+
+
+async def test_what_cannot_be_summed_up_is_refused(door: TalkerDoor) -> None:
+    """A call without its output, a stored conversation, no model, and a model that says nothing."""
+    call = {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"}
+    output = {"type": "function_call_output", "call_id": "c", "output": "4"}
+    summary = {"type": "compaction", "encrypted_content": carried("So.")}
+    for path, body, param in (
+        (COMPACT, {"model": "pirate", "input": [HI, call]}, "input[1]"),
+        (COMPACT, {"model": "pirate", "input": "Hi", "previous_response_id": "r"}, "previous_response_id"),
+        (COMPACT, {"input": "Hi"}, "model"),
+        (PATH, {"model": "pirate", "input": [HI, call, summary, output]}, "input[3].call_id"),
+        (PATH, ASKED | {"input": [summary | {"encrypted_content": "gAAAA"}]}, "input[0].encrypted_content"),
+    ):
+        refused = await door.post(path, **body)
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, param)
+    door.talker.say(" \n")
+    refused = await door.post(COMPACT, **ASKED)
+    assert (refused.status_code, refused.json()["error"]["message"]) == (400, SAID_NOTHING)
+
+
+REFUSED: list[tuple[dict[str, Any], str, str]] = [
+    ({"previous_response_id": "resp_1"}, "previous_response_id", "unsupported_parameter"),
+    ({"conversation": {"id": "c"}}, "conversation", "unsupported_parameter"),
+    ({"background": True}, "background", "unsupported_parameter"),
+    ({"prompt": {"id": "p"}}, "prompt", "unsupported_parameter"),
+    ({"input": [{"type": "item_reference", "id": "m"}]}, "input[0]", "unsupported_parameter"),
+    ({"input": [{"type": "computer_call_output", "call_id": "m"}]}, "input[0]", "unsupported_parameter"),
+    (
+        {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "data:"}]}]},
+        "input[0].content",
+        "unsupported_parameter",
+    ),
+    ({"input": [{"role": "boss", "content": ""}]}, "input[0].role", "invalid_value"),
+    ({"input": [{"role": "user", "content": "", "contnt": ""}]}, "input[0].contnt", "unknown_parameter"),
+    ({"input": [{"role": "user"}]}, "input[0].content", "missing_required_parameter"),
+    (
+        {"input": [{"type": "function_call_output", "call_id": "c", "output": ""}]},
+        "input[0].call_id",
+        "invalid_value",
+    ),
+    ({"input": []}, "input", "invalid_value"),
+    ({"input": 5}, "input", "invalid_value"),
+    ({"input": [5]}, "input[0]", "invalid_value"),
+    (
+        {"input": [{"type": "reasoning", "summary": [], "encrypted_content": "gAAAA"}]},
+        "input[0].encrypted_content",
+        "invalid_value",
+    ),
+    ({"tools": [{"type": "web_search"}]}, "tools[0]", "unsupported_parameter"),
+    ({"tools": [WEATHER], "tool_choice": {"type": "mcp"}}, "tool_choice", "unsupported_parameter"),
+    ({"tools": [WEATHER], "tool_choice": {"type": "function", "name": "x"}}, "tool_choice", "invalid_value"),
+    (
+        {"tools": [WEATHER], "tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": [TIME]}},
+        "tool_choice",
+        "invalid_value",
+    ),
+    ({"text": {"format": {"type": "json_schema", "name": "n"}}}, "text.format", "invalid_value"),
+    ({"text": {"verbosity": "low"}}, "text.verbosity", "unsupported_parameter"),
+    ({"text": 5}, "text", "invalid_value"),
+    ({"metadata": {"a": 1}}, "metadata.a", "invalid_value"),
+    ({"top_logprobs": 21}, "top_logprobs", "invalid_value"),
+    ({"include": ["x"]}, "include[0]", "invalid_value"),
+    ({"messages": []}, "messages", "unsupported_parameter"),
+    ({"temprature": 1}, "temprature", "unknown_parameter"),
+]
+
+
+@pytest.mark.parametrize(("fields", "param", "code"), REFUSED)
+async def test_what_is_refused_is_named(
+    door: TalkerDoor, fields: dict[str, Any], param: str, code: str
+) -> None:
+    """The error names the field in the words of this route, once, whether a stream was asked for or not."""
+    for stream in (False, True):
+        answer = await door.post(PATH, **ASKED | fields | {"stream": stream})
+        error = answer.json()["error"]
+        assert (answer.status_code, error["param"], error["code"]) == (400, param, code), error
+        assert error["message"].count(f"{param}: ") == 1
+
+
+async def test_null_is_not_set_within_items(door: TalkerDoor) -> None:
+    """Clients send all the fields that they know, also in what they give back."""
+    door.talker.say("Ahoy")
+    item = {"role": "user", "content": "Hi", "no_such_field": None, "phase": None}
+    assert (await door.post(PATH, model="pirate", input=[item], no_such_field=None)).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("fault", "status", "code"),
+    [
+        (ReplicaFailed("it failed."), 503, "server_error"),
+        (RateLimited("too much."), 429, "rate_limit_exceeded"),
+        (RequestInvalid("no."), 400, "invalid_prompt"),
+    ],
+)
+async def test_a_fault_on_the_way_ends_the_stream(
+    door: TalkerDoor, fault: Exception, status: int, code: str
+) -> None:
+    """A whole answer has its status instead; a stream that has begun ends with the failed response, once."""
+    door.talker.say("A|h", failure=fault)
+    assert (await door.post(PATH, **ASKED)).status_code == status
+    door.talker.say("A|h", failure=fault)
+    streamed = await door.post(PATH, **ASKED, stream=True)
+    assert streamed.status_code == 200
+    last = check_events(read_stream(streamed.content))
+    assert (last["status"], last["error"]["code"]) == ("failed", code)
+    assert last["error"]["message"] == str(fault)
+    assert _said(last["output"][0]) == ("message", "Ah")
+
+
+async def test_a_fault_before_the_first_token_has_its_status(door: TalkerDoor) -> None:
+    """What fails before anything is said never was a stream."""
+    door.talker.say_nothing(QueueFull("full."))
+    with pytest.raises(openai.RateLimitError) as caught:
+        await door.openai.responses.create(**ASKED, stream=True)
+    assert caught.value.code == "queue_full"

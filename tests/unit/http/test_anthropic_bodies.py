@@ -1,0 +1,279 @@
+"""Anthropic's bodies: what is taken, what it becomes, and the names under which the rest is refused."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from inference_service.http.anthropic.mapping import Chat, chat_of
+from inference_service.http.anthropic.schema import CountBody, MessagesBody
+from inference_service.http.openai.chat_schema import NamedTool
+from inference_service.http.openai.mapping import chat_request
+from inference_service.http.wire.anthropic_errors import fault_body
+from inference_service.http.wire.errors import invalid_body
+from loramux_shared.faults import Fault, Finding, QueueFull, RequestInvalid, ShuttingDown
+from tests.support.root import ROOT
+
+USER = {"role": "user", "content": "Hi"}
+BODY: dict[str, Any] = {"model": "m", "max_tokens": 5, "messages": [USER]}
+TOOL = {"name": "look", "input_schema": {"type": "object"}}
+USE = {"type": "tool_use", "id": "c1", "name": "look", "input": {"at": "sky"}}
+RESULT = {"type": "tool_result", "tool_use_id": "c1", "content": "blue"}
+SCHEMA = {"type": "json_schema", "schema": {"type": "object"}}
+CLAUDE_CODE: dict[str, Any] = {
+    "model": "m",
+    "max_tokens": 32000,
+    "stream": True,
+    "temperature": 1,
+    "system": [
+        {"type": "text", "text": "x-anthropic-billing-header: cc_version=2.1; cch=a0b1c;"},
+        {"type": "text", "text": "You are an agent."},
+        {"type": "text", "text": "Be brief.", "cache_control": {"type": "ephemeral", "ttl": "1h"}},
+    ],
+    "metadata": {"user_id": "user_0_account__session_0"},
+    "tools": [
+        {"name": name, "description": "Does it.", "input_schema": {"type": "object", "properties": {}}}
+        for name in ("Bash", "Edit", "Read", "mcp__files__list")
+    ],
+    "thinking": {"type": "adaptive"},
+    "output_config": {"effort": "max"},
+    "context_management": {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]},
+    "messages": [
+        {
+            "role": "user",
+            "content": [
+                {"type": "text", "text": "<system-reminder>x</system-reminder>"},
+                {"type": "text", "text": "List.", "cache_control": {"type": "ephemeral"}},
+            ],
+        },
+        {
+            "role": "assistant",
+            "content": [
+                {"type": "thinking", "thinking": "I list.", "signature": "s"},
+                {"type": "text", "text": "I look."},
+                {"type": "tool_use", "id": "c1", "name": "Bash", "input": {"command": "ls"}, "caller": None},
+                {"type": "tool_use", "id": "c2", "name": "Read", "input": {}},
+            ],
+        },
+        {
+            "role": "user",
+            "content": [
+                {"type": "tool_result", "tool_use_id": "c1", "content": [{"type": "text", "text": "a b"}]},
+                {"type": "tool_result", "tool_use_id": "c2", "content": "no file", "is_error": True},
+                {"type": "text", "text": "Go on."},
+            ],
+        },
+    ],
+}
+
+
+def _chat(**fields: Any) -> Chat:
+    return chat_of(MessagesBody.model_validate_json(json.dumps(BODY | fields)))
+
+
+def _refused(**fields: Any) -> Fault:
+    """Return the fault of a body, whichever part of the door refuses it."""
+    try:
+        chat = _chat(**fields)
+    except ValidationError as error:
+        return invalid_body(error, list(MessagesBody.model_fields))
+    except RequestInvalid as fault:
+        return fault
+    with pytest.raises(RequestInvalid) as caught:
+        chat_request(chat.body)
+    return chat.retold(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "where"),
+    [
+        ({"max_tokens": None}, "max_tokens"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": "5"}, "max_tokens"),
+        ({"messages": []}, "messages"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role"),
+        ({"messages": [{"role": "user"}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": 3}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": ["x"]}]}, "messages[0].content[0]"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "messages[0].content[0]"),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0].content[0].text"),
+        ({"messages": [{"role": "user", "content": [USE]}]}, "messages[0].content[0]"),
+        ({"messages": [{"role": "assistant", "content": [RESULT]}]}, "messages[0].content[0]"),
+        ({"messages": [USER, {"role": "assistant", "content": [USE]}]}, "messages[1]"),
+        ({"messages": [USER, {"role": "assistant", "content": ""}]}, "messages[1]"),
+        ({"system": [{"type": "image"}]}, "system[0]"),
+        ({"system": [{"type": "text", "text": "x", "mood": 1}]}, "system[0].mood"),
+        ({"cache_control": {"type": "eternal"}}, "cache_control.type"),
+        ({"temperature": 1.5}, "temperature"),
+        ({"temprature": 1}, "temprature"),
+        ({"n": 2}, "n"),
+        ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "tools[0]"),
+        ({"tools": [{"name": "look"}]}, "tools[0].input_schema"),
+        ({"tools": [TOOL | {"defer_loading": True}]}, "tools[0].defer_loading"),
+        ({"tools": [TOOL | {"allowed_callers": ["code_execution_20250825"]}]}, "tools[0].allowed_callers"),
+        ({"tool_choice": {"type": "tool"}}, "tool_choice"),
+        ({"tool_choice": {"type": "any"}}, "tool_choice"),
+        ({"tools": [TOOL], "tool_choice": {"type": "tool", "name": "leap"}}, "tool_choice"),
+        ({"thinking": {"type": "between_tools"}}, "thinking.type"),
+        ({"output_format": SCHEMA, "output_config": {"format": SCHEMA | {"schema": {}}}}, "output_format"),
+        ({"output_format": SCHEMA, "messages": [USER, {"role": "assistant", "content": "{"}]}, "messages[1]"),
+        ({"context_management": {"edits": [{"type": "compact_20260112"}]}}, "context_management.edits[0]"),
+        ({"speed": "fast"}, "speed"),
+        *(({name: {}}, name) for name in ("container", "compaction", "thread", "diagnostics", "fallbacks")),
+        ({"mcp_servers": [{"type": "url"}]}, "mcp_servers"),
+    ],
+)  # fmt: skip
+def test_what_is_not_taken_is_named(fields: dict[str, Any], where: str) -> None:
+    """A refusal names the place as the client wrote it."""
+    fault = _refused(**fields)
+    assert [finding.where for finding in fault.findings] == [where]
+    error = fault_body(fault, "r1")
+    assert error["error"]["type"] == "invalid_request_error"
+    assert where in error["error"]["message"]
+
+
+def test_what_a_chat_refuses_is_named_in_this_apis_words() -> None:
+    """Places of the chat that a body becomes are told as those of the body."""
+    chat = _chat(system="Be brief.", messages=[USER, *CLAUDE_CODE["messages"][1:]])
+    told = {
+        "messages[0].content": "system",
+        "messages[1].content": "messages[0].content[0]",
+        "messages[2].tool_calls[0].function.name": "messages[1].content[0]",
+        "messages[4].content": "messages[2].content[1]",
+        "messages": "messages",
+        "continue_final_message": "messages[2].content[2]",
+        "tools[3].function.name": "tools[3].name",
+        "stop": "stop_sequences",
+        "response_format": "output_config.format",
+        "top_p": "top_p",
+    }
+    fault = RequestInvalid("no.", [Finding(code="E_BAD_FIELD", where=where) for where in told])
+    assert [finding.where for finding in chat.retold(fault).findings] == list(told.values())
+
+
+def test_a_body_of_claude_code() -> None:
+    """Blocks become turns as templates know them; what says how prompts are cached is taken."""
+    body = _chat(**CLAUDE_CODE).body
+    assert [message.role for message in body.messages] == [
+        "system",
+        "user",
+        "assistant",
+        "tool",
+        "tool",
+        "user",
+    ]
+    system, user, assistant, result, failed, last = body.messages
+    assert (system.content, user.content) == (
+        "You are an agent.\nBe brief.",
+        "<system-reminder>x</system-reminder>\nList.",
+    )
+    assert (assistant.content, assistant.reasoning_content) == ("I look.", "I list.")
+    calls = assistant.tool_calls or ()
+    assert [(call.id, call.function.name, call.function.arguments) for call in calls] == [
+        ("c1", "Bash", '{"command": "ls"}'),
+        ("c2", "Read", "{}"),
+    ]
+    assert (result.tool_call_id, result.content) == ("c1", "a b")
+    assert (failed.tool_call_id, failed.content, last.content) == ("c2", "Error: no file", "Go on.")
+    assert [tool.function.name for tool in body.tools or ()][-1] == "mcp__files__list"
+    assert (body.user, body.max_tokens, body.stream) == ("user_0_account__session_0", 32000, True)
+    assert body.chat_template_kwargs == {"enable_thinking": True, "thinking": True}
+    assert (body.reasoning_effort, body.continue_final_message) == ("xhigh", False)
+
+
+def test_turns_of_one_role_are_one() -> None:
+    """As the API says; a result between texts of a user stays between them."""
+    said = [{"role": "assistant", "content": [USE]}, {"role": "user", "content": [RESULT]}, USER, USER]
+    messages = _chat(messages=[USER, USER, *said]).body.messages
+    assert [(message.role, message.content) for message in messages] == [
+        ("user", "Hi\nHi"),
+        ("assistant", ""),
+        ("tool", "blue"),
+        ("user", "Hi\nHi"),
+    ]
+
+
+def test_the_answer_goes_on_with_the_assistants_turn() -> None:
+    """A last turn of the assistant is the beginning of the answer."""
+    body = _chat(messages=[USER, {"role": "assistant", "content": "The sky is"}]).body
+    assert (body.continue_final_message, body.add_generation_prompt) == (True, False)
+
+
+@pytest.mark.parametrize(
+    ("choice", "chosen", "parallel"),
+    [
+        (None, None, None),
+        ({"type": "auto"}, "auto", None),
+        ({"type": "auto", "disable_parallel_tool_use": True}, "auto", False),
+        ({"type": "any"}, "required", None),
+        ({"type": "none"}, "none", None),
+        ({"type": "tool", "name": "look"}, NamedTool("look"), None),
+    ],
+)
+def test_tool_choices(choice: Any, chosen: Any, parallel: bool | None) -> None:
+    """Each has its word in a chat."""
+    body = _chat(tools=[TOOL], tool_choice=choice).body
+    assert (body.tool_choice, body.parallel_tool_calls) == (chosen, parallel)
+
+
+def test_examples_of_inputs_are_told_with_the_description() -> None:
+    """Templates have no place of their own for them."""
+    [tool] = _chat(tools=[TOOL | {"description": "Looks.", "input_examples": [{"at": "sky"}]}]).body.tools or ()
+    assert tool.function.description == 'Looks.\nExamples of its input:\n{"at": "sky"}'
+
+
+@pytest.mark.parametrize("where", ["output_format", "output_config"])
+def test_a_schema_constrains_the_answer(where: str) -> None:
+    """Under its old name and its new one, beside tools too."""
+    fields = {where: SCHEMA if where == "output_format" else {"format": SCHEMA}}
+    for choice in ({}, {"tool_choice": {"type": "none"}}):
+        request = chat_request(_chat(tools=[TOOL], **choice, **fields).body)
+        assert request.constraint is not None
+        assert (request.constraint.kind, request.constraint.text) == ("json_schema", '{"type": "object"}')
+
+
+def test_null_is_not_set() -> None:
+    """In blocks and tools as in bodies, whatever the name."""
+    names = set(MessagesBody.model_fields) - set(BODY)
+    chat = _chat(**dict.fromkeys(names))
+    assert chat.body.temperature is None
+    assert chat.body.stop == ()
+
+
+def test_what_is_counted_is_what_is_asked() -> None:
+    """Both routes make the same messages of a body."""
+    fields = {name: value for name, value in CLAUDE_CODE.items() if name in CountBody.model_fields}
+    counted = chat_of(CountBody.model_validate_json(json.dumps(fields))).body
+    asked = _chat(**CLAUDE_CODE).body
+    same = ("messages", "tools", "chat_template_kwargs", "reasoning_effort", "continue_final_message")
+    assert all(getattr(counted, name) == getattr(asked, name) for name in same)
+
+
+@pytest.mark.parametrize(
+    ("fault", "kind"),
+    [
+        (QueueFull("full."), "overloaded_error"),
+        (ShuttingDown("ends."), "overloaded_error"),
+        (RequestInvalid("no."), "invalid_request_error"),
+    ],
+)
+def test_errors_have_anthropics_shape(fault: Fault, kind: str) -> None:
+    """A type, a message and the id of the request."""
+    told = fault_body(fault, "r1")
+    assert told == {"type": "error", "error": {"type": kind, "message": fault.message}, "request_id": "r1"}
+
+
+def test_a_thread_is_refused_so_that_clients_go_on_without() -> None:
+    """The code is the one that the client's tool runner reads."""
+    error = fault_body(_refused(thread={"type": "create"}), "")["error"]
+    assert error["details"] == {"error_code": "thread_unsupported_request"}
+
+
+@pytest.mark.parametrize("kind", [MessagesBody, CountBody])
+def test_every_parameter_is_documented(kind: Any) -> None:
+    """docs/anthropic.md says of each parameter what becomes of it."""
+    page = (ROOT / "docs/anthropic.md").read_text()
+    assert [name for name in kind.model_fields if f"`{name}" not in page] == []

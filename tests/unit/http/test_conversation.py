@@ -1,0 +1,203 @@
+"""A chat between its request and its answers: what the model's dialect makes of both."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncGenerator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer
+
+from inference_service.chat.pieces import Piece
+from inference_service.core.sequence import FinishReason
+from inference_service.http.openai.chat_schema import ChatBody
+from inference_service.http.openai.conversation import Conversation, Told
+from inference_service.http.openai.mapping import NO_HEADERS
+from inference_service.serving.request import Delta, Event, Finished, Request, Started
+from inference_service.serving.telemetry.record import Record, Watcher
+from inference_service.text.chat_template import ChatTemplate
+from inference_service.text.text import Text
+from loramux_shared.faults import ModelNotFound, RequestInvalid
+from loramux_shared.parsers import Parsers, ReasoningParser, ToolParser
+from tests.golden.openai.script import Case, Scripted
+from tests.support.family_templates import FAMILIES
+from tests.support.readings import Heard, heard
+from tests.support.tokens import VOCAB, write_tokenizer
+
+FIND = {"type": "function", "function": {"name": "find", "parameters": {"type": "object", "properties": {}}}}
+USER = {"role": "user", "content": "Hi"}
+CALL = '<tool_call>{"name": "find", "arguments": {}}</tool_call>'
+
+
+class Speaks(Scripted):
+    """Says one text, in two parts, whatever it is asked."""
+
+    def __init__(self, folder: Path, family: str, says: str) -> None:
+        write_tokenizer(folder)
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        tokenizer.add_tokens(["\n"])
+        tokenizer.add_special_tokens(list(FAMILIES[family].special))
+        template = ChatTemplate(FAMILIES[family].template, {})
+        super().__init__(Case("chat", {}, [says]), Text(tokenizer, template, VOCAB + 20))
+        self.asked: list[Request] = []
+        self.constraint = ""
+        """Of the last answer, as Lark or as a schema."""
+
+    async def generate(self, request: Request) -> AsyncGenerator[Event]:
+        """Say it."""
+        self.asked.append(request)
+        model = self.catalog.get(request.model)
+        turns: Any = request.prompt
+        tokens = await self.text.encode_messages(turns, 9999, None, (), request.chat_template_kwargs)
+        if request.constraint_for is not None:
+            made = request.constraint_for(self.text.end_of(tokens))
+            self.constraint = f"{made.around}{made.text}" if made else ""
+        yield Started(request.id, model, 7, len(tokens), self.text, tuple(tokens))
+        [says] = self._case.answers
+        for part in (says[:20], says[20:]):
+            yield Delta(part, ())
+        yield Finished(FinishReason.STOP, "", len(tokens), 0, 1)
+
+
+async def ask(service: Speaks, **fields: Any) -> Heard:
+    """Return what an answer says."""
+    body = ChatBody.model_validate_json(json.dumps({"model": "tiny", "messages": [USER]} | fields))
+    pieces: list[Piece] = []
+    async for event in Conversation(service, body, NO_HEADERS).events():
+        if isinstance(event, Told):
+            pieces += event.pieces
+    return heard(pieces)
+
+
+async def test_an_answer_goes_on_thinking_where_the_prompt_began(tmp_path: Path) -> None:
+    """The end of the rendered prompt says whether the first text is reasoning; a client may not want it."""
+    service = Speaks(tmp_path, "Qwen 3.5", "They ask.\n</think>\n\nHello.")
+    assert await ask(service) == [["thought", "They ask."], ["said", "Hello."]]
+    assert await ask(service, include_reasoning=False) == [["said", "Hello."]]
+    service = Speaks(tmp_path, "Qwen 3", "They ask.\n</think>\n\nHello.")
+    assert await ask(service) == [["said", "They ask.\n</think>\n\nHello."]]
+    going_on = {"role": "assistant", "content": "<think>\nThey"}
+    flags = {"add_generation_prompt": False, "continue_final_message": True}
+    assert (await ask(service, messages=[USER, going_on], **flags))[0] == ["thought", "They ask."]
+
+
+async def test_marks_that_are_special_tokens_are_asked_for(tmp_path: Path) -> None:
+    """They are in the text that is read, and ids of earlier calls are what the template takes."""
+    service = Speaks(tmp_path, "Ministral 3", "[TOOL_CALLS]find[ARGS]{}")
+    call = {"id": "call_1", "type": "function", "function": {"name": "find", "arguments": "{}"}}
+    turns = [USER, {"role": "assistant", "tool_calls": [call]}]
+    turns.append({"role": "tool", "content": "4", "tool_call_id": "call_1"})
+    assert await ask(service, messages=turns, tools=[FIND]) == [["call", "find", "{}"]]
+    [asked] = service.asked
+    assert "[TOOL_CALLS]" in asked.shown_special_tokens
+    _, called, answered = list(asked.prompt)
+    assert isinstance(called, dict)
+    assert isinstance(answered, dict)
+    assert called["tool_calls"][0]["id"] == answered["tool_call_id"]
+    assert len(answered["tool_call_id"]) == 9
+    await ask(service)
+    assert service.asked[-1].shown_special_tokens == ("[THINK]", "[/THINK]", "<think>", "</think>")
+
+
+async def test_one_call_is_one_call(tmp_path: Path) -> None:
+    """Without parallel calls the answer ends behind the first, and what it calls all the same is not told."""
+    service = Speaks(tmp_path, "Qwen 2.5", CALL * 2)
+    assert len(await ask(service, tools=[FIND])) == 2
+    assert len(await ask(service, tools=[FIND], parallel_tool_calls=False, stop="x")) == 1
+    assert service.asked[-1].stop == ("x", "</tool_call>")
+    await ask(service, tools=[FIND], parallel_tool_calls=False, tool_choice="required")
+    assert service.asked[-1].stop == ()
+
+
+@pytest.mark.parametrize(
+    ("family", "says", "fields", "constraint"),
+    [
+        (
+            "Qwen 2.5",
+            CALL,
+            {"tool_choice": "required"},
+            '"<tool_call>" call (("\\n")? "<tool_call>" call){0,15}',
+        ),
+        (
+            "Qwen 2.5",
+            CALL,
+            {"tool_choice": FIND | {"function": {"name": "find"}}},
+            'start:  "<tool_call>" call\n',
+        ),
+        ("Qwen 2.5", "Hi.", {}, "until"),
+        ("Qwen 2.5", "Hi.", {"bad_words": ["x"]}, ""),
+        ("Llama 3", "Hi.", {}, ""),
+        ("Qwen 2.5", CALL, {"response_format": {"type": "json_object"}}, "@answer |"),
+        ("Qwen 2.5", CALL, {"tools": [FIND | {"function": {"name": "find", "strict": True}}]}, "until"),
+        (
+            "Gemma 4",
+            "{}",
+            {"tools": None, "response_format": {"type": "json_object"}},
+            "start: thinks? @answer",
+        ),
+    ],
+)
+async def test_what_is_demanded_is_demanded_in_the_dialect(
+    tmp_path: Path, family: str, says: str, fields: dict[str, Any], constraint: str
+) -> None:
+    """Several calls or one, calls within text, and formats behind reasoning; else nothing."""
+    service = Speaks(tmp_path, family, says)
+    told = await ask(service, **{"tools": [FIND]} | fields)
+    assert told == [["call", "find", "{}"]] if says == CALL else told == [["said", says]]
+    assert constraint in service.constraint
+    assert bool(constraint) == bool(service.constraint)
+
+
+async def test_without_marks_a_demanded_call_is_plain_json(tmp_path: Path) -> None:
+    """A schema that the form cannot say: JSON is demanded and read, and strictness is refused by name."""
+    parameters = {"type": "object", "properties": {"x": {"type": "string", "pattern": "a"}}}
+    tool = {"type": "function", "function": {"name": "find", "parameters": parameters, "strict": True}}
+    service = Speaks(tmp_path, "Qwen 3.5", 'Hm.</think>{"name": "find", "arguments": {"x": "a"}}')
+    told = await ask(service, tools=[tool], tool_choice="required")
+    assert told == [["thought", "Hm."], ["call", "find", '{"x": "a"}']]
+    assert '"pattern": "a"' in service.constraint
+    with pytest.raises(RequestInvalid, match="pattern"):
+        await ask(service, tools=[tool])
+
+
+async def test_half_a_demanded_call_is_not_said(tmp_path: Path) -> None:
+    """One that is cut off before its name is nothing; one that may be text is."""
+    service = Speaks(tmp_path, "Qwen 2.5", CALL + '\n<tool_call>{"name": "fi')
+    assert await ask(service, tools=[FIND], tool_choice="required") == [["call", "find", "{}"]]
+    assert (await ask(service, tools=[FIND]))[-1] == ["said", '<tool_call>{"name": "fi']
+
+
+async def test_a_deployment_says_which_parsers(tmp_path: Path) -> None:
+    """What it says comes before what the template shows."""
+    service = Speaks(tmp_path, "Qwen 3", "<think>Hm.</think>" + CALL)
+    assert await ask(service, tools=[FIND]) == [["thought", "Hm."], ["call", "find", "{}"]]
+    service.parsers = Parsers(ToolParser.NONE, ReasoningParser.NONE)
+    assert await ask(service, tools=[FIND]) == [["said", "<think>Hm.</think>" + CALL]]
+
+
+class Ears(Watcher):
+    """Keeps how requests ended."""
+
+    def __init__(self) -> None:
+        self.outcomes: list[str] = []
+
+    def began(self, record: Record) -> None:
+        """Hear nothing."""
+
+    def said(self, record: Record, delta: Delta) -> None:
+        """Hear nothing."""
+
+    def ended(self, record: Record) -> None:
+        """Keep it."""
+        self.outcomes.append(record.outcome)
+
+
+async def test_a_model_that_is_not_there_is_told_to_those_who_watch(tmp_path: Path) -> None:
+    """A request that ends before it is asked has its line in the log, and counts, like any other."""
+    service, watcher = Speaks(tmp_path, "Qwen 3", ""), Ears()
+    service._watchers = (watcher,)
+    with pytest.raises(ModelNotFound):
+        await ask(service, model="nobody")
+    assert (service.asked, watcher.outcomes) == ([], ["MODEL_NOT_FOUND"])

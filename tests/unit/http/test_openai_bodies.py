@@ -1,0 +1,221 @@
+"""Bodies of the OpenAI door: what is taken, and how what is not is named."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from inference_service.http.admin.tokens_schema import TokenizeBody
+from inference_service.http.openai.chat_schema import ChatBody, NamedTool
+from inference_service.http.openai.mapping import messages_of
+from inference_service.http.openai.schema import MAX_PROMPTS, CompletionBody
+from inference_service.http.wire.body import Body
+from inference_service.http.wire.errors import error_body, invalid_body, param_of
+from tests.support.root import ROOT
+
+USER = {"role": "user", "content": "Hi"}
+CHAT: dict[str, Any] = {"model": "m", "messages": [USER]}
+ARGUMENTS = "messages[0].tool_calls[0].function.arguments"
+UNSUPPORTED, INVALID = "unsupported_parameter", "invalid_value"
+TOOL = {"type": "function", "function": {"name": "f"}}
+
+
+def _error(kind: type[Body], text: str) -> dict[str, Any]:
+    with pytest.raises(ValidationError) as caught:
+        kind.model_validate_json(text)
+    return dict(error_body(invalid_body(caught.value, list(kind.model_fields)))["error"])
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "code"),
+    [
+        ({"messages": None}, "messages", INVALID),
+        ({"messages": []}, "messages", INVALID),
+        ({"messages": [{"content": "x"}]}, "messages[0].role", "missing_required_parameter"),
+        ({"messages": [{"role": "user"}]}, "messages[0]", INVALID),
+        ({"messages": [USER | {"tool_calls": [{"id": "1", **TOOL}]}]}, ARGUMENTS, "missing_required_parameter"),
+        ({"messages": [USER | {"content": [{"type": "image_url"}]}]}, "messages[0].content", UNSUPPORTED),
+        ({"messages": [USER | {"content": [{"type": "input_audio"}]}]}, "messages[0].content", UNSUPPORTED),
+        ({"messages": [USER | {"content": [{"type": "text"}]}]}, "messages[0].content", INVALID),
+        ({"messages": [USER | {"mood": 1}]}, "messages[0].mood", "unknown_parameter"),
+        ({"temperature": "1"}, "temperature", INVALID),
+        ({"n": 1.5}, "n", INVALID),
+        ({"n": True}, "n", INVALID),
+        ({"stop": [1]}, "stop", INVALID),
+        ({"seed": 2**63}, "seed", INVALID),
+        ({"logit_bias": {"x": 1}}, "logit_bias.x", INVALID),
+        ({"temprature": 1}, "temprature", "unknown_parameter"),
+        ({"guided_json": {}}, "guided_json", "unknown_parameter"),
+        ({"stream_options": {"usage": True}}, "stream_options.usage", "unknown_parameter"),
+        ({"reasoning_effort": "huge"}, "reasoning_effort", INVALID),
+        ({"chat_template_kwargs": ["x"]}, "chat_template_kwargs", INVALID),
+        ({"messages": [USER | {"reasoning": "a", "reasoning_content": "b"}]}, "messages[0]", INVALID),
+        ({"verbosity": "low"}, "verbosity", UNSUPPORTED),
+        ({"modalities": ["audio"]}, "modalities", UNSUPPORTED),
+        ({"functions": []}, "functions", UNSUPPORTED),
+        ({"tools": [{"type": "custom", "custom": {}}]}, "tools[0].type", UNSUPPORTED),
+        ({"tool_choice": "maybe"}, "tool_choice", INVALID),
+        ({"tool_choice": {"type": "allowed_tools"}}, "tool_choice", INVALID),
+        ({"tool_choice": {"type": "custom", "name": "f"}}, "tool_choice", UNSUPPORTED),
+        ({"response_format": {"type": "json_schema"}}, "response_format", INVALID),
+        ({"response_format": {"type": "yaml"}}, "response_format.type", INVALID),
+    ],
+)  # fmt: skip
+def test_what_is_not_taken_is_named(fields: dict[str, Any], param: str, code: str) -> None:
+    """An error names the place as OpenAI does, and its code says what is wrong with it."""
+    error = _error(ChatBody, json.dumps(CHAT | fields))
+    assert (error["param"], error["code"], error["type"]) == (param, code, "invalid_request_error")
+    assert param in error["message"]
+
+
+@pytest.mark.parametrize("body", ["", "{", "[" * 1000, '{"model": "\\ud800"}', '{"n": 1e}'])
+def test_what_is_no_json_is_said_without_a_parameter(body: str) -> None:
+    """A body that cannot be parsed has no parameter to name."""
+    error = _error(ChatBody, body)
+    assert error["param"] is None
+    assert "no JSON" in error["message"]
+
+
+@pytest.mark.parametrize("body", ["[]", "3", "null", '"x"'])
+def test_a_body_that_is_no_object_is_refused(body: str) -> None:
+    """JSON that is no object is refused as a whole."""
+    assert _error(ChatBody, body)["param"] is None
+
+
+def test_not_a_number_is_no_number() -> None:
+    """NaN, which Python's JSON writes, is refused."""
+    assert _error(ChatBody, json.dumps(CHAT | {"temperature": float("nan")}))["param"] == "temperature"
+
+
+def test_the_nearest_parameter_is_named() -> None:
+    """A slip of the pen is corrected."""
+    error = _error(ChatBody, json.dumps(CHAT | {"max_token": 1}))
+    assert "Did you mean max_tokens?" in error["message"]
+
+
+def test_all_that_is_wrong_is_told_at_once() -> None:
+    """The message holds every finding, the parameter is that of the first."""
+    error = _error(ChatBody, json.dumps({"messages": [USER], "n": "x", "top_p": "y"}))
+    assert error["param"] == "model"
+    assert all(name in error["message"] for name in ("model", "n:", "top_p"))
+
+
+def test_null_is_not_set() -> None:
+    """Clients send null for what they leave open."""
+    names = set(ChatBody.model_fields) - set(CHAT)
+    body = ChatBody.model_validate_json(json.dumps(CHAT | dict.fromkeys(names)))
+    assert body.stop == ()
+    assert body.temperature is None
+
+
+def test_what_changes_nothing_is_accepted() -> None:
+    """Fields about bookkeeping are taken, whatever they say."""
+    fields = {
+        "user": "u",
+        "metadata": {"a": "b"},
+        "store": True,
+        "service_tier": "flex",
+        "modalities": ["text"],
+    }
+    assert ChatBody.model_validate_json(json.dumps(CHAT | fields)).user == "u"
+
+
+@pytest.mark.parametrize(
+    ("given", "prompts"),
+    [
+        ("a", ("a",)),
+        (["a", "b"], ("a", "b")),
+        ([1, 2], ([1, 2],)),
+        ([[1], [2, 3]], ([1], [2, 3])),
+        (["a", [1]], ("a", [1])),
+        ("", ("",)),
+    ],
+)
+def test_prompts_come_in_many_shapes(given: Any, prompts: tuple[Any, ...]) -> None:
+    """A text, texts, token ids, lists of token ids, and mixtures."""
+    assert CompletionBody.model_validate_json(json.dumps({"model": "m", "prompt": given})).prompt == prompts
+
+
+@pytest.mark.parametrize(
+    "given", [[], [[]], 3, None, {"a": 1}, [True], [1.5], [[1], 2], ["a"] * (MAX_PROMPTS + 1)]
+)
+def test_prompts_that_are_none_are_refused(given: Any) -> None:
+    """Anything else is refused by name."""
+    assert _error(CompletionBody, json.dumps({"model": "m", "prompt": given}))["param"] == "prompt"
+
+
+def test_a_suffix_is_refused() -> None:
+    """Filling in the middle is not served, and ignoring the suffix would be a lie."""
+    error = _error(CompletionBody, json.dumps({"model": "m", "prompt": "a", "suffix": "b"}))
+    assert (error["param"], error["code"]) == ("suffix", UNSUPPORTED)
+
+
+@pytest.mark.parametrize(
+    ("given", "choice"),
+    [(None, None), ("none", "none"), ("required", "required"), (TOOL, NamedTool("f"))],
+)
+def test_tool_choices(given: Any, choice: object) -> None:
+    """A word, or a function by name."""
+    body = ChatBody.model_validate_json(json.dumps(CHAT | {"tools": [TOOL], "tool_choice": given}))
+    assert body.tool_choice == choice
+
+
+def test_messages_become_what_templates_know() -> None:
+    """Parts are joined, developer is system, and arguments are objects where they are JSON."""
+    call = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
+    broken = {"id": "c2", "type": "function", "function": {"name": "f", "arguments": "oops"}}
+    sent = [
+        {"role": "developer", "content": "Be brief."},
+        {
+            "role": "user",
+            "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}],
+            "name": "Ann",
+        },
+        {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [call, broken],
+            "refusal": None,
+            "annotations": [],
+        },
+        {"role": "tool", "content": "42", "tool_call_id": "c1"},
+    ]
+    body = ChatBody.model_validate_json(json.dumps(CHAT | {"messages": sent}))
+    system, user, assistant, tool = messages_of(body.messages)
+    assert system == {"role": "system", "content": "Be brief."}
+    assert user == {"role": "user", "content": "a\nb", "name": "Ann"}
+    assert assistant["content"] == ""
+    assert [call["function"]["arguments"] for call in assistant["tool_calls"]] == [{"a": 1}, "oops"]
+    assert tool == {"role": "tool", "content": "42", "tool_call_id": "c1"}
+
+
+@pytest.mark.parametrize("name", ["reasoning", "reasoning_content"])
+def test_what_was_thought_comes_back_by_both_names(name: str) -> None:
+    """Templates know one name or the other, and a turn of thoughts alone is a turn."""
+    sent = [{"role": "assistant", name: "Hm."}]
+    body = ChatBody.model_validate_json(json.dumps(CHAT | {"messages": sent}))
+    [turn] = messages_of(body.messages)
+    assert turn == {"role": "assistant", "content": "", "reasoning": "Hm.", "reasoning_content": "Hm."}
+
+
+def test_a_prompt_or_messages_are_tokenized_and_not_both() -> None:
+    """Neither and both are refused."""
+    for fields in ({}, {"prompt": "a", "messages": [USER]}):
+        assert _error(TokenizeBody, json.dumps(fields))["message"].count("either prompt or messages") == 1
+
+
+@pytest.mark.parametrize("kind", [ChatBody, CompletionBody])
+def test_every_parameter_is_documented(kind: type[Body]) -> None:
+    """docs/openai.md says of each parameter what becomes of it."""
+    page = (ROOT / "docs/openai.md").read_text()
+    missing = [name for name in kind.model_fields if not re.search(rf"`{name}\b", page)]
+    assert not missing
+
+
+def test_places_are_written_as_openai_writes_them() -> None:
+    """Indices in brackets, names behind dots."""
+    assert param_of(("messages", 0, "tool_calls", 1, "id")) == "messages[0].tool_calls[1].id"

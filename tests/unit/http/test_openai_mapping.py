@@ -1,0 +1,127 @@
+"""From bodies to requests: defaults, names and what contradicts itself."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+
+from inference_service.http.openai.chat_schema import ChatBody
+from inference_service.http.openai.mapping import NO_HEADERS, chat_request, completion_requests
+from inference_service.http.openai.schema import CompletionBody
+from inference_service.serving.request import Request
+from inference_service.serving.service import GenerationService, ServingLimits
+from loramux_shared.faults import RequestInvalid
+
+TOOLS = [{"type": "function", "function": {"name": "f"}}]
+
+
+class Named(GenerationService):
+    """A service that has limits, and cannot answer."""
+
+    def __init__(self, default_max_tokens: int | None = None) -> None:
+        self.limits = ServingLimits(256, default_max_tokens, frozenset({2}))
+
+
+def _chat(headers: Mapping[str, str] = NO_HEADERS, **fields: Any) -> Request:
+    body = {"model": "base", "messages": [{"role": "user", "content": "x"}]} | fields
+    return chat_request(ChatBody.model_validate_json(json.dumps(body)), headers)
+
+
+def _completion(service: Named | None = None, **fields: Any) -> Request:
+    body = {"model": "base", "prompt": "x"} | fields
+    [request] = completion_requests(CompletionBody.model_validate_json(json.dumps(body)), service or Named())
+    return request
+
+
+def test_the_temperature_is_left_to_the_adapter() -> None:
+    """What the request says comes first, then what the adapter brings, then the API's 1."""
+    assert (_chat().temperature, _chat().usual_temperature) == (None, 1.0)
+    assert _chat(temperature=0).temperature == 0
+    assert _completion().usual_temperature == 1.0
+
+
+def test_versions_and_keys_come_in_the_body_and_in_headers() -> None:
+    """Of two generations the higher one counts, and a header's key comes before the user."""
+    asked = _chat({"x-loramux-min-generation": "7", "x-loramux-key": "k"}, user="ann", min_generation=3)
+    assert (asked.min_generation, asked.sticky_key) == (7, "k")
+    asked = _chat({"x-loramux-min-generation": "2"}, user="ann", min_generation=3)
+    assert (asked.min_generation, asked.sticky_key) == (3, "ann")
+    assert (_chat().min_generation, _chat().sticky_key) == (0, "")
+
+
+@pytest.mark.parametrize("said", ["", "-1", "1.5", "seven", "1" * 20, str(2**63)])
+def test_a_header_that_is_no_generation_is_refused_by_name(said: str) -> None:
+    """A typing mistake in a header is no reason to answer with an older version."""
+    with pytest.raises(RequestInvalid) as refused:
+        _chat({"x-loramux-min-generation": said})
+    assert refused.value.findings[0].where.endswith("min-generation") or said == str(2**63)
+
+
+def test_lengths() -> None:
+    """An unset length of a chat is left to the service; that of a plain prompt is 16, or the deployment's."""
+    assert _chat().max_tokens is None
+    assert _chat(max_tokens=3).max_tokens == 3
+    assert _chat(max_completion_tokens=4).max_tokens == 4
+    assert _chat(max_completion_tokens=5, max_tokens=5).max_tokens == 5
+    assert _completion().max_tokens == 16
+    assert _completion(Named(99)).max_tokens == 99
+    assert _completion(max_tokens=0, echo=True).prompt_logprobs == 0
+
+
+def test_a_lower_priority_is_earlier() -> None:
+    """vLLM's order is the reverse of the engine's."""
+    assert _chat(priority=3).priority == -3
+    assert _chat().priority == 0
+
+
+def test_what_the_model_is_told_of_tools() -> None:
+    """Tools are rendered as the client wrote them, and not at all when none may be used."""
+    assert _chat(tools=TOOLS).tools == tuple(TOOLS)
+    assert _chat(tools=TOOLS, tool_choice="none").tools == ()
+    assert _chat(tools=TOOLS).constraint is None
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "g"}}}, "tool_choice"),
+        ({"max_tokens": 1, "max_completion_tokens": 2}, "max_tokens"),
+        ({"top_logprobs": 1}, "top_logprobs"),
+        (
+            {"reasoning_effort": "low", "chat_template_kwargs": {"reasoning_effort": "high"}},
+            "reasoning_effort",
+        ),
+    ],
+)
+def test_contradictions_are_refused(fields: dict[str, Any], param: str) -> None:
+    """Fields that exclude each other are refused by the name of one of them."""
+    with pytest.raises(RequestInvalid) as caught:
+        _chat(**fields)
+    assert [finding.where for finding in caught.value.findings] == [param]
+
+
+def test_how_long_to_think_is_told_to_the_template() -> None:
+    """As OpenAI spells it, and none as the switches that templates have; what is said of these comes first."""
+    assert _chat().chat_template_kwargs == {}
+    assert _chat(reasoning_effort="low").chat_template_kwargs == {"reasoning_effort": "low"}
+    off = {"enable_thinking": False, "thinking": False, "reasoning_effort": "none"}
+    assert _chat(reasoning_effort="none").chat_template_kwargs == off
+    own = {"thinking": True, "x": [1]}
+    asked = _chat(reasoning_effort="none", chat_template_kwargs=own)
+    assert asked.chat_template_kwargs == off | own
+
+
+def test_formats_become_constraints() -> None:
+    """The schema is handed on as it came; text is no constraint."""
+    schema = {"type": "object", "properties": {"a": {"const": "é"}}}
+    asked = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema, "strict": True}}
+    constraint = _chat(response_format=asked).constraint
+    assert constraint
+    assert (constraint.kind, json.loads(constraint.text)) == ("json_schema", schema)
+    assert _chat(response_format={"type": "text"}).constraint is None
+    for choice in ("none", "auto"):
+        assert _chat(response_format={"type": "json_object"}, tools=TOOLS, tool_choice=choice).constraint

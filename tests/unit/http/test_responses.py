@@ -1,0 +1,283 @@
+"""Responses as chats: items become turns, and what is read from an answer becomes items."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from inference_service.chat.pieces import CallArguments, CallBegun, Piece, Said, Thought
+from inference_service.core.sequence import Token
+from inference_service.http.openai.chat_schema import ChatBody
+from inference_service.http.openai.mapping import callable_tools, chat_request, is_forced, messages_of
+from inference_service.http.responses.carried import carried, uncarried
+from inference_service.http.responses.mapping import chat_of, in_words_of
+from inference_service.http.responses.output import Output
+from inference_service.http.responses.schema import ResponsesBody
+from loramux_shared.faults import Finding, RequestInvalid
+
+FUNCTION = {"name": "f", "description": "d", "parameters": {"type": "object"}, "strict": True}
+SCHEMA = {"name": "n", "schema": {"type": "object"}, "strict": True}
+PIRATE = {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "Ahoy"}]}
+
+
+def _chat(**fields: Any) -> ChatBody:
+    body = {"model": "m", "input": "Hi"} | fields
+    return chat_of(ResponsesBody.model_validate_json(json.dumps(body)))
+
+
+def _turns(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [dict(message) for message in messages_of(_chat(input=items).messages)]
+
+
+def test_a_type_that_is_null_is_not_set() -> None:
+    """As everywhere: an item with a role and no type is a message."""
+    assert _turns([{"type": None, "role": "user", "content": "Hi"}]) == [{"role": "user", "content": "Hi"}]
+
+
+def _thought(text: str) -> dict[str, str]:
+    return {"reasoning_content": text, "reasoning": text}
+
+
+def _call(number: int) -> dict[str, Any]:
+    return {"type": "function_call", "call_id": f"c{number}", "name": "f", "arguments": '{"a": 1}'}
+
+
+def _called(*numbers: int) -> dict[str, Any]:
+    function = {"name": "f", "arguments": {"a": 1}}
+    return {
+        "tool_calls": [{"id": f"c{number}", "type": "function", "function": function} for number in numbers]
+    }
+
+
+def _gave(number: int) -> dict[str, Any]:
+    return {"type": "function_call_output", "call_id": f"c{number}", "output": "4"}
+
+
+def _tool(number: int) -> dict[str, Any]:
+    return {"role": "tool", "content": "4", "tool_call_id": f"c{number}"}
+
+
+THINK = {
+    "type": "reasoning",
+    "id": "rs_1",
+    "summary": [],
+    "content": [{"type": "reasoning_text", "text": "Hm"}],
+}
+USER = {"role": "user", "content": "Hi"}
+SYSTEM = {"role": "system", "content": "T"}
+EMPTY = {"role": "assistant", "content": ""}
+
+
+@pytest.mark.parametrize(
+    ("items", "turns"),
+    [
+        ([{"role": "developer", "content": "D"}, USER], [{"role": "system", "content": "D"}, USER]),
+        (
+            [{"role": "developer", "content": "D"}, SYSTEM | {"content": "S"}, USER, SYSTEM],
+            [{"role": "system", "content": "D\n\nS"}, USER, SYSTEM],
+        ),
+        ([USER, PIRATE, USER], [USER, {"role": "assistant", "content": "Ahoy"}, USER]),
+        ([USER, PIRATE, PIRATE], [USER, *[{"role": "assistant", "content": "Ahoy"}] * 2]),
+        (
+            [USER, THINK, PIRATE, _call(1), _call(2), _gave(1), _gave(2), PIRATE],
+            [
+                USER,
+                {"role": "assistant", "content": "Ahoy"} | _thought("Hm") | _called(1, 2),
+                _tool(1),
+                _tool(2),
+                {"role": "assistant", "content": "Ahoy"},
+            ],
+        ),
+        (
+            [USER, _call(1), PIRATE, _gave(1)],
+            [USER, {"role": "assistant", "content": "Ahoy"} | _called(1), _tool(1)],
+        ),
+        (
+            [USER, THINK, _call(1), THINK, _call(2), _gave(1), _gave(2)],
+            [USER, EMPTY | _thought("Hm\nHm") | _called(1, 2), _tool(1), _tool(2)],
+        ),
+        (
+            [USER, PIRATE, THINK],
+            [USER, {"role": "assistant", "content": "Ahoy"}, EMPTY | _thought("Hm")],
+        ),
+        ([USER, {"type": "reasoning", "summary": []}], [USER]),
+        (
+            [USER, {"type": "reasoning", "summary": [{"type": "summary_text", "text": "S"}]}, PIRATE],
+            [USER, {"role": "assistant", "content": "Ahoy"} | _thought("S")],
+        ),
+        (
+            [USER, {"type": "reasoning", "summary": [], "encrypted_content": carried("Hm")}, PIRATE],
+            [USER, {"role": "assistant", "content": "Ahoy"} | _thought("Hm")],
+        ),
+        (
+            [{"role": "user", "content": [{"type": "input_text", "text": each} for each in "ab"]}],
+            [{"role": "user", "content": "a\nb"}],
+        ),
+    ],
+)  # fmt: skip
+def test_items_of_a_turn_are_one_message(items: list[dict[str, Any]], turns: list[dict[str, Any]]) -> None:
+    """What the assistant thought, said and called until somebody else spoke is one message, in any order."""
+    assert _turns(items) == turns
+
+
+@pytest.mark.parametrize(
+    ("here", "there"),
+    [
+        ({}, {}),
+        (
+            {"instructions": "I"},
+            {"messages": [{"role": "system", "content": "I"}, {"role": "user", "content": "Hi"}]},
+        ),
+        (
+            {"instructions": "I", "input": [{"role": "developer", "content": "D"}, USER]},
+            {"messages": [{"role": "system", "content": "I\n\nD"}, USER]},
+        ),
+        (
+            {"tools": [{"type": "function"} | FUNCTION], "parallel_tool_calls": False},
+            {"tools": [{"type": "function", "function": FUNCTION}], "parallel_tool_calls": False},
+        ),
+        (
+            {"tools": [{"type": "function"} | FUNCTION], "tool_choice": {"type": "function", "name": "f"}},
+            {
+                "tools": [{"type": "function", "function": FUNCTION}],
+                "tool_choice": {"type": "function", "function": {"name": "f"}},
+            },
+        ),
+        (
+            {"text": {"format": {"type": "json_schema"} | SCHEMA}},
+            {"response_format": {"type": "json_schema", "json_schema": SCHEMA}},
+        ),
+        ({"text": {"format": {"type": "json_object"}}}, {"response_format": {"type": "json_object"}}),
+        ({"max_output_tokens": 5}, {"max_completion_tokens": 5}),
+        ({"reasoning": {"effort": "none"}}, {"reasoning_effort": "none"}),
+        ({"top_logprobs": 3}, {"logprobs": True, "top_logprobs": 3}),
+        ({"include": ["message.output_text.logprobs"]}, {"logprobs": True}),
+        *[
+            (same, same)
+            for same in (
+                {"temperature": 0.5, "top_p": 0.5, "top_k": 3, "min_p": 0.1, "stop": ["x"], "seed": 3},
+                {"presence_penalty": 1.0, "frequency_penalty": 1.0, "repetition_penalty": 1.1},
+                {"logit_bias": {"5": 1.0}, "bad_words": ["a"], "allowed_token_ids": [5], "ignore_eos": True},
+                {"cache_salt": "s", "priority": 2, "lora_path": "l", "min_generation": 3, "user": "u"},
+                {"structured_outputs": {"regex": "a+"}},
+                {"chat_template_kwargs": {"enable_thinking": False}},
+            )
+        ],
+    ],
+)
+def test_a_response_is_a_chat(here: dict[str, Any], there: dict[str, Any]) -> None:
+    """Both doors ask the engine for the same."""
+    body = {"model": "m", "messages": [{"role": "user", "content": "Hi"}]} | there
+    asked, chat = chat_request(_chat(**here)), chat_request(ChatBody.model_validate_json(json.dumps(body)))
+    assert replace(asked, id="") == replace(chat, id="")
+
+
+@pytest.mark.parametrize("mode", ["auto", "required"])
+def test_allowed_tools_are_told_with_the_others(mode: str) -> None:
+    """The prompt has all tools, so that it is found in the cache; only some may be called."""
+    tools = [{"type": "function", "name": name} for name in ("f", "g")]
+    here = _chat(tools=tools, tool_choice={"type": "allowed_tools", "mode": mode, "tools": tools[1:]})
+    nested = [{"type": "function", "function": {"name": name}} for name in ("f", "g")]
+    choice = {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": nested[1:]}}
+    body = {"model": "m", "messages": [USER], "tools": nested, "tool_choice": choice}
+    for chat in (here, ChatBody.model_validate_json(json.dumps(body))):
+        request = chat_request(chat)
+        assert [tool["function"]["name"] for tool in request.tools] == ["f", "g"]
+        assert [tool.function.name for tool in callable_tools(chat)] == ["g"]
+        assert is_forced(chat) == (mode == "required")
+        assert request.constraint is None  # it is made when the model is known, of callable tools
+
+
+@pytest.mark.parametrize(
+    ("where", "here"),
+    [
+        ("messages[3].tool_calls[0].function.name", "input"),
+        ("messages", "input"),
+        ("tools[0].function.name", "tools[0].name"),
+        ("tools[2].function.name", "tools[1].tools[1].name"),
+        ("tools", "tools"),
+        ("max_tokens", "max_output_tokens"),
+        ("response_format", "text.format"),
+        ("temperature", "temperature"),
+    ],
+)
+def test_faults_name_the_fields_of_the_body(where: str, here: str) -> None:
+    """Whoever asked for a response has never heard of messages."""
+    tool = {"type": "function", "name": "f"}
+    tools = [tool, {"type": "namespace", "name": "n", "description": "d", "tools": [tool, tool]}]
+    body = ResponsesBody.model_validate_json(json.dumps({"model": "m", "input": "x", "tools": tools}))
+    with pytest.raises(RequestInvalid, match=r"^no\.") as caught, in_words_of(body):
+        raise RequestInvalid("no.", [Finding(code="E_BAD_FIELD", where=where)])
+    assert [finding.where for finding in caught.value.findings] == [here]
+
+
+def test_reasoning_that_was_carried_is_read_and_nothing_else() -> None:
+    """A text of another server is none of ours, whatever it looks like."""
+    assert uncarried(carried("Hm é")) == "Hm é"
+    for foreign in ("gAAAAA", "loramux:", "loramux:!", "loramux:/w==", carried("Hm")[:-2]):
+        assert not uncarried(foreign)
+
+
+PIECES = st.one_of(
+    st.builds(Said, st.sampled_from([" ", "\n", "a", " b"])),
+    st.builds(Thought, st.sampled_from(["x", "y "])),
+    st.just(CallBegun(0, "call_1", "f")),
+)
+
+
+@given(st.lists(st.lists(PIECES, max_size=3), max_size=6))
+def test_items_hold_what_the_pieces_say(batches: list[list[Piece]]) -> None:
+    """Whatever comes in whatever order: all of it stands in items, and space alone is no message."""
+    output = Output(None, (), carries=True)
+    expected: list[tuple[str, str]] = []
+    for batch in batches:
+        pieces: list[Piece] = []
+        for piece in batch:
+            pieces += [piece, CallArguments(0, "{}")] if isinstance(piece, CallBegun) else [piece]
+        output.take(pieces, [Token(5)] * len(pieces))
+        expected += [("function_call", "{}") if isinstance(each, CallBegun) else _kind(each) for each in batch]
+    output.end([], "completed")
+    items = output.items()
+    told = [(item["type"], item.get("arguments") or _text(item)) for item in items]
+    spaceless = [item for item in _merged(expected) if item[0] != "message" or item[1].strip()]
+    assert told == (_merged(spaceless) or [("message", told[0][1])])
+    assert all(item["status"] == "completed" for item in items)
+    assert all(
+        uncarried(item["encrypted_content"]) == _text(item) for item in items if item["type"] == "reasoning"
+    )
+
+
+def _kind(piece: Said | Thought) -> tuple[str, str]:
+    return "message" if isinstance(piece, Said) else "reasoning", piece.text
+
+
+def _merged(said: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Join neighbours of a kind, but for calls, each of which is one."""
+    merged: list[tuple[str, str]] = []
+    for kind, text in said:
+        if merged and merged[-1][0] == kind != "function_call":
+            text = merged.pop()[1] + text
+        merged.append((kind, text))
+    return merged
+
+
+def _text(item: dict[str, Any]) -> str:
+    return "".join(part["text"] for part in item["content"])
+
+
+def test_tokens_of_reasoning_are_counted() -> None:
+    """They are those after which reasoning came; the others belong to what is said."""
+    output = Output(None, (), carries=False)
+    output.take([Thought("a")], [Token(5)] * 3)
+    output.take([], [Token(5)])
+    output.take([Thought("b")], [Token(5)])
+    output.take([Said("c")], [Token(5)] * 2)
+    assert output.reasoning_tokens == 5
+    [thought, _] = output.items()
+    assert "encrypted_content" not in thought
