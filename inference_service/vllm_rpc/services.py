@@ -9,8 +9,7 @@ import grpc
 
 from inference_service.adapters.manager import AdapterManager
 from inference_service.serving.service import GenerationService
-from inference_service.vllm_rpc import control, engine, inference
-from inference_service.vllm_rpc.control import VllmControlServicer
+from inference_service.vllm_rpc import engine, inference
 from inference_service.vllm_rpc.engine import VllmEngineServicer
 from inference_service.vllm_rpc.inference import VllmInferenceServicer
 from inference_service.vllm_rpc.running import Running
@@ -31,11 +30,9 @@ class VllmServices:
     def of_all_models(self, healthy: Callable[[], bool]) -> Services:
         """Return the services of the replica's own door."""
         inferring = VllmInferenceServicer(self._service, self._running)
-        controlling = VllmControlServicer(self._service, self._adapters, self._running)
         return {
             **self.of_model("", healthy),
             inference.SERVICE_NAME: partial(inference.register, inferring),
-            control.SERVICE_NAME: partial(control.register, controlling),
         }
 
     def of_model(self, model: str, healthy: Callable[[], bool]) -> Services:

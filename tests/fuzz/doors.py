@@ -37,13 +37,12 @@ from inference_service.rpc.adapters import SERVICE_NAME as ADAPTERS
 from inference_service.rpc.adapters import AdapterServicer
 from inference_service.rpc.servicer import SERVICE_NAME as INFERENCE
 from inference_service.rpc.servicer import InferenceServicer, register
-from inference_service.vllm_rpc.control import SERVICE_NAME as VLLM_CONTROL
 from inference_service.vllm_rpc.engine import SERVICE_NAME as VLLM_ENGINE
 from inference_service.vllm_rpc.inference import SERVICE_NAME as VLLM_INFERENCE
 from inference_service.vllm_rpc.services import VllmServices
 from loramux.builder.v1 import builder_pb2
 from loramux.inference.v1 import adapters_pb2, inference_pb2
-from loramux.vllm import control_pb2, engine_pb2
+from loramux.vllm import engine_pb2
 from loramux.vllm import inference_pb2 as vllm_pb2
 from loramux_shared.deployment import SourceKind
 from loramux_shared.faults import FAULTS, Fault
@@ -252,7 +251,7 @@ def messages(folder: Path) -> dict[str, list[Message]]:
 
 
 def vllm_messages() -> dict[str, list[Message]]:
-    """Return valid requests of vLLM's services; one that pauses would have all others wait."""
+    """Return valid requests of vLLM's services."""
     same = (
         "n",
         "max_tokens",
@@ -295,7 +294,6 @@ def vllm_messages() -> dict[str, list[Message]]:
         priority=1,
         session_id="s",
     )
-    load = control_pb2.LoadLoraRequest(lora_name="new", source_path="org/new")
     return {
         f"/{VLLM_ENGINE}/Generate": [
             engine_pb2.GenerateRequest(request_id="r", tokenized=tokens, sampling_params=params, stream=True),
@@ -306,8 +304,6 @@ def vllm_messages() -> dict[str, list[Message]]:
         f"/{VLLM_ENGINE}/GetLoads": [engine_pb2.GetLoadsRequest(dp_rank=0, include=["core"])],
         f"/{VLLM_INFERENCE}/Generate": [ask],
         f"/{VLLM_INFERENCE}/GenerateStream": [ask],
-        f"/{VLLM_CONTROL}/LoadLora": [load],
-        f"/{VLLM_CONTROL}/UnloadLora": [control_pb2.UnloadLoraRequest(lora_name="rs")],
     }
 
 
@@ -362,8 +358,6 @@ VALID: Mapping[str, str] = {
     f"/{ADAPTERS}/LoadAdapter": "NO_BUILDER",
     f"/{ADAPTERS}/UnloadAdapter": "NO_BUILDER",
     f"/{ADAPTERS}/RollbackReplica": "NO_BUILDER",
-    f"/{VLLM_CONTROL}/LoadLora": "NO_BUILDER",
-    f"/{VLLM_CONTROL}/UnloadLora": "NO_BUILDER",
     f"/{BUILDER}/PutAdapter": "ADAPTER_INVALID",
 }
 """What valid requests are answered that cannot succeed here: the replica knows no builder and no classifier,

@@ -22,7 +22,7 @@ from inference_service.rpc.servicer import SERVICE_NAME
 from inference_service.serving.json_size import MAX_NAMES
 from loramux.builder.v1 import builder_pb2
 from loramux.inference.v1 import adapters_pb2, inference_pb2
-from loramux.vllm import control_pb2, engine_pb2
+from loramux.vllm import engine_pb2
 from loramux.vllm import inference_pb2 as vllm_pb2
 from loramux_shared.rpc.options import MAX_REQUEST_BYTES
 from loramux_shared.rpc.wire import MAX_FIELDS
@@ -37,7 +37,7 @@ SWEEP = (pytest.mark.sweep, pytest.mark.timeout(1800))
 CHAT, PLAIN = "/v1/chat/completions", "/v1/completions"
 METHODS = {
     f"/{service.full_name}/{method.name}": method.input_type
-    for module in (inference_pb2, adapters_pb2, builder_pb2, engine_pb2, vllm_pb2, control_pb2)
+    for module in (inference_pb2, adapters_pb2, builder_pb2, engine_pb2, vllm_pb2)
     for service in module.DESCRIPTOR.services_by_name.values()
     for method in service.methods
     if module in (inference_pb2, adapters_pb2, builder_pb2)

@@ -18,7 +18,7 @@ from grpc_status import rpc_status
 from inference_service.adapters.fixed import fixed_manager
 from inference_service.startup.load import Ready
 from inference_service.vllm_rpc.services import VllmServices
-from loramux.vllm import common_pb2, control_pb2_grpc, engine_pb2_grpc, inference_pb2_grpc
+from loramux.vllm import common_pb2, engine_pb2_grpc, inference_pb2_grpc
 from loramux.vllm import engine_pb2 as engine_pb
 from loramux.vllm import inference_pb2 as inference_pb
 from loramux_shared.rpc.server import RpcServer
@@ -42,7 +42,6 @@ class Doors:
     engine: engine_pb2_grpc.VllmEngineStub
     of_model: engine_pb2_grpc.VllmEngineStub
     inference: inference_pb2_grpc.InferenceStub
-    control: control_pb2_grpc.ControlStub
 
     async def until_free(self) -> None:
         """Wait until the engine holds no sequence."""
@@ -93,7 +92,6 @@ async def open_doors(world: tuple[World, MemoryStore], **settings: Any) -> Async
             engine_pb2_grpc.VllmEngineStub(own),
             engine_pb2_grpc.VllmEngineStub(single),
             inference_pb2_grpc.InferenceStub(own),
-            control_pb2_grpc.ControlStub(own),
         )
     finally:
         for channel in channels:

@@ -18,11 +18,6 @@ OPEN: Final = ("/grpc.health.v1.Health/", "/vllm.grpc.engine.VllmEngine/HealthCh
 SCOPES: Final[Mapping[str, Scope | None]] = {
     **routes.SCOPES,
     "vllm.Inference": Scope.INFER,
-    "vllm.Control": Scope.ADMIN,
-    "vllm.Control/GetServerInfo": Scope.INFER,
-    "vllm.Control/GetModelInfo": Scope.INFER,
-    "vllm.Control/GetKvEventSources": Scope.INFER,
-    "vllm.Control/Abort": Scope.INFER,
     "vllm.grpc.engine.VllmEngine": Scope.INFER,
     "vllm.grpc.engine.VllmEngine/GetLoads": Scope.METRICS,
     "vllm.grpc.engine.VllmEngine/FlushCache": Scope.ADMIN,

@@ -13,11 +13,10 @@ import pytest_asyncio
 from google.protobuf import struct_pb2
 from tokenizers import Tokenizer
 
+from inference_service.serving.pausing import PauseMode
 from inference_service.serving.request import Delta
-from inference_service.vllm_rpc import control as control_door
 from inference_service.vllm_rpc import engine as engine_door
 from inference_service.vllm_rpc import inference as inference_door
-from loramux.vllm import control_pb2 as control
 from loramux.vllm import engine_pb2 as engine
 from loramux.vllm import inference_pb2 as inference
 from loramux_shared.storage.memory import MemoryStore
@@ -49,13 +48,13 @@ async def doors(opened: Doors) -> AsyncIterator[Doors]:
     """The doors, healthy, of an engine that is free."""
     await opened.until_free()
     yield opened
-    await opened.control.ResumeGeneration(control.ResumeGenerationRequest())
+    opened.ready.engine.resume()
     await opened.server.set_serving(True)
 
 
 async def pause(doors: Doors) -> None:
     """Let what runs stand still."""
-    await doors.control.PauseGeneration(control.PauseGenerationRequest(mode=3))
+    await doors.ready.engine.pause(PauseMode.KEEP)
 
 
 async def tokens_of(doors: Doors, model: str, **fields: Any) -> list[int]:
@@ -199,7 +198,7 @@ async def test_a_caller_ends_its_requests(doors: Doors) -> None:
     call = aiter(doors.engine.Generate(request))
     await anext(call)
     await pause(doors)
-    await doors.control.Abort(control.AbortRequest(request_ids=["x-1", "x-2"]))
+    await doors.engine.Abort(engine.AbortRequest(request_ids=["x-1", "x-2"]))
     said = [message async for message in call]
     ends = [message.complete for message in said if message.HasField("complete")]
     assert [(end.index, end.finish_reason) for end in ends] == [(0, "abort"), (1, "abort")]
@@ -207,7 +206,7 @@ async def test_a_caller_ends_its_requests(doors: Doors) -> None:
     await until(lambda: doors.ready.service.in_work, "the request")
     await doors.engine.Abort(engine.AbortRequest(request_ids=["x-2"]))
     assert (await whole).outputs.finish_info.finish_reason == inference.FinishInfo.ABORTED
-    await doors.control.ResumeGeneration(control.ResumeGenerationRequest())
+    doors.ready.engine.resume()
     await doors.until_free()
 
 
@@ -226,7 +225,7 @@ async def test_a_call_that_ends_early_frees_its_sequence(doors: Doors) -> None:
     await until(lambda: doors.ready.service.in_work, "the request")
     whole.cancel()
     await until(lambda: not doors.ready.service.in_work, "its end")
-    await doors.control.ResumeGeneration(control.ResumeGenerationRequest())
+    doors.ready.engine.resume()
     await doors.until_free()
 
 
@@ -258,15 +257,6 @@ async def test_model_server_and_loads(doors: Doors) -> None:
     loads = await doors.engine.GetLoads(engine.GetLoadsRequest(include=["core"]))
     assert (loads.dp_rank_count, loads.loads[0].max_total_num_tokens) == (1, stats.blocks_total * 16)
     assert (await failure(doors.engine.GetLoads(engine.GetLoadsRequest(dp_rank=2))))[2] == ["dp_rank"]
-    info = await doors.control.GetServerInfo(control.GetServerInfoRequest())
-    assert (info.max_model_len, info.total_kv_blocks, info.parallelism.world_size) == (
-        256,
-        stats.blocks_total,
-        1,
-    )
-    model = await doors.control.GetModelInfo(control.GetModelInfoRequest())
-    assert (model.served_model_name, model.supports_lora, model.supports_multimodal) == ("base", True, False)
-    assert not (await doors.control.GetKvEventSources(control.GetKvEventSourcesRequest())).ByteSize()
 
 
 async def test_health_is_that_of_the_model(doors: Doors) -> None:
@@ -309,14 +299,13 @@ async def test_the_tokenizer_comes_as_an_archive(doors: Doors, world: tuple[Worl
 
 ANSWERED = {
     "Generate", "GenerateStream", "Embed", "HealthCheck", "Abort", "GetModelInfo", "GetServerInfo", "GetLoads",
-    "GetTokenizer", "GetKvEventSources", "LoadLora", "UnloadLora", "ListLoras", "PauseGeneration",
-    "ResumeGeneration", "IsPaused", "IsSleeping",
+    "GetTokenizer",
 }  # fmt: skip
 
 
 async def test_other_methods_are_refused_by_name(doors: Doors) -> None:
-    """Every method of the three services is answered, or is UNIMPLEMENTED with a reason."""
-    stubs = {engine_door: doors.engine, inference_door: doors.inference, control_door: doors.control}
+    """Every method of both services is answered, or is UNIMPLEMENTED with a reason."""
+    stubs = {engine_door: doors.engine, inference_door: doors.inference}
     for door, stub in stubs.items():
         [service] = door.pb.DESCRIPTOR.services_by_name.values()
         assert service.full_name == door.SERVICE_NAME
