@@ -34,6 +34,7 @@ static: $(VENV)/.test
 	$(BIN)/lint-imports
 	$(if $(EXTENSIONS),$(BIN)/lint-imports extensions/imports.toml)
 	$(BIN)/buf lint
+	$(if $(EXTENSIONS),$(BIN)/buf lint extensions/vllm_grpc)
 	$(BIN)/python scripts/stubs.py --check
 	$(BIN)/python -m scripts.docs --check
 

@@ -31,8 +31,10 @@ import pytest
 from tests.support.examples import SWEEPING
 
 if TYPE_CHECKING:
+    from loramux_shared.storage.memory import MemoryStore
     from tests.support.fake_services import Fakes
     from tests.support.s3_gateway import S3Server
+    from tests.support.tiny import World
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -155,6 +157,25 @@ def beforehand(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         as_in_a_wheel(patch)
         return made_once(tmp_path_factory, "beforehand", compiling.compile_beforehand)
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[World, MemoryStore]:
+    """A tiny Llama with three adapters, built."""
+    from loramux_shared.storage.memory import MemoryStore
+    from tests.support.tiny import make_world
+
+    world, store = make_world(tmp_path_factory.mktemp("tiny")), MemoryStore()
+    world.build(store)
+    return world, store
+
+
+@pytest.fixture(scope="session")
+def chatty(tmp_path_factory: pytest.TempPathFactory) -> tuple[World, MemoryStore]:
+    """A tiny Llama with a chat template and three adapters, built; nobody may change its store."""
+    from tests.support.openai_door import openai_world
+
+    return openai_world(tmp_path_factory.mktemp("gateways"))
 
 
 @pytest.fixture(scope="module")

@@ -15,11 +15,12 @@ from inference_service.store import open_replica_store
 from loramux_shared.access.guard import open_guard
 from loramux_shared.bundle.deployments import require_deployment
 from loramux_shared.descriptors import raise_limit
+from loramux_shared.extensions import SERVICES, find_extensions
 from loramux_shared.faults import Fault, SettingsInvalid
 from loramux_shared.notify import report
 from loramux_shared.rpc.listening import require_free
 from loramux_shared.rpc.stopping import Stop
-from loramux_shared.settings import InferenceSettings, load_settings, require_triton
+from loramux_shared.settings import InferenceSettings, load_settings, require_triton, variable
 from loramux_shared.telemetry import log_to_stderr
 
 log = structlog.get_logger()
@@ -94,6 +95,7 @@ async def serve(settings: InferenceSettings) -> int:
     guard = open_guard(settings, *addresses)
     for address in addresses:
         require_free(address)
+    require_services_of_models(settings)
     if settings.backend == "triton":
         require_triton(settings.backend)
     store = open_replica_store(settings)
@@ -103,6 +105,19 @@ async def serve(settings: InferenceSettings) -> int:
     from inference_service.process import run
 
     return await run(settings, guard, stop)
+
+
+def require_services_of_models(settings: InferenceSettings) -> None:
+    """Refuse addresses of single models where no extension has services for them.
+
+    Raises:
+        SettingsInvalid: it is so.
+    """
+    if settings.model_doors and not find_extensions(SERVICES):
+        raise SettingsInvalid(
+            f"{variable('model_doors')} is set: expected an extension that serves these addresses, found none. "
+            "Install loramux with its extensions (vllm_grpc is one), or unset the variable."
+        )
 
 
 if __name__ == "__main__":

@@ -13,8 +13,8 @@ from inference_service.http.wire import protocol
 from inference_service.replica import TELL_S, Replica, end_broken
 from inference_service.rpc import adapters as adapters_rpc
 from inference_service.rpc.adapters import AdapterServicer
+from inference_service.rpc.extensions import Extensions, Services
 from inference_service.rpc.servicer import SERVICE_NAME, InferenceServicer, register
-from inference_service.vllm_rpc.services import Services, VllmServices
 from loramux_shared.access.guard import Guard
 from loramux_shared.rpc import calls
 from loramux_shared.rpc.server import RpcServer
@@ -31,14 +31,15 @@ async def run(settings: InferenceSettings, guard: Guard, stop: Stop) -> int:
     replica = await stop.starting(Replica.load(settings))
     ready, operators, tracing = replica.ready, replica.operators, replica.tracing
     stall_s = settings.stall_timeout_s
-    vllm = VllmServices(ready.service, operators.manager)
+    extensions = Extensions.load(ready.service, operators.manager)
     services: Services = {
         SERVICE_NAME: partial(register, InferenceServicer(ready.service)),
         adapters_rpc.SERVICE_NAME: partial(adapters_rpc.register, AdapterServicer(operators.manager)),
-        **vllm.of_all_models(lambda: server.serving),
+        **extensions.of_all_models(lambda: server.serving),
     }
     patience = calls.Patience(read_s=stall_s, pause_s=stall_s)
-    server = RpcServer(settings.grpc, services, guard, tracing, patience)
+    serve = partial(RpcServer, guard=guard, tracing=tracing, patience=patience, rules=extensions.rules)
+    server = serve(settings.grpc, services)
     doors: dict[str, Door] = {}
     if settings.http:
         http_patience = protocol.Patience(read_s=stall_s, pause_s=stall_s)
@@ -47,7 +48,7 @@ async def run(settings: InferenceSettings, guard: Guard, stop: Stop) -> int:
         )
     doors["grpc"] = server
     of_models = {
-        model: RpcServer(address, vllm.of_model(model, lambda: server.serving), guard, tracing, patience)
+        model: serve(address, extensions.of_model(model, lambda: server.serving))
         for model, address in settings.addresses_of_models.items()
     }
     bound = {name: await door.start() for name, door in doors.items()}

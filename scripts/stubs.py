@@ -1,4 +1,4 @@
-"""Generate the gRPC stubs under loramux/ from protos/; with --check, say whether that changes anything.
+"""Generate the gRPC stubs from protos/, and those of extensions from theirs; with --check, compare.
 
 Stubs demand a grpcio and a protobuf as new as the compiler that wrote them. This is the oldest whose output
 works with protobuf 6 and 7. It has a folder of its own, since it does not allow the environment's protobuf.
@@ -7,6 +7,7 @@ works with protobuf 6 and 7. It has a folder of its own, since it does not allow
 from __future__ import annotations
 
 import importlib.resources
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -18,28 +19,37 @@ from grpc_tools import protoc  # noqa: E402 - from there
 
 
 def generate(target: Path) -> list[Path]:
-    """Write the stubs below target and return their paths relative to it."""
-    protos = sorted((ROOT / "protos").rglob("*.proto"))
-    include = importlib.resources.files("grpc_tools") / "_proto"
-    args = [f"-I{ROOT / 'protos'}", f"-I{include}"]
-    args += [f"--{kind}_out={target}" for kind in ("python", "pyi", "grpc_python")]
-    if protoc.main(["protoc", *args, *map(str, protos)]):
-        raise SystemExit("protoc failed")
+    """Write the stubs below target, where they lie below the root, and return their paths relative to it."""
+    for folder in (ROOT / "protos", *ROOT.glob("extensions/*/protos")):
+        compile_folder(folder, target / folder.parent.relative_to(ROOT))
     for pyi in target.rglob("*_pb2.pyi"):  # grpcio-tools leaves trailing blanks in some releases
         pyi.write_text("\n".join(line.rstrip() for line in pyi.read_text().splitlines()) + "\n")
     return sorted(path.relative_to(target) for path in target.rglob("*_pb2*.py*"))
 
 
+def compile_folder(folder: Path, target: Path) -> None:
+    """Write the stubs of a folder below target."""
+    target.mkdir(parents=True, exist_ok=True)
+    protos = sorted(folder.rglob("*.proto"))
+    include = importlib.resources.files("grpc_tools") / "_proto"
+    args = [f"-I{folder}", f"-I{include}"]
+    args += [f"--{kind}_out={target}" for kind in ("python", "pyi", "grpc_python")]
+    if protoc.main(["protoc", *args, *map(str, protos)]):
+        raise SystemExit("protoc failed")
+
+
 def main() -> None:
     """Regenerate, or compare."""
-    if "--check" not in sys.argv:
-        generate(ROOT)
-        return
     with tempfile.TemporaryDirectory() as folder:
         fresh = Path(folder)
-        stale = [str(p) for p in generate(fresh) if not _same(fresh / p, ROOT / p)]
-    if stale:
-        raise SystemExit(f"generated stubs are out of date: {', '.join(stale)}. Run `make stubs`.")
+        stale = [path for path in generate(fresh) if not _same(fresh / path, ROOT / path)]
+        if "--check" not in sys.argv:
+            for path in stale:
+                shutil.copyfile(fresh / path, ROOT / path)
+        elif stale:
+            raise SystemExit(
+                f"generated stubs are out of date: {', '.join(map(str, stale))}. Run `make stubs`."
+            )
 
 
 def _same(fresh: Path, committed: Path) -> bool:

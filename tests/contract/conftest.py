@@ -10,15 +10,6 @@ from loramux_shared.storage.base import Store
 from loramux_shared.storage.memory import MemoryStore
 from loramux_shared.storage.open import open_store
 from tests.support.s3_gateway import S3Server
-from tests.support.tiny import World, make_world
-
-
-@pytest.fixture(scope="session")
-def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[World, MemoryStore]:
-    """A tiny Llama with three adapters, built."""
-    world, store = make_world(tmp_path_factory.mktemp("tiny")), MemoryStore()
-    world.build(store)
-    return world, store
 
 
 @pytest.fixture

@@ -37,15 +37,10 @@ from inference_service.rpc.adapters import SERVICE_NAME as ADAPTERS
 from inference_service.rpc.adapters import AdapterServicer
 from inference_service.rpc.servicer import SERVICE_NAME as INFERENCE
 from inference_service.rpc.servicer import InferenceServicer, register
-from inference_service.vllm_rpc.engine import SERVICE_NAME as VLLM_ENGINE
-from inference_service.vllm_rpc.inference import SERVICE_NAME as VLLM_INFERENCE
-from inference_service.vllm_rpc.services import VllmServices
 from loramux.builder.v1 import builder_pb2
 from loramux.inference.v1 import adapters_pb2, inference_pb2
-from loramux.vllm import engine_pb2
-from loramux.vllm import inference_pb2 as vllm_pb2
 from loramux_shared.deployment import SourceKind
-from loramux_shared.faults import FAULTS, Fault
+from loramux_shared.faults import FAULTS
 from loramux_shared.rpc.server import RpcServer
 from loramux_shared.rpc.status import fault_of
 from loramux_shared.sources.local import LocalSource
@@ -222,7 +217,6 @@ def messages(folder: Path) -> dict[str, list[Message]]:
         f"/{ADAPTERS}/RollbackReplica": [adapters_pb2.RollbackReplicaRequest(to=1)],
         f"/{ADAPTERS}/GetReplica": [adapters_pb2.GetReplicaRequest()],
         ENDLESS: [adapters_pb2.WatchReplicaRequest()],
-        **vllm_messages(),
         f"/{BUILDER}/BuildDeployment": [builder_pb2.BuildDeploymentRequest(deployment=spec)],
         f"/{BUILDER}/GetDeployment": [builder_pb2.GetDeploymentRequest(name="tiny")],
         f"/{BUILDER}/ListDeployments": [builder_pb2.ListDeploymentsRequest(page_size=2)],
@@ -250,63 +244,6 @@ def messages(folder: Path) -> dict[str, list[Message]]:
     }
 
 
-def vllm_messages() -> dict[str, list[Message]]:
-    """Return valid requests of vLLM's services."""
-    same = (
-        "n",
-        "max_tokens",
-        "temperature",
-        "top_p",
-        "top_k",
-        "min_p",
-        "min_tokens",
-        "stop",
-        "stop_token_ids",
-        "seed",
-    )
-    params = engine_pb2.SamplingParams(
-        **{name: SAMPLED[name] for name in same},
-        logprobs=2,
-        prompt_logprobs=1,
-        regex="[a-z]+",
-        logit_bias={5: 1.5},
-    )
-    tokens = engine_pb2.TokenizedInput(input_ids=[5, 6], original_text="ab")
-    ask = vllm_pb2.GenerateRequest(
-        lora_name="wide",
-        text="Hello",
-        temperature=1.0,
-        sampling=vllm_pb2.RandomSampling(top_k=5, top_p=0.9, min_p=0.01, seed=3),
-        decoding=vllm_pb2.DecodingParameters(
-            presence_penalty=0.5,
-            allowed_token_ids=range(3, 99),
-            bad_words_token_ids=[vllm_pb2.TokenIds(ids=[7, 8])],
-            logit_bias={5: 1.5},
-        ),
-        stopping=vllm_pb2.StoppingCriteria(
-            max_new_tokens=2, min_new_tokens=1, stop_strings=["END"], stop_token_ids=[7]
-        ),
-        response=vllm_pb2.ResponseOptions(
-            output_logprobs=True, output_candidates=vllm_pb2.CandidateTokens(top_n=2), prompt_token_ids=True
-        ),
-        kv=vllm_pb2.KVCacheParameters(cache_salt="s", bypass_prefix_cache=True),
-        truncate_prompt_tokens=50,
-        priority=1,
-        session_id="s",
-    )
-    return {
-        f"/{VLLM_ENGINE}/Generate": [
-            engine_pb2.GenerateRequest(request_id="r", tokenized=tokens, sampling_params=params, stream=True),
-            engine_pb2.GenerateRequest(text="Hello", sampling_params=params),
-        ],
-        f"/{VLLM_ENGINE}/Embed": [engine_pb2.EmbedRequest(request_id="r", tokenized=tokens)],
-        f"/{VLLM_ENGINE}/Abort": [engine_pb2.AbortRequest(request_ids=["r"])],
-        f"/{VLLM_ENGINE}/GetLoads": [engine_pb2.GetLoadsRequest(dp_rank=0, include=["core"])],
-        f"/{VLLM_INFERENCE}/Generate": [ask],
-        f"/{VLLM_INFERENCE}/GenerateStream": [ask],
-    }
-
-
 @dataclass(frozen=True)
 class Doors:
     """Clients of running doors."""
@@ -330,21 +267,23 @@ class Doors:
 
     async def call(self, path: str, request: bytes) -> str:
         """Send the bytes of a request; returns OK or the reason of its fault."""
-        call = self.channels[path.split("/")[1]].unary_stream(path)(request, timeout=BOUND_S)
-        with suppress(grpc.aio.AioRpcError):
-            async for _ in call:
-                if path == ENDLESS:
-                    call.cancel()
-                    return "OK"
-        if await call.code() is grpc.StatusCode.OK:
-            return "OK"
-        fault = await self._fault(call)
-        assert fault.reason in FAULTS.keys() - {"INTERNAL"}, fault
-        return fault.reason
+        return await outcome(self.channels[path.split("/")[1]], path, request)
 
-    async def _fault(self, call: Any) -> Fault:
-        trailers = [await call.initial_metadata(), await call.trailing_metadata()]
-        return fault_of(grpc.aio.AioRpcError(await call.code(), *trailers, await call.details()))
+
+async def outcome(channel: grpc.aio.Channel, path: str, request: bytes) -> str:
+    """Send the bytes of a request over a channel; returns OK or the reason of its fault."""
+    call = channel.unary_stream(path)(request, timeout=BOUND_S)
+    with suppress(grpc.aio.AioRpcError):
+        async for _ in call:
+            if path == ENDLESS:
+                call.cancel()
+                return "OK"
+    if await call.code() is grpc.StatusCode.OK:
+        return "OK"
+    trailers = [await call.initial_metadata(), await call.trailing_metadata()]
+    fault = fault_of(grpc.aio.AioRpcError(await call.code(), *trailers, await call.details()))
+    assert fault.reason in FAULTS.keys() - {"INTERNAL"}, fault
+    return fault.reason
 
 
 VALID: Mapping[str, str] = {
@@ -378,9 +317,7 @@ async def open_doors(folder: Path) -> AsyncIterator[Doors]:
     builds, checks = Builds(context, BuildLimits(running=1)), Checks(context)
     http = HttpServer("127.0.0.1:0", ready.service)
     operators = AdapterServicer(fixed_manager(ready.service.catalog))
-    vllm = VllmServices(ready.service, fixed_manager(ready.service.catalog)).of_all_models(lambda: True)
     servers = {
-        **{name: RpcServer("127.0.0.1:0", {name: add}) for name, add in vllm.items()},
         INFERENCE: RpcServer("127.0.0.1:0", {INFERENCE: partial(register, InferenceServicer(ready.service))}),
         ADAPTERS: RpcServer("127.0.0.1:0", {ADAPTERS: partial(adapters.register, operators)}),
         BUILDER: RpcServer("127.0.0.1:0", {BUILDER: BuilderServicer(builds, checks).register}),

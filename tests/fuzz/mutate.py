@@ -12,6 +12,9 @@ from pathlib import Path
 from random import Random
 from typing import Any, Final
 
+from google.protobuf.json_format import MessageToDict, Parse, ParseError
+from google.protobuf.message import Message
+
 from tests.support.waiting import BOUND_S
 
 GROWTH: Final = 64 << 20
@@ -49,6 +52,18 @@ def mutated_json(value: Any, rng: Random) -> Any:
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
         made = _change(made, rng)
     return made
+
+
+def mutated_message(valid: Message, rng: Random) -> bytes:
+    """Return a message with other values in its fields, or where that makes none, with other bytes."""
+    if rng.random() < 0.5:
+        text = json.dumps(mutated_json(MessageToDict(valid), rng), ensure_ascii=False)
+        try:
+            made = Parse(text.encode(errors="replace"), type(valid)(), ignore_unknown_fields=True)
+            return made.SerializeToString()
+        except (ParseError, ValueError, TypeError, AttributeError, RecursionError):
+            pass  # no message can say it
+    return mutations(valid.SerializeToString(), rng)
 
 
 def json_text(value: Any, rng: Random) -> bytes:

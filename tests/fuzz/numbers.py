@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import NoneType, UnionType
-from typing import Annotated, Any, Final, Literal, Never, Union, get_args, get_origin
+from typing import Annotated, Any, Final, Literal, Never, TypeVar, Union, get_args, get_origin
 
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from pydantic import BaseModel
 
 from inference_service.http.openai.chat_schema import AllowedTools, NamedTool
+from tests.support.examples import SWEEPING
+
+T = TypeVar("T")
 
 NUMBERS: Final[tuple[float, ...]] = (
     0, -1, 1, 128, 129, 1024, 1025, 2**31 - 1, 2**31, 2**32, 2**53 + 1, 2**63 - 1, 2**63, 2**64 - 1, 2**64,
@@ -27,6 +31,11 @@ HOLE: Final = 987654321987
 Fill = Callable[[Any], Any]
 """Makes a value of a field out of a number."""
 Path = tuple[FieldDescriptor, ...]
+
+
+def in_turn(numbers: Sequence[T], turn: int, share: int) -> Sequence[T]:
+    """One in so many of the numbers, others for the next field; in a sweep all of them."""
+    return numbers if os.environ.get(SWEEPING) else numbers[turn % share :: share]
 
 
 def json_fields(kind: type[BaseModel]) -> Iterator[tuple[str, str, Any]]:

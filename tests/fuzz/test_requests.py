@@ -6,15 +6,12 @@ Each gets an answer or a named fault, in little memory; nothing is a failure of 
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from random import Random
-from typing import Any, TypeVar
+from typing import Any
 
 import pytest
 import pytest_asyncio
-from google.protobuf.json_format import MessageToDict, Parse, ParseError
-from google.protobuf.message import Message
 
 from inference_service.http.admin.operators import LoadBody
 from inference_service.http.app import ENDPOINTS
@@ -22,28 +19,21 @@ from inference_service.rpc.servicer import SERVICE_NAME
 from inference_service.serving.json_size import MAX_NAMES
 from loramux.builder.v1 import builder_pb2
 from loramux.inference.v1 import adapters_pb2, inference_pb2
-from loramux.vllm import engine_pb2
-from loramux.vllm import inference_pb2 as vllm_pb2
 from loramux_shared.rpc.options import MAX_REQUEST_BYTES
 from loramux_shared.rpc.wire import MAX_FIELDS
-from tests.fuzz.doors import BODIES, Doors, open_doors, vllm_messages
-from tests.fuzz.mutate import bounded, json_text, mutated_json, mutations
-from tests.fuzz.numbers import HOLE, LITERALS, NUMBERS, json_fields, on_the_wire, wire_fields
-from tests.support.examples import SWEEPING
+from tests.fuzz.doors import BODIES, Doors, open_doors
+from tests.fuzz.mutate import bounded, json_text, mutated_json, mutated_message
+from tests.fuzz.numbers import HOLE, LITERALS, NUMBERS, in_turn, json_fields, on_the_wire, wire_fields
 
-T = TypeVar("T")
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 SWEEP = (pytest.mark.sweep, pytest.mark.timeout(1800))
 CHAT, PLAIN = "/v1/chat/completions", "/v1/completions"
 METHODS = {
     f"/{service.full_name}/{method.name}": method.input_type
-    for module in (inference_pb2, adapters_pb2, builder_pb2, engine_pb2, vllm_pb2)
+    for module in (inference_pb2, adapters_pb2, builder_pb2)
     for service in module.DESCRIPTOR.services_by_name.values()
     for method in service.methods
-    if module in (inference_pb2, adapters_pb2, builder_pb2)
-    or f"/{service.full_name}/{method.name}" in vllm_messages()
 }
-"""Of vLLM's services those that read something and leave the replica as it is."""
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -94,23 +84,6 @@ async def test_mutated_messages(doors: Doors, cases: range) -> None:
             with watch.case(f"{method} {number}"):
                 watch.note(await doors.call(method, data))
     assert watch.outcomes["OK"] > len(cases) / 100
-
-
-def mutated_message(valid: Message, rng: Random) -> bytes:
-    """Return a message with other values in its fields, or where that makes none, with other bytes."""
-    if rng.random() < 0.5:
-        text = json.dumps(mutated_json(MessageToDict(valid), rng), ensure_ascii=False)
-        try:
-            made = Parse(text.encode(errors="replace"), type(valid)(), ignore_unknown_fields=True)
-            return made.SerializeToString()
-        except (ParseError, ValueError, TypeError, AttributeError, RecursionError):
-            pass  # no message can say it
-    return mutations(valid.SerializeToString(), rng)
-
-
-def in_turn(numbers: Sequence[T], turn: int, share: int) -> Sequence[T]:
-    """One in so many of the numbers, others for the next field; in a sweep all of them."""
-    return numbers if os.environ.get(SWEEPING) else numbers[turn % share :: share]
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -2,36 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from typing import Any, Final
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
 
 import grpc
 
-from loramux_shared import routes
 from loramux_shared.access.keyring import Keyring, bearer
 from loramux_shared.access.rights import ACCESS, Scope
 from loramux_shared.faults import Fault, PermissionDenied, Unauthenticated
+from loramux_shared.rpc.rules import CORE, Rules
 from loramux_shared.rpc.status import abort
-
-OPEN: Final = ("/grpc.health.v1.Health/", "/vllm.grpc.engine.VllmEngine/HealthCheck")
-"""What orchestrators and gateways ask, which tells nothing else."""
-SCOPES: Final[Mapping[str, Scope | None]] = {
-    **routes.SCOPES,
-    "vllm.Inference": Scope.INFER,
-    "vllm.grpc.engine.VllmEngine": Scope.INFER,
-    "vllm.grpc.engine.VllmEngine/GetLoads": Scope.METRICS,
-    "vllm.grpc.engine.VllmEngine/FlushCache": Scope.ADMIN,
-    "vllm.grpc.engine.VllmEngine/StartProfile": Scope.ADMIN,
-    "vllm.grpc.engine.VllmEngine/StopProfile": Scope.ADMIN,
-}
-"""What a method needs, or all others of a service; None: any key. A service that is not named needs admin."""
 
 
 class AdmissionInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc has no types here
     """Refuses a call whose key is missing, unknown or of another scope, before its request is read."""
 
-    def __init__(self, keyring: Keyring) -> None:
+    def __init__(self, keyring: Keyring, rules: Rules = CORE) -> None:
         self._keyring = keyring
+        self._rules = rules
 
     async def intercept_service(
         self,
@@ -39,10 +27,11 @@ class AdmissionInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  #
         details: grpc.HandlerCallDetails,
     ) -> grpc.RpcMethodHandler:
         """Let a call in, with the rights of its key, or end it."""
-        if details.method.startswith(OPEN):
+        if details.method.startswith(self._rules.keyless):
             return await continuation(details)
         method = details.method.removeprefix("/")
-        scope = SCOPES.get(method, SCOPES.get(method.rpartition("/")[0], Scope.ADMIN))
+        scopes = self._rules.scopes
+        scope = scopes.get(method, scopes.get(method.rpartition("/")[0], Scope.ADMIN))
         headers = [value for name, value in details.invocation_metadata if name == "authorization"]
         try:
             access = self._keyring.authorize(bearer(headers), scope)

@@ -53,8 +53,14 @@ USUAL: Final = Patience()
 class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc has no types here
     """Ends every call of our services once: with its answer, or with the status of a fault."""
 
-    def __init__(self, tracing: DoorSpans | None = None, patience: Patience = USUAL) -> None:
+    def __init__(
+        self,
+        tracing: DoorSpans | None = None,
+        patience: Patience = USUAL,
+        untraced: frozenset[str] = frozenset(),
+    ) -> None:
         self._tracing = tracing
+        self._untraced = untraced
         self._patience = patience
         self.draining = False
         self._refused_s = -math.inf
@@ -238,7 +244,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc
         task = asyncio.current_task()
         assert task is not None  # noqa: S101 - a coroutine runs in one
         try:
-            with traced(self._tracing, context, method):
+            with traced(None if method in self._untraced else self._tracing, context, method):
                 self._refuse_when_draining()  # nobody waits for what is refused at once
                 self._open.add(task)
                 self._idle.clear()

@@ -18,6 +18,7 @@ from loramux_shared.rpc.admission import AdmissionInterceptor
 from loramux_shared.rpc.calls import USUAL, CallInterceptor, Patience
 from loramux_shared.rpc.listening import cannot_listen, require_free
 from loramux_shared.rpc.options import server_options
+from loramux_shared.rpc.rules import CORE, Rules
 from loramux_shared.rpc.tls import server_credentials
 from loramux_shared.tracing.door import DoorSpans
 
@@ -42,15 +43,16 @@ class RpcServer:
         tracing: DoorSpans | None = None,
         patience: Patience = USUAL,
         max_connections: int | None = None,
+        rules: Rules = CORE,
     ) -> None:
         """Take at most max_connections at once; what the limit on open files allows when not given."""
         self.address = address
         self._tls = guard.tls
-        self._interceptor = CallInterceptor(tracing, patience)
+        self._interceptor = CallInterceptor(tracing, patience, rules.untraced)
         self._names = ("", *services)
         self.serving = False
         """What its health says."""
-        admission = [AdmissionInterceptor(guard.keyring)] if guard.keyring is not None else []
+        admission = [AdmissionInterceptor(guard.keyring, rules)] if guard.keyring is not None else []
         interceptors = [*admission, self._interceptor]
         options = server_options(max_connections or connections_of_a_door())
         self._server = grpc.aio.server(interceptors=interceptors, options=options)

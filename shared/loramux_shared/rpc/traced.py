@@ -5,23 +5,17 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Final
 
 import grpc
 
 from loramux_shared.faults import Fault, InternalFault
 from loramux_shared.tracing.door import DoorSpans, Value
 
-UNTRACED: Final = frozenset(
-    {"/vllm.grpc.engine.VllmEngine/HealthCheck", "/vllm.grpc.engine.VllmEngine/GetLoads"}
-)
-"""What gateways ask all the time."""
-
 
 @contextmanager
 def traced(spans: DoorSpans | None, context: grpc.aio.ServicerContext, method: str) -> Iterator[None]:
     """Make the span of a call, unless nobody traces; what the block raises fails it, and is raised again."""
-    if spans is None or method in UNTRACED:
+    if spans is None:
         yield
         return
     headers = {name: value for name, value in context.invocation_metadata() if isinstance(value, str)}

@@ -1,0 +1,1 @@
+"""Messages of vLLM's gRPC services, generated from ``extensions/vllm_grpc/protos``."""

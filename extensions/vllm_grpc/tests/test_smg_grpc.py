@@ -1,0 +1,200 @@
+"""SMG over gRPC: it makes tokens of text, and doors of ours stand for one model each."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import pytest_asyncio
+from openai import APIStatusError, AsyncOpenAI
+
+from inference_service.http.server import HttpServer
+from tests.support.served_replicas import Built
+from tests.support.smg import running_smg
+from tests.support.waiting import BOUND_S, bounded, until
+from tests.vllm_doors import MODEL, Doors, open_doors
+
+pytestmark = [pytest.mark.sweep, pytest.mark.asyncio(loop_scope="module")]
+HELLO: Any = [{"role": "user", "content": "hello"}]
+GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 12}
+
+
+@dataclass(frozen=True)
+class Gateway:
+    """The gateway, what is behind it, and the same replica without it."""
+
+    doors: Doors
+    web: httpx.AsyncClient
+    through: AsyncOpenAI
+    direct: AsyncOpenAI
+
+    async def both(self, **body: Any) -> list[Any]:
+        """The answers to a chat, without the gateway and through it."""
+        clients = (self.direct, self.through)
+        return [await each.chat.completions.create(**({"messages": HELLO} | GREEDY | body)) for each in clients]
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def gateway(chatty: Built, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Gateway]:
+    """It knows the base by the one door and an adapter by the other."""
+    folder: Path = tmp_path_factory.mktemp("smg")
+    async with open_doors(chatty) as doors:
+        http = HttpServer("127.0.0.1:0", doors.ready.service)
+        await http.start()
+        workers = [f"grpc://{address}" for address in doors.addresses]
+        async with (
+            running_smg(folder, workers, "--policy", "round_robin") as url,
+            httpx.AsyncClient(base_url=url, timeout=BOUND_S) as web,
+            AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=BOUND_S) as through,
+            AsyncOpenAI(
+                base_url=f"http://{http.address}/v1", api_key="none", max_retries=0, timeout=BOUND_S
+            ) as direct,
+        ):
+            gateway = Gateway(doors, web, through, direct)
+            await until_known(gateway.web, "base", MODEL)
+            yield gateway
+        await http.drain(1)
+
+
+async def until_known(web: httpx.AsyncClient, *models: str) -> None:
+    """Wait until these are the models of its ready workers, and their tokenizers are there."""
+    async with bounded(f"workers of {models}"):
+        while True:
+            workers = (await web.get("/workers")).json()["workers"]
+            ready = sorted(worker["model_id"] for worker in workers if worker["status"] == "ready")
+            tokenizers = (await web.get("/v1/tokenizers")).json()["tokenizers"]
+            if ready == sorted(models) and {each["name"] for each in tokenizers} >= set(models):
+                return
+            await asyncio.sleep(0.05)
+
+
+@pytest.mark.parametrize("model", ["base", MODEL])
+async def test_answers_are_those_of_the_replica(gateway: Gateway, model: str) -> None:
+    """Greedy and drawn, with several, log probabilities, stops and schemas: the same, token for token."""
+    schema = {
+        "type": "object",
+        "properties": {"a": {"enum": [1, 2]}},
+        "required": ["a"],
+        "additionalProperties": False,
+    }
+    stop = (await gateway.direct.chat.completions.create(model=model, messages=HELLO, **GREEDY)).choices[0]
+    assert stop.message.content
+    bodies: list[dict[str, Any]] = [
+        {},
+        {"logprobs": True, "top_logprobs": 2},
+        {"temperature": 1, "seed": 4, "n": 2},
+        {"stop": [stop.message.content[4:6]]},
+        {
+            "response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}},
+            "max_tokens": 60,
+        },
+    ]
+    for body in bodies:
+        direct, through = await gateway.both(model=model, **body)
+        assert through.model == direct.model == model
+        assert through.usage.completion_tokens == direct.usage.completion_tokens
+        assert through.usage.prompt_tokens == direct.usage.prompt_tokens
+        for ours, theirs in zip(direct.choices, through.choices, strict=True):
+            assert (theirs.message.content, theirs.finish_reason) == (ours.message.content, ours.finish_reason)
+            if body.get("logprobs"):
+                said, real = (
+                    {each.token: each.logprob for each in one.logprobs.content} for one in (theirs, ours)
+                )
+                assert said == pytest.approx(real, abs=1e-5)
+
+
+@pytest.mark.parametrize("model", ["base", MODEL])
+async def test_streams_are_those_of_the_replica(gateway: Gateway, model: str) -> None:
+    """The pieces join to the answer, and the usage counts its tokens once."""
+    direct, _ = await gateway.both(model=model)
+    stream = await gateway.through.chat.completions.create(
+        model=model, messages=HELLO, stream=True, stream_options={"include_usage": True}, **GREEDY
+    )
+    chunks = [chunk async for chunk in stream]
+    pieces = [choice.delta.content or "" for chunk in chunks for choice in chunk.choices]
+    assert len(pieces) > 3
+    assert "".join(pieces) == direct.choices[0].message.content
+    assert chunks[-1].usage.completion_tokens == direct.usage.completion_tokens
+    plain = [
+        await each.completions.create(model=model, prompt="hello", **GREEDY)
+        for each in (gateway.direct, gateway.through)
+    ]
+    assert plain[0].choices[0].text == plain[1].choices[0].text
+
+
+@pytest.mark.parametrize("model", ["base", MODEL])
+async def test_vectors_are_those_of_the_replica(gateway: Gateway, model: str) -> None:
+    """The same numbers, and the same count of tokens."""
+    clients = (gateway.direct, gateway.through)
+    direct, through = [await each.embeddings.create(model=model, input="hello") for each in clients]
+    assert through.data[0].embedding == pytest.approx(direct.data[0].embedding, abs=1e-5)
+    assert through.usage.prompt_tokens == direct.usage.prompt_tokens
+
+
+async def test_a_client_that_goes_away_frees_its_sequence(gateway: Gateway) -> None:
+    """The gateway aborts what it asked for."""
+    stream = await gateway.through.chat.completions.create(
+        model="base", messages=HELLO, max_tokens=200, stream=True, extra_body={"ignore_eos": True}
+    )
+    await anext(aiter(stream))
+    await stream.close()
+    await gateway.doors.until_free()
+
+
+async def test_refusals_reach_the_client(gateway: Gateway) -> None:
+    """As the gateway tells them: what is not served has no worker, and what is wrong is the client's fault."""
+    with pytest.raises(APIStatusError) as caught:
+        await gateway.through.chat.completions.create(model="wide", messages=HELLO, **GREEDY)
+    assert caught.value.status_code == 404
+    with pytest.raises(APIStatusError) as caught:
+        await gateway.through.chat.completions.create(
+            model="base", messages=HELLO, max_tokens=4, extra_body={"regex": "["}
+        )
+    assert caught.value.status_code == 400
+    assert "sampling_params.regex" in json.dumps(caught.value.body)
+
+
+async def test_a_replica_that_leaves_is_out(gateway: Gateway) -> None:
+    """Without health there is no worker, and with it there are both again."""
+    await gateway.doors.server.leave()
+    async with bounded("workers without health"):
+        while any(each["is_healthy"] for each in (await gateway.web.get("/workers")).json()["workers"]):
+            await asyncio.sleep(0.05)
+    await gateway.doors.server.set_serving(True)
+    await until_known(gateway.web, "base", MODEL)
+    direct, through = await gateway.both(model=MODEL)
+    assert direct.choices[0].message.content == through.choices[0].message.content
+
+
+async def test_of_two_replicas_one_drains(chatty: Built, tmp_path: Path) -> None:
+    """Of 120 requests around a drain without a delay none fails."""
+    async with (
+        open_doors(chatty) as one,
+        open_doors(chatty) as two,
+        running_smg(
+            tmp_path, [f"grpc://{each.addresses[0]}" for each in (one, two)], "--policy", "round_robin"
+        ) as url,
+        httpx.AsyncClient(base_url=url, timeout=BOUND_S) as web,
+        AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=BOUND_S) as through,
+    ):
+        await until_known(web, "base", "base")
+
+        numbers, texts = count(), []
+
+        async def ask() -> None:
+            while next(numbers) < 120:
+                chat = await through.chat.completions.create(model="base", messages=HELLO, **GREEDY)
+                texts.append(chat.choices[0].message.content)
+
+        asking = [asyncio.create_task(ask()) for _ in range(8)]
+        await until(lambda: len(texts) > 20, "answers before the drain")
+        assert await one.server.drain(BOUND_S)
+        await asyncio.gather(*asking)
+        assert len(set(texts)) == 1

@@ -1,0 +1,423 @@
+"""vLLM's services over a real channel, with a tiny real model behind them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+import pytest
+import pytest_asyncio
+from google.protobuf import struct_pb2
+from tokenizers import Tokenizer
+
+from inference_service.serving.pausing import PauseMode
+from inference_service.serving.request import Delta
+from loramux_shared.storage.memory import MemoryStore
+from loramux_vllm_grpc import engine as engine_door
+from loramux_vllm_grpc import inference as inference_door
+from loramux_vllm_grpc.wire import engine_pb2 as engine
+from loramux_vllm_grpc.wire import inference_pb2 as inference
+from tests.support.service import Service
+from tests.support.tiny import World
+from tests.support.waiting import until
+from tests.vllm_doors import (
+    MODEL,
+    PROMPT,
+    Doors,
+    archive_of,
+    failure,
+    inference_request,
+    open_doors,
+)
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def opened(world: tuple[World, MemoryStore]) -> AsyncIterator[Doors]:
+    """Both doors."""
+    async with open_doors(world) as doors:
+        yield doors
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def doors(opened: Doors) -> AsyncIterator[Doors]:
+    """The doors, healthy, of an engine that is free."""
+    await opened.until_free()
+    yield opened
+    opened.ready.engine.resume()
+    await opened.server.set_serving(True)
+
+
+async def pause(doors: Doors) -> None:
+    """Let what runs stand still."""
+    await doors.ready.engine.pause(PauseMode.KEEP)
+
+
+async def tokens_of(doors: Doors, model: str, **fields: Any) -> list[int]:
+    """What the service itself answers."""
+    service = Service(doors.ready)
+    events = await service.events(PROMPT, model, **({"max_tokens": 6} | fields))
+    return [token.id for event in events if isinstance(event, Delta) for token in event.tokens]
+
+
+async def test_an_answer_in_chunks_and_at_once(doors: Doors) -> None:
+    """Chunks hold new tokens, the last message all of them; without a stream there is only that one."""
+    expected = await tokens_of(doors, "base")
+    *chunks, last = await doors.engine_says(stream=True)
+    assert [message.WhichOneof("response") for message in chunks] == ["chunk"] * len(chunks)
+    assert [token for message in chunks for token in message.chunk.token_ids] == expected
+    assert all(len(message.chunk.token_ids) == message.chunk.completion_tokens for message in chunks)
+    [whole] = await doors.engine_says()
+    for complete in (last.complete, whole.complete):
+        assert list(complete.output_ids) == expected
+        assert (complete.finish_reason, complete.prompt_tokens, complete.completion_tokens) == ("length", 4, 6)
+        assert complete.WhichOneof("matched_stop") is None
+
+
+async def test_a_door_stands_for_a_model(doors: Doors) -> None:
+    """The second one for its adapter, the first one for the base, or for what metadata name."""
+    named = [("x-loramux-model", "wide")]
+    for model, said in (
+        (MODEL, await doors.engine_says(doors.of_model)),
+        ("wide", await doors.engine_says(metadata=named)),
+        ("base", await doors.engine_says()),
+        (MODEL, await doors.engine_says(doors.of_model, named)),
+    ):
+        assert list(said[0].complete.output_ids) == await tokens_of(doors, model)
+    assert len({tuple(await tokens_of(doors, model)) for model in ("base", "wide", MODEL)}) == 3
+
+
+async def test_several_answers_and_their_log_probabilities(doors: Doors) -> None:
+    """Each answer has an index and one end, and log probabilities; those of the prompt come with the first."""
+    params = {"temperature": 1.0, "seed": 3, "n": 2, "logprobs": 2, "prompt_logprobs": 1}
+    said = await doors.engine_says(stream=True, params=params)
+    assert sorted(each.complete.index for each in said if each.HasField("complete")) == [0, 1]
+    service = Service(doors.ready)
+    answers = await service.answers(n=2, temperature=1.0, seed=3, max_tokens=6, prompt_logprobs=1)
+    for index, expected in enumerate(answers):
+        chunks = [each.chunk for each in said if each.HasField("chunk") and each.chunk.index == index]
+        scored = [token for chunk in chunks for token in chunk.output_logprobs.token_ids]
+        assert scored == [token for chunk in chunks for token in chunk.token_ids] == expected
+        assert all(len(top.values) == 2 for chunk in chunks for top in chunk.output_logprobs.top_logprobs)
+        assert chunks[0].HasField("input_logprobs") == (index == 0)
+    prompt = next(each.chunk.input_logprobs for each in said if each.chunk.HasField("input_logprobs"))
+    assert list(prompt.token_ids) == PROMPT
+    assert [each.HasField("value") for each in prompt.token_logprobs] == [False, True, True, True]
+
+
+async def test_what_ended_an_answer_is_named(doors: Doors) -> None:
+    """A stop token and a stop text, and the tokens up to it; a text may be the prompt."""
+    whole = await tokens_of(doors, "base")
+    [said] = await doors.engine_says(params={"stop_token_ids": [whole[3]], "temperature": 0.0})
+    assert list(said.complete.output_ids) == whole[: whole.index(whole[3]) + 1]
+    assert (said.complete.finish_reason, said.complete.matched_token_id) == ("stop", whole[3])
+    stop = doors.ready.service.text.decode(whole[2:3])
+    [said] = await doors.engine_says(params={"stop": [stop], "temperature": 0.0}, stream=False)
+    assert (said.complete.finish_reason, said.complete.matched_stop_str) == ("stop", stop)
+    text = doors.ready.service.text.decode(PROMPT)
+    [said] = await doors.engine_says(tokenized=None, text=text)
+    assert (list(said.complete.output_ids), said.complete.prompt_tokens) == (whole, 4)
+
+
+async def test_constraints_have_names_of_their_own(doors: Doors) -> None:
+    """Each of the oneof is kept to, or refused by name."""
+    for params, allowed in (
+        ({"json_schema": '{"type": "integer"}'}, "-0123456789"),
+        ({"regex": "[ab]+"}, "ab"),
+        ({"grammar": 'root ::= "x"*'}, "x"),
+        ({"choice": engine.ChoiceConstraint(choices=["ba", "ab"])}, "ab"),
+    ):
+        [said] = await doors.engine_says(params=params | {"temperature": 0.0})
+        text = doors.ready.service.text.decode([token for token in said.complete.output_ids if token != 2])
+        assert text
+        assert set(text) <= set(allowed)
+    [said] = await doors.engine_says(params={"json_object": False})
+    assert list(said.complete.output_ids) == await tokens_of(doors, "base")
+    for params, named in (
+        ({"regex": "["}, ["sampling_params.regex"]),
+        ({"choice": engine.ChoiceConstraint()}, ["sampling_params.choice"]),
+        ({"structural_tag": "{}"}, ["sampling_params.structural_tag"]),
+    ):
+        assert await failure(doors.engine_says(params=params)) == ("INVALID_ARGUMENT", "REQUEST_INVALID", named)
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"tokenized": None}, ["input"]),
+        ({"tokenized": engine.TokenizedInput(input_ids=[5, 199])}, ["token_ids"]),
+        ({"mm_inputs": engine.MultimodalInputs()}, ["mm_inputs"]),
+        ({"extra_mm_inputs": [engine.MultimodalInputs()]}, ["extra_mm_inputs"]),
+        (
+            {"media_refs": engine.MediaRefs(), "kv_transfer_params_json": ""},
+            ["kv_transfer_params_json", "media_refs"],
+        ),
+        ({"kv_transfer_params": engine.KvTransferParams()}, ["kv_transfer_params"]),
+        ({"data_parallel_rank": 1}, ["data_parallel_rank"]),
+        ({"request_id": "a b"}, ["request_id"]),
+        ({"params": {"logprobs": -1, "temperature": -1.0}}, ["logprobs", "temperature"]),
+        ({"params": {"top_p": 1.5, "min_p": 2.0, "n": 999}}, ["min_p", "n", "top_p"]),
+    ],
+)
+async def test_what_is_not_served_is_named(doors: Doors, fields: dict[str, Any], named: list[str]) -> None:
+    """All at once, before anything runs."""
+    said = await failure(doors.engine_says(**fields))
+    assert said == ("INVALID_ARGUMENT", "REQUEST_INVALID", named)
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await doors.engine_says(**fields)
+    assert all(name in str(caught.value.details()) for name in named)  # of which gateways pass on no more
+
+
+async def test_fields_of_other_releases_are_not_dropped(doors: Doors) -> None:
+    """Numbers that no definition here has are refused, wherever they stand; so is other metadata."""
+    newer = bytes([0b11111000, 0b00000111, 1])  # number 127, a varint
+    request = engine.GenerateRequest.FromString(engine.GenerateRequest(text="a").SerializeToString() + newer)
+    request.sampling_params.MergeFromString(newer)
+
+    async def ask(stub: Any, request: Any, **metadata: str) -> list[Any]:
+        return [message async for message in stub(request, metadata=tuple(metadata.items()))]
+
+    assert await failure(ask(doors.engine.Generate, request)) == (
+        "INVALID_ARGUMENT", "REQUEST_INVALID", ["127", "sampling_params.127"],
+    )  # fmt: skip
+    plain = inference_request()
+    ranked = doors.inference.GenerateStream
+    wrong = {"x-data-parallel-rank": "1"}
+    assert (await failure(ask(ranked, plain, **wrong)))[2] == ["x-data-parallel-rank"]
+    assert await ask(ranked, plain, **{"x-data-parallel-rank": "0"})
+
+
+async def test_a_caller_ends_its_requests(doors: Doors) -> None:
+    """They are told so, by each service in its words, and their sequences are free; other ids are nothing."""
+    params = engine.SamplingParams(max_tokens=240, ignore_eos=True, n=2)
+    request = engine.GenerateRequest(request_id="x-1", text="a", sampling_params=params, stream=True)
+    call = aiter(doors.engine.Generate(request))
+    await anext(call)
+    await pause(doors)
+    await doors.engine.Abort(engine.AbortRequest(request_ids=["x-1", "x-2"]))
+    said = [message async for message in call]
+    ends = [message.complete for message in said if message.HasField("complete")]
+    assert [(end.index, end.finish_reason) for end in ends] == [(0, "abort"), (1, "abort")]
+    whole = asyncio.ensure_future(doors.inference.Generate(inference_request(request_id="x-2")))
+    await until(lambda: doors.ready.service.in_work, "the request")
+    await doors.engine.Abort(engine.AbortRequest(request_ids=["x-2"]))
+    assert (await whole).outputs.finish_info.finish_reason == inference.FinishInfo.ABORTED
+    doors.ready.engine.resume()
+    await doors.until_free()
+
+
+async def test_a_call_that_ends_early_frees_its_sequence(doors: Doors) -> None:
+    """A cancelled call, and one whose deadline passes, of each service."""
+    params = engine.SamplingParams(max_tokens=240, ignore_eos=True)
+    stream = doors.engine.Generate(engine.GenerateRequest(text="a", sampling_params=params, stream=True))
+    await stream.read()
+    await pause(doors)
+    stream.cancel()
+    assert (await failure(doors.inference.Generate(inference_request(), timeout=0.05)))[
+        0
+    ] == "DEADLINE_EXCEEDED"
+    await until(lambda: not doors.ready.service.in_work, "the ends of both")
+    whole = doors.inference.Generate(inference_request())
+    await until(lambda: doors.ready.service.in_work, "the request")
+    whole.cancel()
+    await until(lambda: not doors.ready.service.in_work, "its end")
+    doors.ready.engine.resume()
+    await doors.until_free()
+
+
+async def test_a_prompt_becomes_a_vector(doors: Doors) -> None:
+    """Of length 1, and another with an adapter; what is no prompt is refused."""
+    tokens = engine.TokenizedInput(input_ids=PROMPT)
+    made = [await stub.Embed(engine.EmbedRequest(tokenized=tokens)) for stub in (doors.engine, doors.of_model)]
+    for each in made:
+        assert (each.prompt_tokens, each.embedding_dim, len(each.embedding)) == (4, 48, 48)
+        assert sum(number**2 for number in each.embedding) == pytest.approx(1.0, abs=1e-5)
+    assert made[0].embedding != made[1].embedding
+    assert (await failure(doors.engine.Embed(engine.EmbedRequest())))[2] == ["tokenized"]
+    assert (await failure(doors.engine.Embed(engine.EmbedRequest(tokenized=engine.TokenizedInput()))))[1]
+
+
+async def test_model_server_and_loads(doors: Doors) -> None:
+    """What a gateway reads at registration, and every second."""
+    for stub, name in ((doors.engine, "base"), (doors.of_model, MODEL)):
+        info = await stub.GetModelInfo(engine.GetModelInfoRequest())
+        assert (info.served_model_name, info.model_type, list(info.architectures)) == (
+            name, "llama", ["LlamaForCausalLM"],
+        )  # fmt: skip
+        assert (info.max_context_length, info.vocab_size, list(info.eos_token_ids)) == (256, 199, [2])
+        assert (info.bos_token_id, info.is_generation, info.supports_vision) == (1, True, False)
+        assert "/" not in info.model_path
+    server = await doors.engine.GetServerInfo(engine.GetServerInfoRequest())
+    stats = doors.ready.engine.stats
+    assert (server.max_num_seqs, server.block_size, server.data_parallel_size) == (stats.seats, 16, 1)
+    loads = await doors.engine.GetLoads(engine.GetLoadsRequest(include=["core"]))
+    assert (loads.dp_rank_count, loads.loads[0].max_total_num_tokens) == (1, stats.blocks_total * 16)
+    assert (await failure(doors.engine.GetLoads(engine.GetLoadsRequest(dp_rank=2))))[2] == ["dp_rank"]
+
+
+async def test_health_is_that_of_the_model(doors: Doors) -> None:
+    """A door is well while requests are taken, and its model is served."""
+    for stub in (doors.engine, doors.of_model):
+        assert (await stub.HealthCheck(engine.HealthCheckRequest())).healthy
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delitem(doors.ready.service.catalog._models, MODEL)  # type: ignore[arg-type]
+        assert (await doors.of_model.HealthCheck(engine.HealthCheckRequest())).message == "MODEL_NOT_FOUND"
+    await doors.server.leave()
+    for stub in (doors.engine, doors.of_model):
+        assert not (await stub.HealthCheck(engine.HealthCheckRequest())).healthy
+
+
+async def test_the_tokenizer_comes_as_an_archive(doors: Doors, world: tuple[World, MemoryStore]) -> None:
+    """The same bytes for the same files; an adapter's chat template stands in place of the base's."""
+    files = await archive_of(doors.engine)
+    assert "model.safetensors.index.json" not in files
+    assert json.loads(files["config.json"])["model_type"] == "llama"
+    theirs, ours = Tokenizer.from_str(files["tokenizer.json"].decode()), doors.ready.service.text
+    assert theirs.encode("HELLO").ids == ours.encode("HELLO")
+    assert await archive_of(doors.engine) == files == await archive_of(doors.of_model)
+    model = doors.ready.service.catalog.get(MODEL)
+    assert model.defaults is not None
+
+    async def with_template(_model: Any) -> Any:
+        template = type("Template", (), {"source": "{{ messages }}"})
+        return type("Defaults", (), {"template": template, "text": doors.ready.service.text})
+
+    with pytest.MonkeyPatch.context() as patch:
+        bare = type(model)(MODEL, model.adapter, defaults=None)
+        patch.setitem(doors.ready.service.catalog._models, MODEL, bare)  # type: ignore[arg-type]
+        patch.setattr(doors.ready.service.naming, "defaults_of", with_template)
+        own = await archive_of(doors.of_model)
+    assert own["chat_template.jinja"] == b"{{ messages }}"
+    assert json.loads(own["tokenizer_config.json"])["chat_template"] == "{{ messages }}"
+    theirs = Tokenizer.from_str(own["tokenizer.json"].decode())
+    assert theirs.encode("HELLO").ids == ours.encode("HELLO")
+
+
+ANSWERED = {
+    "Generate", "GenerateStream", "Embed", "HealthCheck", "Abort", "GetModelInfo", "GetServerInfo", "GetLoads",
+    "GetTokenizer",
+}  # fmt: skip
+
+
+async def test_other_methods_are_refused_by_name(doors: Doors) -> None:
+    """Every method of both services is answered, or is UNIMPLEMENTED with a reason."""
+    stubs = {engine_door: doors.engine, inference_door: doors.inference}
+    for door, stub in stubs.items():
+        [service] = door.pb.DESCRIPTOR.services_by_name.values()
+        assert service.full_name == door.SERVICE_NAME
+        for method in service.methods:
+            if method.name in ANSWERED:
+                continue
+            call = getattr(stub, method.name)(method.input_type._concrete_class())
+            ended = call.read() if method.server_streaming else call
+            assert await failure(ended) == ("UNIMPLEMENTED", "METHOD_UNSUPPORTED", [])
+
+
+async def test_vllms_own_answers(doors: Doors) -> None:
+    """Prompt, text, tokens, alternatives and the end, in one message or in several."""
+    expected = await tokens_of(doors, "rs")
+    response = inference.ResponseOptions(
+        prompt_token_ids=True,
+        prompt_logprobs=True,
+        output_token_ids=True,
+        output_logprobs=True,
+        output_candidates=inference.CandidateTokens(top_n=2),
+    )
+    said = await doors.inference_says(lora_name="rs", response=response)
+    assert [each.HasField("prompt_info") for each in said] == [True] + [False] * (len(said) - 1)
+    prompt = said[0].prompt_info
+    assert (prompt.num_prompt_tokens, list(prompt.token_ids)) == (4, PROMPT)
+    assert (prompt.ranks[0], prompt.logprobs[0], len(prompt.logprobs)) == (0, 0.0, 4)
+    outputs = [each.outputs for each in said[1:]]
+    assert [token for each in outputs for token in each.token_ids] == expected
+    for output in outputs[:-1]:
+        assert list(output.ranks) == [1] * len(output.token_ids)
+        for candidates, logprob in zip(output.candidate_tokens, output.logprobs, strict=True):
+            [second] = candidates.tokens  # the likeliest is what came
+            assert (second.rank, second.logprob < logprob) == (2, True)
+    end = outputs[-1].finish_info
+    assert (end.num_output_tokens, end.finish_reason) == (6, inference.FinishInfo.LENGTH)
+    assert end.HasField("num_cached_tokens")
+    whole = await doors.inference.Generate(inference_request(lora_name="rs", response=response))
+    assert whole.outputs.num_tokens == 6
+    assert list(whole.outputs.token_ids) == expected
+    assert whole.outputs.text == "".join(output.text for output in outputs)
+    assert whole.prompt_info == prompt
+    silent = inference.ResponseOptions(output_text=False)
+    whole = await doors.inference.Generate(inference_request(model="rs", response=silent))
+    assert (whole.outputs.text, list(whole.outputs.token_ids), whole.outputs.num_tokens) == ("", [], 6)
+
+
+async def test_vllms_own_parameters(doors: Doors) -> None:
+    """Model and LoRA as SGLang's two names; each field of the groups does what the service's own does."""
+    said = await doors.inference.Generate(inference_request(model="base", lora_name="wide"))
+    assert list(said.outputs.token_ids) == await tokens_of(doors, "wide")
+    assert (await failure(doors.inference.Generate(inference_request(model="rs", lora_name="wide"))))[2]
+    assert (await failure(doors.inference.Generate(inference_request(lora_name="x"))))[1] == "MODEL_NOT_FOUND"
+    whole = await tokens_of(doors, "base")
+    bias = {whole[0]: -9.0}
+    cases: list[tuple[dict[str, Any], dict[str, Any]]] = [
+        ({"decoding": inference.DecodingParameters(repetition_penalty=1.5)}, {"repetition_penalty": 1.5}),
+        ({"decoding": inference.DecodingParameters(logit_bias=bias)}, {"logit_bias": bias}),
+        ({"decoding": inference.DecodingParameters(allowed_token_ids=[9, 11])}, {"allowed_token_ids": (9, 11)}),
+        ({"temperature": 1.0, "sampling": inference.RandomSampling(seed=5, top_k=9, top_p=0.9, min_p=0.01)},
+         {"temperature": 1.0, "seed": 5, "top_k": 9, "top_p": 0.9, "min_p": 0.01}),
+        ({"kv": inference.KVCacheParameters(bypass_prefix_cache=True), "priority": 3, "session_id": "s",
+          "watermarking": False}, {}),
+        ({"truncate_prompt_tokens": 2}, {"truncate_prompt_tokens": 2}),
+    ]  # fmt: skip
+    for fields, expected in cases:
+        said = await doors.inference.Generate(inference_request(**fields))
+        assert list(said.outputs.token_ids) == await tokens_of(doors, "base", **expected), fields
+    constrained = inference.DecodingParameters(
+        choice=inference.DecodingParameters.StringChoices(choices=["ba"])
+    )
+    assert (await doors.inference.Generate(inference_request(decoding=constrained))).outputs.text == "ba"
+    words = [inference.TokenIds(ids=whole[:1]), inference.TokenIds(ids=whole[2:4])]
+    said = await doors.inference.Generate(
+        inference_request(decoding=inference.DecodingParameters(bad_words_token_ids=words))
+    )
+    assert whole[0] not in said.outputs.token_ids
+    several = inference.RandomSampling(num_sequences=2)
+    said = await doors.inference_says(sampling=several, temperature=1.0)
+    assert {each.outputs.index for each in said if each.outputs.HasField("finish_info")} == {0, 1}
+    assert (await failure(doors.inference.Generate(inference_request(sampling=several))))[2] == [
+        "sampling.num_sequences"
+    ]
+
+
+STRUCT = struct_pb2.Struct()
+CANDIDATES = inference.CandidateTokens(all=True)
+NONE, FOREIGN = [inference.TokenIds()], [inference.TokenIds(ids=[999])]
+GATE = inference.EngineReasoningGate(reasoning_ended=False)
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"token_ids": None}, ["prompt"]),
+        ({"media": [inference.MediaItem()]}, ["media"]),
+        ({"kv_hints": inference.KVHintsEnvelope()}, ["kv_hints"]),
+        ({"kv": inference.KVCacheParameters(kv_transfer_params=STRUCT)}, ["kv.kv_transfer_params"]),
+        ({"kv": inference.KVCacheParameters(ec_transfer_params=STRUCT)}, ["kv.ec_transfer_params"]),
+        ({"decoding": inference.DecodingParameters(structural_tag="x")}, ["decoding.structural_tag"]),
+        ({"decoding": inference.DecodingParameters(regex="[")}, ["decoding.regex"]),
+        ({"decoding": inference.DecodingParameters(bad_words_token_ids=NONE)}, ["bad_words_token_ids"]),
+        ({"decoding": inference.DecodingParameters(bad_words_token_ids=FOREIGN)}, ["bad_words_token_ids"]),
+        ({"response": inference.ResponseOptions(output_candidates=CANDIDATES, prompt_candidates=CANDIDATES)},
+         ["response.output_candidates.all", "response.prompt_candidates.all"]),
+        ({"engine_reasoning_gate": GATE, "stopping": inference.StoppingCriteria(thinking_token_budget=0)},
+         ["engine_reasoning_gate.reasoning_ended", "stopping.thinking_token_budget"]),
+    ],
+)  # fmt: skip
+async def test_what_of_vllms_own_is_not_served_is_named(
+    doors: Doors, fields: dict[str, Any], named: list[str]
+) -> None:
+    """In one message or in several."""
+    expected = ("INVALID_ARGUMENT", "REQUEST_INVALID", named)
+    assert await failure(doors.inference.Generate(inference_request(**fields))) == expected
+    assert await failure(doors.inference_says(**fields)) == expected

@@ -1,0 +1,42 @@
+"""The inference service as a process with both doors."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tests.support.forks import Forked, inference_service
+from tests.support.tiny import World
+from tests.support.waiting import wait_until
+
+
+def flags_of(world: World, *flags: str) -> list[str]:
+    """Flags of the service for a world that was built into its folder."""
+    store = f"file://{world.root}/store"
+    return ["--deployment", "tiny", *flags, "--store", store, "--local-root", str(world.root)]
+
+
+@contextmanager
+def serving(world: World, folder: Path, **settings: str) -> Iterator[tuple[Forked, dict[str, Any]]]:
+    """Run the service; yields the process and the fields of its start line."""
+    flags = flags_of(world, "--grpc", "127.0.0.1:0", "--http", "127.0.0.1:0", "--threads", "1")
+    environment = {**os.environ, "LORAMUX_KV_MEMORY_GB": "0.01", "LORAMUX_DTYPE": "float32"} | settings
+    log = folder / "log"
+    log.write_text("")
+    process = inference_service(flags, log, environment)
+    try:
+        ready = wait_until(
+            lambda: re.findall(".*service ready.*", log.read_text()) or process.poll() is not None,
+            "a service that is ready",
+            log.read_text,
+        )
+        assert process.poll() is None, log.read_text()
+        yield process, json.loads(ready[0])
+    finally:
+        process.kill()
+        process.wait()
