@@ -31,7 +31,7 @@ TELL_S: Final = 1.0
 """For clients to read why their requests end, before a broken replica ends itself."""
 SWITCH_S: Final = 0.0005
 """How long the engine's thread waits for the interpreter at most, while another one packs an adapter; 5 ms are
-Python's own. See docs/performance.md."""
+Python's own. See docs/decisions/0081-measured.md."""
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ REST_S: Final = 5.0
 """The same while they sleep: so long steps may be slower than they could be."""
 CONTENDED: Final = 0.6
 """Of a core, for which threads of this process waited: from here on sleep is faster. Measured, see
-docs/performance.md."""
+docs/decisions/0043-spinning.md."""
 FREE: Final = 0.5
 """Below, they spin again."""
 ENOUGH_NS: Final = 100_000_000
