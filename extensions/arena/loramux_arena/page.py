@@ -11,10 +11,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Final
 
-from loramux.arena.contest import Found
-from loramux.arena.plan import Plan
-from loramux.arena.questions import Question
-from loramux.arena.standings import Standings
+from loramux_arena.contest import Found
+from loramux_arena.plan import Plan
+from loramux_arena.questions import Question
+from loramux_arena.standings import Standings
 
 FOLDER: Final = Path(__file__).parent / "page"
 _ESCAPES: Final = {ord(letter): f"\\u{ord(letter):04x}" for letter in "<>&\u2028\u2029"}

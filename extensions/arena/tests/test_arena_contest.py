@@ -9,17 +9,17 @@ from pathlib import Path
 
 import pytest
 
-from loramux.arena.contest import Contest, Found
-from loramux.arena.judge import BEGIN, END, ServedJudge, Trial, conversation, letter_in, rubric
-from loramux.arena.kept import Kept
-from loramux.arena.plan import Plan, in_turns
-from loramux.arena.questions import Question
-from loramux.arena.records import Answer, Likelihood, Verdict
-from loramux.arena.standings import Standings, standings
-from loramux.arena.work import Gate, Patience
 from loramux.client import AsyncClient
+from loramux_arena.contest import Contest, Found
+from loramux_arena.judge import BEGIN, END, ServedJudge, Trial, conversation, letter_in, rubric
+from loramux_arena.kept import Kept
+from loramux_arena.plan import Plan, in_turns
+from loramux_arena.questions import Question
+from loramux_arena.records import Answer, Likelihood, Verdict
+from loramux_arena.standings import Standings, standings
+from loramux_arena.work import Gate, Patience
 from loramux_shared.faults import Fault, ModelNotFound, PromptTooLong, QueueFull, ServerUnavailable
-from tests.support.arena_server import Versions, serving
+from tests.arena_server import Versions, serving
 from tests.support.waiting import until
 
 MODELS = ("base", "a", "a*0.5+b*0.5")

@@ -15,22 +15,22 @@ from typing import Annotated, Final
 
 import typer
 
-from loramux.arena.contest import Contest, Found
-from loramux.arena.judge import Judge, ServedJudge
-from loramux.arena.judge_url import UrlJudge
-from loramux.arena.kept import Kept
-from loramux.arena.page import page
-from loramux.arena.plan import Plan
-from loramux.arena.questions import Question, read_questions, with_reference
-from loramux.arena.scores import LIKELIHOOD, scorer
-from loramux.arena.standings import Standings, standings
 from loramux.cli import shell
-from loramux.cli.arena_view import ArenaView, show_standings
 from loramux.cli.documents import emit
 from loramux.cli.exits import Exit
 from loramux.cli.names import complete_model, no_such_model
 from loramux.cli.state import state_dir
 from loramux.client import INFERENCE, AsyncClient
+from loramux_arena.contest import Contest, Found
+from loramux_arena.judge import Judge, ServedJudge
+from loramux_arena.judge_url import UrlJudge
+from loramux_arena.kept import Kept
+from loramux_arena.page import page
+from loramux_arena.plan import Plan
+from loramux_arena.questions import Question, read_questions, with_reference
+from loramux_arena.scores import LIKELIHOOD, scorer
+from loramux_arena.standings import Standings, standings
+from loramux_arena.view import ArenaView, show_standings
 from loramux_shared.faults import Fault, SettingsInvalid
 from loramux_shared.mixtures import names_of
 from loramux_shared.wording import listed
@@ -52,7 +52,7 @@ Models = Annotated[
         autocompletion=complete_model,
     ),
 ]
-Prompts = Annotated[Path, typer.Option("--prompts", metavar="FILE", help="Text or JSONL; docs/arena.md.")]
+Prompts = Annotated[Path, typer.Option("--prompts", metavar="FILE", help="Text or JSONL; extensions/arena.")]
 Baseline = Annotated[str, typer.Option("--baseline", metavar="NAME", help="Default: the first model.")]
 Scores = Annotated[
     list[str] | None,

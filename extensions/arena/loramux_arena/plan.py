@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from loramux.arena.questions import Question
-from loramux.arena.records import key_of
+from loramux_arena.questions import Question
+from loramux_arena.records import key_of
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Plan:
     concurrency: int = 32
     """Requests that are open at once, at most."""
     scores: tuple[str, ...] = ()
-    """Names of scores by reference, see `loramux.arena.scores`."""
+    """Names of scores by reference, see `loramux_arena.scores`."""
     likelihood: bool = False
 
 

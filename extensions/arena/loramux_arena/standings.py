@@ -9,13 +9,13 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Final
 
-from loramux.arena.contest import Found
-from loramux.arena.paired import FEW, Paired, compare, holm
-from loramux.arena.plan import Plan
-from loramux.arena.questions import Question, with_reference
-from loramux.arena.records import Answer, Failure
-from loramux.arena.scores import LIKELIHOOD, scorer
 from loramux.bench.figures import percentile
+from loramux_arena.contest import Found
+from loramux_arena.paired import FEW, Paired, compare, holm
+from loramux_arena.plan import Plan
+from loramux_arena.questions import Question, with_reference
+from loramux_arena.records import Answer, Failure
+from loramux_arena.scores import LIKELIHOOD, scorer
 
 JUDGE: Final = "judge"
 

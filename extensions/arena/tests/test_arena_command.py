@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from loramux.cli.arena import named
 from loramux.cli.main import app
+from loramux_arena.command import named
 from loramux_shared.faults import ModelNotFound, RequestInvalid, SettingsInvalid
-from tests.support.arena_server import Versions, serving
+from tests.arena_server import Versions, serving
 from tests.support.waiting import BOUND_S
 
 HOSTILE = "</script><script>document.title='owned'</script>\x1b[2J"

@@ -10,10 +10,10 @@ from typing import Final
 
 from rich.progress import BarColumn, Progress, TextColumn
 
-from loramux.arena.contest import Found
-from loramux.arena.standings import Comparison, Score, Standing, Standings
 from loramux.cli import shell
 from loramux.cli.later import Later
+from loramux_arena.contest import Found
+from loramux_arena.standings import Comparison, Score, Standing, Standings
 
 FAILURES: Final = 20
 """That are shown one by one."""

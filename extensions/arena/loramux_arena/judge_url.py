@@ -12,8 +12,8 @@ from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
 from urllib.request import HTTPRedirectHandler, Request, build_opener
 
-from loramux.arena.judge import LETTERS, NoVerdict, letter_in
 from loramux.records import Message
+from loramux_arena.judge import LETTERS, NoVerdict, letter_in
 from loramux_shared.digits import is_whole
 from loramux_shared.faults import (
     Fault,

@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 
-from loramux.arena.judge import NoVerdict
-from loramux.arena.judge_url import API_KEY, UrlJudge
-from loramux.arena.likelihood import of_reference
-from loramux.arena.paired import bootstrap, compare, holm, sign_test
-from loramux.arena.scores import SCORERS, scorer
 from loramux.records import Message, PromptToken, TokenLogprobs
+from loramux_arena.judge import NoVerdict
+from loramux_arena.judge_url import API_KEY, UrlJudge
+from loramux_arena.likelihood import of_reference
+from loramux_arena.paired import bootstrap, compare, holm, sign_test
+from loramux_arena.scores import SCORERS, scorer
 from loramux_shared.faults import (
     Fault,
     RateLimited,

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from loramux.arena.questions import Question
 from loramux.records import GenerateOptions, Prompt, PromptToken
+from loramux_arena.questions import Question
 from loramux_shared.faults import Finding, RequestInvalid
 
 SCORING: Final[GenerateOptions] = {"max_tokens": 0, "prompt_logprobs": 0}

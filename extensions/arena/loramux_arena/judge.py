@@ -12,10 +12,10 @@ from functools import cache
 from pathlib import Path
 from typing import Final, Protocol
 
-from loramux.arena.questions import Question
-from loramux.arena.records import Answer, Verdict, key_of
 from loramux.client import AsyncClient
 from loramux.records import GenerateOptions, Message
+from loramux_arena.questions import Question
+from loramux_arena.records import Answer, Verdict, key_of
 from loramux_shared.faults import Fault, Status
 
 LETTERS: Final = ("A", "B", "C")

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Final, Self, TypeVar
 
-from loramux.arena.records import Answer, Likelihood, Row, Verdict
+from loramux_arena.records import Answer, Likelihood, Row, Verdict
 from loramux_shared.faults import Finding, RequestInvalid, SettingsInvalid
 
 KINDS: Final[Mapping[str, type[Row]]] = {"answer": Answer, "likelihood": Likelihood, "verdict": Verdict}

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from loramux.arena.contest import Found
-from loramux.arena.page import page as report_page
-from loramux.arena.plan import Entrant, Plan
-from loramux.arena.questions import Question
-from loramux.arena.records import Answer, Failure
-from loramux.arena.standings import standings
+from loramux_arena.contest import Found
+from loramux_arena.page import page as report_page
+from loramux_arena.plan import Entrant, Plan
+from loramux_arena.questions import Question
+from loramux_arena.records import Answer, Failure
+from loramux_arena.standings import standings
 from tests.support.browser import CHROMIUM, Page, browser
 from tests.support.looks import faint, nameless, overflow
 

@@ -8,16 +8,16 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Final, TypeAlias
 
-from loramux.arena.judge import Judge, Trial, decide, sample_trial, trials, verdict
-from loramux.arena.kept import Kept
-from loramux.arena.likelihood import of_reference, prompt_with_reference
-from loramux.arena.plan import Ask, Entrant, Order, Plan, in_turns, repeats
-from loramux.arena.questions import Question, with_reference
-from loramux.arena.records import Answer, Failure, Likelihood, Row, Verdict, key_of
-from loramux.arena.work import Patience, Work
 from loramux.client import AsyncClient
 from loramux.mapping import completion_of
 from loramux.records import Delta, Event, FinishReason, GenerateOptions, Prompt, PromptLogprobs, Started
+from loramux_arena.judge import Judge, Trial, decide, sample_trial, trials, verdict
+from loramux_arena.kept import Kept
+from loramux_arena.likelihood import of_reference, prompt_with_reference
+from loramux_arena.plan import Ask, Entrant, Order, Plan, in_turns, repeats
+from loramux_arena.questions import Question, with_reference
+from loramux_arena.records import Answer, Failure, Likelihood, Row, Verdict, key_of
+from loramux_arena.work import Patience, Work
 from loramux_shared.faults import Fault, InternalFault
 
 PATIENCE: Final = Patience()

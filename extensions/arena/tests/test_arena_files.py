@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from loramux.arena.kept import Kept
-from loramux.arena.questions import read_questions
-from loramux.arena.records import Answer
+from loramux_arena.kept import Kept
+from loramux_arena.questions import read_questions
+from loramux_arena.records import Answer
 from loramux_shared.faults import RequestInvalid, SettingsInvalid
 
 

@@ -11,12 +11,12 @@ import torch
 from tokenizers import Tokenizer
 
 from inference_service.rpc.servicer import SERVICE_NAME, InferenceServicer, register
-from loramux.arena.contest import Contest
-from loramux.arena.kept import Kept
-from loramux.arena.plan import Plan
-from loramux.arena.questions import Question
-from loramux.arena.standings import standings
 from loramux.client import AsyncClient
+from loramux_arena.contest import Contest
+from loramux_arena.kept import Kept
+from loramux_arena.plan import Plan
+from loramux_arena.questions import Question
+from loramux_arena.standings import standings
 from loramux_shared.rpc.server import RpcServer
 from loramux_shared.storage.memory import MemoryStore
 from tests.support.tiny import World, oracle
