@@ -256,13 +256,25 @@ def test_images_get_all_that_the_package_is_made_of(path: Path) -> None:
 
 
 def test_the_file_for_gpus_changes_the_service_that_computes() -> None:
-    """Laid over the main file it gives the inference service, and no other, the machine's devices."""
+    """Laid over the main file it gives the inference service, and no other, one device: a replica uses one."""
     over = yaml.safe_load((ROOT / "deploy" / "gpu.yml").read_text(encoding="utf-8"))["services"]
     assert list(over) == ["inference"]
     assert "deploy" not in RAW["inference"]
     [device] = over["inference"]["deploy"]["resources"]["reservations"]["devices"]
-    assert device == {"driver": "nvidia", "count": "all", "capabilities": ["gpu"]}
+    assert device == {"driver": "nvidia", "count": 1, "capabilities": ["gpu"]}
     assert "# COMPOSE_FILE=docker-compose.yml:deploy/gpu.yml" in (ROOT / ".env.example").read_text()
+
+
+def test_the_file_for_another_s3_server_changes_the_store_alone() -> None:
+    """Laid over the main file it serves the same folder on the same port with the same password, by rclone."""
+    over = yaml.safe_load((ROOT / "deploy" / "rclone.yml").read_text(encoding="utf-8"))["services"]
+    assert list(over) == ["minio", "bucket"]
+    [at] = re.findall(r"http://minio(:\d+)", RAW["builder"]["environment"]["AWS_ENDPOINT_URL_S3"])
+    secrets = "${MINIO_ROOT_USER},${MINIO_ROOT_PASSWORD}"
+    assert over["minio"]["command"] == ["serve", "s3", "--addr", at, "--auth-key", secrets, "/data"]
+    assert over["bucket"]["volumes"] == RAW["minio"]["volumes"] == ["store:/data"]
+    bucket = RAW["builder"]["environment"]["LORAMUX_STORE"].removeprefix("s3://")
+    assert over["bucket"]["command"] == ["mkdir", f"/data/{bucket}"]
 
 
 def test_a_password_that_was_not_set_is_said_as_such() -> None:
