@@ -17,7 +17,8 @@ from typing import Final
 
 from benchmarks.doors.clients import MODEL
 from benchmarks.on_gpu.checkpoint import write_tokenizer
-from inference_service.adapters.catalog import Catalog, ServedModel
+from inference_service.adapters.catalog import Catalog
+from inference_service.adapters.served_model import ServedModel
 from inference_service.core.batch import Batch
 from inference_service.core.sequence import Token
 from inference_service.engine.block_manager import BlockManager
@@ -71,7 +72,7 @@ def service(folder: Path, step_s: float, interval_s: float) -> tuple[GenerationS
     engine = Engine(Instant(step_s), limits, blocks, AlwaysResident())
     thread = EngineThread(engine, SEATS, lambda: None, step_timeout_s=60, interval_s=interval_s)
     catalog = Catalog(1, MODEL, [ServedModel(MODEL)])
-    bounds = ServingLimits(LONGEST, None, frozenset())
+    bounds = ServingLimits(LONGEST, frozenset())
     return GenerationService(catalog, Text.load(folder, VOCAB), thread, bounds, open_watchers()), thread
 
 

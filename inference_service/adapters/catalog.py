@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from itertools import chain
-from pathlib import Path
 from typing import Any, Final
 from weakref import WeakValueDictionary
 
 from inference_service.adapters import mixing
 from inference_service.adapters.aliases import choose
-from inference_service.adapters.defaults import NO_DEFAULTS, AdapterDefaults
+from inference_service.adapters.defaults import NO_DEFAULTS
+from inference_service.adapters.served_model import ServedModel, shown_source
 from inference_service.adapters.unknown import (
     LEAST_DIGITS,
     ambiguous_version,
@@ -22,10 +22,10 @@ from inference_service.adapters.unknown import (
     version_not_found,
 )
 from inference_service.core.computing import Computing
-from inference_service.core.sequence import MOST_PARTS, Adapter, Mixture
+from inference_service.core.sequence import MOST_PARTS, Adapter
 from loramux_shared.access.rights import ACCESS, Access
-from loramux_shared.bundle.generation import AdapterRecord, Generation
-from loramux_shared.deployment import Repository, SourceKind
+from loramux_shared.bundle.generation import AdapterRecord, BaseRecord, Generation
+from loramux_shared.deployment import Dtype, Repository, SourceKind
 from loramux_shared.faults import ModelNotFound
 from loramux_shared.mixtures import BASE
 
@@ -33,57 +33,6 @@ EARLIER: Final = 8
 """Versions of a name before the present one that are still known."""
 _PUBLISHED: Final = re.compile(r"publishers/[a-z0-9-]{1,63}/models/(.+)")
 _DIGITS: Final = re.compile(rf"[0-9a-f]{{{LEAST_DIGITS},64}}")
-
-
-@dataclass(frozen=True, slots=True)
-class ServedModel:
-    """The base, or a version of an adapter on it, under one of its names."""
-
-    name: str
-    adapter: Adapter | None = None
-    """Its handle in the engine, which all names of a digest share; None for the base, and for an adapter that
-    is merged into the weights, or for a mixture."""
-    source: str = ""
-    """The repository that it was built from, with the revision."""
-    digest: str = ""
-    """The bundle's; empty for the base."""
-    ranks: tuple[int, ...] = ()
-    """Like the next two empty while unknown: of an older release's generation, until the adapter was loaded."""
-    modules: tuple[str, ...] = ()
-    warnings: tuple[str, ...] = ()
-    weights_bytes: int | None = None
-    """Of its matrices, in the storage type; None while it is not known."""
-    defaults: AdapterDefaults | None = NO_DEFAULTS
-    """None while nobody has read them."""
-    load_time: datetime = field(default_factory=lambda: datetime.now(UTC))
-    load_s: float = 0.0
-    """Seconds that reading, checking and packing it took."""
-    mixture: Mixture | None = None
-    """Several adapters with scales; only a request has such a model, see `mixing.mixed`."""
-    parts: tuple[ServedModel, ...] = ()
-    """Those that a mixture is of."""
-    affine: bool = False
-    """Whether it multiplies outputs of the base, or adds biases to them."""
-    vocab: int | None = None
-    """Its tokens; None: as many as the base has."""
-    num_labels: int | None = None
-    """Of its score head; None where it generates text."""
-    kinds: tuple[str, ...] = ()
-    """What it is, as its manifest says; none of the base."""
-    replaced: tuple[tuple[str, int], ...] = ()
-    """How many rows of embeddings and head it has others for, by the module's name."""
-    licence: str = ""
-    """What its repository says of its licence; empty where it says nothing."""
-
-    @property
-    def invocation(self) -> tuple[int, ...]:
-        """From which tokens on it acts; none where it acts on everything."""
-        return self.adapter.invocation if self.adapter is not None else ()
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The names that a request is counted under."""
-        return tuple([part.name for part in self.parts]) or (self.name,)
 
 
 @dataclass(frozen=True)
@@ -106,13 +55,10 @@ class Catalog:
         self, generation: int, base_name: str, models: Iterable[ServedModel], load_s: float = 0.0
     ) -> None:
         """List what is served; load_s are the seconds from the start of loading until all of it was ready."""
-        self.generation = generation
+        self.deployed = _bare(generation, base_name)
+        """The generation that is served; until `apply`, nothing of it but its number and the base's name."""
         self.load_s = load_s
-        self.base_name = base_name
-        self.base_licence = ""
-        """What the base's repository says of its licence, where a generation says so."""
         self.computing = Computing()
-        self.aliases: Mapping[str, Mapping[str, int]] = {}
         self.most_mixed = MOST_PARTS
         """Adapters of one request, as many as a step may have."""
         ordered = sorted(models, key=lambda model: (model.name != base_name, model.name))
@@ -166,6 +112,26 @@ class Catalog:
         """Note what was read of a bundle: fields of its `ServedModel`, under all of its names."""
         for name in self._by_digest.get(digest, ()):
             self._models[name] = replace(self._models[name], **facts)
+
+    @property
+    def generation(self) -> int:
+        """The number of the deployment's generation that is served."""
+        return self.deployed.number
+
+    @property
+    def base_name(self) -> str:
+        """The name of the base, whether it is served or not."""
+        return self.deployed.served_model_name
+
+    @property
+    def base_licence(self) -> str:
+        """What the base's repository says of its licence; empty where no generation says so."""
+        return self.deployed.base.licence
+
+    @property
+    def aliases(self) -> Mapping[str, Mapping[str, int]]:
+        """Names that stand for several models, with their weights."""
+        return self.deployed.aliases
 
     @property
     def everything(self) -> tuple[ServedModel, ...]:
@@ -325,18 +291,24 @@ class Catalog:
 
     def _show(self, generation: Generation, models: dict[str, ServedModel]) -> None:
         """Let everybody see the new names at once."""
-        if self.base_name != generation.served_model_name:
-            self.base_name = generation.served_model_name
-            self._base = replace(self._base, name=self.base_name)
-        first = {self.base_name: self._base} if generation.serve_base else {}
+        name = generation.served_model_name
+        if self.base_name != name:
+            self._base = replace(self._base, name=name)
+        first = {name: self._base} if generation.serve_base else {}
         self._models = first | dict(sorted(models.items()))
-        self.base_licence = generation.base.licence
-        self.aliases = generation.aliases
-        self.generation = generation.number
+        self.deployed = generation
 
 
-def shown_source(repository: Repository) -> str:
-    """Say where a model came from, to everybody who may ask; a folder's path is nobody's business."""
-    place = repository.shown
-    place = Path(place).name if repository.source is SourceKind.LOCAL else place
-    return f"{place}@{repository.revision}" if repository.revision else place
+def _bare(number: int, base_name: str) -> Generation:
+    """Return a generation of which only the number and the base's name are known."""
+    source = Repository.model_construct(source=SourceKind.LOCAL, repo="")
+    return Generation.model_construct(
+        deployment="",
+        number=number,
+        create_time=datetime.now(UTC),
+        served_model_name=base_name,
+        base=BaseRecord.model_construct(source=source, files={}),
+        adapters={},
+        max_lora_rank=0,
+        lora_dtype=Dtype.FLOAT32,
+    )

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from contextlib import suppress
 
+from inference_service.adapters.adapter_set import AdapterSet
 from inference_service.adapters.paths import digest_of, repository_of
-from inference_service.adapters.ports import Bundles, Follower, Names, Publisher
-from inference_service.adapters.registry import Registry
+from inference_service.adapters.ports import Bundles, GenerationFollower, Publisher
 from loramux_shared.deployment import Repository
 from loramux_shared.faults import AdapterExists, NoBuilder, ReplicaBehind
 
@@ -20,16 +20,14 @@ class Changing:
 
     def __init__(
         self,
-        names: Names,
-        follower: Follower,
-        registry: Registry | None = None,
+        adapters: AdapterSet,
+        follower: GenerationFollower,
         bundles: Bundles | None = None,
         publisher: Publisher | None = None,
     ) -> None:
-        """Change names; registry is None where they never change, publisher where no builder is known."""
-        self._names = names
+        """Change names; bundles is None where they never change, publisher where no builder is known."""
+        self._adapters = adapters
         self._follower = follower
-        self._registry = registry
         self._bundles = bundles
         self._publisher = publisher
 
@@ -61,8 +59,8 @@ class Changing:
             NoBuilder: a generation has it, and no builder is known.
             ReplicaBehind: the generation was published, and this replica does not serve it yet.
         """
-        if self._registry is not None and self._registry.is_own(name):
-            self._registry.remove(name)
+        if self._adapters.is_own(name):
+            self._adapters.remove(name)
             return None
         generation = await self._builder().remove(name)
         await self._follower.catch_up(generation)
@@ -88,7 +86,8 @@ class Changing:
         return self._publisher
 
     def _taken(self, name: str) -> bool:
-        return name != self._names.base_name and any(model.name == name for model in self._names.everything)
+        catalog = self._adapters.catalog
+        return name != catalog.base_name and any(model.name == name for model in catalog.everything)
 
     def _require_free(self, name: str, *, replace: bool) -> None:
         if not replace and self._taken(name):
@@ -107,13 +106,13 @@ class Changing:
         await self._follower.catch_up(number)
 
     async def _load_bundle(self, name: str, digest: str, *, replace: bool) -> None:
-        if self._registry is None or self._bundles is None:
+        if self._bundles is None:
             raise NoBuilder("the names of this replica never change. Serve the bundle from another one.")
         self._require_free(name, replace=replace)
-        self._registry.check_own(name)
+        self._adapters.check_own(name)
         record = await self._bundles.record(digest)
         self._require_free(name, replace=replace)
-        self._registry.add(name, record)
+        self._adapters.add(name, record)
 
 
 def _already_loaded(name: str) -> AdapterExists:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import UTC, datetime
 
+from inference_service.adapters.adapter_set import AdapterSet
+from inference_service.adapters.catalog import Catalog
+from inference_service.adapters.follower import FollowerStanding
 from inference_service.adapters.manager import AdapterManager
-from inference_service.adapters.pins import Pins
-from inference_service.adapters.ports import Names
 from inference_service.adapters.views import Facts
 from inference_service.core.sequence import Adapter
 from inference_service.engine.residency_entry import ResidencyStats
@@ -21,8 +21,8 @@ class AllResident:
 
     num_bytes = capacity = 0
 
-    def __init__(self, names: Names) -> None:
-        self._names = names
+    def __init__(self, catalog: Catalog) -> None:
+        self._catalog = catalog
         self.stats = ResidencyStats()
 
     def standing(self, adapter: Adapter) -> Standing:
@@ -33,7 +33,7 @@ class AllResident:
 
     def standings(self) -> list[Standing]:
         """All of them."""
-        adapters = dict.fromkeys(model.adapter for model in self._names.everything)
+        adapters = dict.fromkeys(model.adapter for model in self._catalog.everything)
         return [self.standing(adapter) for adapter in adapters if adapter is not None]
 
     def pin(self, adapter: Adapter) -> None:
@@ -42,25 +42,11 @@ class AllResident:
     unpin = prefetch = drop = pin
 
 
-@dataclass(frozen=True)
-class FixedStanding:
-    """Of a replica that follows nothing."""
-
-    generation: int
-    state: str = "fixed"
-    stale: str = ""
-
-    @property
-    def newest(self) -> int:
-        """It looks for no other."""
-        return self.generation
-
-
 class FollowsNothing:
     """Serves the generation of its start."""
 
     def __init__(self, generation: int) -> None:
-        self.standing = FixedStanding(generation)
+        self.standing = FollowerStanding(generation, generation, follows=False)
 
     async def catch_up(self, number: int) -> None:
         """Return where it is new enough already.
@@ -76,10 +62,9 @@ class FollowsNothing:
 
 
 def fixed_manager(
-    names: Names, deployment: str = "", paused: Callable[[], bool] = lambda: False
+    catalog: Catalog, deployment: str = "", paused: Callable[[], bool] = lambda: False
 ) -> AdapterManager:
     """Return the manager of adapters that were there at the start and never change."""
-    residency = AllResident(names)
-    pins = Pins(residency, lambda command: command())
+    adapters = AdapterSet(catalog, AllResident(catalog), lambda command: command())
     facts = Facts(deployment, datetime.now(UTC))
-    return AdapterManager(names, residency, FollowsNothing(names.generation), pins, facts, paused=paused)
+    return AdapterManager(adapters, FollowsNothing(catalog.generation), facts, paused=paused)

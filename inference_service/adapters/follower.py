@@ -13,10 +13,10 @@ from typing import Final
 
 import structlog
 
-from inference_service.adapters.restart import needs_restart
 from inference_service.adapters.workers import Workers
 from loramux_shared.bundle.deployments import READ_AGAIN_S, read_generation, read_pointer
 from loramux_shared.bundle.generation import Current, Generation
+from loramux_shared.deployment import Merge
 from loramux_shared.faults import BundleCorrupt, Fault, ReplicaBehind, StoreUnavailable
 from loramux_shared.storage.base import Store
 
@@ -28,7 +28,7 @@ SPACING_S: Final = 0.1
 """At least, between two looks: requests may ask for any generation, also for one that never comes."""
 
 
-class State(StrEnum):
+class FollowerState(StrEnum):
     """How a replica stands to its deployment."""
 
     FIXED = "fixed"
@@ -42,7 +42,7 @@ class State(StrEnum):
 
 
 @dataclass(frozen=True)
-class Standing:
+class FollowerStanding:
     """Where a replica is."""
 
     generation: int
@@ -58,38 +58,42 @@ class Standing:
     """When the store was last read without a failure, on the clock of ``time.time``."""
 
     @property
-    def state(self) -> State:
+    def state(self) -> FollowerState:
         """In one word; a restart is what somebody has to do, so it comes first."""
         if not self.follows:
-            return State.FIXED
-        return State.STALE if self.stale else State.BLIND if self.blind else State.CURRENT
+            return FollowerState.FIXED
+        return (
+            FollowerState.STALE if self.stale else FollowerState.BLIND if self.blind else FollowerState.CURRENT
+        )
 
 
 class Follower:
     """Looks at ``current.json`` in intervals, when it is nudged, and when a request wants a newer generation.
 
-    take is called on the event loop with each newer generation that needs no restart; it registers and switches
-    names in one step. Where it raises, the generation is not taken over, and is tried again at the next look.
-    on_stale is called once for each generation that needs a restart, with the reason. A lower number is never
-    taken over, and nothing that is not whole: generations are read against the digest that the pointer names.
+    take is `AdapterSet.apply`, called on the event loop with each newer generation that needs no restart. Where
+    it raises, the generation is not taken over, and is tried again at the next look. Where ends is true, the
+    replica is to end as soon as a generation needs a restart. A lower number is never taken over, and nothing
+    that is not whole: generations are read against the digest that the pointer names.
     """
 
     def __init__(
         self,
         store: Store,
         started: Generation,
-        take: Callable[[Generation], None],
+        take: Callable[[Generation], object],
         *,
         interval_s: float,
-        on_stale: Callable[[str], None] | None = None,
+        ends: bool = False,
         spacing_s: float = SPACING_S,
     ) -> None:
+        self.outdated = asyncio.Event()
+        """Set as soon as a generation was seen for which the replica is to end and start again."""
         self._store = store
         self._started = started
         self._name = started.deployment
         self._take = take
         self._interval_s = interval_s
-        self._on_stale = on_stale
+        self._ends = ends
         self._spacing_s = spacing_s
         self._nudged = asyncio.Event()
         self._looking: asyncio.Task[None] | None = None
@@ -98,10 +102,10 @@ class Follower:
         """The newest generation that was taken over, or that needs a restart."""
         self._went_back = False
         self._workers: Workers | None = None
-        self._standing = Standing(started.number, started.number, interval_s > 0, seen_s=time.time())
+        self._standing = FollowerStanding(started.number, started.number, interval_s > 0, seen_s=time.time())
 
     @property
-    def standing(self) -> Standing:
+    def standing(self) -> FollowerStanding:
         """Where the replica is now."""
         return self._standing
 
@@ -214,8 +218,9 @@ class Follower:
             self._settled = number
             self._standing = replace(self._standing, newest=number, stale=f"a restart is needed: {reason}")
             log.warning("a generation needs a restart", generation=number, reason=reason)
-            if self._on_stale is not None:
-                self._on_stale(reason)
+            if self._ends:
+                log.warning("the replica ends, to be started again on the newest generation", reason=reason)
+                self.outdated.set()
             return
         try:
             self._take(generation)
@@ -230,9 +235,40 @@ class Follower:
 
 
 _WHY: Final = {
-    State.FIXED: " and follows no deployment (follow_interval_s is 0)",
-    State.CURRENT: ", the newest there is",
-    State.STALE: ": the newest needs a restart",
-    State.BLIND: ": it cannot read the store now",
+    FollowerState.FIXED: " and follows no deployment (follow_interval_s is 0)",
+    FollowerState.CURRENT: ", the newest there is",
+    FollowerState.STALE: ": the newest needs a restart",
+    FollowerState.BLIND: ": it cannot read the store now",
 }
 """For clients: neither paths nor addresses."""
+
+
+def needs_restart(old: Generation, new: Generation) -> str | None:
+    """Return why a replica that was started with one generation cannot serve another; None where it can.
+
+    old is the generation of the start: what was sized and loaded then stays. Names, their versions and what
+    is served of them may differ.
+    """
+    if new.base.files != old.base.files:
+        return f"another base: {new.base.source.shown} instead of {old.base.source.shown}"
+    if new.max_seq_len != old.max_seq_len:
+        return f"another max_seq_len: {_shown(new.max_seq_len)} instead of {_shown(old.max_seq_len)}"
+    if new.max_lora_rank > old.max_lora_rank:
+        return f"a larger max_lora_rank: {new.max_lora_rank} instead of {old.max_lora_rank}"
+    if new.quantization is not old.quantization:
+        return f"weights rounded to {new.quantization} instead of {old.quantization}"
+    return _merging(old, new)
+
+
+def _merging(old: Generation, new: Generation) -> str | None:
+    """An adapter that is part of the weights cannot leave them; one that could be is as right beside them."""
+    if old.merged is None:
+        return "its adapter is to be merged into the weights" if new.merge is Merge.ALWAYS else None
+    digest = old.adapters[old.merged].digest
+    if new.merged != old.merged or new.adapters[old.merged].digest != digest:
+        return f"adapter {old.merged} is merged into the weights, and is to be replaced or joined by others"
+    return None
+
+
+def _shown(value: object) -> str:
+    return "none" if value is None else str(value)

@@ -11,11 +11,10 @@ from datetime import UTC, datetime, timedelta
 from importlib.metadata import version
 from typing import Final
 
-from inference_service.adapters.catalog import ServedModel
+from inference_service.adapters.adapter_set import AdapterSet
 from inference_service.adapters.changing import Changing
-from inference_service.adapters.pins import Pins
-from inference_service.adapters.ports import Bundles, Follower, Names, Publisher, Residency
-from inference_service.adapters.registry import Registry
+from inference_service.adapters.ports import AdapterResidency, Bundles, GenerationFollower, Publisher
+from inference_service.adapters.served_model import ServedModel
 from inference_service.adapters.views import (
     PLACES,
     AdapterPage,
@@ -28,7 +27,6 @@ from inference_service.adapters.views import (
 from inference_service.core.sequence import Adapter
 from inference_service.engine.residents import State
 from loramux_shared.access.rights import ACCESS
-from loramux_shared.bundle.generation import Generation
 from loramux_shared.faults import Fault, PageTokenInvalid, RequestInvalid
 
 PAGE: Final = 100
@@ -46,38 +44,28 @@ class AdapterManager:
 
     def __init__(
         self,
-        names: Names,
-        residency: Residency,
-        follower: Follower,
-        pins: Pins,
+        adapters: AdapterSet,
+        follower: GenerationFollower,
         facts: Facts,
         *,
-        registry: Registry | None = None,
         bundles: Bundles | None = None,
         publisher: Publisher | None = None,
         paused: Callable[[], bool] = lambda: False,
     ) -> None:
-        """Manage what is there; registry is None where names never change, publisher without a builder."""
-        self._names = names
-        self._residency = residency
+        """Manage what is there; bundles is None where names never change, publisher without a builder."""
+        self._adapters = adapters
+        self._catalog = adapters.catalog
+        self._residency = adapters.residency
         self._follower = follower
-        self._pins = pins
         self.facts = facts
-        self._registry = registry
-        self._changing = Changing(names, follower, registry, bundles, publisher)
+        self._changing = Changing(adapters, follower, bundles, publisher)
         self._paused = paused
         self._version = version("loramux")
 
     @property
-    def residency(self) -> Residency:
+    def residency(self) -> AdapterResidency:
         """Which adapters are in the bank."""
         return self._residency
-
-    def take(self, generation: Generation) -> None:
-        """Take over a generation, in one step; the follower calls this."""
-        if self._registry is None:
-            raise RuntimeError("the names of this replica never change")
-        self._registry.take(generation)
 
     def place_of(self, model: ServedModel) -> Place:
         """Say where a model's matrices are; costs next to nothing."""
@@ -91,7 +79,7 @@ class AdapterManager:
 
     def is_pinned(self, name: str) -> bool:
         """True for a name that is pinned."""
-        return name in self._pins
+        return self._adapters.is_pinned(name)
 
     def list(self, after: str = "", limit: int = PAGE) -> AdapterPage:
         """Return the adapters behind a name, in the order of their names; only those are looked at.
@@ -101,8 +89,8 @@ class AdapterManager:
         """
         if len(after) > MAX_TOKEN:
             raise PageTokenInvalid("expected the next_page_token of the last answer, found something longer.")
-        models, access = self._names.everything, ACCESS.get()
-        first = 1 if models and models[0].name == self._names.base_name else 0
+        models, access = self._catalog.everything, ACCESS.get()
+        first = 1 if models and models[0].name == self._catalog.base_name else 0
         begin = bisect_right(models, after, lo=first, key=lambda model: model.name)
         visible = (models[at] for at in range(begin, len(models)) if access.may_use(models[at].name))
         found = list(itertools.islice(visible, min(limit or PAGE, MAX_PAGE) + 1))
@@ -129,7 +117,7 @@ class AdapterManager:
         model = self._adapter(name)
         if model.adapter is None:
             raise RequestInvalid(f"{name!r} is merged into the base's weights and cannot leave; pin nothing.")
-        self._pins.pin(name, model.adapter)
+        self._adapters.pin(name, model.adapter)
         return self._view(model)
 
     def unpin(self, name: str) -> AdapterView:
@@ -140,7 +128,7 @@ class AdapterManager:
             RequestInvalid: it is the base's.
         """
         model = self._adapter(name)
-        self._pins.unpin(name)
+        self._adapters.unpin(name)
         return self._view(model)
 
     async def load(self, name: str, path: str, *, replace: bool = False) -> Loaded:
@@ -160,7 +148,7 @@ class AdapterManager:
         everywhere = await self._changing.add(name, path, replace=replace)
         model = self._adapter(name)
         if model.adapter is not None:
-            self._pins.prefetch(model.adapter)
+            self._adapters.prefetch(model.adapter)
         return Loaded(self._view(model), everywhere)
 
     async def unload(self, name: str) -> int | None:
@@ -191,7 +179,7 @@ class AdapterManager:
         standing, stats = self._follower.standing, self._residency.stats
         states = [each.state for each in self._residency.standings()]
         resident = states.count(State.RESIDENT)
-        served_base = any(model.name == self._names.base_name for model in self._names.everything[:1])
+        served_base = any(model.name == self._catalog.base_name for model in self._catalog.everything[:1])
         return ReplicaView(
             deployment=self.facts.deployment,
             generation=standing.generation,
@@ -201,10 +189,10 @@ class AdapterManager:
             paused=self._paused(),
             bank_bytes=self._residency.capacity,
             bank_used=self._residency.num_bytes,
-            registered=len(self._names.everything) - served_base,
+            registered=len(self._catalog.everything) - served_base,
             resident=resident,
             arriving=len(states) - resident - states.count(State.ABSENT),
-            pinned=len(self._pins),
+            pinned=self._adapters.num_pinned,
             loads=stats.loads,
             failures=stats.failures,
             evictions=stats.evictions,
@@ -223,18 +211,18 @@ class AdapterManager:
             await asyncio.sleep(WATCH_S)
 
     def _adapter(self, name: str) -> ServedModel:
-        if name == self._names.base_name:
+        if name == self._catalog.base_name:
             raise RequestInvalid(f"{name!r} is the base; expected the name of an adapter.")
-        return self._names.get(name)
+        return self._catalog.get(name)
 
     def _view(self, model: ServedModel) -> AdapterView:
-        own = self._registry is not None and self._registry.is_own(model.name)
+        own = self._adapters.is_own(model.name)
         if model.adapter is None:
             return AdapterView(
                 model.name,
                 model.digest,
                 model.digest,
-                self._names.generation,
+                self._catalog.generation,
                 Place.DEVICE,
                 State.RESIDENT,
                 pinned=True,
@@ -251,10 +239,10 @@ class AdapterManager:
             model.name,
             model.digest,
             self._resident_digest(model.name, model.adapter),
-            self._names.generation,
+            self._catalog.generation,
             PLACES[standing.state],
             standing.state,
-            pinned=model.name in self._pins,
+            pinned=self._adapters.is_pinned(model.name),
             in_flight=standing.in_flight,
             waiting=standing.waiting,
             num_bytes=standing.num_bytes,
@@ -265,7 +253,7 @@ class AdapterManager:
         )
 
     def _resident_digest(self, name: str, adapter: Adapter) -> str:
-        before = self._registry.version_before(name) if self._registry is not None else None
+        before = self._adapters.version_before(name)
         found = next((each for each in (adapter, before) if each is not None and each.slot is not None), None)
         return found.digest if found is not None else ""
 

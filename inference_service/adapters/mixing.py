@@ -5,16 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from inference_service.adapters.defaults import AdapterDefaults
+from inference_service.adapters.served_model import ServedModel
 from inference_service.core.sequence import MOST_PARTS, Adapter, Mixture
 from loramux_shared.bundle.manifest import apart
 from loramux_shared.digits import is_number
 from loramux_shared.faults import Finding, RequestInvalid
-
-if TYPE_CHECKING:
-    from inference_service.adapters.catalog import ServedModel
 
 MOST_SCALE: Final = 8.0
 """An adapter's scale, either way: beyond, an answer is noise before it is anything else."""

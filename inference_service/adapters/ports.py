@@ -1,69 +1,18 @@
-"""What the manager of adapters asks of those who do the work."""
+"""What the adapters of a replica need from outside; each port has a second implementation, or a fake."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Protocol
 
-from inference_service.adapters.catalog import ServedModel
+from inference_service.adapters.follower import FollowerStanding
 from inference_service.core.sequence import Adapter
 from inference_service.engine.residency_entry import ResidencyStats
 from inference_service.engine.residents import Standing
-from loramux_shared.bundle.generation import AdapterRecord, Generation
+from loramux_shared.bundle.generation import AdapterRecord
 from loramux_shared.deployment import Repository
 
 
-class Names(Protocol):
-    """What is served under which name; changes on the event loop alone."""
-
-    @property
-    def generation(self) -> int:
-        """The deployment's generation that is served."""
-        ...
-
-    @property
-    def base_name(self) -> str:
-        """Of the base, whether it is served or not."""
-        ...
-
-    @property
-    def everything(self) -> Sequence[ServedModel]:
-        """All models whoever asks: the base, where it is served, then the adapters by name."""
-        ...
-
-    def get(self, name: str) -> ServedModel:
-        """Return a model that the caller may use; raises ModelNotFound."""
-        ...
-
-
-class Changes(Protocol):
-    """What a generation made of the names before it."""
-
-    @property
-    def added(self) -> Sequence[str]:
-        """Names that were not there."""
-        ...
-
-    @property
-    def switched(self) -> Sequence[str]:
-        """Names that have another version."""
-        ...
-
-    @property
-    def removed(self) -> Sequence[str]:
-        """Names that are there no more."""
-        ...
-
-
-class ChangingNames(Names, Protocol):
-    """Names that follow a deployment."""
-
-    def apply(self, generation: Generation) -> Changes:
-        """Take over another generation in one step."""
-        ...
-
-
-class Residency(Protocol):
+class AdapterResidency(Protocol):
     """Which adapters are in the bank; what changes something is called on the engine's thread alone."""
 
     @property
@@ -106,31 +55,7 @@ class Residency(Protocol):
         ...
 
 
-class FollowerStanding(Protocol):
-    """Where a replica is, beside its deployment."""
-
-    @property
-    def generation(self) -> int:
-        """Served."""
-        ...
-
-    @property
-    def newest(self) -> int:
-        """The newest that was seen."""
-        ...
-
-    @property
-    def state(self) -> str:
-        """In one word: fixed, current, stale or blind."""
-        ...
-
-    @property
-    def stale(self) -> str:
-        """Why the newest is not served."""
-        ...
-
-
-class Follower(Protocol):
+class GenerationFollower(Protocol):
     """Follows the deployment."""
 
     @property

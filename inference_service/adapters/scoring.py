@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 import numpy as np
 
-from inference_service.adapters.catalog import ServedModel
+from inference_service.adapters.served_model import ServedModel
 from inference_service.core.sequence import Vector
 from loramux_shared.bundle.kinds import SILENT
 from loramux_shared.bundle.manifest import ScoreHead
 from loramux_shared.bundle.npy import Array
-from loramux_shared.faults import Finding, InternalFault, RequestInvalid
-
-ScorerOf = Callable[[ServedModel], Awaitable["Scorer"]]
-"""Returns the head of an adapter that classifies, read from its bundle where nobody has yet."""
+from loramux_shared.faults import Finding, RequestInvalid
 
 
 @dataclass(frozen=True)
@@ -67,8 +63,3 @@ def refused_model(name: str, expected: str, found: str, fix: str = "") -> Reques
     """Return the fault of a model that does something else than it is asked for."""
     finding = Finding(code="E_BAD_FIELD", where="model", expected=expected, found=f"{name}, {found}", fix=fix)
     return RequestInvalid("the model does something else.", [finding])
-
-
-async def no_scorer(model: ServedModel) -> Scorer:
-    """Fail: what a service does that nobody gave bundles to read."""
-    raise InternalFault(f"the score head of {model.name!r} cannot be read here. Please report it.")

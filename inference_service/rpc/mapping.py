@@ -8,8 +8,8 @@ from typing import Any, Final
 
 import grpc
 
-from inference_service.adapters.catalog import ServedModel
 from inference_service.adapters.mixing import Scaled
+from inference_service.adapters.served_model import ServedModel
 from inference_service.core.sequence import MOST_PARTS, FinishReason, Token
 from inference_service.rpc.prompt import constraint_of, prompt_of, tools_of, variables_of
 from inference_service.serving.hints import hinted

@@ -200,14 +200,6 @@ class EngineThread:
     def _go_on(self) -> None:
         self._resting = False
 
-    def post(self, command: Callable[[], None]) -> None:
-        """Have something done on the engine's thread, between two steps; a step follows it."""
-        self._inbox.post(command)
-
-    def draft(self, tokens: int) -> None:
-        """Draft up to so many tokens a step from the next one on, where the engine can."""
-        self.post(partial(self._engine.draft, tokens))
-
     def _begin(self, seq: Sequence) -> None:
         if self._stopped is None:
             self._inbox.post(partial(self._engine.add, seq))

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Final
 
-from inference_service.adapters.catalog import ServedModel
+from inference_service.adapters.served_model import ServedModel
 from inference_service.core.sequence import FAIR, Share
 from inference_service.core.sequence import Sequence as EngineSequence
 from inference_service.serving.request import Delta, Event
@@ -142,29 +142,31 @@ class Limiter:
     What one model or key uses is never counted against another. Limits that change hold for new requests.
     """
 
-    def __init__(self, limits: ModelLimits | None = None, clock: Callable[[], float] = time.monotonic) -> None:
-        self.limits = limits or ModelLimits()
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._meters: dict[tuple[str, str], Meter] = {}
         self._most_meters = FEW_METERS
 
     @contextmanager
-    def admit(self, model: ServedModel, access: Access) -> Iterator[Ticket]:
-        """Let a request for a model in, until the end of the block.
+    def admit(self, model: ServedModel, access: Access, limits: ModelLimits) -> Iterator[Ticket]:
+        """Let a request for a model in, until the end of the block; limits are the deployment's now.
 
         Raises:
             RateLimited: as many wait as may, or the tokens of a minute are used up.
         """
         names, of_key = model.names, access.limits or UNBOUNDED
-        of_models = [self.limits.of(name) for name in names]
+        of_models = [limits.of(name) for name in names]
         of_model = of_models[0] if len(names) == 1 else _least(of_models)
         bounds = [
-            _Bound(whose, self._meter(kind, name), limits)
-            for kind, name, whose, limits in (
-                *(("model", name, f"model {name!r}", own) for name, own in zip(names, of_models, strict=True)),
+            _Bound(whose, self._meter(kind, name), own)
+            for kind, name, whose, own in (
+                *(
+                    ("model", name, f"model {name!r}", each)
+                    for name, each in zip(names, of_models, strict=True)
+                ),
                 ("key", access.key_id, f"the API key {access.key_id!r}", of_key),
             )
-            if limits.max_waiting is not None or limits.tokens_per_minute is not None
+            if own.max_waiting is not None or own.tokens_per_minute is not None
         ]
         for bound in bounds:
             bound.check_waiting()

@@ -4,27 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
 
-from inference_service.adapters.catalog import Catalog, ServedModel
+from inference_service.adapters.catalog import Catalog
 from inference_service.adapters.defaults import NO_DEFAULTS, AdapterDefaults
 from inference_service.adapters.mixing import agreed
+from inference_service.adapters.ports import GenerationFollower
+from inference_service.adapters.served_model import ServedModel
+from inference_service.adapters.texts import AdapterTexts
 from inference_service.serving.request import Request, Served
 from loramux_shared.faults import DeadlineExceeded, Finding, ReplicaBehind, RequestInvalid
-
-CatchUp = Callable[[int], Awaitable[None]]
-"""Takes over a generation of at least this number, or raises `ReplicaBehind`."""
-DefaultsOf = Callable[[ServedModel], Awaitable[AdapterDefaults]]
-"""Returns what an adapter brings beside its weights, read from its bundle where nobody has yet."""
 
 
 class Naming:
     """Looks names up: after the generation that a request asks for, and once for all that is answered."""
 
-    def __init__(self, catalog: Catalog) -> None:
+    def __init__(
+        self, catalog: Catalog, follower: GenerationFollower | None = None, texts: AdapterTexts | None = None
+    ) -> None:
+        """Look up in a catalog; follower takes newer generations over, texts are what adapters bring."""
         self._catalog = catalog
-        self.catch_up: CatchUp = self._cannot_catch_up
-        self.defaults_of: DefaultsOf = _known_defaults
+        self._follower = follower
+        self._texts = texts
 
     async def choose(self, request: Request) -> Served:
         """Return what answers a request.
@@ -85,13 +85,19 @@ class Naming:
             return model.defaults
         if model.parts:
             return agreed([await self.defaults(part) for part in model.parts])
-        return await self.defaults_of(model)
+        if self._texts is None:
+            return NO_DEFAULTS
+        defaults = await self._texts.defaults(model.digest, model.name)
+        self._catalog.know(model.digest, defaults=defaults)
+        return defaults
 
     async def _wait_for(self, number: int, deadline_s: float | None) -> None:
+        if self._follower is None:
+            raise self._behind(number)
         left_s = None if deadline_s is None else max(0.0, deadline_s - time.monotonic())
         try:
             async with asyncio.timeout(left_s) as limit:
-                await self.catch_up(number)
+                await self._follower.catch_up(number)
         except TimeoutError:
             if not limit.expired():
                 raise
@@ -99,15 +105,8 @@ class Naming:
         if number > self._catalog.generation:
             raise self._behind(number)
 
-    async def _cannot_catch_up(self, number: int) -> None:
-        raise self._behind(number)
-
     def _behind(self, number: int) -> ReplicaBehind:
         return ReplicaBehind(
             f"the request asks for generation {number}, and this replica has {self._catalog.generation}. "
             "Retry in a moment, or look at what the deployment's builder published."
         )
-
-
-async def _known_defaults(model: ServedModel) -> AdapterDefaults:
-    return model.defaults or NO_DEFAULTS

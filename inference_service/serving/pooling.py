@@ -110,7 +110,7 @@ async def scored(
             f"one of {model.num_labels}",
             "Ask /classify for all of them.",
         )
-    scorer = await service.scorer_of(model)
+    scorer = await service.scorer(model)
     asked = [replace(request, served=served) for request in requests]
     async with aclosing(pooled(service, asked)) as found:
         async for prompt in found:

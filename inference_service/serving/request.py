@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Final, NamedTuple
 
-from inference_service.adapters.catalog import ServedModel
 from inference_service.adapters.mixing import Scaled
+from inference_service.adapters.served_model import ServedModel
 from inference_service.core.constraint import Constraint
 from inference_service.core.sequence import FinishReason, Token, Vector
 from inference_service.text.text import Text

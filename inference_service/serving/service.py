@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import AsyncGenerator, Iterator, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from contextlib import contextmanager
 from dataclasses import replace
 
-from inference_service.adapters.catalog import Catalog, Changes, ServedModel
+from inference_service.adapters.catalog import Catalog
 from inference_service.adapters.defaults import NO_DEFAULTS, AdapterDefaults
-from inference_service.adapters.scoring import ScorerOf, no_scorer, require_text
+from inference_service.adapters.ports import GenerationFollower
+from inference_service.adapters.scoring import Scorer, require_text
+from inference_service.adapters.served_model import ServedModel
+from inference_service.adapters.texts import AdapterTexts
 from inference_service.core.activation import activation
 from inference_service.core.constraint import Constraint
 from inference_service.core.sampling import LogprobsMode
@@ -43,8 +46,8 @@ from inference_service.serving.telemetry.replica import EngineView
 from inference_service.serving.terms import ServingLimits, Terms
 from inference_service.text.text import StopTexts, Text
 from loramux_shared.access.rights import ACCESS
-from loramux_shared.bundle.generation import Generation
-from loramux_shared.parsers import Parsers
+from loramux_shared.faults import InternalFault
+from loramux_shared.parsers import Parsers, ReasoningParser, ToolParser
 from loramux_shared.pooling import Pooling
 
 __all__ = [
@@ -61,6 +64,8 @@ __all__ = [
     "Started",
 ]
 
+ParsersOf = Callable[[ToolParser, ReasoningParser], Parsers]
+
 _numbers = itertools.count()
 
 
@@ -74,9 +79,8 @@ class GenerationService:
 
     in_work: int = 0
     """Requests of all doors that have not ended."""
-    parsers: Parsers = Parsers()
-    """How answers of chats are read."""
     _watchers: Seq[Watcher] = ()
+    _parsers_of: ParsersOf = Parsers
 
     def __init__(
         self,
@@ -85,22 +89,32 @@ class GenerationService:
         engine: EngineThread,
         limits: ServingLimits,
         watchers: Seq[Watcher] = (),
+        *,
+        follower: GenerationFollower | None = None,
+        texts: AdapterTexts | None = None,
+        base_files: BaseFiles | None = None,
+        pooling_of_base: Pooling | None = Pooling.LAST,
+        parsers_of: ParsersOf = Parsers,
+        logprobs_mode: LogprobsMode = "raw",
     ) -> None:
-        """Begin to serve; watchers hear of every request, as the metrics do."""
+        """Begin to serve; watchers see every request, as the metrics do.
+
+        follower and texts are None where the catalog's adapters never change, and bring no files.
+        pooling_of_base is how the base was trained to make vectors; None: in a way that is not served.
+        parsers_of returns how answers of chats are read, where a deployment names these parsers.
+        logprobs_mode is that of requests that name none.
+        """
         self.catalog = catalog
         self.limits = limits
         self.text = text
         self.metrics = Metrics(catalog, engine)
-        self.naming = Naming(catalog)
-        self.limiter = Limiter()
-        self.logprobs_mode: LogprobsMode = "raw"
-        """Of requests that say none."""
-        self.pooling_of_base: Pooling | None = Pooling.LAST
-        """How the base was trained to make vectors; None: in a way that is not served."""
-        self.pooling: Pooling | None = None
-        """What the deployment says about it."""
-        self.base_files: BaseFiles = NoBaseFiles()
-        self.scorer_of: ScorerOf = no_scorer
+        self.naming = Naming(catalog, follower, texts)
+        self.logprobs_mode: LogprobsMode = logprobs_mode
+        self.base_files: BaseFiles = base_files or NoBaseFiles()
+        self._limiter = Limiter()
+        self._texts = texts
+        self._pooling_of_base = pooling_of_base
+        self._parsers_of = parsers_of
         self._watchers = (self.metrics, *watchers)
         self._engine = engine
         self.engine_view: EngineView = engine
@@ -128,7 +142,7 @@ class GenerationService:
             if request.pooling is None:
                 require_text(model)
             check(request, model.vocab or self.text.vocab, self._engine.max_queue, self.limits.max_seq_len)
-            with self.limiter.admit(model, ACCESS.get()) as ticket:
+            with self._limiter.admit(model, ACCESS.get(), self.catalog.deployed.limits) as ticket:
                 defaults = await self.naming.defaults(model)
                 terms = self._terms(request, defaults)
                 tokens = await terms.prompt(self.limits.max_seq_len)
@@ -165,16 +179,16 @@ class GenerationService:
         defaults = await self.naming.defaults(served.model)
         return await self._terms(request, defaults).prompt(countable(self.limits.max_seq_len))
 
-    def apply(self, generation: Generation) -> Changes:
-        """Take over a generation on the same base: its names, versions, aliases and limits, in one step.
+    async def scorer(self, model: ServedModel) -> Scorer:
+        """Return the score head of an adapter that classifies.
 
-        Requests that have their model keep it, and what they count against.
+        Raises:
+            BundleCorrupt: the store's files are missing or damaged, or there is none.
+            StoreUnavailable: the store does not answer.
         """
-        changes = self.catalog.apply(generation)
-        self.limiter.limits = generation.limits
-        self.pooling = generation.pooling
-        self.limits = replace(self.limits, default_max_tokens=generation.request_default_max_tokens)
-        return changes
+        if self._texts is None:
+            raise InternalFault(f"the score head of {model.name!r} cannot be read here. Please report it.")
+        return await self._texts.scorer(model.digest)
 
     @property
     def max_queue(self) -> int:
@@ -183,8 +197,19 @@ class GenerationService:
 
     @property
     def usual_pooling(self) -> Pooling | None:
-        """Of requests that say none; None: they must."""
-        return self.pooling or self.pooling_of_base
+        """How vectors are made for requests that do not say it; None: they must."""
+        return self.catalog.deployed.pooling or self._pooling_of_base
+
+    @property
+    def default_max_tokens(self) -> int | None:
+        """New tokens of a request that sets no limit; None: as many as fit."""
+        return self.catalog.deployed.request_default_max_tokens
+
+    @property
+    def parsers(self) -> Parsers:
+        """How answers of chats are read."""
+        deployed = self.catalog.deployed
+        return self._parsers_of(deployed.tool_parser, deployed.reasoning_parser)
 
     @contextmanager
     def _working(self) -> Iterator[None]:
@@ -217,7 +242,8 @@ class GenerationService:
         return parsers_of(defaults.template or (defaults.text or self.text).template, self.parsers)
 
     def _terms(self, request: Request, defaults: AdapterDefaults) -> Terms:
-        return Terms(request, defaults, defaults.text or self.text, self.limits, self.logprobs_mode)
+        text, usual = defaults.text or self.text, self.default_max_tokens
+        return Terms(request, defaults, text, self.limits, usual, self.logprobs_mode)
 
     async def _answers(
         self, terms: Terms, model: ServedModel, tokens: list[int], ticket: Ticket

@@ -28,8 +28,6 @@ class ServingLimits:
 
     max_seq_len: int
     """Tokens of prompt and answer together."""
-    default_max_tokens: int | None
-    """New tokens of a request that sets no limit; None: as many as fit."""
     eos_token_ids: frozenset[int]
     hidden_size: int = 0
     """Numbers of a vector."""
@@ -45,6 +43,8 @@ class Terms:
     text: Text
     """What the tokens of the model mean."""
     limits: ServingLimits
+    default_max_tokens: int | None
+    """New tokens of a request that sets no limit; None: as many as fit."""
     logprobs_mode: LogprobsMode = "raw"
     """Where the request does not say one."""
 
@@ -89,7 +89,7 @@ class Terms:
             raise RequestInvalid("the prompt is empty.", [finding])
         if cut == -1:
             longest = self.limits.max_seq_len
-            usual = min(self.limits.default_max_tokens or 1, longest - 1)
+            usual = min(self.default_max_tokens or 1, longest - 1)
             cut = longest - (usual if request.max_tokens is None else request.max_tokens)
         return tokens if cut is None or cut < 1 else tokens[-cut:]
 
@@ -119,7 +119,7 @@ class Terms:
         """
         request, defaults = self.request, self.defaults
         fits = room(request.max_tokens, prompt_tokens, self.limits.max_seq_len)
-        most = min(self.limits.default_max_tokens or fits, fits)
+        most = min(self.default_max_tokens or fits, fits)
         own: dict[str, Any] = {
             "max_tokens": most if request.max_tokens is None else request.max_tokens,
             "temperature": drawable(

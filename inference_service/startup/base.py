@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import structlog
 import torch
 
-from inference_service.adapters.catalog import ServedModel, shown_source
+from inference_service.adapters.served_model import ServedModel, shown_source
 from inference_service.backends.base import Backend
 from inference_service.models.checkpoint import Checkpoint
 from inference_service.models.decoder import Decoder

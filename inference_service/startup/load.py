@@ -13,9 +13,10 @@ from typing import Any, Final, cast
 import structlog
 import torch
 
-from inference_service.adapters.catalog import Catalog, ServedModel
-from inference_service.adapters.defaults import AdapterDefaults
-from inference_service.adapters.scoring import Scorer
+from inference_service.adapters.adapter_set import AdapterSet, Drafts
+from inference_service.adapters.catalog import Catalog
+from inference_service.adapters.fixed import AllResident
+from inference_service.adapters.follower import Follower
 from inference_service.backends.base import LoraBackend
 from inference_service.core.computing import Computing
 from inference_service.core.sampling import SamplingParams
@@ -61,6 +62,9 @@ class Ready:
 
     service: GenerationService
     engine: EngineThread
+    adapters: AdapterSet
+    follower: Follower
+    """It looks for newer generations once it runs."""
     generation: Generation
     """The one that it was loaded with."""
     bank: Bank | None
@@ -146,19 +150,32 @@ def load(settings: InferenceSettings, store: Store, watchers: Sequence[Watcher] 
     )
     ends = base.config.eos_token_ids
     hidden = base.config.dims.hidden
-    serving = ServingLimits(limits.max_seq_len, generation.request_default_max_tokens, ends, hidden)
-    service = GenerationService(catalog, base.text, thread, serving, watchers)
-    service.logprobs_mode = settings.logprobs_mode
-    service.parsers = settings.parsers(generation.tool_parser, generation.reasoning_parser)
-    service.base_files = PlacedFiles(base.placed)
-    service.limiter.limits = generation.limits
-    service.pooling_of_base, service.pooling = base.pooling, generation.pooling
+    residency = AllResident(catalog) if bank is None else bank.residency
+    adapters = AdapterSet(catalog, residency, inbox.post, Drafts(engine, settings, base.model.device.type))
+    follower = Follower(
+        store,
+        generation,
+        adapters.apply,
+        interval_s=settings.follow_interval_s,
+        ends=settings.on_base_change == "exit",
+    )
+    service = GenerationService(
+        catalog,
+        base.text,
+        thread,
+        ServingLimits(limits.max_seq_len, ends, hidden),
+        watchers,
+        follower=follower,
+        texts=None if bank is None else bank.texts,
+        base_files=PlacedFiles(base.placed),
+        pooling_of_base=base.pooling,
+        parsers_of=settings.parsers,
+        logprobs_mode=settings.logprobs_mode,
+    )
     if bank is not None:
-        service.naming.defaults_of = partial(_defaults, bank, catalog)
-        service.scorer_of = partial(_scorer, bank)
         preload_later(bank, fitting[settings.preload :], inbox)
     dtype = str(base.backend.dtype).removeprefix("torch.")
-    return Ready(service, thread, generation, bank, dtype, base.model.device.type)
+    return Ready(service, thread, adapters, follower, generation, bank, dtype, base.model.device.type)
 
 
 def _computing(base: Base) -> Computing:
@@ -169,18 +186,6 @@ def _computing(base: Base) -> Computing:
     reads = token_bytes(base.config, backend.dtype.itemsize, backend.quantization)
     speed = bytes_per_s(backend, base.model.linears())
     return replace(backend.computing, token_bytes=reads, bytes_per_s=speed)
-
-
-async def _defaults(bank: Bank, catalog: Catalog, model: ServedModel) -> AdapterDefaults:
-    """Read what an adapter brings beside its weights, once."""
-    defaults = await bank.texts.defaults(model.digest, model.name)
-    catalog.know(model.digest, defaults=defaults)
-    return defaults
-
-
-async def _scorer(bank: Bank, model: ServedModel) -> Scorer:
-    """Read the score head of an adapter."""
-    return await bank.texts.scorer(model.digest)
 
 
 def _engine(

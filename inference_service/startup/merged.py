@@ -7,8 +7,8 @@ import time
 import structlog
 import torch
 
-from inference_service.adapters.catalog import ServedModel, shown_source
 from inference_service.adapters.defaults import read_adapter_defaults
+from inference_service.adapters.served_model import ServedModel, shown_source
 from inference_service.backends.hold import hold_packed
 from inference_service.core.sequence import Adapter
 from inference_service.lora.loader import load_adapter

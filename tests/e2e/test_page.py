@@ -13,9 +13,10 @@ import pytest_asyncio
 
 from loramux_shared.access.keyring import Keyring
 from loramux_shared.faults import InternalFault, RequestInvalid
-from loramux_shared.parsers import Parsers, ReasoningParser
+from loramux_shared.parsers import ReasoningParser
 from tests.support.access import lines, new_entry
 from tests.support.browser import CHROMIUM, CTRL, Page, browser
+from tests.support.generations import change_deployed
 from tests.support.looks import faint, nameless, overflow
 from tests.support.openai_door import open_door, openai_world
 from tests.support.operated import operated
@@ -199,7 +200,7 @@ async def test_what_a_model_writes_stays_text(page: Page, tmp_path: Path) -> Non
     """
     says = {"evil": [HOSTILE[:9], HOSTILE[9:]], "thinks": ["<think>Hm.", "</think>Ahoy."]}
     service = ScriptedPage(tmp_path, list(says), says)
-    service.parsers = Parsers(reasoning=ReasoningParser.THINK)
+    change_deployed(service.catalog, reasoning_parser=ReasoningParser.THINK)
     async with scripted_door(service) as url:
         await _open(page, url, 3)
         await _ask(page)

@@ -152,7 +152,7 @@ async def test_a_request_finds_its_place_once_for_all_answers_and_versions(
     generation = current_generation(store, "tiny")
     assert generation is not None
     switched = generation.adapters | {"called": generation.adapters["asked"]}
-    service.ready.service.apply(generation.model_copy(update={"adapters": switched, "number": 2}))
+    service.ready.adapters.apply(generation.model_copy(update={"adapters": switched, "number": 2}))
     model = oracle(world.base, world.adapters["asked"])
     assert await service.answers(prompt, model="called", **fields) == [oracle_tokens(model, prompt, NEW)]
     await service.close()

@@ -207,7 +207,7 @@ async def test_a_name_of_another_kind_answers_as_that_one(
         ]
     now = dict(zip(KINDS, [*KINDS[turned:], *KINDS[:turned]], strict=True))
     records = {name: generation.adapters[other] for name, other in now.items()}
-    service.ready.service.apply(generation.model_copy(update={"adapters": records, "number": 2}))
+    service.ready.adapters.apply(generation.model_copy(update={"adapters": records, "number": 2}))
     for name, other in now.items():
         assert await service.answers(prompts[other], model=name, max_tokens=NEW, ignore_eos=True) == [
             expected[other]

@@ -184,7 +184,7 @@ async def test_an_adapter_that_is_replaced_while_its_mixture_answers(world: Worl
             World(world.base, {**world.adapters, "all": world.root / SECOND}, world.root).build(store)
             generation = current_generation(store, "tiny")
             assert generation is not None
-            service.ready.service.apply(generation)
+            service.ready.adapters.apply(generation)
         old += [token.id for token in event.tokens] if isinstance(event, Delta) else []
     [new] = await service.answers(prompt, model=text(parts), max_tokens=NEW, ignore_eos=True)
     await service.close()

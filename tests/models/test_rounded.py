@@ -13,7 +13,7 @@ from structlog.testing import capture_logs
 from builder_service.pipeline.build import build
 from builder_service.pipeline.context import BuildContext
 from builder_service.pipeline.progress import Progress
-from inference_service.adapters.restart import needs_restart
+from inference_service.adapters.follower import needs_restart
 from inference_service.kernels.integers import quantize
 from inference_service.startup.load import Ready
 from loramux_shared.bundle.deployments import current_generation

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from loramux_shared.bundle.generation import AdapterRecord, BaseRecord, Generation
 from loramux_shared.deployment import Dtype, Repository, SourceKind
+
+if TYPE_CHECKING:
+    from inference_service.adapters.catalog import Catalog
 
 
 def _source(name: str) -> Repository:
@@ -31,3 +34,8 @@ def generation(*names: str, **fields: Any) -> Generation:
         lora_dtype=Dtype.BFLOAT16,
         **fields,
     )
+
+
+def change_deployed(catalog: Catalog, **fields: Any) -> None:
+    """Give the generation that a catalog serves other values of fields, and leave its models."""
+    catalog.deployed = catalog.deployed.model_copy(update=fields)

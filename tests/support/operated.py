@@ -6,10 +6,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
-from inference_service.adapters.catalog import Catalog, ServedModel
+from inference_service.adapters.adapter_set import AdapterSet
+from inference_service.adapters.catalog import Catalog, Changes
+from inference_service.adapters.follower import FollowerStanding
 from inference_service.adapters.manager import AdapterManager
-from inference_service.adapters.pins import Pins
-from inference_service.adapters.registry import Registry
+from inference_service.adapters.served_model import ServedModel
 from inference_service.adapters.views import Facts
 from inference_service.core.sequence import Adapter
 from inference_service.engine.residency_entry import ResidencyStats
@@ -52,15 +53,6 @@ def generation(number: int, adapters: Mapping[str, int]) -> Generation:
     )
 
 
-@dataclass(frozen=True)
-class FakeChanges:
-    """What a generation made of the names."""
-
-    added: tuple[str, ...]
-    switched: tuple[str, ...]
-    removed: tuple[str, ...]
-
-
 class FakeNames(Catalog):
     """A catalog that takes over generations, with one handle for each digest."""
 
@@ -69,7 +61,7 @@ class FakeNames(Catalog):
         self.handles: dict[str, Adapter] = {}
         self.apply(started)
 
-    def apply(self, generation: Generation) -> FakeChanges:
+    def apply(self, generation: Generation) -> Changes:
         """Take over a generation."""
         before = {model.name: model.digest for model in self.everything if model.digest}
         after = {name: each.digest for name, each in generation.adapters.items()}
@@ -78,8 +70,8 @@ class FakeNames(Catalog):
             adapter = self.handles.setdefault(after[name], Adapter(after[name]))
             models.append(ServedModel(name, adapter, digest=after[name], ranks=(4, 8)))
         self._models = {model.name: model for model in models}
-        self.generation = generation.number
-        return FakeChanges(
+        self.deployed = generation
+        return Changes(
             tuple(after.keys() - before.keys()),
             tuple(name for name in before if name in after and after[name] != before[name]),
             tuple(before.keys() - after.keys()),
@@ -158,23 +150,13 @@ class FakeResidency:
             self.hold(adapter)
 
 
-@dataclass
-class FakeStanding:
-    """Where the replica is."""
-
-    generation: int
-    newest: int
-    state: str = "current"
-    stale: str = ""
-
-
 class FakeDeployment:
     """A deployment with its builder, and a replica that follows it when it is asked to."""
 
     def __init__(self, started: Generation) -> None:
         self.history = [started]
-        self.standing = FakeStanding(started.number, started.number)
-        self.manager: AdapterManager | None = None
+        self.standing = FollowerStanding(started.number, started.number)
+        self.adapters: AdapterSet | None = None
         self.asked: list[tuple[str, Repository, bool]] = []
         self.racing: list[Mapping[str, int]] = []
         """What others publish right before the next changes."""
@@ -219,9 +201,9 @@ class FakeDeployment:
         """Take the newest over."""
         if self.newest.number < number:
             raise ReplicaBehind(f"expected {number}, found {self.newest.number}")
-        assert self.manager is not None
-        self.manager.take(self.newest)
-        self.standing.generation = self.standing.newest = self.newest.number
+        assert self.adapters is not None
+        self.adapters.apply(self.newest)
+        self.standing = FollowerStanding(self.newest.number, self.newest.number)
 
     def _race(self) -> None:
         if self.refuses is not None:
@@ -251,6 +233,7 @@ class Operated:
     names: FakeNames
     residency: FakeResidency
     deployment: FakeDeployment
+    adapters: AdapterSet
     manager: AdapterManager
     pauses: list[bool] = field(default_factory=lambda: [False])
 
@@ -272,18 +255,15 @@ def operated(
     versions = versions or {name: number for number, name in enumerate(adapters, start=1)}
     started = generation(1, versions)
     names, residency, deployment = FakeNames(started), FakeResidency(), FakeDeployment(started)
-    pins = Pins(residency, lambda command: command())
+    adapter_set = AdapterSet(names, residency, lambda command: command())
     pauses = [False]
     manager = AdapterManager(
-        names,
-        residency,
+        adapter_set,
         deployment,
-        pins,
         Facts("demo", datetime.now(UTC), dtype="bfloat16", max_lora_rank=64),
-        registry=Registry(names, started, pins),
         bundles=FakeBundles(*bundles),
         publisher=deployment if builder else None,
         paused=lambda: pauses[0],
     )
-    deployment.manager = manager
-    return Operated(names, residency, deployment, manager, pauses)
+    deployment.adapters = adapter_set
+    return Operated(names, residency, deployment, adapter_set, manager, pauses)

@@ -11,8 +11,9 @@ from typing import cast
 
 import pytest
 
-from inference_service.adapters.catalog import Catalog, ServedModel
+from inference_service.adapters.catalog import Catalog
 from inference_service.adapters.manager import AdapterManager
+from inference_service.adapters.served_model import ServedModel
 from inference_service.core.sequence import Adapter, FinishReason, Token
 from inference_service.engine.engine import EngineStats, SequenceCounts
 from inference_service.http import server as door
@@ -58,7 +59,7 @@ class ScriptedPage(GenerationService):
         sequences = SequenceCounts({"base": 1, adapters[0]: 2}, {adapters[-1]: 2})
         engine = cast(EngineThread, SimpleNamespace(max_queue=8, stats=STATS, sequence_counts=sequences))
         catalog = Catalog(7, "base", models(adapters))
-        super().__init__(catalog, Text.load(folder, VOCAB), engine, ServingLimits(256, None, frozenset({2})))
+        super().__init__(catalog, Text.load(folder, VOCAB), engine, ServingLimits(256, frozenset({2})))
         self._says = says
         self.asked: list[str] = []
         """The models of requests, as they came."""

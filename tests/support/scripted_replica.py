@@ -7,7 +7,8 @@ from collections.abc import AsyncGenerator
 from functools import partial
 from pathlib import Path
 
-from inference_service.adapters.catalog import Catalog, ServedModel
+from inference_service.adapters.catalog import Catalog
+from inference_service.adapters.served_model import ServedModel
 from inference_service.core.sequence import FinishReason, Token
 from inference_service.http.server import HttpServer
 from inference_service.rpc.servicer import SERVICE_NAME, InferenceServicer, register

@@ -7,7 +7,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
 
-from inference_service.adapters.catalog import Catalog, ServedModel
+from inference_service.adapters.catalog import Catalog
+from inference_service.adapters.served_model import ServedModel
 from inference_service.engine.engine import EngineStats, SequenceCounts
 from inference_service.rpc.servicer import SERVICE_NAME, InferenceServicer, register
 from inference_service.serving.engine_thread import EngineThread
@@ -52,7 +53,7 @@ def silent_service(folder: Path) -> GenerationService:
         tokens_generated=0,
     )
     engine = cast(EngineThread, SilentEngine(max_queue=8, stats=stats, sequence_counts=SequenceCounts({}, {})))
-    return GenerationService(catalog, Text.load(folder, VOCAB), engine, ServingLimits(64, None, frozenset({2})))
+    return GenerationService(catalog, Text.load(folder, VOCAB), engine, ServingLimits(64, frozenset({2})))
 
 
 def silent_server(service: GenerationService, guard: Guard = NOBODY_GUARDS) -> RpcServer:

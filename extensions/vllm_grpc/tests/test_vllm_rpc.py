@@ -282,14 +282,15 @@ async def test_the_tokenizer_comes_as_an_archive(doors: Doors, world: tuple[Worl
     model = doors.ready.service.catalog.get(MODEL)
     assert model.defaults is not None
 
-    async def with_template(_model: Any) -> Any:
+    async def with_template(_digest: str, _name: str) -> Any:
         template = type("Template", (), {"source": "{{ messages }}"})
         return type("Defaults", (), {"template": template, "text": doors.ready.service.text})
 
     with pytest.MonkeyPatch.context() as patch:
         bare = type(model)(MODEL, model.adapter, defaults=None)
         patch.setitem(doors.ready.service.catalog._models, MODEL, bare)  # type: ignore[arg-type]
-        patch.setattr(doors.ready.service.naming, "defaults_of", with_template)
+        assert doors.ready.bank is not None
+        patch.setattr(doors.ready.bank.texts, "defaults", with_template)
         own = await archive_of(doors.of_model)
     assert own["chat_template.jinja"] == b"{{ messages }}"
     assert json.loads(own["tokenizer_config.json"])["chat_template"] == "{{ messages }}"

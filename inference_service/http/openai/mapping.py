@@ -93,7 +93,7 @@ def completion_requests(
         raise refused("n", f"at most {MAX_CHOICES} answers, to all prompts together", body.n)
     limit = body.max_tokens
     if limit is None:
-        limit = service.limits.default_max_tokens or DEFAULT_COMPLETION_TOKENS
+        limit = service.default_max_tokens or DEFAULT_COMPLETION_TOKENS
     prompt_logprobs = body.prompt_logprobs
     if body.echo and prompt_logprobs is None and (body.logprobs is not None or limit == 0):
         prompt_logprobs = body.logprobs or 0

@@ -9,8 +9,8 @@ from typing import Final
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
-from inference_service.adapters.catalog import ServedModel
 from inference_service.adapters.manager import AdapterManager
+from inference_service.adapters.served_model import ServedModel
 from inference_service.http import answers
 from inference_service.http.admin.operators import failure_of, manager_of
 from inference_service.http.wire.reply import json_response

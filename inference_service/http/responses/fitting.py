@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from inference_service.http.openai.chat_schema import ChatBody
 from inference_service.http.openai.conversation import Conversation
-from inference_service.serving.service import GenerationService, ServingLimits
+from inference_service.serving.service import GenerationService
 from loramux_shared.faults import PromptTooLong
 
 
@@ -48,11 +48,11 @@ async def _fits(service: GenerationService, chat: ChatBody, headers: Mapping[str
         tokens = await Conversation(service, chat, headers).prompt_tokens()
     except PromptTooLong:
         return False
-    return tokens + _answer(chat, service.limits) <= service.limits.max_seq_len
+    return tokens + _answer(chat, service) <= service.limits.max_seq_len
 
 
-def _answer(chat: ChatBody, limits: ServingLimits) -> int:
+def _answer(chat: ChatBody, service: GenerationService) -> int:
     """Return how many tokens of answer a chat must leave room for."""
     if chat.max_completion_tokens is not None:
         return chat.max_completion_tokens
-    return min(limits.default_max_tokens or 1, limits.max_seq_len - 1)
+    return min(service.default_max_tokens or 1, service.limits.max_seq_len - 1)

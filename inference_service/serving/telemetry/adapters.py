@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from itertools import chain
 from typing import Final, NamedTuple
 
@@ -12,8 +12,9 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from inference_service.adapters.catalog import Catalog, ServedModel
+from inference_service.adapters.catalog import Catalog
 from inference_service.adapters.manager import AdapterManager
+from inference_service.adapters.served_model import ServedModel
 from inference_service.adapters.views import PLACES, Place, ReplicaView
 from inference_service.engine.engine import SequenceCounts
 from inference_service.engine.residency_entry import LOAD_BUCKETS_S
@@ -46,15 +47,6 @@ HEADS: Final = tuple(
 INFO_HEAD: Final = head(
     INFO, "gauge", "When this was so, in Unix time; adapters that are ready, and those that sequences wait for."
 )
-
-UNLIMITED: Final = ModelLimits()
-LimitsNow = Callable[[], ModelLimits]
-"""The limits of models: the same object as long as they are the same."""
-
-
-def no_limits() -> ModelLimits:
-    """None is set."""
-    return UNLIMITED
 
 
 class _Shown(NamedTuple):
@@ -103,12 +95,7 @@ class AdapterSeries:
         self._catalog = catalog
         self._engine = engine
         self.adapters = adapters
-        self._limits: LimitsNow = no_limits
         self._written: Mapping[str, tuple[_Facts, Lines]] = {}
-
-    def show(self, adapters: AdapterManager, limits: LimitsNow) -> None:
-        """Ask these from now on."""
-        self.adapters, self._limits = adapters, limits
 
     @property
     def base_name(self) -> str:
@@ -140,7 +127,7 @@ class AdapterSeries:
         return sorted(found, key=lambda each: -each.used_s)
 
     def _lines(self, shown: list[_Shown], sequences: SequenceCounts) -> list[Lines]:
-        before, limits, written = self._written, self._limits(), {}
+        before, limits, written = self._written, self._catalog.deployed.limits, {}
         for each in sorted(shown, key=lambda each: each.model.name):
             name = each.model.name
             facts = _Facts(

@@ -17,12 +17,7 @@ from inference_service.adapters.catalog import Catalog
 from inference_service.adapters.fixed import fixed_manager
 from inference_service.adapters.manager import AdapterManager
 from inference_service.serving.request import Delta
-from inference_service.serving.telemetry.adapters import (
-    AdapterCollector,
-    AdapterSeries,
-    LimitsNow,
-    no_limits,
-)
+from inference_service.serving.telemetry.adapters import AdapterCollector, AdapterSeries
 from inference_service.serving.telemetry.model_series import MOST, Counted, ModelSeries, Timed
 from inference_service.serving.telemetry.record import Record
 from inference_service.serving.telemetry.replica import EngineView, ReplicaCollector
@@ -71,9 +66,9 @@ class Metrics:
         self._adapters = AdapterSeries(catalog, engine, fixed_manager(catalog))
         self._registry.register(AdapterCollector(self._adapters))
 
-    def show(self, adapters: AdapterManager, limits: LimitsNow = no_limits, most: int = MOST) -> None:
-        """Tell from now on what a manager knows of adapters, and the limits of models; of most of them."""
-        self._adapters.show(adapters, limits)
+    def show(self, adapters: AdapterManager, most: int = MOST) -> None:
+        """Show from now on the adapters of a manager; at most so many models have series of their own."""
+        self._adapters.adapters = adapters
         self._adapters.most = self._models.most = most
 
     def began(self, record: Record) -> None:

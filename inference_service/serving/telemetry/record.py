@@ -10,7 +10,7 @@ from contextvars import Context, copy_context
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
-from inference_service.adapters.catalog import ServedModel
+from inference_service.adapters.served_model import ServedModel
 from inference_service.core.sequence import FinishReason
 from inference_service.core.sequence import Sequence as EngineSequence
 from inference_service.serving.request import Delta, Event, Finished, Request

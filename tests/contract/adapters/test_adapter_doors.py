@@ -48,7 +48,7 @@ async def client(replica: Operated) -> AsyncIterator[AsyncClient]:
 async def web(replica: Operated, tmp_path: Path) -> AsyncIterator[httpx.AsyncClient]:
     """A client of its HTTP door."""
     silent = silent_service(tmp_path)
-    limits = ServingLimits(64, None, frozenset({2}))
+    limits = ServingLimits(64, frozenset({2}))
     service = GenerationService(replica.names, silent.text, silent._engine, limits)
     transport = httpx.ASGITransport(create_app(service, adapters=replica.manager))
     async with httpx.AsyncClient(transport=transport, base_url="http://door") as web:
@@ -80,7 +80,7 @@ async def test_adapters_over_grpc(client: AsyncClient, replica: Operated) -> Non
 async def test_many_adapters_come_in_pages(client: AsyncClient, replica: Operated) -> None:
     """The client asks for all of them."""
     names = {f"lora-{number:04}": number + 1 for number in range(2_500)}
-    replica.manager.take(generation(2, names))
+    replica.adapters.apply(generation(2, names))
     assert [each.name for each in await client.adapters()] == list(names)
 
 

@@ -17,7 +17,6 @@ import pytest_asyncio
 from builder_service.pipeline.build import build
 from builder_service.pipeline.context import BuildContext
 from builder_service.pipeline.progress import Progress
-from inference_service.adapters.catalog import ServedModel
 from inference_service.adapters.defaults import NO_DEFAULTS, AdapterDefaults
 from inference_service.core.sequence import Sequence
 from inference_service.http.server import HttpServer
@@ -33,7 +32,7 @@ from loramux.inference.v1 import inference_pb2_grpc
 from loramux.messages import deployment_from_message, deployment_to_message
 from loramux_shared.access.guard import Guard
 from loramux_shared.access.keyring import Keyring
-from loramux_shared.bundle.deployments import current_generation
+from loramux_shared.bundle.deployments import current_generation, publish_generation
 from loramux_shared.bundle.generation import Generation
 from loramux_shared.deployment import Deployment, ModelLimits, Runtime
 from loramux_shared.limits import Limits
@@ -41,6 +40,7 @@ from loramux_shared.rpc.server import RpcServer
 from loramux_shared.sources.open import open_sources
 from loramux_shared.storage.memory import MemoryStore
 from tests.support.access import lines, new_entry
+from tests.support.generations import change_deployed
 from tests.support.metrics import Scrape
 from tests.support.service import until_free
 from tests.support.tiny import World
@@ -156,7 +156,7 @@ async def test_a_request_ends_on_the_version_that_it_began_with(doors: Doors) ->
     events = service.generate(Request("rs", PROMPT, max_tokens=4, temperature=0, ignore_eos=True))
     started = await anext(events)
     assert isinstance(started, Started)
-    changes = service.apply(doors.later(2, rs="wide"))
+    changes = doors.ready.adapters.apply(doors.later(2, rs="wide"))
     assert (changes.switched, set(changes.removed)) == (("rs",), {"all", "wide"})
     rest = [event async for event in events]
     said = [token.id for event in rest if isinstance(event, Delta) for token in event.tokens]
@@ -214,16 +214,23 @@ async def test_all_prompts_of_a_call_are_answered_by_one_version(doors: Doors) -
     assert [choice["token_ids"] for choice in answer["choices"]] == [expected] * 16
 
 
-async def test_a_replica_catches_up_first(doors: Doors) -> None:
+async def test_a_replica_catches_up_first(
+    world: tuple[World, MemoryStore], built: tuple[MemoryStore, Deployment]
+) -> None:
     """Where it can; and what it cannot find is REPLICA_BEHIND, with the time to retry."""
-    service = doors.ready.service
+    store = MemoryStore()
+    store.objects.update(built[0].objects)
+    generation = current_generation(store, "tiny")
+    assert generation is not None
+    doors = Doors(world[0].load(store, stream_interval_ms=0), generation, Guard())
+    await doors.start()
     with pytest.raises(ReplicaBehind) as behind:
         await doors.client.complete("rs", PROMPT, min_generation=2)
     assert behind.value.retry_after_s == 1.0
     async with grpc.aio.insecure_channel(doors.address) as channel:
         stub = inference_pb2_grpc.InferenceServiceStub(channel)
         request = pb.GenerateRequest(model="rs", token_ids=pb.TokenIds(ids=PROMPT))
-        with pytest.raises(grpc.aio.AioRpcError, match="asks for generation 9"):
+        with pytest.raises(grpc.aio.AioRpcError, match=r"generation 9 .* this replica serves 1"):
             await stub.Generate(request, metadata=(("x-loramux-min-generation", "9"),)).read()
     for refused in (
         await doors.ask("rs", min_generation=2),
@@ -232,15 +239,14 @@ async def test_a_replica_catches_up_first(doors: Doors) -> None:
         assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
         assert refused.json()["error"]["code"] == "replica_behind"
 
-    async def catch_up(number: int) -> None:
-        service.apply(doors.later(number, rs="wide", new="rs"))
-
-    service.naming.catch_up = catch_up
+    publish_generation(store, doors.later(2, rs="wide", new="rs"))
     answer = await doors.ask("new", {"x-loramux-min-generation": "2"}, min_generation=1)
     assert (answer.status_code, answer.headers["x-loramux-generation"]) == (200, "2")
+    publish_generation(store, doors.later(3, rs="wide"))
     told = await doors.client.complete("rs", PROMPT, max_tokens=1, min_generation=3)
     assert (told.started.generation, told.started.adapter_digest) == (3, doors.digest("wide"))
     assert (await doors.ask("rs", {"x-loramux-min-generation": "x"})).status_code == 400
+    await doors.close()
 
 
 async def test_a_model_at_its_limit_is_refused_alone(doors: Doors) -> None:
@@ -260,7 +266,7 @@ async def test_a_model_at_its_limit_is_refused_alone(doors: Doors) -> None:
     assert limited.value.retry_after_s is not None
     assert 30 < limited.value.retry_after_s <= 42
     assert (await doors.ask("rs")).status_code == 200
-    doors.ready.service.apply(doors.generation.model_copy(update={"number": 2, "limits": Runtime().limits}))
+    doors.ready.adapters.apply(doors.generation.model_copy(update={"number": 2, "limits": Runtime().limits}))
     assert (await doors.ask("all")).status_code == 200
     counted = await doors.http.get("/metrics")
     scrape = Scrape(counted.text)
@@ -288,7 +294,6 @@ async def test_the_engine_is_told_flow_and_share(doors: Doors) -> None:
     """What the deployment file says of a model reaches its sequences."""
     made, noted = doors.ready.service, Noted()
     service = GenerationService(made.catalog, made.text, doors.ready.engine, made.limits, [noted])
-    service.apply(doors.generation)
     for model in ("all", "base", "one"):
         async with aclosing(service.generate(Request(model, PROMPT, max_tokens=1))) as events:
             async for _ in events:
@@ -318,11 +323,12 @@ def hold(doors: Doors) -> asyncio.Event:
     """Keep requests before they are tokenized, until the event is set."""
     gate = asyncio.Event()
 
-    async def slowly(_: ServedModel) -> AdapterDefaults:
+    async def slowly(digest: str, name: str) -> AdapterDefaults:
         await gate.wait()
         return NO_DEFAULTS
 
-    doors.ready.service.naming.defaults_of = slowly
+    assert doors.ready.bank is not None
+    doors.ready.bank.texts.defaults = slowly  # type: ignore[method-assign]
     for name in ("rs", "wide"):
         doors.ready.service.catalog.know(doors.digest(name), defaults=None)
     return gate
@@ -341,7 +347,7 @@ def limits(**default: int) -> ModelLimits:
 
 async def test_tokens_of_a_minute_are_not_used_twice(doors: Doors) -> None:
     """Requests that came while there were some are looked at again before the engine gets them."""
-    doors.ready.service.limiter.limits = limits(tokens_per_minute=4)
+    change_deployed(doors.ready.service.catalog, limits=limits(tokens_per_minute=4))
     gate = hold(doors)
     waiting = [asyncio.ensure_future(doors.ask("rs")) for _ in range(3)]
     await until_held(doors, 3)

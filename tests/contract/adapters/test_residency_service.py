@@ -144,7 +144,7 @@ async def test_names_switch_under_running_requests(
         for turn in range(1, 7):
             turned = records[turn % 3 :] + records[: turn % 3]
             generation = _published(store, generation, dict(zip(NAMES, turned, strict=True)))
-            service.ready.service.apply(generation)
+            service.ready.adapters.apply(generation)
             for found in answers.values():
                 behind = len(found) + 1  # the next one may have begun before the switch
                 await until(lambda: len(found) > behind, "answers behind the switch", lambda: len(found))  # noqa: B023
@@ -171,7 +171,7 @@ async def test_a_name_that_is_gone_is_not_found_and_what_runs_on_it_ends(
     running = asyncio.create_task(_tokens(service, "all", max_tokens=60))
     await until(lambda: engine.stats.waiting, "the request that is held", lambda: engine.stats)
     rest = {name: record for name, record in generation.adapters.items() if name != "all"}
-    service.ready.service.apply(_published(store, generation, rest))
+    service.ready.adapters.apply(_published(store, generation, rest))
     with pytest.raises(ModelNotFound):
         await _tokens(service, "all")
     engine.resume()

@@ -23,8 +23,9 @@ from inference_service.http.app import create_app
 from loramux_shared.access.guard import NOBODY_GUARDS, Guard
 from loramux_shared.access.keyring import Keyring
 from loramux_shared.faults import InternalFault, QueueFull, RateLimited, ReplicaFailed
-from loramux_shared.parsers import Parsers, ReasoningParser
+from loramux_shared.parsers import ReasoningParser
 from tests.support.access import lines, new_entry
+from tests.support.generations import change_deployed
 from tests.support.openai_door import OpenAIDoor
 from tests.support.talker import Talker, open_talker
 
@@ -322,7 +323,7 @@ async def test_what_is_thought_comes_apart(tmp_path: Path) -> None:
     """A block before the text, with a signature and its price; without its text where that is not wanted."""
     said = "<think>I |look.</think>|The |sky."
     async with scripted(tmp_path) as (service, client):
-        service.parsers = Parsers(reasoning=ReasoningParser.THINK)
+        change_deployed(service.catalog, reasoning_parser=ReasoningParser.THINK)
         service.say(said, said)
         async with client.messages.stream(**SENT, thinking={"type": "enabled", "budget_tokens": 9}) as stream:
             kinds = list(dict.fromkeys([event.type async for event in stream if event.type in KINDS]))

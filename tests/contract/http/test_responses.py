@@ -18,7 +18,8 @@ from inference_service.http.responses.carried import carried, uncarried
 from inference_service.http.responses.compact import ASK, SAID_NOTHING
 from inference_service.http.responses.turns import SUMMED_UP
 from loramux_shared.faults import QueueFull, RateLimited, ReplicaFailed, RequestInvalid
-from loramux_shared.parsers import Parsers, ReasoningParser
+from loramux_shared.parsers import ReasoningParser
+from tests.support.generations import change_deployed
 from tests.support.responses import check_events, check_response, read_stream
 from tests.support.talker import TalkerDoor, open_talker
 
@@ -252,7 +253,7 @@ async def test_functions_of_a_namespace(door: TalkerDoor) -> None:
 
 async def test_reasoning_is_an_item_and_comes_back(door: TalkerDoor) -> None:
     """It is told apart from the text, counted, and given to the template again, also unread."""
-    door.talker.parsers = Parsers(reasoning=ReasoningParser.THINK)
+    change_deployed(door.talker.catalog, reasoning_parser=ReasoningParser.THINK)
     said = f"<think>H|m.</think>\n\nSo.|{CALL}"
     for more in ({}, {"include": ["reasoning.encrypted_content"]}):
         door.talker.say(said)
@@ -303,7 +304,7 @@ async def test_a_summary_goes_on_in_the_place_of_a_conversation(door: TalkerDoor
 
 async def test_the_question_for_a_summary_is_no_second_turn_of_the_user(door: TalkerDoor) -> None:
     """Templates may refuse two in a row; reasoning is turned off, and what is thought anyway is no summary."""
-    door.talker.parsers = Parsers(reasoning=ReasoningParser.THINK)
+    change_deployed(door.talker.catalog, reasoning_parser=ReasoningParser.THINK)
     door.talker.say("<think>Hm.</think>So.")
     answer = (await door.post(COMPACT, **ASKED, instructions="Be brief.", temperature=0.5)).json()
     assert door.talker.last == [SYSTEM, {"role": "user", "content": f"Hi\n\n{ASK}"}]

@@ -41,7 +41,7 @@ class Replica:
 
     async def follow(self, speculative_tokens: int | None) -> None:
         """Publish, and take it over."""
-        await self._operators.follower.catch_up(self.publish(speculative_tokens))
+        await self._ready.follower.catch_up(self.publish(speculative_tokens))
 
     async def drafted(self) -> float:
         """How many tokens were drafted for a request whose answer says the same again and again."""

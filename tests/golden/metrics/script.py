@@ -12,8 +12,9 @@ from prometheus_client import generate_latest
 from builder_service.builds.meter import BuildMeter
 from builder_service.builds.running import RunningBuild
 from builder_service.builds.views import State
-from inference_service.adapters.catalog import Catalog, ServedModel
+from inference_service.adapters.catalog import Catalog
 from inference_service.adapters.fixed import fixed_manager
+from inference_service.adapters.served_model import ServedModel
 from inference_service.core.computing import Computing
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Adapter, FinishReason, Sequence, Token
@@ -24,6 +25,7 @@ from inference_service.serving.telemetry.record import following
 from inference_service.serving.telemetry.replica import EngineView
 from loramux_shared.deployment import ModelLimits
 from loramux_shared.limits import Limits
+from tests.support.generations import change_deployed
 from tests.support.metrics import Scrape
 
 NAMES = Path(__file__).with_name("names.txt")
@@ -46,6 +48,7 @@ def replica(sequences: SequenceCounts, models: tuple[ServedModel, ...] = MODELS)
     )
     engine = cast(EngineView, SimpleNamespace(stats=stats, sequence_counts=sequences))
     catalog = Catalog(1, "base", models)
+    change_deployed(catalog, limits=ModelLimits(default=Limits(weight=2.0)))
     catalog.computing = Computing(token_bytes=2, bytes_per_s=1.0)
     return Metrics(catalog, engine)
 
@@ -53,7 +56,7 @@ def replica(sequences: SequenceCounts, models: tuple[ServedModel, ...] = MODELS)
 def everything() -> Scrape:
     """Serve one request, and scrape."""
     metrics = replica(SequenceCounts({}, {}))
-    metrics.show(fixed_manager(Catalog(1, "base", MODELS)), lambda: ModelLimits(default=Limits(weight=2.0)))
+    metrics.show(fixed_manager(Catalog(1, "base", MODELS)))
     with following(Request("pirate", "Hi"), [metrics]) as follower:
         follower.record.model = MODELS[1]
         follower.submitted([Sequence("0", [1, 2], SamplingParams())])

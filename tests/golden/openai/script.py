@@ -12,7 +12,8 @@ from typing import Any
 import httpx
 from tokenizers import Tokenizer
 
-from inference_service.adapters.catalog import Catalog, ServedModel
+from inference_service.adapters.catalog import Catalog
+from inference_service.adapters.served_model import ServedModel
 from inference_service.core.sequence import FinishReason, Token
 from inference_service.engine.engine import SequenceCounts
 from inference_service.http.app import create_app
@@ -138,7 +139,7 @@ class Scripted(GenerationService):
         ]
         self.catalog = Catalog(7, "tiny", models)
         self.naming = Naming(self.catalog)
-        self.limits = ServingLimits(256, None, frozenset({2}))
+        self.limits = ServingLimits(256, frozenset({2}))
         self.text = text
         self.metrics = replica(SequenceCounts({}, {}))
         self._case = case

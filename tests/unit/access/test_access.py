@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import structlog
 
-from inference_service.adapters.catalog import Catalog, ServedModel
+from inference_service.adapters.catalog import Catalog
+from inference_service.adapters.served_model import ServedModel
 from inference_service.http.wire.refusals import fault_response
 from loramux_shared.access.asgi import AccessMiddleware
 from loramux_shared.access.guard import is_local, open_guard

@@ -93,7 +93,7 @@ def prompt(ready: Ready, model: str) -> str:
 def sampling(ready: Ready, model: str, **fields: Any) -> SamplingParams:
     """How a request to a model is sampled."""
     service = ready.service
-    terms = Terms(Request(model, "x", **fields), defaults(ready, model), service.text, service.limits)
+    terms = Terms(Request(model, "x", **fields), defaults(ready, model), service.text, service.limits, None)
     return asyncio.run(terms.sampling(1))
 
 

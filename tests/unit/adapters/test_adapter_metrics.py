@@ -8,7 +8,7 @@ from typing import cast
 
 import pytest
 
-from inference_service.adapters.catalog import ServedModel
+from inference_service.adapters.served_model import ServedModel
 from inference_service.engine.engine import EngineStats, SequenceCounts
 from inference_service.engine.residency_entry import LOAD_BUCKETS_S, ResidencyStats
 from inference_service.serving.request import Request
@@ -19,6 +19,7 @@ from inference_service.serving.telemetry.replica import EngineView
 from inference_service.serving.telemetry.text_format import label
 from loramux_shared.deployment import ModelLimits
 from loramux_shared.limits import Limits
+from tests.support.generations import change_deployed
 from tests.support.instructions import instructions
 from tests.support.metrics import Scrape
 from tests.support.operated import Operated, operated
@@ -115,8 +116,7 @@ def test_a_scrape_says_what_is_so_now() -> None:
     replica = operated({"one": 1, "two": 2})
     running: dict[str, int] = {}
     waiting: dict[str, int] = {}
-    metrics, limits = metrics_of(replica, SequenceCounts(running, waiting)), [ModelLimits()]
-    metrics.show(replica.manager, lambda: limits[0])
+    metrics = metrics_of(replica, SequenceCounts(running, waiting))
     replica.residency.hold(replica.adapter("one"))
 
     def said() -> set[str]:
@@ -130,7 +130,7 @@ def test_a_scrape_says_what_is_so_now() -> None:
     }
     running["one"] = 2
     waiting["two"] = 1
-    limits[0] = ModelLimits(models={"one": Limits(max_running=3)})
+    change_deployed(replica.names, limits=ModelLimits(models={"one": Limits(max_running=3)}))
     replica.residency.hold(replica.adapter("two"))
     replica.names._models["one"] = replace(replica.names.get("one"), load_s=0.5)
     assert said() >= {

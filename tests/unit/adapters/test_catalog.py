@@ -14,9 +14,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from inference_service.adapters.catalog import EARLIER, Catalog, ServedModel
+from inference_service.adapters.catalog import EARLIER, Catalog
 from inference_service.adapters.defaults import NO_DEFAULTS, AdapterDefaults
 from inference_service.adapters.mixing import Scaled, written
+from inference_service.adapters.served_model import ServedModel
 from inference_service.core.sequence import Adapter
 from loramux_shared.access.rights import ACCESS, Access, Scope
 from loramux_shared.bundle.generation import AdapterRecord, BaseRecord, Generation

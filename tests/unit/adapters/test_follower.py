@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
 from inference_service.adapters import follower as following
-from inference_service.adapters.follower import Follower, State
-from inference_service.adapters.restart import needs_restart
+from inference_service.adapters.follower import Follower, FollowerState, needs_restart
 from loramux_shared.bundle.deployments import publish_generation, read_generation
 from loramux_shared.bundle.generation import Current, current_key, generation_key
 from loramux_shared.bundle.manifest import FileDigest, sha256_hex
@@ -56,9 +55,8 @@ class Replica:
 
     def __init__(self, store, **options):
         self.took = []
-        self.stale = []
         self.fails = 0
-        options = {"interval_s": HOUR_S, "spacing_s": 0.0, "on_stale": self.stale.append} | options
+        options = {"interval_s": HOUR_S, "spacing_s": 0.0, "ends": True} | options
         self.follower = Follower(store, read_generation(store, "d", 1), self.take, **options)
         self.task = None
 
@@ -99,7 +97,7 @@ async def test_a_newer_generation_is_taken_over_once(store):
         await replica.look(3)
         assert replica.took == [second]
         assert replica.follower.standing.generation == 2
-        assert replica.follower.standing.state is State.CURRENT
+        assert replica.follower.standing.state is FollowerState.CURRENT
         assert set(store.asked) == {current_key("d")}
 
 
@@ -138,7 +136,7 @@ async def test_what_is_damaged_is_never_applied_and_tried_again(store, damage):
             await replica.look(3)
             assert replica.took == []
             assert replica.follower.standing.blind
-            assert replica.follower.standing.state is State.BLIND
+            assert replica.follower.standing.state is FollowerState.BLIND
             store.objects[current_key("d")], store.objects[generation_key("d", 2)] = pointer, newer
             await replica.look()
             assert replica.numbers == [2]
@@ -157,7 +155,7 @@ async def test_a_store_that_is_away_is_logged_once_and_when_it_is_back(store):
             assert replica.follower.standing.generation == 1
             store.away = False
             await replica.look()
-            assert replica.follower.standing.state is State.CURRENT
+            assert replica.follower.standing.state is FollowerState.CURRENT
     events = [line["event"] for line in logs]
     assert len(events) == 2
     assert "serves what it has" in events[0]
@@ -185,15 +183,15 @@ async def test_what_needs_a_restart_is_said_and_not_half_taken(store):
             publish_generation(store, generation("one", "two", max_seq_len=64))
             await replica.look(3)
             standing = replica.follower.standing
-            assert (standing.generation, standing.newest, standing.state) == (1, 2, State.STALE)
+            assert (standing.generation, standing.newest, standing.state) == (1, 2, FollowerState.STALE)
             assert "another max_seq_len: 64 instead of none" in standing.stale
-            assert len(replica.stale) == 1
+            assert replica.follower.outdated.is_set()
             with pytest.raises(ReplicaBehind, match="a restart"):
                 await replica.follower.catch_up(2)
             publish_generation(store, generation("three"))
             await replica.look()
             assert replica.numbers == [3]
-            assert replica.follower.standing.state is State.CURRENT
+            assert replica.follower.standing.state is FollowerState.CURRENT
     assert len([line for line in logs if line["event"] == "a generation needs a restart"]) == 1
 
 
@@ -313,7 +311,7 @@ async def test_a_replica_that_follows_nothing_says_so(store):
         publish_generation(store, generation("one", "two"))
         with pytest.raises(ReplicaBehind, match="follows no deployment"):
             await replica.follower.catch_up(2)
-        assert replica.follower.standing.state is State.FIXED
+        assert replica.follower.standing.state is FollowerState.FIXED
         assert replica.took == []
 
 
@@ -416,7 +414,7 @@ def test_whatever_happens_numbers_only_grow(steps):
         standing = follower.standing
         newest = Current.from_bytes(store.objects[current_key("d")]).generation
         assert standing.newest == newest
-        assert (standing.generation == newest) == (standing.state is State.CURRENT)
+        assert (standing.generation == newest) == (standing.state is FollowerState.CURRENT)
         follower.close()
 
     asyncio.run(history())

@@ -4,27 +4,39 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Awaitable, Callable
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
-from inference_service.adapters.catalog import Catalog, ServedModel
+from inference_service.adapters.catalog import Catalog
 from inference_service.adapters.defaults import NO_DEFAULTS, AdapterDefaults
+from inference_service.adapters.follower import FollowerStanding
+from inference_service.adapters.texts import AdapterTexts
 from inference_service.serving.naming import Naming
 from inference_service.serving.request import Request
 from loramux_shared.faults import DeadlineExceeded, ModelNotFound, ReplicaBehind, RequestInvalid
 from tests.unit.adapters.test_catalog import BASE, digest, generation
 
 
-def naming(*others: str) -> tuple[Naming, Catalog]:
+class Follows:
+    """A follower that does what a test says."""
+
+    def __init__(self, catch_up: Callable[[int], Awaitable[None]]) -> None:
+        self.standing = FollowerStanding(1, 1)
+        self.catch_up = catch_up
+
+
+def naming(*others: str, catch_up: Callable[[int], Awaitable[None]] | None = None) -> tuple[Naming, Catalog]:
     """Generation 1: a, and other names, all of version ``one``."""
     catalog = Catalog(1, "base", [BASE])
     catalog.apply(generation(1, dict.fromkeys(("a", *others), "one"), aliases={"alias": {"a": 1}}))
-    return Naming(catalog), catalog
+    return Naming(catalog, Follows(catch_up) if catch_up is not None else None), catalog
 
 
 async def test_the_name_is_looked_up_after_catching_up() -> None:
     """A client that has published reads what it wrote, by every name, and the answer says so."""
-    names, catalog = naming()
     asked: list[int] = []
 
     async def catch_up(number: int) -> None:
@@ -32,35 +44,33 @@ async def test_the_name_is_looked_up_after_catching_up() -> None:
         await asyncio.sleep(0)
         catalog.apply(generation(number, {"a": "two", "new": "three"}))
 
-    names.catch_up = catch_up
+    names, catalog = naming(catch_up=catch_up)
     served = await names.choose(Request("new", "x", min_generation=5))
     assert (served.model.digest, served.generation) == (digest("three"), 5)
     assert (await names.choose(Request("a", "x", min_generation=3))).model.digest == digest("two")
     assert asked == [5]
 
 
-async def test_a_replica_that_stays_behind_says_so() -> None:
-    """Without somebody who follows, with one who fails, and with one who finds less than was asked for."""
-    names, _ = naming()
-    for catch_up in (names.catch_up, lambda _: asyncio.sleep(0)):
-        names.catch_up = catch_up
-        with pytest.raises(ReplicaBehind, match="generation 2, and this replica has 1") as behind:
-            await names.choose(Request("a", "x", min_generation=2))
-        assert behind.value.retry_after_s
+@pytest.mark.parametrize("catch_up", [None, lambda _: asyncio.sleep(0)])
+async def test_a_replica_that_stays_behind_says_so(catch_up: Callable[[int], Awaitable[None]] | None) -> None:
+    """Without a follower, and with one that finds an older generation than was asked for."""
+    names, _ = naming(catch_up=catch_up)
+    with pytest.raises(ReplicaBehind, match="generation 2, and this replica has 1") as behind:
+        await names.choose(Request("a", "x", min_generation=2))
+    assert behind.value.retry_after_s
     assert (await names.choose(Request("a", "x", min_generation=1))).generation == 1
 
 
 async def test_a_deadline_ends_the_wait() -> None:
-    """Who has no time left is not kept, and a time-out of the follower's own is not the caller's."""
-    names, _ = naming()
-    names.catch_up = lambda _: asyncio.sleep(60)
+    """A request without time left does not wait, and a time-out of the follower is not the caller's."""
+    names, _ = naming(catch_up=lambda _: asyncio.sleep(60))
     with pytest.raises(DeadlineExceeded):
         await names.choose(Request("a", "x", min_generation=2, deadline_s=time.monotonic() + 0.02))
 
     async def late(_: int) -> None:
         raise TimeoutError
 
-    names.catch_up = late
+    names, _ = naming(catch_up=late)
     with pytest.raises(TimeoutError):
         await names.choose(Request("a", "x", min_generation=2))
 
@@ -101,14 +111,18 @@ async def test_lora_path_of_another_adapter_is_refused() -> None:
 
 
 async def test_defaults_are_read_where_nobody_has() -> None:
-    """What is known costs nothing; the rest is asked of whoever reads bundles."""
-    names, catalog = naming()
-    calm = AdapterDefaults(temperature=0.1)
+    """What is known costs nothing; the rest is read from the bundle, once for all names of its digest."""
+    catalog = Catalog(1, "base", [BASE])
+    catalog.apply(generation(1, {"old": "one"}, summary=None))
+    calm, read = AdapterDefaults(temperature=0.1), []
 
-    async def read(model: ServedModel) -> AdapterDefaults:
-        assert model.name == "old"
+    async def defaults(digest: str, name: str) -> AdapterDefaults:
+        read.append((digest, name))
         return calm
 
-    names.defaults_of = read
-    assert await names.defaults(catalog.get("a")) is NO_DEFAULTS
-    assert await names.defaults(ServedModel("old", defaults=None)) is calm
+    texts = cast(AdapterTexts, SimpleNamespace(defaults=defaults))
+    assert await naming()[0].defaults(BASE) is NO_DEFAULTS
+    names = Naming(catalog, texts=texts)
+    for _ in range(2):
+        assert await names.defaults(catalog.get("old")) is calm
+    assert read == [(digest("one"), "old")]

@@ -20,7 +20,7 @@ from builder_service.pipeline.rollback import rollback
 from builder_service.pipeline.update import push, update
 from builder_service.pipeline.wishes import Update
 from inference_service.adapters.bundles import StoredBundles
-from inference_service.adapters.follower import Follower, State
+from inference_service.adapters.follower import Follower, FollowerState
 from inference_service.replica import Replica
 from loramux.cli.main import app
 from loramux.messages import deployment_from_message, deployment_to_message
@@ -141,7 +141,7 @@ async def test_a_follower_serves_on_while_another_builder_does_not_sign(world):
     task = asyncio.create_task(follower.run())
     with capture_logs() as logs:
         unsigned = await asyncio.to_thread(world.build, world.plain, "one", "two")
-        await until(lambda: follower.standing.state is State.BLIND, "the follower to be blind")
+        await until(lambda: follower.standing.state is FollowerState.BLIND, "the follower to be blind")
         assert (took, follower.standing.generation, unsigned.number) == ([], 1, 2)
         mine = Repository(source=SourceKind.LOCAL, repo=str(world.folder / "two"))
         with pytest.raises(SignatureInvalid):  # nobody goes on from what others wrote, and signs it
@@ -150,7 +150,7 @@ async def test_a_follower_serves_on_while_another_builder_does_not_sign(world):
         await until(lambda: took, "the signed generation")
     task.cancel()
     follower.close()
-    assert (took, signed.number, follower.standing.state) == ([signed], 3, State.CURRENT)
+    assert (took, signed.number, follower.standing.state) == ([signed], 3, FollowerState.CURRENT)
     assert [log["reason"] for log in logs if "no newer generation" in log["event"]] == ["SIGNATURE_INVALID"]
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from inference_service.adapters.follower import FollowerStanding
 from inference_service.rpc.adapters import SERVICE_NAME, AdapterServicer, register
 from loramux.addresses import Address, resolve
 from loramux.cli import shell
@@ -155,8 +156,7 @@ def test_a_rollout_that_takes_too_long(when_told: Callable[..., None]) -> None:
         )
         last = json.loads(text.splitlines()[-1])
         assert (code, last["done"], len(last["replicas"])) == (3, False, 2)
-        replica.deployment.standing.state, replica.deployment.standing.newest = "stale", 2
-        replica.deployment.standing.stale = "another base"
+        replica.deployment.standing = FollowerStanding(1, 2, stale="another base")
         when_told("another base", lambda: Clock().advance(3600))
         code, _, said = run(*asked)
         assert (code, "another base" in said) == (1, True)

@@ -20,9 +20,10 @@ from inference_service.serving.telemetry.record import Record, Watcher
 from inference_service.text.chat_template import ChatTemplate
 from inference_service.text.text import Text
 from loramux_shared.faults import ModelNotFound, RequestInvalid
-from loramux_shared.parsers import Parsers, ReasoningParser, ToolParser
+from loramux_shared.parsers import ReasoningParser, ToolParser
 from tests.golden.openai.script import Case, Scripted
 from tests.support.family_templates import FAMILIES
+from tests.support.generations import change_deployed
 from tests.support.readings import Heard, heard
 from tests.support.tokens import VOCAB, write_tokenizer
 
@@ -173,7 +174,7 @@ async def test_a_deployment_says_which_parsers(tmp_path: Path) -> None:
     """What it says comes before what the template shows."""
     service = Speaks(tmp_path, "Qwen 3", "<think>Hm.</think>" + CALL)
     assert await ask(service, tools=[FIND]) == [["thought", "Hm."], ["call", "find", "{}"]]
-    service.parsers = Parsers(ToolParser.NONE, ReasoningParser.NONE)
+    change_deployed(service.catalog, tool_parser=ToolParser.NONE, reasoning_parser=ReasoningParser.NONE)
     assert await ask(service, tools=[FIND]) == [["said", "<think>Hm.</think>" + CALL]]
 
 

@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 
+from inference_service.adapters.catalog import Catalog
 from inference_service.http.openai.chat_schema import ChatBody
 from inference_service.http.openai.mapping import NO_HEADERS, chat_request, completion_requests
 from inference_service.http.openai.schema import CompletionBody
 from inference_service.serving.request import Request
 from inference_service.serving.service import GenerationService, ServingLimits
 from loramux_shared.faults import RequestInvalid
+from tests.support.generations import change_deployed
 
 TOOLS = [{"type": "function", "function": {"name": "f"}}]
 
@@ -22,7 +24,9 @@ class Named(GenerationService):
     """A service that has limits, and cannot answer."""
 
     def __init__(self, default_max_tokens: int | None = None) -> None:
-        self.limits = ServingLimits(256, default_max_tokens, frozenset({2}))
+        self.limits = ServingLimits(256, frozenset({2}))
+        self.catalog = Catalog(1, "base", [])
+        change_deployed(self.catalog, request_default_max_tokens=default_max_tokens)
 
 
 def _chat(headers: Mapping[str, str] = NO_HEADERS, **fields: Any) -> Request:

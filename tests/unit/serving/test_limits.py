@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from inference_service.adapters.catalog import ServedModel
+from inference_service.adapters.served_model import ServedModel
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import FAIR, Sequence, Share, Token
 from inference_service.http.wire.errors import headers_of, status_of
@@ -27,16 +27,17 @@ class World:
 
     def __init__(self, **limits: Any) -> None:
         self.now_s = 100.0
-        self.limiter = Limiter(ModelLimits.model_validate(limits), lambda: self.now_s)
+        self.limits = ModelLimits.model_validate(limits)
+        self.limiter = Limiter(lambda: self.now_s)
         self.stack = ExitStack()
 
     def enter(self, model: ServedModel = A, access: Access = EVERYTHING) -> Ticket:
         """Let a request in that stays."""
-        return self.stack.enter_context(self.limiter.admit(model, access))
+        return self.stack.enter_context(self.limiter.admit(model, access, self.limits))
 
     def ask(self, prompt: int, answer: int, model: ServedModel = A, access: Access = EVERYTHING) -> None:
         """Let a request in, answer it and let it go."""
-        with self.limiter.admit(model, access) as ticket:
+        with self.limiter.admit(model, access, self.limits) as ticket:
             ticket.check_tokens()
             ticket.submitted(sequence(prompt))
             for _ in range(answer):
@@ -44,7 +45,7 @@ class World:
 
     def refused(self, model: ServedModel = A, access: Access = EVERYTHING) -> RateLimited:
         """Return why a request is not let in."""
-        with pytest.raises(RateLimited) as caught, self.limiter.admit(model, access):
+        with pytest.raises(RateLimited) as caught, self.limiter.admit(model, access, self.limits):
             pass
         return caught.value
 
@@ -87,7 +88,7 @@ def test_so_many_requests_of_a_model_may_wait() -> None:
     """One more is refused; one that began, or went away, waits no more; others are not concerned."""
     world = World(models={"a": {"max_waiting": 2}})
     first = world.enter()
-    with world.limiter.admit(A, EVERYTHING) as second:
+    with world.limiter.admit(A, EVERYTHING, world.limits) as second:
         second.submitted(sequence())
         assert "2 requests of model 'a' wait" in world.refused().message
         world.enter(B)
@@ -187,9 +188,9 @@ def test_new_limits_hold_for_new_requests() -> None:
     world = World(models={"a": {"tokens_per_minute": 60}})
     world.ask(120, 0)
     world.refused()
-    world.limiter.limits = ModelLimits()
+    world.limits = ModelLimits()
     world.ask(1, 0)
-    world.limiter.limits = ModelLimits(models={"a": Limits(tokens_per_minute=60, max_waiting=1)})
+    world.limits = ModelLimits(models={"a": Limits(tokens_per_minute=60, max_waiting=1)})
     world.refused()
     world.now_s += 61
     world.enter()

@@ -29,7 +29,7 @@ async def _passes(thread: EngineThread) -> None:
     loop = asyncio.get_running_loop()
     for _ in range(3):
         passed = asyncio.Event()
-        thread.post(lambda: loop.call_soon_threadsafe(passed.set))  # noqa: B023 - awaited in its turn
+        thread._inbox.post(lambda: loop.call_soon_threadsafe(passed.set))  # noqa: B023 - awaited in its turn
         await ended(passed.wait(), "a pass of the engine's thread")
 
 

@@ -13,7 +13,7 @@ import structlog
 from structlog.contextvars import bound_contextvars
 from structlog.testing import capture_logs
 
-from inference_service.adapters.catalog import ServedModel
+from inference_service.adapters.served_model import ServedModel
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Adapter, FinishReason, Sequence, Token
 from inference_service.engine.engine import SequenceCounts

@@ -1,0 +1,69 @@
+"""A model under one of its names: the base, an adapter, or several adapters with scales."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+from inference_service.adapters.defaults import NO_DEFAULTS, AdapterDefaults
+from inference_service.core.sequence import Adapter, Mixture
+from loramux_shared.deployment import Repository, SourceKind
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """The base, or a version of an adapter on it, under one of its names."""
+
+    name: str
+    adapter: Adapter | None = None
+    """Its handle in the engine, which all names of a digest share; None for the base, and for an adapter that
+    is merged into the weights, or for a mixture."""
+    source: str = ""
+    """The repository that it was built from, with the revision."""
+    digest: str = ""
+    """The bundle's; empty for the base."""
+    ranks: tuple[int, ...] = ()
+    """Like the next two empty while unknown: of an older release's generation, until the adapter was loaded."""
+    modules: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    weights_bytes: int | None = None
+    """Of its matrices, in the storage type; None while it is not known."""
+    defaults: AdapterDefaults | None = NO_DEFAULTS
+    """None while nobody has read them."""
+    load_time: datetime = field(default_factory=lambda: datetime.now(UTC))
+    load_s: float = 0.0
+    """Seconds that reading, checking and packing it took."""
+    mixture: Mixture | None = None
+    """Several adapters with scales; only a request has such a model, see `mixing.mixed`."""
+    parts: tuple[ServedModel, ...] = ()
+    """Those that a mixture is of."""
+    affine: bool = False
+    """Whether it multiplies outputs of the base, or adds biases to them."""
+    vocab: int | None = None
+    """Its tokens; None: as many as the base has."""
+    num_labels: int | None = None
+    """Of its score head; None where it generates text."""
+    kinds: tuple[str, ...] = ()
+    """What it is, as its manifest says; none of the base."""
+    replaced: tuple[tuple[str, int], ...] = ()
+    """How many rows of embeddings and head it has others for, by the module's name."""
+    licence: str = ""
+    """What its repository says of its licence; empty where it says nothing."""
+
+    @property
+    def invocation(self) -> tuple[int, ...]:
+        """From which tokens on it acts; none where it acts on everything."""
+        return self.adapter.invocation if self.adapter is not None else ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names that a request is counted under."""
+        return tuple([part.name for part in self.parts]) or (self.name,)
+
+
+def shown_source(repository: Repository) -> str:
+    """Say where a model came from, to everybody who may ask; a folder's path is nobody's business."""
+    place = repository.shown
+    place = Path(place).name if repository.source is SourceKind.LOCAL else place
+    return f"{place}@{repository.revision}" if repository.revision else place
