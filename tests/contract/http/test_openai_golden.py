@@ -1,4 +1,4 @@
-"""The bytes of the OpenAI door, kept in tests/golden/openai: `make golden` rewrites them."""
+"""The bytes of the HTTP APIs, as tests/golden/openai has them: `make golden` writes these again."""
 
 from __future__ import annotations
 
@@ -6,10 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.golden.openai.script import CASES, path_of, transcript
+from tests.golden.openai.script import CASES, FOLDER, described, path_of, transcript
 
 
 @pytest.mark.parametrize("name", CASES)
 async def test_transcripts_are_the_kept_ones(name: str, tmp_path: Path) -> None:
     """An answer is byte for byte what it was, but for its ids and its time."""
     assert await transcript(CASES[name], tmp_path) == path_of(name).read_bytes()
+
+
+def test_the_description_is_the_recorded_one() -> None:
+    """A change of what bodies may hold and answers have is seen in its diff."""
+    assert described() == (FOLDER / "openapi.json").read_bytes()

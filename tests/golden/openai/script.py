@@ -16,7 +16,9 @@ from inference_service.adapters.catalog import Catalog
 from inference_service.adapters.served_model import ServedModel
 from inference_service.core.sequence import FinishReason, Token
 from inference_service.engine.engine import SequenceCounts
-from inference_service.http.app import create_app
+from inference_service.http.app import ENDPOINTS, create_app
+from inference_service.http.openapi import Served, document
+from inference_service.serving.bounds import check
 from inference_service.serving.naming import Naming
 from inference_service.serving.request import Delta, Event, Finished, PromptLogprobs, Request, Started
 from inference_service.serving.service import GenerationService, ServingLimits
@@ -34,6 +36,12 @@ PATHS = {
 }
 WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
 WEATHER_HERE = {"type": "function", "name": "weather", "parameters": {"type": "object"}}
+NAMESPACE = {
+    "type": "namespace",
+    "name": "sky",
+    "description": "The sky.",
+    "tools": [WEATHER_HERE, WEATHER_HERE | {"name": "no name"}],
+}
 ASKED = {"model": "pirate", "messages": [{"role": "user", "content": "Hi"}]}
 
 
@@ -97,6 +105,27 @@ CASES = {
         TOLD | {"stream": True, "tools": [LOOK], "tool_choice": {"type": "any"}},
         ['{"name": "lo|ok", "arguments": {"ci|ty": "Oslo"}}'],
     ),
+    "message_stream_tool_results": Case(
+        "message",
+        TOLD
+        | {
+            "stream": True,
+            "system": "Be brief.",
+            "tools": [LOOK],
+            "messages": [
+                *ASKED["messages"],
+                {
+                    "role": "assistant",
+                    "content": [{"type": "tool_use", "id": "c1", "name": "look", "input": {}}],
+                },
+                {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "c1", "content": "Blue."}]},
+            ],
+        },
+        ["It is |blue."],
+    ),
+    "message_refused": Case(
+        "message", TOLD | {"stop_sequences": [""], "tools": [LOOK | {"name": "no name"}], "top_p": 2}, []
+    ),
     "message_unknown_parameter": Case("message", TOLD | {"temprature": 1}, []),
     "responses": Case(
         "responses",
@@ -120,11 +149,39 @@ CASES = {
         ["A|h"],
         failure=ReplicaFailed("the engine failed."),
     ),
+    "responses_stream": Case(
+        "responses",
+        {"model": "pirate", "input": "Hi", "stream": True, "instructions": "Be brief."},
+        ["A|hoy|!"],
+    ),
+    "responses_refused_fields": Case(
+        "responses",
+        {
+            "model": "pirate",
+            "input": [{"role": "user", "content": "Hi"}],
+            "tools": [WEATHER_HERE, NAMESPACE],
+            "max_output_tokens": -1,
+            "top_p": 2,
+        },
+        [],
+    ),
     "responses_refused": Case(
         "responses",
         {"model": "pirate", "input": [{"type": "item_reference", "id": "msg_1"}], "previous_response_id": "r"},
         [],
     ),
+    "chat_refused": Case(
+        "chat",
+        ASKED
+        | {
+            "max_completion_tokens": -1,
+            "top_p": 2,
+            "tools": [WEATHER | {"function": {"name": "no name"}}],
+            "messages": [{"role": "tool", "content": "4"}],
+        },
+        [],
+    ),
+    "completion_refused": Case("completion", {"model": "tiny", "prompt": "AB", "min_p": 2, "stop": [""]}, []),
     "completion_stream": Case("completion", {"model": "tiny", "prompt": "AB", "stream": True}, ["C|D"]),
 }
 
@@ -146,6 +203,7 @@ class Scripted(GenerationService):
 
     async def generate(self, request: Request) -> AsyncGenerator[Event]:
         """Say what the case says."""
+        check(request, self.text.vocab, max_queue=16, max_seq_len=self.limits.max_seq_len)
         prompt = request.prompt if isinstance(request.prompt, str) else "??"
         yield Started(request.id, self.catalog.get(request.model), 7, len(prompt), self.text)
         if request.prompt_logprobs is not None:
@@ -177,6 +235,11 @@ async def transcript(case: Case, folder: Path) -> bytes:
     fixed = re.sub(rb'"((?:chat)?cmpl-|call_|resp_|msg_|fc_|rs_)[0-9a-f]+"', rb'"\1ID"', fixed)
     fixed = re.sub(rb'"request_id":"[0-9a-f]+"', b'"request_id":"ID"', fixed)
     return fixed if answer.content.endswith(b"\n\n") else pretty(fixed)
+
+
+def described() -> bytes:
+    """Return the OpenAPI document of a server with a model of every kind."""
+    return pretty(json.dumps(document(ENDPOINTS, Served("base", "scorer", "classifier"))).encode())
 
 
 def pretty(body: bytes) -> bytes:
