@@ -32,8 +32,8 @@ import structlog
 from benchmarks.moving.forge import Forge
 from benchmarks.moving.replica import Local, prompt, replica
 from inference_service.chat.demands import Demand
+from inference_service.chat.dialect import Dialect
 from inference_service.chat.formats.lark import Asked
-from inference_service.chat.formats.table import Dialect
 from inference_service.core.constraint import Constraint
 from inference_service.serving.request import Delta, Request
 from loramux_shared.parsers import ReasoningParser, ToolParser

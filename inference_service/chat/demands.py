@@ -6,12 +6,11 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from inference_service.chat.dialect import FORMATS, Dialect
 from inference_service.chat.formats import harmony
-from inference_service.chat.formats.arguments import CannotSayError
 from inference_service.chat.formats.frame import Thinking
-from inference_service.chat.formats.grammars import CallGrammar, call_grammar
-from inference_service.chat.formats.lark import ANYTHING, Asked, Spelling, calls_schema
-from inference_service.chat.formats.table import Dialect
+from inference_service.chat.formats.lark import ANYTHING, Asked, CallGrammar, Spelling, calls_schema
+from inference_service.chat.formats.values import CannotSayError
 from inference_service.core.constraint import Constraint
 from inference_service.text.text import Text
 from loramux_shared.faults import Finding, RequestInvalid
@@ -35,7 +34,7 @@ class Demand:
         None: nobody knows that, or it cannot say what their schemas ask for.
         """
         try:
-            return call_grammar(self.dialect.tool, tools, self._spelling, several=several)
+            return self._grammar(self.dialect.tool, tools, several=several)
         except CannotSayError:
             return None
 
@@ -58,7 +57,7 @@ class Demand:
             RequestInvalid: calls in the form of the model cannot be held to the schema of a strict tool.
         """
         try:
-            grammar = call_grammar(self._form, tools, self._spelling, several=True)
+            grammar = self._grammar(self._form, tools, several=True)
         except CannotSayError as error:
             if strict:
                 raise self._unsaid(error, "strict") from None
@@ -78,7 +77,7 @@ class Demand:
             RequestInvalid: calls in the form of the model cannot be held to the schemas.
         """
         try:
-            grammar = call_grammar(self._form, tools, self._spelling, several=several)
+            grammar = self._grammar(self._form, tools, several=several)
         except CannotSayError as error:
             raise self._unsaid(error, constraint.where) from None
         if grammar is None:
@@ -92,6 +91,15 @@ class Demand:
         thought, rules = self._thought(end_of_prompt)
         before = f"{thought} {self._final}".strip()
         return replace(constraint, around=f"start: {before} @answer\n{rules}") if before else constraint
+
+    def _grammar(self, form: ToolParser, tools: Sequence[Asked], *, several: bool) -> CallGrammar | None:
+        """Return the grammar of calls in a format; None where none is known.
+
+        Raises:
+            CannotSayError: it has none for these schemas.
+        """
+        known = FORMATS.get(form)
+        return known.grammar(tools, self._spelling, several) if known else None
 
     @property
     def _form(self) -> ToolParser:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 
 @dataclass(frozen=True)
@@ -69,3 +70,22 @@ class Plain:
 def call_id() -> str:
     """Return an id for a new call."""
     return f"call_{secrets.token_hex(12)}"
+
+
+class Calls:
+    """The calls of one answer so far: numbered, with ids, and only of tools that were offered."""
+
+    def __init__(self, offered: Mapping[str, Mapping[str, Any]], new_id: Callable[[], str] = call_id) -> None:
+        """Count the calls of these tools, by name with the JSON schemas of their arguments."""
+        self.offered = offered
+        self._new_id = new_id
+        self._count = 0
+
+    def begin(self, name: str) -> CallBegun:
+        """Begin a call."""
+        self._count += 1
+        return CallBegun(self._count - 1, self._new_id(), name)
+
+    def more(self, text: str) -> CallArguments:
+        """Return more of the arguments of the last call."""
+        return CallArguments(self._count - 1, text)

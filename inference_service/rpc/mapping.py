@@ -10,6 +10,7 @@ import grpc
 
 from inference_service.adapters.mixing import Scaled
 from inference_service.adapters.served_model import ServedModel
+from inference_service.chat.dialect import dialect_of_model
 from inference_service.core.sequence import MOST_PARTS, FinishReason, Token
 from inference_service.rpc.prompt import constraint_of, prompt_of, tools_of, variables_of
 from inference_service.serving.hints import hinted
@@ -165,7 +166,7 @@ def _top(token: Token, text: Text) -> list[pb.TopLogprob]:
 
 def model_to_message(model: ServedModel, service: GenerationService) -> pb.Model:
     """Return a served model as a message."""
-    catalog, parsers = service.catalog, service.parsers_of(model)
+    catalog, dialect = service.catalog, dialect_of_model(service, model)
     base = model.name == catalog.base_name
     message = pb.Model(
         name=model.name,
@@ -181,8 +182,8 @@ def model_to_message(model: ServedModel, service: GenerationService) -> pb.Model
         invocation_tokens=model.invocation,
         licence=catalog.base_licence if base else model.licence,
         base_licence="" if base else catalog.base_licence,
-        tool_parser=parsers.tool if parsers else "",
-        reasoning_parser=parsers.reasoning if parsers else "",
+        tool_parser=dialect.tool if dialect else "",
+        reasoning_parser=dialect.reasoning if dialect else "",
         num_labels=model.num_labels or 0,
     )
     message.load_time.FromDatetime(model.load_time)

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 from inference_service.adapters.catalog import Catalog
-from inference_service.adapters.defaults import NO_DEFAULTS, AdapterDefaults
+from inference_service.adapters.defaults import AdapterDefaults
 from inference_service.adapters.ports import GenerationFollower
 from inference_service.adapters.scoring import Scorer, require_text
 from inference_service.adapters.served_model import ServedModel
@@ -28,7 +28,6 @@ from inference_service.serving.lengths import countable
 from inference_service.serving.limits import Limiter, Ticket
 from inference_service.serving.naming import Naming
 from inference_service.serving.numbers import of_answer
-from inference_service.serving.parsers import parsers_of
 from inference_service.serving.request import (
     Delta,
     Event,
@@ -233,13 +232,6 @@ class GenerationService:
         except BaseException:
             with following(request, self._watchers):
                 raise
-
-    def parsers_of(self, model: ServedModel) -> Parsers | None:
-        """Return how answers of a model are read; None of an adapter whose files nobody has read yet."""
-        if model.defaults is None and model.name != self.catalog.base_name:
-            return None
-        defaults = model.defaults or NO_DEFAULTS
-        return parsers_of(defaults.template or (defaults.text or self.text).template, self.parsers)
 
     def _terms(self, request: Request, defaults: AdapterDefaults) -> Terms:
         text, usual = defaults.text or self.text, self.default_max_tokens

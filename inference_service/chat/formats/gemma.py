@@ -12,18 +12,42 @@ Source: chat templates of gemma-4-31B-it and functiongemma-270m-it.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from inference_service.chat.formats.calls import Calls
+from inference_service.chat.formats.format import Shown, ToolFormat
 from inference_service.chat.formats.frame import Block
+from inference_service.chat.formats.lark import (
+    MOST_CALLS,
+    Asked,
+    CallGrammar,
+    Spelling,
+    either,
+    json_of,
+    quoted,
+    row,
+)
 from inference_service.chat.formats.source import Reader, Source, marks
-from inference_service.chat.formats.values import MAX_DEPTH, PARSING, literal, written
+from inference_service.chat.formats.values import (
+    MAX_DEPTH,
+    PARSING,
+    CannotSayError,
+    arguments,
+    asks_more,
+    is_open,
+    literal,
+    shown,
+    texts,
+    types_of,
+    written,
+)
+from inference_service.chat.pieces import Calls
+from loramux_shared.parsers import ToolParser
 
 
 @dataclass(frozen=True)
-class Form:
+class Marks:
     """The marks of one of the two."""
 
     begin: str
@@ -31,26 +55,34 @@ class Form:
     quote: str
 
 
-GEMMA: Final = Form("<|tool_call>", "<tool_call|>", '<|"|>')
-FUNCTION: Final = Form("<start_function_call>", "<end_function_call>", "<escape>")
+MARKS: Final = Marks("<|tool_call>", "<tool_call|>", '<|"|>')
+FUNCTION_MARKS: Final = Marks("<start_function_call>", "<end_function_call>", "<escape>")
 _KEY: Final = re.compile(r"[^:,{}\[\]<>]{1,256}")
 _BARE: Final = re.compile(r"[^,{}\[\]<]{1,256}")
 _NEXT: Final = re.compile(r"\s{0,100}(,?)\s{0,100}")
 _NOTHING: Final = object()
 """No value."""
+_OPEN: Final = """\
+open: "{{" (open_m ("," open_m)*)? "}}"
+open_m: /[a-zA-Z_][a-zA-Z0-9_.-]{{0,63}}/ ":" open_v
+open_v: open_t | open_o | open | "[" (open_v ("," open_v)*)? "]"
+open_t: {text}
+open_o: {other}
+"""
+"""Any object."""
 
 
 def gemma_blocks(calls: Calls) -> Mapping[str, Block]:
     """Return the reader of Gemma 4's calls."""
-    return {GEMMA.begin: _block(calls, GEMMA)}
+    return {MARKS.begin: _block(calls, MARKS)}
 
 
 def function_blocks(calls: Calls) -> Mapping[str, Block]:
     """Return the reader of FunctionGemma's calls."""
-    return {FUNCTION.begin: _block(calls, FUNCTION)}
+    return {FUNCTION_MARKS.begin: _block(calls, FUNCTION_MARKS)}
 
 
-def _block(calls: Calls, form: Form) -> Block:
+def _block(calls: Calls, form: Marks) -> Block:
     def read(source: Source) -> Reader[bool]:
         yield from source.spaces()
         if not (yield from source.literal("call:")):
@@ -67,7 +99,7 @@ def _block(calls: Calls, form: Form) -> Block:
     return read
 
 
-def _arguments(source: Source, calls: Calls, form: Form) -> Reader[None]:
+def _arguments(source: Source, calls: Calls, form: Marks) -> Reader[None]:
     """Tell the arguments behind the brace; what is no argument is left."""
     opened = False
     while True:
@@ -96,7 +128,7 @@ def _arguments(source: Source, calls: Calls, form: Form) -> Reader[None]:
         yield calls.more("}" if opened else "{}")
 
 
-def _key(source: Source, form: Form) -> Reader[str | None]:
+def _key(source: Source, form: Marks) -> Reader[str | None]:
     """Return a name with its colon read; it may stand between quotes."""
     yield from source.spaces()
     if (yield from source.literal(form.quote)):
@@ -111,7 +143,7 @@ def _key(source: Source, form: Form) -> Reader[str | None]:
     return name
 
 
-def _string(source: Source, calls: Calls, form: Form) -> Reader[bool]:
+def _string(source: Source, calls: Calls, form: Marks) -> Reader[bool]:
     """Tell a string to its quote; say whether that came."""
     known = marks(form.quote)
     while True:
@@ -127,7 +159,7 @@ def _string(source: Source, calls: Calls, form: Form) -> Reader[bool]:
         yield None
 
 
-def _whole_string(source: Source, form: Form) -> Reader[str | None]:
+def _whole_string(source: Source, form: Marks) -> Reader[str | None]:
     known = marks(form.quote)
     begin = source.at
     while True:
@@ -141,7 +173,7 @@ def _whole_string(source: Source, form: Form) -> Reader[str | None]:
         yield None
 
 
-def _value(source: Source, form: Form, depth: int) -> Reader[Any]:
+def _value(source: Source, form: Marks, depth: int) -> Reader[Any]:
     """Return a value when it is whole, or that there is none."""
     if (yield from source.literal(form.quote)):
         said = yield from _whole_string(source, form)
@@ -161,7 +193,7 @@ def _value(source: Source, form: Form, depth: int) -> Reader[Any]:
         return found[0].strip()
 
 
-def _items(source: Source, form: Form, depth: int) -> Reader[Any]:
+def _items(source: Source, form: Marks, depth: int) -> Reader[Any]:
     items: list[Any] = []
     while True:
         yield from source.spaces()
@@ -174,7 +206,7 @@ def _items(source: Source, form: Form, depth: int) -> Reader[Any]:
         yield from source.match(_NEXT)
 
 
-def _members(source: Source, form: Form, depth: int) -> Reader[Any]:
+def _members(source: Source, form: Marks, depth: int) -> Reader[Any]:
     members: dict[str, Any] = {}
     while True:
         yield from source.spaces()
@@ -188,3 +220,64 @@ def _members(source: Source, form: Form, depth: int) -> Reader[Any]:
             return _NOTHING
         members[key] = value
         yield from source.match(_NEXT)
+
+
+def _gemma(form: Marks) -> Callable[[Sequence[Asked], Spelling, bool], CallGrammar]:
+    def make(tools: Sequence[Asked], spelling: Spelling, several: bool) -> CallGrammar:
+        writer = _Rules(form, spelling)
+        names = [f"{quoted(f'call:{tool.name}')} a{at}" for at, tool in enumerate(tools)]
+        rules = [f"call: one {spelling(form.end)}\n", either(names, "one")]
+        for at, tool in enumerate(tools):
+            rules += writer.members(f"a{at}", tool, tool.schema)
+        return CallGrammar(form.begin, "".join((*rules, writer.shared)), MOST_CALLS if several else 1)
+
+    return make
+
+
+class _Rules:
+    """Writes the rules of Gemma's values; names stand in alphabetical order, as its template has them."""
+
+    def __init__(self, form: Marks, spelling: Spelling) -> None:
+        self._quote, self._spelling = form.quote, spelling
+        self._ends, rule = spelling.until(form.quote, "text")
+        self.shared = rule + _OPEN.format(
+            text=f"{spelling(form.quote)} {self._ends}", other=json_of({"type": ["number", "boolean", "null"]})
+        )
+        """Rules that the others need."""
+
+    def members(self, name: str, tool: Asked, schema: Mapping[str, Any]) -> Iterator[str]:
+        """Yield the rules of an object."""
+        if is_open(schema):
+            yield f"{name}: open\n"
+            return
+        named = sorted(arguments(schema), key=lambda each: each[0].lower())
+        parts = [(f"{quoted(key + ':')} {name}_v{at}", needed) for at, (key, _, needed) in enumerate(named)]
+        yield f'{name}: "{{" {name}_m "}}"\n'
+        yield row(f"{name}_m", parts, ",")
+        for at, (_, own, _) in enumerate(named):
+            yield from self.value(f"{name}_v{at}", tool, own)
+
+    def value(self, name: str, tool: Asked, schema: Any) -> Iterator[str]:
+        """Yield the rules of a value."""
+        types, choices = types_of(schema), texts(schema)
+        if choices is not None:
+            told = [self._spelling(self._quote + choice + self._quote) for choice in choices]
+            yield either(told or [f"{self._spelling(self._quote)} {self._ends}"], name)
+        elif types and types <= {"integer", "number", "boolean", "null"}:
+            yield f"{name}: {tool.leaf(schema)}\n"
+        elif types == {"object"} and not asks_more(schema, {"properties", "required", "additionalProperties"}):
+            yield from self.members(name, tool, schema)
+        elif types == {"array"} and not asks_more(schema, {"items"}) and "items" in schema:
+            yield f'{name}: "[" ({name}_i ("," {name}_i)*)? "]"\n'
+            yield from self.value(f"{name}_i", tool, schema["items"])
+        else:
+            raise CannotSayError(f"a value of {shown(schema)}")
+
+
+def _format(parser: ToolParser, own: Marks, blocks: Callable[[Calls], Mapping[str, Block]]) -> ToolFormat:
+    tokens = (own.begin, own.end, own.quote)
+    return ToolFormat(parser, (Shown((own.begin,)),), blocks, _gemma(own), tokens=tokens, end=own.end)
+
+
+GEMMA4: Final = _format(ToolParser.GEMMA4, MARKS, gemma_blocks)
+FUNCTIONGEMMA: Final = _format(ToolParser.FUNCTIONGEMMA, FUNCTION_MARKS, function_blocks)

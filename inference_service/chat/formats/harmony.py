@@ -16,11 +16,15 @@ Source: https://cookbook.openai.com/articles/openai-harmony, and the chat templa
 from __future__ import annotations
 
 import re
-from typing import Final
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Final
 
-from inference_service.chat.formats.calls import Calls
+from inference_service.chat.formats.format import Shown, ToolFormat
+from inference_service.chat.formats.lark import Asked, CallGrammar, Spelling, either, json_of
 from inference_service.chat.formats.source import Reader, Source, marks
-from inference_service.chat.pieces import Piece, Said, Thought
+from inference_service.chat.pieces import Calls, Piece, Said, Thought
+from inference_service.serving.request import Message
+from loramux_shared.parsers import ToolParser
 
 START: Final = "<|start|>"
 CHANNEL: Final = "<|channel|>"
@@ -102,3 +106,59 @@ def _body(source: Source, of: Calls | type[Said] | type[Thought], *, behind: boo
 
 def _piece(of: Calls | type[Said] | type[Thought], text: str) -> Piece:
     return of.more(text) if isinstance(of, Calls) else of(text)
+
+
+def _harmony(tools: Sequence[Asked], spelling: Spelling, several: bool) -> CallGrammar:
+    del several  # a call ends the answer
+    each = [
+        f"{spelling(f'commentary to={FUNCTIONS}{tool.name} {CONSTRAIN}json{MESSAGE}')} {json_of(tool.schema)}"
+        for tool in tools
+    ]
+    return CallGrammar(CHANNEL, either(each))
+
+
+def call_by_call(messages: Sequence[Message]) -> list[Message]:
+    """Return turns of one call each, what came of it behind it: gpt-oss's template shows the first alone.
+
+    It calls reasoning `thinking`, and takes it beside a call without content only.
+    """
+    return list(_call_by_call(messages))
+
+
+def _call_by_call(messages: Sequence[Message]) -> Iterator[Message]:
+    at = 0
+    while at < len(messages):
+        message, at = messages[at], at + 1
+        calls = message.get("tool_calls") or ()
+        if not calls:
+            yield message
+            continue
+        end = at
+        while end < len(messages) and messages[end]["role"] == "tool":
+            end += 1
+        answers, at = list(messages[at:end]), end
+        for nth, call in enumerate(calls):
+            yield _of_call(message, call, first=not nth)
+            own = [each for each in answers if each.get("tool_call_id") == call.get("id")]
+            yield from own
+            answers = [each for each in answers if each not in own]
+        yield from answers
+
+
+def _of_call(message: Message, call: Mapping[str, Any], *, first: bool) -> Message:
+    own = {**message, "tool_calls": [call]}
+    if not first:
+        own |= {"content": ""}
+    elif message.get("reasoning") and not message.get("content"):
+        own |= {"thinking": message["reasoning"]}
+    return own
+
+
+HARMONY: Final = ToolFormat(
+    ToolParser.HARMONY,
+    (Shown((CHANNEL, MESSAGE)),),
+    lambda _: {},  # all of an answer is messages
+    _harmony,
+    tokens=MARKS,
+    turns=call_by_call,
+)

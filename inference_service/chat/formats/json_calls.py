@@ -10,8 +10,9 @@ import json
 import re
 from typing import Final
 
-from inference_service.chat.formats.calls import Calls
+from inference_service.chat.formats.frame import Block
 from inference_service.chat.formats.source import Reader, Source
+from inference_service.chat.pieces import Calls
 
 ARGUMENTS: Final = frozenset({"arguments", "parameters"})
 """Llama says parameters, all others arguments."""
@@ -20,6 +21,22 @@ MAX_HELD: Final = 256 * 1024
 _STRUCTURE: Final = re.compile(r'["{}\[\]]')
 _IN_STRING: Final = re.compile(r'["\\]')
 _SCALAR: Final = re.compile(r"[^\s,\]};]{1,64}")
+
+
+def list_of_calls(calls: Calls, *ends: str) -> Block:
+    """Return the reader of calls as JSON, behind which one of some marks may stand."""
+
+    def read(source: Source) -> Reader[bool]:
+        yield from source.spaces()
+        if not (yield from json_calls(source, calls)):
+            return False
+        yield from source.spaces()
+        for end in ends:
+            if (yield from source.literal(end)):
+                break
+        return True
+
+    return read
 
 
 def json_calls(source: Source, calls: Calls) -> Reader[bool]:

@@ -142,3 +142,23 @@ def either(choices: Sequence[str], name: str = "call") -> str:
         words, found, schema = choice.partition("%json ")
         rules.append(f"{own}: {words}{own}_j\n{own}_j: {found}{schema}\n" if found else f"{own}: {choice}\n")
     return "".join(rules)
+
+
+MOST_CALLS: Final = 16
+"""Of one answer that must call: a model that does not know when to end would go on."""
+
+
+@dataclass(frozen=True)
+class CallGrammar:
+    """What a block of calls may be in a format: of offered tools, with arguments that keep to their schemas."""
+
+    begin: str
+    """The mark that it begins with; empty where an answer does."""
+    rules: str
+    """With one `call`, which is all that stands behind the mark."""
+    most: int = 1
+    """Blocks that may follow each other."""
+    between: str = ""
+    narrow: bool = False
+    """Whether models write calls that are read and that this does not say: with values as Python has them, or
+    behind another mark."""

@@ -22,19 +22,33 @@ and Qwen3.5-4B.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from inference_service.chat.formats.calls import Calls
+from inference_service.chat.formats.format import Shown, ToolFormat
 from inference_service.chat.formats.frame import Block
 from inference_service.chat.formats.json_calls import json_calls
+from inference_service.chat.formats.lark import (
+    MOST_CALLS,
+    Asked,
+    CallGrammar,
+    Spelling,
+    calls_schema,
+    either,
+    json_of,
+    quoted,
+    row,
+)
 from inference_service.chat.formats.source import Reader, Source, marks
-from inference_service.chat.formats.values import is_text, typed, written
+from inference_service.chat.formats.values import arguments, is_open, is_text, texts, typed, written
+from inference_service.chat.pieces import Calls
+from loramux_shared.parsers import ToolParser
 
 BEGIN: Final = "<tool_call>"
 END: Final = "</tool_call>"
 FUNCTION: Final = "<function="
 _END_OF_VALUE: Final = "</parameter>"
+_NEWLINE: Final = 'nl: "\\n"?\n'
 
 
 def tagged_blocks(calls: Calls) -> Mapping[str, Block]:
@@ -108,3 +122,42 @@ def _value(source: Source, calls: Calls, schema: Any) -> Reader[bool]:
         yield None
     yield calls.more('"' if as_text else written(typed("".join(parts), schema)))
     return True
+
+
+def _hermes(tools: Sequence[Asked], spelling: Spelling, several: bool) -> CallGrammar:
+    rules = f"call: nl body nl {spelling(END)}\nbody: {json_of(calls_schema(tools))}\n{_NEWLINE}"
+    return CallGrammar(BEGIN, rules, MOST_CALLS if several else 1, "\n")
+
+
+def _xml(tools: Sequence[Asked], spelling: Spelling, several: bool) -> CallGrammar:
+    closing = "\n</parameter>\n"
+    ends, rule_of_text = spelling.until(closing, "text")
+    names = [quoted(f"{FUNCTION}{tool.name}>\n") + f" a{at}" for at, tool in enumerate(tools)]
+    rules = [
+        f"call: nl one {quoted('</function>')} nl {spelling(END)}\n{_NEWLINE}{rule_of_text}",
+        either(names, "one"),
+    ]
+    for at, tool in enumerate(tools):
+        if is_open(tool.schema):
+            rules.append(f'a{at}: ("<parameter=" /[^>\\n]+/ ">\\n" {ends})*\n')
+            continue
+        parts = []
+        for number, (name, schema, needed) in enumerate(arguments(tool.schema)):
+            rule = f"a{at}_v{number}"
+            parts.append((quoted(f"<parameter={name}>\n") + f" {rule}", needed))
+            choices = texts(schema)
+            if choices is None:
+                rules.append(f"{rule}: {rule}_j {quoted(closing)}\n{rule}_j: {tool.leaf(schema)}\n")
+            else:
+                told = [quoted(choice + closing) for choice in choices] or [ends]
+                rules.append(either(told, rule))
+        rules.append(row(f"a{at}", parts))
+    return CallGrammar(BEGIN, "".join(rules), MOST_CALLS if several else 1, "\n")
+
+
+HERMES: Final = ToolFormat(
+    ToolParser.HERMES, (Shown((BEGIN,)),), tagged_blocks, _hermes, tokens=(BEGIN, END), end=END
+)
+QWEN3_CODER: Final = ToolFormat(
+    ToolParser.QWEN3_CODER, (Shown((FUNCTION, BEGIN)),), tagged_blocks, _xml, tokens=(BEGIN, END), end=END
+)

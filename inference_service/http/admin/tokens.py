@@ -8,7 +8,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from inference_service.adapters.defaults import NO_DEFAULTS, AdapterDefaults
-from inference_service.chat.formats.table import dialect_of
+from inference_service.chat.dialect import dialect_of
 from inference_service.http import answers
 from inference_service.http.admin.tokens_schema import DetokenizeBody, TokenizeBody
 from inference_service.http.openai.mapping import messages_of, refused

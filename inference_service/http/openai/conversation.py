@@ -9,11 +9,10 @@ from functools import partial
 from typing import Any, Final
 
 from inference_service.chat.demands import Demand
-from inference_service.chat.formats.calls import Calls
+from inference_service.chat.dialect import Dialect, dialect_of
 from inference_service.chat.formats.frame import Thinking
 from inference_service.chat.formats.lark import Asked
-from inference_service.chat.formats.table import Dialect, dialect_of
-from inference_service.chat.pieces import CallArguments, CallBegun, Piece, Reading, Said, Thought
+from inference_service.chat.pieces import CallArguments, CallBegun, Calls, Piece, Reading, Said, Thought
 from inference_service.core.constraint import Constraint
 from inference_service.http.openai.chat_schema import ChatBody, NamedTool, Tool
 from inference_service.http.openai.mapping import callable_tools, chat_request, demanded_tools, is_forced
@@ -130,7 +129,7 @@ class Conversation:
 
     def _reading(self, opened: Thinking | None) -> Reading:
         offered = {tool.function.name: tool.function.parameters or {} for tool in self._tools}
-        return self._dialect.reading(Calls(offered, short_ids=self._dialect.form.short_ids), opened)
+        return self._dialect.reading(Calls(offered, self._dialect.form.new_id), opened)
 
     def _wanted(self, pieces: Sequence[Piece]) -> list[Piece]:
         """Return the pieces that the client asks for."""

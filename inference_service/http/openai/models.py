@@ -11,6 +11,7 @@ from starlette.responses import Response
 
 from inference_service.adapters.manager import AdapterManager
 from inference_service.adapters.served_model import ServedModel
+from inference_service.chat.dialect import dialect_of_model
 from inference_service.http import answers
 from inference_service.http.admin.operators import failure_of, manager_of
 from inference_service.http.wire.reply import json_response
@@ -47,7 +48,7 @@ async def get_model(service: GenerationService, http: HttpRequest) -> Response:
 def _model(model: ServedModel, service: GenerationService, adapters: AdapterManager) -> answers.Model:
     catalog = service.catalog
     base = model.name == catalog.base_name
-    parsers = service.parsers_of(model)
+    dialect = dialect_of_model(service, model)
     return {
         "id": model.name,
         "object": "model",
@@ -67,8 +68,8 @@ def _model(model: ServedModel, service: GenerationService, adapters: AdapterMana
         "num_labels": model.num_labels,
         "licence": (catalog.base_licence if base else model.licence) or None,
         "base_licence": None if base else catalog.base_licence or None,
-        "tool_parser": parsers.tool if parsers else None,
-        "reasoning_parser": parsers.reasoning if parsers else None,
+        "tool_parser": dialect.tool if dialect else None,
+        "reasoning_parser": dialect.reasoning if dialect else None,
         "warnings": list(model.warnings),
         "last_failure": failure_of(adapters.failure_of(model)),
         "type": "model",

@@ -14,11 +14,10 @@ import pytest
 from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
 
 from inference_service.chat.demands import Demand
-from inference_service.chat.formats.calls import Calls
+from inference_service.chat.dialect import Dialect, shown
 from inference_service.chat.formats.lark import Asked
-from inference_service.chat.formats.table import Dialect
+from inference_service.chat.pieces import Calls
 from inference_service.core.constraint import Constraint
-from inference_service.serving.parsers import shown
 from inference_service.text.chat_template import ChatTemplate
 from inference_service.text.sandbox import grammars as sandbox
 from inference_service.text.sandbox.grammars import LIMITS, put_into

@@ -9,10 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from inference_service.chat.formats.calls import Calls
-from inference_service.chat.formats.table import Dialect
-from inference_service.chat.pieces import CallArguments, CallBegun, Reading, Said
-from inference_service.serving.parsers import shown
+from inference_service.chat.dialect import Dialect, shown
+from inference_service.chat.pieces import CallArguments, CallBegun, Calls, Reading, Said
 from loramux_shared.parsers import Parsers, ReasoningParser, ToolParser
 from tests.support.readings import Heard, cuts_of, read
 
@@ -348,7 +346,7 @@ def test_ids_of_calls_are_what_templates_take() -> None:
     ids = []
     for tool in (T.MISTRAL, T.HERMES):
         dialect = Dialect(tool, R.NONE)
-        calls = Calls(OFFERED, short_ids=dialect.form.short_ids)
+        calls = Calls(OFFERED, dialect.form.new_id)
         ids.append(calls.begin("find").id)
     assert len(ids[0]) == 9
     assert ids[0].isalnum()

@@ -2,63 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Final
 
-from inference_service.chat.formats import gemma, harmony, listed, llama, tagged
-from inference_service.chat.formats.calls import Calls
-from inference_service.chat.formats.frame import Block, Thinking, answer, nothing
+from inference_service.adapters.defaults import NO_DEFAULTS
+from inference_service.adapters.served_model import ServedModel
+from inference_service.chat.formats.format import Shown, ToolFormat
+from inference_service.chat.formats.frame import Thinking, answer, nothing
+from inference_service.chat.formats.gemma import FUNCTIONGEMMA, GEMMA4
+from inference_service.chat.formats.harmony import HARMONY, MARKS, messages
+from inference_service.chat.formats.listed import GRANITE, PHI4
+from inference_service.chat.formats.llama import LLAMA3_JSON
+from inference_service.chat.formats.mistral import MISTRAL
+from inference_service.chat.formats.python import OLMO3, PYTHONIC, TOOL_CODE
 from inference_service.chat.formats.source import Answer, Reader, Source
-from inference_service.chat.formats.turns import call_by_call, with_short_ids
-from inference_service.chat.pieces import Plain, Reading
-from inference_service.serving.parsers import parsers_of
+from inference_service.chat.formats.tagged import HERMES, QWEN3_CODER
+from inference_service.chat.pieces import Calls, Plain, Reading
 from inference_service.serving.request import Message
+from inference_service.serving.service import GenerationService
 from inference_service.text.chat_template import ChatTemplate
 from inference_service.text.text import Text
 from loramux_shared.parsers import Parsers, ReasoningParser, ToolParser
 
-Blocks = Callable[[Calls], Mapping[str, Block]]
-
-
-@dataclass(frozen=True)
-class ToolForm:
-    """A form of calls."""
-
-    blocks: Blocks
-    leading: Callable[[Calls], Block] | None = None
-    """Reads calls without a mark, where an answer begins with them."""
-    tokens: tuple[str, ...] = ()
-    """Marks that may be special tokens, which a text has only where it is asked to."""
-    end: str = ""
-    """Stands behind a call; empty where nothing does."""
-    short_ids: bool = False
-    """True where templates take ids of nine letters and digits alone."""
-
-
-TAGGED: Final = ToolForm(tagged.tagged_blocks, tokens=(tagged.BEGIN, tagged.END), end=tagged.END)
-TOOLS: Final[Mapping[ToolParser, ToolForm]] = {
-    ToolParser.HERMES: TAGGED,
-    ToolParser.QWEN3_CODER: TAGGED,
-    ToolParser.LLAMA3_JSON: ToolForm(llama.llama_blocks, llama.llama_leading, (llama.PYTHON_TAG,)),
-    ToolParser.PYTHONIC: ToolForm(llama.pythonic_blocks, llama.pythonic_leading, (llama.PYTHON_TAG,)),
-    ToolParser.OLMO3: ToolForm(llama.olmo_blocks, tokens=(llama.OLMO, llama.OLMO_END)),
-    ToolParser.TOOL_CODE: ToolForm(llama.fenced_blocks),
-    ToolParser.MISTRAL: ToolForm(
-        listed.mistral_blocks, tokens=(listed.MISTRAL, listed.ID, listed.ARGS), short_ids=True
-    ),
-    ToolParser.GRANITE: ToolForm(listed.granite_blocks, tokens=(listed.GRANITE, tagged.BEGIN, tagged.END)),
-    ToolParser.PHI4: ToolForm(listed.phi_blocks, tokens=(listed.GRANITE, listed.PHI_END)),
-    ToolParser.GEMMA4: ToolForm(
-        gemma.gemma_blocks, tokens=(gemma.GEMMA.begin, gemma.GEMMA.end, gemma.GEMMA.quote), end=gemma.GEMMA.end
-    ),
-    ToolParser.FUNCTIONGEMMA: ToolForm(
-        gemma.function_blocks,
-        tokens=(gemma.FUNCTION.begin, gemma.FUNCTION.end, gemma.FUNCTION.quote),
-        end=gemma.FUNCTION.end,
-    ),
-    ToolParser.HARMONY: ToolForm(lambda _: {}, tokens=harmony.MARKS),
+FORMATS: Final[Mapping[ToolParser, ToolFormat]] = {
+    each.parser: each
+    for each in (
+        HARMONY,
+        GEMMA4,
+        FUNCTIONGEMMA,
+        MISTRAL,
+        OLMO3,
+        PHI4,
+        QWEN3_CODER,
+        GRANITE,
+        HERMES,
+        TOOL_CODE,
+        PYTHONIC,
+        LLAMA3_JSON,
+    )
 }
+"""By their names; the first one that a template shows counts."""
 THINK: Final = Thinking("<think>", "</think>")
 REASONING: Final[Mapping[ReasoningParser, tuple[Thinking, ...]]] = {
     ReasoningParser.THINK: (THINK,),
@@ -69,6 +54,16 @@ REASONING: Final[Mapping[ReasoningParser, tuple[Thinking, ...]]] = {
     ReasoningParser.MISTRAL: (Thinking("[THINK]", "[/THINK]", anywhere=True), THINK),
     ReasoningParser.GEMMA4: (Thinking("<|channel>thought\n", "<channel|>", anywhere=True),),
 }
+REASONING_SHOWN: Final = (
+    (ReasoningParser.HARMONY, Shown(("<|channel|>", "<|message|>"))),
+    (ReasoningParser.GEMMA4, Shown(("<|channel>",))),
+    (ReasoningParser.MISTRAL, Shown(("[THINK]",))),
+    (ReasoningParser.GRANITE, Shown(("<|start_of_role|>", "<response>"))),
+    (ReasoningParser.GRANITE, Shown(("my thought process:",))),
+    (ReasoningParser.THINK, Shown(("<think>",))),
+    (ReasoningParser.THINK, Shown(("</think>",))),
+)
+"""By what a template shows marks of reasoning; the first one counts."""
 GRANITE_FRAME: Final = ("<response>", "</response>")
 """Around what Granite 3.3 says after it reasoned."""
 
@@ -81,9 +76,9 @@ class Dialect:
     reasoning: ReasoningParser
 
     @property
-    def form(self) -> ToolForm:
-        """The form of its calls; tags where its template shows none."""
-        return TOOLS.get(self.tool, TAGGED)
+    def form(self) -> ToolFormat:
+        """The format of its calls; tags where its template shows none."""
+        return FORMATS.get(self.tool, HERMES)
 
     @property
     def thinking(self) -> tuple[Thinking, ...]:
@@ -104,13 +99,11 @@ class Dialect:
     def thinking_tokens(self) -> tuple[str, ...]:
         """Those of them that are not about calls."""
         own = tuple(mark for each in self.thinking for mark in _special(each))
-        return harmony.MARKS if self.is_harmony else own
+        return MARKS if self.is_harmony else own
 
-    def turns(self, messages: Sequence[Message]) -> list[Message]:
+    def turns(self, said: Sequence[Message]) -> list[Message]:
         """Return turns as the templates of its models want them."""
-        if self.is_harmony:
-            return call_by_call(messages)
-        return with_short_ids(messages) if self.form.short_ids else list(messages)
+        return (HARMONY if self.is_harmony else self.form).turns(said)
 
     def opened(self, end_of_prompt: str) -> Thinking | None:
         """Return the reasoning that a prompt has opened, which the answer goes on with."""
@@ -135,7 +128,7 @@ class Dialect:
         """Return a reading of one answer."""
         if self.is_harmony:
             shown = self.reasoning is not ReasoningParser.NONE
-            return Answer(lambda source: harmony.messages(source, calls, shown=shown))
+            return Answer(lambda source: messages(source, calls, shown=shown))
         if not calls.offered and not self.thinking:
             return Plain()
         return Answer(lambda source: self._read(source, calls, opened))
@@ -151,8 +144,29 @@ class Dialect:
 
 def dialect_of(text: Text, template: ChatTemplate | None, said: Parsers) -> Dialect:
     """Return the dialect of a model with a text side, and perhaps a template of its own."""
-    parsers = parsers_of(template or text.template, said)
+    known = template or text.template
+    parsers = shown(known.source if known else "", said)
     return Dialect(parsers.tool, parsers.reasoning)
+
+
+def dialect_of_model(service: GenerationService, model: ServedModel) -> Dialect | None:
+    """Return the dialect of a model that is served; None of an adapter whose files nobody has read yet."""
+    if model.defaults is None and model.name != service.catalog.base_name:
+        return None
+    defaults = model.defaults or NO_DEFAULTS
+    return dialect_of(defaults.text or service.text, defaults.template, service.parsers)
+
+
+@lru_cache(maxsize=128)
+def shown(template: str, said: Parsers = Parsers()) -> Parsers:  # noqa: B008 - frozen
+    """Return what is said, and where that is auto what a template's text shows; auto where it shows nothing."""
+    tool, reasoning = said.tool, said.reasoning
+    if tool is ToolParser.AUTO:
+        found = (name for name, each in FORMATS.items() if any(one.by(template) for one in each.shown))
+        tool = next(found, tool)
+    if reasoning is ReasoningParser.AUTO:
+        reasoning = next((name for name, one in REASONING_SHOWN if one.by(template)), reasoning)
+    return Parsers(tool, reasoning)
 
 
 def _special(thinking: Thinking) -> tuple[str, ...]:
