@@ -60,7 +60,7 @@ class NativeOperations(TorchOperations):
     def own_products(self) -> bool:
         """Whether linears are multiplied by the compiled product, where it takes their weights.
 
-        Rounded ones are wherever there is one: torch has none but for widened weights.
+        Rounded ones always are: torch has no product but of widened weights.
         """
         return self.ops.multiplies
 
@@ -68,7 +68,7 @@ class NativeOperations(TorchOperations):
         self, weight: Tensor, bias: Tensor | None = None, quantization: Rounding = Rounding.NONE
     ) -> Linear:
         """With a compiled product, where that is the fastest here."""
-        tiled = self._tiled(weight, bias, quantization) if self.ops.can_multiply else None
+        tiled = self._tiled(weight, bias, quantization)
         if tiled is None:
             return super().new_linear(weight, bias, quantization)
         return NativeLinear(self.ops, weight, tiled)

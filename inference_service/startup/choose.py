@@ -48,7 +48,7 @@ def _product(chosen: Backend) -> str:
     integers = rounding is not Rounding.NONE
     if chosen.device.type != "cpu":
         return str(rounding) if integers else dtype
-    if not isinstance(operations, NativeOperations) or not operations.ops.can_multiply:
+    if not isinstance(operations, NativeOperations):
         return f"{rounding} widened piece by piece by torch" if integers else f"{dtype} by torch"
     if not integers and not operations.own_products:
         return f"{dtype} by oneDNN"
@@ -99,6 +99,8 @@ def _kernels(settings: InferenceSettings, config: ModelConfig) -> Backend:
             f"LORAMUX_BACKEND=native, but a replica would run on {found.how}. Change that, or set auto."
         )
     _refuse_deterministic(settings, found.how)
+    if settings.dtype == "auto" and device.type == "cpu" and not _torch_multiplies_bfloat16():
+        dtype = torch.float32
     plain = TorchOperations(dtype, device)
     return Backend(device, dtype, plain, lambda: TorchLora(groups, dtype, device), found)
 
@@ -137,9 +139,13 @@ def _dtype(settings: InferenceSettings, config: ModelConfig, device: torch.devic
         assert isinstance(dtype, torch.dtype)  # noqa: S101 - the setting is one of four literals
         return dtype
     if device.type == "cpu":
-        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        return torch.bfloat16 if fast and config.dtype == "bfloat16" else torch.float32
+        return torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
     return {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(config.dtype, torch.float32)
+
+
+def _torch_multiplies_bfloat16() -> bool:
+    """Return whether torch's products in bfloat16 are faster than those in float32 on this CPU."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def _native(

@@ -12,6 +12,7 @@ from inference_service.backends.torch_lora import TorchLora
 from inference_service.backends.triton import TritonLora
 from inference_service.kernels.cpu.build import load
 from inference_service.kernels.cpu.ops import CpuOps
+from inference_service.kernels.cpu.processors import kinds_of_machine, kinds_that_run
 from tests.kernels.lora_case import GROUPS, LAYERS
 
 
@@ -19,6 +20,20 @@ from tests.kernels.lora_case import GROUPS, LAYERS
 def device() -> str:
     """Where kernels are tested: the GPU, or the interpreter's CPU."""
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(scope="module", params=["native", *(kind.name for kind in kinds_of_machine())])
+def library(request: pytest.FixtureRequest) -> ctypes.CDLL:
+    """The operations as this machine compiles them, and as a wheel has them for each kind of processor."""
+    if request.param != "native":
+        if request.param not in {kind.name for kind in kinds_that_run()}:
+            pytest.skip(f"the processor is not {request.param}")
+        (path,) = request.getfixturevalue("beforehand").glob(f"ops-{request.param}-*.so")
+        return ctypes.CDLL(str(path))
+    built = load(request.getfixturevalue("native_folder"))
+    if built.library is None:
+        pytest.skip(built.how)
+    return built.library
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,7 @@ from inference_service.core.computing import Lack
 from inference_service.kernels.cpu.build import load
 from inference_service.kernels.cpu.check import first_wrong
 from inference_service.kernels.cpu.ops import ADAPTER_FIELDS, BLOCK, Chunks, CpuOps, Table, adapters_of
-from inference_service.kernels.cpu.processors import kinds_of_machine, kinds_that_run
+from inference_service.kernels.cpu.processors import Kind, kinds_that_run
 from inference_service.kernels.rows import Activation
 from tests.support.native import as_in_a_wheel
 
@@ -25,20 +25,6 @@ TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1.2e-2}
 DTYPES = [torch.float32, torch.bfloat16]
 V3 = "avx avx2 bmi1 bmi2 f16c fma abm movbe"
 V4 = "avx512f avx512bw avx512cd avx512dq avx512vl"
-
-
-@pytest.fixture(scope="module", params=["native", *(kind.name for kind in kinds_of_machine())])
-def library(request: pytest.FixtureRequest) -> ctypes.CDLL:
-    """The operations as this machine compiles them, and as a wheel has them for each kind of processor."""
-    if request.param != "native":
-        if request.param not in {kind.name for kind in kinds_that_run()}:
-            pytest.skip(f"the processor is not {request.param}")
-        (path,) = request.getfixturevalue("beforehand").glob(f"ops-{request.param}-*.so")
-        return ctypes.CDLL(str(path))
-    built = load(request.getfixturevalue("native_folder"))
-    if built.library is None:
-        pytest.skip(built.how)
-    return built.library
 
 
 @pytest.fixture(params=DTYPES, ids=["float32", "bfloat16"])
@@ -151,6 +137,24 @@ def test_a_linear_multiplies(ops: CpuOps) -> None:
         assert tiled is not None
         expected = x.double() @ weight.double().t() + (0 if bias is None else bias.double())
         _assert_close(ops.linear(x, tiled), expected, ops, (rows, width, columns, biased))
+
+
+WIDENING = [kind for kind in kinds_that_run() if "avx512_bf16" not in kind.needs]
+
+
+@pytest.mark.parametrize("kind", WIDENING, ids=lambda kind: kind.name)
+def test_bfloat16_that_is_widened_has_the_bits_of_float32_sums_in_order(beforehand: Path, kind: Kind) -> None:
+    """A product of two values is exact in float32: each sum is rounded once, whatever the number of rows."""
+    (path,) = beforehand.glob(f"ops-{kind.name}-*.so")
+    ops = CpuOps(ctypes.CDLL(str(path)), torch.bfloat16)
+    x, weight = torch.randn(70, 2050).bfloat16(), torch.randn(49, 2050).bfloat16()
+    expected = torch.zeros(70, 49)
+    for k in range(2050):
+        expected += x[:, k, None].float() * weight[:, k].float()
+    tiled = ops.tiled(weight)
+    assert tiled is not None
+    for rows in (1, 5, 8, 9, 70):
+        assert torch.equal(ops.linear(x[:rows], tiled), expected[:rows].bfloat16())
 
 
 def test_a_width_that_is_no_whole_unit_is_left_to_others(library: ctypes.CDLL) -> None:
@@ -392,7 +396,8 @@ def test_without_both_it_says_so(tmp_path: Path) -> None:
         ("fpu sse2 avx", []),
         (V3, ["avx2"]),
         (f"{V3} {V4}", ["avx512", "avx2"]),
-        (f"{V3} {V4} avx512_bf16 avx512_vnni", ["avx512bf16", "avx512", "avx2"]),
+        (f"{V3} {V4} avx512_vnni", ["avx512vnni", "avx512", "avx2"]),
+        (f"{V3} {V4} avx512_bf16 avx512_vnni", ["avx512bf16", "avx512vnni", "avx512", "avx2"]),
         (f"{V3} avx512f avx512_bf16", ["avx2"]),  # as a virtual machine may cut it
     ],
 )

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from ctypes import CDLL
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from inference_service.backends.native import NativeLinear, NativeOperations
-from inference_service.kernels.cpu import build
 from inference_service.kernels.cpu.ops import ROUNDED, CpuOps, Table, adapters_of
 from inference_service.kernels.integers import Quantized, quantize
 from inference_service.layers.linear import Linear
@@ -20,15 +21,6 @@ from loramux_shared.rounding import Rounding
 
 INTEGERS = [Rounding.INT8, Rounding.INT4]
 DTYPES = [torch.float32, torch.bfloat16]
-
-
-@pytest.fixture(scope="module")
-def library(request: pytest.FixtureRequest) -> object:
-    """The operations as this machine compiles them; those of other processors are checked by `first_wrong`."""
-    built = build.load(request.getfixturevalue("native_folder"))
-    if built.library is None:
-        pytest.skip(built.how)
-    return built.library
 
 
 def _quantized(rows: int, width: int, quantization: Rounding) -> Quantized:
@@ -64,12 +56,10 @@ def test_what_is_no_whole_number_of_groups_stays_as_it_is() -> None:
 
 @pytest.mark.parametrize("quantization", INTEGERS)
 def test_rounded_weights_are_multiplied_by_the_compiled_product_beside_amx_too(
-    library: object, quantization: Rounding
+    library: CDLL, quantization: Rounding
 ) -> None:
     """There oneDNN's product of whole weights is the faster one, but it has none of rounded ones."""
-    ops = CpuOps(library, torch.bfloat16)  # type: ignore[arg-type]
-    if not ops.can_multiply:
-        pytest.skip("this processor has no such product")
+    ops = CpuOps(library, torch.bfloat16)
     weight = torch.randn(48, 64, dtype=torch.bfloat16)
     for ops.multiplies in (False, True):
         operations = NativeOperations(ops)
@@ -99,11 +89,11 @@ def _in_integers(x: Tensor, weight: Quantized) -> Tensor:
     ("rows", "width", "columns"), [(1, 64, 1), (3, 544, 17), (9, 576, 200), (70, 96, 48), (5, 4416, 20)]
 )
 def test_the_product_in_bfloat16_is_that_of_integers(
-    library: object, quantization: Rounding, rows: int, width: int, columns: int
+    library: CDLL, quantization: Rounding, rows: int, width: int, columns: int
 ) -> None:
     """Bit for bit, over rows of many magnitudes, widths of several parts, and columns that fill no tile."""
     torch.manual_seed(rows)
-    ops, weight = CpuOps(library, torch.bfloat16), _quantized(columns, width, quantization)  # type: ignore[arg-type]
+    ops, weight = CpuOps(library, torch.bfloat16), _quantized(columns, width, quantization)
     scales = torch.exp2(torch.randint(-9, 9, (rows, width)))
     x = torch.full((rows, width + 3), torch.nan).bfloat16()[:, :width].copy_(torch.randn(rows, width) * scales)
     x[0] = 0
@@ -116,11 +106,11 @@ def test_the_product_in_bfloat16_is_that_of_integers(
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("rows", "width", "columns"), [(1, 32, 5), (20, 576, 100), (9, 4416, 33)])
 def test_native_and_torch_agree(
-    library: object, quantization: Rounding, dtype: torch.dtype, rows: int, width: int, columns: int
+    library: CDLL, quantization: Rounding, dtype: torch.dtype, rows: int, width: int, columns: int
 ) -> None:
     """With the widened weight in float64 but for the rounding of sums, and of x in compiled bfloat16."""
     torch.manual_seed(columns)
-    ops, weight = CpuOps(library, dtype), _quantized(columns, width, quantization)  # type: ignore[arg-type]
+    ops, weight = CpuOps(library, dtype), _quantized(columns, width, quantization)
     x, bias = torch.randn(rows, width).to(dtype), torch.randn(columns).to(dtype)
     expected = x.double() @ weight.widened().double().t() + bias.double()
     tiled = ops.tiled_integers(weight, bias)
@@ -135,7 +125,7 @@ def test_native_and_torch_agree(
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("threads", [1, 3])
 def test_a_row_depends_on_no_other(
-    library: object,
+    library: CDLL,
     monkeypatch: pytest.MonkeyPatch,
     quantization: Rounding,
     dtype: torch.dtype,
@@ -144,7 +134,7 @@ def test_a_row_depends_on_no_other(
     """Alone and in company: the same bits."""
     torch.manual_seed(0)
     monkeypatch.setattr(CpuOps, "threads", threads)
-    ops, weight = CpuOps(library, dtype), _quantized(300, 1024, quantization)  # type: ignore[arg-type]
+    ops, weight = CpuOps(library, dtype), _quantized(300, 1024, quantization)
     tiled, x = ops.tiled_integers(weight), torch.randn(70, 1024).to(dtype)
     assert tiled is not None
     together = ops.linear(x, tiled)
@@ -154,11 +144,11 @@ def test_a_row_depends_on_no_other(
 
 @pytest.mark.parametrize("quantization", INTEGERS)
 def test_what_an_adapter_adds_is_what_it_adds_beside_whole_weights(
-    library: object, quantization: Rounding
+    library: CDLL, quantization: Rounding
 ) -> None:
     """In float32 the difference of adapted and base rows is that of unrounded weights, in one call and two."""
     torch.manual_seed(0)
-    ops, whole = CpuOps(library, torch.float32), torch.randn(96, 64)  # type: ignore[arg-type]
+    ops, whole = CpuOps(library, torch.float32), torch.randn(96, 64)
     rounded = quantize(whole, quantization)
     assert rounded is not None
     x, a, b = torch.randn(9, 64), torch.randn(6, 64), torch.randn(6, 96)
@@ -182,9 +172,9 @@ def test_what_an_adapter_adds_is_what_it_adds_beside_whole_weights(
 
 
 @pytest.mark.parametrize("value", [torch.inf, torch.nan])
-def test_what_is_not_finite_is_not_hidden(library: object, value: float) -> None:
+def test_what_is_not_finite_is_not_hidden(library: CDLL, value: float) -> None:
     """In its row: integers have neither, and a broken activation must not look like an answer."""
-    ops, weight = CpuOps(library, torch.bfloat16), _quantized(16, 64, Rounding.INT8)  # type: ignore[arg-type]
+    ops, weight = CpuOps(library, torch.bfloat16), _quantized(16, 64, Rounding.INT8)
     x = torch.randn(3, 64).bfloat16()
     x[1, 5] = value
     tiled = ops.tiled_integers(weight)
@@ -194,9 +184,9 @@ def test_what_is_not_finite_is_not_hidden(library: object, value: float) -> None
     assert found[[0, 2]].isfinite().all()
 
 
-def test_widths_that_fill_no_vector_are_left_to_others(library: object) -> None:
+def test_widths_that_fill_no_vector_are_left_to_others(library: CDLL) -> None:
     """Four values of 8 bits stand together in each column, eight of 4 bits."""
-    ops = CpuOps(library, torch.bfloat16)  # type: ignore[arg-type]
+    ops = CpuOps(library, torch.bfloat16)
     assert ops.tiled_integers(_quantized(4, 6, Rounding.INT8)) is None
     assert ops.tiled_integers(_quantized(4, 12, Rounding.INT8)) is not None
 

@@ -78,7 +78,11 @@ void linear(Product<T> base, const Adapter* adapters, int64_t apart, const Segme
     }
   }
   static thread_local RoundedRows rounding;
-  if (base.bits) rounding.round(base.x, base.ldx, base.rows, base.K, base.bits), base.rounded = &rounding;
+  static thread_local WidenedRows widening;
+  if constexpr (Unit<T>::P > 1) {
+    if (base.bits) rounding.round(base.x, base.ldx, base.rows, base.K, base.bits), base.rounded = &rounding;
+    else if (base.w && !Unit<T>::multiplied) base.widened = widening.widen(base.x, base.ldx, base.rows, base.K);
+  }
   const int64_t tiles = base.w ? (base.N + LANES - 1) / LANES : 0;
   const int64_t wide = tiles / WIDE_PRODUCT >= 2 * threads ? WIDE_PRODUCT : 1;
   const int64_t panels = tiles / wide, all = panels + tiles % wide;
@@ -95,8 +99,8 @@ void linear(Product<T> base, const Adapter* adapters, int64_t apart, const Segme
       shrink_task<T>(first[i], seg, adapters[seg.adapter * apart], base.x, base.ldx, base.K, y + part.column, ldy, float(part.scale));
     });
     two->take([=](int64_t i) {
-      if (i < panels && wide > 1) product_panel<T, WIDE_PRODUCT>(base, i * wide * LANES);
-      else product_panel<T, 1>(base, (i < panels ? i : panels * wide + i - panels) * LANES);
+      if (i < panels && wide > 1) product_panel<WIDE_PRODUCT>(base, i * wide * LANES);
+      else product_panel<1>(base, (i < panels ? i : panels * wide + i - panels) * LANES);
     });
     if (seconds) {
 #pragma omp barrier

@@ -11,10 +11,9 @@
                                   const void* adapters, int64_t apart, const void* segments, int64_t count, void* y,  \
                                   int64_t ldy, const void* parts, int64_t threads) {                                  \
     linear<T>({(const T*)x, ldx, rows, K, (const uint8_t*)w, (const T*)bias, bits, (const bf16*)scales, group,        \
-               (T*)out, ldo, N, nullptr}, (const Adapter*)adapters, apart, (const Segment*)segments, count, (float*)y, ldy,    \
+               (T*)out, ldo, N, nullptr, nullptr}, (const Adapter*)adapters, apart, (const Segment*)segments, count, (float*)y, ldy,    \
               (const Part*)parts, threads);                                                                           \
   }                                                                                                                   \
-  extern "C" int64_t multiplies_##SUFFIX() { return Unit<T>::multiplies; }                                            \
   extern "C" void pack_##SUFFIX(const void* pieces, int64_t count) { pack<T>((const Piece*)pieces, count); }          \
   extern "C" void attention_##SUFFIX(const void* q, int64_t ldq, void* out, const void* chunks, int64_t count,        \
                                      const void* keys, const void* values, int64_t num_blocks, int64_t kv_heads,      \

@@ -130,11 +130,8 @@ class CpuOps:
         library.instructions.restype = ctypes.c_char_p
         self.instructions = str(library.instructions().decode())
         """For which it was compiled: ``AVX-512 with bfloat16``, ``AVX-512``, ``AVX2``, ``NEON`` or less."""
-        self.can_multiply = bool(getattr(library, f"multiplies_{DTYPES[dtype]}")())
-        """Whether `linear` takes weights: with AVX-512."""
-        amx = dtype is torch.bfloat16 and torch.cpu._is_amx_tile_supported()
-        self.multiplies = self.can_multiply and not amx
-        """Whether it is the fastest product here: with AMX, oneDNN's is."""
+        self.multiplies = not (dtype is torch.bfloat16 and torch.cpu._is_amx_tile_supported())
+        """Whether `linear` is the fastest product of whole weights here: with AMX, oneDNN's is."""
         self._linear, self._pack = functions["linear"], functions["pack"]
         self._attention = functions["attention"]
         self._rope_write, self._rms_norm = functions["rope_write"], functions["rms_norm"]

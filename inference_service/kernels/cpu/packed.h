@@ -1,11 +1,13 @@
-// Weights of 8 and 4 bits: integers, of which so many values of K have one scale in each column. A tile of 16 columns is in
-// vectors of 64 bytes, each of which holds several lane vectors of units.
+// Weights of fewer bits than they are multiplied with, and rows of x as products read them. A tile of 16 columns is in vectors
+// of 64 bytes, each of which holds several lane vectors of units.
 //
-//   8 bits:  [K / P][16 columns][P] of 8 bits
-//   4 bits:  [K / 8][16 columns] of 32 bits that hold 8 values of K, P of a unit in so many equal parts, from the lowest bits on
+//   bfloat16:  [K / 2][16 columns][2]
+//   8 bits:    [K / P][16 columns][P] of 8 bits
+//   4 bits:    [K / 8][16 columns] of 32 bits that hold 8 values of K, P of a unit in so many equal parts, from the lowest bits on
 //
-// float32 multiplies them as float32 (P = 1, integers with a sign). bfloat16 has its own values rounded to 8 bits first, and
-// multiplies four integers at once (P = 4, integers with 2^(bits - 1) added): products and their sums are exact.
+// float32 multiplies them as float32 (P = 1, integers with a sign), and so does bfloat16 its own where the processor cannot
+// multiply those. bfloat16 has its values rounded to 8 bits for integers, and multiplies four at once (P = 4, integers with
+// 2^(bits - 1) added): products and their sums are exact.
 #pragma once
 #include <vector>
 
@@ -13,53 +15,107 @@
 
 namespace {
 
-typedef int8_t vb16 __attribute__((vector_size(16)));
+typedef int8_t rb __attribute__((vector_size(REGISTER / 4)));
 
 constexpr int64_t ROUNDED = 32;  // values of x with one step
 
-// A unit of four integers of 8 bits: of x with a sign, of weights without.
-struct Quads {
-  static constexpr int P = 4;
-  static inline vi fma(vi acc, vu x, vu w) {
-#ifdef __AVX512VNNI__
-    __m512i r, a, b; std::memcpy(&r, &acc, 64); std::memcpy(&a, &w, 64); std::memcpy(&b, &x, 64);
-    r = _mm512_dpbusd_epi32(r, a, b);
-    std::memcpy(&acc, &r, 64);
-    return acc;
+// Weights as they are multiplied: part of a lane vector of units, of which a vector has so many.
+struct Whole {
+  static constexpr int UNITS = 1;
+  static inline ru unit(const uint8_t* vector, int, int part) { return load<ru>(vector + part * REGISTER); }
+};
+
+// bfloat16, in float32.
+struct Pairs {
+  static constexpr int UNITS = 2;
+  static inline ru unit(const uint8_t* vector, int index, int part) {
+    const ru both = load<ru>(vector + part * REGISTER);
+    if (index == 0) return both << 16;
+#if defined(__AVX__) && !defined(__AVX512F__)  // which have no register left for a mask
+    return held(both >> 16) << 16;
 #else
-    for (int at = 0; at < 32; at += 8) acc += vi(w >> at & 255) * (vi(x) << (24 - at) >> 24);
-    return acc;
+    return both & 0xffff0000u;
 #endif
   }
 };
 
-// Weights as they are multiplied.
-struct Whole {
-  static constexpr int UNITS = 1;  // in a vector
-  static inline vu unit(const uint8_t* vector, int) { return load<vu>(vector); }
-};
-
-// Integers of so many bits: by float32, and by x of 8 bits.
+// Integers of so many bits, in float32.
 template <int BITS> struct Integers {
   static constexpr int UNITS = 32 / BITS;
-  static inline vu unit(const uint8_t* vector, int index) {
-    if constexpr (BITS == 4) return bits(__builtin_convertvector(vi(load<vu>(vector)) << (28 - 4 * index) >> 28, vf));
-#ifdef __AVX512BW__  // the compiler would make halves of it
-    vu u;
-    const __m512 all = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load<__m128i>(vector + index * LANES)));
-    std::memcpy(&u, &all, sizeof u);
-    return u;
+  static inline ru unit(const uint8_t* vector, int index, int part) {
+    if constexpr (BITS == 4) {
+      const ri all = ri(load<ru>(vector + part * REGISTER));
+      return as<ru>(__builtin_convertvector(all << (28 - 4 * index) >> 28, rf));
+    }
+    const uint8_t* from = vector + index * LANES + part * (REGISTER / 4);
+#if defined(__AVX512BW__)  // the compiler would make halves of it
+    return as<ru>(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load<__m128i>(from))));
+#elif defined(__AVX2__)
+    return as<ru>(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)))));
 #else
-    return bits(__builtin_convertvector(load<vb16>(vector + index * LANES), vf));
+    return as<ru>(__builtin_convertvector(load<rb>(from), rf));
 #endif
   }
 };
+
+// Integers of so many bits, four to a unit.
 template <int BITS> struct Quartets {
-  static constexpr int UNITS = 8 / BITS, VECTORS = ROUNDED / Quads::P / UNITS;  // in a vector; for values with one step
+  static constexpr int P = 4, UNITS = 8 / BITS, VECTORS = ROUNDED / P / UNITS;  // in a vector; for values with one step
   static constexpr bool GROUPED = BITS == 4;  // whether a column has several scales, one at most for values with one step
-  static inline vu unit(const uint8_t* vector, int index) {
-    if constexpr (BITS == 8) return load<vu>(vector);
-    return load<vu>(vector) >> 4 * index & 0x0f0f0f0fu;
+  static inline ru unit(const uint8_t* vector, int index, int part) {
+    const ru all = load<ru>(vector + part * REGISTER);
+    return BITS == 8 ? all : all >> 4 * index & 0x0f0f0f0fu;
+  }
+};
+
+// Sums of products of at most ROUNDED values: those of x have a sign, and those of weights none.
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__) || !defined(__AVX2__)
+template <int BITS> struct Exact {
+  ri sums;
+  void begin(int32_t with) { sums = ri{} + with; }
+  void add(ru x, ru w) {
+#if defined(__AVX512VNNI__)
+    sums = ri(_mm512_dpbusd_epi32(__m512i(sums), __m512i(w), __m512i(x)));
+#elif defined(__AVXVNNI__)
+    sums = ri(_mm256_dpbusd_avx_epi32(__m256i(sums), __m256i(w), __m256i(x)));
+#else
+    for (int at = 0; at < 32; at += 8) sums += ri(w >> at & 255) * (ri(x) << (24 - at) >> 24);
+#endif
+  }
+  ri total() const { return sums; }
+};
+#else
+// In 16 bits, 4 bits of weights at a time: 32 products of 127 and 15 in two sums are 30,480 each.
+template <int BITS> struct Exact {
+  typedef int16_t rs __attribute__((vector_size(REGISTER)));
+  rs low, high;
+  int32_t first;
+#ifdef __AVX512BW__
+  static rs pairs(ru w, ru x) { return rs(_mm512_maddubs_epi16(__m512i(w), __m512i(x))); }
+  static ri fours(rs sums, int16_t by) { return ri(_mm512_madd_epi16(__m512i(sums), _mm512_set1_epi16(by))); }
+#else
+  static rs pairs(ru w, ru x) { return rs(_mm256_maddubs_epi16(__m256i(w), __m256i(x))); }
+  static ri fours(rs sums, int16_t by) { return ri(_mm256_madd_epi16(__m256i(sums), _mm256_set1_epi16(by))); }
+#endif
+  void begin(int32_t with) { low = high = rs{}, first = with; }
+  void add(ru x, ru w) {
+    low += pairs(BITS == 8 ? w & 0x0f0f0f0fu : w, x);
+    if (BITS == 8) high += pairs(w >> 4 & 0x0f0f0f0fu, x);
+  }
+  ri total() const { return fours(low, 1) + first + (BITS == 8 ? fours(high, 16) : ri{}); }
+};
+#endif
+
+// Rows of x in float32, one after the other.
+class WidenedRows {
+  std::vector<float> values;
+
+ public:
+  const float* widen(const bf16* x, int64_t ldx, int64_t rows, int64_t K) {
+    values.resize(rows * K);
+    for (int64_t t = 0; t < rows; ++t)
+      for (int64_t k = 0; k < K; ++k) values[t * K + k] = ::widen(x[t * ldx + k]);
+    return values.data();
   }
 };
 
@@ -81,7 +137,6 @@ class RoundedRows {
       starts[i] = -sum * (1 << (bits - 1));
     }
   }
-  void round(const float*, int64_t, int64_t, int64_t, int64_t) {}
   int64_t parts_of_row() const { return parts; }
   const int8_t* row(int64_t row) const { return values.data() + row * width; }
   const float* steps_of(int64_t row) const { return steps.data() + row * parts; }

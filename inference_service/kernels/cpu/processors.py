@@ -21,10 +21,11 @@ class Kind:
 
 _V3: Final = frozenset(["avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe"])
 _V4: Final = _V3 | frozenset(["avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"])
-_BF16: Final = frozenset(["avx512_bf16", "avx512_vnni"])
+_VNNI: Final = _V4 | frozenset(["avx512_vnni"])
 KINDS: Final = {
     "x86_64": (
-        Kind("avx512bf16", ("-march=x86-64-v4", "-mavx512bf16", "-mavx512vnni"), _V4 | _BF16),
+        Kind("avx512bf16", ("-march=x86-64-v4", "-mavx512bf16", "-mavx512vnni"), _VNNI | {"avx512_bf16"}),
+        Kind("avx512vnni", ("-march=x86-64-v4", "-mavx512vnni"), _VNNI),
         Kind("avx512", ("-march=x86-64-v4",), _V4),
         Kind("avx2", ("-march=x86-64-v3",), _V3),
     ),

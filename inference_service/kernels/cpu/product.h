@@ -4,15 +4,15 @@
 
 namespace {
 
-constexpr int ROWS_KEPT = 64;                 // of a product, whose sums wait between two blocks of K
-constexpr int64_t UNITS_OF_BLOCK = 2048;      // of K: three tiles of them stay in a core's second cache
-constexpr int AHEAD = 32;                     // vectors of weights that are fetched before they are used
-#ifdef __AVX512F__
-constexpr int TALL_PRODUCT = 8, WIDE_PRODUCT = 3;  // rows and tiles of columns at a time: their sums fill the registers
+constexpr int ROWS_KEPT = 64;             // of a product, whose sums wait between two blocks of K
+constexpr int64_t UNITS_OF_BLOCK = 2048;  // of K: three tiles of them stay in a core's second cache
+constexpr int AHEAD = 32;                 // vectors of weights that are fetched before they are used
+// Rows and tiles of columns at a time, whose sums fill the registers; and rows of integers, which have sums of integers too.
+#if defined(__AVX512F__)
+constexpr int TALL_PRODUCT = 8, WIDE_PRODUCT = 3, TALL_ROUNDED = 4;
 #else
-constexpr int TALL_PRODUCT = 4, WIDE_PRODUCT = 1;
+constexpr int TALL_PRODUCT = 6, WIDE_PRODUCT = 1, TALL_ROUNDED = 2;
 #endif
-constexpr int TALL_ROUNDED = 4;  // rows of integers, which have sums of integers too
 
 // y[T][N] = x[T][K] w^T + bias. Integers of 8 or 4 bits have scales [tiles][K / group][16 columns]; 0 bits are whole values.
 template <class T> struct Product {
@@ -20,32 +20,50 @@ template <class T> struct Product {
   const uint8_t* w; const T* bias;
   int64_t bits; const bf16* scales; int64_t group;
   T* out; int64_t ldo, N;
+  const float* widened;  // x [T][K], where bfloat16 is multiplied so
   const RoundedRows* rounded;
 };
+
+// How a unit is multiplied.
+struct Floats {
+  typedef float Value;
+  static constexpr int P = 1;
+  static inline rf fma(rf acc, ru a, ru b) { return multiply_add(acc, as<rf>(a), as<rf>(b)); }
+  static inline const float* row(const Product<float>& p, int64_t t) { return p.x + t * p.ldx; }
+  static inline const float* row(const Product<bf16>& p, int64_t t) { return p.widened + t * p.K; }
+};
+#ifdef __AVX512BF16__
+struct Bfloats {
+  typedef bf16 Value;
+  static constexpr int P = 2;
+  static inline rf fma(rf acc, ru a, ru b) { return Unit<bf16>::fma(acc, a, b); }
+  static inline const bf16* row(const Product<bf16>& p, int64_t t) { return p.x + t * p.ldx; }
+};
+#endif
 
 // sums[t][c] (+)= x[t] . w of TALL rows and WIDE tiles of 16 columns, over units of K in order, with so many left to the
 // end of the tiles: what a row gives does not depend on the rows beside it.
 template <class U, class W, int TALL, int WIDE>
 __attribute__((noinline)) void sum_tiles(const typename U::Value* x, int64_t ldx, const uint8_t* w, int64_t tile, int units,
                                          int left, float* sums, bool fresh) {
-  typedef typename U::Sum Sum;
-  Sum acc[TALL][WIDE];
+  constexpr int PARTS = WIDE * SPLIT, OF_PART = LANES / SPLIT;
+  rf acc[TALL][PARTS];
   for (int t = 0; t < TALL; ++t)
-    for (int c = 0; c < WIDE; ++c) acc[t][c] = fresh ? Sum{} : load<Sum>(sums + (t * WIDE + c) * LANES);
+    for (int c = 0; c < PARTS; ++c) acc[t][c] = fresh ? rf{} : load<rf>(sums + (t * PARTS + c) * OF_PART);
   for (int u = 0; u < units; u += W::UNITS, w += sizeof(vu)) {
     const int64_t ahead = AHEAD * sizeof(vu) + (u + AHEAD * W::UNITS < left ? 0 : (WIDE - 1) * tile);  // at last of the next tiles
     for (int c = 0; c < WIDE; ++c) __builtin_prefetch(w + c * tile + ahead, 0, 2);
     for (int i = 0; i < W::UNITS; ++i) {
-      vu each[WIDE];
-      for (int c = 0; c < WIDE; ++c) each[c] = W::unit(w + c * tile, i);
+      ru each[PARTS];
+      for (int c = 0; c < PARTS; ++c) each[c] = W::unit(w + c / SPLIT * tile, i, c % SPLIT);
       for (int t = 0; t < TALL; ++t) {
-        const vu value = broadcast(x + t * ldx + (u + i) * U::P);
-        for (int c = 0; c < WIDE; ++c) acc[t][c] = U::fma(acc[t][c], value, each[c]);
+        const ru value = repeated(x + t * ldx + (u + i) * U::P);
+        for (int c = 0; c < PARTS; ++c) acc[t][c] = U::fma(acc[t][c], value, each[c]);
       }
     }
   }
   for (int t = 0; t < TALL; ++t)
-    for (int c = 0; c < WIDE; ++c) store(sums + (t * WIDE + c) * LANES, acc[t][c]);
+    for (int c = 0; c < PARTS; ++c) store(sums + (t * PARTS + c) * OF_PART, acc[t][c]);
 }
 
 template <class U, class W, int TALL, int WIDE>
@@ -55,30 +73,25 @@ inline void sum_rows(int rows, const typename U::Value* x, int64_t ldx, const ui
   if constexpr (TALL > 1) sum_rows<U, W, TALL - 1, WIDE>(rows, x, ldx, w, tile, units, left, sums, fresh);
 }
 
-// The same of whole weights of a panel, from unit u on.
-template <class T, int WIDE> struct WholePanel {
+// The same of WIDE tiles of weights W as U multiplies them, from value k of K on; integers group by group, times their scales.
+template <class T, class U, class W, int WIDE> struct Panel {
+  static constexpr int OF_VECTOR = W::UNITS * U::P;  // values of K
+  static constexpr int64_t BLOCK = UNITS_OF_BLOCK * U::P, TALL = TALL_PRODUCT;
   const Product<T>& p; int64_t column;
-  void add(int64_t t, int rows, int64_t u, int some, float* sums) const {
-    constexpr int P = Unit<T>::P;
-    const int64_t tile = p.K / P * sizeof(vu);
-    sum_rows<Unit<T>, Whole, TALL_PRODUCT, WIDE>(rows, p.x + t * p.ldx + u * P, p.ldx, p.w + column / LANES * tile + u * sizeof(vu),
-                                                 tile, some, int(p.K / P - u), sums, u == 0);
-  }
-};
 
-// Of integers in float32, group by group, times their scales.
-template <int BITS, int WIDE> struct IntegerPanel {
-  typedef Integers<BITS> W;
-  const Product<float>& p; int64_t column;
-  void add(int64_t t, int rows, int64_t u, int some, float* sums) const {
-    const int64_t tile = p.K / W::UNITS * sizeof(vu), scales = p.K / p.group * LANES;
-    const uint8_t* w = p.w + column / LANES * tile + u / W::UNITS * sizeof(vu);
-    alignas(64) float part[TALL_PRODUCT * WIDE * LANES];
-    for (int g = 0, here; g < some; g += here) {
-      const int64_t k = u + g;
-      here = int(std::min<int64_t>(p.group - k % p.group, some - g));
-      sum_rows<Unit<float>, W, TALL_PRODUCT, WIDE>(rows, p.x + t * p.ldx + k, p.ldx, w + g / W::UNITS * sizeof(vu), tile, here,
-                                                   int(p.K - k), part, true);
+  void sum(int64_t t, int rows, int64_t k, int some, float* sums, bool fresh) const {
+    const int64_t tile = p.K / OF_VECTOR * sizeof(vu), ldx = U::row(p, 1) - U::row(p, 0);
+    const uint8_t* w = p.w + column / LANES * tile + k / OF_VECTOR * sizeof(vu);
+    sum_rows<U, W, TALL, WIDE>(rows, U::row(p, t) + k, ldx, w, tile, some / U::P, int((p.K - k) / U::P), sums, fresh);
+  }
+
+  void add(int64_t t, int rows, int64_t k, int some, float* sums) const {
+    if (!p.bits) return sum(t, rows, k, some, sums, k == 0);
+    const int64_t scales = p.K / p.group * LANES;
+    alignas(64) float part[TALL * WIDE * LANES];
+    for (const int64_t end = k + some; k < end; k += some) {
+      some = int(std::min(p.group - k % p.group, end - k));
+      sum(t, rows, k, some, part, true);
       for (int i = 0; i < rows; ++i)
         for (int c = 0; c < WIDE; ++c) {
           float* to = sums + (i * WIDE + c) * LANES;
@@ -89,18 +102,12 @@ template <int BITS, int WIDE> struct IntegerPanel {
   }
 };
 
-// In a register, from which the compiler would read it from memory again for every row.
-inline vu held(vu units) {
-#ifdef __AVX512F__
-  asm("" : "+v"(units));
-#endif
-  return units;
-}
-
 // Sums of TALL rows and WIDE tiles, of values of K from k to end: exact for those that have one step of x, and then in order.
-template <class W, int TALL, int WIDE>
+template <int BITS, int TALL, int WIDE>
 __attribute__((noinline)) void sum_rounded(const Product<bf16>& p, int64_t column, int64_t t, int64_t k, int64_t end, float* sums) {
-  constexpr int64_t OF_VECTOR = Quads::P * W::UNITS;  // values of K
+  typedef Quartets<BITS> W;
+  constexpr int PARTS = WIDE * SPLIT, OF_PART = LANES / SPLIT;
+  constexpr int64_t OF_VECTOR = W::P * W::UNITS;  // values of K
   const int64_t K = p.K, group = p.group, tile = K / OF_VECTOR * sizeof(vu), groups = K / group * LANES;
   const int64_t parts = p.rounded->parts_of_row();
   const uint8_t* w = p.w + column / LANES * tile + k / OF_VECTOR * sizeof(vu);
@@ -108,69 +115,69 @@ __attribute__((noinline)) void sum_rounded(const Product<bf16>& p, int64_t colum
   const int8_t* x = p.rounded->row(t) + k;
   const int32_t* starts = p.rounded->starts_of(t) + k / ROUNDED;
   const float* steps = p.rounded->steps_of(t) + k / ROUNDED;
-  vf acc[TALL][WIDE];
+  auto scale_of = [&](int c, int64_t at) { return load_part(scales + c / SPLIT * groups + at + c % SPLIT * OF_PART); };
+  rf acc[TALL][PARTS];
 #pragma GCC unroll 8
   for (int i = 0; i < TALL; ++i)
 #pragma GCC unroll 8
-    for (int c = 0; c < WIDE; ++c) acc[i][c] = k ? load<vf>(sums + (i * WIDE + c) * LANES) : vf{};
+    for (int c = 0; c < PARTS; ++c) acc[i][c] = k ? load<rf>(sums + (i * PARTS + c) * OF_PART) : rf{};
   const bool fetch = !t;  // later rows find them in a core's cache
   auto part = [&](int vectors) __attribute__((always_inline)) {
-    vi sum[TALL][WIDE];
+    Exact<BITS> sum[TALL][PARTS];
     const int64_t ahead = AHEAD * sizeof(vu) + (k + AHEAD * OF_VECTOR < K ? 0 : (WIDE - 1) * tile);
 #pragma GCC unroll 8
     for (int i = 0; i < TALL; ++i)
 #pragma GCC unroll 8
-      for (int c = 0; c < WIDE; ++c) sum[i][c] = vi{} + starts[i * parts];
+      for (int c = 0; c < PARTS; ++c) sum[i][c].begin(starts[i * parts]);
 #pragma GCC unroll 1
     for (int v = 0; v < vectors; ++v, w += sizeof(vu)) {
       if (fetch)
         for (int c = 0; c < WIDE; ++c) __builtin_prefetch(w + c * tile + ahead, 0, 2);
 #pragma GCC unroll 8
-      for (int u = 0; u < W::UNITS; ++u, x += Quads::P) {
-        vu each[WIDE];
-        for (int c = 0; c < WIDE; ++c) each[c] = held(W::unit(w + c * tile, u));
+      for (int u = 0; u < W::UNITS; ++u, x += W::P) {
+        ru each[PARTS];
+        for (int c = 0; c < PARTS; ++c) each[c] = held(W::unit(w + c / SPLIT * tile, u, c % SPLIT));
 #pragma GCC unroll 8
         for (int i = 0; i < TALL; ++i) {
-          const vu value = broadcast(x + i * K);
+          const ru value = repeated(x + i * K);
 #pragma GCC unroll 8
-          for (int c = 0; c < WIDE; ++c) sum[i][c] = Quads::fma(sum[i][c], value, each[c]);
+          for (int c = 0; c < PARTS; ++c) sum[i][c].add(value, each[c]);
         }
       }
     }
-    vf scale[WIDE];
+    rf scale[PARTS];
     if (W::GROUPED)
-      for (int c = 0; c < WIDE; ++c) scale[c] = load16(scales + c * groups + k / group * LANES);
+      for (int c = 0; c < PARTS; ++c) scale[c] = scale_of(c, k / group * LANES);
 #pragma GCC unroll 8
     for (int i = 0; i < TALL; ++i) {
-      const vf step = vf{} + steps[i * parts];
+      const rf step = rf{} + steps[i * parts];
 #pragma GCC unroll 8
-      for (int c = 0; c < WIDE; ++c)
-        acc[i][c] = multiply_add(acc[i][c], __builtin_convertvector(sum[i][c], vf), W::GROUPED ? step * scale[c] : step);
+      for (int c = 0; c < PARTS; ++c)
+        acc[i][c] = multiply_add(acc[i][c], __builtin_convertvector(sum[i][c].total(), rf), W::GROUPED ? step * scale[c] : step);
     }
     ++starts, ++steps;
   };
   for (; k + ROUNDED <= end; k += ROUNDED) part(W::VECTORS);
   if (k < end) part(int((end - k) / OF_VECTOR));
 #pragma GCC unroll 8
-  for (int c = 0; c < WIDE; ++c) {
-    const vf scale = W::GROUPED || end < K ? splat(1.0f) : load16(scales + c * groups);
+  for (int c = 0; c < PARTS; ++c) {
+    const rf scale = W::GROUPED || end < K ? rf{} + 1.0f : scale_of(c, 0);
 #pragma GCC unroll 8
-    for (int i = 0; i < TALL; ++i) store(sums + (i * WIDE + c) * LANES, acc[i][c] * scale);
+    for (int i = 0; i < TALL; ++i) store(sums + (i * PARTS + c) * OF_PART, acc[i][c] * scale);
   }
 }
 
-template <class W, int TALL, int WIDE>
+template <int BITS, int TALL, int WIDE>
 inline void sum_rounded_rows(int rows, const Product<bf16>& p, int64_t column, int64_t t, int64_t k, int64_t end, float* sums) {
-  if (rows >= TALL) return sum_rounded<W, TALL, WIDE>(p, column, t, k, end, sums);
-  if constexpr (TALL > 1) sum_rounded_rows<W, TALL - 1, WIDE>(rows, p, column, t, k, end, sums);
+  if (rows == TALL) return sum_rounded<BITS, TALL, WIDE>(p, column, t, k, end, sums);
+  if constexpr (TALL > 1) sum_rounded_rows<BITS, TALL - 1, WIDE>(rows, p, column, t, k, end, sums);
 }
 
-template <class W, int WIDE> struct RoundedPanel {
+template <int BITS, int WIDE> struct RoundedPanel {
+  static constexpr int64_t BLOCK = UNITS_OF_BLOCK * Unit<bf16>::P, TALL = TALL_ROUNDED;
   const Product<bf16>& p; int64_t column;
-  void add(int64_t t, int rows, int64_t u, int some, float* sums) const {
-    const int64_t k = u * Unit<bf16>::P, end = k + some * Unit<bf16>::P;
-    for (int i = 0; i < rows; i += TALL_ROUNDED)
-      sum_rounded_rows<W, TALL_ROUNDED, WIDE>(rows - i, p, column, t + i, k, end, sums + i * WIDE * LANES);
+  void add(int64_t t, int rows, int64_t k, int some, float* sums) const {
+    sum_rounded_rows<BITS, TALL, WIDE>(rows, p, column, t, k, k + some, sums);
   }
 };
 
@@ -193,34 +200,36 @@ inline void write_sums(int rows, int wide, const float* sums, const T* bias, T* 
 }
 
 // WIDE tiles of columns from `column` on, of all rows.
-template <class T, int WIDE, class Panel> void product_panel(const Product<T>& p, int64_t column, const Panel& panel) {
-  const int64_t units = p.K / Unit<T>::P;
+template <int WIDE, class T, class Panel> void product_panel(const Product<T>& p, int64_t column, const Panel& panel) {
   const T* bias = p.bias ? p.bias + column : nullptr;
   float kept[ROWS_KEPT * WIDE * LANES];
   for (int64_t begin = 0; begin < p.rows; begin += ROWS_KEPT)
-    for (int64_t u = 0; u < units; u += UNITS_OF_BLOCK) {
-      const int some = int(std::min(UNITS_OF_BLOCK, units - u));
+    for (int64_t k = 0; k < p.K; k += Panel::BLOCK) {
+      const int some = int(std::min<int64_t>(Panel::BLOCK, p.K - k));
       const int64_t end = std::min(p.rows, begin + ROWS_KEPT);
-      for (int64_t t = begin; t < end; t += TALL_PRODUCT) {
-        const int rows = int(std::min<int64_t>(TALL_PRODUCT, end - t));
+      const int64_t times = (end - begin + Panel::TALL - 1) / Panel::TALL, tall = (end - begin + times - 1) / times;
+      for (int64_t t = begin; t < end; t += tall) {
+        const int rows = int(std::min(tall, end - t));
         float* sums = kept + (t - begin) * WIDE * LANES;
-        panel.add(t, rows, u, some, sums);
-        if (u + some == units) write_sums(rows, WIDE, sums, bias, p.out + t * p.ldo + column, p.ldo, int(p.N - column));
+        panel.add(t, rows, k, some, sums);
+        if (k + some == p.K) write_sums(rows, WIDE, sums, bias, p.out + t * p.ldo + column, p.ldo, int(p.N - column));
       }
     }
 }
 
-template <int WIDE> void integer_panel(const Product<float>& p, int64_t column) {
-  if (p.bits == 8) product_panel<float, WIDE>(p, column, IntegerPanel<8, WIDE>{p, column});
-  else product_panel<float, WIDE>(p, column, IntegerPanel<4, WIDE>{p, column});
+template <int WIDE> void product_panel(const Product<float>& p, int64_t column) {
+  if (p.bits == 8) product_panel<WIDE>(p, column, Panel<float, Floats, Integers<8>, WIDE>{p, column});
+  else if (p.bits) product_panel<WIDE>(p, column, Panel<float, Floats, Integers<4>, WIDE>{p, column});
+  else product_panel<WIDE>(p, column, Panel<float, Floats, Whole, WIDE>{p, column});
 }
-template <int WIDE> void integer_panel(const Product<bf16>& p, int64_t column) {
-  if (p.bits == 8) product_panel<bf16, WIDE>(p, column, RoundedPanel<Quartets<8>, WIDE>{p, column});
-  else product_panel<bf16, WIDE>(p, column, RoundedPanel<Quartets<4>, WIDE>{p, column});
-}
-template <class T, int WIDE> void product_panel(const Product<T>& p, int64_t column) {
-  if (p.bits) integer_panel<WIDE>(p, column);
-  else product_panel<T, WIDE>(p, column, WholePanel<T, WIDE>{p, column});
+template <int WIDE> void product_panel(const Product<bf16>& p, int64_t column) {
+  if (p.bits == 8) product_panel<WIDE>(p, column, RoundedPanel<8, WIDE>{p, column});
+  else if (p.bits) product_panel<WIDE>(p, column, RoundedPanel<4, WIDE>{p, column});
+#ifdef __AVX512BF16__
+  else product_panel<WIDE>(p, column, Panel<bf16, Bfloats, Whole, WIDE>{p, column});
+#else
+  else product_panel<WIDE>(p, column, Panel<bf16, Floats, Pairs, WIDE>{p, column});
+#endif
 }
 
 }  // namespace

@@ -8,8 +8,10 @@
 #include <cstdint>
 #include <cstring>
 #include <omp.h>
-#ifdef __AVX512F__
+#if defined(__AVX__)
 #include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
 #endif
 
 typedef float vf __attribute__((vector_size(64)));
@@ -21,11 +23,27 @@ namespace {
 
 constexpr int LANES = 16;
 
+// What a register of this processor holds of a lane vector: products keep their sums in registers, and a compiler that has to
+// make several of one vector moves them to memory and back.
+#if defined(__AVX512F__)
+constexpr int REGISTER = 64;
+#elif defined(__AVX__)
+constexpr int REGISTER = 32;
+#else
+constexpr int REGISTER = 16;
+#endif
+constexpr int SPLIT = 64 / REGISTER;
+typedef float rf __attribute__((vector_size(REGISTER)));
+typedef int32_t ri __attribute__((vector_size(REGISTER)));
+typedef uint32_t ru __attribute__((vector_size(REGISTER)));
+typedef uint16_t rh __attribute__((vector_size(REGISTER / 2)));
+
 template <class V> inline V load(const void* p) { V v; std::memcpy(&v, p, sizeof v); return v; }
 template <class V> inline void store(void* p, V v) { std::memcpy(p, &v, sizeof v); }
 inline vf splat(float x) { return vf{} + x; }
 inline vf floats(vu u) { vf f; std::memcpy(&f, &u, sizeof f); return f; }
 inline vu bits(vf f) { vu u; std::memcpy(&u, &f, sizeof u); return u; }
+template <class To, class From> inline To as(From from) { static_assert(sizeof(To) == sizeof from); To to; std::memcpy(&to, &from, sizeof to); return to; }
 
 // acc + a * b, said aloud: left to the compiler (-ffp-contract), it is one rounding in one loop and two in another, and
 // what a row gives would depend on how many rows are computed together.
@@ -39,6 +57,17 @@ inline vf multiply_add(vf acc, vf a, vf b) {
   return acc + a * b;
 #endif
 }
+#ifndef __AVX512F__
+inline rf multiply_add(rf acc, rf a, rf b) {
+#if defined(__FMA__)
+  return rf(_mm256_fmadd_ps(__m256(a), __m256(b), __m256(acc)));
+#elif defined(__ARM_NEON)
+  return rf(vfmaq_f32(float32x4_t(acc), float32x4_t(a), float32x4_t(b)));
+#else
+  return acc + a * b;
+#endif
+}
+#endif
 
 struct bf16 { uint16_t raw; };
 
@@ -49,6 +78,7 @@ inline void narrow(bf16& to, float x) {
   uint32_t u; std::memcpy(&u, &x, 4);
   to.raw = x != x ? 0x7fc0 : uint16_t((u + 0x7fff + ((u >> 16) & 1)) >> 16);
 }
+inline rf load_part(const bf16* p) { return as<rf>(__builtin_convertvector(load<rh>(p), ru) << 16); }
 inline vf load16(const float* p) { return load<vf>(p); }
 inline vf load16(const bf16* p) { return floats(__builtin_convertvector(load<vh>(p), vu) << 16); }
 inline void store16(float* p, vf x) { store(p, x); }
@@ -68,23 +98,17 @@ inline void store16(bf16* p, vf x) {
 template <class T> struct Unit;
 template <> struct Unit<float> {
   typedef float Value;
-  typedef vf Sum;
   static constexpr int P = 1;
-#ifdef __AVX512F__
-  static constexpr bool multiplies = true;  // products have the vectors that they were written for
-#else
-  static constexpr bool multiplies = false;
-#endif
+  static constexpr bool multiplied = true;  // as they are, and not widened to float32 first
   static inline vf fma(vf acc, vu a, vu b) { return multiply_add(acc, floats(a), floats(b)); }
 };
 template <> struct Unit<bf16> {
   typedef bf16 Value;
-  typedef vf Sum;
   static constexpr int P = 2;
 #ifdef __AVX512BF16__
-  static constexpr bool multiplies = true;
+  static constexpr bool multiplied = true;
 #else
-  static constexpr bool multiplies = false;
+  static constexpr bool multiplied = false;
 #endif
   static inline vf fma(vf acc, vu a, vu b) {
 #ifdef __AVX512BF16__
@@ -100,6 +124,14 @@ template <> struct Unit<bf16> {
   }
 };
 inline vu broadcast(const void* unit) { uint32_t u; std::memcpy(&u, unit, 4); return vu{} + u; }
+inline ru repeated(const void* unit) { uint32_t u; std::memcpy(&u, unit, 4); return ru{} + u; }  // the same in a register
+// In a register: not read from memory again for every row, nor computed in another way.
+inline ru held(ru units) {
+#if defined(__AVX__)
+  asm("" : "+v"(units));
+#endif
+  return units;
+}
 inline float sum(vf v) {  // of halves, of their halves, and so on
 #ifdef __AVX512F__
   __m512 all; std::memcpy(&all, &v, sizeof all);

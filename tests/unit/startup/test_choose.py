@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from inference_service.backends.native import NativeLora, NativeOperations
 from inference_service.core.computing import COST, CURES, Lack
@@ -59,6 +61,25 @@ def test_how_weights_are_multiplied_is_told_with_its_reason(
     """Those of torch; what a processor multiplies by itself depends on it."""
     chosen = choose_backend(_settings(tmp_path, backend="torch", device="cpu", **settings), config)
     assert chosen.computing.product == product
+
+
+@pytest.mark.parametrize(("settings", "dtype"), [({}, "bfloat16"), ({"native": False}, "float32")])
+def test_a_processor_that_cannot_multiply_bfloat16_reads_it_nevertheless(
+    config: ModelConfig,
+    native_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    settings: dict[str, object],
+    dtype: str,
+) -> None:
+    """The compiled product widens it in registers; torch's would take several times as long as float32."""
+    if build.load(native_folder).library is None:
+        pytest.skip("no C++ compiler")
+    for lacking in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, lacking, lambda: False)
+    wanted = _settings(native_folder.parent, device="cpu", **settings)
+    chosen = choose_backend(wanted, replace(config, dtype="bfloat16"))
+    assert str(chosen.dtype) == f"torch.{dtype}"
+    assert (chosen.computing.backend == "native") == (dtype == "bfloat16")
 
 
 @pytest.mark.parametrize(
