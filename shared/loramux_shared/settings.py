@@ -255,8 +255,8 @@ class InferenceSettings(Settings):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the model runs; auto: CUDA when there is a device, and the backend is not native."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """The type of weights and activations; auto: the checkpoint's where the device computes well in it, on a CPU
-    with compiled operations bfloat16 always and float16 never."""
+    """The type of weights and activations; auto: the checkpoint's where the device computes well in it, which a
+    CPU with compiled operations does in bfloat16."""
     quantization: Rounding | None = None
     """What the weights of the base's linears are rounded to when they are loaded: none, fp8 (on GPUs), int8 or
     int4; adapters are not. When not given, what the deployment's runtime says, else none."""

@@ -22,7 +22,6 @@ OTHERS = (
     *("avx", "triton", "torch", "transformers"),  # by other kernels
     *("wheel", "another_source", "without_both", "a_processor_gets"),  # where a library comes from
     "memory_is_taken",  # of a heap that is a file
-    "bfloat16_is_that_of_integers",  # to the bit, where a product and a sum are rounded once
 )
 
 
