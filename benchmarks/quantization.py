@@ -42,7 +42,7 @@ from loramux.records import PromptLogprobs
 
 FORMATS: Final = ("none", "int8", "int4")
 LOADS: Final = ((1, 16), (8, 32))
-PAGES: Final = ("architecture.md", "adapters.md")
+PAGES: Final = ("architecture.md", "reference/adapters.md")
 WINDOW: Final = 2000
 """Characters of a page that are read as one prompt."""
 LEAST: Final = 1.5

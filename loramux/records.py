@@ -262,7 +262,7 @@ class ModelInfo:
     max_seq_len: int
     """Tokens of prompt and answer together."""
     kinds: tuple[str, ...] = ()
-    """What an adapter is: see docs/adapters.md; none of the base."""
+    """What an adapter is: see docs/reference/adapters.md; none of the base."""
     replaced_rows: Mapping[str, int] = field(default_factory=dict)
     """How many rows of the base's embeddings and head an adapter has others for, by the module's name."""
     invocation_tokens: tuple[int, ...] = ()

@@ -1,4 +1,4 @@
-"""docs/api.md, from the protos and their comments."""
+"""docs/reference/grpc.md, from the protos and their comments."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""docs/deployment-file.md and its JSON schema, from the model of the deployment file."""
+"""docs/reference/deployment-file.md and its JSON schema, from the model of the deployment file."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ HEAD = """\
 <!-- Written by scripts/deployment_doc.py from shared/loramux_shared/deployment.py: `make docs`. -->
 
 A deployment is a base checkpoint, named adapters and a few settings, in one YAML file. This one is
-[examples/deployment.yaml](../examples/deployment.yaml):
+[examples/deployment.yaml](../../examples/deployment.yaml):
 
 ```yaml
 {example}```
@@ -36,7 +36,7 @@ Editors find mistakes with [deployment.schema.json](deployment.schema.json): put
 with the address of your copy into the first line.
 
 Names that stand for several models, and limits of models, are settings of `runtime`. What they do at the doors
-is in [openai.md](openai.md#names); limits of API keys are in [access.md](access.md#limits-of-keys).
+is in [openai.md](openai.md#names); limits of API keys are in [access.md](../guides/access.md#limits-of-keys).
 
 ```yaml
 {more}```

@@ -10,13 +10,13 @@ from scripts import api_doc, deployment_doc, errors_doc, models_doc, settings_do
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 PAGES: dict[str, Callable[[], str]] = {
-    "api.md": api_doc.page,
-    "deployment-file.md": deployment_doc.page,
-    "deployment.schema.json": deployment_doc.json_schema,
-    "errors.md": errors_doc.page,
-    "models.md": models_doc.page,
-    "settings.md": settings_doc.page,
-    "wild-adapters.md": wild_doc.page,
+    "reference/grpc.md": api_doc.page,
+    "reference/deployment-file.md": deployment_doc.page,
+    "reference/deployment.schema.json": deployment_doc.json_schema,
+    "reference/errors.md": errors_doc.page,
+    "reference/models.md": models_doc.page,
+    "reference/settings.md": settings_doc.page,
+    "reference/wild-adapters.md": wild_doc.page,
 }
 
 

@@ -1,4 +1,4 @@
-"""docs/errors.md, from the codes."""
+"""docs/reference/errors.md, from the codes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The tables of docs/models.md, from the families of bases and the modules of their layers."""
+"""The tables of docs/reference/models.md, from the families of bases and the modules of their layers."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from loramux_shared.bases.read import read_fields
 from loramux_shared.bundle.modules import BY_NAME, FUSED_PATHS
 from scripts.pages import table
 
-PAGE: Final = Path(__file__).resolve().parent.parent / "docs" / "models.md"
+PAGE: Final = Path(__file__).resolve().parent.parent / "docs" / "reference" / "models.md"
 COUNTED: Final = PAGE.with_name("parity.json")
-"""Written by `pytest --sweep tests/models/test_parity.py --parity docs/parity.json`."""
+"""Written by `pytest --sweep tests/models/test_parity.py --parity docs/reference/parity.json`."""
 BACKENDS: Final = {"torch": "torch", "native": "native", "triton": "Triton, in the interpreter"}
 SIZES: Final = {
     "hidden_size": 64,
@@ -45,7 +45,7 @@ def replaced(text: str, name: str, between: str) -> str:
     before, found, rest = text.partition(begin)
     _, found_too, after = rest.partition(end)
     if not (found and found_too):
-        raise ValueError(f"docs/models.md: expected {begin.strip()} and then {end.strip()}")
+        raise ValueError(f"docs/reference/models.md: expected {begin.strip()} and then {end.strip()}")
     return "".join((before, begin, between, end, after))
 
 
@@ -55,7 +55,7 @@ def families() -> str:
     for architecture, family in load_families().values():
         names[family].append(f"`{architecture.name}`")
         if not (family.models and family.serves):
-            raise ValueError(f"{architecture.name}: its Family lacks the words for docs/models.md")
+            raise ValueError(f"{architecture.name}: its Family lacks the words for docs/reference/models.md")
     rows = [(", ".join(each), family.models, family.serves) for family, each in names.items()]
     return table(("architecture", "models", "what is served"), rows)
 

@@ -1,4 +1,4 @@
-"""docs/settings.md, from the settings of the services."""
+"""docs/reference/settings.md, from the settings of the services."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""docs/wild-adapters.md, from the shapes that tests try."""
+"""docs/reference/wild-adapters.md, from the shapes that tests try."""
 
 from __future__ import annotations
 

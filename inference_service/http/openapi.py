@@ -37,7 +37,8 @@ SCHEMAS: Final = "#/components/schemas/"
 ABOUT: Final = (
     "OpenAI's API, and Anthropic's messages, of a loramux replica; a model is the base or one of its adapters. "
     "The schemas say which parameters there are, of which types and within which bounds; one that can only be "
-    "null is refused, and null is not set. What they mean: docs/openai.md and docs/anthropic.md. Not told "
+    "null is refused, and null is not set. What they mean: docs/reference/openai.md and "
+    "docs/reference/anthropic.md. Not told "
     "here: methods that a path does not have are 405, and what is no HTTP/1.1 is 400, 417, 501 or 505. Answers "
     "may grow by fields: read over unknown ones."
 )

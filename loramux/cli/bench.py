@@ -52,7 +52,7 @@ PromptTokens = Annotated[
     int, typer.Option("--prompt-tokens", metavar="N", min=1, help="Drawn prompts: about N tokens.")
 ]
 Prompts = Annotated[
-    Path | None, typer.Option("--prompts", metavar="FILE", help="A prompt a line; see docs/cli.md.")
+    Path | None, typer.Option("--prompts", metavar="FILE", help="A prompt a line; see docs/reference/cli.md.")
 ]
 MaxTokens = Annotated[int, typer.Option("--max-tokens", metavar="N", min=1, help="Length of an answer.")]
 Eos = Annotated[bool, typer.Option("--eos", help="Answers may end before that.")]

@@ -63,13 +63,13 @@ TruncateTo = Annotated[
 SignedBy = Annotated[
     list[str] | None,
     typer.Option(
-        "--signed-by", metavar="SIGNER", help="Who is to have signed it: docs/signing.md; repeatable."
+        "--signed-by", metavar="SIGNER", help="Who is to have signed it: docs/guides/signing.md; repeatable."
     ),
 ]
 File = Annotated[Path, typer.Argument(metavar="FILE", help="A deployment file (YAML).", show_default=False)]
-Json = Annotated[bool, typer.Option("--json", help="For machines; see docs/cli.md.")]
+Json = Annotated[bool, typer.Option("--json", help="For machines; see docs/reference/cli.md.")]
 JsonLines = Annotated[
-    bool, typer.Option("--json", help="For machines: per line what changed; see docs/cli.md.")
+    bool, typer.Option("--json", help="For machines: per line what changed; see docs/reference/cli.md.")
 ]
 
 

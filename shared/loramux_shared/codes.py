@@ -1,4 +1,4 @@
-"""Every code of a finding, and what to do about every reason of a fault: docs/errors.md is made of it."""
+"""Every code of a finding, and the cure of every reason of a fault: docs/reference/errors.md is made of it."""
 
 from __future__ import annotations
 
@@ -189,7 +189,7 @@ CURES: Final = {
     "REQUEST_INVALID": "correct the named fields",
     "PROMPT_TOO_LONG": "shorten the prompt or ask for fewer tokens; both numbers are given",
     "PAGE_TOKEN_INVALID": "use `next_page_token` of the last answer",
-    "UNAUTHENTICATED": "send a key: docs/access.md",
+    "UNAUTHENTICATED": "send a key: docs/guides/access.md",
     "PERMISSION_DENIED": "use a key with the scope that is named",
     "REPO_NOT_FOUND": "correct the name, or name a secret",
     "REVISION_NOT_FOUND": "correct or drop the revision; of LOCAL it is the content's digest",
@@ -201,7 +201,7 @@ CURES: Final = {
     "SERVER_UNAVAILABLE": "start it, or retry",
     "SHUTTING_DOWN": "retry with its successor",
     "REPLICA_FAILED": "retry with another replica; the server's log has the details",
-    "REPLICA_BEHIND": "retry: it follows its deployment; then see why it does not: docs/operations.md",
+    "REPLICA_BEHIND": "retry: it follows its deployment; then see why it does not: docs/guides/operations.md",
     "REPLICA_PAUSED": "retry, here or with another replica",
     "DEPLOYMENT_NOT_FOUND": "use one of the names that are listed",
     "GENERATION_NOT_FOUND": "use one of the numbers that are listed",

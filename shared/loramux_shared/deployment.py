@@ -165,7 +165,7 @@ class Build(Model):
 
 
 class ModelLimits(Model):
-    """How much of each replica the models may have; those of API keys are in docs/access.md."""
+    """How much of each replica the models may have; those of API keys are in docs/guides/access.md."""
 
     default: Limits = Field(default_factory=Limits, exclude_if=lambda limits: limits == Limits())
     """Of each model, where it has none of its own: every model has its own count, not a part of one."""
@@ -204,8 +204,8 @@ class Runtime(Model):
     GPUs), ``int8`` or ``int4``. Adapters stay as they are, and none is merged into such weights. A replica's
     ``LORAMUX_QUANTIZATION`` comes first."""
     tool_parser: ToolParser = ToolParser.AUTO
-    """The form in which the models write calls of tools: docs/openai.md has them. ``auto``: what the chat
-    template of each shows; ``none``: calls stay text. A replica's ``LORAMUX_TOOL_PARSER`` comes first."""
+    """The form in which the models write calls of tools: docs/reference/openai.md has them. ``auto``: what the
+    chat template of each shows; ``none``: calls stay text. A replica's ``LORAMUX_TOOL_PARSER`` comes first."""
     pooling: Pooling | None = None
     """How hidden states become a vector where a request for one does not say it: ``last`` or ``mean``. When not
     given, as the base's ``1_Pooling/config.json`` says, else ``last``."""

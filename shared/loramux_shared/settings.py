@@ -201,7 +201,7 @@ class Settings(BaseSettings):
     """Clients must show a certificate that one of these authorities (PEM) signed."""
     require_signature: Signers = ()
     """Whose signature a generation must have, one of them, before a byte of it is used: files of public keys or
-    certificates (PEM), or sigstore:ISSUER#IDENTITY, separated by commas; docs/signing.md."""
+    certificates (PEM), or sigstore:ISSUER#IDENTITY, separated by commas; docs/guides/signing.md."""
     drain_delay_s: float = Field(default=0, ge=0, allow_inf_nan=False)
     """Seconds after SIGTERM in which health says no and requests are still taken, so that proxies turn away
     before any is refused."""

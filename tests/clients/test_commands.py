@@ -1,6 +1,6 @@
 """Evaluation and load tools as they are, as commands against the demo.
 
-Run with ``--sweep``; a command that is not installed is skipped. docs/clients.md has the versions.
+Run with ``--sweep``; a command that is not installed is skipped. docs/reference/clients.md has the versions.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Client libraries as they are, against the demo: two adapters by name, streams, tools, structured output.
 
-Run with ``--sweep``; a library that is not installed is skipped. docs/clients.md has the versions.
+Run with ``--sweep``; a library that is not installed is skipped. docs/reference/clients.md has the versions.
 """
 
 from __future__ import annotations

@@ -128,7 +128,7 @@ def test_an_engine_that_breaks_and_a_node_that_goes_cost_what_had_begun(world: W
         fleet.until(lambda: fleet.running() >= 2, "two replicas")
         traffic.goes_on()
         assert set(traffic.end()) <= ALLOWED, traffic.ends
-        print(traffic.ends)  # noqa: T201 - the table of docs/fleet.md
+        print(traffic.ends)  # noqa: T201 - the table of docs/guides/fleet.md
     finally:
         fleet.close()
 

@@ -1,7 +1,7 @@
 """Long greedy answers of every family against transformers and PEFT in float32, in every situation; counted.
 
-``pytest --sweep tests/models/test_parity.py --parity docs/parity.json`` writes the counts down, and `make docs`
-puts them into docs/models.md.
+``pytest --sweep tests/models/test_parity.py --parity docs/reference/parity.json`` writes the counts
+down, and `make docs` puts them into docs/reference/models.md.
 """
 
 from __future__ import annotations

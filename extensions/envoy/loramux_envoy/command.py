@@ -51,7 +51,7 @@ def envoy(
 ) -> None:
     """Print the configuration of an Envoy before replicas.
 
-    Each model has a replica; docs/fleet.md says what that means.
+    Each model has a replica; docs/guides/fleet.md says what that means.
 
     Example: loramux envoy 10.0.0.4 10.0.0.5 > envoy.yaml && envoy -c envoy.yaml
     """

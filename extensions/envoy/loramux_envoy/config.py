@@ -11,7 +11,7 @@ from loramux_envoy.fleet import Fleet
 from loramux_envoy.listeners import grpc_listener, http_listener, inner_listener
 
 HEAD: Final = """\
-# Envoy before replicas of one deployment, as `loramux envoy` prints it; docs/fleet.md says what it does.
+# Envoy before replicas of one deployment, as `loramux envoy` prints it; docs/guides/fleet.md says what it does.
 """
 MAX_CONNECTIONS: Final = 16384
 

@@ -91,7 +91,7 @@ def told_http(http: Request, error: HTTPException) -> tuple[str, str]:
     if error.status_code in (404, 405):
         methods = error.headers["Allow"] if error.headers else ""
         allowed = f", but {methods} {'are' if ',' in methods else 'is'}" if methods else ""
-        message = f"{http.method} {http.url.path[:200]} is not served{allowed}; see docs/openai.md."
+        message = f"{http.method} {http.url.path[:200]} is not served{allowed}; see docs/reference/openai.md."
     return message, code
 
 

@@ -29,7 +29,7 @@ class BuilderServiceStub(object):
     """BuilderService turns adapter repositories into bundles in an object store.
 
     Every error carries a google.rpc.ErrorInfo whose domain is "loramux" and whose
-    reason is one of the names in docs/errors.md; INVALID_ARGUMENT also carries a
+    reason is one of the names in docs/reference/errors.md; INVALID_ARGUMENT also carries a
     google.rpc.BadRequest with one field violation per finding, and UNAVAILABLE a
     google.rpc.RetryInfo.
 
@@ -40,7 +40,7 @@ class BuilderServiceStub(object):
     ABORTED            CLIENT_STALLED: the request did not arrive, or the answer was not read, in time. Send and
     read without pauses.
 
-    A server with keys (docs/access.md) wants one with the scope "build" as metadata
+    A server with keys (docs/guides/access.md) wants one with the scope "build" as metadata
     "authorization: Bearer KEY", for reads too. Every rpc can then also end with
 
     UNAUTHENTICATED    UNAUTHENTICATED: no key, or none of this server's. Send one.
@@ -109,7 +109,7 @@ class BuilderServiceServicer(object):
     """BuilderService turns adapter repositories into bundles in an object store.
 
     Every error carries a google.rpc.ErrorInfo whose domain is "loramux" and whose
-    reason is one of the names in docs/errors.md; INVALID_ARGUMENT also carries a
+    reason is one of the names in docs/reference/errors.md; INVALID_ARGUMENT also carries a
     google.rpc.BadRequest with one field violation per finding, and UNAVAILABLE a
     google.rpc.RetryInfo.
 
@@ -120,7 +120,7 @@ class BuilderServiceServicer(object):
     ABORTED            CLIENT_STALLED: the request did not arrive, or the answer was not read, in time. Send and
     read without pauses.
 
-    A server with keys (docs/access.md) wants one with the scope "build" as metadata
+    A server with keys (docs/guides/access.md) wants one with the scope "build" as metadata
     "authorization: Bearer KEY", for reads too. Every rpc can then also end with
 
     UNAUTHENTICATED    UNAUTHENTICATED: no key, or none of this server's. Send one.
@@ -369,7 +369,7 @@ class BuilderService(object):
     """BuilderService turns adapter repositories into bundles in an object store.
 
     Every error carries a google.rpc.ErrorInfo whose domain is "loramux" and whose
-    reason is one of the names in docs/errors.md; INVALID_ARGUMENT also carries a
+    reason is one of the names in docs/reference/errors.md; INVALID_ARGUMENT also carries a
     google.rpc.BadRequest with one field violation per finding, and UNAVAILABLE a
     google.rpc.RetryInfo.
 
@@ -380,7 +380,7 @@ class BuilderService(object):
     ABORTED            CLIENT_STALLED: the request did not arrive, or the answer was not read, in time. Send and
     read without pauses.
 
-    A server with keys (docs/access.md) wants one with the scope "build" as metadata
+    A server with keys (docs/guides/access.md) wants one with the scope "build" as metadata
     "authorization: Bearer KEY", for reads too. Every rpc can then also end with
 
     UNAUTHENTICATED    UNAUTHENTICATED: no key, or none of this server's. Send one.

@@ -31,10 +31,10 @@ class AdapterServiceStub(object):
     A replica converts nothing: LoadAdapter, UnloadAdapter and RollbackReplica have its builder publish
     the deployment's next generation, and answer when this replica serves it; every other replica that
     follows the deployment takes it over too. What the builder refuses arrives with the builder's own
-    status and reason; see docs/errors.md.
+    status and reason; see docs/reference/errors.md.
 
     Every error carries a google.rpc.ErrorInfo whose domain is "loramux" and whose
-    reason is one of the names in docs/errors.md; RESOURCE_EXHAUSTED and UNAVAILABLE
+    reason is one of the names in docs/reference/errors.md; RESOURCE_EXHAUSTED and UNAVAILABLE
     also carry a google.rpc.RetryInfo, INVALID_ARGUMENT a google.rpc.BadRequest.
 
     Every rpc can also end with
@@ -44,7 +44,7 @@ class AdapterServiceStub(object):
     ABORTED            CLIENT_STALLED: the request did not arrive, or the answer was not read, in time. Send and
     read without pauses.
 
-    A server with keys (docs/access.md) wants one with the scope "admin" as metadata
+    A server with keys (docs/guides/access.md) wants one with the scope "admin" as metadata
     "authorization: Bearer KEY"; models that the key is not for do not exist for it. Every
     rpc can then also end with
 
@@ -111,10 +111,10 @@ class AdapterServiceServicer(object):
     A replica converts nothing: LoadAdapter, UnloadAdapter and RollbackReplica have its builder publish
     the deployment's next generation, and answer when this replica serves it; every other replica that
     follows the deployment takes it over too. What the builder refuses arrives with the builder's own
-    status and reason; see docs/errors.md.
+    status and reason; see docs/reference/errors.md.
 
     Every error carries a google.rpc.ErrorInfo whose domain is "loramux" and whose
-    reason is one of the names in docs/errors.md; RESOURCE_EXHAUSTED and UNAVAILABLE
+    reason is one of the names in docs/reference/errors.md; RESOURCE_EXHAUSTED and UNAVAILABLE
     also carry a google.rpc.RetryInfo, INVALID_ARGUMENT a google.rpc.BadRequest.
 
     Every rpc can also end with
@@ -124,7 +124,7 @@ class AdapterServiceServicer(object):
     ABORTED            CLIENT_STALLED: the request did not arrive, or the answer was not read, in time. Send and
     read without pauses.
 
-    A server with keys (docs/access.md) wants one with the scope "admin" as metadata
+    A server with keys (docs/guides/access.md) wants one with the scope "admin" as metadata
     "authorization: Bearer KEY"; models that the key is not for do not exist for it. Every
     rpc can then also end with
 
@@ -290,10 +290,10 @@ class AdapterService(object):
     A replica converts nothing: LoadAdapter, UnloadAdapter and RollbackReplica have its builder publish
     the deployment's next generation, and answer when this replica serves it; every other replica that
     follows the deployment takes it over too. What the builder refuses arrives with the builder's own
-    status and reason; see docs/errors.md.
+    status and reason; see docs/reference/errors.md.
 
     Every error carries a google.rpc.ErrorInfo whose domain is "loramux" and whose
-    reason is one of the names in docs/errors.md; RESOURCE_EXHAUSTED and UNAVAILABLE
+    reason is one of the names in docs/reference/errors.md; RESOURCE_EXHAUSTED and UNAVAILABLE
     also carry a google.rpc.RetryInfo, INVALID_ARGUMENT a google.rpc.BadRequest.
 
     Every rpc can also end with
@@ -303,7 +303,7 @@ class AdapterService(object):
     ABORTED            CLIENT_STALLED: the request did not arrive, or the answer was not read, in time. Send and
     read without pauses.
 
-    A server with keys (docs/access.md) wants one with the scope "admin" as metadata
+    A server with keys (docs/guides/access.md) wants one with the scope "admin" as metadata
     "authorization: Bearer KEY"; models that the key is not for do not exist for it. Every
     rpc can then also end with
 

@@ -29,7 +29,7 @@ class InferenceServiceStub(object):
     """InferenceService answers prompts with the base model or with one of its adapters.
 
     Every error carries a google.rpc.ErrorInfo whose domain is "loramux" and whose
-    reason is one of the names in docs/errors.md; RESOURCE_EXHAUSTED and UNAVAILABLE
+    reason is one of the names in docs/reference/errors.md; RESOURCE_EXHAUSTED and UNAVAILABLE
     also carry a google.rpc.RetryInfo, INVALID_ARGUMENT a google.rpc.BadRequest.
 
     Every rpc can also end with
@@ -39,7 +39,7 @@ class InferenceServiceStub(object):
     ABORTED            CLIENT_STALLED: the request did not arrive, or the answer was not read, in time. Send and
     read without pauses.
 
-    A server with keys (docs/access.md) wants one with the scope "infer" as metadata
+    A server with keys (docs/guides/access.md) wants one with the scope "infer" as metadata
     "authorization: Bearer KEY"; models that the key is not for do not exist for it. Every
     rpc can then also end with
 
@@ -79,7 +79,7 @@ class InferenceServiceServicer(object):
     """InferenceService answers prompts with the base model or with one of its adapters.
 
     Every error carries a google.rpc.ErrorInfo whose domain is "loramux" and whose
-    reason is one of the names in docs/errors.md; RESOURCE_EXHAUSTED and UNAVAILABLE
+    reason is one of the names in docs/reference/errors.md; RESOURCE_EXHAUSTED and UNAVAILABLE
     also carry a google.rpc.RetryInfo, INVALID_ARGUMENT a google.rpc.BadRequest.
 
     Every rpc can also end with
@@ -89,7 +89,7 @@ class InferenceServiceServicer(object):
     ABORTED            CLIENT_STALLED: the request did not arrive, or the answer was not read, in time. Send and
     read without pauses.
 
-    A server with keys (docs/access.md) wants one with the scope "infer" as metadata
+    A server with keys (docs/guides/access.md) wants one with the scope "infer" as metadata
     "authorization: Bearer KEY"; models that the key is not for do not exist for it. Every
     rpc can then also end with
 
@@ -225,7 +225,7 @@ class InferenceService(object):
     """InferenceService answers prompts with the base model or with one of its adapters.
 
     Every error carries a google.rpc.ErrorInfo whose domain is "loramux" and whose
-    reason is one of the names in docs/errors.md; RESOURCE_EXHAUSTED and UNAVAILABLE
+    reason is one of the names in docs/reference/errors.md; RESOURCE_EXHAUSTED and UNAVAILABLE
     also carry a google.rpc.RetryInfo, INVALID_ARGUMENT a google.rpc.BadRequest.
 
     Every rpc can also end with
@@ -235,7 +235,7 @@ class InferenceService(object):
     ABORTED            CLIENT_STALLED: the request did not arrive, or the answer was not read, in time. Send and
     read without pauses.
 
-    A server with keys (docs/access.md) wants one with the scope "infer" as metadata
+    A server with keys (docs/guides/access.md) wants one with the scope "infer" as metadata
     "authorization: Bearer KEY"; models that the key is not for do not exist for it. Every
     rpc can then also end with
 

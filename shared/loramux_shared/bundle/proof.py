@@ -30,7 +30,7 @@ class Effect(Model):
     """What a row of the bundle adds to its module's output, at the last tokens of the probes.
 
     The outputs of all probes are one vector, probe after probe; dots are its products with eight fixed sign
-    vectors, see docs/bundle-format.md.
+    vectors, see docs/reference/bundle-format.md.
     """
 
     norm: Finite = Field(ge=0)

@@ -26,7 +26,7 @@ OPERATIONS = [
     (path, method, told) for path, methods in DOCUMENT["paths"].items() for method, told in methods.items()
 ]
 WITH_BODY = [case for case in OPERATIONS if "requestBody" in case[2]]
-DOCS = (ROOT / "docs" / "openai.md").read_text(encoding="utf-8")
+DOCS = (ROOT / "docs" / "reference" / "openai.md").read_text(encoding="utf-8")
 KEYWORDS = {
     *("$ref", "additionalProperties", "anyOf", "const", "contentMediaType", "contentSchema", "default"),
     *("description", "enum", "exclusiveMaximum", "exclusiveMinimum", "if", "items", "maxItems", "maxLength"),

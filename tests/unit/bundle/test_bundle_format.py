@@ -16,7 +16,7 @@ from tests.support.adapters import HIDDEN, Tensors, key, tensors, write_adapter,
 from tests.support.folders import built, deployment_of, workshop
 from tests.support.root import ROOT
 
-PAGE = ROOT / "docs" / "bundle-format.md"
+PAGE = ROOT / "docs" / "reference" / "bundle-format.md"
 NAMES = {
     1: "attn_q",
     2: "attn_k",
@@ -29,7 +29,7 @@ NAMES = {
 
 
 def read_deployment(store: Path, name: str) -> dict[str, list[dict[str, Any]]]:
-    """A reader after docs/bundle-format.md: nothing but numpy, json and sha256. Adapter name to its rows."""
+    """Read a store by docs/reference/bundle-format.md with numpy, json and sha256: adapter name to rows."""
     current = json.loads((store / "deployments" / name / "current.json").read_bytes())
     path = store / "deployments" / name / "generations" / f"{current['generation']:08d}.json"
     generation = json.loads(checked(path, current["sha256"]))

@@ -24,7 +24,7 @@ from loramux_shared.faults import Finding
 from loramux_shared.limits import Limits
 from tests.support.root import ROOT
 
-PAGE = (ROOT / "docs" / "bundle-format.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs" / "reference" / "bundle-format.md").read_text(encoding="utf-8")
 
 
 def section(begin: str, end: str) -> str:

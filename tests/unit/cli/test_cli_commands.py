@@ -55,8 +55,8 @@ def test_the_list_of_commands_says_what_each_does() -> None:
 
 
 def test_every_command_speaks_json_and_is_documented() -> None:
-    """Every command has ``--json``, or stands on a short list with a reason, and docs/cli.md names it."""
-    page = (ROOT / "docs" / "cli.md").read_text()
+    """Every command has ``--json``, or is on a short list with a reason; docs/reference/cli.md names it."""
+    page = (ROOT / "docs" / "reference" / "cli.md").read_text()
     for words, command in ALL.items():
         options = {option for parameter in command.params for option in parameter.opts}
         assert ("--json" in options) != (" ".join(words) in WITHOUT_JSON), words
@@ -64,7 +64,7 @@ def test_every_command_speaks_json_and_is_documented() -> None:
 
 
 def test_exit_codes_are_documented() -> None:
-    """The table of docs/cli.md is the one that the program has."""
-    page = (ROOT / "docs" / "cli.md").read_text()
+    """The table of docs/reference/cli.md is the one that the program has."""
+    page = (ROOT / "docs" / "reference" / "cli.md").read_text()
     for code, meaning in MEANINGS.items():
         assert f"| {code.value} | {meaning} |" in page

@@ -34,7 +34,7 @@ def test_every_reason_has_a_cure_and_the_reverse():
 
 
 def test_the_page_is_what_the_codes_say():
-    """docs/errors.md is generated, and names every code and every reason."""
+    """docs/reference/errors.md is generated, and names every code and every reason."""
     page = errors_doc.page()
-    assert (docs.DOCS / "errors.md").read_text() == page
+    assert (docs.DOCS / "reference" / "errors.md").read_text() == page
     assert all(f"| {name} |" in page for name in (*CODES, *FAULTS))

@@ -274,6 +274,6 @@ def test_a_thread_is_refused_so_that_clients_go_on_without() -> None:
 
 @pytest.mark.parametrize("kind", [MessagesBody, CountBody])
 def test_every_parameter_is_documented(kind: Any) -> None:
-    """docs/anthropic.md says of each parameter what becomes of it."""
-    page = (ROOT / "docs/anthropic.md").read_text()
+    """docs/reference/anthropic.md says of each parameter what becomes of it."""
+    page = (ROOT / "docs/reference/anthropic.md").read_text()
     assert [name for name in kind.model_fields if f"`{name}" not in page] == []

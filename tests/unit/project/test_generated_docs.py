@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,7 @@ def test_what_stands_around_a_table_stays() -> None:
     page = "before\n<!-- a: `make docs` -->\nold\n<!-- end of a -->\nafter\n"
     assert models_doc.replaced(page, "a", "new\n") == page.replace("old", "new")
     for broken in (page.replace("end of a", "end of b"), page.replace("a: `", "b: `")):
-        with pytest.raises(ValueError, match=r"docs/models\.md: expected <!-- a"):
+        with pytest.raises(ValueError, match=r"docs/reference/models\.md: expected <!-- a"):
             models_doc.replaced(broken, "a", "new\n")
 
 
@@ -156,9 +157,10 @@ ELSEWHERE = {"1_Pooling/config.json", "claims/", "lora_adapter/", "native/", "te
 """Folders of a store, of the cache, and of what tests leave."""
 PAGES = (
     *(ROOT / "README.md", ROOT / "CONTRIBUTING.md"),
-    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted(page for page in (ROOT / "docs").rglob("*.md") if page.parent.name != "decisions"),
     *sorted((ROOT / "extensions").glob("*/README.md")),
 )
+DECISIONS = sorted((ROOT / "docs" / "decisions").glob("*.md"))
 ROOMS = ("", "inference_service", "builder_service", "shared/loramux_shared", "docs")
 
 
@@ -178,7 +180,29 @@ def test_what_a_page_points_to_is_there(page: Path) -> None:
     assert not [path for path in lost if not (gone and "extensions/" in path)]
 
 
+def _anchors(page: Path) -> set[str]:
+    """Return the names that a link to a place of this page can have."""
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.S)
+    named: Counter[str] = Counter()
+    found = set(re.findall(r'<a id="([^"]+)"', text))
+    for heading in re.findall(r"^#+ (.+?)\s*$", text, re.M):
+        words = re.sub(r"\[([^\]]*)\]\([^)]*\)|[`*]", r"\1", heading)
+        slug = re.sub(r"[^\w\- ]", "", words.strip().lower()).replace(" ", "-")
+        found.add(f"{slug}-{named[slug]}" if named[slug] else slug)
+        named[slug] += 1
+    return found
+
+
+@pytest.mark.parametrize("page", [*PAGES, *DECISIONS], ids=lambda page: str(page.relative_to(ROOT)))
+def test_what_a_link_points_into_is_there(page: Path) -> None:
+    """A link to a place of a page names a heading, or an anchor, that the page has."""
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.S)
+    links = re.findall(r"\]\((?!\w+:)([^)#\s]*)#([^)\s]+)\)", text)
+    pages = [(page.parent / path if path else page, anchor) for path, anchor in links]
+    assert not [(to.name, anchor) for to, anchor in pages if to.exists() and anchor not in _anchors(to)]
+
+
 def test_nothing_of_a_merge_is_left() -> None:
     """Ruff sees it in Python alone."""
-    pages = [*PAGES, ROOT / "CHANGELOG.md", *(ROOT / "docs" / "decisions").glob("*.md")]
+    pages = [*PAGES, ROOT / "CHANGELOG.md", *DECISIONS]
     assert not [page.name for page in pages if re.search(r"^[<>|]{7} ", page.read_text(), re.MULTILINE)]

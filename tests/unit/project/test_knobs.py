@@ -151,7 +151,7 @@ def test_grpc_fields_pass_by_name() -> None:
 
 
 def test_documents_tell_the_bounds() -> None:
-    """docs/api.md, which is made of the proto file, has the ends of every number that has them."""
+    """docs/reference/grpc.md, which is made of the proto file, has the ends of every number that has them."""
     sections = _section("inference.GenerateRequest") + _section("inference.SamplingParams")
     rows = dict(re.findall(r"^\| `(\w+)` \|(.*)$", sections, re.MULTILINE))
     for name, bound in NUMBERS.items():
@@ -164,7 +164,7 @@ def test_documents_tell_the_bounds() -> None:
 
 
 def _section(name: str) -> str:
-    [_, section] = (ROOT / "docs/api.md").read_text().split(f"### {name}\n")
+    [_, section] = (ROOT / "docs/reference/grpc.md").read_text().split(f"### {name}\n")
     return section.partition("\n### ")[0]
 
 

@@ -205,7 +205,7 @@ def test_what_is_referred_to_exists(overlay: str) -> None:
 @each_set
 def test_secrets_are_told_how_to_make(name: str) -> None:
     """Every secret and each of its keys that is read stands in the commands of the page about fleets."""
-    page = (ROOT / "docs/fleet.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs/guides/fleet.md").read_text(encoding="utf-8")
     for kind, secret, key in _secrets(made(name)):
         assert f"create secret generic {secret}" in page, (kind, secret)
         assert not key or re.search(rf"--from-(literal|file)={key}=", page), (kind, secret, key)

@@ -68,7 +68,7 @@ def test_a_wrong_field_is_found(overlay: str, kind: str, place: tuple[Any, ...],
 
 def test_an_overlay_of_ones_own(tmp_path: Path) -> None:
     """The one of the page about fleets is taken, and says whose store, images and model it is."""
-    [text] = re.findall(r"```yaml\n(# my-overlay.+?)```", (ROOT / "docs/fleet.md").read_text(), re.S)
+    [text] = re.findall(r"```yaml\n(# my-overlay.+?)```", (ROOT / "docs/guides/fleet.md").read_text(), re.S)
     overlay = yaml.safe_load(text)
     overlay["resources"] = [os.path.relpath(KUBERNETES / "base", tmp_path.resolve())]
     (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump(overlay))
