@@ -16,10 +16,9 @@ from inference_service.adapters.recent import Recent
 from inference_service.backends.base import LoraBackend
 from inference_service.core.sequence import Adapter
 from inference_service.engine.graph_runner import ROOM
-from inference_service.lora.loader import load_adapter, values_of
 from inference_service.lora.packed import PackedAdapter
 from inference_service.lora.places import ALIGNMENT
-from inference_service.lora.weights import AdapterWeights
+from inference_service.lora.weights import AdapterWeights, load_adapter, values_of
 from inference_service.models.decoder import Decoder
 from inference_service.proof.replay import replay
 from loramux_shared.bundle.reader import Bundle

@@ -8,17 +8,16 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from inference_service.backends.base import Attention, Recurrence, StepLora, Turn
 from inference_service.backends.long_chunks import LongChunk, split
+from inference_service.backends.native_lora import NativeLora
 from inference_service.backends.torch import TorchOperations, normed, parts
 from inference_service.core.sequence import GONE
 from inference_service.kernels.attention import Context
 from inference_service.kernels.cpu.ops import (
-    ADAPTER_FIELDS,
     BLOCK,
     NO_ADAPTERS,
     Adapters,
@@ -27,23 +26,13 @@ from inference_service.kernels.cpu.ops import (
     Planned,
     Table,
     Tiled,
-    adapters_of,
 )
 from inference_service.kernels.delta import StateChunk
-from inference_service.kernels.experts import ByExpert
 from inference_service.kernels.integers import quantize
 from inference_service.kernels.rows import Activation
 from inference_service.layers.linear import Linear
 from inference_service.layers.norm import RMSNorm
-from inference_service.lora.arena import Arena
-from inference_service.lora.native import ADDRESSES, VECTORS, native_layout, pack_native
-from inference_service.lora.packed import PackedAdapter
-from inference_service.lora.segments import Arrangement, Segment, runs_by_expert, sharing
-from inference_service.lora.slots import Slots, experts_of
-from inference_service.lora.vocabulary import Vocabularies
-from inference_service.lora.weights import AdapterWeights
 from loramux_shared.bases.attention import AttentionSpec, HeadCounts
-from loramux_shared.bases.groups import GROUPS_APART, GroupShape, group_of
 from loramux_shared.rounding import Rounding
 
 
@@ -236,130 +225,3 @@ class NativeAttention:
     def _normed(self, norm: RMSNorm, heads: Tensor) -> Tensor:
         rows = heads.reshape(-1, heads.shape[-1])
         return self._ops.rms_norm(rows, None, norm.weight, norm.eps, norm.offset).view_as(heads)
-
-
-class NativeLora:
-    """Adds the adapters' part to the output of a fused linear: one call, exact ranks, no packing per step."""
-
-    name = "native"
-    home = torch.device("cpu")
-
-    def __init__(self, ops: CpuOps, groups: tuple[GroupShape, ...], num_layers: int) -> None:
-        self._ops = ops
-        self._layout = native_layout(groups, ops.units)
-        self._names = [(layer, group.name) for layer in range(num_layers) for group in groups]
-        self._of_experts = experts_of(groups, num_layers)
-        self._linears: dict[tuple[int, str], tuple[int, int]] = {}
-        """The bit of each in ``_touched``, and where the first slot's fields are."""
-        self._slots = Slots()
-        self.vocabularies = Vocabularies()
-        self._arena = Arena(0)
-        self._table = np.zeros((0, len(self._names), ADAPTER_FIELDS), dtype=np.int64)
-        self._most_rows = self._columns = 0
-        """Ranks of one adapter in a linear at most, and of those of one row."""
-        self._touched = 0
-        """Of the step's adapters together, a bit for each linear that one of them adds to."""
-        self._arrangement = Arrangement((), ())
-        self._segments = Table(np.zeros((0, 3), dtype=np.int64))
-        self._parts: Table | None = None
-        """Of the segments, where rows have several."""
-        self._workspace = torch.empty(0, 1)
-        self._step = NO_ADAPTERS[1:]
-
-    @property
-    def num_bytes(self) -> int:
-        """The arena's, and those of the tables that are touched when all slots are in use."""
-        return self._arena.num_bytes + self._table.nbytes
-
-    @property
-    def num_slots(self) -> int:
-        """Slots that were opened."""
-        return self._slots.num_slots
-
-    @property
-    def slot_bytes(self) -> int:
-        """The fields of all linears."""
-        return len(self._names) * ADAPTER_FIELDS * self._table.itemsize
-
-    def open(self, num_bytes: int, max_rank: int, num_slots: int) -> None:
-        """Reserve addresses; memory is taken when it is touched."""
-        self._slots.open(num_bytes, max_rank, num_slots)
-        self._arena = Arena(num_bytes)
-        table = Table(np.zeros((num_slots, len(self._names), ADAPTER_FIELDS), dtype=np.int64))
-        self._table = table.values
-        for index, name in enumerate(self._names):
-            self._linears[name] = 1 << index, table.address + index * ADAPTER_FIELDS * self._table.itemsize
-        self._most_rows = max_rank * max(len(group.modules) for group in self._layout.shapes)
-
-    def pack(self, weights: AdapterWeights) -> PackedAdapter:
-        """Pack with one compiled call, which the interpreter does not wait for."""
-        return pack_native(weights, self._layout, self._ops)
-
-    def copy(self, packed: PackedAdapter, offset: int) -> None:
-        """Copy with one thread: the others compute."""
-        self._slots.require_within(packed, offset)
-        self._arena.write(offset, packed.matrices)
-
-    def enter(self, slot: int, offset: int, packed: PackedAdapter) -> None:
-        """Enter the addresses of an adapter's matrices in all linears."""
-        self._slots.enter(slot, offset, packed)
-        flat = self._arena.read(offset, packed.num_bytes, packed.matrices.dtype)
-        self.vocabularies.enter(slot, packed.vocabulary_in(flat))
-        row = self._table[slot]
-        row[:] = packed.table
-        first = self._arena.address + offset
-        row[:, ADDRESSES] += first
-        row[:, VECTORS] += first * (row[:, VECTORS] > 0)
-
-    def leave(self, slot: int) -> None:
-        """Rank 0 in all linears."""
-        self._slots.leave(slot)
-        self.vocabularies.leave(slot)
-        self._table[slot] = 0
-
-    def begin(self, arrangement: Arrangement) -> None:
-        """Prepare for the rows of a step."""
-        segments = arrangement.segments
-        self._arrangement = arrangement
-        self._touched = self._slots.touched([segment.slot for segment in segments])
-        rows_of = [(segment.slot, segment.start, segment.length) for segment in segments]
-        self._segments = Table(np.array(rows_of, dtype=np.int64))
-        self._parts, columns = None, self._most_rows
-        if arrangement.mixed:
-            self._parts = Table(_parts_of(segments, self._most_rows))
-            columns *= arrangement.most_parts
-        self._columns, rows = columns, segments[-1].end
-        if self._workspace.shape[0] < rows or self._workspace.shape[1] < columns:
-            self._workspace = torch.empty(rows, columns)
-        self._step = adapters_of(0, self._segments, self._workspace, len(self._names), self._parts)[1:]
-
-    def apply(self, x: Tensor, out: Tensor, layer: int, group: str) -> None:
-        """Add to out [T, all slices] what the adapters make of x [T, in]; base rows are not touched."""
-        if self._linears[layer, group][0] & self._touched:
-            self._ops.lora(x, out, self.adapters(layer, group))
-
-    def apply_experts(self, x: Tensor, out: Tensor, layer: int, group: str, pairs: ByExpert) -> None:
-        """In one call: to the compiled operation, an expert of an adapter is an adapter of its own."""
-        if not self._touched & self._of_experts[layer]:
-            return
-        runs = runs_by_expert(self._arrangement.segments, pairs)
-        parts = None if self._parts is None else Table(self._parts.values[runs[:, 0]])
-        slots = self._segments.values[runs[:, 0], 0]
-        runs[:, 1] = slots * len(self._names) + runs[:, 1] * GROUPS_APART
-        _, address = self._linears[layer, group_of(group, 0)]
-        segments, workspace = Table(runs[:, 1:]), torch.empty(len(x), self._columns)
-        self._ops.lora(x, out, adapters_of(address, segments, workspace, parts=parts))
-
-    def adapters(self, layer: int, group: str) -> Adapters:
-        """Return those of the step that add to a linear."""
-        bit, address = self._linears[layer, group]
-        return (address, *self._step) if bit & self._touched else NO_ADAPTERS
-
-
-def _parts_of(segments: Sequence[Segment], apart: int) -> npt.NDArray[np.int64]:
-    """Return parts [S, 3] as `adapters_of` takes them, the ranks of a row so far apart."""
-    parts: list[tuple[int, int]] = []
-    for group in sharing(segments):
-        parts += [(place * apart, 0 if place else len(group)) for place in range(len(group))]
-    scales = np.array([segment.scale for segment in segments], dtype=np.float64)
-    return np.column_stack([np.array(parts, dtype=np.int64), scales.view(np.int64)])

@@ -11,7 +11,8 @@ import torch
 from inference_service.backends.base import Backend
 from inference_service.backends.deterministic import DeterministicOperations
 from inference_service.backends.long_chunks import rows_from_which_torch_is_faster
-from inference_service.backends.native import NativeLora, NativeOperations
+from inference_service.backends.native import NativeOperations
+from inference_service.backends.native_lora import NativeLora
 from inference_service.backends.torch import TorchOperations
 from inference_service.backends.torch_lora import TorchLora
 from inference_service.backends.triton import TritonLora, TritonOperations

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from inference_service.backends.base import LoraBackend
-from inference_service.backends.native import NativeLora
+from inference_service.backends.native_lora import NativeLora
 from inference_service.backends.torch_lora import TorchLora
 from inference_service.backends.triton import TritonLora
 from inference_service.kernels.cpu.build import load

@@ -12,7 +12,7 @@ from inference_service.backends.base import LoraBackend
 from inference_service.backends.experts import ExpertOperations
 from inference_service.backends.grouped import GroupedOperations
 from inference_service.backends.hold import hold
-from inference_service.backends.native import NativeLora
+from inference_service.backends.native_lora import NativeLora
 from inference_service.backends.torch_lora import TorchLora
 from inference_service.backends.triton import TritonLora
 from inference_service.kernels.cpu.ops import CpuOps

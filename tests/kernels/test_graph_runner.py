@@ -30,9 +30,8 @@ from inference_service.engine.rows import lay_out
 from inference_service.engine.runner import Runner
 from inference_service.engine.step import Pending
 from inference_service.engine.tape import Tape, TapeRecorder
-from inference_service.lora.loader import load_adapter
 from inference_service.lora.places import taken_by
-from inference_service.lora.weights import AdapterWeights
+from inference_service.lora.weights import AdapterWeights, load_adapter
 from inference_service.models.decoder import Decoder
 from inference_service.startup.load import Ready
 from loramux_shared.bases.memory import buckets, mixed_buckets

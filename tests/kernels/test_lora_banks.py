@@ -16,7 +16,7 @@ import torch
 
 from inference_service.backends.base import LoraBackend
 from inference_service.backends.hold import hold
-from inference_service.backends.native import NativeLora
+from inference_service.backends.native_lora import NativeLora
 from inference_service.kernels.cpu.ops import CpuOps
 from inference_service.lora.places import taken_by
 from loramux_shared.bases.groups import layer_groups

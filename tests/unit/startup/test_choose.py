@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from inference_service.backends.native import NativeLora, NativeOperations
+from inference_service.backends.native import NativeOperations
+from inference_service.backends.native_lora import NativeLora
 from inference_service.core.computing import COST, CURES, Lack
 from inference_service.kernels.cpu import build
 from inference_service.kernels.cpu.build import Built
