@@ -11,8 +11,7 @@ from inference_service.adapters.follower import FollowerStanding
 from inference_service.adapters.manager import AdapterManager
 from inference_service.adapters.views import Facts
 from inference_service.core.sequence import Adapter
-from inference_service.engine.residency_entry import ResidencyStats
-from inference_service.engine.residents import Standing, State
+from inference_service.engine.residents import ResidencyStats, Standing, State
 from loramux_shared.faults import ReplicaBehind
 
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import Future, wait
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, Final, Generic, Protocol, TypeVar
+from typing import Final, Generic, TypeVar
 
 import structlog
 import torch
@@ -16,6 +14,8 @@ import torch
 from inference_service.adapters.reading import BundleReader, Found, Tier
 from inference_service.adapters.recent import Recent
 from inference_service.adapters.workers import Workers
+from inference_service.core.sequence import Adapter
+from inference_service.engine.residents import P
 from loramux_shared.bundle.manifest import REBUILD
 from loramux_shared.bundle.reader import Bundle
 from loramux_shared.faults import BundleCorrupt, Fault, InternalFault, ResourcesExhausted, ShuttingDown
@@ -28,49 +28,12 @@ LOADS: Final = 12
 """Bundles that are read at once: with two requests each in turn, this keeps some 16 requests under way."""
 
 
-class Packed(Protocol):
-    """An adapter as a backend wants it, in the host's memory."""
-
-    @property
-    def num_bytes(self) -> int:
-        """Its memory."""
-        ...
-
-
-P = TypeVar("P", bound=Packed)
-
-
-class Addressed(Protocol):
-    """Something with what a generation says of an adapter."""
-
-    @property
-    def digest(self) -> str:
-        """That of its bundle's manifest."""
-        ...
-
-    @property
-    def invocation(self) -> tuple[int, ...]:
-        """The manifest's tokens from which on it acts."""
-        ...
-
-
-@dataclass(frozen=True)
-class Loaded(Generic[P]):
-    """An adapter in packed host memory."""
-
-    packed: P
-    tier: Tier
-    """Where it was found."""
-    seconds: float
-    """From the call of `load`."""
-
-
 class AdapterLoader(Generic[P]):
     """Loads adapters on threads of its own, each digest once at a time.
 
-    What `load` and `run` are given is called exactly once for every call, on one of these threads, with a
-    result or a fault. pack makes a verified bundle into what the backend copies, and proves it; it runs on
-    ``threads`` threads. Nothing is tried again here: the caller decides that.
+    What `load` and `run` are given is called exactly once for every call, on one of these threads. pack
+    makes a verified bundle into what the backend copies, and proves it; it runs on ``threads`` threads. Nothing
+    is tried again here: the caller decides that.
     """
 
     def __init__(
@@ -85,7 +48,7 @@ class AdapterLoader(Generic[P]):
         self._pack = pack
         self._host: Recent[P] = Recent(host_bytes)
         self._lock = threading.Lock()
-        self._waiting: dict[str, list[Callable[[Loaded[P] | Fault], None]]] = {}
+        self._waiting: dict[str, list[Callable[[P | Fault, str], None]]] = {}
         self._reads = Workers("bundles", LOADS)
         # One thread computes: teams of several would wait for each other, and take the cores from the steps.
         self._work = Workers("adapters", threads, prepare=partial(torch.set_num_threads, 1))
@@ -96,21 +59,22 @@ class AdapterLoader(Generic[P]):
         """Memory of what the host tier holds."""
         return self._host.size
 
-    def load(self, adapter: Addressed, done: Callable[[Loaded[P] | Fault], None]) -> None:
-        """Begin to bring an adapter to packed host memory; two loads of one digest at once are one."""
+    def load(self, adapter: Adapter, done: Callable[[P | Fault, str], None]) -> None:
+        """Begin to bring an adapter to packed host memory; two loads of one digest at once are one.
+
+        done is called with that and the tier where it was found, or with a fault and an empty text.
+        """
         digest = adapter.digest
         with self._lock:
             if digest in self._waiting:
                 self._waiting[digest].append(done)
                 return
             self._waiting[digest] = [done]
-        began = time.monotonic()
         packed = self._host.get(digest)
         if packed is None:
-            self._ended(self._reads.submit(partial(self._bring, adapter, began)), digest)
+            self._ended(self._reads.submit(partial(self._bring, adapter)), digest)
             return
-        loaded = Loaded(packed, Tier.HOST, time.monotonic() - began)
-        self._ended(self._work.submit(partial(self._finish, digest, loaded), urgent=True), digest)
+        self._ended(self._work.submit(partial(self._finish, digest, packed, Tier.HOST), urgent=True), digest)
 
     def run(self, work: Callable[[], T], done: Callable[[T | Fault], None]) -> None:
         """Do other work on these threads, before the packing that waits: a copy into the bank."""
@@ -127,33 +91,33 @@ class AdapterLoader(Generic[P]):
         self._work.close()
         self._reader.close()
 
-    def _bring(self, adapter: Addressed, began: float) -> None:
+    def _bring(self, adapter: Adapter) -> None:
         """Read a bundle, have it packed, and keep it on the disk meanwhile; on a thread for reading."""
         digest = adapter.digest
         try:
             with self._reader.reading(digest) as found:
                 _expect_invocation(found.bundle, adapter.invocation)
-                packing = self._work.submit(partial(self._pack_and_finish, digest, found, began))
+                packing = self._work.submit(partial(self._pack_and_finish, digest, found))
                 self._ended(packing, digest)
                 self._reader.keep(found)
                 wait([packing])  # until then its memory counts
         except Exception as error:  # noqa: BLE001 - whoever waits is told
             self._finish(digest, _fault(error))
 
-    def _pack_and_finish(self, digest: str, found: Found, began: float) -> None:
+    def _pack_and_finish(self, digest: str, found: Found) -> None:
         outcome = _outcome(partial(self._pack, found.bundle))
         if isinstance(outcome, Fault):
             self._finish(digest, outcome)
             return
         self._host.put(digest, outcome, outcome.num_bytes)
-        self._finish(digest, Loaded(outcome, found.tier, time.monotonic() - began))
+        self._finish(digest, outcome, found.tier)
 
-    def _finish(self, digest: str, outcome: Loaded[P] | Fault) -> None:
-        """Tell all who wait for a digest; who asks from now on begins anew."""
+    def _finish(self, digest: str, outcome: P | Fault, tier: str = "") -> None:
+        """Resolve all waiters of a digest; later calls begin a new load."""
         with self._lock:
             waiting = self._waiting.pop(digest, ())
         for done in waiting:
-            _tell(done, outcome)
+            _tell(done, outcome, tier)
 
     def _ended(self, future: Future[None], digest: str) -> None:
         """Let nobody wait for work that was cancelled."""
@@ -194,8 +158,8 @@ def _stopped() -> Fault:
     return ShuttingDown("the replica shuts down and loads no more adapters. Retry with another replica.")
 
 
-def _tell(done: Callable[[Any], None], outcome: object) -> None:
+def _tell(done: Callable[..., None], *outcome: object) -> None:
     try:
-        done(outcome)
+        done(*outcome)
     except Exception:
         log.exception("who waited for an adapter could not be told")  # and holds up nobody else

@@ -6,8 +6,7 @@ from typing import Protocol
 
 from inference_service.adapters.follower import FollowerStanding
 from inference_service.core.sequence import Adapter
-from inference_service.engine.residency_entry import ResidencyStats
-from inference_service.engine.residents import Standing
+from inference_service.engine.residents import ResidencyStats, Standing
 from loramux_shared.bundle.generation import AdapterRecord
 from loramux_shared.deployment import Repository
 

@@ -22,8 +22,17 @@ import structlog
 
 from inference_service.core.sequence import Adapter
 from inference_service.engine.lanes import Rank
-from inference_service.engine.residency_entry import Entry, ResidencyStats, standing_of
-from inference_service.engine.residents import Arrived, Bank, Loader, P, Presence, Standing, State
+from inference_service.engine.residents import (
+    Bank,
+    Entry,
+    Loader,
+    P,
+    Presence,
+    ResidencyStats,
+    Standing,
+    State,
+    standing_of,
+)
 from inference_service.lora.places import Places, taken_by
 from loramux_shared.faults import Fault, ResourcesExhausted
 
@@ -272,15 +281,17 @@ class Residency(Generic[P]):
         entry.state = State.LOADING
         entry.began_s = self._clock()
         self._on_the_way += 1
-        self._loader.load(entry.adapter, lambda what: self._post(partial(self._loaded, entry, what)))
+        self._loader.load(
+            entry.adapter, lambda packed, tier: self._post(partial(self._loaded, entry, packed, tier))
+        )
 
-    def _loaded(self, entry: Entry[P], what: Arrived[P] | Fault) -> None:
-        if isinstance(what, Fault):
-            self._fail(entry, what)
+    def _loaded(self, entry: Entry[P], packed: P | Fault, tier: str) -> None:
+        if isinstance(packed, Fault):
+            self._fail(entry, packed)
             return
-        self.stats.loads_by_tier[what.tier] += 1
+        self.stats.loads_by_tier[tier] += 1
         self.changes += 1
-        entry.state, entry.packed, entry.num_bytes = State.HELD, what.packed, what.packed.num_bytes
+        entry.state, entry.packed, entry.num_bytes = State.HELD, packed, packed.num_bytes
         self._held.append(entry)
         self._reconsider(entry)
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from structlog.testing import capture_logs
 
-from inference_service.adapters.loader import AdapterLoader, Loaded
+from inference_service.adapters.loader import AdapterLoader
 from inference_service.adapters.packing import Packer
 from inference_service.adapters.reading import BundleReader
 from inference_service.models.checkpoint import Checkpoint
@@ -18,7 +18,7 @@ from loramux_shared.faults import BundleCorrupt, ProofFailed
 from loramux_shared.settings import InferenceSettings
 from loramux_shared.storage.memory import MemoryStore
 from tests.models.test_proof import build_into, scale, tampered
-from tests.support.bundles import load
+from tests.support.bundles import Loaded, load
 from tests.support.tiny import World, make_world
 
 

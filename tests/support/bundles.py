@@ -12,7 +12,8 @@ from typing import Any, Protocol
 from builder_service.pipeline.build import build
 from builder_service.pipeline.context import BuildContext
 from builder_service.pipeline.progress import Progress
-from inference_service.adapters.loader import AdapterLoader, Loaded
+from inference_service.adapters.loader import AdapterLoader
+from inference_service.core.sequence import Adapter
 from loramux_shared.bundle.deployments import current_generation
 from loramux_shared.bundle.reader import Bundle
 from loramux_shared.deployment_file import parse_deployment
@@ -52,14 +53,6 @@ def build_bundles(store: Store, folder: Path, count: int = 1, name: str = "tiny"
     return [generation.adapters[f"a{number}"].digest for number in range(count)]
 
 
-@dataclass
-class Handle:
-    """What a load is asked for with."""
-
-    digest: str
-    invocation: tuple[int, ...] = ()
-
-
 @dataclass(frozen=True)
 class FakePacked:
     """A bundle that claims to be packed."""
@@ -68,7 +61,16 @@ class FakePacked:
     num_bytes: int = 1000
 
 
-def load(loader: AdapterLoader[Any], digest: str, timeout_s: float = BOUND_S) -> Loaded[Any] | Fault:
+@dataclass(frozen=True)
+class Loaded:
+    """What came of a load."""
+
+    packed: Any
+    tier: str
+    """Where it was found."""
+
+
+def load(loader: AdapterLoader[Any], digest: str, timeout_s: float = BOUND_S) -> Loaded | Fault:
     """Load an adapter and wait for what comes of it."""
     return waiting(loader, digest)(timeout_s)
 
@@ -76,15 +78,19 @@ def load(loader: AdapterLoader[Any], digest: str, timeout_s: float = BOUND_S) ->
 class Outcome(Protocol):
     """Waits for what comes of a load."""
 
-    def __call__(self, timeout_s: float = BOUND_S) -> Loaded[Any] | Fault:
+    def __call__(self, timeout_s: float = BOUND_S) -> Loaded | Fault:
         """Return it."""
         ...
 
 
 def waiting(loader: AdapterLoader[Any], digest: str, invocation: tuple[int, ...] = ()) -> Outcome:
     """Begin to load an adapter; what is returned waits for the outcome."""
-    outcomes: SimpleQueue[Loaded[Any] | Fault] = SimpleQueue()
-    loader.load(Handle(digest, invocation), outcomes.put)
+    outcomes: SimpleQueue[Loaded | Fault] = SimpleQueue()
+
+    def done(packed: Any, tier: str) -> None:
+        outcomes.put(packed if isinstance(packed, Fault) else Loaded(packed, tier))
+
+    loader.load(Adapter(digest, invocation=invocation), done)
     return lambda timeout_s=BOUND_S: outcomes.get(timeout=timeout_s)
 
 

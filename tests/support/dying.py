@@ -11,10 +11,10 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from inference_service.adapters.disk import DiskTier
-from inference_service.adapters.loader import AdapterLoader, Loaded
+from inference_service.adapters.loader import AdapterLoader
 from inference_service.adapters.reading import BundleReader
 from loramux_shared.storage.local import LocalStore
-from tests.support.bundles import FakePacked, load, settle
+from tests.support.bundles import FakePacked, Loaded, load, settle
 
 
 def dies_at_a_touch(number: int, cache: Path, store: Path, limit: int, digests: Sequence[str]) -> None:

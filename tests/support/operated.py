@@ -13,8 +13,7 @@ from inference_service.adapters.manager import AdapterManager
 from inference_service.adapters.served_model import ServedModel
 from inference_service.adapters.views import Facts
 from inference_service.core.sequence import Adapter
-from inference_service.engine.residency_entry import ResidencyStats
-from inference_service.engine.residents import Standing, State
+from inference_service.engine.residents import ResidencyStats, Standing, State
 from loramux_shared.bundle.generation import AdapterRecord, BaseRecord, Generation
 from loramux_shared.deployment import Dtype, Repository, SourceKind
 from loramux_shared.faults import (

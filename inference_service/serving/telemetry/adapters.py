@@ -17,8 +17,7 @@ from inference_service.adapters.manager import AdapterManager
 from inference_service.adapters.served_model import ServedModel
 from inference_service.adapters.views import PLACES, Place, ReplicaView
 from inference_service.engine.engine import SequenceCounts
-from inference_service.engine.residency_entry import LOAD_BUCKETS_S
-from inference_service.engine.residents import State
+from inference_service.engine.residents import LOAD_BUCKETS_S, State
 from inference_service.serving.telemetry.model_series import MOST
 from inference_service.serving.telemetry.replica import MODEL_LABEL, EngineView, of_model
 from inference_service.serving.telemetry.text_format import Lines, bounds_of, families, head, sample

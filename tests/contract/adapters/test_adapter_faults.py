@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from inference_service.adapters.disk import DiskTier
-from inference_service.adapters.loader import AdapterLoader, Loaded
+from inference_service.adapters.loader import AdapterLoader
 from inference_service.adapters.reading import BundleReader, Tier
 from loramux_shared.storage.local import LocalStore
-from tests.support.bundles import FakePacked, Unsteady, build_bundles, load, settle
+from tests.support.bundles import FakePacked, Loaded, Unsteady, build_bundles, load, settle
 from tests.support.dying import dies_at_a_touch, fills
 from tests.support.examples import SWEEPING
 from tests.support.forks import Forked
@@ -32,7 +32,7 @@ def local(tmp_path: Path) -> tuple[LocalStore, Path, list[str]]:
     return store, folder, build_bundles(store, tmp_path / "inputs", 2)
 
 
-def serves(store: LocalStore, cache: Path, digests: list[str]) -> list[Tier]:
+def serves(store: LocalStore, cache: Path, digests: list[str]) -> list[str]:
     """Load bundles with a cache as it was left, and return where each was found; all of it is right."""
     disk = DiskTier(cache, 10**9)
     loader = AdapterLoader(BundleReader(store, disk), FakePacked)

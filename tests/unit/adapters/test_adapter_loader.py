@@ -11,11 +11,12 @@ import pytest
 import torch
 
 from inference_service.adapters.disk import DiskTier
-from inference_service.adapters.loader import LOADS, AdapterLoader, Loaded
+from inference_service.adapters.loader import LOADS, AdapterLoader
 from inference_service.adapters.reading import BundleReader, Tier, _Room
 from inference_service.adapters.recent import Recent
 from inference_service.adapters.texts import AdapterTexts
 from inference_service.adapters.workers import Workers
+from inference_service.core.sequence import Adapter
 from inference_service.text.text import Text
 from loramux_shared.bundle.manifest import CONFIG_FILE, MANIFEST_FILE, WEIGHTS_FILE, bundle_key
 from loramux_shared.faults import (
@@ -26,7 +27,7 @@ from loramux_shared.faults import (
     ShuttingDown,
     StoreUnavailable,
 )
-from tests.support.bundles import TEMPLATE, FakePacked, Handle, Unsteady, build_bundles, load, waiting
+from tests.support.bundles import TEMPLATE, FakePacked, Loaded, Unsteady, build_bundles, load, waiting
 from tests.support.tokens import VOCAB, write_tokenizer
 from tests.support.waiting import BOUND_S, ended, until, wait_until
 
@@ -68,7 +69,6 @@ def test_a_load_brings_a_verified_bundle(store, make):
     assert isinstance(found, Loaded)
     assert found.packed.bundle.digest == store.digests[1]
     assert found.tier is Tier.STORE
-    assert found.seconds > 0
 
 
 def test_loads_of_one_digest_at_once_are_one(store, make):
@@ -245,7 +245,7 @@ def test_who_cannot_be_told_holds_up_nobody(store, make):
     """A listener that raises does not keep the others from hearing, nor later loads from working."""
     store.gate.clear()
     loader, digest = make(), store.digests[0]
-    loader.load(Handle(digest), lambda _: 1 / 0)
+    loader.load(Adapter(digest), lambda *_: 1 / 0)
     outcome = waiting(loader, digest)
     store.gate.set()
     assert isinstance(outcome(), Loaded)
@@ -296,7 +296,7 @@ def test_every_load_of_many_ends_once(store, make):
         for call in range(calls // 8):
             name = (number, call)
             digest = store.digests[(number + call) % COUNT]
-            loader.load(Handle(digest), lambda outcome, name=name: answers.put((name, outcome)))
+            loader.load(Adapter(digest), lambda outcome, _, name=name: answers.put((name, outcome)))
 
     threads = [threading.Thread(target=ask, args=(number,)) for number in range(8)]
     for thread in threads:

@@ -10,7 +10,7 @@ import pytest
 
 from inference_service.adapters.served_model import ServedModel
 from inference_service.engine.engine import EngineStats, SequenceCounts
-from inference_service.engine.residency_entry import LOAD_BUCKETS_S, ResidencyStats
+from inference_service.engine.residents import LOAD_BUCKETS_S, ResidencyStats
 from inference_service.serving.request import Request
 from inference_service.serving.telemetry.metrics import Metrics
 from inference_service.serving.telemetry.model_series import LATELY_S, OTHERS, Counted, ModelSeries, Timed

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 
 import pytest
 
-from inference_service.adapters import known
-from inference_service.adapters.known import KnownWeights
+from inference_service.adapters import reading
+from inference_service.adapters.reading import KnownWeights
 from loramux_shared.bundle.manifest import CONFIG_FILE, WEIGHTS_FILE, FileDigest
 from loramux_shared.bundle.npy import Bytes
 from loramux_shared.bundle.reader import verify_file
@@ -31,7 +31,7 @@ def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         names.append(name)
         verify_file(data, files, name, digest)
 
-    monkeypatch.setattr(known, "verify_file", noted)
+    monkeypatch.setattr(reading, "verify_file", noted)
     return names
 
 

@@ -20,7 +20,7 @@ from inference_service.engine.block_manager import BlockManager
 from inference_service.engine.engine import Engine
 from inference_service.engine.plan import SchedulerLimits
 from inference_service.engine.residency import FIRST_PAUSE_S, LOADS, Residency
-from inference_service.engine.residents import Arrived, State
+from inference_service.engine.residents import State
 from inference_service.engine.step import Pending
 from inference_service.lora.places import Places
 from loramux_shared.faults import BundleCorrupt, Fault, InternalFault, ResourcesExhausted
@@ -37,14 +37,6 @@ class Matrices:
 
     digest: str
     num_bytes: int
-
-
-@dataclass(frozen=True)
-class Come:
-    """What a load brings."""
-
-    packed: Matrices
-    tier: str = "store"
 
 
 @dataclass
@@ -94,7 +86,7 @@ class FakeLoader:
         self.loading = 0
         self.most_loading = 0
 
-    def load(self, adapter: Adapter, done: Callable[[Arrived[Matrices] | Fault], None]) -> None:
+    def load(self, adapter: Adapter, done: Callable[[Matrices | Fault, str], None]) -> None:
         """Begin to load."""
         digest = adapter.digest
         self.loading += 1
@@ -103,8 +95,10 @@ class FakeLoader:
         def end() -> None:
             self.loading -= 1
             self.loaded.append(digest)
-            broken = digest in self.broken
-            done(BundleCorrupt(f"bundle {digest}") if broken else Come(Matrices(digest, self.sizes[digest])))
+            if digest in self.broken:
+                done(BundleCorrupt(f"bundle {digest}"), "")
+            else:
+                done(Matrices(digest, self.sizes[digest]), "store")
 
         self.begun.append(end)
 
