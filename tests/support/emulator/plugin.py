@@ -14,9 +14,9 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 
+from inference_service.backends import native_lora
 from inference_service.kernels.cpu import build
 from inference_service.kernels.cpu.build import Built
-from inference_service.lora import arena
 from tests.support.emulator import EMULATOR, HEAP, SERVER
 
 NAME, ARGUMENTS, TEXT = 32, 32, 56
@@ -81,5 +81,5 @@ def _map(_: int, size: int, flags: int) -> npt.NDArray[np.uint8]:
 
 
 build.load = _load
-vars(arena)["mmap"] = SimpleNamespace(MAP_PRIVATE=0, MAP_ANONYMOUS=0, PAGESIZE=4096, mmap=_map)
+vars(native_lora)["mmap"] = SimpleNamespace(MAP_PRIVATE=0, MAP_ANONYMOUS=0, PAGESIZE=4096, mmap=_map)
 del os.environ["LD_PRELOAD"]  # the heap is that of this process, and not its children's
