@@ -35,7 +35,6 @@ template <class R, class... A> void call(R (*function)(A...), const Value* value
 
 static bool answered(const Call& asked, Answer& answer) {
   OF_TYPE(linear);
-  OF_TYPE(multiplies);
   OF_TYPE(pack);
   OF_TYPE(attention);
   OF_TYPE(rope_write);
