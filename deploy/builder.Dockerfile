@@ -8,7 +8,6 @@ COPY examples examples
 COPY inference_service inference_service
 COPY loramux loramux
 COPY extensions extensions
-COPY ray_service ray_service
 COPY shared shared
 RUN python -m venv /opt/loramux && /opt/loramux/bin/pip install --no-cache-dir '.[builder,gcs,azure,otel,signing]'
 

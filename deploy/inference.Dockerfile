@@ -11,7 +11,6 @@ COPY examples examples
 COPY inference_service inference_service
 COPY loramux loramux
 COPY extensions extensions
-COPY ray_service ray_service
 COPY shared shared
 ARG PIP_EXTRA_INDEX_URL
 # For the nodes of a Ray cluster: --build-arg MORE='ray[serve]>=2.60,<2.61'

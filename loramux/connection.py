@@ -19,6 +19,7 @@ from google.protobuf.message import Message
 
 from loramux.addresses import TLS_SCHEME
 from loramux_shared.faults import RequestInvalid, SettingsInvalid
+from loramux_shared.routes import MODEL_HEADER
 from loramux_shared.rpc.options import CLIENT_OPTIONS, MAX_REQUEST_BYTES
 from loramux_shared.rpc.status import fault_of
 
@@ -26,7 +27,6 @@ API_KEY: Final = "LORAMUX_API_KEY"
 GENERATE: Final = "Generate"
 ANSWERS: Final = (GENERATE, "Embed", "Classify")
 """Methods that a model answers."""
-MODEL_HEADER: Final = "x-loramux-model"
 """What proxies choose a replica by: the model that a request names."""
 MAX_HEADER: Final = 256
 

@@ -8,6 +8,7 @@ from typing import Final
 
 from inference_service.http.wire.reply import Json
 from inference_service.serving.hints import MAX_GENERATION, MIN_GENERATION, STICKY_KEY
+from loramux_shared.routes import MODEL_HEADER
 
 SECURITY: Final[Mapping[str, Json]] = {
     "key": {"type": "http", "scheme": "bearer", "description": "Where the server has keys."},
@@ -50,7 +51,7 @@ HINTS: Final[Sequence[Json]] = (
 )
 """Headers by which requests say what is to answer."""
 DIGEST_HEADERS: Final[Json] = {
-    "x-loramux-model": {
+    MODEL_HEADER: {
         "description": "What answers: of an alias the model that was picked.",
         "required": True,
         "schema": {"type": "string"},

@@ -69,6 +69,9 @@ LOADS: Final = Route("GET", "/loads", Scope.METRICS)
 LOADS_V1: Final = Route("GET", "/v1/loads", Scope.METRICS)
 METRICS: Final = Route("GET", "/metrics", Scope.METRICS)
 
+MODEL_HEADER: Final = "x-loramux-model"
+"""The header, or metadata, that names the model to proxies; in an answer over HTTP the one that answered."""
+
 ROUTES: Final = tuple(value for value in globals().copy().values() if isinstance(value, Route))
 """All of them but the files of the page, in the order in which they are written down."""
 

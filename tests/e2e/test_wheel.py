@@ -21,7 +21,7 @@ from inference_service.kernels.cpu.processors import kinds_of_machine, kinds_tha
 from tests.support.native import as_in_a_wheel
 from tests.support.root import ROOT
 
-CORE = ("loramux", "shared/loramux_shared", "builder_service", "inference_service", "ray_service")
+CORE = ("loramux", "shared/loramux_shared", "builder_service", "inference_service")
 PACKAGES = {path.name: path for path in (*map(ROOT.joinpath, CORE), *ROOT.glob("extensions/*/loramux_*"))}
 OURS = set(PACKAGES)
 NOT_INSTALLED = {path.name for path in ROOT.iterdir() if path.is_dir()} - OURS

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from loramux_envoy.fleet import Fleet, Place, Tls
+from loramux_shared.routes import HEALTH as HEALTH_ROUTE
 from loramux_shared.rpc.options import IDLE_S, PING_TIMEOUT_S
 
 Json = dict[str, Any]
@@ -58,7 +59,7 @@ _HTTP: Final = _Door(
     protocol={"http_protocol_options": {}},
     alpn="http/1.1",
     idle_s=HTTP_IDLE_S,
-    check={"http_health_check": {"path": "/health"}},
+    check={"http_health_check": {"path": HEALTH_ROUTE.path}},
 )
 
 
@@ -171,7 +172,7 @@ STILL: Final[Json] = {
     "no_traffic_interval": "1s",
     "unhealthy_threshold": 3,
     "healthy_threshold": 1,
-    "http_health_check": {"path": "/health", "expected_statuses": [{"start": 200, "end": 600}]},
+    "http_health_check": {"path": HEALTH_ROUTE.path, "expected_statuses": [{"start": 200, "end": 600}]},
 }
 SOON: Final = dict.fromkeys(("no_traffic_interval", "unhealthy_interval"), "0.2s")
 """The first look fails, for Envoy looks before it listens, on its TCP proxies too."""

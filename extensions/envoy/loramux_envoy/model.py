@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from loramux_shared.routes import INFERENCE_SERVICE, OF_A_MODEL
+from loramux_shared.routes import INFERENCE_SERVICE, MODEL_HEADER, OF_A_MODEL
 
 Json = dict[str, Any]
 
-HEADER: Final = "x-loramux-model"
+HEADER: Final = MODEL_HEADER
 METHODS: Final = tuple(f"/{INFERENCE_SERVICE}/{method}" for method in OF_A_MODEL)
 METADATA: Final = "loramux"
 _FILTERS: Final = "type.googleapis.com/envoy.extensions.filters.http"

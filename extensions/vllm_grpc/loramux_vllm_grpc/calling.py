@@ -9,8 +9,9 @@ import grpc
 
 from inference_service.serving.hints import hinted
 from loramux_shared.faults import Finding, RequestInvalid
+from loramux_shared.routes import MODEL_HEADER
 
-MODEL: Final = "x-loramux-model"
+MODEL: Final = MODEL_HEADER
 """Names what answers, where the message has no field for it."""
 RANK: Final = "x-data-parallel-rank"
 """vLLM's: which rank is to answer. A replica is one."""

@@ -19,12 +19,13 @@ from inference_service.http.wire.refusals import REQUEST_ID, fault_response
 from inference_service.serving.bounds import SANE_ID
 from loramux_shared.arrival import ARRIVED_S
 from loramux_shared.faults import ShuttingDown
+from loramux_shared.routes import HEALTH, PING
 
 log = structlog.get_logger()
 ARRIVED: Final = "arrived_s"
 """Of a scope's state: when the request came."""
 DRAINING: Final = "the server is shutting down and takes no new requests. Retry with another replica."
-HEALTH: Final = ("/health", "/ping")
+HEALTH_PATHS: Final = (HEALTH.path, PING.path)
 CUT: Final = "the server shut down before the answer was complete. Retry with another replica."
 
 
@@ -68,7 +69,7 @@ class Front:
         ARRIVED_S.set(scope.get("state", {}).get(ARRIVED))
         try:
             with bound_contextvars(request_id=answer.request_id):
-                if self.draining or (self.leaving and scope["path"] in HEALTH):
+                if self.draining or (self.leaving and scope["path"] in HEALTH_PATHS):
                     await fault_response(scope, ShuttingDown(DRAINING))(scope, receive, answer.send)
                 else:
                     await self._app(scope, receive, answer.send)

@@ -13,6 +13,7 @@ from starlette.responses import Response
 
 from inference_service.core.sequence import FinishReason
 from inference_service.serving.request import Delta, Event, Finished, Started
+from loramux_shared.routes import MODEL_HEADER
 
 Json = dict[str, Any]
 """An object, as it is written."""
@@ -55,7 +56,7 @@ class Head:
         self.model, digest = started.model.name, started.model.digest
         of_adapter = {"x-loramux-digest": digest} if digest else {}
         number = str(started.generation)
-        self.headers = {"x-loramux-model": self.model} | of_adapter | {"x-loramux-generation": number}
+        self.headers = {MODEL_HEADER: self.model} | of_adapter | {"x-loramux-generation": number}
         self.fingerprint = f"fp_{started.generation}_{started.model.digest[:12] or 'base'}"
 
     def body(self, choices: list[Json]) -> Json:

@@ -14,8 +14,8 @@ from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
+from loramux_ray.names import APP, BUILDER, BUILDER_APP, ENGINE
 from loramux_shared.routes import ADAPTER_SERVICE, BUILDER_SERVICE, INFERENCE_SERVICE
-from ray_service.names import APP, BUILDER, BUILDER_APP, ENGINE
 
 PARTS: Final = {
     "": (APP, ENGINE),

@@ -9,8 +9,8 @@ from typing import Any
 from starlette.types import ASGIApp, Message
 
 from inference_service.http.wire.refusals import fault_response
+from loramux_ray.calls import HttpCall, Messages, require_local
 from loramux_shared.faults import PermissionDenied
-from ray_service.calls import HttpCall, Messages, require_local
 
 
 async def answered(app: ASGIApp, call: HttpCall, *, local_only: bool) -> AsyncGenerator[Messages]:

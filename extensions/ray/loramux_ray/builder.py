@@ -11,14 +11,14 @@ import structlog
 
 from builder_service.builder import Builder
 from builder_service.rpc.servicer import BuilderServicer
+from loramux_ray.bridge import Bridge
+from loramux_ray.calls import End, RpcCall
+from loramux_ray.context import Uploads
 from loramux_shared.access.guard import open_guard
 from loramux_shared.descriptors import raise_limit
 from loramux_shared.settings import BuilderSettings, load_settings
 from loramux_shared.telemetry import log_to_stderr
 from loramux_shared.tracing.setup import open_tracing
-from ray_service.bridge import Bridge
-from ray_service.calls import End, RpcCall
-from ray_service.context import Uploads
 
 log = structlog.get_logger()
 

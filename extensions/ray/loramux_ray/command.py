@@ -181,7 +181,7 @@ async def _bring_up(
 
 def _ray(command: str, plan: UpPlan) -> list[str]:
     doors = ["--grpc", plan.inference, "--http", plan.http or OPENAI]
-    return [sys.executable, "-m", "ray_service", command, *doors]
+    return [sys.executable, "-m", "loramux_ray", command, *doors]
 
 
 def _require_ray() -> None:

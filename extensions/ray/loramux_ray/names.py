@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from loramux_shared.mixtures import names_of
+from loramux_shared.routes import MODEL_HEADER
 
 APP: Final = "loramux"
 """The application that serves a deployment, where a caller names none."""
@@ -12,11 +13,11 @@ BUILDER_APP: Final = "loramux-builder"
 ENGINE: Final = "Engine"
 BUILDER: Final = "Builder"
 DOOR: Final = "Door"
-SERVICERS: Final = "ray_service.grpc_proxies.add_services"
+SERVICERS: Final = "loramux_ray.grpc_proxies.add_services"
 """What Ray's gRPC doors are to call: `grpc_servicer_functions` of Serve's options."""
-MODEL: Final = "x-loramux-model"
+MODEL: Final = MODEL_HEADER
 """The header, or metadata, by which a request is routed where its body or message does not name a model."""
-MIDDLEWARES: Final = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "ray_service.http_proxies.middlewares"}
+MIDDLEWARES: Final = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "loramux_ray.http_proxies.middlewares"}
 """The variable of a node by which Ray's HTTP doors are to hand on to replicas themselves."""
 
 

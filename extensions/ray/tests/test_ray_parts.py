@@ -11,13 +11,13 @@ from ray.exceptions import ActorDiedError, RayTaskError
 from ray.serve.exceptions import BackPressureError
 from ray.serve.schema import ServeDeploySchema
 
+from loramux_ray.app import Options, build
+from loramux_ray.calls import host_of, require_local
+from loramux_ray.forwarding import _fault
+from loramux_ray.names import MIDDLEWARES, SERVICERS, key_of
+from loramux_ray.routing import AffineRouter
+from loramux_ray.scaling import by_sequences
 from loramux_shared.faults import InternalFault, PermissionDenied, QueueFull, ReplicaFailed, SettingsInvalid
-from ray_service.app import Options, build
-from ray_service.calls import host_of, require_local
-from ray_service.forwarding import _fault
-from ray_service.names import MIDDLEWARES, SERVICERS, key_of
-from ray_service.routing import AffineRouter
-from ray_service.scaling import by_sequences
 from tests.support.root import ROOT
 
 DEPLOY = ROOT / "deploy" / "ray"

@@ -13,8 +13,8 @@ from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
+from loramux_ray.names import key_of
 from loramux_shared.faults import Fault, InternalFault, QueueFull, ReplicaFailed, ServerUnavailable
-from ray_service.names import key_of
 
 log = structlog.get_logger()
 

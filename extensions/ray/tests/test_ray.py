@@ -28,7 +28,7 @@ from loramux.inference.v1 import inference_pb2_grpc
 from loramux.records import Delta, Event
 from loramux_shared.rpc.server import RpcServer
 from loramux_shared.storage.open import open_store
-from tests.support.ray_cluster import NAMES, RayFleet, ray_world, settings_of
+from tests.ray_cluster import NAMES, RayFleet, ray_world, settings_of
 from tests.support.tiny import World
 from tests.support.waiting import BOUND_S, wait_until
 

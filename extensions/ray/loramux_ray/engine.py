@@ -15,14 +15,14 @@ from inference_service.replica import TELL_S, Replica, end_broken
 from inference_service.rpc import adapters as adapters_rpc
 from inference_service.rpc.adapters import AdapterServicer
 from inference_service.rpc.servicer import InferenceServicer, register
+from loramux_ray.asgi import answered
+from loramux_ray.bridge import Bridge
+from loramux_ray.calls import End, HttpCall, Messages, RpcCall
+from loramux_ray.settings import engine_settings
 from loramux_shared.access.guard import open_guard
 from loramux_shared.descriptors import raise_limit
 from loramux_shared.faults import ReplicaFailed
 from loramux_shared.telemetry import log_to_stderr
-from ray_service.asgi import answered
-from ray_service.bridge import Bridge
-from ray_service.calls import End, HttpCall, Messages, RpcCall
-from ray_service.settings import engine_settings
 
 log = structlog.get_logger()
 

@@ -14,12 +14,12 @@ from starlette.types import Receive, Scope, Send
 
 from inference_service.http.wire.refusals import fault_event, fault_response
 from inference_service.http.wire.stream import while_connected
+from loramux_ray.calls import HttpCall, Messages
+from loramux_ray.forwarding import ONCE, PAUSES_S, Forwarder
+from loramux_ray.names import ENGINE, MODEL
 from loramux_shared.faults import Fault
 from loramux_shared.routes import ROUTES
 from loramux_shared.rpc.options import MAX_REQUEST_BYTES
-from ray_service.calls import HttpCall, Messages
-from ray_service.forwarding import ONCE, PAUSES_S, Forwarder
-from ray_service.names import ENGINE, MODEL
 
 RETRIED: Final = frozenset(route.path for route in ROUTES if route.method == "POST" and route.repeatable)
 """What may be asked twice, beside everything that only reads."""

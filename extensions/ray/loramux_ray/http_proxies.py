@@ -12,10 +12,10 @@ from typing import Any
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from ray_service.door import Forwarded
-from ray_service.forwarding import Forwarder
-from ray_service.grpc_proxies import counted
-from ray_service.names import DOOR, ENGINE
+from loramux_ray.door import Forwarded
+from loramux_ray.forwarding import Forwarder
+from loramux_ray.grpc_proxies import counted
+from loramux_ray.names import DOOR, ENGINE
 
 
 def middlewares() -> list[Middleware]:

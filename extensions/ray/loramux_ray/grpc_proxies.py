@@ -21,15 +21,15 @@ from grpc_health.v1 import health_pb2_grpc
 
 from loramux.builder.v1 import builder_pb2_grpc
 from loramux.inference.v1 import adapters_pb2_grpc, inference_pb2_grpc
+from loramux_ray.bridge import Handlers, Register
+from loramux_ray.calls import End, RpcCall, host_of
+from loramux_ray.forwarding import LOST, ONCE, PAUSES_S, Forwarder
+from loramux_ray.health import Health
+from loramux_ray.names import APP, BUILDER, BUILDER_APP, ENGINE, MODEL
 from loramux_shared.faults import InternalFault, RequestInvalid
 from loramux_shared.routes import BUILDER_SERVICE, INFERENCE_SERVICE
 from loramux_shared.rpc.calls import CallInterceptor
 from loramux_shared.rpc.options import MAX_REQUEST_BYTES
-from ray_service.bridge import Handlers, Register
-from ray_service.calls import End, RpcCall, host_of
-from ray_service.forwarding import LOST, ONCE, PAUSES_S, Forwarder
-from ray_service.health import Health
-from ray_service.names import APP, BUILDER, BUILDER_APP, ENGINE, MODEL
 
 APPLICATION: Final = "application"
 """Ray's metadata that names an application."""

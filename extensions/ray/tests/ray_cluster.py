@@ -24,9 +24,9 @@ from ray.serve._private import client as serve_client
 from ray.serve.api import RunTarget
 from transformers import LlamaConfig
 
+from loramux_ray.app import build, build_builder
+from loramux_ray.names import APP, BUILDER_APP, ENGINE, MIDDLEWARES, SERVICERS
 from loramux_shared.storage.open import open_store
-from ray_service.app import build, build_builder
-from ray_service.names import APP, BUILDER_APP, ENGINE, MIDDLEWARES, SERVICERS
 from tests.support.openai_door import TEMPLATE
 from tests.support.root import ROOT
 from tests.support.tiny import SIZES, World, make_world_of
@@ -35,9 +35,10 @@ from tests.support.waiting import BOUND_S, wait_until
 NAMES: Final = [f"a{index}" for index in range(8)]
 STORE_BYTES: Final = 100 * 1024 * 1024
 """Ray's object store of a node; what we send through it is small."""
+EXTENSION: Final = ROOT / "extensions/ray"
 ENVIRONMENT: Final = {
     **MIDDLEWARES,
-    "PYTHONPATH": f"{ROOT}:{ROOT / 'shared'}",
+    "PYTHONPATH": f"{ROOT}:{ROOT / 'shared'}:{EXTENSION}:{EXTENSION / 'tests'}",
     "OMP_NUM_THREADS": "1",
     "RAY_AUTH_MODE": "token",
     "RAY_AUTH_TOKEN": secrets.token_hex(16),

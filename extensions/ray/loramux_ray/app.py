@@ -9,15 +9,15 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
 
+from loramux_ray.builder import BuilderReplica
+from loramux_ray.door import Door
+from loramux_ray.engine import Engine
+from loramux_ray.names import BUILDER, DOOR, ENGINE
+from loramux_ray.settings import engine_settings
 from loramux_shared.faults import SettingsInvalid
 from loramux_shared.settings import BuilderSettings, load_settings
-from ray_service.builder import BuilderReplica
-from ray_service.door import Door
-from ray_service.engine import Engine
-from ray_service.names import BUILDER, DOOR, ENGINE
-from ray_service.settings import engine_settings
 
-ROUTER: Final = "ray_service.routing.AffineRouter"
+ROUTER: Final = "loramux_ray.routing.AffineRouter"
 MARGIN_S: Final = 5.0
 """Beside the time that requests may take to end: for a replica to end itself."""
 
@@ -104,7 +104,7 @@ def _scale(options: Options) -> dict[str, Any]:
             min_replicas=options.replicas,
             max_replicas=options.max_replicas,
             target_ongoing_requests=options.target_sequences,
-            policy=AutoscalingPolicy(policy_function="ray_service.scaling:by_sequences"),  # type: ignore[no-untyped-call]
+            policy=AutoscalingPolicy(policy_function="loramux_ray.scaling:by_sequences"),  # type: ignore[no-untyped-call]
         )
     }
 

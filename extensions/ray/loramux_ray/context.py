@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 import grpc
 
-from ray_service.calls import End, Metadata, RpcCall
+from loramux_ray.calls import End, Metadata, RpcCall
 
 Uploads = asyncio.Queue[bytes | None]
 """The messages of a request in several; None ends them."""

@@ -9,14 +9,14 @@ from typing import Any
 
 import grpc
 
+from loramux_ray.calls import End, RpcCall, require_local
+from loramux_ray.context import CallContext, Uploads
 from loramux_shared.access.guard import Guard
 from loramux_shared.faults import PermissionDenied
 from loramux_shared.rpc.admission import AdmissionInterceptor
 from loramux_shared.rpc.calls import CallInterceptor
 from loramux_shared.rpc.status import abort
 from loramux_shared.tracing.door import DoorSpans
-from ray_service.calls import End, RpcCall, require_local
-from ray_service.context import CallContext, Uploads
 
 Register = Callable[[Any], None]
 """Adds a servicer to what it takes for a server."""

@@ -1,4 +1,4 @@
-"""``python -m ray_service head | deploy``: what ``loramux ray`` runs, since nothing else here imports Ray."""
+"""``python -m loramux_ray head | deploy``: what ``loramux ray`` runs, since nothing else here imports Ray."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from ray.exceptions import RayError
 from ray.serve.api import RunTarget
 from ray.serve.exceptions import RayServeException
 
+from loramux_ray.app import build, build_builder
+from loramux_ray.names import APP, BUILDER_APP, MIDDLEWARES, SERVICERS
 from loramux_shared.faults import Fault, ServerUnavailable, SettingsInvalid
 from loramux_shared.notify import READY, notify
 from loramux_shared.rpc.stopping import Stop
 from loramux_shared.telemetry import log_to_stderr
-from ray_service.app import build, build_builder
-from ray_service.names import APP, BUILDER_APP, MIDDLEWARES, SERVICERS
 
 log = structlog.get_logger()
 
@@ -108,7 +108,7 @@ def _start(given: argparse.Namespace) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m ray_service", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m loramux_ray", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     first = commands.add_parser("head", help="be a cluster of one node")
     first.add_argument("--cpus", type=int, help="what Ray counts, whatever there is")
@@ -116,7 +116,7 @@ def _parser() -> argparse.ArgumentParser:
     second = commands.add_parser("deploy", help="run applications on a cluster")
     second.add_argument("--address", required=True, help="of the cluster: HOST:PORT, auto or ray://HOST:PORT")
     second.add_argument("--builder", type=json.loads, help="settings of a builder, as JSON")
-    second.add_argument("--options", type=json.loads, help="`ray_service.app.Options`, as JSON")
+    second.add_argument("--options", type=json.loads, help="`loramux_ray.app.Options`, as JSON")
     for each in (first, second):
         each.add_argument(
             "--grpc", required=True, help="HOST:PORT of Ray's gRPC doors; the host is Ray's choice"
@@ -126,7 +126,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _say(fault: Fault, status: int) -> int:
-    sys.stderr.write(f"ray_service: {fault.reason}: {fault}\n")
+    sys.stderr.write(f"loramux_ray: {fault.reason}: {fault}\n")
     return status
 
 

@@ -23,8 +23,8 @@ from ray.serve.schema import ServeDeploySchema
 from loramux.client import Client
 from loramux.faults import Fault
 from loramux.records import Delta
-from ray_service.names import APP, MIDDLEWARES
-from tests.support.ray_cluster import NAMES, RayFleet, free_port, ray_world, settings_of
+from loramux_ray.names import APP, MIDDLEWARES
+from tests.ray_cluster import NAMES, RayFleet, free_port, ray_world, settings_of
 from tests.support.root import ROOT
 from tests.support.tiny import World
 from tests.support.waiting import BOUND_S, wait_until
@@ -150,7 +150,7 @@ def test_replicas_follow_what_runs_and_waits(world: World) -> None:
         "upscale_delay_s": 1,
         "downscale_delay_s": 3,
         "look_back_period_s": 2,
-        "policy": {"policy_function": "ray_service.scaling:by_sequences"},
+        "policy": {"policy_function": "loramux_ray.scaling:by_sequences"},
     }
     app["deployments"] = [{"name": "Engine", "autoscaling_config": scaling}]
     # Without the variable, a `Door` hands on what HTTP brings.

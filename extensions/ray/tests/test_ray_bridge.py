@@ -13,14 +13,14 @@ from google.rpc import error_details_pb2, status_pb2
 from inference_service.http.app import create_app
 from inference_service.rpc.servicer import InferenceServicer, register
 from loramux.inference.v1 import inference_pb2 as pb
+from loramux_ray.asgi import answered
+from loramux_ray.bridge import Bridge
+from loramux_ray.calls import End, HttpCall, RpcCall
 from loramux_shared.access.guard import NOBODY_GUARDS, Guard
 from loramux_shared.access.keyring import Keyring
 from loramux_shared.access.keys import KeyEntry, digest, new_key
 from loramux_shared.access.rights import Scope
 from loramux_shared.storage.memory import MemoryStore
-from ray_service.asgi import answered
-from ray_service.bridge import Bridge
-from ray_service.calls import End, HttpCall, RpcCall
 from tests.support.service import PROMPT, Service, open_service
 from tests.support.tiny import World
 from tests.support.waiting import BOUND_S
