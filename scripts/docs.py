@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from scripts import api_doc, deployment_doc, errors_doc, models_doc, settings_doc, wild_doc
+from scripts import api_doc, client_doc, deployment_doc, errors_doc, models_doc, settings_doc, wild_doc
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 PAGES: dict[str, Callable[[], str]] = {
@@ -15,6 +15,7 @@ PAGES: dict[str, Callable[[], str]] = {
     "reference/deployment.schema.json": deployment_doc.json_schema,
     "reference/errors.md": errors_doc.page,
     "reference/models.md": models_doc.page,
+    "reference/python.md": client_doc.page,
     "reference/settings.md": settings_doc.page,
     "reference/wild-adapters.md": wild_doc.page,
 }

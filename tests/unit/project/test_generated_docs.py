@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 from collections import Counter
@@ -11,6 +12,8 @@ from typing import Any
 import pytest
 import yaml
 
+import loramux
+from loramux import Client
 from loramux.builder.v1 import builder_pb2
 from loramux.inference.v1 import inference_pb2
 from loramux_shared.bases.families import load_families
@@ -18,7 +21,7 @@ from loramux_shared.bases.formats.read import FORMATS
 from loramux_shared.deployment import Deployment
 from loramux_shared.deployment_file import IGNORED_KEYS
 from loramux_shared.settings import BuilderSettings, InferenceSettings, variable
-from scripts import api_doc, deployment_doc, models_doc, settings_doc
+from scripts import api_doc, client_doc, deployment_doc, models_doc, settings_doc
 from scripts.pages import type_of
 from tests.support.root import ROOT
 
@@ -57,6 +60,26 @@ def test_every_key_of_a_file_is_explained() -> None:
             assert field.get("description"), f"{name}.{key}"
             assert f"| `{key}` |" in page
     assert all(f"`{key}`" in page for keys in IGNORED_KEYS.values() for key in keys)
+
+
+def test_every_key_of_hosted_engine_builders_has_its_line() -> None:
+    """The page for those who come from Baseten names each key that is ignored."""
+    page = (ROOT / "docs/move/baseten.md").read_text()
+    for block, keys in IGNORED_KEYS.items():
+        assert all(f"`{key}`" in page or f"`trt_llm.{block}.{key}`" in page for key in keys), block
+
+
+def test_every_public_method_of_the_client_is_documented() -> None:
+    """Each stands on the page with its signature and a docstring; so does every record."""
+    page = client_doc.page()
+    methods = {name for name, _ in inspect.getmembers(Client, inspect.isfunction) if not name.startswith("_")}
+    for name in methods:
+        [section] = re.findall(rf"### {name}\n\n```python\n{name}\(.*?\n```\n\n([^#]+)", page, re.S)
+        assert section.strip(), name
+        assert inspect.isfunction(getattr(loramux.AsyncClient, name))
+    for name in loramux.__all__:
+        if inspect.isclass(getattr(loramux, name)) and name not in {"Client", "AsyncClient"}:
+            assert f"### {name}\n" in page
 
 
 def test_every_setting_is_explained() -> None:
