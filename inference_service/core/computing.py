@@ -18,8 +18,8 @@ class Lack(StrEnum):
 
 
 COST: Final = (
-    "a token takes 1.2 to 1.9 times as long, with weights of 8 bits 3.2 to 5.2 times (measured with a model of "
-    "135M parameters, AVX-512, 1 and 8 streams)"
+    "a token takes 1.2 to 2.4 times as long, with weights of 8 bits 3.2 to 5.2 times (measured with a model of "
+    "135M parameters, 1 and 8 streams)"
 )
 CURES: Final = {
     Lack.NO_COMPILER: "install g++ (Debian: apt-get install g++) and start again, or install a wheel that was "

@@ -58,6 +58,8 @@ EXPORT(float, float32)
 extern "C" const char* instructions() {
 #if defined(__AVX512BF16__)
   return "AVX-512 with bfloat16";
+#elif defined(__AVX512VNNI__)
+  return "AVX-512 with VNNI";
 #elif defined(__AVX512F__)
   return "AVX-512";
 #elif defined(__AVX2__)

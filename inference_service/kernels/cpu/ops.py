@@ -129,7 +129,7 @@ class CpuOps:
             function.argtypes, function.restype = [_TYPES[letter] for letter in _SIGNATURES[name]], None
         library.instructions.restype = ctypes.c_char_p
         self.instructions = str(library.instructions().decode())
-        """For which it was compiled: ``AVX-512 with bfloat16``, ``AVX-512``, ``AVX2``, ``NEON`` or less."""
+        """For which it was compiled: AVX-512, the same with VNNI or with bfloat16, AVX2 or NEON."""
         self.multiplies = not (dtype is torch.bfloat16 and torch.cpu._is_amx_tile_supported())
         """Whether `linear` is the fastest product of whole weights here: with AMX, oneDNN's is."""
         self._linear, self._pack = functions["linear"], functions["pack"]
