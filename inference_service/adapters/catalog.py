@@ -11,16 +11,16 @@ from typing import Any, Final
 from weakref import WeakValueDictionary
 
 from inference_service.adapters import mixing
-from inference_service.adapters.aliases import choose
 from inference_service.adapters.defaults import NO_DEFAULTS
-from inference_service.adapters.served_model import ServedModel, shown_source
-from inference_service.adapters.unknown import (
+from inference_service.adapters.names import (
     LEAST_DIGITS,
     ambiguous_version,
     bad_version,
+    choose,
     model_not_found,
     version_not_found,
 )
+from inference_service.adapters.served_model import ServedModel, shown_source
 from inference_service.core.computing import Computing
 from inference_service.core.sequence import MOST_PARTS, Adapter
 from loramux_shared.access.rights import ACCESS, Access

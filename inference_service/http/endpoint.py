@@ -43,7 +43,7 @@ class Endpoint:
     error: Any = Error
     """The type of what a failure is told with."""
     hinted: bool = False
-    """True where headers say which version is to answer, and which one answered: `serving.hints`."""
+    """True where headers say which version is to answer, and which one answered: `serving.request.hinted`."""
 
     @property
     def method(self) -> str:

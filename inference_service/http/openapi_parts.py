@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Final
 
 from inference_service.http.wire.reply import Json
-from inference_service.serving.hints import MAX_GENERATION, MIN_GENERATION, STICKY_KEY
+from inference_service.serving.request import MAX_GENERATION, MIN_GENERATION, STICKY_KEY
 from loramux_shared.routes import MODEL_HEADER
 
 SECURITY: Final[Mapping[str, Json]] = {

@@ -13,10 +13,9 @@ from inference_service.adapters.served_model import ServedModel
 from inference_service.chat.dialect import dialect_of_model
 from inference_service.core.sequence import MOST_PARTS, FinishReason, Token
 from inference_service.rpc.prompt import constraint_of, prompt_of, tools_of, variables_of
-from inference_service.serving.hints import hinted
-from inference_service.serving.lengths import countable
-from inference_service.serving.request import Delta, Event, Finished, PromptLogprobs, Request, Started
+from inference_service.serving.request import Delta, Event, Finished, PromptLogprobs, Request, Started, hinted
 from inference_service.serving.service import GenerationService
+from inference_service.serving.sizes import countable
 from inference_service.text.text import Text
 from loramux.inference.v1 import inference_pb2 as pb
 from loramux_shared.faults import Finding, RequestInvalid

@@ -10,10 +10,9 @@ import numpy as np
 
 from inference_service.core.sequence import Vector
 from inference_service.rpc.mapping import adapters_of, texts_of
-from inference_service.serving.hints import hinted
-from inference_service.serving.lengths import check_ids, countable
 from inference_service.serving.pooling import MAX_INPUTS, PooledPrompt, ScoredPrompt
-from inference_service.serving.request import Pair, Prompt, Request
+from inference_service.serving.request import Pair, Prompt, Request, hinted
+from inference_service.serving.sizes import check_ids, countable
 from loramux.inference.v1 import inference_pb2 as pb
 from loramux_shared.faults import Finding, RequestInvalid
 from loramux_shared.pooling import Pooling

@@ -8,9 +8,8 @@ from itertools import chain
 from typing import Any
 
 from inference_service.core.constraint import Constraint, Kind
-from inference_service.serving.json_size import check_texts
-from inference_service.serving.lengths import check_ids
 from inference_service.serving.request import Message, Prompt
+from inference_service.serving.sizes import check_ids, check_texts
 from inference_service.serving.turns import role_of, thought_of
 from loramux.inference.v1 import inference_pb2 as pb
 from loramux_shared.faults import Finding, RequestInvalid

@@ -3,51 +3,18 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import AsyncIterator, Iterable, Mapping
-from typing import Protocol
+from collections.abc import Iterable, Mapping
 
+from loramux.client import AsyncClient
 from loramux.records import DeploymentInfo, DeploymentState
 from loramux_shared.deployment import Repository
 from loramux_shared.faults import InternalFault
 
 
-class Published(Protocol):
-    """What a rollback published."""
-
-    @property
-    def generation(self) -> int:
-        """Its number."""
-        ...
-
-
-class BuilderClient(Protocol):
-    """What of `loramux.AsyncClient` is used here."""
-
-    async def update(
-        self,
-        name: str,
-        add: Mapping[str, Repository | str] | None = None,
-        remove: Iterable[str] = (),
-        *,
-        must_be_new: bool = False,
-        request_id: str | None = None,
-    ) -> DeploymentInfo:
-        """Start an update."""
-        ...
-
-    def watch(self, name: str, *, request_id: str | None = None) -> AsyncIterator[DeploymentInfo]:
-        """Stream the states of the build of a request until it has ended."""
-        ...
-
-    async def rollback(self, name: str, to: int | None = None) -> Published:
-        """Publish an older generation again."""
-        ...
-
-
 class BuilderPublisher:
     """Publishes generations of one deployment, and answers when they are there."""
 
-    def __init__(self, client: BuilderClient, deployment: str) -> None:
+    def __init__(self, client: AsyncClient, deployment: str) -> None:
         self._client = client
         self._deployment = deployment
 

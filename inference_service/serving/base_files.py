@@ -1,10 +1,10 @@
-"""The small files of the base, for those who make text into tokens elsewhere."""
+"""The small files of the base, for clients that make text into tokens themselves."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 from loramux_shared.faults import BundleCorrupt, CheckpointInvalid
 from loramux_shared.sources.checkpoint import CONFIG, INDEX, PlacedBase
@@ -15,39 +15,22 @@ GONE: Final = (
 )
 
 
-class BaseFiles(Protocol):
-    """Files of a base checkpoint, weights apart."""
+class BaseFiles:
+    """Files of the checkpoint that a replica was loaded from, weights apart; verified at every read."""
 
-    def read(self) -> Mapping[str, bytes]:
-        """Return the contents by name, as the deployment recorded them; takes as long as reading them.
-
-        Raises:
-            CheckpointInvalid: they are not there any more, or are others.
-        """
-        ...
-
-    def config(self) -> Mapping[str, Any]:
-        """Return the fields of ``config.json``; they are read once.
-
-        Raises:
-            CheckpointInvalid: it is not there any more, or another.
-        """
-        ...
-
-
-class PlacedFiles:
-    """Those that a replica was loaded from; verified again whenever they are read."""
-
-    def __init__(self, placed: PlacedBase) -> None:
+    def __init__(self, placed: PlacedBase | None = None) -> None:
+        """Read those of a checkpoint; None is a service that was made without one."""
         self._placed = placed
-        self._config: Mapping[str, Any] | None = None
+        self._config: Mapping[str, Any] | None = {} if placed is None else None
 
     def read(self) -> Mapping[str, bytes]:
-        """Return the contents by name; without the index of the weights.
+        """Return the contents by name, without the index of the weights; takes as long as reading them.
 
         Raises:
-            CheckpointInvalid: they are not there any more, or are others.
+            CheckpointInvalid: they are not there any more, or are others; or there is no checkpoint.
         """
+        if self._placed is None:
+            raise CheckpointInvalid("this replica was made without a checkpoint, and has no tokenizer to give.")
         try:
             with self._placed.small_files() as folder:
                 return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != INDEX}
@@ -55,7 +38,7 @@ class PlacedFiles:
             raise CheckpointInvalid(GONE) from error  # whose own words may name folders
 
     def config(self) -> Mapping[str, Any]:
-        """Return the fields of ``config.json``.
+        """Return the fields of ``config.json``, which are read once; nothing without a checkpoint.
 
         Raises:
             CheckpointInvalid: it is not there any more, or another.
@@ -63,15 +46,3 @@ class PlacedFiles:
         if self._config is None:
             self._config = json.loads(self.read()[CONFIG])
         return self._config
-
-
-class NoBaseFiles:
-    """Of a service that was made without a checkpoint."""
-
-    def read(self) -> Mapping[str, bytes]:
-        """Raise CheckpointInvalid."""
-        raise CheckpointInvalid("this replica was made without a checkpoint, and has no tokenizer to give.")
-
-    def config(self) -> Mapping[str, Any]:
-        """Return nothing."""
-        return {}

@@ -11,8 +11,8 @@ from typing import Any, Final, get_args
 
 from inference_service.core.constraint import Constraint
 from inference_service.core.sampling import LogprobsMode
-from inference_service.serving.lengths import check_ids, countable
 from inference_service.serving.request import Message, Request
+from inference_service.serving.sizes import check_ids, countable
 from inference_service.serving.turns import (
     Rule,
     rules_of_the_end,

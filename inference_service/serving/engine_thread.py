@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from collections.abc import Sequence as Seq
+from enum import StrEnum
 from functools import partial
 from typing import Final
 
@@ -16,9 +17,40 @@ from inference_service.core.sequence import FinishReason, Sequence, StepOutput
 from inference_service.engine.engine import Engine, EngineStats, SequenceCounts
 from inference_service.engine.inbox import Inbox
 from inference_service.serving.delivery import SLICE, Delivery, Outputs
-from inference_service.serving.pausing import ENDED, LOOK_S, Held, PauseMode
 from inference_service.serving.watchdog import Watchdog
 from loramux_shared.faults import Fault, QueueFull, ReplicaFailed, ReplicaPaused, ShuttingDown
+
+
+class PauseMode(StrEnum):
+    """What happens to requests that are under way; new ones wait in each case until the engine goes on."""
+
+    KEEP = "keep"
+    """They stand still between two steps, and go on where they were."""
+    ABORT = "abort"
+    """They end with REPLICA_PAUSED."""
+    WAIT = "wait"
+    """They run to their end first."""
+
+
+ENDED: Final = (
+    "an operator paused the replica and ended what was under way. Retry, here or with another replica."
+)
+LOOK_S: Final = 0.02
+"""Between two looks at whether those that were under way have ended."""
+
+
+class Held:
+    """First sequences of requests that came while those before them run to their ends."""
+
+    def __init__(self) -> None:
+        self.seqs: list[Sequence] = []
+
+    def late(self, now_s: float) -> list[Sequence]:
+        """Take out those whose deadline has passed."""
+        late = [seq for seq in self.seqs if seq.deadline_s is not None and seq.deadline_s <= now_s]
+        self.seqs = [seq for seq in self.seqs if seq not in late]
+        return late
+
 
 CUT: Final = "the server shut down before the answer was complete. Retry with another replica."
 PROBE_PAUSES_S: Final = (0.0, 0.5)

@@ -19,15 +19,13 @@ from inference_service.core.constraint import Constraint
 from inference_service.core.sampling import LogprobsMode
 from inference_service.core.sequence import Sequence
 from inference_service.serving.answer import Answer
-from inference_service.serving.base_files import BaseFiles, NoBaseFiles
+from inference_service.serving.base_files import BaseFiles
 from inference_service.serving.bounds import check
 from inference_service.serving.constraints import Constraints
 from inference_service.serving.delivery import Outputs
 from inference_service.serving.engine_thread import EngineThread
-from inference_service.serving.lengths import countable
 from inference_service.serving.limits import Limiter, Ticket
 from inference_service.serving.naming import Naming
-from inference_service.serving.numbers import of_answer
 from inference_service.serving.request import (
     Delta,
     Event,
@@ -39,10 +37,11 @@ from inference_service.serving.request import (
     Served,
     Started,
 )
+from inference_service.serving.sizes import countable
 from inference_service.serving.telemetry.metrics import Metrics
 from inference_service.serving.telemetry.record import Watcher, following
 from inference_service.serving.telemetry.replica import EngineView
-from inference_service.serving.terms import ServingLimits, Terms
+from inference_service.serving.terms import ServingLimits, Terms, of_answer
 from inference_service.text.text import StopTexts, Text
 from loramux_shared.access.rights import ACCESS
 from loramux_shared.faults import InternalFault
@@ -109,7 +108,7 @@ class GenerationService:
         self.metrics = Metrics(catalog, engine)
         self.naming = Naming(catalog, follower, texts)
         self.logprobs_mode: LogprobsMode = logprobs_mode
-        self.base_files: BaseFiles = base_files or NoBaseFiles()
+        self.base_files = base_files or BaseFiles()
         self._limiter = Limiter()
         self._texts = texts
         self._pooling_of_base = pooling_of_base

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any, Final
 
-from inference_service.serving.json_size import json_bytes
+from inference_service.serving.sizes import json_bytes
 
 ROLES: Final = ("system", "user", "assistant", "tool")
 """As templates know them; ``developer``, which clients also say, is system."""

@@ -30,7 +30,7 @@ from inference_service.engine.plan import SchedulerLimits
 from inference_service.engine.residents import AlwaysResident, Residents
 from inference_service.engine.runner import Blocks, Runner
 from inference_service.kernels.cpu.spin import Spinning
-from inference_service.serving.base_files import PlacedFiles
+from inference_service.serving.base_files import BaseFiles
 from inference_service.serving.engine_thread import EngineThread
 from inference_service.serving.service import GenerationService, ServingLimits
 from inference_service.serving.telemetry.record import Watcher
@@ -167,7 +167,7 @@ def load(settings: InferenceSettings, store: Store, watchers: Sequence[Watcher] 
         watchers,
         follower=follower,
         texts=None if bank is None else bank.texts,
-        base_files=PlacedFiles(base.placed),
+        base_files=BaseFiles(base.placed),
         pooling_of_base=base.pooling,
         parsers_of=settings.parsers,
         logprobs_mode=settings.logprobs_mode,

@@ -11,8 +11,7 @@ from inference_service.adapters.catalog import Catalog
 from inference_service.adapters.served_model import ServedModel
 from inference_service.engine.engine import EngineStats, SequenceCounts
 from inference_service.rpc.servicer import SERVICE_NAME, InferenceServicer, register
-from inference_service.serving.engine_thread import EngineThread
-from inference_service.serving.pausing import PauseMode
+from inference_service.serving.engine_thread import EngineThread, PauseMode
 from inference_service.serving.service import GenerationService, ServingLimits
 from inference_service.text.text import Text
 from loramux_shared.access.guard import NOBODY_GUARDS, Guard

@@ -7,7 +7,7 @@ from typing import Any, Final
 
 import grpc
 
-from inference_service.serving.hints import hinted
+from inference_service.serving.request import hinted
 from loramux_shared.faults import Finding, RequestInvalid
 from loramux_shared.routes import MODEL_HEADER
 

@@ -15,9 +15,9 @@ from typing import Any, Final
 import grpc
 
 from inference_service.adapters.defaults import AdapterDefaults
-from inference_service.serving.load_view import loads
 from inference_service.serving.pooling import pooled, pooling_of, shaped
 from inference_service.serving.service import GenerationService
+from inference_service.serving.telemetry.replica import loads
 from loramux_shared.faults import Fault
 from loramux_vllm_grpc.calling import MODEL, metadata_of, refuse_rank
 from loramux_vllm_grpc.engine_answers import Telling

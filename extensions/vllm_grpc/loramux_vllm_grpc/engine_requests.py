@@ -6,8 +6,8 @@ from typing import Any, Final
 
 import grpc
 
-from inference_service.serving.lengths import check_ids, countable
 from inference_service.serving.request import Prompt, Request
+from inference_service.serving.sizes import check_ids, countable
 from loramux_shared.pooling import Pooling
 from loramux_vllm_grpc.calling import refuse_rank, said_beside
 from loramux_vllm_grpc.refusals import no_prompt, refuse_fields

@@ -13,7 +13,7 @@ import pytest_asyncio
 from google.protobuf import struct_pb2
 from tokenizers import Tokenizer
 
-from inference_service.serving.pausing import PauseMode
+from inference_service.serving.engine_thread import PauseMode
 from inference_service.serving.request import Delta
 from loramux_shared.storage.memory import MemoryStore
 from loramux_vllm_grpc import engine as engine_door

@@ -7,8 +7,8 @@ from starlette.responses import Response
 
 from inference_service.http import answers
 from inference_service.http.wire.reply import json_response
-from inference_service.serving.load_view import loads
 from inference_service.serving.service import GenerationService
+from inference_service.serving.telemetry.replica import loads
 
 
 async def show_state(service: GenerationService, http: HttpRequest) -> Response:  # noqa: ARG001

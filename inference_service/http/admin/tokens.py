@@ -15,8 +15,8 @@ from inference_service.http.openai.mapping import messages_of, refused
 from inference_service.http.wire.body import read_body
 from inference_service.http.wire.reply import json_response
 from inference_service.serving.bounds import check_turns
-from inference_service.serving.lengths import countable
 from inference_service.serving.service import GenerationService
+from inference_service.serving.sizes import countable
 
 
 async def tokenize(service: GenerationService, http: HttpRequest) -> Response:

@@ -20,10 +20,9 @@ from inference_service.http.openai.chat_schema import (
 )
 from inference_service.http.openai.schema import MAX_CHOICES, CompletionBody, GenerationBody, StructuredOutputs
 from inference_service.serving.bounds import MAX_LOGPROBS
-from inference_service.serving.hints import hinted
-from inference_service.serving.json_size import check_texts
-from inference_service.serving.request import Message, Prompt, Request, told
+from inference_service.serving.request import Message, Prompt, Request, hinted, told
 from inference_service.serving.service import GenerationService
+from inference_service.serving.sizes import check_texts
 from inference_service.serving.turns import role_of, thought_of
 from loramux_shared.faults import Finding, RequestInvalid
 

@@ -15,8 +15,8 @@ from inference_service.http.openai.mapping import DEFAULT_TEMPERATURE
 from inference_service.http.responses.schema import ResponsesBody, TextConfig
 from inference_service.http.wire.errors import error_body, status_of
 from inference_service.http.wire.reply import Head, Json
-from inference_service.serving.numbers import first
 from inference_service.serving.request import Finished
+from inference_service.serving.terms import first
 from loramux_shared.faults import Fault
 
 INCOMPLETE: Final[Json] = {"reason": "max_output_tokens"}

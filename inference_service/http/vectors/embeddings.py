@@ -18,7 +18,6 @@ from inference_service.http.vectors.pooling_schema import EmbeddingsBody, Poolin
 from inference_service.http.wire.body import read_body
 from inference_service.http.wire.reply import Head, Json
 from inference_service.http.wire.stream import while_connected
-from inference_service.serving.hints import hinted
 from inference_service.serving.pooling import (
     PooledPrompt,
     check_dimensions,
@@ -26,7 +25,7 @@ from inference_service.serving.pooling import (
     pooling_of,
     shaped,
 )
-from inference_service.serving.request import Prompt, Request, told
+from inference_service.serving.request import Prompt, Request, hinted, told
 from inference_service.serving.service import GenerationService
 from loramux_shared.faults import Fault
 from loramux_shared.pooling import Pooling

@@ -11,7 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
 from inference_service.http.wire.errors import invalid_body, is_tag
-from inference_service.serving.json_size import unfolds_to
+from inference_service.serving.sizes import unfolds_to
 from loramux_shared.faults import RequestInvalid
 from loramux_shared.rpc.options import MAX_REQUEST_BYTES
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from importlib.metadata import version
-from typing import Final, Protocol, TypeVar
+from typing import Any, Final, Protocol, TypeVar
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
@@ -12,7 +13,7 @@ from prometheus_client.registry import Collector
 
 from inference_service.adapters.catalog import Catalog
 from inference_service.engine.engine import EngineStats, SequenceCounts
-from inference_service.serving.pausing import PauseMode
+from inference_service.serving.engine_thread import PauseMode
 
 MODEL_LABEL: Final = "model_name"
 """Of vLLM's families that are of a whole replica: the served base, by which gateways tell replicas apart."""
@@ -120,3 +121,24 @@ def _for_gateways(stats: EngineStats, base: str) -> Iterator[Metric]:
     config = GaugeMetricFamily("vllm:cache_config_info", "1.", labels=["block_size", "num_gpu_blocks"])
     config.add_metric([str(stats.block_size), str(stats.blocks_total)], 1)
     yield config
+
+
+def loads(engine: EngineView) -> dict[str, Any]:
+    """Return the load of a replica, which is one rank of one: when, who, and numbers by name."""
+    stats = engine.stats
+    total = stats.blocks_total * stats.block_size
+    used = total - stats.blocks_free * stats.block_size
+    load = {
+        "dp_rank": 0,
+        "num_running_reqs": stats.running,
+        "num_waiting_reqs": stats.waiting,
+        "num_total_reqs": stats.running + stats.waiting,
+        "num_used_tokens": used,
+        "max_total_num_tokens": total,
+        "token_usage": used / total,
+        "cache_hit_rate": stats.prefix_hit_rate,
+        "utilization": stats.running / max(1, stats.seats),
+        "max_running_requests": stats.seats,
+    }
+    now = datetime.now(UTC).isoformat()
+    return {"timestamp": now, "version": version("loramux"), "dp_rank_count": 1, "loads": [load]}

@@ -10,7 +10,7 @@ import httpx
 import pytest
 import pytest_asyncio
 
-from inference_service.adapters.paths import repository_of
+from inference_service.adapters.changing import repository_of
 from loramux_shared.access.guard import Guard
 from loramux_shared.access.keyring import Keyring
 from loramux_shared.deployment import SourceKind

@@ -8,8 +8,7 @@ import time
 import pytest
 
 from inference_service.core.sequence import FinishReason
-from inference_service.serving.engine_thread import EngineThread
-from inference_service.serving.pausing import PauseMode
+from inference_service.serving.engine_thread import EngineThread, PauseMode
 from loramux_shared.faults import ReplicaPaused, ShuttingDown
 from tests.support.waiting import ended, until
 from tests.unit.serving.threads import Device, Threads, end, submit

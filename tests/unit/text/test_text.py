@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from inference_service.serving.numbers import completing
+from inference_service.serving.terms import completing
 from inference_service.text.text import StopTexts, Text
 from loramux_shared.faults import RequestInvalid
 

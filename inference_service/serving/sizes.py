@@ -1,14 +1,41 @@
-"""How much JSON may unfold to: three bytes of text can become three hundred in memory."""
+"""How large a prompt and the JSON of a request may be, where that can be told before it is read."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sized
 from typing import Final
 
 import numpy as np
 
-from loramux_shared.faults import RequestInvalid
+from loramux_shared.faults import PromptTooLong, RequestInvalid
+
+COUNTED: Final = 128 * 1024
+"""Tokens that are made of a text that may have more than what is served: it is counted, or cut."""
+
+
+def countable(max_seq_len: int) -> int:
+    """Return how many tokens a text may have that is counted, or cut to its end."""
+    return max(COUNTED, max_seq_len)
+
+
+def check_ids(ids: Sized, max_seq_len: int) -> None:
+    """Look at how many token ids there are, before they are copied or looked at one by one.
+
+    Raises:
+        PromptTooLong: more than fit.
+    """
+    if len(ids) > max_seq_len:
+        raise prompt_too_long(len(ids), max_seq_len)
+
+
+def prompt_too_long(tokens: int, max_seq_len: int) -> PromptTooLong:
+    """Return the fault of a prompt of so many tokens."""
+    return PromptTooLong(
+        f"the prompt has {tokens} tokens, and at most {max_seq_len - 1} leave room for an answer. "
+        "Shorten the prompt."
+    )
+
 
 MAX_VALUES: Final = 1024 * 1024
 """256 prompts of 4096 token ids."""
