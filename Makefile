@@ -9,7 +9,7 @@ SILENT := $(if $(QUIET),; without a terminal pip is silent until it is done)
 # What there is only where the folder extensions/ was not deleted.
 EXTENSIONS := $(wildcard extensions)
 
-.PHONY: azurite demo test test-extensions check static stubs docs golden clean
+.PHONY: azurite demo test test-extensions check static stubs docs site golden clean
 
 demo: $(VENV)/.demo
 	$(BIN)/loramux demo $(ARGS)
@@ -56,6 +56,15 @@ deploy/envoy/envoy.yaml:
 
 docs: $(VENV)/.test
 	$(BIN)/python -m scripts.docs
+
+# The pages as a site with a search: build/site/index.html.
+site: $(VENV)/.docs
+	$(BIN)/python -m scripts.site
+
+$(VENV)/.docs: pyproject.toml | $(BIN)/python
+	@echo "1 of 1: what builds the site, 50 MB$(SILENT)"
+	$(BIN)/pip install $(QUIET) --editable '.[docs]'
+	touch $@
 
 # A Python that is too old says so here, before it downloads gigabytes that it could not use.
 $(BIN)/python:

@@ -7,7 +7,7 @@ from loramux_shared.faults import FAULTS
 from scripts.pages import table
 
 HEAD = """\
-# Reasons and codes
+# Errors: reasons and codes
 
 <!-- Written by scripts/errors_doc.py from codes.py and faults.py of shared/loramux_shared: `make docs`. -->
 

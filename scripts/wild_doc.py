@@ -7,7 +7,7 @@ from tests.golden.wild.shape import Shape
 from tests.golden.wild.shapes import SHAPES
 
 HEAD = """\
-# Adapters as programs write them
+# Wild adapters
 
 <!-- Written by scripts/wild_doc.py from tests/golden/wild: `make docs`. -->
 

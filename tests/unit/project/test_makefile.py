@@ -28,7 +28,7 @@ def dry_run(target: str, folder: Path, stderr: int) -> str:
     ).stdout
 
 
-@pytest.mark.parametrize(("target", "count"), [("demo", 2), ("check", 4)])
+@pytest.mark.parametrize(("target", "count"), [("demo", 2), ("check", 4), ("site", 1)])
 def test_a_silent_pip_is_announced(target: str, count: int, tmp_path: Path) -> None:
     """Without a terminal each pip is silent, and what it fetches, how large and why nothing is seen is said."""
     lines = dry_run(target, tmp_path, subprocess.DEVNULL).splitlines()
