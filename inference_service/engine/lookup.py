@@ -31,10 +31,13 @@ LOOKED_UP: Final = 3
 """Tokens that must have stood together before. Fewer do so by chance too often, more miss what was changed."""
 FIRST_CHANCE: Final = 0.5
 """Of a token that is expected, while nothing is known of its sequence."""
-LEARNED: Final = 0.2
+LEARNED: Final = 0.1
 """Part that one token has in the chance of the next."""
-LEAST_GAIN: Final = 0.03
+LEAST_GAIN: Final = 0.05
 """Mean logarithm of how much faster streams must be with drafts: costs are known no better."""
+
+STREAMS_OF_REST: Final = 16
+"""So many streams in a step leave one alone for a step that drafts nothing of it, twice as many for two."""
 
 _ITEM: Final = array("i").itemsize
 
@@ -51,6 +54,8 @@ class Expected:
     """Whether a grammar leaves no choice about these, as far as it can say how they are spelt."""
     chances: list[float] = field(default_factory=lambda: [FIRST_CHANCE, FIRST_CHANCE])
     """Of a token that was looked up, and of one that is forced."""
+    rest: int = 0
+    """Steps in which it is left alone."""
 
     @property
     def chance(self) -> float:
@@ -127,13 +132,16 @@ class Lookup:
             return
         gains: list[tuple[float, Sequence]] = []
         for seq in running:
-            if plan.lengths.get(seq) == 1 and _may_draft(seq):
+            if seq.expected is not None and seq.expected.rest:
+                seq.expected.rest -= 1
+            elif plan.lengths.get(seq) == 1 and _may_draft(seq):
                 left = min(seq.sampling.max_tokens - seq.num_known, limits.max_seq_len - len(seq.tokens)) - 1
                 expected = self.expect(seq, min(limits.speculative_tokens, room, left))
+                expected.rest = decodes // STREAMS_OF_REST
                 gains.extend((gain, seq) for gain in expected.gains(least))
         gains.sort(key=lambda each: each[0], reverse=True)
         for seq, rows in Counter(_worth_it(gains, costs, LEAST_GAIN * decodes)).items():
-            draft = list(seq.expected.tokens[:rows])
+            draft, seq.expected.rest = list(seq.expected.tokens[:rows]), 0
             if seq.grammar is not None:
                 draft = draft[: seq.grammar.draft(draft)]
             if draft and blocks.grow(seq, len(seq.tokens) + len(draft), limits.watermark):

@@ -36,8 +36,9 @@ HEAVIEST: Final = 64
 LOOK_WITHOUT_DRAFTS: Final = 64
 """Steps of so many sequences after which one has no drafts, so that what this takes stays known."""
 KEPT: Final = 0.998
-"""Of what was known of the cost of rows, at every step with prompts: some 500 of them are remembered. Of the
-cost of drafts at every step without such drafts, so that those that cost too much are tried again some time."""
+"""Of what was known of the cost of rows, at every step with prompts: some 500 of them are remembered."""
+FADING: Final = 0.9995
+"""Of the cost of drafts, at every step without such: those that cost too much are tried again some time."""
 SPREAD: Final = 256.0
 """Tokens by which contexts must differ before what was measured says anything of their cost."""
 STALL: Final = 3.0
@@ -176,9 +177,9 @@ class Pace:
     def draft_rows(self, decodes: int, most: int) -> list[float]:
         """Return what a row of a draft costs beside so many sequences, as a part of the step without drafts.
 
-        First that of a single row, then of 2 to 3, of 4 to 7, and so on up to most, or to the first of which
-        nothing is known yet: together they are taken to cost no more than half as many. None at all for a look
-        at what a step takes without drafts.
+        First that of a single row, then of 2 to 3, of 4 to 7, and so on up to most. Those of which nothing is
+        known yet are taken to cost together no more than half as many; they end with the first of them that are
+        as many as the sequences. None at all for a look at what a step takes without drafts.
         """
         now, alone = self._steps[decodes], self._exactly_s
         if decodes not in alone.known or now - alone.learned_at[decodes] > LOOK_WITHOUT_DRAFTS:
@@ -186,9 +187,9 @@ class Pace:
         parts: list[float] = []
         for bits in range(1, most.bit_length() + 1):
             part = self._row_part(decodes, bits)
-            if part is None:
-                return [*parts, parts[-1] / 2 if parts else 0.0]
-            parts.append(part)
+            parts.append(part if part is not None else parts[-1] / 2 if parts else min(0.1, 0.5 / decodes))
+            if part is None and bits >= decodes.bit_length():
+                break
         return parts
 
     def _row_part(self, decodes: int, bits: int) -> float | None:
@@ -196,7 +197,7 @@ class Pace:
             self._row_parts.known.get((decodes, bits)),
             self._row_parts.learned_at.get((decodes, bits), 0),
         )
-        return part and part * KEPT ** (self._steps[decodes] - since)
+        return part and part * FADING ** (self._steps[decodes] - since)
 
     def submitted(self, load: Load, now_s: float) -> None:
         """Note that a step began."""

@@ -15,16 +15,24 @@ constexpr int SPAN = 64;   // positions between two rescalings of the softmax
 
 struct Chunk { int64_t row, length, end; const int32_t* blocks; };
 
-// s[row][position] = q[row] . k[position] of WIDE blocks, for the TALL rows of a tile.
+// The block that is fetched line by line while block b is read: the one that is read a span later, or itself near the end of
+// `left` blocks. Blocks lie anywhere, and are too short for the processor to see by itself what comes; all lines at once would
+// be more than it fetches at a time.
+inline int64_t later(const int32_t* blocks, int64_t b, int64_t left) {
+  return blocks[b + SPAN / BLOCK < left ? b + SPAN / BLOCK : b];
+}
+
+// s[row][position] = q[row] . k[position] of WIDE blocks of `left`, for the TALL rows of a tile.
 template <class T, int TALL, int WIDE>
-inline void score(const T* const* q, const T* keys, const int32_t* blocks, int64_t k_block, int units, float (*s)[SPAN]) {
+inline void score(const T* const* q, const T* keys, const int32_t* blocks, int64_t left, int64_t k_block, int units,
+                  float (*s)[SPAN]) {
   constexpr int P = Unit<T>::P;
-  const T* k[WIDE];
+  const T *k[WIDE], *next[WIDE];
   vf sums[WIDE][TALL] = {};
-  for (int b = 0; b < WIDE; ++b) k[b] = keys + blocks[b] * k_block;
+  for (int b = 0; b < WIDE; ++b) k[b] = keys + blocks[b] * k_block, next[b] = keys + later(blocks, b, left) * k_block;
   for (int d = 0; d < units; ++d) {
     vu w[WIDE];
-    for (int b = 0; b < WIDE; ++b) w[b] = load<vu>(k[b] + d * LANES * P);
+    for (int b = 0; b < WIDE; ++b) w[b] = load<vu>(k[b] + d * LANES * P), __builtin_prefetch(next[b] + d * LANES * P);
     for (int i = 0; i < TALL; ++i) {
       const vu each = broadcast(q[i] + d * P);
       for (int b = 0; b < WIDE; ++b) sums[b][i] = Unit<T>::fma(sums[b][i], each, w[b]);
@@ -75,20 +83,21 @@ inline uint32_t weighted(uint32_t weight, bf16*) { return (weight & 0xffffu ? 0x
 // Units of positions that some row of a tile sees, and among them those that all rows see whole.
 struct Seen { int first, whole, rest, last; };
 
-// acc[row][WIDE * LANES] += weights . values of the blocks, for the TALL rows of a tile.
+// acc[row][WIDE * LANES] += weights . values of the first of `left` blocks, for the TALL rows of a tile.
 template <class T, int TALL, int WIDE>
-inline void gather(const uint32_t (*p)[SPAN], const T* values, const int32_t* blocks, const Seen& seen, int64_t v_block, int padded,
-                   float (*acc)[512], int column) {
+inline void gather(const uint32_t (*p)[SPAN], const T* values, const int32_t* blocks, int64_t left, const Seen& seen,
+                   int64_t v_block, int padded, float (*acc)[512], int column) {
   constexpr int P = Unit<T>::P, UNITS = BLOCK / P;
   vf part[TALL][WIDE];
   for (int i = 0; i < TALL; ++i)
     for (int c = 0; c < WIDE; ++c) part[i][c] = load<vf>(acc[i] + column + c * LANES);
   auto add = [&](int first, int last, auto whole) __attribute__((always_inline)) {
     for (int u = first; u < last;) {
-      const T* v = values + blocks[u / UNITS] * v_block + (int64_t(u % UNITS) * padded + column) * P;
-      for (const int end = std::min(last, (u / UNITS + 1) * UNITS); u < end; ++u, v += int64_t(padded) * P) {
+      const int64_t at = (int64_t(u % UNITS) * padded + column) * P, unit = int64_t(padded) * P;
+      const T *v = values + blocks[u / UNITS] * v_block + at, *next = values + later(blocks, u / UNITS, left) * v_block + at;
+      for (const int end = std::min(last, (u / UNITS + 1) * UNITS); u < end; ++u, v += unit, next += unit) {
         vu w[WIDE];
-        for (int c = 0; c < WIDE; ++c) w[c] = load<vu>(v + c * LANES * P);
+        for (int c = 0; c < WIDE; ++c) w[c] = load<vu>(v + c * LANES * P), __builtin_prefetch(next + c * LANES * P);
         for (int i = 0; i < TALL; ++i) {
           const vu weight = broadcast(&p[i][u]), mask = whole ? ~vu{} : vu{} + weighted(p[i][u], static_cast<T*>(nullptr));
           for (int c = 0; c < WIDE; ++c) part[i][c] = Unit<T>::fma(part[i][c], weight, w[c] & mask);
@@ -103,7 +112,7 @@ inline void gather(const uint32_t (*p)[SPAN], const T* values, const int32_t* bl
     for (int c = 0; c < WIDE; ++c) store(acc[i] + column + c * LANES, part[i][c]);
 }
 
-// Fetches the first lines of blocks: the processor finds the others by itself, but not the next block.
+// Fetches the first lines of blocks: the processor finds the others by itself.
 template <class T> inline void announce(const T* data, const int32_t* blocks, int64_t count, int64_t size) {
   for (int64_t b = 0; b < count; ++b)
     for (int line = 0; line < 4; ++line) __builtin_prefetch(reinterpret_cast<const char*>(data + blocks[b] * size) + 64 * line);
@@ -130,14 +139,12 @@ void attend(const T* const* q, int rows, const int64_t* from, const int64_t* to,
   for (int64_t start = first / SPAN * SPAN; start < last; start += SPAN) {
     const int spans = int(std::min<int64_t>(SPAN, round_up(int(last - start), BLOCK))) / BLOCK;
     const int32_t* here = blocks + start / BLOCK;
-    if (TALL < TILE) {  // few rows: what they read is read once, and comes from memory
-      announce(values, here, spans, v_block);
-      const int64_t left = round_up(int(last - start), BLOCK) / BLOCK - spans;
-      announce(keys, here + spans, std::min<int64_t>(left, SPAN / BLOCK), k_block);
-    }
+    const int64_t left = round_up(int(last - start), BLOCK) / BLOCK;
+    if (start <= first) announce(keys, here, spans, k_block), announce(values, here, spans, v_block);
     int b = 0;
-    for (; b + 2 <= spans; b += 2) score<T, TALL, 2>(q, keys, here + b, k_block, dim / P, reinterpret_cast<float(*)[SPAN]>(s[0] + b * BLOCK));
-    if (b < spans) score<T, TALL, 1>(q, keys, here + b, k_block, dim / P, reinterpret_cast<float(*)[SPAN]>(s[0] + b * BLOCK));
+    auto at = [&](int block) { return reinterpret_cast<float(*)[SPAN]>(s[0] + block * BLOCK); };
+    for (; b + 2 <= spans; b += 2) score<T, TALL, 2>(q, keys, here + b, left - b, k_block, dim / P, at(b));
+    if (b < spans) score<T, TALL, 1>(q, keys, here + b, left - b, k_block, dim / P, at(b));
     Seen seen = {SPAN, 0, SPAN, 0};
     for (int i = 0; i < rows; ++i) {
       const int low = int(std::max<int64_t>(0, from[i] - start)), high = int(std::min<int64_t>(spans * BLOCK, to[i] - start));
@@ -150,9 +157,9 @@ void attend(const T* const* q, int rows, const int64_t* from, const int64_t* to,
     if (seen.whole >= seen.rest) seen.whole = seen.rest = seen.last;  // no unit that all see
     int d = 0;
     if (TALL < TILE)
-      for (; d + 4 * LANES <= padded; d += 4 * LANES) gather<T, TALL, 4>(p, values, here, seen, v_block, padded, acc, d);
-    for (; d + 2 * LANES <= padded; d += 2 * LANES) gather<T, TALL, 2>(p, values, here, seen, v_block, padded, acc, d);
-    if (d < padded) gather<T, TALL, 1>(p, values, here, seen, v_block, padded, acc, d);
+      for (; d + 4 * LANES <= padded; d += 4 * LANES) gather<T, TALL, 4>(p, values, here, left, seen, v_block, padded, acc, d);
+    for (; d + 2 * LANES <= padded; d += 2 * LANES) gather<T, TALL, 2>(p, values, here, left, seen, v_block, padded, acc, d);
+    if (d < padded) gather<T, TALL, 1>(p, values, here, left, seen, v_block, padded, acc, d);
   }
   for (int i = 0; i < rows; ++i)
     for (int d = 0; d < dim; ++d) narrow(out[i][d], acc[i][d] / total[i]);

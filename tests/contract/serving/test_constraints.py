@@ -206,6 +206,7 @@ async def test_drafts_change_no_constrained_answer(world: tuple[World, MemorySto
     found, accepted = [], []
     for tokens in (0, 8):
         ready = world[0].load(world[1], stream_interval_ms=0, speculative_tokens=tokens)
+        ready.engine._engine._clock = lambda: 0.0  # rows are free
         said, count = [], []
         async with running(ready):
             for model in ("base", "all"):

@@ -93,13 +93,23 @@ def _token_s(machine: Machine, engine: Engine, steps: int) -> float:
 
 
 @pytest.mark.parametrize("streams", [1, 8, 20])
-@pytest.mark.parametrize("part", [0.02, 0.1, 0.3], ids=["cheap", "dear", "very dear"])
+@pytest.mark.parametrize("part", [0.2, 0.6, 3.0], ids=["cheap", "dear", "very dear"])
 @pytest.mark.parametrize("text", [repetitive, circle, coins, ordinary])
 def test_drafts_never_cost(text: Text, part: float, streams: int) -> None:
-    """From the first step on, whatever a row costs and however often drafts hold."""
-    machine = Machine(text, part * STEP_S)
+    """Whatever part of a stream's row a row costs, and however often drafts hold, once that is known."""
+    machine = Machine(text, part * STEP_S / streams)
     engine = _engine(machine, streams)
+    _token_s(machine, engine, 150)
     assert _token_s(machine, engine, 200) < STEP_S / streams / 0.98
+
+
+@pytest.mark.parametrize("streams", [1, 8, 20])
+def test_drafts_gain_where_rows_are_cheap(streams: int) -> None:
+    """At any number of streams that leaves rows of a step."""
+    machine = Machine(circle, 0.2 * STEP_S / max(4, streams))
+    engine = _engine(machine, streams)
+    _token_s(machine, engine, 40)
+    assert _token_s(machine, engine, 100) < STEP_S / streams / 2
 
 
 @pytest.mark.parametrize("streams", [1, 8])
@@ -114,7 +124,7 @@ def test_drafts_stop_where_rows_cost_what_they_save_and_come_back_where_they_are
     tokens = engine.stats.tokens_generated - before.tokens_generated
     assert engine.stats.tokens_drafted - before.tokens_drafted < 0.1 * tokens
     machine.row_s = 0.0
-    _token_s(machine, engine, 500)
+    _token_s(machine, engine, 800)
     assert _token_s(machine, engine, 100) < STEP_S / streams / 3
 
 
