@@ -35,8 +35,9 @@ Editors find mistakes with [deployment.schema.json](deployment.schema.json): put
 
 with the address of your copy into the first line.
 
-Names that stand for several models, and limits of models, are settings of `runtime`. What they do at the doors
-is in [openai.md](openai.md#names); limits of API keys are in [access.md](../guides/access.md#limits-of-keys).
+Names that stand for several models, and limits of models, are settings of `runtime`. What requests may do with
+them is in [openai.md](openai.md#names); limits of API keys are in
+[access.md](../guides/access.md#limits-of-keys).
 
 ```yaml
 {more}```

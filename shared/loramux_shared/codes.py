@@ -201,7 +201,7 @@ CURES: Final = {
     "SERVER_UNAVAILABLE": "start it, or retry",
     "SHUTTING_DOWN": "retry with its successor",
     "REPLICA_FAILED": "retry with another replica; the server's log has the details",
-    "REPLICA_BEHIND": "retry: it follows its deployment; then see why it does not: docs/guides/operations.md",
+    "REPLICA_BEHIND": "retry: it follows its deployment; then see why it does not: docs/guides/updates.md",
     "REPLICA_PAUSED": "retry, here or with another replica",
     "DEPLOYMENT_NOT_FOUND": "use one of the names that are listed",
     "GENERATION_NOT_FOUND": "use one of the numbers that are listed",

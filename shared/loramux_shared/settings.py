@@ -194,7 +194,7 @@ class Settings(BaseSettings):
     insecure: bool = False
     """Listen beyond this machine though nobody has to show a key or a certificate."""
     tls_cert: HomePath | None = None
-    """The certificate chain (PEM) of all doors, read again when it changes; without it nothing is encrypted."""
+    """The certificate chain (PEM) of all APIs, read again when it changes; without it nothing is encrypted."""
     tls_key: HomePath | None = None
     """The private key (PEM) of tls_cert."""
     tls_client_ca: HomePath | None = None
@@ -246,7 +246,7 @@ class InferenceSettings(Settings):
     grpc: Address = "127.0.0.1:50052"
     """Where the service listens."""
     http: Address | None = None
-    """Where the OpenAI HTTP door listens; it is closed when not given."""
+    """Where the HTTP APIs listen; closed when not given."""
     model_doors: ModelDoors = ()
     """gRPC addresses that stand for one model each, MODEL=HOST:PORT by commas: for gateways whose workers have
     one model, as SMG's over gRPC. Any name of a model will do, a mixture's too. None under Ray."""
@@ -273,7 +273,7 @@ class InferenceSettings(Settings):
     """Whether the threads of a step on a CPU wait for each other awake: faster on cores that nothing else
     wants, slower on others. auto: awake until they wait for cores."""
     deterministic: bool = False
-    """Answer the same, bit for bit, in any company and after prefix hits; on a CPU with compiled operations."""
+    """Answer the same, bit for bit, in any batch and after prefix hits; on a CPU with compiled operations."""
     max_batch_tokens: OfDevice = None
     """Tokens per step, of prompts and answers together, at most: beside running answers, prompts have fewer, so
     that steps stay short. auto: 1024 on a CPU, 8192 on a GPU."""

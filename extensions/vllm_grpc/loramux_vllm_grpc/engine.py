@@ -164,7 +164,7 @@ class VllmEngineServicer(engine_pb2_grpc.VllmEngineServicer):
             yield common_pb2.GetTokenizerChunk(data=data, sha256=sha256)
 
     FlushCache = refused("FlushCache", "cached prompts belong to a version, and are never met by another.")
-    StartProfile = refused("StartProfile", "profile the process; its metrics: docs/guides/operations.md.")
+    StartProfile = refused("StartProfile", "profile the process; its metrics: docs/reference/metrics.md.")
     StopProfile = refused("StopProfile", "no profile runs.")
     SubscribeKvEvents = refused_stream("SubscribeKvEvents", "there are no events of the cache; ask GetLoads.")
 

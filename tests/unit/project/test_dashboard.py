@@ -48,7 +48,7 @@ def test_everything_that_is_exported_for_people_is_shown() -> None:
 
 def test_every_metric_is_documented() -> None:
     """The operator's page names each metric that is exported, and no other."""
-    page = (ROOT / "docs/guides/operations.md").read_text()
+    page = (ROOT / "docs/reference/metrics.md").read_text()
     families = {_family(name) for name in EXPORTED if not name.startswith("process_")}
     assert set(re.findall(r"`((?:loramux_|vllm:)[a-z_]+)`", page)) == families
 
