@@ -117,6 +117,12 @@ class Dialect:
         """True where a prompt says that there is no reasoning, by having ended it."""
         return any(end_of_prompt.rstrip().endswith(each.end) for each in self.thinking)
 
+    @property
+    def endings(self) -> tuple[str, ...]:
+        """Ends of prompts that say of reasoning whether there is some: they have opened it, or closed it."""
+        opened = [each.begin.rstrip() for each in self.thinking]
+        return (*opened, *(each.end for each in self.thinking))
+
     def within(self, message: str) -> Thinking | None:
         """Return the reasoning that a message has opened and not closed."""
         for each in self.thinking:

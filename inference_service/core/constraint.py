@@ -29,6 +29,19 @@ class Constraint:
     """Whether an answer goes on without it where it cannot be followed."""
 
 
+@dataclass(frozen=True)
+class ByEnding:
+    """Constraints of the answers to a prompt by how that ends once it is rendered."""
+
+    cases: tuple[tuple[str, Constraint | None], ...]
+    """Ends without space behind them, each with its constraint; the first that fits counts, the last is any."""
+
+    def behind(self, prompt: str) -> Constraint | None:
+        """Return the constraint of the answers to a prompt."""
+        end = prompt.rstrip()
+        return next(constraint for case, constraint in self.cases if end.endswith(case))
+
+
 class Grammar(Protocol):
     """Follows one answer through a constraint; used on the engine's thread."""
 

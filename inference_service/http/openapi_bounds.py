@@ -8,18 +8,12 @@ from typing import Any, Final
 
 from pydantic import BaseModel
 
+from inference_service.http.wire.fields import table
 from inference_service.http.wire.reply import Json
 from inference_service.serving.bounds import IDS, LOGPROBS_MODES, MAX_BIAS, NUMBERS, SANE_ID, TEXTS, Number
 from inference_service.serving.turns import MAX_TOOLS
 
 LIMITS: Final = {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"}
-SAME: Final[Mapping[str, str]] = {
-    "max_completion_tokens": "max_tokens",
-    "max_output_tokens": "max_tokens",
-    "top_logprobs": "logprobs",
-    "stop_sequences": "stop",
-}
-"""Fields of bodies that are fields of requests under other names."""
 OTHERS: Final[Mapping[tuple[str, str], Json]] = {
     ("request_id", "string"): {"pattern": f"^{SANE_ID.pattern}$"},
     ("logprobs_mode", "string"): {"enum": list(LOGPROBS_MODES)},
@@ -37,9 +31,10 @@ OTHERS: Final[Mapping[tuple[str, str], Json]] = {
 
 def tell_bounds(kind: type[BaseModel], schemas: Mapping[str, Json]) -> None:
     """Add to the schema of a body what its fields may hold; what the body says itself stays."""
+    nouns = {row.wire: row.noun for row in table(kind)}
     for name, told in schemas[kind.__name__].get("properties", {}).items():
         for branch in told.get("anyOf", [told]):
-            for keyword, value in _bounds(SAME.get(name, name), branch).items():
+            for keyword, value in _bounds(nouns.get(name, ""), branch).items():
                 if keyword == "additionalProperties":
                     branch[keyword] = value
                 else:

@@ -73,6 +73,12 @@ MAX_FOUND: Final = 80
 """Characters of a value that a finding repeats."""
 
 
+def refused(where: str, expected: str, found: object) -> RequestInvalid:
+    """Return the fault of a field that cannot be taken with the others."""
+    finding = Finding(code="E_BAD_FIELD", where=where, expected=expected, found=str(found))
+    return RequestInvalid("the request cannot be taken as it is.", [finding])
+
+
 def check(request: Request, vocab: int, max_queue: int, max_seq_len: int) -> None:
     """Look at all fields that can be judged without the prompt's tokens.
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Final, NamedTuple
 
 from inference_service.adapters.mixing import Scaled
 from inference_service.adapters.served_model import ServedModel
-from inference_service.core.constraint import Constraint
+from inference_service.core.constraint import ByEnding, Constraint
 from inference_service.core.sequence import FinishReason, Token, Vector
 from inference_service.text.text import Text
 from loramux_shared.faults import Finding, RequestInvalid
@@ -95,8 +95,8 @@ class Request:
     prompt_logprobs: int | None = None
     """The same for the tokens of the prompt, always raw; 0 is their own alone."""
     constraint: Constraint | None = None
-    constraint_for: Callable[[str], Constraint | None] | None = None
-    """Returns the constraint where it depends on how the prompt ends, as it was rendered; comes before it."""
+    constraint_by_ending: ByEnding | None = None
+    """The constraint where it depends on how the rendered prompt ends; comes before it."""
     skip_special_tokens: bool = True
     """Leave special tokens out of the text."""
     shown_special_tokens: tuple[str, ...] = ()

@@ -144,8 +144,8 @@ class GenerationService:
                 defaults = await self.naming.defaults(model)
                 terms = self._terms(request, defaults)
                 tokens = await terms.prompt(self.limits.max_seq_len)
-                if request.constraint_for is not None:
-                    made = request.constraint_for(terms.text.end_of(tokens))
+                if request.constraint_by_ending is not None:
+                    made = request.constraint_by_ending.behind(terms.text.end_of(tokens))
                     terms = replace(terms, request=replace(request, constraint=made))
                 answers = await self._answers(terms, model, tokens, ticket)
                 seqs = [answer.seq for answer in answers.values()]
@@ -225,11 +225,18 @@ class GenerationService:
         Raises:
             Fault: as `generate` does.
         """
-        try:
+        with self.following_to_its_end(request):
             served = await self.naming.choose(request)
             return served, await self.naming.defaults(served.model)
+
+    @contextmanager
+    def following_to_its_end(self, request: Request) -> Iterator[None]:
+        """Follow a request that ends within the block, before `generate` has it; one that does not is not."""
+        try:
+            yield
         except BaseException:
-            with following(request, self._watchers):
+            with following(request, self._watchers) as follower:
+                follower.record.model = request.served.model if request.served else None
                 raise
 
     def _terms(self, request: Request, defaults: AdapterDefaults) -> Terms:

@@ -9,12 +9,13 @@ from starlette.responses import Response
 
 from inference_service.adapters.defaults import NO_DEFAULTS, AdapterDefaults
 from inference_service.chat.dialect import dialect_of
+from inference_service.chat.request import check_calls
 from inference_service.http import answers
 from inference_service.http.admin.tokens_schema import DetokenizeBody, TokenizeBody
-from inference_service.http.openai.mapping import messages_of, refused
+from inference_service.http.openai.mapping import tool_of, turns_of
 from inference_service.http.wire.body import read_body
 from inference_service.http.wire.reply import json_response
-from inference_service.serving.bounds import check_turns
+from inference_service.serving.bounds import check_turns, refused
 from inference_service.serving.service import GenerationService
 from inference_service.serving.sizes import countable
 
@@ -27,8 +28,10 @@ async def tokenize(service: GenerationService, http: HttpRequest) -> Response:
     most = countable(service.limits.max_seq_len)
     if body.messages is not None:
         dialect = dialect_of(text, defaults.template, service.parsers)
-        messages = dialect.turns(messages_of(body.messages))
-        tools = [tool.model_dump(exclude_none=True) for tool in body.tools or ()]
+        turns = turns_of(body.messages)
+        check_calls(turns)
+        messages = dialect.turns([turn.message() for turn in turns])
+        tools = [tool_of(tool).rendered() for tool in body.tools or ()]
         starts = body.add_generation_prompt is not False
         variables = body.chat_template_kwargs or {}
         check_turns(messages, tools, variables, goes_on=bool(body.continue_final_message), starts=starts)

@@ -10,6 +10,7 @@ from pydantic_core import PydanticCustomError
 from inference_service.http.openai.chat_schema import Messages, Tool
 from inference_service.http.openai.schema_rules import GOES_ON, OF_MESSAGES, ONE_OF_TWO
 from inference_service.http.wire.body import Body, Examples
+from inference_service.http.wire.fields import Made
 
 
 class TokenizeBody(Body):
@@ -24,7 +25,7 @@ class TokenizeBody(Body):
     model: str | None = None
     prompt: str | None = None
     messages: Messages | None = None
-    tools: tuple[Tool, ...] | None = None
+    tools: Made[tuple[Tool, ...] | None] = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Final
 
+from inference_service.chat.conversation import Conversation, Told
 from inference_service.chat.pieces import Thought
+from inference_service.chat.request import ChatRequest
 from inference_service.core.sequence import FinishReason
 from inference_service.http.anthropic.content import Content
-from inference_service.http.anthropic.mapping import Chat
 from inference_service.http.anthropic.schema import MessagesBody
-from inference_service.http.openai.conversation import Conversation, Told
 from inference_service.http.wire.reply import Head, Json
 from inference_service.serving.request import WORDLESS, Delta, Finished, Started
 from inference_service.serving.service import GenerationService
-from loramux_shared.faults import Fault, PromptTooLong
+from loramux_shared.faults import PromptTooLong
 
 PING_S: Final = 10.0
 """A stream in which nothing is told for so long, though tokens come, says that it is alive: a call may be held
@@ -31,23 +31,14 @@ class Answer:
         self,
         service: GenerationService,
         body: MessagesBody,
-        chat: Chat,
-        headers: Mapping[str, str],
+        chat: ChatRequest,
         ping_s: float = PING_S,
     ) -> None:
-        """Make a request of a body; in a stream that tells nothing, a ping comes after so many seconds.
-
-        Raises:
-            RequestInvalid: fields contradict each other, or a header is wrong.
-        """
+        """Answer the conversation of a body; a stream without news has a ping after so many seconds."""
         self._service = service
         self._body = body
-        self._chat = chat
         self._ping_s = ping_s
-        try:
-            self._conversation = Conversation(service, chat.body, headers)
-        except Fault as fault:
-            raise chat.retold(fault) from fault
+        self._conversation = Conversation(service, chat)
         self.head = Head(f"msg_{self._conversation.request.id}", "message", body.model)
         shown = body.thinking is None or body.thinking.display != "omitted"
         self._content = Content(shows_thinking=shown)
@@ -108,8 +99,6 @@ class Answer:
                         yield event
         except PromptTooLong as fault:
             raise await self._too_long() from fault
-        except Fault as fault:
-            raise self._chat.retold(fault) from fault
 
     def _take(self, told: Told) -> list[Json]:
         """Return the events that tell more of the answer; count what was thought."""

@@ -8,15 +8,10 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Discriminator, Field, Tag
 from pydantic_core import PydanticCustomError
 
-from inference_service.http.wire.body import Body
+from inference_service.http.wire.body import Body, unsupported
 
 BLOCKS = ("text", "tool_use", "tool_result", "thinking", "redacted_thinking")
 Name = Annotated[str, Field(min_length=1)]
-
-
-def unsupported(found: str, served: str) -> PydanticCustomError:
-    """Return the error of what is refused by name."""
-    return PydanticCustomError("unsupported", "{served}", {"found": found[:200], "served": served})
 
 
 def only_types(kinds: Collection[str]) -> Callable[[Any], Any]:

@@ -1,93 +1,74 @@
-"""From Anthropic's bodies to those of chats, and from a chat's places back to Anthropic's."""
+"""From Anthropic's bodies to conversations."""
 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Final, TypeVar
+from collections.abc import Mapping
+from typing import Any, Final
 
-from inference_service.http.anthropic.schema import CustomTool, MessagesBody, OutputFormat, ToolChoice, Turns
+from inference_service.chat.request import (
+    SWITCHES,
+    ChatRequest,
+    NamedTool,
+    Tool,
+    ToolChoice,
+    check_demand,
+    check_tools,
+    with_effort,
+)
+from inference_service.http.anthropic import schema
+from inference_service.http.anthropic.schema import CustomTool, MessagesBody, OutputFormat, Turns
 from inference_service.http.anthropic.turns import turns_of
-from inference_service.http.openai.chat_schema import ChatBody, Function, JsonSchema, ResponseFormat, Tool
-from inference_service.http.openai.mapping import refused
-from loramux_shared.faults import Fault, Finding
+from inference_service.http.openai.mapping import DEFAULT_TEMPERATURE, NO_HEADERS, schema_constraint
+from inference_service.http.wire.fields import names, request_fields
+from inference_service.serving.bounds import refused
+from inference_service.serving.request import Request, hinted
 
-F = TypeVar("F", bound=Fault)
 FORMAT: Final = "output_config.format"
 OLD_FORMAT: Final = "output_format"
-PLACES: Final[Mapping[str, str]] = {"stop": "stop_sequences", "response_format": FORMAT, "constraint": FORMAT}
-"""What a chat calls otherwise."""
 EFFORTS: Final = {"max": "xhigh"}
 """Words that templates do not know."""
-THINKING: Final = ("enable_thinking", "thinking")
-"""Variables with which templates turn thinking on and off."""
-_TURN: Final = re.compile(r"messages\[(\d+)\]")
+CHOICES: Final[Mapping[str, ToolChoice]] = {"auto": "auto", "any": "required", "none": "none"}
 
 
-@dataclass(frozen=True)
-class Chat:
-    """A request as the chat door knows it."""
-
-    body: ChatBody
-    places: Sequence[str]
-    """Where its messages stood."""
-
-    def retold(self, fault: F) -> F:
-        """Return a fault whose findings name what the client sent."""
-        findings = [each.model_copy(update={"where": self._place(each)}) for each in fault.findings]
-        return type(fault)(fault.message, findings, fault.repository, fault.retry_after_s)
-
-    def _place(self, finding: Finding) -> str:
-        where = finding.where
-        if (turn := _TURN.match(where)) and int(turn[1]) < len(self.places):
-            return self.places[int(turn[1])]
-        if where == "continue_final_message":
-            return self.places[-1]
-        return PLACES.get(where, where).replace(".function.name", ".name")
-
-
-def chat_of(body: Turns) -> Chat:
-    """Return the chat that a body asks for.
+def chat_of(body: Turns, headers: Mapping[str, str] = NO_HEADERS) -> ChatRequest:
+    """Return the conversation that a body asks to go on with.
 
     Raises:
-        RequestInvalid: fields contradict each other.
+        RequestInvalid: fields contradict each other, or a header is wrong.
     """
-    turns = turns_of(body)
-    messages = [turn.message for turn in turns]
-    goes_on = messages[-1].role == "assistant"
-    wanted = _format(body)
-    forced = body.tool_choice is not None and body.tool_choice.type in ("any", "tool")
+    turns, wanted, choice = tuple(turns_of(body)), _format(body), _choice(body.tool_choice)
+    last = turns[-1]
+    goes_on = last.role == "assistant"
     if goes_on:
-        _check_last(body, bool(messages[-1].tool_calls), bool(messages[-1].content), bool(wanted) or forced)
-    chosen = {} if body.tool_choice is None else _choice(body.tool_choice)
-    fields = {
-        "model": body.model,
-        "messages": tuple(messages),
-        "tools": None if body.tools is None else tuple(map(_tool, body.tools)),
-        "response_format": wanted and _wanted(wanted),
-        "add_generation_prompt": not goes_on,
-        "continue_final_message": goes_on,
-        "chat_template_kwargs": _variables(body),
-        "reasoning_effort": _effort(body),
-    }
-    return Chat(ChatBody(**fields | chosen | _sampling(body)), [turn.place for turn in turns])
+        forced = choice == "required" or isinstance(choice, NamedTool)
+        _check_last(body, bool(last.calls), bool(last.content), bool(wanted) or forced)
+    tools = () if choice == "none" else tuple(_tool(nth, tool) for nth, tool in enumerate(body.tools or ()))
+    check_demand(choice, tools)
+    check_tools(choice, tools, turns)
+    thinks = {} if body.thinking is None else dict.fromkeys(SWITCHES, body.thinking.type != "disabled")
+    return ChatRequest(
+        turns,
+        _rest(body, headers),
+        tools,
+        choice,
+        parallel=not (body.tool_choice and body.tool_choice.disable_parallel_tool_use),
+        constraint=schema_constraint(wanted.schema_) if wanted else None,
+        variables=with_effort(thinks, _effort(body)),
+        starts=not goes_on,
+        goes_on=goes_on,
+        names=names(body),
+    )
 
 
-def _sampling(body: Turns) -> dict[str, Any]:
-    """Return what the route that answers reads beside the conversation."""
-    if not isinstance(body, MessagesBody):
-        return {}
-    return {
-        "max_tokens": body.max_tokens,
-        "stop": list(body.stop_sequences or ()),
-        "temperature": body.temperature,
-        "top_p": body.top_p,
-        "top_k": body.top_k,
-        "stream": body.stream,
-        "user": body.metadata.user_id if body.metadata else None,
-    }
+def _rest(body: Turns, headers: Mapping[str, str]) -> Request:
+    """Return what is asked beside the conversation."""
+    own: dict[str, Any] = {"prompt": "", "usual_temperature": DEFAULT_TEMPERATURE}
+    user = None
+    if isinstance(body, MessagesBody):
+        own["stop"] = tuple(body.stop_sequences or ())
+        user = body.metadata.user_id if body.metadata else None
+    return Request(**request_fields(body) | own | hinted(headers, sticky_key=user or ""))
 
 
 def _check_last(body: Turns, calls: bool, says: bool, constrained: bool) -> None:
@@ -109,40 +90,20 @@ def _format(body: Turns) -> OutputFormat | None:
     return new or old
 
 
-def _wanted(wanted: OutputFormat) -> ResponseFormat:
-    schema = JsonSchema.model_validate({"name": wanted.name or "output", "schema": wanted.schema_})
-    return ResponseFormat(type="json_schema", json_schema=schema)
-
-
-def _tool(tool: CustomTool) -> Tool:
+def _tool(index: int, tool: CustomTool) -> Tool:
     told = [tool.description] if tool.description else []
     if tool.input_examples:
         told += [
             "Examples of its input:",
             *(json.dumps(each, ensure_ascii=False) for each in tool.input_examples),
         ]
-    function = Function(
-        name=tool.name,
-        description="\n".join(told) or None,
-        parameters=tool.input_schema,
-        strict=tool.strict,
-    )
-    return Tool(type="function", function=function)
+    return Tool(tool.name, "\n".join(told) or None, tool.input_schema, tool.strict, f"tools[{index}]")
 
 
-def _choice(choice: ToolChoice) -> dict[str, Any]:
-    parallel = None if choice.disable_parallel_tool_use is None else not choice.disable_parallel_tool_use
-    if choice.type == "tool":
-        chosen: Any = {"type": "function", "function": {"name": choice.name}}
-    else:
-        chosen = {"auto": "auto", "any": "required", "none": "none"}[choice.type]
-    return {"tool_choice": chosen, "parallel_tool_calls": parallel}
-
-
-def _variables(body: Turns) -> dict[str, Any] | None:
-    if body.thinking is None:
+def _choice(choice: schema.ToolChoice | None) -> ToolChoice | None:
+    if choice is None:
         return None
-    return dict.fromkeys(THINKING, body.thinking.type != "disabled")
+    return NamedTool(choice.name) if choice.name is not None else CHOICES[choice.type]
 
 
 def _effort(body: Turns) -> str | None:

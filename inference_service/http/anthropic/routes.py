@@ -7,22 +7,21 @@ from functools import partial
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
+from inference_service.chat.conversation import Conversation
 from inference_service.http.anthropic.answer import Answer
 from inference_service.http.anthropic.mapping import chat_of
 from inference_service.http.anthropic.schema import CountBody, MessagesBody
-from inference_service.http.openai.conversation import Conversation
 from inference_service.http.wire.body import read_body
 from inference_service.http.wire.refusals import fault_body
 from inference_service.http.wire.reply import json_response
 from inference_service.http.wire.stream import named, open_stream, while_connected
 from inference_service.serving.service import GenerationService
-from loramux_shared.faults import Fault
 
 
 async def create_message(service: GenerationService, http: HttpRequest) -> Response:
     """Answer a conversation, as Anthropic's API has it."""
     body = await read_body(http, MessagesBody)
-    answer = Answer(service, body, chat_of(body), http.headers)
+    answer = Answer(service, body, chat_of(body, http.headers))
     if body.stream:
         framing = named(partial(fault_body, http.scope))
         return await open_stream(http.receive, answer.events(), answer.head, framing)
@@ -32,9 +31,6 @@ async def create_message(service: GenerationService, http: HttpRequest) -> Respo
 
 async def count_tokens(service: GenerationService, http: HttpRequest) -> Response:
     """Count the tokens of a conversation's prompt."""
-    chat = chat_of(await read_body(http, CountBody))
-    try:
-        tokens = await Conversation(service, chat.body, http.headers).prompt_tokens()
-    except Fault as fault:
-        raise chat.retold(fault) from fault
+    chat = chat_of(await read_body(http, CountBody), http.headers)
+    tokens = await Conversation(service, chat).prompt_tokens()
     return json_response({"input_tokens": tokens})

@@ -10,8 +10,9 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from inference_service.http.anthropic.blocks import CacheControl, Content, Name, Texts, unsupported
-from inference_service.http.wire.body import Body, Examples
+from inference_service.http.anthropic.blocks import CacheControl, Content, Name, Texts
+from inference_service.http.wire.body import Body, Examples, unsupported
+from inference_service.http.wire.fields import Made, Noun, Same
 from inference_service.serving.turns import NAME
 
 NAME_OF_TOOL: dict[str, Any] = {
@@ -119,7 +120,7 @@ class OutputConfig(Body):
     """How the model is to answer."""
 
     effort: Literal["low", "medium", "high", "xhigh", "max"] | None = None
-    format: OutputFormat | None = None
+    format: Annotated[OutputFormat | None, Noun("response_format", taken=False)] = None
     task_budget: None = None
 
 
@@ -161,10 +162,10 @@ def _usual_speed(speed: Any) -> Any:
 class Turns(Body):
     """What becomes the prompt, and what both routes read."""
 
-    model: str
+    model: Same[str]
     messages: Annotated[list[Message], AfterValidator(_some), Field(json_schema_extra={"minItems": 1})]
     system: Texts | None = None
-    tools: list[Tool] | None = None
+    tools: Made[list[Tool] | None] = None
     tool_choice: ToolChoice | None = None
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None
@@ -211,12 +212,12 @@ class MessagesBody(Turns):
         },
     }
 
-    max_tokens: Annotated[int, Field(ge=1)]
-    stop_sequences: list[str] | None = None
+    max_tokens: Same[Annotated[int, Field(ge=1)]]
+    stop_sequences: Annotated[list[str] | None, Noun("stop", taken=False)] = None
     stream: bool | None = None
-    temperature: Annotated[float, Field(ge=0, le=1)] | None = None
-    top_p: float | None = None
-    top_k: Annotated[int, Field(ge=0)] | None = None
+    temperature: Same[Annotated[float, Field(ge=0, le=1)] | None] = None
+    top_p: Same[float | None] = None
+    top_k: Same[Annotated[int, Field(ge=0)] | None] = None
 
     metadata: Metadata | None = None
     """Its user_id picks among the models of an alias, as `user` does in a chat."""

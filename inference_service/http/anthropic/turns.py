@@ -1,4 +1,4 @@
-"""From Anthropic's turns, whose contents are blocks, to those of a chat."""
+"""From Anthropic's turns, whose contents are blocks, to those of a conversation."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Final
 
+from inference_service.chat.request import Call, Turn
 from inference_service.http.anthropic.blocks import (
     RedactedThinkingBlock,
     TextBlock,
@@ -16,8 +17,7 @@ from inference_service.http.anthropic.blocks import (
     ToolUseBlock,
 )
 from inference_service.http.anthropic.schema import Turns
-from inference_service.http.openai.chat_schema import CalledFunction, ChatMessage, ToolCall
-from inference_service.http.openai.mapping import refused
+from inference_service.serving.bounds import refused
 
 ROLES: Final = {
     "user": ("text", "tool_result"),
@@ -35,14 +35,6 @@ AnyBlock = TextBlock | ToolUseBlock | ToolResultBlock | ThinkingBlock | Redacted
 
 
 @dataclass(frozen=True)
-class Turn:
-    """A message of a chat, and where it stood in the request."""
-
-    message: ChatMessage
-    place: str
-
-
-@dataclass(frozen=True)
 class _Placed:
     """A block, who says it, and where it stands."""
 
@@ -52,13 +44,13 @@ class _Placed:
 
 
 def turns_of(body: Turns) -> list[Turn]:
-    """Return the messages of a chat; turns of one role that follow each other are one.
+    """Return the turns of a conversation; turns of one role that follow each other are one.
 
     Raises:
         RequestInvalid: a block is none of its role.
     """
     system = _said("system", [block for block in body.system or () if not _is_bill(block.text)], "system")
-    turns = [system] if system.message.content else []
+    turns = [system] if system.content else []
     for role, placed in groupby(_placed(body), key=lambda each: each.role):
         parts = list(placed)
         turns += _assistants(parts) if role == "assistant" else _others(role, parts)
@@ -92,11 +84,11 @@ def _others(role: str, placed: list[_Placed]) -> Iterator[Turn]:
 
 
 def _said(role: str, blocks: list[Any], place: str) -> Turn:
-    return Turn(ChatMessage(role=role, content=_joined(blocks)), place)
+    return Turn(role, _joined(blocks), place=place)
 
 
 def _joined(blocks: list[Any]) -> str:
-    """Return the text of blocks as the chat door joins parts."""
+    """Return the text of blocks as those of a chat are joined."""
     return "\n".join(block.text for block in blocks if isinstance(block, TextBlock))
 
 
@@ -106,19 +98,16 @@ def _result(placed: _Placed) -> Turn:
     text = _joined(list(block.content or ()))
     if block.is_error and not text.lower().startswith("error"):
         text = FAILED + text
-    return Turn(ChatMessage(role="tool", content=text, tool_call_id=block.tool_use_id), placed.place)
+    return Turn("tool", text, call_id=block.tool_use_id, place=placed.place)
 
 
 def _assistants(placed: list[_Placed]) -> Iterator[Turn]:
     blocks = [each.block for each in placed]
     calls = tuple(_call(block) for block in blocks if isinstance(block, ToolUseBlock))
     thoughts = [block.thinking for block in blocks if isinstance(block, ThinkingBlock) and block.thinking]
-    more: dict[str, Any] = {"tool_calls": calls} if calls else {}
-    if thoughts:
-        more["reasoning_content"] = "\n".join(thoughts)
-    yield Turn(ChatMessage(role="assistant", content=_joined(blocks), **more), placed[0].place)
+    thought = "\n".join(thoughts) if thoughts else None
+    yield Turn("assistant", _joined(blocks), thought=thought, calls=calls, place=placed[0].place)
 
 
-def _call(block: ToolUseBlock) -> ToolCall:
-    arguments = json.dumps(block.input, ensure_ascii=False)
-    return ToolCall(id=block.id, type="function", function=CalledFunction(name=block.name, arguments=arguments))
+def _call(block: ToolUseBlock) -> Call:
+    return Call(block.id, block.name, json.dumps(block.input, ensure_ascii=False))

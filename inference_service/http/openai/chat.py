@@ -2,52 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Iterator
-from contextlib import aclosing, contextmanager
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
+from inference_service.chat.conversation import Conversation, Told
 from inference_service.http.openai.chat_choice import ChatChoice
 from inference_service.http.openai.chat_schema import ChatBody
-from inference_service.http.openai.conversation import Conversation, Told
 from inference_service.http.openai.logprobs import Names, prompt_logprobs
+from inference_service.http.openai.mapping import chat_of
 from inference_service.http.wire.body import read_body
 from inference_service.http.wire.reply import Head, Json, Tally, json_response, usage
 from inference_service.http.wire.stream import open_stream, while_connected
 from inference_service.serving.request import Delta, Finished, PromptLogprobs, Started
 from inference_service.serving.service import GenerationService
-from loramux_shared.faults import RequestInvalid
 
 
 async def chat_completions(service: GenerationService, http: HttpRequest) -> Response:
     """Answer a conversation."""
     body = await read_body(http, ChatBody)
-    with _in_words_of(body):
-        chat = Chat(service, body, Conversation(service, body, http.headers))
-        if body.stream:
-            return await open_stream(http.receive, chat.chunks(), chat.head)
-        whole = await while_connected(http.receive, chat.whole())
+    chat = Chat(service, body, Conversation(service, chat_of(body, http.headers)))
+    if body.stream:
+        return await open_stream(http.receive, chat.chunks(), chat.head)
+    whole = await while_connected(http.receive, chat.whole())
     return json_response(whole, headers=chat.head.headers)
-
-
-@contextmanager
-def _in_words_of(body: ChatBody) -> Iterator[None]:
-    """Name the bound of an answer in faults as a body does, which has two names for it.
-
-    Raises:
-        Fault: the same.
-    """
-    try:
-        yield
-    except RequestInvalid as fault:
-        if body.max_completion_tokens is None or body.max_tokens is not None:
-            raise
-        names = {"max_tokens": "max_completion_tokens"}
-        findings = [
-            each.model_copy(update={"where": names.get(each.where, each.where)}) for each in fault.findings
-        ]
-        raise RequestInvalid(fault.message, findings) from fault
 
 
 class Chat:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Final, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
 from pydantic_core import PydanticCustomError
 from typing_extensions import TypedDict
 
+from inference_service.chat.request import AllowedTools, NamedTool, ToolChoice
 from inference_service.http.openai.schema import GenerationBody
 from inference_service.http.openai.schema_rules import BY_ROLE, GOES_ON, SAYS_SOMETHING, SCHEMA_WHERE_SAID
-from inference_service.http.wire.body import Body, Examples
+from inference_service.http.wire.body import Body, Examples, unsupported
+from inference_service.http.wire.fields import Made, Noun
 from inference_service.serving.turns import NAME, ROLES
 
 TEXT_PARTS: Final = {"text": "text", "refusal": "refusal"}
@@ -59,11 +60,6 @@ def _only_functions(value: Any) -> Any:
     if value != "function":
         raise unsupported(str(value), "Only functions are served.")
     return value
-
-
-def unsupported(found: str, served: str) -> PydanticCustomError:
-    """Return the error of what this server cannot honour, with what it can."""
-    return PydanticCustomError("unsupported", "{served}", {"found": found[:200], "served": served})
 
 
 class TextPart(TypedDict):
@@ -167,22 +163,6 @@ class Tool(Body):
     function: Function
 
 
-@dataclass(frozen=True)
-class NamedTool:
-    """A `tool_choice` that is a function: the model must call it."""
-
-    name: str
-
-
-@dataclass(frozen=True)
-class AllowedTools:
-    """A `tool_choice` of some of the tools: the model is told of all, and may call these."""
-
-    mode: Literal["auto", "required"]
-    """Whether it must."""
-    names: tuple[str, ...]
-
-
 def _choice(value: Any) -> ToolChoice | None:
     match value:
         case None | "none" | "auto" | "required":
@@ -233,7 +213,6 @@ class AllowedChoices(TypedDict):
     allowed_tools: AllowedChoice
 
 
-ToolChoice = Literal["none", "auto", "required"] | NamedTool | AllowedTools
 ToolChoiceInput = Literal["none", "auto", "required"] | ChosenTool | AllowedChoices | None
 
 
@@ -272,7 +251,7 @@ class ChatTurns(Body):
     model_config = ConfigDict(json_schema_extra=GOES_ON)
 
     messages: Messages
-    tools: tuple[Tool, ...] | None = None
+    tools: Made[tuple[Tool, ...] | None] = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
@@ -304,9 +283,9 @@ class ChatBody(ChatTurns, GenerationBody):
         },
     }
 
-    max_completion_tokens: int | None = None
+    max_completion_tokens: Annotated[int | None, Noun("max_tokens")] = None
     logprobs: bool | None = None
-    top_logprobs: int | None = None
+    top_logprobs: Annotated[int | None, Noun("logprobs", taken=False)] = None
     response_format: ResponseFormat | None = None
     tool_choice: Annotated[
         ToolChoice | None, PlainValidator(_choice, json_schema_input_type=ToolChoiceInput)

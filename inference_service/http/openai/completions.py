@@ -16,6 +16,7 @@ from inference_service.http.openai.mapping import completion_requests
 from inference_service.http.openai.merge import merged
 from inference_service.http.openai.schema import CompletionBody
 from inference_service.http.wire.body import read_body
+from inference_service.http.wire.fields import in_words_of
 from inference_service.http.wire.reply import Head, Json, Tally, json_response, usage
 from inference_service.http.wire.stream import open_stream, while_connected
 from inference_service.serving.request import Delta, Event, Finished, Pooled, PromptLogprobs, Request, Started
@@ -25,10 +26,11 @@ from inference_service.serving.service import GenerationService
 async def completions(service: GenerationService, http: HttpRequest) -> Response:
     """Complete prompts."""
     body = await read_body(http, CompletionBody)
-    completion = Completion(service, body, completion_requests(body, service, http.headers))
-    if body.stream:
-        return await open_stream(http.receive, completion.chunks(), completion.head)
-    whole = await while_connected(http.receive, completion.whole())
+    with in_words_of(body):
+        completion = Completion(service, body, completion_requests(body, service, http.headers))
+        if body.stream:
+            return await open_stream(http.receive, completion.chunks(), completion.head)
+        whole = await while_connected(http.receive, completion.whole())
     return json_response(whole, headers=completion.head.headers)
 
 

@@ -1,4 +1,4 @@
-"""From bodies to requests."""
+"""From the bodies of chats to conversations, and from those of plain completions to requests."""
 
 from __future__ import annotations
 
@@ -8,67 +8,100 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Final
 
-from inference_service.core.constraint import Constraint
-from inference_service.http.openai.chat_schema import (
-    AllowedTools,
-    ChatBody,
-    ChatMessage,
-    NamedTool,
-    ResponseFormat,
+from inference_service.chat.request import (
+    Call,
+    ChatRequest,
     Tool,
-    ToolChoice,
+    Turn,
+    check_demand,
+    check_tools,
+    with_effort,
 )
-from inference_service.http.openai.schema import MAX_CHOICES, CompletionBody, GenerationBody, StructuredOutputs
-from inference_service.serving.bounds import MAX_LOGPROBS
-from inference_service.serving.request import Message, Prompt, Request, hinted, told
+from inference_service.core.constraint import Constraint
+from inference_service.http.openai import chat_schema
+from inference_service.http.openai.chat_schema import ChatBody, ChatMessage, ResponseFormat
+from inference_service.http.openai.schema import (
+    MAX_CHOICES,
+    CompletionBody,
+    SamplingBody,
+    StructuredOutputs,
+)
+from inference_service.http.wire.fields import names, request_fields
+from inference_service.serving.bounds import MAX_LOGPROBS, refused
+from inference_service.serving.request import Prompt, Request, hinted
 from inference_service.serving.service import GenerationService
-from inference_service.serving.sizes import check_texts
-from inference_service.serving.turns import role_of, thought_of
-from loramux_shared.faults import Finding, RequestInvalid
 
 STRUCTURED = "structured_outputs"
-SWITCHES: Final = ("enable_thinking", "thinking")
-"""Variables with which templates turn thinking on and off: of Qwen, SmolLM and Gemma; of Granite."""
 NO_HEADERS: Final[Mapping[str, str]] = MappingProxyType({})
 DEFAULT_TEMPERATURE = 1.0
 DEFAULT_COMPLETION_TOKENS = 16
 """Both are the API's; what a deployment or an adapter says comes before them."""
 
 
-def chat_request(body: ChatBody, headers: Mapping[str, str] = NO_HEADERS) -> Request:
-    """Return the request of a chat.
+def chat_of(body: ChatBody, headers: Mapping[str, str] = NO_HEADERS) -> ChatRequest:
+    """Return the conversation that a body asks to go on with.
 
     Raises:
         RequestInvalid: fields contradict each other, or a header is wrong.
     """
+    tools = () if body.tool_choice == "none" else tuple(map(tool_of, body.tools or ()))
+    check_demand(body.tool_choice, tools)
     if body.top_logprobs is not None and not (body.logprobs and 0 <= body.top_logprobs <= MAX_LOGPROBS):
         raise refused("top_logprobs", f"0 to {MAX_LOGPROBS}, and logprobs: true", body.top_logprobs)
-    tools = offered_tools(body)
-    _check_allowed(body.tool_choice, tools)
-    return _request(
-        body,
-        headers,
-        prompt=messages_of(body.messages),
-        max_tokens=_limit(body),
-        logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-        constraint=_constraint(body),
-        chat_template_kwargs=_variables(body),
-        tools=tuple(tool.model_dump(exclude_none=True) for tool in tools),
+    turns = turns_of(body.messages)
+    check_tools(body.tool_choice, tools, turns)
+    limit = _limit(body)
+    constraint = one_constraint(_format(body.response_format), body.structured_outputs)
+    variables = with_effort(body.chat_template_kwargs, body.reasoning_effort)
+    logprobs = (body.top_logprobs or 0) if body.logprobs else None
+    return ChatRequest(
+        turns,
+        request_of(body, headers, max_tokens=limit, logprobs=logprobs),
+        tools,
+        body.tool_choice,
+        parallel=body.parallel_tool_calls is not False,
+        constraint=constraint,
+        variables=variables,
+        starts=body.add_generation_prompt is not False,
+        goes_on=bool(body.continue_final_message),
+        shows_thoughts=body.include_reasoning is not False,
+        names=names(body),
     )
 
 
-def _variables(body: ChatBody) -> Mapping[str, Any]:
-    """Return what the template is told beside the messages.
+def turns_of(messages: Sequence[ChatMessage]) -> tuple[Turn, ...]:
+    """Return the turns that messages are."""
+    return tuple(
+        Turn(
+            message.role,
+            message.content or message.refusal or "",
+            message.name,
+            message.tool_call_id,
+            message.thought,
+            tuple(
+                Call(call.id, call.function.name, call.function.arguments) for call in message.tool_calls or ()
+            ),
+        )
+        for message in messages
+    )
 
-    Templates switch thinking off with other names than OpenAI's, and those that know none of them tell nobody.
+
+def tool_of(tool: chat_schema.Tool) -> Tool:
+    """Return a tool as conversations have it."""
+    function = tool.function
+    return Tool(function.name, function.description, function.parameters, function.strict)
+
+
+def one_constraint(wanted: Constraint | None, outputs: StructuredOutputs | None) -> Constraint | None:
+    """Return the constraint of a format, or of vLLM's way to say one.
+
+    Raises:
+        RequestInvalid: both are there.
     """
-    said, effort = body.chat_template_kwargs or {}, body.reasoning_effort
-    if effort is None:
-        return said
-    if said.get("reasoning_effort", effort) != effort:
-        raise refused("reasoning_effort", "the same as chat_template_kwargs has, or one of the two", effort)
-    off = dict.fromkeys(SWITCHES, False) if effort == "none" else {}
-    return off | said | {"reasoning_effort": effort}
+    structure = _structure(outputs)
+    if wanted and structure:
+        raise refused("structured_outputs", "none beside a response_format", "both")
+    return wanted or structure
 
 
 def _limit(body: ChatBody) -> int | None:
@@ -96,94 +129,36 @@ def completion_requests(
     prompt_logprobs = body.prompt_logprobs
     if body.echo and prompt_logprobs is None and (body.logprobs is not None or limit == 0):
         prompt_logprobs = body.logprobs or 0
+    constraint = _structure(body.structured_outputs)
     return [
-        _request(
+        request_of(
             body,
             headers,
             prompt=prompt,
             max_tokens=limit,
             prompt_logprobs=prompt_logprobs,
-            constraint=_structure(body.structured_outputs),
+            constraint=constraint,
         )
         for prompt in body.prompt
     ]
 
 
-def _request(body: GenerationBody, headers: Mapping[str, str], *, prompt: Prompt, **own: Any) -> Request:
-    """Return a request: fields of a body that it has too by name, then those that mean something else here."""
+def request_of(body: SamplingBody, headers: Mapping[str, str], *, prompt: Prompt = "", **own: Any) -> Request:
+    """Return the request of a body: what it takes over, then what means something else here.
+
+    Raises:
+        RequestInvalid: a header is wrong.
+    """
     own |= {"prompt": prompt, "usual_temperature": DEFAULT_TEMPERATURE, "priority": -(body.priority or 0)}
     own |= hinted(headers, body.min_generation or 0, body.user or "")
     if body.request_id is not None:
         own["id"] = body.request_id
-    return Request(**told(body, Request) | own)
+    return Request(**request_fields(body) | own)
 
 
-def messages_of(messages: Sequence[ChatMessage]) -> list[Message]:
-    """Return messages as chat templates know them.
-
-    Raises:
-        RequestInvalid: the arguments of their calls have too much in them.
-    """
-    check_texts(call.function.arguments for message in messages for call in message.tool_calls or ())
-    return [_message(message) for message in messages]
-
-
-def _message(message: ChatMessage) -> Message:
-    made: dict[str, Any] = {"role": role_of(message.role), "content": message.content or message.refusal or ""}
-    if message.name is not None:
-        made["name"] = message.name
-    if message.tool_call_id is not None:
-        made["tool_call_id"] = message.tool_call_id
-    if message.thought is not None:
-        made |= thought_of(message.thought)
-    if message.tool_calls:
-        made["tool_calls"] = [
-            {
-                "id": call.id,
-                "type": "function",
-                "function": {"name": call.function.name, "arguments": _arguments(call.function.arguments)},
-            }
-            for call in message.tool_calls
-        ]
-    return made
-
-
-def _arguments(text: str) -> Any:
-    """Return the arguments as an object, which templates write as JSON; text that is none stays text."""
-    try:
-        arguments = json.loads(text)
-    except (ValueError, RecursionError):
-        return text
-    return arguments if isinstance(arguments, dict) else text
-
-
-def offered_tools(body: ChatBody) -> tuple[Tool, ...]:
-    """Return the tools that the model is told of."""
-    return () if body.tool_choice == "none" else body.tools or ()
-
-
-def callable_tools(body: ChatBody) -> tuple[Tool, ...]:
-    """Return the tools that the answer may call."""
-    tools, choice = offered_tools(body), body.tool_choice
-    if not isinstance(choice, AllowedTools):
-        return tools
-    return tuple(tool for tool in tools if tool.function.name in choice.names)
-
-
-def is_forced(body: ChatBody) -> bool:
-    """True when the answer must be a call."""
-    choice = body.tool_choice
-    return choice == "required" or isinstance(choice, NamedTool) or getattr(choice, "mode", "") == "required"
-
-
-def _constraint(body: ChatBody) -> Constraint | None:
-    wanted, structure = _format(body.response_format), _structure(body.structured_outputs)
-    if wanted and structure:
-        raise refused("structured_outputs", "none beside a response_format", "both")
-    if is_forced(body):
-        demanded_tools(body)
-        return None  # it is made when the model is known
-    return wanted or structure
+def schema_constraint(schema: Mapping[str, Any]) -> Constraint:
+    """Return the constraint to texts that a JSON schema describes."""
+    return Constraint("json_schema", json.dumps(schema, ensure_ascii=False))
 
 
 def _format(response_format: ResponseFormat | None) -> Constraint | None:
@@ -191,7 +166,7 @@ def _format(response_format: ResponseFormat | None) -> Constraint | None:
         return None
     if response_format.json_schema is None:
         return Constraint("json_object")
-    return Constraint("json_schema", json.dumps(response_format.json_schema.schema_, ensure_ascii=False))
+    return schema_constraint(response_format.json_schema.schema_)
 
 
 def _structure(outputs: StructuredOutputs | None) -> Constraint | None:
@@ -208,32 +183,3 @@ def _structure(outputs: StructuredOutputs | None) -> Constraint | None:
         case {"json_object": True}:
             return Constraint("json_object", "", STRUCTURED)
     return None
-
-
-def _check_allowed(choice: ToolChoice | None, tools: Sequence[Tool]) -> None:
-    names = {tool.function.name for tool in tools}
-    for name in choice.names if isinstance(choice, AllowedTools) else ():
-        if name not in names:
-            raise refused("tool_choice", "tools that tools holds", name)
-
-
-def demanded_tools(body: ChatBody) -> Sequence[Tool]:
-    """Return the tools of which one must be called.
-
-    Raises:
-        RequestInvalid: there is none, or not the one that is named.
-    """
-    choice, tools = body.tool_choice, callable_tools(body)
-    if not tools:
-        raise refused("tool_choice", "auto or none, where there are no tools", getattr(choice, "name", choice))
-    if isinstance(choice, NamedTool):
-        tools = tuple(tool for tool in tools if tool.function.name == choice.name)
-        if not tools:
-            raise refused("tool_choice", "a tool that tools holds", choice.name)
-    return tools
-
-
-def refused(where: str, expected: str, found: object) -> RequestInvalid:
-    """Return the fault of a field that cannot be taken with the others."""
-    finding = Finding(code="E_BAD_FIELD", where=where, expected=expected, found=str(found))
-    return RequestInvalid("the request cannot be taken as it is.", [finding])

@@ -15,6 +15,7 @@ from pydantic_core import PydanticCustomError
 
 from inference_service.http.openai.schema_rules import ONE_STRUCTURE
 from inference_service.http.wire.body import Body, Examples
+from inference_service.http.wire.fields import Made, Noun, Same
 from inference_service.serving.pooling import MAX_INPUTS
 
 MAX_PROMPTS = 256
@@ -106,37 +107,37 @@ class StructuredOutputs(Body):
 class SamplingBody(Body):
     """What all bodies that ask for text have in common: what answers, and how its tokens are drawn."""
 
-    model: str
-    temperature: float | None = None
-    top_p: float | None = None
-    stop: Stops = ()
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    logit_bias: dict[int, float] | None = None
+    model: Same[str]
+    temperature: Same[float | None] = None
+    top_p: Same[float | None] = None
+    stop: Same[Stops] = ()
+    seed: Same[Annotated[int, Field(ge=-(2**63), lt=2**63)] | None] = None
+    presence_penalty: Same[float | None] = None
+    frequency_penalty: Same[float | None] = None
+    logit_bias: Same[dict[int, float] | None] = None
 
     # vLLM's
-    top_k: int | None = None
-    min_p: float | None = None
-    min_tokens: int | None = None
-    repetition_penalty: float | None = None
-    ignore_eos: bool | None = None
-    stop_token_ids: tuple[int, ...] | None = None
-    include_stop_str_in_output: bool | None = None
+    top_k: Same[int | None] = None
+    min_p: Same[float | None] = None
+    min_tokens: Same[int | None] = None
+    repetition_penalty: Same[float | None] = None
+    ignore_eos: Same[bool | None] = None
+    stop_token_ids: Same[tuple[int, ...] | None] = None
+    include_stop_str_in_output: Same[bool | None] = None
     structured_outputs: StructuredOutputs | None = None
-    bad_words: tuple[str, ...] | None = None
-    allowed_token_ids: tuple[int, ...] | None = None
-    cache_salt: str | None = None
-    request_id: str | None = None
-    skip_special_tokens: bool | None = None
+    bad_words: Same[tuple[str, ...] | None] = None
+    allowed_token_ids: Same[tuple[int, ...] | None] = None
+    cache_salt: Same[str | None] = None
+    request_id: Made[str | None] = None
+    skip_special_tokens: Same[bool | None] = None
     priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = None
     """Lower is earlier."""
-    lora_path: str | None = None
+    lora_path: Same[str | None] = None
     """SGLang's; the adapter that model names."""
 
     # ours
     min_generation: Annotated[int, Field(ge=0, lt=2**63)] | None = None
-    logprobs_mode: str | None = None
+    logprobs_mode: Same[str | None] = None
     """raw or processed; vLLM has it as a flag of the server."""
 
     user: str | None = None
@@ -153,17 +154,17 @@ class SamplingBody(Body):
 class GenerationBody(SamplingBody):
     """What chat and plain completions have in common."""
 
-    n: int | None = None
+    n: Same[int | None] = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    max_tokens: int | None = None
+    max_tokens: Same[int | None] = None
 
     # vLLM's
-    prompt_logprobs: int | None = None
+    prompt_logprobs: Same[int | None] = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
-    truncate_prompt_tokens: int | None = None
-    add_special_tokens: bool | None = None
+    truncate_prompt_tokens: Same[int | None] = None
+    add_special_tokens: Same[bool | None] = None
 
     @property
     def include_usage(self) -> bool:
@@ -186,9 +187,9 @@ class CompletionBody(GenerationBody):
         "stream": {"prompt": "Once", "max_tokens": 4, "stream": True},
     }
 
-    prompt: Prompts
+    prompt: Annotated[Prompts, Noun(also=("token_ids",), taken=False)]
     echo: bool | None = None
-    logprobs: int | None = None
+    logprobs: Same[int | None] = None
     best_of: int | None = None
     """Only the same as n."""
     suffix: None = None

@@ -10,25 +10,25 @@ from __future__ import annotations
 import secrets
 from collections.abc import Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Final
 
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
-from inference_service.http.openai.chat_schema import ChatBody, ChatMessage
-from inference_service.http.openai.conversation import Conversation, Told
-from inference_service.http.openai.mapping import SWITCHES, refused
-from inference_service.http.openai.schema import SamplingBody
+from inference_service.chat.conversation import Conversation, Told
+from inference_service.chat.request import ChatRequest, Turn
 from inference_service.http.responses.carried import carried
 from inference_service.http.responses.items import CallItem, Item, OutputItem
-from inference_service.http.responses.mapping import chat_of, in_words_of
+from inference_service.http.responses.mapping import chat_to_sum_up
 from inference_service.http.responses.output import Output
 from inference_service.http.responses.resource import usage_of
-from inference_service.http.responses.schema import CompactBody, ResponsesBody
-from inference_service.http.responses.turns import leading
+from inference_service.http.responses.schema import CompactBody
+from inference_service.http.responses.turns import PLACE, leading
 from inference_service.http.wire.body import read_body
 from inference_service.http.wire.reply import Head, Json, json_response
 from inference_service.http.wire.stream import while_connected
+from inference_service.serving.bounds import refused
 from inference_service.serving.request import Delta, Finished, Started
 from inference_service.serving.service import GenerationService
 from loramux_shared.faults import RequestInvalid
@@ -47,11 +47,9 @@ async def compact(service: GenerationService, http: HttpRequest) -> Response:
     body = await read_body(http, CompactBody)
     items = () if isinstance(body.input, str) else body.input
     _check_answered(items)
-    told = _as_response(body)
-    with in_words_of(told):
-        conversation = Conversation(service, asking(chat_of(told)), http.headers)
-        head = Head(f"resp_{conversation.request.id}", "response.compaction", body.model)
-        summary, usage = await while_connected(http.receive, _summary(conversation, head))
+    conversation = Conversation(service, asking(chat_to_sum_up(body, http.headers)))
+    head = Head(f"resp_{conversation.request.id}", "response.compaction", body.model)
+    summary, usage = await while_connected(http.receive, _summary(conversation, head))
     answer = {
         "id": head.id,
         "object": head.kind,
@@ -62,26 +60,12 @@ async def compact(service: GenerationService, http: HttpRequest) -> Response:
     return json_response(answer, headers=head.headers)
 
 
-def asking(chat: ChatBody) -> ChatBody:
+def asking(chat: ChatRequest) -> ChatRequest:
     """Return a chat that ends with the question for a summary; templates may refuse two turns of the user."""
-    *before, last = chat.messages
-    if last.role == "user":
-        asked = ChatMessage(role="user", content=f"{last.content}\n\n{ASK}")
-    else:
-        before, asked = [*chat.messages], ChatMessage(role="user", content=ASK)
-    return chat.model_copy(update={"messages": (*before, asked)})
-
-
-def _as_response(body: CompactBody) -> ResponsesBody:
-    """Return what would ask for an answer to the same conversation, as true to it as it can be."""
-    shared = {name: getattr(body, name) for name in SamplingBody.model_fields}
-    return ResponsesBody.model_construct(
-        **shared | {"temperature": 0.0 if body.temperature is None else body.temperature},
-        input=body.input,
-        instructions=body.instructions,
-        max_output_tokens=body.max_output_tokens,
-        chat_template_kwargs=dict.fromkeys(SWITCHES, False),  # reasoning would be lost, and takes the room
-    )
+    *before, last = chat.turns
+    if last.role != "user":
+        return replace(chat, turns=(*chat.turns, Turn("user", ASK, place=PLACE)))
+    return replace(chat, turns=(*before, replace(last, content=f"{last.content}\n\n{ASK}")))
 
 
 def _check_answered(items: Sequence[Item]) -> None:

@@ -9,10 +9,10 @@ from typing import Final
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
+from inference_service.chat.conversation import Conversation, Told
 from inference_service.core.sequence import FinishReason
-from inference_service.http.openai.conversation import Conversation, Told
 from inference_service.http.responses.fitting import fitted
-from inference_service.http.responses.mapping import chat_of, in_words_of
+from inference_service.http.responses.mapping import chat_of
 from inference_service.http.responses.output import Output, Status
 from inference_service.http.responses.resource import Resource
 from inference_service.http.responses.schema import ResponsesBody
@@ -32,11 +32,10 @@ FRAMING: Final = Framing(named_event, error_body, DONE)
 async def create_response(service: GenerationService, http: HttpRequest) -> Response:
     """Answer items with items."""
     body = await read_body(http, ResponsesBody)
-    with in_words_of(body):
-        chat = chat_of(body)
-        if body.truncation == "auto":
-            chat = await while_connected(http.receive, fitted(service, chat, http.headers))
-        answer = Answer(service, body, Conversation(service, chat, http.headers))
+    chat = chat_of(body, http.headers)
+    if body.truncation == "auto":
+        chat = await while_connected(http.receive, fitted(service, chat))
+    answer = Answer(service, body, Conversation(service, chat))
     if body.stream:
         return await open_stream(http.receive, answer.events(), answer.head, FRAMING)
     whole = await while_connected(http.receive, answer.whole())
@@ -46,8 +45,7 @@ async def create_response(service: GenerationService, http: HttpRequest) -> Resp
 async def count_input(service: GenerationService, http: HttpRequest) -> Response:
     """Count the tokens of what would be answered."""
     body = await read_body(http, ResponsesBody)
-    with in_words_of(body):
-        tokens = await Conversation(service, chat_of(body), http.headers).prompt_tokens()
+    tokens = await Conversation(service, chat_of(body, http.headers)).prompt_tokens()
     return json_response({"object": "response.input_tokens", "input_tokens": tokens})
 
 
@@ -96,19 +94,18 @@ class Answer:
 
     async def _told(self) -> AsyncGenerator[Json]:
         begun = False
-        with in_words_of(self._body):
-            async with aclosing(self._conversation.events()) as events:
-                async for event in events:
-                    match event:
-                        case Started():
-                            self._resource = await self._begin(event)
-                        case Told() if self._resource is not None:
-                            if not begun:
-                                begun = True
-                                for kind in ("created", "in_progress"):
-                                    yield {"type": f"response.{kind}", "response": self._resource.under_way()}
-                            for told in self._tell(self._resource, event):
-                                yield told
+        async with aclosing(self._conversation.events()) as events:
+            async for event in events:
+                match event:
+                    case Started():
+                        self._resource = await self._begin(event)
+                    case Told() if self._resource is not None:
+                        if not begun:
+                            begun = True
+                            for kind in ("created", "in_progress"):
+                                yield {"type": f"response.{kind}", "response": self._resource.under_way()}
+                        for told in self._tell(self._resource, event):
+                            yield told
 
     async def _begin(self, started: Started) -> Resource:
         self.head.begin(started)

@@ -16,8 +16,8 @@ from pydantic.json_schema import SkipJsonSchema
 from pydantic_core import PydanticCustomError
 from typing_extensions import TypedDict
 
-from inference_service.http.openai.chat_schema import RefusalPart, text_of, unsupported
-from inference_service.http.wire.body import Body
+from inference_service.http.openai.chat_schema import RefusalPart, text_of
+from inference_service.http.wire.body import Body, unsupported
 
 SAID: Final = {"input_text": "text", "output_text": "text", "text": "text", "refusal": "refusal"}
 """Parts that hold text, and their key for it."""

@@ -1,56 +1,70 @@
-"""From the body of a response to that of a chat, and from a chat's faults back to the fields of the body."""
+"""From the bodies of responses to conversations."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, Final
+from collections.abc import Mapping, Sequence
 
-from inference_service.http.openai.chat_schema import ChatBody, JsonSchema, ResponseFormat, Tool
-from inference_service.http.openai.mapping import refused
-from inference_service.http.openai.schema import SamplingBody
+from inference_service.chat.request import SWITCHES, ChatRequest, Turn, check_demand, check_tools, with_effort
+from inference_service.core.constraint import Constraint
+from inference_service.http.openai.mapping import NO_HEADERS, one_constraint, request_of, schema_constraint
 from inference_service.http.responses.items import CompactionItem, Item, OutputItem
-from inference_service.http.responses.schema import ResponsesBody, TextFormat
+from inference_service.http.responses.schema import CompactBody, ResponsesBody, TextFormat
 from inference_service.http.responses.tools import functions_of
-from inference_service.http.responses.turns import messages_of
-from loramux_shared.faults import Fault
-
-FIELDS: Final = {
-    "messages": "input",
-    "prompt": "input",
-    "max_tokens": "max_output_tokens",
-    "logprobs": "top_logprobs",
-    "response_format": "text.format",
-    "reasoning_effort": "reasoning.effort",
-}
-"""Fields of a chat that have another name here."""
-_MESSAGE: Final = re.compile(r"messages\[\d+\].*")
-_TOOL: Final = re.compile(r"tools\[(\d+)\]\.function\b")
+from inference_service.http.responses.turns import turns_of
+from inference_service.http.wire.fields import in_words_of, names
+from inference_service.serving.bounds import refused
 
 
-def chat_of(body: ResponsesBody) -> ChatBody:
-    """Return the chat that a body asks for.
+def chat_of(body: ResponsesBody, headers: Mapping[str, str] = NO_HEADERS) -> ChatRequest:
+    """Return the conversation that a body asks to go on with.
 
     Raises:
-        RequestInvalid: an output is that of no call, or reasoning or a compaction is not ours.
+        RequestInvalid: fields contradict each other, an output is that of no call, reasoning or a compaction is
+            not ours, or a header is wrong.
     """
+    with in_words_of(body):
+        turns = _turns(body)
+        choice = body.tool_choice
+        tools = () if choice == "none" else tuple(each.tool() for each in functions_of(body.tools))
+        check_demand(choice, tools)
+        check_tools(choice, tools, turns)
+        constraint = one_constraint(_format(body.text.format if body.text else None), body.structured_outputs)
+        effort = body.reasoning.effort if body.reasoning else None
+        return ChatRequest(
+            turns,
+            request_of(body, headers, logprobs=body.logprobs),
+            tools,
+            choice,
+            parallel=body.parallel_tool_calls is not False,
+            constraint=constraint,
+            variables=with_effort(body.chat_template_kwargs, effort),
+            names=names(body),
+        )
+
+
+def chat_to_sum_up(body: CompactBody, headers: Mapping[str, str] = NO_HEADERS) -> ChatRequest:
+    """Return the conversation that a body asks to sum up, of which an answer is as true as it can be.
+
+    Raises:
+        RequestInvalid: as `chat_of` does.
+    """
+    with in_words_of(body):
+        turns = _turns(body)
+        check_tools(None, (), turns)
+        temperature = 0.0 if body.temperature is None else body.temperature
+        return ChatRequest(
+            turns,
+            constraint=one_constraint(None, body.structured_outputs),
+            rest=request_of(body, headers, temperature=temperature),
+            variables=dict.fromkeys(SWITCHES, False),  # reasoning would be lost, and takes the room
+            names=names(body),
+        )
+
+
+def _turns(body: ResponsesBody | CompactBody) -> tuple[Turn, ...]:
     if not isinstance(body.input, str):
         _check_calls(body.input)
-    shared = {name: getattr(body, name) for name in SamplingBody.model_fields}
-    own: dict[str, Any] = {
-        "messages": messages_of(body.instructions, body.input),
-        "max_completion_tokens": body.max_output_tokens,
-        "logprobs": body.logprobs is not None,
-        "top_logprobs": body.logprobs,
-        "tools": _tools(body),
-        "tool_choice": body.tool_choice,
-        "parallel_tool_calls": body.parallel_tool_calls,
-        "response_format": _format(body.text.format if body.text else None),
-        "reasoning_effort": body.reasoning.effort if body.reasoning else None,
-        "chat_template_kwargs": body.chat_template_kwargs,
-    }
-    return ChatBody.model_construct(**shared | own)  # of values that were looked at
+    return turns_of(body.instructions, body.input)
 
 
 def _check_calls(items: Sequence[Item]) -> None:
@@ -67,38 +81,7 @@ def _check_calls(items: Sequence[Item]) -> None:
             calls.add(getattr(item, "call_id", ""))
 
 
-def _tools(body: ResponsesBody) -> tuple[Tool, ...] | None:
-    return None if body.tools is None else tuple(each.tool() for each in functions_of(body.tools))
-
-
-def _format(asked: TextFormat | None) -> ResponseFormat | None:
-    if asked is None:
+def _format(asked: TextFormat | None) -> Constraint | None:
+    if asked is None or asked.type == "text":
         return None
-    schema = None
-    if asked.schema_ is not None:
-        told = {"name": asked.name, "schema": asked.schema_}
-        schema = JsonSchema.model_validate(told | {"description": asked.description, "strict": asked.strict})
-    return ResponseFormat(type=asked.type, json_schema=schema)
-
-
-@contextmanager
-def in_words_of(body: ResponsesBody) -> Iterator[None]:
-    """Name the fields of faults as a body does.
-
-    Raises:
-        Fault: the same, about those.
-    """
-    try:
-        yield
-    except Fault as fault:
-        findings = [each.model_copy(update={"where": _field(each.where, body)}) for each in fault.findings]
-        raise type(fault)(fault.message, findings, fault.repository, fault.retry_after_s) from fault
-
-
-def _field(where: str, body: ResponsesBody) -> str:
-    if _MESSAGE.fullmatch(where):
-        return "input"
-    if tool := _TOOL.match(where):
-        places = [each.place for each in functions_of(body.tools)]
-        return places[int(tool[1])] + where[tool.end() :]
-    return FIELDS.get(where, where)
+    return Constraint("json_object") if asked.schema_ is None else schema_constraint(asked.schema_)

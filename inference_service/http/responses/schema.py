@@ -14,11 +14,13 @@ from pydantic import BeforeValidator, Field, PlainValidator, model_validator
 from pydantic_core import PydanticCustomError
 from typing_extensions import TypedDict
 
-from inference_service.http.openai.chat_schema import AllowedTools, Effort, NamedTool, ToolChoice, unsupported
+from inference_service.chat.request import AllowedTools, NamedTool, ToolChoice
+from inference_service.http.openai.chat_schema import Effort
 from inference_service.http.openai.schema import SamplingBody
 from inference_service.http.responses.items import NOTHING_STORED, Input
 from inference_service.http.responses.tools import ONLY_FUNCTIONS, Tools
-from inference_service.http.wire.body import Body, Examples
+from inference_service.http.wire.body import Body, Examples, unsupported
+from inference_service.http.wire.fields import Made, Noun
 from inference_service.serving.bounds import MAX_LOGPROBS
 
 LOGPROBS: Final = "message.output_text.logprobs"
@@ -126,7 +128,7 @@ class TextFormat(Body):
 class TextConfig(Body):
     """How the text is written."""
 
-    format: TextFormat | None = None
+    format: Annotated[TextFormat | None, Noun("response_format", taken=False)] = None
     verbosity: Annotated[None, _refused("Ask for it in instructions, or leave it out.", (None, "medium"))] = (
         None
     )
@@ -135,7 +137,7 @@ class TextConfig(Body):
 class Reasoning(Body):
     """How the model thinks."""
 
-    effort: Effort | None = None
+    effort: Annotated[Effort | None, Noun("reasoning_effort", taken=False)] = None
     summary: Literal["auto", "concise", "detailed"] | None = None
     """Accepted: nothing is summed up, all that was thought is the content of the item."""
     generate_summary: Literal["auto", "concise", "detailed"] | None = None
@@ -165,12 +167,12 @@ class ResponsesBody(SamplingBody):
         },
     }
 
-    input: Input
+    input: Annotated[Input, Noun("messages", also=("prompt",), taken=False)]
     instructions: str | None = None
-    max_output_tokens: int | None = None
+    max_output_tokens: Annotated[int | None, Noun("max_tokens")] = None
     max_tool_calls: Annotated[int, Field(ge=1)] | None = None
     """Accepted: it bounds the calls of hosted tools, and there are none."""
-    tools: Tools | None = None
+    tools: Made[Tools | None] = None
     tool_choice: Annotated[
         ToolChoice | None, PlainValidator(_choice, json_schema_input_type=ToolChoiceInput)
     ] = None
@@ -178,7 +180,9 @@ class ResponsesBody(SamplingBody):
     text: TextConfig | None = None
     reasoning: Reasoning | None = None
     include: tuple[Includable, ...] | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    top_logprobs: Annotated[
+        Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None, Noun("logprobs", taken=False)
+    ] = None
     truncation: Literal["auto", "disabled"] | None = None
     stream: bool | None = None
     stream_options: StreamingOptions | None = None
@@ -229,9 +233,9 @@ class CompactBody(SamplingBody):
         },
     }
 
-    input: Input
+    input: Annotated[Input, Noun("messages", also=("prompt",), taken=False)]
     instructions: str | None = None
-    max_output_tokens: int | None = None
+    max_output_tokens: Annotated[int | None, Noun("max_tokens")] = None
     """Of the summary."""
     previous_response_id: Annotated[None, _refused(NOTHING_STORED)] = None
     image: None = None

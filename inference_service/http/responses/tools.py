@@ -15,8 +15,8 @@ from pydantic import Discriminator, PlainValidator, Tag
 from pydantic.json_schema import SkipJsonSchema
 from pydantic_core import PydanticCustomError
 
-from inference_service.http.openai.chat_schema import Function, Tool, unsupported
-from inference_service.http.wire.body import Body
+from inference_service.chat.request import Tool
+from inference_service.http.wire.body import Body, unsupported
 from inference_service.http.wire.reply import Json
 
 ONLY_FUNCTIONS: Final = "Only functions are served, and namespaces of them."
@@ -97,13 +97,13 @@ class Offered:
     def tool(self) -> Tool:
         """Return it as a tool of a chat."""
         said = (self.namespace.description if self.namespace else "", self.function.description)
-        function = Function(
+        return Tool(
             name=self.name,
             description="\n".join(filter(None, said)) or None,
             parameters=self.function.parameters,
             strict=self.function.strict,
+            place=self.place,
         )
-        return Tool(type="function", function=function)
 
 
 def qualified(namespace: str | None, name: str) -> str:

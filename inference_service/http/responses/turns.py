@@ -1,4 +1,4 @@
-"""From items to the messages that chat templates know.
+"""From items to turns of a conversation.
 
 What the assistant did in one turn comes in several items, and is one message: reasoning, text and calls. So are
 the instructions and what systems and developers say before anybody else: templates know one system message. A
@@ -12,8 +12,7 @@ from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import Final
 
-from inference_service.http.openai.chat_schema import CalledFunction, ChatMessage, ToolCall
-from inference_service.http.openai.mapping import refused
+from inference_service.chat.request import Call, Turn
 from inference_service.http.responses.carried import uncarried
 from inference_service.http.responses.items import (
     CallItem,
@@ -24,22 +23,25 @@ from inference_service.http.responses.items import (
     ReasoningItem,
 )
 from inference_service.http.responses.tools import qualified
+from inference_service.serving.bounds import refused
 
 SYSTEM: Final = ("system", "developer")
+PLACE: Final = "input"
+"""Of every turn: clients sent items, and several can be one turn."""
 SUMMED_UP: Final = "What was said before, summed up:\n"
 """Stands before the summary of a compaction."""
 
 
-def messages_of(instructions: str | None, told: str | Sequence[Item]) -> tuple[ChatMessage, ...]:
-    """Return the messages of a text, or of items, behind the instructions.
+def turns_of(instructions: str | None, told: str | Sequence[Item]) -> tuple[Turn, ...]:
+    """Return the turns of a text, or of items, behind the instructions.
 
     Raises:
         RequestInvalid: reasoning or a compaction is not ours.
     """
-    said = [ChatMessage(role="user", content=told)] if isinstance(told, str) else [*_messages(told)]
-    before = [*takewhile(lambda message: message.role in SYSTEM, said)]
-    texts = [text for text in (instructions, *(message.content for message in before)) if text is not None]
-    system = [ChatMessage(role="system", content="\n\n".join(texts))] if texts else []
+    said = [Turn("user", told, place=PLACE)] if isinstance(told, str) else [*_turns(told)]
+    before = [*takewhile(lambda turn: turn.role in SYSTEM, said)]
+    texts = [text for text in (instructions, *(turn.content for turn in before)) if text is not None]
+    system = [Turn("system", "\n\n".join(texts), place=PLACE)] if texts else []
     return (*system, *said[len(before) :])
 
 
@@ -57,51 +59,51 @@ def _in_force(items: Sequence[Item]) -> Iterator[tuple[int, Item]]:
 
 
 @dataclass
-class _Turn:
-    """What the assistant did, as far as it was read."""
+class _Answer:
+    """What the assistant did in one turn, as far as it was read."""
 
     thought: list[str] = field(default_factory=list)
     said: list[str] = field(default_factory=list)
-    calls: list[ToolCall] = field(default_factory=list)
+    calls: list[Call] = field(default_factory=list)
 
     @property
-    def is_answer(self) -> bool:
+    def is_whole(self) -> bool:
         """True when more text or reasoning belongs to another turn; behind a call it belongs to this one."""
         return bool(self.said) and not self.calls
 
-    def message(self) -> Iterator[ChatMessage]:
-        """Yield the message of the turn; none where nothing was done."""
+    def turn(self) -> Iterator[Turn]:
+        """Yield the turn; none where nothing was done."""
         if self.thought or self.said or self.calls:
-            yield ChatMessage(
-                role="assistant",
-                content="\n".join(self.said) if self.said else None,
-                tool_calls=tuple(self.calls) or None,
-                reasoning_content="\n".join(self.thought) if self.thought else None,
+            yield Turn(
+                "assistant",
+                "\n".join(self.said),
+                thought="\n".join(self.thought) if self.thought else None,
+                calls=tuple(self.calls),
+                place=PLACE,
             )
 
 
-def _messages(items: Sequence[Item]) -> Iterator[ChatMessage]:
-    turn = _Turn()
+def _turns(items: Sequence[Item]) -> Iterator[Turn]:
+    answer = _Answer()
     for index, item in _in_force(items):
         theirs = isinstance(item, OutputItem) or (isinstance(item, MessageItem) and item.role != "assistant")
-        if theirs or (turn.is_answer and not isinstance(item, CallItem)):
-            yield from turn.message()
-            turn = _Turn()
+        if theirs or (answer.is_whole and not isinstance(item, CallItem)):
+            yield from answer.turn()
+            answer = _Answer()
         match item:
             case CompactionItem(encrypted_content=content):
-                yield ChatMessage(role="system", content=SUMMED_UP + _uncarried(content, index))
+                yield Turn("system", SUMMED_UP + _uncarried(content, index), place=PLACE)
             case OutputItem():
-                yield ChatMessage(role="tool", content=item.output, tool_call_id=item.call_id)
+                yield Turn("tool", item.output, call_id=item.call_id, place=PLACE)
             case MessageItem() if theirs:
-                yield ChatMessage(role=item.role, content=item.content)
+                yield Turn(item.role, item.content, place=PLACE)
             case MessageItem():
-                turn.said.append(item.content)
+                answer.said.append(item.content)
             case CallItem():
-                function = CalledFunction(name=qualified(item.namespace, item.name), arguments=item.arguments)
-                turn.calls.append(ToolCall(id=item.call_id, type="function", function=function))
+                answer.calls.append(Call(item.call_id, qualified(item.namespace, item.name), item.arguments))
             case ReasoningItem():
-                turn.thought += _thought(item, index)
-    yield from turn.message()
+                answer.thought += _thought(item, index)
+    yield from answer.turn()
 
 
 def _thought(item: ReasoningItem, index: int) -> list[str]:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -16,6 +15,7 @@ from starlette.responses import Response
 from inference_service.core.sequence import Vector
 from inference_service.http.vectors.pooling_schema import EmbeddingsBody, PoolingBody
 from inference_service.http.wire.body import read_body
+from inference_service.http.wire.fields import in_words_of, request_fields
 from inference_service.http.wire.reply import Head, Json
 from inference_service.http.wire.stream import while_connected
 from inference_service.serving.pooling import (
@@ -25,9 +25,8 @@ from inference_service.serving.pooling import (
     pooling_of,
     shaped,
 )
-from inference_service.serving.request import Prompt, Request, hinted, told
+from inference_service.serving.request import Prompt, Request, hinted
 from inference_service.serving.service import GenerationService
-from loramux_shared.faults import Fault
 from loramux_shared.pooling import Pooling
 
 MANY: Final = 1 << 14
@@ -37,7 +36,7 @@ MANY: Final = 1 << 14
 async def embeddings(service: GenerationService, http: HttpRequest) -> Response:
     """Make vectors of texts: their hidden states, pooled."""
     body = await read_body(http, EmbeddingsBody)
-    with telling("input"):
+    with in_words_of(body):
         pooling = pooling_of(body.pooling, service.usual_pooling)
         check_dimensions(body.dimensions, service.limits.hidden_size)
         requests = pooling_requests(body, body.input, pooling, http.headers)
@@ -59,26 +58,13 @@ def pooling_requests(
     own |= hinted(headers, body.min_generation or 0, body.user or "")
     if body.request_id is not None:
         own["id"] = body.request_id
-    fields = told(body, Request) | own
+    fields = request_fields(body) | own
     return [Request(**fields | {"prompt": prompt}) for prompt in prompts]
 
 
 async def everything(service: GenerationService, requests: Sequence[Request]) -> list[PooledPrompt]:
     """Return what becomes of all requests."""
     return [each async for each in pooled(service, requests)]
-
-
-@contextmanager
-def telling(name: str) -> Iterator[None]:
-    """Tell faults of prompts as of the field that they came in."""
-    try:
-        yield
-    except Fault as fault:
-        fault.findings = tuple(
-            each.model_copy(update={"where": name}) if each.where in ("prompt", "token_ids") else each
-            for each in fault.findings
-        )
-        raise
 
 
 def head_of(found: Sequence[PooledPrompt], body: PoolingBody, kind: str) -> Head:

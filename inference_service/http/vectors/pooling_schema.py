@@ -9,22 +9,23 @@ from pydantic_core import PydanticCustomError
 
 from inference_service.http.openai.schema import Inputs
 from inference_service.http.wire.body import Body, Examples
+from inference_service.http.wire.fields import Made, Noun, Same
 from inference_service.serving.pooling import MAX_INPUTS
 
 
 class PoolingBody(Body):
     """What requests for vectors and scores have in common."""
 
-    model: str
+    model: Same[str]
 
     # vLLM's
-    truncate_prompt_tokens: int | None = None
-    add_special_tokens: bool | None = None
-    cache_salt: str | None = None
-    request_id: str | None = None
+    truncate_prompt_tokens: Same[int | None] = None
+    add_special_tokens: Same[bool | None] = None
+    cache_salt: Same[str | None] = None
+    request_id: Made[str | None] = None
     priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = None
     """Lower is earlier."""
-    lora_path: str | None = None
+    lora_path: Same[str | None] = None
     """SGLang's; the adapter that model names."""
 
     # ours
@@ -42,7 +43,7 @@ class EmbeddingsBody(PoolingBody):
         "several": {"input": ["One", "Two"], "encoding_format": "base64", "pooling": "mean"},
     }
 
-    input: Inputs
+    input: Annotated[Inputs, Noun("prompt", also=("token_ids",), taken=False)]
     encoding_format: Literal["float", "base64"] | None = None
     """base64 is of float32, little endian."""
     dimensions: int | None = None
@@ -82,7 +83,7 @@ class ScoreBody(ScoringBody):
     examples: ClassVar[Examples] = {"one beside several": {"text_1": "late", "text_2": ["Refunds", "Delivery"]}}
 
     text_1: str | Texts
-    text_2: str | Texts
+    text_2: Annotated[str | Texts, Noun("prompt", also=("token_ids",), taken=False)]
     """One for all of the other, or as many of both."""
 
 
@@ -94,7 +95,7 @@ class RerankBody(ScoringBody):
     }
 
     query: str
-    documents: Annotated[Texts, BeforeValidator(_documents)]
+    documents: Annotated[Texts, BeforeValidator(_documents), Noun("prompt", also=("token_ids",), taken=False)]
     top_n: Annotated[int, Field(ge=1)] | None = None
     """Of the best so many; all when not set."""
     return_documents: bool | None = None
@@ -108,4 +109,4 @@ class ClassifyBody(ScoringBody):
 
     examples: ClassVar[Examples] = {"text": {"input": "My order is late."}}
 
-    input: Inputs
+    input: Annotated[Inputs, Noun("prompt", also=("token_ids",), taken=False)]

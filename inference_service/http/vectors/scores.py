@@ -7,12 +7,13 @@ from collections.abc import Mapping, Sequence
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
-from inference_service.http.openai.mapping import refused
-from inference_service.http.vectors.embeddings import head_of, pooling_requests, prompt_usage, telling
+from inference_service.http.vectors.embeddings import head_of, pooling_requests, prompt_usage
 from inference_service.http.vectors.pooling_schema import ClassifyBody, RerankBody, ScoreBody, ScoringBody
 from inference_service.http.wire.body import read_body
+from inference_service.http.wire.fields import in_words_of
 from inference_service.http.wire.reply import Head, Json, json_response
 from inference_service.http.wire.stream import while_connected
+from inference_service.serving.bounds import refused
 from inference_service.serving.pooling import ScoredPrompt, scored
 from inference_service.serving.request import Pair, Prompt, Request
 from inference_service.serving.service import GenerationService
@@ -22,7 +23,7 @@ from loramux_shared.pooling import Pooling
 async def score(service: GenerationService, http: HttpRequest) -> Response:
     """Score pairs of texts."""
     body = await read_body(http, ScoreBody)
-    with telling("text_2"):
+    with in_words_of(body):
         found = await _scored(service, http, body, _pairs(body), labels=1)
     data = [
         {"index": index, "object": "score", "score": float(_told(body, each)[0])}
@@ -34,7 +35,7 @@ async def score(service: GenerationService, http: HttpRequest) -> Response:
 async def rerank(service: GenerationService, http: HttpRequest) -> Response:
     """Order documents by how they score beside a query, the best first."""
     body = await read_body(http, RerankBody)
-    with telling("documents"):
+    with in_words_of(body):
         pairs = [Pair(body.query, document) for document in body.documents]
         found = await _scored(service, http, body, pairs, labels=1)
     scores = [float(_told(body, each)[0]) for each in found]
@@ -51,7 +52,7 @@ async def rerank(service: GenerationService, http: HttpRequest) -> Response:
 async def classify(service: GenerationService, http: HttpRequest) -> Response:
     """Tell the most likely label of each text, with the probabilities of all."""
     body = await read_body(http, ClassifyBody)
-    with telling("input"):
+    with in_words_of(body):
         found = await _scored(service, http, body, body.input)
     data = []
     for index, each in enumerate(found):

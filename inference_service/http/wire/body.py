@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Final, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import PydanticCustomError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
@@ -27,6 +28,11 @@ class Body(BaseModel):
     )
     examples: ClassVar[Examples] = {}
     """By what they show; their model is one that is served. They are valid, and tests send them."""
+
+
+def unsupported(found: str, served: str) -> PydanticCustomError:
+    """Return the error of what this server cannot honour, with what it can."""
+    return PydanticCustomError("unsupported", "{served}", {"found": found[:200], "served": served})
 
 
 B = TypeVar("B", bound=Body)

@@ -50,8 +50,6 @@ HTTP_CODES: Final = {
     413: "request_too_large",
     415: "unsupported_media_type",
 }
-PARAMS: Final = {"token_ids": "prompt", "constraint": "response_format"}
-"""Fields whose name in `serving` is not their name here."""
 AGAIN: Final = (429, 503, 529)
 """Statuses of what the same client may ask again."""
 MAX_SHOWN: Final = 8
@@ -69,7 +67,7 @@ def error_body(fault: Fault) -> Json:
     """Return the body that tells a fault."""
     first = fault.findings[0] if fault.findings else None
     reason = first.code if first and first.code in CODES else fault.reason
-    param = _param(first) if first else ""
+    param = first.where if first else ""
     if not param and fault.reason == "MODEL_NOT_FOUND":
         param = "model"
     return _body(message_of(fault), status_of(fault), param or None, CODES.get(reason, reason.lower()))
@@ -107,15 +105,9 @@ def _body(message: str, status: int, param: str | None, code: str) -> Json:
 
 def message_of(fault: Fault) -> str:
     """Return the message of a fault with its first findings."""
-    shown = [
-        str(item.model_copy(update={"code": "", "where": _param(item)})) for item in fault.findings[:MAX_SHOWN]
-    ]
+    shown = [str(item.model_copy(update={"code": ""})) for item in fault.findings[:MAX_SHOWN]]
     left_out = len(fault.findings) - len(shown)
     return " ".join([fault.message, "; ".join(shown)]).strip() + (f" ({left_out} more)" if left_out > 0 else "")
-
-
-def _param(finding: Finding) -> str:
-    return PARAMS.get(finding.where, finding.where)
 
 
 def invalid_body(error: ValidationError, known: Sequence[str]) -> RequestInvalid:

@@ -8,13 +8,12 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from inference_service.http.anthropic.mapping import Chat, chat_of
+from inference_service.chat.request import Call, ChatRequest, NamedTool
+from inference_service.http.anthropic.mapping import chat_of
 from inference_service.http.anthropic.schema import CountBody, MessagesBody
-from inference_service.http.openai.chat_schema import NamedTool
-from inference_service.http.openai.mapping import chat_request
 from inference_service.http.wire.anthropic_errors import fault_body
 from inference_service.http.wire.errors import invalid_body
-from loramux_shared.faults import Fault, Finding, QueueFull, RequestInvalid, ShuttingDown
+from loramux_shared.faults import Fault, QueueFull, RequestInvalid, ShuttingDown
 from tests.support.root import ROOT
 
 USER = {"role": "user", "content": "Hi"}
@@ -70,21 +69,19 @@ CLAUDE_CODE: dict[str, Any] = {
 }
 
 
-def _chat(**fields: Any) -> Chat:
+def _chat(**fields: Any) -> ChatRequest:
     return chat_of(MessagesBody.model_validate_json(json.dumps(BODY | fields)))
 
 
 def _refused(**fields: Any) -> Fault:
     """Return the fault of a body, whichever part of the door refuses it."""
     try:
-        chat = _chat(**fields)
+        _chat(**fields)
     except ValidationError as error:
         return invalid_body(error, list(MessagesBody.model_fields))
     except RequestInvalid as fault:
         return fault
-    with pytest.raises(RequestInvalid) as caught:
-        chat_request(chat.body)
-    return chat.retold(caught.value)
+    pytest.fail("it is taken")
 
 
 @pytest.mark.parametrize(
@@ -137,7 +134,7 @@ def test_what_is_not_taken_is_named(fields: dict[str, Any], where: str) -> None:
 
 def test_what_a_chat_refuses_is_named_in_this_apis_words() -> None:
     """Places of the chat that a body becomes are told as those of the body."""
-    chat = _chat(system="Be brief.", messages=[USER, *CLAUDE_CODE["messages"][1:]])
+    chat = _chat(system="Be brief.", tools=[TOOL] * 4, messages=[USER, *CLAUDE_CODE["messages"][1:]])
     told = {
         "messages[0].content": "system",
         "messages[1].content": "messages[0].content[0]",
@@ -150,45 +147,33 @@ def test_what_a_chat_refuses_is_named_in_this_apis_words() -> None:
         "response_format": "output_config.format",
         "top_p": "top_p",
     }
-    fault = RequestInvalid("no.", [Finding(code="E_BAD_FIELD", where=where) for where in told])
-    assert [finding.where for finding in chat.retold(fault).findings] == list(told.values())
+    assert [chat.place(where) for where in told] == list(told.values())
 
 
 def test_a_body_of_claude_code() -> None:
     """Blocks become turns as templates know them; what says how prompts are cached is taken."""
-    body = _chat(**CLAUDE_CODE).body
-    assert [message.role for message in body.messages] == [
-        "system",
-        "user",
-        "assistant",
-        "tool",
-        "tool",
-        "user",
-    ]
-    system, user, assistant, result, failed, last = body.messages
+    chat = _chat(**CLAUDE_CODE)
+    assert [turn.role for turn in chat.turns] == ["system", "user", "assistant", "tool", "tool", "user"]
+    system, user, assistant, result, failed, last = chat.turns
     assert (system.content, user.content) == (
         "You are an agent.\nBe brief.",
         "<system-reminder>x</system-reminder>\nList.",
     )
-    assert (assistant.content, assistant.reasoning_content) == ("I look.", "I list.")
-    calls = assistant.tool_calls or ()
-    assert [(call.id, call.function.name, call.function.arguments) for call in calls] == [
-        ("c1", "Bash", '{"command": "ls"}'),
-        ("c2", "Read", "{}"),
-    ]
-    assert (result.tool_call_id, result.content) == ("c1", "a b")
-    assert (failed.tool_call_id, failed.content, last.content) == ("c2", "Error: no file", "Go on.")
-    assert [tool.function.name for tool in body.tools or ()][-1] == "mcp__files__list"
-    assert (body.user, body.max_tokens, body.stream) == ("user_0_account__session_0", 32000, True)
-    assert body.chat_template_kwargs == {"enable_thinking": True, "thinking": True}
-    assert (body.reasoning_effort, body.continue_final_message) == ("xhigh", False)
+    assert (assistant.content, assistant.thought) == ("I look.", "I list.")
+    assert assistant.calls == (Call("c1", "Bash", '{"command": "ls"}'), Call("c2", "Read", "{}"))
+    assert (result.call_id, result.content) == ("c1", "a b")
+    assert (failed.call_id, failed.content, last.content) == ("c2", "Error: no file", "Go on.")
+    assert [tool.name for tool in chat.tools][-1] == "mcp__files__list"
+    assert (chat.rest.sticky_key, chat.rest.max_tokens) == ("user_0_account__session_0", 32000)
+    assert chat.variables == {"enable_thinking": True, "thinking": True, "reasoning_effort": "xhigh"}
+    assert not chat.goes_on
 
 
 def test_turns_of_one_role_are_one() -> None:
     """As the API says; a result between texts of a user stays between them."""
     said = [{"role": "assistant", "content": [USE]}, {"role": "user", "content": [RESULT]}, USER, USER]
-    messages = _chat(messages=[USER, USER, *said]).body.messages
-    assert [(message.role, message.content) for message in messages] == [
+    turns = _chat(messages=[USER, USER, *said]).turns
+    assert [(turn.role, turn.content) for turn in turns] == [
         ("user", "Hi\nHi"),
         ("assistant", ""),
         ("tool", "blue"),
@@ -198,31 +183,31 @@ def test_turns_of_one_role_are_one() -> None:
 
 def test_the_answer_goes_on_with_the_assistants_turn() -> None:
     """A last turn of the assistant is the beginning of the answer."""
-    body = _chat(messages=[USER, {"role": "assistant", "content": "The sky is"}]).body
-    assert (body.continue_final_message, body.add_generation_prompt) == (True, False)
+    chat = _chat(messages=[USER, {"role": "assistant", "content": "The sky is"}])
+    assert (chat.goes_on, chat.starts) == (True, False)
 
 
 @pytest.mark.parametrize(
     ("choice", "chosen", "parallel"),
     [
-        (None, None, None),
-        ({"type": "auto"}, "auto", None),
+        (None, None, True),
+        ({"type": "auto"}, "auto", True),
         ({"type": "auto", "disable_parallel_tool_use": True}, "auto", False),
-        ({"type": "any"}, "required", None),
-        ({"type": "none"}, "none", None),
-        ({"type": "tool", "name": "look"}, NamedTool("look"), None),
+        ({"type": "any"}, "required", True),
+        ({"type": "none"}, "none", True),
+        ({"type": "tool", "name": "look"}, NamedTool("look"), True),
     ],
 )
-def test_tool_choices(choice: Any, chosen: Any, parallel: bool | None) -> None:
+def test_tool_choices(choice: Any, chosen: Any, parallel: bool) -> None:
     """Each has its word in a chat."""
-    body = _chat(tools=[TOOL], tool_choice=choice).body
-    assert (body.tool_choice, body.parallel_tool_calls) == (chosen, parallel)
+    chat = _chat(tools=[TOOL], tool_choice=choice)
+    assert (chat.choice, chat.parallel) == (chosen, parallel)
 
 
 def test_examples_of_inputs_are_told_with_the_description() -> None:
     """Templates have no place of their own for them."""
-    [tool] = _chat(tools=[TOOL | {"description": "Looks.", "input_examples": [{"at": "sky"}]}]).body.tools or ()
-    assert tool.function.description == 'Looks.\nExamples of its input:\n{"at": "sky"}'
+    [tool] = _chat(tools=[TOOL | {"description": "Looks.", "input_examples": [{"at": "sky"}]}]).tools
+    assert tool.description == 'Looks.\nExamples of its input:\n{"at": "sky"}'
 
 
 @pytest.mark.parametrize("where", ["output_format", "output_config"])
@@ -230,25 +215,25 @@ def test_a_schema_constrains_the_answer(where: str) -> None:
     """Under its old name and its new one, beside tools too."""
     fields = {where: SCHEMA if where == "output_format" else {"format": SCHEMA}}
     for choice in ({}, {"tool_choice": {"type": "none"}}):
-        request = chat_request(_chat(tools=[TOOL], **choice, **fields).body)
-        assert request.constraint is not None
-        assert (request.constraint.kind, request.constraint.text) == ("json_schema", '{"type": "object"}')
+        constraint = _chat(tools=[TOOL], **choice, **fields).constraint
+        assert constraint is not None
+        assert (constraint.kind, constraint.text) == ("json_schema", '{"type": "object"}')
 
 
 def test_null_is_not_set() -> None:
     """In blocks and tools as in bodies, whatever the name."""
     names = set(MessagesBody.model_fields) - set(BODY)
-    chat = _chat(**dict.fromkeys(names))
-    assert chat.body.temperature is None
-    assert chat.body.stop == ()
+    asked = _chat(**dict.fromkeys(names)).rest
+    assert asked.temperature is None
+    assert asked.stop == ()
 
 
 def test_what_is_counted_is_what_is_asked() -> None:
     """Both routes make the same messages of a body."""
     fields = {name: value for name, value in CLAUDE_CODE.items() if name in CountBody.model_fields}
-    counted = chat_of(CountBody.model_validate_json(json.dumps(fields))).body
-    asked = _chat(**CLAUDE_CODE).body
-    same = ("messages", "tools", "chat_template_kwargs", "reasoning_effort", "continue_final_message")
+    counted = chat_of(CountBody.model_validate_json(json.dumps(fields)))
+    asked = _chat(**CLAUDE_CODE)
+    same = ("turns", "tools", "variables", "goes_on")
     assert all(getattr(counted, name) == getattr(asked, name) for name in same)
 
 

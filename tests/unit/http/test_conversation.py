@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer
 
+from inference_service.chat.conversation import Conversation, Told
 from inference_service.chat.pieces import Piece
 from inference_service.core.sequence import FinishReason
 from inference_service.http.openai.chat_schema import ChatBody
-from inference_service.http.openai.conversation import Conversation, Told
-from inference_service.http.openai.mapping import NO_HEADERS
+from inference_service.http.openai.mapping import chat_of
 from inference_service.serving.request import Delta, Event, Finished, Request, Started
 from inference_service.serving.telemetry.record import Record, Watcher
 from inference_service.text.chat_template import ChatTemplate
@@ -52,8 +52,8 @@ class Speaks(Scripted):
         model = self.catalog.get(request.model)
         turns: Any = request.prompt
         tokens = await self.text.encode_messages(turns, 9999, None, (), request.chat_template_kwargs)
-        if request.constraint_for is not None:
-            made = request.constraint_for(self.text.end_of(tokens))
+        if request.constraint_by_ending is not None:
+            made = request.constraint_by_ending.behind(self.text.end_of(tokens))
             self.constraint = f"{made.around}{made.text}" if made else ""
         yield Started(request.id, model, 7, len(tokens), self.text, tuple(tokens))
         [says] = self._case.answers
@@ -66,7 +66,7 @@ async def ask(service: Speaks, **fields: Any) -> Heard:
     """Return what an answer says."""
     body = ChatBody.model_validate_json(json.dumps({"model": "tiny", "messages": [USER]} | fields))
     pieces: list[Piece] = []
-    async for event in Conversation(service, body, NO_HEADERS).events():
+    async for event in Conversation(service, chat_of(body)).events():
         if isinstance(event, Told):
             pieces += event.pieces
     return heard(pieces)

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from inference_service.chat.request import NamedTool
 from inference_service.http.admin.tokens_schema import TokenizeBody
-from inference_service.http.openai.chat_schema import ChatBody, NamedTool
-from inference_service.http.openai.mapping import messages_of
+from inference_service.http.openai.chat_schema import ChatBody
+from inference_service.http.openai.mapping import turns_of
 from inference_service.http.openai.schema import MAX_PROMPTS, CompletionBody
 from inference_service.http.wire.body import Body
 from inference_service.http.wire.errors import error_body, invalid_body, param_of
@@ -185,7 +186,7 @@ def test_messages_become_what_templates_know() -> None:
         {"role": "tool", "content": "42", "tool_call_id": "c1"},
     ]
     body = ChatBody.model_validate_json(json.dumps(CHAT | {"messages": sent}))
-    system, user, assistant, tool = messages_of(body.messages)
+    system, user, assistant, tool = (turn.message() for turn in turns_of(body.messages))
     assert system == {"role": "system", "content": "Be brief."}
     assert user == {"role": "user", "content": "a\nb", "name": "Ann"}
     assert assistant["content"] == ""
@@ -198,7 +199,7 @@ def test_what_was_thought_comes_back_by_both_names(name: str) -> None:
     """Templates know one name or the other, and a turn of thoughts alone is a turn."""
     sent = [{"role": "assistant", name: "Hm."}]
     body = ChatBody.model_validate_json(json.dumps(CHAT | {"messages": sent}))
-    [turn] = messages_of(body.messages)
+    [turn] = (turn.message() for turn in turns_of(body.messages))
     assert turn == {"role": "assistant", "content": "", "reasoning": "Hm.", "reasoning_content": "Hm."}
 
 

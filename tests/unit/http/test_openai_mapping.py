@@ -10,7 +10,7 @@ import pytest
 
 from inference_service.adapters.catalog import Catalog
 from inference_service.http.openai.chat_schema import ChatBody
-from inference_service.http.openai.mapping import NO_HEADERS, chat_request, completion_requests
+from inference_service.http.openai.mapping import NO_HEADERS, chat_of, completion_requests
 from inference_service.http.openai.schema import CompletionBody
 from inference_service.serving.request import Request
 from inference_service.serving.service import GenerationService, ServingLimits
@@ -31,7 +31,7 @@ class Named(GenerationService):
 
 def _chat(headers: Mapping[str, str] = NO_HEADERS, **fields: Any) -> Request:
     body = {"model": "base", "messages": [{"role": "user", "content": "x"}]} | fields
-    return chat_request(ChatBody.model_validate_json(json.dumps(body)), headers)
+    return chat_of(ChatBody.model_validate_json(json.dumps(body)), headers).request()
 
 
 def _completion(service: Named | None = None, **fields: Any) -> Request:

@@ -12,27 +12,27 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from inference_service.chat.pieces import CallArguments, CallBegun, Piece, Said, Thought
+from inference_service.chat.request import ChatRequest
 from inference_service.core.sequence import Token
+from inference_service.http.openai import mapping as openai
 from inference_service.http.openai.chat_schema import ChatBody
-from inference_service.http.openai.mapping import callable_tools, chat_request, is_forced, messages_of
 from inference_service.http.responses.carried import carried, uncarried
-from inference_service.http.responses.mapping import chat_of, in_words_of
+from inference_service.http.responses.mapping import chat_of
 from inference_service.http.responses.output import Output
 from inference_service.http.responses.schema import ResponsesBody
-from loramux_shared.faults import Finding, RequestInvalid
 
 FUNCTION = {"name": "f", "description": "d", "parameters": {"type": "object"}, "strict": True}
 SCHEMA = {"name": "n", "schema": {"type": "object"}, "strict": True}
 PIRATE = {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "Ahoy"}]}
 
 
-def _chat(**fields: Any) -> ChatBody:
+def _chat(**fields: Any) -> ChatRequest:
     body = {"model": "m", "input": "Hi"} | fields
     return chat_of(ResponsesBody.model_validate_json(json.dumps(body)))
 
 
 def _turns(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [dict(message) for message in messages_of(_chat(input=items).messages)]
+    return [dict(turn.message()) for turn in _chat(input=items).turns]
 
 
 def test_a_type_that_is_null_is_not_set() -> None:
@@ -174,8 +174,9 @@ def test_items_of_a_turn_are_one_message(items: list[dict[str, Any]], turns: lis
 def test_a_response_is_a_chat(here: dict[str, Any], there: dict[str, Any]) -> None:
     """Both doors ask the engine for the same."""
     body = {"model": "m", "messages": [{"role": "user", "content": "Hi"}]} | there
-    asked, chat = chat_request(_chat(**here)), chat_request(ChatBody.model_validate_json(json.dumps(body)))
-    assert replace(asked, id="") == replace(chat, id="")
+    asked, chat = _chat(**here), openai.chat_of(ChatBody.model_validate_json(json.dumps(body)))
+    assert replace(asked.request(), id="") == replace(chat.request(), id="")
+    assert (asked.choice, asked.parallel, asked.constraint) == (chat.choice, chat.parallel, chat.constraint)
 
 
 @pytest.mark.parametrize("mode", ["auto", "required"])
@@ -186,18 +187,17 @@ def test_allowed_tools_are_told_with_the_others(mode: str) -> None:
     nested = [{"type": "function", "function": {"name": name}} for name in ("f", "g")]
     choice = {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": nested[1:]}}
     body = {"model": "m", "messages": [USER], "tools": nested, "tool_choice": choice}
-    for chat in (here, ChatBody.model_validate_json(json.dumps(body))):
-        request = chat_request(chat)
-        assert [tool["function"]["name"] for tool in request.tools] == ["f", "g"]
-        assert [tool.function.name for tool in callable_tools(chat)] == ["g"]
-        assert is_forced(chat) == (mode == "required")
-        assert request.constraint is None  # it is made when the model is known, of callable tools
+    for chat in (here, openai.chat_of(ChatBody.model_validate_json(json.dumps(body)))):
+        assert [tool["function"]["name"] for tool in chat.request().tools] == ["f", "g"]
+        assert [tool.name for tool in chat.callable_tools] == ["g"]
+        assert chat.forced == (mode == "required")
+        assert chat.request().constraint is None  # it is made when the model is known, of callable tools
 
 
 @pytest.mark.parametrize(
     ("where", "here"),
     [
-        ("messages[3].tool_calls[0].function.name", "input"),
+        ("messages[0].tool_calls[0].function.name", "input"),
         ("messages", "input"),
         ("tools[0].function.name", "tools[0].name"),
         ("tools[2].function.name", "tools[1].tools[1].name"),
@@ -211,10 +211,7 @@ def test_faults_name_the_fields_of_the_body(where: str, here: str) -> None:
     """Whoever asked for a response has never heard of messages."""
     tool = {"type": "function", "name": "f"}
     tools = [tool, {"type": "namespace", "name": "n", "description": "d", "tools": [tool, tool]}]
-    body = ResponsesBody.model_validate_json(json.dumps({"model": "m", "input": "x", "tools": tools}))
-    with pytest.raises(RequestInvalid, match=r"^no\.") as caught, in_words_of(body):
-        raise RequestInvalid("no.", [Finding(code="E_BAD_FIELD", where=where)])
-    assert [finding.where for finding in caught.value.findings] == [here]
+    assert _chat(tools=tools).place(where) == here
 
 
 def test_reasoning_that_was_carried_is_read_and_nothing_else() -> None:

@@ -55,7 +55,7 @@ UNBOUNDED = {
     "ignore_eos", "include_stop_str_in_output", "skip_special_tokens",
     "add_generation_prompt", "continue_final_message", "add_special_tokens", "shown_special_tokens",
     # with rules of their own in `bounds` and `turns`
-    "prompt", "pooling", "tools", "constraint", "constraint_for", "logprobs_mode", "chat_template_kwargs",
+    "prompt", "pooling", "tools", "constraint", "constraint_by_ending", "logprobs_mode", "chat_template_kwargs",
     "bad_words_token_ids",
     # looked up, compared, hashed, or the server's own
     "model", "adapters", "lora_path", "min_generation", "sticky_key", "priority", "deadline_s", "id", "served",

@@ -1,0 +1,151 @@
+"""A chat between its request and its answers: what the model's dialect makes of both."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Final
+
+from inference_service.chat.demands import Demand
+from inference_service.chat.dialect import Dialect, dialect_of
+from inference_service.chat.formats.frame import Thinking
+from inference_service.chat.formats.lark import Asked
+from inference_service.chat.pieces import CallArguments, CallBegun, Calls, Piece, Reading, Said, Thought
+from inference_service.chat.request import ANY_ARGUMENTS, ChatRequest, Tool, naming
+from inference_service.core.constraint import ByEnding, Constraint
+from inference_service.serving.request import Delta, Finished, Message, PromptLogprobs, Request, Started
+from inference_service.serving.service import GenerationService
+from inference_service.text.text import Text
+from loramux_shared.parsers import ReasoningParser, ToolParser
+
+ConstraintAt = Callable[[str], Constraint | None]
+"""Makes the constraint of answers to a prompt that ends with a text."""
+UNKNOWN: Final = Dialect(ToolParser.AUTO, ReasoningParser.AUTO)
+
+
+@dataclass(frozen=True)
+class Told:
+    """More of an answer, or its end, and what that says."""
+
+    event: Delta | Finished
+    pieces: list[Piece]
+
+
+class Conversation:
+    """One request and its n answers; faults name fields as the client does."""
+
+    def __init__(self, service: GenerationService, chat: ChatRequest) -> None:
+        self._service = service
+        self._chat = chat
+        self._tools = chat.callable_tools
+        self._dialect = UNKNOWN
+        """Of the model that answers, once that is known."""
+        self.request = chat.request()
+
+    async def events(self) -> AsyncGenerator[Started | PromptLogprobs | Told]:
+        """Yield what `GenerationService.generate` does, with the answers read.
+
+        Raises:
+            Fault: as it does.
+        """
+        readings: list[Reading] = []
+        with naming(self._chat.place):
+            request, constraint_at = await self._looked_up()
+            with self._service.following_to_its_end(request):
+                constraint = self._constraint(constraint_at)
+            request = replace(request, constraint_by_ending=constraint)
+            async with aclosing(self._service.generate(request)) as events:
+                async for event in events:
+                    match event:
+                        case Started():
+                            opened = self._opened(event)
+                            readings = [self._reading(opened) for _ in range(request.n)]
+                            yield event
+                        case PromptLogprobs():
+                            yield event
+                        case Delta():
+                            yield Told(event, self._wanted(readings[event.index].push(event.text)))
+                        case Finished():
+                            yield Told(event, self._wanted(readings[event.index].finish()))
+
+    async def prompt_tokens(self) -> int:
+        """Return how many tokens the prompt has, also one that leaves no room for an answer.
+
+        Raises:
+            Fault: as `GenerationService.tokenize` does.
+        """
+        with naming(self._chat.place):
+            request, _ = await self._looked_up()
+            return len(await self._service.tokenize(request))
+
+    async def _looked_up(self) -> tuple[Request, ConstraintAt | None]:
+        """Return the request as the model that answers it wants it, and what makes its constraint."""
+        served, defaults = await self._service.look_up(self.request)
+        text = defaults.text or self._service.text
+        self._dialect = dialect_of(text, defaults.template, self._service.parsers)
+        constraint_at = self._constraint_at(text)
+        end = self._dialect.form.end if self._chat.one_call and not self._chat.forced else ""
+        messages: list[Message] = [turn for turn in self.request.prompt if isinstance(turn, Mapping)]
+        request = replace(
+            self.request,
+            served=served,
+            prompt=self._dialect.turns(messages),
+            shown_special_tokens=self._dialect.tokens if self._tools else self._dialect.thinking_tokens,
+            stop=(*self.request.stop, end) if end else self.request.stop,
+        )
+        return request, constraint_at
+
+    def _constraint_at(self, text: Text) -> ConstraintAt | None:
+        """Return what makes the constraint of the answers to a prompt with an end; None: there is none."""
+        demand, several = Demand(self._dialect, text), not self._chat.one_call
+        if self._chat.forced:
+            tools = [_asked(tool) for tool in self._tools]
+            grammar = demand.form(tools, several=several)
+            if grammar is None:
+                self._dialect = replace(self._dialect, tool=ToolParser.LLAMA3_JSON)  # which has no marks
+            return partial(demand.calls, tools, grammar)
+        strict = [tool.name for tool in self._tools if tool.strict]
+        tools = [_asked(tool, free=not tool.strict) for tool in self._tools]
+        wanted = self._chat.constraint
+        if tools:
+            if wanted is not None:
+                return partial(demand.calls_or, wanted, tools, several)
+            restricted = self.request.allowed_token_ids is not None or self.request.bad_words
+            return partial(demand.free, tools, strict) if strict or not restricted else None
+        return None if wanted is None else partial(demand.behind_reasoning, wanted)
+
+    def _constraint(self, constraint_at: ConstraintAt | None) -> ByEnding | None:
+        """Return the constraint for each way in which a prompt can end."""
+        if constraint_at is None:
+            return None
+        return ByEnding(tuple((end, constraint_at(end)) for end in (*self._dialect.endings, "")))
+
+    def _opened(self, started: Started) -> Thinking | None:
+        """Return the reasoning that the answers go on with, if they do."""
+        if not self._dialect.thinking:
+            return None
+        if self._chat.goes_on:
+            return self._dialect.within(self._chat.turns[-1].content)
+        return self._dialect.opened(started.text.end_of(started.prompt_token_ids))
+
+    def _reading(self, opened: Thinking | None) -> Reading:
+        offered = {tool.name: tool.parameters or {} for tool in self._tools}
+        return self._dialect.reading(Calls(offered, self._dialect.form.new_id), opened)
+
+    def _wanted(self, pieces: Sequence[Piece]) -> list[Piece]:
+        """Return the pieces that the client asks for."""
+        return [piece for piece in pieces if self._wants(piece)]
+
+    def _wants(self, piece: Piece) -> bool:
+        if isinstance(piece, Thought):
+            return self._chat.shows_thoughts
+        if isinstance(piece, Said):
+            return not self._chat.forced  # it can only be a call that was cut off before its name
+        return not (self._chat.one_call and isinstance(piece, CallBegun | CallArguments) and piece.index)
+
+
+def _asked(tool: Tool, *, free: bool = False) -> Asked:
+    """Return a tool as a grammar knows it; free: any arguments will do."""
+    return Asked(tool.name, ANY_ARGUMENTS if free else tool.parameters or ANY_ARGUMENTS)

@@ -1,0 +1,268 @@
+"""A conversation that is to be gone on with, whatever API it came through: turns, tools, and what is wanted."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, Final, Literal
+
+from inference_service.core.constraint import Constraint
+from inference_service.serving.bounds import refused
+from inference_service.serving.request import Message, Request
+from inference_service.serving.sizes import check_texts
+from inference_service.serving.turns import role_of, thought_of
+from loramux_shared.faults import Fault
+
+SWITCHES: Final = ("enable_thinking", "thinking")
+"""Variables with which templates turn thinking on and off: of Qwen, SmolLM and Gemma; of Granite."""
+ANY_ARGUMENTS: Final[Mapping[str, Any]] = {"type": "object"}
+_TURN: Final = re.compile(r"messages\[(\d+)\]")
+_TOOL: Final = re.compile(r"tools\[(\d+)\]\.function\b")
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call that the assistant made earlier."""
+
+    id: str
+    name: str
+    arguments: str
+    """A JSON object, as the model wrote it."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What one side said."""
+
+    role: str
+    content: str = ""
+    name: str | None = None
+    call_id: str | None = None
+    """Of the call whose result this is."""
+    thought: str | None = None
+    """What the assistant thought."""
+    calls: tuple[Call, ...] = ()
+    place: str = ""
+    """In the client's body; empty: ``messages[INDEX]``, with what stands below it."""
+
+    def message(self) -> Message:
+        """Return it as chat templates know it."""
+        made: dict[str, Any] = {"role": role_of(self.role), "content": self.content}
+        if self.name is not None:
+            made["name"] = self.name
+        if self.call_id is not None:
+            made["tool_call_id"] = self.call_id
+        if self.thought is not None:
+            made |= thought_of(self.thought)
+        if self.calls:
+            made["tool_calls"] = [
+                {
+                    "id": call.id,
+                    "type": "function",
+                    "function": {"name": call.name, "arguments": _arguments(call.arguments)},
+                }
+                for call in self.calls
+            ]
+        return made
+
+
+@dataclass(frozen=True)
+class Tool:
+    """A function that the model may call."""
+
+    name: str
+    description: str | None = None
+    parameters: Mapping[str, Any] | None = None
+    """A JSON schema; None: any arguments."""
+    strict: bool | None = None
+    """Calls that the model makes of its own accord keep to the schema; those that are demanded always do."""
+    place: str = ""
+    """In the client's body; empty: ``tools[INDEX].function``."""
+
+    def rendered(self) -> Mapping[str, Any]:
+        """Return it as chat templates know it."""
+        said = {
+            "name": self.name,
+            "description": self.description,
+            "parameters": self.parameters,
+            "strict": self.strict,
+        }
+        return {
+            "type": "function",
+            "function": {name: value for name, value in said.items() if value is not None},
+        }
+
+
+@dataclass(frozen=True)
+class NamedTool:
+    """A choice that is a function: the model must call it."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class AllowedTools:
+    """A choice of some of the tools: the model is told of all, and may call these."""
+
+    mode: Literal["auto", "required"]
+    """Whether it must."""
+    names: tuple[str, ...]
+
+
+ToolChoice = Literal["none", "auto", "required"] | NamedTool | AllowedTools
+
+
+@dataclass(frozen=True)
+class ChatRequest:
+    """A conversation, and what its answers are to be."""
+
+    turns: tuple[Turn, ...]
+    rest: Request
+    """What is asked beside the conversation: the model, how answers are drawn and told. Its prompt is empty."""
+    tools: tuple[Tool, ...] = ()
+    """Those that the model is told of."""
+    choice: ToolChoice | None = None
+    """None: auto."""
+    parallel: bool = True
+    """Whether an answer may make several calls."""
+    constraint: Constraint | None = None
+    """What the text of an answer must look like, where it is no call."""
+    variables: Mapping[str, Any] = field(default_factory=dict)
+    """Of the chat template, beside the usual ones."""
+    starts: bool = True
+    """The prompt ends with the beginning of the assistant's turn."""
+    goes_on: bool = False
+    """The answer goes on with the last turn."""
+    shows_thoughts: bool = True
+    names: Mapping[str, str] = field(default_factory=dict)
+    """What the client calls fields of requests, where it has other names for them."""
+
+    @property
+    def forced(self) -> bool:
+        """True when the answer must be a call."""
+        return _is_forced(self.choice)
+
+    @property
+    def callable_tools(self) -> tuple[Tool, ...]:
+        """The tools that the answer may call; where it must call one, that is one of these."""
+        return _callable(self.choice, self.tools)
+
+    @property
+    def one_call(self) -> bool:
+        """True when the answer may make one call at most."""
+        return bool(self.callable_tools) and (not self.parallel or isinstance(self.choice, NamedTool))
+
+    def request(self) -> Request:
+        """Return what the service is asked."""
+        return replace(
+            self.rest,
+            prompt=[turn.message() for turn in self.turns],
+            tools=tuple(tool.rendered() for tool in self.tools),
+            chat_template_kwargs=self.variables,
+            constraint=None if self.forced else self.constraint,
+            add_generation_prompt=self.starts,
+            continue_final_message=self.goes_on,
+        )
+
+    def place(self, where: str) -> str:
+        """Return what the client calls a field of the request, or a part of it."""
+        turn, tool = _TURN.match(where), _TOOL.match(where)
+        if turn and int(turn[1]) < len(self.turns):
+            return self.turns[int(turn[1])].place or where
+        if where == "continue_final_message" and self.turns:
+            return self.turns[-1].place or where
+        if tool and int(tool[1]) < len(self.tools):
+            place = self.tools[int(tool[1])].place
+            return place + where[tool.end() :] if place else where
+        return self.names.get(where, where)
+
+
+def _is_forced(choice: ToolChoice | None) -> bool:
+    return choice == "required" or isinstance(choice, NamedTool) or getattr(choice, "mode", "") == "required"
+
+
+def _callable(choice: ToolChoice | None, tools: Sequence[Tool]) -> tuple[Tool, ...]:
+    match choice:
+        case AllowedTools(_, names):
+            return tuple(tool for tool in tools if tool.name in names)
+        case NamedTool(name):
+            return tuple(tool for tool in tools if tool.name == name)
+    return tuple(tools)
+
+
+@contextmanager
+def naming(place: Callable[[str], str]) -> Iterator[None]:
+    """Name fields in faults as the client does.
+
+    Raises:
+        Fault: the same, about those.
+    """
+    try:
+        yield
+    except Fault as fault:
+        findings = [each.model_copy(update={"where": place(each.where)}) for each in fault.findings]
+        raise type(fault)(fault.message, findings, fault.repository, fault.retry_after_s) from fault
+
+
+def check_tools(choice: ToolChoice | None, tools: Sequence[Tool], turns: Sequence[Turn]) -> None:
+    """Look at the choice among tools, and at the calls that were made earlier.
+
+    Raises:
+        RequestInvalid: a tool is allowed that is not there, or the arguments of calls have too much in them.
+    """
+    names = {tool.name for tool in tools}
+    for name in choice.names if isinstance(choice, AllowedTools) else ():
+        if name not in names:
+            raise refused("tool_choice", "tools that tools holds", name)
+    check_calls(turns)
+
+
+def check_calls(turns: Sequence[Turn]) -> None:
+    """Look at the calls that were made earlier.
+
+    Raises:
+        RequestInvalid: their arguments have too much in them.
+    """
+    check_texts(call.arguments for turn in turns for call in turn.calls)
+
+
+def check_demand(choice: ToolChoice | None, tools: Sequence[Tool]) -> None:
+    """Look at a demanded call.
+
+    Raises:
+        RequestInvalid: no tool can be called, or not the one that is named.
+    """
+    if not _is_forced(choice) or _callable(choice, tools):
+        return
+    if isinstance(choice, NamedTool) and tools:
+        raise refused("tool_choice", "a tool that tools holds", choice.name)
+    raise refused("tool_choice", "auto or none, where there are no tools", getattr(choice, "name", choice))
+
+
+def with_effort(said: Mapping[str, Any] | None, effort: str | None) -> Mapping[str, Any]:
+    """Return variables of a chat template that also say how long to think.
+
+    Templates switch thinking off with other names than OpenAI's, and those that know none of them tell nobody.
+
+    Raises:
+        RequestInvalid: both say it, and not the same.
+    """
+    said = said or {}
+    if effort is None:
+        return said
+    if said.get("reasoning_effort", effort) != effort:
+        raise refused("reasoning_effort", "the same as chat_template_kwargs has, or one of the two", effort)
+    off = dict.fromkeys(SWITCHES, False) if effort == "none" else {}
+    return off | dict(said) | {"reasoning_effort": effort}
+
+
+def _arguments(text: str) -> Any:
+    """Return the arguments as an object, which templates write as JSON; text that is none stays text."""
+    try:
+        arguments = json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+    return arguments if isinstance(arguments, dict) else text
