@@ -14,6 +14,7 @@ from typing import Any, Final
 CPU_S: Final = 1.0
 """For one question."""
 MEMORY_BYTES: Final = 512 * 1024 * 1024
+TOO_DEEP: Final = {"error": "it is too deeply nested, or too much in another way"}
 
 
 def serve(answer: Callable[[dict[str, Any]], dict[str, str]]) -> None:
@@ -36,6 +37,8 @@ def serve(answer: Callable[[dict[str, Any]], dict[str, str]]) -> None:
             said = answer(json.loads(line))
         except MemoryError:
             said = {"error": f"it takes more than {MEMORY_BYTES // 2**20} MB"}
+        except RecursionError:
+            said = TOO_DEEP
         signal.setitimer(signal.ITIMER_PROF, 0)
         sys.stdout.write(json.dumps(said) + "\n")
         sys.stdout.flush()

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any, Final
 
-from inference_service.text.sandbox.loop import CPU_S
+from inference_service.text.sandbox.loop import CPU_S, TOO_DEEP
 
 IDLE_S: Final = 60.0
 
@@ -34,7 +34,7 @@ class SandboxProcess:
         try:
             line = json.dumps(question).encode() + b"\n"
         except RecursionError:
-            return _TOO_DEEP
+            return TOO_DEEP
         # None where it had ended before it read: it was idle for long
         answer = self._exchange(line)
         return self._exchange(line) or _LOST if answer is None else answer
@@ -56,8 +56,9 @@ class SandboxProcess:
         status = process.wait()
         if status == -signal.SIGPROF:
             return {"error": f"it takes more than {self._cpu_s:g} s"}
-        return None if status == 0 else _TOO_DEEP
+        if status > 0:  # Python itself ended it: it lacks a module, or a right
+            return _LOST
+        return None if status == 0 else TOO_DEEP
 
 
 _LOST: Final = {"error": "the process that looks at it does not start; the server's log has the reason"}
-_TOO_DEEP: Final = {"error": "it is too deeply nested, or too much in another way"}
