@@ -40,7 +40,7 @@ def engine_of_all(tmp_path: Path) -> SilentEngine:
 @pytest.fixture
 def services(replica: Operated, engine_of_all: SilentEngine, tmp_path: Path) -> VllmServices:
     """Its doors."""
-    text, limits = Text.load(tmp_path, VOCAB), ServingLimits(64, None, frozenset({2}))
+    text, limits = Text.load(tmp_path, VOCAB), ServingLimits(64, frozenset({2}))
     service = GenerationService(replica.names, text, cast(EngineThread, engine_of_all), limits)
     return VllmServices(service, replica.manager)
 
