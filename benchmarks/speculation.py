@@ -104,7 +104,7 @@ async def _answer(local: Local, model: str, text: Text, tokens: list[int]) -> tu
     """Return an answer, and the seconds from its first token to its last."""
     answer: list[int] = []
     first = 0.0
-    request = Request(
+    request = Request.of(
         model,
         tokens,
         max_tokens=NEW,

@@ -78,7 +78,7 @@ class Local:
     async def ask(self, model: str, new: int = 1, tokens: int = PROMPT, **fields: Any) -> Answered:
         """Ask, and read to the end."""
         began, times, digest = time.perf_counter(), [], ""
-        request = Request(model, prompt(tokens), max_tokens=new, ignore_eos=True, **fields)
+        request = Request.of(model, prompt(tokens), max_tokens=new, ignore_eos=True, **fields)
         async for event in self.ready.service.generate(request):
             if isinstance(event, Started):
                 digest = event.model.digest
@@ -113,7 +113,7 @@ class Local:
         begun = asyncio.Semaphore(0)
 
         async def stream(model: str) -> None:
-            request = Request(model, prompt(), max_tokens=new, ignore_eos=True)
+            request = Request.of(model, prompt(), max_tokens=new, ignore_eos=True)
             first = True
             async for event in self.ready.service.generate(request):
                 if first and isinstance(event, Delta):

@@ -88,12 +88,15 @@ class Conversation:
         constraint_at = self._constraint_at(text)
         end = self._dialect.form.end if self._chat.one_call and not self._chat.forced else ""
         messages: list[Message] = [turn for turn in self.request.prompt if isinstance(turn, Mapping)]
+        sampling = self.request.sampling
+        if end:
+            sampling = replace(sampling, stop=(*sampling.stop, end))
         request = replace(
             self.request,
+            sampling=sampling,
             served=served,
             prompt=self._dialect.turns(messages),
             shown_special_tokens=self._dialect.tokens if self._tools else self._dialect.thinking_tokens,
-            stop=(*self.request.stop, end) if end else self.request.stop,
         )
         return request, constraint_at
 
@@ -112,7 +115,8 @@ class Conversation:
         if tools:
             if wanted is not None:
                 return partial(demand.calls_or, wanted, tools, several)
-            restricted = self.request.allowed_token_ids is not None or self.request.bad_words
+            sampling = self.request.sampling
+            restricted = sampling.allowed_token_ids is not None or sampling.bad_words
             return partial(demand.free, tools, strict) if strict or not restricted else None
         return None if wanted is None else partial(demand.behind_reasoning, wanted)
 

@@ -1,15 +1,142 @@
-"""How the next token of a sequence is chosen."""
+"""How the tokens of an answer are chosen: the knobs of a request with their bounds, and those of a sequence."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
-from typing import Literal
+from typing import Any, Final, Literal
+
+from loramux_shared.sampling import MAX_TEMPERATURE
 
 LogprobsMode = Literal["raw", "processed"]
 """raw: the model's own, before whatever a request does to its logits; processed: of what a token is drawn from,
 after penalties, bias, masks, temperature, min-p, top-k and top-p, as vLLM calls them."""
+
+
+MAX_LOGPROBS: Final = 20
+MAX_BIAS: Final = 100.0
+
+
+@dataclass(frozen=True)
+class Number:
+    """What a number may be, both ends included."""
+
+    low: float
+    high: float = math.inf
+    words: str = ""
+
+    def __str__(self) -> str:
+        most = "or more" if self.high == math.inf else f"to {self.high:g}"
+        return self.words or f"{self.low:g} {most}"
+
+
+@dataclass(frozen=True)
+class Texts:
+    """How many texts at most, and of how many characters each."""
+
+    most: int
+    longest: int
+
+
+@dataclass(frozen=True)
+class Ids:
+    """How many tokens at most; None is all that there are."""
+
+    most: int | None = None
+
+
+Bound = Number | Texts | Ids
+
+
+def _knob(bound: Bound | None = None, default: Any = None) -> Any:
+    return field(default=default, metadata={"bound": bound})
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """What a request says about the tokens of its answers, each knob with its default and its bounds.
+
+    None is unset: the adapter's default comes next, then the deployment's, then the API's.
+    """
+
+    max_tokens: int | None = _knob(Number(0))
+    """New tokens at most; 0 computes the prompt alone, together with prompt_logprobs or pooling."""
+    min_tokens: int = _knob(Number(0), 0)
+    """None of the stop tokens before so many others."""
+    temperature: float | None = _knob(Number(0.0, MAX_TEMPERATURE))
+    """0 is greedy."""
+    usual_temperature: float = 0.0
+    """The API's, where neither the request nor the adapter has one."""
+    top_p: float | None = _knob(Number(math.ulp(0.0), 1.0, "above 0, at most 1"))
+    top_k: int | None = _knob(Number(-1))
+    """0 and -1 are all tokens."""
+    min_p: float = _knob(Number(0.0, 1.0), 0.0)
+    """Tokens less likely than this part of the most likely one are left out."""
+    seed: int | None = _knob(Number(-(2**63), 2**64 - 1, "an integer of 64 bits"))
+    """int64 in JSON and uint64 over gRPC; unset, a random one."""
+    stop: tuple[str, ...] = _knob(Texts(16, 256), ())
+    """Texts that end an answer."""
+    stop_token_ids: tuple[int, ...] = _knob(Ids(64), ())
+    include_stop_str_in_output: bool = False
+    """The text ends with what ended it, a stop token too."""
+    ignore_eos: bool = False
+    repetition_penalty: float = _knob(Number(0.01, 10.0), 1.0)
+    presence_penalty: float = _knob(Number(-2.0, 2.0), 0.0)
+    frequency_penalty: float = _knob(Number(-2.0, 2.0), 0.0)
+    logit_bias: Mapping[int, float] = field(default_factory=dict, metadata={"bound": Ids(1024)})
+    """Added to the logits by token, -MAX_BIAS to MAX_BIAS each."""
+    bad_words: tuple[str, ...] = _knob(Texts(1024, 256), ())
+    """None of them is ever complete in the tokens of the answer, as the tokenizer spells it."""
+    bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
+    """The same, as tokens, with the bounds of bad_words."""
+    allowed_token_ids: tuple[int, ...] | None = _knob(Ids())
+    """No others, but for the end of a text that its constraint lets end."""
+    logprobs: int | None = _knob(Number(0, MAX_LOGPROBS))
+    """Log probability of each token of the answers, and of so many of the most likely ones beside it."""
+    logprobs_mode: LogprobsMode | None = None
+    """raw or processed, see `LogprobsMode`; None: as the server's settings have it."""
+    prompt_logprobs: int | None = _knob(Number(0, MAX_LOGPROBS))
+    """The same for the tokens of the prompt, always raw; 0 is their own alone."""
+
+    def decided(
+        self,
+        *,
+        max_tokens: int,
+        temperature: float,
+        top_p: float,
+        top_k: int,
+        seed: int,
+        stop_token_ids: frozenset[int],
+        allowed_token_ids: bytes | None,
+        bad_words: Mapping[int, Mapping[tuple[int, ...], tuple[int, ...]]],
+        logprobs_mode: LogprobsMode,
+    ) -> SamplingParams:
+        """Return what the engine takes, with what depends on the model decided."""
+        return SamplingParams(
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            min_p=self.min_p,
+            seed=seed,
+            stop_token_ids=stop_token_ids,
+            min_tokens=self.min_tokens,
+            repetition_penalty=self.repetition_penalty,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            logit_bias=self.logit_bias,
+            allowed_token_ids=allowed_token_ids,
+            bad_words=bad_words,
+            logprobs=self.logprobs,
+            logprobs_mode=logprobs_mode,
+            prompt_logprobs=self.prompt_logprobs,
+        )
+
+
+KNOBS: Final[Mapping[str, Bound | None]] = {each.name: each.metadata.get("bound") for each in fields(Sampling)}
+"""The bounds of each field of `Sampling`; None where it has none, or rules of its own."""
 
 
 @dataclass(frozen=True)

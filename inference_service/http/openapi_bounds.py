@@ -8,9 +8,10 @@ from typing import Any, Final
 
 from pydantic import BaseModel
 
+from inference_service.core.sampling import MAX_BIAS, Number
 from inference_service.http.wire.fields import table
 from inference_service.http.wire.reply import Json
-from inference_service.serving.bounds import IDS, LOGPROBS_MODES, MAX_BIAS, NUMBERS, SANE_ID, TEXTS, Number
+from inference_service.serving.bounds import IDS, LOGPROBS_MODES, NUMBERS, SANE_ID, TEXTS
 from inference_service.serving.turns import MAX_TOOLS
 
 LIMITS: Final = {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"}

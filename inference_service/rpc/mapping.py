@@ -54,7 +54,7 @@ def request_from_message(
     metadata = texts_of(context)
     adapters = adapters_of(message)
     own = {"model": message.model, "adapters": adapters}
-    return Request(
+    return Request.of(
         prompt=prompt,
         tools=tools_of(message),
         chat_template_kwargs=variables_of(message),

@@ -57,7 +57,7 @@ def requests_from_message(
         own["add_special_tokens"] = message.add_special_tokens
     own |= hinted(texts_of(context), message.min_generation, message.sticky_key)
     most = countable(max_seq_len) if cut else max_seq_len
-    return [Request(prompt=_prompt(each, most), **own) for each in message.inputs]
+    return [Request.of(prompt=_prompt(each, most), **own) for each in message.inputs]
 
 
 def _require(message: pb.EmbedRequest | pb.ClassifyRequest, *, named: bool) -> None:

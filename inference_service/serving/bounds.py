@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import chain, islice
 from typing import Any, Final, get_args
 
 from inference_service.core.constraint import Constraint
-from inference_service.core.sampling import LogprobsMode
+from inference_service.core.sampling import KNOBS, MAX_BIAS, Ids, LogprobsMode, Number, Texts
+from inference_service.core.sampling import MAX_LOGPROBS as MAX_LOGPROBS
 from inference_service.serving.request import Message, Request
 from inference_service.serving.sizes import check_ids, countable
 from inference_service.serving.turns import (
@@ -22,50 +23,23 @@ from inference_service.serving.turns import (
 )
 from loramux_shared.faults import Finding, RequestInvalid
 from loramux_shared.near import MAX_FINDINGS
-from loramux_shared.sampling import MAX_TEMPERATURE
 
-
-@dataclass(frozen=True)
-class Number:
-    """What a number may be, both ends included."""
-
-    low: float
-    high: float = math.inf
-    words: str = ""
-
-    def __str__(self) -> str:
-        most = "or more" if self.high == math.inf else f"to {self.high:g}"
-        return self.words or f"{self.low:g} {most}"
-
-
-MAX_LOGPROBS: Final = 20
 LOGPROBS_MODES: Final[tuple[str, ...]] = get_args(LogprobsMode)
 NUMBERS: Final[Mapping[str, Number]] = {
     "n": Number(1, 128),
-    "max_tokens": Number(0),
-    "min_tokens": Number(0),
-    "temperature": Number(0.0, MAX_TEMPERATURE),
-    "top_p": Number(math.ulp(0.0), 1.0, "above 0, at most 1"),
-    "top_k": Number(-1),
-    "min_p": Number(0.0, 1.0),
-    "seed": Number(-(2**63), 2**64 - 1, "an integer of 64 bits"),
-    "repetition_penalty": Number(0.01, 10.0),
-    "presence_penalty": Number(-2.0, 2.0),
-    "frequency_penalty": Number(-2.0, 2.0),
-    "logprobs": Number(0, MAX_LOGPROBS),
-    "prompt_logprobs": Number(0, MAX_LOGPROBS),
+    **{name: bound for name, bound in KNOBS.items() if isinstance(bound, Number)},
     "truncate_prompt_tokens": Number(-1),
 }
-"""By the field of `Request`; a seed is int64 in JSON and uint64 over gRPC."""
+"""By the field of `Request` or of its `Sampling`."""
 TEXTS: Final[Mapping[str, tuple[int, int]]] = {
-    "stop": (16, 256),
-    "bad_words": (1024, 256),
+    **{name: (bound.most, bound.longest) for name, bound in KNOBS.items() if isinstance(bound, Texts)},
     "cache_salt": (1, 256),
 }
 """How many texts, and of how many characters each, at most."""
-IDS: Final[Mapping[str, int | None]] = {"stop_token_ids": 64, "logit_bias": 1024, "allowed_token_ids": None}
+IDS: Final[Mapping[str, int | None]] = {
+    name: bound.most for name, bound in KNOBS.items() if isinstance(bound, Ids)
+}
 """Of lists of tokens: how many at most; None is all that there are."""
-MAX_BIAS: Final = 100.0
 MAX_CONSTRAINT_BYTES: Final = 64 * 1024
 SANE_ID: Final = re.compile(r"[A-Za-z0-9_.:\-]{1,128}")
 """Of a request: what may stand in a header and in a log."""
@@ -155,7 +129,7 @@ def _prompt(request: Request, vocab: int) -> Iterator[Rule]:
 
 def _numbers(request: Request, most: Mapping[str, int]) -> Iterator[Rule]:
     for name, usual in NUMBERS.items():
-        value = getattr(request, name)
+        value = _field(request, name)
         if value is not None:
             bound = replace(usual, high=min(usual.high, most.get(name, usual.high)))
             yield not bound.low <= value <= bound.high, name, str(bound), value
@@ -163,17 +137,17 @@ def _numbers(request: Request, most: Mapping[str, int]) -> Iterator[Rule]:
 
 def _lists(request: Request, vocab: int) -> Iterator[Rule]:
     for name, (most, longest) in TEXTS.items():
-        said = getattr(request, name)
+        said = _field(request, name)
         texts = (said,) if isinstance(said, str) else said or ()
         yield len(texts) > most, name, f"at most {most} texts", len(texts)
         wrong = sorted({len(text) for text in texts if not 0 < len(text) <= longest})
         yield bool(wrong), name, f"texts of 1 to {longest} characters", wrong
     for name, few in IDS.items():
-        most, ids = few or vocab, getattr(request, name) or ()
+        most, ids = few or vocab, _field(request, name) or ()
         yield len(ids) > most, name, f"at most {most} tokens", len(ids)
         foreign = [token for token in ids if not 0 <= token < vocab]
         yield bool(foreign), name, f"ids from 0 to {vocab - 1}", foreign[:5]
-    words, (most, longest) = request.bad_words_token_ids, TEXTS["bad_words"]
+    words, (most, longest) = request.sampling.bad_words_token_ids, TEXTS["bad_words"]
     yield len(words) > most, "bad_words_token_ids", f"at most {most} words", len(words)
     wrong = sorted({len(word) for word in words if not 0 < len(word) <= longest})
     yield bool(wrong), "bad_words_token_ids", f"words of 1 to {longest} tokens", wrong
@@ -182,15 +156,16 @@ def _lists(request: Request, vocab: int) -> Iterator[Rule]:
 
 
 def _others(request: Request) -> Iterator[Rule]:
-    alone = request.max_tokens == 0 and request.prompt_logprobs is None and request.pooling is None
+    sampling = request.sampling
+    alone = sampling.max_tokens == 0 and sampling.prompt_logprobs is None and request.pooling is None
     yield alone, "max_tokens", "at least 1, where no prompt_logprobs are asked for", 0
-    most = math.inf if request.max_tokens is None else request.max_tokens
-    yield (request.min_tokens or 0) > most, "min_tokens", "0 to max_tokens", request.min_tokens
+    most = math.inf if sampling.max_tokens is None else sampling.max_tokens
+    yield sampling.min_tokens > most, "min_tokens", "0 to max_tokens", sampling.min_tokens
     yield request.truncate_prompt_tokens == 0, "truncate_prompt_tokens", "-1, or at least 1", 0
-    mode = request.logprobs_mode
+    mode = sampling.logprobs_mode
     yield mode is not None and mode not in LOGPROBS_MODES, "logprobs_mode", " or ".join(LOGPROBS_MODES), mode
-    yield request.allowed_token_ids == (), "allowed_token_ids", "at least one token", "none"
-    wild = [value for value in request.logit_bias.values() if not -MAX_BIAS <= value <= MAX_BIAS]
+    yield sampling.allowed_token_ids == (), "allowed_token_ids", "at least one token", "none"
+    wild = [value for value in sampling.logit_bias.values() if not -MAX_BIAS <= value <= MAX_BIAS]
     yield bool(wild), "logit_bias", f"{-MAX_BIAS:g} to {MAX_BIAS:g}", wild[:5]
     yield not SANE_ID.fullmatch(request.id), "request_id", "1 to 128 letters, digits, _, ., : or -", request.id
     yield from _constraint(request.constraint)
@@ -200,3 +175,8 @@ def _constraint(constraint: Constraint | None) -> Iterator[Rule]:
     if constraint is not None:
         size, expected = len(constraint.text.encode()), f"at most {MAX_CONSTRAINT_BYTES} bytes"
         yield size > MAX_CONSTRAINT_BYTES, constraint.where, expected, size
+
+
+def _field(request: Request, name: str) -> Any:
+    """Return a field of a request, or of its sampling."""
+    return getattr(request.sampling if name in KNOBS else request, name)

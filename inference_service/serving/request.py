@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
 
 from inference_service.adapters.mixing import Scaled
 from inference_service.adapters.served_model import ServedModel
 from inference_service.core.constraint import ByEnding, Constraint
+from inference_service.core.sampling import KNOBS, Sampling
 from inference_service.core.sequence import FinishReason, Token, Vector
 from inference_service.text.text import Text
 from loramux_shared.faults import Finding, RequestInvalid
@@ -28,6 +29,8 @@ class Pair(NamedTuple):
     second: str
 
 
+NO_SAMPLING: Final = Sampling()
+"""Nothing is said about it."""
 Prompt = str | list[int] | list[Message] | Pair
 """Text, token ids, chat messages, or two texts."""
 
@@ -48,6 +51,8 @@ class Request:
     model: str
     """A name, an alias, ``NAME@DIGEST``, ``BASE:NAME``, ``NAME*SCALE+NAME``: see `catalog.Catalog.resolve`."""
     prompt: Prompt
+    sampling: Sampling = NO_SAMPLING
+    """How the tokens of its answers are drawn, and when they end."""
     min_generation: int = 0
     """The name is looked up in this generation of the deployment, or in a later one."""
     sticky_key: str = ""
@@ -62,38 +67,6 @@ class Request:
     """Answers; the first is the one that a request for one would have, the others have seeds of their own."""
     pooling: Pooling | None = None
     """The prompt's hidden states become a vector, as this says, and nothing is answered: max_tokens is 0."""
-    max_tokens: int | None = None
-    """0 only together with prompt_logprobs or pooling: the prompt is computed and nothing else."""
-    temperature: float | None = None
-    usual_temperature: float = 0.0
-    """Of the door; where neither the request nor the adapter says one."""
-    top_p: float | None = None
-    top_k: int | None = None
-    """0 and -1 are all tokens."""
-    min_p: float | None = None
-    min_tokens: int | None = None
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
-    stop_token_ids: tuple[int, ...] = ()
-    include_stop_str_in_output: bool = False
-    """The text ends with what ended it, a stop token too."""
-    ignore_eos: bool = False
-    repetition_penalty: float | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    logit_bias: Mapping[int, float] = field(default_factory=dict)
-    bad_words: tuple[str, ...] = ()
-    """None of them is ever complete in the tokens of the answer, as the tokenizer spells it."""
-    bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
-    """The same, as tokens."""
-    allowed_token_ids: tuple[int, ...] | None = None
-    """No others, but for the end of a text that its constraint lets end."""
-    logprobs: int | None = None
-    """Log probability of each token of the answers, and of so many of the most likely ones beside it."""
-    logprobs_mode: str | None = None
-    """raw or processed, see `LogprobsMode`; None: what the server's settings say."""
-    prompt_logprobs: int | None = None
-    """The same for the tokens of the prompt, always raw; 0 is their own alone."""
     constraint: Constraint | None = None
     constraint_by_ending: ByEnding | None = None
     """The constraint where it depends on how the rendered prompt ends; comes before it."""
@@ -120,6 +93,16 @@ class Request:
     """On the clock of ``time.monotonic``."""
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     """For logs, traces and the client; nothing is looked up by it, and two requests may have the same."""
+
+    @classmethod
+    def of(cls, model: str, prompt: Prompt, **flat: Any) -> Request:
+        """Return a request from its fields and those of its sampling, side by side as wire formats have them.
+
+        A field of the sampling that is None is not set.
+        """
+        sampling = {name: flat.pop(name) for name in KNOBS.keys() & flat.keys()}
+        given = {name: value for name, value in sampling.items() if value is not None}
+        return cls(model, prompt, Sampling(**given) if given else NO_SAMPLING, **flat)
 
 
 @dataclass(frozen=True)
@@ -182,12 +165,6 @@ class Finished:
 
 
 Event = Started | PromptLogprobs | Pooled | Delta | Finished
-
-
-def told(source: object, kind: type) -> dict[str, Any]:
-    """Return what a source says of a dataclass's fields, by their names; None is not said."""
-    names = (each.name for each in fields(kind))
-    return {name: value for name in names if (value := getattr(source, name, None)) is not None}
 
 
 MIN_GENERATION: Final = "x-loramux-min-generation"

@@ -251,7 +251,7 @@ class GenerationService:
         sampling = await terms.sampling(len(tokens))
         grammars = await terms.grammars(self._constraints)
         number, where = next(_numbers), request.constraint.where if request.constraint else ""
-        stop_tokens = frozenset(request.stop_token_ids) - terms.ends
+        stop_tokens = frozenset(request.sampling.stop_token_ids) - terms.ends
         adapter, invocation = activation(model.mixture or model.adapter, tokens)
         answers: dict[str, Answer] = {}
         for index, grammar in enumerate(grammars):
@@ -271,7 +271,7 @@ class GenerationService:
                 flow=ticket.flow,
                 share=ticket.share,
             )
-            stops = StopTexts(request.stop, keep=request.include_stop_str_in_output)
+            stops = StopTexts(request.sampling.stop, keep=request.sampling.include_stop_str_in_output)
             detokenizer = terms.text.detokenizer(
                 tokens,
                 skip_special_tokens=request.skip_special_tokens,

@@ -7,7 +7,7 @@ import secrets
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from hashlib import blake2b
-from typing import Any, Final, TypeVar
+from typing import Final, TypeVar
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from inference_service.core.constraint import Grammar, packed
 from inference_service.core.sampling import LogprobsMode, SamplingParams
 from inference_service.serving.bounds import check_constraint
 from inference_service.serving.constraints import Constraints
-from inference_service.serving.request import Pair, Request, told
+from inference_service.serving.request import Pair, Request
 from inference_service.serving.sizes import countable, prompt_too_long
 from inference_service.text.text import Text
 from loramux_shared.faults import Finding, PromptTooLong, RequestInvalid
@@ -52,7 +52,7 @@ class Terms:
     def ends(self) -> frozenset[int]:
         """Tokens that end an answer by themselves."""
         ends = self.limits.eos_token_ids | self.defaults.stop_token_ids
-        return frozenset() if self.request.ignore_eos else ends
+        return frozenset() if self.request.sampling.ignore_eos else ends
 
     async def prompt(self, most: int) -> list[int]:
         """Return the tokens of the prompt, of which a text may have so many unless it is cut.
@@ -90,7 +90,7 @@ class Terms:
         if cut == -1:
             longest = self.limits.max_seq_len
             usual = min(self.default_max_tokens or 1, longest - 1)
-            cut = longest - (usual if request.max_tokens is None else request.max_tokens)
+            cut = longest - (usual if request.sampling.max_tokens is None else request.sampling.max_tokens)
         return tokens if cut is None or cut < 1 else tokens[-cut:]
 
     async def grammars(self, constraints: Constraints) -> list[Grammar | None]:
@@ -117,41 +117,39 @@ class Terms:
         Raises:
             PromptTooLong: prompt and answer do not fit.
         """
-        request, defaults = self.request, self.defaults
-        fits = room(request.max_tokens, prompt_tokens, self.limits.max_seq_len)
+        said, defaults = self.request.sampling, self.defaults
+        fits = room(said.max_tokens, prompt_tokens, self.limits.max_seq_len)
         most = min(self.default_max_tokens or fits, fits)
-        own: dict[str, Any] = {
-            "max_tokens": most if request.max_tokens is None else request.max_tokens,
-            "temperature": drawable(
-                first(request.temperature, defaults.temperature, request.usual_temperature)
-            ),
-            "top_p": drawable(first(request.top_p, defaults.top_p, 1.0)),
-            "top_k": min(max(0, first(request.top_k, defaults.top_k, 0)), self.text.vocab),
-            "seed": secrets.randbits(63) if request.seed is None else request.seed,
-            "stop_token_ids": self.ends | frozenset(request.stop_token_ids),
-            "allowed_token_ids": self._allowed(),
-            "logprobs_mode": request.logprobs_mode or self.logprobs_mode,
-            "bad_words": {},
-        }
-        if request.bad_words or request.bad_words_token_ids:
-            words = await asyncio.to_thread(self.text.bad_words, request.bad_words)
-            own["bad_words"] = completing((*words, *request.bad_words_token_ids))
-        return SamplingParams(**told(request, SamplingParams) | own)
+        bad_words: Mapping[int, Mapping[tuple[int, ...], tuple[int, ...]]] = {}
+        if said.bad_words or said.bad_words_token_ids:
+            words = await asyncio.to_thread(self.text.bad_words, said.bad_words)
+            bad_words = completing((*words, *said.bad_words_token_ids))
+        return said.decided(
+            max_tokens=most if said.max_tokens is None else said.max_tokens,
+            temperature=drawable(first(said.temperature, defaults.temperature, said.usual_temperature)),
+            top_p=drawable(first(said.top_p, defaults.top_p, 1.0)),
+            top_k=min(max(0, first(said.top_k, defaults.top_k, 0)), self.text.vocab),
+            seed=secrets.randbits(63) if said.seed is None else said.seed,
+            stop_token_ids=self.ends | frozenset(said.stop_token_ids),
+            allowed_token_ids=self._allowed(),
+            bad_words=bad_words,
+            logprobs_mode=said.logprobs_mode or self.logprobs_mode,
+        )
 
     def _allowed(self) -> bytes | None:
         """Return the mask of the tokens that a request allows; the end of a text is left to its constraint."""
         request = self.request
-        if request.allowed_token_ids is None:
+        if request.sampling.allowed_token_ids is None:
             return None
         ends = self._ends_of_text if request.constraint else frozenset()
         allowed = np.zeros(self.text.vocab, np.bool_)
-        allowed[[*request.allowed_token_ids, *ends]] = True
+        allowed[[*request.sampling.allowed_token_ids, *ends]] = True
         return packed(allowed)
 
     @property
     def _ends_of_text(self) -> frozenset[int]:
         special = self.text.vocabulary.special
-        return self.ends | (special & set(self.request.stop_token_ids))
+        return self.ends | (special & set(self.request.sampling.stop_token_ids))
 
 
 N = TypeVar("N", int, float)

@@ -177,7 +177,7 @@ async def test_an_adapter_that_is_replaced_while_its_mixture_answers(world: Worl
     world.build(store)
     service = await open_service((world, store))
     prompt, parts = [5, 6, 7], (("wide", 0.5), ("all", 1.5))
-    request = Request(text(parts), prompt, max_tokens=NEW, ignore_eos=True)
+    request = Request.of(text(parts), prompt, max_tokens=NEW, ignore_eos=True)
     old: list[int] = []
     async for event in service.ready.service.generate(request):
         if isinstance(event, Started):

@@ -33,7 +33,7 @@ class Service:
 
     async def events(self, prompt: Any = PROMPT, model: str = "base", **fields: Any) -> list[Event]:
         """All events of a request."""
-        return [event async for event in self.ready.service.generate(Request(model, prompt, **fields))]
+        return [event async for event in self.ready.service.generate(Request.of(model, prompt, **fields))]
 
     async def answers(self, prompt: Any = PROMPT, **fields: Any) -> list[list[int]]:
         """The tokens of each answer."""

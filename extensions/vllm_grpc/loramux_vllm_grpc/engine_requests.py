@@ -64,7 +64,7 @@ def request_of(
     own |= {name: getattr(params, name) for name in FLAGS}
     if message.request_id:
         own["id"] = message.request_id
-    return Request(
+    return Request.of(
         model,
         _prompt(message, countable(max_seq_len) if cut else max_seq_len),
         usual_temperature=DEFAULT_TEMPERATURE,
@@ -89,7 +89,7 @@ def embedding_of(
     check_ids(message.tokenized.input_ids, max_seq_len)
     own = {"id": message.request_id} if message.request_id else {}
     prompt = list(message.tokenized.input_ids)
-    return Request(model, prompt, max_tokens=0, pooling=pooling, **own | said_beside(context))
+    return Request.of(model, prompt, max_tokens=0, pooling=pooling, **own | said_beside(context))
 
 
 def _prompt(message: pb.GenerateRequest, max_seq_len: int) -> Prompt:

@@ -20,7 +20,7 @@ class Telling:
         """Tell what options ask for."""
         self._options = options
         self._text = not options.HasField("output_text") or options.output_text
-        self._scores_prompt = request.prompt_logprobs is not None
+        self._scores_prompt = request.sampling.prompt_logprobs is not None
         self.ends: Collection[int] = ()
         """Tokens that end a text."""
         self._started: Started | None = None

@@ -48,7 +48,7 @@ def request_of(message: pb.GenerateRequest, context: grpc.aio.ServicerContext, m
     own = _named(message) | _drawn(message) | _ended(message.stopping) | _told(message.response)
     if message.request_id:
         own["id"] = message.request_id
-    return Request(
+    return Request.of(
         prompt=_prompt(message, countable(max_seq_len) if cut else max_seq_len),
         truncate_prompt_tokens=cut or None,
         priority=-message.priority,

@@ -87,7 +87,7 @@ class Completion:
         match event:
             case Started():
                 self._begin(number, event)
-                scored = self._requests[number].prompt_logprobs is not None
+                scored = self._requests[number].sampling.prompt_logprobs is not None
                 return [] if scored else self._echo(number, ())
             case PromptLogprobs():
                 if self._body.prompt_logprobs is not None:

@@ -153,7 +153,7 @@ def request_of(body: SamplingBody, headers: Mapping[str, str], *, prompt: Prompt
     own |= hinted(headers, body.min_generation or 0, body.user or "")
     if body.request_id is not None:
         own["id"] = body.request_id
-    return Request(**request_fields(body) | own)
+    return Request.of(**request_fields(body) | own)
 
 
 def schema_constraint(schema: Mapping[str, Any]) -> Constraint:

@@ -51,6 +51,6 @@ async def _fits(service: GenerationService, chat: ChatRequest) -> bool:
 
 def _answer(chat: ChatRequest, service: GenerationService) -> int:
     """Return how many tokens of answer a chat must leave room for."""
-    if chat.rest.max_tokens is not None:
-        return chat.rest.max_tokens
+    if chat.rest.sampling.max_tokens is not None:
+        return chat.rest.sampling.max_tokens
     return min(service.default_max_tokens or 1, service.limits.max_seq_len - 1)

@@ -59,7 +59,7 @@ def pooling_requests(
     if body.request_id is not None:
         own["id"] = body.request_id
     fields = request_fields(body) | own
-    return [Request(**fields | {"prompt": prompt}) for prompt in prompts]
+    return [Request.of(**fields | {"prompt": prompt}) for prompt in prompts]
 
 
 async def everything(service: GenerationService, requests: Sequence[Request]) -> list[PooledPrompt]:

@@ -70,7 +70,7 @@ class Record:
     @property
     def temperature(self) -> float | None:
         """What tokens are drawn with: the request's, the adapter's or the door's; None while nobody knows."""
-        return self.answers[0].seq.sampling.temperature if self.answers else self.request.temperature
+        return self.answers[0].seq.sampling.temperature if self.answers else self.request.sampling.temperature
 
     @property
     def cached_tokens(self) -> int:

@@ -113,7 +113,7 @@ class Doors:
 
     async def tokens(self, model: str) -> list[int]:
         """The greedy tokens of a model."""
-        request = Request(model, PROMPT, max_tokens=4, temperature=0, ignore_eos=True)
+        request = Request.of(model, PROMPT, max_tokens=4, temperature=0, ignore_eos=True)
         events = [event async for event in self.ready.service.generate(request)]
         return [token.id for event in events if isinstance(event, Delta) for token in event.tokens]
 
@@ -153,7 +153,7 @@ async def test_a_request_ends_on_the_version_that_it_began_with(doors: Doors) ->
     service = doors.ready.service
     expected = {name: await doors.tokens(name) for name in ("rs", "wide")}
     assert expected["rs"] != expected["wide"]
-    events = service.generate(Request("rs", PROMPT, max_tokens=4, temperature=0, ignore_eos=True))
+    events = service.generate(Request.of("rs", PROMPT, max_tokens=4, temperature=0, ignore_eos=True))
     started = await anext(events)
     assert isinstance(started, Started)
     changes = doors.ready.adapters.apply(doors.later(2, rs="wide"))
@@ -295,7 +295,7 @@ async def test_the_engine_is_told_flow_and_share(doors: Doors) -> None:
     made, noted = doors.ready.service, Noted()
     service = GenerationService(made.catalog, made.text, doors.ready.engine, made.limits, [noted])
     for model in ("all", "base", "one"):
-        async with aclosing(service.generate(Request(model, PROMPT, max_tokens=1))) as events:
+        async with aclosing(service.generate(Request.of(model, PROMPT, max_tokens=1))) as events:
             async for _ in events:
                 pass
     told = [(seq.model, seq.flow, seq.share.weight, seq.share.max_running) for seq in noted.seqs]

@@ -35,7 +35,7 @@ def _copy(store: MemoryStore) -> MemoryStore:
 async def _tokens(service: Service, model: str, **fields: Any) -> tuple[str, list[int]]:
     """The digest that Started named, and the tokens of an answer."""
     digest, tokens = "", list[int]()
-    request = Request(model, PROMPT, **({"max_tokens": 8, "ignore_eos": True} | fields))
+    request = Request.of(model, PROMPT, **({"max_tokens": 8, "ignore_eos": True} | fields))
     async for event in service.ready.service.generate(request):
         if isinstance(event, Started):
             digest = event.model.digest

@@ -177,8 +177,8 @@ async def test_the_response_tells_what_was_asked(door: TalkerDoor) -> None:
     assert {name: told[name] for name in asked} == asked
     assert [told[name] for name in ("store", "background", "service_tier")] == [False, False, "default"]
     [request] = door.talker.asked[-1:]
-    assert (request.max_tokens, request.temperature, request.top_p) == (9, 0.25, 0.5)
-    assert (request.presence_penalty, request.frequency_penalty) == (0.5, 0.25)
+    assert (request.sampling.max_tokens, request.sampling.temperature, request.sampling.top_p) == (9, 0.25, 0.5)
+    assert (request.sampling.presence_penalty, request.sampling.frequency_penalty) == (0.5, 0.25)
     assert request.sticky_key == "u"
 
 
@@ -290,7 +290,7 @@ async def test_a_summary_goes_on_in_the_place_of_a_conversation(door: TalkerDoor
     compacted = await door.openai.responses.compact(model="pirate", input=[SYSTEM, HI, ahoy])
     assert door.talker.last[:-1] == [SYSTEM, HI, ahoy]
     assert door.talker.last[-1] == {"role": "user", "content": ASK}
-    assert door.talker.asked[-1].temperature == 0
+    assert door.talker.asked[-1].sampling.temperature == 0
     assert compacted.object == "response.compaction"
     assert compacted.usage.output_tokens == len("They launch.\n")
     told: Any = compacted.to_dict(warnings=False)["output"]
@@ -309,7 +309,7 @@ async def test_the_question_for_a_summary_is_no_second_turn_of_the_user(door: Ta
     answer = (await door.post(COMPACT, **ASKED, instructions="Be brief.", temperature=0.5)).json()
     assert door.talker.last == [SYSTEM, {"role": "user", "content": f"Hi\n\n{ASK}"}]
     [request] = door.talker.asked[-1:]
-    assert (request.temperature, request.chat_template_kwargs["enable_thinking"]) == (0.5, False)
+    assert (request.sampling.temperature, request.chat_template_kwargs["enable_thinking"]) == (0.5, False)
     [compaction] = answer["output"]
     assert uncarried(compaction["encrypted_content"]) == "So."
     assert answer["usage"]["output_tokens_details"]["reasoning_tokens"]

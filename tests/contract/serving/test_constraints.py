@@ -80,7 +80,7 @@ async def found_by(world: tuple[World, MemoryStore], kind: Kind, text: str, **fi
 
 async def ask(ready: Ready, kind: Kind, text: str = "", **fields: Any) -> list[tuple[str, FinishReason]]:
     """Text and end of every answer."""
-    request = Request(fields.pop("model", "base"), PROMPT, constraint=Constraint(kind, text), **fields)
+    request = Request.of(fields.pop("model", "base"), PROMPT, constraint=Constraint(kind, text), **fields)
     texts, ends = ["" for _ in range(request.n)], {}
     async for event in ready.service.generate(request):
         if isinstance(event, Delta):

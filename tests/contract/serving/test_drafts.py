@@ -47,7 +47,7 @@ class Replica:
     async def drafted(self) -> float:
         """How many tokens were drafted for a request whose answer says the same again and again."""
         before = self._count()
-        request = Request("base", [5, 6, 7, 8] * 8, max_tokens=50, temperature=0, ignore_eos=True)
+        request = Request.of("base", [5, 6, 7, 8] * 8, max_tokens=50, temperature=0, ignore_eos=True)
         async for _ in self._ready.service.generate(request):
             pass
         return self._count() - before

@@ -94,7 +94,7 @@ async def test_closing_the_stream_frees_all_answers(service: Service) -> None:
     """Whether the later answers have begun or not."""
     for read in (1, 2, 9):
         async with aclosing(
-            service.ready.service.generate(Request("all", LONG, n=5, max_tokens=100))
+            service.ready.service.generate(Request.of("all", LONG, n=5, max_tokens=100))
         ) as events:
             for _ in range(read):
                 await anext(events)
@@ -123,7 +123,7 @@ async def test_a_deadline_ends_all_answers(service: Service, monkeypatch: pytest
 async def test_an_engine_that_stops_ends_all_answers(world: tuple[World, MemoryStore], read: int) -> None:
     """Those that are under way, and those that were to begin, end with the one fault: nobody waits for ever."""
     service = await open_service(world)
-    events = service.ready.service.generate(Request("base", LONG, n=4, max_tokens=100, ignore_eos=True))
+    events = service.ready.service.generate(Request.of("base", LONG, n=4, max_tokens=100, ignore_eos=True))
     async with aclosing(events):
         for _ in range(read):
             await anext(events)
@@ -142,7 +142,9 @@ async def test_n_answers_are_n_places_in_the_queue(world: tuple[World, MemorySto
     service = await open_service(world, max_batch_seqs=1, max_queue=4)
     with pytest.raises(RequestInvalid):
         await service.events(n=5)
-    async with aclosing(service.ready.service.generate(Request("base", PROMPT, n=3, max_tokens=50))) as events:
+    async with aclosing(
+        service.ready.service.generate(Request.of("base", PROMPT, n=3, max_tokens=50))
+    ) as events:
         await anext(events)
         with pytest.raises(QueueFull):
             await service.events(n=3)

@@ -204,7 +204,7 @@ async def test_a_setting_bounds_the_models_with_series(world: tuple[World, Memor
     operators = Operators(InferenceSettings(deployment="tiny", metrics_models=1), world[1], ready)
     ready.engine.start()
     for model in ("rs", "all", "wide"):
-        async for _ in ready.service.generate(Request(model, PROMPT, max_tokens=2)):
+        async for _ in ready.service.generate(Request.of(model, PROMPT, max_tokens=2)):
             pass
     await operators.end()
     await ready.engine.stop()

@@ -206,12 +206,12 @@ class Scripted(GenerationService):
         check(request, self.text.vocab, max_queue=16, max_seq_len=self.limits.max_seq_len)
         prompt = request.prompt if isinstance(request.prompt, str) else "??"
         yield Started(request.id, self.catalog.get(request.model), 7, len(prompt), self.text)
-        if request.prompt_logprobs is not None:
+        if request.sampling.prompt_logprobs is not None:
             yield PromptLogprobs((Token(36), Token(37, -1.5, ((38, -0.25),))))
         steps = [answer.split("|") for answer in self._case.answers]
         for nth in range(max(map(len, steps), default=0)):
             for index, answer in enumerate(steps):
-                yield Delta(answer[nth], self._tokens(answer[nth], request.logprobs), index)
+                yield Delta(answer[nth], self._tokens(answer[nth], request.sampling.logprobs), index)
         if self._case.failure:
             raise self._case.failure
         for index, answer in enumerate(steps):

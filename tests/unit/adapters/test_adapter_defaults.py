@@ -93,7 +93,7 @@ def prompt(ready: Ready, model: str) -> str:
 def sampling(ready: Ready, model: str, **fields: Any) -> SamplingParams:
     """How a request to a model is sampled."""
     service = ready.service
-    terms = Terms(Request(model, "x", **fields), defaults(ready, model), service.text, service.limits, None)
+    terms = Terms(Request.of(model, "x", **fields), defaults(ready, model), service.text, service.limits, None)
     return asyncio.run(terms.sampling(1))
 
 
@@ -154,7 +154,7 @@ async def test_an_answer_ends_at_the_adapters_own_stop_token(world: World, store
     ready.engine.start()
 
     async def answer(model: str) -> Finished:
-        request = Request(model, [5, 6, 7], max_tokens=4, temperature=0.0)
+        request = Request.of(model, [5, 6, 7], max_tokens=4, temperature=0.0)
         events = [event async for event in ready.service.generate(request)]
         assert isinstance(events[0], Started)
         assert isinstance(events[-1], Finished)

@@ -164,7 +164,7 @@ def test_a_body_of_claude_code() -> None:
     assert (result.call_id, result.content) == ("c1", "a b")
     assert (failed.call_id, failed.content, last.content) == ("c2", "Error: no file", "Go on.")
     assert [tool.name for tool in chat.tools][-1] == "mcp__files__list"
-    assert (chat.rest.sticky_key, chat.rest.max_tokens) == ("user_0_account__session_0", 32000)
+    assert (chat.rest.sticky_key, chat.rest.sampling.max_tokens) == ("user_0_account__session_0", 32000)
     assert chat.variables == {"enable_thinking": True, "thinking": True, "reasoning_effort": "xhigh"}
     assert not chat.goes_on
 
@@ -224,8 +224,8 @@ def test_null_is_not_set() -> None:
     """In blocks and tools as in bodies, whatever the name."""
     names = set(MessagesBody.model_fields) - set(BODY)
     asked = _chat(**dict.fromkeys(names)).rest
-    assert asked.temperature is None
-    assert asked.stop == ()
+    assert asked.sampling.temperature is None
+    assert asked.sampling.stop == ()
 
 
 def test_what_is_counted_is_what_is_asked() -> None:

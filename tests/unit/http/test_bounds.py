@@ -28,7 +28,7 @@ def named(fields: dict[str, Any]) -> list[str]:
     """Return the names of what is out of bounds in a request."""
     fields = {"prompt": (5, 6)} | fields
     try:
-        check(Request("base", **fields), VOCAB, QUEUE, LENGTH)
+        check(Request.of("base", **fields), VOCAB, QUEUE, LENGTH)
     except RequestInvalid as fault:
         return [finding.where for finding in fault.findings]
     return []

@@ -107,9 +107,9 @@ async def test_one_call_is_one_call(tmp_path: Path) -> None:
     service = Speaks(tmp_path, "Qwen 2.5", CALL * 2)
     assert len(await ask(service, tools=[FIND])) == 2
     assert len(await ask(service, tools=[FIND], parallel_tool_calls=False, stop="x")) == 1
-    assert service.asked[-1].stop == ("x", "</tool_call>")
+    assert service.asked[-1].sampling.stop == ("x", "</tool_call>")
     await ask(service, tools=[FIND], parallel_tool_calls=False, tool_choice="required")
-    assert service.asked[-1].stop == ()
+    assert service.asked[-1].sampling.stop == ()
 
 
 @pytest.mark.parametrize(

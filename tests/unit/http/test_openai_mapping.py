@@ -42,9 +42,9 @@ def _completion(service: Named | None = None, **fields: Any) -> Request:
 
 def test_the_temperature_is_left_to_the_adapter() -> None:
     """What the request says comes first, then what the adapter brings, then the API's 1."""
-    assert (_chat().temperature, _chat().usual_temperature) == (None, 1.0)
-    assert _chat(temperature=0).temperature == 0
-    assert _completion().usual_temperature == 1.0
+    assert (_chat().sampling.temperature, _chat().sampling.usual_temperature) == (None, 1.0)
+    assert _chat(temperature=0).sampling.temperature == 0
+    assert _completion().sampling.usual_temperature == 1.0
 
 
 def test_versions_and_keys_come_in_the_body_and_in_headers() -> None:
@@ -66,13 +66,13 @@ def test_a_header_that_is_no_generation_is_refused_by_name(said: str) -> None:
 
 def test_lengths() -> None:
     """An unset length of a chat is left to the service; that of a plain prompt is 16, or the deployment's."""
-    assert _chat().max_tokens is None
-    assert _chat(max_tokens=3).max_tokens == 3
-    assert _chat(max_completion_tokens=4).max_tokens == 4
-    assert _chat(max_completion_tokens=5, max_tokens=5).max_tokens == 5
-    assert _completion().max_tokens == 16
-    assert _completion(Named(99)).max_tokens == 99
-    assert _completion(max_tokens=0, echo=True).prompt_logprobs == 0
+    assert _chat().sampling.max_tokens is None
+    assert _chat(max_tokens=3).sampling.max_tokens == 3
+    assert _chat(max_completion_tokens=4).sampling.max_tokens == 4
+    assert _chat(max_completion_tokens=5, max_tokens=5).sampling.max_tokens == 5
+    assert _completion().sampling.max_tokens == 16
+    assert _completion(Named(99)).sampling.max_tokens == 99
+    assert _completion(max_tokens=0, echo=True).sampling.prompt_logprobs == 0
 
 
 def test_a_lower_priority_is_earlier() -> None:

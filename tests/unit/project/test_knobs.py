@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from inference_service.core.sampling import SamplingParams
+from inference_service.core.sampling import KNOBS, SamplingParams
 from inference_service.http.admin.tokens_schema import DetokenizeBody, TokenizeBody
 from inference_service.http.openai.chat_schema import (
     ChatBody,
@@ -48,7 +48,7 @@ from loramux.records import GenerateOptions
 from loramux_shared.sampling import MAX_TEMPERATURE
 from tests.support.root import ROOT
 
-ASKED = {field.name for field in fields(Request)}
+ASKED = {field.name for field in fields(Request)} - {"sampling"} | KNOBS.keys()
 BOUNDED = NUMBERS.keys() | TEXTS.keys() | IDS.keys()
 UNBOUNDED = {
     # yes or no
