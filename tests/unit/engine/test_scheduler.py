@@ -404,12 +404,13 @@ def test_nobody_under_way_gets_far_ahead_of_who_waits(
             began.setdefault((lane.flow, lane.adapters), []).extend(sorted(first))
         if pace.looks:
             continue
-        active |= {chunk.seq.adapter for chunk in runner.batches[-1].chunks if chunk.seq.adapter}
+        computed = {chunk.seq.adapter for chunk in runner.batches[-1].chunks if chunk.seq.adapter}
         crowded, before = set(), crowded
         for waits in scheduler.lanes:
             if not waits.waiting or waits.waiting[0].in_flight:
                 continue
-            if not active.issuperset(waits.adapters) and len(active) >= max_adapters:
+            lacks = (taken for taken in (active, active | computed) if not taken.issuperset(waits.adapters))
+            if any(len(taken) >= max_adapters for taken in lacks):
                 crowded.add(waits)
             ahead = [
                 lane.served
