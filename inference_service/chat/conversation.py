@@ -10,10 +10,10 @@ from typing import Final
 
 from inference_service.chat.demands import Demand
 from inference_service.chat.dialect import Dialect, dialect_of
-from inference_service.chat.formats.frame import Thinking
+from inference_service.chat.formats.frame import ThinkingMarks
 from inference_service.chat.formats.lark import Asked
-from inference_service.chat.pieces import CallArguments, CallBegun, Calls, Piece, Reading, Said, Thought
-from inference_service.chat.request import ANY_ARGUMENTS, ChatRequest, Tool, naming
+from inference_service.chat.pieces import AnswerCalls, CallArguments, CallBegun, Piece, Reading, Said, Thought
+from inference_service.chat.request import ANY_ARGUMENTS, ChatRequest, ChatTool, naming
 from inference_service.core.constraint import ByEnding, Constraint
 from inference_service.serving.request import Delta, Finished, Message, PromptLogprobs, Request, Started
 from inference_service.serving.service import GenerationService
@@ -126,7 +126,7 @@ class Conversation:
             return None
         return ByEnding(tuple((end, constraint_at(end)) for end in (*self._dialect.endings, "")))
 
-    def _opened(self, started: Started) -> Thinking | None:
+    def _opened(self, started: Started) -> ThinkingMarks | None:
         """Return the reasoning that the answers go on with, if they do."""
         if not self._dialect.thinking:
             return None
@@ -134,9 +134,9 @@ class Conversation:
             return self._dialect.within(self._chat.turns[-1].content)
         return self._dialect.opened(started.text.end_of(started.prompt_token_ids))
 
-    def _reading(self, opened: Thinking | None) -> Reading:
+    def _reading(self, opened: ThinkingMarks | None) -> Reading:
         offered = {tool.name: tool.parameters or {} for tool in self._tools}
-        return self._dialect.reading(Calls(offered, self._dialect.form.new_id), opened)
+        return self._dialect.reading(AnswerCalls(offered, self._dialect.form.new_id), opened)
 
     def _wanted(self, pieces: Sequence[Piece]) -> list[Piece]:
         """Return the pieces that the client asks for."""
@@ -150,6 +150,6 @@ class Conversation:
         return not (self._chat.one_call and isinstance(piece, CallBegun | CallArguments) and piece.index)
 
 
-def _asked(tool: Tool, *, free: bool = False) -> Asked:
+def _asked(tool: ChatTool, *, free: bool = False) -> Asked:
     """Return a tool as a grammar knows it; free: any arguments will do."""
     return Asked(tool.name, ANY_ARGUMENTS if free else tool.parameters or ANY_ARGUMENTS)

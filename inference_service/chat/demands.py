@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from inference_service.chat.dialect import FORMATS, Dialect
 from inference_service.chat.formats import harmony
-from inference_service.chat.formats.frame import Thinking
+from inference_service.chat.formats.frame import ThinkingMarks
 from inference_service.chat.formats.lark import ANYTHING, Asked, CallGrammar, Spelling, calls_schema
 from inference_service.chat.formats.values import CannotSayError
 from inference_service.core.constraint import Constraint
@@ -175,10 +175,10 @@ def _next_message(spelling: Spelling) -> str:
     return spelling(f"{harmony.START}assistant")
 
 
-def _thinks(thinking: Thinking, name: str, spelling: Spelling) -> tuple[str, str]:
+def _thinks(thinking: ThinkingMarks, name: str, spelling: Spelling) -> tuple[str, str]:
     ends, rule = spelling.until(thinking.end, name)
     return f"{spelling(thinking.begin)} {ends}", rule
 
 
-def _anywhere(thinking: Thinking, spelling: Spelling) -> str:
+def _anywhere(thinking: ThinkingMarks, spelling: Spelling) -> str:
     return f"{spelling(thinking.begin)} any {spelling(thinking.end)}"

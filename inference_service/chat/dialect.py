@@ -9,17 +9,17 @@ from typing import Final
 
 from inference_service.adapters.defaults import NO_DEFAULTS
 from inference_service.adapters.served_model import ServedModel
-from inference_service.chat.formats.format import Shown, ToolFormat
-from inference_service.chat.formats.frame import Thinking, answer, nothing
+from inference_service.chat.formats.format import TemplateMarks, ToolFormat
+from inference_service.chat.formats.frame import ThinkingMarks, answer, nothing
 from inference_service.chat.formats.gemma import FUNCTIONGEMMA, GEMMA4
 from inference_service.chat.formats.harmony import HARMONY, MARKS, messages
 from inference_service.chat.formats.listed import GRANITE, PHI4
 from inference_service.chat.formats.llama import LLAMA3_JSON
 from inference_service.chat.formats.mistral import MISTRAL
 from inference_service.chat.formats.python import OLMO3, PYTHONIC, TOOL_CODE
-from inference_service.chat.formats.source import Answer, Reader, Source
+from inference_service.chat.formats.source import ParsedAnswer, Reader, Source
 from inference_service.chat.formats.tagged import HERMES, QWEN3_CODER
-from inference_service.chat.pieces import Calls, Plain, Reading
+from inference_service.chat.pieces import AnswerCalls, Plain, Reading
 from inference_service.serving.request import Message
 from inference_service.serving.service import GenerationService
 from inference_service.text.chat_template import ChatTemplate
@@ -44,24 +44,27 @@ FORMATS: Final[Mapping[ToolParser, ToolFormat]] = {
     )
 }
 """By their names; the first one that a template shows counts."""
-THINK: Final = Thinking("<think>", "</think>")
-REASONING: Final[Mapping[ReasoningParser, tuple[Thinking, ...]]] = {
+THINK: Final = ThinkingMarks("<think>", "</think>")
+REASONING: Final[Mapping[ReasoningParser, tuple[ThinkingMarks, ...]]] = {
     ReasoningParser.THINK: (THINK,),
     ReasoningParser.GRANITE: (
         THINK,
-        *(Thinking(f"{here} my thought process:", f"{here} my response:") for here in ("Here is", "Here's")),
+        *(
+            ThinkingMarks(f"{here} my thought process:", f"{here} my response:")
+            for here in ("Here is", "Here's")
+        ),
     ),
-    ReasoningParser.MISTRAL: (Thinking("[THINK]", "[/THINK]", anywhere=True), THINK),
-    ReasoningParser.GEMMA4: (Thinking("<|channel>thought\n", "<channel|>", anywhere=True),),
+    ReasoningParser.MISTRAL: (ThinkingMarks("[THINK]", "[/THINK]", anywhere=True), THINK),
+    ReasoningParser.GEMMA4: (ThinkingMarks("<|channel>thought\n", "<channel|>", anywhere=True),),
 }
 REASONING_SHOWN: Final = (
-    (ReasoningParser.HARMONY, Shown(("<|channel|>", "<|message|>"))),
-    (ReasoningParser.GEMMA4, Shown(("<|channel>",))),
-    (ReasoningParser.MISTRAL, Shown(("[THINK]",))),
-    (ReasoningParser.GRANITE, Shown(("<|start_of_role|>", "<response>"))),
-    (ReasoningParser.GRANITE, Shown(("my thought process:",))),
-    (ReasoningParser.THINK, Shown(("<think>",))),
-    (ReasoningParser.THINK, Shown(("</think>",))),
+    (ReasoningParser.HARMONY, TemplateMarks(("<|channel|>", "<|message|>"))),
+    (ReasoningParser.GEMMA4, TemplateMarks(("<|channel>",))),
+    (ReasoningParser.MISTRAL, TemplateMarks(("[THINK]",))),
+    (ReasoningParser.GRANITE, TemplateMarks(("<|start_of_role|>", "<response>"))),
+    (ReasoningParser.GRANITE, TemplateMarks(("my thought process:",))),
+    (ReasoningParser.THINK, TemplateMarks(("<think>",))),
+    (ReasoningParser.THINK, TemplateMarks(("</think>",))),
 )
 """By what a template shows marks of reasoning; the first one counts."""
 GRANITE_FRAME: Final = ("<response>", "</response>")
@@ -81,7 +84,7 @@ class Dialect:
         return FORMATS.get(self.tool, HERMES)
 
     @property
-    def thinking(self) -> tuple[Thinking, ...]:
+    def thinking(self) -> tuple[ThinkingMarks, ...]:
         """The marks of its reasoning; any of them."""
         return REASONING.get(self.reasoning, ())
 
@@ -105,7 +108,7 @@ class Dialect:
         """Return turns as the templates of its models want them."""
         return (HARMONY if self.is_harmony else self.form).turns(said)
 
-    def opened(self, end_of_prompt: str) -> Thinking | None:
+    def opened(self, end_of_prompt: str) -> ThinkingMarks | None:
         """Return the reasoning that a prompt has opened, which the answer goes on with."""
         end = end_of_prompt.rstrip()
         for each in self.thinking:
@@ -123,23 +126,23 @@ class Dialect:
         opened = [each.begin.rstrip() for each in self.thinking]
         return (*opened, *(each.end for each in self.thinking))
 
-    def within(self, message: str) -> Thinking | None:
+    def within(self, message: str) -> ThinkingMarks | None:
         """Return the reasoning that a message has opened and not closed."""
         for each in self.thinking:
             if message.rfind(each.begin) > message.rfind(each.end):
                 return each
         return None
 
-    def reading(self, calls: Calls, opened: Thinking | None) -> Reading:
+    def reading(self, calls: AnswerCalls, opened: ThinkingMarks | None) -> Reading:
         """Return a reading of one answer."""
         if self.is_harmony:
             shown = self.reasoning is not ReasoningParser.NONE
-            return Answer(lambda source: messages(source, calls, shown=shown))
+            return ParsedAnswer(lambda source: messages(source, calls, shown=shown))
         if not calls.offered and not self.thinking:
             return Plain()
-        return Answer(lambda source: self._read(source, calls, opened))
+        return ParsedAnswer(lambda source: self._read(source, calls, opened))
 
-    def _read(self, source: Source, calls: Calls, opened: Thinking | None) -> Reader[None]:
+    def _read(self, source: Source, calls: AnswerCalls, opened: ThinkingMarks | None) -> Reader[None]:
         reads = bool(calls.offered) and self.tool is not ToolParser.NONE
         blocks = dict(self.form.blocks(calls)) if reads else {}
         if self.reasoning is ReasoningParser.GRANITE:
@@ -175,5 +178,5 @@ def shown(template: str, said: Parsers = Parsers()) -> Parsers:  # noqa: B008 - 
     return Parsers(tool, reasoning)
 
 
-def _special(thinking: Thinking) -> tuple[str, ...]:
+def _special(thinking: ThinkingMarks) -> tuple[str, ...]:
     return (thinking.begin.removesuffix("thought\n"), thinking.end)

@@ -72,7 +72,7 @@ def call_id() -> str:
     return f"call_{secrets.token_hex(12)}"
 
 
-class Calls:
+class AnswerCalls:
     """The calls of one answer so far: numbered, with ids, and only of tools that were offered."""
 
     def __init__(self, offered: Mapping[str, Mapping[str, Any]], new_id: Callable[[], str] = call_id) -> None:

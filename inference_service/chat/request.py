@@ -70,7 +70,7 @@ class Turn:
 
 
 @dataclass(frozen=True)
-class Tool:
+class ChatTool:
     """A function that the model may call."""
 
     name: str
@@ -122,7 +122,7 @@ class ChatRequest:
     turns: tuple[Turn, ...]
     rest: Request
     """What is asked beside the conversation: the model, how answers are drawn and told. Its prompt is empty."""
-    tools: tuple[Tool, ...] = ()
+    tools: tuple[ChatTool, ...] = ()
     """Those that the model is told of."""
     choice: ToolChoice | None = None
     """None: auto."""
@@ -146,7 +146,7 @@ class ChatRequest:
         return _is_forced(self.choice)
 
     @property
-    def callable_tools(self) -> tuple[Tool, ...]:
+    def callable_tools(self) -> tuple[ChatTool, ...]:
         """The tools that the answer may call; where it must call one, that is one of these."""
         return _callable(self.choice, self.tools)
 
@@ -184,7 +184,7 @@ def _is_forced(choice: ToolChoice | None) -> bool:
     return choice == "required" or isinstance(choice, NamedTool) or getattr(choice, "mode", "") == "required"
 
 
-def _callable(choice: ToolChoice | None, tools: Sequence[Tool]) -> tuple[Tool, ...]:
+def _callable(choice: ToolChoice | None, tools: Sequence[ChatTool]) -> tuple[ChatTool, ...]:
     match choice:
         case AllowedTools(_, names):
             return tuple(tool for tool in tools if tool.name in names)
@@ -207,7 +207,7 @@ def naming(place: Callable[[str], str]) -> Iterator[None]:
         raise type(fault)(fault.message, findings, fault.repository, fault.retry_after_s) from fault
 
 
-def check_tools(choice: ToolChoice | None, tools: Sequence[Tool], turns: Sequence[Turn]) -> None:
+def check_tools(choice: ToolChoice | None, tools: Sequence[ChatTool], turns: Sequence[Turn]) -> None:
     """Look at the choice among tools, and at the calls that were made earlier.
 
     Raises:
@@ -229,7 +229,7 @@ def check_calls(turns: Sequence[Turn]) -> None:
     check_texts(call.arguments for turn in turns for call in turn.calls)
 
 
-def check_demand(choice: ToolChoice | None, tools: Sequence[Tool]) -> None:
+def check_demand(choice: ToolChoice | None, tools: Sequence[ChatTool]) -> None:
     """Look at a demanded call.
 
     Raises:

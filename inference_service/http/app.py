@@ -17,10 +17,10 @@ from inference_service.adapters.manager import AdapterManager
 from inference_service.http import answers
 from inference_service.http.admin import operators, state, tokens, trainers
 from inference_service.http.admin.operators import LoadBody, PageQuery, RollbackBody, UnloadBody
-from inference_service.http.admin.tokens_schema import DetokenizeBody, TokenizeBody
+from inference_service.http.admin.tokens import DetokenizeBody, TokenizeBody
 from inference_service.http.admin.trainers import InfoQuery, PauseQuery
 from inference_service.http.anthropic import answers as messages
-from inference_service.http.anthropic.routes import count_tokens, create_message
+from inference_service.http.anthropic.messages import count_tokens, create_message
 from inference_service.http.anthropic.schema import CountBody, MessagesBody
 from inference_service.http.endpoint import Endpoint, Handler
 from inference_service.http.openai import chat, completions, generated, models
@@ -140,16 +140,16 @@ ENDPOINTS: Final = (
     Endpoint(routes.SERVER_INFO, trainers.server_info, answer=answers.ServerInfo, query=InfoQuery),
     Endpoint(routes.TOKENIZE, tokens.tokenize, body=TokenizeBody, answer=answers.Tokens, fails=(404,)),
     Endpoint(routes.DETOKENIZE, tokens.detokenize, body=DetokenizeBody, answer=answers.Prompt, fails=(404,)),
-    Endpoint(routes.VERSION, models.show_version, answer=answers.Version),
+    Endpoint(routes.VERSION, state.show_version, answer=answers.Version),
     Endpoint(routes.OPENAPI, show_openapi),
-    Endpoint(routes.HEALTH, models.health, answer=answers.Health),
-    Endpoint(routes.PING, models.health, answer=answers.Health),
-    Endpoint(routes.POST_PING, models.health, answer=answers.Health),
+    Endpoint(routes.HEALTH, state.health, answer=answers.Health),
+    Endpoint(routes.PING, state.health, answer=answers.Health),
+    Endpoint(routes.POST_PING, state.health, answer=answers.Health),
     Endpoint(routes.STATE, state.show_state, answer=answers.State),
     Endpoint(routes.LOAD, state.show_load, answer=answers.Load),
     Endpoint(routes.LOADS, state.show_loads, answer=answers.Loads),
     Endpoint(routes.LOADS_V1, state.show_loads, answer=answers.Loads),
-    Endpoint(routes.METRICS, models.show_metrics, media=TEXT),
+    Endpoint(routes.METRICS, state.show_metrics, media=TEXT),
     *(
         Endpoint(ApiRoute("GET", path, None), file.show, media=(file.media_type,))
         for path, file in page_files().items()

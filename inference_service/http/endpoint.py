@@ -10,8 +10,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from inference_service.http.answers import Error
-from inference_service.http.wire.body import Body
-from inference_service.http.wire.query import Query
+from inference_service.http.wire.body import Body, Query
 from inference_service.serving.service import GenerationService
 from loramux_shared.access.rights import Scope
 from loramux_shared.routes import Route

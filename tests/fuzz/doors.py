@@ -23,7 +23,7 @@ from builder_service.rpc.servicer import SERVICE_NAME as BUILDER
 from builder_service.rpc.servicer import BuilderServicer
 from inference_service.adapters.fixed import fixed_manager
 from inference_service.http.admin.operators import LoadBody, RollbackBody, UnloadBody
-from inference_service.http.admin.tokens_schema import DetokenizeBody, TokenizeBody
+from inference_service.http.admin.tokens import DetokenizeBody, TokenizeBody
 from inference_service.http.anthropic.schema import CountBody, MessagesBody
 from inference_service.http.app import ENDPOINTS
 from inference_service.http.openai.chat_schema import ChatBody

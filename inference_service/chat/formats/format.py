@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 from inference_service.chat.formats.frame import Block
 from inference_service.chat.formats.lark import Asked, CallGrammar, Spelling
-from inference_service.chat.pieces import Calls, call_id
+from inference_service.chat.pieces import AnswerCalls, call_id
 from inference_service.serving.request import Message
 from loramux_shared.parsers import ToolParser
 
 
 @dataclass(frozen=True)
-class Shown:
+class TemplateMarks:
     """Texts by which a chat template shows what its models write."""
 
     words: tuple[str, ...]
@@ -32,9 +32,9 @@ class ToolFormat:
 
     parser: ToolParser
     """Its name."""
-    shown: tuple[Shown, ...]
+    shown: tuple[TemplateMarks, ...]
     """Any of these shows it."""
-    blocks: Callable[[Calls], Mapping[str, Block]]
+    blocks: Callable[[AnswerCalls], Mapping[str, Block]]
     """Returns the readers of what begins with a mark, by that."""
     grammar: Callable[[Sequence[Asked], Spelling, bool], CallGrammar]
     """Returns what a call of tools may be, several of them where that is so.
@@ -42,7 +42,7 @@ class ToolFormat:
     Raises:
         CannotSayError: the format cannot say what the schemas ask for; such a call is demanded as plain JSON.
     """
-    leading: Callable[[Calls], Block] | None = None
+    leading: Callable[[AnswerCalls], Block] | None = None
     """Returns the reader of calls without a mark, where an answer begins with them."""
     tokens: tuple[str, ...] = ()
     """Marks that may be special tokens, which a text has only where it is asked to."""

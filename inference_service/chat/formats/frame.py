@@ -14,7 +14,7 @@ told nothing, and what it read is read again as text."""
 
 
 @dataclass(frozen=True)
-class Thinking:
+class ThinkingMarks:
     """Marks around reasoning."""
 
     begin: str
@@ -28,8 +28,8 @@ def answer(
     blocks: Mapping[str, Block],
     *,
     leading: Block | None = None,
-    thinking: Sequence[Thinking] = (),
-    opened: Thinking | None = None,
+    thinking: Sequence[ThinkingMarks] = (),
+    opened: ThinkingMarks | None = None,
 ) -> Reader[None]:
     """Read an answer.
 
@@ -98,7 +98,7 @@ def nothing(source: Source) -> Reader[bool]:
     yield
 
 
-def _thought_block(thinking: Thinking) -> Block:
+def _thought_block(thinking: ThinkingMarks) -> Block:
     def read(source: Source) -> Reader[bool]:
         yield from thoughts(source, thinking.end)
         return True
@@ -106,7 +106,7 @@ def _thought_block(thinking: Thinking) -> Block:
     return read
 
 
-def _opens(source: Source, thinking: Sequence[Thinking]) -> Reader[Thinking | None]:
+def _opens(source: Source, thinking: Sequence[ThinkingMarks]) -> Reader[ThinkingMarks | None]:
     """Read a mark of reasoning, and the space before it, where an answer begins with it; return which."""
     if thinking:
         yield from source.spaces()

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from inference_service.chat.formats.format import Shown, ToolFormat
+from inference_service.chat.formats.format import TemplateMarks, ToolFormat
 from inference_service.chat.formats.frame import Block
 from inference_service.chat.formats.lark import (
     MOST_CALLS,
@@ -42,12 +42,12 @@ from inference_service.chat.formats.values import (
     types_of,
     written,
 )
-from inference_service.chat.pieces import Calls
+from inference_service.chat.pieces import AnswerCalls
 from loramux_shared.parsers import ToolParser
 
 
 @dataclass(frozen=True)
-class Marks:
+class GemmaMarks:
     """The marks of one of the two."""
 
     begin: str
@@ -55,8 +55,8 @@ class Marks:
     quote: str
 
 
-MARKS: Final = Marks("<|tool_call>", "<tool_call|>", '<|"|>')
-FUNCTION_MARKS: Final = Marks("<start_function_call>", "<end_function_call>", "<escape>")
+MARKS: Final = GemmaMarks("<|tool_call>", "<tool_call|>", '<|"|>')
+FUNCTION_MARKS: Final = GemmaMarks("<start_function_call>", "<end_function_call>", "<escape>")
 _KEY: Final = re.compile(r"[^:,{}\[\]<>]{1,256}")
 _BARE: Final = re.compile(r"[^,{}\[\]<]{1,256}")
 _NEXT: Final = re.compile(r"\s{0,100}(,?)\s{0,100}")
@@ -72,17 +72,17 @@ open_o: {other}
 """Any object."""
 
 
-def gemma_blocks(calls: Calls) -> Mapping[str, Block]:
+def gemma_blocks(calls: AnswerCalls) -> Mapping[str, Block]:
     """Return the reader of Gemma 4's calls."""
     return {MARKS.begin: _block(calls, MARKS)}
 
 
-def function_blocks(calls: Calls) -> Mapping[str, Block]:
+def function_blocks(calls: AnswerCalls) -> Mapping[str, Block]:
     """Return the reader of FunctionGemma's calls."""
     return {FUNCTION_MARKS.begin: _block(calls, FUNCTION_MARKS)}
 
 
-def _block(calls: Calls, form: Marks) -> Block:
+def _block(calls: AnswerCalls, form: GemmaMarks) -> Block:
     def read(source: Source) -> Reader[bool]:
         yield from source.spaces()
         if not (yield from source.literal("call:")):
@@ -99,7 +99,7 @@ def _block(calls: Calls, form: Marks) -> Block:
     return read
 
 
-def _arguments(source: Source, calls: Calls, form: Marks) -> Reader[None]:
+def _arguments(source: Source, calls: AnswerCalls, form: GemmaMarks) -> Reader[None]:
     """Tell the arguments behind the brace; what is no argument is left."""
     opened = False
     while True:
@@ -128,7 +128,7 @@ def _arguments(source: Source, calls: Calls, form: Marks) -> Reader[None]:
         yield calls.more("}" if opened else "{}")
 
 
-def _key(source: Source, form: Marks) -> Reader[str | None]:
+def _key(source: Source, form: GemmaMarks) -> Reader[str | None]:
     """Return a name with its colon read; it may stand between quotes."""
     yield from source.spaces()
     if (yield from source.literal(form.quote)):
@@ -143,7 +143,7 @@ def _key(source: Source, form: Marks) -> Reader[str | None]:
     return name
 
 
-def _string(source: Source, calls: Calls, form: Marks) -> Reader[bool]:
+def _string(source: Source, calls: AnswerCalls, form: GemmaMarks) -> Reader[bool]:
     """Tell a string to its quote; say whether that came."""
     known = marks(form.quote)
     while True:
@@ -159,7 +159,7 @@ def _string(source: Source, calls: Calls, form: Marks) -> Reader[bool]:
         yield None
 
 
-def _whole_string(source: Source, form: Marks) -> Reader[str | None]:
+def _whole_string(source: Source, form: GemmaMarks) -> Reader[str | None]:
     known = marks(form.quote)
     begin = source.at
     while True:
@@ -173,7 +173,7 @@ def _whole_string(source: Source, form: Marks) -> Reader[str | None]:
         yield None
 
 
-def _value(source: Source, form: Marks, depth: int) -> Reader[Any]:
+def _value(source: Source, form: GemmaMarks, depth: int) -> Reader[Any]:
     """Return a value when it is whole, or that there is none."""
     if (yield from source.literal(form.quote)):
         said = yield from _whole_string(source, form)
@@ -193,7 +193,7 @@ def _value(source: Source, form: Marks, depth: int) -> Reader[Any]:
         return found[0].strip()
 
 
-def _items(source: Source, form: Marks, depth: int) -> Reader[Any]:
+def _items(source: Source, form: GemmaMarks, depth: int) -> Reader[Any]:
     items: list[Any] = []
     while True:
         yield from source.spaces()
@@ -206,7 +206,7 @@ def _items(source: Source, form: Marks, depth: int) -> Reader[Any]:
         yield from source.match(_NEXT)
 
 
-def _members(source: Source, form: Marks, depth: int) -> Reader[Any]:
+def _members(source: Source, form: GemmaMarks, depth: int) -> Reader[Any]:
     members: dict[str, Any] = {}
     while True:
         yield from source.spaces()
@@ -222,7 +222,7 @@ def _members(source: Source, form: Marks, depth: int) -> Reader[Any]:
         yield from source.match(_NEXT)
 
 
-def _gemma(form: Marks) -> Callable[[Sequence[Asked], Spelling, bool], CallGrammar]:
+def _gemma(form: GemmaMarks) -> Callable[[Sequence[Asked], Spelling, bool], CallGrammar]:
     def make(tools: Sequence[Asked], spelling: Spelling, several: bool) -> CallGrammar:
         writer = _Rules(form, spelling)
         names = [f"{quoted(f'call:{tool.name}')} a{at}" for at, tool in enumerate(tools)]
@@ -237,7 +237,7 @@ def _gemma(form: Marks) -> Callable[[Sequence[Asked], Spelling, bool], CallGramm
 class _Rules:
     """Writes the rules of Gemma's values; names stand in alphabetical order, as its template has them."""
 
-    def __init__(self, form: Marks, spelling: Spelling) -> None:
+    def __init__(self, form: GemmaMarks, spelling: Spelling) -> None:
         self._quote, self._spelling = form.quote, spelling
         self._ends, rule = spelling.until(form.quote, "text")
         self.shared = rule + _OPEN.format(
@@ -274,9 +274,11 @@ class _Rules:
             raise CannotSayError(f"a value of {shown(schema)}")
 
 
-def _format(parser: ToolParser, own: Marks, blocks: Callable[[Calls], Mapping[str, Block]]) -> ToolFormat:
+def _format(
+    parser: ToolParser, own: GemmaMarks, blocks: Callable[[AnswerCalls], Mapping[str, Block]]
+) -> ToolFormat:
     tokens = (own.begin, own.end, own.quote)
-    return ToolFormat(parser, (Shown((own.begin,)),), blocks, _gemma(own), tokens=tokens, end=own.end)
+    return ToolFormat(parser, (TemplateMarks((own.begin,)),), blocks, _gemma(own), tokens=tokens, end=own.end)
 
 
 GEMMA4: Final = _format(ToolParser.GEMMA4, MARKS, gemma_blocks)

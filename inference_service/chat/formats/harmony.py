@@ -19,10 +19,10 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
-from inference_service.chat.formats.format import Shown, ToolFormat
+from inference_service.chat.formats.format import TemplateMarks, ToolFormat
 from inference_service.chat.formats.lark import Asked, CallGrammar, Spelling, either, json_of
 from inference_service.chat.formats.source import Reader, Source, marks
-from inference_service.chat.pieces import Calls, Piece, Said, Thought
+from inference_service.chat.pieces import AnswerCalls, Piece, Said, Thought
 from inference_service.serving.request import Message
 from loramux_shared.parsers import ToolParser
 
@@ -41,7 +41,7 @@ _CHANNEL: Final = re.compile(r"<\|channel\|>\s*(\w+)")
 _TO: Final = re.compile(r"\bto=([^\s<]+)")
 
 
-def messages(source: Source, calls: Calls, *, shown: bool = True) -> Reader[None]:
+def messages(source: Source, calls: AnswerCalls, *, shown: bool = True) -> Reader[None]:
     """Read the messages of an answer; not shown: reasoning is said."""
     spoken = {Said: False, Thought: False}
     first = True
@@ -85,7 +85,9 @@ def _header(source: Source, *, begins: bool) -> Reader[str | None]:
     return header or ""
 
 
-def _body(source: Source, of: Calls | type[Said] | type[Thought], *, behind: bool = False) -> Reader[None]:
+def _body(
+    source: Source, of: AnswerCalls | type[Said] | type[Thought], *, behind: bool = False
+) -> Reader[None]:
     """Tell a body; behind: one of its kind came before, from which it is parted."""
     known = marks(END, RETURN, CALL, START)
     told = False
@@ -100,12 +102,12 @@ def _body(source: Source, of: Calls | type[Said] | type[Thought], *, behind: boo
             break
         source.forget()
         yield None
-    if isinstance(of, Calls) and not told:
+    if isinstance(of, AnswerCalls) and not told:
         yield of.more("{}")
 
 
-def _piece(of: Calls | type[Said] | type[Thought], text: str) -> Piece:
-    return of.more(text) if isinstance(of, Calls) else of(text)
+def _piece(of: AnswerCalls | type[Said] | type[Thought], text: str) -> Piece:
+    return of.more(text) if isinstance(of, AnswerCalls) else of(text)
 
 
 def _harmony(tools: Sequence[Asked], spelling: Spelling, several: bool) -> CallGrammar:
@@ -156,7 +158,7 @@ def _of_call(message: Message, call: Mapping[str, Any], *, first: bool) -> Messa
 
 HARMONY: Final = ToolFormat(
     ToolParser.HARMONY,
-    (Shown((CHANNEL, MESSAGE)),),
+    (TemplateMarks((CHANNEL, MESSAGE)),),
     lambda _: {},  # all of an answer is messages
     _harmony,
     tokens=MARKS,

@@ -12,7 +12,7 @@ from typing import Final
 
 from inference_service.chat.formats.frame import Block
 from inference_service.chat.formats.source import Reader, Source
-from inference_service.chat.pieces import Calls
+from inference_service.chat.pieces import AnswerCalls
 
 ARGUMENTS: Final = frozenset({"arguments", "parameters"})
 """Llama says parameters, all others arguments."""
@@ -23,7 +23,7 @@ _IN_STRING: Final = re.compile(r'["\\]')
 _SCALAR: Final = re.compile(r"[^\s,\]};]{1,64}")
 
 
-def list_of_calls(calls: Calls, *ends: str) -> Block:
+def list_of_calls(calls: AnswerCalls, *ends: str) -> Block:
     """Return the reader of calls as JSON, behind which one of some marks may stand."""
 
     def read(source: Source) -> Reader[bool]:
@@ -39,7 +39,7 @@ def list_of_calls(calls: Calls, *ends: str) -> Block:
     return read
 
 
-def json_calls(source: Source, calls: Calls) -> Reader[bool]:
+def json_calls(source: Source, calls: AnswerCalls) -> Reader[bool]:
     """Read one call, several behind each other, or a list of them; say whether there was any.
 
     What follows the last call, but for its closing bracket, is left.
@@ -66,7 +66,7 @@ def _separator(source: Source) -> Reader[bool]:
     return source.text.startswith("{", source.at)
 
 
-def json_call(source: Source, calls: Calls) -> Reader[bool]:
+def json_call(source: Source, calls: AnswerCalls) -> Reader[bool]:
     """Read an object that is a call; say whether it was one, as far as that was told."""
     if not (yield from source.literal("{")):
         return False
@@ -108,7 +108,7 @@ def json_call(source: Source, calls: Calls) -> Reader[bool]:
     return begun
 
 
-def json_arguments(source: Source, calls: Calls) -> Reader[None]:
+def json_arguments(source: Source, calls: AnswerCalls) -> Reader[None]:
     """Tell the arguments of a call that has begun, piece by piece."""
     while not source.left and not source.ended:
         yield None
@@ -135,7 +135,7 @@ def _held_value(source: Source) -> Reader[str | None]:
     return "{}" if found is None or found[0] == "null" else found[0]
 
 
-def _structure(source: Source, calls: Calls | None) -> Reader[bool]:
+def _structure(source: Source, calls: AnswerCalls | None) -> Reader[bool]:
     """Read an object or a list, tell calls of it as it comes, and say whether its last bracket came."""
     brackets, held = _Brackets(), 0
     while True:

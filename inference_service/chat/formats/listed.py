@@ -15,11 +15,11 @@ from collections.abc import Mapping, Sequence
 from typing import Final
 
 from inference_service.chat.formats import tagged
-from inference_service.chat.formats.format import Shown, ToolFormat
+from inference_service.chat.formats.format import TemplateMarks, ToolFormat
 from inference_service.chat.formats.frame import Block
 from inference_service.chat.formats.json_calls import list_of_calls
 from inference_service.chat.formats.lark import MOST_CALLS, Asked, CallGrammar, Spelling, json_of, list_schema
-from inference_service.chat.pieces import Calls
+from inference_service.chat.pieces import AnswerCalls
 from loramux_shared.parsers import ToolParser
 
 MARK: Final = "<|tool_call|>"
@@ -27,7 +27,7 @@ PHI_END: Final = "<|/tool_call|>"
 PHI_WORD: Final = "functools"
 
 
-def granite_blocks(calls: Calls) -> Mapping[str, Block]:
+def granite_blocks(calls: AnswerCalls) -> Mapping[str, Block]:
     """Return the readers of Granite's calls; Granite 3.1 spells the mark as a tag, Granite 4 closes it."""
     return {MARK: list_of_calls(calls), tagged.BEGIN: list_of_calls(calls, tagged.END)}
 
@@ -37,7 +37,7 @@ def _granite(tools: Sequence[Asked], spelling: Spelling, several: bool) -> CallG
     return CallGrammar(MARK, rules, narrow=spelling.is_special(tagged.BEGIN))
 
 
-def phi_blocks(calls: Calls) -> Mapping[str, Block]:
+def phi_blocks(calls: AnswerCalls) -> Mapping[str, Block]:
     """Return the readers of Phi's calls."""
     return {MARK: list_of_calls(calls, PHI_END), PHI_WORD: list_of_calls(calls)}
 
@@ -52,13 +52,17 @@ def _phi(tools: Sequence[Asked], spelling: Spelling, several: bool) -> CallGramm
 GRANITE: Final = ToolFormat(
     ToolParser.GRANITE,
     (
-        Shown(("<|start_of_role|>", MARK)),
-        Shown(("<|start_of_role|>", "available_tools"), without=tagged.BEGIN),
+        TemplateMarks(("<|start_of_role|>", MARK)),
+        TemplateMarks(("<|start_of_role|>", "available_tools"), without=tagged.BEGIN),
     ),
     granite_blocks,
     _granite,
     tokens=(MARK, tagged.BEGIN, tagged.END),
 )
 PHI4: Final = ToolFormat(
-    ToolParser.PHI4, (Shown(("<|tool|>",)), Shown(("functools[",))), phi_blocks, _phi, tokens=(MARK, PHI_END)
+    ToolParser.PHI4,
+    (TemplateMarks(("<|tool|>",)), TemplateMarks(("functools[",))),
+    phi_blocks,
+    _phi,
+    tokens=(MARK, PHI_END),
 )

@@ -13,18 +13,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Final
 
-from inference_service.chat.formats.format import Shown, ToolFormat
+from inference_service.chat.formats.format import TemplateMarks, ToolFormat
 from inference_service.chat.formats.frame import Block
 from inference_service.chat.formats.json_calls import json_calls
 from inference_service.chat.formats.lark import Asked, CallGrammar, Spelling, calls_schema, json_of
 from inference_service.chat.formats.source import Reader, Source
-from inference_service.chat.pieces import Calls
+from inference_service.chat.pieces import AnswerCalls
 from loramux_shared.parsers import ToolParser
 
 PYTHON_TAG: Final = "<|python_tag|>"
 
 
-def llama_leading(calls: Calls) -> Block:
+def llama_leading(calls: AnswerCalls) -> Block:
     """Return the reader of calls as JSON."""
 
     def read(source: Source) -> Reader[bool]:
@@ -33,7 +33,7 @@ def llama_leading(calls: Calls) -> Block:
     return read
 
 
-def llama_blocks(calls: Calls) -> Mapping[str, Block]:
+def llama_blocks(calls: AnswerCalls) -> Mapping[str, Block]:
     """Return the reader of calls behind the tag."""
 
     def read(source: Source) -> Reader[bool]:
@@ -50,7 +50,7 @@ def _llama(tools: Sequence[Asked], spelling: Spelling, several: bool) -> CallGra
 
 LLAMA3_JSON: Final = ToolFormat(
     ToolParser.LLAMA3_JSON,
-    (Shown(("<|start_header_id|>", '"parameters"')), Shown((PYTHON_TAG,))),
+    (TemplateMarks(("<|start_header_id|>", '"parameters"')), TemplateMarks((PYTHON_TAG,))),
     llama_blocks,
     _llama,
     leading=llama_leading,

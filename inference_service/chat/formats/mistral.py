@@ -18,7 +18,7 @@ import string
 from collections.abc import Mapping, Sequence
 from typing import Final
 
-from inference_service.chat.formats.format import Shown, ToolFormat
+from inference_service.chat.formats.format import TemplateMarks, ToolFormat
 from inference_service.chat.formats.frame import Block
 from inference_service.chat.formats.json_calls import json_arguments, list_of_calls
 from inference_service.chat.formats.lark import (
@@ -31,7 +31,7 @@ from inference_service.chat.formats.lark import (
     list_schema,
 )
 from inference_service.chat.formats.source import Reader, Source
-from inference_service.chat.pieces import Calls
+from inference_service.chat.pieces import AnswerCalls
 from inference_service.serving.request import Message
 from loramux_shared.parsers import ToolParser
 
@@ -45,7 +45,7 @@ _NAME: Final = re.compile(r"[A-Za-z0-9_.\-]{1,64}")
 _ID: Final = re.compile(r"[A-Za-z0-9_\-]{0,64}")
 
 
-def mistral_blocks(calls: Calls) -> Mapping[str, Block]:
+def mistral_blocks(calls: AnswerCalls) -> Mapping[str, Block]:
     """Return the reader of Mistral's calls, in both forms."""
     listed = list_of_calls(calls)
 
@@ -105,7 +105,7 @@ def _short(own: str) -> str:
 
 MISTRAL: Final = ToolFormat(
     ToolParser.MISTRAL,
-    (Shown((MARK,)),),
+    (TemplateMarks((MARK,)),),
     mistral_blocks,
     _mistral,
     tokens=(MARK, ID, ARGS),

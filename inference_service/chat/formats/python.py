@@ -26,7 +26,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from inference_service.chat.formats.format import Shown, ToolFormat
+from inference_service.chat.formats.format import TemplateMarks, ToolFormat
 from inference_service.chat.formats.frame import Block
 from inference_service.chat.formats.lark import (
     MOST_CALLS,
@@ -49,7 +49,7 @@ from inference_service.chat.formats.values import (
     plain,
     written,
 )
-from inference_service.chat.pieces import Calls
+from inference_service.chat.pieces import AnswerCalls
 from loramux_shared.parsers import ToolParser
 
 OLMO: Final = "<function_calls>"
@@ -61,7 +61,7 @@ _STEP: Final = re.compile(r"""["'()\[\]{}]""")
 _QUOTE: Final = {quote: re.compile(rf"[\\{quote}]") for quote in "\"'"}
 
 
-def pythonic_leading(calls: Calls) -> Block:
+def pythonic_leading(calls: AnswerCalls) -> Block:
     """Return the reader of a list of calls as Python has them."""
 
     def read(source: Source) -> Reader[bool]:
@@ -76,7 +76,7 @@ def pythonic_leading(calls: Calls) -> Block:
     return read
 
 
-def pythonic_blocks(calls: Calls) -> Mapping[str, Block]:
+def pythonic_blocks(calls: AnswerCalls) -> Mapping[str, Block]:
     """Return the reader of the same behind the tag, as some finetunes have it."""
     read = pythonic_leading(calls)
 
@@ -87,17 +87,17 @@ def pythonic_blocks(calls: Calls) -> Mapping[str, Block]:
     return {PYTHON_TAG: tagged}
 
 
-def olmo_blocks(calls: Calls) -> Mapping[str, Block]:
+def olmo_blocks(calls: AnswerCalls) -> Mapping[str, Block]:
     """Return the reader of lines of calls between tags."""
     return {OLMO: _lines(calls, OLMO_END)}
 
 
-def fenced_blocks(calls: Calls) -> Mapping[str, Block]:
+def fenced_blocks(calls: AnswerCalls) -> Mapping[str, Block]:
     """Return the reader of lines of calls in a fence."""
     return {FENCE: _lines(calls, FENCE_END)}
 
 
-def _lines(calls: Calls, end: str) -> Block:
+def _lines(calls: AnswerCalls, end: str) -> Block:
     def read(source: Source) -> Reader[bool]:
         if not (yield from python_calls(source, calls)):
             return False
@@ -108,7 +108,7 @@ def _lines(calls: Calls, end: str) -> Block:
     return read
 
 
-def python_calls(source: Source, calls: Calls) -> Reader[bool]:
+def python_calls(source: Source, calls: AnswerCalls) -> Reader[bool]:
     """Read calls with spaces and commas between; say whether there were any.
 
     Each is told when it is whole: not before that is it known to be one.
@@ -212,11 +212,13 @@ def _python(tools: Sequence[Asked]) -> str:
 
 PYTHONIC: Final = ToolFormat(
     ToolParser.PYTHONIC,
-    (Shown(("func_name1(",)),),
+    (TemplateMarks(("func_name1(",)),),
     pythonic_blocks,
     _pythonic,
     leading=pythonic_leading,
     tokens=(PYTHON_TAG,),
 )
-OLMO3: Final = ToolFormat(ToolParser.OLMO3, (Shown((OLMO,)),), olmo_blocks, _olmo, tokens=(OLMO, OLMO_END))
-TOOL_CODE: Final = ToolFormat(ToolParser.TOOL_CODE, (Shown(("```tool_code",)),), fenced_blocks, _fenced)
+OLMO3: Final = ToolFormat(
+    ToolParser.OLMO3, (TemplateMarks((OLMO,)),), olmo_blocks, _olmo, tokens=(OLMO, OLMO_END)
+)
+TOOL_CODE: Final = ToolFormat(ToolParser.TOOL_CODE, (TemplateMarks(("```tool_code",)),), fenced_blocks, _fenced)

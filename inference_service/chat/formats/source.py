@@ -124,7 +124,7 @@ def marks(*words: str) -> Marks:
     return Marks(words)
 
 
-class Answer:
+class ParsedAnswer:
     """A `Reading` of one answer by a reader."""
 
     def __init__(self, reader: Callable[[Source], Reader[None]]) -> None:

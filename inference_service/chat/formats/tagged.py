@@ -25,7 +25,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from inference_service.chat.formats.format import Shown, ToolFormat
+from inference_service.chat.formats.format import TemplateMarks, ToolFormat
 from inference_service.chat.formats.frame import Block
 from inference_service.chat.formats.json_calls import json_calls
 from inference_service.chat.formats.lark import (
@@ -41,7 +41,7 @@ from inference_service.chat.formats.lark import (
 )
 from inference_service.chat.formats.source import Reader, Source, marks
 from inference_service.chat.formats.values import arguments, is_open, is_text, texts, typed, written
-from inference_service.chat.pieces import Calls
+from inference_service.chat.pieces import AnswerCalls
 from loramux_shared.parsers import ToolParser
 
 BEGIN: Final = "<tool_call>"
@@ -51,7 +51,7 @@ _END_OF_VALUE: Final = "</parameter>"
 _NEWLINE: Final = 'nl: "\\n"?\n'
 
 
-def tagged_blocks(calls: Calls) -> Mapping[str, Block]:
+def tagged_blocks(calls: AnswerCalls) -> Mapping[str, Block]:
     """Return the readers of both forms; models leave out the outer tag of the second now and then."""
 
     def tagged(source: Source) -> Reader[bool]:
@@ -75,7 +75,7 @@ def _closed(source: Source) -> Reader[bool]:
     return True
 
 
-def _function(source: Source, calls: Calls) -> Reader[bool]:
+def _function(source: Source, calls: AnswerCalls) -> Reader[bool]:
     """Read a function behind ``<function=``."""
     name = (yield from source.upto(">")) or ""
     if (name := name.strip()) not in calls.offered:
@@ -100,7 +100,7 @@ def _function(source: Source, calls: Calls) -> Reader[bool]:
     return True
 
 
-def _value(source: Source, calls: Calls, schema: Any) -> Reader[bool]:
+def _value(source: Source, calls: AnswerCalls, schema: Any) -> Reader[bool]:
     """Tell a value, without the line break at each end; say whether it came to its end."""
     yield from source.literal("\n")
     known, as_text = marks("\n" + _END_OF_VALUE, _END_OF_VALUE), is_text(schema)
@@ -156,8 +156,13 @@ def _xml(tools: Sequence[Asked], spelling: Spelling, several: bool) -> CallGramm
 
 
 HERMES: Final = ToolFormat(
-    ToolParser.HERMES, (Shown((BEGIN,)),), tagged_blocks, _hermes, tokens=(BEGIN, END), end=END
+    ToolParser.HERMES, (TemplateMarks((BEGIN,)),), tagged_blocks, _hermes, tokens=(BEGIN, END), end=END
 )
 QWEN3_CODER: Final = ToolFormat(
-    ToolParser.QWEN3_CODER, (Shown((FUNCTION, BEGIN)),), tagged_blocks, _xml, tokens=(BEGIN, END), end=END
+    ToolParser.QWEN3_CODER,
+    (TemplateMarks((FUNCTION, BEGIN)),),
+    tagged_blocks,
+    _xml,
+    tokens=(BEGIN, END),
+    end=END,
 )

@@ -12,9 +12,8 @@ from starlette.responses import PlainTextResponse, Response
 from inference_service.adapters.manager import MAX_PAGE, MAX_TOKEN, PAGE, AdapterManager
 from inference_service.adapters.views import AdapterView, ReplicaView
 from inference_service.http import answers
-from inference_service.http.wire.body import Body, Examples, read_body
+from inference_service.http.wire.body import Body, Examples, Query, read_body, read_query
 from inference_service.http.wire.errors import error_body, headers_of, status_of
-from inference_service.http.wire.query import Query, read_query
 from inference_service.http.wire.reply import json_response
 from inference_service.serving.service import GenerationService
 from loramux_shared.faults import AdapterExists, Fault, PermissionDenied

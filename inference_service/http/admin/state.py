@@ -1,6 +1,9 @@
-"""What the server does at this moment: ``/state``, as the page's panel shows it, and what gateways ask."""
+"""What monitors and gateways ask: health, metrics, version, load, and ``/state``, which the page shows."""
 
 from __future__ import annotations
+
+import asyncio
+from importlib.metadata import version
 
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
@@ -8,7 +11,32 @@ from starlette.responses import Response
 from inference_service.http import answers
 from inference_service.http.wire.reply import json_response
 from inference_service.serving.service import GenerationService
+from inference_service.serving.telemetry.metrics import CONTENT_TYPE
 from inference_service.serving.telemetry.replica import loads
+
+
+async def health(service: GenerationService, http: HttpRequest) -> Response:  # noqa: ARG001
+    """Say that requests are taken, and why they are computed slowly if so; a server that drains says 503.
+
+    `front` does that, before anything gets here.
+    """
+    computing = service.catalog.computing
+    body: answers.Health = {"status": "slow" if computing.lack else "ok", "backend": computing.backend}
+    if computing.lack:
+        body |= {"lack": computing.lack.value}
+    return json_response(body)
+
+
+async def show_metrics(service: GenerationService, http: HttpRequest) -> Response:  # noqa: ARG001
+    """Answer Prometheus; written on a thread, so that a replica of many adapters goes on meanwhile."""
+    body = await asyncio.to_thread(service.metrics.render)
+    return Response(body, headers={"content-type": CONTENT_TYPE})
+
+
+async def show_version(service: GenerationService, http: HttpRequest) -> Response:  # noqa: ARG001
+    """Say which loramux this is."""
+    body: answers.Version = {"version": version("loramux")}
+    return json_response(body)
 
 
 async def show_state(service: GenerationService, http: HttpRequest) -> Response:  # noqa: ARG001

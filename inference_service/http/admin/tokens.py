@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Annotated, Any, ClassVar, Self
 
+from pydantic import ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
@@ -11,13 +14,53 @@ from inference_service.adapters.defaults import NO_DEFAULTS, AdapterDefaults
 from inference_service.chat.dialect import dialect_of
 from inference_service.chat.request import check_calls
 from inference_service.http import answers
-from inference_service.http.admin.tokens_schema import DetokenizeBody, TokenizeBody
+from inference_service.http.openai.chat_schema import Messages, Tool
 from inference_service.http.openai.mapping import tool_of, turns_of
-from inference_service.http.wire.body import read_body
+from inference_service.http.openai.schema_rules import GOES_ON, OF_MESSAGES, ONE_OF_TWO
+from inference_service.http.wire.body import Body, Examples, read_body
+from inference_service.http.wire.fields import Made
 from inference_service.http.wire.reply import json_response
 from inference_service.serving.bounds import check_turns, refused
 from inference_service.serving.service import GenerationService
 from inference_service.serving.sizes import countable
+
+
+class TokenizeBody(Body):
+    """``POST /tokenize``: a prompt, or messages."""
+
+    model_config = ConfigDict(json_schema_extra=ONE_OF_TWO | GOES_ON)
+    examples: ClassVar[Examples] = {
+        "prompt": {"prompt": "The party of the first part"},
+        "messages": {"messages": [{"role": "user", "content": "Hello"}], "return_token_strs": True},
+    }
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: Messages | None = None
+    tools: Made[tuple[Tool, ...] | None] = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    add_special_tokens: bool | None = None
+    """With those that the tokenizer adds itself; when not set, true of a prompt and false of messages."""
+    return_token_strs: bool | None = None
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> Self:
+        if (self.prompt is None) == (self.messages is None):
+            raise PydanticCustomError("prompt", "either prompt or messages")
+        if self.prompt is not None and any(getattr(self, name) is not None for name in OF_MESSAGES):
+            raise PydanticCustomError("prompt", f"{', '.join(OF_MESSAGES)} only beside messages")
+        return self
+
+
+class DetokenizeBody(Body):
+    """``POST /detokenize``."""
+
+    examples: ClassVar[Examples] = {"tokens": {"tokens": [5, 6, 7]}}
+
+    model: str | None = None
+    tokens: tuple[Annotated[int, Field(json_schema_extra={"minimum": 0})], ...]
 
 
 async def tokenize(service: GenerationService, http: HttpRequest) -> Response:

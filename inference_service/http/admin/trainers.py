@@ -9,7 +9,7 @@ from starlette.responses import Response
 
 from inference_service.http import answers
 from inference_service.http.admin.operators import manager_of, refuse_other_sites
-from inference_service.http.wire.query import Query, read_query
+from inference_service.http.wire.body import Query, read_query
 from inference_service.http.wire.reply import json_response
 from inference_service.serving.engine_thread import PauseMode
 from inference_service.serving.service import GenerationService

@@ -9,8 +9,8 @@ from typing import Any, Final
 from inference_service.chat.request import (
     SWITCHES,
     ChatRequest,
+    ChatTool,
     NamedTool,
-    Tool,
     ToolChoice,
     check_demand,
     check_tools,
@@ -90,14 +90,14 @@ def _format(body: Turns) -> OutputFormat | None:
     return new or old
 
 
-def _tool(index: int, tool: CustomTool) -> Tool:
+def _tool(index: int, tool: CustomTool) -> ChatTool:
     told = [tool.description] if tool.description else []
     if tool.input_examples:
         told += [
             "Examples of its input:",
             *(json.dumps(each, ensure_ascii=False) for each in tool.input_examples),
         ]
-    return Tool(tool.name, "\n".join(told) or None, tool.input_schema, tool.strict, f"tools[{index}]")
+    return ChatTool(tool.name, "\n".join(told) or None, tool.input_schema, tool.strict, f"tools[{index}]")
 
 
 def _choice(choice: schema.ToolChoice | None) -> ToolChoice | None:

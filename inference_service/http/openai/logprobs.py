@@ -16,7 +16,7 @@ IMPOSSIBLE = -9999.0
 
 
 @dataclass(frozen=True)
-class Names:
+class TokenNames:
     """The names of tokens in log probabilities."""
 
     text: Text
@@ -32,7 +32,7 @@ class Names:
         return f"token_id:{token}" if self.as_ids else legacy_name(token, self.text)
 
 
-def chat_logprobs(tokens: Sequence[Token], names: Names) -> Json:
+def chat_logprobs(tokens: Sequence[Token], names: TokenNames) -> Json:
     """Return the ``logprobs`` of a chat's choice."""
     content = []
     for token in tokens:
@@ -41,7 +41,7 @@ def chat_logprobs(tokens: Sequence[Token], names: Names) -> Json:
     return {"content": content, "refusal": None}
 
 
-def _chat_token(token: int, logprob: float | None, names: Names) -> Json:
+def _chat_token(token: int, logprob: float | None, names: TokenNames) -> Json:
     return {
         "token": names.of_chat(token),
         "logprob": _finite(logprob),
@@ -49,7 +49,7 @@ def _chat_token(token: int, logprob: float | None, names: Names) -> Json:
     }
 
 
-def legacy_logprobs(tokens: Sequence[Token], names: Names, offset: int) -> Json:
+def legacy_logprobs(tokens: Sequence[Token], names: TokenNames, offset: int) -> Json:
     """Return the ``logprobs`` of a plain completion's choice; offset is where its text begins in the answer."""
     offsets = []
     for token in tokens:
@@ -63,7 +63,7 @@ def legacy_logprobs(tokens: Sequence[Token], names: Names, offset: int) -> Json:
     }
 
 
-def _legacy_top(token: Token, names: Names) -> Json | None:
+def _legacy_top(token: Token, names: TokenNames) -> Json | None:
     """Return the most likely tokens by their names, the chosen one among them."""
     if token.logprob is None:
         return None

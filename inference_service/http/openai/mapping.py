@@ -11,15 +11,14 @@ from typing import Any, Final
 from inference_service.chat.request import (
     Call,
     ChatRequest,
-    Tool,
+    ChatTool,
     Turn,
     check_demand,
     check_tools,
     with_effort,
 )
 from inference_service.core.constraint import Constraint
-from inference_service.http.openai import chat_schema
-from inference_service.http.openai.chat_schema import ChatBody, ChatMessage, ResponseFormat
+from inference_service.http.openai.chat_schema import ChatBody, ChatMessage, ResponseFormat, Tool
 from inference_service.http.openai.schema import (
     MAX_CHOICES,
     CompletionBody,
@@ -86,10 +85,10 @@ def turns_of(messages: Sequence[ChatMessage]) -> tuple[Turn, ...]:
     )
 
 
-def tool_of(tool: chat_schema.Tool) -> Tool:
+def tool_of(tool: Tool) -> ChatTool:
     """Return a tool as conversations have it."""
     function = tool.function
-    return Tool(function.name, function.description, function.parameters, function.strict)
+    return ChatTool(function.name, function.description, function.parameters, function.strict)
 
 
 def one_constraint(wanted: Constraint | None, outputs: StructuredOutputs | None) -> Constraint | None:

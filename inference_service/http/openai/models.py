@@ -1,9 +1,8 @@
-"""``GET /v1/models``, and what monitors ask."""
+"""``GET /v1/models``."""
 
 from __future__ import annotations
 
 import asyncio
-from importlib.metadata import version
 from typing import Final
 
 from starlette.requests import Request as HttpRequest
@@ -16,7 +15,6 @@ from inference_service.http import answers
 from inference_service.http.admin.operators import failure_of, manager_of
 from inference_service.http.wire.reply import json_response
 from inference_service.serving.service import GenerationService
-from inference_service.serving.telemetry.metrics import CONTENT_TYPE
 
 FEW: Final = 100
 """Models that are described at once."""
@@ -76,27 +74,3 @@ def _model(model: ServedModel, service: GenerationService, adapters: AdapterMana
         "display_name": model.name,
         "created_at": model.load_time.isoformat(timespec="seconds"),
     }
-
-
-async def health(service: GenerationService, http: HttpRequest) -> Response:  # noqa: ARG001
-    """Say that requests are taken, and why they are computed slowly if so; a server that drains says 503.
-
-    `front` does that, before anything gets here.
-    """
-    computing = service.catalog.computing
-    body: answers.Health = {"status": "slow" if computing.lack else "ok", "backend": computing.backend}
-    if computing.lack:
-        body |= {"lack": computing.lack.value}
-    return json_response(body)
-
-
-async def show_metrics(service: GenerationService, http: HttpRequest) -> Response:  # noqa: ARG001
-    """Answer Prometheus; written on a thread, so that a replica of many adapters goes on meanwhile."""
-    body = await asyncio.to_thread(service.metrics.render)
-    return Response(body, headers={"content-type": CONTENT_TYPE})
-
-
-async def show_version(service: GenerationService, http: HttpRequest) -> Response:  # noqa: ARG001
-    """Say which loramux this is."""
-    body: answers.Version = {"version": version("loramux")}
-    return json_response(body)

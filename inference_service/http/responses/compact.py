@@ -18,10 +18,9 @@ from starlette.responses import Response
 
 from inference_service.chat.conversation import Conversation, Told
 from inference_service.chat.request import ChatRequest, Turn
-from inference_service.http.responses.carried import carried
-from inference_service.http.responses.items import CallItem, Item, OutputItem
+from inference_service.http.responses.items import CallItem, Item, OutputItem, carried
 from inference_service.http.responses.mapping import chat_to_sum_up
-from inference_service.http.responses.output import Output
+from inference_service.http.responses.output import OutputItems
 from inference_service.http.responses.resource import usage_of
 from inference_service.http.responses.schema import CompactBody
 from inference_service.http.responses.turns import PLACE, leading
@@ -82,7 +81,7 @@ async def _summary(conversation: Conversation, head: Head) -> tuple[str, Json]:
     Raises:
         Fault: there is none.
     """
-    output = Output(None, (), carries=False)
+    output = OutputItems(None, (), carries=False)
     usage: Json = {}
     async with aclosing(conversation.events()) as events:
         async for event in events:

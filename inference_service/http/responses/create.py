@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Final
 
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from inference_service.chat.conversation import Conversation, Told
+from inference_service.chat.request import ChatRequest
 from inference_service.core.sequence import FinishReason
-from inference_service.http.responses.fitting import fitted
 from inference_service.http.responses.mapping import chat_of
-from inference_service.http.responses.output import Output, Status
+from inference_service.http.responses.output import OutputItems, Status
 from inference_service.http.responses.resource import Resource
 from inference_service.http.responses.schema import ResponsesBody
 from inference_service.http.responses.tools import functions_of
@@ -23,7 +24,7 @@ from inference_service.http.wire.reply import DONE, Head, Json, json_response, n
 from inference_service.http.wire.stream import Framing, open_stream, while_connected
 from inference_service.serving.request import Delta, Finished, Started
 from inference_service.serving.service import GenerationService
-from loramux_shared.faults import Fault
+from loramux_shared.faults import Fault, PromptTooLong
 
 FRAMING: Final = Framing(named_event, error_body, DONE)
 """A fault is an event of its own, made here; ``[DONE]`` is always the end."""
@@ -35,7 +36,7 @@ async def create_response(service: GenerationService, http: HttpRequest) -> Resp
     chat = chat_of(body, http.headers)
     if body.truncation == "auto":
         chat = await while_connected(http.receive, fitted(service, chat))
-    answer = Answer(service, body, Conversation(service, chat))
+    answer = ResponseAnswer(service, body, Conversation(service, chat))
     if body.stream:
         return await open_stream(http.receive, answer.events(), answer.head, FRAMING)
     whole = await while_connected(http.receive, answer.whole())
@@ -49,14 +50,14 @@ async def count_input(service: GenerationService, http: HttpRequest) -> Response
     return json_response({"object": "response.input_tokens", "input_tokens": tokens})
 
 
-class Answer:
+class ResponseAnswer:
     """A conversation in the words of this route."""
 
     def __init__(self, service: GenerationService, body: ResponsesBody, conversation: Conversation) -> None:
         self._service = service
         self._body = body
         self._conversation = conversation
-        self._output = Output(None, (), carries=body.carries)
+        self._output = OutputItems(None, (), carries=body.carries)
         self.head = Head(f"resp_{self._conversation.request.id}", "response", body.model)
         self._resource: Resource | None = None
         """Known when the request was accepted."""
@@ -110,7 +111,7 @@ class Answer:
     async def _begin(self, started: Started) -> Resource:
         self.head.begin(started)
         scored = None if self._body.logprobs is None else started.text
-        self._output = Output(scored, functions_of(self._body.tools), carries=self._body.carries)
+        self._output = OutputItems(scored, functions_of(self._body.tools), carries=self._body.carries)
         return Resource(self._body, self.head, await self._service.naming.defaults(started.model))
 
     def _tell(self, resource: Resource, told: Told) -> list[Json]:
@@ -126,3 +127,49 @@ class Answer:
 
 def _numbered(event: Json, number: int) -> Json:
     return {"type": event["type"], "sequence_number": number} | event
+
+
+async def fitted(service: GenerationService, chat: ChatRequest) -> ChatRequest:
+    """Return a chat that leaves its answer room: without as many of the first turns as it takes, and no more.
+
+    A turn begins where the user speaks; system messages before the first one stay. Of a conversation whose last
+    turn is too long, that is returned.
+
+    Raises:
+        Fault: the chat cannot be counted, for another reason than its length.
+    """
+    if await _fits(service, chat):
+        return chat
+    shorter = _shorter(chat)
+    fits, least = len(shorter) - 1, 1
+    while least < fits:
+        tried = (least + fits) // 2
+        if await _fits(service, shorter[tried]):
+            fits = tried
+        else:
+            least = tried + 1
+    return shorter[fits]
+
+
+def _shorter(chat: ChatRequest) -> list[ChatRequest]:
+    """Return a chat, then without its first turn, its first two, and so on to the last one alone."""
+    turns = chat.turns
+    begins = [nth for nth, turn in enumerate(turns) if turn.role == "user"]
+    system = next((nth for nth, turn in enumerate(turns) if turn.role not in ("system", "developer")), 0)
+    cut = [turns[:system] + turns[begin:] for begin in begins if begin > system]
+    return [chat, *(replace(chat, turns=rest) for rest in cut)]
+
+
+async def _fits(service: GenerationService, chat: ChatRequest) -> bool:
+    try:
+        tokens = await Conversation(service, chat).prompt_tokens()
+    except PromptTooLong:
+        return False
+    return tokens + _answer(chat, service) <= service.limits.max_seq_len
+
+
+def _answer(chat: ChatRequest, service: GenerationService) -> int:
+    """Return how many tokens of answer a chat must leave room for."""
+    if chat.rest.sampling.max_tokens is not None:
+        return chat.rest.sampling.max_tokens
+    return min(service.default_max_tokens or 1, service.limits.max_seq_len - 1)

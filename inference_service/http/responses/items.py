@@ -8,6 +8,8 @@ https://www.openresponses.org/specification
 
 from __future__ import annotations
 
+import base64
+import binascii
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Final, Literal, Never
 
@@ -18,6 +20,30 @@ from typing_extensions import TypedDict
 
 from inference_service.http.openai.chat_schema import RefusalPart, text_of
 from inference_service.http.wire.body import Body, unsupported
+
+PREFIX: Final = "loramux:"
+
+
+def carried(text: str) -> str:
+    """Return a text as an ``encrypted_content``: reasoning, or the summary of a conversation.
+
+    Agents that keep no state on a server ask for ``reasoning.encrypted_content`` and send it with the next
+    turn, while they drop the text itself. It is no secret here: this is the text in base64.
+    """
+    return PREFIX + base64.b64encode(text.encode(errors="replace")).decode()
+
+
+def uncarried(content: str) -> str | None:
+    """Return the text that an ``encrypted_content`` carries; None where it is not ours. Empty: nothing."""
+    if not content:
+        return ""
+    if not content.startswith(PREFIX):
+        return None
+    try:
+        return base64.b64decode(content.removeprefix(PREFIX), validate=True).decode()
+    except (binascii.Error, UnicodeDecodeError):
+        return None
+
 
 SAID: Final = {"input_text": "text", "output_text": "text", "text": "text", "refusal": "refusal"}
 """Parts that hold text, and their key for it."""

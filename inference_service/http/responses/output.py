@@ -13,8 +13,8 @@ from typing import Final, Literal
 
 from inference_service.chat.pieces import CallArguments, CallBegun, Piece, Said, Thought
 from inference_service.core.sequence import Token
-from inference_service.http.openai.logprobs import Names, chat_logprobs
-from inference_service.http.responses.carried import carried
+from inference_service.http.openai.logprobs import TokenNames, chat_logprobs
+from inference_service.http.responses.items import carried
 from inference_service.http.responses.tools import Offered
 from inference_service.http.wire.reply import Json
 from inference_service.text.text import Text
@@ -158,7 +158,7 @@ class _Call(_Item):
         return [arguments, *super().done(status)]
 
 
-class Output:
+class OutputItems:
     """Collects the items of an answer, and tells them in events."""
 
     def __init__(self, scored: Text | None, functions: Iterable[Offered], *, carries: bool) -> None:
@@ -222,7 +222,7 @@ class Output:
             events = self._close("completed")
             self._open = _Message(len(self._done))
             events += self._open.added()
-        scores = chat_logprobs(self._tokens, Names(self._scored))["content"] if self._scored else []
+        scores = chat_logprobs(self._tokens, TokenNames(self._scored))["content"] if self._scored else []
         self._tokens.clear()
         return events + self._open.more(text, scores)
 

@@ -15,7 +15,7 @@ from pydantic import Discriminator, PlainValidator, Tag
 from pydantic.json_schema import SkipJsonSchema
 from pydantic_core import PydanticCustomError
 
-from inference_service.chat.request import Tool
+from inference_service.chat.request import ChatTool
 from inference_service.http.wire.body import Body, unsupported
 from inference_service.http.wire.reply import Json
 
@@ -94,10 +94,10 @@ class Offered:
         """Return what a call of it says of it."""
         return {"name": self.function.name} | ({"namespace": self.namespace.name} if self.namespace else {})
 
-    def tool(self) -> Tool:
+    def tool(self) -> ChatTool:
         """Return it as a tool of a chat."""
         said = (self.namespace.description if self.namespace else "", self.function.description)
-        return Tool(
+        return ChatTool(
             name=self.name,
             description="\n".join(filter(None, said)) or None,
             parameters=self.function.parameters,

@@ -13,7 +13,6 @@ from itertools import takewhile
 from typing import Final
 
 from inference_service.chat.request import Call, Turn
-from inference_service.http.responses.carried import uncarried
 from inference_service.http.responses.items import (
     CallItem,
     CompactionItem,
@@ -21,6 +20,7 @@ from inference_service.http.responses.items import (
     MessageItem,
     OutputItem,
     ReasoningItem,
+    uncarried,
 )
 from inference_service.http.responses.tools import qualified
 from inference_service.serving.bounds import refused
@@ -59,7 +59,7 @@ def _in_force(items: Sequence[Item]) -> Iterator[tuple[int, Item]]:
 
 
 @dataclass
-class _Answer:
+class _AssistantTurn:
     """What the assistant did in one turn, as far as it was read."""
 
     thought: list[str] = field(default_factory=list)
@@ -84,12 +84,12 @@ class _Answer:
 
 
 def _turns(items: Sequence[Item]) -> Iterator[Turn]:
-    answer = _Answer()
+    answer = _AssistantTurn()
     for index, item in _in_force(items):
         theirs = isinstance(item, OutputItem) or (isinstance(item, MessageItem) and item.role != "assistant")
         if theirs or (answer.is_whole and not isinstance(item, CallItem)):
             yield from answer.turn()
-            answer = _Answer()
+            answer = _AssistantTurn()
         match item:
             case CompactionItem(encrypted_content=content):
                 yield Turn("system", SUMMED_UP + _uncarried(content, index), place=PLACE)

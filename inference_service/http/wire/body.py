@@ -1,4 +1,4 @@
-"""Reads the body of a request."""
+"""Reads bodies and queries of requests."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import json
 from collections.abc import Mapping
 from typing import Any, ClassVar, Final, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
-from inference_service.http.wire.errors import invalid_body, is_tag
+from inference_service.http.wire.errors import invalid_body, invalid_query, is_tag, refused_twice
 from inference_service.serving.sizes import unfolds_to
+from loramux_shared.digits import refuse_odd
 from loramux_shared.faults import RequestInvalid
 from loramux_shared.rpc.options import MAX_REQUEST_BYTES
 
@@ -96,3 +97,32 @@ async def _read(http: Request) -> bytes:
     if size > MAX_REQUEST_BYTES:
         raise HTTPException(413, f"the body is larger than {MAX_REQUEST_BYTES} bytes.")
     return bytes(data)
+
+
+class Query(BaseModel):
+    """What a query may hold: unknown names and values of other types are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _plain_numbers(cls, value: Any, info: ValidationInfo) -> Any:
+        return refuse_odd(value, cls.model_fields[str(info.field_name)].annotation)
+
+
+Q = TypeVar("Q", bound=Query)
+
+
+def read_query(http: Request, kind: type[Q]) -> Q:
+    """Return the query as a model of its kind.
+
+    Raises:
+        RequestInvalid: a name is unknown or comes twice, or a value is not of its type.
+    """
+    said = http.query_params
+    if len(said.multi_items()) > len(said):
+        raise refused_twice(said.multi_items())
+    try:
+        return kind.model_validate_strings(dict(said))
+    except ValidationError as error:
+        raise invalid_query(error, list(kind.model_fields)) from error

@@ -39,7 +39,7 @@ Made = Annotated[T, Noun(taken=False)]
 
 
 @dataclass(frozen=True)
-class Row:
+class FieldRow:
     """A field of a body, or of an object within it."""
 
     path: tuple[str, ...]
@@ -61,20 +61,20 @@ class Row:
 
 
 @cache
-def table(kind: type[BaseModel]) -> tuple[Row, ...]:
+def table(kind: type[BaseModel]) -> tuple[FieldRow, ...]:
     """Return the rows of a body that have a noun."""
     return tuple(_rows(kind))
 
 
-def _rows(kind: type[BaseModel]) -> Iterator[Row]:
+def _rows(kind: type[BaseModel]) -> Iterator[FieldRow]:
     for name, field in kind.model_fields.items():
         nouns = [each for each in field.metadata if isinstance(each, Noun)]
         for noun in nouns:
-            yield Row((name,), noun.name or name, noun.also, noun.taken)
+            yield FieldRow((name,), noun.name or name, noun.also, noun.taken)
         for held in get_args(field.annotation) if not nouns else ():
             if isinstance(held, type) and issubclass(held, BaseModel):
                 for row in table(held):
-                    yield Row((name, *row.path), row.noun, row.also, row.taken)
+                    yield FieldRow((name, *row.path), row.noun, row.also, row.taken)
 
 
 def request_fields(body: Body) -> dict[str, Any]:

@@ -8,7 +8,8 @@ Source of the rules: RFC 9112, sections 2.2, 3.2, 6.1, 6.3, 7.1 and 11.2.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Final, NoReturn
 
@@ -16,14 +17,104 @@ import httptools
 from pydantic_core import to_json
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
-from inference_service.http.wire.closing import StagedTransport
 from inference_service.http.wire.errors import status_of
 from inference_service.http.wire.front import ARRIVED, DRAINING
-from inference_service.http.wire.heads import Refused, check_head
 from inference_service.http.wire.refusals import fault_body, refused_body
 from inference_service.http.wire.reply import Json
 from loramux_shared.arrival import arrived_at, unread_bytes, unsent_bytes
 from loramux_shared.faults import ShuttingDown
+
+
+class StagedTransport:
+    """A transport that closes in stages.
+
+    A socket that is closed while bytes come, or lie unread, is reset, and its client may lose the last answer.
+    So `close` says that nothing more comes, and reads on; the client closes then, or `abort` does when it takes
+    too long. Over TLS asyncio does so itself.
+    Source: RFC 9112, section 9.6.
+    """
+
+    def __init__(self, transport: Any, closed: Callable[[], None]) -> None:
+        """Stand before a transport; closed is called when the first stage was."""
+        self._transport = transport
+        self._closed = closed
+        self._said_all = False
+        self.write = transport.write
+
+    def __getattr__(self, name: str) -> Any:
+        """Everything else is the transport's."""
+        return getattr(self._transport, name)
+
+    def is_closing(self) -> bool:
+        """True when nothing more can be said; what comes is to be dropped."""
+        return self._said_all or bool(self._transport.is_closing())
+
+    def close(self) -> None:
+        """Say nothing more."""
+        if self.is_closing():
+            return
+        if not self._transport.can_write_eof():
+            self._transport.close()
+            return
+        self._said_all = True
+        self.write = _drop
+        try:
+            self._transport.write_eof()
+        except OSError:  # the client was faster
+            self._transport.abort()
+            return
+        self._transport.resume_reading()
+        self._closed()
+
+
+def _drop(data: bytes) -> None:
+    """Take what nobody will read."""
+
+
+HOST: Final = re.compile(rb"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9\-._~%!$&'()*+,;=]*)(:[0-9]*)?")
+
+TARGET: Final = re.compile(rb"(/|https?://[^/]|\*$)[^#]*$", re.IGNORECASE)
+
+
+class Refused(ValueError):
+    """A head that is not understood: a status, a code and a message."""
+
+    def __init__(self, status: int, code: str, message: str) -> None:
+        super().__init__(status, code, message)
+        self.problem = (status, code, message)
+
+
+def check_head(version: str, url: bytes, headers: Iterable[tuple[bytes, bytes]], *, upgrades: bool) -> None:
+    """Look at a request's version, target and header fields, with names in small letters.
+
+    upgrades is true where it asks for another protocol.
+
+    Raises:
+        Refused: two servers could read it differently, or it asks for what is not spoken here.
+    """
+    if version not in ("1.0", "1.1"):
+        raise Refused(505, "invalid_http", "HTTP/1.1 is spoken here.")
+    if not TARGET.match(url):
+        raise Refused(
+            400, "invalid_http", "expected the target of the request as a path, or as http://HOST/PATH."
+        )
+    fields: dict[bytes, list[bytes]] = {}
+    for name, value in headers:
+        fields.setdefault(name, []).append(value.strip(b" \t"))
+    hosts = fields.get(b"host", [])
+    if len(hosts) > 1 or (version == "1.1" and not hosts) or not all(map(HOST.fullmatch, hosts)):
+        raise Refused(400, "invalid_http", "expected one valid Host header.")
+    codings = fields.get(b"transfer-encoding", [])
+    if codings and (version == "1.0" or b"content-length" in fields):
+        raise Refused(400, "invalid_http", "Transfer-Encoding stands where it must not.")
+    if codings and [each.lower() for each in codings] != [b"chunked"]:
+        raise Refused(501, "invalid_http", "of transfer codings only `chunked` is taken, once.")
+    if upgrades and (codings or fields.get(b"content-length", [b"0"]) != [b"0"]):
+        # httptools takes what follows for another protocol, and would read the body as a request.
+        raise Refused(501, "invalid_http", "with a body no Upgrade is served: speak HTTP/1.1 from the start.")
+    if any(each.lower() != b"100-continue" for each in fields.get(b"expect", [])):
+        raise Refused(417, "invalid_http", "of expectations only `100-continue` is met.")
+
 
 MAX_HEAD_BYTES: Final = 64 * 1024
 """Of a request's line and headers, of its trailers, or of one chunk's head; and what one read brings more."""

@@ -16,8 +16,8 @@ import pytest_asyncio
 from anthropic import AsyncAnthropic, beta_async_tool
 from pydantic import BaseModel
 
-from inference_service.http.anthropic.answer import Answer
 from inference_service.http.anthropic.mapping import chat_of
+from inference_service.http.anthropic.messages import MessageAnswer
 from inference_service.http.anthropic.schema import MessagesBody
 from inference_service.http.app import create_app
 from loramux_shared.access.guard import NOBODY_GUARDS, Guard
@@ -312,7 +312,7 @@ async def test_a_stream_that_tells_nothing_is_alive(tmp_path: Path) -> None:
         kinds = []
         for patience_s in (60.0, 0.0):
             service.say('<tool_call>|{"na|me": |"Paint", "arguments": {}}</tool_call>')
-            answer = Answer(service, body, chat_of(body), patience_s)
+            answer = MessageAnswer(service, body, chat_of(body), patience_s)
             kinds.append([event["type"] async for event in answer.events()])
     patient, hasty = kinds
     assert patient.count("ping") == 1 < hasty.count("ping")

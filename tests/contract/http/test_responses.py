@@ -14,8 +14,8 @@ from openai.types.responses import ResponseFunctionToolCall
 from pydantic import BaseModel
 
 from inference_service.core.sequence import FinishReason
-from inference_service.http.responses.carried import carried, uncarried
 from inference_service.http.responses.compact import ASK, SAID_NOTHING
+from inference_service.http.responses.items import carried, uncarried
 from inference_service.http.responses.turns import SUMMED_UP
 from loramux_shared.faults import QueueFull, RateLimited, ReplicaFailed, RequestInvalid
 from loramux_shared.parsers import ReasoningParser

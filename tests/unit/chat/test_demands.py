@@ -16,7 +16,7 @@ from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
 from inference_service.chat.demands import Demand
 from inference_service.chat.dialect import Dialect, shown
 from inference_service.chat.formats.lark import Asked
-from inference_service.chat.pieces import Calls
+from inference_service.chat.pieces import AnswerCalls
 from inference_service.core.constraint import Constraint
 from inference_service.text.chat_template import ChatTemplate
 from inference_service.text.sandbox import grammars as sandbox
@@ -152,7 +152,7 @@ async def test_a_turn_of_a_family_is_read_as_what_it_was(name: str) -> None:
     if thinks:
         turn |= {"reasoning_content": "They ask\nfor it.", "reasoning": "They ask\nfor it."}
     prompt, answer = await answer_of(family, turn)
-    reading = dialect.reading(Calls(OFFERED), dialect.opened(prompt))
+    reading = dialect.reading(AnswerCalls(OFFERED), dialect.opened(prompt))
     heard = read(reading, answer, range(1, len(answer)))
     calls = [(each[1], json.loads(each[2])) for each in heard if each[0] == "call"]
     assert calls == [(each["function"]["name"], each["function"]["arguments"]) for each in turn["tool_calls"]]
@@ -270,7 +270,9 @@ def test_whatever_a_grammar_lets_pass_is_read_as_whole_calls(tool: ToolParser, m
             text = walk(matcher, vocabulary, draw, begin)
             if text is None:
                 continue
-            calls = [each for each in read(dialect.reading(Calls(OFFERED), None), text) if each[0] == "call"]
+            calls = [
+                each for each in read(dialect.reading(AnswerCalls(OFFERED), None), text) if each[0] == "call"
+            ]
             assert calls, text
             for _, called, arguments in calls:
                 assert isinstance(json.loads(arguments), dict), text

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from inference_service.chat.dialect import Dialect, shown
-from inference_service.chat.pieces import CallArguments, CallBegun, Calls, Reading, Said
+from inference_service.chat.pieces import AnswerCalls, CallArguments, CallBegun, Reading, Said
 from loramux_shared.parsers import Parsers, ReasoningParser, ToolParser
 from tests.support.readings import Heard, cuts_of, read
 
@@ -222,7 +222,7 @@ CASES: list[tuple[ToolParser, ReasoningParser, str, Heard]] = [
 
 
 def _reading(tool: ToolParser, reasoning: ReasoningParser) -> Reading:
-    return Dialect(tool, reasoning).reading(Calls(OFFERED), None)
+    return Dialect(tool, reasoning).reading(AnswerCalls(OFFERED), None)
 
 
 @pytest.mark.parametrize(("tool", "reasoning", "text", "told"), CASES)
@@ -305,7 +305,10 @@ def test_a_prompt_may_have_begun_to_think() -> None:
     """An answer goes on with what the prompt, or the message that it continues, has opened."""
     dialect = Dialect(T.AUTO, R.THINK)
     opened = dialect.opened("<|im_start|>assistant\n<think>\n")
-    assert read(dialect.reading(Calls({}), opened), "hm\n</think>\n\nHi") == [["thought", "hm"], ["said", "Hi"]]
+    assert read(dialect.reading(AnswerCalls({}), opened), "hm\n</think>\n\nHi") == [
+        ["thought", "hm"],
+        ["said", "Hi"],
+    ]
     assert dialect.opened("<|im_start|>assistant\n<think>\n\n</think>\n\n") is None
     assert dialect.opened("what is <think>?<|im_end|>\n<|im_start|>assistant\n") is None
     assert dialect.within("<think>so ") == opened
@@ -346,7 +349,7 @@ def test_ids_of_calls_are_what_templates_take() -> None:
     ids = []
     for tool in (T.MISTRAL, T.HERMES):
         dialect = Dialect(tool, R.NONE)
-        calls = Calls(OFFERED, dialect.form.new_id)
+        calls = AnswerCalls(OFFERED, dialect.form.new_id)
         ids.append(calls.begin("find").id)
     assert len(ids[0]) == 9
     assert ids[0].isalnum()

@@ -10,7 +10,7 @@ import pytest
 from pydantic import ValidationError
 
 from inference_service.chat.request import NamedTool
-from inference_service.http.admin.tokens_schema import TokenizeBody
+from inference_service.http.admin.tokens import TokenizeBody
 from inference_service.http.openai.chat_schema import ChatBody
 from inference_service.http.openai.mapping import turns_of
 from inference_service.http.openai.schema import MAX_PROMPTS, CompletionBody

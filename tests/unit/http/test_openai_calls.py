@@ -7,7 +7,7 @@ from llguidance import LLMatcher
 from inference_service.chat.formats.lark import Asked, calls_schema
 from inference_service.chat.pieces import Said, Thought
 from inference_service.core.sequence import Token
-from inference_service.http.openai.chat_choice import ChatChoice
+from inference_service.http.openai.chat import ChatChoice
 from inference_service.http.wire.reply import usage
 from inference_service.serving.request import Delta
 

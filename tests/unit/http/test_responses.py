@@ -16,9 +16,9 @@ from inference_service.chat.request import ChatRequest
 from inference_service.core.sequence import Token
 from inference_service.http.openai import mapping as openai
 from inference_service.http.openai.chat_schema import ChatBody
-from inference_service.http.responses.carried import carried, uncarried
+from inference_service.http.responses.items import carried, uncarried
 from inference_service.http.responses.mapping import chat_of
-from inference_service.http.responses.output import Output
+from inference_service.http.responses.output import OutputItems
 from inference_service.http.responses.schema import ResponsesBody
 
 FUNCTION = {"name": "f", "description": "d", "parameters": {"type": "object"}, "strict": True}
@@ -231,7 +231,7 @@ PIECES = st.one_of(
 @given(st.lists(st.lists(PIECES, max_size=3), max_size=6))
 def test_items_hold_what_the_pieces_say(batches: list[list[Piece]]) -> None:
     """Whatever comes in whatever order: all of it stands in items, and space alone is no message."""
-    output = Output(None, (), carries=True)
+    output = OutputItems(None, (), carries=True)
     expected: list[tuple[str, str]] = []
     for batch in batches:
         pieces: list[Piece] = []
@@ -270,7 +270,7 @@ def _text(item: dict[str, Any]) -> str:
 
 def test_tokens_of_reasoning_are_counted() -> None:
     """They are those after which reasoning came; the others belong to what is said."""
-    output = Output(None, (), carries=False)
+    output = OutputItems(None, (), carries=False)
     output.take([Thought("a")], [Token(5)] * 3)
     output.take([], [Token(5)])
     output.take([Thought("b")], [Token(5)])

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from inference_service.core.sampling import KNOBS, SamplingParams
-from inference_service.http.admin.tokens_schema import DetokenizeBody, TokenizeBody
+from inference_service.http.admin.tokens import DetokenizeBody, TokenizeBody
 from inference_service.http.openai.chat_schema import (
     ChatBody,
     ChatMessage,

@@ -1,19 +1,27 @@
-"""An answer in Anthropic's words: whole, or as the events of a stream."""
+"""``POST /v1/messages``, whole or as the events of a stream, and ``POST /v1/messages/count_tokens``."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from functools import partial
 from typing import Final
+
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
 
 from inference_service.chat.conversation import Conversation, Told
 from inference_service.chat.pieces import Thought
 from inference_service.chat.request import ChatRequest
 from inference_service.core.sequence import FinishReason
 from inference_service.http.anthropic.content import Content
-from inference_service.http.anthropic.schema import MessagesBody
-from inference_service.http.wire.reply import Head, Json
+from inference_service.http.anthropic.mapping import chat_of
+from inference_service.http.anthropic.schema import CountBody, MessagesBody
+from inference_service.http.wire.body import read_body
+from inference_service.http.wire.refusals import fault_body
+from inference_service.http.wire.reply import Head, Json, json_response
+from inference_service.http.wire.stream import named, open_stream, while_connected
 from inference_service.serving.request import WORDLESS, Delta, Finished, Started
 from inference_service.serving.service import GenerationService
 from loramux_shared.faults import PromptTooLong
@@ -24,7 +32,7 @@ back until it is whole."""
 PING: Final[Json] = {"type": "ping"}
 
 
-class Answer:
+class MessageAnswer:
     """One request and its answer."""
 
     def __init__(
@@ -165,3 +173,21 @@ def usage(finished: Finished) -> Json:
         "cache_read_input_tokens": finished.cached_tokens,
         "output_tokens": finished.completion_tokens,
     }
+
+
+async def create_message(service: GenerationService, http: HttpRequest) -> Response:
+    """Answer a conversation, as Anthropic's API has it."""
+    body = await read_body(http, MessagesBody)
+    answer = MessageAnswer(service, body, chat_of(body, http.headers))
+    if body.stream:
+        framing = named(partial(fault_body, http.scope))
+        return await open_stream(http.receive, answer.events(), answer.head, framing)
+    whole = await while_connected(http.receive, answer.whole())
+    return json_response(whole, headers=answer.head.headers)
+
+
+async def count_tokens(service: GenerationService, http: HttpRequest) -> Response:
+    """Count the tokens of a conversation's prompt."""
+    chat = chat_of(await read_body(http, CountBody), http.headers)
+    tokens = await Conversation(service, chat).prompt_tokens()
+    return json_response({"input_tokens": tokens})
