@@ -131,7 +131,7 @@ def _numbers(request: Request, most: Mapping[str, int]) -> Iterator[Rule]:
     for name, usual in NUMBERS.items():
         value = _field(request, name)
         if value is not None:
-            bound = replace(usual, high=min(usual.high, most.get(name, usual.high)))
+            bound = replace(usual, high=min(usual.high, most[name])) if name in most else usual
             yield not bound.low <= value <= bound.high, name, str(bound), value
 
 
