@@ -252,7 +252,7 @@ def test_images_get_all_that_the_package_is_made_of(path: Path) -> None:
     }
     sent = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
     assert copied == sent == needed
-    assert all((ROOT / source).exists() for source in copied)
+    assert all((ROOT / source).exists() for source in copied - {"extensions"})  # which may be gone
 
 
 def test_the_file_for_gpus_changes_the_service_that_computes() -> None:
