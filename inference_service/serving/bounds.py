@@ -159,7 +159,7 @@ def _others(request: Request) -> Iterator[Rule]:
     sampling = request.sampling
     alone = sampling.max_tokens == 0 and sampling.prompt_logprobs is None and request.pooling is None
     yield alone, "max_tokens", "at least 1, where no prompt_logprobs are asked for", 0
-    most = math.inf if sampling.max_tokens is None else sampling.max_tokens
+    most = math.inf if sampling.max_tokens is None else max(0, sampling.max_tokens)
     yield sampling.min_tokens > most, "min_tokens", "0 to max_tokens", sampling.min_tokens
     yield request.truncate_prompt_tokens == 0, "truncate_prompt_tokens", "-1, or at least 1", 0
     mode = sampling.logprobs_mode

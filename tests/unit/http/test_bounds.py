@@ -34,6 +34,12 @@ def named(fields: dict[str, Any]) -> list[str]:
     return []
 
 
+def test_a_length_below_nothing_is_one_fault() -> None:
+    """What nobody said of min_tokens is not a second one."""
+    assert named({"max_tokens": -1}) == ["max_tokens"]
+    assert named({"max_tokens": 2, "min_tokens": 3}) == ["min_tokens"]
+
+
 @pytest.mark.parametrize(
     ("name", "low", "high", "step"),
     [
