@@ -179,7 +179,7 @@ def test_the_schema_takes_what_the_program_takes() -> None:
 ELSEWHERE = {"1_Pooling/config.json", "claims/", "lora_adapter/", "native/", "tests/artifacts/"}
 """Folders of a store, of the cache, and of what tests leave."""
 PAGES = (
-    *(ROOT / "README.md", ROOT / "CONTRIBUTING.md"),
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")),
     *sorted(page for page in (ROOT / "docs").rglob("*.md") if page.parent.name != "decisions"),
     *sorted((ROOT / "extensions").glob("*/README.md")),
 )
@@ -227,5 +227,5 @@ def test_what_a_link_points_into_is_there(page: Path) -> None:
 
 def test_nothing_of_a_merge_is_left() -> None:
     """Ruff sees it in Python alone."""
-    pages = [*PAGES, ROOT / "CHANGELOG.md", *DECISIONS]
+    pages = [*PAGES, *DECISIONS]
     assert not [page.name for page in pages if re.search(r"^[<>|]{7} ", page.read_text(), re.MULTILINE)]
