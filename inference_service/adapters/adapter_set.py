@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
-from inference_service.adapters.catalog import Catalog, Changes
+from inference_service.adapters.catalog import Catalog, NameChanges
 from inference_service.adapters.ports import AdapterResidency
 from inference_service.core.sequence import Adapter
 from inference_service.engine.engine import Engine
@@ -55,7 +55,7 @@ class AdapterSet:
         self._before: dict[str, Adapter] = {}
         self._pinned: dict[str, Adapter] = {}
 
-    def apply(self, generation: Generation) -> Changes:
+    def apply(self, generation: Generation) -> NameChanges:
         """Take over a generation of the deployment in one step, and return what that made of the names.
 
         Requests that have their model keep it, and what they count against. A name that was pinned is pinned in
@@ -139,7 +139,7 @@ class AdapterSet:
     def _with(self, own: Mapping[str, AdapterRecord]) -> Generation:
         return self._generation.model_copy(update={"adapters": self._generation.adapters | dict(own)})
 
-    def _switch(self) -> Changes:
+    def _switch(self) -> NameChanges:
         """Let names stand for what the generation and this replica say now; pins and residency follow."""
         before = {model.name: model.adapter for model in self.catalog.everything if model.adapter}
         changes = self.catalog.apply(self._with(self._own))

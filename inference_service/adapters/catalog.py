@@ -36,7 +36,7 @@ _DIGITS: Final = re.compile(rf"[0-9a-f]{{{LEAST_DIGITS},64}}")
 
 
 @dataclass(frozen=True)
-class Changes:
+class NameChanges:
     """What a generation made of the names before it."""
 
     added: tuple[str, ...]
@@ -78,7 +78,7 @@ class Catalog:
     def __len__(self) -> int:
         return len(self._models)
 
-    def apply(self, generation: Generation) -> Changes:
+    def apply(self, generation: Generation) -> NameChanges:
         """Take over another generation on the same base, in one step and from its records alone.
 
         What needs a restart must have been found before: where an adapter is merged into the weights, nothing
@@ -106,7 +106,7 @@ class Catalog:
             models[name] = self._registered(name, wanted[name], models, now)
             self._enter(models[name])
         self._show(generation, models)
-        return Changes(tuple(added), tuple(switched), tuple(removed))
+        return NameChanges(tuple(added), tuple(switched), tuple(removed))
 
     def know(self, digest: str, **facts: Any) -> None:
         """Note what was read of a bundle: fields of its `ServedModel`, under all of its names."""
@@ -169,7 +169,9 @@ class Catalog:
             raise self._not_found(asked)
         return found
 
-    def mix(self, parts: Sequence[mixing.Scaled], sticky_key: str = "", where: str = "model") -> ServedModel:
+    def mix(
+        self, parts: Sequence[mixing.ScaledAdapter], sticky_key: str = "", where: str = "model"
+    ) -> ServedModel:
         """Return what answers a request for several adapters with scales, each named as `resolve` has it.
 
         Raises:

@@ -11,7 +11,7 @@ from inference_service.adapters.follower import FollowerStanding
 from inference_service.adapters.manager import AdapterManager
 from inference_service.adapters.views import Facts
 from inference_service.core.sequence import Adapter
-from inference_service.engine.residents import ResidencyStats, Standing, State
+from inference_service.engine.residents import AdapterState, ResidencyStats, Standing
 from loramux_shared.faults import ReplicaBehind
 
 
@@ -27,7 +27,7 @@ class AllResident:
     def standing(self, adapter: Adapter) -> Standing:
         """Resident, and used by who knows whom."""
         return Standing(
-            adapter, State.RESIDENT, 0, 0, 0, pinned=False, last_used_s=None, failure=adapter.unusable
+            adapter, AdapterState.RESIDENT, 0, 0, 0, pinned=False, last_used_s=None, failure=adapter.unusable
         )
 
     def standings(self) -> list[Standing]:

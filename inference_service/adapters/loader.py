@@ -11,7 +11,7 @@ from typing import Final, Generic, TypeVar
 import structlog
 import torch
 
-from inference_service.adapters.reading import BundleReader, Found, Tier
+from inference_service.adapters.reading import BundleReader, FoundBundle, Tier
 from inference_service.adapters.recent import Recent
 from inference_service.adapters.workers import Workers
 from inference_service.core.sequence import Adapter
@@ -104,7 +104,7 @@ class AdapterLoader(Generic[P]):
         except Exception as error:  # noqa: BLE001 - whoever waits is told
             self._finish(digest, _fault(error))
 
-    def _pack_and_finish(self, digest: str, found: Found) -> None:
+    def _pack_and_finish(self, digest: str, found: FoundBundle) -> None:
         outcome = _outcome(partial(self._pack, found.bundle))
         if isinstance(outcome, Fault):
             self._finish(digest, outcome)

@@ -18,14 +18,14 @@ from inference_service.adapters.served_model import ServedModel
 from inference_service.adapters.views import (
     PLACES,
     AdapterPage,
+    AdapterPlace,
     AdapterView,
     Facts,
     Loaded,
-    Place,
     ReplicaView,
 )
 from inference_service.core.sequence import Adapter
-from inference_service.engine.residents import State
+from inference_service.engine.residents import AdapterState
 from loramux_shared.access.rights import ACCESS
 from loramux_shared.faults import Fault, PageTokenInvalid, RequestInvalid
 
@@ -67,10 +67,10 @@ class AdapterManager:
         """Which adapters are in the bank."""
         return self._residency
 
-    def place_of(self, model: ServedModel) -> Place:
+    def place_of(self, model: ServedModel) -> AdapterPlace:
         """Say where a model's matrices are; costs next to nothing."""
         if model.adapter is None:
-            return Place.DEVICE
+            return AdapterPlace.DEVICE
         return PLACES[self._residency.standing(model.adapter).state]
 
     def failure_of(self, model: ServedModel) -> Fault | None:
@@ -178,7 +178,7 @@ class AdapterManager:
         """Say how the replica is; costs no more than there are adapters in the bank or on their way."""
         standing, stats = self._follower.standing, self._residency.stats
         states = [each.state for each in self._residency.standings()]
-        resident = states.count(State.RESIDENT)
+        resident = states.count(AdapterState.RESIDENT)
         served_base = any(model.name == self._catalog.base_name for model in self._catalog.everything[:1])
         return ReplicaView(
             deployment=self.facts.deployment,
@@ -191,7 +191,7 @@ class AdapterManager:
             bank_used=self._residency.num_bytes,
             registered=len(self._catalog.everything) - served_base,
             resident=resident,
-            arriving=len(states) - resident - states.count(State.ABSENT),
+            arriving=len(states) - resident - states.count(AdapterState.ABSENT),
             pinned=self._adapters.num_pinned,
             loads=stats.loads,
             failures=stats.failures,
@@ -223,8 +223,8 @@ class AdapterManager:
                 model.digest,
                 model.digest,
                 self._catalog.generation,
-                Place.DEVICE,
-                State.RESIDENT,
+                AdapterPlace.DEVICE,
+                AdapterState.RESIDENT,
                 pinned=True,
                 in_flight=0,
                 waiting=0,

@@ -23,14 +23,14 @@ _PART: Final = re.compile(r"([^*+]+)(?:\*\s*([-+]?[^\s*+eE]+(?:[eE][-+]?[0-9]+)?
 
 
 @dataclass(frozen=True)
-class Scaled:
+class ScaledAdapter:
     """An adapter as a request names it."""
 
     name: str
     scale: float = 1.0
 
 
-def written(text: str) -> tuple[Scaled, ...]:
+def written(text: str) -> tuple[ScaledAdapter, ...]:
     """Read ``a*0.7 + b*0.5``, up to one part more than there may be; nothing where it is no mixture.
 
     Raises:
@@ -38,14 +38,14 @@ def written(text: str) -> tuple[Scaled, ...]:
     """
     if "+" not in text and "*" not in text:
         return ()
-    parts: list[Scaled] = []
+    parts: list[ScaledAdapter] = []
     at = 0
     while True:
         found = _PART.match(text, at)
         name = found[1].strip() if found else ""
         if found is None or not name or text[found.end() : found.end() + 1] not in ("", "+"):
             raise _refused("model", "names, each with * and a scale behind it or without, and + between", text)
-        parts.append(Scaled(name, _number(found[2], text)))
+        parts.append(ScaledAdapter(name, _number(found[2], text)))
         if found.end() == len(text) or len(parts) > MOST_PARTS:
             return tuple(parts)
         at = found.end() + 1
@@ -57,7 +57,7 @@ def _number(said: str | None, text: str) -> float:
     return 1.0 if said is None else float(said)
 
 
-def check(parts: Sequence[Scaled], most: int, where: str) -> None:
+def check(parts: Sequence[ScaledAdapter], most: int, where: str) -> None:
     """Look at what can be judged without knowing the adapters.
 
     Raises:

@@ -65,7 +65,7 @@ class Tier(StrEnum):
 
 
 @dataclass(frozen=True)
-class Found:
+class FoundBundle:
     """A verified bundle, and where it was."""
 
     bundle: Bundle
@@ -94,7 +94,7 @@ class BundleReader:
         self._requests.close()
 
     @contextmanager
-    def reading(self, digest: str) -> Iterator[Found]:
+    def reading(self, digest: str) -> Iterator[FoundBundle]:
         """Yield a bundle; its memory counts until the block ends.
 
         Raises:
@@ -104,7 +104,7 @@ class BundleReader:
         with ExitStack() as room:
             yield self._from_disk(digest, room) or self._from_store(digest, room)
 
-    def _from_disk(self, digest: str, room: ExitStack) -> Found | None:
+    def _from_disk(self, digest: str, room: ExitStack) -> FoundBundle | None:
         manifest = self._disk.manifest(digest, self._parsed) if self._disk else None
         if manifest is None or self._disk is None:
             return None
@@ -114,9 +114,9 @@ class BundleReader:
         if files is None:
             room.close()
             return None
-        return Found(self._assembled(digest, manifest, files), Tier.DISK)
+        return FoundBundle(self._assembled(digest, manifest, files), Tier.DISK)
 
-    def _from_store(self, digest: str, room: ExitStack) -> Found:
+    def _from_store(self, digest: str, room: ExitStack) -> FoundBundle:
         data = self._get(digest, MANIFEST_FILE)
         manifest = self._parsed(data, digest)
         names = files_of(manifest, digest)
@@ -129,7 +129,7 @@ class BundleReader:
         }
         files: dict[str, Bytes] = {largest: self._fetch(digest, manifest, largest)}
         files.update((name, future.result()) for name, future in others.items())
-        return Found(self._assembled(digest, manifest, files), Tier.STORE, data, files)
+        return FoundBundle(self._assembled(digest, manifest, files), Tier.STORE, data, files)
 
     def _assembled(self, digest: str, manifest: Manifest, files: Mapping[str, Bytes]) -> Bundle:
         bundle = assemble(digest, manifest, files, checked=self._checked.get(digest) or False)
@@ -144,7 +144,7 @@ class BundleReader:
             self._manifests.put(digest, manifest, PARSED * len(data))
         return manifest
 
-    def keep(self, found: Found) -> None:
+    def keep(self, found: FoundBundle) -> None:
         """Write a bundle of the store to the disk, where there is one."""
         if self._disk is not None and found.tier is Tier.STORE:
             self._disk.put(found.bundle.digest, found.manifest, found.files)

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
 
-from inference_service.engine.residents import State
+from inference_service.engine.residents import AdapterState
 from loramux_shared.faults import Fault
 
 
-class Place(StrEnum):
+class AdapterPlace(StrEnum):
     """Where an adapter's matrices are, of those places that the engine knows."""
 
     STORE = "store"
@@ -22,11 +22,11 @@ class Place(StrEnum):
 
 
 PLACES = {
-    State.ABSENT: Place.STORE,
-    State.LOADING: Place.STORE,
-    State.HELD: Place.HOST,
-    State.COPYING: Place.HOST,
-    State.RESIDENT: Place.DEVICE,
+    AdapterState.ABSENT: AdapterPlace.STORE,
+    AdapterState.LOADING: AdapterPlace.STORE,
+    AdapterState.HELD: AdapterPlace.HOST,
+    AdapterState.COPYING: AdapterPlace.HOST,
+    AdapterState.RESIDENT: AdapterPlace.DEVICE,
 }
 
 
@@ -42,8 +42,8 @@ class AdapterView:
     empty where there is none."""
     generation: int
     """Of the deployment, as this replica serves it."""
-    place: Place
-    state: State
+    place: AdapterPlace
+    state: AdapterState
     pinned: bool
     in_flight: int
     """Sequences under way on the version."""

@@ -23,14 +23,14 @@ import structlog
 from inference_service.core.sequence import Adapter
 from inference_service.engine.lanes import Rank
 from inference_service.engine.residents import (
+    AdapterEntry,
+    AdapterState,
     Bank,
-    Entry,
     Loader,
     P,
     Presence,
     ResidencyStats,
     Standing,
-    State,
     standing_of,
 )
 from inference_service.lora.places import Places, taken_by
@@ -86,19 +86,19 @@ class Residency(Generic[P]):
         self._clock = clock
         self._wait_s = wait_s
         self._copying = 0
-        self._copies: queue.SimpleQueue[tuple[Entry[P], Fault | None]] = queue.SimpleQueue()
+        self._copies: queue.SimpleQueue[tuple[AdapterEntry[P], Fault | None]] = queue.SimpleQueue()
         """Those that have ended."""
-        self._entries: dict[Adapter, Entry[P]] = {}
-        self._absent: dict[Entry[P], None] = {}
+        self._entries: dict[Adapter, AdapterEntry[P]] = {}
+        self._absent: dict[AdapterEntry[P], None] = {}
         """Those that are to be loaded; first come first served where ranks say nothing."""
         self._later: deque[Adapter] = deque()
-        self._held: list[Entry[P]] = []
-        self._by_slot: dict[int, Entry[P]] = {}
+        self._held: list[AdapterEntry[P]] = []
+        self._by_slot: dict[int, AdapterEntry[P]] = {}
         self._free_slots = list(range(num_slots - 1, -1, -1))
         self._on_the_way = 0
         self._uses = itertools.count(1)
         self._submitted = self._resolved = 0
-        self._released: deque[tuple[int, Entry[P]]] = deque()
+        self._released: deque[tuple[int, AdapterEntry[P]]] = deque()
 
     @property
     def wanting(self) -> bool:
@@ -132,11 +132,11 @@ class Residency(Generic[P]):
 
     def resident(self) -> list[Adapter]:
         """Return those that are in the bank."""
-        return [entry.adapter for entry in self._by_slot.values() if entry.state is State.RESIDENT]
+        return [entry.adapter for entry in self._by_slot.values() if entry.state is AdapterState.RESIDENT]
 
     def standing(self, adapter: Adapter) -> Standing:
         """Say what is known of an adapter; may be asked on another thread."""
-        return standing_of(self._entries.get(adapter) or Entry(adapter))
+        return standing_of(self._entries.get(adapter) or AdapterEntry(adapter))
 
     def standings(self) -> list[Standing]:
         """The same of all that are resident, wanted, pinned, or failed lately."""
@@ -158,7 +158,7 @@ class Residency(Generic[P]):
         """Note that one more sequence waits for an adapter."""
         entry = self._entry(adapter)
         entry.waiters += 1
-        self.stats.waits += entry.state is not State.RESIDENT
+        self.stats.waits += entry.state is not AdapterState.RESIDENT
         self._consider(entry)
 
     def unwant(self, adapter: Adapter) -> None:
@@ -182,7 +182,7 @@ class Residency(Generic[P]):
     def prefetch(self, adapter: Adapter) -> None:
         """Load an adapter that nobody asked for yet, if there is room that nobody has."""
         entry = self._entry(adapter)
-        entry.prefetched = entry.state is not State.RESIDENT
+        entry.prefetched = entry.state is not AdapterState.RESIDENT
         self._consider(entry)
 
     def prefetch_later(self, adapters: Iterable[Adapter]) -> None:
@@ -251,51 +251,51 @@ class Residency(Generic[P]):
     def _may_prefetch(self) -> bool:
         return bool(self._later) and not self._on_the_way and not self._absent
 
-    def _entry(self, adapter: Adapter) -> Entry[P]:
-        return self._entries.setdefault(adapter, Entry(adapter))
+    def _entry(self, adapter: Adapter) -> AdapterEntry[P]:
+        return self._entries.setdefault(adapter, AdapterEntry(adapter))
 
-    def _touch(self, entry: Entry[P]) -> None:
+    def _touch(self, entry: AdapterEntry[P]) -> None:
         entry.used, entry.used_s = next(self._uses), self._clock()
 
-    def _is_wanted(self, entry: Entry[P]) -> bool:
+    def _is_wanted(self, entry: AdapterEntry[P]) -> bool:
         return bool(entry.waiters or entry.pinned or entry.prefetched)
 
-    def _consider(self, entry: Entry[P]) -> None:
+    def _consider(self, entry: AdapterEntry[P]) -> None:
         self.changes += 1
-        if entry.state is State.ABSENT:
+        if entry.state is AdapterState.ABSENT:
             self._absent[entry] = None
 
-    def _reconsider(self, entry: Entry[P]) -> None:
+    def _reconsider(self, entry: AdapterEntry[P]) -> None:
         """Forget what was wanted and is not any more."""
         if self._is_wanted(entry):
             return
-        if entry.state is State.HELD:
+        if entry.state is AdapterState.HELD:
             self._let_fall(entry)
-        if entry.state is State.ABSENT:
+        if entry.state is AdapterState.ABSENT:
             self._absent.pop(entry, None)
             if entry.fault is None:
                 self._entries.pop(entry.adapter, None)
 
-    def _load(self, entry: Entry[P]) -> None:
+    def _load(self, entry: AdapterEntry[P]) -> None:
         del self._absent[entry]
-        entry.state = State.LOADING
+        entry.state = AdapterState.LOADING
         entry.began_s = self._clock()
         self._on_the_way += 1
         self._loader.load(
             entry.adapter, lambda packed, tier: self._post(partial(self._loaded, entry, packed, tier))
         )
 
-    def _loaded(self, entry: Entry[P], packed: P | Fault, tier: str) -> None:
+    def _loaded(self, entry: AdapterEntry[P], packed: P | Fault, tier: str) -> None:
         if isinstance(packed, Fault):
             self._fail(entry, packed)
             return
         self.stats.loads_by_tier[tier] += 1
         self.changes += 1
-        entry.state, entry.packed, entry.num_bytes = State.HELD, packed, packed.num_bytes
+        entry.state, entry.packed, entry.num_bytes = AdapterState.HELD, packed, packed.num_bytes
         self._held.append(entry)
         self._reconsider(entry)
 
-    def _give_place(self, entry: Entry[P], ranks: Mapping[Adapter, Rank]) -> None:
+    def _give_place(self, entry: AdapterEntry[P], ranks: Mapping[Adapter, Rank]) -> None:
         """Give a held adapter a place, or note that it needs one."""
         assert entry.packed is not None  # noqa: S101 - it is held
         rank = ranks.get(entry.adapter, _NOBODY)
@@ -330,7 +330,7 @@ class Residency(Generic[P]):
         waited.sort(key=lambda entry: ranks.get(entry.adapter, _NOBODY), reverse=True)
         return ages | {entry.slot: _WANTED + place for place, entry in enumerate(waited)}
 
-    def _require_room_without_pins(self, entry: Entry[P]) -> None:
+    def _require_room_without_pins(self, entry: AdapterEntry[P]) -> None:
         """Raise where only pinned adapters are in the way, so that waiting would not help."""
 
         def age(slot: int) -> int | None:
@@ -342,7 +342,7 @@ class Residency(Generic[P]):
                 "bytes beside those that are pinned. Unpin some, or raise LORAMUX_ADAPTER_MEMORY_GB."
             )
 
-    def _settle(self, group: list[Entry[P]], ranks: Mapping[Adapter, Rank]) -> bool:
+    def _settle(self, group: list[AdapterEntry[P]], ranks: Mapping[Adapter, Rank]) -> bool:
         """See to adapters that are wanted together and lack places; False where they lack none.
 
         They are a failure where they would have none even if all but the pinned ones left. Where nobody is in
@@ -370,14 +370,14 @@ class Residency(Generic[P]):
                 self._evict(entry)
         return True
 
-    def _copy(self, entry: Entry[P], offset: int) -> None:
+    def _copy(self, entry: AdapterEntry[P], offset: int) -> None:
         packed = entry.packed
         assert packed is not None  # noqa: S101 - it is held
         entry.slot, entry.offset = self._free_slots.pop(), offset
         self._by_slot[entry.slot] = entry
         self._places.take(entry.slot, offset, entry.num_bytes)
         self._held.remove(entry)
-        entry.state, entry.starved = State.COPYING, False
+        entry.state, entry.starved = AdapterState.COPYING, False
         self._copying += 1
 
         def done(fault: Fault | None) -> None:
@@ -396,7 +396,7 @@ class Residency(Generic[P]):
                 self._copying -= 1
                 self._copied(*ended)
 
-    def _copied(self, entry: Entry[P], fault: Fault | None) -> None:
+    def _copied(self, entry: AdapterEntry[P], fault: Fault | None) -> None:
         if fault is not None:
             self._vacate(entry)
             self._fail(entry, fault)
@@ -408,40 +408,40 @@ class Residency(Generic[P]):
             self._vacate(entry)
             self._fail(entry, refusal)
             return
-        entry.packed, entry.state, entry.adapter.slot = None, State.RESIDENT, entry.slot
+        entry.packed, entry.state, entry.adapter.slot = None, AdapterState.RESIDENT, entry.slot
         self.changes += 1
         entry.fault, entry.pause_s, entry.retry_s, entry.prefetched = None, 0.0, -math.inf, False
         self._touch(entry)
         self._on_the_way -= 1
         self.stats.loaded(self._clock() - entry.began_s)
 
-    def _evict(self, entry: Entry[P]) -> None:
+    def _evict(self, entry: AdapterEntry[P]) -> None:
         """Take a resident adapter's place away; whoever waits for it waits for its load again."""
         self.changes += 1
         entry.adapter.slot = None
         self._bank.leave(entry.slot)
         self._vacate(entry)
-        entry.state = State.ABSENT
+        entry.state = AdapterState.ABSENT
         self.stats.evictions += 1
         if self._is_wanted(entry):
             self._consider(entry)
         else:
             self._reconsider(entry)
 
-    def _vacate(self, entry: Entry[P]) -> None:
+    def _vacate(self, entry: AdapterEntry[P]) -> None:
         self._places.give_back(entry.slot)
         del self._by_slot[entry.slot]
         self._free_slots.append(entry.slot)
         entry.slot = -1
 
-    def _let_fall(self, entry: Entry[P]) -> None:
+    def _let_fall(self, entry: AdapterEntry[P]) -> None:
         """Forget the matrices of an adapter on its way."""
         if entry in self._held:
             self._held.remove(entry)
-        entry.packed, entry.state, entry.starved = None, State.ABSENT, False
+        entry.packed, entry.state, entry.starved = None, AdapterState.ABSENT, False
         self._on_the_way -= 1
 
-    def _fail(self, entry: Entry[P], fault: Fault) -> None:
+    def _fail(self, entry: AdapterEntry[P], fault: Fault) -> None:
         """Note why a load failed; everybody who waits for it is ended, and nobody tries again for a while."""
         self.changes += 1
         self._let_fall(entry)

@@ -28,7 +28,7 @@ class Presence(Enum):
     RESIDENT = "resident"
 
 
-class State(Enum):
+class AdapterState(Enum):
     """Where an adapter is, as an operator sees it."""
 
     ABSENT = "absent"
@@ -154,7 +154,7 @@ class Standing:
     """What an operator may know of an adapter."""
 
     adapter: Adapter
-    state: State
+    state: AdapterState
     num_bytes: int
     """Of the bank; 0 where it was never loaded."""
     in_flight: int
@@ -193,11 +193,11 @@ class ResidencyStats:
 
 
 @dataclass(eq=False)
-class Entry(Generic[P]):
+class AdapterEntry(Generic[P]):
     """An adapter that is resident, wanted, pinned, or failed lately."""
 
     adapter: Adapter
-    state: State = State.ABSENT
+    state: AdapterState = AdapterState.ABSENT
     packed: P | None = None
     num_bytes: int = 0
     offset: int = 0
@@ -222,10 +222,10 @@ class Entry(Generic[P]):
     @property
     def held_fast(self) -> bool:
         """Whether it must stay where it is."""
-        return bool(self.refs or self.reading or self.pinned) or self.state is not State.RESIDENT
+        return bool(self.refs or self.reading or self.pinned) or self.state is not AdapterState.RESIDENT
 
 
-def standing_of(entry: Entry[P]) -> Standing:
+def standing_of(entry: AdapterEntry[P]) -> Standing:
     """Return what an operator may know of an adapter."""
     return Standing(
         entry.adapter,

@@ -11,19 +11,23 @@ import grpc
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from inference_service.adapters.manager import AdapterManager
-from inference_service.adapters.views import AdapterView, Place, ReplicaView
-from inference_service.engine.residents import State
+from inference_service.adapters.views import AdapterPlace, AdapterView, ReplicaView
+from inference_service.engine.residents import AdapterState
 from loramux.inference.v1 import adapters_pb2 as pb
 from loramux.inference.v1 import adapters_pb2_grpc
 
 SERVICE_NAME: Final = pb.DESCRIPTOR.services_by_name["AdapterService"].full_name
-TIERS: Final = {Place.STORE: pb.TIER_STORE, Place.HOST: pb.TIER_HOST, Place.DEVICE: pb.TIER_DEVICE}
+TIERS: Final = {
+    AdapterPlace.STORE: pb.TIER_STORE,
+    AdapterPlace.HOST: pb.TIER_HOST,
+    AdapterPlace.DEVICE: pb.TIER_DEVICE,
+}
 RESIDENCIES: Final = {
-    State.ABSENT: pb.RESIDENCY_ABSENT,
-    State.LOADING: pb.RESIDENCY_LOADING,
-    State.HELD: pb.RESIDENCY_HELD,
-    State.COPYING: pb.RESIDENCY_COPYING,
-    State.RESIDENT: pb.RESIDENCY_RESIDENT,
+    AdapterState.ABSENT: pb.RESIDENCY_ABSENT,
+    AdapterState.LOADING: pb.RESIDENCY_LOADING,
+    AdapterState.HELD: pb.RESIDENCY_HELD,
+    AdapterState.COPYING: pb.RESIDENCY_COPYING,
+    AdapterState.RESIDENT: pb.RESIDENCY_RESIDENT,
 }
 
 

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import grpc
 
-from inference_service.adapters.mixing import Scaled
+from inference_service.adapters.mixing import ScaledAdapter
 from inference_service.adapters.served_model import ServedModel
 from inference_service.chat.dialect import dialect_of_model
 from inference_service.core.sequence import MOST_PARTS, FinishReason, Token
@@ -87,10 +87,10 @@ def _required(message: pb.GenerateRequest) -> list[tuple[str, bool]]:
     ]
 
 
-def adapters_of(message: pb.GenerateRequest | pb.EmbedRequest) -> tuple[Scaled, ...]:
+def adapters_of(message: pb.GenerateRequest | pb.EmbedRequest) -> tuple[ScaledAdapter, ...]:
     """Return the adapters of a message with their scales; one too many is refused behind the doors."""
     return tuple(
-        Scaled(adapter.name, adapter.scale if adapter.HasField("scale") else 1.0)
+        ScaledAdapter(adapter.name, adapter.scale if adapter.HasField("scale") else 1.0)
         for adapter in message.adapters[: MOST_PARTS + 1]
     )
 

@@ -11,7 +11,7 @@ import numpy as np
 from inference_service.core.sequence import Vector
 from inference_service.rpc.mapping import adapters_of, texts_of
 from inference_service.serving.pooling import MAX_INPUTS, PooledPrompt, ScoredPrompt
-from inference_service.serving.request import Pair, Prompt, Request, hinted
+from inference_service.serving.request import Prompt, Request, TextPair, hinted
 from inference_service.serving.sizes import check_ids, countable
 from loramux.inference.v1 import inference_pb2 as pb
 from loramux_shared.faults import Finding, RequestInvalid
@@ -77,7 +77,7 @@ def _prompt(message: pb.TextInput, most: int) -> Prompt:
         case "text":
             return str(message.text)
         case "pair":
-            return Pair(message.pair.first, message.pair.second)
+            return TextPair(message.pair.first, message.pair.second)
     check_ids(message.token_ids.ids, most)
     return list(message.token_ids.ids)
 

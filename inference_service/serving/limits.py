@@ -29,7 +29,7 @@ FEW_METERS: Final = 256
 """So many are kept without a look at which are idle."""
 
 
-class Meter:
+class UsageMeter:
     """What one model, or one key, has in use.
 
     Tokens are counted as the time in which they come back: a minute's worth is in use when that is a minute
@@ -77,7 +77,7 @@ class _Bound:
     """A meter with its limits, and whose they are."""
 
     whose: str
-    meter: Meter
+    meter: UsageMeter
     limits: Limits
 
     def check_waiting(self) -> None:
@@ -144,7 +144,7 @@ class Limiter:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._meters: dict[tuple[str, str], Meter] = {}
+        self._meters: dict[tuple[str, str], UsageMeter] = {}
         self._most_meters = FEW_METERS
 
     @contextmanager
@@ -183,13 +183,13 @@ class Limiter:
             for bound in bounds:
                 bound.meter.leave(ticket)
 
-    def _meter(self, kind: str, name: str) -> Meter:
+    def _meter(self, kind: str, name: str) -> UsageMeter:
         found = self._meters.get((kind, name))
         if found is None:
             if len(self._meters) >= self._most_meters:
                 self._meters = {key: meter for key, meter in self._meters.items() if not meter.idle}
                 self._most_meters = max(FEW_METERS, 2 * len(self._meters))
-            found = self._meters[kind, name] = Meter(self._clock)
+            found = self._meters[kind, name] = UsageMeter(self._clock)
         return found
 
 

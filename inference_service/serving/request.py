@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
 
-from inference_service.adapters.mixing import Scaled
+from inference_service.adapters.mixing import ScaledAdapter
 from inference_service.adapters.served_model import ServedModel
 from inference_service.core.constraint import ByEnding, Constraint
 from inference_service.core.sampling import KNOBS, Sampling
@@ -22,7 +22,7 @@ Message = Mapping[str, Any]
 reasoning_content and reasoning (both the same)."""
 
 
-class Pair(NamedTuple):
+class TextPair(NamedTuple):
     """Two texts that are looked at together, as the tokenizer joins them."""
 
     first: str
@@ -31,7 +31,7 @@ class Pair(NamedTuple):
 
 NO_SAMPLING: Final = Sampling()
 """Nothing is said about it."""
-Prompt = str | list[int] | list[Message] | Pair
+Prompt = str | list[int] | list[Message] | TextPair
 """Text, token ids, chat messages, or two texts."""
 
 
@@ -57,7 +57,7 @@ class Request:
     """The name is looked up in this generation of the deployment, or in a later one."""
     sticky_key: str = ""
     """Requests with the same one get the same model of an alias."""
-    adapters: tuple[Scaled, ...] = ()
+    adapters: tuple[ScaledAdapter, ...] = ()
     """Adapters with scales; model is empty or the base's then."""
     lora_path: str | None = None
     """An adapter of the base that model names, or the same adapter once more; SGLang's clients name it so."""

@@ -16,7 +16,7 @@ from inference_service.core.constraint import Grammar, packed
 from inference_service.core.sampling import LogprobsMode, SamplingParams
 from inference_service.serving.bounds import check_constraint
 from inference_service.serving.constraints import Constraints
-from inference_service.serving.request import Pair, Request
+from inference_service.serving.request import Request, TextPair
 from inference_service.serving.sizes import countable, prompt_too_long
 from inference_service.text.text import Text
 from loramux_shared.faults import Finding, PromptTooLong, RequestInvalid
@@ -65,7 +65,7 @@ class Terms:
         prompt, cut = request.prompt, request.truncate_prompt_tokens
         if cut is not None:
             most = countable(most)
-        if isinstance(prompt, Pair):
+        if isinstance(prompt, TextPair):
             special = request.add_special_tokens is not False
             tokens = await asyncio.to_thread(text.encode_pair, prompt, most, add_special_tokens=special)
         elif isinstance(prompt, str):

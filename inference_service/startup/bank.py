@@ -21,7 +21,7 @@ from inference_service.engine.inbox import Inbox
 from inference_service.engine.residency import Residency
 from inference_service.lora.packed import PackedAdapter
 from inference_service.lora.places import Places
-from inference_service.startup.base import Base
+from inference_service.startup.base import LoadedBase
 from inference_service.startup.memory import free_bytes
 from loramux_shared.bases.memory import GB, USUAL_RANK, adapter_bytes, plan_bank
 from loramux_shared.bundle.generation import Generation
@@ -79,7 +79,7 @@ class Bank:
 
 
 def open_bank(
-    generation: Generation, base: Base, store: Store, settings: InferenceSettings, inbox: Inbox
+    generation: Generation, base: LoadedBase, store: Store, settings: InferenceSettings, inbox: Inbox
 ) -> Bank:
     """Take the memory of the bank, and be ready to bring adapters in.
 

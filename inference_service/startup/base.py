@@ -34,7 +34,7 @@ log = structlog.get_logger()
 
 
 @dataclass(frozen=True)
-class Base:
+class LoadedBase:
     """A base that was loaded."""
 
     placed: PlacedBase
@@ -56,7 +56,7 @@ class Base:
         )
 
 
-def load_base(generation: Generation, settings: InferenceSettings, sources: Sources) -> Base:
+def load_base(generation: Generation, settings: InferenceSettings, sources: Sources) -> LoadedBase:
     """Load the base from its source, or from the cache, where what is damaged is fetched again.
 
     Raises:
@@ -66,7 +66,7 @@ def load_base(generation: Generation, settings: InferenceSettings, sources: Sour
     """
     into = settings.cache_dir / "checkpoints" / _cache_name(generation)
 
-    def read(placed: PlacedBase) -> Base:
+    def read(placed: PlacedBase) -> LoadedBase:
         with placed.small_files() as folder:
             config = read_config(folder, generation.max_seq_len)
             text = Text.load(folder, config.dims.vocab)
@@ -83,7 +83,7 @@ def load_base(generation: Generation, settings: InferenceSettings, sources: Sour
             backend.operations,
             backend.quantization,
         )
-        return Base(placed, config, text, backend, model, time.monotonic() - reading, pooling)
+        return LoadedBase(placed, config, text, backend, model, time.monotonic() - reading, pooling)
 
     if generation.base.source.source is not SourceKind.LOCAL:
         report("fetching the base, or finding it in the cache")

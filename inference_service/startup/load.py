@@ -35,7 +35,7 @@ from inference_service.serving.engine_thread import EngineThread
 from inference_service.serving.service import GenerationService, ServingLimits
 from inference_service.serving.telemetry.record import Watcher
 from inference_service.startup.bank import Bank, open_bank, preload, preload_later
-from inference_service.startup.base import Base, load_base
+from inference_service.startup.base import LoadedBase, load_base
 from inference_service.startup.heap import bound_arenas, give_back
 from inference_service.startup.memory import blocks_of, divide_memory
 from inference_service.startup.merged import merge
@@ -178,7 +178,7 @@ def load(settings: InferenceSettings, store: Store, watchers: Sequence[Watcher] 
     return Ready(service, thread, adapters, follower, generation, bank, dtype, base.model.device.type)
 
 
-def _computing(base: Base) -> Computing:
+def _computing(base: LoadedBase) -> Computing:
     """Return what computes, with what a token takes at least where a processor reads the weights."""
     backend = base.backend
     if backend.device.type != "cpu":
@@ -189,7 +189,7 @@ def _computing(base: Base) -> Computing:
 
 
 def _engine(
-    settings: InferenceSettings, generation: Generation, base: Base, bank: Bank | None
+    settings: InferenceSettings, generation: Generation, base: LoadedBase, bank: Bank | None
 ) -> tuple[Engine, SchedulerLimits]:
     """Size the cache from what is free, the longest sequence from the cache, and make the engine."""
     model, backend = base.model, base.backend
@@ -244,7 +244,7 @@ def _run_a_few_tokens(engine: Engine, bank: Bank | None) -> None:
 
 def _log_loaded(
     generation: Generation,
-    base: Base,
+    base: LoadedBase,
     bank: Bank | None,
     engine: Engine,
     limits: SchedulerLimits,
@@ -275,7 +275,7 @@ def _log_loaded(
 
 
 def _runner(
-    base: Base,
+    base: LoadedBase,
     lora: LoraBackend,
     num_blocks: int | Blocks,
     block_size: int,

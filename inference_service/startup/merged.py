@@ -13,7 +13,7 @@ from inference_service.backends.hold import hold_packed
 from inference_service.core.sequence import Adapter
 from inference_service.lora.weights import load_adapter
 from inference_service.proof.replay import replay
-from inference_service.startup.base import Base, checkpoint
+from inference_service.startup.base import LoadedBase, checkpoint
 from loramux_shared.bundle.generation import Generation
 from loramux_shared.bundle.reader import Bundle, read_bundle
 from loramux_shared.storage.base import Store
@@ -21,7 +21,7 @@ from loramux_shared.storage.base import Store
 log = structlog.get_logger()
 
 
-def merge(generation: Generation, base: Base, store: Store, block_size: int) -> ServedModel:
+def merge(generation: Generation, base: LoadedBase, store: Store, block_size: int) -> ServedModel:
     """Prove the adapter beside the base, as any other, and merge it into the weights.
 
     Raises:
@@ -56,7 +56,7 @@ def merge(generation: Generation, base: Base, store: Store, block_size: int) -> 
     )
 
 
-def _prove(name: str, bundle: Bundle, base: Base, block_size: int) -> None:
+def _prove(name: str, bundle: Bundle, base: LoadedBase, block_size: int) -> None:
     manifest, model = bundle.manifest, base.model
     if manifest.proof is None:
         return

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import structlog
 
-from inference_service.startup.base import Base
+from inference_service.startup.base import LoadedBase
 from loramux_shared.bases.memory import GB, weights_bytes
 from loramux_shared.bundle.generation import Generation
 from loramux_shared.deployment import Merge
@@ -34,7 +34,7 @@ def agree(settings: InferenceSettings, generation: Generation) -> tuple[Inferenc
     return settings, generation.model_copy(update={"merge": Merge.NEVER})
 
 
-def weights_told(base: Base) -> str:
+def weights_told(base: LoadedBase) -> str:
     """Return what the matrices of the base take, and would take."""
     backend, config = base.backend, base.model.config
     rounded, whole = (

@@ -14,7 +14,7 @@ import pytest
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from inference_service.adapters.bundles import StoredBundles
-from inference_service.adapters.mixing import Scaled
+from inference_service.adapters.mixing import ScaledAdapter
 from loramux_shared.bundle.deployments import current_generation
 from loramux_shared.bundle.generation import AdapterRecord
 from loramux_shared.bundle.reader import read_bundle
@@ -221,7 +221,7 @@ def test_mixtures_are_of_plain_adapters(answers: Answers) -> None:
     catalog = answers.world.load(answers.store, preload=0).service.catalog
     for name in APART:
         said = rf"adapters that can be scaled; this one (is DoRA|acts from|has embeddings).*, found {name}"
-        for parts in ([Scaled(name, 0.5)], [Scaled("plain"), Scaled(name)]):
+        for parts in ([ScaledAdapter(name, 0.5)], [ScaledAdapter("plain"), ScaledAdapter(name)]):
             with pytest.raises(RequestInvalid, match=said):
                 catalog.mix(parts, where="adapters")
             with pytest.raises(RequestInvalid, match=said):

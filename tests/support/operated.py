@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 from inference_service.adapters.adapter_set import AdapterSet
-from inference_service.adapters.catalog import Catalog, Changes
+from inference_service.adapters.catalog import Catalog, NameChanges
 from inference_service.adapters.follower import FollowerStanding
 from inference_service.adapters.manager import AdapterManager
 from inference_service.adapters.served_model import ServedModel
 from inference_service.adapters.views import Facts
 from inference_service.core.sequence import Adapter
-from inference_service.engine.residents import ResidencyStats, Standing, State
+from inference_service.engine.residents import AdapterState, ResidencyStats, Standing
 from loramux_shared.bundle.generation import AdapterRecord, BaseRecord, Generation
 from loramux_shared.deployment import Dtype, Repository, SourceKind
 from loramux_shared.faults import (
@@ -60,7 +60,7 @@ class FakeNames(Catalog):
         self.handles: dict[str, Adapter] = {}
         self.apply(started)
 
-    def apply(self, generation: Generation) -> Changes:
+    def apply(self, generation: Generation) -> NameChanges:
         """Take over a generation."""
         before = {model.name: model.digest for model in self.everything if model.digest}
         after = {name: each.digest for name, each in generation.adapters.items()}
@@ -70,7 +70,7 @@ class FakeNames(Catalog):
             models.append(ServedModel(name, adapter, digest=after[name], ranks=(4, 8)))
         self._models = {model.name: model for model in models}
         self.deployed = generation
-        return Changes(
+        return NameChanges(
             tuple(after.keys() - before.keys()),
             tuple(name for name in before if name in after and after[name] != before[name]),
             tuple(before.keys() - after.keys()),
@@ -95,12 +95,12 @@ class FakeResidency:
     @property
     def num_bytes(self) -> int:
         """What is resident."""
-        return sum(each.num_bytes for each in self.known.values() if each.state is State.RESIDENT)
+        return sum(each.num_bytes for each in self.known.values() if each.state is AdapterState.RESIDENT)
 
     def standing(self, adapter: Adapter) -> Standing:
         """Say what is known."""
         self.looked_at += 1
-        absent = Standing(adapter, State.ABSENT, 0, 0, 0, pinned=False, last_used_s=None, failure=None)
+        absent = Standing(adapter, AdapterState.ABSENT, 0, 0, 0, pinned=False, last_used_s=None, failure=None)
         return self.known.get(adapter, absent)
 
     def standings(self) -> list[Standing]:
@@ -113,7 +113,7 @@ class FakeResidency:
         adapter.slot = len(self.known)
         self.stats.loads += 1
         self.known[adapter] = Standing(
-            adapter, State.RESIDENT, 100, in_flight, 0, pinned=False, last_used_s=used_s, failure=None
+            adapter, AdapterState.RESIDENT, 100, in_flight, 0, pinned=False, last_used_s=used_s, failure=None
         )
 
     def pin(self, adapter: Adapter) -> None:
@@ -143,7 +143,7 @@ class FakeResidency:
         if self.fails is not None:
             self.stats.failures += 1
             self.known[adapter] = Standing(
-                adapter, State.ABSENT, 0, 0, 0, pinned=True, last_used_s=None, failure=self.fails
+                adapter, AdapterState.ABSENT, 0, 0, 0, pinned=True, last_used_s=None, failure=self.fails
             )
         elif adapter not in self.known:
             self.hold(adapter)

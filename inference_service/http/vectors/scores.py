@@ -15,7 +15,7 @@ from inference_service.http.wire.reply import Head, Json, json_response
 from inference_service.http.wire.stream import while_connected
 from inference_service.serving.bounds import refused
 from inference_service.serving.pooling import ScoredPrompt, scored
-from inference_service.serving.request import Pair, Prompt, Request
+from inference_service.serving.request import Prompt, Request, TextPair
 from inference_service.serving.service import GenerationService
 from loramux_shared.pooling import Pooling
 
@@ -36,7 +36,7 @@ async def rerank(service: GenerationService, http: HttpRequest) -> Response:
     """Order documents by how they score beside a query, the best first."""
     body = await read_body(http, RerankBody)
     with in_words_of(body):
-        pairs = [Pair(body.query, document) for document in body.documents]
+        pairs = [TextPair(body.query, document) for document in body.documents]
         found = await _scored(service, http, body, pairs, labels=1)
     scores = [float(_told(body, each)[0]) for each in found]
     best = sorted(range(len(scores)), key=lambda index: (-scores[index], index))[: body.top_n]
@@ -81,7 +81,7 @@ async def _everything(
     return [each async for each in scored(service, requests, labels=labels)]
 
 
-def _pairs(body: ScoreBody) -> list[Pair]:
+def _pairs(body: ScoreBody) -> list[TextPair]:
     """Return what is scored: one text beside each of several, or texts one by one.
 
     Raises:
@@ -94,7 +94,7 @@ def _pairs(body: ScoreBody) -> list[Pair]:
         second *= len(first)
     if len(first) != len(second):
         raise refused("text_2", f"one text, or {len(first)}, as many as text_1", len(second))
-    return [Pair(*pair) for pair in zip(first, second, strict=True)]
+    return [TextPair(*pair) for pair in zip(first, second, strict=True)]
 
 
 def _told(body: ScoringBody, found: ScoredPrompt) -> Sequence[float]:

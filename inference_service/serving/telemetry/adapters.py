@@ -15,9 +15,9 @@ from prometheus_client.registry import Collector
 from inference_service.adapters.catalog import Catalog
 from inference_service.adapters.manager import AdapterManager
 from inference_service.adapters.served_model import ServedModel
-from inference_service.adapters.views import PLACES, Place, ReplicaView
+from inference_service.adapters.views import PLACES, AdapterPlace, ReplicaView
 from inference_service.engine.engine import SequenceCounts
-from inference_service.engine.residents import LOAD_BUCKETS_S, State
+from inference_service.engine.residents import LOAD_BUCKETS_S, AdapterState
 from inference_service.serving.telemetry.model_series import MOST
 from inference_service.serving.telemetry.replica import MODEL_LABEL, EngineView, of_model
 from inference_service.serving.telemetry.text_format import Lines, bounds_of, families, head, sample
@@ -25,7 +25,7 @@ from loramux_shared.deployment import ModelLimits
 
 MOST_NAMED: Final = 2000
 """Names in one label."""
-LEVELS: Final = {Place.DEVICE: "gpu", Place.HOST: "cpu"}
+LEVELS: Final = {AdapterPlace.DEVICE: "gpu", AdapterPlace.HOST: "cpu"}
 """vLLM's words; on a machine without a GPU the bank is the host's, and what is in it is ready all the same."""
 INFO: Final = "vllm:lora_requests_info"
 HEADS: Final = tuple(
@@ -50,7 +50,7 @@ INFO_HEAD: Final = head(
 
 class _Shown(NamedTuple):
     model: ServedModel
-    place: Place
+    place: AdapterPlace
     used_s: float
 
 
@@ -118,10 +118,10 @@ class AdapterSeries:
         found = []
         for model in self._catalog.everything:
             if model.adapter is None:
-                found.append(_Shown(model, Place.DEVICE, math.inf))
+                found.append(_Shown(model, AdapterPlace.DEVICE, math.inf))
             elif (standing := standings.get(model.adapter)) is not None:
                 at_work = standing.in_flight or standing.waiting
-                if standing.state is not State.ABSENT or at_work:
+                if standing.state is not AdapterState.ABSENT or at_work:
                     found.append(_Shown(model, PLACES[standing.state], standing.last_used_s or 0.0))
         return sorted(found, key=lambda each: -each.used_s)
 
@@ -145,7 +145,7 @@ class AdapterSeries:
     def _info(self, shown: list[_Shown], sequences: SequenceCounts) -> bytes:
         """Return the adapters that are ready, and those that are waited for; of the base there is nothing."""
         places = {each.model.name: each.place for each in shown if each.model.name != self._catalog.base_name}
-        ready = sorted(name for name, place in places.items() if place is Place.DEVICE)
+        ready = sorted(name for name, place in places.items() if place is AdapterPlace.DEVICE)
         waiting = sorted(places.keys() & sequences.waiting.keys())
         labels = {
             "max_lora": str(self._engine.stats.max_adapters),

@@ -19,7 +19,7 @@ from inference_service.adapters.manager import AdapterManager
 from inference_service.serving.request import Delta
 from inference_service.serving.telemetry.adapters import AdapterCollector, AdapterSeries
 from inference_service.serving.telemetry.model_series import MOST, Counted, ModelSeries, Timed
-from inference_service.serving.telemetry.record import Record
+from inference_service.serving.telemetry.record import RequestRecord
 from inference_service.serving.telemetry.replica import EngineView, ReplicaCollector
 
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
@@ -71,7 +71,7 @@ class Metrics:
         self._adapters.adapters = adapters
         self._adapters.most = self._models.most = most
 
-    def began(self, record: Record) -> None:
+    def began(self, record: RequestRecord) -> None:
         """Count a prompt, and observe how long it waited."""
         for model in _models(record):
             self._models.count(PROMPT.name, model, record.prompt_tokens)
@@ -79,17 +79,17 @@ class Metrics:
             self._observe(QUEUE, model, record.queue_s)
             self._observe(TTFT, model, record.ttft_s)
 
-    def said(self, record: Record, delta: Delta) -> None:
+    def said(self, record: RequestRecord, delta: Delta) -> None:
         """Count tokens."""
         for model in _models(record):
             self._models.count(GENERATED.name, model, len(delta.tokens))
 
-    def ended(self, record: Record) -> None:
+    def ended(self, record: RequestRecord) -> None:
         """Count a request and its answers, and observe how long they took."""
         for model in _models(record):
             self._ended(record, model)
 
-    def _ended(self, record: Record, model: str) -> None:
+    def _ended(self, record: RequestRecord, model: str) -> None:
         self._models.count(REQUESTS.name, model, said=record.outcome)
         if record.first_s is None:
             return
@@ -113,6 +113,6 @@ class Metrics:
             self._models.observe(family.name, model, seconds)
 
 
-def _models(record: Record) -> tuple[str, ...]:
+def _models(record: RequestRecord) -> tuple[str, ...]:
     """The adapters of a mixture each count what it was: what clients write has no series of its own."""
     return record.model.names if record.model else ("",)

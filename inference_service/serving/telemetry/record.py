@@ -42,7 +42,7 @@ class AnswerRecord:
 
 
 @dataclass
-class Record:
+class RequestRecord:
     """What is known of a request; times are on the clock of ``time.monotonic``."""
 
     request: Request
@@ -110,24 +110,24 @@ def _between(start: float | None, end: float | None) -> float | None:
 class Watcher(Protocol):
     """Hears what happens to requests, on the event loop; must not wait and must not raise."""
 
-    def began(self, record: Record) -> None:
+    def began(self, record: RequestRecord) -> None:
         """Hear that the first token is there: how long it waited and what was cached is known."""
         ...
 
-    def said(self, record: Record, delta: Delta) -> None:
+    def said(self, record: RequestRecord, delta: Delta) -> None:
         """Hear more of an answer."""
         ...
 
-    def ended(self, record: Record) -> None:
+    def ended(self, record: RequestRecord) -> None:
         """Hear the end; comes once for every request, refused ones too."""
         ...
 
 
-class Follower:
+class RequestFollower:
     """Keeps the record of one request and tells the watchers."""
 
     def __init__(self, request: Request, watchers: Sequence[Watcher]) -> None:
-        self.record = Record(request)
+        self.record = RequestRecord(request)
         self._watchers = watchers
 
     def submitted(self, seqs: Sequence[EngineSequence]) -> None:
@@ -163,9 +163,9 @@ class Follower:
 
 
 @contextmanager
-def following(request: Request, watchers: Sequence[Watcher]) -> Iterator[Follower]:
+def following(request: Request, watchers: Sequence[Watcher]) -> Iterator[RequestFollower]:
     """Follow a request to the end of the block, however it ends."""
-    follower, outcome = Follower(request, watchers), InternalFault.reason
+    follower, outcome = RequestFollower(request, watchers), InternalFault.reason
     try:
         yield follower
         outcome = OK

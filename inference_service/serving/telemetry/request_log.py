@@ -10,7 +10,7 @@ import structlog
 from structlog.contextvars import get_contextvars
 
 from inference_service.serving.request import Delta
-from inference_service.serving.telemetry.record import Record
+from inference_service.serving.telemetry.record import RequestRecord
 
 log = structlog.get_logger()
 MAX_NAME = 128
@@ -25,22 +25,22 @@ class RequestLog:
         self._said: defaultdict[int, defaultdict[int, str]] = defaultdict(lambda: defaultdict(str))
         """By the record's identity: requests may have the same id."""
 
-    def began(self, record: Record) -> None:
+    def began(self, record: RequestRecord) -> None:
         """Say nothing yet."""
 
-    def said(self, record: Record, delta: Delta) -> None:
+    def said(self, record: RequestRecord, delta: Delta) -> None:
         """Keep the text, where texts are wanted."""
         if self._texts:
             self._said[id(record)][delta.index] += delta.text
 
-    def ended(self, record: Record) -> None:
+    def ended(self, record: RequestRecord) -> None:
         """Write the line, in the context of the call: with the id that the door gave it."""
         said: Mapping[int, str] = self._said.pop(id(record), {})
         texts = {"prompt": record.request.prompt, "answers": [said[index] for index in sorted(said)]}
         record.context.run(_write, record, texts if self._texts else {})
 
 
-def _write(record: Record, texts: Mapping[str, Any]) -> None:
+def _write(record: RequestRecord, texts: Mapping[str, Any]) -> None:
     request, model = record.request, record.model
     log.info(
         "request ended",

@@ -15,7 +15,7 @@ from opentelemetry.trace import Span, SpanKind, Status, StatusCode, Tracer, set_
 from opentelemetry.util.types import AttributeValue
 
 from inference_service.serving.request import Delta, Request
-from inference_service.serving.telemetry.record import OK, Record
+from inference_service.serving.telemetry.record import OK, RequestRecord
 
 PROVIDER: Final = "loramux"
 
@@ -26,17 +26,17 @@ class RequestSpans:
     def __init__(self, tracer: Tracer) -> None:
         self._tracer = tracer
 
-    def began(self, record: Record) -> None:
+    def began(self, record: RequestRecord) -> None:
         """Wait for the end."""
 
-    def said(self, record: Record, delta: Delta) -> None:
+    def said(self, record: RequestRecord, delta: Delta) -> None:
         """Wait for the end."""
 
-    def ended(self, record: Record) -> None:
+    def ended(self, record: RequestRecord) -> None:
         """Make the spans; the parent is the span that was current when the request came."""
         record.context.run(self._make, record)
 
-    def _make(self, record: Record) -> None:
+    def _make(self, record: RequestRecord) -> None:
         operation = _operation(record.request)
         name = f"{operation} {record.model.name}" if record.model else operation
         start_ns = time.time_ns() - _ns(time.monotonic() - record.arrived_s)
@@ -48,7 +48,7 @@ class RequestSpans:
         self._make_phases(record, span, start_ns)
         span.end(_at(start_ns, record, record.ended_s))
 
-    def _make_phases(self, record: Record, parent: Span, start_ns: int) -> None:
+    def _make_phases(self, record: RequestRecord, parent: Span, start_ns: int) -> None:
         context = set_span_in_context(parent)
         for phase in _phases(record):
             attributes, start = phase.attributes, _at(start_ns, record, phase.start_s)
@@ -57,7 +57,7 @@ class RequestSpans:
 
 
 @dataclass(frozen=True)
-class Phase:
+class RequestPhase:
     """A part of a request's way; it went on to the end when its own is not known."""
 
     name: str
@@ -66,15 +66,15 @@ class Phase:
     attributes: Mapping[str, AttributeValue] = field(default_factory=dict)
 
 
-def _phases(record: Record) -> Iterator[Phase]:
+def _phases(record: RequestRecord) -> Iterator[RequestPhase]:
     if record.submitted_s is not None:
-        yield Phase("queue", record.submitted_s, record.began_s)
+        yield RequestPhase("queue", record.submitted_s, record.began_s)
     if record.began_s is not None:
-        yield Phase("prefill", record.began_s, record.first_s)
+        yield RequestPhase("prefill", record.began_s, record.first_s)
     for index, answer in enumerate(record.answers):
         if answer.first_s is not None:
             told = {"loramux.answer.index": index, "gen_ai.usage.output_tokens": answer.tokens}
-            yield Phase("decode", answer.first_s, answer.last_s, told)
+            yield RequestPhase("decode", answer.first_s, answer.last_s, told)
 
 
 def _operation(request: Request) -> str:
@@ -85,7 +85,7 @@ def _operation(request: Request) -> str:
     return "chat" if messages else "text_completion"
 
 
-def _attributes(record: Record, operation: str) -> Mapping[str, AttributeValue]:
+def _attributes(record: RequestRecord, operation: str) -> Mapping[str, AttributeValue]:
     request, model = record.request, record.model
     known: dict[str, AttributeValue | None] = {
         "gen_ai.operation.name": operation,
@@ -107,7 +107,7 @@ def _attributes(record: Record, operation: str) -> Mapping[str, AttributeValue]:
     return {name: value for name, value in known.items() if value is not None}
 
 
-def _at(start_ns: int, record: Record, moment_s: float | None) -> int:
+def _at(start_ns: int, record: RequestRecord, moment_s: float | None) -> int:
     return start_ns + _ns((moment_s or record.arrived_s) - record.arrived_s)
 
 

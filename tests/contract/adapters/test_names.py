@@ -23,7 +23,7 @@ from inference_service.http.server import HttpServer
 from inference_service.rpc.servicer import SERVICE_NAME, InferenceServicer, register
 from inference_service.serving.request import Delta, Request, Started
 from inference_service.serving.service import GenerationService
-from inference_service.serving.telemetry.record import Record
+from inference_service.serving.telemetry.record import RequestRecord
 from inference_service.startup.load import Ready
 from loramux.client import AsyncClient
 from loramux.faults import ModelNotFound, RateLimited, ReplicaBehind
@@ -279,13 +279,13 @@ class Noted:
     def __init__(self) -> None:
         self.seqs: list[Sequence] = []
 
-    def began(self, record: Record) -> None:
+    def began(self, record: RequestRecord) -> None:
         """Hear nothing."""
 
-    def said(self, record: Record, delta: Delta) -> None:
+    def said(self, record: RequestRecord, delta: Delta) -> None:
         """Hear nothing."""
 
-    def ended(self, record: Record) -> None:
+    def ended(self, record: RequestRecord) -> None:
         """Note them."""
         self.seqs += [answer.seq for answer in record.answers]
 

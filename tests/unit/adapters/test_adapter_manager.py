@@ -15,8 +15,8 @@ from inference_service.adapters.changing import repository_of
 from inference_service.adapters.fixed import fixed_manager
 from inference_service.adapters.follower import FollowerStanding
 from inference_service.adapters.served_model import ServedModel
-from inference_service.adapters.views import Place
-from inference_service.engine.residents import State
+from inference_service.adapters.views import AdapterPlace
+from inference_service.engine.residents import AdapterState
 from loramux_shared.access.rights import ACCESS, Access, Scope
 from loramux_shared.deployment import SourceKind
 from loramux_shared.faults import (
@@ -77,12 +77,17 @@ def test_a_key_of_some_models_sees_those() -> None:
 def test_a_view_says_where_an_adapter_is() -> None:
     """Where it is, since when it was not used, how many use it, and why it could not be loaded."""
     replica = operated()
-    assert replica.manager.get("one").place is Place.STORE
+    assert replica.manager.get("one").place is AdapterPlace.STORE
     before = datetime.now(UTC)
     replica.residency.hold(replica.adapter("one"), in_flight=3, used_s=time.monotonic() - 3600)
     view = replica.manager.get("one")
     after = datetime.now(UTC)
-    assert (view.place, view.state, view.in_flight, view.num_bytes) == (Place.DEVICE, State.RESIDENT, 3, 100)
+    assert (view.place, view.state, view.in_flight, view.num_bytes) == (
+        AdapterPlace.DEVICE,
+        AdapterState.RESIDENT,
+        3,
+        100,
+    )
     assert view.digest == view.resident_digest == digest_of(1)
     assert view.last_used is not None
     hour, moment = timedelta(hours=1), timedelta(seconds=1)
@@ -90,7 +95,7 @@ def test_a_view_says_where_an_adapter_is() -> None:
     replica.residency.fails = BundleCorrupt("two is damaged")
     failed = replica.manager.pin("two")
     assert failed.failure is not None
-    assert (failed.place, failed.failure.reason, failed.pinned) == (Place.STORE, "BUNDLE_CORRUPT", True)
+    assert (failed.place, failed.failure.reason, failed.pinned) == (AdapterPlace.STORE, "BUNDLE_CORRUPT", True)
 
 
 def test_the_base_is_no_adapter() -> None:
@@ -289,7 +294,7 @@ async def test_a_fixed_replica_serves_what_it_has() -> None:
     """All is resident, pins change nothing, and nothing can be loaded or waited for."""
     models = [ServedModel("base"), ServedModel("merged", digest=digest_of(9))]
     manager = fixed_manager(Catalog(4, "base", models))
-    assert manager.get("merged").place is Place.DEVICE
+    assert manager.get("merged").place is AdapterPlace.DEVICE
     with pytest.raises(RequestInvalid, match="merged"):
         manager.pin("merged")
     with pytest.raises(NoBuilder):

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from inference_service.adapters.catalog import EARLIER, Catalog
 from inference_service.adapters.defaults import NO_DEFAULTS, AdapterDefaults
-from inference_service.adapters.mixing import Scaled, written
+from inference_service.adapters.mixing import ScaledAdapter, written
 from inference_service.adapters.served_model import ServedModel
 from inference_service.core.sequence import Adapter
 from loramux_shared.access.rights import ACCESS, Access, Scope
@@ -385,4 +385,4 @@ def test_what_a_mixture_is_called_asks_for_it(parts: list[tuple[str, float]]) ->
     """In full precision, with blanks or without: what is written is what was meant."""
     texts = (sign.join(f"{name}*{scale!r}" for name, scale in parts) for sign in ("+", " + "))
     read = [written(text) for text in texts]
-    assert read == [tuple(Scaled(name, scale) for name, scale in parts)] * 2
+    assert read == [tuple(ScaledAdapter(name, scale) for name, scale in parts)] * 2

@@ -20,7 +20,7 @@ from inference_service.engine.block_manager import BlockManager
 from inference_service.engine.engine import Engine
 from inference_service.engine.plan import SchedulerLimits
 from inference_service.engine.residency import FIRST_PAUSE_S, LOADS, Residency
-from inference_service.engine.residents import State
+from inference_service.engine.residents import AdapterState
 from inference_service.engine.step import Pending
 from inference_service.lora.places import Places
 from loramux_shared.faults import BundleCorrupt, Fault, InternalFault, ResourcesExhausted
@@ -491,7 +491,7 @@ def test_what_is_resident_costs_nothing_more_than_its_entry() -> None:
     world = World(2, [1] * 30)
     world.answer(*range(30))
     assert len(world.residency.standings()) == 2
-    assert {each.state for each in world.residency.standings()} == {State.RESIDENT}
+    assert {each.state for each in world.residency.standings()} == {AdapterState.RESIDENT}
 
 
 ASK = st.tuples(

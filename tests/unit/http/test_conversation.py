@@ -16,7 +16,7 @@ from inference_service.core.sequence import FinishReason
 from inference_service.http.openai.chat_schema import ChatBody
 from inference_service.http.openai.mapping import chat_of
 from inference_service.serving.request import Delta, Event, Finished, Request, Started
-from inference_service.serving.telemetry.record import Record, Watcher
+from inference_service.serving.telemetry.record import RequestRecord, Watcher
 from inference_service.text.chat_template import ChatTemplate
 from inference_service.text.text import Text
 from loramux_shared.faults import ModelNotFound, RequestInvalid
@@ -184,13 +184,13 @@ class Ears(Watcher):
     def __init__(self) -> None:
         self.outcomes: list[str] = []
 
-    def began(self, record: Record) -> None:
+    def began(self, record: RequestRecord) -> None:
         """Hear nothing."""
 
-    def said(self, record: Record, delta: Delta) -> None:
+    def said(self, record: RequestRecord, delta: Delta) -> None:
         """Hear nothing."""
 
-    def ended(self, record: Record) -> None:
+    def ended(self, record: RequestRecord) -> None:
         """Keep it."""
         self.outcomes.append(record.outcome)
 

@@ -18,7 +18,7 @@ from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Adapter, FinishReason, Sequence, Token
 from inference_service.engine.engine import SequenceCounts
 from inference_service.serving.request import Delta, Finished, Request
-from inference_service.serving.telemetry.record import Follower, Record, following
+from inference_service.serving.telemetry.record import RequestFollower, RequestRecord, following
 from inference_service.serving.telemetry.request_log import RequestLog
 from loramux_shared.faults import QueueFull
 from loramux_shared.telemetry import log_to_stderr
@@ -36,24 +36,24 @@ class Ear:
         self.heard: list[str] = []
         self.outcome = ""
 
-    def began(self, record: Record) -> None:
+    def began(self, record: RequestRecord) -> None:
         """Hear."""
         assert record.first_s is not None
         self.heard.append("began")
 
-    def said(self, record: Record, delta: Delta) -> None:
+    def said(self, record: RequestRecord, delta: Delta) -> None:
         """Hear."""
         assert record.completion_tokens > 0
         self.heard.append(delta.text)
 
-    def ended(self, record: Record) -> None:
+    def ended(self, record: RequestRecord) -> None:
         """Hear."""
         assert record.duration_s is not None
         self.heard.append("ended")
         self.outcome = record.outcome
 
 
-def submit(follower: Follower, answers: int = 1) -> None:
+def submit(follower: RequestFollower, answers: int = 1) -> None:
     """Give sequences to nobody."""
     follower.submitted([Sequence(str(index), [1, 2, 3], SamplingParams()) for index in range(answers)])
 
