@@ -14,8 +14,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from structlog.contextvars import bound_contextvars
 
-from inference_service.http.wire.anthropic_errors import is_here
-from inference_service.http.wire.refusals import REQUEST_ID, fault_response
+from inference_service.http.wire.refusals import REQUEST_ID, fault_response, is_messages
 from inference_service.serving.bounds import SANE_ID
 from loramux_shared.arrival import ARRIVED_S
 from loramux_shared.faults import ShuttingDown
@@ -59,7 +58,7 @@ class Front:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request."""
-        answer = _Answer(send, _request_id(scope), self._responded, anthropic=is_here(scope["path"]))
+        answer = _Answer(send, _request_id(scope), self._responded, anthropic=is_messages(scope["path"]))
         scope.setdefault("state", {})[REQUEST_ID] = answer.request_id
         task = asyncio.current_task()
         assert task is not None  # noqa: S101 - a coroutine runs in one

@@ -11,8 +11,8 @@ from pydantic import ValidationError
 from inference_service.chat.request import Call, ChatRequest, NamedTool
 from inference_service.http.anthropic.mapping import chat_of
 from inference_service.http.anthropic.schema import CountBody, MessagesBody
-from inference_service.http.wire.anthropic_errors import fault_body
 from inference_service.http.wire.errors import invalid_body
+from inference_service.http.wire.refusals import message_fault
 from loramux_shared.faults import Fault, QueueFull, RequestInvalid, ShuttingDown
 from tests.support.root import ROOT
 
@@ -127,7 +127,7 @@ def test_what_is_not_taken_is_named(fields: dict[str, Any], where: str) -> None:
     """A refusal names the place as the client wrote it."""
     fault = _refused(**fields)
     assert [finding.where for finding in fault.findings] == [where]
-    error = fault_body(fault, "r1")
+    error = message_fault(fault, "r1")
     assert error["error"]["type"] == "invalid_request_error"
     assert where in error["error"]["message"]
 
@@ -247,13 +247,13 @@ def test_what_is_counted_is_what_is_asked() -> None:
 )
 def test_errors_have_anthropics_shape(fault: Fault, kind: str) -> None:
     """A type, a message and the id of the request."""
-    told = fault_body(fault, "r1")
+    told = message_fault(fault, "r1")
     assert told == {"type": "error", "error": {"type": kind, "message": fault.message}, "request_id": "r1"}
 
 
 def test_a_thread_is_refused_so_that_clients_go_on_without() -> None:
     """The code is the one that the client's tool runner reads."""
-    error = fault_body(_refused(thread={"type": "create"}), "")["error"]
+    error = message_fault(_refused(thread={"type": "create"}), "")["error"]
     assert error["details"] == {"error_code": "thread_unsupported_request"}
 
 
