@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any, Final, Literal
 
 from inference_service.core.constraint import Constraint
@@ -18,6 +19,9 @@ from loramux_shared.faults import Fault
 
 SWITCHES: Final = ("enable_thinking", "thinking")
 """Variables with which templates turn thinking on and off: of Qwen, SmolLM and Gemma; of Granite."""
+DEFAULT_TEMPERATURE: Final = 1.0
+"""Of all APIs of chats; what an adapter says comes before it."""
+NO_HEADERS: Final[Mapping[str, str]] = MappingProxyType({})
 ANY_ARGUMENTS: Final[Mapping[str, Any]] = {"type": "object"}
 _TURN: Final = re.compile(r"messages\[(\d+)\]")
 _TOOL: Final = re.compile(r"tools\[(\d+)\]\.function\b")
@@ -240,6 +244,11 @@ def check_demand(choice: ToolChoice | None, tools: Sequence[ChatTool]) -> None:
     if isinstance(choice, NamedTool) and tools:
         raise refused("tool_choice", "a tool that tools holds", choice.name)
     raise refused("tool_choice", "auto or none, where there are no tools", getattr(choice, "name", choice))
+
+
+def schema_constraint(schema: Mapping[str, Any]) -> Constraint:
+    """Return the constraint to texts that a JSON schema describes."""
+    return Constraint("json_schema", json.dumps(schema, ensure_ascii=False))
 
 
 def with_effort(said: Mapping[str, Any] | None, effort: str | None) -> Mapping[str, Any]:

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from inference_service.chat.request import (
+    DEFAULT_TEMPERATURE,
+    NO_HEADERS,
     SWITCHES,
     ChatRequest,
     ChatTool,
@@ -14,12 +16,12 @@ from inference_service.chat.request import (
     ToolChoice,
     check_demand,
     check_tools,
+    schema_constraint,
     with_effort,
 )
 from inference_service.http.anthropic import schema
 from inference_service.http.anthropic.schema import CustomTool, MessagesBody, OutputFormat, Turns
 from inference_service.http.anthropic.turns import turns_of
-from inference_service.http.openai.mapping import DEFAULT_TEMPERATURE, NO_HEADERS, schema_constraint
 from inference_service.http.wire.fields import names, request_fields
 from inference_service.serving.bounds import refused
 from inference_service.serving.request import Request, hinted

@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from types import MappingProxyType
-from typing import Any, Final
+from typing import Any
 
 from inference_service.chat.request import (
+    DEFAULT_TEMPERATURE,
+    NO_HEADERS,
     Call,
     ChatRequest,
     ChatTool,
     Turn,
     check_demand,
     check_tools,
+    schema_constraint,
     with_effort,
 )
 from inference_service.core.constraint import Constraint
@@ -31,10 +33,8 @@ from inference_service.serving.request import Prompt, Request, hinted
 from inference_service.serving.service import GenerationService
 
 STRUCTURED = "structured_outputs"
-NO_HEADERS: Final[Mapping[str, str]] = MappingProxyType({})
-DEFAULT_TEMPERATURE = 1.0
 DEFAULT_COMPLETION_TOKENS = 16
-"""Both are the API's; what a deployment or an adapter says comes before them."""
+"""The API's; what a deployment or an adapter says comes before it."""
 
 
 def chat_of(body: ChatBody, headers: Mapping[str, str] = NO_HEADERS) -> ChatRequest:
@@ -153,11 +153,6 @@ def request_of(body: SamplingBody, headers: Mapping[str, str], *, prompt: Prompt
     if body.request_id is not None:
         own["id"] = body.request_id
     return Request.of(**request_fields(body) | own)
-
-
-def schema_constraint(schema: Mapping[str, Any]) -> Constraint:
-    """Return the constraint to texts that a JSON schema describes."""
-    return Constraint("json_schema", json.dumps(schema, ensure_ascii=False))
 
 
 def _format(response_format: ResponseFormat | None) -> Constraint | None:

@@ -4,9 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from inference_service.chat.request import SWITCHES, ChatRequest, Turn, check_demand, check_tools, with_effort
+from inference_service.chat.request import (
+    NO_HEADERS,
+    SWITCHES,
+    ChatRequest,
+    Turn,
+    check_demand,
+    check_tools,
+    schema_constraint,
+    with_effort,
+)
 from inference_service.core.constraint import Constraint
-from inference_service.http.openai.mapping import NO_HEADERS, one_constraint, request_of, schema_constraint
+from inference_service.http.openai.mapping import one_constraint, request_of
 from inference_service.http.responses.items import CompactionItem, Item, OutputItem
 from inference_service.http.responses.schema import CompactBody, ResponsesBody, TextFormat
 from inference_service.http.responses.tools import functions_of

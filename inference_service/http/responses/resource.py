@@ -9,9 +9,8 @@ import time
 from typing import Any, Final
 
 from inference_service.adapters.defaults import AdapterDefaults
-from inference_service.chat.request import AllowedTools, NamedTool, ToolChoice
+from inference_service.chat.request import DEFAULT_TEMPERATURE, AllowedTools, NamedTool, ToolChoice
 from inference_service.core.sequence import FinishReason
-from inference_service.http.openai.mapping import DEFAULT_TEMPERATURE
 from inference_service.http.responses.schema import ResponsesBody, TextConfig
 from inference_service.http.wire.errors import error_body, status_of
 from inference_service.http.wire.reply import Head, Json

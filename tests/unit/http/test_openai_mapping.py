@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from inference_service.adapters.catalog import Catalog
+from inference_service.chat.request import NO_HEADERS
 from inference_service.http.openai.chat_schema import ChatBody
-from inference_service.http.openai.mapping import NO_HEADERS, chat_of, completion_requests
+from inference_service.http.openai.mapping import chat_of, completion_requests
 from inference_service.http.openai.schema import CompletionBody
 from inference_service.serving.request import Request
 from inference_service.serving.service import GenerationService, ServingLimits
