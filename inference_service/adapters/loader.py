@@ -51,7 +51,7 @@ class AdapterLoader(Generic[P]):
         self._waiting: dict[str, list[Callable[[P | Fault, str], None]]] = {}
         self._reads = Workers("bundles", LOADS)
         # One thread computes: teams of several would wait for each other, and take the cores from the steps.
-        self._work = Workers("adapters", threads, prepare=partial(torch.set_num_threads, 1))
+        self._work = Workers("adapters", threads, prepare=_one_thread)
         torch.set_num_threads(torch.get_num_threads())  # of threads that are not yet begun; see decision 38
 
     @property
@@ -163,3 +163,9 @@ def _tell(done: Callable[..., None], *outcome: object) -> None:
         done(*outcome)
     except Exception:
         log.exception("who waited for an adapter could not be told")  # and holds up nobody else
+
+
+def _one_thread() -> None:
+    """Let this thread compute alone. Asked for the first time, torch takes the process's number: ask before."""
+    torch.get_num_threads()
+    torch.set_num_threads(1)
