@@ -302,6 +302,15 @@ def test_a_sequence_of_any_length_runs_where_all_layers_slide() -> None:
     assert _run(engine, manager, list(range(60))).num_cached == 28
 
 
+def test_a_prompt_takes_no_more_rows_than_its_window_has_blocks_for() -> None:
+    """Though a step would have room for more: nobody makes room, and both prompts come to an end."""
+    engine, _, manager = Base((8,), rows=14, seqs=2, prefix_cache=False).engine()
+    for number in range(2):
+        engine.add(Sequence(str(number), [number] * 40, SamplingParams(max_tokens=3)))
+    assert sum(output.finish is not None for output in _drain(engine, manager)) == 2
+    assert engine.stats.preemptions == 0
+
+
 def test_prompts_that_want_the_same_blocks_of_a_window_come_to_an_end() -> None:
     """They wait for each other where there is one that goes on, and else one makes room for itself."""
     engine, _, manager = Base((30,), sliding=10, rows=14, seqs=14, prefix_cache=False).engine()
