@@ -287,12 +287,12 @@ async def test_a_cancelled_task_leaves_nothing(three: Replicas) -> None:
 
 
 def test_threads_share_a_client(three: Replicas, client: Client) -> None:
-    """Every answer is whole while replicas come and go, and in the end nothing is counted."""
+    """Every answer is whole while all replicas but one come and go, and in the end nothing is counted."""
     done = threading.Event()
 
     def disturb() -> None:
         while not done.is_set():
-            for address in three.addresses:
+            for address in three.addresses[1:]:  # with all, none may seem to serve at some moment
                 three.serving(address, False)
                 three.serving(address, True)
 
