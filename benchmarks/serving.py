@@ -132,7 +132,7 @@ class Server:
         command = [sys.executable, "-m", "inference_service", "--store", store, "--deployment", "bench"]
         # All have one deployment, in turn: none follows it to the adapters of the next.
         command += ["--grpc", self.address, "--local-root", str(base), "--follow-interval-s", "0", *flags]
-        self._log = work / f"server-{len(names)}.log"
+        self._log = work / f"server-{self.address.rpartition(':')[2]}.log"
         started = time.perf_counter()
         with self._log.open("w") as log:
             self._process = subprocess.Popen(command, stderr=log, cwd=ROOT)  # noqa: S603 - our own command
@@ -322,7 +322,7 @@ def report(options: argparse.Namespace, work: Path) -> tuple[str, bool]:
         bare.stop()
     bars = [bar for bar in BARS if bar.over in table and bar.under in table]
     facts = [*(bar.told(table) for bar in bars), *_facts(server, bare)]
-    return "\n".join([*_machine(), "", *_table(table), "", *facts]), all(bar.met(table) for bar in bars)
+    return "\n".join([*machine(), "", *_table(table), "", *facts]), all(bar.met(table) for bar in bars)
 
 
 ADAPTERS, BASE_REQUESTS, ENGINE = "loramux, adapters", "loramux, base requests", "its engine alone, adapters"
@@ -392,7 +392,8 @@ async def _measure_all(
         return {each.label: row for each, row in zip(contenders, measured, strict=True)}
 
 
-def _machine() -> list[str]:
+def machine() -> list[str]:
+    """Return what is measured on, in one line."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     model = next((line.split(":")[1].strip() for line in lines if "model name" in line), "unknown")
     versions = f"torch {torch.__version__.split('+')[0]}, Python {sys.version.split()[0]}"
