@@ -8,20 +8,18 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Final
 
-from inference_service.chat.demands import Demand
+from inference_service.chat.demands import ConstraintAt, Demand
 from inference_service.chat.dialect import Dialect, dialect_of
 from inference_service.chat.formats.frame import ThinkingMarks
 from inference_service.chat.formats.lark import Asked
 from inference_service.chat.pieces import AnswerCalls, CallArguments, CallBegun, Piece, Reading, Said, Thought
 from inference_service.chat.request import ANY_ARGUMENTS, ChatRequest, ChatTool, naming
-from inference_service.core.constraint import ByEnding, Constraint
+from inference_service.core.constraint import ByEnding
 from inference_service.serving.request import Delta, Finished, Message, PromptLogprobs, Request, Started
 from inference_service.serving.service import GenerationService
 from inference_service.text.text import Text
 from loramux_shared.parsers import ReasoningParser, ToolParser
 
-ConstraintAt = Callable[[str], Constraint | None]
-"""Makes the constraint of answers to a prompt that ends with a text."""
 UNKNOWN: Final = Dialect(ToolParser.AUTO, ReasoningParser.AUTO)
 
 
@@ -52,9 +50,9 @@ class Conversation:
         """
         readings: list[Reading] = []
         with naming(self._chat.place):
-            request, constraint_at = await self._looked_up()
+            request, begin = await self._looked_up()
             with self._service.following_to_its_end(request):
-                constraint = self._constraint(constraint_at)
+                constraint = self._constraint(begin)
             request = replace(request, constraint_by_ending=constraint)
             async with aclosing(self._service.generate(request)) as events:
                 async for event in events:
@@ -80,12 +78,12 @@ class Conversation:
             request, _ = await self._looked_up()
             return len(await self._service.tokenize(request))
 
-    async def _looked_up(self) -> tuple[Request, ConstraintAt | None]:
-        """Return the request as the model that answers it wants it, and what makes its constraint."""
+    async def _looked_up(self) -> tuple[Request, Callable[[], ConstraintAt] | None]:
+        """Return the request as the model that answers it wants it, and what begins with its constraint."""
         served, defaults = await self._service.look_up(self.request)
         text = defaults.text or self._service.text
         self._dialect = dialect_of(text, defaults.template, self._service.parsers)
-        constraint_at = self._constraint_at(text)
+        begin = self._demanded(text)
         end = self._dialect.form.end if self._chat.one_call and not self._chat.forced else ""
         messages: list[Message] = [turn for turn in self.request.prompt if isinstance(turn, Mapping)]
         sampling = self.request.sampling
@@ -98,17 +96,17 @@ class Conversation:
             prompt=self._dialect.turns(messages),
             shown_special_tokens=self._dialect.tokens if self._tools else self._dialect.thinking_tokens,
         )
-        return request, constraint_at
+        return request, begin
 
-    def _constraint_at(self, text: Text) -> ConstraintAt | None:
-        """Return what makes the constraint of the answers to a prompt with an end; None: there is none."""
+    def _demanded(self, text: Text) -> Callable[[], ConstraintAt] | None:
+        """Return what begins with the constraint of the answers; None: there is none."""
         demand, several = Demand(self._dialect, text), not self._chat.one_call
         if self._chat.forced:
             tools = [_asked(tool) for tool in self._tools]
             grammar = demand.form(tools, several=several)
             if grammar is None:
                 self._dialect = replace(self._dialect, tool=ToolParser.LLAMA3_JSON)  # which has no marks
-            return partial(demand.calls, tools, grammar)
+            return lambda: partial(demand.calls, tools, grammar)
         strict = [tool.name for tool in self._tools if tool.strict]
         tools = [_asked(tool, free=not tool.strict) for tool in self._tools]
         wanted = self._chat.constraint
@@ -118,12 +116,13 @@ class Conversation:
             sampling = self.request.sampling
             restricted = sampling.allowed_token_ids is not None or sampling.bad_words
             return partial(demand.free, tools, strict) if strict or not restricted else None
-        return None if wanted is None else partial(demand.behind_reasoning, wanted)
+        return None if wanted is None else lambda: partial(demand.behind_reasoning, wanted)
 
-    def _constraint(self, constraint_at: ConstraintAt | None) -> ByEnding | None:
+    def _constraint(self, begin: Callable[[], ConstraintAt] | None) -> ByEnding | None:
         """Return the constraint for each way in which a prompt can end."""
-        if constraint_at is None:
+        if begin is None:
             return None
+        constraint_at = begin()
         return ByEnding(tuple((end, constraint_at(end)) for end in (*self._dialect.endings, "")))
 
     def _opened(self, started: Started) -> ThinkingMarks | None:

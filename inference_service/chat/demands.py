@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from inference_service.chat.dialect import FORMATS, Dialect
 from inference_service.chat.formats import harmony
@@ -16,6 +17,8 @@ from inference_service.text.text import Text
 from loramux_shared.faults import Finding, RequestInvalid
 from loramux_shared.parsers import ToolParser
 
+ConstraintAt = Callable[[str], Constraint | None]
+"""Makes the constraint of answers to a prompt that ends with a text."""
 WHERE = "tools"
 """The field by which a constraint of calls is refused."""
 _GAP = 'gap: "\\n"{0,4}\n'
@@ -47,11 +50,11 @@ class Demand:
         text = f"start: {thought} {self._calls(grammar)}\n{rules}{grammar.rules}"
         return Constraint("lark", text, WHERE, composed=True)
 
-    def free(self, tools: Sequence[Asked], strict: Sequence[str], end_of_prompt: str) -> Constraint | None:
-        """Return the constraint to any text, in which what begins as a call is one of these tools.
+    def free(self, tools: Sequence[Asked], strict: Sequence[str]) -> ConstraintAt:
+        """Return what makes the constraint to any text, in which what begins as a call is one of these tools.
 
-        None: calls are not read; or no tool is strict, and the form has no mark that a call begins with, or
-        models write more than its grammar says.
+        That is None where calls are not read; or no tool is strict, and the form has no mark that a call begins
+        with, or models write more than its grammar says.
 
         Raises:
             RequestInvalid: calls in the form of the model cannot be held to the schema of a strict tool.
@@ -61,17 +64,20 @@ class Demand:
         except CannotSayError as error:
             if strict:
                 raise self._unsaid(error, "strict") from None
-            return None
+            return _no_constraint
         if grammar is None or not (strict or (grammar.begin and not grammar.narrow)):
-            return None
-        thought, rules = ("", "") if self.dialect.is_harmony else self._thought(end_of_prompt)
-        text = f"start: {thought} {self._around(grammar)}{rules}{grammar.rules}"
-        return Constraint("lark", text, WHERE, composed=True, optional=not strict)
+            return _no_constraint
+        around = self._around(grammar)
 
-    def calls_or(
-        self, constraint: Constraint, tools: Sequence[Asked], several: bool, end_of_prompt: str
-    ) -> Constraint:
-        """Return the constraint to calls of these tools or else to what a constraint says, behind reasoning.
+        def constraint(end_of_prompt: str) -> Constraint:
+            thought, rules = ("", "") if self.dialect.is_harmony else self._thought(end_of_prompt)
+            text = f"start: {thought} {around}{rules}{grammar.rules}"
+            return Constraint("lark", text, WHERE, composed=True, optional=not strict)
+
+        return constraint
+
+    def calls_or(self, constraint: Constraint, tools: Sequence[Asked], several: bool) -> ConstraintAt:
+        """Return what makes the constraint to calls of these tools or else to another one, behind reasoning.
 
         Raises:
             RequestInvalid: calls in the form of the model cannot be held to the schemas.
@@ -81,10 +87,14 @@ class Demand:
         except CannotSayError as error:
             raise self._unsaid(error, constraint.where) from None
         if grammar is None:
-            return self.behind_reasoning(constraint, end_of_prompt)
-        thought, rules = self._thought(end_of_prompt)
-        around = f"start: {thought} ({self._final} @answer | {self._calls(grammar)})\n{rules}{grammar.rules}"
-        return replace(constraint, around=around)
+            return partial(self.behind_reasoning, constraint)
+        choice = f"({self._final} @answer | {self._calls(grammar)})"
+
+        def either(end_of_prompt: str) -> Constraint:
+            thought, rules = self._thought(end_of_prompt)
+            return replace(constraint, around=f"start: {thought} {choice}\n{rules}{grammar.rules}")
+
+        return either
 
     def behind_reasoning(self, constraint: Constraint, end_of_prompt: str) -> Constraint:
         """Return a constraint that the model may reason before, where it does."""
@@ -169,6 +179,10 @@ class Demand:
             return f"(any ({spelling(grammar.begin)} call{again}))* any\nany: {ANYTHING}\n"
         ends, rule = spelling.until(grammar.begin, "until")
         return f"({ends} call)* any\n{rule}any: {ANYTHING}\n"
+
+
+def _no_constraint(_end_of_prompt: str) -> None:
+    return None
 
 
 def _next_message(spelling: Spelling) -> str:

@@ -197,10 +197,10 @@ def test_what_a_form_cannot_say_is_demanded_as_json() -> None:
     assert not accepts(constraint, 'hm\n</think>\n\n{"name": "f", "arguments": {"x": "b"}}', vocabulary)
     assert not accepts(constraint, '{"name": "f", "arguments": {"x": "aa"}}', vocabulary)
     with pytest.raises(RequestInvalid, match="pattern"):
-        wanted.free(tools, ["f"], "")
-    assert wanted.free(tools, [], "") is None
+        wanted.free(tools, ["f"])
+    assert wanted.free(tools, [])("") is None
     with pytest.raises(RequestInvalid, match="pattern"):
-        wanted.calls_or(SCHEMA, tools, True, "")
+        wanted.calls_or(SCHEMA, tools, True)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -212,7 +212,7 @@ async def test_a_strict_tool_is_called_rightly_or_not_at_all(name: str) -> None:
     _, answer = await answer_of(family, turn | {"reasoning_content": "", "reasoning": ""})
     answer = as_models_write(family, answer).removeprefix("\n</think>\n\n").removeprefix("\n")
     head = head_of(family)
-    free = wanted.free(ASKED, ["find"], "</think>")
+    free = wanted.free(ASKED, ["find"])("</think>")
     assert accepts(free, f"{head}It <b rains.", vocabulary)
     assert accepts(free, answer, vocabulary)
     assert not accepts(free, answer.replace("find", "fine"), vocabulary)
@@ -229,7 +229,7 @@ async def test_an_answer_in_a_format_may_be_a_call_instead(name: str) -> None:
     call = as_models_write(family, call)
     call = call.removeprefix("\n") if name == "Qwen 2.5" else call
     thought, head = "</think>\n\n" if name == "Qwen 3.5" else "", head_of(family)
-    constraint = wanted.calls_or(SCHEMA, ASKED, True, prompt)
+    constraint = wanted.calls_or(SCHEMA, ASKED, True)(prompt)
     assert accepts(constraint, f'{thought}{head}{{"a": 1}}', vocabulary)
     assert accepts(constraint, call, vocabulary)
     for wrong in (f"{thought}{head}Hi", f'{thought}{head}{{"a": 2}}', call.replace("find", "fine"), call[:-1]):
@@ -242,8 +242,8 @@ def test_calls_of_tools_that_are_not_strict_are_held_to_their_form() -> None:
     held = set()
     for name, family in FAMILIES.items():
         wanted, vocabulary = demand(family)
-        constraint = wanted.free(tools, [], "")
-        strict = wanted.free(tools, ["find"], "")
+        constraint = wanted.free(tools, [])("")
+        strict = wanted.free(tools, ["find"])("")
         assert strict is None or not strict.optional
         if constraint is not None:
             assert constraint.optional
@@ -262,7 +262,7 @@ def test_whatever_a_grammar_lets_pass_is_read_as_whole_calls(tool: ToolParser, m
     tokenizer, draw, whole = LLTokenizer(TokenizerWrapper(vocabulary)), random.Random(tool), 0
     for strict in ([], ["find", "news"]):
         tools = ASKED if strict else [Asked(asked.name, {"type": "object"}) for asked in ASKED]
-        constraint = Demand(dialect, vocabulary.text()).free(tools, strict, "")
+        constraint = Demand(dialect, vocabulary.text()).free(tools, strict)("")
         for _ in range(examples(6) if constraint else 0):
             assert constraint is not None
             matcher = LLMatcher(tokenizer, constraint.text, limits=LIMITS, log_level=0)
