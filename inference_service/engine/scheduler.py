@@ -130,10 +130,10 @@ class Scheduler:
         if plan.prompts or self.num_waiting:
             plan.limit(len(plan.lengths))
             self._take_turns(plan)
-            self._parted = not self._parted and self._may_part(plan)
-            if self._parted:
-                for seq in decodes:
-                    plan.lengths.pop(seq, None)
+        self._parted = not self._parted and self._may_part(plan)
+        if self._parted:
+            for seq in decodes:
+                plan.lengths.pop(seq, None)
         if self.limits.speculative_tokens and not plan.short:
             self.lookup.fill(plan, self.running, self.limits, self.blocks)
         self._load = plan.load()
@@ -181,10 +181,11 @@ class Scheduler:
         if not starved:
             return math.inf
         first = min(starved, key=lambda lane: lane.rank)
-        furthest = self._furthest(first, plan, lambda lane: bool(lane.adapters))
-        if furthest is not None and not self._residents.releasing:
-            self._displace(furthest.adapters, plan)
-        return first.served + self._quantum(first)
+        quantum = self._quantum(first)
+        ahead = self._far_ahead(first, plan, quantum, lambda lane: bool(lane.adapters))
+        if ahead and not self._residents.releasing:
+            self._displace(ahead[0].adapters, plan)
+        return first.served + quantum
 
     def _look_for_adapters(self) -> None:
         """Say who waits for which adapter, and note who can be served now."""
@@ -381,7 +382,7 @@ class Scheduler:
         lacking = len(active) + len(new) - most
         if lacking <= 0:
             return not plan.crowded
-        ahead = self._far_ahead(lane, plan, lambda other: bool(other.adapters))
+        ahead = self._far_ahead(lane, plan, self._quantum(lane), lambda other: bool(other.adapters))
         may_leave = dict.fromkeys(adapter for other in ahead for adapter in other.adapters)
         leaving = [adapter for adapter in may_leave if adapter not in lane.adapters][:lacking]
         if len(leaving) < lacking:
@@ -392,29 +393,26 @@ class Scheduler:
 
     def _make_room(self, lane: Lane, plan: Plan) -> bool:
         """Preempt one sequence of the lane that is furthest ahead of this one, if any is far enough."""
-        furthest = self._furthest(lane, plan, lambda other: not other.is_new, first=0.0)
-        if furthest is not None:
-            self._preempt(furthest.running[-1], plan)
-        return furthest is not None
+        quantum = 0.0 if self._comes_first(lane) else QUANTUM
+        ahead = self._far_ahead(lane, plan, quantum, lambda other: not other.is_new)
+        if ahead:
+            self._preempt(ahead[0].running[-1], plan)
+        return bool(ahead)
 
-    def _furthest(
-        self, lane: Lane, plan: Plan, may: Callable[[Lane], bool], first: float = FIRST_QUANTUM
-    ) -> Lane | None:
-        """The lane under way that is furthest ahead of another, and far enough; None if none is."""
-        return next(iter(self._far_ahead(lane, plan, may, first)), None)
-
-    def _far_ahead(
-        self, lane: Lane, plan: Plan, may: Callable[[Lane], bool], first: float = FIRST_QUANTUM
-    ) -> list[Lane]:
+    def _far_ahead(self, lane: Lane, plan: Plan, quantum: float, may: Callable[[Lane], bool]) -> list[Lane]:
         """The lanes under way that are far enough ahead of another to make room, the furthest first."""
-        least = plan.counter(lane) + self._quantum(lane, first)
+        least = plan.counter(lane) + quantum
         under_way = (other for other in self.lanes.under_way if other is not lane and may(other))
         ahead = [other for other in under_way if other.served >= least]
         return sorted(ahead, key=lambda other: other.served, reverse=True)
 
-    def _quantum(self, lane: Lane, first: float = FIRST_QUANTUM) -> float:
-        """How far others must be ahead of a lane to make room for it."""
-        return first if lane.is_new and self._credit > 0 else QUANTUM
+    def _quantum(self, lane: Lane) -> float:
+        """How far others must be ahead of a lane to leave their places among the adapters to it."""
+        return FIRST_QUANTUM if self._comes_first(lane) else QUANTUM
+
+    def _comes_first(self, lane: Lane) -> bool:
+        """Whether a lane is new, and there is credit for it."""
+        return lane.is_new and self._credit > 0
 
     def _displace(self, adapters: Iterable[Adapter], plan: Plan) -> None:
         """Preempt all that are under way on any of some adapters."""

@@ -299,3 +299,21 @@ def test_a_first_token_of_another_model_does_not_wait_for_streams(decode_s: floa
         assert len(machine.batches[-1].chunks) == 64
         engine.step()
         engine.step()
+
+
+def test_each_of_several_that_come_apart_has_a_step_of_its_own() -> None:
+    """With seats left nobody waits between them, and a step that only decodes ends what the last one began."""
+    machine = Machine(step_s=0.01, decode_s=0.001)
+    engine = _engine(machine, max_seqs=128)
+    _add(engine, _seq(8, 8000))
+    for _ in range(5):
+        engine.step()
+    _add(engine, *(_seq(8, 8000) for _ in range(63)))
+    for _ in range(30):
+        engine.step()
+    for number in range(3):
+        _add(engine, _seq(64, flow=f"once {number}"))
+        engine.step()
+        assert len(machine.batches[-1].chunks) == 1
+        engine.step()
+        assert len(machine.batches[-1].chunks) == 64
