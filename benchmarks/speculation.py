@@ -75,9 +75,8 @@ def _essay(local: Local) -> list[int]:
 
 def _tools(local: Local) -> Constraint | None:
     tools = [Asked(f"tool_{number}", {"type": "object"}) for number in range(8)]
-    return Demand(Dialect(ToolParser.HERMES, ReasoningParser.NONE), local.ready.service.text).free(
-        tools, [], ""
-    )
+    dialect = Dialect(ToolParser.HERMES, ReasoningParser.NONE)
+    return Demand(dialect, local.ready.service.text).free(tools, [])("")
 
 
 def _records(_: Local) -> Constraint:
