@@ -1,10 +1,9 @@
 """Decoding beside what else serves the same weights on this machine: llama.cpp, transformers + PEFT, any URL.
 
 Rates are of decoding alone: concurrency over the median time between two tokens of an answer, at the client for
-servers. So prompts do not count, which llama.cpp's benchmark has apart as well. The product is measured three
-times, each in a process of its own: as it is, with int8 weights, and with the base's requests of the first.
-Everything takes its turn, round by round; figures are medians over rounds, and the exit status is 1 where a bar
-is missed.
+servers. So prompts do not count, which llama.cpp's benchmark has apart as well; those of transformers do. Ours
+are two servers, one with int8 weights, each asked for adapters and for the base. All take turns, round by round;
+figures are medians over rounds, and the exit status is 1 where a bar is missed.
 
 llama.cpp is measured where `--llama-cpp` names a folder of its source in which llama-batched-bench and
 llama-quantize are built. It has no adapters then: a mixed batch of them it does not know.
@@ -35,13 +34,24 @@ import httpx
 
 from benchmarks import serving
 from benchmarks.peer import Peer
-from benchmarks.serving import BASE, NEW_TOKENS, ROOT, Bar, Contender, Figures, Run, Server
+from benchmarks.serving import (
+    ADAPTERS,
+    BASE,
+    BASE_REQUESTS,
+    NEW_TOKENS,
+    PEFT,
+    ROOT,
+    TRANSFORMERS,
+    Bar,
+    Contender,
+    Figures,
+    Run,
+    Server,
+)
 from loramux import AsyncClient
 from loramux.records import Delta
 
-ADAPTERS, BASE_REQUESTS = "loramux, adapters", "loramux, base requests"
 INT8, INT8_BASE = "loramux int8, adapters", "loramux int8, base requests"
-PEFT, TRANSFORMERS = "transformers + PEFT, adapters", "transformers, no adapters"
 LLAMA, LLAMA_Q8 = "llama.cpp bf16, no adapters", "llama.cpp q8_0, no adapters"
 LOADS: Final = ((1, 4), (8, 8), (32, 32))
 """Concurrency and requests."""
@@ -108,11 +118,6 @@ def of_url(client: httpx.AsyncClient, url: str) -> Times:
     return times
 
 
-def of_peft(peer: Peer, models: Sequence[str]) -> Run:
-    """Have a static batch generated; its prompts, which it does not tell apart, are a twentieth of its time."""
-    return serving.done_by(peer, models)
-
-
 def of_llama_cpp(folder: Path, weights: Path) -> Run:
     """Measure the rate of decoding that its own benchmark prints, as S_TG."""
 
@@ -163,12 +168,12 @@ def main() -> int:
         del os.environ["LORAMUX_QUANTIZATION"]
         try:
             table = asyncio.run(_measure(options, work, whole, int8, names))
-            how = [f"{whole.loaded['operations']}"]
+            how = str(whole.loaded["operations"])
         finally:
             whole.stop()
             int8.stop()
     bars = [bar for bar in BARS if bar.over in table and bar.under in table]
-    print("\n".join([*serving.machine(), *how, "", *_lines(table), "", *(bar.told(table) for bar in bars)]))
+    print("\n".join([*serving.machine(), how, "", *_lines(table), "", *(bar.told(table) for bar in bars)]))
     return 0 if all(bar.met(table) for bar in bars) else 1
 
 
@@ -186,7 +191,7 @@ async def _measure(
         ]
         for label, some in ((PEFT, names), (TRANSFORMERS, [])):
             peer = stack.enter_context(Peer("peer_peft", BASE, work / "adapters", *some))
-            contenders.append(Contender(label, of_peft(peer, some)))
+            contenders.append(Contender(label, serving.done_by(peer, some)))
         if options.llama_cpp:
             for label, kind in ((LLAMA, "bf16"), (LLAMA_Q8, "q8_0")):
                 contenders.append(
