@@ -19,15 +19,12 @@ from google.protobuf.message import Message
 
 from loramux.addresses import TLS_SCHEME
 from loramux_shared.faults import RequestInvalid, SettingsInvalid
-from loramux_shared.routes import MODEL_HEADER
+from loramux_shared.routes import MODEL_HEADER, OF_A_MODEL
 from loramux_shared.rpc.options import CLIENT_OPTIONS, MAX_REQUEST_BYTES
 from loramux_shared.rpc.status import fault_of
 
 API_KEY: Final = "LORAMUX_API_KEY"
 GENERATE: Final = "Generate"
-ANSWERS: Final = (GENERATE, "Embed", "Classify")
-"""Methods that a model answers."""
-"""What proxies choose a replica by: the model that a request names."""
 MAX_HEADER: Final = 256
 
 
@@ -111,7 +108,7 @@ class Calls:
                 raise RequestInvalid(
                     f"the request has {size} bytes; a server takes at most {MAX_REQUEST_BYTES}. Send less."
                 )
-            model = _model_header(request.model) if name in ANSWERS else ()
+            model = _model_header(request.model) if name in OF_A_MODEL else ()
             return method(request, timeout=timeout, metadata=(*self._metadata, *model))
 
         return call

@@ -17,10 +17,11 @@ from typing import Any, Final
 import grpc
 
 from loramux.addresses import Address, Members
-from loramux.connection import ANSWERS, GENERATE, Calls, Credentials
+from loramux.connection import GENERATE, Calls, Credentials
 from loramux.placement import Placement
 from loramux.trip import Trip, model_of
 from loramux_shared.faults import ServerUnavailable
+from loramux_shared.routes import INFERENCE_SERVICE, OF_A_MODEL
 from loramux_shared.rpc.status import CallFailed, fault_of
 
 CONNECT_S: Final = 3
@@ -28,7 +29,7 @@ CONNECT_S: Final = 3
 HEALTHY: Final = json.dumps(
     {
         "loadBalancingConfig": [{"round_robin": {}}],  # among one: without it there is no watch of health
-        "healthCheckConfig": {"serviceName": "loramux.inference.v1.InferenceService"},
+        "healthCheckConfig": {"serviceName": INFERENCE_SERVICE},
     }
 )
 PING_S: Final = 10
@@ -42,8 +43,8 @@ OPTIONS: Final = (
     ("grpc.keepalive_timeout_ms", PING_TIMEOUT_S * 1000),
     ("grpc.http2.ping_timeout_ms", PING_TIMEOUT_S * 1000),
 )
-STREAMS: Final = (*ANSWERS, "WatchReplica")
-REPEATED: Final = (*ANSWERS, "Get", "List", "Pin", "Unpin", "Watch")
+STREAMS: Final = (*OF_A_MODEL, "WatchReplica")
+REPEATED: Final = (*OF_A_MODEL, "Get", "List", "Pin", "Unpin", "Watch")
 """How methods begin that do the same when they are called twice."""
 
 

@@ -144,24 +144,22 @@ def iterated(
     method: Callable[Concatenate[Any, P], Stream[T]],
 ) -> Callable[Concatenate[Any, P], Generator[T, None, None]]:
     """Return a method of the core that streams, for a client that waits in its thread."""
-
-    @wraps(method)
-    def call(self: Any, /, *args: P.args, **kwargs: P.kwargs) -> Generator[T, None, None]:
-        return self._stream(method(self, *args, **kwargs))  # type: ignore[no-any-return]  # self is Blocking
-
-    return _signed(call, method, "Generator[{}, None, None]")
+    return _signed(_streamed(method), method, "Generator[{}, None, None]")
 
 
 def async_iterated(
     method: Callable[Concatenate[Any, P], Stream[T]],
 ) -> Callable[Concatenate[Any, P], AsyncGenerator[T, None]]:
     """Return a method of the core that streams, for a client on an event loop."""
+    return _signed(_streamed(method), method, "AsyncGenerator[{}, None]")
 
+
+def _streamed(method: Callable[Concatenate[Any, P], Stream[Any]]) -> Callable[Concatenate[Any, P], Any]:
     @wraps(method)
-    def call(self: Any, /, *args: P.args, **kwargs: P.kwargs) -> AsyncGenerator[T, None]:
-        return self._stream(method(self, *args, **kwargs))  # type: ignore[no-any-return]  # self is Awaiting
+    def call(self: Any, /, *args: P.args, **kwargs: P.kwargs) -> Any:
+        return self._stream(method(self, *args, **kwargs))
 
-    return _signed(call, method, "AsyncGenerator[{}, None]")
+    return call
 
 
 _C = TypeVar("_C", bound=Callable[..., Any])
