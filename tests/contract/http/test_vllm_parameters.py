@@ -10,16 +10,14 @@ import asyncio
 import json
 import math
 import re
-from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
-import pytest_asyncio
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
 from loramux_shared.storage.memory import MemoryStore
-from tests.support.openai_door import OpenAIDoor, open_door, openai_world
+from tests.support.openai_door import OpenAIDoor, openai_world
 from tests.support.tiny import World
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -42,20 +40,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[World, MemoryStore]
     store = MemoryStore()
     world.build(store)
     return world, store
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def opened(world: tuple[World, MemoryStore]) -> AsyncIterator[OpenAIDoor]:
-    """A server that the tests share."""
-    async with open_door(world) as door:
-        yield door
-
-
-@pytest_asyncio.fixture(loop_scope="module")
-async def door(opened: OpenAIDoor) -> OpenAIDoor:
-    """The same, once it holds nothing of the test before."""
-    await opened.until_free()
-    return opened
 
 
 def ids_of(chars: str) -> list[int]:

@@ -10,7 +10,6 @@ from contextlib import aclosing
 from typing import Any
 
 import pytest
-import pytest_asyncio
 
 from inference_service.core.constraint import Constraint
 from inference_service.core.sequence import FinishReason
@@ -22,21 +21,6 @@ from tests.support.tiny import VOCAB, World
 from tests.support.waiting import ended, wait_until
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def shared(world: tuple[World, MemoryStore]) -> AsyncIterator[Service]:
-    """A loaded service for all tests."""
-    service = await open_service(world)
-    yield service
-    await service.close()
-
-
-@pytest_asyncio.fixture(loop_scope="module")
-async def service(shared: Service) -> Service:
-    """The service, which holds nothing."""
-    await shared.until_free()
-    return shared
 
 
 async def test_the_first_of_n_answers_is_the_only_one_of_one(service: Service) -> None:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
-import pytest_asyncio
 import torch
 
 from inference_service.core.sequence import FinishReason, Token
@@ -18,21 +16,6 @@ from tests.support.service import LONG, SAMPLED, Service, open_service
 from tests.support.tiny import World, oracle
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def shared(world: tuple[World, MemoryStore]) -> AsyncIterator[Service]:
-    """A loaded service for all tests."""
-    service = await open_service(world)
-    yield service
-    await service.close()
-
-
-@pytest_asyncio.fixture(loop_scope="module")
-async def service(shared: Service) -> Service:
-    """The service, which holds nothing."""
-    await shared.until_free()
-    return shared
 
 
 @pytest.mark.parametrize(("model", "max_batch_tokens"), [("base", 1024), ("all", 16)])
