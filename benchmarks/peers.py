@@ -2,7 +2,7 @@
 
 Rates are of decoding alone: concurrency over the median time between two tokens of an answer, at the client for
 servers. So prompts do not count, which llama.cpp's benchmark has apart as well; those of transformers do. Ours
-are two servers, one with int8 weights, each asked for adapters and for the base. All take turns, round by round;
+are two servers, one with int8 weights, each asked for adapters and for the base. All take turns by rounds;
 figures are medians over rounds, and the exit status is 1 where a bar is missed.
 
 llama.cpp is measured where `--llama-cpp` names a folder of its source in which llama-batched-bench and
