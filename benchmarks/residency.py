@@ -25,7 +25,7 @@ from typing import Final
 
 import structlog
 
-from benchmarks.moving import changes, churn, fair, fleet, latency, registered, scraped, turns
+from benchmarks.moving import changes, churn, fair, registered, turns
 from benchmarks.moving.figures import Figure
 from benchmarks.moving.forge import Forge
 
@@ -34,14 +34,9 @@ SECTIONS: Final[Mapping[str, Section]] = {
     "turns": turns.measure,
     "churn": churn.measure,
     "registered": registered.measure,
-    "many": registered.measure_many,
-    "scrape": scraped.measure,
     "fair": fair.measure,
-    "latency": latency.measure,
     "push": changes.measure_push,
     "add": changes.measure_add,
-    "fleet": fleet.measure,
-    "rollback": fleet.measure_rollback,
 }
 
 

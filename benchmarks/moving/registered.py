@@ -1,4 +1,4 @@
-"""What adapters cost that are registered and not active: 2,000 and 8 active against 8, and 10,000 against 16.
+"""What adapters cost that are registered and not active: 2,000 and 8 active against 8.
 
 Only the active ones have bundles. Starts are those of processes, each measured alone and in turn with its peer;
 steps are those of two replicas in this process, one at a time. The bars are held against seconds of processors,
@@ -9,19 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import statistics
-import subprocess
-import sys
-import time
-from pathlib import Path
 from typing import Final
-
-import httpx
 
 from benchmarks.moving.figures import Figure, ratio, shown
 from benchmarks.moving.forge import Forge
 from benchmarks.moving.replica import Local, bank_gb, replica
 from benchmarks.moving.server import server
-from loramux import AsyncClient
 
 ACTIVE: Final = 8
 REGISTERED: Final = 2000
@@ -29,13 +22,6 @@ STEPS: Final = 60
 STEP_BAR: Final = 1.02
 START_BAR: Final = 1.2
 BYTES_BAR: Final = 8000
-FEW: Final = 16
-MANY: Final = 10_000
-MANY_START_S: Final = 3.0
-SCRAPE_BYTES: Final = 1e6
-SCRAPE_MS: Final = 20.0
-ASKED: Final = 5
-"""Times for everything that is asked of a running replica."""
 
 
 async def measure(forge: Forge, rounds: int) -> list[Figure]:
@@ -83,62 +69,3 @@ async def _step_s(local: Local, names: list[str]) -> float:
             while len(steps.cpu_s) < STEPS:
                 await asyncio.sleep(0.05)
     return statistics.median(steps.cpu_s)
-
-
-async def measure_many(forge: Forge, rounds: int) -> list[Figure]:
-    """10,000 registered: the start, and what is asked about all of them."""
-    names = forge.deploy("sixteen", FEW)
-    forge.deploy("many", FEW, MANY)
-    starts: dict[str, list[float]] = {"sixteen": [], "many": []}
-    wall: dict[str, list[float]] = {"sixteen": [], "many": []}
-    figures: list[Figure] = []
-    bank = bank_gb(FEW)
-    for number in range(rounds):
-        for deployment, found in starts.items():
-            with server(forge, deployment, adapter_memory_gb=bank) as running:
-                found.append(running.start_cpu_s)
-                wall[deployment].append(running.loaded_s)
-                if deployment == "many" and not number:
-                    figures += await _ask_about(running.grpc, running.http, names)
-    note = f"{shown(starts['many'])}; of 16 {shown(starts['sixteen'], unit='s of CPU')}"
-    walls = f"{shown(wall['many'])}; of 16 {shown(wall['sixteen'], unit='s')}"
-    return [
-        Figure("start of 10,000 beyond that of 16", _beyond(starts), "s", MANY_START_S, note),
-        Figure("the same by the wall clock", _beyond(wall), "s", None, walls),
-        *figures,
-    ]
-
-
-def _beyond(starts: dict[str, list[float]]) -> float:
-    return statistics.median(a - b for a, b in zip(starts["many"], starts["sixteen"], strict=True))
-
-
-async def _ask_about(grpc: str, http: str, names: list[str]) -> list[Figure]:
-    """Use some adapters, then ask for metrics and lists."""
-    async with AsyncClient(inference=grpc) as client, httpx.AsyncClient(timeout=60) as web:
-        for name in names:
-            await client.complete(name, "the river", max_tokens=2)
-        scrapes, listings, lists = [], [], []
-        for _ in range(ASKED):
-            began = time.perf_counter()
-            scrape = await web.get(f"http://{http}/metrics")
-            scrapes.append(time.perf_counter() - began)
-            began = time.perf_counter()
-            models = await client.models()
-            lists.append(time.perf_counter() - began)
-            began = time.perf_counter()
-            listing = await web.get(f"http://{http}/v1/models")
-            listings.append(time.perf_counter() - began)
-    command = [str(Path(sys.executable).parent / "loramux"), "models", "--grpc", grpc]
-    began = time.perf_counter()
-    told = await asyncio.to_thread(subprocess.run, command, check=True, capture_output=True)
-    took = time.perf_counter() - began
-    lines = len(told.stdout.splitlines())
-    size = len(listing.content) / 1e6
-    return [
-        Figure("/metrics, 16 of 10,000 used: size", len(scrape.content), "B", SCRAPE_BYTES),
-        Figure("/metrics, 16 of 10,000 used: time", min(scrapes) * 1e3, "ms", SCRAPE_MS, "the best of five"),
-        Figure("ListModels", min(lists) * 1e3, "ms", None, f"{len(models)} models"),
-        Figure("/v1/models", min(listings) * 1e3, "ms", None, f"{size:.1f} MB"),
-        Figure("loramux models", took, "s", None, f"{lines} lines"),
-    ]

@@ -10,7 +10,6 @@ import sys
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
-from pathlib import Path
 
 import httpx
 import psutil
@@ -118,13 +117,6 @@ async def read_gaps(
                 gaps.append(now - last)
             last = now
             begun.set()
-
-
-def log_of(folder: Path, event: str) -> list[dict[str, object]]:
-    """Return the lines of all logs below a folder that tell of an event."""
-    lines = (line for path in folder.glob("*.log") for line in path.read_text().splitlines())
-    parsed = (json.loads(line) for line in lines if line.startswith("{"))
-    return [line for line in parsed if line.get("event") == event]
 
 
 @asynccontextmanager
