@@ -30,8 +30,8 @@ from typing import Any, Final, Literal, get_args
 
 import torch
 
+from inference_service.core.adapter import Adapter
 from inference_service.core.sampling import SamplingParams
-from inference_service.core.sequence import Adapter
 from inference_service.core.sequence import Sequence as EngineSequence
 from inference_service.engine.block_manager import BlockManager
 from inference_service.engine.buffers import StepBuffers

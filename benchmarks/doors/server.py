@@ -19,8 +19,7 @@ from benchmarks.doors.clients import MODEL
 from benchmarks.on_gpu.checkpoint import write_tokenizer
 from inference_service.adapters.catalog import Catalog
 from inference_service.adapters.served_model import ServedModel
-from inference_service.core.batch import Batch
-from inference_service.core.sequence import Token
+from inference_service.core.sequence import Batch, Token
 from inference_service.engine.block_manager import BlockManager
 from inference_service.engine.engine import Engine
 from inference_service.engine.plan import SchedulerLimits

@@ -18,9 +18,9 @@ from benchmarks.on_gpu.model import LLAMA_8B, TINY, RandomTensors, config_of, ra
 from benchmarks.on_gpu.run import Run
 from benchmarks.on_gpu.targets import OF_BASE
 from inference_service.backends.triton import TritonLora, TritonOperations
-from inference_service.core.batch import Batch, Chunk
+from inference_service.core.adapter import Adapter
 from inference_service.core.sampling import SamplingParams
-from inference_service.core.sequence import Adapter, Sequence
+from inference_service.core.sequence import Batch, Chunk, Sequence
 from inference_service.engine.graph_runner import GraphRunner
 from inference_service.engine.graphs import Graph, Recorder
 from inference_service.engine.plan import SchedulerLimits

@@ -8,7 +8,7 @@ from functools import partial
 
 from inference_service.adapters.catalog import Catalog, NameChanges
 from inference_service.adapters.ports import AdapterResidency
-from inference_service.core.sequence import Adapter
+from inference_service.core.adapter import Adapter
 from inference_service.engine.engine import Engine
 from loramux_shared.bundle.generation import AdapterRecord, Generation
 from loramux_shared.bundle.names import OWN_NAME, bad_name

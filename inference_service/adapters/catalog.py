@@ -21,8 +21,8 @@ from inference_service.adapters.names import (
     version_not_found,
 )
 from inference_service.adapters.served_model import ServedModel, shown_source
+from inference_service.core.adapter import MOST_PARTS, Adapter
 from inference_service.core.computing import Computing
-from inference_service.core.sequence import MOST_PARTS, Adapter
 from loramux_shared.access.rights import ACCESS, Access
 from loramux_shared.bundle.generation import AdapterRecord, BaseRecord, Generation
 from loramux_shared.deployment import Dtype, Repository, SourceKind

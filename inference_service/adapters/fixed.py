@@ -10,7 +10,7 @@ from inference_service.adapters.catalog import Catalog
 from inference_service.adapters.follower import FollowerStanding
 from inference_service.adapters.manager import AdapterManager
 from inference_service.adapters.views import Facts
-from inference_service.core.sequence import Adapter
+from inference_service.core.adapter import Adapter
 from inference_service.engine.residents import AdapterState, ResidencyStats, Standing
 from loramux_shared.faults import ReplicaBehind
 

@@ -14,7 +14,7 @@ import torch
 from inference_service.adapters.reading import BundleReader, FoundBundle, Tier
 from inference_service.adapters.recent import Recent
 from inference_service.adapters.workers import Workers
-from inference_service.core.sequence import Adapter
+from inference_service.core.adapter import Adapter
 from inference_service.engine.residents import P
 from loramux_shared.bundle.manifest import REBUILD
 from loramux_shared.bundle.reader import Bundle

@@ -24,7 +24,7 @@ from inference_service.adapters.views import (
     Loaded,
     ReplicaView,
 )
-from inference_service.core.sequence import Adapter
+from inference_service.core.adapter import Adapter
 from inference_service.engine.residents import AdapterState
 from loramux_shared.access.rights import ACCESS
 from loramux_shared.faults import Fault, PageTokenInvalid, RequestInvalid

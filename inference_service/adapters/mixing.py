@@ -9,7 +9,7 @@ from typing import Final
 
 from inference_service.adapters.defaults import AdapterDefaults
 from inference_service.adapters.served_model import ServedModel
-from inference_service.core.sequence import MOST_PARTS, Adapter, Mixture
+from inference_service.core.adapter import MOST_PARTS, Adapter, Mixture
 from loramux_shared.bundle.manifest import apart
 from loramux_shared.digits import is_number
 from loramux_shared.faults import Finding, RequestInvalid

@@ -14,7 +14,7 @@ import torch
 
 from inference_service.adapters.recent import Recent
 from inference_service.backends.base import LoraBackend
-from inference_service.core.sequence import Adapter
+from inference_service.core.adapter import Adapter
 from inference_service.engine.graph_runner import ROOM
 from inference_service.lora.packed import PackedAdapter
 from inference_service.lora.places import ALIGNMENT

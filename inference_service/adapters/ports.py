@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from inference_service.adapters.follower import FollowerStanding
-from inference_service.core.sequence import Adapter
+from inference_service.core.adapter import Adapter
 from inference_service.engine.residents import ResidencyStats, Standing
 from loramux_shared.bundle.generation import AdapterRecord
 from loramux_shared.deployment import Repository

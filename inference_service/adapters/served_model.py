@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from inference_service.adapters.defaults import NO_DEFAULTS, AdapterDefaults
-from inference_service.core.sequence import Adapter, Mixture
+from inference_service.core.adapter import Adapter, Mixture
 from loramux_shared.deployment import Repository, SourceKind
 
 

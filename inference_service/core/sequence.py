@@ -1,18 +1,17 @@
-"""A request inside the engine."""
+"""A request inside the engine, and what one step computes."""
 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from functools import cached_property
-from hashlib import sha256
 from typing import Any, Final, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
+from inference_service.core.adapter import Adapter, Mixture, ScaledSlots
 from inference_service.core.constraint import Grammar
 from inference_service.core.sampling import SamplingParams
 from loramux_shared.faults import Fault
@@ -24,8 +23,6 @@ NOWHERE: Final = -1
 """The slot of a state that nobody has."""
 NEVER: Final = 2**62
 """A position that no sequence comes to."""
-MOST_PARTS: Final = 8
-"""Adapters of a mixture."""
 Vector: TypeAlias = npt.NDArray[np.float32]
 """[hidden size]: what the hidden states of a sequence became."""
 
@@ -41,77 +38,6 @@ class FinishReason(Enum):
     """Its deadline passed."""
     FAILED = "failed"
     """The step that it was part of failed."""
-
-
-@dataclass(eq=False, slots=True, weakref_slot=True)
-class Adapter:
-    """A version of an adapter in a replica, one for each digest, whatever its names are."""
-
-    digest: str
-    """Of its bundle; part of every prefix-cache key, so that keys and values of another version are never met,
-    and those of one that left and came back are found again."""
-    slot: int | None = None
-    """Its place in the LoRA backend while it is resident; changed on the engine's thread alone."""
-    invocation: tuple[int, ...] = ()
-    """Tokens from which on it acts; none: it acts on everything. See `inference_service.core.activation`."""
-    overflows_s: tuple[float, ...] = ()
-    """When answers of the last minute held NaN or infinity, on the clock of ``time.monotonic``."""
-    unusable: Fault | None = None
-    """Why it is served no more."""
-
-    @property
-    def members(self) -> tuple[Adapter, ...]:
-        """Itself: as `Mixture.members`."""
-        return (self,)
-
-
-ScaledSlots = tuple[tuple[int, float], ...]
-"""The slots of a mixture, with their scales."""
-
-
-@dataclass(frozen=True)
-class Mixture:
-    """Several adapters that act together, or one with a scale: what they add, times the scales, is summed.
-
-    It is what PEFT's ``add_weighted_adapter(combination_type="cat")`` makes of them.
-    """
-
-    parts: tuple[tuple[Adapter, float], ...]
-    """Each adapter once, in the order of the digests; scales are float32 and not 0."""
-
-    @classmethod
-    def of(cls, parts: Iterable[tuple[Adapter, float]]) -> Adapter | Mixture | None:
-        """Return the one form of what parts come to: those of one adapter are summed, those of 0 left out.
-
-        An adapter with the scale 1 is that adapter, and no adapter is the base.
-        """
-        summed: dict[Adapter, float] = {}
-        for adapter, scale in parts:
-            summed[adapter] = summed.get(adapter, 0.0) + scale
-        rounded = ((adapter, float(np.float32(scale))) for adapter, scale in summed.items())
-        left = sorted(
-            ((adapter, scale) for adapter, scale in rounded if scale), key=lambda part: part[0].digest
-        )
-        if len(left) == 1 and left[0][1] == 1.0:
-            return left[0][0]
-        return cls(tuple(left)) if left else None
-
-    @property
-    def members(self) -> tuple[Adapter, ...]:
-        """Its adapters."""
-        return tuple([adapter for adapter, _ in self.parts])
-
-    @cached_property
-    def digest(self) -> str:
-        """What prefixes are known by: the sha256 of all digests, each with its scale to the last bit."""
-        text = "+".join(f"{adapter.digest}*{scale.hex()}" for adapter, scale in self.parts)
-        return sha256(text.encode()).hexdigest()
-
-    @property
-    def slot(self) -> ScaledSlots | None:
-        """Where its adapters are, while all of them are resident."""
-        slots = tuple([(adapter.slot, scale) for adapter, scale in self.parts if adapter.slot is not None])
-        return slots if len(slots) == len(self.parts) else None
 
 
 @dataclass(frozen=True)
@@ -302,3 +228,44 @@ class StepOutput(NamedTuple):
     """Why it failed, where that is known: its adapter cannot be loaded, or its values are no numbers."""
     pooled: Vector | None = None
     """What its hidden states became, where that is asked for."""
+
+
+class Chunk(NamedTuple):
+    """Consecutive tokens of one sequence, from ``num_computed`` on."""
+
+    seq: Sequence
+    length: int
+    drafted: int = 0
+    """Of its tokens, those at the end that are expected and not known; each is verified by a draw behind it."""
+
+    @property
+    def start(self) -> int:
+        """Position of the first token."""
+        return self.seq.num_computed
+
+    @property
+    def end(self) -> int:
+        """Position behind the last token: the length of the context that the chunk attends to."""
+        return self.seq.num_computed + self.length
+
+    @property
+    def samples(self) -> bool:
+        """True when the chunk reaches the sequence's end, so that a token is drawn from the row there."""
+        return self.length - self.drafted == self.seq.num_pending
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The chunks of one step."""
+
+    chunks: tuple[Chunk, ...]
+    drafts: Mapping[Sequence, list[int]] = field(default_factory=dict)
+    """The tokens that are expected behind those that are known, of the chunks that have some."""
+    copies: tuple[Mapping[int, int], ...] = ()
+    """What is copied among the slots of states before the step: those that are written, with those that are
+    read. All of a mapping are read before any is written, and mappings follow one another."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Rows of the forward pass."""
+        return sum(chunk.length for chunk in self.chunks)

@@ -10,7 +10,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from inference_service.core.sequence import MOST_PARTS, Sequence
+from inference_service.core.adapter import MOST_PARTS
+from inference_service.core.sequence import Sequence
 from inference_service.engine.rows import KNOWN, Rows
 from inference_service.engine.sampler import row_params, shapes
 from inference_service.kernels.attention import AttentionCapacity, AttentionTables, Cut, pack_tables

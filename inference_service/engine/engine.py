@@ -10,8 +10,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from inference_service.core.batch import Batch
-from inference_service.core.sequence import FinishReason, Sequence, StepOutput, Token, Vector
+from inference_service.core.sequence import Batch, FinishReason, Sequence, StepOutput, Token, Vector
 from inference_service.engine.block_manager import BlockManager
 from inference_service.engine.lookup import accept
 from inference_service.engine.numerics import overflowed

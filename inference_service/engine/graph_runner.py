@@ -10,7 +10,7 @@ from torch import Tensor
 
 from inference_service.backends.base import LoraBackend, no_recurrence
 from inference_service.backends.triton import TritonAttention
-from inference_service.core.batch import Batch
+from inference_service.core.sequence import Batch
 from inference_service.engine.buffers import PAIR, StepBuffers, StepCapacity, StepMemory
 from inference_service.engine.graphs import Graph, Recorder
 from inference_service.engine.logprobs import score_prompt

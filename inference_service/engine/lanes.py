@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, Final
 
-from inference_service.core.sequence import FAIR, Adapter, Sequence, Share
+from inference_service.core.adapter import Adapter
+from inference_service.core.sequence import FAIR, Sequence, Share
 
 Key = tuple[str, tuple[Adapter, ...]]
 Rank = tuple[float, tuple[int, int]]

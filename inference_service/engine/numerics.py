@@ -6,7 +6,8 @@ from typing import Final
 
 import structlog
 
-from inference_service.core.sequence import Adapter, Sequence
+from inference_service.core.adapter import Adapter
+from inference_service.core.sequence import Sequence
 from loramux_shared.faults import ModelUnusable, NumericsFault
 
 MOST: Final = 3

@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from inference_service.core.batch import Batch, Chunk
-from inference_service.core.sequence import Sequence
+from inference_service.core.sequence import Batch, Chunk, Sequence
 from inference_service.engine.block_manager import BlockManager
 from inference_service.engine.lanes import Lane
 from inference_service.engine.pace import BRIEF, TIMES, TIMES_OF_BRIEF, Load, Pace

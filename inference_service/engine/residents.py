@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Final, Generic, Protocol, TypeVar
 
-from inference_service.core.sequence import Adapter
+from inference_service.core.adapter import Adapter
 from inference_service.engine.lanes import Rank
 from loramux_shared.faults import Fault
 

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from itertools import accumulate, groupby
 from typing import NamedTuple
 
-from inference_service.core.batch import Batch, Chunk
-from inference_service.core.sequence import Sequence
+from inference_service.core.sequence import Batch, Chunk, Sequence
 from inference_service.kernels.attention import Context
 from inference_service.lora.segments import Arrangement, Segment, arrange
 from loramux_shared.pooling import Pooling

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from inference_service.backends.base import StepLora
-from inference_service.core.batch import Batch
-from inference_service.core.sequence import Sequence, Token
+from inference_service.core.sequence import Batch, Sequence, Token
 from inference_service.engine.logprobs import score_prompt
 from inference_service.engine.pooling import Vectors, pool
 from inference_service.engine.rows import Rows, lay_out

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable, Iterator
 from enum import Enum
 from typing import Final
 
-from inference_service.core.batch import Batch
-from inference_service.core.sequence import Adapter, Sequence
+from inference_service.core.adapter import Adapter
+from inference_service.core.sequence import Batch, Sequence
 from inference_service.engine.block_manager import BlockManager
 from inference_service.engine.lanes import Lane, Lanes, Rank, order, take
 from inference_service.engine.lookup import Lookup

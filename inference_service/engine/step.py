@@ -6,8 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from inference_service.core.batch import Batch
-from inference_service.core.sequence import Sequence, Token, Vector
+from inference_service.core.sequence import Batch, Sequence, Token, Vector
 from inference_service.engine.lookup import verified
 
 

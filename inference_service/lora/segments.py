@@ -10,8 +10,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from inference_service.core.batch import Batch, Chunk
-from inference_service.core.sequence import ScaledSlots
+from inference_service.core.adapter import ScaledSlots
+from inference_service.core.sequence import Batch, Chunk
 from inference_service.kernels.experts import ByExpert
 
 # Rows of one adapter from which on two matrix products of its own cost less than a share of the packed one.

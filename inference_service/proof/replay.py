@@ -17,9 +17,9 @@ from typing import Final
 import torch
 
 from inference_service.backends.base import StepLora
-from inference_service.core.batch import Batch, Chunk
+from inference_service.core.adapter import Adapter
 from inference_service.core.sampling import SamplingParams
-from inference_service.core.sequence import Adapter, Token
+from inference_service.core.sequence import Batch, Chunk, Token
 from inference_service.core.sequence import Sequence as EngineSequence
 from inference_service.engine.runner import Runner
 from inference_service.models.decoder import Decoder

@@ -11,7 +11,8 @@ import grpc
 from inference_service.adapters.mixing import ScaledAdapter
 from inference_service.adapters.served_model import ServedModel
 from inference_service.chat.dialect import dialect_of_model
-from inference_service.core.sequence import MOST_PARTS, FinishReason, Token
+from inference_service.core.adapter import MOST_PARTS
+from inference_service.core.sequence import FinishReason, Token
 from inference_service.rpc.prompt import constraint_of, prompt_of, tools_of, variables_of
 from inference_service.serving.request import Delta, Event, Finished, PromptLogprobs, Request, Started, hinted
 from inference_service.serving.service import GenerationService

@@ -14,7 +14,7 @@ from inference_service.adapters.ports import GenerationFollower
 from inference_service.adapters.scoring import Scorer, require_text
 from inference_service.adapters.served_model import ServedModel
 from inference_service.adapters.texts import AdapterTexts
-from inference_service.core.activation import activation
+from inference_service.core.adapter import activation
 from inference_service.core.constraint import Constraint
 from inference_service.core.sampling import LogprobsMode
 from inference_service.core.sequence import Sequence

@@ -16,7 +16,7 @@ from inference_service.adapters.packing import Packer
 from inference_service.adapters.reading import BundleReader
 from inference_service.adapters.texts import AdapterTexts
 from inference_service.backends.base import LoraBackend
-from inference_service.core.sequence import Adapter
+from inference_service.core.adapter import Adapter
 from inference_service.engine.inbox import Inbox
 from inference_service.engine.residency import Residency
 from inference_service.lora.packed import PackedAdapter

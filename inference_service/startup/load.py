@@ -18,9 +18,9 @@ from inference_service.adapters.catalog import Catalog
 from inference_service.adapters.fixed import AllResident
 from inference_service.adapters.follower import Follower
 from inference_service.backends.base import LoraBackend
+from inference_service.core.adapter import MOST_PARTS, Adapter
 from inference_service.core.computing import Computing
 from inference_service.core.sampling import SamplingParams
-from inference_service.core.sequence import MOST_PARTS, Adapter
 from inference_service.core.sequence import Sequence as EngineSequence
 from inference_service.engine.engine import Engine
 from inference_service.engine.graph_runner import GraphRunner, SegmentedLora

@@ -10,7 +10,7 @@ import torch
 from inference_service.adapters.defaults import read_adapter_defaults
 from inference_service.adapters.served_model import ServedModel, shown_source
 from inference_service.backends.hold import hold_packed
-from inference_service.core.sequence import Adapter
+from inference_service.core.adapter import Adapter
 from inference_service.lora.weights import load_adapter
 from inference_service.proof.replay import replay
 from inference_service.startup.base import LoadedBase, checkpoint

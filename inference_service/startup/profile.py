@@ -9,9 +9,9 @@ from typing import Final, Protocol
 
 import torch
 
-from inference_service.core.batch import Batch, Chunk
+from inference_service.core.adapter import Adapter
 from inference_service.core.sampling import SamplingParams
-from inference_service.core.sequence import Adapter
+from inference_service.core.sequence import Batch, Chunk
 from inference_service.core.sequence import Sequence as EngineSequence
 from inference_service.engine.plan import SchedulerLimits
 from inference_service.engine.step import StepRunner

@@ -15,9 +15,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from inference_service.backends.triton import TritonLora
-from inference_service.core.batch import Batch, Chunk
+from inference_service.core.adapter import Adapter
 from inference_service.core.sampling import SamplingParams
-from inference_service.core.sequence import Adapter, Token
+from inference_service.core.sequence import Batch, Chunk, Token
 from inference_service.core.sequence import Sequence as EngineSequence
 from inference_service.engine.block_manager import BlockManager
 from inference_service.engine.engine import Engine

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from inference_service.core.sequence import Mixture
+from inference_service.core.adapter import Mixture
 from inference_service.serving.service import Delta, Request, Started
 from inference_service.startup.load import Ready
 from loramux_shared.bundle.deployments import current_generation

@@ -12,8 +12,9 @@ import pytest
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, MistralConfig, PreTrainedConfig, Qwen3_5TextConfig
 
+from inference_service.core.adapter import Adapter
 from inference_service.core.sampling import SamplingParams
-from inference_service.core.sequence import Adapter, Sequence
+from inference_service.core.sequence import Sequence
 from inference_service.engine.inbox import Inbox
 from inference_service.engine.pace import Pace
 from inference_service.startup import load

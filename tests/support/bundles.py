@@ -13,7 +13,7 @@ from builder_service.pipeline.build import build
 from builder_service.pipeline.context import BuildContext
 from builder_service.pipeline.progress import Progress
 from inference_service.adapters.loader import AdapterLoader
-from inference_service.core.sequence import Adapter
+from inference_service.core.adapter import Adapter
 from loramux_shared.bundle.deployments import current_generation
 from loramux_shared.bundle.reader import Bundle
 from loramux_shared.deployment_file import parse_deployment

@@ -12,7 +12,7 @@ from inference_service.adapters.follower import FollowerStanding
 from inference_service.adapters.manager import AdapterManager
 from inference_service.adapters.served_model import ServedModel
 from inference_service.adapters.views import Facts
-from inference_service.core.sequence import Adapter
+from inference_service.core.adapter import Adapter
 from inference_service.engine.residents import AdapterState, ResidencyStats, Standing
 from loramux_shared.bundle.generation import AdapterRecord, BaseRecord, Generation
 from loramux_shared.deployment import Dtype, Repository, SourceKind

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from inference_service.core.batch import Batch
+from inference_service.core.sequence import Batch
 from inference_service.engine.step import Pending
 from inference_service.startup.load import Ready
 

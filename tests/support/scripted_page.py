@@ -14,7 +14,8 @@ import pytest
 from inference_service.adapters.catalog import Catalog
 from inference_service.adapters.manager import AdapterManager
 from inference_service.adapters.served_model import ServedModel
-from inference_service.core.sequence import Adapter, FinishReason, Token
+from inference_service.core.adapter import Adapter
+from inference_service.core.sequence import FinishReason, Token
 from inference_service.engine.engine import EngineStats, SequenceCounts
 from inference_service.http import server as door
 from inference_service.http.server import HttpServer

@@ -22,7 +22,7 @@ from transformers import (
 from builder_service.pipeline.build import build
 from builder_service.pipeline.context import BuildContext
 from builder_service.pipeline.progress import Progress
-from inference_service.core.activation import activation
+from inference_service.core.adapter import activation
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import FinishReason
 from inference_service.core.sequence import Sequence as EngineSequence

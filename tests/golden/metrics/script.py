@@ -15,9 +15,10 @@ from builder_service.builds.views import State
 from inference_service.adapters.catalog import Catalog
 from inference_service.adapters.fixed import fixed_manager
 from inference_service.adapters.served_model import ServedModel
+from inference_service.core.adapter import Adapter
 from inference_service.core.computing import Computing
 from inference_service.core.sampling import SamplingParams
-from inference_service.core.sequence import Adapter, FinishReason, Sequence, Token
+from inference_service.core.sequence import FinishReason, Sequence, Token
 from inference_service.engine.engine import EngineStats, SequenceCounts
 from inference_service.serving.request import Delta, Finished, Request
 from inference_service.serving.telemetry.metrics import Metrics

@@ -16,7 +16,7 @@ from inference_service.adapters.reading import BundleReader, Tier, _Room
 from inference_service.adapters.recent import Recent
 from inference_service.adapters.texts import AdapterTexts
 from inference_service.adapters.workers import Workers
-from inference_service.core.sequence import Adapter
+from inference_service.core.adapter import Adapter
 from inference_service.text.text import Text
 from loramux_shared.bundle.manifest import CONFIG_FILE, MANIFEST_FILE, WEIGHTS_FILE, bundle_key
 from loramux_shared.faults import (

@@ -7,8 +7,9 @@ import itertools
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from inference_service.core.adapter import Adapter
 from inference_service.core.sampling import SamplingParams
-from inference_service.core.sequence import Adapter, Sequence
+from inference_service.core.sequence import Sequence
 from inference_service.engine.block_manager import BlockManager
 from tests.support.examples import examples
 

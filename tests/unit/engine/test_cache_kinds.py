@@ -12,10 +12,9 @@ from dataclasses import dataclass, field
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from inference_service.core.activation import activation
-from inference_service.core.batch import Batch
+from inference_service.core.adapter import Adapter, activation
 from inference_service.core.sampling import SamplingParams
-from inference_service.core.sequence import GONE, Adapter, Sequence, StepOutput, Token
+from inference_service.core.sequence import GONE, Batch, Sequence, StepOutput, Token
 from inference_service.engine.block_manager import BlockManager
 from inference_service.engine.engine import Engine
 from inference_service.engine.plan import SchedulerLimits

@@ -9,9 +9,9 @@ import pytest
 
 from benchmarks import host
 from benchmarks.host import ACTIVE, BLOCK_SIZE, Bench, Point
-from inference_service.core.batch import Batch
+from inference_service.core.adapter import Adapter
 from inference_service.core.sampling import SamplingParams
-from inference_service.core.sequence import Adapter, Sequence, Token
+from inference_service.core.sequence import Batch, Sequence, Token
 from inference_service.engine.block_manager import BlockManager
 from inference_service.engine.engine import Engine
 from inference_service.engine.plan import SchedulerLimits

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 
 import pytest
 
-from inference_service.core.batch import Batch
 from inference_service.core.sampling import SamplingParams
-from inference_service.core.sequence import Sequence, Token
+from inference_service.core.sequence import Batch, Sequence, Token
 from inference_service.engine.block_manager import BlockManager
 from inference_service.engine.engine import Engine
 from inference_service.engine.pace import LOOK_WITHOUT_DRAFTS

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from inference_service.core.batch import Batch
+from inference_service.core.adapter import Adapter, Mixture
 from inference_service.core.sampling import SamplingParams
-from inference_service.core.sequence import Adapter, FinishReason, Mixture, Sequence, StepOutput, Token
+from inference_service.core.sequence import Batch, FinishReason, Sequence, StepOutput, Token
 from inference_service.engine.block_manager import BlockManager
 from inference_service.engine.engine import Engine
 from inference_service.engine.numerics import MOST, WITHIN_S

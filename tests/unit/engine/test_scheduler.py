@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from inference_service.core.batch import Batch
+from inference_service.core.adapter import Adapter, Mixture
 from inference_service.core.sampling import SamplingParams
-from inference_service.core.sequence import FAIR, Adapter, FinishReason, Mixture, Sequence, Share, Token
+from inference_service.core.sequence import FAIR, Batch, FinishReason, Sequence, Share, Token
 from inference_service.engine.block_manager import BlockManager
 from inference_service.engine.engine import Engine
 from inference_service.engine.lanes import Lane

@@ -9,9 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from inference_service.core.batch import Batch
 from inference_service.core.sampling import SamplingParams
-from inference_service.core.sequence import FinishReason, Sequence
+from inference_service.core.sequence import Batch, FinishReason, Sequence
 from inference_service.serving import engine_thread
 from inference_service.serving.engine_thread import PROBE_PAUSES_S
 from inference_service.serving.watchdog import Watchdog

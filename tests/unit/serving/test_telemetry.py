@@ -14,8 +14,9 @@ from structlog.contextvars import bound_contextvars
 from structlog.testing import capture_logs
 
 from inference_service.adapters.served_model import ServedModel
+from inference_service.core.adapter import Adapter
 from inference_service.core.sampling import SamplingParams
-from inference_service.core.sequence import Adapter, FinishReason, Sequence, Token
+from inference_service.core.sequence import FinishReason, Sequence, Token
 from inference_service.engine.engine import SequenceCounts
 from inference_service.serving.request import Delta, Finished, Request
 from inference_service.serving.telemetry.record import RequestFollower, RequestRecord, following

@@ -7,9 +7,8 @@ import math
 import threading
 from collections.abc import Callable
 
-from inference_service.core.batch import Batch
 from inference_service.core.sampling import SamplingParams
-from inference_service.core.sequence import FinishReason, Sequence, Token
+from inference_service.core.sequence import Batch, FinishReason, Sequence, Token
 from inference_service.engine.block_manager import BlockManager
 from inference_service.engine.engine import Engine
 from inference_service.engine.plan import SchedulerLimits

@@ -11,8 +11,8 @@ import pytest
 import torch
 from structlog.testing import capture_logs
 
-from inference_service.core.batch import Batch
-from inference_service.core.sequence import Adapter, Sequence, Token
+from inference_service.core.adapter import Adapter
+from inference_service.core.sequence import Batch, Sequence, Token
 from inference_service.engine.plan import SchedulerLimits
 from inference_service.engine.runner import Runner
 from inference_service.engine.step import Pending
