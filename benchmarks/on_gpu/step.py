@@ -285,14 +285,14 @@ def _batch(point: Point) -> Batch:
     chunks = []
     if point.prompt:
         prompt = Sequence("prompt", [2] * point.prompt, SamplingParams())
-        prompt.blocks = order[point.batch * each :]
+        prompt.progress.blocks = order[point.batch * each :]
         chunks.append(Chunk(prompt, point.prompt))
     for row in range(point.batch):
         slot = row % point.active if point.active else None
         adapter = None if slot is None else _adapter(slot)
         sampling = PENALTY if row < point.penalised else SamplingParams()
         seq = Sequence(str(row), [2] * point.context, sampling, adapter)
-        seq.blocks, seq.num_computed = order[row * each : (row + 1) * each], point.context - 1
+        seq.progress.blocks, seq.progress.num_computed = order[row * each : (row + 1) * each], point.context - 1
         chunks.append(Chunk(seq, 1 + point.drafted, point.drafted))
     drafts = {chunk.seq: [2] * chunk.drafted for chunk in chunks if chunk.drafted}
     return Batch(tuple(chunks), drafts)

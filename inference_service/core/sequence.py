@@ -1,12 +1,13 @@
-"""A request inside the engine, and what one step computes."""
+"""A request inside the engine, what one step computes of it, and what comes out."""
 
 from __future__ import annotations
 
 from array import array
 from collections.abc import Mapping
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, Final, NamedTuple, TypeAlias
+from typing import Final, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -18,13 +19,13 @@ from loramux_shared.faults import Fault
 from loramux_shared.pooling import Pooling
 
 GONE: Final = -1
-"""In a table of cache blocks: no later row sees this one, and it is another's by now."""
+"""Entry of a block table whose block was given back: no later row reads it."""
 NOWHERE: Final = -1
-"""The slot of a state that nobody has."""
+"""State slot of a sequence that has none."""
 NEVER: Final = 2**62
-"""A position that no sequence comes to."""
+"""A position that no sequence reaches."""
 Vector: TypeAlias = npt.NDArray[np.float32]
-"""[hidden size]: what the hidden states of a sequence became."""
+"""[hidden size]: the pooled hidden states of a sequence."""
 
 
 class FinishReason(Enum):
@@ -41,160 +42,6 @@ class FinishReason(Enum):
 
 
 @dataclass(frozen=True)
-class Share:
-    """What a flow of sequences may have of an engine, beside others."""
-
-    weight: float = 1.0
-    """With twice the weight a flow is served twice the tokens, while others wait."""
-    max_running: int | None = None
-    """Sequences under way at once; None: as many as there are seats."""
-
-
-FAIR: Final = Share()
-
-
-@dataclass(eq=False)
-class Sequence:
-    """Prompt and answer of one request; owned by the engine's thread once it was added."""
-
-    id: str
-    tokens: list[int]
-    """The prompt, then the answer as it grows."""
-    sampling: SamplingParams
-    adapter: Adapter | Mixture | None = None
-    """None is the base."""
-    priority: int = 0
-    """Higher first."""
-    arrival: int = 0
-    """The order of arrival breaks ties."""
-    deadline_s: float | None = None
-    """On the clock of ``time.monotonic``."""
-    grammar: Grammar | None = None
-    """What the answer must look like; it has accepted the tokens of the answer that are known here."""
-    invocation: int = 0
-    """Position of the first token that the adapter acts on: those before are the base's."""
-    pooling: Pooling | None = None
-    """How its hidden states become a vector, which is its answer; no tokens are drawn, and `max_tokens` is 0.
-    None: tokens are."""
-
-    cache_salt: str = ""
-    """Part of every prefix-cache key, as the adapter is."""
-    model: str = ""
-    """The name that it is answered under, the base's included."""
-    counted: tuple[str, ...] = ()
-    """The names that it is counted under, where those are others: of a mixture, those of its adapters."""
-    flow: str = ""
-    """Whose tokens are counted together: flows are served in turns, and within one by priority and arrival."""
-    share: Share = FAIR
-    """Of its flow."""
-
-    num_prompt: int = field(init=False)
-    num_computed: int = 0
-    """Leading tokens whose keys and values are in the cache."""
-    num_cached: int = 0
-    """Of the prompt, tokens that the prefix cache held at first admission."""
-    began_s: float | None = None
-    """When the first step that computes it was submitted, on the clock of ``time.monotonic``."""
-    blocks: array[int] = field(default_factory=lambda: array("i"))
-    """Cache blocks, in the order of the tokens; int32, so that a step copies them as they are. Of layers that
-    see equally far: those of the first group of them."""
-    tables: tuple[array[int], ...] = ()
-    """The blocks of every group of layers, the first included; GONE where no later row sees one."""
-    room: int = 0
-    """Leading tokens for which every group has blocks."""
-    state_slot: int = NOWHERE
-    """Where its state is, in bases whose layers carry one from token to token."""
-    stop: int = NEVER
-    """A position where a chunk of it must end, for its state to be kept."""
-    stops: list[int] = field(default_factory=list)
-    """Those beside the regular ones, which its beginning chose."""
-    num_charged: int = 0
-    """Leading tokens that its flow was charged for; those that are computed again are not charged again."""
-    lane: Any = None
-    """Where the scheduler keeps it, with others of its flow and adapters."""
-    expected: Any = None
-    """What prompt lookup knows of it."""
-    num_full: int = 0
-    """Leading blocks that are full and whose tokens are known: those that the prefix cache has heard of."""
-    hashes: list[int] = field(default_factory=list)
-    """Prefix hashes of leading full blocks, as far as they were asked for; they outlast the blocks."""
-    drawing: bytes = b""
-    """How its tokens are drawn, as the sampler on the device reads it; made at the first draw."""
-    prompt_scores: list[Token] = field(default_factory=list)
-    """Leading tokens of the prompt with log probabilities, where those are asked for; the first has none."""
-    pooled: Any = None
-    """The sum of hidden states so far, where their mean is asked for; on the device."""
-    num_pooled: int = 0
-    """Leading tokens whose hidden states are in it; those that are computed again are not added again."""
-    in_flight: int = 0
-    """Tokens behind `tokens` that were drawn on the device and are not known here yet, or 1 for a vector."""
-
-    def __post_init__(self) -> None:
-        self.num_prompt = len(self.tokens)
-        if self.sampling.prompt_logprobs is not None:
-            self.prompt_scores.append(Token(self.tokens[0]))
-
-    @property
-    def length(self) -> int:
-        """Tokens of prompt and answer, those in flight included."""
-        return len(self.tokens) + self.in_flight
-
-    @property
-    def num_generated(self) -> int:
-        """Tokens of the answer so far, those in flight included."""
-        return len(self.tokens) + self.in_flight - self.num_prompt
-
-    @property
-    def num_known(self) -> int:
-        """Tokens of the answer that are known here."""
-        return len(self.tokens) - self.num_prompt
-
-    @property
-    def num_pending(self) -> int:
-        """Tokens that have no keys and values yet, those in flight included."""
-        return len(self.tokens) + self.in_flight - self.num_computed
-
-    @property
-    def scores_prompt(self) -> bool:
-        """True while log probabilities of its prompt are asked for and not all known."""
-        return self.sampling.prompt_logprobs is not None and len(self.prompt_scores) < self.num_prompt
-
-    @property
-    def needs_every_row(self) -> bool:
-        """True while its prompt must be computed row by row, whatever the prefix cache holds."""
-        return self.scores_prompt or self.pooling is Pooling.MEAN
-
-    @property
-    def bound(self) -> int:
-        """The position that its next chunk must not go beyond: a stop, or where its adapter begins to act."""
-        return min(self.stop, self.invocation) if self.num_computed < self.invocation else self.stop
-
-    @property
-    def adapters(self) -> tuple[Adapter, ...]:
-        """All that must be resident for it; none for the base."""
-        return () if self.adapter is None else self.adapter.members
-
-    @property
-    def slot(self) -> int | ScaledSlots:
-        """The slot of the adapter that acts on its next chunk, or those of a mixture; -1 for the base.
-
-        Raises:
-            RuntimeError: the adapter is not resident, so that no step may have this sequence.
-        """
-        if self.adapter is None or self.num_computed < self.invocation:
-            return -1
-        slot = self.adapter.slot
-        if slot is None:
-            raise RuntimeError(f"adapter {self.adapter.digest[:12]} is in a step, and not in the bank")
-        return slot
-
-    @property
-    def order(self) -> tuple[int, int]:
-        """Sort key of admission: priority, then arrival."""
-        return (-self.priority, self.arrival)
-
-
-@dataclass(frozen=True)
 class Token:
     """A token, and what the model thought of it.
 
@@ -206,11 +53,182 @@ class Token:
     top: tuple[tuple[int, float], ...] = ()
     """The most likely tokens with their log probabilities, best first."""
     rank: int | None = None
-    """1 + how many tokens are more likely: those that tie share a rank. None without a log probability."""
+    """1 + the number of tokens that are more likely, so ties share a rank. None without a log probability."""
     impossible: bool = False
-    """True when there was none to draw: everything that the request asks for together allows no token."""
+    """True when no token could be drawn: everything that the request asks for together allows none."""
     finite: bool = True
     """False when the model's largest logit is NaN or infinite, so that the token means nothing."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """What the sequences of one flow may have of an engine, beside those of others."""
+
+    weight: float = 1.0
+    """With twice the weight a flow is served twice the tokens, while others wait."""
+    max_running: int | None = None
+    """Sequences that may run at once; None: as many as there are seats."""
+
+
+FAIR: Final = Share()
+
+
+@dataclass(eq=False, slots=True)
+class Progress:
+    """How far the engine is with a sequence. Only the engine's thread writes it.
+
+    The comment above each group of fields names the part of the engine that writes them.
+    """
+
+    # engine.Engine
+    tokens: list[int]
+    """The prompt, then the known tokens of the answer."""
+    arrival: int = 0
+    """Order of arrival; the earlier of two sequences of one priority comes first."""
+    began_s: float | None = None
+    """When the first step that computes the sequence was submitted, on the clock of ``time.monotonic``."""
+
+    # scheduler.Scheduler
+    num_computed: int = 0
+    """Leading tokens whose keys and values are in the cache; from a prefix, the block manager sets it."""
+    in_flight: int = 0
+    """Tokens behind `tokens` that were drawn on the device and are not known here yet, or 1 for a vector."""
+    num_cached: int = 0
+    """Tokens of the prompt that the prefix cache held at the first admission."""
+    num_charged: int = 0
+    """Leading tokens that were charged to the sequence's flow; recomputed tokens are not charged again."""
+
+    # block_manager.BlockManager and state_slots.StateSlots
+    blocks: array[int] = field(default_factory=lambda: array("i"))
+    """Cache blocks of the first group of layers that see equally far, in the order of the tokens; int32, so
+    that a step copies them as they are."""
+    tables: tuple[array[int], ...] = ()
+    """The blocks of every group of layers, the first included; GONE where no later row reads one."""
+    room: int = 0
+    """Leading tokens for which every group has blocks."""
+    num_full: int = 0
+    """Leading blocks that are full and whose tokens are known: those that the prefix cache has heard of."""
+    hashes: list[int] = field(default_factory=list)
+    """Prefix hashes of leading full blocks, as far as they were asked for; they outlast the blocks."""
+    state_slot: int = NOWHERE
+    """Slot of the recurrent state, in bases whose layers carry one from token to token."""
+    stop: int = NEVER
+    """Position where a chunk must end, so that the state there can be kept."""
+    stops: list[int] = field(default_factory=list)
+    """Such positions beside the regular ones, chosen when the sequence was admitted."""
+
+    # runner.Runner and graph_runner.GraphRunner
+    drawing: bytes = b""
+    """How tokens are drawn, in the sampling kernel's layout; made at the first draw."""
+    prompt_scores: list[Token] = field(default_factory=list)
+    """Leading tokens of the prompt with log probabilities, where those are asked for; the first has none."""
+    num_pooled: int = 0
+    """Leading tokens whose hidden states are in the mean, where that is asked for; recomputed ones do not count
+    twice."""
+
+    @property
+    def length(self) -> int:
+        """Tokens of prompt and answer, those in flight included."""
+        return len(self.tokens) + self.in_flight
+
+    @property
+    def num_pending(self) -> int:
+        """Tokens that have no keys and values yet, those in flight included."""
+        return len(self.tokens) + self.in_flight - self.num_computed
+
+
+@dataclass(frozen=True, eq=False, slots=True, weakref_slot=True)
+class Sequence:
+    """What a request asks of the engine for one of its answers, and the engine's progress with that."""
+
+    id: str
+    prompt: Seq[int]
+    """Tokens."""
+    sampling: SamplingParams
+    adapter: Adapter | Mixture | None = None
+    """None is the base."""
+    priority: int = 0
+    """Higher first."""
+    deadline_s: float | None = None
+    """On the clock of ``time.monotonic``."""
+    grammar: Grammar | None = None
+    """Follows the constraint of the answer; it has accepted the known tokens of the answer."""
+    invocation: int = 0
+    """Position of the first token that the adapter acts on; tokens before it are computed by the base alone."""
+    pooling: Pooling | None = None
+    """How the hidden states become a vector, which is the answer; no tokens are drawn, and `max_tokens` is 0.
+    None: tokens are drawn."""
+    cache_salt: str = ""
+    """Part of every prefix-cache key, as the adapter is."""
+    model: str = ""
+    """The name of the model that answers, which can be the base's."""
+    counted: tuple[str, ...] = ()
+    """The names that the sequence is counted under, where they differ: of a mixture, those of its adapters."""
+    flow: str = ""
+    """Whose tokens are counted together: flows are served in turns, and within one by priority and arrival."""
+    share: Share = FAIR
+    """What the flow may have of the engine."""
+
+    num_prompt: int = field(init=False)
+    progress: Progress = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        progress = Progress(list(self.prompt))
+        if self.sampling.prompt_logprobs is not None:
+            progress.prompt_scores.append(Token(self.prompt[0]))
+        object.__setattr__(self, "num_prompt", len(self.prompt))
+        object.__setattr__(self, "progress", progress)
+
+    @property
+    def num_generated(self) -> int:
+        """Tokens of the answer so far, those in flight included."""
+        return len(self.progress.tokens) + self.progress.in_flight - self.num_prompt
+
+    @property
+    def num_known(self) -> int:
+        """Tokens of the answer that are known here."""
+        return len(self.progress.tokens) - self.num_prompt
+
+    @property
+    def scores_prompt(self) -> bool:
+        """True while log probabilities of the prompt are asked for and not all known."""
+        asked = self.sampling.prompt_logprobs is not None
+        return asked and len(self.progress.prompt_scores) < self.num_prompt
+
+    @property
+    def needs_every_row(self) -> bool:
+        """True while the prompt must be computed row by row, whatever the prefix cache holds."""
+        return self.scores_prompt or self.pooling is Pooling.MEAN
+
+    @property
+    def bound(self) -> int:
+        """Position that the next chunk must not pass: a stop, or where the adapter begins to act."""
+        progress = self.progress
+        return min(progress.stop, self.invocation) if progress.num_computed < self.invocation else progress.stop
+
+    @property
+    def adapters(self) -> tuple[Adapter, ...]:
+        """Adapters that must be resident; none for the base."""
+        return () if self.adapter is None else self.adapter.members
+
+    @property
+    def slot(self) -> int | ScaledSlots:
+        """Slot of the adapter that acts on the next chunk, or the slots of a mixture; -1 for the base.
+
+        Raises:
+            RuntimeError: the adapter is not resident, so that no step may have this sequence.
+        """
+        if self.adapter is None or self.progress.num_computed < self.invocation:
+            return -1
+        slot = self.adapter.slot
+        if slot is None:
+            raise RuntimeError(f"adapter {self.adapter.digest[:12]} is in a step, and not in the bank")
+        return slot
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Sort key of admission: priority, then arrival."""
+        return (-self.priority, self.progress.arrival)
 
 
 class StepOutput(NamedTuple):
@@ -223,11 +241,11 @@ class StepOutput(NamedTuple):
     first: bool = False
     """True for the first token of an answer."""
     prompt: tuple[Token, ...] = ()
-    """With the first output, the tokens of the prompt, where their log probabilities are asked for."""
+    """The scored tokens of the prompt, with the first output, where their log probabilities are asked for."""
     fault: Fault | None = None
-    """Why it failed, where that is known: its adapter cannot be loaded, or its values are no numbers."""
+    """Why the sequence failed, where that is known: the adapter cannot be loaded, or values are no numbers."""
     pooled: Vector | None = None
-    """What its hidden states became, where that is asked for."""
+    """The pooled hidden states, where a vector is asked for."""
 
 
 class Chunk(NamedTuple):
@@ -236,22 +254,22 @@ class Chunk(NamedTuple):
     seq: Sequence
     length: int
     drafted: int = 0
-    """Of its tokens, those at the end that are expected and not known; each is verified by a draw behind it."""
+    """How many of the tokens, at the end, are drafts; the draw behind each of them verifies it."""
 
     @property
     def start(self) -> int:
         """Position of the first token."""
-        return self.seq.num_computed
+        return self.seq.progress.num_computed
 
     @property
     def end(self) -> int:
         """Position behind the last token: the length of the context that the chunk attends to."""
-        return self.seq.num_computed + self.length
+        return self.seq.progress.num_computed + self.length
 
     @property
     def samples(self) -> bool:
         """True when the chunk reaches the sequence's end, so that a token is drawn from the row there."""
-        return self.length - self.drafted == self.seq.num_pending
+        return self.length - self.drafted == self.seq.progress.num_pending
 
 
 @dataclass(frozen=True)
@@ -260,10 +278,10 @@ class Batch:
 
     chunks: tuple[Chunk, ...]
     drafts: Mapping[Sequence, list[int]] = field(default_factory=dict)
-    """The tokens that are expected behind those that are known, of the chunks that have some."""
+    """The drafted tokens of the sequences that have some."""
     copies: tuple[Mapping[int, int], ...] = ()
-    """What is copied among the slots of states before the step: those that are written, with those that are
-    read. All of a mapping are read before any is written, and mappings follow one another."""
+    """Copies among state slots before the step, by destination: the source. All of a mapping are read before
+    any is written, and mappings follow one another."""
 
     @property
     def num_tokens(self) -> int:

@@ -95,27 +95,28 @@ class BlockManager:
         Returns:
             False, with nothing changed, when there are not as many blocks, or none of what must stay spare.
         """
-        if not seq.tables:
-            seq.tables = (seq.blocks, *(array("i") for _ in self.groups[1:]))
+        progress = seq.progress
+        if not progress.tables:
+            progress.tables = (progress.blocks, *(array("i") for _ in self.groups[1:]))
         usable = self._usable(seq)
         known = agreed(self.groups, seq, usable) if usable else 0
         found = known if self.states is None else agreed((*self.groups, self.states), seq, known)
         if found:
-            for group, table in zip(self.groups, seq.tables, strict=True):
+            for group, table in zip(self.groups, progress.tables, strict=True):
                 group.hold(seq, table, found)
-        seq.num_full, seq.num_computed = found, found * self.block_size
+        progress.num_full, progress.num_computed = found, found * self.block_size
         lacking = self._lacking(seq, spare)
         if lacking is not None:
             self._refuse(seq, lacking, found, usable)
             return False
-        for group, table in zip(self.groups, seq.tables, strict=True):
+        for group, table in zip(self.groups, progress.tables, strict=True):
             if group.window is None:
-                group.grow(table, self.blocks_for(len(seq.tokens)) - len(table))
-        seq.room = min(map(len, seq.tables)) * self.block_size
+                group.grow(table, self.blocks_for(len(progress.tokens)) - len(table))
+        progress.room = min(map(len, progress.tables)) * self.block_size
         if self.states is not None:
             self.states.begin(seq, found, known)
-        self.stats.queried += len(seq.tokens)
-        self.stats.hit += seq.num_computed
+        self.stats.queried += len(progress.tokens)
+        self.stats.hit += progress.num_computed
         return True
 
     def still_refused(self, seq: Sequence) -> bool:
@@ -127,22 +128,24 @@ class BlockManager:
 
     def grow(self, seq: Sequence, num_tokens: int, spare: float | None = None) -> bool:
         """Make room for the first num_tokens of a sequence; False, with nothing changed, when there is none."""
-        if num_tokens <= seq.room:
+        progress = seq.progress
+        if num_tokens <= progress.room:
             return True
         count = self.blocks_for(num_tokens)
         each = [
-            (group, table, count - len(table)) for group, table in zip(self.groups, seq.tables, strict=True)
+            (group, table, count - len(table))
+            for group, table in zip(self.groups, progress.tables, strict=True)
         ]
         if not all(missing <= 0 or missing <= group.to_give(spare) for group, _, missing in each):
             return False
         for group, table, missing in each:
             group.grow(table, missing)
-        seq.room = count * self.block_size
+        progress.room = count * self.block_size
         return True
 
     def reach(self, seq: Sequence, spare: float | None) -> int:
         """Leading tokens of a sequence up to which layers with a window have blocks, or find free ones."""
-        sliding = [(self.groups[place], len(seq.tables[place])) for place in self._sliding]
+        sliding = [(self.groups[place], len(seq.progress.tables[place])) for place in self._sliding]
         return min([NEVER, *(held + group.to_give(spare) for group, held in sliding)]) * self.block_size
 
     def register(self, seq: Sequence) -> None:
@@ -150,23 +153,24 @@ class BlockManager:
 
         Those that no later row sees are given back, and where its state is wanted it is kept.
         """
-        if seq.num_computed < (seq.num_full + 1) * self.block_size:
+        progress = seq.progress
+        if progress.num_computed < (progress.num_full + 1) * self.block_size:
             return
-        known = min(seq.num_computed, len(seq.tokens))
-        while (seq.num_full + 1) * self.block_size <= known:
+        known = min(progress.num_computed, len(progress.tokens))
+        while (progress.num_full + 1) * self.block_size <= known:
             if self._prefix_cache:
-                key = prefix_key(seq, seq.num_full, self.block_size)
-                for group, table in zip(self.groups, seq.tables, strict=True):
-                    group.pool.note(key, table[seq.num_full])
-            seq.num_full += 1
+                key = prefix_key(seq, progress.num_full, self.block_size)
+                for group, table in zip(self.groups, progress.tables, strict=True):
+                    group.pool.note(key, table[progress.num_full])
+            progress.num_full += 1
         for place in self._sliding:
-            self.groups[place].leave_behind(seq.tables[place], known)
+            self.groups[place].leave_behind(progress.tables[place], known)
         if self.states is not None:
             self.states.reached(seq)
 
     def forget(self, seq: Sequence) -> None:
         """Let nothing of a sequence be found again, from where its adapter acts on."""
-        keys = seq.hashes[seq.invocation // self.block_size :]
+        keys = seq.progress.hashes[seq.invocation // self.block_size :]
         for group in self.groups:
             for key in keys:
                 group.pool.forget(key)
@@ -175,17 +179,18 @@ class BlockManager:
 
     def release(self, seq: Sequence) -> None:
         """Take everything that a sequence holds back."""
-        for group, table in zip(self.groups, seq.tables, strict=False):
+        progress = seq.progress
+        for group, table in zip(self.groups, progress.tables, strict=False):
             group.release(table)
         if self.states is not None:
             self.states.release(seq)
-        seq.num_computed = seq.num_full = seq.room = 0
-        seq.stop = NEVER
+        progress.num_computed = progress.num_full = progress.room = 0
+        progress.stop = NEVER
 
     def lost(self, seq: Sequence) -> int:
         """Rows that a sequence computes again when it gives up what it holds, if nobody needs it meanwhile."""
         found = self._prefix_cache and self.states is None
-        return seq.num_computed - found * seq.num_full * self.block_size
+        return seq.progress.num_computed - found * seq.progress.num_full * self.block_size
 
     def keep(self) -> None:
         """Keep the states that the last step left, where they are wanted; before anybody is given a slot."""
@@ -205,11 +210,12 @@ class BlockManager:
 
     def _lacking(self, seq: Sequence, spare: float | None) -> BlockPool | None:
         """Return the first pool that has not the blocks which a sequence must find before it begins."""
-        whole = self.blocks_for(len(seq.tokens))
-        for group, table in zip(self.groups, seq.tables, strict=True):
+        progress = seq.progress
+        whole = self.blocks_for(len(progress.tokens))
+        for group, table in zip(self.groups, progress.tables, strict=True):
             missing = whole - len(table)
             if group.window is not None:
-                held = len(table) - group.first_seen(seq.num_computed)
+                held = len(table) - group.first_seen(progress.num_computed)
                 missing = min(missing, window_blocks(group.window, self.block_size, self.block_size) - held)
             if missing > group.to_give(spare):
                 return group.pool
@@ -217,15 +223,16 @@ class BlockManager:
 
     def _refuse(self, seq: Sequence, lacking: BlockPool, found: int, usable: int) -> None:
         """Take back what a sequence was given that does not fit, and remember that it did not."""
+        progress = seq.progress
         unknown = (group.pool for group in self.groups if found < usable and not group.knows(seq, found))
         pool = next(unknown, None)
-        for group, table in zip(self.groups, seq.tables, strict=True):
+        for group, table in zip(self.groups, progress.tables, strict=True):
             group.release(table)
-        seq.num_computed = seq.num_full = 0
+        progress.num_computed = progress.num_full = 0
         missing = None if pool is None else (pool, prefix_key(seq, found, self.block_size))
         self._refused = _Refusal(seq, lacking, lacking.releases, missing)
 
     def _usable(self, seq: Sequence) -> int:
         """Leading blocks that a sequence may take from the prefix cache."""
         cached = self._prefix_cache and not seq.needs_every_row
-        return (len(seq.tokens) - 1) // self.block_size if cached else 0
+        return (len(seq.progress.tokens) - 1) // self.block_size if cached else 0

@@ -246,11 +246,12 @@ def _fill_sampling(fields: npt.NDArray[np.int32], rows: Rows) -> None:
 
 def _drawing(seq: Sequence) -> bytes:
     """How the next token of a sequence is drawn; padding for one that shapes its logits: `Shaper` draws it."""
+    progress = seq.progress
     if shapes(seq, seq.num_generated):
         return _PADDING
-    if not seq.drawing:
-        seq.drawing = packed_row(row_params(seq, seq.num_generated))
-    return seq.drawing
+    if not progress.drawing:
+        progress.drawing = packed_row(row_params(seq, seq.num_generated))
+    return progress.drawing
 
 
 def _in(packed: Tensor, tables: Tables) -> Tables:

@@ -12,7 +12,6 @@ import numpy as np
 
 from inference_service.core.sequence import Batch, FinishReason, Sequence, StepOutput, Token, Vector
 from inference_service.engine.block_manager import BlockManager
-from inference_service.engine.lookup import accept
 from inference_service.engine.numerics import overflowed
 from inference_service.engine.plan import SchedulerLimits
 from inference_service.engine.residents import Residents
@@ -158,7 +157,7 @@ class Engine:
             self._outputs.append(StepOutput(seq.id, None, FinishReason.FAILED, fault=fault))
             return
         self._arrivals += 1
-        seq.arrival = self._arrivals
+        seq.progress.arrival = self._arrivals
         self._seqs[seq.id] = seq
         self._earliest_s = min(self._earliest_s, _deadline(seq))
         self._scheduler.add(seq)
@@ -204,9 +203,9 @@ class Engine:
 
     def _begin(self, batch: Batch) -> None:
         now_s = self._clock()
-        for chunk in batch.chunks:
-            if chunk.seq.began_s is None:
-                chunk.seq.began_s = now_s
+        for seq, _, _ in batch.chunks:
+            if seq.progress.began_s is None:
+                seq.progress.began_s = now_s
 
     def _hand_out(self) -> list[StepOutput]:
         outputs, self._outputs = self._outputs, []
@@ -237,7 +236,7 @@ class Engine:
             if seq in accepted:
                 accepted[seq] += 1
                 if accepted[seq]:
-                    accept(seq)
+                    self._scheduler.accept(seq)
             self._outputs.append(self._append(seq, token))
         for seq, vector in pending.vectors():
             if self._seqs.get(seq.id) is seq:
@@ -257,25 +256,28 @@ class Engine:
         return StepOutput(seq.id, None, FinishReason.FAILED, fault=fault)
 
     def _append(self, seq: Sequence, token: Token) -> StepOutput:
-        first = len(seq.tokens) == seq.num_prompt
-        if not token.finite or (first and any(score.logprob != score.logprob for score in seq.prompt_scores)):
+        progress = seq.progress
+        first = len(progress.tokens) == seq.num_prompt
+        if not token.finite or (
+            first and any(score.logprob != score.logprob for score in progress.prompt_scores)
+        ):
             return self._overflowed(seq)
-        seq.tokens.append(token.id)
-        seq.in_flight -= 1
+        progress.tokens.append(token.id)
+        progress.in_flight -= 1
         finish = self._finish_reason(seq, token)
         if finish:
             self._blocks.register(seq)
             self.abort(seq.id)
         drawn = token if seq.sampling.max_tokens else None  # None: the prompt was all that was wanted
         self._generated += drawn is not None
-        scores = tuple(seq.prompt_scores) if first else ()
-        return StepOutput(seq.id, drawn, finish, seq.num_cached, first=first, prompt=scores)
+        scores = tuple(progress.prompt_scores) if first else ()
+        return StepOutput(seq.id, drawn, finish, progress.num_cached, first=first, prompt=scores)
 
     def _pooled(self, seq: Sequence, vector: Vector) -> StepOutput:
         if not np.isfinite(vector).all():
             return self._overflowed(seq)
         self.abort(seq.id)
-        return StepOutput(seq.id, None, FinishReason.LENGTH, seq.num_cached, first=True, pooled=vector)
+        return StepOutput(seq.id, None, FinishReason.LENGTH, seq.progress.num_cached, first=True, pooled=vector)
 
     def _finish_reason(self, seq: Sequence, token: Token) -> FinishReason | None:
         if not seq.sampling.max_tokens:
@@ -290,7 +292,7 @@ class Engine:
                 return FinishReason.FAILED
             if seq.grammar.complete:
                 return FinishReason.STOP
-        return FinishReason.LENGTH if self._limits.reached(seq, len(seq.tokens)) else None
+        return FinishReason.LENGTH if self._limits.reached(seq, len(seq.progress.tokens)) else None
 
     def _expire(self) -> float:
         """End those whose deadline has passed; return the time."""

@@ -71,6 +71,7 @@ class Lanes:
         self._smallest: float | None = None
         """What `_least` said, while that holds."""
         self._lanes: dict[Key, Lane] = {}
+        self._of: dict[Sequence, Lane] = {}
         self._by_adapter: defaultdict[Adapter | None, dict[Lane, None]] = defaultdict(dict)
         self._running: Counter[str] = Counter()
         """Sequences under way, by flow."""
@@ -101,9 +102,8 @@ class Lanes:
         return ready
 
     def of(self, seq: Sequence) -> Lane:
-        """Return the lane of a sequence, which is in it."""
-        lane: Lane = seq.lane
-        return lane
+        """Return the lane that a sequence is in."""
+        return self._of[seq]
 
     def add(self, seq: Sequence) -> Lane:
         """Let a sequence wait in its lane."""
@@ -118,13 +118,14 @@ class Lanes:
                 self.uncounted.add(lane)
             elif lane.is_new:
                 self.new[lane] = None
-        lane.share, seq.lane = seq.share, lane
+        lane.share = seq.share
+        self._of[seq] = lane
         self._wait(lane, seq)
         return lane
 
     def remove(self, seq: Sequence) -> Lane:
         """Take a sequence out of its lane, and the lane away with its last one."""
-        lane = self.of(seq)
+        lane = self._of.pop(seq)
         if not self._end(lane, seq):
             _leave(lane, seq)
         if not lane.running and not lane.waiting:
@@ -234,7 +235,7 @@ def take(ordered: list[Sequence], seq: Sequence, key: Callable[[Sequence], Any] 
 
 
 def _length(seq: Sequence) -> tuple[int, int, int]:
-    return -seq.priority, seq.num_prompt, seq.arrival
+    return -seq.priority, seq.num_prompt, seq.progress.arrival
 
 
 def _leave(lane: Lane, seq: Sequence) -> None:

@@ -69,8 +69,9 @@ def tokens_of(scored: Seq[Tensor]) -> list[Token]:
 
 def score_prompt(seq: Sequence, hidden: Tensor, head: Callable[[Tensor], Tensor]) -> None:
     """Score the next len(hidden) tokens of a prompt, each by the row before it; hidden is [N, hidden size]."""
+    progress = seq.progress
     count = seq.sampling.prompt_logprobs or 0
     for start in range(0, len(hidden), PIECE):
         rows = hidden[start : start + PIECE]
-        first = len(seq.prompt_scores)
-        seq.prompt_scores += report(head(rows), seq.tokens[first : first + len(rows)], count)
+        first = len(progress.prompt_scores)
+        progress.prompt_scores += report(head(rows), progress.tokens[first : first + len(rows)], count)

@@ -94,16 +94,17 @@ class Lookup:
         """Tokens, in all steps."""
         self.accepted = 0
         """Of those, tokens that held."""
+        self._expected: dict[Sequence, Expected] = {}
 
     def expect(self, seq: Sequence, most: int) -> Expected:
         """Return what may follow a sequence all of whose tokens are known; at most so many tokens, or none.
 
         What a grammar leaves no choice about comes before what was said before.
         """
-        if seq.expected is None:
-            seq.expected = Expected()
-        expected: Expected = seq.expected
-        expected.follow(seq.tokens)
+        expected = self._expected.get(seq)
+        if expected is None:
+            expected = self._expected[seq] = Expected()
+        expected.follow(seq.progress.tokens)
         forced = seq.grammar.forced()[:most] if seq.grammar is not None else []
         expected.tokens, expected.forced = forced or _look_up(expected.data, most), bool(forced)
         return expected
@@ -132,34 +133,35 @@ class Lookup:
             return
         gains: list[tuple[float, Sequence]] = []
         for seq in running:
-            if seq.expected is not None and seq.expected.rest:
-                seq.expected.rest -= 1
+            known = self._expected.get(seq)
+            if known is not None and known.rest:
+                known.rest -= 1
             elif plan.lengths.get(seq) == 1 and _may_draft(seq):
-                left = min(seq.sampling.max_tokens - seq.num_known, limits.max_seq_len - len(seq.tokens)) - 1
+                left = (
+                    min(seq.sampling.max_tokens - seq.num_known, limits.max_seq_len - len(seq.progress.tokens))
+                    - 1
+                )
                 expected = self.expect(seq, min(limits.speculative_tokens, room, left))
                 expected.rest = decodes // STREAMS_OF_REST
                 gains.extend((gain, seq) for gain in expected.gains(least))
         gains.sort(key=lambda each: each[0], reverse=True)
         for seq, rows in Counter(_worth_it(gains, costs, LEAST_GAIN * decodes)).items():
-            draft, seq.expected.rest = list(seq.expected.tokens[:rows]), 0
+            expected = self._expected[seq]
+            draft, expected.rest = list(expected.tokens[:rows]), 0
             if seq.grammar is not None:
                 draft = draft[: seq.grammar.draft(draft)]
-            if draft and blocks.grow(seq, len(seq.tokens) + len(draft), limits.watermark):
+            if draft and blocks.grow(seq, len(seq.progress.tokens) + len(draft), limits.watermark):
                 plan.drafts[seq] = draft
                 plan.lengths[seq] += len(draft)
+
+    def forget(self, seq: Sequence) -> None:
+        """Drop what is known of a sequence."""
+        self._expected.pop(seq, None)
 
     def learn(self, drafted: int, accepted: int) -> None:
         """Note how much of a draft held."""
         self.drafted += drafted
         self.accepted += accepted
-
-
-def accept(seq: Sequence) -> None:
-    """Note that one more token of a draft held: it was computed, and the one behind it was drawn."""
-    seq.num_computed += 1
-    seq.num_charged += 1
-    seq.in_flight += 1
-    seq.lane.served += 1 / seq.lane.share.weight
 
 
 def verified(
@@ -177,7 +179,7 @@ def verified(
 
 def _may_draft(seq: Sequence) -> bool:
     """Whether all tokens of a sequence that decodes are known, and draws look at no others."""
-    return seq.num_pending == 1 and not seq.in_flight and not looks_back(seq, seq.num_known)
+    return seq.progress.num_pending == 1 and not seq.progress.in_flight and not looks_back(seq, seq.num_known)
 
 
 def _worth_it(gains: Seq[tuple[float, Sequence]], costs: Seq[float], least: float) -> list[Sequence]:

@@ -86,24 +86,24 @@ class Plan:
     def fitting(self, seq: Sequence) -> int:
         """Rows of a prompt that find room, beside those that it has."""
         given = self.lengths.get(seq, 0)
-        rows = self.pace.rows(seq.num_computed + given, self.seconds)
+        rows = self.pace.rows(seq.progress.num_computed + given, self.seconds)
         return int(min(self.left(seq), self.budget, rows))
 
     def left(self, seq: Sequence) -> int:
         """Rows of a prompt that it has not been given, up to where its chunk must end."""
-        return min(seq.num_pending, seq.bound - seq.num_computed) - self.lengths.get(seq, 0)
+        return min(seq.progress.num_pending, seq.bound - seq.progress.num_computed) - self.lengths.get(seq, 0)
 
-    def give(self, seq: Sequence, rows: int) -> None:
-        """Let a step have rows of a prompt, behind those that it has."""
-        given, lane = self.lengths.get(seq, 0), seq.lane
+    def give(self, seq: Sequence, rows: int, lane: Lane) -> None:
+        """Let a step have rows of a prompt, behind those that it has; its lane is charged for them."""
+        given = self.lengths.get(seq, 0)
         self.lengths[seq] = given + rows
         self.ahead[lane] = self.ahead.get(lane, 0.0) + rows / lane.share.weight
         self.budget -= rows
-        self.seconds -= self.pace.cost_s(seq.num_computed + given, rows)
+        self.seconds -= self.pace.cost_s(seq.progress.num_computed + given, rows)
 
     def load(self) -> Load:
         """Return what it computes, for the pace."""
-        chunks = [(self.lengths[seq], seq.num_computed) for seq in self.prompts if seq in self.lengths]
+        chunks = [(self.lengths[seq], seq.progress.num_computed) for seq in self.prompts if seq in self.lengths]
         rows = sum(length for length, _ in chunks)
         area = sum(length * (start + length / 2) for length, start in chunks)
         return Load(len(self.lengths) - len(chunks), rows, area, sum(map(len, self.drafts.values())))
@@ -121,4 +121,4 @@ class Plan:
 
 
 def _is_brief(seq: Sequence) -> bool:
-    return seq.num_prompt - seq.num_cached <= BRIEF
+    return seq.num_prompt - seq.progress.num_cached <= BRIEF

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
-from typing import TypeAlias
+from typing import Final, TypeAlias
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -15,6 +16,8 @@ from inference_service.engine.transfer import mark, to_host
 from loramux_shared.pooling import Pooling
 
 Vectors: TypeAlias = list[tuple[Sequence, Vector]]
+_sums: Final[WeakKeyDictionary[Sequence, Tensor]] = WeakKeyDictionary()
+"""Sums of hidden states [hidden size], of the sequences whose mean is asked for; on the device."""
 
 
 def pool(chunks: Iterable[PooledRows], hidden: Seq[Tensor]) -> Callable[[], Vectors]:
@@ -26,10 +29,10 @@ def pool(chunks: Iterable[PooledRows], hidden: Seq[Tensor]) -> Callable[[], Vect
     vectors: list[Tensor] = []
     for (seq, rows, ends), states in zip(chunks, hidden, strict=True):
         if seq.pooling is Pooling.MEAN:
-            total = states.sum(0, dtype=torch.float64)
-            seq.pooled = total if seq.pooled is None else seq.pooled + total
-            seq.num_pooled += len(rows)
-            states = (seq.pooled / seq.num_pooled)[None]
+            total, before = states.sum(0, dtype=torch.float64), _sums.get(seq)
+            _sums[seq] = total = total if before is None else before + total
+            seq.progress.num_pooled += len(rows)
+            states = (total / seq.progress.num_pooled)[None]
         if ends:
             seqs.append(seq)
             vectors.append(states[-1].float())

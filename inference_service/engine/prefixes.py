@@ -25,13 +25,13 @@ class Kind(Protocol):
 
 def prefix_key(seq: Sequence, index: int, block_size: int) -> int:
     """The key of the first ``index + 1`` blocks of a sequence; it keeps it, for its tokens only become more."""
-    known = seq.hashes
+    known = seq.progress.hashes
     begins = seq.invocation // block_size if seq.invocation else None
     while len(known) <= index:
         parent = known[-1] if known else _seed(seq)
         if len(known) == begins and seq.adapter is not None:
             parent = _digest(f"{parent}:{seq.adapter.digest}:{seq.invocation}")
-        tokens = seq.tokens[len(known) * block_size : (len(known) + 1) * block_size]
+        tokens = seq.progress.tokens[len(known) * block_size : (len(known) + 1) * block_size]
         known.append(_digest(",".join(map(str, (parent, *tokens)))))
     return known[index]
 

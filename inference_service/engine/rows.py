@@ -83,13 +83,15 @@ def lay_out(batch: Batch, drawn: Mapping[Sequence, int]) -> Rows:
     for chunk in rows.arrangement.chunks:
         seq, row, start, length = chunk.seq, len(rows.tokens), chunk.start, chunk.length
         end = start + length
-        rows.contexts.append(Context(row, length, seq.blocks, end, seq.tables, seq.state_slot))
+        progress = seq.progress
+        tokens = progress.tokens
+        rows.contexts.append(Context(row, length, progress.blocks, end, progress.tables, progress.state_slot))
         rows.positions.extend(range(start, end))
-        if start == len(seq.tokens):
+        if start == len(tokens):
             rows.tokens.append(0)
             rows.sources.append(drawn[seq])
         else:
-            rows.tokens.extend(seq.tokens[start:end])
+            rows.tokens.extend(tokens[start:end])
             if chunk.drafted:
                 rows.tokens.extend(batch.drafts[seq])
             rows.sources.extend([KNOWN] * length)
@@ -110,7 +112,7 @@ def _pooled(chunk: Chunk, row: int, pooling: Pooling) -> list[PooledRows]:
     seq, end = chunk.seq, row + chunk.length
     first = end - 1
     if pooling is Pooling.MEAN:
-        first = row + max(0, seq.num_pooled - chunk.start)
+        first = row + max(0, seq.progress.num_pooled - chunk.start)
     elif not chunk.samples:
         return []
     return [PooledRows(seq, range(first, end), chunk.samples)] if first < end else []
@@ -119,6 +121,6 @@ def _pooled(chunk: Chunk, row: int, pooling: Pooling) -> list[PooledRows]:
 def _scored(chunk: Chunk, row: int) -> range:
     """Return the rows of a chunk, which begins at row, that score tokens of the prompt."""
     seq = chunk.seq
-    start = max(chunk.start, len(seq.prompt_scores) - 1)
+    start = max(chunk.start, len(seq.progress.prompt_scores) - 1)
     stop = min(chunk.end, seq.num_prompt - 1)
     return range(row + start - chunk.start, row + stop - chunk.start)

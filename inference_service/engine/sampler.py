@@ -121,7 +121,9 @@ def _forbidden(seq: Sequence, vocab: int, ahead: int) -> npt.NDArray[np.bool_]:
             allowed &= unpacked(mask, vocab)
     for length, words in seq.sampling.bad_words.items():
         if length <= seq.num_known:
-            allowed[list(words.get(tuple(seq.tokens[len(seq.tokens) - length :]), ()))] = False
+            allowed[list(words.get(tuple(seq.progress.tokens[len(seq.progress.tokens) - length :]), ()))] = (
+                False
+            )
     return ~allowed
 
 
@@ -148,14 +150,15 @@ class History:
 
     def follow(self, seq: Sequence) -> None:
         """Take in the tokens that came since the last time."""
-        new = [token for token in dict.fromkeys(seq.tokens[self._known :]) if token not in self._places]
+        progress = seq.progress
+        new = [token for token in dict.fromkeys(progress.tokens[self._known :]) if token not in self._places]
         if new:
             self._places |= {token: len(self._places) + place for place, token in enumerate(new)}
             self.tokens = torch.cat([self.tokens, torch.tensor(new)])
             self.counts = torch.cat([self.counts, torch.zeros(len(new))])
-        for token in seq.tokens[max(self._known, seq.num_prompt) :]:
+        for token in progress.tokens[max(self._known, seq.num_prompt) :]:
             self.counts[self._places[token]] += 1
-        self._known = len(seq.tokens)
+        self._known = len(progress.tokens)
 
 
 _histories: WeakKeyDictionary[Sequence, History] = WeakKeyDictionary()

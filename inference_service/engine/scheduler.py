@@ -114,6 +114,7 @@ class Scheduler:
         else:
             self._waits_no_more(seq)
         self.lanes.remove(seq)
+        self.lookup.forget(seq)
 
     def schedule(self) -> Batch:
         """Choose the chunks of the next step; empty when there is nothing to do."""
@@ -122,7 +123,8 @@ class Scheduler:
         plan.bound = self._bring_in(plan)
         decodes: list[Sequence] = []
         for seq in self.running:
-            one = len(seq.tokens) + seq.in_flight - seq.num_computed <= 1  # num_pending, for all in every step
+            progress = seq.progress
+            one = len(progress.tokens) + progress.in_flight - progress.num_computed <= 1  # num_pending, inlined
             (decodes if one else plan.prompts).append(seq)
         if len(decodes) > plan.budget:
             decodes.sort(key=lambda seq: self.lanes.of(seq).served)
@@ -145,17 +147,25 @@ class Scheduler:
         self.lanes.changed()
         computed = 0
         for seq, length, drafted in batch.chunks:
-            known = length - drafted
+            known, progress = length - drafted, seq.progress
             computed += known
-            drawn = known == len(seq.tokens) + seq.in_flight - seq.num_computed
-            seq.num_computed += known
-            seq.in_flight += drawn
-            rows = seq.num_computed - seq.num_charged
-            if rows > 0:  # what is computed again costs nothing, nor does what was cached
-                self.lanes.charge(seq.lane, min(rows, length))
-                seq.num_charged = seq.num_computed
+            drawn = known == len(progress.tokens) + progress.in_flight - progress.num_computed
+            progress.num_computed += known
+            progress.in_flight += drawn
+            rows = progress.num_computed - progress.num_charged
+            if rows > 0:  # recomputed and cached tokens cost nothing
+                self.lanes.charge(self.lanes.of(seq), min(rows, length))
+                progress.num_charged = progress.num_computed
             self.blocks.register(seq)
         self._credit = min(MOST_CREDIT, self._credit + TWICE * computed)
+
+    def accept(self, seq: Sequence) -> None:
+        """Note that one more token of a draft held: it was computed, and the one behind it was drawn."""
+        progress, lane = seq.progress, self.lanes.of(seq)
+        progress.num_computed += 1
+        progress.num_charged += 1
+        progress.in_flight += 1
+        lane.served += 1 / lane.share.weight
 
     def _may_part(self, plan: Plan) -> bool:
         """Whether a step is for its prompts alone: the first tokens of new lanes need not wait for the others.
@@ -216,16 +226,19 @@ class Scheduler:
         for seq in decodes:
             if not plan.budget:
                 return
-            if seq in plan.preempted or (seq.in_flight and reached(seq, seq.length)):
+            progress = seq.progress
+            if seq in plan.preempted or (progress.in_flight and reached(seq, progress.length)):
                 continue
             lengths[seq] = 1
             plan.budget -= 1
-            if seq.num_computed >= seq.room:
+            if progress.num_computed >= progress.room:
                 self._grow(seq, plan)
 
     def _grow(self, seq: Sequence, plan: Plan) -> None:
         """Take the blocks that a sequence lacks for its rows from who is furthest ahead."""
-        while seq not in plan.preempted and not self.blocks.grow(seq, seq.num_computed + plan.lengths[seq]):
+        while seq not in plan.preempted and not self.blocks.grow(
+            seq, seq.progress.num_computed + plan.lengths[seq]
+        ):
             plan.short = True
             furthest = max(self.lanes.under_way, key=lambda lane: (lane.served, lane.running[-1].order))
             self._preempt(furthest.running[-1], plan)
@@ -266,7 +279,7 @@ class Scheduler:
             self._give_shorter(seq, plan)
         rows = self._fitting(seq, plan)
         if rows > 0:
-            plan.give(seq, rows)
+            plan.give(seq, rows, self.lanes.of(seq))
             self._grow(seq, plan)
         if plan.left(seq):
             plan.budget = 0
@@ -277,7 +290,7 @@ class Scheduler:
         if not self.blocks.slides or rows <= 0:
             return rows
         spare = self.limits.watermark if len(self.running) > 1 else None
-        reached = seq.num_computed + plan.lengths.get(seq, 0)
+        reached = seq.progress.num_computed + plan.lengths.get(seq, 0)
         return min(rows, max(1, self.blocks.reach(seq, spare) - reached))
 
     def _give_shorter(self, long: Sequence, plan: Plan) -> None:
@@ -286,7 +299,7 @@ class Scheduler:
         plan.budget, plan.seconds = plan.budget - kept, plan.seconds - kept_s
         shorter = self._shorter(long, plan)
         while not plan.full and (seq := next(shorter, None)) is not None:
-            plan.give(seq, self._fitting(seq, plan))
+            plan.give(seq, self._fitting(seq, plan), self.lanes.of(seq))
             self._grow(seq, plan)
         plan.budget += kept
         plan.seconds += kept_s
@@ -294,7 +307,7 @@ class Scheduler:
     def _shorter(self, long: Sequence, plan: Plan) -> Iterator[Sequence]:
         """Yield them, those under way and those that wait, which begin for it; none that is less urgent."""
         lane, left = self.lanes.of(long), plan.left(long)
-        others = (seq for seq in plan.prompts if seq.lane is lane and seq not in plan.preempted)
+        others = (seq for seq in plan.prompts if self.lanes.of(seq) is lane and seq not in plan.preempted)
         under_way = [seq for seq in others if seq.priority >= long.priority and 0 < plan.left(seq) < left]
         under_way.sort(key=plan.left, reverse=True)
         while True:
@@ -345,7 +358,7 @@ class Scheduler:
 
     def _may_begin(self, lane: Lane, seq: Sequence, plan: Plan) -> bool:
         """Whether nothing that only the lane itself can change is in the way of one that waits in it."""
-        if seq.in_flight or self.lanes.is_full(lane):
+        if seq.progress.in_flight or self.lanes.is_full(lane):
             return False
         return not lane.adapters or (lane.resident and lane.served < plan.bound)
 
@@ -440,7 +453,7 @@ class Scheduler:
         if not self.blocks.start(seq, spare):
             return False
         if not seq.num_generated:
-            seq.num_cached = seq.num_computed
+            seq.progress.num_cached = seq.progress.num_computed
         return True
 
     def _waits(self, seq: Sequence) -> None:

@@ -132,11 +132,12 @@ class Shaper:
 
     def _fill(self, index: int, seq: Sequence) -> None:
         """Put the state of a sequence, all of whose tokens are known, at a place."""
+        progress = seq.progress
         params, vocab = seq.sampling, self.state.vocab
         if params.penalizes:
             counts = np.zeros(vocab, np.int32)
-            counts[seq.tokens[: seq.num_prompt]] = 1
-            np.add.at(counts, seq.tokens[seq.num_prompt :], 2)
+            counts[progress.tokens[: seq.num_prompt]] = 1
+            np.add.at(counts, progress.tokens[seq.num_prompt :], 2)
             self.state.count(index, self._to_device(counts))
         if params.allowed_token_ids is not None or 0 in params.bad_words:
             allowed = np.ones(vocab, np.bool_)
@@ -144,7 +145,7 @@ class Shaper:
                 allowed = unpacked(params.allowed_token_ids, vocab)
             allowed[list(params.bad_words.get(0, {}).get((), ()))] = False
             self.state.restrict(index, self._to_device(words_of(packed(allowed), vocab)))
-        self.state.last[index].fill_(seq.tokens[-1])
+        self.state.last[index].fill_(progress.tokens[-1])
 
     def _to_device(self, values: Words) -> Tensor:
         device = self.state.last.device
@@ -177,7 +178,7 @@ def _shaped(row: Shaped) -> ShapedRow:
     end = seq.num_prompt + row.generated - 1
     for length, words in place.endings.items():
         if length <= row.generated:
-            edits.append(words.get(tuple(seq.tokens[end - length + 1 : end]), NOTHING))
+            edits.append(words.get(tuple(seq.progress.tokens[end - length + 1 : end]), NOTHING))
     return ShapedRow(
         row.row,
         place.index,

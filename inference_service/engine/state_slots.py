@@ -56,28 +56,30 @@ class StateSlots:
 
     def begin(self, seq: Sequence, found: int, known: int) -> None:
         """Give a sequence a slot, with the state of the blocks that were found; blocks of known were, too."""
+        progress = seq.progress
         key = prefix_key(seq, found - 1, self._block_size) if found else None
         if key is not None:
             self._snapshots.move_to_end(key)
-        seq.state_slot = self._take()
+        progress.state_slot = self._take()
         if key is not None and key in self._snapshots:  # else the sequence has its very slot
-            self._copies[-1][seq.state_slot] = self._snapshots[key]
-        seq.stops = self._wanted(seq, known * self._block_size)
-        seq.stop = self._next(seq)
+            self._copies[-1][progress.state_slot] = self._snapshots[key]
+        progress.stops = self._wanted(seq, known * self._block_size)
+        progress.stop = self._next(seq)
 
     def reached(self, seq: Sequence) -> None:
         """Note where a step that was submitted leaves a sequence: its state is kept before the next one."""
-        if seq.num_computed < seq.stop:
+        progress = seq.progress
+        if progress.num_computed < progress.stop:
             return
-        if seq.num_computed == seq.stop:
-            self._due.append((seq, seq.state_slot, seq.stop))
-        seq.stop = self._next(seq)
+        if progress.num_computed == progress.stop:
+            self._due.append((seq, progress.state_slot, progress.stop))
+        progress.stop = self._next(seq)
 
     def keep(self) -> None:
         """Give the states that the last step left, and whose tokens are known by now, slots of their own."""
         kept: dict[int, int] = {}
         for seq, slot, position in self._due:
-            if position > len(seq.tokens) or not self.num_free:
+            if position > len(seq.progress.tokens) or not self.num_free:
                 continue
             key = prefix_key(seq, position // self._block_size - 1, self._block_size)
             if key not in self._snapshots:
@@ -96,9 +98,10 @@ class StateSlots:
 
     def release(self, seq: Sequence) -> None:
         """Take a sequence's slot back, if it has one."""
-        if seq.state_slot != NOWHERE:
-            self._free.append(seq.state_slot)
-            seq.state_slot = NOWHERE
+        progress = seq.progress
+        if progress.state_slot != NOWHERE:
+            self._free.append(progress.state_slot)
+            progress.state_slot = NOWHERE
 
     def forget(self, seq: Sequence, keys: Iterable[int]) -> None:
         """Let the states of a sequence, which are known by these keys, be found no more."""
@@ -122,7 +125,7 @@ class StateSlots:
         if self._spacing is None:
             return []
         stops = [known]
-        for position in (seq.invocation, len(seq.tokens) - 1):
+        for position in (seq.invocation, len(seq.progress.tokens) - 1):
             last = position // self._block_size * self._block_size
             if last - max(stops[-1], last // self._spacing * self._spacing) >= self._spacing / NEAR:
                 stops.append(last)
@@ -130,7 +133,8 @@ class StateSlots:
 
     def _next(self, seq: Sequence) -> int:
         """The first position behind what is computed where a state is wanted."""
+        progress = seq.progress
         if self._spacing is None:
             return NEVER
-        regular = (seq.num_computed // self._spacing + 1) * self._spacing
-        return min([regular, *(stop for stop in seq.stops if stop > seq.num_computed)])
+        regular = (progress.num_computed // self._spacing + 1) * self._spacing
+        return min([regular, *(stop for stop in progress.stops if stop > progress.num_computed)])

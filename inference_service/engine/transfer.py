@@ -51,7 +51,7 @@ class Reading:
         now: list[Shaped] = []
         self._late: list[Shaped] = []
         for row in rows:
-            (self._late if row.seq.grammar is not None and row.seq.in_flight else now).append(row)
+            (self._late if row.seq.grammar is not None and row.seq.progress.in_flight else now).append(row)
         self._made = shaper.draw(logits, ids, now)
         """Of rows whose logits are shaped: what their log probabilities are of."""
         self._copies = None if self._late else self._copy()

@@ -160,7 +160,7 @@ def _run(probes: Sequence[Probe], adapter: Adapter, lora: StepLora, model: Decod
     for index, probe in enumerate(probes):
         seq = EngineSequence(f"probe {index}", list(probe.tokens), sampling, adapter)
         need = math.ceil(len(probe.tokens) / block)
-        seq.blocks, seq.state_slot = array("i", range(blocks, blocks + need)), index
+        seq.progress.blocks, seq.progress.state_slot = array("i", range(blocks, blocks + need)), index
         blocks += need
         seqs.append(seq)
         chunks.append(Chunk(seq, len(probe.tokens)))

@@ -110,7 +110,7 @@ class Ticket:
     @property
     def began(self) -> bool:
         """True from the first step for it."""
-        return self._seq is not None and self._seq.began_s is not None
+        return self._seq is not None and self._seq.progress.began_s is not None
 
     def check_tokens(self) -> None:
         """Look once more, before the engine is given anything.

@@ -257,7 +257,7 @@ class GenerationService:
         for index, grammar in enumerate(grammars):
             seq = Sequence(
                 f"{number}.{index}",
-                list(tokens),
+                tokens,
                 of_answer(sampling, index),
                 adapter,
                 priority=request.priority,

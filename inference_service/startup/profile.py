@@ -113,14 +113,10 @@ def largest_step(limits: SchedulerLimits, adapters: Sequence[Adapter], block_siz
     for number in range(seqs):
         more = min(left, longest - 1)
         left -= more
-        seq = EngineSequence(
-            f"profile-{number}",
-            tokens,
-            SamplingParams(max_tokens=1, logprobs=1),
-            models[number % len(models)],
-            num_computed=longest - 1 - more,
-            blocks=blocks,
-            state_slot=0,
-        )
+        params = SamplingParams(max_tokens=1, logprobs=1)
+        seq = EngineSequence(f"profile-{number}", tokens, params, models[number % len(models)])
+        progress = seq.progress
+        progress.tokens, progress.num_computed = tokens, longest - 1 - more
+        progress.blocks, progress.state_slot = blocks, 0
         chunks.append(Chunk(seq, 1 + more))
     return Batch(tuple(chunks))

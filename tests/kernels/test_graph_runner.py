@@ -354,9 +354,9 @@ def test_one_copy_fills_the_buffers_of_a_step(ready: Ready, runner: GraphRunner)
     in_order = sorted(filter(None, adapters), key=lambda adapter: adapter.slot or 0)
     for place, (name, adapter) in enumerate([("base", None), ("one", in_order[0]), ("other", in_order[1])]):
         seq = EngineSequence(name, [3, 4, 5 + place], SamplingParams(temperature=1.0, seed=place), adapter)
-        seq.blocks, seq.num_computed = array("i", [place]), 2
+        seq.progress.blocks, seq.progress.num_computed = array("i", [place]), 2
         seqs.append(seq)
-    seqs[1].num_computed, seqs[1].in_flight = 3, 1
+    seqs[1].progress.num_computed, seqs[1].progress.in_flight = 3, 1
     rows = lay_out(Batch(tuple(Chunk(seq, 1) for seq in seqs)), {seqs[1]: 2})
     buffers = runner._buffers_of(runner._capacity(4, mixed=False))
     runner._ids[2] = 77
@@ -397,11 +397,11 @@ def test_drafts_are_verified_row_by_row(
     expected = [[token.id for token in tokens] for tokens in _run(plain, asked, walking=[2])]
     known = {tuple(prompt): answer for (_, prompt, _), answer in zip(asked, expected, strict=True)}
 
-    def expect(_: Lookup, seq: EngineSequence, most: int) -> Expected:
-        seq.expected = seq.expected or Expected(chances=[0.9, 0.9])
-        right = known[tuple(seq.tokens[: seq.num_prompt])][seq.num_known :][:most]
-        seq.expected.tokens = [*right[:-1], (right[-1] + 1) % VOCAB] if seq.num_known % 2 else right
-        return cast(Expected, seq.expected)
+    def expect(lookup: Lookup, seq: EngineSequence, most: int) -> Expected:
+        expected = lookup._expected.setdefault(seq, Expected(chances=[0.9, 0.9]))
+        right = known[tuple(seq.progress.tokens[: seq.num_prompt])][seq.num_known :][:most]
+        expected.tokens = [*right[:-1], (right[-1] + 1) % VOCAB] if seq.num_known % 2 else right
+        return expected
 
     monkeypatch.setattr(Lookup, "expect", expect)
     limits = replace(LIMITS, speculative_tokens=3)

@@ -84,9 +84,10 @@ TRIED: dict[str, Any] = {
 
 def seq_of(request: dict[str, Any]) -> EngineSequence:
     """A sequence with its answer so far."""
-    seq = EngineSequence("s", list(request["prompt"]), SamplingParams(**request["sampling"]))
-    seq.grammar = None if request["grammar"] is None else shifting(request["grammar"])
-    seq.tokens += request["answer"]
+    grammar = None if request["grammar"] is None else shifting(request["grammar"])
+    params = SamplingParams(**request["sampling"])
+    seq = EngineSequence("s", list(request["prompt"]), params, grammar=grammar)
+    seq.progress.tokens += request["answer"]
     return seq
 
 
@@ -148,14 +149,14 @@ def test_tokens_in_flight_are_counted(device: str, requests: list[dict[str, Any]
             ids[row] = expected[row].id
         following = Reading(logits, ids, ahead, shaper)
         for seq in ahead:
-            seq.in_flight += 1
+            seq.progress.in_flight += 1
         if pending is not None:
             resolve(ahead, pending)
         following.finish()
         pending = following
     assert pending is not None
     resolve(ahead, pending)
-    assert [seq.tokens for seq in ahead] == [seq.tokens for seq in known]
+    assert [seq.progress.tokens for seq in ahead] == [seq.progress.tokens for seq in known]
 
 
 @pytest.mark.parametrize("own", [{"temperature": 0.7, "top_k": 5}, {"temperature": 0.0}], ids=str)
@@ -188,7 +189,7 @@ def test_processed_log_probabilities_are_those_of_the_host(device: str, own: dic
 
 def append(seq: EngineSequence, token: int) -> None:
     """What the engine does with a token."""
-    seq.tokens.append(token)
+    seq.progress.tokens.append(token)
     if seq.grammar is not None:
         seq.grammar.accept(token)
 
@@ -196,7 +197,7 @@ def append(seq: EngineSequence, token: int) -> None:
 def resolve(seqs: Sequence[EngineSequence], reading: Reading) -> None:
     """What the engine does with a step."""
     for seq, token in zip(seqs, reading.wait(), strict=True):
-        seq.in_flight -= 1
+        seq.progress.in_flight -= 1
         append(seq, token.id)
 
 

@@ -126,8 +126,8 @@ def test_the_blocks_of_a_conversation_are_shared(
         ready.engine._engine.add(seq)
         while not ready.engine._engine.idle:
             ready.engine._engine.step()
-        found.append(seq.num_cached // 4)
-        said = list(seq.tokens) if name == "base" else said
+        found.append(seq.progress.num_cached // 4)
+        said = list(seq.progress.tokens) if name == "base" else said
     blocks = (83 + (31 if first == "base" else 0)) // 4
     assert found[0] == found[2] == 0
     assert blocks >= found[1] >= 0.95 * blocks

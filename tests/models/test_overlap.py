@@ -62,11 +62,13 @@ class Device:
                 self.cache[place] = tokens[context.row + row], _uid(chunk.seq)
         ends = {chunk.seq: chunk.end - chunk.drafted for chunk in batch.chunks}
         draws = zip(rows.sampled, rows.ahead, strict=True)
-        found = [[self.cache[_place(s.blocks, at)] for at in range(ends[s] + more)] for s, more in draws]
+        found = [
+            [self.cache[_place(s.progress.blocks, at)] for at in range(ends[s] + more)] for s, more in draws
+        ]
         self.drawn = {seq: place for place, seq in enumerate(rows.sampled)}
         if self.memory:
             for seq, more, content in zip(rows.sampled, rows.ahead, found, strict=True):
-                expected = [*seq.tokens, *batch.drafts.get(seq, [])[:more]]
+                expected = [*seq.progress.tokens, *batch.drafts.get(seq, [])[:more]]
                 assert [token for token, _ in content][: len(expected)] == expected
         ids = self.ids = [_checksum(content[-self.memory :]) for content in found]
         self.lengths.append({chunk.seq.id: chunk.length for chunk in batch.chunks})
@@ -266,14 +268,19 @@ def test_only_known_tokens_are_found_in_the_prefix_cache() -> None:
     engine.add(seq)
     engine.step()
     engine.step()
-    assert (seq.num_computed, len(seq.tokens), seq.in_flight, seq.num_full) == (3, 3, 1, 0)
+    assert (
+        seq.progress.num_computed,
+        len(seq.progress.tokens),
+        seq.progress.in_flight,
+        seq.progress.num_full,
+    ) == (3, 3, 1, 0)
     engine.step()
-    assert (seq.num_computed, len(seq.tokens), seq.num_full) == (4, 4, 0)
+    assert (seq.progress.num_computed, len(seq.progress.tokens), seq.progress.num_full) == (4, 4, 0)
     _drain(engine)
-    again = _seq(seq.tokens, SamplingParams(max_tokens=1))
+    again = _seq(seq.progress.tokens, SamplingParams(max_tokens=1))
     engine.add(again)
     _drain(engine)
-    assert again.num_cached == 8
+    assert again.progress.num_cached == 8
     assert manager.num_free == manager.num_blocks
 
 
@@ -389,7 +396,7 @@ def test_the_torch_runner_gives_the_same_tokens_with_drafts(
 
     def expect(lookup: Lookup, seq: Sequence, most: int) -> Expected:
         expected = found(lookup, seq, most)
-        right = known[tuple(seq.tokens[: seq.num_prompt])][seq.num_known :][:most]
+        right = known[tuple(seq.progress.tokens[: seq.num_prompt])][seq.num_known :][:most]
         wrong = draw.randrange(2 * len(right) + 1)
         expected.tokens = [token if at < wrong else (token + 1) % VOCAB for at, token in enumerate(right)]
         return expected

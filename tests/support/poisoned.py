@@ -42,7 +42,7 @@ def _fill_blocks(engine: Any, group: int, batch: Batch) -> None:
     unused = {block for block in pool._free if block not in pool._key_of}
     for chunk in batch.chunks:
         first = -(-chunk.start // engine._blocks.block_size)
-        unused |= {block for block in chunk.seq.tables[group][first:] if block >= 0}
+        unused |= {block for block in chunk.seq.progress.tables[group][first:] if block >= 0}
     index = torch.tensor(sorted(unused), dtype=torch.int64)
     for layer, cache in zip(model._layers, engine._runner._cache.layers, strict=True):
         if cache and not layer.mixer.stateful and layer.mixer._window == group:

@@ -75,7 +75,7 @@ class RequestRecord:
     @property
     def cached_tokens(self) -> int:
         """Of the prompt, tokens that the prefix cache held."""
-        return self.answers[0].seq.num_cached if self.answers else 0
+        return self.answers[0].seq.progress.num_cached if self.answers else 0
 
     @property
     def completion_tokens(self) -> int:
@@ -85,7 +85,7 @@ class RequestRecord:
     @property
     def began_s(self) -> float | None:
         """When the first step for it was submitted."""
-        return self.answers[0].seq.began_s if self.answers else None
+        return self.answers[0].seq.progress.began_s if self.answers else None
 
     @property
     def queue_s(self) -> float | None:

@@ -61,7 +61,7 @@ def everything() -> Scrape:
     with following(Request("pirate", "Hi"), [metrics]) as follower:
         follower.record.model = MODELS[1]
         follower.submitted([Sequence("0", [1, 2], SamplingParams())])
-        follower.record.answers[0].seq.began_s = follower.record.submitted_s
+        follower.record.answers[0].seq.progress.began_s = follower.record.submitted_s
         for token in (5, 6):
             follower.see(Delta("a", (Token(token),)))
         follower.see(Finished(FinishReason.STOP, "", 2, 0, 2))

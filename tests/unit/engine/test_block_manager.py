@@ -24,7 +24,7 @@ def _seq(tokens: list[int], uid: int = 0, salt: str = "") -> Sequence:
 def _compute(blocks: BlockManager, seq: Sequence) -> None:
     """Admit a sequence and pretend that a step computed all of it."""
     assert blocks.start(seq)
-    seq.num_computed = len(seq.tokens)
+    seq.progress.num_computed = len(seq.progress.tokens)
     blocks.register(seq)
 
 
@@ -35,11 +35,11 @@ def test_a_known_prefix_is_shared_and_its_last_token_is_left_to_compute() -> Non
     _compute(blocks, first)
     second = _seq([1, 2, 3, 4, 5, 6, 7, 8])
     assert blocks.start(second)
-    assert second.num_computed == 4
-    assert second.blocks[:1] == first.blocks[:1]
+    assert second.progress.num_computed == 4
+    assert second.progress.blocks[:1] == first.progress.blocks[:1]
     longer = _seq([1, 2, 3, 4, 5, 6, 7, 8, 9])
     assert blocks.start(longer)
-    assert longer.num_computed == 8
+    assert longer.progress.num_computed == 8
 
 
 def test_released_blocks_are_found_until_they_are_needed() -> None:
@@ -51,14 +51,14 @@ def test_released_blocks_are_found_until_they_are_needed() -> None:
     assert blocks.num_free == 4
     again = _seq(list(range(9)))
     assert blocks.start(again)
-    assert again.num_computed == 8
+    assert again.progress.num_computed == 8
     blocks.release(again)
     other = _seq(list(range(100, 116)))
     _compute(blocks, other)
     blocks.release(other)
     once_more = _seq(list(range(9)))
     assert blocks.start(once_more)
-    assert once_more.num_computed == 0
+    assert once_more.progress.num_computed == 0
 
 
 def test_growing_beyond_what_is_free_changes_nothing() -> None:
@@ -67,11 +67,11 @@ def test_growing_beyond_what_is_free_changes_nothing() -> None:
     seq = _seq(list(range(6)))
     assert blocks.start(seq)
     assert not blocks.grow(seq, 9)
-    assert len(seq.blocks) == 2
+    assert len(seq.progress.blocks) == 2
     blocks.release(seq)
     longer = _seq(list(range(12)))
     assert not blocks.start(longer)
-    assert not longer.blocks
+    assert not longer.progress.blocks
     assert blocks.num_free == 2
 
 
@@ -84,13 +84,13 @@ def test_a_sequence_that_did_not_fit_is_tried_again_when_something_has_changed()
     head = _seq(list(range(20)))
     assert not blocks.still_refused(head)
     assert not blocks.start(head)
-    assert not head.blocks
+    assert not head.progress.blocks
     assert blocks.still_refused(head)
     assert not blocks.still_refused(_seq(list(range(20))))
-    other.num_computed = 8
+    other.progress.num_computed = 8
     blocks.register(other)
     assert blocks.still_refused(head)
-    running.num_computed = 9
+    running.progress.num_computed = 9
     blocks.register(running)
     assert not blocks.still_refused(head)
     assert not blocks.start(head)
@@ -104,15 +104,15 @@ def test_prefix_hashes_outlast_a_preemption() -> None:
     blocks = BlockManager(8, 4)
     seq = _seq(list(range(6)))
     _compute(blocks, seq)
-    seq.tokens += range(6, 13)
+    seq.progress.tokens += range(6, 13)
     assert blocks.grow(seq, 13)
-    seq.num_computed = 13
+    seq.progress.num_computed = 13
     blocks.register(seq)
-    known = list(seq.hashes)
+    known = list(seq.progress.hashes)
     assert len(known) == 3
     blocks.release(seq)
     assert blocks.start(seq)
-    assert (seq.num_computed, seq.hashes) == (12, known)
+    assert (seq.progress.num_computed, seq.progress.hashes) == (12, known)
 
 
 @settings(max_examples=examples(150), deadline=None)
@@ -140,14 +140,14 @@ def test_blocks_balance_and_contents_are_never_mixed(actions: list[tuple[int, li
         seq = _seq(tokens, uid, salt)
         if not blocks.start(seq):
             continue
-        for index in range(seq.num_computed // 4):
-            assert content[seq.blocks[index]] == (uid, salt, tuple(tokens[: index * 4 + 4]))
-        for index in range(seq.num_computed // 4, len(tokens) // 4):
-            content[seq.blocks[index]] = (uid, salt, tuple(tokens[: index * 4 + 4]))
-        seq.num_computed = len(tokens)
+        for index in range(seq.progress.num_computed // 4):
+            assert content[seq.progress.blocks[index]] == (uid, salt, tuple(tokens[: index * 4 + 4]))
+        for index in range(seq.progress.num_computed // 4, len(tokens) // 4):
+            content[seq.progress.blocks[index]] = (uid, salt, tuple(tokens[: index * 4 + 4]))
+        seq.progress.num_computed = len(tokens)
         blocks.register(seq)
         held.append(seq)
-        in_use = {block for other in held for block in other.blocks}
+        in_use = {block for other in held for block in other.progress.blocks}
         assert blocks.num_free == blocks.num_blocks - len(in_use)
     for seq in held:
         blocks.release(seq)

@@ -194,17 +194,17 @@ def _expect_sound(engine: Engine, manager: BlockManager) -> None:
     running = engine._scheduler.running
     for place, group in enumerate(manager.groups):
         pool = group.pool
-        held = Counter(block for seq in running for block in seq.tables[place] if block != GONE)
+        held = Counter(block for seq in running for block in seq.progress.tables[place] if block != GONE)
         assert {block: refs for block, refs in enumerate(pool._refs) if refs} == held
         assert pool.num_free == pool.num_blocks - len(held)
         for seq in running:
-            known = min(seq.num_computed, len(seq.tokens))
-            gone = [index for index, block in enumerate(seq.tables[place]) if block == GONE]
+            known = min(seq.progress.num_computed, len(seq.progress.tokens))
+            gone = [index for index, block in enumerate(seq.progress.tables[place]) if block == GONE]
             assert gone == list(range(len(gone)))
             least = group.first_seen(max(0, known - 1) // BLOCK * BLOCK)
             assert least <= len(gone) <= group.first_seen(known)
     if manager.states is not None:
-        slots = [seq.state_slot for seq in running]
+        slots = [seq.progress.state_slot for seq in running]
         others = [*manager.states._free, *manager.states._snapshots.values()]
         assert sorted(slots + others) == list(range(manager.states.num_slots))
 
@@ -281,13 +281,13 @@ def test_a_prefix_is_found_where_a_window_can_still_see_what_it_needs() -> None:
     found, or none."""
     engine, _, manager = Base((None, 6), blocks=30, sliding=4, rows=16).engine()
     prompt = list(range(41))
-    assert _run(engine, manager, prompt).num_cached == 0
+    assert _run(engine, manager, prompt).progress.num_cached == 0
     again = _run(engine, manager, prompt)
-    assert again.num_cached == 40
+    assert again.progress.num_cached == 40
     _run(engine, manager, list(range(100, 140)))  # takes over the sliding blocks, of everything others are free
     keys = [manager.groups[1].knows(again, index) for index in range(10)]
     assert not all(keys)
-    found = _run(engine, manager, prompt).num_cached
+    found = _run(engine, manager, prompt).progress.num_cached
     assert found < 40
     assert all(manager.groups[0].knows(again, index) for index in range(10))
 
@@ -296,9 +296,9 @@ def test_a_sequence_of_any_length_runs_where_all_layers_slide() -> None:
     """Its cache is that of a window, and what is found of its prefix is part of that."""
     engine, _, manager = Base((8,), rows=4).engine()
     assert manager.num_blocks == window_blocks(8, 4, BLOCK) == 5
-    assert len(_run(engine, manager, list(range(50)), new=14).tokens) == 64
-    assert _run(engine, manager, list(range(30))).num_cached == 0
-    assert _run(engine, manager, list(range(60))).num_cached == 28
+    assert len(_run(engine, manager, list(range(50)), new=14).progress.tokens) == 64
+    assert _run(engine, manager, list(range(30))).progress.num_cached == 0
+    assert _run(engine, manager, list(range(60))).progress.num_cached == 28
 
 
 def test_a_prompt_takes_no_more_rows_than_its_window_has_blocks_for() -> None:
@@ -314,9 +314,7 @@ def test_prompts_that_want_the_same_blocks_of_a_window_come_to_an_end() -> None:
     """They wait for each other where there is one that goes on, and else one makes room for itself."""
     engine, _, manager = Base((30,), sliding=10, rows=14, seqs=14, prefix_cache=False).engine()
     for number in range(14):
-        seq = Sequence(str(number), [number] * 60, SamplingParams(max_tokens=3))
-        seq.flow = seq.id
-        engine.add(seq)
+        engine.add(Sequence(str(number), [number] * 60, SamplingParams(max_tokens=3), flow=str(number)))
     outputs = _drain(engine, manager)
     assert sum(output.finish is not None for output in outputs) == 14
     assert engine.stats.preemptions > 0
@@ -326,17 +324,17 @@ def test_a_prompt_is_found_by_the_state_at_its_last_full_block() -> None:
     """The state there is kept, for who asks the same or goes on; the chunk before ends there."""
     engine, device, manager = Base(snapshots=3, spacing=8).engine()
     prompt = list(range(15))
-    assert _run(engine, manager, prompt).num_cached == 0
+    assert _run(engine, manager, prompt).progress.num_cached == 0
     assert [*device.lengths[0].values(), *device.lengths[1].values()] == [12, 3]
-    assert _run(engine, manager, [*prompt, 1, 2]).num_cached == 12
-    assert _run(engine, manager, prompt, uid=1).num_cached == 0
+    assert _run(engine, manager, [*prompt, 1, 2]).progress.num_cached == 12
+    assert _run(engine, manager, prompt, uid=1).progress.num_cached == 0
 
 
 def test_where_two_prompts_part_a_third_one_begins() -> None:
     """The second finds blocks and no state, so it leaves one there."""
     engine, _, manager = Base(snapshots=4, spacing=8).engine()
     common = list(range(12))
-    found = [_run(engine, manager, [*common, *[20 + number] * 14]).num_cached for number in range(3)]
+    found = [_run(engine, manager, [*common, *[20 + number] * 14]).progress.num_cached for number in range(3)]
     assert found == [0, 0, 12]
 
 
@@ -345,8 +343,8 @@ def test_a_long_prompt_leaves_states_on_its_way() -> None:
     engine, _, manager = Base(snapshots=9, spacing=2, rows=7).engine()
     prompt = list(range(40))
     _run(engine, manager, prompt)
-    assert _run(engine, manager, [*prompt[:21], 50, 51, 52]).num_cached == 16
-    assert _run(engine, manager, [*prompt[:35], 50]).num_cached == 32
+    assert _run(engine, manager, [*prompt[:21], 50, 51, 52]).progress.num_cached == 16
+    assert _run(engine, manager, [*prompt[:35], 50]).progress.num_cached == 32
 
 
 def test_states_and_windows_agree_on_a_place() -> None:
@@ -355,9 +353,9 @@ def test_states_and_windows_agree_on_a_place() -> None:
     prompt = list(range(40))
     first = _run(engine, manager, prompt)
     pool = manager.groups[1].pool
-    pool._key_of.pop(pool._by_key.pop(first.hashes[4]))
+    pool._key_of.pop(pool._by_key.pop(first.progress.hashes[4]))
     assert manager.groups[1].longest(first, 7) == 7
-    assert _run(engine, manager, [*prompt[:29], 50]).num_cached == 16
+    assert _run(engine, manager, [*prompt[:29], 50]).progress.num_cached == 16
 
 
 def test_the_state_that_was_used_longest_ago_makes_room() -> None:
@@ -366,13 +364,13 @@ def test_the_state_that_was_used_longest_ago_makes_room() -> None:
     seqs = [Sequence(str(number), [number] * 9, SamplingParams()) for number in range(5)]
     for seq in seqs[:2]:
         states.begin(seq, 0, 0)
-        seq.num_computed = seq.stop
+        seq.progress.num_computed = seq.progress.stop
         states.reached(seq)
         states.keep()
         states.release(seq)
     again = Sequence("again", [0] * 9, SamplingParams())
     states.begin(again, states.longest(again, 2), 2)
-    assert states.copies()[-1] == {again.state_slot: states._snapshots[again.hashes[1]]}
+    assert states.copies()[-1] == {again.progress.state_slot: states._snapshots[again.progress.hashes[1]]}
     states.begin(seqs[2], 0, 0)
     assert [states.longest(seq, 2) for seq in seqs[:2]] == [2, 0]
     states.begin(seqs[3], 0, 0)
@@ -385,14 +383,14 @@ def test_a_sequence_takes_over_the_last_snapshot_where_no_other_slot_is_left() -
     states = StateSlots(1, BLOCK, 4)
     first, second = (Sequence(str(number), [7] * 9, SamplingParams()) for number in range(2))
     states.begin(first, 0, 0)
-    first.num_computed = first.stop
+    first.progress.num_computed = first.progress.stop
     states.reached(first)
     states.release(first)
     states.keep()
     states.copies()
     assert states.longest(second, 2) == 2
     states.begin(second, 2, 2)
-    assert (second.state_slot, states.copies()) == (0, ())
+    assert (second.progress.state_slot, states.copies()) == (0, ())
 
 
 def test_after_a_failed_step_no_state_is_trusted() -> None:
@@ -409,7 +407,7 @@ def test_after_a_failed_step_no_state_is_trusted() -> None:
     assert manager.states.longest(failing, 7) == 0
     assert manager.states.num_free == manager.states.num_slots
     assert manager.copies() == ()
-    assert _run(engine, manager, prompt).num_cached == 0
+    assert _run(engine, manager, prompt).progress.num_cached == 0
 
 
 @settings(max_examples=examples(14), deadline=None)
@@ -450,17 +448,17 @@ def test_who_calls_an_activated_adapter_finds_the_state_before_and_leaves_one() 
     engine, _, manager = Base(snapshots=9, spacing=8).engine()
     said, new = [0, 2, 4] * 10, [2, 2, 0] * 7
     _run(engine, manager, said)
-    assert _run(engine, manager, [*said, *INVOCATION], uid=3).num_cached == 28
-    assert _run(engine, manager, [*new, *INVOCATION, *said], uid=3).num_cached == 0
-    assert _run(engine, manager, [*new, 4]).num_cached == 20
+    assert _run(engine, manager, [*said, *INVOCATION], uid=3).progress.num_cached == 28
+    assert _run(engine, manager, [*new, *INVOCATION, *said], uid=3).progress.num_cached == 0
+    assert _run(engine, manager, [*new, 4]).progress.num_cached == 20
 
 
 def test_who_was_called_elsewhere_in_a_block_has_another_block() -> None:
     """The same tokens are two blocks where one adapter acts on more of them; before, they are one."""
     said, sampling = [0, 2, 4, 0, *INVOCATION], SamplingParams(max_tokens=2)
     seqs = [_sequence(prompt, sampling, 3) for prompt in ([*said], [*said, *INVOCATION])]
-    seqs[0].tokens += INVOCATION
+    seqs[0].progress.tokens += INVOCATION
     keys = [[prefix_key(seq, index, BLOCK) for index in range(2)] for seq in seqs]
-    assert seqs[0].tokens == seqs[1].tokens
+    assert seqs[0].progress.tokens == seqs[1].progress.tokens
     assert keys[0][0] == keys[1][0]
     assert keys[0][1] != keys[1][1]

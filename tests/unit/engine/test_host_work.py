@@ -57,9 +57,8 @@ def coming_and_going(seqs: int, *, waiting: int, lanes: int, adapters: int) -> C
     def add() -> None:
         number = next(numbers)
         new = ANSWER if number >= seqs else 1 + number % ANSWER  # so that as many end in every step
-        seq = Sequence(str(number), [1, 2], SamplingParams(max_tokens=new), known[number % adapters])
-        seq.flow = str(number % lanes)
-        engine.add(seq)
+        params, flow = SamplingParams(max_tokens=new), str(number % lanes)
+        engine.add(Sequence(str(number), [1, 2], params, known[number % adapters], flow=flow))
 
     def step() -> None:
         for output in engine.step():
@@ -100,7 +99,7 @@ def test_blocks_are_copied_as_they_are() -> None:
     """A block table is int32 in memory, which a step copies however long it is, not a list to be converted."""
     bench = Bench(Point("decode", 2, context=256, loaded=0))
     for seq in bench.running:
-        view = memoryview(seq.blocks)
+        view = memoryview(seq.progress.blocks)
         assert (view.format, view.itemsize, view.contiguous) == ("i", 4, True)
 
 

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import MinPLogitsWarper, RepetitionPenaltyLogitsProcessor
 
+from inference_service.core.constraint import Grammar
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Sequence
 from inference_service.engine.sampler import sample, shape, shapes
@@ -19,10 +20,12 @@ from tests.support.grammars import mask_of, only
 VOCAB = 50
 
 
-def seq(tokens: list[int], answer: list[int] | None = None, **sampling: Any) -> Sequence:
+def seq(
+    tokens: list[int], answer: list[int] | None = None, grammar: Grammar | None = None, **sampling: Any
+) -> Sequence:
     """A sequence with a prompt, and the answer so far."""
-    made = Sequence("s", list(tokens), SamplingParams(**sampling))
-    made.tokens += answer or []
+    made = Sequence("s", list(tokens), SamplingParams(**sampling), grammar=grammar)
+    made.progress.tokens += answer or []
     return made
 
 
@@ -72,18 +75,17 @@ def test_stop_tokens_come_only_after_min_tokens() -> None:
 
 def test_a_grammar_comes_before_min_tokens() -> None:
     """Where the grammar leaves stop tokens alone, one of them is drawn however short the answer is."""
-    made = seq([1], min_tokens=5, stop_token_ids=frozenset([9]))
-    made.grammar = only(9)
-    assert sample(logits(4), [made])[0].id == 9
-    made.grammar = only(9, 11)
-    assert sample(logits(4), [made])[0].id == 11
+    ends: dict[str, Any] = {"min_tokens": 5, "stop_token_ids": frozenset([9])}
+    assert sample(logits(4), [seq([1], grammar=only(9), **ends)])[0].id == 9
+    assert sample(logits(4), [seq([1], grammar=only(9, 11), **ends)])[0].id == 11
 
 
 def test_only_what_is_allowed_may_come() -> None:
     """Every draw is among the allowed tokens, of which a bad word takes one, and the grammar others."""
-    made = seq([1], allowed_token_ids=mask_of([3, 4, 5, 9]), bad_words={0: {(): (4,)}}, temperature=50.0)
+    allowed: dict[str, Any] = {"allowed_token_ids": mask_of([3, 4, 5, 9]), "bad_words": {0: {(): (4,)}}}
+    made = seq([1], temperature=50.0, **allowed)
     assert torch.isfinite(shape(logits(3)[0], made)).nonzero().flatten().tolist() == [3, 5, 9]
-    made.grammar = only(5, 9, 12)
+    made = seq([1], temperature=50.0, grammar=only(5, 9, 12), **allowed)
     assert torch.isfinite(shape(logits(3)[0], made)).nonzero().flatten().tolist() == [5, 9]
 
 
@@ -130,8 +132,8 @@ def test_hopeless_logits_still_give_a_token(kind: str, temperature: float) -> No
     """Whatever is left, a token comes out: a row never breaks the batch."""
     model = torch.full((1, VOCAB), -torch.inf) if kind == "infinite" else logits(5)
     bias = dict.fromkeys(range(VOCAB), -100.0) if kind == "bias" else {}
-    made = seq([1], temperature=temperature, logit_bias=bias, top_p=0.5, top_k=3, min_p=0.1)
-    made.grammar = only() if kind == "nothing allowed" else None
+    grammar = only() if kind == "nothing allowed" else None
+    made = seq([1], grammar=grammar, temperature=temperature, logit_bias=bias, top_p=0.5, top_k=3, min_p=0.1)
     assert 0 <= sample(model, [made])[0].id < VOCAB
 
 

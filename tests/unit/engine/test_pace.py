@@ -40,7 +40,7 @@ class Machine:
 
     def submit(self, batch: Batch) -> Pending:
         """Be at work on a batch, behind the one before."""
-        prompts = [chunk for chunk in batch.chunks if chunk.seq.num_pending > 1]
+        prompts = [chunk for chunk in batch.chunks if chunk.seq.progress.num_pending > 1]
         rows = sum(chunk.length * self.row_s for chunk in prompts)
         area = sum(chunk.length * (chunk.start + chunk.end) / 2 for chunk in prompts)
         decodes = (len(batch.chunks) - len(prompts)) * self.decode_s
@@ -273,7 +273,7 @@ def test_less_urgent_requests_do_not_pass_however_short_they_are() -> None:
     [short] = _add(engine, _seq(8))
     while not long.num_known:
         engine.step()
-        assert long.num_known or not short.num_computed
+        assert long.num_known or not short.progress.num_computed
 
 
 @pytest.mark.parametrize(("decode_s", "alone"), [(0.001, True), (0.0, False)], ids=["rows cost", "free rows"])

@@ -182,8 +182,8 @@ class World:
         name = str(next(_ids))
         tokens = [int(name) * 1000 + index for index in range(3)]
         parts = [(self.adapters[number], 1.0 if len(numbers) == 1 else 0.5) for number in numbers]
-        seq = Sequence(name, tokens, SamplingParams(max_tokens=new), Mixture.of(parts))
-        seq.flow = str(numbers) if flow is None else flow
+        flow = str(numbers) if flow is None else flow
+        seq = Sequence(name, tokens, SamplingParams(max_tokens=new), Mixture.of(parts), flow=flow)
         self.asked.append(seq)
         self.engine.add(seq)
         return seq

@@ -24,8 +24,8 @@ def answer(seed: int, steps: int = 16) -> list[int]:
     seq = Sequence("request", [0], SamplingParams(temperature=1.0, seed=seed))
     for _ in range(steps):
         (token,) = sample(torch.zeros(1, 1000), [seq])
-        seq.tokens.append(token.id)
-    return seq.tokens[1:]
+        seq.progress.tokens.append(token.id)
+    return seq.progress.tokens[1:]
 
 
 @pytest.mark.parametrize("other", [1 + 2**32, 1 + 2**63, 1 - 2**63, -1, 2])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -39,8 +40,8 @@ class FakeRunner:
     def submit(self, batch: Batch) -> Pending:
         """Note a batch; every chunk's blocks must cover its context."""
         for chunk in batch.chunks:
-            assert len(chunk.seq.blocks) * 4 >= chunk.end
-            self.again += max(0, min(chunk.length, chunk.seq.num_charged - chunk.end + chunk.length))
+            assert len(chunk.seq.progress.blocks) * 4 >= chunk.end
+            self.again += max(0, min(chunk.length, chunk.seq.progress.num_charged - chunk.end + chunk.length))
         self.batches.append(batch)
         seqs = tuple(chunk.seq for chunk in batch.chunks if chunk.samples)
         return Pending(seqs, lambda: [Token(7)] * len(seqs))
@@ -81,9 +82,9 @@ def _seq(
     tokens = [number * 1000 + index for index in range(prompt)]  # no shared prefixes by accident
     sampling = SamplingParams(max_tokens=new)
     adapter = ADAPTERS[uid - 1] if uid else None
-    seq = Sequence(str(number), tokens, sampling, adapter, priority, deadline_s=deadline_s)
-    seq.flow, seq.share = flow, share
-    return seq
+    return Sequence(
+        str(number), tokens, sampling, adapter, priority, deadline_s=deadline_s, flow=flow, share=share
+    )
 
 
 def _drain(engine: Engine, steps: int = 3000) -> dict[str, FinishReason]:
@@ -158,8 +159,7 @@ def test_an_adapter_without_a_place_lets_others_pass_but_does_not_starve() -> No
 def test_a_mixture_finds_both_of_its_places_although_others_take_turns_at_them() -> None:
     """One of the two places becomes free at a time, and somebody else always waits for it: they let it pass."""
     engine, _, _ = _engine(max_adapters=2, max_seqs=4)
-    mixture = _seq(2, 3)
-    mixture.adapter = Mixture.of([(ADAPTERS[0], 0.5), (ADAPTERS[1], 2.0)])
+    mixture = replace(_seq(2, 3), adapter=Mixture.of([(ADAPTERS[0], 0.5), (ADAPTERS[1], 2.0)]))
     engine.add(_seq(2, 4, uid=3))
     engine.add(_seq(2, 9, uid=4))
     engine.step()
@@ -397,9 +397,9 @@ def test_nobody_under_way_gets_far_ahead_of_who_waits(
         engine.step()
         for lane in scheduler.lanes:
             first = [
-                seq.arrival
+                seq.progress.arrival
                 for seq in lane.running
-                if seq.arrival not in began.get((lane.flow, lane.adapters), [])
+                if seq.progress.arrival not in began.get((lane.flow, lane.adapters), [])
             ]
             began.setdefault((lane.flow, lane.adapters), []).extend(sorted(first))
         if pace.looks:
@@ -407,7 +407,7 @@ def test_nobody_under_way_gets_far_ahead_of_who_waits(
         computed = {chunk.seq.adapter for chunk in runner.batches[-1].chunks if chunk.seq.adapter}
         crowded, before = set(), crowded
         for waits in scheduler.lanes:
-            if not waits.waiting or waits.waiting[0].in_flight:
+            if not waits.waiting or waits.waiting[0].progress.in_flight:
                 continue
             lacks = (taken for taken in (active, active | computed) if not taken.issuperset(waits.adapters))
             if any(len(taken) >= max_adapters for taken in lacks):

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -153,8 +154,8 @@ async def test_the_engine_bounds_each_step_and_nothing_between_two(
 async def test_a_mistake_outside_a_step_ends_every_request_too(threads: Threads) -> None:
     """The thread cannot vanish behind the back of those who wait for it."""
     thread = threads.start(Device())
-    broken = Sequence("broken", [5], SamplingParams(max_tokens=1))
-    broken.priority = None  # type: ignore[assignment]  # what no door lets through: the queue cannot be sorted
+    priority: Any = None  # no API lets it through: the queue cannot be sorted
+    broken = Sequence("broken", [5], SamplingParams(max_tokens=1), priority=priority)
     outputs = thread.submit([broken])
     with pytest.raises(ReplicaFailed):
         await end(outputs)

@@ -53,7 +53,7 @@ class World:
 def sequence(prompt: int = 1, *, began: bool = False) -> Sequence:
     """A sequence that waits, or that a step has begun with."""
     seq = Sequence("0", [5] * prompt, SamplingParams(max_tokens=1))
-    seq.began_s = 1.0 if began else None
+    seq.progress.began_s = 1.0 if began else None
     return seq
 
 

@@ -82,8 +82,8 @@ def test_the_largest_step_fills_every_bound(limits: SchedulerLimits) -> None:
     assert all(chunk.samples for chunk in batch.chunks)
     names = {chunk.seq.adapter.digest for chunk in batch.chunks if chunk.seq.adapter}
     assert len(names) == min(limits.max_adapters, len(ADAPTERS), len(batch.chunks))
-    assert all(max(chunk.seq.blocks) < SCRATCH_BLOCKS for chunk in batch.chunks)
-    assert all(len(chunk.seq.blocks) * 16 >= limits.max_seq_len for chunk in batch.chunks)
+    assert all(max(chunk.seq.progress.blocks) < SCRATCH_BLOCKS for chunk in batch.chunks)
+    assert all(len(chunk.seq.progress.blocks) * 16 >= limits.max_seq_len for chunk in batch.chunks)
 
 
 class Noted(Runner):
