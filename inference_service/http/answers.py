@@ -10,7 +10,7 @@ from typing import Literal, NotRequired
 
 from typing_extensions import TypedDict
 
-from inference_service.http.openai.generated import PromptDetails
+from inference_service.http.openai.answers import PromptDetails
 
 
 class ErrorDetail(TypedDict):

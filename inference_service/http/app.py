@@ -23,7 +23,8 @@ from inference_service.http.anthropic import answers as messages
 from inference_service.http.anthropic.messages import count_tokens, create_message
 from inference_service.http.anthropic.schema import CountBody, MessagesBody
 from inference_service.http.endpoint import Endpoint, Handler
-from inference_service.http.openai import chat, completions, generated, models
+from inference_service.http.openai import answers as openai
+from inference_service.http.openai import chat, completions, models
 from inference_service.http.openai.chat_schema import ChatBody
 from inference_service.http.openai.schema import CompletionBody
 from inference_service.http.openapi import Served, document
@@ -75,15 +76,15 @@ ENDPOINTS: Final = (
         routes.CHAT_COMPLETIONS,
         chat.chat_completions,
         body=ChatBody,
-        answer=generated.ChatCompletion,
-        event=generated.ChatCompletionChunk,
+        answer=openai.ChatCompletion,
+        event=openai.ChatCompletionChunk,
     ),
     _streaming(
         routes.COMPLETIONS,
         completions.completions,
         body=CompletionBody,
-        answer=generated.Completion,
-        event=generated.CompletionChunk,
+        answer=openai.Completion,
+        event=openai.CompletionChunk,
     ),
     _streaming(
         routes.MESSAGES,

@@ -10,7 +10,7 @@ from typing import Any, Literal, NotRequired
 from pydantic import ConfigDict, with_config
 from typing_extensions import TypedDict
 
-from inference_service.http.openai.generated import TokenLogprob
+from inference_service.http.openai.answers import TokenLogprob
 
 ItemStatus = Literal["in_progress", "completed", "incomplete"]
 
