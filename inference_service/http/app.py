@@ -14,30 +14,35 @@ from starlette.routing import Route, compile_path
 
 from inference_service.adapters.fixed import fixed_manager
 from inference_service.adapters.manager import AdapterManager
-from inference_service.http import answers
 from inference_service.http.admin import operators, state, tokens, trainers
-from inference_service.http.admin.operators import LoadBody, PageQuery, RollbackBody, UnloadBody
+from inference_service.http.admin.operators import LoadBody, PageQuery, RollbackBody, UnloadBody, VllmError
 from inference_service.http.admin.tokens import DetokenizeBody, TokenizeBody
 from inference_service.http.admin.trainers import InfoQuery, PauseQuery
-from inference_service.http.anthropic import answers as messages
 from inference_service.http.anthropic.messages import count_tokens, create_message
 from inference_service.http.anthropic.schema import CountBody, MessagesBody
 from inference_service.http.endpoint import Endpoint, Handler
-from inference_service.http.openai import answers as openai
-from inference_service.http.openai import chat, completions, models
+from inference_service.http.openai import models
+from inference_service.http.openai.chat import chat_completions
 from inference_service.http.openai.chat_schema import ChatBody
+from inference_service.http.openai.completions import completions
 from inference_service.http.openai.schema import CompletionBody
 from inference_service.http.openapi import Served, document
 from inference_service.http.page import page_files
-from inference_service.http.responses import answers as responses
 from inference_service.http.responses.compact import compact
 from inference_service.http.responses.create import count_input, create_response
 from inference_service.http.responses.schema import CompactBody, ResponsesBody
-from inference_service.http.vectors import embeddings, scores
+from inference_service.http.vectors import scores
+from inference_service.http.vectors.embeddings import embeddings
 from inference_service.http.vectors.pooling_schema import ClassifyBody, EmbeddingsBody, RerankBody, ScoreBody
 from inference_service.http.wire.front import Front
-from inference_service.http.wire.refusals import fault_response, on_failure, on_fault, on_http_error
-from inference_service.http.wire.reply import json_response
+from inference_service.http.wire.refusals import (
+    MessageError,
+    fault_response,
+    on_failure,
+    on_fault,
+    on_http_error,
+)
+from inference_service.http.wire.reply import Reply
 from inference_service.serving.service import GenerationService
 from loramux_shared import routes
 from loramux_shared.access.asgi import AccessMiddleware
@@ -58,109 +63,69 @@ async def show_openapi(service: GenerationService, http: HttpRequest) -> Respons
         classifier=next((model.name for model in models if model.num_labels), ""),
         keyless=http.app.state.keyless,
     )
-    return json_response(document(ENDPOINTS, served))
+    return Reply(document(ENDPOINTS, served))
 
 
-ANSWERS: Final = ("application/json", "text/event-stream")
-"""Of what can be streamed."""
-TEXT: Final = ("text/plain",)
+TEXT: Final = "text/plain"
 CHANGES: Final = (403, 404, 409, 504)
-"""Statuses of failures of what changes the deployment."""
+"""Statuses of failures of routes that change the deployment."""
 _counting = partial(Endpoint, fails=(404, 429))
-"""What reads a prompt as answers do, and computes nothing."""
+"""A route that reads a prompt as answers do, and computes nothing."""
 _computing = partial(_counting, hinted=True)
-"""What the engine answers."""
-_streaming = partial(_computing, media=ANSWERS)
+"""A route that the engine answers."""
 ENDPOINTS: Final = (
-    _streaming(
-        routes.CHAT_COMPLETIONS,
-        chat.chat_completions,
-        body=ChatBody,
-        answer=openai.ChatCompletion,
-        event=openai.ChatCompletionChunk,
-    ),
-    _streaming(
-        routes.COMPLETIONS,
-        completions.completions,
-        body=CompletionBody,
-        answer=openai.Completion,
-        event=openai.CompletionChunk,
-    ),
-    _streaming(
-        routes.MESSAGES,
-        create_message,
-        body=MessagesBody,
-        answer=messages.AnthropicMessage,
-        event=messages.MessageEvent,
-        fails=(404, 429, 529),
-        error=messages.MessageError,
-    ),
-    _counting(
-        routes.COUNT_TOKENS,
-        count_tokens,
-        body=CountBody,
-        answer=messages.TokenCount,
-        error=messages.MessageError,
-    ),
-    _streaming(
-        routes.RESPONSES,
-        create_response,
-        body=ResponsesBody,
-        answer=responses.Response,
-        event=responses.ResponseEvent,
-    ),
-    _counting(routes.INPUT_TOKENS, count_input, body=ResponsesBody, answer=responses.InputTokens),
-    _computing(routes.COMPACT, compact, body=CompactBody, answer=responses.Compaction),
-    _computing(routes.EMBEDDINGS, embeddings.embeddings, body=EmbeddingsBody, answer=answers.Embeddings),
+    _computing(routes.CHAT_COMPLETIONS, chat_completions, ChatBody),
+    _computing(routes.COMPLETIONS, completions, CompletionBody),
+    _computing(routes.MESSAGES, create_message, MessagesBody, fails=(404, 429, 529), error=MessageError),
+    _counting(routes.COUNT_TOKENS, count_tokens, CountBody, error=MessageError),
+    _computing(routes.RESPONSES, create_response, ResponsesBody),
+    _counting(routes.INPUT_TOKENS, count_input, ResponsesBody),
+    _computing(routes.COMPACT, compact, CompactBody),
+    _computing(routes.EMBEDDINGS, embeddings, EmbeddingsBody),
+    *(_computing(route, scores.score, ScoreBody) for route in (routes.SCORE, routes.SCORE_V1)),
     *(
-        _computing(route, handler, body=body, answer=answer)
-        for handler, body, answer, paths in (
-            (scores.score, ScoreBody, answers.Scores, (routes.SCORE, routes.SCORE_V1)),
-            (scores.rerank, RerankBody, answers.Ranking, (routes.RERANK, routes.RERANK_V1, routes.RERANK_V2)),
-            (scores.classify, ClassifyBody, answers.Classes, (routes.CLASSIFY, routes.CLASSIFY_V1)),
-        )
-        for route in paths
+        _computing(route, scores.rerank, RerankBody)
+        for route in (routes.RERANK, routes.RERANK_V1, routes.RERANK_V2)
     ),
-    Endpoint(routes.MODELS, models.list_models, answer=answers.ModelList),
-    Endpoint(routes.MODEL, models.get_model, answer=answers.Model, fails=(404,)),
-    Endpoint(routes.ADAPTERS, operators.list_adapters, answer=answers.AdapterList, query=PageQuery),
-    Endpoint(routes.PIN, operators.pin_adapter, answer=answers.Adapter, fails=(403, 404)),
-    Endpoint(routes.UNPIN, operators.unpin_adapter, answer=answers.Adapter, fails=(403, 404)),
-    Endpoint(routes.ROLLBACK, operators.roll_back, RollbackBody, answer=answers.RolledBack, fails=CHANGES),
+    *(_computing(route, scores.classify, ClassifyBody) for route in (routes.CLASSIFY, routes.CLASSIFY_V1)),
+    Endpoint(routes.MODELS, models.list_models),
+    Endpoint(routes.MODEL, models.get_model, fails=(404,)),
+    Endpoint(routes.ADAPTERS, operators.list_adapters, query=PageQuery),
+    Endpoint(routes.PIN, operators.pin_adapter, fails=(403, 404)),
+    Endpoint(routes.UNPIN, operators.unpin_adapter, fails=(403, 404)),
+    Endpoint(routes.ROLLBACK, operators.roll_back, RollbackBody, fails=CHANGES),
     *(
-        Endpoint(route, handler, body, TEXT, fails=CHANGES, error=answers.VllmError)
+        Endpoint(route, handler, body, TEXT, fails=CHANGES, error=VllmError)
         for route, handler, body in (
             (routes.LOAD_ADAPTER, operators.load_lora_adapter, LoadBody),
             (routes.UNLOAD_ADAPTER, operators.unload_lora_adapter, UnloadBody),
         )
     ),
-    Endpoint(routes.PAUSE, trainers.pause, answer=answers.PauseStatus, query=PauseQuery),
-    Endpoint(routes.RESUME, trainers.resume, answer=answers.PauseStatus),
-    Endpoint(routes.IS_PAUSED, trainers.is_paused, answer=answers.IsPaused),
-    Endpoint(routes.WORLD_SIZE, trainers.get_world_size, answer=answers.WorldSize),
-    Endpoint(routes.SERVER_INFO, trainers.server_info, answer=answers.ServerInfo, query=InfoQuery),
-    Endpoint(routes.TOKENIZE, tokens.tokenize, body=TokenizeBody, answer=answers.Tokens, fails=(404,)),
-    Endpoint(routes.DETOKENIZE, tokens.detokenize, body=DetokenizeBody, answer=answers.Prompt, fails=(404,)),
-    Endpoint(routes.VERSION, state.show_version, answer=answers.Version),
+    Endpoint(routes.PAUSE, trainers.pause, query=PauseQuery),
+    Endpoint(routes.RESUME, trainers.resume),
+    Endpoint(routes.IS_PAUSED, trainers.is_paused),
+    Endpoint(routes.WORLD_SIZE, trainers.get_world_size),
+    Endpoint(routes.SERVER_INFO, trainers.server_info, query=InfoQuery),
+    Endpoint(routes.TOKENIZE, tokens.tokenize, TokenizeBody, fails=(404,)),
+    Endpoint(routes.DETOKENIZE, tokens.detokenize, DetokenizeBody, fails=(404,)),
+    Endpoint(routes.VERSION, state.show_version),
     Endpoint(routes.OPENAPI, show_openapi),
-    Endpoint(routes.HEALTH, state.health, answer=answers.Health),
-    Endpoint(routes.PING, state.health, answer=answers.Health),
-    Endpoint(routes.POST_PING, state.health, answer=answers.Health),
-    Endpoint(routes.STATE, state.show_state, answer=answers.State),
-    Endpoint(routes.LOAD, state.show_load, answer=answers.Load),
-    Endpoint(routes.LOADS, state.show_loads, answer=answers.Loads),
-    Endpoint(routes.LOADS_V1, state.show_loads, answer=answers.Loads),
-    Endpoint(routes.METRICS, state.show_metrics, media=TEXT),
+    *(Endpoint(route, state.health) for route in (routes.HEALTH, routes.PING, routes.POST_PING)),
+    Endpoint(routes.STATE, state.show_state),
+    Endpoint(routes.LOAD, state.show_load),
+    Endpoint(routes.LOADS, state.show_loads),
+    Endpoint(routes.LOADS_V1, state.show_loads),
+    Endpoint(routes.METRICS, state.show_metrics, text=TEXT),
     *(
-        Endpoint(ApiRoute("GET", path, None), file.show, media=(file.media_type,))
+        Endpoint(ApiRoute("GET", path, None), file.show, text=file.media_type)
         for path, file in page_files().items()
     ),
 )
-"""Everything that is answered."""
+"""All routes."""
 TRACED: Final = frozenset(
     each.path for each in ENDPOINTS if each.method == "POST" and each.scope and "{" not in each.path
 )
-"""What monitors ask all the time is left out."""
+"""Routes that have spans; those that monitors call all the time have none."""
 
 
 def create_app(

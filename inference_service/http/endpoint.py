@@ -1,16 +1,19 @@
-"""What is known of a route."""
+"""A route with its handler, and all that the OpenAPI document says of both."""
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import Any, get_args, get_origin, get_type_hints
 
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
-from inference_service.http.answers import Error
 from inference_service.http.wire.body import Body, Query
+from inference_service.http.wire.errors import Error
+from inference_service.http.wire.reply import Reply
+from inference_service.http.wire.stream import EventStream
 from inference_service.serving.service import GenerationService
 from loramux_shared.access.rights import Scope
 from loramux_shared.routes import Route
@@ -20,41 +23,50 @@ Handler = Callable[[GenerationService, HttpRequest], Awaitable[Response]]
 
 @dataclass(frozen=True)
 class Endpoint:
-    """What answers a route; all but route and handler is told to readers of `openapi`, and checked there."""
+    """A route and its handler; the rest is described by the OpenAPI document, and checked there."""
 
     route: Route
     handler: Handler
-    """The first line of its docstring says what the route is for, to readers of `openapi` too."""
+    """The first line of its docstring is the summary of the route; its return type is the schema of answers."""
     body: type[Body] | None = None
-    """What it reads."""
-    media: tuple[str, ...] = ("application/json",)
-    """Types of its answer; none where that has no content."""
-    status: int = 200
-    """When all is well; above 399 where nothing else is ever answered."""
-    answer: Any = None
-    """The type of a JSON answer."""
-    event: Any = None
-    """The type of what an event of a stream holds."""
+    """The body that the handler reads."""
+    text: str | None = None
+    """The media type of an answer that is no JSON."""
     query: type[Query] | None = None
-    """What its query may hold."""
+    """The query that the handler reads."""
     fails: tuple[int, ...] = ()
     """Statuses of failures, besides those of every route, of keys and of bodies."""
     error: Any = Error
-    """The type of what a failure is told with."""
+    """The type of the body of a failure."""
     hinted: bool = False
     """True where headers say which version is to answer, and which one answered: `serving.request.hinted`."""
 
     @property
     def method(self) -> str:
-        """Of its route."""
+        """The method of the route."""
         return self.route.method
 
     @property
     def path(self) -> str:
-        """Of its route."""
+        """The path of the route."""
         return self.route.path
 
     @property
     def scope(self) -> Scope | None:
-        """Of its route."""
+        """The scope that a key must have."""
         return self.route.scope
+
+    @cached_property
+    def answer(self) -> Any:
+        """The type of a JSON answer; None where the handler returns none."""
+        return self._held_by(Reply)
+
+    @cached_property
+    def event(self) -> Any:
+        """The type of the events of a stream; None where the handler returns none."""
+        return self._held_by(EventStream)
+
+    def _held_by(self, kind: type) -> Any:
+        returned = get_type_hints(self.handler)["return"]
+        held = [get_args(each) for each in (returned, *get_args(returned)) if get_origin(each) is kind]
+        return held[0][0] if held else None

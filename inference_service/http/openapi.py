@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import version
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from pydantic import BaseModel, TypeAdapter
 
@@ -51,6 +52,7 @@ EVERYWHERE: Final = (400, 408, 431, 500, 503)
 OF_KEYS: Final = (401, 403)
 OF_BODIES: Final = (413, 415)
 EVENTS: Final = "text/event-stream"
+Mode = Literal["validation", "serialization"]
 _PARAMETER: Final = re.compile(r"{(\w+)(:\w+)?}")
 _REFERENCE: Final = re.compile(rf"'{SCHEMAS}([^']+)'")
 
@@ -98,11 +100,15 @@ def _schemas(endpoints: tuple[Endpoint, ...]) -> dict[str, Json]:
     """Return the schemas of all bodies, queries and answers, by name."""
     read = [kind for each in endpoints for kind in (each.body, each.query) if kind]
     written = [kind for each in endpoints for kind in (each.answer, each.event, each.error) if kind]
-    adapters: list[tuple[str, Any, TypeAdapter[Any]]] = [
-        *((kind.__name__, "validation", TypeAdapter(kind)) for kind in dict.fromkeys(read)),
-        *((kind.__name__, "serialization", TypeAdapter(kind)) for kind in dict.fromkeys(written)),
+    kinds: list[tuple[Any, Mode]] = [
+        *((kind, "validation") for kind in dict.fromkeys(read)),
+        *((kind, "serialization") for kind in dict.fromkeys(written)),
     ]
-    _, told = TypeAdapter.json_schemas(adapters, ref_template=f"{SCHEMAS}{{model}}")
+    with warnings.catch_warnings():
+        # The kind of an event is read-only so that each kind can narrow it; pydantic warns of every such field.
+        warnings.filterwarnings("ignore", message=r".*`ReadOnly` qualifier", category=UserWarning)
+        adapters = [(kind.__name__, mode, TypeAdapter(kind)) for kind, mode in kinds]
+        _, told = TypeAdapter.json_schemas(adapters, ref_template=f"{SCHEMAS}{{model}}")
     schemas: dict[str, Json] = told["$defs"]
     for kind in dict.fromkeys(read):
         tell_bounds(kind, schemas)
@@ -159,13 +165,10 @@ def _responses(endpoint: Endpoint, *, guarded: bool) -> Iterator[tuple[str, Json
         failures.update(OF_KEYS)
     if endpoint.body:
         failures.update(OF_BODIES)
-    if endpoint.status < 400:
-        answer: Json = {"description": "All is well."}
-        if endpoint.media:
-            answer["content"] = {media: {"schema": _answered(endpoint, media)} for media in endpoint.media}
-        if endpoint.hinted:
-            answer["headers"] = DIGEST_HEADERS
-        yield str(endpoint.status), answer
+    answer: Json = {"description": "All is well.", "content": dict(_content(endpoint))}
+    if endpoint.hinted:
+        answer["headers"] = DIGEST_HEADERS
+    yield "200", answer
     told = {"application/json": {"schema": {"$ref": SCHEMAS + endpoint.error.__name__}}}
     for status in sorted(failures):
         failed: Json = {"description": WORDS[status], "content": told}
@@ -174,13 +177,16 @@ def _responses(endpoint: Endpoint, *, guarded: bool) -> Iterator[tuple[str, Json
         yield str(status), failed
 
 
-def _answered(endpoint: Endpoint, media: str) -> Json:
-    if media == "application/json":
-        return {"$ref": SCHEMAS + endpoint.answer.__name__} if endpoint.answer else {"type": "object"}
-    if media == EVENTS and endpoint.event:
+def _content(endpoint: Endpoint) -> Iterator[tuple[str, Json]]:
+    """Yield the schemas of answers, by media type."""
+    if endpoint.text:
+        yield endpoint.text, {"schema": {"type": "string"}}
+        return
+    whole = {"$ref": SCHEMAS + endpoint.answer.__name__} if endpoint.answer else {"type": "object"}
+    yield "application/json", {"schema": whole}
+    if endpoint.event:
         events = [SCHEMAS + kind.__name__ for kind in (endpoint.event, endpoint.error)]
-        return event_schema(events)
-    return {"type": "string"}
+        yield EVENTS, {"schema": event_schema(events)}
 
 
 LIMITS: Final = {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"}

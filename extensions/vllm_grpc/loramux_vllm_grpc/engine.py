@@ -148,10 +148,15 @@ class VllmEngineServicer(engine_pb2_grpc.VllmEngineServicer):
     async def GetLoads(  # noqa: N802 - grpc's name
         self, request: pb.GetLoadsRequest, _context: grpc.aio.ServicerContext
     ) -> pb.GetLoadsResponse:
-        """Tell how full the replica is; whatever sections are asked for."""
+        """Return how full the replica is, whichever sections the request names."""
         refuse_rank(request.dp_rank, "dp_rank")
-        said = loads(self._service.engine_view)
-        return pb.GetLoadsResponse(**said | {"loads": [pb.SchedulerLoad(**load) for load in said["loads"]]})
+        answer = loads(self._service.engine_view)
+        return pb.GetLoadsResponse(
+            timestamp=answer["timestamp"],
+            version=answer["version"],
+            dp_rank_count=answer["dp_rank_count"],
+            loads=[pb.SchedulerLoad(**load) for load in answer["loads"]],
+        )
 
     async def GetTokenizer(  # noqa: N802 - grpc's name
         self, _request: common_pb2.GetTokenizerRequest, context: grpc.aio.ServicerContext

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Annotated, ClassVar, Final
+from typing import Annotated, ClassVar, Final, Literal, NotRequired
 
 from pydantic import Field
 from starlette.requests import Request as HttpRequest
 from starlette.responses import PlainTextResponse, Response
+from typing_extensions import TypedDict
 
 from inference_service.adapters.manager import MAX_PAGE, MAX_TOKEN, PAGE, AdapterManager
 from inference_service.adapters.views import AdapterView, ReplicaView
-from inference_service.http import answers
 from inference_service.http.wire.body import Body, Examples, Query, read_body, read_query
-from inference_service.http.wire.errors import error_body, headers_of, status_of
-from inference_service.http.wire.reply import json_response
+from inference_service.http.wire.errors import Error, error_body, headers_of, status_of
+from inference_service.http.wire.reply import Reply
 from inference_service.serving.service import GenerationService
 from loramux_shared.faults import AdapterExists, Fault, PermissionDenied
 
@@ -63,6 +63,74 @@ class PageQuery(Query):
     """The `next_page_token` of the page before."""
 
 
+class VllmError(Error):
+    """The same, with the fields that clients of vLLM read beside it; a key that is refused has none of them."""
+
+    object: NotRequired[Literal["error"]]
+    message: NotRequired[str]
+    type: NotRequired[str]
+    param: NotRequired[str | None]
+    code: NotRequired[int]
+
+
+class Failure(TypedDict):
+    """Why an adapter is served no more (MODEL_UNUSABLE), or why its last load failed."""
+
+    reason: str
+    message: str
+
+
+class Adapter(TypedDict):
+    """A name, and where the adapter that it stands for is."""
+
+    id: str
+    object: Literal["adapter"]
+    digest: str
+    resident_digest: str | None
+    generation: int
+    tier: Literal["store", "host", "device"]
+    residency: Literal["absent", "loading", "held", "copying", "resident"]
+    pinned: bool
+    in_flight: int
+    waiting: int
+    bytes: int
+    last_used: int | None
+    last_failure: Failure | None
+    only_here: bool
+
+
+class Replica(TypedDict):
+    """How the replica stands to its deployment (fixed, current, stale, blind), and what its bank holds."""
+
+    deployment: str
+    generation: int
+    newest_generation: int
+    state: str
+    reason: str
+    paused: bool
+    bank_bytes: int
+    bank_bytes_used: int
+    registered: int
+    resident: int
+    arriving: int
+    pinned: int
+
+
+class AdapterList(TypedDict):
+    """A page of adapters; the token asks for the next one and is empty at the end."""
+
+    object: Literal["list"]
+    data: list[Adapter]
+    next_page_token: str
+    replica: Replica
+
+
+class RolledBack(TypedDict):
+    """The generation that is served now: a new one, with what the older one had."""
+
+    generation: int
+
+
 def manager_of(http: HttpRequest) -> AdapterManager:
     """Return the manager that the application was made with."""
     manager: AdapterManager = http.app.state.adapters
@@ -105,55 +173,62 @@ async def unload_lora_adapter(service: GenerationService, http: HttpRequest) -> 
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
 
-def _refused(fault: Fault) -> Response:
-    """Tell a fault as OpenAI's clients and as vLLM's read it."""
+def _refused(fault: Fault) -> Reply[VllmError]:
+    """Return a fault with the fields that OpenAI's clients read, and those that vLLM's read."""
     status = 400 if isinstance(fault, AdapterExists) else status_of(fault)
     kind = "InvalidUserInput" if isinstance(fault, AdapterExists) else VLLM_TYPES.get(status, fault.reason)
-    told = error_body(fault)
-    flat = {"object": "error", "message": told["error"]["message"], "type": kind, "param": None, "code": status}
-    return json_response(told | flat, status, headers_of(fault, status_of(fault)))
+    error = error_body(fault)["error"]
+    body: VllmError = {
+        "error": error,
+        "object": "error",
+        "message": error["message"],
+        "type": kind,
+        "param": None,
+        "code": status,
+    }
+    return Reply(body, status, headers_of(fault, status_of(fault)))
 
 
-async def list_adapters(service: GenerationService, http: HttpRequest) -> Response:  # noqa: ARG001
+async def list_adapters(service: GenerationService, http: HttpRequest) -> Reply[AdapterList]:  # noqa: ARG001
     """List adapters with where they are, a page at a time, and how the replica is."""
     manager, asked = manager_of(http), read_query(http, PageQuery)
     page = manager.list(asked.page_token, asked.page_size)
-    body: answers.AdapterList = {
-        "object": "list",
-        "data": [_adapter(view) for view in page.adapters],
-        "next_page_token": page.next_page,
-        "replica": _replica(manager.replica()),
-    }
-    return json_response(body)
+    return Reply(
+        {
+            "object": "list",
+            "data": [_adapter(view) for view in page.adapters],
+            "next_page_token": page.next_page,
+            "replica": _replica(manager.replica()),
+        }
+    )
 
 
-async def pin_adapter(service: GenerationService, http: HttpRequest) -> Response:  # noqa: ARG001
+async def pin_adapter(service: GenerationService, http: HttpRequest) -> Reply[Adapter]:  # noqa: ARG001
     """Keep an adapter's name resident, whatever version it stands for."""
     refuse_other_sites(http)
-    return json_response(_adapter(manager_of(http).pin(http.path_params["name"])))
+    return Reply(_adapter(manager_of(http).pin(http.path_params["name"])))
 
 
-async def unpin_adapter(service: GenerationService, http: HttpRequest) -> Response:  # noqa: ARG001
+async def unpin_adapter(service: GenerationService, http: HttpRequest) -> Reply[Adapter]:  # noqa: ARG001
     """Let an adapter's name leave when others need its place."""
     refuse_other_sites(http)
-    return json_response(_adapter(manager_of(http).unpin(http.path_params["name"])))
+    return Reply(_adapter(manager_of(http).unpin(http.path_params["name"])))
 
 
-async def roll_back(service: GenerationService, http: HttpRequest) -> Response:  # noqa: ARG001
+async def roll_back(service: GenerationService, http: HttpRequest) -> Reply[RolledBack]:  # noqa: ARG001
     """Have an older generation published again; answers when it is served."""
     body = await read_body(http, RollbackBody)
     # Given up by its client, it goes on: what was published is served.
     generation = await asyncio.shield(manager_of(http).roll_back(body.to))
-    told: answers.RolledBack = {"generation": generation}
-    return json_response(told)
+    return Reply({"generation": generation})
 
 
-def failure_of(fault: Fault | None) -> answers.Failure | None:
+def failure_of(fault: Fault | None) -> Failure | None:
     """Tell why an adapter is not served."""
     return None if fault is None else {"reason": fault.reason, "message": fault.message}
 
 
-def _adapter(view: AdapterView) -> answers.Adapter:
+def _adapter(view: AdapterView) -> Adapter:
     return {
         "id": view.name,
         "object": "adapter",
@@ -172,7 +247,7 @@ def _adapter(view: AdapterView) -> answers.Adapter:
     }
 
 
-def _replica(view: ReplicaView) -> answers.Replica:
+def _replica(view: ReplicaView) -> Replica:
     return {
         "deployment": view.deployment,
         "generation": view.generation,

@@ -4,27 +4,81 @@ from __future__ import annotations
 
 import asyncio
 from importlib.metadata import version
+from typing import Literal, NotRequired
 
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
+from typing_extensions import TypedDict
 
-from inference_service.http import answers
-from inference_service.http.wire.reply import json_response
+from inference_service.http.wire.reply import Reply
 from inference_service.serving.service import GenerationService
 from inference_service.serving.telemetry.metrics import CONTENT_TYPE
-from inference_service.serving.telemetry.replica import loads
+from inference_service.serving.telemetry.replica import Loads, loads
 
 
-async def health(service: GenerationService, http: HttpRequest) -> Response:  # noqa: ARG001
+class Version(TypedDict):
+    """Which loramux this is."""
+
+    version: str
+
+
+class Health(TypedDict):
+    """That requests are taken; ``slow`` where torch's operations stand in for compiled ones."""
+
+    status: Literal["ok", "slow"]
+    backend: str
+    lack: NotRequired[str]
+    """Why: ``no_compiler``, ``not_compiled``, ``wrong_result`` or ``unsupported``."""
+
+
+class Blocks(TypedDict):
+    """Cache blocks."""
+
+    used: int
+    total: int
+
+
+class PrefixTokens(TypedDict):
+    """Tokens of prompts, since the start: found in the cache, and looked for there."""
+
+    hit: int
+    queried: int
+
+
+class AtWork(TypedDict):
+    """Sequences of a model."""
+
+    running: int
+    waiting: int
+
+
+class State(TypedDict):
+    """The load of the whole server, and which of the caller's models have sequences."""
+
+    running: int
+    waiting: int
+    kv_blocks: Blocks
+    prefix_tokens: PrefixTokens
+    generated_tokens: int
+    models: dict[str, AtWork]
+
+
+class Load(TypedDict):
+    """Requests in work."""
+
+    server_load: int
+
+
+async def health(service: GenerationService, http: HttpRequest) -> Reply[Health]:  # noqa: ARG001
     """Say that requests are taken, and why they are computed slowly if so; a server that drains says 503.
 
     `front` does that, before anything gets here.
     """
     computing = service.catalog.computing
-    body: answers.Health = {"status": "slow" if computing.lack else "ok", "backend": computing.backend}
+    body: Health = {"status": "slow" if computing.lack else "ok", "backend": computing.backend}
     if computing.lack:
         body |= {"lack": computing.lack.value}
-    return json_response(body)
+    return Reply(body)
 
 
 async def show_metrics(service: GenerationService, http: HttpRequest) -> Response:  # noqa: ARG001
@@ -33,43 +87,42 @@ async def show_metrics(service: GenerationService, http: HttpRequest) -> Respons
     return Response(body, headers={"content-type": CONTENT_TYPE})
 
 
-async def show_version(service: GenerationService, http: HttpRequest) -> Response:  # noqa: ARG001
+async def show_version(service: GenerationService, http: HttpRequest) -> Reply[Version]:  # noqa: ARG001
     """Say which loramux this is."""
-    body: answers.Version = {"version": version("loramux")}
-    return json_response(body)
+    return Reply({"version": version("loramux")})
 
 
-async def show_state(service: GenerationService, http: HttpRequest) -> Response:  # noqa: ARG001
+async def show_state(service: GenerationService, http: HttpRequest) -> Reply[State]:  # noqa: ARG001
     """Tell the load of the whole server, and which of the caller's models have sequences."""
     stats = service.engine_view.stats
-    body: answers.State = {
-        "running": stats.running,
-        "waiting": stats.waiting,
-        "kv_blocks": {"used": stats.blocks_total - stats.blocks_free, "total": stats.blocks_total},
-        "prefix_tokens": {"hit": stats.prefix_tokens_hit, "queried": stats.prefix_tokens_queried},
-        "generated_tokens": stats.tokens_generated,
-        "models": _at_work(service),
-    }
-    return json_response(body)
+    return Reply(
+        {
+            "running": stats.running,
+            "waiting": stats.waiting,
+            "kv_blocks": {"used": stats.blocks_total - stats.blocks_free, "total": stats.blocks_total},
+            "prefix_tokens": {"hit": stats.prefix_tokens_hit, "queried": stats.prefix_tokens_queried},
+            "generated_tokens": stats.tokens_generated,
+            "models": _at_work(service),
+        }
+    )
 
 
-async def show_load(service: GenerationService, http: HttpRequest) -> Response:  # noqa: ARG001
+async def show_load(service: GenerationService, http: HttpRequest) -> Reply[Load]:  # noqa: ARG001
     """Tell how many requests are in work, in vLLM's words."""
-    body: answers.Load = {"server_load": service.in_work}
-    return json_response(body)
+    return Reply({"server_load": service.in_work})
 
 
-async def show_loads(service: GenerationService, http: HttpRequest) -> Response:  # noqa: ARG001
+async def show_loads(service: GenerationService, http: HttpRequest) -> Reply[Loads]:  # noqa: ARG001
     """Tell how full the replica is, in SGLang's words; it is one rank of one."""
-    return json_response(loads(service.engine_view))
+    return Reply(loads(service.engine_view))
 
 
-def _at_work(service: GenerationService) -> dict[str, answers.AtWork]:
+def _at_work(service: GenerationService) -> dict[str, AtWork]:
     sequences = service.engine_view.sequence_counts
-    found: dict[str, answers.AtWork] = {}
+    found: dict[str, AtWork] = {}
     for model in service.catalog:
         name = model.name
-        counts: answers.AtWork = {
+        counts: AtWork = {
             "running": sequences.running.get(name, 0),
             "waiting": sequences.waiting.get(name, 0),
         }

@@ -8,18 +8,17 @@ from typing import Annotated, Any, ClassVar, Self
 from pydantic import ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 from starlette.requests import Request as HttpRequest
-from starlette.responses import Response
+from typing_extensions import TypedDict
 
 from inference_service.adapters.defaults import NO_DEFAULTS, AdapterDefaults
 from inference_service.chat.dialect import dialect_of
 from inference_service.chat.request import check_calls
-from inference_service.http import answers
 from inference_service.http.openai.chat_schema import Messages, Tool
 from inference_service.http.openai.mapping import tool_of, turns_of
 from inference_service.http.openai.schema_rules import GOES_ON, OF_MESSAGES, ONE_OF_TWO
 from inference_service.http.wire.body import Body, Examples, read_body
 from inference_service.http.wire.fields import Made
-from inference_service.http.wire.reply import json_response
+from inference_service.http.wire.reply import Reply
 from inference_service.serving.bounds import check_turns, refused
 from inference_service.serving.service import GenerationService
 from inference_service.serving.sizes import countable
@@ -63,7 +62,22 @@ class DetokenizeBody(Body):
     tokens: tuple[Annotated[int, Field(json_schema_extra={"minimum": 0})], ...]
 
 
-async def tokenize(service: GenerationService, http: HttpRequest) -> Response:
+class Tokens(TypedDict):
+    """The tokens of a text, and their texts where these were asked for."""
+
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None
+
+
+class Prompt(TypedDict):
+    """The text of tokens."""
+
+    prompt: str
+
+
+async def tokenize(service: GenerationService, http: HttpRequest) -> Reply[Tokens]:
     """Return the tokens of a text, or of messages as the model's template renders them."""
     body = await read_body(http, TokenizeBody)
     defaults = await _defaults(service, body.model)
@@ -94,16 +108,17 @@ async def tokenize(service: GenerationService, http: HttpRequest) -> Response:
             text.encode_prompt, body.prompt or "", most, add_special_tokens=special
         )
     names = [text.token_text(token) for token in tokens] if body.return_token_strs else None
-    told: answers.Tokens = {
-        "count": len(tokens),
-        "max_model_len": service.limits.max_seq_len,
-        "tokens": list(tokens),
-        "token_strs": names,
-    }
-    return json_response(told)
+    return Reply(
+        {
+            "count": len(tokens),
+            "max_model_len": service.limits.max_seq_len,
+            "tokens": list(tokens),
+            "token_strs": names,
+        }
+    )
 
 
-async def detokenize(service: GenerationService, http: HttpRequest) -> Response:
+async def detokenize(service: GenerationService, http: HttpRequest) -> Reply[Prompt]:
     """Return the text of tokens."""
     body = await read_body(http, DetokenizeBody)
     text = (await _defaults(service, body.model)).text or service.text
@@ -114,8 +129,7 @@ async def detokenize(service: GenerationService, http: HttpRequest) -> Response:
     if foreign:
         raise refused("tokens", f"ids from 0 to {text.vocab - 1}", foreign[:5])
     prompt = await asyncio.to_thread(text.decode, body.tokens, skip_special_tokens=False)
-    told: answers.Prompt = {"prompt": prompt}
-    return json_response(told)
+    return Reply({"prompt": prompt})
 
 
 async def _defaults(service: GenerationService, model: str | None) -> AdapterDefaults:

@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import Literal
 
 from starlette.requests import Request as HttpRequest
-from starlette.responses import Response
+from typing_extensions import TypedDict
 
-from inference_service.http import answers
 from inference_service.http.admin.operators import manager_of, refuse_other_sites
 from inference_service.http.wire.body import Query, read_query
-from inference_service.http.wire.reply import json_response
+from inference_service.http.wire.reply import Reply
 from inference_service.serving.engine_thread import PauseMode
 from inference_service.serving.service import GenerationService
 
@@ -36,17 +35,72 @@ class PauseQuery(Query):
         return self.mode or (PauseMode.WAIT if self.wait_for_inflight_requests else PauseMode.ABORT)
 
 
-async def get_world_size(service: GenerationService, http: HttpRequest) -> Response:  # noqa: ARG001
+class PauseStatus(TypedDict):
+    """What was done."""
+
+    status: Literal["paused", "resumed"]
+
+
+class IsPaused(TypedDict):
+    """True while requests stand still."""
+
+    is_paused: bool
+
+
+class WorldSize(TypedDict):
+    """How many devices share the model."""
+
+    world_size: int
+
+
+class ModelConfig(TypedDict):
+    """The model as vLLM describes one."""
+
+    model: str
+    dtype: str | None
+    max_model_len: int
+    logprobs_mode: str
+
+
+class ParallelConfig(TypedDict):
+    """How the model is spread: not at all."""
+
+    world_size: int
+    tensor_parallel_size: int
+    data_parallel_size: int
+
+
+class LoraConfig(TypedDict):
+    """Adapters of one step, and the largest rank."""
+
+    max_loras: int
+    max_lora_rank: int | None
+
+
+class VllmConfig(TypedDict):
+    """What trainers read of vLLM's configuration."""
+
+    model_config: ModelConfig
+    parallel_config: ParallelConfig
+    lora_config: LoraConfig
+
+
+class ServerInfo(TypedDict):
+    """The configuration, under vLLM's name for it."""
+
+    vllm_config: VllmConfig
+
+
+async def get_world_size(service: GenerationService, http: HttpRequest) -> Reply[WorldSize]:  # noqa: ARG001
     """Say how many devices share the model: one."""
-    body: answers.WorldSize = {"world_size": 1}
-    return json_response(body)
+    return Reply({"world_size": 1})
 
 
-async def server_info(service: GenerationService, http: HttpRequest) -> Response:
+async def server_info(service: GenerationService, http: HttpRequest) -> Reply[ServerInfo]:
     """Describe the model as vLLM's configuration does, as far as trainers read it."""
     read_query(http, InfoQuery)
     facts, stats = manager_of(http).facts, service.engine_view.stats
-    config: answers.VllmConfig = {
+    config: VllmConfig = {
         "model_config": {
             "model": service.catalog.base_name,
             "dtype": facts.dtype or None,
@@ -56,27 +110,23 @@ async def server_info(service: GenerationService, http: HttpRequest) -> Response
         "parallel_config": {"world_size": 1, "tensor_parallel_size": 1, "data_parallel_size": 1},
         "lora_config": {"max_loras": stats.max_adapters, "max_lora_rank": facts.max_lora_rank or None},
     }
-    body: answers.ServerInfo = {"vllm_config": config}
-    return json_response(body)
+    return Reply({"vllm_config": config})
 
 
-async def pause(service: GenerationService, http: HttpRequest) -> Response:
+async def pause(service: GenerationService, http: HttpRequest) -> Reply[PauseStatus]:
     """Let requests stand still (mode keep), end them (abort) or let them end (wait); new ones wait."""
     refuse_other_sites(http)
     await service.engine_view.pause(read_query(http, PauseQuery).said)
-    body: answers.PauseStatus = {"status": "paused"}
-    return json_response(body)
+    return Reply({"status": "paused"})
 
 
-async def resume(service: GenerationService, http: HttpRequest) -> Response:
+async def resume(service: GenerationService, http: HttpRequest) -> Reply[PauseStatus]:
     """Go on with everything that stands still or waits."""
     refuse_other_sites(http)
     service.engine_view.resume()
-    body: answers.PauseStatus = {"status": "resumed"}
-    return json_response(body)
+    return Reply({"status": "resumed"})
 
 
-async def is_paused(service: GenerationService, http: HttpRequest) -> Response:  # noqa: ARG001
+async def is_paused(service: GenerationService, http: HttpRequest) -> Reply[IsPaused]:  # noqa: ARG001
     """Say whether requests stand still."""
-    body: answers.IsPaused = {"is_paused": service.engine_view.paused}
-    return json_response(body)
+    return Reply({"is_paused": service.engine_view.paused})

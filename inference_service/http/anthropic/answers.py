@@ -1,4 +1,4 @@
-"""What messages and their failures look like; `openapi` makes schemas of it.
+"""The answers of Anthropic's routes: a message, the events of one that is streamed, a count of tokens.
 
 Source: `anthropic.types.Message` and `anthropic.types.RawMessageStreamEvent`
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any, Literal, NotRequired
 
 from pydantic import ConfigDict, with_config
-from typing_extensions import TypedDict
+from typing_extensions import ReadOnly, TypedDict
 
 
 class SaidBlock(TypedDict):
@@ -52,6 +52,10 @@ class MessageUsage(TypedDict):
     """Where something was thought."""
 
 
+ContentBlock = SaidBlock | ThoughtBlock | CallBlock
+StopReason = Literal["end_turn", "max_tokens", "stop_sequence", "tool_use"]
+
+
 class AnthropicMessage(TypedDict):
     """An answer."""
 
@@ -59,45 +63,111 @@ class AnthropicMessage(TypedDict):
     type: Literal["message"]
     role: Literal["assistant"]
     model: str
-    content: list[SaidBlock | ThoughtBlock | CallBlock]
-    stop_reason: Literal["end_turn", "max_tokens", "stop_sequence", "tool_use"] | None
+    content: list[ContentBlock]
+    stop_reason: StopReason | None
     stop_sequence: str | None
     usage: MessageUsage
+
+
+EventKind = Literal[
+    "message_start", "content_block_start", "content_block_delta", "content_block_stop", "message_delta",
+    "message_stop", "ping", "error",
+]  # fmt: skip
 
 
 @with_config(ConfigDict(extra="allow"))
 class MessageEvent(TypedDict):
     """An event of a stream; its type says which other fields it has."""
 
-    type: Literal[
-        "message_start", "content_block_start", "content_block_delta", "content_block_stop", "message_delta",
-        "message_stop", "ping", "error",
-    ]  # fmt: skip
+    type: ReadOnly[EventKind]
+
+
+class MessageStart(MessageEvent):
+    """The message before anything is answered."""
+
+    type: Literal["message_start"]
+    message: AnthropicMessage
+
+
+class BlockStart(MessageEvent):
+    """A block of the content begins."""
+
+    type: Literal["content_block_start"]
+    index: int
+    content_block: ContentBlock
+
+
+class TextDelta(TypedDict):
+    """More text."""
+
+    type: Literal["text_delta"]
+    text: str
+
+
+class ThinkingDelta(TypedDict):
+    """More thinking."""
+
+    type: Literal["thinking_delta"]
+    thinking: str
+
+
+class SignatureDelta(TypedDict):
+    """The signature of a block of thinking."""
+
+    type: Literal["signature_delta"]
+    signature: str
+
+
+class InputDelta(TypedDict):
+    """More of the input of a call, as JSON text."""
+
+    type: Literal["input_json_delta"]
+    partial_json: str
+
+
+class BlockDelta(MessageEvent):
+    """More of a block."""
+
+    type: Literal["content_block_delta"]
+    index: int
+    delta: TextDelta | ThinkingDelta | SignatureDelta | InputDelta
+
+
+class BlockStop(MessageEvent):
+    """A block is complete."""
+
+    type: Literal["content_block_stop"]
+    index: int
+
+
+class Ending(TypedDict):
+    """How a message ended."""
+
+    stop_reason: StopReason
+    stop_sequence: str | None
+
+
+class MessageDelta(MessageEvent):
+    """The end of a message, with its tokens."""
+
+    type: Literal["message_delta"]
+    delta: Ending
+    usage: MessageUsage
+
+
+class MessageStop(MessageEvent):
+    """The last event."""
+
+    type: Literal["message_stop"]
+
+
+class Ping(MessageEvent):
+    """A sign that the stream is alive."""
+
+    type: Literal["ping"]
 
 
 class TokenCount(TypedDict):
     """Tokens of a prompt."""
 
     input_tokens: int
-
-
-class FailureDetails(TypedDict):
-    """By which clients know what to leave out."""
-
-    error_code: str
-
-
-class MessageFailure(TypedDict):
-    """Why a request failed."""
-
-    type: str
-    message: str
-    details: NotRequired[FailureDetails]
-
-
-class MessageError(TypedDict):
-    """A failure."""
-
-    type: Literal["error"]
-    error: MessageFailure
-    request_id: str | None

@@ -9,27 +9,40 @@ from functools import partial
 from typing import Final
 
 from starlette.requests import Request as HttpRequest
-from starlette.responses import Response
 
 from inference_service.chat.conversation import Conversation, Told
 from inference_service.chat.pieces import Thought
 from inference_service.chat.request import ChatRequest
 from inference_service.core.sequence import FinishReason
+from inference_service.http.anthropic.answers import (
+    AnthropicMessage,
+    ContentBlock,
+    Ending,
+    MessageDelta,
+    MessageEvent,
+    MessageStart,
+    MessageStop,
+    MessageUsage,
+    Ping,
+    StopReason,
+    TokenCount,
+)
 from inference_service.http.anthropic.content import Content
 from inference_service.http.anthropic.mapping import chat_of
 from inference_service.http.anthropic.schema import CountBody, MessagesBody
 from inference_service.http.wire.body import read_body
 from inference_service.http.wire.refusals import fault_body
-from inference_service.http.wire.reply import Head, Json, json_response
-from inference_service.http.wire.stream import named, open_stream, while_connected
+from inference_service.http.wire.reply import Head, Reply
+from inference_service.http.wire.stream import EventStream, named, open_stream, while_connected
 from inference_service.serving.request import WORDLESS, Delta, Finished, Started
 from inference_service.serving.service import GenerationService
 from loramux_shared.faults import PromptTooLong
 
 PING_S: Final = 10.0
-"""A stream in which nothing is told for so long, though tokens come, says that it is alive: a call may be held
-back until it is whole."""
-PING: Final[Json] = {"type": "ping"}
+"""Seconds without an event, though tokens come, after which a stream has a ping: a call may be held back until
+it is whole."""
+PING: Final[Ping] = {"type": "ping"}
+STOP: Final[MessageStop] = {"type": "message_stop"}
 
 
 class MessageAnswer:
@@ -47,77 +60,77 @@ class MessageAnswer:
         self._body = body
         self._ping_s = ping_s
         self._conversation = Conversation(service, chat)
-        self.head = Head(f"msg_{self._conversation.request.id}", "message", body.model)
+        self.head = Head(f"msg_{self._conversation.request.id}", body.model)
         shown = body.thinking is None or body.thinking.display != "omitted"
         self._content = Content(shows_thinking=shown)
+        self._prompt_tokens = 0
+        self._finished: Finished | None = None
         self._unread = self._thinking = 0
-        """Tokens of which no piece has come yet, and tokens of what was thought."""
+        """Tokens since the last piece, and tokens of thinking."""
 
-    async def whole(self) -> Json:
+    async def whole(self) -> AnthropicMessage:
         """Return the answer at once.
 
         Raises:
             Fault: as `GenerationService.generate` does, with Anthropic's names.
         """
-        ended: Json = {}
-        async with aclosing(self._events()) as events:
-            async for event in events:
-                if isinstance(event, Started):
-                    self.head.begin(event)
-                    continue
-                self._take(event)
-                if isinstance(event.event, Finished):
-                    self._content.end()
-                    ended = self._ended(event.event) | {"usage": self._usage(event.event)}
-        return self._message(self._content.blocks) | ended
+        async with aclosing(self._answers()) as answers:
+            async for told in answers:
+                self._read(told)
+        finished = self._finished
+        assert finished is not None  # noqa: S101 - an answer that did not fail ends
+        message = self._message(self._content.blocks, self._usage(finished))
+        return {**message, **self._ending(finished)}
 
-    async def events(self) -> AsyncGenerator[Json]:
+    async def events(self) -> AsyncGenerator[MessageEvent]:
         """Yield the events of a stream; the first comes with the first text.
 
         Raises:
             Fault: as `whole` does.
         """
-        begun, prompt_tokens, told_s = False, 0, 0.0
-        async with aclosing(self._events()) as events:
-            async for event in events:
-                if isinstance(event, Started):
-                    self.head.begin(event)
-                    prompt_tokens = event.prompt_tokens
-                    continue
-                news = self._take(event)
-                if not (begun or news or self._unread > WORDLESS or isinstance(event.event, Finished)):
+        begun, last_s = False, 0.0
+        async with aclosing(self._answers()) as answers:
+            async for told in answers:
+                events = self._read(told)
+                if not (begun or events or self._unread > WORDLESS):
                     continue
                 if not begun:
                     begun = True
-                    news = [self._started(prompt_tokens), PING, *news]
-                if isinstance(event.event, Finished):
-                    news += [*self._content.end(), self._stopped(event.event), {"type": "message_stop"}]
-                if not news and time.monotonic() - told_s > self._ping_s:
-                    news = [PING]
-                if news:
-                    told_s = time.monotonic()
-                for each in news:
-                    yield each
+                    events = [self._started(), PING, *events]
+                if not events and time.monotonic() - last_s > self._ping_s:
+                    events = [PING]
+                if events:
+                    last_s = time.monotonic()
+                for event in events:
+                    yield event
 
-    async def _events(self) -> AsyncGenerator[Started | Told]:
+    async def _answers(self) -> AsyncGenerator[Told]:
+        """Yield more of the answer, or its end; what comes before it is noted."""
         try:
             async with aclosing(self._conversation.events()) as events:
                 async for event in events:
-                    if isinstance(event, Started | Told):
+                    if isinstance(event, Started):
+                        self.head.begin(event)
+                        self._prompt_tokens = event.prompt_tokens
+                    elif isinstance(event, Told):
                         yield event
         except PromptTooLong as fault:
             raise await self._too_long() from fault
 
-    def _take(self, told: Told) -> list[Json]:
-        """Return the events that tell more of the answer; count what was thought."""
+    def _read(self, told: Told) -> list[MessageEvent]:
+        """Collect more of the answer, or its end; return the events that a stream has of it."""
         if isinstance(told.event, Delta):
             self._unread += len(told.event.tokens)
         if told.pieces:
             self._thinking += self._unread * isinstance(told.pieces[0], Thought)
             self._unread = 0
-        return self._content.take(told.pieces)
+        events: list[MessageEvent] = [*self._content.take(told.pieces)]
+        if isinstance(told.event, Finished):
+            self._finished = told.event
+            events += [*self._content.end(), self._ended(told.event), STOP]
+        return events
 
-    def _message(self, content: list[Json]) -> Json:
+    def _message(self, content: list[ContentBlock], usage: MessageUsage) -> AnthropicMessage:
         return {
             "id": self.head.id,
             "type": "message",
@@ -126,28 +139,30 @@ class MessageAnswer:
             "content": content,
             "stop_reason": None,
             "stop_sequence": None,
+            "usage": usage,
         }
 
-    def _started(self, prompt_tokens: int) -> Json:
+    def _started(self) -> MessageStart:
         """Return the first event; how much of the prompt was cached is told with the last but one."""
-        counted = usage(Finished(FinishReason.STOP, "", prompt_tokens, 0, 0))
-        return {"type": "message_start", "message": self._message([]) | {"usage": counted}}
+        counted = usage(Finished(FinishReason.STOP, "", self._prompt_tokens, 0, 0))
+        return {"type": "message_start", "message": self._message([], counted)}
 
-    def _stopped(self, finished: Finished) -> Json:
-        return {"type": "message_delta", "delta": self._ended(finished), "usage": self._usage(finished)}
+    def _ended(self, finished: Finished) -> MessageDelta:
+        return {"type": "message_delta", "delta": self._ending(finished), "usage": self._usage(finished)}
 
-    def _usage(self, finished: Finished) -> Json:
-        thought = {"output_tokens_details": {"thinking_tokens": self._thinking}} if self._thinking else {}
-        return usage(finished) | thought
+    def _usage(self, finished: Finished) -> MessageUsage:
+        counted = usage(finished)
+        if self._thinking:
+            counted["output_tokens_details"] = {"thinking_tokens": self._thinking}
+        return counted
 
-    def _ended(self, finished: Finished) -> Json:
+    def _ending(self, finished: Finished) -> Ending:
         stop = finished.stop_text if finished.stop_text in (self._body.stop_sequences or ()) else None
+        reason: StopReason = "tool_use" if self._content.calls else "end_turn"
         if stop:
             reason = "stop_sequence"
         elif finished.reason is FinishReason.LENGTH:
             reason = "max_tokens"
-        else:
-            reason = "tool_use" if self._content.calls else "end_turn"
         return {"stop_reason": reason, "stop_sequence": stop}
 
     async def _too_long(self) -> PromptTooLong:
@@ -165,7 +180,7 @@ class MessageAnswer:
         )
 
 
-def usage(finished: Finished) -> Json:
+def usage(finished: Finished) -> MessageUsage:
     """Return the tokens of a prompt, without those that were found in the cache, and of its answer."""
     return {
         "input_tokens": finished.prompt_tokens - finished.cached_tokens,
@@ -175,7 +190,9 @@ def usage(finished: Finished) -> Json:
     }
 
 
-async def create_message(service: GenerationService, http: HttpRequest) -> Response:
+async def create_message(
+    service: GenerationService, http: HttpRequest
+) -> Reply[AnthropicMessage] | EventStream[MessageEvent]:
     """Answer a conversation, as Anthropic's API has it."""
     body = await read_body(http, MessagesBody)
     answer = MessageAnswer(service, body, chat_of(body, http.headers))
@@ -183,11 +200,11 @@ async def create_message(service: GenerationService, http: HttpRequest) -> Respo
         framing = named(partial(fault_body, http.scope))
         return await open_stream(http.receive, answer.events(), answer.head, framing)
     whole = await while_connected(http.receive, answer.whole())
-    return json_response(whole, headers=answer.head.headers)
+    return Reply(whole, headers=answer.head.headers)
 
 
-async def count_tokens(service: GenerationService, http: HttpRequest) -> Response:
+async def count_tokens(service: GenerationService, http: HttpRequest) -> Reply[TokenCount]:
     """Count the tokens of a conversation's prompt."""
     chat = chat_of(await read_body(http, CountBody), http.headers)
     tokens = await Conversation(service, chat).prompt_tokens()
-    return json_response({"input_tokens": tokens})
+    return Reply({"input_tokens": tokens})

@@ -1,13 +1,19 @@
-"""What answers of chat and of plain completions look like, whole and in chunks; `openapi` makes schemas of it.
+"""The answers of chat and of plain completions, whole and in chunks, and what both say of ends and tokens.
 
 Sources: OpenAI's API reference; vLLM's for stop reasons, token ids and log probabilities of prompts.
 """
 
 from __future__ import annotations
 
-from typing import Literal, NotRequired
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Final, Literal, NotRequired
 
 from typing_extensions import TypedDict
+
+from inference_service.core.sequence import FinishReason
+from inference_service.serving.request import Delta, Event, Finished, Started
 
 Ended = Literal["stop", "length"]
 ChatEnded = Literal["stop", "length", "tool_calls"]
@@ -46,6 +52,13 @@ class RankedToken(TypedDict):
 
 PromptLogprobs = list[dict[str, RankedToken] | None]
 """By token id; null for the first token of the prompt."""
+
+
+class PromptPart(TypedDict, total=False):
+    """What is told of a prompt where a request asks for it: with the answer, or with its first chunk."""
+
+    prompt_token_ids: list[int]
+    prompt_logprobs: PromptLogprobs
 
 
 class TopLogprob(TypedDict):
@@ -231,3 +244,56 @@ class CompletionChunk(TypedDict):
     system_fingerprint: str
     choices: list[PlainAnswerPart]
     usage: NotRequired[Usage | None]
+
+
+REASONS: Final[Mapping[FinishReason, Ended]] = {FinishReason.STOP: "stop", FinishReason.LENGTH: "length"}
+
+
+def ended_by(finished: Finished, stops: Collection[str]) -> str | int | None:
+    """Return vLLM's ``stop_reason``: the one of stops or of the request's stop tokens that ended it, if any."""
+    return finished.stop_text if finished.stop_text in stops else finished.stop_token_id
+
+
+def usage(finished: Iterable[Finished], reasoning: int = 0) -> Usage:
+    """Return the tokens of the answers to one or more prompts; a prompt counts once, whatever its answers.
+
+    Reasoning tokens have a field of their own where there are any.
+    """
+    ends = list(finished)
+    prompt = sum(end.prompt_tokens for end in ends if not end.index)
+    completion = sum(end.completion_tokens for end in ends)
+    counted: Usage = {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+    }
+    if reasoning:
+        counted["completion_tokens_details"] = {"reasoning_tokens": reasoning}
+    cached = sum(end.cached_tokens for end in ends if not end.index)
+    counted["prompt_tokens_details"] = {"cached_tokens": cached}
+    return counted
+
+
+@dataclass
+class Tally:
+    """Counts the tokens of a prompt, and of each of its answers so far."""
+
+    prompt: int = 0
+    completion: Counter[int] = field(default_factory=Counter)
+    """By the answer's index."""
+
+    def see(self, event: Event) -> None:
+        """Count the tokens of an event."""
+        if isinstance(event, Started):
+            self.prompt = event.prompt_tokens
+        elif isinstance(event, Delta):
+            self.completion[event.index] += len(event.tokens)
+
+    def usage(self, index: int) -> Usage:
+        """Return the tokens of the prompt and of one answer."""
+        completion = self.completion[index]
+        return {
+            "prompt_tokens": self.prompt,
+            "completion_tokens": completion,
+            "total_tokens": self.prompt + completion,
+        }

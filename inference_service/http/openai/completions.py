@@ -8,16 +8,27 @@ from contextlib import aclosing
 from dataclasses import replace
 
 from starlette.requests import Request as HttpRequest
-from starlette.responses import Response
 
 from inference_service.core.sequence import Token
+from inference_service.http.openai.answers import (
+    REASONS,
+    Completion,
+    CompletionChunk,
+    Ended,
+    PlainAnswer,
+    PlainAnswerPart,
+    PromptPart,
+    Tally,
+    ended_by,
+    usage,
+)
 from inference_service.http.openai.logprobs import TokenNames, legacy_logprobs, prompt_logprobs
 from inference_service.http.openai.mapping import completion_requests
 from inference_service.http.openai.schema import CompletionBody
 from inference_service.http.wire.body import read_body
 from inference_service.http.wire.fields import in_words_of
-from inference_service.http.wire.reply import REASONS, Head, Json, Tally, ended_by, json_response, usage
-from inference_service.http.wire.stream import open_stream, while_connected
+from inference_service.http.wire.reply import Head, Reply
+from inference_service.http.wire.stream import EventStream, open_stream, while_connected
 from inference_service.serving.request import Delta, Event, Finished, Pooled, PromptLogprobs, Request, Started
 from inference_service.serving.service import GenerationService
 
@@ -57,74 +68,86 @@ async def merged(streams: Sequence[AsyncGenerator[Event]]) -> AsyncGenerator[tup
 
 
 class CompletionChoice:
-    """Collects the text of an answer, or tells it in chunks."""
+    """One of the answers to one of the prompts: collects its text, and writes the chunks of a stream."""
 
     def __init__(self, index: int, stops: Collection[str], names: TokenNames | None, *, ids: bool) -> None:
         """Begin an answer that stops may end.
 
-        TokenNames are given where log probabilities are asked for, ids where token ids are.
+        Log probabilities are written where TokenNames are given, and token ids where `ids` is true.
         """
         self._index = index
         self._stops = stops
         self._ids: list[int] | None = [] if ids else None
         self._names = names
-        self._said: list[str] = []
+        self._texts: list[str] = []
         self._tokens: list[Token] = []
         self._offset = 0
-        """Characters of the tokens that were told in chunks."""
-        self._reason: str | None = None
-        self._ended_by: str | int | None = None
-        self._prompt: Json = {}
-        self._untold: Json = {}
-        """Of the prompt, what was not told in a chunk yet."""
+        """Characters of the tokens in the chunks so far."""
+        self._finish_reason: Ended | None = None
+        self._stop_reason: str | int | None = None
+        self._prompt: PromptPart = {}
+        """What the answer tells of its prompt."""
+        self._in_next: PromptPart = {}
+        """Of that, what the next chunk tells."""
 
-    def echo(self, prompt: str, tokens: Sequence[Token]) -> list[Json]:
-        """Put the prompt before the answer; return the choice that tells it."""
-        self._said.append(prompt)
+    def echo(self, prompt: str, tokens: Sequence[Token]) -> list[PlainAnswerPart]:
+        """Put the prompt before the answer; return its choice in a chunk."""
+        self._texts.append(prompt)
         self._tokens += tokens
-        return [self._chunk(prompt, tokens)]
+        return [self._part(prompt, tokens)]
 
-    def know(self, prompt: Json) -> None:
+    def know(self, prompt: PromptPart) -> None:
         """Add what is to be told of the prompt, once: its tokens, or their scores."""
-        self._prompt |= prompt
-        self._untold |= prompt
+        self._prompt.update(prompt)
+        self._in_next.update(prompt)
 
-    def take(self, delta: Delta) -> list[Json]:
-        """Read more of the answer; return the choices that tell it."""
-        self._said.append(delta.text)
+    def take(self, delta: Delta) -> list[PlainAnswerPart]:
+        """Collect more of the answer; return its choice in a chunk, where that tells something."""
+        self._texts.append(delta.text)
         self._tokens += delta.tokens
         ids = [token.id for token in delta.tokens]
         if self._ids is not None:
             self._ids += ids
-        told = delta.text or self._names is not None or self._ids is not None
-        return [self._chunk(delta.text, delta.tokens, ids)] if told else []
+        tells = delta.text or self._names is not None or self._ids is not None
+        return [self._part(delta.text, delta.tokens, ids)] if tells else []
 
-    def end(self, finished: Finished) -> list[Json]:
-        """Read the end of the answer; return the choices that tell it."""
-        self._reason = REASONS[finished.reason]
-        self._ended_by = ended_by(finished, self._stops)
-        return [self._chunk("", ())]
+    def end(self, finished: Finished) -> list[PlainAnswerPart]:
+        """Note the end of the answer; return its choice in a chunk."""
+        self._finish_reason = REASONS[finished.reason]
+        self._stop_reason = ended_by(finished, self._stops)
+        return [self._part("", ())]
 
-    def whole(self) -> Json:
-        """Return the choice of an answer that is complete."""
+    def whole(self) -> PlainAnswer:
+        """Return the choice of an answer that has ended."""
+        assert self._finish_reason is not None  # noqa: S101 - every answer of a request that did not fail ends
         self._offset = 0
-        return self._choice("".join(self._said), self._tokens, self._ids or ()) | self._prompt
+        choice = self._choice("".join(self._texts), self._tokens, self._ids or ())
+        return {**choice, "finish_reason": self._finish_reason, **self._prompt}
 
-    def _chunk(self, said: str, tokens: Sequence[Token], ids: Sequence[int] = ()) -> Json:
-        prompt, self._untold = self._untold, {}
-        return self._choice(said, tokens, ids) | prompt
+    def _part(self, text: str, tokens: Sequence[Token], ids: Sequence[int] = ()) -> PlainAnswerPart:
+        prompt, self._in_next = self._in_next, {}
+        return {**self._choice(text, tokens, ids), **prompt}
 
-    def _choice(self, said: str, tokens: Sequence[Token], ids: Sequence[int]) -> Json:
+    def _choice(self, text: str, tokens: Sequence[Token], ids: Sequence[int]) -> PlainAnswerPart:
         scores = None
         if self._names is not None and tokens:
             scores = legacy_logprobs(tokens, self._names, self._offset)
             self._offset += sum(len(self._names.text.token_text(token.id)) for token in tokens)
-        choice = {"index": self._index, "text": said, "logprobs": scores, "finish_reason": self._reason}
-        choice["stop_reason"] = self._ended_by
-        return choice if self._ids is None else choice | {"token_ids": list(ids)}
+        choice: PlainAnswerPart = {
+            "index": self._index,
+            "text": text,
+            "logprobs": scores,
+            "finish_reason": self._finish_reason,
+            "stop_reason": self._stop_reason,
+        }
+        if self._ids is not None:
+            choice["token_ids"] = list(ids)
+        return choice
 
 
-async def completions(service: GenerationService, http: HttpRequest) -> Response:
+async def completions(
+    service: GenerationService, http: HttpRequest
+) -> Reply[Completion] | EventStream[CompletionChunk]:
     """Complete prompts."""
     body = await read_body(http, CompletionBody)
     with in_words_of(body):
@@ -132,7 +155,7 @@ async def completions(service: GenerationService, http: HttpRequest) -> Response
         if body.stream:
             return await open_stream(http.receive, completion.chunks(), completion.head)
         whole = await while_connected(http.receive, completion.whole())
-    return json_response(whole, headers=completion.head.headers)
+    return Reply(whole, headers=completion.head.headers)
 
 
 class CompletionAnswer:
@@ -143,47 +166,67 @@ class CompletionAnswer:
         self._body = body
         self._requests = requests
         self._n = requests[0].n
-        self.head = Head(f"cmpl-{requests[0].id}", "text_completion", body.model)
+        self.head = Head(f"cmpl-{requests[0].id}", body.model)
         self._choices: list[list[CompletionChoice]] = [[] for _ in requests]
         """By prompt; made when its request was accepted: before that, n is only a number that somebody sent."""
         self._prompts: list[tuple[int, ...]] = [() for _ in requests]
         """Their tokens."""
         self._text = service.text
-        """Of the model that answers, once that is known."""
+        """The text side of the model that answers; the base's until that is known."""
         self._ends: list[Finished] = []
         self._tallies = [Tally() for _ in requests]
 
-    async def whole(self) -> Json:
+    async def whole(self) -> Completion:
         """Return the answers at once."""
-        async with aclosing(self._told()) as told:
-            async for _ in told:
+        async with aclosing(self._parts()) as parts:
+            async for _ in parts:
                 pass
-        choices = [choice.whole() for answers in self._choices for choice in answers]
-        return self.head.body(choices) | {"usage": usage(self._ends)}
+        return {
+            "id": self.head.id,
+            "object": "text_completion",
+            "created": self.head.created,
+            "model": self.head.model,
+            "system_fingerprint": self.head.fingerprint,
+            "choices": [choice.whole() for answers in self._choices for choice in answers],
+            "usage": usage(self._ends),
+        }
 
-    async def chunks(self) -> AsyncGenerator[Json]:
-        """Yield the answers as they come."""
-        more: Json = {"usage": None} if self._body.include_usage else {}
-        async with aclosing(self._told()) as told:
-            async for choice in told:
+    async def chunks(self) -> AsyncGenerator[CompletionChunk]:
+        """Yield the answers in chunks as they are generated."""
+        async with aclosing(self._parts()) as parts:
+            async for part in parts:
+                chunk = self._chunk([part])
                 if self._body.continuous_usage:
-                    number, index = divmod(choice["index"], self._n)
-                    more["usage"] = self._tallies[number].usage(index)
-                yield self.head.body([choice]) | more
+                    number, index = divmod(part["index"], self._n)
+                    chunk["usage"] = self._tallies[number].usage(index)
+                elif self._body.include_usage:
+                    chunk["usage"] = None
+                yield chunk
         if self._body.include_usage:
-            yield self.head.body([]) | {"usage": usage(self._ends)}
+            yield {**self._chunk([]), "usage": usage(self._ends)}
 
-    async def _told(self) -> AsyncGenerator[Json]:
+    def _chunk(self, choices: list[PlainAnswerPart]) -> CompletionChunk:
+        return {
+            "id": self.head.id,
+            "object": "text_completion",
+            "created": self.head.created,
+            "model": self.head.model,
+            "system_fingerprint": self.head.fingerprint,
+            "choices": choices,
+        }
+
+    async def _parts(self) -> AsyncGenerator[PlainAnswerPart]:
         """Yield every choice that tells something new; one version answers all prompts."""
         if len(self._requests) > 1:
             served = await self._service.naming.choose(self._requests[0])
             self._requests = [replace(request, served=served) for request in self._requests]
         async with aclosing(merged([self._service.generate(request) for request in self._requests])) as events:
             async for number, event in events:
-                for choice in self._tell(number, event):
-                    yield choice
+                for part in self._read(number, event):
+                    yield part
 
-    def _tell(self, number: int, event: Event) -> list[Json]:
+    def _read(self, number: int, event: Event) -> list[PlainAnswerPart]:
+        """Read an event of a prompt; return the choices that tell it."""
         self._tallies[number].see(event)
         match event:
             case Started():
@@ -214,13 +257,13 @@ class CompletionAnswer:
         ids = bool(self._body.return_token_ids)
         self._choices[number] = [CompletionChoice(index, self._body.stop, scored, ids=ids) for index in indices]
         for choice in self._choices[number] if ids else ():
-            choice.know({"prompt_token_ids": started.prompt_token_ids})
+            choice.know({"prompt_token_ids": list(started.prompt_token_ids)})
 
-    def _echo(self, number: int, tokens: Sequence[Token]) -> list[Json]:
+    def _echo(self, number: int, tokens: Sequence[Token]) -> list[PlainAnswerPart]:
         """Tell the prompt, where it is to be echoed; tokens are given where they have log probabilities."""
         if not self._body.echo:
             return []
         cut = self._body.truncate_prompt_tokens is not None
         prompt = self._prompts[number] if cut else self._body.prompt[number]
-        said = prompt if isinstance(prompt, str) else self._text.decode(prompt)
-        return [told for choice in self._choices[number] for told in choice.echo(said, tokens)]
+        text = prompt if isinstance(prompt, str) else self._text.decode(prompt)
+        return [part for choice in self._choices[number] for part in choice.echo(text, tokens)]

@@ -5,10 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from inference_service.core.sequence import Token
-from inference_service.http.wire.reply import Json
+from inference_service.http.openai.answers import (
+    ChatLogprobs,
+    PlainLogprobs,
+    PromptLogprobs,
+    RankedToken,
+    TokenLogprob,
+    TopLogprob,
+)
 from inference_service.text.text import Text
 
 IMPOSSIBLE = -9999.0
@@ -32,24 +38,25 @@ class TokenNames:
         return f"token_id:{token}" if self.as_ids else legacy_name(token, self.text)
 
 
-def chat_logprobs(tokens: Sequence[Token], names: TokenNames) -> Json:
+def chat_logprobs(tokens: Sequence[Token], names: TokenNames) -> ChatLogprobs:
     """Return the ``logprobs`` of a chat's choice."""
-    content = []
-    for token in tokens:
-        top = [_chat_token(number, logprob, names) for number, logprob in token.top]
-        content.append(_chat_token(token.id, token.logprob, names) | {"top_logprobs": top})
-    return {"content": content, "refusal": None}
+    return {"content": [_chat_token(token, names) for token in tokens], "refusal": None}
 
 
-def _chat_token(token: int, logprob: float | None, names: TokenNames) -> Json:
+def _chat_token(token: Token, names: TokenNames) -> TokenLogprob:
+    top = [_top_token(number, logprob, names) for number, logprob in token.top]
+    return {**_top_token(token.id, token.logprob, names), "top_logprobs": top}
+
+
+def _top_token(token: int, logprob: float | None, names: TokenNames) -> TopLogprob:
     return {
         "token": names.of_chat(token),
-        "logprob": _finite(logprob),
+        "logprob": None if logprob is None else _finite(logprob),
         "bytes": list(names.text.token_bytes(token)),
     }
 
 
-def legacy_logprobs(tokens: Sequence[Token], names: TokenNames, offset: int) -> Json:
+def legacy_logprobs(tokens: Sequence[Token], names: TokenNames, offset: int) -> PlainLogprobs:
     """Return the ``logprobs`` of a plain completion's choice; offset is where its text begins in the answer."""
     offsets = []
     for token in tokens:
@@ -57,13 +64,13 @@ def legacy_logprobs(tokens: Sequence[Token], names: TokenNames, offset: int) -> 
         offset += len(names.text.token_text(token.id))
     return {
         "tokens": [names.of_completion(token.id) for token in tokens],
-        "token_logprobs": [_finite(token.logprob) for token in tokens],
+        "token_logprobs": [None if token.logprob is None else _finite(token.logprob) for token in tokens],
         "top_logprobs": [_legacy_top(token, names) for token in tokens],
         "text_offset": offsets,
     }
 
 
-def _legacy_top(token: Token, names: TokenNames) -> Json | None:
+def _legacy_top(token: Token, names: TokenNames) -> dict[str, float] | None:
     """Return the most likely tokens by their names, the chosen one among them."""
     if token.logprob is None:
         return None
@@ -80,24 +87,24 @@ def legacy_name(token: int, text: Text) -> str:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
 
 
-def prompt_logprobs(tokens: Iterable[Token], text: Text) -> list[Json | None]:
+def prompt_logprobs(tokens: Iterable[Token], text: Text) -> PromptLogprobs:
     """Return vLLM's ``prompt_logprobs``: by token id; tokens that tie share the best rank of them."""
     return [_ranked(token, text) for token in tokens]
 
 
-def _ranked(token: Token, text: Text) -> Json | None:
+def _ranked(token: Token, text: Text) -> dict[str, RankedToken] | None:
     if token.logprob is None:
         return None
-    ranked: dict[str, Any] = {str(token.id): _decoded(token.id, token.logprob, token.rank, text)}
+    ranked = {str(token.id): _decoded(token.id, token.logprob, token.rank, text)}
     scores = [logprob for _, logprob in token.top]
     for number, logprob in token.top:
         ranked[str(number)] = _decoded(number, logprob, 1 + scores.index(logprob), text)
     return ranked
 
 
-def _decoded(token: int, logprob: float, rank: int | None, text: Text) -> Json:
+def _decoded(token: int, logprob: float, rank: int | None, text: Text) -> RankedToken:
     return {"logprob": _finite(logprob), "rank": rank, "decoded_token": text.token_text(token)}
 
 
-def _finite(logprob: float | None) -> float | None:
-    return logprob if logprob is None or math.isfinite(logprob) else IMPOSSIBLE
+def _finite(logprob: float) -> float:
+    return logprob if math.isfinite(logprob) else IMPOSSIBLE

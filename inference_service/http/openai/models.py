@@ -3,47 +3,89 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Final
+from typing import Final, Literal
 
 from starlette.requests import Request as HttpRequest
-from starlette.responses import Response
+from typing_extensions import TypedDict
 
 from inference_service.adapters.manager import AdapterManager
 from inference_service.adapters.served_model import ServedModel
 from inference_service.chat.dialect import dialect_of_model
-from inference_service.http import answers
-from inference_service.http.admin.operators import failure_of, manager_of
-from inference_service.http.wire.reply import json_response
+from inference_service.http.admin.operators import Failure, failure_of, manager_of
+from inference_service.http.wire.reply import Reply
 from inference_service.serving.service import GenerationService
 
 FEW: Final = 100
 """Models that are described at once."""
 
 
-async def list_models(service: GenerationService, http: HttpRequest) -> Response:
+class Model(TypedDict):
+    """The base, whose parent is null, or an adapter of it."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    root: str
+    parent: str | None
+    max_model_len: int
+    generation: int
+    digest: str | None
+    tier: Literal["store", "host", "device"]
+    ranks: list[int]
+    modules: list[str]
+    kinds: list[str]
+    replaced_rows: dict[str, int]
+    invocation_tokens: list[int]
+    num_labels: int | None
+    licence: str | None
+    base_licence: str | None
+    tool_parser: str | None
+    reasoning_parser: str | None
+    warnings: list[str]
+    last_failure: Failure | None
+    type: Literal["model"]
+    """This and what follows are Anthropic's."""
+    display_name: str
+    created_at: str
+
+
+class ModelList(TypedDict):
+    """The models that the caller's key may use."""
+
+    object: Literal["list"]
+    data: list[Model]
+    has_more: Literal[False]
+    """Anthropic's, as the ids of the first and the last."""
+    first_id: str | None
+    last_id: str | None
+
+
+async def list_models(service: GenerationService, http: HttpRequest) -> Reply[ModelList]:
     """List the base, where it is served, and the adapters."""
     models, adapters = list(service.catalog), manager_of(http)
 
-    def write() -> Response:
-        body: answers.ModelList = {
-            "object": "list",
-            "data": [_model(model, service, adapters) for model in models],
-            "has_more": False,
-            "first_id": models[0].name if models else None,
-            "last_id": models[-1].name if models else None,
-        }
-        return json_response(body)
+    def write() -> Reply[ModelList]:
+        return Reply(
+            {
+                "object": "list",
+                "data": [_model(model, service, adapters) for model in models],
+                "has_more": False,
+                "first_id": models[0].name if models else None,
+                "last_id": models[-1].name if models else None,
+            }
+        )
 
     # Of thousands it takes a while, in which others are served.
     return await asyncio.to_thread(write) if len(models) > FEW else write()
 
 
-async def get_model(service: GenerationService, http: HttpRequest) -> Response:
+async def get_model(service: GenerationService, http: HttpRequest) -> Reply[Model]:
     """Describe one model."""
-    return json_response(_model(service.catalog.get(http.path_params["model"]), service, manager_of(http)))
+    return Reply(_model(service.catalog.get(http.path_params["model"]), service, manager_of(http)))
 
 
-def _model(model: ServedModel, service: GenerationService, adapters: AdapterManager) -> answers.Model:
+def _model(model: ServedModel, service: GenerationService, adapters: AdapterManager) -> Model:
     catalog = service.catalog
     base = model.name == catalog.base_name
     dialect = dialect_of_model(service, model)

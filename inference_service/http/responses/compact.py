@@ -14,10 +14,10 @@ from dataclasses import replace
 from typing import Final
 
 from starlette.requests import Request as HttpRequest
-from starlette.responses import Response
 
 from inference_service.chat.conversation import Conversation, Told
 from inference_service.chat.request import ChatRequest, Turn
+from inference_service.http.responses.answers import Compaction, InstructionItem, ResponseUsage, SummaryItem
 from inference_service.http.responses.items import CallItem, Item, OutputItem, carried
 from inference_service.http.responses.mapping import chat_to_sum_up
 from inference_service.http.responses.output import OutputItems
@@ -25,7 +25,7 @@ from inference_service.http.responses.resource import usage_of
 from inference_service.http.responses.schema import CompactBody
 from inference_service.http.responses.turns import PLACE, leading
 from inference_service.http.wire.body import read_body
-from inference_service.http.wire.reply import Head, Json, json_response
+from inference_service.http.wire.reply import Head, Reply
 from inference_service.http.wire.stream import while_connected
 from inference_service.serving.bounds import refused
 from inference_service.serving.request import Delta, Finished, Started
@@ -41,22 +41,22 @@ SAID_NOTHING: Final = (
 )
 
 
-async def compact(service: GenerationService, http: HttpRequest) -> Response:
+async def compact(service: GenerationService, http: HttpRequest) -> Reply[Compaction]:
     """Sum up a conversation, to go on without its items."""
     body = await read_body(http, CompactBody)
     items = () if isinstance(body.input, str) else body.input
     _check_answered(items)
     conversation = Conversation(service, asking(chat_to_sum_up(body, http.headers)))
-    head = Head(f"resp_{conversation.request.id}", "response.compaction", body.model)
+    head = Head(f"resp_{conversation.request.id}", body.model)
     summary, usage = await while_connected(http.receive, _summary(conversation, head))
-    answer = {
+    answer: Compaction = {
         "id": head.id,
-        "object": head.kind,
+        "object": "response.compaction",
         "created_at": head.created,
         "output": [*_instructions(items), _compaction(summary)],
         "usage": usage,
     }
-    return json_response(answer, headers=head.headers)
+    return Reply(answer, headers=head.headers)
 
 
 def asking(chat: ChatRequest) -> ChatRequest:
@@ -75,14 +75,14 @@ def _check_answered(items: Sequence[Item]) -> None:
             raise refused(f"input[{index}]", "a function_call with its function_call_output", "one without")
 
 
-async def _summary(conversation: Conversation, head: Head) -> tuple[str, Json]:
+async def _summary(conversation: Conversation, head: Head) -> tuple[str, ResponseUsage]:
     """Return the summary and the tokens that it took.
 
     Raises:
         Fault: there is none.
     """
     output = OutputItems(None, (), carries=False)
-    usage: Json = {}
+    usage: ResponseUsage | None = None
     async with aclosing(conversation.events()) as events:
         async for event in events:
             match event:
@@ -95,23 +95,23 @@ async def _summary(conversation: Conversation, head: Head) -> tuple[str, Json]:
                     usage = usage_of(finished, output.reasoning_tokens)
     said = [item["content"][0]["text"] for item in output.items() if item["type"] == "message"]
     summary = "\n".join(said).strip()
-    if not summary:
+    if not summary or usage is None:
         raise RequestInvalid(SAID_NOTHING)
     return summary, usage
 
 
-def _compaction(summary: str) -> Json:
+def _compaction(summary: str) -> SummaryItem:
     return {"id": f"cmp_{secrets.token_hex(16)}", "type": "compaction", "encrypted_content": carried(summary)}
 
 
-def _instructions(items: Sequence[Item]) -> list[Json]:
+def _instructions(items: Sequence[Item]) -> list[InstructionItem]:
     """Return the instructions among the items as they were: they are not summed up alone."""
     return [
         {
             "id": item.id or f"msg_{secrets.token_hex(16)}",
             "type": "message",
             "status": "completed",
-            "role": item.role,
+            "role": "developer" if item.role == "developer" else "system",
             "content": [{"type": "input_text", "text": item.content}],
         }
         for item in leading(items)

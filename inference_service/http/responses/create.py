@@ -5,24 +5,31 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import replace
+from itertools import count
 from typing import Final
 
 from starlette.requests import Request as HttpRequest
-from starlette.responses import Response
 
 from inference_service.chat.conversation import Conversation, Told
 from inference_service.chat.request import ChatRequest
 from inference_service.core.sequence import FinishReason
+from inference_service.http.responses.answers import (
+    InputTokens,
+    Response,
+    ResponseEvent,
+    ResponseStateEvent,
+    StateKind,
+)
 from inference_service.http.responses.mapping import chat_of
-from inference_service.http.responses.output import OutputItems, Status
+from inference_service.http.responses.output import OutputEvent, OutputItems
 from inference_service.http.responses.resource import Resource
 from inference_service.http.responses.schema import ResponsesBody
 from inference_service.http.responses.tools import functions_of
 from inference_service.http.wire.body import read_body
 from inference_service.http.wire.errors import error_body
-from inference_service.http.wire.reply import DONE, Head, Json, json_response, named_event
-from inference_service.http.wire.stream import Framing, open_stream, while_connected
-from inference_service.serving.request import Delta, Finished, Started
+from inference_service.http.wire.reply import DONE, Head, Reply, named_event
+from inference_service.http.wire.stream import EventStream, Framing, open_stream, while_connected
+from inference_service.serving.request import Delta, Started
 from inference_service.serving.service import GenerationService
 from loramux_shared.faults import Fault, PromptTooLong
 
@@ -30,7 +37,9 @@ FRAMING: Final = Framing(named_event, error_body, DONE)
 """A fault is an event of its own, made here; ``[DONE]`` is always the end."""
 
 
-async def create_response(service: GenerationService, http: HttpRequest) -> Response:
+async def create_response(
+    service: GenerationService, http: HttpRequest
+) -> Reply[Response] | EventStream[ResponseEvent]:
     """Answer items with items."""
     body = await read_body(http, ResponsesBody)
     chat = chat_of(body, http.headers)
@@ -40,93 +49,92 @@ async def create_response(service: GenerationService, http: HttpRequest) -> Resp
     if body.stream:
         return await open_stream(http.receive, answer.events(), answer.head, FRAMING)
     whole = await while_connected(http.receive, answer.whole())
-    return json_response(whole, headers=answer.head.headers)
+    return Reply(whole, headers=answer.head.headers)
 
 
-async def count_input(service: GenerationService, http: HttpRequest) -> Response:
+async def count_input(service: GenerationService, http: HttpRequest) -> Reply[InputTokens]:
     """Count the tokens of what would be answered."""
     body = await read_body(http, ResponsesBody)
     tokens = await Conversation(service, chat_of(body, http.headers)).prompt_tokens()
-    return json_response({"object": "response.input_tokens", "input_tokens": tokens})
+    return Reply({"object": "response.input_tokens", "input_tokens": tokens})
 
 
 class ResponseAnswer:
-    """A conversation in the words of this route."""
+    """A conversation and its answer, in the form of this route."""
 
     def __init__(self, service: GenerationService, body: ResponsesBody, conversation: Conversation) -> None:
         self._service = service
         self._body = body
         self._conversation = conversation
+        self._number = count().__next__
         self._output = OutputItems(None, (), carries=body.carries)
-        self.head = Head(f"resp_{self._conversation.request.id}", "response", body.model)
+        self.head = Head(f"resp_{self._conversation.request.id}", body.model)
         self._resource: Resource | None = None
         """Known when the request was accepted."""
+        self._begun = False
+        """True when there was an event."""
 
-    async def whole(self) -> Json:
+    async def whole(self) -> Response:
         """Return the response at once.
 
         Raises:
             Fault: it failed.
         """
-        last: Json = {}
-        async with aclosing(self._told()) as told:
-            async for event in told:
-                last = event
-        response: Json = last["response"]
+        response: Response | None = None
+        async with aclosing(self._events()) as events:
+            async for event in events:
+                if event["type"] in ("response.completed", "response.incomplete"):
+                    response = event["response"]
+        assert response is not None  # noqa: S101 - a response that did not fail ends
         return response
 
-    async def events(self) -> AsyncGenerator[Json]:
-        """Yield the events of the response; the first with the first token, the last tells how it ended.
+    async def events(self) -> AsyncGenerator[ResponseEvent]:
+        """Yield the events of the response; the first with the first token, the last says how it ended.
 
         Raises:
             Fault: it failed before the first event.
         """
-        number = 0
         try:
-            async with aclosing(self._told()) as told:
-                async for event in told:
-                    yield _numbered(event, number)
-                    number += 1
+            async with aclosing(self._events()) as events:
+                async for event in events:
+                    yield event
         except Fault as fault:
-            if self._resource is None or not number:
+            if self._resource is None or not self._begun:
                 raise
-            failed = self._resource.failed(fault, self._output.items())
-            yield _numbered({"type": "response.failed", "response": failed}, number)
+            yield self._state("response.failed", self._resource.failed(fault, self._output.items()))
 
-    async def _told(self) -> AsyncGenerator[Json]:
-        begun = False
+    async def _events(self) -> AsyncGenerator[ResponseStateEvent | OutputEvent]:
         async with aclosing(self._conversation.events()) as events:
             async for event in events:
                 match event:
                     case Started():
                         self._resource = await self._begin(event)
                     case Told() if self._resource is not None:
-                        if not begun:
-                            begun = True
-                            for kind in ("created", "in_progress"):
-                                yield {"type": f"response.{kind}", "response": self._resource.under_way()}
-                        for told in self._tell(self._resource, event):
-                            yield told
+                        if not self._begun:
+                            self._begun = True
+                            yield self._state("response.created", self._resource.under_way())
+                            yield self._state("response.in_progress", self._resource.under_way())
+                        for each in self._read(self._resource, event):
+                            yield each
 
     async def _begin(self, started: Started) -> Resource:
         self.head.begin(started)
         scored = None if self._body.logprobs is None else started.text
-        self._output = OutputItems(scored, functions_of(self._body.tools), carries=self._body.carries)
+        functions = functions_of(self._body.tools)
+        self._output = OutputItems(scored, functions, carries=self._body.carries, number=self._number)
         return Resource(self._body, self.head, await self._service.naming.defaults(started.model))
 
-    def _tell(self, resource: Resource, told: Told) -> list[Json]:
-        match told.event:
-            case Delta() as delta:
-                return self._output.take(told.pieces, delta.tokens)
-            case Finished() as finished:
-                status: Status = "incomplete" if finished.reason is FinishReason.LENGTH else "completed"
-                events = self._output.end(told.pieces, status)
-                ended = resource.ended(finished, self._output.items(), self._output.reasoning_tokens)
-                return [*events, {"type": f"response.{status}", "response": ended}]
+    def _read(self, resource: Resource, told: Told) -> list[ResponseStateEvent | OutputEvent]:
+        """Collect more of the answer, or its end; return the events of it."""
+        if isinstance(told.event, Delta):
+            return [*self._output.take(told.pieces, told.event.tokens)]
+        cut = told.event.reason is FinishReason.LENGTH
+        events = self._output.end(told.pieces, "incomplete" if cut else "completed")
+        ended = resource.ended(told.event, self._output.items(), self._output.reasoning_tokens)
+        return [*events, self._state("response.incomplete" if cut else "response.completed", ended)]
 
-
-def _numbered(event: Json, number: int) -> Json:
-    return {"type": event["type"], "sequence_number": number} | event
+    def _state(self, kind: StateKind, response: Response) -> ResponseStateEvent:
+        return {"type": kind, "sequence_number": self._number(), "response": response}
 
 
 async def fitted(service: GenerationService, chat: ChatRequest) -> ChatRequest:

@@ -1,4 +1,4 @@
-"""The items of an answer as they grow, and the events that tell it.
+"""The items of an answer as they grow, and the events of a stream that write them.
 
 Every item is added, gets its parts or arguments, and is done before the next one begins.
 Sources of the events: https://www.openresponses.org/specification, and
@@ -8,20 +8,49 @@ Sources of the events: https://www.openresponses.org/specification, and
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import count
 from typing import Final, Literal
 
 from inference_service.chat.pieces import CallArguments, CallBegun, Piece, Said, Thought
 from inference_service.core.sequence import Token
+from inference_service.http.openai.answers import TokenLogprob
 from inference_service.http.openai.logprobs import TokenNames, chat_logprobs
+from inference_service.http.responses.answers import (
+    AnsweredItem,
+    ArgumentsDelta,
+    ArgumentsDone,
+    CalledItem,
+    ItemEvent,
+    ItemStatus,
+    OutputTextDelta,
+    OutputTextDone,
+    PartEvent,
+    ReasoningTextDelta,
+    ReasoningTextDone,
+    SaidItem,
+    SaidPart,
+    ThoughtItem,
+    ThoughtPart,
+)
 from inference_service.http.responses.items import carried
-from inference_service.http.responses.tools import Offered
-from inference_service.http.wire.reply import Json
+from inference_service.http.responses.tools import CalledName, Offered
 from inference_service.text.text import Text
 
-Status = Literal["in_progress", "completed", "incomplete"]
+OutputEvent = (
+    ItemEvent
+    | PartEvent
+    | OutputTextDelta
+    | OutputTextDone
+    | ReasoningTextDelta
+    | ReasoningTextDone
+    | ArgumentsDelta
+    | ArgumentsDone
+)
+Number = Callable[[], int]
+"""Returns the number of the next event of a stream; events are made in the order in which they are sent."""
 PART: Final = 0
-"""Items have one part each."""
+"""The index of an item's part: items have one each."""
 
 
 class _Item:
@@ -30,8 +59,9 @@ class _Item:
     prefix: str
     """Of its id."""
 
-    def __init__(self, index: int) -> None:
+    def __init__(self, index: int, number: Number) -> None:
         self._index = index
+        self._number = number
         self._id = f"{self.prefix}_{secrets.token_hex(16)}"
         self._texts: list[str] = []
 
@@ -39,92 +69,144 @@ class _Item:
     def _text(self) -> str:
         return "".join(self._texts)
 
-    @property
-    def _place(self) -> Json:
-        return {"item_id": self._id, "output_index": self._index}
-
-    def json(self, status: Status) -> Json:
-        """Return the item with what it has so far."""
+    def item(self, status: ItemStatus) -> AnsweredItem:
+        """Return the item with the text so far."""
         raise NotImplementedError
 
-    def added(self) -> list[Json]:
-        """Return the events that begin it."""
-        item = self.json("in_progress")
-        return [{"type": "response.output_item.added", "output_index": self._index, "item": item}]
+    def added(self) -> list[OutputEvent]:
+        """Return the events that begin the item."""
+        return [self._item_event("response.output_item.added", "in_progress")]
 
-    def done(self, status: Status) -> list[Json]:
-        """Return the events that end it."""
-        item = self.json(status)
-        return [{"type": "response.output_item.done", "output_index": self._index, "item": item}]
+    def done(self, status: ItemStatus) -> list[OutputEvent]:
+        """Return the events that end the item."""
+        return [self._item_event("response.output_item.done", status)]
+
+    def _item_event(
+        self, kind: Literal["response.output_item.added", "response.output_item.done"], status: ItemStatus
+    ) -> ItemEvent:
+        return {
+            "type": kind,
+            "sequence_number": self._number(),
+            "output_index": self._index,
+            "item": self.item(status),
+        }
 
 
 class _Parted(_Item):
     """An item whose text is that of a part."""
 
-    kind: str
-    """Of the part."""
+    def added(self) -> list[OutputEvent]:
+        return [*super().added(), self._part_event("response.content_part.added")]
 
-    def _part(self) -> Json:
-        return {"type": self.kind, "text": self._text}
+    def done(self, status: ItemStatus) -> list[OutputEvent]:
+        return [self._text_done(), self._part_event("response.content_part.done"), *super().done(status)]
 
-    def _told(self, event: str, **more: object) -> Json:
-        return {"type": f"response.{event}", **self._place, "content_index": PART, **more}
+    def _part(self) -> SaidPart | ThoughtPart:
+        raise NotImplementedError
 
-    def added(self) -> list[Json]:
-        return [*super().added(), self._told("content_part.added", part=self._part())]
+    def _text_done(self) -> OutputTextDone | ReasoningTextDone:
+        raise NotImplementedError
 
-    def done(self, status: Status) -> list[Json]:
-        text = self._told(f"{self.kind}.done", text=self._text)
-        return [text, self._told("content_part.done", part=self._part()), *super().done(status)]
+    def _part_event(
+        self, kind: Literal["response.content_part.added", "response.content_part.done"]
+    ) -> PartEvent:
+        return {
+            "type": kind,
+            "sequence_number": self._number(),
+            "item_id": self._id,
+            "output_index": self._index,
+            "content_index": PART,
+            "part": self._part(),
+        }
 
 
 class _Message(_Parted):
-    """What is said."""
+    """The text of an answer."""
 
-    prefix, kind = "msg", "output_text"
+    prefix = "msg"
 
-    def __init__(self, index: int) -> None:
-        super().__init__(index)
-        self._scores: list[Json] = []
+    def __init__(self, index: int, number: Number) -> None:
+        super().__init__(index, number)
+        self._scores: list[TokenLogprob] = []
 
-    def json(self, status: Status) -> Json:
+    def item(self, status: ItemStatus) -> SaidItem:
         content = [self._part()] if self._texts else []
-        item: Json = {"id": self._id, "type": "message", "status": status, "role": "assistant"}
-        return item | {"content": content}
+        return {"id": self._id, "type": "message", "status": status, "role": "assistant", "content": content}
 
-    def _part(self) -> Json:
-        return {"type": self.kind, "text": self._text, "annotations": [], "logprobs": [*self._scores]}
+    def _part(self) -> SaidPart:
+        return {"type": "output_text", "text": self._text, "annotations": [], "logprobs": [*self._scores]}
 
-    def more(self, text: str, scores: list[Json]) -> list[Json]:
-        """Return the events of more text, and of the log probabilities of its tokens."""
+    def more(self, text: str, scores: list[TokenLogprob]) -> OutputTextDelta:
+        """Return the event of more text, and of the log probabilities of its tokens."""
         self._texts.append(text)
         self._scores += scores
-        return [self._told("output_text.delta", delta=text, logprobs=scores)]
+        return {
+            "type": "response.output_text.delta",
+            "sequence_number": self._number(),
+            "item_id": self._id,
+            "output_index": self._index,
+            "content_index": PART,
+            "delta": text,
+            "logprobs": scores,
+        }
 
-    def done(self, status: Status) -> list[Json]:
-        text, *rest = super().done(status)
-        return [text | {"logprobs": [*self._scores]}, *rest]
+    def _text_done(self) -> OutputTextDone:
+        return {
+            "type": "response.output_text.done",
+            "sequence_number": self._number(),
+            "item_id": self._id,
+            "output_index": self._index,
+            "content_index": PART,
+            "text": self._text,
+            "logprobs": [*self._scores],
+        }
 
 
-class _Thoughts(_Parted):
-    """What is thought."""
+class _Reasoning(_Parted):
+    """The reasoning before an answer."""
 
-    prefix, kind = "rs", "reasoning_text"
+    prefix = "rs"
 
-    def __init__(self, index: int, *, carries: bool) -> None:
-        super().__init__(index)
+    def __init__(self, index: int, number: Number, *, carries: bool) -> None:
+        super().__init__(index, number)
         self._carries = carries
 
-    def json(self, status: Status) -> Json:
-        content = [self._part()] if self._texts else []
-        item: Json = {"id": self._id, "type": "reasoning", "status": status, "summary": [], "content": content}
-        whole = self._carries and status != "in_progress"
-        return item | ({"encrypted_content": carried(self._text)} if whole else {})
+    def item(self, status: ItemStatus) -> ThoughtItem:
+        item: ThoughtItem = {
+            "id": self._id,
+            "type": "reasoning",
+            "status": status,
+            "summary": [],
+            "content": [self._part()] if self._texts else [],
+        }
+        if self._carries and status != "in_progress":
+            item["encrypted_content"] = carried(self._text)
+        return item
 
-    def more(self, text: str) -> list[Json]:
-        """Return the events of more reasoning."""
+    def _part(self) -> ThoughtPart:
+        return {"type": "reasoning_text", "text": self._text}
+
+    def more(self, text: str) -> ReasoningTextDelta:
+        """Return the event of more reasoning."""
         self._texts.append(text)
-        return [self._told("reasoning_text.delta", delta=text)]
+        return {
+            "type": "response.reasoning_text.delta",
+            "sequence_number": self._number(),
+            "item_id": self._id,
+            "output_index": self._index,
+            "content_index": PART,
+            "delta": text,
+        }
+
+    def _text_done(self) -> ReasoningTextDone:
+        return {
+            "type": "response.reasoning_text.done",
+            "sequence_number": self._number(),
+            "item_id": self._id,
+            "output_index": self._index,
+            "content_index": PART,
+            "text": self._text,
+        }
 
 
 class _Call(_Item):
@@ -132,57 +214,73 @@ class _Call(_Item):
 
     prefix = "fc"
 
-    def __init__(self, index: int, begun: CallBegun, function: Offered | None) -> None:
-        super().__init__(index)
-        self._begun = begun
-        self._called: Json = function.called() if function else {"name": begun.name}
+    def __init__(self, index: int, number: Number, begun: CallBegun, function: Offered | None) -> None:
+        super().__init__(index, number)
+        self._call_id = begun.id
+        self._called: CalledName = function.called() if function else {"name": begun.name}
 
-    def json(self, status: Status) -> Json:
+    def item(self, status: ItemStatus) -> CalledItem:
         return {
             "id": self._id,
             "type": "function_call",
             "status": status,
-            "call_id": self._begun.id,
+            "call_id": self._call_id,
             **self._called,
             "arguments": self._text,
         }
 
-    def more(self, text: str) -> list[Json]:
-        """Return the events of more arguments."""
+    def more(self, text: str) -> ArgumentsDelta:
+        """Return the event of more arguments."""
         self._texts.append(text)
-        return [{"type": "response.function_call_arguments.delta", **self._place, "delta": text}]
+        return {
+            "type": "response.function_call_arguments.delta",
+            "sequence_number": self._number(),
+            "item_id": self._id,
+            "output_index": self._index,
+            "delta": text,
+        }
 
-    def done(self, status: Status) -> list[Json]:
-        event = "response.function_call_arguments.done"
-        arguments = {"type": event, **self._place, "name": self._called["name"], "arguments": self._text}
+    def done(self, status: ItemStatus) -> list[OutputEvent]:
+        arguments: ArgumentsDone = {
+            "type": "response.function_call_arguments.done",
+            "sequence_number": self._number(),
+            "item_id": self._id,
+            "output_index": self._index,
+            "name": self._called["name"],
+            "arguments": self._text,
+        }
         return [arguments, *super().done(status)]
 
 
 class OutputItems:
-    """Collects the items of an answer, and tells them in events."""
+    """Collects the items of an answer, and makes the events of a stream of them."""
 
-    def __init__(self, scored: Text | None, functions: Iterable[Offered], *, carries: bool) -> None:
+    def __init__(
+        self, scored: Text | None, functions: Iterable[Offered], *, carries: bool, number: Number | None = None
+    ) -> None:
         """Begin an answer without items.
 
-        Text is given where log probabilities are to be told; carries: reasoning is to be given back unread.
+        Messages have log probabilities where a text is given; where `carries` is true, reasoning has a form
+        that clients give back unread. Events are numbered from 0 where nothing else numbers them.
         """
+        self._number = number or count().__next__
         self._scored = scored
         self._functions = {each.name: each for each in functions}
         self._carries = carries
-        self._done: list[Json] = []
-        self._open: _Message | _Thoughts | _Call | None = None
+        self._done: list[AnsweredItem] = []
+        self._open: _Message | _Reasoning | _Call | None = None
         self._space = ""
         """Space that is the beginning of a message, or of nothing."""
         self._tokens: list[Token] = []
         """Those of which no piece has come yet."""
         self.reasoning_tokens = 0
 
-    def take(self, pieces: Sequence[Piece], tokens: Sequence[Token]) -> list[Json]:
+    def take(self, pieces: Sequence[Piece], tokens: Sequence[Token]) -> list[OutputEvent]:
         """Return the events of more of the answer, which was decoded from these tokens."""
         self._tokens += tokens
         return [event for piece in pieces for event in self._piece(piece)]
 
-    def end(self, pieces: Sequence[Piece], status: Status) -> list[Json]:
+    def end(self, pieces: Sequence[Piece], status: ItemStatus) -> list[OutputEvent]:
         """Return the events of its end; the last item has the status of the whole."""
         events = self.take(pieces, ())
         nothing = self._open is None and not self._done
@@ -190,11 +288,11 @@ class OutputItems:
             events += self._say("")
         return events + self._close(status)
 
-    def items(self) -> list[Json]:
+    def items(self) -> list[AnsweredItem]:
         """Return what there is; an item that is not done is incomplete."""
-        return [*self._done, *([self._open.json("incomplete")] if self._open else [])]
+        return [*self._done, *([self._open.item("incomplete")] if self._open else [])]
 
-    def _piece(self, piece: Piece) -> list[Json]:
+    def _piece(self, piece: Piece) -> list[OutputEvent]:
         match piece:
             case Said(text):
                 if isinstance(self._open, _Message) or text.strip():
@@ -208,38 +306,38 @@ class OutputItems:
             case CallBegun():
                 self._tokens.clear()
                 events = self._close("completed")
-                self._open = _Call(len(self._done), piece, self._functions.get(piece.name))
+                self._open = _Call(len(self._done), self._number, piece, self._functions.get(piece.name))
                 return events + self._open.added()
             case CallArguments(_, text):
                 self._tokens.clear()
                 assert isinstance(self._open, _Call)  # noqa: S101 - the piece before began it
-                return self._open.more(text)
+                return [self._open.more(text)]
 
-    def _say(self, text: str) -> list[Json]:
-        events: list[Json] = []
+    def _say(self, text: str) -> list[OutputEvent]:
+        events: list[OutputEvent] = []
         if not isinstance(self._open, _Message):
             text = self._space + text
             events = self._close("completed")
-            self._open = _Message(len(self._done))
+            self._open = _Message(len(self._done), self._number)
             events += self._open.added()
         scores = chat_logprobs(self._tokens, TokenNames(self._scored))["content"] if self._scored else []
         self._tokens.clear()
-        return events + self._open.more(text, scores)
+        return [*events, self._open.more(text, scores)]
 
-    def _think(self, text: str) -> list[Json]:
-        events: list[Json] = []
+    def _think(self, text: str) -> list[OutputEvent]:
+        events: list[OutputEvent] = []
         self._space = ""
-        if not isinstance(self._open, _Thoughts):
+        if not isinstance(self._open, _Reasoning):
             events = self._close("completed")
-            self._open = _Thoughts(len(self._done), carries=self._carries)
+            self._open = _Reasoning(len(self._done), self._number, carries=self._carries)
             events += self._open.added()
-        return events + self._open.more(text)
+        return [*events, self._open.more(text)]
 
-    def _close(self, status: Status) -> list[Json]:
+    def _close(self, status: ItemStatus) -> list[OutputEvent]:
         """Return the events that end the item that is open, if one is; the next one begins without space."""
         self._space = ""
         if self._open is None:
             return []
-        self._done.append(self._open.json(status))
+        self._done.append(self._open.item(status))
         events, self._open = self._open.done(status), None
         return events

@@ -1,4 +1,4 @@
-"""The object that a response is: what was asked, what is answered, and how it ended.
+"""A response as an object: the fields of its request, its output, and how it ended.
 
 Source: `openai.types.responses.Response`; which fields there must be, https://www.openresponses.org/reference
 """
@@ -6,89 +6,77 @@ Source: `openai.types.responses.Response`; which fields there must be, https://w
 from __future__ import annotations
 
 import time
-from typing import Any, Final
+from typing import Any
 
 from inference_service.adapters.defaults import AdapterDefaults
 from inference_service.chat.request import DEFAULT_TEMPERATURE, AllowedTools, NamedTool, ToolChoice
 from inference_service.core.sequence import FinishReason
+from inference_service.http.responses.answers import AnsweredItem, Response, ResponseError, ResponseUsage
 from inference_service.http.responses.schema import ResponsesBody, TextConfig
 from inference_service.http.wire.errors import error_body, status_of
-from inference_service.http.wire.reply import Head, Json
+from inference_service.http.wire.reply import Head
 from inference_service.serving.request import Finished
 from inference_service.serving.terms import first
 from loramux_shared.faults import Fault
 
-INCOMPLETE: Final[Json] = {"reason": "max_output_tokens"}
-
 
 class Resource:
-    """Says how a response is."""
+    """A response to one body, in each of its states."""
 
     def __init__(self, body: ResponsesBody, head: Head, defaults: AdapterDefaults) -> None:
         """Describe the response to a body that was accepted; defaults are those of the model that answers."""
-        self._asked = _asked(body, defaults)
-        self._head: Json = {
+        self._under_way: Response = {
             "id": head.id,
-            "object": head.kind,
+            "object": "response",
             "created_at": head.created,
             "model": head.model,
-        }
-
-    def under_way(self) -> Json:
-        """Return it before anything is answered."""
-        return self._json("in_progress")
-
-    def ended(self, finished: Finished, output: list[Json], reasoning_tokens: int) -> Json:
-        """Return it with its output."""
-        told: Json = {"output": output, "usage": usage_of(finished, reasoning_tokens)}
-        if finished.reason is FinishReason.LENGTH:
-            return self._json("incomplete", incomplete_details=INCOMPLETE, **told)
-        return self._json("completed", completed_at=int(time.time()), **told)
-
-    def failed(self, fault: Fault, output: list[Json]) -> Json:
-        """Return it with what there was before it failed."""
-        return self._json("failed", error=_error(fault), output=output)
-
-    def _json(self, status: str, **told: Any) -> Json:
-        empty: Json = {
+            "status": "in_progress",
             "completed_at": None,
             "error": None,
             "incomplete_details": None,
             "output": [],
             "usage": None,
+            "instructions": body.instructions,
+            "max_output_tokens": body.max_output_tokens,
+            "max_tool_calls": body.max_tool_calls,
+            "tools": [tool.to_dict() for tool in body.tools or ()],
+            "tool_choice": _choice(body.tool_choice),
+            "parallel_tool_calls": body.parallel_tool_calls is not False,
+            "text": _text(body.text),
+            "reasoning": {"effort": body.reasoning.effort if body.reasoning else None, "summary": None},
+            "temperature": first(body.temperature, defaults.temperature, DEFAULT_TEMPERATURE),
+            "top_p": first(body.top_p, defaults.top_p, 1.0),
+            "presence_penalty": body.presence_penalty or 0.0,
+            "frequency_penalty": body.frequency_penalty or 0.0,
+            "top_logprobs": body.top_logprobs or 0,
+            "truncation": body.truncation or "disabled",
+            "metadata": body.metadata or {},
+            "user": body.user,
+            "safety_identifier": body.safety_identifier,
+            "prompt_cache_key": body.prompt_cache_key,
+            "service_tier": "default",
+            "store": False,
+            "background": False,
+            "previous_response_id": None,
         }
-        return self._head | {"status": status} | empty | told | self._asked
+
+    def under_way(self) -> Response:
+        """Return the response before anything is answered."""
+        return self._under_way
+
+    def ended(self, finished: Finished, output: list[AnsweredItem], reasoning_tokens: int) -> Response:
+        """Return the response with its output."""
+        whole: Response = {**self._under_way, "output": output, "usage": usage_of(finished, reasoning_tokens)}
+        if finished.reason is FinishReason.LENGTH:
+            return {**whole, "status": "incomplete", "incomplete_details": {"reason": "max_output_tokens"}}
+        return {**whole, "status": "completed", "completed_at": int(time.time())}
+
+    def failed(self, fault: Fault, output: list[AnsweredItem]) -> Response:
+        """Return the response with the output before it failed."""
+        return {**self._under_way, "status": "failed", "error": _error(fault), "output": output}
 
 
-def _asked(body: ResponsesBody, defaults: AdapterDefaults) -> Json:
-    """Return what was asked, with what the server took where nothing was said."""
-    return {
-        "instructions": body.instructions,
-        "max_output_tokens": body.max_output_tokens,
-        "max_tool_calls": body.max_tool_calls,
-        "tools": [tool.told() for tool in body.tools or ()],
-        "tool_choice": _choice(body.tool_choice),
-        "parallel_tool_calls": body.parallel_tool_calls is not False,
-        "text": _text(body.text),
-        "reasoning": {"effort": body.reasoning.effort if body.reasoning else None, "summary": None},
-        "temperature": first(body.temperature, defaults.temperature, DEFAULT_TEMPERATURE),
-        "top_p": first(body.top_p, defaults.top_p, 1.0),
-        "presence_penalty": body.presence_penalty or 0.0,
-        "frequency_penalty": body.frequency_penalty or 0.0,
-        "top_logprobs": body.top_logprobs or 0,
-        "truncation": body.truncation or "disabled",
-        "metadata": body.metadata or {},
-        "user": body.user,
-        "safety_identifier": body.safety_identifier,
-        "prompt_cache_key": body.prompt_cache_key,
-        "service_tier": "default",
-        "store": False,
-        "background": False,
-        "previous_response_id": None,
-    }
-
-
-def _choice(choice: ToolChoice | None) -> str | Json:
+def _choice(choice: ToolChoice | None) -> str | dict[str, Any]:
     match choice:
         case NamedTool(name):
             return {"type": "function", "name": name}
@@ -98,16 +86,16 @@ def _choice(choice: ToolChoice | None) -> str | Json:
     return choice or "auto"
 
 
-def _text(text: TextConfig | None) -> Json:
-    asked = text.format if text else None
-    told: Json = {"type": asked.type if asked else "text"}
-    if asked and asked.schema_ is not None:
-        more = {"name": asked.name, "description": asked.description, "schema": asked.schema_}
-        told |= more | {"strict": asked.strict is not False}
-    return {"format": told, "verbosity": "medium"}
+def _text(text: TextConfig | None) -> dict[str, Any]:
+    wanted = text.format if text else None
+    form: dict[str, Any] = {"type": wanted.type if wanted else "text"}
+    if wanted and wanted.schema_ is not None:
+        form |= {"name": wanted.name, "description": wanted.description, "schema": wanted.schema_}
+        form["strict"] = wanted.strict is not False
+    return {"format": form, "verbosity": "medium"}
 
 
-def usage_of(finished: Finished, reasoning_tokens: int) -> Json:
+def usage_of(finished: Finished, reasoning_tokens: int) -> ResponseUsage:
     """Return the tokens of a response."""
     return {
         "input_tokens": finished.prompt_tokens,
@@ -118,8 +106,8 @@ def usage_of(finished: Finished, reasoning_tokens: int) -> Json:
     }
 
 
-def _error(fault: Fault) -> Json:
+def _error(fault: Fault) -> ResponseError:
     """Return a fault as the error of a response: code is one of OpenAI's, reason is the fault's own name."""
-    told, status = error_body(fault)["error"], status_of(fault)
+    error, status = error_body(fault)["error"], status_of(fault)
     code = "rate_limit_exceeded" if status == 429 else "invalid_prompt" if status < 500 else "server_error"
-    return {**told, "code": code, "reason": told["code"]}
+    return {**error, "code": code, "reason": error["code"] or ""}

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any, Final, Literal, Never
+from typing import Annotated, Any, Final, Literal, Never, NotRequired
 
 from pydantic import Discriminator, PlainValidator, Tag
 from pydantic.json_schema import SkipJsonSchema
 from pydantic_core import PydanticCustomError
+from typing_extensions import TypedDict
 
 from inference_service.chat.request import ChatTool
 from inference_service.http.wire.body import Body, unsupported
-from inference_service.http.wire.reply import Json
 
 ONLY_FUNCTIONS: Final = "Only functions are served, and namespaces of them."
 
@@ -32,8 +32,8 @@ class FunctionTool(Body):
     """A JSON schema."""
     strict: bool | None = None
 
-    def told(self) -> Json:
-        """Return it as a response tells it."""
+    def to_dict(self) -> dict[str, Any]:
+        """Return the tool as a response has it."""
         return self.model_dump()
 
 
@@ -64,9 +64,9 @@ class NamespaceTool(Body):
     description: str
     tools: tuple[AnyFunction, ...]
 
-    def told(self) -> Json:
-        """Return it as a response tells it."""
-        return self.model_dump(exclude={"tools"}) | {"tools": [tool.told() for tool in self.tools]}
+    def to_dict(self) -> dict[str, Any]:
+        """Return the tool as a response has it."""
+        return self.model_dump(exclude={"tools"}) | {"tools": [tool.to_dict() for tool in self.tools]}
 
 
 AnyTool = Annotated[
@@ -76,9 +76,16 @@ AnyTool = Annotated[
 Tools = tuple[AnyTool, ...]
 
 
+class CalledName(TypedDict):
+    """The name of a function that is called, and its namespace where it has one."""
+
+    name: str
+    namespace: NotRequired[str]
+
+
 @dataclass(frozen=True)
 class Offered:
-    """A function, and where it stands."""
+    """A function that the model may call, and its place in the body."""
 
     place: str
     """In the body: ``tools[1].tools[0]``."""
@@ -90,9 +97,11 @@ class Offered:
         """What the model calls it."""
         return qualified(self.namespace.name if self.namespace else None, self.function.name)
 
-    def called(self) -> Json:
-        """Return what a call of it says of it."""
-        return {"name": self.function.name} | ({"namespace": self.namespace.name} if self.namespace else {})
+    def called(self) -> CalledName:
+        """Return the name that a call of the function has."""
+        if self.namespace is None:
+            return {"name": self.function.name}
+        return {"name": self.function.name, "namespace": self.namespace.name}
 
     def tool(self) -> ChatTool:
         """Return it as a tool of a chat."""

@@ -5,18 +5,18 @@ from __future__ import annotations
 import asyncio
 import base64
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import numpy as np
-from pydantic_core import to_json
 from starlette.requests import Request as HttpRequest
-from starlette.responses import Response
+from typing_extensions import TypedDict
 
 from inference_service.core.sequence import Vector
+from inference_service.http.openai.answers import PromptDetails
 from inference_service.http.vectors.pooling_schema import EmbeddingsBody, PoolingBody
 from inference_service.http.wire.body import read_body
 from inference_service.http.wire.fields import in_words_of, request_fields
-from inference_service.http.wire.reply import Head, Json
+from inference_service.http.wire.reply import Head, Reply
 from inference_service.http.wire.stream import while_connected
 from inference_service.serving.pooling import (
     PooledPrompt,
@@ -33,7 +33,32 @@ MANY: Final = 1 << 14
 """Numbers that are written on another thread: as JSON, they take some milliseconds."""
 
 
-async def embeddings(service: GenerationService, http: HttpRequest) -> Response:
+class PromptUsage(TypedDict):
+    """Tokens of all inputs."""
+
+    prompt_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptDetails
+
+
+class Embedding(TypedDict):
+    """The vector of an input: numbers, or float32 in little endian as base64."""
+
+    object: Literal["embedding"]
+    index: int
+    embedding: list[float] | str
+
+
+class Embeddings(TypedDict):
+    """The vectors of inputs."""
+
+    object: Literal["list"]
+    model: str
+    data: list[Embedding]
+    usage: PromptUsage
+
+
+async def embeddings(service: GenerationService, http: HttpRequest) -> Reply[Embeddings]:
     """Make vectors of texts: their hidden states, pooled."""
     body = await read_body(http, EmbeddingsBody)
     with in_words_of(body):
@@ -70,12 +95,12 @@ async def everything(service: GenerationService, requests: Sequence[Request]) ->
 def head_of(found: Sequence[PooledPrompt], body: PoolingBody, kind: str) -> Head:
     """Return what tells which version answered."""
     started = found[0].started
-    head = Head(f"{kind}-{started.request_id}", "list", body.model)
+    head = Head(f"{kind}-{started.request_id}", body.model)
     head.begin(started)
     return head
 
 
-def prompt_usage(found: Sequence[PooledPrompt]) -> Json:
+def prompt_usage(found: Sequence[PooledPrompt]) -> PromptUsage:
     """Return the tokens of all prompts."""
     tokens = sum(each.finished.prompt_tokens for each in found)
     cached = sum(each.finished.cached_tokens for each in found)
@@ -88,21 +113,21 @@ def prompt_usage(found: Sequence[PooledPrompt]) -> Json:
 
 async def answer(
     body: PoolingBody, found: Sequence[PooledPrompt], vectors: Sequence[Vector], *, base64_: bool
-) -> Response:
+) -> Reply[Embeddings]:
     """Return vectors as OpenAI has them."""
     head = head_of(found, body, "embd")
-    whole: Json = {"object": "list", "model": head.model, "usage": prompt_usage(found)}
+    usage = prompt_usage(found)
 
-    def write() -> bytes:
-        data = [
+    def write() -> Reply[Embeddings]:
+        data: list[Embedding] = [
             {"object": "embedding", "index": index, "embedding": _encoded(vector, base64_=base64_)}
             for index, vector in enumerate(vectors)
         ]
-        return to_json(whole | {"data": data})
+        whole: Embeddings = {"object": "list", "model": head.model, "usage": usage, "data": data}
+        return Reply(whole, headers=head.headers)
 
     many = len(vectors) * len(vectors[0]) > MANY
-    written = await asyncio.to_thread(write) if many else write()
-    return Response(written, headers=head.headers, media_type="application/json")
+    return await asyncio.to_thread(write) if many else write()
 
 
 def _encoded(vector: Vector, *, base64_: bool) -> str | list[float]:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Literal, NotRequired
 
 from starlette.requests import Request as HttpRequest
-from starlette.responses import Response
+from typing_extensions import TypedDict
 
-from inference_service.http.vectors.embeddings import head_of, pooling_requests, prompt_usage
+from inference_service.http.vectors.embeddings import PromptUsage, head_of, pooling_requests, prompt_usage
 from inference_service.http.vectors.pooling_schema import ClassifyBody, RerankBody, ScoreBody, ScoringBody
 from inference_service.http.wire.body import read_body
 from inference_service.http.wire.fields import in_words_of
-from inference_service.http.wire.reply import Head, Json, json_response
+from inference_service.http.wire.reply import Reply
 from inference_service.http.wire.stream import while_connected
 from inference_service.serving.bounds import refused
 from inference_service.serving.pooling import ScoredPrompt, scored
@@ -20,48 +21,124 @@ from inference_service.serving.service import GenerationService
 from loramux_shared.pooling import Pooling
 
 
-async def score(service: GenerationService, http: HttpRequest) -> Response:
+class Score(TypedDict):
+    """How a pair of texts scores."""
+
+    object: Literal["score"]
+    index: int
+    score: float
+
+
+class Scores(TypedDict):
+    """vLLM's answer to pairs of texts."""
+
+    id: str
+    object: Literal["list"]
+    created: int
+    model: str
+    data: list[Score]
+    usage: PromptUsage
+
+
+class Document(TypedDict):
+    """The text of a document."""
+
+    text: str
+
+
+class Ranked(TypedDict):
+    """A document among others."""
+
+    index: int
+    """Among those of the request."""
+    relevance_score: float
+    document: NotRequired[Document]
+
+
+class Ranking(TypedDict):
+    """Documents, the best first."""
+
+    id: str
+    object: Literal["list"]
+    created: int
+    model: str
+    results: list[Ranked]
+    usage: PromptUsage
+
+
+class Class(TypedDict):
+    """What a text is."""
+
+    index: int
+    label: str
+    probs: list[float]
+    num_classes: int
+
+
+class Classes(TypedDict):
+    """vLLM's answer about texts."""
+
+    id: str
+    object: Literal["list"]
+    created: int
+    model: str
+    data: list[Class]
+    usage: PromptUsage
+
+
+class ScoringHead(TypedDict):
+    """The fields that all answers of scores have: which version answered, and the tokens of the texts."""
+
+    id: str
+    object: Literal["list"]
+    created: int
+    model: str
+    usage: PromptUsage
+
+
+async def score(service: GenerationService, http: HttpRequest) -> Reply[Scores]:
     """Score pairs of texts."""
     body = await read_body(http, ScoreBody)
     with in_words_of(body):
         found = await _scored(service, http, body, _pairs(body), labels=1)
-    data = [
-        {"index": index, "object": "score", "score": float(_told(body, each)[0])}
+    data: list[Score] = [
+        {"index": index, "object": "score", "score": float(_scores(body, each)[0])}
         for index, each in enumerate(found)
     ]
-    return _answer(body, found, "score", {"data": data})
+    head, headers = _head(body, found, "score")
+    return Reply({**head, "data": data}, headers=headers)
 
 
-async def rerank(service: GenerationService, http: HttpRequest) -> Response:
+async def rerank(service: GenerationService, http: HttpRequest) -> Reply[Ranking]:
     """Order documents by how they score beside a query, the best first."""
     body = await read_body(http, RerankBody)
     with in_words_of(body):
         pairs = [TextPair(body.query, document) for document in body.documents]
         found = await _scored(service, http, body, pairs, labels=1)
-    scores = [float(_told(body, each)[0]) for each in found]
+    scores = [float(_scores(body, each)[0]) for each in found]
     best = sorted(range(len(scores)), key=lambda index: (-scores[index], index))[: body.top_n]
     texts = body.return_documents is not False
-    results = [
-        {"index": index, "relevance_score": scores[index]}
-        | ({"document": {"text": body.documents[index]}} if texts else {})
-        for index in best
-    ]
-    return _answer(body, found, "rerank", {"results": results})
+    results: list[Ranked] = [{"index": index, "relevance_score": scores[index]} for index in best]
+    for ranked in results if texts else ():
+        ranked["document"] = {"text": body.documents[ranked["index"]]}
+    head, headers = _head(body, found, "rerank")
+    return Reply({**head, "results": results}, headers=headers)
 
 
-async def classify(service: GenerationService, http: HttpRequest) -> Response:
+async def classify(service: GenerationService, http: HttpRequest) -> Reply[Classes]:
     """Tell the most likely label of each text, with the probabilities of all."""
     body = await read_body(http, ClassifyBody)
     with in_words_of(body):
         found = await _scored(service, http, body, body.input)
-    data = []
+    data: list[Class] = []
     for index, each in enumerate(found):
         raw = body.use_activation is False
         probs = each.scores if raw else each.scorer.activated(each.scores)
         names = each.scorer.head.label_names
         label = names[int(each.scores.argmax())]
         data.append({"index": index, "label": label, "probs": probs.tolist(), "num_classes": len(names)})
-    return _answer(body, found, "classify", {"data": data})
+    head, headers = _head(body, found, "classify")
+    return Reply({**head, "data": data}, headers=headers)
 
 
 async def _scored(
@@ -97,15 +174,22 @@ def _pairs(body: ScoreBody) -> list[TextPair]:
     return [TextPair(*pair) for pair in zip(first, second, strict=True)]
 
 
-def _told(body: ScoringBody, found: ScoredPrompt) -> Sequence[float]:
-    """Return scores as the head gives them, or where that is asked for as probabilities."""
-    told = found.scorer.activated(found.scores) if body.use_activation else found.scores
-    numbers: list[float] = told.tolist()
+def _scores(body: ScoringBody, found: ScoredPrompt) -> Sequence[float]:
+    """Return scores as the head gives them, or where the body asks for it as probabilities."""
+    scores = found.scorer.activated(found.scores) if body.use_activation else found.scores
+    numbers: list[float] = scores.tolist()
     return numbers
 
 
-def _answer(body: ScoringBody, found: Sequence[ScoredPrompt], kind: str, own: Mapping[str, object]) -> Response:
+def _head(body: ScoringBody, found: Sequence[ScoredPrompt], kind: str) -> tuple[ScoringHead, Mapping[str, str]]:
+    """Return the fields that all answers have, and the headers."""
     prompts = [each.prompt for each in found]
-    head: Head = head_of(prompts, body, kind)
-    whole: Json = {"id": head.id, "object": "list", "created": head.created, "model": head.model}
-    return json_response(whole | {"usage": prompt_usage(prompts)} | dict(own), headers=head.headers)
+    head = head_of(prompts, body, kind)
+    fields: ScoringHead = {
+        "id": head.id,
+        "object": "list",
+        "created": head.created,
+        "model": head.model,
+        "usage": prompt_usage(prompts),
+    }
+    return fields, head.headers

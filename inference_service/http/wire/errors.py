@@ -9,8 +9,8 @@ from typing import Any, Final
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
+from typing_extensions import TypedDict
 
-from inference_service.http.wire.reply import Json
 from loramux_shared.faults import Fault, Finding, RequestInvalid, Status
 from loramux_shared.near import MAX_FINDINGS, nearest
 
@@ -58,12 +58,27 @@ MAX_PLACE: Final = 256
 """Characters of a place in a body, of which a client's own names can be parts."""
 
 
+class ErrorDetail(TypedDict):
+    """What went wrong: what was expected, what was found and what to do."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class Error(TypedDict):
+    """A request that failed."""
+
+    error: ErrorDetail
+
+
 def status_of(fault: Fault) -> int:
     """Return the HTTP status of a fault."""
     return STATUSES[fault.status]
 
 
-def error_body(fault: Fault) -> Json:
+def error_body(fault: Fault) -> Error:
     """Return the body that tells a fault."""
     first = fault.findings[0] if fault.findings else None
     reason = first.code if first and first.code in CODES else fault.reason
@@ -93,12 +108,12 @@ def told_http(http: Request, error: HTTPException) -> tuple[str, str]:
     return message, code
 
 
-def refused_body(message: str, status: int, code: str) -> Json:
+def refused_body(message: str, status: int, code: str) -> Error:
     """Return the body that tells why a connection is ended."""
     return _body(message, status, None, code)
 
 
-def _body(message: str, status: int, param: str | None, code: str) -> Json:
+def _body(message: str, status: int, param: str | None, code: str) -> Error:
     kind = TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 

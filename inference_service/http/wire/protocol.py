@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, NoReturn
 
@@ -20,7 +20,6 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from inference_service.http.wire.errors import status_of
 from inference_service.http.wire.front import ARRIVED, DRAINING
 from inference_service.http.wire.refusals import fault_body, refused_body
-from inference_service.http.wire.reply import Json
 from loramux_shared.arrival import arrived_at, unread_bytes, unsent_bytes
 from loramux_shared.faults import ShuttingDown
 
@@ -456,7 +455,7 @@ class BoundedHttp(HttpToolsProtocol):
     def _refuse(self, status: int, code: str, message: str) -> None:
         self._say(status, refused_body(self._path, message, status, code))
 
-    def _say(self, status: int, body: Json, *, told: bool = True) -> None:
+    def _say(self, status: int, body: Mapping[str, object], *, told: bool = True) -> None:
         """Answer in the place of the application, and end the connection; told to a request that came."""
         if self._has_begun() or self.transport.is_closing():
             self.transport.abort()  # nothing can be said within an answer, before it, or twice

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Any, Final, Literal, NotRequired
 
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
+from typing_extensions import TypedDict
 
 from inference_service.http.wire import errors
-from inference_service.http.wire.errors import message_of, status_of
-from inference_service.http.wire.reply import Json, event, json_response, named_event
+from inference_service.http.wire.errors import Error, message_of, status_of
+from inference_service.http.wire.reply import Reply, event, named_event
 from loramux_shared.faults import Fault, InternalFault, QueueFull
 from loramux_shared.routes import MESSAGES
 
@@ -36,6 +37,28 @@ MESSAGE_CODES: Final = {"thread": "thread_unsupported_request"}
 """Codes of fields that are refused, where a client goes on without the field when it reads the code."""
 
 
+class FailureDetails(TypedDict):
+    """By which clients know what to leave out."""
+
+    error_code: str
+
+
+class MessageFailure(TypedDict):
+    """Why a request failed."""
+
+    type: str
+    message: str
+    details: NotRequired[FailureDetails]
+
+
+class MessageError(TypedDict):
+    """A failure."""
+
+    type: Literal["error"]
+    error: MessageFailure
+    request_id: str | None
+
+
 def is_messages(path: str) -> bool:
     """True of the paths that speak Anthropic's API."""
     return path == PATH or path.startswith(f"{PATH}/")
@@ -46,7 +69,7 @@ def message_status(fault: Fault) -> int:
     return OVERLOADED if isinstance(fault, QueueFull) else status_of(fault)
 
 
-def message_fault(fault: Fault, request_id: str) -> Json:
+def message_fault(fault: Fault, request_id: str) -> MessageError:
     """Return the body of a fault as Anthropic's clients expect it."""
     body = message_refusal(message_of(fault), message_status(fault), request_id)
     codes = [MESSAGE_CODES[each.where] for each in fault.findings if each.where in MESSAGE_CODES]
@@ -55,7 +78,7 @@ def message_fault(fault: Fault, request_id: str) -> Json:
     return body
 
 
-def message_refusal(message: str, status: int, request_id: str) -> Json:
+def message_refusal(message: str, status: int, request_id: str) -> MessageError:
     """Return the body of a refusal as they do: ``{"type": "error", "error": {type, message}, request_id}``."""
     kind = MESSAGE_TYPES.get(status, "invalid_request_error" if status < 500 else "api_error")
     return {"type": "error", "error": {"type": kind, "message": message}, "request_id": request_id or None}
@@ -66,7 +89,7 @@ def request_id_of(scope: Mapping[str, Any]) -> str:
     return str(scope.get("state", {}).get(REQUEST_ID, ""))
 
 
-def fault_body(scope: Mapping[str, Any], fault: Fault) -> Json:
+def fault_body(scope: Mapping[str, Any], fault: Fault) -> Error | MessageError:
     """Return the body that tells a fault to who asked."""
     if is_messages(scope["path"]):
         return message_fault(fault, request_id_of(scope))
@@ -81,10 +104,10 @@ def fault_event(scope: Mapping[str, Any], fault: Fault) -> bytes:
 def fault_response(scope: Mapping[str, Any], fault: Fault) -> Response:
     """Return the answer to a request that failed."""
     status = (message_status if is_messages(scope["path"]) else status_of)(fault)
-    return json_response(fault_body(scope, fault), status, errors.headers_of(fault, status))
+    return Reply(fault_body(scope, fault), status, errors.headers_of(fault, status))
 
 
-def refused_body(path: str, message: str, status: int, code: str, request_id: str = "") -> Json:
+def refused_body(path: str, message: str, status: int, code: str, request_id: str = "") -> Error | MessageError:
     """Return the body that tells why HTTP itself refuses a request."""
     if is_messages(path):
         return message_refusal(message, status, request_id)
@@ -107,4 +130,4 @@ async def on_http_error(http: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)  # noqa: S101 - registered for HTTPException alone
     message, code = errors.told_http(http, error)
     body = refused_body(http.url.path, message, error.status_code, code, request_id_of(http.scope))
-    return json_response(body, error.status_code, error.headers)
+    return Reply(body, error.status_code, error.headers)

@@ -6,17 +6,19 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any, Final, TypeVar
+from typing import Any, Final, Generic, TypeVar
 
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
 from inference_service.http.wire.errors import error_body
-from inference_service.http.wire.reply import DONE, Head, Json, event, named_event
+from inference_service.http.wire.reply import DONE, Head, event, named_event
 from loramux_shared.faults import Fault
 
 T = TypeVar("T")
+E = TypeVar("E", bound=Mapping[str, object])
+E_co = TypeVar("E_co", bound=Mapping[str, object], covariant=True)
 HEADERS = (
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
@@ -54,8 +56,8 @@ async def _until_gone(receive: Receive) -> None:
 class Framing:
     """How a stream is written."""
 
-    event: Callable[[Json], bytes]
-    failure: Callable[[Fault], Json]
+    event: Callable[[Mapping[str, object]], bytes]
+    failure: Callable[[Fault], Mapping[str, object]]
     """The body of the event that tells a fault, which is the last one."""
     end: bytes
     """Comes behind the events of a stream that did not fail."""
@@ -65,12 +67,12 @@ UNNAMED: Final = Framing(event, error_body, DONE)
 """As chats and completions have it."""
 
 
-def named(failure: Callable[[Fault], Json]) -> Framing:
+def named(failure: Callable[[Fault], Mapping[str, object]]) -> Framing:
     """Return the framing of events that are named by the type in their bodies; the last of them is the end."""
     return Framing(named_event, failure, b"")
 
 
-class EventStream(Response):
+class EventStream(Response, Generic[E_co]):
     """An answer in server-sent events; a fault on the way is the last one.
 
     A client that does not read holds up nothing but this stream; one that never does is cut off by `protocol`.
@@ -78,8 +80,8 @@ class EventStream(Response):
 
     def __init__(
         self,
-        first: Json,
-        rest: AsyncGenerator[Json],
+        first: E_co,
+        rest: AsyncGenerator[E_co],
         headers: Mapping[str, str],
         framing: Framing = UNNAMED,
     ) -> None:
@@ -114,8 +116,8 @@ def _part(data: bytes) -> Message:
 
 
 async def open_stream(
-    receive: Receive, bodies: AsyncGenerator[Json], head: Head, framing: Framing = UNNAMED
-) -> EventStream:
+    receive: Receive, bodies: AsyncGenerator[E], head: Head, framing: Framing = UNNAMED
+) -> EventStream[E]:
     """Wait for the first event, so that a request that is refused gets a status of its own.
 
     Raises:

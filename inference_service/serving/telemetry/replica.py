@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from importlib.metadata import version
-from typing import Any, Final, Protocol, TypeVar
+from typing import Final, Protocol, TypeVar
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
+from typing_extensions import TypedDict
 
 from inference_service.adapters.catalog import Catalog
 from inference_service.engine.engine import EngineStats, SequenceCounts
@@ -123,12 +124,36 @@ def _for_gateways(stats: EngineStats, base: str) -> Iterator[Metric]:
     yield config
 
 
-def loads(engine: EngineView) -> dict[str, Any]:
-    """Return the load of a replica, which is one rank of one: when, who, and numbers by name."""
+class RankLoad(TypedDict):
+    """How full the replica is."""
+
+    dp_rank: int
+    num_running_reqs: int
+    num_waiting_reqs: int
+    num_total_reqs: int
+    num_used_tokens: int
+    max_total_num_tokens: int
+    token_usage: float
+    cache_hit_rate: float
+    utilization: float
+    max_running_requests: int
+
+
+class Loads(TypedDict):
+    """The load of each rank, of which there is one."""
+
+    timestamp: str
+    version: str
+    dp_rank_count: int
+    loads: list[RankLoad]
+
+
+def loads(engine: EngineView) -> Loads:
+    """Return the load of a replica, which is one rank of one, in SGLang's words."""
     stats = engine.stats
     total = stats.blocks_total * stats.block_size
     used = total - stats.blocks_free * stats.block_size
-    load = {
+    load: RankLoad = {
         "dp_rank": 0,
         "num_running_reqs": stats.running,
         "num_waiting_reqs": stats.waiting,

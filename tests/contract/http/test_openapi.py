@@ -114,6 +114,14 @@ def test_the_table_of_the_docs_names_the_same_routes() -> None:
     assert told == served
 
 
+def test_a_handler_returns_a_described_type() -> None:
+    """The return type of a handler is the schema of its answers; text and the document itself have none."""
+    untyped = {each.path for each in ENDPOINTS if not each.text and each.answer is None}
+    assert untyped == {"/openapi.json"}
+    streams = {each.path for each in ENDPOINTS if each.event is not None}
+    assert streams == {"/v1/chat/completions", "/v1/completions", "/v1/messages", "/v1/responses"}
+
+
 def test_an_operation_is_complete() -> None:
     """Each has a summary, answers with descriptions, and parameters for what its path leaves open."""
     for path, method, told in OPERATIONS:
