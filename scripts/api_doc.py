@@ -7,7 +7,7 @@ import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from google.protobuf.descriptor_pb2 import (
     DescriptorProto,
@@ -19,7 +19,8 @@ from google.protobuf.descriptor_pb2 import (
 )
 from grpc_tools import protoc
 
-from scripts.pages import one_line, table
+from loramux_shared.faults import FAULTS
+from scripts.pages import entries_of, one_line
 
 PROTOS = Path(__file__).resolve().parent.parent / "protos"
 HEAD = """\
@@ -27,9 +28,16 @@ HEAD = """\
 
 <!-- Written by scripts/api_doc.py from protos/: `make docs`. -->
 
-Both services also serve `grpc.health.v1.Health` and server reflection. The reasons in the tables of statuses
-are explained in [errors.md](errors.md). Fields that are not set have protobuf's defaults unless their comment
-says otherwise; *optional* fields tell unset from zero.
+Every rpc with its fields and the reasons of its failures. The [protos](../../protos) add field numbers, when
+each reason occurs, and what happens when calls race or repeat; [errors](errors.md) has the status, the
+meaning and the cure of a reason. Both services also serve `grpc.health.v1.Health` and server reflection. A
+field that is not set has protobuf's default unless its comment says otherwise; *optional* fields tell unset
+from zero.
+
+Every rpc can also fail with SHUTTING_DOWN, REQUEST_INVALID or CLIENT_STALLED and, on a server
+[with keys](../guides/access.md), UNAUTHENTICATED or PERMISSION_DENIED. A key is the metadata
+`authorization: Bearer KEY`. A key needs the scope `build` for the builder, `infer` for answers, and `admin` for
+adapters; models that are not allowed for the key do not exist for it.
 """
 # Numbers of descriptor.proto: where the comments of nested things are found.
 MESSAGES, ENUMS, SERVICES = 4, 5, 6
@@ -37,11 +45,23 @@ FIELDS, NESTED, NESTED_ENUMS = 2, 3, 4
 METHODS = VALUES = 2
 Path_: TypeAlias = tuple[int, ...]
 Comments: TypeAlias = Mapping[Path_, str]
+Messages: TypeAlias = Mapping[str, tuple[DescriptorProto, Path_]]
+KEYS_OF_THE_FILE = {
+    "DeploymentSpec": """\
+Fields are [keys of the deployment file](deployment-file.md); 0 and empty mean the key's default. Other names:
+`base` is `checkpoint_repository`, `adapters` are `lora_adapters`, `lora_dtype` is `dtype`, `hide_base` is
+`serve_base: false`, `default_limits` and `model_limits` are `limits`.
+""",
+    "Limits": "Fields are [keys of the deployment file](deployment-file.md#limits).\n",
+}
+"""Messages whose fields another page explains, with what this page says in their place."""
+STATUS = re.compile(r"^\s*[A-Z][A-Z_]{4,}\s{2,}", re.MULTILINE)
+"""The beginning of a paragraph of statuses: ``NOT_FOUND   REASON: what to do``."""
 
 
 def page() -> str:
     """Return the page."""
-    return "\n".join([HEAD, *(part for file in _files() for part in _file(file))])
+    return "\n".join([HEAD, *(part.rstrip() + "\n" for file in _files() for part in _file(file))])
 
 
 def _files() -> list[FileDescriptorProto]:
@@ -59,21 +79,69 @@ def _files() -> list[FileDescriptorProto]:
 def _file(file: FileDescriptorProto) -> Iterator[str]:
     places = file.source_code_info.location
     comments = {tuple(place.path): place.leading_comments + place.trailing_comments for place in places}
+    messages = {
+        f".{file.package}.{each.name}": (each, (MESSAGES, at)) for at, each in enumerate(file.message_type)
+    }
     for number, service in enumerate(file.service):
-        yield from _service(file.package, service, comments, (SERVICES, number))
-    for number, message in enumerate(file.message_type):
-        yield from _message(file.package, message, comments, (MESSAGES, number), "")
+        yield from _service(file.package, service, comments, (SERVICES, number), messages)
+    ends = {
+        kind
+        for service in file.service
+        for each in service.method
+        for kind in (each.input_type, each.output_type)
+    }
+    for name, (message, at) in messages.items():
+        if name not in ends:
+            yield from _message(file.package, message, comments, at, "")
     for number, enum in enumerate(file.enum_type):
         yield _enum(file.package, enum, comments, (ENUMS, number), "")
 
 
-def _service(package: str, service: ServiceDescriptorProto, comments: Comments, at: Path_) -> Iterator[str]:
-    yield f"## {package}.{service.name}\n\n{_text(comments.get(at, ''))}"
+def _service(
+    package: str, service: ServiceDescriptorProto, comments: Comments, at: Path_, messages: Messages
+) -> Iterator[str]:
+    """Return a section for a service, and one for each method with the fields that it takes and returns."""
+    about = _text(comments.get(at, "").partition("Every error carries")[0])
+    yield f"## {package}.{service.name}\n\n{about}"
     for number, method in enumerate(service.method):
-        asked, answered = (_link(kind, package) for kind in (method.input_type, method.output_type))
-        stream = "a stream of " if method.server_streaming else ""
-        said = _text(comments.get((*at, METHODS, number), ""))
-        yield f"### {service.name}.{method.name}\n\nTakes {asked}, returns {stream}{answered}.\n\n{said}"
+        comment = comments.get((*at, METHODS, number), "")
+        stream = "Takes a stream of" if method.client_streaming else "Takes"
+        takes = _fields(stream, package, *messages[method.input_type], comments)
+        returns = _fields(
+            "Streams" if method.server_streaming else "Returns",
+            package,
+            *messages[method.output_type],
+            comments,
+        )
+        reasons = _reasons(comment)
+        fails = f"Fails with {', '.join(reasons)}.\n" if reasons else ""
+        about = _text(comment.strip("\n").partition("\n\n")[0])
+        yield f"### {service.name}.{method.name}\n\n{about}{takes}\n{returns}\n{fails}"
+
+
+def _reasons(comment: str) -> list[str]:
+    """Return the reasons that the statuses of a comment name, each once."""
+    statuses = "\n".join(each for each in comment.split("\n\n") if STATUS.match(each))
+    named = re.findall(r"([A-Z][A-Z_]+)[:,]", re.sub(STATUS, "", statuses))
+    return [reason for reason in dict.fromkeys(named) if reason in FAULTS]
+
+
+def _fields(verb: str, package: str, message: DescriptorProto, at: Path_, comments: Comments) -> str:
+    """Return what a method takes or returns: a line, or a list where a field has a meaning."""
+    listed = _list(package, message, comments, at)
+    if listed.count("\n") > 1 or ": " in listed:
+        return f"{verb}\n\n{listed}"
+    return f"{verb} {listed.removeprefix('- ').strip() or 'nothing'}.\n"
+
+
+def _list(package: str, message: DescriptorProto, comments: Comments, at: Path_) -> str:
+    """Return an entry for each field that has a meaning, and one for all others."""
+    entries = []
+    for index, field in enumerate(message.field):
+        meaning = _meaning(field, message, comments.get((*at, FIELDS, index), ""))
+        known = message.name in KEYS_OF_THE_FILE
+        entries.append((f"`{field.name}` {_type(field, message, package)}", "" if known else meaning))
+    return entries_of(entries)
 
 
 def _message(
@@ -82,18 +150,8 @@ def _message(
     if message.options.map_entry:
         return
     name = f"{outer}{message.name}"
-    rows = [
-        (
-            f"`{field.name}`",
-            _type(field, message, package),
-            str(field.number),
-            _meaning(field, message, comments.get((*at, FIELDS, index), "")),
-        )
-        for index, field in enumerate(message.field)
-    ]
-    head = ("field", "type", "number", "meaning")
-    fields = table(head, rows) if rows else "No fields.\n"
-    yield _heading(package, name) + _text(comments.get(at, "")) + fields
+    about = f"{KEYS_OF_THE_FILE[name]}\n" if name in KEYS_OF_THE_FILE else _text(comments.get(at, ""))
+    yield _heading(package, name) + about + (_list(package, message, comments, at) or "Empty.\n")
     for number, inner in enumerate(message.nested_type):
         yield from _message(package, inner, comments, (*at, NESTED, number), f"{name}.")
     for number, enum in enumerate(message.enum_type):
@@ -101,12 +159,12 @@ def _message(
 
 
 def _enum(package: str, enum: EnumDescriptorProto, comments: Comments, at: Path_, outer: str) -> str:
-    rows = [
-        (f"`{value.name}`", str(value.number), one_line(comments.get((*at, VALUES, index), "")))
+    """Return the values of an enum: a line, or a list where a value has a meaning."""
+    entries = [
+        (f"`{value.name}`", one_line(comments.get((*at, VALUES, index), "")))
         for index, value in enumerate(enum.value)
     ]
-    said = _text(comments.get(at, ""))
-    return _heading(package, f"{outer}{enum.name}") + said + table(("value", "number", "meaning"), rows)
+    return _heading(package, f"{outer}{enum.name}") + _text(comments.get(at, "")) + entries_of(entries)
 
 
 def _heading(package: str, name: str) -> str:
@@ -143,26 +201,6 @@ def _meaning(field: FieldDescriptorProto, message: DescriptorProto, comment: str
 
 
 def _text(comment: str) -> str:
-    """Return a comment as paragraphs; a paragraph of statuses as a table."""
-    parts = []
-    for paragraph in comment.strip("\n").split("\n\n"):
-        lines = [line.removeprefix(" ") for line in paragraph.splitlines() if line.strip()]
-        if not lines:
-            continue
-        statuses = _statuses(lines)
-        parts.append(table(("status", "reason and cure"), statuses) if statuses else f"{one_line(paragraph)}\n")
-    return "\n".join(parts) + "\n" if parts else ""
-
-
-def _statuses(lines: list[str]) -> list[tuple[str, str]]:
-    """Return (status, text) of ``NOT_FOUND   REASON: what to do``; none of another paragraph."""
-    rows: list[list[Any]] = []
-    for line in lines:
-        found = re.fullmatch(r"([A-Z][A-Z_]{4,})\s{2,}(.*)", line)
-        if found:
-            rows.append([found[1], found[2]])
-        elif rows:
-            rows[-1][1] += f" {line.strip()}"
-        else:
-            return []
-    return [(f"`{status}`", text) for status, text in rows]
+    """Return a comment as paragraphs, without those of statuses."""
+    paragraphs = [each for each in comment.strip("\n").split("\n\n") if each.strip() and not STATUS.match(each)]
+    return "".join(f"{one_line(each)}\n\n" for each in paragraphs)

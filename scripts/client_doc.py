@@ -8,20 +8,24 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from google.protobuf.message import Message
+
 import loramux
 from loramux import Client, vectors
+from loramux.builder.v1 import builder_pb2
 from loramux.connection import CredentialOptions
-from scripts.pages import one_line, table
+from loramux.inference.v1 import adapters_pb2, inference_pb2
+from scripts.pages import entries_of, one_line
 
 HEAD = """\
 # The Python client
 
 <!-- Written by scripts/client_doc.py from the docstrings of loramux: `make docs`. -->
 
-Every public method of `loramux.Client`, its options, and the records that it returns. `pip install loramux` is
-the client alone: gRPC, protobuf, Pydantic and PyYAML. `loramux.AsyncClient` has the same methods, with `await`,
-or with `async for` where a method here returns a generator. A `Prompt` is text, token ids or messages; an
-`Event` is Started, Delta or Finished.
+Every public method of `loramux.Client`, its options and the records that it returns. `pip install loramux`
+installs the client alone. `loramux.AsyncClient` has the same methods, with `await`, or with `async for` where
+`Client` returns a generator. A `Prompt` is text, token ids or messages; an `Event` is Started, Delta or
+Finished.
 
 ```python
 from loramux import Client, Delta
@@ -34,10 +38,32 @@ with Client("127.0.0.1:50052") as client:
             print(event.text, end="", flush=True)
 ```
 
-A stream that is left early is cancelled on the server. A failure is an exception of `loramux.faults` with a
-reason (`ModelNotFound`, `QueueFull`, ...): [errors](errors.md). Several replicas, `dns:///NAME:PORT`, and what
-the client does when one of them fails: [many machines](../guides/fleet.md#the-python-client).
+Leaving a stream early cancels it on the server. A failure raises an exception of `loramux.faults` with a reason
+(`ModelNotFound`, `QueueFull`, ...): [errors](errors.md). Several replicas and retries:
+[many machines](../guides/fleet.md#the-python-client).
 """
+OPTIONS_HEAD = """\
+Keywords of the methods above; None is an option that is not set. Every call takes `timeout_s`. What
+GenerateOptions explains means the same elsewhere.
+"""
+MESSAGES: dict[str, type[Message]] = {
+    "AdapterChange": builder_pb2.AdapterChange,
+    "AdapterInfo": builder_pb2.AdapterBuild,
+    "AdapterReport": builder_pb2.AdapterReport,
+    "AdapterStatus": adapters_pb2.AdapterState,
+    "Delta": inference_pb2.Delta,
+    "DeploymentInfo": builder_pb2.Deployment,
+    "Finished": inference_pb2.Finished,
+    "GenerateOptions": inference_pb2.SamplingParams,
+    "GenerationInfo": builder_pb2.Generation,
+    "ModelInfo": inference_pb2.Model,
+    "ReplicaStatus": adapters_pb2.ReplicaState,
+    "RowReport": builder_pb2.AdapterRow,
+    "Started": inference_pb2.Started,
+    "TokenLogprobs": inference_pb2.TokenLogprobs,
+    "Usage": inference_pb2.Usage,
+}
+"""Records whose fields have the meaning of those of a message, which docs/reference/grpc.md explains."""
 OPTIONS = (loramux.GenerateOptions, vectors.EmbedOptions, vectors.ScoreOptions, CredentialOptions)
 
 
@@ -51,14 +77,20 @@ def page() -> str:
         for name, function in inspect.getmembers(Client, inspect.isfunction)
         if not name.startswith("_")
     ]
-    parts = [HEAD, "## Client\n", _code(f"Client{_signature(Client)}"), *methods]
-    parts += ["## Options\n", *map(_kind, OPTIONS), "## Records\n", *map(_kind, records)]
+    parts = [HEAD, "## Client\n", f"`Client{_signature(Client)}`\n", "".join(methods)]
+    parts += [
+        "## Options\n",
+        OPTIONS_HEAD,
+        *map(_kind, OPTIONS),
+        "## Records\n",
+        *map(_kind, records),
+    ]
     return "\n".join(parts)
 
 
 def _method(name: str, function: Callable[..., Any]) -> str:
     text = inspect.getdoc(function) or ""
-    return f"### {name}\n\n{_code(name + _signature(function))}\n{_markdown(text)}\n"
+    return f"- `{name}{_signature(function)}`: {_markdown(one_line(text))}\n"
 
 
 def _signature(function: Callable[..., Any]) -> str:
@@ -66,13 +98,11 @@ def _signature(function: Callable[..., Any]) -> str:
     signature = inspect.signature(function)
     rest = [each for each in signature.parameters.values() if each.name != "self"]
     words = str(signature.replace(parameters=rest))
-    words = re.sub(r"LoraConfiguration\(.*?\)", "LoraConfiguration()", words)
+    words = re.sub(r"LoraConfiguration\((?:[^()]|\([^()]*\))*\)", "LoraConfiguration()", words)
+    words = words.replace(", timeout_s: 'float | None' = None", "").replace("*, **", "**")
+    words = re.sub(r"Unpack\[(\w+)\]", r"\1", words)
     words = re.sub(r"= '([^']+)'", r'= "\1"', words).replace("'", "")
     return words.removesuffix(" -> None") if inspect.isclass(function) else words
-
-
-def _code(text: str) -> str:
-    return f"```python\n{text.strip()}\n```\n"
 
 
 def _markdown(text: str) -> str:
@@ -80,16 +110,26 @@ def _markdown(text: str) -> str:
 
 
 def _kind(kind: type) -> str:
-    """Return a section of a class: its docstring, and a row per field or value."""
-    rows = list(_fields(kind))
+    """Return a section of a class: its docstring, an entry per field with a meaning, one for all others."""
+    rows = [row for row in _fields(kind) if row[0] != "UNSPECIFIED"]
+    if kind in OPTIONS:
+        rows = [(name, named.removesuffix(" | None"), text) for name, named, text in rows]
+    known = {row[0] for row in _fields(OPTIONS[0])} if kind in OPTIONS[1:] else set()
     text = _markdown(inspect.cleandoc(kind.__doc__ or ""))
-    return f"### {kind.__name__}\n\n{text}\n" + (
-        f"\n{table(('field', 'type', 'meaning'), rows)}" if rows else ""
-    )
+    if kind.__name__ in MESSAGES:
+        message = MESSAGES[kind.__name__].DESCRIPTOR
+        known = set(message.fields_by_name)
+        service = message.full_name.split(".")[1]
+        text += f" Fields as in [{message.name}](grpc.md#{service}{message.name.lower()})."
+    listed = entries_of((f"`{name}{named}`", "" if name in known else meaning) for name, named, meaning in rows)
+    return "\n".join(filter(None, (f"### {kind.__name__}\n\n{text}\n", listed)))
 
 
 def _fields(kind: type) -> list[tuple[str, str, str]]:
-    """Return the fields of a class in the order of its source, each with the string that follows it."""
+    """Return name, type or value, and meaning of each field of a class, in the order of its source.
+
+    A meaning is the string that follows a field.
+    """
     [tree] = ast.parse(inspect.cleandoc("\n" + inspect.getsource(kind))).body
     assert isinstance(tree, ast.ClassDef)  # noqa: S101 - the source of a class
     rows = []
@@ -97,7 +137,7 @@ def _fields(kind: type) -> list[tuple[str, str, str]]:
         known = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
         text = _markdown(one_line(str(after.value.value))) if known else ""  # type: ignore[union-attr]
         if isinstance(each, ast.AnnAssign) and isinstance(each.target, ast.Name):
-            rows.append((f"`{each.target.id}`", f"`{ast.unparse(each.annotation)}`", text))
+            rows.append((each.target.id, f": {ast.unparse(each.annotation)}", text))
         elif isinstance(each, ast.Assign) and isinstance(each.targets[0], ast.Name):
-            rows.append((f"`{each.targets[0].id}`", f"`{ast.unparse(each.value)}`", text))
+            rows.append((each.targets[0].id, f" = {ast.unparse(each.value)}", text))
     return rows

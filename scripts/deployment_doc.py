@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
-from typing import Any
 
 from loramux_shared.deployment import Deployment
-from loramux_shared.deployment_file import IGNORED_KEYS, UNSERVED_KEYS
-from scripts.pages import default_of, one_line, table, type_of
+from loramux_shared.deployment_file import IGNORED_KEYS
+from scripts.pages import entry, one_line
 
 ROOT = Path(__file__).resolve().parent.parent
 HEAD = """\
@@ -17,27 +17,20 @@ HEAD = """\
 <!-- Written by scripts/deployment_doc.py from shared/loramux_shared/deployment.py: `make docs`. -->
 
 A deployment is a base checkpoint, named adapters and a few settings, in one YAML file. This one is
-[examples/deployment.yaml](../../examples/deployment.yaml):
+[examples/deployment.yaml](../../examples/deployment.yaml), whose comments explain it:
 
 ```yaml
 {example}```
 
-The file of a hosted engine builder works as it is: the same blocks inside a `trt_llm:` block. `model_name`
-may be missing; then it is the file's name. LOCAL paths are relative to the file's folder. `max_lora_rank` may
-also stand directly under `build`, as older files have it.
+The `trt_llm:` block is the one of [Baseten's engine builder](../move/baseten.md), and may be left out. Without
+`model_name` the deployment has the file's name. LOCAL paths are relative to the file's folder.
 
-An unknown key refuses the file, with the nearest known key; all mistakes of a file are reported together.
-Editors find mistakes with [deployment.schema.json](deployment.schema.json): put
+All mistakes of a file are reported together; an unknown key refuses it, with the nearest known key. For an
+editor, put the address of your copy of [deployment.schema.json](deployment.schema.json) into the first line:
+`# yaml-language-server: $schema=ADDRESS`.
 
-```yaml
-# yaml-language-server: $schema=https://example.com/path/to/deployment.schema.json
-```
-
-with the address of your copy into the first line.
-
-Names that stand for several models, and limits of models, are settings of `runtime`. What requests may do with
-them is in [openai.md](openai.md#names); limits of API keys are in
-[access.md](../guides/access.md#limits-of-keys).
+Names that stand for several models, and limits of models (what requests may do with the names:
+[openai](openai.md#names); limits of keys: [access](../guides/access.md#limits-of-keys)):
 
 ```yaml
 {more}```
@@ -51,19 +44,6 @@ runtime:
     models:
       support-v1: {weight: 4, max_running: 8, tokens_per_minute: 200000} # and max_waiting as above
 """
-IGNORED_HEAD = """\
-## Keys that mean nothing here
-
-Files of hosted builders carry keys that loramux has no use for. They are accepted, and listed once when the
-file is read. Those that ask for what is not done are warnings (`W_UNSERVED`), each with what to set instead.
-
-"""
-BLOCKS = {
-    "": "beside `trt_llm`, or at the top",
-    "trt_llm": "`trt_llm`",
-    "build": "`build`",
-    "runtime": "`runtime`",
-}
 
 
 def page() -> str:
@@ -74,27 +54,17 @@ def page() -> str:
         name: definitions[name]
         for name in ("Build", "Repository", "LoraConfiguration", "Runtime", "ModelLimits", "Limits")
     }
-    example = (ROOT / "examples" / "deployment.yaml").read_text()
+    lines = (ROOT / "examples" / "deployment.yaml").read_text().splitlines(keepends=True)
+    example = "".join(
+        re.sub(r"\s+# .*\n", "\n", line) for line in lines if line.strip() and line.lstrip()[0] != "#"
+    )
     parts = [HEAD.format(example=example, more=MORE)]
     for name, model in models.items():
-        rows = [
-            (f"`{key}`", type_of(field, definitions), default_of(key, field, model), _meaning(field))
-            for key, field in model["properties"].items()
-        ]
-        said = one_line(model.get("description", ""))
-        parts.append(f"## {name}\n\n{said}\n\n" + table(("key", "type", "default", "meaning"), rows))
-    ignored = [
-        (BLOCKS[block], ", ".join(f"`{key}`" for key in sorted(keys))) for block, keys in IGNORED_KEYS.items()
-    ]
-    unserved = [
-        (f"`{key}`", "-" if usual is None else f"`{usual}`", fix) for key, (usual, fix) in UNSERVED_KEYS.items()
-    ]
-    tables = table(("block", "keys"), ignored), table(("a warning, unless", "it is", "instead"), unserved)
-    return "\n".join([*parts, IGNORED_HEAD + tables[0], tables[1]])
-
-
-def _meaning(field: dict[str, Any]) -> str:
-    return one_line(field.get("description", "")).replace("``", "`")
+        keys = "".join(
+            f"- `{key}`{entry(key, field, model, definitions)}" for key, field in model["properties"].items()
+        )
+        parts.append(f"## {name}\n\n{one_line(model.get('description', ''))}\n\n{keys}")
+    return "\n".join(parts)
 
 
 def json_schema() -> str:

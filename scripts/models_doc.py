@@ -50,24 +50,27 @@ def replaced(text: str, name: str, between: str) -> str:
 
 
 def families() -> str:
-    """Return a row for each family."""
+    """Return a line for each family."""
     names: defaultdict[Family, list[str]] = defaultdict(list)
     for architecture, family in load_families().values():
         names[family].append(f"`{architecture.name}`")
-        if not (family.models and family.serves):
+        if not family.models:
             raise ValueError(f"{architecture.name}: its Family lacks the words for docs/reference/models.md")
-    rows = [(", ".join(each), family.models, family.serves) for family, each in names.items()]
-    return table(("architecture", "models", "what is served"), rows)
+    return "".join(f"- {family.models}: {', '.join(each)}\n" for family, each in names.items())
 
 
 def modules() -> str:
-    """Return a row for each set of modules that bases have, the most frequent one first."""
+    """Return the modules that most bases have, and a line for each other set: how it differs from them."""
     having: defaultdict[tuple[str, ...], list[str]] = defaultdict(list)
     for name, (architecture, _) in load_families().items():
         having[_modules(small(architecture))].append(f"`{name}`")
     usual, *others = sorted(having, key=lambda each: -len(having[each]))
-    rows = [(", ".join(each), ", ".join(having[each])) for each in others]
-    return table(("modules", "of"), [(", ".join(usual), "all others" if others else "all"), *rows])
+    lines = [f"- {', '.join(usual)}\n"]
+    for each in others:
+        lost = ", ".join(name for name in usual if name not in each)
+        more = ", ".join(name for name in each if name not in usual)
+        lines.append(f"- {', '.join(having[each])}: {f'without {lost}; ' if lost else ''}also {more}\n")
+    return "".join(lines)
 
 
 def formats() -> str:
@@ -77,18 +80,26 @@ def formats() -> str:
 
 
 def parity() -> str:
-    """Return a row for each architecture of which answers were counted, and with what they were compared."""
+    """Return how many answers were equal with each backend, and where some were not."""
     kept = json.loads(COUNTED.read_text())
     tried, exact = Counter[tuple[str, str]](), Counter[tuple[str, str]]()
     for name, backend, _, count, equal in kept["counts"]:
         tried[name, backend] += count
         exact[name, backend] += equal
-    rows = [
-        (f"`{name}`", *(f"{exact[name, each]} of {tried[name, each]}" for each in BACKENDS))
-        for name in sorted({name for name, _ in tried})
+    keys = {name: [key for key in tried if key[1] == name] for name in BACKENDS}
+    totals = ", ".join(
+        f"{words} {sum(exact[key] for key in keys[name])} of {sum(tried[key] for key in keys[name])}"
+        for name, words in BACKENDS.items()
+    )
+    unequal = [
+        f"- `{name}`, {BACKENDS[backend]}: {exact[name, backend]} of {tried[name, backend]}\n"
+        for name, backend in sorted(tried)
+        if exact[name, backend] != tried[name, backend]
     ]
+    architectures = len({name for name, _ in tried})
     oracles = ", ".join(f"{name} {number}" for name, number in kept["oracles"].items())
-    return table(("exact answers, of those tried", *BACKENDS.values()), rows) + f"\nCompared with {oracles}.\n"
+    equal = f"Exact answers of {architectures} architectures, compared with {oracles}: {totals}.\n"
+    return equal + ("\nNot exact:\n\n" + "".join(unequal) if unequal else "")
 
 
 def small(architecture: Architecture) -> ModelConfig:

@@ -7,12 +7,35 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 Schema: TypeAlias = Mapping[str, Any]
+OBVIOUS = frozenset({"string", "path", "boolean", "list of string", "list of path"})
+"""Types that a list leaves out, because the meaning tells them."""
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Return a Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
     return "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |\n" for line in lines)
+
+
+def entry(name: str, field: Schema, owner: Schema, definitions: Mapping[str, Schema]) -> str:
+    """Return the line of a list for a field: its name, type, default and meaning."""
+    kind, default = type_of(field, definitions), default_of(name, field, owner)
+    if default not in ("", "required"):
+        default = f"default {default}"
+    kind = kind.removeprefix("integer, ").removeprefix("number, ").removeprefix("string, ")
+    known = "; ".join(filter(None, ("" if kind in OBVIOUS else kind, default)))
+    about = one_line(field.get("description", "")).replace("``", "`")
+    return f"{known and f' ({known})'}: {about}\n"
+
+
+def entries_of(entries: Iterable[tuple[str, str]]) -> str:
+    """Return a line per entry with a meaning, and one line for all others."""
+    given = list(entries)
+    lines = [f"- {name}: {meaning}\n" for name, meaning in given if meaning]
+    plain = ", ".join(name for name, meaning in given if not meaning)
+    if plain:
+        lines.append(f"- {'also ' if lines else ''}{plain}\n")
+    return "".join(lines)
 
 
 def one_line(text: str) -> str:

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from loramux_shared.settings import CLIENT_VARIABLES, BuilderSettings, InferenceSettings, Settings, variable
-from scripts.pages import default_of, one_line, table, type_of
+from scripts.pages import entry
 
 HEAD = """\
 # Settings
 
 <!-- Written by scripts/settings_doc.py from shared/loramux_shared/settings.py: `make docs`. -->
 
-Every setting is a variable `LORAMUX_*`, read once at the start. Flags of `loramux serve`, `loramux builder`
-and `python -m inference_service` and `python -m builder_service` come first, then the variable, then the
-default. An unknown `LORAMUX_*` variable or a bad value stops the start, with the name, the value and what is
-allowed. An empty variable is one that is not set.
+Every setting is a variable `LORAMUX_*`, read once at the start; an empty one is not set. A flag of `loramux
+serve`, `loramux builder`, `python -m inference_service` or `python -m builder_service` comes before the
+variable. An unknown variable or a bad value stops the start, with the name, the value and what is allowed.
 
-Lists of folders are separated by `:`, lists of hosts by commas. Secrets of sources are files of `secrets_dir`
-or variables `LORAMUX_SECRET_<name>`, see [sources.md](sources.md#secrets). S3 reads the standard `AWS_*`
-variables.
+`:` separates folders of a list, a comma separates hosts. Secrets of sources: [sources](sources.md#secrets). S3
+reads the standard `AWS_*` variables.
 """
 CLIENT = {
     "API_KEY": "The key that every call shows.",
@@ -30,7 +28,7 @@ CLIENT = {
 def page() -> str:
     """Return the page."""
     common = frozenset(Settings.model_fields)
-    client = [(f"`{variable(name)}`", CLIENT[name]) for name in CLIENT_VARIABLES]
+    client = [(variable(name), CLIENT[name]) for name in CLIENT_VARIABLES]
     return "\n".join(
         [
             HEAD,
@@ -38,21 +36,16 @@ def page() -> str:
             "## The builder\n\n" + _settings(BuilderSettings, common),
             "## The inference service\n\n" + _settings(InferenceSettings, common),
             "## Clients\n\nRead by `loramux` and `loramux.Client`.\n\n"
-            + table(("variable", "meaning"), client),
+            + "".join(f"- `{name}`: {meaning}\n" for name, meaning in client),
         ]
     )
 
 
 def _settings(kind: type[Settings], left_out: frozenset[str]) -> str:
     schema = kind.model_json_schema()
-    rows = [
-        (
-            f"`{variable(name)}`",
-            type_of(field, schema.get("$defs", {})),
-            default_of(name, field, schema),
-            one_line(field.get("description", "")),
-        )
+    definitions = schema.get("$defs", {})
+    return "".join(
+        f"- `{variable(name)}`{entry(name, field, schema, definitions)}"
         for name, field in schema["properties"].items()
         if name not in left_out
-    ]
-    return table(("variable", "type", "default", "meaning"), rows)
+    )

@@ -171,16 +171,15 @@ class BuilderServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def UpdateDeployment(self, request, context):
-        """Makes the next generation from the newest one: adapters come in, take the place of
-        others, or leave. It is a build, and answers at once with the deployment in BUILDING;
-        its adapters are those that it adds. Adapters that it does not name stay what they
-        are, and are not even looked at. Updates that race lose nothing: one that finds
-        another generation in the end is made again from that, unless it expected another.
+        """Makes the next generation from the newest one: adds, replaces and removes adapters. It is a build, and
+        answers at once with the deployment in BUILDING and the adapters that it adds. Other adapters stay,
+        without a look at them.
 
-        Where other builds of the deployment have not ended, the update waits for its turn, and
-        is judged then: what is refused below ends it as FAILED. Updates that wait are made
-        together, as one generation, unless they expect one or touch the same adapters; where
-        they fail together, they are tried apart. Watch with the request_id for one's own end.
+        Updates are serialized: an update waits for other builds and is judged then; what is refused below ends
+        it as FAILED. Waiting updates are made together, as one generation, unless they expect one or touch the
+        same adapters; if they fail together, they are tried apart. An update that finds another generation at
+        its end is repeated from it, unless it expected another. Watch with the request_id for the end of this
+        one.
 
         Repeating the call is safe, as with BuildDeployment.
 
@@ -204,9 +203,9 @@ class BuilderServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def RollbackDeployment(self, request, context):
-        """Makes the content of an older generation the newest one, base and settings included, and answers when it
-        is published. That generation's bundles are looked for first. Repeating the call with the same number is
-        safe; without a number it goes back and forth.
+        """Publishes an older generation again, base and settings included, and answers when that is done. Its
+        bundles are checked first. Repeating the call with the same number is safe; without a number, calls
+        alternate between two generations.
 
         NOT_FOUND    DEPLOYMENT_NOT_FOUND: the message lists those that exist.
         GENERATION_NOT_FOUND: the message lists those that the deployment has.
@@ -232,11 +231,12 @@ class BuilderServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def PutAdapter(self, request_iterator, context):
-        """Takes an adapter that lies nowhere, and answers when the generation is published in which it is. It comes
-        under the same rules as one from a repository, and has the same digest; nothing is unpickled.
-        The first message is the upload, all others are chunks. A client that pauses too long between two
-        messages is cut off. Repeating the call is safe: the same files change nothing. An update keeps what was
-        pushed; a build keeps it where its deployment names it, as SOURCE_KIND_PUSHED.
+        """Takes an adapter that a client uploads, under the rules of a repository, and answers when its
+        generation is published. The first message is the upload, all others are chunks.
+
+        A client that pauses too long between two messages is cut off. Repeating the call is safe: the same
+        files change nothing. An update keeps what was pushed; a build keeps it if its deployment names it, as
+        SOURCE_KIND_PUSHED. Nothing is unpickled.
 
         INVALID_ARGUMENT     ADAPTER_INVALID: it breaks rules; the violations are all of them.
         DEPLOYMENT_INVALID: the name cannot be an adapter's of this deployment.
@@ -260,12 +260,11 @@ class BuilderServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def WatchDeployment(self, request, context):
-        """Streams the state of a deployment: the current state at once, then every change,
-        until it is ACTIVE or FAILED. After a broken stream the same call goes on.
+        """Streams the state of a deployment: at once, then every change, until ACTIVE or FAILED. After a broken
+        stream, call again.
 
-        With follow it stays open for ever, and tells every build of this builder and every
-        generation, also one that another builder published, which is seen within seconds.
-        Between builds its messages have no adapters.
+        With follow the stream stays open, and reports every build of this builder and every generation, also
+        of another builder, within seconds. Between builds its messages have no adapters.
 
         NOT_FOUND    DEPLOYMENT_NOT_FOUND: the message lists those that exist.
         UNAVAILABLE  STORE_UNAVAILABLE: retry.
@@ -275,10 +274,9 @@ class BuilderServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def CancelBuild(self, request, context):
-        """Asks all builds of a deployment that run or wait to end, and answers at once with the present state of
-        the newest. It ends at its next step as FAILED with BUILD_CANCELLED, and what was served before is served still; a build that
-        was about to end may be ACTIVE instead. Watch it to know. Without a running build nothing changes, so
-        repeating the call is safe. Only the builder that runs a build can cancel it.
+        """Asks all running and waiting builds of a deployment to end, and answers at once with the state of the
+        newest. They end at their next step as FAILED with BUILD_CANCELLED, or ACTIVE if they were almost done;
+        watch to know. Repeating the call is safe. Only the builder that runs a build can cancel it.
 
         NOT_FOUND    DEPLOYMENT_NOT_FOUND: the message lists those that exist.
         UNAVAILABLE  STORE_UNAVAILABLE: retry.
@@ -288,9 +286,8 @@ class BuilderServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def CheckAdapter(self, request, context):
-        """Checks an adapter against a base, as a build would, and returns everything that was found. Nothing is
-        written to the object store. An adapter that breaks a rule is an answer, with accepted = false, and no
-        error. Bound the call with a deadline; a cancelled one stops its downloads.
+        """Checks an adapter against a base as a build would, and writes nothing to the store. A refused adapter
+        is an answer with accepted = false, not an error. Set a deadline; a cancelled call stops its downloads.
 
         INVALID_ARGUMENT     DEPLOYMENT_INVALID: a field of the request breaks a rule; the violations name it.
         NOT_FOUND            REPO_NOT_FOUND, REVISION_NOT_FOUND: correct the name or the revision.

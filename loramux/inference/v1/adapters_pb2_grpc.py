@@ -152,8 +152,8 @@ class AdapterServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def PinAdapter(self, request, context):
-        """Keeps a name resident, whatever version it stands for, until it is unpinned or the replica ends. Its
-        load begins now where it is not there; the answer does not wait for it. Repeating it changes nothing.
+        """Keeps a name resident until it is unpinned or the replica ends. Starts its load, and does not wait for
+        it.
 
         NOT_FOUND         MODEL_NOT_FOUND: the message lists the models that are served.
         INVALID_ARGUMENT  REQUEST_INVALID: the name is the base's, or its adapter is merged. Name another.
@@ -163,7 +163,7 @@ class AdapterServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def UnpinAdapter(self, request, context):
-        """Lets a name leave when others need its place. Repeating it changes nothing.
+        """Lets the adapter be evicted again.
 
         NOT_FOUND         MODEL_NOT_FOUND: the message lists the models that are served.
         INVALID_ARGUMENT  REQUEST_INVALID: the name is the base's. Name an adapter.
@@ -173,8 +173,8 @@ class AdapterServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def LoadAdapter(self, request, context):
-        """Adds an adapter, or gives a name another version, and answers when this replica serves it. A call that
-        is given up does not end the build: the adapter may be published later.
+        """Adds an adapter, or another version of a name, and answers when this replica serves it. The build goes
+        on if the call is cancelled.
 
         NOT_FOUND            BUNDLE_NOT_FOUND: of bundle:DIGEST, the store has no such bundle. Build it.
         INVALID_ARGUMENT     REQUEST_INVALID: the path names no adapter, or the name cannot be an adapter's here, or
@@ -191,8 +191,7 @@ class AdapterServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def UnloadAdapter(self, request, context):
-        """Takes a name away, and answers when this replica serves it no more. Requests that are under way end on
-        the version that they began with.
+        """Removes a name, and answers when this replica serves it no more. Running requests end on their version.
 
         NOT_FOUND            MODEL_NOT_FOUND: the message lists the models that are served.
         INVALID_ARGUMENT     REQUEST_INVALID: the name is the base's. Name an adapter.
@@ -204,7 +203,7 @@ class AdapterServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def RollbackReplica(self, request, context):
-        """Has an older generation published again under a new number, and answers when this replica serves it.
+        """Publishes an older generation again under a new number, and answers when this replica serves it.
 
         FAILED_PRECONDITION  NO_BUILDER: this replica knows no builder. Start it with --builder.
         UNAVAILABLE          REPLICA_BEHIND: it was published, and this replica does not serve it yet. Look again.
@@ -214,15 +213,14 @@ class AdapterServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def GetReplica(self, request, context):
-        """Says how the replica is.
+        """Returns the state of the replica.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def WatchReplica(self, request, context):
-        """Streams how the replica is: at once, then every change of its generation, its state and its counters,
-        until the call is cancelled.
+        """Streams the state of the replica: at once, then every change, until the call is cancelled.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

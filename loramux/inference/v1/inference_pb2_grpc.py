@@ -98,12 +98,12 @@ class InferenceServiceServicer(object):
     """
 
     def Generate(self, request, context):
-        """Streams one Started; PromptLogprobs, where the request asks for them; then for each
-        of the n answers any number of Delta and one Finished. Events of different answers
-        come in any mixture; index tells them apart. Nothing is sent before the first token,
-        so that until then a proxy may ask another replica. A stream that ends with OK has had
-        the Finished of every answer; every other end is an error status. Closing the stream
-        frees the sequences at the next step. Clients ignore events that they do not know.
+        """Streams one Started, PromptLogprobs if requested, and for each of the n answers any number of Delta and
+        one Finished. Events of different answers are interleaved; index tells them apart.
+
+        Nothing is sent before the first token, so that until then a proxy may ask another replica. A stream
+        that ends with OK has the Finished of every answer; every other end is an error status. Closing the
+        stream frees the sequences at the next step. Clients ignore events that they do not know.
 
         NOT_FOUND           MODEL_NOT_FOUND: the message lists the models that are served.
         INVALID_ARGUMENT    REQUEST_INVALID: the violations name the fields. Correct them.
@@ -131,8 +131,8 @@ class InferenceServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Embed(self, request, context):
-        """Streams the vector of each input, in their order, as soon as it is there; one version makes all of them. The
-        first failure ends the stream. Closing it frees what is under way.
+        """Streams the vector of each input, in order; one version makes all of them. The first failure ends the
+        stream.
 
         NOT_FOUND           MODEL_NOT_FOUND: the message lists the models that are served.
         INVALID_ARGUMENT    REQUEST_INVALID: the violations name the fields, or the model does something else. Correct
@@ -157,7 +157,7 @@ class InferenceServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Classify(self, request, context):
-        """Streams the scores of each input, in their order, as Embed does; the model is an adapter with a score head.
+        """Streams the scores of each input, in order, as Embed does; the model is an adapter with a score head.
 
         NOT_FOUND           MODEL_NOT_FOUND: the message lists the models that are served.
         INVALID_ARGUMENT    REQUEST_INVALID: the violations name the fields, or the model does something else. Correct

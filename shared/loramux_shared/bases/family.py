@@ -44,9 +44,7 @@ class Family:
     describes: frozenset[str] = frozenset()
     """Keys of a config that would be refused as another geometry, and that ``read`` reads."""
     models: str = ""
-    """Who has it, for people; ``docs/reference/models.md`` has both lines."""
-    serves: str = ""
-    """What of these models is served, beside what a Llama has."""
+    """Names of the models, as people know them; ``docs/reference/models.md`` lists them."""
 
 
 def llama_like(

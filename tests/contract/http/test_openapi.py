@@ -17,6 +17,7 @@ from starlette.routing import Route
 
 from inference_service.http.app import ENDPOINTS, create_app
 from inference_service.http.openapi import Served, document
+from loramux_shared.access.rights import Scope
 from tests.support.root import ROOT
 from tests.support.silent import silent_service
 
@@ -100,14 +101,19 @@ def test_the_paths_are_those_of_the_app(tmp_path: Path) -> None:
     assert served == {(path, method) for path, method, _ in OPERATIONS}
 
 
-def test_the_table_of_the_docs_names_the_same_routes() -> None:
-    """The page of the files stands for all of them."""
+def test_the_table_of_the_docs_names_the_same_routes_and_scopes() -> None:
+    """The page of the files stands for all of them; an empty cell is the scope of most routes."""
     table = DOCS[DOCS.index("## Routes") : DOCS.index("<a id=")]
-    told = {(method, path) for method, path in re.findall(r"`(GET|POST) (/[^`]*)`", table)}
+    told = {
+        (method, path, row.split("|")[3].strip(" `"))
+        for row in table.splitlines()
+        for method, path in re.findall(r"`(GET|POST) (/[^`]*)`", row)
+    }
     served = {
         (
             each.method,
             re.sub(r"^/page/.*", "/page/*", each.path).replace("{model:path}", "{id}").replace(":path}", "}"),
+            {None: "none", Scope.INFER: ""}.get(each.scope, str(each.scope)),
         )
         for each in ENDPOINTS
     }

@@ -37,4 +37,4 @@ def test_the_page_is_what_the_codes_say():
     """docs/reference/errors.md is generated, and names every code and every reason."""
     page = errors_doc.page()
     assert (docs.DOCS / "reference" / "errors.md").read_text() == page
-    assert all(f"| {name} |" in page for name in (*CODES, *FAULTS))
+    assert all(f"- `{name}`: " in page for name in (*CODES, *FAULTS))

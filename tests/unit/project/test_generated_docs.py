@@ -15,11 +15,12 @@ import yaml
 import loramux
 from loramux import Client
 from loramux.builder.v1 import builder_pb2
-from loramux.inference.v1 import inference_pb2
+from loramux.inference.v1 import adapters_pb2, inference_pb2
 from loramux_shared.bases.families import load_families
 from loramux_shared.bases.formats.read import FORMATS
 from loramux_shared.deployment import Deployment
-from loramux_shared.deployment_file import IGNORED_KEYS
+from loramux_shared.deployment_file import IGNORED_KEYS, UNSERVED_KEYS
+from loramux_shared.faults import FAULTS
 from loramux_shared.settings import BuilderSettings, InferenceSettings, variable
 from scripts import api_doc, client_doc, deployment_doc, models_doc, settings_doc
 from scripts.pages import type_of
@@ -27,46 +28,52 @@ from tests.support.root import ROOT
 
 
 def test_the_api_page_has_every_rpc_field_and_value() -> None:
-    """Whatever the protos have stands on the page, and no link leads nowhere."""
+    """The page has every rpc, field and value of the protos, and no link leads nowhere."""
     page = api_doc.page()
-    for module in (builder_pb2, inference_pb2):
-        for service in module.DESCRIPTOR.services_by_name.values():
-            for method in service.methods:
-                assert f"### {service.name}.{method.name}\n" in page
+    for module in (builder_pb2, inference_pb2, adapters_pb2):
+        methods = [each for service in module.DESCRIPTOR.services_by_name.values() for each in service.methods]
+        ends = {kind.name for each in methods for kind in (each.input_type, each.output_type)}
+        for method in methods:
+            assert f"### {method.containing_service.name}.{method.name}\n" in page
         for message in module.DESCRIPTOR.message_types_by_name.values():
-            assert f".{message.name}\n" in page
+            assert (f".{message.name}\n" in page) != (message.name in ends)
             for field in message.fields:
-                assert f"| `{field.name}` |" in page
+                assert f"`{field.name}` " in page
         for enum in module.DESCRIPTOR.enum_types_by_name.values():
-            assert all(f"| `{value.name}` | {value.number} |" in page for value in enum.values)
+            assert all(f"`{value.name}`" in page for value in enum.values)
     headings = {re.sub(r"[^a-z0-9_-]", "", line.lower()) for line in re.findall(r"^#+ (.*)$", page, re.M)}
     assert set(re.findall(r"\]\(#([^)]+)\)", page)) <= headings
 
 
-def test_statuses_of_an_rpc_are_a_table() -> None:
-    """Each status of a comment is a row, with its lines put together."""
-    page = api_doc.page()
-    [generate] = re.findall(r"### InferenceService\.Generate\n.*?(?=\n###)", page, re.S)
-    assert "returns a stream of" in generate
-    assert re.search(r"\| `INVALID_ARGUMENT` \| REQUEST_INVALID: .*PROMPT_TOO_LONG: .*\|", generate)
+def test_a_method_has_its_fields_and_its_failures() -> None:
+    """A section says what a method takes and streams, and names each reason of the comment once."""
+    [generate] = re.findall(r"### InferenceService\.Generate\n.*?(?=\n###)", api_doc.page(), re.S)
+    assert "\nTakes\n\n- `model` string: " in generate
+    assert "\nStreams\n" in generate
+    [fails] = re.findall(r"^Fails with (.*)\.$", generate, re.M)
+    reasons = fails.split(", ")
+    assert reasons[:3] == ["MODEL_NOT_FOUND", "REQUEST_INVALID", "PROMPT_TOO_LONG"]
+    assert set(reasons) <= FAULTS.keys()
+    assert len(reasons) == len(set(reasons))
 
 
 def test_every_key_of_a_file_is_explained() -> None:
-    """Every field of the model has a meaning, and every ignored key is named."""
+    """Every field of the model has a meaning."""
     page = deployment_doc.page()
     definitions = Deployment.model_json_schema()["$defs"]
     for name in ("Build", "Repository", "LoraConfiguration", "Runtime"):
         for key, field in definitions[name]["properties"].items():
             assert field.get("description"), f"{name}.{key}"
-            assert f"| `{key}` |" in page
-    assert all(f"`{key}`" in page for keys in IGNORED_KEYS.values() for key in keys)
+            assert re.search(rf"^- `{key}`( \(.*\))?: ", page, re.M), key
 
 
 def test_every_key_of_hosted_engine_builders_has_its_line() -> None:
-    """The page for those who come from Baseten names each key that is ignored."""
+    """The page for those who come from Baseten names each key that is ignored, and what to set instead."""
     page = (ROOT / "docs/move/baseten.md").read_text()
     for block, keys in IGNORED_KEYS.items():
         assert all(f"`{key}`" in page or f"`trt_llm.{block}.{key}`" in page for key in keys), block
+    for key, (_, fix) in UNSERVED_KEYS.items():
+        assert f"| `trt_llm.{key}` | {fix.removesuffix('.')} |" in page
 
 
 def test_every_public_method_of_the_client_is_documented() -> None:
@@ -74,8 +81,7 @@ def test_every_public_method_of_the_client_is_documented() -> None:
     page = client_doc.page()
     methods = {name for name, _ in inspect.getmembers(Client, inspect.isfunction) if not name.startswith("_")}
     for name in methods:
-        [section] = re.findall(rf"### {name}\n\n```python\n{name}\(.*?\n```\n\n([^#]+)", page, re.S)
-        assert section.strip(), name
+        assert re.search(rf"^- `{name}\(.*\).*`: \w+", page, re.M), name
         assert inspect.isfunction(getattr(loramux.AsyncClient, name))
     for name in loramux.__all__:
         if inspect.isclass(getattr(loramux, name)) and name not in {"Client", "AsyncClient"}:
@@ -88,31 +94,28 @@ def test_every_setting_is_explained() -> None:
     for kind in (BuilderSettings, InferenceSettings):
         for name, field in kind.model_fields.items():
             assert field.description, name
-            assert f"| `{variable(name)}` |" in page
+            assert re.search(rf"^- `{variable(name)}`( \(.*\))?: \w", page, re.M), name
 
 
-def test_every_architecture_has_its_row_and_its_modules() -> None:
+def test_every_architecture_has_its_line_and_its_modules() -> None:
     """Each stands once among the families, and is small enough for its modules to be told."""
     families, modules = models_doc.families(), models_doc.modules()
     for name, (architecture, family) in load_families().items():
-        [row] = [line for line in families.splitlines() if f"`{name}`" in line.split("|")[1]]
-        assert family.models in row
+        [line] = [each for each in families.splitlines() if f"`{name}`" in each]
+        assert line.startswith(f"- {family.models}: ")
         assert models_doc.small(architecture).architecture == name
     assert "`self_attn.q_proj`" in modules
     assert all(f"`{method}`" in models_doc.formats() for each in FORMATS for method in each.methods)
-    assert "`self_attn.qkv_proj`, `mlp.gate_up_proj` | `Phi3ForCausalLM` |" in modules
+    assert "- `Phi3ForCausalLM`: also `self_attn.qkv_proj`, `mlp.gate_up_proj`\n" in modules
 
 
-def test_counted_answers_are_added_up_by_architecture_and_backend() -> None:
-    """Of architectures that are served; what a backend did not try is 0 of 0."""
-    served = {f"`{name}`" for name in load_families()}
-    head, _, *rows = [line.split(" | ") for line in models_doc.parity().splitlines() if line.startswith("|")]
-    assert [cell.strip("| ") for cell in head[1:]] == [*models_doc.BACKENDS.values()]
-    assert {row[0].strip("| ") for row in rows} <= served
-    for row in rows:
-        for cell in row[1:]:
-            exact, tried = map(int, cell.strip("| ").split(" of "))
-            assert exact <= tried
+def test_counted_answers_are_added_up_by_backend() -> None:
+    """Each backend has its sum, and an architecture has a line of its own where an answer was not exact."""
+    page = models_doc.parity()
+    for words in models_doc.BACKENDS.values():
+        [(exact, tried)] = re.findall(rf"{words} (\d+) of (\d+)", page.splitlines()[0])
+        assert 0 < int(exact) <= int(tried)
+        assert (f", {words}: " in page) == (exact != tried)
 
 
 def test_what_stands_around_a_table_stays() -> None:

@@ -152,8 +152,8 @@ def test_grpc_fields_pass_by_name() -> None:
 
 def test_documents_tell_the_bounds() -> None:
     """docs/reference/grpc.md, which is made of the proto file, has the ends of every number that has them."""
-    sections = _section("inference.GenerateRequest") + _section("inference.SamplingParams")
-    rows = dict(re.findall(r"^\| `(\w+)` \|(.*)$", sections, re.MULTILINE))
+    sections = _section("InferenceService.Generate") + _section("inference.SamplingParams")
+    rows = dict(re.findall(r"^- `(\w+)` (.*)$", sections, re.MULTILINE))
     for name, bound in NUMBERS.items():
         for end in (bound.low, bound.high) if name in rows and name != "seed" else ():
             told = f"{end:g}" in rows[name] or not math.isfinite(end) or end in (0, -1, math.ulp(0.0))

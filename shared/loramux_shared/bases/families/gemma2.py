@@ -67,5 +67,4 @@ FAMILY = Family(
     (Architecture("Gemma2ForCausalLM", "gemma2"),),
     _read,
     models="Gemma 2",
-    serves="scaled embeddings, norms around each block, GeGLU, both soft caps, alternating windows",
 )

@@ -67,6 +67,4 @@ FAMILY = Family(
     ),
     _read,
     models="Gemma 3",
-    serves="as Gemma 2, norms of query and key heads, another rope in layers that slide; of a model with "
-    "images the text decoder",
 )

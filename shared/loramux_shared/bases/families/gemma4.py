@@ -184,8 +184,5 @@ FAMILY = Family(
     ),
     _read,
     models="Gemma 4",
-    serves="as Gemma 3; layers of two head sizes, which may share keys and values, or take keys for values; "
-    "inputs of tokens for every layer; a mixture of experts beside each MLP; of a model with images and sound "
-    "the text decoder",
     describes=DESCRIBES,
 )

@@ -54,6 +54,5 @@ FAMILY = Family(
     (Architecture("GptOssForCausalLM", "gpt_oss"),),
     _read,
     models="gpt-oss",
-    serves="sinks, every other layer slides, YaRN, mixtures of experts with biases and a clamped gate",
     describes=EXPERTS,
 )

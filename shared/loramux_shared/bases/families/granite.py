@@ -31,5 +31,4 @@ FAMILY = Family(
     (Architecture("GraniteForCausalLM", "granite"),),
     _read,
     models="Granite 3, dense",
-    serves="factors of embeddings, attention, residuals and logits; biases",
 )

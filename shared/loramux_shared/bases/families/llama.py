@@ -22,5 +22,4 @@ FAMILY = Family(
     (Architecture("LlamaForCausalLM", "llama"),),
     _read,
     models="Llama 2 and 3, SmolLM2, TinyLlama, Yi",
-    serves="biases, tied heads, a head size apart",
 )

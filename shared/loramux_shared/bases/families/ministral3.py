@@ -45,5 +45,4 @@ FAMILY = Family(
     (Architecture("Ministral3ForCausalLM", "ministral3"),),
     _read,
     models="Ministral 3, text alone",
-    serves="YaRN, queries that grow with their position, one window or none",
 )

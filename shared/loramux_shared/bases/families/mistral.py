@@ -21,5 +21,4 @@ FAMILY = Family(
     (Architecture("MistralForCausalLM", "mistral"),),
     _read,
     models="Mistral 7B, Nemo",
-    serves="one sliding window for all layers, or none",
 )

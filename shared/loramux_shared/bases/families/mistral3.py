@@ -26,5 +26,4 @@ FAMILY = Family(
     (Architecture("Mistral3ForConditionalGeneration", "mistral3", nested=True),),
     _read,
     models="Mistral Small 3.1 and 3.2, Ministral 3",
-    serves="the text decoder, as `MistralForCausalLM` or `Ministral3ForCausalLM`",
 )

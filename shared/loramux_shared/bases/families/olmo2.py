@@ -44,6 +44,4 @@ FAMILY = Family(
     (Architecture("Olmo2ForCausalLM", "olmo2"),),
     _read,
     models="OLMo 2",
-    serves="norms behind attention and MLP alone, norms of all query and of all key heads together; biases of "
-    "attention",
 )

@@ -40,5 +40,4 @@ FAMILY = Family(
     (Architecture("Olmo3ForCausalLM", "olmo3"),),
     _read,
     models="OLMo 3",
-    serves="as OLMo 2, three layers of four slide, with a rope of their own",
 )

@@ -47,5 +47,4 @@ FAMILY = Family(
     (Architecture("Phi3ForCausalLM", "phi3"),),
     _read,
     models="Phi-3 mini and medium, Phi-3.5 mini, Phi-4, Phi-4-mini",
-    serves="fused projections, one window, partial rotation, LongRoPE",
 )

@@ -29,5 +29,4 @@ FAMILY = Family(
     (Architecture("Qwen2ForCausalLM", "qwen2"),),
     _read,
     models="Qwen 2 and 2.5, dense",
-    serves="biases on q, k, v; windows by `use_sliding_window`, `max_window_layers`, `layer_types`",
 )

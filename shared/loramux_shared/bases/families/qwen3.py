@@ -24,5 +24,4 @@ FAMILY = Family(
     (Architecture("Qwen3ForCausalLM", "qwen3"),),
     _read,
     models="Qwen 3, dense",
-    serves="norms of query and key heads, a head size apart, windows as Qwen 2",
 )

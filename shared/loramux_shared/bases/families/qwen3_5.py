@@ -104,7 +104,5 @@ FAMILY = Family(
     ),
     qwen35_like,
     models="Qwen 3.5, dense",
-    serves="a gated delta rule in layers by `layer_types`, whose states are kept for prefixes too; gated "
-    "attention of partly turned heads between; of a model with images the text decoder",
     describes=DELTA,
 )

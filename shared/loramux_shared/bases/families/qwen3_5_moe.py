@@ -32,6 +32,5 @@ FAMILY = Family(
     ),
     _read,
     models="Qwen 3.5, mixtures of experts",
-    serves="as Qwen 3.5, experts in all layers, and one that all rows have behind a gate",
     describes=DELTA | EXPERTS,
 )

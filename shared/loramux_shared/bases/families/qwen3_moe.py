@@ -57,7 +57,5 @@ FAMILY = Family(
     (Architecture("Qwen3MoeForCausalLM", "qwen3_moe"),),
     _read,
     models="Qwen 3, mixtures of experts",
-    serves="as Qwen 3, experts in layers by `decoder_sparse_step` and `mlp_only_layers`, their weights "
-    "renormalised or not; one window for all layers",
     describes=EXPERTS,
 )

@@ -50,5 +50,4 @@ FAMILY = Family(
     (Architecture("SmolLM3ForCausalLM", "smollm3"),),
     _read,
     models="SmolLM 3",
-    serves="layers without rope, which slide by `use_sliding_window`; biases",
 )
