@@ -46,6 +46,7 @@ golden: $(VENV)/.test
 	$(BIN)/python -m tests.golden.manifests.write
 	$(BIN)/python -m tests.golden.kernels.write
 	$(BIN)/python -m tests.golden.kernels.grids
+	$(BIN)/python -m tests.golden.kernels.counts
 	$(BIN)/python -m tests.golden.openai.write
 	$(BIN)/python -m tests.golden.metrics.write
 	$(if $(EXTENSIONS),$(MAKE) deploy/envoy/envoy.yaml)

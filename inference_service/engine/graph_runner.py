@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Final, Protocol
 
@@ -15,7 +16,7 @@ from inference_service.engine.buffers import PAIR, StepBuffers, StepCapacity, St
 from inference_service.engine.graphs import Graph, Recorder
 from inference_service.engine.logprobs import score_prompt
 from inference_service.engine.plan import SchedulerLimits
-from inference_service.engine.pooling import pool
+from inference_service.engine.pooling import Vectors, pool
 from inference_service.engine.rows import Rows, lay_out
 from inference_service.engine.runner import Blocks, Runner
 from inference_service.engine.shaping import Shaper
@@ -110,6 +111,13 @@ class GraphRunner(Runner):
         self._shaper.warm_up(self._logits, self._ids)
 
     def _step(self, rows: Rows) -> Pending:
+        vectors = self._launch(rows)
+        logits = self._logits[: len(rows.sampled)]
+        reading = Reading(logits, self._ids, rows.sampled, self._shaper, rows.ahead)
+        return Pending(tuple(rows.sampled), reading.wait, reading.finish, rows.drafts, vectors)
+
+    def _launch(self, rows: Rows) -> Callable[[], Vectors]:
+        """Launch a step up to the drawn tokens; return what gives its vectors."""
         capacity = self._capacity_of(rows)
         buffers = self._buffers_of(capacity)
         buffers.load(rows)
@@ -128,10 +136,7 @@ class GraphRunner(Runner):
             graph.replay()
         else:
             self._compute(buffers, segments, own)
-        vectors = pool(rows.pooled, [states[place.start : place.stop] for place in places])
-        logits = self._logits[: len(rows.sampled)]
-        reading = Reading(logits, self._ids, rows.sampled, self._shaper, rows.ahead)
-        return Pending(tuple(rows.sampled), reading.wait, reading.finish, rows.drafts, vectors)
+        return pool(rows.pooled, [states[place.start : place.stop] for place in places])
 
     def _compute(
         self, buffers: StepBuffers, segments: Segments | None, own: StepVocabulary | None = None

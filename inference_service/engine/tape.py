@@ -64,7 +64,8 @@ class _Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch l
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.steps: list[Callable[[], None]] = []
-        self.names: list[str] = []
+        self.launched: list[Launch | str] = []
+        """Kernels, and operations of torch by their names."""
         self.made: list[Tensor] = []
         """Tensors with memory of their own, made by the work."""
         self.given: dict[int, Tensor] = {}
@@ -92,14 +93,14 @@ class _Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch l
         writes = any(arg.alias_info is not None and arg.alias_info.is_write for arg in func._schema.arguments)
         if writes or (results and func._schema.name.removeprefix("aten::") not in UNINITIALIZED):
             self.steps.append(_Operation(func, args, kwargs, results).replay)
-            self.names.append(func._schema.name)
+            self.launched.append(func._schema.name)
         return out
 
     def launch(self, launch: Launch) -> None:
         """Take a kernel launch; what the interpreter does within it is not recorded."""
         self._note(_tensors(launch.arguments))
         self.steps.append(launch.enqueue)
-        self.names.append(launch.kernel.fn.__name__)
+        self.launched.append(launch)
         self._in_kernel = True
         try:
             launch.enqueue()
@@ -122,7 +123,7 @@ class Tape:
     """A recording that can be replayed."""
 
     def __init__(self, recording: _Recording, pool: list[Tensor]) -> None:
-        self.names = tuple(recording.names)
+        self.names = names_of(recording.launched)
         """What is launched, in order: kernels, and operations of torch, which are seldom more than one each."""
         self._steps = recording.steps
         self._pool = pool
@@ -168,13 +169,33 @@ class TapeRecorder:
         return Tape(recording, self._pool)
 
 
+@torch.inference_mode()
+def launches_of(work: Callable[[], None]) -> list[Launch | str]:
+    """Return what a function launches: kernels, which do not run, and operations of torch by their names.
+
+    Tensors may be of torch's device "meta", which has shapes and no memory.
+    """
+    recording = _Recording()
+    with recording, intercepted(recording.launched.append):
+        work()
+    return recording.launched
+
+
+def names_of(launched: Iterable[Launch | str]) -> tuple[str, ...]:
+    """Return the names of kernels and of operations of torch."""
+    return tuple(each if isinstance(each, str) else each.kernel.fn.__name__ for each in launched)
+
+
 def _tensors(tree: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 def _memory(tensor: Tensor) -> int:
     """Identify a tensor's memory; views share it."""
-    return id(tensor) if tensor.is_mkldnn else tensor.untyped_storage().data_ptr()
+    if tensor.is_mkldnn:
+        return id(tensor)
+    storage = tensor.untyped_storage()
+    return int(storage._cdata) if tensor.is_meta else storage.data_ptr()
 
 
 def _refuse(function: Any, inputs: Sequence[Tensor]) -> None:

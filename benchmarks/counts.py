@@ -1,0 +1,293 @@
+"""What a step on a GPU launches, counted without one.
+
+A model of 8B's shape lies on torch's device "meta", where tensors have shapes and no memory; the graph runner
+records and runs its steps there, and launches are noted and not run. So the counts are those of the code that
+serves. Sizes are the defaults: adapters of rank 64 at most, 64 of them in a step.
+
+    python -m benchmarks.counts
+
+1. Launches that a layer waits for, one after the other, with adapters and without.
+2. Programs of shrink and expand that are launched, and those that find work.
+3. Rows that a step computes, and rows that it was asked for.
+4. Kinds of requests, and whether their steps are replayed from a graph.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import torch
+
+from benchmarks.on_gpu.model import LLAMA_8B, RandomTensors, config_of
+from inference_service.backends.triton import TritonLora, TritonOperations
+from inference_service.core.batch import Batch, Chunk
+from inference_service.core.sampling import SamplingParams
+from inference_service.core.sequence import Adapter, Mixture
+from inference_service.core.sequence import Sequence as EngineSequence
+from inference_service.engine.graph_runner import GraphRunner
+from inference_service.engine.graphs import Graph
+from inference_service.engine.plan import SchedulerLimits
+from inference_service.engine.rows import lay_out
+from inference_service.engine.tape import launches_of, names_of
+from inference_service.kernels.launch import Launch, intercepted
+from inference_service.lora.vocabulary import Factors, OwnTable, Vocabulary
+from inference_service.models.decoder import Decoder
+from loramux_shared.bases.memory import buckets, mixed_buckets
+from loramux_shared.settings import STEP_SIZES
+
+META: Final = torch.device("meta")
+DTYPE: Final = torch.bfloat16
+LAYERS: Final = 2
+"""The second tells what each of many launches."""
+MAX_RANK: Final = 64
+MAX_ADAPTERS: Final = 64
+LONGEST: Final = 8192
+BLOCK_SIZE: Final = 16
+SIZES: Final = STEP_SIZES["cuda"]
+LIMITS: Final = SchedulerLimits(SIZES.tokens, MAX_ADAPTERS, MAX_ADAPTERS, LONGEST)
+"""With fewer seats than the default, which has the same kinds of steps."""
+ONCE_PER_LAYER: Final = "rope_write_kernel"
+DECODES: Final = (1, 2, 4, 8, 16, 32, 64)
+PROMPTS: Final = (64, 512, 1100)
+ADAPTERS: Final = (1, 8, 64)
+RANKS: Final[dict[str, tuple[int, ...]]] = {"8": (8,), "16": (16,), "64": (64,), "8-64": (8, 16, 32, 64)}
+"""Adapters have them in turn, in every module."""
+OWN_TOKENS: Final = 8
+"""That an adapter adds to the vocabulary."""
+
+
+@dataclass
+class Noted:
+    """A recorder, and the graph that it records last; its replays are counted."""
+
+    launched: list[list[Launch | str]] = field(default_factory=list)
+    replays: int = 0
+
+    def capture(self, work: Callable[[], None]) -> Graph:
+        """Note what is launched."""
+        self.launched.append(launches_of(work))
+        return self
+
+    def replay(self) -> None:
+        """Count."""
+        self.replays += 1
+
+
+class Counted:
+    """A runner whose launches are noted."""
+
+    def __init__(self) -> None:
+        config = config_of(LLAMA_8B | {"num_hidden_layers": LAYERS})
+        operations = TritonOperations(config.heads, DTYPE, META)
+        self.lora = TritonLora(config.groups, LAYERS, DTYPE, META)
+        self.lora.open(1 << 30, MAX_RANK, MAX_ADAPTERS)
+        self.groups = config.groups
+        self.recorder = Noted()
+        model = Decoder(config, RandomTensors(DTYPE, META), operations)
+        self.runner = GraphRunner(model, self.lora, LONGEST, BLOCK_SIZE, LIMITS, self.recorder)
+        with _nothing_runs([]):
+            self.runner.capture()
+
+    @torch.inference_mode()
+    def launched(self, rows: int, *, mixed: bool, adapters: bool) -> list[Launch | str]:
+        """Return what a step of so many rows launches, be it recorded or not."""
+        sizes = mixed_buckets(LIMITS.max_tokens) if mixed else buckets(LIMITS.max_seqs)
+        capacity = self.runner._capacity(next(size for size in sizes if size >= rows), mixed=mixed)
+        buffers = self.runner._buffers_of(capacity)
+        segments = buffers.segments[0] if adapters else None
+        return launches_of(lambda: self.runner._compute(buffers, segments))
+
+    def kind(self, seqs: Sequence[EngineSequence], lengths: Sequence[int]) -> str:
+        """Return how a step of these sequences runs."""
+        rows = lay_out(Batch(tuple(map(Chunk, seqs, lengths))), {})
+        eager: list[Launch] = []
+        before = self.recorder.replays
+        with _nothing_runs(eager):
+            try:
+                self.runner._launch(rows)
+            except (NotImplementedError, RuntimeError) as error:  # meta tensors have no values
+                if "meta" not in str(error):
+                    raise
+                return "eager, waits for the device"
+        replayed = self.recorder.replays > before
+        attends = "rope_write_kernel" in names_of(eager)
+        return "eager" if attends else "recorded" if replayed else "nothing"
+
+
+def _nothing_runs(noted: list[Launch]) -> Any:
+    return intercepted(noted.append)
+
+
+def per_layer(names: Sequence[str]) -> int:
+    """Return the launches from one layer to the next."""
+    places = [place for place, name in enumerate(names) if name == ONCE_PER_LAYER]
+    return places[1] - places[0]
+
+
+def launches(counted: Counted) -> Iterator[str]:
+    """Yield how many launches a layer waits for."""
+    yield "launches a layer waits for    base  adapters  more"
+    for rows, mixed in [*((rows, False) for rows in DECODES), *((rows, True) for rows in PROMPTS)]:
+        base, adapted = (
+            per_layer(names_of(counted.launched(rows, mixed=mixed, adapters=adapters)))
+            for adapters in (False, True)
+        )
+        kind = f"prompt of {rows}" if mixed else f"decode of {rows}"
+        yield f"  {kind:<26}{base:>6}{adapted:>10}{adapted - base:>6}"
+
+
+def programs(counted: Counted) -> Iterator[str]:
+    """Yield the programs of one layer, launched and with work."""
+    yield "programs of a layer         adapters  ranks    shrink  with work  ratio    expand  with work  ratio"
+    for rows in (8, 64):
+        every = counted.launched(rows, mixed=False, adapters=True)
+        first = [each for each in every if isinstance(each, Launch)]
+        shrinks = _of_kernel(first, "shrink_kernel")
+        expands = _of_kernel(first, "expand_kernel")
+        for adapters in ADAPTERS:
+            if adapters > rows:
+                continue
+            for name, ranks in RANKS.items():
+                own = [ranks[index % len(ranks)] for index in range(adapters)]
+                yield (
+                    f"  {f'decode of {rows}':<26}{adapters:>8}  {name:<5}"
+                    f"{_shown(shrinks, [_shrinking(each, own) for each in shrinks])}"
+                    f"{_shown(expands, [_expanding(each, own) for each in expands])}"
+                )
+
+
+def _of_kernel(every: Sequence[Launch], name: str) -> list[Launch]:
+    """Return the launches of a kernel for one layer."""
+    found = [each for each in every if each.kernel.fn.__name__ == name]
+    return found[: len(found) // LAYERS]
+
+
+def _shown(launched: Sequence[Launch], working: Sequence[int]) -> str:
+    total = sum(_programs(each) for each in launched)
+    return f"{total:>10}{sum(working):>11}{total / sum(working):>7.2f}"
+
+
+def _programs(launch: Launch) -> int:
+    product = 1
+    for size in launch.grid:
+        product *= size
+    return product
+
+
+def _shrinking(launch: Launch, ranks: Sequence[int]) -> int:
+    """Return the programs that have work, where every adapter has one segment."""
+    given = launch.arguments
+    wanted = -(-given["COVERING"] // (len(ranks) * given["row_tiles"]))
+    per_plane = max(given["blocks"] // wanted, -(-given["blocks"] // given["split_k"]), 1)
+    planes: int = -(-given["blocks"] // per_plane)
+    return planes * sum(-(-rank * given["N_SLICES"] // given["BLOCK_R"]) for rank in ranks)
+
+
+def _expanding(launch: Launch, ranks: Sequence[int]) -> int:
+    given = launch.arguments
+    tiles: int = sum(-(-size // given["BLOCK_N"]) for size in given["SIZES"])
+    return len(ranks) * tiles
+
+
+def computed(_: Counted) -> Iterator[str]:
+    """Yield how many rows are computed for each that is asked for."""
+    yield "rows computed / asked for       mean  worst"
+    sizes = list(mixed_buckets(LIMITS.max_tokens))
+    of = {rows: next(size for size in sizes if size >= rows) / rows for rows in range(1, LIMITS.max_tokens + 1)}
+    for first, last in ((17, 256), (257, LIMITS.max_tokens), (1, LIMITS.max_tokens)):
+        ratios = [of[rows] for rows in range(first, last + 1)]
+        yield f"  {f'prompts of {first} to {last}':<26}{statistics.mean(ratios):>10.3f}{max(ratios):>7.2f}"
+    yield f"  {len(sizes)} capacities of prompts"
+
+
+def kinds(counted: Counted) -> Iterator[str]:
+    """Yield what steps each kind of request causes."""
+    yield "a step with one such request  is"
+    dims = config_of(LLAMA_8B).dims
+
+    def matrix(*shape: int, dtype: torch.dtype = DTYPE) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device=META)
+
+    rows, ids = matrix(OWN_TOKENS, dims.hidden), matrix(OWN_TOKENS, dtype=torch.int32)
+    added = OwnTable(rows=rows, tokens=ids)
+    own = {
+        "own embeddings (LoRA)": Vocabulary(
+            embedding=OwnTable(Factors(matrix(dims.vocab, 16), matrix(dims.hidden, 16)))
+        ),
+        "own head (LoRA)": Vocabulary(head=OwnTable(Factors(matrix(16, dims.hidden), matrix(dims.vocab, 16)))),
+        "own tokens": Vocabulary(added, added, dims.vocab + OWN_TOKENS),
+    }
+    adapters = [Adapter(f"{slot:064x}", slot) for slot in range(MAX_ADAPTERS)]
+    for slot, vocabulary in enumerate(own.values()):
+        counted.lora.vocabularies.enter(slot, vocabulary)
+    plain = adapters[len(own) :]
+    scores = SamplingParams(prompt_logprobs=1)
+    cases: dict[str, tuple[Adapter | Mixture | None, int, SamplingParams]] = {
+        "base": (None, 1, SamplingParams()),
+        "adapter": (plain[0], 1, SamplingParams()),
+        **{name: (adapters[slot], 1, SamplingParams()) for slot, name in enumerate(own)},
+        **{
+            f"blend of {parts}": (
+                Mixture(tuple((each, 0.5) for each in plain[:parts])),
+                1,
+                SamplingParams(),
+            )
+            for parts in (2, 3, 8)
+        },
+        "logprobs": (plain[0], 1, SamplingParams(logprobs=5)),
+        "penalties": (plain[0], 1, SamplingParams(frequency_penalty=1.0)),
+        "prompt of 100": (plain[0], 100, SamplingParams()),
+        "prompt of 100, own tokens": (adapters[2], 100, SamplingParams()),
+        "prompt of 100, blend of 3": (Mixture(tuple((each, 0.5) for each in plain[:3])), 100, SamplingParams()),
+        "prompt of 100, prompt_logprobs": (plain[0], 100, scores),
+        "prompt of 1100": (plain[0], 1100, SamplingParams()),
+    }
+    for name, (adapter, length, params) in cases.items():
+        seqs = [_sequence(str(index), 1, plain[index], SamplingParams()) for index in range(7)]
+        seqs.append(_sequence("one", length, adapter, params))
+        yield f"  {name:<32}{counted.kind(seqs, [1] * 7 + [length])}"
+
+
+def _sequence(
+    name: str, length: int, adapter: Adapter | Mixture | None, params: SamplingParams
+) -> EngineSequence:
+    """Return one that decodes, or whose prompt is of a length."""
+    seq = EngineSequence(name, [2] * max(length, 8), params, adapter)
+    seq.blocks = array("i", range(-(-max(length, 8) // BLOCK_SIZE)))
+    seq.num_computed = len(seq.tokens) - length
+    return seq
+
+
+SECTIONS: Final = {"launches": launches, "programs": programs, "rows": computed, "kinds": kinds}
+
+
+def lines(only: Sequence[str] = tuple(SECTIONS)) -> Iterator[str]:
+    """Yield the tables."""
+    counted = Counted()
+    for name in only:
+        yield from SECTIONS[name](counted)
+        yield ""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the counts."""
+    parser = argparse.ArgumentParser(
+        prog="counts.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", action="append", choices=SECTIONS, help="repeatable")
+    options = parser.parse_args(arguments)
+    os.environ["TRITON_INTERPRET"] = "1"  # kernels are described, and none is compiled
+    for line in lines(options.only or tuple(SECTIONS)):
+        print(line)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

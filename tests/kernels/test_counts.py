@@ -1,0 +1,10 @@
+"""What a step on a GPU launches, counted without one; the counts are kept."""
+
+from __future__ import annotations
+
+from tests.golden.kernels.counts import TABLE, text
+
+
+def test_the_counts_are_those_that_are_kept() -> None:
+    """Launches, programs, rows and kinds of steps change only where a change is meant to (make golden)."""
+    assert text().splitlines() == TABLE.read_text().splitlines()
