@@ -91,13 +91,18 @@ class GraphRunner(Runner):
 
         Whatever adapters come and leave afterwards, they stay right.
 
-        Steps too large for a graph are done once, so that whatever a step launches was launched before. What is
-        recorded is a step of padding, which touches neither the cache nor the drawn tokens.
+        Of the steps that are too large for a graph the smallest and the largest are done once: those between them
+        launch the same, with other grids. So whatever a step launches was launched before. What is recorded is a
+        step of padding, which touches neither the cache nor the drawn tokens.
         """
         padding = lay_out(Batch(()), {})
         self._graphs.clear()
         self._buffers.clear()
-        for capacity in sorted(self._capacities(), key=lambda each: each.rows, reverse=True):
+        capacities = sorted(self._capacities(), key=lambda each: each.rows, reverse=True)
+        too_large = [each for each in capacities if each.mixed and each.rows > RECORDED_ROWS]
+        for capacity in capacities:
+            if capacity in too_large[1:-1]:
+                continue
             buffers = self._buffers_of(capacity)
             buffers.load(padding)
             for segments in (*reversed(buffers.segments), None):

@@ -381,6 +381,17 @@ def test_there_are_graphs_for_few_and_for_many_rows() -> None:
     assert list(buckets(36)) == [1, 2, 4, 8, 16, 24, 32, 36]
 
 
+@pytest.mark.parametrize("most", [16, 40, 512, 1000, 8192])
+def test_steps_with_prompts_compute_few_rows_that_nobody_asked_for(most: int) -> None:
+    """Above 256 rows at most an eighth more, and 7 in 100 in the mean; the largest is the limit itself."""
+    sizes = list(mixed_buckets(most))
+    assert sizes == sorted({*sizes})
+    assert sizes[-1] == most
+    extra = {rows: next(size for size in sizes if size >= rows) / rows for rows in range(257, most + 1)}
+    assert all(each <= 1.125 for each in extra.values())
+    assert sum(extra.values()) <= 1.07 * len(extra)
+
+
 def test_drafts_are_verified_row_by_row(
     world: tuple[World, MemoryStore],
     ready: Ready,

@@ -36,6 +36,8 @@ GRAPH_BYTES: Final = 8 * 2**20
 RECORDED_ROWS: Final = 512
 """Of a step with prompts: larger ones keep the device at work for longer than it takes to launch them."""
 SMALLEST_MIXED: Final = 16
+FINE_MIXED: Final = 256
+"""Rows from which on a step computes few that it was not asked for."""
 GB: Final = 1e9
 
 
@@ -297,11 +299,17 @@ def buckets(max_seqs: int) -> Iterator[int]:
 
 
 def mixed_buckets(max_tokens: int) -> Iterator[int]:
-    """Yield those of steps with prompts: powers of two from 16 on, and max_tokens."""
+    """Yield those of steps with prompts: 16, 32, multiples of 64, and from 256 on steps of an eighth at most.
+
+    So a step of more than 256 rows computes at most an eighth more than it was asked for.
+    """
     size = SMALLEST_MIXED
     while size < max_tokens:
         yield size
-        size *= 2
+        if size < FINE_MIXED:
+            size += min(size, 64)
+        else:
+            size += min(128, (1 << size.bit_length() - 1) // 8)
     yield max_tokens
 
 
