@@ -145,7 +145,8 @@ def launches(counted: Counted) -> Iterator[str]:
 
 def programs(counted: Counted) -> Iterator[str]:
     """Yield the programs of one layer, launched and with work."""
-    yield "programs of a layer         adapters  ranks    shrink  with work  ratio    expand  with work  ratio"
+    columns = "    shrink  with work  ratio    expand  with work  ratio   both"
+    yield f"programs of a layer         adapters  ranks{columns}"
     for rows in (8, 64):
         every = counted.launched(rows, mixed=False, adapters=True)
         first = [each for each in every if isinstance(each, Launch)]
@@ -156,22 +157,19 @@ def programs(counted: Counted) -> Iterator[str]:
                 continue
             for name, ranks in RANKS.items():
                 own = [ranks[index % len(ranks)] for index in range(adapters)]
-                yield (
-                    f"  {f'decode of {rows}':<26}{adapters:>8}  {name:<5}"
-                    f"{_shown(shrinks, [_shrinking(each, own) for each in shrinks])}"
-                    f"{_shown(expands, [_expanding(each, own) for each in expands])}"
-                )
+                halves = [
+                    (sum(map(_programs, launched)), sum(working(each, own) for each in launched))
+                    for launched, working in ((shrinks, _shrinking), (expands, _expanding))
+                ]
+                both = sum(most for most, _ in halves) / sum(some for _, some in halves)
+                shown = "".join(f"{most:>10}{some:>11}{most / some:>7.2f}" for most, some in halves)
+                yield f"  {f'decode of {rows}':<26}{adapters:>8}  {name:<5}{shown}{both:>7.2f}"
 
 
 def _of_kernel(every: Sequence[Launch], name: str) -> list[Launch]:
     """Return the launches of a kernel for one layer."""
     found = [each for each in every if each.kernel.fn.__name__ == name]
     return found[: len(found) // LAYERS]
-
-
-def _shown(launched: Sequence[Launch], working: Sequence[int]) -> str:
-    total = sum(_programs(each) for each in launched)
-    return f"{total:>10}{sum(working):>11}{total / sum(working):>7.2f}"
 
 
 def _programs(launch: Launch) -> int:
@@ -182,18 +180,20 @@ def _programs(launch: Launch) -> int:
 
 
 def _shrinking(launch: Launch, ranks: Sequence[int]) -> int:
-    """Return the programs that have work, where every adapter has one segment."""
+    """Return the programs that have work, where every adapter has one segment; they share the tiles."""
     given = launch.arguments
-    wanted = -(-given["COVERING"] // (len(ranks) * given["row_tiles"]))
+    tiles = sum(-(-rank * given["N_SLICES"] // given["BLOCK_R"]) for rank in ranks)
+    wanted = -(-given["COVERING"] // tiles)
     per_plane = max(given["blocks"] // wanted, -(-given["blocks"] // given["split_k"]), 1)
-    planes: int = -(-given["blocks"] // per_plane)
-    return planes * sum(-(-rank * given["N_SLICES"] // given["BLOCK_R"]) for rank in ranks)
+    working: int = tiles * -(-given["blocks"] // per_plane)
+    return min(_programs(launch), working)
 
 
 def _expanding(launch: Launch, ranks: Sequence[int]) -> int:
-    given = launch.arguments
-    tiles: int = sum(-(-size // given["BLOCK_N"]) for size in given["SIZES"])
-    return len(ranks) * tiles
+    given, launched = launch.arguments, _programs(launch)
+    wide, narrow = (sum(-(-size // given[width]) for size in given["SIZES"]) for width in ("BLOCK_N", "FEW_N"))
+    working: int = len(ranks) * (wide if len(ranks) * wide >= launched else narrow)
+    return min(launched, working)
 
 
 def computed(_: Counted) -> Iterator[str]:

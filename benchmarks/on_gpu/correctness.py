@@ -24,7 +24,7 @@ from inference_service.kernels.sampling import reference as sampling_reference
 from inference_service.kernels.sgmv import PREFILL_TILE, pack_segments
 from tests.kernels import attention_case, delta_case, sgmv_case
 
-NEEDS_NO_GPU: Final = ("test_aot.py", "test_sgmv_ordering.py", "test_cpu_ops.py")
+NEEDS_NO_GPU: Final = ("test_aot.py", "test_cpu_ops.py", "test_counts.py")
 """Ahead-of-time compilation, and the CPU's operations."""
 QUICK_TESTS: Final = ("test_sgmv.py", "test_attention.py")
 REHEARSED_TEST: Final = "test_attention_tables.py::test_only_blocks_in_use_are_copied"
@@ -101,15 +101,15 @@ Check = Callable[[Device], tuple[float, float]]
 """Returns the worst error and its bound."""
 
 
-def sgmv(*, fused: bool, **case: Any) -> Check:
+def sgmv(**case: Any) -> Check:
     """SGMV, launched and then replayed from a graph with other segments than it was recorded with."""
 
     def check(device: Device) -> tuple[float, float]:
         made = sgmv_case.make_case(**case, dtype=device.dtype, device=str(device.where))
         before = made.out.clone()
-        made.run(fused=fused)
+        made.run()
         worst = float(sgmv_case.relative_errors(made.out, before, made).max())
-        graph = device.recorder().capture(lambda: made.run(fused=fused))
+        graph = device.recorder().capture(made.run)
         later = sorted(case["slots"], reverse=True)
         made.x.nan_to_num_(nan=1.0)  # rows that were the base's have an adapter now
         made.segments.load(torch.from_numpy(pack_segments(made.segments.capacity, later)))
@@ -262,11 +262,9 @@ _PREFILL: Final[dict[str, Any]] = {
 _HEADS: Final = attention_case.Heads(32, 8, 128)
 _OF_64: Final = attention_case.Heads(64, 8, 64)
 CHECKS: Final[dict[str, Check]] = {
-    "sgmv qkv, mixed ranks": sgmv(fused=False, **_DECODE),
-    "sgmv qkv, mixed ranks, one launch": sgmv(fused=True, **_DECODE),
-    "sgmv down": sgmv(fused=False, **_DOWN),
-    "sgmv down, one launch": sgmv(fused=True, **_DOWN),
-    "sgmv gate and up, prompts": sgmv(fused=False, **_PREFILL),
+    "sgmv qkv, mixed ranks": sgmv(**_DECODE),
+    "sgmv down": sgmv(**_DOWN),
+    "sgmv gate and up, prompts": sgmv(**_PREFILL),
     "attention, decode": attention([(1, 4096), (1, 513), (1, 17), (1, 2000)], _HEADS),
     "attention, one long context": attention([(1, 32000)], _HEADS),
     "attention, prompts and decode": attention([(1, 3000), (512, 2048), (300, 300), (1, 1)], _HEADS),
@@ -286,8 +284,7 @@ CHECKS: Final[dict[str, Check]] = {
     "sampler, 128256 tokens": sampler(128256),
 }
 REHEARSED_CHECKS: Final[dict[str, Check]] = {
-    "sgmv": sgmv(fused=False, slots=[0, 1, -1, 1], ranks=[(4, 0), (8, 4)], K=64, sizes=(32, 16)),
-    "sgmv, one launch": sgmv(fused=True, slots=[0, 1, -1, 1], ranks=[(4, 0), (8, 4)], K=64, sizes=(32, 16)),
+    "sgmv": sgmv(slots=[0, 1, -1, 1], ranks=[(4, 0), (8, 4)], K=64, sizes=(32, 16)),
     "attention": attention([(1, 20), (5, 5)], attention_case.Heads(2, 1, 16)),
     "norm, gate, embedding, cap": row_kernels(2, 64, 96),
     "experts": mixture(3, 32, 24, 5, 2),

@@ -18,7 +18,7 @@ from benchmarks.on_gpu.device import Device
 from benchmarks.on_gpu.run import Run
 from benchmarks.on_gpu.targets import FLOOR, OF_FLOOR
 from benchmarks.on_gpu.timing import copies_of, eager, replayed
-from inference_service.kernels.launch import Launch, architecture_of
+from inference_service.kernels.launch import Launch
 from inference_service.kernels.sgmv import (
     DECODE_TILE,
     PREFILL_TILE,
@@ -31,7 +31,6 @@ from inference_service.kernels.sgmv import (
     plan,
     workspace_numel,
 )
-from inference_service.kernels.sgmv.tuning import fused_config, phase_of
 
 LONG: Final = 1024
 """Rows from which on a batch is taken for prompts."""
@@ -109,9 +108,9 @@ class Linear:
         weights = int(self.group.weights.nbytes * read)
         return weights + self.x.nbytes + 2 * self.out.nbytes
 
-    def plan(self, *, fused: bool | None) -> list[Launch]:
+    def plan(self) -> list[Launch]:
         """Our launches."""
-        return plan(self.x, self.out, self.group, self.segments, self.workspace, fused=fused)
+        return plan(self.x, self.out, self.group, self.segments, self.workspace)
 
     def loop(self) -> None:
         """The peer: two products per adapter, on its own rows."""
@@ -133,26 +132,19 @@ def _measure(run: Run, point: Point) -> None:
     linear = Linear.make(device, point)
     others = [Linear.make(device, point) for _ in range(copies_of(device, linear.num_bytes) - 1)]
     linears = [linear, *others]
-    shipped = fused_config(
-        architecture_of(device.where), phase_of(point.tile), device.dtype, max_rank=point.rank
-    )
-    two = _time(device, linears, fused=False)
-    one = _time(device, linears, fused=True) if shipped else None
-    chosen = linear.plan(fused=None)
-    ours = one if len(chosen) == 1 and one is not None else two
+    plans = [linear.plan() for linear in linears]
+    ours = replayed(device, [partial(_launch, launches) for launches in plans]).median_us
     loop = replayed(device, [each.loop for each in linears]).median_us
     shape = point.hidden, point.hidden
     weights = [torch.randn(shape, dtype=device.dtype, device=device.where) for _ in linears]
     dense = replayed(device, [partial(torch.mm, linear.x, weight) for weight in weights]).median_us
-    called = eager(device, lambda: _launch(linear.plan(fused=None))).median_us
+    called = eager(device, lambda: _launch(linear.plan())).median_us
     floor = run.machine.floor_us(linear.num_bytes)
     run.add(
         asdict(point),
         {
             FLOOR: floor,
-            "two launches us": two,
-            "one launch us": one,
-            "chosen": "one" if len(chosen) == 1 else "two",
+            "us": ours,
             OF_FLOOR: ours / floor,
             "eager us": called,
             "mm loop us": loop,
@@ -160,11 +152,6 @@ def _measure(run: Run, point: Point) -> None:
             "dense us": dense,
         },
     )
-
-
-def _time(device: Device, linears: list[Linear], *, fused: bool) -> float:
-    plans = [linear.plan(fused=fused) for linear in linears]
-    return replayed(device, [partial(_launch, launches) for launches in plans]).median_us
 
 
 def _launch(launches: list[Launch]) -> None:

@@ -18,16 +18,8 @@ from torch import Tensor
 from benchmarks.on_gpu.run import Run
 from benchmarks.on_gpu.sgmv import Linear, Point
 from benchmarks.on_gpu.timing import copies_of, replayed
-from inference_service.kernels.launch import Launch, architecture_of
-from inference_service.kernels.sgmv.fused_launch import fuse, resident_programs
-from inference_service.kernels.sgmv.tuning import (
-    DECODE_TILE,
-    ExpandConfig,
-    FusedConfig,
-    ShrinkConfig,
-    fused_config,
-    phase_of,
-)
+from inference_service.kernels.launch import Launch
+from inference_service.kernels.sgmv.tuning import DECODE_TILE, ExpandConfig, ShrinkConfig
 
 FULL: Final = (
     Point(4096, 16, 1, 1),
@@ -38,6 +30,7 @@ FULL: Final = (
 )
 QUICK: Final = (Point(4096, 16, 32, 8),)
 REHEARSAL: Final = (Point(64, 8, 3, 2),)
+SHIPPED: Final = "shipped"
 SPLITS: Final = (4, 8, 16)
 MOST_PLANES: Final = max(SPLITS)
 CLOSE: Final = 0.02
@@ -46,49 +39,36 @@ CLOSE: Final = 0.02
 
 @dataclass(frozen=True)
 class Candidate:
-    """Tiles for both halves; fused: in one launch."""
+    """Tiles for both halves."""
 
     shrink: ShrinkConfig
     expand: ExpandConfig
-    fused: bool
 
     def __str__(self) -> str:
         s, e = self.shrink, self.expand
-        how = "one" if self.fused else "two"
         return (
-            f"{how}: r{s.block_r} k{s.block_k} split{s.split_k} w{s.num_warps} s{s.num_stages} | "
-            f"n{e.block_n} w{e.num_warps}"
+            f"r{s.block_r} k{s.block_k} split{s.split_k} w{s.num_warps} s{s.num_stages} | "
+            f"n{e.block_n} few{e.few_n} w{e.num_warps}"
         )
 
     def launches(self, linear: Linear) -> list[Launch]:
         """The launches of a linear with these tiles instead of the shipped ones."""
-        shrink, expand = linear.plan(fused=False)
-        group, segments, features = linear.group, linear.segments, linear.x.shape[1]
-        capacity, most = (
-            segments.capacity,
-            self.shrink.planes(features, self.shrink.tiles(group.max_rows, 1))[0],
-        )
+        shrink, expand = linear.plan()
+        group, capacity, features = linear.group, linear.segments.capacity, linear.x.shape[1]
         numel = self.shrink.numel(features, group.max_rows, capacity)
-        planes = {
-            "p_y": torch.empty(numel, dtype=torch.float32, device=linear.x.device),
-            "blocks": -(-features // self.shrink.block_k),
-            "row_tiles": self.shrink.tiles(group.max_rows, 1),
-            "split_k": self.shrink.split_k,
-        }
+        planes = {"p_y": torch.empty(numel, dtype=torch.float32, device=linear.x.device)}
+        blocks = {"blocks": -(-features // self.shrink.block_k), "split_k": self.shrink.split_k}
         first = replace(
             shrink,
             grid=(self.shrink.grid(features, group.max_rows, capacity.segments),),
-            arguments=shrink.arguments | planes | self._shrink_arguments(),
+            arguments=shrink.arguments | planes | blocks | self._shrink_arguments(),
         )
         second = replace(
             expand,
-            grid=(self.expand.tiles(group.slices), capacity.segments_per_pass),
-            arguments=expand.arguments | planes | self._expand_arguments(most),
+            grid=(self.expand.grid(group.slices, capacity.segments_per_pass),),
+            arguments=expand.arguments | planes | self._expand_arguments(self.shrink.planes(features, 1)[0]),
         )
-        if not self.fused:
-            return [first, second]
-        both = FusedConfig(self.shrink, self.expand)
-        return [fuse(first, second, both, segments, group.slices, resident_programs(linear.x.device))]
+        return [first, second]
 
     def _shrink_arguments(self) -> dict[str, Any]:
         return {
@@ -103,6 +83,7 @@ class Candidate:
             "PLANES": 1 << (most_planes - 1).bit_length(),
             "BLOCK_R": self.expand.block_r,
             "BLOCK_N": self.expand.block_n,
+            "FEW_N": self.expand.few_n,
             "num_warps": self.expand.num_warps,
             "num_stages": self.expand.num_stages,
         }
@@ -114,17 +95,12 @@ def run(run: Run) -> None:
 
 
 def candidates(rank: int) -> Iterator[Candidate]:
-    """Tiles of decode for a rank, those of one launch last: these have 4 warps, so that they are resident."""
+    """Tiles of decode for a rank."""
     block_r = max(16, 1 << (min(rank, 64) - 1).bit_length())
     for block_k, split_k, warps in product((128, 256), SPLITS, (2, 4, 8)):
-        shrink = ShrinkConfig(DECODE_TILE, block_r, block_k, split_k, num_warps=warps, num_stages=3)
-        for block_n in (64, 256):
-            expand = ExpandConfig(DECODE_TILE, block_r, block_n, num_warps=4, num_stages=1)
-            yield Candidate(shrink, expand, fused=False)
-    for block_k, split_k, block_n in product((128, 256), SPLITS, (64, 128)):
-        shrink = ShrinkConfig(DECODE_TILE, block_r, block_k, split_k, num_warps=4, num_stages=3)
-        expand = ExpandConfig(DECODE_TILE, block_r, block_n, num_warps=4, num_stages=3)
-        yield Candidate(shrink, expand, fused=True)
+        shrink = ShrinkConfig(DECODE_TILE, 16, block_k, split_k, num_warps=warps, num_stages=3)
+        for block_n, few_n in ((64, 16), (64, 32), (128, 32)):
+            yield Candidate(shrink, ExpandConfig(DECODE_TILE, block_r, block_n, few_n, 4, num_stages=1))
 
 
 def _tune(run: Run, point: Point) -> None:
@@ -132,14 +108,8 @@ def _tune(run: Run, point: Point) -> None:
     linear = Linear.make(device, point)
     linears = [linear, *(Linear.make(device, point) for _ in range(copies_of(device, linear.num_bytes) - 1))]
     before = linear.out.clone()
-    config = fused_config(
-        architecture_of(device.where), phase_of(point.tile), device.dtype, max_rank=point.rank
-    )
-    shipped: dict[str, Callable[[Linear], list[Launch]]] = {"two: shipped": partial(Linear.plan, fused=False)}
-    if config is not None:
-        shipped["one: shipped"] = partial(Linear.plan, fused=True)
-    expected = _result(linear, before, linear.plan(fused=False))
-    found = {name: _time(run, linears, plan) for name, plan in shipped.items()}
+    expected = _result(linear, before, linear.plan())
+    found = {SHIPPED: _time(run, linears, Linear.plan)}
     tried = run.choose((*candidates(point.rank),), (*candidates(point.rank),), (*candidates(point.rank),)[::20])
     for candidate in tried:
         if run.left_s <= 0:
@@ -149,7 +119,7 @@ def _tune(run: Run, point: Point) -> None:
         if taken is not None:
             found[str(candidate)] = taken
     ranked = sorted(found, key=found.__getitem__)
-    for name in dict.fromkeys([*shipped, *ranked[:5]]):
+    for name in dict.fromkeys([SHIPPED, *ranked[:5]]):
         at = {"linear": f"{point.hidden} r{point.rank} {point.batch}x{point.adapters}", "tiles": name}
         run.add(at, {"us": found[name], "of best": found[name] / found[ranked[0]], "tried": len(found)})
 
@@ -168,12 +138,6 @@ def _try(
         return _time(run, linears, candidate.launches)
     except (OutOfResources, PTXASError) as error:
         run.say(f"{candidate}: {error}")
-    except RuntimeError as error:
-        if "cooperative" not in str(error):  # more programs than are resident together
-            raise
-        run.say(f"{candidate}: {error}")
-    finally:
-        linears[0].segments.counters.zero_()
     return None
 
 

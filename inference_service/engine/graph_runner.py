@@ -91,9 +91,9 @@ class GraphRunner(Runner):
 
         Whatever adapters come and leave afterwards, they stay right.
 
-        Of the steps that are too large for a graph the smallest and the largest are done once: those between them
-        launch the same, with other grids. So whatever a step launches was launched before. What is recorded is a
-        step of padding, which touches neither the cache nor the drawn tokens.
+        Of the steps that are too large for a graph the smallest and the largest are done once: those between
+        them launch the same, with other grids. So whatever a step launches was launched before. Recorded steps
+        are of padding, which touches neither the cache nor the drawn tokens.
         """
         padding = lay_out(Batch(()), {})
         self._graphs.clear()

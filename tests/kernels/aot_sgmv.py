@@ -3,8 +3,8 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from inference_service.kernels.sgmv import fused_kernel, triton_kernels, tuning
-from inference_service.kernels.sgmv.layout import COUNTER_STRIDE, MAX_SLICES
+from inference_service.kernels.sgmv import triton_kernels, tuning
+from inference_service.kernels.sgmv.layout import MAX_SLICES
 from tests.kernels.aot import Variant, with_halves
 
 TYPES = {
@@ -15,7 +15,7 @@ TYPES = {
     "p_seg_slot": "*i32",
     "p_pass": "*i32",
     "p_end": "*i32",
-    "p_counters": "*i32",
+    "p_planes": "*i32",
     "p_table": "*i64",
     "p_vectors": "*fp32",
 }
@@ -42,22 +42,16 @@ def entries(architecture: int) -> Iterator[Variant]:
     shrinks = tuning.SHRINK[architecture]
     for (phase, itemsize), buckets in shrinks.items():
         for bucket, c in buckets.items():
-            tiles = {"N_SLICES": MAX_SLICES, "BLOCK_T": c.block_t, "BLOCK_R": c.block_r, "BLOCK_K": c.block_k}
+            tiles = {"COVERING": tuning.COVERING, "N_SLICES": MAX_SLICES}
+            tiles |= {"BLOCK_T": c.block_t, "BLOCK_R": c.block_r, "BLOCK_K": c.block_k}
             name = f"sgmv.shrink {phase.value} {bucket}"
             yield _variant(name, triton_kernels.shrink_kernel, itemsize, c, tiles)
     for (phase, itemsize), expands in tuning.EXPAND[architecture].items():
         planes = max(c.split_k for c in shrinks[phase, itemsize].values())
-        for bucket, widths in expands.items():
-            for e in widths:
-                tiles = {"BLOCK_T": e.block_t, "BLOCK_R": e.block_r, "BLOCK_N": e.block_n, "PLANES": planes}
-                name = f"sgmv.expand {phase.value} {bucket} x {e.block_n}"
-                yield _variant(name, triton_kernels.expand_kernel, itemsize, e, GROUP | tiles)
-    for itemsize, both in tuning.FUSED[architecture].items():
-        for bucket, f in both.items():
-            c, e = f.shrink, f.expand
-            tiles = {"BLOCK_T": c.block_t, "BLOCK_R": c.block_r, "BLOCK_K": c.block_k, "BLOCK_N": e.block_n}
-            tiles |= {"PLANES": c.split_k, "COUNTER_STRIDE": COUNTER_STRIDE}
-            yield _variant(f"sgmv.fused {bucket}", fused_kernel.fused_kernel, itemsize, c, GROUP | tiles)
+        for bucket, e in expands.items():
+            tiles = {"BLOCK_T": e.block_t, "BLOCK_R": e.block_r, "BLOCK_N": e.block_n, "FEW_N": e.few_n}
+            name = f"sgmv.expand {phase.value} {bucket}"
+            yield _variant(name, triton_kernels.expand_kernel, itemsize, e, GROUP | tiles | {"PLANES": planes})
 
 
 def _variant(name: str, kernel: Any, itemsize: int, config: Tiles, constants: Mapping[str, Any]) -> Variant:
@@ -65,7 +59,7 @@ def _variant(name: str, kernel: Any, itemsize: int, config: Tiles, constants: Ma
         name=name,
         kernel=kernel,
         dtype=DTYPES[itemsize],
-        constants={"UPCAST": False, "COVERING": tuning.COVERING, **constants},
+        constants={"UPCAST": False, **constants},
         options={"num_warps": config.num_warps, "num_stages": config.num_stages},
         types=TYPES,
         unaligned=UNALIGNED,

@@ -202,4 +202,3 @@ def test_candidates_compute_the_same() -> None:
         for launch in candidate.launches(linear):
             launch()
         assert sgmv_case.relative_errors(linear.out, before, case).max() <= 1e-5
-    assert [tried[0].fused, tried[-1].fused] == [False, True]

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from inference_service.kernels.sgmv import DECODE_TILE, Slices, lora_apply, pack_segments, plan
+from inference_service.kernels.sgmv.tuning import COVERING
 from tests.kernels.sgmv_case import TOLERANCE, Case, make_case, make_group, relative_errors
 
 RANKS = [(4, 8), (12, 0), (16, 16), (8, 5), (4, 4)]
@@ -22,7 +23,7 @@ def test_a_captured_launch_serves_more_adapters_at_replay(captured: list[int], d
     """A grid frozen at capture covers every later step: it depends on capacities, not on the step."""
     case = small_case(device, slots=captured)
     case.x.copy_(torch.randn_like(case.x))
-    graph = plan(case.x, case.out, case.group, case.segments, case.workspace, fused=False)
+    graph = plan(case.x, case.out, case.group, case.segments, case.workspace)
 
     later = [i % 5 for i in range(20)]
     case.segments.load(torch.from_numpy(pack_segments(case.segments.capacity, later)))
@@ -64,13 +65,18 @@ def test_a_table_may_be_32_bit(device: str) -> None:
     assert torch.equal(case.out, wide)
 
 
-def test_grids_have_no_idle_programs_by_design(device: str) -> None:
-    """Planes follow K, tiles follow the slices, and segments their capacity."""
+def test_grids_are_those_of_the_largest_step_or_cover_the_device(device: str) -> None:
+    """No program is launched that could never find work; a step of many segments is done in loops."""
     case = small_case(device)
-    first, second = plan(case.x, case.out, case.group, case.segments, case.workspace, fused=False)
+    first, second = plan(case.x, case.out, case.group, case.segments, case.workspace)
     assert case.segments.capacity.segments == len(RANKS) + 25 // DECODE_TILE
-    assert first.grid == (2 * 2 * 6,)  # 100 = 64 + 36; 32 rows; segments
-    assert second.grid == (2, 6)  # 64, 33
+    assert first.grid == (6 * 2 * 2,)  # segments, tiles of 32 rows, planes of K = 64 + 36
+    assert second.grid == (6 * 7,)  # segments, narrow tiles of 64 + 33 columns
+    ranks = [(16,)] * 70
+    many = make_case(slots=range(70), ranks=ranks, K=640, sizes=(6400,), dtype=torch.float32, device=device)
+    first, second = plan(many.x, many.out, many.group, many.segments, many.workspace)
+    assert first.grid == (COVERING,)
+    assert second.grid == (400,)  # narrow tiles of one segment
 
 
 REFUSALS: dict[str, Callable[[Case], Case]] = {

@@ -15,7 +15,6 @@ from inference_service.kernels.experts.layout import ByExpert
 from inference_service.kernels.experts.tuning import SLOT_BLOCK, SORT_BLOCK, SORT_WARPS
 from inference_service.kernels.launch import Launch
 from inference_service.kernels.sgmv import SegmentCapacity, Segments
-from inference_service.kernels.sgmv.layout import COUNTER_STRIDE
 
 
 class Owners(NamedTuple):
@@ -67,8 +66,8 @@ def allocate(capacity: SegmentCapacity, device: torch.device) -> Segments:
     views = {name: packed[where] for name, where in capacity.sections.items()}
     last = views.pop("scales")
     scales = last.view(torch.float32) if capacity.scaled else None
-    counters = torch.zeros(capacity.segments_per_pass, COUNTER_STRIDE, dtype=torch.int32, device=device)
-    return Segments(capacity, packed, scales=scales, counters=counters, **views)
+    planes = torch.zeros(1, dtype=torch.int32, device=device)
+    return Segments(capacity, packed, scales=scales, planes=planes, **views)
 
 
 def fill(segments: Segments, pairs: ByExpert, owners: Owners, *, slot_stride: int, expert_stride: int) -> None:

@@ -1,4 +1,4 @@
-"""SGMV: many adapters' low-rank updates of one fused linear, in one launch or two.
+"""SGMV: many adapters' low-rank updates of one fused linear, in two launches.
 
 ::
 
@@ -7,12 +7,10 @@
 
 A *group* is one fused linear of 1-3 slices that share ``x`` (q, k, v | o | gate, up | down). An adapter in a
 *slot* has its own rank in every slice, 0 where it does not adapt it; ranks are packed, never padded. The
-tokens of a step are grouped into *segments*, runs of one slot's tokens, once per step for all layers. Where a
-step at decode is so small that all its programs are resident on the device, one launch does both, and expand
-waits for shrink segment by segment. The fewer segments a step has, the more planes shrink divides K into, so
-that few adapters cover the device too, whatever is loaded. Results are deterministic: nothing is summed by
-atomics, and the order of summation follows from capacities and from the number of segments. Rows of base tokens
-are never touched.
+tokens of a step are grouped into *segments*, runs of one slot's tokens, once per step for all layers. The fewer
+tiles the segments of a step have, the more planes shrink divides K into, so that few adapters cover the device
+too, whatever is loaded. Results are deterministic: nothing is summed by atomics, and the order of summation
+follows from the segments and their ranks. Rows of base tokens are never touched.
 
 This package needs torch alone; Triton is imported at the first launch.
 """

@@ -9,15 +9,11 @@ import torch
 from torch import Tensor
 
 from inference_service.kernels.launch import Launch, architecture_of, require, require_device
-from inference_service.kernels.sgmv.fused_launch import fuse, resident_programs
 from inference_service.kernels.sgmv.layout import FIELDS, Group, Segments
 from inference_service.kernels.sgmv.tuning import (
     COVERING,
-    FusedConfig,
     ShrinkConfig,
     expand_config,
-    fused_config,
-    one_launch_wins,
     phase_of,
     shrink_config,
 )
@@ -30,7 +26,6 @@ def lora_apply(
     segments: Segments,
     workspace: Tensor,
     *,
-    fused: bool | None = None,
     passes: int | None = None,
 ) -> None:
     """Add the adapters' updates of one fused linear to ``out`` in place.
@@ -42,97 +37,51 @@ def lora_apply(
         segments: the step's segments.
         workspace: fp32, at least ``workspace_numel`` elements; its content is of no interest before or after,
             so all layers share one.
-        fused: whether shrink and the first pass of expand are one launch; by default where ``ONE_LAUNCH`` says
-            so, which is nowhere yet. Launches that share the segments must not overlap then.
         passes: how many of the capacity's passes are launched, where the others are known to be empty.
 
     Raises:
-        ValueError: when shapes, dtypes, strides or devices do not fit; when ``fused`` is asked for and no
-            tiles are shipped for it.
+        ValueError: when shapes, dtypes, strides or devices do not fit.
     """
-    launches = plan(x, out, group, segments, workspace, fused=fused)
+    launches = plan(x, out, group, segments, workspace)
     if passes is not None:
-        del launches[len(launches) - segments.capacity.passes + passes :]
+        del launches[1 + passes :]
     for launch in launches:
         launch()
 
 
-def plan(
-    x: Tensor,
-    out: Tensor,
-    group: Group,
-    segments: Segments,
-    workspace: Tensor,
-    *,
-    fused: bool | None = None,
-) -> list[Launch]:
-    """The launches of ``lora_apply``: one shrink, then one expand per pass; or both in one, and the others.
+def plan(x: Tensor, out: Tensor, group: Group, segments: Segments, workspace: Tensor) -> list[Launch]:
+    """The launches of ``lora_apply``: one shrink, then one expand per pass.
 
     They depend on capacities and addresses alone, so that they stay right for whatever the segments, the
     table and the weights hold when they run.
     """
     if x.shape[0] != out.shape[0]:
         raise ValueError(f"x and out must have the same rows, got {x.shape[0]} and {out.shape[0]}")
-    one = _fused_config(x.device, group, segments, fused=fused)
-    config = _shrink_config(group, segments) if one is None else one.shrink
+    config = _shrink_config(group, segments)
     numel = config.numel(x.shape[-1], group.max_rows, segments.capacity)
     require(workspace, "workspace", dims=1, dtype=torch.float32, device=x.device)
     if workspace.numel() < numel:
         raise ValueError(f"workspace must hold {numel} elements, got {workspace.numel()}")
     planes = {
         "p_y": workspace,
+        "p_planes": segments.planes,
         "p_end": segments.pass_start[-2:],
-        "blocks": -(-x.shape[-1] // config.block_k),
-        "row_tiles": config.tiles(group.max_rows, 1),
-        "split_k": config.split_k,
         "stride_y": group.max_rows,
-        "COVERING": COVERING,
     }
+    most, _ = config.planes(x.shape[-1], 1)
     first = _plan_shrink(x, group, segments, config, planes)
-    most, _ = config.planes(x.shape[-1], config.tiles(group.max_rows, 1))
-    passes = _plan_expand(out, group, segments, most, planes)
-    if one is None:
-        return [first, *passes]
-    return [fuse(first, passes[0], one, segments, group.slices, resident_programs(x.device)), *passes[1:]]
+    return [first, *_plan_expand(out, group, segments, most, planes)]
 
 
 def workspace_numel(group: Group, segments: Segments) -> int:
-    """fp32 elements that ``lora_apply`` needs for this group, fused or not."""
-    capacity, weights = segments.capacity, group.weights
-    where = architecture_of(weights.device), phase_of(capacity.tile), weights.dtype
-    one = fused_config(*where, max_rank=group.max_rank)
-    configs = [_shrink_config(group, segments), *([one.shrink] if one else [])]
-    return max(config.numel(group.in_features, group.max_rows, capacity) for config in configs)
-
-
-def _fused_config(
-    device: torch.device, group: Group, segments: Segments, *, fused: bool | None
-) -> FusedConfig | None:
-    """The tiles of the fused kernel where it is asked for, or was timed to win; else None."""
-    if fused is False:
-        return None
-    capacity, dtype = segments.capacity, group.weights.dtype
-    config = fused_config(architecture_of(device), phase_of(capacity.tile), dtype, max_rank=group.max_rank)
-    if fused and config is None:
-        raise ValueError(f"no fused kernel for tiles of {capacity.tile} entries and rank {group.max_rank}")
-    if config is None or fused:
-        return config
-    if device.type != "cuda" or not one_launch_wins(architecture_of(device), dtype, max_rank=group.max_rank):
-        return None
-    resident = resident_programs(device)
-    fits = config.fits(group.in_features, group.max_rows, group.slices, capacity.segments, resident)
-    return config if fits else None
+    """fp32 elements that ``lora_apply`` needs for this group."""
+    return _shrink_config(group, segments).numel(group.in_features, group.max_rows, segments.capacity)
 
 
 def _shrink_config(group: Group, segments: Segments) -> ShrinkConfig:
-    return shrink_config(
-        architecture_of(group.weights.device),
-        phase_of(segments.capacity.tile),
-        group.weights.dtype,
-        in_features=group.in_features,
-        max_rows=group.max_rows,
-        segments=segments.capacity.segments,
-    )
+    weights = group.weights
+    where = architecture_of(weights.device), phase_of(segments.capacity.tile), weights.dtype
+    return shrink_config(*where, max_rows=group.max_rows)
 
 
 def _plan_shrink(
@@ -158,6 +107,9 @@ def _plan_shrink(
             "p_seg_slot": segments.seg_slot,
             "p_scales": segments.scales,
             "K": x.shape[1],
+            "blocks": -(-x.shape[1] // config.block_k),
+            "split_k": config.split_k,
+            "COVERING": COVERING,
             "stride_x": x.stride(0),
             "stride_a": group.stride_a,
             "stride_table": group.table.stride(0),
@@ -183,14 +135,8 @@ def _plan_expand(
     require(group.weights, "weights", dims=1, dtype=out.dtype, device=out.device)
     if out.shape[1] < slices.out_features:
         raise ValueError(f"out must have {slices.out_features} columns, got {out.shape[1]}")
-    config = expand_config(
-        architecture_of(out.device),
-        phase_of(segments.capacity.tile),
-        out.dtype,
-        slices=slices,
-        max_rank=group.max_rank,
-        segments=segments.capacity.segments_per_pass,
-    )
+    where = architecture_of(out.device), phase_of(segments.capacity.tile), out.dtype
+    config = expand_config(*where, max_rank=group.max_rank)
     arguments = {
         **planes,
         "p_b": group.weights,
@@ -210,13 +156,14 @@ def _plan_expand(
         "BLOCK_T": config.block_t,
         "BLOCK_R": config.block_r,
         "BLOCK_N": config.block_n,
+        "FEW_N": config.few_n,
         "UPCAST": kernels.INTERPRETED,
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
     }
-    grid = config.tiles(slices), segments.capacity.segments_per_pass
+    grid = config.grid(slices, segments.capacity.segments_per_pass)
     return [
-        Launch(kernels.expand_kernel, grid, arguments | {"p_pass": segments.of_pass(index)})
+        Launch(kernels.expand_kernel, (grid,), arguments | {"p_pass": segments.of_pass(index)})
         for index in range(segments.capacity.passes)
     ]
 
@@ -247,5 +194,3 @@ def _check_table(table: Tensor, segments: Segments, device: torch.device) -> int
 def _check_segments(segments: Segments, device: torch.device) -> None:
     if segments.packed.device != device:
         raise ValueError(f"segments must be on {device}, got {segments.packed.device}")
-    if segments.capacity.segments > 65535:
-        raise ValueError(f"a grid holds 65535 segments, got room for {segments.capacity.segments}")

@@ -20,8 +20,6 @@ ROW = 16
 """Elements: rows of A and blocks of B begin at multiples, so that both are read in vectors."""
 FIELDS = 4
 """Of a slice of a slot in the table: rank, first element of A, of B, and of the vectors, or 0."""
-COUNTER_STRIDE = 8
-"""int32 elements from counter to counter: each in a sector of 32 bytes of its own."""
 
 
 class Phase(Enum):
@@ -302,8 +300,8 @@ class Segments:
     """int32 [passes + 2]: pass i has segments pass_start[i] to pass_start[i + 1]; the last is the entries."""
     scales: Tensor | None
     """fp32 [entries]"""
-    counters: Tensor = field(repr=False)
-    """int32 [segments_per_pass, COUNTER_STRIDE]: 0 between launches. The fused kernel counts in them."""
+    planes: Tensor = field(repr=False)
+    """int32 [1]: in how many parts the last launch of shrink divided K; expand sums them."""
 
     @classmethod
     def allocate(cls, capacity: SegmentCapacity, device: torch.device | str) -> Segments:
@@ -311,13 +309,11 @@ class Segments:
         packed = torch.empty(capacity.packed_size, dtype=torch.int32, device=device)
         views = {name: packed[where] for name, where in capacity.sections.items()}
         scales = views.pop("scales")
-        shape = capacity.segments_per_pass, COUNTER_STRIDE
-        counters = torch.zeros(shape, dtype=torch.int32, device=device)
         segments = cls(
             capacity,
             packed,
             scales=scales.view(torch.float32) if capacity.scaled else None,
-            counters=counters,
+            planes=torch.zeros(1, dtype=torch.int32, device=device),
             **views,
         )
         segments.load(torch.from_numpy(pack_segments(capacity, [])))

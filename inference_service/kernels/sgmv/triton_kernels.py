@@ -9,12 +9,14 @@ ROW = tl.constexpr(16)
 """As `layout.ROW`: rows of A begin at multiples."""
 FIELDS = tl.constexpr(4)
 """As `layout.FIELDS`."""
+SCAN = tl.constexpr(64)
+"""Segments that a program of shrink looks at together."""
 INTERPRETED: bool = triton.knobs.runtime.interpret
 """Whether the kernels were made for the interpreter, which computes bf16 wrongly without UPCAST."""
 
 # These change from pass to pass; their alignment is not worth a variant, for they are read as scalars.
-SEGMENT_POINTERS = ["p_table", "p_seg_start", "p_seg_slot", "p_pass", "p_end"]
-PLANE_SCALARS = ["blocks", "row_tiles", "split_k", "stride_table"]
+SEGMENT_POINTERS = ["p_table", "p_seg_start", "p_seg_slot", "p_pass", "p_end", "p_planes"]
+PLANE_SCALARS = ["blocks", "split_k", "stride_table"]
 
 
 @triton.jit
@@ -27,9 +29,35 @@ def rows_of(p_slot, N_SLICES: tl.constexpr):
 
 
 @triton.jit
-def planes_of(n, blocks, row_tiles, split_k, COVERING: tl.constexpr):
-    """(planes, blocks of K that each reduces) of n segments; as `ShrinkConfig.planes`."""
-    wanted = tl.cdiv(COVERING, tl.maximum(n * row_tiles, 1))
+def tiles_of(first, n, p_table, p_seg_slot, stride_table, N_SLICES: tl.constexpr, BLOCK_R: tl.constexpr):
+    """[SCAN]: tiles of rows that the segments from the first on have, by the ranks of their slots."""
+    o_s = first + tl.arange(0, SCAN)
+    m_s = o_s < n
+    o_slot = tl.load(p_seg_slot + o_s, mask=m_s, other=0).to(tl.int64) * stride_table
+    b_rows = tl.zeros([SCAN], tl.int32)
+    for i in tl.static_range(N_SLICES):
+        b_rows += tl.load(p_table + o_slot + FIELDS * i, mask=m_s, other=0).to(tl.int32)
+    return tl.cdiv(b_rows, BLOCK_R)
+
+
+@triton.jit
+def segment_of_tile(i, n, p_table, p_seg_slot, stride_table, N_SLICES: tl.constexpr, BLOCK_R: tl.constexpr):
+    """(segment, tile of its rows) of a tile of the step."""
+    i_s, before, begin = 0, 0, 0
+    for first in range(0, n, SCAN):
+        b_tiles = tiles_of(first, n, p_table, p_seg_slot, stride_table, N_SLICES, BLOCK_R)
+        b_ends = before + tl.cumsum(b_tiles, 0)  # [SCAN]
+        m_passed = (b_ends <= i) & (first + tl.arange(0, SCAN) < n)
+        i_s += tl.sum(m_passed.to(tl.int32), 0)
+        begin = tl.maximum(begin, tl.max(tl.where(m_passed, b_ends, 0), 0))
+        before += tl.sum(b_tiles, 0)
+    return i_s, i - begin
+
+
+@triton.jit
+def planes_of(tiles, blocks, split_k, COVERING: tl.constexpr):
+    """(planes, blocks of K that each reduces) of so many tiles; as `ShrinkConfig.planes`."""
+    wanted = tl.cdiv(COVERING, tl.maximum(tiles, 1))
     per_plane = tl.maximum(tl.maximum(blocks // wanted, tl.cdiv(blocks, split_k)), 1)
     return tl.cdiv(blocks, per_plane), per_plane
 
@@ -102,6 +130,7 @@ def shrink_kernel(
     p_x,  # [T, K]
     p_a,  # flat
     p_y,  # fp32 [planes, entries of the step, R]
+    p_planes,  # int32 [1]: how many there are, for expand
     p_table,  # [slots, N_SLICES, FIELDS], slots stride_table apart
     p_token_ids,  # int32 [P]
     p_seg_start,  # int32 [S + 1]
@@ -110,7 +139,6 @@ def shrink_kernel(
     p_scales,  # fp32 [P], or None
     K,
     blocks,  # of K
-    row_tiles,
     split_k,
     stride_x,
     stride_a,
@@ -125,46 +153,44 @@ def shrink_kernel(
 ):
     """y[plane, p, r] = scale[p] * sum over the plane's part of K of x[token(p), k] * a[row(r) + k].
 
-    One program per (segment, tile of rows, plane) of the step: the fewer segments it has, the more planes there
-    are. Every plane of every row that the slot has is written, also where the plane's part of K is empty:
-    nothing needs to be zeroed.
+    The programs share the (tiles of rows of segments, planes) of the step, whose ranks they read: the fewer
+    tiles it has, the more planes there are. Every plane of every row that the slot has is written, also where
+    the plane's part of K is empty: nothing needs to be zeroed.
     """
-    n = tl.load(p_end)
-    planes, blocks_k = planes_of(n, blocks, row_tiles, split_k, COVERING)
-    i = tl.program_id(0)
-    i_s, i_r, i_plane = i // (row_tiles * planes), i // planes % row_tiles, i % planes
-    if i_s >= n:
-        return
-    slot = tl.load(p_seg_slot + i_s).to(tl.int64)
-    p_slot = p_table + slot * stride_table
-    rows = rows_of(p_slot, N_SLICES)
-    if i_r * BLOCK_R >= rows:
-        return
-    start, end = tl.load(p_seg_start + i_s), tl.load(p_seg_start + i_s + 1)
-    shrink_tile(
-        i_plane,
-        i_r,
-        start,
-        end,
-        rows,
-        p_slot,
-        p_x,
-        p_a,
-        p_y,
-        p_token_ids,
-        p_scales,
-        K,
-        blocks_k,
-        stride_x,
-        stride_a,
-        p_end + 1,
-        stride_y,
-        N_SLICES,
-        BLOCK_T,
-        BLOCK_R,
-        BLOCK_K,
-        UPCAST,
-    )
+    n, tiles = tl.load(p_end), 0
+    for first in range(0, n, SCAN):
+        tiles += tl.sum(tiles_of(first, n, p_table, p_seg_slot, stride_table, N_SLICES, BLOCK_R), 0)
+    # At least a tile for each segment, for y has room for the planes of so many.
+    planes, blocks_k = planes_of(tl.maximum(tiles, n), blocks, split_k, COVERING)
+    if tl.program_id(0) == 0:
+        tl.store(p_planes, planes)
+    for i in tl.range(tl.program_id(0), tiles * planes, tl.num_programs(0), num_stages=1):
+        i_s, i_r = segment_of_tile(i // planes, n, p_table, p_seg_slot, stride_table, N_SLICES, BLOCK_R)
+        p_slot = p_table + tl.load(p_seg_slot + i_s).to(tl.int64) * stride_table
+        shrink_tile(
+            i % planes,
+            i_r,
+            tl.load(p_seg_start + i_s),
+            tl.load(p_seg_start + i_s + 1),
+            rows_of(p_slot, N_SLICES),
+            p_slot,
+            p_x,
+            p_a,
+            p_y,
+            p_token_ids,
+            p_scales,
+            K,
+            blocks_k,
+            stride_x,
+            stride_a,
+            p_end + 1,
+            stride_y,
+            N_SLICES,
+            BLOCK_T,
+            BLOCK_R,
+            BLOCK_K,
+            UPCAST,
+        )
 
 
 @triton.jit
@@ -247,58 +273,44 @@ def sum_of_planes(
     return b_y
 
 
-@triton.jit(do_not_specialize=PLANE_SCALARS, do_not_specialize_on_alignment=SEGMENT_POINTERS)
-def expand_kernel(
-    p_y,  # fp32 [planes, entries of the step, R]
-    p_b,  # flat
-    p_vectors,  # the same as fp32
-    p_out,  # [T, N]
-    p_table,  # [slots, N_SLICES, FIELDS], slots stride_table apart
-    p_token_ids,  # int32 [P]
-    p_seg_start,  # int32 [S + 1]
-    p_seg_slot,  # int32 [S]
-    p_pass,  # int32 [2]: the first segment of this pass, and the first behind it
-    p_end,  # int32 [2]: segments of the step, which shrink computed, and entries
-    blocks,
-    row_tiles,
-    split_k,
+@triton.jit
+def expand_tile(
+    i_s,
+    i_n,
+    planes,
+    p_y,
+    p_b,
+    p_vectors,
+    p_out,
+    p_table,
+    p_token_ids,
+    p_seg_start,
+    p_seg_slot,
+    p_end,
     stride_table,
     stride_y,
     stride_out,
-    COVERING: tl.constexpr,
-    OFFSETS: tl.constexpr,  # first column of each slice
-    SIZES: tl.constexpr,  # columns of each slice
-    ALIGNMENT: tl.constexpr,  # of the blocks of B, in elements
+    OFFSETS: tl.constexpr,
+    SIZES: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
     N_SLICES: tl.constexpr,
-    PLANES: tl.constexpr,  # the power of two that holds the most planes
+    PLANES: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """out[token(p), offset + n] += sum over r of (sum over planes of y[plane, p, column + r]) * b[r, n].
-
-    Where a slot has vectors, that is multiplied by c[n], and d[n] is added, before it is rounded. One program
-    per (tile of columns, segment). A tile lies in one slice, and all slices are in one launch.
-    """
-    i_n, i_s = tl.program_id(0), tl.load(p_pass) + tl.program_id(1)
-    if i_s >= tl.load(p_pass + 1):
-        return
-    n = tl.load(p_end)
-    planes, _ = planes_of(n, blocks, row_tiles, split_k, COVERING)
-    stride_y_plane = tl.load(p_end + 1).to(tl.int64) * stride_y
-    slot = tl.load(p_seg_slot + i_s).to(tl.int64)
-    p_slot = p_table + slot * stride_table
+    """One tile of columns of one segment; a tile lies in one slice."""
+    p_slot = p_table + tl.load(p_seg_slot + i_s).to(tl.int64) * stride_table
     rank, element, vectors, size, offset, column, i_tile = slice_of_tile(
         i_n, p_slot, OFFSETS, SIZES, ALIGNMENT, N_SLICES, BLOCK_N
     )
-    if (rank == 0) & (vectors == 0):
-        return
     start, end = tl.load(p_seg_start + i_s), tl.load(p_seg_start + i_s + 1)
-
+    end = tl.where((rank > 0) | (vectors > 0), end, start)  # nothing to do
+    stride_y_plane = tl.load(p_end + 1).to(tl.int64) * stride_y
     o_n = i_tile * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N] column in the slice
     m_n = o_n < size
-    for i_t in range(start, end, BLOCK_T):
+    for i_t in tl.range(start, end, BLOCK_T, num_stages=1):
         o_p = i_t + tl.arange(0, BLOCK_T)  # [BLOCK_T]
         m_p = o_p < end
         o_t = tl.load(p_token_ids + o_p, mask=m_p, other=0).to(tl.int64)  # [BLOCK_T]
@@ -322,3 +334,62 @@ def expand_kernel(
         b_sum += tl.load(p_tile, mask=m_tile, other=0.0).to(tl.float32)
         b_sum = finished(b_sum, p_vectors, vectors, o_n, size, 32 // p_b.dtype.element_ty.primitive_bitwidth)
         tl.store(p_tile, b_sum.to(p_out.dtype.element_ty), mask=m_tile)
+
+
+@triton.constexpr_function
+def tiles_of_columns(sizes, block_n):
+    """Tiles of so many columns that all slices have."""
+    return sum(-(-size // block_n) for size in sizes)
+
+
+@triton.jit(do_not_specialize=PLANE_SCALARS, do_not_specialize_on_alignment=SEGMENT_POINTERS)
+def expand_kernel(
+    p_y,  # fp32 [planes, entries of the step, R]
+    p_planes,  # int32 [1]: how many there are, from shrink
+    p_b,  # flat
+    p_vectors,  # the same as fp32
+    p_out,  # [T, N]
+    p_table,  # [slots, N_SLICES, FIELDS], slots stride_table apart
+    p_token_ids,  # int32 [P]
+    p_seg_start,  # int32 [S + 1]
+    p_seg_slot,  # int32 [S]
+    p_pass,  # int32 [2]: the first segment of this pass, and the first behind it
+    p_end,  # int32 [2]: segments of the step, and entries
+    stride_table,
+    stride_y,
+    stride_out,
+    OFFSETS: tl.constexpr,  # first column of each slice
+    SIZES: tl.constexpr,  # columns of each slice
+    ALIGNMENT: tl.constexpr,  # of the blocks of B, in elements
+    N_SLICES: tl.constexpr,
+    PLANES: tl.constexpr,  # the power of two that holds the most planes
+    BLOCK_T: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr,  # columns of a tile where the segments of the pass are many
+    FEW_N: tl.constexpr,  # columns of a tile where they are few
+    UPCAST: tl.constexpr,
+):
+    """out[token(p), offset + n] += sum over r of (sum over planes of y[plane, p, column + r]) * b[r, n].
+
+    Where a slot has vectors, that is multiplied by c[n], and d[n] is added, before it is rounded. The programs
+    share the (segments of the pass, tiles of columns); tiles are narrow where wide ones leave programs idle.
+    """
+    i_program, programs = tl.program_id(0), tl.num_programs(0)
+    first, planes = tl.load(p_pass), tl.load(p_planes)
+    n = tl.load(p_pass + 1) - first
+    WIDE: tl.constexpr = tiles_of_columns(SIZES, BLOCK_N)
+    NARROW: tl.constexpr = tiles_of_columns(SIZES, FEW_N)
+    if n * WIDE >= programs or WIDE == NARROW:
+        for i in tl.range(i_program, n * WIDE, programs, num_stages=1):
+            expand_tile(
+                first + i // WIDE, i % WIDE, planes, p_y, p_b, p_vectors, p_out, p_table, p_token_ids,
+                p_seg_start, p_seg_slot, p_end, stride_table, stride_y, stride_out, OFFSETS, SIZES, ALIGNMENT,
+                N_SLICES, PLANES, BLOCK_T, BLOCK_R, BLOCK_N, UPCAST,
+            )  # fmt: skip
+    else:
+        for i in tl.range(i_program, n * NARROW, programs, num_stages=1):
+            expand_tile(
+                first + i // NARROW, i % NARROW, planes, p_y, p_b, p_vectors, p_out, p_table, p_token_ids,
+                p_seg_start, p_seg_slot, p_end, stride_table, stride_y, stride_out, OFFSETS, SIZES, ALIGNMENT,
+                N_SLICES, PLANES, BLOCK_T, BLOCK_R, FEW_N, UPCAST,
+            )  # fmt: skip

@@ -35,20 +35,21 @@ HEADER = (
 
 
 def line(model: str, shape: GroupShape, rank: int, ceiling: int, step: tuple[int, int, int]) -> str:
-    """Planes, and programs that work of those that are launched, of both launches; bf16."""
+    """Planes, and tiles of the step beside the programs that share them, of both launches; bf16."""
     rows, num_slots, active = step
     slices = Slices(shape.out_offsets, shape.out_features)
     own, most = rank * len(shape.modules), ceiling * len(shape.modules)
     segments = SegmentCapacity(rows, num_slots, DECODE_TILE, active=max(ACTIVE, active)).segments
     where = ARCHITECTURE, Phase.DECODE, torch.bfloat16
-    first = shrink_config(*where, in_features=shape.in_features, max_rows=most, segments=segments)
-    planes, _ = first.planes(shape.in_features, first.tiles(most, active))
-    second = expand_config(*where, slices=slices, max_rank=ceiling, segments=segments)
+    first, second = shrink_config(*where, max_rows=most), expand_config(*where, max_rank=ceiling)
+    tiles = active * -(-own // first.block_r)
+    planes, _ = first.planes(shape.in_features, tiles)
+    programs = second.grid(slices, segments)
+    wide, narrow = (active * sum(-(-s // n) for s in slices.sizes) for n in (second.block_n, second.few_n))
     return (
         f"{model:<13} {shape.name:<8} {rank:>4} {ceiling:>3} {rows:>4} {num_slots:>6} {active:>6} "
-        f"{planes:>6} {first.tiles(own, active) * planes:>6} "
-        f"{first.grid(shape.in_features, most, segments):>8} "
-        f"{second.programs(slices, active):>6} {second.programs(slices, segments):>8}"
+        f"{planes:>6} {tiles * planes:>6} {first.grid(shape.in_features, most, segments):>8} "
+        f"{wide if wide >= programs else narrow:>6} {programs:>8}"
     )
 
 
