@@ -27,9 +27,9 @@ import torch
 
 from benchmarks.on_gpu.model import LLAMA_8B, RandomTensors, config_of
 from inference_service.backends.triton import TritonLora, TritonOperations
-from inference_service.core.batch import Batch, Chunk
+from inference_service.core.adapter import Adapter, Mixture
 from inference_service.core.sampling import SamplingParams
-from inference_service.core.sequence import Adapter, Mixture
+from inference_service.core.sequence import Batch, Chunk
 from inference_service.core.sequence import Sequence as EngineSequence
 from inference_service.engine.graph_runner import GraphRunner
 from inference_service.engine.graphs import Graph
@@ -260,8 +260,8 @@ def _sequence(
 ) -> EngineSequence:
     """Return one that decodes, or whose prompt is of a length."""
     seq = EngineSequence(name, [2] * max(length, 8), params, adapter)
-    seq.blocks = array("i", range(-(-max(length, 8) // BLOCK_SIZE)))
-    seq.num_computed = len(seq.tokens) - length
+    seq.progress.blocks = array("i", range(-(-max(length, 8) // BLOCK_SIZE)))
+    seq.progress.num_computed = len(seq.tokens) - length
     return seq
 
 
