@@ -261,7 +261,7 @@ def _sequence(
     """Return one that decodes, or whose prompt is of a length."""
     seq = EngineSequence(name, [2] * max(length, 8), params, adapter)
     seq.progress.blocks = array("i", range(-(-max(length, 8) // BLOCK_SIZE)))
-    seq.progress.num_computed = len(seq.tokens) - length
+    seq.progress.num_computed = max(length, 8) - length
     return seq
 
 
