@@ -1,1 +1,1 @@
-"""What both services stand on: faults, settings, deployments, bundles, stores, sources, the RPC shell."""
+"""The base of both services: faults, settings, deployments, bundles, stores, sources, the RPC shell."""

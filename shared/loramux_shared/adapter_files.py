@@ -1,4 +1,4 @@
-"""Which files an adapter consists of: what a builder fetches, and what is sent to one, piece by piece."""
+"""The files of an adapter: a builder fetches them, and a client uploads them piece by piece."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ INDEX: Final = "adapter_model.safetensors.index.json"
 SHARD: Final = re.compile(r"adapter_model-(?P<number>[0-9]{5})-of-(?P<count>[0-9]{5})\.safetensors")
 """The names of those."""
 MODEL_CONFIG: Final = "config.json"
-"""What transformers says of a model: of an adapter that classifies, the names of its labels."""
+"""The model's config in transformers; an adapter that classifies has the names of its labels there."""
 KEYS_FILE: Final = "model.lora_keys.npy"
-"""What TensorRT-LLM's converters called the config of their weights before."""
+"""The older name of the config file of TensorRT-LLM's converters."""
 TOKEN_FILES: Final = ("added_tokens.json", "tokenizer.json", "tokenizer_config.json")
 """Looked at where they are there, for tokens that the base does not have."""
 

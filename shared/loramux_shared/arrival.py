@@ -12,9 +12,9 @@ from contextvars import ContextVar
 from typing import Any, Final
 
 ARRIVED_S: Final[ContextVar[float | None]] = ContextVar("arrived_s", default=None)
-"""On the clock of ``time.monotonic``; None where no door noted it."""
+"""The arrival time on the clock of ``time.monotonic``; None where no server noted it."""
 _LAST_DATA_RECV: Final = 52
-"""Where struct tcp_info holds how many ms ago data came. Source: linux/tcp.h."""
+"""Offset in struct tcp_info of the milliseconds since data last came. Source: linux/tcp.h."""
 
 
 def arrived_at(sock: Any) -> float:

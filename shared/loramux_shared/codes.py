@@ -8,7 +8,7 @@ from typing import Final
 
 
 class Subject(StrEnum):
-    """What a finding is about."""
+    """The subject of a finding."""
 
     DEPLOYMENT = "a deployment or a request"
     REFUSED = "an adapter that is refused"
@@ -181,7 +181,7 @@ CODES: Final = {
     )
     for code, meaning, cure in entries
 }
-"""By code."""
+"""Entries by code."""
 
 CURES: Final = {
     "ADAPTER_INVALID": "each finding says it",
@@ -232,4 +232,4 @@ CURES: Final = {
     "METHOD_UNSUPPORTED": "leave the call out; the message says what there is instead",
     "INTERNAL": "report it; the server's log has the details",
 }
-"""What to do, by the reason of a fault."""
+"""Cures by the reason of a fault."""

@@ -19,7 +19,7 @@ DEFAULT_MAX_LORA_RANK = 64
 
 
 class SourceKind(StrEnum):
-    """Where a repository is fetched from."""
+    """A kind of source of repositories."""
 
     HF = "HF"
     S3 = "S3"
@@ -62,7 +62,7 @@ class Repository(Model):
     """A repository at a revision."""
 
     source: SourceKind
-    """Where it is fetched from."""
+    """Kind of source."""
     repo: str = Field(min_length=1, max_length=4096)
     """``namespace/name`` for HF, an absolute directory for LOCAL, a name for PUSHED, else an address."""
     revision: str = ""
@@ -113,7 +113,7 @@ class LoraConfiguration(Model):
 
 
 class Build(Model):
-    """What is built."""
+    """The base and the adapters to build."""
 
     base_model: str = "decoder"
     """Kept for compatibility; only ``decoder`` is served."""
@@ -128,8 +128,11 @@ class Build(Model):
     prove: bool = False
     """Record in every bundle what it should answer; replicas replay it before they serve. Needs torch."""
     signed_by: tuple[str, ...] = ()
-    """Who is to have signed each adapter, one of them: files of public keys or certificates (PEM), beside this
-    file, or ``sigstore:ISSUER#IDENTITY``. Others are refused, also those that come in later."""
+    """Signers that each adapter must have, one of them.
+
+    Files of public keys or certificates (PEM), beside this file, or ``sigstore:ISSUER#IDENTITY``. Others are
+    refused, also those that come in later.
+    """
     base_signed_by: tuple[str, ...] = ()
     """The same of the base checkpoint."""
 
@@ -152,7 +155,7 @@ class Build(Model):
     @field_validator("signed_by", "base_signed_by")
     @classmethod
     def _signers(cls, words: tuple[str, ...]) -> tuple[str, ...]:
-        """Check those that are no files, which only whoever reads the deployment file can read."""
+        """Check the signers that are no files; only the reader of the deployment file can read the others."""
         return tuple(word if is_file(word) else parse_signer(word) for word in words)
 
     @field_validator("base_model")
@@ -165,12 +168,12 @@ class Build(Model):
 
 
 class ModelLimits(Model):
-    """How much of each replica the models may have; those of API keys are in docs/guides/access.md."""
+    """Limits of the models on each replica; those of API keys are in docs/guides/access.md."""
 
     default: Limits = Field(default_factory=Limits, exclude_if=lambda limits: limits == Limits())
-    """Of each model, where it has none of its own: every model has its own count, not a part of one."""
+    """Limits of each model that has none of its own: every model has its own count, not a part of one."""
     models: dict[Name, Limits] = Field(default_factory=dict, exclude_if=unset)
-    """Of single models, by name; what one does not say is the default's."""
+    """Limits of single models, by name; a limit that is not given is the default's."""
 
     def of(self, name: str) -> Limits:
         """Return the limits of a model."""
@@ -180,11 +183,11 @@ class ModelLimits(Model):
 
 Weight = Annotated[int, Field(ge=0, lt=2**31)]
 Aliases = dict[Name, dict[Name, Weight]]
-"""By alias: the names that it stands for, and the part of the requests that each of them gets."""
+"""Names that an alias stands for, and the share of the requests that each of them gets, by alias."""
 
 
 class Runtime(Model):
-    """How it is served."""
+    """The serving settings of a deployment."""
 
     served_model_name: Name | None = None
     """The base's name; ``model_name`` when not given."""
@@ -197,25 +200,30 @@ class Runtime(Model):
     serve_base: bool = True
     """False: the adapters only; the base's name is then unknown to clients."""
     merge: Merge = Merge.AUTO
-    """Whether the one adapter of a deployment that hides its base is merged into the weights at load, and then
-    runs at the speed of the base. ``always`` refuses a deployment for which that is impossible."""
+    """Merging of the one adapter of a deployment that hides its base into the weights at load, which then run
+    at the speed of the base. ``always`` refuses a deployment for which that is impossible.
+    """
     quantization: Rounding = Rounding.NONE
-    """What the weights of the base's linears are rounded to when a replica loads them: ``none``, ``fp8`` (on
-    GPUs), ``int8`` or ``int4``. Adapters stay as they are, and none is merged into such weights. A replica's
-    ``LORAMUX_QUANTIZATION`` comes first."""
+    """Rounding of the weights of the base's linears when a replica loads them.
+
+    ``none``, ``fp8`` (on GPUs), ``int8`` or ``int4``. Adapters stay as they are, and none is merged into such
+    weights. A replica's ``LORAMUX_QUANTIZATION`` comes first.
+    """
     tool_parser: ToolParser = ToolParser.AUTO
     """The form in which the models write calls of tools: docs/reference/openai.md has them. ``auto``: what the
     chat template of each shows; ``none``: calls stay text. A replica's ``LORAMUX_TOOL_PARSER`` comes first."""
     pooling: Pooling | None = None
-    """How hidden states become a vector where a request for one does not say it: ``last`` or ``mean``. When not
-    given, as the base's ``1_Pooling/config.json`` says, else ``last``."""
+    """Pooling of hidden states into a vector where a request names none: ``last`` or ``mean``.
+
+    When not given, that of the base's ``1_Pooling/config.json``, else ``last``.
+    """
     reasoning_parser: ReasoningParser = ReasoningParser.AUTO
     """The marks between which the models reason; the same of ``LORAMUX_REASONING_PARSER``."""
     aliases: Aliases = Field(default_factory=dict)
     """Names that pick one of several models by weight: ``{support: {support-v1: 90, support-v2: 10}}``.
     Requests with the same ``user``, or the same ``x-loramux-key``, get the same one; 0 gets none."""
     limits: ModelLimits = ModelLimits()
-    """How much of each replica the models may have."""
+    """Limits of the models on each replica."""
 
 
 class NamesInvalid(ValueError):
@@ -228,9 +236,9 @@ class Deployment(Model):
     model_name: Name
     """Names the deployment in the store and on the command line."""
     build: Build
-    """What is built."""
+    """The base and the adapters to build."""
     runtime: Runtime = Runtime()
-    """How it is served."""
+    """Serving settings."""
 
     @property
     def served_model_name(self) -> str:

@@ -71,7 +71,7 @@ UNSERVED_KEYS: dict[str, tuple[Any, str]] = {
     "runtime.patch_kwargs": ({}, "Name what it sets by the keys of this file."),
     "runtime.tensor_parallel_size": (1, _ONE_DEVICE),
 }
-"""Of the ignored keys, those that ask for what is not done unless they have this value; and what to do."""
+"""Ignored keys that ask for an unsupported feature unless they have this value; and what to do instead."""
 
 
 class DeploymentFile(Model):
@@ -246,7 +246,7 @@ def _unwrap(data: dict[Any, Any]) -> tuple[dict[Any, Any], dict[str, Any]]:
 
 
 def _without_empty(block: dict[Any, Any]) -> dict[Any, Any]:
-    """Without the optional blocks that have a key and nothing else."""
+    """Return a block without the optional blocks that have a key and nothing else."""
     optional = {"runtime", "lora_adapters", "lora_configuration", "aliases", "limits"}
     optional |= {"signed_by", "base_signed_by"}
     return {key: value for key, value in block.items() if key not in optional or value is not None}

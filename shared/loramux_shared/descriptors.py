@@ -1,4 +1,4 @@
-"""How many files and connections this process may hold open."""
+"""The numbers of files and connections that this process may hold open."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ import structlog
 WANTED: Final = 16_384
 """The soft limit on open files is raised to this, or to the hard limit where that is lower."""
 RESERVED: Final = 128
-"""Of the limit: for files, the store, the base's source and helper processes. A replica at rest holds 16."""
+"""Descriptors kept free for files, the store, the base's source and helper processes.
+
+An idle replica holds 16.
+"""
 MOST: Final = 4096
-"""Connections of one door, whatever the limit: several times what the queue of requests holds."""
+"""Upper bound of the connections of one server: several times what the queue of requests holds."""
 LEAST: Final = 16
 
 log = structlog.get_logger()
@@ -28,7 +31,7 @@ def raise_limit() -> None:
 
 
 def connections_of_a_door() -> int:
-    """Return how many connections each of two doors may hold, so that the limit is never reached."""
+    """Return the connections that each of two servers may hold, so that the limit is never reached."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY:
         return MOST

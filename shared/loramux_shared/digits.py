@@ -12,12 +12,12 @@ EXPECTED: Final = "a number of the digits 0 to 9"
 
 
 def is_whole(text: str) -> bool:
-    """Whether a text is a whole number below 10^18, without a sign."""
+    """Return True if a text is a whole number below 10^18, without a sign."""
     return _WHOLE.fullmatch(text) is not None
 
 
 def is_number(text: str) -> bool:
-    """Whether a text is a number as JSON has it, or with a plus, or a point at its begin or end."""
+    """Return True if a text is a number as JSON has it, or with a plus, or a point at its begin or end."""
     return _NUMBER.fullmatch(text) is not None
 
 

@@ -19,7 +19,7 @@
     ├── StoreUnavailable     STORE_UNAVAILABLE       UNAVAILABLE
     ├── ServerUnavailable    SERVER_UNAVAILABLE      UNAVAILABLE          seen by a client: no answer
     ├── ShuttingDown         SHUTTING_DOWN           UNAVAILABLE
-    ├── ReplicaFailed        REPLICA_FAILED          UNAVAILABLE          its device or engine works no more
+    ├── ReplicaFailed        REPLICA_FAILED          UNAVAILABLE          its device or engine failed
     ├── ReplicaBehind        REPLICA_BEHIND          UNAVAILABLE          it does not serve the generation yet
     ├── ReplicaPaused        REPLICA_PAUSED          UNAVAILABLE          an operator ended what was under way
     ├── DeploymentNotFound   DEPLOYMENT_NOT_FOUND    NOT_FOUND
@@ -39,7 +39,7 @@
     ├── RateLimited          RATE_LIMITED            RESOURCE_EXHAUSTED   a model or a key used its share
     ├── BundleCorrupt        BUNDLE_CORRUPT          DATA_LOSS
     │   ├── RecordTooLarge   RECORD_TOO_LARGE        DATA_LOSS            larger than any that is written
-    │   └── SignatureInvalid SIGNATURE_INVALID       DATA_LOSS            not signed by whom it must be
+    │   └── SignatureInvalid SIGNATURE_INVALID       DATA_LOSS            without a required signature
     ├── ProofFailed          PROOF_FAILED            DATA_LOSS            a bundle that answers otherwise
     ├── NumericsFault        NUMERICS                DATA_LOSS            an answer of NaN or infinity
     ├── ModelUnusable        MODEL_UNUSABLE          DATA_LOSS            an adapter with several of those
@@ -254,7 +254,7 @@ class ShuttingDown(Fault):
 
 
 class ReplicaFailed(Fault):
-    """The replica's device or engine works no more; its process ends, to be started again."""
+    """The replica's device or engine failed; its process ends, to be started again."""
 
     reason = "REPLICA_FAILED"
     status = Status.UNAVAILABLE
@@ -405,7 +405,7 @@ class RecordTooLarge(BundleCorrupt):
 
 
 class SignatureInvalid(BundleCorrupt):
-    """What is not signed by whom it must be, or was changed since."""
+    """An object that is not signed by a required signer, or was changed since."""
 
     reason = "SIGNATURE_INVALID"
 
@@ -425,7 +425,7 @@ class NumericsFault(Fault):
 
 
 class ModelUnusable(Fault):
-    """An adapter whose answers held NaN or infinity again and again; a replica serves the version no more."""
+    """An adapter whose answers held NaN or infinity several times; a replica stops serving the version."""
 
     reason = "MODEL_UNUSABLE"
     status = Status.DATA_LOSS

@@ -1,4 +1,4 @@
-"""How much of a replica a model, or the holder of a key, may have."""
+"""Limits of a model, or of the holder of a key, on a replica."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ def unset(value: object) -> bool:
 
 
 class Limits(BaseModel):
-    """What is not said has no bound, and the weight is 1."""
+    """Limits of a model or a key. A limit that is not given is no bound, and the weight is 1."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, hide_input_in_errors=True
     )
 
     weight: float | None = Field(default=None, gt=0, le=MAX_WEIGHT, allow_inf_nan=False, exclude_if=unset)
-    """Where many want to be served: twice the weight is twice the tokens."""
+    """Weight among models that compete: twice the weight is twice the tokens."""
     max_running: int | None = Field(default=None, ge=1, lt=2**31, exclude_if=unset)
     """Answers that are computed at once; others wait."""
     max_waiting: int | None = Field(default=None, ge=1, lt=2**31, exclude_if=unset)

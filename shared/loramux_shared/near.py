@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Final
 
 MAX_FINDINGS: Final = 64
-"""Of one message or file, that are told one by one; who has more of them does not read on."""
+"""Largest number of findings of one message or file that are listed one by one."""
 _LONGEST: Final = 64
 """No longer name is near to one of ours."""
 

@@ -1,4 +1,4 @@
-"""Telling whoever started a service how it does: systemd, and ``loramux up``, which speaks the same protocol.
+"""Status messages to the process that started a service: systemd, or ``loramux up``, with the same protocol.
 
 Source: sd_notify(3). A message is a datagram of NAME=VALUE lines to the Unix socket that NOTIFY_SOCKET names.
 """

@@ -1,4 +1,4 @@
-"""How answers of chats are read: which form of calls of tools, and which of reasoning."""
+"""Parsers of chat answers: the format of tool calls, and that of reasoning."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ class ToolParser(StrEnum):
     """The form in which a model writes calls of tools."""
 
     AUTO = "auto"
-    """What its chat template shows."""
+    """The format that the chat template shows."""
     NONE = "none"
     """Calls stay text."""
     HERMES = "hermes"
@@ -31,7 +31,7 @@ class ReasoningParser(StrEnum):
     """The marks between which a model reasons."""
 
     AUTO = "auto"
-    """What its chat template shows."""
+    """The format that the chat template shows."""
     NONE = "none"
     """Reasoning stays text."""
     THINK = "think"
@@ -43,7 +43,7 @@ class ReasoningParser(StrEnum):
 
 @dataclass(frozen=True)
 class Parsers:
-    """What a deployment, or a replica, says of all its models."""
+    """The parsers that a deployment, or a replica, sets for all its models."""
 
     tool: ToolParser = ToolParser.AUTO
     reasoning: ReasoningParser = ReasoningParser.AUTO

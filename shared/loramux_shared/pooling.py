@@ -1,4 +1,4 @@
-"""How the hidden states of a text become one vector."""
+"""The pooling of a text's hidden states into one vector."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from loramux_shared.faults import CheckpointInvalid
 
 
 class Pooling(StrEnum):
-    """What is taken of the hidden states behind the last norm, one for each token."""
+    """A choice among the hidden states behind the last norm, one for each token."""
 
     LAST = "last"
-    """That of the last token."""
+    """The hidden state of the last token."""
     MEAN = "mean"
     """Their mean."""
 
 
 FILE: Final = "1_Pooling/config.json"
-"""Of a base that was trained for vectors with sentence-transformers."""
+"""Pooling config of a base that was trained for vectors with sentence-transformers."""
 MODES: Final = {"lasttoken": Pooling.LAST, "mean": Pooling.MEAN, "mean_tokens": Pooling.MEAN}
-"""What it calls them: in ``pooling_mode``, or each as a switch of its own."""
+"""Names of the modes there: in ``pooling_mode``, or each as a switch of its own."""
 
 
 def pooling_in(folder: Path) -> Pooling | None:

@@ -1,4 +1,4 @@
-"""In how many bits a replica holds the linears of a base."""
+"""The number of bits in which a replica holds the linears of a base."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Final
 
 
 class Rounding(StrEnum):
-    """What the weights of a base's linears are rounded to when they are loaded."""
+    """The format to which the weights of a base's linears are rounded when they are loaded."""
 
     NONE = "none"
     FP8 = "fp8"

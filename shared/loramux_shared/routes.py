@@ -15,7 +15,7 @@ class Route:
 
     method: str
     path: str
-    """As Starlette has it: ``{name}`` is a part of it."""
+    """Path as in Starlette: ``{name}`` is a part of it."""
     scope: Scope | None = Scope.INFER
     """The scope of the keys that open it; None: no key is needed."""
     streams: bool = False

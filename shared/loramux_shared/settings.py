@@ -34,7 +34,7 @@ from loramux_shared.telemetry import LogFormat
 
 PREFIX = "LORAMUX_"
 CLIENT_VARIABLES = ("API_KEY", "TLS_CA", "CLIENT_CERT", "CLIENT_KEY")
-"""What `loramux.Client` reads; a service may share its environment."""
+"""Variables that `loramux.Client` reads; a service may share its environment."""
 
 
 def _address(value: str) -> str:
@@ -106,10 +106,10 @@ def _power_of_two(value: int) -> int:
 
 
 Address = Annotated[str, AfterValidator(_address)]
-"""Where a server listens."""
+"""An address on which a server listens."""
 
 Destination = Annotated[str, AfterValidator(_destination)]
-"""Where another service listens."""
+"""The address of another service."""
 
 HomePath = Annotated[Path, AfterValidator(_expanded)]
 """A path that may begin with ``~``."""
@@ -147,7 +147,7 @@ CountOfDevice = Annotated[Annotated[int, Field(ge=0)] | None, BeforeValidator(_o
 
 @dataclass(frozen=True)
 class StepSizes:
-    """How large steps are, and how often their tokens are sent."""
+    """The sizes of steps, and how often their tokens are sent."""
 
     tokens: int
     seqs: int
@@ -156,12 +156,15 @@ class StepSizes:
 
 
 STEP_SIZES: Final = {"cpu": StepSizes(1024, 64, 40, 8), "cuda": StepSizes(8192, 256, 10, 0)}
-"""By kind of device. A GPU computes hundreds of rows in the time that it takes to read its weights, and leaves
-the cores of its host to the doors, so that tokens may be sent sooner; drafts would cost it the step ahead."""
+"""Step sizes by kind of device.
+
+A GPU computes hundreds of rows in the time that it takes to read its weights, and leaves the cores of its host
+to the APIs, so that tokens may be sent sooner; drafts would cost it the step ahead.
+"""
 
 
 class Settings(BaseSettings):
-    """What both services have."""
+    """The settings that both services have."""
 
     model_config = SettingsConfigDict(
         env_prefix=PREFIX,
@@ -200,8 +203,11 @@ class Settings(BaseSettings):
     tls_client_ca: HomePath | None = None
     """Clients must show a certificate that one of these authorities (PEM) signed."""
     require_signature: Signers = ()
-    """Whose signature a generation must have, one of them, before a byte of it is used: files of public keys or
-    certificates (PEM), or sigstore:ISSUER#IDENTITY, separated by commas; docs/guides/signing.md."""
+    """Signers of which a generation must have one, before a byte of it is used.
+
+    Files of public keys or certificates (PEM), or sigstore:ISSUER#IDENTITY, separated by commas;
+    docs/guides/signing.md.
+    """
     drain_delay_s: float = Field(default=0, ge=0, allow_inf_nan=False)
     """Seconds after SIGTERM in which health says no and requests are still taken, so that proxies turn away
     before any is refused."""
@@ -218,7 +224,7 @@ class BuilderSettings(Settings):
     """The builder service."""
 
     grpc: Address = "127.0.0.1:50051"
-    """Where the service listens."""
+    """Address of the gRPC service."""
     work_dir: HomePath | None = None
     """Holds what is fetched while it is built; a temporary folder when not given."""
     max_concurrent_builds: Count = 2
@@ -235,7 +241,7 @@ class BuilderSettings(Settings):
     signing_certificates: HomePath | None = None
     """The certificates (PEM) of signing_key, its own first; they need require_signature."""
     metrics: Address | None = None
-    """Where `/metrics` listens; closed when not given. It asks for no key: loopback, unless insecure is set."""
+    """Address of `/metrics`; closed when not given. It asks for no key: loopback, unless insecure is set."""
 
 
 class InferenceSettings(Settings):
@@ -244,22 +250,24 @@ class InferenceSettings(Settings):
     deployment: str = Field(min_length=1)
     """The name of the deployment to serve: the model_name of its file."""
     grpc: Address = "127.0.0.1:50052"
-    """Where the service listens."""
+    """Address of the gRPC service."""
     http: Address | None = None
-    """Where the HTTP APIs listen; closed when not given."""
+    """Address of the HTTP APIs; closed when not given."""
     model_doors: ModelDoors = ()
     """gRPC addresses that stand for one model each, MODEL=HOST:PORT by commas: for gateways whose workers have
     one model, as SMG's over gRPC. Any name of a model will do, a mixture's too. None under Ray."""
     backend: Literal["auto", "native", "torch", "triton"] = "auto"
     """The kernels; auto: triton on CUDA, else native (compiled) where that can be, else torch."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where the model runs; auto: CUDA when there is a device, and the backend is not native."""
+    """Device of the model; auto: CUDA when there is a device, and the backend is not native."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """The type of weights and activations; auto: the checkpoint's where the device computes well in it, which a
     CPU with compiled operations does in bfloat16."""
     quantization: Rounding | None = None
-    """What the weights of the base's linears are rounded to when they are loaded: none, fp8 (on GPUs), int8 or
-    int4; adapters are not. When not given, what the deployment's runtime says, else none."""
+    """Rounding of the weights of the base's linears when they are loaded: none, fp8 (on GPUs), int8 or int4.
+
+    Adapters are not. When not given, what the deployment's runtime says, else none.
+    """
     tool_parser: ToolParser | None = None
     """The form in which the models write calls of tools, none: calls stay text. When not given, what the
     deployment's runtime says, else what the chat template of each shows."""
@@ -270,8 +278,10 @@ class InferenceSettings(Settings):
     threads: Count | None = None
     """Threads that compute on the CPU; as many as cores when not given."""
     spin: Literal["auto", "always", "never"] = "auto"
-    """Whether the threads of a step on a CPU wait for each other awake: faster on cores that nothing else
-    wants, slower on others. auto: awake until they wait for cores."""
+    """Busy waiting of the threads of a step on a CPU.
+
+    Faster on cores that nothing else wants, slower on others. auto: busy until they wait for cores.
+    """
     deterministic: bool = False
     """Answer the same, bit for bit, in any batch and after prefix hits; on a CPU with compiled operations."""
     max_batch_tokens: OfDevice = None
@@ -333,7 +343,7 @@ class InferenceSettings(Settings):
 
     @property
     def rounding(self) -> Rounding:
-        """What weights are rounded to."""
+        """Return the rounding of weights."""
         return self.quantization or Rounding.NONE
 
     def parsers(self, tool: ToolParser, reasoning: ReasoningParser) -> Parsers:

@@ -1,1 +1,1 @@
-"""Who may enter: API keys with scopes, TLS, and the rule about addresses beyond this machine."""
+"""Access control: API keys with scopes, TLS, and the rule about addresses beyond this machine."""

@@ -27,8 +27,8 @@ class AccessMiddleware:
     ) -> None:
         """Wrap an ASGI application.
 
-        scope_of says what a path needs, and None opens it to everybody; refusal returns what tells a fault to
-        whoever sent a request.
+        `scope_of` returns the scope that a path needs, or None for a path that is open to everybody; `refusal`
+        returns the application that sends a fault to the client.
         """
         self._app = app
         self._keyring = keyring

@@ -1,4 +1,4 @@
-"""What all doors of a service are opened with."""
+"""The keyring and the TLS files that all servers of a service share."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Guard:
 
     @property
     def shown(self) -> str:
-        """What a caller needs, for the start line: ``API keys, TLS``."""
+        """Return what a caller needs, for the start line: ``API keys, TLS``."""
         client_ca = self.tls is not None and self.tls.client_ca is not None
         parts = {"API keys": self.keyring is not None, "TLS": self.tls is not None, "client CA": client_ca}
         return ", ".join(name for name, on in parts.items() if on) or "nobody"

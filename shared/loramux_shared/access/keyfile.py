@@ -12,7 +12,7 @@ from loramux_shared.access.keys import KeyEntry, parse_keys
 from loramux_shared.faults import SettingsInvalid
 
 MODE = 0o600
-"""Of a new file. It opens nothing, but it tells who has a key."""
+"""File mode of a new key file. The file opens nothing, but its names show who has a key."""
 
 
 def append_entry(path: Path, entry: KeyEntry) -> None:

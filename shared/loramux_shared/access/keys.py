@@ -19,7 +19,7 @@ from loramux_shared.faults import SettingsInvalid
 from loramux_shared.limits import Limits
 
 PREFIX = "lmx_"
-"""Of every key, so that scanners of repositories and logs can find one that leaked."""
+"""Prefix of every key, so that scanners of repositories and logs can find one that leaked."""
 KEY_BYTES = 32
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.\-]{1,64}$")]
@@ -33,12 +33,12 @@ class KeyEntry(BaseModel):
     id: Name
     """Names the key in lists and messages; distinct."""
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-    """Of the key's characters, in hex."""
+    """SHA-256 of the key's characters, in hex."""
     scopes: Annotated[tuple[Scope, ...], Field(min_length=1)]
     models: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
     """The served names that `infer` is limited to; the key does not see others."""
     limits: Limits | None = None
-    """How much of each replica `infer` may have."""
+    """Limits of the key on each replica, for `infer`."""
     comment: str = ""
     created: datetime | None = None
 

@@ -1,4 +1,4 @@
-"""What a caller may do."""
+"""Scopes, and the rights of a caller."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from loramux_shared.limits import Limits
 
 
 class Scope(StrEnum):
-    """What a key is good for."""
+    """A set of calls that a key allows."""
 
     INFER = "infer"
     """Generate, and list the models."""
@@ -31,7 +31,7 @@ class Access:
     models: frozenset[str] | None = None
     """The served names that inference is limited to; None: all."""
     limits: Limits | None = None
-    """How much of each replica the key may have."""
+    """Limits of the key on each replica."""
 
     def may(self, scope: Scope) -> bool:
         """True where this scope is among the rights."""
@@ -43,7 +43,7 @@ class Access:
 
 
 EVERYTHING = Access("", frozenset({Scope.ADMIN}))
-"""What everybody may do where keys are off."""
+"""The rights of every caller where keys are off."""
 
 ACCESS: ContextVar[Access] = ContextVar("access", default=EVERYTHING)
-"""The rights of the call that runs. A door sets them, and the catalog hides models by them."""
+"""The rights of the call that runs. The server sets them, and the catalog hides models by them."""

@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Pem:
-    """What the files hold, as PEM."""
+    """The contents of the TLS files, as PEM."""
 
     chain: bytes
     key: bytes
@@ -28,7 +28,7 @@ class Pem:
 
 @dataclass(frozen=True)
 class TlsFiles:
-    """Where a server's certificate lies."""
+    """Paths of a server's certificate, its key and the client CA."""
 
     cert: Path
     """The chain, the server's own certificate first."""

@@ -1,4 +1,4 @@
-"""Whether files changed."""
+"""A cheap check for changes of files."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What a base is and which bases are served: the one reading of ``config.json``, which both services ask."""
+"""Bases and the families that are served: the one reader of ``config.json``, which both services use."""

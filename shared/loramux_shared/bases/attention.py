@@ -1,4 +1,4 @@
-"""How a layer attends."""
+"""The attention of a layer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ class HeadCounts:
 
     queries: int
     kv: int
-    """Of keys, and of values."""
+    """Heads of keys, and of values."""
     dim: int
     """Dimensions of each."""
 
@@ -23,10 +23,10 @@ class HeadCounts:
 
 @dataclass(frozen=True)
 class AttentionSpec:
-    """How a layer attends."""
+    """The attention of a layer."""
 
     scale: float
-    """Of the products of queries and keys."""
+    """Factor of the products of queries and keys."""
     window: int | None = None
     """Positions that a row sees, its own included; None: all."""
     softcap: float | None = None

@@ -1,4 +1,4 @@
-"""What layers keep of a sequence, and how a cache is divided among them.
+"""The cache that layers keep of a sequence, and its division among them.
 
 Layers that see equally far are a group with blocks of its own; layers that carry a state have a slot of it for
 every sequence, and slots for snapshots of prefixes. All sizes follow from one number, the blocks of a group
@@ -28,7 +28,7 @@ SLACK: Final = 64
 
 @dataclass(frozen=True)
 class Kept:
-    """What the layers of a group keep of a token."""
+    """The cache entry that the layers of a group keep for a token."""
 
     window: int | None
     """Positions that they see; None: all."""
@@ -37,37 +37,39 @@ class Kept:
 
 @dataclass(frozen=True)
 class Cache:
-    """What the cache is asked to hold."""
+    """The requested content of the cache."""
 
     groups: tuple[Kept, ...]
-    """In the order of the model's windows."""
+    """Groups in the order of the model's windows."""
     block_size: int
     longest: int
     """Tokens of the longest sequence that may be asked for."""
     seqs: int
     """Sequences that are served at once."""
     rows: int
-    """Of a step."""
+    """Rows of a step."""
     whole: bool
-    """Whether a sequence of the longest kind must fit, rather than be cut to what does."""
+    """True if a sequence of the longest kind must fit; False if sequences are cut to what fits."""
     kv_bytes: int | None = None
     """Its size, where the settings say it."""
     state_bytes: int = 0
     """A sequence's state, of all layers that carry one."""
     every_seat: bool = True
-    """Whether so many sequences must have a state, rather than as many as have one in as much memory as the
-    tokens take."""
+    """True if so many sequences must have a state.
+
+    False if as many do as have one in as much memory as the tokens take.
+    """
     snapshots: bool = True
-    """Whether prefixes are kept at all."""
+    """True if prefixes are cached."""
 
     @property
     def token_bytes(self) -> int:
-        """Of a token that all layers see."""
+        """Return the bytes of a token that all layers see."""
         return sum(group.token_bytes for group in self.groups)
 
     @property
     def behind_bytes(self) -> int:
-        """Of a token that is behind all windows."""
+        """Return the bytes of a token that is behind all windows."""
         return sum(group.token_bytes for group in self.groups if group.window is None)
 
     @property
@@ -110,7 +112,7 @@ class Cache:
         return self._block_bytes(count) + (self.seats(count) + self.kept_states(count)) * self.state_bytes
 
     def fitting(self, num_bytes: int) -> int:
-        """The most blocks with which it takes no more than that; below 0: not even the states fit."""
+        """Return the most blocks that fit into so many bytes; below 0: not even the states fit."""
         return bisect_right(range(self.most + 1), num_bytes, key=self.num_bytes) - 1
 
     def capacity(self, count: int) -> int:

@@ -1,4 +1,4 @@
-"""What a decoder looks like: everything that the families differ in."""
+"""The description of a decoder: everything that the families differ in."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from loramux_shared.bundle.modules import NO_LAYER, BaseDims
 
 @dataclass(frozen=True)
 class InputNames:
-    """Where a checkpoint keeps the tensors of what tokens give to layers."""
+    """Names of the tensors of the checkpoint that give a token's own input to each layer."""
 
     table: str = "embed_tokens_per_layer"
     projection: str = "per_layer_model_projection"
@@ -42,7 +42,7 @@ class DeltaNames:
 
 @dataclass(frozen=True)
 class BesideNames:
-    """Where a checkpoint keeps what a mixture has that stands beside an MLP."""
+    """Names of the tensors of a mixture of experts beside its MLP."""
 
     mlp_out_norm: str = "post_feedforward_layernorm_1"
     experts_norm: str = "pre_feedforward_layernorm_2"
@@ -54,14 +54,14 @@ class BesideNames:
 
 @dataclass(frozen=True)
 class TensorNames:
-    """Where a checkpoint keeps the tensors, without ``.weight``; a norm that is None does not exist."""
+    """Names of the tensors of a checkpoint, without ``.weight``; a norm that is None does not exist."""
 
     prefixes: tuple[str, ...] = ("model.", "")
-    """Of everything but the head: the first that has the last norm is taken."""
+    """Prefixes of everything but the head; the first one that has the last norm is used."""
     embedding: str = "embed_tokens"
     final_norm: str = "norm"
     heads: tuple[str, ...] = ("lm_head",)
-    """Of an untied head: the first that exists is taken."""
+    """Names of an untied head; the first that exists is used."""
     layer: str = "layers.{index}."
     """Before the names below."""
     input_norm: str | None = "input_layernorm"
@@ -80,7 +80,7 @@ class TensorNames:
     delta: DeltaNames = DeltaNames()
     mlp_out_norm: str | None = None
     router: str = "mlp.gate"
-    """Of a mixture."""
+    """Name of the router of a mixture of experts."""
     experts: str = "mlp.experts"
     """Before the number of an expert and its ``gate_proj``, ``up_proj`` and ``down_proj``; or before
     ``gate_up_proj`` and ``down_proj`` of all experts in one, which have no ``.weight``."""
@@ -103,14 +103,14 @@ class ModelConfig:
     """The longest sequence that the model was made for."""
     norm_eps: float
     dtype: str
-    """Of the checkpoint: ``bfloat16``, ``float16`` or ``float32``; empty where the config does not say."""
+    """Type of the checkpoint: ``bfloat16``, ``float16`` or ``float32``; empty where the config has none."""
     eos_token_ids: frozenset[int]
     tied_embeddings: bool
     names: TensorNames = TensorNames()
     norm_offset: float = 0.0
     """Added to the weights of every norm."""
     qk_norm_of_heads: bool = True
-    """Whether queries and keys are normed head by head, or all heads of a row together."""
+    """True if queries and keys are normed head by head; False if all heads of a row are normed together."""
     query_growth: QueryGrowth | None = None
     qkv_bias: bool = False
     o_bias: bool = False
@@ -118,12 +118,12 @@ class ModelConfig:
     activation: Literal["silu", "gelu_tanh"] = "silu"
     embedding_scale: float = 1.0
     residual_scale: float = 1.0
-    """Of what attention and MLP give, before it is added."""
+    """Factor of the outputs of attention and MLP, before they are added."""
     logit_softcap: float | None = None
     """Bound that the logits approach, by tanh."""
     logit_divisor: float = 1.0
     quantization: Quantization | None = None
-    """How its linears are kept; None: as they are served."""
+    """Storage format of the linears; None: the type in which they are served."""
 
     @cached_property
     def layer_groups(self) -> tuple[tuple[GroupShape, ...], ...]:
@@ -161,7 +161,7 @@ class ModelConfig:
 
     @property
     def inputs(self) -> InputLayer | None:
-        """What tokens give to layers; all have the same or nothing."""
+        """Return the layers' input from tokens; all layers have the same one or none."""
         return self.layers[0].inputs
 
     def features(self, module: str, layer: int) -> tuple[int, int] | None:
@@ -176,7 +176,7 @@ class ModelConfig:
 
     @property
     def has_experts(self) -> bool:
-        """Whether a layer is a mixture of experts."""
+        """Return True if a layer is a mixture of experts."""
         return any(isinstance(layer.mlp, ExpertsLayer) for layer in self.layers)
 
     @cached_property

@@ -1,4 +1,4 @@
-"""What a model family is, and what its file starts from."""
+"""A model family, and the defaults that its file starts from."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from loramux_shared.bases.rope_config import read_rope
 from loramux_shared.faults import CheckpointInvalid
 
 ReadRope = Callable[[HfConfig, int, int], tuple[RopeSpec, int]]
-"""From the config, the size of a head and the longest sequence of the model."""
+"""A reader of rope settings from the config, the size of a head and the longest sequence of the model."""
 EXPERTS = frozenset({"num_local_experts", "num_experts", "moe_intermediate_size"})
 """Keys of mixtures of experts."""
 LAYER_TYPES = ("full_attention", "sliding_attention")
@@ -27,11 +27,11 @@ class Architecture:
     """A class of transformers that checkpoints name."""
 
     name: str
-    """In ``architectures`` of ``config.json``."""
+    """Name in ``architectures`` of ``config.json``."""
     model_type: str
-    """By which transformers chooses the config's class."""
+    """The ``model_type`` by which transformers chooses the config's class."""
     nested: bool = False
-    """Whether it is a model of more than text, whose decoder is described in ``text_config``."""
+    """True for a model of more than text, whose decoder is described in ``text_config``."""
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ class GroupShape:
     out_features: tuple[int, ...]
     """Columns of each slice."""
     expert: int | None = None
-    """Which expert's it is, of a mixture."""
+    """Expert of a mixture that the group belongs to."""
 
     @property
     def out_offsets(self) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""What decoder layers are made of. Layers of one decoder may differ in all of it."""
+"""The parts of decoder layers. Layers of one decoder may differ in all of them."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ class AttentionLayer:
     num_kv_heads: int
     head_dim: int
     values_are_keys: bool = False
-    """Whether what is projected for the keys serves as values too, without the keys' norm and rotation."""
+    """True if the projection of the keys serves as values too, without the keys' norm and rotation."""
     values_normed: bool = False
-    """Whether each head of values is normed, by its size alone."""
+    """True if each head of values is normed, by its size alone."""
     gated: bool = False
-    """Whether what each head attends to is multiplied with the sigmoid of a gate, which its query brings."""
+    """True if the output of each head is multiplied with the sigmoid of a gate, which its query brings."""
 
     @property
     def heads(self) -> HeadCounts:
-        """How many heads, of which size."""
+        """Return the numbers of heads and their size."""
         return HeadCounts(self.num_heads, self.num_kv_heads, self.head_dim)
 
     @property
@@ -89,12 +89,12 @@ class DeltaLayer:
 
     @property
     def conv_shape(self) -> tuple[int, int]:
-        """Of the rows that the convolution keeps of a sequence."""
+        """Return the shape of the rows that the convolution keeps for a sequence."""
         return self.conv_width - 1, self.channels
 
     @property
     def state_shape(self) -> tuple[int, int, int]:
-        """Of a sequence's state."""
+        """Return the shape of a sequence's state."""
         return self.value_heads, self.key_dim, self.value_dim
 
     @property
@@ -137,20 +137,21 @@ class ExpertsLayer:
     num: int
     top_k: int
     intermediate: int
-    """Of each."""
+    """Width of each expert."""
     renormalised: bool = True
-    """Whether the weights of those that were chosen sum to 1."""
+    """True if the weights of the chosen experts sum to 1."""
     shared: int | None = None
-    """What is the same of the one that all rows have, as far as a gate of its own lets it through."""
+    """Width of the expert that all rows have, as far as a gate of its own lets it through."""
     gate: ClampedGate | None = None
     """None: that of the model's activation."""
     bias: bool = False
-    """Of the router, and of the linears of every expert."""
+    """True if the router and the linears of every expert have biases."""
     in_turns: bool = False
-    """Whether a checkpoint has weights [experts, in, out], and of gate and up a column of each in turns, as an
-    adapter's B has rows."""
+    """True if a checkpoint has weights [experts, in, out], with the columns of gate and up interleaved, as the
+    rows of an adapter's B are.
+    """
     beside: int | None = None
-    """What is the same of an MLP that all rows have as well; both have norms of their own then."""
+    """Width of an MLP that all rows have as well; both have norms of their own then."""
 
     def groups(self, hidden: int) -> tuple[GroupShape, ...]:
         """Return its fused linears: two of each expert, and those of the one for all rows."""
@@ -166,10 +167,10 @@ class ExpertsLayer:
 
 @dataclass(frozen=True)
 class InputLayer:
-    """What the tokens give to a layer directly, as far as the hidden rows let it in."""
+    """The input that tokens give to a layer directly, as far as the hidden rows let it in."""
 
     width: int
-    """Of what a token gives to each layer."""
+    """Width of a token's input to each layer."""
     vocab: int
     """Tokens in the table of it."""
 
@@ -180,7 +181,7 @@ class InputLayer:
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """What mixes the rows of a sequence, and what follows for each row alone."""
+    """A decoder layer: the mixer of a sequence's rows, and the MLP of each row."""
 
     mixer: AttentionLayer | DeltaLayer
     mlp: MlpLayer | ExpertsLayer

@@ -1,4 +1,4 @@
-"""Where a replica's memory goes: weights, adapters, what steps need, and key-value blocks from what is left.
+"""The memory plan of a replica: weights, adapters, buffers of steps, and key-value blocks from the rest.
 
 A replica plans with this arithmetic, and `loramux doctor` foretells with it what the plan will be. On a GPU a
 replica then measures what steps take, instead of reasoning.
@@ -21,20 +21,20 @@ from loramux_shared.settings import InferenceSettings
 
 ITEM_BYTES: Final = {"float32": 4, "bfloat16": 2, "float16": 2}
 KV_SHARE: Final = {"cpu": 0.25, "cuda": 0.92}
-"""Without kv_memory_gb, the part of what is left that the cache takes: on a GPU the rest is for fragments."""
+"""Share of the free memory for the cache, without kv_memory_gb; the rest of a GPU is for fragments."""
 MAX_CPU_KV_BYTES: Final = 4 * 10**9
-"""And on a CPU no more than that."""
+"""Upper bound of the cache on a CPU."""
 BANK_SHARE: Final = {"cpu": 0.25, "cuda": 0.3}
-"""Without adapter_memory_gb, the part of what weights leave that the bank of adapters takes at most."""
+"""Largest share of the memory beside the weights for the adapter bank, without adapter_memory_gb."""
 BANK_ROOM: Final = 4
 """Adapters for which there is room beside those that are registered at the start, and a quarter of those."""
 USUAL_RANK: Final = 16
 ALIGNING: Final = 1 << 16
 """Bytes by which a small adapter may be larger than what is reckoned."""
 GRAPH_BYTES: Final = 8 * 2**20
-"""What a CUDA graph of a few hundred launches takes beside its tensors. Reasoned, not measured."""
+"""Bytes of a CUDA graph of a few hundred launches, beside its tensors. Reasoned, not measured."""
 RECORDED_ROWS: Final = 512
-"""Of a step with prompts: larger ones keep the device at work for longer than it takes to launch them."""
+"""Rows of a step with prompts up to which it is recorded; larger steps take longer than their launches."""
 SMALLEST_MIXED: Final = 16
 FINE_MIXED: Final = 256
 """Rows from which on a step computes few that it was not asked for."""
@@ -43,10 +43,10 @@ GB: Final = 1e9
 
 @dataclass(frozen=True)
 class Needs:
-    """What a replica holds beside its cache, in bytes."""
+    """The memory that a replica holds beside its cache, in bytes."""
 
     weights: int
-    """Of the base; loaded before the rest is planned, as the adapters are."""
+    """Bytes of the base; it is loaded before the rest is planned, as the adapters are."""
     adapters: int
     activations: int
     """The widest moment of the largest step."""
@@ -56,17 +56,17 @@ class Needs:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What fits."""
+    """The sizes of the cache that fit."""
 
     blocks: tuple[int, ...]
-    """Of the cache, for each group of layers."""
+    """Blocks of the cache, for each group of layers."""
     max_seq_len: int
     kv_bytes: int
-    """Of the cache, states included."""
+    """Bytes of the cache, states included."""
     tokens: int
-    """Whose keys and values the cache holds."""
+    """Tokens whose keys and values the cache holds."""
     seqs: int
-    """That may run at once."""
+    """Sequences that may run at once."""
     slots: int = 0
     """For states: one for each of them, and the snapshots' of prefixes."""
     spacing: int | None = None

@@ -1,4 +1,4 @@
-"""From a checkpoint's ``config.json`` to the description of a base that is served, or to its refusal."""
+"""The reader of a checkpoint's ``config.json``: describes a base that is served, or refuses it."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ class Linear:
 
     factor: float = 1.0
     magnitude: float = 1.0
-    """What cosines and sines are multiplied with."""
+    """Factor of cosines and sines."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Llama3:
 
 @dataclass(frozen=True)
 class Yarn:
-    """As Llama3, with the ramp over dimensions instead of wavelengths, and larger magnitudes."""
+    """YaRN: Llama3's scaling with the ramp over dimensions instead of wavelengths, and larger magnitudes."""
 
     factor: float
     original_positions: int
@@ -62,12 +62,12 @@ class Proportional:
 
     pairs: int
     factor: float
-    """That frequencies are divided by."""
+    """Divisor of the frequencies."""
     magnitude: float = 1.0
 
 
 Scaling = Linear | Llama3 | Yarn | LongRope | Still | Proportional
-"""How frequencies are stretched for longer contexts."""
+"""A scaling of frequencies for longer contexts."""
 
 
 @dataclass(frozen=True)

@@ -31,10 +31,10 @@ class AddedToken(Model):
 
 
 class OwnTokens(Record):
-    """What an adapter's model has other tokens than the base's for."""
+    """A use of the tokens that an adapter has and its base lacks."""
 
     format_version: Literal[1] = FORMAT_VERSION
     vocab: int = Field(ge=1)
     """Rows of its embeddings and columns of its logits; more or fewer than the base's, or as many."""
     tokens: tuple[AddedToken, ...] = ()
-    """By id, one after another."""
+    """Added tokens by id, consecutive."""

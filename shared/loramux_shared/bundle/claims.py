@@ -24,7 +24,7 @@ from loramux_shared.storage.base import Entry, Store
 MAX_CLAIMS: Final = 100
 """Rounds with other builders before one gives up."""
 STALE: Final = timedelta(seconds=15)
-"""By the store's clock: whoever has held a claim so long was killed with it. It is held for a few requests."""
+"""Age by the store's clock at which a claim's owner counts as killed. A claim lasts for a few requests."""
 WAIT_S: Final = 60.0
 """For the claims of others."""
 LOOKS: Final = 10
@@ -88,11 +88,11 @@ def claim_number(store: Store, name: str, served: int) -> tuple[int, str]:
 def alone(
     store: Store, name: str, *, stale: timedelta = STALE, check: Callable[[], None] = lambda: None
 ) -> Iterator[int]:
-    """Hold the only claim to a number of a deployment, above all that are used; yields the number.
+    """Hold the only claim to a number of a deployment, above all that are used; yield the number.
 
-    Whoever claims one later sees this claim and takes a higher number, or waits. Whoever claimed one before is
-    waited for, unless a higher generation shows that it came to nothing, or it is stale. So between this
-    and the end of the block nobody else writes a generation below the number.
+    A later claimant sees this claim and takes a higher number, or waits. An earlier claimant is waited for,
+    unless a higher generation shows that its claim came to nothing, or it is stale. So between this and the end
+    of the block nobody else writes a generation below the number.
 
     Raises:
         StoreUnavailable: others publish the same deployment without end.

@@ -1,4 +1,4 @@
-"""What in a store nothing refers to any more, and its removal.
+"""The removal of objects in a store that nothing refers to any longer.
 
 Never removed is what a generation that stays refers to, what is younger than the grace period, a generation
 that is served or newer than the served one, any generation of a deployment that is being built, and what is not
@@ -33,7 +33,7 @@ _SIGNATURE: Final = re.compile(r"(deployments/[^/]+/generations/[0-9]{8,}\.json)
 
 
 class Kind(StrEnum):
-    """What an orphan is."""
+    """The kind of an orphan."""
 
     BUNDLE = "bundle"
     GENERATION = "generation"
@@ -50,7 +50,7 @@ class Orphan:
     """Digest of a bundle, else the key."""
     why: str
     entries: tuple[Entry, ...]
-    """In the order in which they are removed: of a bundle the manifest first, so that it is gone at once."""
+    """Objects in the order of removal: of a bundle the manifest first, so that the bundle is gone at once."""
 
     @property
     def size(self) -> int:
@@ -75,10 +75,10 @@ class Kept:
 
 @dataclass(frozen=True)
 class Retention:
-    """Which generations before the served one stay, for a rollback: those that either rule keeps."""
+    """The rule for generations before the served one that stay for a rollback: either bound keeps one."""
 
     count: int | None = None
-    """So many; None: no rule."""
+    """Number of generations to keep; None: no rule."""
     age: timedelta | None = None
     """Those that were published within this time; None: no rule. Without any rule all stay."""
 
@@ -95,14 +95,14 @@ class Retention:
 
 @dataclass(frozen=True)
 class Orphans:
-    """What nothing refers to, and what stays."""
+    """Objects that nothing refers to, and those that stay."""
 
     old: tuple[Orphan, ...]
     """Those that may be removed."""
     young: tuple[Orphan, ...]
     """Those of the grace period: a build may be about to refer to them."""
     kept: tuple[Kept, ...] = ()
-    """By deployment, the newest first."""
+    """Kept generations by deployment, the newest first."""
 
 
 ALL: Final = Retention()

@@ -1,4 +1,4 @@
-"""What a deployment serves, generation by generation: the records that name bundles.
+"""The generations of a deployment: the records that name bundles.
 
 ::
 
@@ -40,11 +40,11 @@ CONVERTER: Final = 1
 
 
 class Descent(Model):
-    """What a hub says that a model was made from."""
+    """A statement of a hub about the origin of a model."""
 
     model: str
     relation: Literal["quantized", "finetune", "merge", "adapter", ""]
-    """How; empty where the hub does not say."""
+    """Kind of origin; empty where the hub names none."""
     parent: str
 
 
@@ -53,7 +53,7 @@ class AdapterRecord(Model):
 
     digest: str = Sha256
     source: Repository
-    """With the resolved revision."""
+    """Repository with the resolved revision."""
     summary: AdapterSummary | None = Field(default=None, exclude_if=unset)
     """None in generations of older releases, as are the next two."""
     listing: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$", exclude_if=unset)
@@ -64,11 +64,11 @@ class AdapterRecord(Model):
     invocation_tokens: Tokens = Field(default=(), exclude_if=unset)
     """Those of its manifest."""
     lineage: tuple[Descent, ...] = Field(default=(), exclude_if=lambda lineage: not lineage)
-    """Where the adapter names another base than the deployment's: what a hub said of the two, if asked."""
+    """Origins that an asked hub reported, where the adapter names another base than the deployment's."""
     licence: str = Field(default="", exclude_if=lambda licence: not licence)
-    """What its repository says of its licence."""
+    """Licence that the repository names."""
     added: bool = Field(default=False, exclude_if=lambda added: not added)
-    """Whether it came in by an update or a push. A build of the deployment's file leaves it where it is."""
+    """True if it came by an update or a push. A build of the deployment's file leaves it where it is."""
 
     @property
     def apart(self) -> str:
@@ -88,11 +88,11 @@ class BaseRecord(Model):
     """The base checkpoint of a generation."""
 
     source: Repository
-    """With the resolved revision."""
+    """Repository with the resolved revision."""
     files: dict[str, FileDigest]
     """Every file that serving needs, by its path in the repository's subfolder."""
     licence: str = Field(default="", exclude_if=lambda licence: not licence)
-    """What its repository says of its licence."""
+    """Licence that the repository names."""
 
     @property
     def weights_bytes(self) -> int:
@@ -106,11 +106,11 @@ class Recipe(Model):
     truncate_to_rank: int | None = Field(default=None, ge=1)
     prove: bool = False
     signed_by: tuple[str, ...] = Field(default=(), exclude_if=lambda signers: not signers)
-    """Who is to have signed each adapter."""
+    """Signers that each adapter must have."""
 
 
 class Generation(Record):
-    """What a deployment serves; immutable."""
+    """A generation of a deployment; immutable."""
 
     format_version: Literal[1] = FORMAT_VERSION
     deployment: StoredName
@@ -172,7 +172,7 @@ class Current(Record):
 
     generation: int = Field(ge=1)
     sha256: str = Sha256
-    """Of the generation's bytes."""
+    """SHA-256 of the generation's bytes."""
 
 
 def generation_key(deployment: str, number: int) -> str:

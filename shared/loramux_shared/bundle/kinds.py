@@ -1,4 +1,4 @@
-"""What kind an adapter is, in words that people and machines read: from what a manifest says, and nothing else.
+"""The kind of an adapter, in words for people and machines, derived from its manifest alone.
 
 The first words say what its rows are, the others where or when it acts. Which method made them is known by the
 keys of its tensors, as PEFT names them; npy files of TensorRT-LLM's converters have none, and are LoRA or DoRA.
@@ -68,12 +68,12 @@ class Row(Protocol):
 
     @property
     def rank(self) -> int:
-        """Of its product; 0 where it has none."""
+        """Return the rank of the product; 0 where it has none."""
         ...
 
     @property
     def vectors(self) -> int:
-        """How many it has."""
+        """Return the number of vectors."""
         ...
 
 

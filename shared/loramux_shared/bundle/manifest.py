@@ -9,8 +9,8 @@
     bundles/sha256/<digest>/model.score_weights.npy    where it classifies texts
     bundles/sha256/<digest>/model.own_tokens.json      where it has other tokens than the base
 
-A manifest holds nothing but what follows from the adapter's bytes and the build's settings, so the same
-adapter has the same digest wherever it comes from; where it came from stands in the generation.
+A manifest holds nothing but what follows from the adapter's bytes and the build's settings, so the same adapter
+has the same digest from every source; the generation records the source.
 """
 
 from __future__ import annotations
@@ -30,28 +30,31 @@ from loramux_shared.faults import BundleCorrupt, Finding
 from loramux_shared.limits import unset
 
 FORMAT_VERSION: Final = 1
-"""Of records; a manifest is of version 2 where older readers would serve something else: see `version_of`."""
+"""Version of records; a manifest has version 2 where older readers would serve something else: `version_of`."""
 WEIGHTS_FILE = "model.lora_weights.npy"
 CONFIG_FILE = "model.lora_config.npy"
 VOCABULARY_FILE = "model.vocabulary_weights.npy"
-"""What is of no layer: a row of it may be as long as a thousand rows of layers, which are padded alike."""
+"""The file of rows outside the layers.
+
+One may be as long as a thousand rows of layers, which are padded alike.
+"""
 SCORE_FILE: Final = "model.score_weights.npy"
 """The score head of an adapter that classifies texts, float32."""
 MANIFEST_FILE = "manifest.json"
 REBUILD: Final = "Build the deployment again with --verify."
-"""What mends a store: of other builds only what is missing."""
+"""The cure of a damaged store: other builds add only what is missing."""
 TEXT_FILES: Final = ("chat_template.jinja", "generation_config.json", "tokenizer_config.json")
-"""What an adapter may bring beside its weights: template, sampling defaults, stop tokens."""
+"""Files that an adapter may bring beside its weights: template, sampling defaults, stop tokens."""
 
 OWN_TOKENS_FILE: Final = "model.own_tokens.json"
 """An `added_tokens.OwnTokens`, of an adapter that has other tokens than the base."""
 ALL_TEXTS: Final = (*TEXT_FILES, OWN_TOKENS_FILE)
-"""What of a bundle is for text, and not for the device."""
+"""Files of a bundle that are for text, and not for the device."""
 
 MAX_LABELS: Final = 1024
-"""Of a score head."""
+"""Largest number of labels of a score head."""
 PROBLEM_TYPES: Final = ("regression", "single_label_classification", "multi_label_classification")
-"""What transformers knows."""
+"""Problem types that transformers knows."""
 MAX_INVOCATION: Final = 64
 """Tokens from which on an activated adapter acts."""
 
@@ -94,12 +97,12 @@ class FileDigest(Model):
 
 
 class Truncation(Model):
-    """What a row lost."""
+    """The loss of a row that was truncated."""
 
     rank: int = Field(ge=1)
     """The adapter's own."""
     error: float = Field(ge=0, allow_inf_nan=False)
-    """Of the product BA: Frobenius norm of the difference over that of the original."""
+    """Error of the product BA: Frobenius norm of the difference over that of the original."""
 
 
 class ModuleRow(Model):
@@ -118,25 +121,28 @@ class ModuleRow(Model):
     norm_a: float = Field(ge=0, allow_inf_nan=False)
     """Frobenius norm of A as stored; like the other two, see `loramux_shared.bundle.norms`."""
     norm_b: float = Field(ge=0, allow_inf_nan=False)
-    """Of the scaled B as stored."""
+    """Norm of the scaled B as stored."""
     norm_ba: float = Field(ge=0, allow_inf_nan=False)
-    """Of their product: how much the adapter changes this module."""
+    """Norm of the product BA: how much the adapter changes this module."""
     truncation: Truncation | None = None
     """Set where the row approximates one of a higher rank, which the deployment asked for."""
     expert: int | None = Field(default=None, ge=0, exclude_if=unset)
-    """Whose module it is, of a mixture; absent of other modules."""
+    """Expert of a mixture that has the module; absent of other modules."""
     vectors: int = Field(default=0, ge=0, le=3, exclude_if=lambda vectors: not vectors)
-    """Of out_features elements behind B: the first c, the second d, the third what rounding took from c. The
-    module's output y becomes c * y + d. Absent where there are none."""
+    """Vectors of out_features elements behind B.
+
+    The first c, the second d, the third what rounding took from c. The module's output y becomes c * y + d.
+    Absent where there are none.
+    """
 
     @property
     def elements(self) -> int:
-        """Of the row, without padding."""
+        """Return the number of elements of the row, without padding."""
         return self.rank * (self.in_features + self.out_features) + self.vectors * self.out_features
 
     @property
     def place(self) -> tuple[int, int, int]:
-        """What a bundle has at most one row for, and what rows are sorted by."""
+        """Return the key that is unique in a bundle, and by which rows are sorted."""
         return self.layer, self.module_id, -1 if self.expert is None else self.expert
 
     def columns(self, count: int) -> list[int]:
@@ -159,9 +165,9 @@ class Replaced(Model):
     module_id: int = Field(ge=0)
     module: str
     tokens: tuple[tuple[int, int], ...]
-    """Whose rows: runs of a first token and how many follow one another, ascending, none empty."""
+    """Tokens of the rows: runs of a first token and how many follow one another, ascending, none empty."""
     features: int = Field(ge=1)
-    """Of a row."""
+    """Length of a row."""
 
     @property
     def count(self) -> int:
@@ -170,7 +176,7 @@ class Replaced(Model):
 
     @property
     def elements(self) -> int:
-        """Of all rows."""
+        """Return the number of elements of all rows."""
         return self.count * self.features
 
 
@@ -186,24 +192,24 @@ class ScoreHead(Model):
 
     @property
     def label_names(self) -> tuple[str, ...]:
-        """Of all labels; as transformers calls those that have no name."""
+        """Return the names of all labels; as transformers calls those that have no name."""
         return self.id2label or tuple(f"LABEL_{number}" for number in range(self.num_labels))
 
 
 class Manifest(Record):
-    """What a bundle holds; rows are in the order of the npy files, sorted by their places."""
+    """The contents of a bundle; rows are in the order of the npy files, sorted by their places."""
 
     format_version: Literal[1, 2] = FORMAT_VERSION
     dtype: Dtype
     rows: tuple[ModuleRow, ...]
     replaced: tuple[Replaced, ...] = Field(default=(), exclude_if=lambda parts: not parts)
-    """By module id; absent where there are none."""
+    """Replaced rows by module id; absent where there are none."""
     vocab: int | None = Field(default=None, ge=1, exclude_if=unset)
     """Rows of its embeddings and columns of its logits; absent where they are as many as the base's."""
     score: ScoreHead | None = Field(default=None, exclude_if=unset)
-    """What it scores texts with; absent where it generates text."""
+    """Head that scores texts; absent where the adapter generates text."""
     encodes: bool = Field(default=False, exclude_if=lambda encodes: not encodes)
-    """Whether it was trained to make vectors of texts, and generates none; absent elsewhere."""
+    """True if the adapter was trained to make vectors of texts, and generates none; absent elsewhere."""
     row_width: int = Field(ge=0)
     """Elements per row of the weights, padding included; 0 where no row is of a layer."""
     config_columns: Literal[3, 4, 5] = 4
@@ -214,13 +220,13 @@ class Manifest(Record):
     coverage: Coverage = Coverage()
     """Empty where the bundle was not made from a safetensors file."""
     invocation_tokens: Tokens = Field(default=(), exclude_if=unset)
-    """From which on it acts; none where it acts on everything."""
+    """Tokens from which on the adapter acts; none where it acts on everything."""
     base_model_name: str = ""
-    """What the adapter says that it was trained on."""
+    """Base that the adapter names as its own."""
     base_model_revision: str = ""
     """The revision of it, where the adapter says one."""
     warnings: tuple[Finding, ...] = ()
-    """Without the adapter's name, which is the deployment's choice."""
+    """Warnings without the adapter's name, which is the deployment's choice."""
     proof: Proof | None = None
     """None where the deployment did not ask for one."""
 
@@ -259,7 +265,7 @@ class Manifest(Record):
 
     @property
     def summary(self) -> AdapterSummary:
-        """What a generation tells of the bundle."""
+        """Return the part of the manifest that a generation records."""
         return AdapterSummary(
             ranks=self.ranks,
             modules=self.modules,
@@ -278,14 +284,14 @@ class Manifest(Record):
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """What the adapter is: values of `AdapterKind`."""
+        """Return the kinds of the adapter: values of `AdapterKind`."""
         modules = {part.module_id for part in self.parts}
         tasks = {"classifies": self.score is not None, "encodes": self.encodes}
         return kinds_of(self.rows, modules, self.coverage.used, self.invocation_tokens, self.vocab, **tasks)
 
     @property
     def replaced_rows(self) -> dict[str, int]:
-        """How many rows of the base's embeddings and head are replaced, by the module's name."""
+        """Return the number of rows of embeddings and head that are replaced, by the module's name."""
         return {part.module: part.count for part in self.replaced}
 
     @property
@@ -300,7 +306,7 @@ class Manifest(Record):
 
 
 class AdapterSummary(Model):
-    """What can be told of an adapter without a look into its bundle."""
+    """A description of an adapter that needs no look into its bundle."""
 
     ranks: tuple[int, ...]
     """The distinct ranks, ascending."""
@@ -308,25 +314,25 @@ class AdapterSummary(Model):
     """The distinct modules, by module id."""
     tensors_used: int = Field(ge=0)
     weights_bytes: int = Field(ge=0)
-    """Of A and B of all rows in the storage type, without padding, and of c and d in float32."""
+    """Bytes of A and B of all rows in the storage type, without padding, and of c and d in float32."""
     bundle_bytes: int = Field(ge=0)
-    """Of all files of the bundle but the manifest."""
+    """Bytes of all files of the bundle but the manifest."""
     warnings: tuple[str, ...] = ()
     """Codes, each once, in the manifest's order."""
     texts: tuple[str, ...] = ()
-    """Which of `TEXT_FILES` the adapter brings."""
+    """Files of `TEXT_FILES` that the adapter brings."""
     base_model_name: str = ""
-    """What the adapter says that it was trained on."""
+    """Base that the adapter names as its own."""
     affine: bool = Field(default=False, exclude_if=lambda affine: not affine)
-    """Whether rows have vectors: it multiplies outputs of the base, or adds biases to them."""
+    """True if rows have vectors: the adapter multiplies outputs of the base, or adds biases to them."""
     vocab: int | None = Field(default=None, ge=1, exclude_if=unset)
-    """That of its manifest."""
+    """Vocabulary size of the manifest."""
     kinds: tuple[str, ...] = Field(default=(), exclude_if=unset)
-    """What it is, as `Manifest.kinds` has it; none in generations of older releases."""
+    """Kinds of the adapter, as in `Manifest.kinds`; empty in generations of older releases."""
     replaced: dict[str, Annotated[int, Field(ge=1)]] = Field(default_factory=dict, exclude_if=unset)
-    """How many rows of the base's embeddings and head it has others for, by the module's name."""
+    """Numbers of rows of embeddings and head that the adapter replaces, by the module's name."""
     num_labels: int | None = Field(default=None, ge=1, exclude_if=unset)
-    """Of its score head; absent where it generates text."""
+    """Labels of the score head; absent where the adapter generates text."""
 
     @property
     def npy_files(self) -> tuple[str, ...]:

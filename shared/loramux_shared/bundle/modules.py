@@ -20,7 +20,7 @@ class Module:
     hf: str
     """Hugging Face's name of it within its parent."""
     parent: str
-    """What holds it within the layer; empty: the layer itself."""
+    """Parent of the module within the layer; empty: the layer itself."""
 
     @property
     def path(self) -> str:
@@ -29,7 +29,7 @@ class Module:
 
     @property
     def shown(self) -> str:
-        """What people are told that it is called: as far as it must be said."""
+        """Return the shortest name of the module that is clear to people."""
         return shown(self.path)
 
 
@@ -73,7 +73,7 @@ OF_EXPERTS: Final = frozenset({13, 14, 15})
 """Ids of the modules of each expert of a mixture, which TensorRT-LLM has too."""
 
 NO_LAYER: Final = 65535
-"""What stands for the layer of a module that is in none."""
+"""Layer number of a module that is in no layer."""
 OF_NO_LAYER: Final = frozenset({124, 125})
 """Ids of the modules that are in no layer."""
 
@@ -85,7 +85,7 @@ FUSED: Final[Mapping[str, tuple[Module, ...]]] = {
 FUSED_PATHS: Final = {f"{modules[0].parent}.{name}": modules for name, modules in FUSED.items()}
 """The same by their names within the layer."""
 EXPERTS: Final = "mlp.experts"
-"""What holds the experts of a layer, whatever a base calls it."""
+"""Path of the experts of a layer, under any name that a base gives them."""
 FUSED_OF_EXPERTS: Final = {
     f"{EXPERTS}.gate_up_proj": (BY_NAME["moe_h_to_4h"], BY_NAME["moe_gate"]),
     f"{EXPERTS}.down_proj": (BY_NAME["moe_4h_to_h"],),

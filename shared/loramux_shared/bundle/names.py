@@ -21,7 +21,7 @@ def _no_path(name: str) -> str:
 Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_:][a-zA-Z0-9_\-\.:]*$", max_length=128)]
 """A name that can be an OpenAI ``model``, a part of an object's key, and an argument of a command."""
 StoredName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_\-\.:]+$", max_length=128), AfterValidator(_no_path)]
-"""What a store may have: older releases took names that begin with a dot or a dash."""
+"""A name in a store: older releases took names that begin with a dot or a dash."""
 NAME_RULE: Final = "Begin with a letter, a digit, _ or :, and go on with these, - and dots."
 _NAME: Final[TypeAdapter[str]] = TypeAdapter(Name)
 OWN_NAME: Final = "a name that differs in more than case from the base's and from every alias and other adapter"
@@ -34,7 +34,7 @@ class ModelNames:
     base: str
     adapters: Collection[str]
     aliases: Mapping[str, Mapping[str, int]]
-    """By alias: the weight of each model that it stands for."""
+    """Weights of the models that an alias stands for, by alias."""
     serve_base: bool = True
     merge_always: bool = False
 

@@ -1,4 +1,4 @@
-"""How big A, B and BA of a row are: Frobenius norms that come out the same on every machine."""
+"""Frobenius norms of A, B and BA of a row, equal on every machine."""
 
 from __future__ import annotations
 

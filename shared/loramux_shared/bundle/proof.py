@@ -1,4 +1,4 @@
-"""What an adapter should answer, computed from its own files by a reference, and kept in its manifest."""
+"""Expected outputs of an adapter, computed from its own files by a reference, and recorded in its manifest."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Probe(Model):
 
 
 class Effect(Model):
-    """What a row of the bundle adds to its module's output, at the last tokens of the probes.
+    """The contribution of a row of the bundle to its module's output, at the last tokens of the probes.
 
     The outputs of all probes are one vector, probe after probe; dots are its products with eight fixed sign
     vectors, see docs/reference/bundle-format.md.

@@ -57,7 +57,7 @@ class Bundle:
     score: Array | None = None
     """(labels, hidden size), float32: the score head of an adapter that classifies texts."""
     texts: Mapping[str, bytes] = field(default_factory=dict)
-    """What the adapter brings beside its weights, by the names of `ALL_TEXTS`."""
+    """Texts that the adapter brings beside its weights, by the names of `ALL_TEXTS`."""
 
     @property
     def rows(self) -> tuple[BundleRow, ...]:

@@ -1,4 +1,4 @@
-"""What every call of our services passes: its request in time, the drain, a trace, and one end."""
+"""The interceptor of every call of our services: its request in time, the drain, a trace, and one end."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ PARTING_S: Final = 1.0
 
 LINGER_S: Final = 2.0
 LINGER_BYTES: Final = 256 << 20
-"""What is read of an upload after it was refused."""
+"""Bytes of an upload that are still read after it was refused."""
 
 log = structlog.get_logger()
 
 
 @dataclass(frozen=True)
 class Patience:
-    """How many seconds a client may take."""
+    """The seconds that a client may take."""
 
     send_s: float = 60.0
-    """From a call's begin to the end of its request, or of the first message of a stream."""
+    """Seconds from a call's begin to the end of its request, or of the first message of a stream."""
     pause_s: float = 30.0
-    """From one message to the next of a stream that the client sends."""
+    """Seconds from one message to the next of a stream that the client sends."""
     read_s: float = 30.0
     """To make room for a message of an answer."""
 

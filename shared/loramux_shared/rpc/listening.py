@@ -31,7 +31,7 @@ def listen(address: str) -> socket.socket:
 
 
 def require_free(address: str) -> None:
-    """Raise where a service could not listen; a Unix socket is taken over by whoever binds it.
+    """Raise where a service could not listen; a server that binds a Unix socket takes it over.
 
     Raises:
         SettingsInvalid: something else listens there, or it is no address of this machine.

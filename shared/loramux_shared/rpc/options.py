@@ -1,11 +1,11 @@
-"""What gRPC is told about connections, by servers and by clients."""
+"""gRPC's options of connections, for servers and for clients."""
 
 from __future__ import annotations
 
 MAX_REQUEST_BYTES = 8 * 1024 * 1024
-"""Of one request, unpacked, at either door: eight bytes for each token of the longest prompts."""
+"""Largest request, unpacked, of either API: eight bytes for each token of the longest prompts."""
 MAX_MESSAGE_BYTES = 16 * 1024 * 1024
-"""Of one message of an answer."""
+"""Largest message of an answer."""
 
 PING_S = 30
 """A connection with open calls that is silent so long is asked whether the other side is there ..."""
@@ -15,7 +15,7 @@ LEAST_PING_S = 1
 """Clients that ask more often are sent away. gRPC's default of 300 s is too long for common proxies."""
 
 HANDSHAKE_S = 10
-"""From a connection to its first settings, TLS included; gRPC's default is 120 s."""
+"""Seconds from a connection to its first settings, TLS included; gRPC's default is 120 s."""
 IDLE_S = 120
 """A connection without calls is closed after this time; clients open another when they call again."""
 MAX_STREAMS = 1024

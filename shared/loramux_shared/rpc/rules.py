@@ -1,4 +1,7 @@
-"""What a gRPC server demands of calls: the scope of their key; and which calls monitors repeat all the time."""
+"""The rules of a gRPC server about calls: the scope of their key.
+
+And the calls that monitors repeat all the time.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ class Rules:
     A service that is not named needs admin.
     """
     keyless: tuple[str, ...] = ()
-    """How the paths of calls begin that need no key."""
+    """Prefixes of the paths of calls that need no key."""
     untraced: frozenset[str] = frozenset()
     """Paths of calls that make no spans."""
 

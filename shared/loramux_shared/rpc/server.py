@@ -51,7 +51,7 @@ class RpcServer:
         self._interceptor = CallInterceptor(tracing, patience, rules.untraced)
         self._names = ("", *services)
         self.serving = False
-        """What its health says."""
+        """Health that the server reports."""
         admission = [AdmissionInterceptor(guard.keyring, rules)] if guard.keyring is not None else []
         interceptors = [*admission, self._interceptor]
         options = server_options(max_connections or connections_of_a_door())
@@ -90,7 +90,7 @@ class RpcServer:
         return int(self._server.add_secure_port(self.address, server_credentials(self._tls)))
 
     async def set_serving(self, ready: bool) -> None:
-        """Set the health of every service; whoever started the process hears that it is ready."""
+        """Set the health of every service, and notify the process that started this one that it is ready."""
         self.serving = ready
         status = health_pb2.HealthCheckResponse
         for name in self._names:
@@ -113,7 +113,7 @@ class RpcServer:
     async def drain(self, timeout_s: float, cut: Callable[[], None] | None = None) -> bool:
         """Refuse new calls, wait for the open ones, stop; False when the time ran out and calls were cut.
 
-        cut ends what others than the door can end, by a fault; the rest the door cancels.
+        `cut` ends the calls that others than the server can end, with a fault; the server cancels the rest.
         """
         await self.refuse()
         finished = await self._interceptor.until_idle(timeout_s)

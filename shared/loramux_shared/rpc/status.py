@@ -20,7 +20,7 @@ DOMAIN = "loramux"
 REPOSITORY = "repository"
 """The key of ErrorInfo's metadata that holds `Fault.repository`."""
 RESET = "RST_STREAM"
-"""In gRPC's message where a proxy lost the server behind it; no server of ours ends a call so."""
+"""Part of gRPC's message where a proxy lost the server behind it; no server of ours ends a call so."""
 DROPPED = "CANCELLED"
 """All of gRPC's message where a call came as its server stopped, of which no code of ours hears; what a client
 cancels itself has a sentence."""

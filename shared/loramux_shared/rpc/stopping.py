@@ -20,7 +20,7 @@ class Door(Protocol):
     """What can say that it is about to close."""
 
     async def leave(self) -> None:
-        """Say so to whoever asks for health, and go on."""
+        """Report to health checks that it is closing, and go on serving."""
         ...
 
 

@@ -1,4 +1,4 @@
-"""How much a message may unfold to: two bytes on the wire can become a hundred in memory."""
+"""A bound on the memory of an unpacked message: two bytes on the wire can become a hundred in memory."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from google.protobuf.descriptor import Descriptor
 from loramux_shared.faults import RequestInvalid
 
 MAX_FIELDS: Final = 32_768
-"""Of a request as it is sent: with those of messages inside it, and each element that is not packed."""
+"""Fields of a request as it is sent: with those of messages inside it, and each element that is not packed."""
 _VARINT, _FIXED64, _BYTES, _GROUP, _END, _FIXED32 = range(6)
 _SIZES: Final = {_FIXED64: 8, _FIXED32: 4, _GROUP: 0, _END: 0}
 

@@ -20,16 +20,16 @@ from loramux_shared.sources.files import disk_errors
 from loramux_shared.wording import listed
 
 SIGNATURE: Final = "model.sig"
-"""Beside the files that it signs."""
+"""Name of the signature, beside the files that it signs."""
 MAX_BYTES: Final = 4 << 20
-"""Of a signature: about 200 for each file that it lists."""
+"""Largest signature: about 200 bytes for each file that it lists."""
 GIT: Final = (".git", ".gitattributes", ".github", ".gitignore")
 """Never signed, as in the library."""
 
 
 @dataclass(frozen=True)
 class SigningKey:
-    """What signs: a private key on an elliptic curve (PEM), and certificates for it where there are some."""
+    """A private key on an elliptic curve (PEM) that signs, and certificates for it where there are some."""
 
     key: Path
     certificates: Path | None = None
@@ -38,14 +38,14 @@ class SigningKey:
 
 @dataclass(frozen=True)
 class Signed:
-    """What a signature says, after it was verified."""
+    """The content of a signature, after it was verified."""
 
     files: Mapping[str, str]
     """sha256 by name."""
     ignored: tuple[str, ...]
     """Names that were left out when it was made."""
     by: str
-    """Whose it is, in words."""
+    """Signer, in words."""
 
 
 def verified(signature: bytes, signers: Sequence[str], what: str) -> Signed:

@@ -13,7 +13,7 @@ from typing import Final
 
 SIGSTORE: Final = "sigstore:"
 MAX_BYTES: Final = 64 << 10
-"""Of a signer; a bundle of authorities has a few KB."""
+"""Largest signer; a bundle of authorities has a few KB."""
 EXPECTED: Final = "the file of a public key or of certificates (PEM), or sigstore:ISSUER#IDENTITY"
 
 _IDENTITY: Final = re.compile(r"sigstore:https://[^\s#]+#\S+")

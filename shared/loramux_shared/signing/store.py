@@ -55,7 +55,7 @@ class SignedStore:
                 ) from missing
             try:
                 check_signature(key, data, signature, self._signers)
-            except SourceUnavailable as fault:  # Sigstore; whoever reads a store is ready for its absence
+            except SourceUnavailable as fault:  # Sigstore; callers that read a store expect its absence
                 raise StoreUnavailable(f"{key}: {fault.message}") from fault
         return data
 
@@ -87,7 +87,7 @@ class SignedStore:
 
 
 def check_signature(key: str, data: bytes, signature: bytes, signers: Sequence[str]) -> str:
-    """Return by whom the object under a key is signed, in words.
+    """Return the signer of the object under a key, in words.
 
     Raises:
         SignatureInvalid: it is by nobody of the signers.

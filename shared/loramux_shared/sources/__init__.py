@@ -1,1 +1,1 @@
-"""Where repositories come from."""
+"""The sources of repositories."""

@@ -1,4 +1,4 @@
-"""Which hosts a client's address may name: public ones, and those that the operator allows."""
+"""The hosts that a client's address may name: public ones, and those that the operator allows."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Guard:
     """Decides which addresses may be connected to."""
 
     allowed: Collection[str] = ()
-    """``HOST`` or ``HOST:PORT``: what the operator allows, wherever it is."""
+    """Addresses that the operator allows: ``HOST`` or ``HOST:PORT``."""
     resolver: Resolver = look_up
 
     def addresses(self, host: str, port: int) -> list[Address]:

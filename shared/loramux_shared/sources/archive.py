@@ -1,4 +1,4 @@
-"""Archives (tar.gz) from strangers: what is in them, and single files of them."""
+"""Untrusted archives (tar.gz): a listing of their members, and single files of them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MAX_UNPACKED: Final = 1 << 30
 MAX_RATIO: Final = 20
 """Unpacked to packed, above MAX_UNPACKED. Trained weights shrink by less than half, a bomb by a thousand."""
 MAX_HEADER: Final = PIECE
-"""Of one read: tarfile reads the long names and attributes of a member whole."""
+"""Largest read of a header: tarfile reads the long names and attributes of a member whole."""
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from loramux_shared.sources.retry import Busy
 from loramux_shared.sources.secrets import Secrets, warn_unset
 
 CHUNK: Final = 16 << 20
-"""Of one request; every request names the ETag."""
+"""Bytes of one request; every request names the ETag."""
 _ADDRESS: Final = re.compile(
     r"azure://(?P<account>[a-z0-9]{3,24})/(?P<container>\$root|\$web|[a-z0-9][a-z0-9\-]{2,62})(?P<folder>/[^?#]*)?"
 )
@@ -44,7 +44,7 @@ class AzureContainer:
         """Yield the blobs below a prefix, with their ETags."""
         with self._translated(""):
             for blob in self._client.list_blobs(name_starts_with=prefix):
-                checksum = md5_of(blob.content_settings.content_md5)  # where whoever uploaded it gave one
+                checksum = md5_of(blob.content_settings.content_md5)  # where the uploader gave one
                 yield blob.name, SourceFile(blob.size, None, checksum, blob.etag)
 
     def read(self, key: str, version: str) -> Iterator[bytes]:

@@ -1,4 +1,4 @@
-"""What every source of repositories promises."""
+"""The interface of every source of repositories."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ Room: TypeAlias = Callable[[int], None]
 """Asked for bytes before they are written to the disk; what it raises ends the transfer."""
 
 MAX_BYTES: Final = 2 << 40
-"""Of one repository: beyond it a listing is not believed; the largest open checkpoints have about 2e12."""
+"""Largest repository: a larger listing is not believed; the largest open checkpoints have about 2e12 bytes."""
 MAX_FILES: Final = 10_000
-"""Of one repository: beyond it the address is that of something larger than a model."""
+"""Most files of one repository: beyond it the address is that of something larger than a model."""
 
 
 def unwatched(_: int) -> None:
@@ -35,17 +35,17 @@ class SourceFile:
 
     size: int
     sha256: str | None = None
-    """Where the source knows it without reading the file."""
+    """Digest, where the source knows it without reading the file."""
     checksum: str = ""
-    """What the source says of the content otherwise: ``md5:<hex>``, or ``git:<hex>`` of a blob of git's."""
+    """Other checksum of the content from the source: ``md5:<hex>``, or ``git:<hex>`` of a blob of git's."""
     version: str = ""
-    """What the source calls this state of the file (ETag, generation); no other state is fetched."""
+    """The source's name of this state of the file (ETag, generation); no other state is fetched."""
     settled: bool = field(default=True, compare=False)
     """False where the file may change once more without getting another version."""
 
     @property
     def known(self) -> bool:
-        """Whether the same words of the source mean the same content."""
+        """Return True if an equal description from the source means equal content."""
         return self.settled and bool(self.sha256 or self.checksum or self.version)
 
 
@@ -54,9 +54,9 @@ class Resolved:
     """A repository whose content cannot change under us any more, or whose change will be noticed."""
 
     repository: Repository
-    """With the commit (HF) or the archive's digest (REMOTE_URL). Others keep what was asked for."""
+    """Repository with the commit (HF) or the archive's digest (REMOTE_URL). Others keep what was asked for."""
     files: Mapping[str, SourceFile]
-    """By path inside the subfolder."""
+    """Files by path inside the subfolder."""
 
     def close(self) -> None:
         """Let go of what the listing itself holds; nothing is fetched from it any more."""

@@ -18,7 +18,7 @@ from loramux_shared.sources.retry import Pace, Patience
 from loramux_shared.sources.secrets import Secrets
 
 TIMEOUT_S: Final = 20.0
-"""Of a connection, and between two pieces."""
+"""Timeout of a connection, and between two pieces."""
 
 
 class Bucket(Protocol):
@@ -109,7 +109,10 @@ class BucketSource:
         progress: Progress = unwatched,
         room: Room = unwatched,
     ) -> Path:
-        """Download what the cache lacks, as it is now; whoever verifies it sees whether it is the same."""
+        """Download the files that the cache lacks, as they are now.
+
+        The caller that verifies them sees any change.
+        """
         folder = inside(cache, f"{repository.source.lower()}/{repository.revision}")
         if missing := missing_files(cache, folder, files):
             resolved = self.resolve(repository, progress)

@@ -122,7 +122,7 @@ class PlacedBase:
             return
         if expected is not None:
             with alone(self.cache):
-                # Another replica may have mended it meanwhile.
+                # Another replica may have repaired it meanwhile.
                 if not differs(path, expected) or discard(path, self.cache):
                     self.removed.add(name)
         wanted = f"sha256 {expected.sha256} ({expected.size} bytes)" if expected else "no such file"

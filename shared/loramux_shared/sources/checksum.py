@@ -1,4 +1,4 @@
-"""What a listing says of a file's content, beside its size, and whether that is so."""
+"""The checksum of a file in a listing, beside its size, and its verification."""
 
 from __future__ import annotations
 

@@ -148,7 +148,7 @@ def shown(parts: SplitResult) -> str:
 
 @contextmanager
 def _ended_after(seconds: float, connection: PinnedConnection) -> Iterator[None]:
-    """Shut a connection that still waits for headers then: a socket's timeout begins anew with each byte.
+    """Shut a connection that still waits for headers then: a socket's timeout starts again with each byte.
 
     :raises TimeoutError: when it did, though headers that end there may look whole.
     """

@@ -206,7 +206,7 @@ class HubSource:
         token = self._secrets.get(name, default_variable=TOKEN_VARIABLE)
         if name and token is None:
             warn_unset(repository)
-        return token or False  # False: not the token of whoever logged in on this machine
+        return token or False  # False: not the token of a user who logged in on this machine
 
     def _call(self, repository: Repository, call: Callable[[Progress], _T], progress: Progress) -> _T:
         hint = self._secrets.hint(repository.runtime_secret_name, default_variable=TOKEN_VARIABLE)

@@ -1,4 +1,4 @@
-"""What a hub's description of a model says of its origin."""
+"""A model card of the hub, and the model's origin that it names."""
 
 from __future__ import annotations
 

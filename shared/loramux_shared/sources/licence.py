@@ -11,13 +11,13 @@ import yaml
 
 README: Final = "README.md"
 MAX_README: Final = 1 << 20
-"""Of a larger one nothing is read."""
+"""Largest README; a larger one is not read."""
 MAX_MATTER: Final = 32 << 10
 """Bytes of front matter; the longest that was seen, with the results of evaluations, has about 20 KB."""
 MAX_DEPTH: Final = 20
 MAX_LICENCE: Final = 128
 OTHER: Final = "other"
-"""What the hub has people write whose licence is none of its list; its name may stand beside it."""
+"""The hub's licence value for one outside its list; the licence's name may stand beside it."""
 FILES: Final = ("LICENSE", "LICENSE.md", "LICENSE.txt", "LICENCE", "COPYING")
 
 _MATTER: Final = re.compile(rb"(?:\xef\xbb\xbf)?---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|\Z)", re.DOTALL)

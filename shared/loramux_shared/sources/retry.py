@@ -48,14 +48,17 @@ class Patience:
     wait_s: float = 0.5
     """Before the second attempt; doubled before each further one."""
     max_wait_s: float = 30.0
-    """Of one pause, also where the source wishes a longer one."""
+    """Longest pause, also where the source wishes a longer one."""
     answer_s: float = 120.0
     """For all attempts together, pauses included, beside the time that min_bytes_s gives."""
     min_bytes_s: int = 256 << 10
-    """Of a transfer, on average: one that is slower is given up."""
+    """Slowest average speed of a transfer; a slower one is given up."""
 
     def call(self, attempt: Callable[[Pace], _T], progress: Progress = unwatched) -> _T:
-        """Return what an attempt returns; all attempts share one pace. What progress raises ends a pause."""
+        """Return what an attempt returns; all attempts share one pace.
+
+        An exception of `progress` ends a pause.
+        """
         pace = Pace(self)
         retrying = Retrying(
             stop=lambda state: state.attempt_number >= self.attempts or pace.left_s <= state.upcoming_sleep,

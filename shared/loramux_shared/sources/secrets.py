@@ -20,7 +20,7 @@ _PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,127}")
 
 
 class Secrets:
-    """Where the operator keeps secrets; their values are never shown."""
+    """The operator's secrets; their values are never shown."""
 
     def __init__(self, folder: Path | None = None, environment: Mapping[str, str] | None = None) -> None:
         self._folder = folder

@@ -22,7 +22,7 @@ from loramux_shared.sources.retry import Pace, Patience
 from loramux_shared.sources.secrets import Secrets, warn_unset
 
 MAX_ARCHIVE: Final = 64 << 30
-"""Of one download, which is kept on the disk: larger bases belong in a bucket or on a hub."""
+"""Largest download, which is kept on the disk: larger bases belong in a bucket or on a hub."""
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ class UrlSource:
         return self._patience.call(attempt, progress)
 
     def _authorization(self, repository: Repository) -> tuple[str, str] | None:
-        """Return a host and what is sent to it alone: whoever writes a deployment chooses the address."""
+        """Return a host and the header for it alone: the author of a deployment chooses the address."""
         name = repository.runtime_secret_name
         given = self._secrets.fields(name, ("host", "authorization"))
         if name and not given:

@@ -1,4 +1,4 @@
-"""What every object store promises."""
+"""The interface of every object store."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an S3 store's refusal means, and what to do about it."""
+"""The meaning of an S3 store's refusal, and its cure."""
 
 from __future__ import annotations
 

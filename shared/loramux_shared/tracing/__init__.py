@@ -1,1 +1,1 @@
-"""OpenTelemetry traces: doors know the port, the extra `otel` brings what is behind it."""
+"""OpenTelemetry traces: servers know the port, the extra `otel` brings the implementation."""

@@ -1,4 +1,4 @@
-"""What a door asks of tracing."""
+"""The tracing interface for servers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class CallSpan(Protocol):
 
 
 class DoorSpans(Protocol):
-    """Makes the spans of a door's calls."""
+    """A factory of the spans of a server's calls."""
 
     def call(
         self, name: str, headers: Mapping[str, str], attributes: Mapping[str, Value]

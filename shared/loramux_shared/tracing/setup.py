@@ -1,4 +1,4 @@
-"""Whether traces are asked for, and where they go: the standard OTEL_* variables say it."""
+"""The setup of traces: the standard OTEL_* variables switch them on and name the target."""
 
 from __future__ import annotations
 

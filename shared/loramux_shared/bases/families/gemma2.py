@@ -18,7 +18,7 @@ SIZES = {
     "num_hidden_layers": 26,
     "num_key_value_heads": 4,
 }
-"""Where a config does not say; those of models with images leave out much."""
+"""Defaults of the config; models with images leave out much."""
 NAMES = TensorNames(
     attention_out_norm="post_attention_layernorm",
     mlp_norm="pre_feedforward_layernorm",

@@ -18,7 +18,7 @@ THETAS = {
     "full_attention": ("rope_theta", 1_000_000.0),
     "sliding_attention": ("rope_local_base_freq", 10_000.0),
 }
-"""Of each type of layers: the key beside the blocks, and the default."""
+"""For each type of layer, its key beside the blocks, and the default."""
 
 
 def _read(config: HfConfig) -> ModelConfig:

@@ -34,10 +34,10 @@ ROPES: Final[dict[str, dict[str, Any]]] = {
     FULL: {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1_000_000.0},
     SLIDING: {"rope_type": "default", "rope_theta": 10_000.0},
 }
-"""Where a config has none at all."""
+"""Defaults of a config without rope settings."""
 DESCRIBES: Final = EXPERTS | {"global_head_dim", "num_global_key_value_heads", "per_layer_config"}
 OF_LAYERS: Final = ("head_dim", "num_key_value_heads")
-"""What layers may differ in by ``per_layer_config``."""
+"""Fields in which layers may differ by ``per_layer_config``."""
 
 
 def _read(config: HfConfig) -> ModelConfig:

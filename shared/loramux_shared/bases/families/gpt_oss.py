@@ -23,7 +23,7 @@ ROPE: Final[dict[str, Any]] = {
     "truncate": False,
     "original_max_position_embeddings": 4096,
 }
-"""Where a config has no block."""
+"""Default of a config without a rope block."""
 
 
 def _read(config: HfConfig) -> ModelConfig:

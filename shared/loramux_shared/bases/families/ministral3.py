@@ -22,7 +22,7 @@ ROPE: Final[dict[str, Any]] = {
     "mscale": 1.0,
     "llama_4_scaling_beta": 0.1,
 }
-"""Where a config has no block."""
+"""Default of a config without a rope block."""
 
 
 def _read(config: HfConfig) -> ModelConfig:

@@ -10,7 +10,7 @@ from loramux_shared.bases.family import Architecture, Family
 from loramux_shared.bases.hf_config import HfConfig
 
 DECODERS = {"mistral": mistral.FAMILY, "ministral3": ministral3.FAMILY}
-"""By ``model_type`` of ``text_config``; the first where it is not said."""
+"""Decoder families by ``model_type`` of ``text_config``; the first is the default."""
 
 
 def _read(config: HfConfig) -> ModelConfig:

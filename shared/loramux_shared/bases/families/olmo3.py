@@ -12,7 +12,7 @@ from loramux_shared.bases.rope import RopeSpec
 from loramux_shared.bases.rope_config import read_rope_of
 
 THETA = 500_000.0
-"""Of layers that slide whatever stands beside the blocks, for there it is about the full ones."""
+"""Theta of sliding layers, whatever the config has beside the blocks: that value is for the full layers."""
 
 
 def _read(config: HfConfig) -> ModelConfig:

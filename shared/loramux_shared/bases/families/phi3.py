@@ -12,7 +12,7 @@ from loramux_shared.bases.rope_config import read_scaling, rope_block, rope_spec
 from loramux_shared.bundle.modules import FUSED
 
 OLD_NAMES = ("su", "yarn")
-"""Of LongRoPE, in the first configs of Phi-3."""
+"""Names of LongRoPE in the first configs of Phi-3."""
 NAMES = TensorNames(qkv=("self_attn.qkv_proj",), gate_up=("mlp.gate_up_proj",))
 
 

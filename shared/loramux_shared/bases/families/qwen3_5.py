@@ -35,7 +35,7 @@ DELTA = frozenset({"full_attention_interval", "linear_num_key_heads", "layer_typ
 """Keys of layers with a gated delta rule."""
 KINDS = ("full_attention", "linear_attention")
 PART = 0.25
-"""Of each head that is turned, where the config does not say."""
+"""Default share of each head that is rotated."""
 MAX_WIDTH = 8
 """Rows that a convolution sees."""
 

@@ -14,7 +14,7 @@ _BITS: Final[dict[str, dict[tuple[str, int], Numbers]]] = {
     "float-quantized": {("float", 8): "fp8"},
     "naive-quantized": {("int", 8): "int8", ("float", 8): "fp8"},
 }
-"""What is read of a compressor, by the type and bits of weights."""
+"""Supported number formats of a compressor, by the type and bits of weights."""
 
 
 def read_compressed(config: HfConfig) -> Quantization:

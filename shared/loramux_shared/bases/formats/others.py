@@ -10,7 +10,7 @@ from loramux_shared.bases.hf_config import HfConfig
 from loramux_shared.faults import CheckpointInvalid
 
 FP8_BLOCK = (128, 128)
-"""Of FP8 where a config says nothing of blocks, as transformers has it."""
+"""Block size of FP8 where a config names none, as in transformers."""
 MXFP4_COLUMNS = 32
 
 

@@ -1,4 +1,4 @@
-"""From ``quantization_config`` to how weights are kept, or to its refusal."""
+"""The reader of ``quantization_config``: returns the storage format of weights, or refuses it."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def read_quantization(*levels: Mapping[str, Any], architecture: str) -> Quantiza
 
 
 def says_quantization(fields: Mapping[str, Any]) -> bool:
-    """Whether the fields of a ``config.json`` say how weights are kept."""
+    """Return True if the fields of a ``config.json`` describe quantized weights."""
     text = fields.get("text_config")
     return any(level.get(key) for level in (fields, text if isinstance(text, dict) else {}) for key in KEYS)
 

@@ -1,4 +1,4 @@
-"""How weights of few bits are kept."""
+"""Storage formats of weights of few bits."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FormatName = Literal["fp8", "compressed-tensors", "gptq", "awq", "bitsandbytes",
 
 @dataclass(frozen=True)
 class WeightScheme:
-    """How the weight of a linear is kept."""
+    """The storage format of a linear's weight."""
 
     numbers: Numbers
     rows: int | None = None
@@ -22,7 +22,7 @@ class WeightScheme:
     columns: int | None = None
     """Columns that share a scale; None: all."""
     zero_points: bool = False
-    """Whether zero is kept as another number than 0, which stands beside the scale."""
+    """True if zero is stored as another number than 0, which lies beside the scale."""
 
     def grid(self, rows: int, columns: int) -> tuple[int, int]:
         """Return how many scales a weight of that shape has, down and across."""
@@ -31,17 +31,20 @@ class WeightScheme:
 
 @dataclass(frozen=True)
 class Quantization:
-    """How the weights of a checkpoint are kept; those that its file has as they are, are served as they are."""
+    """The storage formats of a checkpoint's weights; weights that are stored whole are served whole."""
 
     format: FormatName
     schemes: tuple[WeightScheme, ...]
-    """That a weight may have. Which of them it has, its tensors say."""
+    """Formats that a weight may have; its tensors tell which one it has."""
     rounds_activations: bool = False
-    """Whether the format's own engines round what a linear reads, too. Widened weights are used without."""
+    """True if the format's own engines round the inputs of a linear, too.
+
+    Widened weights are used without that.
+    """
     columns_are_ordered: bool = False
-    """Whether each weight must say which group its columns are of."""
+    """True if each weight must have the group of each of its columns."""
     zeros_less_one: bool = False
-    """Whether zero points are stored less one, as GPTQ's first version has them."""
+    """True if zero points are stored less one, as in GPTQ's first version."""
 
     @property
     def shown(self) -> str:
@@ -59,6 +62,6 @@ class Format:
     methods: tuple[str, ...]
     """``quant_method`` of ``quantization_config``."""
     reads: str
-    """What of it, for people."""
+    """Description of what is read, for people."""
     read: Callable[[HfConfig], Quantization]
     """Raises CheckpointInvalid for what is not read."""
