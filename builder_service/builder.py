@@ -1,4 +1,4 @@
-"""A builder without its door: where it works, what it builds and checks."""
+"""A builder without its APIs: its folder, and the parts that build and check."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from loramux_shared.storage.open import open_store
 
 @dataclass(frozen=True)
 class Builder:
-    """What settings name, ready to build."""
+    """The parts of a builder, made from its settings."""
 
     context: BuildContext
     identity: Identity

@@ -1,1 +1,1 @@
-"""The service of builds: who asks for one, what runs, what is written down of it, and what is told."""
+"""The service of builds: callers, running builds, the journal, and the views for clients."""

@@ -107,20 +107,20 @@ class Builds(Shown):
         return await self._accepted(entry)
 
     async def update(self, wish: Update, request_id: str = "") -> DeploymentView:
-        """Accept an update, or find the one that was asked for already; answers before it runs.
+        """Accept an update, or find the one of an earlier call with the same id; return before it runs.
 
-        Where other builds of the deployment have not ended, it is judged when its turn comes: then it ends as
-        FAILED with what is raised here otherwise.
+        Where other builds of the deployment have not ended, the update is judged when its turn comes: then it
+        ends as FAILED with what is raised here otherwise.
 
         Raises:
             DeploymentInvalid: the names do not fit together.
             DeploymentNotFound: there is no such deployment.
-            AdapterNotFound: one that is to leave is not there.
-            AdapterExists: one that must be new is there.
+            AdapterNotFound: an adapter that the update removes does not exist.
+            AdapterExists: an adapter that must be new exists.
             GenerationMismatch: the newest generation is another than the expected one.
             BundleCorrupt: the newest generation cannot be read.
             RecordTooLarge: an object of the store exceeds its bound.
-            SignatureInvalid: it is not signed by whom this builder trusts.
+            SignatureInvalid: it has no signature of a signer that this builder trusts.
             RequestIdReused, QueueFull, StoreUnavailable, ShuttingDown
         """
         entry = JournalEntry(update=wish, request_id=request_id, create_time=datetime.now(UTC))

@@ -31,7 +31,7 @@ class FailedBuild(Record):
 
     @property
     def fault(self) -> Fault:
-        """What it failed with."""
+        """Return the fault with which the build failed."""
         return FAULTS.get(self.reason, InternalFault)(self.message, self.findings)
 
 

@@ -1,4 +1,4 @@
-"""Deployments followed: what this builder does with them, and every generation, whoever published it."""
+"""Deployments that this builder follows: its own builds, and the generations of all builders."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Following:
         self._news.tell_all()
 
     def forget(self, name: str) -> None:
-        """Look at the store anew: a deployment has another generation."""
+        """Read the deployment from the store again at the next call: it has another generation."""
         self._looks.pop(name, None)
         self._news.tell(name)
 

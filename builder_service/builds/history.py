@@ -22,12 +22,12 @@ from loramux_shared.storage.base import Store
 PAGE: Final = 20
 MAX_PAGE: Final = 100
 MAX_CHANGES: Final = 1000
-"""Of one generation that are told."""
+"""Largest number of changes of one generation that are listed."""
 
 
 @dataclass(frozen=True)
 class AdapterChange:
-    """What happened to an adapter between two generations; without a digest it was not there."""
+    """The change of an adapter between two generations; a digest is absent where the adapter was."""
 
     name: str
     digest: str = ""
@@ -43,7 +43,7 @@ class GenerationView:
     served: bool
     adapters: int = 0
     changes: tuple[AdapterChange, ...] = ()
-    """By name, the first of them."""
+    """The first changes, by name."""
     change_count: int = 0
     other_settings: bool = False
     damage: str = ""

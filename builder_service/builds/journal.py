@@ -42,15 +42,15 @@ class JournalEntry(Record):
     deployment: Deployment | None = None
     update: Update | None = None
     verify: bool = False
-    """Whether every byte of the bundles that are kept is to be read back."""
+    """True if every byte of the bundles that are kept is to be read back."""
     exact: bool = False
-    """Whether adapters that the deployment does not name are to leave, however they came."""
+    """True if adapters that the deployment does not name are to leave, however they came."""
     request_id: str = ""
     create_time: datetime
     attempt: int = Field(default=1, ge=1)
     """Counts the starts of a builder that ran it."""
     cancelled: bool = False
-    """Whether a client wants it to end."""
+    """True if a client cancelled it."""
     beat: int = 0
     """Changes while its builder lives."""
     behind: tuple[JournalEntry, ...] = Field(default=(), exclude_if=lambda behind: not behind)
@@ -74,7 +74,7 @@ class JournalEntry(Record):
 
     @property
     def wish(self) -> tuple[Deployment | None, Update | None, bool, bool]:
-        """What was asked for: the same for a call that is repeated."""
+        """Return the content of the request, which is equal for a repeated call."""
         return self.deployment, self.update, self.verify, self.exact
 
     @property
@@ -96,7 +96,7 @@ class _Page:
     entries: dict[str, JournalEntry] = field(default_factory=dict)
     """Keyed by build."""
     left: bool = False
-    """Whether they go on in another run of a builder: then the store is not changed."""
+    """True if the builds go on in another run of a builder: then the store is not changed."""
     changes: Iterator[int] = field(default_factory=partial(itertools.count, 1))
     stored: int = 0
     """The newest of the changes that are in the store."""
@@ -124,7 +124,7 @@ class Journal:
         """Record a build that was added.
 
         Raises:
-            StoreUnavailable: it is not recorded, and is no more among the builds.
+            StoreUnavailable: it is not recorded, and was removed from the builds.
             QueueFull: likewise; those that wait are too large together.
         """
         try:
@@ -146,7 +146,7 @@ class Journal:
         self._store_page(name)
 
     def leave(self, name: str) -> None:
-        """Leave the builds of a deployment that did not end to whoever comes next."""
+        """Leave the unfinished builds of a deployment to the next builder."""
         self._pages[name].left = True
 
     def beat(self) -> None:

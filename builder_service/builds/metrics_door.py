@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry, make_wsgi_app
 MAX_CLIENTS: Final = 16
 """At once; one more is closed unheard."""
 LIMIT_S: Final = 10.0
-"""From a connection to the end of its answer."""
+"""Seconds from a connection to the end of its answer."""
 
 
 class MetricsDoor(ThreadingMixIn, WSGIServer):

@@ -39,7 +39,7 @@ UPLOAD_S: Final = 600.0
 
 @dataclass(frozen=True)
 class Upload:
-    """What is about to be sent."""
+    """The announcement of an adapter's files."""
 
     deployment: str
     name: str
@@ -59,7 +59,7 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Pushed:
-    """What came of a push."""
+    """The result of a push."""
 
     result: BuildResult
     record: AdapterRecord
@@ -91,7 +91,7 @@ class Pushes:
             RepoNotFound, RevisionNotFound, RepoGated, SourceRefused, SourceChanged, SourceUnavailable,
             BundleCorrupt: what the base's source raises, whose config is read once.
             RecordTooLarge: an object of the store exceeds its bound.
-            SignatureInvalid: the newest generation is not signed by whom this builder trusts.
+            SignatureInvalid: the newest generation has no signature of a signer that this builder trusts.
         """
         if self._stopped:
             raise ShuttingDown("the builder is shutting down. Retry with its successor.")

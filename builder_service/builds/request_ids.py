@@ -1,4 +1,4 @@
-"""Which request_id led to which build, in this run of the builder."""
+"""The builds by their request_id, in this run of the builder."""
 
 from __future__ import annotations
 

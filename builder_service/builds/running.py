@@ -25,7 +25,7 @@ class RunningBuild:
     def __init__(self, entry: JournalEntry) -> None:
         self.entry = entry
         self.key = uuid.uuid4().hex
-        """In the journal."""
+        """Key in the journal."""
         self.state = State.BUILDING
         self.generation = 0
         self.failure: Fault | None = None

@@ -1,4 +1,4 @@
-"""What a builder tells of its deployments: from the builds that run, and from the store."""
+"""A builder's views of its deployments: from the running builds, and from the store."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from loramux_shared.storage.base import Store
 
 
 class State(StrEnum):
-    """Where the newest build of a deployment stands."""
+    """The state of a deployment's newest build."""
 
     BUILDING = "BUILDING"
     ACTIVE = "ACTIVE"

@@ -51,25 +51,25 @@ class AdapterConfig:
     target_parameters: tuple[str, ...] = ()
     """Parameters of experts, by ends of their names."""
     invocation_tokens: tuple[int, ...] = ()
-    """From which on it acts; none: on everything."""
+    """Tokens from which on the adapter acts; none: it acts on everything."""
     trainable_tokens: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     """``trainable_token_indices``, by ends of names of modules."""
     ensure_weight_tying: bool = False
     classifies: bool = False
-    """Whether it was trained to classify texts, with a score head."""
+    """True if the adapter was trained to classify texts, with a score head."""
     encodes: bool = False
-    """Whether it was trained to make vectors of texts."""
+    """True if the adapter was trained to make vectors of texts."""
     use_dora: bool | None = False
-    """Whether every module has magnitudes; None where the config does not say."""
+    """True if every module has magnitudes; None where the config does not say."""
     lora_bias: bool | None = False
-    """Whether every lora_B has a bias; None likewise."""
+    """True if every lora_B has a bias; None where the config does not say."""
     normalised: bool = False
-    """Whether magnitudes are divided by the norms of their rows already."""
+    """True if magnitudes are divided by the norms of their rows already."""
     base_model_name: str = ""
     base_model_revision: str = ""
     base_model_class: str = ""
     readings: Mapping[str, Reading] = field(default_factory=dict)
-    """What it says about modules of the base, by name; see `read`."""
+    """Readings of modules of the base, by name; see `read`."""
 
     def ranks_of(self, module: str) -> tuple[int, ...]:
         """Return the ranks that a module of the base may have; none where the config does not say.
@@ -113,7 +113,7 @@ class AdapterConfig:
 
     @property
     def default_note(self) -> str:
-        """What PEFT takes for the target modules, where the config does not say them; else empty."""
+        """Return PEFT's default target modules, where the config names none; else an empty text."""
         targets = self.target_modules or "none"
         shown_targets = targets if isinstance(targets, str) else ", ".join(targets)
         return (
@@ -229,7 +229,7 @@ def _config(kind: Kind, fields: dict[str, Any]) -> AdapterConfig:
 
 
 def _tokens(value: Any) -> tuple[int, ...]:
-    """What is no list of ids was refused."""
+    """Return the ids of a list; anything else was refused before."""
     return tuple(token for token in value if type(token) is int) if isinstance(value, list) else ()
 
 

@@ -1,4 +1,7 @@
-"""Whether the base that an adapter names is the base that it will run on; its shapes are the proof."""
+"""The comparison of the base that an adapter names with the base that it will run on.
+
+Its shapes are the proof.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +18,9 @@ _FORMAT: Final = re.compile(
     r"bnb|[2-8]bit|int[48]|fp[48]|bf16|fp16|nvfp4|mxfp4|(quantized\.)?w[48]a(16|8)|q[2-8]_(k(_[sml])?|[01])"
     r"|awq|gptq|gguf|mlx|exl[23]|hqq|autoround|dwq"
 )
-"""What the name of a copy of a base ends with, after a hyphen: the format of its weights."""
+"""Suffix of the name of a copy of a base, after a hyphen: the format of its weights."""
 _MANNER: Final = re.compile(r"unsloth|ud|dynamic|static|block|channel|g(32|64|128)")
-"""What may stand beside the format."""
+"""Words that may stand beside the format."""
 QUANTIZED: Final = "quantized"
 _WORDS: Final = {
     "finetune": "a finetune of",
@@ -26,7 +29,7 @@ _WORDS: Final = {
     QUANTIZED: "a quantised copy of",
     "": "derived from",
 }
-"""What the hub calls a relation, in words."""
+"""Relations of the hub, in words."""
 
 
 def base_warning(named: str, base: str, lineage: Sequence[Descent] = ()) -> Finding | None:

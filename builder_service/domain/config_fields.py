@@ -20,7 +20,7 @@ ALPHA: Final = f"a number above -{MAX_ALPHA:g} and below {MAX_ALPHA:g}"
 MAX_SAVED: Final = 64
 """Modules that are saved whole: embeddings, a head, norms."""
 MAX_TOKENS: Final = 1 << 16
-"""Whose rows are trained by themselves."""
+"""Most tokens whose rows are trained by themselves."""
 PATTERNED: Final = (
     "rank_pattern", "alpha_pattern", "target_modules", "exclude_modules", "modules_to_save", "layers_pattern",
 )  # fmt: skip
@@ -123,7 +123,7 @@ def _bad_sizes(key: str, patterns: Collection[str]) -> list[Finding]:
 
 
 def _contradictions(fields: dict[str, Any]) -> list[Finding]:
-    """What PEFT does not take together."""
+    """Return findings about fields that PEFT does not accept together."""
     found = []
     if isinstance(fields.get("target_modules"), str):
         found += [

@@ -1,4 +1,4 @@
-"""What a config can ask for that cannot be served as LoRA beside a shared base; each by name."""
+"""Requests of a config that cannot be served as LoRA beside a shared base; each is refused by name."""
 
 from __future__ import annotations
 

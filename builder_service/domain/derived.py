@@ -14,7 +14,7 @@ KEPT: Final = 4
 
 
 class NotMade(Exception):
-    """What a tensor is made of does not say what it is; a finding in the making."""
+    """A finding in the making: the parts of a tensor do not determine it."""
 
     def __init__(self, code: str, found: str, fix: str) -> None:
         super().__init__(found)
@@ -24,7 +24,7 @@ class NotMade(Exception):
 
 
 class Recipe(Protocol):
-    """How a tensor is made."""
+    """A way to make a tensor."""
 
     @property
     def sources(self) -> tuple[str, ...]:

@@ -35,7 +35,7 @@ class DoraTable:
     """A matrix [vocab, hidden] of embeddings or a head."""
 
     file: TensorFile
-    """Of the adapter."""
+    """File of the adapter."""
     pair: Pair
     magnitude: Tensor
     scale: float
@@ -72,7 +72,10 @@ class DoraTable:
 
     @cached_property
     def _factors(self) -> tuple[Array, Array]:
-        """What each row has of the product, [vocab, rank], and what all have, [rank, hidden]."""
+        """Return the factors of the product.
+
+        That of each row, [vocab, rank], and that of all rows, [rank, hidden].
+        """
         a = self.file.read(self.pair.a.name).astype(np.float64)
         b = self.scale * self.file.read(self.pair.b.name).astype(np.float64)
         return (a.T, b.T) if self._of_columns else (b, a)

@@ -29,7 +29,7 @@ from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bundle.npy import Array
 
 MAX_RANK: Final = 1024
-"""Of what is made, whatever a deployment allows: a file of a few kilobytes could ask for terabytes."""
+"""Largest rank that is made, whatever a deployment allows: a small file could ask for terabytes."""
 _PARTS: Final[Mapping[Kind, tuple[str, ...]]] = {
     Kind.ADALORA: ("lora_A", "lora_B", "lora_E"),
     Kind.VERA: ("vera_lambda_b", "vera_lambda_d"),

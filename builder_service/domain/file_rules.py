@@ -1,4 +1,4 @@
-"""Which files an adapter's folder must have, and what others are a sign of."""
+"""Required files of an adapter's folder, and signs of others."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ from loramux_shared.faults import Finding
 from loramux_shared.wording import listed
 
 _UNUSED: Final = ".original_module."
-"""In the name of what PEFT keeps beside a module that is saved whole; of a resized one it has new rows too."""
+"""Part of the names of PEFT's copies beside modules that are saved whole; a resized one has new rows too."""
 PIECE: Final = 1 << 20
 """Elements that are compared at once."""
 EMBED_FIX: Final = (
@@ -66,19 +66,19 @@ class OwnTable:
     full: FullTensor
     module: Module
     saved: bool
-    """Whether the config names it; else the file has it because the base's were saved with the adapter."""
+    """True if the config names it; else the base's tensors were saved with the adapter."""
     differs: Array
     """[rows]: which are other ones than the base's; all of those that the base does not have."""
 
     @property
     def rows(self) -> int:
-        """Of the matrix: the tokens of the model that it is of."""
+        """Return the number of rows of the matrix: the tokens of its model."""
         return len(self.differs)
 
 
 @dataclass(frozen=True)
 class FullTensors:
-    """What was found in the whole matrices of an adapter; every other one was reported."""
+    """The whole matrices of an adapter that are served; all others were reported."""
 
     redundant: tuple[str, ...]
     """Keys of those that equal the base's, sorted."""

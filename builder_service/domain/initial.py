@@ -31,21 +31,21 @@ from loramux_shared.bundle.modules import NO_LAYER
 from loramux_shared.bundle.npy import Array
 
 ROUNDS: Final = 200
-"""Of the iteration; 20 are usual."""
+"""Rounds of the iteration; 20 are usual."""
 CLOSE: Final = 1e-8
-"""How little the space changes in the last round."""
+"""Largest change of the space in the last round."""
 _FLAT: Final = 1e-7
-"""Of the largest column: what is left of a column behind those before it, where it says nothing."""
+"""Share of the largest column below which the rest of a column behind those before it says nothing."""
 
 
 @dataclass(frozen=True)
 class _Taken:
-    """What an initialisation takes of the base: its projection on a space."""
+    """The part of the base that an initialisation takes: its projection on a space."""
 
     space: Callable[[Array, int], Array]
     """Returns an orthonormal basis [out, rank] of it."""
     scaled: bool
-    """Whether it takes so much times the adapter's scale."""
+    """True if it takes so much times the adapter's scale."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class _Change:
     weight: str
     taken: _Taken
     last: list[tuple[str, LowRank]] = field(default_factory=list)
-    """What was computed last, of all modules of an adapter: B is asked for after A."""
+    """Last result of each module of an adapter: B is asked for after A."""
 
     def low_rank(self, a: Array, b: Array) -> LowRank:
         """Return both, balanced, with the scale in B.

@@ -1,4 +1,4 @@
-"""What is legal and worth a word."""
+"""Warnings about what is legal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How much an adapter adds to what its base computes: what no type can hold, and what is beyond all reason."""
+"""The size of an adapter's changes: refuses numbers that no type can hold, and sizes beyond all reason."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from loramux_shared.bases.config import ModelConfig
 from loramux_shared.faults import Finding
 
 LARGEST: Final = 3.389e38
-"""What bfloat16 holds, which is a little less than float32 does: no type that is computed in goes further."""
+"""Largest number of bfloat16, which is a little below float32's: no type of computations goes further."""
 REASON: Final = 100.0
 """Times the norm of the base's weight, from which on an adapter's is worth a warning."""
 

@@ -48,7 +48,7 @@ _AGAIN: Final = "Convert the adapter again, or name the PEFT repository that it 
 
 
 class FoldedConfig(AdapterConfig):
-    """Of an adapter whose B is scaled already, and whose ranks only its rows know."""
+    """The config of an adapter whose B is scaled already, and whose ranks only its rows have."""
 
     def ranks_of(self, module: str) -> tuple[int, ...]:
         """Unknown."""
@@ -81,7 +81,7 @@ class _Row:
     layer: int
     rank: int
     dora: bool
-    """Whether magnitudes, divided by the norms already, stand behind B."""
+    """True if magnitudes, divided by the norms already, stand behind B."""
     features: tuple[tuple[int, int], ...] = ()
     """(in, out) of each of its modules in the base."""
 
@@ -111,7 +111,7 @@ class _Row:
 
 @dataclass(frozen=True)
 class _Table:
-    """Where the rows of the weights file are."""
+    """The places of rows in the weights file."""
 
     path: Path
     dtype: str

@@ -1,4 +1,4 @@
-"""What is worth a word about where an adapter comes from: its base's name, and the licences of both."""
+"""Warnings about an adapter's origin: the name of its base, and the licences of both."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ from loramux_shared.bundle.modules import BY_NAME, NO_LAYER, Module
 from loramux_shared.bundle.npy import Array
 
 MAX_RUNS: Final = 4096
-"""Of rows that differ; with more of them, all rows are kept."""
+"""Most runs of rows that differ; with more of them, all rows are kept."""
 BOTH: Final = (BY_NAME["embedding"], BY_NAME["head"])
 _INDICES: Final = "adapter_config.json: trainable_token_indices"
 _AGAIN: Final = "Save the adapter again, or correct trainable_token_indices."
@@ -47,15 +47,15 @@ class PlannedRows:
     file: TensorFile
     tensor: str
     rows: Runs
-    """Of the tensor, in the order of the tokens: from the first up to the second, of each run of them."""
+    """Rows of the tensor, in the order of the tokens: from the first up to the second, of each run of them."""
 
 
 @dataclass(frozen=True)
 class OwnRows:
-    """What takes the place of rows of the base."""
+    """The rows that replace rows of the base."""
 
     planned: list[PlannedRows]
-    """Of embeddings first."""
+    """Rows to write, those of embeddings first."""
     vocab: int | None
     """Tokens of the adapter's model; None: as many as the base has."""
 

@@ -25,7 +25,7 @@ class Pair:
     magnitude: Tensor | None = None
     """DoRA's."""
     lora_bias: Tensor | None = None
-    """Of lora_B."""
+    """Bias of lora_B."""
     bias: Tensor | None = None
     """The base's own, trained."""
 
@@ -49,7 +49,7 @@ class Pair:
 
     @property
     def order(self) -> tuple[int, int, int]:
-        """What pairs are sorted by."""
+        """Return the key by which pairs are sorted."""
         expert = -1 if self.key.expert is None else self.key.expert
         return self.key.layer, self.key.modules[0].id, expert
 
@@ -71,12 +71,15 @@ class Lone:
 
     @property
     def is_scale(self) -> bool:
-        """Whether it is a scale, of IA3."""
+        """Return True for a scale of IA3."""
         return self.key.side == "scale"
 
     @property
     def scales_input(self) -> bool:
-        """Whether it is one of what the module reads: PEFT saves it as a row, and others as a column."""
+        """Return True if it scales the module's input.
+
+        PEFT saves that as a row, and other scales as a column.
+        """
         return self.is_scale and self.vector.shape[:1] == (1,)
 
     @property

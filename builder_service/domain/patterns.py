@@ -1,4 +1,4 @@
-"""What a config says about names of modules; strangers' patterns are tried in a process that bounds itself.
+"""The readings of names of modules in a config; untrusted patterns run in a process that bounds itself.
 
 PEFT uses `re`, and so does that process: the meaning is the same. A pattern of fifteen characters keeps `re`
 busy for years with the interpreter's lock held, and others want all memory, so neither happens here.
@@ -36,7 +36,7 @@ class PatternsInvalid(Exception):
 
 @dataclass(frozen=True)
 class Reading:
-    """What a config says about one module of the base."""
+    """The meaning of a config for one module of the base."""
 
     rank_patterns: tuple[int, ...]
     """Positions of those that match it; PEFT takes the first."""

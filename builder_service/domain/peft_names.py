@@ -1,6 +1,6 @@
-"""How PEFT reads names: what patterns say about a module, and which field of a config leaves it out.
+"""PEFT's reading of names: whether a pattern matches a module, and which field of a config excludes it.
 
-Asked by `sandbox` about strangers' patterns; nothing but the standard library here, see `sandboxed`.
+`sandbox` asks it about untrusted patterns; it uses nothing but the standard library, see `sandboxed`.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class _Compiled:
 
 
 _EMBEDDING: Final = re.compile(r"(?:.*\.)?(?:embed_tokens|lm_head)")
-"""What is no linear to PEFT, or the one for which it makes an exception."""
+"""Modules that are no linears to PEFT, or the one for which it makes an exception."""
 
 
 def _left_out(question: Mapping[str, Any], compiled: _Compiled) -> Callable[[str], str]:

@@ -21,7 +21,7 @@ class PlannedRow:
     b_rows: tuple[int, int]
     """The rows of b that are this module's, from the first up to the second: all, unless it is fused."""
     vectors: tuple[Array, ...] = ()
-    """What stands behind B, in the storage type."""
+    """Vectors behind B, in the storage type."""
 
 
 def planned_rows(parts: list[Part], vectors: Vectors, base: ModelConfig) -> tuple[PlannedRow, ...]:

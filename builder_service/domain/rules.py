@@ -50,12 +50,12 @@ from loramux_shared.wording import listed
 MAX_CONFIG = 4 << 20
 """Bytes of a config."""
 MAX_TENSORS = 1 << 14
-"""Of an adapter: A and B of seven modules in 1,170 layers. The deepest model here has 126, which are 1,764."""
+"""Most tensors of an adapter: A and B of seven modules in 1,170 layers. The deepest model here needs 1,764."""
 
 
 @dataclass(frozen=True)
 class CheckedAdapter:
-    """What was found in an adapter; without errors, also what its bundle will hold."""
+    """An adapter after its checks; without errors, it has the content of its bundle too."""
 
     findings: tuple[Finding, ...]
     file: TensorFile | None = None
@@ -65,19 +65,19 @@ class CheckedAdapter:
     base_model_revision: str = ""
     coverage: Coverage = field(default_factory=Coverage)
     invocation_tokens: tuple[int, ...] = ()
-    """From which on it acts; none: on everything."""
+    """Tokens from which on the adapter acts; none: it acts on everything."""
     vocab: int | None = None
     """Tokens of its model; None: as many as the base has."""
     own_tokens: OwnTokens | None = None
-    """Where its tokenizer or its vocabulary is another than the base's."""
+    """Tokens of the adapter, where its tokenizer or its vocabulary is another than the base's."""
     score: PlannedScore | None = None
-    """What it scores texts with, where it classifies them."""
+    """Score head, where the adapter classifies texts."""
     encodes: bool = False
-    """Whether it was trained to make vectors of texts."""
+    """True if the adapter was trained to make vectors of texts."""
 
     @property
     def num_labels(self) -> int | None:
-        """Of its score head; None where it generates text."""
+        """Return the number of labels of the score head; None where the adapter generates text."""
         return None if self.score is None else self.score.head.num_labels
 
     @property
@@ -88,7 +88,7 @@ class CheckedAdapter:
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """What it is, as the manifest will have it."""
+        """Return the kinds of the adapter, as the manifest will have them."""
         rows = [planned.row for planned in self.rows]
         modules = {BY_NAME[module].id for module in self.modules}
         tasks = {"classifies": self.score is not None, "encodes": self.encodes}
@@ -115,7 +115,7 @@ class BaseTokens(Protocol):
 
 @dataclass(frozen=True)
 class ComparedTokens:
-    """How a tokenizer differs from the base's."""
+    """The differences of a tokenizer from the base's."""
 
     findings: tuple[Finding, ...] = ()
     added: tuple[AddedToken, ...] = ()
@@ -128,7 +128,7 @@ class Rulebook:
 
     limits: AdapterLimits
     architectures: tuple[str, ...]
-    """Of the base, for example ``LlamaForCausalLM``."""
+    """Architectures of the base, for example ``LlamaForCausalLM``."""
     dtype: Dtype
     """The storage type of the bundles."""
     base: BaseTensors | None = None
@@ -281,7 +281,10 @@ def _base_findings(config: AdapterConfig, book: Rulebook) -> list[Finding]:
 
 
 def _invocation_findings(config: AdapterConfig, base: ModelConfig) -> list[Finding]:
-    """With tokens that the base does not have, no prompt would ever call the adapter."""
+    """Return findings about invocation tokens that the base lacks.
+
+    No prompt would ever activate the adapter.
+    """
     foreign = [str(token)[:20] for token in config.invocation_tokens if token >= base.dims.vocab]
     if not foreign:
         return []

@@ -24,10 +24,10 @@ from loramux_shared.bundle.npy import Array
 MAX_HEADER: Final = 16 << 20
 """Bytes; a shard of a hundred thousand tensors has about half of it."""
 MAX_TENSORS: Final = 1 << 17
-"""Of a base's shard; the largest model with experts has 91,991 in all of its shards."""
+"""Most tensors of a base's shard; the largest model with experts has 91,991 in all of its shards."""
 MAX_DIMS: Final = 8
 MAX_SIZE: Final = 1 << 48
-"""Of a dimension and of an offset."""
+"""Largest dimension and offset."""
 DTYPE_SIZES: Final = {
     "BOOL": 1,
     "U8": 1,
@@ -70,9 +70,10 @@ class Tensor:
     size: int
     """Bytes."""
     trained: int | None = None
-    """Of an A that is made from others: the rank that the config speaks of, 0 where they do not show it.
+    """Rank that the config names, of an A that is made from others; 0 where they do not show it.
 
-    None: its own."""
+    None: the rank of A itself.
+    """
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,10 @@ class TensorFile:
 
     @cached_property
     def _descriptor(self) -> int:
-        """Of the open file; opening it for every tensor would take longer than reading small ones."""
+        """Return the descriptor of the open file.
+
+        To open it for each tensor would take longer than to read small ones.
+        """
         descriptor = os.open(self.path, os.O_RDONLY)
         weakref.finalize(self, os.close, descriptor)
         return descriptor

@@ -1,4 +1,4 @@
-"""Asks a process of its own about strangers' data: one that bounds its time and its memory."""
+"""Questions about untrusted data, answered by a process that bounds its time and its memory."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class TooCostly(Exception):
 
 @dataclass(frozen=True)
 class Bounds:
-    """What a question may take."""
+    """The time and the memory that a question may take."""
 
     cpu_s: float
     memory_bytes: int

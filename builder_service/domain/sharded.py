@@ -29,7 +29,7 @@ class Sharded(TensorFile):
     """Several files as one."""
 
     shards: Mapping[str, TensorFile]
-    """By the name of the tensor."""
+    """Files by the names of the tensors."""
 
     def read(self, name: str, rows: tuple[int, int] | None = None) -> Array:
         """Return a tensor, or some of its rows."""

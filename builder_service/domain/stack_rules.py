@@ -73,7 +73,7 @@ def _refuse_parameters(pair: Pair, parameters: tuple[str, ...], report: Grouping
 
 
 def _is_stack(pair: Pair, num: int, report: Grouping) -> bool:
-    """Whether A has rows and B columns of so many experts; empty ones are reported elsewhere."""
+    """Return True if A has rows and B columns for so many experts; empty ones are reported elsewhere."""
     a, b = pair.a.shape, pair.b.shape
     if 0 in a or 0 in b:
         return False

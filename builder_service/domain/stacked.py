@@ -27,12 +27,12 @@ class View:
 
     source: str
     of_rows: bool
-    """Whether each expert has rows of it one after the other, or columns in turns."""
+    """True if each expert has consecutive rows; False if its columns are interleaved with the others'."""
     expert: int
     num: int
     transposed: bool
     in_turns: bool
-    """Whether rows of gate and up lie in turns, and are to be one after the other."""
+    """True if rows of gate and up are interleaved, and are to be consecutive."""
 
     @property
     def sources(self) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""JSON from strangers: what two readers could understand differently is refused, and nothing can break us."""
+"""Strict reader of untrusted JSON: refuses what two readers could understand differently, and is bounded."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ MAX_DEPTH: Final = 64
 
 
 _ESCAPED_HALF: Final = re.compile(rb"\\u[dD][89a-fA-F]")
-"""In every JSON text that has half of a surrogate pair, and in some that have whole ones."""
+"""Escape that every JSON text with half of a surrogate pair has, and some texts with whole ones."""
 
 
 class JsonInvalid(Exception):

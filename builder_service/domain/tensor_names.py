@@ -1,4 +1,4 @@
-"""From the key of a tensor to a module of a layer, by a whitelist; what is not on it is refused by name."""
+"""The map from the key of a tensor to a module of a layer, by a whitelist; other keys are refused by name."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from loramux_shared.bundle.modules import (
     shown,
 )
 
-# Names that wrappers of the trained model leave in the keys, wherever they stand.
+# Names that wrappers of the trained model leave in the keys, in any place.
 _WRAPPERS: Final = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 _ROOT: Final = "base_model.model."
 # The text decoder's layers in the base's own names: causal LMs, vision-language models before and after
@@ -33,14 +33,17 @@ _DECODERS: Final = (
     "",
 )
 _ROOTS: Final = (*_DECODERS, "language_model.")
-"""What has the embeddings or the head of the text decoder."""
+"""Prefixes of modules that have the embeddings or the head of the text decoder."""
 MAX_KEY: Final = 512
 """Characters; what is longer is no name of a module."""
 _KEPT: Final = 8192
 """Keys that are parsed once for all adapters, which mostly have the same; 80 layers have 1120."""
 Side: TypeAlias = Literal["A", "B", "magnitude", "lora_bias", "bias", "bare_bias", "scale"]
-"""What a tensor is of its module: a factor, DoRA's magnitude, the bias of lora_B, or the base's own bias,
-trained, bare where the key does not say that PEFT has wrapped the module; or the scale of IA3."""
+"""Role of a tensor in its module.
+
+A factor, DoRA's magnitude, the bias of lora_B, or the base's own bias, trained, bare where the key does not say
+that PEFT has wrapped the module; or the scale of IA3.
+"""
 _INFIX: Final = r"(?:\.(?P<infix>[^.]+))?"
 _FORMS: Final[Mapping[Side, re.Pattern[str]]] = {
     "A": re.compile(rf"(?P<module>.+)\.lora_A{_INFIX}\.weight"),
@@ -94,7 +97,7 @@ _MIXTURE: Final = re.compile(
 _OF_EXPERTS: Final = re.compile(r"(?:mlp\.)?experts(?:\.(?P<expert>0|[1-9][0-9]{0,4}))?(?:\.(?P<leaf>\w+))?")
 """Modules of single experts, and what PEFT wraps around the parameters of all."""
 INNER: Final = f"{EXPERTS}.base_layer"
-"""Where PEFT wraps two parameters of a module, one wrapper is in the other."""
+"""Path of a wrapper inside another, where PEFT wraps two parameters of a module."""
 
 
 @dataclass(frozen=True)
@@ -110,9 +113,9 @@ class LoraKey:
     infix: str
     """The adapter's name that raw state dicts have in their keys; else empty."""
     expert: int | None = None
-    """Whose it is, of a mixture."""
+    """Expert of a mixture that the tensor belongs to."""
     of_parameter: bool = False
-    """Whether it was trained as a part of a parameter, and not as a module."""
+    """True if it was trained as a part of a parameter, and not as a module."""
 
     @property
     def modules(self) -> tuple[Module, ...]:
@@ -121,7 +124,7 @@ class LoraKey:
 
     @property
     def leaf(self) -> str:
-        """As people are told of it."""
+        """Return the name of the module for people."""
         return shown(self.path)
 
     @property
@@ -135,7 +138,7 @@ class LoraKey:
 
     @property
     def holds_all(self) -> bool:
-        """Whether it adapts a parameter of all experts, and the key does not say which."""
+        """Return True if it adapts a parameter of all experts, and the key does not say which."""
         return self.path in (EXPERTS, INNER)
 
 
@@ -146,11 +149,11 @@ class FullKey:
     name: str
     """The base's module."""
     code: str
-    """What it is refused with."""
+    """Code of the refusal."""
     of_base: bool = False
-    """Whether the key says that it is what the base has, from before the adapter."""
+    """True if the key belongs to the base, from before the adapter."""
     kind: str = "weight"
-    """Of the module: ``weight`` or ``bias``."""
+    """Tensor of the module: ``weight`` or ``bias``."""
 
     @property
     def tensor(self) -> str:
@@ -187,7 +190,7 @@ class RefusedKey:
     code: str
     """E_UNKNOWN_KEY, or what is known about such keys."""
     cause: str
-    """What keys of the same cause have in common, for one finding about all of them."""
+    """Common part of the keys with the same cause, for one finding about all of them."""
 
 
 ParsedKey: TypeAlias = LoraKey | FullKey | TokensKey | TowerKey | RefusedKey
@@ -297,7 +300,7 @@ def _embedding_key(match: re.Match[str], side: Side) -> LoraKey | RefusedKey:
 
 
 def _is_known(path: str, expert: int | None, fused: Set[str]) -> bool:
-    """Whether there is such a module of a layer, or of an expert, or a wrapper of all experts' parameters."""
+    """Return True if a layer or an expert has such a module, or all experts' parameters such a wrapper."""
     if path in (EXPERTS, INNER) or (path in BY_PATH and BY_PATH[path].id in OF_EXPERTS):
         return (path in BY_PATH) is (expert is not None)
     if expert is not None or (path in BY_PATH and BY_PATH[path].id in OF_NO_LAYER):

@@ -60,7 +60,7 @@ EMPTY_FIX: Final = (
 
 @dataclass(frozen=True)
 class AdapterLimits:
-    """What a deployment asks of its adapters."""
+    """The limits of a deployment for its adapters."""
 
     base: ModelConfig
     max_rank: int
@@ -73,7 +73,7 @@ class Sorted:
     """The tensors of a file by what they are; every other one was reported."""
 
     pairs: list[Pair]
-    """By layer, module id and expert."""
+    """Pairs by layer, module id and expert."""
     lone: list[Lone]
     """Vectors of modules without A and B."""
     fulls: list[FullTensor]
@@ -214,7 +214,7 @@ _SIDES: Final[Mapping[Side, str]] = {
     "bare_bias": "bias",
     "scale": "ia3_l",
 }
-"""What tensors of a module are called."""
+"""Names of the tensors of a module."""
 
 
 def _lone(entries: list[tuple[LoraKey, Tensor]]) -> Lone | None:

@@ -1,4 +1,4 @@
-"""What an adapter may bring beside its weights: chat template, sampling defaults, stop tokens."""
+"""Texts that an adapter may bring beside its weights: chat template, sampling defaults, stop tokens."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Which tokens an adapter's tokenizer has that the base's does not; asked by `sandbox`.
+"""The tokens of an adapter's tokenizer that the base's lacks.
 
-Nothing but the standard library here, see `sandboxed`.
+`sandbox` asks it; it uses nothing but the standard library, see `sandboxed`.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ SHOWN: Final = 5
 MAX_ADDED: Final = 4096
 """Tokens that an adapter may add."""
 MAX_CHARS: Final = 256
-"""Of one of them."""
+"""Most characters of a token."""
 FLAGS: Final = ("special", "lstrip", "rstrip", "single_word", "normalized")
-"""What the tokenizers library knows of an added token beside its text and id; all of them are booleans."""
+"""Fields of an added token in the tokenizers library beside its text and id; all of them are booleans."""
 _ID: Final = re.compile(r"[0-9]{1,9}")
 
 Others = list[tuple[int, str]]

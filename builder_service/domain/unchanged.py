@@ -19,7 +19,7 @@ from loramux_shared.bundle.modules import BY_NAME
 from loramux_shared.faults import Finding
 
 _NAMES: Final = ("zeros.lora_A", "zeros.lora_B")
-"""Of what is made; no key of an adapter is so called."""
+"""Names of tensors that are made; no key of an adapter is so called."""
 
 
 def unchanged(file: TensorFile, base: ModelConfig) -> tuple[TensorFile, PlannedRow]:

@@ -30,12 +30,12 @@ PIECE: Final = 1 << 18
 """Elements that are looked at at once; what fits a core's cache."""
 
 INFINITY: Final = {kind: np.array(np.inf, kind).view(f"u{kind.itemsize}")[()] for kind in READABLE.values()}
-"""By type: what `magnitudes` of infinity is; those of NaN are above it."""
+"""Magnitude of infinity by type, as `magnitudes` has it; those of NaN are above it."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """What a pair gives one module: all of A, and the module's own rows of B."""
+    """A pair's part for one module: all of A, and the module's own rows of B."""
 
     pair: Pair
     module: Module
@@ -57,10 +57,10 @@ class _Sums:
 
 @dataclass
 class Values:
-    """What reading all the numbers showed."""
+    """The results of reading all numbers of an adapter."""
 
     parts: list[Part]
-    """As rows of a bundle are sorted; complete where nothing was reported."""
+    """Parts in the order of a bundle's rows; complete where nothing was reported."""
     warnings: list[Finding]
 
 

@@ -25,7 +25,7 @@ _BIASED: Final = {
     "attn_dense": "o_bias",
     **dict.fromkeys(("mlp_h_to_4h", "mlp_gate", "mlp_4h_to_h"), "mlp_bias"),
 }
-"""What says in a `ModelConfig` that a module has a bias."""
+"""Field of `ModelConfig` that is true if a module has a bias."""
 
 
 def refuse_vectors(key: LoraKey, tensors: Mapping[Side, Tensor], report: Grouping) -> bool:
@@ -113,7 +113,7 @@ def check_lone(
 
 
 def _is_scale(lone: Lone, config: AdapterConfig, report: Grouping) -> bool:
-    """Whether a scale is of a module's output, or of what down_proj reads; report what is not."""
+    """Return True for a scale of a module's output or of down_proj's input; report any other."""
     key = lone.key
     if _of_experts(key) or (lone.scales_input and key.path != DOWN):
         report.add(
@@ -145,7 +145,7 @@ def report_left_out(place: str, field: str, what: str, config: AdapterConfig, re
 
 
 def has_bias(key: LoraKey, base: ModelConfig) -> bool:
-    """Whether a module of the base has a bias."""
+    """Return True if a module of the base has a bias."""
     flag = _BIASED.get(key.modules[0].name)
     return flag is not None and bool(getattr(base, flag))
 

@@ -1,4 +1,4 @@
-"""What an adapter does to the outputs of modules beside A and B: y becomes ``c * y + d``.
+"""An adapter's vectors of modules beside A and B: y becomes ``c * y + d``.
 
 DoRA (https://arxiv.org/abs/2402.09353, 4.3) is ``m / |W + sBA| * (W + sBA) x``, with the norm of each row; PEFT
 leaves the base's bias as it is. A trained bias takes the place of the base's, and that of lora_B is added.
@@ -36,7 +36,10 @@ class VectorRow:
     key: LoraKey
     module: Module
     vectors: tuple[Array, ...]
-    """In the storage type, [out] each: c, then d where there is some, then what rounding took from c."""
+    """Vectors in the storage type, [out] each.
+
+    C, then d where there is some, then what rounding took from c.
+    """
 
 
 @dataclass
@@ -44,7 +47,7 @@ class Vectors:
     """Those of an adapter."""
 
     rows: dict[tuple[int, int], VectorRow] = field(default_factory=dict)
-    """By layer and module id; those that change nothing are left out."""
+    """Vectors by layer and module id; those that change nothing are left out."""
     redundant: list[str] = field(default_factory=list)
     """Biases that are the base's own."""
     worst: float = 0.0
@@ -87,7 +90,7 @@ class VectorReader:
     report: Grouping
     progress: Callable[[int], None]
     normalised: bool
-    """Whether magnitudes are divided by the norms already."""
+    """True if magnitudes are divided by the norms already."""
 
     def of_pair(self, pair: Pair, scale: float, found: Vectors) -> None:
         """Add what stands beside A and B, whose product has a scale."""

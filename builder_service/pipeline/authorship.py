@@ -1,4 +1,4 @@
-"""Authorship: an adapter's files are those that somebody signed whom the deployment names."""
+"""Authorship: the files of an adapter must have a signature of a signer that the deployment names."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ class BaseWeights:
 
     @property
     def files(self) -> Mapping[str, FileDigest]:
-        """What was recorded when the build began, by the names of the files."""
+        """Return the files that were recorded when the build began, by their names."""
         return self._base.files
 
     def find(self, name: str) -> TensorFile | None:

@@ -29,13 +29,13 @@ log = structlog.get_logger()
 
 @dataclass(frozen=True)
 class BuildResult:
-    """What a build published."""
+    """The result of a build."""
 
     generation: Generation
     unchanged: bool
     """True when it was the current generation already."""
     restored: int = 0
-    """Of a rollback, the older generation whose content it is."""
+    """The older generation whose content a rollback restored; 0 for other builds."""
 
 
 def build(
@@ -115,7 +115,10 @@ def _check_beside(
     beside: Mapping[str, AdapterRecord],
     anew: Collection[str],
 ) -> None:
-    """Refuse adapters that are to stay beside those of the file, and cannot. Some are to be made anew."""
+    """Refuse adapters that are to stay beside those of the file, and cannot.
+
+    `anew` names those to be made again.
+    """
     if not beside:
         return
     names = f"the file does not name {listed(beside)}, which came by an update or a push and would stay"
@@ -183,7 +186,7 @@ def digests_of(generation: Generation | None) -> frozenset[str]:
 
 
 def _hold_on(store: Store, before: Generation | None, records: Iterable[AdapterRecord]) -> None:
-    """Keep `loramux gc` from kept bundles to which the served generation refers no more."""
+    """Keep `loramux gc` from bundles that are reused though the served generation no longer refers to them."""
     now = served_generation(store, before.deployment) if before is not None else None
     if before is not None and (now is None or now.number != before.number):
         held = digests_of(before) - digests_of(now)

@@ -39,7 +39,7 @@ class AdapterReport:
     """Everything that is known about an adapter after its check."""
 
     adapter: Repository
-    """With the resolved revision, where the files were fetched."""
+    """Repository with the resolved revision, where the files were fetched."""
     base: Repository
     dtype: Dtype
     findings: tuple[Finding, ...]
@@ -54,11 +54,11 @@ class AdapterReport:
     replaced_rows: Mapping[str, int] = field(default_factory=dict)
     invocation_tokens: tuple[int, ...] = ()
     score: ScoreHead | None = None
-    """Of a classifier."""
+    """Score head of a classifier."""
 
     @property
     def accepted(self) -> bool:
-        """Whether a build would take it."""
+        """Return True if a build would accept the adapter."""
         return all(finding.code.startswith("W_") for finding in self.findings)
 
 

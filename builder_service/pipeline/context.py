@@ -1,4 +1,4 @@
-"""What every build works with."""
+"""The context that all builds of a process share."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LEFTOVER_S: Final = 24 * 3600
 
 @dataclass(frozen=True)
 class BuildContext:
-    """Where a build reads from, writes to, and keeps its files meanwhile."""
+    """The sources, stores and folders of builds."""
 
     store: Store
     sources: Sources
@@ -34,15 +34,15 @@ class BuildContext:
     parallel_adapters: int = 4
     """Adapters of one build that are worked on at once."""
     max_build_bytes: int | None = None
-    """That one build may write into its folder."""
+    """Bytes that one build may write into its folder."""
     owner: str = ""
-    """Whose folders these are: those of an owner that starts again are left by its killed predecessor."""
+    """Owner of the folders: an owner that starts again removes those of its killed predecessor."""
     compute: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(os.cpu_count() or 1))
-    """Held by whoever computes, of all builds: more than there are cores would hinder each other."""
+    """Bounds the computations of all builds: more than there are cores would hinder each other."""
     heavy: threading.Lock = field(default_factory=threading.Lock)
-    """Held by whoever needs memory for large tensors."""
+    """Held while a build needs memory for large tensors."""
     bases: KnownBases = field(default_factory=KnownBases)
-    """What was read of the bases of earlier builds."""
+    """Descriptions of the bases of earlier builds."""
     _publishing: dict[str, threading.Lock] = field(default_factory=dict)
     _ledger: Ledger = field(default_factory=Ledger)
 

@@ -47,7 +47,7 @@ from loramux_shared.faults import InternalFault
 PIECE: Final = 1 << 18
 """Elements that are converted at once; what fits a core's cache."""
 FOLDER: Final = "bundle"
-"""Of the files that are written: an adapter's own can have the same names."""
+"""Folder of the files that are written: an adapter's own can have the same names."""
 
 
 @dataclass(frozen=True)

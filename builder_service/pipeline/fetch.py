@@ -29,7 +29,7 @@ T = TypeVar("T")
 PARALLEL: Final = 4
 """Adapters that are fetched at once."""
 MAX_BYTES: Final = 8 << 30
-"""Of one adapter; a rank-64 adapter of a 70B base has about 1.6e9."""
+"""Largest adapter; a rank-64 adapter of a 70B base has about 1.6e9 bytes."""
 
 
 @dataclass(frozen=True)
@@ -39,15 +39,17 @@ class FetchedAdapter:
     name: str
     folder: Path
     source: Repository
-    """With the final revision where the files were fetched, and without the query of a signed address."""
+    """Repository with the final revision, where the files were fetched, and without the query of a signed
+    address.
+    """
     files: Mapping[str, FileDigest]
     findings: tuple[Finding, ...] = ()
     warnings: tuple[Finding, ...] = ()
     """About files that are there and not used."""
     listing: str | None = None
-    """What the source said of them, see `Resolved.digest`."""
+    """The source's description of the files, see `Resolved.digest`."""
     licence: str = ""
-    """What the repository says of it."""
+    """Licence that the repository names."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ class ListedAdapter:
     findings: tuple[Finding, ...] = ()
     """Why there are none."""
     signed_by: tuple[str, ...] = ()
-    """Who is to have signed them; nobody where there is none."""
+    """Required signers of the files; empty where none are required."""
 
     @property
     def size(self) -> int:
@@ -71,7 +73,7 @@ class ListedAdapter:
 
     @property
     def digest(self) -> str | None:
-        """What the source says of the files, see `Resolved.digest`; None where they are refused."""
+        """Return the source's description of the files, see `Resolved.digest`; None where they are refused."""
         return self.resolved.digest(self.wanted) if self.wanted else None
 
 

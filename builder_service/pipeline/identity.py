@@ -1,4 +1,4 @@
-"""Which builder this is: the same one after a restart, another one than its neighbours."""
+"""The identity of a builder: the same after a restart, and another than that of its neighbours."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ MOST: Final = 64
 """Configs that are remembered; one is a few KB."""
 
 CONFIGS: Final = (CONFIG, GENERATION, QUANTIZE)
-"""What a base is described by."""
+"""Files that describe a base."""
 
 _Key: TypeAlias = tuple[tuple[str, ...], int | None]
 

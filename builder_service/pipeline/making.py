@@ -31,7 +31,7 @@ from loramux_shared.storage.base import Store
 
 @dataclass(frozen=True)
 class Workshop:
-    """Where one build works, and with what."""
+    """The folders, the base and the settings of one build."""
 
     context: BuildContext
     store: Store
@@ -64,12 +64,12 @@ class Making:
     shop: Workshop
     base: Base
     settings: Build
-    """Of which the adapters are not looked at."""
+    """Settings of the build; the adapters in them are not used."""
     book: Rulebook
     served: frozenset[str]
     """Digests that the served generation refers to."""
     merge: Merge
-    """Whether the one adapter is to be part of the weights."""
+    """Merging of the one adapter into the weights."""
 
     def make(
         self, adapters: Mapping[str, Repository], keeping: Keeping, *, verify: bool = False

@@ -35,7 +35,7 @@ class Duplicates:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """By which the deployment calls them."""
+        """Return the names of the adapters in the deployment."""
         return tuple(adapter.fetched.name for adapter in self.adapters)
 
 

@@ -1,4 +1,4 @@
-"""How far a build is, adapter by adapter; also how a running build is told to stop."""
+"""The progress of a build, adapter by adapter; and the request to stop a running build."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from loramux_shared.bundle.manifest import Manifest
 from loramux_shared.faults import BuildCancelled, BuildInterrupted, BuildTimedOut, Fault, Finding
 
 STOPS: Final = (BuildInterrupted, BuildCancelled, BuildTimedOut)
-"""What a build ends with that was asked to end."""
+"""Faults of a build that was requested to end."""
 
 
 INTERRUPTED: Final = "the builder stopped before the build ended; it goes on at the next start"
 
 
 class Stage(StrEnum):
-    """Where the build of an adapter stands."""
+    """A stage in the build of an adapter."""
 
     WAITING = "WAITING"
     FETCHING = "FETCHING"
@@ -39,9 +39,9 @@ class AdapterProgress:
     name: str
     stage: Stage = Stage.WAITING
     bytes_done: int = 0
-    """Of the present stage."""
+    """Bytes done of the present stage."""
     bytes_total: int = 0
-    """Of the present stage; 0: not known yet."""
+    """Bytes of the present stage; 0: not known yet."""
     digest: str = ""
     ranks: tuple[int, ...] = ()
     modules: tuple[str, ...] = ()
@@ -51,11 +51,11 @@ class AdapterProgress:
     reused: bool = False
     repaired: bool = False
     kept: bool = False
-    """Whether it is what it was in the served generation, so that nothing was fetched or made."""
+    """True if it is unchanged since the served generation, so that nothing was fetched or made."""
     added: bool = False
-    """Whether the deployment's file does not name it: it was added or pushed before, and stays."""
+    """True if the deployment's file does not name it: it was added or pushed before, and stays."""
     kinds: tuple[str, ...] = ()
-    """What it is, as its manifest says."""
+    """Kinds of the adapter, as in its manifest."""
 
     def described(self, digest: str, manifest: Manifest, extra: Iterable[Finding] = ()) -> AdapterProgress:
         """Return it with what a manifest says."""

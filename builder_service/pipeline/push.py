@@ -41,7 +41,7 @@ NAMES: Final = (
 MAX_SMALL: Final = 64 << 20
 """Bytes of a file that is not the weights."""
 MAX_FILES: Final = 1024
-"""Of an adapter."""
+"""Most files of an adapter."""
 
 
 @dataclass

@@ -17,12 +17,12 @@ RESERVE_BYTES: Final = 256 << 20
 """Stays free for everything else on the disk."""
 
 BASE_FILES: Final = "files of the base"
-"""What a build writes of its base, for messages."""
+"""Name for messages of the files that a build writes of its base."""
 
 
 @dataclass
 class Ledger:
-    """What all builds of this process have announced and not written yet."""
+    """The bytes that all builds of this process have announced and not written yet."""
 
     outstanding: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)

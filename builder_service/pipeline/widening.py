@@ -26,7 +26,7 @@ POLL_S: Final = 0.5
 
 
 def can_widen() -> bool:
-    """Whether the packages that it takes are installed here."""
+    """Return True if the packages that it takes are installed here."""
     return all(importlib.util.find_spec(name) is not None for name in NEEDS)
 
 

@@ -1,4 +1,4 @@
-"""What a builder is asked for beside whole deployments; kept in the journal while it runs."""
+"""Requests to a builder beside whole deployments; kept in the journal while they run."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""The builder's gRPC door."""
+"""The builder's gRPC API."""

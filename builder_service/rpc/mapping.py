@@ -1,4 +1,4 @@
-"""From what the pipeline knows to messages; protobuf ends here."""
+"""The map from the pipeline's values to messages; protobuf ends here."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ SERVICE_NAME = pb.DESCRIPTOR.services_by_name["BuilderService"].full_name
 
 
 class BuilderServicer(builder_pb2_grpc.BuilderServiceServicer):
-    """What a fault becomes is the server's business; see loramux_shared.rpc.server."""
+    """The gRPC servicer of builds; loramux_shared.rpc.server turns its faults into statuses."""
 
     def __init__(self, builds: Builds, checks: Checks) -> None:
         self._builds = builds
@@ -115,7 +115,7 @@ class BuilderServicer(builder_pb2_grpc.BuilderServiceServicer):
             shown = view
             if request.changes_only:
                 changed = tuple(each for each in view.adapters if known.get(each.name) != each)
-                # Of a stream that goes on, the next build begins anew.
+                # The next build in a stream that goes on starts from its first event.
                 known = {each.name: each for each in view.adapters if view.state is State.BUILDING}
                 shown = replace(view, adapters=changed)
             yield pb.WatchDeploymentResponse(deployment=deployment_message(shown))
