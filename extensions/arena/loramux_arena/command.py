@@ -72,7 +72,7 @@ Resume = Annotated[Path | None, typer.Option("--resume", metavar="FILE", help="K
 
 @dataclass(frozen=True)
 class Wanted:
-    """What the command line asks for, beside the plan."""
+    """The options of the command line, beside the plan."""
 
     address: str
     models: str

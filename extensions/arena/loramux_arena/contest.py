@@ -27,26 +27,26 @@ STICKY: Final = "arena"
 
 Job: TypeAlias = Ask | Trial
 Tell: TypeAlias = Callable[[int, int], None]
-"""Hears how many tokens came anew, and how many requests failed, at each that ended."""
+"""A callback for the new tokens, and the failed requests, after each request that ended."""
 
 
 @dataclass
 class Found:
-    """What came of it so far."""
+    """The results so far."""
 
     entrants: dict[str, Entrant] = field(default_factory=dict)
     answers: dict[tuple[str, str, int], Answer] = field(default_factory=dict)
-    """By model, question and sample."""
+    """Answers by model, question and sample."""
     likelihoods: dict[tuple[str, str], Likelihood] = field(default_factory=dict)
     verdicts: dict[tuple[str, str, int, bool], Verdict] = field(default_factory=dict)
-    """By model, question, sample and order."""
+    """Verdicts by model, question, sample and order."""
     failures: list[Failure] = field(default_factory=list)
     again: int = 0
     """Rows that were kept from an earlier run."""
     answering_s: float = 0.0
     """Seconds in which answers came that were not kept."""
     new_tokens: int = 0
-    """Of those answers."""
+    """Tokens of the new answers."""
     waits: int = 0
     """Requests that the server had no room for at first."""
 

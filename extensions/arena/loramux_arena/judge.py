@@ -20,7 +20,7 @@ from loramux_shared.faults import Fault, Status
 
 LETTERS: Final = ("A", "B", "C")
 TOKENS: Final = 4
-"""Of a verdict; the letter is one of them."""
+"""Most tokens of a verdict; the letter is one of them."""
 BEGIN: Final = "<<<{name}"
 END: Final = "{name}>>>"
 
@@ -33,7 +33,7 @@ class NoVerdict(Fault):
 
 
 class Judge(Protocol):
-    """Whoever compares two answers."""
+    """A judge that compares two answers."""
 
     name: str
     """For the report, and for what a verdict is known by."""
@@ -56,11 +56,11 @@ class Trial:
     baseline: Answer
     answer: Answer
     swapped: bool
-    """Whether the version's answer stands first; else the baseline's does."""
+    """True if the version's answer stands first; else the baseline's does."""
 
     @property
     def is_tie(self) -> bool:
-        """Whether nobody needs to be asked: both say the same."""
+        """Return True if no judge is needed: both texts are equal."""
         return self.answer.text == self.baseline.text
 
 

@@ -115,7 +115,7 @@ class Kept:
 
 
 def _is_torn(line: str) -> bool:
-    """Whether a line is the beginning of a row that was never ended."""
+    """Return True if a line is the beginning of a row that was never ended."""
     return line.startswith('{"kind": "') and not line.endswith("}")
 
 

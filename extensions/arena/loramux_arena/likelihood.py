@@ -1,4 +1,4 @@
-"""How likely a version finds a reference: its log probability as the answer, by a request that answers nothing.
+"""The likelihood of a reference for a version: its log probability as the answer, by a request without answers.
 
 The reference is the end of the prompt, so its tokens are the last ones. A token that begins before it, as
 one may where two texts meet, counts.

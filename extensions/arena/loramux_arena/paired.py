@@ -1,4 +1,4 @@
-"""Whether one version is better than another: intervals and p-values of paired differences, in plain Python.
+"""Comparison of two versions: intervals and p-values of paired differences, in plain Python.
 
 A pair is a question: answers of both versions to it share what makes it hard, which their difference no longer
 has. Several samples of a question are one difference, their mean: they are not independent.
@@ -21,7 +21,7 @@ FEW: Final = 20
 
 @dataclass(frozen=True)
 class Interval:
-    """Where a mean difference may lie, in the score's units."""
+    """An interval of a mean difference, in the score's units."""
 
     low: float
     high: float
@@ -29,7 +29,7 @@ class Interval:
 
 @dataclass(frozen=True)
 class Paired:
-    """What is known of the differences of some questions."""
+    """The statistics of the differences of some questions."""
 
     questions: int
     difference: float
@@ -40,7 +40,7 @@ class Paired:
     """Questions at which the version scored more than the baseline."""
     losses: int
     p: float
-    """Of `sign_test`."""
+    """Result of `sign_test`."""
 
     @property
     def ties(self) -> int:

@@ -1,4 +1,4 @@
-"""What is asked of whom, and in which order."""
+"""The plan of an arena: questions, versions and their order."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from loramux_arena.records import key_of
 
 @dataclass(frozen=True)
 class Plan:
-    """What is asked of whom."""
+    """The questions and the versions that answer them."""
 
     models: tuple[str, ...]
     """The versions, as requests name them."""
@@ -22,10 +22,10 @@ class Plan:
     samples: int = 1
     """Answers of a version to a question."""
     max_tokens: int = 256
-    """Of an answer; 0: nothing is answered, and only likelihoods are looked at."""
+    """Most tokens of an answer; 0: nothing is generated, and only likelihoods are computed."""
     temperature: float = 0.0
     seed: int = 0
-    """Of the first sample; the others have the numbers behind it. Of the statistics, too."""
+    """Seed of the first sample; the others have the numbers behind it. Of the statistics, too."""
     concurrency: int = 32
     """Requests that are open at once, at most."""
     scores: tuple[str, ...] = ()
@@ -38,14 +38,14 @@ class Entrant:
     """A version, as the server knows it."""
 
     model: str
-    """As it was asked for."""
+    """Name that was requested."""
     name: str
-    """As it was answered; of an alias the model that it stands for."""
+    """Name that answered; of an alias the model that it stands for."""
     digest: str
 
     @property
     def identity(self) -> str:
-        """By which its answers are known: equal digests, equal adapters; of the base its name."""
+        """Return the key of its answers: equal digests, equal adapters; of the base its name."""
         return self.digest or self.name
 
 
@@ -59,7 +59,7 @@ class Ask:
 
 
 Order: TypeAlias = Callable[[Plan, Sequence[Question], int], Iterator[Ask]]
-"""What is asked one after another, of a plan, questions and how many samples of each."""
+"""An order of requests: from a plan, questions and the number of samples of each."""
 
 
 def in_turns(plan: Plan, questions: Sequence[Question], samples: int) -> Iterator[Ask]:

@@ -23,16 +23,16 @@ SHOWN: Final = 80
 
 @dataclass(frozen=True)
 class Question:
-    """What all versions are asked."""
+    """A question for all versions."""
 
     id: str
     """The file's own, else the number of the line."""
     prompt: Prompt
-    """As it is sent."""
+    """Prompt as it is sent."""
     reference: str | None = None
     """The right answer; of what is no text in the file, its JSON."""
     rubric: str = ""
-    """What a good answer has, for a judge."""
+    """Criteria of a good answer, for a judge."""
     tags: tuple[str, ...] = ()
 
     @property

@@ -1,4 +1,4 @@
-"""What came of an arena's requests: answers, likelihoods, verdicts, failures."""
+"""The results of an arena's requests: answers, likelihoods, verdicts, failures."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ class Answer:
     """One answer of one version to one question."""
 
     key: str
-    """Of who answered, the prompt and the options."""
+    """Key of the version, the prompt and the options."""
     model: str
-    """As it was asked for."""
+    """Name that was requested."""
     digest: str
-    """Of the version that answered: sha256 of its manifest, in hex; empty for the base."""
+    """Digest of the version that answered: sha256 of its manifest, in hex; empty for the base."""
     question: str
     """The question's id."""
     sample: int
     """0, 1, ... of the answers of this version to this question."""
     text: str
     cut: bool
-    """Whether it ended because it had as many tokens as it may."""
+    """True if it ended at its limit of tokens."""
     tokens: int
     prompt_tokens: int
     cached_tokens: int
-    """Of the prompt, those that were not computed again."""
+    """Tokens of the prompt that were not computed again."""
     first_s: float | None
     """Seconds to the first token; None where there was none."""
     per_token_s: float | None
@@ -50,7 +50,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Likelihood:
-    """How likely a version finds the reference of a question."""
+    """The likelihood of a question's reference for a version."""
 
     key: str
     model: str
@@ -62,13 +62,15 @@ class Likelihood:
 
     @property
     def per_token(self) -> float:
-        """The mean over the reference's tokens, so that long ones count no more than short ones."""
+        """Return the mean over the reference's tokens, so that long references do not weigh more than short
+        ones.
+        """
         return self.logprob / self.tokens
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a judge said about two answers in one order."""
+    """A judge's verdict about two answers in one order."""
 
     key: str
     judge: str
@@ -77,7 +79,7 @@ class Verdict:
     question: str
     sample: int
     swapped: bool
-    """Whether the version's answer stood first; else the baseline's did."""
+    """True if the version's answer stood first; else the baseline's did."""
     said: str
     """A: the first one is better. B: the second one. C: neither."""
 

@@ -18,7 +18,7 @@ REGEX: Final = "regex="
 _NUMBER: Final = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|[-+]?\.\d+")
 _FENCE: Final = re.compile(r"```(?:json)?\s*\n(.*?)\n\s*```", re.DOTALL | re.IGNORECASE)
 MOST_DIGITS: Final = 400
-"""Of a number; longer ones are none."""
+"""Most digits of a number; a longer text is no number."""
 
 
 def _exact(answer: str, reference: str) -> bool:
@@ -121,7 +121,7 @@ def _no_constant(word: str) -> Any:
 
 
 def equal(one: Any, other: Any) -> bool:
-    """Whether two values of JSON are equal: true is not 1, and members have no order."""
+    """Return True if two values of JSON are equal: true is not 1, and members have no order."""
     if isinstance(one, bool) or isinstance(other, bool):
         return one is other
     if isinstance(one, dict) and isinstance(other, dict):

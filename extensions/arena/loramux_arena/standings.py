@@ -1,4 +1,4 @@
-"""Who is better at what, and by how much: what a report says, from what was found."""
+"""The report of an arena: ranks and differences of the versions, from the results."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Standing:
 
     model: str
     name: str
-    """As it answered; of an alias the model that it stands for."""
+    """Name that answered; of an alias the model that it stands for."""
     digest: str
     answers: int
     failed: int
@@ -51,7 +51,7 @@ class Comparison:
     baseline_mean: float
     paired: Paired
     p_adjusted: float
-    """By Holm, over the versions of this score."""
+    """The p-value by Holm, over the versions of this score."""
 
 
 @dataclass(frozen=True)
@@ -64,9 +64,14 @@ class Score:
     questions: int
     """Those at which the baseline has one."""
     comparisons: tuple[Comparison, ...]
-    """In the order of the versions; of one that has no question together with the baseline there is none."""
+    """Comparisons in the order of the versions.
+
+    A version without a question in common with the baseline has none.
+    """
     values: Mapping[str, Mapping[str, float]]
-    """By version and question, in their order, whoever came first: what is drawn anew is drawn the same."""
+    """Values by version and question, in their order and not in that of arrival, so that a new draw is the
+    same.
+    """
 
 
 @dataclass(frozen=True)
@@ -80,15 +85,15 @@ class Standings:
     scores: tuple[Score, ...]
     failures: tuple[Failure, ...]
     notes: tuple[str, ...]
-    """What has to be known to read the numbers."""
+    """Notes that a reader of the numbers needs."""
     tokens_per_s: float | None
-    """Of the answers that were not kept from before, all versions together."""
+    """Speed of the new answers, all versions together."""
     again: int
     """Rows that were kept from before."""
 
 
 def standings(plan: Plan, questions: Sequence[Question], found: Found, judge: str = "") -> Standings:
-    """Return the report; judge is the name of whoever judged."""
+    """Return the report; `judge` is the judge's name."""
     scores = [_score(name, plan, _by_reference(name, plan, questions, found)) for name in plan.scores]
     if plan.likelihood:
         scores.append(_score(LIKELIHOOD, plan, _likelihoods(plan, questions, found)))

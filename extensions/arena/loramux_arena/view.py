@@ -1,4 +1,4 @@
-"""How an arena looks: a bar while it runs, tables at the end."""
+"""The view of an arena: a bar while it runs, tables at the end."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from loramux_arena.contest import Found
 from loramux_arena.standings import Comparison, Score, Standing, Standings
 
 FAILURES: Final = 20
-"""That are shown one by one."""
+"""Most failures that are listed one by one."""
 NUMBERS: Final = frozenset(
     {"mean", "difference", "95 %", "won/tied/lost", "p", "p (Holm)", "answers", "failed", "tokens", "first, ms"}
     | {"per token, ms", "cost"}

@@ -13,9 +13,9 @@ from typing import Final, Generic, Self, TypeVar
 from loramux_shared.faults import ClientStalled, Fault, QueueFull, RateLimited, Status
 
 GROWTH: Final = 2.0
-"""Of a pause at each further refusal of a request."""
+"""Factor of a pause at each further refusal of a request."""
 SPREAD: Final = 0.25
-"""Of a pause that is added by chance, so that not all come back at once."""
+"""Random share that is added to a pause, so that not all requests come back at once."""
 
 J = TypeVar("J")
 R = TypeVar("R")
@@ -23,7 +23,7 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class Patience:
-    """How long a server may have no room or be away, and how often it is asked meanwhile."""
+    """How long a server may be full or unreachable, and how often it is retried meanwhile."""
 
     away_s: float = 60.0
     """While no request ends: the server is away, or restarts."""
@@ -33,13 +33,13 @@ class Patience:
     most_pause_s: float = 15.0
 
     def left(self, fault: Fault, since_s: float) -> bool:
-        """Whether to ask again, since_s after a request ended last."""
+        """Return True if the request is to be retried, since_s after a request ended last."""
         return since_s <= (self.full_s if is_full(fault) else self.away_s)
 
     def pause_s(self, fault: Fault, tries: int) -> float:
-        """Return how long to wait: what the server said, and longer each time while it is away.
+        """Return how long to wait: the server's own delay, and longer each time while it is unreachable.
 
-        Where it has no room the gate is narrower already, and whoever waits longer leaves it idle at the end.
+        A server without room has a narrower gate already; longer waits would leave it idle at the end.
         """
         grown = min(self.least_pause_s * (1.0 if is_full(fault) else GROWTH**tries), self.most_pause_s)
         spread = 1 + SPREAD * random.random()  # noqa: S311 - times, not keys
@@ -47,7 +47,7 @@ class Patience:
 
 
 class Gate:
-    """How many requests are open: at most so many, half as many after a refusal, one more after each round."""
+    """The number of open requests: bounded, halved after a refusal, raised by one after each round."""
 
     def __init__(self, most: int) -> None:
         self.most = most
@@ -93,7 +93,7 @@ class Work(Generic[J, R]):
         self._alive = time.monotonic()
         """When a job ended last."""
         self.waits = 0
-        """How often a job was refused for a while."""
+        """Number of refusals for a while."""
 
     async def run(self, jobs: Iterable[J], tell: Callable[[J, R | Fault], None]) -> None:
         """Do all jobs; tell is called with each and its outcome.
@@ -142,10 +142,10 @@ class Work(Generic[J, R]):
 
 
 def is_full(fault: Fault) -> bool:
-    """Whether the server has no room for the request now."""
+    """Return True if the server has no room for the request now."""
     return isinstance(fault, QueueFull | RateLimited)
 
 
 def is_passing(fault: Fault) -> bool:
-    """Whether the same request may be answered a while later."""
+    """Return True if the same request may be answered a while later."""
     return is_full(fault) or isinstance(fault, ClientStalled) or fault.status is Status.UNAVAILABLE

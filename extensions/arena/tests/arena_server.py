@@ -27,7 +27,7 @@ class Versions(inference_grpc.InferenceServiceServicer):
         self.says = says
         self.heard: list[pb.GenerateRequest] = []
         self.refusals: Iterator[Fault | None] = iter(())
-        """What the next requests end with."""
+        """Faults with which the next requests end."""
         self.digests: dict[str, str] = dict(DIGESTS)
         self.silent: frozenset[str] = frozenset()
         """Those that were trained for scores."""

@@ -70,7 +70,10 @@ async def hold(
 
 
 async def test_likelihoods_are_those_of_transformers(world: tuple[World, MemoryStore], tmp_path: Path) -> None:
-    """Of the base and of an adapter; a mixture of it alone is the adapter, and half of it lies elsewhere."""
+    """Likelihoods of the base and of an adapter.
+
+    A blend of it alone is the adapter, and half of it lies elsewhere.
+    """
     models = ["base", "all", "all*0.5+all*0.5", "all*0.5"]
     found = await hold(world, tmp_path / "kept", models)
     for model in ("base", "all"):

@@ -207,7 +207,7 @@ def test_who_generates_no_text_is_left_out_of_all(
 def test_answers_are_kept_without_being_asked_for(
     served: tuple[Versions, str], prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without --resume they are in the state folder, of which the newest files stay."""
+    """Answers lie in the state folder without --resume, and its newest files stay."""
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     folder = tmp_path / "loramux/arena"
     folder.mkdir(parents=True)

@@ -111,7 +111,7 @@ async def test_what_is_kept_is_not_asked_again(tmp_path: Path) -> None:
 
 
 async def test_questions_with_the_same_prompt_have_answers_of_their_own(tmp_path: Path) -> None:
-    """Of two lines that ask the same, both are asked, and a second run finds both."""
+    """Two equal lines are two requests, and a second run finds both answers."""
     twice = [replace(QUESTIONS[0], id="one"), replace(QUESTIONS[0], id="two")]
     service = Versions(lambda *_: f"{len(service.heard)}")
     first, _ = await hold(service, replace(PLAN, concurrency=1), tmp_path / "kept", twice)
@@ -121,7 +121,7 @@ async def test_questions_with_the_same_prompt_have_answers_of_their_own(tmp_path
 
 
 async def test_a_busy_server_loses_nothing(tmp_path: Path) -> None:
-    """What has no room is asked again; what is refused for good is named, and left out of pairs."""
+    """A request without room is retried; one that is refused for good is named, and left out of pairs."""
     service = Versions(says)
     full, away = QueueFull("full", retry_after_s=0.001), ServerUnavailable("away", retry_after_s=0.001)
     service.refusals = iter([None] * 3 + [full] * 9 + [away, PromptTooLong("too long")])
@@ -237,7 +237,7 @@ def test_a_report_is_the_same_whoever_came_first() -> None:
 
 
 async def test_a_judge_that_only_sees_places_decides_nothing(tmp_path: Path) -> None:
-    """What always prefers the first answer gives everybody one half, and the report says what it did."""
+    """A judge that always prefers the first answer gives both versions one half, and the report says so."""
     service = Versions(lambda model, asked, _: "A" if model == "b" else f"{model} {asked}")
     asked = [replace(question, reference=None) for question in QUESTIONS]
     _, report = await hold(service, replace(PLAN, scores=()), tmp_path / "kept", asked, judge="b")

@@ -74,7 +74,7 @@ async def choose(page: Page, field: str, value: str) -> None:
 
 
 async def test_everything_is_shown_as_text(page: Page) -> None:
-    """Names, answers, failures and tags of strangers become no element, and nothing of them runs."""
+    """Untrusted names, answers, failures and tags become no element, and nothing of them runs."""
     assert await page.texts("#standings tbody th") == ["base (baseline)", "constructor", "<b>bold</b>"]
     assert await page.eval("document.querySelectorAll('#failures td')[5].textContent") == HOSTILE
     await page.eval("document.querySelectorAll('details').forEach((each) => { each.open = true; })")

@@ -15,16 +15,19 @@ Json = dict[str, Any]
 TYPE: Final = "type.googleapis.com/envoy.extensions"
 HTTP_OPTIONS: Final = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
 UNBOUNDED: Final = 65536
-"""Of a circuit breaker: replicas say themselves when they are full, by name."""
+"""Limit of a circuit breaker: replicas refuse by themselves when they are full, by name."""
 BALANCE_PERCENT: Final = 124
-"""What a replica may have of the mean of all, before the next one gets the rest of its models."""
+"""Largest load of a replica in percent of the mean, before the next one gets the rest of its models."""
 RING_SIZE: Final = 16384
 """Places on the ring: with ten replicas, their parts differ by some percent."""
 BUFFER_BYTES: Final = 256 * 1024
-"""Of an answer that its client does not read; then its replica waits, and cuts it off as without Envoy."""
+"""Buffer of an answer that its client does not read.
+
+Then its replica waits, and cuts it off as without Envoy.
+"""
 STREAM_WINDOW_BYTES: Final = 64 * 1024
 CONNECTION_WINDOW_BYTES: Final = 64 * 1024 * 1024
-"""A thousand streams that nobody reads hold up no other stream of the connection."""
+"""Window of a connection: a thousand unread streams block no other stream of it."""
 ANSWERS: Final = "replicas_http_answers"
 HTTP_IDLE_S: Final = 30
 """A replica closes a connection that has been unused for 65 s; Envoy does so first."""
@@ -32,7 +35,7 @@ HTTP_IDLE_S: Final = 30
 
 @dataclass(frozen=True)
 class _Door:
-    """What is different between the two doors of replicas."""
+    """The differences between the two APIs of replicas."""
 
     name: str
     protocol: Json
@@ -64,12 +67,12 @@ _HTTP: Final = _Door(
 
 
 def grpc_cluster(fleet: Fleet) -> Json:
-    """Return the gRPC doors."""
+    """Return the cluster of gRPC endpoints."""
     return _cluster(_GRPC, [(replica.grpc, replica.ring_key) for replica in fleet.replicas], fleet.tls)
 
 
 def http_cluster(fleet: Fleet) -> Json:
-    """Return the HTTP doors."""
+    """Return the cluster of HTTP endpoints."""
     return _cluster(_HTTP, [(replica.http, replica.ring_key) for replica in fleet.replicas], fleet.tls)
 
 

@@ -1,4 +1,4 @@
-"""What a configuration is made for: replicas, and where Envoy listens."""
+"""The fleet of a configuration: replicas, and Envoy's own addresses."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Replica:
-    """Where the doors of a replica are."""
+    """The addresses of a replica."""
 
     grpc: Place
     http: Place
@@ -44,13 +44,13 @@ class Replica:
 
     @property
     def ring_key(self) -> str | None:
-        """Its name on the rings of both doors, so that a model has one replica; None: its addresses."""
+        """Return its name on both hash rings, so that a model has one replica; None: its addresses are used."""
         return None if self.all_of_name else f"{self.grpc.host}:{self.grpc.port}"
 
 
 @dataclass(frozen=True)
 class Tls:
-    """How Envoy knows a replica: its certificate is signed by an authority of a file (PEM), for a name."""
+    """Envoy's check of a replica: its certificate is signed by an authority of a file (PEM), for a name."""
 
     ca: str
     name: str
@@ -64,7 +64,7 @@ class Fleet:
     grpc: Place
     http: Place
     admin_port: int = 9901
-    """Of loopback."""
+    """Admin port on loopback."""
     tls: Tls | None = None
     first_token_s: float = 120.0
     """Then a streamed request that has no token is sent to another replica; 0: never."""

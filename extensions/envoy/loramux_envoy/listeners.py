@@ -1,4 +1,4 @@
-"""Where clients come in: routes, retries, and what is written about each request."""
+"""The listeners for clients: routes, retries, and the access log."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TYPE: Final = "type.googleapis.com/envoy.extensions"
 UPLOAD_WINDOW_BYTES: Final = 1024 * 1024
 UPLOADS_WINDOW_BYTES: Final = 16 * 1024 * 1024
 BODY_BYTES: Final = MAX_REQUEST_BYTES + 64 * 1024
-"""Of a request, kept until its answer begins: the largest that replicas take, in its frame."""
+"""Largest request, buffered until its answer begins: the largest that replicas take, in its frame."""
 HTTP_IDLE_S: Final = 65
 RETRIES: Final = 5
 BACK_OFF: Final = {"base_interval": "0.05s", "max_interval": "1s"}
@@ -57,7 +57,7 @@ LOG: Final = {
 
 
 def grpc_listener(fleet: Fleet) -> Json:
-    """Return the gRPC door."""
+    """Return the gRPC listener."""
     routes = [
         _route(GENERATE, "replicas_grpc", _retry(f"{BEGUN},{GONE}", fleet.first_token_s)),
         _route("/", "replicas_grpc", _retry(f"{NOT_BEGUN},{GONE}")),
@@ -74,7 +74,7 @@ def grpc_listener(fleet: Fleet) -> Json:
 
 
 def http_listener(fleet: Fleet) -> Json:
-    """Return OpenAI's door."""
+    """Return the listener of the HTTP APIs."""
     answers = ANSWERS if fleet.is_watched else "replicas_http"
     routes = [
         *(_route(path, answers, _retry(f"{BEGUN},{REFUSED}")) for path in COMPLETIONS),

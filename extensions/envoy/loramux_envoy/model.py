@@ -1,4 +1,4 @@
-"""How Envoy learns the model of a request that does not say it in `x-loramux-model`."""
+"""Filters that find the model of a request without `x-loramux-model`."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ end
 
 
 def filters_of_json(first_token_s: float) -> list[Json]:
-    """Return the filters of OpenAI's door."""
+    """Return the filters of the HTTP listener."""
     rules = [
         {
             "selectors": [{"key": key}],
@@ -77,7 +77,7 @@ def filters_of_json(first_token_s: float) -> list[Json]:
 
 
 def filters_of_protobuf() -> list[Json]:
-    """Return the filters of the gRPC door."""
+    """Return the filters of the gRPC listener."""
     return [lua(OF_PROTOBUF)]
 
 

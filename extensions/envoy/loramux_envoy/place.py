@@ -1,4 +1,4 @@
-"""Where a model is on the ring: at one place, and where it is popular at several."""
+"""The place of a model on the hash ring: one, and for a popular model several."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Any, Final
 from loramux_envoy.model import HEADER, lua
 
 PLACE: Final = "x-loramux-place"
-"""What the ring hashes."""
+"""Header that the ring hashes."""
 HOST: Final = "x-loramux-host"
-"""Which replica answered; no client sees it."""
+"""Header with the replica that answered; no client sees it."""
 
 PLACES: Final = f"""\
 -- A model has a place on the ring for each log2(replicas)-th part of one replica's share of all requests; one

@@ -1,4 +1,4 @@
-"""What Envoy answers by itself at the HTTP door: errors in the shapes that they all have there."""
+"""Envoy's own answers to HTTP clients: errors in the shapes of the APIs."""
 
 from __future__ import annotations
 
@@ -82,4 +82,4 @@ def _mappers() -> Iterator[Json]:
 
 
 LOCAL_REPLIES: Final = {"mappers": list(_mappers())}
-"""What Envoy answers by itself, in the shape of all errors of that door."""
+"""Envoy's own answers, in the shapes of the APIs' errors."""

@@ -23,7 +23,7 @@ from tests.support.tiny import World
 from tests.support.waiting import BOUND_S, wait_until
 
 DELAY_S = 1.0
-"""Of a replica's drain; what it refuses afterwards is retried."""
+"""Seconds before a replica's drain; its refusals afterwards are retried."""
 
 
 class Running:
@@ -66,7 +66,7 @@ class Running:
 
     @property
     def doors(self) -> tuple[str, str]:
-        """Where it listens."""
+        """Return its addresses."""
         return self.grpc, self.http
 
     def signal(self, number: signal.Signals) -> None:
@@ -136,7 +136,7 @@ class Proxy:
             self._process.wait(BOUND_S)
 
     def until_healthy(self, doors: int) -> None:
-        """Wait until so many doors get traffic."""
+        """Wait until so many endpoints get traffic."""
         assert self._process is not None
         process, log = self._process, self._folder / "envoy.log"
 
@@ -150,7 +150,7 @@ class Proxy:
         wait_until(healthy, f"{doors} doors that get traffic", log.read_text)
 
     def healthy(self) -> set[str]:
-        """The doors that get traffic."""
+        """Return the endpoints that get traffic."""
         clusters = httpx.get(f"{self._admin}/clusters?format=json", timeout=BOUND_S).json()
         well, ill = set[str](), set[str]()
         for host in (host for each in clusters["cluster_statuses"] for host in each.get("host_statuses", ())):
@@ -160,12 +160,12 @@ class Proxy:
         return well - ill
 
     def counter(self, name: str) -> int:
-        """One of its counters, over both doors."""
+        """Return one of its counters, over both clusters."""
         said = httpx.get(f"{self._admin}/stats?filter={name}$&format=json", timeout=BOUND_S).json()
         return sum(each["value"] for each in said["stats"])
 
     def requests(self, count: int) -> list[dict[str, Any]]:
-        """What its log says of the next so many requests; it is written when they have ended."""
+        """Return the log of the next so many requests; it is written when they have ended."""
         log = self._folder / "access.log"
         wait_until(
             lambda: len(log.read_text().splitlines()) >= self._seen + count, f"{count} lines", log.read_text
@@ -183,7 +183,7 @@ class Proxy:
 
 
 def fleet_of(doors: Iterable[tuple[str, str]], **options: Any) -> Fleet:
-    """The fleet of replicas whose gRPC and HTTP doors are given, with an Envoy on ports that are free."""
+    """Return the fleet of replicas with these gRPC and HTTP addresses, with an Envoy on ports that are free."""
     ports = [_free() for _ in range(3)]
     replicas = tuple(Replica(_place(grpc), _place(http)) for grpc, http in doors)
     here = [Place("127.0.0.1", port) for port in ports[:2]]

@@ -91,7 +91,7 @@ async def behind_envoy(made: Fleet, **options: Any) -> AsyncIterator[Fleet]:
 
 @asynccontextmanager
 async def envoy_of(*doors: tuple[str, str], folder: Path, **options: Any) -> AsyncIterator[Proxy]:
-    """Run Envoy before doors of this event loop, whether it takes them for replicas or not."""
+    """Run Envoy before servers of this event loop, whether it takes them for replicas or not."""
     made = Proxy(fleet_of(doors, **options), folder)
     try:
         await asyncio.to_thread(made.start, healthy="tls" not in options)

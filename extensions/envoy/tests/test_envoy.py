@@ -46,7 +46,7 @@ async def fleet(shared: Fleet) -> Fleet:
 
 
 async def test_a_model_stays_with_its_replica(fleet: Fleet) -> None:
-    """One replica answers a model at both doors, and models are spread over all replicas."""
+    """One replica answers a model over both APIs, and models are spread over all replicas."""
     seen = {model: {await fleet.who_over_http(model)} for model in MODELS}
     assert set.union(*seen.values()) == set(fleet.replicas)
     async with grpc.aio.insecure_channel(fleet.proxy.grpc) as channel:
@@ -64,7 +64,7 @@ async def test_a_model_stays_with_its_replica(fleet: Fleet) -> None:
 
 
 async def test_the_header_comes_before_the_body(fleet: Fleet) -> None:
-    """The model that a client names in `x-loramux-model` decides which replica answers, at both doors."""
+    """The model that a client names in `x-loramux-model` decides which replica answers, over both APIs."""
     wanted = await fleet.who("lora1")
     [other, *_] = [model for model in MODELS[:20] if await fleet.who_over_http(model) != wanted]
     headers = {"x-loramux-model": "lora1"}
@@ -172,7 +172,9 @@ async def test_the_log_has_no_prompt(fleet: Fleet) -> None:
 
 
 async def test_a_replica_without_tokens_is_left(tmp_path: Path) -> None:
-    """A stream without a token in time is answered elsewhere, and its replica gets no more; other answers wait.
+    """A stream without a token in time is answered elsewhere, and its replica gets no others.
+
+    Other answers wait.
 
     Headers of an answer that is not streamed come with its last token, so no time is set for its first.
     """
@@ -195,13 +197,13 @@ async def left(fleet: Fleet, door: str, ask: Callable[[str], Awaitable[str]], sl
     before = slow.asked
     async with bounded(f"a replica that is left at the door {door}"):
         while not await asyncio.to_thread(fleet.proxy.counter, ejections):
-            # Envoy counts those that wait at the same time: each one that it sends on begins the count anew.
+            # Envoy counts those that wait at the same time: each one that it sends on restarts the count.
             assert slow.name not in await asyncio.gather(*(ask("lora1") for _ in range(9)))
     assert slow.asked - before >= 3
 
 
 async def test_replicas_that_leave_are_left_in_peace(tmp_path: Path) -> None:
-    """A replica without health keeps its streams and gets no more; without replicas errors have names."""
+    """A replica without health keeps its streams and gets no others; without replicas errors have names."""
     async with behind_envoy(Fleet(tmp_path)) as fleet:
         leaving = fleet.replicas[await fleet.who("lora1")]
         stream = fleet.client.generate("lora1", "WAIT")
@@ -263,7 +265,7 @@ async def test_a_certificate_of_another_name_is_no_replica(tmp_path: Path) -> No
 
 
 def refused(envoy: Proxy) -> int:
-    """How many certificates Envoy refused for their names."""
+    """Return the number of certificates that Envoy refused for their names."""
     return envoy.counter("ssl.fail_verify_san")
 
 

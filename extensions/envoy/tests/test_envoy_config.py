@@ -25,12 +25,12 @@ from tests.support.waiting import BOUND_S
 
 LISTEN = ("--listen-grpc", "127.0.0.1:7001", "--listen-http", "127.0.0.1:7002")
 KEPT_S = 65
-"""How long a replica keeps an unused connection of its HTTP door."""
+"""Seconds that a replica keeps an unused HTTP connection."""
 
 
 @cache
 def printed(*words: str) -> str:
-    """What the command prints."""
+    """Return the output of the command."""
     result = CliRunner().invoke(app, ["envoy", *words])
     assert result.exit_code == 0, result.output
     return result.stdout
@@ -127,7 +127,7 @@ def test_what_is_retried_had_no_token() -> None:
 
 
 def test_a_proxy_leaves_a_replica_that_drains_alone() -> None:
-    """Whatever a replica answers is a sign of life; without one its connections close within 20 s."""
+    """Any answer of a replica is a sign of life; without one its connections close within 20 s."""
     [proxied] = [
         each
         for each in configured("10.0.0.4")["static_resources"]["clusters"]
@@ -141,7 +141,7 @@ def test_a_proxy_leaves_a_replica_that_drains_alone() -> None:
 
 
 def test_its_admin_page_is_on_loopback() -> None:
-    """Wherever Envoy listens, nobody else may change it."""
+    """Nobody else may change Envoy's configuration, on whatever addresses it listens."""
     config = configured(
         "10.0.0.4", "--listen-grpc", "0.0.0.0:1", "--listen-http", "[::]:2", "--admin-port", "3"
     )
@@ -149,7 +149,7 @@ def test_its_admin_page_is_on_loopback() -> None:
 
 
 def test_a_replica_has_one_place_on_both_rings() -> None:
-    """Replicas have the same key at both doors; of a name that stands for several there are only addresses."""
+    """Replicas have the same key for both APIs; a name that stands for several has addresses alone."""
     rings = configured("10.0.0.4", "[::1]:5:6")["static_resources"]["clusters"][:3]
     keys = [list(values(cluster, "hash_key")) for cluster in rings]
     assert keys == [["10.0.0.4:50052", "::1:5"]] * 3

@@ -74,7 +74,7 @@ def fleet(started: Fleet) -> Fleet:
 
 
 def _ask(envoy: Proxy, number: int) -> None:
-    """Ask a model at one door or the other."""
+    """Ask a model over one API or the other."""
     model = MODELS[number // 2 % 4]
     if number % 2:
         body = {"model": model, "prompt": "HELLO", "max_tokens": 16, "ignore_eos": True}
@@ -95,7 +95,7 @@ def _stream(envoy: Proxy, number: int) -> int:
 
 @pytest.mark.parametrize(("calls", "streams"), [FEW, pytest.param(*MANY, marks=pytest.mark.sweep)])
 def test_no_request_fails_when_a_replica_stops(fleet: Fleet, calls: int, streams: int) -> None:
-    """One SIGTERM among calls of both doors and open streams: none fails, and the replica ends with 0."""
+    """One SIGTERM among calls of both APIs and open streams: none fails, and the replica ends with 0."""
     leaving = fleet.victim()
     with ThreadPoolExecutor(12) as pool:
         long = [pool.submit(_stream, fleet.proxy, number) for number in range(streams)]
@@ -115,7 +115,10 @@ def test_no_request_fails_when_a_replica_stops(fleet: Fleet, calls: int, streams
 
 @pytest.mark.parametrize("calls", [8, pytest.param(100, marks=pytest.mark.sweep)])
 def test_a_replica_that_is_killed_takes_only_what_it_had_begun(fleet: Fleet, calls: int) -> None:
-    """SIGKILL: what had no token is answered elsewhere, at both doors; a stream with tokens is UNAVAILABLE."""
+    """SIGKILL: a request without a token is answered elsewhere, over both APIs.
+
+    A stream with tokens is UNAVAILABLE.
+    """
     dying = fleet.victim()
     with Client(fleet.proxy.grpc) as client, ThreadPoolExecutor(calls) as pool:
         begun = client.generate("all", "HELLO", max_tokens=240, n=32, ignore_eos=True, timeout_s=BOUND_S)
@@ -124,7 +127,7 @@ def test_a_replica_that_is_killed_takes_only_what_it_had_begun(fleet: Fleet, cal
         waiting: list[Future[None]] = [pool.submit(_ask, fleet.proxy, number) for number in range(calls)]
 
         def held_there() -> bool:
-            """Whether every request has ended, or is at the replica that dies."""
+            """Return True if every request has ended, or is at the replica that dies."""
             return dying.load() - 1 + sum(future.done() for future in waiting) == calls
 
         wait_until(held_there, "answers of the other replicas", dying.load)
@@ -142,7 +145,10 @@ def test_a_replica_that_is_killed_takes_only_what_it_had_begun(fleet: Fleet, cal
 
 @pytest.mark.sweep
 def test_a_replica_that_stands_still_is_left(fleet: Fleet) -> None:
-    """SIGSTOP, as of a machine that is gone: what waits there is answered elsewhere, at both doors."""
+    """SIGSTOP, as of a machine that is gone.
+
+    Requests that wait there are answered elsewhere, over both APIs.
+    """
     still = fleet.victim()
     with Client(fleet.proxy.grpc) as client, ThreadPoolExecutor(16) as pool:
         begun = client.generate("all", "HELLO", max_tokens=240, n=32, ignore_eos=True, timeout_s=BOUND_S)

@@ -94,7 +94,7 @@ def _targets(given: argparse.Namespace) -> list[RunTarget]:
 
 
 def _start(given: argparse.Namespace) -> None:
-    """Open Ray's doors, where they are not open already: then they stay as they are."""
+    """Open Ray's proxies, where they are not open already: then they stay as they are."""
     host, _, port = given.http.rpartition(":")
     serve.start(
         proxy_location="EveryNode",
@@ -119,7 +119,7 @@ def _parser() -> argparse.ArgumentParser:
     second.add_argument("--options", type=json.loads, help="`loramux_ray.app.Options`, as JSON")
     for each in (first, second):
         each.add_argument(
-            "--grpc", required=True, help="HOST:PORT of Ray's gRPC doors; the host is Ray's choice"
+            "--grpc", required=True, help="HOST:PORT of Ray's gRPC proxies; the host is Ray's choice"
         )
         each.add_argument("--http", required=True, help="HOST:PORT of Ray's HTTP doors")
     return parser

@@ -19,11 +19,11 @@ from loramux_shared.settings import BuilderSettings, load_settings
 
 ROUTER: Final = "loramux_ray.routing.AffineRouter"
 MARGIN_S: Final = 5.0
-"""Beside the time that requests may take to end: for a replica to end itself."""
+"""Seconds for a replica to end itself, beside the time that requests may take to end."""
 
 
 class Options(BaseModel):
-    """What a config file gives as `args`; all else of a deployment can be said there in Serve's own words."""
+    """The `args` of a config file; Serve's own fields have all else of a deployment."""
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
@@ -36,14 +36,14 @@ class Options(BaseModel):
     target_sequences: float = Field(default=32, gt=0)
     """Sequences that run or wait, for each replica, beyond which there is to be one more."""
     max_requests: int = Field(default=1024, ge=1)
-    """Requests that one replica may have; others wait in Ray's doors."""
+    """Requests that one replica may have; others wait in Ray's proxies."""
     num_cpus: float = Field(default=1, ge=0)
     num_gpus: float = Field(default=0, ge=0)
-    """Of each replica of the engine."""
+    """GPUs of each replica of the engine."""
     placement_group_bundles: list[dict[str, float]] | None = None
     """Resources of a replica in several parts, the first of which is its process; in place of the two above."""
     doors: int = Field(default=1, ge=1)
-    """Processes that read HTTP requests for Ray's doors; one for each node keeps them near."""
+    """Processes that read HTTP requests for Ray's proxies; one for each node keeps them near."""
 
 
 def build(args: dict[str, Any]) -> Application:

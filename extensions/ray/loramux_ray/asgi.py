@@ -1,4 +1,4 @@
-"""An HTTP request that a door handed on, answered by the application of a replica."""
+"""An HTTP request that a proxy handed on, answered by the application of a replica."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""gRPC's services inside a replica: what Ray's doors hand on passes what it would pass in our server."""
+"""The gRPC services inside a replica.
+
+A call that Ray's proxies hand on passes what it would pass in our server.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +49,7 @@ class Bridge:
     def __init__(
         self, register: Sequence[Register], guard: Guard, tracing: DoorSpans | None, *, insecure: bool
     ) -> None:
-        """Where nobody has to show a key, only this machine is answered, unless insecure is set."""
+        """Answer this machine alone where no key is required, unless `insecure` is set."""
         self._handlers = Handlers(register).found
         self._calls = CallInterceptor(tracing)
         self._admission = AdmissionInterceptor(guard.keyring) if guard.keyring is not None else None

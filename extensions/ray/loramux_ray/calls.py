@@ -1,4 +1,4 @@
-"""What goes from a door to a replica, and what comes back."""
+"""The messages between a proxy and a replica."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class RpcCall:
     peer: str
     """The host that it comes from."""
     upload: str = ""
-    """Where messages follow: the name by which they do."""
+    """Name by which messages follow, where they do."""
 
 
 @dataclass(frozen=True)

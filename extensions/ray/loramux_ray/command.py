@@ -118,8 +118,8 @@ def deploy(
 ) -> None:
     """Build a file, and serve it on a Ray cluster that runs.
 
-    Its nodes have loramux[ray], and LORAMUX_ variables for keys and the rest.
-    Where Ray's doors are open already, --http and --grpc only say where.
+    Its nodes have loramux[ray], and LORAMUX_ variables for keys and the rest. Where Ray's proxies run already,
+    --http and --grpc only say where.
 
     Example: loramux ray deploy deployment.yaml --store s3://bucket/prefix
     """

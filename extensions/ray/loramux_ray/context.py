@@ -22,7 +22,7 @@ class CallContext:
         self.method = call.method
         self.invocation_metadata = Details(call.metadata)
         self._told: asyncio.Queue[bytes | End | None] = asyncio.Queue()
-        """What the answer has so far; None ends it."""
+        """Parts of the answer so far; None ends it."""
         self._requests = uploads or _one(call.request)
         self._deadline_s = None if call.timeout_s is None else time.monotonic() + call.timeout_s
         self._trailing: Metadata = ()
@@ -73,7 +73,7 @@ class CallContext:
         return None if self._deadline_s is None else max(0.0, self._deadline_s - time.monotonic())
 
     def cancelled(self) -> bool:
-        """False: a call that is cancelled ends here, whoever asks."""
+        """Return False: a call that is cancelled ends here."""
         return False
 
 

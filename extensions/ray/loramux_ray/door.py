@@ -1,4 +1,4 @@
-"""OpenAI's API behind Ray's HTTP doors: reads the model, and hands the request to a replica for it."""
+"""The HTTP APIs behind Ray's HTTP proxies: reads the model, and hands the request to a replica for it."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from loramux_shared.routes import ROUTES
 from loramux_shared.rpc.options import MAX_REQUEST_BYTES
 
 RETRIED: Final = frozenset(route.path for route in ROUTES if route.method == "POST" and route.repeatable)
-"""What may be asked twice, beside everything that only reads."""
+"""Routes that may be retried, beside everything that only reads."""
 REQUEST_ID: Final = b"x-request-id"
 SCOPE: Final = ("type", "http_version", "method", "scheme", "headers", "query_string", "server", "asgi")
 
 
 class Door:
-    """The application that Ray's HTTP doors call, where they do not hand on themselves (`http_proxies`)."""
+    """The application that Ray's HTTP proxies call, where they do not hand on themselves (`http_proxies`)."""
 
     def __init__(self, _engine: object) -> None:
         """Hand on to the engine of the same application; the argument lets Ray deploy both together."""
@@ -49,7 +49,10 @@ class Forwarded(Response):
         self._without = without
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Hand the request on, and the answer back; what fails on the way is told as our own door tells it."""
+        """Hand the request on, and the answer back.
+
+        A failure on the way is reported as our own server reports it.
+        """
         sent = _Sent(send, self._without)
         try:
             await self._forward(scope, receive, sent)
@@ -76,7 +79,7 @@ async def _send(parts: AsyncGenerator[Messages], sent: _Sent) -> None:
 
 
 class _Sent:
-    """What a client was sent of an answer."""
+    """The part of an answer that a client was sent."""
 
     def __init__(self, send: Send, without: bytes) -> None:
         self._send = send

@@ -28,7 +28,10 @@ log = structlog.get_logger()
 
 
 class Engine:
-    """Loads when Ray makes it; ends its process when it can compute no more, and Ray makes another."""
+    """The engine: loads when Ray makes it.
+
+    Ends its process when it can no longer compute, and Ray makes another.
+    """
 
     async def __init__(self, values: Mapping[str, Any]) -> None:  # type: ignore[misc]  # Ray awaits it
         """Load what settings name; those that are not given come from the node's environment.

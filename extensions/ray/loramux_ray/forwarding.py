@@ -1,4 +1,7 @@
-"""From a door to a replica: which one, again while nothing was told, and Ray's errors as faults of ours."""
+"""Forwarding from a proxy to a replica.
+
+Its choice, retries before a first token, and Ray's errors as faults.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,7 @@ FAILED: Final = "loramux failed inside; the server's log has the details. Please
 
 
 class Forwarder:
-    """The replicas of one deployment, as a door sees them."""
+    """The replicas of one deployment, as a proxy sees them."""
 
     def __init__(self, deployment: str, app: str) -> None:
         self._deployment = deployment

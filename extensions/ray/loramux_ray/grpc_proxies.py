@@ -1,9 +1,9 @@
-"""Our gRPC services in Ray's own gRPC doors, in place of its handlers for them.
+"""Our gRPC services in Ray's own gRPC proxies, in place of its handlers for them.
 
-Ray's handlers know no deadline, tell no details of a status, and put stack traces into INTERNAL. Its door calls
-`add_services` with its server, which is one of grpc.aio; ours are added past the override that would make them
-Ray's. They are counted where Ray counts its own, so that a door that drains waits for them. Both are no public
-interface of Ray, which is why its version is bounded.
+Ray's handlers know no deadline, send no details of a status, and put stack traces into INTERNAL. Its proxy
+calls `add_services` with its server, which is one of grpc.aio; ours are added past the override that would make
+them Ray's. They are counted where Ray counts its own, so that a proxy that drains waits for them. Both are no
+public interface of Ray, which is why its version is bounded.
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ RETRIED: Final = f"/{INFERENCE_SERVICE}/"
 
 
 def add_services(_servicer: object, server: Any) -> None:
-    """Add our services to the server of a door of Ray's; the first argument of Ray's stands for nothing."""
+    """Add our services to the server of a proxy of Ray's; the first argument of Ray's stands for nothing."""
     doors = Doors(server.service_handler_factory.__self__)
     PlainServer.add_generic_rpc_handlers(server, (doors,))
 
 
 class Doors(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no types here
-    """The services of one door."""
+    """The services of one proxy."""
 
     def __init__(self, proxy: Any) -> None:
-        """Stand in a door of Ray's, which counts calls and knows whether it drains."""
+        """Stand in a proxy of Ray's, which counts calls and knows whether it drains."""
         self._proxy = proxy
         self._calls = CallInterceptor()
         self._engines: dict[str, Forwarder] = {}
@@ -139,7 +139,7 @@ class Doors(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no types 
 
 @contextmanager
 def counted(proxy: Any) -> Iterator[None]:
-    """Count a call as one that a door of Ray's waits for before it ends."""
+    """Count a call as one that a proxy of Ray's waits for before it ends."""
     proxy._ongoing_requests_start()
     try:
         yield

@@ -1,4 +1,4 @@
-"""``grpc.health.v1`` in Ray's gRPC doors, which have none of their own."""
+"""The service ``grpc.health.v1`` in Ray's gRPC proxies, which have none of their own."""
 
 from __future__ import annotations
 
@@ -30,10 +30,13 @@ STATUS: Final = pb.HealthCheckResponse
 
 
 class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # grpc has no types here
-    """SERVING while Ray's controller knows a replica that runs, and the door does not drain."""
+    """Health of a proxy.
+
+    SERVING while Ray's controller knows a replica that runs, and the proxy does not drain.
+    """
 
     def __init__(self, open_: Callable[[], bool]) -> None:
-        """open_ says whether the door takes new calls."""
+        """Take a function that returns whether the proxy takes new calls."""
         self._open = open_
         self._looked_s = 0.0
         self._running: frozenset[tuple[str, str]] = frozenset()

@@ -1,8 +1,8 @@
-"""OpenAI's API in Ray's own HTTP doors: they hand on to the replicas, and need no `Door` on the way.
+"""The HTTP APIs in Ray's own HTTP proxies: they hand on to the replicas, and need no `Door` on the way.
 
-A node's variable makes its door call `middlewares` (`names.MIDDLEWARES`). Without it, Ray's door calls a
+A node's variable makes its proxy call `middlewares` (`names.MIDDLEWARES`). Without it, Ray's proxy calls a
 `Door`: one more process that every token passes, and that takes with it what it hands on when its node ends.
-Which application a path belongs to is what Ray's door knows; that is no public interface of Ray.
+Ray's proxy knows the application of a path; that is no public interface of Ray.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from loramux_ray.names import DOOR, ENGINE
 
 
 def middlewares() -> list[Middleware]:
-    """Return what Ray's HTTP door is to put before its own application."""
+    """Return the middlewares that Ray's HTTP proxy puts before its own application."""
     return [Middleware(HandOn)]
 
 

@@ -1,4 +1,4 @@
-"""What Ray calls our parts, and where its doors find them."""
+"""Names of our parts in Ray, and the variables by which its proxies find them."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ ENGINE: Final = "Engine"
 BUILDER: Final = "Builder"
 DOOR: Final = "Door"
 SERVICERS: Final = "loramux_ray.grpc_proxies.add_services"
-"""What Ray's gRPC doors are to call: `grpc_servicer_functions` of Serve's options."""
+"""The function that Ray's gRPC proxies call: `grpc_servicer_functions` of Serve's options."""
 MODEL: Final = MODEL_HEADER
 """The header, or metadata, by which a request is routed where its body or message does not name a model."""
 MIDDLEWARES: Final = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "loramux_ray.http_proxies.middlewares"}
-"""The variable of a node by which Ray's HTTP doors are to hand on to replicas themselves."""
+"""The variable of a node by which Ray's HTTP proxies hand on to replicas themselves."""
 
 
 def key_of(model: str, base: str) -> str:

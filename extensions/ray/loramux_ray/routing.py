@@ -1,6 +1,6 @@
-"""Which replica gets a request: the rule of our own client (`loramux.placement`), in Ray's terms.
+"""The choice of a replica for a request: the rule of our own client (`loramux.placement`), in Ray's terms.
 
-Every door of Ray's orders the replicas of a model alike without being told, so an adapter is loaded where its
+Every proxy orders the replicas of a model alike without coordination, so an adapter is loaded where its
 requests go, and a replica that comes or goes moves those models alone that it gets or had.
 """
 
@@ -20,7 +20,7 @@ class AffineRouter(RequestRouter):
     def initialize_state(self, **_: Any) -> None:
         """Know nothing yet of how much models are asked for."""
         self._popularity = Popularity()
-        self._spot = random.random()  # noqa: S311 - spreads doors, guards nothing
+        self._spot = random.random()  # noqa: S311 - spreads proxies, guards nothing
 
     async def choose_replicas(
         self,

@@ -1,4 +1,4 @@
-"""How many replicas there are to be: as many as hold all sequences, those that wait included."""
+"""Scaling of the replicas: as many as hold all sequences, those that wait included."""
 
 from __future__ import annotations
 

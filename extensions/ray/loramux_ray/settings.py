@@ -1,4 +1,4 @@
-"""Settings of the engine under Ray, where Ray's are the doors."""
+"""Settings of the engine under Ray, whose proxies are the servers."""
 
 from __future__ import annotations
 
@@ -9,14 +9,17 @@ from loramux_shared.faults import SettingsInvalid
 from loramux_shared.settings import InferenceSettings, load_settings, variable
 
 ADDRESSES: Final = ("grpc", "http")
-"""Ray is told where its doors listen; variables of these on a node may be there for another service."""
+"""Settings that name addresses, which Ray has.
+
+Variables of these on a node may be there for another service.
+"""
 
 
 def engine_settings(values: Mapping[str, Any]) -> InferenceSettings:
     """Return settings from values by name, and the environment where those say nothing.
 
     Raises:
-        SettingsInvalid: one is unknown, wrong, or of doors that Ray does not have.
+        SettingsInvalid: one is unknown, wrong, or of a server that Ray does not have.
     """
     settings = load_settings(InferenceSettings, **values)
     wrong = [

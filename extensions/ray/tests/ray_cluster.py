@@ -1,4 +1,4 @@
-"""A Ray cluster on this machine, with Serve's doors and our applications."""
+"""A Ray cluster on this machine, with Serve's proxies and our applications."""
 
 from __future__ import annotations
 
@@ -65,12 +65,12 @@ ENVIRONMENT: Final = {
     "RAY_health_check_timeout_ms": "60000",
 }
 LOGS: Final = bool(os.environ.get("RAY_FLEET_LOG"))
-"""Whether what Ray's processes print is shown."""
+"""True if the output of Ray's processes is shown."""
 
 
 @contextmanager
 def _patient() -> Iterator[None]:
-    """Bound by ``BOUND_S`` those waits of Ray's for nodes and doors that no variable bounds."""
+    """Bound by ``BOUND_S`` those waits of Ray's for nodes and proxies that no variable bounds."""
     get_node = services.get_node
 
     def node(*given: Any) -> Any:
@@ -89,7 +89,7 @@ def _patient() -> Iterator[None]:
 
 
 class RayFleet:
-    """A node with the doors, and others beside it."""
+    """A node with the proxies, and others beside it."""
 
     def __init__(self, nodes: int = 1, **variables: str) -> None:
         """Start it; variables are those of the nodes, an empty one for none."""
@@ -132,12 +132,12 @@ class RayFleet:
 
     @property
     def rpc(self) -> str:
-        """Where gRPC is."""
+        """Return the gRPC address."""
         return f"127.0.0.1:{self.grpc}"
 
     @property
     def url(self) -> str:
-        """Where HTTP is."""
+        """Return the HTTP address."""
         return f"http://127.0.0.1:{self.http}"
 
     def run(
@@ -150,12 +150,14 @@ class RayFleet:
         serve.run_many(targets)
 
     def running(self) -> int:
-        """How many replicas of the engine run."""
+        """Return the number of running replicas of the engine."""
         states = serve.status().applications[APP].deployments[ENGINE].replica_states
         return sum(count for state, count in states.items() if state == "RUNNING")
 
     def ask(self, question: Callable[[Any], Any]) -> list[Any]:
-        """What a function, not one of a module, returns in the process of each replica, given its `Engine`."""
+        """Return the results of a function, not one of a module, in the process of each replica, given its
+        `Engine`.
+        """
 
         def within(actor: Any) -> Any:
             engine = actor._replica_impl._user_callable_wrapper._callable
@@ -190,7 +192,7 @@ def ray_world(root: Path) -> World:
 
 
 def settings_of(world: World) -> dict[str, Any]:
-    """What a replica is told."""
+    """Return the settings of a replica."""
     return {
         "deployment": "tiny",
         "store": f"file://{world.root}/store",

@@ -69,13 +69,13 @@ def in_work(engine: Any) -> int:
 
 @pytest.fixture
 def client(fleet: RayFleet) -> Iterator[Client]:
-    """A client of ours at Ray's door."""
+    """A client of ours at Ray's proxy."""
     with Client(fleet.rpc, fleet.rpc, timeout_s=BOUND_S) as opened:
         yield opened
 
 
 def together(events: list[Event]) -> list[object]:
-    """What an answer says, whenever it came; deltas are cut where time cuts them."""
+    """Return the content of an answer, whatever its timing; deltas are cut where time cuts them."""
     deltas = [event for event in events if isinstance(event, Delta)]
     return [
         "".join(each.text for each in deltas),
@@ -92,7 +92,9 @@ def said(body: dict[str, Any]) -> dict[str, Any]:
 
 
 def agree(one: Any, other: Any) -> bool:
-    """Whether two answers are the same but for the last digits of scores: rows round by what is beside them.
+    """Return True if answers are equal but for the last digits of scores.
+
+    Rows round by the batch's composition.
 
     How many rows of a prompt a step has depends on the time that earlier steps took.
     """
@@ -117,7 +119,7 @@ class Single:
 
 @pytest_asyncio.fixture
 async def single(world: World) -> Any:
-    """A service beside Ray's, with our own doors."""
+    """A service beside Ray's, with our own servers."""
     ready = world.load(open_store(f"file://{world.root}/store"), backend="torch", native=False, threads=1)
     server = RpcServer("127.0.0.1:0", {SERVICE_NAME: partial(register, InferenceServicer(ready.service))})
     http = HttpServer("127.0.0.1:0", ready.service)
@@ -132,7 +134,7 @@ async def single(world: World) -> Any:
 
 
 async def test_answers_equal_those_of_a_single_service(fleet: RayFleet, single: Single) -> None:
-    """Through both of Ray's doors, streamed or not, the base and adapters say what one process says."""
+    """The base and adapters answer through both of Ray's proxies as one process does, streamed or not."""
 
     async def events(address: str, model: str) -> list[object]:
         async with AsyncClient(address, timeout_s=BOUND_S) as opened:
@@ -168,7 +170,7 @@ def text_of(response: httpx.Response) -> tuple[str, str]:
 
 
 def test_what_is_refused_has_its_reason_and_no_stack_trace(fleet: RayFleet, client: Client) -> None:
-    """A refusal is the one of our own doors, with its details, whichever door of Ray's tells it."""
+    """A refusal is the one of our own servers, with its details, whichever proxy of Ray's sends it."""
     with pytest.raises(ModelNotFound, match="Served: base, a0"):
         client.complete("nobody", PROMPT)
     with pytest.raises(RequestInvalid) as caught:
@@ -192,7 +194,7 @@ def test_what_is_refused_has_its_reason_and_no_stack_trace(fleet: RayFleet, clie
 
 
 def test_health_is_told_as_our_own_doors_tell_it(fleet: RayFleet) -> None:
-    """grpc.health.v1 knows our services at Ray's door, and only those; HTTP has /health."""
+    """Ray's proxy has our services in grpc.health.v1, and only those; HTTP has /health."""
     with grpc.insecure_channel(fleet.rpc) as channel:
         stub = health_pb2_grpc.HealthStub(channel)
         for name in ("", "loramux.inference.v1.InferenceService", "loramux.builder.v1.BuilderService"):
@@ -205,7 +207,7 @@ def test_health_is_told_as_our_own_doors_tell_it(fleet: RayFleet) -> None:
 
 
 def test_a_model_is_answered_where_its_adapter_is(fleet: RayFleet, client: Client) -> None:
-    """Each of eight adapters is answered by one or two of three replicas, at both doors; the base by all."""
+    """Each of eight adapters is answered by one or two of three replicas, over both APIs; the base by all."""
 
     def by_model(engine: Any) -> dict[str, int]:
         lines = engine._replica.ready.service.metrics.render().decode().splitlines()
@@ -229,7 +231,7 @@ def test_a_model_is_answered_where_its_adapter_is(fleet: RayFleet, client: Clien
 
 
 def switched(fleet: RayFleet, path: str, *, paused: bool) -> None:
-    """Pause every replica, or resume it, at Ray's door: by keys, until one has led to each."""
+    """Pause every replica, or resume it, through Ray's proxy: by keys, until one has led to each."""
     keys = count()
 
     def all_are() -> bool:
@@ -241,12 +243,15 @@ def switched(fleet: RayFleet, path: str, *, paused: bool) -> None:
 
 
 def test_a_killed_replica_takes_with_it_what_had_begun(fleet: RayFleet, client: Client) -> None:
-    """What had no token yet is answered by another replica; what had is told UNAVAILABLE and when to retry."""
+    """A request without a token is answered by another replica.
+
+    One with tokens is UNAVAILABLE, with a delay.
+    """
     expected = {name: client.complete(name, PROMPT, **ASKED).text for name in NAMES}
     begun: dict[str, Generator[Event, None, None]] = {}
 
     def held() -> list[tuple[int, int]]:
-        """What replicas that stand still have of streams that began, unless all of them ended before."""
+        """Return the streams that began at replicas that stand still, unless all of them ended before."""
         switched(fleet, "/resume", paused=False)
         for name in NAMES:
             begun[name] = client.generate(name, PROMPT, max_tokens=200, ignore_eos=True, n=8, timeout_s=BOUND_S)
@@ -279,7 +284,7 @@ def test_a_killed_replica_takes_with_it_what_had_begun(fleet: RayFleet, client: 
 
 
 def end_of(events: Generator[Event, None, None]) -> str:
-    """How a stream ends."""
+    """Return the end of a stream."""
     try:
         list(events)
     except ReplicaFailed as fault:
@@ -288,7 +293,9 @@ def end_of(events: Generator[Event, None, None]) -> str:
 
 
 def test_a_generation_comes_while_it_is_served(fleet: RayFleet, client: Client, world: World) -> None:
-    """An adapter that is pushed to the builder at Ray's door is served by every replica, without a deploy."""
+    """An adapter that is pushed to the builder through Ray's proxy is served by every replica, without a
+    deploy.
+    """
     stop, failures = threading.Event(), []
 
     def traffic() -> None:

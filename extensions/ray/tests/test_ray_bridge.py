@@ -1,4 +1,4 @@
-"""A replica as Ray's doors call it, without Ray: keys, the first part, statuses."""
+"""A replica as Ray's proxies call it, without Ray: keys, the first part, statuses."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ async def test_a_refusal_is_the_one_of_our_door(service: Service) -> None:
 
 
 async def test_keys_and_their_scopes_hold(service: Service) -> None:
-    """With keys a call needs one that may do it; with one it may come from anywhere."""
+    """A call needs a key with its scope where there are keys; with one it may come from anywhere."""
     sha = digest(KEY).hex()
     line = KeyEntry(id="one", sha256=sha, scopes=(Scope.INFER,), models=("wide",)).line()
     bridge = bridge_of(service, Guard(Keyring(None, line)))
@@ -103,7 +103,7 @@ async def test_keys_and_their_scopes_hold(service: Service) -> None:
 
 
 async def test_without_keys_other_machines_are_refused(service: Service) -> None:
-    """Where nobody has to show a key, both doors answer this machine alone, unless that is said otherwise."""
+    """Both APIs answer this machine alone where no key is required, unless the settings allow others."""
     assert reason_of((await call(bridge_of(service), peer="10.0.0.7"))[0]) == "PERMISSION_DENIED"
     assert isinstance((await call(bridge_of(service, insecure=True), peer="10.0.0.7"))[0], list)
     app = create_app(service.ready.service)
@@ -116,7 +116,7 @@ async def test_without_keys_other_machines_are_refused(service: Service) -> None
 
 
 async def test_a_call_that_is_let_go_is_freed(service: Service) -> None:
-    """When a door closes a call, its sequence leaves the engine."""
+    """When a proxy closes a call, its sequence leaves the engine."""
     request = pb.GenerateRequest(
         model="base", token_ids=pb.TokenIds(ids=PROMPT), sampling=pb.SamplingParams(max_tokens=200)
     )

@@ -1,4 +1,4 @@
-"""What Ray's part decides without a cluster: where requests go, how many replicas there are, who is let in."""
+"""The decisions of Ray's part without a cluster: routing, the number of replicas, access."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_requests_of_an_adapter_have_its_name_as_key_however_it_is_written():
 
 
 def tried(model: str, loads: dict[str, int]) -> list[list[str]]:
-    """The replicas in the order in which a door of Ray's tries them."""
+    """Return the replicas in the order in which a proxy of Ray's tries them."""
     router = AffineRouter.__new__(AffineRouter)
     router.initialize_state()
     router._replica_queue_len_cache = loads  # type: ignore[assignment]
@@ -55,7 +55,7 @@ class Name(str):
 
 
 def test_a_model_has_a_replica_at_every_door_while_that_has_room():
-    """Doors that know nothing of each other send a model to the same one, while it has no more to do."""
+    """Proxies that know nothing of each other send a model to the same replica, while it has no more load."""
     idle = {"r1": 0, "r2": 0, "r3": 0}
     homes = [tried(f"a{index}", idle) for index in range(60)]
     assert homes == [tried(f"a{index}", dict(reversed(idle.items()))) for index in range(60)]
@@ -98,7 +98,7 @@ def test_there_are_as_many_replicas_as_hold_what_runs_and_waits():
     ],
 )
 def test_without_keys_only_this_machine_is_answered(peer, host, let_in):
-    """Ray's gRPC doors listen everywhere, so where a call comes from decides."""
+    """Ray's gRPC proxies listen on all addresses, so the origin of a call decides."""
     assert host_of(peer) == host
     if let_in:
         require_local(host)
@@ -120,7 +120,7 @@ def test_without_keys_only_this_machine_is_answered(peer, host, let_in):
     ],
 )
 def test_options_and_settings_that_nobody_knows_stop_a_deploy(args, said):
-    """What is misspelt, or is of doors that Ray does not have, is named before anything starts."""
+    """An option that is misspelt, or of a server that Ray does not have, is named before anything starts."""
     with pytest.raises(SettingsInvalid, match=said):
         build(args)
 

@@ -41,7 +41,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 
 class Traffic:
-    """Requests at both doors, one after the other in each of some threads, and how they ended."""
+    """Requests over both APIs, one after the other in each of some threads, and how they ended."""
 
     def __init__(self, fleet: RayFleet, threads: int = 6) -> None:
         self.ends: Counter[str] = Counter()
@@ -139,7 +139,7 @@ def gone(pid: int) -> bool:
 
 
 def test_replicas_follow_what_runs_and_waits(world: World) -> None:
-    """By Serve's config file one replica becomes two under two requests for many answers, then one again."""
+    """One replica becomes two under two requests for many answers, then one again, by Serve's config file."""
     config = yaml.safe_load((ROOT / "deploy/ray/serve.yaml").read_text())
     app = next(each for each in config["applications"] if each["name"] == APP)
     app["args"] |= {"settings": settings_of(world), "max_replicas": 2, "num_cpus": 1, "num_gpus": 0}
@@ -153,7 +153,7 @@ def test_replicas_follow_what_runs_and_waits(world: World) -> None:
         "policy": {"policy_function": "loramux_ray.scaling:by_sequences"},
     }
     app["deployments"] = [{"name": "Engine", "autoscaling_config": scaling}]
-    # Without the variable, a `Door` hands on what HTTP brings.
+    # Without the variable, a `Door` hands on HTTP requests.
     fleet = RayFleet(**dict.fromkeys(MIDDLEWARES, ""))
     try:
         _get_global_client().deploy_apps(ServeDeploySchema(applications=[app]), _blocking=True)
@@ -185,7 +185,7 @@ def test_replicas_follow_what_runs_and_waits(world: World) -> None:
 
 
 def test_a_cluster_to_try_is_one_command(world: World, tmp_path: Path) -> None:
-    """`loramux ray up` builds and serves at both doors, takes an adapter while it does, and leaves nothing."""
+    """`loramux ray up` builds and serves over both APIs, takes an adapter while it does, and leaves nothing."""
     file = tmp_path / "deployment.yaml"
     adapters = {name: {"source": "LOCAL", "repo": str(world.adapters[name])} for name in NAMES[:2]}
     base = {"source": "LOCAL", "repo": str(world.base)}

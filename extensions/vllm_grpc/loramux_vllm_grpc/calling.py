@@ -1,4 +1,4 @@
-"""What a call says beside its message: deadline, and metadata."""
+"""The parts of a call beside its message: deadline, and metadata."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""The door that the gateway SMG speaks to: ``vllm.grpc.engine.VllmEngine``.
+"""The service that the gateway SMG speaks to: ``vllm.grpc.engine.VllmEngine``.
 
-Its messages have no field for a model, so a door stands for one: for the base, or for what it was opened with.
+Its messages have no field for a model, so a port stands for one: for the base, or for the model that it was
+opened with.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""From events to messages of ``vllm.grpc.engine``."""
+"""The map from events to messages of ``vllm.grpc.engine``."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Telling:
         self._prompt: tuple[Token, ...] = ()
         self._n = request.n
         self._said: dict[int, list[Token]] = {0: []}
-        """Of the answers that are not complete; before the request is accepted, n is only a number."""
+        """Tokens of the answers that are not complete; before the request is accepted, n is only a number."""
 
     def messages(self, event: Event) -> Iterator[pb.GenerateResponse]:
         """Return what an event says.

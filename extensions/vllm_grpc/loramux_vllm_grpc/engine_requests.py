@@ -1,4 +1,4 @@
-"""From messages of ``vllm.grpc.engine`` to requests."""
+"""The map from messages of ``vllm.grpc.engine`` to requests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""vLLM's own door to answers: ``vllm.Inference``."""
+"""vLLM's own service for answers: ``vllm.Inference``."""
 
 from __future__ import annotations
 

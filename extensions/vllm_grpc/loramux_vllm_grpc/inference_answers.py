@@ -1,4 +1,4 @@
-"""From events to messages of ``vllm.Inference``."""
+"""The map from events to messages of ``vllm.Inference``."""
 
 from __future__ import annotations
 

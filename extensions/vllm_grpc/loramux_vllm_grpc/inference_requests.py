@@ -1,4 +1,4 @@
-"""From messages of ``vllm.Inference`` to requests."""
+"""The map from messages of ``vllm.Inference`` to requests."""
 
 from __future__ import annotations
 

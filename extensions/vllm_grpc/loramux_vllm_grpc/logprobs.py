@@ -1,4 +1,4 @@
-"""How many log probabilities fit into one message."""
+"""The number of log probabilities that fit into one message."""
 
 from __future__ import annotations
 

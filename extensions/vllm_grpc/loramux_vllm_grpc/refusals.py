@@ -1,4 +1,4 @@
-"""What of others' messages is not served, by name."""
+"""Fields of others' messages that are not served, by name."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from loramux_shared.near import MAX_FINDINGS
 SHOWN: Final = 8
 """Findings that a message spells out."""
 Method = Callable[..., Awaitable[Any]]
-"""Of a servicer."""
+"""A method of a servicer."""
 
 
 def refused(name: str, why: str) -> Method:

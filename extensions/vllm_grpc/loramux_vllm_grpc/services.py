@@ -45,7 +45,7 @@ class VllmServices:
         self._archives = Archives(service.base_files)
 
     def of_all_models(self, healthy: Callable[[], bool]) -> Services:
-        """Return the services of the replica's own door."""
+        """Return the services of the replica's own port."""
         inferring = VllmInferenceServicer(self._service, self._running)
         return {
             **self.of_model("", healthy),
@@ -53,7 +53,7 @@ class VllmServices:
         }
 
     def of_model(self, model: str, healthy: Callable[[], bool]) -> Services:
-        """Return the services of a door that stands for one model."""
+        """Return the services of a port that stands for one model."""
         servicer = VllmEngineServicer(
             self._service, self._running, self._archives, healthy, dtype=self._adapters.facts.dtype, model=model
         )

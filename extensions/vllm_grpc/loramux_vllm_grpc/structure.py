@@ -1,4 +1,4 @@
-"""What an answer is to look like, as vLLM's messages say it."""
+"""The constraint of an answer in vLLM's messages."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ KINDS: Final[dict[str, Kind]] = {
     "regex": "regex",
     "grammar": "gbnf",
 }
-"""By the field that holds the text."""
+"""Kinds by the field that holds the text."""
 
 
 def constraint_of(kind: str | None, value: Any, path: str) -> Constraint | None:

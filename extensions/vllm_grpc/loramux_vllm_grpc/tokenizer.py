@@ -22,7 +22,7 @@ TEMPLATE: Final = "chat_template.jinja"
 CONFIG: Final = "tokenizer_config.json"
 TOKENIZER: Final = "tokenizer.json"
 EPOCH: Final = (1980, 1, 1, 0, 0, 0)
-"""Of every file: equal tokenizers have equal archives, on every replica."""
+"""Date of every file: equal tokenizers have equal archives, on every replica."""
 
 
 @dataclass(frozen=True)

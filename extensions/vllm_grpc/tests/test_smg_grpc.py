@@ -1,4 +1,4 @@
-"""SMG over gRPC: it makes tokens of text, and doors of ours stand for one model each."""
+"""SMG over gRPC: it makes tokens of text, and ports of ours stand for one model each."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Gateway:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def gateway(chatty: Built, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Gateway]:
-    """It knows the base by the one door and an adapter by the other."""
+    """A gateway that knows the base by one port and an adapter by the other."""
     folder: Path = tmp_path_factory.mktemp("smg")
     async with open_doors(chatty) as doors:
         http = HttpServer("127.0.0.1:0", doors.ready.service)
@@ -149,7 +149,7 @@ async def test_a_client_that_goes_away_frees_its_sequence(gateway: Gateway) -> N
 
 
 async def test_refusals_reach_the_client(gateway: Gateway) -> None:
-    """As the gateway tells them: what is not served has no worker, and what is wrong is the client's fault."""
+    """The gateway reports that a model that is not served has no worker, and an error as the client's fault."""
     with pytest.raises(APIStatusError) as caught:
         await gateway.through.chat.completions.create(model="wide", messages=HELLO, **GREEDY)
     assert caught.value.status_code == 404
@@ -162,7 +162,7 @@ async def test_refusals_reach_the_client(gateway: Gateway) -> None:
 
 
 async def test_a_replica_that_leaves_is_out(gateway: Gateway) -> None:
-    """Without health there is no worker, and with it there are both again."""
+    """A replica without health is no worker, and with it both are again."""
     await gateway.doors.server.leave()
     async with bounded("workers without health"):
         while any(each["is_healthy"] for each in (await gateway.web.get("/workers")).json()["workers"]):
@@ -174,7 +174,7 @@ async def test_a_replica_that_leaves_is_out(gateway: Gateway) -> None:
 
 
 async def test_of_two_replicas_one_drains(chatty: Built, tmp_path: Path) -> None:
-    """Of 120 requests around a drain without a delay none fails."""
+    """No request of 120 around a drain without a delay fails."""
     async with (
         open_doors(chatty) as one,
         open_doors(chatty) as two,

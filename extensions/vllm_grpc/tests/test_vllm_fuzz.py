@@ -83,7 +83,7 @@ def messages() -> dict[str, list[Message]]:
 
 
 MESSAGES = messages()
-"""Of the methods that read something and leave the replica as it is."""
+"""Messages of the methods that read something and leave the replica as it is."""
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -114,7 +114,7 @@ async def test_mutated_messages(channel: grpc.aio.Channel, cases: range) -> None
 
 @pytest.mark.parametrize("method", MESSAGES)
 async def test_numbers_on_the_wire(channel: grpc.aio.Channel, method: str) -> None:
-    """Whatever number a client writes, it gets an answer or the name of what is wrong."""
+    """Any number that a client writes gets an answer or the name of the error."""
     with bounded() as watch:
         for turn, path in enumerate(wire_fields(MESSAGES[method][0].DESCRIPTOR)):
             name = ".".join(field.name for field in path)

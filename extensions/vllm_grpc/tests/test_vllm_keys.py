@@ -1,4 +1,4 @@
-"""Which key may call what of vLLM's services, and end which requests."""
+"""Keys of vLLM's services: the calls that each allows, and the requests that each may end."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def engine_of_all(tmp_path: Path) -> SilentEngine:
 
 @pytest.fixture
 def services(replica: Operated, engine_of_all: SilentEngine, tmp_path: Path) -> VllmServices:
-    """Its doors."""
+    """vLLM's services of a replica with keys."""
     text, limits = Text.load(tmp_path, VOCAB), ServingLimits(64, frozenset({2}))
     service = GenerationService(replica.names, text, cast(EngineThread, engine_of_all), limits)
     return VllmServices(service, replica.manager)

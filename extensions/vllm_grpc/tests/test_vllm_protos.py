@@ -30,7 +30,7 @@ def theirs(tmp_path_factory: pytest.TempPathFactory) -> DescriptorPool:
 
 
 def shape(field: FieldDescriptor) -> tuple[object, ...]:
-    """What of a field is on the wire, or changes what is."""
+    """Return the parts of a field that are on the wire, or change it."""
     return field.number, field.name, field.type, field.is_repeated, field.has_presence
 
 

@@ -38,14 +38,14 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def opened(world: tuple[World, MemoryStore]) -> AsyncIterator[Doors]:
-    """Both doors."""
+    """Both ports."""
     async with open_doors(world) as doors:
         yield doors
 
 
 @pytest_asyncio.fixture(loop_scope="module")
 async def doors(opened: Doors) -> AsyncIterator[Doors]:
-    """The doors, healthy, of an engine that is free."""
+    """Both ports, healthy, of an engine that is free."""
     await opened.until_free()
     yield opened
     opened.ready.engine.resume()
@@ -58,7 +58,7 @@ async def pause(doors: Doors) -> None:
 
 
 async def tokens_of(doors: Doors, model: str, **fields: Any) -> list[int]:
-    """What the service itself answers."""
+    """Return the tokens that the service itself answers."""
     service = Service(doors.ready)
     events = await service.events(PROMPT, model, **({"max_tokens": 6} | fields))
     return [token.id for event in events if isinstance(event, Delta) for token in event.tokens]
@@ -169,11 +169,11 @@ async def test_what_is_not_served_is_named(doors: Doors, fields: dict[str, Any],
     assert said == ("INVALID_ARGUMENT", "REQUEST_INVALID", named)
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await doors.engine_says(**fields)
-    assert all(name in str(caught.value.details()) for name in named)  # of which gateways pass on no more
+    assert all(name in str(caught.value.details()) for name in named)  # gateways pass on nothing else
 
 
 async def test_fields_of_other_releases_are_not_dropped(doors: Doors) -> None:
-    """Numbers that no definition here has are refused, wherever they stand; so is other metadata."""
+    """Numbers that no definition here has are refused in any place; so is other metadata."""
     newer = bytes([0b11111000, 0b00000111, 1])  # number 127, a varint
     request = engine.GenerateRequest.FromString(engine.GenerateRequest(text="a").SerializeToString() + newer)
     request.sampling_params.MergeFromString(newer)
@@ -230,7 +230,7 @@ async def test_a_call_that_ends_early_frees_its_sequence(doors: Doors) -> None:
 
 
 async def test_a_prompt_becomes_a_vector(doors: Doors) -> None:
-    """Of length 1, and another with an adapter; what is no prompt is refused."""
+    """A vector has length 1, and is another with an adapter; an input that is no prompt is refused."""
     tokens = engine.TokenizedInput(input_ids=PROMPT)
     made = [await stub.Embed(engine.EmbedRequest(tokenized=tokens)) for stub in (doors.engine, doors.of_model)]
     for each in made:
@@ -242,7 +242,7 @@ async def test_a_prompt_becomes_a_vector(doors: Doors) -> None:
 
 
 async def test_model_server_and_loads(doors: Doors) -> None:
-    """What a gateway reads at registration, and every second."""
+    """A gateway reads these at registration, and every second."""
     for stub, name in ((doors.engine, "base"), (doors.of_model, MODEL)):
         info = await stub.GetModelInfo(engine.GetModelInfoRequest())
         assert (info.served_model_name, info.model_type, list(info.architectures)) == (
@@ -260,7 +260,7 @@ async def test_model_server_and_loads(doors: Doors) -> None:
 
 
 async def test_health_is_that_of_the_model(doors: Doors) -> None:
-    """A door is well while requests are taken, and its model is served."""
+    """A port is healthy while requests are taken, and its model is served."""
     for stub in (doors.engine, doors.of_model):
         assert (await stub.HealthCheck(engine.HealthCheckRequest())).healthy
     with pytest.MonkeyPatch.context() as patch:
@@ -418,7 +418,7 @@ GATE = inference.EngineReasoningGate(reasoning_ended=False)
 async def test_what_of_vllms_own_is_not_served_is_named(
     doors: Doors, fields: dict[str, Any], named: list[str]
 ) -> None:
-    """In one message or in several."""
+    """Unserved fields are named in one message or in several."""
     expected = ("INVALID_ARGUMENT", "REQUEST_INVALID", named)
     assert await failure(doors.inference.Generate(inference_request(**fields))) == expected
     assert await failure(doors.inference_says(**fields)) == expected

@@ -1,4 +1,4 @@
-"""vLLM's services in front of a tiny real model: the replica's own door, and one that stands for an adapter."""
+"""vLLM's services of a tiny real model: the replica's own port, and one that stands for an adapter."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tests.support.waiting import BOUND_S
 
 PROMPT = [5, 6, 7, 8]
 MODEL = "rs"
-"""Of the second door."""
+"""Model of the second port."""
 
 
 @dataclass
@@ -74,7 +74,7 @@ def inference_request(**fields: Any) -> inference_pb.GenerateRequest:
 
 @asynccontextmanager
 async def open_doors(world: tuple[World, MemoryStore], **settings: Any) -> AsyncIterator[Doors]:
-    """Serve a world at both doors."""
+    """Serve a world on both ports."""
     ready = world[0].load(world[1], **({"stream_interval_ms": 0} | settings))
     vllm = VllmServices(ready.service, fixed_manager(ready.service.catalog))
     server = RpcServer("127.0.0.1:0", vllm.of_all_models(lambda: server.serving))
