@@ -46,7 +46,7 @@ def main() -> int:
     """Run the service.
 
     The exit status is 0 after a drain, 1 when it cannot serve or had to cut requests off, 2 for bad settings,
-    and BROKEN when it can compute no more.
+    and BROKEN when the engine failed.
     """
     parser = argparse.ArgumentParser(prog="inference_service", description=__doc__.partition("\n")[0])
     for name, text in FLAGS.items():

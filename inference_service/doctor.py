@@ -31,9 +31,9 @@ from loramux_shared.settings import InferenceSettings, load_settings
 from loramux_shared.telemetry import log_to_stderr
 
 SIDE: Final = 2048
-"""Of a square matrix that stands for a linear."""
+"""Side of a square matrix that stands for a linear."""
 READ_BYTES: Final = 128 * 2**20
-"""Of all of them."""
+"""Bytes of all matrices together."""
 
 
 def main() -> int:

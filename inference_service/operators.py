@@ -17,7 +17,7 @@ from loramux_shared.storage.base import Store
 
 
 class Operators:
-    """What of a replica follows its deployment and its builder, and the manager of its adapters."""
+    """The parts of a replica that follow its deployment and its builder, and the manager of its adapters."""
 
     def __init__(self, settings: InferenceSettings, store: Store, ready: Ready) -> None:
         """Connect them; nothing is followed before `begin`."""

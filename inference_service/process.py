@@ -1,4 +1,4 @@
-"""A replica with its doors: loaded, listening, and drained at a signal."""
+"""A replica with its APIs: loaded, listening, and drained at a signal."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Door = RpcServer | HttpServer
 
 
 async def run(settings: InferenceSettings, guard: Guard, stop: Stop) -> int:
-    """Load, listen, and drain at SIGTERM or SIGINT, or end when the engine can go on no more."""
+    """Load, listen, and drain at SIGTERM or SIGINT, or end when the engine failed."""
     replica = await stop.starting(Replica.load(settings))
     ready, operators, tracing = replica.ready, replica.operators, replica.tracing
     stall_s = settings.stall_timeout_s
@@ -75,6 +75,6 @@ async def run(settings: InferenceSettings, guard: Guard, stop: Stop) -> int:
 
 
 async def _refuse(doors: Collection[Door]) -> None:
-    """Say to whoever asks for health that there is none."""
+    """Fail health checks from now on."""
     for door in doors:
         await door.refuse()

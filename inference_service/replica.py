@@ -1,4 +1,4 @@
-"""A replica without its doors: what is loaded, followed and computed, whoever lets requests in."""
+"""A replica without its APIs: loading, following and computing."""
 
 from __future__ import annotations
 
@@ -26,12 +26,14 @@ if TYPE_CHECKING:
 log = structlog.get_logger()
 
 BROKEN: Final = 5
-"""The exit status of a replica whose device or engine works no more."""
+"""The exit status of a replica whose device or engine failed."""
 TELL_S: Final = 1.0
 """For clients to read why their requests end, before a broken replica ends itself."""
 SWITCH_S: Final = 0.0005
-"""How long the engine's thread waits for the interpreter at most, while another one packs an adapter; 5 ms are
-Python's own. See docs/decisions/0081-measured.md."""
+"""Seconds that the engine's thread waits for the interpreter at most, while another one packs an adapter.
+
+5 ms are Python's own. See docs/decisions/0081-measured.md.
+"""
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,6 @@ def end_broken(why: str) -> NoReturn:
 
 
 def keep_what_is_loaded() -> None:
-    """Let the garbage collector look no more at what there is: 370,000 objects, which took it 200 ms."""
+    """Exclude the existing 370,000 objects from garbage collections, which took 200 ms for them."""
     gc.collect()
     gc.freeze()

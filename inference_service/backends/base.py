@@ -1,4 +1,4 @@
-"""What the model and the engine ask of a backend: operations, attention, adapters."""
+"""The interface of backends for the model and the engine: operations, attention, adapters."""
 
 from __future__ import annotations
 
@@ -31,8 +31,10 @@ Turn = tuple[Tensor, Tensor]
 
 
 Recurrence = Callable[[DeltaInputs], Tensor]
-"""How a step takes the states of its sequences on, in all layers that carry one: returns
-[T, value heads * value dim] of a gated delta rule, whose states are behind the step's rows then."""
+"""A function that advances the states of a step's sequences in a layer that carries one.
+
+Returns [T, value heads * value dim] of a gated delta rule, whose states are behind the step's rows then.
+"""
 
 
 class Attention(Protocol):
@@ -74,7 +76,7 @@ class Operations(Protocol):
     """The operations of one kind of device; T rows of all sequences stand one after the other."""
 
     by_row: bool
-    """Whether what a row gives may depend on nothing but the row, to the last bit."""
+    """True if a row's results depend on nothing but the row, to the last bit."""
 
     def new_linear(
         self, weight: Tensor, bias: Tensor | None = None, quantization: Rounding = Rounding.NONE
@@ -175,7 +177,7 @@ class Operations(Protocol):
 
 
 class StepLora(Protocol):
-    """What a step asks of the adapters: to add their part to the outputs of fused linears."""
+    """The adapters of a step: adds their part to the outputs of fused linears."""
 
     vocabularies: Vocabularies
     """Embeddings and heads that adapters in slots have of their own."""
@@ -207,7 +209,7 @@ class LoraBackend(StepLora, Protocol):
     name: str
     """For the start line."""
     home: torch.device
-    """Where it takes matrices in."""
+    """Device from which it takes matrices."""
 
     @property
     def num_bytes(self) -> int:
@@ -221,7 +223,7 @@ class LoraBackend(StepLora, Protocol):
 
     @property
     def slot_bytes(self) -> int:
-        """What each slot takes in tables, whether it is in use or not: much, where layers have experts."""
+        """Return the table bytes of each slot, in use or not: many, where layers have experts."""
         ...
 
     def open(self, num_bytes: int, max_rank: int, num_slots: int) -> None:
@@ -254,7 +256,7 @@ class LoraBackend(StepLora, Protocol):
         ...
 
     def leave(self, slot: int) -> None:
-        """Empty a slot; whoever still refers to it gets an error or nothing, never another adapter.
+        """Empty a slot; a later reference to it gets an error or nothing, never another adapter.
 
         Raises:
             InternalFault: it holds no adapter.
@@ -264,7 +266,7 @@ class LoraBackend(StepLora, Protocol):
 
 @dataclass(frozen=True)
 class Backend:
-    """What a model is run with."""
+    """The parts that run a model on a kind of device."""
 
     device: torch.device
     dtype: torch.dtype
@@ -272,9 +274,11 @@ class Backend:
     new_lora: Callable[[], LoraBackend]
     """Makes an empty home for adapters."""
     computing: Computing
-    """What that is, for operators."""
+    """Description of the device and the operations, for operators."""
     quantization: Rounding = Rounding.NONE
-    """What the weights of linears are rounded to."""
+    """Rounding of the weights of linears."""
     recordable: bool = False
-    """Whether steps can be recorded and replayed: launches follow from buffers that stay where they are, and
-    `new_lora` makes a `SegmentedLora`."""
+    """True if steps can be recorded and replayed.
+
+    Launches follow from buffers that stay where they are, and `new_lora` makes a `SegmentedLora`.
+    """

@@ -20,7 +20,7 @@ from inference_service.layers.rope import Rope
 from loramux_shared.faults import SettingsInvalid
 
 MOST_PRODUCTS: Final = 2**30
-"""Of one call that is measured, from 16 rows on: more would take seconds."""
+"""Most products of one call that is measured, from 16 rows on: more would take seconds."""
 PROBES: Final = 8
 SAMPLES: Final = 1 << 17
 """Values that are compared: two orders of one sum seldom differ once they are rounded to bfloat16."""
@@ -47,7 +47,7 @@ class DeterministicOperations(NativeOperations):
         return True
 
     def linear(self, layer: Linear, x: Tensor) -> Tensor:
-        """By the compiled product, or else by those of as many rows as were seen to agree."""
+        """Compute it with the compiled product, or else with those of as many rows as were seen to agree."""
         if isinstance(layer, NativeLinear):
             return layer(x)
         shape = layer.in_features, layer.out_features, layer.has_bias
@@ -56,7 +56,7 @@ class DeterministicOperations(NativeOperations):
         return in_pieces(layer.product, x, self._sizes[shape])
 
     def angles(self, rope: Rope, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Of a position always together with the same others."""
+        """Return the angles, each position always computed together with the same others."""
         spans, index = torch.unique(positions // SPAN, return_inverse=True)
         parts = [rope.at(torch.arange(SPAN) + first * SPAN) for first in spans.tolist()]
         rows = index * SPAN + positions % SPAN

@@ -36,7 +36,7 @@ class _Linears(Protocol):
 
 
 class ExpertOperations:
-    """What a backend does about experts that has linears alone."""
+    """Experts on a backend that has linears alone."""
 
     def new_grouped(
         self: _Linears,
@@ -63,7 +63,7 @@ class ExpertOperations:
         each = y.index_select(0, pairs.places).view(*routed.ids.shape, -1)
         weights = routed.weights[..., None]
         out = each[:, 0] * weights[:, 0]
-        for index in range(1, pairs.top_k):  # in this order, whoever is beside a token
+        for index in range(1, pairs.top_k):  # in this order, in every batch
             out += each[:, index] * weights[:, index]
         return out.to(y.dtype)
 

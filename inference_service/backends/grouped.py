@@ -14,7 +14,7 @@ from loramux_shared.rounding import Rounding
 
 
 class GroupedOperations(ExpertOperations):
-    """What a backend does about experts that has grouped products."""
+    """Experts on a backend that has grouped products."""
 
     def new_grouped(
         self,
@@ -26,19 +26,19 @@ class GroupedOperations(ExpertOperations):
         return AtOnce(torch.stack([*weights]), None if biases is None else torch.stack([*biases]))
 
     def route(self, logits: Tensor, top_k: int, *, renormalised: bool) -> Routed:
-        """In one launch."""
+        """Route in one launch."""
         return experts.route(logits, top_k, renormalised=renormalised)
 
     def by_expert(self, routed: Routed, num_experts: int) -> ByExpert:
-        """In one launch."""
+        """Sort by expert in one launch."""
         return experts.by_expert(routed.ids, num_experts)
 
     def combine(self, y: Tensor, routed: Routed, pairs: ByExpert) -> Tensor:
-        """In one launch."""
+        """Combine in one launch."""
         return experts.combine(y, routed, pairs)
 
     def clamped(self, gate_up: Tensor, alpha: float, limit: float) -> Tensor:
-        """In one launch."""
+        """Compute the clamped gate in one launch."""
         return experts.clamped(gate_up, alpha, limit)
 
 

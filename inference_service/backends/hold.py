@@ -1,4 +1,4 @@
-"""A bank for adapters that stay: tests, benchmarks, and whoever serves all that there are."""
+"""A bank for adapters that stay: for tests, benchmarks, and servers of a fixed set."""
 
 from __future__ import annotations
 

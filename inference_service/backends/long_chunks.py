@@ -24,7 +24,10 @@ SIZES: Final = (128, 32, 8)
 """Rows of chunks that are tried, in a context of `CONTEXT` tokens."""
 CONTEXT: Final = 1024
 GAIN: Final = 0.8
-"""Of the compiled operation's time, which torch's must stay below: another choice is not worth other bits."""
+"""Share of the compiled operation's time below which torch's must stay.
+
+A smaller gain is not worth other bits.
+"""
 ROUNDS: Final = 3
 
 

@@ -37,7 +37,7 @@ from loramux_shared.rounding import Rounding
 
 
 class NativeOperations(TorchOperations):
-    """With compiled operations where there are some, on a CPU."""
+    """Operations on a CPU, compiled where they exist."""
 
     def __init__(self, ops: CpuOps, long_rows: int | None = None) -> None:
         """Take the operations, and the rows from which on a chunk attends by torch's products."""
@@ -47,7 +47,7 @@ class NativeOperations(TorchOperations):
 
     @property
     def own_products(self) -> bool:
-        """Whether linears are multiplied by the compiled product, where it takes their weights.
+        """Return True if linears are multiplied by the compiled product, where it takes their weights.
 
         Rounded ones always are: torch has no product but of widened weights.
         """
@@ -56,7 +56,7 @@ class NativeOperations(TorchOperations):
     def new_linear(
         self, weight: Tensor, bias: Tensor | None = None, quantization: Rounding = Rounding.NONE
     ) -> Linear:
-        """With a compiled product, where that is the fastest here."""
+        """Return a linear with a compiled product, where that is the fastest here."""
         tiled = self._tiled(weight, bias, quantization)
         if tiled is None:
             return super().new_linear(weight, bias, quantization)
@@ -70,7 +70,7 @@ class NativeOperations(TorchOperations):
         return self.ops.tiled(weight, bias) if self.own_products else None
 
     def adapted(self, layer: Linear, x: Tensor, lora: StepLora, index: int, group: str) -> Tensor:
-        """In one call, where both are compiled."""
+        """Compute it in one call, where both are compiled."""
         if isinstance(layer, NativeLinear) and isinstance(lora, NativeLora):
             return layer(x, lora.adapters(index, group))
         return super().adapted(layer, x, lora, index, group)
@@ -90,7 +90,7 @@ class NativeOperations(TorchOperations):
         return normed if out is None else out.copy_(normed)
 
     def gated(self, gate_up: Tensor, activation: Activation) -> Tensor:
-        """In one pass."""
+        """Compute it in one pass."""
         return self.ops.gated(gate_up, activation)
 
     def attention(
@@ -100,12 +100,12 @@ class NativeOperations(TorchOperations):
         return NativeAttention(self.ops, contexts, block_size, self._long_rows, windows)
 
     def recurrence(self, contexts: Sequence[Context]) -> Recurrence:
-        """In one call for each layer."""
+        """Return a recurrence with one call for each layer."""
         chunks = np.array([StateChunk.of(context) for context in contexts], dtype=np.int64)
         return partial(self.ops.gated_delta, chunks=Table(chunks))
 
     def new_cache(self, num_rows: int, heads: HeadCounts) -> tuple[Tensor, Tensor]:
-        """In the order in which the compiled attention reads it."""
+        """Return a cache in the order in which the compiled attention reads it."""
         return self.ops.new_cache(heads.kv, num_rows, heads.dim)
 
 
@@ -123,7 +123,7 @@ class NativeLinear(Linear):
 
 @dataclass(frozen=True)
 class _Plan:
-    """What the rows of a step see, for the layers of a group."""
+    """The rows that a step's rows attend to, for the layers of a group."""
 
     cache_rows: Tensor
     """[T]: where their keys and values go."""
@@ -168,7 +168,10 @@ def _small(blocks: Sequence[int], parts: int) -> Sequence[int]:
 
 
 class NativeAttention:
-    """With the compiled operations: nothing is gathered or copied, but for long chunks where that pays."""
+    """Attention with the compiled operations.
+
+    Nothing is gathered or copied, but for long chunks where that pays.
+    """
 
     def __init__(
         self,

@@ -32,9 +32,9 @@ from loramux_shared.bases.groups import GROUPS_APART, GroupShape, group_of
 
 LANES: Final = 16
 ADDRESSES: Final = [0, *range(4, ADAPTER_FIELDS, SLICE_FIELDS)]
-"""Which of an adapter's fields in a linear are addresses: A's, and B's of each slice."""
+"""Fields of an adapter in a linear that are addresses: A's, and B's of each slice."""
 VECTORS: Final = [*range(7, ADAPTER_FIELDS, SLICE_FIELDS)]
-"""And which are where there are vectors, and 0 elsewhere."""
+"""Fields that are addresses where there are vectors, and 0 elsewhere."""
 
 
 class NativeLora:
@@ -57,11 +57,11 @@ class NativeLora:
         self._most_rows = self._columns = 0
         """Ranks of one adapter in a linear at most, and of those of one row."""
         self._touched = 0
-        """Of the step's adapters together, a bit for each linear that one of them adds to."""
+        """Linears that the step's adapters add to, all adapters together, a bit for each linear."""
         self._arrangement = Arrangement((), ())
         self._segments = Table(np.zeros((0, 3), dtype=np.int64))
         self._parts: Table | None = None
-        """Of the segments, where rows have several."""
+        """Parts of the segments, where rows have several."""
         self._workspace = torch.empty(0, 1)
         self._step = NO_ADAPTERS[1:]
 
@@ -138,7 +138,10 @@ class NativeLora:
             self._ops.lora(x, out, self.adapters(layer, group))
 
     def apply_experts(self, x: Tensor, out: Tensor, layer: int, group: str, pairs: ByExpert) -> None:
-        """In one call: to the compiled operation, an expert of an adapter is an adapter of its own."""
+        """Add to them in one call.
+
+        To the compiled operation, an expert of an adapter is an adapter of its own.
+        """
         if not self._touched & self._of_experts[layer]:
             return
         runs = runs_by_expert(self._arrangement.segments, pairs)

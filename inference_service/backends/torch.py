@@ -28,7 +28,7 @@ ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
 
 
 class TorchOperations(ExpertOperations):
-    """In plain torch, on any device."""
+    """Operations in plain torch, on any device."""
 
     by_row = False
 
@@ -40,7 +40,7 @@ class TorchOperations(ExpertOperations):
     def new_linear(
         self, weight: Tensor, bias: Tensor | None = None, quantization: Rounding = Rounding.NONE
     ) -> Linear:
-        """With the library's products."""
+        """Return a linear with the library's products."""
         return new_linear(weight, bias, quantization)
 
     def linear(self, layer: Linear, x: Tensor) -> Tensor:
@@ -58,7 +58,7 @@ class TorchOperations(ExpertOperations):
         return rope.at(positions)
 
     def embed(self, tokens: Tensor, table: Tensor, scale: float) -> Tensor:
-        """In one or two operations."""
+        """Embed in one or two operations."""
         hidden = embedding(tokens, table)
         return hidden if scale == 1.0 else hidden * scale
 
@@ -112,13 +112,13 @@ def _gated_delta(chunks: Sequence[StateChunk], inputs: DeltaInputs) -> Tensor:
 
 
 class TorchAttention:
-    """In plain torch."""
+    """Attention in plain torch."""
 
     def __init__(self, plan: PagedAttention) -> None:
         self._plan = plan
 
     def turn(self, cos: Tensor, sin: Tensor) -> Turn:
-        """As they are."""
+        """Return both unchanged."""
         return cos, sin
 
     def __call__(

@@ -67,7 +67,7 @@ class _Adapter:
 
 @dataclass(frozen=True)
 class _Part:
-    """What an adapter adds to one fused linear."""
+    """The part of an adapter that is added to one fused linear."""
 
     a: Tensor
     """[sum of ranks, in]"""
@@ -114,7 +114,7 @@ class TorchLora:
 
     @property
     def num_bytes(self) -> int:
-        """As much as adapters may take, though here each has memory of its own."""
+        """Return the bytes that adapters may take, though here each has memory of its own."""
         return self._bank.num_bytes
 
     @property

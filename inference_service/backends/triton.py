@@ -95,12 +95,12 @@ class TritonOperations(GroupedOperations, TorchOperations):
         return rows.gated(gate_up, activation)
 
     def softcap(self, logits: Tensor, cap: float) -> Tensor:
-        """In place."""
+        """Cap the logits in place."""
         rows.softcap(logits, cap)
         return logits
 
     def recurrence(self, contexts: Sequence[Context]) -> Recurrence:
-        """With kernels, from tables that are kept for steps of the same size class."""
+        """Return a recurrence of kernels, with tables that are reused for steps of the same size class."""
         chunks = [StateChunk.of(context) for context in contexts]
         size = _class_of(len(chunks))
         capacity = DeltaCapacity(size, size)
@@ -116,7 +116,7 @@ class TritonOperations(GroupedOperations, TorchOperations):
     def attention(
         self, contexts: Sequence[Context], block_size: int, windows: Sequence[int | None]
     ) -> Attention:
-        """From tables that are kept for steps of the same size class."""
+        """Return attention with tables that are reused for steps of the same size class."""
         num_rows = max(context.row + context.length for context in contexts)
         longest = max(-(-context.end // block_size) for context in contexts)
         mixed = any(context.length > 1 for context in contexts)
@@ -139,7 +139,10 @@ class TritonOperations(GroupedOperations, TorchOperations):
 
 
 class TritonAttention:
-    """With the kernels for GPUs: norm, rotation and write in one launch, then one to three that attend."""
+    """Attention with the kernels for GPUs.
+
+    Norm, rotation and write in one launch, then one to three that attend.
+    """
 
     def __init__(
         self, tables: Mapping[HeadCounts, AttentionTables], windows: Sequence[int | None] = (None,)
@@ -197,16 +200,16 @@ class TritonLora:
         self.vocabularies = self._bank.vocabularies
         self._of_experts = experts_of(groups, num_layers)
         self._owners: list[Owners] | None = None
-        """Of the step's tokens, in each pass, once a layer has asked."""
+        """Owners of the step's tokens, in each pass, once a layer has asked."""
         self._by_expert: tuple[ByExpert, list[Segments]] | None = None
-        """Of the layer that asked last, in each pass."""
+        """Experts of the layer that asked last, in each pass."""
         self._segments: dict[SegmentCapacity, Segments] = {}
         self._of_passes: dict[SegmentCapacity, list[Segments]] = {}
         """Those of experts' pairs."""
         self._workspaces: dict[SegmentCapacity, Tensor] = {}
-        """Of each capacity its own, for a graph would not notice that larger memory took its place."""
+        """Workspaces by capacity: a graph would not notice that larger memory took the place of one."""
         self._workspace = torch.empty(0)
-        """Of the step."""
+        """Workspace of the step."""
         self._passes: int | None = None
         """Those that are launched; None: all."""
         self._step: Segments | None = None
@@ -273,7 +276,7 @@ class TritonLora:
         self._touched = touched
 
     def use(self, segments: Segments, passes: int | None = None) -> None:
-        """Compute what follows with segments that somebody else fills, for instance between replays.
+        """Compute the next passes with segments that the caller fills, for instance between replays.
 
         Nothing is known of their adapters, so there is a launch for every linear. Where no more than so many
         passes are in use the others are not launched, in memory that is given back: that is not to be recorded.

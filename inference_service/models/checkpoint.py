@@ -26,13 +26,13 @@ Verify = Callable[[str, FileDigest | None], None]
 
 
 class Tensors(Protocol):
-    """Where a decoder's weights come from."""
+    """A source of a decoder's weights."""
 
     dtype: torch.dtype
     device: torch.device
 
     def has(self, name: str) -> bool:
-        """Whether there is such a tensor."""
+        """Return True if there is such a tensor."""
         ...
 
     def first(self, names: Sequence[str]) -> str:
@@ -85,7 +85,7 @@ class Checkpoint:
         self._found = None if quantization is None else Found(quantization.format, self._where)
 
     def has(self, name: str) -> bool:
-        """Whether there is such a tensor, as it is or of few bits."""
+        """Return True if there is such a tensor, whole or of few bits."""
         return name in self._where or (self._found is not None and name in self._found)
 
     def first(self, names: Sequence[str]) -> str:

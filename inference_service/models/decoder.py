@@ -172,7 +172,7 @@ class Decoder:
         return delta if scale == 1.0 else delta.mul_(scale)
 
     def _growth(self, positions: Tensor) -> Tensor | None:
-        """What queries at positions [T] are multiplied with [T, 1]; None: nothing."""
+        """Return the factors of queries at positions [T], [T, 1]; None: no scaling."""
         spec = self.config.query_growth
         return None if spec is None else self._growths.index_select(0, positions // spec.length)[:, None]
 

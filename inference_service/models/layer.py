@@ -33,7 +33,7 @@ class Mixer(Block, Protocol):
 
     @property
     def stateful(self) -> bool:
-        """Whether what it keeps is a state of each sequence, in slots, instead of its tokens, in blocks."""
+        """Return True if it keeps a state of each sequence, in slots, instead of its tokens, in blocks."""
         ...
 
     def new_cache(self, operations: Operations, size: CacheSize) -> LayerCache:
@@ -53,7 +53,7 @@ class Layer:
     mlp_out_norm: RMSNorm | None
     inputs: InputBlock | None
     scalar: float | None
-    """What hidden rows are multiplied with behind it."""
+    """Factor of the hidden rows behind it."""
 
 
 def read_layer(reader: LayerReader) -> Layer:

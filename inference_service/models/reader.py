@@ -70,7 +70,7 @@ class Reader:
         return LayerReader(self, index, at, self.config.layer_groups[index], merged)
 
     def has(self, name: str) -> bool:
-        """Whether there is a tensor behind the prefix."""
+        """Return True if there is a tensor behind the prefix."""
         return self._checkpoint.has(self._prefix + name)
 
     def get(self, name: str, shape: tuple[int, ...]) -> Tensor:
@@ -97,7 +97,7 @@ class LayerReader:
     """Before the names of its tensors."""
     groups: tuple[GroupShape, ...]
     merged: dict[str, GroupWeights] = field(default_factory=dict)
-    """What is added, by the names of groups."""
+    """Weights to add, by the names of groups."""
 
     @property
     def config(self) -> ModelConfig:
@@ -106,7 +106,7 @@ class LayerReader:
 
     @property
     def operations(self) -> Operations:
-        """Of the device."""
+        """Return the operations of the device."""
         return self.reader.operations
 
     def with_merged(self, weight: Tensor, shape: GroupShape) -> Tensor:
@@ -143,7 +143,7 @@ class LayerReader:
         return out if bias is not None or out.any() else None
 
     def has(self, name: str) -> bool:
-        """Whether the layer has a tensor."""
+        """Return True if the layer has a tensor."""
         return self.reader.has(self.at + name)
 
     def norm(self, name: str, width: int | None = None) -> RMSNorm:

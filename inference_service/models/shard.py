@@ -1,7 +1,7 @@
 """One file of a checkpoint, read from the first byte to the last into memory that nobody else can reach.
 
-A mapped file would be the source's own for as long as the model is served: whoever writes to it changes
-answers, and whoever cuts it off ends the process with SIGBUS.
+A mapped file would be the source's own for as long as the model is served: a write to it would change answers,
+and a truncation would end the process with SIGBUS.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ TYPES: Final = {
     "I32": torch.int32,
     "I64": torch.int64,
 }
-"""What is read, by safetensors' names: weights, and of what those of few bits are made."""
+"""Types that are read, by safetensors' names: those of weights, and of the tensors of weights of few bits."""
 OTHERS: Final = {"I16": "int16", "F64": "float64"}
 """Names that people know of some that are not."""
 MAX_HEADER: Final = 100 << 20
@@ -44,13 +44,13 @@ class ShardInvalid(Exception):
 
 @dataclass(frozen=True)
 class Shard:
-    """What is in a file."""
+    """The content of a file."""
 
     tensors: dict[str, Tensor]
     others: dict[str, str]
     """Types of the tensors that are of none of `TYPES`, and were not kept."""
     digest: FileDigest
-    """Of all bytes that were read."""
+    """Digest of all bytes that were read."""
 
 
 def read_shard(path: Path) -> Shard:

@@ -1,4 +1,4 @@
-"""What all layers of a forward pass share."""
+"""The values that all layers of a forward pass share."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from inference_service.backends.base import Attention, Operations, Recurrence, S
 from inference_service.layers.linear import Linear
 
 LayerCache = tuple[Tensor, ...]
-"""What a layer keeps of its sequences, as its mixer made it."""
+"""A layer's cache of its sequences, as its mixer made it."""
 
 
 @dataclass(frozen=True)
 class CacheSize:
-    """How much layers keep."""
+    """The size of the layers' caches."""
 
     rows: tuple[int, ...]
     """Tokens of each group of layers that see equally far, multiples of the block size; in the order of the
     windows of the config."""
     slots: int = 0
-    """Of the states of sequences, in layers that carry one."""
+    """Slots for the states of sequences, in layers that carry one."""
 
 
 @dataclass(frozen=True)
 class Cache:
-    """What all layers keep of their sequences."""
+    """The caches of all layers."""
 
     layers: tuple[LayerCache, ...]
     states: tuple[Tensor, ...] = ()
@@ -47,9 +47,9 @@ class Step:
     cache: Cache
     lora: StepLora | None
     turns: tuple[Turn, ...]
-    """Of each of the decoder's ropes."""
+    """Rotations of each of the decoder's ropes."""
     growth: Tensor | None
-    """What queries are multiplied with [T, 1]; None: nothing."""
+    """Factors of the queries, [T, 1]; None: no scaling."""
     recurrence: Recurrence = no_recurrence
 
     def linear(self, layer: Linear, x: Tensor, index: int, group: str) -> Tensor:

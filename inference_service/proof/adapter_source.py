@@ -61,9 +61,9 @@ class SourceAdapter:
     """An adapter as its files have it; by itself one that changes nothing."""
 
     layers: Mapping[tuple[int, str], Factors] = field(default_factory=dict)
-    """By layer and the name of the module."""
+    """Factors by layer and the name of the module."""
     own: Mapping[str, OwnTable] = field(default_factory=dict)
-    """What it has for embeddings and head, by the module's name."""
+    """Tables for embeddings and head, by the module's name."""
 
 
 def read_adapter(

@@ -1,4 +1,4 @@
-"""What adapters are as A and B that are no plain LoRA: a second reading, apart from the builder's."""
+"""Adapters that are no plain LoRA, as A and B: a second reading, apart from the builder's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What becomes of the output of a module under an adapter, as it stands in the adapter's own files."""
+"""The output of a module under an adapter, from the adapter's own files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 @dataclass
 class Factors:
-    """What becomes of the output of one module of one layer; everything is float32.
+    """The change of the output of one module of one layer; everything is float32.
 
     ``W x + bias`` becomes ``c * (W x + x Aᵀ Bᵀ) + bias + lora_bias``, where c are magnitudes over the norms of
     the rows of W + BA, or 1.
@@ -32,9 +32,9 @@ class Factors:
     bias: Tensor | None = None
     """[out]: in the place of the base's."""
     scales_bias: bool = False
-    """Whether magnitudes multiply the base's bias too, as IA3's do."""
+    """True if magnitudes multiply the base's bias too, as IA3's do."""
     normalised: bool = False
-    """Whether magnitudes are divided by the norms already."""
+    """True if magnitudes are divided by the norms already."""
     cut: int | None = None
     """The rank to which the product is cut; norms are those of all of it."""
     _c: Tensor | None = None
@@ -51,7 +51,7 @@ class Factors:
 
     @property
     def plain(self) -> bool:
-        """Whether there is nothing but A and B."""
+        """Return True if there is nothing but A and B."""
         return self.magnitude is None and self.lora_bias is None and self.bias is None
 
     def changed(self, x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -41,7 +41,7 @@ def effect_of(outputs: Tensor) -> Effect:
 def difference(found: Effect, expected: Effect, rounding: float = 0.0) -> float:
     """Return how far an effect is from another, relative to that one's norm; infinite where that is zero.
 
-    What is off by no more than a rounding is not off.
+    A difference within the rounding counts as zero.
 
     The larger of two estimates: the norms' difference, which shows a wrong scale exactly, and the root of the
     products' mean squared difference, which is about the norm of the error.

@@ -25,7 +25,7 @@ EPSILON: Final = {
     Dtype.BFLOAT16: torch.finfo(torch.bfloat16).eps,
 }
 OF_ROUNDED_HEAD: Final = 0.02
-"""Of the base's logits: what may be off where its head is rounded to 8 bits."""
+"""Tolerance of the base's logits where its head is rounded to 8 bits."""
 
 
 class Recorder:
@@ -46,7 +46,7 @@ class Recorder:
         self.vocabularies: Vocabularies = _Vocabularies(inner.vocabularies, self)
         self.added: dict[tuple[int, str], Tensor] = {}
         self.rounded: dict[tuple[int, str], float] = {}
-        """By how much, as a norm: not there where there are no vectors."""
+        """Norms of the rounding errors; absent where there are no vectors."""
 
     def begin(self, arrangement: Arrangement) -> None:
         """Prepare for the rows of a step."""
@@ -104,7 +104,7 @@ class _Vocabularies(Vocabularies):
 
 
 class _StepVocabulary(StepVocabulary):
-    """What a step does, kept."""
+    """The vocabulary of a step that records its work."""
 
     def __init__(self, inner: StepVocabulary, recorder: Recorder) -> None:
         super().__init__((), ())

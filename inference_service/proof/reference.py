@@ -40,8 +40,10 @@ class Run:
     hidden: Tensor
     """[T, hidden]"""
     added: dict[tuple[int, str], Tensor] = field(default_factory=dict)
-    """What the adapter added to each module's output at the last position, [out]; embeddings and head are in
-    no layer."""
+    """Part that the adapter added to each module's output at the last position, [out].
+
+    Embeddings and head are in no layer.
+    """
     logits: Tensor = field(default_factory=lambda: torch.empty(0))
     """[vocab], behind the last position."""
     kept: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
@@ -314,7 +316,7 @@ def _project(
 
 
 def _is_idle(factors: Factors, bias: Tensor | None) -> bool:
-    """Whether all that it has is scales of 1, or the base's own bias."""
+    """Return True if its only content is scales of 1, or the base's own bias."""
     if len(factors.a):
         return False
     scaled = factors.magnitude is not None and not bool((factors.magnitude == 1).all())
@@ -323,7 +325,7 @@ def _is_idle(factors: Factors, bias: Tensor | None) -> bool:
 
 
 def _is_copy(own: OwnTable, table: Tensor) -> bool:
-    """Whether all that it has are rows of the base."""
+    """Return True if its only content is rows of the base."""
     return isinstance(own, OwnRows) and not len(own.differing(table))
 
 

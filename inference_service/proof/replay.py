@@ -36,7 +36,7 @@ from loramux_shared.rounding import Rounding
 
 @dataclass(frozen=True)
 class Tolerance:
-    """How far a replay may be from its proof."""
+    """The largest difference between a replay and its proof."""
 
     logprob: float
     """Root of the mean square, over all tokens that the proof names."""
@@ -52,26 +52,29 @@ COMPUTING: Final[Mapping[Dtype, Tolerance]] = {
     Dtype.FLOAT16: Tolerance(logprob=0.1, effect=0.1),
     Dtype.BFLOAT16: Tolerance(logprob=0.5, effect=0.4),
 }
-"""By the replica's type. What was measured, and why these: docs/decisions/0010-proofs.md."""
+"""Tolerances by the replica's type. Measurements and reasons: docs/decisions/0010-proofs.md."""
 STORING: Final[Mapping[Dtype, Tolerance]] = {
     Dtype.FLOAT32: Tolerance(logprob=0.0, effect=0.0),
     Dtype.FLOAT16: Tolerance(logprob=0.005, effect=0.01),
     Dtype.BFLOAT16: Tolerance(logprob=0.02, effect=0.05),
 }
-"""Beside it, by the bundle's type."""
+"""Further tolerances by the bundle's type."""
 TABLES: Final[Mapping[Dtype, Tolerance]] = {
     Dtype.FLOAT32: Tolerance(logprob=0.0, effect=0.0),
     Dtype.FLOAT16: Tolerance(logprob=0.02, effect=0.0),
     Dtype.BFLOAT16: Tolerance(logprob=0.15, effect=0.0),
 }
-"""And that once more where rows of embeddings or head are in it, which round as whole weights do."""
+"""The same again where rows of embeddings or head are in it, which round as whole weights do."""
 ROUNDING: Final[Mapping[Rounding, Tolerance]] = {
     Rounding.NONE: Tolerance(logprob=0.0, effect=0.0),
     Rounding.INT8: Tolerance(logprob=0.4, effect=0.3),
     Rounding.FP8: Tolerance(logprob=1.0, effect=0.5),
     Rounding.INT4: Tolerance(logprob=4.0, effect=3.0),
 }
-"""And by what the base's weights are rounded to; at 4 bits only a gross error shows. Not measured for fp8."""
+"""Tolerances by the rounding of the base's weights; at 4 bits only a gross error shows.
+
+Not measured for fp8.
+"""
 _TORCH: Final = {
     torch.float32: Dtype.FLOAT32,
     torch.float16: Dtype.FLOAT16,
@@ -83,7 +86,7 @@ WIDE: Final = 2048
 
 @dataclass(frozen=True)
 class Replayed:
-    """How far a replay was from its proof, and what is allowed."""
+    """The differences of a replay from its proof, and the tolerance."""
 
     logprob: float
     effect: float

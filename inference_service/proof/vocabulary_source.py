@@ -44,7 +44,7 @@ class OwnRows:
 
 
 OwnTable: TypeAlias = Factors | OwnRows
-"""What an adapter has for embeddings or a head; of embeddings, A is [rank, vocab] and B [hidden, rank].
+"""An adapter's table for embeddings or a head; of embeddings, A is [rank, vocab] and B [hidden, rank].
 
 Of DoRA, magnitudes are those of B's rows.
 """

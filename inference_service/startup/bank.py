@@ -36,11 +36,14 @@ MAX_SLOTS: Final = 4096
 MAX_TABLES: Final = 256 << 20
 """Bytes of the tables of all slots: of dense bases 4,096 take less, of mixtures each may take a megabyte."""
 LEAST_SLOTS: Final = 64
-"""Whatever a slot takes."""
+"""Lower bound of the slots, whatever a slot takes."""
 PACKING: Final = 1.03
-"""What alignment makes of an adapter's matrices, at most, but for the smallest ones."""
+"""Factor by which alignment enlarges an adapter's matrices, at most, but for the smallest ones."""
 COPY_WAIT_S: Final = 0.005
-"""Of a step, for adapters that are being copied into a bank on a CPU: ten megabytes take half a millisecond."""
+"""Seconds of a step for adapters that are being copied into a bank on a CPU.
+
+Ten megabytes take half a millisecond.
+"""
 ASKED: Final = 16
 """Manifests that are read where a generation of an older release does not tell what its adapters take."""
 
@@ -113,7 +116,10 @@ def open_bank(
 
 
 def preload(bank: Bank, adapters: Sequence[Adapter], inbox: Inbox) -> None:
-    """Load adapters before anything is served; those that cannot be are left to whoever asks for them."""
+    """Load adapters before anything is served.
+
+    An adapter that cannot be loaded fails its own requests later.
+    """
     for adapter in adapters:
         bank.residency.prefetch(adapter)
     bank.residency.bring_in({})

@@ -44,7 +44,7 @@ class LoadedBase:
     model: Decoder
     load_s: float
     pooling: Pooling | None = Pooling.LAST
-    """How it was trained to make vectors; None: in a way that is not served."""
+    """Pooling with which it was trained to make vectors; None: one that is not served."""
 
     def served(self, generation: Generation) -> ServedModel:
         """Return it as the catalog has it; what is odd about it is logged."""

@@ -1,4 +1,4 @@
-"""Which kernels a replica runs, and on what."""
+"""The choice of a replica's kernels and its device."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How the C library's allocator shares memory among threads; nothing happens where it is not glibc's."""
+"""The C library's allocator: how threads share memory; nothing happens where it is not glibc's."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import ctypes
 from typing import Final
 
 _M_ARENA_MAX: Final = -8
-"""From malloc.h."""
+"""Option of mallopt, from malloc.h."""
 ARENAS: Final = 2
 """glibc's own is eight for each core: each thread of a load would keep in its own what it freed."""
 

@@ -1,4 +1,4 @@
-"""From settings to a service that is ready: generation, base, adapters, engine."""
+"""The start of a replica, from settings to a service that is ready: generation, base, adapters, engine."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class Ready:
     bank: Bank | None
     """None where an adapter is merged into the weights."""
     dtype: str
-    """Of computation."""
+    """Type of computation."""
     device: str
     """Its kind: cpu or cuda."""
 

@@ -1,4 +1,4 @@
-"""What a replica's device has free, divided as `loramux_shared.bases.memory` plans it.
+"""The free memory of a replica's device, divided as `loramux_shared.bases.memory` plans it.
 
 On a GPU the arithmetic is a forecast: what steps take is measured before the cache gets its size. On a CPU it
 is the plan. There the cache takes a quarter of what is free at most, its pages come when they are written, and

@@ -19,7 +19,7 @@ from loramux_shared.bases.memory import GB
 from loramux_shared.faults import ResourcesExhausted
 
 SCRATCH_BLOCKS: Final = 8
-"""Of the cache that the step reads and writes, again and again: what a context holds is of no interest here."""
+"""Blocks of the cache that the profiled step reads and writes repeatedly: their content is irrelevant here."""
 
 
 class DeviceMemory(Protocol):
@@ -30,7 +30,7 @@ class DeviceMemory(Protocol):
         ...
 
     def reserved(self) -> int:
-        """What the allocator has of the driver."""
+        """Return the bytes that the allocator has of the driver."""
         ...
 
     def watch_peak(self) -> None:
@@ -43,7 +43,7 @@ class DeviceMemory(Protocol):
 
 
 class CudaMemory:
-    """Of a CUDA device."""
+    """The memory of a CUDA device."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -55,7 +55,7 @@ class CudaMemory:
         return torch.cuda.mem_get_info(self._device)[0]
 
     def reserved(self) -> int:
-        """What the allocator has of the driver."""
+        """Return the bytes that the allocator has of the driver."""
         return torch.cuda.memory_reserved(self._device)
 
     def watch_peak(self) -> None:
@@ -69,14 +69,14 @@ class CudaMemory:
 
 @dataclass(frozen=True)
 class Measured:
-    """What the largest step took, in bytes."""
+    """The memory of the largest step, in bytes."""
 
     steps: int
     """At once, while it ran, its runner's own tensors included."""
     kept: int
     """For good: workspaces and modules of libraries, kernels, tables that later steps use again."""
     free: int
-    """What is free behind it."""
+    """Bytes that are free behind it."""
 
 
 def measure(new_runner: Callable[[], StepRunner], batch: Batch, memory: DeviceMemory) -> Measured:

@@ -1,4 +1,4 @@
-"""How fast this machine reads the weights of a base."""
+"""The speed at which this machine reads the weights of a base."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from inference_service.layers.linear import Linear
 BOUND_S: Final = 0.05
 """A start waits no longer for it, but for the product that is running then."""
 WINDOW_S: Final = 0.0004
-"""Of reading, for one speed: shorter than others take a core away for, so that few have such a gap."""
+"""Seconds of reading, for one speed: shorter than others take a core away for, so that few have such a gap."""
 
 
 def bytes_per_s(backend: Backend, linears: Iterable[Linear]) -> float:

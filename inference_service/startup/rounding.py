@@ -1,4 +1,4 @@
-"""What the weights of a replica's base are rounded to."""
+"""The rounding of the weights of a replica's base."""
 
 from __future__ import annotations
 

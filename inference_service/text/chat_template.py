@@ -1,6 +1,6 @@
 """Chat templates: rendered in processes of their own, which end when a template takes too much.
 
-A template comes with a base or an adapter, so from a stranger. The sandbox keeps it from reaching anything, but
+A template comes with a base or an adapter, so it is untrusted. The sandbox keeps it from reaching anything, but
 nothing inside a process can end a loop, a power or a doubled list that never comes back.
 """
 
@@ -17,7 +17,7 @@ from loramux_shared.faults import CheckpointInvalid, Finding, RequestInvalid
 
 MAX_TEMPLATE_CHARS: Final = 1_000_000
 MAX_PROCESSES: Final = 4
-"""Of 20 MB each, for all templates together; one template has one at a time."""
+"""Most processes, of 20 MB each, for all templates together; one template has one at a time."""
 
 
 class ChatTemplate:

@@ -21,7 +21,7 @@ from loramux_shared.faults import CheckpointInvalid, Finding, PromptTooLong, Req
 
 SLICE_CHARS: Final = 32 * 1024
 END_TOKENS: Final = 32
-"""Of a prompt, in which a template begins the answer."""
+"""Tokens at the end of a prompt in which a template begins the answer."""
 CUT_TOKENS: Final = 256
 """More than a cut was ever seen to add."""
 
@@ -41,7 +41,7 @@ class Text:
         self._cut = max(CUT_TOKENS, 2 * max(map(len, tokenizer.get_vocab()), default=0))
         self.vocabulary = Vocabulary(tokenizer, vocab)
         self.special_tokens = dict(special_tokens or {})
-        """By what they are for: ``bos_token`` and the like."""
+        """Special tokens by their use: ``bos_token`` and the like."""
         self.template = template
         """None: the model has none."""
         self._grown: WeakValueDictionary[bytes, Text] = WeakValueDictionary()

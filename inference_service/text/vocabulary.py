@@ -1,4 +1,4 @@
-"""What each token of a tokenizer stands for, as bytes."""
+"""The bytes that each token of a tokenizer stands for."""
 
 from __future__ import annotations
 

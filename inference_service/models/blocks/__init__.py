@@ -1,1 +1,1 @@
-"""What layers are made of, with their weights: each returns what is added to the hidden rows."""
+"""The blocks of layers, with their weights: each returns what is added to the hidden rows."""

@@ -20,7 +20,7 @@ LEAVES: Final = {
     EXPERTS_GATE_UP: ("gate_up_proj", "gate_proj", "up_proj"),
     EXPERTS_DOWN: ("down_proj", "down_proj"),
 }
-"""Of all experts in one tensor, and of each."""
+"""Names of the tensors of all experts together, and of each."""
 
 
 class Experts:

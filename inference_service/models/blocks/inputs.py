@@ -1,4 +1,4 @@
-"""What tokens give to layers directly, beside the hidden rows."""
+"""The input that tokens give to layers directly, beside the hidden rows."""
 
 from __future__ import annotations
 

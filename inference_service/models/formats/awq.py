@@ -12,7 +12,7 @@ from inference_service.models.formats.pieces import Pieces
 from inference_service.models.formats.words import WORD
 
 ORDER: Final = (0, 2, 4, 6, 1, 3, 5, 7)
-"""Which of eight rows the numbers of a word are of, from its lowest four bits on."""
+"""The row of each of a word's eight numbers, from its lowest four bits on."""
 
 
 class Awq:

@@ -1,4 +1,7 @@
-"""What bitsandbytes writes: nf4 and fp4 in blocks of a flat weight (QLoRA, arXiv 2305.14314), int8 by rows."""
+"""The formats of bitsandbytes.
+
+Nf4 and fp4 in blocks of a flat weight (QLoRA, arXiv 2305.14314), int8 by rows.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +39,7 @@ class FourBits:
     """Two numbers a byte, the first in the upper half; blocks of them share the largest magnitude.
 
     A weight of this format is of the type that it was quantised from, which its state names: it is rounded to
-    that one first, as bitsandbytes does wherever it widens it.
+    that one first, as bitsandbytes does.
     """
 
     turned, matrices = False, 1

@@ -1,4 +1,4 @@
-"""Which weights of a file are of few bits, and which tensors each of them is made of."""
+"""The weights of few bits in a file, and the tensors that each of them consists of."""
 
 from __future__ import annotations
 
@@ -49,18 +49,21 @@ LAYOUTS: Final[Mapping[FormatName, tuple[tuple[tuple[str, ...], Open, frozenset[
     ),
     "mxfp4": ((("weight_blocks",), Mxfp4, frozenset({"weight_scales"})),),
 }
-"""By what a weight of few bits is known, what reads it, and what else it is made of."""
+"""Layouts by the mark of a weight of few bits: its reader, and its other tensors."""
 BESIDE: Final = frozenset(
     {
         *("bias", "weight_bias"),
         *("activation_scale", "input_scale", "input_scale_ub", "input_zero_point", "weight_activation_scale"),
     }
 )
-"""What may stand beside a weight: what is asked for on its own, and what rounds activations, which are not."""
+"""Tensors that may stand beside a weight.
+
+Those that are read on their own, and those that round activations.
+"""
 
 
 OF_PARAMETERS: Final = ("_scale_inv", "_blocks")
-"""What marks experts' weights, which are parameters with names of their own."""
+"""Marks of experts' weights, which are parameters with names of their own."""
 
 
 class Found:

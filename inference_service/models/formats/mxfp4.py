@@ -13,7 +13,7 @@ from inference_service.models.formats.words import NO_NUMBER, looked_up, pairs, 
 VALUES: Final = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 """E2M1, by its bits."""
 BYTES: Final = 16
-"""Of a block."""
+"""Bytes of a block."""
 
 
 class Mxfp4:

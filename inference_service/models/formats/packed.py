@@ -22,13 +22,13 @@ class Packed(Protocol):
     """A weight of few bits: matrices, most often one, of rows by columns."""
 
     pieces: Pieces
-    """The tensors themselves, for whoever computes with them as they are."""
+    """The tensors themselves, for operations that take them unwidened."""
     scheme: WeightScheme
     matrices: int
     rows: int
     columns: int
     turned: bool
-    """Whether a decoder asks for the matrices as columns by rows."""
+    """True if a decoder needs the matrices as columns by rows."""
 
     def part(self, matrix: int, begin: int, end: int) -> Tensor:
         """Return rows of a matrix in float32; begin is a multiple of `ROWS`."""
@@ -61,7 +61,7 @@ def widened(packed: Packed, dtype: torch.dtype) -> Tensor:
 
 @dataclass(frozen=True)
 class Shared:
-    """What the numbers of a matrix share with others: a scale, and a zero point where there are some."""
+    """The part that a matrix's numbers share: a scale, and a zero point where there are some."""
 
     of: WeightScheme
     scales: Tensor

@@ -18,15 +18,15 @@ WHOLE: Final = (torch.int32, torch.int64)
 
 @dataclass(frozen=True)
 class Pieces:
-    """What a file has of a weight."""
+    """The tensors of a weight in a file."""
 
     name: str
     """The weight's, as a decoder asks for it."""
     shape: tuple[int, ...]
-    """That config.json implies."""
+    """Shape that config.json implies."""
     quantization: Quantization
     tensors: Mapping[str, Tensor]
-    """By their roles: ``weight``, ``weight_scale``, ``qzeros`` ..."""
+    """Tensors by their roles: ``weight``, ``weight_scale``, ``qzeros`` ..."""
 
     def maybe(self, role: str) -> Tensor | None:
         """Return one that may be missing."""

@@ -20,7 +20,7 @@ NUMBERS: Final[dict[torch.dtype, Numbers]] = {
     torch.int8: "int8",
 }
 _LARGEST: Final = {torch.float8_e4m3fn: 0x7E, torch.float8_e5m2: 0x7B}
-"""Of the numbers without their signs; what follows is NaN, or infinite."""
+"""Largest of the numbers without their signs; larger ones are NaN, or infinite."""
 SCALES: Final = ("weight_scale_inv", "weight_scale")
 EXPONENTS: Final = (torch.float8_e8m0fnu, torch.uint8)
 """Scales that are powers of two, by their exponents; ``scale_fmt`` says it too."""

@@ -1,6 +1,6 @@
 """``python -m inference_service.models.formats.widen``: weights of few bits, widened as a replica does it.
 
-A JSON object a line comes in on stdin, and one a line goes out on stdout, until there are no more::
+A JSON object a line comes in on stdin, and one a line goes out on stdout, until stdin ends::
 
     {"base": DIR, "name": "model.layers.0.self_attn.q_proj.weight", "shape": [OUT, IN], "into": FILE}
     {}

@@ -13,7 +13,7 @@ from loramux_shared.bases.formats.scheme import Numbers, WeightScheme
 
 WORD: Final = 32
 NO_NUMBER: Final = 255
-"""Of E8M0."""
+"""The value of E8M0 that is no number."""
 NUMBERS: Final[dict[int, Numbers]] = {4: "int4", 8: "int8"}
 
 

@@ -1,1 +1,1 @@
-"""Work for strangers: in processes of their own, which bound themselves."""
+"""Untrusted work, in processes of their own, which bound themselves."""

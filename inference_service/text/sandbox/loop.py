@@ -23,7 +23,7 @@ def serve(answer: Callable[[dict[str, Any]], dict[str, str]]) -> None:
     argv has those, and the seconds of a core that a question may take: one that takes more ends the process by
     the timer's signal. One that takes more memory than it may meets `MemoryError`.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever asks ends it, by closing stdin
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the caller ends it, by closing stdin
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     with suppress(ValueError, OSError):  # macOS refuses this one
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))

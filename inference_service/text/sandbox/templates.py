@@ -22,7 +22,7 @@ from jinja2.utils import Namespace
 from inference_service.text.sandbox.loop import serve
 
 MAX_CHARS: Final = 8 * 1024 * 1024
-"""Of a rendered prompt."""
+"""Most characters of a rendered prompt."""
 WHAT_TEMPLATES_RAISE: Final = (
     jinja2.TemplateError,
     ArithmeticError,
