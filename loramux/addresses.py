@@ -1,4 +1,4 @@
-"""Where replicas are: one address, a list of them, or a name that stands for many.
+"""Addresses of replicas: one address, a list of them, or a name that stands for many.
 
 ``HOST:PORT``, ``HOST:PORT,HOST:PORT`` and ``dns:///NAME:PORT``, each with ``grpcs://`` before it where it has
 TLS.
@@ -20,19 +20,19 @@ TLS_SCHEME: Final = "grpcs://"
 DNS_SCHEME: Final = "dns:///"
 EXPECTED: Final = "expected HOST:PORT, a list of them, or dns:///NAME:PORT; with TLS, grpcs:// before each"
 EVERY_S: Final = 10.0
-"""A name is looked up again after this time ..."""
+"""A name is looked up again after this time."""
 DOUBT_S: Final = 1.0
-"""... and after a failure, but no more often than this."""
+"""The shortest time between two look-ups after failures."""
 
 
 @dataclass(frozen=True)
 class Address:
-    """Where one replica is."""
+    """The address of one replica."""
 
     target: str
     """``HOST:PORT``, with ``grpcs://`` before it where it has TLS."""
     name: str = ""
-    """That its certificate has to have, where it was found by one."""
+    """Name that its certificate must have, where it was found by one."""
 
 
 def split(words: str) -> tuple[str, ...]:
@@ -50,7 +50,7 @@ def split(words: str) -> tuple[str, ...]:
 
 
 def is_many(words: str) -> bool:
-    """Whether there may be several replicas behind these words."""
+    """Return True if there may be several replicas behind these words."""
     return "," in words or _is_name(words)
 
 
@@ -107,7 +107,7 @@ class Members:
 
     @property
     def known(self) -> bool:
-        """Whether `now` answers at once."""
+        """Return True if `now` answers at once."""
         return bool(self._known) or self._fixed
 
     def now(self) -> tuple[Address, ...]:

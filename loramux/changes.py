@@ -37,7 +37,7 @@ from loramux_shared.spelling import parse_repository
 PUSH_TIMEOUT_S: Final = 600.0
 """A push sends the adapter, and waits until it is published."""
 BESIDE: Final = ("README.md", "model.sig")
-"""What is sent of a folder that no bundle is made from."""
+"""Files that are sent of a folder, though no bundle is made from them."""
 MAX_OTHERS: Final = 1000
 """Names of other files that a builder looks at."""
 

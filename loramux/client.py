@@ -88,7 +88,7 @@ def _watch_request(name: str, follow: bool, request_id: str | None) -> builder_p
 
 
 class Services:
-    """What a client asks of both services."""
+    """The connections of a client to both services."""
 
     timeout_s: float | None
 
@@ -181,7 +181,7 @@ class Services:
 
 
 class _Addresses:
-    """Where the services are, and how they let us in (see `loramux.connection`).
+    """The addresses of the services, and the credentials for them (see `loramux.connection`).
 
     timeout_s is the deadline of every call that is no stream. inference may be several replicas, see
     `loramux.addresses`: a request goes to one that has its model, and to another where that does not answer.

@@ -1,8 +1,8 @@
-"""How the clients reach a service: addresses, keys, TLS.
+"""The connection of a client to a service: addresses, keys, TLS.
 
 ``HOST:PORT`` is a connection in the clear and ``grpcs://HOST:PORT`` one with TLS; of many replicas see
-`loramux.addresses`. What is not given comes from
-the environment: ``LORAMUX_API_KEY``, ``LORAMUX_TLS_CA``, ``LORAMUX_CLIENT_CERT`` and ``LORAMUX_CLIENT_KEY``.
+`loramux.addresses`. Values that are not given come from the environment: ``LORAMUX_API_KEY``,
+``LORAMUX_TLS_CA``, ``LORAMUX_CLIENT_CERT`` and ``LORAMUX_CLIENT_KEY``.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def _variable(name: str) -> Callable[[], str | None]:
 
 @dataclass(frozen=True)
 class Credentials:
-    """What a client shows, and whom it trusts."""
+    """The credentials of a client, and the authorities that it trusts."""
 
     api_key: str | None = field(default_factory=_variable(API_KEY), repr=False)
     tls_ca: str | Path | None = field(default_factory=_variable("LORAMUX_TLS_CA"))
@@ -53,11 +53,11 @@ class Credentials:
     """A certificate chain (PEM), where the server asks clients for one."""
     client_key: str | Path | None = field(default_factory=_variable("LORAMUX_CLIENT_KEY"))
     tls_name: str | None = None
-    """That the server's certificate is for; None: its address."""
+    """Name that the server's certificate is for; None: its address."""
 
     @property
     def metadata(self) -> tuple[tuple[str, str], ...]:
-        """What every call carries.
+        """Return the metadata of every call.
 
         Raises:
             SettingsInvalid: the key has characters that no key has.

@@ -1,4 +1,4 @@
-"""What a caller gives as fields of a message, and what is said of values that do not fit."""
+"""Fields of a message from a caller's values, and the faults of values that do not fit."""
 
 from __future__ import annotations
 

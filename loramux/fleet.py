@@ -45,7 +45,7 @@ OPTIONS: Final = (
 )
 STREAMS: Final = (*OF_A_MODEL, "WatchReplica")
 REPEATED: Final = (*OF_A_MODEL, "Get", "List", "Pin", "Unpin", "Watch")
-"""How methods begin that do the same when they are called twice."""
+"""Prefixes of methods that may be called twice with the same effect."""
 
 
 @dataclass
@@ -116,7 +116,7 @@ class Fleet:
         trip.failed(fault, answered=answered)
 
     def close(self) -> list[Any]:
-        """Open no more channels; return those that there are, to be closed."""
+        """Open no further channels; return the open ones, which the caller closes."""
         with self._lock:
             self._closed = True
             return [link.channel for link in self._links.values()]
@@ -194,7 +194,7 @@ class _Stream:
         self._answered = False
 
     def cancel(self) -> None:
-        """End it, wherever it is."""
+        """End the request at its replica."""
         if self._call is not None:
             self._call.cancel()
         self._trip.end()

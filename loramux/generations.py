@@ -1,4 +1,4 @@
-"""What the client hands out about changes of a deployment: pushes, rollbacks, generations."""
+"""Client records of a deployment's changes: pushes, rollbacks, generations."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from loramux.records import AdapterInfo
 
 
 class ChangeKind(StrEnum):
-    """What happened to an adapter between two generations."""
+    """The change of an adapter between two generations."""
 
     ADDED = "added"
     CHANGED = "changed"
@@ -39,12 +39,12 @@ class GenerationInfo:
     create_time: datetime | None
     served: bool
     adapters: int
-    """How many it has."""
+    """Number of its adapters."""
     changes: tuple[AdapterChange, ...]
     """Against the one before that is still there, by name; the first 1,000."""
     change_count: int
     other_settings: bool
-    """Whether its base or a setting is another than before."""
+    """True if its base or a setting is another than before."""
     damage: str
     """Why it cannot be read; empty: it can."""
 
@@ -56,19 +56,19 @@ class PushInfo:
     digest: str
     """sha256 of the bundle's manifest, in hex."""
     generation: int
-    """In which it is served."""
+    """Generation that serves it."""
     unchanged: bool
-    """Whether it was there already."""
+    """True if it was there already."""
     adapter: AdapterInfo
 
 
 @dataclass(frozen=True)
 class RollbackInfo:
-    """What a rollback published."""
+    """The result of a rollback."""
 
     generation: int
     unchanged: bool
-    """Whether that was served already."""
+    """True if that was served already."""
     restored: int | None
     """The older generation whose content it is; None: the builder is older, and does not say."""
 

@@ -1,4 +1,4 @@
-"""What operators ask of a replica: records of adapters and replicas, and a client's calls for them."""
+"""Operators' calls of a replica: records of adapters and replicas, and a client's methods."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from loramux_shared.faults import FAULTS, Fault, InternalFault
 # The generated stubs have no types; what they answer is typed here.
 adapter_stub: Callable[[Any], Any] = AdapterServiceStub
 BUILD_TIMEOUT_S = 3600.0
-"""Of calls that wait for a build."""
+"""Deadline of calls that wait for a build."""
 _PAGE = 1000
 
 
@@ -42,9 +42,9 @@ class AdapterStatus:
     last_failure: Fault | None
     """Why its last load failed."""
     only_here: bool
-    """Whether it was loaded into this replica alone."""
+    """True if it was loaded into this replica alone."""
     kinds: tuple[str, ...] = ()
-    """What it is, as in `ModelInfo`."""
+    """Kinds of the adapter, as in `ModelInfo`."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def _failure(message: pb.LoadFailure) -> Fault:
 
 
 class Operations:
-    """What a client can do with the adapters of a replica; it wants a key with the scope admin."""
+    """The methods of a client for the adapters of a replica; they need a key with the scope admin."""
 
     timeout_s: float | None
 

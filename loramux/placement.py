@@ -1,4 +1,4 @@
-"""Which of several replicas a stream goes to.
+"""The choice of a replica for a stream.
 
 Every model has an order of the replicas, by rendezvous hashing: the same in all processes, and a replica that
 leaves moves its own models only. A stream goes to the first of the order that has room for it, as far as one
@@ -27,7 +27,7 @@ from typing import Final
 BOUND: Final = 1.25
 """Times the mean of open streams."""
 SHARE: Final = 0.8
-"""Of the mean: so many streams a replica has before its popular models go to others too."""
+"""Share of the mean load at which a replica's popular models go to others too."""
 PIECES: Final = 2.0
 """Times log2 of the number of replicas: the more there are, the further the fullest is from the mean, and the
 smaller are the pieces that popular models are divided into."""
@@ -36,8 +36,11 @@ MEMORY: Final = 10_000
 FEW: Final = 1000
 """Requests before which nothing much is known of models."""
 VARIETY: Final = 4
-"""Models that a client asks for, per replica that one of them may be spread over: who asks few sees nothing of
-what others do, and is better off with all clients of that model in one place."""
+"""Models that a client asks for, per replica that one of them may be spread over.
+
+A client with few models sees little of the others' load, and does better with all clients of a model in one
+place.
+"""
 ORDERS: Final = 16_384
 """Models whose orders are kept."""
 
@@ -54,7 +57,7 @@ def _weight(key: bytes, replica: str) -> bytes:
 
 
 class Popularity:
-    """What one client knows of how much models are asked for."""
+    """One client's estimate of how popular models are."""
 
     def __init__(self, pieces: float = PIECES) -> None:
         self._pieces = pieces
@@ -125,7 +128,7 @@ class Placement:
             self._down = {each: until for each, until in self._down.items() if each in self._open}
 
     def is_gone(self, replica: str) -> bool:
-        """Whether a replica is none of ours any more, and has no streams."""
+        """Return True if a replica has left the fleet, and has no streams."""
         with self._lock:
             return replica not in self._open
 

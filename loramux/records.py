@@ -1,4 +1,4 @@
-"""What the client hands out: events of an answer, models, deployments. Plain and frozen, no protobuf."""
+"""The records of the client: events of an answer, models, deployments. Plain and frozen, no protobuf."""
 
 from __future__ import annotations
 
@@ -25,7 +25,10 @@ class Message(TypedDict):
     """``{"id": ..., "function": {"name": ..., "arguments": ...}}``; the arguments as JSON text or as a dict."""
     tool_call_id: NotRequired[str]
     reasoning: NotRequired[str]
-    """What an assistant's turn thought, for the template; ``reasoning_content`` in a plain dictionary too."""
+    """Reasoning of an assistant's message, for the template.
+
+    ``reasoning_content`` in a plain dictionary too.
+    """
 
 
 Prompt: TypeAlias = str | Sequence[int] | Sequence[Message] | Sequence[Mapping[str, Any]]
@@ -101,7 +104,7 @@ class GenerateOptions(TypedDict, total=False):
     adapters: Sequence[tuple[str, float] | str] | None
     """Adapters with scales that act together, 1 where none is said; the model is "" or the base's name then."""
     sticky_key: str | None
-    """Where the model is an alias, requests with the same key get the same one of its models."""
+    """Key of an alias: requests with the same key get the same one of its models."""
 
 
 # The members of the enums below stand in the order of the numbers in the proto files, beginning with 0.
@@ -116,7 +119,7 @@ class FinishReason(StrEnum):
 
 
 class DeploymentState(StrEnum):
-    """Where the newest build of a deployment stands."""
+    """The state of a deployment's newest build."""
 
     UNSPECIFIED = "unspecified"
     BUILDING = "building"
@@ -125,7 +128,7 @@ class DeploymentState(StrEnum):
 
 
 class Stage(StrEnum):
-    """Where the build of an adapter stands."""
+    """A stage in the build of an adapter."""
 
     UNSPECIFIED = "unspecified"
     WAITING = "waiting"
@@ -144,11 +147,11 @@ class Started:
 
     request_id: str
     model: str
-    """Of an alias, the one that was picked."""
+    """Name of the model; of an alias, that of the model that was picked."""
     adapter_digest: str
     """sha256 of the bundle's manifest, in hex; empty for the base."""
     generation: int
-    """By which the name was looked up."""
+    """Generation by which the name was looked up."""
     prompt_tokens: int
 
 
@@ -160,7 +163,7 @@ class TokenLogprobs:
     top: tuple[tuple[int, float], ...]
     """The most likely tokens, as pairs of token id and log probability."""
     token: bytes = b""
-    """What the token stands for; possibly a part of a character."""
+    """Bytes that the token stands for; possibly a part of a character."""
     top_tokens: tuple[bytes, ...] = ()
     """The same for each of top."""
     rank: int = 0
@@ -191,7 +194,7 @@ class Delta:
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprobs, ...] = ()
     index: int = 0
-    """Which of the n answers."""
+    """Index of the answer among the n."""
 
 
 @dataclass(frozen=True)
@@ -200,7 +203,7 @@ class Usage:
 
     prompt_tokens: int
     cached_tokens: int
-    """Of the prompt, those whose keys and values were cached."""
+    """Tokens of the prompt whose keys and values were cached."""
     completion_tokens: int
 
 
@@ -213,7 +216,7 @@ class Finished:
     stop_text: str = ""
     """The stop text that ended the answer, if one did."""
     index: int = 0
-    """Which of the n answers."""
+    """Index of the answer among the n."""
     stop_token_id: int | None = None
     """The one of the request's stop_token_ids that ended the answer, if one did."""
 
@@ -240,7 +243,7 @@ class Completion(Choice):
 
     started: Started
     choices: tuple[Choice, ...]
-    """In the order of their index."""
+    """Choices in the order of their index."""
     prompt: tuple[PromptToken, ...] = ()
     """The tokens of the prompt, where prompt_logprobs were asked for."""
 
@@ -262,30 +265,30 @@ class ModelInfo:
     max_seq_len: int
     """Tokens of prompt and answer together."""
     kinds: tuple[str, ...] = ()
-    """What an adapter is: see docs/reference/adapters.md; none of the base."""
+    """Kinds of an adapter: see docs/reference/adapters.md; empty for the base."""
     replaced_rows: Mapping[str, int] = field(default_factory=dict)
-    """How many rows of the base's embeddings and head an adapter has others for, by the module's name."""
+    """Numbers of rows of embeddings and head that an adapter replaces, by the module's name."""
     invocation_tokens: tuple[int, ...] = ()
-    """From which tokens on an adapter acts; none where it acts on everything."""
+    """Tokens from which on an adapter acts; none where it acts on everything."""
     licence: str = ""
-    """What its repository says; empty where it says nothing."""
+    """Licence that its repository names; empty where it names none."""
     base_licence: str = ""
-    """Of an adapter, the same of its base."""
+    """Licence of an adapter's base; likewise."""
     tool_parser: str = ""
     """The form in which it writes calls of tools, auto where its template shows none; empty while not known."""
     reasoning_parser: str = ""
     """The same of its reasoning."""
     num_labels: int = 0
-    """How many a classifier scores; `Client.classify` tells their names."""
+    """Labels that a classifier scores; `Client.classify` returns their names."""
 
     @property
     def is_base(self) -> bool:
-        """Whether this is the base."""
+        """Return True if this is the base."""
         return not self.parent
 
     @property
     def generates(self) -> bool:
-        """Whether it answers with text: what was trained for scores or vectors does not."""
+        """Return True if it answers with text: a model that was trained for scores or vectors does not."""
         return SILENT.isdisjoint(self.kinds)
 
 
@@ -296,9 +299,9 @@ class AdapterInfo:
     name: str
     stage: Stage
     bytes_done: int
-    """Of the present stage."""
+    """Bytes done of the present stage."""
     bytes_total: int | None
-    """Of the present stage; None while it is not known."""
+    """Bytes of the present stage; None while it is not known."""
     digest: str
     """sha256 of the bundle's manifest, in hex, once it is known."""
     ranks: tuple[int, ...]
@@ -307,15 +310,15 @@ class AdapterInfo:
     bundle_bytes: int
     warnings: tuple[Finding, ...]
     reused: bool
-    """Whether the store held the bundle already, and its bytes were read back and found right."""
+    """True if the store held the bundle already, and its bytes were read back and found right."""
     repaired: bool = False
-    """Whether the store held the bundle with other bytes or without some, and they were put again."""
+    """True if the store held the bundle with other bytes or without some, and they were put again."""
     kept: bool = False
-    """Whether it is what it was in the served generation, so that nothing was fetched or made."""
+    """True if it is unchanged since the served generation, so that nothing was fetched or made."""
     added: bool = False
-    """Whether it is not in the deployment that is built: it was added or pushed before, and stays."""
+    """True if it is not in the deployment that is built: it was added or pushed before, and stays."""
     kinds: tuple[str, ...] = ()
-    """What it is, as in `ModelInfo`."""
+    """Kinds of the adapter, as in `ModelInfo`."""
 
 
 @dataclass(frozen=True)
@@ -332,7 +335,7 @@ class DeploymentInfo:
     failure: Fault | None
     """Why the newest build failed: ready to be raised."""
     unchanged: bool
-    """Whether the newest build found everything published already."""
+    """True if the newest build found everything published already."""
 
 
 @dataclass(frozen=True)
@@ -350,17 +353,17 @@ class RowReport:
     """alpha/r or alpha/sqrt(r)."""
     norm_a: float
     norm_b: float
-    """With the scale."""
+    """Norm of B with the scale."""
     norm_ba: float
-    """Of the product: how much the adapter changes this module."""
+    """Norm of the product: how much the adapter changes this module."""
     truncated_from: int | None
     """The adapter's own rank, where it was truncated."""
     truncation_error: float
-    """Of the product, relative."""
+    """Relative error of the product."""
     expert: int | None
-    """Whose module it is, of a mixture's layer."""
+    """Expert of a mixture's layer that has the module."""
     vectors: int = 0
-    """How many stand behind B: its output is also multiplied, or something is added to it."""
+    """Vectors behind B: its output is also multiplied, or something is added to it."""
 
 
 @dataclass(frozen=True)
@@ -368,29 +371,29 @@ class AdapterReport:
     """Everything that is known about an adapter after its check."""
 
     accepted: bool
-    """Whether a build would take it."""
+    """True if a build would accept it."""
     adapter: Repository
-    """With the resolved revision, where the files were fetched."""
+    """Repository with the resolved revision, where the files were fetched."""
     base: Repository
     files: Mapping[str, FileDigest]
-    """What a bundle is made from, by name; empty where the adapter was refused for its files."""
+    """Files that a bundle is made from, by name; empty where the adapter was refused for its files."""
     findings: tuple[Finding, ...]
     """Errors first."""
     rows: tuple[RowReport, ...]
-    """By (layer, module id); empty where the adapter was refused."""
+    """Rows by (layer, module id); empty where the adapter was refused."""
     dtype: Dtype
     """Storage type of the bundle."""
     bundle_bytes: int
     base_model_name: str
-    """What the adapter says that it was trained on."""
+    """Base that the adapter names as its own."""
     licence: str = ""
-    """What its repository says; empty where it says nothing."""
+    """Licence that its repository names; empty where it names none."""
     base_licence: str = ""
     kinds: tuple[str, ...] = ()
-    """What it is, as in `ModelInfo`; none where it was refused, and so of all that follow."""
+    """Kinds of the adapter, as in `ModelInfo`; empty where it was refused, as all fields that follow."""
     replaced_rows: Mapping[str, int] = field(default_factory=dict)
     invocation_tokens: tuple[int, ...] = ()
     labels: tuple[str, ...] = ()
-    """Of a classifier, in their order, LABEL_0 and so on where it has no names for them."""
+    """Labels of a classifier, in their order; LABEL_0 and so on where they have no names."""
     problem_type: str = ""
-    """What its scores are, as transformers has it; empty where it does not say."""
+    """Meaning of its scores, as in transformers; empty where it names none."""

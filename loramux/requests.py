@@ -1,4 +1,4 @@
-"""What a caller says as a request of the inference service."""
+"""Requests of the inference service from a caller's arguments."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One core for both clients: what a method asks is written once, and who asks waits in its own way.
+"""One core for both clients: a method's calls are written once, and each client waits in its own way.
 
 A method of the core is a generator: it yields each `Ask`, and is sent the answer. `blocking` makes a method for
 threads of it, and `awaited` one for asyncio. A method that streams returns a `Stream`, for `iterated` and

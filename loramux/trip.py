@@ -21,10 +21,10 @@ TRIES: Final = 4
 """Replicas that may refuse a request, or keep it waiting for nothing; those that are known to be away are not
 counted."""
 QUICK_S: Final = 0.5
-"""What is known to be away, is told in less."""
+"""A refusal of an unreachable replica that came sooner does not count as a try."""
 MOST_PAUSE_S: Final = 30.0
 PASSING: Final = (ReplicaBehind, SourceUnavailable, StoreUnavailable)
-"""Of one adapter or generation: the replica is well."""
+"""Faults of one adapter or generation, after which the replica is well."""
 
 
 class Trip:
@@ -46,7 +46,7 @@ class Trip:
 
     @property
     def left_s(self) -> float | None:
-        """What is left of the request's time."""
+        """Return the rest of the request's time."""
         return None if self._ends is None else max(0.0, self._ends - time.monotonic())
 
     def begin(self) -> str:

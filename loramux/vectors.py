@@ -32,7 +32,7 @@ class ScoreOptions(TypedDict, total=False):
     min_generation: int | None
     """Answer with this generation of the deployment or a later one."""
     sticky_key: str | None
-    """Where the model is an alias, requests with the same key get the same one of its models."""
+    """Key of an alias: requests with the same key get the same one of its models."""
 
 
 class EmbedOptions(ScoreOptions, total=False):
@@ -43,7 +43,7 @@ class EmbedOptions(ScoreOptions, total=False):
     normalize: bool | None
     """Vectors of length 1; they are by default."""
     dimensions: int | None
-    """So many of the first numbers of each vector."""
+    """Number of leading numbers of each vector to return."""
     adapters: Sequence[tuple[str, float] | str] | None
     """Adapters with scales that act together; the model is "" or the base's name then."""
 
@@ -54,22 +54,22 @@ class Embeddings:
 
     vectors: tuple[tuple[float, ...], ...]
     model: str
-    """What made them, as in `Started`."""
+    """Model that made them, as in `Started`."""
     adapter_digest: str
     generation: int
     prompt_tokens: int
-    """Of all inputs."""
+    """Tokens of all inputs."""
     cached_tokens: int
 
 
 @dataclass(frozen=True)
 class Classification:
-    """How an input scores."""
+    """The scores of an input."""
 
     label: str
     """The one that scores best."""
     scores: tuple[float, ...]
-    """Of each label, as the head gives them."""
+    """Scores of the labels, as the head gives them."""
     probabilities: tuple[float, ...]
 
 
@@ -172,7 +172,7 @@ def _said(messages: Sequence[Any]) -> dict[str, Any]:
 
 
 class Vectors:
-    """What a client asks of texts."""
+    """The methods of a client for vectors, classes and scores."""
 
     def embed(
         self,

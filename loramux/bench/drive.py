@@ -24,14 +24,14 @@ PAUSE_S = 0.1
 
 @dataclass(frozen=True)
 class LoadPlan:
-    """How requests are sent; one that has begun is always waited for."""
+    """The load of a benchmark; a request that has begun is always waited for."""
 
     concurrency: int = 8
     """Open requests of a closed loop."""
     rate: float | None = None
     """Requests per second of an open loop; None: a closed one."""
     requests: int | None = None
-    """No more than these."""
+    """Number of requests to send; None: no bound."""
     duration_s: float | None = None
     """None is sent later."""
     options: GenerateOptions = field(default_factory=lambda: GenerateOptions())
@@ -39,7 +39,7 @@ class LoadPlan:
 
 @dataclass(frozen=True)
 class ClientLoad:
-    """How busy this side was: near its bounds, the figures are the client's and not the server's."""
+    """The load of the client's side: near its bounds, the figures are the client's and not the server's."""
 
     cpu: float
     """Seconds of a core per second."""
@@ -48,7 +48,7 @@ class ClientLoad:
 
     @property
     def is_bottleneck(self) -> bool:
-        """Whether the client itself may have held the requests up."""
+        """Return True if the client itself may have slowed the requests down."""
         return self.cpu > MOST_CPU or (self.lag_s or 0.0) > MOST_LAG_S
 
 
@@ -59,7 +59,7 @@ class Run:
     outcomes: list[Outcome] = field(default_factory=list)
     load: ClientLoad | None = None
     interrupted: bool = False
-    """Whether somebody ended it before its time; what was open then is left out."""
+    """True if it was ended before its time; requests that were open then are left out."""
 
 
 async def drive(

@@ -1,4 +1,4 @@
-"""What became of the requests: counts, rates, percentiles."""
+"""The results of requests: counts, rates, percentiles."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Outcome:
     error: str = ""
     """The reason of its failure; empty when it was answered."""
     message: str = ""
-    """What was said about it."""
+    """Message of the failure."""
 
     @property
     def first_token_s(self) -> float | None:
@@ -49,7 +49,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Percentiles:
-    """Of a quantity, in seconds; None where nothing was measured."""
+    """The percentiles of a quantity, in seconds; None where nothing was measured."""
 
     p50: float | None
     p90: float | None
@@ -62,18 +62,18 @@ class Failures:
 
     count: int
     message: str
-    """Of the first."""
+    """Message of the first failure."""
 
 
 @dataclass(frozen=True)
 class Figures:
-    """Of one model, or of all."""
+    """The figures of one model, or of all."""
 
     model: str
     requests: int
     """Those that were answered."""
     errors: Mapping[str, Failures]
-    """By reason."""
+    """Failures by reason."""
     tokens: int
     prompt_tokens: int
     cached_tokens: int
@@ -89,7 +89,7 @@ class Report:
     """A whole run."""
 
     seconds: float
-    """From the first request to the end of the last."""
+    """Seconds from the first request to the end of the last."""
     models: tuple[Figures, ...]
     all: Figures
 

@@ -1,4 +1,4 @@
-"""What is asked: prompts, models in turn, and when."""
+"""The requests of a load: prompts, models in turn, and start times."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ class Ask:
 
 @dataclass(frozen=True)
 class Workload:
-    """An endless row of requests: models take turns, prompts are drawn anew or taken from a file in turn."""
+    """An endless sequence of requests: models take turns, prompts are drawn, or taken from a file in turn."""
 
     models: Sequence[str]
     seed: int
     words: int
-    """Of a drawn prompt; two of them never begin alike for long, so that no cache of prompts helps."""
+    """Words of a drawn prompt; two of them never begin alike for long, so that no cache of prompts helps."""
     given: Sequence[Prompt] = ()
     """Prompts of a file; drawn ones when empty."""
 

@@ -62,7 +62,7 @@ def _show(adapter: AdapterStatus, *, as_json: bool) -> None:
 
 @dataclass(frozen=True)
 class Progress:
-    """What is known of a replica during a rollout."""
+    """The state of a replica during a rollout."""
 
     replica: str
     status: ReplicaStatus | None

@@ -1,4 +1,4 @@
-"""How a load looks: a bar while it runs, a table at the end."""
+"""The view of a load: a bar while it runs, a table at the end."""
 
 from __future__ import annotations
 

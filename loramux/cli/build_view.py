@@ -1,4 +1,4 @@
-"""How a build looks: bars on a terminal, lines elsewhere, a table at the end; of many adapters, sums."""
+"""The view of a build: bars on a terminal, lines elsewhere, a table at the end; of many adapters, sums."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ WORK = (Stage.FETCHING, Stage.VALIDATING, Stage.PROVING, Stage.CONVERTING, Stage
 STYLES = {Stage.WAITING: "dim", Stage.DONE: "green", Stage.REFUSED: "bold red"}
 RIGHT = frozenset({"tensors", "bytes"})
 FEW = 8
-"""Of so many adapters each stage of each is a line, where there is no terminal; of more, counts are."""
+"""Most adapters of which each stage is a line, where there is no terminal; of more, counts are."""
 COUNTS_S = 2.0
 ROWS = 20
 NAMES = 5
@@ -38,7 +38,7 @@ class BuildView:
     """
 
     def __init__(self, counts_s: float = COUNTS_S, console: Console = shell.err) -> None:
-        """Where there is no terminal, tell the counts of many adapters every counts_s seconds."""
+        """Print the counts of many adapters every counts_s seconds, where there is no terminal."""
         columns = (
             TextColumn("{task.description}"),
             TextColumn("{task.fields[stage]}"),

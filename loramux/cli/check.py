@@ -44,7 +44,7 @@ SomeBuilder = Annotated[
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is to be checked."""
+    """The options of a check."""
 
     adapter: Repository
     base: Repository

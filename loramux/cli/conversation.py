@@ -26,14 +26,14 @@ COMMANDS: Final = {
 
 @dataclass
 class Conversation:
-    """What was said, and with whom."""
+    """A chat: its messages and its model."""
 
     client: Client
     model: str
     options: GenerateOptions
     system: str = ""
     history: list[Message] = field(default_factory=list)
-    """Without the system message."""
+    """Messages without the system message."""
 
     def names(self) -> list[str]:
         """Return the models that are served."""

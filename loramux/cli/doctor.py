@@ -67,12 +67,12 @@ class Diagnosis:
     """Everything that was looked at."""
 
     problems: tuple[str, ...]
-    """What keeps from working what was asked about; empty when all is well."""
+    """Problems that break a requested feature; empty when all is well."""
     versions: dict[str, str | None]
     extras: tuple[Extra, ...]
     machine: Machine
     inference: Inference | str
-    """Or why there can be none."""
+    """The device of a replica, or why there can be none."""
     places: tuple[Place, ...]
     base: Sizes | None
 

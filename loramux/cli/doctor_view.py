@@ -1,4 +1,4 @@
-"""How a diagnosis looks: a line per thing, what is wrong last."""
+"""The view of a diagnosis: a line per item, problems last."""
 
 from __future__ import annotations
 

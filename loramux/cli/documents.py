@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from loramux_shared.faults import Fault
 
 SCHEMA = 2
-"""Of every document; raised when a field changes its meaning or goes away."""
+"""Version of every document; raised when a field changes its meaning or is removed."""
 
 
 def emit(document: Mapping[str, Any]) -> None:

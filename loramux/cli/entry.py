@@ -1,4 +1,4 @@
-"""Where ``loramux`` begins: before its packages are loaded, which takes a moment in which Ctrl-C can come."""
+"""The entry of ``loramux``, before its packages are loaded, which takes a moment in which Ctrl-C can come."""
 
 from __future__ import annotations
 

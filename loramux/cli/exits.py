@@ -12,7 +12,7 @@ from loramux_shared.rpc.status import CallFailed
 
 
 class Exit(IntEnum):
-    """How a command ended."""
+    """The exit status of a command."""
 
     OK = 0
     FAILED = 1

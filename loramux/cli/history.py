@@ -17,7 +17,7 @@ from loramux_shared.faults import DeploymentNotFound
 from loramux_shared.wording import listed
 
 NAMES = 6
-"""Of one kind of change of one generation; --json has more."""
+"""Most names of one kind of change of one generation; --json has more."""
 SIGNS = {ChangeKind.ADDED: "+", ChangeKind.CHANGED: "~", ChangeKind.REMOVED: "-"}
 
 Name = Annotated[

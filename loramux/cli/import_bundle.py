@@ -28,7 +28,7 @@ from loramux_shared.spelling import parse_repository
 
 FILES = ("model.lora_weights.npy", "model.lora_config.npy or model.lora_keys.npy")
 UNPUBLISHED: Final = "_unpublished_"
-"""Of a deployment that only shows whether the adapter's name is one."""
+"""Name of a deployment that only tests whether the adapter's name is valid."""
 
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="Holds the two npy files.", show_default=False)]
 Name = Annotated[

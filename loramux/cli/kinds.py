@@ -1,4 +1,4 @@
-"""What an adapter is, as people call it."""
+"""The kinds of an adapter, in words for people."""
 
 from __future__ import annotations
 

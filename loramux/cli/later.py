@@ -1,4 +1,4 @@
-"""What a terminal shows only while something takes long."""
+"""Output that a terminal shows only while something takes long."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from types import TracebackType
 from typing import Final, Protocol, Self
 
 AFTER_S: Final = 0.3
-"""What is over sooner flashes, and nobody can read it."""
+"""Seconds before it is shown; something shorter would flash, and nobody could read it."""
 
 
 class Shown(Protocol):

@@ -13,7 +13,7 @@ from loramux_shared.mixtures import BASE, names_of
 from loramux_shared.wording import listed
 
 COMPLETION_S = 1.0
-"""Whoever pressed TAB waits; a server that is slower is not asked further."""
+"""Bound of a completion, since a person waits after TAB; a slower server is not asked further."""
 
 
 def unserved(model: str, served: Sequence[str]) -> list[str]:

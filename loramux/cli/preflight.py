@@ -1,4 +1,4 @@
-"""What can be known to fail is said before anything is started or built."""
+"""Checks for certain failures, before anything is started or built."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ WITHOUT_TLS: Final = dict.fromkeys(("tls_cert", "tls_key", "tls_client_ca"))
 
 @dataclass(frozen=True)
 class UpPlan:
-    """What is to be brought up, and where."""
+    """The plan of `loramux up`: services to start, and their addresses."""
 
     deployment: Deployment
     store: str
@@ -36,11 +36,11 @@ class UpPlan:
     engine: Mapping[str, str | int | None] = field(default_factory=dict)
     """Settings of the inference service that are about speed; None: its default."""
     http: str | None = None
-    """Of OpenAI's door; None keeps it closed."""
+    """Address of the HTTP APIs; None keeps them closed."""
     roots: Sequence[Path] = ()
     """Folders below which LOCAL repositories may lie, beside those that the deployment names."""
     exact: bool = False
-    """Whether adapters that were added or pushed to the deployment are to leave."""
+    """True if adapters that were added or pushed to the deployment are to leave."""
 
     @property
     def local_roots(self) -> list[Path]:

@@ -71,7 +71,7 @@ async def race(
             await asyncio.wait({running}, timeout=FRAME_S)
             live.update(_grid(lanes, *shape), refresh=True)
         await running
-        # What stays on the screen takes no more lines than the answers need.
+        # What stays on the screen takes only the lines that the answers need.
         needed = max(len(_wrapped(lane, _inner_width(shape[0]))) for lane in lanes) + 2
         live.update(_grid(lanes, shape[0], min(shape[1], needed)), refresh=True)
     return lanes

@@ -1,4 +1,4 @@
-"""How the report of a check looks: what was found, what it would become, where it came from."""
+"""The view of a check's report: findings, the bundle, and the adapter's origin."""
 
 from __future__ import annotations
 

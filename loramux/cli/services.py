@@ -113,7 +113,7 @@ def inference_command(
     engine: Mapping[str, str | int | None],
     http: str | None = None,
 ) -> list[str]:
-    """Return the command line of an inference service; without http, OpenAI's door stays closed.
+    """Return the command line of an inference service; without http, the HTTP APIs stay closed.
 
     engine holds settings that are about speed, by name; None: the default.
 

@@ -1,4 +1,4 @@
-"""What all commands share: the two consoles, common flags, tables, and how a failure is told."""
+"""The parts that all commands share: the two consoles, common flags, tables, and the output of failures."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ out = Screen(highlight=False, emoji=False)
 err = Screen(stderr=True, highlight=False, emoji=False)
 
 MAX_FINDINGS = 20
-"""Of one failure that are printed; --json has all that were told."""
+"""Most findings of one failure that are printed; --json has all that were sent."""
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 Grpc = Annotated[str, typer.Option("--grpc", metavar="HOST:PORT", help="The inference service.")]
@@ -124,7 +124,7 @@ def printable(text: str) -> str:
 
 @dataclass
 class Came:
-    """What a step found out."""
+    """The result of a step."""
 
     of_it: str = ""
     """Said when it is done, where there is something to say."""

@@ -117,7 +117,7 @@ def verify(
 
 
 def _verify_deployment(store: Store, name: str, signers: tuple[str, ...]) -> tuple[str, str]:
-    """Return by whom the served generation is signed and what it holds, after all of that was read."""
+    """Return the signer of the served generation and its content, after all of that was read."""
     from loramux_shared.bundle.reader import read_bundle  # numpy
 
     generation = _served(signed_store(store, signers), name)

@@ -1,4 +1,4 @@
-"""Where the command line keeps what is worth keeping between runs."""
+"""Files that the command line keeps between runs."""
 
 from __future__ import annotations
 

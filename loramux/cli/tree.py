@@ -29,7 +29,7 @@ LOOPBACK = "127.0.0.1"
 
 
 _LAST_WORDS = re.compile(r"^\w+_service: (?P<reason>[A-Z_]+): (?P<message>.*(?:\n  .*)*)", re.MULTILINE)
-"""What a service that cannot go on says at its end."""
+"""Last line of a service that failed."""
 
 
 class ServiceDied(Fault):
@@ -185,7 +185,10 @@ class ProcessTree:
 
 
 def _environment() -> dict[str, str]:
-    """What a child inherits: not TLS, whose certificates name other hosts than the loopback we call it on."""
+    """Return a child's environment.
+
+    Not TLS, whose certificates name other hosts than the loopback we call it on.
+    """
     return {name: value for name, value in os.environ.items() if not name.startswith("LORAMUX_TLS_")}
 
 

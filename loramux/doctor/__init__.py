@@ -1,1 +1,1 @@
-"""What is here: `installed` packages, the `machine` and the places around it, and the `sizes` of a base."""
+"""The doctor: `installed` packages, the `machine` and the places around it, and the `sizes` of a base."""

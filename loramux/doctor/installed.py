@@ -1,4 +1,4 @@
-"""Which packages are there, and what the missing ones would bring; nothing is imported for it."""
+"""The installed packages, and the features that missing ones would bring; nothing is imported for it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Extra:
 
     @property
     def cure(self) -> str:
-        """What installs it."""
+        """Return the command that installs it."""
         return f"pip install 'loramux[{self.name}]'"
 
 

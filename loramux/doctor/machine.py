@@ -24,7 +24,7 @@ CHILD_S: Final = 300.0
 
 @dataclass(frozen=True)
 class Machine:
-    """Where this runs; sizes in bytes."""
+    """This machine; sizes in bytes."""
 
     python: str
     system: str
@@ -36,7 +36,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Inference:
-    """What a replica would run on."""
+    """The device and the operations of a replica here."""
 
     device: str
     name: str
@@ -45,11 +45,11 @@ class Inference:
     dtype: str
     backend: str
     how: str
-    """Where the operations come from, and why not from the compiler if so."""
+    """Origin of the operations, and why they are not from the compiler if so."""
     product: str
-    """How weights are multiplied, and why in that type."""
+    """Type in which weights are multiplied, and the reason."""
     reading: str
-    """What a token of the base reads, how fast that is here, and how long it takes at least; empty on a GPU."""
+    """Bytes that a token of the base reads, their speed here, and the least time; empty on a GPU."""
     warning: str | None
     """Why it is slower than it could be, what that costs and what to do; None where it is not."""
     threads: int

@@ -1,4 +1,4 @@
-"""How much memory a base and its adapters take."""
+"""The memory that a base and its adapters take."""
 
 from __future__ import annotations
 
@@ -38,37 +38,37 @@ class Fit:
     rank: int
     adapter_bytes: int
     adapters: int
-    """How many fit beside weights, steps and the cache, where settings keep the cache at its size."""
+    """Adapters that fit beside weights, steps and the cache, where settings keep the cache at its size."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a base takes, in bytes, in the type that it would be served in."""
+    """The memory of a base, in bytes, in the type that it would be served in."""
 
     dtype: str
     free_bytes: int
     weights_bytes: int
-    """Without norms and biases."""
+    """Bytes of the weights, without norms and biases."""
     widened: str
-    """What widening them at load takes; empty where they are served as they are kept, or rounded again."""
+    """Cost of widening them at load; empty where they are served as stored, or rounded again."""
     steps_bytes: int
-    """What the largest step needs."""
+    """Bytes of the largest step."""
     kv_bytes: int
     """0 where it does not fit."""
     kv_tokens: int
-    """That the cache holds."""
+    """Tokens that the cache holds."""
     kv_is_set: bool
-    """Whether a setting says its size; else it is smaller once adapters are loaded."""
+    """True if a setting has its size; else it is smaller once adapters are loaded."""
     kv_token_bytes: int
     kv_behind_bytes: int
-    """Of them, what a token takes that is behind the windows of layers which have one."""
+    """Part of them for a token that is behind the windows of layers which have one."""
     state_bytes: int
-    """What a sequence takes beside its tokens; 0 where no layer carries a state."""
+    """Bytes of a sequence beside its tokens; 0 where no layer carries a state."""
     state_slots: int
     """For as many, snapshots of prefixes included."""
     fits: tuple[Fit, ...]
     refusal: str
-    """What a replica would say; empty where it would start."""
+    """Refusal of a replica; empty where it would start."""
     ready_bytes: int
     """Memory of a replica on a CPU when it is ready, before adapters are loaded and the cache fills."""
 
