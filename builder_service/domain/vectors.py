@@ -38,7 +38,7 @@ class VectorRow:
     vectors: tuple[Array, ...]
     """Vectors in the storage type, [out] each.
 
-    C, then d where there is some, then what rounding took from c.
+    First c, then d where there is some, then what rounding took from c.
     """
 
 

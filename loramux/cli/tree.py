@@ -187,7 +187,7 @@ class ProcessTree:
 def _environment() -> dict[str, str]:
     """Return a child's environment.
 
-    Not TLS, whose certificates name other hosts than the loopback we call it on.
+    It has no TLS, whose certificates name other hosts than the loopback we call it on.
     """
     return {name: value for name, value in os.environ.items() if not name.startswith("LORAMUX_TLS_")}
 

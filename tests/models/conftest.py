@@ -1,4 +1,4 @@
-"""What tests of models count: answers that were tried, and those that were exact."""
+"""Counters of the model tests: answers that were tried, and those that were exact."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PARITY: Final = "parity"
 ORACLES: Final = ("torch", "transformers", "peft")
 Counted: TypeAlias = Callable[[str, str, str, Sequence[list[int]], Sequence[list[int]]], None]
 counts: Counter[tuple[Any, ...]] = Counter()
-"""Of (architecture, backend, situation, "tried" or "exact")."""
+"""Counts by (architecture, backend, situation, "tried" or "exact")."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -28,7 +28,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture(scope="module")
 def store(world: World) -> MemoryStore:
-    """Where the world of a module is built."""
+    """A store with the built world of a module."""
     made = MemoryStore()
     world.build(made)
     return made

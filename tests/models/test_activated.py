@@ -106,7 +106,7 @@ def test_company_and_prefix_hits_change_no_token(
 def test_each_alone_equals_peft(
     world: World, store: MemoryStore, requests: list[tuple[str, list[int]]], expected: list[list[int]]
 ) -> None:
-    """A request alone gives the tokens that it gives in company."""
+    """A request alone gives the tokens that it gives in a batch."""
     ready = world.load(store, prefix_cache=False)
     assert [run_engine(ready, [request], NEW)[0] for request in requests] == expected
 
@@ -115,8 +115,9 @@ def test_each_alone_equals_peft(
 def test_the_blocks_of_a_conversation_are_shared(
     world: World, store: MemoryStore, first: str, then: str
 ) -> None:
-    """Whoever goes on finds at least 95 of 100 blocks of what was said before either was called, answers of the
-    base included; a plain adapter finds none of them."""
+    """A later request finds at least 95 of 100 blocks of the conversation before either was called, answers of
+    the base included; a plain adapter finds none of them.
+    """
     ready = world.load(store, block_size=4, max_batch_tokens=64)
     calls = {"called": CALLED, "asked": ASKED}
     said, found = _said(random.Random(8), 83), []
@@ -180,7 +181,7 @@ def test_one_that_acts_on_a_part_is_not_merged(world: World) -> None:
 def test_the_kernels_for_gpus_answer_as_peft(
     world: World, store: MemoryStore, requests: list[tuple[str, list[int]]], expected: list[list[int]]
 ) -> None:
-    """In the interpreter, where their steps know no more of it than that a chunk is of no adapter."""
+    """Kernels in the interpreter answer as PEFT; their steps only know that a chunk is of no adapter."""
     ready = world.load(store, backend="triton")
     assert run_engine(ready, requests, 3) == [answer[:3] for answer in expected]
 
@@ -189,8 +190,9 @@ def test_the_kernels_for_gpus_answer_as_peft(
 @pytest.mark.parametrize("config", [GEMMA3, QWEN], ids=["windows", "states"])
 @pytest.mark.parametrize("native", [True, False], ids=["compiled", "torch"])
 def test_windows_and_states_change_no_token(tmp_path: Path, config: PreTrainedConfig, native: bool) -> None:
-    """Of bases whose layers see so far, or carry a state: a conversation that base and adapters go on with in
-    turns, in small chunks, from its beginning and from what is found of it."""
+    """Windows and states change no token of a conversation that base and adapters continue in turns, in small
+    chunks.
+    """
     calls = {"called": CALLED, "asked": ASKED, "base": ()}
     settings = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "o_proj", "gate_proj", "down_proj"]}
     kinds = {name: settings | {"alora_invocation_tokens": list(calls[name])} for name in ("called", "asked")}

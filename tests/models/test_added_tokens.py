@@ -36,7 +36,7 @@ ADAPTERS: dict[str, tuple[int, dict[str, Any]]] = {
     "beside": (VOCAB + 40, {"target_modules": ["k_proj"]}),
     "fewer": (VOCAB, WHOLE),
 }
-"""How many tokens their models have, and their configs."""
+"""The number of tokens of each adapter's model, and its config."""
 MODELS = ("base", *ADAPTERS)
 
 
@@ -104,7 +104,7 @@ REQUESTS = [request for name in MODELS for request in requests_of(name)]
 
 @pytest.fixture(scope="module")
 def expected(world: World) -> list[list[int]]:
-    """What PEFT answers; tokens that the base does not have are among it."""
+    """The answers of PEFT, with tokens that the base does not have among them."""
     models = {name: resized(world, name) for name in MODELS}
     answers = [oracle_tokens(models[name], prompt, NEW) for name, prompt in REQUESTS]
     by_model = {name: set[int]() for name in MODELS}

@@ -85,7 +85,7 @@ def test_each_alone_equals_peft(answers: Answers) -> None:
 
 
 def test_the_kernels_for_gpus_answer_the_same(answers: Answers) -> None:
-    """In the interpreter, a kind beside another and the base."""
+    """Kernels in the interpreter answer the same, a kind beside another and the base."""
     ready = answers.world.load(answers.store, backend="triton", max_batch_tokens=32)
     picked = (3, 7, 8)
     found = run_engine(ready, [answers.requests[index] for index in picked], 1)
@@ -94,7 +94,7 @@ def test_the_kernels_for_gpus_answer_the_same(answers: Answers) -> None:
 
 @pytest.mark.parametrize("name", ["dora", "both", "lora_bias"])
 def test_merged_weights_and_biases_equal_peft(answers: Answers, name: str) -> None:
-    """As one model, with biases where the base has none too."""
+    """Merged weights equal PEFT, with biases where the base has none too."""
     ready = ready_of(answers.world, name, {"serve_base": False})
     at = MODELS.index(name)
     assert ready.service.catalog.get(name).adapter is None

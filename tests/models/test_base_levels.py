@@ -55,7 +55,7 @@ def say(folder: Path, key: str, outside: Any, inside: Any) -> None:
     ("outside", "inside"), [*itertools.product((True, False, None, ABSENT), (True, False, ABSENT))]
 )
 def test_whether_the_head_is_tied_stands_outside(images: Path, outside: Any, inside: Any) -> None:
-    """What the decoder's own block says of it is not read, as transformers does not read it."""
+    """The value in the decoder's own block is not read, as transformers does not read it."""
     say(images, "tie_word_embeddings", outside, inside)
     assert read_config(images).tied_embeddings is bool(AutoConfig.from_pretrained(images).tie_word_embeddings)
 
@@ -84,7 +84,9 @@ def test_a_head_of_its_own_answers(images: Path) -> None:
 def test_sequences_end_where_transformers_ends_them(
     images: Path, outside: Any, inside: Any, generation: Any
 ) -> None:
-    """What generation_config.json says counts, else what stands outside, else what the decoder's block says."""
+    """The end token of generation_config.json counts, else the outer config's, else that of the decoder's
+    block.
+    """
     say(images, "eos_token_id", outside, inside)
     file = images / "generation_config.json"
     file.unlink(missing_ok=True)

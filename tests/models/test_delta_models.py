@@ -64,7 +64,7 @@ def test_many_sequences_equal_transformers(answers: Answers, max_batch_tokens: i
 
 
 def test_preemption_changes_no_token(answers: Answers) -> None:
-    """Where the cache holds two of the sequences, those that gave their states back are computed again."""
+    """Sequences that gave their states back are computed again, where the cache holds two of them."""
     config = read_config(answers.world.base)
     kept = 4 * sum(layer.mixer.kept_features for layer in config.layers)
     cache = 512 * kept + (8 + 4) * config.state_bytes(4)
@@ -76,7 +76,7 @@ def test_preemption_changes_no_token(answers: Answers) -> None:
 
 
 def test_the_kernels_for_gpus_answer_the_same(answers: Answers) -> None:
-    """In the interpreter, prompts of several tiles beside decodes."""
+    """Kernels in the interpreter answer the same, prompts of several tiles beside decodes."""
     ready = answers.world.load(answers.store, backend="triton", max_batch_tokens=80)
     found = run_engine(ready, answers.requests[:FEW], FEW_NEW)
     assert found == [expected[:FEW_NEW] for expected in answers.expected[:FEW]]

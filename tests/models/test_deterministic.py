@@ -183,7 +183,9 @@ def test_products_are_of_sizes_that_agree() -> None:
 
 
 def test_a_product_has_few_numbers_of_rows() -> None:
-    """Whatever the length of a prompt: the library keeps compiled code for each of them, for good."""
+    """A prompt of any length has few numbers of rows: the library keeps compiled code for each of them, for
+    good.
+    """
     moody = Moody("")
     for rows in [*range(1, 200), 1300]:
         assert len(in_pieces(moody, torch.zeros(rows, 24), ROWS)) == rows

@@ -170,7 +170,7 @@ def test_what_adalora_left_is_what_an_alpha_of_zero_means(world: World) -> None:
 
 
 def test_a_base_that_does_not_say_what_it_lost_is_refused(world: World) -> None:
-    """Of an identity no singular value is the largest, and of equal columns no second one stands out."""
+    """A base is refused if it is an identity, where no singular value is the largest, or has equal columns."""
     with pytest.raises(NotMade, match="singular values 4 and 5"):
         leading(np.eye(40), 4)
     with pytest.raises(NotMade, match="first 3 columns"):

@@ -82,7 +82,7 @@ def test_each_alone_equals_peft(
 
 
 def test_thirty_one_others_change_no_token(world: World, store: MemoryStore) -> None:
-    """The widest company that the table of speeds knows: 32 requests of all models, against each alone."""
+    """A batch of 32 requests of all models, the widest of the table of speeds, answers as each alone."""
     ready = world.load(store, prefix_cache=False)
     crowd = [(MODELS[index % 4], prompt) for index, prompt in enumerate(_prompts(32, 40))]
     together = run_engine(ready, crowd, NEW)
@@ -105,7 +105,7 @@ def test_in_bfloat16_company_moves_log_probabilities_by_rounding_only(
 
 
 def test_sampling_depends_on_the_seed_alone(world: World, store: MemoryStore) -> None:
-    """A seeded answer is the same in any company; another seed gives another answer."""
+    """A seeded answer is the same in every batch; another seed gives another answer."""
     ready = world.load(store)
     prompt = _prompts(1, 60)[0]
     company = [(name, p) for name, p in zip(MODELS, _prompts(4, 60), strict=True)]

@@ -101,7 +101,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def answered(base: Path, adapters: Mapping[str, Path], **settings: Any) -> list[list[int]]:
-    """What adapters answer, all of them and the base in one batch."""
+    """Return the answers of adapters, all of them and the base in one batch."""
     world, store = World(base, adapters, base.parent), MemoryStore()
     world.build(store)
     requests = [(name, prompt) for name in ("base", *adapters) for prompt in prompts()]
@@ -115,7 +115,7 @@ def expected_of(base: Path, adapters: Mapping[str, Path]) -> list[list[int]]:
 
 
 def test_modules_of_single_experts_are_what_peft_makes_of_them(base: Path) -> None:
-    """In the form of transformers 4, which PEFT converts."""
+    """Modules of single experts equal PEFT's in the form of transformers 4, which PEFT converts."""
     folder = base.parent / "each"
     save_adapter(folder, of_each(lambda *_: 2), r=2, lora_alpha=5, target_modules=[*FEATURES])
     assert answered(base, {"each": folder}) == expected_of(base, {"each": folder})
@@ -137,7 +137,7 @@ def test_a_check_tells_whose_modules_an_adapter_has(base: Path) -> None:
 
 
 def test_experts_of_one_adapter_may_differ_in_rank_and_modules(base: Path) -> None:
-    """Which PEFT cannot convert: the same products, added to the weights of a copy of the base."""
+    """Experts that PEFT cannot convert equal the same products, added to the weights of a copy of the base."""
     tensors = of_each(lambda expert, leaf: (expert + len(leaf)) % 4)
     folder, merged = base.parent / "mixed", base.parent / "merged"
     ranks = {name: len(a) for name, a in tensors.items() if "lora_A" in name}
@@ -160,7 +160,7 @@ def test_experts_of_one_adapter_may_differ_in_rank_and_modules(base: Path) -> No
 
 
 def test_parameters_that_were_taken_by_position_are_the_transposed(tmp_path: Path) -> None:
-    """As older releases saved them: A and B of the same products have changed places."""
+    """A and B of parameters that older releases saved have changed places, with the same products."""
     world = make_world_of(tmp_path, CONFIG, {"new": PARAMETERS})
     new, old = load_file(world.adapters["new"] / "adapter_model.safetensors"), {}
     for name in (name for name in new if "lora_A" in name):
@@ -186,7 +186,7 @@ def test_parameters_are_what_peft_makes_of_them(tmp_path: Path, settings: dict[s
 
 
 def test_an_adapter_alone_is_merged_into_its_experts(tmp_path: Path) -> None:
-    """And answers as beside the base."""
+    """A merged adapter answers as beside the base."""
     world, store = make_world_of(tmp_path, CONFIG, {"one": PARAMETERS}), MemoryStore()
     data = world.deployment().model_dump(mode="json")
     data["runtime"]["serve_base"] = False
@@ -274,7 +274,9 @@ def test_what_is_not_an_experts_is_refused_by_name(base: Path, what: str) -> Non
 
 
 def test_an_expert_that_all_rows_have_is_added_as_its_gate_says(tmp_path: Path) -> None:
-    """As in Qwen 3.5, with the experts of a layer in one tensor."""
+    """An expert that all rows have is added by its gate, as in Qwen 3.5, with the experts of a layer in one
+    tensor.
+    """
     torch.manual_seed(0)
     config = Qwen3_5MoeTextConfig(
         hidden_size=HIDDEN,

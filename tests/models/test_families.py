@@ -68,7 +68,7 @@ from tests.support.tiny import (
 
 NEW = 14
 SNAPSHOTS = 2
-"""Of states, where layers carry some: for a cache as small as that of the test below."""
+"""Snapshots of states, where layers carry some: for a cache as small as that of the test below."""
 WINDOW = 24
 PHI_ADAPTERS: dict[str, dict[str, Any]] = {
     "wide": {"r": 8, "lora_alpha": 16, "target_modules": ["qkv_proj"]},
@@ -156,7 +156,7 @@ BESIDE: dict[str, dict[str, Any]] = {
         "rank_pattern": {"down_proj": 5},
     }
 }
-"""Of an MLP and of the experts beside it."""
+"""Adapters of an MLP and of the experts beside it."""
 FACTORS = [1.0 + 0.1 * index for index in range(4)]
 LONGROPE = {
     "rope_type": "longrope",
@@ -221,7 +221,7 @@ class Case:
     shortest: int = 1
     """Tokens of the shortest prompt."""
     stepwise: bool = False
-    """Whether keys are turned otherwise as the sequence grows, so that only steps of transformers answer."""
+    """True if keys are rotated otherwise as the sequence grows, so that only steps of transformers answer."""
 
 
 def _llama(*, stepwise: bool = False, config: Mapping[str, Any] = MappingProxyType({}), **rope: Any) -> Case:
@@ -472,22 +472,22 @@ CACHES = _swept_but(
     "llama-dynamic", "mistral", "qwen2-windows", "gemma4-small", "gemma4-images", "phi3-long", "gpt-oss",
     "qwen3_5-images",
 )  # fmt: skip
-"""Of those that keep the same of their tokens one."""
+"""One case of those whose caches keep the same of a token."""
 HALVES = _swept_but(
     "qwen2", "gemma2", "gemma4-small", "gemma4-images", "phi4-mini", "granite", "olmo2", "gpt-oss",
     "qwen3_5-moe",
 )  # fmt: skip
-"""Of those whose sums, norms and caps are the same one."""
+"""One case of those whose sums, norms and caps are the same."""
 
 
 @dataclass(frozen=True)
 class Answers(tiny.Answers):
-    """With what the engine found first, and what transformers thinks of its own tokens."""
+    """The engine's first answers, and the log probabilities of transformers for its own tokens."""
 
     found: list[list[int]]
     """Base and adapters in one batch, prompts whole."""
     found_logprobs: list[float]
-    """Of the tokens of the base's first answer."""
+    """Log probabilities of the tokens of the base's first answer."""
     logprobs: list[float]
     """The same by transformers."""
     adapted: Any
@@ -536,8 +536,9 @@ def test_a_mixed_batch_equals_transformers(answers: Answers) -> None:
 
 @pytest.mark.parametrize("answers", KERNELS, indirect=True)
 def test_the_kernels_for_gpus_answer_the_same(answers: Answers) -> None:
-    """In the interpreter: base and adapters, prompts in chunks beside decoding, past blocks and windows, in a
-    cache that holds NaN beside what they see."""
+    """Kernels in the interpreter answer the same: base and adapters, prompts in chunks beside decoding, past
+    blocks and windows, in a cache that holds NaN beside what they see.
+    """
     ready = answers.world.load(answers.store, backend="triton", max_batch_tokens=32)
     poison(ready)
     picked = [(answers.requests[index], answers.expected[index]) for index in (2, 3, 4)]
@@ -562,7 +563,7 @@ def tight(world: World, sequences: int, least: int = 64) -> dict[str, Any]:
 
 @pytest.mark.parametrize("answers", CACHES, indirect=True)
 def test_preemption_and_prefix_hits_change_no_token(answers: Answers) -> None:
-    """With a cache too small for all, and again with what is left of the prefixes in it; the rest is NaN."""
+    """A cache too small for all changes no token, nor does a second run with the prefixes left in it."""
     ready = answers.world.load(answers.store, **tight(answers.world, len(answers.requests)))
     windows = read_config(answers.world.base).windows
     if len(windows) > 1:  # for which a plan has more tokens of everything in as many bytes
@@ -589,7 +590,7 @@ def _divide_evenly(ready: Ready, blocks: int) -> None:
 
 @pytest.mark.parametrize("answers", HALVES, indirect=True)
 def test_bfloat16_stays_close(answers: Answers) -> None:
-    """In the type that most checkpoints are served in, norms with an offset and caps included."""
+    """Answers stay close in the type of most checkpoints, norms with an offset and caps included."""
     ready = answers.world.load(answers.store, dtype="bfloat16")
     poison(ready)
     found = _engine_logprobs(ready, answers.requests[0][1], new=1)

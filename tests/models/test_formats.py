@@ -28,7 +28,7 @@ CPU = torch.device("cpu")
 
 
 def described(config: dict[str, Any]) -> Any:
-    """How weights are kept, as a base's config says it."""
+    """Return the description of the weights' storage in a base's config."""
     return read_quantization({"quantization_config": config}, architecture="LlamaForCausalLM")
 
 
@@ -51,7 +51,7 @@ def read_written(name: str) -> tuple[dict[str, Any], dict[str, Tensor], Tensor]:
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in WRITTEN.glob("*.safetensors")))
 def test_a_weight_is_what_its_library_says(tmp_path: Path, name: str) -> None:
-    """In the type in which that library widens it."""
+    """A weight equals its library's, in the type in which that library widens it."""
     config, tensors, widened = read_written(name)
     found = checkpoint(tmp_path, tensors, config, widened.dtype).get("layer.weight", tuple(widened.shape))
     assert found.dtype == widened.dtype
@@ -60,7 +60,7 @@ def test_a_weight_is_what_its_library_says(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in WRITTEN.glob("gptq-*.safetensors")))
 def test_gptq_is_described_by_a_file_beside_the_config_too(tmp_path: Path, name: str) -> None:
-    """As AutoGPTQ wrote it, which named no method; what the config says itself counts before it."""
+    """A file of AutoGPTQ without a method describes GPTQ; the config's own description counts before it."""
     config, tensors, widened = read_written(name)
     save_file(tensors, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(LlamaConfig(architectures=["LlamaForCausalLM"]).to_dict()))
@@ -81,7 +81,9 @@ def test_gptq_is_described_by_a_file_beside_the_config_too(tmp_path: Path, name:
 @pytest.mark.parametrize("kind", [torch.float8_e4m3fn, torch.float8_e5m2])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_each_number_of_fp8_is_read(tmp_path: Path, kind: torch.dtype, dtype: torch.dtype) -> None:
-    """In both of its types, those below the smallest normal number too; what is no finite number is refused."""
+    """Every number of both FP8 types is read, those below the smallest normal number too; NaN and infinity are
+    refused.
+    """
     every = torch.arange(256, dtype=torch.uint8).view(kind)
     finite = every[every.float().isfinite()]
     weight, scale = finite.repeat(2, 1), torch.tensor([[0.25], [3.7]])
@@ -109,7 +111,7 @@ def test_each_number_of_fp8_is_read(tmp_path: Path, kind: torch.dtype, dtype: to
 def test_fp8_is_what_transformers_says(
     tmp_path: Path, block: list[int] | None, shape: tuple[int, ...], grid: tuple[int, ...], dtype: torch.dtype
 ) -> None:
-    """In blocks, of one matrix or of experts; per tensor; per row."""
+    """FP8 equals transformers' in blocks, of one matrix or of experts; per tensor; per row."""
     weight, scale = torch.randn(shape).to(torch.float8_e4m3fn), torch.rand(grid) + 0.01
     config = {"quant_method": "fp8", "weight_block_size": block}
     name, suffix = ("layer.weight", "_scale_inv") if len(shape) == 2 else ("experts.down_proj", "_scale_inv")
@@ -120,7 +122,7 @@ def test_fp8_is_what_transformers_says(
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float8_e8m0fnu])
 def test_scales_that_are_exponents_are_powers_of_two(tmp_path: Path, dtype: torch.dtype) -> None:
-    """As ``scale_fmt`` ue8m0 has them, in either type."""
+    """Scales that are exponents are powers of two, as ``scale_fmt`` ue8m0 has them, in either type."""
     weight = torch.randn(32, 64).to(torch.float8_e4m3fn)
     scale = torch.randint(110, 140, (2, 2), dtype=torch.uint8)
     config = {"quant_method": "fp8", "weight_block_size": [16, 32], "scale_fmt": "ue8m0"}
@@ -153,7 +155,7 @@ def test_mxfp4_is_what_transformers_says(tmp_path: Path, dtype: torch.dtype) -> 
 def test_a_weight_that_takes_several_chunks_is_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, dtype: torch.dtype
 ) -> None:
-    """Rounded once from float32, wherever a chunk begins within blocks and words."""
+    """A weight is rounded once from float32, at any beginning of a chunk within blocks and words."""
     monkeypatch.setattr(packed, "CHUNK", 1)
     tensors, widened = KINDS[kind].keep(torch.randn(600, 80, generator=torch.Generator().manual_seed(0)))
     named = {f"layer.{name}": tensor for name, tensor in tensors.items()}
@@ -162,7 +164,7 @@ def test_a_weight_that_takes_several_chunks_is_the_same(
 
 
 def test_what_is_kept_as_it_is_is_served_as_it_is(tmp_path: Path) -> None:
-    """Whatever a config says of it: a linear that is not of few bits, and one that is."""
+    """A linear is served as it is stored, of few bits or not, whatever a config says of it."""
     plain, (tensors, _) = torch.randn(16, 32), KINDS["gptq"].keep(torch.randn(16, 32))
     named = {f"two.{name}": tensor for name, tensor in tensors.items()} | {"one.weight": plain}
     read = checkpoint(tmp_path, named, KINDS["gptq"].config, torch.float32)
@@ -225,7 +227,7 @@ def _plain_zeros(tensors: dict[str, Tensor]) -> None:
     ],
 )
 def test_other_forms_mean_the_same(tmp_path: Path, kind: str, change: Any) -> None:
-    """As other versions of the libraries write them."""
+    """Files of other versions of the libraries have the same meaning."""
     tensors, widened = KINDS[kind].keep(torch.randn(48, 80, generator=torch.Generator().manual_seed(0)))
     change(tensors)
     named = {f"layer.{name}": tensor for name, tensor in tensors.items()}
@@ -234,7 +236,7 @@ def test_other_forms_mean_the_same(tmp_path: Path, kind: str, change: Any) -> No
 
 
 def test_columns_in_turn_need_not_be_numbered(tmp_path: Path) -> None:
-    """Where GPTQ orders them they are numbered, if only one after the other; elsewhere they may be."""
+    """GPTQ's ordered columns are numbered, even if only one after the other; elsewhere they may be."""
     tensors, widened = gptq(torch.randn(48, 80), shuffled=False)
     for ordered in (True, False):
         named = {f"layer.{name}": tensor for name, tensor in tensors.items() if ordered or name != "g_idx"}
@@ -244,7 +246,7 @@ def test_columns_in_turn_need_not_be_numbered(tmp_path: Path) -> None:
 
 
 def test_a_group_may_be_larger_than_a_row(tmp_path: Path) -> None:
-    """However much larger: it is a row, then."""
+    """A group that is larger than a row is a row."""
     tensors, widened = int_quantized(torch.randn(48, 80))
     weights = {"num_bits": 8, "strategy": "group", "group_size": 1 << 50}
     config = KINDS["int-quantized"].config | {"config_groups": {"group_0": {"weights": weights}}}
@@ -342,7 +344,7 @@ def test_values_beyond_a_type_are_refused(tmp_path: Path) -> None:
     ],
 )
 def test_hostile_tensors_are_refused_by_name(tmp_path: Path, kind: str, change: Any, told: str) -> None:
-    """With what was found and what was expected; nothing is guessed, and nothing is left over."""
+    """A refusal has the found and the expected value; nothing is guessed, and nothing is left over."""
     tensors, _ = KINDS[kind].keep(torch.randn(48, 80, generator=torch.Generator().manual_seed(0)))
     change(tensors)
     named = {f"layer.{name}": tensor for name, tensor in tensors.items()}
@@ -359,7 +361,7 @@ def test_hostile_tensors_are_refused_by_name(tmp_path: Path, kind: str, change: 
     ],
 )
 def test_hostile_experts_are_refused_by_name(tmp_path: Path, change: dict[str, Tensor], told: str) -> None:
-    """With what was found and what was expected."""
+    """A refusal has the found and the expected value."""
     tensors = {
         "experts.gate_up_proj_blocks": torch.zeros(2, 8, 1, 16).byte(),
         "experts.gate_up_proj_scales": torch.zeros(2, 8, 1).byte(),

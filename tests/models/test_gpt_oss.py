@@ -65,7 +65,7 @@ def test_experts_of_four_bits_answer_as_transformers_widens_them(plain: Path) ->
 def test_what_else_could_be_trained_is_refused_by_name(
     plain: Path, tmp_path: Path, settings: dict[str, Any], code: str
 ) -> None:
-    """As PEFT saves it."""
+    """Other trained parameters are refused by name, as PEFT saves them."""
     make_adapter(plain, tmp_path / "bad", 0, r=2, lora_alpha=2, **settings)
     with pytest.raises(AdapterInvalid) as refused:
         World(plain, {"bad": tmp_path / "bad"}, tmp_path.parent.parent).build(MemoryStore())

@@ -61,7 +61,7 @@ OWN: dict[str, dict[str, Any]] = {
     "everything": DORA
     | {"bias": "lora_only", "modules_to_save": ["lm_head"], "trainable_token_indices": [3, 60]},
 }
-"""With embeddings or a head; the last one with everything that goes together."""
+"""Adapters with embeddings or a head; the last one with everything that goes together."""
 DISGUISED: dict[str, Any] = {
     "vera": peft.VeraConfig(r=5, **test_disguised.SOME),
     "loha": peft.LoHaConfig(r=2, alpha=5, **test_disguised.SOME),
@@ -102,7 +102,7 @@ def peft_answers(world: World, requests: Sequence[tuple[str, list[int]]]) -> lis
 
 
 def records(store: MemoryStore) -> dict[str, AdapterRecord]:
-    """What the served generation says of its adapters."""
+    """Return the records of the adapters in the served generation."""
     generation = current_generation(store, "tiny")
     assert generation is not None
     return generation.adapters
@@ -135,8 +135,9 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> Answers:
 
 @pytest.mark.parametrize("backend", ["native", "torch"])
 def test_all_kinds_in_one_batch_equal_peft(answers: Answers, counted: Counted, backend: str) -> None:
-    """Beside the base and mixtures, in chunks of prompts, again with their prefixes found, each alone, and
-    when what a cache too small for all holds is computed again. None answers as the base does."""
+    """All kinds answer as PEFT beside the base and blends, in chunks of prompts, again with their prefixes
+    found, each alone, and when a cache too small for all is computed again. None answers as the base does.
+    """
     settings: dict[str, Any] = {"native": backend == "native", "block_size": 4, "max_batch_tokens": 48}
     ready = answers.world.load(answers.store, **settings)
     for situation in ("mixed batch", "prefix hits"):
@@ -152,8 +153,10 @@ def test_all_kinds_in_one_batch_equal_peft(answers: Answers, counted: Counted, b
 
 
 def test_an_adapter_is_called_what_it_is(answers: Answers) -> None:
-    """By its bundle, to whoever asks a replica; what it replaces is counted. One that was never trained is of
-    its kind, too, and answers as the base."""
+    """A replica names an adapter's kind from its bundle, and counts the rows that it replaces.
+
+    One that was never trained is of its kind, too, and answers as the base.
+    """
     ready = answers.world.load(answers.store)
     found = {model.name: model for model in ready.service.catalog}
     assert {name: model.kinds for name, model in found.items()} == {
@@ -248,7 +251,9 @@ def test_what_is_cut_keeps_the_rows_of_its_own(answers: Answers) -> None:
 
 
 async def test_a_bundle_by_its_digest_is_what_a_generation_says_of_it(answers: Answers) -> None:
-    """So that an adapter that is loaded into one replica alone acts from its invocation on, too."""
+    """A bundle's digest has the invocation of a generation, so an adapter that one replica loaded alone acts
+    from it on.
+    """
     bundles = StoredBundles(answers.store)
     for said in records(answers.store).values():
         found = await bundles.record(said.digest)

@@ -67,7 +67,7 @@ def kept(request: pytest.FixtureRequest, plain: World, tmp_path_factory: pytest.
 
 
 def test_base_and_adapters_answer_as_transformers_with_the_widened_weights(kept: Kept) -> None:
-    """In float32, token for token, all in one batch."""
+    """Base and adapters answer as transformers in float32, token for token, all in one batch."""
     store = MemoryStore()
     kept.world.build(store)
     ready = kept.world.load(store)
@@ -79,7 +79,7 @@ def test_base_and_adapters_answer_as_transformers_with_the_widened_weights(kept:
 
 
 def test_proofs_are_computed_with_the_widened_weights(kept: Kept) -> None:
-    """So that a replica which widens them can replay these."""
+    """A replica that widens the weights can replay proofs of the widened weights."""
     runs = {}
     for base in (kept.world.base, kept.widened):
         config = read_config(base)
@@ -95,7 +95,7 @@ def test_proofs_are_computed_with_the_widened_weights(kept: Kept) -> None:
     indirect=True,
 )
 def test_dora_is_over_the_norms_of_the_widened_weights(kept: Kept, tmp_path: Path) -> None:
-    """Which a process beside the builder widens: answers are PEFT's with those."""
+    """A process beside the builder widens the weights: answers are PEFT's with those."""
     folder = tmp_path / "dora"
     make_adapter(
         kept.widened, folder, 3, r=4, lora_alpha=9, use_dora=True, target_modules=["q_proj", "down_proj"]
@@ -123,7 +123,7 @@ def test_without_torch_dora_of_few_bits_is_refused(
 
 @pytest.mark.parametrize("kept", ["nf4"], indirect=True)
 def test_an_adapter_is_merged_into_the_widened_weights(kept: Kept) -> None:
-    """In float32, into what the base is served with."""
+    """An adapter is merged in float32 into the weights that the base is served with."""
     data = kept.world.deployment().model_dump(mode="json")
     data["build"]["lora_adapters"] = {"all": data["build"]["lora_adapters"]["all"]}
     data["runtime"] |= {"serve_base": False}
@@ -159,7 +159,7 @@ OTHERS = {
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_transformers_reads_the_same_from_the_same_files(tmp_path: Path, name: str) -> None:
-    """Of the formats that it widens by itself where there is no GPU, experts included."""
+    """Formats that transformers widens by itself without a GPU are read alike, experts included."""
     config, kind = OTHERS[name]
     make_checkpoint(tmp_path / "base", config)
     keep(tmp_path / "base", kind, tmp_path / "kept", tmp_path / "widened")
@@ -180,7 +180,9 @@ def test_transformers_reads_the_same_from_the_same_files(tmp_path: Path, name: s
     ],
 )
 def test_libraries_answer_the_same_from_the_same_files(tmp_path: Path, name: str, library: str) -> None:
-    """As transformers calls them; those that round what a linear reads too are made to leave that."""
+    """Libraries answer the same as transformers calls them; those that round the inputs of a linear too are
+    kept from it.
+    """
     pytest.importorskip(library)
     # bitsandbytes' kernel for CPUs errs where a row ends within a block of 64
     sizes = SIZES | {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
@@ -221,7 +223,7 @@ def test_a_base_may_be_described_by_quantize_config(plain: World, tmp_path: Path
 
 
 def test_a_file_that_the_config_contradicts_is_none_of_the_base(plain: World, tmp_path: Path) -> None:
-    """So nothing changes for bases that say it in both places."""
+    """A base that describes itself in both places is read as before."""
     keep(plain.base, KINDS["gptq"], tmp_path / "kept", tmp_path / "widened")
     (tmp_path / "kept" / "quantize_config.json").write_text('{"bits": 3}')
     base = Repository(source=SourceKind.LOCAL, repo=str(tmp_path / "kept"))
@@ -231,7 +233,9 @@ def test_a_file_that_the_config_contradicts_is_none_of_the_base(plain: World, tm
 
 
 def test_what_widening_takes_is_told_beforehand(plain: World, tmp_path: Path) -> None:
-    """By a check, by the doctor and by a start, with the bytes of the files and of memory."""
+    """A check, the doctor and a start report the widening beforehand, with the bytes of the files and of
+    memory.
+    """
     keep(plain.base, KINDS["gptq"], tmp_path / "kept", tmp_path / "widened")
     store = MemoryStore()
     world = replace(

@@ -54,7 +54,7 @@ def ready_of(world: World, name: str, runtime: dict[str, object], **settings: ob
 @pytest.mark.parametrize("name", ["wide", "all", "rs"])
 @pytest.mark.parametrize("native", [True, False])
 def test_merged_and_unmerged_agree(world: World, name: str, native: bool) -> None:
-    """In float32 the merged weights give the tokens that the adapter gives beside them."""
+    """Merged weights give in float32 the tokens that the adapter gives beside the base."""
     requests = [(name, prompt) for prompt in PROMPTS]
     merged = ready_of(world, name, {"serve_base": False}, native=native)
     beside = ready_of(world, name, {"serve_base": False, "merge": "never"}, native=native)

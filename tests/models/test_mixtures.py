@@ -33,11 +33,11 @@ Oracle = Callable[[Parts, Sequence[int]], list[int]]
 SECOND = "all, second"
 """The folder of a second version of an adapter."""
 EIGHT: Parts = (("wide", 0.5), ("all", -0.25), ("wide", -0.75), ("rs", 0.5), ("all", 1.0))
-"""Of three adapters, two of them named twice."""
+"""A blend of three adapters, two of them named twice."""
 
 
 def text(parts: Parts) -> str:
-    """As a request writes it."""
+    """Return the blend as a request writes it."""
     return " + ".join(f"{name}*{scale}" for name, scale in parts)
 
 
@@ -90,7 +90,7 @@ def drawn(seed: int, count: int) -> list[tuple[Parts, list[int]]]:
 
 
 def answers(ready: Ready, requests: Sequence[tuple[Parts, list[int]]]) -> list[list[int]]:
-    """Of the engine, all in one batch."""
+    """Return the engine's answers, all in one batch."""
     return run_engine(ready, [(text(parts) or "base", prompt) for parts, prompt in requests], NEW)
 
 
@@ -98,8 +98,9 @@ def answers(ready: Ready, requests: Sequence[tuple[Parts, list[int]]]) -> list[l
 def test_random_mixtures_in_one_batch_equal_peft(
     world: World, store: MemoryStore, peft: Oracle, counted: Counted, backend: str
 ) -> None:
-    """Beside the base and plain adapters, in chunks of prompts and alone, through hits of the prefix cache, and
-    when what a cache too small for all holds is computed again."""
+    """Blends answer as PEFT beside the base and plain adapters, in chunks of prompts and alone, through hits of
+    the prefix cache, and when a cache too small for all is computed again.
+    """
     requests = [(EIGHT, [7, 8, 9]), *drawn(0, 9)]
     expected = [peft(*request) for request in requests]
     settings: dict[str, Any] = {"native": backend == "native", "block_size": 16}
@@ -128,7 +129,7 @@ def test_many_random_mixtures_equal_peft(
 
 
 def test_one_form_of_a_mixture_has_one_prefix(world: World, store: MemoryStore) -> None:
-    """However it is written its cached prompts are found, and those of other scales are not."""
+    """Cached prompts of a blend are found in every spelling, and those of other scales are not."""
     ready = world.load(store, block_size=16)
     prompt = list(range(3, 3 + 40))
     for asked, hit in (

@@ -160,8 +160,9 @@ def test_every_answer_is_what_the_model_says(
     max_tokens: int,
     drafts: tuple[int, int],
 ) -> None:
-    """With prompts in chunks, adapters, preemption, stop tokens, drafts and aborts at any step, no request is
-    answered otherwise than alone, each ends once, and all blocks come back."""
+    """Every answer equals that of the request alone, with prompts in chunks, adapters, preemption, stop tokens,
+    drafts and aborts at any step; each ends once, and all blocks come back.
+    """
     speculative, memory = drafts
     engine, _, manager = _engine(
         depth,
@@ -202,7 +203,7 @@ def test_every_answer_is_what_the_model_says(
 
 
 def test_what_was_said_before_comes_in_few_steps() -> None:
-    """Of a model that goes in a circle, steps after the first round give as many tokens as a draft allows."""
+    """Steps after the first round of a model that goes in a circle give as many tokens as a draft allows."""
     engine, device, _ = _engine(0, speculative=3, memory=1)
     engine.add(_seq([1, 2], SamplingParams(max_tokens=30)))
     outputs = _drain(engine)
@@ -285,7 +286,7 @@ def test_only_known_tokens_are_found_in_the_prefix_cache() -> None:
 
 
 def test_a_deadline_ends_a_sequence_with_a_token_in_flight() -> None:
-    """What was drawn for it is dropped, and its blocks come back."""
+    """A token that was drawn for an expired sequence is dropped, and its blocks come back."""
     engine, _, manager = _engine(1)
     late = _seq([1, 2], SamplingParams(max_tokens=9), deadline_s=1.0)
     engine.add(late)
@@ -424,7 +425,7 @@ def test_what_shapes_its_logits_is_not_drafted(world: tuple[World, MemoryStore])
 
 
 def test_the_torch_runner_takes_tokens_in_flight_from_the_device(world: tuple[World, MemoryStore]) -> None:
-    """With the ids on the device zeroed between two steps, another answer comes out."""
+    """Ids on the device that are zeroed between two steps change the answer."""
     ready = _ready(world, 1, prefix_cache=False)
     runner = ready.engine._engine._runner
     expected = run_engine(ready, [("base", [5, 6, 7])], 12)

@@ -82,7 +82,7 @@ def requests_of(models: tuple[str, ...]) -> list[tuple[str, list[int]]]:
 
 
 def answers(world: World, requests: list[tuple[str, list[int]]]) -> list[list[int]]:
-    """What transformers and PEFT answer."""
+    """Return the answers of transformers and PEFT."""
     models = {name: oracle(world.base, world.adapters.get(name)) for name in dict(requests)}
     return [oracle_tokens(models[name], prompt, NEW) for name, prompt in requests]
 
@@ -130,7 +130,7 @@ def test_alone_preempted_and_from_the_prefix_cache_equals_peft(
 
 
 def test_rows_that_do_not_differ_are_not_kept(world: World, store: MemoryStore) -> None:
-    """Of a matrix that was saved whole the bundle has the touched rows; rows of tokens are in order of ids."""
+    """A bundle has the touched rows of a matrix that was saved whole; rows of tokens are in order of ids."""
     generation = current_generation(store, "tiny")
     assert generation is not None
     kept = {
@@ -202,7 +202,7 @@ def test_what_a_table_of_its_own_cannot_be(world: World) -> None:
 
 
 def test_a_slot_that_was_left_has_no_tables(world: World, store: MemoryStore) -> None:
-    """A slot that an adapter left has neither its embeddings nor its head for whoever enters it."""
+    """A slot that an adapter left has neither its embeddings nor its head for the next one."""
     ready = world.load(store)
     adapter = ready.service.catalog.get("factors").adapter
     assert ready.bank is not None

@@ -87,7 +87,9 @@ def test_among_others(
 
 @pytest.mark.parametrize("backend", ["torch", "native"])
 def test_preempted_and_from_prefixes(asked: Asked, backend: str, counted: Counted) -> None:
-    """In a cache too small for all; and twice alone, the second time from what is kept of the first."""
+    """Answers are the same in a cache too small for all; and twice alone, the second time from the first one's
+    prefix.
+    """
     blocks = {"block_size": 16 if backend == "native" else 8}
     settings = tight(asked.world, CHECKED, least=144) | blocks
     if asked.architecture == "Gemma2ForCausalLM":  # two groups of layers: more tokens of as many bytes
@@ -104,7 +106,7 @@ def test_preempted_and_from_prefixes(asked: Asked, backend: str, counted: Counte
 
 
 def test_the_kernels_for_gpus(asked: Asked, counted: Counted) -> None:
-    """In the interpreter, so fewer of them, and shorter."""
+    """Kernels run in the interpreter, so with fewer and shorter requests."""
     new, some = 8, slice(2, 6)
     ready = asked.load("triton", max_batch_tokens=32)
     found = run_engine(ready, asked.requests[some], new)

@@ -28,7 +28,7 @@ from tests.support.tiny import ADAPTERS, SIZES, VOCAB, World, make_world_of, seq
 BAD = "bad"
 REQUESTS = 48
 TIMES = 1e12
-"""Of A and of B: finite in every type, and products of queries and keys are not."""
+"""Factor of A and of B: finite in every type, while products of queries and keys are not."""
 FAMILIES: dict[str, tuple[PreTrainedConfig, dict[str, dict[str, Any]]]] = {
     "llama": (LlamaConfig(**SIZES), ADAPTERS | {BAD: ADAPTERS["all"]}),
     "windows": (MistralConfig(**SIZES, sliding_window=24), ADAPTERS | {BAD: ADAPTERS["all"]}),
@@ -96,7 +96,9 @@ Found = dict[str, list[Any]]
 
 
 def _answers(ready: Ready) -> Found:
-    """What requests of all models get, which come while others are under way; the bad one's are short."""
+    """Return the answers to requests of all models, which come while others are under way; the bad one's are
+    short.
+    """
     engine: Any = ready.engine._engine
     found: Found = {}
     engine._clock, engine._scheduler.pace = lambda: 0.0, Pace()  # so that chunks depend on no time

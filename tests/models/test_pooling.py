@@ -84,7 +84,7 @@ def test_what_the_prefix_cache_holds_changes_nothing(world: tuple[World, MemoryS
 
 
 def test_a_preemption_changes_nothing(world: tuple[World, MemoryStore]) -> None:
-    """Whoever gave its blocks back in the middle of its prompt adds no row to its mean twice."""
+    """A sequence that gave its blocks back in the middle of its prompt adds no row to its mean twice."""
     block_bytes = 8 * 2 * 2 * 2 * 8 * 4
     ready = world[0].load(world[1], block_size=8, kv_memory_gb=8.5 * block_bytes / 1e9, max_batch_tokens=3)
     vectors, [answer] = run_pooled(ready, [("base", PROMPTS[1], Pooling.MEAN)], ["base"], PROMPTS[2], 20)

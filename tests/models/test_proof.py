@@ -234,7 +234,7 @@ def refused(ready: Ready, said: dict[str, str]) -> None:
 
 
 ROWS = {"wide": 4, "all": 14, "rs": 4}
-"""How many each adapter has: modules are in the order of their ids, layer by layer."""
+"""Rows of each adapter: modules are in the order of their ids, layer by layer."""
 
 
 @pytest.mark.parametrize(
@@ -285,7 +285,7 @@ def test_rows_that_are_exchanged_or_turned_are_caught(
 
 
 def test_float32_sees_a_percent(world: World, float32: MemoryStore) -> None:
-    """Where both sides are in float32, a scale that is off by one percent is caught."""
+    """A scale that is off by one percent is caught where both sides are in float32."""
     assert refusal(world.load(tampered(float32, "rs", scale(1, 1.0))), "rs") is None
     refused(world.load(tampered(float32, "rs", scale(1, 1.01))), {"rs": "proof"})
 

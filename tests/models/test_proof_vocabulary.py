@@ -72,7 +72,9 @@ def test_the_reference_is_transformers_and_peft(world: World) -> None:
     ids=["tied", "apart", "scaled embeddings", "divided logits"],
 )
 def test_the_reference_of_other_bases_is_transformers_and_peft(tmp_path: Path, config: Any) -> None:
-    """Where both are apart, and where embeddings and logits are scaled."""
+    """The reference equals transformers and PEFT where both are apart, and where embeddings and logits are
+    scaled.
+    """
     check_reference(made(tmp_path, config, OWN if config.tie_word_embeddings else ADAPTERS))
 
 

@@ -1,4 +1,4 @@
-"""Bases whose linears are rounded to 8 and 4 bits at load: answers, adapters, proofs, and who asks for it."""
+"""Bases whose linears are rounded to 8 and 4 bits at load: answers, adapters, proofs, and the setting."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def _rounded_oracle(world: World, adapter: Path | None, quantization: str) -> An
 def test_answers_are_those_of_the_rounded_weights_token_for_token(
     world: World, store: MemoryStore, quantization: str
 ) -> None:
-    """In float32, base and adapters in one batch, compiled and by torch: nothing else is rounded."""
+    """Base and adapters answer alike in float32 in a batch, compiled and by torch: nothing else is rounded."""
     expected = [
         oracle_tokens(_rounded_oracle(world, world.adapters.get(model), quantization), prompt, NEW)
         for model, prompt in _requests()
@@ -105,7 +105,9 @@ def _logprobs(ready: Ready) -> torch.Tensor:
 def test_log_probabilities_stay_within_what_the_bits_explain(
     world: World, store: MemoryStore, quantization: str, bound: float
 ) -> None:
-    """Of their spread in a model of random weights: 0.05 with 8 bits, 0.5 with 4; in bfloat16 too."""
+    """Log probabilities differ by a part of their spread in a random model: 0.05 with 8 bits, 0.5 with 4;
+    bfloat16 too.
+    """
     for dtype in ("float32", "bfloat16"):
         whole, rounded = (
             _logprobs(_loaded(world, store, quantization=kind, dtype=dtype)[0])
@@ -150,7 +152,7 @@ def test_an_adapter_is_not_merged_into_rounded_weights(world: World, store: Memo
 
 
 def test_who_asks_for_both_is_refused(world: World) -> None:
-    """By the replica where it says one of them, by the deployment's rules where one file says both."""
+    """A replica refuses both where it sets one of them, and the deployment's rules where one file has both."""
     with pytest.raises(SettingsInvalid, match=r"LORAMUX_QUANTIZATION=int8, but runtime\.merge .* is always"):
         world.load(_alone({"merge": "always"}, world), quantization="int8")
     data = world.deployment().model_dump(mode="json")

@@ -1,4 +1,4 @@
-"""States of a real decoder: whoever begins behind a prefix begins with the very state that it left."""
+"""States of a real decoder: a request that begins behind a prefix begins with the very state that it left."""
 
 from __future__ import annotations
 
@@ -41,8 +41,9 @@ ADAPTERS: dict[str, dict[str, Any]] = {
 def test_conversations_go_on_from_their_states(
     tmp_path_factory: pytest.TempPathFactory, native: bool, slots: int, part: float
 ) -> None:
-    """Of a base and adapters, side by side, turn by turn: with snapshots of prefixes, many or few, each answers
-    as it would from the beginning, and a part of what was said is not computed again."""
+    """Requests of a base and adapters, side by side, turn by turn, answer with snapshots of prefixes, many or
+    few, as from the beginning, and a part of the conversation is not computed again.
+    """
     world, store = make_world_of(tmp_path_factory.mktemp("states"), QWEN, ADAPTERS), MemoryStore()
     world.build(store)
     ready = world.load(store, native=native, block_size=BLOCK)

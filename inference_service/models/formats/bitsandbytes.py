@@ -1,6 +1,6 @@
 """The formats of bitsandbytes.
 
-Nf4 and fp4 in blocks of a flat weight (QLoRA, arXiv 2305.14314), int8 by rows.
+Blocks of a flat weight in nf4 and fp4 (QLoRA, arXiv 2305.14314), int8 by rows.
 """
 
 from __future__ import annotations

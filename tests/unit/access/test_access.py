@@ -96,7 +96,7 @@ def test_what_is_no_key_of_ours(wrong: str | None) -> None:
 
 
 def test_the_digest_of_a_key_is_no_key() -> None:
-    """Who reads the file cannot enter with what stands in it."""
+    """A reader of the file cannot enter with its content."""
     _, entry = new_entry("ci", "infer")
     with pytest.raises(Unauthenticated):
         Keyring(text=lines(entry)).authorize(entry.sha256, None)
@@ -236,7 +236,7 @@ def test_no_door_is_open_by_accident() -> None:
 
 
 def test_keys_open_doors_beyond_this_machine() -> None:
-    """With keys a service may listen anywhere, and says that without TLS they can be overheard."""
+    """A service with keys may listen anywhere, and warns that without TLS they can be overheard."""
     line = lines(new_entry("ci", "infer")[1])
     with structlog.testing.capture_logs() as logs:
         guard = open_guard(BuilderSettings(api_keys=line), "0.0.0.0:2")  # type: ignore[arg-type]
@@ -245,7 +245,7 @@ def test_keys_open_doors_beyond_this_machine() -> None:
 
 
 def test_keys_are_asked_for_on_loopback_too() -> None:
-    """Keys that are set are asked for wherever the service listens, --insecure or not."""
+    """Keys that are set are required on every address of the service, --insecure or not."""
     line = lines(new_entry("ci", "infer")[1])
     settings = BuilderSettings(api_keys=line, insecure=True)  # type: ignore[arg-type]
     assert len(open_guard(settings, "127.0.0.1:1").keyring or ()) == 1

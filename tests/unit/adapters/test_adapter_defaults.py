@@ -1,4 +1,4 @@
-"""What an adapter brings beside its weights travels in its bundle, and is used for that adapter alone."""
+"""Files that an adapter brings beside its weights travel in its bundle, and are used for that adapter alone."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def ready(world: World, store: MemoryStore) -> Ready:
 
 
 def defaults(ready: Ready, model: str) -> AdapterDefaults:
-    """What a model brings beside its weights, as a request for it finds out."""
+    """Return a model's defaults beside its weights, as a request for it finds them."""
     return asyncio.run(ready.service.naming.defaults(ready.service.catalog.get(model)))
 
 
@@ -91,7 +91,7 @@ def prompt(ready: Ready, model: str) -> str:
 
 
 def sampling(ready: Ready, model: str, **fields: Any) -> SamplingParams:
-    """How a request to a model is sampled."""
+    """Return the sampling parameters of a request to a model."""
     service = ready.service
     terms = Terms(Request.of(model, "x", **fields), defaults(ready, model), service.text, service.limits, None)
     return asyncio.run(terms.sampling(1))
@@ -140,7 +140,7 @@ def test_sampling_defaults_fill_what_a_request_leaves_open(ready: Ready) -> None
 
 
 def test_stop_tokens_are_added_to_those_of_the_base(ready: Ready) -> None:
-    """From generation_config.json, and the token that tokenizer_config.json calls the end."""
+    """Stop tokens come from generation_config.json, and from the end token of tokenizer_config.json."""
     dollar = ready.service.text.token_id("$")
     assert sampling(ready, "base").stop_token_ids == {2}
     assert sampling(ready, "wide").stop_token_ids == {2, 50, dollar}
@@ -199,7 +199,7 @@ def test_a_template_that_cannot_be_parsed_refuses_the_adapter(world: World, file
 
 
 def test_a_template_may_refuse_messages(world: World) -> None:
-    """What the adapter's template raises is the request's fault, as with the base's."""
+    """An exception of the adapter's template is the request's fault, as with the base's."""
     write(world.adapters["all"], chat_template="{{ raise_exception('no') }}")
     store = MemoryStore()
     world.build(store)

@@ -72,7 +72,7 @@ def test_a_kept_bundle_is_read_without_the_store(store, folder):
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("damage", ["flipped", "short", "long", "gone", "folder", "pipe", "link"])
 def test_a_damaged_file_is_found_and_the_bundle_fetched_again(store, folder, tmp_path, name, damage):
-    """Whatever happens to any file of a kept bundle, the store's is served, and kept instead."""
+    """A kept bundle with any damage is served from the store, and replaced by that."""
     digest, disk = store.digests[0], DiskTier(folder, 10**9)
     keep(store, disk, digest)
     path = folder / digest / name

@@ -1,4 +1,4 @@
-"""Loads: each ends once, with a result or a named fault, and none holds up another."""
+"""Loads: each ends once, with a result or a named fault, and none blocks another."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_a_load_brings_a_verified_bundle(store, make):
 
 
 def test_loads_of_one_digest_at_once_are_one(store, make):
-    """All who ask are told, the store is asked once; who asks later causes another load."""
+    """All callers of a digest get the result of one read of the store; a later caller causes another load."""
     store.gate.clear()
     loader, digest = make(), store.digests[0]
     outcomes = [waiting(loader, digest) for _ in range(8)]
@@ -120,7 +120,7 @@ def test_the_host_tier_keeps_what_was_packed(store, make):
     ],
 )
 def test_a_failure_while_packing_is_told_and_not_kept(store, make, raised, told):
-    """Whatever packing raises ends the load with a named fault that leaks nothing; the next one works."""
+    """Any exception of packing ends the load with a named fault that leaks nothing; the next one works."""
     failing = [raised]
 
     def pack(bundle):
@@ -171,7 +171,7 @@ def test_damage_in_the_store_is_never_served(store, make, tmp_path, name):
 @pytest.mark.parametrize("name", [MANIFEST_FILE, WEIGHTS_FILE, CONFIG_FILE, "chat_template.jinja"])
 @pytest.mark.parametrize("cached", [False, True], ids=["store", "disk"])
 def test_damage_after_a_load_is_never_served(store, make, tmp_path, name, cached):
-    """What is known of a bundle from its first load is known of its digest: every byte is verified again."""
+    """The facts of a bundle from its first load belong to its digest: every byte is verified again."""
     digest, folder = store.digests[0], tmp_path / "bundles"
     key = bundle_key(digest, name)
     loader = make(disk=DiskTier(folder, 10**9) if cached else None)
@@ -229,7 +229,7 @@ def test_urgent_work_goes_before_packing_that_waits(store, make):
 
 
 def test_other_work_that_fails_is_told(make):
-    """What it raises comes as a fault, and its thread goes on."""
+    """Its exception comes as a fault, and its thread goes on."""
     loader, outcomes = make(), SimpleQueue()
 
     def fail():
@@ -337,7 +337,7 @@ def test_many_adapters_are_asked_for_at_once(make, store):
 
 
 def test_reads_share_a_bound_of_memory():
-    """What is under way together stays within the bound; something larger than it goes alone."""
+    """Reads together stay within the bound; something larger than it goes alone."""
     room, came = _Room(100), SimpleQueue()
 
     def take(size):

@@ -1,4 +1,4 @@
-"""What operators can do with adapters, and how names keep their pins while versions come and go."""
+"""Operators' calls for adapters, and pins that names keep while versions come and go."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from tests.support.waiting import ended, until
 
 
 def test_pages_give_every_name_once_and_look_at_no_other() -> None:
-    """Of 2,500 names a page of ten looks at ten; all pages together are all names in their order."""
+    """A page of ten looks at ten of 2,500 names; all pages together are all names in their order."""
     names = [f"lora-{number:05}" for number in range(2_500)]
     replica = operated(names)
     page = replica.manager.list(limit=10)
@@ -54,7 +54,7 @@ def test_pages_give_every_name_once_and_look_at_no_other() -> None:
 
 
 def test_a_page_goes_on_where_its_name_was_removed() -> None:
-    """The token is a name; the next page begins behind it though it is there no more."""
+    """The token is a name; the next page begins behind it even after the name was removed."""
     replica = operated(["a", "b", "c", "d"])
     first = replica.manager.list(limit=2)
     replica.adapters.apply(generation(2, {"a": 1, "c": 3, "d": 4}))
@@ -75,7 +75,9 @@ def test_a_key_of_some_models_sees_those() -> None:
 
 
 def test_a_view_says_where_an_adapter_is() -> None:
-    """Where it is, since when it was not used, how many use it, and why it could not be loaded."""
+    """The view has the state of the adapter, the time without use, the number of users, and the cause of a
+    failed load.
+    """
     replica = operated()
     assert replica.manager.get("one").place is AdapterPlace.STORE
     before = datetime.now(UTC)
@@ -131,7 +133,9 @@ def test_names_of_one_version_share_its_pin() -> None:
 
 
 def test_the_successor_of_a_resident_version_is_brought_in() -> None:
-    """And that of one that nobody uses is not; until it is there the view tells the old one."""
+    """A resident version's successor is loaded, one that nobody uses is not; until then the view has the old
+    version.
+    """
     replica = operated()
     replica.residency.hold(replica.adapter("one"))
     replica.adapters.apply(generation(2, {"one": 11, "two": 12}))
@@ -142,7 +146,7 @@ def test_the_successor_of_a_resident_version_is_brought_in() -> None:
 
 
 def test_a_removed_name_leaves_unless_another_stands_for_its_version() -> None:
-    """What no name stands for may leave at once; its pin is forgotten."""
+    """A version without a name may leave at once; its pin is forgotten."""
     replica = operated({"a": 1, "b": 1, "c": 3})
     replica.manager.pin("a")
     replica.manager.pin("c")
@@ -164,7 +168,9 @@ async def test_a_load_is_published_and_served_when_it_returns() -> None:
 
 
 async def test_a_taken_name_is_replaced_only_when_that_is_said() -> None:
-    """With the words that clients look for; replacing takes what is newest, whatever this replica serves."""
+    """The refusal has the words that clients look for; a replacement takes the newest, whatever this replica
+    serves.
+    """
     replica = operated()
     with pytest.raises(AdapterExists, match="has already been loaded"):
         await replica.manager.load("one", "org/one")
@@ -187,7 +193,7 @@ async def test_a_new_name_that_others_took_meanwhile_is_taken() -> None:
 
 
 async def test_what_the_builder_refuses_arrives() -> None:
-    """With its reason, and nothing has changed."""
+    """A refusal of the builder arrives with its reason, and nothing has changed."""
     replica = operated()
     replica.deployment.refuses = AdapterInvalid("no LoRA")
     with pytest.raises(AdapterInvalid):
@@ -196,7 +202,7 @@ async def test_what_the_builder_refuses_arrives() -> None:
 
 
 async def test_without_a_builder_only_bundles_are_loaded() -> None:
-    """And the answer says that they are in this replica alone; a generation that has the name takes it over."""
+    """The answer says that bundles are in this replica alone; a generation that has the name takes it over."""
     digest = digest_of(77)
     replica = operated(builder=False, bundles=(digest,))
     for attempt in (
@@ -257,7 +263,7 @@ async def test_what_is_unloaded_is_gone_when_it_returns() -> None:
 
 
 async def test_a_rollback_is_served_when_it_returns() -> None:
-    """As a new generation with the content of the one before."""
+    """A rollback is served as a new generation with the content of the one before."""
     replica = operated()
     await replica.manager.load("one", "org/bad", replace=True)
     assert await replica.manager.roll_back() == 3
@@ -304,7 +310,7 @@ async def test_a_fixed_replica_serves_what_it_has() -> None:
 
 
 async def test_a_replica_that_cannot_catch_up_says_so() -> None:
-    """What was published and is not served here is no success."""
+    """A change that was published and is not served here is no success."""
     replica = operated()
 
     async def nothing(name: str) -> int:
@@ -330,7 +336,7 @@ async def test_a_replica_that_cannot_catch_up_says_so() -> None:
     ],
 )
 def test_paths_are_repositories(path: str, kind: SourceKind, repo: str) -> None:
-    """As controllers and trainers write them."""
+    """Paths are read as controllers and trainers write them."""
     found = repository_of(path)
     assert (found.source, found.repo) == (kind, repo)
 
@@ -344,7 +350,7 @@ def test_a_folder_of_this_machine_means_nothing(tmp_path: Path, monkeypatch: pyt
 
 @pytest.mark.parametrize("path", ["", ".", "../x", "~/x", "/a/../etc", "ftp://x/y", "a b", "file:///x", "x\0y"])
 def test_what_is_no_path_is_refused(path: str) -> None:
-    """By name, with what is expected."""
+    """A text that is no path is refused by name, with what is expected."""
     with pytest.raises(RequestInvalid, match="lora_path"):
         repository_of(path)
 

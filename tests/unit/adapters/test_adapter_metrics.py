@@ -52,12 +52,12 @@ def observe(metrics: Metrics, model: ServedModel) -> None:
 
 
 def scrape(series: ModelSeries) -> Scrape:
-    """What series of models say."""
+    """Return a scrape of the series of models."""
     return Scrape(b"".join(series.parts()).decode())
 
 
 def test_what_is_only_registered_has_no_series() -> None:
-    """Of 3,000 names a scrape tells their number, and of those in memory everything."""
+    """A scrape has the number of 3,000 registered names, and every series of those in memory."""
     replica = operated([f"lora-{number:05}" for number in range(3_000)])
     metrics = metrics_of(replica)
     lines = metrics.render().count(b"\n")
@@ -75,8 +75,9 @@ def test_what_is_only_registered_has_no_series() -> None:
 
 
 def test_a_scrape_has_a_bound_whatever_is_in_memory() -> None:
-    """With 1,000 resident and used, it tells of as many as are set: of those that began first what they counted
-    and of the others the sum, of those that were used last where they are."""
+    """A scrape of 1,000 resident and used models has as many as are set: the counters of those that began
+    first, of the others the sum, and the places of those that were used last.
+    """
     replica = operated([f"customer-support-{number:05}" for number in range(1000)])
     metrics = metrics_of(replica)
     metrics.show(replica.manager, most=20)
@@ -95,7 +96,7 @@ def test_a_scrape_has_a_bound_whatever_is_in_memory() -> None:
 
 
 def test_a_scrape_writes_what_changed() -> None:
-    """Of 200 models in use it writes the lines of those that were used since the last one, and no others."""
+    """A scrape writes the lines of those of 200 models that were used since the last one, and no others."""
     replica = operated([f"lora-{number:03}" for number in range(200)])
     metrics, models = metrics_of(replica), replica.names.everything[1:]
     for model in models:
@@ -112,7 +113,9 @@ def test_a_scrape_writes_what_changed() -> None:
 
 
 def test_a_scrape_says_what_is_so_now() -> None:
-    """However little changed since the last one: a pin, a place, who runs, limits, a version."""
+    """Every change since the last scrape is in the next one: a pin, a place, a running request, limits, a
+    version.
+    """
     replica = operated({"one": 1, "two": 2})
     running: dict[str, int] = {}
     waiting: dict[str, int] = {}
@@ -195,7 +198,7 @@ def test_a_histogram_adds_up() -> None:
 
 @pytest.mark.parametrize("name", ['a"b', "a\\b", "a\nb", "ä"])
 def test_every_name_can_be_read_again(name: str) -> None:
-    """What is special in the format is escaped."""
+    """Special characters of the format are escaped."""
     series = ModelSeries([ASKED], [])
     series.count(ASKED.name, name, said=name)
     assert scrape(series).series("loramux_asked_total") == [({"model": name, "outcome": name}, 1)]
@@ -203,7 +206,7 @@ def test_every_name_can_be_read_again(name: str) -> None:
 
 
 def test_loads_are_told_by_their_time() -> None:
-    """As a histogram; a load longer than the last bound counts too."""
+    """Loads are a histogram; a load longer than the last bound counts too."""
     stats = ResidencyStats()
     for seconds in (LOAD_BUCKETS_S[0], 0.3, 1e4):
         stats.loaded(seconds)

@@ -77,7 +77,7 @@ def caller(*models: str) -> Iterator[None]:
 
 
 def test_a_record_is_enough_to_register() -> None:
-    """What a generation says of an adapter is shown before anything of it was read."""
+    """A generation's record of an adapter is listed before anything of it was read."""
     model = catalog({"a": "one"}).get("a")
     assert (model.digest, model.source) == (digest("one"), "org/one@main")
     assert (model.ranks, model.modules, model.weights_bytes) == ((8,), ("attn_q",), 64)
@@ -188,7 +188,7 @@ def test_a_version_is_found_by_the_first_digits_of_its_digest() -> None:
 
 
 def test_digits_of_several_versions_are_refused() -> None:
-    """Which one was meant is not guessed."""
+    """An ambiguous digest is not guessed."""
     names = catalog({"a": "samesame1"})
     names.apply(generation(2, {"a": "samesame2"}))
     with pytest.raises(RequestInvalid, match="Give more digits"):
@@ -303,14 +303,16 @@ def test_a_mixture_is_of_what_its_parts_are_named_by() -> None:
 
 @pytest.mark.parametrize("weight", ["1_0", "0_0.5", "٣", "1e1_0", "inf", "nan", "0x1", "--1", "."])
 def test_weights_are_numbers_as_json_has_them(weight: str) -> None:
-    """What Python alone takes for a number is none."""
+    """A text that is a number to Python alone is no weight."""
     known = catalog({"a": "one", "b": "two"})
     with pytest.raises(RequestInvalid, match=r"a number behind every \*|and \+ between"):
         known.resolve(f"a*{weight}+b")
 
 
 def test_base_is_a_name_of_the_base() -> None:
-    """Where nothing else is called so; not where no base is served, or the caller may not use it."""
+    """The name `base` is the base where nothing else has it; not where no base is served, or the caller may not
+    use it.
+    """
     known = Catalog(1, "tiny", [ServedModel("tiny"), ServedModel("a", Adapter("a"))])
     assert known.resolve("base") == known.get("tiny")
     with caller("a"), pytest.raises(ModelNotFound, match="no model 'base'"):
@@ -356,7 +358,7 @@ def test_adapters_of_other_kinds_are_not_mixed(kind: ServedModel, said: str) -> 
 
 
 def test_what_adapters_of_a_mixture_bring_alike_counts() -> None:
-    """Of defaults, what all say; of stop tokens, all; and somebody reads them where nobody has."""
+    """A default counts that all adapters share, and stop tokens of all do; they are read where nobody has."""
     ours = AdapterDefaults(temperature=0.5, top_p=0.9, stop_token_ids=frozenset({7}))
     other = AdapterDefaults(temperature=0.5, top_p=0.8, stop_token_ids=frozenset({8}))
     models = [ServedModel(name, Adapter(name), digest=name) for name in "ab"]
@@ -382,7 +384,7 @@ def test_whatever_is_asked_for_is_named_or_refused(asked: str) -> None:
 @settings(max_examples=examples(30))
 @given(st.lists(st.tuples(st.sampled_from("ab"), st.floats(-8, 8)), min_size=1, max_size=8))
 def test_what_a_mixture_is_called_asks_for_it(parts: list[tuple[str, float]]) -> None:
-    """In full precision, with blanks or without: what is written is what was meant."""
+    """A blend's name means in full precision what was written, with blanks or without."""
     texts = (sign.join(f"{name}*{scale!r}" for name, scale in parts) for sign in ("+", " + "))
     read = [written(text) for text in texts]
     assert read == [tuple(ScaledAdapter(name, scale) for name, scale in parts)] * 2

@@ -37,7 +37,7 @@ def generation(*names, **fields):
 
 @pytest.fixture(autouse=True)
 def _read_again_at_once(monkeypatch):
-    """What does not fit is read again without a pause."""
+    """Read again without a pause a generation that does not fit."""
     monkeypatch.setattr(following, "READ_AGAIN_S", (0.0, 0.0))
 
 
@@ -51,7 +51,7 @@ def store():
 
 
 class Replica:
-    """Whoever takes generations over."""
+    """A replica that takes generations over."""
 
     def __init__(self, store, **options):
         self.took = []
@@ -75,7 +75,7 @@ class Replica:
 
     @property
     def numbers(self):
-        """Of the generations that were taken over."""
+        """Return the numbers of the generations that were taken over."""
         return [new.number for new in self.took]
 
     async def __aenter__(self):
@@ -196,7 +196,7 @@ async def test_what_needs_a_restart_is_said_and_not_half_taken(store):
 
 
 async def test_a_generation_that_cannot_be_taken_is_tried_again(store):
-    """What fails while names are switched is stale with its reason until a later try succeeds."""
+    """A generation that fails while names are switched is stale with its reason until a later try succeeds."""
     async with Replica(store) as replica:
         replica.fails = 3
         publish_generation(store, generation("one", "two"))
@@ -246,7 +246,7 @@ async def test_several_who_catch_up_share_a_look(store, held):
 
 
 async def test_who_joins_a_look_that_began_too_early_gets_another(store, held):
-    """What was published after a look began is found by the caller who came meanwhile."""
+    """A generation that was published after a look began is found by the caller who came meanwhile."""
     late = asyncio.create_task(held.follower.catch_up(2))
     await asyncio.sleep(0)
     store.gate.set()
@@ -255,7 +255,7 @@ async def test_who_joins_a_look_that_began_too_early_gets_another(store, held):
 
 
 async def test_a_look_that_is_just_over_is_not_taken_for_one_under_way(store):
-    """Who comes between the end of a look and the moment in which it is forgotten looks anew."""
+    """A caller between the end of a look and the moment in which it is forgotten looks again."""
     async with Replica(store) as replica:
         over = asyncio.create_task(asyncio.sleep(0))
         await over
@@ -305,7 +305,7 @@ async def test_a_nudge_is_followed_at_once(store):
 
 
 async def test_a_replica_that_follows_nothing_says_so(store):
-    """With interval 0 nothing is read, and who wants more is told to go elsewhere."""
+    """A replica with interval 0 reads nothing, and a request for a newer generation goes to another replica."""
     async with Replica(store, interval_s=0.0) as replica:
         await ended(replica.task, "a follower of nothing")
         publish_generation(store, generation("one", "two"))
@@ -355,7 +355,9 @@ def test_what_needs_a_restart(fields, reason):
 
 
 def test_a_merged_adapter_cannot_change():
-    """It is part of the weights: another version, another name or company need a restart, the same does not."""
+    """A merged adapter is part of the weights: another version, name or second adapter needs a restart, the
+    same does not.
+    """
     merged = generation("one", serve_base=False)
     assert merged.merged == "one"
     assert needs_restart(merged, generation("one", serve_base=False)) is None

@@ -36,7 +36,9 @@ def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_the_slower_digest_is_computed_once(hashed: list[str]) -> None:
-    """Of weights; small files are hashed as before, and other bundles' bytes are not known."""
+    """The slower digest of weights is computed once; small files are hashed as before, as are other bundles'
+    bytes.
+    """
     weights = KnownWeights()
     for _ in range(3):
         weights.verify(DATA, FILES, WEIGHTS_FILE, DIGEST)

@@ -1,4 +1,4 @@
-"""From a request's name to what answers it: after the generation that it asks for."""
+"""From a request's name to the model that answers it: after the generation that it requests."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ async def test_the_name_is_looked_up_after_catching_up() -> None:
 
 @pytest.mark.parametrize("catch_up", [None, lambda _: asyncio.sleep(0)])
 async def test_a_replica_that_stays_behind_says_so(catch_up: Callable[[int], Awaitable[None]] | None) -> None:
-    """Without a follower, and with one that finds an older generation than was asked for."""
+    """The refusal comes without a follower, and with one that finds an older generation than was requested."""
     names, _ = naming(catch_up=catch_up)
     with pytest.raises(ReplicaBehind, match="generation 2, and this replica has 1") as behind:
         await names.choose(Request("a", "x", min_generation=2))
@@ -87,13 +87,13 @@ async def test_a_deadline_ends_the_wait() -> None:
     ],
 )
 async def test_lora_path_may_say_the_same_again(model: str, path: str) -> None:
-    """However both spell it."""
+    """Both spellings may differ."""
     names, _ = naming()
     assert (await names.choose(Request(model, "x", lora_path=path))).model.name == "a"
 
 
 async def test_lora_path_names_an_adapter_of_the_base() -> None:
-    """As SGLang has it: model is the base, and lora_path what is added to it."""
+    """A request in SGLang's form has the base as model, and lora_path is the adapter on it."""
     names, _ = naming("b")
     for path in ("a", "base:a", "alias"):
         assert (await names.choose(Request("base", "x", lora_path=path))).model.name == "a"
@@ -102,7 +102,7 @@ async def test_lora_path_names_an_adapter_of_the_base() -> None:
 
 
 async def test_lora_path_of_another_adapter_is_refused() -> None:
-    """What stands in two places is not guessed: not two adapters, not two names of one digest."""
+    """A contradiction of both is not guessed: not two adapters, not two names of one digest."""
     names, _ = naming("b")
     for model, path in (("a", "b"), ("a", "base")):
         with pytest.raises(RequestInvalid) as refused:
@@ -111,7 +111,7 @@ async def test_lora_path_of_another_adapter_is_refused() -> None:
 
 
 async def test_defaults_are_read_where_nobody_has() -> None:
-    """What is known costs nothing; the rest is read from the bundle, once for all names of its digest."""
+    """Known defaults cost nothing; others are read from the bundle, once for all names of its digest."""
     catalog = Catalog(1, "base", [BASE])
     catalog.apply(generation(1, {"old": "one"}, summary=None))
     calm, read = AdapterDefaults(temperature=0.1), []

@@ -58,7 +58,7 @@ def same_head(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def head_alone(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What is tied, under the head's name alone."""
+    """Return tied weights under the head's name alone."""
     return {HEAD if name == EMBEDDING else name: tensor for name, tensor in tensors.items()}
 
 
@@ -134,7 +134,7 @@ def cut_off(path: Path) -> None:
 
 
 def taken_away(path: Path) -> None:
-    """As by another replica, which found it damaged and fetches it again."""
+    """Remove a file as another replica does, which found it damaged and fetches it again."""
     path.unlink()
 
 
@@ -172,7 +172,7 @@ def test_what_is_read_is_verified(tmp_path: Path, name: str, change: Any) -> Non
 
 
 def test_the_small_files_are_copies(tmp_path: Path) -> None:
-    """What a replica parses is a copy of its own, which is gone afterwards; weights are not copied."""
+    """A replica parses copies of its own, which are removed afterwards; weights are not copied."""
     world, _, placed = _placed(tmp_path)
     with placed.small_files() as folder:
         names = {path.name for path in folder.iterdir()}

@@ -34,11 +34,11 @@ from tests.support.tiny import SIZES, make_world
 
 NEEDS = Needs(weights=16 * 10**9, adapters=10**9, activations=2 * 10**9, graphs=10**9)
 CACHE = Cache((Kept(None, 131072),), block_size=16, longest=8192, seqs=64, rows=2048, whole=True)
-"""Of Llama-3 8B in bfloat16, for 64 sequences."""
+"""A cache of Llama-3 8B in bfloat16, for 64 sequences."""
 
 
 def test_a_token_reads_all_matrices_but_the_embeddings_and_experts_that_are_not_chosen() -> None:
-    """In the bits that they are held in, the head's own among them."""
+    """A token reads all weights in the bits that they are held in, the head's own among them."""
     dense, mixture = (read_fields(HUB_CONFIGS[name]) for name in ("Llama-3.1", "Qwen3-30B-A3B"))
     table = dense.dims.vocab * dense.dims.hidden
     for rounding in (Rounding.NONE, Rounding.INT8, Rounding.INT4):
@@ -56,7 +56,7 @@ def test_the_cache_takes_its_share_of_what_steps_leave() -> None:
 
 
 def test_the_cache_is_not_larger_than_its_use_or_its_ceiling() -> None:
-    """What all sequences at their longest need is enough; a ceiling is not exceeded."""
+    """The cache never exceeds the need of all sequences at their longest, nor a ceiling."""
     assert plan_memory(10**12, NEEDS, CACHE, share=0.9).blocks == (64 * 8192 // 16,)
     plan = plan_memory(10**12, NEEDS, CACHE, share=0.9, ceiling=4 * 10**9)
     assert 4 * 10**9 - 16 * 131072 < plan.kv_bytes <= 4 * 10**9
@@ -154,7 +154,7 @@ def test_the_start_logs_a_line_per_item(tmp_path: Path) -> None:
 
 
 def _at_once(cache: Cache, blocks: tuple[int, ...], length: int) -> int:
-    """How many sequences of a length fit into blocks of groups."""
+    """Return how many sequences of a length fit into blocks of groups."""
     whole = -(-length // cache.block_size)
     fitting = [
         number // (whole if group.window is None else min(whole, window_blocks(group.window, 1, 16)))
@@ -180,8 +180,9 @@ def _at_once(cache: Cache, blocks: tuple[int, ...], length: int) -> int:
 def test_a_division_serves_half_of_what_the_best_one_for_any_length_would(
     sliding: list[tuple[int, int]], everything: int, longest: int, seqs: int, memory: float, length: float
 ) -> None:
-    """Of groups with windows, as many sequences as could be served, short or long, in what memory there is; all
-    of them where there is enough for all."""
+    """A division of groups with windows serves half of the sequences that the best one would, short or long, in
+    any memory, and all of them where there is enough for all.
+    """
     groups = (Kept(None, 1024 * everything), *(Kept(window, 1024 * each) for window, each in sliding))
     cache = Cache(groups, 16, longest, seqs, rows=1024, whole=False)
     budget = int(memory * cache.num_bytes(cache.most))
@@ -196,7 +197,7 @@ def test_a_division_serves_half_of_what_the_best_one_for_any_length_would(
 
 
 def _bytes_of(cache: Cache, length: int, number: int) -> int:
-    """What so many sequences of a length hold, in bytes."""
+    """Return the bytes that so many sequences of a length hold."""
     whole = -(-length // 16)
     each = [
         group.token_bytes
@@ -208,7 +209,7 @@ def _bytes_of(cache: Cache, length: int, number: int) -> int:
 
 
 def test_gemma_3_has_room_for_more_than_it_had_without_windows() -> None:
-    """In 20 GB, with all seats of a GPU: its sliding layers took most of every token."""
+    """A cache of 20 GB with all seats of a GPU has more tokens: sliding layers took most of every token."""
     config = read_fields(HUB_CONFIGS["gemma-3-4b"])
     cache = cache_of(config, 2, InferenceSettings(deployment="none"), "cuda")
     plan = plan_memory(25 * 10**9, NEEDS, replace(cache, kv_bytes=20 * 10**9), share=0.9)
@@ -240,7 +241,7 @@ def test_states_have_slots_for_all_sequences_and_the_rest_for_snapshots() -> Non
 
 
 def test_states_that_do_not_fit_are_refused_with_the_numbers() -> None:
-    """Of as many sequences as may run, before there is a token."""
+    """States of all sequences that may run are counted before there is a token."""
     cache = replace(CACHE, kv_bytes=10**9, state_bytes=50 * 10**6)
     with pytest.raises(ResourcesExhausted, match="64 sequences' states of 50000000 bytes"):
         plan_memory(63 * 10**9, NEEDS, cache, share=0.9)

@@ -1,4 +1,4 @@
-"""How a checkpoint's ``config.json`` is read: as transformers takes it, or not at all."""
+"""The reader of a checkpoint's ``config.json``: reads it as transformers does, or refuses it."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def test_older_configs_mean_what_transformers_takes_them_for(tmp_path: Path, nam
     ],
 )
 def test_what_is_not_served_is_refused_by_name(tmp_path: Path, change: dict[str, Any], told: str) -> None:
-    """With the value that was found, and what would be served."""
+    """The refusal has the value that was found, and what would be served."""
     unnamed = {"model_type": None} if "architectures" in change else {}
     _write_config(tmp_path, **HUB_CONFIGS["Llama-3.1"] | {"rope_scaling": None} | unnamed | change)
     with pytest.raises(CheckpointInvalid, match=told):

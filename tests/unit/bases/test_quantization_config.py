@@ -1,4 +1,4 @@
-"""What a base's ``quantization_config`` says, as the hub has them, and what of it is refused."""
+"""The reader of a base's ``quantization_config``, as the hub has them, and its refusals."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def read(config: Any) -> ModelConfig:
 
 @pytest.mark.parametrize("name", READ)
 def test_what_a_config_says_is_read(name: str) -> None:
-    """Of each format, as checkpoints have it."""
+    """Every format is read as checkpoints have it."""
     config, expected = READ[name]
     assert read(config).quantization == expected
 
@@ -160,13 +160,13 @@ def _group(**change: Any) -> dict[str, Any]:
     ],
 )
 def test_what_is_not_read_is_refused_by_name(config: Any, told: str) -> None:
-    """With what was found, and what would be read."""
+    """The refusal has the value that was found, and what would be read."""
     with pytest.raises(CheckpointInvalid, match=told):
         read(config)
 
 
 def test_what_widening_takes_is_told() -> None:
-    """With the bytes of the files where they are known; nothing of a base that is kept as it is served."""
+    """Reports the bytes of the files where they are known; a base that is served as stored has no report."""
     model = read(GPTQ)
     assert widening(model, 1_234_567_890, "bfloat16").startswith(
         "widened from gptq (int4) at load: 1.2 GB in the files, "

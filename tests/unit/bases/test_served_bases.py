@@ -1,4 +1,4 @@
-"""Which bases are served: one answer, whoever asks."""
+"""The served bases: every caller gets one answer."""
 
 from __future__ import annotations
 

@@ -212,7 +212,7 @@ def test_bad_wishes_are_refused_before_anything_is_sent(fakes: Fakes, tmp_path: 
 
 
 def test_a_missing_matplotlib_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the extra, ``--plot`` says what to install."""
+    """The option ``--plot`` names the missing package without the extra."""
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     with pytest.raises(SettingsInvalid, match=r"pip install 'loramux\[bench\]'"):
         require_plot(tmp_path / "a.png")
@@ -220,7 +220,7 @@ def test_a_missing_matplotlib_is_one_line(tmp_path: Path, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("models", [2, 12])
 def test_a_picture(tmp_path: Path, models: int) -> None:
-    """With matplotlib a PNG is written, for a few models and for many."""
+    """A PNG is written with matplotlib, for a few models and for many."""
     pytest.importorskip("matplotlib")
     names = [f"m{number}" for number in range(models)]
     outcomes = [outcome(name, begin) for name in names for begin in (0.0, 0.3)]

@@ -28,7 +28,7 @@ PAGE = (ROOT / "docs" / "reference" / "bundle-format.md").read_text(encoding="ut
 
 
 def section(begin: str, end: str) -> str:
-    """What stands between two pieces of text of the page."""
+    """Return the text between two pieces of text of the page."""
     return PAGE[PAGE.index(begin) : PAGE.index(end, PAGE.index(begin))]
 
 
@@ -90,5 +90,5 @@ def test_the_records_inside_others_have_the_keys_that_the_page_names() -> None:
 
 @pytest.mark.parametrize("record", [*INSIDE, Manifest, ModuleRow, Generation, Current])
 def test_records_refuse_unknown_keys(record: type[Model]) -> None:
-    """As the page says that a reader must."""
+    """Records refuse unknown keys, as the page demands of a reader."""
     assert record.model_config["extra"] == "forbid"

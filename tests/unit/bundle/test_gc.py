@@ -1,4 +1,4 @@
-"""What nothing refers to: found, spared while it is young, removed when it is asked for."""
+"""Unreferenced objects: found, spared while they are young, removed on request."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_removal_leaves_what_is_referred_to(tmp_path):
 
 
 def test_the_young_are_spared(tmp_path):
-    """What was put within the grace period is listed apart."""
+    """An object within the grace period is listed apart."""
     store = MemoryStore()
     publish(tmp_path, store, "one", "two")
     publish(tmp_path, store, "one")
@@ -118,7 +118,7 @@ def test_a_bundle_that_a_build_found_again_is_spared(tmp_path):
 
 
 def test_generations_beyond_those_that_are_kept(tmp_path):
-    """With keep, older generations and what only they refer to go; the served one and newer ones never."""
+    """Older generations and their own objects go with keep; the served one and newer ones never."""
     store = MemoryStore()
     for names in (["one"], ["two"], ["three"], ["two", "three"]):
         publish(tmp_path, store, *names)
@@ -180,7 +180,7 @@ def test_a_rollback_makes_its_bundles_young(tmp_path):
 
 
 def test_a_damaged_generation_stops_everything(tmp_path):
-    """Where nobody knows to what a generation refers, nothing is an orphan and the damage is named."""
+    """A generation that cannot be read hides its references: nothing is an orphan and the damage is named."""
     store = MemoryStore()
     publish(tmp_path, store, "one")
     publish(tmp_path, store, "two")

@@ -1,4 +1,4 @@
-"""What a generation says of its adapters, and what older ones say."""
+"""The records of adapters in a generation, and in those of older releases."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SUMMARY = AdapterSummary(ranks=(4, 8), modules=("attn_q",), tensors_used=4, weig
 
 
 def test_a_generation_of_an_older_release_keeps_its_bytes() -> None:
-    """What it does not say is not in its canonical bytes: pointers hold their digests."""
+    """An absent field is not in its canonical bytes: pointers hold their digests."""
     found = Generation.from_bytes(OLD, sha256=hashlib.sha256(OLD).hexdigest())
     assert found.to_bytes() == OLD
     assert (found.recipe, found.adapters["one"].summary, found.adapters["one"].converter) == (None, None, None)

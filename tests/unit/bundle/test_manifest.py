@@ -1,4 +1,4 @@
-"""What a manifest says of its rows."""
+"""The rows of a manifest."""
 
 from __future__ import annotations
 

@@ -10,7 +10,9 @@ from loramux_shared.bundle.names import OWN_NAME, ModelNames, bad_name
 
 
 def judged(*adapters: str, in_file: bool = False, **fields: Any) -> list[tuple[str, str]]:
-    """Where names of a deployment with base "base" and alias "al" do not fit, and what was found."""
+    """Return the places where names of a deployment with base "base" and alias "al" do not fit, and the names
+    found.
+    """
     aliases = {"al": {"one": 1, "two": 0}}
     names = ModelNames(**{"base": "base", "adapters": adapters, "aliases": aliases} | fields)
     return [(finding.where, finding.found) for finding in names.findings(in_file=in_file)]
@@ -18,7 +20,7 @@ def judged(*adapters: str, in_file: bool = False, **fields: Any) -> list[tuple[s
 
 @pytest.mark.parametrize("name", ["al", "AL", "Base", "ONE"])
 def test_each_model_has_a_name_of_its_own(name: str) -> None:
-    """In more than case, aliases included."""
+    """Names differ in more than case, aliases included."""
     owner = {"al": "alias al", "base": "the base base", "one": "adapter one"}[name.lower()]
     assert judged("one", name) == [(f"adapters.{name}", owner)]
     [finding] = ModelNames("base", ("one", name), {"al": {"one": 1}}).findings()
@@ -37,7 +39,7 @@ def test_an_alias_has_a_model_that_answers() -> None:
 
 
 def test_something_is_served() -> None:
-    """And a merged adapter is alone."""
+    """A deployment serves something, and a merged adapter is alone."""
     assert judged(serve_base=False, aliases={}) == [("adapters", "none")]
     found = "adapters: one, two; runtime.serve_base: false"
     assert judged("one", "two", serve_base=False, merge_always=True) == [("adapters", found)]

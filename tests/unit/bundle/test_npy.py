@@ -29,7 +29,7 @@ CONFIG = np.array([[1, 0, 2, 0], [3, 0, 1, 0]], np.int32)
 
 
 def saved(array: np.ndarray) -> bytes:
-    """What np.save writes."""
+    """Return the bytes of np.save."""
     buffer = io.BytesIO()
     np.save(buffer, array)
     return buffer.getvalue()
@@ -65,7 +65,7 @@ def test_worked_example_in_bfloat16_holds_raw_bits(tmp_path):
 
 
 def test_worked_example_with_rslora(tmp_path):
-    """With rsLoRA B is scaled by alpha over the square root of the rank."""
+    """B with rsLoRA is scaled by alpha over the square root of the rank."""
     write(tmp_path / "w.npy", Dtype.FLOAT32, 4 / 2**0.5)
     row = read_weights((tmp_path / "w.npy").read_bytes(), Dtype.FLOAT32, "weights")[0, 8:]
     s = np.float32(2.8284271)
@@ -156,7 +156,7 @@ HOSTILE = [
 
 @pytest.mark.parametrize("data", HOSTILE, ids=range(len(HOSTILE)))
 def test_other_files_are_refused(data):
-    """What is not exactly such an npy file is named corrupt, and nothing of it is used."""
+    """A file that is not exactly such an npy file is named corrupt, and nothing of it is used."""
     with pytest.raises(BundleCorrupt, match="expected"):
         read_config(data, "config")
 

@@ -122,7 +122,7 @@ def test_generations_are_numbered_and_pointed_to(store):
 
 
 def test_a_generation_without_a_pointer_is_taken_up(store):
-    """What a builder killed between its last two writes left is used by the same build, skipped by another."""
+    """A generation that a killed builder left unserved is used by the same build, skipped by another."""
     first = current_generation(store, "tiny")
     pointer = store.objects[current_key("tiny")]
     left = publish_generation(store, first.model_copy(update={"max_seq_len": 64}))

@@ -60,7 +60,7 @@ class World:
         self.plain = LocalStore(folder / "store")
         self.signed = signed_store(self.plain, (), self.key)
         self.trusting = signed_store(self.plain, [self.signer])
-        """As a replica sees it."""
+        """Store as a replica sees it."""
         write_base(folder / "base")
         for seed, name in enumerate(("one", "two")):
             write_adapter(folder / name, tensors(seed=seed))
@@ -70,7 +70,7 @@ class World:
         return {"source": "LOCAL", "repo": str(self.folder / name)}
 
     def context(self, store):
-        """Where a builder works."""
+        """Return the context of a builder."""
         return BuildContext(store, open_sources(local_roots=[self.folder]), self.folder / "work")
 
     def build(self, store, *names, **settings) -> Generation:
@@ -269,7 +269,7 @@ def test_a_base_is_taken_only_as_it_was_signed(world):
 
 
 def test_a_file_names_signers_by_files_beside_it(world):
-    """What is sent to a builder is the key itself, and comes back the same; what is no key is refused."""
+    """A client sends a builder the key itself, which comes back the same; a file without a key is refused."""
     path = world.folder / "deployment.yaml"
     text = "build:\n  checkpoint_repository: {source: HF, repo: org/base}\n  signed_by: [%s]\n"
     path.write_text(text % "key.pub, 'sigstore:https://issuer.example.com#me'")

@@ -110,7 +110,7 @@ def accepts(constraint: Constraint | None, text: str, vocabulary: Bytes) -> bool
 
 
 def demand(family: Family) -> tuple[Demand, Bytes]:
-    """What can be demanded of a family."""
+    """Return a demand of a family, and its vocabulary."""
     vocabulary = Bytes(family.special)
     return Demand(Dialect(family.tool, family.reasoning), vocabulary.text()), vocabulary
 
@@ -162,7 +162,7 @@ async def test_a_turn_of_a_family_is_read_as_what_it_was(name: str) -> None:
 
 @pytest.mark.parametrize("name", FAMILIES)
 async def test_a_demanded_call_is_one_in_the_form_of_the_family(name: str) -> None:
-    """What the template writes may be written, behind reasoning or not; other tools and types may not."""
+    """The text of the template is allowed, behind reasoning or not; other tools and types are not."""
     family = FAMILIES[name]
     wanted, vocabulary = demand(family)
     turn: dict[str, Any] = {
@@ -237,7 +237,7 @@ async def test_an_answer_in_a_format_may_be_a_call_instead(name: str) -> None:
 
 
 def test_calls_of_tools_that_are_not_strict_are_held_to_their_form() -> None:
-    """Where that has a mark, and models write no more than its grammar says; but it can be done without."""
+    """A call is held to a form with a mark, whose grammar models follow; but it can be done without."""
     tools = [Asked("find", {"type": "object"})]
     held = set()
     for name, family in FAMILIES.items():

@@ -1,4 +1,4 @@
-"""How models write calls and reasoning: read alike however an answer comes, chosen by their templates."""
+"""Formats of calls and reasoning: read alike in every division of an answer, chosen by their templates."""
 
 from __future__ import annotations
 
@@ -238,7 +238,7 @@ def test_each_form_is_read(tool: ToolParser, reasoning: ReasoningParser, text: s
 @settings(deadline=None)
 @given(st.sampled_from(CASES).flatmap(lambda case: st.tuples(st.just(case), cuts_of(case[2]))))
 def test_cuts_do_not_change_what_is_read(drawn: tuple[Any, list[int]]) -> None:
-    """Wherever an answer is cut, the same is said, thought and called."""
+    """An answer that is cut at any place has the same text, reasoning and calls."""
     (tool, reasoning, text, told), cuts = drawn
     assert read(_reading(tool, reasoning), text, cuts) == told
 

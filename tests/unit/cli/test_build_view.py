@@ -1,4 +1,4 @@
-"""How a build looks on a terminal and elsewhere, with few adapters and with many."""
+"""The view of a build on a terminal and elsewhere, with few adapters and with many."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def build(view: BuildView, count: int) -> list[AdapterInfo]:
 
 
 def test_many_adapters_are_counted_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    """Of sixty adapters only sums are told: at the beginning, now and then, and at the end."""
+    """Sixty adapters have only sums: at the beginning, now and then, and at the end."""
     view = BuildView(counts_s=3600)
     view.update(
         state(build(view, 60), ended=True)
@@ -68,7 +68,7 @@ def test_many_adapters_are_counted_where_there_is_no_terminal(capsys: pytest.Cap
 
 
 def test_few_adapters_are_told_one_by_one(capsys: pytest.CaptureFixture[str]) -> None:
-    """Of few adapters each stage of each is a line."""
+    """Few adapters have a line for each stage of each."""
     build(BuildView(), 2)
     assert capsys.readouterr().err.splitlines() == [
         *("adapter-0000: fetching", "adapter-0000: done"),
@@ -78,7 +78,7 @@ def test_few_adapters_are_told_one_by_one(capsys: pytest.CaptureFixture[str]) ->
 
 @pytest.mark.parametrize("count", [3, 300])
 def test_a_terminal_is_not_drawn_for_every_adapter(count: int) -> None:
-    """What a terminal is sent depends on its height, not on the number of adapters; the end shows all done."""
+    """The output to a terminal depends on its height, not on the number of adapters; the end shows all done."""
     sent, screen = screen_of()
     with BuildView(console=screen) as view:
         build(view, count)
@@ -123,7 +123,7 @@ def screen_of(height: int = 12) -> tuple[StringIO, Screen]:
 
 
 def test_a_build_that_was_over_draws_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    """Where there is nothing to wait for, a line per adapter says where it is from; no bar comes and goes."""
+    """A build without anything to wait for has a line per adapter with its origin, and no bar."""
     sent, screen = screen_of()
     with BuildView(console=screen) as view:
         view.update(
@@ -137,7 +137,7 @@ def test_a_build_that_was_over_draws_nothing(capsys: pytest.CaptureFixture[str])
 
 
 def test_a_build_without_adapters_draws_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    """Of a base alone, or of a build that is refused before its first state, a terminal sees nothing."""
+    """A base alone, or a build that is refused before its first state, draws nothing on a terminal."""
     sent, screen = screen_of()
     with BuildView(console=screen) as view:
         view.update(state([]))
@@ -175,7 +175,7 @@ def test_what_is_soon_over_is_never_seen() -> None:
 
 
 def test_a_step_says_what_came_of_it(capsys: pytest.CaptureFixture[str]) -> None:
-    """Without a terminal too: what was there already is said, and not only that the step began."""
+    """A result that was there already is reported too, not only the step's begin, also without a terminal."""
     with shell.step("base model") as came:
         came.of_it = "was there already"
     with shell.step("builder"):

@@ -152,7 +152,7 @@ def test_a_kind_that_is_not_known_here_is_told_as_it_is() -> None:
 
 
 def test_who_generates_no_text_is_told_what_it_is_asked_for() -> None:
-    """Labels by name, and no more of them than fit a line; an adapter that answers has no such line."""
+    """Labels are listed by name, as many as fit a line; an adapter that generates has no such line."""
     assert kind(("lora", "classifier"), num_labels=2) == "LoRA, classifier (2 labels)"
     assert task(("lora", "classifier"), ["spam", "ham"]) == "scores texts, and generates none: spam, ham"
     said = task(("classifier",), [f"l{number}" for number in range(1024)], "regression")
@@ -163,7 +163,7 @@ def test_who_generates_no_text_is_told_what_it_is_asked_for() -> None:
 
 
 def test_chat_answers_each_line_of_a_pipe(fakes: Fakes) -> None:
-    """With piped input each line is a conversation of its own."""
+    """Each line of piped input is a conversation of its own."""
     code, text, _ = run("chat", "lora1", "--grpc", fakes.inference_address, said="hello\n\nagain\n")
     assert code == 0
     assert text == "the grey sea sings (1)\n" * 2
@@ -182,7 +182,7 @@ def test_chat_with_nobody(fakes: Fakes) -> None:
 
 
 def test_chat_without_a_name_is_with_the_first_model(fakes: Fakes) -> None:
-    """Who names no model gets the base."""
+    """The base answers where no model is named."""
     assert run("chat", "--grpc", fakes.inference_address, said="hello\n")[0] == 0
     assert fakes.inference.requests[-1].model == "base"
 

@@ -1,4 +1,4 @@
-"""``loramux models``, ``pin``, ``unpin`` and ``rollout`` against real doors to scripted replicas."""
+"""Commands ``loramux models``, ``pin``, ``unpin`` and ``rollout`` against APIs of scripted replicas."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def run(*args: str) -> tuple[int, str, str]:
 
 @contextmanager
 def door(replica: Operated, guard: Guard = NOBODY_GUARDS) -> Iterator[tuple[str, Callable[..., Any]]]:
-    """A replica's gRPC door in a thread of its own: its address, and what has something done in its loop."""
+    """Yield the address of a replica's gRPC API, which runs in a thread of its own, and a call in its loop."""
     add: Any = inference_pb2_grpc.add_InferenceServiceServicer_to_server
     services = {
         SERVICE_NAME: partial(register, AdapterServicer(replica.manager)),
@@ -77,7 +77,7 @@ def door(replica: Operated, guard: Guard = NOBODY_GUARDS) -> Iterator[tuple[str,
 
 
 def test_a_pin_is_told() -> None:
-    """As a line and as a document; a name that is not served fails."""
+    """A pin is printed as a line and as a document; a name that is not served fails."""
     with door(operated()) as (address, _):
         assert run("pin", "one", "--grpc", address) == (0, "one: pinned, 000000000000, resident\n", "")
         code, text, _ = run("unpin", "one", "--grpc", address, "--json")
@@ -86,7 +86,7 @@ def test_a_pin_is_told() -> None:
 
 
 def test_models_say_where_they_are() -> None:
-    """With a key that may know it; another one gets the list alone."""
+    """The places are for keys that may see them; another key gets the list alone."""
     replica = operated(["lora1", "lora2"])
     replica.residency.hold(replica.adapter("lora1"))
     replica.manager.pin("lora1")

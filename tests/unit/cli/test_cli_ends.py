@@ -1,4 +1,4 @@
-"""How commands end: exit codes, and never a traceback."""
+"""The ends of commands: exit codes, and never a traceback."""
 
 from __future__ import annotations
 
@@ -45,7 +45,9 @@ from tests.support.waiting import wait_until
     ],
 )
 def test_exit_codes(fault: Fault, code: Exit) -> None:
-    """What a later try may cure, what needs other rights and what is just wrong have codes of their own."""
+    """Faults that a later try may cure, that need other rights, and that are just wrong have codes of their
+    own.
+    """
     assert exit_of(fault) is code
 
 
@@ -73,7 +75,7 @@ def test_ctrl_c_is_quiet(fakes: Fakes, tmp_path: Path) -> None:
 
 
 def test_ctrl_c_ends_a_bench_with_its_figures(fakes: Fakes, tmp_path: Path) -> None:
-    """What was measured until then is shown, and the exit code says that it was cut off."""
+    """The figures until then are printed, and the exit code says that it was cut off."""
     before = len(fakes.inference.requests)
     with running(tmp_path, "bench", "--grpc", fakes.inference_address, "--duration", "3600") as command:
         wait_until(lambda: len(fakes.inference.requests) >= before + 40, "requests", lambda: command.errors)
@@ -93,7 +95,7 @@ def test_closed_stdin(fakes: Fakes, tmp_path: Path) -> None:
 def test_an_error_of_ours_is_one_line_and_a_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What nobody foresaw is one line that names the file with its traceback."""
+    """An unforeseen exception is one line that names the file with its traceback."""
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     error = ZeroDivisionError("one\nhalf")
     tell_uncaught(type(error), error, None)
@@ -113,7 +115,7 @@ def test_what_the_system_refuses_is_no_mistake_of_ours(capsys: pytest.CaptureFix
 
 
 def test_a_home_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the state folder cannot be made, a temporary one is taken."""
+    """A temporary folder replaces a state folder that cannot be made."""
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "file"))
     assert state_dir().is_dir()

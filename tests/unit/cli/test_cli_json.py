@@ -104,7 +104,7 @@ def test_deployments_and_cancel(fakes: Fakes, deployment: Callable[..., str]) ->
 
 
 def test_deployments_for_people(fakes: Fakes, deployment: Callable[..., str]) -> None:
-    """Without ``--json`` it is a table."""
+    """The output without ``--json`` is a table."""
     documents("build", deployment("shown", "lora1", "lora2"), "--builder", fakes.builder_address)
     result = CliRunner().invoke(app, ["deployments", "shown", "--builder", fakes.builder_address])
     header, row = result.stdout.splitlines()
@@ -139,7 +139,7 @@ def test_keys(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("command", ["models", "bench"])
 def test_a_failure_is_a_document_too(command: str) -> None:
-    """Whoever parses stdout finds the reason there; stderr says it in words."""
+    """The document on stdout has the reason; stderr has it in words."""
     [document] = documents(command, "--grpc", "127.0.0.1:1", code=3)
     assert document["error"]["reason"] == "SERVER_UNAVAILABLE"
 

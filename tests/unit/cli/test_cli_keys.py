@@ -59,7 +59,7 @@ def test_a_new_key_is_printed_once(tmp_path: Path) -> None:
 
 
 def test_without_a_file_the_line_is_printed_too() -> None:
-    """Without --file the key comes first and then the line that keeps it."""
+    """The key comes first without --file, and then the line that keeps it."""
     code, text, _ = run("keys", "new", "--scope", "build", "--scope", "infer", "--comment", "Ann's")
     key, line = text.splitlines()
     [entry] = parse_keys(line, "stdout")
@@ -152,13 +152,13 @@ def test_the_command_line_shows_a_key(
 
 
 def test_service_flags() -> None:
-    """Who may enter is told to the service that is started."""
+    """The service gets the access flags of the command that starts it."""
     assert services.door_flags(None, False) == []
     assert services.door_flags(Path("/a/../k"), True) == ["--keys-file", "/k", "--insecure"]
 
 
 async def test_children_on_this_machine_have_no_tls(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What `up` starts inherits keys but not TLS, whose certificate would not name the loopback."""
+    """A service that `up` starts inherits keys but not TLS, whose certificate would not name the loopback."""
     monkeypatch.setenv("LORAMUX_TLS_CERT", "/server.pem")
     monkeypatch.setenv("LORAMUX_KEYS_FILE", "/keys.jsonl")
     said = (

@@ -1,4 +1,4 @@
-"""What services that a command starts may read."""
+"""The folders that services may read which a command starts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_a_snapshot_of_the_hubs_cache_is_read_with_its_blobs(tmp_path: Path) -> 
 
 
 def test_up_reads_beside_its_file_and_below_its_roots(tmp_path: Path) -> None:
-    """Beside the folder of its file and those of --local-root, only what the deployment names elsewhere."""
+    """Only files that the deployment names are read outside its file's folder and those of --local-root."""
     base, one = (Repository(source=SourceKind.LOCAL, repo=str(tmp_path / each)) for each in ("base", "a/one"))
     deployment = Deployment(model_name="m", build=Build(checkpoint_repository=base, lora_adapters={"1": one}))
     roots = [tmp_path / "a", tmp_path / "b", tmp_path / "a"]

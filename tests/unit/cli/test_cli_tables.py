@@ -28,7 +28,7 @@ def test_no_line_is_longer_and_no_word_is_broken(width: int) -> None:
 
 
 def test_a_table_that_fits_has_a_line_for_each_row() -> None:
-    """With room there are a line of headers, a rule, and the rows."""
+    """A table with enough room has a line of headers, a rule, and the rows."""
     assert len(_lines(80)) == 2 + len(ROWS)
 
 

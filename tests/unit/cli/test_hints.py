@@ -42,7 +42,7 @@ def test_the_lines_work_as_they_stand(
 def test_without_a_key_none_is_shown(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where nobody asks for a key, the lines have no header for one, and the usual address is left out."""
+    """Hints without keys have no header for one, and leave the usual address out."""
     monkeypatch.delenv("LORAMUX_API_KEY", raising=False)
     show_lines_to_try("127.0.0.1:50052", "127.0.0.1:8000", "lora1")
     text = capsys.readouterr().out
@@ -52,7 +52,7 @@ def test_without_a_key_none_is_shown(
 
 
 def test_programs_are_named_as_the_shell_finds_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """By name where PATH leads to this environment, else by path, from here where it is below."""
+    """A program has its name where PATH leads to this environment, else its path, relative if below."""
     folder = Path(sys.executable).parent
     monkeypatch.setenv("PATH", str(folder))
     assert program(Path(sys.executable).name) == Path(sys.executable).name

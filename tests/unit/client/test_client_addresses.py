@@ -59,7 +59,7 @@ class Names:
         return [Address(each) for each in self.answers]
 
     def seen(self) -> list[str]:
-        """Who is there, once every answer has arrived."""
+        """Return the members, once every answer has arrived."""
         for thread in threading.enumerate():
             if thread.name == "loramux-names":
                 thread.join(BOUND_S)
@@ -68,7 +68,7 @@ class Names:
 
     @property
     def count(self) -> int:
-        """How often it was asked since the last time."""
+        """Return the number of look-ups since the last time."""
         found = 0
         while self.asked.acquire(blocking=False):
             found += 1

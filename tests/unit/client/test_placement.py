@@ -1,4 +1,4 @@
-"""Which replica a stream goes to."""
+"""The choice of a replica for a stream."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ fleets = st.lists(
 
 
 def test_the_order_is_the_same_everywhere() -> None:
-    """Whatever the process, the machine and the order of the list: other clients rely on it."""
+    """Every process and machine has the same order, for any order of the list: other clients rely on it."""
     assert order("support", REPLICAS) == order("support", REPLICAS[::-1])
     found = ["".join(each[7] for each in order(model, REPLICAS)) for model in ("support", "legal", "größer")]
     assert found == ["15234", "51423", "41532"]
@@ -47,7 +47,7 @@ def test_who_leaves_moves_its_own_models_only(model: str, fleet: list[str]) -> N
 
 
 def test_models_are_spread_evenly() -> None:
-    """Of 5,000 models each of five replicas is the first of about a thousand."""
+    """Each of five replicas is the first of about a thousand of 5,000 models."""
     first = Counter(order(f"model-{number}", REPLICAS)[0] for number in range(5000))
     assert all(900 < count < 1100 for count in first.values())
 
@@ -57,7 +57,7 @@ def test_models_are_spread_evenly() -> None:
 def test_no_replica_has_many_more_than_the_mean(
     steps: list[tuple[str, int]], fleet: list[str], spot: float
 ) -> None:
-    """Whatever is asked for and whatever ends: a stream finds a replica that is not above the bound."""
+    """A stream finds a replica that is not above the bound, after any sequence of begins and ends."""
     placement, held = Placement(fleet, spot), []
     for model, ends in steps:
         replica = placement.take(model)
@@ -71,7 +71,7 @@ def test_no_replica_has_many_more_than_the_mean(
 @given(names, fleets)
 @settings(max_examples=examples(20))
 def test_one_after_the_other_a_model_stays_where_it_is(model: str, fleet: list[str]) -> None:
-    """Who asks few models finds each at one replica, from every client."""
+    """A client of few models finds each at one replica, from every process."""
     for spot in (0.0, 0.9):
         placement = Placement(fleet, spot)
         for _ in range(30):
@@ -81,7 +81,9 @@ def test_one_after_the_other_a_model_stays_where_it_is(model: str, fleet: list[s
 
 
 def test_popular_models_are_at_several_replicas() -> None:
-    """Of many models the one with half the requests, begun elsewhere by each client; others are not."""
+    """The model with half the requests of many is at several replicas, begun at another by each client; others
+    are not.
+    """
     popularity = Popularity()
     for number in range(2000):
         popularity.copies("popular", 10)
@@ -105,7 +107,7 @@ def test_a_popular_model_goes_on_where_its_share_is_taken() -> None:
 
 
 def test_popularity_is_forgotten() -> None:
-    """What is asked for no more is spread no more, and costs nothing."""
+    """A model that is not requested for a while is spread no longer, and costs nothing."""
     popularity = Popularity()
     for number in range(30_000):
         popularity.copies("old" if number < 1000 else f"new-{number % 50}", 10)
@@ -148,7 +150,7 @@ def trip(placement: Placement, repeat: bool = True) -> Trip:
 
 
 def travel(placement: Placement, fault: Fault) -> tuple[list[str], Fault]:
-    """Whom a request asks when all fail so, and what it ends with."""
+    """Return the replicas that a request tries when all fail so, and its final fault."""
     way, asked = trip(placement), []
     try:
         while True:
@@ -159,7 +161,7 @@ def travel(placement: Placement, fault: Fault) -> tuple[list[str], Fault]:
 
 
 def test_a_trip_asks_everyone_once() -> None:
-    """Of those that cannot be reached; the fault says how many they were, and leaves nothing counted."""
+    """A trip tries every unreachable replica once; the fault has their number, and nothing stays counted."""
     placement = Placement(REPLICAS, 0.0)
     asked, fault = travel(placement, ServerUnavailable("down"))
     assert asked == list(order("support", REPLICAS))

@@ -206,7 +206,7 @@ def test_a_key_like_no_other(tmp_path: Path) -> None:
 
 
 def test_local_repositories_start_at_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """LOCAL paths are relative to the file's folder, wherever the process runs; ~ is the home."""
+    """LOCAL paths are relative to the file's folder, in any working directory of the process; ~ is the home."""
     monkeypatch.setenv("HOME", "/home/someone")
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
@@ -267,7 +267,7 @@ def test_a_bad_beginning_of_a_name_is_explained(tmp_path: Path) -> None:
 
 
 def test_names_that_differ_only_in_case_are_refused(tmp_path: Path) -> None:
-    """Nobody who asks for one of them means the other."""
+    """A request for one of them never means the other."""
     text = MINIMAL + "  lora_adapters: {Law: {source: HF, repo: a/b}, law: {source: HF, repo: a/c}}\n"
     finding = _findings(tmp_path, text)["build.lora_adapters.law"]
     assert (finding.expected, finding.found) == (OWN_NAME, "adapter Law")
@@ -276,7 +276,7 @@ def test_names_that_differ_only_in_case_are_refused(tmp_path: Path) -> None:
 
 
 def test_names_of_older_stores_are_read() -> None:
-    """What was published under a name that is refused now stays served."""
+    """A name that was published and is refused now stays served."""
     assert TypeAdapter(dict[StoredName, int]).validate_python({".a": 1, "-b": 2}) == {".a": 1, "-b": 2}
 
 

@@ -32,7 +32,7 @@ def parsed(runtime: Any, name: str = "d") -> Deployment:
 
 
 def test_the_example_of_the_page_means_what_it_says() -> None:
-    """What a model does not say is the default's; one that is not named has the default."""
+    """A limit that a model does not set is the default's; a model that is not named has the default."""
     runtime = parsed(yaml.safe_load(MORE)["runtime"]).runtime
     assert runtime.aliases == {"support": {"support-v1": 90, "support-v2": 10}}
     assert runtime.limits.of("support-v2") == runtime.limits.of("d") == Limits(max_waiting=64)
@@ -41,7 +41,7 @@ def test_the_example_of_the_page_means_what_it_says() -> None:
 
 
 def test_blocks_may_be_empty() -> None:
-    """As other optional blocks may."""
+    """Blocks may be empty as other optional blocks may."""
     assert parsed({"aliases": None, "limits": None}).runtime == Runtime()
 
 
@@ -82,7 +82,7 @@ def test_what_is_refused(runtime: Any, where: str, said: str) -> None:
 
 
 def test_a_message_says_the_same() -> None:
-    """Whatever is said, and what is not."""
+    """A message has every field of the file, and no other."""
     runtime = {
         "aliases": {"a": {"support-v1": 1, "support-v2": 0}},
         "limits": {"default": {"weight": 0.5}, "models": {"d": {"tokens_per_minute": 2**40}, "support-v1": {}}},
@@ -96,7 +96,7 @@ def test_a_message_says_the_same() -> None:
 
 
 def test_an_alias_comes_once_in_a_message() -> None:
-    """Of two that differ none is taken silently."""
+    """An alias that comes twice with different models is not taken silently."""
     message = deployment_to_message(parsed({}))
     for weight in (1, 2):
         message.aliases.append(pb.Alias(name="a", weights={"d": weight}))

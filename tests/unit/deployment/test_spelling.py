@@ -49,7 +49,7 @@ def test_a_folder_that_exists_comes_before_the_hub(word: str, tmp_path: Path) ->
     ["", "a/b/c", "ftp://host/x", "http://host/x.tar.gz", "s3://", "org/name#../up", "a b", "org/x@", "a\0b"],
 )
 def test_other_words_are_refused_with_the_grammar(word: str, tmp_path: Path) -> None:
-    """What names no repository is refused, and the finding says what would."""
+    """A word that names no repository is refused, and the finding has the grammar."""
     with pytest.raises(DeploymentInvalid) as error:
         parse_repository(word, tmp_path)
     assert "org/name[@revision]" in error.value.findings[0].expected

@@ -212,7 +212,7 @@ def test_a_cache_that_does_not_exist_yet(tmp_path: Path) -> None:
 
 
 def test_no_torch_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the inference extra there is a reason with its cure instead of a device."""
+    """A missing extra has a reason with its cure instead of a device."""
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     assert look_at_inference(tmp_path) == "torch is not installed: pip install 'loramux[inference]'"
 

@@ -58,7 +58,7 @@ def test_a_good_adapter_has_no_findings(tmp_path):
     ids=lambda field: next(iter(field)),
 )
 def test_what_acts_before_the_invocation_is_refused_beside_it(tmp_path, field):
-    """What PEFT puts into the model acts on every token, and of the rest it has no activated form."""
+    """A part that PEFT puts into the model acts on every token, and the others have no activated form."""
     (name,) = field
     checked = check_adapter(write_adapter(tmp_path, alora_invocation_tokens=[1, 2], **field), book())
     assert f"adapter_config.json: {name}" in [f.where for f in checked.errors if f.code == "E_ALORA"]
@@ -224,7 +224,7 @@ Q = f"{ROOT}layers.0.self_attn.q_proj"
     ],
 )
 def test_messages_name_field_value_expected_and_cure(tmp_path, config, extra, words):
-    """Whoever reads a finding knows where to look, what is there, what should be, and what to do."""
+    """A finding names the place, the found value, the expected one, and the cure."""
     values = tensors() | {name: np.ones(shape, np.float16) for name, shape in extra.items()}
     (finding,) = check_adapter(write_adapter(tmp_path, values, **config), book()).errors
     said = (finding.code, finding.where, finding.expected, finding.found, finding.fix)

@@ -13,7 +13,7 @@ from loramux_shared.sources.hub_card import MOST, descent_of
 
 
 def descent(model: str, relation: str, parent: str) -> Descent:
-    """What the hub says."""
+    """Return the hub's statement."""
     return Descent.model_validate({"model": model, "relation": relation, "parent": parent})
 
 
@@ -41,7 +41,7 @@ def descent(model: str, relation: str, parent: str) -> Descent:
     ],
 )
 def test_a_copy_in_another_format_is_the_base(copy: str) -> None:
-    """Whoever made it, and whichever of the two the adapter names."""
+    """A copy of any author is the base, whichever of the two the adapter names."""
     assert base_warning(copy, "Qwen/Qwen3-8B") is None
     assert base_warning("Qwen/Qwen3-8B", copy) is None
 

@@ -20,7 +20,7 @@ from loramux_shared.sources.files import hash_if_there
 WORDS = ("a", "b", "c", "ab")
 ENDS = {"bos_token": "<s>", "eos_token": "</s>"}
 VOCAB = 8
-"""Of the base's config: two ids have rows, and no tokens."""
+"""Vocabulary of the base's config: two ids have rows, and no tokens."""
 
 
 def tokenizer(kind: str = "BPE") -> PreTrainedTokenizerFast:
@@ -90,7 +90,7 @@ def test_new_tokens_behind_the_base_s_are_taken(compare, kind, change, added):
 
 
 def test_flags_of_new_tokens_are_taken_over(compare):
-    """What a token is to the tokenizer is told beside its id."""
+    """Flags of a token are reported beside its id."""
     token = AddedToken("<t>", lstrip=True, normalized=False, special=True)
     [added] = compare(lambda made: made.add_tokens([token], special_tokens=True)).added
     assert added.model_dump() == {

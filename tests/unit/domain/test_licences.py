@@ -1,4 +1,4 @@
-"""Licences: what front matter says, whoever wrote it, and what is told of a base and an adapter that differ."""
+"""Licences: front matter of any author, and the warning where a base's and an adapter's differ."""
 
 from __future__ import annotations
 

@@ -73,7 +73,7 @@ def test_modules_have_the_shapes_of_their_layers(tmp_path: Path) -> None:
 def test_what_a_layer_does_not_have_is_refused_by_name(
     tmp_path: Path, module: str, shape: tuple[int, int], code: str, expected: str, found: str
 ) -> None:
-    """With the modules that it has, or their shapes."""
+    """The refusal has the modules of the layer, or their shapes."""
     [refusal] = dict.fromkeys(_findings(tmp_path, {module: shape}))
     assert (refusal[0], refusal[2]) == (code, found)
     assert expected in refusal[1]

@@ -62,7 +62,7 @@ def test_released_blocks_are_found_until_they_are_needed() -> None:
 
 
 def test_growing_beyond_what_is_free_changes_nothing() -> None:
-    """A refused growth leaves the sequence and the free list as they were."""
+    """A refusal leaves the sequence and the free list as they were."""
     blocks = BlockManager(2, 4)
     seq = _seq(list(range(6)))
     assert blocks.start(seq)
@@ -100,7 +100,7 @@ def test_a_sequence_that_did_not_fit_is_tried_again_when_something_has_changed()
 
 
 def test_prefix_hashes_outlast_a_preemption() -> None:
-    """What a sequence had computed is found again by the hashes that it kept, its answer included."""
+    """A preempted sequence finds its blocks again by the hashes that it kept, those of its answer included."""
     blocks = BlockManager(8, 4)
     seq = _seq(list(range(6)))
     _compute(blocks, seq)

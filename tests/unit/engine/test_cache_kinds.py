@@ -128,7 +128,7 @@ def _expected(
 
 @dataclass(frozen=True)
 class Base:
-    """What an engine serves, and with how much."""
+    """The layers and the memory of an engine under test."""
 
     windows: Windows = (None,)
     snapshots: int | None = None
@@ -190,7 +190,7 @@ def _drain(engine: Engine, manager: BlockManager) -> list[StepOutput]:
 
 
 def _expect_sound(engine: Engine, manager: BlockManager) -> None:
-    """Every block is free or held as often as tables have it; what later rows see is there, and no more."""
+    """Every block is free or held as often as tables have it; exactly those that later rows see are there."""
     running = engine._scheduler.running
     for place, group in enumerate(manager.groups):
         pool = group.pool
@@ -212,9 +212,10 @@ def _expect_sound(engine: Engine, manager: BlockManager) -> None:
 @settings(max_examples=examples(70), deadline=None)
 @given(BASES, st.lists(st.one_of(REQUESTS, st.just("step"), st.integers(0, 9)), min_size=1, max_size=30))
 def test_every_answer_is_what_the_model_says(base: Base, actions: list[object]) -> None:
-    """Whatever layers see, and however little memory there is: with prompts in chunks, shared prefixes,
-    adapters, preemption, stop tokens and aborts at any step, no request is answered otherwise than alone; no
-    block is held twice, none is released that a row needs, and everything comes back at the end."""
+    """Every answer is that of the request alone, for all layers and any memory, with prompts in chunks, shared
+    prefixes, adapters, preemption, stop tokens and aborts at any step; no block is held twice, none is released
+    that a row needs, and everything comes back at the end.
+    """
     engine, _, manager = base.engine()
     added: dict[str, tuple[list[int], SamplingParams, int]] = {}
     outputs: list[StepOutput] = []
@@ -264,7 +265,7 @@ def _run(engine: Engine, manager: BlockManager, prompt: list[int], new: int = 1,
 
 
 def test_what_is_behind_a_window_is_given_back_while_a_sequence_runs() -> None:
-    """However long it becomes, it holds what its window and a step's rows take, and of everything all."""
+    """A sequence of any length holds blocks for its window and a step's rows, and all of full attention."""
     engine, _, manager = Base((8, None), blocks=16, rows=8, prefix_cache=False).engine()
     engine.add(Sequence("long", list(range(40)), SamplingParams(max_tokens=24)))
     held = []
@@ -321,7 +322,7 @@ def test_prompts_that_want_the_same_blocks_of_a_window_come_to_an_end() -> None:
 
 
 def test_a_prompt_is_found_by_the_state_at_its_last_full_block() -> None:
-    """The state there is kept, for who asks the same or goes on; the chunk before ends there."""
+    """The state there is kept for equal or longer prompts; the chunk before ends there."""
     engine, device, manager = Base(snapshots=3, spacing=8).engine()
     prompt = list(range(15))
     assert _run(engine, manager, prompt).progress.num_cached == 0
@@ -348,7 +349,7 @@ def test_a_long_prompt_leaves_states_on_its_way() -> None:
 
 
 def test_states_and_windows_agree_on_a_place() -> None:
-    """Where a window lacks a block before the last state, an earlier state is taken that both can serve."""
+    """An earlier state is taken where a window lacks a block before the last one, so that both can serve."""
     engine, _, manager = Base((None, 6), snapshots=9, spacing=2, sliding=20).engine()
     prompt = list(range(40))
     first = _run(engine, manager, prompt)
@@ -421,8 +422,9 @@ def test_after_a_failed_step_no_state_is_trusted() -> None:
 def test_windows_with_enough_blocks_never_lack_any(
     actions: list[object], blocks: int, windows: Windows, rows: int, depth: int
 ) -> None:
-    """With what is said to be enough, an engine does step by step what it would do without windows: nobody
-    waits, and nobody is preempted, for layers that slide."""
+    """An engine with the recommended blocks does step by step what it would do without windows: no sequence
+    waits, and none is preempted, for layers that slide.
+    """
     steps = []
     for seen in (windows, (None,)):
         cache = Cache(tuple(Kept(window, 1) for window in seen), BLOCK, LONGEST, SEQS, rows, whole=True)

@@ -1,4 +1,4 @@
-"""What the host does for a step, counted: it follows the sequences of the step, and nothing else."""
+"""The host's work for a step, counted: it follows the sequences of the step, and nothing else."""
 
 from __future__ import annotations
 
@@ -73,8 +73,9 @@ def coming_and_going(seqs: int, *, waiting: int, lanes: int, adapters: int) -> C
 
 
 def test_a_step_costs_what_its_sequences_do() -> None:
-    """However long their contexts are, and however many adapters are loaded beside those that they use; four
-    times the sequences are at most four times the work."""
+    """The work of a step does not depend on the length of contexts, nor on the number of loaded adapters beside
+    those in use; four times the sequences are at most four times the work.
+    """
     usual = instructions(BASE)
     for context, loaded in ((4096, 64), (256, 1000)):
         assert instructions(Point("decode", SEQS, context, loaded)) == pytest.approx(usual, rel=0.02)
@@ -84,13 +85,14 @@ def test_a_step_costs_what_its_sequences_do() -> None:
 @pytest.mark.parametrize("lanes", [1, 1000], ids=["one lane", "a lane each"])
 def test_admission_costs_what_is_admitted(lanes: int) -> None:
     """A quarter of the sequences ends in every step, and others come: four times as many are as much more work,
-    whether they share a lane or have one each."""
+    whether they share a queue or have one each.
+    """
     few, many = (coming_and_going(seqs, waiting=4, lanes=lanes, adapters=ACTIVE) for seqs in (24, 96))
     assert counted(many, ANSWER) < 4.4 * counted(few, ANSWER)
 
 
 def test_who_finds_no_place_costs_the_others_little() -> None:
-    """Of 400 that wait for places of adapters, a step asks as many as there are places, and one more."""
+    """A step asks, of 400 that wait for places of adapters, as many as there are places, and one more."""
     few, many = (coming_and_going(24, waiting=count, lanes=1, adapters=count) for count in (100, 400))
     assert counted(many, ANSWER) < 2.5 * counted(few, ANSWER)
 

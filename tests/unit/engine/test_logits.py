@@ -1,4 +1,4 @@
-"""What a request does to its logits, and the draw from them."""
+"""The changes of a request to its logits, and the draw from them."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def test_min_p_leaves_what_transformers_leaves(min_p: float, seed: int) -> None:
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("kind", ["bias", "nothing allowed", "infinite"])
 def test_hopeless_logits_still_give_a_token(kind: str, temperature: float) -> None:
-    """Whatever is left, a token comes out: a row never breaks the batch."""
+    """A token comes out of any logits: a row never breaks the batch."""
     model = torch.full((1, VOCAB), -torch.inf) if kind == "infinite" else logits(5)
     bias = dict.fromkeys(range(VOCAB), -100.0) if kind == "bias" else {}
     grammar = only() if kind == "nothing allowed" else None

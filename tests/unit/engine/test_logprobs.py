@@ -56,7 +56,7 @@ def test_processed_are_those_of_the_distribution(draw: dict[str, float], tempera
 
 
 def test_a_drawn_token_always_takes_part() -> None:
-    """Where a draw rounds otherwise at the edge of top-p, its token has a probability all the same."""
+    """A token has a probability although a draw rounds otherwise at the edge of top-p."""
     logits = torch.tensor([[5.0, 0.0, -1.0]])
     params = SamplingParams(temperature=1.0, top_p=0.5)
     assert processed(logits, torch.tensor([0]), [params])[0].isfinite().tolist() == [True, False, False]

@@ -55,11 +55,11 @@ class Machine:
 
     text: Text
     row_s: float
-    """Of each row of a draft."""
+    """Cost of each row of a draft."""
     depth: int = 0
     now_s: float = 0.0
     rows: int = 0
-    """Of drafts, in the last step."""
+    """Rows of drafts in the last step."""
 
     def submit(self, batch: Batch) -> Pending:
         """Draw the tokens of a batch, which takes its time."""
@@ -95,7 +95,7 @@ def _token_s(machine: Machine, engine: Engine, steps: int) -> float:
 @pytest.mark.parametrize("part", [0.2, 0.6, 3.0], ids=["cheap", "dear", "very dear"])
 @pytest.mark.parametrize("text", [repetitive, circle, coins, ordinary])
 def test_drafts_never_cost(text: Text, part: float, streams: int) -> None:
-    """Whatever part of a stream's row a row costs, and however often drafts hold, once that is known."""
+    """Drafts never cost, for any cost of a row and any share of drafts that hold, once that is known."""
     machine = Machine(text, part * STEP_S / streams)
     engine = _engine(machine, streams)
     _token_s(machine, engine, 150)
@@ -141,7 +141,7 @@ def test_as_many_are_drafted_as_are_worth_their_rows() -> None:
 
 
 def test_one_that_repeats_itself_does_not_hold_up_the_others() -> None:
-    """Of eight streams one could have eight tokens a step: the others pay less than it gains."""
+    """A stream that could have eight tokens a step costs the seven others less than it gains."""
     machine = Machine(one_circle, 0.02 * STEP_S)
     engine = _engine(machine, 8)
     began_s, steps = machine.now_s, 300

@@ -93,7 +93,9 @@ def test_what_is_of_the_base_is_found_again() -> None:
 
 
 def test_after_three_within_a_minute_a_version_is_served_no_more() -> None:
-    """In every request, blends too; others are served, and those that are further apart do not count."""
+    """The version is refused in every request, blends too; others are served, and errors that are further apart
+    do not count.
+    """
     world = World()
     for _ in range(MOST - 1):
         assert world.reason("bad", world.bad) == "NUMERICS"
@@ -116,7 +118,7 @@ def test_a_blend_counts_for_none_of_its_adapters() -> None:
 
 
 def test_whoever_waits_for_it_ends() -> None:
-    """With the reason, when the third answer fails."""
+    """A waiting request ends with the reason, when the third answer fails."""
     world = World()
     world.engine._scheduler.limits = SchedulerLimits(64, 1, 4, max_seq_len=128)
     for number in range(MOST + 2):

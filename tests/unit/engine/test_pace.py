@@ -30,9 +30,9 @@ class Machine:
     step_s: float = 0.02
     row_s: float = 0.0006
     token_s: float = 5e-7
-    """Of each token that a row of a prompt attends to."""
+    """Cost of each token that a row of a prompt attends to."""
     decode_s: float = 0.0
-    """Of each sequence that decodes."""
+    """Cost of each sequence that decodes."""
     now_s: float = 0.0
     free_s: float = 0.0
     batches: list[Batch] = field(default_factory=list)
@@ -99,8 +99,9 @@ def _rows(machine: Machine) -> Counter[Sequence]:
     ("row_s", "token_s"), [(0.0006, 5e-7), (0.0002, 2e-8), (0.002, 0.0)], ids=["steep", "flat", "slow"]
 )
 def test_a_step_beside_streams_takes_a_small_multiple(depth: int, row_s: float, token_s: float) -> None:
-    """Whatever rows and their contexts cost: hardly a step is three times as long as one that only decodes, and
-    the time that prompts may have is used."""
+    """Hardly a step is three times as long as one that only decodes, for any cost of rows and their contexts,
+    and the time that prompts may have is used.
+    """
     machine = Machine(depth, row_s=row_s, token_s=token_s)
     engine = _streaming(machine)
     long = _add(engine, *(_seq(LONG) for _ in range(4)))
@@ -113,7 +114,7 @@ def test_a_step_beside_streams_takes_a_small_multiple(depth: int, row_s: float, 
 
 @pytest.mark.parametrize(("long", "times"), [(0, TIMES_OF_BRIEF), (1, TIMES)])
 def test_brief_prompts_have_more_of_a_step(long: int, times: float) -> None:
-    """Without a long prompt under way, steps take up to five times one that decodes; with one they do not."""
+    """Steps without a long prompt take up to five times one that decodes; with one they do not."""
     machine = Machine()
     engine = _streaming(machine)
     _add(engine, *(_seq(LONG) for _ in range(long)))
@@ -124,7 +125,7 @@ def test_brief_prompts_have_more_of_a_step(long: int, times: float) -> None:
 
 
 def test_a_long_prompt_has_less_of_a_step_from_its_first_chunk_on() -> None:
-    """One that arrives where all prompts were brief takes no more of the step in which it begins."""
+    """A long prompt that arrives where all were brief takes only its share of the step in which it begins."""
     machine = Machine()
     engine = _streaming(machine)
     for _ in range(30):
@@ -202,7 +203,7 @@ def test_where_rows_are_cheap_prompts_have_the_whole_budget() -> None:
 
 
 def test_with_nobody_decoding_a_step_is_full_but_not_endless() -> None:
-    """Prompts alone have the whole budget, as far as whoever comes meanwhile can wait for the step's end."""
+    """Prompts alone have the whole budget, as far as a later request can wait for the step's end."""
     for row_s, full in ((0.0001, True), (0.005, False)):
         machine = Machine(row_s=row_s, token_s=0.0)
         engine = _engine(machine)
@@ -251,7 +252,7 @@ def test_a_short_request_passes_long_prompts_of_its_own_model() -> None:
 
 
 def test_short_requests_without_end_leave_a_quarter_to_the_oldest() -> None:
-    """So the long prompts that came before them go on, one after the other."""
+    """Long prompts that came before short ones go on, one after the other."""
     machine = Machine(token_s=0.0)
     engine = _streaming(machine)
     long = _add(engine, *(_seq(LONG) for _ in range(3)))
@@ -266,7 +267,7 @@ def test_short_requests_without_end_leave_a_quarter_to_the_oldest() -> None:
 
 
 def test_less_urgent_requests_do_not_pass_however_short_they_are() -> None:
-    """What is shared is shared among the equally urgent."""
+    """The time is shared among the equally urgent."""
     machine = Machine()
     engine = _streaming(machine)
     [long] = _add(engine, _seq(LONG, priority=1))
@@ -301,7 +302,7 @@ def test_a_first_token_of_another_model_does_not_wait_for_streams(decode_s: floa
 
 
 def test_each_of_several_that_come_apart_has_a_step_of_its_own() -> None:
-    """With seats left nobody waits between them, and a step that only decodes ends what the last one began."""
+    """A request with a free seat does not wait, and a step that only decodes ends the turn of prompts."""
     machine = Machine(step_s=0.01, decode_s=0.001)
     engine = _engine(machine, max_seqs=128)
     _add(engine, _seq(8, 8000))

@@ -33,7 +33,7 @@ _ids = itertools.count()
 
 @dataclass(frozen=True)
 class Matrices:
-    """What stands for an adapter's matrices."""
+    """A stand-in for an adapter's matrices."""
 
     digest: str
     num_bytes: int
@@ -45,7 +45,7 @@ class FakeBank:
 
     size: int
     bytes_of: dict[int, str] = field(default_factory=dict)
-    """Whose a unit of memory is."""
+    """Owner of each unit of memory."""
     slots: dict[int, tuple[str, int, int]] = field(default_factory=dict)
     refuses: set[str] = field(default_factory=set)
 
@@ -69,7 +69,7 @@ class FakeBank:
         del self.slots[slot]
 
     def read(self, slot: int, digest: str) -> None:
-        """What a step does: all bytes are the adapter's."""
+        """Read as a step does: all bytes are the adapter's."""
         found, offset, size = self.slots[slot]
         assert found == digest
         assert {self.bytes_of[unit] for unit in range(offset // UNIT, -(-(offset + size) // UNIT))} == {digest}
@@ -189,7 +189,7 @@ class World:
         return seq
 
     def step(self, times: int = 1) -> None:
-        """What the engine's thread does: what was posted, then a step."""
+        """Run the engine's thread: posted commands, then a step."""
         for _ in range(times):
             while self.commands:
                 self.commands.popleft()()
@@ -270,7 +270,7 @@ def test_a_copy_that_takes_long_is_not_waited_for() -> None:
 
 
 def test_who_was_used_longest_ago_leaves() -> None:
-    """Of those that nobody uses, the bank lets the least recently used go."""
+    """The bank evicts the least recently used of the unused adapters."""
     world = World(2, [1, 1, 1])
     world.answer(0, 1, 0, 2)
     assert world.resident() == {0, 2}
@@ -336,7 +336,7 @@ def test_what_fits_beside_no_pin_is_refused_by_name() -> None:
 
 
 def test_a_prefetched_adapter_takes_room_that_nobody_has_and_no_other() -> None:
-    """What is loaded on the chance of being asked for makes nobody leave."""
+    """A prefetched adapter evicts no other."""
     world = World(2, [1, 1, 1])
     world.answer(0)
     for number in (1, 2):
@@ -361,7 +361,7 @@ def test_prefetching_later_takes_one_at_a_time_and_only_what_fits() -> None:
 
 
 def test_a_bank_that_refuses_an_adapter_fails_that_one_alone() -> None:
-    """What does not fit the slots' tables is named, its place is free again, and others are served."""
+    """An adapter that does not fit the slots' tables is named, its place freed, and others are served."""
     world = World(4, [1, 1])
     refused = world.adapters[0].digest
     world.bank.refuses = {refused}
@@ -470,7 +470,7 @@ def test_adapters_of_a_mixture_that_are_in_each_others_way_lie_down_again() -> N
 
 
 def test_only_a_few_adapters_are_on_their_way_at_once() -> None:
-    """However many are asked for, the host's memory holds a few that have no place yet."""
+    """The host's memory holds a few adapters without a place, whatever the number of requests."""
     world = World(20, [1] * 20, seqs=20, adapters=20)
     for number in range(20):
         world.ask(number)
@@ -480,7 +480,7 @@ def test_only_a_few_adapters_are_on_their_way_at_once() -> None:
 
 
 def test_slots_are_as_many_as_there_are() -> None:
-    """With room in bytes and no slot left, one leaves all the same."""
+    """A full table of slots evicts one even where bytes are free."""
     world = World(10, [1, 1, 1], slots=2)
     world.answer(0, 1, 2)
     assert world.resident() == {1, 2}
@@ -547,9 +547,10 @@ def test_every_request_ends_once_on_its_own_digest(
     depth: int,
     adapters: int,
 ) -> None:
-    """Whatever the order of arrivals, loads, failures, evictions, pins and aborts, of adapters and mixtures:
-    until it is resolved, every step reads the matrices of the digests that its sequences name; every request
-    that is not aborted ends once, and in the end nobody holds anything."""
+    """Every step reads the matrices of the digests that its sequences name, for any order of arrivals, loads,
+    failures, evictions, pins and aborts, of adapters and blends, until it is resolved; every request that is
+    not aborted ends once, and in the end nothing is held.
+    """
     world = World(units, sizes, depth, adapters=adapters)
     asked = [seq for action in actions if (seq := _act(world, action, adapters)) is not None]
     world.settle()

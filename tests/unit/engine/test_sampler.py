@@ -15,7 +15,7 @@ from inference_service.kernels.sampling import RowParams, draw, reference
 from inference_service.kernels.sampling.host import REACH, noise
 
 CHI_SQUARE = {4: 23.5, 7: 29.9}
-"""By degrees of freedom: exceeded once in 10000 honest experiments."""
+"""Critical values by degrees of freedom: exceeded once in 10000 honest experiments."""
 
 
 @cache
@@ -36,7 +36,7 @@ def test_every_bit_of_a_seed_counts(other: int) -> None:
 
 
 def test_a_negative_seed_is_the_unsigned_one_of_the_same_bits() -> None:
-    """One door takes int64 and the other uint64."""
+    """One API takes int64 and the other uint64."""
     assert answer(-1) == answer(2**64 - 1)
 
 

@@ -53,7 +53,7 @@ class NotedPace(Pace):
     looks = False
 
     def room(self, decodes: int, times: float = TIMES) -> Room:
-        """As without notes."""
+        """Return the room of a model without notes."""
         room = super().room(decodes, times)
         self.looks = not room.rows
         return room
@@ -132,7 +132,7 @@ def test_decodes_come_before_a_long_prompt_and_share_its_step() -> None:
 
 
 def test_a_higher_priority_is_admitted_first() -> None:
-    """Of those that wait, the most urgent enters first, then the oldest."""
+    """The most urgent of those that wait enters first, then the oldest."""
     engine, runner, _ = _engine(max_seqs=1)
     seqs = [_seq(2, 1), _seq(2, 1), _seq(2, 1, priority=5)]
     _add(engine, *seqs)
@@ -192,7 +192,7 @@ def test_a_late_sequence_ends_with_its_deadline() -> None:
 
 
 def test_preemption_keeps_every_request() -> None:
-    """With too few blocks for all, some are preempted and all come to their end."""
+    """Preempted sequences come to their end where there are too few blocks for all."""
     engine, _, blocks = _engine(blocks=8, max_seqs=4)
     seqs = [_seq(6, 14) for _ in range(4)]
     _add(engine, *seqs)
@@ -217,8 +217,9 @@ REQUEST = st.tuples(
     st.lists(st.one_of(REQUEST, st.just("step"), st.just("abort")), min_size=1, max_size=40), st.integers(8, 30)
 )
 def test_budgets_hold_and_every_request_ends_once(actions: list[object], num_blocks: int) -> None:
-    """Whatever comes, goes, expires or is preempted: no bound is exceeded, a request that is not aborted ends
-    exactly once, and all blocks come back."""
+    """No bound is exceeded by any arrivals, aborts, expiries and preemptions; a request that is not aborted
+    ends exactly once, and all blocks come back.
+    """
     engine, runner, blocks = _engine(blocks=num_blocks, max_tokens=16, max_seqs=4, max_adapters=2)
     added: dict[str, Sequence] = {}
     aborted: set[str] = set()
@@ -256,8 +257,9 @@ def _served(runner: FakeRunner) -> Counter[str]:
 
 
 def test_flows_are_served_by_their_weights() -> None:
-    """Of two models that both have more to do than there are seats, one of three times the weight gets three
-    times the tokens, however many requests the other sends."""
+    """A model of three times the weight gets three times the tokens of another, where both have more to do than
+    there are seats, however many requests the other sends.
+    """
     engine, runner, _ = _engine(max_seqs=4, blocks=200)
     _add(engine, *(_seq(2, 400, flow="light") for _ in range(30)))
     _add(engine, *(_seq(2, 400, flow="heavy", share=Share(weight=3.0)) for _ in range(8)))
@@ -299,8 +301,9 @@ def test_many_new_ones_are_served_soon() -> None:
 
 
 def test_of_all_rows_few_are_computed_twice_for_new_ones() -> None:
-    """With one seat, models that ask once, one after the other, take it from an endless stream, which computes
-    its last rows again each time: once the credit is used up, they wait for longer."""
+    """Models that ask once, one after the other, take one seat from an endless stream, which computes its last
+    rows again each time: once the credit is used up, they wait for longer.
+    """
     engine, runner, _ = _engine(max_seqs=1, blocks=4000)
     _add(engine, _seq(2, 8000, flow="endless"))
     _run(engine, 5)
@@ -337,7 +340,7 @@ def test_a_flow_that_may_have_no_more_holds_up_nobody_behind_it() -> None:
 
 
 def test_who_lacks_a_seat_alone_is_not_hidden_by_who_lacks_a_place_too() -> None:
-    """Some on the base are far ahead of two who wait, one of whom lacks a place among the adapters as well."""
+    """Some on the base are far ahead of two that wait, one of which lacks an adapter's place as well."""
     engine, runner, _ = _engine(max_seqs=4, max_adapters=1, blocks=400)
     _add(engine, *(_seq(3, 200, flow="base") for _ in range(3)))
     engine.add(_seq(3, 200, uid=4))
@@ -378,10 +381,11 @@ def test_who_was_away_has_saved_nothing_and_owes_nothing() -> None:
 def test_nobody_under_way_gets_far_ahead_of_who_waits(
     requests: list[tuple[int, str, int]], max_seqs: int, max_adapters: int, num_blocks: int, depth: int
 ) -> None:
-    """Whatever is short (seats, blocks, places among the adapters): a lane under way is ahead of one that waits
-    by a quantum and a step at most, and within a lane those begin first that came first. Who waits for a place
-    among the adapters wants nothing of those on the base, and may begin a step later; in one that looks at
-    those that decode nobody does."""
+    """A queue under way is ahead of a waiting one by a quantum and a step at most, whatever is short (seats,
+    blocks, places among the adapters), and within a queue the oldest begins first. A sequence that waits for a
+    place among the adapters takes nothing from those on the base, and may begin a step later; none does in a
+    step that looks at those that decode.
+    """
     engine, runner, blocks = _engine(
         blocks=num_blocks, max_seqs=max_seqs, max_adapters=max_adapters, max_tokens=16, depth=depth
     )

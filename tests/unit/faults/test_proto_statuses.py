@@ -1,4 +1,4 @@
-"""What the protos say about failures, against the failures that there are."""
+"""The failures in the protos, against the faults of the code."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ RPCS: dict[str, tuple[Callable[..., Any], ...]] = {
     "GetReplica": (AdapterManager.replica,),
     "WatchReplica": (AdapterManager.watch,),
 }
-"""What each rpc calls, whose docstrings say what it raises."""
+"""Functions that each rpc calls, whose docstrings name their faults."""
 CLASSES = {kind.__name__: reason for reason, kind in FAULTS.items()}
 
 
@@ -89,7 +89,7 @@ def raised_in(source: str) -> set[str]:
 
 @pytest.mark.parametrize("rpc", RPCS)
 def test_an_rpc_says_what_it_raises(rpc: str) -> None:
-    """Its comment names the reasons of what it calls, no more and no less; those of every rpc are told once."""
+    """The comment names exactly the reasons of the functions it calls; those of every rpc are listed once."""
     raised = set().union(*(reasons_in((call.__doc__ or "").partition("Raises:")[2]) for call in RPCS[rpc]))
     assert told_of(rpc) - EVERYWHERE == raised - EVERYWHERE
 
@@ -108,7 +108,7 @@ def test_what_lies_before_every_rpc_is_told_for_all() -> None:
 
 
 def test_a_check_says_what_sources_raise() -> None:
-    """Whatever source an adapter comes from."""
+    """A check names the faults of every source."""
     assert reasons_in(Source.__doc__ or "") <= told_of("CheckAdapter")
 
 

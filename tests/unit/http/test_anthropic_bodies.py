@@ -74,7 +74,7 @@ def _chat(**fields: Any) -> ChatRequest:
 
 
 def _refused(**fields: Any) -> Fault:
-    """Return the fault of a body, whichever part of the door refuses it."""
+    """Return the fault of a body, whichever part of the API refuses it."""
     try:
         _chat(**fields)
     except ValidationError as error:
@@ -170,7 +170,7 @@ def test_a_body_of_claude_code() -> None:
 
 
 def test_turns_of_one_role_are_one() -> None:
-    """As the API says; a result between texts of a user stays between them."""
+    """Messages of one role are one, as the API says; a result between texts of a user stays between them."""
     said = [{"role": "assistant", "content": [USE]}, {"role": "user", "content": [RESULT]}, USER, USER]
     turns = _chat(messages=[USER, USER, *said]).turns
     assert [(turn.role, turn.content) for turn in turns] == [
@@ -221,7 +221,7 @@ def test_a_schema_constrains_the_answer(where: str) -> None:
 
 
 def test_null_is_not_set() -> None:
-    """In blocks and tools as in bodies, whatever the name."""
+    """A null is not set in blocks and tools as in bodies, under any name."""
     names = set(MessagesBody.model_fields) - set(BODY)
     asked = _chat(**dict.fromkeys(names)).rest
     assert asked.sampling.temperature is None

@@ -101,5 +101,5 @@ def test_thinking_may_be_left_out() -> None:
     ],
 )
 def test_inputs_are_objects(arguments: str, found: dict[str, Any]) -> None:
-    """Whatever the model wrote."""
+    """Inputs are objects, for any text of the model."""
     assert input_of(arguments) == found

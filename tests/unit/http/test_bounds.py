@@ -1,4 +1,4 @@
-"""What the fields of a request may hold: judged here once, for every API whose requests pass there."""
+"""The bounds of a request's fields: checked here once, for every API whose requests pass there."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def named(fields: dict[str, Any]) -> list[str]:
 
 
 def test_a_length_below_nothing_is_one_fault() -> None:
-    """What nobody said of min_tokens is not a second one."""
+    """A min_tokens that nobody set is not a second fault."""
     assert named({"max_tokens": -1}) == ["max_tokens"]
     assert named({"max_tokens": 2, "min_tokens": 3}) == ["min_tokens"]
 

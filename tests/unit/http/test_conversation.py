@@ -44,7 +44,7 @@ class Speaks(Scripted):
         super().__init__(Case("chat", {}, [says]), Text(tokenizer, template, VOCAB + 20))
         self.asked: list[Request] = []
         self.constraint = ""
-        """Of the last answer, as Lark or as a schema."""
+        """Constraint of the last answer, as Lark or as a schema."""
 
     async def generate(self, request: Request) -> AsyncGenerator[Event]:
         """Say it."""
@@ -103,7 +103,7 @@ async def test_marks_that_are_special_tokens_are_asked_for(tmp_path: Path) -> No
 
 
 async def test_one_call_is_one_call(tmp_path: Path) -> None:
-    """Without parallel calls the answer ends behind the first, and what it calls all the same is not told."""
+    """The answer ends behind the first call without parallel calls, and further calls are dropped."""
     service = Speaks(tmp_path, "Qwen 2.5", CALL * 2)
     assert len(await ask(service, tools=[FIND])) == 2
     assert len(await ask(service, tools=[FIND], parallel_tool_calls=False, stop="x")) == 1
@@ -171,7 +171,7 @@ async def test_half_a_demanded_call_is_not_said(tmp_path: Path) -> None:
 
 
 async def test_a_deployment_says_which_parsers(tmp_path: Path) -> None:
-    """What it says comes before what the template shows."""
+    """The deployment's parsers come before those of the template."""
     service = Speaks(tmp_path, "Qwen 3", "<think>Hm.</think>" + CALL)
     assert await ask(service, tools=[FIND]) == [["thought", "Hm."], ["call", "find", "{}"]]
     change_deployed(service.catalog, tool_parser=ToolParser.NONE, reasoning_parser=ReasoningParser.NONE)

@@ -1,4 +1,4 @@
-"""Bodies of the OpenAI door: what is taken, and how what is not is named."""
+"""Bodies of OpenAI's API: accepted fields, and the faults of others."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ def test_schemas_of_several_tools_keep_their_references() -> None:
 
 
 def test_thoughts_have_both_names() -> None:
-    """What was thought stands beside the content, in a message and in chunks, under vLLM's two names."""
+    """Reasoning stands beside the content, in a message and in chunks, under vLLM's two names."""
     choice = ChatChoice(0, [], None, ids=False)
     parts = choice.parts(Told(Delta("ab", ()), [Thought("Let me "), Thought("see."), Said("Yes.")]))
     choice.take(Told(Finished(FinishReason.STOP, "", 1, 3, 0), []))

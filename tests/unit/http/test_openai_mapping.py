@@ -1,4 +1,4 @@
-"""From bodies to requests: defaults, names and what contradicts itself."""
+"""The map from bodies to requests: defaults, names and contradictions."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ def _completion(service: Named | None = None, **fields: Any) -> Request:
 
 
 def test_the_temperature_is_left_to_the_adapter() -> None:
-    """What the request says comes first, then what the adapter brings, then the API's 1."""
+    """The request's temperature comes first, then the adapter's, then the API's 1."""
     assert (_chat().sampling.temperature, _chat().sampling.usual_temperature) == (None, 1.0)
     assert _chat(temperature=0).sampling.temperature == 0
     assert _completion().sampling.usual_temperature == 1.0
 
 
 def test_versions_and_keys_come_in_the_body_and_in_headers() -> None:
-    """Of two generations the higher one counts, and a header's key comes before the user."""
+    """The higher one of two generations counts, and a header's key comes before the user."""
     asked = _chat({"x-loramux-min-generation": "7", "x-loramux-key": "k"}, user="ann", min_generation=3)
     assert (asked.min_generation, asked.sticky_key) == (7, "k")
     asked = _chat({"x-loramux-min-generation": "2"}, user="ann", min_generation=3)
@@ -110,7 +110,7 @@ def test_contradictions_are_refused(fields: dict[str, Any], param: str) -> None:
 
 
 def test_how_long_to_think_is_told_to_the_template() -> None:
-    """As OpenAI spells it, and none as the switches that templates have; what is said of these comes first."""
+    """Reasoning effort in OpenAI's spelling, none as the templates' switches; explicit switches come first."""
     assert _chat().chat_template_kwargs == {}
     assert _chat(reasoning_effort="low").chat_template_kwargs == {"reasoning_effort": "low"}
     off = {"enable_thinking": False, "thinking": False, "reasoning_effort": "none"}

@@ -36,7 +36,7 @@ def _turns(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def test_a_type_that_is_null_is_not_set() -> None:
-    """As everywhere: an item with a role and no type is a message."""
+    """An item with a role and no type is a message, as everywhere."""
     assert _turns([{"type": None, "role": "user", "content": "Hi"}]) == [{"role": "user", "content": "Hi"}]
 
 
@@ -122,7 +122,7 @@ EMPTY = {"role": "assistant", "content": ""}
     ],
 )  # fmt: skip
 def test_items_of_a_turn_are_one_message(items: list[dict[str, Any]], turns: list[dict[str, Any]]) -> None:
-    """What the assistant thought, said and called until somebody else spoke is one message, in any order."""
+    """The assistant's reasoning, text and calls until the next role are one message, in any order."""
     assert _turns(items) == turns
 
 
@@ -172,7 +172,7 @@ def test_items_of_a_turn_are_one_message(items: list[dict[str, Any]], turns: lis
     ],
 )
 def test_a_response_is_a_chat(here: dict[str, Any], there: dict[str, Any]) -> None:
-    """Both doors ask the engine for the same."""
+    """Both APIs ask the engine for the same."""
     body = {"model": "m", "messages": [{"role": "user", "content": "Hi"}]} | there
     asked, chat = _chat(**here), openai.chat_of(ChatBody.model_validate_json(json.dumps(body)))
     assert replace(asked.request(), id="") == replace(chat.request(), id="")
@@ -208,7 +208,7 @@ def test_allowed_tools_are_told_with_the_others(mode: str) -> None:
     ],
 )
 def test_faults_name_the_fields_of_the_body(where: str, here: str) -> None:
-    """Whoever asked for a response has never heard of messages."""
+    """A fault of a response does not name messages, which its client never wrote."""
     tool = {"type": "function", "name": "f"}
     tools = [tool, {"type": "namespace", "name": "n", "description": "d", "tools": [tool, tool]}]
     assert _chat(tools=tools).place(where) == here
@@ -230,7 +230,7 @@ PIECES = st.one_of(
 
 @given(st.lists(st.lists(PIECES, max_size=3), max_size=6))
 def test_items_hold_what_the_pieces_say(batches: list[list[Piece]]) -> None:
-    """Whatever comes in whatever order: all of it stands in items, and space alone is no message."""
+    """All pieces in any order stand in items, and space alone is no message."""
     output = OutputItems(None, (), carries=True)
     expected: list[tuple[str, str]] = []
     for batch in batches:

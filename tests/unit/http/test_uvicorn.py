@@ -1,4 +1,4 @@
-"""What the HTTP server uses of uvicorn without a promise: pyproject.toml bounds its release for their sake."""
+"""Internals of uvicorn that the HTTP server uses: pyproject.toml bounds its release for them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How the threads of a step wait for each other."""
+"""Waiting among the threads of a step."""
 
 import threading
 from collections.abc import Iterator
@@ -57,7 +57,7 @@ def test_threads_sleep_while_they_wait_for_cores(machine: Machine) -> None:
 
 
 def test_between_the_two_thresholds_everything_stays(machine: Machine) -> None:
-    """What is too little to sleep for is enough to sleep on: nothing flickers."""
+    """A load that is too small to sleep for is enough to sleep on: nothing flickers."""
     machine.passes(ran=1.0, waited=0.0)
     assert not machine.passes(ran=1.0, waited=0.55)
     assert machine.passes(ran=1.0, waited=0.8)
@@ -71,7 +71,7 @@ def test_an_idle_engine_learns_nothing(machine: Machine) -> None:
 
 
 def test_threads_sleep_where_the_kernel_does_not_count(machine: Machine) -> None:
-    """What cannot be told is not risked."""
+    """Threads sleep where the load is unknown."""
     for file in machine.tasks.glob("*/schedstat"):
         file.unlink()
     machine._write = lambda: None  # type: ignore[method-assign]
@@ -80,7 +80,7 @@ def test_threads_sleep_where_the_kernel_does_not_count(machine: Machine) -> None
 
 @pytest.mark.parametrize(("spin", "asleep"), [("always", False), ("never", True)])
 def test_a_setting_decides_once(tmp_path: Path, spin: Spin, asleep: bool) -> None:
-    """Whoever says always or never gets it, whatever happens on the cores."""
+    """An explicit always or never holds, whatever happens on the cores."""
     machine = Machine(tmp_path, spin)
     assert [machine.passes(ran=0.5, waited=waited) for waited in (0.9, 0.9, 0.0)] == [asleep] * 3
 

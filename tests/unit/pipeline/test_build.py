@@ -236,7 +236,7 @@ def test_progress_counts_bytes_to_their_total(tmp_path, context):
 
 
 def test_old_work_folders_are_swept(tmp_path, context):
-    """What a killed builder left in the work folder is removed after a day, younger folders are not."""
+    """A folder of a killed builder is removed after a day, younger folders are not."""
     old, young = tmp_path / "work" / "loramux-build-a", tmp_path / "work" / "loramux-build-b"
     old.mkdir(parents=True)
     young.mkdir()

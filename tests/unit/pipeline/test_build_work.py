@@ -1,4 +1,4 @@
-"""How a build does its work: side by side, each thing once, within the disk, patient with its store."""
+"""The work of a build: side by side, each thing once, within the disk, patient with its store."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_identical_adapters_are_converted_once(tmp_path, context):
 
 
 def test_identical_adapters_are_refused_under_each_name(tmp_path, context):
-    """What is wrong with files that two names share is said about both."""
+    """A fault of files that two names share is reported for both."""
     for name in ("a", "b"):
         write_adapter(tmp_path / name, use_dora=True)
     with pytest.raises(AdapterInvalid) as refusal:
@@ -83,7 +83,7 @@ class Meeting(Counting):
     """Weights are only put when those of another adapter are put at the same time."""
 
     def put(self, key: str, data: bytes | Path) -> None:
-        """Store, in company."""
+        """Store while others do."""
         if key.endswith("weights.npy"):
             self.together.wait(BOUND_S)
         super().put(key, data)
@@ -125,7 +125,7 @@ def test_a_build_stays_within_its_room(tmp_path, context):
 
 
 def test_builds_share_the_disk(tmp_path):
-    """What one build has announced and not written yet is not free for another."""
+    """Bytes that one build has announced and not written yet are not free for another."""
     ledger = Ledger()
     free = os.statvfs(tmp_path).f_bavail * os.statvfs(tmp_path).f_frsize
     one, two = Space(tmp_path, ledger, None), Space(tmp_path, ledger, None)
@@ -138,7 +138,7 @@ def test_builds_share_the_disk(tmp_path):
 
 
 def test_a_disk_with_less_than_the_reserve_is_told_the_truth(tmp_path):
-    """What is free, what stays free and how much is missing are said, not that nothing is free."""
+    """The fault has the free bytes, the reserve and the missing bytes, not that nothing is free."""
     free = os.statvfs(tmp_path).f_bavail * os.statvfs(tmp_path).f_frsize
     with pytest.raises(ResourcesExhausted) as refusal:
         Space(tmp_path, Ledger(), None).check(free, "the adapters")
@@ -209,7 +209,7 @@ def test_identities_are_kept_and_not_shared(tmp_path):
 
 
 def test_an_owners_folders_are_swept_at_its_start(tmp_path, context):
-    """What an owner left when it was killed goes at its next start; the folders of others stay."""
+    """Folders of a killed owner go at its next start; the folders of others stay."""
     context = replace(context, owner="0" * 16)
     for name in (f"loramux-build-{'0' * 16}-x", f"loramux-build-{'1' * 16}-x"):
         (tmp_path / "work" / name).mkdir(parents=True)

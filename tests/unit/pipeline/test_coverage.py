@@ -58,7 +58,7 @@ def test_every_key_is_used_or_redundant(tmp_path):
 
 
 def test_one_other_value_is_no_copy(tmp_path):
-    """Of a head that differs from the base's in one value that row is kept; the embeddings are a copy."""
+    """A row of the head that differs in one value is kept; the embeddings are a copy."""
     sharded_base(tmp_path)
     head = matrix(2)
     head[-1, -1] += 1

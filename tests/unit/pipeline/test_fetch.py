@@ -34,7 +34,7 @@ class Archived(Resolved):
     open = 0
 
     def close(self) -> None:
-        """Count it no more."""
+        """Stop counting it."""
         Archived.open -= 1
 
 
@@ -97,7 +97,7 @@ def test_archives_count_before_anything_is_taken_out_of_them(tmp_path):
 
 
 def test_the_record_has_no_query(tmp_path):
-    """What the generation will say about an adapter's origin has a revision, and no signature."""
+    """The generation's record of an adapter's origin has a revision, and no signature."""
     _, [fetched] = fetch(tmp_path, FakeSource({}), "one")
     assert fetched.source.repo == "https://h/one"
     assert len(fetched.source.revision) == 64
@@ -112,7 +112,7 @@ def test_one_fault_is_said_with_its_adapter(tmp_path):
 
 
 def test_every_fault_is_said(tmp_path):
-    """Of several faults each is a finding, and the whole is the first that trying again does not cure."""
+    """Each of several faults is a finding, and the whole is the first that trying again does not cure."""
     faults = {
         "https://h/a": SourceUnavailable("away"),
         "https://h/b": RepoGated("gated"),

@@ -120,7 +120,7 @@ class World:
         return {adapter.name: adapter for adapter in progress.adapters}
 
     def reset(self) -> None:
-        """Count anew."""
+        """Reset the count."""
         self.source.listed.clear()
         self.source.fetched.clear()
         self.store.read = self.store.written = self.store.looks = 0
@@ -135,7 +135,7 @@ def world(tmp_path: Path) -> World:
 
 
 def test_a_build_with_one_change_does_the_work_of_one(tmp_path: Path) -> None:
-    """Of a hundred adapters one is new: its files alone are fetched, its bundle alone is written or read."""
+    """The files of the one new adapter among a hundred are fetched, and its bundle alone is written or read."""
     many, one = World(tmp_path / "many", MANY), World(tmp_path / "one", 1)
     many.build(many.deployment())
     one.build(one.deployment())
@@ -167,7 +167,7 @@ def test_an_update_does_not_even_list_the_others(tmp_path: Path) -> None:
 
 
 def test_a_builder_that_starts_reads_a_base_once_for_updates(world: World) -> None:
-    """Without an earlier build in the process, the base's config is verified against its record, once."""
+    """A base's config is verified once against its record, where the process had no earlier build."""
     world.context = replace(world.context, bases=type(world.context.bases)())
     for name in ("x", "y"):
         write_adapter(world.folder / name, tensors(seed=ord(name)))
@@ -205,7 +205,7 @@ CHANGES: dict[str, tuple[Callable[[World], Deployment], bool]] = {
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_what_makes_an_adapter_anew(world: World, change: str) -> None:
-    """Whatever could change the bundle does: files, base, settings. Nothing else."""
+    """Changed files, base or settings make an adapter again. Nothing else does."""
     made, kept = CHANGES[change]
     assert world.build(made(world))["a000"].kept is kept
 
@@ -246,7 +246,7 @@ def test_a_bundle_that_is_not_whole_is_made_again(world: World, file: str) -> No
 
 
 def test_damage_is_found_by_a_build_that_verifies(world: World) -> None:
-    """A flipped bit is no lost file: a plain build keeps the bundle, one with verify reads all and mends it."""
+    """A flipped bit is no lost file: a plain build keeps the bundle, one with verify repairs it."""
     digest = world.build(world.deployment())["a000"].digest
     key = bundle_key(digest, "model.lora_weights.npy")
     data = world.store.objects[key]

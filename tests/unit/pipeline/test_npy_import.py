@@ -96,7 +96,7 @@ def test_fused_rows_are_split_exactly(bench: Bench) -> None:
 
 
 def test_a_peft_adapter_and_its_conversion_are_the_same_rows(bench: Bench) -> None:
-    """What we convert from PEFT and import from our own npy files differs in nothing but its origin."""
+    """Rows from PEFT and from our own npy files differ in nothing but their origin."""
     write_adapter(bench.npy)
     first = bench.build()
     store, digest = bench.context.store, first.digest

@@ -78,7 +78,7 @@ def test_both_services_use_one_store() -> None:
 
 @pytest.mark.parametrize("service", SERVICES)
 def test_ports_agree(service: str) -> None:
-    """Where a service listens is what its health check asks, its image exposes and clients are told."""
+    """A service listens where its health check, its image and clients expect it."""
     host, port = _environment(service)["LORAMUX_GRPC"].split(":")
     assert host == "0.0.0.0"  # noqa: S104 - inside a container
     assert RAW[service]["healthcheck"]["test"][-1] == f"127.0.0.1:{port}"
@@ -87,7 +87,7 @@ def test_ports_agree(service: str) -> None:
 
 
 def test_the_openai_door_is_reached() -> None:
-    """Where it listens in its container is what the image exposes and compose publishes."""
+    """The HTTP port of the container is the one that the image exposes and compose publishes."""
     port = _environment("inference")["LORAMUX_HTTP"].removeprefix("0.0.0.0:")
     assert f"EXPOSE {port}\n" in _dockerfile("inference")
     assert f"127.0.0.1:{port}:{port}" in RAW["inference"]["ports"]
@@ -120,7 +120,7 @@ def test_the_images_python_is_supported() -> None:
 
 
 def test_long_running_services_have_health_checks() -> None:
-    """Whatever is restarted has a health check, and whatever ends has none."""
+    """A service that is restarted has a health check, and one that ends has none."""
     assert {service for service in RAW if not _one_shot(service)} == {
         service for service in RAW if "healthcheck" in RAW[service]
     }
@@ -240,7 +240,7 @@ def test_the_inference_image_has_compiled_operations() -> None:
 
 @pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.name)
 def test_images_get_all_that_the_package_is_made_of(path: Path) -> None:
-    """What pyproject.toml packs is copied into the image's build, and reaches it past .dockerignore."""
+    """Packages of pyproject.toml are copied into the image's build, and reach it past .dockerignore."""
     wheel = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
     needed = {"pyproject.toml", "hatch_build.py", PROJECT["readme"], *PROJECT["license-files"]}
     needed |= {package.partition("/")[0] for package in wheel["packages"]}

@@ -17,7 +17,7 @@ def test_what_is_a_number() -> None:
 
 
 def test_fields_refuse_what_python_alone_reads() -> None:
-    """Where a number is meant; what is no number at all is left to others."""
+    """Fields for numbers refuse Python's other spellings; a text that is no number at all is left to others."""
     for text in ("1_0", " 1", "٣"):
         with pytest.raises(ValueError, match="digits 0 to 9"):
             refuse_odd(text, int | None)

@@ -10,7 +10,7 @@ from loramux_shared.extensions import load_extensions
 def test_entry_points_whose_package_is_gone_are_left_out(
     monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """What is there is loaded, by name."""
+    """Entry points whose package exists are loaded, by name."""
     site = tmp_path_factory.mktemp("site")
     info = site / "others-1.0.dist-info"
     info.mkdir()

@@ -1,4 +1,4 @@
-"""What a request may say has one name: doors, client, bounds, engine and documents agree on it."""
+"""Each field of a request has one name: APIs, client, bounds, engine and documents agree on it."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_the_table_is_finite_where_a_number_is_no_length() -> None:
 
 @pytest.mark.parametrize("body", [ChatBody, CompletionBody, ResponsesBody, CompactBody])
 def test_http_fields_pass_by_name(body: type[Body]) -> None:
-    """A field of a body is a request's, one of the door's own, or refused whatever it holds."""
+    """A field of a body is a request's, one of the API's own, or refused whatever it holds."""
     refused = {name for name, field in body.model_fields.items() if field.annotation is type(None)}
     assert body.model_fields.keys() - refused - HTTP_ONLY <= ASKED
 

@@ -1,4 +1,4 @@
-"""What a test leaves behind is found, and what fixtures of a wider scope hold is not."""
+"""Leftovers of a test are found, and those that fixtures of a wider scope hold are not."""
 
 from __future__ import annotations
 

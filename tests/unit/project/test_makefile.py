@@ -1,4 +1,4 @@
-"""What ``make demo`` says while pip works."""
+"""The output of ``make demo`` while pip works."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def dry_run(target: str, folder: Path, stderr: int) -> str:
 
 @pytest.mark.parametrize(("target", "count"), [("demo", 2), ("check", 4), ("site", 1)])
 def test_a_silent_pip_is_announced(target: str, count: int, tmp_path: Path) -> None:
-    """Without a terminal each pip is silent, and what it fetches, how large and why nothing is seen is said."""
+    """A pip without a terminal is silent: its download, the size and the reason of the silence are printed."""
     lines = dry_run(target, tmp_path, subprocess.DEVNULL).splitlines()
     pips = [place for place, line in enumerate(lines) if "/pip install" in line]
     assert len(pips) == count

@@ -1,4 +1,4 @@
-"""What ``benchmarks/residency.py`` says of what it measured."""
+"""The report of ``benchmarks/residency.py``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from benchmarks.moving.forge import Forge
     ("found", "bar", "met"), [(1.0, 1.5, True), (1.5, 1.5, True), (1.6, 1.5, False), (9.0, None, True)]
 )
 def test_a_bar_is_met_up_to_itself(found: float, bar: float | None, met: bool) -> None:
-    """Without a bar, everything is."""
+    """Every figure without a bar is met."""
     assert Figure("f", found, "x", bar).met is met
 
 
@@ -41,7 +41,7 @@ def test_a_percentile_is_one_of_the_values() -> None:
 async def test_a_missed_bar_is_told(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """By line and, all sections together, by what is returned."""
+    """A missed bar is reported by line and, all sections together, by the return value."""
 
     async def section(forge: Forge, rounds: int) -> list[Figure]:
         return [Figure("good", 1.0, "x", 2.0), Figure("bad", 3.0, "x", 2.0)]
@@ -59,7 +59,7 @@ async def test_a_missed_bar_is_told(
 
 
 def test_an_unknown_section_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    """By name, with those that there are, before anything is measured."""
+    """An unknown section is refused by name, with the known ones, before anything is measured."""
     with pytest.raises(SystemExit) as ended:
         residency.main(["churn", "trun"])
     assert ended.value.code == 2

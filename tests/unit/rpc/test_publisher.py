@@ -1,4 +1,4 @@
-"""How a replica asks its builder for another generation, and waits for it."""
+"""A replica's requests to its builder for another generation, and its wait for it."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Builder:
 
 
 async def test_an_update_returns_with_the_number_of_its_generation() -> None:
-    """What is asked is what was meant, and each request has an id of its own."""
+    """The request has the caller's meaning, and an id of its own."""
     builder = Builder(info(DeploymentState.ACTIVE, 7))
     publisher = BuilderPublisher(builder, "demo")
     assert await publisher.add("a", REPOSITORY, must_be_new=True) == 7
@@ -69,7 +69,7 @@ async def test_an_update_returns_with_the_number_of_its_generation() -> None:
 
 
 async def test_what_a_build_fails_with_is_raised() -> None:
-    """With the builder's reason."""
+    """A failed build raises with the builder's reason."""
     builder = Builder(info(DeploymentState.FAILED, 6, AdapterInvalid("no LoRA")))
     with pytest.raises(AdapterInvalid):
         await BuilderPublisher(builder, "demo").add("a", REPOSITORY, must_be_new=False)

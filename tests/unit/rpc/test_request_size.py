@@ -1,4 +1,4 @@
-"""What is told of the size of a request before anything is made of it."""
+"""Bounds of a request's size before anything is made of it."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ TEXT = Text(byte_pairs(), None, 400)
 @settings(max_examples=6)
 @given(st.lists(PIECES, min_size=1, max_size=20), st.integers(1, 4))
 def test_a_text_that_fits_is_never_too_long(pieces: list[str], times: int) -> None:
-    """Whatever a long text is cut into, with as many tokens as it has it is taken."""
+    """A text with no more tokens than allowed is taken, whatever it is cut into."""
     unit = "".join(pieces)
     text = unit * (times * SLICE_CHARS // len(unit) + 1)
     tokens = TEXT.encode(text)

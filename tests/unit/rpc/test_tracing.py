@@ -44,7 +44,9 @@ def opened(monkeypatch: pytest.MonkeyPatch, **variables: str) -> tuple[Tracing |
     ],
 )
 def test_nobody_asks(variables: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a variable that asks for traces, or with one that forbids them, nothing is sent or said."""
+    """Traces are off without a variable that asks for them, or with one that forbids them: nothing is sent or
+    logged.
+    """
     assert opened(monkeypatch, **variables) == (None, [])
 
 

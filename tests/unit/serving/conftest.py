@@ -1,4 +1,4 @@
-"""What tests of the engine's thread share."""
+"""Fixtures of the tests of the engine's thread."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How outputs come to their streams: a few at once, many in slices, and never lost or reordered."""
+"""The delivery of outputs to their streams: a few at once, many in slices, and never lost or reordered."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ async def test_requests_that_come_are_waited_for_and_not_without_end() -> None:
 
 @pytest.mark.parametrize("streams", [4, 4 * SLICE])
 async def test_every_token_comes_once_and_in_order(threads: Threads, streams: int) -> None:
-    """Whether streams are woken at once or in slices."""
+    """Streams get every token in order, whether they are woken at once or in slices."""
     thread = threads.make(Device(), MANY, MANY, blocks=4096, interval_s=0.005)
     opened = [submit(thread, new=40) for _ in range(streams)]
 

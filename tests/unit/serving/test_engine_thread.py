@@ -175,7 +175,7 @@ async def test_those_who_will_find_a_seat_do_not_wait(threads: Threads) -> None:
 
 
 async def test_a_full_queue_refuses_at_once_and_one_that_ends_makes_room(threads: Threads) -> None:
-    """With all seats taken, as many wait as the queue holds, whether or not a step has seen them."""
+    """As many requests wait as the queue holds when all seats are taken, seen by a step or not."""
     device = Device(held_from=2)
     thread = threads.make(device, max_queue=3, seqs=2)
     running = [submit(thread, new=30) for _ in range(2)]
@@ -195,7 +195,7 @@ async def test_a_full_queue_refuses_at_once_and_one_that_ends_makes_room(threads
 
 
 async def test_free_seats_that_a_step_cannot_fill_let_nobody_in(threads: Threads) -> None:
-    """Where blocks run out before seats, those that a step left waiting fill the queue."""
+    """Requests that a step left waiting fill the queue, where blocks run out before seats."""
     device = Device(held_from=1)
     thread = threads.make(device, max_queue=2, blocks=8)
     taken = [submit(thread, prompt=20) for _ in range(3)]

@@ -58,7 +58,7 @@ def sequence(prompt: int = 1, *, began: bool = False) -> Sequence:
 
 
 def test_a_mixture_counts_for_each_of_its_adapters() -> None:
-    """Whoever mixes has no more tokens of either than one who does not, and the least of their shares."""
+    """A blend has no more tokens of either adapter than a plain request, and the least of their shares."""
     limits = {"a": {"tokens_per_minute": 10, "weight": 4}, "b": {"max_running": 2, "weight": 2}}
     world, mixed = World(models=limits), ServedModel("b*0.5+a", parts=(B, A))
     ticket = world.enter(mixed)
@@ -71,7 +71,7 @@ def test_a_mixture_counts_for_each_of_its_adapters() -> None:
 
 
 def holder(key_id: str, **limits: Any) -> Access:
-    """Who has a key with limits."""
+    """Return the access of a key with limits."""
     return Access(key_id, frozenset({Scope.INFER}), None, Limits(**limits))
 
 
@@ -85,7 +85,9 @@ def test_without_limits_nothing_is_counted() -> None:
 
 
 def test_so_many_requests_of_a_model_may_wait() -> None:
-    """One more is refused; one that began, or went away, waits no more; others are not concerned."""
+    """One more request is refused; one that began, or went away, waits no longer; other models are not
+    concerned.
+    """
     world = World(models={"a": {"max_waiting": 2}})
     first = world.enter()
     with world.limiter.admit(A, EVERYTHING, world.limits) as second:
@@ -103,7 +105,7 @@ def test_so_many_requests_of_a_model_may_wait() -> None:
 
 
 def test_the_default_is_each_models_own() -> None:
-    """What a model does not say is the default's; every model has its own count."""
+    """A limit that a model does not set is the default's; every model has its own count."""
     world = World(default={"max_waiting": 1}, models={"a": {"max_waiting": 2}, "base": {"weight": 2}})
     for model in (A, A, B, BASE):
         world.enter(model)
@@ -125,7 +127,7 @@ def test_tokens_of_a_minute_come_back_with_time() -> None:
     world.now_s += 0.5
     world.ask(1, 0)
     world.refused()
-    world.now_s += 3600  # no more than a minute's worth is ever saved
+    world.now_s += 3600  # at most a minute's worth is ever saved
     world.ask(30, 30)
     world.refused()
 
@@ -150,7 +152,7 @@ def test_tokens_that_others_used_meanwhile_are_seen_before_the_engine() -> None:
 
 
 def test_a_key_has_limits_of_its_own_in_all_models_together() -> None:
-    """Who holds it is refused, whatever the model; others of the same models are not."""
+    """A key above its limits is refused for every model; other keys of the same models are not."""
     ann, bob = holder("ann", max_waiting=1, tokens_per_minute=60), holder("bob", max_waiting=1)
     world = World()
     world.enter(A, ann)

@@ -61,7 +61,7 @@ async def test_what_is_kept_stands_still_and_goes_on(threads: Threads, depth: in
 
 
 async def test_what_is_under_way_is_ended_when_that_is_said(threads: Threads) -> None:
-    """By name; who comes later waits."""
+    """Requests under way end by name; a later one waits."""
     device = Device(HELD_AT)
     thread = threads.start(device)
     task = await _running(device, thread)
@@ -100,7 +100,7 @@ async def test_what_is_under_way_may_end_first(threads: Threads, called_off: boo
 
 @pytest.mark.parametrize("mode", [PauseMode.KEEP, PauseMode.WAIT])
 async def test_deadlines_pass_while_nothing_moves(threads: Threads, mode: PauseMode) -> None:
-    """Of those that wait, in the engine's queue or before it."""
+    """Deadlines pass for requests that wait, in the engine's queue or before it."""
     device = Device(HELD_AT)
     thread = threads.start(device)
     task = await _running(device, thread)
@@ -129,7 +129,7 @@ async def test_who_goes_away_while_nothing_moves_is_let_go(threads: Threads) -> 
 
 
 async def test_a_stop_ends_a_pause(threads: Threads) -> None:
-    """Whoever waits for the pause is not left waiting, and whoever waits for an answer is told."""
+    """A stop ends the pause for its caller, and the requests that wait for an answer get a fault."""
     device = Device(HELD_AT)
     thread = threads.start(device)
     task = await _running(device, thread)

@@ -1,4 +1,4 @@
-"""How a base says that it makes vectors, and what becomes of numbers."""
+"""A base's own mode of pooling, and the map from numbers to vectors."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ ST = {"word_embedding_dimension": 48, "pooling_mode_cls_token": False, "include_
 def test_how_a_base_was_trained_to_make_vectors(
     tmp_path: Path, fields: object, pooling: Pooling | None
 ) -> None:
-    """As sentence-transformers writes it, in both of its forms; what is not served is none."""
+    """A base's mode is read as sentence-transformers writes it, in both forms; an unserved mode is none."""
     if fields is not None:
         (tmp_path / FILE).parent.mkdir()
         (tmp_path / FILE).write_text(json.dumps(fields))
@@ -51,7 +51,7 @@ def test_a_file_that_says_nothing_that_can_be_meant(tmp_path: Path, text: str) -
 
 
 def test_a_request_comes_before_what_is_usual() -> None:
-    """And must say it where nothing that is served is usual."""
+    """A request must name its mode where the default is not served."""
     assert pooling_of("mean", Pooling.LAST) is Pooling.MEAN
     assert pooling_of(None, Pooling.MEAN) is Pooling.MEAN
     assert pooling_of("last", None) is Pooling.LAST

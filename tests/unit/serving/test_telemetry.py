@@ -1,4 +1,4 @@
-"""What is noted of a request, how the log looks, and which names gateways see."""
+"""Telemetry of a request, the format of the log, and the names that gateways see."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ def _refusal(cls: type[Settings], **overrides: object) -> str:
 
 
 def test_defaults(tmp_path: Path) -> None:
-    """Without a variable the builder listens on this machine only and keeps its store below the home."""
+    """The builder listens without variables on this machine only and keeps its store below the home."""
     settings = load_settings(BuilderSettings)
     assert settings.grpc == "127.0.0.1:50051"
     assert open_store(settings.store).uri == f"file://{tmp_path}/.local/share/loramux/store"
@@ -93,7 +93,7 @@ def test_allowed_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_model_doors(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Doors of single models are names with addresses, by commas, each name once; a mixture has one too."""
+    """Ports of single models are names with addresses, by commas, each name once; a blend has one too."""
     monkeypatch.setenv("LORAMUX_DEPLOYMENT", "d")
     monkeypatch.setenv("LORAMUX_MODEL_DOORS", "a*0.5+b=127.0.0.1:1, c=[::1]:2")
     addresses = load_settings(InferenceSettings).addresses_of_models
@@ -145,7 +145,7 @@ def test_addresses(address: str) -> None:
 
 
 def test_a_bad_flag_is_named_as_a_flag() -> None:
-    """What came from a flag is refused under the flag's name."""
+    """A value from a flag is refused under the flag's name."""
     said = _refusal(InferenceSettings, deployment="demo", max_batch_seqs=0)
     assert said == "--max-batch-seqs=0: expected greater than or equal to 1"
 
@@ -177,7 +177,7 @@ def test_the_other_service_may_share_the_environment(monkeypatch: pytest.MonkeyP
 
 
 def test_a_client_may_share_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What clients read is no mistake in a service's environment, and opens nothing there."""
+    """A variable of clients is no mistake in a service's environment, and opens nothing there."""
     for name in ("API_KEY", "TLS_CA", "CLIENT_CERT", "CLIENT_KEY"):
         monkeypatch.setenv(f"LORAMUX_{name}", "x")
     settings = load_settings(BuilderSettings)
@@ -205,7 +205,7 @@ def test_an_address_with_credentials_is_masked() -> None:
 
 
 def test_kubernetes_service_links_are_no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What Kubernetes sets for services named loramux and loramux-builder does not stop the start."""
+    """Variables that Kubernetes sets for services named loramux and loramux-builder do not stop the start."""
     for name, value in {
         "LORAMUX_PORT": "tcp://10.0.0.1:50052",
         "LORAMUX_SERVICE_HOST": "10.0.0.1",

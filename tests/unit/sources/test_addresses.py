@@ -102,6 +102,6 @@ def test_the_operator_allows_hosts(allowed, passes):
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "2130706433", "0x7f000001", "127.1", "localhost", "::1", "0"])
 def test_spellings_of_this_machine_are_refused(host):
-    """However this machine is written, the name service's answer is what counts."""
+    """The name service's answer counts for every spelling of this machine."""
     with pytest.raises((SourceRefused, SourceUnavailable)):
         Guard().addresses(host, 443)

@@ -69,7 +69,7 @@ LINKS = [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tar
     ],
 )
 def test_hostile_archives_are_refused(data, text):
-    """Whatever is not a plain file inside, is damaged or is no archive refuses the whole archive."""
+    """An archive is refused whole if a member is no plain file inside, or it is damaged or is no archive."""
     with pytest.raises(SourceRefused, match=text):
         opened(data).listing()
 

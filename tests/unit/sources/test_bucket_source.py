@@ -45,7 +45,7 @@ def listed(**sizes: int) -> Resolved:
 
 
 def test_a_broken_transfer_begins_again(tmp_path):
-    """What arrived before a transfer broke off is not kept, and its bytes are right in the end."""
+    """Bytes of a broken transfer are not kept, and the file is right in the end."""
     bucket = FakeBucket({"a": b"abcdef"})
     bucket.failures = [SourceUnavailable("x"), SourceUnavailable("y")]
     assert source(bucket).fetch(listed(a=6), ["a"], tmp_path)["a"].size == 6
@@ -124,7 +124,7 @@ def test_a_slow_transfer_is_given_up(tmp_path, monkeypatch):
 
 
 def test_a_build_that_ends_stops_its_transfers(tmp_path):
-    """What the progress raises ends a transfer at once, and is not tried again."""
+    """An exception of the progress ends a transfer at once, and is not retried."""
     bucket = FakeBucket({"a": b"abcdef"})
 
     def stopped(count: int) -> None:

@@ -128,7 +128,7 @@ def test_an_archive_hides_names_that_are_no_text() -> None:
 
 @pytest.mark.parametrize("field", ["repo", "revision", "subfolder", "runtime_secret_name"])
 def test_no_field_of_a_repository_has_a_nul(field: str) -> None:
-    """Whoever sends or writes one is told the field."""
+    """The fault names the field."""
     with pytest.raises(ValidationError, match="without a NUL"):
         Repository(**{"source": "HF", "repo": "org/name", field: "a\0b"})
 

@@ -1,4 +1,4 @@
-"""Which kernels a replica runs: what is asked for by name is had, or refused by name."""
+"""The choice of a replica's kernels: an explicit one is used, or refused by name."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_a_processor_that_cannot_multiply_bfloat16_reads_it_nevertheless(
 def test_native_that_cannot_be_is_refused(
     config: ModelConfig, native_folder: Path, settings: dict[str, object], why: str
 ) -> None:
-    """What was asked for by name is not replaced in silence; by auto it is, and the start line says so."""
+    """An explicit choice is not replaced in silence; auto is, and the start line says so."""
     with pytest.raises(SettingsInvalid, match=f"LORAMUX_BACKEND=native.*{why}"):
         choose_backend(_settings(native_folder.parent, backend="native", **settings), config)
     chosen = choose_backend(_settings(native_folder.parent, device="cpu", **settings), config).computing

@@ -48,7 +48,7 @@ class Meter:
         return self._free.pop(0)
 
     def reserved(self) -> int:
-        """As scripted."""
+        """Return the scripted value."""
         self.asked.append("reserved")
         return self._reserved
 
@@ -57,7 +57,7 @@ class Meter:
         self.asked.append("watch_peak")
 
     def peak(self) -> int:
-        """As scripted."""
+        """Return the scripted value."""
         self.asked.append("peak")
         return self._peak
 
@@ -74,7 +74,9 @@ class Meter:
     ids=str,
 )
 def test_the_largest_step_fills_every_bound(limits: SchedulerLimits) -> None:
-    """As many rows and sequences as may be, each at the longest context and drawn for, adapters among them."""
+    """The largest step has as many rows and sequences as may be, each at the longest context and drawn for,
+    with adapters.
+    """
     batch = largest_step(limits, ADAPTERS, 16)
     assert len(batch.chunks) == min(limits.max_seqs, limits.max_tokens)
     assert batch.num_tokens == min(limits.max_tokens, limits.max_seqs * limits.max_seq_len)
@@ -166,7 +168,7 @@ def _numbers(text: str) -> Iterator[int]:
 
 
 def test_sizes_follow_the_device_unless_they_are_set() -> None:
-    """What the settings say holds on both; what they leave to the device is what their page says."""
+    """Explicit sizes hold on both devices; the others are those of the settings' page."""
     assert InferenceSettings(deployment="tiny").sizes("cuda") == STEP_SIZES["cuda"]
     given = InferenceSettings(
         deployment="tiny", max_batch_tokens="auto", max_batch_seqs=3, stream_interval_ms=0

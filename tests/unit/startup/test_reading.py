@@ -1,4 +1,4 @@
-"""How fast weights are read: measured at the start, within a bound."""
+"""The speed of reading weights: measured at the start, within a bound."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from inference_service.startup.reading import BOUND_S, bytes_per_s
 from loramux_shared.rounding import Rounding
 
 BYTES = 64 * 32 * 4
-"""Of each linear."""
+"""Bytes of each linear."""
 
 
 class Products:
@@ -54,7 +54,9 @@ def test_the_median_of_windows_counts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_start_does_not_wait_for_it_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    """However large the model: all but the first product, and the one that is running when time is over."""
+    """The measurement of any model ends at the bound: only the first product, and the running one, may exceed
+    it.
+    """
     _, products = measured(monkeypatch, 10**6, repeat(0.02))
     assert products.now <= BOUND_S + 2 * 0.02
 

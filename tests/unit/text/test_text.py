@@ -20,8 +20,9 @@ from loramux_shared.faults import RequestInvalid
 def test_stop_texts_cut_at_the_first_one_however_the_text_is_split(
     pieces: list[str], stops: list[str], keep: bool
 ) -> None:
-    """Whatever the pieces, what was shown is the text before the earliest stop text that was complete first, or
-    with it where it is kept."""
+    """The text is what comes before the earliest stop text that was complete first, for any pieces, or with the
+    stop text where it is kept.
+    """
     finder = StopTexts(stops, keep=keep)
     shown = ""
     whole = ""
@@ -38,7 +39,9 @@ def test_stop_texts_cut_at_the_first_one_however_the_text_is_split(
 
 
 def test_bad_words_have_two_spellings() -> None:
-    """With a space in front and without, by the tokens before the last; a word of spaces is itself."""
+    """Bad words are spelt with a space in front and without, by the tokens before the last; a word of spaces is
+    itself.
+    """
     text = _byte_text()
     a, b, c, space = (text.encode(char)[0] for char in "abc ")
     assert completing(text.bad_words(["ab", " ab", "c", " "])) == {

@@ -33,7 +33,7 @@ def byte_fallback() -> Tokenizer:
 @settings(deadline=None, max_examples=50)
 @given(st.text(max_size=20))
 def test_the_bytes_of_the_tokens_are_the_text(text: str) -> None:
-    """With a byte-level vocabulary, the tokens' bytes side by side are the text's."""
+    """The bytes of a byte-level vocabulary's tokens are, side by side, the text's."""
     tokenizer = byte_level()
     vocabulary = Vocabulary(tokenizer, 300)
     assert b"".join(map(vocabulary.token_bytes, tokenizer.encode(text).ids)) == text.encode()
@@ -50,7 +50,7 @@ def test_added_tokens_stand_for_themselves() -> None:
 
 
 def test_marks_are_spaces_and_fallback_tokens_are_bytes() -> None:
-    """With byte fallback, half a character is half a character."""
+    """Half a character is half a character with byte fallback."""
     vocabulary = Vocabulary(byte_fallback(), 259)
     assert vocabulary.token_bytes(0xC3) == b"\xc3"
     assert vocabulary.token_text(0xC3) == "\N{REPLACEMENT CHARACTER}"

@@ -19,14 +19,14 @@ from tests.support.root import ROOT
 Resource = dict[str, Any]
 KUBERNETES = ROOT / "deploy/kubernetes"
 VERSIONS = ("1.31", "1.37")
-"""Of Kubernetes: the oldest that is promised, and the newest whose schemas there are."""
+"""Versions of Kubernetes: the oldest that is promised, and the newest whose schemas exist."""
 OVERLAYS = ("base", *sorted(f"overlays/{path.name}" for path in (KUBERNETES / "overlays").iterdir()))
 HERE = Path(__file__).parent
 
 
 @cache
 def rendered(overlay: str) -> list[Resource]:
-    """What `kubectl apply -k` would send."""
+    """Return the resources of `kubectl apply -k`."""
     return render(KUBERNETES / overlay)
 
 

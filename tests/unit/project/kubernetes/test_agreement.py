@@ -38,7 +38,7 @@ IMAGES = {
 OURS = re.compile(r"loramux-(builder|inference):")
 SETTINGS = {"builder": BuilderSettings, "inference": InferenceSettings}
 PACKAGES = Path("/opt/loramux/lib/python3.11/site-packages/loramux")
-"""Where the images have the package."""
+"""Folder of the package in the images."""
 each_set = pytest.mark.parametrize("name", [*OVERLAYS, "plain"])
 
 
@@ -57,7 +57,7 @@ def services(resources: list[Resource]) -> Iterator[tuple[str, Resource, Resourc
 
 
 def environment(container: Resource, resources: list[Resource]) -> dict[str, str]:
-    """What a container's process sees; secrets are any text."""
+    """Return the environment of a container's process; secrets are any text."""
     found: dict[str, str] = {}
     for source in container.get("envFrom", ()):
         if "configMapRef" in source:
@@ -71,12 +71,12 @@ def environment(container: Resource, resources: list[Resource]) -> dict[str, str
 
 
 def seconds(probe: Resource) -> float:
-    """How long a probe fails before something comes of it."""
+    """Return how long a probe fails before it has an effect."""
     return float(probe.get("periodSeconds", 10) * probe.get("failureThreshold", 3))
 
 
 def selectors(resources: list[Resource]) -> Iterator[tuple[str, dict[str, str]]]:
-    """What services, budgets, policies, monitors and pools select pods by."""
+    """Yield the selectors of pods in services, budgets, policies, monitors and pools."""
     for each in resources:
         spec, name = each.get("spec", {}), f"{each['kind']} {each['metadata']['name']}"
         if each["kind"] == "Service":
@@ -122,7 +122,7 @@ def test_times_fit_into_each_other(name: str) -> None:
 
 @each_set
 def test_ports_agree(name: str) -> None:
-    """Where a service listens is a port of its container, which its image exposes and its probes ask."""
+    """A service listens on a port of its container, which its image exposes and its probes use."""
     for service, _, container in services(made(name)):
         given, ports = environment(container, made(name)), container["ports"]
         listens = {
@@ -142,7 +142,7 @@ def test_ports_agree(name: str) -> None:
 
 @each_set
 def test_selectors_find_pods(name: str) -> None:
-    """Whatever selects pods by labels finds some, and none of another kind of ours."""
+    """Every selector of pods finds some, and none of another kind of ours."""
     labels = [each for each, _ in pods(made(name))]
     for who, wanted in selectors(made(name)):
         found = [each for each in labels if wanted.items() <= each.items()]
@@ -317,7 +317,7 @@ def test_autoscalers_ask_for_what_is_told() -> None:
 
 
 def test_the_route_leads_to_nothing_that_operators_do() -> None:
-    """Where replicas ask for no key, the gateway passes on what users ask for and no more."""
+    """The gateway passes on only the routes of users, where replicas require no key."""
     [route] = of_kind(rendered("overlays/inference-gateway"), "HTTPRoute").values()
     paths = [match["path"] for rule in route["spec"]["rules"] for match in rule["matches"]]
     for path in paths:

@@ -97,7 +97,7 @@ def test_the_picker_is_configured() -> None:
 
 
 def test_kedas_behavior_is_the_autoscalers() -> None:
-    """What KEDA passes on says what our own autoscaler says, whose fields are checked."""
+    """KEDA passes the behaviour of our own autoscaler on, whose fields are checked."""
     [keda] = of_kind(rendered("overlays/gpu"), "ScaledObject").values()
     [hpa] = of_kind(rendered("overlays/cpu"), "HorizontalPodAutoscaler").values()
     passed_on = keda["spec"]["advanced"]["horizontalPodAutoscalerConfig"]["behavior"]
