@@ -1,4 +1,4 @@
-"""What all tests share.
+"""Fixtures and options of all tests.
 
 Collecting imports every test, in every worker. The controller of workers imports none, and so nothing here
 imports what only tests need before it is needed.
@@ -105,8 +105,8 @@ def pytest_unconfigure() -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Skip the tests marked `sweep` unless they are asked for; those marked `whole` come first.
 
-    Whoever has nothing to do takes tests from the end of another's. A module in the middle of which that
-    happens makes its fixtures twice, a cluster of Ray for example.
+    An idle worker takes tests from the end of another's. A module in the middle of which that happens makes its
+    fixtures twice, a cluster of Ray for example.
     """
     if config.getoption("--reverse"):
         items.reverse()
@@ -138,7 +138,7 @@ def s3_server() -> Iterator[S3Server]:
 
 @pytest.fixture(scope="session")
 def native_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What a start keeps of the compiled operations, of a compiler that may be missing."""
+    """A folder with the compiled operations of a start; the compiler may be missing."""
     from inference_service.kernels.cpu.build import load
     from tests.support.once import made_once
 

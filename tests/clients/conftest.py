@@ -10,12 +10,12 @@ import pytest
 from tests.support.up import up
 
 URL = "CLIENTS_URL"
-"""Of a server of the demo that runs already, `http://HOST:PORT`; without it one is started."""
+"""Variable with the URL of a running server of the demo, `http://HOST:PORT`; without it one is started."""
 
 
 @pytest.fixture(scope="session")
 def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Where the demo is served, without the ``/v1``."""
+    """The URL of the served demo, without the ``/v1``."""
     if running := os.environ.get(URL):
         yield running.rstrip("/").removesuffix("/v1")
         return

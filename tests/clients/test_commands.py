@@ -44,7 +44,7 @@ def capitals():
 
 
 def command(name: str) -> str:
-    """Where a command is, beside this Python or on the path."""
+    """Return the path of a command, beside this Python or on the path."""
     found = shutil.which(name, path=str(Path(sys.executable).parent)) or shutil.which(name)
     if found is None:
         pytest.skip(f"needs the command {name}")

@@ -17,7 +17,7 @@ QUESTION = "What is the capital of France?"
 
 
 class City(BaseModel):
-    """What is asked for in a structure."""
+    """A structure to ask for."""
 
     name: str = Field(max_length=10)
 

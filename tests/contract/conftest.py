@@ -1,4 +1,4 @@
-"""What contract tests share."""
+"""Fixtures of contract tests."""
 
 from __future__ import annotations
 

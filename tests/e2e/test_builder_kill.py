@@ -107,7 +107,7 @@ def test_a_killed_builder_leaves_nothing_half_visible_and_goes_on(tmp_path):
 
 
 def test_a_killed_build_that_was_never_taken_up_is_not_found(tmp_path):
-    """Without its journal a killed build is as if it had never been: Get says so, and building works."""
+    """A killed build without its journal is as if it had never been: Get says so, and building works."""
     wanted, port = make(tmp_path), free_port()
     with builder(tmp_path, port) as process:
         stub(port).BuildDeployment(pb.BuildDeploymentRequest(deployment=deployment_to_message(wanted)))

@@ -108,7 +108,7 @@ def test_a_failure_beside_children_stops_them() -> None:
 
 
 def test_children_end_in_the_reverse_order_of_their_start(tmp_path: Path) -> None:
-    """What was started first is there until all that may call it has ended."""
+    """A service ends after all that may call it."""
     ends = tmp_path / "ends"
     program = (
         "import pathlib, signal, sys; from loramux_shared.notify import notify, READY; "
@@ -159,13 +159,13 @@ def test_a_child_names_the_failure_that_ends_it() -> None:
 
 @pytest.mark.parametrize("address", ["unix:/somewhere/door", "127.0.0.1:0", "localhost:0"])
 def test_every_form_of_an_address_may_be_free(address: str) -> None:
-    """What a service can listen on is not refused for its form."""
+    """An address that a service can listen on is not refused for its form."""
     require_free(address)
 
 
 @pytest.mark.parametrize("flag", ["--grpc", "--http", "--builder"])
 def test_up_on_a_taken_address(fakes: Fakes, deployment: Callable[..., str], flag: str) -> None:
-    """Where something listens already, ``up`` says so before it starts anything."""
+    """The command ``up`` reports an occupied address before it starts anything."""
     args = ["up", deployment("tiny", "lora1"), flag, fakes.inference_address, "--json"]
     ended = CliRunner().invoke(app, args)
     assert ended.exit_code == 2
@@ -195,7 +195,7 @@ def keys(tmp_path: Path) -> tuple[str, dict[str, str]]:
 
 
 def test_up_with_keys_asks_for_one(keys: tuple[str, dict[str, str]], deployment: Callable[..., str]) -> None:
-    """Where the services will ask for keys, ``up`` names at once the scopes that its own key lacks."""
+    """The command ``up`` names at once the scopes that its own key lacks."""
     file, made = keys
     for key, word in (("", "UNAUTHENTICATED"), (made["--scope infer"], "PERMISSION_DENIED")):
         environment = {"LORAMUX_KEYS_FILE": file, "LORAMUX_API_KEY": key}

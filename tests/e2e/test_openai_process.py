@@ -1,4 +1,4 @@
-"""The inference service as a process with both doors, from its start line to its exit status."""
+"""The inference service as a process with both APIs, from its start line to its exit status."""
 
 from __future__ import annotations
 
@@ -33,7 +33,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 
 def test_all_doors_drain_together(world: World, tmp_path: Path) -> None:
-    """One SIGTERM: open streams of all doors come to their end, new requests are 503, the exit status is 0."""
+    """Open streams of all APIs come to their end after one SIGTERM, new requests are 503, the exit
+    status is 0.
+    """
     with (
         serving(world, tmp_path) as (process, ready),
         Client(ready["grpc"]) as client,

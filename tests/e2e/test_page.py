@@ -29,7 +29,7 @@ pytestmark = [
     pytest.mark.asyncio(loop_scope="module"),
 ]
 ARTIFACTS = Path(os.environ.get("TEST_ARTIFACTS", ROOT / "tests/artifacts"))
-"""Where the pictures of the page are kept."""
+"""Folder of the page's pictures."""
 SLIDE = "const slider = document.querySelector('#scales input'); slider.value = 0.5; "
 SLIDE += "slider.dispatchEvent(new Event('input'))"
 DONE = "document.querySelector('#stop').disabled && document.querySelector('article')"
@@ -264,7 +264,7 @@ async def test_what_a_desk_shows_without_scrolling(page: Page, tmp_path: Path) -
 
 
 async def test_the_settings_are_shown_and_start_greedy(page: Page, tmp_path: Path) -> None:
-    """Beside the closed fields stands what is in them; greedy and of some length until changed."""
+    """Closed fields show their values; requests are greedy and of some length until changed."""
     async with scripted_door(ScriptedPage(tmp_path, ["one"], {})) as url:
         await _open(page, url, 2)
         assert await page.text("#settings") == "greedy, temperature 0, max tokens 512"
@@ -325,7 +325,7 @@ async def test_the_panel_rests_while_nobody_looks(page: Page, tmp_path: Path) ->
 
 
 async def test_an_admin_key_pins_loads_and_rolls_back(page: Page, tmp_path: Path) -> None:
-    """Beside each name stand its version and where it is; what is done is told, and the list follows."""
+    """Each name has its version and its place beside it; an action is reported, and the list follows."""
     replica = operated(["one", "two"])
     service = ScriptedPage(tmp_path, ["one", "two"], {})
     service.catalog = replica.names
@@ -367,7 +367,7 @@ async def test_an_admin_key_pins_loads_and_rolls_back(page: Page, tmp_path: Path
 
 
 async def test_a_key_without_the_scope_is_told_so(page: Page, tmp_path: Path) -> None:
-    """In the panel, when it is opened; the rest of the page goes on."""
+    """The panel says so when it is opened; the rest of the page goes on."""
     key, entry = new_entry("ann", "infer")
     async with scripted_door(ScriptedPage(tmp_path, ["one"], {}), Keyring(text=lines(entry))) as url:
         await page.open(url)

@@ -35,7 +35,7 @@ def sweeps(pytestconfig: pytest.Config) -> bool:
 
 @pytest.fixture(scope="module")
 def new(sweeps: bool) -> int:
-    """How many tokens each answer has."""
+    """The number of tokens of each answer."""
     return 64 if sweeps else 12
 
 
@@ -52,7 +52,7 @@ def ready(tmp_path_factory: pytest.TempPathFactory) -> Ready:
 
 @pytest.fixture(scope="module")
 def answers(ready: Ready, asked: list[list[int]], new: int) -> Answers:
-    """What every model says to every prompt, eight at a time."""
+    """Every model's answers to every prompt, eight at a time."""
     return _mixed_batches(ready, asked, new)
 
 
@@ -92,7 +92,7 @@ def _mixed_batches(ready: Ready, asked: Sequence[Sequence[int]], new: int, most:
 
 
 def test_mixed_batches_equal_peft(asked: list[list[int]], answers: Answers) -> None:
-    """In batches of eight that mix base and adapters every token is the one that PEFT chooses there."""
+    """Every token is PEFT's choice in batches of eight that mix base and adapters."""
     assert len(answers) == len(_models()) * len(asked)
     assert answers == oracle_choices(deployment(), asked, answers)
     said = {name: [answers[name, place] for place in range(len(asked))] for name in _models()}

@@ -40,7 +40,7 @@ class Published:
         self.check_end(self.race.run(schedule))
 
     def check_readers(self) -> None:
-        """Whoever reads sees a whole generation at any time."""
+        """Check that a reader sees a whole generation at any time."""
         assert current_generation(self.store, "tiny") is not None
 
     def check_end(self, results: Sequence[Generation | None]) -> None:
@@ -59,7 +59,7 @@ class Published:
 
 
 def operations_of_one() -> int:
-    """How many operations a builder needs that is alone."""
+    """Return the number of operations of a builder that is alone."""
     alone = Published(1)
     alone.run([])
     return alone.race.turns[0].count

@@ -53,7 +53,7 @@ def started() -> MemoryStore:
 
 
 def served(store: Store) -> Generation:
-    """What a replica would serve."""
+    """Return the generation that a replica would serve."""
     found = current_generation(store, "tiny")
     assert found is not None
     return found
@@ -84,7 +84,7 @@ def race(*names: str, dies_at: int | None = None, stale: timedelta = LONG) -> Ra
 
 
 def operations_of_one() -> int:
-    """How many operations a change needs that is alone."""
+    """Return the number of operations of a change that is alone."""
     alone = race("one")
     alone.run([])
     return alone.turns[0].count

@@ -1,4 +1,4 @@
-"""What a person can get wrong in a build: each has its name, and leaves nothing in the store."""
+"""Mistakes of a person in a build: each has its name, and leaves nothing in the store."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def test_a_misspelt_key_is_named_with_the_nearest_one(bench: Bench) -> None:
 
 
 def test_the_good_adapter_alone_is_built(bench: Bench) -> None:
-    """What was refused beside a bad adapter is fine without it."""
+    """An adapter that was refused beside a bad one is fine without it."""
     status, text = bench.build(bench.file(max_lora_rank=8))
     assert status == 0, text
     assert any(path.name == "current.json" for path in bench.stored())

@@ -58,8 +58,9 @@ def wheel(into: Path) -> Path:
 def test_a_wheel_has_the_operations_of_every_kind_of_processor(
     built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where it is installed, a start without a compiler runs them and compiles nothing; its tag is one that
-    this system takes, for any Python 3."""
+    """A start without a compiler runs the wheel's operations and compiles nothing; the wheel's tag is one that
+    this system takes, for any Python 3.
+    """
     _, _, _, tags = parse_wheel_filename(built.name)
     assert tags & set(sys_tags())
     assert {(tag.interpreter, tag.abi) for tag in tags} == {("py3", "none")}

@@ -53,7 +53,7 @@ def test_no_file_of_the_core_imports_an_extension(tree: Path) -> None:
 
 
 def test_the_command_line_has_all_other_commands(tree: Path) -> None:
-    """What the metadata of the installation still name is left out."""
+    """Commands that only the metadata of the installation still name are left out."""
     commands = run(tree, "from loramux.cli.main import main; main()", "--help")
     assert "  serve  " in commands
     assert "  envoy  " not in commands

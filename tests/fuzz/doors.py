@@ -1,4 +1,4 @@
-"""Every door of both services in this process, with one valid message for each rpc and route."""
+"""Every API of both services in this process, with one valid message for each rpc and route."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ BODIES: Mapping[str, tuple[type[Body], dict[str, Any]]] = {
         if each.body is not None and issubclass(each.body, PoolingBody)
     },
 }
-"""Of each route that takes a body, its kind and a valid one."""
+"""The kind of body and a valid one, of each route that takes a body."""
 
 
 def messages(folder: Path) -> dict[str, list[Message]]:
@@ -246,7 +246,7 @@ def messages(folder: Path) -> dict[str, list[Message]]:
 
 @dataclass(frozen=True)
 class Doors:
-    """Clients of running doors."""
+    """Clients of running APIs."""
 
     web: httpx.AsyncClient
     channels: Mapping[str, grpc.aio.Channel]
@@ -299,8 +299,9 @@ VALID: Mapping[str, str] = {
     f"/{ADAPTERS}/RollbackReplica": "NO_BUILDER",
     f"/{BUILDER}/PutAdapter": "ADAPTER_INVALID",
 }
-"""What valid requests are answered that cannot succeed here: the replica knows no builder and no classifier,
-the question for a summary is longer than its sequences, and an upload has more than one message."""
+"""Reasons of valid requests that cannot succeed here: the replica knows no builder and no classifier, the
+question for a summary is longer than its sequences, and an upload has more than one message.
+"""
 
 
 @asynccontextmanager

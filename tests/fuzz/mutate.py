@@ -81,7 +81,7 @@ def json_text(value: Any, rng: Random) -> bytes:
 
 @dataclass
 class Watch:
-    """What the cases of one run cost."""
+    """The costs of the cases of one run."""
 
     growth: int
     start: int
@@ -89,7 +89,7 @@ class Watch:
     peak: int = 0
     """Bytes above the start, at most."""
     outcomes: dict[str, int] = field(default_factory=dict)
-    """How often each outcome was noted, for a run's report."""
+    """Counts of outcomes, for a run's report."""
 
     @contextmanager
     def case(self, label: str) -> Iterator[None]:

@@ -79,7 +79,7 @@ def fuzz(folder: Path, cases: range) -> None:
 
 @pytest.mark.parametrize("cases", RUNS)
 def test_mutated_configs_are_taken_or_refused_by_name(tmp_path: Path, cases: range) -> None:
-    """Whatever a config says, there is a named finding or rows with finite scales; never anything else."""
+    """Any config gives a named finding or rows with finite scales; never anything else."""
     fuzz(tmp_path, cases)
 
 
@@ -109,7 +109,7 @@ def odd_kind(rng: Random) -> tuple[str, dict[str, tuple[int, ...]]]:
 
 
 def test_odd_shapes_of_other_kinds_are_taken_or_refused_by_name(tmp_path):
-    """Whatever shapes stand beside each other, there is a named finding, or rows of the base's own sizes."""
+    """Any combination of shapes gives a named finding, or rows of the base's own sizes."""
     accepted = 0
     with bounded() as watch:
         for case in range(80):

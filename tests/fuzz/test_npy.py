@@ -100,5 +100,5 @@ def fuzz(folder: Path, cases: range) -> None:
 
 @pytest.mark.parametrize("cases", RUNS)
 def test_mutated_files_are_taken_or_refused_by_name(tmp_path: Path, cases: range) -> None:
-    """Whatever is accepted has the numbers that numpy reads; whatever is refused has a code."""
+    """A file that is accepted has the numbers that numpy reads; one that is refused has a code."""
     fuzz(tmp_path, cases)

@@ -40,7 +40,7 @@ METHODS = {
 async def doors(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Doors]:
     """All servers."""
     async with open_doors(tmp_path_factory.mktemp("doors")) as opened:
-        # What a process makes once, at the first long text, is no growth.
+        # What a process makes once, at the first long text, is no leak.
         assert await opened.post(PLAIN, LARGE_BODIES["text"][1]()) == TOO_LONG
         yield opened
 
@@ -88,7 +88,7 @@ async def test_mutated_messages(doors: Doors, cases: range) -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 async def test_numbers_in_json(doors: Doors, stream: bool) -> None:
-    """Whatever number a client writes, it gets an answer or the name of what is wrong."""
+    """Any number that a client writes gets an answer or the name of the error."""
     with bounded() as watch:
         kinds = {kind: (path, valid) for path, (kind, valid) in BODIES.items()}
         for kind, (path, valid) in kinds.items():

@@ -75,5 +75,5 @@ def fuzz(folder: Path, cases: range) -> None:
 
 @pytest.mark.parametrize("cases", RUNS)
 def test_mutated_files_are_read_as_the_library_reads_them(tmp_path: Path, cases: range) -> None:
-    """Whatever is accepted is accepted by the library too; whatever is refused has a code."""
+    """A file that is accepted is accepted by the library too; one that is refused has a code."""
     fuzz(tmp_path, cases)

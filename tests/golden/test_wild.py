@@ -76,7 +76,7 @@ def _rows(shape: Shape) -> int:
 
 
 def of_peft(shape: Shape, folder: Path) -> Deltas:
-    """What PEFT adds to each module that it loads the adapter into."""
+    """Return the part that PEFT adds to each module that it loads the adapter into."""
     files = shape.write(folder / "own") if shape.under is None else shape.write_for_peft(folder / "renamed")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -119,7 +119,7 @@ def parts(place: str, delta: np.ndarray[Any, Any]) -> Deltas:
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.name.replace(" ", "-"))
 def test_every_shape_is_exact_or_refused_by_name(tmp_path, shape):
-    """What a program writes is what PEFT makes of it, or has the codes of the table."""
+    """A program's files give what PEFT makes of them, or the codes of the table."""
     codes, deltas = judged(shape, tmp_path)
     assert sorted(codes) == sorted(shape.codes.split())
     if shape.refused:

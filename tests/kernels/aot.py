@@ -38,14 +38,16 @@ class Variant:
     options: Mapping[str, int]
     """num_warps and num_stages."""
     types: Mapping[str, str] = field(default_factory=dict)
-    """Of the other arguments: ``*fp32``, ``*i32``, ``fp32``, ...; what is not a pointer is i32 by default."""
+    """Types of the other arguments: ``*fp32``, ``*i32``, ``fp32``, ...; an argument that is no pointer is i32
+    by default.
+    """
     unaligned: Collection[str] = ()
     """Arguments that are not known to be multiples of 16."""
 
 
 @dataclass(frozen=True)
 class Line:
-    """What one kernel takes, as a line of the golden table."""
+    """The resources of one kernel, as a line of the golden table."""
 
     name: str
     dtype: str
@@ -77,7 +79,7 @@ class Line:
         )
 
     def order(self) -> tuple[list[str], str, int]:
-        """By name, numbers by their value; then by dtype and architecture."""
+        """Return the sorting key: by name, numbers by their value; then by dtype and architecture."""
         parts = re.split(r"(\d+)", self.name)
         return [part.zfill(8) if part.isdigit() else part for part in parts], self.dtype, self.architecture
 

@@ -1,4 +1,4 @@
-"""What the tuning tables of attention ship, for heads that are served."""
+"""The kernels in the tuning tables of attention, for heads that are served."""
 
 from collections.abc import Iterator, Mapping
 from functools import cache
@@ -50,7 +50,7 @@ def variants(architecture: int) -> Iterator[Variant]:
 
 @cache
 def _chosen() -> list[dict[str, Any]]:
-    """Of all layers, norms, and places alone, those that cover them and every tile."""
+    """Return those of all layers, norms, and places alone that cover them and every tile."""
     return [
         *covering(LAYERS, lambda row: (row["architecture"], *_configs(row))),
         *covering(NORMS, lambda row: (row["architecture"], _bucket(tuning.ROPE, row))),

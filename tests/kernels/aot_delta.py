@@ -1,4 +1,4 @@
-"""What the tuning tables of the gated delta rule ship, for heads that are served."""
+"""The kernels in the tuning tables of the gated delta rule, for heads that are served."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TYPES = {
 STATES = {"p_states": "*fp32"}
 DTYPES = {"bf16": 2, "fp32": 4}
 DIM = 128
-"""Of keys and of values: the largest that is served, and what all of Qwen 3.5 have."""
+"""Size of keys and of values: the largest that is served, and that of all of Qwen 3.5."""
 WIDTH = 4
 
 

@@ -1,4 +1,4 @@
-"""What the tuning table of the kernels for mixtures of experts ships."""
+"""The kernels in the tuning table of mixtures of experts."""
 
 from collections.abc import Iterator
 from typing import Any

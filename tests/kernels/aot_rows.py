@@ -1,4 +1,4 @@
-"""What the tuning tables of the row-wise kernels ship."""
+"""The kernels in the tuning tables of rows."""
 
 from collections.abc import Iterator
 from typing import Any

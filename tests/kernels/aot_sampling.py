@@ -1,4 +1,4 @@
-"""What the tuning tables of the sampler ship."""
+"""The kernels in the tuning tables of the sampler."""
 
 from collections.abc import Iterator
 

@@ -1,4 +1,4 @@
-"""What the tuning tables of SGMV ship."""
+"""The kernels in the tuning tables of SGMV."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any

@@ -1,4 +1,4 @@
-"""Fresh random inputs for attention, in a cache that is NaN wherever no kernel may look."""
+"""Fresh random inputs for attention, in a cache that is NaN where no kernel may look."""
 
 from __future__ import annotations
 

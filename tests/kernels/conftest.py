@@ -1,4 +1,4 @@
-"""Where kernels are tested, and the backends that hold adapters."""
+"""The device of the kernel tests, and the backends that hold adapters."""
 
 import ctypes
 from pathlib import Path
@@ -18,7 +18,7 @@ from tests.kernels.lora_case import GROUPS, LAYERS
 
 @pytest.fixture(scope="session")
 def device() -> str:
-    """Where kernels are tested: the GPU, or the interpreter's CPU."""
+    """The device of the kernel tests: the GPU, or the interpreter's CPU."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 

@@ -37,7 +37,7 @@ STEPS: dict[str, list[list[StateChunk]]] = {
         [StateChunk(1, 16, 1, False), StateChunk(17, 1, 4, False)],
     ],
 }
-"""Of each case the chunks of its steps; behind them is a row of padding, and row 0 of the last one too."""
+"""Chunks of the steps of each case; behind them is a row of padding, and row 0 of the last one too."""
 
 
 def layer(

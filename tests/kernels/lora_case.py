@@ -61,7 +61,9 @@ Mixtures = Sequence[tuple[Mapping[int, float], int]]
 
 
 def arrangement(lengths: Mapping[int, int], base: int = 2, mixtures: Mixtures = ()) -> Arrangement:
-    """So many rows of each slot, behind rows of the base; long runs come last, and behind them mixtures."""
+    """Return so many rows of each slot, behind rows of the base; long runs come last, and behind them
+    blends.
+    """
     segments, mixed, start = [], [], base
     for slot, length in lengths.items():
         segments.append(Segment(slot, start, start + length))
@@ -75,7 +77,7 @@ def arrangement(lengths: Mapping[int, int], base: int = 2, mixtures: Mixtures = 
 def adapted(
     x: Tensor, out: Tensor, step: Arrangement, held: Mapping[int, AdapterWeights], layer: int, name: str
 ) -> Tensor:
-    """What the adapters in their slots make of a linear's output, in float64."""
+    """Return a linear's output with the adapters in their slots, in float64."""
     (shape,) = (shape for shape in GROUPS if shape.name == name)
     out = out.double()
     for segment in step.segments:
@@ -108,7 +110,7 @@ def expect_right(
 
 
 class Resident:
-    """A bank with whoever is in it, kept as its owner would."""
+    """A bank with its adapters, kept as its owner would."""
 
     def __init__(self, lora: LoraBackend, num_bytes: int, num_slots: int) -> None:
         lora.open(num_bytes, MAX_RANK, num_slots)

@@ -1,4 +1,4 @@
-"""Fresh random inputs for SGMV, in memory that is NaN wherever no kernel may look."""
+"""Fresh random inputs for SGMV, in memory that is NaN where no kernel may look."""
 
 from __future__ import annotations
 

@@ -130,7 +130,7 @@ LONG: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", LONG)
 def test_long_contexts_are_cut_and_put_together(name: str, device: str) -> None:
-    """Where contexts and prefixes are long, pieces of them give what the whole does, whoever is beside them."""
+    """Pieces of long contexts and prefixes give the result of the whole, in every batch."""
     case = make_case(**{"dtype": torch.float32, "device": device} | LONG[name])
     assert case.tables.merges[:, 2].max() > 1
     keys, values = case.inputs.keys.clone(), case.inputs.values.clone()

@@ -115,7 +115,7 @@ def test_what_does_not_fit_is_refused(message: str, device: str) -> None:
 
 
 def test_large_heads_and_groups_are_refused() -> None:
-    """What no tile holds is said when the tables are made."""
+    """A size that no tile holds is refused when the tables are made."""
     cpu = torch.device("cpu")
     with pytest.raises(ValueError, match="at most 512 dimensions, got 544"):
         prefill_tile(cpu, torch.float16, 544, 1)

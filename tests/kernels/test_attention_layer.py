@@ -101,7 +101,7 @@ def test_the_layer_gives_what_the_torch_layer_gives(
 
 
 def _attended(layer: Attention, counts: HeadCounts, cache: Pair, rope: Rope, norm: RMSNorm) -> Pair:
-    """What a layer attends to with keys and values of its own, and then one that reads them."""
+    """Return the output of a layer with keys and values of its own, and of one that reads them."""
     torch.manual_seed(3)
     own = torch.randn(ROWS, counts.queries + 2 * counts.kv, counts.dim)
     spec, turn = AttentionSpec(counts.dim**-0.5), layer.turn(*rope.at(POSITIONS))
@@ -137,7 +137,9 @@ def test_a_layer_reads_what_another_wrote(counts: HeadCounts, native_folder: Pat
 
 
 def test_layers_of_other_heads_have_tables_of_their_own(device: str) -> None:
-    """Where the tile or the heads of keys differ; those that share both share tables."""
+    """Layers have their own tables where the tile or the heads of keys differ; those that share both share
+    tables.
+    """
     place, dtype = torch.device(device), torch.float16
     alike = HeadCounts(12, 2, 24), HeadCounts(12, 2, 48)
     operations = TritonOperations([COUNTS, LARGE, *alike], dtype, place)

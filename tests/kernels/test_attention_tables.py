@@ -156,7 +156,7 @@ def test_memory_of_partial_results_has_a_bound() -> None:
 
 
 def test_only_blocks_in_use_are_copied() -> None:
-    """What a step copies grows with its contexts, not with the longest possible."""
+    """The bytes that a step copies grow with its contexts, not with the longest possible."""
     capacity = AttentionCapacity(rows=8, chunks=8, blocks_per_chunk=8192, block_size=16)
     assert len(pack_tables(capacity, [Context(0, 1, [3, 4], 20)])) == 8 + 8 * (8 + 32) + 4 * 8 + 2
 

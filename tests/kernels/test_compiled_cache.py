@@ -33,7 +33,7 @@ STRANGER = 12345
 
 @pytest.fixture(scope="module", autouse=True)
 def _nothing_beforehand(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Whatever lies beside the source, a start has to compile."""
+    """Hide everything beside the source, so that a start has to compile."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(build, "BEFOREHAND", tmp_path_factory.mktemp("nothing"))
         yield
@@ -53,7 +53,7 @@ def compiler(native_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 @pytest.fixture(scope="module")
 def first_start(compiler: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What a first start leaves."""
+    """The folder that a first start leaves."""
     folder = tmp_path_factory.mktemp("first") / "native"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CXX", str(compiler))
@@ -90,7 +90,7 @@ def assert_works(built: Built) -> None:
 
 
 def sealed(code: bytes) -> bytes:
-    """What a stranger who has read the source writes: the digest fits."""
+    """Return the file of an attacker who has read the source: the digest fits."""
     return hashlib.sha256(code).digest() + code
 
 
@@ -121,7 +121,9 @@ def test_what_was_compiled_from_another_header_is_not_used(
 
 @needs_compiler
 def test_what_is_kept_is_closed_to_others_and_serves_the_next_start(kept: Path) -> None:
-    """0700 and 0600, also where an older start or a umask of 002 left the folder open; nothing is made anew."""
+    """Modes are 0700 and 0600, also where an older start or a umask of 002 left the folder open; nothing is
+    rebuilt.
+    """
     assert kept.stat().st_mode & 0o777 == 0o600
     kept.parent.chmod(0o775)
     before = kept.stat().st_ino
@@ -141,7 +143,7 @@ def test_a_truncated_file_is_made_anew(kept: Path) -> None:
 
 @needs_compiler
 def test_a_folder_in_the_place_of_the_file_stops_nobody(kept: Path) -> None:
-    """The operations are there; only the next start makes them anew."""
+    """The operations are there; only the next start makes them again."""
     kept.unlink()
     kept.mkdir()
     assert_works(load(kept.parent))
@@ -299,7 +301,7 @@ def test_only_files_that_nobody_else_can_write_are_read(tmp_path: Path) -> None:
 
 @needs_root
 def test_what_belongs_to_somebody_else_is_no_place_for_code(tmp_path: Path) -> None:
-    """Whatever the mode; a folder is not taken over either."""
+    """A file of another owner is not used, whatever its mode; a folder is not taken over either."""
     file = tmp_path / "folder" / "file"
     assert private_folder(file.parent) is None
     file.write_bytes(b"code")

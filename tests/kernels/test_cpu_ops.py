@@ -166,7 +166,7 @@ def test_a_width_that_is_no_whole_unit_is_left_to_others(library: ctypes.CDLL) -
 def test_a_row_of_a_linear_and_its_adapters_depends_on_no_other(
     ops: CpuOps, monkeypatch: pytest.MonkeyPatch, threads: int
 ) -> None:
-    """In one call and in two, alone and beside others: the same bits; of rows without an adapter too."""
+    """A row has the same bits in one call and in two, alone and beside others, also without an adapter."""
     monkeypatch.setattr(CpuOps, "threads", threads)
     x, weight, a, b = (
         torch.randn(*shape).to(ops.dtype) for shape in ((45, 1000), (150, 1000), (13, 1000), (13, 150))
@@ -284,7 +284,7 @@ def test_norm_adds_and_normalises(ops: CpuOps) -> None:
 
 
 def test_norm_takes_weights_in_turn(ops: CpuOps) -> None:
-    """As heads of queries and keys do, which have weights of their own."""
+    """Heads of queries and keys have weights of their own."""
     heads, weight = torch.randn(35, 24).to(ops.dtype), torch.randn(5, 24).to(ops.dtype)
     expected = torch.nn.functional.rms_norm(heads.double(), (24,), None, 1e-5)
     expected *= 1 + weight.double().repeat(7, 1)
@@ -376,7 +376,9 @@ def test_without_a_compiler_what_a_wheel_holds_is_used(beforehand: Path, tmp_pat
 
 @pytest.mark.usefixtures("no_compiler")
 def test_what_was_compiled_from_another_source_is_not_used(beforehand: Path, tmp_path: Path) -> None:
-    """As after an upgrade in place: the name has the digest of source and flags."""
+    """Operations of another source are not used, as after an upgrade in place: the name has the digest of
+    source and flags.
+    """
     for path in beforehand.iterdir():
         shutil.copy(path, tmp_path / f"{path.stem[:-1]}x.so")
     assert load(tmp_path / "cache", tmp_path).library is None

@@ -62,7 +62,7 @@ def test_both_forms_are_those_of_transformers(length: int) -> None:
 
 
 def test_a_layer_is_that_of_transformers() -> None:
-    """From the linears in front to the one behind, in chunks of several lengths that follow one another."""
+    """A layer equals transformers' from its first linear to its last, in chunks of several lengths in a row."""
     config = Qwen3_5TextConfig(
         hidden_size=32,
         linear_num_key_heads=2,
@@ -93,7 +93,7 @@ def test_a_layer_is_that_of_transformers() -> None:
 
 
 def by_kernels(inputs: DeltaInputs, chunks: Sequence[StateChunk]) -> Tensor:
-    """With tables that have room for more and held other steps, and memory that holds NaN before."""
+    """Compute with tables that have room for more and held other steps, and memory that holds NaN before."""
     rows = len(inputs.qkv)
     if all(chunk.length == 1 and chunk.row == index for index, chunk in enumerate(chunks)):
         capacity = DeltaCapacity(rows + 2, rows + 2)

@@ -48,7 +48,7 @@ Owners = list[list[tuple[AdapterWeights, float]]]
 
 
 def added(x: Tensor, experts: list[int], owners: Owners, name: str) -> Tensor:
-    """What adapters add to rows [P, in], each of one expert, in float64."""
+    """Return the part that adapters add to rows [P, in], each of one expert, in float64."""
     rows = []
     for row, expert, parts in zip(x.double(), experts, owners, strict=True):
         (shape,) = (group for group in EXPERTS if group.name == group_of(name, expert))

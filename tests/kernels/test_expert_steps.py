@@ -1,4 +1,6 @@
-"""Recorded steps of a mixture: routed anew at every replay, with adapters of experts beside the base."""
+"""Recorded steps of a mixture of experts: routed again at every replay, with adapters of experts beside the
+base.
+"""
 
 from __future__ import annotations
 
@@ -45,6 +47,8 @@ REQUESTS = [
 def test_recorded_steps_answer_as_transformers_and_compile_nothing(
     tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch, config: PreTrainedConfig
 ) -> None:
-    """Whoever comes after the recording, in whatever order: prompts in chunks, beside decoding and alone."""
+    """Requests after the recording in any order answer the same: prompts in chunks, beside decoding and
+    alone.
+    """
     folder = tmp_path_factory.mktemp("mixture")
     check_recorded_steps(folder, config, ADAPTERS, REQUESTS, monkeypatch)

@@ -32,7 +32,7 @@ from inference_service.kernels.rows.reference import gated
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
-"""Of the norm of the difference, relative."""
+"""Relative tolerance of the norm of the difference."""
 SIZES: dict[str, Any] = {"hidden_size": 24, "hidden_act": "silu"}
 EXPERTS = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 20}
 
@@ -82,7 +82,7 @@ def test_the_reference_is_qwen_3_moe(renormalised: bool) -> None:
 
 
 def test_the_reference_is_qwen_3_5_moe() -> None:
-    """With an expert that every token has, as far as its gate lets it."""
+    """The reference equals it with an expert that every token has, as far as its gate lets it."""
     config = Qwen3_5MoeTextConfig(**SIZES, **EXPERTS, shared_expert_intermediate_size=16)
     block: Any = Qwen3_5MoeSparseMoeBlock(config)
     w = randomised(block)
@@ -191,7 +191,7 @@ def made(tokens: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("tokens", [1, 9, 70])
 def test_a_grouped_product_equals_one_product_per_pair(tokens: int, dtype: torch.dtype, device: str) -> None:
-    """Of few and of many tokens, with x by token and by place, with and without a bias."""
+    """Few and many tokens agree, with x by token and by place, with and without a bias."""
     x, weight, bias, routed, pairs = made(tokens, dtype, device)
     assert load_of(2 * tokens, 6) is (Load.MANY if tokens == 70 else Load.FEW)
     each = x[:, None].expand(-1, 2, -1)
@@ -221,7 +221,7 @@ def test_a_token_gives_the_same_bits_whoever_is_beside_it(device: str) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_pairs_are_combined_by_their_weights(dtype: torch.dtype, device: str) -> None:
-    """In float32, with one rounding, from wherever their places are."""
+    """Pairs are combined in float32, with one rounding, from any places."""
     _, _, _, routed, pairs = made(9, dtype, device)
     y = torch.randn(18, 600).to(device, dtype)
     with intercepted(poisoned):
@@ -232,7 +232,7 @@ def test_pairs_are_combined_by_their_weights(dtype: torch.dtype, device: str) ->
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_gates_are_clamped(dtype: torch.dtype, device: str) -> None:
-    """From above, and up from both sides; far gates neither overflow nor become NaN."""
+    """Gates are clamped from above, and up from both sides; far gates neither overflow nor become NaN."""
     both = (torch.randn(3, 2 * 520) * 8).to(device, dtype)
     both[0, :4] = torch.tensor([60.0, -60.0, -2000.0, 2000.0], dtype=dtype)
     with intercepted(poisoned):
@@ -241,7 +241,7 @@ def test_gates_are_clamped(dtype: torch.dtype, device: str) -> None:
 
 
 def test_deterministic_operations_of_experts_see_one_row(compiled: ctypes.CDLL) -> None:
-    """Bit for bit, whoever is beside it; torch computes the last few values of all another way."""
+    """A row has the same bits in every batch; torch computes the last few values of all another way."""
     ops = DeterministicOperations(CpuOps(compiled, torch.float32))
     logits, gate_up, gate, x = (torch.randn(150, size) * 3 for size in (60, 2 * 21, 1, 21))
     together = ops.route(logits, 4, renormalised=False)
@@ -256,7 +256,7 @@ def test_deterministic_operations_of_experts_see_one_row(compiled: ctypes.CDLL) 
 
 
 def test_what_does_not_fit_is_refused(device: str) -> None:
-    """By name, before anything is launched."""
+    """A shape that does not fit is refused by name, before anything is launched."""
     x, weight, bias, routed, pairs = made(9, torch.float32, device)
     refused: list[tuple[Callable[[], Any], str]] = [
         (lambda: route(x, 41, renormalised=True), "top_k"),

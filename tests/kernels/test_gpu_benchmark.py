@@ -90,7 +90,7 @@ def test_red_stops_the_run(error: float) -> None:
 
 
 def test_a_section_that_fails_leaves_the_others_their_turn(tmp_path: Path) -> None:
-    """What was measured stands beside what failed, also in the file; the exit status is 1."""
+    """Measurements stand beside failures, also in the file; the exit status is 1."""
     sections = {"step": gpu.Section(_fails, 60), "attention": gpu.Section(_measures, 60)}
     status, report = gpu.measure(_rehearsal(), sections, {"card": "none"}, tmp_path / "gpu.json")
     assert status == 1
@@ -142,7 +142,7 @@ def test_numbers_have_the_digits_that_count() -> None:
 
 
 def test_a_timing_is_a_median_and_a_tenth() -> None:
-    """Of single measurements, in any order."""
+    """A timing is the median and a tenth of single measurements, in any order."""
     assert Timing.of([float(value) for value in range(30, 0, -1)]) == Timing(15.5, 4.0)
 
 

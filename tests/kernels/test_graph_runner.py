@@ -260,7 +260,7 @@ def test_no_request_sits_out_a_step(
 
 
 def test_preemption_changes_no_token(ready: Ready, runner: GraphRunner) -> None:
-    """With too few blocks, a sequence gives its own up with a token in flight, and is computed again."""
+    """A sequence gives its blocks up with a token in flight, and is computed again, where there are too few."""
     kinds = (
         SamplingParams(max_tokens=5),
         SamplingParams(max_tokens=5, frequency_penalty=2.0, repetition_penalty=1.5),

@@ -39,7 +39,7 @@ Key = tuple[Any, ...]
 
 
 def key_of(launch: Launch) -> Key:
-    """What Triton compiles a kernel anew for: constants, types, and what numbers and addresses are like."""
+    """Return what Triton compiles a kernel by: constants, types, and the alignment of numbers and addresses."""
     kernel, options = launch.kernel, launch.kernel.kwargs
     plain = set(options.get("do_not_specialize") or ())
     anywhere = plain | set(options.get("do_not_specialize_on_alignment") or ())

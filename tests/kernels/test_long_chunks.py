@@ -41,7 +41,7 @@ def attended(
     long_rows: int | None,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """What a step attends to in a cache that is NaN wherever nothing was written."""
+    """Return the attention of a step in a cache that is NaN wherever nothing was written."""
     torch.manual_seed(0)
     keys, values = ops.new_cache(kv, 16 * BLOCKS, dim)
     for context in CONTEXTS:  # the past, written as steps do
@@ -94,7 +94,7 @@ def test_long_chunks_attend_as_short_ones_do(ops: CpuOps, heads: int, kv: int, d
 def test_layers_with_windows_caps_and_sinks_stay_compiled(
     ops: CpuOps, spec: AttentionSpec, sinks: Tensor | None
 ) -> None:
-    """With them the answer has every bit that it has when no chunk counts as long."""
+    """The answer has every bit that it has when no chunk counts as long."""
     assert torch.equal(attended(ops, spec, 4, 2, 16, None, sinks), attended(ops, spec, 4, 2, 16, 1, sinks))
 
 
@@ -140,7 +140,9 @@ class Paced(CpuOps):
 def test_the_faster_one_is_chosen(
     ops: CpuOps, seconds: dict[int, float], rows: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By measurement: torch's products from the fewest rows on at which they win, and only if many rows win."""
+    """The choice is measured: torch's products from the fewest rows on at which they win, and only if many rows
+    win.
+    """
     clock = Clock()
     monkeypatch.setattr(long_chunks, "time", clock)
     assert rows_from_which_torch_is_faster(Paced(ops, clock, seconds), [HeadCounts(2, 1, 16)]) == rows

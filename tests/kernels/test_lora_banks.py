@@ -56,7 +56,9 @@ def test_adapters_come_and_go_and_each_adds_what_it_is(lora: LoraBackend, device
 
 
 def test_rows_of_mixtures_get_the_scaled_sum(lora: LoraBackend, device: str) -> None:
-    """Beside plain rows, long and short: of two, of eight, of those that adapt other modules, of one."""
+    """Rows of blends of two, of eight, of those that adapt other modules, of one, beside plain rows, long and
+    short.
+    """
     device = device if lora.name != "native" else "cpu"
     held = {slot: adapter(ADAPTERS[slot % 5], slot) for slot in range(8)}
     hold(lora, *held.values())
@@ -68,7 +70,9 @@ def test_rows_of_mixtures_get_the_scaled_sum(lora: LoraBackend, device: str) -> 
 
 @pytest.mark.parametrize("bad", [0, 2, 4])
 def test_an_adapter_that_overflows_reaches_no_row_of_others(lora: LoraBackend, device: str, bad: int) -> None:
-    """In short runs, long runs and mixtures, whatever it makes of its own rows: the bits are the same."""
+    """Rows of others have the same bits in short runs, long runs and blends, whatever it makes of its
+    own rows.
+    """
     device = device if lora.name != "native" else "cpu"
     steps = [
         arrangement(dict.fromkeys(range(5), 2), mixtures=[({bad: 0.5, 1: 2.0}, 3), ({3: 0.5, 1: 1.0}, 2)]),
@@ -134,7 +138,7 @@ def test_a_slot_that_changed_hands_is_the_new_ones(lora: LoraBackend, device: st
 
 
 def test_nobody_gets_another_adapter_for_one_that_left(lora: LoraBackend) -> None:
-    """Whether a slot was left or never entered, a step with it is an error that names the slot."""
+    """A step with a slot that was left or never entered is an error that names the slot."""
     bank = Resident(lora, 2 * taken_by(lora.pack(adapter(ADAPTERS[1], 0)).num_bytes), num_slots=3)
     bank.bring(adapter(ADAPTERS[1], 0))
     bank.bring(adapter(ADAPTERS[1], 1))
@@ -206,7 +210,7 @@ class Counting(CpuOps):
 
 
 def test_a_linear_that_no_adapter_of_the_step_touches_costs_no_call(compiled: ctypes.CDLL) -> None:
-    """Whoever else is in the bank."""
+    """The linear costs no call, whatever else is in the bank."""
     ops = Counting(compiled, torch.float32)
     lora = NativeLora(ops, GROUPS, LAYERS)
     everything, one = adapter(ADAPTERS[1], 0), adapter({"attn_q": 2}, 1, layers=[1])

@@ -31,7 +31,9 @@ def _quantized(rows: int, width: int, quantization: Rounding) -> Quantized:
 
 @pytest.mark.parametrize("quantization", INTEGERS)
 def test_a_weight_is_off_by_half_a_step_at_most(quantization: Rounding) -> None:
-    """Of its own group's scale, and the largest by no more; rows of zeros stay zero."""
+    """A weight is off by half a step of its own group's scale, and the largest by less; rows of zeros stay
+    zero.
+    """
     torch.manual_seed(0)
     weight = torch.randn(30, 96) * torch.logspace(-6, 3, 30)[:, None]
     weight[7] = 0
@@ -108,7 +110,9 @@ def test_the_product_in_bfloat16_is_that_of_integers(
 def test_native_and_torch_agree(
     library: CDLL, quantization: Rounding, dtype: torch.dtype, rows: int, width: int, columns: int
 ) -> None:
-    """With the widened weight in float64 but for the rounding of sums, and of x in compiled bfloat16."""
+    """Both agree with the widened weight in float64 but for the rounding of sums, and of x in compiled
+    bfloat16.
+    """
     torch.manual_seed(columns)
     ops, weight = CpuOps(library, dtype), _quantized(columns, width, quantization)
     x, bias = torch.randn(rows, width).to(dtype), torch.randn(columns).to(dtype)
@@ -131,7 +135,7 @@ def test_a_row_depends_on_no_other(
     dtype: torch.dtype,
     threads: int,
 ) -> None:
-    """Alone and in company: the same bits."""
+    """A row has the same bits alone and in a batch."""
     torch.manual_seed(0)
     monkeypatch.setattr(CpuOps, "threads", threads)
     ops, weight = CpuOps(library, dtype), _quantized(300, 1024, quantization)
@@ -146,7 +150,7 @@ def test_a_row_depends_on_no_other(
 def test_what_an_adapter_adds_is_what_it_adds_beside_whole_weights(
     library: CDLL, quantization: Rounding
 ) -> None:
-    """In float32 the difference of adapted and base rows is that of unrounded weights, in one call and two."""
+    """The difference of adapted and base rows in float32 is that of unrounded weights, in one call and two."""
     torch.manual_seed(0)
     ops, whole = CpuOps(library, torch.float32), torch.randn(96, 64)
     rounded = quantize(whole, quantization)
@@ -173,7 +177,7 @@ def test_what_an_adapter_adds_is_what_it_adds_beside_whole_weights(
 
 @pytest.mark.parametrize("value", [torch.inf, torch.nan])
 def test_what_is_not_finite_is_not_hidden(library: CDLL, value: float) -> None:
-    """In its row: integers have neither, and a broken activation must not look like an answer."""
+    """A value that is not finite stays so in its row: a broken activation must not look like an answer."""
     ops, weight = CpuOps(library, torch.bfloat16), _quantized(16, 64, Rounding.INT8)
     x = torch.randn(3, 64).bfloat16()
     x[1, 5] = value
@@ -205,7 +209,7 @@ def test_rows_in_fp8_lose_a_sixteenth_at_most() -> None:
 
 
 def test_the_packed_product_of_gpus_is_the_same_here() -> None:
-    """Of 8 bits, for few rows and for many: torch has that operation on a CPU too."""
+    """The product of 8 bits is the same for few rows and for many: torch has that operation on a CPU too."""
     torch.manual_seed(0)
     weight, bias = _quantized(40, 64, Rounding.INT8), torch.randn(40).bfloat16()
     on_gpu, here = Int8Linear(weight, bias), QuantizedLinear(weight, bias)

@@ -64,7 +64,7 @@ def test_a_norm_adds_to_the_stream_and_norms_the_sum(
 
 
 def test_a_norm_is_of_the_sum_as_it_is_stored(device: str) -> None:
-    """What the sum loses by rounding, the norm does not see: in bfloat16, 256.99 is 256."""
+    """The norm does not see the part that the sum loses by rounding: in bfloat16, 256.99 is 256."""
     hidden = torch.full((1, 64), 256.0, dtype=torch.bfloat16, device=device)
     delta = torch.full_like(hidden, 0.99)
     delta[0, 0] = 0.0
@@ -103,7 +103,7 @@ def test_chosen_rows_leave_the_stream_as_it_is(index: torch.dtype, device: str) 
 
 @pytest.mark.parametrize("offset", [0.0, 1.0])
 def test_a_norm_is_that_of_the_torch_path(offset: float, device: str) -> None:
-    """In float32, both backends agree to the last digits."""
+    """Both backends agree to the last digits in float32."""
     hidden, delta = (torch.randn(3, 100, device=device) for _ in range(2))
     weight = torch.randn(100, device=device)
     stream = hidden + delta
@@ -129,7 +129,7 @@ def test_gate_and_up_become_one_row(
 @pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # numpy's, on purpose
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations_survive_large_arguments(activation: Activation, device: str) -> None:
-    """Where exp overflows, the answer is the gate or zero, never NaN."""
+    """The answer is the gate or zero where exp overflows, never NaN."""
     gate = torch.tensor([[-1e30, -3e4, -90.0, 0.0, 90.0, 3e4, 1e30]], device=device)
     out = gated(torch.cat([gate, torch.ones_like(gate)], dim=1), activation)
     torch.testing.assert_close(out, gate.clamp(min=0.0), rtol=1e-6, atol=1e-30)

@@ -1,4 +1,4 @@
-"""The sampler's kernels: exact supports, exact draws, and none that depends on its company."""
+"""The sampler's kernels: exact supports, exact draws, and none that depends on the rest of the batch."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -68,7 +68,7 @@ def drawn(logits: Tensor, rows: Sequence[RowParams], index: torch.dtype = torch.
 def test_greedy_takes_the_lowest_of_the_best(
     vocab: int, dtype: torch.dtype, index: torch.dtype, device: str
 ) -> None:
-    """As torch.argmax, over several tiles and with ties; padding rows keep what is there."""
+    """Greedy is torch.argmax, over several tiles and with ties; padding rows keep their content."""
     logits = guarded(4, vocab, dtype, device)
     logits[1] = 3.0
     logits[2, [vocab // 2, vocab - 1]] = 1000.0
@@ -207,7 +207,7 @@ def test_equal_logits_are_taken_from_the_lowest_token(device: str) -> None:
 
 
 def test_equal_logits_are_counted_over_tiles(device: str) -> None:
-    """The last race lets pass just as many of equal tokens as there is room for, wherever a tile ends."""
+    """The last race lets pass just as many of equal tokens as there is room for, at any end of a tile."""
     rows = [RowParams(1.0, top_k=top_k, seed=seed) for top_k in (2, 1030) for seed in range(4)]
     logits = torch.zeros(len(rows), 3000, device=device)
     assert drawn(logits, rows) == reference.sample(logits.cpu(), rows).tolist()

@@ -91,7 +91,7 @@ def test_the_tolerance_notices_one_missing_row_of_64(dtype: torch.dtype, device:
 
 
 def test_a_slice_of_rank_zero_keeps_its_bits(device: str) -> None:
-    """What an adapter does not adapt is not even rewritten."""
+    """A slice that an adapter does not adapt is not even rewritten."""
     case = make_case(
         slots=[0, 0], ranks=[(4, 0, 8)], K=63, sizes=(32, 32, 32), dtype=torch.bfloat16, device=device
     )

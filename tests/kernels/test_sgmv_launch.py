@@ -54,7 +54,7 @@ def test_a_captured_launch_serves_adapters_that_were_loaded_later(device: str) -
 
 
 def test_a_table_may_be_32_bit(device: str) -> None:
-    """Where the sizes allow it, the table's type makes no difference."""
+    """The table's type makes no difference where the sizes allow it."""
     case = small_case(device, slots=[0, 1, 2, 3])
     before = case.out.clone()
     case.run()

@@ -99,7 +99,7 @@ def logits_of(rows: int, device: str, dtype: torch.dtype = torch.float32, seed: 
 
 
 def drawn(shaper: Shaper, logits: Tensor, seqs: Sequence[EngineSequence]) -> list[Token]:
-    """What the runner makes of the shaped rows of a step."""
+    """Return the tokens that the runner draws from the shaped rows of a step."""
     ids = torch.zeros(len(seqs), dtype=torch.int32, device=logits.device)
     return Reading(logits, ids, seqs, shaper).wait()
 
@@ -109,7 +109,7 @@ def drawn(shaper: Shaper, logits: Tensor, seqs: Sequence[EngineSequence]) -> lis
 def test_shaped_logits_are_those_of_the_host_bit_by_bit(
     device: str, requests: list[dict[str, Any]], dtype: torch.dtype
 ) -> None:
-    """Whatever a request asks for together; the token is the same, and the model's own logits stay."""
+    """Every combination of a request's options draws the same token, and the model's own logits stay."""
     seqs = [seq_of(request) for request in requests]
     logits = logits_of(len(seqs), device, dtype)
     before = logits.clone()
@@ -161,7 +161,7 @@ def test_tokens_in_flight_are_counted(device: str, requests: list[dict[str, Any]
 
 @pytest.mark.parametrize("own", [{"temperature": 0.7, "top_k": 5}, {"temperature": 0.0}], ids=str)
 def test_processed_log_probabilities_are_those_of_the_host(device: str, own: dict[str, Any]) -> None:
-    """With a grammar and without; rows that nothing is done to, and raw ones, beside them."""
+    """They are the same with a grammar and without, beside plain rows and raw ones."""
     usual: dict[str, Any] = {"seed": 3, "logprobs": 4, **own}
     shaping: dict[str, Any] = {"logit_bias": {8: 4.0, 9: -3.0}, "repetition_penalty": 1.3}
     requests = [
@@ -195,7 +195,7 @@ def append(seq: EngineSequence, token: int) -> None:
 
 
 def resolve(seqs: Sequence[EngineSequence], reading: Reading) -> None:
-    """What the engine does with a step."""
+    """Resolve a step as the engine does."""
     for seq, token in zip(seqs, reading.wait(), strict=True):
         seq.progress.in_flight -= 1
         append(seq, token.id)
@@ -246,7 +246,7 @@ def test_a_row_that_nothing_is_left_of_says_so_each_time(device: str) -> None:
 
 
 def test_a_sequence_finds_its_place_again_or_a_new_one(device: str) -> None:
-    """With places for two, three that take turns are drawn as on the host; who is gone, holds no place."""
+    """Three that take turns at two places are drawn as on the host; one that is gone holds no place."""
     shaper = Shaper(2, VOCAB, torch.device(device))
     seqs = [seq_of({**EVERYTHING, "sampling": {"presence_penalty": 2.0, "seed": row}}) for row in range(3)]
     for step in range(6):
@@ -278,7 +278,9 @@ def test_memory_is_taken_when_somebody_asks_for_it_and_no_more_than_planned(devi
 
 
 def key_of(launch: Launch) -> tuple[Any, ...]:
-    """What a launch is compiled for, by Triton's rules: types, sizes of 1, multiples of 16, constants."""
+    """Return what a launch is compiled for, by Triton's rules: types, sizes of 1, multiples of 16,
+    constants.
+    """
     values = []
     for name, value in sorted(launch.arguments.items()):
         if isinstance(value, Tensor):
@@ -302,7 +304,7 @@ def keys_of(work: Callable[[], object]) -> set[tuple[Any, ...]]:
 
 @pytest.mark.parametrize("vocab", [VOCAB, 4096])
 def test_nothing_is_compiled_once_it_is_warm(vocab: int, device: str) -> None:
-    """Whatever is asked for, by however many rows, was launched by the warm-up, which takes no place."""
+    """Every launch of any options and rows was made by the warm-up, which takes no place."""
     shaper = Shaper(SEQS, vocab, torch.device(device))
     logits = torch.randn(SEQS, vocab, device=device)
     ids = torch.zeros(SEQS, dtype=torch.int32, device=device)

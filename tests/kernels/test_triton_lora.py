@@ -28,7 +28,7 @@ def lora(device: str) -> TritonLora:
 
 
 class Recorded:
-    """The launches of all linears of a step of some rows, which is filled anew and replayed."""
+    """The launches of all linears of a step of some rows, which is filled again and replayed."""
 
     def __init__(self, lora: TritonLora, device: str) -> None:
         self._segments = Segments.allocate(SegmentCapacity(ROWS, lora.num_slots, DECODE_TILE), device)
@@ -152,7 +152,7 @@ def test_what_is_launched_does_not_follow_the_number_of_slots(device: str) -> No
 
 
 def test_a_linear_that_no_adapter_of_the_step_touches_has_no_launch(lora: TritonLora, device: str) -> None:
-    """Its output is left alone; a step that is recorded has one, for whoever comes later."""
+    """Its output is left alone; a step that is recorded has one, for later adapters."""
     hold(lora, adapter({"attn_q": 2}, seed=0, layers=[1]))
     launched: list[Launch] = []
     x: Tensor = torch.zeros(4, 48, device=device)

@@ -35,9 +35,9 @@ REQUESTS = [("all", list(range(5, 24))), ("base", [9, 8, 7]), ("own", [5, 6, 7])
 def test_recorded_steps_answer_as_transformers_and_compile_nothing(
     tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Tables for each way to cut and each window, filled anew for prompts in chunks and for decoding.
+    """Tables for each way to cut and each window, filled again for prompts in chunks and for decoding.
 
-    Of an adapter with embeddings and a head tokens in flight are embedded on the device.
+    Tokens in flight of an adapter with embeddings and a head are embedded on the device.
     """
     folder = tmp_path_factory.mktemp("uneven")
     check_recorded_steps(folder, CONFIG, ADAPTERS, REQUESTS, monkeypatch)

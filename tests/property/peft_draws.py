@@ -48,16 +48,16 @@ class Draw:
 
 @dataclass(frozen=True)
 class Saved:
-    """What PEFT says about one module of an adapter that it saved."""
+    """PEFT's values for one module of an adapter that it saved."""
 
     a: torch.Tensor
     b: torch.Tensor
     scaling: float
     delta: torch.Tensor
     c: torch.Tensor
-    """What its output is multiplied with: magnitudes over norms, or ones."""
+    """Factors of its output: magnitudes over norms, or ones."""
     d: torch.Tensor
-    """What is added to its output: the bias of B, scaled, or zeros."""
+    """Additions to its output: the bias of B, scaled, or zeros."""
 
 
 def _patterns(values: st.SearchStrategy[Any]) -> st.SearchStrategy[dict[str, Any]]:
@@ -71,7 +71,7 @@ RANKS = st.integers(1, 12)
 ALPHAS = st.one_of(st.integers(1, 64), st.sampled_from((0.5, 5.5, 8 * 2**0.5, 31.7)))
 SUBSETS = st.lists(st.sampled_from((*LEAVES, "embed_tokens", "lm_head")), min_size=1, unique=True)
 OF_LAYERS = st.lists(st.sampled_from(LEAVES), min_size=1, unique=True)
-"""Where there are vectors besides: of embeddings and head they are refused."""
+"""Targets where there are vectors besides: those of embeddings and head are refused."""
 LAYER_SUBSETS = st.one_of(
     st.none(),
     st.integers(0, LAYERS - 1),
@@ -110,7 +110,7 @@ def draws(draw: st.DrawFn) -> Draw:
 
 
 def _is_left(config: dict[str, Any]) -> bool:
-    """Whether something is left to be trained: PEFT refuses to train nothing."""
+    """Return True if something is left to be trained: PEFT refuses to train nothing."""
     layers, excluded = config["layers_to_transform"], config["exclude_modules"] or ()
     for leaf in config["target_modules"]:
         if leaf == "lm_head":
@@ -163,7 +163,7 @@ def save(base: torch.nn.Module, draw: Draw, folder: Path) -> dict[str, Saved]:
 
 
 def _vectors(module: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """What PEFT multiplies a module's output with, and adds to it."""
+    """Return PEFT's factors of a module's output, and its additions."""
     c, d = torch.ones(module.out_features), torch.zeros(module.out_features)
     if module.lora_variant:
         layer, a, b = (module.lora_magnitude_vector, module.lora_A, module.lora_B)

@@ -112,5 +112,5 @@ def check(draw: Draw, room: tuple[Path, torch.nn.Module]) -> None:
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 def test_every_delta_is_peft_s_own(room, draw):
-    """Whatever PEFT saves, the bundle holds its delta of every module, to one rounding of the storage type."""
+    """The bundle holds the delta of every module that PEFT saves, to one rounding of the storage type."""
     check(draw, room)

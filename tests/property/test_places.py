@@ -1,4 +1,6 @@
-"""Where adapters lie in the bank: nothing overlaps, nothing that may not leave leaves, and a fit is found."""
+"""The places of adapters in the bank: nothing overlaps, nothing that may not leave leaves, and a fit is
+found.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,7 @@ from loramux_shared.faults import InternalFault, ResourcesExhausted
 from tests.support.examples import examples
 
 LINES = 12
-"""Of the arena: few, so that every window can be looked at."""
+"""Lines of the arena: few, so that every window can be looked at."""
 
 
 def drawn(data: st.DataObject) -> tuple[Places, dict[int, tuple[int, int]], dict[int, int | None]]:
@@ -62,7 +64,9 @@ def best_window(
 @settings(max_examples=examples(40))
 @given(data=st.data(), need=st.integers(1, LINES))
 def test_a_fit_that_exists_is_found_and_it_is_the_best(data: st.DataObject, need: int) -> None:
-    """As looking at every window says: best hole, else longest unused, fewest bytes, lowest address."""
+    """The choice is that of a search of every window: best hole, else longest unused, fewest bytes, lowest
+    address.
+    """
     places, lines, used = drawn(data)
     found = places.find(need * ALIGNMENT, used.__getitem__)
     expected = best_window(need, lines, used)

@@ -1,4 +1,4 @@
-"""Rope, wherever a config may say it: the frequencies are those that transformers computes from the file."""
+"""Rope in all places of a config: the frequencies are those that transformers computes from the file."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def blocks() -> st.SearchStrategy[dict[str, Any] | None]:
 
 
 def parameters() -> st.SearchStrategy[dict[str, Any] | None]:
-    """What may stand under ``rope_parameters``: one block, or one per type of layers."""
+    """Return the possible ``rope_parameters``: one block, or one per type of layers."""
     nested = st.dictionaries(st.sampled_from(["full_attention", "sliding_attention"]), blocks(), max_size=2)
     return st.one_of(blocks(), nested)
 
@@ -167,7 +167,9 @@ def compare(folder: Path) -> bool:
 @settings(max_examples=examples(10), derandomize=True, suppress_health_check=list(HealthCheck))
 @given(fields=FIELDS)
 def test_rope_is_read_as_transformers_reads_it(folder: Path, model_type: str, fields: dict[str, Any]) -> None:
-    """Whatever both take has the same frequencies, in every family and every place, and in places together."""
+    """A config that both take has the same frequencies, in every family and every place, and in places
+    together.
+    """
     write(folder, model_type, fields)
     compare(folder)
 

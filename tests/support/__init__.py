@@ -1,1 +1,1 @@
-"""What tests of several rooms use: servers, fakes, small models and adapters."""
+"""Shared parts of tests: servers, fakes, small models and adapters."""

@@ -14,7 +14,7 @@ from loramux_shared.access.keys import KeyEntry, digest, new_key
 from loramux_shared.access.tls import TlsFiles
 
 NOBODY: dict[str, Any] = {"api_key": None, "tls_ca": None, "client_cert": None, "client_key": None}
-"""Whatever the environment says."""
+"""Explicit options that replace those of the environment."""
 
 
 def new_entry(key_id: str, *scopes: str, models: tuple[str, ...] | None = None) -> tuple[str, KeyEntry]:

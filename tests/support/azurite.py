@@ -29,7 +29,7 @@ _PR_SET_PDEATHSIG = 1
 
 @dataclass(frozen=True)
 class Azure:
-    """Where the server listens, and the key that opens it."""
+    """The address of the server, and its key."""
 
     endpoint_url: str
     account_key: str

@@ -49,7 +49,7 @@ class Page:
         self._answers: dict[int, asyncio.Future[dict[str, Any]]] = {}
         self._session: dict[str, str] = {}
         self.complaints: list[str] = []
-        """What a person would see in red in the console."""
+        """Errors in the console of the browser."""
 
     async def listen(self) -> None:
         """Take what the browser tells, until it goes away."""

@@ -80,7 +80,7 @@ class Builders:
         return local_repository(self.folder / name)
 
     def context(self, owner: str = OWNER) -> BuildContext:
-        """Where a builder works."""
+        """Return the context of a builder."""
         return workshop(self.folder, self.store, owner=owner)
 
     def builder(self, owner: str = OWNER, **limits: float) -> Builds:
@@ -106,7 +106,7 @@ class Builders:
 
     @property
     def generation(self) -> Generation:
-        """What a replica reads."""
+        """Return the generation that a replica reads."""
         found = current_generation(self.store, "tiny")
         assert found is not None
         return found

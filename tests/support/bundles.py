@@ -63,11 +63,11 @@ class FakePacked:
 
 @dataclass(frozen=True)
 class Loaded:
-    """What came of a load."""
+    """The result of a load."""
 
     packed: Any
     tier: str
-    """Where it was found."""
+    """Tier where it was found."""
 
 
 def load(loader: AdapterLoader[Any], digest: str, timeout_s: float = BOUND_S) -> Loaded | Fault:
@@ -101,12 +101,12 @@ def settle(loader: AdapterLoader[Any]) -> None:
 
 
 class Unsteady(MemoryStore):
-    """A store in memory that can be slow or away, and counts who asks."""
+    """A store in memory that can be slow or unreachable, and counts its readers."""
 
     def __init__(self) -> None:
         super().__init__()
         self.digests: list[str] = []
-        """Of the bundles that a test built."""
+        """Digests of the bundles that a test built."""
         self.away = False
         self.latency_s = 0.0
         self.gate = threading.Event()

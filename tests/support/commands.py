@@ -30,16 +30,16 @@ class Command:
     process: Forked
     folder: Path
     stdin: int
-    """Where what it reads is written to."""
+    """Descriptor to which its input is written."""
 
     @property
     def out(self) -> str:
-        """What it wrote to stdout."""
+        """Return its stdout."""
         return (self.folder / "out").read_text()
 
     @property
     def errors(self) -> str:
-        """What it wrote to stderr."""
+        """Return its stderr."""
         return (self.folder / "errors").read_text()
 
     def read_until(self, wanted: str) -> str:

@@ -1,4 +1,4 @@
-"""Both doors in a process that may open few files."""
+"""Both APIs in a process that may open few files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What this process holds open: files, also those that have no name any more, and sockets."""
+"""The open descriptors of this process: files, also unlinked ones, and sockets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A service whose answers never end, and its doors."""
+"""A service whose answers never end, and its APIs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.support.waiting import until
 
 MODEL = "tiny"
 BOUND = 8
-"""Connections of each door."""
+"""Connections of each API."""
 PIECE = 8000
 """Characters."""
 HEALTH = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
@@ -38,7 +38,7 @@ class Endless(Scripted):
         super().__init__(Case("chat", {}, []), Text.load(folder, VOCAB))
         self.open = 0
         self.pieces = 0
-        """How many were taken from all answers."""
+        """Number of pieces taken from all answers."""
 
     async def generate(self, request: Request) -> AsyncGenerator[Event]:
         """Go on and on."""
@@ -64,7 +64,7 @@ def doors_of(
     rpc: calls.Patience = calls.USUAL,
     bound: int | None = None,
 ) -> tuple[HttpServer, RpcServer]:
-    """Both doors on free ports."""
+    """Return both APIs on free ports."""
     services = {SERVICE_NAME: partial(register, InferenceServicer(service))}
     return (
         HttpServer("127.0.0.1:0", service, guard, patience=http, max_connections=bound),
@@ -73,7 +73,7 @@ def doors_of(
 
 
 class Doors:
-    """An endless service, and both doors of it, with few connections each."""
+    """An endless service, and both of its APIs, with few connections each."""
 
     def __init__(
         self,
@@ -97,13 +97,13 @@ class Doors:
         assert self.service.open == 0
 
     async def raw(self, data: bytes = b"") -> RawClient:
-        """Connect to the HTTP door, and send something."""
+        """Connect to the HTTP API, and send something."""
         client = await RawClient.open(self.http.address)
         await client.send(data)
         return client
 
     async def seen(self) -> None:
-        """Return when the HTTP door has read whatever clients of this process sent it before."""
+        """Return when the HTTP API has read everything that clients of this process sent it before."""
         client = await self.raw(HEALTH)
         await client.answer()
         client.close()

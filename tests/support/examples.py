@@ -1,4 +1,4 @@
-"""How many examples a property is tried with: what finds a mistake soon in CI, many more with ``--sweep``."""
+"""The number of examples of a property: one that finds a mistake soon in CI, many more with ``--sweep``."""
 
 from __future__ import annotations
 

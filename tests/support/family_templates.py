@@ -22,7 +22,7 @@ class Family:
     special: tuple[str, ...] = ()
     """Marks that are special tokens of its models."""
     end: str = "<|im_end|>"
-    """Of a turn."""
+    """End mark of a turn."""
 
 
 FAMILIES = {
@@ -163,4 +163,4 @@ FAMILIES = {
         "<|call|>",
     ),
 }
-"""By the name of the models. Sources: their templates as they were published; see the dialects."""
+"""Families by the name of the models. Sources: their templates as they were published; see the dialects."""

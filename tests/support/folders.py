@@ -39,14 +39,14 @@ def deployment_of(folder: Path, *names: str, name: str = "tiny", **build: Any) -
 
 
 def workshop(folder: Path, store: Store | None = None, **fields: Any) -> BuildContext:
-    """Where a builder works that reads what is below a folder; into a store of its own where none is given."""
+    """Return the context of a builder for a folder; a store of its own is the default."""
     sources = open_sources(local_roots=[folder])
     return BuildContext(store or MemoryStore(), sources, folder / "work", **fields)
 
 
 @dataclass(frozen=True)
 class Built:
-    """What a build published and found."""
+    """The result of a build."""
 
     generation: Generation
     progress: Progress
@@ -58,7 +58,7 @@ class Built:
         return read_bundle(self.store, self.generation.adapters[name].digest)
 
     def warnings(self, name: str = "one") -> tuple[Finding, ...]:
-        """What was found about an adapter."""
+        """Return the warnings about an adapter."""
         return next(each.warnings for each in self.progress.adapters if each.name == name)
 
 

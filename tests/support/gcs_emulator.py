@@ -28,7 +28,7 @@ _JSON = "application/json"
 
 @dataclass
 class Gcs:
-    """Where the server listens, and a service account that may enter."""
+    """The address of the server, and a service account that may enter."""
 
     endpoint: str
     storage: Storage

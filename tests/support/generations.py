@@ -22,7 +22,7 @@ def record(name: str) -> AdapterRecord:
 
 
 def generation(*names: str, **fields: Any) -> Generation:
-    """What a build says: these adapters and no others."""
+    """Return the generation of a build with these adapters and no others."""
     return Generation(
         deployment="tiny",
         number=1,

@@ -18,7 +18,7 @@ class Scripted:
         self._drafted: list[int] = []
 
     def mask(self, ahead: int = 0) -> bytes:
-        """What may come, as a mask that is no longer than it must be."""
+        """Return the allowed tokens, as a mask that is no longer than it must be."""
         return mask_of(self._allowed([*self._tokens, *self._drafted[:ahead]]))
 
     def forced(self) -> list[int]:

@@ -1,4 +1,4 @@
-"""What transformers answers, found in one pass where a guess is right."""
+"""Greedy answers of transformers, found in one pass where a guess is right."""
 
 from __future__ import annotations
 

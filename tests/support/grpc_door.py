@@ -1,4 +1,4 @@
-"""A gRPC door over loopback, in front of a service that is there."""
+"""A gRPC API over loopback, in front of a service."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.support.waiting import BOUND_S
 
 @asynccontextmanager
 async def open_client(ready: Ready) -> AsyncIterator[AsyncClient]:
-    """A client of the service behind another door, whose engine runs."""
+    """Yield a client of the service of another API, whose engine runs."""
     services = {SERVICE_NAME: partial(register, InferenceServicer(ready.service))}
     server = RpcServer("127.0.0.1:0", services)
     address = await server.start()

@@ -18,12 +18,12 @@ Route: TypeAlias = Callable[[BaseHTTPRequestHandler], None]
 
 @dataclass
 class Site:
-    """What the server answers, and what it was asked."""
+    """The server's answers, and the requests that it got."""
 
     port: int
     ca_file: Path
     routes: dict[str, bytes | Route] = field(default_factory=dict)
-    """By path: a body, or a function that answers."""
+    """Routes by path: a body, or a function that answers."""
     requests: list[tuple[str, str]] = field(default_factory=list)
     """(Host header, path with query), in order."""
     names: list[str | None] = field(default_factory=list)

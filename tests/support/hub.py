@@ -32,11 +32,11 @@ class HubRepo:
     truncated: int = 0
     """Downloads whose body breaks off in the middle."""
     damaged: dict[str, int] = field(default_factory=dict)
-    """How often a file is sent with a flipped bit."""
+    """How often each file is sent with a flipped bit."""
     listed: dict[str, Any] = field(default_factory=dict)
-    """What the listing says of every file instead."""
+    """Replacement of the listing of every file."""
     card: dict[str, Any] = field(default_factory=dict)
-    """What the model's card says."""
+    """The model's card."""
     tags: tuple[str, ...] = ()
     status: int = 0
     """Answered to every question about it, where it is not 0."""

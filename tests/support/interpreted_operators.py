@@ -166,7 +166,7 @@ def _adding(slow: Method) -> Method:
 
 
 def _with_new_axes(slow: Method) -> Method:
-    """As in ``x[:, None]``."""
+    """Return an indexing that handles ``x[:, None]``."""
 
     def get(one: Any, key: Any) -> Any:
         keys = key if type(key) is tuple else (key,)

@@ -1,10 +1,10 @@
-"""Triton's interpreter, without what it does again and again: a fifth of the time, and the same bits.
+"""Triton's interpreter without repeated work: a fifth of the time, and the same bits.
 
-At every launch, and at every call of ``tl.sum`` or another helper, it looks for the builtins among all names
-of its language and patches them, and copies what lies on the CPU onto itself; at every operation it makes the
-same types anew, broadcasts shapes that are equal, and computes in 64 bits whether integers overflow, of which
-it says nothing. Here it looks once, patches once for each launch, keeps types, and leaves the rest; operators
-and loads are those of `interpreted_operators`.
+At every launch, and at every call of ``tl.sum`` or another helper, it looks for the builtins among all names of
+its language and patches them, and copies what lies on the CPU onto itself; at every operation it makes the same
+types again, broadcasts shapes that are equal, and computes in 64 bits whether integers overflow, of which it
+says nothing. Here it looks once, patches once for each launch, keeps types, and leaves the rest; operators and
+loads are those of `interpreted_operators`.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class _Patch:
                     setattr(place, name, original)
 
     def _changes(self, seen: frozenset[str], function: Any) -> list[tuple[Any, str, Any, Any]]:
-        """What is changed: where, which name, what it was and what it is while a kernel runs."""
+        """Return the changes: the place, the name, the old value and the one while a kernel runs."""
         if seen not in self._known:
             scope = self._patch(function)
             first = {(id(place), name): (place, name, was) for place, name, was in reversed(scope._changes)}
@@ -104,7 +104,7 @@ def _patch_builtins(package: Any, builder: Any, scope: Any) -> None:
 
 @cache
 def _interpreted(package: Any) -> list[tuple[str, Callable[..., Any]]]:
-    """What a package's builtins are while a kernel runs."""
+    """Return a package's builtins as they are while a kernel runs."""
     made = [(name, _with_semantic(member)) for name, member in _builtins(package)]
     if package is core.tensor:
         return [(name, straight(name, slow)) for name, slow in made]
@@ -123,7 +123,7 @@ def _with_semantic(member: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _dtype(of_scalar: Callable[[Any], Any], kind: Any) -> Any:
-    """That of NumPy for a type of Triton."""
+    """Return the type of NumPy for a type of Triton."""
     kind = kind.scalar
     return of_scalar(core.uint64 if kind.is_ptr() else kind)
 

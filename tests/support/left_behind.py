@@ -1,8 +1,8 @@
-"""What a test leaves behind for its neighbours: the test that does so fails, and names it.
+"""The check for leftovers: a test that leaves something behind fails, and names it.
 
 That is an environment variable, the working directory, a thread that keeps a process alive, or a child process.
-What a fixture of a module or of the session makes is the fixture's, and so are threads and processes that come
-into being while such a fixture is in use: they are looked for once more when it is gone.
+Leftovers of a fixture of a module or of the session are the fixture's, and so are threads and processes that
+come into being while such a fixture is in use: they are looked for once more when it is gone.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ HELPERS: Final = ("multiprocessing.forkserver", "multiprocessing.resource_tracke
 POOLS: Final = ("templates_",)
 """The names of threads of which there are some for a whole process."""
 LIBRARIES: Final = ("PYTEST_", "RAY_", "TORCHINDUCTOR_", "KINETO_")
-"""What the test runner and libraries write into the environment by themselves."""
+"""Prefixes of variables that the test runner and libraries write by themselves."""
 HARMLESS: Final = frozenset({"_soon_settled", "event_loop_policy", "native_folder", "tmp_path_factory"})
 """Fixtures that hold neither threads nor processes."""
 ENDING_S: Final = 60.0
@@ -62,7 +62,7 @@ def _is_helper(process: psutil.Process) -> bool:
 
 @dataclass(eq=False)
 class _Shared:
-    """What a fixture of a wider scope changed, from what."""
+    """The changes of a fixture of a wider scope."""
 
     before: Mapping[str, str]
     after: Mapping[str, str]

@@ -1,4 +1,4 @@
-"""What makes a page usable by many, measured in the page itself."""
+"""Accessibility of a page, measured in the page itself."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ NF4 = (
     ".44070982933044434 .5626170039176941 .7229568362236023 1"
 )
 Kept = tuple[dict[str, Tensor], Tensor]
-"""What a file has of a linear, by what follows its name, and the weight in float32."""
+"""A linear in a file: its tensors by their suffix, and the weight in float32."""
 
 
 @dataclass(frozen=True)
@@ -206,9 +206,9 @@ def _compressed(format_: str, activations: Any = None, **weights: Any) -> dict[s
 
 
 WHOLE_BLOCKS = Kind({"quant_method": "fp8", "weight_block_size": [16, 16]}, partial(fp8, block=16))
-"""Which transformers reads too: it takes no block that is smaller than the others."""
+"""A kind that transformers reads too: it takes no block that is smaller than the others."""
 EXPERTS = Kind({"quant_method": "mxfp4"}, mxfp4)
-"""Of gpt-oss, in 3-D."""
+"""The experts of gpt-oss, in 3-D."""
 KINDS = {
     "fp8": Kind({"quant_method": "fp8", "weight_block_size": [32, 32], "activation_scheme": "dynamic"}, fp8),
     "pack-quantized": Kind(

@@ -9,7 +9,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 @dataclass(frozen=True)
 class Scrape:
-    """What one scrape said."""
+    """A scrape of metrics."""
 
     text: str
 

@@ -35,7 +35,7 @@ class Mortal:
 
     @property
     def dead(self) -> bool:
-        """Whether nothing it does has an effect any more."""
+        """Return True if nothing it does has an effect any longer."""
         return 0 < self.dies_at <= self.count
 
     def _lives(self, operation: Callable[[], T]) -> T:

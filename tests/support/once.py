@@ -1,4 +1,4 @@
-"""What is made once for a whole run of the tests, though several workers need it."""
+"""Results that are made once for a whole run of the tests, though several workers need them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from filelock import FileLock
 
 
 def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
-    """Return a path below the folder of the run; whoever comes first makes it, and the others wait."""
+    """Return a path below the folder of the run; the first caller makes it, and the others wait."""
     path = _of_the_run(factory) / name
     with FileLock(f"{path}.lock"):
         if not path.exists():

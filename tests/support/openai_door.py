@@ -1,4 +1,4 @@
-"""A running OpenAI door in front of a tiny real model."""
+"""A running HTTP API in front of a tiny real model."""
 
 from __future__ import annotations
 

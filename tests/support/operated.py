@@ -85,7 +85,7 @@ class FakeResidency:
     def __init__(self) -> None:
         self.stats = ResidencyStats()
         self.calls: list[tuple[str, str]] = []
-        """What was asked for, by the last digits of the digest."""
+        """Calls, with the last digits of the digest."""
         self.known: dict[Adapter, Standing] = {}
         self.fails: Fault | None = None
         self.looked_at = 0
@@ -94,7 +94,7 @@ class FakeResidency:
 
     @property
     def num_bytes(self) -> int:
-        """What is resident."""
+        """Return the bytes of resident adapters."""
         return sum(each.num_bytes for each in self.known.values() if each.state is AdapterState.RESIDENT)
 
     def standing(self, adapter: Adapter) -> Standing:
@@ -158,7 +158,7 @@ class FakeDeployment:
         self.adapters: AdapterSet | None = None
         self.asked: list[tuple[str, Repository, bool]] = []
         self.racing: list[Mapping[str, int]] = []
-        """What others publish right before the next changes."""
+        """Changes that others publish right before the next ones."""
         self.refuses: Fault | None = None
 
     @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class OwnTime:
-    """What ``monkeypatch.setattr(module, "time", OwnTime())`` puts in place of the real one."""
+    """A clock of its own: ``monkeypatch.setattr(module, "time", OwnTime())`` replaces the real one."""
 
     def __init__(self) -> None:
         self.now_s = 0.0

@@ -26,7 +26,7 @@ def cached_oracle(base: Path, adapter: Path | None) -> Any:
 
 
 def states(world: World, model: str, prompt: Sequence[int]) -> torch.Tensor:
-    """What transformers' ``AutoModel(...).last_hidden_state`` is of a prompt, under PEFT's adapter."""
+    """Return the ``AutoModel(...).last_hidden_state`` of transformers for a prompt, under PEFT's adapter."""
     whole = cached_oracle(world.base, world.adapters.get(model))
     inner = whole.get_base_model() if model in world.adapters else whole
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""HTTP as a stranger speaks it: bytes on a socket."""
+"""A client of raw HTTP: bytes on a socket."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""HTTP/2 as a stranger speaks it: frames on a socket, enough for gRPC calls. Source: RFC 9113, RFC 7541."""
+"""A client of raw HTTP/2: frames on a socket, enough for gRPC calls. Source: RFC 9113, RFC 7541."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def frame(kind: int, flags: int, stream: int, payload: bytes = b"") -> bytes:
 
 
 def hello(window: int = 65535) -> bytes:
-    """What a client says first; window is what each stream may send before it reads."""
+    """Return a client's first bytes; window is what each stream may send before it reads."""
     settings = frame(SETTINGS, 0, 0, struct.pack(">HI", 4, window))
     return b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + settings + frame(SETTINGS, 1, 0)
 

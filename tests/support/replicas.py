@@ -28,7 +28,7 @@ class Scripted(FakeInference):
         self.refuses: Fault | None = None
         self.silences = {"silent"}
         self.held = asyncio.Event()
-        """What the prompt ``held`` waits for after its first piece."""
+        """Event that the prompt ``held`` waits for after its first piece."""
         self.headers: list[str] = []
         self.open = 0
 
@@ -103,7 +103,7 @@ class Replicas:
 
     @property
     def addresses(self) -> list[str]:
-        """Where they are."""
+        """Return their addresses."""
         return [wire.address for wire in self.wires]
 
     def __getitem__(self, address: str) -> Scripted:
@@ -162,7 +162,7 @@ class Replicas:
 
 @contextmanager
 def replicas(count: int, guard: Guard = NOBODY_GUARDS) -> Iterator[Replicas]:
-    """So many of them."""
+    """Yield so many replicas."""
     made = Replicas(count, guard)
     try:
         yield made

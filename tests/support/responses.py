@@ -1,4 +1,4 @@
-"""What must hold of every response: its fields, its events, and that the events tell it."""
+"""Invariants of every response: its fields, its events, and their agreement."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ _PR_SET_PDEATHSIG = 1
 
 @dataclass(frozen=True)
 class S3Server:
-    """Where the server listens, and who may enter."""
+    """The address of the server, and its credentials."""
 
     endpoint: str
     access_key: str

@@ -1,4 +1,4 @@
-"""A door for tests of the page, whose models say what they are told to."""
+"""An API for tests of the page, whose models have scripted answers."""
 
 from __future__ import annotations
 

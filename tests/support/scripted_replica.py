@@ -35,7 +35,7 @@ class Named(Scripted):
         self.name = name
         self.asked = self.open = 0
         self.refuses: Fault | None = None
-        """What every request ends with."""
+        """Fault with which every request ends."""
         self.tokens = asyncio.Event()
         """Not set: requests are taken, and have no text."""
         self.tokens.set()
@@ -63,7 +63,7 @@ class Named(Scripted):
 
 
 class ScriptedReplica:
-    """Such a service, and both of its doors."""
+    """A scripted replica, and both of its APIs."""
 
     def __init__(self, folder: Path, name: str, guard: Guard = NOBODY_GUARDS) -> None:
         self.service = Named(folder, name)
@@ -73,7 +73,7 @@ class ScriptedReplica:
 
     @property
     def doors(self) -> tuple[str, str]:
-        """Where it listens."""
+        """Return its addresses."""
         return self.grpc.address, self.http.address
 
     async def start(self) -> None:
@@ -87,5 +87,5 @@ class ScriptedReplica:
         await asyncio.gather(self.http.leave(), self.grpc.leave())
 
     async def drain(self, timeout_s: float = 0.0) -> None:
-        """Close both doors."""
+        """Close both APIs."""
         await asyncio.gather(self.http.drain(timeout_s), self.grpc.drain(timeout_s))

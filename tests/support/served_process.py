@@ -1,4 +1,4 @@
-"""The inference service as a process with both doors."""
+"""The inference service as a process with both APIs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A loaded service, without a door."""
+"""A loaded service, without an API."""
 
 from __future__ import annotations
 

@@ -56,6 +56,6 @@ def silent_service(folder: Path) -> GenerationService:
 
 
 def silent_server(service: GenerationService, guard: Guard = NOBODY_GUARDS) -> RpcServer:
-    """Its gRPC door on a free port."""
+    """Return its gRPC API on a free port."""
     servicer = InferenceServicer(service)
     return RpcServer("127.0.0.1:0", {SERVICE_NAME: partial(register, servicer)}, guard)

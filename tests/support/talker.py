@@ -1,4 +1,4 @@
-"""A door in front of a service that says what a test gave it, request by request."""
+"""An API in front of a service with scripted answers, request by request."""
 
 from __future__ import annotations
 

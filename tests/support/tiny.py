@@ -225,7 +225,7 @@ def make_world_of(
 def sequence(
     ready: Ready, number: str, model: str, prompt: Sequence[int], params: SamplingParams
 ) -> EngineSequence:
-    """What the service makes of a request."""
+    """Return the sequence that the service makes of a request."""
     served = ready.service.catalog.resolve(model)
     adapter, invocation = activation(served.mixture or served.adapter, prompt)
     return EngineSequence(number, list(prompt), params, adapter, invocation=invocation)

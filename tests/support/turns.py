@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 class Killed(BaseException):
-    """What kill -9 does, as far as a thread can show it."""
+    """The effect of kill -9, as far as a thread can show it."""
 
 
 class Turns:
@@ -83,7 +83,7 @@ class Race(Generic[T]):
         after_each: Callable[[], object],
         dies_at: int | None = None,
     ) -> None:
-        """With dies_at the first of them is killed after so many operations."""
+        """Run the works; with dies_at the first of them is killed after so many operations."""
         self.store, self.after_each = store, after_each
         self.pool = ThreadPoolExecutor(len(works))
         self.turns = [Turns(store, dies_at if i == 0 else None) for i in range(len(works))]

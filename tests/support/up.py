@@ -19,7 +19,7 @@ LORAMUX: Final = Path(sys.executable).parent / "loramux"
 
 @dataclass(frozen=True)
 class Up:
-    """The command as it runs, and where its doors are."""
+    """The command as it runs, and its addresses."""
 
     process: subprocess.Popen[bytes]
     grpc: str

@@ -1,4 +1,4 @@
-"""Both doors of both services, with keys: every rpc and every route, and what a key may see."""
+"""All APIs of both services, with keys: every rpc and every route, and the content that a key may see."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ async def test_every_rpc_asks_for_a_key_of_its_scope(guarded: Any) -> None:
 
 
 async def test_what_does_not_exist_asks_for_a_key_too(guarded: Any) -> None:
-    """Without a key nobody learns which methods there are; another service than ours needs admin."""
+    """Nobody learns which methods exist without a key; another service than ours needs admin."""
     service, channel = guarded
     assert await outcome(channel, f"/{service}/Nope", None) == "UNAUTHENTICATED"
     assert await outcome(channel, "/no.such.Service/Nope", KEYS["infer"]) == "PERMISSION_DENIED"
@@ -211,7 +211,7 @@ async def test_calls_at_the_same_time_keep_their_rights(address: str) -> None:
 
 
 async def test_a_key_sees_its_models_only_over_http(service: GenerationService) -> None:
-    """The HTTP door hides the same models."""
+    """The HTTP API hides the same models."""
     app = create_app(service, Keyring(text=lines(ENTRY, OTHER_ENTRY)))
     transport = httpx.ASGITransport(app=app)
     headers = bearer(RESTRICTED)

@@ -1,4 +1,4 @@
-"""TLS of both doors: real handshakes, certificates that change, and refusals that say what to do."""
+"""TLS of both APIs: real handshakes, certificates that change, and refusals that name the cure."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def certificates(tmp_path: Path) -> Certificates:
 
 
 class Doors:
-    """Both doors of one service, with the files of a guard."""
+    """Both APIs of one service, with the files of a guard."""
 
     def __init__(self, folder: Path, guard: Guard, certificates: Certificates) -> None:
         self.certificates = certificates
@@ -63,7 +63,7 @@ class Doors:
 
 @pytest.fixture
 async def open_doors(tmp_path: Path, certificates: Certificates) -> AsyncIterator[Any]:
-    """Opens both doors with a guard."""
+    """A function that opens both APIs with a guard."""
     opened: list[Doors] = []
 
     async def open_them(guard: Guard) -> Doors:
@@ -81,7 +81,7 @@ async def open_doors(tmp_path: Path, certificates: Certificates) -> AsyncIterato
 
 
 async def test_both_doors_speak_tls(open_doors: Any, certificates: Certificates) -> None:
-    """With a certificate both doors are encrypted, and keys are asked for as without."""
+    """Both APIs are encrypted with a certificate, and require keys as without."""
     doors = await open_doors(Guard(RING, certificates.server))
     assert await doors.ask(api_key=KEYS["infer"]) == list(MODELS)
     assert await doors.browse(KEYS["infer"]) == list(MODELS)
@@ -90,7 +90,7 @@ async def test_both_doors_speak_tls(open_doors: Any, certificates: Certificates)
 
 
 async def refusal(doors: Doors, **fields: Any) -> str:
-    """What a client says that cannot get in: one line."""
+    """Return the one line with which a client is refused."""
     with pytest.raises(ServerUnavailable) as caught:
         await doors.ask(**fields)
     assert "\n" not in str(caught.value)
@@ -128,7 +128,7 @@ async def test_a_certificate_that_expired_or_is_for_another_name(
 async def test_a_client_in_the_clear_and_a_server_in_the_clear(
     open_doors: Any, certificates: Certificates
 ) -> None:
-    """Who speaks TLS to one that does not, or the other way round, is told so."""
+    """A client learns that it speaks TLS to a server in the clear, or the other way round."""
     doors = await open_doors(Guard(None, certificates.server))
     async with AsyncClient(doors.grpc.address, timeout_s=BOUND_S, **NOBODY) as client:
         with pytest.raises(ServerUnavailable, match=f"its address is grpcs://{doors.grpc.address}"):
@@ -138,7 +138,7 @@ async def test_a_client_in_the_clear_and_a_server_in_the_clear(
 
 
 async def test_certificates_are_renewed_while_it_runs(open_doors: Any, certificates: Certificates) -> None:
-    """The next connection after a change gets the new certificate, over both doors; no restart."""
+    """The next connection after a change gets the new certificate, over both APIs; no restart."""
     doors = await open_doors(Guard(None, certificates.server))
     assert await doors.ask() == await doors.browse() == list(MODELS)
     certificates.issue("server", certificates.other)
@@ -154,14 +154,14 @@ async def test_a_broken_certificate_is_not_taken(open_doors: Any, certificates: 
     with structlog.testing.capture_logs() as logs:
         for _ in range(2):
             assert await doors.ask() == await doors.browse() == list(MODELS)
-    assert [each["log_level"] for each in logs] == ["warning"] * 2  # each door looks for itself
+    assert [each["log_level"] for each in logs] == ["warning"] * 2  # each API looks for itself
     assert all(str(certificates.server.key) in each["why"] for each in logs)
     certificates.issue("server", certificates.other)
     assert await doors.ask(tls_ca=certificates.folder / "other.pem") == list(MODELS)
 
 
 async def test_clients_show_certificates(open_doors: Any, certificates: Certificates) -> None:
-    """With a client CA, only who has a certificate of it gets in, over both doors."""
+    """Only clients with a certificate of the client CA are accepted, over both APIs."""
     doors = await open_doors(Guard(None, certificates.mutual))
     good = certificates.client(certificates.other)
     assert await doors.ask(**good) == await doors.browse(**good) == list(MODELS)

@@ -1,4 +1,4 @@
-"""Adapters through both doors: what operators, controllers and trainers send, and what they are told."""
+"""Adapters through both APIs: requests of operators, controllers and trainers, and the answers to them."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def replica() -> Operated:
 
 @pytest.fixture
 async def client(replica: Operated) -> AsyncIterator[AsyncClient]:
-    """A client of its gRPC door."""
+    """A client of its gRPC API."""
     servicer = AdapterServicer(replica.manager)
     server = RpcServer("127.0.0.1:0", {SERVICE_NAME: partial(register, servicer)})
     async with AsyncClient(await server.start()) as client:
@@ -46,7 +46,7 @@ async def client(replica: Operated) -> AsyncIterator[AsyncClient]:
 
 @pytest.fixture
 async def web(replica: Operated, tmp_path: Path) -> AsyncIterator[httpx.AsyncClient]:
-    """A client of its HTTP door."""
+    """A client of its HTTP API."""
     silent = silent_service(tmp_path)
     limits = ServingLimits(64, frozenset({2}))
     service = GenerationService(replica.names, silent.text, silent._engine, limits)
@@ -135,7 +135,7 @@ async def test_vllms_words_are_said(web: httpx.AsyncClient) -> None:
 
 
 async def test_a_bundle_is_said_to_be_here_alone(web: httpx.AsyncClient) -> None:
-    """In the answer to its load."""
+    """The answer to its load says so."""
     body = {"lora_name": "mine", "lora_path": f"bundle:{digest_of(77)}"}
     answer = await web.post("/v1/load_lora_adapter", json=body)
     assert answer.status_code == 200
@@ -153,7 +153,7 @@ async def test_without_a_builder_the_cure_is_told(tmp_path: Path) -> None:
 
 
 async def test_the_page_lists_pins_and_rolls_back(web: httpx.AsyncClient, replica: Operated) -> None:
-    """As JSON, in pages."""
+    """The page gets JSON, in pages."""
     first = (await web.get("/v1/adapters", params={"page_size": 1})).json()
     assert ([each["id"] for each in first["data"]], first["replica"]["registered"]) == (["one"], 2)
     rest = (await web.get("/v1/adapters", params={"page_token": first["next_page_token"]})).json()
@@ -170,7 +170,7 @@ async def test_the_page_lists_pins_and_rolls_back(web: httpx.AsyncClient, replic
 
 
 async def test_a_page_of_another_site_changes_nothing(web: httpx.AsyncClient, replica: Operated) -> None:
-    """Where there is no body that a browser would ask about first, its own word counts."""
+    """A browser's own statement counts where there is no body that it would ask about first."""
     for path in ("/v1/adapters/one/pin", "/v1/adapters/one/unpin", "/pause", "/resume"):
         answer = await web.post(path, headers={"sec-fetch-site": "cross-site"})
         assert answer.status_code == 403, path
@@ -196,7 +196,7 @@ async def test_trainers_are_told_who_it_is(web: httpx.AsyncClient) -> None:
     ],
 )
 async def test_trainers_pause_and_resume(tmp_path: Path, query: str, mode: str) -> None:
-    """With vLLM's modes, and its own default."""
+    """Trainers use vLLM's modes, and its own default."""
     service = silent_service(tmp_path)
     engine = cast(SilentEngine, service._engine)
     transport = httpx.ASGITransport(create_app(service, adapters=operated().manager))

@@ -21,7 +21,7 @@ from tests.support.forks import Forked
 from tests.support.waiting import BOUND_S, wait_until
 
 EVERY = 1 if os.environ.get(SWEEPING) else 3
-"""Of the touches of the disk, the first of so many ends a process."""
+"""The first of so many touches of the disk ends a process."""
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ def await_swept(cache: Path) -> None:
 
 @pytest.mark.parametrize("bound", [pytest.param("roomy", marks=pytest.mark.sweep), "narrow"])
 def test_kill_9_at_any_touch_of_the_disk_leaves_no_wrong_bundle(local, tmp_path, bound):
-    """Whatever a killed replica left is either a whole bundle or none, and the next start sweeps the rest."""
+    """A killed replica leaves a whole bundle or none, and the next start sweeps the rest."""
     store, folder, digests = local
     one = sum(path.stat().st_size for path in (folder / "bundles" / "sha256" / digests[0]).iterdir())
     limit = 10**9 if bound == "roomy" else int(one * 1.5)  # narrow: each bundle that comes makes one leave

@@ -1,4 +1,4 @@
-"""Names, versions, aliases and limits through both doors, on a real engine, from a deployment file on."""
+"""Names, versions, aliases and limits through both APIs, on a real engine, from a deployment file on."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def built(world: tuple[World, MemoryStore]) -> tuple[MemoryStore, Deployment]:
 
 
 class Doors:
-    """Both doors of a replica, and what it serves."""
+    """Both APIs of a replica, and its models."""
 
     def __init__(self, ready: Ready, generation: Generation, guard: Guard) -> None:
         self.ready = ready
@@ -122,7 +122,7 @@ class Doors:
 async def doors(
     world: tuple[World, MemoryStore], built: tuple[MemoryStore, Deployment]
 ) -> AsyncIterator[Doors]:
-    """Both doors of a replica of the deployment."""
+    """Both APIs of a replica of the deployment."""
     store, _ = built
     generation = current_generation(store, "tiny")
     assert generation is not None
@@ -172,7 +172,9 @@ async def test_a_request_ends_on_the_version_that_it_began_with(doors: Doors) ->
 
 
 async def test_http_says_who_answers(doors: Doors) -> None:
-    """By its name in the body, and in headers of whole answers and of streams; the base has no digest."""
+    """The answering model is named in the body, and in headers of whole answers and of streams; the base has no
+    digest.
+    """
     for fields in ({}, {"stream": True}):
         answer = await doors.ask("one", **fields)
         assert answer.headers["x-loramux-model"] == "rs"
@@ -217,7 +219,9 @@ async def test_all_prompts_of_a_call_are_answered_by_one_version(doors: Doors) -
 async def test_a_replica_catches_up_first(
     world: tuple[World, MemoryStore], built: tuple[MemoryStore, Deployment]
 ) -> None:
-    """Where it can; and what it cannot find is REPLICA_BEHIND, with the time to retry."""
+    """A replica catches up where it can; a generation that it cannot find is REPLICA_BEHIND, with the time to
+    retry.
+    """
     store = MemoryStore()
     store.objects.update(built[0].objects)
     generation = current_generation(store, "tiny")
@@ -291,7 +295,7 @@ class Noted:
 
 
 async def test_the_engine_is_told_flow_and_share(doors: Doors) -> None:
-    """What the deployment file says of a model reaches its sequences."""
+    """A model's weight and share in the deployment file reach its sequences."""
     made, noted = doors.ready.service, Noted()
     service = GenerationService(made.catalog, made.text, doors.ready.engine, made.limits, [noted])
     for model in ("all", "base", "one"):
@@ -303,7 +307,7 @@ async def test_the_engine_is_told_flow_and_share(doors: Doors) -> None:
 
 
 async def test_a_key_has_its_limits_at_both_doors(world: tuple[World, MemoryStore]) -> None:
-    """What one holder may have together, whichever door; the other holder is not concerned."""
+    """A key's limits hold over both APIs together; the other key is not concerned."""
     generation = current_generation(world[1], "tiny")
     assert generation is not None
     (ann, of_ann), (bob, of_bob) = new_entry("ann", "infer"), new_entry("bob", "infer")

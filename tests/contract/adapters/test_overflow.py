@@ -1,4 +1,4 @@
-"""An adapter whose weights overflow, over HTTP: its answers fail by name, and it is served no more."""
+"""An adapter whose weights overflow, over HTTP: its answers fail by name, and it is no longer served."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.support.tiny import ADAPTERS, SIZES, World, make_world_of
 
 BAD = "bad"
 TIMES = 1e12
-"""Of A and of B: products of queries and keys are beyond float32."""
+"""Factor of A and of B: products of queries and keys are beyond float32."""
 
 
 @pytest.fixture(scope="module")

@@ -75,7 +75,7 @@ def expected(world: tuple[World, MemoryStore]) -> dict[str, list[int]]:
 async def test_a_small_bank_serves_every_adapter_in_turn(
     opened: Opened, world: tuple[World, MemoryStore], expected: dict[str, list[int]], backend: str
 ) -> None:
-    """In a bank that cannot hold all, requests for all of them at once are answered as in one that can."""
+    """Requests for all adapters at once are answered by a bank that cannot hold all as by one that can."""
     service = await opened(world, adapter_memory_gb=SMALL, preload=0, backend=backend)
     for _ in range(2):
         answers = await asyncio.gather(*(_tokens(service, name) for name in [*NAMES, "base"] * 3))
@@ -87,7 +87,7 @@ async def test_a_small_bank_serves_every_adapter_in_turn(
 async def test_what_is_not_preloaded_arrives_while_others_are_served(
     opened: Opened, world: tuple[World, MemoryStore]
 ) -> None:
-    """With room for all, a replica that was ready with one adapter has all of them a moment later, unasked."""
+    """A replica that was ready with one adapter has all of them a moment later, if there is room."""
     service = await opened(world, preload=1)
     bank = service.ready.bank
     assert bank is not None

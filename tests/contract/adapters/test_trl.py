@@ -52,7 +52,7 @@ class Rollouts:
 
     loop: Any
     digests: list[str] = field(default_factory=list)
-    """Of the answers, as they came."""
+    """Digests of the answers, as they came."""
 
     async def turn(self) -> tuple[list[int], list[float]]:
         """Generate once; the tokens and their log probabilities."""
@@ -71,7 +71,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 @pytest.fixture(scope="module")
 def url(world: World) -> Iterator[str]:
-    """A replica that asks a builder, as processes; its HTTP door."""
+    """The URL of a replica that asks a builder, both as processes."""
     building, serving, web = (f"127.0.0.1:{free_port()}" for _ in range(3))
     shared = ["--store", f"file://{world.root}/store", "--local-root", str(world.root)]
     with (
@@ -147,7 +147,7 @@ def digest_of(url: str, name: str) -> str:
 
 
 def logprobs_of(model: Any, answer: list[int]) -> list[float]:
-    """What transformers and PEFT say of an answer's tokens, after temperature."""
+    """Return the log probabilities of an answer's tokens by transformers and PEFT, after temperature."""
     with torch.no_grad():
         logits = model(torch.tensor([PROMPT + answer])).logits[0, len(PROMPT) - 1 : -1]
     scores = torch.log_softmax(logits / TEMPERATURE, dim=-1)
@@ -206,7 +206,9 @@ async def _update(client: Any, name: str, folder: Path) -> None:
 def test_its_client_of_servers_reads_tokens_and_their_log_probabilities(
     url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What its online trainers ask in server mode: answers to ids, and the likelihood of whole sequences."""
+    """The online trainers' requests in server mode are answered: texts for ids, and the likelihood of whole
+    sequences.
+    """
     module = import_module("trl.generation.vllm_client")
     monkeypatch.setattr(module, "is_vllm_available", lambda: True)  # it uses nothing of that package
     client = module.VLLMClient(base_url=url, connection_timeout=BOUND_S)

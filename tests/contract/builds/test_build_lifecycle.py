@@ -1,4 +1,4 @@
-"""How builds end before they are done, and what is left: cancels, deadlines, restarts, other builders."""
+"""Builds that end before they are done, and what they leave: cancels, deadlines, restarts, other builders."""
 
 from __future__ import annotations
 
@@ -264,7 +264,9 @@ def test_entries_beyond_their_bounds_are_not_held(monkeypatch: pytest.MonkeyPatc
 
 
 def test_an_entry_is_abandoned_when_it_does_not_change() -> None:
-    """Only an entry that stayed the same for a whole lease is abandoned; a change or an absence begins anew."""
+    """Only an entry that stayed the same for a whole lease is abandoned; a change or an absence starts
+    again.
+    """
     watch = Abandoned(10)
     assert watch.among({"a": b"1", "b": b"1"}, 0) == []
     assert watch.among({"a": b"1", "b": b"2"}, 9) == []

@@ -110,7 +110,7 @@ def closed_of(connections: list[socket.socket]) -> list[socket.socket]:
 
 
 def answer_of(address: tuple[str, int]) -> str:
-    """What is answered at an address; nothing where the connection is closed unheard."""
+    """Return the answer at an address; empty where the connection is closed unread."""
     with suppress(httpx.TransportError):
         return httpx.get(f"http://{address[0]}:{address[1]}/metrics", timeout=BOUND_S).text
     return ""

@@ -278,7 +278,7 @@ async def test_a_watcher_gets_few_and_late_states(world: Served, monkeypatch: py
 
 
 async def test_a_watcher_can_ask_for_changes_only(world: Served) -> None:
-    """With changes_only a state holds the adapters that changed; the client makes whole states of them."""
+    """A state holds the adapters that changed, with changes_only; the client makes whole states of them."""
     names = [f"small-{number}" for number in range(20)]
     for number, name in enumerate(names):
         write_adapter(world.folder / name, tensors(seed=number))

@@ -104,7 +104,7 @@ async def test_a_report_says_which_kind_an_adapter_is(world: Served) -> None:
 
 
 async def test_a_report_names_labels(world: Served) -> None:
-    """As a config beside a classifier calls them, or as transformers does where there is none."""
+    """Labels are those of a config beside a classifier, or transformers' own where there is none."""
     head = {"base_model.model.score.weight": np.ones((2, HIDDEN), "f4")}
     trained = {"task_type": "SEQ_CLS", "modules_to_save": ["classifier", "score"]}
     for name in ("named", "nameless"):
@@ -157,7 +157,7 @@ async def test_the_ceilings_of_a_deployment_can_be_asked_for(world: Served) -> N
 
 
 async def test_faults_are_named_without_the_checks_own_words(world: Served) -> None:
-    """What a source or the base says arrives as it does from a build."""
+    """A fault of a source or of the base arrives as it does from a build."""
     base = str(world.folder / "base")
     (world.folder / "empty").mkdir()
     with pytest.raises(RepoNotFound, match=r"^LOCAL") as missing:

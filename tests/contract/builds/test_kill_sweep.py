@@ -61,7 +61,9 @@ class World:
         return state
 
     def check_reader(self, store: MemoryStore) -> Generation:
-        """Whoever reads sees the old generation or the new one, and every bundle of every generation whole."""
+        """Check that a reader sees the old generation or the new one, and every bundle of every generation
+        whole.
+        """
         for number in generation_numbers(store, "tiny"):
             for record in read_generation(store, "tiny", number).adapters.values():
                 read_bundle(store, record.digest)
@@ -87,7 +89,7 @@ def world(tmp_path: Path) -> Iterator[World]:
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("after", [pytest.param(False, marks=pytest.mark.sweep), True])
 async def test_a_kill_at_every_operation_of_the_store(world: World, after: bool) -> None:
-    """Whatever operation is the last, readers see old or new, and the next start ends the build."""
+    """Readers see old or new after a kill at any operation, and the next start ends the build."""
     whole = Mortal(copied(world.start))
     assert await world.life(whole, world.new) is State.ACTIVE
     assert whole.count > 25
@@ -123,7 +125,7 @@ async def test_a_second_kill_at_operations_of_the_recovery(world: World) -> None
 
 
 def test_a_kill_at_changes_in_the_work_folder(world: World) -> None:
-    """Wherever fetching, validating and converting end, nothing is half published and a rebuild works."""
+    """Nothing is half published and a rebuild works, wherever fetching, validating and converting end."""
     seen = [0, 0]  # changes, and the one that kills
 
     def change() -> None:

@@ -96,7 +96,7 @@ def test_copies_are_the_base_and_others_are_named(hub: Hub, context: BuildContex
 
 
 def test_the_deployment_s_base_may_be_the_copy(hub: Hub, context: BuildContext, tmp_path: Path) -> None:
-    """What it is a copy of is asked too."""
+    """The base's own origin is asked too."""
     hub.repos["some/weights"] = content(tmp_path / "base")
     hub.repos["some/weights"].card = {"base_model": "lab/Tiny-1B"}
     hub.repos["some/weights"].tags = ("base_model:lab/Tiny-1B", "base_model:quantized:lab/Tiny-1B")
@@ -116,7 +116,7 @@ def test_no_failure_of_the_question_fails_a_build(
 
 
 def test_folders_ask_nobody(hub: Hub, context: BuildContext, tmp_path: Path) -> None:
-    """Where neither base nor adapter is from a hub, none hears of them."""
+    """No hub is asked where neither base nor adapter is from one."""
     _, found = found_by(deployment(tmp_path, str(tmp_path / "base"), one="some/copy"), context)
     assert found == {"one": "some/copy"}
     assert hub.requests == []

@@ -47,7 +47,7 @@ def wish(world: Builders, *names: str, **fields: Any) -> Update:
 
 
 async def end_of(builds: Builds, request_id: str) -> DeploymentView:
-    """How the build of a request ended."""
+    """Return how the build of a request ended."""
     async with bounded(f"the end of {request_id}"):
         return [view async for view in builds.watch("tiny", request_id=request_id)][-1]
 
@@ -114,7 +114,7 @@ async def test_what_cannot_be_published_fails_alone(world: Builders) -> None:
 
 
 async def test_a_change_follows_what_was_accepted_before_it(world: Builders) -> None:
-    """Of one adapter, in order; and behind a build, which in turn waits for nothing."""
+    """Changes of one adapter are in order; and behind a build, which in turn waits for nothing."""
     builds = await started(world)
     remove = Update(name="tiny", remove=("m1",))
     await ask(

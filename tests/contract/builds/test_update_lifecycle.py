@@ -1,4 +1,4 @@
-"""How updates end before they are done: kills at every step, cancels and restarts; and the commands."""
+"""Updates that end before they are done: kills at every step, cancels and restarts; and the commands."""
 
 from __future__ import annotations
 

@@ -134,7 +134,9 @@ async def test_a_file_that_is_built_again_leaves_what_was_added(world: World) ->
 
 
 async def test_what_stays_is_made_again_for_other_settings(world: World) -> None:
-    """What has a source is; what was pushed has none, and the build is refused rather than to lose it."""
+    """An adapter with a source is made again; a pushed one has none, and the build is refused rather than to
+    lose it.
+    """
     await world.update("two")
     wide = world.deployment("one", lora_configuration={"dtype": "float32"})
     done = await world.build(wide)
@@ -180,7 +182,7 @@ class Overtaken(Gated):
 
 
 def test_an_adapter_that_must_be_new_may_be_there_already(tmp_path: Path) -> None:
-    """Where another builder published after it, an update finds its own adapter, and is done."""
+    """An update finds its own adapter, and is done, where another builder published after it."""
     made = Builders(tmp_path)
     made.store = Overtaken()
     context = made.context()
@@ -193,7 +195,7 @@ def test_an_adapter_that_must_be_new_may_be_there_already(tmp_path: Path) -> Non
 
 
 async def test_a_push_during_a_build_stays(world: World) -> None:
-    """What comes in while a file is built is in the generation that the build publishes."""
+    """An adapter that comes in while a file is built is in the generation that the build publishes."""
     world.store.gate.clear()
     await world.client.build(world.deployment("one", "three"))
     await until(world.store.waiting.is_set, "the adapter at the gate")
@@ -239,7 +241,7 @@ async def test_what_an_update_is_refused_for(world: World) -> None:
 
 
 async def test_aliases_are_names_too(world: World) -> None:
-    """However a generation comes about, none has an alias that is another model or that nothing answers."""
+    """No generation of any origin has an alias that is another model or that nothing answers."""
     await world.update("two")
     deployment = world.deployment("one")
     runtime = deployment.runtime.model_copy(update={"aliases": {"al": {"one": 1}}})

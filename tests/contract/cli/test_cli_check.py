@@ -124,7 +124,7 @@ def test_a_mistyped_folder_is_no_mystery(
 
 
 def test_import_bundle_checks_and_says_how_to_publish(folder: Path, shared: tuple[str, str]) -> None:
-    """Without a deployment's name it is a dry run."""
+    """An import without a deployment's name is a dry run."""
     write(folder / "npy", [(1, 0, 4), (18, 1, 2)])
     words = ("import-bundle", folder / "npy", "--base", folder / "base", "--name", "lora1")
     code, text, errors = run(*words, *shared)
@@ -154,7 +154,7 @@ def test_import_bundle_refuses_names_that_are_none(folder: Path, published: tupl
 
 
 def test_import_bundle_publishes_a_deployment_of_one(folder: Path, fakes: Fakes) -> None:
-    """With a deployment's name it is a build of that one adapter."""
+    """An import with a deployment's name is a build of that one adapter."""
     write(folder / "npy", [(1, 0, 4)])
     code, text, errors = run(
         "import-bundle", folder / "npy", "--base", "org/base@main", "--name", "lora1",

@@ -58,7 +58,7 @@ class Reading:
 
     def __init__(self, client: Client, model: str, prompt: str, timeout_s: float = BOUND_S) -> None:
         self.seen: list[Any] = []
-        """What it read, a fault at the end."""
+        """Events that it read, a fault at the end."""
         self._thread = threading.Thread(target=self._read, args=(client, model, prompt, timeout_s), daemon=True)
         self._thread.start()
 
@@ -69,7 +69,7 @@ class Reading:
             self.seen.append(fault)
 
     def ended(self) -> list[Any]:
-        """What it read, once it has ended."""
+        """Return the events, once it has ended."""
         self._thread.join(BOUND_S)
         assert not self._thread.is_alive()
         return self.seen
@@ -99,7 +99,7 @@ def test_one_address_names_its_model_too(three: Replicas) -> None:
 
 
 def test_streams_go_on_to_the_next_at_the_bound(three: Replicas, client: Client) -> None:
-    """Of 24 streams of one model no replica has more than the bound; as they end, the first has room again."""
+    """No replica has more of 24 streams of one model than the bound; as they end, the first has room again."""
     with ExitStack() as stack:
         for _ in range(24):
             events = client.generate("lora1", "wait")
@@ -114,7 +114,7 @@ def test_streams_go_on_to_the_next_at_the_bound(three: Replicas, client: Client)
 
 
 def test_a_replica_that_is_not_serving_gets_nothing_new(three: Replicas, client: Client) -> None:
-    """What it has goes on, new requests go to the next, and it has its models again when it serves."""
+    """Its streams go on, new requests go to the next, and it has its models again when it serves."""
     first, second, _ = homes(three, "lora1")
     before = Reading(client, "lora1", "held")
     wait_until(lambda: before.seen[1:], "its first piece")
@@ -172,7 +172,7 @@ async def test_the_same_on_an_event_loop(three: Replicas) -> None:
 
 
 def test_a_replica_that_comes_back_is_used_again(three: Replicas, client: Client) -> None:
-    """Its connection is made anew by itself."""
+    """Its connection is made again by itself."""
     first, *_ = homes(three, "lora1")
     client.complete("lora1", "hi")
     three.cut(first)
@@ -183,7 +183,9 @@ def test_a_replica_that_comes_back_is_used_again(three: Replicas, client: Client
 
 
 def test_what_is_refused_is_asked_elsewhere(three: Replicas, client: Client) -> None:
-    """And not again there before its time; what no other can do better is raised as it is."""
+    """The request is not sent there again before its time; a fault that no other can avoid is raised as
+    it is.
+    """
     first, second, _ = homes(three, "lora1")
     three[first].refuses = faults.QueueFull("full", retry_after_s=60)
     for _ in range(3):
@@ -308,20 +310,20 @@ def test_threads_share_a_client(three: Replicas, client: Client) -> None:
 
 
 def open_streams(client: Client | AsyncClient) -> int:
-    """What a client counts."""
+    """Return the client's own count."""
     assert client._fleet is not None
     return client._fleet._placement._total
 
 
 def fleet_of(three: Replicas, kind: Any) -> tuple[Fleet, list[str], list[float]]:
-    """A fleet behind a name: whom the name stands for now, and the clock by which it is looked up."""
+    """Return a fleet behind a name, the name's current addresses, and the clock by which it is looked up."""
     there, now = [three.addresses[0]], [0.0]
     members = Members(["dns:///replicas:1"], lambda _: [Address(each) for each in there], lambda: now[0])
     return Fleet(members, Credentials(**NOBODY), kind), there, now
 
 
 def test_a_name_is_followed(three: Replicas) -> None:
-    """Who is new behind it gets requests, and who is gone none; its streams end as they would."""
+    """A new replica behind the name gets requests, and a removed one none; its streams end as they would."""
     fleet, there, now = fleet_of(three, grpc)
     calls: Any = FleetCalls(fleet, InferenceServiceStub)
 

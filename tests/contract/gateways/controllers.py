@@ -1,4 +1,4 @@
-"""What gateways' controllers and routers do with replicas, written from their sources, without Kubernetes.
+"""The calls of gateways' controllers and routers to replicas, written from their sources, without Kubernetes.
 
 AIBrix, main of September 2026: pkg/controller/modeladapter/{modeladapter_controller,lora_client,utils}.go; its
 back-offs are left out. vLLM's production-stack, main of September 2026: stats/engine_stats.py and
@@ -25,7 +25,7 @@ STATS = {
     "vllm:gpu_prefix_cache_queries_total",
     "vllm:gpu_cache_usage_perc",
 }
-"""What the statistics of production-stack's router are made of; it also knows a hit rate that vLLM gave up."""
+"""Statistics of production-stack's router; it also knows a hit rate that vLLM gave up."""
 PAYLOADS: Mapping[str, dict[str, Any]] = {
     "/v1/chat/completions": {
         "messages": [{"role": "user", "content": "Hello"}],
@@ -34,11 +34,11 @@ PAYLOADS: Mapping[str, dict[str, Any]] = {
     },
     "/v1/completions": {"prompt": "Hello", "max_tokens": 3},
 }
-"""What that router's health checks of static backends send."""
+"""Bodies of that router's health checks of static backends."""
 
 
 class LoadingFailed(Exception):
-    """What a controller writes into the adapter's status, or into its log."""
+    """A failure that a controller writes into the adapter's status, or into its log."""
 
 
 @dataclass
@@ -78,7 +78,7 @@ class AIBrix:
                 adapter.instances.append(pod)
 
     async def delete(self, adapter: ModelAdapter) -> None:
-        """Unload it everywhere; what comes of it is logged and no more."""
+        """Unload it everywhere; failures are only logged."""
         for pod in adapter.instances:
             await self._call("POST", pod, "/v1/unload_lora_adapter", adapter, {"lora_name": adapter.name})
 

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from prometheus_client.parser import text_string_to_metric_families
 
 SCALE = 0.94
-"""What the load-state scorer leaves of its tiers, for bonuses that never reorder them."""
+"""Share that the load-state scorer leaves of its tiers, for bonuses that never reorder them."""
 Series = list[tuple[dict[str, str], float]]
 
 
 @dataclass(frozen=True)
 class Endpoint:
-    """What the picker keeps of a replica."""
+    """The picker's record of a replica."""
 
     waiting: int
     running: int
@@ -27,7 +27,7 @@ class Endpoint:
     active: frozenset[str]
     queued: frozenset[str]
     loaded: Mapping[str, tuple[str, bool]]
-    """By adapter, its level and whether it is pinned."""
+    """Level of each adapter and whether it is pinned."""
     gpu_loaded: int
     slots: int
     base: str
@@ -88,7 +88,9 @@ def by_affinity(model: str, endpoint: Endpoint) -> float:
 
 
 def by_load_state(model: str, endpoint: Endpoint) -> float:
-    """In memory, on its way, room, one that could leave, nothing; the base goes where few adapters are."""
+    """Score a replica: in memory, on its way, room, one that could leave, nothing; the base goes where few
+    adapters are.
+    """
     if model == endpoint.base:
         return SCALE * max(endpoint.slots - endpoint.gpu_loaded, 0) / endpoint.slots
     level, _ = endpoint.loaded.get(model, ("", False))

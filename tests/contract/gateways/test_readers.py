@@ -1,4 +1,4 @@
-"""What gateways read of replicas that nobody changes, and how they choose by it.
+"""The state of replicas that gateways read, and the choices that they make by it.
 
 KServe, main of October 2026: config/llmisvcconfig/*.yaml and pkg/controller/v1alpha2/llmisvc/.
 """
@@ -26,7 +26,7 @@ HOMES = ("all", "rs", "wide")
 ROOM = 29_000 / 1e9
 """GB that hold the largest of the adapters, which is `all`, or the two others."""
 HEADER = "X-Gateway-Model-Name"
-"""What a route of KServe's matches, and passes on."""
+"""Header that a route of KServe's matches, and passes on."""
 Fleet = dict[str, OpenAIDoor]
 
 
@@ -79,7 +79,7 @@ async def look(door: OpenAIDoor) -> Endpoint:
 
 
 async def look_at_all(fleet: Fleet) -> dict[str, Endpoint]:
-    """What the picker knows."""
+    """Return the picker's view."""
     return {name: await look(door) for name, door in fleet.items()}
 
 
@@ -106,7 +106,7 @@ async def test_a_request_goes_where_its_adapter_is(fleet: Fleet) -> None:
 
 
 async def test_the_base_goes_where_nobody_waits(fleet: Fleet) -> None:
-    """With requests that wait at two of three replicas, the base's next one goes to the third."""
+    """The base's next request goes to the one of three replicas where none waits."""
     async with busy(fleet["rs"], "rs"), busy(fleet["wide"], "wide"):
         endpoints = await look_at_all(fleet)
         assert (endpoints["rs"].running, endpoints["all"].waiting) == (1, 0)

@@ -1,4 +1,4 @@
-"""Anthropic's door through Anthropic's own client, with a tiny real model or a script behind it."""
+"""Anthropic's API through Anthropic's own client, with a tiny real model or a script behind it."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Verdict(BaseModel):
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def claude(opened: OpenAIDoor) -> AsyncIterator[AsyncAnthropic]:
-    """The client of the tiny model's door."""
+    """A client of the tiny model's API."""
     async with AsyncAnthropic(base_url=opened.url, api_key="none", max_retries=0) as client:
         yield client
 
@@ -256,7 +256,7 @@ async def test_what_http_refuses_has_the_same_shape(door: OpenAIDoor) -> None:
 
 
 async def test_so_has_what_is_refused_before_that(door: OpenAIDoor) -> None:
-    """What two servers could read differently, and everything while the server drains."""
+    """Ambiguous requests have it too, and all requests while the server drains."""
     host, port = door.url.removeprefix("http://").split(":")
     reader, writer = await asyncio.open_connection(host, int(port))
     writer.write(b"POST /v1/messages?beta=true HTTP/1.1\r\nhost: a\r\nhost: b\r\n\r\n")
@@ -273,7 +273,9 @@ async def test_so_has_what_is_refused_before_that(door: OpenAIDoor) -> None:
 
 
 async def test_keys_come_in_either_header(tmp_path: Path) -> None:
-    """As the client sends them, and as clients did before; what is missing is told in Anthropic's shape."""
+    """Keys come as the client sends them, and as clients did before; a missing one is a fault in Anthropic's
+    shape.
+    """
     async with scripted(tmp_path, Guard(Keyring(text=lines(ENTRY, METRICS_ENTRY)))) as (service, client):
         service.say("Ahoy!", "Ahoy!")
         assert (await client.messages.create(**SENT)).content[0].text == "Ahoy!"  # type: ignore[union-attr]

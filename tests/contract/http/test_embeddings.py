@@ -43,7 +43,7 @@ async def made(door: OpenAIDoor, **fields: Any) -> list[np.ndarray[Any, Any]]:
 
 
 def unit(vector: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Of length 1."""
+    """Return the vector at length 1."""
     return vector / np.linalg.norm(vector)
 
 
@@ -154,7 +154,9 @@ async def test_a_client_that_goes_away_frees_what_it_asked_for(door: OpenAIDoor)
 
 
 async def test_grpc_gives_the_same_vectors(door: OpenAIDoor) -> None:
-    """With the Python client: texts, ids and pairs, options and mixtures; wrong ones are refused by name."""
+    """Texts, ids and pairs, options and blends give the same with the Python client; wrong ones are refused by
+    name.
+    """
     text = door.ready.service.text.decode(IDS)
     async with open_client(door.ready) as client:
         found = await client.embed("all", [IDS, text, IDS[:2]], timeout_s=BOUND_S)

@@ -1,4 +1,4 @@
-"""What RFC 9112 says about requests that two servers could read differently, over a raw socket."""
+"""Requests that RFC 9112 calls ambiguous for two servers, over a raw socket."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> GenerationService:
 
 @pytest_asyncio.fixture
 async def client(service: GenerationService) -> AsyncIterator[RawClient]:
-    """A connection to the door."""
+    """A connection to the HTTP API."""
     server = HttpServer("127.0.0.1:0", service)
     client = await RawClient.open(await server.start())
     yield client
@@ -163,7 +163,7 @@ async def test_few_requests_wait_on_a_connection(client: RawClient) -> None:
 
 
 async def test_a_trailer_is_no_header(client: RawClient) -> None:
-    """What stands behind the body does not become part of the head, such as the request's id."""
+    """A field behind the body does not become part of the head, such as the request's id."""
     await client.send(post(CHUNKED, CHUNKS[:-2] + b"X-Request-Id: mine\r\n\r\n"))
     head = await client.reader.readuntil(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 200")

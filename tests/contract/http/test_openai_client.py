@@ -1,4 +1,4 @@
-"""The OpenAI door through OpenAI's own client, with a tiny real model behind it."""
+"""OpenAI's API through OpenAI's own client, with a tiny real model behind it."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ async def test_logprobs_of_a_chat(door: OpenAIDoor) -> None:
 
 
 async def test_tokens_are_called_by_their_ids_where_that_is_asked_for(door: OpenAIDoor) -> None:
-    """In a chat and in a plain completion, as trainers read them."""
+    """Token ids are in a chat and in a plain completion, as trainers read them."""
     extra = {"ignore_eos": True, "return_tokens_as_token_ids": True, "return_token_ids": True}
     ids = {"temperature": 0, "max_tokens": 3, "extra_body": extra}
     asked = {"model": "all", "messages": USER, "logprobs": True, "top_logprobs": 1}
@@ -175,7 +175,7 @@ async def test_a_demanded_call_is_made(door: OpenAIDoor, choice: Any, names: set
 
 
 async def test_a_conversation_with_tools_goes_on(door: OpenAIDoor) -> None:
-    """What a client sends back, its own message objects included, is rendered by the template."""
+    """Messages that a client sends back, its own message objects included, are rendered by the template."""
     tools: Any = [pydantic_function_tool(Wait)]
     first = await door.openai.chat.completions.create(
         **GREEDY | {"extra_body": None, "max_tokens": 100}, tools=tools, tool_choice="required"
@@ -339,7 +339,9 @@ async def test_a_response_is_a_chat_in_other_words(door: OpenAIDoor) -> None:
 
 
 async def test_a_response_to_too_much_begins_later(door: OpenAIDoor) -> None:
-    """Where it may, it leaves out the first turns: as few as it can, and never instructions nor half a turn."""
+    """The first turns are left out where allowed: as few as possible, and never instructions nor half a
+    turn.
+    """
     most = door.ready.service.limits.max_seq_len
     turns: list[Any] = []
     for nth in range(40):

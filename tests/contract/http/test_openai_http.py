@@ -1,4 +1,4 @@
-"""The OpenAI door as HTTP: routes, errors, limits, clients that go away, and the drain."""
+"""OpenAI's API as HTTP: routes, errors, limits, clients that go away, and the drain."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The OpenAPI document: what the specification asks of it, and that it tells of this door."""
+"""The OpenAPI document: the demands of the specification, and agreement with the server."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ KEYWORDS = {
     *("maxProperties", "maximum", "minItems", "minLength", "minimum", "not", "oneOf", "pattern", "properties"),
     *("propertyNames", "required", "then", "title", "type"),
 }
-"""Of JSON Schema 2020-12, those that are used."""
+"""Keywords of JSON Schema 2020-12 that are used."""
 INSIDE = ("items", "additionalProperties", "propertyNames", "not", "if", "then", "contentSchema")
 
 
 @pytest_asyncio.fixture
 async def web(tmp_path: Path) -> AsyncIterator[httpx.AsyncClient]:
-    """A client of a door that cannot generate."""
+    """A client of an API that cannot generate."""
     transport = httpx.ASGITransport(create_app(silent_service(tmp_path)))
     async with httpx.AsyncClient(transport=transport, base_url="http://door") as client:
         yield client
@@ -167,7 +167,7 @@ def test_a_schema_is_one() -> None:
 
 
 def test_references_lead_somewhere() -> None:
-    """Whatever is referred to is there."""
+    """Every reference has its target."""
     found = set(re.findall(r'"\$ref": "([^"]*)"', json.dumps(DOCUMENT)))
     assert len(found) > 4
     assert found <= {f"#/components/schemas/{name}" for name in SCHEMAS}
@@ -177,7 +177,7 @@ def test_references_lead_somewhere() -> None:
 async def test_a_body_is_the_one_that_the_route_reads(
     web: httpx.AsyncClient, path: str, method: str, told: dict[str, Any]
 ) -> None:
-    """Without anything, what is required is asked for; a field that is not described is refused."""
+    """An empty body is refused for its required fields; a field that is not described is refused."""
     schema = SCHEMAS[told["requestBody"]["content"]["application/json"]["schema"]["$ref"].rpartition("/")[2]]
     assert schema["additionalProperties"] is False
     answer = await web.request(method, path, json={"no_such_field": 1})
@@ -206,7 +206,7 @@ def test_what_comes_in_several_forms_is_described_so() -> None:
 
 
 def test_bounds_are_those_that_requests_are_judged_by() -> None:
-    """What `serving.bounds` asks of a field stands in the schema of a body that has it."""
+    """The bounds of `serving.bounds` stand in the schema of each body with the field."""
     fields = SCHEMAS["CompletionBody"]["properties"]
     number, texts = fields["repetition_penalty"]["anyOf"][0], fields["bad_words"]["anyOf"][0]
     assert (number["minimum"], number["maximum"]) == (0.01, 10.0)
@@ -241,7 +241,7 @@ async def test_a_query_is_read_as_strictly_as_a_body(web: httpx.AsyncClient, que
 
 
 async def test_a_prompt_is_not_rendered(web: httpx.AsyncClient) -> None:
-    """What says how messages become text is refused beside a text, rather than read over."""
+    """Options of rendering messages are refused beside a text, rather than ignored."""
     answer = await web.post("/tokenize", json={"prompt": "Hi", "add_generation_prompt": True})
     assert answer.status_code == 400
     assert "only beside messages" in answer.json()["error"]["message"]

@@ -42,7 +42,7 @@ async def test_a_browser_is_told_to_trust_nothing_else(path: str, web: httpx.Asy
 
 
 async def test_every_file_is_served_and_no_other(web: httpx.AsyncClient) -> None:
-    """What the page names is there; the module that serves it is not."""
+    """A file that the page names is served; the module that serves it is not."""
     expected = {f"/page/{name}" for name in FILES if not name.endswith(".py")} - {"/page/index.html"}
     assert set(ROUTES) == expected | {"/"}
     html = (await web.get("/")).text

@@ -205,7 +205,7 @@ async def test_the_client_parses(door: TalkerDoor) -> None:
 
 
 async def test_a_loop_of_tools(door: TalkerDoor) -> None:
-    """What was answered goes back as it is, with the outputs, and is one turn of the chat."""
+    """An answer goes back as it is, with the outputs, and is one turn of the chat."""
     tool = pydantic_function_tool(Weather)["function"] | {"type": "function", "name": "weather"}
     door.talker.say(f"Hm.|{CALL}")
     first = await door.openai.responses.create(**ASKED, tools=[tool])
@@ -424,7 +424,7 @@ async def test_a_fault_on_the_way_ends_the_stream(
 
 
 async def test_a_fault_before_the_first_token_has_its_status(door: TalkerDoor) -> None:
-    """What fails before anything is said never was a stream."""
+    """A request that fails before its first token never was a stream."""
     door.talker.say_nothing(QueueFull("full."))
     with pytest.raises(openai.RateLimitError) as caught:
         await door.openai.responses.create(**ASKED, stream=True)

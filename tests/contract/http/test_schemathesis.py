@@ -1,4 +1,4 @@
-"""The door against its own description, judged by schemathesis: everything that is described is tried.
+"""The HTTP API against its own description, judged by schemathesis: everything described is tried.
 
 The short run sends the document's examples; the sweep walks through every keyword of every schema as well, and
 draws many requests from them.
@@ -36,7 +36,7 @@ HOOKS = ROOT / "tests/support" / "schemathesis"
 MODELS = ["base", "all"]
 """Names that requests are drawn with: a name that nobody has is 404, whatever else a request says."""
 STATEFUL = ("/v1/load_lora_adapter", "/v1/adapters/{name}/pin", "/v1/adapters/{name}/unpin")
-"""Whether these accept what is valid depends on what was loaded before."""
+"""Routes that accept a valid body only after certain loads."""
 RULED = {"messages", "prompt", "input", "documents", "text_1"}
 """Fields of the bodies that make requests."""
 

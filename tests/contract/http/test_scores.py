@@ -87,7 +87,7 @@ def oracle(base: Path, adapter: Path, labels: int) -> Any:
 
 
 def logits(world: World, model: str, prompts: Sequence[Sequence[int]]) -> np.ndarray[Any, Any]:
-    """What transformers and PEFT give, of each prompt alone."""
+    """Return the logits of transformers and PEFT, of each prompt alone."""
     whole = oracle(world.base, world.adapters[model], LABELS[model])
     with torch.no_grad():
         return np.stack([whole(torch.tensor([list(prompt)])).logits[0].numpy() for prompt in prompts])
@@ -124,7 +124,9 @@ async def test_the_bundle_has_the_head_as_it_is(made: tuple[World, MemoryStore])
 
 @pytest.mark.parametrize("model", LABELS)
 async def test_scores_equal_transformers(made: tuple[World, MemoryStore], door: OpenAIDoor, model: str) -> None:
-    """Of token ids, in chunks, beside each other and an answer: logits, and the probabilities of labels."""
+    """Scores of token ids, in chunks, beside each other and an answer: logits, and the probabilities of
+    labels.
+    """
     wanted = logits(made[0], model, PROMPTS)
     raw = await asked(door, "/classify", model=model, input=PROMPTS, use_activation=False)
     close([each["probs"] for each in raw["data"]], wanted)
@@ -165,7 +167,7 @@ async def test_documents_are_ranked_as_transformers_ranks_them(
 
 
 async def test_grpc_gives_the_same_scores(made: tuple[World, MemoryStore], door: OpenAIDoor) -> None:
-    """With the Python client: scores and probabilities of all labels, of ids and of pairs."""
+    """Scores and probabilities of all labels, of ids and of pairs, are the same with the Python client."""
     async with open_client(door.ready) as client:
         found = await client.classify("topics", PROMPTS)
         close([each.scores for each in found.texts], logits(made[0], "topics", PROMPTS))
@@ -247,7 +249,7 @@ async def test_a_head_that_is_not_understood_refuses_the_adapter(
     code: str,
     tmp_path_factory: Any,
 ) -> None:
-    """By name, and nothing is published."""
+    """The adapter is refused by name, and nothing is published."""
     folder = made[0].root / tmp_path_factory.mktemp("x").name
     world, store = _only(made, "topics", folder, **changed), MemoryStore()
     if about is not None:

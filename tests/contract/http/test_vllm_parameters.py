@@ -138,7 +138,7 @@ async def test_a_request_has_the_id_that_it_brings(door: OpenAIDoor, path: str, 
 
 
 async def test_bad_words_never_come(door: OpenAIDoor) -> None:
-    """Of a word of several tokens each may come, and all of them together never, in any of n answers."""
+    """A bad word's tokens may come alone, and all of them together never, in any of n answers."""
     pair = {"allowed_token_ids": ids_of("AB"), "temperature": 50, "seed": 3, "n": 3, "max_tokens": 24}
     assert all("AB" in said and "BA" in said for said in await texts(door, **pair))
     for word in ("AB", " AB", "  AB"):
@@ -181,7 +181,7 @@ async def test_a_constraint_says_where_an_allowed_text_ends(door: OpenAIDoor) ->
 
 
 async def test_special_tokens_are_added_or_not(door: OpenAIDoor) -> None:
-    """By default to a text and not to messages; either way when it is said."""
+    """Special tokens are added by default to a text and not to messages; either way if requested."""
     for path, counts in ((CHAT, [7, 8, 7]), (PLAIN, [3, 3, 2])):
         answers = [
             await whole(door, path, add_special_tokens=said, max_tokens=1) for said in (None, True, False)
@@ -216,7 +216,7 @@ async def test_a_prompt_is_cut_to_its_end(door: OpenAIDoor, path: str) -> None:
 
 
 async def test_a_cut_prompt_is_echoed_as_it_was_cut(door: OpenAIDoor) -> None:
-    """What is echoed, and scored, is what the model saw."""
+    """The echo, and its scores, are of the tokens that the model saw."""
     cut = {
         "prompt": "x" * 300 + "Hi",
         "truncate_prompt_tokens": 3,
@@ -301,7 +301,7 @@ async def test_structures_that_cannot_be_are_refused(
 
 
 async def test_one_structure_is_asked_for_at_a_time(door: OpenAIDoor) -> None:
-    """Beside a response format it contradicts itself; beside tools an answer is of it or calls one."""
+    """A structure beside a response format contradicts it; beside tools an answer has it or calls one."""
     asked = {"structured_outputs": {"regex": "a"}}
     fields: dict[str, Any] = {"response_format": {"type": "json_object"}}
     assert await refusal(door, CHAT, **asked, **fields) == ("structured_outputs", "invalid_value")

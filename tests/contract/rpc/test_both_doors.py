@@ -1,4 +1,4 @@
-"""What the HTTP API takes, gRPC takes too; what one refuses, both do, each in its own words."""
+"""The requests of the HTTP API over gRPC: both accept the same, and refuse the same, each in its own words."""
 
 from __future__ import annotations
 

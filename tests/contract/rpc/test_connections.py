@@ -157,7 +157,7 @@ async def test_a_grpc_server_takes_so_many_connections(doors: Doors) -> None:
 
 
 async def _answers(address: str) -> bool:
-    """Whether a server takes one more connection; it sees in its own time that others are closed."""
+    """Return True if a server takes one more connection; it notices in its own time that others are closed."""
     async with AsyncClient(address) as client:
         try:
             return len(await client.models()) == 2
@@ -194,7 +194,7 @@ async def test_calls_that_are_reset_do_not_cancel_those_of_others(doors: Doors) 
 
 
 def test_idle_connections_do_not_stop_the_server(tmp_path: Path) -> None:
-    """With 256 descriptors and 300 idle connections both endpoints answer, and the log stays short."""
+    """Both endpoints answer with 256 descriptors and 300 idle connections, and the log stays short."""
     ours, theirs = multiprocessing.Pipe()
     process = Forked(crowded.serves, 256, tmp_path / "log", theirs)
     theirs.close()

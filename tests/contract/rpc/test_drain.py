@@ -1,4 +1,4 @@
-"""What a drain does to what is open, half sent, or just coming: each hears SHUTTING_DOWN, once."""
+"""The end of open, half sent and new requests in a drain: each gets SHUTTING_DOWN, once."""
 
 from __future__ import annotations
 
@@ -241,7 +241,7 @@ async def test_a_refusal_holds_no_drain_over_grpc() -> None:
     interceptor, never = CallInterceptor(), asyncio.Event()
 
     class Context:
-        """Of a call whose status cannot be sent."""
+        """The context of a call whose status cannot be sent."""
 
         async def abort(self, *_: Any) -> None:
             await never.wait()

@@ -43,7 +43,7 @@ SAMPLED: dict[str, Any] = {"max_tokens": 6, "ignore_eos": True, "temperature": 1
 
 
 def greedy(max_tokens: int, **fields: Any) -> pb.SamplingParams:
-    """So many tokens, whatever comes."""
+    """Return the parameters for so many tokens, whatever comes."""
     return pb.SamplingParams(max_tokens=max_tokens, ignore_eos=True, **fields)
 
 
@@ -431,7 +431,7 @@ async def test_a_refusal_of_the_server_is_named_to_the_client(door: Door) -> Non
     ],
 )
 async def test_what_cannot_be_sent_is_named(door: Door, options: dict[str, Any], named: str) -> None:
-    """What fits no field is refused before it is sent."""
+    """A value that fits no field is refused before it is sent."""
     with Client(door.server.address) as client, pytest.raises(faults.RequestInvalid) as caught:
         client.complete("base", PROMPT, **options)
     assert [finding.where for finding in caught.value.findings] == [named]
@@ -500,7 +500,7 @@ async def test_masks_and_stops_reach_the_draw(door: Door) -> None:
 
 
 async def test_prompts_are_cut_salted_and_gone_on_with(door: Door) -> None:
-    """What a request says of its prompt beside the prompt itself, as over HTTP."""
+    """The options of a prompt beside the prompt itself have the same effect as over HTTP."""
     with pytest.raises(faults.PromptTooLong):
         await door.client.complete("base", [5] * 3000, max_tokens=2)
     cut = await door.client.complete("base", [5] * 3000, max_tokens=2, truncate_prompt_tokens=-1)

@@ -79,7 +79,9 @@ SLOW: dict[str, tuple[tuple[str, bool], bytes, int | None, bytes, int | None]] =
 async def test_a_request_that_trickles_ends_at_its_limit(
     doors: Doors, clock: Clock, first: bytes, answered: int | None, piece: bytes, status: int | None
 ) -> None:
-    """What has begun is 408, and what asks nothing just ends; no byte that comes renews the limit."""
+    """A request that has begun is 408, and a connection without one just ends; no byte that comes renews the
+    limit.
+    """
     client = await doors.raw(first)
     if answered:
         assert (await client.answer())[0] == answered

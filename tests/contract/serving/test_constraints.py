@@ -66,7 +66,7 @@ async def ready(shared: Ready) -> Ready:
 
 
 async def found_by(world: tuple[World, MemoryStore], kind: Kind, text: str, **fields: Any) -> list[Any]:
-    """What a request is answered with room for all, and with too little memory and no prefix cache."""
+    """Return the answers to a request with room for all, and with too little memory and no prefix cache."""
     found = []
     for settings in ({}, {"kv_memory_gb": 0.00007, "prefix_cache": False}):
         ready = world[0].load(world[1], stream_interval_ms=0, **settings)
@@ -99,7 +99,7 @@ POINT = {
 
 
 def is_point(value: Any) -> bool:
-    """Of POINT."""
+    """Return True for a value of POINT."""
     return set(value) == {"x", "tag"} and isinstance(value["x"], int) and value["tag"] in ("a", "b")
 
 
@@ -112,7 +112,7 @@ LIST = {
 
 
 def is_list(value: Any) -> bool:
-    """Of LIST."""
+    """Return True for a value of LIST."""
     return (
         isinstance(value, list) and 2 <= len(value) <= 4 and all(item in (True, False, None) for item in value)
     )
@@ -122,7 +122,7 @@ STRING = {"type": "string", "maxLength": 5}
 
 
 def is_string(value: Any) -> bool:
-    """Of STRING."""
+    """Return True for a value of STRING."""
     return isinstance(value, str) and len(value) <= 5
 
 
@@ -174,7 +174,7 @@ async def test_regular_expressions_and_grammars_hold_for_the_whole_answer(ready:
 
 
 async def test_the_end_of_sequence_comes_only_where_the_text_may_end(ready: Ready) -> None:
-    """However likely the end is, and however the adapter ends, three letters come first."""
+    """Three letters come first, however likely the end is, and however the adapter ends."""
     fields = DRAWN | {"logit_bias": {2: 100.0}}
     assert await ask(
         ready, "regex", "[a-z]{3,9}", **fields | {"temperature": 0.0, "logit_bias": {2: 100.0, 70: 90.0}}
@@ -195,7 +195,7 @@ async def test_stop_texts_and_limits_end_a_constrained_answer(ready: Ready) -> N
 
 
 async def test_a_preempted_answer_goes_on_where_it_was(world: tuple[World, MemoryStore]) -> None:
-    """With too little memory for all, and without the prefix cache, constrained answers are the same."""
+    """Constrained answers are the same with too little memory for all, and without the prefix cache."""
     schema = json.dumps({"type": "string", "minLength": 70})
     await found_by(world, "json_schema", schema, n=5, seed=9, **DRAWN)
 
@@ -255,7 +255,7 @@ async def test_masks_along_a_draft_are_those_that_it_leads_to(ready: Ready) -> N
 
 
 async def test_masks_outlive_a_preemption(world: tuple[World, MemoryStore]) -> None:
-    """With too little memory for all, answers have the same tokens of the allowed ones, and no bad word."""
+    """Answers have the same tokens of the allowed ones with too little memory for all, and no bad word."""
     fields: dict[str, Any] = {"allowed_token_ids": tuple(range(40, 50)), "bad_words": ("FG", "KLM")}
     fields["logit_bias"] = {3 + ord(char) - 32: 4.0 for char in "FGKLM"}
     found = await found_by(world, "regex", "[E-N]{70,79}", n=5, seed=9, **DRAWN | fields)
@@ -302,7 +302,7 @@ async def test_a_constraint_that_cannot_be_used_is_refused_with_the_reason(
 
 
 async def test_an_answer_that_cannot_go_on_ends_with_the_reason(ready: Ready) -> None:
-    """Where no token of the model continues the text, or a step takes too much, the request is refused."""
+    """A request is refused where no token of the model continues the text, or a step takes too much."""
     doubling = "start: r0\n" + "".join(f"r{i}: r{i + 1} r{i + 1}\n" for i in range(60)) + 'r60: "a"'
     cases: list[tuple[Kind, str, str]] = [
         ("regex", "a\u1234", "no token"),

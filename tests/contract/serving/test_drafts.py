@@ -1,4 +1,4 @@
-"""How many tokens are drafted: what the deployment says from now on, unless the replica was told."""
+"""The number of drafted tokens: the deployment's current value, unless the replica has its own."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Replica:
         await self._ready.follower.catch_up(self.publish(speculative_tokens))
 
     async def drafted(self) -> float:
-        """How many tokens were drafted for a request whose answer says the same again and again."""
+        """Return the tokens that were drafted for a request whose answer repeats itself."""
         before = self._count()
         request = Request.of("base", [5, 6, 7, 8] * 8, max_tokens=50, temperature=0, ignore_eos=True)
         async for _ in self._ready.service.generate(request):

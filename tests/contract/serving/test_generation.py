@@ -1,4 +1,4 @@
-"""What the doors offer, below the doors, with a tiny model: several answers, sampling, limits."""
+"""The features of the APIs, below the APIs, with a tiny model: several answers, sampling, limits."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def _count_rows(service: Service, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 async def test_closing_the_stream_frees_all_answers(service: Service) -> None:
-    """Whether the later answers have begun or not."""
+    """All answers are freed, whether the later ones have begun or not."""
     for read in (1, 2, 9):
         async with aclosing(
             service.ready.service.generate(Request.of("all", LONG, n=5, max_tokens=100))
@@ -122,7 +122,7 @@ async def _rest(events: AsyncIterator[Event]) -> list[Event]:
 
 
 async def test_n_answers_are_n_places_in_the_queue(world: tuple[World, MemoryStore]) -> None:
-    """What does not fit now is refused as a whole, and what can never fit is out of bounds."""
+    """A request that does not fit now is refused as a whole, and one that can never fit is out of bounds."""
     service = await open_service(world, max_batch_seqs=1, max_queue=4)
     with pytest.raises(RequestInvalid):
         await service.events(n=5)
@@ -149,7 +149,7 @@ async def test_penalties_and_biases_reach_the_draw(service: Service) -> None:
 
 
 async def test_min_tokens_hold_back_the_end(service: Service) -> None:
-    """With an end-of-sequence token that is always the likeliest, the answer has just min_tokens others."""
+    """The answer has just min_tokens others where an end-of-sequence token is always the likeliest."""
     (answer,) = await service.answers(max_tokens=20, min_tokens=7, logit_bias={2: 100.0})
     assert len(answer) == 8
     assert answer.index(2) == 7
@@ -223,7 +223,7 @@ async def test_a_bad_request_does_not_disturb_good_ones(service: Service) -> Non
 
 
 async def test_a_step_ahead_changes_nothing(world: tuple[World, MemoryStore]) -> None:
-    """Where steps overlap, as on a GPU, requests whose draws need the last token get the same answers."""
+    """Requests whose draws need the last token get the same answers where steps overlap, as on a GPU."""
     closing = {3 + ord(char) - 32: 6.0 for char in '"}],:'}
     requests: list[dict[str, Any]] = [
         {"presence_penalty": 1.5, "frequency_penalty": 0.5},
@@ -252,7 +252,7 @@ async def test_a_step_ahead_changes_nothing(world: tuple[World, MemoryStore]) ->
 
 
 def _story(events: list[Event]) -> list[Any]:
-    """What events say, however the tokens were grouped."""
+    """Return the content of events, however the tokens were grouped."""
     tokens: dict[int, list[int]] = {}
     for event in events:
         if isinstance(event, Delta):

@@ -42,7 +42,7 @@ async def door(world: tuple[World, MemoryStore]) -> AsyncIterator[OpenAIDoor]:
 
 
 async def scrape(door: OpenAIDoor) -> Scrape:
-    """What /metrics says now."""
+    """Return a scrape of /metrics."""
     response = await door.http.get("/metrics")
     assert response.status_code == 200
     assert response.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
@@ -106,7 +106,9 @@ async def test_times_are_those_of_the_request(door: OpenAIDoor) -> None:
 
 
 async def test_every_end_has_an_outcome(door: OpenAIDoor) -> None:
-    """What failed or went away is counted under its reason, and no name that a client made up is a label."""
+    """A request that failed or went away is counted under its reason, and no name that a client made up is a
+    label.
+    """
     service = door.ready.service
     server = silent_server(service)
     async with AsyncClient(await server.start()) as client:
@@ -146,7 +148,7 @@ async def test_what_the_door_refuses_is_counted(door: OpenAIDoor) -> None:
 
 
 async def test_gateways_see_who_runs_and_who_waits(door: OpenAIDoor, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With two seats and four long requests, two adapters run and two wait; afterwards nobody does."""
+    """Two adapters run and two wait with two seats and four long requests; afterwards none does."""
     long = ASKED | {"max_tokens": 60}
     before = time.time()
     steps, runner = threading.Semaphore(0), door.ready.engine._engine._runner
@@ -199,7 +201,7 @@ async def test_what_is_loaded_is_told(door: OpenAIDoor) -> None:
 
 
 async def test_a_setting_bounds_the_models_with_series(world: tuple[World, MemoryStore]) -> None:
-    """What models count beyond it is told as that of the others."""
+    """Counts of models beyond it are those of the others."""
     ready = world[0].load(world[1])
     operators = Operators(InferenceSettings(deployment="tiny", metrics_models=1), world[1], ready)
     ready.engine.start()

@@ -71,7 +71,7 @@ async def test_prompt_logprobs_come_once_with_several_answers(service: Service) 
 async def test_prompts_are_scored_across_preemptions(
     world: tuple[World, MemoryStore], service: Service
 ) -> None:
-    """Where memory runs out, every scored prompt is still reported once and whole; answers stay the same."""
+    """Every scored prompt is still reported once and whole where memory runs out; answers stay the same."""
     prompts = [LONG[place:] + LONG[:place] for place in range(3)]
     fields: dict[str, Any] = {
         "max_tokens": 60,

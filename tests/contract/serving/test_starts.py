@@ -26,7 +26,7 @@ from tests.support.waiting import BOUND_S, wait_until
 
 SERVICES = {"inference_service": inference_service, "builder_service": builder_service}
 WAITS = {"inference_service": "reading the deployment", "builder_service": "reading the journal"}
-"""By module: the event of the line that says that it waits for the store."""
+"""Event of the line that reports a wait for the store, by module."""
 
 
 @pytest.fixture
@@ -104,7 +104,7 @@ def test_a_signal_ends_a_start_that_waits(
 @pytest.mark.sweep
 @pytest.mark.parametrize("module", SERVICES)
 def test_a_store_that_never_answers_ends_a_start(silent: str, tmp_path: Path, module: str) -> None:
-    """Without a signal it ends by itself: exit 1, with the store's name."""
+    """The process ends by itself without a signal: exit 1, with the store's name."""
     with started(module, silent, tmp_path) as (process, log):
         assert process.wait(3 * BOUND_S) == 1
     assert "s3://bucket/prefix: http://127.0.0.1" in log.read_text().splitlines()[-1]
@@ -137,7 +137,9 @@ def test_a_taken_address_is_told_before_anything_is_read(door: str, silent: str,
 
 
 def test_a_deployment_that_is_not_there_is_told_before_torch_is_imported(tmp_path: Path) -> None:
-    """As settings are: a process that is refused has imported nothing that takes seconds."""
+    """The deployment is read like settings: a process that is refused has imported nothing that takes
+    seconds.
+    """
     program = (
         "import sys; from inference_service.__main__ import main; status = main(); "
         "sys.exit(status if 'torch' not in sys.modules else 99)"

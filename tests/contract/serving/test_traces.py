@@ -1,4 +1,4 @@
-"""Traces and log lines of requests through both doors, with a tiny model."""
+"""Traces and log lines of requests through both APIs, with a tiny model."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ ASKED: dict[str, Any] = {"model": "rs", "prompt": [5, 6, 7], "max_tokens": 4, "i
 
 
 class Watched:
-    """A server with both doors, and what it told."""
+    """A server with both APIs, and its spans and log lines."""
 
     def __init__(self, http: str, rpc: str, exporter: InMemorySpanExporter) -> None:
         self.web = httpx.AsyncClient(base_url=f"http://{http}", timeout=BOUND_S)
@@ -49,7 +49,9 @@ class Watched:
         return self._exporter.get_finished_spans()
 
     async def spans(self, door: str) -> dict[str, ReadableSpan]:
-        """The spans of one request, by name, as soon as the door's has ended: a client may be faster."""
+        """Return the spans of one request, by name, as soon as the server's has ended: a client may be
+        faster.
+        """
 
         def names() -> list[str]:
             return [span.name for span in self.all_spans()]
@@ -109,7 +111,9 @@ def ended(lines: list[Any]) -> dict[str, Any]:
 
 
 def check_chain(spans: dict[str, ReadableSpan], door: str, request: str) -> None:
-    """The door's span is below the client's, the request below it, and its stages below that, in order."""
+    """Check that the server's span is below the client's, the request below it, and its stages below that, in
+    order.
+    """
     assert set(spans) == {door, request, "queue", "prefill", "decode"}
     assert {span.context.trace_id for span in spans.values()} == {int(TRACE, 16)}
     parents = {name: span.parent.span_id for name, span in spans.items() if span.parent}
@@ -125,7 +129,9 @@ def check_chain(spans: dict[str, ReadableSpan], door: str, request: str) -> None
 
 
 async def test_a_request_over_http_is_traced(watched: Watched) -> None:
-    """An incoming traceparent is honoured from the door to the last token, with the conventions' attributes."""
+    """An incoming traceparent is honoured from the server to the last token, with the conventions'
+    attributes.
+    """
     answer = await watched.web.post("/v1/completions", json=ASKED, headers={"traceparent": TRACEPARENT})
     assert answer.status_code == 200
     spans = await watched.spans("POST /v1/completions")
@@ -154,7 +160,7 @@ async def test_a_request_over_http_is_traced(watched: Watched) -> None:
 
 
 async def test_a_stream_is_traced_to_its_end(watched: Watched) -> None:
-    """The door's span of a stream ends after the last event, not with the headers."""
+    """The server's span of a stream ends after the last event, not with the headers."""
     body = {"model": "all", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 8, "stream": True}
     answer = await watched.web.post("/v1/chat/completions", json=body, headers={"traceparent": TRACEPARENT})
     assert answer.text.endswith("[DONE]\n\n")
@@ -190,7 +196,7 @@ async def test_what_fails_says_why(watched: Watched) -> None:
 
 
 async def test_a_client_that_goes_away(watched: Watched, lines: list[Any]) -> None:
-    """Spans of a cancelled call end as CANCELLED, over both doors, and nothing is said about contexts."""
+    """Spans of a cancelled call end as CANCELLED, over both APIs, and nothing is logged about contexts."""
     sampling = pb.SamplingParams(max_tokens=200, ignore_eos=True)
     async with grpc.aio.insecure_channel(watched.rpc) as channel:
         stub = inference_pb2_grpc.InferenceServiceStub(channel)
@@ -243,7 +249,7 @@ async def test_every_request_has_one_line(watched: Watched, lines: list[Any]) ->
 
 
 async def test_a_refused_request_has_a_line(watched: Watched, lines: list[Any]) -> None:
-    """What was refused is in the log with the reason, under the id that the client knows."""
+    """A refused request is in the log with the reason, under the id that the client knows."""
     answer = await watched.web.post("/v1/completions", json=ASKED | {"top_p": 7})
     line = ended(lines)
     assert (line["outcome"], line["finish"], line["ttft_ms"]) == ("REQUEST_INVALID", [], None)
@@ -258,7 +264,7 @@ async def test_a_request_over_grpc_has_a_line(watched: Watched, lines: list[Any]
 
 @pytest.mark.parametrize("watched", [True], indirect=True)
 async def test_texts_are_logged_where_that_is_asked(watched: Watched, lines: list[Any]) -> None:
-    """With LORAMUX_LOG_PROMPTS the line has the prompt and every answer."""
+    """The line has the prompt and every answer with LORAMUX_LOG_PROMPTS."""
     body = {"model": "rs", "messages": [{"role": "user", "content": "Secret"}], "max_tokens": 4, "n": 2}
     answer = (await watched.web.post("/v1/chat/completions", json=body)).json()
     line = ended(lines)
@@ -268,7 +274,7 @@ async def test_texts_are_logged_where_that_is_asked(watched: Watched, lines: lis
 
 
 async def test_no_text_is_logged_otherwise(watched: Watched, lines: list[Any]) -> None:
-    """Without it nothing of prompt or answer is in any line."""
+    """No line has a part of prompt or answer without it."""
     body = {"model": "rs", "messages": [{"role": "user", "content": "Secret"}], "max_tokens": 30}
     answer = (await watched.web.post("/v1/chat/completions", json=body)).json()
     said = repr(lines)

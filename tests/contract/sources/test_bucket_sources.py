@@ -212,7 +212,7 @@ def test_secrets_have_a_form(cloud):
 
 @pytest.mark.parametrize("cloud", ["s3", "gcs"], indirect=True)
 def test_a_secret_that_is_not_set_is_said(cloud):
-    """Without the named secret nothing is signed: the server's own credentials are not for that repository."""
+    """Nothing is signed without the named secret: the server's own credentials are not for that repository."""
     cloud.fill(FILES)
     with capture_logs() as logs, pytest.raises(RepoGated, match="LORAMUX_SECRET_key"):
         cloud.source(" ").resolve(cloud.repo())

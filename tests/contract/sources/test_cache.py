@@ -73,7 +73,7 @@ def in_place_of(make: Callable[[Path], object], name: str = "config.json") -> Ca
 
 
 def folder_with_a_file(path: Path) -> None:
-    """What a container engine makes of a mount that does not exist."""
+    """Make the folder of a container engine for a mount that does not exist."""
     path.mkdir()
     (path / "file").write_text("")
 
@@ -91,7 +91,7 @@ SPOILS: dict[str, Callable[[Path], object]] = {
 
 @pytest.mark.parametrize("spoil", SPOILS)
 def test_a_start_heals_its_cache(remote: Remote, tmp_path: Path, spoil: str) -> None:
-    """Whatever is where a file belongs is removed, and the file is fetched again, in one start."""
+    """Anything in a file's place is removed, and the file is fetched again, in one start."""
     folder = remote.fetch(tmp_path / "cache")
     SPOILS[spoil](folder)
     assert remote.fetch(tmp_path / "cache") == folder
@@ -142,7 +142,7 @@ def test_what_killed_replicas_left_is_swept(remote: Remote, tmp_path: Path) -> N
 def test_a_file_that_another_replica_takes_away(
     remote: Remote, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    """What is removed between a look and the reading, to be fetched again, is read again."""
+    """A file that is removed between a look and the reading, to be fetched again, is read again."""
     folder = remote.fetch(tmp_path / "cache")
     taken: list[Path] = []
 
@@ -158,7 +158,7 @@ def test_a_file_that_another_replica_takes_away(
 
 
 def test_replicas_that_start_together_share_a_cache(remote: Remote, tmp_path: Path) -> None:
-    """Of four that begin with a cache in which every file is damaged, each ends with a whole base."""
+    """Each of four replicas that begin with a cache in which every file is damaged ends with a whole base."""
     folder = remote.fetch(tmp_path / "cache")
     for name in remote.record.files:
         (folder / name).write_bytes(bytes(remote.record.files[name].size))

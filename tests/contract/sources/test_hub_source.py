@@ -97,7 +97,7 @@ def test_only_the_named_files_are_fetched(hub, tmp_path):
 
 
 def test_a_subfolder_is_a_root_of_its_own(hub, tmp_path):
-    """With a subfolder, names and files are those inside it."""
+    """Names and files with a subfolder are those inside it."""
     hf = source(hub)
     resolved = hf.resolve(repo("org/adapter", subfolder="checkpoint-5"))
     assert sorted(resolved.files) == sorted(FILES)
@@ -119,7 +119,7 @@ def test_a_subfolder_is_a_root_of_its_own(hub, tmp_path):
     ],
 )
 def test_answers_have_their_reasons(hub, wanted, fault, text):
-    """What the hub refuses becomes the failure of that name, with what to do."""
+    """A refusal of the hub becomes the failure of that name, with its cure."""
     with pytest.raises(fault, match=text.replace(".", r"\.")):
         source(hub).resolve(wanted)
 
@@ -155,7 +155,7 @@ def test_a_secret_of_a_file_comes_first(hub, tmp_path):
 
 
 def test_a_secret_that_is_not_set_is_said(hub):
-    """Without the named secret public repositories open, and a refusal says where it was looked for."""
+    """Public repositories open without the named secret, and a refusal says where it was looked for."""
     with capture_logs() as logs:
         source(hub).resolve(repo("org/adapter", runtime_secret_name="absent"))  # noqa: S106 - a name
     assert logs[0]["event"] == "secret not set, going on without"
@@ -200,7 +200,7 @@ def test_a_download_that_breaks_off_is_asked_for_again(hub, tmp_path):
 
 
 def test_a_branch_that_moves_during_a_build(hub, tmp_path):
-    """What was resolved stays: files come from the commit of the listing, wherever the branch is by then."""
+    """Files come from the commit of the listing, wherever the branch is by then."""
     hf = source(hub)
     resolved = hf.resolve(repo("org/adapter"))
     moved = hub.repos["org/adapter"]
@@ -283,7 +283,7 @@ def test_nothing_stays_open(hub, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
 def test_what_arrives_is_what_the_hub_lists(hub, tmp_path, name):
-    """A flipped bit is mended by a second download; one that stays is BUNDLE_CORRUPT, and no file."""
+    """A flipped bit is repaired by a second download; one that stays is BUNDLE_CORRUPT, and no file."""
     hf, base = source(hub), hub.repos["org/base"]
     resolved = hf.resolve(repo("org/base"))
     base.damaged[name] = 1
@@ -298,7 +298,7 @@ def test_what_arrives_is_what_the_hub_lists(hub, tmp_path, name):
 
 @pytest.mark.parametrize("commit", ["../../../evil", "main", "c" * 39, "/etc", "C" * 40, "c" * 40 + "\n"])
 def test_a_commit_is_a_commit(hub, commit):
-    """What a hub calls its commit becomes the name of a folder, so nothing but 40 or 64 hex digits is taken."""
+    """A hub's commit becomes the name of a folder, so only 40 or 64 hex digits are taken."""
     hub.repos["org/adapter"].revisions["main"] = commit
     with pytest.raises(SourceUnavailable, match="names no commit"):
         source(hub).resolve(repo("org/adapter"))

@@ -110,7 +110,7 @@ def test_a_revision_pins_the_archive(site):
 
 
 def test_a_subfolder_is_a_root_of_its_own(site):
-    """With a subfolder, names are those inside it; one that is not there is REPO_NOT_FOUND."""
+    """Names with a subfolder are those inside it; one that does not exist is REPO_NOT_FOUND."""
     assert list(source().resolve(repo(site, subfolder="x")).files) == ["y"]
     with pytest.raises(RepoNotFound, match="no folder 'z' in the archive"):
         source().resolve(repo(site, subfolder="z"))
@@ -197,7 +197,7 @@ def test_a_secret_goes_to_its_host_alone(site):
     [(404, RepoNotFound), (410, RepoNotFound), (401, RepoGated), (403, RepoGated), (418, SourceRefused)],
 )
 def test_answers_have_their_reasons(site, status, fault):
-    """What will not become better is said at once."""
+    """A permanent failure is reported at once."""
     site.failures[:] = [status, status]
     with pytest.raises(fault, match=f"{status}"):
         source().resolve(repo(site))
@@ -249,7 +249,7 @@ def test_sizes_are_checked_before_and_while_reading(site):
 
 
 def test_an_archive_that_is_begun_again_takes_its_room_once(site):
-    """Of five tries, the last of which brings all of it, the archive's bytes are asked for once."""
+    """The archive's bytes are requested once of five tries, the last of which brings all of it."""
     whole = pack(ADAPTER)
     broken = [said(len(whole), whole[:999])]
     site.routes["/b"] = lambda handler: (broken.pop() if broken else said(len(whole), whole))(handler)

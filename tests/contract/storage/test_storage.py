@@ -1,4 +1,4 @@
-"""What every store promises, shown on all of them; S3 is a real server over HTTP."""
+"""The promises of every store, shown on all of them; S3 is a real server over HTTP."""
 
 from __future__ import annotations
 
@@ -297,7 +297,7 @@ def test_unknown_access_key(aws: S3Server, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_no_credentials(aws: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without credentials the fault names the variables that would hold them."""
+    """The fault names the variables of credentials that are missing."""
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     assert all("no credentials. Set AWS_" in line for line in _all_calls_fail(S3Store("bucket")))
@@ -431,7 +431,7 @@ def test_an_object_beyond_its_bound_is_not_read(store: Store, monkeypatch: pytes
 
 
 def test_a_listing_beyond_its_bound_is_not_read(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As many keys as the bound says are listed; one more is an error that says the prefix and the bound."""
+    """A listing of as many keys as the bound is read; one more is an error with the prefix and the bound."""
     monkeypatch.setattr(bounds, "KEYS", 3)
     for name in "abc":
         store.put(f"k/{name}", b"")
@@ -443,7 +443,7 @@ def test_a_listing_beyond_its_bound_is_not_read(store: Store, monkeypatch: pytes
 
 
 def test_a_large_pointer_costs_no_memory(tmp_path: Path) -> None:
-    """Of a pointer of a gigabyte nothing is read, and of one that grows beyond its size a piece."""
+    """A pointer of a gigabyte is not read, and of one that grows beyond its size only a piece is."""
     store = LocalStore(tmp_path)
     path = tmp_path / current_key("tiny")
     path.parent.mkdir(parents=True)

@@ -29,9 +29,9 @@ class Case:
     config: dict[str, Any]
     """The ``quantization_config``."""
     tensors: dict[str, Tensor]
-    """Without ``layer.``."""
+    """Tensors without ``layer.``."""
     widened: list[Tensor]
-    """In each type in which the library says it."""
+    """Widened weights in each type in which the library widens them."""
 
 
 def weight(rows: int, columns: int) -> Tensor:

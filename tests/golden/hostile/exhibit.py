@@ -1,4 +1,4 @@
-"""What an exhibit is, and the tools that exhibits are made with."""
+"""Exhibits of the golden museum, and the tools to make them."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Exhibit:
     lora: dict[str, Any] = field(default_factory=dict)
     """``lora_configuration`` of the deployment."""
     signed_by: tuple[str, ...] = ()
-    """Who is to have signed it."""
+    """Required signers."""
 
     @property
     def refused(self) -> bool:

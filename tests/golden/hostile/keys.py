@@ -55,7 +55,7 @@ def _set(value: float) -> Any:
 
 
 def _magnitudes(width: int) -> Any:
-    """Of q_proj of layer 0 alone, so long."""
+    """Return a function that writes magnitudes of this length for q_proj of layer 0 alone."""
 
     def make(folder: Path) -> None:
         adapter(folder, target_modules=["q_proj"], use_dora=True)

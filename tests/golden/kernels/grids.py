@@ -24,7 +24,7 @@ MODELS = {
 STEPS = ((1, 1, 1), (8, 8, 8), (64, 64, 64), (64, 64, 8), (64, 1000, 8), (64, 1000, 1))
 """Rows that the decode step may have, slots that there are, adapters that it has, with a row each."""
 RANKS = ((8, 8), (16, 16), (64, 64), (8, 64), (16, 64))
-"""Of the adapters, and the ceiling that the bank was opened for."""
+"""Ranks of the adapters, and the ceiling that the bank was opened for."""
 ACTIVE = 16
 """Adapters that a step may have, as is usual."""
 ARCHITECTURE = 90

@@ -26,7 +26,9 @@ KEPT = Path(__file__).with_name("sources.txt")
 ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {
     "TRITON_DEFAULT_FP_FUSION": "1"
 }
-"""Of processes in which kernels are not made for the interpreter, and are compiled as everywhere."""
+"""Environment of processes in which kernels are not made for the interpreter, and are compiled as
+everywhere.
+"""
 
 
 def lines() -> Iterator[str]:

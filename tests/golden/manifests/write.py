@@ -62,7 +62,7 @@ ADAPTERS: dict[str, tuple[Shapes, dict[str, Any], dict[str, Any], str]] = {
         "float16",
     ),
 }
-"""By name: shapes, changes to the adapter's config and to the base's, storage type."""
+"""Adapters by name: shapes, changes to the adapter's config and to the base's, storage type."""
 
 
 def manifest(name: str) -> bytes:

@@ -70,7 +70,7 @@ def everything() -> Scrape:
 
 
 def of_builder() -> Scrape:
-    """What a builder exports once a build has ended."""
+    """Return the metrics of a builder once a build has ended."""
     meter = BuildMeter(lambda: 0)
     entry = SimpleNamespace(create_time=datetime.now(UTC))
     meter.ended(cast(RunningBuild, SimpleNamespace(failure=None, state=State.ACTIVE, entry=entry)))

@@ -1,4 +1,4 @@
-"""A service that says what it is told to, so that a transcript depends on nothing but the door."""
+"""A service with scripted answers, so that a transcript depends on nothing but the API."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Case:
     endpoint: str
     body: dict[str, Any]
     answers: Sequence[str]
-    """In steps that are separated by ``|``; the answers take turns."""
+    """Answers in steps that are separated by ``|``; the answers take turns."""
     reason: FinishReason = FinishReason.STOP
     failure: Exception | None = None
     """Comes in place of the end."""

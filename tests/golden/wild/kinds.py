@@ -95,7 +95,7 @@ _KEPT: Final = {
 
 
 def _pruned() -> Tensors:
-    """What is left of the singular values, and of the rows and columns of each."""
+    """Return the rest of the singular values, and of the rows and columns of each."""
     made = _BOTH(_adalora(4))()
     for name, flags in _KEPT.items():
         module = f"base_model.model.{name.removesuffix('.lora_E')}"

@@ -1,4 +1,4 @@
-"""What a shape of an adapter is, and the tools that shapes are written with."""
+"""Shapes of adapters, and the tools to write them."""
 
 from __future__ import annotations
 
@@ -65,16 +65,16 @@ class Shape:
     writer: str
     release: str
     what: str
-    """What is special about it."""
+    """Description of the shape."""
     config: Mapping[str, Any] | None = field(default_factory=of_peft)
     """None: there is no config."""
     tensors: Callable[[], Tensors] | None = tensors
     """None: there is no file of tensors."""
     codes: str = ""
-    """That it gets, separated by blanks; with one that refuses it nothing is published."""
+    """Codes that it gets, separated by blanks; with one that refuses it nothing is published."""
     base: str = "llama"
     under: Mapping[str, str] | None = None
-    """What must be put for what in the keys before PEFT loads them; None: it loads the very files."""
+    """Replacements in the keys before PEFT loads them; None: it loads the very files."""
     files: tuple[str, ...] = ()
     """Other files, of one byte."""
     shards: int = 0
@@ -83,7 +83,7 @@ class Shape:
 
     @property
     def refused(self) -> bool:
-        """Whether a code refuses it."""
+        """Return True if a code refuses it."""
         return any(code.startswith("E_") for code in self.codes.split())
 
     @property

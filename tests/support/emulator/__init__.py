@@ -1,7 +1,7 @@
 """Operations of another architecture under qemu, for tests: they show what is computed, and not how fast.
 
 The tests run in a process whose heap is a file (``shared_heap.c``). The operations run in an emulated process
-that maps it at the same address (``server.cpp``), so a call needs no more than its arguments.
+that maps it at the same address (``server.cpp``), so a call needs only its arguments.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A plugin of pytest: whoever loads compiled operations gets those of an emulated process."""
+"""A plugin of pytest that replaces compiled operations by those of an emulated process."""
 
 from __future__ import annotations
 

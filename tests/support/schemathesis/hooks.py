@@ -1,4 +1,4 @@
-"""What the command `schemathesis` is told of this door: `SCHEMATHESIS_HOOKS` names this file's module."""
+"""Hooks of the command `schemathesis` for this API: `SCHEMATHESIS_HOOKS` names this file's module."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import schemathesis
 from schemathesis.checks import CheckContext
 
 REFUSED_UNREAD = "the body of the request is not valid."
-"""How a refusal begins of a body that is not of the form that is described; other refusals are of rules."""
+"""Beginning of a refusal of a body that is not of the described form; other refusals are of rules."""
 BETWEEN_FIELDS = "the same as"
-"""What such a refusal says of a rule after all, which JSON Schema has no words for."""
+"""Part of such a refusal that is of a rule after all, which JSON Schema has no words for."""
 
 
 MAX_N, MAX_TOKENS = 128, 2**31
@@ -28,7 +28,7 @@ FEW = {
 def before_call(context: Any, case: Any, kwargs: Any) -> None:
     """Ask for little, and write whole numbers without a fraction.
 
-    5.0 is an integer of JSON Schema and none of this door's, whose types are strict.
+    5.0 is an integer of JSON Schema and none of this API's, whose types are strict.
     """
     if isinstance(case.body, dict):
         case.body = {name: _few(name, value) for name, value in _whole(case.body).items()}
@@ -52,7 +52,7 @@ def _whole(value: Any) -> Any:
 
 @schemathesis.hook
 def after_call(context: Any, case: Any, response: Any) -> None:
-    """Go on after a pause: whoever asks next would wait."""
+    """Go on after a pause: the next request would wait."""
     if case.path == "/pause" and response.status_code == 200:
         url = response.request.url.partition("/pause")[0] + "/resume"
         requests.post(url, headers={"authorization": response.request.headers["Authorization"]}, timeout=120)
@@ -60,7 +60,9 @@ def after_call(context: Any, case: Any, response: Any) -> None:
 
 @schemathesis.check
 def is_as_described(ctx: CheckContext, response: Any, case: Any) -> None:
-    """What the document allows may break a rule between fields, but is never unknown or of a wrong type."""
+    """A body that the document allows may break a rule between fields, but is never unknown or of a
+    wrong type.
+    """
     positive = case.meta is not None and case.meta.generation.mode.is_positive
     if positive and response.status_code == 400:
         message = response.json()["error"]["message"]

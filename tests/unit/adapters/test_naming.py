@@ -1,4 +1,4 @@
-"""From a request's name to the model that answers it: after the generation that it requests."""
+"""The model of a request's name, after the generation that it requests."""
 
 from __future__ import annotations
 
