@@ -18,7 +18,9 @@ from loramux_shared.settings import InferenceSettings
 
 @dataclass(frozen=True)
 class Drafts:
-    """How many tokens the engine drafts: as the settings say, else the generation, else as is usual."""
+    """The number of tokens that the engine drafts: that of the settings, else of the generation, else the
+    default.
+    """
 
     engine: Engine
     settings: InferenceSettings
@@ -31,7 +33,7 @@ class Drafts:
 
 
 class AdapterSet:
-    """What a replica serves, and how that changes; called on the event loop alone.
+    """The adapters that a replica serves, and their changes; called on the event loop alone.
 
     A bundle that was loaded into this replica alone stays beside the deployment's adapters, until one of these
     has its name. A pinned name keeps the version resident that it stands for. What changes residency is posted

@@ -1,4 +1,4 @@
-"""What is served under which name, while generations come and go."""
+"""The served models by name, while generations come and go."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _DIGITS: Final = re.compile(rf"[0-9a-f]{{{LEAST_DIGITS},64}}")
 
 @dataclass(frozen=True)
 class NameChanges:
-    """What a generation made of the names before it."""
+    """The changes of names by a generation."""
 
     added: tuple[str, ...]
     switched: tuple[str, ...]
@@ -67,7 +67,9 @@ class Catalog:
         self._earlier: dict[str, tuple[ServedModel, ...]] = {}
         self._by_digest: dict[str, tuple[str, ...]] = {}
         self._handles: WeakValueDictionary[str, Adapter] = WeakValueDictionary()
-        """Kept by whoever uses them: a digest that comes back meanwhile has the handle that it had."""
+        """Handles by digest, kept alive by their users: a digest that comes back meanwhile has the handle that
+        it had.
+        """
         for model in self._models.values():
             self._enter(model)
 
@@ -125,7 +127,7 @@ class Catalog:
 
     @property
     def base_licence(self) -> str:
-        """What the base's repository says of its licence; empty where no generation says so."""
+        """Return the licence that the base's repository names; empty where no generation has one."""
         return self.deployed.base.licence
 
     @property
@@ -135,7 +137,7 @@ class Catalog:
 
     @property
     def everything(self) -> tuple[ServedModel, ...]:
-        """All models, whoever asks; may be asked on another thread."""
+        """Return all models, for every caller; may be called on another thread."""
         return tuple(self._models.values())
 
     def get(self, name: str) -> ServedModel:

@@ -1,4 +1,4 @@
-"""How a door changes what is served: through a builder or, for bundles, in this replica alone."""
+"""Changes of the served adapters by an API: through a builder or, for bundles, in this replica alone."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from loramux_shared.faults import (
 from loramux_shared.spelling import parse_repository
 
 BUNDLE: Final = "bundle:"
-"""Of a bundle that the store has: ``bundle:`` and its digest."""
+"""Prefix of a bundle that the store has: ``bundle:`` and its digest."""
 _HUBS: Final = ("huggingface://", "hf://", "huggingface:")
 _GCS: Final = "gcs://"
 """AIBrix's spelling of ``gs://``."""

@@ -1,4 +1,4 @@
-"""What an adapter brings beside its weights: its chat template, sampling defaults, stop and own tokens."""
+"""Defaults that an adapter brings beside its weights: its chat template, sampling, stop and own tokens."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TEMPLATE, GENERATION, TOKENIZER = TEXT_FILES
 
 @dataclass(frozen=True)
 class AdapterDefaults:
-    """Where a request leaves something open, the adapter's own word comes before the base's."""
+    """The defaults of an adapter, which come before the base's where a request leaves something open."""
 
     template: ChatTemplate | None = None
     """None: the base's."""
@@ -26,9 +26,9 @@ class AdapterDefaults:
     top_p: float | None = None
     top_k: int | None = None
     stop_token_ids: frozenset[int] = frozenset()
-    """Beside the base's."""
+    """Stop tokens beside the base's."""
     text: Text | None = None
-    """Where it has other tokens than the base; None: the base's."""
+    """Tokenizer, where it has other tokens than the base; None: the base's."""
 
 
 NO_DEFAULTS: Final = AdapterDefaults()

@@ -31,7 +31,7 @@ from loramux_shared.storage.bounds import RECORD_BYTES
 log = structlog.get_logger()
 
 KEPT: Final = 0.9
-"""Of the bound, what stays when bundles leave, so that they do not leave one by one."""
+"""Share of the bound that stays when bundles leave, so that they do not leave one by one."""
 COUNT_EVERY_S: Final = 60.0
 """Other replicas write into the same folder: it is counted again after so long, when something is put."""
 YOUNG_S: Final = 60.0
@@ -41,7 +41,7 @@ Verify = Callable[[Bytes, Mapping[str, FileDigest], str, str], None]
 """Raises `BundleCorrupt` unless a file's bytes are those that the manifest of a digest names."""
 
 _NO_FILE: Final = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EINVAL, errno.ENXIO}
-"""What opening something says that is not there, or is no file."""
+"""Errors of opening something that does not exist, or is no file."""
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
@@ -71,7 +71,7 @@ class DiskTier:
         self._tidying = threading.Lock()
         self._lock = threading.Lock()
         self._bytes = 0
-        """What is there, as far as this process knows."""
+        """Bytes on the disk, as far as this process knows."""
         self._counted_s = -COUNT_EVERY_S
         self._refused = False
 
@@ -101,7 +101,7 @@ class DiskTier:
         except BundleCorrupt as damage:
             self._remove_damaged(digest, damage.message)
         else:
-            with suppress(OSError):  # whoever may not write here still reads
+            with suppress(OSError):  # a process that may not write here still reads
                 os.utime(self._path(digest))
             return found
         return None

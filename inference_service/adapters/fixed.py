@@ -25,7 +25,7 @@ class AllResident:
         self.stats = ResidencyStats()
 
     def standing(self, adapter: Adapter) -> Standing:
-        """Resident, and used by who knows whom."""
+        """Return a standing: resident, with unknown users."""
         return Standing(
             adapter, AdapterState.RESIDENT, 0, 0, 0, pinned=False, last_used_s=None, failure=adapter.unusable
         )

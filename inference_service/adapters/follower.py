@@ -29,7 +29,7 @@ SPACING_S: Final = 0.1
 
 
 class FollowerState(StrEnum):
-    """How a replica stands to its deployment."""
+    """The relation of a replica to its deployment."""
 
     FIXED = "fixed"
     """It serves the generation of its start and looks for no other."""
@@ -43,7 +43,7 @@ class FollowerState(StrEnum):
 
 @dataclass(frozen=True)
 class FollowerStanding:
-    """Where a replica is."""
+    """The standing of a replica."""
 
     generation: int
     """Served."""
@@ -59,7 +59,7 @@ class FollowerStanding:
 
     @property
     def state(self) -> FollowerState:
-        """In one word; a restart is what somebody has to do, so it comes first."""
+        """Return the state in one word; a restart is an operator's task, so it comes first."""
         if not self.follows:
             return FollowerState.FIXED
         return (
@@ -106,7 +106,7 @@ class Follower:
 
     @property
     def standing(self) -> FollowerStanding:
-        """Where the replica is now."""
+        """Return the present standing of the replica."""
         return self._standing
 
     async def run(self) -> None:
@@ -141,7 +141,7 @@ class Follower:
             )
 
     def close(self) -> None:
-        """End the thread; `run` is cancelled by whoever runs it."""
+        """End the thread; the caller of `run` cancels that."""
         self._interval_s = 0.0
         if self._workers is not None:
             self._workers.close()
@@ -161,7 +161,7 @@ class Follower:
         await asyncio.sleep(self._looked_s + self._spacing_s - time.monotonic())
         if not self._interval_s:
             return
-        self._workers = self._workers or Workers("follower", 1)  # a store that hangs holds up no exit
+        self._workers = self._workers or Workers("follower", 1)  # a store that hangs delays no exit
         try:
             pointer, generation = await asyncio.wrap_future(self._workers.submit(self._read))
         except (BundleCorrupt, StoreUnavailable) as fault:

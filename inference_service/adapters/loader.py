@@ -101,7 +101,7 @@ class AdapterLoader(Generic[P]):
                 self._ended(packing, digest)
                 self._reader.keep(found)
                 wait([packing])  # until then its memory counts
-        except Exception as error:  # noqa: BLE001 - whoever waits is told
+        except Exception as error:  # noqa: BLE001 - the waiters get it
             self._finish(digest, _fault(error))
 
     def _pack_and_finish(self, digest: str, found: FoundBundle) -> None:
@@ -137,7 +137,7 @@ def _expect_invocation(bundle: Bundle, tokens: tuple[int, ...]) -> None:
 def _outcome(work: Callable[[], T]) -> T | Fault:
     try:
         return work()
-    except Exception as error:  # noqa: BLE001 - whoever waits is told
+    except Exception as error:  # noqa: BLE001 - the waiters get it
         return _fault(error)
 
 
@@ -162,7 +162,7 @@ def _tell(done: Callable[..., None], *outcome: object) -> None:
     try:
         done(*outcome)
     except Exception:
-        log.exception("who waited for an adapter could not be told")  # and holds up nobody else
+        log.exception("adapter load callback raised")  # the others still run
 
 
 def _one_thread() -> None:

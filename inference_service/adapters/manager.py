@@ -1,4 +1,4 @@
-"""What doors can do with adapters: look at them, pin them, have them loaded and unloaded."""
+"""Operators' calls for adapters: list, pin, load and unload them."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class AdapterManager:
 
     @property
     def residency(self) -> AdapterResidency:
-        """Which adapters are in the bank."""
+        """Return the residency, which knows the adapters in the bank."""
         return self._residency
 
     def place_of(self, model: ServedModel) -> AdapterPlace:
@@ -74,7 +74,7 @@ class AdapterManager:
         return PLACES[self._residency.standing(model.adapter).state]
 
     def failure_of(self, model: ServedModel) -> Fault | None:
-        """Say why a model is served no more, or why its last load failed; None where neither is so."""
+        """Return why a model is no longer served, or why its last load failed; None where neither is so."""
         return None if model.adapter is None else self._residency.standing(model.adapter).failure
 
     def is_pinned(self, name: str) -> bool:
@@ -175,7 +175,7 @@ class AdapterManager:
         return await self._changing.roll_back(to)
 
     def replica(self) -> ReplicaView:
-        """Say how the replica is; costs no more than there are adapters in the bank or on their way."""
+        """Return the state of the replica; costs at most a look at the adapters in the bank or on their way."""
         standing, stats = self._follower.standing, self._residency.stats
         states = [each.state for each in self._residency.standings()]
         resident = states.count(AdapterState.RESIDENT)

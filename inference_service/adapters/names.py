@@ -1,4 +1,4 @@
-"""Which model an alias stands for, and the faults of names that are not served."""
+"""The choice of a model for an alias, and the faults of names that are not served."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _DRAWS: Final = 2**64
 def choose(alias: str, weights: Mapping[str, int], sticky_key: str) -> str:
     """Return one of the models of an alias; at least one has a weight above 0.
 
-    The same key finds the same model on every replica. A change of weights moves no more keys than it must:
-    each model draws a time from the key, exponential with its weight, and the earliest one wins (weighted
-    rendezvous hashing, https://www.ietf.org/archive/id/draft-ietf-bess-weighted-hrw-02.html). Without a key
-    one is drawn at random.
+    The same key finds the same model on every replica. A change of weights moves as few keys as possible: each
+    model draws a time from the key, exponential with its weight, and the earliest one wins (weighted rendezvous
+    hashing, https://www.ietf.org/archive/id/draft-ietf-bess-weighted-hrw-02.html). Without a key one is drawn
+    at random.
     """
     key = sticky_key or secrets.token_hex(8)
     return min(
@@ -40,7 +40,7 @@ SHOWN: Final = 128
 COMPARED: Final = 200
 """Names, those around it in the order of the alphabet, that a wrong one is compared with."""
 LEAST_DIGITS: Final = 8
-"""Of a digest, where it stands behind a name."""
+"""Least digits of a digest behind a name."""
 TOLD_DIGITS: Final = 12
 
 

@@ -1,4 +1,4 @@
-"""From a verified bundle to what a backend copies into its bank; proved once per digest and process."""
+"""The packing of a verified bundle for a backend's bank; proved once per digest and process."""
 
 from __future__ import annotations
 
@@ -27,7 +27,9 @@ from loramux_shared.faults import ResourcesExhausted
 log = structlog.get_logger()
 
 ARRANGED_BYTES: Final = 32 << 20
-"""Of where matrices lie in bundles that were packed before: those of 6,000 adapters of a small dense base."""
+"""Bytes of the arrangements of bundles that were packed before: those of 6,000 adapters of a small
+dense base.
+"""
 SHOWN: Final = 12
 """Characters of a digest that stand for an adapter where its name is not known."""
 

@@ -1,4 +1,4 @@
-"""What the adapters of a replica need from outside; each port has a second implementation, or a fake."""
+"""Ports of a replica's adapters to the outside; each has a second implementation, or a fake."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from loramux_shared.deployment import Repository
 
 
 class AdapterResidency(Protocol):
-    """Which adapters are in the bank; what changes something is called on the engine's thread alone."""
+    """The adapters in the bank; a change is called on the engine's thread alone."""
 
     @property
     def stats(self) -> ResidencyStats:
@@ -21,12 +21,12 @@ class AdapterResidency(Protocol):
 
     @property
     def num_bytes(self) -> int:
-        """What resident adapters take of the bank."""
+        """Return the bytes of resident adapters in the bank."""
         ...
 
     @property
     def capacity(self) -> int:
-        """What the bank has."""
+        """Return the bytes of the bank."""
         ...
 
     def standing(self, adapter: Adapter) -> Standing:
@@ -59,7 +59,7 @@ class GenerationFollower(Protocol):
 
     @property
     def standing(self) -> FollowerStanding:
-        """Where the replica is now."""
+        """Return the present standing of the replica."""
         ...
 
     async def catch_up(self, number: int) -> None:

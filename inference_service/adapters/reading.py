@@ -47,17 +47,17 @@ log = structlog.get_logger()
 REQUESTS: Final = 16
 """Files beside the weights that are asked of the store at once, for all bundles."""
 MANIFESTS_BYTES: Final = 32 << 20
-"""Of manifests that are kept as they were parsed, about: those of 100 adapters of a small dense base."""
+"""Bytes of parsed manifests that are kept, about: those of 100 adapters of a small dense base."""
 PARSED: Final = 6
 """Bytes that a byte of a manifest takes once it is parsed."""
 KNOWN: Final = 4096
 """Bundles whose faster digest is kept, 0.2 KB each."""
 AT_ONCE_BYTES: Final = 1 << 30
-"""Of bundles that are read and not yet packed; a larger one is read alone."""
+"""Bytes of bundles that are read and not yet packed; a larger one is read alone."""
 
 
 class Tier(StrEnum):
-    """Where an adapter was found."""
+    """The place where an adapter was found."""
 
     HOST = "host"
     DISK = "disk"
@@ -71,7 +71,7 @@ class FoundBundle:
     bundle: Bundle
     tier: Tier
     manifest: bytes = b""
-    """Of one from the store: what the disk keeps beside the files."""
+    """Manifest of a bundle from the store, which the disk keeps beside the files."""
     files: Mapping[str, Bytes] = field(default_factory=dict)
 
 

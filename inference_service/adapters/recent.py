@@ -1,4 +1,4 @@
-"""What was used last, up to a bound."""
+"""A cache of the most recently used values, up to a bound."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Recent(Generic[V]):
 
     @property
     def size(self) -> int:
-        """Of all values together, never above the bound."""
+        """Return the size of all values together, never above the bound."""
         return self._size
 
     def get(self, digest: str) -> V | None:

@@ -28,7 +28,7 @@ class ServedModel:
     modules: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     weights_bytes: int | None = None
-    """Of its matrices, in the storage type; None while it is not known."""
+    """Bytes of its matrices, in the storage type; None while they are not known."""
     defaults: AdapterDefaults | None = NO_DEFAULTS
     """None while nobody has read them."""
     load_time: datetime = field(default_factory=lambda: datetime.now(UTC))
@@ -39,21 +39,21 @@ class ServedModel:
     parts: tuple[ServedModel, ...] = ()
     """Those that a mixture is of."""
     affine: bool = False
-    """Whether it multiplies outputs of the base, or adds biases to them."""
+    """True if it multiplies outputs of the base, or adds biases to them."""
     vocab: int | None = None
     """Its tokens; None: as many as the base has."""
     num_labels: int | None = None
-    """Of its score head; None where it generates text."""
+    """Labels of its score head; None where it generates text."""
     kinds: tuple[str, ...] = ()
-    """What it is, as its manifest says; none of the base."""
+    """Kinds of the adapter, as in its manifest; empty for the base."""
     replaced: tuple[tuple[str, int], ...] = ()
-    """How many rows of embeddings and head it has others for, by the module's name."""
+    """Numbers of rows of embeddings and head that it replaces, by the module's name."""
     licence: str = ""
-    """What its repository says of its licence; empty where it says nothing."""
+    """Licence that its repository names; empty where it names none."""
 
     @property
     def invocation(self) -> tuple[int, ...]:
-        """From which tokens on it acts; none where it acts on everything."""
+        """Return the tokens from which on it acts; none where it acts on everything."""
         return self.adapter.invocation if self.adapter is not None else ()
 
     @property

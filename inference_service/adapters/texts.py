@@ -1,4 +1,4 @@
-"""What adapters bring beside their weights, read before a request is tokenized."""
+"""Texts that adapters bring beside their weights, read before a request is tokenized."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ KEPT: Final = 512
 """Adapters whose parsed texts are kept; a chat template with its macros takes some tens of KB."""
 AT_ONCE: Final = 4
 SCORERS_BYTES: Final = 64 << 20
-"""Of score heads that are kept; one of ten labels takes 160 KB at a hidden size of 4,096."""
+"""Bytes of score heads that are kept; one of ten labels takes 160 KB at a hidden size of 4,096."""
 
 
 class AdapterTexts:

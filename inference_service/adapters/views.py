@@ -1,4 +1,4 @@
-"""What operators see of adapters and of the replica. Plain and frozen, no protobuf and no JSON."""
+"""Operators' views of adapters and of the replica. Plain and frozen, no protobuf and no JSON."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from loramux_shared.faults import Fault
 
 
 class AdapterPlace(StrEnum):
-    """Where an adapter's matrices are, of those places that the engine knows."""
+    """The place of an adapter's matrices, of those places that the engine knows."""
 
     STORE = "store"
     """Not in memory: the first request waits until they come from the replica's disk or from the store."""
     HOST = "host"
     """On their way into the bank, in the host's memory."""
     DEVICE = "device"
-    """In the bank or, where an adapter is merged, in the weights: where they are computed with."""
+    """In the bank or, where an adapter is merged, in the weights."""
 
 
 PLACES = {
@@ -41,7 +41,7 @@ class AdapterView:
     """The version of the name that is in the bank: the same, or while that is not there yet the one before;
     empty where there is none."""
     generation: int
-    """Of the deployment, as this replica serves it."""
+    """Generation of the deployment, as this replica serves it."""
     place: AdapterPlace
     state: AdapterState
     pinned: bool
@@ -50,14 +50,14 @@ class AdapterView:
     waiting: int
     """Sequences that wait for it or for a seat."""
     num_bytes: int
-    """Of the bank; 0 where it was never loaded."""
+    """Bytes of the bank; 0 where it was never loaded."""
     last_used: datetime | None
     failure: Fault | None
-    """Why it is served no more, or why its last load failed."""
+    """Why it is no longer served, or why its last load failed."""
     only_here: bool
     """True where it was loaded into this replica alone, and no generation has it."""
     kinds: tuple[str, ...]
-    """What it is; none while that is not known."""
+    """Kinds of the adapter; empty while they are not known."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class AdapterPage:
 
     adapters: tuple[AdapterView, ...]
     next_page: str
-    """What asks for the next ones; empty at the end."""
+    """Token of the next page; empty at the end."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class ReplicaView:
     newest: int
     """The newest generation that was seen."""
     state: str
-    """How it stands to its deployment: fixed, current, stale or blind."""
+    """Relation to its deployment: fixed, current, stale or blind."""
     reason: str
     """Why it is stale or blind."""
     paused: bool
@@ -88,9 +88,9 @@ class ReplicaView:
     registered: int
     """Adapters by name."""
     resident: int
-    """Of the digests, those in the bank."""
+    """Digests in the bank."""
     arriving: int
-    """Of the digests, those on their way into it."""
+    """Digests on their way into the bank."""
     pinned: int
     """Names."""
     loads: int
@@ -98,11 +98,11 @@ class ReplicaView:
     evictions: int
     started: datetime
     version: str
-    """Of loramux."""
+    """Version of loramux."""
 
     @property
     def standing(self) -> tuple[object, ...]:
-        """What a watcher is told of when it changes; uses of adapters change much more often."""
+        """Return the values whose change a watcher is notified of; uses of adapters change much more often."""
         counts = (self.registered, self.pinned, self.loads, self.failures, self.evictions)
         return (self.generation, self.newest, self.state, self.reason, self.paused, *counts)
 
@@ -118,10 +118,10 @@ class Loaded:
 
 @dataclass(frozen=True)
 class Facts:
-    """What does not change while a replica lives."""
+    """The facts that do not change while a replica lives."""
 
     deployment: str
     started: datetime
     dtype: str = ""
-    """Of computation, as torch names it."""
+    """Type of computation, as torch names it."""
     max_lora_rank: int = 0

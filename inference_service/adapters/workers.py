@@ -28,7 +28,7 @@ class _Work:
 class Workers:
     """A few threads that take work in turn, and end when this is closed or forgotten.
 
-    They end with the process: a store that hangs holds up no exit.
+    They end with the process: a store that hangs delays no exit.
     """
 
     def __init__(self, name: str, count: int, prepare: Callable[[], object] | None = None) -> None:
@@ -75,7 +75,7 @@ def _serve(
     prepare: Callable[[], object] | None,
     ready: threading.Barrier,
 ) -> None:
-    """What a thread does; it knows nothing of the `Workers`, so that those can be forgotten."""
+    """Work as a thread; it knows nothing of the `Workers`, so that those can be forgotten."""
     if prepare is not None:
         prepare()
     ready.wait()
@@ -94,7 +94,7 @@ def _carry_out(item: _Work) -> None:
         return
     try:
         result = item.run()
-    except BaseException as error:  # noqa: BLE001 - whoever waits for the future gets it
+    except BaseException as error:  # noqa: BLE001 - the waiter of the future gets it
         item.future.set_exception(error)
     else:
         item.future.set_result(result)
