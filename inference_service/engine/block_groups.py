@@ -38,7 +38,7 @@ class BlockGroup:
         return length
 
     def knows(self, seq: Sequence, index: int) -> bool:
-        """Whether the block at a place of a sequence can be found."""
+        """Return True if the block at a place of a sequence can be found."""
         return prefix_key(seq, index, self._block_size) in self.pool
 
     def hold(self, seq: Sequence, table: array[int], count: int) -> None:

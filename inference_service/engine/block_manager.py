@@ -1,4 +1,4 @@
-"""What sequences hold of the cache, kind by kind: blocks of keys and values, and recurrent states.
+"""The sequences' parts of the cache, kind by kind: blocks of keys and values, and recurrent states.
 
 Layers that see equally far are a group with blocks of its own (`block_groups.py`); a base with layers that
 carry a state has slots for it (`state_slots.py`). A prefix is found where every kind can serve it.
@@ -33,9 +33,9 @@ class _Refusal:
 
     seq: Sequence
     lacking: BlockPool
-    """That had not enough blocks for it."""
+    """Pool that had not enough blocks for it."""
     releases: int
-    """How often blocks of it had become free by then."""
+    """Number of times that blocks of it had become free by then."""
     missing: tuple[BlockPool, int] | None
     """A pool without the block behind those that were found, and its key; None where all have it."""
 
@@ -65,17 +65,17 @@ class BlockManager:
 
     @property
     def slides(self) -> bool:
-        """Whether any layer has a window."""
+        """Return True if any layer has a window."""
         return bool(self._sliding)
 
     @property
     def num_blocks(self) -> int:
-        """Of the largest group: those that see everything, where there are such layers."""
+        """Return the blocks of the largest group: those that see everything, where there are such layers."""
         return max(group.pool.num_blocks for group in self.groups)
 
     @property
     def num_free(self) -> int:
-        """Of as many, those that nobody holds; of several groups the fullest says which part that is."""
+        """Return the free ones of as many; of several groups the fullest decides the share."""
         if len(self.groups) == 1:
             return self.groups[0].pool.num_free
         return int(min(group.pool.num_free / group.pool.num_blocks for group in self.groups) * self.num_blocks)
@@ -198,7 +198,7 @@ class BlockManager:
             self.states.keep()
 
     def copies(self) -> tuple[Mapping[int, int], ...]:
-        """What the next step must copy among states before it begins, as `Batch` has it."""
+        """Return the copies among states before the next step, as `Batch` has them."""
         return () if self.states is None else self.states.copies()
 
     def forget_all(self) -> None:

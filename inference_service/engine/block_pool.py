@@ -15,7 +15,7 @@ class BlockPool:
     def __init__(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks
         self.releases = 0
-        """How often a block became free."""
+        """Number of times that a block became free."""
         self._refs = [0] * num_blocks
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
         self._by_key: dict[int, int] = {}
@@ -62,7 +62,7 @@ class BlockPool:
                 self._free.move_to_end(block, last=False)
 
     def forget(self, key: int) -> None:
-        """Let the block that is known by a key, if there is one, be found no more."""
+        """Remove the block with a key, if there is one, from later look-ups."""
         block = self._by_key.pop(key, None)
         if block is not None:
             del self._key_of[block]

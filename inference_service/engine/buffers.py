@@ -1,4 +1,4 @@
-"""What a step reads, in static tensors on the device that one copy per step fills."""
+"""The input of a step, in static tensors on the device that one copy per step fills."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ _PADDING: Final = np.full(FIELDS, Kind.PADDING, np.int32).tobytes()
 
 @dataclass(frozen=True)
 class StepCapacity:
-    """How large a step may become; what is launched for it depends on nothing else."""
+    """The largest size of a step; its launches depend on nothing else."""
 
     rows: int
     seqs: int
     """Sequences that have rows, and of which each may draw a token."""
     mixed: bool
-    """Whether chunks may have more rows than one; else a step decodes, one row per sequence."""
+    """True if chunks may have more rows than one; False if a step decodes, one row per sequence."""
     max_seqs: int
     """Tokens that the step before may have drawn."""
     blocks_per_seq: int
@@ -46,7 +46,7 @@ class StepCapacity:
     cuts: tuple[Cut, ...]
     """Those of the model's layers: each has tables for attention of its own."""
     groups: int
-    """Of layers whose cache blocks are apart."""
+    """Groups of layers whose cache blocks are apart."""
     delta_tile: int | None
     """Rows of a longer chunk that go through a state together; None: no layer carries one."""
     slots: int
@@ -56,7 +56,7 @@ class StepCapacity:
 
     @property
     def attention(self) -> tuple[AttentionCapacity, ...]:
-        """Of the attention's tables, in the order of the cuts."""
+        """Return the capacities of the attention's tables, in the order of the cuts."""
         sizes = self.rows, self.seqs, self.blocks_per_seq, self.block_size
         return tuple(
             AttentionCapacity(*sizes, cut.tile if self.mixed else None, cut.kv_heads, self.groups)
@@ -65,7 +65,7 @@ class StepCapacity:
 
     @property
     def delta(self) -> DeltaCapacity | None:
-        """Of the tables of states; None where no layer carries one."""
+        """Return the capacity of the tables of states; None where no layer carries one."""
         if self.delta_tile is None:
             return None
         if not self.mixed:
@@ -79,14 +79,16 @@ class StepCapacity:
 
     @property
     def segments(self) -> SegmentCapacity | None:
-        """Of the adapters' segments; None without adapters."""
+        """Return the capacity of the adapters' segments; None without adapters."""
         if not self.slots:
             return None
         return SegmentCapacity(self.rows, self.slots, self.tile, active=self.active)
 
     @property
     def mixed_segments(self) -> tuple[SegmentCapacity, ...]:
-        """Of steps with mixtures: of those that decode with two adapters to a row, and of all others."""
+        """Return the capacities of steps with blends: of those that decode with two adapters to a row, and of
+        all others.
+        """
         passes: tuple[int, ...] = (PAIR,) if self.active <= PAIR else (PAIR, MOST_PARTS)
         if not self.slots:
             return ()
@@ -99,7 +101,7 @@ class StepCapacity:
 
     @property
     def sections(self) -> dict[str, slice]:
-        """Where each array lies behind the drawn tokens; what is seldom all used comes last."""
+        """Return the place of each array behind the drawn tokens; arrays that are seldom full come last."""
         return sections(
             {
                 "tokens": self.rows,
@@ -164,7 +166,7 @@ class StepBuffers:
             for cut, name, each in zip(capacity.cuts, self._tables, self._attention_capacities, strict=True)
         }
         self.segments: list[Segments] = []
-        """Of steps without mixtures, then `StepCapacity.mixed_segments`; of these one is filled."""
+        """Segments of steps without blends, then `StepCapacity.mixed_segments`; of these one is filled."""
         self.parts = 1
         """Adapters that a row of the step has at most."""
         if self._segment_capacity is not None:

@@ -21,7 +21,7 @@ from inference_service.engine.step import Pending, StepRunner
 
 @dataclass(frozen=True)
 class EngineStats:
-    """What the engine holds now, and what it has done."""
+    """The content of the engine now, and its counters."""
 
     waiting: int
     running: int
@@ -35,13 +35,13 @@ class EngineStats:
     prefix_tokens_queried: int
     """Tokens of admitted sequences."""
     prefix_tokens_hit: int
-    """Of those, tokens whose keys and values were cached."""
+    """Tokens of those whose keys and values were cached."""
     tokens_generated: int
     """Tokens of answers, those of answers under way included."""
     tokens_drafted: int = 0
     """Tokens that prompt lookup drafted."""
     tokens_accepted: int = 0
-    """Of those, tokens of answers."""
+    """Tokens of those that became tokens of answers."""
     left: int = 0
     """Sequences that the last step left waiting; `waiting` has those too that came since."""
     seats: int = 0
@@ -55,7 +55,7 @@ class EngineStats:
 
 @dataclass(frozen=True)
 class SequenceCounts:
-    """How many sequences there are, by the names of models."""
+    """The numbers of sequences, by the names of models."""
 
     running: Mapping[str, int]
     waiting: Mapping[str, int]
@@ -140,7 +140,7 @@ class Engine:
 
     @property
     def sequence_counts(self) -> SequenceCounts:
-        """Who runs and who waits; may be asked on another thread."""
+        """Return the running and waiting sequences; may be called on another thread."""
         running, waiting = tuple(self._scheduler.running), self._scheduler.waiting
         return SequenceCounts(
             *(Counter(name for seq in seqs for name in _names(seq)) for seqs in (running, waiting))
@@ -149,7 +149,7 @@ class Engine:
     def add(self, seq: Sequence) -> None:
         """Take a sequence in; it ends with one output that has a finish reason, unless it is aborted.
 
-        One with an adapter that could not be loaded a moment ago, or is served no more, ends at once.
+        One with an adapter that could not be loaded a moment ago, or is no longer served, ends at once.
         """
         unusable = (adapter.unusable for adapter in seq.adapters)
         fault = next(filter(None, (*unusable, *map(self._residency.refusal, seq.adapters))), None)
@@ -169,7 +169,7 @@ class Engine:
             self._scheduler.remove(seq)
 
     def step(self) -> list[StepOutput]:
-        """Submit one batch, and return what the oldest one under way gave if the runner takes no more."""
+        """Submit one batch, and return the outputs of the oldest one under way if the runner is full."""
         began_s = self._expire()
         batch = self._scheduler.schedule()
         self._left = self._scheduler.num_waiting
@@ -217,7 +217,7 @@ class Engine:
             self._outputs.append(StepOutput(seq_id, None, reason))
 
     def _end_failed_loads(self) -> None:
-        """End whoever waits for adapters that cannot be loaded, or not together."""
+        """End the sequences that wait for adapters that cannot be loaded, or not together."""
         failures = self._residency.failures
         while failures:
             adapters, fault = failures.popleft()

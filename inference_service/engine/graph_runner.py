@@ -77,13 +77,13 @@ class GraphRunner(Runner):
         self._shaper = Shaper(limits.max_seqs, vocab, model.device)
         self._buffers: dict[StepCapacity, StepBuffers] = {}
         self._graphs: dict[tuple[StepCapacity, int], Graph] = {}
-        """By the adapters that a row has at most."""
+        """Graphs by the number of adapters that a row has at most."""
         most, hidden = limits.max_seqs, model.config.dims.hidden
         self._states = torch.empty((most, hidden), dtype=model.dtype, device=model.device)
-        """What the head reads."""
+        """Input of the head."""
         self._logits = torch.full((most, vocab), -torch.inf, dtype=model.dtype, device=model.device)
         self._wide = False
-        """Whether the last step had tokens that the base does not have."""
+        """True if the last step had added tokens."""
 
     @torch.inference_mode()
     def capture(self) -> None:

@@ -1,4 +1,4 @@
-"""What is to happen on the engine's thread, between two steps."""
+"""Commands for the engine's thread, run between two steps."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
-"""Who is served next: lanes in turns by the tokens that they had, and within a lane priority, then arrival.
+"""Scheduling queues: served in turns by the tokens that they had, and within a queue by priority, then arrival.
 
-Virtual token counters: "Fairness in Serving Large Language Models", Sheng et al., OSDI 2024. A lane's counter
-grows by the rows that are computed for it, divided by its weight, and the lane with the smallest comes first.
-One that had nothing to do begins at the smallest counter of those that are served: nobody saves up.
+Virtual token counters: "Fairness in Serving Large Language Models", Sheng et al., OSDI 2024. A queue's counter
+grows by the rows that are computed for it, divided by its weight, and the queue with the smallest comes first.
+One that had nothing to do begins at the smallest counter of those that are served: an idle queue saves up
+nothing.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ Key = tuple[str, tuple[Adapter, ...]]
 Rank = tuple[float, tuple[int, int]]
 """Counter, then priority and arrival of who waits first: the smaller comes first."""
 MOST_REMEMBERED: Final = 4096
-"""Counters of lanes with nothing to do that are kept, as far as they are ahead of the others."""
+"""Counters of idle queues that are kept, as far as they are ahead of the others."""
 
 
 @dataclass(eq=False)
@@ -36,7 +37,7 @@ class Lane:
     """Tokens that were computed for it, by weight."""
     share: Share = FAIR
     is_new: bool = False
-    """Whether nothing was computed for it since it came, and it is not ahead of the others from before."""
+    """True if nothing was computed for it since it came, and it is not ahead of the others from before."""
     waiting: list[Sequence] = field(default_factory=list)
     running: list[Sequence] = field(default_factory=list)
     """Both in their order."""
@@ -45,21 +46,21 @@ class Lane:
 
     @property
     def rank(self) -> Rank:
-        """Of a lane in which somebody waits."""
+        """Return the rank of a queue with a waiting sequence."""
         return self.served, self.waiting[0].order
 
     @property
     def resident(self) -> bool:
-        """Whether all of its adapters are in the bank."""
+        """Return True if all of its adapters are in the bank."""
         return all(adapter.slot is not None for adapter in self.adapters)
 
 
 class Lanes:
-    """All lanes that have sequences."""
+    """All queues that have sequences."""
 
     def __init__(self) -> None:
         self.uncounted: set[Lane] = set()
-        """Those that wait for adapters to arrive: their counters begin anew then."""
+        """Queues that wait for adapters to arrive: their counters restart then."""
         self.new: dict[Lane, None] = {}
         """Those that are new and can be served, in the order in which they came."""
         self.lowest = math.inf
@@ -67,9 +68,9 @@ class Lanes:
         self.active: Counter[Adapter] = Counter()
         """Sequences under way, by adapter."""
         self.under_way: dict[Lane, None] = {}
-        """Lanes that have some."""
+        """Queues that have some."""
         self._smallest: float | None = None
-        """What `_least` said, while that holds."""
+        """Last result of `_least`, while it holds."""
         self._lanes: dict[Key, Lane] = {}
         self._of: dict[Sequence, Lane] = {}
         self._by_adapter: defaultdict[Adapter | None, dict[Lane, None]] = defaultdict(dict)
@@ -87,7 +88,7 @@ class Lanes:
         return (lane for lane in self._lanes.values() if lane.waiting)
 
     def joining(self) -> list[Lane]:
-        """Return the lanes in which somebody waits who needs no adapter but those under way."""
+        """Return the queues with a waiting sequence whose adapters are all under way."""
         found = (self._by_adapter.get(adapter, ()) for adapter in (None, *self.active))
         waiting = [lane for lane in chain.from_iterable(found) if lane.waiting]
         joining = (
@@ -106,7 +107,7 @@ class Lanes:
         return self._of[seq]
 
     def add(self, seq: Sequence) -> Lane:
-        """Let a sequence wait in its lane."""
+        """Add a waiting sequence to its queue."""
         key = seq.flow, seq.adapters
         lane = self._lanes.get(key)
         if lane is None:
@@ -148,7 +149,7 @@ class Lanes:
         self._wait(lane, seq)
 
     def count(self, lane: Lane, *, counted: bool) -> None:
-        """Note whether a lane can be served; one that could not be begins anew when it can."""
+        """Note whether a queue can be served; the counter of one that could not be restarts when it can."""
         if not counted and lane not in self.uncounted:
             self.uncounted.add(lane)
             self.new.pop(lane, None)
@@ -161,7 +162,7 @@ class Lanes:
             self.lowest = min(self.lowest, lane.served)
 
     def charge(self, lane: Lane, rows: int) -> None:
-        """Note rows that were computed for a lane."""
+        """Note rows that were computed for a queue."""
         lane.served += rows / lane.share.weight
         if lane.is_new:
             lane.is_new = False
@@ -172,7 +173,7 @@ class Lanes:
         self._smallest = None
 
     def is_full(self, lane: Lane) -> bool:
-        """Whether as many sequences of its flow are under way, on whatever adapter, as its share allows."""
+        """Return True if as many sequences of its share are under way, on any adapter, as it allows."""
         most = lane.share.max_running
         return most is not None and self._running[lane.flow] >= most
 
@@ -221,7 +222,7 @@ class Lanes:
 
 
 def order(seq: Sequence) -> tuple[int, int]:
-    """Of a lane: priority, then arrival."""
+    """Return the order within a queue: priority, then arrival."""
     return seq.order
 
 

@@ -1,13 +1,14 @@
-"""Prompt lookup: what a sequence said before the last time it said this is what it may say next.
+"""Prompt lookup: tokens that followed an earlier occurrence of a sequence's last tokens are drafted as the next
+ones.
 
 After "Prompt Lookup Decoding" (A. Saxena, 2023) and "Inference with Reference" (Yang et al., 2023): the last
-few tokens are looked up among those before, and what followed them is drafted. A step verifies a draft by
-drawing a token behind each of its tokens; all up to the first that was not drafted hold. A draw depends on
-nothing but the request and the tokens before, so an answer is what it would be without drafts, sampled ones
-included.
+few tokens are looked up among those before, and the tokens that followed them are drafted. A step verifies a
+draft by drawing a token behind each of its tokens; all up to the first that was not drafted hold. A draw
+depends on nothing but the request and the tokens before, so an answer is what it would be without drafts,
+sampled ones included.
 
-How much is drafted follows from what the rows cost (`Pace`), and from how often the tokens that were expected
-of a sequence came, drafted or not.
+The length of a draft follows from the cost of rows (`Pace`), and from how often the expected tokens of a
+sequence came, drafted or not.
 """
 
 from __future__ import annotations
@@ -30,42 +31,42 @@ from inference_service.engine.sampler import looks_back
 LOOKED_UP: Final = 3
 """Tokens that must have stood together before. Fewer do so by chance too often, more miss what was changed."""
 FIRST_CHANCE: Final = 0.5
-"""Of a token that is expected, while nothing is known of its sequence."""
+"""Probability of an expected token, while its sequence has no record."""
 LEARNED: Final = 0.1
 """Part that one token has in the chance of the next."""
 LEAST_GAIN: Final = 0.05
 """Mean logarithm of how much faster streams must be with drafts: costs are known no better."""
 
 STREAMS_OF_REST: Final = 16
-"""So many streams in a step leave one alone for a step that drafts nothing of it, twice as many for two."""
+"""Streams in a step that leave one alone for a step without a draft for it, twice as many for two."""
 
 _ITEM: Final = array("i").itemsize
 
 
 @dataclass
 class Expected:
-    """What is expected of a sequence, and how often that came."""
+    """The expected tokens of a sequence, and how often they came."""
 
     data: bytearray = field(default_factory=bytearray)
     """Its tokens, int32."""
     tokens: Seq[int] = ()
-    """What is expected behind them."""
+    """Tokens that are expected behind them."""
     forced: bool = False
-    """Whether a grammar leaves no choice about these, as far as it can say how they are spelt."""
+    """True if a grammar leaves no choice about these, as far as it can say how they are spelt."""
     chances: list[float] = field(default_factory=lambda: [FIRST_CHANCE, FIRST_CHANCE])
-    """Of a token that was looked up, and of one that is forced."""
+    """Probabilities of a token that was looked up, and of one that is forced."""
     rest: int = 0
     """Steps in which it is left alone."""
 
     @property
     def chance(self) -> float:
-        """That the next one holds."""
+        """Return the probability that the next one holds."""
         return self.chances[self.forced]
 
     def gains(self, least: float) -> Iterator[float]:
         """Yield what each token, drafted behind those before it, adds to the logarithm of the sequence's speed.
 
-        The first that gains no more than least is the end of them.
+        The first that gains at most `least` is the end of them.
         """
         chance = tokens = 1.0  # that all so far hold, and what the step is expected to give
         for _ in self.tokens:

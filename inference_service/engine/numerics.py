@@ -1,4 +1,4 @@
-"""Answers that hold NaN or infinity: why they end, and when their adapter is served no more."""
+"""Answers that hold NaN or infinity: why they end, and when their adapter is refused."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from loramux_shared.faults import ModelUnusable, NumericsFault
 
 MOST: Final = 3
 WITHIN_S: Final = 60.0
-"""So many such answers within so long, and an adapter is served no more."""
+"""Period in which so many such answers make an adapter refused."""
 
 log = structlog.get_logger()
 

@@ -1,9 +1,11 @@
-"""How much of a step prompts and drafts may have, learned from what steps took. No tensors, no clock.
+"""The step-time model: the share of a step for prompts and drafts, learned from the times of steps.
+
+No tensors, no clock.
 
 A row of a prompt costs more the longer the context that it attends to, and by how much depends on the machine,
-the model and the kernels. So steps say it: what one that only decodes takes, by how many sequences it has; and
-what the others took beyond that, by their rows and where they stood. Rows of drafts are measured alike: by how
-much longer a step takes that has some than one of the same sequences without.
+the model and the kernels. So the model learns from steps: the time of one that only decodes, by its number of
+sequences; and the time of the others beyond that, by their rows and positions. Rows of drafts are measured
+alike: by how much longer a step takes that has some than one of the same sequences without.
 """
 
 from __future__ import annotations
@@ -15,14 +17,14 @@ from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 TIMES: Final = 2.5
-"""What a step with prompts aims to take, against one that only decodes the same sequences."""
+"""Largest time of a step with prompts, relative to one that only decodes the same sequences."""
 TIMES_OF_BRIEF: Final = 5.0
 """The same where all prompts under way are brief: they are over soon, and with less of a step for them seats
 would stand half empty, and first tokens come late."""
 BRIEF: Final = 512
 """Tokens of a brief prompt that were not cached, at most."""
 LONGEST_S: Final = 0.5
-"""What a step aims to take in which nobody decodes: who comes meanwhile waits for its end."""
+"""Largest time of a step in which nothing decodes: a later request waits for its end."""
 LOOK: Final = 16
 """Steps with prompts after which one decodes alone, so that what this takes stays known."""
 LEAST: Final = 8
@@ -36,9 +38,11 @@ HEAVIEST: Final = 64
 LOOK_WITHOUT_DRAFTS: Final = 64
 """Steps of so many sequences after which one has no drafts, so that what this takes stays known."""
 KEPT: Final = 0.998
-"""Of what was known of the cost of rows, at every step with prompts: some 500 of them are remembered."""
+"""Decay of the known cost of rows, at every step with prompts: some 500 of them are remembered."""
 FADING: Final = 0.9995
-"""Of the cost of drafts, at every step without such: those that cost too much are tried again some time."""
+"""Decay of the cost of drafts, at every step without such: those that cost too much are tried again
+some time.
+"""
 SPREAD: Final = 256.0
 """Tokens by which contexts must differ before what was measured says anything of their cost."""
 STALL: Final = 3.0
@@ -50,12 +54,12 @@ SMALL: Final = 0.4
 
 
 class Load(NamedTuple):
-    """What a step computes."""
+    """The work of a step."""
 
     decodes: int
     """Sequences with one row."""
     rows: int
-    """Of prompts."""
+    """Rows of prompts."""
     area: float
     """Sum over these rows of the tokens that each attends to."""
     drafted: int = 0
@@ -66,7 +70,7 @@ NOTHING: Final = Load(0, 0, 0.0)
 
 
 class Room(NamedTuple):
-    """What prompts may have of a step."""
+    """The share of prompts in a step."""
 
     rows: float
     seconds: float
@@ -74,7 +78,7 @@ class Room(NamedTuple):
 
 @dataclass
 class _Sums:
-    """Of a linear regression of seconds per row on context, over steps that fade."""
+    """The sums of a linear regression of seconds per row on context, over steps that fade."""
 
     weight: float = 0.0
     context: float = 0.0
@@ -100,7 +104,7 @@ class _Sums:
 
 
 class _Times:
-    """What steps took, by kind; a first use may take several times as long, and counts with the second."""
+    """The times of steps, by kind; a first use may take several times as long, and counts with the second."""
 
     def __init__(self) -> None:
         self.known: dict[Hashable, float] = {}
@@ -127,21 +131,22 @@ class Pace:
         self._under_way: deque[tuple[Load, float]] = deque()
         self._resolved_s = -math.inf
         self._steps: Counter[int] = Counter()
-        """Without prompts, by the number of sequences."""
+        """Steps without prompts, by the number of sequences."""
         self._decode_s = _Times()
-        """What a step takes that only decodes, by the bits of the number of its sequences."""
+        """Time of a step that only decodes, by the bits of the number of its sequences."""
         self._exactly_s = _Times()
         """The same by the number itself: drafts cost less than what numbers of as many bits differ by."""
         self._row_parts = _Times()
-        """What a row of a draft costs, as a part of the step without drafts; by the number of sequences and the
-        bits of the number of such rows."""
+        """Cost of a draft's row, as a part of the step without drafts; by the number of sequences and the bits
+        of the number of such rows.
+        """
         self._since_look = 0
         self._most = 0.0
         self._sums = _Sums()
         self._row_s = self._token_s = 0.0
         self._drift = 1.0
         self._stalled = [False, False]
-        """Whether the last step that decoded, and the last with prompts, took far longer than expected."""
+        """True if the last step that decoded, and the last with prompts, took far longer than expected."""
 
     def room(self, decodes: int, times: float = TIMES) -> Room:
         """Return what prompts may have beside so many sequences that decode; nothing, for a look at these.
@@ -175,11 +180,11 @@ class Pace:
         return self._drift * rows * (self._row_s + self._token_s * (context + rows / 2))
 
     def draft_rows(self, decodes: int, most: int) -> list[float]:
-        """Return what a row of a draft costs beside so many sequences, as a part of the step without drafts.
+        """Return the cost of a draft's row beside so many sequences, as a part of the step without drafts.
 
-        First that of a single row, then of 2 to 3, of 4 to 7, and so on up to most. Those of which nothing is
-        known yet are taken to cost together no more than half as many; they end with the first of them that are
-        as many as the sequences. None at all for a look at what a step takes without drafts.
+        First that of a single row, then of 2 to 3, of 4 to 7, and so on up to most. Unknown costs are assumed
+        to be together at most that of half as many; they end with the first of them that are as many as the
+        sequences. None at all for a measurement of a step without drafts.
         """
         now, alone = self._steps[decodes], self._exactly_s
         if decodes not in alone.known or now - alone.learned_at[decodes] > LOOK_WITHOUT_DRAFTS:
@@ -236,7 +241,9 @@ class Pace:
             self._row_parts.learn(kind, part, self._steps[decodes])
 
     def _stood_still(self, took_s: float, expected_s: float, *, rows: bool) -> bool:
-        """Whether a step says nothing, for the machine did something else; twice in a row it is believed."""
+        """Return True if a step's time is not the model's, for the machine did something else; twice in a row
+        it counts.
+        """
         stalled = took_s > STALL * expected_s and not self._stalled[rows]
         self._stalled[rows] = stalled
         return stalled

@@ -24,7 +24,7 @@ class SchedulerLimits:
     max_seq_len: int
     """Tokens of a sequence, prompt and answer together."""
     watermark: float = 0.01
-    """Part of the blocks that admission leaves free, for the growth of those under way."""
+    """Part of the blocks that admission leaves free, for the next tokens of those under way."""
     speculative_tokens: int = 0
     """Tokens that are drafted for a sequence in a step, at most. 0: none."""
 
@@ -35,13 +35,13 @@ class SchedulerLimits:
 
 @dataclass
 class Plan:
-    """What a step has so far, and what is left of it."""
+    """The content of a step so far, and the rest of its budget."""
 
     budget: int
     """Rows that are left."""
     pace: Pace
     seconds: float = math.inf
-    """That are left for prompts."""
+    """Seconds that are left for prompts."""
     bound: float = math.inf
     """The counter from which on nobody begins on an adapter."""
     lengths: dict[Sequence, int] = field(default_factory=dict)
@@ -50,27 +50,29 @@ class Plan:
     preempted: set[Sequence] = field(default_factory=set)
     drafts: dict[Sequence, list[int]] = field(default_factory=dict)
     short: bool = False
-    """Whether those under way lacked blocks, so that nobody new may take some."""
+    """True if those under way lacked blocks, so that no new sequence may take some."""
     crowded: bool = False
-    """Whether a mixture waits for places of adapters, so that nobody behind it may have those that are free."""
+    """True if a blend waits for places of adapters, so that no sequence behind it may have those that
+    are free.
+    """
     decodes: int = 0
     """Sequences that decode in it."""
     brief: bool = True
-    """Whether it may take as long as one whose prompts are all brief."""
+    """True if it may take as long as one whose prompts are all brief."""
     ahead: dict[Lane, float] = field(default_factory=dict)
-    """What lanes are given in this step, which they are charged for when it was submitted."""
+    """Rows of queues in this step, for which they are charged when it was submitted."""
 
     @property
     def full(self) -> bool:
-        """Whether no prompt finds room any more."""
+        """Return True if it has no room for prompts any longer."""
         return self.budget <= 0 or self.seconds < 0
 
     def counter(self, lane: Lane) -> float:
-        """What a lane was served, this step included."""
+        """Return a queue's counter, this step included."""
         return lane.served + self.ahead.get(lane, 0.0)
 
     def limit(self, decodes: int) -> None:
-        """Let prompts have what the pace says, beside so many that decode."""
+        """Bound prompts by the step-time model, beside so many that decode."""
         self.decodes, self.brief = decodes, all(map(_is_brief, self.prompts))
         room = self.pace.room(decodes, TIMES_OF_BRIEF if self.brief else TIMES)
         self.budget, self.seconds = int(min(self.budget, room.rows)), room.seconds

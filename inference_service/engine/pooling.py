@@ -1,4 +1,6 @@
-"""From hidden states to the one vector of a sequence: running sums, and copies that nobody waits for."""
+"""Pooling of hidden states into the one vector of a sequence: running sums, and copies that no step
+waits for.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""By what a prefix is known, ``hash(parent hash, the tokens of a block)``, and how much of one is found.
+"""The key of a prefix, ``hash(parent hash, the tokens of a block)``, and the length that is found.
 
 The parent of a first block is the adapter's digest with the cache salt, so that keys and values, and states, of
 another version are never met, and those of an adapter that left and came back are found again. Blocks before an
@@ -16,7 +16,7 @@ from inference_service.core.sequence import Sequence
 
 
 class Kind(Protocol):
-    """Of what a cache keeps."""
+    """A kind of cache content."""
 
     def longest(self, seq: Sequence, most: int) -> int:
         """Leading blocks of a sequence, most at most, behind which this kind can serve its rows."""

@@ -1,8 +1,8 @@
-"""Which adapters are in the bank. Plain Python: what it decides, others carry out.
+"""The adapters in the bank: decisions in plain Python, which others carry out.
 
 An adapter is absent, or loading (its matrices are on their way to the host's memory), or held (there, without a
-place in the bank), or copying (into its place), or resident. Whatever takes time happens on other threads; what
-came of it is posted to the engine's thread, on which all of this is called.
+place in the bank), or copying (into its place), or resident. Whatever takes time happens on other threads; the
+result is posted to the engine's thread, on which all of this is called.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ FIRST_PAUSE_S: Final = 1.0
 LAST_PAUSE_S: Final = 60.0
 """Behind the first load that failed, and behind many: nobody tries again before."""
 _WANTED: Final = 1 << 62
-"""Of those that may leave, who is waited for is as if used after everybody else."""
+"""Rank of an adapter that is waited for among those that may leave: as if used after all others."""
 _NOBODY: Final[Rank] = (math.inf, (0, 0))
-"""Of an adapter that no sequence waits for."""
+"""Rank of an adapter that no sequence waits for."""
 
 
 class Residency(Generic[P]):
@@ -102,7 +102,7 @@ class Residency(Generic[P]):
 
     @property
     def wanting(self) -> bool:
-        """Whether `bring_in` has anything to do."""
+        """Return True if `bring_in` has anything to do."""
         return bool(self._held or (self._absent and self._on_the_way < LOADS) or self._may_prefetch)
 
     @property
@@ -117,17 +117,17 @@ class Residency(Generic[P]):
 
     @property
     def releasing(self) -> bool:
-        """Whether an adapter that no sequence is under way on may still be read by a step."""
+        """Return True if an adapter that no sequence is under way on may still be read by a step."""
         return bool(self._released)
 
     @property
     def num_bytes(self) -> int:
-        """What resident adapters take of the bank."""
+        """Return the bytes of resident adapters in the bank."""
         return self._places.num_bytes - self._places.num_free
 
     @property
     def capacity(self) -> int:
-        """What the bank has."""
+        """Return the bytes of the bank."""
         return self._places.num_bytes
 
     def resident(self) -> list[Adapter]:
@@ -162,7 +162,7 @@ class Residency(Generic[P]):
         self._consider(entry)
 
     def unwant(self, adapter: Adapter) -> None:
-        """Note that it waits no more; what nobody wants is not loaded."""
+        """Note that a sequence stopped waiting for it; an adapter without waiters is not loaded."""
         entry = self._entries[adapter]
         entry.waiters -= 1
         self._reconsider(entry)
@@ -224,10 +224,10 @@ class Residency(Generic[P]):
             self._released.popleft()[1].reading -= 1
 
     def bring_in(self, ranks: Mapping[Adapter, Rank], together: Iterable[tuple[Adapter, ...]] = ()) -> None:
-        """Begin loads and give places, in the order of those who wait.
+        """Begin loads and give places, in the order of the waiting sequences.
 
-        Adapters that are wanted together have their ranks from the same sequence: whoever waits most urgently
-        gets all of its places before anybody gets one of them, so that no two keep half of what they need.
+        Adapters that are wanted together have their ranks from the same sequence: the most urgent one gets all
+        of its places before another gets one of them, so that no two keep half of what they need.
         """
         if self._absent and self._on_the_way < LOADS:
             free = LOADS - self._on_the_way
@@ -416,7 +416,7 @@ class Residency(Generic[P]):
         self.stats.loaded(self._clock() - entry.began_s)
 
     def _evict(self, entry: AdapterEntry[P]) -> None:
-        """Take a resident adapter's place away; whoever waits for it waits for its load again."""
+        """Take a resident adapter's place away; sequences that wait for it wait for its load again."""
         self.changes += 1
         entry.adapter.slot = None
         self._bank.leave(entry.slot)

@@ -1,4 +1,4 @@
-"""What the engine, its residency, and those who carry out what it decides ask of each other."""
+"""The interfaces of the engine, its residency, and those that carry out its decisions."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from inference_service.engine.lanes import Rank
 from loramux_shared.faults import Fault
 
 LOAD_BUCKETS_S: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 15.0, 60.0)
-"""Of the histogram of loads."""
+"""Bounds of the histogram of loads."""
 
 
 class Presence(Enum):
-    """Where an adapter is, as the scheduler sees it."""
+    """The place of an adapter, as the scheduler sees it."""
 
     ABSENT = "absent"
-    """Who waits for it waits for its load."""
+    """Sequences that wait for it wait for its load."""
     STARVED = "starved"
     """It is here, and without a place until others leave theirs."""
     RESIDENT = "resident"
 
 
 class AdapterState(Enum):
-    """Where an adapter is, as an operator sees it."""
+    """The state of an adapter, as an operator sees it."""
 
     ABSENT = "absent"
     LOADING = "loading"
@@ -43,7 +43,7 @@ class Packed(Protocol):
 
     @property
     def num_bytes(self) -> int:
-        """What it takes of the bank."""
+        """Return its bytes of the bank."""
         ...
 
 
@@ -84,7 +84,7 @@ class Loader(Protocol[P_out]):
 
 
 class Residents(Protocol):
-    """What engine and scheduler ask of it."""
+    """The residency's interface for engine and scheduler."""
 
     @property
     def failures(self) -> deque[tuple[tuple[Adapter, ...], Fault]]:
@@ -99,7 +99,7 @@ class Residents(Protocol):
 
     @property
     def wanting(self) -> bool:
-        """Whether `bring_in` has anything to do."""
+        """Return True if `bring_in` has anything to do."""
         ...
 
     @property
@@ -109,7 +109,7 @@ class Residents(Protocol):
 
     @property
     def releasing(self) -> bool:
-        """Whether an adapter that no sequence is under way on may still be read by a step."""
+        """Return True if an adapter that no sequence is under way on may still be read by a step."""
         ...
 
     def presence(self, adapter: Adapter) -> Presence:
@@ -125,7 +125,7 @@ class Residents(Protocol):
         ...
 
     def unwant(self, adapter: Adapter) -> None:
-        """Note that it waits no more."""
+        """Note that a sequence stopped waiting for it."""
         ...
 
     def acquire(self, adapter: Adapter) -> None:
@@ -151,12 +151,12 @@ class Residents(Protocol):
 
 @dataclass(frozen=True)
 class Standing:
-    """What an operator may know of an adapter."""
+    """An operator's view of an adapter."""
 
     adapter: Adapter
     state: AdapterState
     num_bytes: int
-    """Of the bank; 0 where it was never loaded."""
+    """Bytes of the bank; 0 where it was never loaded."""
     in_flight: int
     """Sequences under way on it."""
     waiting: int
@@ -165,7 +165,7 @@ class Standing:
     last_used_s: float | None
     """On the clock of ``time.monotonic``."""
     failure: Fault | None
-    """Why it is served no more, or why its last load failed."""
+    """Why it is no longer served, or why its last load failed."""
 
 
 @dataclass
@@ -179,7 +179,7 @@ class ResidencyStats:
     failures: int = 0
     evictions: int = 0
     load_seconds: float = 0.0
-    """From the beginning of loads to residency, all together."""
+    """Seconds from the beginning of loads to residency, all together."""
     load_counts: list[int] = field(default_factory=lambda: [0] * (len(LOAD_BUCKETS_S) + 1))
     """Loads by how long they took: up to each of `LOAD_BUCKETS_S`, above the one before; then longer."""
     waits: int = 0
@@ -202,11 +202,11 @@ class AdapterEntry(Generic[P]):
     num_bytes: int = 0
     offset: int = 0
     slot: int = -1
-    """From the moment that it has a place; `Adapter.slot` is set when it is resident."""
+    """Slot from the moment that it has a place; `Adapter.slot` is set when it is resident."""
     starved: bool = False
     refs: int = 0
     reading: int = 0
-    """Of the references that were released, those that submitted steps may still need."""
+    """Released references that submitted steps may still need."""
     waiters: int = 0
     pinned: bool = False
     prefetched: bool = False
@@ -221,7 +221,7 @@ class AdapterEntry(Generic[P]):
 
     @property
     def held_fast(self) -> bool:
-        """Whether it must stay where it is."""
+        """Return True if it must stay in its place."""
         return bool(self.refs or self.reading or self.pinned) or self.state is not AdapterState.RESIDENT
 
 
@@ -250,7 +250,7 @@ class AlwaysResident:
         self.failures: deque[tuple[tuple[Adapter, ...], Fault]] = deque()
 
     def presence(self, adapter: Adapter) -> Presence:
-        """As its slot says."""
+        """Return the presence that its slot shows."""
         return Presence.ABSENT if adapter.slot is None else Presence.RESIDENT
 
     def refusal(self, adapter: Adapter) -> Fault | None:  # noqa: ARG002

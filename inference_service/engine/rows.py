@@ -22,7 +22,7 @@ class PooledRows(NamedTuple):
     seq: Sequence
     rows: range
     ends: bool
-    """Whether they are the last of them."""
+    """True if they are the last of them."""
 
 
 @dataclass(frozen=True)
@@ -41,15 +41,15 @@ class Rows:
     sampled: list[Sequence]
     """Those for which a token is drawn; one that has a draft once more for each of its tokens."""
     ahead: list[int]
-    """How many tokens of its draft stand before each draw."""
+    """Number of tokens of its draft before each draw."""
     last_rows: list[int]
     """The row that each of them is drawn from."""
     drafts: Mapping[Sequence, list[int]]
-    """What is verified."""
+    """Drafts to verify."""
     scored: dict[Sequence, range]
     """Those whose prompt is scored, with the rows behind which stands a token of it that has no score yet."""
     pooled: list[PooledRows]
-    """Of those that become vectors: no token is drawn for them."""
+    """Rows that become vectors: no token is drawn for them."""
 
     @property
     def in_full(self) -> bool:

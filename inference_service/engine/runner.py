@@ -22,7 +22,7 @@ from inference_service.models.decoder import Decoder
 from inference_service.models.step import CacheSize
 
 Blocks = tuple[int, ...]
-"""Of each group of layers that see equally far."""
+"""Blocks of each group of layers that see equally far."""
 
 
 class Runner:

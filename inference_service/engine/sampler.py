@@ -1,6 +1,6 @@
-"""From logits to tokens on the host: what a request does to its logits, and the draw from them.
+"""The draw of tokens from logits on the host: a request's changes to its logits, and the draw from them.
 
-`shaping` gives the same to the sampler on the device as data; what this says is what that must compute.
+`shaping` gives the same to the sampler on the device as data, which must compute the same.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def sample(logits: Tensor, seqs: Seq[Sequence], ahead: Seq[int] | None = None) -
     With ahead, the draw is the one that comes so many tokens later: those in between are drafted.
 
     A draw depends on the request's seed and on how many tokens it has, and on nothing else in the batch, so the
-    same request gives the same answer in any company and after a preemption, and for the same logits on every
+    same request gives the same answer in every batch and after a preemption, and for the same logits on every
     backend. Log probabilities are those of logits, before whatever the request does to them, or where it asks
     for it those that the token was drawn by.
     """
@@ -61,7 +61,7 @@ def marked(tokens: list[Token], tops: Seq[float]) -> list[Token]:
 
 
 def row_params(seq: Sequence, generated: int) -> RowParams:
-    """How the token of a sequence is drawn that comes after so many others of its answer."""
+    """Return the parameters of a sequence's draw after so many tokens of its answer."""
     params = seq.sampling
     return RowParams(params.temperature, params.top_k, params.top_p, params.min_p, params.seed, generated)
 

@@ -1,4 +1,4 @@
-"""Which tokens of which sequences the next step computes. No tensors here."""
+"""The choice of the tokens and sequences of the next step. No tensors here."""
 
 from __future__ import annotations
 
@@ -20,23 +20,27 @@ from inference_service.engine.plan import Plan, SchedulerLimits
 from inference_service.engine.residents import Presence, Residents
 
 QUANTUM: Final = 128.0
-"""Tokens, by weight, that a lane under way is ahead of one that finds no place before it makes room for it.
-With less, sequences would be computed again too often; with more, the others would wait longer."""
+"""Tokens, by weight, that a queue under way is ahead of one that finds no place before it makes room for it.
+
+With less, sequences would be computed again too often; with more, the others would wait longer.
+"""
 FIRST_QUANTUM: Final = 4.0
-"""The same for a place among the adapters where a lane is new, while there is credit for it. For a seat it need
-not wait at all: its first token costs one preemption."""
+"""The same for a place among the adapters where a queue is new, while there is credit for it.
+
+For a seat it need not wait at all: its first token costs one preemption.
+"""
 TWICE: Final = 1 / 8
-"""Rows that may be computed twice for new lanes, of all that are computed."""
+"""Share of all computed rows that may be computed twice for new queues."""
 MOST_CREDIT: Final = 128.0
 """Rows that may be computed twice at once."""
 MOST_NEW: Final = 8
-"""New lanes that may ask for room in a step, however many there are."""
+"""New queues that may ask for room in a step, however many there are."""
 SHORTER: Final = 0.75
-"""Part that a prompt which would take all that is left of a step leaves to shorter ones of its lane."""
+"""Part that a prompt which would take all that is left of a step leaves to shorter ones of its queue."""
 
 
 class _Outcome(Enum):
-    """Of an attempt to admit the first of a lane."""
+    """The result of an attempt to admit the first of a queue."""
 
     ADMITTED = "admitted"
     PASSED = "passed"
@@ -52,19 +56,19 @@ _Turn = tuple[float, int, tuple[int, int], int, Lane, Sequence | None]
 class Scheduler:
     """Mixes decode and prefill under one token budget.
 
-    Sequences that decode come first. Then prompts under way and those that wait take turns by `Lanes`, in the
-    time that `Pace` leaves them: the lane that was served least comes first, and within a lane the most urgent,
-    then the oldest, which leaves most of what it would take to shorter ones of its lane. A lane lets
-    others pass while an adapter of it is not resident, or finds no place among the `max_adapters` of a step.
+    Sequences that decode come first. Then prompts under way and waiting ones take turns by `Lanes`, in the time
+    that `Pace` leaves them: the queue that was served least comes first, and within a queue the most urgent,
+    then the oldest, which leaves most of what it would take to shorter ones of its queue. A queue lets others
+    pass while an adapter of it is not resident, or finds no place among the `max_adapters` of a step.
 
-    Whoever finds no seat, no blocks, no place among the adapters or none in the bank is served nothing, while
-    those under way are. So the difference grows, and from a QUANTUM on they make room: the lane that is
-    furthest ahead gives up its least urgent sequence, whose tokens are kept and whose blocks may be found
-    again. That nobody starves follows from this and from nothing else. Those who are new wait for less than a
-    QUANTUM, as long as few rows are computed twice.
+    A sequence without a seat, blocks, a place among the adapters or in the bank is served nothing, while those
+    under way are. So the difference grows, and from a QUANTUM on they make room: the queue that is furthest
+    ahead gives up its least urgent sequence, whose tokens are kept and whose blocks may be found again. That no
+    sequence starves follows from this and from nothing else. New ones wait for less than a QUANTUM, as long as
+    few rows are computed twice.
 
     A token in flight counts as a token: its sequence is scheduled again before it is known, unless it is the
-    last one. A preempted sequence waits until what it has in flight is known.
+    last one. A preempted sequence waits until its tokens in flight are known.
     """
 
     def __init__(self, limits: SchedulerLimits, blocks: BlockManager, residents: Residents) -> None:
@@ -79,7 +83,7 @@ class Scheduler:
         self.pace = Pace()
         self._load = NOTHING
         self._parted = False
-        """Whether the last step left those out that decode."""
+        """True if the last step left out those that decode."""
         self._residents = residents
         self._credit = MOST_CREDIT
         """Rows that may be computed twice now; below 0 only those that are a QUANTUM behind find room."""
@@ -89,12 +93,12 @@ class Scheduler:
 
     @property
     def waiting(self) -> list[Sequence]:
-        """Those that wait, lane by lane; may be asked on another thread."""
+        """Return the waiting sequences, queue by queue; may be called on another thread."""
         return [seq for lane in self.lanes for seq in tuple(lane.waiting)]
 
     @property
     def may_begin(self) -> bool:
-        """Whether somebody waits whose adapter is in the bank."""
+        """Return True if a sequence waits whose adapter is in the bank."""
         return any(lane.resident for lane in self.lanes.waiting)
 
     def waiting_for(self, adapters: Iterable[Adapter]) -> list[Sequence]:
@@ -108,7 +112,7 @@ class Scheduler:
         self._waits(seq)
 
     def remove(self, seq: Sequence) -> None:
-        """Take a sequence out, wherever it is, and free what it holds."""
+        """Remove a sequence in any state, and free its resources."""
         if take(self.running, seq):
             self._let_go(seq)
         else:
@@ -168,7 +172,8 @@ class Scheduler:
         lane.served += 1 / lane.share.weight
 
     def _may_part(self, plan: Plan) -> bool:
-        """Whether a step is for its prompts alone: the first tokens of new lanes need not wait for the others.
+        """Return True if a step is for its prompts alone: first tokens of new queues need not wait for the
+        others.
 
         Those that decode wait as long as in a step of both, for all prompts end in this one.
         """
@@ -215,7 +220,7 @@ class Scheduler:
         self._seen = self._residents.changes
 
     def _presence(self, lane: Lane) -> Presence:
-        """Where the adapters of a lane are: where the one is that is furthest from the bank."""
+        """Return the presence of a queue's adapters: that of the one that is furthest from the bank."""
         found = [self._residents.presence(adapter) for adapter in lane.adapters]
         absent = (each for each in (Presence.ABSENT, Presence.STARVED) if each in found)
         return next(absent, Presence.RESIDENT)
@@ -294,7 +299,7 @@ class Scheduler:
         return min(rows, max(1, self.blocks.reach(seq, spare) - reached))
 
     def _give_shorter(self, long: Sequence, plan: Plan) -> None:
-        """Give SHORTER of what is left to prompts of a lane that are shorter than one of it, shortest first."""
+        """Give SHORTER of the rest to prompts of a queue that are shorter than one of it, shortest first."""
         kept, kept_s = math.ceil((1 - SHORTER) * plan.budget), (1 - SHORTER) * plan.seconds
         plan.budget, plan.seconds = plan.budget - kept, plan.seconds - kept_s
         shorter = self._shorter(long, plan)
@@ -327,11 +332,13 @@ class Scheduler:
                 return
 
     def _candidates(self, plan: Plan) -> list[Lane]:
-        """Lanes of which one may be admitted, as many as there are seats and places of adapters, and one more.
+        """Return queues of which one may be admitted, as many as there are seats and places of adapters, and
+        one more.
 
-        Where either is short, the one that is more may ask only when somebody is far enough ahead: a step does
-        not walk through a thousand who wait. Who waits for a seat alone asks beside who waits for a place too,
-        for those who are ahead of both may have a seat to give and no place. MOST_NEW new ones ask too.
+        Where either is short, the additional one may ask only when another is far enough ahead: a step does not
+        walk through a thousand waiting ones. Those that wait for a seat alone ask beside those that wait for a
+        place too, for queues that are ahead of both may have a seat to give and no place. MOST_NEW new ones ask
+        too.
         """
         if not self.num_waiting or plan.short:
             return []
@@ -352,7 +359,7 @@ class Scheduler:
         return list(dict.fromkeys((*joining, *itertools.islice(may, MOST_NEW))))
 
     def _somebody_is_far_ahead(self) -> bool:
-        """Whether somebody under way may be far enough ahead of somebody who waits to make room."""
+        """Return True if a queue under way may be far enough ahead of a waiting one to make room."""
         most = max((lane.served for lane in self.lanes.under_way), default=0.0)
         return most - self.lanes.lowest >= QUANTUM
 
@@ -384,9 +391,9 @@ class Scheduler:
         return _Outcome.ADMITTED
 
     def _finds_place(self, lane: Lane, plan: Plan) -> bool:
-        """Whether its adapters may take part, if need be in the places of those that are far ahead.
+        """Return True if its adapters may take part, if need be in the places of those that are far ahead.
 
-        A mixture that finds too few places keeps those that are free from whoever is behind it.
+        A blend that finds too few places keeps those that are free from the queues behind it.
         """
         active, most = self.lanes.active, self.limits.max_adapters
         new = [adapter for adapter in lane.adapters if adapter not in active]
@@ -405,7 +412,7 @@ class Scheduler:
         return True
 
     def _make_room(self, lane: Lane, plan: Plan) -> bool:
-        """Preempt one sequence of the lane that is furthest ahead of this one, if any is far enough."""
+        """Preempt one sequence of the queue that is furthest ahead of this one, if any is far enough."""
         quantum = 0.0 if self._comes_first(lane) else QUANTUM
         ahead = self._far_ahead(lane, plan, quantum, lambda other: not other.is_new)
         if ahead:
@@ -413,18 +420,18 @@ class Scheduler:
         return bool(ahead)
 
     def _far_ahead(self, lane: Lane, plan: Plan, quantum: float, may: Callable[[Lane], bool]) -> list[Lane]:
-        """The lanes under way that are far enough ahead of another to make room, the furthest first."""
+        """Return the queues under way that are far enough ahead of another to make room, the furthest first."""
         least = plan.counter(lane) + quantum
         under_way = (other for other in self.lanes.under_way if other is not lane and may(other))
         ahead = [other for other in under_way if other.served >= least]
         return sorted(ahead, key=lambda other: other.served, reverse=True)
 
     def _quantum(self, lane: Lane) -> float:
-        """How far others must be ahead of a lane to leave their places among the adapters to it."""
+        """Return how far others must be ahead of a queue to leave their places among the adapters to it."""
         return FIRST_QUANTUM if self._comes_first(lane) else QUANTUM
 
     def _comes_first(self, lane: Lane) -> bool:
-        """Whether a lane is new, and there is credit for it."""
+        """Return True if a queue is new, and there is credit for it."""
         return lane.is_new and self._credit > 0
 
     def _displace(self, adapters: Iterable[Adapter], plan: Plan) -> None:

@@ -1,4 +1,4 @@
-"""What requests do to their logits, as data for the device; `sampler.shape` says what it comes to.
+"""The changes of requests to their logits, as data for the device; `sampler.shape` is the reference.
 
 A sequence that shapes its logits has a place in the state on the device, which counts its tokens as they are
 drawn: so its next draw need not wait until the last token is known here.
@@ -39,7 +39,7 @@ from inference_service.kernels.sampling.shaping import (
 
 @dataclass(frozen=True)
 class Place:
-    """Where the state of a sequence is, and what of its request does not change."""
+    """The place of a sequence's state, and the constant part of its request."""
 
     index: int
     bias: Words
@@ -47,7 +47,7 @@ class Place:
     stops: Words
     restricted: bool
     endings: dict[int, dict[tuple[int, ...], Words]] = field(default_factory=dict)
-    """By how many tokens a bad word has before its last one, and all of these but the last: edits."""
+    """Edits by the number of tokens of a bad word before its last one, and these tokens."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,14 +60,14 @@ class Shaped:
     generated: int
     """Tokens of the answer before, drafted ones too."""
     ahead: int = 0
-    """Of those, the drafted ones."""
+    """Drafted ones of those."""
 
 
 class Shaper:
     """Draws, on the device, the tokens of sequences that shape their logits.
 
     A sequence takes its place at its first such draw, and gives it back when it is gone, or when another one
-    needs it; then it is made anew, for who is not in a step has no token in flight at its next draw.
+    needs it; then it is made again, for a sequence outside of a step has no token in flight at its next draw.
     """
 
     def __init__(self, max_seqs: int, vocab: int, device: torch.device) -> None:
@@ -172,7 +172,7 @@ def _place_of(params: SamplingParams, index: int) -> Place:
 
 
 def _shaped(row: Shaped) -> ShapedRow:
-    """What is done to a row; of the answer, the last token alone may be unknown here."""
+    """Return the edits of a row; of the answer, the last token alone may be unknown here."""
     seq, place, params = row.seq, row.place, row.seq.sampling
     edits = [place.bias]
     end = seq.num_prompt + row.generated - 1

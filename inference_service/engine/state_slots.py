@@ -104,7 +104,7 @@ class StateSlots:
             progress.state_slot = NOWHERE
 
     def forget(self, seq: Sequence, keys: Iterable[int]) -> None:
-        """Let the states of a sequence, which are known by these keys, be found no more."""
+        """Remove the states with these keys of a sequence from later look-ups."""
         self._due = [due for due in self._due if due[0] is not seq]
         slots = (self._snapshots.pop(key, None) for key in keys)
         self._free += [slot for slot in slots if slot is not None]
@@ -121,7 +121,7 @@ class StateSlots:
         return self._free.pop() if self._free else self._snapshots.popitem(last=False)[1]
 
     def _wanted(self, seq: Sequence, known: int) -> list[int]:
-        """Where a sequence should leave its state, beside every spacing."""
+        """Return the positions at which a sequence should leave its state, beside every spacing."""
         if self._spacing is None:
             return []
         stops = [known]

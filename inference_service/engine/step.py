@@ -1,4 +1,4 @@
-"""What the engine asks of a runner."""
+"""The interface of runners for the engine."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Pending:
     """
 
     drafts: Mapping[Sequence, list[int]] = field(default_factory=dict)
-    """What it verifies."""
+    """Drafts to verify."""
     vectors: Callable[[], list[tuple[Sequence, Vector]]] = list
     """Waits for those of the sequences whose hidden states are all there."""
 

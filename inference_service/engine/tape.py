@@ -31,7 +31,7 @@ REFUSED: Final = {
     "arange": "takes values from Python",
     "repeat_interleave": "makes a shape of values",
 }
-"""By the operation's name."""
+"""Reasons by the operation's name."""
 INDEXING: Final = ("index", "index_put", "index_put_")
 """Static unless a mask is among the indices."""
 UNINITIALIZED: Final = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
@@ -69,7 +69,7 @@ class _Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch l
         self.made: list[Tensor] = []
         """Tensors with memory of their own, made by the work."""
         self.given: dict[int, Tensor] = {}
-        """What was there before, by its memory."""
+        """Tensors from before, by their memory."""
         self._known: set[int] = set()
         self._kept: list[Any] = []
         self._in_kernel = False

@@ -53,7 +53,7 @@ class Reading:
         for row in rows:
             (self._late if row.seq.grammar is not None and row.seq.progress.in_flight else now).append(row)
         self._made = shaper.draw(logits, ids, now)
-        """Of rows whose logits are shaped: what their log probabilities are of."""
+        """Source of the log probabilities of rows whose logits are shaped."""
         self._copies = None if self._late else self._copy()
 
     @torch.inference_mode()
