@@ -1,4 +1,4 @@
-"""What the fields of a request may hold, for both doors and the client."""
+"""The bounds of a request's fields, for both APIs and the client."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ NUMBERS: Final[Mapping[str, Number]] = {
     **{name: bound for name, bound in KNOBS.items() if isinstance(bound, Number)},
     "truncate_prompt_tokens": Number(-1),
 }
-"""By the field of `Request` or of its `Sampling`."""
+"""Bounds by the field of `Request` or of its `Sampling`."""
 TEXTS: Final[Mapping[str, tuple[int, int]]] = {
     **{name: (bound.most, bound.longest) for name, bound in KNOBS.items() if isinstance(bound, Texts)},
     "cache_salt": (1, 256),
 }
-"""How many texts, and of how many characters each, at most."""
+"""Bounds of lists of texts: their number, and the characters of each."""
 IDS: Final[Mapping[str, int | None]] = {
     name: bound.most for name, bound in KNOBS.items() if isinstance(bound, Ids)
 }
-"""Of lists of tokens: how many at most; None is all that there are."""
+"""Bounds of lists of tokens; None: the vocabulary."""
 MAX_CONSTRAINT_BYTES: Final = 64 * 1024
 SANE_ID: Final = re.compile(r"[A-Za-z0-9_.:\-]{1,128}")
-"""Of a request: what may stand in a header and in a log."""
+"""Pattern of a request's id that may stand in a header and in a log."""
 MAX_FOUND: Final = 80
 """Characters of a value that a finding repeats."""
 
@@ -54,9 +54,9 @@ def refused(where: str, expected: str, found: object) -> RequestInvalid:
 
 
 def check(request: Request, vocab: int, max_queue: int, max_seq_len: int) -> None:
-    """Look at all fields that can be judged without the prompt's tokens.
+    """Check all fields that can be judged without the prompt's tokens.
 
-    Both doors pass here before anything is built from a number of the request.
+    Both APIs pass here before anything is built from a number of the request.
 
     Raises:
         PromptTooLong: there are more token ids than fit.

@@ -1,6 +1,6 @@
-"""From a constraint to grammars that mask tokens.
+"""Grammars that mask tokens, from a constraint.
 
-llguidance does the work: `_question`, `_Tokens` and `_Matcher` are all that knows it.
+llguidance does the work: only `_question`, `_Tokens` and `_Matcher` know it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ COMPILE_TIMEOUT_S: Final = 10.0
 # A model that is unsure of what comes next would else write spaces until its tokens are spent.
 JSON_OPTIONS: Final[JsonCompileOptions] = {"whitespace_pattern": r"\n?[ \t]{0,40}"}
 _PLACE: Final = re.compile(r"^at \d+\(\d+\): (failed to compile JSON schema: )?")
-"""Where something is wrong in a grammar, which lines of that follow."""
+"""Place of an error in a grammar, which lines of that follow."""
 _EXPECTED: Final[Mapping[Kind, str]] = {
     "json_object": "an object",
     "json_schema": "a JSON schema of keywords that are supported",
@@ -57,7 +57,7 @@ _IN_OUR_WORDS: Final = (
     (r"^at \d+\(\d+\): (.*?)\n   1 \| (?:start: /|%llguidance ).*", r"\1"),  # lines that are ours
     (r"\s*<non-verbose/>\s*$", ""),
 )
-"""What the library says for its own developers, and what a client can use."""
+"""Messages for clients, by the library's messages for its own developers."""
 
 
 @dataclass(frozen=True)
@@ -225,12 +225,12 @@ class _Matcher:
         self._eos = eos
         self._ends = ends
         self._looks: list[_Look] = []
-        """Of what may come next, then behind each token that is drafted; none until somebody asks."""
+        """Masks of the next token, then behind each drafted token; empty until one is requested."""
         self._drafted: Sequence[int] = ()
 
     @property
     def complete(self) -> bool:
-        """Whether it is a whole text that nothing may follow, as far as was looked."""
+        """Return True if it is a whole text that nothing may follow, as far as was looked."""
         return bool(self._looks) and self._looks[0].complete
 
     @property
@@ -297,7 +297,7 @@ class _Matcher:
 
 @dataclass(frozen=True, slots=True)
 class _Look:
-    """What a grammar says at one place of an answer; see `Grammar`."""
+    """A grammar's answer at one place of the text; see `Grammar`."""
 
     mask: bytes
     complete: bool

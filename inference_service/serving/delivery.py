@@ -13,11 +13,11 @@ from loramux_shared.faults import Fault
 SLICE: Final = 32
 """Streams that are woken at once; as many as this are never made to wait for each other."""
 TURNS: Final = 4
-"""Of the loop, in which a slice becomes messages: a stream over HTTP passes three tasks."""
+"""Turns of the loop in which a slice becomes messages: a stream over HTTP passes three tasks."""
 LONGEST_REST_S: Final = 0.1
-"""Where something else held the loop up in the middle of a slice."""
+"""Longest rest, where something else blocked the loop in the middle of a slice."""
 YIELDS: Final = 4
-"""How much longer than usual they wait at most for requests that come."""
+"""Factor by which they wait longer than usual at most for requests that come."""
 
 
 class Outputs:
@@ -86,7 +86,7 @@ class Delivery:
         self._others: dict[Outputs, None] = {}
         self._resting = False
         self.came = False
-        """Whether a request came since the last slice."""
+        """True if a request came since the last slice."""
 
     def add(self, stream: Outputs, *, urgent: bool) -> None:
         """Let a stream wait for its turn; `begin` follows."""

@@ -22,7 +22,7 @@ from loramux_shared.faults import Fault, QueueFull, ReplicaFailed, ReplicaPaused
 
 
 class PauseMode(StrEnum):
-    """What happens to requests that are under way; new ones wait in each case until the engine goes on."""
+    """The fate of requests that are under way; new ones wait in each case until the engine goes on."""
 
     KEEP = "keep"
     """They stand still between two steps, and go on where they were."""
@@ -63,12 +63,11 @@ class EngineThread:
     """Runs steps while there is work; hands every output to the stream of its sequence.
 
     Every sequence that was submitted ends once: with an output that has a finish reason, with a fault, or when
-    it is dropped.
-    A step that raises ends its sequences. Then the probe runs steps that are known to work: where it fails too,
-    or a step takes longer than step_timeout_s, the engine can go on no more, and `ended` says so.
-    Outputs are handed over together every interval_s, because a door that wakes up for every token takes the
-    cores from the steps; the first and the last of a sequence go at once. With them goes all that waits, unless
-    there are so many streams that some would always begin or end: see `Delivery`.
+    it is dropped. A step that raises ends its sequences. Then the probe runs steps that are known to work:
+    where it fails too, or a step takes longer than step_timeout_s, the engine has failed, and `ended` returns
+    why. Outputs are handed over together every interval_s, because an API that wakes up for every token takes
+    the cores from the steps; the first and the last of a sequence go at once. With them goes all that waits,
+    unless there are so many streams that some would always begin or end: see `Delivery`.
     """
 
     def __init__(
@@ -89,7 +88,7 @@ class EngineThread:
         self.max_queue = max_queue
         self._interval_s = interval_s
         self._pending: dict[str, list[StepOutput]] = {}
-        """By the ids of sequences."""
+        """Outputs by the ids of sequences."""
         self._sent_s = 0.0
         self._delivery = Delivery()
         self._inbox = inbox or Inbox()
@@ -104,7 +103,7 @@ class EngineThread:
         self._held: Held | None = None
         self._pausing = False
         self._resting = False
-        """What the thread knows of it."""
+        """The thread's own copy of it."""
         self._rested: list[Callable[[], None]] = []
 
     @property
@@ -119,13 +118,13 @@ class EngineThread:
 
     @property
     def sequence_counts(self) -> SequenceCounts:
-        """Who runs and who waits."""
+        """Return the numbers of running and waiting sequences."""
         return self._engine.sequence_counts
 
     def start(self, on_failure: Callable[[], Awaitable[None]] | None = None) -> None:
         """Start the thread; must be called on the event loop.
 
-        When the engine can go on no more, on_failure is awaited before requests hear of it: there health ends.
+        When the engine fails, on_failure is awaited before requests get their fault: there health ends.
         """
         self._loop = asyncio.get_running_loop()
         self._ended = self._loop.create_future()
@@ -133,12 +132,12 @@ class EngineThread:
         threading.Thread(target=self._run, name="engine", daemon=True).start()
 
     async def ended(self) -> str | None:
-        """Wait until the thread works no more; return why, or None when it was stopped."""
+        """Wait until the thread ends; return the failure, or None when it was stopped."""
         assert self._ended is not None  # noqa: S101 - it was started
         return await asyncio.shield(self._ended)
 
     def cut(self, fault: Fault | None = None) -> None:
-        """End every open stream with a fault, SHUTTING_DOWN unless said otherwise, and take no more."""
+        """End every open stream with a fault, SHUTTING_DOWN by default, and refuse new ones."""
         self._stopped = self._stopped or fault or ShuttingDown(CUT)
         for outputs in set(self._streams.values()):
             outputs.fail(self._stopped.retold(self._stopped.message))
@@ -158,7 +157,7 @@ class EngineThread:
         Raises:
             QueueFull: too many sequences wait.
             ShuttingDown: the engine was stopped.
-            ReplicaFailed: it can go on no more.
+            ReplicaFailed: the engine failed.
         """
         if self._stopped is not None:
             raise self._stopped.retold(self._stopped.message)
@@ -188,7 +187,7 @@ class EngineThread:
     async def pause(self, mode: PauseMode = PauseMode.KEEP) -> None:
         """Let all sequences stand still, and return when no step is under way; requests that come wait.
 
-        Deadlines pass meanwhile, and whoever goes away is let go. `resume` goes on with all the others.
+        Deadlines pass meanwhile, and cancelled sequences are freed. `resume` goes on with all the others.
         """
         self._pausing = True
         if mode is PauseMode.ABORT:
@@ -280,7 +279,9 @@ class EngineThread:
                 self._loop.call_soon_threadsafe(tell)
 
     def _recovers(self) -> bool:
-        """Whether what is known to work still does: errors of a CUDA context stay for the life of a process."""
+        """Return True if a step that works normally still does: errors of a CUDA context stay for the life of a
+        process.
+        """
         for pause_s in PROBE_PAUSES_S:
             time.sleep(pause_s)
             try:

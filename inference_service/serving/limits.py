@@ -1,7 +1,7 @@
-"""What models and keys may have of a replica: who asks for more is refused here, before the engine.
+"""Limits of models and keys on a replica: requests above them are refused here, before the engine.
 
 How the engine's tokens are shared, and how many answers it computes at once, is the scheduler's: it gets the
-flow of a sequence and its share.
+queue of a sequence and its share.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ MINUTE_S: Final = 60.0
 ROUNDING_S: Final = 1e-6
 UNBOUNDED: Final = Limits()
 FEW_METERS: Final = 256
-"""So many are kept without a look at which are idle."""
+"""Number of meters that are kept without a search for idle ones."""
 
 
 class UsageMeter:
-    """What one model, or one key, has in use.
+    """The usage of one model, or of one key.
 
     Tokens are counted as the time in which they come back: a minute's worth is in use when that is a minute
     away (the generic cell rate algorithm, a token bucket without a timer).
@@ -59,7 +59,7 @@ class UsageMeter:
         self._waiting.add(ticket)
 
     def leave(self, ticket: Ticket) -> None:
-        """Count it no more."""
+        """Stop counting a request."""
         self._waiting.discard(ticket)
 
     def take(self, tokens: int, per_minute: int) -> None:
@@ -102,7 +102,7 @@ class Ticket:
     """One request that was let in."""
 
     flow: str
-    """Of its sequences: the model's, or the key's own in the model."""
+    """Queue of its sequences: the model's, or the key's own in the model."""
     share: Share
     bounds: Sequence[_Bound]
     _seq: EngineSequence | None = field(default=None, init=False)
@@ -194,7 +194,7 @@ class Limiter:
 
 
 def _least(limits: Sequence[Limits]) -> Limits:
-    """What all of several models may have: of a mixture, whose adapters are each asked for."""
+    """Return the least limits of several models: those of a blend, each of whose adapters counts."""
     weights = [each.weight for each in limits]
     running = [each.max_running for each in limits if each.max_running is not None]
     said = any(weight is not None for weight in weights)

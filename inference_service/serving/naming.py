@@ -1,4 +1,4 @@
-"""From the name that a request says to what answers it."""
+"""The models that answer a request's name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Vectors of texts, as the doors see them: several prompts at once, answered by one version, in their order."""
+"""Vectors of texts for the APIs: several prompts at once, answered by one version, in their order."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ AT_ONCE: Final = 64
 
 @dataclass(frozen=True)
 class PooledPrompt:
-    """What became of one prompt."""
+    """The result of one prompt."""
 
     started: Started
     vector: Vector

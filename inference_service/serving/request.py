@@ -1,4 +1,4 @@
-"""What a door asks for, and the events that answer it."""
+"""The request of an API, and the events that answer it."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ Prompt = str | list[int] | list[Message] | TextPair
 
 @dataclass(frozen=True)
 class Served:
-    """What a name stood for when it was looked up."""
+    """The model of a name when it was looked up."""
 
     model: ServedModel
     generation: int
-    """By which."""
+    """Generation of the look-up."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Request:
     """A name, an alias, ``NAME@DIGEST``, ``BASE:NAME``, ``NAME*SCALE+NAME``: see `catalog.Catalog.resolve`."""
     prompt: Prompt
     sampling: Sampling = NO_SAMPLING
-    """How the tokens of its answers are drawn, and when they end."""
+    """Sampling of its answers' tokens, and their ends."""
     min_generation: int = 0
     """The name is looked up in this generation of the deployment, or in a later one."""
     sticky_key: str = ""
@@ -62,7 +62,7 @@ class Request:
     lora_path: str | None = None
     """An adapter of the base that model names, or the same adapter once more; SGLang's clients name it so."""
     served: Served | None = None
-    """What answers, where the door has looked it up already: for the prompts of one call together."""
+    """The model, where the API has looked it up already: for the prompts of one call together."""
     n: int = 1
     """Answers; the first is the one that a request for one would have, the others have seeds of their own."""
     pooling: Pooling | None = None
@@ -111,12 +111,12 @@ class Started:
 
     request_id: str
     model: ServedModel
-    """What answers it to the end."""
+    """Model that answers it to the end."""
     generation: int
-    """By which its name was looked up."""
+    """Generation by which its name was looked up."""
     prompt_tokens: int
     text: Text
-    """What its tokens mean."""
+    """Tokenizer of its tokens."""
     prompt_token_ids: tuple[int, ...] = ()
 
 
@@ -146,7 +146,7 @@ class Delta:
     text: str
     tokens: tuple[Token, ...]
     index: int = 0
-    """Which of the n answers."""
+    """Index of the answer among the n."""
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ class Finished:
     cached_tokens: int
     completion_tokens: int
     index: int = 0
-    """Which of the n answers."""
+    """Index of the answer among the n."""
     stop_token_id: int | None = None
     """The stop token that ended it, where the request named it and it is no end-of-sequence token."""
 

@@ -1,4 +1,4 @@
-"""Generation as the doors see it: a request with text in, a stream of events out."""
+"""Generation for the APIs: a request with text in, a stream of events out."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class GenerationService:
     """
 
     in_work: int = 0
-    """Requests of all doors that have not ended."""
+    """Requests of all APIs that have not ended."""
     _watchers: Seq[Watcher] = ()
     _parsers_of: ParsersOf = Parsers
 
@@ -128,11 +128,11 @@ class GenerationService:
             PromptTooLong: prompt and answer do not fit.
             RateLimited: the model, or the caller's key, has what its limits allow.
             QueueFull: too many requests wait.
-            ReplicaFailed: the engine can go on no more.
+            ReplicaFailed: the engine failed.
             ReplicaPaused: an operator ended what was under way.
             DeadlineExceeded: the deadline passed.
             NumericsFault: its values are NaN or infinite.
-            ModelUnusable: those of the adapter were so again and again.
+            ModelUnusable: those of the adapter were so several times.
         """
         with following(request, self._watchers) as follower, self._working():
             served = await self.naming.choose(request)
@@ -195,7 +195,7 @@ class GenerationService:
 
     @property
     def usual_pooling(self) -> Pooling | None:
-        """How vectors are made for requests that do not say it; None: they must."""
+        """Return the pooling of requests that name none; None: they must."""
         return self.catalog.deployed.pooling or self._pooling_of_base
 
     @property
@@ -205,7 +205,7 @@ class GenerationService:
 
     @property
     def parsers(self) -> Parsers:
-        """How answers of chats are read."""
+        """Return the parsers of chat answers."""
         deployed = self.catalog.deployed
         return self._parsers_of(deployed.tool_parser, deployed.reasoning_parser)
 
@@ -218,7 +218,8 @@ class GenerationService:
             self.in_work -= 1
 
     async def look_up(self, request: Request) -> tuple[Served, AdapterDefaults]:
-        """Return what answers a request, and what that brings, for a door that has to know before it asks.
+        """Return the model of a request and its defaults, for an API that needs them before it submits the
+        request.
 
         A request that ends here is followed like one that ends in `generate`.
 

@@ -1,4 +1,4 @@
-"""How large a prompt and the JSON of a request may be, where that can be told before it is read."""
+"""Bounds of a prompt and of the JSON of a request, where they can be checked before it is read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a request comes to on the model that answers it: tokens of its prompt, and what answers are drawn by."""
+"""The terms of a request on its model: tokens of its prompt, and the sampling of its answers."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ class Terms:
 
     request: Request
     defaults: AdapterDefaults
-    """Of the model."""
+    """Defaults of the model."""
     text: Text
-    """What the tokens of the model mean."""
+    """Tokenizer of the model."""
     limits: ServingLimits
     default_max_tokens: int | None
     """New tokens of a request that sets no limit; None: as many as fit."""
     logprobs_mode: LogprobsMode = "raw"
-    """Where the request does not say one."""
+    """Mode where the request names none."""
 
     @property
     def ends(self) -> frozenset[int]:

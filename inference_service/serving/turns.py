@@ -1,4 +1,4 @@
-"""What the messages and tools of a chat may hold, whichever door they came through."""
+"""The rules of a chat's messages and tools, over every API."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any, Final
 from inference_service.serving.sizes import json_bytes
 
 ROLES: Final = ("system", "user", "assistant", "tool")
-"""As templates know them; ``developer``, which clients also say, is system."""
+"""Roles as templates know them; ``developer``, which clients also use, is system."""
 MAX_TOOLS: Final = 128
 NAME: Final = re.compile(r"[A-Za-z0-9_.\-]{1,64}")
-"""Of a function."""
+"""Pattern of a function's name."""
 EXPECTED_NAME: Final = "1 to 64 letters, digits, _, . or -"
 
 MAX_VARIABLES: Final = 32
@@ -26,10 +26,10 @@ RESERVED: Final = frozenset(
         *("raise_exception", "strftime_now", "namespace", "self"),
     }
 )
-"""What a template is told in other ways; so are special tokens, whose names end with ``_token``."""
+"""Variables that a template gets in other ways; so are special tokens, whose names end with ``_token``."""
 
 Rule = tuple[bool, str, str, object]
-"""Whether it is broken, the field, what is expected, what was found."""
+"""Whether it is broken, the field, the expected value, the found value."""
 
 
 def role_of(role: str) -> str:

@@ -13,7 +13,7 @@ from typing import Final, Self
 import structlog
 
 FRAMES: Final = 8
-"""Of the stack that is logged, the innermost."""
+"""Frames of the stack that is logged, the innermost."""
 
 log = structlog.get_logger()
 
@@ -21,8 +21,8 @@ log = structlog.get_logger()
 class Watchdog:
     """Calls late once, on a thread of its own, when one `with` block has lasted longer than limit_s.
 
-    A call that keeps the interpreter's lock for good stops this thread too: then only who asks the process for
-    its health, and gets no answer, sees it.
+    A call that keeps the interpreter's lock for good stops this thread too: then only a health check without an
+    answer shows it.
     """
 
     def __init__(

@@ -1,1 +1,1 @@
-"""What a replica tells its operators: metrics, one log line per request, traces."""
+"""A replica's telemetry for its operators: metrics, one log line per request, traces."""

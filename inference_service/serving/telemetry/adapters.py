@@ -1,4 +1,4 @@
-"""Where adapters are: in all as the library tells it, and of each that is in the bank or at work."""
+"""Metrics of adapters: sums from the library, and series of each adapter that is in the bank or at work."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ HEADS: Final = tuple(
         ),
     )
 )
-"""Of the families that have a series for each model; the last name is vLLM's."""
+"""Heads of the families that have a series for each model; the last name is vLLM's."""
 INFO_HEAD: Final = head(
     INFO, "gauge", "When this was so, in Unix time; adapters that are ready, and those that sequences wait for."
 )
@@ -55,7 +55,7 @@ class _Shown(NamedTuple):
 
 
 class _Facts(NamedTuple):
-    """What the lines of a model say."""
+    """The values in the lines of a model."""
 
     model: ServedModel
     running: int
@@ -156,7 +156,7 @@ class AdapterSeries:
 
 
 class AdapterCollector(Collector):
-    """What there is of adapters in all."""
+    """The sums over all adapters."""
 
     def __init__(self, series: AdapterSeries) -> None:
         self._series = series

@@ -23,11 +23,14 @@ from inference_service.serving.telemetry.record import RequestRecord
 from inference_service.serving.telemetry.replica import EngineView, ReplicaCollector
 
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
-"""OpenMetrics takes twice the time to write and says no more."""
+"""Content type; OpenMetrics takes twice the time to write and has no other content."""
 PACE_BUCKETS: Final = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1)
 WAIT_BUCKETS: Final = (0.002, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 15, 60)
 REQUEST_BUCKETS: Final = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320)
-"""In seconds. A model that was used has some 60 series of these; one that was not has none."""
+"""Bounds of the buckets, in seconds.
+
+A model that was used has some 60 series of these; an unused one has none.
+"""
 
 # They double the series of counters, and nobody reads them.
 disable_created_metrics()  # type: ignore[no-untyped-call]
@@ -100,7 +103,7 @@ class Metrics:
             self._observe(PACE, model, answer.pace_s)
 
     def responded(self, status: int) -> None:
-        """Count an answer of the HTTP door; what it refuses itself never becomes a request here."""
+        """Count an answer of the HTTP server; a request that it refuses itself never gets here."""
         self._responses.labels(status).inc()
 
     def render(self) -> bytes:

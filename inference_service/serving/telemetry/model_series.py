@@ -15,7 +15,7 @@ from inference_service.serving.telemetry.text_format import Lines, bounds_of, fa
 MOST: Final = 1000
 """Models that have series of their own, some 66 each with 5 KB, unless a setting says otherwise."""
 OTHERS: Final = "(others)"
-"""What the rest of them is called: no adapter can have this name."""
+"""Name of the rest of the models: no adapter can have this name."""
 LATELY_S: Final = 3600.0
 """A model that was not used for so long has none."""
 
@@ -25,10 +25,10 @@ class Counted:
     """A family of counters."""
 
     name: str
-    """Without ``_total``."""
+    """Name without ``_total``."""
     text: str
     label: str = ""
-    """Beside the model, if there is one."""
+    """Label beside the model, if there is one."""
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from loramux_shared.faults import Fault, InternalFault
 
 OK: Final = "OK"
 CANCELLED: Final = "CANCELLED"
-"""Beside the reasons of faults, the outcomes of a request."""
+"""Outcome of a request, beside the reasons of faults."""
 
 
 @dataclass
@@ -43,7 +43,7 @@ class AnswerRecord:
 
 @dataclass
 class RequestRecord:
-    """What is known of a request; times are on the clock of ``time.monotonic``."""
+    """The record of a request; times are on the clock of ``time.monotonic``."""
 
     request: Request
     model: ServedModel | None = None
@@ -51,7 +51,7 @@ class RequestRecord:
     answers: list[AnswerRecord] = field(default_factory=list)
     """Empty until the prompt is tokenized and the constraint compiled."""
     arrived_s: float = field(default_factory=lambda: ARRIVED_S.get() or time.monotonic())
-    """When the call that brought it came, as near to the socket as its door can tell."""
+    """Arrival of the call that brought it, as near to the socket as its server can tell."""
     submitted_s: float | None = None
     """When it was given to the engine."""
     first_s: float | None = None
@@ -60,7 +60,7 @@ class RequestRecord:
     outcome: str = ""
     """OK, CANCELLED or a fault's reason; empty until the end."""
     context: Context = field(default_factory=copy_context)
-    """Of the call that brought it: the door's span and what it binds to log lines."""
+    """Context of the call that brought it: the server's span and its bindings for log lines."""
 
     @property
     def prompt_tokens(self) -> int:
@@ -69,7 +69,9 @@ class RequestRecord:
 
     @property
     def temperature(self) -> float | None:
-        """What tokens are drawn with: the request's, the adapter's or the door's; None while nobody knows."""
+        """Return the temperature of its draws: the request's, the adapter's or the API's; None while it is
+        unknown.
+        """
         return self.answers[0].seq.sampling.temperature if self.answers else self.request.sampling.temperature
 
     @property

@@ -1,4 +1,4 @@
-"""What the engine holds at the moment of a scrape, and what inference gateways read of it."""
+"""The engine's content at the moment of a scrape, and the metrics that inference gateways read."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ from inference_service.engine.engine import EngineStats, SequenceCounts
 from inference_service.serving.engine_thread import PauseMode
 
 MODEL_LABEL: Final = "model_name"
-"""Of vLLM's families that are of a whole replica: the served base, by which gateways tell replicas apart."""
+"""Label of vLLM's families that are of a whole replica: the served base, by which gateways tell
+replicas apart.
+"""
 Family = TypeVar("Family", GaugeMetricFamily, CounterMetricFamily)
 
 
@@ -28,11 +30,11 @@ def of_model(family: Family, model: str, value: float) -> Family:
 
 
 class EngineView(Protocol):
-    """An engine as doors see it: it can be looked at, and told to stand still."""
+    """The engine as APIs see it: its statistics, and its pause."""
 
     @property
     def paused(self) -> bool:
-        """Whether it was told to."""
+        """Return True if it was paused."""
         ...
 
     async def pause(self, mode: PauseMode = PauseMode.KEEP) -> None:
@@ -50,12 +52,12 @@ class EngineView(Protocol):
 
     @property
     def sequence_counts(self) -> SequenceCounts:
-        """Who runs and who waits."""
+        """Return the numbers of running and waiting sequences."""
         ...
 
 
 class ReplicaCollector(Collector):
-    """Asks the engine anew at every scrape."""
+    """A collector that reads the engine at every scrape."""
 
     def __init__(self, catalog: Catalog, engine: EngineView) -> None:
         self._catalog = catalog

@@ -18,12 +18,12 @@ MAX_NAME = 128
 
 
 class RequestLog:
-    """Says who asked for what and how it went; what was asked and answered only with texts."""
+    """A log line for each request: client, model and outcome; prompt and answers only with texts."""
 
     def __init__(self, *, texts: bool = False) -> None:
         self._texts = texts
         self._said: defaultdict[int, defaultdict[int, str]] = defaultdict(lambda: defaultdict(str))
-        """By the record's identity: requests may have the same id."""
+        """Texts by the record's identity: requests may have the same id."""
 
     def began(self, record: RequestRecord) -> None:
         """Say nothing yet."""
@@ -34,7 +34,7 @@ class RequestLog:
             self._said[id(record)][delta.index] += delta.text
 
     def ended(self, record: RequestRecord) -> None:
-        """Write the line, in the context of the call: with the id that the door gave it."""
+        """Write the line, in the context of the call: with the id that the server gave it."""
         said: Mapping[int, str] = self._said.pop(id(record), {})
         texts = {"prompt": record.request.prompt, "answers": [said[index] for index in sorted(said)]}
         record.context.run(_write, record, texts if self._texts else {})

@@ -1,4 +1,4 @@
-"""Spans of what happened to a request between the door and its last token.
+"""Spans of a request between its arrival and its last token.
 
 They are made when the request has ended, from times that were noted anyway: a token costs nothing more.
 Names and attributes are those of OpenTelemetry's conventions for generative AI, where it has one.
@@ -21,7 +21,9 @@ PROVIDER: Final = "loramux"
 
 
 class RequestSpans:
-    """Makes a span per request below the door's, and below it queue, prefill, and a decode per answer."""
+    """A factory of a span per request below the server's, and below it queue, prefill, and a decode per
+    answer.
+    """
 
     def __init__(self, tracer: Tracer) -> None:
         self._tracer = tracer

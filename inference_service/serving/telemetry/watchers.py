@@ -1,4 +1,4 @@
-"""Who watches requests beside the metrics."""
+"""The watchers of requests beside the metrics."""
 
 from __future__ import annotations
 
