@@ -1,4 +1,4 @@
-"""The description of the door as an OpenAPI document.
+"""The description of the HTTP API as an OpenAPI document.
 
 Source: https://spec.openapis.org/oas/v3.1.1.html
 """
@@ -68,7 +68,7 @@ class Served:
     classifier: str = ""
     """One whose head has labels; the same for classes."""
     keyless: bool = False
-    """Whether no key is asked for."""
+    """True if no key is required."""
 
     def model_of(self, body: type[Body]) -> str:
         """Return the model that examples of a body ask; empty where no model answers it."""
@@ -202,7 +202,7 @@ OTHERS: Final[Mapping[tuple[str, str], Json]] = {
     },
     ("tools", "array"): {"maxItems": MAX_TOOLS},
 }
-"""By field and type."""
+"""Schemas by field and type."""
 
 
 def tell_bounds(kind: type[BaseModel], schemas: Mapping[str, Json]) -> None:

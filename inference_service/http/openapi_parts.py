@@ -31,7 +31,7 @@ WORDS: Final[Mapping[int, str]] = {
     504: "What was asked for took longer than the operator allows.",
     529: "The server has as much work as it takes.",
 }
-"""Of statuses of failures."""
+"""Descriptions of the statuses of failures."""
 RETRY_AFTER: Final[Json] = {
     "retry-after": {"description": "Seconds.", "required": True, "schema": {"type": "integer", "minimum": 1}}
 }

@@ -26,7 +26,7 @@ log = structlog.get_logger()
 
 
 class HttpServer:
-    """The door on an address ``HOST:PORT``."""
+    """The HTTP server on an address ``HOST:PORT``."""
 
     def __init__(
         self,
@@ -93,7 +93,7 @@ class HttpServer:
     async def drain(self, timeout_s: float, cut: Callable[[], None] | None = None) -> bool:
         """Refuse new requests, wait for the open ones, stop; False when the time ran out and some were cut.
 
-        cut ends what others than the door can end, by a fault; the rest the door cancels.
+        `cut` ends the requests that others than the server can end, with a fault; the server cancels the rest.
         """
         await self.refuse()
         finished = await self._front.until_idle(timeout_s)

@@ -1,1 +1,1 @@
-"""What operators and trainers ask: adapters, rollbacks, pauses, tokens, the load."""
+"""Routes for operators and trainers: adapters, rollbacks, pauses, tokens, the load."""

@@ -1,4 +1,4 @@
-"""What operators do with adapters over HTTP: vLLM's two routes, and ours for the page."""
+"""Routes for operators' changes of adapters: vLLM's two, and ours for the page."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class UnloadBody(Body):
 
 
 class RollbackBody(Body):
-    """Which generation is to be served again."""
+    """The generation that is to be served again."""
 
     examples: ClassVar[Examples] = {"before": {}, "number": {"to": 7}}
 
@@ -56,7 +56,7 @@ class RollbackBody(Body):
 
 
 class PageQuery(Query):
-    """Which page of the adapters."""
+    """The page of the list of adapters."""
 
     page_size: Annotated[int, Field(ge=1, le=MAX_PAGE)] = PAGE
     page_token: Annotated[str, Field(json_schema_extra={"maxLength": MAX_TOKEN})] = ""
@@ -164,7 +164,7 @@ async def load_lora_adapter(service: GenerationService, http: HttpRequest) -> Re
 
 
 async def unload_lora_adapter(service: GenerationService, http: HttpRequest) -> Response:  # noqa: ARG001
-    """Take an adapter's name away; answers when it is served no more."""
+    """Remove an adapter's name; answers when the replica has stopped serving it."""
     body = await read_body(http, UnloadBody)
     try:
         await manager_of(http).unload(body.lora_name)

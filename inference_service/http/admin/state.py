@@ -1,4 +1,4 @@
-"""What monitors and gateways ask: health, metrics, version, load, and ``/state``, which the page shows."""
+"""Routes for monitors and gateways: health, metrics, version, load, and ``/state``, which the page shows."""
 
 from __future__ import annotations
 

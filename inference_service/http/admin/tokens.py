@@ -41,7 +41,9 @@ class TokenizeBody(Body):
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     add_special_tokens: bool | None = None
-    """With those that the tokenizer adds itself; when not set, true of a prompt and false of messages."""
+    """Whether to add the tokenizer's own special tokens; when not set, true of a prompt and false of
+    messages.
+    """
     return_token_strs: bool | None = None
 
     @model_validator(mode="after")

@@ -1,4 +1,4 @@
-"""What trainers ask of a server beside answers, as vLLM has it: who it is, and to stand still for a moment."""
+"""Routes for trainers beside answers, as vLLM has them: a description of the server, and a pause."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from inference_service.serving.service import GenerationService
 
 
 class InfoQuery(Query):
-    """In which form the configuration is told."""
+    """The form of the configuration."""
 
     config_format: Literal["json"] = "json"
 
 
 class PauseQuery(Query):
-    """What becomes of requests under way; vLLM ends them where nothing is said."""
+    """The fate of requests under way in a pause; vLLM ends them by default."""
 
     mode: PauseMode | None = None
     wait_for_inflight_requests: bool = False

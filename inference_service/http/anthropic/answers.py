@@ -19,7 +19,7 @@ class SaidBlock(TypedDict):
 
 
 class ThoughtBlock(TypedDict):
-    """What was thought."""
+    """Reasoning of the assistant."""
 
     type: Literal["thinking"]
     thinking: str
@@ -36,7 +36,7 @@ class CallBlock(TypedDict):
 
 
 class OutputTokens(TypedDict):
-    """How many tokens of the answer were thinking."""
+    """The number of the answer's tokens that were thinking."""
 
     thinking_tokens: int
 
@@ -49,7 +49,7 @@ class MessageUsage(TypedDict):
     cache_read_input_tokens: int
     output_tokens: int
     output_tokens_details: NotRequired[OutputTokens]
-    """Where something was thought."""
+    """Details where the answer has reasoning."""
 
 
 ContentBlock = SaidBlock | ThoughtBlock | CallBlock

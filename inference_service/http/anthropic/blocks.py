@@ -1,4 +1,4 @@
-"""What the content of messages may consist of: blocks, each of a type."""
+"""The content of messages: blocks, each of a type."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def as_blocks(content: Any) -> Any:
 
 
 class CacheControl(Body):
-    """Where a prompt is to be kept; accepted, for prompts are kept here by themselves."""
+    """The place up to which a prompt is to be cached; accepted, for prompts are cached here by themselves."""
 
     type: Literal["ephemeral"]
     ttl: str | None = None
@@ -74,7 +74,7 @@ class ToolUseBlock(Block):
 
 
 class ToolResultBlock(Block):
-    """What came of a call."""
+    """The result of a call."""
 
     type: Literal["tool_result"]
     tool_use_id: Name
@@ -84,7 +84,7 @@ class ToolResultBlock(Block):
 
 
 class ThinkingBlock(Block):
-    """What the assistant thought earlier."""
+    """Earlier reasoning of the assistant."""
 
     type: Literal["thinking"]
     thinking: str
@@ -93,7 +93,7 @@ class ThinkingBlock(Block):
 
 
 class RedactedThinkingBlock(Block):
-    """What another server's assistant thought, which only that server can read."""
+    """Earlier reasoning of another server's assistant, which only that server can read."""
 
     type: Literal["redacted_thinking"]
     data: str

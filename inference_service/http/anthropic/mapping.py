@@ -1,4 +1,4 @@
-"""From Anthropic's bodies to conversations."""
+"""The map from Anthropic's bodies to conversations."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""What the bodies of Anthropic's routes may hold.
+"""The bodies of Anthropic's routes.
 
-As everywhere at this door, a field whose type is None is refused by name, and null is "not set".
+As everywhere in this API, a field whose type is None is refused by name, and null is "not set".
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ Tool = Annotated[CustomTool, BeforeValidator(_custom, json_schema_input_type=Cus
 
 
 class ToolChoice(Body):
-    """Whether, and what, the model must call."""
+    """The choice of tools: whether, and which, the model must call."""
 
     model_config = ConfigDict(json_schema_extra=NAME_OF_TOOL)
 
@@ -109,7 +109,7 @@ class Thinking(Body):
 
 
 class OutputFormat(Body):
-    """What the answer must look like."""
+    """The form of the answer."""
 
     type: Literal["json_schema"]
     schema_: Annotated[dict[str, Any], Field(alias="schema")]
@@ -117,7 +117,7 @@ class OutputFormat(Body):
 
 
 class OutputConfig(Body):
-    """How the model is to answer."""
+    """Options of the answer."""
 
     effort: Literal["low", "medium", "high", "xhigh", "max"] | None = None
     format: Annotated[OutputFormat | None, Noun("response_format", taken=False)] = None
@@ -148,7 +148,7 @@ Edit = Annotated[KeptThinking, BeforeValidator(_changes_nothing, json_schema_inp
 
 
 class ContextManagement(Body):
-    """What is to be left out of a long conversation."""
+    """The parts to leave out of a long conversation."""
 
     edits: list[Edit] | None = None
 
@@ -160,7 +160,7 @@ def _usual_speed(speed: Any) -> Any:
 
 
 class Turns(Body):
-    """What becomes the prompt, and what both routes read."""
+    """The fields that become the prompt, and that both routes read."""
 
     model: Same[str]
     messages: Annotated[list[Message], AfterValidator(_some), Field(json_schema_extra={"minItems": 1})]

@@ -1,4 +1,4 @@
-"""From Anthropic's turns, whose contents are blocks, to those of a conversation."""
+"""The map from Anthropic's messages, whose contents are blocks, to turns of a conversation."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ROLES: Final = {
     "assistant": ("text", "tool_use", "thinking", "redacted_thinking"),
     "system": ("text",),
 }
-"""Who says what."""
+"""Types of blocks by role."""
 BILLING: Final = "x-anthropic-billing-header:"
 """Begins a line that Claude Code sends as the first block of the system prompt: it is not for the model, and
 differs in every request, so that no prompt would be found in the cache."""

@@ -20,13 +20,13 @@ ChatEnded = Literal["stop", "length", "tool_calls"]
 
 
 class PromptDetails(TypedDict):
-    """How many tokens of the prompt were found in the prefix cache."""
+    """The number of the prompt's tokens that were found in the prefix cache."""
 
     cached_tokens: int
 
 
 class CompletionDetails(TypedDict):
-    """How many tokens of the answers were decoded while they reasoned."""
+    """The number of the answers' tokens that were decoded as reasoning."""
 
     reasoning_tokens: int
 
@@ -38,7 +38,7 @@ class Usage(TypedDict):
     completion_tokens: int
     total_tokens: int
     completion_tokens_details: NotRequired[CompletionDetails]
-    """Of answers that reasoned."""
+    """Details of answers with reasoning."""
     prompt_tokens_details: NotRequired[PromptDetails]
 
 
@@ -51,7 +51,7 @@ class RankedToken(TypedDict):
 
 
 PromptLogprobs = list[dict[str, RankedToken] | None]
-"""By token id; null for the first token of the prompt."""
+"""Log probabilities by token id; null for the first token of the prompt."""
 
 
 class PromptPart(TypedDict, total=False):
@@ -76,7 +76,7 @@ class TokenLogprob(TopLogprob):
 
 
 class ChatLogprobs(TypedDict):
-    """Of the tokens of an answer, or of a chunk."""
+    """Log probabilities of the tokens of an answer, or of a chunk."""
 
     content: list[TokenLogprob]
     refusal: None
@@ -104,7 +104,7 @@ class MadeMessage(TypedDict):
     content: str | None
     refusal: None
     reasoning_content: NotRequired[str]
-    """What was thought."""
+    """Reasoning of the model."""
     reasoning: NotRequired[str]
     """The same once more, under vLLM's newer name."""
     tool_calls: NotRequired[list[MadeCall]]
@@ -188,7 +188,9 @@ class ChatCompletionChunk(TypedDict):
 
 
 class PlainLogprobs(TypedDict):
-    """Of the tokens of an answer or a chunk, each list with one item a token; of a prompt's first one null."""
+    """Log probabilities of an answer's or a chunk's tokens, each list with one item a token; a prompt's first
+    is null.
+    """
 
     tokens: list[str]
     token_logprobs: list[float | None]

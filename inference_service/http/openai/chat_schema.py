@@ -1,4 +1,4 @@
-"""What the body of a chat request may hold; the rules of turns and tools are `serving.turns`'s."""
+"""The body of a chat request; the rules of turns and tools are `serving.turns`'s."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ class ChatMessage(Body):
     tool_call_id: str | None = None
     refusal: str | None = None
     reasoning_content: str | None = None
-    """What the assistant thought: for the template, which mostly leaves out that of earlier turns."""
+    """Reasoning of the assistant: for the template, which mostly leaves out that of earlier turns."""
     reasoning: str | None = None
     """The same, under vLLM's newer name."""
     annotations: list[Any] | None = None
@@ -123,7 +123,7 @@ class ChatMessage(Body):
 
     @property
     def thought(self) -> str | None:
-        """What the assistant thought, under whichever name."""
+        """Return the assistant's reasoning, under either name."""
         return self.reasoning_content if self.reasoning is None else self.reasoning
 
     @model_validator(mode="after")
@@ -200,7 +200,7 @@ class ChosenTool(TypedDict):
 
 
 class AllowedChoice(TypedDict):
-    """Which tools may be called, or must be."""
+    """The tools that may be called, or must be."""
 
     mode: Literal["auto", "required"]
     tools: list[ChosenTool]
@@ -227,7 +227,7 @@ class JsonSchema(Body):
 
 
 class ResponseFormat(Body):
-    """What the answer must look like."""
+    """The form of the answer."""
 
     model_config = ConfigDict(json_schema_extra=SCHEMA_WHERE_SAID)
 
@@ -242,11 +242,11 @@ class ResponseFormat(Body):
 
 
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
-"""How long the model is to think, as OpenAI spells it."""
+"""Reasoning effort, in OpenAI's spelling."""
 
 
 class ChatTurns(Body):
-    """What becomes the prompt of a chat."""
+    """The fields that become the prompt of a chat."""
 
     model_config = ConfigDict(json_schema_extra=GOES_ON)
 

@@ -168,7 +168,7 @@ class CompletionAnswer:
         self._n = requests[0].n
         self.head = Head(f"cmpl-{requests[0].id}", body.model)
         self._choices: list[list[CompletionChoice]] = [[] for _ in requests]
-        """By prompt; made when its request was accepted: before that, n is only a number that somebody sent."""
+        """Choices by prompt; made when its request was accepted: before that, n is only a client's number."""
         self._prompts: list[tuple[int, ...]] = [() for _ in requests]
         """Their tokens."""
         self._text = service.text

@@ -18,7 +18,7 @@ from inference_service.http.openai.answers import (
 from inference_service.text.text import Text
 
 IMPOSSIBLE = -9999.0
-"""What the API says for minus infinity, which JSON does not know."""
+"""The API's number for minus infinity, which JSON does not know."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""From the bodies of chats to conversations, and from those of plain completions to requests."""
+"""The map from the bodies of chats to conversations, and from those of plain completions to requests."""
 
 from __future__ import annotations
 

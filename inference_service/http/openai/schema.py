@@ -1,6 +1,6 @@
-"""What a request's body may hold, apart from chat's own fields.
+"""The bodies of requests, apart from chat's own fields.
 
-Types are checked here and bounds in `serving`, which both doors share. A field whose type is None is one that
+Types are checked here and bounds in `serving`, which both APIs share. A field whose type is None is one that
 this server cannot honour: any value of it is refused by name. The last group of fields of `SamplingBody` is
 accepted because clients send them, and none of them changes an answer.
 """
@@ -68,7 +68,7 @@ Choices = Annotated[
 
 
 class StreamOptions(Body):
-    """What a stream holds beside the answer."""
+    """The parts of a stream beside the answer."""
 
     include_usage: bool | None = None
     """Send a last chunk that has no choices and the usage."""
@@ -88,13 +88,13 @@ class StructuredOutputs(Body):
     regex: str | None = None
     choice: Choices | None = None
     grammar: str | None = None
-    """In GBNF, or in Lark."""
+    """A grammar in GBNF, or in Lark."""
     json_object: bool | None = None
     structural_tag: None = None
 
     @property
     def given(self) -> dict[str, Any]:
-        """What is asked for, by its name here."""
+        """Return the requested constraints, by their names here."""
         return {name: value for name, value in self if value is not None and value is not False}
 
     @model_validator(mode="after")
@@ -105,7 +105,7 @@ class StructuredOutputs(Body):
 
 
 class SamplingBody(Body):
-    """What all bodies that ask for text have in common: what answers, and how its tokens are drawn."""
+    """The fields of all bodies that ask for text: the model, and the sampling of its tokens."""
 
     model: Same[str]
     temperature: Same[float | None] = None
@@ -152,7 +152,7 @@ class SamplingBody(Body):
 
 
 class GenerationBody(SamplingBody):
-    """What chat and plain completions have in common."""
+    """The fields that chat and plain completions have in common."""
 
     n: Same[int | None] = None
     stream: bool | None = None

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 NOT_NULL: Final[dict[str, Any]] = {"not": {"type": "null"}}
 OF_MESSAGES: Final = ("tools", "add_generation_prompt", "continue_final_message", "chat_template_kwargs")
-"""What says how messages are rendered."""
+"""Fields of rendering messages."""
 
 
 def _only(name: str, value: dict[str, Any]) -> dict[str, Any]:
@@ -21,7 +21,7 @@ ONE_STRUCTURE: Final[dict[str, Any]] = {
     + [_only("json_object", {"const": True})]
 }
 WITHOUT_CALLS: Final[dict[str, Any]] = {"tool_calls": {"maxItems": 0}}
-"""Or null."""
+"""Schema of no calls, or null."""
 BY_ROLE: Final[dict[str, Any]] = {
     "oneOf": [
         {"properties": {"role": {"const": "assistant"}}},

@@ -25,7 +25,7 @@ class SaidPart(TypedDict):
 
 
 class SaidItem(TypedDict):
-    """What is said."""
+    """Text of the answer."""
 
     id: str
     type: Literal["message"]
@@ -42,7 +42,7 @@ class ThoughtPart(TypedDict):
 
 
 class ThoughtItem(TypedDict):
-    """What is thought; the encrypted content is what clients give back unread, where they asked for it."""
+    """Reasoning; clients give the encrypted content back unread, where they asked for it."""
 
     id: str
     type: Literal["reasoning"]
@@ -68,14 +68,14 @@ AnsweredItem = SaidItem | ThoughtItem | CalledItem
 
 
 class InputDetails(TypedDict):
-    """How many tokens of the input were found in the prefix cache."""
+    """The number of the input's tokens that were found in the prefix cache."""
 
     cached_tokens: int
     cache_write_tokens: int
 
 
 class OutputDetails(TypedDict):
-    """How many tokens of the output were reasoning."""
+    """The number of the output's tokens that were reasoning."""
 
     reasoning_tokens: int
 
@@ -107,14 +107,14 @@ class IncompleteDetails(TypedDict):
 
 
 class ResponseReasoning(TypedDict):
-    """How the model was to think."""
+    """The reasoning options of the request."""
 
     effort: str | None
     summary: None
 
 
 class Response(TypedDict):
-    """What was asked, what is answered, and how it ended."""
+    """A response: the request's options, the output, and the status."""
 
     id: str
     object: Literal["response"]
@@ -158,7 +158,7 @@ class InstructionPart(TypedDict):
 
 
 class InstructionItem(TypedDict):
-    """What a system or a developer said before anybody else."""
+    """The instructions of a system or a developer before the first other message."""
 
     id: str
     type: Literal["message"]
@@ -176,7 +176,7 @@ class SummaryItem(TypedDict):
 
 
 class Compaction(TypedDict):
-    """What goes on in the place of a conversation."""
+    """A summary that replaces a conversation."""
 
     id: str
     object: Literal["response.compaction"]

@@ -138,10 +138,10 @@ class ResponseAnswer:
 
 
 async def fitted(service: GenerationService, chat: ChatRequest) -> ChatRequest:
-    """Return a chat that leaves its answer room: without as many of the first turns as it takes, and no more.
+    """Return a chat that leaves its answer room: without as few of the first turns as possible.
 
-    A turn begins where the user speaks; system messages before the first one stay. Of a conversation whose last
-    turn is too long, that is returned.
+    A turn begins where the user speaks; system messages before the first one stay. A conversation whose last
+    turn is too long becomes that turn.
 
     Raises:
         Fault: the chat cannot be counted, for another reason than its length.

@@ -1,9 +1,8 @@
-"""What may stand in the ``input`` of a response.
+"""The items in the ``input`` of a response.
 
-An item says its kind in ``type``; one with a role and no type is a message. What was answered may be given back
-as it is. A kind that this server cannot read is refused by name.
-Sources: the types of OpenAI's client, `openai.types.responses.ResponseInputItemParam`, and
-https://www.openresponses.org/specification
+An item says its kind in ``type``; one with a role and no type is a message. An answer may be given back as it
+is. A kind that this server cannot read is refused by name. Sources: the types of OpenAI's client,
+`openai.types.responses.ResponseInputItemParam`, and https://www.openresponses.org/specification
 """
 
 from __future__ import annotations
@@ -118,7 +117,7 @@ class CallItem(Body):
 
 
 class OutputItem(Body):
-    """What a call gave."""
+    """The result of a call."""
 
     type: Literal["function_call_output"]
     call_id: Annotated[str, Field(min_length=1)]
@@ -131,7 +130,7 @@ class OutputItem(Body):
 
 
 class ReasoningItem(Body):
-    """What the model thought earlier."""
+    """Earlier reasoning of the model."""
 
     type: Literal["reasoning"]
     id: str | None = None
@@ -143,7 +142,7 @@ class ReasoningItem(Body):
 
 
 class CompactionItem(Body):
-    """What stands for all before it: a conversation that this server summed up, see `compact`."""
+    """The item that replaces all before it: a conversation that this server summed up, see `compact`."""
 
     type: Literal["compaction"]
     encrypted_content: str

@@ -1,4 +1,4 @@
-"""From the bodies of responses to conversations."""
+"""The map from the bodies of responses to conversations."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ class _Item:
     """An item that is not done."""
 
     prefix: str
-    """Of its id."""
+    """Prefix of its id."""
 
     def __init__(self, index: int, number: Number) -> None:
         self._index = index

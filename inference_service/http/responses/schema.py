@@ -1,8 +1,8 @@
-"""What the body of ``POST /v1/responses`` may hold.
+"""The body of ``POST /v1/responses``.
 
-The fields are OpenAI's, and those of `SamplingBody`, which mean what they mean for chats. What would need a
-store is refused with what to do instead.
-Source: the types of OpenAI's client, `openai.types.responses.ResponseCreateParams`.
+The fields are OpenAI's, and those of `SamplingBody`, which mean what they mean for chats. A field that would
+need a store is refused with what to do instead. Source: the types of OpenAI's client,
+`openai.types.responses.ResponseCreateParams`.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def _allowed(tool: Any) -> str:
 
 
 class TextFormat(Body):
-    """What the text must look like."""
+    """The form of the text."""
 
     type: Literal["text", "json_object", "json_schema"]
     name: str | None = None
@@ -126,7 +126,7 @@ class TextFormat(Body):
 
 
 class TextConfig(Body):
-    """How the text is written."""
+    """Options of the text."""
 
     format: Annotated[TextFormat | None, Noun("response_format", taken=False)] = None
     verbosity: Annotated[None, _refused("Ask for it in instructions, or leave it out.", (None, "medium"))] = (
@@ -135,7 +135,7 @@ class TextConfig(Body):
 
 
 class Reasoning(Body):
-    """How the model thinks."""
+    """Options of reasoning."""
 
     effort: Annotated[Effort | None, Noun("reasoning_effort", taken=False)] = None
     summary: Literal["auto", "concise", "detailed"] | None = None
@@ -147,7 +147,7 @@ class Reasoning(Body):
 
 
 class StreamingOptions(Body):
-    """Of streams."""
+    """Options of streams."""
 
     include_obfuscation: bool | None = None
     """Accepted; there is no padding here."""
@@ -210,7 +210,7 @@ class ResponsesBody(SamplingBody):
 
     @property
     def logprobs(self) -> int | None:
-        """How many log probabilities are told beside each token's own; None: not even that."""
+        """Return the number of log probabilities beside each token's own; None: not even that."""
         return self.top_logprobs or 0 if self.top_logprobs or LOGPROBS in (self.include or ()) else None
 
     @property
@@ -236,6 +236,6 @@ class CompactBody(SamplingBody):
     input: Annotated[Input, Noun("messages", also=("prompt",), taken=False)]
     instructions: str | None = None
     max_output_tokens: Annotated[int | None, Noun("max_tokens")] = None
-    """Of the summary."""
+    """Longest summary."""
     previous_response_id: Annotated[None, _refused(NOTHING_STORED)] = None
     image: None = None

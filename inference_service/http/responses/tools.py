@@ -88,13 +88,13 @@ class Offered:
     """A function that the model may call, and its place in the body."""
 
     place: str
-    """In the body: ``tools[1].tools[0]``."""
+    """Place in the body: ``tools[1].tools[0]``."""
     function: FunctionTool
     namespace: NamespaceTool | None = None
 
     @property
     def name(self) -> str:
-        """What the model calls it."""
+        """Return the model's name for it."""
         return qualified(self.namespace.name if self.namespace else None, self.function.name)
 
     def called(self) -> CalledName:

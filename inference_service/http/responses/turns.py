@@ -1,8 +1,8 @@
-"""From items to turns of a conversation.
+"""The map from items to turns of a conversation.
 
-What the assistant did in one turn comes in several items, and is one message: reasoning, text and calls. So are
-the instructions and what systems and developers say before anybody else: templates know one system message. A
-compaction is part of that one too, and stands for what was said before it.
+The assistant's part of one turn comes in several items, and is one message: reasoning, text and calls. So are
+the instructions and the messages of systems and developers before all others: templates know one system
+message. A compaction is part of that one too, and stands for the conversation before it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from inference_service.serving.bounds import refused
 
 SYSTEM: Final = ("system", "developer")
 PLACE: Final = "input"
-"""Of every turn: clients sent items, and several can be one turn."""
+"""Place of every turn: clients sent items, and several can be one turn."""
 SUMMED_UP: Final = "What was said before, summed up:\n"
 """Stands before the summary of a compaction."""
 
@@ -60,7 +60,7 @@ def _in_force(items: Sequence[Item]) -> Iterator[tuple[int, Item]]:
 
 @dataclass
 class _AssistantTurn:
-    """What the assistant did in one turn, as far as it was read."""
+    """The assistant's part of one turn, as far as it was read."""
 
     thought: list[str] = field(default_factory=list)
     said: list[str] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""What the bodies of requests for vectors may hold."""
+"""The bodies of requests for vectors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from inference_service.serving.pooling import MAX_INPUTS
 
 
 class PoolingBody(Body):
-    """What requests for vectors and scores have in common."""
+    """The fields that requests for vectors and scores have in common."""
 
     model: Same[str]
 
@@ -47,7 +47,7 @@ class EmbeddingsBody(PoolingBody):
     encoding_format: Literal["float", "base64"] | None = None
     """base64 is of float32, little endian."""
     dimensions: int | None = None
-    """So many of the first numbers of each vector."""
+    """Number of leading numbers of each vector to return."""
     normalize: bool | None = None
     """vLLM's; vectors have length 1, unless this is false."""
     pooling: str | None = None
@@ -55,7 +55,7 @@ class EmbeddingsBody(PoolingBody):
 
 
 class ScoringBody(PoolingBody):
-    """What requests for scores have in common."""
+    """The fields that requests for scores have in common."""
 
     use_activation: bool | None = None
     """vLLM's: probabilities; scores as the head gives them where this is false."""
@@ -97,7 +97,7 @@ class RerankBody(ScoringBody):
     query: str
     documents: Annotated[Texts, BeforeValidator(_documents), Noun("prompt", also=("token_ids",), taken=False)]
     top_n: Annotated[int, Field(ge=1)] | None = None
-    """Of the best so many; all when not set."""
+    """Number of the best to return; all when not set."""
     return_documents: bool | None = None
     """Tell the texts too; they are by default."""
     max_tokens_per_doc: None = None

@@ -28,7 +28,7 @@ class Body(BaseModel):
         strict=True, extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
     examples: ClassVar[Examples] = {}
-    """By what they show; their model is one that is served. They are valid, and tests send them."""
+    """Examples by what they show; their model is one that is served. They are valid, and tests send them."""
 
 
 def unsupported(found: str, served: str) -> PydanticCustomError:
@@ -100,7 +100,7 @@ async def _read(http: Request) -> bytes:
 
 
 class Query(BaseModel):
-    """What a query may hold: unknown names and values of other types are refused."""
+    """The type of a query: unknown names and values of other types are refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 

@@ -22,11 +22,11 @@ ACCEPTS: Final = 16
 RETRY_S: Final = 1.0
 """Between attempts to accept, when the system has no descriptor left."""
 UNREAD_BYTES: Final = 128 * 1024
-"""Of answers that the system keeps for a client, doubled by Linux; by itself it would be megabytes."""
+"""Bytes of answers that the system keeps for a client, doubled by Linux; by itself it would be megabytes."""
 REFUSED: Final = 64
 """Refused connections that are read until their clients close; they count among `descriptors.RESERVED`."""
 UNUSED_S: Final = 1e6
-"""Of asyncio's own limit of a handshake, which does not see that its bytes lie unread."""
+"""Seconds of asyncio's own limit of a handshake, which does not see that its bytes lie unread."""
 SAY_S: Final = 60.0
 """A condition that lasts is logged this often."""
 FULL: Final = (
@@ -37,7 +37,7 @@ log = structlog.get_logger()
 
 
 class Connections:
-    """The connections of a door.
+    """The connections of a server.
 
     Above the bound the one that is unused for the longest time makes room; when all are being answered, the new
     one is refused. asyncio's own server is not used: it accepts without a bound, and writes a traceback per
@@ -84,10 +84,10 @@ class Connections:
             each.drain()
 
     async def close(self, timeout_s: float) -> None:
-        """Listen no more, part with those who are here, and cut what remains after a time.
+        """Stop listening, close idle connections, and cut the remaining ones after a time.
 
-        Who has connected already is let in first: a listening socket that is closed resets them, and what they
-        ask was sent before anybody could know.
+        Clients that have connected already are let in first: a listening socket that is closed resets them, and
+        their requests were sent before they could know.
         """
         if (listener := self._listener) is None:
             return

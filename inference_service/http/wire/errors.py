@@ -43,7 +43,7 @@ CODES: Final = {
     "E_NO_TEMPLATE": "invalid_value",
     "E_CONSTRAINT": "invalid_schema",
 }
-"""Where OpenAI has a word of its own; else the code is the reason in small letters."""
+"""Codes that OpenAI has a word of its own for; else the code is the reason in small letters."""
 HTTP_CODES: Final = {
     404: "unknown_url",
     405: "method_not_allowed",

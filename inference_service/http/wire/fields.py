@@ -22,14 +22,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Noun:
-    """Which field of a request a body's field is."""
+    """The field of a request that a body's field becomes."""
 
     name: str = ""
     """Empty: the one of the same name."""
     also: tuple[str, ...] = ()
     """Other fields that faults name where this one is meant."""
     taken: bool = True
-    """Whether a request has its value as it is; else the API's mapping makes something of it."""
+    """True if a request has its value as it is; else the API's mapping converts it."""
 
 
 Same = Annotated[T, Noun()]
@@ -49,7 +49,7 @@ class FieldRow:
 
     @property
     def wire(self) -> str:
-        """What the client calls it."""
+        """Return the client's name of it."""
         return ".".join(self.path)
 
     def value(self, body: BaseModel) -> Any:

@@ -1,4 +1,4 @@
-"""What every request passes first: its id, the drain, and the last line of defence."""
+"""The first layer of every request: its id, the drain, and the last line of defence."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from loramux_shared.routes import HEALTH, PING
 
 log = structlog.get_logger()
 ARRIVED: Final = "arrived_s"
-"""Of a scope's state: when the request came."""
+"""Key of a scope's state: when the request came."""
 DRAINING: Final = "the server is shutting down and takes no new requests. Retry with another replica."
 HEALTH_PATHS: Final = (HEALTH.path, PING.path)
 CUT: Final = "the server shut down before the answer was complete. Retry with another replica."

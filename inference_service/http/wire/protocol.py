@@ -116,7 +116,9 @@ def check_head(version: str, url: bytes, headers: Iterable[tuple[bytes, bytes]],
 
 
 MAX_HEAD_BYTES: Final = 64 * 1024
-"""Of a request's line and headers, of its trailers, or of one chunk's head; and what one read brings more."""
+"""Most bytes of a request's line and headers, of its trailers, or of one chunk's head; one read may
+bring more.
+"""
 MAX_FIELDS: Final = 200
 """Headers of a request; also its trailers."""
 OVERHEAD: Final = 8
@@ -130,19 +132,19 @@ FIRST_S: Final = 0.1
 DRAIN_BODY_S: Final = 1.0
 """For the rest of a body once the server drains."""
 PROGRESS_BYTES: Final = 16 * 1024
-"""What a client must take of an answer that waits, in `Patience.read_s`."""
+"""Bytes that a client must take of an answer that waits, in `Patience.read_s`."""
 
 
 @dataclass(frozen=True)
 class Patience:
-    """How many seconds a client may take; none ends while what it sent lies unread."""
+    """The seconds that a client may take; none end while its bytes lie unread."""
 
     head_s: float = 10.0
-    """From the connection, or from the first byte of a later request, to the end of the head."""
+    """Seconds from the connection, or from the first byte of a later request, to the end of the head."""
     body_s: float = 60.0
-    """From there to the end of the body."""
+    """Seconds from there to the end of the body."""
     pause_s: float = 30.0
-    """From one piece of the body to the next."""
+    """Seconds from one piece of the body to the next."""
     idle_s: float = 65.0
     """Between an answer and the next request: longer than load balancers wait, so that they close first."""
     read_s: float = 30.0
@@ -156,7 +158,7 @@ class BoundedHttp(HttpToolsProtocol):
     """Bounds what a client sends, and how long it takes."""
 
     url: bytes = b""
-    """Of the request that is being read."""
+    """URL of the request that is being read."""
 
     def __init__(
         self,
@@ -189,7 +191,7 @@ class BoundedHttp(HttpToolsProtocol):
         self._reads = 0
         """Times that something came."""
         self._overdue = -1
-        """So many when the deadline was first seen to be over with bytes unread; -1: it was not."""
+        """Unread bytes when the deadline was first seen to be over; -1: it was not."""
         self._waits = (0.0, 0)
         """Since when the answer waits for the client, and how many bytes of it waited then."""
 
@@ -449,7 +451,7 @@ class BoundedHttp(HttpToolsProtocol):
 
     @property
     def _path(self) -> str:
-        """Of that request."""
+        """Return the path of that request."""
         return self.url.partition(b"?")[0].decode("latin-1")
 
     def _refuse(self, status: int, code: str, message: str) -> None:

@@ -1,4 +1,4 @@
-"""What a request hears that fails, in the words of the API that its path belongs to."""
+"""The answer to a request that fails, in the form of the API that its path belongs to."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from loramux_shared.faults import Fault, InternalFault, QueueFull
 from loramux_shared.routes import MESSAGES
 
 REQUEST_ID: Final = "request_id"
-"""Of a scope's state: what the request is called in answers and logs."""
+"""Key of a scope's state: the request's id in answers and logs."""
 FAILED: Final = "loramux failed inside; the server's log has the details. Please report it."
 PATH: Final = MESSAGES.path
 OVERLOADED: Final = 529

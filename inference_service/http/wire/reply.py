@@ -46,7 +46,7 @@ class Head:
     created: int = field(default_factory=lambda: int(time.time()))
     fingerprint: str = ""
     headers: Mapping[str, str] = field(default_factory=dict)
-    """Which version answers, for proxies and logs."""
+    """Headers that name the version, for proxies and logs."""
 
     def begin(self, started: Started) -> None:
         """Note what answers: the model, the deployment's generation, and the adapter's digest or the base."""

@@ -54,7 +54,7 @@ async def _until_gone(receive: Receive) -> None:
 
 @dataclass(frozen=True)
 class Framing:
-    """How a stream is written."""
+    """The framing of a stream."""
 
     event: Callable[[Mapping[str, object]], bytes]
     failure: Callable[[Fault], Mapping[str, object]]
@@ -64,7 +64,7 @@ class Framing:
 
 
 UNNAMED: Final = Framing(event, error_body, DONE)
-"""As chats and completions have it."""
+"""The framing of chats and completions."""
 
 
 def named(failure: Callable[[Fault], Mapping[str, object]]) -> Framing:
@@ -75,7 +75,7 @@ def named(failure: Callable[[Fault], Mapping[str, object]]) -> Framing:
 class EventStream(Response, Generic[E_co]):
     """An answer in server-sent events; a fault on the way is the last one.
 
-    A client that does not read holds up nothing but this stream; one that never does is cut off by `protocol`.
+    A client that does not read blocks only this stream; one that never does is cut off by `protocol`.
     """
 
     def __init__(
