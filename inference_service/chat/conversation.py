@@ -39,7 +39,7 @@ class Conversation:
         self._chat = chat
         self._tools = chat.callable_tools
         self._dialect = UNKNOWN
-        """Of the model that answers, once that is known."""
+        """Dialect of the model that answers, once that is known."""
         self.request = chat.request()
 
     async def events(self) -> AsyncGenerator[Started | PromptLogprobs | Told]:

@@ -26,7 +26,7 @@ _GAP = 'gap: "\\n"{0,4}\n'
 
 @dataclass(frozen=True)
 class Demand:
-    """What a request wants of the answers of a model."""
+    """The constraints of a request on the answers of a model."""
 
     dialect: Dialect
     text: Text
@@ -118,7 +118,7 @@ class Demand:
 
     @property
     def _final(self) -> str:
-        """What an answer begins with that is none of the model's notes; empty where that needs no saying."""
+        """Return the beginning of an answer outside the model's notes; empty where it has none."""
         return self._spelling(f"{harmony.CHANNEL}final{harmony.MESSAGE}") if self.dialect.is_harmony else ""
 
     def _calls(self, grammar: CallGrammar) -> str:

@@ -1,4 +1,4 @@
-"""Which dialect a model writes: what its deployment says, else what its chat template shows."""
+"""The dialect of a model: that of its deployment, else that which its chat template shows."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ FORMATS: Final[Mapping[ToolParser, ToolFormat]] = {
         LLAMA3_JSON,
     )
 }
-"""By their names; the first one that a template shows counts."""
+"""Formats by their names; the first one that a template shows counts."""
 THINK: Final = ThinkingMarks("<think>", "</think>")
 REASONING: Final[Mapping[ReasoningParser, tuple[ThinkingMarks, ...]]] = {
     ReasoningParser.THINK: (THINK,),
@@ -66,14 +66,14 @@ REASONING_SHOWN: Final = (
     (ReasoningParser.THINK, TemplateMarks(("<think>",))),
     (ReasoningParser.THINK, TemplateMarks(("</think>",))),
 )
-"""By what a template shows marks of reasoning; the first one counts."""
+"""Marks of reasoning by the marks in a template; the first one counts."""
 GRANITE_FRAME: Final = ("<response>", "</response>")
 """Around what Granite 3.3 says after it reasoned."""
 
 
 @dataclass(frozen=True)
 class Dialect:
-    """How one model writes."""
+    """The dialect of one model."""
 
     tool: ToolParser
     reasoning: ReasoningParser

@@ -1,4 +1,4 @@
-"""What an answer of a chat consists of."""
+"""The pieces of a chat answer."""
 
 from __future__ import annotations
 

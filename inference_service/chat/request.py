@@ -20,7 +20,7 @@ from loramux_shared.faults import Fault
 SWITCHES: Final = ("enable_thinking", "thinking")
 """Variables with which templates turn thinking on and off: of Qwen, SmolLM and Gemma; of Granite."""
 DEFAULT_TEMPERATURE: Final = 1.0
-"""Of all APIs of chats; what an adapter says comes before it."""
+"""Default of all chat APIs; an adapter's own comes before it."""
 NO_HEADERS: Final[Mapping[str, str]] = MappingProxyType({})
 ANY_ARGUMENTS: Final[Mapping[str, Any]] = {"type": "object"}
 _TURN: Final = re.compile(r"messages\[(\d+)\]")
@@ -39,18 +39,18 @@ class Call:
 
 @dataclass(frozen=True)
 class Turn:
-    """What one side said."""
+    """One side's message."""
 
     role: str
     content: str = ""
     name: str | None = None
     call_id: str | None = None
-    """Of the call whose result this is."""
+    """Id of the call whose result this is."""
     thought: str | None = None
-    """What the assistant thought."""
+    """Reasoning of the assistant."""
     calls: tuple[Call, ...] = ()
     place: str = ""
-    """In the client's body; empty: ``messages[INDEX]``, with what stands below it."""
+    """Place in the client's body; empty: ``messages[INDEX]``, with the field below it."""
 
     def message(self) -> Message:
         """Return it as chat templates know it."""
@@ -84,7 +84,7 @@ class ChatTool:
     strict: bool | None = None
     """Calls that the model makes of its own accord keep to the schema; those that are demanded always do."""
     place: str = ""
-    """In the client's body; empty: ``tools[INDEX].function``."""
+    """Place in the client's body; empty: ``tools[INDEX].function``."""
 
     def rendered(self) -> Mapping[str, Any]:
         """Return it as chat templates know it."""
@@ -112,7 +112,7 @@ class AllowedTools:
     """A choice of some of the tools: the model is told of all, and may call these."""
 
     mode: Literal["auto", "required"]
-    """Whether it must."""
+    """Whether a call is optional or required."""
     names: tuple[str, ...]
 
 
@@ -125,24 +125,24 @@ class ChatRequest:
 
     turns: tuple[Turn, ...]
     rest: Request
-    """What is asked beside the conversation: the model, how answers are drawn and told. Its prompt is empty."""
+    """Request without the conversation: the model, sampling and output options. Its prompt is empty."""
     tools: tuple[ChatTool, ...] = ()
     """Those that the model is told of."""
     choice: ToolChoice | None = None
     """None: auto."""
     parallel: bool = True
-    """Whether an answer may make several calls."""
+    """True if an answer may make several calls."""
     constraint: Constraint | None = None
-    """What the text of an answer must look like, where it is no call."""
+    """Constraint of the answer's text, where it is no call."""
     variables: Mapping[str, Any] = field(default_factory=dict)
-    """Of the chat template, beside the usual ones."""
+    """Variables of the chat template, beside the usual ones."""
     starts: bool = True
     """The prompt ends with the beginning of the assistant's turn."""
     goes_on: bool = False
     """The answer goes on with the last turn."""
     shows_thoughts: bool = True
     names: Mapping[str, str] = field(default_factory=dict)
-    """What the client calls fields of requests, where it has other names for them."""
+    """The client's names of fields of requests, where it has other names for them."""
 
     @property
     def forced(self) -> bool:

@@ -1,1 +1,1 @@
-"""How families of models write calls of tools and reasoning: one file a dialect."""
+"""The formats of families' tool calls and reasoning: one file a dialect."""

@@ -1,4 +1,4 @@
-"""What there is to know of a format of calls; each has a file of this room, or shares one with its like."""
+"""The parts of a format of calls; each format has a file of this room, or shares one with its like."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class TemplateMarks:
     words: tuple[str, ...]
     """All of them stand in it."""
     without: str = ""
-    """And this does not."""
+    """Text that the template must not have."""
 
     def by(self, template: str) -> bool:
         """True where the text of a template shows it."""
@@ -28,7 +28,7 @@ class TemplateMarks:
 
 @dataclass(frozen=True)
 class ToolFormat:
-    """How some models write calls."""
+    """The form in which some models write calls."""
 
     parser: ToolParser
     """Its name."""

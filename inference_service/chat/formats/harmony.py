@@ -7,10 +7,10 @@
 
     <|channel|>analysis<|message|>I know.<|end|><|start|>assistant<|channel|>final<|message|>It rains.<|return|>
 
-The recipient may stand before the channel, too. `analysis` is reasoning; `final`, and `commentary` to nobody,
-is said; a call of a function that was not offered is said as its arguments are. The prompt ends with
-``<|start|>assistant``, so that an answer begins within a header.
-Source: https://cookbook.openai.com/articles/openai-harmony, and the chat template of gpt-oss-120b.
+The recipient may stand before the channel, too. `analysis` is reasoning; `final`, and `commentary` without a
+recipient, is text; a call of a function that was not offered is text, with its arguments as they are. The
+prompt ends with ``<|start|>assistant``, so that an answer begins within a header. Source:
+https://cookbook.openai.com/articles/openai-harmony, and the chat template of gpt-oss-120b.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ class Asked:
 
     name: str
     schema: Mapping[str, Any]
-    """What its arguments keep to."""
+    """Schema of its arguments."""
 
     def leaf(self, schema: Any) -> str:
         """Return the rule of a value of a part of the schema, as JSON."""
@@ -145,20 +145,23 @@ def either(choices: Sequence[str], name: str = "call") -> str:
 
 
 MOST_CALLS: Final = 16
-"""Of one answer that must call: a model that does not know when to end would go on."""
+"""Most calls of one answer that must call: a model that does not know when to end would go on."""
 
 
 @dataclass(frozen=True)
 class CallGrammar:
-    """What a block of calls may be in a format: of offered tools, with arguments that keep to their schemas."""
+    """The grammar of a block of calls in a format: of offered tools, with arguments that follow their
+    schemas.
+    """
 
     begin: str
     """The mark that it begins with; empty where an answer does."""
     rules: str
-    """With one `call`, which is all that stands behind the mark."""
+    """Rules with one `call`, which is all that stands behind the mark."""
     most: int = 1
     """Blocks that may follow each other."""
     between: str = ""
     narrow: bool = False
-    """Whether models write calls that are read and that this does not say: with values as Python has them, or
-    behind another mark."""
+    """True if models write calls that are read and that the rules do not have: with values as Python has them,
+    or behind another mark.
+    """

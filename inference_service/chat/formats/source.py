@@ -20,17 +20,17 @@ _SPACES: Final = re.compile(r"\s*")
 
 
 class Source:
-    """What came so far; `at` is where reading goes on."""
+    """The text so far; `at` is the position of the reader."""
 
     def __init__(self) -> None:
         self.text = ""
         self.at = 0
         self.ended = False
-        """True when no more will come."""
+        """True when the text is complete."""
 
     @property
     def left(self) -> int:
-        """How many characters were not read yet."""
+        """Return the number of characters that were not read yet."""
         return len(self.text) - self.at
 
     def add(self, text: str) -> None:

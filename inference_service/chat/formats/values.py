@@ -11,9 +11,9 @@ WORDS: Final[Mapping[str, Any]] = {"true": True, "false": False, "null": None, "
 MAX_LITERAL: Final = 64 * 1024
 """Characters of a literal that Python's parser is asked about."""
 MAX_DEPTH: Final = 64
-"""Of brackets in a value."""
+"""Most nested brackets in a value."""
 PARSING: Final = (ValueError, SyntaxError, TypeError, RecursionError, MemoryError)
-"""What Python's parser raises at text that it does not take."""
+"""Exceptions of Python's parser at text that it refuses."""
 
 
 def types_of(schema: Any) -> frozenset[str]:
