@@ -1,1 +1,1 @@
-"""The inference service's gRPC door."""
+"""The inference service's gRPC API."""

@@ -1,4 +1,4 @@
-"""The gRPC door to adapters, for operators."""
+"""The gRPC API for operators' calls about adapters."""
 
 from __future__ import annotations
 

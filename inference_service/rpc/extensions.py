@@ -20,10 +20,10 @@ Services = Mapping[str, Callable[[grpc.aio.Server], None]]
 
 
 class ServiceExtension(Protocol):
-    """What an entry point names: a class that is made once for a replica."""
+    """The class that an entry point names: it is made once for a replica."""
 
     rules: Rules
-    """Of its services."""
+    """Rules of its services."""
 
     def __init__(self, service: GenerationService, adapters: AdapterManager) -> None: ...
 

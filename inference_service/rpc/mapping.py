@@ -89,7 +89,7 @@ def _required(message: pb.GenerateRequest) -> list[tuple[str, bool]]:
 
 
 def adapters_of(message: pb.GenerateRequest | pb.EmbedRequest) -> tuple[ScaledAdapter, ...]:
-    """Return the adapters of a message with their scales; one too many is refused behind the doors."""
+    """Return the adapters of a message with their scales; one too many is refused by the service."""
     return tuple(
         ScaledAdapter(adapter.name, adapter.scale if adapter.HasField("scale") else 1.0)
         for adapter in message.adapters[: MOST_PARTS + 1]

@@ -1,4 +1,4 @@
-"""The gRPC door."""
+"""The gRPC servicer of inference."""
 
 from __future__ import annotations
 
