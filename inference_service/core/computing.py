@@ -1,4 +1,4 @@
-"""What a replica computes with, as its operators see it."""
+"""The device and the operations of a replica, for its operators."""
 
 from __future__ import annotations
 
@@ -32,28 +32,28 @@ CURES: Final = {
 
 @dataclass(frozen=True)
 class Computing:
-    """What was chosen."""
+    """The chosen device and operations."""
 
     backend: str = "torch"
     """native, torch or triton."""
     how: str = "torch operations"
-    """Where the operations come from, and why they are torch's if so."""
+    """Origin of the operations, and the reason if they are torch's."""
     lack: Lack | None = None
     product: str = ""
-    """How weights are multiplied, and why in that type."""
+    """Type in which weights are multiplied, and the reason."""
     token_bytes: int = 0
-    """Of weights, which one token reads; 0 while that is not known."""
+    """Bytes of weights that one token reads; 0 while they are not known."""
     bytes_per_s: float = 0.0
-    """Of weights, which products read at best: measured; 0 where it was not."""
+    """Bytes of weights a second that products read at best: measured; 0 where it was not."""
 
     @property
     def token_s(self) -> float | None:
-        """How long a token takes at least; None where that is not known."""
+        """Return the least seconds of a token; None where they are not known."""
         return self.token_bytes / self.bytes_per_s if self.token_bytes and self.bytes_per_s else None
 
     @property
     def reading(self) -> str:
-        """What that is made of, as far as it is known; for a person."""
+        """Return the sizes and speeds behind it, as far as they are known; for a person."""
         size = f"{self.token_bytes / 1e9:.3g} GB of weights a token" if self.token_bytes else ""
         speed = f"{self.bytes_per_s / 1e9:.3g} GB/s measured" if self.bytes_per_s else ""
         both = ", ".join(filter(None, (size, speed)))
@@ -61,5 +61,5 @@ class Computing:
 
     @property
     def warning(self) -> str | None:
-        """What is slower than it could be, what that costs and what to do; None where nothing is."""
+        """Return the slower part, its cost and its cure; None where nothing is slower than it could be."""
         return None if self.lack is None else f"{self.how}: {COST}; {CURES[self.lack]}"

@@ -1,4 +1,4 @@
-"""What the text of an answer must look like, and what the engine asks of whoever knows."""
+"""Constraints of an answer's text, and the port to the grammars that enforce them."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class Constraint:
     where: str = field(default="response_format", compare=False)
     """The field that asks for it, by which it is refused."""
     around: str = ""
-    """What stands around such a text, or in its place: Lark, in which the text is ``@answer``."""
+    """Grammar around such a text, or in its place: Lark, in which the text is ``@answer``."""
     composed: bool = field(default=False, compare=False)
-    """Whether its text is ours, made of what the client sent: nobody else is to read it."""
+    """True if its text is ours, made from the client's: no other API reads it."""
     optional: bool = field(default=False, compare=False)
-    """Whether an answer goes on without it where it cannot be followed."""
+    """True if an answer goes on without it where it cannot be followed."""
 
 
 @dataclass(frozen=True)

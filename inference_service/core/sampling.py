@@ -1,4 +1,4 @@
-"""How the tokens of an answer are chosen: the knobs of a request with their bounds, and those of a sequence."""
+"""The choice of an answer's tokens: the knobs of a request with their bounds, and those of a sequence."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MAX_BIAS: Final = 100.0
 
 @dataclass(frozen=True)
 class Number:
-    """What a number may be, both ends included."""
+    """The bounds of a number, both ends included."""
 
     low: float
     high: float = math.inf
@@ -34,7 +34,7 @@ class Number:
 
 @dataclass(frozen=True)
 class Texts:
-    """How many texts at most, and of how many characters each."""
+    """The bounds of a list of texts: their number, and the characters of each."""
 
     most: int
     longest: int
@@ -42,7 +42,7 @@ class Texts:
 
 @dataclass(frozen=True)
 class Ids:
-    """How many tokens at most; None is all that there are."""
+    """The bound of a list of tokens; None: the vocabulary."""
 
     most: int | None = None
 
@@ -56,7 +56,7 @@ def _knob(bound: Bound | None = None, default: Any = None) -> Any:
 
 @dataclass(frozen=True)
 class Sampling:
-    """What a request says about the tokens of its answers, each knob with its default and its bounds.
+    """The options of a request for the tokens of its answers, each with its default and its bounds.
 
     None is unset: the adapter's default comes next, then the deployment's, then the API's.
     """
@@ -168,11 +168,11 @@ class SamplingParams:
     allowed_token_ids: bytes | None = None
     """The tokens that may be drawn, as `Grammar.mask` says them; None is all."""
     bad_words: Mapping[int, Mapping[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
-    """By how many, and which, the last tokens of the answer are: those that may not come next."""
+    """Tokens that may not come next, by the number and the ids of the answer's last tokens."""
     logprobs: int | None = None
-    """How many of the most likely tokens are reported with their log probability; None reports nothing."""
+    """Number of the most likely tokens to report with their log probability; None reports nothing."""
     logprobs_mode: LogprobsMode = "raw"
-    """Of the tokens of the answer; those of the prompt are always raw."""
+    """Mode of the answer's tokens; those of the prompt are always raw."""
     prompt_logprobs: int | None = None
     """The same for the tokens of the prompt; 0 reports them alone."""
 

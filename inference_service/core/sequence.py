@@ -232,7 +232,7 @@ class Sequence:
 
 
 class StepOutput(NamedTuple):
-    """What one step did for one sequence; the last output of a sequence has a finish reason."""
+    """The result of one step for one sequence; the last output of a sequence has a finish reason."""
 
     seq_id: str
     token: Token | None
