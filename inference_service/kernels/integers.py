@@ -15,7 +15,7 @@ from loramux_shared.rounding import INT4_GROUP, Rounding
 
 STEPS8: Final = 127
 STEPS4: Final = (-8.8, -8.4, -8.0, -7.6, -7.2, -6.8, 7.0, 7.4, 8.0, 8.5)
-"""What the largest value of a group may be in its steps; which is nearest is tried. There is a -8 and no 8."""
+"""Candidates of the largest value of a group in its steps; the nearest is taken. There is a -8 and no 8."""
 PIECE: Final = 1 << 19
 """Values that are rounded, or widened, at once: 2 MB in float32."""
 

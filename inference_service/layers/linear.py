@@ -28,7 +28,7 @@ class Linear:
 
     @property
     def has_bias(self) -> bool:
-        """Whether b is added."""
+        """Return True if b is added."""
         return self._bias is not None
 
     def __call__(self, x: Tensor) -> Tensor:

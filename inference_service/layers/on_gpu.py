@@ -15,7 +15,9 @@ from inference_service.layers.quantized import QuantizedLinear
 FEW_ROWS: Final = 16
 """For which the packed product of 8 bits reads the weights once; for more of them, they are widened first."""
 K_TILES: Final = 2
-"""Of 16 values, side by side in the packed layout of 4 bits: as few as there can be, for the most widths."""
+"""Tiles of 16 values, side by side in the packed layout of 4 bits: as few as there can be, for the most
+widths.
+"""
 FP8: Final = torch.float8_e4m3fn
 FP8_WIDTHS: Final = 16
 INT4_WIDTHS: Final = 16 * K_TILES
@@ -35,7 +37,7 @@ class Fp8Linear(Linear):
 
     @staticmethod
     def takes(weight: Tensor) -> bool:
-        """Whether its sizes are those that the operation has."""
+        """Return True if the operation has its sizes."""
         return all(size % FP8_WIDTHS == 0 for size in weight.shape)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -89,7 +91,7 @@ class Int4Linear(Linear):
 
     @staticmethod
     def takes(weight: Quantized) -> bool:
-        """Whether its sizes are those that the operation has."""
+        """Return True if the operation has its sizes."""
         rows, width = weight.values.shape
         return rows % INT4_COLUMNS == 0 and width % INT4_WIDTHS == 0
 

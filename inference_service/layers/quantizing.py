@@ -1,4 +1,4 @@
-"""Which linear a rounded weight becomes on a device."""
+"""The linear that a rounded weight becomes on a device."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from loramux_shared.faults import SettingsInvalid
 from loramux_shared.rounding import Rounding
 
 CAPABILITY: Final = {Rounding.FP8: (8, 9), Rounding.INT8: (8, 0), Rounding.INT4: (8, 0)}
-"""Of a GPU, at least."""
+"""Least capability of a GPU."""
 
 
 def new_linear(weight: Tensor, bias: Tensor | None, quantization: Rounding) -> Linear:

@@ -68,7 +68,7 @@ class Rope:
     def at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Return cos and sin [T, 1, dim] of positions [T], for `rotate`: the first half of sin is negated.
 
-        Computed anew for every step: a table of 131072 positions would take more memory than it saves time.
+        Computed for every step: a table of 131072 positions would take more memory than it saves time.
         """
         angles = (positions.float()[:, None] * self._freqs)[:, None]
         cos, sin = angles.cos() * self._magnitude, angles.sin() * self._signed

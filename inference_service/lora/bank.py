@@ -30,7 +30,7 @@ class Bank:
         self.slots: Final = Slots()
         self.vocabularies: Final = Vocabularies()
         self.groups: dict[tuple[int, str], Group] = {}
-        """By layer and name, once it is open."""
+        """Groups by layer and name, once it is open."""
         self.experts: dict[tuple[int, str], Group] = {}
         """The same of those of all experts, in which each of a slot's is a slot of its own."""
         self.num_experts: Final = sum(1 for shape in shapes if shape.expert is not None) // GROUPS_APART
@@ -68,7 +68,7 @@ class Bank:
 
     @property
     def slot_bytes(self) -> int:
-        """What a slot takes in the table."""
+        """Return the bytes of a slot in the table."""
         return self.slot_stride * FIELDS * int(self._table.itemsize)
 
     @property

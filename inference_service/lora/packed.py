@@ -18,28 +18,28 @@ from loramux_shared.bases.groups import GroupShape
 
 @dataclass(frozen=True)
 class PackedAdapter:
-    """In the host's memory; nothing else of the adapter is needed."""
+    """A packed adapter in the host's memory; nothing else of the adapter is needed."""
 
     matrices: Tensor
     """[elements], in the type that is computed in."""
     table: Numbers
-    """What the backend enters for a slot, with places from the beginning of the piece."""
+    """Entries of the backend for a slot, with places from the beginning of the piece."""
     ranks: Numbers
     """[layers, modules], in the order of the groups; 0 where a module is not adapted."""
     linears: npt.NDArray[np.bool_]
     """[layers, groups]: whether it adds to a fused linear, or has vectors there."""
     vocabulary: Packing | None = None
-    """How what it changes outside of the layers lies at the end of the matrices."""
+    """Layout of its changes outside of the layers, at the end of the matrices."""
 
     def vocabulary_in(self, flat: Tensor) -> Vocabulary | None:
-        """Return views of that in the piece, wherever it was copied to; None where there is nothing."""
+        """Return views of that in the piece, in any copy of it; None where there is nothing."""
         return (
             None if self.vocabulary is None else self.vocabulary.read(flat[len(flat) - self.vocabulary.numel :])
         )
 
     @property
     def num_bytes(self) -> int:
-        """What it takes up in the bank."""
+        """Return its bytes of the bank."""
         return self.matrices.nbytes
 
     @property
@@ -49,8 +49,9 @@ class PackedAdapter:
 
 
 class Layout:
-    """How the parts of an adapter follow one another: per layer and group A of all slices, then each B; at the
-    end the vectors, c and then d of each module that has some, in float32 and padded to `ROUND` values."""
+    """The order of an adapter's parts: per layer and group A of all slices, then each B; at the end the
+    vectors, c and then d of each module that has some, in float32 and padded to `ROUND` values.
+    """
 
     def __init__(
         self, shapes: tuple[GroupShape, ...], *, width: int = ROUND, columns: int = 1, ranks: int = 1

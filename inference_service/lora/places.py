@@ -1,4 +1,4 @@
-"""Where adapters lie in the bank: extents of one arena, without a byte of theirs."""
+"""The places of adapters in the bank: extents of one arena, without a byte of theirs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def taken_by(size: int) -> int:
 
 @dataclass(frozen=True)
 class Place:
-    """Where an adapter can go, and who has to leave first."""
+    """A place for an adapter, and the adapters that must leave it first."""
 
     offset: int
     leaving: tuple[int, ...] = ()
@@ -55,10 +55,10 @@ class Places:
 
     def __init__(self, num_bytes: int) -> None:
         self.num_bytes: Final = num_bytes // ALIGNMENT * ALIGNMENT
-        """What extents can take up together."""
+        """Bytes that extents can take up together."""
         self._starts: list[int] = []
         self._taken: list[_Taken] = []
-        """By address, as `_starts`."""
+        """Extents by address, as `_starts`."""
         self._start_of: dict[int, int] = {}
 
     @property

@@ -1,4 +1,4 @@
-"""How the rows of a step are arranged: base first, then adapters and mixtures, each one's rows side by side."""
+"""The arrangement of a step's rows: base first, then adapters and blends, each one's rows side by side."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Segment:
     start: int
     end: int
     scale: float = 1.0
-    """Of what the adapter adds."""
+    """Scale of the adapter's part."""
 
     @property
     def length(self) -> int:
@@ -44,9 +44,9 @@ class Arrangement:
 
     chunks: tuple[Chunk, ...]
     plain: tuple[Segment, ...]
-    """Of one adapter as it is: no two have a row in common."""
+    """Segments of one unscaled adapter: no two have a row in common."""
     mixed: tuple[Segment, ...] = ()
-    """Of mixtures: those of the same rows follow one another, in the order of their parts."""
+    """Segments of blends: those of the same rows follow one another, in the order of their parts."""
 
     @property
     def segments(self) -> tuple[Segment, ...]:

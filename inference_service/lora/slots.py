@@ -1,4 +1,4 @@
-"""Which slots of a bank hold an adapter; the checks that all backends share."""
+"""The slots of a bank that hold an adapter; the checks that all backends share."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ class Slots:
     def __init__(self) -> None:
         self.num_slots = 0
         self.num_bytes = 0
-        """Of the arena."""
+        """Bytes of the arena."""
         self.max_rank = 0
         self._opened = False
         self._touched: dict[int, int] = {}
-        """Of every slot that holds an adapter, a bit for each linear that the adapter adds to."""
+        """Linears that each adapter adds to, by its slot: a bit for each linear."""
 
     def open(self, num_bytes: int, max_rank: int, num_slots: int) -> None:
         """Note the sizes, once."""

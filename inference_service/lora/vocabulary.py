@@ -18,7 +18,7 @@ ROUND: Final = 16
 
 @dataclass(frozen=True)
 class Factors:
-    """What is added to the product with a matrix [out, in]."""
+    """The factors that are added to the product with a matrix [out, in]."""
 
     a: Tensor
     """[rank, in]; of the embeddings, where a token chooses one of the inputs, [in, rank]."""
@@ -28,7 +28,7 @@ class Factors:
 
 @dataclass(frozen=True)
 class OwnTable:
-    """What an adapter has for a matrix [vocab, hidden] of the base, be it embeddings or a head."""
+    """An adapter's rows for a matrix [vocab, hidden] of the base, be it embeddings or a head."""
 
     factors: Factors | None = None
     rows: Tensor | None = None
@@ -44,7 +44,7 @@ class OwnTable:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What an adapter changes outside of the layers."""
+    """The changes of an adapter outside of the layers."""
 
     embedding: OwnTable = OwnTable()
     head: OwnTable = OwnTable()
@@ -75,7 +75,7 @@ class Packing:
             at += _up(part.numel())
 
     def read(self, flat: Tensor) -> Vocabulary:
-        """Return views of [numel], wherever it was copied to."""
+        """Return views of [numel], in any copy of it."""
         pieces = iter(self._views(flat))
         embedding, head = [self._own(table, pieces) for table in self._tables()]
         return Vocabulary(embedding, head, self._vocabulary.size)

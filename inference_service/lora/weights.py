@@ -42,9 +42,9 @@ class Placed(NamedTuple):
     first: int
     """Element of A's beginning."""
     expert: int | None = None
-    """Whose module it is, of a mixture."""
+    """Expert of a mixture that has the module."""
     vectors: Vectors | None = None
-    """What becomes of its output."""
+    """Vectors that change its output."""
 
 
 @dataclass(frozen=True)
@@ -68,14 +68,14 @@ class AdapterWeights:
     ranks: Numbers
     """0 where a module is not adapted."""
     first_a: Numbers
-    """Where A [rank, in] begins."""
+    """First value of A [rank, in]."""
     first_b: Numbers
-    """Where B [out, rank] begins."""
+    """First value of B [out, rank]."""
     groups: tuple[GroupShape, ...]
     vocabulary: Vocabulary | None = None
-    """What it changes outside of the layers."""
+    """Changes outside of the layers."""
     vectors: Mapping[tuple[int, int], Vectors] = field(default_factory=dict)
-    """By layer and module."""
+    """Vectors by layer and module."""
 
     @cached_property
     def layers(self) -> tuple[dict[str, GroupWeights], ...]:

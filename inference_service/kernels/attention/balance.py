@@ -1,4 +1,4 @@
-"""Which program takes which keys: the work of a step, in items of about as many keys each.
+"""The programs' shares of the keys: the work of a step, in items of about as many keys each.
 
 An item is a few consecutive rows of a chunk with the keys that they see, or one of several *pieces* of those
 keys. A context is cut where it is longer than its share, which is all keys of the step over the programs that
@@ -23,7 +23,9 @@ SPAN_STEP: Final = 128
 
 @dataclass(frozen=True)
 class Units:
-    """What may be cut: the rows of decode, or the tiles of prefill; an element of every array for each."""
+    """The units that may be cut: the rows of decode, or the tiles of prefill; an element of every array for
+    each.
+    """
 
     row: Ints
     """The first row in the batch."""
@@ -31,12 +33,12 @@ class Units:
     at: Ints
     """The first row's position in the sequence."""
     first_block: Ints
-    """Of the chunk's, in the array of all blocks."""
+    """First block of the chunk, in the array of all blocks."""
 
 
 @dataclass(frozen=True)
 class Balance:
-    """How keys are shared among programs."""
+    """The division of keys among programs."""
 
     programs: int
     """Those that keep a GPU busy, over all heads of keys."""

@@ -1,4 +1,4 @@
-"""What a layer gives to attention."""
+"""A layer's inputs for attention."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ class Inputs:
     keys: Tensor
     """[kv heads, cache rows, d]"""
     values: Tensor
-    """As keys."""
+    """Values, in the keys' layout."""
     writes: bool = True
-    """Whether the heads have keys and values, for the cache."""
+    """True if the heads have keys and values, for the cache."""
 
     def __post_init__(self) -> None:
         dtype, device = self.heads.dtype, self.heads.device
@@ -76,7 +76,7 @@ class Inputs:
 
     @property
     def counts(self) -> HeadCounts:
-        """What tables depend on."""
+        """Return the counts that tables depend on."""
         return HeadCounts(self.num_heads, self.kv_heads, self.head_dim)
 
     @property

@@ -1,4 +1,4 @@
-"""From tensors to launches: checks, tiles, grids. The only door to the kernels."""
+"""Launches from tensors: checks, tiles, grids. The only entry to the kernels."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ class _Planner:
     q: Tensor
     out: Tensor
     weights: dict[str, Any]
-    """What makes weights of products: sinks, scale, softcap, window."""
+    """Parameters that make weights of products: sinks, scale, softcap, window."""
 
     def rope(self, norm: HeadNorm | None) -> Launch:
         """Norm, rotate, write."""
@@ -203,7 +203,7 @@ class _Planner:
 
 
 def _weights(spec: AttentionSpec, longest: int) -> dict[str, Any]:
-    """What the kernels are told of a layer, for weights that are powers of two."""
+    """Return the kernels' parameters of a layer, for weights that are powers of two."""
     window = spec.window if spec.window is not None and spec.window < longest else None
     if spec.softcap is None:
         return {"scale": spec.scale * LOG2_E, "softcap": None, "window": window}

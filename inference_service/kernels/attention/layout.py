@@ -1,4 +1,4 @@
-"""What the kernels read: which rows of a step see which rows of the cache."""
+"""The input of the kernels: the rows of the cache that each row of a step sees."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from inference_service.kernels.attention.tuning import DECODE_BALANCE, PREFILL_B
 from inference_service.kernels.packing import most_tiles, sections
 
 NOWHERE = -1
-"""In device memory: the cache row of padding."""
+"""The cache row of padding, in device memory."""
 MIN_BLOCK_SIZE = 16
 
 
 @dataclass(frozen=True)
 class AttentionCapacity:
-    """How large a step may become; grids depend on this and on nothing of the step."""
+    """The largest size of a step; grids depend on this and on nothing of the step."""
 
     rows: int
     chunks: int
@@ -98,7 +98,9 @@ class AttentionCapacity:
 
     @cached_property
     def sections(self) -> dict[str, slice]:
-        """Where each array lies in the one int32 buffer of a step; the blocks, seldom all used, come last."""
+        """Return the place of each array in the one int32 buffer of a step; the blocks, seldom all used, come
+        last.
+        """
         return sections(
             {
                 "cache_rows": self.groups * self.rows,
@@ -219,7 +221,7 @@ def _check_fits(capacity: AttentionCapacity, contexts: Sequence[Context], needed
 
 @dataclass(frozen=True)
 class AttentionTables:
-    """What the rows of a step see, on the device: static buffers, refilled before every step."""
+    """The cache rows that a step's rows see, on the device: static buffers, refilled before every step."""
 
     capacity: AttentionCapacity
     packed: Tensor = field(repr=False)

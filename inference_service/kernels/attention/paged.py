@@ -34,7 +34,7 @@ class Context(NamedTuple):
     """Cache blocks for each group of layers that see equally far; none: all have the same. GONE stands for
     those that no row of the chunk sees."""
     slot: int = NOWHERE
-    """Where the sequence's state is."""
+    """Slot of the sequence's state."""
 
     def table(self, group: int) -> Sequence[int]:
         """The cache blocks of a group of layers."""
@@ -61,7 +61,7 @@ class _Decode:
 
 @dataclass(frozen=True)
 class _Plan:
-    """What the rows of a step see, for layers of one window."""
+    """The cache rows that a step's rows see, for layers of one window."""
 
     write_rows: Tensor
     """[T]: where their keys and values go in the cache."""

@@ -12,7 +12,7 @@ import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 INTERPRETED: bool = triton.knobs.runtime.interpret
-"""Whether the kernels below were made for the interpreter, which computes bf16 wrongly without UPCAST."""
+"""True if the kernels below were made for the interpreter, which computes bf16 wrongly without UPCAST."""
 
 
 @triton.jit

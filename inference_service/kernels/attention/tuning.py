@@ -1,4 +1,4 @@
-"""Which tiles each kernel uses; what is not in these tables is not shipped.
+"""The tiles of each kernel; others than those in these tables are not shipped.
 
 Every entry is compiled ahead of time for every architecture in the tests: no spills, and shared memory within
 the 99 KB that all of them have. That holds for heads that are multiples of 16; others are computed rightly,
@@ -31,7 +31,7 @@ class TileConfig:
     """Tiles of decode and prefill: rows and heads of a group x tokens of context."""
 
     block_m: int
-    """In decode at least: a larger group takes more."""
+    """Rows of a tile, in decode at least: a larger group takes more."""
     block_n: int
     num_warps: int
     num_stages: int
@@ -47,9 +47,9 @@ class SmallConfig:
 
 Config = TypeVar("Config", TileConfig, SmallConfig)
 Table = Mapping[int, Mapping[int, Config]]
-"""By the bytes of an element, then by the bucket of the head's dimensions."""
+"""Configurations by the bytes of an element, then by the bucket of the head's dimensions."""
 Tables = Mapping[int, Table[Config]]
-"""By architecture."""
+"""Tables by architecture."""
 
 # Keys and values hang on blocks, which are loaded before them: a buffer takes two stages. Two buffers (5) keep
 # 64 KB per program on their way from memory, which fills the bandwidth of an H100 with one program per
@@ -120,7 +120,7 @@ def config_of(tables: Tables[Config], device: torch.device, dtype: torch.dtype, 
 
 @dataclass(frozen=True)
 class Cut:
-    """What a step's tables depend on beside the step: layers with the same share them."""
+    """The parameters that a step's tables depend on beside the step: layers with the same share them."""
 
     tile: int
     """Rows of a chunk that one program of prefill takes."""

@@ -1,6 +1,6 @@
-"""Whether a compiled library computes what it should: every operation once, in both dtypes, against torch.
+"""The check of a compiled library: every operation once, in both dtypes, against torch.
 
-``python -m inference_service.kernels.cpu.check LIBRARY`` tries one out without risk for who asks.
+``python -m inference_service.kernels.cpu.check LIBRARY`` tries one out without risk for the caller.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from inference_service.kernels.integers import quantize
 from loramux_shared.rounding import Rounding
 
 TOLERANCE: Final = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
-"""Of the norm of the difference, relative."""
+"""Relative tolerance of the norm of the difference."""
 HEADS, KV_HEADS, DIM, ROWS = 4, 2, 24, 19
 Pair = tuple[Tensor, Tensor]
-"""What an operation gave, and what it should."""
+"""The result of an operation, and the expected one."""
 
 
 def first_wrong(library: ctypes.CDLL) -> str | None:

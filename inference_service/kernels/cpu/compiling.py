@@ -34,7 +34,7 @@ FLAGS = (
     "-Wno-psabi",
 )
 TYPES: Final = ("ONLY_FLOAT32", "ONLY_BFLOAT16")
-"""What of ops.cpp is compiled by itself."""
+"""Parts of ops.cpp that are compiled by themselves."""
 COMPILERS: Final = ("c++", "g++", "clang++")
 INTERVAL_S = 10.0
 """Between two calls of `Waiting`."""

@@ -26,7 +26,9 @@ BLOCK = 16
 LANES = 16
 """Columns of a tile of weights."""
 ROUNDED = 32
-"""Values of x in bfloat16 that share a step where weights are integers; no more have one scale with 4 bits."""
+"""Values of x in bfloat16 that share a step where weights are integers; with 4 bits at most as many share a
+scale.
+"""
 MAX_HEAD_DIM = 512
 MAX_CONV_WIDTH = 8
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
@@ -45,7 +47,7 @@ _SIGNATURES = {
 
 
 Planned = tuple[int, int, int, Sequence[int]]
-"""Of a context: first row, rows, its length with them, cache blocks of BLOCK positions."""
+"""A context: first row, rows, its length with them, cache blocks of BLOCK positions."""
 
 
 class Table:
@@ -94,7 +96,7 @@ class Tiled:
         self._kept = tiles, bias, scales
         weight, added, scaled = (None if part is None else part.data_ptr() for part in self._kept)
         self.arguments = weight, added, bits, scaled, group
-        """As the compiled operation takes them."""
+        """Arguments in the order of the compiled operation."""
 
 
 Adapters = tuple[int, int, int, int, int, int, int | None]
@@ -105,7 +107,7 @@ NO_ADAPTERS: Adapters = (0, 0, 0, 0, 0, 0, None)
 def adapters_of(
     address: int, segments: Table, workspace: Tensor, apart: int = 1, parts: Table | None = None
 ) -> Adapters:
-    """Describe the adapters of segments [S, 3] of slot, first row, rows; whoever calls keeps all of it.
+    """Describe the adapters of segments [S, 3] of slot, first row, rows; the caller keeps all of it alive.
 
     address is that of the first slot's ADAPTER_FIELDS, the next slot's lie ``apart`` times as many behind;
     workspace is float32 [T, most ranks]. Where rows have several segments, which follow one another then,
@@ -131,7 +133,7 @@ class CpuOps:
         self.instructions = str(library.instructions().decode())
         """For which it was compiled: AVX-512, the same with VNNI or with bfloat16, AVX2 or NEON."""
         self.multiplies = not (dtype is torch.bfloat16 and torch.cpu._is_amx_tile_supported())
-        """Whether `linear` is the fastest product of whole weights here: with AMX, oneDNN's is."""
+        """True if `linear` is the fastest product of whole weights here: with AMX, oneDNN's is."""
         self._linear, self._pack = functions["linear"], functions["pack"]
         self._attention = functions["attention"]
         self._rope_write, self._rms_norm = functions["rope_write"], functions["rms_norm"]
@@ -322,6 +324,7 @@ SLICE_FIELDS = 5
 ADAPTER_FIELDS = 3 + 4 * SLICE_FIELDS
 """int64 values of an adapter in a group's table: A, rows, slices, and four slices."""
 PIECE_FIELDS = 7
-"""int64 values of a matrix that is packed: where it lies, its strides, rows and columns, 1 for B or 0 for A,
-and where it goes: A [rows, K] as rows that are padded to whole lane vectors of 16 units, B [rank, out] as
-[out / 16, rank / values of a unit, 16, values of a unit], padded with zeros."""
+"""Number of int64 values of a packed matrix: where it lies, its strides, rows and columns, 1 for B or 0 for A,
+and where it goes: A [rows, K] as rows that are padded to whole lane vectors of 16 units, B [rank, out] as [out
+/ 16, rank / values of a unit, 16, values of a unit], padded with zeros.
+"""

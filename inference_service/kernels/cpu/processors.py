@@ -12,7 +12,7 @@ CPUINFO: Final = Path("/proc/cpuinfo")
 
 @dataclass(frozen=True)
 class Kind:
-    """What a compiler is told, and what Linux says of a processor that runs the result."""
+    """A kind of processors: the compiler's flags, and Linux's flags of a processor that runs the result."""
 
     name: str
     options: tuple[str, ...]
@@ -31,7 +31,7 @@ KINDS: Final = {
     ),
     "aarch64": (Kind("neon", ("-march=armv8-a",), frozenset({"asimd"})),),
 }
-"""By machine, the fastest first."""
+"""Kinds by machine, the fastest first."""
 
 
 def kinds_of_machine() -> tuple[Kind, ...]:

@@ -1,4 +1,4 @@
-"""How the threads of a step wait for each other on a CPU: awake (they spin), or asleep.
+"""Waiting among the threads of a step on a CPU: awake (they spin), or asleep.
 
 A step has hundreds of operations, behind each of which its threads meet. libgomp lets them spin while no more
 of its threads live than there are cores, and sleep almost at once when more do (GOMP_SPINCOUNT, in its manual).
@@ -27,14 +27,16 @@ LOOK_S: Final = 0.5
 REST_S: Final = 5.0
 """The same while they sleep: so long steps may be slower than they could be."""
 CONTENDED: Final = 0.6
-"""Of a core, for which threads of this process waited: from here on sleep is faster. Measured, see
-docs/decisions/0043-spinning.md."""
+"""Share of a core for which threads of this process waited, from which on sleep is faster.
+
+Measured, see docs/decisions/0043-spinning.md.
+"""
 FREE: Final = 0.5
 """Below, they spin again."""
 ENOUGH_NS: Final = 100_000_000
-"""Of work between two looks: less tells nothing."""
+"""Least work between two looks: less tells nothing."""
 VALUES_A_THREAD: Final = 2**16
-"""Of an operation that torch shares among its threads."""
+"""Values of an operation that torch shares among its threads."""
 
 
 class IdleTeams:
@@ -85,9 +87,9 @@ class Waited:
     """Since a process began, in nanoseconds."""
 
     engine: int
-    """That the engine's thread ran, or waited for a core."""
+    """Nanoseconds that the engine's thread ran, or waited for a core."""
     everybody: dict[str, int]
-    """That each thread waited for a core."""
+    """Nanoseconds that each thread waited for a core."""
 
     def share_since(self, before: Waited) -> float:
         """Cores that threads of this process waited for, while the engine's thread had work."""
@@ -98,9 +100,9 @@ class Waited:
 class Spinning:
     """Lets threads spin; with ``auto`` not while other work wants the cores. `look` belongs behind each step.
 
-    Whoever spins holds a core, which the other thread of its step may be waiting for. How long threads wait for
-    a core is what the kernel counts of each (schedstat), whether they spin or sleep. Where it does not, they
-    sleep.
+    A spinning thread holds a core, which the other thread of its step may be waiting for. How long threads wait
+    for a core is what the kernel counts of each (schedstat), whether they spin or sleep. Where it does not,
+    they sleep.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""What a layer gives to the gated delta rule."""
+"""A layer's inputs for the gated delta rule."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class StateChunk(NamedTuple):
     length: int
     """Its rows."""
     slot: int
-    """Of the states: its place is read before the first row, and written behind the last."""
+    """Slot of the states: it is read before the first row, and written behind the last."""
     fresh: bool
-    """Whether the sequence begins here: what the slot holds is not read, and counts as zeros."""
+    """True if the sequence begins here: the slot's content is not read, and counts as zeros."""
 
     @classmethod
     def of(cls, context: Context) -> StateChunk:
@@ -55,7 +55,7 @@ class DeltaStates:
 
 @dataclass(frozen=True)
 class DeltaWeights:
-    """What a layer has beside its linears."""
+    """The weights of a layer beside its linears."""
 
     conv: Tensor
     """[width, channels]: of the row itself comes last."""
@@ -66,7 +66,7 @@ class DeltaWeights:
     norm: Tensor
     """[value dim]"""
     eps: float
-    """Of that norm."""
+    """Epsilon of that norm."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""From tensors to launches: checks, tiles, grids. The only door to the kernels."""
+"""Launches from tensors: checks, tiles, grids. The only entry to the kernels."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ class _Planner:
 
     @property
     def _heads(self) -> dict[str, Any]:
-        """What was convolved, and how it is parted."""
+        """Return the convolved rows, and their division into heads."""
         at = self.inputs
         return {
             "p_x": self.x,

@@ -1,4 +1,4 @@
-"""What the kernels read: which rows of a step are whose, and where their states are."""
+"""The input of the kernels: the sequences of a step's rows, and the places of their states."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TILE_FIELDS = 2
 
 @dataclass(frozen=True)
 class DeltaCapacity:
-    """How large a step may become; grids depend on this and on nothing of the step."""
+    """The largest size of a step; grids depend on this and on nothing of the step."""
 
     rows: int
     chunks: int
@@ -39,7 +39,7 @@ class DeltaCapacity:
 
     @property
     def sections(self) -> dict[str, slice]:
-        """Where each array lies in the one int32 buffer of a step."""
+        """Return the place of each array in the one int32 buffer of a step."""
         return sections({"chunks": CHUNK_FIELDS * self.chunks, "tiles": TILE_FIELDS * self.tiles})
 
     @property

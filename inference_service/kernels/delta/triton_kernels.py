@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
-"""Whether the kernels below were made for the interpreter, which computes bf16 wrongly without UPCAST."""
+"""True if the kernels below were made for the interpreter, which computes bf16 wrongly without UPCAST."""
 
 
 @triton.jit

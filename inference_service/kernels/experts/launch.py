@@ -1,6 +1,6 @@
-"""From tensors to launches: checks, tiles, grids. The only door to the kernels.
+"""Launches from tensors: checks, tiles, grids. The only entry to the kernels.
 
-What is launched depends on shapes alone, so that it may be recorded. Padding rows are routed like any other.
+Launches depend on shapes alone, so that it may be recorded. Padding rows are routed like any other.
 """
 
 from __future__ import annotations

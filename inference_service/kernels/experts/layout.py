@@ -1,4 +1,4 @@
-"""What the kernels pass to each other: which experts a token has, and tokens by expert."""
+"""The data between kernels: the experts of each token, and tokens by expert."""
 
 from __future__ import annotations
 

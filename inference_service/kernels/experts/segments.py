@@ -18,7 +18,7 @@ from inference_service.kernels.sgmv import SegmentCapacity, Segments
 
 
 class Owners(NamedTuple):
-    """Whose the tokens of a step are, in one pass."""
+    """The adapters of a step's tokens, in one pass."""
 
     slots: Tensor
     """int32 [T]"""

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
-"""Whether the kernels were made for the interpreter, which computes bf16 wrongly without UPCAST."""
+"""True if the kernels were made for the interpreter, which computes bf16 wrongly without UPCAST."""
 
 
 @triton.jit(do_not_specialize=["E", "k"])

@@ -1,4 +1,4 @@
-"""Which tiles each kernel uses; what is not in these tables is not shipped.
+"""The tiles of each kernel; others than those in these tables are not shipped.
 
 Every entry is compiled ahead of time for every architecture in the tests: no spills, and shared memory within
 the 99 KB that all of them have. The numbers are reasoned, not yet timed. Where an expert has few tokens, as at
@@ -14,7 +14,7 @@ from typing import Final
 
 
 class Load(Enum):
-    """How many tokens an expert has; it chooses the tiles."""
+    """The number of tokens of an expert; it chooses the tiles."""
 
     FEW = "few"
     MANY = "many"
@@ -38,9 +38,9 @@ GROUPED: Final[Mapping[tuple[Load, int], GroupedConfig]] = {
     (Load.FEW, 4): GroupedConfig(32, 64, num_warps=4, num_stages=3),
     (Load.MANY, 4): GroupedConfig(32, 32, num_warps=4, num_stages=2),
 }
-"""By the load and the bytes of an element; fp32 uses no tensor cores: small tiles."""
+"""Configurations by the load and the bytes of an element; fp32 uses no tensor cores: small tiles."""
 MANY_PLACES: Final = 16
-"""Of an expert on average, from which on tiles are tall."""
+"""Mean places of an expert from which on tiles are tall."""
 SORT_BLOCK: Final = 1024
 """Pairs that the sort takes at a time."""
 SORT_WARPS: Final = 4
@@ -52,7 +52,7 @@ MAX_EXPERTS: Final = 1024
 
 
 def load_of(pairs: int, num_experts: int) -> Load:
-    """How many tokens the experts of a step have on average."""
+    """Return the load of a step's experts on average."""
     return Load.MANY if pairs >= MANY_PLACES * num_experts else Load.FEW
 
 

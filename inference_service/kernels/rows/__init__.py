@@ -1,6 +1,6 @@
-"""What a step does to single rows, each in one launch: norms, activations, the embedding, the cap of logits.
+"""Operations on single rows, each in one launch: norms, activations, the embedding, the cap of logits.
 
-Between two linears of a layer lies one launch: ``rms_norm`` adds what the last one gave to the residual stream
+Between two linears of a layer lies one launch: ``rms_norm`` adds the last one's output to the residual stream
 and norms the sum, ``gated`` makes one row of the two that gate and up gave.
 
 This package needs torch alone; Triton is imported at the first launch.

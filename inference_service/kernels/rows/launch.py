@@ -1,4 +1,4 @@
-"""From tensors to launches: checks, tiles, grids. The only door to the kernels.
+"""Launches from tensors: checks, tiles, grids. The only entry to the kernels.
 
 Rows of tensors are contiguous, with any stride between them. Padding rows are harmless: no row reads another.
 """

@@ -1,4 +1,4 @@
-"""What the kernels compute, in plain torch, in any dtype and without roundings in between."""
+"""The reference of the kernels, in plain torch, in any dtype and without roundings in between."""
 
 from __future__ import annotations
 

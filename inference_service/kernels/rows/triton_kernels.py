@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
-"""Whether the kernels below were made for the interpreter."""
+"""True if the kernels below were made for the interpreter."""
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""Which tiles each kernel uses; what is not in these tables is not shipped.
+"""The tiles of each kernel; others than those in these tables are not shipped.
 
 Every entry is compiled ahead of time for every architecture in the tests: no spills. The numbers are reasoned,
 not yet timed: a norm holds its row in registers, at most 32 elements per thread, and everything else works in
@@ -27,9 +27,9 @@ NORM: Final[Mapping[int, RowConfig]] = {
     8192: RowConfig(8192, num_warps=16),
     16384: RowConfig(16384, num_warps=16),
 }
-"""By the largest row that it holds."""
+"""Configurations by the largest row that each holds."""
 TILE: Final[Mapping[int, RowConfig]] = {2: RowConfig(1024, num_warps=4), 4: RowConfig(512, num_warps=4)}
-"""Of everything but norms, by the bytes of an element."""
+"""Configurations of everything but norms, by the bytes of an element."""
 MAX_NORM_DIM: Final = max(NORM)
 
 

@@ -1,4 +1,5 @@
-"""From logits to tokens on the device, in two launches for a whole batch, without sorting the vocabulary.
+"""Sampling of tokens from logits on the device, in two launches for a whole batch, without sorting the
+vocabulary.
 
 ::
 
@@ -8,7 +9,7 @@
 Temperature, then min-p, then top-k, then top-p on what is left, then an exponential race (Gumbel-max): the
 token of the largest logit / temperature + noise wins, and without a temperature the one of the largest logit,
 the lowest on ties. The noise is a function of the request's seed, the number of its tokens and the token, so
-that a draw is the same, bit for bit, in any company; ``host.draw`` draws the same on a CPU.
+that a draw is the same, bit for bit, in every batch; ``host.draw`` draws the same on a CPU.
 
 Rows whose logits a request shapes (penalties, bias, grammars, tokens that may not come) are drawn by three
 launches more, over those rows alone::
@@ -16,7 +17,7 @@ launches more, over those rows alone::
     shape_kernel  logits [N, V] -> penalties and masks of the M rows, float32 [M, V]
     edit_kernel   -> biases, last tokens of bad words, stop tokens
     race_kernel, pick_kernel
-    note_kernel   -> ids [N], and the state: what each sequence has said, its last token included
+    note_kernel   -> ids [N], and the state: each sequence's tokens, its last one included
 
 This package needs torch alone; Triton is imported at the first launch.
 """

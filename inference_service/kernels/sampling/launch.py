@@ -1,4 +1,4 @@
-"""From logits to launches: checks, tiles, grids. The only door to the kernels."""
+"""Launches from logits: checks, tiles, grids. The only entry to the kernels."""
 
 from __future__ import annotations
 

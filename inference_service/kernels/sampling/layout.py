@@ -1,4 +1,4 @@
-"""What the sampler reads: the parameters of the rows of a step."""
+"""The input of the sampler: the parameters of the rows of a step."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ GENERATED = 7
 """The one of them that changes from token to token."""
 _ROW = struct.Struct("=ififfQi")
 MAX_SHARPNESS = 2.0**64
-"""Of 1 / temperature: the scores of finite logits stay finite."""
+"""Largest 1 / temperature: the scores of finite logits stay finite."""
 ALL = 2**31 - 1
 """Top-k of a row that keeps everything."""
 
 
 class Kind(IntEnum):
-    """What is to be done for a row, as the device reads it."""
+    """The kind of a row's draw, as the device reads it."""
 
     PADDING = 0
     """Nothing: its id is not touched."""
@@ -40,12 +40,12 @@ class Kind(IntEnum):
 
 @dataclass(frozen=True)
 class RowParams:
-    """How the next token of one row is drawn."""
+    """The parameters of the next draw of one row."""
 
     temperature: float = 0.0
     """0 is greedy, and the rest is of no interest."""
     top_k: int = 0
-    """So many of the most likely tokens take part, the lower first of equals; 0 is all."""
+    """Number of the most likely tokens that take part, the lower first of equals; 0 is all."""
     top_p: float = 1.0
     """A token takes part while those before it, most likely first, have less than this part of the mass."""
     min_p: float = 0.0
@@ -57,19 +57,19 @@ class RowParams:
 
     @property
     def kind(self) -> Kind:
-        """What the device has to do."""
+        """Return the device's kind of draw."""
         if self.temperature == 0.0:
             return Kind.GREEDY
         return Kind.FILTERED if self.top_k or self.top_p < 1.0 or self.min_p else Kind.RACE
 
     @property
     def sharpness(self) -> float:
-        """What logits are multiplied with; 0 for a greedy row."""
+        """Return the factor of logits; 0 for a greedy row."""
         return min(1.0 / self.temperature, MAX_SHARPNESS) if self.temperature else 0.0
 
     @property
     def span(self) -> float:
-        """How far below the largest logit the smallest may be that min-p lets pass."""
+        """Return the largest distance of a logit from the largest that min-p lets pass."""
         return -self.temperature * math.log(self.min_p) if self.min_p else math.inf
 
 

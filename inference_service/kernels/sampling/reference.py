@@ -1,4 +1,4 @@
-"""What the kernels compute, in plain torch and numpy: with sorting, row by row, in float64."""
+"""The reference of the kernels, in plain torch and numpy: with sorting, row by row, in float64."""
 
 from __future__ import annotations
 

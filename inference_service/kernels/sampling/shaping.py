@@ -1,7 +1,8 @@
-"""What requests do to their logits, as data: a row for each, lists behind the rows, and a state that stays.
+"""The changes of requests to their logits, as data: a row for each, lists behind the rows, and a state that
+stays.
 
-The state is of places, one per sequence that shapes its logits: what it has said, up to the last token, which
-the device alone may know, and which tokens it may say at all.
+The state is of places, one per sequence that shapes its logits: its tokens up to the last one, which the device
+alone may know, and its allowed tokens.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ SHAPED, PENALIZED, RESTRICTED, MASKED = 1, 2, 4, 8
 PIECE: Final = 64
 """Rows that are shaped at once: 39 MB in float32 for 152 thousand tokens."""
 ALWAYS: Final = -1
-"""Of an edit: whatever the last token is."""
+"""Mark of an edit that holds after every last token."""
 
 Words = npt.NDArray[np.int32]
 NOTHING: Final = np.zeros(0, np.int32)
@@ -34,18 +35,18 @@ NOTHING: Final = np.zeros(0, np.int32)
 
 @dataclass(frozen=True, eq=False)
 class ShapedRow:
-    """What is done to the logits of one row, in this order, and how its token is drawn then."""
+    """The changes to the logits of one row, in this order, and the parameters of its draw."""
 
     row: int
-    """Of the logits."""
+    """Row of the logits."""
     place: int
-    """In the state."""
+    """Place in the state."""
     draw: RowParams
     repetition: float = 1.0
     presence: float = 0.0
     frequency: float = 0.0
     restricted: bool = False
-    """Whether the mask at its place holds."""
+    """True if the mask at its place holds."""
     mask: bytes | None = None
     """Tokens that may come next: bit i % 8 of byte i // 8, lowest first, is token i. None is all."""
     edits: Words = field(default_factory=lambda: NOTHING)
@@ -55,7 +56,7 @@ class ShapedRow:
 
     @property
     def flags(self) -> int:
-        """What the device has to do."""
+        """Return the device's flags."""
         penalized = (self.repetition, self.presence, self.frequency) != (1.0, 0.0, 0.0)
         masked = self.mask is not None
         return SHAPED | PENALIZED * penalized | RESTRICTED * self.restricted | MASKED * masked
@@ -101,7 +102,7 @@ def pack_shapes(rows: Sequence[ShapedRow], vocab: int) -> Words:
 
 
 class ShapingState:
-    """What stays on the device from step to step; made when the first request asks for it.
+    """The state that stays on the device from step to step; made when the first request needs it.
 
     ``loramux_shared.bases.memory.shaping_bytes`` counts it.
     """
@@ -128,7 +129,7 @@ class ShapingState:
 
     @property
     def num_bytes(self) -> int:
-        """What it takes now."""
+        """Return its bytes."""
         held = (self.last, self.impossible, self._counts, self._masks)
         return sum(tensor.nbytes for tensor in held if tensor is not None)
 
@@ -147,7 +148,7 @@ class ShapingState:
 
 @dataclass(frozen=True)
 class ShapingTables:
-    """What one draw reads, on the device, and memory for it."""
+    """The input of one draw, on the device, and memory for it."""
 
     packed: Tensor = field(repr=False)
     """int32: what ``pack_shapes`` made."""

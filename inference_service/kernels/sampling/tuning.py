@@ -1,4 +1,4 @@
-"""Which tiles the sampler uses; what is not in these tables is not shipped.
+"""The tiles of the sampler; others than those in these tables are not shipped.
 
 Every entry is compiled ahead of time for every architecture in the tests: no spills. The numbers are reasoned,
 not yet timed.
@@ -52,4 +52,4 @@ PICK: Final[Mapping[int, PickConfig]] = {
     2: PickConfig(2, 4096, num_warps=16),
     4: PickConfig(8, 1024, num_warps=8),
 }
-"""By the bytes of a logit."""
+"""Configurations by the bytes of a logit."""

@@ -1,4 +1,4 @@
-"""From tensors to launches: checks, tiles, grids. The only door to the kernels."""
+"""Launches from tensors: checks, tiles, grids. The only entry to the kernels."""
 
 from __future__ import annotations
 

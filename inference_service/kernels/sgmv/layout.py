@@ -1,4 +1,4 @@
-"""What the kernels read: the packed weights of a group, and the segments of a step."""
+"""The input of the kernels: the packed weights of a group, and the segments of a step."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FIELDS = 4
 
 
 class Phase(Enum):
-    """What the segments of a step look like; it chooses the tiles."""
+    """The shape of a step's segments; it chooses the tiles."""
 
     DECODE = "decode"
     """Short segments: bandwidth and latency count, so the reduction over K is split."""
@@ -33,7 +33,7 @@ class Phase(Enum):
 
 @dataclass(frozen=True)
 class Slices:
-    """Which columns of a group's fused output belong to which slice."""
+    """The columns of a group's fused output that belong to each slice."""
 
     offsets: tuple[int, ...]
     """The first column of each slice."""
@@ -142,7 +142,7 @@ def _up(elements: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
 
 @dataclass(frozen=True)
 class SegmentCapacity:
-    """How large the segments of a step may become; grids depend on this and on nothing of the step."""
+    """The largest size of a step's segments; grids depend on this and on nothing of the step."""
 
     entries: int
     """Pairs of a token and a slot. Without composition: tokens."""
@@ -153,7 +153,7 @@ class SegmentCapacity:
     passes: int = 1
     """Entries that one token may have. Each pass is one expand, because two entries add to the same row."""
     scaled: bool = False
-    """Whether entries carry a scale."""
+    """True if entries carry a scale."""
     active: int | None = None
     """Distinct slots in one step at most, however many there are; None: all."""
 
@@ -178,7 +178,7 @@ class SegmentCapacity:
 
     @property
     def sections(self) -> dict[str, slice]:
-        """Where each array lies in the one int32 buffer that a step copies to the device."""
+        """Return the place of each array in the one int32 buffer that a step copies to the device."""
         return sections(
             {
                 "token_ids": self.entries,

@@ -1,4 +1,4 @@
-"""What the kernels compute, in plain torch: one segment after the other."""
+"""The reference of the kernels, in plain torch: one segment after the other."""
 
 from __future__ import annotations
 

@@ -6,13 +6,13 @@ import triton
 import triton.language as tl
 
 ROW = tl.constexpr(16)
-"""As `layout.ROW`: rows of A begin at multiples."""
+"""Value of `layout.ROW`: rows of A begin at multiples."""
 FIELDS = tl.constexpr(4)
 """As `layout.FIELDS`."""
 SCAN = tl.constexpr(64)
 """Segments that a program of shrink looks at together."""
 INTERPRETED: bool = triton.knobs.runtime.interpret
-"""Whether the kernels were made for the interpreter, which computes bf16 wrongly without UPCAST."""
+"""True if the kernels were made for the interpreter, which computes bf16 wrongly without UPCAST."""
 
 # These change from pass to pass; their alignment is not worth a variant, for they are read as scalars.
 SEGMENT_POINTERS = ["p_table", "p_seg_start", "p_seg_slot", "p_pass", "p_end", "p_planes"]

@@ -1,4 +1,4 @@
-"""Which tiles each kernel uses; what is not in these tables is not shipped.
+"""The tiles of each kernel; others than those in these tables are not shipped.
 
 Every entry is compiled ahead of time for every architecture in the tests: no spills, and shared memory within
 the 99 KB that all of them have. That holds for dims and row strides that are multiples of 16, as in every
