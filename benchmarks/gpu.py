@@ -1,9 +1,9 @@
 """Everything that one GPU can tell, in one command: is it right, and how fast is it.
 
 Correctness comes first and stops the run when it is red. Then, each against its floor or its peer: SGMV, paged
-attention, a decode step of an 8B-shaped random model, and serving through the gRPC door. No network; the time
-of sections is bounded, to 8 minutes together. A table is printed last, and says for every target whether it is
-met; rows are told on standard error as they come.
+attention, a decode step of an 8B-shaped random model, and serving over gRPC. No network; the time of sections
+is bounded, to 8 minutes together. A table is printed last, and says for every target whether it is met; rows
+are printed on standard error as they come.
 
     python -m benchmarks.gpu --json gpu.json
     python -m benchmarks.gpu --only sgmv --only step --quick

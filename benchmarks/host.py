@@ -1,7 +1,8 @@
-"""What the host does for a step, with the device's work left out: the engine, its batch, copies to the device.
+"""The host's work for a step, without the device's: the engine, its batch, copies to the device.
 
-Graphs do nothing here and tokens are what the memory held, so what is measured is schedule, fill and resolve,
-on one thread. A GPU hides as much of it as its step takes, for it is one step behind; the rest is lost.
+Graphs do nothing here and tokens are the memory's old content, so the time is that of schedule, fill and
+resolve, on one thread. A GPU hides as much of it as its step takes, for it is one step behind; the rest is
+lost.
 
     python -m benchmarks.host
     python -m benchmarks.host --kind decode --seqs 256 --contexts 4096 --loaded 64 --profile
@@ -48,17 +49,17 @@ Kind = Literal["decode", "mixed", "starved", "crowded"]
 BLOCK_SIZE: Final = 16
 VOCAB: Final = 1024
 ROWS: Final = 512
-"""Of a step, where its sequences and a prompt need no more."""
+"""Rows of a step, where its sequences and a prompt need fewer."""
 PROMPT: Final = 256
 """Tokens of the prompt of a mixed step."""
 CROWD: Final = 1000
 STEPS: Final = 48
-"""That are measured: every sequence needs a block in three of them."""
+"""Steps that are measured: every sequence needs a block in three of them."""
 WARM_UP: Final = 16
 ACTIVE: Final = 8
 """Adapters that the sequences take in turn."""
 BARS_MS: Final = {8: 0.3, 64: 1.0, 256: 2.0, 1024: 8.0}
-"""What half of the steps may take of a processor, by sequences that decode at the context below."""
+"""Bounds of half of the steps' processor time, by sequences that decode at the context below."""
 BAR_CONTEXT: Final = 4096
 CONTEXT_BAR: Final = 2.2
 """Times as long may a step take at the longest context as at the shortest."""
@@ -66,7 +67,7 @@ CONTEXT_BAR: Final = 2.2
 
 @dataclass(frozen=True)
 class Point:
-    """What a step is measured with."""
+    """The parameters of a measured step."""
 
     kind: Kind
     seqs: int

@@ -1,9 +1,9 @@
-"""Long prompts beside short streams: how long both wait for each other.
+"""Long prompts beside short streams: the wait of each for the other.
 
 Eight streams decode, alone first. Then four prompts of some thousand random tokens arrive at once, and short
-requests come one at a time until all four have their first tokens. Everybody asks the base and shows no key,
-so all share one lane. Measured in a replica of this process, without a door; the exit status is 1 where a bar
-is missed. What is told without a bar: the long prompts' time, against the same with nothing else at work.
+requests come one at a time until all four have their first tokens. All requests are for the base and without a
+key, so all share one queue. Measured in a replica of this process, without an API; the exit status is 1 where a
+bar is missed. Printed without a bar: the long prompts' time, against the same with nothing else at work.
 
     python -m benchmarks.long_prompts
     python -m benchmarks.long_prompts --tokens 2000 --seconds 60
@@ -31,7 +31,7 @@ from benchmarks.moving.replica import Local, replica
 STREAMS: Final = 8
 LONG: Final = 4
 TOKENS: Final = 8000
-"""Of a long prompt: the base's context is 8192."""
+"""Tokens of a long prompt: the base's context is 8192."""
 SHORT: Final = 64
 QUIET_S: Final = 5.0
 APART_S: Final = 0.2
@@ -42,7 +42,7 @@ BAR_FIRST_S: Final = 2.0
 
 @dataclass(frozen=True)
 class Found:
-    """What was seen, in seconds."""
+    """The results, in seconds."""
 
     quiet: list[float]
     """Between two tokens of a stream with no prompts beside it, before the long ones and after them."""

@@ -1,4 +1,4 @@
-"""Whoever is measured beside the servers, in a process of its own that answers loads in turn with them."""
+"""The other contenders beside the servers, in a process of its own that answers loads in turn with them."""
 
 from __future__ import annotations
 

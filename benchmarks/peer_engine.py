@@ -1,4 +1,4 @@
-"""The engine alone, without a door and without an event loop: what a server could give if they cost nothing.
+"""The engine alone, without an API and without an event loop: the speed of a server if they cost nothing.
 
 Arguments: the store, the deployment, the base's folder.
 """

@@ -1,4 +1,4 @@
-"""Tokens per second and time to first token through the gRPC door, with adapters and without, beside a peer.
+"""Tokens per second and time to first token over gRPC, with adapters and without, beside a peer.
 
 Random adapters (rank 16 on all seven projections unless said otherwise) on the demo's base; prompts of 64
 random words, 64 new tokens each, greedy, end-of-sequence ignored; 16, 16 and 48 requests at concurrency 1, 8
@@ -143,7 +143,7 @@ class Server:
 
     @property
     def loaded(self) -> dict[str, object]:
-        """What the service said when it had loaded."""
+        """Return the service's log line about its loading."""
         lines = [json.loads(line) for line in self._log.read_text().splitlines()]
         return next(line for line in lines if line["event"] == "loaded")
 
@@ -197,7 +197,7 @@ Run = Callable[[int, int, int], Awaitable[Figures]]
 
 @dataclass(frozen=True)
 class Contender:
-    """Whoever is measured."""
+    """A server or an engine that is measured."""
 
     label: str
     run: Run
@@ -244,7 +244,7 @@ async def measure(
 
 
 def ask_loramux(client: AsyncClient) -> Ask:
-    """Requests through the gRPC door."""
+    """Return a function that sends requests over gRPC."""
 
     async def ask(model: str, prompt: str) -> tuple[int, float]:
         started, first, tokens = time.perf_counter(), 0.0, 0
@@ -277,7 +277,7 @@ def ask_url(client: httpx.AsyncClient, url: str) -> Ask:
 
 
 def bandwidth_gb_s() -> float:
-    """What one pass over a large array reaches, best of ten: the roof of decoding."""
+    """Return the bandwidth of one pass over a large array, best of ten: the roof of decoding."""
     data = torch.ones(256 * 2**20 // 4)
     best = 0.0
     for _ in range(10):
@@ -329,18 +329,18 @@ ADAPTERS, BASE_REQUESTS, ENGINE = "loramux, adapters", "loramux, base requests",
 NONE_LOADED = "loramux, no adapters loaded"
 PEFT, TRANSFORMERS = "transformers + PEFT, adapters", "transformers, no adapters"
 Table = Mapping[str, Sequence[Figures]]
-"""By label."""
+"""Figures by label."""
 
 
 @dataclass(frozen=True)
 class Bar:
-    """What one contender's tokens per second are to be at least, in those of another."""
+    """The least tokens per second of one contender, relative to another."""
 
     what: str
     over: str
     under: str
     least: tuple[float, ...] = (0.0, 0.0, 0.0)
-    """By load; 0: nothing is asked."""
+    """Factors by load; 0: no bar."""
 
     def ratios(self, table: Table) -> list[float]:
         """Return what was found, by load."""
@@ -348,7 +348,7 @@ class Bar:
         return [over.tokens_per_s / under.tokens_per_s for over, under in pairs]
 
     def met(self, table: Table) -> bool:
-        """Whether it was reached at every load."""
+        """Return True if it was reached at every load."""
         return all(found >= least for found, least in zip(self.ratios(table), self.least, strict=True))
 
     def told(self, table: Table) -> str:

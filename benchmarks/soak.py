@@ -1,6 +1,6 @@
-"""A replica under a mixture of good, bad, cancelled, slow and broken requests, for as long as is said.
+"""A replica under good, bad, cancelled, slow and broken requests, for a given time.
 
-It is started as a user would, and asked on both doors. At the end every promise is checked: each request ended
+It is started as a user would, and asked over both APIs. At the end every promise is checked: each request ended
 once, nothing is held, memory did not grow, descriptors and processes are those of the start. A table is
 printed; the exit status is 1 when a promise is broken.
 
@@ -53,37 +53,38 @@ SHAPE = {
 }
 ADAPTERS = ("lora0", "lora1", "lora2", "lora3")
 STALL_S = 2
-"""What the replica is told to wait for a client that does not read."""
+"""Seconds that the replica waits for a client that does not read."""
 KV_GB = "0.1"
-"""So small that every block is used in the first minute: memory counts when it is first written to, and a cache
-of gigabytes would look like a leak for as long as it fills."""
+"""Size of the cache, so small that every block is used in the first minute: memory counts when it is first
+written to, and a cache of gigabytes would look like a leak for as long as it fills.
+"""
 GROWTH_MB = 64
-"""What resident memory may grow by after the first minute."""
+"""Bound of the increase of resident memory after the first minute."""
 SAMPLE_S = 30
 
 
 @dataclass
 class Tally:
-    """What the clients saw."""
+    """The clients' counts."""
 
     kinds: Counter[str] = field(default_factory=Counter)
     entered: int = 0
-    """Requests that reached the engine's door, as the metrics count them."""
+    """Requests that reached the engine's API, as the metrics count them."""
     ok: int = 0
-    """Of those, the ones that the client saw end well."""
+    """Those that the client saw end well."""
     broken: int = 0
-    """Of those, the ones that the client left or did not read: the server may have been faster."""
+    """Those that the client left or did not read: the server may have been faster."""
     statuses: Counter[int] = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Held:
-    """What the server's process holds."""
+    """The resources of the server's process."""
 
     rss_mb: float
     descriptors: Counter[str]
-    """By kind: ``socket``, ``pipe``, the path of a file."""
+    """Descriptors by kind: ``socket``, ``pipe``, the path of a file."""
     children: int
 
     def __str__(self) -> str:
@@ -117,7 +118,7 @@ class Replica:
                 await asyncio.sleep(0.2)
 
     def held(self) -> Held:
-        """What it holds now."""
+        """Return its resources now."""
         descriptors: Counter[str] = Counter()
         for link in Path(f"/proc/{self._process.pid}/fd").iterdir():
             with contextlib.suppress(FileNotFoundError):  # it is closed again
@@ -170,7 +171,7 @@ class Clients:
             "HTTP, not read": (1, self.http_unread),
             "HTTP, garbage": (3, self.garbage),
         }
-        """With how often each is drawn."""
+        """Requests by kind, with the weight with which each is drawn."""
 
     async def one(self) -> None:
         """Do one of them."""
@@ -329,7 +330,7 @@ async def soak(work: Path, minutes: float, concurrency: int, base: str) -> list[
         async with web, AsyncClient(inference=replica.grpc) as client:
             clients = Clients(replica, web, client, tally)
             for _, act in clients.kinds.values():
-                await act()  # what is opened once, at the first of a kind, is no growth
+                await act()  # what is opened once, at the first of a kind, is no leak
         await _until_rest(replica)
         start = replica.held()
         samples = await _drive(replica, tally, minutes, concurrency)
@@ -421,7 +422,7 @@ def _holdings(start: Held, samples: list[Held], end: Held, scrape: Scrape, statu
     settled = samples[min(60 // SAMPLE_S, len(samples) - 1) :]
     growth = max(each.rss_mb for each in settled) - settled[0].rss_mb
     yield Promise(
-        "growth of memory after a minute", f"<= {GROWTH_MB} MB", f"{growth:.0f} MB", growth <= GROWTH_MB
+        "increase of memory after a minute", f"<= {GROWTH_MB} MB", f"{growth:.0f} MB", growth <= GROWTH_MB
     )
     before, more = start.descriptors.total(), end.descriptors - start.descriptors
     found = f"{end.descriptors.total()}; new: {dict(more) or 'none'}"

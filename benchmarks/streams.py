@@ -1,6 +1,6 @@
-"""Many streams: how long a first token takes at both doors while hundreds of answers are under way.
+"""Many streams: the time of a first token over both APIs while hundreds of answers are under way.
 
-An engine whose steps take a time and no processor stands behind the real doors, in a process of its own; the
+An engine whose steps take a time and no processor stands behind the real APIs, in a process of its own; the
 clients of the streams are another process, and the calls that are timed come from this one. `begin` is the time
 to the first token where all streams begin at once, `beside` that of 40 calls at once beside streams that run,
 each of which has a token in every step. The exit status is 1 when a bar is missed.
@@ -33,7 +33,7 @@ from benchmarks.moving.figures import Figure, percentile
 
 STREAMS: Final = (100, 400, 500, 1000, 2000)
 CLIENTS: Final = ("grpc/1", "grpc/16", "http")
-"""Doors, and over how many channels."""
+"""APIs, and their numbers of channels."""
 STEP_MS: Final = 40
 INTERVAL_MS: Final = 40
 LONG: Final = 6000
@@ -93,7 +93,7 @@ class Firsts:
 
 @dataclass(frozen=True)
 class Point:
-    """What was found with so many streams of one kind of clients."""
+    """The results with so many streams of one kind of clients."""
 
     clients: str
     streams: int

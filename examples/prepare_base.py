@@ -128,7 +128,7 @@ def put_in_place(temporary: Path, dest: Path) -> None:
 
 
 def is_complete(dest: Path) -> bool:
-    """Whether every file is there, the JSON can be read and the weights end where their header says."""
+    """Return True if every file is there, the JSON can be read and the weights end where their header says."""
     try:
         if not all((dest / name).stat().st_size for name in FILES):
             return False

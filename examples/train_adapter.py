@@ -39,7 +39,7 @@ IGNORED = -100  # the label that the loss skips
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one adapter is trained and saved."""
+    """The training of one adapter."""
 
     name: str
     voice: str

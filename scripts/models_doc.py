@@ -28,7 +28,7 @@ SIZES: Final = {
     "num_hidden_layers": 8,
     "vocab_size": 32,
 }
-"""Of a config that says nothing else: all else is as the family's class has it."""
+"""Sizes of a config with nothing else: all else is as in the family's class."""
 
 
 def page() -> str:

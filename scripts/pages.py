@@ -1,4 +1,4 @@
-"""What the generators of pages share: tables, and the types of JSON schemas in words."""
+"""The parts that the generators of pages share: tables, and the types of JSON schemas in words."""
 
 from __future__ import annotations
 

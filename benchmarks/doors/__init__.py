@@ -1,1 +1,1 @@
-"""The doors by themselves: a server whose engine computes nothing, and clients that cost little."""
+"""The servers by themselves: their engine computes nothing, and clients cost little."""

@@ -1,7 +1,7 @@
 """Streams of many clients in one process, as cheap as Python has them: nothing of an answer is parsed.
 
-``python -m benchmarks.doors.clients`` opens so many at once, tells when each had its first token, and when its
-input ends, what came since.
+``python -m benchmarks.doors.clients`` opens so many at once, prints when each had its first token, and when its
+input ends, the tokens since then.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from loramux_shared.descriptors import raise_limit
 MODEL: Final = "base"
 PROMPT: Final = [5, 6, 7, 8]
 PATIENCE_S: Final = 20.0
-"""For the first tokens of all; whoever has none by then counts as infinitely late."""
+"""Seconds for the first tokens of all; a client without one by then counts as infinitely late."""
 METHOD: Final = "/loramux.inference.v1.InferenceService/Generate"
 
 
 class Door(Protocol):
-    """How to ask one of the doors."""
+    """A client of one of the APIs."""
 
     def ask(self, number: int, tokens: int) -> AsyncIterator[None]:
         """Ask; yields whenever tokens come."""
@@ -90,7 +90,7 @@ class HttpDoor:
 
 @asynccontextmanager
 async def door(kind: str, address: str, channels: int) -> AsyncIterator[Door]:
-    """Open a door's clients for as long as the block takes."""
+    """Open an API's clients for as long as the block takes."""
     made = HttpDoor(address) if kind == "http" else GrpcDoor(address, channels)
     try:
         yield made
@@ -107,7 +107,7 @@ async def first_tokens_s(door: Door, count: int, tokens: int) -> list[float]:
 
 
 class _Stream:
-    """What came of a stream."""
+    """The results of a stream."""
 
     def __init__(self) -> None:
         self.first_s = math.inf

@@ -1,4 +1,4 @@
-"""Both doors before the engine, the service and the telemetry of a replica; only the model is left out.
+"""Both APIs before the engine, the service and the telemetry of a replica; only the model is left out.
 
 ``python -m benchmarks.doors.server`` prints its addresses and serves until it is ended.
 """

@@ -19,7 +19,7 @@ from benchmarks.moving.server import first_token_s, server
 from loramux import AsyncClient
 
 PUSHES: Final = 8
-"""Of a round."""
+"""Pushes of a round."""
 PUSH_BAR_MS: Final = 300.0
 AMONG: Final = 500
 ADD_BAR: Final = 1.5
@@ -29,7 +29,7 @@ PROMPT: Final = 8
 
 
 async def measure_push(forge: Forge, rounds: int) -> list[Figure]:
-    """From the beginning of PutAdapter to the first token of a request that asks for its generation."""
+    """Measure from the beginning of PutAdapter to the first token of a request that asks for its generation."""
     forge.deploy("push", 1)
     told: list[float] = []
     published: list[float] = []

@@ -27,7 +27,7 @@ Ask = Callable[[str], Awaitable[float]]
 
 
 async def measure(forge: Forge, rounds: int) -> list[Figure]:
-    """In this process, then over gRPC."""
+    """Measure in this process, then over gRPC."""
     names = forge.deploy("fair", OTHERS + 1)
     settings: dict[str, Any] = {"adapter_memory_gb": bank_gb(OTHERS + 1), "preload": OTHERS + 1}
     settings["max_batch_seqs"] = STREAMS

@@ -1,4 +1,4 @@
-"""What was measured, beside what it has to be."""
+"""Figures beside their bars."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Figure:
 
     @property
     def met(self) -> bool:
-        """Whether it is at or below its bar; NaN never is."""
+        """Return True if it is at or below its bar; NaN never is."""
         return self.bar is None or self.found <= self.bar
 
     def as_json(self, section: str) -> dict[str, Any]:

@@ -53,7 +53,7 @@ class Forge:
 
     @property
     def bundle_mb(self) -> float:
-        """Of the weights of one adapter."""
+        """Return the size of the weights of one adapter."""
         return len(self._weights) / 1e6
 
     def records(self, count: int) -> list[AdapterRecord]:

@@ -2,7 +2,7 @@
 
 Only the active ones have bundles. Starts are those of processes, each measured alone and in turn with its peer;
 steps are those of two replicas in this process, one at a time. The bars are held against seconds of processors,
-which a machine that does much else tells all the same; seconds of the clock stand beside them.
+which are valid on a busy machine too; seconds of the clock stand beside them.
 """
 
 from __future__ import annotations

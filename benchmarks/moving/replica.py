@@ -50,7 +50,7 @@ class Steps:
 
     wall_s: list[float] = field(default_factory=list)
     cpu_s: list[float] = field(default_factory=list)
-    """Of the engine's thread; its helpers' time is not in it."""
+    """Processor time of the engine's thread, without its helpers'."""
     ended_s: list[float] = field(default_factory=list)
 
     @property
@@ -61,7 +61,7 @@ class Steps:
 
 @dataclass(frozen=True)
 class Answered:
-    """What a client saw of one request."""
+    """A client's observations of one request."""
 
     digest: str
     first_s: float
@@ -69,7 +69,7 @@ class Answered:
 
 
 class Local:
-    """A replica that is asked without a door."""
+    """A replica that is asked without an API."""
 
     def __init__(self, ready: Ready) -> None:
         self.ready = ready

@@ -26,7 +26,7 @@ LOOPBACK = "127.0.0.1:0"
 
 
 class Server:
-    """The inference service of a deployment, with both doors."""
+    """The inference service of a deployment, with both APIs."""
 
     def __init__(self, forge: Forge, deployment: str, cache: str = "cache", **settings: object) -> None:
         self.grpc, self.http = free_address(LOOPBACK), free_address(LOOPBACK)
@@ -43,13 +43,13 @@ class Server:
         self.pid = self._process.pid
         self._wait_until_ready()
         self.start_s = time.perf_counter() - began
-        """With the imports."""
+        """Seconds of the start, imports included."""
         self.start_cpu_s = self.cpu_s
-        """Of processors, until then: what a machine that does much else tells all the same."""
+        """Processor time until then, which is valid on a busy machine too."""
 
     @property
     def loaded_s(self) -> float:
-        """What loading took, as the service says."""
+        """Return the seconds of loading that the service logged."""
         lines = [json.loads(line) for line in self.log.read_text().splitlines() if line.startswith("{")]
         return float(next(line["seconds"] for line in lines if line.get("event") == "loaded"))
 

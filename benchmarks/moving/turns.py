@@ -19,7 +19,7 @@ ADAPTERS = 16
 PLACES = 8
 NEW = 16
 REQUESTS = 48
-"""Of a round."""
+"""Requests of a round."""
 BAR = 1.5
 
 

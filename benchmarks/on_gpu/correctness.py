@@ -1,4 +1,4 @@
-"""What runs before anything is timed: the kernels' tests, then fresh inputs of real sizes against fp64."""
+"""The checks before anything is timed: the kernels' tests, then fresh inputs of real sizes against fp64."""
 
 from __future__ import annotations
 
@@ -37,7 +37,9 @@ ROW_TOLERANCE: Final = {torch.bfloat16: 2e-2, torch.float32: 1e-5}
 
 
 DELTA_TOLERANCE: Final = {torch.bfloat16: 4e-2, torch.float32: 1e-4}
-"""Of outputs and states, relative to the largest: rows later in a sequence have the errors of those before."""
+"""Tolerance of outputs and states, relative to the largest: later rows of a sequence have the earlier errors
+too.
+"""
 
 
 class Red(RuntimeError):

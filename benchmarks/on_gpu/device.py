@@ -1,4 +1,4 @@
-"""What is measured on: a GPU with its clock, or in a rehearsal the interpreter, which has none."""
+"""The measured device: a GPU with its clock, or in a rehearsal the interpreter, which has none."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from inference_service.engine.graphs import CudaRecorder, Recorder
 from inference_service.engine.tape import TapeRecorder
 
 FLUSH: Final = 4
-"""What is read between two measurements, as a multiple of the L2 cache."""
+"""Bytes that are read between two measurements, as a multiple of the L2 cache."""
 
 
 class Device(Protocol):
@@ -22,17 +22,17 @@ class Device(Protocol):
 
     @property
     def where(self) -> torch.device:
-        """Of all tensors."""
+        """Return the device of all tensors."""
         ...
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of weights and activations."""
+        """Return the type of weights and activations."""
         ...
 
     @property
     def rehearses(self) -> bool:
-        """Whether nothing is timed, and every size is tiny."""
+        """Return True if nothing is timed, and every size is tiny."""
         ...
 
     def recorder(self) -> Recorder:
@@ -132,7 +132,7 @@ class Rehearsal:
 
 @dataclass(frozen=True)
 class Machine:
-    """What is known of the card before anything runs."""
+    """The facts about the card before anything runs."""
 
     device: Device
     copy_gb_s: float

@@ -1,4 +1,4 @@
-"""What was measured, as one table and as JSON."""
+"""The results, as one table and as JSON."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class Row:
 
     section: str
     point: Mapping[str, int | str]
-    """What was measured."""
+    """Parameters of the measurement."""
     figures: Mapping[str, Figure]
-    """What came out; the unit is in the name."""
+    """Results; the unit is in the name."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Report:
     machine: Mapping[str, str]
     rows: Sequence[Row]
     notes: Sequence[str]
-    """What was left out, and why; what the device said beside it."""
+    """Omissions and their reasons; remarks of the device."""
 
     @property
     def verdicts(self) -> list[Verdict]:

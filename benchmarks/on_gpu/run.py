@@ -1,4 +1,4 @@
-"""What a section is given: the device, how much to measure, until when, and where to put it."""
+"""The context of a section: the device, the scale, the deadline, and the results."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 
 class Scale(Enum):
-    """How much is measured."""
+    """The amount of measurements."""
 
     FULL = "full"
     QUICK = "quick"
@@ -36,7 +36,7 @@ class Run:
 
     @property
     def device(self) -> Device:
-        """Where everything runs."""
+        """Return the device of everything."""
         return self.machine.device
 
     @property

@@ -1,4 +1,4 @@
-"""Throughput and time to the first token through the gRPC door, with a random model of 1B's shape."""
+"""Throughput and time to the first token over gRPC, with a random model of 1B's shape."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ SETTINGS: Final = {"LORAMUX_NATIVE": "false", "LORAMUX_KV_MEMORY_GB": "4"}
 
 @dataclass(frozen=True)
 class Plan:
-    """What is asked."""
+    """The requests."""
 
     shape: dict[str, Any]
     adapters: int

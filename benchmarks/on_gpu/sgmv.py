@@ -44,7 +44,7 @@ class Point:
     rank: int
     batch: int
     adapters: int
-    """Of the batch."""
+    """Adapters of the batch."""
     loaded: int = 0
     """Adapters that there are, the batch's among them; 0: only those."""
 
@@ -81,7 +81,7 @@ class Linear:
     segments: Segments
     workspace: Tensor
     slots: tuple[int, ...]
-    """Of each row, in order."""
+    """Slot of each row, in order."""
 
     @classmethod
     def make(cls, device: Device, point: Point) -> Linear:
@@ -103,7 +103,7 @@ class Linear:
 
     @property
     def num_bytes(self) -> int:
-        """What must be moved at least: weights and rows read, the output read and written."""
+        """Return the least bytes to move: weights and rows read, the output read and written."""
         read = len(set(self.slots)) / len(self.group.table)
         weights = int(self.group.weights.nbytes * read)
         return weights + self.x.nbytes + 2 * self.out.nbytes

@@ -34,12 +34,12 @@ BLOCK_SIZE: Final = 16
 STEPS: Final = 20
 EAGER_STEPS: Final = 5
 RESERVE_BYTES: Final = 6 * 2**30
-"""Of the device, left to activations, graphs and workspaces."""
+"""Bytes of the device that are left to activations, graphs and workspaces."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is run."""
+    """The steps to run."""
 
     shape: dict[str, Any]
     loaded: tuple[int, ...]
@@ -62,7 +62,7 @@ PENALTY: Final = SamplingParams(repetition_penalty=1.1, frequency_penalty=0.1)
 
 @dataclass(frozen=True)
 class Point:
-    """So many rows, of which each takes one of the active adapters in turn; 0 active: base rows."""
+    """A step of so many rows, of which each takes one of the active adapters in turn; 0 active: base rows."""
 
     loaded: int
     active: int

@@ -1,4 +1,4 @@
-"""What the numbers should be on an H100, and whether they are."""
+"""Targets on an H100, and whether the results meet them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ OF_FLOOR: Final = "of floor"
 """Time, as a multiple of what the bytes alone take."""
 FLOOR: Final = "floor us"
 BYTES_DOMINATE_US: Final = 10.0
-"""From here on a floor is longer than what two launches cost whatever they move, about 5 us."""
+"""Floor from which on it is longer than the fixed cost of two launches, about 5 us."""
 
 
 class Measured(Protocol):
@@ -21,17 +21,17 @@ class Measured(Protocol):
 
     @property
     def section(self) -> str:
-        """Where it belongs."""
+        """Return the section it belongs to."""
         ...
 
     @property
     def point(self) -> Mapping[str, int | str]:
-        """What was measured."""
+        """Return the parameters of the measurement."""
         ...
 
     @property
     def figures(self) -> Mapping[str, float | int | str | None]:
-        """What came out."""
+        """Return the results."""
         ...
 
 

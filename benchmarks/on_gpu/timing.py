@@ -1,4 +1,4 @@
-"""How work is timed: recorded and replayed with a cold cache, or launched from Python."""
+"""Timing of work: recorded and replayed with a cold cache, or launched from Python."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Timing:
 
     @classmethod
     def of(cls, values_us: Sequence[float]) -> Timing:
-        """Of single measurements."""
+        """Return the timing of single measurements."""
         ranked = sorted(values_us)
         return cls(statistics.median(ranked), ranked[len(ranked) // 10])
 
@@ -68,7 +68,7 @@ def eager(device: Device, work: Work) -> Timing:
 
 
 def copies_of(device: Device, num_bytes: int) -> int:
-    """How many works to record together, where each takes so many bytes of memory: about 1 GB in all."""
+    """Return how many works to record together, where each takes so many bytes of memory: about 1 GB in all."""
     return 2 if device.rehearses else max(1, min(COPIES, COPY_BYTES // max(1, num_bytes)))
 
 

@@ -34,7 +34,7 @@ SHIPPED: Final = "shipped"
 SPLITS: Final = (4, 8, 16)
 MOST_PLANES: Final = max(SPLITS)
 CLOSE: Final = 0.02
-"""Of the largest element: what another order of summation may change."""
+"""Share of the largest element that another order of summation may change."""
 
 
 @dataclass(frozen=True)
