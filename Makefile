@@ -35,6 +35,7 @@ static: $(VENV)/.test
 	$(if $(EXTENSIONS),$(BIN)/lint-imports extensions/imports.toml)
 	$(BIN)/buf lint
 	$(if $(EXTENSIONS),$(BIN)/buf lint extensions/vllm_grpc)
+	$(BIN)/python scripts/words.py
 	$(BIN)/python scripts/stubs.py --check
 	$(BIN)/python -m scripts.docs --check
 

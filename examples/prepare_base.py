@@ -89,7 +89,7 @@ def find_gguf() -> Path:
 
 def prepare(source: Path, dest: Path) -> None:
     """Write the whole checkpoint beside ``dest`` and rename it: half of one is never seen."""
-    refuse_strangers(dest)
+    refuse_other_files(dest)
     reader = gguf.GGUFReader(source)
     fields = {name: field.contents() for name, field in reader.fields.items()}
     if fields["general.architecture"] != "llama" or fields["tokenizer.ggml.pre"] != "smollm":
@@ -109,11 +109,11 @@ def prepare(source: Path, dest: Path) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def refuse_strangers(dest: Path) -> None:
+def refuse_other_files(dest: Path) -> None:
     """Refuse a directory that holds anything but half a checkpoint: it would be lost."""
-    strangers = sorted({path.name for path in dest.iterdir()} - set(FILES)) if dest.is_dir() else []
-    if strangers:
-        raise BaseUnavailable(f"{dest} also holds {strangers[0]!r}: name a directory for the checkpoint alone")
+    others = sorted({path.name for path in dest.iterdir()} - set(FILES)) if dest.is_dir() else []
+    if others:
+        raise BaseUnavailable(f"{dest} also holds {others[0]!r}: name a directory for the checkpoint alone")
 
 
 def put_in_place(temporary: Path, dest: Path) -> None:

@@ -54,7 +54,7 @@ class Point:
 
     @property
     def chunks(self) -> list[tuple[int, int]]:
-        """(rows, context) of every sequence."""
+        """Return rows and context of every sequence."""
         return [(self.rows, self.context)] * self.batch + [(1, SHORT)] * self.beside
 
 

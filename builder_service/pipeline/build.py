@@ -113,16 +113,16 @@ def _check_beside(
     draft: Generation,
     named: Collection[str],
     beside: Mapping[str, AdapterRecord],
-    anew: Collection[str],
+    remade: Collection[str],
 ) -> None:
     """Refuse adapters that are to stay beside those of the file, and cannot.
 
-    `anew` names those to be made again.
+    `remade` names those to be made again.
     """
     if not beside:
         return
     names = f"the file does not name {listed(beside)}, which came by an update or a push and would stay"
-    lost = [name for name in beside if name in anew and beside[name].source.source is SourceKind.PUSHED]
+    lost = [name for name in beside if name in remade and beside[name].source.source is SourceKind.PUSHED]
     if lost:
         raise DeploymentInvalid(
             f"deployment {draft.deployment}: {names}, but a push leaves no files to make {listed(lost)} for "

@@ -82,7 +82,7 @@ class DiskTier:
         try:
             return parse(bytes(self._read(digest, MANIFEST_FILE, RECORD_BYTES)), digest)
         except OSError as error:
-            self._be_rid_of(digest, error)
+            self._discard(digest, error)
         except BundleCorrupt as damage:
             self._remove_damaged(digest, damage.message)
         return None
@@ -97,7 +97,7 @@ class DiskTier:
                 found[name] = self._read(digest, name, manifest.files[name].size + 1)
                 verify(found[name], manifest.files, name, digest)
         except OSError as error:
-            self._be_rid_of(digest, error)
+            self._discard(digest, error)
         except BundleCorrupt as damage:
             self._remove_damaged(digest, damage.message)
         else:
@@ -176,7 +176,7 @@ class DiskTier:
             )
         self._refused = True
 
-    def _be_rid_of(self, digest: str, error: OSError) -> None:
+    def _discard(self, digest: str, error: OSError) -> None:
         """Remove a bundle that lacks a file or has something else in its place; what the disk refuses stays."""
         problem = error.strerror or type(error).__name__
         if error.errno in _NO_FILE:

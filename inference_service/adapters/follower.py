@@ -188,7 +188,7 @@ class Follower:
     def _read_once(self) -> tuple[Current, Generation | None]:
         pointer = read_pointer(self._store, self._name)
         if pointer is None:
-            raise BundleCorrupt(f"{self._store.uri}: deployment {self._name!r} is there no more")
+            raise BundleCorrupt(f"{self._store.uri}: deployment {self._name!r} was deleted")
         if pointer.generation <= self._settled:
             return pointer, None
         return pointer, read_generation(self._store, self._name, pointer.generation, sha256=pointer.sha256)

@@ -155,7 +155,7 @@ def _fault(error: Exception) -> Fault:
 
 
 def _stopped() -> Fault:
-    return ShuttingDown("the replica shuts down and loads no more adapters. Retry with another replica.")
+    return ShuttingDown("the replica shuts down and loads no further adapters. Retry with another replica.")
 
 
 def _tell(done: Callable[..., None], *outcome: object) -> None:

@@ -278,7 +278,7 @@ class TritonLora:
     def use(self, segments: Segments, passes: int | None = None) -> None:
         """Compute the next passes with segments that the caller fills, for instance between replays.
 
-        Nothing is known of their adapters, so there is a launch for every linear. Where no more than so many
+        Nothing is known of their adapters, so there is a launch for every linear. Where at most so many
         passes are in use the others are not launched, in memory that is given back: that is not to be recorded.
         """
         self._touched = EVERY

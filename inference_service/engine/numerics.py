@@ -43,11 +43,11 @@ def _count(adapter: Adapter, model: str, now_s: float) -> None:
     if len(adapter.overflows_s) < MOST or adapter.unusable is not None:
         return
     adapter.unusable = ModelUnusable(
-        f"{MOST} of its answers within {WITHIN_S:g} s held NaN or infinity, so this replica serves the version "
-        f"{adapter.digest[:12]} no more. Push or load another version under this name."
+        f"{MOST} of its answers within {WITHIN_S:g} s held NaN or infinity, so this replica refuses the "
+        f"version {adapter.digest[:12]}. Push or load another version under this name."
     )
     log.error(
-        "adapter is served no more: its answers hold NaN or infinity",
+        "adapter is refused from now on: its answers hold NaN or infinity",
         model=model,
         digest=adapter.digest[:12],
         reason=adapter.unusable.reason,

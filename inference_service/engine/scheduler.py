@@ -116,7 +116,7 @@ class Scheduler:
         if take(self.running, seq):
             self._let_go(seq)
         else:
-            self._waits_no_more(seq)
+            self._stop_waiting(seq)
         self.lanes.remove(seq)
         self.lookup.forget(seq)
 
@@ -382,7 +382,7 @@ class Scheduler:
         while not self._start(seq):
             if not self._make_room(lane, plan):
                 return _Outcome.BLOCKED
-        self._waits_no_more(seq)
+        self._stop_waiting(seq)
         self.lanes.start(seq)
         bisect.insort(self.running, seq, key=order)
         plan.begin(seq)
@@ -468,7 +468,7 @@ class Scheduler:
         for adapter in seq.adapters:
             self._residents.want(adapter)
 
-    def _waits_no_more(self, seq: Sequence) -> None:
+    def _stop_waiting(self, seq: Sequence) -> None:
         self.num_waiting -= 1
         for adapter in seq.adapters:
             self._residents.unwant(adapter)

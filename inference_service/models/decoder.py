@@ -26,7 +26,7 @@ from inference_service.models.checkpoint import Tensors
 from inference_service.models.layer import read_layer
 from inference_service.models.reader import Reader
 from inference_service.models.step import Cache, CacheSize, Step
-from loramux_shared.bases.attention import QueryGrowth
+from loramux_shared.bases.attention import QueryScaling
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.rounding import Rounding
 
@@ -63,7 +63,9 @@ class Decoder:
         self._ropes = tuple(Rope(spec, self.dtype, self.device) for spec in config.ropes)
         # Rounded as the weights are: Gemma was trained with a scale in bfloat16.
         self._scale = float(torch.tensor(config.embedding_scale, dtype=self.dtype))
-        self._growths = _growths(config.query_growth, config.max_positions).to(self.device, self.dtype)
+        self._query_factors = _query_factors(config.query_scaling, config.max_positions).to(
+            self.device, self.dtype
+        )
 
     def merge(self, checkpoint: Tensors, adapter: AdapterWeights) -> None:
         """Add an adapter to the weights for good; the checkpoint, in float32, is the one that they came from.
@@ -121,7 +123,7 @@ class Decoder:
         if own is not None:
             own.embed(tokens, hidden, self._scale, by_row=ops.by_row)
         inputs = None if self._inputs is None else self._inputs(ops, tokens, hidden)
-        step = Step(ops, attention, cache, lora, turns, self._growth(positions), recurrence)
+        step = Step(ops, attention, cache, lora, turns, self._factors_at(positions), recurrence)
         delta: Tensor | None = None
         delta_norm: RMSNorm | None = None
         for layer in self._layers:
@@ -171,13 +173,13 @@ class Decoder:
         scale = self.config.residual_scale
         return delta if scale == 1.0 else delta.mul_(scale)
 
-    def _growth(self, positions: Tensor) -> Tensor | None:
+    def _factors_at(self, positions: Tensor) -> Tensor | None:
         """Return the factors of queries at positions [T], [T, 1]; None: no scaling."""
-        spec = self.config.query_growth
-        return None if spec is None else self._growths.index_select(0, positions // spec.length)[:, None]
+        spec = self.config.query_scaling
+        return None if spec is None else self._query_factors.index_select(0, positions // spec.length)[:, None]
 
 
-def _growths(spec: QueryGrowth | None, max_positions: int) -> Tensor:
+def _query_factors(spec: QueryScaling | None, max_positions: int) -> Tensor:
     """Return what queries are multiplied with, by their position // length."""
     steps = 0 if spec is None else (max_positions - 1) // spec.length + 1
     return 1 + (0.0 if spec is None else spec.beta) * torch.log1p(torch.arange(steps).float())

@@ -48,7 +48,7 @@ class Step:
     lora: StepLora | None
     turns: tuple[Turn, ...]
     """Rotations of each of the decoder's ropes."""
-    growth: Tensor | None
+    query_factors: Tensor | None
     """Factors of the queries, [T, 1]; None: no scaling."""
     recurrence: Recurrence = no_recurrence
 

@@ -20,7 +20,7 @@ from inference_service.proof import delta
 from inference_service.proof.adapter_source import SourceAdapter
 from inference_service.proof.factors import Factors
 from inference_service.proof.vocabulary_source import EMBEDDING, HEAD, OwnRows, OwnTable, embedded, headed
-from loramux_shared.bases.attention import AttentionSpec, QueryGrowth
+from loramux_shared.bases.attention import AttentionSpec, QueryScaling
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bases.layers import AttentionLayer, DeltaLayer, ExpertsLayer, InputLayer, MlpLayer
 from loramux_shared.bases.rope import RopeSpec
@@ -150,7 +150,9 @@ class Reference:
             x = self._maybe_normed(run.hidden, before)
             parts = _project(run, index, QKV[: len(slices)], x, qkv, slices)
             parts[0], gate = _parted(parts[0], spec)
-            queries = _grown(_rotate(self._heads(parts[0], q_norm, spec), spec.rope), config.query_growth)
+            queries = _scaled_queries(
+                _rotate(self._heads(parts[0], q_norm, spec), spec.rope), config.query_scaling
+            )
             if spec.attention.keys_of is None:
                 keys, values = self._heads(parts[1], k_norm, spec), self._heads(parts[-1], None, spec)
                 run.kept[index] = _rotate(keys, spec.rope), self._values(values, spec)
@@ -337,7 +339,7 @@ def _rotate(x: Tensor, spec: RopeSpec) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin, x[..., spec.dim :]], dim=-1)
 
 
-def _grown(queries: Tensor, spec: QueryGrowth | None) -> Tensor:
+def _scaled_queries(queries: Tensor, spec: QueryScaling | None) -> Tensor:
     """Multiply queries [heads, T, head_dim] with what their positions say."""
     if spec is None:
         return queries

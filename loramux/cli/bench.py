@@ -41,7 +41,9 @@ Concurrency = Annotated[
 Rate = Annotated[
     float | None, typer.Option("--rate", metavar="R", min=0.001, help="Open loop: R requests/s, Poisson.")
 ]
-Requests = Annotated[int | None, typer.Option("--requests", metavar="N", min=1, help="Send N and no more.")]
+Requests = Annotated[
+    int | None, typer.Option("--requests", metavar="N", min=1, help="Number of requests to send")
+]
 Duration = Annotated[
     float | None,
     typer.Option(

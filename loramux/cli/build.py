@@ -29,7 +29,7 @@ def build(
         bool, typer.Option("--prove", help="Also record what each adapter should answer.")
     ] = False,
     verify: Annotated[
-        bool, typer.Option("--verify", help="Read back what is kept, and mend what is damaged.")
+        bool, typer.Option("--verify", help="Read reused bundles back, and repair damaged ones")
     ] = False,
     exact: Exact = False,
     as_json: shell.JsonLines = False,

@@ -30,7 +30,7 @@ MEANINGS: Final = {
     Exit.USAGE: "a wrong flag, argument or setting",
     Exit.UNAVAILABLE: "something does not answer, is busy or restarts: the same command may succeed later",
     Exit.DENIED: "no API key, or one that may not do this; a secret or licence that a source asks for",
-    Exit.BROKEN: "of `serve`: the device or the engine works no more; start it again",
+    Exit.BROKEN: "of `serve`: the device or the engine failed; start it again",
     Exit.INTERRUPTED: "Ctrl-C",
     Exit.PIPE_CLOSED: "nobody reads its output any more, as behind `head -1`",
 }

@@ -75,7 +75,10 @@ def loramux(
         typer.Option("--api-key", callback=_show_key, metavar="KEY", help=f"For the services; else {API_KEY}."),
     ] = "",
 ) -> None:
-    """One base model, hundreds of LoRA adapters, one server. Example: loramux demo"""
+    """One base model, hundreds of LoRA adapters, one server.
+
+    Example: loramux demo
+    """
 
 
 def usual(words: Sequence[str]) -> list[str]:

@@ -338,7 +338,7 @@ class InferenceSettings(Settings):
 
     @property
     def addresses_of_models(self) -> dict[str, str]:
-        """Where the doors of single models listen, by model."""
+        """Return the addresses of the ports of single models, by model."""
         return {door.rpartition("=")[0]: door.rpartition("=")[2] for door in self.model_doors}
 
     @property

@@ -112,7 +112,7 @@ class Watch:
 
 @contextmanager
 def bounded(growth: int = GROWTH) -> Iterator[Watch]:
-    """Watch a run of cases of this process: all together may take no more memory."""
+    """Watch a run of cases of this process: all together have a bound of memory."""
     _forget_peak()
     watch = Watch(growth, _peak())
     yield watch

@@ -178,7 +178,7 @@ def test_two_runs_give_the_same_bits(device: str) -> None:
     assert torch.equal(case.run(), case.run())
 
 
-def test_what_is_not_cut_is_the_same_in_any_company(device: str) -> None:
+def test_a_context_that_is_not_cut_is_the_same_in_every_batch(device: str) -> None:
     """A context below the smallest piece has the same bits beside a long one as without it."""
     alone = make_case(Layout([(1, 100), (1, 4000)], decode_only=True), Heads(4, 1, 32), device=device)
     out = alone.run()

@@ -39,7 +39,7 @@ def test_captured_launches_serve_every_later_step(window: int | None, cuts: bool
         check(later, out, keys, values)
 
 
-def test_a_graph_of_decodes_has_no_prefill_and_no_more_launches_than_it_needs(device: str) -> None:
+def test_a_graph_of_decodes_has_only_the_launches_that_it_needs(device: str) -> None:
     """Two launches where contexts are short, a third where they may be long."""
     short = make_case(Layout([(1, 100)], decode_only=True), device=device)
     long = make_case(Layout([(1, 300)], decode_only=True), device=device)

@@ -127,7 +127,7 @@ def test_keys_are_shared_so_that_no_program_is_left_alone(
     assert slots <= set(range(capacity.partial_rows))
 
 
-def test_a_short_context_costs_one_item_whoever_is_beside_it() -> None:
+def test_a_short_context_costs_one_item_in_every_batch() -> None:
     """A context of 4,000 tokens among 31 of 20 is cut, the others are not."""
     capacity = AttentionCapacity(rows=32, chunks=32, blocks_per_chunk=250, block_size=16)
     contexts = [Context(i, 1, range(250), 4000 if i == 7 else 20) for i in range(32)]

@@ -28,7 +28,7 @@ from tests.support.root import ROOT
 COMPILER = shutil.which("c++")
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
-STRANGER = 12345
+OTHER_USER = 12345
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -133,7 +133,7 @@ def test_what_is_kept_is_closed_to_others_and_serves_the_next_start(kept: Path) 
 
 
 @needs_compiler
-def test_a_truncated_file_is_made_anew(kept: Path) -> None:
+def test_a_truncated_file_is_made_again(kept: Path) -> None:
     """A start after a full disk is like the first; a library that ends early would kill the process."""
     size = kept.stat().st_size
     kept.write_bytes(kept.read_bytes()[:4096])
@@ -305,11 +305,11 @@ def test_what_belongs_to_somebody_else_is_no_place_for_code(tmp_path: Path) -> N
     file = tmp_path / "folder" / "file"
     assert private_folder(file.parent) is None
     file.write_bytes(b"code")
-    os.chown(file, STRANGER, STRANGER)
-    os.chown(file.parent, STRANGER, STRANGER)
+    os.chown(file, OTHER_USER, OTHER_USER)
+    os.chown(file.parent, OTHER_USER, OTHER_USER)
     assert read_private(file) is None
-    assert private_folder(file.parent) == open_folder(file.parent) == f"belongs to user {STRANGER}"
-    assert file.parent.stat().st_uid == STRANGER
+    assert private_folder(file.parent) == open_folder(file.parent) == f"belongs to user {OTHER_USER}"
+    assert file.parent.stat().st_uid == OTHER_USER
 
 
 def test_triton_does_not_run_what_others_may_have_written(

@@ -203,7 +203,7 @@ def test_a_grouped_product_equals_one_product_per_pair(tokens: int, dtype: torch
         assert _error(found[pairs.places.long()], expected) < TOLERANCE[dtype]
 
 
-def test_a_token_gives_the_same_bits_whoever_is_beside_it(device: str) -> None:
+def test_a_token_gives_the_same_bits_in_every_batch(device: str) -> None:
     """Its experts may have other tokens or none, in the same tile or in others.
 
     The interpreter multiplies with numpy, whose sums of a row may differ with where the row lies: there all

@@ -41,7 +41,7 @@ def attended(
     long_rows: int | None,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """Return the attention of a step in a cache that is NaN wherever nothing was written."""
+    """Return the attention of a step in a cache that is NaN where nothing was written."""
     torch.manual_seed(0)
     keys, values = ops.new_cache(kv, 16 * BLOCKS, dim)
     for context in CONTEXTS:  # the past, written as steps do

@@ -281,7 +281,7 @@ def test_draws_follow_the_distribution_that_is_left(device: str) -> None:
     assert chi_square(counts[probs > 0], probs[probs > 0]) < CHI_SQUARE[4]
 
 
-def test_company_makes_no_difference(device: str) -> None:
+def test_the_batch_makes_no_difference(device: str) -> None:
     """A row alone, first or last of a batch, or with other capacity gives the same token."""
     rows = [RowParams(1.0, seed=3, num_generated=8), *FILTERED[:2], RowParams()]
     logits = guarded(len(rows), 1000, torch.bfloat16, device)

@@ -223,7 +223,7 @@ EVERYTHING: dict[str, Any] = {
 PLAIN: dict[str, Any] = {"prompt": [1], "answer": [], "grammar": None, "sampling": {}}
 
 
-def test_company_makes_no_difference(device: str) -> None:
+def test_the_batch_makes_no_difference(device: str) -> None:
     """A row alone, among plain ones, and at the end of more than are shaped at once."""
     num = PIECE + 3
     logits = logits_of(1, device, seed=5).expand(num, -1).contiguous()
@@ -262,7 +262,7 @@ def test_a_sequence_finds_its_place_again_or_a_new_one(device: str) -> None:
     assert not len(shaper._places)
 
 
-def test_memory_is_taken_when_somebody_asks_for_it_and_no_more_than_planned(device: str) -> None:
+def test_memory_is_taken_on_demand_and_within_the_plan(device: str) -> None:
     """Nothing for a bias, masks for who restricts, counts for who penalizes; all of it is what is planned."""
     shaper = Shaper(SEQS, VOCAB, torch.device(device))
     sizes = [shaper.state.num_bytes]

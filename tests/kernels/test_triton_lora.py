@@ -65,7 +65,7 @@ def bank_of(lora: TritonLora, num_slots: int) -> Resident:
     return Resident(lora, num_slots * lora.pack(adapter(ADAPTERS[1], 0)).num_bytes, num_slots)
 
 
-def test_a_step_recorded_in_an_empty_bank_serves_whoever_comes(lora: TritonLora, device: str) -> None:
+def test_a_step_recorded_in_an_empty_bank_serves_later_adapters(lora: TritonLora, device: str) -> None:
     """Launches recorded before there was any adapter are right for whatever is in the slots at a replay.
 
     Elsewhere a grid frozen at the recording's number of segments, ranks or linears dropped adapters silently.

@@ -87,7 +87,7 @@ def expected(world: World, requests: list[tuple[str, list[int]]]) -> list[list[i
     ],
     ids=["compiled", "torch in chunks", "preempted"],
 )
-def test_company_and_prefix_hits_change_no_token(
+def test_the_batch_and_prefix_hits_change_no_token(
     world: World,
     store: MemoryStore,
     requests: list[tuple[str, list[int]]],

@@ -71,7 +71,7 @@ def test_an_adapter_is_proved_once(world, loader_of):
 
 
 def test_an_adapter_that_answers_otherwise_is_not_handed_out(world, loader_of):
-    """A row that is one percent off is PROOF_FAILED, every time, and others are not held up."""
+    """A row that is one percent off is PROOF_FAILED, every time, and others load."""
     store = tampered(world[1], "rs", scale(1, 1.01))
     loader = loader_of(store)
     for _ in range(2):

@@ -135,7 +135,7 @@ def test_nothing_around_a_request_changes_a_bit_of_its_answer(
 
 
 @of_families("llama", "gemma2", "qwen3_5")
-def test_scores_of_a_prompt_are_the_same_in_chunks_and_in_company(world: tuple[World, MemoryStore]) -> None:
+def test_scores_of_a_prompt_are_the_same_in_chunks_and_in_a_batch(world: tuple[World, MemoryStore]) -> None:
     """prompt_logprobs of every token, beside others and alone."""
     draw = random.Random(6)
     asked = [(MODELS[index % 4], [draw.randrange(3, VOCAB) for _ in range(90)]) for index in range(3)]

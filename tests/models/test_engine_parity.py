@@ -90,7 +90,7 @@ def test_thirty_one_others_change_no_token(world: World, store: MemoryStore) -> 
 
 
 @pytest.mark.parametrize("native", [True, False], ids=["compiled", "torch"])
-def test_in_bfloat16_company_moves_log_probabilities_by_rounding_only(
+def test_in_bfloat16_the_batch_moves_log_probabilities_by_rounding_only(
     world: World, store: MemoryStore, native: bool
 ) -> None:
     """The next token's log probabilities, alone and beside 31 others, differ by what bfloat16 rounds."""
@@ -108,8 +108,8 @@ def test_sampling_depends_on_the_seed_alone(world: World, store: MemoryStore) ->
     """A seeded answer is the same in every batch; another seed gives another answer."""
     ready = world.load(store)
     prompt = _prompts(1, 60)[0]
-    company = [(name, p) for name, p in zip(MODELS, _prompts(4, 60), strict=True)]
+    others = [(name, p) for name, p in zip(MODELS, _prompts(4, 60), strict=True)]
     drawn = {"temperature": 1.0, "top_p": 0.9, "top_k": 40}
     alone = run_engine(ready, [("rs", prompt)], NEW, seed=1, **drawn)[0]
-    assert run_engine(ready, [*company, ("rs", prompt)], NEW, seed=1, **drawn)[-1] == alone
+    assert run_engine(ready, [*others, ("rs", prompt)], NEW, seed=1, **drawn)[-1] == alone
     assert run_engine(ready, [("rs", prompt)], NEW, seed=2, **drawn)[0] != alone

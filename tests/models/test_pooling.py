@@ -93,7 +93,7 @@ def test_a_preemption_changes_nothing(world: tuple[World, MemoryStore]) -> None:
     assert answer == oracle_tokens(cached_oracle(world[0].base, None), PROMPTS[2], 20)
 
 
-def test_whoever_goes_away_holds_nothing(world: tuple[World, MemoryStore]) -> None:
+def test_a_cancelled_request_holds_nothing(world: tuple[World, MemoryStore]) -> None:
     """An aborted sequence leaves no block behind, in the middle of its prompt; others are not touched."""
     ready = world[0].load(world[1], max_batch_tokens=16)
     engine = ready.engine._engine

@@ -151,7 +151,7 @@ def test_an_adapter_is_not_merged_into_rounded_weights(world: World, store: Memo
     assert run_engine(ready, request, NEW) == run_engine(beside, request, NEW)
 
 
-def test_who_asks_for_both_is_refused(world: World) -> None:
+def test_both_together_are_refused(world: World) -> None:
     """A replica refuses both where it sets one of them, and the deployment's rules where one file has both."""
     with pytest.raises(SettingsInvalid, match=r"LORAMUX_QUANTIZATION=int8, but runtime\.merge .* is always"):
         world.load(_alone({"merge": "always"}, world), quantization="int8")

@@ -1,4 +1,4 @@
-"""Caches that hold NaN wherever no sequence and no known prefix has anything."""
+"""Caches that hold NaN where no sequence and no known prefix has anything."""
 
 from __future__ import annotations
 

@@ -131,7 +131,7 @@ class Replicas:
         """Take a replica away."""
         self._loop.call_soon_threadsafe(self.wires[self.addresses.index(address)].cut)
 
-    def mend(self, address: str) -> None:
+    def repair(self, address: str) -> None:
         """Give it back."""
         self._do(self.wires[self.addresses.index(address)].open())
 

@@ -95,7 +95,7 @@ class UrlJudge:
         self.name = f"{model} at {parts.netloc}"
 
     async def letter(self, messages: Sequence[Message]) -> str:
-        """Ask it, greedily, on a thread: nobody else is held up."""
+        """Ask the judge, greedily, on a thread that blocks no other request."""
         return await asyncio.to_thread(self._ask, messages)
 
     def _ask(self, messages: Sequence[Message]) -> str:

@@ -23,7 +23,7 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class Patience:
-    """How long a server may be full or unreachable, and how often it is retried meanwhile."""
+    """The time that a server may be full or unreachable, and the pauses between retries."""
 
     away_s: float = 60.0
     """While no request ends: the server is away, or restarts."""

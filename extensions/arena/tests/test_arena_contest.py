@@ -212,7 +212,7 @@ async def test_a_judge_is_asked_in_both_orders(tmp_path: Path) -> None:
     assert [each for each in service.heard if each.model == "b"] == []
 
 
-def test_a_report_is_the_same_whoever_came_first() -> None:
+def test_a_report_is_the_same_in_any_order() -> None:
     """Scores are paired in the order of the questions, so the same draws give the same intervals."""
     plan = replace(PLAN, models=("base", "a"), scores=(), likelihood=True)
     rows = [

@@ -14,7 +14,7 @@ HOST: Final = "x-loramux-host"
 PLACES: Final = f"""\
 -- A model has a place on the ring for each log2(replicas)-th part of one replica's share of all requests; one
 -- is drawn for each request. Every worker counts what it sees, and after 10000 requests keeps the half of all
--- counts: it never holds more names, and forgets what is asked no more. Replicas are those that answered.
+-- counts: it never holds more names, and forgets models without requests. Replicas are those that answered.
 local asked, total = {{}}, 0
 local hosts, seen, replicas = {{}}, 0, 1
 

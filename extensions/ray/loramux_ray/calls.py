@@ -17,7 +17,7 @@ Messages = list[dict[str, Any]]
 
 UNGUARDED: Final = (
     "nobody has to show a key here, so only this machine is answered. Give the replicas LORAMUX_KEYS_FILE or "
-    "LORAMUX_API_KEYS, or LORAMUX_INSECURE=1 where whoever reaches them may enter."
+    "LORAMUX_API_KEYS, or LORAMUX_INSECURE=1 where every client that reaches them may call."
 )
 
 

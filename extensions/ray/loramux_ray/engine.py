@@ -89,7 +89,7 @@ class Engine:
         return {"running": stats.running, "waiting": stats.waiting}
 
     async def _refuse(self) -> None:
-        self._over = "the engine works no more."
+        self._over = "the engine failed."
         self._front.draining = True
 
     async def _watch(self) -> None:

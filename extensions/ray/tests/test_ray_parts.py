@@ -55,7 +55,7 @@ class Name(str):
 
 
 def test_a_model_has_a_replica_at_every_door_while_that_has_room():
-    """Proxies that know nothing of each other send a model to the same replica, while it has no more load."""
+    """Proxies that know nothing of each other send a model to the same replica, while its load is low."""
     idle = {"r1": 0, "r2": 0, "r3": 0}
     homes = [tried(f"a{index}", idle) for index in range(60)]
     assert homes == [tried(f"a{index}", dict(reversed(idle.items()))) for index in range(60)]

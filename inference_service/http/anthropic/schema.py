@@ -100,7 +100,7 @@ class ToolChoice(Body):
 
 
 class Thinking(Body):
-    """Whether the model is to think before it answers."""
+    """Options of reasoning before the answer."""
 
     type: Literal["enabled", "disabled", "adaptive"]
     budget_tokens: Annotated[int, Field(ge=1)] | None = None

@@ -100,7 +100,7 @@ async function send() {
   tellSharedError([]);
   $("#stop").disabled = false;
   if (models.length > STREAMS) {
-    $("#note").textContent = `${STREAMS} answer at a time: browsers open no more connections.`;
+    $("#note").textContent = `${STREAMS} answer at a time: browsers open only so many connections.`;
   }
   const [body, waiting] = [request(), [...answers]];
   const work = async () => {

@@ -11,7 +11,7 @@ export class Operate {
   #changed;
   #asked = { what: "", until: 0 }; // the change that waits for its second click
 
-  /** The picker has the models; changed() is called when they may be others, and lists them anew. */
+  /** The picker has the models; changed() is called when they may be others, and lists them again. */
   constructor(picker, changed) {
     this.#picker = picker;
     this.#changed = changed;

@@ -1,6 +1,6 @@
 """Waiting among the threads of a step on a CPU: awake (they spin), or asleep.
 
-A step has hundreds of operations, behind each of which its threads meet. libgomp lets them spin while no more
+A step has hundreds of operations, behind each of which its threads meet. libgomp lets them spin while at most
 of its threads live than there are cores, and sleep almost at once when more do (GOMP_SPINCOUNT, in its manual).
 So threads that only live are the switch.
 """

@@ -78,13 +78,13 @@ class AttentionBlock:
 
     def _prepared(self, step: Step, qkv: Tensor) -> Tensor:
         """Norm and scale queries and keys in place, as far as attention does not."""
-        if self._row_norms is None and step.growth is None:
+        if self._row_norms is None and step.query_factors is None:
             return qkv
         q = self._spec.q_features
         queries, keys = qkv[:, :q], qkv[:, q : q + self._spec.kv_features]
         if self._row_norms is not None:
             for rows, norm in zip((queries, keys), self._row_norms, strict=True):
                 rows.copy_(step.operations.norm(rows.contiguous(), norm, None, None))
-        if step.growth is not None:
-            queries *= step.growth
+        if step.query_factors is not None:
+            queries *= step.query_factors
         return qkv

@@ -40,7 +40,7 @@ class BuilderServiceStub(object):
     ABORTED            CLIENT_STALLED: the request did not arrive, or the answer was not read, in time. Send and
     read without pauses.
 
-    A server with keys (docs/guides/access.md) wants one with the scope "build" as metadata
+    A server with keys (docs/guides/access.md) requires one with the scope "build" as metadata
     "authorization: Bearer KEY", for reads too. Every rpc can then also end with
 
     UNAUTHENTICATED    UNAUTHENTICATED: no key, or none of this server's. Send one.
@@ -120,7 +120,7 @@ class BuilderServiceServicer(object):
     ABORTED            CLIENT_STALLED: the request did not arrive, or the answer was not read, in time. Send and
     read without pauses.
 
-    A server with keys (docs/guides/access.md) wants one with the scope "build" as metadata
+    A server with keys (docs/guides/access.md) requires one with the scope "build" as metadata
     "authorization: Bearer KEY", for reads too. Every rpc can then also end with
 
     UNAUTHENTICATED    UNAUTHENTICATED: no key, or none of this server's. Send one.
@@ -132,7 +132,7 @@ class BuilderServiceServicer(object):
 
         Repeating the call is safe: the same request_id answers with the same build, and
         so does the same deployment while its build runs. Later it is built again: adapters
-        that are what they were in the served generation are kept, bundles that the store
+        that are unchanged since the served generation are kept, bundles that the store
         has are read back instead of put, and where nothing differs no generation is
         published (unchanged). Adapters that an older message named and this one does not leave the
         deployment. Those that were pushed, or added by an update, stay unless exact is true.
@@ -186,16 +186,16 @@ class BuilderServiceServicer(object):
         INVALID_ARGUMENT  DEPLOYMENT_INVALID: the message breaks a rule of the deployment
         file; the violations name the fields. Correct them.
         NOT_FOUND         DEPLOYMENT_NOT_FOUND: the message lists those that exist.
-        ADAPTER_NOT_FOUND: an adapter to remove is not there; the message lists those that are.
+        ADAPTER_NOT_FOUND: an adapter to remove does not exist; the message lists those that do.
         ALREADY_EXISTS    REQUEST_ID_REUSED: the request_id was used for something else.
-        Draw a new one. ADAPTER_EXISTS: an adapter that must be new is there. Choose another
+        Draw a new one. ADAPTER_EXISTS: an adapter that must be new exists. Choose another
         name, or replace it.
         ABORTED           GENERATION_MISMATCH: the newest generation is another than the expected one. Look at
         it, then repeat with its number.
         RESOURCE_EXHAUSTED  QUEUE_FULL: too many builds wait. Retry.
         DATA_LOSS         BUNDLE_CORRUPT: the newest generation cannot be read. Build the deployment again.
         RECORD_TOO_LARGE: an object of the store exceeds its bound. Build it again.
-        SIGNATURE_INVALID: it is not signed by whom this builder trusts. Build it again.
+        SIGNATURE_INVALID: no signer that this builder trusts has signed it. Build it again.
         UNAVAILABLE       STORE_UNAVAILABLE: the object store does not answer. Retry.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -210,9 +210,9 @@ class BuilderServiceServicer(object):
         NOT_FOUND    DEPLOYMENT_NOT_FOUND: the message lists those that exist.
         GENERATION_NOT_FOUND: the message lists those that the deployment has.
         ABORTED      GENERATION_MISMATCH: the newest generation is another than the expected one.
-        DATA_LOSS    BUNDLE_CORRUPT: that generation, or a bundle of it, is not whole any more. Choose another.
+        DATA_LOSS    BUNDLE_CORRUPT: that generation, or a bundle of it, is damaged. Choose another.
         RECORD_TOO_LARGE: an object of the store exceeds its bound. Build the deployment again.
-        SIGNATURE_INVALID: it, or the newest one, is not signed by whom this builder trusts.
+        SIGNATURE_INVALID: no signer that this builder trusts has signed it, or the newest one.
         UNAVAILABLE  STORE_UNAVAILABLE: retry.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -220,7 +220,7 @@ class BuilderServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ListGenerations(self, request, context):
-        """Lists the generations of a deployment, the newest first, with what changed in each.
+        """Lists the generations of a deployment, the newest first, with the changes in each.
 
         NOT_FOUND         DEPLOYMENT_NOT_FOUND: the message lists those that exist.
         INVALID_ARGUMENT  PAGE_TOKEN_INVALID: use the next_page_token of the last answer.
@@ -242,17 +242,17 @@ class BuilderServiceServicer(object):
         DEPLOYMENT_INVALID: the name cannot be an adapter's of this deployment.
         REQUEST_INVALID: a chunk is of no file of an adapter, or too large.
         NOT_FOUND            DEPLOYMENT_NOT_FOUND: the message lists those that exist.
-        REPO_NOT_FOUND, REVISION_NOT_FOUND: of the base, whose config is read again.
+        REPO_NOT_FOUND, REVISION_NOT_FOUND: those of the base, whose config is read again.
         PERMISSION_DENIED    REPO_GATED, SOURCE_REFUSED: likewise.
         ABORTED              GENERATION_MISMATCH: the newest generation is another than the expected one, or has
-        another base since the upload began. SOURCE_CHANGED: of the base. Push it again.
+        another base since the upload began. SOURCE_CHANGED: the base changed. Push it again.
         RESOURCE_EXHAUSTED   QUEUE_FULL: too many adapters are being pushed. Retry.
         FAILED_PRECONDITION  RESOURCES_EXHAUSTED: the builder's disk is full. CHECKPOINT_INVALID: the base is not
         served by this release. SETTINGS_INVALID: the deployment wants proofs, for which this
         builder lacks torch.
-        DATA_LOSS            BUNDLE_CORRUPT: the newest generation, or the base, is not what was recorded.
+        DATA_LOSS            BUNDLE_CORRUPT: the newest generation, or the base, differs from its record.
         RECORD_TOO_LARGE: an object of the store exceeds its bound. Build it again.
-        SIGNATURE_INVALID: it is not signed by whom this builder trusts. Build it again.
+        SIGNATURE_INVALID: no signer that this builder trusts has signed it. Build it again.
         UNAVAILABLE          STORE_UNAVAILABLE, SOURCE_UNAVAILABLE: retry.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -295,7 +295,7 @@ class BuilderServiceServicer(object):
         FAILED_PRECONDITION  CHECKPOINT_INVALID: the base cannot be served. RESOURCES_EXHAUSTED: the disk is full.
         ABORTED              SOURCE_CHANGED: the repository changed while it was read. Retry.
         UNAVAILABLE          SOURCE_UNAVAILABLE: retry.
-        DATA_LOSS            BUNDLE_CORRUPT: twice other bytes came than the source lists. Restore them there.
+        DATA_LOSS            BUNDLE_CORRUPT: the source twice sent other bytes than it lists. Restore them there.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -377,7 +377,7 @@ class BuilderService(object):
     ABORTED            CLIENT_STALLED: the request did not arrive, or the answer was not read, in time. Send and
     read without pauses.
 
-    A server with keys (docs/guides/access.md) wants one with the scope "build" as metadata
+    A server with keys (docs/guides/access.md) requires one with the scope "build" as metadata
     "authorization: Bearer KEY", for reads too. Every rpc can then also end with
 
     UNAUTHENTICATED    UNAUTHENTICATED: no key, or none of this server's. Send one.

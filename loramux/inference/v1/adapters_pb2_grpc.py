@@ -26,11 +26,11 @@ if _version_not_supported:
 
 
 class AdapterServiceStub(object):
-    """AdapterService tells operators where the adapters of a replica are, and lets them change that.
+    """AdapterService shows operators the adapters of a replica, and changes them.
 
-    A replica converts nothing: LoadAdapter, UnloadAdapter and RollbackReplica have its builder publish
-    the deployment's next generation, and answer when this replica serves it; every other replica that
-    follows the deployment takes it over too. What the builder refuses arrives with the builder's own
+    A replica converts nothing: for LoadAdapter, UnloadAdapter and RollbackReplica its builder publishes
+    the deployment's next generation, and the call answers when this replica serves it; every other replica that
+    follows the deployment takes it over too. A refusal of the builder arrives with the builder's own
     status and reason; see docs/reference/errors.md.
 
     Every error carries a google.rpc.ErrorInfo whose domain is "loramux" and whose
@@ -44,8 +44,8 @@ class AdapterServiceStub(object):
     ABORTED            CLIENT_STALLED: the request did not arrive, or the answer was not read, in time. Send and
     read without pauses.
 
-    A server with keys (docs/guides/access.md) wants one with the scope "admin" as metadata
-    "authorization: Bearer KEY"; models that the key is not for do not exist for it. Every
+    A server with keys (docs/guides/access.md) requires one with the scope "admin" as metadata
+    "authorization: Bearer KEY"; to the key, models that it may not use do not exist. Every
     rpc can then also end with
 
     UNAUTHENTICATED    UNAUTHENTICATED: no key, or none of this server's. Send one.
@@ -106,11 +106,11 @@ class AdapterServiceStub(object):
 
 
 class AdapterServiceServicer(object):
-    """AdapterService tells operators where the adapters of a replica are, and lets them change that.
+    """AdapterService shows operators the adapters of a replica, and changes them.
 
-    A replica converts nothing: LoadAdapter, UnloadAdapter and RollbackReplica have its builder publish
-    the deployment's next generation, and answer when this replica serves it; every other replica that
-    follows the deployment takes it over too. What the builder refuses arrives with the builder's own
+    A replica converts nothing: for LoadAdapter, UnloadAdapter and RollbackReplica its builder publishes
+    the deployment's next generation, and the call answers when this replica serves it; every other replica that
+    follows the deployment takes it over too. A refusal of the builder arrives with the builder's own
     status and reason; see docs/reference/errors.md.
 
     Every error carries a google.rpc.ErrorInfo whose domain is "loramux" and whose
@@ -124,8 +124,8 @@ class AdapterServiceServicer(object):
     ABORTED            CLIENT_STALLED: the request did not arrive, or the answer was not read, in time. Send and
     read without pauses.
 
-    A server with keys (docs/guides/access.md) wants one with the scope "admin" as metadata
-    "authorization: Bearer KEY"; models that the key is not for do not exist for it. Every
+    A server with keys (docs/guides/access.md) requires one with the scope "admin" as metadata
+    "authorization: Bearer KEY"; to the key, models that it may not use do not exist. Every
     rpc can then also end with
 
     UNAUTHENTICATED    UNAUTHENTICATED: no key, or none of this server's. Send one.
@@ -176,13 +176,13 @@ class AdapterServiceServicer(object):
         """Adds an adapter, or another version of a name, and answers when this replica serves it. The build goes
         on if the call is cancelled.
 
-        NOT_FOUND            BUNDLE_NOT_FOUND: of bundle:DIGEST, the store has no such bundle. Build it.
+        NOT_FOUND            BUNDLE_NOT_FOUND: the store has no bundle of bundle:DIGEST. Build it.
         INVALID_ARGUMENT     REQUEST_INVALID: the path names no adapter, or the name cannot be an adapter's here, or
-        the replica serves only what is signed. The violations name the field.
+        the replica serves only signed adapters. The violations name the field.
         DEPLOYMENT_INVALID: an alias or the base has the name. Choose another.
         ALREADY_EXISTS       ADAPTER_EXISTS: the name is taken. Set replace, or unload it.
         FAILED_PRECONDITION  NO_BUILDER: this replica knows no builder. Start it with --builder, or load bundle:DIGEST.
-        UNAVAILABLE          REPLICA_BEHIND: it was published, and this replica does not serve it yet. Look again.
+        UNAVAILABLE          REPLICA_BEHIND: it was published, and this replica does not serve it yet. Retry a read.
         STORE_UNAVAILABLE: retry.
         DATA_LOSS            BUNDLE_CORRUPT: the manifest of bundle:DIGEST is damaged. Build it again.
         """
@@ -196,7 +196,7 @@ class AdapterServiceServicer(object):
         NOT_FOUND            MODEL_NOT_FOUND: the message lists the models that are served.
         INVALID_ARGUMENT     REQUEST_INVALID: the name is the base's. Name an adapter.
         FAILED_PRECONDITION  NO_BUILDER: this replica knows no builder. Start it with --builder.
-        UNAVAILABLE          REPLICA_BEHIND: it was published, and this replica does not serve it yet. Look again.
+        UNAVAILABLE          REPLICA_BEHIND: it was published, and this replica does not serve it yet. Retry a read.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -206,7 +206,7 @@ class AdapterServiceServicer(object):
         """Publishes an older generation again under a new number, and answers when this replica serves it.
 
         FAILED_PRECONDITION  NO_BUILDER: this replica knows no builder. Start it with --builder.
-        UNAVAILABLE          REPLICA_BEHIND: it was published, and this replica does not serve it yet. Look again.
+        UNAVAILABLE          REPLICA_BEHIND: it was published, and this replica does not serve it yet. Retry a read.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -283,11 +283,11 @@ def add_AdapterServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class AdapterService(object):
-    """AdapterService tells operators where the adapters of a replica are, and lets them change that.
+    """AdapterService shows operators the adapters of a replica, and changes them.
 
-    A replica converts nothing: LoadAdapter, UnloadAdapter and RollbackReplica have its builder publish
-    the deployment's next generation, and answer when this replica serves it; every other replica that
-    follows the deployment takes it over too. What the builder refuses arrives with the builder's own
+    A replica converts nothing: for LoadAdapter, UnloadAdapter and RollbackReplica its builder publishes
+    the deployment's next generation, and the call answers when this replica serves it; every other replica that
+    follows the deployment takes it over too. A refusal of the builder arrives with the builder's own
     status and reason; see docs/reference/errors.md.
 
     Every error carries a google.rpc.ErrorInfo whose domain is "loramux" and whose
@@ -301,8 +301,8 @@ class AdapterService(object):
     ABORTED            CLIENT_STALLED: the request did not arrive, or the answer was not read, in time. Send and
     read without pauses.
 
-    A server with keys (docs/guides/access.md) wants one with the scope "admin" as metadata
-    "authorization: Bearer KEY"; models that the key is not for do not exist for it. Every
+    A server with keys (docs/guides/access.md) requires one with the scope "admin" as metadata
+    "authorization: Bearer KEY"; to the key, models that it may not use do not exist. Every
     rpc can then also end with
 
     UNAUTHENTICATED    UNAUTHENTICATED: no key, or none of this server's. Send one.

@@ -39,8 +39,8 @@ class InferenceServiceStub(object):
     ABORTED            CLIENT_STALLED: the request did not arrive, or the answer was not read, in time. Send and
     read without pauses.
 
-    A server with keys (docs/guides/access.md) wants one with the scope "infer" as metadata
-    "authorization: Bearer KEY"; models that the key is not for do not exist for it. Every
+    A server with keys (docs/guides/access.md) requires one with the scope "infer" as metadata
+    "authorization: Bearer KEY"; to the key, models that it may not use do not exist. Every
     rpc can then also end with
 
     UNAUTHENTICATED    UNAUTHENTICATED: no key, or none of this server's. Send one.
@@ -89,8 +89,8 @@ class InferenceServiceServicer(object):
     ABORTED            CLIENT_STALLED: the request did not arrive, or the answer was not read, in time. Send and
     read without pauses.
 
-    A server with keys (docs/guides/access.md) wants one with the scope "infer" as metadata
-    "authorization: Bearer KEY"; models that the key is not for do not exist for it. Every
+    A server with keys (docs/guides/access.md) requires one with the scope "infer" as metadata
+    "authorization: Bearer KEY"; to the key, models that it may not use do not exist. Every
     rpc can then also end with
 
     UNAUTHENTICATED    UNAUTHENTICATED: no key, or none of this server's. Send one.
@@ -107,22 +107,22 @@ class InferenceServiceServicer(object):
 
         NOT_FOUND           MODEL_NOT_FOUND: the message lists the models that are served.
         INVALID_ARGUMENT    REQUEST_INVALID: the violations name the fields. Correct them.
-        A constraint that cannot be used is named response_format; it can
-        also end a stream that has begun, when what follows would take
-        more work than a token may.
+        The violation of an unusable constraint names response_format; it can
+        also end a stream that has begun, when the next token would take
+        more work than allowed.
         PROMPT_TOO_LONG: the message gives both numbers. Shorten the
         prompt, or ask for fewer new tokens.
         DATA_LOSS           NUMERICS: the model computed NaN or infinity; its weights overflow. Replace the adapter.
-        MODEL_UNUSABLE: the adapter did so three times within a minute, and this version is served
-        no more. Push or load another one.
+        MODEL_UNUSABLE: the adapter did so three times within a minute, and this version is
+        refused. Push or load another one.
         RESOURCE_EXHAUSTED  QUEUE_FULL: too many requests wait. Retry after the delay.
         RATE_LIMITED: too many requests of this model or key wait, or its
         tokens of a minute are used up. Retry after the delay.
         UNAVAILABLE         REPLICA_BEHIND: the replica does not find the generation that min_generation asks for. Retry
         after the delay.
-        REPLICA_FAILED: the replica's device or engine works no more, and its process ends. Retry
+        REPLICA_FAILED: the replica's device or engine failed, and its process ends. Retry
         with another replica.
-        REPLICA_PAUSED: an operator ended what was under way. Retry.
+        REPLICA_PAUSED: an operator ended the requests under way. Retry.
         DEADLINE_EXCEEDED   DEADLINE_EXCEEDED: the deadline of the call passed; the sequence was freed. Give it more
         time, or ask for fewer tokens.
         """
@@ -135,20 +135,20 @@ class InferenceServiceServicer(object):
         stream.
 
         NOT_FOUND           MODEL_NOT_FOUND: the message lists the models that are served.
-        INVALID_ARGUMENT    REQUEST_INVALID: the violations name the fields, or the model does something else. Correct
+        INVALID_ARGUMENT    REQUEST_INVALID: the violations name the fields, or the model makes no such output. Correct
         them.
         PROMPT_TOO_LONG: an input is longer than a sequence. Shorten it.
         DATA_LOSS           NUMERICS: the model computed NaN or infinity; its weights overflow. Replace the adapter.
-        MODEL_UNUSABLE: the adapter did so three times within a minute, and this version is served
-        no more. Push or load another one.
+        MODEL_UNUSABLE: the adapter did so three times within a minute, and this version is
+        refused. Push or load another one.
         RESOURCE_EXHAUSTED  QUEUE_FULL: too many requests wait. Retry after the delay.
         RATE_LIMITED: too many requests of this model or key wait, or its
         tokens of a minute are used up. Retry after the delay.
         UNAVAILABLE         REPLICA_BEHIND: the replica does not find the generation that min_generation asks for. Retry
         after the delay.
-        REPLICA_FAILED: the replica's device or engine works no more, and its process ends. Retry
+        REPLICA_FAILED: the replica's device or engine failed, and its process ends. Retry
         with another replica.
-        REPLICA_PAUSED: an operator ended what was under way. Retry.
+        REPLICA_PAUSED: an operator ended the requests under way. Retry.
         DEADLINE_EXCEEDED   DEADLINE_EXCEEDED: the deadline of the call passed; the sequences were freed. Give it more
         time, or send less at once.
         """
@@ -160,12 +160,12 @@ class InferenceServiceServicer(object):
         """Streams the scores of each input, in order, as Embed does; the model is an adapter with a score head.
 
         NOT_FOUND           MODEL_NOT_FOUND: the message lists the models that are served.
-        INVALID_ARGUMENT    REQUEST_INVALID: the violations name the fields, or the model does something else. Correct
+        INVALID_ARGUMENT    REQUEST_INVALID: the violations name the fields, or the model makes no such output. Correct
         them.
         PROMPT_TOO_LONG: an input is longer than a sequence. Shorten it.
         DATA_LOSS           NUMERICS: the model computed NaN or infinity; its weights overflow. Replace the adapter.
-        MODEL_UNUSABLE: the adapter did so three times within a minute, and this version is served
-        no more. Push or load another one.
+        MODEL_UNUSABLE: the adapter did so three times within a minute, and this version is
+        refused. Push or load another one.
         BUNDLE_CORRUPT: the score head is damaged in the store. Build the deployment again.
         RESOURCE_EXHAUSTED  QUEUE_FULL: too many requests wait. Retry after the delay.
         RATE_LIMITED: too many requests of this model or key wait, or its
@@ -173,9 +173,9 @@ class InferenceServiceServicer(object):
         UNAVAILABLE         STORE_UNAVAILABLE: the store does not answer. Retry after the delay.
         REPLICA_BEHIND: the replica does not find the generation that min_generation asks for. Retry
         after the delay.
-        REPLICA_FAILED: the replica's device or engine works no more, and its process ends. Retry
+        REPLICA_FAILED: the replica's device or engine failed, and its process ends. Retry
         with another replica.
-        REPLICA_PAUSED: an operator ended what was under way. Retry.
+        REPLICA_PAUSED: an operator ended the requests under way. Retry.
         DEADLINE_EXCEEDED   DEADLINE_EXCEEDED: the deadline of the call passed; the sequences were freed. Give it more
         time, or send less at once.
         """
@@ -235,8 +235,8 @@ class InferenceService(object):
     ABORTED            CLIENT_STALLED: the request did not arrive, or the answer was not read, in time. Send and
     read without pauses.
 
-    A server with keys (docs/guides/access.md) wants one with the scope "infer" as metadata
-    "authorization: Bearer KEY"; models that the key is not for do not exist for it. Every
+    A server with keys (docs/guides/access.md) requires one with the scope "infer" as metadata
+    "authorization: Bearer KEY"; to the key, models that it may not use do not exist. Every
     rpc can then also end with
 
     UNAUTHENTICATED    UNAUTHENTICATED: no key, or none of this server's. Send one.

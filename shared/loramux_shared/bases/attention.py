@@ -36,7 +36,7 @@ class AttentionSpec:
 
 
 @dataclass(frozen=True)
-class QueryGrowth:
+class QueryScaling:
     """Queries that are multiplied with 1 + beta * log(1 + position // length)."""
 
     beta: float

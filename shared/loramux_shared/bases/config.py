@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
-from loramux_shared.bases.attention import HeadCounts, QueryGrowth
+from loramux_shared.bases.attention import HeadCounts, QueryScaling
 from loramux_shared.bases.formats.scheme import Quantization
 from loramux_shared.bases.groups import GroupShape, distinct, features_of, named_apart
 from loramux_shared.bases.layers import AttentionLayer, ExpertsLayer, InputLayer, LayerSpec
@@ -111,7 +111,7 @@ class ModelConfig:
     """Added to the weights of every norm."""
     qk_norm_of_heads: bool = True
     """True if queries and keys are normed head by head; False if all heads of a row are normed together."""
-    query_growth: QueryGrowth | None = None
+    query_scaling: QueryScaling | None = None
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False

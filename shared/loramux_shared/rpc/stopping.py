@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 class Door(Protocol):
-    """What can say that it is about to close."""
+    """A server that can report that it is about to close."""
 
     async def leave(self) -> None:
         """Report to health checks that it is closing, and go on serving."""

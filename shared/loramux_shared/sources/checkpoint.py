@@ -168,7 +168,7 @@ def with_base(
     """
     if base.source.source is not SourceKind.LOCAL:
         open_cache(into)
-    mended: set[str] = set()
+    repaired: set[str] = set()
     while True:
         with alone(into, progress):
             folder = sources.of(base.source).place(base.source, base.files, into, progress, room)
@@ -176,10 +176,10 @@ def with_base(
         try:
             return use(placed)
         except BundleCorrupt:
-            if not placed.removed or placed.removed & mended:
+            if not placed.removed or placed.removed & repaired:
                 raise
             log.warning("files of the base differ", folder=str(folder), files=sorted(placed.removed))
-            mended |= placed.removed
+            repaired |= placed.removed
 
 
 def fetch_base(

@@ -71,7 +71,7 @@ def builder_servicer(folder: Path) -> BuilderServicer:
 async def guarded(
     request: pytest.FixtureRequest, tmp_path: Path, service: GenerationService
 ) -> AsyncIterator[Any]:
-    """(the service's name, a channel to a real server that asks for keys)."""
+    """The service's name, and a channel to a real server with keys."""
     add = {
         BUILDER: builder_servicer(tmp_path).register,
         INFERENCE: partial(register, InferenceServicer(service)),

@@ -101,7 +101,7 @@ def full(tmp_path_factory) -> tuple[LocalStore, Path, list[str]]:
 
 
 @pytest.mark.parametrize(("limit", "kills"), [(0, False), (200, False), (1000, False), (200, True)])
-def test_a_disk_that_takes_no_more_fails_no_load(full, limit, kills):
+def test_a_full_disk_fails_no_load(full, limit, kills):
     """When a write stops in the middle, or ends the process there, loads go on and half a file is never one."""
     store, folder, digests = full
     cache = folder / f"{limit}-{kills}"

@@ -212,7 +212,7 @@ async def test_a_check_that_nobody_waits_for_is_stopped(world: Served, monkeypat
     )
 
 
-async def test_a_builder_that_stops_takes_no_more(world: Served) -> None:
+async def test_a_builder_that_stops_refuses_new_calls(world: Served) -> None:
     """The answer says to retry with its successor."""
     world.checks.stop()
     with pytest.raises(ShuttingDown):

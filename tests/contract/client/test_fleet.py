@@ -177,7 +177,7 @@ def test_a_replica_that_comes_back_is_used_again(three: Replicas, client: Client
     client.complete("lora1", "hi")
     three.cut(first)
     assert client.complete("lora1", "hi").text == TEXT
-    three.mend(first)
+    three.repair(first)
     before = len(three[first].requests)
     wait_until(lambda: client.complete("lora1", "hi") and len(three[first].requests) > before, "its answer")
 

@@ -98,7 +98,7 @@ def test_patterns_mean_what_they_mean_to_peft(patterns):
         ("alpha_pattern", GIANT, ""),
     ],
 )
-def test_a_pattern_cannot_hold_up_the_builder(
+def test_a_pattern_cannot_block_the_builder(
     field: str, pattern: str, told: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A pattern that would take years or gigabytes is given up, and leaves this process as it is."""

@@ -282,7 +282,7 @@ async def test_a_client_that_goes_away_frees_its_sequences(door: OpenAIDoor, str
     await door.until_free()
 
 
-async def test_a_client_that_does_not_read_holds_up_nobody(door: OpenAIDoor) -> None:
+async def test_a_client_that_does_not_read_blocks_no_other(door: OpenAIDoor) -> None:
     """More than buffers hold waits for a client that reads nothing; the engine goes on, and nothing is lost."""
     with socket.socket() as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -373,7 +373,7 @@ async def test_a_failing_step_is_an_error_without_a_word_of_why(world: tuple[Wor
         await door.until_free()
 
 
-async def test_a_replica_that_fails_says_so_and_takes_no_more(world: tuple[World, MemoryStore]) -> None:
+async def test_a_replica_that_fails_reports_it_and_refuses_requests(world: tuple[World, MemoryStore]) -> None:
     """A stream ends with the reason, and health and new requests are 503, to be sent elsewhere."""
     async with open_door(world) as door:
         engine, runner = door.ready.engine, door.ready.engine._engine._runner

@@ -335,7 +335,7 @@ async def test_constraints_are_compiled_once_and_off_the_loop(
     assert await ask(ready, "regex", "aa", max_tokens=5) == [("aa", FinishReason.STOP)]
     assert not any(task.done() for task in tasks)
     go.set()
-    await ended(asyncio.gather(*tasks), "all who asked")
+    await ended(asyncio.gather(*tasks), "all requests")
     assert len({id(task.result().start) for task in tasks}) == 1
     assert len(asked) == 1
     assert threading.get_ident() not in asked

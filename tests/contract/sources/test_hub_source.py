@@ -200,7 +200,7 @@ def test_a_download_that_breaks_off_is_asked_for_again(hub, tmp_path):
 
 
 def test_a_branch_that_moves_during_a_build(hub, tmp_path):
-    """Files come from the commit of the listing, wherever the branch is by then."""
+    """Files come from the commit of the listing, though the branch has moved."""
     hf = source(hub)
     resolved = hf.resolve(repo("org/adapter"))
     moved = hub.repos["org/adapter"]

@@ -292,7 +292,7 @@ def test_wrong_secret(aws: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_unknown_access_key(aws: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """An access key that the server does not know is said plainly."""
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "stranger")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "other")
     assert all("Check AWS_ACCESS_KEY_ID" in line for line in _all_calls_fail(S3Store(aws.new_bucket())))
 
 

@@ -130,7 +130,7 @@ REFUSED = (
     of_tensors("ZeRO-3", "E_EMPTY_WEIGHTS", lambda: {k: np.zeros((0,), "f2") for k in tensors()}),
     of_tensors("tensors with a dimension of zero", "E_EMPTY_WEIGHTS",
                lambda: plus(key(0, "o_proj", "A"), (0, 16), pair=(16, 0))),
-    _one("a stranger", "E_UNKNOWN_KEY", "something.else"),
+    _one("an unknown key", "E_UNKNOWN_KEY", "something.else"),
     _one("an empty key", "E_UNKNOWN_KEY", ""),
     _one("a key of a million dots", "E_UNKNOWN_KEY", f"{ROOT}{'layers.0.' * 100_000}x.lora_A.weight."),
     _renamed("no root", "E_UNKNOWN_KEY", "base_model.model.", ""),

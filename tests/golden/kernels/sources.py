@@ -46,14 +46,14 @@ def lines() -> Iterator[str]:
 def _of(package: str, architecture: int) -> Iterator[tuple[str, str]]:
     ships: defaultdict[str, list[Variant]] = defaultdict(list)
     for variant in variants(architecture, [package]):
-        _wherever_it_stands(variant.kernel)
+        _ignore_its_place(variant.kernel)
         ships[f"{package}.{variant.kernel.__name__}"].append(variant)
     for name, found in sorted(ships.items()):
         made_of = sorted(f"{v.name} {v.dtype} {source_of(v).hash()} {sorted(v.options.items())}" for v in found)
         yield name, hashlib.sha256("\n".join(made_of).encode()).hexdigest()[:16]
 
 
-def _wherever_it_stands(kernel: Any) -> None:
+def _ignore_its_place(kernel: Any) -> None:
     """Lines above a kernel and what it calls, which Triton counts, make nothing else of it."""
     from triton.runtime.jit import JITCallable
 

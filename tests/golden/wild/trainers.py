@@ -129,7 +129,7 @@ SHAPES: Final = (
     Shape("verl", "merged by its own tool", "`lora_alpha` 0: it changes nothing",
           of_peft("0.15", lora_alpha=0), codes="W_ALPHA W_ZERO_B"),
     Shape("OpenRLHF", "any", "plain, all linears of the actor", of_peft("0.15", target_modules=[*ALL]), _all),
-    Shape("torchtune", "0.5", "PEFT's names: no more fields than needed",
+    Shape("torchtune", "0.5", "PEFT's names: only the fields that are needed",
           _FEW | {"base_model_name_or_path": NAME}),
     Shape("torchtune", "before 0.3", "the same without `peft_type`",
           {key: value for key, value in _FEW.items() if key != "peft_type"}, codes="E_NOT_LORA"),

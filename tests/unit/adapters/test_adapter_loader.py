@@ -192,7 +192,7 @@ def test_damage_after_a_load_is_never_served(store, make, tmp_path, name, cached
     assert np.array_equal(again.packed.bundle.table, first.packed.bundle.table)
 
 
-def test_a_slow_store_holds_up_only_what_it_serves(store, make):
+def test_a_slow_store_delays_only_its_own_loads(store, make):
     """While all reads wait for the store, what is in the host tier comes, and other work is done, at once."""
     loader = make(host_bytes=10**6)
     load(loader, store.digests[0])
@@ -241,7 +241,7 @@ def test_other_work_that_fails_is_told(make):
     assert outcomes.get(timeout=BOUND_S) == 7
 
 
-def test_who_cannot_be_told_holds_up_nobody(store, make):
+def test_a_callback_that_raises_blocks_no_other(store, make):
     """A listener that raises does not keep the others from hearing, nor later loads from working."""
     store.gate.clear()
     loader, digest = make(), store.digests[0]

@@ -167,7 +167,7 @@ def test_a_place_that_becomes_free_is_given_away() -> None:
     assert found == {"b": 2, OTHERS: 4, "c": 1}
 
 
-def test_counters_of_a_model_only_grow_or_begin_anew() -> None:
+def test_counters_of_a_model_only_grow_or_restart() -> None:
     """A model that was not used for an hour has no series; one that comes back begins at its first request."""
     now = [0.0]
     series = ModelSeries([ASKED], [TOOK], clock=lambda: now[0])

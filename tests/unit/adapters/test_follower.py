@@ -371,7 +371,7 @@ def test_a_merged_adapter_cannot_change():
 
 
 STEPS = st.lists(
-    st.sampled_from(["publish", "restart", "tear", "mend", "away", "back", "look", "rewind"]), max_size=25
+    st.sampled_from(["publish", "restart", "tear", "repair", "away", "back", "look", "rewind"]), max_size=25
 )
 
 
@@ -400,7 +400,7 @@ def test_whatever_happens_numbers_only_grow(steps):
                 store.objects[current_key("d")] = Current(
                     generation=1, sha256=sha256_hex(first.to_bytes())
                 ).to_bytes()
-            elif step == "mend" and "pointer" in good:
+            elif step == "repair" and "pointer" in good:
                 store.objects[current_key("d")] = good.pop("pointer")
             elif step in {"away", "back"}:
                 store.away = step == "away"

@@ -94,7 +94,7 @@ def published(folder: Path, dtype: str, weights: Tensors | None = None, **config
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-def test_a_stranger_reads_a_bundle_from_the_page_alone(tmp_path, dtype):
+def test_a_bundle_can_be_read_by_the_page_alone(tmp_path, dtype):
     """Forty lines of numpy and json find the adapter's A and scaled B, whatever the storage type."""
     values = {
         name: np.round(np.asarray(value, np.float32), 1).astype(np.float16).astype(value.dtype)
@@ -120,7 +120,7 @@ def test_a_stranger_reads_a_bundle_from_the_page_alone(tmp_path, dtype):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-def test_a_stranger_reads_vectors_from_the_page_alone(tmp_path, dtype):
+def test_vectors_can_be_read_by_the_page_alone(tmp_path, dtype):
     """Magnitudes over the norms of W + sBA, and biases; c is kept to more digits than the type has."""
     draw = np.random.default_rng(2)
     names = [f"model.layers.{layer}.self_attn.{leaf}" for layer in (0, 1) for leaf in ("q_proj", "v_proj")]

@@ -137,7 +137,7 @@ def test_hopeless_logits_still_give_a_token(kind: str, temperature: float) -> No
     assert 0 <= sample(model, [made])[0].id < VOCAB
 
 
-def test_the_company_changes_nothing() -> None:
+def test_the_batch_changes_nothing() -> None:
     """A row with everything set draws the same token alone as beside any others."""
     everything: dict[str, Any] = {
         "temperature": 0.8,

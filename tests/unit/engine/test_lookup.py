@@ -140,7 +140,7 @@ def test_as_many_are_drafted_as_are_worth_their_rows() -> None:
         assert least <= sorted(rows)[50] <= most, (part, streams, sorted(rows))
 
 
-def test_one_that_repeats_itself_does_not_hold_up_the_others() -> None:
+def test_a_stream_that_repeats_itself_does_not_delay_the_others() -> None:
     """A stream that could have eight tokens a step costs the seven others less than it gains."""
     machine = Machine(one_circle, 0.02 * STEP_S)
     engine = _engine(machine, 8)

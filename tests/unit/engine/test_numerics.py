@@ -92,7 +92,7 @@ def test_what_is_of_the_base_is_found_again() -> None:
     assert world.ask("base", None).num_cached == 8
 
 
-def test_after_three_within_a_minute_a_version_is_served_no_more() -> None:
+def test_after_three_within_a_minute_a_version_is_refused() -> None:
     """The version is refused in every request, blends too; others are served, and errors that are further apart
     do not count.
     """
@@ -117,7 +117,7 @@ def test_a_blend_counts_for_none_of_its_adapters() -> None:
     assert world.bad.unusable is world.good.unusable is None
 
 
-def test_whoever_waits_for_it_ends() -> None:
+def test_a_waiting_request_ends_with_it() -> None:
     """A waiting request ends with the reason, when the third answer fails."""
     world = World()
     world.engine._scheduler.limits = SchedulerLimits(64, 1, 4, max_seq_len=128)

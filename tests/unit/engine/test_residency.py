@@ -500,7 +500,7 @@ ASK = st.tuples(
     st.sampled_from(["", "f"]),
 )
 OTHER = st.tuples(
-    st.sampled_from(["step", "end", "abort", "break", "mend", "pin", "unpin", "prefetch", "drop", "wait"]),
+    st.sampled_from(["step", "end", "abort", "break", "repair", "pin", "unpin", "prefetch", "drop", "wait"]),
     st.integers(0, 6),
 )
 
@@ -519,7 +519,7 @@ def _act(world: World, action: tuple[list[int], int, str] | tuple[str, int], mos
             world.abort(world.asked[which % len(world.asked)])
         case "break":
             world.loader.broken.add(adapter.digest)
-        case "mend":
+        case "repair":
             world.loader.broken.discard(adapter.digest)
         case "wait":
             world.now_s += 1.0

@@ -315,7 +315,7 @@ def test_of_all_rows_few_are_computed_twice_for_new_ones() -> None:
     assert MOST_CREDIT < runner.again <= rows * TWICE + MOST_CREDIT
 
 
-def test_of_a_flow_no_more_run_than_its_share_allows() -> None:
+def test_a_queue_runs_at_most_its_share() -> None:
     """max_running holds over all adapters of a flow, and leaves the seats to others."""
     engine, runner, _ = _engine(max_seqs=4, max_adapters=4)
     for uid in (1, 2, 1, 2):
@@ -327,7 +327,7 @@ def test_of_a_flow_no_more_run_than_its_share_allows() -> None:
     assert {chunk.seq.flow for chunk in runner.batches[0].chunks} == {"bounded", "free"}
 
 
-def test_a_flow_that_may_have_no_more_holds_up_nobody_behind_it() -> None:
+def test_a_queue_at_its_share_delays_no_other() -> None:
     """All seats are taken, and the model that was served least has as many as its share allows: the next one
     makes room for itself all the same."""
     engine, _, _ = _engine(max_seqs=4, max_tokens=16, blocks=2000)

@@ -74,7 +74,7 @@ def test_blocks_are_of_one_kind_each() -> None:
     assert added_up(events) == blocks
 
 
-def test_a_stream_adds_up_wherever_it_ends() -> None:
+def test_a_stream_adds_up_at_any_end() -> None:
     """Also within a call, of which there is as much as came."""
     for size in range(len(PIECES) + 1):
         events, blocks = told(PIECES[:size])

@@ -204,13 +204,13 @@ CHANGES: dict[str, tuple[Callable[[World], Deployment], bool]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_what_makes_an_adapter_anew(world: World, change: str) -> None:
+def test_changes_that_make_an_adapter_again(world: World, change: str) -> None:
     """Changed files, base or settings make an adapter again. Nothing else does."""
     made, kept = CHANGES[change]
     assert world.build(made(world))["a000"].kept is kept
 
 
-def test_another_converter_makes_all_anew(world: World) -> None:
+def test_another_converter_makes_all_again(world: World) -> None:
     """A release whose rules or arithmetic differ keeps no adapter of another one."""
 
     def by_another(before: Generation) -> Generation:

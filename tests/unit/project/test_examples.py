@@ -156,5 +156,5 @@ def test_base_is_not_written_over_other_files(tmp_path: Path) -> None:
     prepare_base = script("prepare_base")
     (tmp_path / "thesis.txt").write_text("the only copy")
     with pytest.raises(prepare_base.BaseUnavailable, match=r"thesis\.txt"):
-        prepare_base.refuse_strangers(tmp_path)
+        prepare_base.refuse_other_files(tmp_path)
     assert (tmp_path / "thesis.txt").exists()

@@ -84,7 +84,7 @@ async def test_what_comes_while_a_stream_waits_is_one_message() -> None:
     assert [output.token for output in await stream.get()] == [Token(9)]
 
 
-async def test_whoever_holds_the_loop_up_delays_deliveries_by_no_more_than_a_rest() -> None:
+async def test_a_blocked_loop_delays_deliveries_by_at_most_a_rest() -> None:
     """A slice that took an hour because of other work is not followed by a rest of an hour."""
     clock = Clock()
     delivery, _streams, woken = await _ready(2 * SLICE)

@@ -58,7 +58,7 @@ def sequence(prompt: int = 1, *, began: bool = False) -> Sequence:
 
 
 def test_a_mixture_counts_for_each_of_its_adapters() -> None:
-    """A blend has no more tokens of either adapter than a plain request, and the least of their shares."""
+    """A blend has the limits of both adapters, and the least of their shares."""
     limits = {"a": {"tokens_per_minute": 10, "weight": 4}, "b": {"max_running": 2, "weight": 2}}
     world, mixed = World(models=limits), ServedModel("b*0.5+a", parts=(B, A))
     ticket = world.enter(mixed)

@@ -142,7 +142,7 @@ def test_one_top_level_folder_is_the_root(names, subfolder, found):
     assert list(inner_files(listing, subfolder)) == found
 
 
-def test_a_damaged_stream_says_no_more_than_that():
+def test_a_damaged_stream_reports_only_that():
     """Garbage inside the compressed stream is refused without a word of zlib's."""
     data = bytearray(pack(FILES))
     data[60:70] = io.BytesIO(b"\xff" * 10).read()

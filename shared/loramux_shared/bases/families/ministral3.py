@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any, Final
 
-from loramux_shared.bases.attention import QueryGrowth
+from loramux_shared.bases.attention import QueryScaling
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bases.family import Architecture, Family, llama_like, windowed
 from loramux_shared.bases.hf_config import HfConfig
@@ -37,7 +37,7 @@ def _read(config: HfConfig) -> ModelConfig:
         model,
         layers=windowed(model.layers, config, window, lambda _: True),
         norm_eps=config.number("rms_norm_eps", 1e-5),
-        query_growth=QueryGrowth(block.number("llama_4_scaling_beta"), length),
+        query_scaling=QueryScaling(block.number("llama_4_scaling_beta"), length),
     )
 
 
