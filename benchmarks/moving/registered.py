@@ -1,4 +1,4 @@
-"""What adapters cost that are registered and not active: 2,000 and 8 active against 8.
+"""The cost of registered, inactive adapters: 2,000 and 8 active against 8.
 
 Only the active ones have bundles. Starts are those of processes, each measured alone and in turn with its peer;
 steps are those of two replicas in this process, one at a time. The bars are held against seconds of processors,

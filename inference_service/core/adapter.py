@@ -26,8 +26,9 @@ class Adapter:
     """A version of an adapter in a replica, one for each digest, whatever its names are."""
 
     digest: str
-    """Of its bundle; part of every prefix-cache key, so that keys and values of another version are never met,
-    and those of one that left and came back are found again."""
+    """Digest of its bundle; part of every prefix-cache key, so that keys and values of another version are
+    never met, and those of one that left and came back are found again.
+    """
     slot: int | None = None
     """Its place in the LoRA backend while it is resident; changed on the engine's thread alone."""
     invocation: tuple[int, ...] = ()
@@ -35,7 +36,7 @@ class Adapter:
     overflows_s: tuple[float, ...] = ()
     """When answers of the last minute held NaN or infinity, on the clock of ``time.monotonic``."""
     unusable: Fault | None = None
-    """Why it is served no more."""
+    """Why it is refused."""
 
     @property
     def members(self) -> tuple[Adapter, ...]:
@@ -81,13 +82,13 @@ class Mixture:
 
     @cached_property
     def digest(self) -> str:
-        """What prefixes are known by: the sha256 of all digests, each with its scale to the last bit."""
+        """Return the key of its prefixes: the sha256 of all digests, each with its scale to the last bit."""
         text = "+".join(f"{adapter.digest}*{scale.hex()}" for adapter, scale in self.parts)
         return sha256(text.encode()).hexdigest()
 
     @property
     def slot(self) -> ScaledSlots | None:
-        """Where its adapters are, while all of them are resident."""
+        """Return the slots of its adapters, while all of them are resident."""
         slots = tuple([(adapter.slot, scale) for adapter, scale in self.parts if adapter.slot is not None])
         return slots if len(slots) == len(self.parts) else None
 

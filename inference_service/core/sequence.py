@@ -62,10 +62,10 @@ class Token:
 
 @dataclass(frozen=True)
 class Share:
-    """What the sequences of one flow may have of an engine, beside those of others."""
+    """The share of an engine that the sequences of one queue may have, beside those of others."""
 
     weight: float = 1.0
-    """With twice the weight a flow is served twice the tokens, while others wait."""
+    """Weight: twice the weight is served twice the tokens, while others wait."""
     max_running: int | None = None
     """Sequences that may run at once; None: as many as there are seats."""
 
@@ -75,7 +75,7 @@ FAIR: Final = Share()
 
 @dataclass(eq=False, slots=True)
 class Progress:
-    """How far the engine is with a sequence. Only the engine's thread writes it.
+    """The engine's progress with a sequence. Only the engine's thread writes it.
 
     The comment above each group of fields names the part of the engine that writes them.
     """
@@ -119,7 +119,7 @@ class Progress:
 
     # runner.Runner and graph_runner.GraphRunner
     drawing: bytes = b""
-    """How tokens are drawn, in the sampling kernel's layout; made at the first draw."""
+    """Parameters of its draws, in the sampling kernel's layout; made at the first draw."""
     prompt_scores: list[Token] = field(default_factory=list)
     """Leading tokens of the prompt with log probabilities, where those are asked for; the first has none."""
     num_pooled: int = 0
@@ -139,7 +139,7 @@ class Progress:
 
 @dataclass(frozen=True, eq=False, slots=True, weakref_slot=True)
 class Sequence:
-    """What a request asks of the engine for one of its answers, and the engine's progress with that."""
+    """The request for one answer, as the engine takes it, with its progress."""
 
     id: str
     prompt: Seq[int]
@@ -156,8 +156,9 @@ class Sequence:
     invocation: int = 0
     """Position of the first token that the adapter acts on; tokens before it are computed by the base alone."""
     pooling: Pooling | None = None
-    """How the hidden states become a vector, which is the answer; no tokens are drawn, and `max_tokens` is 0.
-    None: tokens are drawn."""
+    """Pooling of the hidden states into a vector, which is the answer; no tokens are drawn, and `max_tokens` is
+    0. None: tokens are drawn.
+    """
     cache_salt: str = ""
     """Part of every prefix-cache key, as the adapter is."""
     model: str = ""
@@ -165,9 +166,11 @@ class Sequence:
     counted: tuple[str, ...] = ()
     """The names that the sequence is counted under, where they differ: of a mixture, those of its adapters."""
     flow: str = ""
-    """Whose tokens are counted together: flows are served in turns, and within one by priority and arrival."""
+    """Queue whose tokens are counted together: queues are served in turns, and within one by priority and
+    arrival.
+    """
     share: Share = FAIR
-    """What the flow may have of the engine."""
+    """Share of its queue."""
 
     num_prompt: int = field(init=False)
     progress: Progress = field(init=False, repr=False)
@@ -254,7 +257,7 @@ class Chunk(NamedTuple):
     seq: Sequence
     length: int
     drafted: int = 0
-    """How many of the tokens, at the end, are drafts; the draw behind each of them verifies it."""
+    """Tokens at the end that are drafts; the draw behind each of them verifies it."""
 
     @property
     def start(self) -> int:

@@ -247,7 +247,9 @@ def _fill_sampling(fields: npt.NDArray[np.int32], rows: Rows) -> None:
 
 
 def _drawing(seq: Sequence) -> bytes:
-    """How the next token of a sequence is drawn; padding for one that shapes its logits: `Shaper` draws it."""
+    """Return a sequence's parameters of its next draw; padding for one that shapes its logits: `Shaper` draws
+    it.
+    """
     progress = seq.progress
     if shapes(seq, seq.num_generated):
         return _PADDING

@@ -103,7 +103,7 @@ class Lanes:
         return ready
 
     def of(self, seq: Sequence) -> Lane:
-        """Return the lane that a sequence is in."""
+        """Return the queue that a sequence is in."""
         return self._of[seq]
 
     def add(self, seq: Sequence) -> Lane:
@@ -125,7 +125,7 @@ class Lanes:
         return lane
 
     def remove(self, seq: Sequence) -> Lane:
-        """Take a sequence out of its lane, and the lane away with its last one."""
+        """Remove a sequence from its queue, and the queue with its last one."""
         lane = self._of.pop(seq)
         if not self._end(lane, seq):
             _leave(lane, seq)

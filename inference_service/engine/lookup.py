@@ -94,7 +94,7 @@ class Lookup:
         self.drafted = 0
         """Tokens, in all steps."""
         self.accepted = 0
-        """Of those, tokens that held."""
+        """Tokens of those that held."""
         self._expected: dict[Sequence, Expected] = {}
 
     def expect(self, seq: Sequence, most: int) -> Expected:
@@ -179,7 +179,7 @@ def verified(
 
 
 def _may_draft(seq: Sequence) -> bool:
-    """Whether all tokens of a sequence that decodes are known, and draws look at no others."""
+    """Return True if all tokens of a sequence that decodes are known, and draws look at no others."""
     return seq.progress.num_pending == 1 and not seq.progress.in_flight and not looks_back(seq, seq.num_known)
 
 

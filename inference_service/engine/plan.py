@@ -96,7 +96,7 @@ class Plan:
         return min(seq.progress.num_pending, seq.bound - seq.progress.num_computed) - self.lengths.get(seq, 0)
 
     def give(self, seq: Sequence, rows: int, lane: Lane) -> None:
-        """Let a step have rows of a prompt, behind those that it has; its lane is charged for them."""
+        """Give a step rows of a prompt, behind those that it has; its queue is charged for them."""
         given = self.lengths.get(seq, 0)
         self.lengths[seq] = given + rows
         self.ahead[lane] = self.ahead.get(lane, 0.0) + rows / lane.share.weight
@@ -104,7 +104,7 @@ class Plan:
         self.seconds -= self.pace.cost_s(seq.progress.num_computed + given, rows)
 
     def load(self) -> Load:
-        """Return what it computes, for the pace."""
+        """Return the work of the step, for the step-time model."""
         chunks = [(self.lengths[seq], seq.progress.num_computed) for seq in self.prompts if seq in self.lengths]
         rows = sum(length for length, _ in chunks)
         area = sum(length * (start + length / 2) for length, start in chunks)

@@ -364,7 +364,7 @@ class Scheduler:
         return most - self.lanes.lowest >= QUANTUM
 
     def _may_begin(self, lane: Lane, seq: Sequence, plan: Plan) -> bool:
-        """Whether nothing that only the lane itself can change is in the way of one that waits in it."""
+        """Return True if nothing that only the queue itself can change blocks a sequence that waits in it."""
         if seq.progress.in_flight or self.lanes.is_full(lane):
             return False
         return not lane.adapters or (lane.resident and lane.served < plan.bound)

@@ -188,7 +188,7 @@ def test_processed_log_probabilities_are_those_of_the_host(device: str, own: dic
 
 
 def append(seq: EngineSequence, token: int) -> None:
-    """What the engine does with a token."""
+    """Append a token as the engine does."""
     seq.progress.tokens.append(token)
     if seq.grammar is not None:
         seq.grammar.accept(token)

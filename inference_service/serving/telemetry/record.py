@@ -76,7 +76,7 @@ class RequestRecord:
 
     @property
     def cached_tokens(self) -> int:
-        """Of the prompt, tokens that the prefix cache held."""
+        """Return the tokens of the prompt that the prefix cache held."""
         return self.answers[0].seq.progress.num_cached if self.answers else 0
 
     @property

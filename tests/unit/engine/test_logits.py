@@ -74,7 +74,7 @@ def test_stop_tokens_come_only_after_min_tokens() -> None:
 
 
 def test_a_grammar_comes_before_min_tokens() -> None:
-    """Where the grammar leaves stop tokens alone, one of them is drawn however short the answer is."""
+    """A stop token that the grammar alone leaves is drawn for any length of the answer."""
     ends: dict[str, Any] = {"min_tokens": 5, "stop_token_ids": frozenset([9])}
     assert sample(logits(4), [seq([1], grammar=only(9), **ends)])[0].id == 9
     assert sample(logits(4), [seq([1], grammar=only(9, 11), **ends)])[0].id == 11
