@@ -74,7 +74,7 @@ class VllmError(Error):
 
 
 class Failure(TypedDict):
-    """Why an adapter is served no more (MODEL_UNUSABLE), or why its last load failed."""
+    """Why an adapter is refused (MODEL_UNUSABLE), or why its last load failed."""
 
     reason: str
     message: str
@@ -100,7 +100,9 @@ class Adapter(TypedDict):
 
 
 class Replica(TypedDict):
-    """How the replica stands to its deployment (fixed, current, stale, blind), and what its bank holds."""
+    """The relation of the replica to its deployment (fixed, current, stale, blind), and the content of its
+    bank.
+    """
 
     deployment: str
     generation: int

@@ -17,13 +17,13 @@ from inference_service.serving.telemetry.replica import Loads, loads
 
 
 class Version(TypedDict):
-    """Which loramux this is."""
+    """The version of loramux."""
 
     version: str
 
 
 class Health(TypedDict):
-    """That requests are taken; ``slow`` where torch's operations stand in for compiled ones."""
+    """A statement that requests are taken; ``slow`` where torch's operations stand in for compiled ones."""
 
     status: Literal["ok", "slow"]
     backend: str

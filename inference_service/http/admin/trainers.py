@@ -36,7 +36,7 @@ class PauseQuery(Query):
 
 
 class PauseStatus(TypedDict):
-    """What was done."""
+    """The result of a pause or a resume."""
 
     status: Literal["paused", "resumed"]
 
@@ -48,7 +48,7 @@ class IsPaused(TypedDict):
 
 
 class WorldSize(TypedDict):
-    """How many devices share the model."""
+    """The number of devices that share the model."""
 
     world_size: int
 
@@ -63,7 +63,7 @@ class ModelConfig(TypedDict):
 
 
 class ParallelConfig(TypedDict):
-    """How the model is spread: not at all."""
+    """The model's parallelism: none."""
 
     world_size: int
     tensor_parallel_size: int
@@ -78,7 +78,7 @@ class LoraConfig(TypedDict):
 
 
 class VllmConfig(TypedDict):
-    """What trainers read of vLLM's configuration."""
+    """The part of vLLM's configuration that trainers read."""
 
     model_config: ModelConfig
     parallel_config: ParallelConfig

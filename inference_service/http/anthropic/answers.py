@@ -141,7 +141,7 @@ class BlockStop(MessageEvent):
 
 
 class Ending(TypedDict):
-    """How a message ended."""
+    """The end of a message."""
 
     stop_reason: StopReason
     stop_sequence: str | None

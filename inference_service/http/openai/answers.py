@@ -55,7 +55,7 @@ PromptLogprobs = list[dict[str, RankedToken] | None]
 
 
 class PromptPart(TypedDict, total=False):
-    """What is told of a prompt where a request asks for it: with the answer, or with its first chunk."""
+    """The report about a prompt where a request asks for it: with the answer, or with its first chunk."""
 
     prompt_token_ids: list[int]
     prompt_logprobs: PromptLogprobs
@@ -282,7 +282,7 @@ class Tally:
 
     prompt: int = 0
     completion: Counter[int] = field(default_factory=Counter)
-    """By the answer's index."""
+    """Tokens by the answer's index."""
 
     def see(self, event: Event) -> None:
         """Count the tokens of an event."""

@@ -197,7 +197,7 @@ class Chat:
         self._choices: list[ChatChoice] = []
         """Made when the request was accepted: before that, n is only a number that somebody sent."""
         self._prompt: PromptPart = {}
-        """What is told of the prompt, with the answer or with its first chunk."""
+        """Report about the prompt, with the answer or with its first chunk."""
         self._ends: list[Finished] = []
         self._tally = Tally()
 

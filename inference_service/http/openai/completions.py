@@ -86,9 +86,9 @@ class CompletionChoice:
         self._finish_reason: Ended | None = None
         self._stop_reason: str | int | None = None
         self._prompt: PromptPart = {}
-        """What the answer tells of its prompt."""
+        """Report about the prompt in the answer."""
         self._in_next: PromptPart = {}
-        """Of that, what the next chunk tells."""
+        """Part of it in the next chunk."""
 
     def echo(self, prompt: str, tokens: Sequence[Token]) -> list[PlainAnswerPart]:
         """Put the prompt before the answer; return its choice in a chunk."""

@@ -22,7 +22,7 @@ from loramux_shared.pooling import Pooling
 
 
 class Score(TypedDict):
-    """How a pair of texts scores."""
+    """The score of a pair of texts."""
 
     object: Literal["score"]
     index: int
@@ -67,7 +67,7 @@ class Ranking(TypedDict):
 
 
 class Class(TypedDict):
-    """What a text is."""
+    """The class of a text."""
 
     index: int
     label: str

@@ -59,7 +59,7 @@ MAX_PLACE: Final = 256
 
 
 class ErrorDetail(TypedDict):
-    """What went wrong: what was expected, what was found and what to do."""
+    """An error: what was expected, what was found and what to do."""
 
     message: str
     type: str

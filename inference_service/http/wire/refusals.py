@@ -38,7 +38,7 @@ MESSAGE_CODES: Final = {"thread": "thread_unsupported_request"}
 
 
 class FailureDetails(TypedDict):
-    """By which clients know what to leave out."""
+    """The field names by which clients know what to leave out."""
 
     error_code: str
 
@@ -90,7 +90,7 @@ def request_id_of(scope: Mapping[str, Any]) -> str:
 
 
 def fault_body(scope: Mapping[str, Any], fault: Fault) -> Error | MessageError:
-    """Return the body that tells a fault to who asked."""
+    """Return the body of a fault for the client."""
     if is_messages(scope["path"]):
         return message_fault(fault, request_id_of(scope))
     return errors.error_body(fault)

@@ -127,7 +127,7 @@ def _for_gateways(stats: EngineStats, base: str) -> Iterator[Metric]:
 
 
 class RankLoad(TypedDict):
-    """How full the replica is."""
+    """The load of the replica."""
 
     dp_rank: int
     num_running_reqs: int
