@@ -1,4 +1,4 @@
-"""What a step on a GPU launches, counted without one.
+"""The launches of a step on a GPU, counted without one.
 
 A model of 8B's shape lies on torch's device "meta", where tensors have shapes and no memory; the graph runner
 records and runs its steps there, and launches are noted and not run. So the counts are those of the code that

@@ -1,4 +1,4 @@
-"""What a step on a GPU launches, counted without one; the counts are kept."""
+"""The launches of a step on a GPU, counted without one, against the golden table."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ def test_planes_partition_k_and_grids_cover_the_device(model: str, shape: GroupS
 
 
 def test_there_is_room_for_the_planes_of_every_step() -> None:
-    """Of a step in which only one segment adapts the linear, too: it has the planes of all segments."""
+    """A step has the planes of all segments, even if only one segment adapts the linear."""
     config = shrink_config(90, Phase.DECODE, torch.bfloat16, max_rows=48)
     capacity = SegmentCapacity(1024, 64, DECODE_TILE)
     for used in range(1, 65):
