@@ -191,7 +191,7 @@ class AdapterServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def UnloadAdapter(self, request, context):
-        """Removes a name, and answers when this replica serves it no more. Running requests end on their version.
+        """Removes a name, and answers when this replica has stopped serving it. Running requests end on their version.
 
         NOT_FOUND            MODEL_NOT_FOUND: the message lists the models that are served.
         INVALID_ARGUMENT     REQUEST_INVALID: the name is the base's. Name an adapter.
