@@ -12,8 +12,7 @@ from starlette.responses import Response
 
 from inference_service.http.wire.body import Body, Query
 from inference_service.http.wire.errors import Error
-from inference_service.http.wire.reply import Reply
-from inference_service.http.wire.stream import EventStream
+from inference_service.http.wire.reply import EventStream, Reply
 from inference_service.serving.service import GenerationService
 from loramux_shared.access.rights import Scope
 from loramux_shared.routes import Route

@@ -32,8 +32,7 @@ from inference_service.http.anthropic.mapping import chat_of
 from inference_service.http.anthropic.schema import CountBody, MessagesBody
 from inference_service.http.wire.body import read_body
 from inference_service.http.wire.refusals import fault_body
-from inference_service.http.wire.reply import Head, Reply
-from inference_service.http.wire.stream import EventStream, named, open_stream, while_connected
+from inference_service.http.wire.reply import EventStream, Head, Reply, named, open_stream, while_connected
 from inference_service.serving.request import WORDLESS, Delta, Finished, Started
 from inference_service.serving.service import GenerationService
 from loramux_shared.faults import PromptTooLong

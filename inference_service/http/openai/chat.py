@@ -33,8 +33,7 @@ from inference_service.http.openai.chat_schema import ChatBody
 from inference_service.http.openai.logprobs import TokenNames, chat_logprobs, prompt_logprobs
 from inference_service.http.openai.mapping import chat_of
 from inference_service.http.wire.body import read_body
-from inference_service.http.wire.reply import Head, Reply
-from inference_service.http.wire.stream import EventStream, open_stream, while_connected
+from inference_service.http.wire.reply import EventStream, Head, Reply, open_stream, while_connected
 from inference_service.serving.request import Delta, Finished, PromptLogprobs, Started
 from inference_service.serving.service import GenerationService
 

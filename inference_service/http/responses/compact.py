@@ -25,8 +25,7 @@ from inference_service.http.responses.resource import usage_of
 from inference_service.http.responses.schema import CompactBody
 from inference_service.http.responses.turns import PLACE, leading
 from inference_service.http.wire.body import read_body
-from inference_service.http.wire.reply import Head, Reply
-from inference_service.http.wire.stream import while_connected
+from inference_service.http.wire.reply import Head, Reply, while_connected
 from inference_service.serving.bounds import refused
 from inference_service.serving.request import Delta, Finished, Started
 from inference_service.serving.service import GenerationService

@@ -27,8 +27,16 @@ from inference_service.http.responses.schema import ResponsesBody
 from inference_service.http.responses.tools import functions_of
 from inference_service.http.wire.body import read_body
 from inference_service.http.wire.errors import error_body
-from inference_service.http.wire.reply import DONE, Head, Reply, named_event
-from inference_service.http.wire.stream import EventStream, Framing, open_stream, while_connected
+from inference_service.http.wire.reply import (
+    DONE,
+    EventStream,
+    Framing,
+    Head,
+    Reply,
+    named_event,
+    open_stream,
+    while_connected,
+)
 from inference_service.serving.request import Delta, Started
 from inference_service.serving.service import GenerationService
 from loramux_shared.faults import Fault, PromptTooLong

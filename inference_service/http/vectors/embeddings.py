@@ -16,8 +16,7 @@ from inference_service.http.openai.answers import PromptDetails
 from inference_service.http.vectors.pooling_schema import EmbeddingsBody, PoolingBody
 from inference_service.http.wire.body import read_body
 from inference_service.http.wire.fields import in_words_of, request_fields
-from inference_service.http.wire.reply import Head, Reply
-from inference_service.http.wire.stream import while_connected
+from inference_service.http.wire.reply import Head, Reply, while_connected
 from inference_service.serving.pooling import (
     PooledPrompt,
     check_dimensions,

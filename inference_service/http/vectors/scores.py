@@ -12,8 +12,7 @@ from inference_service.http.vectors.embeddings import PromptUsage, head_of, pool
 from inference_service.http.vectors.pooling_schema import ClassifyBody, RerankBody, ScoreBody, ScoringBody
 from inference_service.http.wire.body import read_body
 from inference_service.http.wire.fields import in_words_of
-from inference_service.http.wire.reply import Reply
-from inference_service.http.wire.stream import while_connected
+from inference_service.http.wire.reply import Reply, while_connected
 from inference_service.serving.bounds import refused
 from inference_service.serving.pooling import ScoredPrompt, scored
 from inference_service.serving.request import Prompt, Request, TextPair

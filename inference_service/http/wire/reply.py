@@ -1,23 +1,37 @@
-"""JSON on its way out, and what all answers have in common."""
+"""Answers on their way out, while the client is there: one JSON object, or server-sent events."""
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import Mapping
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
+from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import Any, Final, Generic, TypeVar
 
 from pydantic_core import to_json
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
+from starlette.types import Message, Receive, Scope, Send
 
+from inference_service.http.wire.errors import error_body
 from inference_service.serving.request import Started
+from loramux_shared.faults import Fault
 from loramux_shared.routes import MODEL_HEADER
 
+T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
+E = TypeVar("E", bound=Mapping[str, object])
+E_co = TypeVar("E_co", bound=Mapping[str, object], covariant=True)
 Json = dict[str, Any]
 """An object, as it is written."""
 DONE = b"data: [DONE]\n\n"
 """Ends a stream that did not fail."""
+HEADERS = (
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),  # nginx passes events on as they come
+)
 
 
 class Reply(Response, Generic[T_co]):
@@ -55,3 +69,109 @@ class Head:
         number = str(started.generation)
         self.headers = {MODEL_HEADER: self.model} | of_adapter | {"x-loramux-generation": number}
         self.fingerprint = f"fp_{started.generation}_{started.model.digest[:12] or 'base'}"
+
+
+async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """Return what work returns; it is cancelled as soon as the client goes away.
+
+    The body of the request must have been read.
+
+    Raises:
+        ClientDisconnect: the client went away.
+    """
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_until_gone(receive))
+    try:
+        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientDisconnect
+        return task.result()
+    finally:
+        task.cancel()
+        gone.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+async def _until_gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+@dataclass(frozen=True)
+class Framing:
+    """The framing of a stream."""
+
+    event: Callable[[Mapping[str, object]], bytes]
+    failure: Callable[[Fault], Mapping[str, object]]
+    """The body of the event that tells a fault, which is the last one."""
+    end: bytes
+    """Comes behind the events of a stream that did not fail."""
+
+
+UNNAMED: Final = Framing(event, error_body, DONE)
+"""The framing of chats and completions."""
+
+
+def named(failure: Callable[[Fault], Mapping[str, object]]) -> Framing:
+    """Return the framing of events that are named by the type in their bodies; the last of them is the end."""
+    return Framing(named_event, failure, b"")
+
+
+class EventStream(Response, Generic[E_co]):
+    """An answer in server-sent events; a fault on the way is the last one.
+
+    A client that does not read blocks only this stream; one that never does is cut off by `protocol`.
+    """
+
+    def __init__(
+        self,
+        first: E_co,
+        rest: AsyncGenerator[E_co],
+        headers: Mapping[str, str],
+        framing: Framing = UNNAMED,
+    ) -> None:
+        super().__init__()
+        self._framing = framing
+        self._head = [*HEADERS, *((name.encode(), value.encode()) for name, value in headers.items())]
+        self._first = first
+        self._rest = rest
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002 - ASGI's
+        """Send everything; what produces it is closed in every case."""
+        await send({"type": "http.response.start", "status": 200, "headers": self._head})
+        async with aclosing(self._rest):
+            await while_connected(receive, self._send(send))
+
+    async def _send(self, send: Send) -> None:
+        framing = self._framing
+        await send(_part(framing.event(self._first)))
+        try:
+            async for body in self._rest:
+                await send(_part(framing.event(body)))
+        except Fault as fault:
+            await send(_part(framing.event(framing.failure(fault))))
+        else:
+            if framing.end:
+                await send(_part(framing.end))
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+def _part(data: bytes) -> Message:
+    return {"type": "http.response.body", "body": data, "more_body": True}
+
+
+async def open_stream(
+    receive: Receive, bodies: AsyncGenerator[E], head: Head, framing: Framing = UNNAMED
+) -> EventStream[E]:
+    """Wait for the first event, so that a request that is refused gets a status of its own.
+
+    Raises:
+        Fault: the request is refused.
+        ClientDisconnect: the client went away.
+    """
+    try:
+        first = await while_connected(receive, anext(bodies))
+    except BaseException:
+        await bodies.aclose()
+        raise
+    return EventStream(first, bodies, head.headers, framing)
