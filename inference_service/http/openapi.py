@@ -30,9 +30,8 @@ from inference_service.http.openapi_parts import (
     query_parameters,
 )
 from inference_service.http.vectors.pooling_schema import ClassifyBody, ScoringBody
-from inference_service.http.wire.body import Body
+from inference_service.http.wire.body import Body, table
 from inference_service.http.wire.errors import AGAIN
-from inference_service.http.wire.fields import table
 from inference_service.http.wire.reply import Json
 from inference_service.serving.bounds import IDS, LOGPROBS_MODES, NUMBERS, SANE_ID, TEXTS
 from inference_service.serving.turns import MAX_TOOLS

@@ -16,8 +16,7 @@ from inference_service.chat.request import check_calls
 from inference_service.http.openai.chat_schema import Messages, Tool
 from inference_service.http.openai.mapping import tool_of, turns_of
 from inference_service.http.openai.schema_rules import GOES_ON, OF_MESSAGES, ONE_OF_TWO
-from inference_service.http.wire.body import Body, Examples, read_body
-from inference_service.http.wire.fields import Made
+from inference_service.http.wire.body import Body, Examples, Made, read_body
 from inference_service.http.wire.reply import Reply
 from inference_service.serving.bounds import check_turns, refused
 from inference_service.serving.service import GenerationService

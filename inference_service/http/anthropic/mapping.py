@@ -22,7 +22,7 @@ from inference_service.chat.request import (
 from inference_service.http.anthropic import schema
 from inference_service.http.anthropic.schema import CustomTool, MessagesBody, OutputFormat, Turns
 from inference_service.http.anthropic.turns import turns_of
-from inference_service.http.wire.fields import names, request_fields
+from inference_service.http.wire.body import names, request_fields
 from inference_service.serving.bounds import refused
 from inference_service.serving.request import Request, hinted
 

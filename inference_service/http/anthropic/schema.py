@@ -11,8 +11,7 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_v
 from pydantic_core import PydanticCustomError
 
 from inference_service.http.anthropic.blocks import CacheControl, Content, Name, Texts
-from inference_service.http.wire.body import Body, Examples, unsupported
-from inference_service.http.wire.fields import Made, Noun, Same
+from inference_service.http.wire.body import Body, Examples, Made, Noun, Same, unsupported
 from inference_service.serving.turns import NAME
 
 NAME_OF_TOOL: dict[str, Any] = {

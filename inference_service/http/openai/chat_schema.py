@@ -13,8 +13,7 @@ from typing_extensions import TypedDict
 from inference_service.chat.request import AllowedTools, NamedTool, ToolChoice
 from inference_service.http.openai.schema import GenerationBody
 from inference_service.http.openai.schema_rules import BY_ROLE, GOES_ON, SAYS_SOMETHING, SCHEMA_WHERE_SAID
-from inference_service.http.wire.body import Body, Examples, unsupported
-from inference_service.http.wire.fields import Made, Noun
+from inference_service.http.wire.body import Body, Examples, Made, Noun, unsupported
 from inference_service.serving.turns import NAME, ROLES
 
 TEXT_PARTS: Final = {"text": "text", "refusal": "refusal"}

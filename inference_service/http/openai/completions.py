@@ -25,8 +25,7 @@ from inference_service.http.openai.answers import (
 from inference_service.http.openai.logprobs import TokenNames, legacy_logprobs, prompt_logprobs
 from inference_service.http.openai.mapping import completion_requests
 from inference_service.http.openai.schema import CompletionBody
-from inference_service.http.wire.body import read_body
-from inference_service.http.wire.fields import in_words_of
+from inference_service.http.wire.body import in_words_of, read_body
 from inference_service.http.wire.reply import EventStream, Head, Reply, open_stream, while_connected
 from inference_service.serving.request import Delta, Event, Finished, Pooled, PromptLogprobs, Request, Started
 from inference_service.serving.service import GenerationService

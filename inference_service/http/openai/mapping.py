@@ -27,7 +27,7 @@ from inference_service.http.openai.schema import (
     SamplingBody,
     StructuredOutputs,
 )
-from inference_service.http.wire.fields import names, request_fields
+from inference_service.http.wire.body import names, request_fields
 from inference_service.serving.bounds import MAX_LOGPROBS, refused
 from inference_service.serving.request import Prompt, Request, hinted
 from inference_service.serving.service import GenerationService

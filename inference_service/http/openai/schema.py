@@ -14,8 +14,7 @@ from pydantic import ConfigDict, Field, PlainValidator, model_validator
 from pydantic_core import PydanticCustomError
 
 from inference_service.http.openai.schema_rules import ONE_STRUCTURE
-from inference_service.http.wire.body import Body, Examples
-from inference_service.http.wire.fields import Made, Noun, Same
+from inference_service.http.wire.body import Body, Examples, Made, Noun, Same
 from inference_service.serving.pooling import MAX_INPUTS
 
 MAX_PROMPTS = 256

@@ -20,7 +20,7 @@ from inference_service.http.responses.items import CompactionItem, Item, OutputI
 from inference_service.http.responses.schema import CompactBody, ResponsesBody, TextFormat
 from inference_service.http.responses.tools import functions_of
 from inference_service.http.responses.turns import turns_of
-from inference_service.http.wire.fields import in_words_of, names
+from inference_service.http.wire.body import in_words_of, names
 from inference_service.serving.bounds import refused
 
 

@@ -19,8 +19,7 @@ from inference_service.http.openai.chat_schema import Effort
 from inference_service.http.openai.schema import SamplingBody
 from inference_service.http.responses.items import NOTHING_STORED, Input
 from inference_service.http.responses.tools import ONLY_FUNCTIONS, Tools
-from inference_service.http.wire.body import Body, Examples, unsupported
-from inference_service.http.wire.fields import Made, Noun
+from inference_service.http.wire.body import Body, Examples, Made, Noun, unsupported
 from inference_service.serving.bounds import MAX_LOGPROBS
 
 LOGPROBS: Final = "message.output_text.logprobs"

@@ -14,8 +14,7 @@ from typing_extensions import TypedDict
 from inference_service.core.sequence import Vector
 from inference_service.http.openai.answers import PromptDetails
 from inference_service.http.vectors.pooling_schema import EmbeddingsBody, PoolingBody
-from inference_service.http.wire.body import read_body
-from inference_service.http.wire.fields import in_words_of, request_fields
+from inference_service.http.wire.body import in_words_of, read_body, request_fields
 from inference_service.http.wire.reply import Head, Reply, while_connected
 from inference_service.serving.pooling import (
     PooledPrompt,

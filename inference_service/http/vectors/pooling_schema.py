@@ -8,8 +8,7 @@ from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
 from inference_service.http.openai.schema import Inputs
-from inference_service.http.wire.body import Body, Examples
-from inference_service.http.wire.fields import Made, Noun, Same
+from inference_service.http.wire.body import Body, Examples, Made, Noun, Same
 from inference_service.serving.pooling import MAX_INPUTS
 
 

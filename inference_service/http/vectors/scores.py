@@ -10,8 +10,7 @@ from typing_extensions import TypedDict
 
 from inference_service.http.vectors.embeddings import PromptUsage, head_of, pooling_requests, prompt_usage
 from inference_service.http.vectors.pooling_schema import ClassifyBody, RerankBody, ScoreBody, ScoringBody
-from inference_service.http.wire.body import read_body
-from inference_service.http.wire.fields import in_words_of
+from inference_service.http.wire.body import in_words_of, read_body
 from inference_service.http.wire.reply import Reply, while_connected
 from inference_service.serving.bounds import refused
 from inference_service.serving.pooling import ScoredPrompt, scored
