@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Final
 
-from inference_service.text.sandbox.pool import SandboxPool
+from inference_service.text.sandbox.process import SandboxPool
 from loramux_shared.faults import CheckpointInvalid, Finding, RequestInvalid
 
 MAX_TEMPLATE_CHARS: Final = 1_000_000

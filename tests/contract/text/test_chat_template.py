@@ -14,8 +14,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from inference_service.text import chat_template
 from inference_service.text.chat_template import MAX_PROCESSES, ChatTemplate
 from inference_service.text.sandbox import templates as rendering
-from inference_service.text.sandbox.pool import SandboxPool
-from inference_service.text.sandbox.process import SandboxProcess
+from inference_service.text.sandbox.process import SandboxPool, SandboxProcess
 from loramux_shared.faults import CheckpointInvalid, RequestInvalid
 from tests.support.waiting import BOUND_S
 
