@@ -40,7 +40,7 @@ from safetensors.numpy import save_file
 from benchmarks.on_gpu.checkpoint import MODULES
 from benchmarks.peer import Peer
 from loramux import AsyncClient
-from loramux.cli.tree import free_address
+from loramux.cli.local.tree import free_address
 from loramux.records import Delta
 
 ROOT = Path(__file__).resolve().parents[1]

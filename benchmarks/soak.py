@@ -36,7 +36,7 @@ from benchmarks import serving
 from benchmarks.on_gpu import checkpoint
 from loramux import AsyncClient
 from loramux.bench.workload import WORDS
-from loramux.cli.tree import free_address
+from loramux.cli.local.tree import free_address
 from loramux.records import Finished
 from loramux_shared.faults import ClientStalled, Fault
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from benchmarks.moving.forge import Forge
 from benchmarks.serving import BASE, ROOT, end_process
-from loramux.cli.tree import free_address
+from loramux.cli.local.tree import free_address
 
 LOOPBACK = "127.0.0.1:0"
 

@@ -19,7 +19,7 @@ from benchmarks.moving.forge import Forge
 from benchmarks.moving.replica import BEGIN_S, ENDLESS, prompt
 from benchmarks.serving import BASE, ROOT, end_process
 from loramux import AsyncClient
-from loramux.cli.tree import free_address
+from loramux.cli.local.tree import free_address
 from loramux.records import Delta
 
 LOOPBACK = "127.0.0.1:0"

@@ -13,7 +13,7 @@ from rich.filesize import decimal
 
 from loramux.cli import shell
 from loramux.cli.documents import emit
-from loramux.cli.services import StoreFlag
+from loramux.cli.local.services import StoreFlag
 from loramux_shared.bundle.gc import Kept, Orphan, Retention, check_grace, find_orphans, remove
 from loramux_shared.faults import SettingsInvalid
 from loramux_shared.settings import BuilderSettings, load_settings

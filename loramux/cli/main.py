@@ -18,17 +18,17 @@ from loramux.cli.cancel import cancel
 from loramux.cli.change import add, push, remove
 from loramux.cli.chat import chat
 from loramux.cli.check import check
-from loramux.cli.demo import demo
 from loramux.cli.deployments import deployments, watch
 from loramux.cli.doctor import doctor
 from loramux.cli.gc import gc
 from loramux.cli.history import history, rollback
 from loramux.cli.import_bundle import import_bundle
-from loramux.cli.services import builder, serve
+from loramux.cli.local.demo import demo
+from loramux.cli.local.services import builder, serve
+from loramux.cli.local.up import up
 from loramux.cli.serving import health, models
 from loramux.cli.sign import sign, verify
 from loramux.cli.state import tell_uncaught
-from loramux.cli.up import up
 from loramux.connection import API_KEY
 from loramux_shared.extensions import COMMANDS, load_extensions
 

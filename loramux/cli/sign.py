@@ -9,7 +9,7 @@ import typer
 
 from loramux.cli import shell
 from loramux.cli.documents import emit
-from loramux.cli.services import StoreFlag
+from loramux.cli.local.services import StoreFlag
 from loramux.cli.signers import signers
 from loramux_shared.bundle.deployments import current_generation, stored_deployments
 from loramux_shared.bundle.generation import Generation, generation_key, signature_key

@@ -20,8 +20,8 @@ from typer.testing import CliRunner
 
 from loramux import Client, Delta
 from loramux.cli.exits import Exit, exit_of
+from loramux.cli.local.tree import ProcessTree, ServiceDied, free_address, run_tree
 from loramux.cli.main import app
-from loramux.cli.tree import ProcessTree, ServiceDied, free_address, run_tree
 from loramux.faults import SettingsInvalid
 from loramux_shared.rpc.listening import require_free
 from tests.support.commands import Command, running

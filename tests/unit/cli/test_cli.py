@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from loramux.cli import services
 from loramux.cli.build_view import WORK, fraction_done
 from loramux.cli.kinds import kind, task
-from loramux.cli.logs import important, tail
+from loramux.cli.local import services
+from loramux.cli.local.logs import important, tail
 from loramux.cli.main import app, usual
 from loramux.cli.shell import complain, modules, printable
 from loramux.records import AdapterInfo, Stage

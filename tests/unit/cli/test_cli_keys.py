@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from loramux.cli import services
 from loramux.cli.exits import Exit
+from loramux.cli.local import services
+from loramux.cli.local.tree import ProcessTree
 from loramux.cli.main import app
-from loramux.cli.tree import ProcessTree
 from loramux.connection import API_KEY
 from loramux_shared.access.guard import Guard
 from loramux_shared.access.keyring import Keyring

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from loramux.cli.services import inference_command
+from loramux.cli.local.services import inference_command
 
 
 def test_the_door_is_open_where_it_is_asked_for() -> None:

@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 from builder_service.pipeline.build import build
 from builder_service.pipeline.context import BuildContext
 from builder_service.pipeline.progress import Progress
+from loramux.cli.local.services import builder_command
 from loramux.cli.main import app
-from loramux.cli.services import builder_command
 from loramux_shared.bundle.manifest import FileDigest
 from loramux_shared.deployment import Repository, SourceKind
 from loramux_shared.deployment_file import parse_deployment

@@ -12,11 +12,11 @@ import typer
 from loramux.cli import shell
 from loramux.cli.build import build_with_bars, read_deployment
 from loramux.cli.build_view import show_built
-from loramux.cli.hints import program, show_lines_to_try
-from loramux.cli.preflight import UpPlan, preflight
-from loramux.cli.race import race, show_summary
-from loramux.cli.tree import ProcessTree, free_address, run_tree
-from loramux.cli.up import OPENAI, keep, start_builder, start_inference
+from loramux.cli.local.hints import program, show_lines_to_try
+from loramux.cli.local.preflight import UpPlan, preflight
+from loramux.cli.local.race import race, show_summary
+from loramux.cli.local.tree import ProcessTree, free_address, run_tree
+from loramux.cli.local.up import OPENAI, keep, start_builder, start_inference
 from loramux.client import BUILDER, INFERENCE, AsyncClient
 from loramux_shared.deployment import SourceKind
 from loramux_shared.faults import SettingsInvalid
@@ -98,7 +98,7 @@ def _written_ns(file: Path) -> int | None:
 
 def find_examples() -> Path:
     """Return the folder of examples: inside an installed package, beside it in a checkout."""
-    package = Path(__file__).resolve().parents[1]
+    package = Path(__file__).resolve().parents[2]
     for folder in (package / "examples", package.parent / "examples"):
         if (folder / "deployment.yaml").is_file():
             return folder

@@ -1,4 +1,4 @@
-"""Runs a command that dies with its parent: ``python -m loramux.cli.child PARENT_PID PROGRAM ARG...``.
+"""Runs a command that dies with its parent: ``python -m loramux.cli.local.child PARENT_PID PROGRAM ARG...``.
 
 Linux signals a process whose parent thread ends, whatever ended it, once the process asked for that. Asking
 here, in a process of its own that then becomes the program, needs no Python code between fork and exec of

@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from loramux.cli import shell
-from loramux.cli.logs import follow, tail
+from loramux.cli.local.logs import follow, tail
 from loramux_shared.faults import FAULTS, Fault, ServerUnavailable, Status
 from loramux_shared.notify import READY, SOCKET, STATUS
 from loramux_shared.rpc.status import CallFailed
@@ -148,7 +148,7 @@ class ProcessTree:
         log = self.folder / f"{name}.log"
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         listener.bind(str(self._sockets / name))
-        wrapped = (sys.executable, "-m", "loramux.cli.child", str(os.getpid()), *argv)
+        wrapped = (sys.executable, "-m", "loramux.cli.local.child", str(os.getpid()), *argv)
         with log.open("ab") as file:
             # A group of its own: the terminal's Ctrl-C reaches the parent alone, which then drains.
             process = await asyncio.create_subprocess_exec(

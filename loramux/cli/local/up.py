@@ -14,10 +14,10 @@ from loramux.cli import shell
 from loramux.cli.build import Exact, build_with_bars, read_deployment
 from loramux.cli.build_view import show_built
 from loramux.cli.documents import emit
-from loramux.cli.hints import reachable, show_lines_to_try
-from loramux.cli.preflight import UpPlan, preflight
-from loramux.cli.services import builder_command, inference_command
-from loramux.cli.tree import ProcessTree, free_address, run_tree
+from loramux.cli.local.hints import reachable, show_lines_to_try
+from loramux.cli.local.preflight import UpPlan, preflight
+from loramux.cli.local.services import builder_command, inference_command
+from loramux.cli.local.tree import ProcessTree, free_address, run_tree
 from loramux.client import BUILDER, INFERENCE, AsyncClient
 from loramux.records import ModelInfo
 from loramux_shared.notify import READY, notify
