@@ -9,8 +9,7 @@ from typing import Annotated
 import typer
 
 from loramux.cli import shell
-from loramux.cli.build_lines import BuildLines
-from loramux.cli.build_view import BuildView, show_built
+from loramux.cli.build_view import BuildLines, BuildView, show_built
 from loramux.client import BUILDER, AsyncClient
 from loramux.records import DeploymentInfo, DeploymentState
 from loramux_shared.deployment import Deployment

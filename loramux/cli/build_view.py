@@ -1,10 +1,11 @@
-"""The view of a build: bars on a terminal, lines elsewhere, a table at the end; of many adapters, sums."""
+"""The view of a build: bars on a terminal, else lines or JSON; at the end a table, sums of many adapters."""
 
 from __future__ import annotations
 
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from itertools import islice
 from types import TracebackType
 from typing import Self
@@ -15,7 +16,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from loramux.cli import shell
-from loramux.cli.kinds import kind
+from loramux.cli.documents import emit_line
+from loramux.cli.tables import kind
 from loramux.records import AdapterInfo, DeploymentInfo, DeploymentState, Stage
 from loramux_shared.faults import Finding
 from loramux_shared.wording import listed
@@ -198,3 +200,27 @@ def _show_warnings(adapters: Sequence[AdapterInfo]) -> None:
             shell.say(f"warning: {warning.model_copy(update={'adapter': warning.adapter or first})}", "yellow")
         if others:
             shell.say(f"  and so {listed(others, NAMES)}", "yellow")
+
+
+class BuildLines:
+    """Prints the states of one build: the first and the last whole, between them the adapters that changed."""
+
+    def __init__(self) -> None:
+        self._adapters: dict[str, AdapterInfo] = {}
+        self._last: DeploymentInfo | None = None
+
+    def tell(self, info: DeploymentInfo) -> None:
+        """Print what is new in a state; nothing where nothing is."""
+        changed = tuple(adapter for adapter in info.adapters if self._is_new(adapter))
+        rest = replace(info, adapters=())
+        if rest == self._last and not changed:
+            return
+        self._last = rest
+        self._adapters |= {adapter.name: adapter for adapter in changed}
+        ended = info.state is not DeploymentState.BUILDING
+        stages = Counter(adapter.stage.value for adapter in info.adapters)
+        emit_line({"deployment": info if ended else replace(info, adapters=changed), "stages": stages})
+
+    def _is_new(self, adapter: AdapterInfo) -> bool:
+        told = self._adapters.get(adapter.name)
+        return adapter is not told and adapter != told

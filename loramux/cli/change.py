@@ -13,8 +13,7 @@ from rich.filesize import decimal
 
 from loramux.cli import shell
 from loramux.cli.build import follow
-from loramux.cli.build_lines import BuildLines
-from loramux.cli.build_view import BuildView, show_built
+from loramux.cli.build_view import BuildLines, BuildView, show_built
 from loramux.cli.documents import emit
 from loramux.client import BUILDER, AsyncClient, Client
 from loramux.records import DeploymentInfo

@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 import sys
+from collections.abc import Callable, Iterator, Sequence
+from types import ModuleType
 from typing import Annotated
 
 import typer
 
 from loramux.cli import shell
 from loramux.cli.conversation import COMMANDS, Conversation
-from loramux.cli.line_editor import line_editor
-from loramux.cli.names import complete_model
+from loramux.cli.serving import complete_model
+from loramux.cli.state import state_dir
 from loramux.client import INFERENCE, Client
 from loramux.records import GenerateOptions
 from loramux_shared.faults import Fault, RequestInvalid
 from loramux_shared.sampling import MAX_TEMPERATURE
+
+try:
+    import readline
+except ImportError:  # Windows, and builds of Python without it
+    _readline: ModuleType | None = None
+else:
+    _readline = readline
+
+HISTORY_LINES = 1000
 
 
 @shell.command
@@ -97,3 +109,36 @@ def _completions(talk: Conversation, line: str) -> list[str]:
         return [f"{name} {model}" for model in talk.names() if model.startswith(begun)]
     except Fault:
         return []
+
+
+@contextlib.contextmanager
+def line_editor(candidates: Callable[[str], Sequence[str]]) -> Iterator[None]:
+    """Give ``input()`` its keys and its history meanwhile; candidates returns what a line may become."""
+    if _readline is None:
+        yield
+        return
+    file = state_dir() / "chat_history"
+    with contextlib.suppress(OSError):
+        _readline.read_history_file(file)
+    _readline.set_history_length(HISTORY_LINES)
+    _readline.set_completer_delims("")
+    _readline.set_completer(_completer(candidates))
+    libedit = "libedit" in (_readline.__doc__ or "")
+    _readline.parse_and_bind("bind ^I rl_complete" if libedit else "tab: complete")
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            file.touch(mode=0o600)  # what was said is nobody else's
+            _readline.write_history_file(file)
+
+
+def _completer(candidates: Callable[[str], Sequence[str]]) -> Callable[[str, int], str | None]:
+    found: list[str] = []
+
+    def complete(line: str, state: int) -> str | None:
+        if state == 0:
+            found[:] = candidates(line)
+        return found[state] if state < len(found) else None
+
+    return complete

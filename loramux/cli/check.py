@@ -14,11 +14,10 @@ import typer
 from loramux.cli import shell
 from loramux.cli.documents import emit
 from loramux.cli.exits import Exit
-from loramux.cli.local.roots import local_roots
-from loramux.cli.local.services import builder_command
+from loramux.cli.local.services import builder_command, local_roots
 from loramux.cli.local.tree import ProcessTree, free_address, run_tree
 from loramux.cli.report_view import show_report
-from loramux.cli.signers import signers
+from loramux.cli.sign import signers
 from loramux.client import AsyncClient
 from loramux.records import AdapterReport
 from loramux_shared.deployment import LoraConfiguration, Repository, SourceKind

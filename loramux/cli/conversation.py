@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from loramux.cli import shell
-from loramux.cli.names import no_such_model, unserved
+from loramux.cli.serving import no_such_model, unserved
 from loramux.client import Client
 from loramux.records import Delta, Finished, GenerateOptions, Message
 

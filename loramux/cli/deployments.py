@@ -1,4 +1,4 @@
-"""``loramux deployments`` and ``loramux watch``: what a builder has built, and what it does."""
+"""``loramux deployments``, ``watch`` and ``cancel``: what a builder has built, and the builds that run."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ import typer
 
 from loramux.cli import shell
 from loramux.cli.build import follow
-from loramux.cli.build_lines import BuildLines
-from loramux.cli.build_view import BuildView, show_built
+from loramux.cli.build_view import BuildLines, BuildView, show_built
 from loramux.cli.documents import emit
 from loramux.client import BUILDER, AsyncClient, Client
-from loramux.records import DeploymentInfo
+from loramux.records import DeploymentInfo, DeploymentState
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="The deployment.", show_default=False)]
 Some = Annotated[str, typer.Argument(metavar="[NAME]", help="Only this one.", show_default=False)]
@@ -79,3 +78,31 @@ def show_deployments(found: Sequence[DeploymentInfo]) -> None:
 
 def _time(moment: datetime | None) -> str:
     return "-" if moment is None else f"{moment.astimezone():%Y-%m-%d %H:%M:%S}"
+
+
+@shell.command
+def cancel(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The deployment.", show_default=False)],
+    builder: shell.Builder = BUILDER,
+    as_json: shell.Json = False,
+) -> None:
+    """End the running build of a deployment.
+
+    What was served before is served still.
+
+    Example: loramux cancel my-model
+    """
+    with Client(builder=builder) as client:
+        info = client.cancel(name)
+        ran = info.state is DeploymentState.BUILDING
+        if ran:
+            with shell.working(f"waiting for the end of {name}"):
+                *_, info = client.watch(name)
+    if as_json:
+        emit({"cancelled": ran, "deployment": info})
+        return
+    if not ran:
+        shell.show(f"{name}: no build runs; it is {info.state}")
+        return
+    reason = f", {info.failure.reason}" if info.failure else ""
+    shell.show(f"{name}: {info.state}{reason}")

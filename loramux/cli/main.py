@@ -14,11 +14,10 @@ from loramux.cli import keys, shell
 from loramux.cli.adapters import pin, rollout, unpin
 from loramux.cli.bench import bench
 from loramux.cli.build import build, prove
-from loramux.cli.cancel import cancel
 from loramux.cli.change import add, push, remove
 from loramux.cli.chat import chat
 from loramux.cli.check import check
-from loramux.cli.deployments import deployments, watch
+from loramux.cli.deployments import cancel, deployments, watch
 from loramux.cli.doctor import doctor
 from loramux.cli.gc import gc
 from loramux.cli.history import history, rollback

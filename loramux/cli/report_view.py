@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from rich.filesize import decimal
 
 from loramux.cli import shell
-from loramux.cli.kinds import kind, task
+from loramux.cli.tables import kind, task
 from loramux.records import AdapterReport, RowReport
 from loramux_shared.bundle.modules import NO_LAYER
 from loramux_shared.deployment import Repository

@@ -1,9 +1,11 @@
-"""``loramux models`` and ``loramux health``: what runs."""
+"""``loramux models`` and ``loramux health``: what runs, and the model names that other commands complete."""
 
 from __future__ import annotations
 
 import asyncio
+import difflib
 import time
+from collections.abc import Sequence
 from typing import Annotated
 
 import grpc
@@ -13,12 +15,14 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from loramux.cli import shell
 from loramux.cli.documents import emit
 from loramux.cli.exits import Exit
-from loramux.cli.kinds import kind
+from loramux.cli.tables import kind
 from loramux.client import INFERENCE, Client
 from loramux.connection import Credentials
 from loramux.operations import AdapterStatus
-from loramux_shared.faults import PermissionDenied, ServerUnavailable, Unauthenticated
+from loramux_shared.faults import Fault, ModelNotFound, PermissionDenied, ServerUnavailable, Unauthenticated
+from loramux_shared.mixtures import BASE, names_of
 from loramux_shared.rpc.status import CallFailed, fault_of
+from loramux_shared.wording import listed
 
 CHECK_S = 5.0
 POLL_S = 0.1
@@ -135,3 +139,30 @@ async def check(address: str, service: str = "", tls_name: str | None = None) ->
         except grpc.RpcError as error:
             raise fault_of(error, address) from error
     return str(health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status))
+
+
+COMPLETION_S = 1.0
+"""Bound of a completion, since a person waits after TAB; a slower server is not asked further."""
+
+
+def unserved(model: str, served: Sequence[str]) -> list[str]:
+    """Return what is not served of a model, or of the parts of ``NAME*SCALE+NAME``."""
+    if model in served:
+        return []
+    return [name for name in names_of(model) if name not in (*served, BASE)]
+
+
+def no_such_model(name: str, served: Sequence[str]) -> ModelNotFound:
+    """Return the failure for a name that is not served, with the nearest that is."""
+    near = difflib.get_close_matches(name, served, n=1, cutoff=0.7)
+    meant = f" Did you mean {near[0]}?" if near else ""
+    return ModelNotFound(f"no model {name!r}; served are {listed(served)}.{meant}")
+
+
+def complete_model(ctx: typer.Context, incomplete: str) -> list[str]:
+    """Return the served names that begin so; none when no server answers at once."""
+    try:
+        with Client(inference=ctx.params.get("grpc") or INFERENCE, timeout_s=COMPLETION_S) as client:
+            return [each.name for each in client.models() if each.name.startswith(incomplete)]
+    except Fault:
+        return []

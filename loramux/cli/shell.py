@@ -6,12 +6,14 @@ import functools
 import os
 import re
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, ParamSpec, TypeVar
+from types import TracebackType
+from typing import Annotated, Final, ParamSpec, Protocol, Self, TypeVar
 
 import typer
 from rich.console import Console
@@ -19,7 +21,6 @@ from rich.text import Text
 
 from loramux.cli.documents import emit_line
 from loramux.cli.exits import Exit, exit_of
-from loramux.cli.later import Later
 from loramux.cli.tables import fitted, kept
 from loramux_shared.faults import Fault
 
@@ -120,6 +121,52 @@ def show(text: str = "", style: str = "") -> None:
 def printable(text: str) -> str:
     """Return text without characters that steer a terminal; what models and servers say is not trusted."""
     return _CONTROL.sub("", text)
+
+
+AFTER_S: Final = 0.3
+"""Seconds before it is shown; something shorter would flash, and nobody could read it."""
+
+
+class Drawing(Protocol):
+    """A spinner or bars of rich."""
+
+    def start(self) -> None:
+        """Begin to draw."""
+        ...
+
+    def stop(self) -> None:
+        """End it."""
+        ...
+
+
+class Later:
+    """Shows something once the block has taken a while; a block that is over before is never seen."""
+
+    def __init__(self, drawing: Drawing, after_s: float = AFTER_S) -> None:
+        self._drawing = drawing
+        self._lock = threading.Lock()
+        self._timer = threading.Timer(after_s, self._start)
+        self._timer.daemon = True
+        self._ended = self._started = False
+
+    def _start(self) -> None:
+        with self._lock:
+            if not self._ended:
+                self._started = True
+                self._drawing.start()
+
+    def __enter__(self) -> Self:
+        self._timer.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._timer.cancel()
+        with self._lock:
+            self._ended = True
+            if self._started:
+                self._drawing.stop()
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Final
 
@@ -10,13 +11,13 @@ import typer
 from loramux.cli import shell
 from loramux.cli.documents import emit
 from loramux.cli.local.services import StoreFlag
-from loramux.cli.signers import signers
 from loramux_shared.bundle.deployments import current_generation, stored_deployments
 from loramux_shared.bundle.generation import Generation, generation_key, signature_key
 from loramux_shared.faults import DeploymentNotFound, SettingsInvalid
 from loramux_shared.settings import BuilderSettings, load_settings, variable
 from loramux_shared.signing.folder import verify_folder
 from loramux_shared.signing.openssf import SIGNATURE, SigningKey, sign_folder
+from loramux_shared.signing.signers import read_signer
 from loramux_shared.signing.store import check_signature, sign_object, signed_store
 from loramux_shared.storage.base import Store
 from loramux_shared.storage.open import open_store
@@ -138,3 +139,15 @@ def _served(store: Store, name: str) -> Generation:
             f"{name[:128]!r} is no folder here and no deployment of {store.uri}. There: {known}."
         )
     return generation
+
+
+def signers(words: Sequence[str] | None) -> tuple[str, ...]:
+    """Return the signers that words name; files are read here.
+
+    Raises:
+        SettingsInvalid: one is none.
+    """
+    try:
+        return tuple(read_signer(word, Path()) for word in words or ())
+    except ValueError as error:
+        raise SettingsInvalid(f"--signed-by: expected {error}") from error

@@ -1,14 +1,18 @@
-"""Tables on a terminal: as wide as it is, and never with half a word or half a number in a cell."""
+"""Tables that fit the terminal without cutting words or numbers, and the words for kinds of adapters."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Final
 
 from rich import box
 from rich.cells import cell_len
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
+
+from loramux_shared.bundle.kinds import AdapterKind
+from loramux_shared.wording import listed
 
 GAP = 2
 """Columns of the terminal between two of the table."""
@@ -81,3 +85,34 @@ def _blocks(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> Group:
             Text.assemble((header.ljust(names + GAP), "bold"), cell, overflow="fold") for header, cell in said
         ]
     return Group(*lines)
+
+
+_NAMES: Final = {
+    AdapterKind.LORA: "LoRA",
+    AdapterKind.ADALORA: "AdaLoRA",
+    AdapterKind.VERA: "VeRA",
+    AdapterKind.LOHA: "LoHa",
+    AdapterKind.LOKR: "LoKr",
+    AdapterKind.DORA: "DoRA",
+    AdapterKind.IA3: "IA3",
+}
+
+
+def kind(kinds: Sequence[str], replaced_rows: Mapping[str, int] | None = None, num_labels: int = 0) -> str:
+    """Return kinds in one line, with how many rows are replaced and labels scored: ``LoRA, head (12 rows)``.
+
+    One that is not known here, of a newer service, is told as it is.
+    """
+    counts = {each: f" ({count} rows)" for each, count in (replaced_rows or {}).items()}
+    if num_labels:
+        counts[AdapterKind.CLASSIFIER] = f" ({num_labels} label{'s'[: num_labels != 1]})"
+    words = {each: _NAMES.get(AdapterKind(each), each) if each in set(AdapterKind) else each for each in kinds}
+    return ", ".join(word + counts.get(each, "") for each, word in words.items())
+
+
+def task(kinds: Sequence[str], labels: Sequence[str] = (), problem_type: str = "") -> str:
+    """Return what an adapter is asked for that generates no text; empty of one that does."""
+    if AdapterKind.CLASSIFIER in kinds:
+        called = f" ({problem_type})" if problem_type else ""
+        return f"scores texts, and generates none{called}: {listed(labels)}"
+    return "makes vectors of texts, and generates none" if AdapterKind.ENCODER in kinds else ""

@@ -18,7 +18,7 @@ import typer
 from loramux.cli import shell
 from loramux.cli.documents import emit
 from loramux.cli.exits import Exit
-from loramux.cli.names import complete_model, no_such_model
+from loramux.cli.serving import complete_model, no_such_model
 from loramux.cli.state import state_dir
 from loramux.client import INFERENCE, AsyncClient
 from loramux_arena.contest import Contest, Found

@@ -11,7 +11,7 @@ from typing import Final
 from rich.progress import BarColumn, Progress, TextColumn
 
 from loramux.cli import shell
-from loramux.cli.later import Later
+from loramux.cli.shell import Later
 from loramux_arena.contest import Found
 from loramux_arena.standings import Comparison, Score, Standing, Standings
 

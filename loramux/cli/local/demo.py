@@ -12,11 +12,10 @@ import typer
 from loramux.cli import shell
 from loramux.cli.build import build_with_bars, read_deployment
 from loramux.cli.build_view import show_built
-from loramux.cli.local.hints import program, show_lines_to_try
 from loramux.cli.local.preflight import UpPlan, preflight
 from loramux.cli.local.race import race, show_summary
 from loramux.cli.local.tree import ProcessTree, free_address, run_tree
-from loramux.cli.local.up import OPENAI, keep, start_builder, start_inference
+from loramux.cli.local.up import OPENAI, keep, program, show_lines_to_try, start_builder, start_inference
 from loramux.client import BUILDER, INFERENCE, AsyncClient
 from loramux_shared.deployment import SourceKind
 from loramux_shared.faults import SettingsInvalid

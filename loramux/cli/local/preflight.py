@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from loramux.cli.local.roots import local_roots
+from loramux.cli.local.services import local_roots
 from loramux.connection import API_KEY, Credentials
 from loramux_shared.access.guard import open_guard
 from loramux_shared.access.keyring import Keyring

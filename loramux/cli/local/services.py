@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from loramux.cli import shell
+from loramux_shared.deployment import Repository, SourceKind
 from loramux_shared.faults import SettingsInvalid
 
 # A package of each extra that the service cannot do without.
@@ -155,3 +156,14 @@ def _require(extra: str) -> None:
     if missing:
         needs = f"the {extra} service needs {', '.join(missing)}, not installed here"
         raise SettingsInvalid(f"{needs}: pip install 'loramux[{extra}]'")
+
+
+def local_roots(repositories: Iterable[Repository]) -> list[Path]:
+    """Return the folders of LOCAL repositories, each once.
+
+    The files of a snapshot in the hub's cache (``models--ORG--NAME/snapshots/COMMIT``) are links
+    into ``blobs`` beside it, so that folder is one too.
+    """
+    folders = [Path(each.repo) for each in repositories if each.source is SourceKind.LOCAL]
+    blobs = [folder.parent.with_name("blobs") for folder in folders if folder.parent.name == "snapshots"]
+    return list(dict.fromkeys([*folders, *(folder for folder in blobs if folder.is_dir())]))

@@ -16,7 +16,7 @@ from loramux.bench.drive import ClientLoad, LoadPlan, drive
 from loramux.bench.figures import Failures, Outcome, percentile, report
 from loramux.bench.plot import plot, require_plot
 from loramux.bench.workload import Workload, arrivals, read_prompts
-from loramux.cli.bench_view import show_report
+from loramux.cli.bench import show_report
 from loramux.cli.main import app
 from loramux.client import AsyncClient
 from loramux_shared.faults import RequestInvalid, SettingsInvalid

@@ -11,8 +11,7 @@ import pytest
 
 from loramux.cli import shell
 from loramux.cli.build_view import ROWS, BuildView, show_built
-from loramux.cli.later import Later
-from loramux.cli.shell import Screen
+from loramux.cli.shell import Later, Screen
 from loramux.records import AdapterInfo, DeploymentInfo, DeploymentState, Stage
 from loramux_shared.faults import Finding
 from loramux_shared.wording import listed

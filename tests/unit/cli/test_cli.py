@@ -12,11 +12,11 @@ import pytest
 from typer.testing import CliRunner
 
 from loramux.cli.build_view import WORK, fraction_done
-from loramux.cli.kinds import kind, task
 from loramux.cli.local import services
 from loramux.cli.local.logs import important, tail
 from loramux.cli.main import app, usual
 from loramux.cli.shell import complain, modules, printable
+from loramux.cli.tables import kind, task
 from loramux.records import AdapterInfo, Stage
 from loramux_shared.faults import AdapterInvalid, Finding
 from tests.support.fake_services import Fakes, deployment_text

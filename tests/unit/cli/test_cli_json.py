@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from loramux.cli.build_lines import BuildLines
+from loramux.cli.build_view import BuildLines
 from loramux.cli.documents import jsonable
 from loramux.cli.main import app
 from loramux.records import Stage

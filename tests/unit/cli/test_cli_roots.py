@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from loramux.cli.local.preflight import UpPlan
-from loramux.cli.local.roots import local_roots
+from loramux.cli.local.services import local_roots
 from loramux_shared.deployment import Build, Deployment, Repository, SourceKind
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from google.protobuf.json_format import ParseDict
 
-from loramux.cli.local.hints import program, reachable, show_lines_to_try
+from loramux.cli.local.up import program, reachable, show_lines_to_try
 from loramux.inference.v1 import inference_pb2 as pb
 
 
