@@ -228,6 +228,12 @@ def test_what_a_link_points_into_is_there(page: Path) -> None:
     assert not [(to.name, anchor) for to, anchor in pages if to.exists() and anchor not in _anchors(to)]
 
 
+@pytest.mark.parametrize("note", DECISIONS, ids=lambda note: note.name)
+def test_a_decision_note_is_short(note: Path) -> None:
+    """A note keeps the finding, in 40 lines at most."""
+    assert len(note.read_text().splitlines()) <= 40
+
+
 def test_nothing_of_a_merge_is_left() -> None:
     """Ruff sees it in Python alone."""
     pages = [*PAGES, *DECISIONS]
