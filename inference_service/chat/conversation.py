@@ -53,13 +53,13 @@ class Conversation:
             request, begin = await self._looked_up()
             with self._service.following_to_its_end(request):
                 constraint = self._constraint(begin)
-            request = replace(request, constraint_by_ending=constraint)
+            request = replace(request, output=replace(request.output, constraint_by_ending=constraint))
             async with aclosing(self._service.generate(request)) as events:
                 async for event in events:
                     match event:
                         case Started():
                             opened = self._opened(event)
-                            readings = [self._reading(opened) for _ in range(request.n)]
+                            readings = [self._reading(opened) for _ in range(request.output.n)]
                             yield event
                         case PromptLogprobs():
                             yield event
@@ -85,16 +85,17 @@ class Conversation:
         self._dialect = dialect_of(text, defaults.template, self._service.parsers)
         begin = self._demanded(text)
         end = self._dialect.form.end if self._chat.one_call and not self._chat.forced else ""
-        messages: list[Message] = [turn for turn in self.request.prompt if isinstance(turn, Mapping)]
-        sampling = self.request.sampling
+        asked, sampling = self.request, self.request.sampling
+        messages: list[Message] = [turn for turn in asked.prompt.content if isinstance(turn, Mapping)]
         if end:
             sampling = replace(sampling, stop=(*sampling.stop, end))
+        shown = self._dialect.tokens if self._tools else self._dialect.thinking_tokens
         request = replace(
-            self.request,
+            asked,
+            model=replace(asked.model, served=served),
+            prompt=replace(asked.prompt, content=self._dialect.turns(messages)),
             sampling=sampling,
-            served=served,
-            prompt=self._dialect.turns(messages),
-            shown_special_tokens=self._dialect.tokens if self._tools else self._dialect.thinking_tokens,
+            output=replace(asked.output, shown_special_tokens=shown),
         )
         return request, begin
 

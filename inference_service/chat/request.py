@@ -161,15 +161,16 @@ class ChatRequest:
 
     def request(self) -> Request:
         """Return what the service is asked."""
-        return replace(
-            self.rest,
-            prompt=[turn.message() for turn in self.turns],
+        prompt = replace(
+            self.rest.prompt,
+            content=[turn.message() for turn in self.turns],
             tools=tuple(tool.rendered() for tool in self.tools),
             chat_template_kwargs=self.variables,
-            constraint=None if self.forced else self.constraint,
             add_generation_prompt=self.starts,
             continue_final_message=self.goes_on,
         )
+        output = replace(self.rest.output, constraint=None if self.forced else self.constraint)
+        return replace(self.rest, prompt=prompt, output=output)
 
     def place(self, where: str) -> str:
         """Return what the client calls a field of the request, or a part of it."""

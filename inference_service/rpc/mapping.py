@@ -3,31 +3,39 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, MutableMapping, MutableSequence
-from typing import Any, Final
+from collections.abc import Iterator
+from typing import Final, TypeVar, cast
 
 import grpc
+from google.protobuf.message import Message
 
 from inference_service.adapters.mixing import ScaledAdapter
 from inference_service.adapters.served_model import ServedModel
 from inference_service.chat.dialect import dialect_of_model
 from inference_service.core.adapter import MOST_PARTS
+from inference_service.core.sampling import LogprobsMode, Sampling
 from inference_service.core.sequence import FinishReason, Token
 from inference_service.rpc.prompt import constraint_of, prompt_of, tools_of, variables_of
-from inference_service.serving.request import Delta, Event, Finished, PromptLogprobs, Request, Started, hinted
+from inference_service.serving.request import (
+    NO_SAMPLING,
+    Delta,
+    Event,
+    Finished,
+    ModelReference,
+    OutputOptions,
+    PromptLogprobs,
+    Request,
+    RequestPrompt,
+    SchedulingOptions,
+    Started,
+    hinted,
+)
 from inference_service.serving.service import GenerationService
 from inference_service.serving.sizes import countable
 from inference_service.text.text import Text
 from loramux.inference.v1 import inference_pb2 as pb
 from loramux_shared.faults import Finding, RequestInvalid
 
-TRANSLATED: Final = frozenset(
-    {
-        *("text", "token_ids", "messages", "tools", "chat_template_kwargs"),
-        *("sampling", "constraint", "adapters"),
-    }
-)
-"""Fields that `Request` has otherwise; all others have their name there."""
 # With 20 alternatives each, a message stays below 1 MB: clients take 4 MB by default.
 PROMPT_TOKENS: Final = 1024
 _REASONS = {
@@ -49,34 +57,69 @@ def request_from_message(
     if unset:
         findings = [Finding(code="E_MISSING_FIELD", where=name, expected="a value") for name in unset]
         raise RequestInvalid(f"the request lacks {' and '.join(unset)}.", findings)
-    remaining = context.time_remaining()
-    cut = message.HasField("truncate_prompt_tokens")
-    prompt = prompt_of(message, countable(max_seq_len) if cut else max_seq_len)
-    metadata = texts_of(context)
-    adapters = adapters_of(message)
-    own = {"model": message.model, "adapters": adapters}
-    return Request.of(
-        prompt=prompt,
+    remaining, said = context.time_remaining(), message.sampling
+    cut = optional(message, "truncate_prompt_tokens", message.truncate_prompt_tokens)
+    special = optional(message, "add_special_tokens", message.add_special_tokens)
+    turns = message.messages
+    prompt = RequestPrompt(
+        prompt_of(message, max_seq_len if cut is None else countable(max_seq_len)),
         tools=tools_of(message),
         chat_template_kwargs=variables_of(message),
-        constraint=constraint_of(message),
-        deadline_s=None if remaining is None else time.monotonic() + remaining,
-        **own | _said(message) | hinted(metadata, message.min_generation, message.sticky_key),
-        **_said(message.messages),
-        **_said(message.sampling),
+        add_generation_prompt=not turns.HasField("add_generation_prompt") or turns.add_generation_prompt,
+        continue_final_message=turns.continue_final_message,
+        add_special_tokens=special,
+        truncate_prompt_tokens=cut,
     )
+    output = OutputOptions(
+        n=said.n if said.HasField("n") else 1,
+        constraint=constraint_of(message),
+        skip_special_tokens=not said.HasField("skip_special_tokens") or said.skip_special_tokens,
+    )
+    scheduling = SchedulingOptions(
+        message.priority,
+        None if remaining is None else time.monotonic() + remaining,
+        message.cache_salt or None,
+    )
+    hints = hinted(texts_of(context), message.min_generation, message.sticky_key)
+    model = ModelReference(message.model, adapters_of(message), None, hints.min_generation, hints.sticky_key)
+    return Request(model, prompt, sampling_of(said), output, scheduling)
 
 
-def _said(message: Any) -> dict[str, Any]:
-    """Return the fields of a message that are set, by their names."""
-    fields = ((each.name, value) for each, value in message.ListFields())
-    return {name: _plain(value) for name, value in fields if name not in TRANSLATED}
+T = TypeVar("T")
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, MutableMapping):
-        return dict(value)
-    return tuple(value) if isinstance(value, MutableSequence) else value
+def optional(message: Message, name: str, value: T) -> T | None:
+    """Return the value of an optional field, None where it is not set."""
+    return value if message.HasField(name) else None
+
+
+def sampling_of(said: pb.SamplingParams) -> Sampling:
+    """Return the sampling that a message describes."""
+    unset = NO_SAMPLING
+    return Sampling(
+        max_tokens=optional(said, "max_tokens", said.max_tokens),
+        min_tokens=said.min_tokens,
+        temperature=optional(said, "temperature", said.temperature),
+        top_p=optional(said, "top_p", said.top_p),
+        top_k=optional(said, "top_k", said.top_k),
+        min_p=said.min_p,
+        seed=optional(said, "seed", said.seed),
+        stop=tuple(said.stop),
+        stop_token_ids=tuple(said.stop_token_ids),
+        include_stop_str_in_output=said.include_stop_str_in_output,
+        ignore_eos=said.ignore_eos,
+        repetition_penalty=(
+            said.repetition_penalty if said.HasField("repetition_penalty") else unset.repetition_penalty
+        ),
+        presence_penalty=said.presence_penalty,
+        frequency_penalty=said.frequency_penalty,
+        logit_bias=dict(said.logit_bias),
+        bad_words=tuple(said.bad_words),
+        allowed_token_ids=tuple(said.allowed_token_ids) or None,
+        logprobs=optional(said, "logprobs", said.logprobs),
+        logprobs_mode=cast(LogprobsMode, said.logprobs_mode) or None,  # `bounds` refuses other words
+        prompt_logprobs=optional(said, "prompt_logprobs", said.prompt_logprobs),
+    )
 
 
 def _required(message: pb.GenerateRequest) -> list[tuple[str, bool]]:

@@ -1,27 +1,38 @@
-"""Requests for vectors and scores as messages, and what answers them."""
+"""Requests for vectors and scores, and their answers, as messages."""
 
 from __future__ import annotations
 
 import time
-from typing import Any, Final
+from typing import Final
 
 import grpc
 import numpy as np
 
+from inference_service.core.sampling import Sampling
 from inference_service.core.sequence import Vector
-from inference_service.rpc.mapping import adapters_of, texts_of
+from inference_service.rpc.mapping import adapters_of, optional, texts_of
 from inference_service.serving.pooling import MAX_INPUTS, PooledPrompt, ScoredPrompt
-from inference_service.serving.request import Prompt, Request, TextPair, hinted
+from inference_service.serving.request import (
+    ModelReference,
+    OutputOptions,
+    PromptContent,
+    Request,
+    RequestPrompt,
+    SchedulingOptions,
+    TextPair,
+    hinted,
+)
 from inference_service.serving.sizes import check_ids, countable
 from loramux.inference.v1 import inference_pb2 as pb
 from loramux_shared.faults import Finding, RequestInvalid
 from loramux_shared.pooling import Pooling
 
+NO_NEW_TOKENS: Final = Sampling(max_tokens=0)
 _POOLINGS: Final = {pb.POOLING_LAST: Pooling.LAST, pb.POOLING_MEAN: Pooling.MEAN}
 
 
 def pooling_said(message: pb.EmbedRequest) -> str | None:
-    """Return what a message says of pooling; a number that is none of it as it is."""
+    """Return the pooling that a message asks for; an unknown number stays that number."""
     if message.pooling == pb.POOLING_UNSPECIFIED:
         return None
     return _POOLINGS.get(message.pooling, str(message.pooling))
@@ -41,23 +52,20 @@ def requests_from_message(
     """
     adapters = adapters_of(message) if isinstance(message, pb.EmbedRequest) else ()
     _require(message, named=bool(message.model or adapters))
-    remaining, cut = context.time_remaining(), message.HasField("truncate_prompt_tokens")
-    own: dict[str, Any] = {
-        "model": message.model,
-        "adapters": adapters,
-        "pooling": pooling,
-        "max_tokens": 0,
-        "priority": message.priority,
-        "cache_salt": message.cache_salt or None,
-        "deadline_s": None if remaining is None else time.monotonic() + remaining,
-    }
-    if cut:
-        own["truncate_prompt_tokens"] = message.truncate_prompt_tokens
-    if message.HasField("add_special_tokens"):
-        own["add_special_tokens"] = message.add_special_tokens
-    own |= hinted(texts_of(context), message.min_generation, message.sticky_key)
-    most = countable(max_seq_len) if cut else max_seq_len
-    return [Request.of(prompt=_prompt(each, most), **own) for each in message.inputs]
+    remaining = context.time_remaining()
+    deadline_s = None if remaining is None else time.monotonic() + remaining
+    hints = hinted(texts_of(context), message.min_generation, message.sticky_key)
+    model = ModelReference(message.model, adapters, None, hints.min_generation, hints.sticky_key)
+    cut = optional(message, "truncate_prompt_tokens", message.truncate_prompt_tokens)
+    special = optional(message, "add_special_tokens", message.add_special_tokens)
+    most = max_seq_len if cut is None else countable(max_seq_len)
+    scheduling = SchedulingOptions(message.priority, deadline_s, message.cache_salt or None)
+    prompts = [
+        RequestPrompt(_prompt(each, most), add_special_tokens=special, truncate_prompt_tokens=cut)
+        for each in message.inputs
+    ]
+    output = OutputOptions(pooling=pooling)
+    return [Request(model, prompt, NO_NEW_TOKENS, output, scheduling) for prompt in prompts]
 
 
 def _require(message: pb.EmbedRequest | pb.ClassifyRequest, *, named: bool) -> None:
@@ -72,7 +80,7 @@ def _require(message: pb.EmbedRequest | pb.ClassifyRequest, *, named: bool) -> N
         raise RequestInvalid("the request lacks inputs or a model, or has too many.", findings)
 
 
-def _prompt(message: pb.TextInput, most: int) -> Prompt:
+def _prompt(message: pb.TextInput, most: int) -> PromptContent:
     match message.WhichOneof("input"):
         case "text":
             return str(message.text)
@@ -84,26 +92,31 @@ def _prompt(message: pb.TextInput, most: int) -> Prompt:
 
 def vector_to_message(index: int, prompt: PooledPrompt, vector: Vector) -> pb.EmbedResponse:
     """Return the vector of an input as a message."""
-    return pb.EmbedResponse(index=index, values=np.asarray(vector).tolist(), **_said(prompt))
+    return pb.EmbedResponse(
+        index=index,
+        values=np.asarray(vector).tolist(),
+        model=prompt.started.model.name,
+        adapter_digest=prompt.started.model.digest,
+        generation=prompt.started.generation,
+        usage=_usage(prompt),
+    )
 
 
 def scores_to_message(index: int, scored: ScoredPrompt) -> pb.ClassifyResponse:
     """Return the scores of an input as a message."""
+    started = scored.prompt.started
     return pb.ClassifyResponse(
         index=index,
         scores=scored.scores.tolist(),
         probabilities=scored.scorer.activated(scored.scores).tolist(),
         labels=() if index else scored.scorer.head.label_names,
-        **_said(scored.prompt),
+        model=started.model.name,
+        adapter_digest=started.model.digest,
+        generation=started.generation,
+        usage=_usage(scored.prompt),
     )
 
 
-def _said(prompt: PooledPrompt) -> dict[str, Any]:
-    started, finished = prompt.started, prompt.finished
-    usage = pb.Usage(prompt_tokens=finished.prompt_tokens, cached_tokens=finished.cached_tokens)
-    return {
-        "model": started.model.name,
-        "adapter_digest": started.model.digest,
-        "generation": started.generation,
-        "usage": usage,
-    }
+def _usage(prompt: PooledPrompt) -> pb.Usage:
+    finished = prompt.finished
+    return pb.Usage(prompt_tokens=finished.prompt_tokens, cached_tokens=finished.cached_tokens)

@@ -8,7 +8,7 @@ from itertools import chain
 from typing import Any
 
 from inference_service.core.constraint import Constraint, Kind
-from inference_service.serving.request import Message, Prompt
+from inference_service.serving.request import Message, PromptContent
 from inference_service.serving.sizes import check_ids, check_texts
 from inference_service.serving.turns import role_of, thought_of
 from loramux.inference.v1 import inference_pb2 as pb
@@ -22,7 +22,7 @@ _KINDS: Mapping[str, Kind] = {
 }
 
 
-def prompt_of(message: pb.GenerateRequest, max_seq_len: int) -> Prompt:
+def prompt_of(message: pb.GenerateRequest, max_seq_len: int) -> PromptContent:
     """Return the prompt, messages as chat templates know them.
 
     Raises:

@@ -62,9 +62,10 @@ def check(request: Request, vocab: int, max_queue: int, max_seq_len: int) -> Non
         PromptTooLong: there are more token ids than fit.
         RequestInvalid: with one finding per field that is out of bounds.
     """
-    if not isinstance(request.prompt, str) and isinstance(next(iter(request.prompt), None), int):
-        cut = request.truncate_prompt_tokens is not None
-        check_ids(request.prompt, countable(max_seq_len) if cut else max_seq_len)
+    prompt = request.prompt.content
+    if not isinstance(prompt, str) and isinstance(next(iter(prompt), None), int):
+        cut = request.prompt.truncate_prompt_tokens is not None
+        check_ids(prompt, countable(max_seq_len) if cut else max_seq_len)
     most = {"n": max_queue, "truncate_prompt_tokens": max_seq_len, "logprobs": vocab, "prompt_logprobs": vocab}
     rules = (
         _prompt(request, vocab),
@@ -113,23 +114,23 @@ def _judge(rules: Iterable[Rule]) -> None:
 
 
 def _prompt(request: Request, vocab: int) -> Iterator[Rule]:
-    prompt = request.prompt
-    if isinstance(prompt, str):
+    prompt, content = request.prompt, request.prompt.content
+    if isinstance(content, str):
         return
-    wrong = [item for item in prompt if isinstance(item, int) and not 0 <= item < vocab]
+    wrong = [item for item in content if isinstance(item, int) and not 0 <= item < vocab]
     yield bool(wrong), "token_ids", f"ids from 0 to {vocab - 1}", wrong[:5]
-    turns = [item for item in prompt if isinstance(item, Mapping)]
+    turns = [item for item in content if isinstance(item, Mapping)]
     if turns:
         yield from rules_of_turns(turns)
-        end = {"goes_on": request.continue_final_message, "starts": request.add_generation_prompt}
+        end = {"goes_on": prompt.continue_final_message, "starts": prompt.add_generation_prompt}
         yield from rules_of_the_end(turns, **end)
-    yield from rules_of_tools(request.tools)
-    yield from rules_of_variables(request.chat_template_kwargs)
+    yield from rules_of_tools(prompt.tools)
+    yield from rules_of_variables(prompt.chat_template_kwargs)
 
 
 def _numbers(request: Request, most: Mapping[str, int]) -> Iterator[Rule]:
     for name, usual in NUMBERS.items():
-        value = _field(request, name)
+        value = request.value_of(name)
         if value is not None:
             bound = replace(usual, high=min(usual.high, most[name])) if name in most else usual
             yield not bound.low <= value <= bound.high, name, str(bound), value
@@ -137,13 +138,13 @@ def _numbers(request: Request, most: Mapping[str, int]) -> Iterator[Rule]:
 
 def _lists(request: Request, vocab: int) -> Iterator[Rule]:
     for name, (most, longest) in TEXTS.items():
-        said = _field(request, name)
+        said = request.value_of(name)
         texts = (said,) if isinstance(said, str) else said or ()
         yield len(texts) > most, name, f"at most {most} texts", len(texts)
         wrong = sorted({len(text) for text in texts if not 0 < len(text) <= longest})
         yield bool(wrong), name, f"texts of 1 to {longest} characters", wrong
     for name, few in IDS.items():
-        most, ids = few or vocab, _field(request, name) or ()
+        most, ids = few or vocab, request.value_of(name) or ()
         yield len(ids) > most, name, f"at most {most} tokens", len(ids)
         foreign = [token for token in ids if not 0 <= token < vocab]
         yield bool(foreign), name, f"ids from 0 to {vocab - 1}", foreign[:5]
@@ -157,26 +158,21 @@ def _lists(request: Request, vocab: int) -> Iterator[Rule]:
 
 def _others(request: Request) -> Iterator[Rule]:
     sampling = request.sampling
-    alone = sampling.max_tokens == 0 and sampling.prompt_logprobs is None and request.pooling is None
+    alone = sampling.max_tokens == 0 and sampling.prompt_logprobs is None and request.output.pooling is None
     yield alone, "max_tokens", "at least 1, where no prompt_logprobs are asked for", 0
     most = math.inf if sampling.max_tokens is None else max(0, sampling.max_tokens)
     yield sampling.min_tokens > most, "min_tokens", "0 to max_tokens", sampling.min_tokens
-    yield request.truncate_prompt_tokens == 0, "truncate_prompt_tokens", "-1, or at least 1", 0
+    yield request.prompt.truncate_prompt_tokens == 0, "truncate_prompt_tokens", "-1, or at least 1", 0
     mode = sampling.logprobs_mode
     yield mode is not None and mode not in LOGPROBS_MODES, "logprobs_mode", " or ".join(LOGPROBS_MODES), mode
     yield sampling.allowed_token_ids == (), "allowed_token_ids", "at least one token", "none"
     wild = [value for value in sampling.logit_bias.values() if not -MAX_BIAS <= value <= MAX_BIAS]
     yield bool(wild), "logit_bias", f"{-MAX_BIAS:g} to {MAX_BIAS:g}", wild[:5]
     yield not SANE_ID.fullmatch(request.id), "request_id", "1 to 128 letters, digits, _, ., : or -", request.id
-    yield from _constraint(request.constraint)
+    yield from _constraint(request.output.constraint)
 
 
 def _constraint(constraint: Constraint | None) -> Iterator[Rule]:
     if constraint is not None:
         size, expected = len(constraint.text.encode()), f"at most {MAX_CONSTRAINT_BYTES} bytes"
         yield size > MAX_CONSTRAINT_BYTES, constraint.where, expected, size
-
-
-def _field(request: Request, name: str) -> Any:
-    """Return a field of a request, or of its sampling."""
-    return getattr(request.sampling if name in KNOBS else request, name)

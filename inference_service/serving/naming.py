@@ -11,7 +11,7 @@ from inference_service.adapters.mixing import agreed
 from inference_service.adapters.ports import GenerationFollower
 from inference_service.adapters.served_model import ServedModel
 from inference_service.adapters.texts import AdapterTexts
-from inference_service.serving.request import Request, Served
+from inference_service.serving.request import ModelReference, Request, Served
 from loramux_shared.faults import DeadlineExceeded, Finding, ReplicaBehind, RequestInvalid
 
 
@@ -35,35 +35,34 @@ class Naming:
             ModelNotFound: no such base or adapter.
             RequestInvalid: the name is that of no single version, or lora_path that of another adapter.
         """
-        if request.served is not None:
-            return request.served
-        if request.min_generation > self._catalog.generation:
-            await self._wait_for(request.min_generation, request.deadline_s)
-        model = (
-            self._mix(request) if request.adapters else self._catalog.resolve(request.model, request.sticky_key)
-        )
-        if request.lora_path is not None:
-            model = self._beside(model, request.lora_path, request)
+        asked = request.model
+        if asked.served is not None:
+            return asked.served
+        if asked.min_generation > self._catalog.generation:
+            await self._wait_for(asked.min_generation, request.scheduling.deadline_s)
+        model = self._mix(asked) if asked.adapters else self._catalog.resolve(asked.name, asked.sticky_key)
+        if asked.lora_path is not None:
+            model = self._beside(model, asked.lora_path, asked)
         return Served(model, self._catalog.generation)
 
-    def _mix(self, request: Request) -> ServedModel:
-        """Return what the adapters of a request are together; its model may name the base beside them."""
-        if request.model and self._catalog.resolve(request.model).name != self._catalog.base_name:
+    def _mix(self, asked: ModelReference) -> ServedModel:
+        """Return the blend of the adapters that a request names; its model may name the base beside them."""
+        if asked.name and self._catalog.resolve(asked.name).name != self._catalog.base_name:
             finding = Finding(
                 code="E_BAD_FIELD",
                 where="adapters",
                 expected="none beside a model, unless it is the base",
-                found=repr(request.model[:80]),
+                found=repr(asked.name[:80]),
                 fix="Name all of them in adapters, or all in model, as in a*0.7+b*0.5.",
             )
             raise RequestInvalid("the request names adapters twice.", [finding])
-        return self._catalog.mix(request.adapters, request.sticky_key, "adapters")
+        return self._catalog.mix(asked.adapters, asked.sticky_key, "adapters")
 
-    def _beside(self, model: ServedModel, path: str, request: Request) -> ServedModel:
+    def _beside(self, model: ServedModel, path: str, asked: ModelReference) -> ServedModel:
         """Return what model and lora_path name together: one adapter twice, or the base and an adapter."""
-        if path in (request.model, model.name):
+        if path in (asked.name, model.name):
             return model
-        found = self._catalog.resolve(path, request.sticky_key)
+        found = self._catalog.resolve(path, asked.sticky_key)
         if model.name != self._catalog.base_name and (found.name, found.digest) != (model.name, model.digest):
             finding = Finding(
                 code="E_BAD_FIELD",

@@ -6,7 +6,7 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncGenerator, Coroutine, Iterable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
 import numpy as np
@@ -44,7 +44,7 @@ async def pooled(service: GenerationService, requests: Sequence[Request]) -> Asy
     """
     if len(requests) > 1:
         served = await service.naming.choose(requests[0])
-        requests = [replace(request, served=served) for request in requests]
+        requests = [request.answered_by(served) for request in requests]
     most = max(1, min(AT_ONCE, service.max_queue // 2))  # the other half is for others
     async with aclosing(_in_order((_pooled(service, request) for request in requests), most)) as found:
         async for each in found:
@@ -111,7 +111,7 @@ async def scored(
             "Ask /classify for all of them.",
         )
     scorer = await service.scorer(model)
-    asked = [replace(request, served=served) for request in requests]
+    asked = [request.answered_by(served) for request in requests]
     async with aclosing(pooled(service, asked)) as found:
         async for prompt in found:
             yield ScoredPrompt(prompt, scorer, scorer.scores(prompt.vector))

@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Final, NamedTuple
 
 from inference_service.adapters.mixing import ScaledAdapter
 from inference_service.adapters.served_model import ServedModel
 from inference_service.core.constraint import ByEnding, Constraint
-from inference_service.core.sampling import KNOBS, Sampling
+from inference_service.core.sampling import Sampling
 from inference_service.core.sequence import FinishReason, Token, Vector
 from inference_service.text.text import Text
 from loramux_shared.faults import Finding, RequestInvalid
@@ -23,15 +23,13 @@ reasoning_content and reasoning (both the same)."""
 
 
 class TextPair(NamedTuple):
-    """Two texts that are looked at together, as the tokenizer joins them."""
+    """Two texts that the model reads together, as the tokenizer joins them."""
 
     first: str
     second: str
 
 
-NO_SAMPLING: Final = Sampling()
-"""Nothing is said about it."""
-Prompt = str | list[int] | list[Message] | TextPair
+PromptContent = str | list[int] | list[Message] | TextPair
 """Text, token ids, chat messages, or two texts."""
 
 
@@ -41,68 +39,133 @@ class Served:
 
     model: ServedModel
     generation: int
-    """Generation of the look-up."""
+    """The generation of the deployment in which the name was looked up."""
 
 
 @dataclass(frozen=True)
-class Request:
-    """A request for one or more answers; None means that the client left it unset."""
+class ModelReference:
+    """The model that is to answer a request."""
 
-    model: str
+    name: str = ""
     """A name, an alias, ``NAME@DIGEST``, ``BASE:NAME``, ``NAME*SCALE+NAME``: see `catalog.Catalog.resolve`."""
-    prompt: Prompt
-    sampling: Sampling = NO_SAMPLING
-    """Sampling of its answers' tokens, and their ends."""
+    adapters: tuple[ScaledAdapter, ...] = ()
+    """Adapters with scales; the name is empty or the base's then."""
+    lora_path: str | None = None
+    """An adapter of the base that the name stands for, or the named adapter again, as SGLang's clients say."""
     min_generation: int = 0
     """The name is looked up in this generation of the deployment, or in a later one."""
     sticky_key: str = ""
-    """Requests with the same one get the same model of an alias."""
-    adapters: tuple[ScaledAdapter, ...] = ()
-    """Adapters with scales; model is empty or the base's then."""
-    lora_path: str | None = None
-    """An adapter of the base that model names, or the same adapter once more; SGLang's clients name it so."""
+    """Requests with the same key get the same model of an alias."""
     served: Served | None = None
-    """The model, where the API has looked it up already: for the prompts of one call together."""
-    n: int = 1
-    """Answers; the first is the one that a request for one would have, the others have seeds of their own."""
-    pooling: Pooling | None = None
-    """The prompt's hidden states become a vector, as this says, and nothing is answered: max_tokens is 0."""
-    constraint: Constraint | None = None
-    constraint_by_ending: ByEnding | None = None
-    """The constraint where it depends on how the rendered prompt ends; comes before it."""
-    skip_special_tokens: bool = True
-    """Leave special tokens out of the text."""
-    shown_special_tokens: tuple[str, ...] = ()
-    """These are in the text all the same, where the tokenizer has them."""
-    add_generation_prompt: bool = True
-    """End rendered messages with the beginning of the assistant's turn."""
-    continue_final_message: bool = False
-    """End rendered messages within the last one, which the answers go on with."""
-    add_special_tokens: bool | None = None
-    """Tokenize with the special tokens that the tokenizer adds itself; None: a text, but not messages."""
-    truncate_prompt_tokens: int | None = None
-    """Leave out the beginning of a prompt with more tokens; -1: of one that leaves the answer no room."""
+    """The result of a lookup that was made already, as for the prompts of one call together."""
+
+
+@dataclass(frozen=True)
+class RequestPrompt:
+    """The prompt of a request, and how it becomes tokens."""
+
+    content: PromptContent
     tools: tuple[Mapping[str, Any], ...] = ()
     """Rendered by the chat template."""
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     """Variables of the chat template beside the usual ones, such as ``enable_thinking``."""
-    cache_salt: str | None = None
-    """Only requests with the same one find each other's prompts in the prefix cache."""
+    add_generation_prompt: bool = True
+    """End rendered messages with the beginning of the assistant's turn."""
+    continue_final_message: bool = False
+    """End rendered messages within the last one, which the answers continue."""
+    add_special_tokens: bool | None = None
+    """Tokenize with the special tokens that the tokenizer adds itself; None: for texts, not for messages."""
+    truncate_prompt_tokens: int | None = None
+    """Leave out the beginning of a prompt with more tokens; -1: of one that leaves the answer no room."""
+
+
+@dataclass(frozen=True)
+class OutputOptions:
+    """The answers of a request: how many, of which kind and in which form."""
+
+    n: int = 1
+    """Answers; the first is the one that a request for one would have, the others have seeds of their own."""
+    pooling: Pooling | None = None
+    """How the prompt's hidden states become a vector, where that is the answer; max_tokens is 0 then."""
+    constraint: Constraint | None = None
+    constraint_by_ending: ByEnding | None = None
+    """The constraint where it depends on how the rendered prompt ends; takes precedence."""
+    skip_special_tokens: bool = True
+    """Leave special tokens out of the text."""
+    shown_special_tokens: tuple[str, ...] = ()
+    """Special tokens that stay in the text all the same, where the tokenizer has them."""
+
+
+@dataclass(frozen=True)
+class SchedulingOptions:
+    """The place of a request beside others: its order, its end, and whose cached prompts it may use."""
+
     priority: int = 0
+    """Higher first."""
     deadline_s: float | None = None
     """On the clock of ``time.monotonic``."""
+    cache_salt: str | None = None
+    """Only requests with the same salt find each other's prompts in the prefix cache."""
+
+
+NO_SAMPLING: Final = Sampling()
+ONE_ANSWER: Final = OutputOptions()
+NO_PREFERENCE: Final = SchedulingOptions()
+"""Parts of a request that says nothing about them."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """A request for one or more answers; in every part, None means that the client left a field unset."""
+
+    model: ModelReference
+    prompt: RequestPrompt
+    sampling: Sampling = NO_SAMPLING
+    """How the tokens of the answers are drawn, and when the answers end."""
+    output: OutputOptions = ONE_ANSWER
+    scheduling: SchedulingOptions = NO_PREFERENCE
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     """For logs, traces and the client; nothing is looked up by it, and two requests may have the same."""
 
     @classmethod
-    def of(cls, model: str, prompt: Prompt, **flat: Any) -> Request:
-        """Return a request from its fields and those of its sampling, side by side as wire formats have them.
+    def of(cls, model: str, prompt: PromptContent, **flat: Any) -> Request:
+        """Return a request from the fields of all its parts side by side, as the APIs' field tables have them.
 
         A field of the sampling that is None is not set.
         """
-        sampling = {name: flat.pop(name) for name in KNOBS.keys() & flat.keys()}
-        given = {name: value for name, value in sampling.items() if value is not None}
-        return cls(model, prompt, Sampling(**given) if given else NO_SAMPLING, **flat)
+        parts: dict[str, dict[str, Any]] = {part: {} for part in _KINDS}
+        own = {"id": flat.pop("id")} if "id" in flat else {}
+        for name, value in flat.items():
+            part = PARTS[name]
+            if value is not None or part != "sampling":
+                parts[part][name] = value
+        return cls(
+            ModelReference(model, **parts["model"]),
+            RequestPrompt(prompt, **parts["prompt"]),
+            Sampling(**parts["sampling"]) if parts["sampling"] else NO_SAMPLING,
+            OutputOptions(**parts["output"]) if parts["output"] else ONE_ANSWER,
+            SchedulingOptions(**parts["scheduling"]) if parts["scheduling"] else NO_PREFERENCE,
+            **own,
+        )
+
+    def value_of(self, name: str) -> Any:
+        """Return a field of one of the parts."""
+        return getattr(getattr(self, PARTS[name]), name)
+
+    def answered_by(self, served: Served) -> Request:
+        """Return the request with the result of its lookup."""
+        return replace(self, model=replace(self.model, served=served))
+
+
+_KINDS: Final[Mapping[str, type]] = {
+    "model": ModelReference,
+    "prompt": RequestPrompt,
+    "sampling": Sampling,
+    "output": OutputOptions,
+    "scheduling": SchedulingOptions,
+}
+PARTS: Final[Mapping[str, str]] = {each.name: part for part, kind in _KINDS.items() for each in fields(kind)}
+"""The part of a request that has a field, by the field's name."""
 
 
 @dataclass(frozen=True)
@@ -111,32 +174,32 @@ class Started:
 
     request_id: str
     model: ServedModel
-    """Model that answers it to the end."""
+    """The model that answers, to the end."""
     generation: int
-    """Generation by which its name was looked up."""
+    """The generation in which its name was looked up."""
     prompt_tokens: int
     text: Text
-    """Tokenizer of its tokens."""
+    """What the model's tokens mean."""
     prompt_token_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class PromptLogprobs:
-    """All tokens of the prompt; comes once, before the first Delta, when the request asks for it."""
+    """The scored tokens of the prompt; sent once, before the first Delta, when the request asks for them."""
 
     tokens: tuple[Token, ...]
-    """The first has no log probability: nothing stands before it."""
+    """The first token has no log probability, since nothing stands before it."""
 
 
 @dataclass(frozen=True)
 class Pooled:
-    """The hidden states of the prompt as one vector; comes once, and no Delta comes beside it."""
+    """The hidden states of the prompt as one vector; sent once, in place of Deltas."""
 
     vector: Vector
 
 
 WORDLESS: Final = 4
-"""Tokens without text for which the beginning of an answer waits: the bytes of a character."""
+"""Tokens without text that are held back at the beginning of an answer: the bytes of a character."""
 
 
 @dataclass(frozen=True)
@@ -172,10 +235,17 @@ STICKY_KEY: Final = "x-loramux-key"
 MAX_GENERATION: Final = 2**63 - 1
 
 
-def hinted(headers: Mapping[str, str], min_generation: int = 0, sticky_key: str = "") -> dict[str, Any]:
-    """Return the fields of a request that are also said in headers, from these and from the body's own.
+class Hints(NamedTuple):
+    """Fields of a `ModelReference` that can also be given in headers or metadata."""
 
-    Of two generations the higher one counts, and a header's key comes before the body's: proxies set headers.
+    min_generation: int
+    sticky_key: str
+
+
+def hinted(headers: Mapping[str, str], min_generation: int = 0, sticky_key: str = "") -> Hints:
+    """Return what headers and the body say together.
+
+    Of two generations the higher one counts; a header's key takes precedence, since proxies set headers.
 
     Raises:
         RequestInvalid: a header is no number, or the number is none of a generation.
@@ -186,7 +256,7 @@ def hinted(headers: Mapping[str, str], min_generation: int = 0, sticky_key: str 
     wanted = max(int(said), min_generation)
     if wanted > MAX_GENERATION:
         raise _out_of_bounds("min_generation", str(wanted))
-    return {"min_generation": wanted, "sticky_key": headers.get(STICKY_KEY) or sticky_key}
+    return Hints(wanted, headers.get(STICKY_KEY) or sticky_key)
 
 
 def _out_of_bounds(where: str, found: str) -> RequestInvalid:

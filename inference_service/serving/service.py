@@ -31,7 +31,6 @@ from inference_service.serving.request import (
     Event,
     Finished,
     Message,
-    Prompt,
     PromptLogprobs,
     Request,
     Served,
@@ -55,7 +54,6 @@ __all__ = [
     "Finished",
     "GenerationService",
     "Message",
-    "Prompt",
     "PromptLogprobs",
     "Request",
     "ServingLimits",
@@ -137,16 +135,17 @@ class GenerationService:
         with following(request, self._watchers) as follower, self._working():
             served = await self.naming.choose(request)
             model = follower.record.model = served.model
-            if request.pooling is None:
+            if request.output.pooling is None:
                 require_text(model)
             check(request, model.vocab or self.text.vocab, self._engine.max_queue, self.limits.max_seq_len)
             with self._limiter.admit(model, ACCESS.get(), self.catalog.deployed.limits) as ticket:
                 defaults = await self.naming.defaults(model)
                 terms = self._terms(request, defaults)
                 tokens = await terms.prompt(self.limits.max_seq_len)
-                if request.constraint_by_ending is not None:
-                    made = request.constraint_by_ending.behind(terms.text.end_of(tokens))
-                    terms = replace(terms, request=replace(request, constraint=made))
+                if (by_ending := request.output.constraint_by_ending) is not None:
+                    constraint = by_ending.behind(terms.text.end_of(tokens))
+                    output = replace(request.output, constraint=constraint)
+                    terms = replace(terms, request=replace(request, output=output))
                 answers = await self._answers(terms, model, tokens, ticket)
                 seqs = [answer.seq for answer in answers.values()]
                 follower.submitted(seqs)
@@ -237,7 +236,8 @@ class GenerationService:
             yield
         except BaseException:
             with following(request, self._watchers) as follower:
-                follower.record.model = request.served.model if request.served else None
+                served = request.model.served
+                follower.record.model = served.model if served else None
                 raise
 
     def _terms(self, request: Request, defaults: AdapterDefaults) -> Terms:
@@ -248,10 +248,10 @@ class GenerationService:
         self, terms: Terms, model: ServedModel, tokens: list[int], ticket: Ticket
     ) -> dict[str, Answer]:
         """Return the n answers of a request by the ids of their sequences."""
-        request = terms.request
+        request, output, scheduling = terms.request, terms.request.output, terms.request.scheduling
         sampling = await terms.sampling(len(tokens))
         grammars = await terms.grammars(self._constraints)
-        number, where = next(_numbers), request.constraint.where if request.constraint else ""
+        number, where = next(_numbers), output.constraint.where if output.constraint else ""
         stop_tokens = frozenset(request.sampling.stop_token_ids) - terms.ends
         adapter, invocation = activation(model.mixture or model.adapter, tokens)
         answers: dict[str, Answer] = {}
@@ -261,12 +261,12 @@ class GenerationService:
                 tokens,
                 of_answer(sampling, index),
                 adapter,
-                priority=request.priority,
-                deadline_s=request.deadline_s,
+                priority=scheduling.priority,
+                deadline_s=scheduling.deadline_s,
                 grammar=grammar,
                 invocation=invocation,
-                pooling=request.pooling,
-                cache_salt=request.cache_salt or "",
+                pooling=output.pooling,
+                cache_salt=scheduling.cache_salt or "",
                 model=model.name,
                 counted=model.names if model.parts else (),
                 flow=ticket.flow,
@@ -275,8 +275,8 @@ class GenerationService:
             stops = StopTexts(request.sampling.stop, keep=request.sampling.include_stop_str_in_output)
             detokenizer = terms.text.detokenizer(
                 tokens,
-                skip_special_tokens=request.skip_special_tokens,
-                shown=request.shown_special_tokens,
+                skip_special_tokens=output.skip_special_tokens,
+                shown=output.shown_special_tokens,
             )
             answers[seq.id] = Answer(index, seq, detokenizer, stops, stop_tokens, where)
         return answers

@@ -61,26 +61,26 @@ class Terms:
             PromptTooLong: it has more.
             RequestInvalid: it is empty, or the template refuses its messages.
         """
-        request, text = self.request, self.text
-        prompt, cut = request.prompt, request.truncate_prompt_tokens
+        asked, text = self.request.prompt, self.text
+        prompt, cut = asked.content, asked.truncate_prompt_tokens
         if cut is not None:
             most = countable(most)
         if isinstance(prompt, TextPair):
-            special = request.add_special_tokens is not False
+            special = asked.add_special_tokens is not False
             tokens = await asyncio.to_thread(text.encode_pair, prompt, most, add_special_tokens=special)
         elif isinstance(prompt, str):
-            special = request.add_special_tokens is not False
+            special = asked.add_special_tokens is not False
             tokens = await asyncio.to_thread(text.encode_prompt, prompt, most, add_special_tokens=special)
         elif prompt and isinstance(prompt[0], Mapping):
             tokens = await text.encode_messages(
                 [item for item in prompt if isinstance(item, Mapping)],
                 most,
                 self.defaults.template,
-                request.tools,
-                request.chat_template_kwargs,
-                add_generation_prompt=request.add_generation_prompt,
-                add_special_tokens=bool(request.add_special_tokens),
-                continue_final_message=request.continue_final_message,
+                asked.tools,
+                asked.chat_template_kwargs,
+                add_generation_prompt=asked.add_generation_prompt,
+                add_special_tokens=bool(asked.add_special_tokens),
+                continue_final_message=asked.continue_final_message,
             )
         else:
             tokens = [item for item in prompt if isinstance(item, int)]
@@ -90,7 +90,8 @@ class Terms:
         if cut == -1:
             longest = self.limits.max_seq_len
             usual = min(self.default_max_tokens or 1, longest - 1)
-            cut = longest - (usual if request.sampling.max_tokens is None else request.sampling.max_tokens)
+            most_new = self.request.sampling.max_tokens
+            cut = longest - (usual if most_new is None else most_new)
         return tokens if cut is None or cut < 1 else tokens[-cut:]
 
     async def grammars(self, constraints: Constraints) -> list[Grammar | None]:
@@ -99,17 +100,18 @@ class Terms:
         Raises:
             RequestInvalid: the constraint is too long, or cannot be followed, and is not optional.
         """
-        request, constraint = self.request, self.request.constraint
+        output = self.request.output
+        constraint = output.constraint
         if constraint is None:
-            return [None] * request.n
+            return [None] * output.n
         try:
             check_constraint(constraint)
             compiled = await constraints.compile(constraint, self.text)
         except RequestInvalid:
             if not constraint.optional:
                 raise
-            return [None] * request.n
-        return [compiled.begin(self._ends_of_text, optional=constraint.optional) for _ in range(request.n)]
+            return [None] * output.n
+        return [compiled.begin(self._ends_of_text, optional=constraint.optional) for _ in range(output.n)]
 
     async def sampling(self, prompt_tokens: int) -> SamplingParams:
         """Return what the answers to a prompt of so many tokens are drawn by.
@@ -141,7 +143,7 @@ class Terms:
         request = self.request
         if request.sampling.allowed_token_ids is None:
             return None
-        ends = self._ends_of_text if request.constraint else frozenset()
+        ends = self._ends_of_text if request.output.constraint else frozenset()
         allowed = np.zeros(self.text.vocab, np.bool_)
         allowed[[*request.sampling.allowed_token_ids, *ends]] = True
         return packed(allowed)

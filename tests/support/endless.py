@@ -44,11 +44,11 @@ class Endless(Scripted):
         """Go on and on."""
         self.open += 1
         try:
-            yield Started(request.id, self.catalog.get(request.model), 7, 2, self.text)
+            yield Started(request.id, self.catalog.get(request.model.name), 7, 2, self.text)
             while True:
                 yield Delta("x" * PIECE, (Token(5),), 0)
                 self.pieces += 1
-                await (asyncio.Event().wait() if request.prompt == "WAIT" else asyncio.sleep(0))
+                await (asyncio.Event().wait() if request.prompt.content == "WAIT" else asyncio.sleep(0))
         finally:
             self.open -= 1
 

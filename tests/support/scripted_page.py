@@ -69,10 +69,10 @@ class ScriptedPage(GenerationService):
 
     async def generate(self, request: Request) -> AsyncGenerator[Event]:
         """Say what is written."""
-        self.asked.append(request.model)
-        model = self.catalog.get(request.model)
+        self.asked.append(request.model.name)
+        model = self.catalog.get(request.model.name)
         yield Started(request.id, model, self.catalog.generation, 2, self.text)
-        pieces = self._says.get(request.model, ("Ahoy", "!"))
+        pieces = self._says.get(request.model.name, ("Ahoy", "!"))
         for piece in pieces:
             if isinstance(piece, Exception):
                 raise piece

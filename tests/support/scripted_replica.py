@@ -44,7 +44,7 @@ class Named(Scripted):
 
     async def generate(self, request: Request) -> AsyncGenerator[Event]:
         """Answer once there are tokens."""
-        model = self.catalog.get(request.model)
+        model = self.catalog.get(request.model.name)
         if self.refuses is not None:
             raise self.refuses
         self.asked += 1
@@ -55,7 +55,7 @@ class Named(Scripted):
                 yield Delta("", (Token(5),), 0)  # part of a character
             await self.tokens.wait()
             yield Delta(self.name, (Token(5),), 0)
-            if request.prompt == "WAIT":
+            if request.prompt.content == "WAIT":
                 await self.ends.wait()
             yield Finished(FinishReason.STOP, "", 2, 0, 1, 0)
         finally:

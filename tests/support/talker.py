@@ -47,7 +47,7 @@ class Talker(Scripted):
     def last(self) -> Sequence[Any]:
         """The messages of the last request."""
         [*_, request] = self.asked
-        return request.prompt
+        return request.prompt.content
 
 
 class TalkerDoor(Door):

@@ -32,7 +32,7 @@ def said_beside(context: grpc.aio.ServicerContext, sticky_key: str = "") -> dict
     refuse_rank(metadata.get(RANK, "0"), RANK)
     remaining = context.time_remaining()
     deadline_s = None if remaining is None else time.monotonic() + remaining
-    return {"deadline_s": deadline_s} | hinted(metadata, 0, sticky_key)
+    return {"deadline_s": deadline_s} | hinted(metadata, 0, sticky_key)._asdict()
 
 
 def refuse_rank(rank: object, where: str) -> None:

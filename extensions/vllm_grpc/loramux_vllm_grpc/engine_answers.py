@@ -21,7 +21,7 @@ class Telling:
         self._stream = stream
         self._prompt_tokens = 0
         self._prompt: tuple[Token, ...] = ()
-        self._n = request.n
+        self._n = request.output.n
         self._said: dict[int, list[Token]] = {0: []}
         """Tokens of the answers that are not complete; before the request is accepted, n is only a number."""
 

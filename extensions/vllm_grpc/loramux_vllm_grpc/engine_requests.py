@@ -6,7 +6,7 @@ from typing import Any, Final
 
 import grpc
 
-from inference_service.serving.request import Prompt, Request
+from inference_service.serving.request import PromptContent, Request
 from inference_service.serving.sizes import check_ids, countable
 from loramux_shared.pooling import Pooling
 from loramux_vllm_grpc.calling import refuse_rank, said_beside
@@ -92,7 +92,7 @@ def embedding_of(
     return Request.of(model, prompt, max_tokens=0, pooling=pooling, **own | said_beside(context))
 
 
-def _prompt(message: pb.GenerateRequest, max_seq_len: int) -> Prompt:
+def _prompt(message: pb.GenerateRequest, max_seq_len: int) -> PromptContent:
     kind = message.WhichOneof("input")
     if kind == "text":
         return str(message.text)

@@ -35,8 +35,8 @@ class VllmInferenceServicer(inference_pb2_grpc.InferenceServicer):
         """Answer once; there is room for a single answer."""
         with spelled_out():
             asked = self._asked(request, context)
-            if asked.n > 1:
-                raise _too_many(asked.n)
+            if asked.output.n > 1:
+                raise _too_many(asked.output.n)
             async with aclosing(self._told(asked, request)) as messages:
                 return whole([message async for message in messages])
 
@@ -51,7 +51,8 @@ class VllmInferenceServicer(inference_pb2_grpc.InferenceServicer):
 
     def _asked(self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext) -> Request:
         asked = request_of(request, context, self._service.limits.max_seq_len)
-        return asked if asked.model else replace(asked, model=self._service.catalog.base_name)
+        base = self._service.catalog.base_name
+        return asked if asked.model.name else replace(asked, model=replace(asked.model, name=base))
 
     async def _told(self, asked: Request, request: pb.GenerateRequest) -> AsyncGenerator[pb.GenerateResponse]:
         """Yield the messages of a request; what is told of the prompt alone waits for the first token."""

@@ -24,7 +24,7 @@ class Telling:
         self.ends: Collection[int] = ()
         """Tokens that end a text."""
         self._started: Started | None = None
-        self._n = request.n
+        self._n = request.output.n
         self._counts = {0: 0}
         """Tokens of the answers that are not complete; before the request is accepted, n is only a number."""
         self._last = -1

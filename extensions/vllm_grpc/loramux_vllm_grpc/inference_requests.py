@@ -7,7 +7,7 @@ from typing import Any, Final
 
 import grpc
 
-from inference_service.serving.request import Prompt, Request
+from inference_service.serving.request import PromptContent, Request
 from inference_service.serving.sizes import check_ids, countable
 from loramux_shared.faults import Finding, RequestInvalid
 from loramux_vllm_grpc.calling import said_beside
@@ -112,7 +112,7 @@ def _salt(kv: pb.KVCacheParameters) -> str | None:
     return uuid.uuid4().hex if kv.bypass_prefix_cache else kv.cache_salt or None
 
 
-def _prompt(message: pb.GenerateRequest, max_seq_len: int) -> Prompt:
+def _prompt(message: pb.GenerateRequest, max_seq_len: int) -> PromptContent:
     kind = message.WhichOneof("prompt")
     if kind == "text":
         return str(message.text)

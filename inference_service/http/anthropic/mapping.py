@@ -70,7 +70,7 @@ def _rest(body: Turns, headers: Mapping[str, str]) -> Request:
     if isinstance(body, MessagesBody):
         own["stop"] = tuple(body.stop_sequences or ())
         user = body.metadata.user_id if body.metadata else None
-    return Request.of(**request_fields(body) | own | hinted(headers, sticky_key=user or ""))
+    return Request.of(**request_fields(body) | own | hinted(headers, sticky_key=user or "")._asdict())
 
 
 def _check_last(body: Turns, calls: bool, says: bool, constrained: bool) -> None:

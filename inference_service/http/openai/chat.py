@@ -255,7 +255,7 @@ class Chat:
         names = TokenNames(started.text, bool(self._body.return_tokens_as_token_ids))
         scored = names if self._body.logprobs else None
         ids = bool(self._body.return_token_ids)
-        indices = range(self._conversation.request.n)
+        indices = range(self._conversation.request.output.n)
         self._choices = [ChatChoice(index, self._body.stop, scored, ids=ids) for index in indices]
         if ids:
             self._prompt["prompt_token_ids"] = list(started.prompt_token_ids)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Collection, Sequence
 from contextlib import aclosing
-from dataclasses import replace
 
 from starlette.requests import Request as HttpRequest
 
@@ -163,7 +162,7 @@ class CompletionAnswer:
         self._service = service
         self._body = body
         self._requests = requests
-        self._n = requests[0].n
+        self._n = requests[0].output.n
         self.head = Head(f"cmpl-{requests[0].id}", body.model)
         self._choices: list[list[CompletionChoice]] = [[] for _ in requests]
         """Choices by prompt; made when its request was accepted: before that, n is only a client's number."""
@@ -217,7 +216,7 @@ class CompletionAnswer:
         """Yield every choice that tells something new; one version answers all prompts."""
         if len(self._requests) > 1:
             served = await self._service.naming.choose(self._requests[0])
-            self._requests = [replace(request, served=served) for request in self._requests]
+            self._requests = [request.answered_by(served) for request in self._requests]
         async with aclosing(merged([self._service.generate(request) for request in self._requests])) as events:
             async for number, event in events:
                 for part in self._read(number, event):

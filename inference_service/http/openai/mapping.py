@@ -29,7 +29,7 @@ from inference_service.http.openai.schema import (
 )
 from inference_service.http.wire.body import names, request_fields
 from inference_service.serving.bounds import MAX_LOGPROBS, refused
-from inference_service.serving.request import Prompt, Request, hinted
+from inference_service.serving.request import PromptContent, Request, hinted
 from inference_service.serving.service import GenerationService
 
 STRUCTURED = "structured_outputs"
@@ -142,14 +142,16 @@ def completion_requests(
     ]
 
 
-def request_of(body: SamplingBody, headers: Mapping[str, str], *, prompt: Prompt = "", **own: Any) -> Request:
+def request_of(
+    body: SamplingBody, headers: Mapping[str, str], *, prompt: PromptContent = "", **own: Any
+) -> Request:
     """Return the request of a body: what it takes over, then what means something else here.
 
     Raises:
         RequestInvalid: a header is wrong.
     """
     own |= {"prompt": prompt, "usual_temperature": DEFAULT_TEMPERATURE, "priority": -(body.priority or 0)}
-    own |= hinted(headers, body.min_generation or 0, body.user or "")
+    own |= hinted(headers, body.min_generation or 0, body.user or "")._asdict()
     if body.request_id is not None:
         own["id"] = body.request_id
     return Request.of(**request_fields(body) | own)

@@ -23,7 +23,7 @@ from inference_service.serving.pooling import (
     pooling_of,
     shaped,
 )
-from inference_service.serving.request import Prompt, Request, hinted
+from inference_service.serving.request import PromptContent, Request, hinted
 from inference_service.serving.service import GenerationService
 from loramux_shared.pooling import Pooling
 
@@ -70,7 +70,7 @@ async def embeddings(service: GenerationService, http: HttpRequest) -> Reply[Emb
 
 
 def pooling_requests(
-    body: PoolingBody, prompts: Sequence[Prompt], pooling: Pooling, headers: Mapping[str, str]
+    body: PoolingBody, prompts: Sequence[PromptContent], pooling: Pooling, headers: Mapping[str, str]
 ) -> list[Request]:
     """Return a request for each prompt.
 
@@ -78,7 +78,7 @@ def pooling_requests(
         RequestInvalid: a header is wrong.
     """
     own: dict[str, Any] = {"pooling": pooling, "max_tokens": 0, "priority": -(body.priority or 0)}
-    own |= hinted(headers, body.min_generation or 0, body.user or "")
+    own |= hinted(headers, body.min_generation or 0, body.user or "")._asdict()
     if body.request_id is not None:
         own["id"] = body.request_id
     fields = request_fields(body) | own

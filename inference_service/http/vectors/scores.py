@@ -14,7 +14,7 @@ from inference_service.http.wire.body import in_words_of, read_body
 from inference_service.http.wire.reply import Reply, while_connected
 from inference_service.serving.bounds import refused
 from inference_service.serving.pooling import ScoredPrompt, scored
-from inference_service.serving.request import Prompt, Request, TextPair
+from inference_service.serving.request import PromptContent, Request, TextPair
 from inference_service.serving.service import GenerationService
 from loramux_shared.pooling import Pooling
 
@@ -143,7 +143,7 @@ async def _scored(
     service: GenerationService,
     http: HttpRequest,
     body: ScoringBody,
-    prompts: Sequence[Prompt],
+    prompts: Sequence[PromptContent],
     labels: int | None = None,
 ) -> list[ScoredPrompt]:
     requests = pooling_requests(body, prompts, Pooling.LAST, http.headers)

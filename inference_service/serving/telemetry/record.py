@@ -97,7 +97,7 @@ class RequestRecord:
     @property
     def ttft_s(self) -> float | None:
         """Seconds from arrival to the first token; None of a vector, which has none."""
-        return _between(self.arrived_s, None if self.request.pooling else self.first_s)
+        return _between(self.arrived_s, None if self.request.output.pooling else self.first_s)
 
     @property
     def duration_s(self) -> float | None:

@@ -36,7 +36,7 @@ class RequestLog:
     def ended(self, record: RequestRecord) -> None:
         """Write the line, in the context of the call: with the id that the server gave it."""
         said: Mapping[int, str] = self._said.pop(id(record), {})
-        texts = {"prompt": record.request.prompt, "answers": [said[index] for index in sorted(said)]}
+        texts = {"prompt": record.request.prompt.content, "answers": [said[index] for index in sorted(said)]}
         record.context.run(_write, record, texts if self._texts else {})
 
 
@@ -46,7 +46,7 @@ def _write(record: RequestRecord, texts: Mapping[str, Any]) -> None:
         "request ended",
         request_id=get_contextvars().get("request_id", request.id),
         id=request.id,
-        model=model.name if model else request.model[:MAX_NAME],
+        model=model.name if model else request.model.name[:MAX_NAME],
         digest=model.digest[:12] if model else "",
         outcome=record.outcome,
         finish=[answer.finish.value if answer.finish else None for answer in record.answers],

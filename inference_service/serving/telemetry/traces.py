@@ -80,9 +80,9 @@ def _phases(record: RequestRecord) -> Iterator[RequestPhase]:
 
 
 def _operation(request: Request) -> str:
-    if request.pooling is not None:
+    if request.output.pooling is not None:
         return "embeddings"
-    prompt = request.prompt
+    prompt = request.prompt.content
     messages = isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], Mapping)
     return "chat" if messages else "text_completion"
 
@@ -92,8 +92,8 @@ def _attributes(record: RequestRecord, operation: str) -> Mapping[str, Attribute
     known: dict[str, AttributeValue | None] = {
         "gen_ai.operation.name": operation,
         "gen_ai.provider.name": PROVIDER,
-        "gen_ai.request.model": request.model[:128],
-        "gen_ai.request.choice.count": request.n,
+        "gen_ai.request.model": request.model.name[:128],
+        "gen_ai.request.choice.count": request.output.n,
         "gen_ai.request.max_tokens": request.sampling.max_tokens,
         "gen_ai.request.temperature": record.temperature,
         "gen_ai.request.top_p": request.sampling.top_p,

@@ -331,7 +331,7 @@ async def test_what_is_thought_comes_apart(tmp_path: Path) -> None:
             kinds = list(dict.fromkeys([event.type async for event in stream if event.type in KINDS]))
             thinking, text = (await stream.get_final_message()).content
         hidden = await client.messages.create(**SENT, thinking={"type": "adaptive", "display": "omitted"})
-        variables = service.asked[0].chat_template_kwargs
+        variables = service.asked[0].prompt.chat_template_kwargs
     assert kinds == ["thinking", "signature", "text"]
     assert (thinking.type, thinking.thinking, text.text) == ("thinking", "I look.", "The sky.")  # type: ignore[union-attr]
     assert thinking.signature == hidden.content[0].signature != ""  # type: ignore[union-attr]
@@ -372,5 +372,5 @@ async def test_the_clients_tool_runner_runs_tools(tmp_path: Path) -> None:
         )
         last = await runner.until_done()
     assert last.content[0].text == "It is blue."
-    assert [message["role"] for message in service.asked[-1].prompt] == ["user", "assistant", "tool"]  # type: ignore[index]
-    assert service.asked[-1].prompt[-1]["content"] == "sky is blue"  # type: ignore[index]
+    assert [message["role"] for message in service.asked[-1].prompt.content] == ["user", "assistant", "tool"]  # type: ignore[index]
+    assert service.asked[-1].prompt.content[-1]["content"] == "sky is blue"  # type: ignore[index]

@@ -179,7 +179,7 @@ async def test_the_response_tells_what_was_asked(door: TalkerDoor) -> None:
     [request] = door.talker.asked[-1:]
     assert (request.sampling.max_tokens, request.sampling.temperature, request.sampling.top_p) == (9, 0.25, 0.5)
     assert (request.sampling.presence_penalty, request.sampling.frequency_penalty) == (0.5, 0.25)
-    assert request.sticky_key == "u"
+    assert request.model.sticky_key == "u"
 
 
 async def test_the_client_streams(door: TalkerDoor) -> None:
@@ -200,8 +200,8 @@ async def test_the_client_parses(door: TalkerDoor) -> None:
     answer = await door.openai.responses.parse(**ASKED, text_format=Verdict)
     assert answer.output_parsed == Verdict(fine=True, color="red")
     [request] = door.talker.asked[-1:]
-    assert request.constraint
-    assert json.loads(request.constraint.text)["required"] == ["fine", "color"]
+    assert request.output.constraint
+    assert json.loads(request.output.constraint.text)["required"] == ["fine", "color"]
 
 
 async def test_a_loop_of_tools(door: TalkerDoor) -> None:
@@ -236,7 +236,7 @@ async def test_functions_of_a_namespace(door: TalkerDoor) -> None:
     answer = check_response((await door.post(PATH, **ASKED, tools=[WEATHER, namespace])).json())
     [call] = answer["output"]
     assert (call["namespace"], call["name"]) == ("sky", "weather")
-    functions = [tool["function"] for tool in door.talker.asked[-1].tools]
+    functions = [tool["function"] for tool in door.talker.asked[-1].prompt.tools]
     assert [each["name"] for each in functions] == ["weather", "sky__weather", "sky__time"]
     assert [each.get("description") for each in functions] == [
         None,
@@ -309,7 +309,10 @@ async def test_the_question_for_a_summary_is_no_second_turn_of_the_user(door: Ta
     answer = (await door.post(COMPACT, **ASKED, instructions="Be brief.", temperature=0.5)).json()
     assert door.talker.last == [SYSTEM, {"role": "user", "content": f"Hi\n\n{ASK}"}]
     [request] = door.talker.asked[-1:]
-    assert (request.sampling.temperature, request.chat_template_kwargs["enable_thinking"]) == (0.5, False)
+    assert (request.sampling.temperature, request.prompt.chat_template_kwargs["enable_thinking"]) == (
+        0.5,
+        False,
+    )
     [compaction] = answer["output"]
     assert uncarried(compaction["encrypted_content"]) == "So."
     assert answer["usage"]["output_tokens_details"]["reasoning_tokens"]

@@ -81,7 +81,7 @@ async def found_by(world: tuple[World, MemoryStore], kind: Kind, text: str, **fi
 async def ask(ready: Ready, kind: Kind, text: str = "", **fields: Any) -> list[tuple[str, FinishReason]]:
     """Text and end of every answer."""
     request = Request.of(fields.pop("model", "base"), PROMPT, constraint=Constraint(kind, text), **fields)
-    texts, ends = ["" for _ in range(request.n)], {}
+    texts, ends = ["" for _ in range(request.output.n)], {}
     async for event in ready.service.generate(request):
         if isinstance(event, Delta):
             texts[event.index] += event.text

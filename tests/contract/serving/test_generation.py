@@ -204,7 +204,7 @@ async def test_a_bad_request_does_not_disturb_good_ones(service: Service) -> Non
             await service.events(**fields)
 
     async def left() -> None:
-        async with aclosing(service.ready.service.generate(Request("rs", PROMPT, n=3))) as events:
+        async with aclosing(service.ready.service.generate(Request.of("rs", PROMPT, n=3))) as events:
             await anext(events)
 
     found, *_ = await asyncio.gather(

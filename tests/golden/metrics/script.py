@@ -58,7 +58,7 @@ def everything() -> Scrape:
     """Serve one request, and scrape."""
     metrics = replica(SequenceCounts({}, {}))
     metrics.show(fixed_manager(Catalog(1, "base", MODELS)))
-    with following(Request("pirate", "Hi"), [metrics]) as follower:
+    with following(Request.of("pirate", "Hi"), [metrics]) as follower:
         follower.record.model = MODELS[1]
         follower.submitted([Sequence("0", [1, 2], SamplingParams())])
         follower.record.answers[0].seq.progress.began_s = follower.record.submitted_s

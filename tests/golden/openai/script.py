@@ -204,8 +204,8 @@ class Scripted(GenerationService):
     async def generate(self, request: Request) -> AsyncGenerator[Event]:
         """Say what the case says."""
         check(request, self.text.vocab, max_queue=16, max_seq_len=self.limits.max_seq_len)
-        prompt = request.prompt if isinstance(request.prompt, str) else "??"
-        yield Started(request.id, self.catalog.get(request.model), 7, len(prompt), self.text)
+        prompt = request.prompt.content if isinstance(request.prompt.content, str) else "??"
+        yield Started(request.id, self.catalog.get(request.model.name), 7, len(prompt), self.text)
         if request.sampling.prompt_logprobs is not None:
             yield PromptLogprobs((Token(36), Token(37, -1.5, ((38, -0.25),))))
         steps = [answer.split("|") for answer in self._case.answers]

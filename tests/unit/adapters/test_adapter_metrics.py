@@ -40,7 +40,7 @@ def metrics_of(replica: Operated, counts: SequenceCounts | None = None) -> Metri
 
 def use(metrics: Metrics, model: ServedModel) -> None:
     """A request for a model that ends at once."""
-    with following(Request(model.name, "x"), [metrics]) as follower:
+    with following(Request.of(model.name, "x"), [metrics]) as follower:
         follower.record.model = model
 
 

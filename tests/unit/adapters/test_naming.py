@@ -45,9 +45,9 @@ async def test_the_name_is_looked_up_after_catching_up() -> None:
         catalog.apply(generation(number, {"a": "two", "new": "three"}))
 
     names, catalog = naming(catch_up=catch_up)
-    served = await names.choose(Request("new", "x", min_generation=5))
+    served = await names.choose(Request.of("new", "x", min_generation=5))
     assert (served.model.digest, served.generation) == (digest("three"), 5)
-    assert (await names.choose(Request("a", "x", min_generation=3))).model.digest == digest("two")
+    assert (await names.choose(Request.of("a", "x", min_generation=3))).model.digest == digest("two")
     assert asked == [5]
 
 
@@ -56,23 +56,23 @@ async def test_a_replica_that_stays_behind_says_so(catch_up: Callable[[int], Awa
     """The refusal comes without a follower, and with one that finds an older generation than was requested."""
     names, _ = naming(catch_up=catch_up)
     with pytest.raises(ReplicaBehind, match="generation 2, and this replica has 1") as behind:
-        await names.choose(Request("a", "x", min_generation=2))
+        await names.choose(Request.of("a", "x", min_generation=2))
     assert behind.value.retry_after_s
-    assert (await names.choose(Request("a", "x", min_generation=1))).generation == 1
+    assert (await names.choose(Request.of("a", "x", min_generation=1))).generation == 1
 
 
 async def test_a_deadline_ends_the_wait() -> None:
     """A request without time left does not wait, and a time-out of the follower is not the caller's."""
     names, _ = naming(catch_up=lambda _: asyncio.sleep(60))
     with pytest.raises(DeadlineExceeded):
-        await names.choose(Request("a", "x", min_generation=2, deadline_s=time.monotonic() + 0.02))
+        await names.choose(Request.of("a", "x", min_generation=2, deadline_s=time.monotonic() + 0.02))
 
     async def late(_: int) -> None:
         raise TimeoutError
 
     names, _ = naming(catch_up=late)
     with pytest.raises(TimeoutError):
-        await names.choose(Request("a", "x", min_generation=2))
+        await names.choose(Request.of("a", "x", min_generation=2))
 
 
 @pytest.mark.parametrize(
@@ -89,16 +89,16 @@ async def test_a_deadline_ends_the_wait() -> None:
 async def test_lora_path_may_say_the_same_again(model: str, path: str) -> None:
     """Both spellings may differ."""
     names, _ = naming()
-    assert (await names.choose(Request(model, "x", lora_path=path))).model.name == "a"
+    assert (await names.choose(Request.of(model, "x", lora_path=path))).model.name == "a"
 
 
 async def test_lora_path_names_an_adapter_of_the_base() -> None:
     """A request in SGLang's form has the base as model, and lora_path is the adapter on it."""
     names, _ = naming("b")
     for path in ("a", "base:a", "alias"):
-        assert (await names.choose(Request("base", "x", lora_path=path))).model.name == "a"
+        assert (await names.choose(Request.of("base", "x", lora_path=path))).model.name == "a"
     with pytest.raises(ModelNotFound):
-        await names.choose(Request("base", "x", lora_path="nobody"))
+        await names.choose(Request.of("base", "x", lora_path="nobody"))
 
 
 async def test_lora_path_of_another_adapter_is_refused() -> None:
@@ -106,7 +106,7 @@ async def test_lora_path_of_another_adapter_is_refused() -> None:
     names, _ = naming("b")
     for model, path in (("a", "b"), ("a", "base")):
         with pytest.raises(RequestInvalid) as refused:
-            await names.choose(Request(model, "x", lora_path=path))
+            await names.choose(Request.of(model, "x", lora_path=path))
         assert refused.value.findings[0].where == "lora_path"
 
 

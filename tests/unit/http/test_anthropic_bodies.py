@@ -164,7 +164,7 @@ def test_a_body_of_claude_code() -> None:
     assert (result.call_id, result.content) == ("c1", "a b")
     assert (failed.call_id, failed.content, last.content) == ("c2", "Error: no file", "Go on.")
     assert [tool.name for tool in chat.tools][-1] == "mcp__files__list"
-    assert (chat.rest.sticky_key, chat.rest.sampling.max_tokens) == ("user_0_account__session_0", 32000)
+    assert (chat.rest.model.sticky_key, chat.rest.sampling.max_tokens) == ("user_0_account__session_0", 32000)
     assert chat.variables == {"enable_thinking": True, "thinking": True, "reasoning_effort": "xhigh"}
     assert not chat.goes_on
 

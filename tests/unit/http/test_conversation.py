@@ -49,11 +49,11 @@ class Speaks(Scripted):
     async def generate(self, request: Request) -> AsyncGenerator[Event]:
         """Say it."""
         self.asked.append(request)
-        model = self.catalog.get(request.model)
-        turns: Any = request.prompt
-        tokens = await self.text.encode_messages(turns, 9999, None, (), request.chat_template_kwargs)
-        if request.constraint_by_ending is not None:
-            made = request.constraint_by_ending.behind(self.text.end_of(tokens))
+        model = self.catalog.get(request.model.name)
+        turns: Any = request.prompt.content
+        tokens = await self.text.encode_messages(turns, 9999, None, (), request.prompt.chat_template_kwargs)
+        if request.output.constraint_by_ending is not None:
+            made = request.output.constraint_by_ending.behind(self.text.end_of(tokens))
             self.constraint = f"{made.around}{made.text}" if made else ""
         yield Started(request.id, model, 7, len(tokens), self.text, tuple(tokens))
         [says] = self._case.answers
@@ -92,14 +92,14 @@ async def test_marks_that_are_special_tokens_are_asked_for(tmp_path: Path) -> No
     turns.append({"role": "tool", "content": "4", "tool_call_id": "call_1"})
     assert await ask(service, messages=turns, tools=[FIND]) == [["call", "find", "{}"]]
     [asked] = service.asked
-    assert "[TOOL_CALLS]" in asked.shown_special_tokens
-    _, called, answered = list(asked.prompt)
+    assert "[TOOL_CALLS]" in asked.output.shown_special_tokens
+    _, called, answered = list(asked.prompt.content)
     assert isinstance(called, dict)
     assert isinstance(answered, dict)
     assert called["tool_calls"][0]["id"] == answered["tool_call_id"]
     assert len(answered["tool_call_id"]) == 9
     await ask(service)
-    assert service.asked[-1].shown_special_tokens == ("[THINK]", "[/THINK]", "<think>", "</think>")
+    assert service.asked[-1].output.shown_special_tokens == ("[THINK]", "[/THINK]", "<think>", "</think>")
 
 
 async def test_one_call_is_one_call(tmp_path: Path) -> None:

@@ -51,10 +51,10 @@ def test_the_temperature_is_left_to_the_adapter() -> None:
 def test_versions_and_keys_come_in_the_body_and_in_headers() -> None:
     """The higher one of two generations counts, and a header's key comes before the user."""
     asked = _chat({"x-loramux-min-generation": "7", "x-loramux-key": "k"}, user="ann", min_generation=3)
-    assert (asked.min_generation, asked.sticky_key) == (7, "k")
+    assert (asked.model.min_generation, asked.model.sticky_key) == (7, "k")
     asked = _chat({"x-loramux-min-generation": "2"}, user="ann", min_generation=3)
-    assert (asked.min_generation, asked.sticky_key) == (3, "ann")
-    assert (_chat().min_generation, _chat().sticky_key) == (0, "")
+    assert (asked.model.min_generation, asked.model.sticky_key) == (3, "ann")
+    assert (_chat().model.min_generation, _chat().model.sticky_key) == (0, "")
 
 
 @pytest.mark.parametrize("said", ["", "-1", "1.5", "seven", "1" * 20, str(2**63)])
@@ -78,15 +78,15 @@ def test_lengths() -> None:
 
 def test_a_lower_priority_is_earlier() -> None:
     """vLLM's order is the reverse of the engine's."""
-    assert _chat(priority=3).priority == -3
-    assert _chat().priority == 0
+    assert _chat(priority=3).scheduling.priority == -3
+    assert _chat().scheduling.priority == 0
 
 
 def test_what_the_model_is_told_of_tools() -> None:
     """Tools are rendered as the client wrote them, and not at all when none may be used."""
-    assert _chat(tools=TOOLS).tools == tuple(TOOLS)
-    assert _chat(tools=TOOLS, tool_choice="none").tools == ()
-    assert _chat(tools=TOOLS).constraint is None
+    assert _chat(tools=TOOLS).prompt.tools == tuple(TOOLS)
+    assert _chat(tools=TOOLS, tool_choice="none").prompt.tools == ()
+    assert _chat(tools=TOOLS).output.constraint is None
 
 
 @pytest.mark.parametrize(
@@ -111,22 +111,22 @@ def test_contradictions_are_refused(fields: dict[str, Any], param: str) -> None:
 
 def test_how_long_to_think_is_told_to_the_template() -> None:
     """Reasoning effort in OpenAI's spelling, none as the templates' switches; explicit switches come first."""
-    assert _chat().chat_template_kwargs == {}
-    assert _chat(reasoning_effort="low").chat_template_kwargs == {"reasoning_effort": "low"}
+    assert _chat().prompt.chat_template_kwargs == {}
+    assert _chat(reasoning_effort="low").prompt.chat_template_kwargs == {"reasoning_effort": "low"}
     off = {"enable_thinking": False, "thinking": False, "reasoning_effort": "none"}
-    assert _chat(reasoning_effort="none").chat_template_kwargs == off
+    assert _chat(reasoning_effort="none").prompt.chat_template_kwargs == off
     own = {"thinking": True, "x": [1]}
     asked = _chat(reasoning_effort="none", chat_template_kwargs=own)
-    assert asked.chat_template_kwargs == off | own
+    assert asked.prompt.chat_template_kwargs == off | own
 
 
 def test_formats_become_constraints() -> None:
     """The schema is handed on as it came; text is no constraint."""
     schema = {"type": "object", "properties": {"a": {"const": "é"}}}
     asked = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema, "strict": True}}
-    constraint = _chat(response_format=asked).constraint
+    constraint = _chat(response_format=asked).output.constraint
     assert constraint
     assert (constraint.kind, json.loads(constraint.text)) == ("json_schema", schema)
-    assert _chat(response_format={"type": "text"}).constraint is None
+    assert _chat(response_format={"type": "text"}).output.constraint is None
     for choice in ("none", "auto"):
-        assert _chat(response_format={"type": "json_object"}, tools=TOOLS, tool_choice=choice).constraint
+        assert _chat(response_format={"type": "json_object"}, tools=TOOLS, tool_choice=choice).output.constraint

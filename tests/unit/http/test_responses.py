@@ -188,10 +188,10 @@ def test_allowed_tools_are_told_with_the_others(mode: str) -> None:
     choice = {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": nested[1:]}}
     body = {"model": "m", "messages": [USER], "tools": nested, "tool_choice": choice}
     for chat in (here, openai.chat_of(ChatBody.model_validate_json(json.dumps(body)))):
-        assert [tool["function"]["name"] for tool in chat.request().tools] == ["f", "g"]
+        assert [tool["function"]["name"] for tool in chat.request().prompt.tools] == ["f", "g"]
         assert [tool.name for tool in chat.callable_tools] == ["g"]
         assert chat.forced == (mode == "required")
-        assert chat.request().constraint is None  # it is made when the model is known, of callable tools
+        assert chat.request().output.constraint is None  # it is made when the model is known, of callable tools
 
 
 @pytest.mark.parametrize(

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableSequence
 from dataclasses import fields
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from inference_service.core.sampling import KNOBS, SamplingParams
+from inference_service.core.sampling import SamplingParams
 from inference_service.http.admin.tokens import DetokenizeBody, TokenizeBody
 from inference_service.http.openai.chat_schema import (
     ChatBody,
@@ -40,15 +41,15 @@ from inference_service.http.responses.schema import (
 )
 from inference_service.http.responses.tools import FunctionTool, NamespaceTool
 from inference_service.http.wire.body import Body
-from inference_service.rpc.mapping import TRANSLATED
+from inference_service.rpc.mapping import request_from_message
 from inference_service.serving.bounds import IDS, NUMBERS, TEXTS
-from inference_service.serving.request import Request
+from inference_service.serving.request import PARTS, Request
 from loramux.inference.v1 import inference_pb2 as pb
 from loramux.records import GenerateOptions
 from loramux_shared.sampling import MAX_TEMPERATURE
 from tests.support.root import ROOT
 
-ASKED = {field.name for field in fields(Request)} - {"sampling"} | KNOBS.keys()
+ASKED = PARTS.keys() - {"name", "content"} | {"model", "prompt", "id"}
 BOUNDED = NUMBERS.keys() | TEXTS.keys() | IDS.keys()
 UNBOUNDED = {
     # yes or no
@@ -139,13 +140,48 @@ def test_null_is_not_set(kind: type[Body]) -> None:
     assert said == unsaid
 
 
-def test_grpc_fields_pass_by_name() -> None:
-    """A field of the messages that make a request is the request's, or is translated; the client's, too."""
+TRANSLATED = {
+    # the prompt, what renders it, and parts that are messages
+    "text", "token_ids", "messages", "tools", "chat_template_kwargs", "sampling", "constraint", "adapters",
+}  # fmt: skip
+
+
+def _grpc_request(message: pb.GenerateRequest) -> Request:
+    call: Any = SimpleNamespace(time_remaining=lambda: None, invocation_metadata=tuple)
+    return request_from_message(message, call, 100)
+
+
+def _set(message: Any, field: Any) -> None:
+    """Give a field a value that is none of its defaults."""
+    values = {field.CPPTYPE_STRING: "processed", field.CPPTYPE_BOOL: not field.has_presence}
+    value = values.get(field.cpp_type, 2)
+    if field.message_type is not None:
+        getattr(message, field.name)[2] = 1.5
+    elif isinstance(getattr(message, field.name), MutableSequence):
+        getattr(message, field.name).append(value)
+    else:
+        setattr(message, field.name, value)
+
+
+@pytest.mark.parametrize("part", ["", "sampling", "messages"])
+def test_every_field_of_a_grpc_request_has_the_name_and_the_value_of_the_requests(part: str) -> None:
+    """A field of the messages that make a request changes the request's field of its name, or is translated."""
+    plain = _grpc_request(pb.GenerateRequest(model="m", text="x"))
+    for field in (getattr(pb.GenerateRequest(), part) if part else pb.GenerateRequest()).DESCRIPTOR.fields:
+        if field.name in TRANSLATED | {"model"}:
+            continue
+        message = pb.GenerateRequest(model="m", text="x")
+        if part == "messages":
+            message.messages.messages.add(role="user", content="x")
+        _set(getattr(message, part) if part else message, field)
+        assert _grpc_request(message).value_of(field.name) != plain.value_of(field.name), field.name
+
+
+def test_the_clients_options_are_the_fields_of_a_grpc_request() -> None:
+    """An option of the client has the name of a field."""
     messages = (pb.GenerateRequest, pb.Messages, pb.SamplingParams)
-    names = [field.name for message in messages for field in message.DESCRIPTOR.fields]
-    assert len(set(names) - TRANSLATED) == len([name for name in names if name not in TRANSLATED])
-    assert set(names) - TRANSLATED <= ASKED
-    options = set(names) - TRANSLATED - {"model"} | set(pb.Constraint.DESCRIPTOR.fields_by_name)
+    names = {field.name for message in messages for field in message.DESCRIPTOR.fields}
+    options = names - TRANSLATED - {"model"} | set(pb.Constraint.DESCRIPTOR.fields_by_name)
     options |= {"tools", "adapters", "chat_template_kwargs"}
     assert set(GenerateOptions.__annotations__) == options
 

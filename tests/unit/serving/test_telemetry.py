@@ -62,7 +62,7 @@ def submit(follower: RequestFollower, answers: int = 1) -> None:
 def test_watchers_hear_of_everything_in_order() -> None:
     """The first token once, then every piece of text, then the end."""
     ear = Ear()
-    with following(Request("m", "x"), [ear]) as follower:
+    with following(Request.of("m", "x"), [ear]) as follower:
         submit(follower)
         for event in (DELTA, DELTA, DONE):
             follower.see(event)
@@ -83,7 +83,7 @@ def test_watchers_hear_of_everything_in_order() -> None:
 def test_whatever_ends_a_request_is_its_outcome(raised: BaseException, outcome: str) -> None:
     """A fault by its reason, a client that went away, and a bug; each is raised on, and heard of once."""
     ear = Ear()
-    with pytest.raises(type(raised)), following(Request("m", "x"), [ear]):
+    with pytest.raises(type(raised)), following(Request.of("m", "x"), [ear]):
         raise raised
     assert (ear.heard, ear.outcome) == (["ended"], outcome)
 
@@ -92,7 +92,7 @@ def test_whatever_ends_a_request_is_its_outcome(raised: BaseException, outcome: 
 def test_a_client_that_leaves_with_all_answers_got_them(finished: tuple[int, ...], outcome: str) -> None:
     """A request is OK when every one of its answers had ended before the client went away."""
     ear = Ear()
-    following_one = following(Request("m", "x", n=2), [ear])
+    following_one = following(Request.of("m", "x", n=2), [ear])
     follower = following_one.__enter__()
     submit(follower, answers=2)
     for index in finished:
@@ -103,7 +103,7 @@ def test_a_client_that_leaves_with_all_answers_got_them(finished: tuple[int, ...
 
 def test_the_pace_of_one_token_is_unknown() -> None:
     """Between the tokens of an answer of one token lies no time."""
-    with following(Request("m", "x"), []) as follower:
+    with following(Request.of("m", "x"), []) as follower:
         submit(follower, answers=2)
         follower.see(Delta("a", (Token(5),), 0))
         follower.see(Delta("a", (Token(5),), 1))
@@ -169,7 +169,7 @@ def test_texts_of_requests_with_one_id_are_apart() -> None:
     watcher = RequestLog(texts=True)
     with capture_logs() as lines, ExitStack() as both:
         for prompt in ("x", "y"):
-            follower = both.enter_context(following(Request("m", prompt, id="same"), [watcher]))
+            follower = both.enter_context(following(Request.of("m", prompt, id="same"), [watcher]))
             submit(follower)
             follower.see(Delta(prompt.upper(), (Token(5),)))
             follower.see(DONE)
