@@ -8,7 +8,7 @@ import struct
 from loramux.inference.v1 import inference_pb2 as pb
 
 GENERATE = b"/loramux.inference.v1.InferenceService/Generate"
-DATA, HEADERS, RESET, SETTINGS, PING, GOAWAY = 0, 1, 3, 4, 6, 7
+DATA, HEADERS, RESET, SETTINGS, PING, GOAWAY, WINDOW_UPDATE = 0, 1, 3, 4, 6, 7, 8
 ASK_PING = b"\x00\x00\x08\x06\x00\x00\x00\x00\x00" + bytes(8)
 CANCEL = struct.pack(">I", 8)
 
@@ -43,3 +43,16 @@ async def connect(address: str, window: int = 65535) -> tuple[asyncio.StreamRead
     reader, writer = await asyncio.open_connection(*address.rsplit(":", 1))
     writer.write(hello(window))
     return reader, writer
+
+
+async def until_ended(reader: asyncio.StreamReader, stream: int) -> list[int]:
+    """Read until the server ends a stream; return the kinds of the stream's frames."""
+    kinds = []
+    while True:
+        head = await reader.readexactly(9)
+        size, kind, flags = int.from_bytes(head[:3], "big"), head[3], head[4]
+        await reader.readexactly(size)
+        if int.from_bytes(head[5:], "big") == stream:
+            kinds.append(kind)
+            if kind == RESET or (flags & 1 and kind in (DATA, HEADERS)):
+                return kinds

@@ -176,7 +176,11 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc
                 self._patient(task) as limit,
                 aclosing(call(await self._read(context), context)) as responses,
             ):
+                begun = False
                 async for response in responses:
+                    if not begun:  # else no status could follow a first message that its client does not take
+                        await context.send_initial_metadata(())
+                        begun = True
                     self._writing[task] = limit, loop.time()
                     await context.write(response)
                     self._writing.pop(task, None)

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import socket
+import struct
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -24,7 +25,16 @@ from loramux_shared.rpc.status import fault_of
 from tests.support.access import keyring
 from tests.support.endless import BOUND, HEALTH, MODEL, Doors
 from tests.support.raw_http import JSON
-from tests.support.raw_http2 import call, connect, message
+from tests.support.raw_http2 import (
+    DATA,
+    HEADERS,
+    WINDOW_UPDATE,
+    call,
+    connect,
+    frame,
+    message,
+    until_ended,
+)
 from tests.support.waiting import Clock, bounded, ended, until
 
 HOUR, NEVER = 3600.0, 1e9
@@ -248,6 +258,23 @@ async def test_a_grpc_client_that_does_not_read_is_given_up(doors: Doors, clock:
     await doors.service.until(1)
     await given_up(doors, clock)
     assert await doors.rpc.drain(NEVER)
+    writer.close()
+
+
+@patience("read_s")
+async def test_a_grpc_client_that_did_not_take_the_first_message_gets_a_status(
+    doors: Doors, clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The status follows the message when the client makes room at last."""
+    reader, writer = await connect(doors.rpc.address, window=0)
+    writer.write(call(1) + message(1, pb.GenerateRequest(model=MODEL, text="HI")))
+    await doors.service.until(1)
+    await given_up(doors, clock)
+    writer.write(frame(WINDOW_UPDATE, 0, 1, struct.pack(">I", 1 << 20)))
+    kinds = await ended(until_ended(reader, 1), "the end of the call")
+    assert kinds[0] == kinds[-1] == HEADERS
+    assert DATA in kinds
+    assert not caplog.records
     writer.close()
 
 
