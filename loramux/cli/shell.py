@@ -174,7 +174,9 @@ class Came:
     """The result of a step."""
 
     of_it: str = ""
-    """Said when it is done, where there is something to say."""
+    """What the line of a finished step ends with, if anything."""
+    tell: Callable[[str], None] = lambda doing: say(f"  {doing}", "dim")
+    """Shows what the step does now: beside its spinner on a terminal, as a line elsewhere."""
 
 
 @contextmanager
@@ -187,7 +189,9 @@ def step(doing: str) -> Iterator[Came]:
         if came.of_it:
             say(f"{doing}: {came.of_it}")
         return
-    with Later(err.status(Text(f"{doing} …"))):
+    status = err.status(Text(f"{doing} …"))
+    came.tell = lambda now: status.update(Text(f"{doing}: {printable(now)} …"))
+    with Later(status):
         yield came
     took = f"  {time.monotonic() - begin:.1f} s"
     said = f"{doing}: {came.of_it}" if came.of_it else doing

@@ -15,7 +15,7 @@ from loramux.cli.build_view import show_built
 from loramux.cli.local.preflight import UpPlan, preflight
 from loramux.cli.local.race import race, show_summary
 from loramux.cli.local.tree import ProcessTree, free_address, run_tree
-from loramux.cli.local.up import OPENAI, keep, program, show_lines_to_try, start_builder, start_inference
+from loramux.cli.local.up import OPENAI, keep, program, start_builder, start_inference
 from loramux.client import BUILDER, INFERENCE, AsyncClient
 from loramux_shared.deployment import SourceKind
 from loramux_shared.faults import SettingsInvalid
@@ -75,8 +75,7 @@ async def _demo(
         await keep(tree, plan, models)
     else:
         shell.show()
-        shell.show(f"{program('loramux')} demo --keep goes on serving; then, in another terminal,")
-        show_lines_to_try(INFERENCE, OPENAI, models[-1].name)
+        shell.show(f"{program('loramux')} demo --keep goes on serving, with a page at http://{OPENAI}/")
 
 
 async def _prepare_base(tree: ProcessTree, plan: UpPlan, examples: Path) -> None:

@@ -91,8 +91,8 @@ async def start_inference(tree: ProcessTree, plan: UpPlan) -> None:
         "builder": reachable(plan.builder),
     }  # so that what is added later is served at once
     argv = inference_command(name, plan.store, plan.inference, plan.local_roots, engine, plan.http)
-    with shell.step(f"inference service on {plan.inference}"):
-        await tree.serve("inference", argv, lambda doing: shell.say(f"  {doing}", "dim"))
+    with shell.step(f"inference service on {plan.inference}") as came:
+        await tree.serve("inference", argv, came.tell)
 
 
 async def keep(tree: ProcessTree, plan: UpPlan, models: Sequence[ModelInfo], *, as_json: bool = False) -> None:

@@ -66,13 +66,26 @@ def test_many_adapters_are_counted_where_there_is_no_terminal(capsys: pytest.Cap
     assert capsys.readouterr().err.splitlines() == ["60 adapters: 60 waiting", "60 adapters: 60 done"]
 
 
-def test_few_adapters_are_told_one_by_one(capsys: pytest.CaptureFixture[str]) -> None:
-    """Few adapters have a line for each stage of each."""
+def test_few_adapters_have_a_line_each(capsys: pytest.CaptureFixture[str]) -> None:
+    """The line of an adapter is its result."""
     build(BuildView(), 2)
-    assert capsys.readouterr().err.splitlines() == [
-        *("adapter-0000: fetching", "adapter-0000: done"),
-        *("adapter-0001: fetching", "adapter-0001: done"),
+    assert capsys.readouterr().err.splitlines() == ["adapter-0000: done", "adapter-0001: done"]
+
+
+def test_rounding_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    """Rounded adapters share a line with the largest error; of one that was kept the code is known."""
+    found = ("4 float32, stored as bfloat16, largest relative error 3.9e-03", "1 float16, stored as bfloat16, "
+             "largest relative error 2.0e-03", "")  # fmt: skip
+    adapters = [
+        replace(adapter(number, Stage.DONE), warnings=(Finding(code="W_NARROWED", found=text),))
+        for number, text in enumerate(found)
     ]
+    show_built(state(adapters, ended=True))
+    names = "adapter-0000, adapter-0001, adapter-0002"
+    line = f"rounded to bfloat16, by at most 3.9e-03 of a value (W_NARROWED): {names}"
+    assert capsys.readouterr().err.splitlines() == [line]
+    show_built(state(adapters[2:], ended=True))
+    assert capsys.readouterr().err.splitlines() == ["rounded (W_NARROWED): adapter-0002"]
 
 
 @pytest.mark.parametrize("count", [3, 300])
