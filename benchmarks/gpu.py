@@ -124,7 +124,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--tune", action="append_const", const="tune", dest="only", help="the same as --only tune"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the same there")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="file of the same as JSON")
     # Every section at tiny sizes on a CPU, without a clock: for the tests.
     parser.add_argument("--rehearse", action="store_true", help=argparse.SUPPRESS)
     return parser

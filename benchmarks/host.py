@@ -257,7 +257,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--loaded", type=int, nargs="+", default=[0, 64, 1000], help="adapters; 8 are active")
     parser.add_argument("--kind", action="append", choices=get_args(Kind), help="repeatable")
     parser.add_argument("--profile", action="store_true", help="also print where the time of all points goes")
-    parser.add_argument("--lines", type=int, default=30, metavar="N", help="of the profile")
+    parser.add_argument("--lines", type=int, default=30, metavar="N", help="lines of the profile")
     return parser
 
 

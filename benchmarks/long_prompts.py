@@ -123,8 +123,8 @@ def _base(local: Local) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, and print; 1 when a bar is missed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=TOKENS, help="of a long prompt")
-    parser.add_argument("--seconds", type=float, default=240, help="after which long prompts are given up")
+    parser.add_argument("--tokens", type=int, default=TOKENS, help="tokens of a long prompt")
+    parser.add_argument("--seconds", type=float, default=240, help="time limit of long prompts")
     parser.add_argument("--folder", type=Path, help="keep stores here between runs; else they are temporary")
     options = parser.parse_args(arguments)
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))

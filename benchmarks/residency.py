@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, and print; 1 when a bar is missed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sections", nargs="*", metavar="SECTION", help=", ".join(SECTIONS))
-    parser.add_argument("--rounds", type=int, default=3, help="of each side of a pair")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of each side of a pair")
     parser.add_argument("--json", action="store_true", help="a line of JSON per figure")
     parser.add_argument("--folder", type=Path, help="keep stores here between runs; else they are temporary")
     options = parser.parse_args(arguments)

@@ -116,13 +116,13 @@ def _settings(arguments: Sequence[str] | None) -> BuilderSettings:
         "--local-root",
         dest="local_roots",
         action="append",
-        help="A folder from which LOCAL repositories may be read; may be repeated.",
+        help="Folder from which LOCAL repositories may be read; repeatable.",
     )
     parser.add_argument(
         "--allow-host",
         dest="allowed_hosts",
         action="append",
-        help="A host that REMOTE_URL may reach though its address is not public; may be repeated.",
+        help="Host that REMOTE_URL may reach though its address is not public; repeatable.",
     )
     parser.add_argument("--insecure", action="store_true", default=None, help=fields["insecure"].description)
     given = vars(parser.parse_args(arguments))

@@ -51,20 +51,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="inference_service", description=__doc__.partition("\n")[0])
     for name, text in FLAGS.items():
         parser.add_argument(f"--{name.replace('_', '-')}", help=text)
-    parser.add_argument(
-        "--local-root", action="append", dest="local_roots", help="a folder that LOCAL may read"
-    )
+    parser.add_argument("--local-root", action="append", dest="local_roots", help="folder that LOCAL may read")
     parser.add_argument(
         "--allow-host",
         action="append",
         dest="allowed_hosts",
-        help="a host that REMOTE_URL may reach though its address is not public",
+        help="host that REMOTE_URL may reach though its address is not public",
     )
     parser.add_argument(
         "--insecure",
         action="store_true",
         default=None,
-        help="listen beyond this machine though nobody has to show a key",
+        help="listen beyond this machine without keys",
     )
     flags = vars(parser.parse_args())
     for name in ("local_roots", "allowed_hosts"):

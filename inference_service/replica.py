@@ -81,7 +81,7 @@ class Replica:
 
 def end_broken(why: str) -> NoReturn:
     """End at once: a step may hang for good, and a broken device may hang or abort whatever cleans up."""
-    log.critical("the replica is broken and ends; start it again", why=why, status=BROKEN)
+    log.critical("replica failed and ends: restart it", why=why, status=BROKEN)
     sys.stderr.flush()
     os._exit(BROKEN)
 

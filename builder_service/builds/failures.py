@@ -66,7 +66,7 @@ class Failures:
             for old in kept[:-MAX_KEPT]:
                 old.unlink()
         except OSError as error:
-            log.warning("failure is not kept", path=str(path), problem=error.strerror)
+            log.warning("record of a failure could not be written", path=str(path), problem=error.strerror)
 
     def remove(self, name: str) -> None:
         """Forget a failure; a newer build did not fail."""
@@ -80,7 +80,7 @@ class Failures:
             try:
                 yield FailedBuild.from_bytes(path.read_bytes(), what=path.name)
             except (OSError, BundleCorrupt) as error:
-                log.warning("failure dropped", path=str(path), problem=str(error))
+                log.warning("record of a failure is damaged, ignored", path=str(path), problem=str(error))
                 path.unlink(missing_ok=True)
 
     @staticmethod

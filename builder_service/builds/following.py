@@ -86,6 +86,6 @@ class Following:
             try:
                 found = await asyncio.to_thread(stored_light, self._store, name, found)
             except StoreUnavailable as fault:
-                log.warning("cannot look for generations", deployment=name, problem=fault.message)
+                log.warning("store cannot be read for new generations", deployment=name, problem=fault.message)
             self._looks[name] = time.monotonic(), found
         return None if found is None or found.state is State.FAILED else found

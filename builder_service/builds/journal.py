@@ -211,13 +211,13 @@ class Journal:
                     continue
                 left -= len(data)
                 if left < 0:
-                    log.warning("journal entries are too large together, the rest is not read", first=key)
+                    log.warning("journal entries exceed their bound together, the rest is not read", first=key)
                     break
                 found[key] = data
         return found
 
     def _dropped(self, key: str, damage: BundleCorrupt) -> None:
-        log.warning("journal entry dropped", key=key, problem=damage.message)
+        log.warning("journal entry is damaged, ignored", key=key, problem=damage.message)
         self._store.delete(key)
 
     def _key(self, name: str) -> str:

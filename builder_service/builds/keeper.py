@@ -32,7 +32,7 @@ class Keeper:
             try:
                 await self._round()
             except StoreUnavailable as fault:
-                log.warning("journal: the store does not answer", problem=fault.message)
+                log.warning("journal cannot be written: the store does not answer", problem=fault.message)
 
     async def _round(self) -> None:
         await asyncio.to_thread(self._journal.beat)

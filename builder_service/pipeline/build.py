@@ -64,7 +64,7 @@ def build(
             with workshop(context, store, progress) as shop:
                 return _build(deployment, shop, verify=verify, exact=exact)
         except Moved:
-            log.info("adapters were added meanwhile, building again", deployment=deployment.model_name)
+            log.info("adapters were added during the build, building again", deployment=deployment.model_name)
 
 
 def _build(deployment: Deployment, shop: Workshop, *, verify: bool, exact: bool) -> BuildResult:

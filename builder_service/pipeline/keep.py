@@ -168,7 +168,7 @@ def _there(store: Store, record: AdapterRecord) -> bool:
     there = set(store.list(bundle_key(record.digest, "")))
     lost = {bundle_key(record.digest, name) for name in (MANIFEST_FILE, *names)} - there
     if lost:
-        log.warning("bundle is not whole, making it again", digest=record.digest, lost=sorted(lost))
+        log.warning("bundle lacks files, building it again", digest=record.digest, lost=sorted(lost))
     return not lost
 
 
@@ -176,7 +176,7 @@ def _whole(store: Store, record: AdapterRecord) -> bool:
     try:
         manifest = read_manifest(store, record.digest)
     except BundleCorrupt as damage:
-        log.warning("bundle is damaged, making it again", problem=damage.message)
+        log.warning("bundle is damaged, building it again", problem=damage.message)
         return False
     differ = [
         name
@@ -184,5 +184,5 @@ def _whole(store: Store, record: AdapterRecord) -> bool:
         if store.sha256(bundle_key(record.digest, name)) != file.sha256
     ]
     if differ:
-        log.warning("bundle is damaged, making it again", digest=record.digest, differ=differ)
+        log.warning("bundle is damaged, building it again", digest=record.digest, differ=differ)
     return not differ

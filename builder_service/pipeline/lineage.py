@@ -62,5 +62,5 @@ class Lineages:
                 except Fault as fault:
                     self._known[model] = ()
                     self._away = isinstance(fault, SourceUnavailable)
-                    log.info("lineage is not known", model=model, problem=fault.message)
+                    log.info("lineage of a base is unknown", model=model, problem=fault.message)
             return self._known.get(model, ())

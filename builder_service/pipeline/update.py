@@ -48,7 +48,7 @@ def update(wish: Update, context: BuildContext, progress: Progress, *, again: bo
         try:
             return _publish(context, store, before, wish, records, progress.check, again)
         except Moved:
-            log.info("the base or the settings changed meanwhile, making it again", deployment=wish.name)
+            log.info("base or settings changed during the update, making it again", deployment=wish.name)
 
 
 def push(pushed: PushedAdapter, shop: Workshop, expected: int | None) -> tuple[BuildResult, AdapterRecord]:

@@ -169,7 +169,7 @@ class DiskTier:
             return
         if not self._refused:
             log.warning(
-                "the disk refuses, bundles are served without being kept",
+                "disk cannot be written, bundles are served without the cache",
                 folder=str(self._folder),
                 problem=error.strerror or type(error).__name__,
                 fix="free space, let the server write there, or set LORAMUX_ADAPTER_DISK_GB=0",
@@ -182,12 +182,12 @@ class DiskTier:
         if error.errno in _NO_FILE:
             self._remove_damaged(digest, problem)
         else:
-            log.warning("the disk cannot read a kept bundle", digest=digest[:12], problem=problem)
+            log.warning("cached bundle cannot be read", digest=digest[:12], problem=problem)
 
     def _remove_damaged(self, digest: str, problem: str) -> None:
         path = self._path(digest)
         if os.path.lexists(path):
-            log.warning("a kept bundle is damaged and removed", digest=digest[:12], problem=problem)
+            log.warning("cached bundle is damaged, removed", digest=digest[:12], problem=problem)
             self._remove(path)
 
     def _remove(self, path: Path) -> None:
@@ -197,7 +197,7 @@ class DiskTier:
             with self._writing() as part, suppress(FileNotFoundError):  # another replica was faster
                 path.rename(part / path.name)
         except OSError as error:
-            log.warning("a kept bundle cannot be removed", folder=str(path), problem=error.strerror)
+            log.warning("cached bundle cannot be removed", folder=str(path), problem=error.strerror)
             return
         with self._lock:
             self._bytes -= size

@@ -196,7 +196,7 @@ class Follower:
     def _lost_sight(self, fault: Fault) -> None:
         if not self._standing.blind:
             log.warning(
-                "no newer generation can be seen, the replica serves what it has",
+                "generations cannot be read, the replica serves its present one",
                 reason=fault.reason,
                 problem=fault.message,
             )
@@ -204,11 +204,11 @@ class Follower:
 
     def _saw(self, pointer: Current) -> None:
         if self._standing.blind:
-            log.info("generations can be seen again", newest=pointer.generation)
+            log.info("generations can be read again", newest=pointer.generation)
         went_back = pointer.generation < self._settled
         if went_back and not self._went_back:
             served = self._standing.generation
-            log.warning("an older generation is not taken over", served=served, found=pointer.generation)
+            log.warning("older generation ignored", served=served, found=pointer.generation)
         self._went_back = went_back
         self._standing = replace(self._standing, blind="", seen_s=time.time())
 
@@ -217,9 +217,9 @@ class Follower:
         if reason := needs_restart(self._started, generation):
             self._settled = number
             self._standing = replace(self._standing, newest=number, stale=f"a restart is needed: {reason}")
-            log.warning("a generation needs a restart", generation=number, reason=reason)
+            log.warning("generation needs a restart", generation=number, reason=reason)
             if self._ends:
-                log.warning("the replica ends, to be started again on the newest generation", reason=reason)
+                log.warning("replica ends, to be restarted on the newest generation", reason=reason)
                 self.outdated.set()
             return
         try:
@@ -227,11 +227,11 @@ class Follower:
         except Exception as error:
             problem = error.message if isinstance(error, Fault) else "loramux failed inside; see the log"
             self._standing = replace(self._standing, newest=number, stale=problem)
-            log.exception("a generation could not be taken over, trying again", generation=number)
+            log.exception("generation could not be taken over, trying again", generation=number)
             return
         self._settled = number
         self._standing = replace(self._standing, generation=number, newest=number, stale="")
-        log.info("took over a generation", generation=number, adapters=len(generation.adapters))
+        log.info("generation taken over", generation=number, adapters=len(generation.adapters))
 
 
 _WHY: Final = {

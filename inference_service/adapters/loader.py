@@ -146,11 +146,11 @@ def _fault(error: Exception) -> Fault:
     if isinstance(error, Fault):
         return error
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        log.warning("no memory for an adapter", problem=str(error)[:200])
+        log.warning("adapter load failed: out of memory", problem=str(error)[:200])
         return ResourcesExhausted(
             "an adapter does not fit this machine's free memory. Free memory, or use less."
         )
-    log.error("loading an adapter failed inside", exc_info=error)
+    log.error("adapter load failed: unexpected error", exc_info=error)
     return InternalFault("loramux failed inside while it loaded an adapter; the log has the details.")
 
 

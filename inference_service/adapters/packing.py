@@ -98,7 +98,7 @@ class Packer:
             adapter = Adapter(bundle.digest, 0)
             replayed = replay(shown, manifest.proof, manifest, adapter, lora, self._model, self._block_size)
         log.info(
-            "proof holds",
+            "adapter passed its proof",
             adapter=shown,
             effect=replayed.effect,
             logprob=replayed.logprob,

@@ -194,7 +194,9 @@ class BundleReader:
         try:
             return read_file(self._store, digest, name, size)
         except (BundleCorrupt, StoreUnavailable) as fault:
-            log.warning("the store gives no bundle", digest=digest[:12], file=name, problem=fault.message)
+            log.warning(
+                "bundle cannot be read from the store", digest=digest[:12], file=name, problem=fault.message
+            )
             if isinstance(fault, StoreUnavailable):
                 raise fault.retold(
                     "the store does not answer, so an adapter cannot be loaded. Retry."

@@ -71,7 +71,7 @@ class BuilderNews:
 
     def _take(self, generation: int) -> None:
         if self._away:
-            log.info("the builder tells of generations again", builder=self._address)
+            log.info("builder reports generations again", builder=self._address)
         self._away, self._pause_s = False, self._first_pause_s
         if generation != self._generation:
             self._generation = generation
@@ -80,7 +80,7 @@ class BuilderNews:
     def _lost(self, fault: Fault) -> None:
         if not self._away:
             log.warning(
-                "the builder tells of no generations, the store is asked instead",
+                "builder reports no generations, reading the store instead",
                 builder=self._address,
                 reason=fault.reason,
                 problem=fault.message,

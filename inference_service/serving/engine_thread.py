@@ -247,7 +247,7 @@ class EngineThread:
         try:
             why = self._work(watchdog)
         except Exception:  # a mistake of ours outside a step: nobody else would end the requests
-            log.exception("the engine's thread failed")
+            log.exception("engine thread failed")
             why = "its thread failed"
         watchdog.stop()
         self._end(why)
@@ -263,7 +263,7 @@ class EngineThread:
                 try:
                     outputs = self._engine.rest() if self._resting else self._engine.step()
                 except Exception as error:  # every request must end, whatever a step raised
-                    log.exception("step failed", running=self._engine.stats.running)
+                    log.exception("engine step failed", running=self._engine.stats.running)
                     outputs = self._engine.fail_all()
                     if not self._recovers():
                         return f"no step succeeds any more, since one raised {type(error).__name__}"
@@ -287,7 +287,7 @@ class EngineThread:
             try:
                 self._probe()
             except Exception:  # the answer is no, whatever it raised
-                log.exception("probe failed")
+                log.exception("probe failed after a failed step")
                 self._engine.fail_all()
             else:
                 return True

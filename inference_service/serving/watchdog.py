@@ -60,7 +60,7 @@ class Watchdog:
         since_s = self._since_s
         if since_s is None or self._clock() - since_s <= self._limit_s:
             return False
-        log.critical("a step does not end", limit_s=self._limit_s, where=self._where())
+        log.critical("engine step exceeds its time limit", limit_s=self._limit_s, where=self._where())
         self._late()
         return True
 

@@ -74,7 +74,7 @@ def load_base(generation: Generation, settings: InferenceSettings, sources: Sour
         backend = choose_backend(settings, config)
         told = widening(config, placed.record.weights_bytes, str(backend.dtype).removeprefix("torch."))
         if told and backend.quantization is Rounding.NONE:
-            log.info("the base's weights are of few bits", weights=told)
+            log.info("base has quantized weights", weights=told)
         reading = time.monotonic()
         report(f"reading the base, {placed.record.weights_bytes / GB:.2f} GB")
         model = Decoder(

@@ -137,7 +137,7 @@ def load(settings: InferenceSettings, store: Store, watchers: Sequence[Watcher] 
     report(f"{catalog.computing.product}; {catalog.computing.reading}")
     _log_loaded(generation, base, bank, engine, limits, registered, catalog)
     if slow := catalog.computing.warning:
-        log.warning("slow operations", why=slow)
+        log.warning("operations are slower than possible", why=slow)
         report(f"slow operations: {slow}")
     thread = EngineThread(
         engine,

@@ -66,4 +66,4 @@ def _prove(name: str, bundle: Bundle, base: LoadedBase, block_size: int) -> None
     packed = lora.pack(weights)
     [slot] = hold_packed(lora, [packed], packed.max_rank)
     replayed = replay(name, manifest.proof, manifest, Adapter(bundle.digest, slot), lora, model, block_size)
-    log.info("proof holds", adapter=name, effect=replayed.effect, logprob=replayed.logprob)
+    log.info("adapter passed its proof", adapter=name, effect=replayed.effect, logprob=replayed.logprob)

@@ -30,7 +30,9 @@ def agree(settings: InferenceSettings, generation: Generation) -> tuple[Inferenc
             f"LORAMUX_QUANTIZATION={quantization}, but runtime.merge of the deployment is always, and what is "
             "merged would be rounded with the weights. Set none, or build it with merge: auto."
         )
-    log.info("the adapter is served beside the weights", weights=quantization, adapter=generation.merged)
+    log.info(
+        "adapter is not merged: the weights are quantized", weights=quantization, adapter=generation.merged
+    )
     return settings, generation.model_copy(update={"merge": Merge.NEVER})
 
 

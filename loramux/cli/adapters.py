@@ -27,7 +27,7 @@ from loramux_shared.faults import (
 RETRY_S: Final = 1.0
 """Before a replica that does not answer is asked again: it may be on its way."""
 
-Name = Annotated[str, typer.Argument(metavar="NAME", help="The adapter.", show_default=False)]
+Name = Annotated[str, typer.Argument(metavar="NAME", help="Name of the adapter.", show_default=False)]
 
 
 @shell.command
@@ -73,16 +73,19 @@ class Progress:
 @shell.command
 def rollout(
     deployment: Annotated[
-        str, typer.Argument(metavar="DEPLOYMENT", help="The deployment.", show_default=False)
+        str, typer.Argument(metavar="DEPLOYMENT", help="Name of the deployment.", show_default=False)
     ],
     replicas: Annotated[
-        str, typer.Option("--replicas", metavar="LIST", help="HOST:PORT,... or dns:///NAME:PORT")
+        str, typer.Option("--replicas", metavar="LIST", help="Replicas: HOST:PORT,... or dns:///NAME:PORT")
     ] = INFERENCE,
     generation: Annotated[
-        int | None, typer.Option("--generation", metavar="N", min=1, help="Else the newest that any saw.")
+        int | None,
+        typer.Option(
+            "--generation", metavar="N", min=1, help="Generation; default: the newest that a replica saw."
+        ),
     ] = None,
     timeout_s: Annotated[
-        float, typer.Option("--timeout", metavar="SECONDS", min=0, help="Give up after so long.")
+        float, typer.Option("--timeout", metavar="SECONDS", min=0, help="Longest wait.")
     ] = 120.0,
     as_json: shell.JsonLines = False,
 ) -> None:

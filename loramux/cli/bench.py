@@ -32,7 +32,10 @@ CONCURRENCY = 8
 Models = Annotated[
     list[str] | None,
     typer.Option(
-        "--model", metavar="NAME", help="Repeatable; default: all, in turn.", autocompletion=complete_model
+        "--model",
+        metavar="NAME",
+        help="Model; repeatable; default: all, in turn.",
+        autocompletion=complete_model,
     ),
 ]
 Concurrency = Annotated[
@@ -45,7 +48,7 @@ Rate = Annotated[
     float | None, typer.Option("--rate", metavar="R", min=0.001, help="Open loop: R requests/s, Poisson.")
 ]
 Requests = Annotated[
-    int | None, typer.Option("--requests", metavar="N", min=1, help="Number of requests to send")
+    int | None, typer.Option("--requests", metavar="N", min=1, help="Number of requests to send.")
 ]
 Duration = Annotated[
     float | None,
@@ -54,16 +57,19 @@ Duration = Annotated[
     ),
 ]
 PromptTokens = Annotated[
-    int, typer.Option("--prompt-tokens", metavar="N", min=1, help="Drawn prompts: about N tokens.")
+    int, typer.Option("--prompt-tokens", metavar="N", min=1, help="Tokens of a drawn prompt, about.")
 ]
 Prompts = Annotated[
-    Path | None, typer.Option("--prompts", metavar="FILE", help="A prompt a line; see docs/reference/cli.md.")
+    Path | None,
+    typer.Option("--prompts", metavar="FILE", help="File, a prompt a line; see docs/reference/cli.md."),
 ]
-MaxTokens = Annotated[int, typer.Option("--max-tokens", metavar="N", min=1, help="Length of an answer.")]
-Eos = Annotated[bool, typer.Option("--eos", help="Answers may end before that.")]
-Warmup = Annotated[int | None, typer.Option("--warmup", metavar="N", min=0, help="Default: one per model.")]
-Seed = Annotated[int, typer.Option("--seed", metavar="N", min=0, help="Of prompts and arrivals.")]
-Plot = Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="Draw a PNG; needs matplotlib.")]
+MaxTokens = Annotated[int, typer.Option("--max-tokens", metavar="N", min=1, help="Tokens of an answer.")]
+Eos = Annotated[bool, typer.Option("--eos", help="Let answers end earlier.")]
+Warmup = Annotated[
+    int | None, typer.Option("--warmup", metavar="N", min=0, help="Warm-up requests; default: one per model.")
+]
+Seed = Annotated[int, typer.Option("--seed", metavar="N", min=0, help="Seed of prompts and arrivals.")]
+Plot = Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="PNG file; needs matplotlib.")]
 
 
 @shell.command

@@ -16,7 +16,7 @@ from loramux_shared.deployment import Deployment
 from loramux_shared.deployment_file import DeploymentFile, load_deployment
 from loramux_shared.faults import InternalFault
 
-Exact = Annotated[bool, typer.Option("--exact", help="Remove what was added or pushed beside the file.")]
+Exact = Annotated[bool, typer.Option("--exact", help="Remove adapters that the file does not name.")]
 
 
 @shell.command
@@ -24,11 +24,9 @@ def build(
     file: shell.File,
     builder: shell.Builder = BUILDER,
     truncate_to: shell.TruncateTo = None,
-    prove: Annotated[
-        bool, typer.Option("--prove", help="Also record what each adapter should answer.")
-    ] = False,
+    prove: Annotated[bool, typer.Option("--prove", help="Record each adapter's expected answers.")] = False,
     verify: Annotated[
-        bool, typer.Option("--verify", help="Read reused bundles back, and repair damaged ones")
+        bool, typer.Option("--verify", help="Read reused bundles back, repair damaged ones.")
     ] = False,
     exact: Exact = False,
     as_json: shell.JsonLines = False,

@@ -31,26 +31,28 @@ from loramux_shared.wording import listed
 
 SomeDeployment = Annotated[
     str,
-    typer.Option("--deployment", "-d", metavar="NAME", help="Default: the only one that the builder has."),
+    typer.Option("--deployment", "-d", metavar="NAME", help="Deployment; default: the builder's only one."),
 ]
 Expected = Annotated[
     int | None,
     typer.Option("--expect", metavar="N", min=1, help="Refuse unless N is the newest generation."),
 ]
-Adapter = Annotated[str, typer.Argument(metavar="NAME", help="The adapter's; clients ask for it.")]
-Adapters = Annotated[list[str], typer.Argument(metavar="NAME...", help="The adapters.", show_default=False)]
+Adapter = Annotated[str, typer.Argument(metavar="NAME", help="Name of the adapter, for clients.")]
+Adapters = Annotated[
+    list[str], typer.Argument(metavar="NAME...", help="Names of the adapters.", show_default=False)
+]
 Repo = Annotated[
-    str, typer.Argument(metavar="REPO", help="org/name[@rev], a path, s3:// gs:// azure:// https://")
+    str, typer.Argument(metavar="REPO", help="Repository: org/name[@rev], path, s3:// gs:// azure:// https://")
 ]
 Source = Annotated[
     SourceKind | None,
-    typer.Option("--source", metavar="KIND", help="HF, S3, GCS, AZURE, REMOTE_URL, LOCAL; else as REPO looks."),
+    typer.Option("--source", metavar="KIND", help="HF, S3, GCS, AZURE, REMOTE_URL or LOCAL; else by REPO."),
 ]
 Revision = Annotated[str, typer.Option("--revision", metavar="REV", help="Branch, tag, commit or digest.")]
-Subfolder = Annotated[str, typer.Option("--subfolder", metavar="DIR", help="Inside the repository.")]
-Secret = Annotated[str, typer.Option("--secret", metavar="NAME", help="The secret that opens the repository.")]
-Folder = Annotated[Path, typer.Argument(metavar="DIR", help="What PEFT saved.", show_default=False)]
-OwnName = Annotated[str, typer.Option("--name", metavar="NAME", help="The adapter's; default: the folder's.")]
+Subfolder = Annotated[str, typer.Option("--subfolder", metavar="DIR", help="Folder inside the repository.")]
+Secret = Annotated[str, typer.Option("--secret", metavar="NAME", help="Name of the repository's secret.")]
+Folder = Annotated[Path, typer.Argument(metavar="DIR", help="Folder that PEFT saved.", show_default=False)]
+OwnName = Annotated[str, typer.Option("--name", metavar="NAME", help="Adapter's name; default: the folder's.")]
 
 
 @shell.command

@@ -37,20 +37,24 @@ def chat(
         str,
         typer.Argument(
             metavar="[MODEL]",
-            help="The base, an adapter, or several as in a*0.7+b*0.5; else the first that is served.",
+            help="Base, adapter, or blend as a*0.7+b*0.5; default: the first model.",
             show_default=False,
             autocompletion=complete_model,
         ),
     ] = "",
     grpc: shell.Grpc = INFERENCE,
-    system: Annotated[str, typer.Option("--system", metavar="TEXT", help="A system message.")] = "",
+    system: Annotated[str, typer.Option("--system", metavar="TEXT", help="System message.")] = "",
     max_tokens: Annotated[
-        int | None, typer.Option("--max-tokens", metavar="N", min=1, help="Length of an answer.")
+        int | None, typer.Option("--max-tokens", metavar="N", min=1, help="Most tokens of an answer.")
     ] = None,
     temperature: Annotated[
         float | None,
         typer.Option(
-            "--temperature", metavar="T", min=0, max=MAX_TEMPERATURE, help="0, the default, is greedy."
+            "--temperature",
+            metavar="T",
+            min=0,
+            max=MAX_TEMPERATURE,
+            help="Temperature; 0, the default, is greedy.",
         ),
     ] = None,
 ) -> None:

@@ -25,19 +25,23 @@ from loramux_shared.deployment_file import parse_lora_configuration
 from loramux_shared.faults import RepoNotFound, SourceUnavailable
 from loramux_shared.spelling import parse_repository
 
-Base = Annotated[str, typer.Option("--base", metavar="BASE", help="The base: as ADAPTER.", show_default=False)]
+Base = Annotated[
+    str, typer.Option("--base", metavar="BASE", help="Base, in the form of ADAPTER.", show_default=False)
+]
 AdapterArgument = Annotated[
     str,
-    typer.Argument(metavar="ADAPTER", help="org/name[@rev], a path, s3:// gs:// azure:// https://"),
+    typer.Argument(metavar="ADAPTER", help="Adapter: org/name[@rev], path, s3:// gs:// azure:// https://"),
 ]
-MaxRank = Annotated[int, typer.Option("--max-rank", metavar="R", min=1, help="max_lora_rank.")]
+MaxRank = Annotated[
+    int, typer.Option("--max-rank", metavar="R", min=1, help="Ceiling of ranks (max_lora_rank).")
+]
 StorageDtype = Annotated[
     str | None,
-    typer.Option("--dtype", metavar="NAME", help="bfloat16, float16 or float32; else the base's."),
+    typer.Option("--dtype", metavar="NAME", help="bfloat16, float16 or float32; default: the base's."),
 ]
-Secret = Annotated[str, typer.Option("--secret", metavar="NAME", help="The secret that opens both.")]
+Secret = Annotated[str, typer.Option("--secret", metavar="NAME", help="Name of the repositories' secret.")]
 SomeBuilder = Annotated[
-    str, typer.Option("--builder", metavar="HOST:PORT", help="Ask this one; default: a private one, here.")
+    str, typer.Option("--builder", metavar="HOST:PORT", help="Builder's address; default: a private one, here.")
 ]
 
 

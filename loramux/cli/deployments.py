@@ -16,8 +16,8 @@ from loramux.cli.documents import emit
 from loramux.client import BUILDER, AsyncClient, Client
 from loramux.records import DeploymentInfo, DeploymentState
 
-Name = Annotated[str, typer.Argument(metavar="NAME", help="The deployment.", show_default=False)]
-Some = Annotated[str, typer.Argument(metavar="[NAME]", help="Only this one.", show_default=False)]
+Name = Annotated[str, typer.Argument(metavar="NAME", help="Name of the deployment.", show_default=False)]
+Some = Annotated[str, typer.Argument(metavar="[NAME]", help="Name of one deployment.", show_default=False)]
 
 
 @shell.command

@@ -51,14 +51,15 @@ DEFAULT_STORE: Final[str] = InferenceSettings.model_fields["store"].default
 DEFAULT_CACHE: Final[Path] = InferenceSettings.model_fields["cache_dir"].default.expanduser()
 
 Store = Annotated[
-    str | None, typer.Option("--store", metavar="URI", help="Must answer; default: the one that is set.")
+    str | None,
+    typer.Option("--store", metavar="URI", help="Store that must answer; default: the one that is set."),
 ]
 Base = Annotated[
-    Path | None, typer.Option("--base", metavar="PATH", help="A checkpoint, or its config.json: what fits?")
+    Path | None, typer.Option("--base", metavar="PATH", help="Checkpoint, or its config.json, to size.")
 ]
 KvGb = Annotated[
     float | None,
-    typer.Option("--kv-gb", metavar="GB", min=0.001, help="KV cache; default: what a replica takes."),
+    typer.Option("--kv-gb", metavar="GB", min=0.001, help="GB of KV cache; default: a replica's."),
 ]
 
 

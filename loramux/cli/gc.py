@@ -26,17 +26,17 @@ _UNITS: Final = {"d": "days", "h": "hours", "m": "minutes", "s": "seconds"}
 @shell.command
 def gc(
     store: StoreFlag = None,
-    delete: Annotated[bool, typer.Option("--delete", help="Remove what is listed.")] = False,
+    delete: Annotated[bool, typer.Option("--delete", help="Remove the listed objects.")] = False,
     grace: Annotated[
-        str, typer.Option("--grace", metavar="TIME", help="Spare what is younger: 24h, 7d, 30m.")
+        str, typer.Option("--grace", metavar="TIME", help="Age below which objects stay: 24h, 7d, 30m.")
     ] = "24h",
     keep: Annotated[
         int | None,
-        typer.Option("--keep", min=0, metavar="N", help="Keep N generations before the served one."),
+        typer.Option("--keep", min=0, metavar="N", help="Generations to keep before the served one."),
     ] = None,
     keep_for: Annotated[
         str | None,
-        typer.Option("--keep-for", metavar="TIME", help="Keep what was published within: 30d, 12h."),
+        typer.Option("--keep-for", metavar="TIME", help="Age up to which generations stay: 30d, 12h."),
     ] = None,
     as_json: shell.Json = False,
 ) -> None:

@@ -23,7 +23,7 @@ SIGNS = {ChangeKind.ADDED: "+", ChangeKind.CHANGED: "~", ChangeKind.REMOVED: "-"
 Name = Annotated[
     str,
     typer.Argument(
-        metavar="[DEPLOYMENT]", help="Default: the only one that the builder has.", show_default=False
+        metavar="[DEPLOYMENT]", help="Deployment; default: the builder's only one.", show_default=False
     ),
 ]
 
@@ -31,7 +31,9 @@ Name = Annotated[
 @shell.command
 def history(
     name: Name = "",
-    limit: Annotated[int, typer.Option("--limit", metavar="N", min=1, help="The newest N.")] = 20,
+    limit: Annotated[
+        int, typer.Option("--limit", metavar="N", min=1, help="Number of generations, newest first.")
+    ] = 20,
     builder: shell.Builder = BUILDER,
     as_json: shell.Json = False,
 ) -> None:
@@ -64,7 +66,7 @@ def rollback(
     name: Name = "",
     to: Annotated[
         int | None,
-        typer.Option("--to", metavar="N", min=1, help="The generation; default: the one before the newest."),
+        typer.Option("--to", metavar="N", min=1, help="Generation; default: the one before the newest."),
     ] = None,
     builder: shell.Builder = BUILDER,
     expect: Expected = None,

@@ -30,19 +30,19 @@ FILES = ("model.lora_weights.npy", "model.lora_config.npy or model.lora_keys.npy
 UNPUBLISHED: Final = "_unpublished_"
 """Name of a deployment that only tests whether the adapter's name is valid."""
 
-Folder = Annotated[Path, typer.Argument(metavar="DIR", help="Holds the two npy files.", show_default=False)]
+Folder = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the two npy files.", show_default=False)]
 Name = Annotated[
-    str, typer.Option("--name", metavar="NAME", help="The adapter's; clients ask for it.", show_default=False)
+    str, typer.Option("--name", metavar="NAME", help="Name of the adapter, for clients.", show_default=False)
 ]
 DeploymentName = Annotated[
-    str, typer.Option("--deployment", metavar="NAME", help="Publish it as this one; default: only check it.")
+    str, typer.Option("--deployment", metavar="NAME", help="Deployment to publish; default: only check.")
 ]
 PublishingBuilder = Annotated[
     str,
     typer.Option(
         "--builder",
         metavar="HOST:PORT",
-        help=f"Ask this one; default: a private one, and {BUILDER} with --deployment.",
+        help=f"Builder's address; default: a private one, and {BUILDER} with --deployment.",
     ),
 ]
 

@@ -26,7 +26,10 @@ app = typer.Typer(
 
 VARIABLE = "LORAMUX_KEYS_FILE"
 File = Annotated[
-    Path, typer.Option("--file", envvar=VARIABLE, show_envvar=False, metavar="FILE", help=f"Else {VARIABLE}.")
+    Path,
+    typer.Option(
+        "--file", envvar=VARIABLE, show_envvar=False, metavar="FILE", help=f"Keys file; default: {VARIABLE}."
+    ),
 ]
 
 
@@ -35,28 +38,29 @@ File = Annotated[
 def new(
     scope: Annotated[
         list[Scope],
-        typer.Option("--scope", metavar="SCOPE", help="infer, build, metrics or admin; repeatable."),
+        typer.Option("--scope", metavar="SCOPE", help="Scope: infer, build, metrics or admin; repeatable."),
     ],
     model: Annotated[
         list[str] | None,
-        typer.Option("--model", metavar="NAME", help="Only this base or adapter; repeatable."),
+        typer.Option("--model", metavar="NAME", help="Model that the key may use; repeatable."),
     ] = None,
     weight: Annotated[
-        float | None, typer.Option("--weight", metavar="W", help="Part beside other keys; 1 is usual.")
+        float | None, typer.Option("--weight", metavar="W", help="Weight beside other keys; default 1.")
     ] = None,
     max_running: Annotated[
-        int | None, typer.Option("--max-running", metavar="N", help="Answers computed at once, of each model.")
+        int | None, typer.Option("--max-running", metavar="N", help="Most running answers of each model.")
     ] = None,
     max_waiting: Annotated[
-        int | None, typer.Option("--max-waiting", metavar="N", help="Requests that wait; more are refused.")
+        int | None, typer.Option("--max-waiting", metavar="N", help="Most waiting requests.")
     ] = None,
     tokens_per_minute: Annotated[
-        int | None, typer.Option("--tokens-per-minute", metavar="N", help="Of prompts and answers.")
+        int | None,
+        typer.Option("--tokens-per-minute", metavar="N", help="Tokens a minute of prompts and answers."),
     ] = None,
-    key_id: Annotated[str, typer.Option("--id", metavar="ID", help="Names it in lists; else drawn.")] = "",
-    comment: Annotated[str, typer.Option("--comment", metavar="TEXT", help="Whose it is.")] = "",
+    key_id: Annotated[str, typer.Option("--id", metavar="ID", help="Id in lists; default: drawn.")] = "",
+    comment: Annotated[str, typer.Option("--comment", metavar="TEXT", help="Owner.")] = "",
     file: Annotated[
-        Path | None, typer.Option("--file", metavar="FILE", help="Append it here; else it is printed.")
+        Path | None, typer.Option("--file", metavar="FILE", help="Keys file to append to; default: print.")
     ] = None,
     as_json: shell.Json = False,
 ) -> None:
@@ -116,7 +120,7 @@ def list_keys(file: File, as_json: shell.Json = False) -> None:
 @app.command()
 @shell.command
 def remove(
-    key_id: Annotated[str, typer.Argument(metavar="ID", help="As listed.", show_default=False)],
+    key_id: Annotated[str, typer.Argument(metavar="ID", help="Id of the key, as listed.", show_default=False)],
     file: File,
     as_json: shell.Json = False,
 ) -> None:

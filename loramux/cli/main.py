@@ -71,7 +71,7 @@ def loramux(
     ] = False,
     api_key: Annotated[
         str,
-        typer.Option("--api-key", callback=_show_key, metavar="KEY", help=f"For the services; else {API_KEY}."),
+        typer.Option("--api-key", callback=_show_key, metavar="KEY", help=f"API key; default: {API_KEY}."),
     ] = "",
 ) -> None:
     """One base model, hundreds of LoRA adapters, one server.

@@ -34,9 +34,7 @@ SPARE = ("base", "warnings", "modules", "pinned", "kind", "in use", "digest", "r
 @shell.command
 def models(
     address: shell.Grpc = INFERENCE,
-    wide: Annotated[
-        bool, typer.Option("--wide", help="All columns, also where the terminal is narrower.")
-    ] = False,
+    wide: Annotated[bool, typer.Option("--wide", help="Show all columns, also on a narrow terminal.")] = False,
     as_json: shell.Json = False,
 ) -> None:
     """List the models that are served: base first, then adapters.
@@ -94,10 +92,10 @@ def _where(adapter: AdapterStatus | None) -> tuple[str, str, str]:
 def health(
     address: Annotated[str, typer.Argument(metavar="[ADDRESS]", help="HOST:PORT")] = INFERENCE,
     service: Annotated[
-        str, typer.Option("--service", metavar="NAME", help="Full name of one service; empty: the server.")
+        str, typer.Option("--service", metavar="NAME", help="Full name of a service; empty: the server.")
     ] = "",
     wait_s: Annotated[
-        float, typer.Option("--wait", metavar="SECONDS", min=0, help="Try again for so long.")
+        float, typer.Option("--wait", metavar="SECONDS", min=0, help="Seconds of retries.")
     ] = 0.0,
     as_json: shell.Json = False,
 ) -> None:

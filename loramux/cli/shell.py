@@ -44,34 +44,31 @@ MAX_FINDINGS = 20
 """Most findings of one failure that are printed; --json has all that were sent."""
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
-Grpc = Annotated[str, typer.Option("--grpc", metavar="HOST:PORT", help="The inference service.")]
-Builder = Annotated[str, typer.Option("--builder", metavar="HOST:PORT", help="The builder service.")]
-Store = Annotated[str, typer.Option("--store", metavar="URI", help="s3://bucket/prefix or file:///dir.")]
+Grpc = Annotated[str, typer.Option("--grpc", metavar="HOST:PORT", help="Inference service.")]
+Builder = Annotated[str, typer.Option("--builder", metavar="HOST:PORT", help="Builder service.")]
+Store = Annotated[str, typer.Option("--store", metavar="URI", help="Store: s3://bucket/prefix or file:///dir.")]
 LocalRoots = Annotated[
     list[Path] | None,
-    typer.Option("--local-root", metavar="DIR", help="LOCAL repositories may lie below it; repeatable."),
+    typer.Option("--local-root", metavar="DIR", help="Root of LOCAL repositories; repeatable."),
 ]
 Backend = Annotated[
-    str | None, typer.Option("--backend", metavar="NAME", help="auto, native, torch or triton.")
+    str | None, typer.Option("--backend", metavar="NAME", help="Backend: auto, native, torch or triton.")
 ]
 Dtype = Annotated[
-    str | None, typer.Option("--dtype", metavar="NAME", help="auto, float32, bfloat16 or float16.")
+    str | None, typer.Option("--dtype", metavar="NAME", help="Type: auto, float32, bfloat16 or float16.")
 ]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, metavar="N", help="CPU threads.")]
 TruncateTo = Annotated[
-    int | None, typer.Option("--truncate-to", metavar="R", min=1, help="Cut higher ranks to this one.")
+    int | None,
+    typer.Option("--truncate-to", metavar="R", min=1, help="Rank to which higher ones are truncated."),
 ]
 SignedBy = Annotated[
     list[str] | None,
-    typer.Option(
-        "--signed-by", metavar="SIGNER", help="Who is to have signed it: docs/guides/signing.md; repeatable."
-    ),
+    typer.Option("--signed-by", metavar="SIGNER", help="Required signer: docs/guides/signing.md; repeatable."),
 ]
-File = Annotated[Path, typer.Argument(metavar="FILE", help="A deployment file (YAML).", show_default=False)]
-Json = Annotated[bool, typer.Option("--json", help="For machines; see docs/reference/cli.md.")]
-JsonLines = Annotated[
-    bool, typer.Option("--json", help="For machines: per line what changed; see docs/reference/cli.md.")
-]
+File = Annotated[Path, typer.Argument(metavar="FILE", help="Deployment file (YAML).", show_default=False)]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON; see docs/reference/cli.md.")]
+JsonLines = Annotated[bool, typer.Option("--json", help="Print JSON lines; see docs/reference/cli.md.")]
 
 
 def command(function: Callable[P, R]) -> Callable[P, R]:

@@ -27,7 +27,7 @@ CERTIFICATES: Final = variable("signing_certificates")
 SIGNERS: Final = variable("require_signature")
 
 Target = Annotated[
-    str, typer.Argument(metavar="FOLDER|DEPLOYMENT", help="A folder with an adapter's files, or a deployment.")
+    str, typer.Argument(metavar="FOLDER|DEPLOYMENT", help="Folder of an adapter, or a deployment.")
 ]
 
 
@@ -37,7 +37,7 @@ def sign(
     key: Annotated[
         Path | None,
         typer.Option(
-            "--key", envvar=KEY, show_envvar=False, metavar="FILE", help=f"Private (PEM); else {KEY}."
+            "--key", envvar=KEY, show_envvar=False, metavar="FILE", help=f"Private key (PEM); default: {KEY}."
         ),
     ] = None,
     certificates: Annotated[
@@ -47,11 +47,11 @@ def sign(
             envvar=CERTIFICATES,
             show_envvar=False,
             metavar="FILE",
-            help="Of the key, its own first.",
+            help="Certificates of the key, its own first.",
         ),
     ] = None,
     sigstore: Annotated[
-        bool, typer.Option("--sigstore", help="Sign as who you are to an OpenID issuer.")
+        bool, typer.Option("--sigstore", help="Sign with your identity of an OpenID issuer.")
     ] = False,
     store: StoreFlag = None,
     as_json: shell.Json = False,
@@ -89,7 +89,8 @@ def verify(
     target: Target,
     signed_by: shell.SignedBy = None,
     signature: Annotated[
-        Path | None, typer.Option("--signature", metavar="FILE", help=f"Of a folder; else its {SIGNATURE}.")
+        Path | None,
+        typer.Option("--signature", metavar="FILE", help=f"Signature of a folder; default: its {SIGNATURE}."),
     ] = None,
     store: StoreFlag = None,
     as_json: shell.Json = False,

@@ -36,4 +36,4 @@ def notify(message: str) -> None:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
             sender.sendto(message.encode(), address)
     except OSError as error:
-        log.warning("nobody was told", message=message, variable=SOCKET, why=error.strerror)
+        log.warning("notification could not be sent", message=message, variable=SOCKET, why=error.strerror)

@@ -82,7 +82,7 @@ def test_a_step_that_takes_too_long_ends_the_process(world: World, tmp_path: Pat
             list(client.generate("all", "HELLO", max_tokens=200, n=8, ignore_eos=True))
         assert next(watch).status == health_pb2.HealthCheckResponse.NOT_SERVING
         assert process.wait() == BROKEN == Exit.BROKEN
-    assert "a step does not end" in (tmp_path / "log").read_text()
+    assert "engine step exceeds its time limit" in (tmp_path / "log").read_text()
 
 
 def test_a_port_that_is_taken_stops_the_start(world: World, tmp_path: Path) -> None:

@@ -67,7 +67,7 @@ def test_an_adapter_is_proved_once(world, loader_of):
     assert np.array_equal(first.packed.table, second.packed.table)
     assert np.array_equal(first.packed.ranks, second.packed.ranks)
     assert np.array_equal(first.packed.linears, second.packed.linears)
-    assert [line["adapter"] for line in logs if line["event"] == "proof holds"] == [digest[:12]]
+    assert [line["adapter"] for line in logs if line["event"] == "adapter passed its proof"] == [digest[:12]]
 
 
 def test_an_adapter_that_answers_otherwise_is_not_handed_out(world, loader_of):

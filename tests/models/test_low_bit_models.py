@@ -249,7 +249,7 @@ def test_what_widening_takes_is_told_beforehand(plain: World, tmp_path: Path) ->
     )
     with capture_logs() as logs:
         world.load(store)
-    assert [log["weights"] for log in logs if log["event"] == "the base's weights are of few bits"] == [told]
+    assert [log["weights"] for log in logs if log["event"] == "base has quantized weights"] == [told]
     context = BuildContext(MemoryStore(), open_sources(local_roots=[world.root]), tmp_path / "work")
     report = check_one(world.deployment(), context, Progress(["all"]))
     assert [finding.found for finding in report.findings if finding.code == "W_WIDENED"] == [told]

@@ -48,26 +48,32 @@ Models = Annotated[
     typer.Option(
         "--models",
         metavar="A,B",
-        help="base, adapters, a*0.7+b, NAME@DIGEST, ck-*.",
+        help="Models: base, adapters, a*0.7+b, NAME@DIGEST, ck-*.",
         autocompletion=complete_model,
     ),
 ]
-Prompts = Annotated[Path, typer.Option("--prompts", metavar="FILE", help="Text or JSONL; extensions/arena.")]
-Baseline = Annotated[str, typer.Option("--baseline", metavar="NAME", help="Default: the first model.")]
+Prompts = Annotated[
+    Path, typer.Option("--prompts", metavar="FILE", help="Text or JSONL file; see extensions/arena.")
+]
+Baseline = Annotated[
+    str, typer.Option("--baseline", metavar="NAME", help="Baseline; default: the first model.")
+]
 Scores = Annotated[
     list[str] | None,
-    typer.Option("--score", metavar="NAME", help="strip, casefold, numeric, json, ...; repeatable."),
+    typer.Option("--score", metavar="NAME", help="Score: strip, casefold, numeric, json, ...; repeatable."),
 ]
-JudgeModel = Annotated[str, typer.Option("--judge", metavar="MODEL", help="Compares answers in both orders.")]
-JudgeUrl = Annotated[str, typer.Option("--judge-url", metavar="URL", help="Where it is: http://HOST:PORT/v1.")]
+JudgeModel = Annotated[
+    str, typer.Option("--judge", metavar="MODEL", help="Model that judges answers, in both orders.")
+]
+JudgeUrl = Annotated[str, typer.Option("--judge-url", metavar="URL", help="Judge's URL: http://HOST:PORT/v1.")]
 Samples = Annotated[int, typer.Option("--samples", metavar="N", min=1, max=128, help="Answers per prompt.")]
-MaxTokens = Annotated[int, typer.Option("--max-tokens", metavar="N", min=0, help="Of an answer.")]
+MaxTokens = Annotated[int, typer.Option("--max-tokens", metavar="N", min=0, help="Most tokens of an answer.")]
 Temperature = Annotated[float, typer.Option("--temperature", metavar="T", min=0.0, max=100.0)]
-Seed = Annotated[int, typer.Option("--seed", metavar="N", min=0, max=2**32, help="Of samples and intervals.")]
-System = Annotated[str, typer.Option("--system", metavar="TEXT", help="Before every prompt.")]
-Concurrency = Annotated[int, typer.Option("--concurrency", metavar="N", min=1, help="Open at once.")]
-Output = Annotated[Path | None, typer.Option("--output", metavar="FILE", help="Write the report as HTML.")]
-Resume = Annotated[Path | None, typer.Option("--resume", metavar="FILE", help="Keep answers here; go on.")]
+Seed = Annotated[int, typer.Option("--seed", metavar="N", min=0, max=2**32, help="Seed of draws.")]
+System = Annotated[str, typer.Option("--system", metavar="TEXT", help="System message of every prompt.")]
+Concurrency = Annotated[int, typer.Option("--concurrency", metavar="N", min=1, help="Most open requests.")]
+Output = Annotated[Path | None, typer.Option("--output", metavar="FILE", help="HTML file of the report.")]
+Resume = Annotated[Path | None, typer.Option("--resume", metavar="FILE", help="File of answers, to resume.")]
 
 
 @dataclass(frozen=True)

@@ -18,19 +18,21 @@ def envoy(
     replicas: Annotated[
         list[str],
         typer.Argument(
-            metavar="REPLICA...", help="HOST, HOST:GRPC[:HTTP], or dns:///NAME of all.", show_default=False
+            metavar="REPLICA...",
+            help="HOST, HOST:GRPC[:HTTP], or dns:///NAME of all.",
+            show_default=False,
         ),
     ],
-    grpc_port: Annotated[int, typer.Option("--grpc-port", metavar="PORT", help="Of replicas.")] = 50052,
-    http_port: Annotated[int, typer.Option("--http-port", metavar="PORT", help="Of replicas.")] = 8000,
+    grpc_port: Annotated[int, typer.Option("--grpc-port", metavar="PORT", help="Replicas' gRPC port.")] = 50052,
+    http_port: Annotated[int, typer.Option("--http-port", metavar="PORT", help="Replicas' HTTP port.")] = 8000,
     listen_grpc: Annotated[
-        str, typer.Option("--listen-grpc", metavar="HOST:PORT", help="Where Envoy takes gRPC.")
+        str, typer.Option("--listen-grpc", metavar="HOST:PORT", help="Envoy's gRPC address.")
     ] = "127.0.0.1:50052",
     listen_http: Annotated[
-        str, typer.Option("--listen-http", metavar="HOST:PORT", help="Where it takes OpenAI's API.")
+        str, typer.Option("--listen-http", metavar="HOST:PORT", help="Envoy's HTTP address.")
     ] = "127.0.0.1:8000",
     admin_port: Annotated[
-        int, typer.Option("--admin-port", metavar="PORT", help="Its own page, on loopback.")
+        int, typer.Option("--admin-port", metavar="PORT", help="Envoy's admin port, on loopback.")
     ] = 9901,
     first_token_s: Annotated[
         float,
@@ -39,14 +41,15 @@ def envoy(
             metavar="SECONDS",
             min=0,
             max=86400,
-            help="Then a stream tries another replica; 0: never.",
+            help="Time until a retry elsewhere; 0: never.",
         ),
     ] = 120.0,
     tls_ca: Annotated[
-        Path | None, typer.Option("--tls-ca", metavar="FILE", help="Who signed the replicas' certificates.")
+        Path | None,
+        typer.Option("--tls-ca", metavar="FILE", help="Authority (PEM) of the replicas' certificates."),
     ] = None,
     tls_name: Annotated[
-        str | None, typer.Option("--tls-name", metavar="NAME", help="The name in these certificates.")
+        str | None, typer.Option("--tls-name", metavar="NAME", help="Name in these certificates.")
     ] = None,
 ) -> None:
     """Print the configuration of an Envoy before replicas.

@@ -110,18 +110,20 @@ def _start(given: argparse.Namespace) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m loramux_ray", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    first = commands.add_parser("head", help="be a cluster of one node")
-    first.add_argument("--cpus", type=int, help="what Ray counts, whatever there is")
-    first.add_argument("--folder", type=Path, required=True, help="for Ray's files, and for its address")
+    first = commands.add_parser("head", help="start a cluster of one node")
+    first.add_argument("--cpus", type=int, help="resources that Ray counts, whatever the machine has")
+    first.add_argument("--folder", type=Path, required=True, help="folder of Ray's files and of its address")
     second = commands.add_parser("deploy", help="run applications on a cluster")
-    second.add_argument("--address", required=True, help="of the cluster: HOST:PORT, auto or ray://HOST:PORT")
+    second.add_argument(
+        "--address", required=True, help="address of the cluster: HOST:PORT, auto or ray://HOST:PORT"
+    )
     second.add_argument("--builder", type=json.loads, help="settings of a builder, as JSON")
     second.add_argument("--options", type=json.loads, help="`loramux_ray.app.Options`, as JSON")
     for each in (first, second):
         each.add_argument(
             "--grpc", required=True, help="HOST:PORT of Ray's gRPC proxies; the host is Ray's choice"
         )
-        each.add_argument("--http", required=True, help="HOST:PORT of Ray's HTTP doors")
+        each.add_argument("--http", required=True, help="HOST:PORT of Ray's HTTP proxies")
     return parser
 
 

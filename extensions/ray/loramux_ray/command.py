@@ -30,16 +30,17 @@ app = typer.Typer(
     no_args_is_help=True,
 )
 
-Replicas = Annotated[int, typer.Option("--replicas", metavar="N", min=1, help="Of the engine, at least.")]
+Replicas = Annotated[int, typer.Option("--replicas", metavar="N", min=1, help="Least replicas of the engine.")]
 MaxReplicas = Annotated[
-    int | None, typer.Option("--max-replicas", metavar="N", min=1, help="At most; else always --replicas.")
+    int | None,
+    typer.Option("--max-replicas", metavar="N", min=1, help="Most replicas; else always --replicas."),
 ]
-Gpus = Annotated[float, typer.Option("--num-gpus", metavar="N", min=0, help="Of each replica.")]
+Gpus = Annotated[float, typer.Option("--num-gpus", metavar="N", min=0, help="GPUs per replica.")]
 Cpus = Annotated[
-    float | None, typer.Option("--num-cpus", metavar="N", min=0, help="Of each replica: its threads on a CPU.")
+    float | None, typer.Option("--num-cpus", metavar="N", min=0, help="CPUs per replica: its threads.")
 ]
-Http = Annotated[str, typer.Option("--http", metavar="HOST:PORT", help="Ray's HTTP doors.")]
-Grpc = Annotated[str, typer.Option("--grpc", metavar="HOST:PORT", help="Ray's gRPC doors.")]
+Http = Annotated[str, typer.Option("--http", metavar="HOST:PORT", help="Address of Ray's HTTP proxies.")]
+Grpc = Annotated[str, typer.Option("--grpc", metavar="HOST:PORT", help="Ray's gRPC address.")]
 
 
 @app.command()
@@ -101,13 +102,14 @@ async def _up(
 def deploy(
     file: shell.File,
     address: Annotated[
-        str, typer.Option("--address", metavar="ADDRESS", help="Of the cluster; auto on a node.")
+        str, typer.Option("--address", metavar="ADDRESS", help="Cluster's address; auto on a node.")
     ] = "auto",
-    store: Annotated[str, typer.Option("--store", metavar="URI", help="That all nodes reach.")] = "",
+    store: Annotated[str, typer.Option("--store", metavar="URI", help="Store that all nodes reach.")] = "",
     grpc: Grpc = INFERENCE,
     http: Http = "0.0.0.0:8000",
     builder: Annotated[
-        str, typer.Option("--builder", metavar="HOST:PORT", help="One elsewhere; else the cluster gets one.")
+        str,
+        typer.Option("--builder", metavar="HOST:PORT", help="Builder's address; else the cluster gets one."),
     ] = "",
     replicas: Replicas = 1,
     max_replicas: MaxReplicas = None,

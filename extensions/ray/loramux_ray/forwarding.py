@@ -109,7 +109,9 @@ class Forwarder:
                 fault = _fault(error)
                 if told or pause_s is None or not isinstance(fault, ReplicaFailed):
                     raise fault from None
-                log.info("asked again", app=self._app, method=method, why=type(error).__name__)
+                log.info(
+                    "request retried on another replica", app=self._app, method=method, why=type(error).__name__
+                )
             finally:
                 response.cancel()  # type: ignore[no-untyped-call]
             await asyncio.sleep(pause_s)
@@ -121,6 +123,6 @@ def _fault(error: Exception) -> Fault:
     if isinstance(error, DeploymentUnavailableError):
         return ServerUnavailable("the application could not be deployed; `serve status` says why.")
     if isinstance(error, RayTaskError):
-        log.error("a replica raised", error=repr(error))
+        log.error("replica raised an unexpected error", error=repr(error))
         return InternalFault(FAILED)
     return ReplicaFailed(LOST)

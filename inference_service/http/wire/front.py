@@ -80,7 +80,7 @@ class Front:
             task.uncancel()
             await fault_response(scope, ShuttingDown(CUT))(scope, receive, answer.send)
         except Exception:  # the last line: logged here, and no word of it to the client
-            log.exception("request failed", path=scope["path"], request_id=answer.request_id)
+            log.exception("request failed: unexpected error", path=scope["path"], request_id=answer.request_id)
             if not answer.ended:
                 raise  # the server closes the connection, so that half an answer is not taken for a whole
         finally:

@@ -27,12 +27,10 @@ MAX_TOKENS = 64
 
 @shell.command
 def demo(
-    prompt: Annotated[
-        str, typer.Option("--prompt", metavar="TEXT", help="What every model is asked.")
-    ] = PROMPT,
-    stay: Annotated[bool, typer.Option("--keep", help="Go on serving until Ctrl-C.")] = False,
+    prompt: Annotated[str, typer.Option("--prompt", metavar="TEXT", help="Prompt for every model.")] = PROMPT,
+    stay: Annotated[bool, typer.Option("--keep", help="Keep serving until Ctrl-C.")] = False,
     max_tokens: Annotated[
-        int, typer.Option("--max-tokens", metavar="N", min=1, help="Length of an answer.")
+        int, typer.Option("--max-tokens", metavar="N", min=1, help="Most tokens of an answer.")
     ] = MAX_TOKENS,
     store: shell.Store = DEMO_STORE,
     threads: shell.Threads = None,

@@ -21,26 +21,26 @@ NEEDS = {
     "inference": ("torch", "tokenizers", "jinja2", "numpy", "starlette", "uvicorn"),
 }
 Listen = Annotated[
-    str | None, typer.Option("--grpc", metavar="HOST:PORT", help="Listen here; port 0 draws a free one.")
+    str | None, typer.Option("--grpc", metavar="HOST:PORT", help="Address; port 0 draws a free one.")
 ]
 ListenHttp = Annotated[
-    str | None, typer.Option("--http", metavar="HOST:PORT", help="Open OpenAI's HTTP door here too.")
+    str | None, typer.Option("--http", metavar="HOST:PORT", help="Address of the HTTP APIs.")
 ]
 StoreFlag = Annotated[
-    str | None, typer.Option("--store", metavar="URI", help="s3://bucket/prefix or file:///dir.")
+    str | None, typer.Option("--store", metavar="URI", help="Store: s3://bucket/prefix or file:///dir.")
 ]
 KeysFile = Annotated[
-    Path | None, typer.Option("--keys-file", metavar="FILE", help="Who may enter; see loramux keys.")
+    Path | None, typer.Option("--keys-file", metavar="FILE", help="File of API keys; see loramux keys.")
 ]
 ModelDoors = Annotated[
     str | None,
     typer.Option(
         "--model-doors",
         metavar="LIST",
-        help="MODEL=HOST:PORT,...: gRPC of one model each.",
+        help="MODEL=HOST:PORT,...: a gRPC port per model.",
     ),
 ]
-Insecure = Annotated[bool, typer.Option("--insecure", help="Let others than this machine in without keys.")]
+Insecure = Annotated[bool, typer.Option("--insecure", help="Accept other machines without keys.")]
 
 
 @shell.command
@@ -63,7 +63,7 @@ def builder(
 @shell.command
 def serve(
     deployment: Annotated[
-        str | None, typer.Option("--deployment", metavar="NAME", help="The deployment to serve.")
+        str | None, typer.Option("--deployment", metavar="NAME", help="Name of the deployment to serve.")
     ] = None,
     store: StoreFlag = None,
     grpc: Listen = None,
@@ -75,11 +75,15 @@ def serve(
     threads: shell.Threads = None,
     builder: Annotated[
         str | None,
-        typer.Option("--builder", metavar="HOST:PORT", help="A builder that makes adapters and tells of them."),
+        typer.Option(
+            "--builder", metavar="HOST:PORT", help="Builder that publishes adapters for this replica."
+        ),
     ] = None,
     on_base_change: Annotated[
         str | None,
-        typer.Option("--on-base-change", metavar="stay|exit", help="When a generation needs a restart."),
+        typer.Option(
+            "--on-base-change", metavar="stay|exit", help="Reaction to a generation that needs a restart."
+        ),
     ] = None,
     keys_file: KeysFile = None,
     insecure: Insecure = False,

@@ -36,7 +36,7 @@ def up(
     file: shell.File,
     store: shell.Store = DEFAULT_STORE,
     grpc: shell.Grpc = "",
-    http: Annotated[str, typer.Option("--http", metavar="HOST:PORT", help="OpenAI's HTTP door.")] = "",
+    http: Annotated[str, typer.Option("--http", metavar="HOST:PORT", help="Address of the HTTP APIs.")] = "",
     builder: shell.Builder = "",
     backend: shell.Backend = None,
     dtype: shell.Dtype = None,

@@ -67,7 +67,7 @@ class Keyring:
         try:
             self._entries = self._read()
         except SettingsInvalid as fault:
-            log.warning("keys file not taken, the keys before it stay", file=str(self._file), why=fault.message)
+            log.warning("keys file is invalid, the previous keys stay", file=str(self._file), why=fault.message)
         else:
             log.info("keys file read again", file=str(self._file), keys=len(self))
 

@@ -88,7 +88,7 @@ class TlsFiles:
             try:
                 newer = read()
             except SettingsInvalid as fault:
-                log.warning("certificate not taken, the one before it stays", why=fault.message)
+                log.warning("certificate is invalid, the previous one stays", why=fault.message)
                 return None
             log.info("certificate read again", cert=str(self.cert))
             return newer

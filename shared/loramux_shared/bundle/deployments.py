@@ -210,5 +210,5 @@ def _unless_damaged(read: Callable[[], T | None]) -> T | None:
     try:
         return read()
     except BundleCorrupt as damage:
-        log.warning("damaged record", problem=damage.message)
+        log.warning("record in the store is damaged", problem=damage.message)
         return None

@@ -290,5 +290,5 @@ async def _linger(context: grpc.aio.ServicerContext) -> None:
 
 
 def _internal(method: str) -> InternalFault:
-    log.exception("call failed", method=method)
+    log.exception("call failed: unexpected error", method=method)
     return InternalFault("loramux failed inside; the server's log has the details. Please report it.")

@@ -29,7 +29,7 @@ async def leave(
 ) -> None:
     """Give proxies time to turn away before anything is refused; it is over when sooner ends."""
     if delay_s:
-        log.info("leaving", delay_s=delay_s)
+        log.info("waiting before the drain", delay_s=delay_s)
         for door in doors:
             await door.leave()
     waits: list[Coroutine[Any, Any, object]] = [asyncio.sleep(delay_s), *([sooner] if sooner else [])]

@@ -88,7 +88,7 @@ def alone(cache: Path, progress: Progress = unwatched) -> Iterator[None]:
         told = False
         while not _locked(file):
             if not told:
-                log.info("another process changes the cache, waiting for it", cache=str(cache))
+                log.info("cache is locked by another process, waiting", cache=str(cache))
             told = True
             progress(0)
             time.sleep(LOCK_POLL_S)

@@ -178,7 +178,11 @@ def with_base(
         except BundleCorrupt:
             if not placed.removed or placed.removed & repaired:
                 raise
-            log.warning("files of the base differ", folder=str(folder), files=sorted(placed.removed))
+            log.warning(
+                "files of the base differ from the record, fetching them again",
+                folder=str(folder),
+                files=sorted(placed.removed),
+            )
             repaired |= placed.removed
 
 

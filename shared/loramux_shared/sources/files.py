@@ -135,7 +135,7 @@ def disk_errors() -> Iterator[None]:
 
 def disk_fault(error: OSError) -> ResourcesExhausted:
     """Return the fault for a file that cannot be written; the log alone says which."""
-    log.warning("the disk refuses", path=str(error.filename or ""), problem=error.strerror)
+    log.warning("disk operation failed", path=str(error.filename or ""), problem=error.strerror)
     if error.errno in {errno.ENOSPC, errno.EDQUOT}:
         cure = "Free or add space."
     elif error.errno == errno.EFBIG:

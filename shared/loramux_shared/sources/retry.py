@@ -87,7 +87,7 @@ class Patience:
 def _told(state: RetryCallState) -> None:
     problem = state.outcome.exception() if state.outcome else None
     log.warning(
-        "a source does not answer, trying again", pause_s=round(state.upcoming_sleep, 1), problem=str(problem)
+        "source does not answer, retrying", pause_s=round(state.upcoming_sleep, 1), problem=str(problem)
     )
 
 

@@ -69,7 +69,7 @@ class PatientStore:
             try:
                 return operation()
             except StoreUnavailable as fault:
-                log.warning("store does not answer, trying again", pause_s=pause_s, problem=fault.message)
+                log.warning("store does not answer, retrying", pause_s=pause_s, problem=fault.message)
                 self._wait(pause_s)
         return operation()
 

@@ -32,12 +32,12 @@ def open_tracing(service: str) -> Tracing | None:
     found = list(entry_points(group=GROUP, name=wanted))
     if not found:
         cure = "pip install 'loramux[otel]', or unset the OTEL_ variables"
-        log.warning("traces are asked for, and the exporter is not installed", exporter=wanted, cure=cure)
+        log.warning("traces are requested, but the exporter is not installed", exporter=wanted, cure=cure)
         return None
     from loramux_shared.tracing.otel import Tracing
 
     tracing = Tracing.to(found[0].load()(), service)
-    log.info("traces are sent", exporter=wanted)
+    log.info("traces are exported", exporter=wanted)
     return tracing
 
 

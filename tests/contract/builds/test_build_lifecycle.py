@@ -258,8 +258,8 @@ def test_entries_beyond_their_bounds_are_not_held(monkeypatch: pytest.MonkeyPatc
         assert list(Journal(store, OWNER).others()) == [f"builds/{name}/{OTHER}.json" for name in "bc"]
     assert key not in store.objects
     assert [line["event"].partition(",")[0] for line in logs] == [
-        "journal entry dropped",
-        "journal entries are too large together",
+        "journal entry is damaged",
+        "journal entries exceed their bound together",
     ]
 
 

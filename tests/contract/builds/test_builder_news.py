@@ -110,10 +110,10 @@ async def test_a_builder_that_is_away_is_logged_once_and_called_again(monkeypatc
                 await until(lambda: replica.heard or replica.go.release(), "the news")
                 await until(lambda: replica.pauses[-1] == FIRST_PAUSE_S, "the end of the stream")
     assert replica.pauses[:3] == [FIRST_PAUSE_S, 2 * FIRST_PAUSE_S, 4 * FIRST_PAUSE_S]
-    events = [line["event"] for line in logs if "builder tells" in line["event"]]
+    events = [line["event"] for line in logs if "builder reports" in line["event"]]
     assert events == [
-        "the builder tells of no generations, the store is asked instead",
-        "the builder tells of generations again",
+        "builder reports no generations, reading the store instead",
+        "builder reports generations again",
     ]
 
 

@@ -216,7 +216,7 @@ def test_a_secret_that_is_not_set_is_said(cloud):
     cloud.fill(FILES)
     with capture_logs() as logs, pytest.raises(RepoGated, match="LORAMUX_SECRET_key"):
         cloud.source(" ").resolve(cloud.repo())
-    assert logs[0]["event"] == "secret not set, going on without"
+    assert logs[0]["event"] == "secret is not set, continuing without it"
 
 
 @pytest.mark.parametrize("cloud", ["gcs"], indirect=True)

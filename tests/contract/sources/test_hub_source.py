@@ -158,7 +158,7 @@ def test_a_secret_that_is_not_set_is_said(hub):
     """Public repositories open without the named secret, and a refusal says where it was looked for."""
     with capture_logs() as logs:
         source(hub).resolve(repo("org/adapter", runtime_secret_name="absent"))  # noqa: S106 - a name
-    assert logs[0]["event"] == "secret not set, going on without"
+    assert logs[0]["event"] == "secret is not set, continuing without it"
     with pytest.raises(RepoGated, match="LORAMUX_SECRET_absent"):
         source(hub).resolve(repo("org/gated", runtime_secret_name="absent"))  # noqa: S106 - a name
 

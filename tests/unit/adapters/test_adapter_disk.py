@@ -95,7 +95,7 @@ def test_a_damaged_file_is_found_and_the_bundle_fetched_again(store, folder, tmp
         path.symlink_to(other)
     with capture_logs() as logs:
         assert keep(store, disk, digest) is Tier.STORE
-    assert any("kept bundle" in line["event"] for line in logs)
+    assert any("cached bundle" in line["event"] for line in logs)
     assert keep(store, disk, digest) is Tier.DISK
 
 
@@ -197,7 +197,7 @@ def test_a_folder_that_cannot_be_written_is_said_once(store, tmp_path):
     with capture_logs() as logs:
         for digest in store.digests:
             assert keep(store, disk, digest) is Tier.STORE
-    said = [line for line in logs if "without being kept" in line["event"]]
+    said = [line for line in logs if "without the cache" in line["event"]]
     assert len(said) == 1
     assert "LORAMUX_ADAPTER_DISK_GB" in said[0]["fix"]
 

@@ -158,8 +158,8 @@ async def test_a_store_that_is_away_is_logged_once_and_when_it_is_back(store):
             assert replica.follower.standing.state is FollowerState.CURRENT
     events = [line["event"] for line in logs]
     assert len(events) == 2
-    assert "serves what it has" in events[0]
-    assert "seen again" in events[1]
+    assert "serves its present one" in events[0]
+    assert "read again" in events[1]
 
 
 async def test_a_lower_number_is_never_taken_over(store):
@@ -192,7 +192,7 @@ async def test_what_needs_a_restart_is_said_and_not_half_taken(store):
             await replica.look()
             assert replica.numbers == [3]
             assert replica.follower.standing.state is FollowerState.CURRENT
-    assert len([line for line in logs if line["event"] == "a generation needs a restart"]) == 1
+    assert len([line for line in logs if line["event"] == "generation needs a restart"]) == 1
 
 
 async def test_a_generation_that_cannot_be_taken_is_tried_again(store):

@@ -105,7 +105,7 @@ def test_a_proof_knows_the_head_that_answers(tmp_path: Path) -> None:
     built(proved, workshop(world.root, store))
     with capture_logs() as logs:
         world.load(store)
-    found = {line["adapter"] for line in logs if line["event"] == "proof holds"}
+    found = {line["adapter"] for line in logs if line["event"] == "adapter passed its proof"}
     generation = current_generation(store, "tiny")
     assert generation is not None
     assert found == {record.digest[:12] for record in generation.adapters.values()}
