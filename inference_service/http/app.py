@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import partial
 from typing import Final
 
-from starlette.applications import Starlette
+from starlette.datastructures import State
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
-from starlette.routing import Route, compile_path
+from starlette.routing import Route, Router, compile_path
+from starlette.types import Receive, Scope, Send
 
 from inference_service.adapters.fixed import fixed_manager
 from inference_service.adapters.manager import AdapterManager
@@ -37,17 +38,16 @@ from inference_service.http.vectors.pooling_schema import ClassifyBody, Embeddin
 from inference_service.http.wire.front import Front
 from inference_service.http.wire.refusals import (
     MessageError,
+    failure_response,
     fault_response,
-    on_failure,
-    on_fault,
-    on_http_error,
+    http_error_response,
 )
 from inference_service.http.wire.reply import Reply
 from inference_service.serving.service import GenerationService
 from loramux_shared import routes
 from loramux_shared.access.asgi import AccessMiddleware
 from loramux_shared.access.keyring import Keyring
-from loramux_shared.access.rights import Scope
+from loramux_shared.access.rights import Scope as AccessScope
 from loramux_shared.faults import Fault
 from loramux_shared.routes import Route as ApiRoute
 from loramux_shared.tracing.asgi import TraceMiddleware
@@ -138,13 +138,7 @@ def create_app(
 
     Without adapters, those of the service's catalog are there for good.
     """
-    paths = [
-        Route(path, partial(_answer, service, handlers_of(path)), methods=list(handlers_of(path)))
-        for path in dict.fromkeys(endpoint.path for endpoint in ENDPOINTS)
-    ]
-    handlers = {Fault: on_fault, HTTPException: on_http_error, Exception: on_failure}
-    app = Starlette(routes=paths, exception_handlers=handlers)
-    app.router.redirect_slashes = False
+    app = Application(service)
     app.state.keyless = keyring is None
     app.state.adapters = adapters or fixed_manager(service.catalog)
     guarded = app if keyring is None else AccessMiddleware(app, keyring, scope_of, fault_response)
@@ -152,9 +146,48 @@ def create_app(
     return Front(traced, service.metrics.responded)
 
 
-async def _answer(service: GenerationService, handlers: Mapping[str, Handler], http: HttpRequest) -> Response:
-    """Answer one of the methods of a path; HEAD is GET."""
-    return await handlers[http.method if http.method in handlers else "GET"](service, http)
+class Application:
+    """Routes requests, and answers those that fail.
+
+    Starlette's own application does the same with three functions that every part of a stream passes.
+    """
+
+    def __init__(self, service: GenerationService) -> None:
+        self.state = State()
+        paths = dict.fromkeys(endpoint.path for endpoint in ENDPOINTS)
+        self.routes = [Route(path, Resource(service, path), methods=list(handlers_of(path))) for path in paths]
+        self._router = Router(self.routes, redirect_slashes=False)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request; no such route, or no such method of it, is refused."""
+        scope["app"] = self
+        try:
+            await self._router(scope, receive, send)
+        except HTTPException as error:
+            await http_error_response(scope, error)(scope, receive, send)
+
+
+class Resource:
+    """The handlers of a path, one for each of its methods."""
+
+    def __init__(self, service: GenerationService, path: str) -> None:
+        self._service = service
+        self._handlers = handlers_of(path)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one of the path's methods; HEAD is GET."""
+        http = HttpRequest(scope, receive)
+        handler = self._handlers[http.method if http.method in self._handlers else "GET"]
+        try:
+            response = await handler(self._service, http)
+        except Fault as fault:
+            response = fault_response(scope, fault)
+        except (HTTPException, ClientDisconnect):
+            raise
+        except Exception:
+            await failure_response(scope)(scope, receive, send)
+            raise  # `front` logs it
+        await response(scope, receive, send)
 
 
 def handlers_of(path: str) -> dict[str, Handler]:
@@ -162,11 +195,11 @@ def handlers_of(path: str) -> dict[str, Handler]:
     return {endpoint.method: endpoint.handler for endpoint in ENDPOINTS if endpoint.path == path}
 
 
-def scope_of(path: str) -> Scope | None:
+def scope_of(path: str) -> AccessScope | None:
     """Return what a path asks of a key: what the first of the routes asks that may answer it."""
     if path in _SCOPES:
         return _SCOPES[path]
-    return next((scope for pattern, scope in _PATTERNS if pattern.match(path)), Scope.INFER)
+    return next((scope for pattern, scope in _PATTERNS if pattern.match(path)), AccessScope.INFER)
 
 
 _SCOPES: Final = {each.path: each.scope for each in ENDPOINTS if "{" not in each.path}

@@ -161,13 +161,14 @@ def event_to_messages(event: Event, text: Text) -> Iterator[pb.GenerateResponse]
                 tokens = [_prompt_token(token, text) for token in event.tokens[start : start + PROMPT_TOKENS]]
                 yield pb.GenerateResponse(prompt_logprobs=pb.PromptLogprobs(tokens=tokens))
         case Delta():
-            delta = pb.Delta(
-                text=event.text,
-                token_ids=[token.id for token in event.tokens],
-                logprobs=[_logprobs(token, text) for token in event.tokens if token.logprob is not None],
-                index=event.index,
-            )
-            yield pb.GenerateResponse(delta=delta)
+            message = pb.GenerateResponse()
+            delta = message.delta  # filled in place: a message that is built of messages copies them
+            delta.text = event.text
+            delta.token_ids.extend([token.id for token in event.tokens])
+            delta.index = event.index
+            if scored := [token for token in event.tokens if token.logprob is not None]:
+                delta.logprobs.extend([_logprobs(token, text) for token in scored])
+            yield message
         case Finished():
             usage = pb.Usage(
                 prompt_tokens=event.prompt_tokens,

@@ -8,7 +8,7 @@ from collections.abc import Sequence as Seq
 from inference_service.core.sequence import FinishReason, Sequence, StepOutput, Token
 from inference_service.serving.request import Delta, Event, Finished, Pooled, PromptLogprobs
 from inference_service.text.text import Detokenizer, StopTexts
-from loramux_shared.faults import DeadlineExceeded, Finding, InternalFault, RequestInvalid
+from loramux_shared.faults import DeadlineExceeded, Fault, Finding, InternalFault, RequestInvalid
 
 
 class Answer:
@@ -62,19 +62,24 @@ class Answer:
         return events
 
     def _read(self, outputs: Seq[StepOutput]) -> tuple[Delta, FinishReason | None]:
-        """Read up to a stop text."""
-        text = ""
-        tokens: list[Token] = []
-        for output in outputs:
-            self._raise_failure(output)
-            if output.token is not None:
-                tokens.append(output.token)
-                silent = not self._stops.keep and output.token.id in self.seq.sampling.stop_token_ids
-                text += self._stops.push("" if silent else self._detokenizer.push(output.token.id))
-            if self._stops.found is not None:
-                return self._delta(text, tokens), FinishReason.STOP
-        reason = outputs[-1].finish
-        return self._delta(text + (self._stops.flush() if reason else ""), tokens), reason
+        """Read up to a stop text; without stop texts, all tokens are decoded together."""
+        last = outputs[-1]
+        failed = last.finish in (FinishReason.FAILED, FinishReason.DEADLINE)
+        tokens = [output.token for output in (outputs[:-1] if failed else outputs) if output.token is not None]
+        ids = [token.id for token in tokens]
+        if ids and not self._stops.keep and ids[-1] in self.seq.sampling.stop_token_ids:
+            ids.pop()
+        if self._stops.texts:
+            text = ""
+            for count, token_id in enumerate(ids, 1):
+                text += self._stops.push(self._detokenizer.push((token_id,)))
+                if self._stops.found is not None:
+                    return self._delta(text, tokens[:count]), FinishReason.STOP
+        else:
+            text = self._detokenizer.push(ids)
+        if failed:
+            raise self._failure(last)
+        return self._delta(text + (self._stops.flush() if last.finish else ""), tokens), last.finish
 
     def _delta(self, text: str, tokens: Seq[Token]) -> Delta:
         self._count += len(tokens)
@@ -86,13 +91,11 @@ class Answer:
         prompt, cached = self.seq.num_prompt, last.num_cached
         return Finished(reason, text or "", prompt, cached, self._count, self._index, told)
 
-    def _raise_failure(self, output: StepOutput) -> None:
+    def _failure(self, output: StepOutput) -> Fault:
         if output.finish is FinishReason.DEADLINE:
-            raise DeadlineExceeded("the deadline passed before the answer was complete; it was ended.")
-        if output.finish is not FinishReason.FAILED:
-            return
+            return DeadlineExceeded("the deadline passed before the answer was complete; it was ended.")
         if output.fault is not None:
-            raise output.fault.retold(f"model {self.seq.model!r}: {output.fault.message}")
+            return output.fault.retold(f"model {self.seq.model!r}: {output.fault.message}")
         if self.seq.grammar is not None and self.seq.grammar.failure:
             finding = Finding(
                 code="E_CONSTRAINT",
@@ -101,10 +104,10 @@ class Answer:
                 found=self.seq.grammar.failure,
                 fix="Simplify it.",
             )
-            raise RequestInvalid("the answer cannot be constrained any further.", [finding])
+            return RequestInvalid("the answer cannot be constrained any further.", [finding])
         if output.token is not None and output.token.impossible:
-            raise self._dead_end()
-        raise InternalFault("the engine failed; the server's log has the details. Please report it.")
+            return self._dead_end()
+        return InternalFault("the engine failed; the server's log has the details. Please report it.")
 
     def _dead_end(self) -> RequestInvalid:
         bounded = self.seq.sampling.allowed_token_ids is not None

@@ -21,44 +21,58 @@ YIELDS: Final = 4
 
 
 class Outputs:
-    """The outputs of the sequences of one request, as they come."""
+    """The outputs of the sequences of one request, as they come; one task reads them."""
 
     def __init__(self, seqs: Seq[Sequence], on_close: Callable[[str], None]) -> None:
         self._open = {seq.id for seq in seqs}
-        self._later = list(seqs[1:])
+        self._later: Seq[Sequence] = seqs[1:]
         self._on_close = on_close
-        self._waiting: list[StepOutput] = []
-        self._arrived = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+        self._waiting: dict[str, list[StepOutput]] = {}
+        """By the ids of sequences."""
+        self._awake = False
+        """Whether `get` has something to return or to raise."""
+        self._reader: asyncio.Future[None] | None = None
         self._failure: Fault | None = None
 
-    def put(self, outputs: Seq[StepOutput]) -> list[Sequence]:
-        """Keep outputs until it is woken; return the sequences that were to wait for them."""
-        self._waiting += outputs
-        later, self._later = self._later, []
+    def put(self, seq_id: str, outputs: list[StepOutput]) -> Seq[Sequence]:
+        """Keep outputs of a sequence until `wake`; return the sequences that were to wait for them."""
+        if seq_id in self._waiting:
+            self._waiting[seq_id] += outputs
+        else:
+            self._waiting[seq_id] = outputs
+        later, self._later = self._later, ()
         return later
 
     def wake(self) -> None:
         """Hand over what was put."""
         if self._waiting:
-            self._arrived.set()
+            self._wake()
 
-    async def get(self) -> list[StepOutput]:
-        """Wait for the next outputs; there are none behind the last one with a finish reason.
+    def _wake(self) -> None:
+        self._awake = True
+        if self._reader is not None and not self._reader.done():
+            self._reader.set_result(None)
+
+    async def get(self) -> dict[str, list[StepOutput]]:
+        """Wait for the next outputs, by sequence; a sequence has none behind the one with a finish reason.
 
         Raises:
             Fault: that of `fail`.
         """
-        await self._arrived.wait()
+        if not self._awake:
+            self._reader = self._loop.create_future()  # an Event costs twice as much
+            await self._reader
         if self._failure is not None:
             raise self._failure
-        self._arrived.clear()
-        outputs, self._waiting = self._waiting, []
+        self._awake = False
+        outputs, self._waiting = self._waiting, {}
         return outputs
 
     def fail(self, fault: Fault) -> None:
         """End with a fault what has not ended yet; the first one counts."""
         self._failure = self._failure or fault
-        self._arrived.set()
+        self._wake()
 
     def drop(self, seq_id: str) -> None:
         """Let one sequence go; when it has not ended yet, it is freed at the next step."""

@@ -334,7 +334,7 @@ class EngineThread:
                 continue
             if outputs[-1].finish is not None:
                 self._under_way.discard(seq_id)
-            for seq in stream.put(outputs):
+            for seq in stream.put(seq_id, outputs):
                 self._begin(seq)
             if paced:
                 self._delivery.add(stream, urgent=outputs[0].first or outputs[-1].finish is not None)

@@ -17,7 +17,7 @@ from inference_service.adapters.texts import AdapterTexts
 from inference_service.core.adapter import activation
 from inference_service.core.constraint import Constraint
 from inference_service.core.sampling import LogprobsMode
-from inference_service.core.sequence import Sequence
+from inference_service.core.sequence import Sequence, StepOutput
 from inference_service.serving.answer import Answer
 from inference_service.serving.base_files import BaseFiles
 from inference_service.serving.bounds import check
@@ -154,10 +154,11 @@ class GenerationService:
                 ticket.submitted(seqs[0])
                 try:
                     yield Started(request.id, model, served.generation, len(tokens), terms.text, tuple(tokens))
-                    async for event in _events(outputs, answers):
-                        follower.see(event)
-                        ticket.see(event)
-                        yield event
+                    while not all(answer.finished for answer in answers.values()):
+                        for event in _events(await outputs.get(), answers, outputs):
+                            follower.see(event)
+                            ticket.see(event)
+                            yield event
                 finally:
                     outputs.close()
 
@@ -282,13 +283,12 @@ class GenerationService:
         return answers
 
 
-async def _events(outputs: Outputs, answers: Mapping[str, Answer]) -> AsyncGenerator[Event]:
-    """Turn outputs into events until every answer is finished; each is let go as soon as it is."""
-    while not all(answer.finished for answer in answers.values()):
-        arrived = await outputs.get()
-        for seq_id in dict.fromkeys(output.seq_id for output in arrived):
-            answer = answers[seq_id]
-            for event in answer.advance([output for output in arrived if output.seq_id == seq_id]):
-                yield event
-            if answer.finished:
-                outputs.drop(seq_id)
+def _events(
+    arrived: Mapping[str, Seq[StepOutput]], answers: Mapping[str, Answer], outputs: Outputs
+) -> Iterator[Event]:
+    """Turn outputs into events; the sequence of an answer is let go as soon as that is finished."""
+    for seq_id, each in arrived.items():
+        answer = answers[seq_id]
+        yield from answer.advance(each)
+        if answer.finished:
+            outputs.drop(seq_id)

@@ -40,6 +40,7 @@ class Text:
         self.vocab = vocab
         self._cut = max(CUT_TOKENS, 2 * max(map(len, tokenizer.get_vocab()), default=0))
         self.vocabulary = Vocabulary(tokenizer, vocab)
+        self._left_out = dict.fromkeys(self.vocabulary.special, "")
         self.special_tokens = dict(special_tokens or {})
         """Special tokens by their use: ``bos_token`` and the like."""
         self.template = template
@@ -217,9 +218,10 @@ class Text:
         self, prompt: Sequence[int], *, skip_special_tokens: bool = True, shown: Sequence[str] = ()
     ) -> Detokenizer:
         """Return a detokenizer for the answer to a prompt; special tokens that are shown are never left out."""
-        ids = {token: name for name in shown if (token := self.token_id(name)) in self.vocabulary.special}
-        own = ids if skip_special_tokens else {}
-        return Detokenizer(self._tokenizer, prompt, skip_special_tokens=skip_special_tokens, shown=own)
+        special = self._left_out if skip_special_tokens else {}
+        if special and shown:
+            special = special | {token: name for name in shown if (token := self.token_id(name)) in special}
+        return Detokenizer(self._tokenizer, prompt, special)
 
 
 class Detokenizer:
@@ -232,18 +234,20 @@ class Detokenizer:
         self,
         tokenizer: Tokenizer,
         prompt: Sequence[int],
-        *,
-        skip_special_tokens: bool = True,
-        shown: Mapping[int, str] = MappingProxyType({}),
+        special: Mapping[int, str],
     ) -> None:
-        """Begin behind a prompt; tokens that are shown have their texts, which the tokenizer leaves out."""
+        """Begin behind a prompt; special tokens have the given texts, and the tokenizer never sees them."""
         self._tokenizer = tokenizer
-        self._shown = shown
-        self._stream = DecodeStream(ids=list(prompt[-self.CONTEXT :]), skip_special_tokens=skip_special_tokens)
+        self._special = special
+        context = [token for token in prompt[-self.CONTEXT :] if token not in special]
+        self._stream = DecodeStream(ids=context, skip_special_tokens=False)
 
-    def push(self, token: int) -> str:
-        """Return the text that became certain with this token; often, but not always, the token's own."""
-        return (self._stream.step(self._tokenizer, token) or "") + self._shown.get(token, "")
+    def push(self, tokens: Sequence[int]) -> str:
+        """Return the text that became certain with these tokens; often, but not always, their own."""
+        step, tokenizer, special = self._stream.step, self._tokenizer, self._special
+        return "".join(
+            [special[token] if token in special else step(tokenizer, token) or "" for token in tokens]
+        )
 
 
 class StopTexts:
@@ -252,7 +256,7 @@ class StopTexts:
     def __init__(self, stops: Sequence[str], *, keep: bool = False) -> None:
         """Look for stops; keep: the one that is found is shown too."""
         self.keep = keep
-        self._stops = tuple(stops)
+        self.texts = tuple(stops)
         self._held = ""
         self.found: str | None = None
 
@@ -261,12 +265,12 @@ class StopTexts:
         if self.found is not None:
             return ""
         self._held += text
-        hits = [(self._held.find(stop), stop) for stop in self._stops if stop in self._held]
+        hits = [(self._held.find(stop), stop) for stop in self.texts if stop in self._held]
         if hits:
             at, self.found = min(hits)
             text, self._held = self._held[: at + len(self.found) * self.keep], ""
             return text
-        keep = max((self._overlap(stop) for stop in self._stops), default=0)
+        keep = max((self._overlap(stop) for stop in self.texts), default=0)
         text, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
         return text
 

@@ -35,6 +35,11 @@ async def merged(streams: Sequence[AsyncGenerator[Event]]) -> AsyncGenerator[tup
 
     The first failure of one ends all; nothing runs on when this is closed.
     """
+    if len(streams) == 1:
+        async with aclosing(streams[0]) as only:
+            async for event in only:
+                yield 0, event
+        return
     arrived: asyncio.Queue[tuple[int, Event] | Exception | None] = asyncio.Queue()
 
     async def pump(number: int, stream: AsyncGenerator[Event]) -> None:
@@ -175,9 +180,9 @@ class CompletionAnswer:
 
     async def whole(self) -> Completion:
         """Return the answers at once."""
-        async with aclosing(self._parts()) as parts:
-            async for _ in parts:
-                pass
+        async with aclosing(await self._events()) as events:
+            async for number, event in events:
+                self._read(number, event)
         return {
             "id": self.head.id,
             "object": "text_completion",
@@ -190,15 +195,15 @@ class CompletionAnswer:
 
     async def chunks(self) -> AsyncGenerator[CompletionChunk]:
         """Yield the answers in chunks as they are generated."""
-        async with aclosing(self._parts()) as parts:
-            async for part in parts:
-                chunk = self._chunk([part])
-                if self._body.continuous_usage:
-                    number, index = divmod(part["index"], self._n)
-                    chunk["usage"] = self._tallies[number].usage(index)
-                elif self._body.include_usage:
-                    chunk["usage"] = None
-                yield chunk
+        async with aclosing(await self._events()) as events:
+            async for number, event in events:
+                for part in self._read(number, event):
+                    chunk = self._chunk([part])
+                    if self._body.continuous_usage:
+                        chunk["usage"] = self._tallies[number].usage(part["index"] % self._n)
+                    elif self._body.include_usage:
+                        chunk["usage"] = None
+                    yield chunk
         if self._body.include_usage:
             yield {**self._chunk([]), "usage": usage(self._ends)}
 
@@ -212,15 +217,12 @@ class CompletionAnswer:
             "choices": choices,
         }
 
-    async def _parts(self) -> AsyncGenerator[PlainAnswerPart]:
-        """Yield every choice that tells something new; one version answers all prompts."""
+    async def _events(self) -> AsyncGenerator[tuple[int, Event]]:
+        """Return the events of all answers; one version answers all prompts."""
         if len(self._requests) > 1:
             served = await self._service.naming.choose(self._requests[0])
             self._requests = [request.answered_by(served) for request in self._requests]
-        async with aclosing(merged([self._service.generate(request) for request in self._requests])) as events:
-            async for number, event in events:
-                for part in self._read(number, event):
-                    yield part
+        return merged([self._service.generate(request) for request in self._requests])
 
     def _read(self, number: int, event: Event) -> list[PlainAnswerPart]:
         """Read an event of a prompt; return the choices that tell it."""

@@ -8,6 +8,7 @@ from typing import Any, Final, Literal, NotRequired
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.types import Scope
 from typing_extensions import TypedDict
 
 from inference_service.http.wire import errors
@@ -114,20 +115,14 @@ def refused_body(path: str, message: str, status: int, code: str, request_id: st
     return errors.refused_body(message, status, code)
 
 
-async def on_failure(http: Request, _: Exception) -> Response:
-    """Starlette's handler of everything else; `front` logs it."""
-    return fault_response(http.scope, InternalFault(FAILED))
+def failure_response(scope: Scope) -> Response:
+    """Return the answer to a request that failed by a mistake of ours."""
+    return fault_response(scope, InternalFault(FAILED))
 
 
-async def on_fault(http: Request, fault: Exception) -> Response:
-    """Starlette's handler of faults."""
-    assert isinstance(fault, Fault)  # noqa: S101 - registered for Fault alone
-    return fault_response(http.scope, fault)
-
-
-async def on_http_error(http: Request, error: Exception) -> Response:
-    """Starlette's handler of its own refusals: no such route or method, or a body that it does not take."""
-    assert isinstance(error, HTTPException)  # noqa: S101 - registered for HTTPException alone
+def http_error_response(scope: Scope, error: HTTPException) -> Response:
+    """Return the answer to what Starlette refuses: no such route or method, or a body that it does not take."""
+    http = Request(scope)
     message, code = errors.told_http(http, error)
-    body = refused_body(http.url.path, message, error.status_code, code, request_id_of(http.scope))
+    body = refused_body(http.url.path, message, error.status_code, code, request_id_of(scope))
     return Reply(body, error.status_code, error.headers)

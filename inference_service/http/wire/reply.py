@@ -149,11 +149,10 @@ class EventStream(Response, Generic[E_co]):
             async for body in self._rest:
                 await send(_part(framing.event(body)))
         except Fault as fault:
-            await send(_part(framing.event(framing.failure(fault))))
+            end = framing.event(framing.failure(fault))
         else:
-            if framing.end:
-                await send(_part(framing.end))
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+            end = framing.end
+        await send({"type": "http.response.body", "body": end, "more_body": False})
 
 
 def _part(data: bytes) -> Message:

@@ -12,10 +12,9 @@ import httpx
 import pytest
 import pytest_asyncio
 from jsonschema import Draft202012Validator
-from starlette.applications import Starlette
 from starlette.routing import Route
 
-from inference_service.http.app import ENDPOINTS, create_app
+from inference_service.http.app import ENDPOINTS, Application, create_app
 from inference_service.http.openapi import Served, document
 from loramux_shared.access.rights import Scope
 from tests.support.root import ROOT
@@ -91,7 +90,7 @@ def test_examples_ask_models_that_answer_them(scorer: str, classifier: str) -> N
 def test_the_paths_are_those_of_the_app(tmp_path: Path) -> None:
     """Every route of the application is described with its method, and nothing else is."""
     app = create_app(silent_service(tmp_path))._app
-    assert isinstance(app, Starlette)
+    assert isinstance(app, Application)
     served = {
         (route.path.replace(":path}", "}"), method.lower())
         for route in app.routes

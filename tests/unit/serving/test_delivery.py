@@ -12,7 +12,7 @@ from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import FinishReason, Sequence, StepOutput, Token
 from inference_service.serving.delivery import SLICE, Delivery, Outputs
 from tests.support.waiting import BOUND_S, Clock, bounded, ended
-from tests.unit.serving.threads import Device, Threads, submit
+from tests.unit.serving.threads import Device, Threads, following, submit
 
 MANY = 256
 
@@ -20,7 +20,7 @@ MANY = 256
 def _stream(name: int) -> Outputs:
     seq = Sequence(str(name), [5], SamplingParams(max_tokens=9))
     stream = Outputs([seq], lambda _: None)
-    stream.put([StepOutput(seq.id, Token(7), None)])
+    stream.put(seq.id, [StepOutput(seq.id, Token(7), None)])
     return stream
 
 
@@ -75,13 +75,13 @@ async def test_what_comes_while_a_stream_waits_is_one_message() -> None:
     """Nothing is lost or handed over twice, and the order is that of the steps."""
     delivery, stream = Delivery(), _stream(0)
     delivery.add(stream, urgent=False)
-    stream.put([StepOutput("0", Token(8), None)])
+    stream.put("0", [StepOutput("0", Token(8), None)])
     delivery.add(stream, urgent=False)
     delivery.begin()
-    assert [output.token for output in await stream.get()] == [Token(7), Token(8)]
-    stream.put([StepOutput("0", Token(9), FinishReason.LENGTH)])
+    assert [output.token for output in await following(stream)] == [Token(7), Token(8)]
+    stream.put("0", [StepOutput("0", Token(9), FinishReason.LENGTH)])
     delivery.add(stream, urgent=True)
-    assert [output.token for output in await stream.get()] == [Token(9)]
+    assert [output.token for output in await following(stream)] == [Token(9)]
 
 
 async def test_a_blocked_loop_delays_deliveries_by_at_most_a_rest() -> None:
@@ -113,7 +113,7 @@ async def test_every_token_comes_once_and_in_order(threads: Threads, streams: in
     async def read(outputs: Outputs) -> int:
         count = 0
         while True:
-            for output in await outputs.get():
+            for output in await following(outputs):
                 assert output.first is (count == 0)
                 count += output.token is not None
                 if output.finish is not None:
@@ -137,14 +137,14 @@ async def test_a_first_token_takes_others_along_only_where_they_are_few(
     thread.start()
     steps.release()
     for each in opened:
-        [output] = await ended(each.get(), "a first token")
+        [output] = await ended(following(each), "a first token")
         assert output.first
     steps.release()  # nobody begins or ends in this step
-    waiting = [asyncio.ensure_future(each.get()) for each in opened]
+    waiting = [asyncio.ensure_future(following(each)) for each in opened]
     for _ in range(2):  # what the first one takes along has come before the second
         newest = submit(thread, prompt=1, new=40)
         steps.release(2)
-        [output] = await ended(newest.get(), "a first token")
+        [output] = await ended(following(newest), "a first token")
         assert output.first
     assert {task.done() for task in waiting} == {together}
     steps.release(1000)

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable
 
 from inference_service.core.sampling import SamplingParams
-from inference_service.core.sequence import Batch, FinishReason, Sequence, Token
+from inference_service.core.sequence import Batch, FinishReason, Sequence, StepOutput, Token
 from inference_service.engine.block_manager import BlockManager
 from inference_service.engine.engine import Engine
 from inference_service.engine.plan import SchedulerLimits
@@ -83,11 +83,16 @@ def submit(thread: EngineThread, prompt: int = 3, new: int = 2, deadline_s: floa
     return thread.submit([Sequence(f"{next(_ids)}", [5] * prompt, sampling, deadline_s=deadline_s)])
 
 
+async def following(outputs: Outputs) -> list[StepOutput]:
+    """Return the next outputs of a request, those of its first sequence first."""
+    return [output for arrived in (await outputs.get()).values() for output in arrived]
+
+
 async def end(outputs: Outputs) -> FinishReason:
     """Return how a request ends."""
     async with bounded("the end of a sequence"):
         while True:
-            for output in await outputs.get():
+            for output in await following(outputs):
                 if output.finish is not None:
                     outputs.close()
                     return output.finish

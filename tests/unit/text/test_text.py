@@ -74,7 +74,7 @@ def test_pieces_of_characters_are_held_back_and_nothing_is_lost(prompt: str, ans
     """The pieces join to the answer, and none holds half a character."""
     text = _byte_text()
     detokenizer = text.detokenizer(text.encode(prompt))
-    pieces = [detokenizer.push(token) for token in text.encode(answer)]
+    pieces = [detokenizer.push([token]) for token in text.encode(answer)]
     assert "".join(pieces) == answer
     assert all("\N{REPLACEMENT CHARACTER}" not in piece for piece in pieces if "\ufffd" not in answer)
 
@@ -86,13 +86,31 @@ def test_special_tokens_that_are_shown_are_in_the_text() -> None:
     text = Text(text._tokenizer, None, 258)
     answer = [*text.encode("\u00e9"), 256, *text.encode("x"), 257]
     shown = {
-        said: "".join(map(detokenizer.push, answer))
+        said: detokenizer.push(answer)
         for said in ((), ("[CALL]", "[NONE]", "x"))
         if (detokenizer := text.detokenizer([], shown=said))
     }
     assert shown == {(): "\u00e9x", ("[CALL]", "[NONE]", "x"): "\u00e9[CALL]x"}
     everything = text.detokenizer([], skip_special_tokens=False, shown=("[CALL]",))
-    assert "".join(map(everything.push, answer)) == "\u00e9[CALL]x[END]"
+    assert everything.push(answer) == "\u00e9[CALL]x[END]"
+
+
+@given(
+    answer=st.lists(st.one_of(st.integers(0, 255), st.sampled_from([256, 257])), max_size=40),
+    skips=st.booleans(),
+    together=st.integers(1, 7),
+)
+def test_special_tokens_and_how_many_tokens_come_together_change_nothing(
+    answer: list[int], *, skips: bool, together: int
+) -> None:
+    """The text is the tokenizer's own, up to a character whose last bytes never came."""
+    text = _byte_text()
+    text._tokenizer.add_special_tokens(["[CALL]", "[END]"])
+    text = Text(text._tokenizer, None, 258)
+    detokenizer = text.detokenizer([256, 65], skip_special_tokens=skips)
+    said = "".join(detokenizer.push(answer[at : at + together]) for at in range(0, len(answer), together))
+    whole = text.decode([65, *answer], skip_special_tokens=skips).removeprefix(text.decode([65]))
+    assert said == whole or (whole.startswith(said) and whole.endswith("\N{REPLACEMENT CHARACTER}"))
 
 
 async def test_messages_without_a_template_are_refused() -> None:
