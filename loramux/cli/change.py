@@ -171,8 +171,21 @@ def run_update(
     if not deployment:
         with Client(builder=builder) as client, shell.working(f"asking {builder}"):
             deployment = only_deployment(client)
+
+    async def update() -> DeploymentInfo:
+        async with AsyncClient(builder=builder) as client:
+            if as_json:
+                return await followed(client, BuildLines().tell)
+            with BuildView() as view:
+                return await followed(client, view.update)
+
+    async def followed(client: AsyncClient, tell: Callable[[DeploymentInfo], None]) -> DeploymentInfo:
+        request_id = str(uuid.uuid4())
+        tell(await client.update(deployment, add, remove, expected_generation=expected, request_id=request_id))
+        return await follow(client, deployment, tell, request_id)
+
     try:
-        info = asyncio.run(_update(builder, deployment, add, remove, expected, as_json))
+        info = asyncio.run(update())
     except KeyboardInterrupt:
         shell.say(f"the builder goes on; `loramux watch {deployment}` shows it")
         raise
@@ -191,28 +204,3 @@ def _also_here(fault: Fault, add: Mapping[str, Repository]) -> Fault:
             here = push if folder.is_dir() else "This machine has no such folder."
             return fault.retold(f"{fault.message} {here}")
     return fault
-
-
-async def _update(
-    builder: str,
-    deployment: str,
-    add: Mapping[str, Repository],
-    remove: list[str],
-    expected: int | None,
-    as_json: bool,
-) -> DeploymentInfo:
-    async with AsyncClient(builder=builder) as client:
-
-        async def asked(tell: Callable[[DeploymentInfo], None]) -> DeploymentInfo:
-            request_id = str(uuid.uuid4())
-            tell(
-                await client.update(
-                    deployment, add, remove, expected_generation=expected, request_id=request_id
-                )
-            )
-            return await follow(client, deployment, tell, request_id)
-
-        if as_json:
-            return await asked(BuildLines().tell)
-        with BuildView() as view:
-            return await asked(view.update)
