@@ -17,7 +17,7 @@ from inference_service.serving.service import GenerationService
 from loramux_shared.access.guard import NOBODY_GUARDS, Guard
 from loramux_shared.descriptors import connections_of_a_door
 from loramux_shared.rpc.listening import listen
-from loramux_shared.tracing.door import DoorSpans
+from loramux_shared.tracing.spans import DoorSpans
 
 CUT_S: Final = 1.0
 """For what a drain cuts off to tell its client so, and for its connection to close."""

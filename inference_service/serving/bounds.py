@@ -22,7 +22,7 @@ from inference_service.serving.turns import (
     rules_of_variables,
 )
 from loramux_shared.faults import Finding, RequestInvalid
-from loramux_shared.near import MAX_FINDINGS
+from loramux_shared.wording import MAX_FINDINGS
 
 LOGPROBS_MODES: Final[tuple[str, ...]] = get_args(LogprobsMode)
 NUMBERS: Final[Mapping[str, Number]] = {

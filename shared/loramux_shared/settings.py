@@ -25,7 +25,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from loramux_shared.digits import refuse_odd
 from loramux_shared.faults import SettingsInvalid
-from loramux_shared.near import nearest
+from loramux_shared.wording import nearest
 from loramux_shared.parsers import Parsers, ReasoningParser, ToolParser
 from loramux_shared.rounding import Rounding
 from loramux_shared.signing.signers import read_signer

@@ -1,10 +1,12 @@
-"""Lists of names in messages: enough to go on, never a screenful."""
+"""Names in messages: lists that are enough to go on and never a screenful, and the nearest to an unknown name."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
 from itertools import islice
 from typing import Final
+import difflib
+from collections.abc import Iterable
 
 SHOWN: Final = 20
 
@@ -14,3 +16,15 @@ def listed(names: Collection[str], most: int = SHOWN, *, none: str = "none") -> 
     shown = ", ".join(islice(names, most))
     more = len(names) - most
     return f"{shown} and {more} more" if more > 0 else shown or none
+
+
+MAX_FINDINGS: Final = 64
+"""Largest number of findings of one message or file that are listed one by one."""
+_LONGEST: Final = 64
+"""No longer name is near to one of ours."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return the known name that is most like a name; empty where none is."""
+    found = difflib.get_close_matches(name, known, n=1) if len(name) <= _LONGEST else []
+    return found[0] if found else ""

@@ -10,7 +10,7 @@ from google.protobuf.message import Message
 from google.protobuf.unknown_fields import UnknownFieldSet
 
 from loramux_shared.faults import Fault, Finding, MethodUnsupported, RequestInvalid
-from loramux_shared.near import MAX_FINDINGS
+from loramux_shared.wording import MAX_FINDINGS
 
 SHOWN: Final = 8
 """Findings that a message spells out."""

@@ -12,7 +12,7 @@ from starlette.requests import Request
 from typing_extensions import TypedDict
 
 from loramux_shared.faults import Fault, Finding, RequestInvalid, Status
-from loramux_shared.near import MAX_FINDINGS, nearest
+from loramux_shared.wording import MAX_FINDINGS, nearest
 
 STATUSES: Final = {
     Status.INVALID_ARGUMENT: 400,

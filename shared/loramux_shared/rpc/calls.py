@@ -19,7 +19,7 @@ from loramux_shared.faults import ClientStalled, Fault, InternalFault, RequestIn
 from loramux_shared.rpc.status import abort
 from loramux_shared.rpc.traced import traced
 from loramux_shared.rpc.wire import bounded
-from loramux_shared.tracing.door import DoorSpans
+from loramux_shared.tracing.spans import DoorSpans
 
 CUT: Final = "the server shut down before the call was complete. Retry with another replica."
 DRAIN_SEND_S: Final = 1.0

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from typing import Final
-
 import grpc
 import structlog
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
-
 from loramux_shared.access.guard import NOBODY_GUARDS, Guard
 from loramux_shared.descriptors import connections_of_a_door
 from loramux_shared.digits import is_whole
@@ -18,9 +16,11 @@ from loramux_shared.rpc.admission import AdmissionInterceptor
 from loramux_shared.rpc.calls import USUAL, CallInterceptor, Patience
 from loramux_shared.rpc.listening import cannot_listen, require_free
 from loramux_shared.rpc.options import server_options
-from loramux_shared.rpc.rules import CORE, Rules
-from loramux_shared.rpc.tls import server_credentials
-from loramux_shared.tracing.door import DoorSpans
+from loramux_shared.rpc.admission import CORE, Rules
+from loramux_shared.tracing.spans import DoorSpans
+from functools import partial
+from typing import Any
+from loramux_shared.access.tls import TlsFiles
 
 CUT_S: Final = 1.0
 """For what a drain cuts off to tell its client so."""
@@ -128,3 +128,19 @@ class RpcServer:
         # Those that arrive meanwhile are still told why they are refused; without any, nobody waits.
         await self._server.stop(grace=1.0 if finished else 0.1)
         return finished
+
+
+def server_credentials(files: TlsFiles) -> Any:
+    """Return credentials whose handshakes use the files as they are then; broken files are not taken.
+
+    Raises:
+        SettingsInvalid: a file cannot be read, or they do not belong together.
+    """
+    read = partial(_configuration, files)
+    renewed = files.follow(read)
+    return grpc.dynamic_ssl_server_credentials(read(), renewed, files.client_ca is not None)
+
+
+def _configuration(files: TlsFiles) -> Any:
+    pem = files.pem()
+    return grpc.ssl_server_certificate_configuration([(pem.key, pem.chain)], root_certificates=pem.client_ca)

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import grpc
 
 from loramux_shared.faults import Fault, InternalFault
-from loramux_shared.tracing.door import DoorSpans, Value
+from loramux_shared.tracing.spans import DoorSpans, Value
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter
 from opentelemetry.trace import Span, SpanKind, Status, StatusCode, Tracer, format_trace_id
 from structlog.contextvars import bound_contextvars
 
-from loramux_shared.tracing.door import Value
+from loramux_shared.tracing.spans import Value
 
 log = structlog.get_logger()
 

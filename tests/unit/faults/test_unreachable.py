@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from loramux_shared.rpc.unreachable import unreachable
+from loramux_shared.rpc.status import unreachable
 
 
 def test_who_died_in_the_middle_is_not_asked_for_tls() -> None:
