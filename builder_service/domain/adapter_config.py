@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Final
-
 from builder_service.domain.config_fields import PATTERNED, bad_config, bad_fields, unknown_fields
 from builder_service.domain.config_rules import (
     CLASSIFIES,
@@ -18,10 +17,12 @@ from builder_service.domain.config_rules import (
 )
 from builder_service.domain.kinds import Kind, as_lora, kind_of, scale
 from builder_service.domain.patterns import BOUNDS, PatternsInvalid, Reading, read_names
-from builder_service.domain.peft_defaults import default_targets
 from builder_service.domain.sandbox import TooCostly
 from builder_service.domain.strict_json import JsonInvalid, parse, shown
 from loramux_shared.faults import Finding
+from collections.abc import Mapping
+from typing import Final
+from builder_service.domain.kinds import Kind
 
 DEFAULT_ALPHA: Final = 8.0
 """PEFT's own."""
@@ -245,3 +246,23 @@ def is_end(end: str, name: str) -> bool:
 
 def _or(value: Any, default: Any) -> Any:
     return default if value is None else value
+
+
+Targets = tuple[str, ...] | str
+"""Names, or a pattern."""
+
+_QUERY_VALUE: Final[Mapping[str, Targets]] = {
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text"), ("q_proj", "v_proj")),
+    "gemma4": r".*language_model\..*\.(q_proj|v_proj)",
+}
+_IA3: Final[Mapping[str, Targets]] = {
+    **dict.fromkeys(("llama", "mistral"), ("k_proj", "v_proj", "down_proj")),
+    **dict.fromkeys(("qwen2", "qwen3", "gemma2", "gemma3_text"), ("q_proj", "v_proj", "down_proj")),
+}
+
+
+def default_targets(kind: Kind, model_type: str) -> Targets | None:
+    """Return what PEFT 0.21 adapts of a base; None where it wants the config to say it."""
+    if kind is Kind.ADALORA and model_type == "mistral":
+        return None
+    return (_IA3 if kind is Kind.IA3 else _QUERY_VALUE).get(model_type)

@@ -32,7 +32,7 @@ from builder_service.domain.tensor_rules import (
     sort_tensors,
     tower_warning,
 )
-from builder_service.domain.unchanged import unchanged, unchanged_warning
+from builder_service.domain.planned import unchanged, unchanged_warning
 from builder_service.domain.value_rules import check_values
 from builder_service.domain.vector_rules import check_lone
 from builder_service.domain.vectors import VectorReader, Vectors

@@ -9,7 +9,7 @@ from typing import Final
 
 import structlog
 
-from builder_service.domain.base_names import QUANTIZED, base_warning
+from builder_service.domain.origin import QUANTIZED, base_warning
 from loramux_shared.bundle.generation import Descent
 from loramux_shared.deployment import Repository, SourceKind
 from loramux_shared.faults import Fault, SourceUnavailable

@@ -50,8 +50,7 @@ from loramux_shared.access.keyring import Keyring
 from loramux_shared.access.rights import Scope as AccessScope
 from loramux_shared.faults import Fault
 from loramux_shared.routes import Route as ApiRoute
-from loramux_shared.tracing.spans import TraceMiddleware
-from loramux_shared.tracing.spans import DoorSpans
+from loramux_shared.tracing.spans import DoorSpans, TraceMiddleware
 
 
 async def show_openapi(service: GenerationService, http: HttpRequest) -> Response:

@@ -25,12 +25,12 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from loramux_shared.digits import refuse_odd
 from loramux_shared.faults import SettingsInvalid
-from loramux_shared.wording import nearest
 from loramux_shared.parsers import Parsers, ReasoningParser, ToolParser
 from loramux_shared.rounding import Rounding
 from loramux_shared.signing.signers import read_signer
 from loramux_shared.sources.secrets import ENVIRONMENT_PREFIX as SECRET_PREFIX
 from loramux_shared.telemetry import LogFormat
+from loramux_shared.wording import nearest
 
 PREFIX = "LORAMUX_"
 CLIENT_VARIABLES = ("API_KEY", "TLS_CA", "CLIENT_CERT", "CLIENT_KEY")

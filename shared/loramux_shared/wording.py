@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import difflib
+from collections.abc import Collection, Iterable
 from itertools import islice
 from typing import Final
-import difflib
-from collections.abc import Iterable
 
 SHOWN: Final = 20
 

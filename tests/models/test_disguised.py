@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from builder_service.domain.derived import NotMade
 from builder_service.domain.initial import first_columns, leading
 from builder_service.domain.kinds import Kind
-from builder_service.domain.peft_defaults import default_targets
+from builder_service.domain.adapter_config import default_targets
 from builder_service.pipeline.build import build
 from builder_service.pipeline.context import BuildContext
 from builder_service.pipeline.progress import Progress

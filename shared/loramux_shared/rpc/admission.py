@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
 import grpc
+
+from loramux_shared import routes
 from loramux_shared.access.keyring import Keyring, bearer
 from loramux_shared.access.rights import ACCESS, Scope
 from loramux_shared.faults import Fault, PermissionDenied, Unauthenticated
 from loramux_shared.rpc.status import abort
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Final
-from loramux_shared import routes
-from loramux_shared.access.rights import Scope
+
 
 @dataclass(frozen=True)
 class Rules:

@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Final
+from functools import partial
+from typing import Any, Final
+
 import grpc
 import structlog
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
+
 from loramux_shared.access.guard import NOBODY_GUARDS, Guard
+from loramux_shared.access.tls import TlsFiles
 from loramux_shared.descriptors import connections_of_a_door
 from loramux_shared.digits import is_whole
 from loramux_shared.notify import READY, STOPPING, notify
-from loramux_shared.rpc.admission import AdmissionInterceptor
+from loramux_shared.rpc.admission import CORE, AdmissionInterceptor, Rules
 from loramux_shared.rpc.calls import USUAL, CallInterceptor, Patience
 from loramux_shared.rpc.listening import cannot_listen, require_free
 from loramux_shared.rpc.options import server_options
-from loramux_shared.rpc.admission import CORE, Rules
 from loramux_shared.tracing.spans import DoorSpans
-from functools import partial
-from typing import Any
-from loramux_shared.access.tls import TlsFiles
 
 CUT_S: Final = 1.0
 """For what a drain cuts off to tell its client so."""

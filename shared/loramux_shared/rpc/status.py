@@ -5,15 +5,17 @@ Source of the details: https://google.aip.dev/193 and google/rpc/error_details.p
 
 from __future__ import annotations
 
+from typing import Final
+
 import grpc
 from google.protobuf.any_pb2 import Any as AnyMessage
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
+
 from loramux_shared.faults import FAULTS, Fault, Finding, InternalFault, ServerUnavailable
 from loramux_shared.wording import MAX_FINDINGS
-from typing import Final
 
 _CLOSED: Final = (
     "it closed the connection. Where it asks clients for a certificate, set LORAMUX_CLIENT_CERT and "

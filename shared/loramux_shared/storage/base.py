@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Protocol
+
 from loramux_shared.faults import Fault, Status
+
 
 class ObjectMissing(Fault):
     """A key that holds no object."""

@@ -6,8 +6,7 @@ import re
 from pathlib import Path
 
 from loramux_shared.faults import SettingsInvalid
-from loramux_shared.storage.base import Store
-from loramux_shared.storage.base import checked_key
+from loramux_shared.storage.base import Store, checked_key
 from loramux_shared.storage.local import LocalStore
 
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,254}")

@@ -25,9 +25,8 @@ from botocore.response import StreamingBody
 from tenacity import retry, retry_if_exception_type, stop_after_attempt
 
 from loramux_shared.faults import SettingsInvalid
-from loramux_shared.storage.base import Entry, ObjectMissing
+from loramux_shared.storage.base import Entry, ObjectMissing, checked_key, checked_prefix, is_key
 from loramux_shared.storage.bounds import bound_of, bounded_keys, check_size, read_bounded
-from loramux_shared.storage.base import checked_key, checked_prefix, is_key
 from loramux_shared.storage.s3_faults import store_fault
 
 if TYPE_CHECKING:

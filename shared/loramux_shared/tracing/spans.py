@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager
 from typing import Protocol
-from collections.abc import Collection
+
 from loramux_shared.access.asgi import App, Message, Receive, Send
 
 Value = str | int

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from huggingface_hub.hf_api import ModelInfo
 
-from builder_service.domain.base_names import base_warning, plain_name
+from builder_service.domain.origin import base_warning, plain_name
 from loramux_shared.bundle.generation import Descent
 from loramux_shared.sources.hub_card import MOST, descent_of
 

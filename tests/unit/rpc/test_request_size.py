@@ -15,8 +15,8 @@ from inference_service.text.text import SLICE_CHARS, Text
 from loramux.inference.v1 import inference_pb2 as pb
 from loramux_shared.deployment_file import parse_deployment
 from loramux_shared.faults import DeploymentInvalid, PromptTooLong, RequestInvalid
-from loramux_shared.wording import MAX_FINDINGS, nearest
 from loramux_shared.rpc.wire import MAX_FIELDS, bounded, more_fields
+from loramux_shared.wording import MAX_FINDINGS, nearest
 
 VALUES: Any = st.recursive(
     st.none() | st.integers() | st.text('ab"\\{}[]:,', max_size=8),
