@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final, NoReturn, Self
 import structlog
 
 from inference_service.operators import Operators
-from inference_service.serving.telemetry.watchers import open_watchers
+from inference_service.serving.telemetry.request_log import open_watchers
 from inference_service.startup.load import Ready, load_apart
 from inference_service.store import open_replica_store
 from loramux_shared.rpc.stopping import first_of

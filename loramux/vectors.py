@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, TypeAlias, TypedDict, Unpack, cast
 
-from loramux.fields import misfit, misfits
+from loramux.requests import misfit, misfits
 from loramux.inference.v1 import inference_pb2 as pb
 from loramux.requests import ADAPTERS, adapters_of, given_of
 from loramux.steps import Steps, Stream

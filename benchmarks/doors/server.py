@@ -30,7 +30,7 @@ from inference_service.replica import SWITCH_S, keep_what_is_loaded
 from inference_service.rpc.servicer import SERVICE_NAME, InferenceServicer, register
 from inference_service.serving.engine_thread import EngineThread
 from inference_service.serving.service import GenerationService, ServingLimits
-from inference_service.serving.telemetry.watchers import open_watchers
+from inference_service.serving.telemetry.request_log import open_watchers
 from inference_service.text.text import Text
 from loramux_shared.descriptors import raise_limit
 from loramux_shared.rpc.server import RpcServer

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Final
+
 import structlog
+
 from builder_service.builds.running import WATCH_INTERVAL_S, RunningBuild
 from builder_service.builds.views import DeploymentView, State, stored_light
 from loramux_shared.faults import ShuttingDown, StoreUnavailable
 from loramux_shared.storage.base import Store
-from collections.abc import Iterator
-from contextlib import contextmanager
+
 
 class News:
     """Wakes those that listen for a deployment."""

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import builtins
+from collections import OrderedDict
 from collections.abc import AsyncIterator
 from dataclasses import replace
-from builder_service.builds.following import Following
+from typing import Final
+
+from builder_service.builds.following import Following, News
 from builder_service.builds.history import History, history
-from builder_service.builds.following import News
+from builder_service.builds.journal import JournalEntry
 from builder_service.builds.pages import Page, names_of_page
 from builder_service.builds.running import RunningBuild
 from builder_service.builds.views import DeploymentView, State, stored_view
 from loramux_shared.bundle.deployments import is_deployment_name, list_deployments
-from loramux_shared.faults import DeploymentNotFound
+from loramux_shared.faults import DeploymentNotFound, RequestIdReused
 from loramux_shared.storage.base import Store
 from loramux_shared.wording import listed
-from collections import OrderedDict
-from typing import Final
-from builder_service.builds.journal import JournalEntry
-from loramux_shared.faults import RequestIdReused
 
 MAX_REQUEST_IDS: Final = 10_000
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Final
+
 from builder_service.domain.config_fields import PATTERNED, bad_config, bad_fields, unknown_fields
 from builder_service.domain.config_rules import (
     CLASSIFIES,
@@ -20,9 +21,6 @@ from builder_service.domain.patterns import BOUNDS, PatternsInvalid, Reading, re
 from builder_service.domain.sandbox import TooCostly
 from builder_service.domain.strict_json import JsonInvalid, parse, shown
 from loramux_shared.faults import Finding
-from collections.abc import Mapping
-from typing import Final
-from builder_service.domain.kinds import Kind
 
 DEFAULT_ALPHA: Final = 8.0
 """PEFT's own."""

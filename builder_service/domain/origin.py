@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from typing import Final
+
+from builder_service.domain.strict_json import shown
+from loramux_shared.adapter_files import CONFIG
 from loramux_shared.bundle.generation import BaseRecord, Descent
 from loramux_shared.faults import Finding
 from loramux_shared.sources.licence import OTHER, README
-import re
-from typing import Final
-from builder_service.domain.strict_json import shown
-from loramux_shared.adapter_files import CONFIG
-from loramux_shared.bundle.generation import Descent
+
 
 def origin_warnings(
     named: str, licence: str, base: BaseRecord, lineage: Sequence[Descent] = ()

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+
+from builder_service.domain.derived import Derived
+from builder_service.domain.expansion import Product
+from builder_service.domain.safetensors_header import Tensor, TensorFile
 from builder_service.domain.value_rules import Part
 from builder_service.domain.vectors import VectorRow, Vectors
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bundle.manifest import ModuleRow
-from loramux_shared.bundle.npy import Array
-from typing import Final
-import numpy as np
-from builder_service.domain.derived import Derived
-from builder_service.domain.expansion import Product
-from builder_service.domain.safetensors_header import Tensor, TensorFile
 from loramux_shared.bundle.modules import BY_NAME
+from loramux_shared.bundle.npy import Array
 from loramux_shared.faults import Finding
+
 
 @dataclass(frozen=True)
 class PlannedRow:

@@ -20,7 +20,7 @@ from builder_service.domain.legal_rules import legal_findings
 from builder_service.domain.magnitudes import check_magnitudes
 from builder_service.domain.own_rows import PlannedRows, plan_rows
 from builder_service.domain.pairs import Lone, Pair
-from builder_service.domain.planned import PlannedRow, planned_rows
+from builder_service.domain.planned import PlannedRow, planned_rows, unchanged, unchanged_warning
 from builder_service.domain.safetensors_header import HeaderInvalid, TensorFile, TooManyTensors
 from builder_service.domain.score_heads import PlannedScore, plan_score
 from builder_service.domain.sharded import read_weights
@@ -32,7 +32,6 @@ from builder_service.domain.tensor_rules import (
     sort_tensors,
     tower_warning,
 )
-from builder_service.domain.planned import unchanged, unchanged_warning
 from builder_service.domain.value_rules import check_values
 from builder_service.domain.vector_rules import check_lone
 from builder_service.domain.vectors import VectorReader, Vectors

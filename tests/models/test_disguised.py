@@ -14,10 +14,10 @@ from peft.utils import constants
 from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from builder_service.domain.adapter_config import default_targets
 from builder_service.domain.derived import NotMade
 from builder_service.domain.initial import first_columns, leading
 from builder_service.domain.kinds import Kind
-from builder_service.domain.adapter_config import default_targets
 from builder_service.pipeline.build import build
 from builder_service.pipeline.context import BuildContext
 from builder_service.pipeline.progress import Progress

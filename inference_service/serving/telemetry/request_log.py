@@ -1,16 +1,16 @@
-"""One line in the log for every request that ended."""
+"""The log of requests, and the other watchers that are opened beside the metrics."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
-
 import structlog
 from structlog.contextvars import get_contextvars
-
 from inference_service.serving.request import Delta
 from inference_service.serving.telemetry.record import RequestRecord
+from typing import TYPE_CHECKING
+from inference_service.serving.telemetry.record import Watcher
 
 log = structlog.get_logger()
 MAX_NAME = 128
@@ -62,3 +62,17 @@ def _write(record: RequestRecord, texts: Mapping[str, Any]) -> None:
 
 def _ms(seconds: float | None) -> float | None:
     return None if seconds is None else round(seconds * 1e3, 1)
+
+
+if TYPE_CHECKING:
+    from opentelemetry.trace import Tracer
+
+
+def open_watchers(tracer: Tracer | None = None, *, log_prompts: bool = False) -> list[Watcher]:
+    """Return the log of requests, and with a tracer their spans."""
+    watchers: list[Watcher] = [RequestLog(texts=log_prompts)]
+    if tracer is not None:
+        from inference_service.serving.telemetry.traces import RequestSpans
+
+        watchers.append(RequestSpans(tracer))
+    return watchers

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from inference_service.rpc.publisher import BuilderPublisher
+from inference_service.rpc.builder import BuilderPublisher
 from loramux.records import DeploymentInfo, DeploymentState
 from loramux_shared.deployment import Repository, SourceKind
 from loramux_shared.faults import AdapterInvalid, Fault
