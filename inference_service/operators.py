@@ -8,8 +8,7 @@ from datetime import UTC, datetime
 from inference_service.adapters.bundles import StoredBundles
 from inference_service.adapters.manager import AdapterManager
 from inference_service.adapters.views import Facts
-from inference_service.rpc.builder import BuilderNews
-from inference_service.rpc.builder import BuilderPublisher
+from inference_service.rpc.builder import BuilderNews, BuilderPublisher
 from inference_service.startup.load import Ready
 from loramux.client import AsyncClient
 from loramux_shared.settings import InferenceSettings

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from typing import Any, Final, cast
+
+from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
+
 from loramux.inference.v1 import inference_pb2 as pb
 from loramux.records import GenerateOptions, Prompt
 from loramux.records import Message as Turn
-from loramux_shared.faults import RequestInvalid
-from typing import Any, Final
-from google.protobuf.descriptor import FieldDescriptor
-from loramux_shared.faults import Finding
+from loramux_shared.faults import Finding, RequestInvalid
 
 ADAPTERS: Final = "a list of names, or of (name, scale)"
 PROMPTS: Final = "text, a list of token ids, or a list of messages with role and content"

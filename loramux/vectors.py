@@ -6,9 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, TypeAlias, TypedDict, Unpack, cast
 
-from loramux.requests import misfit, misfits
 from loramux.inference.v1 import inference_pb2 as pb
-from loramux.requests import ADAPTERS, adapters_of, given_of
+from loramux.requests import ADAPTERS, adapters_of, given_of, misfit, misfits
 from loramux.steps import Steps, Stream
 from loramux_shared.faults import Finding, InternalFault, RequestInvalid
 

@@ -1,4 +1,4 @@
-"""The rows that a bundle will have and what each is made from; an adapter that changes nothing has one of zeros."""
+"""The rows that a bundle will have and what each is made from, of an adapter that changes nothing one of zeros."""
 
 from __future__ import annotations
 

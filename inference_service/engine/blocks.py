@@ -1,11 +1,13 @@
-"""Cache blocks: pools with known prefixes, and groups of layers that see equally far, with a table per sequence."""
+"""Cache blocks: pools with known prefixes, and groups of layers that see equally far, with a table a sequence."""
 
 from __future__ import annotations
 
 from array import array
+from collections import OrderedDict
+
 from inference_service.core.sequence import GONE, Sequence
 from inference_service.engine.prefixes import prefix_key
-from collections import OrderedDict
+
 
 class BlockPool:
     """Hands out blocks.

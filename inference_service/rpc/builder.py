@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Iterable, Mapping
 from typing import Final
+
 import grpc
 import structlog
+
 from loramux.builder.v1 import builder_pb2
 from loramux.builder.v1.builder_pb2_grpc import BuilderServiceStub
-from loramux.connection import Calls, Credentials
-from loramux_shared.faults import Fault
-from loramux_shared.rpc.status import fault_of
-import uuid
-from collections.abc import Iterable, Mapping
 from loramux.client import AsyncClient
+from loramux.connection import Calls, Credentials
 from loramux.records import DeploymentInfo, DeploymentState
 from loramux_shared.deployment import Repository
-from loramux_shared.faults import InternalFault
+from loramux_shared.faults import Fault, InternalFault
+from loramux_shared.rpc.status import fault_of
 
 log = structlog.get_logger()
 

@@ -1,4 +1,4 @@
-"""Names in messages: lists that are enough to go on and never a screenful, and the nearest to an unknown name."""
+"""Names in messages: lists that are never a screenful, and the nearest known name to an unknown one."""
 
 from __future__ import annotations
 

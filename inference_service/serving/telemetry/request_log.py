@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
 import structlog
 from structlog.contextvars import get_contextvars
+
 from inference_service.serving.request import Delta
-from inference_service.serving.telemetry.record import RequestRecord
-from typing import TYPE_CHECKING
-from inference_service.serving.telemetry.record import Watcher
+from inference_service.serving.telemetry.record import RequestRecord, Watcher
 
 log = structlog.get_logger()
 MAX_NAME = 128
