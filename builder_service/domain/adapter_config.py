@@ -8,7 +8,9 @@ from functools import cached_property
 from typing import Any, Final
 
 from builder_service.domain.config_fields import PATTERNED, bad_config, bad_fields, unknown_fields
-from builder_service.domain.config_rules import (
+from builder_service.domain.kinds import Kind, as_lora, kind_of, scale
+from builder_service.domain.patterns import BOUNDS, PatternsInvalid, Reading, read_names
+from builder_service.domain.rules.config import (
     CLASSIFIES,
     ENCODES,
     INVOCATION,
@@ -16,8 +18,6 @@ from builder_service.domain.config_rules import (
     parameters_of_experts,
     refusals,
 )
-from builder_service.domain.kinds import Kind, as_lora, kind_of, scale
-from builder_service.domain.patterns import BOUNDS, PatternsInvalid, Reading, read_names
 from builder_service.domain.sandbox import TooCostly
 from builder_service.domain.strict_json import JsonInvalid, parse, shown
 from loramux_shared.faults import Finding

@@ -18,8 +18,8 @@ from builder_service.domain.full_tensors import BaseTensors, base_tensor
 from builder_service.domain.grouping import Grouping
 from builder_service.domain.own_rows import PlannedRows
 from builder_service.domain.pairs import Pair
+from builder_service.domain.rules.stacks import MERGE
 from builder_service.domain.safetensors_header import READABLE, Tensor, TensorFile
-from builder_service.domain.stack_rules import MERGE
 from builder_service.domain.tensor_names import FullKey
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bundle.manifest import Replaced

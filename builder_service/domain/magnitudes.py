@@ -9,8 +9,8 @@ import numpy as np
 
 from builder_service.domain.full_tensors import BaseTensors
 from builder_service.domain.grouping import Grouping
+from builder_service.domain.rules.values import Part
 from builder_service.domain.safetensors_header import READABLE
-from builder_service.domain.value_rules import Part
 from builder_service.domain.vectors import BLOCK
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.faults import Finding

@@ -1,4 +1,4 @@
-"""The rows that a bundle will have and what each is made from, of an adapter that changes nothing one of zeros."""
+"""The rows that a bundle will have, and what each is made from; an adapter that changes nothing has zeros."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import numpy as np
 
 from builder_service.domain.derived import Derived
 from builder_service.domain.expansion import Product
+from builder_service.domain.rules.values import Part
 from builder_service.domain.safetensors_header import Tensor, TensorFile
-from builder_service.domain.value_rules import Part
 from builder_service.domain.vectors import VectorRow, Vectors
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bundle.manifest import ModuleRow

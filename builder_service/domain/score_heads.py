@@ -15,9 +15,9 @@ import numpy as np
 from builder_service.domain.adapter_config import AdapterConfig
 from builder_service.domain.full_tensors import FullTensor
 from builder_service.domain.grouping import Grouping
+from builder_service.domain.rules.texts import bad_text
 from builder_service.domain.safetensors_header import READABLE, TensorFile
 from builder_service.domain.strict_json import JsonInvalid, parse, shown
-from builder_service.domain.text_rules import bad_text
 from loramux_shared.adapter_files import MODEL_CONFIG
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bundle.manifest import MAX_LABELS, PROBLEM_TYPES, ScoreHead

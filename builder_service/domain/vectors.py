@@ -15,10 +15,10 @@ import numpy as np
 from builder_service.domain.full_tensors import BaseTensors
 from builder_service.domain.grouping import Grouping
 from builder_service.domain.pairs import Lone, Pair, features_of, parts_of
+from builder_service.domain.rules.stacks import MERGE
+from builder_service.domain.rules.vectors import has_bias
 from builder_service.domain.safetensors_header import READABLE, Tensor, TensorFile
-from builder_service.domain.stack_rules import MERGE
 from builder_service.domain.tensor_names import LoraKey
-from builder_service.domain.vector_rules import has_bias
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bundle.modules import Module
 from loramux_shared.bundle.npy import NUMPY_TYPES, Array, cast

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from builder_service.domain.origin import origin_warnings
-from builder_service.domain.rules import CheckedAdapter
+from builder_service.domain.rules.adapter import CheckedAdapter
 from builder_service.pipeline.base_weights import BaseWeights
 from builder_service.pipeline.context import BuildContext
 from builder_service.pipeline.convert import bundle_bytes

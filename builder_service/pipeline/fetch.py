@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, TypeVar
 
-from builder_service.domain.file_rules import extra_files, file_findings
-from builder_service.domain.text_rules import too_large
+from builder_service.domain.rules.files import extra_files, file_findings
+from builder_service.domain.rules.texts import too_large
 from builder_service.pipeline.authorship import no_signature, take_signature
 from builder_service.pipeline.progress import STOPS, Progress, Stage
 from builder_service.pipeline.space import Space

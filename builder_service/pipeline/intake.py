@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, TypeAlias
 
-from builder_service.domain.rules import CheckedAdapter, Rulebook
+from builder_service.domain.rules.adapter import CheckedAdapter, Rulebook
 from builder_service.domain.safetensors_header import HeaderInvalid, read_header
 from builder_service.pipeline.context import BuildContext
 from builder_service.pipeline.fetch import FetchedAdapter, ListedAdapter, fetch_adapter, gathered

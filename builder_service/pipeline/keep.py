@@ -10,9 +10,9 @@ from typing import Final, TypeAlias
 
 import structlog
 
-from builder_service.domain.file_rules import extra_files
 from builder_service.domain.origin import origin_warnings
-from builder_service.domain.tensor_rules import AdapterLimits
+from builder_service.domain.rules.files import extra_files
+from builder_service.domain.rules.tensors import AdapterLimits
 from builder_service.pipeline.fetch import ListedAdapter, recorded
 from builder_service.pipeline.progress import Progress
 from loramux_shared.bundle.generation import CONVERTER, AdapterRecord, BaseRecord, Generation

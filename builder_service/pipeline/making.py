@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from builder_service.domain.rules import Rulebook
+from builder_service.domain.rules.adapter import Rulebook
 from builder_service.pipeline.base_weights import BaseWeights
 from builder_service.pipeline.context import BuildContext
 from builder_service.pipeline.fetch import FetchedAdapter, list_adapters

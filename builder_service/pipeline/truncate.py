@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from builder_service.domain.planned import PlannedRow
-from builder_service.domain.rules import CheckedAdapter
+from builder_service.domain.rules.adapter import CheckedAdapter
 from builder_service.domain.safetensors_header import Tensor, TensorFile
 from builder_service.domain.truncation import LowRank, best_approximation
 from loramux_shared.bundle.manifest import Truncation

@@ -8,11 +8,17 @@ from pathlib import Path
 from typing import Final
 
 from builder_service.domain.full_tensors import EMBED_FIX
-from builder_service.domain.npy_rules import FOLDED, read_npy_adapter
-from builder_service.domain.rules import CheckedAdapter, ComparedTokens, Rulebook, check_adapter, check_tensors
+from builder_service.domain.rules.adapter import (
+    CheckedAdapter,
+    ComparedTokens,
+    Rulebook,
+    check_adapter,
+    check_tensors,
+)
+from builder_service.domain.rules.npy import FOLDED, read_npy_adapter
+from builder_service.domain.rules.tensors import AdapterLimits
+from builder_service.domain.rules.texts import check_texts
 from builder_service.domain.score_heads import with_labels
-from builder_service.domain.tensor_rules import AdapterLimits
-from builder_service.domain.text_rules import check_texts
 from builder_service.pipeline.base_tokens import BaseTokens
 from builder_service.pipeline.base_weights import BaseWeights
 from builder_service.pipeline.fetch import FetchedAdapter

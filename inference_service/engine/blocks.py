@@ -1,4 +1,4 @@
-"""Cache blocks: pools with known prefixes, and groups of layers that see equally far, with a table a sequence."""
+"""Cache blocks: pools with known prefixes, and groups of layers that see equally far, with a table for each."""
 
 from __future__ import annotations
 

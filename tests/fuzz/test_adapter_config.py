@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from builder_service.domain.config_fields import KNOWN
-from builder_service.domain.rules import check_adapter
+from builder_service.domain.rules.adapter import check_adapter
 from loramux_shared.codes import CODES
 from tests.fuzz.mutate import TEXTS, bounded, json_text, mutated_json
 from tests.golden.hostile.configs import EXPONENTIAL, GIANT

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from builder_service.domain.npy_rules import FOLDED, NpyAdapter, read_npy_adapter
-from builder_service.domain.rules import CheckedAdapter, Rulebook, check_tensors
+from builder_service.domain.rules.adapter import CheckedAdapter, Rulebook, check_tensors
+from builder_service.domain.rules.npy import FOLDED, NpyAdapter, read_npy_adapter
 from loramux_shared.codes import CODES
 from tests.fuzz.mutate import NUMBERS, bounded, mutations
 from tests.support.npy_files import SIZES, matrices

@@ -13,7 +13,7 @@ import pytest
 import safetensors
 from safetensors.numpy import save
 
-from builder_service.domain.rules import check_adapter
+from builder_service.domain.rules.adapter import check_adapter
 from builder_service.domain.safetensors_header import HeaderInvalid, TensorFile, read_header
 from loramux_shared.codes import CODES
 from tests.fuzz.mutate import bounded, json_text, mutated_json, mutations

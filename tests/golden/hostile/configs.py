@@ -8,7 +8,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from builder_service.domain.rules import MAX_CONFIG
+from builder_service.domain.rules.adapter import MAX_CONFIG
 from tests.golden.hostile.exhibit import BASE, CONFIG, adapter, exhibit, of_config, of_config_text
 from tests.support.adapters import ADAPTER_CONFIG, tensors
 

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from builder_service.domain.adapter_config import AdapterConfig
-from builder_service.domain.file_rules import file_findings
-from builder_service.domain.rules import CheckedAdapter, Rulebook, check_adapter
+from builder_service.domain.rules.adapter import CheckedAdapter, Rulebook, check_adapter
+from builder_service.domain.rules.files import file_findings
+from builder_service.domain.rules.tensors import AdapterLimits
 from builder_service.domain.tensor_names import LoraKey, RefusedKey, parse_key
-from builder_service.domain.tensor_rules import AdapterLimits
 from loramux_shared.bases.read import read_fields
 from loramux_shared.deployment import Dtype
 from tests.support.adapters import BASE_CONFIG, key, tensors, write_adapter

@@ -11,7 +11,7 @@ from tokenizers import AddedToken, Tokenizer
 from tokenizers.models import BPE, Unigram
 from transformers import PreTrainedTokenizerFast
 
-from builder_service.domain.rules import ComparedTokens
+from builder_service.domain.rules.adapter import ComparedTokens
 from builder_service.domain.tokens import FLAGS
 from builder_service.pipeline.base_tokens import BaseTokens
 from loramux_shared.bundle.manifest import FileDigest

@@ -7,7 +7,14 @@ from typing import Any
 
 import pytest
 
-from builder_service.domain.text_rules import GENERATION, MAX_BYTES, TEMPLATE, TOKENIZER, check_texts, too_large
+from builder_service.domain.rules.texts import (
+    GENERATION,
+    MAX_BYTES,
+    TEMPLATE,
+    TOKENIZER,
+    check_texts,
+    too_large,
+)
 
 
 def found(name: str, content: Any) -> list[tuple[str, str]]:

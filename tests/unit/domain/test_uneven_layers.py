@@ -9,8 +9,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from builder_service.domain.rules import Rulebook, check_adapter
-from builder_service.domain.tensor_rules import AdapterLimits
+from builder_service.domain.rules.adapter import Rulebook, check_adapter
+from builder_service.domain.rules.tensors import AdapterLimits
 from loramux_shared.bases.read import read_fields
 from loramux_shared.deployment import Dtype
 from tests.support.adapters import BASE_CONFIG, HIDDEN, write_adapter

@@ -12,8 +12,9 @@ from builder_service.domain.full_tensors import EMBED_FIX, FullTensor
 from builder_service.domain.grouping import SHOWN, Grouping
 from builder_service.domain.own_rows import TokenTensor
 from builder_service.domain.pairs import Lone, Pair
+from builder_service.domain.rules.stacks import MERGE, unstacked
+from builder_service.domain.rules.vectors import check_vectors, refuse_vectors, report_left_out
 from builder_service.domain.safetensors_header import READABLE, Tensor, TensorFile
-from builder_service.domain.stack_rules import MERGE, unstacked
 from builder_service.domain.tensor_names import (
     FullKey,
     LoraKey,
@@ -24,7 +25,6 @@ from builder_service.domain.tensor_names import (
     nearest_key,
     parse_key,
 )
-from builder_service.domain.vector_rules import check_vectors, refuse_vectors, report_left_out
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bases.families import load_families
 from loramux_shared.bases.groups import GroupShape

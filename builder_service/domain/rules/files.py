@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection
 from typing import Final
 
-from builder_service.domain.config_rules import MLX_FIX
+from builder_service.domain.rules.config import MLX_FIX
 from loramux_shared.adapter_files import CONFIG, INDEX, SHARD, WEIGHTS, weight_files
 from loramux_shared.faults import Finding
 from loramux_shared.wording import listed

@@ -9,8 +9,8 @@ from builder_service.domain.adapter_config import AdapterConfig
 from builder_service.domain.config_fields import FILE
 from builder_service.domain.grouping import Grouping
 from builder_service.domain.pairs import DOWN, Lone, Pair, features_of
+from builder_service.domain.rules.stacks import MERGE
 from builder_service.domain.safetensors_header import Tensor
-from builder_service.domain.stack_rules import MERGE
 from builder_service.domain.tensor_names import LoraKey, Side
 from loramux_shared.bases.config import ModelConfig
 

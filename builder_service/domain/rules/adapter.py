@@ -10,30 +10,30 @@ from typing import Protocol
 
 from builder_service.domain.adapter_config import AdapterConfig, parse_config
 from builder_service.domain.config_fields import bad_config
-from builder_service.domain.config_rules import INVOCATION
 from builder_service.domain.dora_tables import with_dora_tables
 from builder_service.domain.expansion import expanded
 from builder_service.domain.full_tensors import BaseTensors, check_full_tensors, redundant_warning
 from builder_service.domain.grouping import LONGEST, Grouping
 from builder_service.domain.initial import with_initial
-from builder_service.domain.legal_rules import legal_findings
 from builder_service.domain.magnitudes import check_magnitudes
 from builder_service.domain.own_rows import PlannedRows, plan_rows
 from builder_service.domain.pairs import Lone, Pair
 from builder_service.domain.planned import PlannedRow, planned_rows, unchanged, unchanged_warning
-from builder_service.domain.safetensors_header import HeaderInvalid, TensorFile, TooManyTensors
-from builder_service.domain.score_heads import PlannedScore, plan_score
-from builder_service.domain.sharded import read_weights
-from builder_service.domain.strict_json import shown
-from builder_service.domain.tensor_rules import (
+from builder_service.domain.rules.config import INVOCATION
+from builder_service.domain.rules.legal import legal_findings
+from builder_service.domain.rules.tensors import (
     EMPTY_FIX,
     AdapterLimits,
     check_pairs,
     sort_tensors,
     tower_warning,
 )
-from builder_service.domain.value_rules import check_values
-from builder_service.domain.vector_rules import check_lone
+from builder_service.domain.rules.values import check_values
+from builder_service.domain.rules.vectors import check_lone
+from builder_service.domain.safetensors_header import HeaderInvalid, TensorFile, TooManyTensors
+from builder_service.domain.score_heads import PlannedScore, plan_score
+from builder_service.domain.sharded import read_weights
+from builder_service.domain.strict_json import shown
 from builder_service.domain.vectors import VectorReader, Vectors
 from loramux_shared.adapter_files import CONFIG, WEIGHTS
 from loramux_shared.bases.config import ModelConfig

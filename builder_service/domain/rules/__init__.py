@@ -1,0 +1,1 @@
+"""Rules about one adapter: functions from what was read to findings."""
