@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
-from inference_service.rpc import builder_news
+from inference_service.rpc import builder as builder_news
 from inference_service.rpc.builder import FIRST_PAUSE_S, BuilderNews
 from loramux.builder.v1 import builder_pb2 as pb
 from loramux.builder.v1 import builder_pb2_grpc as builder_grpc
