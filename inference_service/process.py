@@ -43,9 +43,7 @@ async def run(settings: InferenceSettings, guard: Guard, stop: Stop) -> int:
     doors: dict[str, Door] = {}
     if settings.http:
         http_patience = protocol.Patience(read_s=stall_s, pause_s=stall_s)
-        doors["http"] = HttpServer(
-            settings.http, ready.service, guard, tracing, http_patience, adapters=operators.manager
-        )
+        doors["http"] = HttpServer(settings.http, ready.service, guard, tracing, http_patience)
     doors["grpc"] = server
     of_models = {
         model: serve(address, extensions.of_model(model, lambda: server.serving))

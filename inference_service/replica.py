@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Final, NoReturn, Self
 import structlog
 
 from inference_service.operators import Operators
+from inference_service.rpc.builder import BuilderPublisher
 from inference_service.serving.telemetry.request_log import open_watchers
 from inference_service.startup.load import Ready, load_apart
 from inference_service.store import open_replica_store
+from loramux.client import AsyncClient
 from loramux_shared.rpc.stopping import first_of
 from loramux_shared.settings import InferenceSettings
 from loramux_shared.tracing.setup import open_tracing
@@ -55,8 +57,10 @@ class Replica:
         tracing = open_tracing("loramux-inference")
         watchers = open_watchers(tracing.tracer if tracing else None, log_prompts=settings.log_prompts)
         store = open_replica_store(settings)
-        ready = await load_apart(settings, store, watchers)
-        return cls(ready, Operators(settings, store, ready), tracing)
+        client = AsyncClient(builder=settings.builder) if settings.builder else None
+        publisher = BuilderPublisher(client, settings.deployment) if client is not None else None
+        ready = await load_apart(settings, store, watchers, publisher)
+        return cls(ready, Operators(settings, ready, client), tracing)
 
     def begin(self, on_failure: Callable[[], Awaitable[None]]) -> None:
         """Compute; on_failure is awaited before the requests of a broken engine are told."""

@@ -22,7 +22,6 @@ from inference_service.adapters.names import (
 )
 from inference_service.adapters.served_model import ServedModel, shown_source
 from inference_service.core.adapter import MOST_PARTS, Adapter
-from inference_service.core.computing import Computing
 from loramux_shared.access.rights import ACCESS, Access
 from loramux_shared.bundle.generation import AdapterRecord, BaseRecord, Generation
 from loramux_shared.deployment import Dtype, Repository, SourceKind
@@ -52,15 +51,12 @@ class Catalog:
     """
 
     def __init__(
-        self, generation: int, base_name: str, models: Iterable[ServedModel], load_s: float = 0.0
+        self, generation: int, base_name: str, models: Iterable[ServedModel], most_mixed: int = MOST_PARTS
     ) -> None:
-        """List what is served; load_s are the seconds from the start of loading until all of it was ready."""
+        """List what is served; a request may name most_mixed adapters, as many as a step may have."""
         self.deployed = _bare(generation, base_name)
         """The generation that is served; until `apply`, nothing of it but its number and the base's name."""
-        self.load_s = load_s
-        self.computing = Computing()
-        self.most_mixed = MOST_PARTS
-        """Adapters of one request, as many as a step may have."""
+        self._most_mixed = most_mixed
         ordered = sorted(models, key=lambda model: (model.name != base_name, model.name))
         self._models = {model.name: model for model in ordered}
         self._base = self._models.get(base_name, ServedModel(base_name))
@@ -180,7 +176,7 @@ class Catalog:
             ModelNotFound: there is no such name or version, or the caller may not use it.
             RequestInvalid: they cannot be mixed; where says by which field.
         """
-        mixing.check(parts, self.most_mixed, where)
+        mixing.check(parts, self._most_mixed, where)
         found: list[tuple[ServedModel, float]] = []
         for part in parts:
             model = self._found(part.name, sticky_key)

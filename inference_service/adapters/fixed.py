@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from datetime import UTC, datetime
 
 from inference_service.adapters.adapter_set import AdapterSet
@@ -60,10 +59,8 @@ class FollowsNothing:
             )
 
 
-def fixed_manager(
-    catalog: Catalog, deployment: str = "", paused: Callable[[], bool] = lambda: False
-) -> AdapterManager:
+def fixed_manager(catalog: Catalog, facts: Facts | None = None) -> AdapterManager:
     """Return the manager of adapters that were there at the start and never change."""
     adapters = AdapterSet(catalog, AllResident(catalog), lambda command: command())
-    facts = Facts(deployment, datetime.now(UTC))
-    return AdapterManager(adapters, FollowsNothing(catalog.generation), facts, paused=paused)
+    facts = facts or Facts("", datetime.now(UTC))
+    return AdapterManager(adapters, FollowsNothing(catalog.generation), facts)

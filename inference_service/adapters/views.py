@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
 
+from inference_service.core.computing import UNKNOWN, Computing
 from inference_service.engine.residents import AdapterState
 from loramux_shared.faults import Fault
 
@@ -125,3 +126,7 @@ class Facts:
     dtype: str = ""
     """Type of computation, as torch names it."""
     max_lora_rank: int = 0
+    load_s: float = 0.0
+    """Seconds from the start of loading until everything was ready."""
+    computing: Computing = UNKNOWN
+    """The operations that compute."""

@@ -63,3 +63,7 @@ class Computing:
     def warning(self) -> str | None:
         """Return the slower part, its cost and its cure; None where nothing is slower than it could be."""
         return None if self.lack is None else f"{self.how}: {COST}; {CURES[self.lack]}"
+
+
+UNKNOWN: Final = Computing()
+"""Operations of a replica of which nothing is known."""

@@ -13,7 +13,6 @@ from starlette.responses import Response
 from starlette.routing import Route, Router, compile_path
 from starlette.types import Receive, Scope, Send
 
-from inference_service.adapters.fixed import fixed_manager
 from inference_service.adapters.manager import AdapterManager
 from inference_service.http.admin import operators, state, tokens, trainers
 from inference_service.http.admin.operators import LoadBody, PageQuery, RollbackBody, UnloadBody, VllmError
@@ -139,7 +138,7 @@ def create_app(
     """
     app = Application(service)
     app.state.keyless = keyring is None
-    app.state.adapters = adapters or fixed_manager(service.catalog)
+    app.state.adapters = adapters or service.adapters
     guarded = app if keyring is None else AccessMiddleware(app, keyring, scope_of, fault_response)
     traced = guarded if tracing is None else TraceMiddleware(guarded, tracing, TRACED)
     return Front(traced, service.metrics.responded)

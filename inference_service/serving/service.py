@@ -10,6 +10,8 @@ from dataclasses import replace
 
 from inference_service.adapters.catalog import Catalog
 from inference_service.adapters.defaults import AdapterDefaults
+from inference_service.adapters.fixed import fixed_manager
+from inference_service.adapters.manager import AdapterManager
 from inference_service.adapters.ports import GenerationFollower
 from inference_service.adapters.scoring import Scorer, require_text
 from inference_service.adapters.served_model import ServedModel
@@ -38,8 +40,8 @@ from inference_service.serving.request import (
 )
 from inference_service.serving.sizes import countable
 from inference_service.serving.telemetry.metrics import Metrics
+from inference_service.serving.telemetry.model_series import MOST
 from inference_service.serving.telemetry.record import Watcher, following
-from inference_service.serving.telemetry.replica import EngineView
 from inference_service.serving.terms import ServingLimits, Terms, of_answer
 from inference_service.text.text import StopTexts, Text
 from loramux_shared.access.rights import ACCESS
@@ -73,11 +75,6 @@ class GenerationService:
     Finished.
     """
 
-    in_work: int = 0
-    """Requests of all APIs that have not ended."""
-    _watchers: Seq[Watcher] = ()
-    _parsers_of: ParsersOf = Parsers
-
     def __init__(
         self,
         catalog: Catalog,
@@ -86,24 +83,29 @@ class GenerationService:
         limits: ServingLimits,
         watchers: Seq[Watcher] = (),
         *,
+        adapters: AdapterManager | None = None,
         follower: GenerationFollower | None = None,
         texts: AdapterTexts | None = None,
         base_files: BaseFiles | None = None,
         pooling_of_base: Pooling | None = Pooling.LAST,
         parsers_of: ParsersOf = Parsers,
         logprobs_mode: LogprobsMode = "raw",
+        metrics_models: int = MOST,
     ) -> None:
         """Begin to serve; watchers see every request, as the metrics do.
 
-        follower and texts are None where the catalog's adapters never change, and bring no files.
+        adapters, follower and texts are None where the catalog's adapters never change, and bring no files.
         pooling_of_base is how the base was trained to make vectors; None: in a way that is not served.
         parsers_of returns how answers of chats are read, where a deployment names these parsers.
         logprobs_mode is that of requests that name none.
+        metrics_models is the number of models that have series of their own.
         """
         self.catalog = catalog
         self.limits = limits
         self.text = text
-        self.metrics = Metrics(catalog, engine)
+        self.engine = engine
+        self.adapters = adapters or fixed_manager(catalog)
+        self.metrics = Metrics(catalog, engine, self.adapters, metrics_models)
         self.naming = Naming(catalog, follower, texts)
         self.logprobs_mode: LogprobsMode = logprobs_mode
         self.base_files = base_files or BaseFiles()
@@ -112,8 +114,8 @@ class GenerationService:
         self._pooling_of_base = pooling_of_base
         self._parsers_of = parsers_of
         self._watchers = (self.metrics, *watchers)
-        self._engine = engine
-        self.engine_view: EngineView = engine
+        self.in_work = 0
+        """Requests of all APIs that have not ended."""
         self._constraints = Constraints(limits.eos_token_ids)
 
     async def generate(self, request: Request) -> AsyncGenerator[Event]:
@@ -137,7 +139,7 @@ class GenerationService:
             model = follower.record.model = served.model
             if request.output.pooling is None:
                 require_text(model)
-            check(request, model.vocab or self.text.vocab, self._engine.max_queue, self.limits.max_seq_len)
+            check(request, model.vocab or self.text.vocab, self.engine.max_queue, self.limits.max_seq_len)
             with self._limiter.admit(model, ACCESS.get(), self.catalog.deployed.limits) as ticket:
                 defaults = await self.naming.defaults(model)
                 terms = self._terms(request, defaults)
@@ -150,7 +152,7 @@ class GenerationService:
                 seqs = [answer.seq for answer in answers.values()]
                 follower.submitted(seqs)
                 ticket.check_tokens()
-                outputs = self._engine.submit(seqs)
+                outputs = self.engine.submit(seqs)
                 ticket.submitted(seqs[0])
                 try:
                     yield Started(request.id, model, served.generation, len(tokens), terms.text, tuple(tokens))
@@ -173,7 +175,7 @@ class GenerationService:
         """
         served = await self.naming.choose(request)
         vocab = served.model.vocab or self.text.vocab
-        check(request, vocab, self._engine.max_queue, self.limits.max_seq_len)
+        check(request, vocab, self.engine.max_queue, self.limits.max_seq_len)
         defaults = await self.naming.defaults(served.model)
         return await self._terms(request, defaults).prompt(countable(self.limits.max_seq_len))
 
@@ -191,7 +193,7 @@ class GenerationService:
     @property
     def max_queue(self) -> int:
         """Sequences that may wait."""
-        return self._engine.max_queue
+        return self.engine.max_queue
 
     @property
     def usual_pooling(self) -> Pooling | None:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from functools import partial
 from typing import Any, Final, cast
 
@@ -14,9 +15,13 @@ import structlog
 import torch
 
 from inference_service.adapters.adapter_set import AdapterSet, Drafts
+from inference_service.adapters.bundles import StoredBundles
 from inference_service.adapters.catalog import Catalog
 from inference_service.adapters.fixed import AllResident
 from inference_service.adapters.follower import Follower
+from inference_service.adapters.manager import AdapterManager
+from inference_service.adapters.ports import Publisher
+from inference_service.adapters.views import Facts
 from inference_service.backends.base import LoraBackend
 from inference_service.core.adapter import MOST_PARTS, Adapter
 from inference_service.core.computing import Computing
@@ -69,13 +74,16 @@ class Ready:
     """The one that it was loaded with."""
     bank: Bank | None
     """None where an adapter is merged into the weights."""
-    dtype: str
-    """Type of computation."""
     device: str
     """Its kind: cpu or cuda."""
 
 
-async def load_apart(settings: InferenceSettings, store: Store, watchers: Sequence[Watcher] = ()) -> Ready:
+async def load_apart(
+    settings: InferenceSettings,
+    store: Store,
+    watchers: Sequence[Watcher] = (),
+    publisher: Publisher | None = None,
+) -> Ready:
     """Do what `load` does, in a thread that ends with it: one that lived on would keep its team of OpenMP's.
 
     With more of their threads than cores, those of a step would sleep between operations
@@ -83,12 +91,18 @@ async def load_apart(settings: InferenceSettings, store: Store, watchers: Sequen
     """
     bound_arenas()
     with ThreadPoolExecutor(1, "load") as thread:
-        ready = await asyncio.get_running_loop().run_in_executor(thread, load, settings, store, watchers)
+        loop = asyncio.get_running_loop()
+        ready = await loop.run_in_executor(thread, load, settings, store, watchers, publisher)
     give_back()
     return ready
 
 
-def load(settings: InferenceSettings, store: Store, watchers: Sequence[Watcher] = ()) -> Ready:
+def load(
+    settings: InferenceSettings,
+    store: Store,
+    watchers: Sequence[Watcher] = (),
+    publisher: Publisher | None = None,
+) -> Ready:
     """Load the deployment's current generation; every byte is verified before it is used.
 
     Of its adapters the first ones are loaded, as many as settings say and the bank holds; the others are
@@ -121,9 +135,9 @@ def load(settings: InferenceSettings, store: Store, watchers: Sequence[Watcher] 
         models.append(merge(generation, base, store, settings.block_size))
     else:
         bank = open_bank(generation, base, store, settings, inbox)
-    catalog = Catalog(generation.number, generation.served_model_name, models)
+    most_mixed = min(MOST_PARTS, settings.max_batch_adapters)
+    catalog = Catalog(generation.number, generation.served_model_name, models, most_mixed)
     catalog.apply(generation)
-    catalog.most_mixed = min(MOST_PARTS, settings.max_batch_adapters)
     registered = [model.adapter for model in catalog.everything if model.adapter is not None]
     fitting = bank.fitting(registered) if bank is not None else []
     if bank is not None and (first := fitting[: settings.preload]):
@@ -132,11 +146,13 @@ def load(settings: InferenceSettings, store: Store, watchers: Sequence[Watcher] 
     engine, limits = _engine(settings, generation, base, bank)
     probe = partial(_run_a_few_tokens, engine, bank)
     probe()  # so that the first request does not wait for what is made at first use
-    catalog.load_s = time.monotonic() - started
-    catalog.computing = _computing(base)
-    report(f"{catalog.computing.product}; {catalog.computing.reading}")
-    _log_loaded(generation, base, bank, engine, limits, registered, catalog)
-    if slow := catalog.computing.warning:
+    load_s = time.monotonic() - started
+    computing = _computing(base)
+    report(f"{computing.product}; {computing.reading}")
+    dtype = str(base.backend.dtype).removeprefix("torch.")
+    facts = Facts(settings.deployment, datetime.now(UTC), dtype, generation.max_lora_rank, load_s, computing)
+    _log_loaded(generation, base, bank, engine, limits, registered, facts)
+    if slow := computing.warning:
         log.warning("operations are slower than possible", why=slow)
         report(f"slow operations: {slow}")
     thread = EngineThread(
@@ -159,23 +175,32 @@ def load(settings: InferenceSettings, store: Store, watchers: Sequence[Watcher] 
         interval_s=settings.follow_interval_s,
         ends=settings.on_base_change == "exit",
     )
+    manager = AdapterManager(
+        adapters,
+        follower,
+        facts,
+        bundles=None if bank is None else StoredBundles(store, refused=bool(settings.require_signature)),
+        publisher=publisher,
+        paused=lambda: thread.paused,
+    )
     service = GenerationService(
         catalog,
         base.text,
         thread,
         ServingLimits(limits.max_seq_len, ends, hidden),
         watchers,
+        adapters=manager,
         follower=follower,
         texts=None if bank is None else bank.texts,
         base_files=BaseFiles(base.placed),
         pooling_of_base=base.pooling,
         parsers_of=settings.parsers,
         logprobs_mode=settings.logprobs_mode,
+        metrics_models=settings.metrics_models,
     )
     if bank is not None:
         preload_later(bank, fitting[settings.preload :], inbox)
-    dtype = str(base.backend.dtype).removeprefix("torch.")
-    return Ready(service, thread, adapters, follower, generation, bank, dtype, base.model.device.type)
+    return Ready(service, thread, adapters, follower, generation, bank, base.model.device.type)
 
 
 def _computing(base: LoadedBase) -> Computing:
@@ -249,7 +274,7 @@ def _log_loaded(
     engine: Engine,
     limits: SchedulerLimits,
     registered: Sequence[Adapter],
-    catalog: Catalog,
+    about: Facts,
 ) -> None:
     backend, stats = base.backend, engine.stats
     facts: dict[str, Any] = {} if bank is None else {"resident": len(bank.residency.resident())}
@@ -258,19 +283,19 @@ def _log_loaded(
         deployment=generation.deployment,
         generation=generation.number,
         backend=backend.new_lora().name if bank is None else bank.lora.name,
-        operations=catalog.computing.how,
-        product=catalog.computing.product,
+        operations=about.computing.how,
+        product=about.computing.product,
         device=str(backend.device),
-        dtype=str(backend.dtype).removeprefix("torch."),
+        dtype=about.dtype,
         weights=weights_told(base),
-        reading=catalog.computing.reading,
+        reading=about.computing.reading,
         threads=torch.get_num_threads(),
         adapters=len(registered) or len(generation.adapters),
         **facts,
         merged=generation.merged or "none",
         kv_tokens=stats.blocks_total * stats.block_size,
         max_seq_len=limits.max_seq_len,
-        seconds=round(catalog.load_s, 2),
+        seconds=round(about.load_s, 2),
     )
 
 

@@ -14,6 +14,8 @@ from builder_service.pipeline.context import BuildContext
 from builder_service.rpc.servicer import SERVICE_NAME, BuilderServicer
 from inference_service.http.server import HttpServer
 from inference_service.operators import Operators
+from inference_service.rpc.builder import BuilderPublisher
+from loramux.client import AsyncClient
 from loramux_shared.access.guard import NOBODY_GUARDS, Guard
 from loramux_shared.rpc.server import RpcServer
 from loramux_shared.settings import InferenceSettings
@@ -40,9 +42,11 @@ async def open_replica(
 ) -> AsyncIterator[OpenAIDoor]:
     """Serve a world on a free port, and follow its deployment."""
     values = {"stream_interval_ms": 0, "follow_interval_s": 0.05} | settings
-    ready = world[0].load(world[1], **values)
-    operators = Operators(InferenceSettings(deployment="tiny", **values), world[1], ready)
-    server = HttpServer("127.0.0.1:0", ready.service, guard, adapters=operators.manager)
+    client = AsyncClient(builder=values["builder"]) if "builder" in values else None
+    publisher = None if client is None else BuilderPublisher(client, "tiny")
+    ready = world[0].load(world[1], publisher=publisher, **values)
+    operators = Operators(InferenceSettings(deployment="tiny", **values), ready, client)
+    server = HttpServer("127.0.0.1:0", ready.service, guard)
     await server.start()
     ready.engine.start()
     operators.begin()

@@ -22,6 +22,7 @@ from transformers import (
 from builder_service.pipeline.build import build
 from builder_service.pipeline.context import BuildContext
 from builder_service.pipeline.progress import Progress
+from inference_service.adapters.ports import Publisher
 from inference_service.core.adapter import activation
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import FinishReason
@@ -178,7 +179,7 @@ class World:
         sources = open_sources(local_roots=[self.root])
         build(deployment, BuildContext(store, sources), Progress(deployment.build.lora_adapters))
 
-    def load(self, store: Store, **settings: Any) -> Ready:
+    def load(self, store: Store, publisher: Publisher | None = None, **settings: Any) -> Ready:
         """Load the built deployment."""
         values = {
             "deployment": "tiny",
@@ -188,7 +189,7 @@ class World:
             "adapter_disk_gb": 0,  # the folder of this machine's user is nobody's business
         }
         with opened_once():
-            return load(InferenceSettings(**(values | settings)), store)
+            return load(InferenceSettings(**(values | settings)), store, publisher=publisher)
 
 
 def refusal(ready: Ready, name: str) -> Fault | None:

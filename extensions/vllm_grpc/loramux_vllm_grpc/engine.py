@@ -133,10 +133,10 @@ class VllmEngineServicer(engine_pb2_grpc.VllmEngineServicer):
         self, _request: pb.GetServerInfoRequest, _context: grpc.aio.ServicerContext
     ) -> pb.GetServerInfoResponse:
         """Describe the replica."""
-        stats = self._service.engine_view.stats
+        stats = self._service.engine.stats
         return pb.GetServerInfoResponse(
             active_requests=self._service.in_work,
-            is_paused=self._service.engine_view.paused,
+            is_paused=self._service.engine.paused,
             uptime_seconds=time.monotonic() - self._started_s,
             server_type=SERVER_TYPE,
             data_parallel_size=1,
@@ -151,7 +151,7 @@ class VllmEngineServicer(engine_pb2_grpc.VllmEngineServicer):
     ) -> pb.GetLoadsResponse:
         """Return how full the replica is, whichever sections the request names."""
         refuse_rank(request.dp_rank, "dp_rank")
-        answer = loads(self._service.engine_view)
+        answer = loads(self._service.engine)
         return pb.GetLoadsResponse(
             timestamp=answer["timestamp"],
             version=answer["version"],

@@ -34,7 +34,7 @@ def replica() -> Operated:
 @pytest.fixture
 def engine_of_all(tmp_path: Path) -> SilentEngine:
     """Its engine, which computes nothing."""
-    return cast(SilentEngine, silent_service(tmp_path)._engine)
+    return cast(SilentEngine, silent_service(tmp_path).engine)
 
 
 @pytest.fixture

@@ -74,7 +74,7 @@ async def health(service: GenerationService, http: HttpRequest) -> Reply[Health]
 
     `front` does that, before anything gets here.
     """
-    computing = service.catalog.computing
+    computing = service.adapters.facts.computing
     body: Health = {"status": "slow" if computing.lack else "ok", "backend": computing.backend}
     if computing.lack:
         body |= {"lack": computing.lack.value}
@@ -94,7 +94,7 @@ async def show_version(service: GenerationService, http: HttpRequest) -> Reply[V
 
 async def show_state(service: GenerationService, http: HttpRequest) -> Reply[State]:  # noqa: ARG001
     """Tell the load of the whole server, and which of the caller's models have sequences."""
-    stats = service.engine_view.stats
+    stats = service.engine.stats
     return Reply(
         {
             "running": stats.running,
@@ -114,11 +114,11 @@ async def show_load(service: GenerationService, http: HttpRequest) -> Reply[Load
 
 async def show_loads(service: GenerationService, http: HttpRequest) -> Reply[Loads]:  # noqa: ARG001
     """Tell how full the replica is, in SGLang's words; it is one rank of one."""
-    return Reply(loads(service.engine_view))
+    return Reply(loads(service.engine))
 
 
 def _at_work(service: GenerationService) -> dict[str, AtWork]:
-    sequences = service.engine_view.sequence_counts
+    sequences = service.engine.sequence_counts
     found: dict[str, AtWork] = {}
     for model in service.catalog:
         name = model.name

@@ -99,7 +99,7 @@ async def get_world_size(service: GenerationService, http: HttpRequest) -> Reply
 async def server_info(service: GenerationService, http: HttpRequest) -> Reply[ServerInfo]:
     """Describe the model as vLLM's configuration does, as far as trainers read it."""
     read_query(http, InfoQuery)
-    facts, stats = manager_of(http).facts, service.engine_view.stats
+    facts, stats = manager_of(http).facts, service.engine.stats
     config: VllmConfig = {
         "model_config": {
             "model": service.catalog.base_name,
@@ -116,17 +116,17 @@ async def server_info(service: GenerationService, http: HttpRequest) -> Reply[Se
 async def pause(service: GenerationService, http: HttpRequest) -> Reply[PauseStatus]:
     """Let requests stand still (mode keep), end them (abort) or let them end (wait); new ones wait."""
     refuse_other_sites(http)
-    await service.engine_view.pause(read_query(http, PauseQuery).said)
+    await service.engine.pause(read_query(http, PauseQuery).said)
     return Reply({"status": "paused"})
 
 
 async def resume(service: GenerationService, http: HttpRequest) -> Reply[PauseStatus]:
     """Go on with everything that stands still or waits."""
     refuse_other_sites(http)
-    service.engine_view.resume()
+    service.engine.resume()
     return Reply({"status": "resumed"})
 
 
 async def is_paused(service: GenerationService, http: HttpRequest) -> Reply[IsPaused]:  # noqa: ARG001
     """Say whether requests stand still."""
-    return Reply({"is_paused": service.engine_view.paused})
+    return Reply({"is_paused": service.engine.paused})

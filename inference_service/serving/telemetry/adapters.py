@@ -18,8 +18,9 @@ from inference_service.adapters.served_model import ServedModel
 from inference_service.adapters.views import PLACES, AdapterPlace, ReplicaView
 from inference_service.engine.engine import SequenceCounts
 from inference_service.engine.residents import LOAD_BUCKETS_S, AdapterState
+from inference_service.serving.engine_thread import EngineThread
 from inference_service.serving.telemetry.model_series import MOST
-from inference_service.serving.telemetry.replica import MODEL_LABEL, EngineView, of_model
+from inference_service.serving.telemetry.replica import MODEL_LABEL, of_model
 from inference_service.serving.telemetry.text_format import Lines, bounds_of, families, head, sample
 from loramux_shared.deployment import ModelLimits
 
@@ -88,9 +89,11 @@ class AdapterSeries:
     A model's lines are written when something that they say is not what it was at the last scrape.
     """
 
-    def __init__(self, catalog: Catalog, engine: EngineView, adapters: AdapterManager) -> None:
-        self.most = MOST
-        """Models that have series of their own: those that were used last."""
+    def __init__(
+        self, catalog: Catalog, engine: EngineThread, adapters: AdapterManager, most: int = MOST
+    ) -> None:
+        """Begin; the most models that were used last have series of their own."""
+        self._most = most
         self._catalog = catalog
         self._engine = engine
         self.adapters = adapters
@@ -109,7 +112,7 @@ class AdapterSeries:
     def parts(self) -> Iterator[bytes]:
         """Return everything, as Prometheus reads it."""
         shown, sequences = self._shown(), self._engine.sequence_counts
-        lines = self._lines(shown[: self.most], sequences)
+        lines = self._lines(shown[: self._most], sequences)
         return chain(families(HEADS, lines), (INFO_HEAD, self._info(shown, sequences)))
 
     def _shown(self) -> list[_Shown]:

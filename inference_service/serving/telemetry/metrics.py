@@ -14,13 +14,13 @@ from prometheus_client import (
 )
 
 from inference_service.adapters.catalog import Catalog
-from inference_service.adapters.fixed import fixed_manager
 from inference_service.adapters.manager import AdapterManager
+from inference_service.serving.engine_thread import EngineThread
 from inference_service.serving.request import Delta
 from inference_service.serving.telemetry.adapters import AdapterCollector, AdapterSeries
 from inference_service.serving.telemetry.model_series import MOST, Counted, ModelSeries, Timed
 from inference_service.serving.telemetry.record import RequestRecord
-from inference_service.serving.telemetry.replica import EngineView, ReplicaCollector
+from inference_service.serving.telemetry.replica import ReplicaCollector
 
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 """Content type; OpenMetrics takes twice the time to write and has no other content."""
@@ -56,23 +56,21 @@ class Metrics:
     CANCELLED or the reason of a fault: whatever clients send, there are no other series.
     """
 
-    def __init__(self, catalog: Catalog, engine: EngineView) -> None:
+    def __init__(
+        self, catalog: Catalog, engine: EngineThread, adapters: AdapterManager, most: int = MOST
+    ) -> None:
+        """Show a replica's catalog, engine and adapters; at most so many models have series of their own."""
         self._registry = CollectorRegistry()
-        self._registry.register(ReplicaCollector(catalog, engine))
+        self._registry.register(ReplicaCollector(catalog, engine, adapters.facts))
         ProcessCollector(registry=self._registry)
         self._responses = Counter(
             "loramux_http_responses", "Answers of the HTTP door.", ("status",), registry=self._registry
         )
         self._models = ModelSeries(
-            (REQUESTS, ANSWERS, PROMPT, CACHED, GENERATED), (QUEUE, TTFT, PACE, DURATION)
+            (REQUESTS, ANSWERS, PROMPT, CACHED, GENERATED), (QUEUE, TTFT, PACE, DURATION), most
         )
-        self._adapters = AdapterSeries(catalog, engine, fixed_manager(catalog))
+        self._adapters = AdapterSeries(catalog, engine, adapters, most)
         self._registry.register(AdapterCollector(self._adapters))
-
-    def show(self, adapters: AdapterManager, most: int = MOST) -> None:
-        """Show from now on the adapters of a manager; at most so many models have series of their own."""
-        self._adapters.adapters = adapters
-        self._adapters.most = self._models.most = most
 
     def began(self, record: RequestRecord) -> None:
         """Count a prompt, and observe how long it waited."""

@@ -68,9 +68,10 @@ class ModelSeries:
         self,
         counters: Sequence[Counted],
         histograms: Sequence[Timed],
+        most: int = MOST,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.most = MOST
+        self._most = most
         self._counters = tuple(counters)
         self._histograms = {each.name: each for each in histograms}
         self._bounds = {each.name: bounds_of(each.buckets) for each in histograms}
@@ -110,7 +111,7 @@ class ModelSeries:
         found = self._models.get(model)
         if found is None:
             self._drop_idle()
-            if len(self._models) - (OTHERS in self._models) >= self.most:
+            if len(self._models) - (OTHERS in self._models) >= self._most:
                 model = OTHERS
             found = self._models.setdefault(model, _Model())
         self._models.move_to_end(model)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from importlib.metadata import version
-from typing import Final, Protocol, TypeVar
+from typing import Final, TypeVar
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
@@ -13,8 +13,9 @@ from prometheus_client.registry import Collector
 from typing_extensions import TypedDict
 
 from inference_service.adapters.catalog import Catalog
-from inference_service.engine.engine import EngineStats, SequenceCounts
-from inference_service.serving.engine_thread import PauseMode
+from inference_service.adapters.views import Facts
+from inference_service.engine.engine import EngineStats
+from inference_service.serving.engine_thread import EngineThread
 
 MODEL_LABEL: Final = "model_name"
 """Label of vLLM's families that are of a whole replica: the served base, by which gateways tell
@@ -29,39 +30,13 @@ def of_model(family: Family, model: str, value: float) -> Family:
     return family
 
 
-class EngineView(Protocol):
-    """The engine as APIs see it: its statistics, and its pause."""
-
-    @property
-    def paused(self) -> bool:
-        """Return True if it was paused."""
-        ...
-
-    async def pause(self, mode: PauseMode = PauseMode.KEEP) -> None:
-        """Let all sequences stand still; requests that come wait."""
-        ...
-
-    def resume(self) -> None:
-        """Go on."""
-        ...
-
-    @property
-    def stats(self) -> EngineStats:
-        """A snapshot."""
-        ...
-
-    @property
-    def sequence_counts(self) -> SequenceCounts:
-        """Return the numbers of running and waiting sequences."""
-        ...
-
-
 class ReplicaCollector(Collector):
     """A collector that reads the engine at every scrape."""
 
-    def __init__(self, catalog: Catalog, engine: EngineView) -> None:
+    def __init__(self, catalog: Catalog, engine: EngineThread, facts: Facts) -> None:
         self._catalog = catalog
         self._engine = engine
+        self._facts = facts
         self._version = version("loramux")
 
     def collect(self) -> Iterator[Metric]:
@@ -69,12 +44,12 @@ class ReplicaCollector(Collector):
         stats = self._engine.stats
         yield from _memory(stats)
         yield GaugeMetricFamily(
-            "loramux_load_seconds", "From the start of loading until it was ready.", self._catalog.load_s
+            "loramux_load_seconds", "From the start of loading until it was ready.", self._facts.load_s
         )
         build = GaugeMetricFamily("loramux_build_info", "1.", labels=["version", "generation"])
         build.add_metric([self._version, str(self._catalog.generation)], 1)
         yield build
-        computing = self._catalog.computing
+        computing = self._facts.computing
         operations = GaugeMetricFamily(
             "loramux_operations_info",
             "1; lack is why torch's operations stand in for compiled ones.",
@@ -150,7 +125,7 @@ class Loads(TypedDict):
     loads: list[RankLoad]
 
 
-def loads(engine: EngineView) -> Loads:
+def loads(engine: EngineThread) -> Loads:
     """Return the load of a replica, which is one rank of one, in SGLang's words."""
     stats = engine.stats
     total = stats.blocks_total * stats.block_size

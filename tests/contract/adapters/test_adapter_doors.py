@@ -49,7 +49,7 @@ async def web(replica: Operated, tmp_path: Path) -> AsyncIterator[httpx.AsyncCli
     """A client of its HTTP API."""
     silent = silent_service(tmp_path)
     limits = ServingLimits(64, frozenset({2}))
-    service = GenerationService(replica.names, silent.text, silent._engine, limits)
+    service = GenerationService(replica.names, silent.text, silent.engine, limits)
     transport = httpx.ASGITransport(create_app(service, adapters=replica.manager))
     async with httpx.AsyncClient(transport=transport, base_url="http://door") as web:
         yield web
@@ -198,7 +198,7 @@ async def test_trainers_are_told_who_it_is(web: httpx.AsyncClient) -> None:
 async def test_trainers_pause_and_resume(tmp_path: Path, query: str, mode: str) -> None:
     """Trainers use vLLM's modes, and its own default."""
     service = silent_service(tmp_path)
-    engine = cast(SilentEngine, service._engine)
+    engine = cast(SilentEngine, service.engine)
     transport = httpx.ASGITransport(create_app(service, adapters=operated().manager))
     async with httpx.AsyncClient(transport=transport, base_url="http://door") as web:
         assert (await web.post(f"/pause{query}")).json() == {"status": "paused"}

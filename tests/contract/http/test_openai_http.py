@@ -7,6 +7,7 @@ import contextlib
 import json
 import socket
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -225,12 +226,13 @@ async def test_a_failure_of_the_door_itself_tells_nothing(tmp_path: Path) -> Non
 
 async def test_health_and_version(door: OpenAIDoor, monkeypatch: pytest.MonkeyPatch) -> None:
     """Monitors get the status that vLLM gives them, and why it is slow if so."""
-    catalog = door.ready.service.catalog
+    manager = door.ready.service.adapters
     for method, path in (("GET", "/health"), ("GET", "/ping"), ("POST", "/ping")):
         response = await door.http.request(method, path)
-        expected = {"status": "ok", "backend": catalog.computing.backend}
+        expected = {"status": "ok", "backend": manager.facts.computing.backend}
         assert (response.status_code, response.json()) == (200, expected)
-    monkeypatch.setattr(catalog, "computing", Computing(lack=Lack.NO_COMPILER))
+    slower = replace(manager.facts, computing=Computing(lack=Lack.NO_COMPILER))
+    monkeypatch.setattr(manager, "facts", slower)
     slow = await door.http.get("/health")
     assert (slow.status_code, slow.json()) == (
         200,

@@ -30,7 +30,7 @@ class Replica:
         self.publish(said)
         self._ready: Ready = world.load(self._store, **settings)
         self._ready.engine._engine._clock = lambda: 0.0  # rows are free
-        self._operators = Operators(InferenceSettings(deployment="tiny", **settings), self._store, self._ready)
+        self._operators = Operators(InferenceSettings(deployment="tiny", **settings), self._ready)
         self._ready.engine.start()
 
     def publish(self, speculative_tokens: int | None) -> int:

@@ -12,11 +12,9 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from inference_service.operators import Operators
 from inference_service.serving.request import Request
 from loramux import AsyncClient
 from loramux_shared.faults import Fault
-from loramux_shared.settings import InferenceSettings
 from loramux_shared.storage.memory import MemoryStore
 from tests.golden.metrics.script import NAMES, names
 from tests.support.metrics import Scrape
@@ -191,7 +189,7 @@ async def test_what_is_loaded_is_told(door: OpenAIDoor) -> None:
     digest = door.ready.service.catalog.get("wide").digest[:12]
     assert said.value("loramux_model_info", model="wide", digest=digest) == 1
     assert said.value("loramux_build_info", generation="1") == 1
-    computing = door.ready.service.catalog.computing
+    computing = door.ready.service.adapters.facts.computing
     of_operations = {"backend": computing.backend, "operations": computing.how, "product": computing.product}
     assert said.series("loramux_operations_info") == [(of_operations | {"lack": ""}, 1)]
     assert said.value("loramux_least_token_seconds") == computing.token_s
@@ -202,13 +200,11 @@ async def test_what_is_loaded_is_told(door: OpenAIDoor) -> None:
 
 async def test_a_setting_bounds_the_models_with_series(world: tuple[World, MemoryStore]) -> None:
     """Counts of models beyond it are those of the others."""
-    ready = world[0].load(world[1])
-    operators = Operators(InferenceSettings(deployment="tiny", metrics_models=1), world[1], ready)
+    ready = world[0].load(world[1], metrics_models=1)
     ready.engine.start()
     for model in ("rs", "all", "wide"):
         async for _ in ready.service.generate(Request.of(model, PROMPT, max_tokens=2)):
             pass
-    await operators.end()
     await ready.engine.stop()
     said = Scrape(ready.service.metrics.render().decode())
     assert said.series("loramux_prompt_tokens_total") == [({"model": "rs"}, 40), ({"model": "(others)"}, 80)]

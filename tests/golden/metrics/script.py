@@ -15,15 +15,16 @@ from builder_service.builds.views import State
 from inference_service.adapters.catalog import Catalog
 from inference_service.adapters.fixed import fixed_manager
 from inference_service.adapters.served_model import ServedModel
+from inference_service.adapters.views import Facts
 from inference_service.core.adapter import Adapter
 from inference_service.core.computing import Computing
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import FinishReason, Sequence, Token
 from inference_service.engine.engine import EngineStats, SequenceCounts
+from inference_service.serving.engine_thread import EngineThread
 from inference_service.serving.request import Delta, Finished, Request
 from inference_service.serving.telemetry.metrics import Metrics
 from inference_service.serving.telemetry.record import following
-from inference_service.serving.telemetry.replica import EngineView
 from loramux_shared.deployment import ModelLimits
 from loramux_shared.limits import Limits
 from tests.support.generations import change_deployed
@@ -47,17 +48,16 @@ def replica(sequences: SequenceCounts, models: tuple[ServedModel, ...] = MODELS)
         prefix_tokens_hit=5,
         tokens_generated=0,
     )
-    engine = cast(EngineView, SimpleNamespace(stats=stats, sequence_counts=sequences))
+    engine = cast(EngineThread, SimpleNamespace(stats=stats, sequence_counts=sequences))
     catalog = Catalog(1, "base", models)
     change_deployed(catalog, limits=ModelLimits(default=Limits(weight=2.0)))
-    catalog.computing = Computing(token_bytes=2, bytes_per_s=1.0)
-    return Metrics(catalog, engine)
+    facts = Facts("", datetime.now(UTC), computing=Computing(token_bytes=2, bytes_per_s=1.0))
+    return Metrics(catalog, engine, fixed_manager(catalog, facts))
 
 
 def everything() -> Scrape:
     """Serve one request, and scrape."""
     metrics = replica(SequenceCounts({}, {}))
-    metrics.show(fixed_manager(Catalog(1, "base", MODELS)))
     with following(Request.of("pirate", "Hi"), [metrics]) as follower:
         follower.record.model = MODELS[1]
         follower.submitted([Sequence("0", [1, 2], SamplingParams())])

@@ -7,7 +7,8 @@ import re
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import httpx
 from tokenizers import Tokenizer
@@ -19,7 +20,7 @@ from inference_service.engine.engine import SequenceCounts
 from inference_service.http.app import ENDPOINTS, create_app
 from inference_service.http.openapi import Served, document
 from inference_service.serving.bounds import check
-from inference_service.serving.naming import Naming
+from inference_service.serving.engine_thread import EngineThread
 from inference_service.serving.request import Delta, Event, Finished, PromptLogprobs, Request, Started
 from inference_service.serving.service import GenerationService, ServingLimits
 from inference_service.text.text import Text
@@ -194,10 +195,8 @@ class Scripted(GenerationService):
             ServedModel("tiny", source="org/tiny@main"),
             ServedModel("pirate", digest="0123456789abcdef" * 4),
         ]
-        self.catalog = Catalog(7, "tiny", models)
-        self.naming = Naming(self.catalog)
-        self.limits = ServingLimits(256, frozenset({2}))
-        self.text = text
+        engine = cast(EngineThread, SimpleNamespace())
+        super().__init__(Catalog(7, "tiny", models), text, engine, ServingLimits(256, frozenset({2})))
         self.metrics = replica(SequenceCounts({}, {}))
         self._case = case
 

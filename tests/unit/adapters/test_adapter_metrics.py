@@ -11,11 +11,11 @@ import pytest
 from inference_service.adapters.served_model import ServedModel
 from inference_service.engine.engine import EngineStats, SequenceCounts
 from inference_service.engine.residents import LOAD_BUCKETS_S, ResidencyStats
+from inference_service.serving.engine_thread import EngineThread
 from inference_service.serving.request import Request
 from inference_service.serving.telemetry.metrics import Metrics
-from inference_service.serving.telemetry.model_series import LATELY_S, OTHERS, Counted, ModelSeries, Timed
+from inference_service.serving.telemetry.model_series import LATELY_S, MOST, OTHERS, Counted, ModelSeries, Timed
 from inference_service.serving.telemetry.record import following
-from inference_service.serving.telemetry.replica import EngineView
 from inference_service.serving.telemetry.text_format import label
 from loramux_shared.deployment import ModelLimits
 from loramux_shared.limits import Limits
@@ -29,13 +29,11 @@ ASKED = Counted("loramux_asked", "Asked.", "outcome")
 TOOK = Timed("loramux_took_seconds", "Took.", (0.1, 1.0))
 
 
-def metrics_of(replica: Operated, counts: SequenceCounts | None = None) -> Metrics:
+def metrics_of(replica: Operated, counts: SequenceCounts | None = None, most: int = MOST) -> Metrics:
     """Metrics that ask a replica."""
     counts = counts or SequenceCounts({}, {})
-    engine = cast(EngineView, SimpleNamespace(stats=STATS, sequence_counts=counts))
-    metrics = Metrics(replica.names, engine)
-    metrics.show(replica.manager)
-    return metrics
+    engine = cast(EngineThread, SimpleNamespace(stats=STATS, sequence_counts=counts))
+    return Metrics(replica.names, engine, replica.manager, most)
 
 
 def use(metrics: Metrics, model: ServedModel) -> None:
@@ -79,8 +77,7 @@ def test_a_scrape_has_a_bound_whatever_is_in_memory() -> None:
     first, of the others the sum, and the places of those that were used last.
     """
     replica = operated([f"customer-support-{number:05}" for number in range(1000)])
-    metrics = metrics_of(replica)
-    metrics.show(replica.manager, most=20)
+    metrics = metrics_of(replica, most=20)
     for number, model in enumerate(replica.names.everything[1:]):
         assert model.adapter is not None
         replica.residency.hold(model.adapter, used_s=float(number))
@@ -150,8 +147,7 @@ def test_a_scrape_says_what_is_so_now() -> None:
 def test_a_place_that_becomes_free_is_given_away() -> None:
     """A model that finds no room counts for the others until one was not used for an hour."""
     now = [0.0]
-    series = ModelSeries([ASKED], [TOOK], clock=lambda: now[0])
-    series.most = 2
+    series = ModelSeries([ASKED], [TOOK], 2, clock=lambda: now[0])
     for model in ("a", "b", "c", "d", "c"):
         series.count(ASKED.name, model, said="OK")
         series.observe(TOOK.name, model, 0.5)
