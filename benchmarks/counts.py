@@ -136,11 +136,16 @@ def launches(counted: Counted) -> Iterator[str]:
     yield "launches a layer waits for    base  adapters  more"
     for rows, mixed in [*((rows, False) for rows in DECODES), *((rows, True) for rows in PROMPTS)]:
         base, adapted = (
-            per_layer(names_of(counted.launched(rows, mixed=mixed, adapters=adapters)))
+            per_layer(names_of(_in_line(counted.launched(rows, mixed=mixed, adapters=adapters))))
             for adapters in (False, True)
         )
         kind = f"prompt of {rows}" if mixed else f"decode of {rows}"
         yield f"  {kind:<26}{base:>6}{adapted:>10}{adapted - base:>6}"
+
+
+def _in_line(launched: Sequence[Launch | str]) -> list[Launch | str]:
+    """Return those that wait for one another: not those that run beside a product."""
+    return [each for each in launched if isinstance(each, str) or not each.beside]
 
 
 def programs(counted: Counted) -> Iterator[str]:

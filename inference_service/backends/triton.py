@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Final
 
 import torch
 from torch import Tensor
 
-from inference_service.backends.base import Attention, Recurrence, Turn
+from inference_service.backends.base import Attention, Recurrence, StepLora, Turn
 from inference_service.backends.grouped import GroupedOperations
 from inference_service.backends.torch import TorchOperations
 from inference_service.kernels import rows
@@ -33,6 +33,7 @@ from inference_service.kernels.delta import (
 )
 from inference_service.kernels.experts import ByExpert
 from inference_service.kernels.experts.segments import Owners, allocate, capacity_of, fill, owners_of
+from inference_service.kernels.launch import SideStream
 from inference_service.kernels.rows import Activation
 from inference_service.kernels.sgmv import (
     DECODE_TILE,
@@ -40,10 +41,13 @@ from inference_service.kernels.sgmv import (
     Group,
     SegmentCapacity,
     Segments,
+    expand,
     lora_apply,
     pack_segments,
+    shrink,
     workspace_numel,
 )
+from inference_service.layers.linear import Linear
 from inference_service.layers.norm import RMSNorm
 from inference_service.lora.bank import Bank
 from inference_service.lora.packed import PackedAdapter
@@ -71,6 +75,12 @@ class TritonOperations(GroupedOperations, TorchOperations):
         self._cuts = {each: cut_of(device, dtype, each) for each in heads}
         self._deltas: dict[DeltaCapacity, DeltaTables] = {}
         self._tables: dict[AttentionCapacity, AttentionTables] = {}
+
+    def adapted(self, layer: Linear, x: Tensor, lora: StepLora, index: int, group: str) -> Tensor:
+        """The adapters' first half beside the base's product, where that is recorded."""
+        if isinstance(lora, TritonLora):
+            return lora.adapted(partial(self.linear, layer, x), x, index, group)
+        return super().adapted(layer, x, lora, index, group)
 
     def embed(self, tokens: Tensor, table: Tensor, scale: float) -> Tensor:
         """The scale included."""
@@ -212,6 +222,7 @@ class TritonLora:
         """Workspace of the step."""
         self._passes: int | None = None
         """Those that are launched; None: all."""
+        self._side: SideStream | None = None
         self._step: Segments | None = None
         self._touched = 0
         """A bit for each linear that is launched."""
@@ -297,12 +308,28 @@ class TritonLora:
         needed = max(workspace_numel(group, segments) for group in groups)
         return torch.empty(needed, dtype=torch.float32, device=self._device)
 
+    def adapted(self, base: Callable[[], Tensor], x: Tensor, layer: int, group: str) -> Tensor:
+        """Return what the base's product gives [T, all slices], with what the adapters make of x [T, in]."""
+        linear = layer, group
+        if self._step is None or not self._touched >> self._linears[linear] & 1:
+            return base()
+        packed = self._bank.groups[linear]
+        first = shrink(x, packed, self._step, self._workspace)
+        if self._passes is None:
+            self._side = self._side or SideStream(self._device)
+            self._side.launch(first)
+            out = base()
+            self._side.join()
+        else:
+            first()
+            out = base()
+        for launch in expand(out, packed, self._step, self._workspace)[: self._passes]:
+            launch()
+        return out
+
     def apply(self, x: Tensor, out: Tensor, layer: int, group: str) -> None:
         """Add to out [T, all slices] what the adapters make of x [T, in]; base rows are not touched."""
-        linear = layer, group
-        if self._step is not None and self._touched >> self._linears[linear] & 1:
-            packed = self._bank.groups[linear]
-            lora_apply(x, out, packed, self._step, self._workspace, passes=self._passes)
+        self.adapted(lambda: out, x, layer, group)
 
     def apply_experts(self, x: Tensor, out: Tensor, layer: int, group: str, pairs: ByExpert) -> None:
         """The same of each place's expert, with segments that are made on the device once per layer."""

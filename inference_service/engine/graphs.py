@@ -40,7 +40,10 @@ class CudaRecorder:
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch leaves it untyped
 
     def capture(self, work: Callable[[], None]) -> Graph:
-        """Record on a stream of its own: what others do on theirs meanwhile does not get in."""
+        """Record on a stream of its own: what others do on theirs meanwhile does not get in.
+
+        Nor does it end the capture: other threads may pin memory, which CUDA refuses to all threads by default.
+        """
         current = torch.cuda.current_stream()
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
@@ -48,7 +51,7 @@ class CudaRecorder:
                 work()
         self._stream.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             work()
         current.wait_stream(self._stream)
         return graph

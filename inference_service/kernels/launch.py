@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import torch
@@ -25,6 +25,8 @@ class Launch:
     kernel: Any
     grid: tuple[int, ...]
     arguments: dict[str, Any]
+    beside: bool = False
+    """Whether it runs on a `SideStream`, so that what the current stream is given next does not wait for it."""
 
     def __call__(self) -> None:
         """Enqueue it on the current stream, or give it to who intercepts launches."""
@@ -36,6 +38,31 @@ class Launch:
     def enqueue(self) -> None:
         """Enqueue it on the current stream."""
         self.kernel[self.grid](**self.arguments)
+
+
+class SideStream:
+    """A stream beside the current one, for launches that a later one of that stream waits for.
+
+    In a graph the two become branches. Where there is no CUDA, launches follow one another as they are given.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        cuda = device.type == "cuda"
+        self._stream = torch.cuda.Stream(device) if cuda else None  # type: ignore[no-untyped-call]
+
+    def launch(self, launch: Launch) -> None:
+        """Enqueue a launch behind what the current stream was given so far."""
+        if self._stream is None:
+            replace(launch, beside=True)()
+            return
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            launch()
+
+    def join(self) -> None:
+        """Let the current stream wait for what was launched here."""
+        if self._stream is not None:
+            torch.cuda.current_stream().wait_stream(self._stream)
 
 
 _interceptors: list[Callable[[Launch], None]] = []

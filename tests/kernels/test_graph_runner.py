@@ -272,7 +272,8 @@ def test_preemption_changes_no_token(ready: Ready, runner: GraphRunner) -> None:
 
 
 def test_a_decode_step_has_few_launches(runner: GraphRunner, recorder: CountingRecorder) -> None:
-    """Per layer: four linears, two norms, two for attention, one gate; and two per linear for all adapters."""
+    """Per layer: four linears, two norms, two for attention, one gate; and two per linear for all adapters, of
+    which one runs beside the product."""
     if torch.cuda.is_available():
         pytest.skip("CUDA does not tell what a graph holds")
     names = [graph.names for graph in recorder.graphs if isinstance(graph, Tape)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -19,15 +18,7 @@ from inference_service.kernels.sgmv.tuning import (
 )
 
 
-def lora_apply(
-    x: Tensor,
-    out: Tensor,
-    group: Group,
-    segments: Segments,
-    workspace: Tensor,
-    *,
-    passes: int | None = None,
-) -> None:
+def lora_apply(x: Tensor, out: Tensor, group: Group, segments: Segments, workspace: Tensor) -> None:
     """Add the adapters' updates of one fused linear to ``out`` in place.
 
     Args:
@@ -37,15 +28,11 @@ def lora_apply(
         segments: the step's segments.
         workspace: fp32, at least ``workspace_numel`` elements; its content is of no interest before or after,
             so all layers share one.
-        passes: how many of the capacity's passes are launched, where the others are known to be empty.
 
     Raises:
         ValueError: when shapes, dtypes, strides or devices do not fit.
     """
-    launches = plan(x, out, group, segments, workspace)
-    if passes is not None:
-        del launches[1 + passes :]
-    for launch in launches:
+    for launch in plan(x, out, group, segments, workspace):
         launch()
 
 
@@ -57,20 +44,7 @@ def plan(x: Tensor, out: Tensor, group: Group, segments: Segments, workspace: Te
     """
     if x.shape[0] != out.shape[0]:
         raise ValueError(f"x and out must have the same rows, got {x.shape[0]} and {out.shape[0]}")
-    config = _shrink_config(group, segments)
-    numel = config.numel(x.shape[-1], group.max_rows, segments.capacity)
-    require(workspace, "workspace", dims=1, dtype=torch.float32, device=x.device)
-    if workspace.numel() < numel:
-        raise ValueError(f"workspace must hold {numel} elements, got {workspace.numel()}")
-    planes = {
-        "p_y": workspace,
-        "p_planes": segments.planes,
-        "p_end": segments.pass_start[-2:],
-        "stride_y": group.max_rows,
-    }
-    most, _ = config.planes(x.shape[-1], 1)
-    first = _plan_shrink(x, group, segments, config, planes)
-    return [first, *_plan_expand(out, group, segments, most, planes)]
+    return [shrink(x, group, segments, workspace), *expand(out, group, segments, workspace)]
 
 
 def workspace_numel(group: Group, segments: Segments) -> int:
@@ -84,9 +58,17 @@ def _shrink_config(group: Group, segments: Segments) -> ShrinkConfig:
     return shrink_config(*where, max_rows=group.max_rows)
 
 
-def _plan_shrink(
-    x: Tensor, group: Group, segments: Segments, config: ShrinkConfig, planes: Mapping[str, Any]
-) -> Launch:
+def shrink(x: Tensor, group: Group, segments: Segments, workspace: Tensor) -> Launch:
+    """The first launch of ``lora_apply``, which needs no output of the base.
+
+    Raises:
+        ValueError: as ``lora_apply``.
+    """
+    config = _shrink_config(group, segments)
+    numel = config.numel(group.in_features, group.max_rows, segments.capacity)
+    require(workspace, "workspace", dims=1, dtype=torch.float32, device=x.device)
+    if workspace.numel() < numel:
+        raise ValueError(f"workspace must hold {numel} elements, got {workspace.numel()}")
     kernels, weights = _kernels(x), group.weights
     slices = _check_table(group.table, segments, x.device)
     require(x, "x", dims=2)
@@ -98,7 +80,7 @@ def _plan_shrink(
         kernels.shrink_kernel,
         (config.grid(x.shape[1], group.max_rows, segments.capacity.segments),),
         {
-            **planes,
+            **_planes(group, segments, workspace),
             "p_x": x,
             "p_a": weights,
             "p_table": group.table,
@@ -124,9 +106,12 @@ def _plan_shrink(
     )
 
 
-def _plan_expand(
-    out: Tensor, group: Group, segments: Segments, most_planes: int, planes: Mapping[str, Any]
-) -> list[Launch]:
+def expand(out: Tensor, group: Group, segments: Segments, workspace: Tensor) -> list[Launch]:
+    """The other launches of ``lora_apply``, one per pass, behind ``shrink`` with the same workspace.
+
+    Raises:
+        ValueError: as ``lora_apply``.
+    """
     kernels, slices = _kernels(out), group.slices
     if _check_table(group.table, segments, out.device) != len(slices.sizes):
         shape = tuple(group.table.shape)
@@ -137,8 +122,9 @@ def _plan_expand(
         raise ValueError(f"out must have {slices.out_features} columns, got {out.shape[1]}")
     where = architecture_of(out.device), phase_of(segments.capacity.tile), out.dtype
     config = expand_config(*where, max_rank=group.max_rank)
+    most_planes, _ = _shrink_config(group, segments).planes(group.in_features, 1)
     arguments = {
-        **planes,
+        **_planes(group, segments, workspace),
         "p_b": group.weights,
         "p_vectors": group.floats,
         "p_out": out,
@@ -166,6 +152,16 @@ def _plan_expand(
         Launch(kernels.expand_kernel, (grid,), arguments | {"p_pass": segments.of_pass(index)})
         for index in range(segments.capacity.passes)
     ]
+
+
+def _planes(group: Group, segments: Segments, workspace: Tensor) -> dict[str, Any]:
+    """What shrink writes and expand reads."""
+    return {
+        "p_y": workspace,
+        "p_planes": segments.planes,
+        "p_end": segments.pass_start[-2:],
+        "stride_y": group.max_rows,
+    }
 
 
 def _kernels(tensor: Tensor) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, rms_norm
 
+from inference_service.engine import graphs
 from inference_service.engine.tape import CaptureRefused, TapeRecorder
+from inference_service.kernels.launch import Launch, SideStream, intercepted
 
 STATIC = torch.zeros(4, 6)
 INDEX = torch.tensor([2, 0])
@@ -115,3 +118,47 @@ def test_accumulation_over_uninitialised_memory_shows() -> None:
     graph = TapeRecorder().capture(work)
     graph.replay()
     assert out.isnan().all()
+
+
+def test_a_capture_is_not_ended_by_other_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA refuses allocations of pinned memory to the capturing thread alone: adapters may load."""
+    modes: list[str] = []
+
+    class Stream:
+        """Stands in for a stream of CUDA, and for what captures on it."""
+
+        def __getattr__(self, _name: str) -> Callable[..., None]:
+            return lambda *_: None
+
+        def __enter__(self) -> None:
+            """Begin."""
+
+        def __exit__(self, *_: object) -> None:
+            """End."""
+
+    def graph(*_: object, capture_error_mode: str, **__: object) -> Stream:
+        modes.append(capture_error_mode)
+        return Stream()
+
+    stands_in = SimpleNamespace(
+        graph_pool_handle=tuple,
+        graph=graph,
+        CUDAGraph=object,
+        Stream=lambda _device: Stream(),
+        stream=lambda stream: stream,
+        current_stream=Stream,
+    )
+    monkeypatch.setattr(graphs.torch, "cuda", stands_in)
+    graphs.CudaRecorder(torch.device("cuda")).capture(lambda: None)
+    assert modes == ["thread_local"]
+
+
+def test_launches_beside_are_marked() -> None:
+    """What counts launches that wait for one another knows those that do not."""
+    noted: list[Launch] = []
+    side = SideStream(torch.device("cpu"))
+    with intercepted(noted.append):
+        side.launch(Launch(None, (1,), {}))
+        side.join()
+        Launch(None, (1,), {})()
+    assert [launch.beside for launch in noted] == [True, False]
