@@ -103,9 +103,10 @@ class _Nothing:
 class _Runner(GraphRunner):
     """Launches nothing."""
 
-    def _compute(
-        self, buffers: StepBuffers, segments: Segments | None, own: StepVocabulary | None = None
-    ) -> None:
+    def _embed(self, buffers: StepBuffers, own: StepVocabulary | None = None) -> None:
+        pass
+
+    def _compute(self, buffers: StepBuffers, segments: Segments | None) -> None:
         pass
 
 

@@ -21,6 +21,7 @@ from inference_service.kernels.sampling import SamplingTables
 from inference_service.kernels.sampling.layout import FIELDS, GENERATED, Kind, packed_row
 from inference_service.kernels.sgmv import DECODE_TILE, PREFILL_TILE, SegmentCapacity, Segments, pack_segments
 from inference_service.lora.segments import Arrangement, entries_of
+from loramux_shared.bases.memory import blend_buckets
 
 Tables = TypeVar("Tables", AttentionTables, DeltaTables, Segments)
 
@@ -90,7 +91,7 @@ class StepCapacity:
         all others.
         """
         passes: tuple[int, ...] = (PAIR,) if self.active <= PAIR else (PAIR, MOST_PARTS)
-        if not self.slots:
+        if not self.slots or not (self.mixed or self.rows in blend_buckets(self.max_seqs)):
             return ()
         return tuple(
             SegmentCapacity(

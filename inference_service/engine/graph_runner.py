@@ -12,7 +12,7 @@ from torch import Tensor
 from inference_service.backends.base import LoraBackend, no_recurrence
 from inference_service.backends.triton import TritonAttention
 from inference_service.core.sequence import Batch
-from inference_service.engine.buffers import PAIR, StepBuffers, StepCapacity, StepMemory
+from inference_service.engine.buffers import StepBuffers, StepCapacity, StepMemory
 from inference_service.engine.graphs import Graph, Recorder
 from inference_service.engine.logprobs import score_prompt
 from inference_service.engine.plan import SchedulerLimits
@@ -28,7 +28,7 @@ from inference_service.kernels.sampling import sample
 from inference_service.kernels.sgmv import Segments, pack_segments
 from inference_service.lora.vocabulary import StepVocabulary
 from inference_service.models.decoder import Decoder
-from loramux_shared.bases.memory import RECORDED_ROWS, buckets, mixed_buckets
+from loramux_shared.bases.memory import RECORDED_ROWS, blend_buckets, buckets, mixed_buckets
 
 ROOM: Final = 256
 """Columns of logits for tokens that adapters have and the base does not."""
@@ -79,6 +79,9 @@ class GraphRunner(Runner):
         self._graphs: dict[tuple[StepCapacity, int], Graph] = {}
         """Graphs by the number of adapters that a row has at most."""
         most, hidden = limits.max_seqs, model.config.dims.hidden
+        rows = max(most, limits.max_tokens)
+        self._embedded = torch.empty((rows, hidden), dtype=model.dtype, device=model.device)
+        """Input of the layers: the embeddings of the step's rows; then the residual stream."""
         self._states = torch.empty((most, hidden), dtype=model.dtype, device=model.device)
         """Input of the head."""
         self._logits = torch.full((most, vocab), -torch.inf, dtype=model.dtype, device=model.device)
@@ -105,6 +108,7 @@ class GraphRunner(Runner):
                 continue
             buffers = self._buffers_of(capacity)
             buffers.load(padding)
+            self._embed(buffers)
             for segments in (*reversed(buffers.segments), None):
                 if segments is not None:
                     segments.load(torch.from_numpy(pack_segments(segments.capacity, [])))
@@ -137,18 +141,23 @@ class GraphRunner(Runner):
         if rows.in_full:
             states = self._compute_in_full(buffers, segments, rows, own)
             places = [each.rows for each in rows.pooled]
-        elif graph is not None and own is None:
-            graph.replay()
         else:
-            self._compute(buffers, segments, own)
+            self._embed(buffers, own)
+            work = partial(self._compute, buffers, segments) if graph is None else graph.replay
+            work()
+            if own is not None:
+                self._draw(buffers, states[: capacity.seqs], own)
         return pool(rows.pooled, [states[place.start : place.stop] for place in places])
 
-    def _compute(
-        self, buffers: StepBuffers, segments: Segments | None, own: StepVocabulary | None = None
-    ) -> None:
-        """Go from static tensors to the drawn tokens: what graphs hold, without tables of adapters' own."""
+    def _embed(self, buffers: StepBuffers, own: StepVocabulary | None = None) -> None:
+        """Begin a step: launched before its graph, for adapters may have embeddings of their own."""
+        tokens = buffers.tokens()
+        self._embedded[: len(tokens)].copy_(self._model.embed(tokens, own))
+
+    def _compute(self, buffers: StepBuffers, segments: Segments | None) -> None:
+        """Go from static tensors to the tokens that the base's head draws: what graphs hold."""
         states = self._states[: buffers.capacity.seqs]
-        self._draw(buffers, self._hidden(buffers, segments, buffers.last_rows, own, states), own)
+        self._draw(buffers, self._hidden(buffers, segments, buffers.last_rows, states))
 
     def _compute_in_full(
         self,
@@ -157,21 +166,17 @@ class GraphRunner(Runner):
         rows: Rows,
         own: StepVocabulary | None,
     ) -> Tensor:
-        """The same, and score the prompts that are to be; returns the hidden states of all rows."""
+        """Do a step without a graph, and score prompts; return the hidden states of all rows."""
+        self._embed(buffers, own)
         every = torch.arange(buffers.capacity.rows, device=self._ids.device)
-        hidden = self._hidden(buffers, segments, every, own)
+        hidden = self._hidden(buffers, segments, every)
         for seq, scored in rows.scored.items():
             score_prompt(seq, hidden[scored.start : scored.stop], partial(self._logits_of, seq))
         self._draw(buffers, hidden[buffers.last_rows], own)
         return hidden
 
     def _hidden(
-        self,
-        buffers: StepBuffers,
-        segments: Segments | None,
-        rows: Tensor,
-        own: StepVocabulary | None,
-        out: Tensor | None = None,
+        self, buffers: StepBuffers, segments: Segments | None, rows: Tensor, out: Tensor | None = None
     ) -> Tensor:
         if segments is not None:
             recorded = _is_recorded(buffers.capacity, segments)
@@ -180,17 +185,17 @@ class GraphRunner(Runner):
         attention = TritonAttention(tables, self._model.config.windows)
         return self._model.hidden(
             buffers.tokens(),
+            self._embedded[: buffers.capacity.rows],
             buffers.positions,
             rows,
             attention,
             self._cache,
             self._lora if segments is not None else None,
             no_recurrence if buffers.delta is None else partial(gated_delta, tables=buffers.delta),
-            own,
             out,
         )
 
-    def _draw(self, buffers: StepBuffers, hidden: Tensor, own: StepVocabulary | None) -> None:
+    def _draw(self, buffers: StepBuffers, hidden: Tensor, own: StepVocabulary | None = None) -> None:
         seqs = buffers.capacity.seqs
         logits = self._model.logits(hidden, own)
         self._wide |= logits.shape[1] > self._model.config.dims.vocab
@@ -207,6 +212,8 @@ class GraphRunner(Runner):
         num = len(rows.tokens)
         decodes = num == len(rows.contexts)
         sizes = buckets(self._limits.max_seqs) if decodes else mixed_buckets(self._limits.max_tokens)
+        if decodes and rows.arrangement.mixed:
+            sizes = iter(blend_buckets(self._limits.max_seqs))
         return self._capacity(next(size for size in sizes if size >= num), mixed=not decodes)
 
     def _capacities(self) -> list[StepCapacity]:
@@ -236,7 +243,5 @@ def _passes(segments: Segments | None) -> int:
 
 
 def _is_recorded(capacity: StepCapacity, segments: Segments | None) -> bool:
-    """Mixtures are rare: of their steps only those have graphs that a graph saves most, and that most are."""
-    if _passes(segments) > 1:
-        return not capacity.mixed and _passes(segments) == PAIR
-    return not capacity.mixed or capacity.rows <= RECORDED_ROWS
+    """Blends are rare: of their steps only those that decode have graphs, of few capacities."""
+    return not capacity.mixed or (capacity.rows <= RECORDED_ROWS and _passes(segments) <= 1)

@@ -90,7 +90,9 @@ class Runner:
         if rows.in_flight:
             tokens = torch.where(sources >= 0, self._ids[sources.clamp(min=0)], tokens)
         own = self._lora.vocabularies.of(rows.arrangement.segments, rows.drawing)
-        hidden = model.hidden(tokens, positions, last_rows, attention, self._cache, lora, recurrence, own)
+        embedded = model.embed(tokens, own)
+        cache = self._cache
+        hidden = model.hidden(tokens, embedded, positions, last_rows, attention, cache, lora, recurrence)
         last, *states = torch.split(hidden, [len(rows.last_rows), *map(len, others)])
         for seq, scored in zip(rows.scored, states, strict=False):
             score_prompt(seq, scored, partial(self._logits_of, seq))

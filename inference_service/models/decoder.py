@@ -99,29 +99,34 @@ class Decoder:
         return self._operations.recurrence(contexts) if self._stateful else no_recurrence
 
     @torch.inference_mode()
+    def embed(self, tokens: Tensor, own: StepVocabulary | None = None) -> Tensor:
+        """Return the embeddings [T, hidden] of tokens [T]; some rows may have an adapter's own."""
+        known = tokens if own is None else own.known(tokens, self.config.dims.vocab)
+        hidden = self._operations.embed(known, self._embedding, self._scale)
+        if own is not None:
+            own.embed(tokens, hidden, self._scale, by_row=self._operations.by_row)
+        return hidden
+
+    @torch.inference_mode()
     def hidden(
         self,
         tokens: Tensor,
+        hidden: Tensor,
         positions: Tensor,
         last_rows: Tensor,
         attention: Attention,
         cache: Cache,
         lora: StepLora | None,
         recurrence: Recurrence = no_recurrence,
-        own: StepVocabulary | None = None,
         out: Tensor | None = None,
     ) -> Tensor:
         """Run tokens [T] at positions [T]; return what the head reads of some rows [N, hidden size].
 
-        That is what transformers calls the last hidden state; it is in out, where that is given. Rows whose
-        adapter has embeddings of its own begin with those.
+        Their embeddings, hidden [T, hidden size], become the residual stream. The result is what transformers
+        calls the last hidden state; it is in out, where that is given.
         """
         ops = self._operations
         turns = tuple(attention.turn(*ops.angles(rope, positions)) for rope in self._ropes)
-        known = tokens if own is None else own.known(tokens, self.config.dims.vocab)
-        hidden = ops.embed(known, self._embedding, self._scale)
-        if own is not None:
-            own.embed(tokens, hidden, self._scale, by_row=ops.by_row)
         inputs = None if self._inputs is None else self._inputs(ops, tokens, hidden)
         step = Step(ops, attention, cache, lora, turns, self._factors_at(positions), recurrence)
         delta: Tensor | None = None

@@ -16,11 +16,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.counts import per_layer
 from inference_service.backends.triton import TritonLora
-from inference_service.core.adapter import Adapter
+from inference_service.core.adapter import MOST_PARTS, Adapter
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Batch, Chunk, Token
 from inference_service.core.sequence import Sequence as EngineSequence
 from inference_service.engine.block_manager import BlockManager
+from inference_service.engine.buffers import PAIR
 from inference_service.engine.engine import Engine
 from inference_service.engine.graph_runner import GraphRunner
 from inference_service.engine.graphs import CudaRecorder, Graph, Recorder
@@ -35,7 +36,7 @@ from inference_service.lora.places import taken_by
 from inference_service.lora.weights import AdapterWeights, load_adapter
 from inference_service.models.decoder import Decoder
 from inference_service.startup.load import Ready
-from loramux_shared.bases.memory import buckets, mixed_buckets
+from loramux_shared.bases.memory import blend_buckets, buckets, mixed_buckets
 from loramux_shared.bundle.deployments import current_generation
 from loramux_shared.bundle.reader import read_bundle
 from loramux_shared.pooling import Pooling
@@ -56,6 +57,7 @@ REQUESTS = [
     ("rs*1.5 + all*-0.5", [3, 4, 5]),
     ("wide*0.5", [3, 4, 5]),
     ("base", [3, 4]),
+    ("rs*0.5 + all*0.4 + wide*0.3", [6, 7, 8]),
 ]
 
 
@@ -134,7 +136,7 @@ def test_graphs_give_the_tokens_of_the_torch_backend(
     kind: str,
     requests: Sequence[tuple[str, list[int]]],
 ) -> None:
-    """Graphs that were recorded without a row serve any: others at every replay, more adapters or none, two for
+    """Graphs that were recorded without a row serve any: others at every replay, more adapters or none, several for
     a row, fewer rows than the bucket; steps with prompts too."""
     expected = run_engine(world[0].load(world[1], backend="torch", native=False), requests, 5)
     recorder.replays.clear()
@@ -143,7 +145,7 @@ def test_graphs_give_the_tokens_of_the_torch_backend(
     graphs = {
         graph.number: passes for (_, passes), graph in runner._graphs.items() if isinstance(graph, Counted)
     }
-    kinds = {"mixed": {1, 2}, "base": {0}}[kind]
+    kinds = {"mixed": {1, PAIR, MOST_PARTS}, "base": {0}}[kind]
     assert {graphs[number] for number in recorder.replays} == kinds
 
 
@@ -277,15 +279,17 @@ def test_a_decode_step_has_few_launches(runner: GraphRunner, recorder: CountingR
     if torch.cuda.is_available():
         pytest.skip("CUDA does not tell what a graph holds")
     names = [graph.names for graph in recorder.graphs if isinstance(graph, Tape)]
-    assert len(names) == 2 * len(list(mixed_buckets(LIMITS.max_tokens))) + 3 * len(list(buckets(4)))
+    decodes = len(list(buckets(LIMITS.max_seqs)))
+    of_blends = 2 * len(blend_buckets(LIMITS.max_seqs))
+    assert len(names) == 2 * len(list(mixed_buckets(LIMITS.max_tokens))) + 2 * decodes + of_blends
     with_adapters, base = names[-2:]
     assert per_layer(base) == LINEARS + 5
     assert per_layer(with_adapters) == 3 * LINEARS + 5
-    outside = {len(names) - LAYERS * per_layer(names) for names in (base, with_adapters)}
-    assert outside == {15}  # inputs, rotation, embedding, head, sampling
-    decodes = names[-3 * len(list(buckets(4))) :]
-    assert per_layer(decodes[-3]) == 4 * LINEARS + 5
-    assert {len(each) for each in decodes} == {len(base), len(with_adapters), len(decodes[-3])}
+    outside = {len(each) - LAYERS * per_layer(each) for each in (base, with_adapters)}
+    assert outside == {14}  # inputs, rotation, head, sampling
+    eight, pair = names[-2 * decodes - of_blends :][:2]
+    assert per_layer(pair) == 4 * LINEARS + 5
+    assert per_layer(eight) == (2 + MOST_PARTS) * LINEARS + 5
 
 
 def test_adapters_that_come_after_the_recording_give_the_torch_backends_tokens(
@@ -380,6 +384,9 @@ def test_there_are_graphs_for_few_and_for_many_rows() -> None:
     assert list(buckets(4)) == [1, 2, 4]
     assert list(buckets(8)) == [1, 2, 4, 8]
     assert list(buckets(36)) == [1, 2, 4, 8, 16, 24, 32, 36]
+    for most in (1, 8, 36, 256):
+        assert {*blend_buckets(most)} <= {*buckets(most)}
+    assert blend_buckets(256) == [8, 32, 128, 256]
 
 
 @pytest.mark.parametrize("most", [16, 40, 512, 1000, 8192])

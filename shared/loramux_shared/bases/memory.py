@@ -36,6 +36,7 @@ GRAPH_BYTES: Final = 8 * 2**20
 RECORDED_ROWS: Final = 512
 """Rows of a step with prompts up to which it is recorded; larger steps take longer than their launches."""
 SMALLEST_MIXED: Final = 16
+BLEND_ROWS: Final = (8, 32, 128)
 FINE_MIXED: Final = 256
 """Rows from which on a step computes few that it was not asked for."""
 GB: Final = 1e9
@@ -171,7 +172,8 @@ def needs_of(
     logits = sizes.seqs * dims.vocab
     recorded_rows = [size for size in mixed_buckets(sizes.tokens) if size <= RECORDED_ROWS]
     decodes = len(list(buckets(sizes.seqs)))
-    num_graphs = 2 * (decodes + len(recorded_rows)) + decodes  # with adapters, without, and with two to a row
+    # with adapters and without; and with two adapters to a row, or up to eight
+    num_graphs = 2 * (decodes + len(recorded_rows)) + 2 * len(blend_buckets(sizes.seqs))
     held = max(sizes.seqs, *recorded_rows)
     recorded = num_graphs * GRAPH_BYTES + held * row + 2 * logits * item_bytes
     recorded += shaping_bytes(sizes.seqs, dims.vocab)
@@ -296,6 +298,11 @@ def buckets(max_seqs: int) -> Iterator[int]:
     """Yield the numbers of rows that decode steps are made for: 1, 2, 4, 8, 16, 24, ... up to max_seqs."""
     yield from (size for size in (1, 2, 4, *range(8, max_seqs, 8)) if size < max_seqs and size != 0)
     yield max_seqs
+
+
+def blend_buckets(max_seqs: int) -> list[int]:
+    """Return those of `buckets` that steps with blends have: few, for few steps have any."""
+    return [*(size for size in BLEND_ROWS if size < max_seqs), max_seqs]
 
 
 def mixed_buckets(max_tokens: int) -> Iterator[int]:

@@ -148,7 +148,7 @@ def test_a_capture_is_not_ended_by_other_threads(monkeypatch: pytest.MonkeyPatch
         stream=lambda stream: stream,
         current_stream=Stream,
     )
-    monkeypatch.setattr(graphs.torch, "cuda", stands_in)
+    monkeypatch.setattr(torch, "cuda", stands_in)
     graphs.CudaRecorder(torch.device("cuda")).capture(lambda: None)
     assert modes == ["thread_local"]
 
