@@ -136,8 +136,8 @@ def test_graphs_give_the_tokens_of_the_torch_backend(
     kind: str,
     requests: Sequence[tuple[str, list[int]]],
 ) -> None:
-    """Graphs that were recorded without a row serve any: others at every replay, more adapters or none, several for
-    a row, fewer rows than the bucket; steps with prompts too."""
+    """Graphs that were recorded without a row serve any: others at every replay, more adapters or none, several
+    for a row, fewer rows than the bucket; steps with prompts too."""
     expected = run_engine(world[0].load(world[1], backend="torch", native=False), requests, 5)
     recorder.replays.clear()
     assert run_engine(_with(ready, runner), requests, 5) == expected
