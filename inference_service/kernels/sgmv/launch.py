@@ -155,7 +155,7 @@ def expand(out: Tensor, group: Group, segments: Segments, workspace: Tensor) -> 
 
 
 def _planes(group: Group, segments: Segments, workspace: Tensor) -> dict[str, Any]:
-    """What shrink writes and expand reads."""
+    """Return the arguments that shrink and expand share."""
     return {
         "p_y": workspace,
         "p_planes": segments.planes,

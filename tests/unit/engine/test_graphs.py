@@ -154,7 +154,7 @@ def test_a_capture_is_not_ended_by_other_threads(monkeypatch: pytest.MonkeyPatch
 
 
 def test_launches_beside_are_marked() -> None:
-    """What counts launches that wait for one another knows those that do not."""
+    """A count of launches that wait for one another can leave out those that do not."""
     noted: list[Launch] = []
     side = SideStream(torch.device("cpu"))
     with intercepted(noted.append):
