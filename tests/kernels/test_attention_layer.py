@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from inference_service.backends.base import Attention
-from inference_service.backends.native import NativeAttention
+from inference_service.backends.native_attention import NativeAttention
 from inference_service.backends.torch import TorchAttention
 from inference_service.backends.triton import TritonAttention, TritonOperations
 from inference_service.kernels.attention import (

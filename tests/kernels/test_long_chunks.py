@@ -11,7 +11,7 @@ from torch import Tensor
 
 from inference_service.backends import long_chunks
 from inference_service.backends.long_chunks import rows_from_which_torch_is_faster
-from inference_service.backends.native import NativeAttention
+from inference_service.backends.native_attention import NativeAttention
 from inference_service.kernels.attention import Context
 from inference_service.kernels.cpu.build import load
 from inference_service.kernels.cpu.ops import CpuOps

@@ -1,0 +1,130 @@
+"""Attention with the compiled operations, on a CPU."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from inference_service.backends.base import Turn
+from inference_service.backends.long_chunks import LongChunk, split
+from inference_service.backends.torch import normed, parts
+from inference_service.core.sequence import GONE
+from inference_service.kernels.attention import Context
+from inference_service.kernels.cpu.ops import BLOCK, Chunks, CpuOps, Planned
+from inference_service.layers.norm import RMSNorm
+from loramux_shared.bases.attention import AttentionSpec
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """The rows that a step's rows attend to, for the layers of a group."""
+
+    cache_rows: Tensor
+    """[T]: where their keys and values go."""
+    chunks: Chunks
+    short: Chunks
+    """Those that do not attend by torch's products, where that is possible."""
+    long: list[LongChunk]
+
+    @classmethod
+    def make(
+        cls,
+        contexts: Sequence[Context],
+        group: int,
+        block_size: int,
+        dtype: torch.dtype,
+        long_rows: int | None,
+    ) -> _Plan:
+        """Plan a group of layers."""
+        rows: list[int] = []
+        planned: list[Planned] = []
+        for context in contexts:
+            blocks = context.table(group)
+            positions = range(context.end - context.length, context.end)
+            rows += [blocks[at // block_size] * block_size + at % block_size for at in positions]
+            planned.append((context.row, context.length, context.end, _small(blocks, block_size // BLOCK)))
+        chunks = Chunks.make(planned)
+        short, long = split(planned, long_rows, dtype)
+        return cls(torch.tensor(rows, dtype=torch.int64), chunks, Chunks.make(short) if long else chunks, long)
+
+
+def _small(blocks: Sequence[int], parts: int) -> Sequence[int]:
+    """Return the compiled operation's blocks, of which an engine's block has so many parts.
+
+    It begins at a multiple of some blocks and gives what is before the window no weight, but reads it: that
+    must be there. So the sequence's own last block stands for those that are gone.
+    """
+    if parts == 1 and blocks[0] != GONE:
+        return blocks
+    each = np.array(blocks, dtype=np.int32)
+    each[each == GONE] = blocks[-1]
+    return array("i", np.add.outer(each * parts, np.arange(parts, dtype=np.int32)).astype(np.int32).tobytes())
+
+
+class NativeAttention:
+    """Attention with the compiled operations.
+
+    Nothing is gathered or copied, but for long chunks where that pays.
+    """
+
+    def __init__(
+        self,
+        ops: CpuOps,
+        contexts: Sequence[Context],
+        block_size: int,
+        long_rows: int | None = None,
+        windows: Sequence[int | None] = (None,),
+    ) -> None:
+        self._ops = ops
+        self._plans = {
+            window: _Plan.make(contexts, group, block_size, ops.dtype, long_rows)
+            for group, window in enumerate(windows)
+        }
+
+    def turn(self, cos: Tensor, sin: Tensor) -> Turn:
+        """float32 [T, rotary]."""
+        return cos.squeeze(1).float().contiguous(), sin.squeeze(1).float().contiguous()
+
+    def __call__(
+        self,
+        heads: Tensor,
+        turn: Turn,
+        keys: Tensor,
+        values: Tensor,
+        spec: AttentionSpec,
+        norm: RMSNorm | None = None,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        """Rotate in place, write the cache, attend over it where it lies."""
+        queries, rotated = parts(heads, len(keys), spec)
+        if norm is not None:
+            heads = normed(heads, len(norm.weight), partial(self._normed, norm))
+        q, k, v = heads[:, :queries], heads[:, queries:rotated], heads[:, rotated:]
+        plan = self._plans[spec.window]
+        self._ops.rope_write(q, k, v, *turn, plan.cache_rows, keys, values)
+        bounded = spec.window is not None or spec.softcap is not None or sinks is not None
+        chunks, long = (plan.chunks, []) if bounded else (plan.short, plan.long)
+        out = self._ops.attention(
+            q,
+            chunks,
+            keys,
+            values,
+            queries // len(keys),
+            spec.scale,
+            spec.softcap or 0.0,
+            spec.window or 0,
+            sinks,
+        )
+        for chunk in long:
+            chunk.attend(self._ops, q, keys, values, spec.scale, out)
+        return out
+
+    def _normed(self, norm: RMSNorm, heads: Tensor) -> Tensor:
+        rows = heads.reshape(-1, heads.shape[-1])
+        return self._ops.rms_norm(rows, None, norm.weight, norm.eps, norm.offset).view_as(heads)
