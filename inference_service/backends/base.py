@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -70,6 +70,24 @@ def no_recurrence(_inputs: DeltaInputs) -> Tensor:
         InternalFault: a layer carries one.
     """
     raise InternalFault("a layer carries a state, and the step has planned for none")
+
+
+LayerOutputs: TypeAlias = tuple[Tensor, Tensor | None]
+"""The hidden rows [T, hidden size], and what is to be added to them."""
+Layers: TypeAlias = Callable[[Tensor, "Attention", "tuple[Turn, ...]"], LayerOutputs]
+"""All layers, which take hidden rows, attention, and the rotations of all ropes."""
+
+
+class LayerInputs(NamedTuple):
+    """What the layers of a step compute from, beside the weights."""
+
+    hidden: Tensor
+    """[T, hidden size]; changed in place."""
+    attention: Attention
+    turns: tuple[Turn, ...]
+    lora: StepLora | None
+    cache: object
+    """The cache of all layers, by which steps are told apart: it is compared by identity, and not used."""
 
 
 class Operations(Protocol):
@@ -169,6 +187,14 @@ class Operations(Protocol):
 
     def recurrence(self, contexts: Sequence[Context]) -> Recurrence:
         """Plan how a step takes the states of its sequences on."""
+        ...
+
+    def run_layers(self, layers: Layers, inputs: LayerInputs) -> LayerOutputs:
+        """Return what layers compute of a step; it is valid until the next call for the same cache.
+
+        A device may replay what they did before for a step of the same shape, so layers must do the same
+        operations with the same weights in every such step.
+        """
         ...
 
     def new_cache(self, num_rows: int, heads: HeadCounts) -> tuple[Tensor, Tensor]:

@@ -9,9 +9,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from inference_service.backends.base import Attention, Recurrence, StepLora
+from inference_service.backends.base import (
+    Attention,
+    LayerInputs,
+    LayerOutputs,
+    Layers,
+    Recurrence,
+    StepLora,
+)
 from inference_service.backends.native_attention import NativeAttention
 from inference_service.backends.native_lora import NativeLora
+from inference_service.backends.replayed import Replays
 from inference_service.backends.torch import TorchOperations
 from inference_service.kernels.attention import Context
 from inference_service.kernels.cpu.ops import (
@@ -38,6 +46,7 @@ class NativeOperations(TorchOperations):
         super().__init__(ops.dtype, torch.device("cpu"))
         self.ops = ops
         self._long_rows = long_rows
+        self._replays = Replays(ops)
 
     @property
     def own_products(self) -> bool:
@@ -66,6 +75,8 @@ class NativeOperations(TorchOperations):
     def adapted(self, layer: Linear, x: Tensor, lora: StepLora, index: int, group: str) -> Tensor:
         """Compute it in one call, where both are compiled."""
         if isinstance(layer, NativeLinear) and isinstance(lora, NativeLora):
+            if self.ops.recorder is not None and self.ops.recorder.here:
+                self.ops.recorder.note(lora.place(index, group))
             return layer(x, lora.adapters(index, group))
         return super().adapted(layer, x, lora, index, group)
 
@@ -92,6 +103,10 @@ class NativeOperations(TorchOperations):
     ) -> Attention:
         """Over the cache where it lies."""
         return NativeAttention(self.ops, contexts, block_size, self._long_rows, windows)
+
+    def run_layers(self, layers: Layers, inputs: LayerInputs) -> LayerOutputs:
+        """Replay what ran before for a step of the same shape."""
+        return self._replays(layers, inputs)
 
     def recurrence(self, contexts: Sequence[Context]) -> Recurrence:
         """Return a recurrence with one call for each layer."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
@@ -13,10 +13,10 @@ from torch import Tensor
 
 from inference_service.backends.base import Turn
 from inference_service.backends.long_chunks import LongChunk, split
-from inference_service.backends.torch import normed, parts
+from inference_service.backends.torch import parts
 from inference_service.core.sequence import GONE
 from inference_service.kernels.attention import Context
-from inference_service.kernels.cpu.ops import BLOCK, Chunks, CpuOps, Planned
+from inference_service.kernels.cpu.ops import BLOCK, Chunks, CpuOps, Planned, Table
 from inference_service.layers.norm import RMSNorm
 from loramux_shared.bases.attention import AttentionSpec
 
@@ -53,6 +53,16 @@ class _Plan:
         short, long = split(planned, long_rows, dtype)
         return cls(torch.tensor(rows, dtype=torch.int64), chunks, Chunks.make(short) if long else chunks, long)
 
+    def copied(self) -> _Plan:
+        """Return the same plan in arrays of its own; it has no long chunks."""
+        chunks = Chunks(Table(self.chunks.table.values.copy()), self.chunks.blocks)
+        return _Plan(self.cache_rows.clone(), chunks, chunks, [])
+
+    def take(self, other: _Plan) -> None:
+        """Copy a plan of as many rows and chunks, whose blocks must outlast the step."""
+        self.cache_rows.copy_(other.cache_rows)
+        self.chunks.table.values[:] = other.chunks.table.values
+
 
 def _small(blocks: Sequence[int], parts: int) -> Sequence[int]:
     """Return the compiled operation's blocks, of which an engine's block has so many parts.
@@ -87,6 +97,23 @@ class NativeAttention:
             for group, window in enumerate(windows)
         }
 
+    @property
+    def num_chunks(self) -> int | None:
+        """Chunks of the step; None where one of them attends by torch's products."""
+        plan = next(iter(self._plans.values()))
+        return None if plan.long else len(plan.chunks.table.values)
+
+    def copied(self) -> NativeAttention:
+        """Return the same plan in arrays of its own."""
+        made = copy(self)
+        made._plans = {window: plan.copied() for window, plan in self._plans.items()}
+        return made
+
+    def take(self, other: NativeAttention) -> None:
+        """Take the plan of a step with as many rows and chunks, in the arrays that there are."""
+        for window, plan in self._plans.items():
+            plan.take(other._plans[window])
+
     def turn(self, cos: Tensor, sin: Tensor) -> Turn:
         """float32 [T, rotary]."""
         return cos.squeeze(1).float().contiguous(), sin.squeeze(1).float().contiguous()
@@ -104,7 +131,7 @@ class NativeAttention:
         """Rotate in place, write the cache, attend over it where it lies."""
         queries, rotated = parts(heads, len(keys), spec)
         if norm is not None:
-            heads = normed(heads, len(norm.weight), partial(self._normed, norm))
+            self._ops.norm_heads(heads, norm.weight, norm.eps, norm.offset)
         q, k, v = heads[:, :queries], heads[:, queries:rotated], heads[:, rotated:]
         plan = self._plans[spec.window]
         self._ops.rope_write(q, k, v, *turn, plan.cache_rows, keys, values)
@@ -124,7 +151,3 @@ class NativeAttention:
         for chunk in long:
             chunk.attend(self._ops, q, keys, values, spec.scale, out)
         return out
-
-    def _normed(self, norm: RMSNorm, heads: Tensor) -> Tensor:
-        rows = heads.reshape(-1, heads.shape[-1])
-        return self._ops.rms_norm(rows, None, norm.weight, norm.eps, norm.offset).view_as(heads)

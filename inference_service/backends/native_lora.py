@@ -22,6 +22,7 @@ from inference_service.kernels.cpu.ops import (
     Table,
     adapters_of,
 )
+from inference_service.kernels.cpu.program import Place
 from inference_service.kernels.experts import ByExpert
 from inference_service.lora.packed import Layout, PackedAdapter, with_vocabulary, write_vectors
 from inference_service.lora.segments import Arrangement, Segment, runs_by_expert, sharing
@@ -151,6 +152,18 @@ class NativeLora:
         _, address = self._linears[layer, group_of(group, 0)]
         segments, workspace = Table(runs[:, 1:]), torch.empty(len(x), self._columns)
         self._ops.lora(x, out, adapters_of(address, segments, workspace, parts=parts))
+
+    def place(self, layer: int, group: str) -> Place:
+        """Return which linear it is, for `adapters_of_all`."""
+        return self._linears[layer, group]
+
+    def adapters_of_all(self, places: Sequence[Place | None]) -> npt.NDArray[np.int64]:
+        """Return `adapters` of linears, [places, 7]; zeros where there are none."""
+        touched = [place is not None and bool(place[0] & self._touched) for place in places]
+        found = np.zeros((len(places), 7), dtype=np.int64)
+        found[touched, 0] = [place[1] for place, has in zip(places, touched, strict=True) if has and place]
+        found[touched, 1:] = [each or 0 for each in self._step]
+        return found
 
     def adapters(self, layer: int, group: str) -> Adapters:
         """Return those of the step that add to a linear."""

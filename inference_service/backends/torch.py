@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding, gelu, silu
 
-from inference_service.backends.base import Attention, Recurrence, StepLora, Turn
+from inference_service.backends.base import (
+    Attention,
+    LayerInputs,
+    LayerOutputs,
+    Layers,
+    Recurrence,
+    StepLora,
+    Turn,
+)
 from inference_service.backends.experts import ExpertOperations
 from inference_service.kernels.attention import Context, PagedAttention
 from inference_service.kernels.delta import DeltaInputs, StateChunk, reference
@@ -80,6 +88,10 @@ class TorchOperations(ExpertOperations):
         """Two operations."""
         gate, up = gate_up.chunk(2, dim=-1)
         return ACTIVATIONS[activation](gate) * up
+
+    def run_layers(self, layers: Layers, inputs: LayerInputs) -> LayerOutputs:
+        """Run them."""
+        return layers(inputs.hidden, inputs.attention, inputs.turns)
 
     def softcap(self, logits: Tensor, cap: float) -> Tensor:
         """Three operations."""

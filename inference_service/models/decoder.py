@@ -13,7 +13,16 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from inference_service.backends.base import Attention, Operations, Recurrence, StepLora, no_recurrence
+from inference_service.backends.base import (
+    Attention,
+    LayerInputs,
+    LayerOutputs,
+    Operations,
+    Recurrence,
+    StepLora,
+    Turn,
+    no_recurrence,
+)
 from inference_service.backends.torch import TorchOperations
 from inference_service.kernels.attention import Context
 from inference_service.layers.linear import Linear
@@ -128,21 +137,17 @@ class Decoder:
         ops = self._operations
         turns = tuple(attention.turn(*ops.angles(rope, positions)) for rope in self._ropes)
         inputs = None if self._inputs is None else self._inputs(ops, tokens, hidden)
-        step = Step(ops, attention, cache, lora, turns, self._factors_at(positions), recurrence)
-        delta: Tensor | None = None
-        delta_norm: RMSNorm | None = None
-        for layer in self._layers:
-            x = self._add(hidden, layer.input_norm, delta, delta_norm)
-            delta = self._scaled(layer.mixer(step, x))
-            x = self._add(hidden, layer.mlp_norm, delta, layer.mixer_out_norm)
-            delta = self._scaled(layer.mlp(step, x))
-            delta_norm = layer.mlp_out_norm
-            if layer.inputs is not None and inputs is not None:
-                x = self._add(hidden, None, delta, delta_norm)
-                delta, delta_norm = layer.inputs(step, x, inputs), layer.inputs.out_norm
-            if layer.scalar is not None:
-                hidden = self._add(hidden, None, delta, delta_norm).mul_(layer.scalar)
-                delta = delta_norm = None
+        factors = self._factors_at(positions)
+
+        def run(hidden: Tensor, attention: Attention, turns: tuple[Turn, ...]) -> LayerOutputs:
+            step = Step(ops, attention, cache, lora, turns, factors, recurrence)
+            return self._run_layers(step, hidden, inputs)
+
+        if inputs is None and factors is None and not self._stateful:
+            hidden, delta = ops.run_layers(run, LayerInputs(hidden, attention, turns, lora, cache))
+        else:
+            hidden, delta = run(hidden, attention, turns)
+        delta_norm = self._delta_norm
         last = None if delta is None else delta[last_rows]
         return ops.norm(hidden[last_rows], self._norm, last, delta_norm, out)
 
@@ -162,6 +167,30 @@ class Decoder:
         if own is not None:
             own.bound(logits, self.config.dims.vocab)
         return logits
+
+    def _run_layers(self, step: Step, hidden: Tensor, inputs: Tensor | None) -> LayerOutputs:
+        """Run hidden [T, hidden size] through all layers, in place; what the last one adds is apart."""
+        delta: Tensor | None = None
+        delta_norm: RMSNorm | None = None
+        for layer in self._layers:
+            x = self._add(hidden, layer.input_norm, delta, delta_norm)
+            delta = self._scaled(layer.mixer(step, x))
+            x = self._add(hidden, layer.mlp_norm, delta, layer.mixer_out_norm)
+            delta = self._scaled(layer.mlp(step, x))
+            delta_norm = layer.mlp_out_norm
+            if layer.inputs is not None and inputs is not None:
+                x = self._add(hidden, None, delta, delta_norm)
+                delta, delta_norm = layer.inputs(step, x, inputs), layer.inputs.out_norm
+            if layer.scalar is not None:
+                hidden = self._add(hidden, None, delta, delta_norm).mul_(layer.scalar)
+                delta = delta_norm = None
+        return hidden, delta
+
+    @property
+    def _delta_norm(self) -> RMSNorm | None:
+        """The norm of what the last layer adds."""
+        last = self._layers[-1]
+        return last.mlp_out_norm if last.inputs is None else last.inputs.out_norm
 
     def _add(
         self, hidden: Tensor, norm: RMSNorm | None, delta: Tensor | None, delta_norm: RMSNorm | None

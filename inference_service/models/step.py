@@ -24,7 +24,7 @@ class CacheSize:
     """Slots for the states of sequences, in layers that carry one."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Cache:
     """The caches of all layers."""
 

@@ -283,12 +283,13 @@ def test_norm_adds_and_normalises(ops: CpuOps) -> None:
         _assert_close(again, expected * weight.double(), ops, (width, rows))
 
 
-def test_norm_takes_weights_in_turn(ops: CpuOps) -> None:
-    """Heads of queries and keys have weights of their own."""
-    heads, weight = torch.randn(35, 24).to(ops.dtype), torch.randn(5, 24).to(ops.dtype)
-    expected = torch.nn.functional.rms_norm(heads.double(), (24,), None, 1e-5)
-    expected *= 1 + weight.double().repeat(7, 1)
-    _assert_close(ops.rms_norm(heads, None, weight, 1e-5, offset=1.0), expected, ops)
+def test_heads_are_normed_in_place(ops: CpuOps) -> None:
+    """Heads of queries and keys have weights of their own; those of values stay as they are."""
+    heads, weight = torch.randn(19, 7, 24).to(ops.dtype), torch.randn(5, 24).to(ops.dtype)
+    expected = heads.double()
+    expected[:, :5] = torch.nn.functional.rms_norm(expected[:, :5], (24,), None, 1e-5) * (1 + weight.double())
+    ops.norm_heads(heads, weight, 1e-5, offset=1.0)
+    _assert_close(heads, expected, ops)
 
 
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])

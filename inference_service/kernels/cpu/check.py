@@ -30,8 +30,9 @@ Pair = tuple[Tensor, Tensor]
 def first_wrong(library: ctypes.CDLL) -> str | None:
     """Return the name of an operation that is missing or computes something else; None if all are right."""
     checks: dict[str, Callable[[CpuOps, torch.Generator], Pair]] = {
-        "rms_norm": _norm, "silu": _silu, "gelu_tanh": _gelu, "linear": _linear, "product of 8 bits": _int8,
-        "product of 4 bits": _int4, "lora": _lora, "attention": _attention, "delta_rule": _delta_rule,
+        "rms_norm": _norm, "norm of heads": _head_norm, "silu": _silu, "gelu_tanh": _gelu, "linear": _linear,
+        "product of 8 bits": _int8, "product of 4 bits": _int4, "lora": _lora, "attention": _attention,
+        "delta_rule": _delta_rule,
     }  # fmt: skip
     for dtype, tolerance in TOLERANCE.items():
         try:
@@ -51,9 +52,17 @@ def _random(ops: CpuOps, generator: torch.Generator, *shape: int) -> Tensor:
 
 
 def _norm(ops: CpuOps, generator: torch.Generator) -> Pair:
-    hidden, delta, weight = (_random(ops, generator, *shape) for shape in ((4, 40), (4, 40), (2, 40)))
-    expected = rms_norm((hidden + delta).double(), (40,), None, 1e-6) * (weight.double().repeat(2, 1) + 1)
+    hidden, delta, weight = (_random(ops, generator, *shape) for shape in ((4, 40), (4, 40), (40,)))
+    expected = rms_norm((hidden + delta).double(), (40,), None, 1e-6) * (weight.double() + 1)
     return ops.rms_norm(hidden, delta, weight, 1e-6, 1.0), expected
+
+
+def _head_norm(ops: CpuOps, generator: torch.Generator) -> Pair:
+    heads, weight = (_random(ops, generator, *shape) for shape in ((2, 4, DIM), (3, DIM)))
+    expected = heads.double()
+    expected[:, :3] = rms_norm(heads[:, :3].double(), (DIM,), None, 1e-6) * weight.double()
+    ops.norm_heads(heads, weight, 1e-6)
+    return heads, expected
 
 
 def _silu(ops: CpuOps, generator: torch.Generator) -> Pair:

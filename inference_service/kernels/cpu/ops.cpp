@@ -3,6 +3,7 @@
 #include "attention.h"
 #include "delta.h"
 #include "linear.h"
+#include "program.h"
 #include "rows.h"
 
 #define EXPORT(T, SUFFIX)                                                                                             \
@@ -30,8 +31,10 @@
                   (const float*)sin, (const int64_t*)cache_rows, (T*)keys, (T*)values, num_blocks, threads);          \
   }                                                                                                                   \
   extern "C" void rms_norm_##SUFFIX(void* hidden, const void* delta, const void* weight, int64_t weights, void* out,  \
-                                    int64_t rows, int64_t width, float eps, float offset, int64_t threads) {          \
-    rms_norm<T>((T*)hidden, (const T*)delta, (const T*)weight, weights, (T*)out, rows, width, eps, offset, threads);  \
+                                    int64_t rows, int64_t width, int64_t ld, float eps, float offset,                 \
+                                    int64_t threads) {                                                                \
+    rms_norm<T>((T*)hidden, (const T*)delta, (const T*)weight, weights, (T*)out, rows, width, ld, eps, offset,        \
+                threads);                                                                                             \
   }                                                                                                                   \
   extern "C" void silu_##SUFFIX(const void* in, void* out, int64_t rows, int64_t width, int64_t threads) {            \
     gated<T, false>((const T*)in, (T*)out, rows, width, threads);                                                     \
@@ -48,6 +51,10 @@
     delta_rule<T>({(const T*)qkv, ld_qkv, (const T*)z, ld_z, (const T*)b, ld_b, (const T*)a, ld_a, (const T*)conv,    \
                    (const float*)decay, (const float*)dt_bias, (const T*)norm, (T*)rows, (float*)states, (T*)x,       \
                    (T*)out, channels, width, key_heads, heads, K, V, eps}, (const DeltaChunk*)chunks, count, threads);\
+  }                                                                                                                   \
+  extern "C" void run_##SUFFIX(const void* words, int64_t count) {                                                    \
+    run_program((const int64_t*)words, count, linear_##SUFFIX, attention_##SUFFIX, rope_write_##SUFFIX,               \
+                rms_norm_##SUFFIX, silu_##SUFFIX, gelu_tanh_##SUFFIX);                                                \
   }
 
 // compiling.py compiles each type by itself, and both at the same time.

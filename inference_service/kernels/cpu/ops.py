@@ -6,8 +6,10 @@ Every operation is in place or writes its whole output, takes contiguous rows, a
 from __future__ import annotations
 
 import ctypes
+import threading
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
 
@@ -17,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from inference_service.kernels.cpu.program import Buffers, Program, Recorder
 from inference_service.kernels.delta import DeltaInputs
 from inference_service.kernels.integers import Quantized
 from inference_service.kernels.rows import Activation
@@ -38,7 +41,7 @@ _SIGNATURES = {
     "pack": "pi",
     "attention": "pippippiiiiffiip",
     "rope_write": "pppiiiiiipppppii",
-    "rms_norm": "pppipiiffi",
+    "rms_norm": "pppipiiiffi",
     "silu": "ppiii",
     "gelu_tanh": "ppiii",
     "delta_rule": "pipipipippppppppiiiiiifpii",
@@ -139,6 +142,39 @@ class CpuOps:
         self._rope_write, self._rms_norm = functions["rope_write"], functions["rms_norm"]
         self._delta_rule = functions["delta_rule"]
         self._gated = {"silu": functions["silu"], "gelu_tanh": functions["gelu_tanh"]}
+        self._empty: Callable[..., Tensor] = torch.empty
+        self._run = getattr(library, f"run_{DTYPES[dtype]}")
+        self._run.argtypes, self._run.restype = [ctypes.c_void_p, ctypes.c_int64], None
+        self._recording = threading.Lock()
+        self.recorder: Recorder | None = None
+        """Set while operations are written down."""
+
+    @contextmanager
+    def recorded(self, buffers: Buffers, rows: int) -> Iterator[Recorder | None]:
+        """Write down the operations that the calling thread calls; None while another thread does that.
+
+        `gated_delta` and `pack` are not written down.
+        """
+        if not self._recording.acquire(blocking=False):
+            yield None
+            return
+        usual = {name: getattr(self, f"_{name}") for name in ("linear", "attention", "rope_write", "rms_norm")}
+        gated, self.recorder = self._gated, Recorder(buffers, rows)
+        try:
+            for name, function in usual.items():
+                setattr(self, f"_{name}", self.recorder.wrapped(name, function))
+            self._gated = {name: self.recorder.wrapped(name, function) for name, function in gated.items()}
+            self._empty = self.recorder.empty
+            yield self.recorder
+        finally:
+            for name, function in usual.items():
+                setattr(self, f"_{name}", function)
+            self._gated, self._empty, self.recorder = gated, torch.empty, None
+            self._recording.release()
+
+    def program(self, recorder: Recorder) -> Program:
+        """Return what was written down, to be run again."""
+        return recorder.program(self._run)
 
     def linear(self, x: Tensor, weight: Tiled, adapters: Adapters = NO_ADAPTERS) -> Tensor:
         """Return x W^T + b [T, N] of x [T, K], with what adapters add.
@@ -146,7 +182,7 @@ class CpuOps:
         The sums of a row run over K in order: its bits depend on nothing but the row and the weights.
         """
         (rows, width), columns = x.shape, weight.columns
-        out = torch.empty(rows, columns, dtype=self.dtype)
+        out = self._empty(rows, columns, dtype=self.dtype)
         self._linear(
             x.data_ptr(), x.stride(0), rows, width, *weight.arguments, out.data_ptr(), columns, columns,
             *adapters, self.threads,
@@ -214,7 +250,7 @@ class CpuOps:
         """
         kv_heads, num_blocks = keys.shape[:2]
         rows, heads, dim = q.shape
-        out = torch.empty(rows, heads * dim, dtype=q.dtype)
+        out = self._empty(rows, heads * dim, dtype=q.dtype)
         self._attention(
             q.data_ptr(), q.stride(0), out.data_ptr(), chunks.table.address, len(chunks.table.values),
             keys.data_ptr(), values.data_ptr(), num_blocks, kv_heads, group, dim, scale, softcap, window,
@@ -247,22 +283,37 @@ class CpuOps:
     def rms_norm(
         self, hidden: Tensor, delta: Tensor | None, weight: Tensor, eps: float, offset: float = 0.0
     ) -> Tensor:
-        """Add delta to hidden [T, width] in place, and return the normalised rows times (offset + weight).
-
-        The rows take the weights [width] or [weights, width] in turn.
-        """
-        out = torch.empty_like(hidden)
+        """Add delta to hidden [T, width] in place; return its norm times (offset + weight [width])."""
+        out = self._empty(*hidden.shape, dtype=hidden.dtype)
+        rows, width = hidden.shape
         self._rms_norm(
-            hidden.data_ptr(), None if delta is None else delta.data_ptr(), weight.data_ptr(),
-            weight.numel() // hidden.shape[1], out.data_ptr(), hidden.shape[0], hidden.shape[1], eps, offset,
-            self.threads,
+            hidden.data_ptr(), None if delta is None else delta.data_ptr(), weight.data_ptr(), 1,
+            out.data_ptr(), rows, width, width, eps, offset, self.threads,
         )  # fmt: skip
         return out
+
+    def norm_heads(self, heads: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> None:
+        """Norm the first of heads [T, heads, d] in place, as many as there are weights [weights, d]."""
+        weights, width = weight.shape
+        rows, place = len(heads) * weights, heads.data_ptr()
+        self._rms_norm(
+            place,
+            None,
+            weight.data_ptr(),
+            weights,
+            place,
+            rows,
+            width,
+            heads.stride(0),
+            eps,
+            offset,
+            self.threads,
+        )
 
     def gated(self, gate_up: Tensor, activation: Activation) -> Tensor:
         """Return activation(gate) * up [T, width] of gate_up [T, 2 * width]."""
         rows, both = gate_up.shape
-        out = torch.empty(rows, both // 2, dtype=gate_up.dtype)
+        out = self._empty(rows, both // 2, dtype=gate_up.dtype)
         self._gated[activation](gate_up.data_ptr(), out.data_ptr(), rows, both // 2, self.threads)
         return out
 

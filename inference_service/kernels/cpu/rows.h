@@ -4,25 +4,26 @@
 
 namespace {
 
-// hidden += delta where there is one; out = hidden / rms(hidden) * (offset + weight), where the rows take the
-// weights [weights][width] in turn.
+// hidden += delta where there is one; out = hidden / rms(hidden) * (offset + weight). So many rows as there are
+// weights [weights][width] lie side by side, and the next ones ld values behind; out may be hidden.
 template <class T>
 void rms_norm(T* hidden, const T* delta, const T* first, int64_t weights, T* out, int64_t rows, int64_t width,
-              float eps, float offset, int64_t threads) {
+              int64_t ld, float eps, float offset, int64_t threads) {
   each(rows, rows < 16 ? 1 : int(threads), [=](int64_t row) {
     const T* weight = first + row % weights * width;
-    T* h = hidden + row * width;
-    T* to = out + row * width;
+    const int64_t at = row / weights * ld + row % weights * width;
+    T* h = hidden + at;
+    T* to = out + at;
     vf squares = {};
     float rest = 0;
     int64_t i = 0;
     for (; i + LANES <= width; i += LANES) {
       vf x = load16(h + i);
-      if (delta) { store16(h + i, x + load16(delta + row * width + i)); x = load16(h + i); }
+      if (delta) { store16(h + i, x + load16(delta + at + i)); x = load16(h + i); }
       squares = multiply_add(squares, x, x);
     }
     for (; i < width; ++i) {
-      if (delta) narrow(h[i], widen(h[i]) + widen(delta[row * width + i]));
+      if (delta) narrow(h[i], widen(h[i]) + widen(delta[at + i]));
       rest += widen(h[i]) * widen(h[i]);
     }
     const float scale = 1.0f / std::sqrt((sum(squares) + rest) / width + eps);

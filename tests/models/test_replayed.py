@@ -1,0 +1,137 @@
+"""Small steps on a CPU that are replayed: the same bits as operation by operation."""
+
+from __future__ import annotations
+
+import random
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import Gemma2Config, GraniteConfig, LlamaConfig, PreTrainedConfig, Qwen3Config
+
+from inference_service.backends import replayed
+from inference_service.core.sampling import SamplingParams
+from inference_service.core.sequence import StepOutput
+from inference_service.kernels.cpu import build
+from inference_service.kernels.cpu.ops import CpuOps
+from inference_service.kernels.cpu.program import Buffers
+from inference_service.startup.load import Ready
+from loramux_shared.storage.memory import MemoryStore
+from tests.support.tiny import ADAPTERS, SIZES, VOCAB, make_world_of, sequence
+
+MODELS = ("base", *ADAPTERS)
+WINDOWED = {"head_dim": 16, "num_hidden_layers": 2, "sliding_window": 24, "tie_word_embeddings": True}
+FAMILIES: dict[str, PreTrainedConfig] = {
+    "llama": LlamaConfig(**SIZES, attention_bias=True),
+    "qwen3": Qwen3Config(**SIZES | {"head_dim": 16}),
+    "gemma2": Gemma2Config(**SIZES | WINDOWED, attn_logit_softcapping=2.0),
+    "granite": GraniteConfig(**SIZES, residual_multiplier=0.3),
+}
+
+
+class Counted:
+    """How often programs ran."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.runs = 0
+        run = replayed._Replay.run
+
+        def counted(*arguments: Any) -> Any:
+            self.runs += 1
+            return run(*arguments)
+
+        monkeypatch.setattr(replayed._Replay, "run", counted)
+
+
+def answers(ready: Ready, seed: int) -> dict[str, list[StepOutput]]:
+    """Run requests to all models, which come and end at different steps; return what comes of each."""
+    engine, draw = ready.engine._engine, random.Random(seed)
+    params = SamplingParams(max_tokens=12, logprobs=3)
+    found: dict[str, list[StepOutput]] = {}
+    for number in range(24):
+        prompt = [draw.randrange(VOCAB) for _ in range(draw.randint(1, 40))]
+        engine.add(sequence(ready, str(number), draw.choice(MODELS), prompt, params))
+        for _ in range(draw.randint(0, 6)):
+            for output in engine.step():
+                found.setdefault(output.seq_id, []).append(output)
+    while not engine.idle:
+        for output in engine.step():
+            found.setdefault(output.seq_id, []).append(output)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "replays"),
+    [
+        ("llama", {"dtype": "bfloat16"}, True),
+        ("llama", {"dtype": "bfloat16", "quantization": "int8"}, True),
+        ("qwen3", {"dtype": "float32"}, True),
+        ("gemma2", {"dtype": "float32", "deterministic": True}, True),
+        ("granite", {"dtype": "float32"}, False),
+    ],
+    ids=["llama", "int8", "qwen3", "gemma2", "granite"],
+)
+def test_answers_are_the_same_to_the_last_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, settings: dict[str, Any], replays: bool
+) -> None:
+    """Rows and adapters vary from step to step; where layers have operations of torch, there is no program."""
+    world, store = make_world_of(tmp_path, FAMILIES[family], ADAPTERS), MemoryStore()
+    world.build(store)
+    monkeypatch.setattr(replayed, "RUNS_BEFORE", 0)
+    counted = Counted(monkeypatch)
+    ready = world.load(store, backend="native", prefix_cache=False, **settings)
+    first, second = answers(ready, 1), answers(ready, 2)
+    assert (counted.runs > 100) is replays
+    monkeypatch.setattr(replayed, "MOST_ROWS", 0)
+    usual = world.load(store, backend="native", prefix_cache=False, **settings)
+    assert answers(usual, 1) == first
+    assert answers(usual, 2) == second
+
+
+@pytest.fixture
+def ops(native_folder: Path) -> CpuOps:
+    """Compiled operations."""
+    library = build.load(native_folder).library
+    if library is None:
+        pytest.skip("no C++ compiler")
+    return CpuOps(library, torch.float32)
+
+
+def test_other_threads_are_not_written_down(ops: CpuOps) -> None:
+    """Their operations run as ever, with memory of their own, while a thread records."""
+    x, weight = torch.randn(2, 32), torch.ones(32)
+    expected = ops.rms_norm(x.clone(), None, weight, 1e-6)
+    others: list[torch.Tensor] = []
+    hidden = x.clone()
+    with ops.recorded(Buffers(8), 2) as recorder:
+        assert recorder is not None
+        with ops.recorded(Buffers(8), 2) as second:
+            assert second is None
+        thread = threading.Thread(target=lambda: others.append(ops.rms_norm(x.clone(), None, weight, 1e-6)))
+        thread.start()
+        thread.join()
+        out = ops.rms_norm(hidden, None, weight, 1e-6)
+    program = ops.program(recorder)
+    assert torch.equal(out, expected)
+    assert torch.equal(others[0], expected)
+    assert program.count == 1
+    hidden.copy_(2 * x)
+    program.run()
+    assert torch.equal(out, ops.rms_norm(2 * x, None, weight, 1e-6))
+    assert torch.equal(others[0], expected)
+
+
+def test_memory_of_an_output_is_used_again() -> None:
+    """As soon as nothing refers to it; a view of it does."""
+    buffers = Buffers(4)
+    first = buffers.lend((2, 8), torch.float32, 2)
+    address = first.data_ptr()
+    view = first[:, 4:]
+    del first
+    assert buffers.lend((2, 8), torch.float32, 2).data_ptr() != address
+    del view
+    again = [buffers.lend((4, 8), torch.float32, 4) for _ in range(2)]
+    assert address in {tensor.data_ptr() for tensor in again}
+    assert all(tensor.data_ptr() % 64 == 0 for tensor in again)
