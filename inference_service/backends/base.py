@@ -79,7 +79,7 @@ Layers: TypeAlias = Callable[[Tensor, "Attention", "tuple[Turn, ...]"], LayerOut
 
 
 class LayerInputs(NamedTuple):
-    """What the layers of a step compute from, beside the weights."""
+    """The inputs of the layers of a step."""
 
     hidden: Tensor
     """[T, hidden size]; changed in place."""

@@ -64,7 +64,7 @@ class Replays:
 
 
 class _Known:
-    """What is known of the steps of a cache."""
+    """The programs and the memory of a cache."""
 
     def __init__(self) -> None:
         self.buffers = Buffers(MOST_ROWS)

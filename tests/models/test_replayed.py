@@ -32,7 +32,7 @@ FAMILIES: dict[str, PreTrainedConfig] = {
 
 
 class Counted:
-    """How often programs ran."""
+    """Counts the runs of programs."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.runs = 0
