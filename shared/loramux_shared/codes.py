@@ -30,69 +30,76 @@ _MERGE: Final = "Merge it into the base (`merge_and_unload`) and serve a full mo
 _TRAIN: Final = "Train again without it, or merge it into the base and serve a full model."
 
 _DEPLOYMENT: Final = (
-    ("E_UNKNOWN_FIELD", "a key that is not known", "Use the nearest known one, which is named, or remove it."),
-    ("E_MISSING_FIELD", "a key that must be given", "Set it."),
-    ("E_BAD_FIELD", "a value that is not allowed", "The finding says what is allowed."),
-    ("E_UNSUPPORTED", "something of OpenAI's API that this server does not do", "Leave it out."),
-    ("E_CONSTRAINT", "a response format that cannot be used", "The finding says why; correct or simplify it."),
-    ("E_MESSAGES", "the chat template refuses the messages", "The finding says why; often two roles in a row."),
+    ("E_UNKNOWN_FIELD", "an unknown key", "Use the nearest known key, which the finding names, or remove it."),
+    ("E_MISSING_FIELD", "a required key is missing", "Set it."),
+    ("E_BAD_FIELD", "an invalid value", "Use a value that the finding allows."),
+    ("E_UNSUPPORTED", "a feature of OpenAI's API that this server lacks", "Leave it out."),
+    ("E_CONSTRAINT", "an unusable response format", "Correct or simplify it; the finding has the reason."),
+    (
+        "E_MESSAGES",
+        "the chat template refuses the messages",
+        "Correct them; often one role comes twice in a row.",
+    ),
     (
         "W_REPLACED",
-        "the deployment's file has an adapter of this name, which takes the place of one that was "
-        "added or pushed",
-        "Add or push that under another name; `loramux rollback` brings it back.",
+        "an adapter of the deployment's file replaces an added or pushed one of the same name",
+        "Add or push that one under another name; `loramux rollback` restores it.",
     ),
     (
         "W_UNSERVED",
-        "a key of hosted engine builders that asks for what is not done here",
-        "The finding says what to set instead; or remove it.",
+        "a key of hosted engine builders that asks for an unsupported feature",
+        "Set what the finding names instead, or remove the key.",
     ),
     ("E_NO_TEMPLATE", "messages for a model without a chat template", "Send text or token_ids."),
 )
 _REFUSED: Final = (
-    ("E_NO_CONFIG", "there is no `adapter_config.json`",
-     "Name the repository, or set the subfolder that is named."),
-    ("E_SIGNATURE", "the deployment says who signs its adapters, and the files are not signed by any of them, "
-     "or are not those that were signed", "Sign the folder (`loramux sign`), or correct `signed_by`."),
-    ("E_NO_WEIGHTS", "there is a config and there are no weights", "Save or upload the adapter again."),
+    ("E_NO_CONFIG", "`adapter_config.json` is missing",
+     "Correct the repository, or set the subfolder that the finding names."),
+    ("E_SIGNATURE", "the deployment requires signatures, and the files have none of a required signer, or were "
+     "changed since", "Sign the folder (`loramux sign`), or correct `signed_by`."),
+    ("E_NO_WEIGHTS", "the weights are missing beside the config", "Save or upload the adapter again."),
     ("E_BIN_ONLY", "the weights are pickled, which can run code", "Save with `safe_serialization=True`."),
-    ("E_SHARDED", "the weights are in several files, and some of them or their index are missing",
+    ("E_SHARDED", "some of the files of sharded weights, or their index, are missing",
      "Upload all of them, or save the adapter as one file, as PEFT does."),
     ("E_CONTAINER", "files or keys of another program: mistral-finetune, torchtune, NeMo, Orbax, diffusers, "
-     "llama.cpp", "Convert it to PEFT's form."),
-    ("E_BAD_WEIGHTS", "`adapter_model.safetensors` is cut off, lies about itself, or is no safetensors file",
+     "llama.cpp", "Convert the adapter to PEFT's format."),
+    ("E_BAD_WEIGHTS", "`adapter_model.safetensors` is truncated, has an inconsistent header, or is no "
+     "safetensors file",
      "Download or save it again."),
-    ("E_TENSORS", "more tensors than the modules of any base of its kind have; adapters of experts do", _MERGE),
+    ("E_TENSORS", "more tensors than the modules of any base of its kind have, as adapters of experts may",
+     _MERGE),
     ("E_BAD_NPY", "TensorRT-LLM's npy files are damaged or do not belong together",
      "Convert the adapter again."),
     ("E_BAD_TEXT", "a chat template, tokenizer or generation config that cannot be read", "Correct the file."),
     ("E_EMPTY_WEIGHTS", "no tensors, or tensors without elements, as ZeRO-3 saves without gathering",
      "Save with `stage3_gather_16bit_weights_on_model_save`, or from the consolidated state dict."),
     ("E_EMPTY_TARGETS", "no target modules and no tensors", "Train again with `target_modules`."),
-    ("E_BAD_CONFIG", "the config is no JSON object, says something twice, or a field has a value that cannot "
-     "be meant or a pattern that cannot be matched in time", "Correct the file."),
+    ("E_BAD_CONFIG", "the config is no JSON object, has a key twice, or a field has an impossible value or a "
+     "pattern that cannot be matched in time", "Correct the file."),
     ("E_NOT_LORA", "`peft_type` is neither LORA nor a kind that amounts to it (ADALORA, IA3, LOHA, LOKR, "
      "VERA), or a VeRA adapter without its projections",
-     f"{_MERGE} Of VeRA save again with `save_projection`."),
+     f"{_MERGE} Save VeRA again with `save_projection`."),
     ("E_MLX", "an MLX adapter: transposed, with an absolute scale",
      "Transpose both matrices, rename them, and set `lora_alpha = scale * rank`."),
-    ("E_DORA", "magnitudes of DoRA that `use_dora` does not say, or the reverse; of experts, of parameters, or "
-     "in the names of its authors' code; or of a base of few bits, where the builder has no torch to widen it",
-     "The finding says why. Correct `use_dora`, install `loramux[inference]` beside the builder, or merge it."),
-    ("E_BIAS", "biases that the base has none of, that are not of a projection of attention or dense MLP, or "
-     "that PEFT would not load", "The finding says why. Train with `bias` `none` or `lora_only`, or merge it."),
+    ("E_DORA", "magnitudes of DoRA without `use_dora`, or the reverse; magnitudes of experts, of parameters, "
+     "or in the names of the authors' code; or a quantized base, where the builder has no torch to widen it",
+     "Correct `use_dora`, install `loramux[inference]` beside the builder, or merge it; the finding has the "
+     "reason."),
+    ("E_BIAS", "biases of modules that have none in the base or are no projection of attention or dense MLP, "
+     "or that PEFT would not load", "Train with `bias` `none` or `lora_only`, or merge it; the finding has the "
+     "reason."),
     ("E_VARIANT", "a variant whose factors are not plain A and B (Arrow, BD-LoRA, KaSA, MonteCLoRA, QALoRA), "
-     "or what PEFT has of LoRA alone beside another kind",
+     "or a feature that PEFT has for LoRA alone, beside another kind",
      _MERGE),
-    ("E_ALORA", "`alora_invocation_tokens` are no list of at most 64 tokens of the base, or stand beside what "
-     "PEFT has no activated form of, or what acts before them: DoRA, `bias`, PiSSA, parameters, embeddings, a "
-     "head", "Correct the list, or train without what stands beside it."),
+    ("E_ALORA", "`alora_invocation_tokens` is no list of at most 64 tokens of the base, or stands beside a "
+     "feature without an activated form in PEFT, or one that acts before them: DoRA, `bias`, PiSSA, parameters, "
+     "embeddings, a head", "Correct the list, or train without that feature."),
     ("E_REPLICATION", "`layer_replication`: layers that the base does not have", _MERGE),
-    ("E_TARGET_PARAMS", "`target_parameters` other than `gate_up_proj` and `down_proj` of experts, or without "
+    ("E_TARGET_PARAMS", "`target_parameters` other than `gate_up_proj` and `down_proj` of experts, without "
      "their tensors, or for a base without experts", _MERGE),
     ("E_MOE", "tensors of routers, or of experts that the base does not have", _MERGE),
     ("E_INIT", "the initialisation changed the base, by data or by chance (CorDA, LoRA-GA, LoftQ, "
-     "`pissa_niter_4`), or by what this base does not say (PiSSA, OLoRA)",
+     "`pissa_niter_4`), or in a way that this base does not determine (PiSSA, OLoRA)",
      "Save again with `path_initial_model_for_weight_conversion`; a LoftQ adapter needs its own base."),
     ("E_TASK", "trained for another task than to generate texts, to classify them or to make vectors of them, "
      "or to classify without a score head that fits the base",
@@ -101,74 +108,74 @@ _REFUSED: Final = (
      "that do not fit `trainable_token_indices`, and `modules_to_save` of anything else that differs from the "
      "base's",
      _TRAIN),
-    ("E_BASE", "the config names another family of base", "Use the base that it was trained on."),
-    ("E_UNKNOWN_KEY", "tensors whose keys are not known; nothing is dropped silently",
+    ("E_BASE", "the config names a base of another family", "Use the base that it was trained on."),
+    ("E_UNKNOWN_KEY", "tensors with unknown keys; none are dropped silently",
      "Rename them to the form that the finding names."),
     ("E_ADAPTER_INFIX", "keys of several adapters", "`save_pretrained(selected_adapters=[...])`."),
     ("E_PREFIX", "layers of an encoder, or of a tower that the base does not have",
      "Train with `exclude_modules` for them."),
-    ("E_MODULE", "a module that is not served, that the base does not have, or that `lora_target_modules` does "
+    ("E_MODULE", "a module that is not served, that the base lacks, or that `lora_target_modules` does "
      "not allow", "Train without it, or extend `lora_target_modules`."),
     ("E_TARGETS", "tensors of modules that the config leaves out by `target_modules`, `layers_to_transform`, "
-     "`exclude_modules` or `modules_to_save`: PEFT drops them without a word",
-     "Correct the field that is named, or save the adapter without these tensors."),
+     "`exclude_modules` or `modules_to_save`: PEFT drops them silently",
+     "Correct the named field, or save the adapter without these tensors."),
     ("E_PAIR", "A without B, B without A, or a module twice", "Save the adapter again."),
     ("E_RANK_SHAPE", "A, B and the config disagree about the rank", "Correct `r` or `rank_pattern`."),
     ("E_DIMS", "the shapes are those of another base", "Use the base that it was trained on."),
     ("E_LAYER", "a layer that the base does not have", "Use the base that it was trained on."),
-    ("E_RANK_MAX", "a rank above `max_lora_rank`", "Set `max_lora_rank` to the number that is named."),
+    ("E_RANK_MAX", "a rank above `max_lora_rank`", "Set `max_lora_rank` to the number in the finding."),
     ("E_NAN", "NaN or infinite values", "Use an earlier checkpoint: training diverged."),
     ("E_OVERFLOW", "a value, scale included, beyond the storage type", "Build with bfloat16 or float32."),
-    ("E_MAGNITUDE", "a product of scale, B and A beyond every type that is computed in: answers would be NaN",
+    ("E_MAGNITUDE", "a product of scale, B and A beyond every type of computations: answers would be NaN",
      "Use an earlier checkpoint: training diverged."),
     ("E_DTYPE", "tensors that are not F32, F16 or BF16", "Save the adapter in one of them."),
 )  # fmt: skip
 _WARNED: Final = (
     ("W_NARROWED", "values are rounded in the storage type: float32 or float16 in a narrower one, or a scale "
-     "that is no power of two; the largest relative error of a value is given",
+     "that is no power of two; the finding has the largest relative error",
      "Nothing, or set `lora_configuration.dtype` to float32."),
     ("W_ZERO_B", "the adapter changes nothing, and answers are the base's: B, or BA, is zero in every row, "
      "scales are 1, and matrices beside are the base's own",
-     "Look at the training; an untrained adapter is like this."),
+     "Check the training; an untrained adapter looks like this."),
     ("W_UNDERFLOW", "more than 1 % of the values become zero in the storage type", "Build with bfloat16."),
-    ("W_ALPHA", "alpha/r below 0.001 or above 64", "Look at `lora_alpha`."),
+    ("W_ALPHA", "alpha/r below 0.001 or above 64", "Check `lora_alpha`."),
     ("W_MAGNITUDE", "the norm of the product of scale, B and A is more than 100 times that of the base's "
      "weight, and of a weight that keeps the size of its input: the adapter drowns the base, and its answers "
      "may become NaN, which a replica fails as `NUMERICS`",
-     "Look at the training and `lora_alpha`; compare its answers with those of an earlier checkpoint."),
-    ("W_RANK", "the config gives no rank; the tensors' is taken", "Nothing."),
-    ("W_TARGETS", "`target_modules` names modules that have no tensors, or is not given: PEFT's choice counts",
-     "See that the file is the one that you mean."),
-    ("W_PATTERN_ORDER", "several patterns of `alpha_pattern` match a module and say different things; the "
-     "first in the file is taken, as PEFT does when it loads it, but PEFT sorts them when it saves",
-     "See that it is the alpha of the training, or write patterns that exclude each other."),
-    ("W_UNKNOWN_FIELD", "fields of the config that this version does not know",
-     "See that they do not change what the adapter computes."),
+     "Check the training and `lora_alpha`; compare its answers with those of an earlier checkpoint."),
+    ("W_RANK", "the config has no rank; that of the tensors is used", "Nothing."),
+    ("W_TARGETS", "`target_modules` names modules without tensors, or is missing: PEFT's default counts",
+     "Check that it is the right file."),
+    ("W_PATTERN_ORDER", "several patterns of `alpha_pattern` match a module and differ; the "
+     "first in the file is used, as PEFT does when it loads it, but PEFT sorts them when it saves",
+     "Check that it is the alpha of the training, or write patterns that exclude each other."),
+    ("W_UNKNOWN_FIELD", "fields of the config that are unknown to this version",
+     "Check that they do not change the adapter's outputs."),
     ("W_ODENSE", "o_proj where heads x head_dim differs from hidden: TensorRT-LLM could not read these rows",
      "Nothing; loramux serves them."),
     ("W_BASE", "the adapter names another base than the deployment, and they are not the same in two formats, "
-     "by name or by what the hub says; its shapes fit", "See that it was trained on this base."),
+     "by name or by the hub's data; its shapes fit", "Check that it was trained on this base."),
     ("W_LICENSE", "adapter and base name different licences in the front matter of their `README.md`, or only "
-     "one of them names one", "See that both licences allow what you do."),
+     "one of them names one", "Check that both licences allow your use."),
     ("W_REDUNDANT_EMBED", "whole matrices or biases that are equal to the base's own, value by value, are left "
      "out", "Nothing."),
     ("W_TOWER", "tensors of a tower for images or sound are left out: no text passes it, and bases here answer "
      "texts alone", "Nothing."),
     ("W_EXTRA_FILES", "checkpoints, optimizer states and other weights beside the adapter are not used",
-     "See that the folder is the one that you mean."),
+     "Check that it is the right folder."),
     ("W_GATE_UP", "imported rows of a fused gate and up projection, whose halves converters order differently",
-     "See that the import says the right order."),
-    ("W_TRUNCATED", "rows above `truncate_to_rank` are approximated, as the deployment asked; the relative "
-     "error is given", "Drop `truncate_to_rank`, or raise it, if the error is too large."),
+     "Check the order that the import names."),
+    ("W_TRUNCATED", "rows above `truncate_to_rank` are approximated, as the deployment asks; the finding has "
+     "the relative error", "Remove `truncate_to_rank`, or raise it, if the error is too large."),
     ("W_GENERATION", "fields of `generation_config.json` or `tokenizer_config.json` that are not used",
-     "Send them with each request, where a request has them."),
+     "Send them with each request, if it has such fields."),
 )  # fmt: skip
 
 _BASE: Final = (
     ("W_HEAD", "the config ties the head to the embeddings, and the checkpoint has another `lm_head.weight`, "
      "which is served", "Set `tie_word_embeddings` to false, or remove the tensor if it is a leftover."),
-    ("W_WIDENED", "the base's weights are kept in 8 or 4 bits; a replica widens them at load, exactly, to the "
-     "type that it serves in", "Nothing, if replicas have that memory."),
+    ("W_WIDENED", "the base's weights are stored in 8 or 4 bits; a replica widens them at load, exactly, to "
+     "the type in which it serves", "Nothing, if replicas have that memory."),
 )  # fmt: skip
 
 CODES: Final = {
@@ -184,52 +191,53 @@ CODES: Final = {
 """Entries by code."""
 
 CURES: Final = {
-    "ADAPTER_INVALID": "each finding says it",
+    "ADAPTER_INVALID": "follow the cure of each finding",
     "DEPLOYMENT_INVALID": "correct the named fields",
     "REQUEST_INVALID": "correct the named fields",
-    "PROMPT_TOO_LONG": "shorten the prompt or ask for fewer tokens; both numbers are given",
+    "PROMPT_TOO_LONG": "shorten the prompt or ask for fewer tokens; the message has both numbers",
     "PAGE_TOKEN_INVALID": "use `next_page_token` of the last answer",
     "UNAUTHENTICATED": "send a key: docs/guides/access.md",
-    "PERMISSION_DENIED": "use a key with the scope that is named",
+    "PERMISSION_DENIED": "use a key with the named scope",
     "REPO_NOT_FOUND": "correct the name, or name a secret",
-    "REVISION_NOT_FOUND": "correct or drop the revision; of LOCAL it is the content's digest",
+    "REVISION_NOT_FOUND": "correct or drop the revision; that of LOCAL is the content's digest",
     "REPO_GATED": "accept the licence, or use another token",
-    "SOURCE_REFUSED": "the message says what is allowed",
-    "SOURCE_CHANGED": "retry when nobody writes to it",
+    "SOURCE_REFUSED": "use a source that the message allows, or ask the operator",
+    "SOURCE_CHANGED": "retry when no process writes to it",
     "SOURCE_UNAVAILABLE": "retry",
-    "STORE_UNAVAILABLE": "retry; then look at the store",
+    "STORE_UNAVAILABLE": "retry; then check the store",
     "SERVER_UNAVAILABLE": "start it, or retry",
     "SHUTTING_DOWN": "retry with its successor",
     "REPLICA_FAILED": "retry with another replica; the server's log has the details",
-    "REPLICA_BEHIND": "retry: it follows its deployment; then see why it does not: docs/guides/updates.md",
+    "REPLICA_BEHIND": "retry; if it stays behind, see docs/guides/updates.md",
     "REPLICA_PAUSED": "retry, here or with another replica",
-    "DEPLOYMENT_NOT_FOUND": "use one of the names that are listed",
-    "GENERATION_NOT_FOUND": "use one of the numbers that are listed",
-    "ADAPTER_NOT_FOUND": "use one of the names that are listed",
-    "MODEL_NOT_FOUND": "use one of the names that are listed",
+    "DEPLOYMENT_NOT_FOUND": "use one of the listed names",
+    "GENERATION_NOT_FOUND": "use one of the listed numbers",
+    "ADAPTER_NOT_FOUND": "use one of the listed names",
+    "MODEL_NOT_FOUND": "use one of the listed names",
     "REQUEST_ID_REUSED": "draw a new one",
-    "ADAPTER_EXISTS": "say that it is to be replaced, or unload it before",
-    "GENERATION_MISMATCH": "look at what changed, then repeat with the number of the newest generation",
+    "ADAPTER_EXISTS": "set replace, or unload the adapter first",
+    "GENERATION_MISMATCH": "check the changes, then repeat with the number of the newest generation",
     "BUILD_IN_PROGRESS": "watch it, then call again",
-    "BUILD_INTERRUPTED": "wait: it goes on when the builder starts again",
-    "BUILD_CANCELLED": "build again, if it was not meant",
-    "BUILD_TIMED_OUT": "see which adapter was slow; raise LORAMUX_BUILD_TIMEOUT_S if that is its size",
+    "BUILD_INTERRUPTED": "wait: the build continues when the builder restarts",
+    "BUILD_CANCELLED": "build again, if that was a mistake",
+    "BUILD_TIMED_OUT": "find the slow adapter; raise LORAMUX_BUILD_TIMEOUT_S if it is just large",
     "DEADLINE_EXCEEDED": "give it more time, or ask for fewer tokens",
     "CLIENT_STALLED": "send and read without pauses; call again",
     "QUEUE_FULL": "retry",
     "RATE_LIMITED": "retry after the delay; the limits are those of the deployment file or of the key",
     "BUNDLE_NOT_FOUND": "build the adapter, or name a digest that the store has: `loramux adapters` lists them",
     "BUNDLE_CORRUPT": "restore the file, or build the deployment again",
-    "RECORD_TOO_LARGE": "see who can write to the store, remove the object, and build the deployment again",
-    "SIGNATURE_INVALID": "sign it, or build it again with a builder that signs; see who is to have signed it",
-    "PROOF_FAILED": "build the deployment again; then look at the named rows",
+    "RECORD_TOO_LARGE": "check the write access to the store, remove the object, and build the deployment "
+    "again",
+    "SIGNATURE_INVALID": "sign it, or build it again with a builder that signs; check the required signers",
+    "PROOF_FAILED": "build the deployment again; then check the named rows",
     "NUMERICS": "replace the adapter: its weights overflow; serve a base in a type that holds its values",
     "MODEL_UNUSABLE": "push or load another version of the adapter",
-    "CHECKPOINT_INVALID": "the message says why; choose another base",
-    "RESOURCES_EXHAUSTED": "free or add memory or disk; the numbers are given",
+    "CHECKPOINT_INVALID": "choose another base; the message has the reason",
+    "RESOURCES_EXHAUSTED": "free or add memory or disk; the message has the numbers",
     "NO_BUILDER": "start the replica with `--builder HOST:PORT`, or load `bundle:DIGEST`",
-    "SETTINGS_INVALID": "the message says what is allowed",
-    "METHOD_UNSUPPORTED": "leave the call out; the message says what there is instead",
+    "SETTINGS_INVALID": "use a value that the message allows",
+    "METHOD_UNSUPPORTED": "use the alternative in the message",
     "INTERNAL": "report it; the server's log has the details",
 }
 """Cures by the reason of a fault."""
