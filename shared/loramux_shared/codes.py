@@ -92,8 +92,8 @@ _REFUSED: Final = (
      "or a feature that PEFT has for LoRA alone, beside another kind",
      _MERGE),
     ("E_ALORA", "`alora_invocation_tokens` is no list of at most 64 tokens of the base, or stands beside a "
-     "feature without an activated form in PEFT, or one that acts before them: DoRA, `bias`, PiSSA, parameters, "
-     "embeddings, a head", "Correct the list, or train without that feature."),
+     "feature without an activated form in PEFT, or one that acts before them: DoRA, `bias`, PiSSA, "
+     "parameters, embeddings, a head", "Correct the list, or train without that feature."),
     ("E_REPLICATION", "`layer_replication`: layers that the base does not have", _MERGE),
     ("E_TARGET_PARAMS", "`target_parameters` other than `gate_up_proj` and `down_proj` of experts, without "
      "their tensors, or for a base without experts", _MERGE),
