@@ -173,7 +173,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[World, MemoryStore]
 @pytest.fixture(scope="session")
 def chatty(tmp_path_factory: pytest.TempPathFactory) -> tuple[World, MemoryStore]:
     """A tiny Llama with a chat template and three adapters, built; nobody may change its store."""
-    from tests.support.openai_door import openai_world
+    from tests.support.openai_api import openai_world
 
     return openai_world(tmp_path_factory.mktemp("gateways"))
 

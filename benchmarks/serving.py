@@ -362,7 +362,7 @@ BARS: Final = (
     Bar("adapters / transformers + PEFT", ADAPTERS, PEFT, (3.2, 5.5, 5.0)),
     Bar("base requests / transformers' static batch", BASE_REQUESTS, TRANSFORMERS, (2.2, 1.8, 1.7)),
     Bar("adapters / base requests, same server", ADAPTERS, BASE_REQUESTS, (0.92, 0.85, 0.88)),
-    Bar("through the door / engine alone, adapters", ADAPTERS, ENGINE, (0.8, 0.8, 0.8)),
+    Bar("over gRPC / engine alone, adapters", ADAPTERS, ENGINE, (0.8, 0.8, 0.8)),
     Bar("base requests / no adapters loaded", BASE_REQUESTS, NONE_LOADED),
 )
 

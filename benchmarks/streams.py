@@ -28,8 +28,8 @@ from typing import Final
 import httpx
 import psutil
 
-from benchmarks.doors.clients import Steady, door, first_tokens_s
 from benchmarks.moving.figures import Figure, percentile
+from benchmarks.servers.clients import Steady, clients_of, first_tokens_s
 
 STREAMS: Final = (100, 400, 500, 1000, 2000)
 CLIENTS: Final = ("grpc/1", "grpc/16", "http")
@@ -53,7 +53,7 @@ class Server:
     """The server's process, and what it says of itself."""
 
     def __init__(self, step_ms: float, interval_ms: float) -> None:
-        command = [sys.executable, "-m", "benchmarks.doors.server", "--step-ms", str(step_ms)]
+        command = [sys.executable, "-m", "benchmarks.servers.server", "--step-ms", str(step_ms)]
         command += ["--interval-ms", str(interval_ms)]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)  # noqa: S603 - ours
         assert self.process.stdout is not None  # noqa: S101 - a pipe
@@ -130,7 +130,7 @@ def _server(step_ms: float, interval_ms: float) -> Iterator[Server]:
 
 @contextmanager
 def _streams(kind: str, address: str, channels: int, count: int) -> Iterator[subprocess.Popen[bytes]]:
-    command = [sys.executable, "-m", "benchmarks.doors.clients", "--door", kind, "--address", address]
+    command = [sys.executable, "-m", "benchmarks.servers.clients", "--api", kind, "--address", address]
     command += ["--channels", str(channels), "--streams", str(count), "--tokens", str(LONG)]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # noqa: S603 - ours
     try:
@@ -145,7 +145,7 @@ async def measure(clients: str, streams: int, rounds: int, step_ms: float, inter
     kind, _, channels = clients.partition("/")
     with _server(step_ms, interval_ms) as server:
         address = server.addresses[kind]
-        async with door(kind, address, 1) as warm:
+        async with clients_of(kind, address, 1) as warm:
             await first_tokens_s(warm, 8, NEW_TOKENS)
         before = server.first_tokens()
         with _streams(kind, address, int(channels or 1), streams) as process:
@@ -156,7 +156,7 @@ async def measure(clients: str, streams: int, rounds: int, step_ms: float, inter
             cpu = (server.cpu_s - cpu_s) / (time.monotonic() - since)
             before, found = server.first_tokens(), []
             for _ in range(rounds):
-                async with door(kind, address, 1) as opened:
+                async with clients_of(kind, address, 1) as opened:
                     await first_tokens_s(opened, 1, NEW_TOKENS)  # the connection is there
                     found += await first_tokens_s(opened, NEW, NEW_TOKENS)
             beside = _firsts(found, before, server.first_tokens())

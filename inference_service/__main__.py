@@ -28,8 +28,8 @@ log = structlog.get_logger()
 FLAGS = {
     "store": "URI of the object store",
     "grpc": "HOST:PORT to listen on",
-    "http": "HOST:PORT of the OpenAI HTTP door; it is closed when not given",
-    "model_doors": "MODEL=HOST:PORT, by commas: gRPC addresses of one model each",
+    "http": "HOST:PORT of the HTTP APIs; closed when not given",
+    "model_ports": "MODEL=HOST:PORT, by commas: gRPC addresses of one model each",
     "deployment": "the deployment to serve",
     "backend": "auto, native, torch or triton",
     "device": "auto, cpu or cuda",
@@ -111,9 +111,9 @@ def require_services_of_models(settings: InferenceSettings) -> None:
     Raises:
         SettingsInvalid: it is so.
     """
-    if settings.model_doors and not find_extensions(SERVICES):
+    if settings.model_ports and not find_extensions(SERVICES):
         raise SettingsInvalid(
-            f"{variable('model_doors')} is set: expected an extension that serves these addresses, found none. "
+            f"{variable('model_ports')} is set: expected an extension that serves these addresses, found none. "
             "Install loramux with its extensions (vllm_grpc is one), or unset the variable."
         )
 

@@ -23,7 +23,7 @@ from loramux_shared.settings import InferenceSettings
 
 log = structlog.get_logger()
 
-Door = RpcServer | HttpServer
+ApiServer = RpcServer | HttpServer
 
 
 async def run(settings: InferenceSettings, guard: Guard, stop: Stop) -> int:
@@ -40,7 +40,7 @@ async def run(settings: InferenceSettings, guard: Guard, stop: Stop) -> int:
     patience = calls.Patience(read_s=stall_s, pause_s=stall_s)
     serve = partial(RpcServer, guard=guard, tracing=tracing, patience=patience, rules=extensions.rules)
     server = serve(settings.grpc, services)
-    doors: dict[str, Door] = {}
+    servers: dict[str, ApiServer] = {}
     if settings.http:
         http_patience = protocol.Patience(read_s=stall_s, pause_s=stall_s)
         doors["http"] = HttpServer(settings.http, ready.service, guard, tracing, http_patience)
@@ -49,10 +49,10 @@ async def run(settings: InferenceSettings, guard: Guard, stop: Stop) -> int:
         model: serve(address, extensions.of_model(model, lambda: server.serving))
         for model, address in settings.addresses_of_models.items()
     }
-    bound = {name: await door.start() for name, door in doors.items()}
+    bound = {name: await each.start() for name, each in servers.items()}
     if of_models:
-        bound["model_doors"] = ", ".join([f"{name}={await door.start()}" for name, door in of_models.items()])
-    every = [*doors.values(), *of_models.values()]
+        bound["model_ports"] = ", ".join([f"{name}={await each.start()}" for name, each in of_models.items()])
+    every = [*servers.values(), *of_models.values()]
     replica.begin(partial(_refuse, every))
     for each in (*of_models.values(), server):
         await each.set_serving(True)
@@ -65,14 +65,14 @@ async def run(settings: InferenceSettings, guard: Guard, stop: Stop) -> int:
     drain_s = settings.drain_timeout_s if number or operators.outdated.is_set() else TELL_S
     ready.engine.resume()  # what stands still could not end
     log.info("draining", signal=number.name if number else "none", timeout_s=drain_s)
-    finished = await asyncio.gather(*(door.drain(drain_s, ready.engine.cut) for door in every))
+    finished = await asyncio.gather(*(each.drain(drain_s, ready.engine.cut) for each in every))
     why = await replica.stop()
     if why is not None:
         end_broken(why)
     return 0 if all(finished) else 1
 
 
-async def _refuse(doors: Collection[Door]) -> None:
+async def _refuse(servers: Collection[ApiServer]) -> None:
     """Fail health checks from now on."""
-    for door in doors:
-        await door.refuse()
+    for each in servers:
+        await each.refuse()

@@ -76,7 +76,7 @@ class Credentials:
         """
         target = address.removeprefix(TLS_SCHEME)
         if address.startswith(("http://", "https://")) or ":" not in target:
-            raise SettingsInvalid(f"{address}: expected HOST:PORT of a gRPC door, or {TLS_SCHEME}HOST:PORT.")
+            raise SettingsInvalid(f"{address}: expected HOST:PORT of a gRPC server, or {TLS_SCHEME}HOST:PORT.")
         if target == address:
             return kind.insecure_channel(address, (*options, *CLIENT_OPTIONS))
         name = (("grpc.ssl_target_name_override", self.tls_name),) if self.tls_name else ()

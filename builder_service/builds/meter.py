@@ -15,7 +15,7 @@ from prometheus_client import (
     disable_created_metrics,
 )
 
-from builder_service.builds.metrics_door import MetricsDoor
+from builder_service.builds.metrics_server import MetricsServer
 from builder_service.builds.running import RunningBuild
 from builder_service.builds.views import State
 from loramux_shared.access.guard import is_local
@@ -65,8 +65,8 @@ class BuildMeter:
                 "loopback, or LORAMUX_INSECURE=1 beside it."
             )
         try:
-            door = MetricsDoor(host.strip("[]"), int(port), self._registry)
+            server = MetricsServer(host.strip("[]"), int(port), self._registry)
         except OSError as error:
             raise SettingsInvalid(f"LORAMUX_METRICS={address}: {error}; expected a free HOST:PORT.") from error
-        door.start()
-        return f"{host}:{door.server_port}"
+        server.start()
+        return f"{host}:{server.server_port}"

@@ -49,7 +49,7 @@ from loramux_shared.access.keyring import Keyring
 from loramux_shared.access.rights import Scope as AccessScope
 from loramux_shared.faults import Fault
 from loramux_shared.routes import Route as ApiRoute
-from loramux_shared.tracing.spans import DoorSpans, TraceMiddleware
+from loramux_shared.tracing.spans import ServerSpans, TraceMiddleware
 
 
 async def show_openapi(service: GenerationService, http: HttpRequest) -> Response:
@@ -129,7 +129,7 @@ TRACED: Final = frozenset(
 def create_app(
     service: GenerationService,
     keyring: Keyring | None = None,
-    tracing: DoorSpans | None = None,
+    tracing: ServerSpans | None = None,
     adapters: AdapterManager | None = None,
 ) -> Front:
     """Return the ASGI application; with a keyring, all but health and the page asks for a key.

@@ -15,9 +15,9 @@ from inference_service.http.wire.connections import Connections
 from inference_service.http.wire.protocol import USUAL, BoundedHttp, Patience
 from inference_service.serving.service import GenerationService
 from loramux_shared.access.guard import NOBODY_GUARDS, Guard
-from loramux_shared.descriptors import connections_of_a_door
+from loramux_shared.descriptors import connections_per_server
 from loramux_shared.rpc.listening import listen
-from loramux_shared.tracing.spans import DoorSpans
+from loramux_shared.tracing.spans import ServerSpans
 
 CUT_S: Final = 1.0
 """For what a drain cuts off to tell its client so, and for its connection to close."""
@@ -33,7 +33,7 @@ class HttpServer:
         address: str,
         service: GenerationService,
         guard: Guard = NOBODY_GUARDS,
-        tracing: DoorSpans | None = None,
+        tracing: ServerSpans | None = None,
         patience: Patience = USUAL,
         max_connections: int | None = None,
         adapters: AdapterManager | None = None,
@@ -64,7 +64,7 @@ class HttpServer:
                 leaving=lambda: self._front.leaving or self._front.draining,
             )
 
-        bound = max_connections or connections_of_a_door()
+        bound = max_connections or connections_per_server()
         tls = guard.tls.following_context() if guard.tls is not None else None
         self.connections = Connections(state, connection, patience, bound, tls)
 

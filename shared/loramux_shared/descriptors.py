@@ -30,7 +30,7 @@ def raise_limit() -> None:
         log.info("limit on open files raised", before=soft, now=wanted)
 
 
-def connections_of_a_door() -> int:
+def connections_per_server() -> int:
     """Return the connections that each of two servers may hold, so that the limit is never reached."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY:

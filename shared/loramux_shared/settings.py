@@ -72,7 +72,7 @@ def _split_hosts(value: Any) -> Any:
     return tuple(filter(None, map(str.strip, value.split(",")))) if isinstance(value, str) else value
 
 
-def _model_door(value: str) -> str:
+def _model_port(value: str) -> str:
     model, _, address = value.rpartition("=")
     if not model:
         raise ValueError("MODEL=HOST:PORT, for example support=127.0.0.1:50061, separated by commas")
@@ -122,8 +122,8 @@ Folders = Annotated[
 Hosts = Annotated[tuple[Annotated[str, AfterValidator(_host)], ...], NoDecode, BeforeValidator(_split_hosts)]
 """Hosts; in a variable separated by commas."""
 
-ModelDoors = Annotated[
-    tuple[Annotated[str, AfterValidator(_model_door)], ...],
+ModelPorts = Annotated[
+    tuple[Annotated[str, AfterValidator(_model_port)], ...],
     NoDecode,
     BeforeValidator(_split_hosts),
     AfterValidator(_each_once),
@@ -253,7 +253,7 @@ class InferenceSettings(Settings):
     """Address of the gRPC service."""
     http: Address | None = None
     """Address of the HTTP APIs; closed when not given."""
-    model_doors: ModelDoors = ()
+    model_ports: ModelPorts = ()
     """gRPC addresses that stand for one model each, MODEL=HOST:PORT by commas: for gateways whose workers have
     one model, as SMG's over gRPC. Any name of a model will do, a mixture's too. None under Ray."""
     backend: Literal["auto", "native", "torch", "triton"] = "auto"
@@ -339,7 +339,7 @@ class InferenceSettings(Settings):
     @property
     def addresses_of_models(self) -> dict[str, str]:
         """Return the addresses of the ports of single models, by model."""
-        return {door.rpartition("=")[0]: door.rpartition("=")[2] for door in self.model_doors}
+        return {port.rpartition("=")[0]: port.rpartition("=")[2] for port in self.model_ports}
 
     @property
     def rounding(self) -> Rounding:

@@ -157,7 +157,7 @@ def test_a_child_names_the_failure_that_ends_it() -> None:
     assert exit_of(caught.value) is Exit.USAGE
 
 
-@pytest.mark.parametrize("address", ["unix:/somewhere/door", "127.0.0.1:0", "localhost:0"])
+@pytest.mark.parametrize("address", ["unix:/somewhere/api", "127.0.0.1:0", "localhost:0"])
 def test_every_form_of_an_address_may_be_free(address: str) -> None:
     """An address that a service can listen on is not refused for its form."""
     require_free(address)

@@ -32,7 +32,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     return world
 
 
-def test_all_doors_drain_together(world: World, tmp_path: Path) -> None:
+def test_all_apis_drain_together(world: World, tmp_path: Path) -> None:
     """Open streams of all APIs come to their end after one SIGTERM, new requests are 503, the exit
     status is 0.
     """

@@ -18,10 +18,10 @@ from tests.support.access import lines, new_entry
 from tests.support.browser import CHROMIUM, CTRL, Page, browser
 from tests.support.generations import change_deployed
 from tests.support.looks import faint, nameless, overflow
-from tests.support.openai_door import open_door, openai_world
+from tests.support.openai_api import open_api, openai_world
 from tests.support.operated import operated
 from tests.support.root import ROOT
-from tests.support.scripted_page import ScriptedPage, scripted_door
+from tests.support.scripted_page import ScriptedPage, scripted_api
 from tests.support.waiting import until
 
 pytestmark = [
@@ -74,9 +74,9 @@ async def _ask(page: Page, prompt: str = "Hi") -> None:
 async def test_base_and_adapters_answer_side_by_side(page: Page, tmp_path: Path) -> None:
     """Each chosen model, and the mixture of the chosen adapters, has a card with its own answer, token for
     token, and its numbers."""
-    async with open_door(openai_world(tmp_path)) as door:
-        await _open(page, door.url, 4)
-        listed = [model.name for model in door.ready.service.catalog]
+    async with open_api(openai_world(tmp_path)) as api:
+        await _open(page, api.url, 4)
+        listed = [model.name for model in api.ready.service.catalog]
         assert await page.texts(".model .name") == listed == ["base", "all", "rs", "wide"]
         await page.click(".model input[value=all]")
         assert await page.text("#chosen") == "3 of 4"
@@ -93,7 +93,7 @@ async def test_base_and_adapters_answer_side_by_side(page: Page, tmp_path: Path)
         assert await page.texts("article h3") == asked
         body = {"messages": [{"role": "user", "content": "Hi"}], "temperature": 0, "max_completion_tokens": 24}
         answers = await asyncio.gather(
-            *(door.post("/v1/chat/completions", model=name, **body) for name in asked)
+            *(api.post("/v1/chat/completions", model=name, **body) for name in asked)
         )
         wanted = [answer.json() for answer in answers]
         texts = [answer["choices"][0]["message"]["content"] for answer in wanted]
@@ -106,7 +106,7 @@ async def test_base_and_adapters_answer_side_by_side(page: Page, tmp_path: Path)
         ]
         assert await page.texts("article .end") == [each["choices"][0]["finish_reason"] for each in wanted]
         assert await page.texts("article .rank") == ["base model", "rank 5", "rank 8", "rank 5, 8"]
-        digests = [door.ready.service.catalog.get(name).digest for name in ("rs", "wide")]
+        digests = [api.ready.service.catalog.get(name).digest for name in ("rs", "wide")]
         assert await page.texts("article .digest:not([hidden])") == [digest[:12] for digest in digests]
         tips = "[...document.querySelectorAll('.digest:not([hidden])')].map((each) => each.dataset.tip)"
         assert await page.eval(tips) == digests
@@ -116,7 +116,7 @@ async def test_base_and_adapters_answer_side_by_side(page: Page, tmp_path: Path)
 async def test_it_can_be_used_by_many(page: Page, tmp_path: Path) -> None:
     """On desks, tablets and phones, light and dark: no sideways scrolling, faint text or nameless control."""
     says = {"bard": ["The sea is a vast and mysterious realm. " * 9]}
-    async with scripted_door(ScriptedPage(tmp_path, ["bard", "json", "pirate"], says)) as url:
+    async with scripted_api(ScriptedPage(tmp_path, ["bard", "json", "pirate"], says)) as url:
         await _open(page, url, 4)
         await _ask(page, "Tell me about the sea.")
         await page.until(DONE)
@@ -143,7 +143,7 @@ async def test_it_can_be_used_by_many(page: Page, tmp_path: Path) -> None:
 
 async def test_hundreds_of_adapters_are_chosen_with_the_keyboard(page: Page, tmp_path: Path) -> None:
     """The filter finds a part of a name, arrows walk the list, space chooses, and Tab leaves it at once."""
-    async with scripted_door(ScriptedPage(tmp_path, MANY, {})) as url:
+    async with scripted_api(ScriptedPage(tmp_path, MANY, {})) as url:
         await _open(page, url, 301)
         await page.click("#choose-none")
         await page.type("#filter", "Adapter-07")
@@ -173,7 +173,7 @@ async def test_more_models_than_connections_take_turns(page: Page, tmp_path: Pat
     ends all answers with the tokens that they had, and the server lets go of them."""
     says = {name: ["Ahoy", None] for name in MANY[:5]}
     service = ScriptedPage(tmp_path, MANY, says)
-    async with scripted_door(service) as url:
+    async with scripted_api(service) as url:
         await _open(page, url, 301)
         await page.click("#choose-none")
         for name in MANY[:7]:
@@ -201,7 +201,7 @@ async def test_what_a_model_writes_stays_text(page: Page, tmp_path: Path) -> Non
     says = {"evil": [HOSTILE[:9], HOSTILE[9:]], "thinks": ["<think>Hm.", "</think>Ahoy."]}
     service = ScriptedPage(tmp_path, list(says), says)
     change_deployed(service.catalog, reasoning_parser=ReasoningParser.THINK)
-    async with scripted_door(service) as url:
+    async with scripted_api(service) as url:
         await _open(page, url, 3)
         await _ask(page)
         await page.until(DONE)
@@ -215,7 +215,7 @@ async def test_failures_are_told_in_the_servers_words(page: Page, tmp_path: Path
     """A refusal, an end in the middle and a server that is gone each have a message, and spare the others."""
     broken, refused = InternalFault("the engine failed."), RequestInvalid("the prompt is empty.")
     says = {"breaks": ["A", broken], "refuses": [refused]}
-    async with scripted_door(ScriptedPage(tmp_path, list(says), says)) as url:
+    async with scripted_api(ScriptedPage(tmp_path, list(says), says)) as url:
         await _open(page, url, 3)
         await _ask(page)
         await page.until(DONE)
@@ -240,7 +240,7 @@ async def test_what_a_desk_shows_without_scrolling(page: Page, tmp_path: Path) -
     """At 1280x800 the server's numbers and those of long answers are in sight; names keep their ends."""
     names = [f"acme-corporation-customer-support-{number:03}-de" for number in range(60)]
     says = {name: ["The sea is a vast and mysterious realm. " * 60] for name in names[:3]}
-    async with scripted_door(ScriptedPage(tmp_path, names, says)) as url:
+    async with scripted_api(ScriptedPage(tmp_path, names, says)) as url:
         await _open(page, url, 61)
         await _ask(page, "Tell me about the sea.")
         await page.until(DONE)
@@ -265,7 +265,7 @@ async def test_what_a_desk_shows_without_scrolling(page: Page, tmp_path: Path) -
 
 async def test_the_settings_are_shown_and_start_greedy(page: Page, tmp_path: Path) -> None:
     """Closed fields show their values; requests are greedy and of some length until changed."""
-    async with scripted_door(ScriptedPage(tmp_path, ["one"], {})) as url:
+    async with scripted_api(ScriptedPage(tmp_path, ["one"], {})) as url:
         await _open(page, url, 2)
         assert await page.text("#settings") == "greedy, temperature 0, max tokens 512"
         await page.click("#ask summary")
@@ -280,7 +280,7 @@ async def test_a_server_with_keys_asks_for_one(page: Page, tmp_path: Path) -> No
     key, entry = new_entry("ann", "infer", models=("one",))
     wrong, builder = new_entry("bob", "build")
     service = ScriptedPage(tmp_path, ["one", "two"], {})
-    async with scripted_door(service, Keyring(text=lines(entry, builder))) as url:
+    async with scripted_api(service, Keyring(text=lines(entry, builder))) as url:
         await page.open(url)
         await page.until("document.querySelector('#access').checkVisibility()")
         assert await page.text("#link") == "key needed"
@@ -309,7 +309,7 @@ async def test_the_panel_rests_while_nobody_looks(page: Page, tmp_path: Path) ->
     fire, due = "due.pop()()", "due.length === 1"
     script = await page.call("Page.addScriptToEvaluateOnNewDocument", source=TIMERS)
     try:
-        async with scripted_door(ScriptedPage(tmp_path, ["one", "two"], {})) as url:
+        async with scripted_api(ScriptedPage(tmp_path, ["one", "two"], {})) as url:
             await _open(page, url, 3)
             await page.until(due)
             assert await page.texts("#server dd") == ["3", "2", "0", "25 %", "25 %", "base, one (2)"]
@@ -330,7 +330,7 @@ async def test_an_admin_key_pins_loads_and_rolls_back(page: Page, tmp_path: Path
     service = ScriptedPage(tmp_path, ["one", "two"], {})
     service.catalog = replica.names
     told = "document.querySelector('#operated').textContent"
-    async with scripted_door(service, adapters=replica.manager) as url:
+    async with scripted_api(service, adapters=replica.manager) as url:
         await _open(page, url, 3)
         assert await page.texts(".model .version") == ["000000 ○", "000000 ○"]
         await page.click("#operate summary")
@@ -369,7 +369,7 @@ async def test_an_admin_key_pins_loads_and_rolls_back(page: Page, tmp_path: Path
 async def test_a_key_without_the_scope_is_told_so(page: Page, tmp_path: Path) -> None:
     """The panel says so when it is opened; the rest of the page goes on."""
     key, entry = new_entry("ann", "infer")
-    async with scripted_door(ScriptedPage(tmp_path, ["one"], {}), Keyring(text=lines(entry))) as url:
+    async with scripted_api(ScriptedPage(tmp_path, ["one"], {}), Keyring(text=lines(entry))) as url:
         await page.open(url)
         await page.until("document.querySelector('#access').checkVisibility()")
         await page.type("#key", key)

@@ -21,7 +21,7 @@ from loramux.builder.v1 import builder_pb2
 from loramux.inference.v1 import adapters_pb2, inference_pb2
 from loramux_shared.rpc.options import MAX_REQUEST_BYTES
 from loramux_shared.rpc.wire import MAX_FIELDS
-from tests.fuzz.doors import BODIES, Doors, open_doors
+from tests.fuzz.apis import BODIES, FuzzedApis, open_apis
 from tests.fuzz.mutate import bounded, json_text, mutated_json, mutated_message
 from tests.fuzz.numbers import HOLE, LITERALS, NUMBERS, in_turn, json_fields, on_the_wire, wire_fields
 
@@ -37,19 +37,19 @@ METHODS = {
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def doors(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Doors]:
+async def apis(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[FuzzedApis]:
     """All servers."""
-    async with open_doors(tmp_path_factory.mktemp("doors")) as opened:
+    async with open_apis(tmp_path_factory.mktemp("apis")) as opened:
         # What a process makes once, at the first long text, is no leak.
         assert await opened.post(PLAIN, LARGE_BODIES["text"][1]()) == TOO_LONG
         yield opened
 
 
-async def test_nothing_is_left_out(doors: Doors) -> None:
+async def test_nothing_is_left_out(apis: FuzzedApis) -> None:
     """Each route that takes a body and each rpc of both services has a valid request to start from."""
     read = {endpoint.path: endpoint.body for endpoint in ENDPOINTS if endpoint.body}
     assert {path: kind for path, (kind, _) in BODIES.items()} == read
-    assert set(doors.messages) == set(METHODS)
+    assert set(apis.messages) == set(METHODS)
 
 
 RUNS = [
@@ -61,7 +61,7 @@ RUNS = [
 
 
 @pytest.mark.parametrize("cases", RUNS)
-async def test_mutated_bodies(doors: Doors, cases: range) -> None:
+async def test_mutated_bodies(apis: FuzzedApis, cases: range) -> None:
     """A mutated body, whose case is its seed, is answered or refused by name."""
     with bounded() as watch:
         for number in cases:
@@ -69,25 +69,25 @@ async def test_mutated_bodies(doors: Doors, cases: range) -> None:
             path = rng.choice(sorted(BODIES))
             body = json_text(mutated_json(BODIES[path][1], rng), rng)
             with watch.case(f"{path} {number}"):
-                watch.note(await doors.post(path, body))
+                watch.note(await apis.post(path, body))
     assert watch.outcomes["OK"] > len(cases) / 100
 
 
 @pytest.mark.parametrize("cases", RUNS)
-async def test_mutated_messages(doors: Doors, cases: range) -> None:
+async def test_mutated_messages(apis: FuzzedApis, cases: range) -> None:
     """Over gRPC, nothing is INTERNAL, and nothing without a reason of ours."""
     with bounded() as watch:
         for number in cases:
             rng = Random(number)
-            method = rng.choice(sorted(doors.messages))
-            data = mutated_message(rng.choice(doors.messages[method]), rng)
+            method = rng.choice(sorted(apis.messages))
+            data = mutated_message(rng.choice(apis.messages[method]), rng)
             with watch.case(f"{method} {number}"):
-                watch.note(await doors.call(method, data))
+                watch.note(await apis.call(method, data))
     assert watch.outcomes["OK"] > len(cases) / 100
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_numbers_in_json(doors: Doors, stream: bool) -> None:
+async def test_numbers_in_json(apis: FuzzedApis, stream: bool) -> None:
     """Any number that a client writes gets an answer or the name of the error."""
     with bounded() as watch:
         kinds = {kind: (path, valid) for path, (kind, valid) in BODIES.items()}
@@ -101,22 +101,22 @@ async def test_numbers_in_json(doors: Doors, stream: bool) -> None:
                 assert str(HOLE) in text
                 for literal in in_turn(LITERALS, turn, 30 if stream else 14):
                     with watch.case(f"{path} {place} {literal:.40}"):
-                        watch.note(await doors.post(path, text.replace(str(HOLE), literal).encode()))
+                        watch.note(await apis.post(path, text.replace(str(HOLE), literal).encode()))
     assert len(watch.outcomes) > 1
 
 
 @pytest.mark.parametrize("method", METHODS)
-async def test_numbers_on_the_wire(doors: Doors, method: str) -> None:
+async def test_numbers_on_the_wire(apis: FuzzedApis, method: str) -> None:
     """The same over gRPC, with bytes that a client's own library would not write."""
     with bounded() as watch:
         for turn, path in enumerate(wire_fields(METHODS[method])):
             name = ".".join(field.name for field in path)
-            for request in doors.messages[method]:
+            for request in apis.messages[method]:
                 for number in in_turn(NUMBERS, turn, 14):
                     more = on_the_wire(path, number)
                     if more is not None:
                         with watch.case(f"{method} {name} {number!r:.40}"):
-                            watch.note(await doors.call(method, request.SerializeToString() + more))
+                            watch.note(await apis.call(method, request.SerializeToString() + more))
 
 
 ROOM = MAX_REQUEST_BYTES - 300
@@ -165,13 +165,13 @@ SWEPT_BODIES: dict[str, tuple[str, Callable[[], bytes], str]] = {
 
 
 @pytest.mark.parametrize("name", [*LARGE_BODIES, *(pytest.param(name, marks=SWEEP) for name in SWEPT_BODIES)])
-async def test_large_bodies(doors: Doors, name: str) -> None:
+async def test_large_bodies(apis: FuzzedApis, name: str) -> None:
     """A body of 8 MB is refused with a reason, in little memory."""
     path, made, expected = (LARGE_BODIES | SWEPT_BODIES)[name]
     body = made()
     assert len(body) <= MAX_REQUEST_BYTES
     with bounded(growth=GROWTH) as watch, watch.case(name):
-        assert await doors.post(path, body) == expected
+        assert await apis.post(path, body) == expected
 
 
 def field(number: int, content: bytes) -> bytes:
@@ -201,19 +201,19 @@ SWEPT: dict[str, tuple[Callable[[], bytes], str]] = {
 
 
 @pytest.mark.parametrize("name", [*LARGE, *(pytest.param(name, marks=SWEEP) for name in SWEPT)])
-async def test_large_messages(doors: Doors, name: str) -> None:
+async def test_large_messages(apis: FuzzedApis, name: str) -> None:
     """A message of 8 MB is refused with a reason, in little memory."""
     made, expected = (LARGE | SWEPT)[name]
     request = field(1, b"base") + made()
     assert len(request) <= MAX_REQUEST_BYTES
     with bounded(growth=GROWTH) as watch, watch.case(name):
-        assert await doors.call(f"/{SERVICE_NAME}/Generate", request) == expected
+        assert await apis.call(f"/{SERVICE_NAME}/Generate", request) == expected
 
 
-async def test_many_adapters(doors: Doors) -> None:
+async def test_many_adapters(apis: FuzzedApis) -> None:
     """A deployment of thousands of adapters that all break a rule is refused as a whole, and names a few."""
     adapter = field(3, field(1, b"a b"))
     spec = field(1, field(1, b"x") + adapter * 12_000)
     with bounded() as watch, watch.case("adapters"):
-        outcome = await doors.call("/loramux.builder.v1.BuilderService/BuildDeployment", spec)
+        outcome = await apis.call("/loramux.builder.v1.BuilderService/BuildDeployment", spec)
     assert outcome == "DEPLOYMENT_INVALID"

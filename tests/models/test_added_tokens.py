@@ -22,7 +22,7 @@ from loramux_shared.bundle.manifest import OWN_TOKENS_FILE
 from loramux_shared.bundle.reader import read_manifest
 from loramux_shared.faults import AdapterInvalid
 from loramux_shared.storage.memory import MemoryStore
-from tests.support.openai_door import open_door
+from tests.support.openai_api import open_api
 from tests.support.tiny import SIZES, VOCAB, World, make_checkpoint, oracle, oracle_tokens, run_engine
 
 NEW = 12
@@ -157,34 +157,34 @@ def test_bundles_say_what_they_have(store: MemoryStore) -> None:
     assert [generation.adapters[name].apart != "" for name in ("plain", "more", "fewer")] == [False, True, True]
 
 
-async def test_doors_speak_its_tokens(world: World, store: MemoryStore) -> None:
+async def test_apis_speak_its_tokens(world: World, store: MemoryStore) -> None:
     """Prompts, answers, scores, grammars and bounds of a model are in its tokens, of others in the base's."""
-    async with open_door((world, store)) as door:
+    async with open_api((world, store)) as api:
         ids = {text: VOCAB + at for at, text in enumerate(ADDED)}
         mine, base = {"model": "more"}, {"model": "base"}
         for model, tokens in ((mine, [ids["<tool>"], 68]), (base, [31, 87, 82, 82, 79, 33, 68])):
-            said = (await door.post("/tokenize", prompt="<tool>a", **model)).json()
+            said = (await api.post("/tokenize", prompt="<tool>a", **model)).json()
             assert said["tokens"] == tokens
-            back = await door.post("/detokenize", tokens=tokens, **model)
+            back = await api.post("/detokenize", tokens=tokens, **model)
             assert back.json() == {"prompt": "<tool>a"}
-        foreign = await door.post("/v1/completions", prompt=[BASE], **base)
+        foreign = await api.post("/v1/completions", prompt=[BASE], **base)
         assert foreign.status_code == 400
         assert f"ids from 0 to {BASE - 1}" in foreign.json()["error"]["message"]
         asked = {"messages": [{"role": "user", "content": "ab"}], "max_tokens": 4, "temperature": 0}
-        chat = (await door.post("/v1/chat/completions", return_token_ids=True, **mine, **asked)).json()
+        chat = (await api.post("/v1/chat/completions", return_token_ids=True, **mine, **asked)).json()
         assert chat["prompt_token_ids"] == [ids["<|im_start|>"], 68, 69, ids["<|im_end|>"]]
         bias = {"logit_bias": {str(ids["<tool>"]): 100}, "max_tokens": 2, "logprobs": 1}
-        told = (await door.post("/v1/completions", prompt="a", **mine, **bias)).json()["choices"][0]
+        told = (await api.post("/v1/completions", prompt="a", **mine, **bias)).json()["choices"][0]
         assert (told["text"], told["logprobs"]["tokens"]) == ("<tool><tool>", ["<tool>", "<tool>"])
-        ended = await door.post(
+        ended = await api.post(
             "/v1/completions", prompt="a", logit_bias={str(ids["<|im_end|>"]): 100}, max_tokens=3, **mine
         )
         assert (ended.json()["choices"][0]["text"], ended.json()["choices"][0]["finish_reason"]) == ("", "stop")
         choice = {"structured_outputs": {"choice": ["x<tool>"]}, "max_tokens": 9, "return_token_ids": True}
         for model, tokens in ((mine, [91, ids["<tool>"]]), (base, [91, 31, 87, 82, 82, 79, 33])):
-            made = (await door.post("/v1/completions", prompt="a", **model, **choice)).json()["choices"][0]
+            made = (await api.post("/v1/completions", prompt="a", **model, **choice)).json()["choices"][0]
             assert (made["text"], made["token_ids"][: len(tokens)]) == ("x<tool>", tokens)
-        mixed = await door.post("/v1/completions", prompt="a", model="more*0.5+plain")
+        mixed = await api.post("/v1/completions", prompt="a", model="more*0.5+plain")
         assert (mixed.status_code, "a vocabulary of its own" in mixed.text) == (400, True)
 
 

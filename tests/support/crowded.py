@@ -11,7 +11,7 @@ from pathlib import Path
 
 from loramux_shared.descriptors import raise_limit
 from loramux_shared.telemetry import log_to_stderr
-from tests.support.endless import Endless, doors_of
+from tests.support.endless import Endless, apis_of
 
 
 def serves(limit: int, log: Path, peer: Connection) -> None:
@@ -25,7 +25,7 @@ async def _serve(limit: int, peer: Connection) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (limit // 2, limit))
     raise_limit()
     with tempfile.TemporaryDirectory() as folder:
-        http, rpc = doors_of(Endless(Path(folder)))
+        http, rpc = apis_of(Endless(Path(folder)))
         addresses = {"http": await http.start(), "grpc": await rpc.start()}
         await rpc.set_serving(True)
         peer.send(addresses)

@@ -57,7 +57,7 @@ class Endless(Scripted):
         await until(lambda: self.open == count, f"{count} answers to be held", lambda: self.open)
 
 
-def doors_of(
+def apis_of(
     service: Endless,
     guard: Guard = NOBODY_GUARDS,
     http: protocol.Patience = protocol.USUAL,
@@ -72,7 +72,7 @@ def doors_of(
     )
 
 
-class Doors:
+class EndlessApis:
     """An endless service, and both of its APIs, with few connections each."""
 
     def __init__(
@@ -83,7 +83,7 @@ class Doors:
         rpc: calls.Patience = calls.USUAL,
     ) -> None:
         self.service = Endless(folder)
-        self.http, self.rpc = doors_of(self.service, guard, http, rpc, BOUND)
+        self.http, self.rpc = apis_of(self.service, guard, http, rpc, BOUND)
 
     async def __aenter__(self) -> Self:
         """Listen."""

@@ -17,7 +17,7 @@ from inference_service.adapters.served_model import ServedModel
 from inference_service.core.adapter import Adapter
 from inference_service.core.sequence import FinishReason, Token
 from inference_service.engine.engine import EngineStats, SequenceCounts
-from inference_service.http import server as door
+from inference_service.http import server as api
 from inference_service.http.server import HttpServer
 from inference_service.serving.engine_thread import EngineThread
 from inference_service.serving.request import Delta, Event, Finished, Request, Started
@@ -88,7 +88,7 @@ class ScriptedPage(GenerationService):
 
 
 @asynccontextmanager
-async def scripted_door(
+async def scripted_api(
     service: ScriptedPage, keyring: Keyring | None = None, adapters: AdapterManager | None = None
 ) -> AsyncIterator[str]:
     """Serve it on a free port; yields its URL."""
@@ -101,5 +101,5 @@ async def scripted_door(
 
 async def _close(server: HttpServer) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(door, "CUT_S", 0.05)  # a browser keeps its connections as long as it may
+        patch.setattr(api, "CUT_S", 0.05)  # a browser keeps its connections as long as it may
         await server.drain(0.1)

@@ -72,7 +72,7 @@ class ScriptedReplica:
         self.grpc = RpcServer("127.0.0.1:0", services, guard)
 
     @property
-    def doors(self) -> tuple[str, str]:
+    def apis(self) -> tuple[str, str]:
         """Return its addresses."""
         return self.grpc.address, self.http.address
 

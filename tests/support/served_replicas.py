@@ -21,7 +21,7 @@ from loramux_shared.rpc.server import RpcServer
 from loramux_shared.settings import InferenceSettings
 from loramux_shared.sources.open import open_sources
 from loramux_shared.storage.memory import MemoryStore
-from tests.support.openai_door import OpenAIDoor
+from tests.support.openai_api import OpenAIApi
 from tests.support.tiny import World
 from tests.support.waiting import BOUND_S
 
@@ -37,9 +37,7 @@ def copied(world: Built) -> Built:
 
 
 @asynccontextmanager
-async def open_replica(
-    world: Built, guard: Guard = NOBODY_GUARDS, **settings: Any
-) -> AsyncIterator[OpenAIDoor]:
+async def open_replica(world: Built, guard: Guard = NOBODY_GUARDS, **settings: Any) -> AsyncIterator[OpenAIApi]:
     """Serve a world on a free port, and follow its deployment."""
     values = {"stream_interval_ms": 0, "follow_interval_s": 0.05} | settings
     client = AsyncClient(builder=values["builder"]) if "builder" in values else None
@@ -50,19 +48,19 @@ async def open_replica(
     await server.start()
     ready.engine.start()
     operators.begin()
-    door = OpenAIDoor(ready, server)
+    api = OpenAIApi(ready, server)
     try:
-        yield door
+        yield api
     finally:
         await operators.end()
-        await door.http.aclose()
-        await door.openai.close()
+        await api.http.aclose()
+        await api.openai.close()
         await server.drain(BOUND_S)
         await ready.engine.stop()
 
 
 @asynccontextmanager
-async def open_fleet(world: Built, count: int, **settings: Any) -> AsyncIterator[list[OpenAIDoor]]:
+async def open_fleet(world: Built, count: int, **settings: Any) -> AsyncIterator[list[OpenAIApi]]:
     """Serve a world with several replicas."""
     async with AsyncExitStack() as stack:
         yield [await stack.enter_async_context(open_replica(world, **settings)) for _ in range(count)]

@@ -13,7 +13,7 @@ from inference_service.serving.request import Event, Request
 from inference_service.text.text import Text
 from loramux_shared.access.guard import NOBODY_GUARDS, Guard
 from tests.golden.openai.script import Case, Scripted
-from tests.support.openai_door import Door
+from tests.support.openai_api import ServedApi
 from tests.support.tokens import VOCAB, write_tokenizer
 from tests.support.waiting import BOUND_S
 
@@ -50,7 +50,7 @@ class Talker(Scripted):
         return request.prompt.content
 
 
-class TalkerDoor(Door):
+class TalkerApi(ServedApi):
     """One with a talker behind it."""
 
     def __init__(self, talker: Talker, server: HttpServer) -> None:
@@ -59,16 +59,16 @@ class TalkerDoor(Door):
 
 
 @asynccontextmanager
-async def open_talker(folder: Path, guard: Guard = NOBODY_GUARDS) -> AsyncIterator[TalkerDoor]:
+async def open_talker(folder: Path, guard: Guard = NOBODY_GUARDS) -> AsyncIterator[TalkerApi]:
     """Listen on a free port; a tokenizer lies in a folder."""
     write_tokenizer(folder)
     talker = Talker(Text.load(folder, VOCAB))
     server = HttpServer("127.0.0.1:0", talker, guard)
     await server.start()
-    door = TalkerDoor(talker, server)
+    api = TalkerApi(talker, server)
     try:
-        yield door
+        yield api
     finally:
-        await door.http.aclose()
-        await door.openai.close()
+        await api.http.aclose()
+        await api.openai.close()
         await server.drain(BOUND_S)

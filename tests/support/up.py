@@ -35,12 +35,12 @@ def up(folder: Path, file: Path | None = None, *flags: str) -> Iterator[Up]:
 
         deployment()
         file = EXAMPLES / "deployment.yaml"
-    doors = {name: f"127.0.0.1:{free_port()}" for name in ("grpc", "http", "builder")}
+    apis = {name: f"127.0.0.1:{free_port()}" for name in ("grpc", "http", "builder")}
     command = [str(LORAMUX), "up", str(file), "--store", f"file://{folder}/store", *flags]
     log = folder / "up.log"
     with log.open("w") as output:
         process = subprocess.Popen(
-            [*command, *(word for name, address in doors.items() for word in (f"--{name}", address))],
+            [*command, *(word for name, address in apis.items() for word in (f"--{name}", address))],
             stdout=output,
             stderr=output,
             cwd=folder,
@@ -52,7 +52,7 @@ def up(folder: Path, file: Path | None = None, *flags: str) -> Iterator[Up]:
             log.read_text,
         )
         assert process.poll() is None, log.read_text()
-        yield Up(process, **doors)
+        yield Up(process, **apis)
     finally:
         process.terminate()
         try:

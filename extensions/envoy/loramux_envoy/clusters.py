@@ -34,7 +34,7 @@ HTTP_IDLE_S: Final = 30
 
 
 @dataclass(frozen=True)
-class _Door:
+class _Api:
     """The differences between the two APIs of replicas."""
 
     name: str
@@ -44,7 +44,7 @@ class _Door:
     check: Json
 
 
-_GRPC: Final = _Door(
+_GRPC: Final = _Api(
     "replicas_grpc",
     protocol={
         "http2_protocol_options": {
@@ -57,7 +57,7 @@ _GRPC: Final = _Door(
     idle_s=IDLE_S // 2,
     check={"grpc_health_check": {}},
 )
-_HTTP: Final = _Door(
+_HTTP: Final = _Api(
     "replicas_http",
     protocol={"http_protocol_options": {}},
     alpn="http/1.1",
@@ -115,9 +115,9 @@ def _inner_cluster(place: Place, tls: Tls | None) -> Json:
     }
 
 
-def _cluster(door: _Door, hosts: Sequence[tuple[Place, str | None]], tls: Tls | None) -> Json:
+def _cluster(api: _Api, hosts: Sequence[tuple[Place, str | None]], tls: Tls | None) -> Json:
     return {
-        "name": door.name,
+        "name": api.name,
         **(RESOLVED if any(place.is_name for place, _ in hosts) else {"type": "STATIC"}),
         "connect_timeout": "1s",
         "per_connection_buffer_limit_bytes": BUFFER_BYTES,
@@ -128,13 +128,13 @@ def _cluster(door: _Door, hosts: Sequence[tuple[Place, str | None]], tls: Tls | 
             "update_merge_window": "0s",  # else threads hear of a replica's end a second late
             "consistent_hashing_lb_config": {"hash_balance_factor": BALANCE_PERCENT},
         },
-        "health_checks": [HEALTH | door.check],
+        "health_checks": [HEALTH | api.check],
         "outlier_detection": OUTLIERS,
         "circuit_breakers": {"thresholds": [dict.fromkeys(BREAKERS, UNBOUNDED)]},
-        **_connections(door),
-        **({"transport_socket": _tls(tls, door.alpn)} if tls is not None else {}),
+        **_connections(api),
+        **({"transport_socket": _tls(tls, api.alpn)} if tls is not None else {}),
         "load_assignment": {
-            "cluster_name": door.name,
+            "cluster_name": api.name,
             "endpoints": [{"lb_endpoints": [_endpoint(*host) for host in hosts]}],
         },
     }
@@ -188,11 +188,11 @@ HEALTH: Final[Json] = {
 }
 
 
-def _connections(door: _Door) -> Json:
+def _connections(api: _Api) -> Json:
     options = {
         "@type": f"type.googleapis.com/{HTTP_OPTIONS}",
-        "common_http_protocol_options": {"idle_timeout": f"{door.idle_s}s"},
-        "explicit_http_config": door.protocol,
+        "common_http_protocol_options": {"idle_timeout": f"{api.idle_s}s"},
+        "explicit_http_config": api.protocol,
     }
     keepalive = {"keepalive_time": 30, "keepalive_interval": 10, "keepalive_probes": 3}
     return {

@@ -122,7 +122,7 @@ def require_distinct(fleet: Fleet) -> None:
     for replica in fleet.replicas:
         for place in (replica.grpc, replica.http):
             if place in seen:
-                raise SettingsInvalid(f"{place.host}:{place.port} is named twice. Name each door once.")
+                raise SettingsInvalid(f"{place.host}:{place.port} is named twice. Name each address once.")
             seen.add(place)
     ports = (fleet.grpc.port, fleet.http.port, fleet.admin_port)
     if len(set(ports)) < len(ports):

@@ -65,7 +65,7 @@ class Running:
         return int(httpx.get(f"http://{self.http}/load", timeout=BOUND_S).json()["server_load"])
 
     @property
-    def doors(self) -> tuple[str, str]:
+    def apis(self) -> tuple[str, str]:
         """Return its addresses."""
         return self.grpc, self.http
 
@@ -135,7 +135,7 @@ class Proxy:
             self._process.kill()
             self._process.wait(BOUND_S)
 
-    def until_healthy(self, doors: int) -> None:
+    def until_healthy(self, apis: int) -> None:
         """Wait until so many endpoints get traffic."""
         assert self._process is not None
         process, log = self._process, self._folder / "envoy.log"
@@ -143,11 +143,11 @@ class Proxy:
         def healthy() -> bool:
             assert process.poll() is None, log.read_text()
             try:
-                return len(self.healthy()) == doors
+                return len(self.healthy()) == apis
             except httpx.TransportError:
                 return False
 
-        wait_until(healthy, f"{doors} doors that get traffic", log.read_text)
+        wait_until(healthy, f"{apis} endpoints that get traffic", log.read_text)
 
     def healthy(self) -> set[str]:
         """Return the endpoints that get traffic."""
@@ -182,10 +182,10 @@ class Proxy:
         self._seen = len(log.read_text().splitlines())
 
 
-def fleet_of(doors: Iterable[tuple[str, str]], **options: Any) -> Fleet:
+def fleet_of(apis: Iterable[tuple[str, str]], **options: Any) -> Fleet:
     """Return the fleet of replicas with these gRPC and HTTP addresses, with an Envoy on ports that are free."""
     ports = [_free() for _ in range(3)]
-    replicas = tuple(Replica(_place(grpc), _place(http)) for grpc, http in doors)
+    replicas = tuple(Replica(_place(grpc), _place(http)) for grpc, http in apis)
     here = [Place("127.0.0.1", port) for port in ports[:2]]
     return Fleet(replicas, *here, admin_port=ports[2], **options)
 

@@ -29,10 +29,8 @@ class Fleet:
     async def start(self, host: str = "127.0.0.1", tls: Tls | None = None, first_token_s: float = 600) -> None:
         """Listen; Envoy finds the replicas by a name of this machine."""
         await asyncio.gather(*(replica.start() for replica in self.replicas.values()))
-        doors = [
-            tuple(door.replace("127.0.0.1", host) for door in each.doors) for each in self.replicas.values()
-        ]
-        self.proxy = Proxy(fleet_of(doors, first_token_s=first_token_s, tls=tls), self.folder)
+        apis = [tuple(api.replace("127.0.0.1", host) for api in each.apis) for each in self.replicas.values()]
+        self.proxy = Proxy(fleet_of(apis, first_token_s=first_token_s, tls=tls), self.folder)
         self.client = AsyncClient(self.proxy.grpc)
         self.web = httpx.AsyncClient(base_url=self.proxy.url, timeout=BOUND_S)
         self.openai = AsyncOpenAI(
@@ -90,9 +88,9 @@ async def behind_envoy(made: Fleet, **options: Any) -> AsyncIterator[Fleet]:
 
 
 @asynccontextmanager
-async def envoy_of(*doors: tuple[str, str], folder: Path, **options: Any) -> AsyncIterator[Proxy]:
+async def envoy_of(*apis: tuple[str, str], folder: Path, **options: Any) -> AsyncIterator[Proxy]:
     """Run Envoy before servers of this event loop, whether it takes them for replicas or not."""
-    made = Proxy(fleet_of(doors, **options), folder)
+    made = Proxy(fleet_of(apis, **options), folder)
     try:
         await asyncio.to_thread(made.start, healthy="tls" not in options)
         yield made

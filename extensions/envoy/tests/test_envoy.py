@@ -23,7 +23,7 @@ from loramux_shared.rpc import calls
 from tests.fleet import Proxy
 from tests.scripted_fleet import Fleet, behind_envoy, envoy_of
 from tests.support.access import Certificates, keyring
-from tests.support.endless import Endless, doors_of
+from tests.support.endless import Endless, apis_of
 from tests.support.scripted_replica import MODELS, Named, ScriptedReplica
 from tests.support.waiting import BOUND_S, bounded, until, wait_until
 
@@ -191,11 +191,11 @@ async def test_a_replica_without_tokens_is_left(tmp_path: Path) -> None:
         await left(fleet, "replicas_http_answers", fleet.streamed, slow)
 
 
-async def left(fleet: Fleet, door: str, ask: Callable[[str], Awaitable[str]], slow: Named) -> None:
+async def left(fleet: Fleet, api: str, ask: Callable[[str], Awaitable[str]], slow: Named) -> None:
     """Ask again and again, until Envoy leaves a replica that took requests and had no token for them."""
-    ejections = f"{door}.outlier_detection.ejections_enforced_consecutive_local_origin_failure"
+    ejections = f"{api}.outlier_detection.ejections_enforced_consecutive_local_origin_failure"
     before = slow.asked
-    async with bounded(f"a replica that is left at the door {door}"):
+    async with bounded(f"a replica that is left at the API {api}"):
         while not await asyncio.to_thread(fleet.proxy.counter, ejections):
             # Envoy counts those that wait at the same time: each one that it sends on restarts the count.
             assert slow.name not in await asyncio.gather(*(ask("lora1") for _ in range(9)))
@@ -209,7 +209,7 @@ async def test_replicas_that_leave_are_left_in_peace(tmp_path: Path) -> None:
         stream = fleet.client.generate("lora1", "WAIT")
         assert [(await anext(stream)).model, (await anext(stream)).text] == ["lora1", leaving.service.name]
         await leaving.leave()
-        async with bounded("answers of another replica at both doors"):
+        async with bounded("answers of another replica over both APIs"):
             while leaving.service.name in (await fleet.who("lora1"), await fleet.who_over_http("lora1")):
                 pass
         await leaving.grpc.refuse()
@@ -219,7 +219,7 @@ async def test_replicas_that_leave_are_left_in_peace(tmp_path: Path) -> None:
             await replica.leave()
         await asyncio.to_thread(fleet.proxy.until_healthy, 0)
         body = {"model": "lora1", "prompt": "HELLO"}
-        async with bounded("an answer of Envoy itself at both doors"):
+        async with bounded("an answer of Envoy itself over both APIs"):
             while (answer := await fleet.web.post("/v1/completions", json=body)).status_code == 200:
                 pass
             with pytest.raises(ServerUnavailable, match="no healthy upstream"):
@@ -257,7 +257,7 @@ async def test_a_certificate_of_another_name_is_no_replica(tmp_path: Path) -> No
     await replica.start()
     tls = Tls(str(tmp_path / "ours.pem"), "elsewhere.example.com")
     try:
-        async with envoy_of(replica.doors, folder=tmp_path, tls=tls) as envoy:
+        async with envoy_of(replica.apis, folder=tmp_path, tls=tls) as envoy:
             await asyncio.to_thread(wait_until, lambda: refused(envoy) > 1, "two refused certificates")
             assert not envoy.healthy()
     finally:
@@ -272,7 +272,7 @@ def refused(envoy: Proxy) -> int:
 async def test_a_client_that_does_not_read_is_cut_off(tmp_path: Path) -> None:
     """Envoy keeps little of an answer that its client does not read, so the replica waits and cuts it off."""
     endless = Endless(tmp_path)
-    http, rpc = doors_of(endless, http=protocol.Patience(read_s=0.5), rpc=calls.Patience(read_s=0.5))
+    http, rpc = apis_of(endless, http=protocol.Patience(read_s=0.5), rpc=calls.Patience(read_s=0.5))
     await http.start()
     await rpc.start()
     await rpc.set_serving(True)

@@ -51,7 +51,7 @@ def started(world: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     folder = tmp_path_factory.mktemp("fleet")
     with (
         running(world, folder, 3) as replicas,
-        proxy(fleet_of(each.doors for each in replicas), folder) as envoy,
+        proxy(fleet_of(each.apis for each in replicas), folder) as envoy,
     ):
         yield Fleet(replicas, envoy)
 

@@ -10,9 +10,9 @@ from ray.serve import Application
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
 
 from loramux_ray.builder import BuilderReplica
-from loramux_ray.door import Door
 from loramux_ray.engine import Engine
-from loramux_ray.names import BUILDER, DOOR, ENGINE
+from loramux_ray.ingress import Ingress
+from loramux_ray.names import BUILDER, ENGINE, INGRESS
 from loramux_ray.settings import engine_settings
 from loramux_shared.faults import SettingsInvalid
 from loramux_shared.settings import BuilderSettings, load_settings
@@ -42,7 +42,7 @@ class Options(BaseModel):
     """GPUs of each replica of the engine."""
     placement_group_bundles: list[dict[str, float]] | None = None
     """Resources of a replica in several parts, the first of which is its process; in place of the two above."""
-    doors: int = Field(default=1, ge=1)
+    ingresses: int = Field(default=1, ge=1)
     """Processes that read HTTP requests for Ray's proxies; one for each node keeps them near."""
 
 
@@ -69,14 +69,14 @@ def build(args: dict[str, Any]) -> Application:
         **_scale(options),
         **_resources(options),
     )(Engine)
-    door = serve.deployment(
-        name=DOOR,
-        num_replicas=options.doors,
+    ingress = serve.deployment(
+        name=INGRESS,
+        num_replicas=options.ingresses,
         max_ongoing_requests=10 * options.max_requests,
         graceful_shutdown_timeout_s=drain_s + MARGIN_S,
         ray_actor_options={"num_cpus": 0},
-    )(Door)
-    return door.bind(engine.bind(options.settings))
+    )(Ingress)
+    return ingress.bind(engine.bind(options.settings))
 
 
 def build_builder(options: dict[str, Any]) -> Application:

@@ -181,8 +181,8 @@ async def _bring_up(
 
 
 def _ray(command: str, plan: UpPlan) -> list[str]:
-    doors = ["--grpc", plan.inference, "--http", plan.http or OPENAI]
-    return [sys.executable, "-m", "loramux_ray", command, *doors]
+    addresses = ["--grpc", plan.inference, "--http", plan.http or OPENAI]
+    return [sys.executable, "-m", "loramux_ray", command, *addresses]
 
 
 def _require_ray() -> None:

@@ -39,11 +39,11 @@ RETRIED: Final = f"/{INFERENCE_SERVICE}/"
 
 def add_services(_servicer: object, server: Any) -> None:
     """Add our services to the server of a proxy of Ray's; the first argument of Ray's stands for nothing."""
-    doors = Doors(server.service_handler_factory.__self__)
-    PlainServer.add_generic_rpc_handlers(server, (doors,))
+    services = ProxyServices(server.service_handler_factory.__self__)
+    PlainServer.add_generic_rpc_handlers(server, (services,))
 
 
-class Doors(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no types here
+class ProxyServices(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no types here
     """The services of one proxy."""
 
     def __init__(self, proxy: Any) -> None:

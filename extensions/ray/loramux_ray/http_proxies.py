@@ -1,7 +1,7 @@
-"""The HTTP APIs in Ray's own HTTP proxies: they hand on to the replicas, and need no `Door` on the way.
+"""The HTTP APIs in Ray's own HTTP proxies: they hand on to the replicas, and need no `Ingress` on the way.
 
 A node's variable makes its proxy call `middlewares` (`names.MIDDLEWARES`). Without it, Ray's proxy calls a
-`Door`: one more process that every token passes, and that takes with it what it hands on when its node ends.
+`Ingress`: one more process that every token passes, and that takes with it what it hands on when its node ends.
 Ray's proxy knows the application of a path; that is no public interface of Ray.
 """
 
@@ -12,10 +12,10 @@ from typing import Any
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from loramux_ray.door import Forwarded
 from loramux_ray.forwarding import Forwarder
 from loramux_ray.grpc_proxies import counted
-from loramux_ray.names import DOOR, ENGINE
+from loramux_ray.ingress import Forwarded
+from loramux_ray.names import ENGINE, INGRESS
 
 
 def middlewares() -> list[Middleware]:
@@ -35,7 +35,7 @@ class HandOn:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request."""
         found = self._proxy.proxy_router.match_route(scope["path"]) if scope["type"] == "http" else None
-        if found is None or scope["path"].startswith("/-/") or found[1].deployment_name != DOOR:
+        if found is None or scope["path"].startswith("/-/") or found[1].deployment_name != INGRESS:
             await self._app(scope, receive, send)
             return
         prefix, handle = found[:2]

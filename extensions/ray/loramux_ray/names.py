@@ -12,7 +12,7 @@ APP: Final = "loramux"
 BUILDER_APP: Final = "loramux-builder"
 ENGINE: Final = "Engine"
 BUILDER: Final = "Builder"
-DOOR: Final = "Door"
+INGRESS: Final = "Ingress"
 SERVICERS: Final = "loramux_ray.grpc_proxies.add_services"
 """The function that Ray's gRPC proxies call: `grpc_servicer_functions` of Serve's options."""
 MODEL: Final = MODEL_HEADER

@@ -23,11 +23,11 @@ def engine_settings(values: Mapping[str, Any]) -> InferenceSettings:
     """
     settings = load_settings(InferenceSettings, **values)
     wrong = [
-        f"{name}: Ray's doors listen where Ray is told" for name in ADDRESSES if values.get(name) is not None
+        f"{name}: Ray's proxies listen where Ray is told" for name in ADDRESSES if values.get(name) is not None
     ]
-    if settings.model_doors:
+    if settings.model_ports:
         wrong.append(
-            f"{variable('model_doors')}: expected none under Ray, which has no doors of one model and no "
+            f"{variable('model_ports')}: expected none under Ray, which has no ports of one model and no "
             "services of vLLM's; ask for the model by name, or serve with `loramux serve`"
         )
     if wrong:

@@ -27,7 +27,7 @@ from transformers import LlamaConfig
 from loramux_ray.app import build, build_builder
 from loramux_ray.names import APP, BUILDER_APP, ENGINE, MIDDLEWARES, SERVICERS
 from loramux_shared.storage.open import open_store
-from tests.support.openai_door import TEMPLATE
+from tests.support.openai_api import TEMPLATE
 from tests.support.root import ROOT
 from tests.support.tiny import SIZES, World, make_world_of
 from tests.support.waiting import BOUND_S, wait_until

@@ -193,7 +193,7 @@ def test_what_is_refused_has_its_reason_and_no_stack_trace(fleet: RayFleet, clie
             list(stub.Generate(pb.GenerateRequest(model="a1", text="x" * (9 << 20)), timeout=BOUND_S))
 
 
-def test_health_is_told_as_our_own_doors_tell_it(fleet: RayFleet) -> None:
+def test_health_is_told_as_our_own_apis_tell_it(fleet: RayFleet) -> None:
     """Ray's proxy has our services in grpc.health.v1, and only those; HTTP has /health."""
     with grpc.insecure_channel(fleet.rpc) as channel:
         stub = health_pb2_grpc.HealthStub(channel)

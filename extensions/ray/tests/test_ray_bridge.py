@@ -81,7 +81,7 @@ async def test_the_first_part_comes_with_the_first_token(service: Service) -> No
     assert kinds[-1][-1] == "finished"
 
 
-async def test_a_refusal_is_the_one_of_our_door(service: Service) -> None:
+async def test_a_refusal_is_the_one_of_our_api(service: Service) -> None:
     """A fault comes as its status with details, an unknown method as UNIMPLEMENTED."""
     bridge = bridge_of(service)
     assert reason_of((await call(bridge, model="nobody"))[0]) == "MODEL_NOT_FOUND"

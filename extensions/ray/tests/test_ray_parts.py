@@ -54,7 +54,7 @@ class Name(str):
         return str(self)
 
 
-def test_a_model_has_a_replica_at_every_door_while_that_has_room():
+def test_a_model_has_a_replica_at_every_api_while_that_has_room():
     """Proxies that know nothing of each other send a model to the same replica, while its load is low."""
     idle = {"r1": 0, "r2": 0, "r3": 0}
     homes = [tried(f"a{index}", idle) for index in range(60)]
@@ -113,10 +113,10 @@ def test_without_keys_only_this_machine_is_answered(peer, host, let_in):
         ({"settings": {"deployment": "d"}, "replica": 2}, "replica: Extra"),
         ({"settings": {"treads": 2}}, "treads"),
         (
-            {"settings": {"deployment": "d", "model_doors": "a=127.0.0.1:1"}},
-            "LORAMUX_MODEL_DOORS: .* none under Ray",
+            {"settings": {"deployment": "d", "model_ports": "a=127.0.0.1:1"}},
+            "LORAMUX_MODEL_PORTS: .* none under Ray",
         ),
-        ({"settings": {"deployment": "d", "http": "127.0.0.1:1"}}, "http: Ray's doors"),
+        ({"settings": {"deployment": "d", "http": "127.0.0.1:1"}}, "http: Ray's proxies"),
     ],
 )
 def test_options_and_settings_that_nobody_knows_stop_a_deploy(args, said):

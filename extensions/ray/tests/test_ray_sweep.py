@@ -153,7 +153,7 @@ def test_replicas_follow_what_runs_and_waits(world: World) -> None:
         "policy": {"policy_function": "loramux_ray.scaling:by_sequences"},
     }
     app["deployments"] = [{"name": "Engine", "autoscaling_config": scaling}]
-    # Without the variable, a `Door` hands on HTTP requests.
+    # Without the variable, a `Ingress` hands on HTTP requests.
     fleet = RayFleet(**dict.fromkeys(MIDDLEWARES, ""))
     try:
         _get_global_client().deploy_apps(ServeDeploySchema(applications=[app]), _blocking=True)
@@ -197,9 +197,9 @@ def test_a_cluster_to_try_is_one_command(world: World, tmp_path: Path) -> None:
     program = [sys.executable, "-c", "from loramux.cli.entry import main; main()", "ray"]
     variables = {"PYTHONPATH": f"{ROOT}:{ROOT / 'shared'}", "LORAMUX_BACKEND": "torch", "LORAMUX_NATIVE": "0"}
     up = [*program, "up", str(file), "--store", f"file://{tmp_path}/store", "--json"]
-    doors = [f"127.0.0.1:{free_port()}" for _ in range(2)]
+    apis = [f"127.0.0.1:{free_port()}" for _ in range(2)]
     process = subprocess.Popen(
-        [*up, "--grpc", doors[0], "--http", doors[1]],
+        [*up, "--grpc", apis[0], "--http", apis[1]],
         env=os.environ | variables,
         text=True,
         stdout=subprocess.PIPE,
@@ -209,14 +209,14 @@ def test_a_cluster_to_try_is_one_command(world: World, tmp_path: Path) -> None:
         document = "".join(iter(process.stdout.readline, "}\n")) + "}"
         assert json.loads(document)["models"] == ["tiny", *NAMES[:2]]
         started = psutil.Process(process.pid).children(recursive=True)
-        with Client(doors[0], doors[0]) as client:
+        with Client(apis[0], apis[0]) as client:
             pushed = client.push("tiny", "fresh", world.adapters["a5"])
             answer = client.complete(
                 "fresh", "Hi", max_tokens=4, min_generation=pushed.generation, timeout_s=BOUND_S
             )
         assert answer.started.generation == 2
         body = {"model": "a1", "prompt": "Hi", "max_tokens": 4}
-        assert httpx.post(f"http://{doors[1]}/v1/completions", json=body, timeout=BOUND_S).status_code == 200
+        assert httpx.post(f"http://{apis[1]}/v1/completions", json=body, timeout=BOUND_S).status_code == 200
         process.send_signal(signal.SIGINT)
         assert process.wait(BOUND_S) == 0
         assert not psutil.wait_procs(started, timeout=BOUND_S)[1]

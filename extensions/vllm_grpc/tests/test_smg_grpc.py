@@ -19,7 +19,7 @@ from inference_service.http.server import HttpServer
 from tests.support.served_replicas import Built
 from tests.support.smg import running_smg
 from tests.support.waiting import BOUND_S, bounded, until
-from tests.vllm_doors import MODEL, Doors, open_doors
+from tests.vllm_apis import MODEL, VllmApis, open_apis
 
 pytestmark = [pytest.mark.sweep, pytest.mark.asyncio(loop_scope="module")]
 HELLO: Any = [{"role": "user", "content": "hello"}]
@@ -30,7 +30,7 @@ GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 12}
 class Gateway:
     """The gateway, what is behind it, and the same replica without it."""
 
-    doors: Doors
+    apis: VllmApis
     web: httpx.AsyncClient
     through: AsyncOpenAI
     direct: AsyncOpenAI
@@ -45,10 +45,10 @@ class Gateway:
 async def gateway(chatty: Built, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Gateway]:
     """A gateway that knows the base by one port and an adapter by the other."""
     folder: Path = tmp_path_factory.mktemp("smg")
-    async with open_doors(chatty) as doors:
-        http = HttpServer("127.0.0.1:0", doors.ready.service)
+    async with open_apis(chatty) as apis:
+        http = HttpServer("127.0.0.1:0", apis.ready.service)
         await http.start()
-        workers = [f"grpc://{address}" for address in doors.addresses]
+        workers = [f"grpc://{address}" for address in apis.addresses]
         async with (
             running_smg(folder, workers, "--policy", "round_robin") as url,
             httpx.AsyncClient(base_url=url, timeout=BOUND_S) as web,
@@ -57,7 +57,7 @@ async def gateway(chatty: Built, tmp_path_factory: pytest.TempPathFactory) -> As
                 base_url=f"http://{http.address}/v1", api_key="none", max_retries=0, timeout=BOUND_S
             ) as direct,
         ):
-            gateway = Gateway(doors, web, through, direct)
+            gateway = Gateway(apis, web, through, direct)
             await until_known(gateway.web, "base", MODEL)
             yield gateway
         await http.drain(1)
@@ -145,7 +145,7 @@ async def test_a_client_that_goes_away_frees_its_sequence(gateway: Gateway) -> N
     )
     await anext(aiter(stream))
     await stream.close()
-    await gateway.doors.until_free()
+    await gateway.apis.until_free()
 
 
 async def test_refusals_reach_the_client(gateway: Gateway) -> None:
@@ -163,11 +163,11 @@ async def test_refusals_reach_the_client(gateway: Gateway) -> None:
 
 async def test_a_replica_that_leaves_is_out(gateway: Gateway) -> None:
     """A replica without health is no worker, and with it both are again."""
-    await gateway.doors.server.leave()
+    await gateway.apis.server.leave()
     async with bounded("workers without health"):
         while any(each["is_healthy"] for each in (await gateway.web.get("/workers")).json()["workers"]):
             await asyncio.sleep(0.05)
-    await gateway.doors.server.set_serving(True)
+    await gateway.apis.server.set_serving(True)
     await until_known(gateway.web, "base", MODEL)
     direct, through = await gateway.both(model=MODEL)
     assert direct.choices[0].message.content == through.choices[0].message.content
@@ -176,8 +176,8 @@ async def test_a_replica_that_leaves_is_out(gateway: Gateway) -> None:
 async def test_of_two_replicas_one_drains(chatty: Built, tmp_path: Path) -> None:
     """No request of 120 around a drain without a delay fails."""
     async with (
-        open_doors(chatty) as one,
-        open_doors(chatty) as two,
+        open_apis(chatty) as one,
+        open_apis(chatty) as two,
         running_smg(
             tmp_path, [f"grpc://{each.addresses[0]}" for each in (one, two)], "--policy", "round_robin"
         ) as url,

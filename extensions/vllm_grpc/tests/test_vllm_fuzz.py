@@ -14,11 +14,11 @@ from loramux_shared.storage.memory import MemoryStore
 from loramux_vllm_grpc.engine import SERVICE_NAME as ENGINE
 from loramux_vllm_grpc.inference import SERVICE_NAME as INFERENCE
 from loramux_vllm_grpc.wire import engine_pb2, inference_pb2
-from tests.fuzz.doors import SAMPLED, outcome
+from tests.fuzz.apis import SAMPLED, outcome
 from tests.fuzz.mutate import bounded, mutated_message
 from tests.fuzz.numbers import NUMBERS, in_turn, on_the_wire, wire_fields
 from tests.support.tiny import World
-from tests.vllm_doors import open_doors
+from tests.vllm_apis import open_apis
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -90,8 +90,8 @@ MESSAGES = messages()
 async def channel(world: tuple[World, MemoryStore]) -> AsyncIterator[grpc.aio.Channel]:
     """A client of a tiny model; every valid request succeeds."""
     async with (
-        open_doors(world, max_queue=8) as doors,
-        grpc.aio.insecure_channel(doors.addresses[0]) as opened,
+        open_apis(world, max_queue=8) as apis,
+        grpc.aio.insecure_channel(apis.addresses[0]) as opened,
     ):
         for path, requests in MESSAGES.items():
             for request in requests:

@@ -60,15 +60,15 @@ async def test_keys_open_what_they_are_for(services: VllmServices) -> None:
         "127.0.0.1:0", services.of_all_models(lambda: True), Guard(ring), rules=CORE + services.rules
     )
     async with grpc.aio.insecure_channel(await server.start()) as channel:
-        for door in (engine, inference):
-            for method in door.pb.DESCRIPTOR.services_by_name[door.SERVICE_NAME.rpartition(".")[2]].methods:
+        for api in (engine, inference):
+            for method in api.pb.DESCRIPTOR.services_by_name[api.SERVICE_NAME.rpartition(".")[2]].methods:
                 needed = (
                     "" if method.name in OPEN else "metrics" if method.name in METRICS
                     else "infer" if method.name in INFER else "admin"
                 )  # fmt: skip
                 for scope in ("", "infer", "metrics"):
                     metadata = [("authorization", f"Bearer {keys[scope]}")] if scope else []
-                    call = channel.unary_stream(f"/{door.SERVICE_NAME}/{method.name}")(b"", metadata=metadata)
+                    call = channel.unary_stream(f"/{api.SERVICE_NAME}/{method.name}")(b"", metadata=metadata)
                     with suppress(grpc.aio.AioRpcError):
                         await call.read()
                     denied = (await call.code()).name in ("UNAUTHENTICATED", "PERMISSION_DENIED")

@@ -24,13 +24,13 @@ def test_an_address_of_a_model_drains_with_the_replica(tmp_path: Path) -> None:
     world = make_world(tmp_path / "world")
     world.build(LocalStore(world.root / "store"))
     with (
-        serving(world, tmp_path, LORAMUX_MODEL_DOORS="wide=127.0.0.1:0") as (process, ready),
-        grpc.insecure_channel(ready["model_doors"].removeprefix("wide=")) as channel,
+        serving(world, tmp_path, LORAMUX_MODEL_PORTS="wide=127.0.0.1:0") as (process, ready),
+        grpc.insecure_channel(ready["model_ports"].removeprefix("wide=")) as channel,
     ):
         params = engine_pb2.SamplingParams(max_tokens=200, ignore_eos=True)
-        door = engine_pb2_grpc.VllmEngineStub(channel)
-        assert door.GetModelInfo(engine_pb2.GetModelInfoRequest()).served_model_name == "wide"
-        of_model = door.Generate(engine_pb2.GenerateRequest(text="HELLO", sampling_params=params, stream=True))
+        api = engine_pb2_grpc.VllmEngineStub(channel)
+        assert api.GetModelInfo(engine_pb2.GetModelInfoRequest()).served_model_name == "wide"
+        of_model = api.Generate(engine_pb2.GenerateRequest(text="HELLO", sampling_params=params, stream=True))
         next(of_model)
         os.kill(process.pid, signal.SIGTERM)
         assert list(of_model)[-1].complete.completion_tokens == 200
@@ -39,9 +39,9 @@ def test_an_address_of_a_model_drains_with_the_replica(tmp_path: Path) -> None:
 
 def test_without_this_extension_there_are_no_addresses_of_models(monkeypatch: pytest.MonkeyPatch) -> None:
     """The start is refused before anything is loaded, and says what is missing."""
-    settings = InferenceSettings(deployment="any", model_doors=("wide=127.0.0.1:0",))
+    settings = InferenceSettings(deployment="any", model_ports=("wide=127.0.0.1:0",))
     process_of.require_services_of_models(settings)
     monkeypatch.setattr(extensions, "find_spec", lambda _: None)
-    with pytest.raises(SettingsInvalid, match="LORAMUX_MODEL_DOORS is set: expected an extension"):
+    with pytest.raises(SettingsInvalid, match="LORAMUX_MODEL_PORTS is set: expected an extension"):
         process_of.require_services_of_models(settings)
     process_of.require_services_of_models(InferenceSettings(deployment="any"))

@@ -16,35 +16,35 @@ from tokenizers import Tokenizer
 from inference_service.serving.engine_thread import PauseMode
 from inference_service.serving.request import Delta
 from loramux_shared.storage.memory import MemoryStore
-from loramux_vllm_grpc import engine as engine_door
-from loramux_vllm_grpc import inference as inference_door
+from loramux_vllm_grpc import engine as engine_api
+from loramux_vllm_grpc import inference as inference_api
 from loramux_vllm_grpc.wire import engine_pb2 as engine
 from loramux_vllm_grpc.wire import inference_pb2 as inference
 from tests.support.service import Service
 from tests.support.tiny import World
 from tests.support.waiting import until
-from tests.vllm_doors import (
+from tests.vllm_apis import (
     MODEL,
     PROMPT,
-    Doors,
+    VllmApis,
     archive_of,
     failure,
     inference_request,
-    open_doors,
+    open_apis,
 )
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def opened(world: tuple[World, MemoryStore]) -> AsyncIterator[Doors]:
+async def opened(world: tuple[World, MemoryStore]) -> AsyncIterator[VllmApis]:
     """Both ports."""
-    async with open_doors(world) as doors:
-        yield doors
+    async with open_apis(world) as apis:
+        yield apis
 
 
 @pytest_asyncio.fixture(loop_scope="module")
-async def doors(opened: Doors) -> AsyncIterator[Doors]:
+async def apis(opened: VllmApis) -> AsyncIterator[VllmApis]:
     """Both ports, healthy, of an engine that is free."""
     await opened.until_free()
     yield opened
@@ -52,51 +52,51 @@ async def doors(opened: Doors) -> AsyncIterator[Doors]:
     await opened.server.set_serving(True)
 
 
-async def pause(doors: Doors) -> None:
+async def pause(apis: VllmApis) -> None:
     """Let what runs stand still."""
-    await doors.ready.engine.pause(PauseMode.KEEP)
+    await apis.ready.engine.pause(PauseMode.KEEP)
 
 
-async def tokens_of(doors: Doors, model: str, **fields: Any) -> list[int]:
+async def tokens_of(apis: VllmApis, model: str, **fields: Any) -> list[int]:
     """Return the tokens that the service itself answers."""
-    service = Service(doors.ready)
+    service = Service(apis.ready)
     events = await service.events(PROMPT, model, **({"max_tokens": 6} | fields))
     return [token.id for event in events if isinstance(event, Delta) for token in event.tokens]
 
 
-async def test_an_answer_in_chunks_and_at_once(doors: Doors) -> None:
+async def test_an_answer_in_chunks_and_at_once(apis: VllmApis) -> None:
     """Chunks hold new tokens, the last message all of them; without a stream there is only that one."""
-    expected = await tokens_of(doors, "base")
-    *chunks, last = await doors.engine_says(stream=True)
+    expected = await tokens_of(apis, "base")
+    *chunks, last = await apis.engine_says(stream=True)
     assert [message.WhichOneof("response") for message in chunks] == ["chunk"] * len(chunks)
     assert [token for message in chunks for token in message.chunk.token_ids] == expected
     assert all(len(message.chunk.token_ids) == message.chunk.completion_tokens for message in chunks)
-    [whole] = await doors.engine_says()
+    [whole] = await apis.engine_says()
     for complete in (last.complete, whole.complete):
         assert list(complete.output_ids) == expected
         assert (complete.finish_reason, complete.prompt_tokens, complete.completion_tokens) == ("length", 4, 6)
         assert complete.WhichOneof("matched_stop") is None
 
 
-async def test_a_door_stands_for_a_model(doors: Doors) -> None:
+async def test_a_api_stands_for_a_model(apis: VllmApis) -> None:
     """The second one for its adapter, the first one for the base, or for what metadata name."""
     named = [("x-loramux-model", "wide")]
     for model, said in (
-        (MODEL, await doors.engine_says(doors.of_model)),
-        ("wide", await doors.engine_says(metadata=named)),
-        ("base", await doors.engine_says()),
-        (MODEL, await doors.engine_says(doors.of_model, named)),
+        (MODEL, await apis.engine_says(apis.of_model)),
+        ("wide", await apis.engine_says(metadata=named)),
+        ("base", await apis.engine_says()),
+        (MODEL, await apis.engine_says(apis.of_model, named)),
     ):
-        assert list(said[0].complete.output_ids) == await tokens_of(doors, model)
-    assert len({tuple(await tokens_of(doors, model)) for model in ("base", "wide", MODEL)}) == 3
+        assert list(said[0].complete.output_ids) == await tokens_of(apis, model)
+    assert len({tuple(await tokens_of(apis, model)) for model in ("base", "wide", MODEL)}) == 3
 
 
-async def test_several_answers_and_their_log_probabilities(doors: Doors) -> None:
+async def test_several_answers_and_their_log_probabilities(apis: VllmApis) -> None:
     """Each answer has an index and one end, and log probabilities; those of the prompt come with the first."""
     params = {"temperature": 1.0, "seed": 3, "n": 2, "logprobs": 2, "prompt_logprobs": 1}
-    said = await doors.engine_says(stream=True, params=params)
+    said = await apis.engine_says(stream=True, params=params)
     assert sorted(each.complete.index for each in said if each.HasField("complete")) == [0, 1]
-    service = Service(doors.ready)
+    service = Service(apis.ready)
     answers = await service.answers(n=2, temperature=1.0, seed=3, max_tokens=6, prompt_logprobs=1)
     for index, expected in enumerate(answers):
         chunks = [each.chunk for each in said if each.HasField("chunk") and each.chunk.index == index]
@@ -109,21 +109,21 @@ async def test_several_answers_and_their_log_probabilities(doors: Doors) -> None
     assert [each.HasField("value") for each in prompt.token_logprobs] == [False, True, True, True]
 
 
-async def test_what_ended_an_answer_is_named(doors: Doors) -> None:
+async def test_what_ended_an_answer_is_named(apis: VllmApis) -> None:
     """A stop token and a stop text, and the tokens up to it; a text may be the prompt."""
-    whole = await tokens_of(doors, "base")
-    [said] = await doors.engine_says(params={"stop_token_ids": [whole[3]], "temperature": 0.0})
+    whole = await tokens_of(apis, "base")
+    [said] = await apis.engine_says(params={"stop_token_ids": [whole[3]], "temperature": 0.0})
     assert list(said.complete.output_ids) == whole[: whole.index(whole[3]) + 1]
     assert (said.complete.finish_reason, said.complete.matched_token_id) == ("stop", whole[3])
-    stop = doors.ready.service.text.decode(whole[2:3])
-    [said] = await doors.engine_says(params={"stop": [stop], "temperature": 0.0}, stream=False)
+    stop = apis.ready.service.text.decode(whole[2:3])
+    [said] = await apis.engine_says(params={"stop": [stop], "temperature": 0.0}, stream=False)
     assert (said.complete.finish_reason, said.complete.matched_stop_str) == ("stop", stop)
-    text = doors.ready.service.text.decode(PROMPT)
-    [said] = await doors.engine_says(tokenized=None, text=text)
+    text = apis.ready.service.text.decode(PROMPT)
+    [said] = await apis.engine_says(tokenized=None, text=text)
     assert (list(said.complete.output_ids), said.complete.prompt_tokens) == (whole, 4)
 
 
-async def test_constraints_have_names_of_their_own(doors: Doors) -> None:
+async def test_constraints_have_names_of_their_own(apis: VllmApis) -> None:
     """Each of the oneof is kept to, or refused by name."""
     for params, allowed in (
         ({"json_schema": '{"type": "integer"}'}, "-0123456789"),
@@ -131,18 +131,18 @@ async def test_constraints_have_names_of_their_own(doors: Doors) -> None:
         ({"grammar": 'root ::= "x"*'}, "x"),
         ({"choice": engine.ChoiceConstraint(choices=["ba", "ab"])}, "ab"),
     ):
-        [said] = await doors.engine_says(params=params | {"temperature": 0.0})
-        text = doors.ready.service.text.decode([token for token in said.complete.output_ids if token != 2])
+        [said] = await apis.engine_says(params=params | {"temperature": 0.0})
+        text = apis.ready.service.text.decode([token for token in said.complete.output_ids if token != 2])
         assert text
         assert set(text) <= set(allowed)
-    [said] = await doors.engine_says(params={"json_object": False})
-    assert list(said.complete.output_ids) == await tokens_of(doors, "base")
+    [said] = await apis.engine_says(params={"json_object": False})
+    assert list(said.complete.output_ids) == await tokens_of(apis, "base")
     for params, named in (
         ({"regex": "["}, ["sampling_params.regex"]),
         ({"choice": engine.ChoiceConstraint()}, ["sampling_params.choice"]),
         ({"structural_tag": "{}"}, ["sampling_params.structural_tag"]),
     ):
-        assert await failure(doors.engine_says(params=params)) == ("INVALID_ARGUMENT", "REQUEST_INVALID", named)
+        assert await failure(apis.engine_says(params=params)) == ("INVALID_ARGUMENT", "REQUEST_INVALID", named)
 
 
 @pytest.mark.parametrize(
@@ -163,16 +163,16 @@ async def test_constraints_have_names_of_their_own(doors: Doors) -> None:
         ({"params": {"top_p": 1.5, "min_p": 2.0, "n": 999}}, ["min_p", "n", "top_p"]),
     ],
 )
-async def test_what_is_not_served_is_named(doors: Doors, fields: dict[str, Any], named: list[str]) -> None:
+async def test_what_is_not_served_is_named(apis: VllmApis, fields: dict[str, Any], named: list[str]) -> None:
     """All at once, before anything runs."""
-    said = await failure(doors.engine_says(**fields))
+    said = await failure(apis.engine_says(**fields))
     assert said == ("INVALID_ARGUMENT", "REQUEST_INVALID", named)
     with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await doors.engine_says(**fields)
+        await apis.engine_says(**fields)
     assert all(name in str(caught.value.details()) for name in named)  # gateways pass on nothing else
 
 
-async def test_fields_of_other_releases_are_not_dropped(doors: Doors) -> None:
+async def test_fields_of_other_releases_are_not_dropped(apis: VllmApis) -> None:
     """Numbers that no definition here has are refused in any place; so is other metadata."""
     newer = bytes([0b11111000, 0b00000111, 1])  # number 127, a varint
     request = engine.GenerateRequest.FromString(engine.GenerateRequest(text="a").SerializeToString() + newer)
@@ -181,69 +181,67 @@ async def test_fields_of_other_releases_are_not_dropped(doors: Doors) -> None:
     async def ask(stub: Any, request: Any, **metadata: str) -> list[Any]:
         return [message async for message in stub(request, metadata=tuple(metadata.items()))]
 
-    assert await failure(ask(doors.engine.Generate, request)) == (
+    assert await failure(ask(apis.engine.Generate, request)) == (
         "INVALID_ARGUMENT", "REQUEST_INVALID", ["127", "sampling_params.127"],
     )  # fmt: skip
     plain = inference_request()
-    ranked = doors.inference.GenerateStream
+    ranked = apis.inference.GenerateStream
     wrong = {"x-data-parallel-rank": "1"}
     assert (await failure(ask(ranked, plain, **wrong)))[2] == ["x-data-parallel-rank"]
     assert await ask(ranked, plain, **{"x-data-parallel-rank": "0"})
 
 
-async def test_a_caller_ends_its_requests(doors: Doors) -> None:
+async def test_a_caller_ends_its_requests(apis: VllmApis) -> None:
     """They are told so, by each service in its words, and their sequences are free; other ids are nothing."""
     params = engine.SamplingParams(max_tokens=240, ignore_eos=True, n=2)
     request = engine.GenerateRequest(request_id="x-1", text="a", sampling_params=params, stream=True)
-    call = aiter(doors.engine.Generate(request))
+    call = aiter(apis.engine.Generate(request))
     await anext(call)
-    await pause(doors)
-    await doors.engine.Abort(engine.AbortRequest(request_ids=["x-1", "x-2"]))
+    await pause(apis)
+    await apis.engine.Abort(engine.AbortRequest(request_ids=["x-1", "x-2"]))
     said = [message async for message in call]
     ends = [message.complete for message in said if message.HasField("complete")]
     assert [(end.index, end.finish_reason) for end in ends] == [(0, "abort"), (1, "abort")]
-    whole = asyncio.ensure_future(doors.inference.Generate(inference_request(request_id="x-2")))
-    await until(lambda: doors.ready.service.in_work, "the request")
-    await doors.engine.Abort(engine.AbortRequest(request_ids=["x-2"]))
+    whole = asyncio.ensure_future(apis.inference.Generate(inference_request(request_id="x-2")))
+    await until(lambda: apis.ready.service.in_work, "the request")
+    await apis.engine.Abort(engine.AbortRequest(request_ids=["x-2"]))
     assert (await whole).outputs.finish_info.finish_reason == inference.FinishInfo.ABORTED
-    doors.ready.engine.resume()
-    await doors.until_free()
+    apis.ready.engine.resume()
+    await apis.until_free()
 
 
-async def test_a_call_that_ends_early_frees_its_sequence(doors: Doors) -> None:
+async def test_a_call_that_ends_early_frees_its_sequence(apis: VllmApis) -> None:
     """A cancelled call, and one whose deadline passes, of each service."""
     params = engine.SamplingParams(max_tokens=240, ignore_eos=True)
-    stream = doors.engine.Generate(engine.GenerateRequest(text="a", sampling_params=params, stream=True))
+    stream = apis.engine.Generate(engine.GenerateRequest(text="a", sampling_params=params, stream=True))
     await stream.read()
-    await pause(doors)
+    await pause(apis)
     stream.cancel()
-    assert (await failure(doors.inference.Generate(inference_request(), timeout=0.05)))[
-        0
-    ] == "DEADLINE_EXCEEDED"
-    await until(lambda: not doors.ready.service.in_work, "the ends of both")
-    whole = doors.inference.Generate(inference_request())
-    await until(lambda: doors.ready.service.in_work, "the request")
+    assert (await failure(apis.inference.Generate(inference_request(), timeout=0.05)))[0] == "DEADLINE_EXCEEDED"
+    await until(lambda: not apis.ready.service.in_work, "the ends of both")
+    whole = apis.inference.Generate(inference_request())
+    await until(lambda: apis.ready.service.in_work, "the request")
     whole.cancel()
-    await until(lambda: not doors.ready.service.in_work, "its end")
-    doors.ready.engine.resume()
-    await doors.until_free()
+    await until(lambda: not apis.ready.service.in_work, "its end")
+    apis.ready.engine.resume()
+    await apis.until_free()
 
 
-async def test_a_prompt_becomes_a_vector(doors: Doors) -> None:
+async def test_a_prompt_becomes_a_vector(apis: VllmApis) -> None:
     """A vector has length 1, and is another with an adapter; an input that is no prompt is refused."""
     tokens = engine.TokenizedInput(input_ids=PROMPT)
-    made = [await stub.Embed(engine.EmbedRequest(tokenized=tokens)) for stub in (doors.engine, doors.of_model)]
+    made = [await stub.Embed(engine.EmbedRequest(tokenized=tokens)) for stub in (apis.engine, apis.of_model)]
     for each in made:
         assert (each.prompt_tokens, each.embedding_dim, len(each.embedding)) == (4, 48, 48)
         assert sum(number**2 for number in each.embedding) == pytest.approx(1.0, abs=1e-5)
     assert made[0].embedding != made[1].embedding
-    assert (await failure(doors.engine.Embed(engine.EmbedRequest())))[2] == ["tokenized"]
-    assert (await failure(doors.engine.Embed(engine.EmbedRequest(tokenized=engine.TokenizedInput()))))[1]
+    assert (await failure(apis.engine.Embed(engine.EmbedRequest())))[2] == ["tokenized"]
+    assert (await failure(apis.engine.Embed(engine.EmbedRequest(tokenized=engine.TokenizedInput()))))[1]
 
 
-async def test_model_server_and_loads(doors: Doors) -> None:
+async def test_model_server_and_loads(apis: VllmApis) -> None:
     """A gateway reads these at registration, and every second."""
-    for stub, name in ((doors.engine, "base"), (doors.of_model, MODEL)):
+    for stub, name in ((apis.engine, "base"), (apis.of_model, MODEL)):
         info = await stub.GetModelInfo(engine.GetModelInfoRequest())
         assert (info.served_model_name, info.model_type, list(info.architectures)) == (
             name, "llama", ["LlamaForCausalLM"],
@@ -251,47 +249,47 @@ async def test_model_server_and_loads(doors: Doors) -> None:
         assert (info.max_context_length, info.vocab_size, list(info.eos_token_ids)) == (256, 199, [2])
         assert (info.bos_token_id, info.is_generation, info.supports_vision) == (1, True, False)
         assert "/" not in info.model_path
-    server = await doors.engine.GetServerInfo(engine.GetServerInfoRequest())
-    stats = doors.ready.engine.stats
+    server = await apis.engine.GetServerInfo(engine.GetServerInfoRequest())
+    stats = apis.ready.engine.stats
     assert (server.max_num_seqs, server.block_size, server.data_parallel_size) == (stats.seats, 16, 1)
-    loads = await doors.engine.GetLoads(engine.GetLoadsRequest(include=["core"]))
+    loads = await apis.engine.GetLoads(engine.GetLoadsRequest(include=["core"]))
     assert (loads.dp_rank_count, loads.loads[0].max_total_num_tokens) == (1, stats.blocks_total * 16)
-    assert (await failure(doors.engine.GetLoads(engine.GetLoadsRequest(dp_rank=2))))[2] == ["dp_rank"]
+    assert (await failure(apis.engine.GetLoads(engine.GetLoadsRequest(dp_rank=2))))[2] == ["dp_rank"]
 
 
-async def test_health_is_that_of_the_model(doors: Doors) -> None:
+async def test_health_is_that_of_the_model(apis: VllmApis) -> None:
     """A port is healthy while requests are taken, and its model is served."""
-    for stub in (doors.engine, doors.of_model):
+    for stub in (apis.engine, apis.of_model):
         assert (await stub.HealthCheck(engine.HealthCheckRequest())).healthy
     with pytest.MonkeyPatch.context() as patch:
-        patch.delitem(doors.ready.service.catalog._models, MODEL)  # type: ignore[arg-type]
-        assert (await doors.of_model.HealthCheck(engine.HealthCheckRequest())).message == "MODEL_NOT_FOUND"
-    await doors.server.leave()
-    for stub in (doors.engine, doors.of_model):
+        patch.delitem(apis.ready.service.catalog._models, MODEL)  # type: ignore[arg-type]
+        assert (await apis.of_model.HealthCheck(engine.HealthCheckRequest())).message == "MODEL_NOT_FOUND"
+    await apis.server.leave()
+    for stub in (apis.engine, apis.of_model):
         assert not (await stub.HealthCheck(engine.HealthCheckRequest())).healthy
 
 
-async def test_the_tokenizer_comes_as_an_archive(doors: Doors, world: tuple[World, MemoryStore]) -> None:
+async def test_the_tokenizer_comes_as_an_archive(apis: VllmApis, world: tuple[World, MemoryStore]) -> None:
     """The same bytes for the same files; an adapter's chat template stands in place of the base's."""
-    files = await archive_of(doors.engine)
+    files = await archive_of(apis.engine)
     assert "model.safetensors.index.json" not in files
     assert json.loads(files["config.json"])["model_type"] == "llama"
-    theirs, ours = Tokenizer.from_str(files["tokenizer.json"].decode()), doors.ready.service.text
+    theirs, ours = Tokenizer.from_str(files["tokenizer.json"].decode()), apis.ready.service.text
     assert theirs.encode("HELLO").ids == ours.encode("HELLO")
-    assert await archive_of(doors.engine) == files == await archive_of(doors.of_model)
-    model = doors.ready.service.catalog.get(MODEL)
+    assert await archive_of(apis.engine) == files == await archive_of(apis.of_model)
+    model = apis.ready.service.catalog.get(MODEL)
     assert model.defaults is not None
 
     async def with_template(_digest: str, _name: str) -> Any:
         template = type("Template", (), {"source": "{{ messages }}"})
-        return type("Defaults", (), {"template": template, "text": doors.ready.service.text})
+        return type("Defaults", (), {"template": template, "text": apis.ready.service.text})
 
     with pytest.MonkeyPatch.context() as patch:
         bare = type(model)(MODEL, model.adapter, defaults=None)
-        patch.setitem(doors.ready.service.catalog._models, MODEL, bare)  # type: ignore[arg-type]
-        assert doors.ready.bank is not None
-        patch.setattr(doors.ready.bank.texts, "defaults", with_template)
-        own = await archive_of(doors.of_model)
+        patch.setitem(apis.ready.service.catalog._models, MODEL, bare)  # type: ignore[arg-type]
+        assert apis.ready.bank is not None
+        patch.setattr(apis.ready.bank.texts, "defaults", with_template)
+        own = await archive_of(apis.of_model)
     assert own["chat_template.jinja"] == b"{{ messages }}"
     assert json.loads(own["tokenizer_config.json"])["chat_template"] == "{{ messages }}"
     theirs = Tokenizer.from_str(own["tokenizer.json"].decode())
@@ -304,12 +302,12 @@ ANSWERED = {
 }  # fmt: skip
 
 
-async def test_other_methods_are_refused_by_name(doors: Doors) -> None:
+async def test_other_methods_are_refused_by_name(apis: VllmApis) -> None:
     """Every method of both services is answered, or is UNIMPLEMENTED with a reason."""
-    stubs = {engine_door: doors.engine, inference_door: doors.inference}
-    for door, stub in stubs.items():
-        [service] = door.pb.DESCRIPTOR.services_by_name.values()
-        assert service.full_name == door.SERVICE_NAME
+    stubs = {engine_api: apis.engine, inference_api: apis.inference}
+    for api, stub in stubs.items():
+        [service] = api.pb.DESCRIPTOR.services_by_name.values()
+        assert service.full_name == api.SERVICE_NAME
         for method in service.methods:
             if method.name in ANSWERED:
                 continue
@@ -318,9 +316,9 @@ async def test_other_methods_are_refused_by_name(doors: Doors) -> None:
             assert await failure(ended) == ("UNIMPLEMENTED", "METHOD_UNSUPPORTED", [])
 
 
-async def test_vllms_own_answers(doors: Doors) -> None:
+async def test_vllms_own_answers(apis: VllmApis) -> None:
     """Prompt, text, tokens, alternatives and the end, in one message or in several."""
-    expected = await tokens_of(doors, "rs")
+    expected = await tokens_of(apis, "rs")
     response = inference.ResponseOptions(
         prompt_token_ids=True,
         prompt_logprobs=True,
@@ -328,7 +326,7 @@ async def test_vllms_own_answers(doors: Doors) -> None:
         output_logprobs=True,
         output_candidates=inference.CandidateTokens(top_n=2),
     )
-    said = await doors.inference_says(lora_name="rs", response=response)
+    said = await apis.inference_says(lora_name="rs", response=response)
     assert [each.HasField("prompt_info") for each in said] == [True] + [False] * (len(said) - 1)
     prompt = said[0].prompt_info
     assert (prompt.num_prompt_tokens, list(prompt.token_ids)) == (4, PROMPT)
@@ -343,23 +341,23 @@ async def test_vllms_own_answers(doors: Doors) -> None:
     end = outputs[-1].finish_info
     assert (end.num_output_tokens, end.finish_reason) == (6, inference.FinishInfo.LENGTH)
     assert end.HasField("num_cached_tokens")
-    whole = await doors.inference.Generate(inference_request(lora_name="rs", response=response))
+    whole = await apis.inference.Generate(inference_request(lora_name="rs", response=response))
     assert whole.outputs.num_tokens == 6
     assert list(whole.outputs.token_ids) == expected
     assert whole.outputs.text == "".join(output.text for output in outputs)
     assert whole.prompt_info == prompt
     silent = inference.ResponseOptions(output_text=False)
-    whole = await doors.inference.Generate(inference_request(model="rs", response=silent))
+    whole = await apis.inference.Generate(inference_request(model="rs", response=silent))
     assert (whole.outputs.text, list(whole.outputs.token_ids), whole.outputs.num_tokens) == ("", [], 6)
 
 
-async def test_vllms_own_parameters(doors: Doors) -> None:
+async def test_vllms_own_parameters(apis: VllmApis) -> None:
     """Model and LoRA as SGLang's two names; each field of the groups does what the service's own does."""
-    said = await doors.inference.Generate(inference_request(model="base", lora_name="wide"))
-    assert list(said.outputs.token_ids) == await tokens_of(doors, "wide")
-    assert (await failure(doors.inference.Generate(inference_request(model="rs", lora_name="wide"))))[2]
-    assert (await failure(doors.inference.Generate(inference_request(lora_name="x"))))[1] == "MODEL_NOT_FOUND"
-    whole = await tokens_of(doors, "base")
+    said = await apis.inference.Generate(inference_request(model="base", lora_name="wide"))
+    assert list(said.outputs.token_ids) == await tokens_of(apis, "wide")
+    assert (await failure(apis.inference.Generate(inference_request(model="rs", lora_name="wide"))))[2]
+    assert (await failure(apis.inference.Generate(inference_request(lora_name="x"))))[1] == "MODEL_NOT_FOUND"
+    whole = await tokens_of(apis, "base")
     bias = {whole[0]: -9.0}
     cases: list[tuple[dict[str, Any], dict[str, Any]]] = [
         ({"decoding": inference.DecodingParameters(repetition_penalty=1.5)}, {"repetition_penalty": 1.5}),
@@ -372,21 +370,21 @@ async def test_vllms_own_parameters(doors: Doors) -> None:
         ({"truncate_prompt_tokens": 2}, {"truncate_prompt_tokens": 2}),
     ]  # fmt: skip
     for fields, expected in cases:
-        said = await doors.inference.Generate(inference_request(**fields))
-        assert list(said.outputs.token_ids) == await tokens_of(doors, "base", **expected), fields
+        said = await apis.inference.Generate(inference_request(**fields))
+        assert list(said.outputs.token_ids) == await tokens_of(apis, "base", **expected), fields
     constrained = inference.DecodingParameters(
         choice=inference.DecodingParameters.StringChoices(choices=["ba"])
     )
-    assert (await doors.inference.Generate(inference_request(decoding=constrained))).outputs.text == "ba"
+    assert (await apis.inference.Generate(inference_request(decoding=constrained))).outputs.text == "ba"
     words = [inference.TokenIds(ids=whole[:1]), inference.TokenIds(ids=whole[2:4])]
-    said = await doors.inference.Generate(
+    said = await apis.inference.Generate(
         inference_request(decoding=inference.DecodingParameters(bad_words_token_ids=words))
     )
     assert whole[0] not in said.outputs.token_ids
     several = inference.RandomSampling(num_sequences=2)
-    said = await doors.inference_says(sampling=several, temperature=1.0)
+    said = await apis.inference_says(sampling=several, temperature=1.0)
     assert {each.outputs.index for each in said if each.outputs.HasField("finish_info")} == {0, 1}
-    assert (await failure(doors.inference.Generate(inference_request(sampling=several))))[2] == [
+    assert (await failure(apis.inference.Generate(inference_request(sampling=several))))[2] == [
         "sampling.num_sequences"
     ]
 
@@ -416,9 +414,9 @@ GATE = inference.EngineReasoningGate(reasoning_ended=False)
     ],
 )  # fmt: skip
 async def test_what_of_vllms_own_is_not_served_is_named(
-    doors: Doors, fields: dict[str, Any], named: list[str]
+    apis: VllmApis, fields: dict[str, Any], named: list[str]
 ) -> None:
     """Unserved fields are named in one message or in several."""
     expected = ("INVALID_ARGUMENT", "REQUEST_INVALID", named)
-    assert await failure(doors.inference.Generate(inference_request(**fields))) == expected
-    assert await failure(doors.inference_says(**fields)) == expected
+    assert await failure(apis.inference.Generate(inference_request(**fields))) == expected
+    assert await failure(apis.inference_says(**fields)) == expected

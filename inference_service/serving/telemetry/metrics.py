@@ -64,7 +64,7 @@ class Metrics:
         self._registry.register(ReplicaCollector(catalog, engine, adapters.facts))
         ProcessCollector(registry=self._registry)
         self._responses = Counter(
-            "loramux_http_responses", "Answers of the HTTP door.", ("status",), registry=self._registry
+            "loramux_http_responses", "Answers of the HTTP server.", ("status",), registry=self._registry
         )
         self._models = ModelSeries(
             (REQUESTS, ANSWERS, PROMPT, CACHED, GENERATED), (QUEUE, TTFT, PACE, DURATION), most

@@ -32,10 +32,10 @@ StoreFlag = Annotated[
 KeysFile = Annotated[
     Path | None, typer.Option("--keys-file", metavar="FILE", help="File of API keys; see loramux keys.")
 ]
-ModelDoors = Annotated[
+ModelPorts = Annotated[
     str | None,
     typer.Option(
-        "--model-doors",
+        "--model-ports",
         metavar="LIST",
         help="MODEL=HOST:PORT,...: a gRPC port per model.",
     ),
@@ -57,7 +57,7 @@ def builder(
 
     Example: loramux builder --grpc 0.0.0.0:50051 --keys-file keys.jsonl
     """
-    become([*builder_command(store, grpc, local_root or ()), *door_flags(keys_file, insecure)])
+    become([*builder_command(store, grpc, local_root or ()), *access_flags(keys_file, insecure)])
 
 
 @shell.command
@@ -68,7 +68,7 @@ def serve(
     store: StoreFlag = None,
     grpc: Listen = None,
     http: ListenHttp = None,
-    model_doors: ModelDoors = None,
+    model_ports: ModelPorts = None,
     local_root: shell.LocalRoots = None,
     backend: shell.Backend = None,
     dtype: shell.Dtype = None,
@@ -97,7 +97,7 @@ def serve(
     engine = {"backend": backend, "dtype": dtype, "threads": threads}
     engine |= {"builder": builder, "on-base-change": on_base_change}
     argv = inference_command(deployment, store, grpc, local_root or (), engine, http)
-    become([*argv, *_flags(**{"model-doors": model_doors}), *door_flags(keys_file, insecure)])
+    become([*argv, *_flags(**{"model-ports": model_ports}), *access_flags(keys_file, insecure)])
 
 
 def builder_command(store: str | None, grpc: str | None, local_roots: Sequence[Path]) -> list[str]:
@@ -130,7 +130,7 @@ def inference_command(
     return [*_python("inference_service"), *flags, *_roots(local_roots)]
 
 
-def door_flags(keys_file: Path | None, insecure: bool) -> list[str]:
+def access_flags(keys_file: Path | None, insecure: bool) -> list[str]:
     """Return the flags of a service that say who may enter."""
     file = None if keys_file is None else os.path.realpath(keys_file.expanduser())
     return [*_flags(**{"keys-file": file}), *(["--insecure"] if insecure else [])]

@@ -19,7 +19,7 @@ from loramux_shared.faults import ClientStalled, Fault, InternalFault, RequestIn
 from loramux_shared.rpc.status import abort
 from loramux_shared.rpc.traced import traced
 from loramux_shared.rpc.wire import bounded
-from loramux_shared.tracing.spans import DoorSpans
+from loramux_shared.tracing.spans import ServerSpans
 
 CUT: Final = "the server shut down before the call was complete. Retry with another replica."
 DRAIN_SEND_S: Final = 1.0
@@ -55,7 +55,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc
 
     def __init__(
         self,
-        tracing: DoorSpans | None = None,
+        tracing: ServerSpans | None = None,
         patience: Patience = USUAL,
         untraced: frozenset[str] = frozenset(),
     ) -> None:

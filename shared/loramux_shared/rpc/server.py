@@ -13,14 +13,14 @@ from grpc_reflection.v1alpha import reflection
 
 from loramux_shared.access.guard import NOBODY_GUARDS, Guard
 from loramux_shared.access.tls import TlsFiles
-from loramux_shared.descriptors import connections_of_a_door
+from loramux_shared.descriptors import connections_per_server
 from loramux_shared.digits import is_whole
 from loramux_shared.notify import READY, STOPPING, notify
 from loramux_shared.rpc.admission import CORE, AdmissionInterceptor, Rules
 from loramux_shared.rpc.calls import USUAL, CallInterceptor, Patience
 from loramux_shared.rpc.listening import cannot_listen, require_free
 from loramux_shared.rpc.options import server_options
-from loramux_shared.tracing.spans import DoorSpans
+from loramux_shared.tracing.spans import ServerSpans
 
 CUT_S: Final = 1.0
 """For what a drain cuts off to tell its client so."""
@@ -40,7 +40,7 @@ class RpcServer:
         address: str,
         services: Mapping[str, Callable[[grpc.aio.Server], None]],
         guard: Guard = NOBODY_GUARDS,
-        tracing: DoorSpans | None = None,
+        tracing: ServerSpans | None = None,
         patience: Patience = USUAL,
         max_connections: int | None = None,
         rules: Rules = CORE,
@@ -54,7 +54,7 @@ class RpcServer:
         """Health that the server reports."""
         admission = [AdmissionInterceptor(guard.keyring, rules)] if guard.keyring is not None else []
         interceptors = [*admission, self._interceptor]
-        options = server_options(max_connections or connections_of_a_door())
+        options = server_options(max_connections or connections_per_server())
         self._server = grpc.aio.server(interceptors=interceptors, options=options)
         self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)

@@ -58,7 +58,7 @@ def unreachable(target: str, message: str) -> str:
                 return cure
     elif "Failed parsing HTTP/2" in message:
         return (
-            "it does not speak gRPC. If that is the HTTP door: gRPC has a port of its own, 50052 of an "
+            "it does not speak gRPC. If that is the HTTP port: gRPC has a port of its own, 50052 of an "
             "inference service and 50051 of a builder unless said otherwise."
         )
     elif "Socket closed" in message and "Stream removed" not in message:  # then it has spoken

@@ -16,7 +16,7 @@ log = structlog.get_logger()
 T = TypeVar("T")
 
 
-class Door(Protocol):
+class DrainingServer(Protocol):
     """A server that can report that it is about to close."""
 
     async def leave(self) -> None:
@@ -25,13 +25,13 @@ class Door(Protocol):
 
 
 async def leave(
-    doors: Collection[Door], delay_s: float, sooner: Coroutine[Any, Any, object] | None = None
+    servers: Collection[DrainingServer], delay_s: float, sooner: Coroutine[Any, Any, object] | None = None
 ) -> None:
     """Give proxies time to turn away before anything is refused; it is over when sooner ends."""
     if delay_s:
         log.info("waiting before the drain", delay_s=delay_s)
-        for door in doors:
-            await door.leave()
+        for server in servers:
+            await server.leave()
     waits: list[Coroutine[Any, Any, object]] = [asyncio.sleep(delay_s), *([sooner] if sooner else [])]
     await first_of(*waits)
 

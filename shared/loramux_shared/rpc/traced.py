@@ -9,11 +9,11 @@ from contextlib import contextmanager
 import grpc
 
 from loramux_shared.faults import Fault, InternalFault
-from loramux_shared.tracing.spans import DoorSpans, Value
+from loramux_shared.tracing.spans import ServerSpans, Value
 
 
 @contextmanager
-def traced(spans: DoorSpans | None, context: grpc.aio.ServicerContext, method: str) -> Iterator[None]:
+def traced(spans: ServerSpans | None, context: grpc.aio.ServicerContext, method: str) -> Iterator[None]:
     """Make the span of a call, unless nobody traces; what the block raises fails it, and is raised again."""
     if spans is None:
         yield

@@ -23,7 +23,7 @@ class CallSpan(Protocol):
         ...
 
 
-class DoorSpans(Protocol):
+class ServerSpans(Protocol):
     """A factory of the spans of a server's calls."""
 
     def call(
@@ -39,7 +39,7 @@ class DoorSpans(Protocol):
 class TraceMiddleware:
     """Makes a span for every call of some paths; it ends when the last byte of the answer is sent."""
 
-    def __init__(self, app: App, spans: DoorSpans, paths: Collection[str]) -> None:
+    def __init__(self, app: App, spans: ServerSpans, paths: Collection[str]) -> None:
         self._app = app
         self._spans = spans
         self._paths = paths

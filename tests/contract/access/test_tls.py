@@ -35,7 +35,7 @@ def certificates(tmp_path: Path) -> Certificates:
     return Certificates(tmp_path)
 
 
-class Doors:
+class GuardedApis:
     """Both APIs of one service, with the files of a guard."""
 
     def __init__(self, folder: Path, guard: Guard, certificates: Certificates) -> None:
@@ -62,128 +62,128 @@ class Doors:
 
 
 @pytest.fixture
-async def open_doors(tmp_path: Path, certificates: Certificates) -> AsyncIterator[Any]:
+async def open_apis(tmp_path: Path, certificates: Certificates) -> AsyncIterator[Any]:
     """A function that opens both APIs with a guard."""
-    opened: list[Doors] = []
+    opened: list[GuardedApis] = []
 
-    async def open_them(guard: Guard) -> Doors:
-        doors = Doors(tmp_path, guard, certificates)
-        opened.append(doors)
-        await doors.grpc.start()
-        await doors.grpc.set_serving(True)
-        await doors.http.start()
-        return doors
+    async def open_them(guard: Guard) -> GuardedApis:
+        apis = GuardedApis(tmp_path, guard, certificates)
+        opened.append(apis)
+        await apis.grpc.start()
+        await apis.grpc.set_serving(True)
+        await apis.http.start()
+        return apis
 
     yield open_them
-    for doors in opened:
-        await doors.http.drain(BOUND_S)
-        await doors.grpc.drain(BOUND_S)
+    for apis in opened:
+        await apis.http.drain(BOUND_S)
+        await apis.grpc.drain(BOUND_S)
 
 
-async def test_both_doors_speak_tls(open_doors: Any, certificates: Certificates) -> None:
+async def test_both_apis_speak_tls(open_apis: Any, certificates: Certificates) -> None:
     """Both APIs are encrypted with a certificate, and require keys as without."""
-    doors = await open_doors(Guard(RING, certificates.server))
-    assert await doors.ask(api_key=KEYS["infer"]) == list(MODELS)
-    assert await doors.browse(KEYS["infer"]) == list(MODELS)
+    apis = await open_apis(Guard(RING, certificates.server))
+    assert await apis.ask(api_key=KEYS["infer"]) == list(MODELS)
+    assert await apis.browse(KEYS["infer"]) == list(MODELS)
     with pytest.raises(Unauthenticated):
-        await doors.ask()
+        await apis.ask()
 
 
-async def refusal(doors: Doors, **fields: Any) -> str:
+async def refusal(apis: GuardedApis, **fields: Any) -> str:
     """Return the one line with which a client is refused."""
     with pytest.raises(ServerUnavailable) as caught:
-        await doors.ask(**fields)
+        await apis.ask(**fields)
     assert "\n" not in str(caught.value)
-    assert str(caught.value).startswith(f"no answer from grpcs://{doors.grpc.address}: ")
+    assert str(caught.value).startswith(f"no answer from grpcs://{apis.grpc.address}: ")
     return str(caught.value)
 
 
-async def test_a_certificate_of_another_authority(open_doors: Any, certificates: Certificates) -> None:
+async def test_a_certificate_of_another_authority(open_apis: Any, certificates: Certificates) -> None:
     """A server whose authority is not trusted is not talked to; the line says which file to name."""
-    doors = await open_doors(Guard(None, certificates.server))
+    apis = await open_apis(Guard(None, certificates.server))
     for ca in (certificates.folder / "other.pem", None):
-        said = await refusal(doors, tls_ca=ca)
+        said = await refusal(apis, tls_ca=ca)
         assert said.endswith(
             "its certificate is not signed by an authority that is trusted here. Name the file of the right "
             "one: LORAMUX_TLS_CA=ca.pem."
         )
     with pytest.raises(httpx.ConnectError):
-        await doors.browse(tls_ca=certificates.folder / "other.pem")
+        await apis.browse(tls_ca=certificates.folder / "other.pem")
 
 
 async def test_a_certificate_that_expired_or_is_for_another_name(
-    open_doors: Any, certificates: Certificates
+    open_apis: Any, certificates: Certificates
 ) -> None:
     """An old certificate and one for another host are refused by their causes."""
-    doors = await open_doors(Guard(None, certificates.server))
+    apis = await open_apis(Guard(None, certificates.server))
     yesterday = datetime.now(UTC) - timedelta(days=1)
     certificates.issue(
         "server", certificates.ours, not_before=yesterday - timedelta(days=1), not_after=yesterday
     )
-    assert "its certificate has expired. Renew it there" in await refusal(doors)
+    assert "its certificate has expired. Renew it there" in await refusal(apis)
     certificates.issue("server", certificates.ours, "models.example.com")
-    assert "its certificate is for other names." in await refusal(doors)
+    assert "its certificate is for other names." in await refusal(apis)
 
 
 async def test_a_client_in_the_clear_and_a_server_in_the_clear(
-    open_doors: Any, certificates: Certificates
+    open_apis: Any, certificates: Certificates
 ) -> None:
     """A client learns that it speaks TLS to a server in the clear, or the other way round."""
-    doors = await open_doors(Guard(None, certificates.server))
-    async with AsyncClient(doors.grpc.address, timeout_s=BOUND_S, **NOBODY) as client:
-        with pytest.raises(ServerUnavailable, match=f"its address is grpcs://{doors.grpc.address}"):
+    apis = await open_apis(Guard(None, certificates.server))
+    async with AsyncClient(apis.grpc.address, timeout_s=BOUND_S, **NOBODY) as client:
+        with pytest.raises(ServerUnavailable, match=f"its address is grpcs://{apis.grpc.address}"):
             await client.models()
-    plain = await open_doors(Guard())
+    plain = await open_apis(Guard())
     assert "it does not speak TLS. Leave grpcs:// out" in await refusal(plain)
 
 
-async def test_certificates_are_renewed_while_it_runs(open_doors: Any, certificates: Certificates) -> None:
+async def test_certificates_are_renewed_while_it_runs(open_apis: Any, certificates: Certificates) -> None:
     """The next connection after a change gets the new certificate, over both APIs; no restart."""
-    doors = await open_doors(Guard(None, certificates.server))
-    assert await doors.ask() == await doors.browse() == list(MODELS)
+    apis = await open_apis(Guard(None, certificates.server))
+    assert await apis.ask() == await apis.browse() == list(MODELS)
     certificates.issue("server", certificates.other)
     other = certificates.folder / "other.pem"
-    assert await doors.ask(tls_ca=other) == await doors.browse(tls_ca=other) == list(MODELS)
-    await refusal(doors)
+    assert await apis.ask(tls_ca=other) == await apis.browse(tls_ca=other) == list(MODELS)
+    await refusal(apis)
 
 
-async def test_a_broken_certificate_is_not_taken(open_doors: Any, certificates: Certificates) -> None:
+async def test_a_broken_certificate_is_not_taken(open_apis: Any, certificates: Certificates) -> None:
     """A key that does not fit the certificate, as in the middle of a renewal, leaves the old pair in use."""
-    doors = await open_doors(Guard(None, certificates.server))
+    apis = await open_apis(Guard(None, certificates.server))
     certificates.server.key.write_bytes(certificates.issue("client", certificates.other).key.read_bytes())
     with structlog.testing.capture_logs() as logs:
         for _ in range(2):
-            assert await doors.ask() == await doors.browse() == list(MODELS)
+            assert await apis.ask() == await apis.browse() == list(MODELS)
     assert [each["log_level"] for each in logs] == ["warning"] * 2  # each API looks for itself
     assert all(str(certificates.server.key) in each["why"] for each in logs)
     certificates.issue("server", certificates.other)
-    assert await doors.ask(tls_ca=certificates.folder / "other.pem") == list(MODELS)
+    assert await apis.ask(tls_ca=certificates.folder / "other.pem") == list(MODELS)
 
 
-async def test_clients_show_certificates(open_doors: Any, certificates: Certificates) -> None:
+async def test_clients_show_certificates(open_apis: Any, certificates: Certificates) -> None:
     """Only clients with a certificate of the client CA are accepted, over both APIs."""
-    doors = await open_doors(Guard(None, certificates.mutual))
+    apis = await open_apis(Guard(None, certificates.mutual))
     good = certificates.client(certificates.other)
-    assert await doors.ask(**good) == await doors.browse(**good) == list(MODELS)
-    assert "set LORAMUX_CLIENT_CERT and LORAMUX_CLIENT_KEY" in await refusal(doors)
+    assert await apis.ask(**good) == await apis.browse(**good) == list(MODELS)
+    assert "set LORAMUX_CLIENT_CERT and LORAMUX_CLIENT_KEY" in await refusal(apis)
     with pytest.raises(httpx.TransportError):
-        await doors.browse()
+        await apis.browse()
     wrong = certificates.client(certificates.ours)
-    assert "set LORAMUX_CLIENT_CERT and LORAMUX_CLIENT_KEY" in await refusal(doors, **wrong)
+    assert "set LORAMUX_CLIENT_CERT and LORAMUX_CLIENT_KEY" in await refusal(apis, **wrong)
     with pytest.raises(httpx.TransportError):
-        await doors.browse(**wrong)
+        await apis.browse(**wrong)
 
 
-async def test_the_client_authority_is_renewed_too(open_doors: Any, certificates: Certificates) -> None:
+async def test_the_client_authority_is_renewed_too(open_apis: Any, certificates: Certificates) -> None:
     """After a change of the client CA its certificates get in and those of the old one do not."""
-    doors = await open_doors(Guard(None, certificates.mutual))
+    apis = await open_apis(Guard(None, certificates.mutual))
     ours = certificates.client(certificates.ours)
     (certificates.folder / "other.pem").write_bytes(certificates.ours.cert_pem.bytes())
-    assert await doors.ask(**ours) == await doors.browse(**ours) == list(MODELS)
+    assert await apis.ask(**ours) == await apis.browse(**ours) == list(MODELS)
     old = certificates.client(certificates.other)
-    await refusal(doors, **old)
+    await refusal(apis, **old)
     with pytest.raises(httpx.TransportError):
-        await doors.browse(**old)
+        await apis.browse(**old)
 
 
 def _get(address: str, context: ssl.SSLContext, session: ssl.SSLSession | None) -> ssl.SSLSession | None:
@@ -199,22 +199,22 @@ def _get(address: str, context: ssl.SSLContext, session: ssl.SSLSession | None) 
 
 @pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
 async def test_a_session_does_not_outlive_its_authority(
-    version: ssl.TLSVersion, open_doors: Any, certificates: Certificates
+    version: ssl.TLSVersion, open_apis: Any, certificates: Certificates
 ) -> None:
     """A client whose authority is no longer trusted cannot resume the session that it had before."""
-    doors = await open_doors(Guard(None, certificates.mutual))
+    apis = await open_apis(Guard(None, certificates.mutual))
     context = ssl.create_default_context(cafile=certificates.folder / "ours.pem")
     context.maximum_version = version
     files = certificates.client(certificates.other)
     context.load_cert_chain(files["client_cert"], files["client_key"])
     try:
-        session = await asyncio.to_thread(_get, doors.http.address, context, None)
+        session = await asyncio.to_thread(_get, apis.http.address, context, None)
     except ssl.SSLError:
         assert version is ssl.TLSVersion.TLSv1_2
         return
     (certificates.folder / "other.pem").write_bytes(certificates.ours.cert_pem.bytes())
     with pytest.raises((OSError, AssertionError)):
-        await asyncio.to_thread(_get, doors.http.address, context, session)
+        await asyncio.to_thread(_get, apis.http.address, context, session)
 
 
 def _encrypt(files: TlsFiles) -> None:
@@ -247,16 +247,16 @@ def test_bad_files_stop_the_start(damage: str, certificates: Certificates) -> No
 
 
 async def test_a_client_reads_its_environment(
-    open_doors: Any, certificates: Certificates, monkeypatch: pytest.MonkeyPatch
+    open_apis: Any, certificates: Certificates, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A client without arguments takes key and files from LORAMUX_* variables; None turns one off."""
-    doors = await open_doors(Guard(RING, certificates.mutual))
+    apis = await open_apis(Guard(RING, certificates.mutual))
     files = certificates.client(certificates.other)
     monkeypatch.setenv("LORAMUX_API_KEY", KEYS["infer"])
     monkeypatch.setenv("LORAMUX_TLS_CA", str(certificates.folder / "ours.pem"))
     monkeypatch.setenv("LORAMUX_CLIENT_CERT", str(files["client_cert"]))
     monkeypatch.setenv("LORAMUX_CLIENT_KEY", str(files["client_key"]))
-    address = f"grpcs://{doors.grpc.address}"
+    address = f"grpcs://{apis.grpc.address}"
     async with AsyncClient(address) as client:
         assert [model.name for model in await client.models()] == list(MODELS)
     async with AsyncClient(address, api_key=None) as client:
@@ -265,15 +265,15 @@ async def test_a_client_reads_its_environment(
 
 
 async def test_the_command_line_says_it_in_one_line(
-    open_doors: Any, certificates: Certificates, tmp_path: Path
+    open_apis: Any, certificates: Certificates, tmp_path: Path
 ) -> None:
     """A command that meets the wrong certificate prints one line, of ours, and nothing of gRPC's core."""
-    doors = await open_doors(Guard(None, certificates.server))
+    apis = await open_apis(Guard(None, certificates.server))
     ca = {"LORAMUX_TLS_CA": str(certificates.folder / "other.pem")}
     with (tmp_path / "out").open("w") as out, (tmp_path / "err").open("w") as err:
         streams = [None, out.fileno(), err.fileno()]
         command = forks.command_line(
-            ["models", "--grpc", f"grpcs://{doors.grpc.address}"], streams, tmp_path, ca
+            ["models", "--grpc", f"grpcs://{apis.grpc.address}"], streams, tmp_path, ca
         )
         status = await asyncio.to_thread(command.wait, BOUND_S)
     said, errors = ((tmp_path / name).read_text() for name in ("out", "err"))

@@ -70,7 +70,7 @@ def built(world: tuple[World, MemoryStore]) -> tuple[MemoryStore, Deployment]:
     return store, deployment
 
 
-class Doors:
+class ReplicaApis:
     """Both APIs of a replica, and its models."""
 
     def __init__(self, ready: Ready, generation: Generation, guard: Guard) -> None:
@@ -119,14 +119,14 @@ class Doors:
 
 
 @pytest_asyncio.fixture
-async def doors(
+async def apis(
     world: tuple[World, MemoryStore], built: tuple[MemoryStore, Deployment]
-) -> AsyncIterator[Doors]:
+) -> AsyncIterator[ReplicaApis]:
     """Both APIs of a replica of the deployment."""
     store, _ = built
     generation = current_generation(store, "tiny")
     assert generation is not None
-    opened = Doors(world[0].load(store, stream_interval_ms=0), generation, Guard())
+    opened = ReplicaApis(world[0].load(store, stream_interval_ms=0), generation, Guard())
     await opened.start()
     yield opened
     await opened.close()
@@ -148,59 +148,59 @@ def test_what_the_file_says_is_in_the_generation(
     assert not {"aliases", "limits", "speculative_tokens"} & json.loads(plain.to_bytes()).keys()
 
 
-async def test_a_request_ends_on_the_version_that_it_began_with(doors: Doors) -> None:
+async def test_a_request_ends_on_the_version_that_it_began_with(apis: ReplicaApis) -> None:
     """A name that switches meanwhile is another version for the next request, and a removed one is none."""
-    service = doors.ready.service
-    expected = {name: await doors.tokens(name) for name in ("rs", "wide")}
+    service = apis.ready.service
+    expected = {name: await apis.tokens(name) for name in ("rs", "wide")}
     assert expected["rs"] != expected["wide"]
     events = service.generate(Request.of("rs", PROMPT, max_tokens=4, temperature=0, ignore_eos=True))
     started = await anext(events)
     assert isinstance(started, Started)
-    changes = doors.ready.adapters.apply(doors.later(2, rs="wide"))
+    changes = apis.ready.adapters.apply(apis.later(2, rs="wide"))
     assert (changes.switched, set(changes.removed)) == (("rs",), {"all", "wide"})
     rest = [event async for event in events]
     said = [token.id for event in rest if isinstance(event, Delta) for token in event.tokens]
-    assert (said, started.model.digest, started.generation) == (expected["rs"], doors.digest("rs"), 1)
-    answer = await doors.ask("rs")
+    assert (said, started.model.digest, started.generation) == (expected["rs"], apis.digest("rs"), 1)
+    answer = await apis.ask("rs")
     assert answer.json()["choices"][0]["token_ids"] == expected["wide"]
-    assert answer.headers["x-loramux-digest"] == doors.digest("wide")
+    assert answer.headers["x-loramux-digest"] == apis.digest("wide")
     assert answer.headers["x-loramux-generation"] == "2"
-    old = await doors.client.complete(f"rs@{doors.digest('rs')[:10]}", PROMPT, max_tokens=4, ignore_eos=True)
-    assert (list(old.token_ids), old.started.adapter_digest) == (expected["rs"], doors.digest("rs"))
+    old = await apis.client.complete(f"rs@{apis.digest('rs')[:10]}", PROMPT, max_tokens=4, ignore_eos=True)
+    assert (list(old.token_ids), old.started.adapter_digest) == (expected["rs"], apis.digest("rs"))
     with pytest.raises(ModelNotFound):
-        await doors.client.complete("wide", PROMPT)
+        await apis.client.complete("wide", PROMPT)
 
 
-async def test_http_says_who_answers(doors: Doors) -> None:
+async def test_http_says_who_answers(apis: ReplicaApis) -> None:
     """The answering model is named in the body, and in headers of whole answers and of streams; the base has no
     digest.
     """
     for fields in ({}, {"stream": True}):
-        answer = await doors.ask("one", **fields)
+        answer = await apis.ask("one", **fields)
         assert answer.headers["x-loramux-model"] == "rs"
-        assert answer.headers["x-loramux-digest"] == doors.digest("rs")
+        assert answer.headers["x-loramux-digest"] == apis.digest("rs")
         assert answer.headers["x-loramux-generation"] == "1"
         assert '"model":"rs"' in answer.text
     messages = [{"role": "user", "content": "x"}]
-    tokenized = await doors.http.post("/tokenize", json={"model": "one", "prompt": "AB"})
+    tokenized = await apis.http.post("/tokenize", json={"model": "one", "prompt": "AB"})
     assert tokenized.json()["count"] == 2
-    answer = await doors.ask("base")
+    answer = await apis.ask("base")
     assert answer.headers["x-loramux-model"] == "base"
     assert "x-loramux-digest" not in answer.headers
-    refused = await doors.http.post("/v1/chat/completions", json={"model": "none", "messages": messages})
+    refused = await apis.http.post("/v1/chat/completions", json={"model": "none", "messages": messages})
     assert (refused.status_code, refused.json()["error"]["param"]) == (404, "model")
     assert "x-loramux-model" not in refused.headers
 
 
-async def test_an_alias_sticks_to_a_user_at_both_doors(doors: Doors) -> None:
+async def test_an_alias_sticks_to_a_user_at_both_apis(apis: ReplicaApis) -> None:
     """A user, a header, a field and metadata are one key."""
-    channel = grpc.aio.insecure_channel(doors.address)
+    channel = grpc.aio.insecure_channel(apis.address)
     stub = inference_pb2_grpc.InferenceServiceStub(channel)
     picked = set()
     for key in ("ann", "bob", "cid", "dan"):
-        by_user = (await doors.ask("alias", user=key)).json()["model"]
-        by_header = (await doors.ask("alias", {"x-loramux-key": key}, user="other")).json()["model"]
-        by_field = (await doors.client.complete("alias", PROMPT, max_tokens=1, sticky_key=key)).started.model
+        by_user = (await apis.ask("alias", user=key)).json()["model"]
+        by_header = (await apis.ask("alias", {"x-loramux-key": key}, user="other")).json()["model"]
+        by_field = (await apis.client.complete("alias", PROMPT, max_tokens=1, sticky_key=key)).started.model
         request = pb.GenerateRequest(model="alias", token_ids=pb.TokenIds(ids=PROMPT), sticky_key="other")
         first = await stub.Generate(request, metadata=(("x-loramux-key", key),)).read()
         assert {by_user, by_header, by_field, first.started.model} == {by_user}
@@ -209,10 +209,10 @@ async def test_an_alias_sticks_to_a_user_at_both_doors(doors: Doors) -> None:
     await channel.close()
 
 
-async def test_all_prompts_of_a_call_are_answered_by_one_version(doors: Doors) -> None:
+async def test_all_prompts_of_a_call_are_answered_by_one_version(apis: ReplicaApis) -> None:
     """An alias is asked once for all of them."""
-    answer = (await doors.ask("alias", prompt=[PROMPT] * 16)).json()
-    expected = await doors.tokens(answer["model"])
+    answer = (await apis.ask("alias", prompt=[PROMPT] * 16)).json()
+    expected = await apis.tokens(answer["model"])
     assert [choice["token_ids"] for choice in answer["choices"]] == [expected] * 16
 
 
@@ -226,38 +226,38 @@ async def test_a_replica_catches_up_first(
     store.objects.update(built[0].objects)
     generation = current_generation(store, "tiny")
     assert generation is not None
-    doors = Doors(world[0].load(store, stream_interval_ms=0), generation, Guard())
-    await doors.start()
+    apis = ReplicaApis(world[0].load(store, stream_interval_ms=0), generation, Guard())
+    await apis.start()
     with pytest.raises(ReplicaBehind) as behind:
-        await doors.client.complete("rs", PROMPT, min_generation=2)
+        await apis.client.complete("rs", PROMPT, min_generation=2)
     assert behind.value.retry_after_s == 1.0
-    async with grpc.aio.insecure_channel(doors.address) as channel:
+    async with grpc.aio.insecure_channel(apis.address) as channel:
         stub = inference_pb2_grpc.InferenceServiceStub(channel)
         request = pb.GenerateRequest(model="rs", token_ids=pb.TokenIds(ids=PROMPT))
         with pytest.raises(grpc.aio.AioRpcError, match=r"generation 9 .* this replica serves 1"):
             await stub.Generate(request, metadata=(("x-loramux-min-generation", "9"),)).read()
     for refused in (
-        await doors.ask("rs", min_generation=2),
-        await doors.ask("rs", {"x-loramux-min-generation": "2"}),
+        await apis.ask("rs", min_generation=2),
+        await apis.ask("rs", {"x-loramux-min-generation": "2"}),
     ):
         assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
         assert refused.json()["error"]["code"] == "replica_behind"
 
-    publish_generation(store, doors.later(2, rs="wide", new="rs"))
-    answer = await doors.ask("new", {"x-loramux-min-generation": "2"}, min_generation=1)
+    publish_generation(store, apis.later(2, rs="wide", new="rs"))
+    answer = await apis.ask("new", {"x-loramux-min-generation": "2"}, min_generation=1)
     assert (answer.status_code, answer.headers["x-loramux-generation"]) == (200, "2")
-    publish_generation(store, doors.later(3, rs="wide"))
-    told = await doors.client.complete("rs", PROMPT, max_tokens=1, min_generation=3)
-    assert (told.started.generation, told.started.adapter_digest) == (3, doors.digest("wide"))
-    assert (await doors.ask("rs", {"x-loramux-min-generation": "x"})).status_code == 400
-    await doors.close()
+    publish_generation(store, apis.later(3, rs="wide"))
+    told = await apis.client.complete("rs", PROMPT, max_tokens=1, min_generation=3)
+    assert (told.started.generation, told.started.adapter_digest) == (3, apis.digest("wide"))
+    assert (await apis.ask("rs", {"x-loramux-min-generation": "x"})).status_code == 400
+    await apis.close()
 
 
-async def test_a_model_at_its_limit_is_refused_alone(doors: Doors) -> None:
+async def test_a_model_at_its_limit_is_refused_alone(apis: ReplicaApis) -> None:
     """429 as OpenAI's clients know it, RESOURCE_EXHAUSTED with RetryInfo, and the others answer."""
-    assert (await doors.ask("all")).status_code == 200
-    assert (await doors.ask("all")).status_code == 200
-    refused = await doors.ask("all")
+    assert (await apis.ask("all")).status_code == 200
+    assert (await apis.ask("all")).status_code == 200
+    refused = await apis.ask("all")
     error = refused.json()["error"]
     assert (refused.status_code, error["type"], error["code"]) == (
         429,
@@ -266,13 +266,13 @@ async def test_a_model_at_its_limit_is_refused_alone(doors: Doors) -> None:
     )
     assert 1 <= int(refused.headers["retry-after"]) <= 60
     with pytest.raises(RateLimited) as limited:
-        await doors.client.complete("all", PROMPT)
+        await apis.client.complete("all", PROMPT)
     assert limited.value.retry_after_s is not None
     assert 30 < limited.value.retry_after_s <= 42
-    assert (await doors.ask("rs")).status_code == 200
-    doors.ready.adapters.apply(doors.generation.model_copy(update={"number": 2, "limits": Runtime().limits}))
-    assert (await doors.ask("all")).status_code == 200
-    counted = await doors.http.get("/metrics")
+    assert (await apis.ask("rs")).status_code == 200
+    apis.ready.adapters.apply(apis.generation.model_copy(update={"number": 2, "limits": Runtime().limits}))
+    assert (await apis.ask("all")).status_code == 200
+    counted = await apis.http.get("/metrics")
     scrape = Scrape(counted.text)
     assert scrape.value("loramux_requests_total", model="all", outcome="RATE_LIMITED") == 2
 
@@ -294,10 +294,10 @@ class Noted:
         self.seqs += [answer.seq for answer in record.answers]
 
 
-async def test_the_engine_is_told_flow_and_share(doors: Doors) -> None:
+async def test_the_engine_is_told_flow_and_share(apis: ReplicaApis) -> None:
     """A model's weight and share in the deployment file reach its sequences."""
-    made, noted = doors.ready.service, Noted()
-    service = GenerationService(made.catalog, made.text, doors.ready.engine, made.limits, [noted])
+    made, noted = apis.ready.service, Noted()
+    service = GenerationService(made.catalog, made.text, apis.ready.engine, made.limits, [noted])
     for model in ("all", "base", "one"):
         async with aclosing(service.generate(Request.of(model, PROMPT, max_tokens=1))) as events:
             async for _ in events:
@@ -306,24 +306,24 @@ async def test_the_engine_is_told_flow_and_share(doors: Doors) -> None:
     assert told == [("all", "all", 2.0, 1), ("base", "base", 1.0, None), ("rs", "rs", 1.0, None)]
 
 
-async def test_a_key_has_its_limits_at_both_doors(world: tuple[World, MemoryStore]) -> None:
+async def test_a_key_has_its_limits_at_both_apis(world: tuple[World, MemoryStore]) -> None:
     """A key's limits hold over both APIs together; the other key is not concerned."""
     generation = current_generation(world[1], "tiny")
     assert generation is not None
     (ann, of_ann), (bob, of_bob) = new_entry("ann", "infer"), new_entry("bob", "infer")
     of_ann = of_ann.model_copy(update={"limits": Limits(tokens_per_minute=8)})
-    doors = Doors(world[0].load(world[1]), generation, Guard(Keyring(text=lines(of_ann, of_bob))))
-    await doors.start()
+    apis = ReplicaApis(world[0].load(world[1]), generation, Guard(Keyring(text=lines(of_ann, of_bob))))
+    await apis.start()
     headers = [{"authorization": f"Bearer {key}"} for key in (ann, bob)]
-    assert [(await doors.ask("rs", each)).status_code for each in headers] == [200, 200]
-    assert [(await doors.ask("wide", each)).status_code for each in headers] == [429, 200]
-    async with AsyncClient(doors.address, api_key=ann) as client:
+    assert [(await apis.ask("rs", each)).status_code for each in headers] == [200, 200]
+    assert [(await apis.ask("wide", each)).status_code for each in headers] == [429, 200]
+    async with AsyncClient(apis.address, api_key=ann) as client:
         with pytest.raises(RateLimited, match="the API key 'ann'"):
             await client.complete("base", PROMPT)
-    await doors.close()
+    await apis.close()
 
 
-def hold(doors: Doors) -> asyncio.Event:
+def hold(apis: ReplicaApis) -> asyncio.Event:
     """Keep requests before they are tokenized, until the event is set."""
     gate = asyncio.Event()
 
@@ -331,16 +331,16 @@ def hold(doors: Doors) -> asyncio.Event:
         await gate.wait()
         return NO_DEFAULTS
 
-    assert doors.ready.bank is not None
-    doors.ready.bank.texts.defaults = slowly  # type: ignore[method-assign]
+    assert apis.ready.bank is not None
+    apis.ready.bank.texts.defaults = slowly  # type: ignore[method-assign]
     for name in ("rs", "wide"):
-        doors.ready.service.catalog.know(doors.digest(name), defaults=None)
+        apis.ready.service.catalog.know(apis.digest(name), defaults=None)
     return gate
 
 
-async def until_held(doors: Doors, count: int) -> None:
+async def until_held(apis: ReplicaApis, count: int) -> None:
     """Wait until so many requests are in work."""
-    service = doors.ready.service
+    service = apis.ready.service
     await until(lambda: service.in_work == count, f"{count} requests in work", lambda: service.in_work)
 
 
@@ -349,20 +349,20 @@ def limits(**default: int) -> ModelLimits:
     return ModelLimits(default=Limits(**default))
 
 
-async def test_tokens_of_a_minute_are_not_used_twice(doors: Doors) -> None:
+async def test_tokens_of_a_minute_are_not_used_twice(apis: ReplicaApis) -> None:
     """Requests that came while there were some are looked at again before the engine gets them."""
-    change_deployed(doors.ready.service.catalog, limits=limits(tokens_per_minute=4))
-    gate = hold(doors)
-    waiting = [asyncio.ensure_future(doors.ask("rs")) for _ in range(3)]
-    await until_held(doors, 3)
+    change_deployed(apis.ready.service.catalog, limits=limits(tokens_per_minute=4))
+    gate = hold(apis)
+    waiting = [asyncio.ensure_future(apis.ask("rs")) for _ in range(3)]
+    await until_held(apis, 3)
     gate.set()
     answers = await asyncio.gather(*waiting)
     assert sorted(answer.status_code for answer in answers) == [200, 429, 429]
 
 
-async def test_lora_path_beside_model(doors: Doors) -> None:
+async def test_lora_path_beside_model(apis: ReplicaApis) -> None:
     """Taken where it is of the base, or where both name the same adapter, and refused by name where not."""
     for model in ("base", "rs"):
-        assert (await doors.ask(model, lora_path="base:rs")).json()["model"] == "rs"
-    refused = await doors.ask("rs", lora_path="wide")
+        assert (await apis.ask(model, lora_path="base:rs")).json()["model"] == "rs"
+    refused = await apis.ask("rs", lora_path="wide")
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, "lora_path")

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
 
 from loramux_shared.storage.memory import MemoryStore
-from tests.support.openai_door import OpenAIDoor
+from tests.support.openai_api import OpenAIApi
 from tests.support.served_replicas import open_replica
 from tests.support.tiny import ADAPTERS, SIZES, World, make_world_of
 
@@ -29,12 +29,12 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[World, MemoryStore]
     return world, store
 
 
-async def ask(door: OpenAIDoor, model: str, path: str = "completions", **fields: Any) -> tuple[int, Any]:
+async def ask(api: OpenAIApi, model: str, path: str = "completions", **fields: Any) -> tuple[int, Any]:
     """Return status and body."""
     body = {"model": model, "prompt": [5, 6, 7] * 9, "max_tokens": 6, "temperature": 0} | fields
     if path == "embeddings":
         body = {"model": model, "input": [5, 6, 7] * 9}
-    response = await door.http.post(f"/v1/{path}", json=body)
+    response = await api.http.post(f"/v1/{path}", json=body)
     return response.status_code, response.json() if not fields else response.text
 
 
@@ -45,24 +45,24 @@ def reason(answer: tuple[int, Any]) -> tuple[int, str]:
 
 async def test_its_answers_fail_and_others_stay_what_they_were(world: tuple[World, MemoryStore]) -> None:
     """Answers, streams and vectors; the third time for good, in the metrics, and where models are listed."""
-    async with open_replica(world) as door:
+    async with open_replica(world) as api:
         asked = [("base", "completions"), ("all", "completions"), ("base", "embeddings")]
-        before = [await ask(door, *each) for each in asked]
+        before = [await ask(api, *each) for each in asked]
         assert [status for status, _ in before] == [200] * 3
-        status, streamed = await ask(door, BAD, stream=True)
+        status, streamed = await ask(api, BAD, stream=True)
         assert "numerics" in streamed, (status, streamed)
-        assert reason(await ask(door, BAD, "embeddings")) == (500, "numerics")
-        assert (await door.http.get(f"/v1/models/{BAD}")).json()["last_failure"] is None
-        assert reason(await ask(door, BAD)) == (500, "numerics")
-        assert reason(await ask(door, BAD)) == (500, "model_unusable")
-        shown = (await door.http.get(f"/v1/models/{BAD}")).json()["last_failure"]
+        assert reason(await ask(api, BAD, "embeddings")) == (500, "numerics")
+        assert (await api.http.get(f"/v1/models/{BAD}")).json()["last_failure"] is None
+        assert reason(await ask(api, BAD)) == (500, "numerics")
+        assert reason(await ask(api, BAD)) == (500, "model_unusable")
+        shown = (await api.http.get(f"/v1/models/{BAD}")).json()["last_failure"]
         assert shown["reason"] == "MODEL_UNUSABLE"
         assert "within 60 s held NaN or infinity" in shown["message"]
         for model, path in asked * 2:
-            after = await ask(door, model, path)
+            after = await ask(api, model, path)
             expected = before[asked.index((model, path))]
             assert _told(after) == _told(expected)
-        metrics = (await door.http.get("/metrics")).text
+        metrics = (await api.http.get("/metrics")).text
         assert f'loramux_requests_total{{model="{BAD}",outcome="NUMERICS"}} 3' in metrics
         assert f'loramux_requests_total{{model="{BAD}",outcome="MODEL_UNUSABLE"}} 1' in metrics
 

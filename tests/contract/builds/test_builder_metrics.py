@@ -15,9 +15,9 @@ import httpx
 import pytest
 from prometheus_client import CollectorRegistry, Gauge
 
-from builder_service.builds import metrics_door
+from builder_service.builds import metrics_server
 from builder_service.builds.meter import BuildMeter
-from builder_service.builds.metrics_door import MAX_CLIENTS, MetricsDoor
+from builder_service.builds.metrics_server import MAX_CLIENTS, MetricsServer
 from loramux_shared.faults import SettingsInvalid
 from tests.support.builders import Builders
 from tests.support.metrics import Scrape
@@ -82,12 +82,12 @@ class Clocks(list[Callable[[], None]]):
 def test_silent_clients_are_closed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Clients beyond the bound are closed at once, silent ones after their time; then others are answered."""
     clocks = Clocks()
-    monkeypatch.setattr(metrics_door, "threading", Mock(wraps=threading, Timer=clocks.timer))
+    monkeypatch.setattr(metrics_server, "threading", Mock(wraps=threading, Timer=clocks.timer))
     registry = CollectorRegistry()
     Gauge("seen", "1.", registry=registry).set(1)
-    door = MetricsDoor("127.0.0.1", 0, registry)
-    door.start()
-    address = ("127.0.0.1", door.server_port)
+    api = MetricsServer("127.0.0.1", 0, registry)
+    api.start()
+    address = ("127.0.0.1", api.server_port)
     try:
         idle = [socket.create_connection(address, timeout=BOUND_S) for _ in range(2 * MAX_CLIENTS)]
         wait_until(
@@ -100,8 +100,8 @@ def test_silent_clients_are_closed(monkeypatch: pytest.MonkeyPatch) -> None:
             each.close()
         assert "seen 1.0" in wait_until(lambda: answer_of(address), "a place for another client")
     finally:
-        door.shutdown()
-        door.server_close()
+        api.shutdown()
+        api.server_close()
 
 
 def closed_of(connections: list[socket.socket]) -> list[socket.socket]:

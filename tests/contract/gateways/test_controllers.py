@@ -24,7 +24,7 @@ from tests.contract.gateways.controllers import (
     Pod,
 )
 from tests.support.access import lines, new_entry
-from tests.support.openai_door import OpenAIDoor
+from tests.support.openai_api import OpenAIApi
 from tests.support.served_replicas import Built, copied, open_builder, open_fleet, open_replica
 from tests.support.waiting import BOUND_S, bounded
 
@@ -38,19 +38,19 @@ class Fleet:
 
     world: Built
     builder: str
-    doors: list[OpenAIDoor]
+    apis: list[OpenAIApi]
     web: httpx.AsyncClient
 
     async def until_listed(self, *names: str) -> None:
         """Wait until both replicas list these adapters beside the base and no other ones."""
-        for door in self.doors:
+        for api in self.apis:
             async with bounded(f"a replica that lists {names}"):
-                while sorted(names) != await self.listed(door):
+                while sorted(names) != await self.listed(api):
                     pass
 
-    async def listed(self, door: OpenAIDoor) -> list[str]:
+    async def listed(self, api: OpenAIApi) -> list[str]:
         """The adapters that a replica lists."""
-        data = (await door.http.get("/v1/models")).json()["data"]
+        data = (await api.http.get("/v1/models")).json()["data"]
         return sorted(each["id"] for each in data if each["id"] != "base")
 
 
@@ -63,10 +63,10 @@ async def started(chatty: Built, tmp_path_factory: pytest.TempPathFactory) -> As
     world = copied(chatty)
     async with (
         open_builder(world, tmp_path_factory.mktemp("builder")) as builder,
-        open_fleet(world, 2, builder=builder) as doors,
+        open_fleet(world, 2, builder=builder) as apis,
         httpx.AsyncClient(timeout=BOUND_S) as web,
     ):
-        yield Fleet(world, builder, doors, web)
+        yield Fleet(world, builder, apis, web)
 
 
 @pytest_asyncio.fixture(loop_scope="module")
@@ -74,8 +74,8 @@ async def fleet(started: Fleet) -> AsyncIterator[Fleet]:
     """The replicas, with the adapters that they have at first."""
     await started.until_listed(*USUAL)
     yield started
-    for name in set(await started.listed(started.doors[0])) - set(USUAL):
-        await started.doors[0].post("/v1/unload_lora_adapter", lora_name=name)
+    for name in set(await started.listed(started.apis[0])) - set(USUAL):
+        await started.apis[0].post("/v1/unload_lora_adapter", lora_name=name)
 
 
 async def test_aibrix_brings_an_adapter_to_every_pod(fleet: Fleet) -> None:
@@ -84,7 +84,7 @@ async def test_aibrix_brings_an_adapter_to_every_pod(fleet: Fleet) -> None:
     It is found on the second replica, which is not called while no label selects it; then it is unloaded.
     """
     controller, source = AIBrix(fleet.web), str(fleet.world[0].adapters["rs"])
-    adapter, pods = ModelAdapter("fresh", source), [Pod(door.url) for door in fleet.doors]
+    adapter, pods = ModelAdapter("fresh", source), [Pod(api.url) for api in fleet.apis]
     del pods[1].labels["model.aibrix.ai/name"]
     await controller.reconcile(adapter, pods)
     assert controller.calls == [LIST, LOAD]
@@ -92,13 +92,13 @@ async def test_aibrix_brings_an_adapter_to_every_pod(fleet: Fleet) -> None:
     pods[1].labels |= LABELS
     await controller.reconcile(adapter, pods)
     assert (controller.calls[2:], adapter.instances) == ([LIST] * 2, pods)
-    for door in fleet.doors:
+    for api in fleet.apis:
         asked = {"prompt": "hello", "max_tokens": 4, "temperature": 0}
         fresh, rs = [
-            (await door.post("/v1/completions", model=name, **asked)).json() for name in ("fresh", "rs")
+            (await api.post("/v1/completions", model=name, **asked)).json() for name in ("fresh", "rs")
         ]
         assert fresh["choices"] == rs["choices"]
-    await fleet.doors[0].post("/v1/unload_lora_adapter", lora_name="fresh")
+    await fleet.apis[0].post("/v1/unload_lora_adapter", lora_name="fresh")
     await fleet.until_listed(*USUAL)
     await controller.reconcile(adapter, pods[:1])
     assert controller.calls[4:] == [LIST, LOAD]
@@ -111,7 +111,7 @@ async def test_aibrix_brings_an_adapter_to_every_pod(fleet: Fleet) -> None:
 async def test_aibrix_finds_a_late_artifact_at_a_later_try(fleet: Fleet) -> None:
     """Loads fail by the folder's name until it is there."""
     controller, late = AIBrix(fleet.web), fleet.world[0].root / "late"
-    adapter, pod = ModelAdapter("late", str(late)), Pod(fleet.doors[0].url)
+    adapter, pod = ModelAdapter("late", str(late)), Pod(fleet.apis[0].url)
     with pytest.raises(LoadingFailed, match="late"):
         await controller.reconcile(adapter, [pod])
     assert controller.calls == [LIST, LOAD] * TRIES
@@ -126,13 +126,13 @@ async def test_aibrix_finds_a_late_artifact_at_a_later_try(fleet: Fleet) -> None
 async def test_production_stack_brings_an_adapter_to_both(fleet: Fleet) -> None:
     """Loads at both replicas are taken for done, and one from elsewhere is refused by name."""
     controller, source = LoraController(fleet.web), str(fleet.world[0].adapters["rs"])
-    for door in fleet.doors:
-        await controller.load(door.url, "fresh", source)
-        assert (await controller.registrations(door.url))["fresh"].startswith("rs@")
+    for api in fleet.apis:
+        await controller.load(api.url, "fresh", source)
+        assert (await controller.registrations(api.url))["fresh"].startswith("rs@")
     with pytest.raises(LoadingFailed, match="not below a folder"):
-        await controller.load(fleet.doors[0].url, "lost", "/nowhere/at/all")
-    await controller.unload(fleet.doors[0].url, "fresh")
-    assert "fresh" not in await controller.registrations(fleet.doors[0].url)
+        await controller.load(fleet.apis[0].url, "lost", "/nowhere/at/all")
+    await controller.unload(fleet.apis[0].url, "fresh")
+    assert "fresh" not in await controller.registrations(fleet.apis[0].url)
 
 
 async def test_keys_of_gateways(fleet: Fleet) -> None:
@@ -140,15 +140,15 @@ async def test_keys_of_gateways(fleet: Fleet) -> None:
     (admin, first), (infer, second) = new_entry("a", "admin"), new_entry("b", "infer", models=("rs",))
     guard = Guard(keyring=Keyring(text=lines(first, second)))
     source = str(fleet.world[0].adapters["rs"])
-    async with open_replica(fleet.world, guard, builder=fleet.builder) as door:
-        controller, pod = AIBrix(fleet.web), Pod(door.url)
+    async with open_replica(fleet.world, guard, builder=fleet.builder) as api:
+        controller, pod = AIBrix(fleet.web), Pod(api.url)
         with pytest.raises(LoadingFailed, match="admin"):
             await controller.reconcile(ModelAdapter("fresh", source, infer), [pod])
         adapter = ModelAdapter("fresh", source, admin)
         await controller.reconcile(adapter, [pod])
         assert adapter.instances == [pod]
         own, other = [
-            await door.http.post(
+            await api.http.post(
                 "/v1/completions",
                 json={"model": f"publishers/ns/models/{name}", "prompt": "hi", "max_tokens": 2},
                 headers={"authorization": f"Bearer {infer}"},

@@ -16,7 +16,7 @@ import pytest_asyncio
 
 from tests.contract.gateways.controllers import PAYLOADS, STATS, Router
 from tests.contract.gateways.picker import Endpoint, pick, read
-from tests.support.openai_door import OpenAIDoor
+from tests.support.openai_api import OpenAIApi
 from tests.support.served_replicas import Built, open_fleet
 from tests.support.waiting import BOUND_S, bounded, until
 
@@ -27,60 +27,60 @@ ROOM = 29_000 / 1e9
 """GB that hold the largest of the adapters, which is `all`, or the two others."""
 HEADER = "X-Gateway-Model-Name"
 """Header that a route of KServe's matches, and passes on."""
-Fleet = dict[str, OpenAIDoor]
+Fleet = dict[str, OpenAIApi]
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def started(chatty: Built) -> AsyncIterator[Fleet]:
     """Three replicas with one seat, of which each keeps one adapter in memory, by the adapter's name."""
-    async with open_fleet(chatty, len(HOMES), preload=0, adapter_memory_gb=ROOM, max_batch_seqs=1) as doors:
-        replicas = dict(zip(HOMES, doors, strict=True))
-        for name, door in replicas.items():
-            assert (await door.post(f"/v1/adapters/{name}/pin")).status_code == 200
+    async with open_fleet(chatty, len(HOMES), preload=0, adapter_memory_gb=ROOM, max_batch_seqs=1) as apis:
+        replicas = dict(zip(HOMES, apis, strict=True))
+        for name, api in replicas.items():
+            assert (await api.post(f"/v1/adapters/{name}/pin")).status_code == 200
         yield replicas
 
 
 @pytest_asyncio.fixture(loop_scope="module")
 async def fleet(started: Fleet) -> Fleet:
     """The replicas, which are free and have their adapters."""
-    for name, door in started.items():
-        await door.until_free()
+    for name, api in started.items():
+        await api.until_free()
         async with bounded(f"{name} in memory"):
-            while name not in (await look(door)).active:
+            while name not in (await look(api)).active:
                 pass
     return started
 
 
 @pytest.fixture
-def door(fleet: Fleet) -> OpenAIDoor:
+def api(fleet: Fleet) -> OpenAIApi:
     """One of them, which has room for two adapters beside the base."""
     return fleet["rs"]
 
 
 @asynccontextmanager
-async def busy(door: OpenAIDoor, model: str) -> AsyncIterator[None]:
+async def busy(api: OpenAIApi, model: str) -> AsyncIterator[None]:
     """Have a replica compute one of four requests while others wait; it stands still until the block ends."""
     body = {"model": model, "prompt": [5] * 40, "max_tokens": 200, "ignore_eos": True}
-    answers = [asyncio.create_task(door.post("/v1/completions", **body)) for _ in range(4)]
-    await until(lambda: door.ready.engine.stats.waiting, "requests that wait")
-    (await door.post("/pause?mode=keep")).raise_for_status()
+    answers = [asyncio.create_task(api.post("/v1/completions", **body)) for _ in range(4)]
+    await until(lambda: api.ready.engine.stats.waiting, "requests that wait")
+    (await api.post("/pause?mode=keep")).raise_for_status()
     try:
         yield
     finally:
-        (await door.post("/resume")).raise_for_status()
+        (await api.post("/resume")).raise_for_status()
         assert [each.status_code for each in await asyncio.gather(*answers)] == [200] * 4
 
 
-async def look(door: OpenAIDoor) -> Endpoint:
+async def look(api: OpenAIApi) -> Endpoint:
     """Scrape a replica as the picker does."""
-    answer = await door.http.get("/metrics")
+    answer = await api.http.get("/metrics")
     assert answer.status_code == 200
     return read(answer.text)
 
 
 async def look_at_all(fleet: Fleet) -> dict[str, Endpoint]:
     """Return the picker's view."""
-    return {name: await look(door) for name, door in fleet.items()}
+    return {name: await look(api) for name, api in fleet.items()}
 
 
 async def test_everything_that_the_picker_scrapes_is_there(fleet: Fleet) -> None:
@@ -115,44 +115,44 @@ async def test_the_base_goes_where_nobody_waits(fleet: Fleet) -> None:
         assert pick("base", endpoints) == "all"
 
 
-async def test_the_load_is_told_in_both_places(door: OpenAIDoor) -> None:
+async def test_the_load_is_told_in_both_places(api: OpenAIApi) -> None:
     """Running, waiting, seats and tokens of the cache, at the two paths that SMG tries; probes are answered."""
-    async with busy(door, "rs"):
-        waiting = door.ready.engine.stats.waiting
+    async with busy(api, "rs"):
+        waiting = api.ready.engine.stats.waiting
         for path in ("/loads?model=base", "/v1/loads?include=core,disagg,queues,memory"):
-            [load] = (await door.http.get(path)).json()["loads"]
+            [load] = (await api.http.get(path)).json()["loads"]
             counts = load["num_running_reqs"], load["num_waiting_reqs"], load["num_total_reqs"]
             assert counts == (1, waiting, 1 + waiting)
             assert (load["max_running_requests"], load["utilization"]) == (1, 1)
             assert 40 <= load["num_used_tokens"] <= load["max_total_num_tokens"]
             assert load["token_usage"] == load["num_used_tokens"] / load["max_total_num_tokens"]
         assert waiting
-        assert (await door.http.get("/health")).status_code == 200
+        assert (await api.http.get("/health")).status_code == 200
 
 
-async def test_production_stacks_router_learns_what_is_served(door: OpenAIDoor) -> None:
+async def test_production_stacks_router_learns_what_is_served(api: OpenAIApi) -> None:
     """Models have roots and times, the base first with its adapters; all figures count, all models answer."""
     async with httpx.AsyncClient(timeout=BOUND_S) as web:
         router = Router(web)
-        models = await router.discover(door.url)
+        models = await router.discover(api.url)
         assert [(each["id"], each["parent"]) for each in models[:1]] == [("base", None)]
         assert {each["id"]: each["parent"] for each in models[1:]} == dict.fromkeys(HOMES, "base")
         assert all(each["root"] and each["created"] > 1_700_000_000 for each in models)
-        before = await router.stats(door.url)
+        before = await router.stats(api.url)
         for _ in range(2):
             asked = {"model": "rs", "prompt": list(range(3, 43)), "max_tokens": 1}
-            assert (await door.post("/v1/completions", **asked)).status_code == 200
-        stats = await router.stats(door.url)
+            assert (await api.post("/v1/completions", **asked)).status_code == 200
+        stats = await router.stats(api.url)
         assert stats.keys() == STATS
         grown = {name: value - before[name] for name, value in stats.items() if value != before[name]}
         assert grown == {"vllm:gpu_prefix_cache_queries_total": 80, "vllm:gpu_prefix_cache_hits_total": 32}
         for path in PAYLOADS:
             for model in ("base", "wide"):
-                assert await router.is_healthy(door.url, model, path)
-            assert not await router.is_healthy(door.url, "nobody", path)
+                assert await router.is_healthy(api.url, model, path)
+            assert not await router.is_healthy(api.url, "nobody", path)
 
 
-async def test_each_model_has_kserves_name_too(door: OpenAIDoor) -> None:
+async def test_each_model_has_kserves_name_too(api: OpenAIApi) -> None:
     """Base and adapters answer the same under either name at every route; a wrong name is not the base's."""
 
     def ask(path: str, model: str) -> Awaitable[httpx.Response]:
@@ -161,7 +161,7 @@ async def test_each_model_has_kserves_name_too(door: OpenAIDoor) -> None:
         body |= {"input": "hi", "max_output_tokens": 4} if "responses" in path else {"max_tokens": 4}
         body |= {"prompt": "hi"} if path == "/v1/completions" else {"messages": messages}
         body = {key: value for key, value in body.items() if "responses" not in path or key != "messages"}
-        return door.http.post(path, json=body, headers={HEADER: model})
+        return api.http.post(path, json=body, headers={HEADER: model})
 
     for path, said in (
         ("/v1/completions", "choices"),

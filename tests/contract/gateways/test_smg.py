@@ -38,21 +38,21 @@ async def ready(web: httpx.AsyncClient, wanted: int) -> list[dict[str, Any]]:
 async def test_smg_in_front_of_two_replicas(chatty: Built, tmp_path: Path) -> None:
     """SMG answers as a replica does, knows what replicas say of themselves, and bridges the drain of one."""
     async with (
-        open_fleet(chatty, 2) as doors,
-        running_smg(tmp_path, [door.url for door in doors], *FLAGS) as url,
+        open_fleet(chatty, 2) as apis,
+        running_smg(tmp_path, [api.url for api in apis], *FLAGS) as url,
         httpx.AsyncClient(base_url=url, timeout=BOUND_S) as web,
         AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=BOUND_S) as through,
     ):
-        version = (await doors[0].http.get("/version")).json()["version"]
+        version = (await apis[0].http.get("/version")).json()["version"]
         for worker in await ready(web, 2):
             assert (worker["model_id"], worker["runtime_type"]) == ("base", "vllm")
             assert worker["labels"]["version"] == version
             assert worker["models"][0]["context_length"] == 256
             [load] = worker["engine_load"]["loads"]
             assert load["max_total_num_tokens"] == 16_384
-            assert load["max_running_requests"] == doors[0].ready.engine.stats.seats
+            assert load["max_running_requests"] == apis[0].ready.engine.stats.seats
 
-        direct = doors[0].openai
+        direct = apis[0].openai
         for more, name in (({}, "base"), (ADAPTER, "rs")):
             chats = [
                 await each.chat.completions.create(model="base", messages=HELLO, **GREEDY, **more)
@@ -85,7 +85,7 @@ async def test_smg_in_front_of_two_replicas(chatty: Built, tmp_path: Path) -> No
 
         asking = [asyncio.create_task(ask()) for _ in range(8)]
         await until(lambda: answered > 20, "answers before the drain")
-        assert await doors[0].server.drain(BOUND_S)
+        assert await apis[0].server.drain(BOUND_S)
         await asyncio.gather(*asking)
         assert [len(texts) for texts in answers] == [1, 1]
-        assert [worker["url"] for worker in await ready(web, 1)] == [doors[1].url]
+        assert [worker["url"] for worker in await ready(web, 1)] == [apis[1].url]

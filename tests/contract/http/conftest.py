@@ -8,7 +8,7 @@ import pytest
 import pytest_asyncio
 
 from loramux_shared.storage.memory import MemoryStore
-from tests.support.openai_door import OpenAIDoor, open_door, openai_world
+from tests.support.openai_api import OpenAIApi, open_api, openai_world
 from tests.support.tiny import World
 
 
@@ -19,14 +19,14 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[World, MemoryStore]
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def opened(world: tuple[World, MemoryStore]) -> AsyncIterator[OpenAIDoor]:
+async def opened(world: tuple[World, MemoryStore]) -> AsyncIterator[OpenAIApi]:
     """A server that the tests of a module share."""
-    async with open_door(world) as door:
-        yield door
+    async with open_api(world) as api:
+        yield api
 
 
 @pytest_asyncio.fixture(loop_scope="module")
-async def door(opened: OpenAIDoor) -> OpenAIDoor:
+async def api(opened: OpenAIApi) -> OpenAIApi:
     """The same, once it holds nothing of the test before."""
     await opened.until_free()
     return opened

@@ -26,7 +26,7 @@ from loramux_shared.faults import InternalFault, QueueFull, RateLimited, Replica
 from loramux_shared.parsers import ReasoningParser
 from tests.support.access import lines, new_entry
 from tests.support.generations import change_deployed
-from tests.support.openai_door import OpenAIDoor
+from tests.support.openai_api import OpenAIApi
 from tests.support.talker import Talker, open_talker
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -60,7 +60,7 @@ class Verdict(BaseModel):
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def claude(opened: OpenAIDoor) -> AsyncIterator[AsyncAnthropic]:
+async def claude(opened: OpenAIApi) -> AsyncIterator[AsyncAnthropic]:
     """A client of the tiny model's API."""
     async with AsyncAnthropic(base_url=opened.url, api_key="none", max_retries=0) as client:
         yield client
@@ -70,13 +70,13 @@ async def claude(opened: OpenAIDoor) -> AsyncIterator[AsyncAnthropic]:
 async def scripted(folder: Path, guard: Guard = NOBODY_GUARDS) -> AsyncIterator[tuple[Talker, AsyncAnthropic]]:
     """A server in front of a script, and a client of it."""
     async with (
-        open_talker(folder, guard) as door,
-        AsyncAnthropic(base_url=door.url, api_key=SECRET, max_retries=0) as client,
+        open_talker(folder, guard) as api,
+        AsyncAnthropic(base_url=api.url, api_key=SECRET, max_retries=0) as client,
     ):
-        yield door.talker, client
+        yield api.talker, client
 
 
-async def test_an_answer(claude: AsyncAnthropic, door: OpenAIDoor) -> None:
+async def test_an_answer(claude: AsyncAnthropic, api: OpenAIApi) -> None:
     """A message says what gave it, how it ended, and what it cost."""
     answer = await claude.messages.create(**ASKED, system="Be brief.")
     assert (answer.type, answer.role, answer.model) == ("message", "assistant", "rs")
@@ -87,7 +87,7 @@ async def test_an_answer(claude: AsyncAnthropic, door: OpenAIDoor) -> None:
     assert block.text
     usage = answer.usage
     assert usage.input_tokens + (usage.cache_read_input_tokens or 0) == len("s:Be brief.;u:Hi;a:")
-    chat = await door.openai.chat.completions.create(
+    chat = await api.openai.chat.completions.create(
         model="rs", messages=[{"role": "system", "content": "Be brief."}, *USER], max_tokens=8, temperature=0
     )
     assert chat.choices[0].message.content == block.text
@@ -108,11 +108,11 @@ async def test_a_stream_is_the_same_answer(claude: AsyncAnthropic) -> None:
     assert final.usage.output_tokens == whole.usage.output_tokens
 
 
-async def test_the_synchronous_client_asks_mixtures(claude: AsyncAnthropic, door: OpenAIDoor) -> None:
+async def test_the_synchronous_client_asks_mixtures(claude: AsyncAnthropic, api: OpenAIApi) -> None:
     """Several adapters answer together, and the answer names them."""
 
     def ask() -> Any:
-        with anthropic.Anthropic(base_url=door.url, api_key="none", max_retries=0) as client:
+        with anthropic.Anthropic(base_url=api.url, api_key="none", max_retries=0) as client:
             return client.messages.with_raw_response.create(**ASKED | {"model": "rs*0.5+wide*0.5"})
 
     raw = await asyncio.to_thread(ask)
@@ -240,32 +240,32 @@ async def test_a_stream_that_fails_ends_with_an_error(tmp_path: Path) -> None:
         assert (said, caught.value.type) == (["A", "h"], "overloaded_error")
 
 
-async def test_what_http_refuses_has_the_same_shape(door: OpenAIDoor) -> None:
+async def test_what_http_refuses_has_the_same_shape(api: OpenAIApi) -> None:
     """A wrong method, a route that is not here, and a body that is no JSON are told as all else here is."""
     own = {"x-request-id": "mine-1"}
     for answer, status, kind in (
-        (await door.http.get("/v1/messages", headers=own), 405, "invalid_request_error"),
-        (await door.http.post("/v1/messages/batches", json={}, headers=own), 404, "not_found_error"),
-        (await door.http.post("/v1/messages", content=b"x", headers=own), 415, "invalid_request_error"),
-        (await door.http.post("/v1/messages", json=[], headers=own), 400, "invalid_request_error"),
-        (await door.http.post("/v1/messages", json={"x": "y" * 2**23}, headers=own), 413, "request_too_large"),
+        (await api.http.get("/v1/messages", headers=own), 405, "invalid_request_error"),
+        (await api.http.post("/v1/messages/batches", json={}, headers=own), 404, "not_found_error"),
+        (await api.http.post("/v1/messages", content=b"x", headers=own), 415, "invalid_request_error"),
+        (await api.http.post("/v1/messages", json=[], headers=own), 400, "invalid_request_error"),
+        (await api.http.post("/v1/messages", json={"x": "y" * 2**23}, headers=own), 413, "request_too_large"),
     ):
         told = answer.json()
         assert (answer.status_code, told["type"], told["error"]["type"]) == (status, "error", kind)
         assert told["request_id"] == answer.headers["request-id"] == "mine-1"
 
 
-async def test_so_has_what_is_refused_before_that(door: OpenAIDoor) -> None:
+async def test_so_has_what_is_refused_before_that(api: OpenAIApi) -> None:
     """Ambiguous requests have it too, and all requests while the server drains."""
-    host, port = door.url.removeprefix("http://").split(":")
+    host, port = api.url.removeprefix("http://").split(":")
     reader, writer = await asyncio.open_connection(host, int(port))
     writer.write(b"POST /v1/messages?beta=true HTTP/1.1\r\nhost: a\r\nhost: b\r\n\r\n")
     told = json.loads((await reader.read()).partition(b"\r\n\r\n")[2])
     writer.close()
     assert (told["type"], told["error"]["type"], told["request_id"]) == ("error", "invalid_request_error", None)
-    app = create_app(door.ready.service)
+    app = create_app(api.ready.service)
     app.draining = True
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://door") as web:
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://api") as web:
         answer = await web.post("/v1/messages", json=SENT)
     assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
     assert answer.json()["error"]["type"] == "overloaded_error"

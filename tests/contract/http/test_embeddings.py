@@ -16,8 +16,8 @@ import pytest_asyncio
 from loramux_shared.faults import ModelNotFound, RequestInvalid
 from loramux_shared.pooling import FILE, Pooling
 from loramux_shared.storage.memory import MemoryStore
-from tests.support.grpc_door import open_client
-from tests.support.openai_door import OpenAIDoor, open_door
+from tests.support.grpc_api import open_client
+from tests.support.openai_api import OpenAIApi, open_api
 from tests.support.pooled import expected_of
 from tests.support.tiny import World
 from tests.support.waiting import BOUND_S, until
@@ -28,14 +28,14 @@ IDS = [5, 6, 7, 8, 9, 10]
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def opened(world: tuple[World, MemoryStore]) -> AsyncIterator[OpenAIDoor]:
-    async with open_door(world, max_queue=5, max_batch_seqs=4) as door:
-        yield door
+async def opened(world: tuple[World, MemoryStore]) -> AsyncIterator[OpenAIApi]:
+    async with open_api(world, max_queue=5, max_batch_seqs=4) as api:
+        yield api
 
 
-async def made(door: OpenAIDoor, **fields: Any) -> list[np.ndarray[Any, Any]]:
+async def made(api: OpenAIApi, **fields: Any) -> list[np.ndarray[Any, Any]]:
     """The vectors of a request."""
-    answer = await door.post(PATH, **{"model": "base", "input": IDS} | fields)
+    answer = await api.post(PATH, **{"model": "base", "input": IDS} | fields)
     assert answer.status_code == 200, answer.text
     data = answer.json()["data"]
     assert [each["index"] for each in data] == list(range(len(data)))
@@ -49,12 +49,12 @@ def unit(vector: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 
 @pytest.mark.parametrize("model", ["base", "all"])
 async def test_openais_client_gets_what_transformers_gives(
-    world: tuple[World, MemoryStore], door: OpenAIDoor, model: str
+    world: tuple[World, MemoryStore], api: OpenAIApi, model: str
 ) -> None:
     """Text and token ids, one and several, as base64 and as numbers; of length 1; the usage counts prompts."""
-    text = door.ready.service.text.decode(IDS)
+    text = api.ready.service.text.decode(IDS)
     wanted = unit(expected_of(world[0], model, IDS, Pooling.LAST))
-    ids = door.ready.service.text.encode(text)
+    ids = api.ready.service.text.encode(text)
     of_text = unit(expected_of(world[0], model, ids, Pooling.LAST))
     for sent, expected, tokens in (
         (IDS, [wanted], 6),
@@ -63,7 +63,7 @@ async def test_openais_client_gets_what_transformers_gives(
         ([text, text], [of_text, of_text], 2 * len(ids)),
     ):
         for encoding in ("base64", "float"):
-            answer = await door.openai.embeddings.create(model=model, input=sent, encoding_format=encoding)
+            answer = await api.openai.embeddings.create(model=model, input=sent, encoding_format=encoding)
             assert answer.object == "list"
             assert answer.model == model
             assert (answer.usage.prompt_tokens, answer.usage.total_tokens) == (tokens, tokens)
@@ -74,28 +74,28 @@ async def test_openais_client_gets_what_transformers_gives(
                 np.testing.assert_allclose(found, other, atol=1e-5)
 
 
-async def test_pooling_length_and_dimensions(world: tuple[World, MemoryStore], door: OpenAIDoor) -> None:
+async def test_pooling_length_and_dimensions(world: tuple[World, MemoryStore], api: OpenAIApi) -> None:
     """A mean; the length as it is; and of a vector that is cut, the length of what is left is 1."""
     mean = expected_of(world[0], "rs", IDS, Pooling.MEAN)
-    [raw] = await made(door, model="rs", pooling="mean", normalize=False)
+    [raw] = await made(api, model="rs", pooling="mean", normalize=False)
     np.testing.assert_allclose(raw, mean, atol=1e-5)
-    [cut] = await made(door, model="rs", pooling="mean", dimensions=5)
+    [cut] = await made(api, model="rs", pooling="mean", dimensions=5)
     np.testing.assert_allclose(cut, unit(mean[:5]), atol=1e-5)
-    [bare] = await made(door, model="rs", pooling="mean", dimensions=5, normalize=False)
+    [bare] = await made(api, model="rs", pooling="mean", dimensions=5, normalize=False)
     np.testing.assert_allclose(bare, mean[:5], atol=1e-5)
-    [end] = await made(door, truncate_prompt_tokens=2)
-    np.testing.assert_allclose(end, (await made(door, input=IDS[-2:]))[0], atol=1e-6)
+    [end] = await made(api, truncate_prompt_tokens=2)
+    np.testing.assert_allclose(end, (await made(api, input=IDS[-2:]))[0], atol=1e-6)
 
 
-async def test_more_texts_than_the_queue_holds(door: OpenAIDoor) -> None:
+async def test_more_texts_than_the_queue_holds(api: OpenAIApi) -> None:
     """One call of many texts goes through a short queue, beside answers; every text has its own vector."""
     texts = [[3 + (7 * place) % 190, 3 + place % 90] for place in range(200)]
-    answer = door.post("/v1/completions", model="all", prompt=[5, 6], max_tokens=30, ignore_eos=True)
-    chat, several = await asyncio.gather(answer, made(door, input=texts))
+    answer = api.post("/v1/completions", model="all", prompt=[5, 6], max_tokens=30, ignore_eos=True)
+    chat, several = await asyncio.gather(answer, made(api, input=texts))
     assert chat.json()["usage"]["completion_tokens"] == 30
     assert len({vector.tobytes() for vector in several}) == len({tuple(text) for text in texts})
-    np.testing.assert_allclose(several[150], (await made(door, input=texts[150]))[0], atol=1e-5)
-    await door.until_free()
+    np.testing.assert_allclose(several[150], (await made(api, input=texts[150]))[0], atol=1e-5)
+    await api.until_free()
 
 
 @pytest.mark.parametrize(
@@ -117,55 +117,55 @@ async def test_more_texts_than_the_queue_holds(door: OpenAIDoor) -> None:
     ],
 )
 async def test_what_is_refused_is_named(
-    door: OpenAIDoor, fields: dict[str, Any], code: str, param: str | None
+    api: OpenAIApi, fields: dict[str, Any], code: str, param: str | None
 ) -> None:
     """A wrong field is 400 with its name, an unknown model 404; nothing stays behind."""
-    answer = await door.post(PATH, **{"model": "base", "input": IDS} | fields)
+    answer = await api.post(PATH, **{"model": "base", "input": IDS} | fields)
     error = answer.json()["error"]
     assert (error["code"], error["param"]) == (code, param), error
     assert answer.status_code == (404 if code == "model_not_found" else 400)
-    await door.until_free()
+    await api.until_free()
 
 
-async def test_metrics_count_vectors_and_no_first_token(door: OpenAIDoor) -> None:
+async def test_metrics_count_vectors_and_no_first_token(api: OpenAIApi) -> None:
     """A request and its prompt, computed for nothing but a vector, have no time to a first token."""
-    await made(door, model="wide")
-    lines = (await door.http.get("/metrics")).text.splitlines()
+    await made(api, model="wide")
+    lines = (await api.http.get("/metrics")).text.splitlines()
     told = [line for line in lines if 'model="wide"' in line]
     assert 'loramux_requests_total{model="wide",outcome="OK"} 1' in {line.removesuffix(".0") for line in told}
     assert 'loramux_prompt_tokens_total{model="wide"} 6' in {line.removesuffix(".0") for line in told}
     assert not any("first_token" in line or "generated_tokens" in line for line in told)
 
 
-async def test_the_longest_text_fits(door: OpenAIDoor) -> None:
+async def test_the_longest_text_fits(api: OpenAIApi) -> None:
     """No room for an answer is needed."""
-    assert len(await made(door, input=[9] * 256)) == 1
+    assert len(await made(api, input=[9] * 256)) == 1
 
 
-async def test_a_client_that_goes_away_frees_what_it_asked_for(door: OpenAIDoor) -> None:
+async def test_a_client_that_goes_away_frees_what_it_asked_for(api: OpenAIApi) -> None:
     """Also in the middle of many texts."""
-    engine = door.ready.engine
+    engine = api.ready.engine
     before = engine.stats.prefix_tokens_queried
-    asked = asyncio.create_task(door.post(PATH, model="base", input=[[9] * 250] * 100))
+    asked = asyncio.create_task(api.post(PATH, model="base", input=[[9] * 250] * 100))
     await until(lambda: engine.stats.prefix_tokens_queried > before, "a text in work", lambda: engine.stats)
     asked.cancel()
     await asyncio.gather(asked, return_exceptions=True)
-    await door.until_free()
+    await api.until_free()
 
 
-async def test_grpc_gives_the_same_vectors(door: OpenAIDoor) -> None:
+async def test_grpc_gives_the_same_vectors(api: OpenAIApi) -> None:
     """Texts, ids and pairs, options and blends give the same with the Python client; wrong ones are refused by
     name.
     """
-    text = door.ready.service.text.decode(IDS)
-    async with open_client(door.ready) as client:
+    text = api.ready.service.text.decode(IDS)
+    async with open_client(api.ready) as client:
         found = await client.embed("all", [IDS, text, IDS[:2]], timeout_s=BOUND_S)
-        over_http = await made(door, model="all", input=[IDS, door.ready.service.text.encode(text), IDS[:2]])
+        over_http = await made(api, model="all", input=[IDS, api.ready.service.text.encode(text), IDS[:2]])
         np.testing.assert_allclose(found.vectors, over_http, atol=1e-6)
-        assert (found.model, found.prompt_tokens) == ("all", 8 + len(door.ready.service.text.encode(text)))
+        assert (found.model, found.prompt_tokens) == ("all", 8 + len(api.ready.service.text.encode(text)))
         options: dict[str, Any] = {"pooling": "mean", "dimensions": 7, "normalize": False}
         cut = await client.embed("", [IDS], adapters=["rs", ("all", 0.5)], **options)
-        np.testing.assert_allclose(cut.vectors, await made(door, model="rs+all*0.5", **options), atol=1e-6)
+        np.testing.assert_allclose(cut.vectors, await made(api, model="rs+all*0.5", **options), atol=1e-6)
         for wrong, words in (
             ({"inputs": []}, "inputs"),
             ({"inputs": [[500]]}, "token_ids"),
@@ -191,7 +191,7 @@ async def test_what_the_base_and_the_deployment_say_of_pooling(
     for runtime in ({}, {"pooling": "last"}):
         store = MemoryStore()
         trained.build_with(store, runtime=runtime)
-        async with open_door((trained, store)) as door:
-            found += await made(door, normalize=False)
+        async with open_api((trained, store)) as api:
+            found += await made(api, normalize=False)
     wanted = [expected_of(world[0], "base", IDS, pooling) for pooling in (Pooling.MEAN, Pooling.LAST)]
     np.testing.assert_allclose(found, wanted, atol=1e-5)

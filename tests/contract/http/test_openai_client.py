@@ -11,7 +11,7 @@ import pytest
 from openai import pydantic_function_tool
 from pydantic import BaseModel
 
-from tests.support.openai_door import OpenAIDoor
+from tests.support.openai_api import OpenAIApi
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -38,35 +38,35 @@ class Wait(BaseModel):
     long: bool
 
 
-async def test_models(door: OpenAIDoor) -> None:
+async def test_models(api: OpenAIApi) -> None:
     """The client lists models and finds one by name."""
-    assert [model.id async for model in door.openai.models.list()] == ["base", "all", "rs", "wide"]
-    assert (await door.openai.models.retrieve("wide")).owned_by == "loramux"
+    assert [model.id async for model in api.openai.models.list()] == ["base", "all", "rs", "wide"]
+    assert (await api.openai.models.retrieve("wide")).owned_by == "loramux"
     with pytest.raises(openai.NotFoundError) as caught:
-        await door.openai.models.retrieve("org/nope:1")
+        await api.openai.models.retrieve("org/nope:1")
     assert (caught.value.code, caught.value.param) == ("model_not_found", "model")
 
 
-async def test_a_chat(door: OpenAIDoor) -> None:
+async def test_a_chat(api: OpenAIApi) -> None:
     """An answer says what gave it and what it cost."""
-    answer = await door.openai.chat.completions.create(**GREEDY, max_completion_tokens=5)
+    answer = await api.openai.chat.completions.create(**GREEDY, max_completion_tokens=5)
     [choice] = answer.choices
     assert (choice.message.role, choice.finish_reason, choice.index) == ("assistant", "length", 0)
     assert answer.id.startswith("chatcmpl-")
-    assert answer.system_fingerprint == f"fp_1_{door.ready.service.catalog.get('rs').digest[:12]}"
+    assert answer.system_fingerprint == f"fp_1_{api.ready.service.catalog.get('rs').digest[:12]}"
     assert answer.usage
     assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (len("u:Hi;a:"), 5)
-    text = door.ready.service.text
+    text = api.ready.service.text
     said = choice.message.content or ""
     assert len(said) >= len(text.encode(said)) > 0
 
 
-async def test_the_synchronous_client_streams(door: OpenAIDoor) -> None:
+async def test_the_synchronous_client_streams(api: OpenAIApi) -> None:
     """The same answer comes in pieces: role first, reason last, then the usage."""
-    whole = await door.openai.chat.completions.create(**GREEDY, max_tokens=8)
+    whole = await api.openai.chat.completions.create(**GREEDY, max_tokens=8)
 
     def stream() -> list[Any]:
-        with openai.OpenAI(base_url=f"{door.url}/v1", api_key="none", max_retries=0) as client:
+        with openai.OpenAI(base_url=f"{api.url}/v1", api_key="none", max_retries=0) as client:
             return list(
                 client.chat.completions.create(
                     **GREEDY, max_tokens=8, stream=True, stream_options={"include_usage": True}
@@ -84,25 +84,25 @@ async def test_the_synchronous_client_streams(door: OpenAIDoor) -> None:
     assert {chunk.id for chunk in [first, *rest, last, usage]} == {first.id}
 
 
-async def test_several_answers_are_apart(door: OpenAIDoor) -> None:
+async def test_several_answers_are_apart(api: OpenAIApi) -> None:
     """n answers have indices, differ when they are sampled, and cost the prompt once."""
     options = GREEDY | {"temperature": 1.5, "seed": 4, "n": 3, "max_tokens": 12}
-    answer = await door.openai.chat.completions.create(**options)
+    answer = await api.openai.chat.completions.create(**options)
     assert [choice.index for choice in answer.choices] == [0, 1, 2]
     said = [choice.message.content for choice in answer.choices]
     assert len(set(said)) == 3
     assert answer.usage
     assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (7, 36)
     streamed = ["", "", ""]
-    async for chunk in await door.openai.chat.completions.create(**options, stream=True):
+    async for chunk in await api.openai.chat.completions.create(**options, stream=True):
         streamed[chunk.choices[0].index] += chunk.choices[0].delta.content or ""
     assert streamed == said
 
 
-async def test_logprobs_of_a_chat(door: OpenAIDoor) -> None:
+async def test_logprobs_of_a_chat(api: OpenAIApi) -> None:
     """Each token with its text, its bytes and its rivals, in a stream and as a whole."""
     options = GREEDY | {"max_tokens": 4, "logprobs": True, "top_logprobs": 2}
-    answer = await door.openai.chat.completions.create(**options)
+    answer = await api.openai.chat.completions.create(**options)
     scores = answer.choices[0].logprobs
     assert scores
     assert scores.content
@@ -112,38 +112,38 @@ async def test_logprobs_of_a_chat(door: OpenAIDoor) -> None:
         assert score.top_logprobs[0].token == score.token
         assert len(score.top_logprobs) == 2
     streamed = []
-    async for chunk in await door.openai.chat.completions.create(**options, stream=True):
+    async for chunk in await api.openai.chat.completions.create(**options, stream=True):
         if chunk.choices[0].logprobs:
             streamed += chunk.choices[0].logprobs.content or []
     assert streamed == scores.content
 
 
-async def test_tokens_are_called_by_their_ids_where_that_is_asked_for(door: OpenAIDoor) -> None:
+async def test_tokens_are_called_by_their_ids_where_that_is_asked_for(api: OpenAIApi) -> None:
     """Token ids are in a chat and in a plain completion, as trainers read them."""
     extra = {"ignore_eos": True, "return_tokens_as_token_ids": True, "return_token_ids": True}
     ids = {"temperature": 0, "max_tokens": 3, "extra_body": extra}
     asked = {"model": "all", "messages": USER, "logprobs": True, "top_logprobs": 1}
-    chat = await door.openai.chat.completions.create(**asked, **ids)
+    chat = await api.openai.chat.completions.create(**asked, **ids)
     choice = chat.choices[0]
     assert choice.logprobs
     wanted = [f"token_id:{token}" for token in choice.model_extra["token_ids"]]
     assert [each.token for each in choice.logprobs.content or ()] == wanted
     assert [each.top_logprobs[0].token for each in choice.logprobs.content or ()] == wanted
-    plain = (await door.openai.completions.create(model="all", prompt="HI", logprobs=1, **ids)).choices[0]
+    plain = (await api.openai.completions.create(model="all", prompt="HI", logprobs=1, **ids)).choices[0]
     assert plain.logprobs
     wanted = [f"token_id:{token}" for token in plain.model_extra["token_ids"]]
     assert plain.logprobs.tokens == wanted
     assert [next(iter(each)) for each in plain.logprobs.top_logprobs or ()] == wanted
 
 
-async def test_an_answer_is_parsed_into_a_model(door: OpenAIDoor) -> None:
+async def test_an_answer_is_parsed_into_a_model(api: OpenAIApi) -> None:
     """A response format that is a pydantic model constrains the answer, whatever the model would have said."""
     options = GREEDY | {"extra_body": None, "max_tokens": 200}
     for model in ("base", "all"):
-        parsed = await door.openai.chat.completions.parse(**options | {"model": model}, response_format=Verdict)
+        parsed = await api.openai.chat.completions.parse(**options | {"model": model}, response_format=Verdict)
         assert isinstance(parsed.choices[0].message.parsed, Verdict)
         assert parsed.choices[0].finish_reason == "stop"
-    async with door.openai.chat.completions.stream(**options, response_format=Verdict) as stream:
+    async with api.openai.chat.completions.stream(**options, response_format=Verdict) as stream:
         async for _ in stream:
             pass
         final = await stream.get_final_completion()
@@ -154,11 +154,11 @@ async def test_an_answer_is_parsed_into_a_model(door: OpenAIDoor) -> None:
     ("choice", "names"),
     [("required", {"Paint", "Wait"}), ({"type": "function", "function": {"name": "Wait"}}, {"Wait"})],
 )
-async def test_a_demanded_call_is_made(door: OpenAIDoor, choice: Any, names: set[str]) -> None:
+async def test_a_demanded_call_is_made(api: OpenAIApi, choice: Any, names: set[str]) -> None:
     """Required and named choices give a call whose arguments keep to the schema, streamed too."""
     tools = [pydantic_function_tool(Paint), pydantic_function_tool(Wait)]
     options = GREEDY | {"extra_body": None, "max_tokens": 200, "tools": tools, "tool_choice": choice}
-    answer = await door.openai.chat.completions.parse(**options)
+    answer = await api.openai.chat.completions.parse(**options)
     message = answer.choices[0].message
     assert answer.choices[0].finish_reason == "tool_calls"
     assert message.content is None
@@ -166,7 +166,7 @@ async def test_a_demanded_call_is_made(door: OpenAIDoor, choice: Any, names: set
     [call] = message.tool_calls
     assert call.function.name in names
     assert isinstance(call.function.parsed_arguments, Paint | Wait)
-    async with door.openai.chat.completions.stream(**options) as stream:
+    async with api.openai.chat.completions.stream(**options) as stream:
         async for _ in stream:
             pass
         final = await stream.get_final_completion()
@@ -174,28 +174,28 @@ async def test_a_demanded_call_is_made(door: OpenAIDoor, choice: Any, names: set
     assert final.choices[0].message.tool_calls[0].function.arguments == call.function.arguments
 
 
-async def test_a_conversation_with_tools_goes_on(door: OpenAIDoor) -> None:
+async def test_a_conversation_with_tools_goes_on(api: OpenAIApi) -> None:
     """Messages that a client sends back, its own message objects included, are rendered by the template."""
     tools: Any = [pydantic_function_tool(Wait)]
-    first = await door.openai.chat.completions.create(
+    first = await api.openai.chat.completions.create(
         **GREEDY | {"extra_body": None, "max_tokens": 100}, tools=tools, tool_choice="required"
     )
     message = first.choices[0].message
     assert message.tool_calls
     call = message.tool_calls[0]
     turns: Any = [*USER, message, {"role": "tool", "tool_call_id": call.id, "content": "ok"}]
-    second = await door.openai.chat.completions.create(
+    second = await api.openai.chat.completions.create(
         **GREEDY | {"messages": turns}, max_tokens=2, tools=tools, tool_choice="auto"
     )
     assert second.usage
     arguments = json.dumps(json.loads(call.function.arguments))  # type: ignore[union-attr]
     assert second.usage.prompt_tokens == len(f"[Wait]u:Hi;a:(Wait{arguments});t:ok;a:")
-    without = await door.openai.chat.completions.create(**GREEDY, max_tokens=2, tools=tools, tool_choice="none")
+    without = await api.openai.chat.completions.create(**GREEDY, max_tokens=2, tools=tools, tool_choice="none")
     assert without.usage
     assert without.usage.prompt_tokens == len("u:Hi;a:")
 
 
-async def test_a_schema_that_cannot_be_followed_is_named(door: OpenAIDoor) -> None:
+async def test_a_schema_that_cannot_be_followed_is_named(api: OpenAIApi) -> None:
     """The parameter is the one that holds the schema."""
     schema: Any = {"type": "object", "properties": {"x": {"type": "nonsense"}}}
     tools: Any = [{"type": "function", "function": {"name": "f", "parameters": schema}}]
@@ -206,7 +206,7 @@ async def test_a_schema_that_cannot_be_followed_is_named(door: OpenAIDoor) -> No
     ):
         for stream in (True, False):
             with pytest.raises(openai.BadRequestError) as caught:
-                await door.openai.chat.completions.create(
+                await api.openai.chat.completions.create(
                     **GREEDY | {"extra_body": None}, **fields, stream=stream
                 )
             assert (caught.value.param, caught.value.code) == (param, "invalid_schema")
@@ -215,13 +215,13 @@ async def test_a_schema_that_cannot_be_followed_is_named(door: OpenAIDoor) -> No
 
 
 @pytest.mark.parametrize("max_tokens", [0, 1])
-async def test_an_evaluation_harness_scores_a_continuation(door: OpenAIDoor, max_tokens: int) -> None:
+async def test_an_evaluation_harness_scores_a_continuation(api: OpenAIApi, max_tokens: int) -> None:
     """Echo with log probabilities gives one per token of prompt and answer, the first without."""
     prompts = [[40, 41, 42, 43], [50, 51, 52]]
-    answer = await door.openai.completions.create(
+    answer = await api.openai.completions.create(
         model="rs", prompt=prompts, max_tokens=max_tokens, echo=True, logprobs=1, temperature=0, seed=1
     )
-    text = door.ready.service.text
+    text = api.ready.service.text
     for prompt, choice in zip(prompts, answer.choices, strict=True):
         scores = choice.logprobs
         assert scores
@@ -240,15 +240,15 @@ async def test_an_evaluation_harness_scores_a_continuation(door: OpenAIDoor, max
         assert scores.text_offset == list(range(len(scores.tokens)))
 
 
-async def test_plain_prompts_stream(door: OpenAIDoor) -> None:
+async def test_plain_prompts_stream(api: OpenAIApi) -> None:
     """Several prompts with several answers come mixed, and by their indices they are the same as a whole."""
     options: dict[str, Any] = {"model": "wide", "prompt": ["AB", "CD"], "n": 2, "max_tokens": 6, "echo": True}
     options |= {"seed": 3, "extra_body": {"ignore_eos": True}}
-    whole = await door.openai.completions.create(**options)
+    whole = await api.openai.completions.create(**options)
     texts = ["", "", "", ""]
     reasons: list[str | None] = [None] * 4
     usage = None
-    async for chunk in await door.openai.completions.create(
+    async for chunk in await api.openai.completions.create(
         **options, stream=True, stream_options={"include_usage": True}
     ):
         usage = chunk.usage
@@ -264,24 +264,24 @@ async def test_plain_prompts_stream(door: OpenAIDoor) -> None:
     assert usage.total_tokens == whole.usage.total_tokens
 
 
-async def test_prompt_logprobs_come_in_vllms_shape(door: OpenAIDoor) -> None:
+async def test_prompt_logprobs_come_in_vllms_shape(api: OpenAIApi) -> None:
     """One entry per token of the prompt, by token id, null for the first."""
     options: dict[str, Any] = {"max_tokens": 1, "extra_body": {"prompt_logprobs": 1}}
-    completion = await door.openai.completions.create(model="base", prompt=[40, 41], **options)
+    completion = await api.openai.completions.create(model="base", prompt=[40, 41], **options)
     first, second = completion.choices[0].model_extra["prompt_logprobs"]  # type: ignore[index]
     assert first is None
     assert list(second["41"]) == ["logprob", "rank", "decoded_token"]
-    assert second["41"]["decoded_token"] == door.ready.service.text.token_text(41)
+    assert second["41"]["decoded_token"] == api.ready.service.text.token_text(41)
     best = next(iter(second.keys() - {"41"}), "41")
     assert second[best]["rank"] == 1
     assert (second["41"]["rank"] == 1) == (best == "41")
-    chat = await door.openai.chat.completions.create(model="base", messages=USER, **options)
+    chat = await api.openai.chat.completions.create(model="base", messages=USER, **options)
     assert len(chat.model_extra["prompt_logprobs"]) == len("u:Hi;a:")  # type: ignore[index]
 
 
-async def test_what_stopped_an_answer_is_told(door: OpenAIDoor) -> None:
+async def test_what_stopped_an_answer_is_told(api: OpenAIApi) -> None:
     """A stop text, a stop token's id, or null: vLLM's `stop_reason`, beside every `finish_reason`."""
-    whole = await door.openai.chat.completions.create(**GREEDY, max_tokens=4)
+    whole = await api.openai.chat.completions.create(**GREEDY, max_tokens=4)
     said = whole.choices[0].message.content or ""
     ending: dict[str, Any] = {"logit_bias": {"2": 100}}
     for asked, expected in (
@@ -294,8 +294,8 @@ async def test_what_stopped_an_answer_is_told(door: OpenAIDoor) -> None:
         options = GREEDY | {"max_tokens": 4} | asked
         plain = {name: value for name, value in options.items() if name != "messages"}
         for create, prompted in (
-            (door.openai.chat.completions.create, options),
-            (door.openai.completions.create, plain | {"prompt": "u:Hi;a:"}),
+            (api.openai.chat.completions.create, options),
+            (api.openai.completions.create, plain | {"prompt": "u:Hi;a:"}),
         ):
             answer = await create(**prompted)
             *before, last = [chunk.choices[0] async for chunk in await create(stream=True, **prompted)]
@@ -307,52 +307,52 @@ def _end(choice: Any) -> tuple[str | None, str | int | None]:
     return choice.finish_reason, choice.model_extra["stop_reason"]
 
 
-async def test_errors_are_the_clients_classes(door: OpenAIDoor) -> None:
+async def test_errors_are_the_clients_classes(api: OpenAIApi) -> None:
     """Statuses become the exceptions that programs catch, with parameter and code."""
     with pytest.raises(openai.NotFoundError):
-        await door.openai.chat.completions.create(model="gpt-4o", messages=USER)
+        await api.openai.chat.completions.create(model="gpt-4o", messages=USER)
     with pytest.raises(openai.BadRequestError) as caught:
-        await door.openai.chat.completions.create(model="base", messages=USER, max_tokens=1000)
+        await api.openai.chat.completions.create(model="base", messages=USER, max_tokens=1000)
     assert caught.value.code == "context_length_exceeded"
     with pytest.raises(openai.BadRequestError) as caught:
-        await door.openai.chat.completions.create(model="base", messages=USER, verbosity="low")
+        await api.openai.chat.completions.create(model="base", messages=USER, verbosity="low")
     assert caught.value.code == "unsupported_parameter"
     assert caught.value.response.headers["x-request-id"]
 
 
-async def test_a_response_is_a_chat_in_other_words(door: OpenAIDoor) -> None:
+async def test_a_response_is_a_chat_in_other_words(api: OpenAIApi) -> None:
     """Both say the same of the same, stream and count it, and the prompt of the second is in the cache."""
-    chat = await door.openai.chat.completions.create(**GREEDY, max_completion_tokens=8)
+    chat = await api.openai.chat.completions.create(**GREEDY, max_completion_tokens=8)
     asked: Any = {"model": "rs", "input": "Hi", "temperature": 0, "extra_body": {"ignore_eos": True}}
-    answer = await door.openai.responses.create(**asked, max_output_tokens=8)
+    answer = await api.openai.responses.create(**asked, max_output_tokens=8)
     assert answer.output_text == chat.choices[0].message.content
     assert (answer.status, answer.incomplete_details.reason) == ("incomplete", "max_output_tokens")
     assert (answer.usage.input_tokens, answer.usage.output_tokens) == (len("u:Hi;a:"), 8)
-    stream = await door.openai.responses.create(**asked, max_output_tokens=8, stream=True)
+    stream = await api.openai.responses.create(**asked, max_output_tokens=8, stream=True)
     said = "".join([event.delta async for event in stream if event.type == "response.output_text.delta"])
     assert said == answer.output_text
     with pytest.raises(openai.BadRequestError) as caught:
-        await door.openai.responses.create(**asked, tools=[{"type": "function", "name": "a b"}])
+        await api.openai.responses.create(**asked, tools=[{"type": "function", "name": "a b"}])
     assert caught.value.param == "tools[0].name"
-    counted = await door.openai.responses.input_tokens.count(model="rs", input="Hi")
+    counted = await api.openai.responses.input_tokens.count(model="rs", input="Hi")
     assert counted.input_tokens == answer.usage.input_tokens
 
 
-async def test_a_response_to_too_much_begins_later(door: OpenAIDoor) -> None:
+async def test_a_response_to_too_much_begins_later(api: OpenAIApi) -> None:
     """The first turns are left out where allowed: as few as possible, and never instructions nor half a
     turn.
     """
-    most = door.ready.service.limits.max_seq_len
+    most = api.ready.service.limits.max_seq_len
     turns: list[Any] = []
     for nth in range(40):
         turns += [{"role": "user", "content": f"{nth:02}"}, {"role": "assistant", "content": "y" * 8}]
     asked: Any = {"model": "rs", "instructions": "I", "input": [*turns, USER[0]], "max_output_tokens": 9}
     with pytest.raises(openai.BadRequestError) as caught:
-        await door.openai.responses.create(**asked)
+        await api.openai.responses.create(**asked)
     assert caught.value.code == "context_length_exceeded"
-    answer = await door.openai.responses.create(**asked, truncation="auto")
+    answer = await api.openai.responses.create(**asked, truncation="auto")
     assert answer.truncation == "auto"
     turn, rest = len("u:00;a:yyyyyyyy;"), len("s:I;u:Hi;a:")
     assert answer.usage.input_tokens == rest + turn * ((most - 9 - rest) // turn)
     with pytest.raises(openai.BadRequestError):
-        await door.openai.responses.create(model="rs", input="x" * most, truncation="auto")
+        await api.openai.responses.create(model="rs", input="x" * most, truncation="auto")

@@ -23,7 +23,7 @@ from loramux_shared.faults import SettingsInvalid
 from loramux_shared.rpc.options import MAX_REQUEST_BYTES
 from loramux_shared.storage.memory import MemoryStore
 from tests.golden.openai.script import ASKED, Case, Scripted
-from tests.support.openai_door import OpenAIDoor, open_door
+from tests.support.openai_api import OpenAIApi, open_api
 from tests.support.raw_http import JSON, RawClient
 from tests.support.tiny import VOCAB, World, write_tokenizer
 from tests.support.waiting import BOUND_S, bounded, ended, until
@@ -43,16 +43,16 @@ def _error(response: httpx.Response) -> dict[str, Any]:
     return dict(body["error"])
 
 
-async def test_models_are_listed_with_what_is_known_of_them(door: OpenAIDoor) -> None:
+async def test_models_are_listed_with_what_is_known_of_them(api: OpenAIApi) -> None:
     """The base first; an adapter names its base, its source, its digest, its ranks and its modules."""
-    listed = (await door.http.get("/v1/models")).json()
+    listed = (await api.http.get("/v1/models")).json()
     assert listed["object"] == "list"
     base, *adapters = listed["data"]
     assert (base["id"], base["parent"], base["digest"]) == ("base", None, None)
     assert [model["id"] for model in adapters] == ["all", "rs", "wide"]
     everything = adapters[0]
     assert everything["parent"] == "base"
-    assert everything["digest"] == door.ready.service.catalog.get("all").digest
+    assert everything["digest"] == api.ready.service.catalog.get("all").digest
     assert everything["ranks"] == [2, 4, 12]
     assert adapters[2]["modules"] == ["attn_q", "attn_v"]
     assert (everything["kinds"], base["kinds"]) == (["lora"], [])
@@ -65,19 +65,19 @@ async def test_models_are_listed_with_what_is_known_of_them(door: OpenAIDoor) ->
 
 
 @pytest.mark.parametrize("name", ["nope:v1.2", "org/nope", "rs/", "r%2Fs", "%ED%A0%80", "%00"])
-async def test_one_model_is_described_or_not_found(door: OpenAIDoor, name: str) -> None:
+async def test_one_model_is_described_or_not_found(api: OpenAIApi, name: str) -> None:
     """Names may hold colons, dots and slashes; one that is not served is 404 and lists those that are."""
-    assert (await door.http.get("/v1/models/rs")).json()["id"] == "rs"
-    response = await door.http.get(f"/v1/models/{name}")
+    assert (await api.http.get("/v1/models/rs")).json()["id"] == "rs"
+    response = await api.http.get(f"/v1/models/{name}")
     assert response.status_code == 404
     error = _error(response)
     assert (error["code"], error["param"]) == ("model_not_found", "model")
     assert "base, all, rs, wide" in error["message"]
 
 
-async def test_a_model_that_is_nearly_right_is_corrected(door: OpenAIDoor) -> None:
+async def test_a_model_that_is_nearly_right_is_corrected(api: OpenAIApi) -> None:
     """An unknown model is never answered by the base."""
-    response = await door.post(CHAT, **HI | {"model": "wid"})
+    response = await api.post(CHAT, **HI | {"model": "wid"})
     assert response.status_code == 404
     assert "Did you mean wide?" in _error(response)["message"]
 
@@ -99,10 +99,10 @@ async def test_a_model_that_is_nearly_right_is_corrected(door: OpenAIDoor) -> No
     ],
 )
 async def test_bounds_are_told_before_anything_is_sent(
-    door: OpenAIDoor, path: str, fields: dict[str, Any], param: str | None, code: str
+    api: OpenAIApi, path: str, fields: dict[str, Any], param: str | None, code: str
 ) -> None:
     """Fields out of bounds are 400 under the names that the client wrote, in a stream too."""
-    response = await door.post(path, **(HI if path == CHAT else {"model": "base", "prompt": "HI"}) | fields)
+    response = await api.post(path, **(HI if path == CHAT else {"model": "base", "prompt": "HI"}) | fields)
     assert response.status_code == 400
     assert (_error(response)["param"], _error(response)["code"]) == (param, code)
 
@@ -120,38 +120,38 @@ async def test_bounds_are_told_before_anything_is_sent(
     ],
 )
 async def test_what_is_not_served_is_refused_in_openais_shape(
-    door: OpenAIDoor, method: str, path: str, status: int, code: str
+    api: OpenAIApi, method: str, path: str, status: int, code: str
 ) -> None:
     """Unknown routes and wrong methods are errors like all others."""
-    response = await door.http.request(method, path)
+    response = await api.http.request(method, path)
     assert response.status_code == status
     assert _error(response)["code"] == code
     if status == 405:
         assert f"is not served, but {response.headers['allow']} " in _error(response)["message"]
 
 
-async def test_a_body_must_say_that_it_is_json(door: OpenAIDoor) -> None:
+async def test_a_body_must_say_that_it_is_json(api: OpenAIApi) -> None:
     """A form, which a page of another origin could send, is refused."""
     for headers in ({}, {"content-type": "text/plain"}, {"content-type": "application/x-www-form-urlencoded"}):
-        response = await door.http.post(CHAT, content=json.dumps(HI), headers=headers)
+        response = await api.http.post(CHAT, content=json.dumps(HI), headers=headers)
         assert response.status_code == 415
         assert _error(response)["code"] == "unsupported_media_type"
     headers = {"content-type": "Application/JSON; charset=utf-8"}
     sent = json.dumps(HI | {"max_tokens": 1})
-    assert (await door.http.post(CHAT, content=sent, headers=headers)).status_code == 200
+    assert (await api.http.post(CHAT, content=sent, headers=headers)).status_code == 200
 
 
-async def test_a_body_that_is_no_json_is_refused(door: OpenAIDoor) -> None:
+async def test_a_body_that_is_no_json_is_refused(api: OpenAIApi) -> None:
     """The parser's complaint is told, and nothing of the server."""
     headers = {"content-type": "application/json"}
-    response = await door.http.post(CHAT, content=b'{"model": ', headers=headers)
+    response = await api.http.post(CHAT, content=b'{"model": ', headers=headers)
     assert response.status_code == 400
     assert "no JSON" in _error(response)["message"]
-    response = await door.http.post(CHAT, content=b"\xff\xfe", headers=headers)
+    response = await api.http.post(CHAT, content=b"\xff\xfe", headers=headers)
     assert response.status_code == 400
 
 
-async def test_bodies_are_bounded(door: OpenAIDoor) -> None:
+async def test_bodies_are_bounded(api: OpenAIApi) -> None:
     """A body that is too large is refused, whether it says so beforehand or not."""
     headers = {"content-type": "application/json"}
 
@@ -160,20 +160,20 @@ async def test_bodies_are_bounded(door: OpenAIDoor) -> None:
             yield b" " * 2**20
 
     for content in (b" " * (MAX_REQUEST_BYTES + 1), parts()):
-        response = await door.http.post(CHAT, content=content, headers=headers)
+        response = await api.http.post(CHAT, content=content, headers=headers)
         assert response.status_code == 413
         assert _error(response)["code"] == "request_too_large"
 
 
 @pytest.mark.parametrize(("path", "prompt"), [(CHAT, {}), (COMPLETIONS, {"prompt": ["AB", "CDE"]})])
 async def test_the_usage_so_far_comes_with_every_chunk(
-    door: OpenAIDoor, path: str, prompt: dict[str, Any]
+    api: OpenAIApi, path: str, prompt: dict[str, Any]
 ) -> None:
     """A chunk tells what its own choice has used; the last ones add up to the usage of the whole request."""
     asked = {"n": 2, "max_tokens": 6, "ignore_eos": True, "temperature": 1, "seed": 3}
     asked |= {"stream_options": {"include_usage": True, "continuous_usage_stats": True}}
     body = (HI | asked) if path == CHAT else ({"model": "rs"} | prompt | asked)
-    *chunks, end = await door.chunks(path, **body)
+    *chunks, end = await api.chunks(path, **body)
     told: dict[int, list[dict[str, int]]] = {}
     for chunk in chunks:
         told.setdefault(chunk["choices"][0]["index"], []).append(chunk["usage"])
@@ -187,22 +187,22 @@ async def test_the_usage_so_far_comes_with_every_chunk(
     assert sum(prompts) == end["usage"]["prompt_tokens"]
 
 
-async def test_requests_have_ids(door: OpenAIDoor) -> None:
+async def test_requests_have_ids(api: OpenAIApi) -> None:
     """A sane id comes back, any other is replaced, and errors have ids too."""
     for path in ("/health", "/nope"):
-        response = await door.http.get(path, headers={"x-request-id": "my-id:1.2"})
+        response = await api.http.get(path, headers={"x-request-id": "my-id:1.2"})
         assert response.headers["x-request-id"] == "my-id:1.2"
         for given in ("", "a b", "x" * 129, "<script>"):
-            response = await door.http.get(path, headers={"x-request-id": given})
+            response = await api.http.get(path, headers={"x-request-id": given})
             assert len(response.headers["x-request-id"]) == 32
     two = await asyncio.gather(
-        *(door.http.post(CHAT, json=HI | {"max_tokens": 9}, headers={"x-request-id": "same"}) for _ in range(2))
+        *(api.http.post(CHAT, json=HI | {"max_tokens": 9}, headers={"x-request-id": "same"}) for _ in range(2))
     )
     assert [response.status_code for response in two] == [200, 200]
     assert two[0].json()["id"] != two[1].json()["id"]
 
 
-async def test_a_failure_of_the_door_itself_tells_nothing(tmp_path: Path) -> None:
+async def test_a_failure_of_the_api_itself_tells_nothing(tmp_path: Path) -> None:
     """Before anything was sent it is a 500 in OpenAI's shape; in a stream the connection is cut."""
     write_tokenizer(tmp_path)
     text = Text(Tokenizer.from_file(str(tmp_path / "tokenizer.json")), None, VOCAB)
@@ -224,7 +224,7 @@ async def test_a_failure_of_the_door_itself_tells_nothing(tmp_path: Path) -> Non
         assert await server.drain(BOUND_S)
 
 
-async def test_health_and_version(door: OpenAIDoor, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_health_and_version(api: OpenAIApi, monkeypatch: pytest.MonkeyPatch) -> None:
     """Monitors get the status that vLLM gives them, and why it is slow if so."""
     manager = door.ready.service.adapters
     for method, path in (("GET", "/health"), ("GET", "/ping"), ("POST", "/ping")):
@@ -238,22 +238,22 @@ async def test_health_and_version(door: OpenAIDoor, monkeypatch: pytest.MonkeyPa
         200,
         {"status": "slow", "backend": "torch", "lack": "no_compiler"},
     )
-    assert list((await door.http.get("/version")).json()) == ["version"]
+    assert list((await api.http.get("/version")).json()) == ["version"]
     assert "server" not in response.headers
 
 
-async def test_text_becomes_tokens_and_back(door: OpenAIDoor) -> None:
+async def test_text_becomes_tokens_and_back(api: OpenAIApi) -> None:
     """A prompt, messages as the template renders them, and tokens."""
-    tokenized = (await door.post("/tokenize", model="base", prompt="HELLO", return_token_strs=True)).json()
+    tokenized = (await api.post("/tokenize", model="base", prompt="HELLO", return_token_strs=True)).json()
     assert (tokenized["count"], tokenized["max_model_len"]) == (5, 256)
     assert tokenized["token_strs"] == list("HELLO")
-    told = (await door.post("/detokenize", model="base", tokens=tokenized["tokens"])).json()
+    told = (await api.post("/detokenize", model="base", tokens=tokenized["tokens"])).json()
     assert told == {"prompt": "HELLO"}
-    rendered = (await door.post("/tokenize", **{key: HI[key] for key in ("model", "messages")})).json()
+    rendered = (await api.post("/tokenize", **{key: HI[key] for key in ("model", "messages")})).json()
     assert rendered["token_strs"] is None
-    assert (await door.post("/detokenize", tokens=rendered["tokens"])).json() == {"prompt": "u:Hi;a:"}
-    assert (await door.post("/detokenize", tokens=[500])).status_code == 400
-    assert (await door.post("/tokenize", model="nope", prompt="A")).status_code == 404
+    assert (await api.post("/detokenize", tokens=rendered["tokens"])).json() == {"prompt": "u:Hi;a:"}
+    assert (await api.post("/detokenize", tokens=[500])).status_code == 400
+    assert (await api.post("/tokenize", model="nope", prompt="A")).status_code == 404
 
 
 def _sent(body: dict[str, Any]) -> bytes:
@@ -265,38 +265,38 @@ def _sent(body: dict[str, Any]) -> bytes:
     )
 
 
-async def _begun(door: OpenAIDoor, before: int) -> None:
+async def _begun(api: OpenAIApi, before: int) -> None:
     """Wait until the engine has generated more than so many tokens."""
-    engine = door.ready.engine
+    engine = api.ready.engine
     await until(lambda: engine.stats.tokens_generated > before, "a sequence in work", lambda: engine.stats)
 
 
 @pytest.mark.parametrize("stream", [True, False])
-async def test_a_client_that_goes_away_frees_its_sequences(door: OpenAIDoor, stream: bool) -> None:
+async def test_a_client_that_goes_away_frees_its_sequences(api: OpenAIApi, stream: bool) -> None:
     """The engine is idle again, whether the answer was streamed or awaited as a whole."""
-    client = await RawClient.open(door.server.address)
-    before = door.ready.engine.stats.tokens_generated
+    client = await RawClient.open(api.server.address)
+    before = api.ready.engine.stats.tokens_generated
     await client.send(_sent(LONG | {"stream": stream, "prompt": [[5, 6, 7]] * 4}))
     if stream:
         await client.reader.readuntil(b"data: ")
-    await _begun(door, before)
+    await _begun(api, before)
     client.writer.transport.abort()
-    await door.until_free()
+    await api.until_free()
 
 
-async def test_a_client_that_does_not_read_blocks_no_other(door: OpenAIDoor) -> None:
+async def test_a_client_that_does_not_read_blocks_no_other(api: OpenAIApi) -> None:
     """More than buffers hold waits for a client that reads nothing; the engine goes on, and nothing is lost."""
     with socket.socket() as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         sock.setblocking(False)
-        loop, (host, port) = asyncio.get_running_loop(), door.server.address.split(":")
+        loop, (host, port) = asyncio.get_running_loop(), api.server.address.split(":")
         await loop.sock_connect(sock, (host, int(port)))
         body = {"stream": True, "prompt": [[5, 6, 7]] * 4, "logprobs": 20, "n": 2, "max_tokens": 150}
-        before = door.ready.engine.stats.tokens_generated
+        before = api.ready.engine.stats.tokens_generated
         await loop.sock_sendall(sock, _sent(LONG | body))
-        await _begun(door, before)
-        assert (await door.post(CHAT, **HI | {"max_tokens": 20})).status_code == 200
-        await door.until_free()
+        await _begun(api, before)
+        assert (await api.post(CHAT, **HI | {"max_tokens": 20})).status_code == 200
+        await api.until_free()
         read = b""
         while not read.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n"):
             read += await ended(loop.sock_recv(sock, 2**20), "the rest of the answer")
@@ -304,10 +304,10 @@ async def test_a_client_that_does_not_read_blocks_no_other(door: OpenAIDoor) -> 
     assert read.count(b'"finish_reason":"length"') == 8
 
 
-async def test_heads_are_bounded(door: OpenAIDoor) -> None:
+async def test_heads_are_bounded(api: OpenAIApi) -> None:
     """A head without end, in one header or in many, ends the connection; keep-alive adds nothing up."""
     for piece in (b"a" * 8192, b"x: " + b"a" * 8192 + b"\r\n"):
-        client = await RawClient.open(door.server.address)
+        client = await RawClient.open(api.server.address)
         with contextlib.suppress(ConnectionError):
             await client.send(b"GET /health HTTP/1.1\r\nx-big: ")
             for _ in range(64):
@@ -315,33 +315,33 @@ async def test_heads_are_bounded(door: OpenAIDoor) -> None:
             assert (await client.ended()).startswith(b"HTTP/1.1 431 ")
         client.close()
     for _ in range(20):
-        assert (await door.http.get("/health", headers={"x-big": "a" * 8192})).status_code == 200
+        assert (await api.http.get("/health", headers={"x-big": "a" * 8192})).status_code == 200
 
 
-async def test_the_load_is_what_is_in_work(door: OpenAIDoor) -> None:
+async def test_the_load_is_what_is_in_work(api: OpenAIApi) -> None:
     """A request counts from its arrival to its end, however it ends, and each of its prompts."""
-    await door.ready.engine.pause()
+    await api.ready.engine.pause()
     asking = asyncio.create_task(
-        door.post(COMPLETIONS, **LONG | {"prompt": [[5, 6, 7], [8, 9]], "max_tokens": 9})
+        api.post(COMPLETIONS, **LONG | {"prompt": [[5, 6, 7], [8, 9]], "max_tokens": 9})
     )
     try:
         async with bounded("two sequences to count as load"):
-            while (load := (await door.http.get("/load")).json()) != {"server_load": 2}:
+            while (load := (await api.http.get("/load")).json()) != {"server_load": 2}:
                 assert load["server_load"] < 2
     finally:
-        door.ready.engine.resume()
+        api.ready.engine.resume()
     assert (await asking).status_code == 200
-    await door.post(COMPLETIONS, **LONG | {"n": 0})
-    assert (await door.http.get("/load")).json() == {"server_load": 0}
+    await api.post(COMPLETIONS, **LONG | {"n": 0})
+    assert (await api.http.get("/load")).json() == {"server_load": 0}
 
 
 async def test_a_full_queue_is_said_with_a_delay(world: tuple[World, MemoryStore]) -> None:
     """Beyond the bound a request is 429 at once, and says when to try again."""
-    async with open_door(world, max_batch_seqs=1, max_queue=1) as door:
-        await door.ready.engine.pause()
-        asking = [asyncio.create_task(door.post(COMPLETIONS, **LONG | {"max_tokens": 9})) for _ in range(4)]
+    async with open_api(world, max_batch_seqs=1, max_queue=1) as api:
+        await api.ready.engine.pause()
+        asking = [asyncio.create_task(api.post(COMPLETIONS, **LONG | {"max_tokens": 9})) for _ in range(4)]
         done = await until(lambda: [each for each in asking if each.done()], "a refusal")
-        door.ready.engine.resume()
+        api.ready.engine.resume()
         answers = await asyncio.gather(*asking)
         assert done[0].result().status_code == 429
         refused = [answer for answer in answers if answer.status_code != 200]
@@ -353,8 +353,8 @@ async def test_a_full_queue_is_said_with_a_delay(world: tuple[World, MemoryStore
 
 async def test_a_failing_step_is_an_error_without_a_word_of_why(world: tuple[World, MemoryStore]) -> None:
     """Before the first token it is a 500, later it is the last event of the stream; the next request works."""
-    async with open_door(world) as door:
-        runner = door.ready.engine._engine._runner
+    async with open_api(world) as api:
+        runner = api.ready.engine._engine._runner
         submit, calls = runner.submit, []
 
         def broken(batch: object) -> object:
@@ -364,26 +364,26 @@ async def test_a_failing_step_is_an_error_without_a_word_of_why(world: tuple[Wor
             return submit(batch)  # type: ignore[arg-type]
 
         runner.submit = broken  # type: ignore[method-assign, assignment]
-        response = await door.post(COMPLETIONS, **LONG | {"stream": True})
+        response = await api.post(COMPLETIONS, **LONG | {"stream": True})
         assert response.status_code == 500
         assert _error(response)["type"] == "server_error"
-        *chunks, last = await door.events(COMPLETIONS, **LONG)
+        *chunks, last = await api.events(COMPLETIONS, **LONG)
         assert chunks
         assert json.loads(last)["error"]["code"] == "internal"
         assert "secret" not in response.text + last
-        assert (await door.post(COMPLETIONS, **LONG | {"max_tokens": 2})).status_code == 200
-        await door.until_free()
+        assert (await api.post(COMPLETIONS, **LONG | {"max_tokens": 2})).status_code == 200
+        await api.until_free()
 
 
 async def test_a_replica_that_fails_reports_it_and_refuses_requests(world: tuple[World, MemoryStore]) -> None:
     """A stream ends with the reason, and health and new requests are 503, to be sent elsewhere."""
-    async with open_door(world) as door:
-        engine, runner = door.ready.engine, door.ready.engine._engine._runner
+    async with open_api(world) as api:
+        engine, runner = api.ready.engine, api.ready.engine._engine._runner
         submit, calls = runner.submit, []
 
         async def on_failure() -> None:
-            assert (await door.http.get("/health")).status_code == 200
-            await door.server.refuse()
+            assert (await api.http.get("/health")).status_code == 200
+            await api.server.refuse()
 
         def gone(batch: object) -> object:
             calls.append(batch)
@@ -393,23 +393,23 @@ async def test_a_replica_that_fails_reports_it_and_refuses_requests(world: tuple
 
         engine._before_cut = on_failure
         runner.submit = gone  # type: ignore[method-assign, assignment]
-        *chunks, last = await door.events(COMPLETIONS, **LONG)
+        *chunks, last = await api.events(COMPLETIONS, **LONG)
         assert chunks
         assert json.loads(last)["error"]["code"] == "replica_failed"
         assert "CUDA" not in last
         for path in ("/health", "/ping", "/v1/models"):
-            response = await door.http.get(path)
+            response = await api.http.get(path)
             assert (response.status_code, response.headers["retry-after"]) == (503, "1")
 
 
-async def test_draining_finishes_open_streams_and_refuses_new_requests(door: OpenAIDoor) -> None:
+async def test_draining_finishes_open_streams_and_refuses_new_requests(api: OpenAIApi) -> None:
     """After the signal, what runs is finished, what comes is 503 in OpenAI's shape, health too."""
-    server = HttpServer("127.0.0.1:0", door.ready.service)
+    server = HttpServer("127.0.0.1:0", api.ready.service)
     url = f"http://{await server.start()}"
-    await door.ready.engine.pause()
+    await api.ready.engine.pause()
     async with httpx.AsyncClient(base_url=url, timeout=BOUND_S) as web:
         asking = asyncio.create_task(web.post(COMPLETIONS, json=LONG | {"stream": True, "max_tokens": 9}))
-        waiting = door.ready.engine
+        waiting = api.ready.engine
         await until(lambda: waiting.stats.waiting, "a request that waits", lambda: waiting.stats)
         draining = asyncio.create_task(server.drain(BOUND_S))
         await asyncio.sleep(0)
@@ -418,7 +418,7 @@ async def test_draining_finishes_open_streams_and_refuses_new_requests(door: Ope
             assert (response.status_code, response.headers["retry-after"]) == (503, "1")
             assert _error(response)["code"] == "shutting_down"
         assert not draining.done()
-        door.ready.engine.resume()
+        api.ready.engine.resume()
         *_, last, done = [line for line in (await asking).text.splitlines() if line]
         assert done == "data: [DONE]"
         assert json.loads(last.removeprefix("data: "))["choices"][0]["finish_reason"] == "length"
@@ -432,13 +432,13 @@ async def test_a_drain_that_takes_too_long_cuts_what_is_open(
     world: tuple[World, MemoryStore], stream: bool
 ) -> None:
     """When the time is over, what is open is told so, in an event or by a status, and its sequences freed."""
-    async with open_door(world) as door:
+    async with open_api(world) as api:
         body = LONG | {"stream": stream, "n": 8}
-        engine = door.ready.engine
+        engine = api.ready.engine
         await engine.pause()
-        asking = asyncio.create_task(door.http.post(COMPLETIONS, json=body))
+        asking = asyncio.create_task(api.http.post(COMPLETIONS, json=body))
         await until(lambda: engine.stats.waiting, "a request that waits", lambda: engine.stats)
-        assert not await door.server.drain(0, engine.cut)
+        assert not await api.server.drain(0, engine.cut)
         engine.resume()
         answer = await asking
         if stream:
@@ -448,11 +448,11 @@ async def test_a_drain_that_takes_too_long_cuts_what_is_open(
             assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
             error = _error(answer)
         assert error["code"] == "shutting_down"
-        await door.until_free()
+        await api.until_free()
 
 
-async def test_an_address_that_is_taken_is_said(door: OpenAIDoor) -> None:
+async def test_an_address_that_is_taken_is_said(api: OpenAIApi) -> None:
     """A second server on the same port does not start, nor one on no address."""
-    for address in (door.server.address, "127.0.0.1:http", "unix:/tmp/x", "no.such.host.invalid:0"):
+    for address in (api.server.address, "127.0.0.1:http", "unix:/tmp/x", "no.such.host.invalid:0"):
         with pytest.raises(SettingsInvalid, match=r"cannot listen on .*: expected a free HOST:PORT"):
-            await HttpServer(address, door.ready.service).start()
+            await HttpServer(address, api.ready.service).start()

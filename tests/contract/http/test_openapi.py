@@ -41,7 +41,7 @@ INSIDE = ("items", "additionalProperties", "propertyNames", "not", "if", "then",
 async def web(tmp_path: Path) -> AsyncIterator[httpx.AsyncClient]:
     """A client of an API that cannot generate."""
     transport = httpx.ASGITransport(create_app(silent_service(tmp_path)))
-    async with httpx.AsyncClient(transport=transport, base_url="http://door") as client:
+    async with httpx.AsyncClient(transport=transport, base_url="http://api") as client:
         yield client
 
 

@@ -23,7 +23,7 @@ ROUTES = [endpoint.path for endpoint in ENDPOINTS if endpoint.path == "/" or end
 @pytest.fixture
 async def web(tmp_path: Path) -> AsyncIterator[httpx.AsyncClient]:
     transport = httpx.ASGITransport(app=create_app(ScriptedPage(tmp_path, ["one", "two"], {})))
-    async with httpx.AsyncClient(transport=transport, base_url="http://door") as web:
+    async with httpx.AsyncClient(transport=transport, base_url="http://api") as web:
         yield web
 
 
@@ -81,6 +81,6 @@ async def test_the_state_names_the_callers_models_only(tmp_path: Path) -> None:
     app = create_app(ScriptedPage(tmp_path, ["one", "two"], {}), Keyring(text=lines(entry)))
     headers = {"authorization": f"Bearer {key}"}
     async with httpx.AsyncClient(
-        transport=httpx.ASGITransport(app=app), base_url="http://door", headers=headers
+        transport=httpx.ASGITransport(app=app), base_url="http://api", headers=headers
     ) as web:
         assert (await web.get("/state")).json()["models"] == {"two": {"running": 0, "waiting": 2}}

@@ -21,7 +21,7 @@ from loramux_shared.faults import QueueFull, RateLimited, ReplicaFailed, Request
 from loramux_shared.parsers import ReasoningParser
 from tests.support.generations import change_deployed
 from tests.support.responses import check_events, check_response, read_stream
-from tests.support.talker import TalkerDoor, open_talker
+from tests.support.talker import TalkerApi, open_talker
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -44,9 +44,9 @@ class Weather(BaseModel):
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def door(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[TalkerDoor]:
-    async with open_talker(tmp_path_factory.mktemp("talker")) as door:
-        yield door
+async def api(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[TalkerApi]:
+    async with open_talker(tmp_path_factory.mktemp("talker")) as api:
+        yield api
 
 
 STOP, LENGTH = FinishReason.STOP, FinishReason.LENGTH
@@ -104,14 +104,14 @@ SAYS: dict[str, tuple[str, FinishReason, dict[str, Any], list[tuple[str, str]]]]
 
 
 @pytest.mark.parametrize("name", SAYS)
-async def test_events_tell_the_response(door: TalkerDoor, name: str) -> None:
+async def test_events_tell_the_response(api: TalkerApi, name: str) -> None:
     """Streamed or whole, the items are the same, and each event is one of OpenAI's."""
     said, reason, more, expected = SAYS[name]
-    door.talker.say(said, reason=reason)
-    answer = await door.post(PATH, **ASKED, **more)
+    api.talker.say(said, reason=reason)
+    answer = await api.post(PATH, **ASKED, **more)
     whole = check_response(answer.json())
-    door.talker.say(said, reason=reason)
-    streamed = await door.post(PATH, **ASKED, **more, stream=True)
+    api.talker.say(said, reason=reason)
+    streamed = await api.post(PATH, **ASKED, **more, stream=True)
     last = check_events(read_stream(streamed.content))
     assert whole["status"] == ("incomplete" if reason is LENGTH else "completed")
     assert _without_ids(last) == _without_ids(whole)
@@ -136,10 +136,10 @@ def _without_ids(response: dict[str, Any]) -> Any:
     return walk(response)
 
 
-async def test_log_probabilities_are_those_of_what_is_said(door: TalkerDoor) -> None:
+async def test_log_probabilities_are_those_of_what_is_said(api: TalkerApi) -> None:
     """Tokens of a call have no place in the message before it."""
-    door.talker.say(f"A|h|{CALL}")
-    answer = (await door.post(PATH, **ASKED, tools=[WEATHER], top_logprobs=1)).json()
+    api.talker.say(f"A|h|{CALL}")
+    answer = (await api.post(PATH, **ASKED, tools=[WEATHER], top_logprobs=1)).json()
     [message, _] = answer["output"]
     scores = message["content"][0]["logprobs"]
     assert [score["token"] for score in scores] == ["A", "h"]
@@ -147,7 +147,7 @@ async def test_log_probabilities_are_those_of_what_is_said(door: TalkerDoor) -> 
     assert answer["top_logprobs"] == 1
 
 
-async def test_the_response_tells_what_was_asked(door: TalkerDoor) -> None:
+async def test_the_response_tells_what_was_asked(api: TalkerApi) -> None:
     """Fields come back as they count: what was asked, else what the server took."""
     asked = {
         "instructions": "Be brief.",
@@ -172,20 +172,20 @@ async def test_the_response_tells_what_was_asked(door: TalkerDoor) -> None:
     }
     ignored = {"store": True, "background": False, "service_tier": "flex", "stream": False}
     hints = {"text": {"verbosity": "medium"}, "reasoning": {"summary": "auto"}}
-    door.talker.say("Ahoy")
-    told = (await door.post(PATH, **ASKED, **asked, **ignored, **hints)).json()
+    api.talker.say("Ahoy")
+    told = (await api.post(PATH, **ASKED, **asked, **ignored, **hints)).json()
     assert {name: told[name] for name in asked} == asked
     assert [told[name] for name in ("store", "background", "service_tier")] == [False, False, "default"]
-    [request] = door.talker.asked[-1:]
+    [request] = api.talker.asked[-1:]
     assert (request.sampling.max_tokens, request.sampling.temperature, request.sampling.top_p) == (9, 0.25, 0.5)
     assert (request.sampling.presence_penalty, request.sampling.frequency_penalty) == (0.5, 0.25)
     assert request.model.sticky_key == "u"
 
 
-async def test_the_client_streams(door: TalkerDoor) -> None:
+async def test_the_client_streams(api: TalkerApi) -> None:
     """OpenAI's own client collects the events to the response."""
-    door.talker.say(f"Hm.|{CALL}")
-    async with door.openai.responses.stream(**ASKED, tools=[WEATHER]) as stream:
+    api.talker.say(f"Hm.|{CALL}")
+    async with api.openai.responses.stream(**ASKED, tools=[WEATHER]) as stream:
         kinds = [event.type async for event in stream]
         final = await stream.get_final_response()
     assert kinds[0] == "response.created"
@@ -194,31 +194,31 @@ async def test_the_client_streams(door: TalkerDoor) -> None:
     assert [item.type for item in final.output] == ["message", "function_call"]
 
 
-async def test_the_client_parses(door: TalkerDoor) -> None:
+async def test_the_client_parses(api: TalkerApi) -> None:
     """A schema that the client makes of a class constrains the answer."""
-    door.talker.say('{"fine": true, "color": "red"}')
-    answer = await door.openai.responses.parse(**ASKED, text_format=Verdict)
+    api.talker.say('{"fine": true, "color": "red"}')
+    answer = await api.openai.responses.parse(**ASKED, text_format=Verdict)
     assert answer.output_parsed == Verdict(fine=True, color="red")
-    [request] = door.talker.asked[-1:]
+    [request] = api.talker.asked[-1:]
     assert request.output.constraint
     assert json.loads(request.output.constraint.text)["required"] == ["fine", "color"]
 
 
-async def test_a_loop_of_tools(door: TalkerDoor) -> None:
+async def test_a_loop_of_tools(api: TalkerApi) -> None:
     """An answer goes back as it is, with the outputs, and is one turn of the chat."""
     tool = pydantic_function_tool(Weather)["function"] | {"type": "function", "name": "weather"}
-    door.talker.say(f"Hm.|{CALL}")
-    first = await door.openai.responses.create(**ASKED, tools=[tool])
+    api.talker.say(f"Hm.|{CALL}")
+    first = await api.openai.responses.create(**ASKED, tools=[tool])
     [_, call] = first.output
     assert isinstance(call, ResponseFunctionToolCall)
     assert json.loads(call.arguments) == {"city": "Oslo"}
     output = {"type": "function_call_output", "call_id": call.call_id, "output": "Rain."}
-    door.talker.say("It rains.")
+    api.talker.say("It rains.")
     asked = [{"role": "user", "content": "Hi"}, *first.output, output]
-    second = await door.openai.responses.create(model="pirate", input=asked, tools=[tool])
+    second = await api.openai.responses.create(model="pirate", input=asked, tools=[tool])
     assert second.output_text == "It rains."
     function = {"name": "weather", "arguments": {"city": "Oslo"}}
-    assert door.talker.last == [
+    assert api.talker.last == [
         {"role": "user", "content": "Hi"},
         {
             "role": "assistant",
@@ -229,35 +229,35 @@ async def test_a_loop_of_tools(door: TalkerDoor) -> None:
     ]
 
 
-async def test_functions_of_a_namespace(door: TalkerDoor) -> None:
+async def test_functions_of_a_namespace(api: TalkerApi) -> None:
     """The model knows them by both names, and a call tells the two apart, here and when it comes back."""
     namespace = {"type": "namespace", "name": "sky", "description": "Of the sky.", "tools": [WEATHER, TIME]}
-    door.talker.say(CALL.replace("weather", "sky__weather"))
-    answer = check_response((await door.post(PATH, **ASKED, tools=[WEATHER, namespace])).json())
+    api.talker.say(CALL.replace("weather", "sky__weather"))
+    answer = check_response((await api.post(PATH, **ASKED, tools=[WEATHER, namespace])).json())
     [call] = answer["output"]
     assert (call["namespace"], call["name"]) == ("sky", "weather")
-    functions = [tool["function"] for tool in door.talker.asked[-1].prompt.tools]
+    functions = [tool["function"] for tool in api.talker.asked[-1].prompt.tools]
     assert [each["name"] for each in functions] == ["weather", "sky__weather", "sky__time"]
     assert [each.get("description") for each in functions] == [
         None,
         "Of the sky.",
         "Of the sky.\nTell the time.",
     ]
-    door.talker.say("So.")
+    api.talker.say("So.")
     output = {"type": "function_call_output", "call_id": call["call_id"], "output": "Rain."}
     asked = [{"role": "user", "content": "Hi"}, call, output]
-    await door.post(PATH, model="pirate", input=asked, tools=[namespace])
-    [_, turn, _] = door.talker.last
+    await api.post(PATH, model="pirate", input=asked, tools=[namespace])
+    [_, turn, _] = api.talker.last
     assert turn["tool_calls"][0]["function"]["name"] == "sky__weather"
 
 
-async def test_reasoning_is_an_item_and_comes_back(door: TalkerDoor) -> None:
+async def test_reasoning_is_an_item_and_comes_back(api: TalkerApi) -> None:
     """It is told apart from the text, counted, and given to the template again, also unread."""
-    change_deployed(door.talker.catalog, reasoning_parser=ReasoningParser.THINK)
+    change_deployed(api.talker.catalog, reasoning_parser=ReasoningParser.THINK)
     said = f"<think>H|m.</think>\n\nSo.|{CALL}"
     for more in ({}, {"include": ["reasoning.encrypted_content"]}):
-        door.talker.say(said)
-        streamed = await door.post(PATH, **ASKED, tools=[WEATHER], stream=True, **more)
+        api.talker.say(said)
+        streamed = await api.post(PATH, **ASKED, tools=[WEATHER], stream=True, **more)
         events = read_stream(streamed.content)
         answer = check_events(events)
         thoughts = [event["delta"] for event in events if event["type"] == "response.reasoning_text.delta"]
@@ -271,10 +271,10 @@ async def test_reasoning_is_an_item_and_comes_back(door: TalkerDoor) -> None:
         thought, message, call = answer["output"]
         unread = {key: value for key, value in thought.items() if key != "content" or not more}
         output = {"type": "function_call_output", "call_id": call["call_id"], "output": "Rain."}
-        door.talker.say("So.")
+        api.talker.say("So.")
         asked = [{"role": "user", "content": "Hi"}, unread, message, call, output]
-        assert (await door.post(PATH, model="pirate", input=asked)).status_code == 200
-        [_, turn, _] = door.talker.last
+        assert (await api.post(PATH, model="pirate", input=asked)).status_code == 200
+        [_, turn, _] = api.talker.last
         assert (turn["reasoning"], turn["content"], len(turn["tool_calls"])) == ("Hm.", "So.", 1)
 
 
@@ -283,32 +283,32 @@ HI = {"role": "user", "content": "Hi"}
 COMPACT = f"{PATH}/compact"
 
 
-async def test_a_summary_goes_on_in_the_place_of_a_conversation(door: TalkerDoor) -> None:
+async def test_a_summary_goes_on_in_the_place_of_a_conversation(api: TalkerApi) -> None:
     """The model sums up, instructions stay, and what comes back unread is told to the model again."""
-    door.talker.say("They| launch.\n", reason=LENGTH)
+    api.talker.say("They| launch.\n", reason=LENGTH)
     ahoy = {"role": "assistant", "content": "Ahoy"}
-    compacted = await door.openai.responses.compact(model="pirate", input=[SYSTEM, HI, ahoy])
-    assert door.talker.last[:-1] == [SYSTEM, HI, ahoy]
-    assert door.talker.last[-1] == {"role": "user", "content": ASK}
-    assert door.talker.asked[-1].sampling.temperature == 0
+    compacted = await api.openai.responses.compact(model="pirate", input=[SYSTEM, HI, ahoy])
+    assert api.talker.last[:-1] == [SYSTEM, HI, ahoy]
+    assert api.talker.last[-1] == {"role": "user", "content": ASK}
+    assert api.talker.asked[-1].sampling.temperature == 0
     assert compacted.object == "response.compaction"
     assert compacted.usage.output_tokens == len("They launch.\n")
     told: Any = compacted.to_dict(warnings=False)["output"]
     assert [item["type"] for item in told] == ["message", "compaction"]
     for before in ([], [HI, ahoy]):
-        door.talker.say("So.")
-        await door.post(PATH, model="pirate", input=[told[0], *before, told[1], HI])
+        api.talker.say("So.")
+        await api.post(PATH, model="pirate", input=[told[0], *before, told[1], HI])
         summed_up = f"Be brief.\n\n{SUMMED_UP}They launch."
-        assert door.talker.last == [{"role": "system", "content": summed_up}, HI]
+        assert api.talker.last == [{"role": "system", "content": summed_up}, HI]
 
 
-async def test_the_question_for_a_summary_is_no_second_turn_of_the_user(door: TalkerDoor) -> None:
+async def test_the_question_for_a_summary_is_no_second_turn_of_the_user(api: TalkerApi) -> None:
     """Templates may refuse two in a row; reasoning is turned off, and what is thought anyway is no summary."""
-    change_deployed(door.talker.catalog, reasoning_parser=ReasoningParser.THINK)
-    door.talker.say("<think>Hm.</think>So.")
-    answer = (await door.post(COMPACT, **ASKED, instructions="Be brief.", temperature=0.5)).json()
-    assert door.talker.last == [SYSTEM, {"role": "user", "content": f"Hi\n\n{ASK}"}]
-    [request] = door.talker.asked[-1:]
+    change_deployed(api.talker.catalog, reasoning_parser=ReasoningParser.THINK)
+    api.talker.say("<think>Hm.</think>So.")
+    answer = (await api.post(COMPACT, **ASKED, instructions="Be brief.", temperature=0.5)).json()
+    assert api.talker.last == [SYSTEM, {"role": "user", "content": f"Hi\n\n{ASK}"}]
+    [request] = api.talker.asked[-1:]
     assert (request.sampling.temperature, request.prompt.chat_template_kwargs["enable_thinking"]) == (
         0.5,
         False,
@@ -318,7 +318,7 @@ async def test_the_question_for_a_summary_is_no_second_turn_of_the_user(door: Ta
     assert answer["usage"]["output_tokens_details"]["reasoning_tokens"]
 
 
-async def test_what_cannot_be_summed_up_is_refused(door: TalkerDoor) -> None:
+async def test_what_cannot_be_summed_up_is_refused(api: TalkerApi) -> None:
     """A call without its output, a stored conversation, no model, and a model that says nothing."""
     call = {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"}
     output = {"type": "function_call_output", "call_id": "c", "output": "4"}
@@ -330,10 +330,10 @@ async def test_what_cannot_be_summed_up_is_refused(door: TalkerDoor) -> None:
         (PATH, {"model": "pirate", "input": [HI, call, summary, output]}, "input[3].call_id"),
         (PATH, ASKED | {"input": [summary | {"encrypted_content": "gAAAA"}]}, "input[0].encrypted_content"),
     ):
-        refused = await door.post(path, **body)
+        refused = await api.post(path, **body)
         assert (refused.status_code, refused.json()["error"]["param"]) == (400, param)
-    door.talker.say(" \n")
-    refused = await door.post(COMPACT, **ASKED)
+    api.talker.say(" \n")
+    refused = await api.post(COMPACT, **ASKED)
     assert (refused.status_code, refused.json()["error"]["message"]) == (400, SAID_NOTHING)
 
 
@@ -385,22 +385,20 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
 
 
 @pytest.mark.parametrize(("fields", "param", "code"), REFUSED)
-async def test_what_is_refused_is_named(
-    door: TalkerDoor, fields: dict[str, Any], param: str, code: str
-) -> None:
+async def test_what_is_refused_is_named(api: TalkerApi, fields: dict[str, Any], param: str, code: str) -> None:
     """The error names the field in the words of this route, once, whether a stream was asked for or not."""
     for stream in (False, True):
-        answer = await door.post(PATH, **ASKED | fields | {"stream": stream})
+        answer = await api.post(PATH, **ASKED | fields | {"stream": stream})
         error = answer.json()["error"]
         assert (answer.status_code, error["param"], error["code"]) == (400, param, code), error
         assert error["message"].count(f"{param}: ") == 1
 
 
-async def test_null_is_not_set_within_items(door: TalkerDoor) -> None:
+async def test_null_is_not_set_within_items(api: TalkerApi) -> None:
     """Clients send all the fields that they know, also in what they give back."""
-    door.talker.say("Ahoy")
+    api.talker.say("Ahoy")
     item = {"role": "user", "content": "Hi", "no_such_field": None, "phase": None}
-    assert (await door.post(PATH, model="pirate", input=[item], no_such_field=None)).status_code == 200
+    assert (await api.post(PATH, model="pirate", input=[item], no_such_field=None)).status_code == 200
 
 
 @pytest.mark.parametrize(
@@ -412,13 +410,13 @@ async def test_null_is_not_set_within_items(door: TalkerDoor) -> None:
     ],
 )
 async def test_a_fault_on_the_way_ends_the_stream(
-    door: TalkerDoor, fault: Exception, status: int, code: str
+    api: TalkerApi, fault: Exception, status: int, code: str
 ) -> None:
     """A whole answer has its status instead; a stream that has begun ends with the failed response, once."""
-    door.talker.say("A|h", failure=fault)
-    assert (await door.post(PATH, **ASKED)).status_code == status
-    door.talker.say("A|h", failure=fault)
-    streamed = await door.post(PATH, **ASKED, stream=True)
+    api.talker.say("A|h", failure=fault)
+    assert (await api.post(PATH, **ASKED)).status_code == status
+    api.talker.say("A|h", failure=fault)
+    streamed = await api.post(PATH, **ASKED, stream=True)
     assert streamed.status_code == 200
     last = check_events(read_stream(streamed.content))
     assert (last["status"], last["error"]["code"]) == ("failed", code)
@@ -426,9 +424,9 @@ async def test_a_fault_on_the_way_ends_the_stream(
     assert _said(last["output"][0]) == ("message", "Ah")
 
 
-async def test_a_fault_before_the_first_token_has_its_status(door: TalkerDoor) -> None:
+async def test_a_fault_before_the_first_token_has_its_status(api: TalkerApi) -> None:
     """A request that fails before its first token never was a stream."""
-    door.talker.say_nothing(QueueFull("full."))
+    api.talker.say_nothing(QueueFull("full."))
     with pytest.raises(openai.RateLimitError) as caught:
-        await door.openai.responses.create(**ASKED, stream=True)
+        await api.openai.responses.create(**ASKED, stream=True)
     assert caught.value.code == "queue_full"

@@ -25,7 +25,7 @@ from inference_service.http.server import HttpServer
 from loramux_shared.access.guard import Guard
 from loramux_shared.access.keyring import Keyring
 from tests.support.access import lines, new_entry
-from tests.support.openai_door import openai_world
+from tests.support.openai_api import openai_world
 from tests.support.operated import digest_of, operated
 from tests.support.root import ROOT
 from tests.support.waiting import BOUND_S
@@ -142,7 +142,7 @@ async def judge(judged: Judged, folder: Path, *arguments: str) -> str:
 
 
 @pytest.mark.skipif(COMMAND is None, reason="needs schemathesis, which is in the extra `test`")
-async def test_the_door_is_as_it_is_described(judged: Judged, tmp_path: Path) -> None:
+async def test_the_api_is_as_it_is_described(judged: Judged, tmp_path: Path) -> None:
     """The examples of every route are answered as they are described."""
     told = await judge(judged, tmp_path, "--phases", "examples")
     assert f"Selected: {len(ENDPOINTS)}/{len(ENDPOINTS)}" in told

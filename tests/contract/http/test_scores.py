@@ -20,8 +20,8 @@ from loramux_shared.bundle.manifest import ScoreHead
 from loramux_shared.bundle.reader import read_bundle
 from loramux_shared.faults import AdapterInvalid, DeploymentInvalid, RequestInvalid
 from loramux_shared.storage.memory import MemoryStore
-from tests.support.grpc_door import open_client
-from tests.support.openai_door import OpenAIDoor, open_door
+from tests.support.grpc_api import open_client
+from tests.support.openai_api import OpenAIApi, open_api
 from tests.support.tiny import SIZES, World, make_adapter, make_checkpoint
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -75,9 +75,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[World, MemoryStore]:
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def opened(made: tuple[World, MemoryStore]) -> AsyncIterator[OpenAIDoor]:
-    async with open_door(made, max_batch_tokens=32) as door:
-        yield door
+async def opened(made: tuple[World, MemoryStore]) -> AsyncIterator[OpenAIApi]:
+    async with open_api(made, max_batch_tokens=32) as api:
+        yield api
 
 
 @cache
@@ -98,9 +98,9 @@ def close(found: Any, wanted: Any) -> None:
     np.testing.assert_allclose(np.array(found, np.float32), wanted, atol=1e-5, rtol=1e-5)
 
 
-async def asked(door: OpenAIDoor, path: str, **body: Any) -> dict[str, Any]:
+async def asked(api: OpenAIApi, path: str, **body: Any) -> dict[str, Any]:
     """An answer."""
-    answer = await door.post(path, **body)
+    answer = await api.post(path, **body)
     assert answer.status_code == 200, answer.text
     return dict(answer.json())
 
@@ -123,15 +123,15 @@ async def test_the_bundle_has_the_head_as_it_is(made: tuple[World, MemoryStore])
 
 
 @pytest.mark.parametrize("model", LABELS)
-async def test_scores_equal_transformers(made: tuple[World, MemoryStore], door: OpenAIDoor, model: str) -> None:
+async def test_scores_equal_transformers(made: tuple[World, MemoryStore], api: OpenAIApi, model: str) -> None:
     """Scores of token ids, in chunks, beside each other and an answer: logits, and the probabilities of
     labels.
     """
     wanted = logits(made[0], model, PROMPTS)
-    raw = await asked(door, "/classify", model=model, input=PROMPTS, use_activation=False)
+    raw = await asked(api, "/classify", model=model, input=PROMPTS, use_activation=False)
     close([each["probs"] for each in raw["data"]], wanted)
     assert raw["usage"]["prompt_tokens"] == sum(map(len, PROMPTS))
-    told = await asked(door, "/v1/classify", model=model, input=PROMPTS)
+    told = await asked(api, "/v1/classify", model=model, input=PROMPTS)
     states = torch.from_numpy(wanted)
     shares = torch.softmax(states, -1) if model == "topics" else torch.sigmoid(states)
     close([each["probs"] for each in told["data"]], shares.numpy())
@@ -141,39 +141,39 @@ async def test_scores_equal_transformers(made: tuple[World, MemoryStore], door: 
 
 
 async def test_documents_are_ranked_as_transformers_ranks_them(
-    made: tuple[World, MemoryStore], door: OpenAIDoor
+    made: tuple[World, MemoryStore], api: OpenAIApi
 ) -> None:
     """Pairs are what the tokenizer makes of them; the best first, of equals the earlier one."""
-    text = door.ready.service.text
+    text = api.ready.service.text
     pairs = [text.encode_pair(("a cat", document), 256) for document in DOCUMENTS]
     wanted = logits(made[0], "ranker", pairs)[:, 0]
     order = sorted(range(len(DOCUMENTS)), key=lambda index: (-wanted[index], index))
-    whole = await asked(door, "/v1/rerank", model="ranker", query="a cat", documents=DOCUMENTS)
+    whole = await asked(api, "/v1/rerank", model="ranker", query="a cat", documents=DOCUMENTS)
     assert [each["index"] for each in whole["results"]] == order
     close([each["relevance_score"] for each in whole["results"]], wanted[order])
     assert [each["document"]["text"] for each in whole["results"]] == [DOCUMENTS[index] for index in order]
     objects = [{"text": document} for document in DOCUMENTS]
     few = await asked(
-        door, "/rerank", model="ranker", query="a cat", documents=objects, top_n=2, return_documents=False
+        api, "/rerank", model="ranker", query="a cat", documents=objects, top_n=2, return_documents=False
     )
     assert [each["index"] for each in few["results"]] == order[:2]
     assert all("document" not in each for each in few["results"])
-    one = await asked(door, "/score", model="ranker", text_1="a cat", text_2=DOCUMENTS)
+    one = await asked(api, "/score", model="ranker", text_1="a cat", text_2=DOCUMENTS)
     close([each["score"] for each in one["data"]], wanted)
     both = await asked(
-        door, "/v1/score", model="ranker", text_1=["a cat"] * 5, text_2=DOCUMENTS, use_activation=True
+        api, "/v1/score", model="ranker", text_1=["a cat"] * 5, text_2=DOCUMENTS, use_activation=True
     )
     close([each["score"] for each in both["data"]], 1 / (1 + np.exp(-wanted)))
 
 
-async def test_grpc_gives_the_same_scores(made: tuple[World, MemoryStore], door: OpenAIDoor) -> None:
+async def test_grpc_gives_the_same_scores(made: tuple[World, MemoryStore], api: OpenAIApi) -> None:
     """Scores and probabilities of all labels, of ids and of pairs, are the same with the Python client."""
-    async with open_client(door.ready) as client:
+    async with open_client(api.ready) as client:
         found = await client.classify("topics", PROMPTS)
         close([each.scores for each in found.texts], logits(made[0], "topics", PROMPTS))
         assert found.labels == tuple(NAMES)
         close([sum(each.probabilities) for each in found.texts], [1.0] * len(PROMPTS))
-        pair = door.ready.service.text.encode_pair(("a cat", "abc"), 256)
+        pair = api.ready.service.text.encode_pair(("a cat", "abc"), 256)
         [scored] = (await client.classify("ranker", [("a cat", "abc")])).texts
         close(scored.scores, logits(made[0], "ranker", [pair])[0])
         with pytest.raises(RequestInvalid, match="one that generates text"):
@@ -182,7 +182,7 @@ async def test_grpc_gives_the_same_scores(made: tuple[World, MemoryStore], door:
             await client.complete("topics", "x")
 
 
-async def test_who_classifies_generates_nothing(door: OpenAIDoor) -> None:
+async def test_who_classifies_generates_nothing(api: OpenAIApi) -> None:
     """Answers, mixtures and scores of the others are refused by name; vectors are made of both."""
     for model, path, body in (
         ("topics", "/v1/completions", {"prompt": "x"}),
@@ -194,10 +194,10 @@ async def test_who_classifies_generates_nothing(door: OpenAIDoor) -> None:
         ("base", "/rerank", {"query": "x", "documents": ["y"]}),
         ("topics", "/score", {"text_1": "x", "text_2": "y"}),
     ):
-        answer = await door.post(path, model=model, **body)
+        answer = await api.post(path, model=model, **body)
         error = answer.json()["error"]
         assert (answer.status_code, error["code"], error["param"]) == (400, "invalid_value", "model"), error
-    made = await asked(door, "/v1/embeddings", model="topics", input=[[5, 6], [7]])
+    made = await asked(api, "/v1/embeddings", model="topics", input=[[5, 6], [7]])
     assert len(made["data"]) == 2
 
 
@@ -214,9 +214,9 @@ async def test_who_classifies_generates_nothing(door: OpenAIDoor) -> None:
         ("/classify", {"input": [[500]]}, "input"),
     ],
 )
-async def test_what_is_refused_is_named(door: OpenAIDoor, path: str, body: dict[str, Any], param: str) -> None:
+async def test_what_is_refused_is_named(api: OpenAIApi, path: str, body: dict[str, Any], param: str) -> None:
     """A wrong field is 400 with its name."""
-    answer = await door.post(path, model="ranker", **body)
+    answer = await api.post(path, model="ranker", **body)
     assert answer.status_code == 400
     assert answer.json()["error"]["param"].startswith(param), answer.text
 
@@ -275,7 +275,7 @@ async def test_who_classifies_is_neither_merged_nor_proved(made: tuple[World, Me
         world.build_with(MemoryStore(), build={"prove": True})
 
 
-async def test_who_makes_vectors_makes_nothing_else(made: tuple[World, MemoryStore], door: OpenAIDoor) -> None:
+async def test_who_makes_vectors_makes_nothing_else(made: tuple[World, MemoryStore], api: OpenAIApi) -> None:
     """An adapter of PEFT's FEATURE_EXTRACTION, whose keys are those of a model without a head."""
     whole = PeftModel.from_pretrained(bare(made[0].base), made[0].adapters["encoder"]).eval()
     with torch.no_grad():
@@ -285,11 +285,11 @@ async def test_who_makes_vectors_makes_nothing_else(made: tuple[World, MemorySto
         ("mean", [each.mean(0) for each in states]),
     ):
         found = await asked(
-            door, "/v1/embeddings", model="encoder", input=PROMPTS, pooling=pooling, normalize=False
+            api, "/v1/embeddings", model="encoder", input=PROMPTS, pooling=pooling, normalize=False
         )
         close([each["embedding"] for each in found["data"]], np.stack(wanted))
-    described = (await door.http.get("/v1/models/encoder")).json()
+    described = (await api.http.get("/v1/models/encoder")).json()
     assert (described["kinds"], described["num_labels"]) == (["lora", "encoder"], None)
-    async with open_client(door.ready) as client:
+    async with open_client(api.ready) as client:
         served = {each.name: each.num_labels for each in await client.models()}
     assert served == LABELS | dict.fromkeys(("base", "plain", "encoder"), 0)

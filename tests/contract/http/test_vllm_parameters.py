@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
 from loramux_shared.storage.memory import MemoryStore
-from tests.support.openai_door import OpenAIDoor, openai_world
+from tests.support.openai_api import OpenAIApi, openai_world
 from tests.support.tiny import World
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -53,75 +53,75 @@ def body(path: str, **fields: Any) -> dict[str, Any]:
     return PROMPTS[path] | usual | fields
 
 
-async def whole(door: OpenAIDoor, path: str = PLAIN, **fields: Any) -> dict[str, Any]:
+async def whole(api: OpenAIApi, path: str = PLAIN, **fields: Any) -> dict[str, Any]:
     """An answer that is one object."""
-    answer = await door.post(path, **body(path, **fields))
+    answer = await api.post(path, **body(path, **fields))
     assert answer.status_code == 200, answer.text
     return dict(answer.json())
 
 
-async def texts(door: OpenAIDoor, path: str = PLAIN, **fields: Any) -> list[str]:
+async def texts(api: OpenAIApi, path: str = PLAIN, **fields: Any) -> list[str]:
     """The text of each answer."""
-    choices = (await whole(door, path, **fields))["choices"]
+    choices = (await whole(api, path, **fields))["choices"]
     return [choice["text"] if path == PLAIN else choice["message"]["content"] for choice in choices]
 
 
-async def streamed(door: OpenAIDoor, path: str, count: int, **fields: Any) -> list[str]:
+async def streamed(api: OpenAIApi, path: str, count: int, **fields: Any) -> list[str]:
     """The same from a stream of so many answers."""
     said = [""] * count
-    for chunk in await door.chunks(path, **body(path, **fields)):
+    for chunk in await api.chunks(path, **body(path, **fields)):
         for choice in chunk["choices"]:
             said[choice["index"]] += (choice["text"] if path == PLAIN else choice["delta"].get("content")) or ""
     return said
 
 
-async def refusal(door: OpenAIDoor, path: str = PLAIN, **fields: Any) -> tuple[str, str]:
+async def refusal(api: OpenAIApi, path: str = PLAIN, **fields: Any) -> tuple[str, str]:
     """The parameter and the code of a refusal."""
-    answer = await door.post(path, **body(path, **fields))
+    answer = await api.post(path, **body(path, **fields))
     assert answer.status_code == 400, answer.text
     error = answer.json()["error"]
     return error["param"], error["code"]
 
 
-async def test_top_k_can_be_minus_one(door: OpenAIDoor) -> None:
+async def test_top_k_can_be_minus_one(api: OpenAIApi) -> None:
     """-1 and 0 are all tokens, as if it were not there."""
     drawn = {"temperature": 1.5, "seed": 5}
-    plain = await texts(door, **drawn)
-    assert await texts(door, **drawn, top_k=-1) == await texts(door, **drawn, top_k=0) == plain
-    assert await texts(door, **drawn, top_k=1) != plain
+    plain = await texts(api, **drawn)
+    assert await texts(api, **drawn, top_k=-1) == await texts(api, **drawn, top_k=0) == plain
+    assert await texts(api, **drawn, top_k=1) != plain
 
 
 @BOTH
-async def test_null_is_not_set_whatever_it_is_called(door: OpenAIDoor, path: str) -> None:
+async def test_null_is_not_set_whatever_it_is_called(api: OpenAIApi, path: str) -> None:
     """Clients that send all they know of, unset, are served; a value of an unknown name is still refused."""
     unset = dict.fromkeys(("top_k", "stop", "bad_words", "structured_outputs", "documents"))
     back = {} if path == PLAIN else {"messages": [{"role": "user", "content": "Hi", "reasoning_content": None}]}
-    assert await texts(door, path, **unset | back) == await texts(door, path)
-    assert await door.chunks(path, **body(path, stream_options={"include_usage": None, "unknown": None}))
-    assert await refusal(door, path, unknown=None, documents=[]) == ("documents", "unknown_parameter")
+    assert await texts(api, path, **unset | back) == await texts(api, path)
+    assert await api.chunks(path, **body(path, stream_options={"include_usage": None, "unknown": None}))
+    assert await refusal(api, path, unknown=None, documents=[]) == ("documents", "unknown_parameter")
 
 
 @BOTH
-async def test_stops_can_stay_in_the_text(door: OpenAIDoor, path: str) -> None:
+async def test_stops_can_stay_in_the_text(api: OpenAIApi, path: str) -> None:
     """The text ends with the stop text that ended it, or with the stop token's; streamed too."""
-    [plain] = await texts(door, path)
+    [plain] = await texts(api, path)
     stop = plain[4:6]
     end = plain.index(stop)
     kept = {"stop": stop, "include_stop_str_in_output": True}
-    assert await texts(door, path, stop=stop) == [plain[:end]]
-    assert await texts(door, path, **kept) == await streamed(door, path, 1, **kept) == [plain[:end] + stop]
-    [token] = door.ready.service.text.encode(plain[4], add_special_tokens=False)
+    assert await texts(api, path, stop=stop) == [plain[:end]]
+    assert await texts(api, path, **kept) == await streamed(api, path, 1, **kept) == [plain[:end] + stop]
+    [token] = api.ready.service.text.encode(plain[4], add_special_tokens=False)
     end = plain.index(plain[4])
     kept = {"stop_token_ids": [token], "include_stop_str_in_output": True, "n": 2}
-    assert await texts(door, path, stop_token_ids=[token]) == [plain[:end]]
-    assert await texts(door, path, **kept) == await streamed(door, path, 2, **kept) == [plain[: end + 1]] * 2
+    assert await texts(api, path, stop_token_ids=[token]) == [plain[:end]]
+    assert await texts(api, path, **kept) == await streamed(api, path, 2, **kept) == [plain[: end + 1]] * 2
 
 
-async def test_only_the_same_salt_finds_a_prompt_again(door: OpenAIDoor) -> None:
+async def test_only_the_same_salt_finds_a_prompt_again(api: OpenAIApi) -> None:
     """Cached prompts are shared among requests with one salt, and among those without one."""
     found, said = [], set()
     for salt in (None, None, "a", "a", "b", None):
-        answer = await whole(door, cache_salt=salt, prompt="x" * 100, max_tokens=2)
+        answer = await whole(api, cache_salt=salt, prompt="x" * 100, max_tokens=2)
         found.append(answer["usage"]["prompt_tokens_details"]["cached_tokens"] > 0)
         said.add(str(answer["choices"]))
     assert found == [False, True, False, True, False, True]
@@ -129,93 +129,93 @@ async def test_only_the_same_salt_finds_a_prompt_again(door: OpenAIDoor) -> None
 
 
 @pytest.mark.parametrize(("path", "prefix"), [(CHAT, "chatcmpl-"), (PLAIN, "cmpl-")])
-async def test_a_request_has_the_id_that_it_brings(door: OpenAIDoor, path: str, prefix: str) -> None:
+async def test_a_request_has_the_id_that_it_brings(api: OpenAIApi, path: str, prefix: str) -> None:
     """The answer's id ends with it, and two requests at once may have the same one."""
     asked: dict[str, Any] = {"request_id": "job:7.a-b_c", "max_tokens": 2}
-    answers = await asyncio.gather(*(whole(door, path, **asked) for _ in range(2)))
-    chunks = await door.chunks(path, **body(path, **asked))
+    answers = await asyncio.gather(*(whole(api, path, **asked) for _ in range(2)))
+    chunks = await api.chunks(path, **body(path, **asked))
     assert {each["id"] for each in (*answers, *chunks)} == {f"{prefix}job:7.a-b_c"}
 
 
-async def test_bad_words_never_come(door: OpenAIDoor) -> None:
+async def test_bad_words_never_come(api: OpenAIApi) -> None:
     """A bad word's tokens may come alone, and all of them together never, in any of n answers."""
     pair = {"allowed_token_ids": ids_of("AB"), "temperature": 50, "seed": 3, "n": 3, "max_tokens": 24}
-    assert all("AB" in said and "BA" in said for said in await texts(door, **pair))
+    assert all("AB" in said and "BA" in said for said in await texts(api, **pair))
     for word in ("AB", " AB", "  AB"):
-        said = await texts(door, **pair, bad_words=[word, "BB"])
+        said = await texts(api, **pair, bad_words=[word, "BB"])
         assert not any("AB" in each or "BB" in each for each in said)
         assert all("BA" in each or "AA" in each for each in said)
-    assert not any("A" in said for said in await texts(door, CHAT, **pair, bad_words=["A"]))
-    assert await texts(door, bad_words=[]) == await texts(door)
+    assert not any("A" in said for said in await texts(api, CHAT, **pair, bad_words=["A"]))
+    assert await texts(api, bad_words=[]) == await texts(api)
 
 
-async def test_only_allowed_tokens_come(door: OpenAIDoor) -> None:
+async def test_only_allowed_tokens_come(api: OpenAIApi) -> None:
     """An answer has no others; the end of sequence is one of them or not."""
     sampled = {"temperature": 2, "seed": 1, "n": 2, "ignore_eos": False}
     for path in (CHAT, PLAIN):
-        for said in await texts(door, path, allowed_token_ids=ids_of("xyz"), **sampled):
+        for said in await texts(api, path, allowed_token_ids=ids_of("xyz"), **sampled):
             assert len(said) == 12
             assert set(said) <= set("xyz")
     ended = {"allowed_token_ids": [*ids_of("xyz"), 2], "logit_bias": {"2": 100}, "ignore_eos": False}
-    assert await texts(door, **ended) == [""]
+    assert await texts(api, **ended) == [""]
 
 
-async def test_what_leaves_nothing_is_refused_by_name(door: OpenAIDoor) -> None:
+async def test_what_leaves_nothing_is_refused_by_name(api: OpenAIApi) -> None:
     """Allowed tokens and bad words that exclude each other end the request, at once or on the way."""
     expected = ("allowed_token_ids", "invalid_value")
-    assert await refusal(door, allowed_token_ids=[5], bad_words=['"']) == expected
-    answer = await door.post(PLAIN, **body(PLAIN, allowed_token_ids=[5], bad_words=['"' * 9], n=2))
+    assert await refusal(api, allowed_token_ids=[5], bad_words=['"']) == expected
+    answer = await api.post(PLAIN, **body(PLAIN, allowed_token_ids=[5], bad_words=['"' * 9], n=2))
     assert answer.json()["error"]["param"] == "allowed_token_ids"
     assert "none behind 8 tokens" in answer.json()["error"]["message"]
-    await door.until_free()
-    assert await texts(door, allowed_token_ids=[5], bad_words=['"' * 13]) == ['"' * 12]
+    await api.until_free()
+    assert await texts(api, allowed_token_ids=[5], bad_words=['"' * 13]) == ['"' * 12]
 
 
-async def test_a_constraint_says_where_an_allowed_text_ends(door: OpenAIDoor) -> None:
+async def test_a_constraint_says_where_an_allowed_text_ends(api: OpenAIApi) -> None:
     """The end of sequence need not be among the allowed tokens where a constraint lets the text end."""
     ids = ids_of('{}":a')
     fields = {"allowed_token_ids": ids, "response_format": {"type": "json_object"}, "max_tokens": 40}
     for ignore in (False, True):
-        [said] = await texts(door, CHAT, **fields, logit_bias={str(ids[1]): 50}, ignore_eos=ignore)
+        [said] = await texts(api, CHAT, **fields, logit_bias={str(ids[1]): 50}, ignore_eos=ignore)
         assert json.loads(said) == {}
 
 
-async def test_special_tokens_are_added_or_not(door: OpenAIDoor) -> None:
+async def test_special_tokens_are_added_or_not(api: OpenAIApi) -> None:
     """Special tokens are added by default to a text and not to messages; either way if requested."""
     for path, counts in ((CHAT, [7, 8, 7]), (PLAIN, [3, 3, 2])):
         answers = [
-            await whole(door, path, add_special_tokens=said, max_tokens=1) for said in (None, True, False)
+            await whole(api, path, add_special_tokens=said, max_tokens=1) for said in (None, True, False)
         ]
         assert [answer["usage"]["prompt_tokens"] for answer in answers] == counts
         for said in (True, False):
-            told = await door.post("/tokenize", **PROMPTS[path], add_special_tokens=said)
+            told = await api.post("/tokenize", **PROMPTS[path], add_special_tokens=said)
             assert (told.json()["tokens"][0] == 1) == said
 
 
 @BOTH
-async def test_a_prompt_is_cut_to_its_end(door: OpenAIDoor, path: str) -> None:
+async def test_a_prompt_is_cut_to_its_end(api: OpenAIApi, path: str) -> None:
     """The last k tokens, or as many as leave room for the answer; what cannot be cut is refused as ever."""
 
     def prompt(text: str) -> dict[str, Any]:
         return {"messages": [{"role": "user", "content": text}]} if path == CHAT else {"prompt": text + ";a:"}
 
     long, too_long = prompt("x" * 300 + "Hi"), (None, "context_length_exceeded")
-    assert await refusal(door, path, **long) == too_long
+    assert await refusal(api, path, **long) == too_long
     for cut, fields, expected in (
         (4, {"max_tokens": 2}, 4),
         (-1, {"max_tokens": 12}, 244),
         (-1, {"max_tokens": None}, 255 if path == CHAT else 240),
     ):
-        answer = await whole(door, path, **long | fields, truncate_prompt_tokens=cut)
+        answer = await whole(api, path, **long | fields, truncate_prompt_tokens=cut)
         assert answer["usage"]["prompt_tokens"] == expected
     for fields in ({"truncate_prompt_tokens": 256}, {"truncate_prompt_tokens": -1, "max_tokens": 256}):
-        assert await refusal(door, path, **long | fields) == too_long
-    four = await texts(door, path, **long, truncate_prompt_tokens=4, n=2)
-    assert four == await texts(door, prompt=door.ready.service.text.encode("i;a:")[-4:], n=2)
-    assert await refusal(door, path, **prompt("x" * 200_000), truncate_prompt_tokens=4) == too_long
+        assert await refusal(api, path, **long | fields) == too_long
+    four = await texts(api, path, **long, truncate_prompt_tokens=4, n=2)
+    assert four == await texts(api, prompt=api.ready.service.text.encode("i;a:")[-4:], n=2)
+    assert await refusal(api, path, **prompt("x" * 200_000), truncate_prompt_tokens=4) == too_long
 
 
-async def test_a_cut_prompt_is_echoed_as_it_was_cut(door: OpenAIDoor) -> None:
+async def test_a_cut_prompt_is_echoed_as_it_was_cut(api: OpenAIApi) -> None:
     """The echo, and its scores, are of the tokens that the model saw."""
     cut = {
         "prompt": "x" * 300 + "Hi",
@@ -224,22 +224,22 @@ async def test_a_cut_prompt_is_echoed_as_it_was_cut(door: OpenAIDoor) -> None:
         "logprobs": 0,
         "max_tokens": 0,
     }
-    [choice] = (await whole(door, **cut))["choices"]
+    [choice] = (await whole(api, **cut))["choices"]
     assert choice["text"] == "xHi"
     assert choice["logprobs"]["tokens"] == ["x", "H", "i"]
 
 
-async def test_an_answer_goes_on_with_the_last_message(door: OpenAIDoor) -> None:
+async def test_an_answer_goes_on_with_the_last_message(api: OpenAIApi) -> None:
     """The prompt ends with the last message's own text, its spaces too, and the answer is the rest of it."""
     turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "i; So "}]
     fields = {"messages": turns, "add_generation_prompt": False, "continue_final_message": True}
-    expected = await texts(door, prompt="u:Hi;a:i; So ", add_special_tokens=False, n=2)
-    assert await texts(door, CHAT, **fields, n=2) == expected
-    told = await door.post("/tokenize", **fields)
-    assert told.json()["tokens"] == door.ready.service.text.encode("u:Hi;a:i; So ", add_special_tokens=False)
+    expected = await texts(api, prompt="u:Hi;a:i; So ", add_special_tokens=False, n=2)
+    assert await texts(api, CHAT, **fields, n=2) == expected
+    told = await api.post("/tokenize", **fields)
+    assert told.json()["tokens"] == api.ready.service.text.encode("u:Hi;a:i; So ", add_special_tokens=False)
     empty = {"messages": [{"role": "user", "content": ""}]}
-    assert await refusal(door, CHAT, **fields | empty) == ("messages[0].content", "invalid_value")
-    answer = await door.post("/tokenize", **fields | empty)
+    assert await refusal(api, CHAT, **fields | empty) == ("messages[0].content", "invalid_value")
+    answer = await api.post("/tokenize", **fields | empty)
     assert answer.json()["error"]["param"] == "messages[0].content"
 
 
@@ -259,11 +259,11 @@ STRUCTURES: list[tuple[str, dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("path", "asked", "pattern"), STRUCTURES)
-async def test_structured_outputs(door: OpenAIDoor, path: str, asked: dict[str, Any], pattern: str) -> None:
+async def test_structured_outputs(api: OpenAIApi, path: str, asked: dict[str, Any], pattern: str) -> None:
     """Every answer that stops is of the language that was asked for."""
     closing = {str(token): 9 for token in ids_of('"},;xy]')} | {"2": 9}
     fields = {"max_tokens": 40, "temperature": 1, "seed": 4, "n": 4, "logit_bias": closing, "ignore_eos": False}
-    choices = (await whole(door, path, structured_outputs=asked, **fields))["choices"]
+    choices = (await whole(api, path, structured_outputs=asked, **fields))["choices"]
     stopped = [choice for choice in choices if choice["finish_reason"] == "stop"]
     assert stopped
     for choice in stopped:
@@ -294,31 +294,31 @@ async def test_structured_outputs(door: OpenAIDoor, path: str, asked: dict[str, 
     ],
 )
 async def test_structures_that_cannot_be_are_refused(
-    door: OpenAIDoor, asked: dict[str, Any], param: str, code: str
+    api: OpenAIApi, asked: dict[str, Any], param: str, code: str
 ) -> None:
     """None, several, empty ones, too large ones, and what the library cannot follow: by its name."""
-    assert await refusal(door, structured_outputs=asked) == (param, code)
+    assert await refusal(api, structured_outputs=asked) == (param, code)
 
 
-async def test_one_structure_is_asked_for_at_a_time(door: OpenAIDoor) -> None:
+async def test_one_structure_is_asked_for_at_a_time(api: OpenAIApi) -> None:
     """A structure beside a response format contradicts it; beside tools an answer has it or calls one."""
     asked = {"structured_outputs": {"regex": "a"}}
     fields: dict[str, Any] = {"response_format": {"type": "json_object"}}
-    assert await refusal(door, CHAT, **asked, **fields) == ("structured_outputs", "invalid_value")
+    assert await refusal(api, CHAT, **asked, **fields) == ("structured_outputs", "invalid_value")
     tools = [{"type": "function", "function": {"name": "f"}}]
-    assert await texts(door, CHAT, **asked, tools=tools, logit_bias={"68": 100}) == ["a"]
-    assert await texts(door, CHAT, **asked, response_format={"type": "text"}) == ["a"]
+    assert await texts(api, CHAT, **asked, tools=tools, logit_bias={"68": 100}) == ["a"]
+    assert await texts(api, CHAT, **asked, response_format={"type": "text"}) == ["a"]
 
 
 @BOTH
-async def test_log_probabilities_are_those_that_are_asked_for(door: OpenAIDoor, path: str) -> None:
+async def test_log_probabilities_are_those_that_are_asked_for(api: OpenAIApi, path: str) -> None:
     """Processed ones are divided by the temperature; without a word, the server's settings say which."""
     few = {"allowed_token_ids": [40, 41], "temperature": 4.0, "seed": 1, "max_tokens": 1}
     few |= {"logprobs": True, "top_logprobs": 20} if path == CHAT else {"logprobs": 20}
 
     async def best(**mode: str) -> dict[str, float]:
         """The most likely tokens in the place of the answer's first one."""
-        scores = (await whole(door, path, **few, **mode))["choices"][0]["logprobs"]
+        scores = (await whole(api, path, **few, **mode))["choices"][0]["logprobs"]
         if path == CHAT:
             return {each["token"]: each["logprob"] for each in scores["content"][0]["top_logprobs"]}
         return dict(scores["top_logprobs"][0])
@@ -328,20 +328,20 @@ async def test_log_probabilities_are_those_that_are_asked_for(door: OpenAIDoor, 
     likely = [value for value in processed.values() if value > -9999]
     assert len(likely) == 2
     assert sum(map(math.exp, likely)) == pytest.approx(1.0, abs=1e-5)
-    door.ready.service.logprobs_mode = "processed"
+    api.ready.service.logprobs_mode = "processed"
     try:
         assert (await best(), await best(logprobs_mode="raw")) == (processed, raw)
     finally:
-        door.ready.service.logprobs_mode = "raw"
+        api.ready.service.logprobs_mode = "raw"
 
 
 @BOTH
-async def test_token_ids_are_told(door: OpenAIDoor, path: str) -> None:
+async def test_token_ids_are_told(api: OpenAIApi, path: str) -> None:
     """Those of the prompt once, those of each answer in its choice, a stop token's and hidden ones too."""
     fields = {"return_token_ids": True, "n": 2, "temperature": 2, "seed": 1, "stop_token_ids": [2]}
     fields |= {"logit_bias": {"1": 95, "2": 94}, "ignore_eos": False}
-    answer = await whole(door, path, **fields)
-    prompt = door.ready.service.text.encode(
+    answer = await whole(api, path, **fields)
+    prompt = api.ready.service.text.encode(
         "u:Hi;a:" if path == CHAT else "Hi", add_special_tokens=path == PLAIN
     )
     told = [choice.get("prompt_token_ids") for choice in answer["choices"]]
@@ -353,44 +353,44 @@ async def test_token_ids_are_told(door: OpenAIDoor, path: str) -> None:
     assert all(set(each[:-1]) == {1} or len(each) == 1 for each in ids)
     parts: list[list[int]] = [[], []]
     prompts = []
-    for chunk in await door.chunks(path, **body(path, **fields)):
+    for chunk in await api.chunks(path, **body(path, **fields)):
         for choice in chunk["choices"]:
             parts[choice["index"]] += choice["token_ids"]
             prompts += [part["prompt_token_ids"] for part in (chunk, choice) if "prompt_token_ids" in part]
     assert parts == ids
     assert prompts == [prompt] * (1 if path == CHAT else 2)
-    plain = await whole(door, path)
+    plain = await whole(api, path)
     assert "token_ids" not in plain["choices"][0]
     assert "prompt_token_ids" not in {**plain, **plain["choices"][0]}
 
 
-async def test_token_ids_of_an_echo_are_the_answers(door: OpenAIDoor) -> None:
+async def test_token_ids_of_an_echo_are_the_answers(api: OpenAIApi) -> None:
     """The prompt that is echoed has its own; calls that are read have theirs as well."""
     fields = {"return_token_ids": True, "echo": True, "max_tokens": 3, "prompt_logprobs": 0}
-    [choice] = (await whole(door, **fields))["choices"]
+    [choice] = (await whole(api, **fields))["choices"]
     assert len(choice["token_ids"]) == 3
     assert len(choice["prompt_token_ids"]) == len(choice["prompt_logprobs"]) == 3
-    chunks = await door.chunks(PLAIN, **body(PLAIN, **fields))
+    chunks = await api.chunks(PLAIN, **body(PLAIN, **fields))
     assert sum("prompt_logprobs" in chunk["choices"][0] for chunk in chunks) == 1
     tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "maxProperties": 0}}}
     forced = {"tools": [tool], "tool_choice": "required", "max_tokens": 90, "return_token_ids": True}
-    [choice] = (await whole(door, CHAT, **forced))["choices"]
-    parts = [part for chunk in await door.chunks(CHAT, **body(CHAT, **forced)) for part in chunk["choices"]]
+    [choice] = (await whole(api, CHAT, **forced))["choices"]
+    parts = [part for chunk in await api.chunks(CHAT, **body(CHAT, **forced)) for part in chunk["choices"]]
     assert choice["finish_reason"] == "tool_calls"
     assert [token for part in parts for token in part["token_ids"]] == choice["token_ids"]
 
 
-async def test_openais_client_sends_them_as_extra_body(door: OpenAIDoor) -> None:
+async def test_openais_client_sends_them_as_extra_body(api: OpenAIApi) -> None:
     """Several of them at once, as people who come from vLLM have them in their programs."""
     extra = {"cache_salt": "team-7", "request_id": "job-1", "bad_words": ["b"], "min_p": None, "top_k": -1}
     extra |= {"include_stop_str_in_output": True, "allowed_token_ids": ids_of("abc"), "return_token_ids": True}
     extra |= {"continue_final_message": True, "add_generation_prompt": False, "truncate_prompt_tokens": -1}
     turns: Any = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "So"}]
     sampled: dict[str, Any] = {"temperature": 2.5, "seed": 1, "stop": ["c"], "max_tokens": 40}
-    answer = await door.openai.chat.completions.create(
+    answer = await api.openai.chat.completions.create(
         model="rs", messages=turns, **sampled, extra_body=extra | {"structured_outputs": {"regex": "[abc]*"}}
     )
     assert answer.id == "chatcmpl-job-1"
     assert re.fullmatch("a*c?", answer.choices[0].message.content or "")
     told = (answer.model_extra or {})["prompt_token_ids"]
-    assert told == door.ready.service.text.encode("u:Hi;a:So", add_special_tokens=False)
+    assert told == api.ready.service.text.encode("u:Hi;a:So", add_special_tokens=False)

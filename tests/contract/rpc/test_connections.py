@@ -23,7 +23,7 @@ from loramux_shared.rpc import options
 from loramux_shared.rpc.options import LEAST_PING_S, MAX_REQUEST_BYTES, PING_S
 from loramux_shared.rpc.server import RpcServer
 from tests.support import crowded
-from tests.support.endless import BOUND, HEALTH, MODEL, Doors
+from tests.support.endless import BOUND, HEALTH, MODEL, EndlessApis
 from tests.support.fake_services import WORDS, FakeInference, inference_server
 from tests.support.forks import Forked
 from tests.support.raw_http import JSON
@@ -45,9 +45,9 @@ async def server() -> AsyncIterator[RpcServer]:
 
 
 @pytest.fixture
-async def doors(tmp_path: Path) -> AsyncIterator[Doors]:
+async def apis(tmp_path: Path) -> AsyncIterator[EndlessApis]:
     """Both endpoints of one service, which take few connections."""
-    async with Doors(tmp_path) as made:
+    async with EndlessApis(tmp_path) as made:
         yield made
 
 
@@ -76,8 +76,8 @@ async def test_the_server_has_the_cap_too(server: RpcServer, compression: grpc.C
 
 async def test_a_unix_socket(tmp_path: Path) -> None:
     """A server listens on a Unix socket, and a client reaches it there."""
-    server = inference_server(f"unix:{tmp_path}/door", FakeInference())
-    assert await server.start() == f"unix:{tmp_path}/door"
+    server = inference_server(f"unix:{tmp_path}/api", FakeInference())
+    assert await server.start() == f"unix:{tmp_path}/api"
     try:
         async with AsyncClient(server.address) as client:
             assert [model.name for model in await client.models()] == ["base", "lora1", "lora2"]
@@ -106,22 +106,22 @@ async def test_a_client_that_pings_often_stays(monkeypatch: pytest.MonkeyPatch) 
     await server.drain(BOUND_S)
 
 
-async def test_small_answers_are_sent_at_once(doors: Doors) -> None:
+async def test_small_answers_are_sent_at_once(apis: EndlessApis) -> None:
     """Connections have TCP_NODELAY, so that an answer in two writes does not wait for an acknowledgement."""
-    client = await doors.raw(HEALTH)
+    client = await apis.raw(HEALTH)
     assert (await client.answer())[0] == 200
-    [connection] = doors.http.connections.held()
+    [connection] = apis.http.connections.held()
     sock = connection.transport.get_extra_info("socket")
     assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
     client.close()
 
 
-async def test_the_longest_unused_connection_makes_room(doors: Doors) -> None:
+async def test_the_longest_unused_connection_makes_room(apis: EndlessApis) -> None:
     """Idle ones and half heads give way, oldest first; one that is being answered does not."""
-    busy = await doors.raw(ASK)
-    await doors.service.until(1)
-    idle = [await doors.raw(b"GET /" if index % 2 else b"") for index in range(BOUND - 1)]
-    late = await doors.raw(HEALTH)
+    busy = await apis.raw(ASK)
+    await apis.service.until(1)
+    idle = [await apis.raw(b"GET /" if index % 2 else b"") for index in range(BOUND - 1)]
+    late = await apis.raw(HEALTH)
     assert (await late.answer())[0] == 200
     assert await idle[0].ended() == b""
     await idle[-1].send(HEALTH[5:] if (BOUND - 2) % 2 else HEALTH)
@@ -131,28 +131,28 @@ async def test_the_longest_unused_connection_makes_room(doors: Doors) -> None:
         each.close()
 
 
-async def test_an_endpoint_whose_connections_are_all_busy_says_so(doors: Doors) -> None:
+async def test_an_endpoint_whose_connections_are_all_busy_says_so(apis: EndlessApis) -> None:
     """One more is 503 with a time to try again."""
-    busy = [await doors.raw(ASK) for _ in range(BOUND)]
-    await doors.service.until(BOUND)
-    late = await doors.raw()
+    busy = [await apis.raw(ASK) for _ in range(BOUND)]
+    await apis.service.until(BOUND)
+    late = await apis.raw()
     assert (await late.answer())[0] == 503
     assert await late.ended() == b""
     for each in busy:
         each.close()
 
 
-async def test_a_grpc_server_takes_so_many_connections(doors: Doors) -> None:
+async def test_a_grpc_server_takes_so_many_connections(apis: EndlessApis) -> None:
     """One more is closed at once, and a place that gets free is taken."""
-    held = [await connect(doors.rpc.address) for _ in range(BOUND)]
+    held = [await connect(apis.rpc.address) for _ in range(BOUND)]
     for reader, _ in held:
         await reader.readexactly(9)
-    reader, writer = await connect(doors.rpc.address)
+    reader, writer = await connect(apis.rpc.address)
     assert await ended(reader.read(), "the end of one connection too many") == b""
     for _, each in [*held, (reader, writer)]:
         each.close()
     async with bounded("a place that is free"):
-        while not await _answers(doors.rpc.address):
+        while not await _answers(apis.rpc.address):
             await asyncio.sleep(0.005)
 
 
@@ -172,11 +172,11 @@ def _read_pong(sock: socket.socket) -> None:
         data = data[-9:] + sock.recv(65536)
 
 
-async def test_calls_that_are_reset_do_not_cancel_those_of_others(doors: Doors) -> None:
+async def test_calls_that_are_reset_do_not_cancel_those_of_others(apis: EndlessApis) -> None:
     """Thousands of calls that are opened and reset cost time, and nobody else's call."""
-    host, port = doors.rpc.address.rsplit(":", 1)
+    host, port = apis.rpc.address.rsplit(":", 1)
     streams = range(1, 2400, 2)
-    async with AsyncClient(doors.rpc.address) as client:
+    async with AsyncClient(apis.rpc.address) as client:
         await client.models()
         floods = [socket.create_connection((host, int(port)), timeout=BOUND_S) for _ in range(4)]
         for each in floods:

@@ -23,7 +23,7 @@ from loramux_shared.rpc import calls
 from loramux_shared.rpc.calls import CallInterceptor
 from loramux_shared.rpc.status import fault_of
 from loramux_shared.rpc.stopping import leave
-from tests.support.endless import BOUND, MODEL, Doors
+from tests.support.endless import BOUND, MODEL, EndlessApis
 from tests.support.raw_http import JSON, RawClient
 from tests.support.waiting import BOUND_S, Clock, ended, until
 
@@ -36,9 +36,9 @@ TOLD = (503, True, "shutting_down")
 
 
 @pytest.fixture
-async def doors(tmp_path: Path) -> AsyncIterator[Doors]:
+async def apis(tmp_path: Path) -> AsyncIterator[EndlessApis]:
     """Both endpoints of a service whose answers never end."""
-    async with Doors(tmp_path) as made:
+    async with EndlessApis(tmp_path) as made:
         yield made
 
 
@@ -57,41 +57,41 @@ async def passes(count: int = 3) -> None:
         await asyncio.sleep(0)
 
 
-async def test_an_http_request_that_is_cut_is_told_so(doors: Doors) -> None:
+async def test_an_http_request_that_is_cut_is_told_so(apis: EndlessApis) -> None:
     """Before its answer has begun it is 503 in the shape of all errors, with a time to try again."""
-    async with httpx.AsyncClient(base_url=f"http://{doors.http.address}") as web:
+    async with httpx.AsyncClient(base_url=f"http://{apis.http.address}") as web:
         asking = asyncio.create_task(web.post("/v1/completions", json=WAIT))
-        await doors.service.until(1)
-        assert not await doors.http.drain(0)
+        await apis.service.until(1)
+        assert not await apis.http.drain(0)
         answer = await asking
     assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
     assert answer.json()["error"]["code"] == "shutting_down"
 
 
-async def test_a_grpc_call_that_is_cut_is_told_so(doors: Doors) -> None:
+async def test_a_grpc_call_that_is_cut_is_told_so(apis: EndlessApis) -> None:
     """Its status has the reason, behind what it was already given."""
-    async with AsyncClient(doors.rpc.address) as client:
+    async with AsyncClient(apis.rpc.address) as client:
         events = client.generate(MODEL, "WAIT")
         await anext(events)
-        draining = asyncio.create_task(doors.rpc.drain(0))
+        draining = asyncio.create_task(apis.rpc.drain(0))
         with pytest.raises(ShuttingDown):
             async for _ in events:
                 pass
         assert not await draining
 
 
-async def test_a_server_that_leaves_goes_on(doors: Doors) -> None:
+async def test_a_server_that_leaves_goes_on(apis: EndlessApis) -> None:
     """Health says no at both endpoints until the delay is over, also to watchers; requests are taken."""
     clock = Clock()
-    await doors.rpc.set_serving(True)
+    await apis.rpc.set_serving(True)
     async with (
-        grpc.aio.insecure_channel(doors.rpc.address) as channel,
-        httpx.AsyncClient(base_url=f"http://{doors.http.address}") as web,
-        AsyncClient(doors.rpc.address) as client,
+        grpc.aio.insecure_channel(apis.rpc.address) as channel,
+        httpx.AsyncClient(base_url=f"http://{apis.http.address}") as web,
+        AsyncClient(apis.rpc.address) as client,
     ):
         watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
         assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVING
-        leaving = asyncio.create_task(leave([doors.http, doors.rpc], HOUR))
+        leaving = asyncio.create_task(leave([apis.http, apis.rpc], HOUR))
         assert (await watch.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
         for path in ("/health", "/ping"):
             answer = await web.get(path)
@@ -125,12 +125,12 @@ async def test_a_server_that_breaks_does_not_wait_for_proxies() -> None:
         assert not watching.is_set()
 
 
-async def test_an_unfinished_body_does_not_hold_a_drain(doors: Doors) -> None:
+async def test_an_unfinished_body_does_not_hold_a_drain(apis: EndlessApis) -> None:
     """Nothing was begun for it: it gets SHUTTING_DOWN after a second, and nothing was cut."""
     clock = Clock()
-    client = await doors.raw(b"POST /v1/completions HTTP/1.1\r\n" + JSON + b"Content-Length: 9\r\n\r\n{")
-    await doors.seen()
-    draining = asyncio.create_task(doors.http.drain(NEVER))
+    client = await apis.raw(b"POST /v1/completions HTTP/1.1\r\n" + JSON + b"Content-Length: 9\r\n\r\n{")
+    await apis.seen()
+    draining = asyncio.create_task(apis.http.drain(NEVER))
     await passes()
     assert not draining.done()
     clock.advance(1)
@@ -138,7 +138,7 @@ async def test_an_unfinished_body_does_not_hold_a_drain(doors: Doors) -> None:
     assert await told(client) == TOLD
 
 
-async def test_an_unfinished_request_does_not_hold_a_drain(doors: Doors) -> None:
+async def test_an_unfinished_request_does_not_hold_a_drain(apis: EndlessApis) -> None:
     """The same holds over gRPC."""
     clock = Clock()
 
@@ -146,12 +146,12 @@ async def test_an_unfinished_request_does_not_hold_a_drain(doors: Doors) -> None
         await asyncio.Event().wait()
         yield b""
 
-    async with grpc.aio.insecure_channel(doors.rpc.address) as channel:
+    async with grpc.aio.insecure_channel(apis.rpc.address) as channel:
         call = channel.stream_stream(f"/{SERVICE_NAME}/Generate")(never())
         asking = asyncio.create_task(call.read())
         await call.wait_for_connection()
         await channel.unary_unary(f"/{SERVICE_NAME}/ListModels")(b"")  # comes behind it
-        draining = asyncio.create_task(doors.rpc.drain(NEVER))
+        draining = asyncio.create_task(apis.rpc.drain(NEVER))
         await passes()
         assert not asking.done()
         clock.advance(1)
@@ -161,24 +161,24 @@ async def test_an_unfinished_request_does_not_hold_a_drain(doors: Doors) -> None
     assert isinstance(fault_of(caught.value), ShuttingDown)
 
 
-async def test_requests_that_wait_to_be_accepted_are_answered(doors: Doors) -> None:
+async def test_requests_that_wait_to_be_accepted_are_answered(apis: EndlessApis) -> None:
     """Requests in the listen queue are refused by name when a drain begins, those above the bound by 503."""
-    host, port = doors.http.address.rsplit(":", 1)
+    host, port = apis.http.address.rsplit(":", 1)
     waiting = [socket.create_connection((host, int(port))) for _ in range(BOUND + 4)]
     for each in waiting:
         each.sendall(ASK)
-    draining = asyncio.create_task(doors.http.drain(BOUND_S))
+    draining = asyncio.create_task(apis.http.drain(BOUND_S))
     clients = [RawClient(*await asyncio.open_connection(sock=each)) for each in waiting]
     answers = await asyncio.gather(*map(told, clients))
     assert answers == [TOLD] * BOUND + [(503, True, None)] * 4
     assert await draining
 
 
-async def test_a_request_that_crosses_the_end_is_answered(doors: Doors) -> None:
+async def test_a_request_that_crosses_the_end_is_answered(apis: EndlessApis) -> None:
     """A request on a kept connection that the server has just closed reads that it may be sent again."""
-    client = await doors.raw(VERSION)
+    client = await apis.raw(VERSION)
     assert (await client.answer())[0] == 200
-    draining = asyncio.create_task(doors.http.drain(BOUND_S))
+    draining = asyncio.create_task(apis.http.drain(BOUND_S))
     peeked, transport = client.writer.get_extra_info("socket"), client.writer.transport
     transport.pause_reading()  # type: ignore[attr-defined]  # a transport of a socket has it
     await until(lambda: _has_come(peeked), "the server's last word")
@@ -198,24 +198,24 @@ def _has_come(sock: Any) -> bool:
             return False
 
 
-async def test_half_a_head_is_answered(doors: Doors) -> None:
+async def test_half_a_head_is_answered(apis: EndlessApis) -> None:
     """Its request was begun, so it is refused as others are."""
-    client = await doors.raw(VERSION[:20])
-    await doors.seen()
-    draining = asyncio.create_task(doors.http.drain(BOUND_S))
+    client = await apis.raw(VERSION[:20])
+    await apis.seen()
+    draining = asyncio.create_task(apis.http.drain(BOUND_S))
     assert await told(client) == TOLD
     assert await draining
 
 
-async def test_an_endpoint_that_leaves_lets_connections_go(doors: Doors) -> None:
+async def test_an_endpoint_that_leaves_lets_connections_go(apis: EndlessApis) -> None:
     """Every answer says that its connection ends, also where the request came before."""
-    kept, busy = await doors.raw(VERSION), await doors.raw(ASK)
+    kept, busy = await apis.raw(VERSION), await apis.raw(ASK)
     assert (await kept.answer())[0] == 200
-    await doors.service.until(1)
-    await doors.http.leave()
+    await apis.service.until(1)
+    await apis.http.leave()
     await kept.send(VERSION)
     assert (await told(kept))[:2] == (200, True)
-    draining = asyncio.create_task(doors.http.drain(0))
+    draining = asyncio.create_task(apis.http.drain(0))
     assert await told(busy) == TOLD
     assert not await draining
 
@@ -265,7 +265,9 @@ async def _unasked(*_: Any) -> Any:
     raise AssertionError("nothing is asked")
 
 
-async def test_a_grpc_server_stops_when_nobody_comes(doors: Doors, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_grpc_server_stops_when_nobody_comes(
+    apis: EndlessApis, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Clients that go on calling are refused by name a moment longer: calls while gRPC stops get no reason."""
     clock = Clock()
     monkeypatch.setattr(calls, "QUIET_S", HOUR)
@@ -276,12 +278,12 @@ async def test_a_grpc_server_stops_when_nobody_comes(doors: Doors, monkeypatch: 
             await call(b"")
         assert isinstance(fault_of(caught.value), ShuttingDown)
 
-    async with grpc.aio.insecure_channel(doors.rpc.address) as channel:
+    async with grpc.aio.insecure_channel(apis.rpc.address) as channel:
         call = channel.unary_unary(f"/{SERVICE_NAME}/ListModels")
         await call(b"")
-        await doors.rpc.refuse()
+        await apis.rpc.refuse()
         await refused()
-        draining = asyncio.create_task(doors.rpc.drain(NEVER))
+        draining = asyncio.create_task(apis.rpc.drain(NEVER))
         for _ in range(3):
             clock.advance(0.6 * HOUR)
             await refused()

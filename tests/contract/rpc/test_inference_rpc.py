@@ -47,7 +47,7 @@ def greedy(max_tokens: int, **fields: Any) -> pb.SamplingParams:
     return pb.SamplingParams(max_tokens=max_tokens, ignore_eos=True, **fields)
 
 
-class Door:
+class RpcApi:
     """A running server, a stub and a client."""
 
     def __init__(self, ready: Ready, server: RpcServer) -> None:
@@ -80,57 +80,57 @@ class Door:
 
 
 @asynccontextmanager
-async def served(ready: Ready) -> AsyncIterator[Door]:
+async def served(ready: Ready) -> AsyncIterator[RpcApi]:
     """Put a server before a service."""
     server = RpcServer("127.0.0.1:0", {SERVICE_NAME: partial(register, InferenceServicer(ready.service))})
     await server.start()
     await server.set_serving(True)
-    door = Door(ready, server)
+    api = RpcApi(ready, server)
     try:
-        async with door.channel, door.client:
-            yield door
+        async with api.channel, api.client:
+            yield api
     finally:
         await server.drain(BOUND_S)
 
 
 @asynccontextmanager
-async def opened(built: tuple[World, MemoryStore], **settings: object) -> AsyncIterator[Door]:
+async def opened(built: tuple[World, MemoryStore], **settings: object) -> AsyncIterator[RpcApi]:
     """Load a service, and serve it."""
     ready = built[0].load(built[1], **({"stream_interval_ms": 0} | settings))
     ready.engine.start()
     try:
-        async with served(ready) as door:
-            yield door
+        async with served(ready) as api:
+            yield api
     finally:
         await ready.engine.stop()
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def shared(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Door]:
+async def shared(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[RpcApi]:
     """A server that the tests share."""
     world, store = make_world(tmp_path_factory.mktemp("tiny"), max_position_embeddings=2048), MemoryStore()
     (world.base / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATE}))
     world.build(store)
-    async with opened((world, store)) as door:
-        yield door
+    async with opened((world, store)) as api:
+        yield api
 
 
 @pytest_asyncio.fixture(loop_scope="module")
-async def door(shared: Door) -> Door:
+async def api(shared: RpcApi) -> RpcApi:
     """The same, once it holds nothing of the test before."""
     await shared.until_free()
     return shared
 
 
-async def test_a_stream_is_started_deltas_finished(door: Door) -> None:
+async def test_a_stream_is_started_deltas_finished(api: RpcApi) -> None:
     """One Started that says what answers, the tokens, and one Finished with the counts."""
-    events = await door.events(model="rs", sampling=greedy(5))
+    events = await api.events(model="rs", sampling=greedy(5))
     kinds = [event.WhichOneof("event") for event in events]
     assert [kinds[0], *sorted(set(kinds[1:-1])), kinds[-1]] == ["started", "delta", "finished"]
     assert sum(len(event.delta.token_ids) for event in events) == 5
     started, finished = events[0].started, events[-1].finished
     assert started.model == "rs"
-    assert started.adapter_digest == door.ready.service.catalog.get("rs").digest
+    assert started.adapter_digest == api.ready.service.catalog.get("rs").digest
     assert (started.generation, started.prompt_tokens) == (1, 4)
     assert finished.reason == pb.FINISH_REASON_LENGTH
     assert (finished.usage.prompt_tokens, finished.usage.completion_tokens) == (4, 5)
@@ -138,14 +138,14 @@ async def test_a_stream_is_started_deltas_finished(door: Door) -> None:
 
 async def test_tokens_between_first_and_last_come_together(world: tuple[World, MemoryStore]) -> None:
     """Within an interval there is one message: the first token comes alone, all others at the end."""
-    async with opened(world, stream_interval_ms=3_600_000) as door:
-        deltas = [event.delta for event in await door.events(sampling=greedy(40))]
+    async with opened(world, stream_interval_ms=3_600_000) as api:
+        deltas = [event.delta for event in await api.events(sampling=greedy(40))]
     assert [len(delta.token_ids) for delta in deltas[1:-1]] == [1, 39]
 
 
-async def test_models_are_listed_base_first(door: Door) -> None:
+async def test_models_are_listed_base_first(api: RpcApi) -> None:
     """The base, then the adapters by name, with what is known of them."""
-    models = (await door.stub.ListModels(pb.ListModelsRequest())).models
+    models = (await api.stub.ListModels(pb.ListModelsRequest())).models
     assert [model.name for model in models] == ["base", "all", "rs", "wide"]
     assert [model.parent for model in models] == ["", "base", "base", "base"]
     assert list(models[1].ranks) == [2, 4, 12]
@@ -153,38 +153,38 @@ async def test_models_are_listed_base_first(door: Door) -> None:
     assert models[0].max_seq_len == 2048
 
 
-async def test_text_and_tokens_agree(door: Door) -> None:
+async def test_text_and_tokens_agree(api: RpcApi) -> None:
     """The deltas' text is what the tokens decode to, and a text prompt is tokenized."""
-    events = await door.events(text="HELLO", sampling=greedy(8))
+    events = await api.events(text="HELLO", sampling=greedy(8))
     assert events[0].started.prompt_tokens == 5
     ids = [token for event in events for token in event.delta.token_ids]
     assert len(ids) == 8
-    assert "".join(event.delta.text for event in events) == door.ready.service.text.decode(ids)
+    assert "".join(event.delta.text for event in events) == api.ready.service.text.decode(ids)
 
 
-async def test_stops_end_the_answer_before_their_text(door: Door) -> None:
+async def test_stops_end_the_answer_before_their_text(api: RpcApi) -> None:
     """A stop text is found, not shown, and named; a stop token is reported as a token, without its text."""
-    events = await door.events(sampling=greedy(20))
+    events = await api.events(sampling=greedy(20))
     ids = [token for event in events for token in event.delta.token_ids]
     whole = "".join(event.delta.text for event in events)
     stop = whole[4:6]
-    events = await door.events(sampling=greedy(20, stop=[stop]))
+    events = await api.events(sampling=greedy(20, stop=[stop]))
     assert "".join(event.delta.text for event in events) == whole[: whole.index(stop)]
     finished = events[-1].finished
     assert (finished.reason, finished.stop_text) == (pb.FINISH_REASON_STOP, stop)
     assert not finished.HasField("stop_token_id")
-    await door.until_free()
-    events = await door.events(sampling=greedy(8, stop_token_ids=[ids[3]]))
+    await api.until_free()
+    events = await api.events(sampling=greedy(8, stop_token_ids=[ids[3]]))
     assert events[-1].finished.reason == pb.FINISH_REASON_STOP
     assert events[-1].finished.stop_token_id == ids[3]
     got = [token for event in events for token in event.delta.token_ids]
     assert got == ids[: ids.index(ids[3]) + 1]
-    assert "".join(event.delta.text for event in events) == door.ready.service.text.decode(got[:-1])
+    assert "".join(event.delta.text for event in events) == api.ready.service.text.decode(got[:-1])
 
 
-async def test_logprobs_belong_to_the_tokens(door: Door) -> None:
+async def test_logprobs_belong_to_the_tokens(api: RpcApi) -> None:
     """Greedy tokens are the likeliest, and as many alternatives come as were asked for."""
-    events = await door.events(sampling=greedy(4, logprobs=3))
+    events = await api.events(sampling=greedy(4, logprobs=3))
     tokens = [token for event in events for token in event.delta.token_ids]
     logprobs = [item for event in events for item in event.delta.logprobs]
     assert len(tokens) == len(logprobs) == 4
@@ -195,9 +195,9 @@ async def test_logprobs_belong_to_the_tokens(door: Door) -> None:
         assert item.logprob <= 0
 
 
-async def test_an_unknown_model_is_never_the_base(door: Door) -> None:
+async def test_an_unknown_model_is_never_the_base(api: RpcApi) -> None:
     """The error lists what is served."""
-    code, reason, _, message = await door.failure(model="wid")
+    code, reason, _, message = await api.failure(model="wid")
     assert (code, reason) == (grpc.StatusCode.NOT_FOUND, "MODEL_NOT_FOUND")
     for name in ("'wid'", "base", "all", "rs", "wide"):
         assert name in message
@@ -213,57 +213,57 @@ async def test_an_unknown_model_is_never_the_base(door: Door) -> None:
         ({"sampling": pb.SamplingParams(stop=["x"] * 17, logprobs=21)}, ["logprobs", "stop"]),
     ],
 )
-async def test_fields_out_of_bounds_are_named(door: Door, fields: dict[str, object], named: list[str]) -> None:
+async def test_fields_out_of_bounds_are_named(api: RpcApi, fields: dict[str, object], named: list[str]) -> None:
     """Every field that is out of bounds is named, all at once."""
-    code, reason, violated, _ = await door.failure(**fields)
+    code, reason, violated, _ = await api.failure(**fields)
     assert (code, reason) == (grpc.StatusCode.INVALID_ARGUMENT, "REQUEST_INVALID")
     assert violated == named
 
 
-async def test_a_prompt_that_does_not_fit_gives_both_numbers(door: Door) -> None:
+async def test_a_prompt_that_does_not_fit_gives_both_numbers(api: RpcApi) -> None:
     """Too long a prompt, and too long an answer, are refused before anything runs."""
-    code, reason, _, message = await door.failure(token_ids=pb.TokenIds(ids=[5] * 2048))
+    code, reason, _, message = await api.failure(token_ids=pb.TokenIds(ids=[5] * 2048))
     assert (code, reason) == (grpc.StatusCode.INVALID_ARGUMENT, "PROMPT_TOO_LONG")
     assert "2048" in message
     assert "2047" in message
-    code, reason, _, message = await door.failure(sampling=pb.SamplingParams(max_tokens=2045))
+    code, reason, _, message = await api.failure(sampling=pb.SamplingParams(max_tokens=2045))
     assert reason == "PROMPT_TOO_LONG"
     assert "2044" in message
 
 
-async def test_closing_the_stream_frees_the_sequence(door: Door) -> None:
+async def test_closing_the_stream_frees_the_sequence(api: RpcApi) -> None:
     """A client that goes away costs nothing beyond the step in progress."""
     request = pb.GenerateRequest(
         model="all", token_ids=TOKENS, sampling=pb.SamplingParams(max_tokens=250, ignore_eos=True)
     )
-    call = door.stub.Generate(request)
+    call = api.stub.Generate(request)
     await call.read()
     await call.read()
     call.cancel()
-    await door.until_free()
+    await api.until_free()
 
 
-async def test_a_deadline_frees_the_sequence(door: Door) -> None:
+async def test_a_deadline_frees_the_sequence(api: RpcApi) -> None:
     """A call whose deadline passes ends as DEADLINE_EXCEEDED, and its sequence is freed."""
-    await door.ready.engine.pause()
+    await api.ready.engine.pause()
     try:
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await door.events(timeout=0.05, sampling=greedy(200))
+            await api.events(timeout=0.05, sampling=greedy(200))
         assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
     finally:
-        door.ready.engine.resume()
-    await door.until_free()
+        api.ready.engine.resume()
+    await api.until_free()
 
 
 async def test_a_full_queue_is_said_with_a_delay(world: tuple[World, MemoryStore]) -> None:
     """Beyond the bound a request is refused at once, with RetryInfo."""
-    async with opened(world, max_batch_seqs=1, max_queue=1) as door:
-        await door.ready.engine.pause()
+    async with opened(world, max_batch_seqs=1, max_queue=1) as api:
+        await api.ready.engine.pause()
         long = pb.GenerateRequest(model="base", token_ids=TOKENS, sampling=greedy(200))
-        calls = [door.stub.Generate(long) for _ in range(4)]
+        calls = [api.stub.Generate(long) for _ in range(4)]
         reads = [asyncio.create_task(call.read()) for call in calls]
         await until(lambda: any(read.done() for read in reads), "a refusal")
-        door.ready.engine.resume()
+        api.ready.engine.resume()
         firsts = await asyncio.gather(*reads, return_exceptions=True)
         refused = [item for item in firsts if isinstance(item, grpc.aio.AioRpcError)]
         assert refused
@@ -274,13 +274,13 @@ async def test_a_full_queue_is_said_with_a_delay(world: tuple[World, MemoryStore
             assert "google.rpc.RetryInfo" in details
         for call in calls:
             call.cancel()
-        await door.until_free()
+        await api.until_free()
 
 
-async def test_draining_finishes_open_streams_and_refuses_new_ones(door: Door) -> None:
+async def test_draining_finishes_open_streams_and_refuses_new_ones(api: RpcApi) -> None:
     """After the signal, what runs is finished, and what comes is SHUTTING_DOWN."""
-    engine = door.ready.engine
-    async with served(door.ready) as leaving:
+    engine = api.ready.engine
+    async with served(api.ready) as leaving:
         await engine.pause()
         asking = asyncio.create_task(leaving.events(model="rs", sampling=greedy(9)))
         await until(lambda: engine.stats.waiting, "a request in the queue", lambda: engine.stats)
@@ -296,11 +296,11 @@ async def test_draining_finishes_open_streams_and_refuses_new_ones(door: Door) -
 
 async def test_a_drain_that_takes_too_long_cuts_what_is_open(world: tuple[World, MemoryStore]) -> None:
     """When the time is over, open streams end with SHUTTING_DOWN and a delay, and their sequences are freed."""
-    async with opened(world) as door:
+    async with opened(world) as api:
         request = pb.GenerateRequest(model="rs", token_ids=TOKENS, sampling=greedy(240))
-        events = aiter(door.stub.Generate(request))
+        events = aiter(api.stub.Generate(request))
         await anext(events)
-        draining = asyncio.create_task(door.server.drain(0, door.ready.engine.cut))
+        draining = asyncio.create_task(api.server.drain(0, api.ready.engine.cut))
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             async for _ in events:
                 pass
@@ -308,16 +308,16 @@ async def test_a_drain_that_takes_too_long_cuts_what_is_open(world: tuple[World,
         status = rpc_status.from_call(caught.value)
         assert fault_of(caught.value).reason == "SHUTTING_DOWN"
         assert "google.rpc.RetryInfo" in [detail.TypeName() for detail in status.details]
-        await door.until_free()
+        await api.until_free()
 
 
-async def test_health_and_reflection_answer(door: Door) -> None:
+async def test_health_and_reflection_answer(api: RpcApi) -> None:
     """The service is SERVING by name, and reflection knows it."""
-    stub = health_pb2_grpc.HealthStub(door.channel)
+    stub = health_pb2_grpc.HealthStub(api.channel)
     for service in ("", SERVICE_NAME):
         answer = await stub.Check(health_pb2.HealthCheckRequest(service=service))
         assert answer.status == health_pb2.HealthCheckResponse.SERVING
-    call = reflection_pb2_grpc.ServerReflectionStub(door.channel).ServerReflectionInfo(
+    call = reflection_pb2_grpc.ServerReflectionStub(api.channel).ServerReflectionInfo(
         iter([reflection_pb2.ServerReflectionRequest(list_services="")])
     )
     names = {service.name async for answer in call for service in answer.list_services_response.service}
@@ -325,10 +325,10 @@ async def test_health_and_reflection_answer(door: Door) -> None:
 
 
 async def test_a_failing_step_ends_every_request_and_the_next_one_works(
-    door: Door, monkeypatch: pytest.MonkeyPatch
+    api: RpcApi, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A step that raises is INTERNAL for those in it, without a stack trace, and the engine goes on."""
-    runner = door.ready.engine._engine._runner
+    runner = api.ready.engine._engine._runner
     submit, calls = runner.submit, []
 
     def broken(batch: object) -> object:
@@ -338,12 +338,12 @@ async def test_a_failing_step_ends_every_request_and_the_next_one_works(
         return submit(batch)  # type: ignore[arg-type]
 
     monkeypatch.setattr(runner, "submit", broken)
-    code, reason, _, message = await door.failure(sampling=greedy(9))
+    code, reason, _, message = await api.failure(sampling=greedy(9))
     assert (code, reason) == (grpc.StatusCode.INTERNAL, "INTERNAL")
     assert "secret" not in message
-    events = await door.events(sampling=greedy(3))
+    events = await api.events(sampling=greedy(3))
     assert events[-1].finished.usage.completion_tokens == 3
-    await door.until_free()
+    await api.until_free()
 
 
 async def test_the_folder_of_the_base_is_not_copied(world: tuple[World, MemoryStore], tmp_path: Path) -> None:
@@ -352,31 +352,31 @@ async def test_the_folder_of_the_base_is_not_copied(world: tuple[World, MemorySt
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
-async def test_n_answers_are_choices(door: Door) -> None:
+async def test_n_answers_are_choices(api: RpcApi) -> None:
     """Both clients return the n answers in order, the first one as the completion's own."""
-    alone = await door.client.complete("base", PROMPT, **SAMPLED)
-    several = await door.client.complete("base", PROMPT, n=3, **SAMPLED)
+    alone = await api.client.complete("base", PROMPT, **SAMPLED)
+    several = await api.client.complete("base", PROMPT, n=3, **SAMPLED)
     assert len(several.choices) == 3
     assert several.token_ids == several.choices[0].token_ids == alone.token_ids
     assert len({choice.token_ids for choice in several.choices}) == 3
     assert all(choice.usage.completion_tokens == 6 for choice in several.choices)
-    with Client(door.server.address) as sync:
+    with Client(api.server.address) as sync:
         again = await asyncio.to_thread(sync.complete, "base", PROMPT, n=3, **SAMPLED)
     assert again.choices == several.choices
 
 
-async def test_long_prompts_are_scored_in_several_messages(door: Door) -> None:
+async def test_long_prompts_are_scored_in_several_messages(api: RpcApi) -> None:
     """All tokens come with the bytes they stand for, the first without a log probability."""
     prompt = [3 + (7 * place) % 190 for place in range(1500)]
-    events = [event async for event in door.client.generate("base", prompt, prompt_logprobs=2, max_tokens=0)]
-    completion = await door.client.complete("base", prompt, prompt_logprobs=2, max_tokens=0)
+    events = [event async for event in api.client.generate("base", prompt, prompt_logprobs=2, max_tokens=0)]
+    completion = await api.client.complete("base", prompt, prompt_logprobs=2, max_tokens=0)
     assert sum(isinstance(event, PromptLogprobs) for event in events) == 2
     assert [token.token_id for token in completion.prompt] == prompt
     assert completion.prompt[0].logprobs is None
     for token in completion.prompt[1:]:
         assert token.logprobs is not None
         assert math.isfinite(token.logprobs.logprob)
-        assert token.logprobs.token == door.ready.service.text.token_bytes(token.token_id)
+        assert token.logprobs.token == api.ready.service.text.token_bytes(token.token_id)
         assert len(token.logprobs.top) == len(token.logprobs.top_tokens) == 2
         listed = token.token_id in (number for number, _ in token.logprobs.top)
         assert (token.logprobs.rank <= 2) == listed
@@ -384,12 +384,12 @@ async def test_long_prompts_are_scored_in_several_messages(door: Door) -> None:
     assert completion.reason is FinishReason.LENGTH
 
 
-async def test_logprobs_come_with_bytes(door: Door) -> None:
+async def test_logprobs_come_with_bytes(api: RpcApi) -> None:
     """The tokens of an answer and their alternatives say what they stand for."""
-    completion = await door.client.complete("base", PROMPT, logprobs=3, **SAMPLED)
+    completion = await api.client.complete("base", PROMPT, logprobs=3, **SAMPLED)
     for token, item in zip(completion.token_ids, completion.logprobs, strict=True):
-        assert item.token == door.ready.service.text.token_bytes(token)
-        assert item.top_tokens == tuple(door.ready.service.text.token_bytes(token) for token, _ in item.top)
+        assert item.token == api.ready.service.text.token_bytes(token)
+        assert item.top_tokens == tuple(api.ready.service.text.token_bytes(token) for token, _ in item.top)
 
 
 @pytest.mark.parametrize(
@@ -402,10 +402,10 @@ async def test_logprobs_come_with_bytes(door: Door) -> None:
         ({"lark": 'start: "a" "b"?'}, lambda text: text in ("a", "ab")),
     ],
 )
-async def test_constraints_reach_the_model(door: Door, options: dict[str, Any], valid: Any) -> None:
+async def test_constraints_reach_the_model(api: RpcApi, options: dict[str, Any], valid: Any) -> None:
     """Each kind of constraint shapes the answer."""
     closing = {3 + ord(char) - 32: 6.0 for char in '"}:'}
-    completion = await door.client.complete(
+    completion = await api.client.complete(
         "base", PROMPT, n=4, temperature=1.0, seed=1, max_tokens=200, logit_bias=closing, **options
     )
     stopped = [choice.text for choice in completion.choices if choice.reason is FinishReason.STOP]
@@ -413,11 +413,11 @@ async def test_constraints_reach_the_model(door: Door, options: dict[str, Any], 
     assert all(map(valid, stopped))
 
 
-async def test_a_refusal_of_the_server_is_named_to_the_client(door: Door) -> None:
+async def test_a_refusal_of_the_server_is_named_to_the_client(api: RpcApi) -> None:
     """A bad option comes back as the field's name, through the status of the call."""
     for options, named in (({"regex": "("}, "response_format"), ({"logit_bias": {5000: 1.0}}, "logit_bias")):
         with pytest.raises(faults.RequestInvalid) as caught:
-            await door.client.complete("base", PROMPT, **options)  # type: ignore[arg-type]
+            await api.client.complete("base", PROMPT, **options)  # type: ignore[arg-type]
         assert [finding.where for finding in caught.value.findings] == [named]
 
 
@@ -430,9 +430,9 @@ async def test_a_refusal_of_the_server_is_named_to_the_client(door: Door) -> Non
         ({"n": -1}, "n"),
     ],
 )
-async def test_what_cannot_be_sent_is_named(door: Door, options: dict[str, Any], named: str) -> None:
+async def test_what_cannot_be_sent_is_named(api: RpcApi, options: dict[str, Any], named: str) -> None:
     """A value that fits no field is refused before it is sent."""
-    with Client(door.server.address) as client, pytest.raises(faults.RequestInvalid) as caught:
+    with Client(api.server.address) as client, pytest.raises(faults.RequestInvalid) as caught:
         client.complete("base", PROMPT, **options)
     assert [finding.where for finding in caught.value.findings] == [named]
 
@@ -441,7 +441,7 @@ CALL = {"id": "7", "function": {"name": "f", "arguments": '{"at": 3}'}}
 TOOL = {"type": "function", "function": {"name": "f", "description": "d", "parameters": {"type": "object"}}}
 
 
-async def test_messages_and_tools_reach_the_template(door: Door) -> None:
+async def test_messages_and_tools_reach_the_template(api: RpcApi) -> None:
     """Names, calls, answers of tools and tools are rendered as they were given."""
     messages: list[dict[str, Any]] = [
         {"role": "user", "content": "hi", "name": "Ada"},
@@ -455,7 +455,7 @@ async def test_messages_and_tools_reach_the_template(door: Door) -> None:
         ({"add_generation_prompt": False}, turns),
         ({"tools": [TOOL]}, turns + json.dumps([TOOL]) + "!"),
     ):
-        completion = await door.client.complete(
+        completion = await api.client.complete(
             "base",
             messages,
             max_tokens=0,
@@ -463,10 +463,10 @@ async def test_messages_and_tools_reach_the_template(door: Door) -> None:
             **options,  # type: ignore[typeddict-item]
         )
         tokens = [token.token_id for token in completion.prompt]
-        assert door.ready.service.text.decode(tokens) == rendered
+        assert api.ready.service.text.decode(tokens) == rendered
 
 
-async def test_arguments_that_are_no_object_are_refused(door: Door) -> None:
+async def test_arguments_that_are_no_object_are_refused(api: RpcApi) -> None:
     """The arguments of a call are a JSON object, and so are the parameters of a tool."""
     broken = {"function": {"name": "f", "arguments": "[1]"}}
     cases: list[tuple[dict[str, Any], dict[str, Any], str]] = [
@@ -479,45 +479,45 @@ async def test_arguments_that_are_no_object_are_refused(door: Door) -> None:
     ]
     for turn, options, named in cases:
         with pytest.raises(faults.RequestInvalid) as caught:
-            await door.client.complete("base", [{"role": "assistant", **turn}], **options)
+            await api.client.complete("base", [{"role": "assistant", **turn}], **options)
         assert [finding.where for finding in caught.value.findings] == [named]
 
 
-async def test_masks_and_stops_reach_the_draw(door: Door) -> None:
+async def test_masks_and_stops_reach_the_draw(api: RpcApi) -> None:
     """Allowed tokens, bad words and kept stop texts do here what they do over HTTP."""
     allowed: dict[str, Any] = {"max_tokens": 30, "temperature": 50.0, "seed": 3, "allowed_token_ids": [36, 37]}
-    free = await door.client.complete("base", PROMPT, **allowed)
+    free = await api.client.complete("base", PROMPT, **allowed)
     assert set(free.text) == {"A", "B"}
     assert "AB" in free.text
-    tamed = await door.client.complete("base", PROMPT, **allowed, bad_words="AB")
+    tamed = await api.client.complete("base", PROMPT, **allowed, bad_words="AB")
     assert "AB" not in tamed.text
     assert "BA" in tamed.text
-    kept = await door.client.complete("base", PROMPT, **allowed, stop="BA", include_stop_str_in_output=True)
+    kept = await api.client.complete("base", PROMPT, **allowed, stop="BA", include_stop_str_in_output=True)
     assert (kept.text, kept.stop_text) == (free.text[: free.text.index("BA") + 2], "BA")
     with pytest.raises(faults.RequestInvalid) as caught:
-        await door.client.complete("base", PROMPT, **allowed, bad_words=["A", "B"])
+        await api.client.complete("base", PROMPT, **allowed, bad_words=["A", "B"])
     assert [finding.where for finding in caught.value.findings] == ["allowed_token_ids"]
 
 
-async def test_prompts_are_cut_salted_and_gone_on_with(door: Door) -> None:
+async def test_prompts_are_cut_salted_and_gone_on_with(api: RpcApi) -> None:
     """The options of a prompt beside the prompt itself have the same effect as over HTTP."""
     with pytest.raises(faults.PromptTooLong):
-        await door.client.complete("base", [5] * 3000, max_tokens=2)
-    cut = await door.client.complete("base", [5] * 3000, max_tokens=2, truncate_prompt_tokens=-1)
+        await api.client.complete("base", [5] * 3000, max_tokens=2)
+    cut = await api.client.complete("base", [5] * 3000, max_tokens=2, truncate_prompt_tokens=-1)
     assert cut.started.prompt_tokens == 2046
     cached = [
-        (await door.client.complete("base", PROMPT * 30, max_tokens=1, cache_salt=salt)).usage.cached_tokens > 0
+        (await api.client.complete("base", PROMPT * 30, max_tokens=1, cache_salt=salt)).usage.cached_tokens > 0
         for salt in (None, "a", "a", "b", None)
     ]
     assert cached == [False, False, True, False, True]
     turns = [{"role": "assistant", "content": "So"}]
-    goes_on = await door.client.complete(
+    goes_on = await api.client.complete(
         "base", turns, **SAMPLED, add_generation_prompt=False, continue_final_message=True
     )
-    assert goes_on.token_ids == (await door.client.complete("base", "<assistant:So", **SAMPLED)).token_ids
+    assert goes_on.token_ids == (await api.client.complete("base", "<assistant:So", **SAMPLED)).token_ids
     for name, value in (("truncate_prompt_tokens", 0), ("cache_salt", "x" * 257)):
         with pytest.raises(faults.RequestInvalid) as caught:
-            await door.client.complete("base", PROMPT, **{name: value})  # type: ignore[arg-type]
+            await api.client.complete("base", PROMPT, **{name: value})  # type: ignore[arg-type]
         assert [finding.where for finding in caught.value.findings] == [name]
     with pytest.raises(faults.PromptTooLong):
-        await door.client.complete("base", [5] * 140_000, truncate_prompt_tokens=4)
+        await api.client.complete("base", [5] * 140_000, truncate_prompt_tokens=4)

@@ -23,7 +23,7 @@ from loramux_shared.faults import ClientStalled
 from loramux_shared.rpc import calls
 from loramux_shared.rpc.status import fault_of
 from tests.support.access import keyring
-from tests.support.endless import BOUND, HEALTH, MODEL, Doors
+from tests.support.endless import BOUND, HEALTH, MODEL, EndlessApis
 from tests.support.raw_http import JSON
 from tests.support.raw_http2 import (
     DATA,
@@ -54,20 +54,20 @@ async def clock() -> Clock:
 
 
 @pytest.fixture
-async def doors(request: pytest.FixtureRequest, tmp_path: Path, clock: Clock) -> AsyncIterator[Doors]:
+async def apis(request: pytest.FixtureRequest, tmp_path: Path, clock: Clock) -> AsyncIterator[EndlessApis]:
     """Both endpoints; the time that a test names is an hour, and the others do not pass."""
     limit, keys = getattr(request, "param", ("", False))
     guard = Guard(keyring("infer")[1]) if keys else Guard()
     times = {name: HOUR if name == limit else NEVER for name in (*HTTP_TIMES, *RPC_TIMES)}
     http = protocol.Patience(**{name: times[name] for name in HTTP_TIMES})
     rpc = calls.Patience(**{name: times[name] for name in RPC_TIMES})
-    async with Doors(tmp_path, guard, http, rpc) as made:
+    async with EndlessApis(tmp_path, guard, http, rpc) as made:
         yield made
 
 
 def patience(limit: str = "", *, keys: bool = False) -> pytest.MarkDecorator:
     """Endpoints with a limit, and with API keys."""
-    return pytest.mark.parametrize("doors", [(limit, keys)], indirect=True, ids=[""])
+    return pytest.mark.parametrize("apis", [(limit, keys)], indirect=True, ids=[""])
 
 
 SLOW: dict[str, tuple[tuple[str, bool], bytes, int | None, bytes, int | None]] = {
@@ -84,21 +84,21 @@ SLOW: dict[str, tuple[tuple[str, bool], bytes, int | None, bytes, int | None]] =
 
 
 @pytest.mark.parametrize(
-    ("doors", "first", "answered", "piece", "status"), SLOW.values(), indirect=["doors"], ids=SLOW
+    ("apis", "first", "answered", "piece", "status"), SLOW.values(), indirect=["apis"], ids=SLOW
 )
 async def test_a_request_that_trickles_ends_at_its_limit(
-    doors: Doors, clock: Clock, first: bytes, answered: int | None, piece: bytes, status: int | None
+    apis: EndlessApis, clock: Clock, first: bytes, answered: int | None, piece: bytes, status: int | None
 ) -> None:
     """A request that has begun is 408, and a connection without one just ends; no byte that comes renews the
     limit.
     """
-    client = await doors.raw(first)
+    client = await apis.raw(first)
     if answered:
         assert (await client.answer())[0] == answered
     answer = asyncio.create_task(client.reader.read())
     for _ in range(3):
         await client.send(piece)
-        await doors.seen()
+        await apis.seen()
         assert not answer.done()
         clock.advance(0.4 * HOUR)
     raw = await ended(answer, "the end of a slow connection")
@@ -122,10 +122,10 @@ async def test_a_request_that_trickles_ends_at_its_limit(
     ids=["target", "header", "headers", "extension", "extensions", "trailers", "trailer"],
 )
 async def test_what_surrounds_a_body_is_bounded(
-    doors: Doors, before: bytes, piece: bytes, status: bytes
+    apis: EndlessApis, before: bytes, piece: bytes, status: bytes
 ) -> None:
     """No part of a request but its body grows without end, whether or not a key was shown."""
-    client = await doors.raw(before)
+    client = await apis.raw(before)
     with contextlib.suppress(ConnectionError):
         for _ in range(32 * MAX_HEAD_BYTES // len(piece)):
             await client.send(piece)
@@ -134,72 +134,72 @@ async def test_what_surrounds_a_body_is_bounded(
     assert [line[9:12] for line in said.split(b"\r\n") if line.startswith(b"HTTP/1.1")] in ([status], [])
 
 
-async def test_chunks_of_one_byte_are_no_attack(doors: Doors) -> None:
+async def test_chunks_of_one_byte_are_no_attack(apis: EndlessApis) -> None:
     """Small chunks are framing for the most part, and taken."""
     body = BODY[:-1] + b" " * 100_000 + b"}"
-    client = await doors.raw(CHUNKED)
+    client = await apis.raw(CHUNKED)
     await client.send(b"".join(b"1\r\n%c\r\n" % byte for byte in body) + b"0\r\n\r\n")
     assert (await client.reader.readline()).startswith(b"HTTP/1.1 200")
     client.close()
 
 
-def narrow(doors: Doors) -> socket.socket:
+def narrow(apis: EndlessApis) -> socket.socket:
     """Ask for an endless answer through a small receive buffer."""
     sock = socket.socket()
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 64 * 1024)
-    sock.connect(("127.0.0.1", int(doors.http.address.rsplit(":", 1)[1])))
+    sock.connect(("127.0.0.1", int(apis.http.address.rsplit(":", 1)[1])))
     sock.sendall(ASK)
     return sock
 
 
-async def given_up(doors: Doors, clock: Clock) -> None:
+async def given_up(apis: EndlessApis, clock: Clock) -> None:
     """Let hours pass until no answer is held."""
-    await until(lambda: clock.advance(HOUR) or not doors.service.open, "the answer to end")
+    await until(lambda: clock.advance(HOUR) or not apis.service.open, "the answer to end")
 
 
 @patience("read_s")
-async def test_an_http_client_that_does_not_read_is_given_up(doors: Doors, clock: Clock) -> None:
+async def test_an_http_client_that_does_not_read_is_given_up(apis: EndlessApis, clock: Clock) -> None:
     """Others are answered meanwhile; then its answer is ended, and its connection closed."""
-    with narrow(doors):
-        await doors.service.until(1)
-        await doors.seen()
-        assert doors.service.open == 1
-        await given_up(doors, clock)
+    with narrow(apis):
+        await apis.service.until(1)
+        await apis.seen()
+        assert apis.service.open == 1
+        await given_up(apis, clock)
 
 
 @patience("read_s")
-async def test_an_http_client_that_reads_slowly_is_served(doors: Doors, clock: Clock) -> None:
+async def test_an_http_client_that_reads_slowly_is_served(apis: EndlessApis, clock: Clock) -> None:
     """One that takes something now and then is waited for."""
-    with narrow(doors) as sock:
+    with narrow(apis) as sock:
         sock.setblocking(False)
         for _ in range(3):
             left = 2**20  # more than all buffers hold
             while left > 0:
                 left -= len(await asyncio.get_running_loop().sock_recv(sock, left))
             clock.advance(0.6 * HOUR)
-            await doors.seen()
-            assert doors.service.open == 1
+            await apis.seen()
+            assert apis.service.open == 1
 
 
-def late(doors: Doors, clock: Clock, seconds: float) -> None:
+def late(apis: EndlessApis, clock: Clock, seconds: float) -> None:
     """Let the server stand still for a time, and look at its deadlines before it reads anything."""
     clock.advance(seconds)
-    for each in doors.http.connections.held():
+    for each in apis.http.connections.held():
         each.check(asyncio.get_running_loop().time())
 
 
 @patience("head_s")
 @pytest.mark.parametrize("first", [b"", HEALTH[:20]], ids=["nothing", "half a head"])
-async def test_what_lies_unread_at_the_deadline_is_read(doors: Doors, clock: Clock, first: bytes) -> None:
+async def test_what_lies_unread_at_the_deadline_is_read(apis: EndlessApis, clock: Clock, first: bytes) -> None:
     """A request that came while the server stood still is answered; one that is still not whole ends then."""
-    whole, half = await doors.raw(first), await doors.raw(first)
-    await doors.seen()
+    whole, half = await apis.raw(first), await apis.raw(first)
+    await apis.seen()
     whole.writer.write(HEALTH[len(first) :])
     half.writer.write(HEALTH[len(first) : -2])
     for _ in range(3):
-        late(doors, clock, 2 * HOUR)
+        late(apis, clock, 2 * HOUR)
     assert (await whole.answer())[0] == 200
-    await doors.seen()
+    await apis.seen()
     clock.advance(2 * HOUR)
     assert (await half.ended()).startswith(b"HTTP/1.1 408")
     whole.close()
@@ -207,37 +207,37 @@ async def test_what_lies_unread_at_the_deadline_is_read(doors: Doors, clock: Clo
 
 
 @patience("read_s")
-async def test_a_client_that_took_what_there_was_is_not_given_up(doors: Doors, clock: Clock) -> None:
+async def test_a_client_that_took_what_there_was_is_not_given_up(apis: EndlessApis, clock: Clock) -> None:
     """An answer goes on whose client read all that a server which stood still had sent."""
-    with narrow(doors) as sock:
-        await doors.service.until(1)
-        await doors.seen()
+    with narrow(apis) as sock:
+        await apis.service.until(1)
+        await apis.seen()
         sock.setblocking(False)
         with contextlib.suppress(BlockingIOError):
             while sock.recv(2**20):
                 pass
-        late(doors, clock, 2 * HOUR)
-        await doors.seen()
-        assert doors.service.open == 1
+        late(apis, clock, 2 * HOUR)
+        await apis.seen()
+        assert apis.service.open == 1
 
 
-async def test_a_connection_whose_request_lies_unread_makes_no_room(doors: Doors) -> None:
+async def test_a_connection_whose_request_lies_unread_makes_no_room(apis: EndlessApis) -> None:
     """At the bound it is not unused: a new connection is refused, and it is answered."""
-    clients = [await doors.raw() for _ in range(BOUND)]
-    await until(lambda: len(doors.http.connections.held()) == BOUND, "all connections")
+    clients = [await apis.raw() for _ in range(BOUND)]
+    await until(lambda: len(apis.http.connections.held()) == BOUND, "all connections")
     for each in clients:
         each.writer.write(HEALTH)
-    assert not doors.http.connections.has_room()
+    assert not apis.http.connections.has_room()
     for each in clients:
         assert (await each.answer())[0] == 200
         each.close()
 
 
-async def test_a_refused_client_reads_why(doors: Doors) -> None:
+async def test_a_refused_client_reads_why(apis: EndlessApis) -> None:
     """One that asks only after it was refused is not reset: it reads 503, and when to come again."""
-    waiting = [await doors.raw(WAIT) for _ in range(BOUND)]
-    await doors.service.until(BOUND)
-    refused = await doors.raw()
+    waiting = [await apis.raw(WAIT) for _ in range(BOUND)]
+    await apis.service.until(BOUND)
+    refused = await apis.raw()
     async with bounded("the refusal"):
         head = await refused.reader.readuntil(b"retry-after: 1\r\n")
     assert head.startswith(b"HTTP/1.1 503")
@@ -251,25 +251,25 @@ async def test_a_refused_client_reads_why(doors: Doors) -> None:
 
 
 @patience("read_s")
-async def test_a_grpc_client_that_does_not_read_is_given_up(doors: Doors, clock: Clock) -> None:
+async def test_a_grpc_client_that_does_not_read_is_given_up(apis: EndlessApis, clock: Clock) -> None:
     """Its answer is ended, though its connection is open; nothing of it holds a drain."""
-    _, writer = await connect(doors.rpc.address, window=0)
+    _, writer = await connect(apis.rpc.address, window=0)
     writer.write(call(1) + message(1, pb.GenerateRequest(model=MODEL, text="HI")))
-    await doors.service.until(1)
-    await given_up(doors, clock)
-    assert await doors.rpc.drain(NEVER)
+    await apis.service.until(1)
+    await given_up(apis, clock)
+    assert await apis.rpc.drain(NEVER)
     writer.close()
 
 
 @patience("read_s")
 async def test_a_grpc_client_that_did_not_take_the_first_message_gets_a_status(
-    doors: Doors, clock: Clock, caplog: pytest.LogCaptureFixture
+    apis: EndlessApis, clock: Clock, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The status follows the message when the client makes room at last."""
-    reader, writer = await connect(doors.rpc.address, window=0)
+    reader, writer = await connect(apis.rpc.address, window=0)
     writer.write(call(1) + message(1, pb.GenerateRequest(model=MODEL, text="HI")))
-    await doors.service.until(1)
-    await given_up(doors, clock)
+    await apis.service.until(1)
+    await given_up(apis, clock)
     writer.write(frame(WINDOW_UPDATE, 0, 1, struct.pack(">I", 1 << 20)))
     kinds = await ended(until_ended(reader, 1), "the end of the call")
     assert kinds[0] == kinds[-1] == HEADERS
@@ -279,26 +279,26 @@ async def test_a_grpc_client_that_did_not_take_the_first_message_gets_a_status(
 
 
 @patience("read_s")
-async def test_a_grpc_client_that_stops_reading_learns_why(doors: Doors, clock: Clock) -> None:
+async def test_a_grpc_client_that_stops_reading_learns_why(apis: EndlessApis, clock: Clock) -> None:
     """The status comes behind what the client had not read."""
-    async with AsyncClient(doors.rpc.address) as client:
+    async with AsyncClient(apis.rpc.address) as client:
         events = client.generate(MODEL, "HI")
         await anext(events)
-        await given_up(doors, clock)
+        await given_up(apis, clock)
         with pytest.raises(ClientStalled):
             async for _ in events:
                 pass
 
 
 @patience("send_s")
-async def test_a_grpc_request_that_does_not_come_is_refused(doors: Doors, clock: Clock) -> None:
+async def test_a_grpc_request_that_does_not_come_is_refused(apis: EndlessApis, clock: Clock) -> None:
     """A call whose message stays away ends with a name."""
 
     async def nothing() -> AsyncIterator[bytes]:
         await asyncio.Event().wait()
         yield b""
 
-    async with grpc.aio.insecure_channel(doors.rpc.address) as channel:
+    async with grpc.aio.insecure_channel(apis.rpc.address) as channel:
         reading = asyncio.create_task(channel.stream_stream(f"/{SERVICE_NAME}/Generate")(nothing()).read())
         await until(lambda: clock.advance(HOUR) or reading.done(), "the call to end")
         with pytest.raises(grpc.aio.AioRpcError) as caught:
@@ -307,9 +307,9 @@ async def test_a_grpc_request_that_does_not_come_is_refused(doors: Doors, clock:
 
 
 @pytest.mark.parametrize("sent", [[], [b"\xff\xff"]])
-async def test_a_grpc_call_without_a_request_is_refused(doors: Doors, sent: list[bytes]) -> None:
+async def test_a_grpc_call_without_a_request_is_refused(apis: EndlessApis, sent: list[bytes]) -> None:
     """No message, and bytes that are none, are invalid requests."""
-    async with grpc.aio.insecure_channel(doors.rpc.address) as channel:
+    async with grpc.aio.insecure_channel(apis.rpc.address) as channel:
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             async for _ in channel.stream_stream(f"/{SERVICE_NAME}/Generate")(iter(sent)):
                 pass

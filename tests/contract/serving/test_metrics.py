@@ -18,7 +18,7 @@ from loramux_shared.faults import Fault
 from loramux_shared.storage.memory import MemoryStore
 from tests.golden.metrics.script import NAMES, names
 from tests.support.metrics import Scrape
-from tests.support.openai_door import OpenAIDoor, open_door, openai_world
+from tests.support.openai_api import OpenAIApi, open_api, openai_world
 from tests.support.raw_http import JSON, RawClient
 from tests.support.silent import silent_server
 from tests.support.tiny import World
@@ -34,14 +34,14 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[World, MemoryStore]
 
 
 @pytest_asyncio.fixture
-async def door(world: tuple[World, MemoryStore]) -> AsyncIterator[OpenAIDoor]:
-    async with open_door(world, max_batch_seqs=2, max_queue=8) as door:
-        yield door
+async def api(world: tuple[World, MemoryStore]) -> AsyncIterator[OpenAIApi]:
+    async with open_api(world, max_batch_seqs=2, max_queue=8) as api:
+        yield api
 
 
-async def scrape(door: OpenAIDoor) -> Scrape:
+async def scrape(api: OpenAIApi) -> Scrape:
     """Return a scrape of /metrics."""
-    response = await door.http.get("/metrics")
+    response = await api.http.get("/metrics")
     assert response.status_code == 200
     assert response.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
     return Scrape(response.text)
@@ -52,11 +52,11 @@ def test_names_are_the_kept_ones() -> None:
     assert names() == NAMES.read_text()
 
 
-async def test_requests_are_counted_by_model(door: OpenAIDoor) -> None:
+async def test_requests_are_counted_by_model(api: OpenAIApi) -> None:
     """Requests, answers of n, prompt, cached and generated tokens of each model are what was asked for."""
     for body in (ASKED | {"model": "rs"}, ASKED | {"model": "rs", "n": 3}, ASKED | {"model": "base"}):
-        assert (await door.post("/v1/completions", **body)).status_code == 200
-    said = await scrape(door)
+        assert (await api.post("/v1/completions", **body)).status_code == 200
+    said = await scrape(api)
     for model, requests, answers in (("rs", 2, 4), ("base", 1, 1), ("wide", 0, 0)):
         expected = {
             "requests_total": requests,
@@ -74,27 +74,27 @@ async def test_requests_are_counted_by_model(door: OpenAIDoor) -> None:
     assert said.value("loramux_requests_total", outcome="OK", model="rs") == 2
 
 
-async def test_time_counts_from_arrival_at_the_socket(door: OpenAIDoor) -> None:
+async def test_time_counts_from_arrival_at_the_socket(api: OpenAIApi) -> None:
     """A request that comes while the event loop is busy has waited, though nobody could read it."""
     body = json.dumps(ASKED | {"model": "wide", "max_tokens": 1}).encode()
-    client = await RawClient.open(door.server.address)
+    client = await RawClient.open(api.server.address)
     head = b"POST /v1/completions HTTP/1.1\r\n" + JSON + b"Content-Length: %d\r\n\r\n" % len(body)
     client.writer.write(head + body)  # it is sent at once
     time.sleep(0.3)  # the loop is busy, with at least as much as is looked for below
     assert (await client.answer())[0] == 200
     client.close()
-    said = await scrape(door)
+    said = await scrape(api)
     assert said.value("loramux_time_to_first_token_seconds_sum", model="wide") > 0.25
     assert said.value("loramux_request_seconds_sum", model="wide") > 0.25
 
 
-async def test_times_are_those_of_the_request(door: OpenAIDoor) -> None:
+async def test_times_are_those_of_the_request(api: OpenAIApi) -> None:
     """Queue < first token < whole request, and none is longer than the client waited for its end here."""
     started = time.monotonic()
-    await door.post("/v1/completions", **ASKED | {"model": "all", "max_tokens": 50})
-    await door.until_free()  # the client may have the last byte before that is written down
+    await api.post("/v1/completions", **ASKED | {"model": "all", "max_tokens": 50})
+    await api.until_free()  # the client may have the last byte before that is written down
     waited = time.monotonic() - started
-    said = await scrape(door)
+    said = await scrape(api)
     queue, first, whole, pace = (
         said.value(f"loramux_{name}_seconds_sum", model="all")
         for name in ("queue", "time_to_first_token", "request", "time_per_output_token")
@@ -103,11 +103,11 @@ async def test_times_are_those_of_the_request(door: OpenAIDoor) -> None:
     assert 0 < pace * 49 <= whole - first + 1e-3
 
 
-async def test_every_end_has_an_outcome(door: OpenAIDoor) -> None:
+async def test_every_end_has_an_outcome(api: OpenAIApi) -> None:
     """A request that failed or went away is counted under its reason, and no name that a client made up is a
     label.
     """
-    service = door.ready.service
+    service = api.ready.service
     server = silent_server(service)
     async with AsyncClient(await server.start()) as client:
         for model, fields in (("rs", {"temperature": -1.0}), ("made-up", {}), ("rs", {"max_tokens": 999})):
@@ -117,9 +117,9 @@ async def test_every_end_has_an_outcome(door: OpenAIDoor) -> None:
         await anext(stream)
         await anext(stream)
         await stream.aclose()
-        await door.until_free()
+        await api.until_free()
     await server.drain(1)
-    said = await scrape(door)
+    said = await scrape(api)
     outcomes = {(own["model"], own["outcome"]): value for own, value in said.series("loramux_requests_total")}
     assert outcomes == {
         ("rs", "REQUEST_INVALID"): 1,
@@ -130,13 +130,13 @@ async def test_every_end_has_an_outcome(door: OpenAIDoor) -> None:
     assert "made-up" not in said.text
 
 
-async def test_what_the_door_refuses_is_counted(door: OpenAIDoor) -> None:
+async def test_what_the_api_refuses_is_counted(api: OpenAIApi) -> None:
     """Statuses tell of what never became a request: a body that is refused, a wrong path."""
-    await door.post("/v1/completions", **ASKED | {"model": "nope"})
-    await door.post("/v1/completions", **ASKED | {"model": "rs", "temprature": 1})
-    await door.post("/v1/completions", **ASKED | {"model": "rs"})
-    await door.http.get("/nope")
-    said = await scrape(door)
+    await api.post("/v1/completions", **ASKED | {"model": "nope"})
+    await api.post("/v1/completions", **ASKED | {"model": "rs", "temprature": 1})
+    await api.post("/v1/completions", **ASKED | {"model": "rs"})
+    await api.http.get("/nope")
+    said = await scrape(api)
     statuses = {own["status"]: value for own, value in said.series("loramux_http_responses_total")}
     assert statuses == {"404": 2, "400": 1, "200": 1}
     assert sorted(said.series("loramux_requests_total"), key=str) == [
@@ -145,19 +145,19 @@ async def test_what_the_door_refuses_is_counted(door: OpenAIDoor) -> None:
     ]
 
 
-async def test_gateways_see_who_runs_and_who_waits(door: OpenAIDoor, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_gateways_see_who_runs_and_who_waits(api: OpenAIApi, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two adapters run and two wait with two seats and four long requests; afterwards none does."""
     long = ASKED | {"max_tokens": 60}
     before = time.time()
-    steps, runner = threading.Semaphore(0), door.ready.engine._engine._runner
+    steps, runner = threading.Semaphore(0), api.ready.engine._engine._runner
     submit = runner.submit
     monkeypatch.setattr(runner, "submit", lambda batch: steps.acquire(timeout=BOUND_S) and submit(batch))
     tasks = [
-        asyncio.create_task(door.post("/v1/completions", **long | {"model": model}))
+        asyncio.create_task(api.post("/v1/completions", **long | {"model": model}))
         for model in ("all", "base", "rs", "wide")
     ]
     async with bounded("two requests that wait", lambda: busy.text):
-        while (busy := await scrape(door)).value("vllm:num_requests_waiting") < 2:
+        while (busy := await scrape(api)).value("vllm:num_requests_waiting") < 2:
             steps.release()
     assert busy.value("vllm:num_requests_running") == 2
     assert 0 < busy.value("vllm:kv_cache_usage_perc") < 1
@@ -172,21 +172,21 @@ async def test_gateways_see_who_runs_and_who_waits(door: OpenAIDoor, monkeypatch
     assert sum(value for _, value in busy.series("loramux_sequences_waiting")) == 2
     steps.release(1000)
     await asyncio.gather(*tasks)
-    await door.until_free()
-    idle = await scrape(door)
+    await api.until_free()
+    idle = await scrape(api)
     [(labels, _)] = idle.series("vllm:lora_requests_info")
     assert labels == {"max_lora": "64", "running_lora_adapters": "all,rs,wide", "waiting_lora_adapters": ""}
     assert idle.value("vllm:kv_cache_usage_perc") == idle.value("vllm:num_requests_running") == 0
-    stats = door.ready.engine.stats
+    stats = api.ready.engine.stats
     config = {"block_size": str(stats.block_size), "num_gpu_blocks": str(stats.blocks_total)}
     assert idle.series("vllm:cache_config_info") == [(config, 1)]
 
 
-async def test_what_is_loaded_is_told(door: OpenAIDoor) -> None:
+async def test_what_is_loaded_is_told(api: OpenAIApi) -> None:
     """Adapters, their digests, how long each took to load, and the generation."""
-    said = await scrape(door)
+    said = await scrape(api)
     assert said.value("loramux_adapters_resident") == 3
-    digest = door.ready.service.catalog.get("wide").digest[:12]
+    digest = api.ready.service.catalog.get("wide").digest[:12]
     assert said.value("loramux_model_info", model="wide", digest=digest) == 1
     assert said.value("loramux_build_info", generation="1") == 1
     computing = door.ready.service.adapters.facts.computing

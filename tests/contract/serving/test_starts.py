@@ -125,10 +125,10 @@ def test_a_pause_before_a_source_is_asked_again_can_be_ended() -> None:
         Patience(wait_s=3600, max_wait_s=3600, answer_s=7200).call(attempt, progress)
 
 
-@pytest.mark.parametrize("door", ["grpc", "http"])
-def test_a_taken_address_is_told_before_anything_is_read(door: str, silent: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("api", ["grpc", "http"])
+def test_a_taken_address_is_told_before_anything_is_read(api: str, silent: str, tmp_path: Path) -> None:
     """A replica that cannot listen says so at once, not after it has loaded what it cannot serve."""
-    addresses = {"grpc": "127.0.0.1:0", door: silent.removeprefix("http://")}
+    addresses = {"grpc": "127.0.0.1:0", api: silent.removeprefix("http://")}
     settings = load_settings(InferenceSettings, deployment="none", store=f"file://{tmp_path}", **addresses)
     with pytest.raises(
         SettingsInvalid, match=r"cannot listen on '127.* \(Address already in use\): expected a free"

@@ -27,7 +27,7 @@ from loramux.inference.v1 import inference_pb2_grpc
 from loramux_shared.rpc.server import RpcServer
 from loramux_shared.storage.memory import MemoryStore
 from loramux_shared.tracing.otel import Tracing
-from tests.support.openai_door import openai_world
+from tests.support.openai_api import openai_world
 from tests.support.tiny import World
 from tests.support.waiting import BOUND_S, until
 
@@ -48,7 +48,7 @@ class Watched:
         """The spans that have ended."""
         return self._exporter.get_finished_spans()
 
-    async def spans(self, door: str) -> dict[str, ReadableSpan]:
+    async def spans(self, api: str) -> dict[str, ReadableSpan]:
         """Return the spans of one request, by name, as soon as the server's has ended: a client may be
         faster.
         """
@@ -56,7 +56,7 @@ class Watched:
         def names() -> list[str]:
             return [span.name for span in self.all_spans()]
 
-        await until(lambda: door in names(), f"the span {door}", names)
+        await until(lambda: api in names(), f"the span {api}", names)
         spans = {span.name: span for span in self.all_spans()}
         assert len(spans) == len(names())
         self._exporter.clear()
@@ -110,15 +110,15 @@ def ended(lines: list[Any]) -> dict[str, Any]:
     return dict(line)
 
 
-def check_chain(spans: dict[str, ReadableSpan], door: str, request: str) -> None:
+def check_chain(spans: dict[str, ReadableSpan], api: str, request: str) -> None:
     """Check that the server's span is below the client's, the request below it, and its stages below that, in
     order.
     """
-    assert set(spans) == {door, request, "queue", "prefill", "decode"}
+    assert set(spans) == {api, request, "queue", "prefill", "decode"}
     assert {span.context.trace_id for span in spans.values()} == {int(TRACE, 16)}
     parents = {name: span.parent.span_id for name, span in spans.items() if span.parent}
-    assert parents[door] == int(SPAN, 16)
-    assert parents[request] == spans[door].context.span_id
+    assert parents[api] == int(SPAN, 16)
+    assert parents[request] == spans[api].context.span_id
     assert {parents[name] for name in ("queue", "prefill", "decode")} == {spans[request].context.span_id}
     queue, prefill, decode = (spans[name] for name in ("queue", "prefill", "decode"))
     whole = spans[request]
@@ -166,17 +166,17 @@ async def test_a_stream_is_traced_to_its_end(watched: Watched) -> None:
     assert answer.text.endswith("[DONE]\n\n")
     spans = await watched.spans("POST /v1/chat/completions")
     check_chain(spans, "POST /v1/chat/completions", "chat all")
-    door, decode = spans["POST /v1/chat/completions"], spans["decode"]
-    assert (door.end_time or 0) > (decode.end_time or 0)
+    api, decode = spans["POST /v1/chat/completions"], spans["decode"]
+    assert (api.end_time or 0) > (decode.end_time or 0)
 
 
 async def test_a_request_over_grpc_is_traced(watched: Watched) -> None:
     """The same over gRPC, whose metadata carries the traceparent."""
     await watched.generate(traceparent=TRACEPARENT)
-    door = f"{SERVICE_NAME}/Generate"
-    spans = await watched.spans(door)
-    check_chain(spans, door, "text_completion rs")
-    assert spans[door].attributes == {
+    api = f"{SERVICE_NAME}/Generate"
+    spans = await watched.spans(api)
+    check_chain(spans, api, "text_completion rs")
+    assert spans[api].attributes == {
         "rpc.system": "grpc",
         "rpc.service": SERVICE_NAME,
         "rpc.method": "Generate",

@@ -224,7 +224,7 @@ def test_what_is_this_machine(address: str, local: bool) -> None:
     assert is_local(address) is local
 
 
-def test_no_door_is_open_by_accident() -> None:
+def test_no_api_is_open_by_accident() -> None:
     """Beyond this machine keys, a client CA or --insecure is required; the refusal names them all."""
     with pytest.raises(SettingsInvalid) as caught:
         open_guard(BuilderSettings(), "127.0.0.1:1", "0.0.0.0:2")
@@ -235,7 +235,7 @@ def test_no_door_is_open_by_accident() -> None:
     assert open_guard(BuilderSettings(insecure=True), "0.0.0.0:2").shown == "nobody"
 
 
-def test_keys_open_doors_beyond_this_machine() -> None:
+def test_keys_open_apis_beyond_this_machine() -> None:
     """A service with keys may listen anywhere, and warns that without TLS they can be overheard."""
     line = lines(new_entry("ci", "infer")[1])
     with structlog.testing.capture_logs() as logs:

@@ -53,17 +53,17 @@ def test_what_people_type_otherwise(typed: list[str], meant: list[str]) -> None:
     assert usual(typed) == meant
 
 
-def test_an_http_door_where_grpc_was_meant() -> None:
+def test_an_http_api_where_grpc_was_meant() -> None:
     """A server of HTTP/1 behind ``--grpc``, and an address with http://, are recognised."""
     with ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         address = f"127.0.0.1:{server.server_address[1]}"
         code, _, errors = run("models", "--grpc", address)
         assert code == 3
-        assert f"no answer from {address}: it does not speak gRPC. If that is the HTTP door" in errors
+        assert f"no answer from {address}: it does not speak gRPC. If that is the HTTP port" in errors
         code, _, errors = run("health", f"http://{address}")
         assert code == 2
-        assert "expected HOST:PORT of a gRPC door" in errors
+        assert "expected HOST:PORT of a gRPC server" in errors
         server.shutdown()
 
 

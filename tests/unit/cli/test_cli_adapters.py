@@ -46,7 +46,7 @@ def run(*args: str) -> tuple[int, str, str]:
 
 
 @contextmanager
-def door(replica: Operated, guard: Guard = NOBODY_GUARDS) -> Iterator[tuple[str, Callable[..., Any]]]:
+def api(replica: Operated, guard: Guard = NOBODY_GUARDS) -> Iterator[tuple[str, Callable[..., Any]]]:
     """Yield the address of a replica's gRPC API, which runs in a thread of its own, and a call in its loop."""
     add: Any = inference_pb2_grpc.add_InferenceServiceServicer_to_server
     services = {
@@ -78,7 +78,7 @@ def door(replica: Operated, guard: Guard = NOBODY_GUARDS) -> Iterator[tuple[str,
 
 def test_a_pin_is_told() -> None:
     """A pin is printed as a line and as a document; a name that is not served fails."""
-    with door(operated()) as (address, _):
+    with api(operated()) as (address, _):
         assert run("pin", "one", "--grpc", address) == (0, "one: pinned, 000000000000, resident\n", "")
         code, text, _ = run("unpin", "one", "--grpc", address, "--json")
         assert (code, json.loads(text)["adapter"]["pinned"]) == (0, False)
@@ -90,7 +90,7 @@ def test_models_say_where_they_are() -> None:
     replica = operated(["lora1", "lora2"])
     replica.residency.hold(replica.adapter("lora1"))
     replica.manager.pin("lora1")
-    with door(replica, Guard(RING)) as (address, _):
+    with api(replica, Guard(RING)) as (address, _):
         code, text, _ = run("--api-key", KEYS["admin"], "models", "--grpc", address)
         head, _, first, second = text.splitlines()
         assert code == 0
@@ -122,7 +122,7 @@ def when_told(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Callable[[], ob
 def test_a_rollout_ends_when_all_serve_the_generation(when_told: Callable[..., None]) -> None:
     """A line for every change of every replica, and one at the end."""
     first, second = operated(), operated()
-    with door(first) as (one, do), door(second) as (two, also):
+    with api(first) as (one, do), api(second) as (two, also):
         do(first.manager.load("x", "org/x"))
         when_told(f"{two} serves 1", lambda: also(second.manager.load("x", "org/x")))
         code, text, said = run("rollout", "demo", "--replicas", f"{one},{two}", "--timeout", f"{BOUND_S}")
@@ -138,7 +138,7 @@ def test_a_rollout_by_a_name_with_tls(tmp_path: Path, monkeypatch: pytest.Monkey
     certificates = Certificates(tmp_path)
     certificates.issue("server", certificates.ours, "localhost")
     monkeypatch.setenv("LORAMUX_TLS_CA", str(tmp_path / "ours.pem"))
-    with door(operated(), Guard(tls=certificates.server)) as (address, _):
+    with api(operated(), Guard(tls=certificates.server)) as (address, _):
         [found] = [each for each in resolve(f"grpcs://dns:///localhost:{address[10:]}") if "127" in each.target]
         assert asyncio.run(Rollout("demo", [found], None, as_json=False).run(BOUND_S))
 
@@ -146,7 +146,7 @@ def test_a_rollout_by_a_name_with_tls(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_a_rollout_that_takes_too_long(when_told: Callable[..., None]) -> None:
     """Status 3 with who is late; 1 where a replica says that it will never come."""
     replica = operated()
-    with door(replica) as (address, _):
+    with api(replica) as (address, _):
         when_told(f"{address} serves 1", lambda: Clock().advance(3600))
         asked = ("rollout", "demo", "--replicas", address, "--timeout", "3600")
         code, _, said = run(*asked, "--generation", "2")
@@ -164,10 +164,10 @@ def test_a_rollout_that_takes_too_long(when_told: Callable[..., None]) -> None:
 
 def test_a_rollout_of_something_else() -> None:
     """A replica of another deployment is a mistake, and is told at once; a key is asked for."""
-    with door(operated()) as (address, _):
+    with api(operated()) as (address, _):
         code, _, said = run("rollout", "other", "--replicas", address)
         assert (code, "found one of 'demo'" in said) == (2, True)
-    with door(operated(), Guard(RING)) as (address, _):
+    with api(operated(), Guard(RING)) as (address, _):
         assert run("--api-key", KEYS["infer"], "rollout", "demo", "--replicas", address)[0] == 4
 
 

@@ -153,8 +153,8 @@ def test_the_command_line_shows_a_key(
 
 def test_service_flags() -> None:
     """The service gets the access flags of the command that starts it."""
-    assert services.door_flags(None, False) == []
-    assert services.door_flags(Path("/a/../k"), True) == ["--keys-file", "/k", "--insecure"]
+    assert services.access_flags(None, False) == []
+    assert services.access_flags(Path("/a/../k"), True) == ["--keys-file", "/k", "--insecure"]
 
 
 async def test_children_on_this_machine_have_no_tls(monkeypatch: pytest.MonkeyPatch) -> None:

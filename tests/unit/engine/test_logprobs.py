@@ -30,7 +30,7 @@ def test_ranks_of_masked_tokens_are_finite() -> None:
     assert [report(logits, [token], 0)[0].rank for token in range(4)] == [2, 3, 1, 3]
 
 
-def test_what_the_door_lists_has_the_same_ranks(tmp_path: Path) -> None:
+def test_what_the_api_lists_has_the_same_ranks(tmp_path: Path) -> None:
     """The token of the prompt and its alternatives are ranked by one rule."""
     write_tokenizer(tmp_path)
     best = ((40, -0.5), (41, -0.5), (42, -2.0))

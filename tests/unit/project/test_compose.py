@@ -86,7 +86,7 @@ def test_ports_agree(service: str) -> None:
     assert RAW["build"]["command"][-1] == f"builder:{_environment('builder')['LORAMUX_GRPC'].split(':')[1]}"
 
 
-def test_the_openai_door_is_reached() -> None:
+def test_the_openai_api_is_reached() -> None:
     """The HTTP port of the container is the one that the image exposes and compose publishes."""
     port = _environment("inference")["LORAMUX_HTTP"].removeprefix("0.0.0.0:")
     assert f"EXPOSE {port}\n" in _dockerfile("inference")

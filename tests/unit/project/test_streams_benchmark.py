@@ -10,20 +10,20 @@ import sys
 
 import pytest
 
-from benchmarks.doors.clients import Steady, door, first_tokens_s
-from benchmarks.doors.server import serve
+from benchmarks.servers.clients import Steady, clients_of, first_tokens_s
+from benchmarks.servers.server import serve
 from benchmarks.streams import Firsts, Point, figures
 from tests.support.waiting import bounded, until
 
 
-async def test_both_doors_answer_clients_that_parse_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+async def test_both_apis_answer_clients_that_parse_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     """Each stream has a first token, after it began and before it ended."""
     interval_s = sys.getswitchinterval()
     serving = asyncio.create_task(serve(step_s=0.001, interval_s=0.0))
     try:
         told = await until(lambda: capsys.readouterr().out.partition("\n")[0], "the addresses of both servers")
         for kind, address in json.loads(told).items():
-            async with bounded("first tokens"), door(kind, address, 2) as opened:
+            async with bounded("first tokens"), clients_of(kind, address, 2) as opened:
                 found = await first_tokens_s(opened, 40, 3)
             assert len(found) == 40
             assert all(each > 0 for each in found)

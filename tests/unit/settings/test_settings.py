@@ -92,15 +92,15 @@ def test_allowed_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "expected HOST or HOST:PORT" in _refusal(BuilderSettings)
 
 
-def test_model_doors(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_model_ports(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ports of single models are names with addresses, by commas, each name once; a blend has one too."""
     monkeypatch.setenv("LORAMUX_DEPLOYMENT", "d")
-    monkeypatch.setenv("LORAMUX_MODEL_DOORS", "a*0.5+b=127.0.0.1:1, c=[::1]:2")
+    monkeypatch.setenv("LORAMUX_MODEL_PORTS", "a*0.5+b=127.0.0.1:1, c=[::1]:2")
     addresses = load_settings(InferenceSettings).addresses_of_models
     assert addresses == {"a*0.5+b": "127.0.0.1:1", "c": "[::1]:2"}
     for wrong, why in (("a", "MODEL=HOST:PORT"), ("a=1", "HOST:PORT"), ("a=h:1,a=h:2", "each model once")):
-        monkeypatch.setenv("LORAMUX_MODEL_DOORS", wrong)
-        assert f"LORAMUX_MODEL_DOORS={wrong}: expected {why}" in _refusal(InferenceSettings)
+        monkeypatch.setenv("LORAMUX_MODEL_PORTS", wrong)
+        assert f"LORAMUX_MODEL_PORTS={wrong}: expected {why}" in _refusal(InferenceSettings)
 
 
 def test_settings_are_frozen() -> None:

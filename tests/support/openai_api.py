@@ -26,7 +26,7 @@ TEMPLATE = (
 )
 
 
-class Door:
+class ServedApi:
     """A server and clients of it."""
 
     def __init__(self, server: HttpServer) -> None:
@@ -40,7 +40,7 @@ class Door:
         return await self.http.post(path, json=body)
 
 
-class OpenAIDoor(Door):
+class OpenAIApi(ServedApi):
     """One with an engine behind it."""
 
     def __init__(self, ready: Ready, server: HttpServer) -> None:
@@ -79,18 +79,18 @@ def openai_world(folder: Path, *, built: bool = True) -> tuple[World, MemoryStor
 
 
 @asynccontextmanager
-async def open_door(world: tuple[World, MemoryStore], **settings: Any) -> AsyncIterator[OpenAIDoor]:
+async def open_api(world: tuple[World, MemoryStore], **settings: Any) -> AsyncIterator[OpenAIApi]:
     """Serve a world on a free port."""
     ready = world[0].load(world[1], **({"stream_interval_ms": 0} | settings))
     server = HttpServer("127.0.0.1:0", ready.service)
     await server.start()
     ready.engine.start()
-    door = OpenAIDoor(ready, server)
+    api = OpenAIApi(ready, server)
     try:
-        yield door
+        yield api
     finally:
-        await door.http.aclose()
-        await door.openai.close()
+        await api.http.aclose()
+        await api.openai.close()
         await server.drain(BOUND_S)
         await ready.engine.stop()
-        vars(door).clear()  # pytest keeps it for a while, and threads of the model with it
+        vars(api).clear()  # pytest keeps it for a while, and threads of the model with it

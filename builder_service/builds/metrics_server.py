@@ -17,7 +17,7 @@ LIMIT_S: Final = 10.0
 """Seconds from a connection to the end of its answer."""
 
 
-class MetricsDoor(ThreadingMixIn, WSGIServer):
+class MetricsServer(ThreadingMixIn, WSGIServer):
     """Answers every client on a thread; prometheus_client's own server bounds neither threads nor time."""
 
     daemon_threads = True

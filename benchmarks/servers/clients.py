@@ -1,7 +1,7 @@
 """Streams of many clients in one process, as cheap as Python has them: nothing of an answer is parsed.
 
-``python -m benchmarks.doors.clients`` opens so many at once, prints when each had its first token, and when its
-input ends, the tokens since then.
+``python -m benchmarks.servers.clients`` opens so many at once, prints when each had its first token, and when
+its input ends, the tokens since then.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ PATIENCE_S: Final = 20.0
 METHOD: Final = "/loramux.inference.v1.InferenceService/Generate"
 
 
-class Door(Protocol):
+class StreamClient(Protocol):
     """A client of one of the APIs."""
 
     def ask(self, number: int, tokens: int) -> AsyncIterator[None]:
@@ -39,7 +39,7 @@ class Door(Protocol):
         ...
 
 
-class GrpcDoor:
+class GrpcStreams:
     """Calls on channels in turn, each with a connection of its own."""
 
     def __init__(self, address: str, channels: int) -> None:
@@ -62,7 +62,7 @@ class GrpcDoor:
         await asyncio.gather(*(channel.close() for channel in self._channels))
 
 
-class HttpDoor:
+class HttpStreams:
     """Requests with a connection each."""
 
     def __init__(self, address: str) -> None:
@@ -89,18 +89,18 @@ class HttpDoor:
 
 
 @asynccontextmanager
-async def door(kind: str, address: str, channels: int) -> AsyncIterator[Door]:
+async def clients_of(kind: str, address: str, channels: int) -> AsyncIterator[StreamClient]:
     """Open an API's clients for as long as the block takes."""
-    made = HttpDoor(address) if kind == "http" else GrpcDoor(address, channels)
+    made = HttpStreams(address) if kind == "http" else GrpcStreams(address, channels)
     try:
         yield made
     finally:
         await made.close()
 
 
-async def first_tokens_s(door: Door, count: int, tokens: int) -> list[float]:
+async def first_tokens_s(client: StreamClient, count: int, tokens: int) -> list[float]:
     """Ask so many times at once and read to the ends; return the seconds to the first tokens."""
-    tasks = [asyncio.create_task(_Stream().read(door, number, tokens)) for number in range(count)]
+    tasks = [asyncio.create_task(_Stream().read(client, number, tokens)) for number in range(count)]
     began = time.perf_counter()
     await asyncio.gather(*tasks)
     return [task.result().first_s - began for task in tasks]
@@ -114,9 +114,9 @@ class _Stream:
         self.last_s = 0.0
         self.gaps_s: list[float] = []
 
-    async def read(self, door: Door, number: int, tokens: int) -> _Stream:
+    async def read(self, client: StreamClient, number: int, tokens: int) -> _Stream:
         """Read to the end."""
-        async for _ in door.ask(number, tokens):
+        async for _ in client.ask(number, tokens):
             now = time.perf_counter()
             if self.last_s:
                 self.gaps_s.append(now - self.last_s)
@@ -137,11 +137,11 @@ class Steady:
     """Seconds of a core per second, of the clients."""
 
 
-async def run(door: Door, streams: int, tokens: int) -> None:
+async def run(client: StreamClient, streams: int, tokens: int) -> None:
     """Open streams, and tell of them."""
     made = [_Stream() for _ in range(streams)]
     began = time.perf_counter()
-    tasks = [asyncio.create_task(each.read(door, number, tokens)) for number, each in enumerate(made)]
+    tasks = [asyncio.create_task(each.read(client, number, tokens)) for number, each in enumerate(made)]
     while time.perf_counter() - began < PATIENCE_S and not all(each.last_s for each in made):
         await asyncio.sleep(0.05)
     print(json.dumps([each.first_s - began for each in made]), flush=True)
@@ -164,14 +164,14 @@ async def run(door: Door, streams: int, tokens: int) -> None:
 async def _main(options: argparse.Namespace) -> None:
     raise_limit()
     gc.freeze()
-    async with door(options.door, options.address, options.channels) as opened:
+    async with clients_of(options.api, options.address, options.channels) as opened:
         await run(opened, options.streams, options.tokens)
 
 
 def main() -> None:
     """Run the streams."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--door", choices=("grpc", "http"), required=True)
+    parser.add_argument("--api", choices=("grpc", "http"), required=True)
     parser.add_argument("--address", required=True)
     parser.add_argument("--channels", type=int, default=1)
     parser.add_argument("--streams", type=int, required=True)

@@ -27,7 +27,7 @@ REQUEST_ID: Final = b"x-request-id"
 SCOPE: Final = ("type", "http_version", "method", "scheme", "headers", "query_string", "server", "asgi")
 
 
-class Door:
+class Ingress:
     """The application that Ray's HTTP proxies call, where they do not hand on themselves (`http_proxies`)."""
 
     def __init__(self, _engine: object) -> None:

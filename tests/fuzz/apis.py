@@ -47,7 +47,7 @@ from loramux_shared.sources.local import LocalSource
 from loramux_shared.sources.open import Sources
 from loramux_shared.storage.memory import MemoryStore
 from tests.support.adapters import tensors, write_adapter, write_base
-from tests.support.openai_door import TEMPLATE
+from tests.support.openai_api import TEMPLATE
 from tests.support.tiny import make_world
 from tests.support.waiting import BOUND_S
 
@@ -245,7 +245,7 @@ def messages(folder: Path) -> dict[str, list[Message]]:
 
 
 @dataclass(frozen=True)
-class Doors:
+class FuzzedApis:
     """Clients of running APIs."""
 
     web: httpx.AsyncClient
@@ -305,7 +305,7 @@ question for a summary is longer than its sequences, and an upload has more than
 
 
 @asynccontextmanager
-async def open_doors(folder: Path) -> AsyncIterator[Doors]:
+async def open_apis(folder: Path) -> AsyncIterator[FuzzedApis]:
     """Serve a tiny model and a builder; answers are short, and few requests wait."""
     world = replace(make_world(folder / "world"), max_seq_len=96)
     (world.base / "chat_template.jinja").write_text(TEMPLATE)
@@ -327,14 +327,14 @@ async def open_doors(folder: Path) -> AsyncIterator[Doors]:
     url = f"http://{await http.start()}"
     channels = {name: grpc.aio.insecure_channel(await server.start()) for name, server in servers.items()}
     async with httpx.AsyncClient(base_url=url, timeout=BOUND_S) as web:
-        doors = Doors(web, channels, messages(folder))
+        apis = FuzzedApis(web, channels, messages(folder))
         for path, (_, body) in BODIES.items():
-            assert await doors.post(path, json.dumps(body).encode()) == VALID.get(path, "OK"), path
-        for path, requests in doors.messages.items():
+            assert await apis.post(path, json.dumps(body).encode()) == VALID.get(path, "OK"), path
+        for path, requests in apis.messages.items():
             for request in requests:
-                found = await doors.call(path, request.SerializeToString())
+                found = await apis.call(path, request.SerializeToString())
                 assert found == VALID.get(path, "OK"), (path, found)
-        yield doors
+        yield apis
     await asyncio.gather(*(channel.close() for channel in channels.values()))
     checks.stop()
     await builds.drain(BOUND_S)

@@ -16,8 +16,8 @@ from inference_service.rpc.servicer import SERVICE_NAME, InferenceServicer, regi
 from loramux.inference.v1 import inference_pb2 as pb
 from loramux.requests import generate_request
 from loramux_shared.rpc.server import RpcServer
-from tests.fuzz.doors import CALL, Doors
-from tests.support.openai_door import open_door, openai_world
+from tests.fuzz.apis import CALL, FuzzedApis
+from tests.support.openai_api import open_api, openai_world
 from tests.support.waiting import BOUND_S
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -27,13 +27,13 @@ LOOK = {"type": "function", "function": {"name": "look"}}
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def doors(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Doors]:
+async def apis(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[FuzzedApis]:
     """Both endpoints of an inference service."""
-    async with open_door(openai_world(tmp_path_factory.mktemp("both"))) as http:
+    async with open_api(openai_world(tmp_path_factory.mktemp("both"))) as http:
         services = {SERVICE_NAME: partial(register, InferenceServicer(http.ready.service))}
         server = RpcServer("127.0.0.1:0", services)
         async with grpc.aio.insecure_channel(await server.start()) as channel:
-            yield Doors(http.http, {SERVICE_NAME: channel}, {})
+            yield FuzzedApis(http.http, {SERVICE_NAME: channel}, {})
         await server.drain(BOUND_S)
 
 
@@ -52,17 +52,17 @@ async def doors(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Doors
     ],
 )
 async def test_turns_tools_and_variables(
-    doors: Doors, messages: list[dict[str, Any]], options: dict[str, Any], taken: bool
+    apis: FuzzedApis, messages: list[dict[str, Any]], options: dict[str, Any], taken: bool
 ) -> None:
     """Messages, tools and variables of the template are judged alike, also where they are only counted."""
     asked = {"messages": messages} | options
     body = {"model": "base", "max_tokens": 1} | asked
-    told = await doors.post("/v1/chat/completions", json.dumps(body).encode())
-    counted = await doors.post("/tokenize", json.dumps(asked).encode())
+    told = await apis.post("/v1/chat/completions", json.dumps(body).encode())
+    counted = await apis.post("/tokenize", json.dumps(asked).encode())
     request = pb.GenerateRequest(model="base", messages=pb.Messages())
     if messages:
         request = generate_request("base", messages, options | {"max_tokens": 1})  # type: ignore[arg-type]
-    said = await doors.call(f"/{SERVICE_NAME}/Generate", request.SerializeToString())
+    said = await apis.call(f"/{SERVICE_NAME}/Generate", request.SerializeToString())
     assert (told, counted, said) == (("OK",) * 3 if taken else ("invalid_value",) * 2 + ("REQUEST_INVALID",))
 
 
@@ -81,29 +81,29 @@ MIXED: list[tuple[str, list[tuple[str, float | None]], bool]] = [
 
 @pytest.mark.parametrize(("model", "adapters", "taken"), MIXED)
 async def test_mixtures(
-    doors: Doors, model: str, adapters: list[tuple[str, float | None]], taken: bool
+    apis: FuzzedApis, model: str, adapters: list[tuple[str, float | None]], taken: bool
 ) -> None:
     """One model over HTTP, the same or a list over gRPC: the same adapters, scales and numbers of them."""
     body = {"model": model, "prompt": [5], "max_tokens": 1}
-    told = await doors.post("/v1/completions", json.dumps(body).encode())
+    told = await apis.post("/v1/completions", json.dumps(body).encode())
     said = []
     for request in (pb.GenerateRequest(model=model), pb.GenerateRequest()):
         request.token_ids.ids.append(5)
         request.sampling.max_tokens = 1
         if not request.model:
             request.adapters.extend(pb.ScaledAdapter(name=name, scale=scale) for name, scale in adapters)
-        said.append(await doors.call(f"/{SERVICE_NAME}/Generate", request.SerializeToString()))
+        said.append(await apis.call(f"/{SERVICE_NAME}/Generate", request.SerializeToString()))
     assert (told, *said) == (("OK",) * 3 if taken else ("invalid_value",) + ("REQUEST_INVALID",) * 2)
 
 
-async def test_the_adapters_of_a_mixture_are_named(doors: Doors) -> None:
+async def test_the_adapters_of_a_mixture_are_named(apis: FuzzedApis) -> None:
     """A name that is not served is not found, and adapters beside another model are refused."""
-    assert await doors.post("/v1/completions", b'{"model": "all*0.5+x", "prompt": "a"}') == "model_not_found"
+    assert await apis.post("/v1/completions", b'{"model": "all*0.5+x", "prompt": "a"}') == "model_not_found"
     request = pb.GenerateRequest(model="rs", text="a", adapters=[pb.ScaledAdapter(name="all")])
     request.sampling.max_tokens = 1
-    assert await doors.call(f"/{SERVICE_NAME}/Generate", request.SerializeToString()) == "REQUEST_INVALID"
+    assert await apis.call(f"/{SERVICE_NAME}/Generate", request.SerializeToString()) == "REQUEST_INVALID"
     request.model = "base"
-    assert await doors.call(f"/{SERVICE_NAME}/Generate", request.SerializeToString()) == "OK"
+    assert await apis.call(f"/{SERVICE_NAME}/Generate", request.SerializeToString()) == "OK"
 
 
 @pytest.mark.parametrize(
@@ -111,10 +111,10 @@ async def test_the_adapters_of_a_mixture_are_named(doors: Doors) -> None:
     [({"seed": 2**63 - 1}, {}), ({"seed": 2**63 - 1}, {"seed": -(2**63)}), ({"min_p": 1.0}, {})],
 )
 async def test_numbers_of_either_kind_are_taken(
-    doors: Doors, sampling: dict[str, Any], body: dict[str, Any]
+    apis: FuzzedApis, sampling: dict[str, Any], body: dict[str, Any]
 ) -> None:
     """Numbers at their bounds pass the types of JSON and of the wire."""
     asked = {"model": "base", "prompt": "x", "max_tokens": 1} | sampling | body
-    assert await doors.post("/v1/completions", json.dumps(asked).encode()) == "OK"
+    assert await apis.post("/v1/completions", json.dumps(asked).encode()) == "OK"
     request = pb.GenerateRequest(model="base", text="x", sampling=pb.SamplingParams(max_tokens=1, **sampling))
-    assert await doors.call(f"/{SERVICE_NAME}/Generate", request.SerializeToString()) == "OK"
+    assert await apis.call(f"/{SERVICE_NAME}/Generate", request.SerializeToString()) == "OK"

@@ -33,7 +33,7 @@ MODEL = "rs"
 
 
 @dataclass
-class Doors:
+class VllmApis:
     """Stubs of them."""
 
     ready: Ready
@@ -73,7 +73,7 @@ def inference_request(**fields: Any) -> inference_pb.GenerateRequest:
 
 
 @asynccontextmanager
-async def open_doors(world: tuple[World, MemoryStore], **settings: Any) -> AsyncIterator[Doors]:
+async def open_apis(world: tuple[World, MemoryStore], **settings: Any) -> AsyncIterator[VllmApis]:
     """Serve a world on both ports."""
     ready = world[0].load(world[1], **({"stream_interval_ms": 0} | settings))
     vllm = VllmServices(ready.service, fixed_manager(ready.service.catalog))
@@ -85,7 +85,7 @@ async def open_doors(world: tuple[World, MemoryStore], **settings: Any) -> Async
         await each.set_serving(True)
     own, single = channels
     try:
-        yield Doors(
+        yield VllmApis(
             ready,
             server,
             (server.address, of_model.address),

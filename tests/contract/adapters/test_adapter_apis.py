@@ -51,7 +51,7 @@ async def web(replica: Operated, tmp_path: Path) -> AsyncIterator[httpx.AsyncCli
     limits = ServingLimits(64, frozenset({2}))
     service = GenerationService(replica.names, silent.text, silent.engine, limits)
     transport = httpx.ASGITransport(create_app(service, adapters=replica.manager))
-    async with httpx.AsyncClient(transport=transport, base_url="http://door") as web:
+    async with httpx.AsyncClient(transport=transport, base_url="http://api") as web:
         yield web
 
 
@@ -145,7 +145,7 @@ async def test_a_bundle_is_said_to_be_here_alone(web: httpx.AsyncClient) -> None
 async def test_without_a_builder_the_cure_is_told(tmp_path: Path) -> None:
     """400, with what to do; our own error beside vLLM's."""
     app = create_app(silent_service(tmp_path), adapters=operated(builder=False).manager)
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://door") as web:
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://api") as web:
         answer = await web.post("/v1/load_lora_adapter", json={"lora_name": "x", "lora_path": "org/x"})
     assert answer.status_code == 400
     assert "--builder" in answer.json()["message"]
@@ -200,7 +200,7 @@ async def test_trainers_pause_and_resume(tmp_path: Path, query: str, mode: str) 
     service = silent_service(tmp_path)
     engine = cast(SilentEngine, service.engine)
     transport = httpx.ASGITransport(create_app(service, adapters=operated().manager))
-    async with httpx.AsyncClient(transport=transport, base_url="http://door") as web:
+    async with httpx.AsyncClient(transport=transport, base_url="http://api") as web:
         assert (await web.post(f"/pause{query}")).json() == {"status": "paused"}
         assert (engine.mode, (await web.get("/is_paused")).json()) == (mode, {"is_paused": True})
         assert (await web.post("/resume")).json() == {"status": "resumed"}

@@ -165,7 +165,7 @@ async def test_every_route_asks_for_a_key(endpoint: Any, service: GenerationServ
     )
     own = "metrics" if path in figures else "admin" if path.startswith(operators) or "lora" in path else "infer"
     foreign = "metrics" if own == "infer" else "infer"
-    async with httpx.AsyncClient(transport=transport, base_url="http://door") as web:
+    async with httpx.AsyncClient(transport=transport, base_url="http://api") as web:
         answers = [
             await web.request(endpoint.method, path, headers=bearer(key))
             for key in (None, "lmx_wrong", KEYS["build"], KEYS[foreign], KEYS[own], KEYS["admin"])
@@ -215,7 +215,7 @@ async def test_a_key_sees_its_models_only_over_http(service: GenerationService) 
     app = create_app(service, Keyring(text=lines(ENTRY, OTHER_ENTRY)))
     transport = httpx.ASGITransport(app=app)
     headers = bearer(RESTRICTED)
-    async with httpx.AsyncClient(transport=transport, base_url="http://door", headers=headers) as web:
+    async with httpx.AsyncClient(transport=transport, base_url="http://api", headers=headers) as web:
         listed = (await web.get("/v1/models")).json()["data"]
         hidden = await web.get("/v1/models/rs")
         asked = await web.post("/v1/completions", json={"model": "base", "prompt": "x", "max_tokens": 1})

@@ -1,6 +1,6 @@
 """Both APIs before the engine, the service and the telemetry of a replica; only the model is left out.
 
-``python -m benchmarks.doors.server`` prints its addresses and serves until it is ended.
+``python -m benchmarks.servers.server`` prints its addresses and serves until it is ended.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
-from benchmarks.doors.clients import MODEL
 from benchmarks.on_gpu.checkpoint import write_tokenizer
+from benchmarks.servers.clients import MODEL
 from inference_service.adapters.catalog import Catalog
 from inference_service.adapters.served_model import ServedModel
 from inference_service.core.sequence import Batch, Token
@@ -79,7 +79,7 @@ async def serve(step_s: float, interval_s: float) -> None:
     """Serve until it is cancelled."""
     raise_limit()
     sys.setswitchinterval(SWITCH_S)
-    with tempfile.TemporaryDirectory(prefix="loramux-doors-") as folder:
+    with tempfile.TemporaryDirectory(prefix="loramux-servers-") as folder:
         made, thread = service(Path(folder), step_s, interval_s)
         rpc = RpcServer("127.0.0.1:0", {SERVICE_NAME: partial(register, InferenceServicer(made))})
         http = HttpServer("127.0.0.1:0", made)
