@@ -43,8 +43,8 @@ async def run(settings: InferenceSettings, guard: Guard, stop: Stop) -> int:
     servers: dict[str, ApiServer] = {}
     if settings.http:
         http_patience = protocol.Patience(read_s=stall_s, pause_s=stall_s)
-        doors["http"] = HttpServer(settings.http, ready.service, guard, tracing, http_patience)
-    doors["grpc"] = server
+        servers["http"] = HttpServer(settings.http, ready.service, guard, tracing, http_patience)
+    servers["grpc"] = server
     of_models = {
         model: serve(address, extensions.of_model(model, lambda: server.serving))
         for model, address in settings.addresses_of_models.items()

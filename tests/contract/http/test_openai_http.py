@@ -226,14 +226,14 @@ async def test_a_failure_of_the_api_itself_tells_nothing(tmp_path: Path) -> None
 
 async def test_health_and_version(api: OpenAIApi, monkeypatch: pytest.MonkeyPatch) -> None:
     """Monitors get the status that vLLM gives them, and why it is slow if so."""
-    manager = door.ready.service.adapters
+    manager = api.ready.service.adapters
     for method, path in (("GET", "/health"), ("GET", "/ping"), ("POST", "/ping")):
-        response = await door.http.request(method, path)
+        response = await api.http.request(method, path)
         expected = {"status": "ok", "backend": manager.facts.computing.backend}
         assert (response.status_code, response.json()) == (200, expected)
     slower = replace(manager.facts, computing=Computing(lack=Lack.NO_COMPILER))
     monkeypatch.setattr(manager, "facts", slower)
-    slow = await door.http.get("/health")
+    slow = await api.http.get("/health")
     assert (slow.status_code, slow.json()) == (
         200,
         {"status": "slow", "backend": "torch", "lack": "no_compiler"},

@@ -189,7 +189,7 @@ async def test_what_is_loaded_is_told(api: OpenAIApi) -> None:
     digest = api.ready.service.catalog.get("wide").digest[:12]
     assert said.value("loramux_model_info", model="wide", digest=digest) == 1
     assert said.value("loramux_build_info", generation="1") == 1
-    computing = door.ready.service.adapters.facts.computing
+    computing = api.ready.service.adapters.facts.computing
     of_operations = {"backend": computing.backend, "operations": computing.how, "product": computing.product}
     assert said.series("loramux_operations_info") == [(of_operations | {"lack": ""}, 1)]
     assert said.value("loramux_least_token_seconds") == computing.token_s
