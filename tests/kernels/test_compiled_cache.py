@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -130,6 +131,19 @@ def test_what_is_kept_is_closed_to_others_and_serves_the_next_start(kept: Path) 
     assert_works(load(kept.parent))
     assert kept.parent.stat().st_mode & 0o777 == 0o700
     assert [path.stat().st_ino for path in kept.parent.iterdir()] == [before]
+
+
+@needs_compiler
+def test_folders_of_starts_that_were_killed_are_removed(kept: Path) -> None:
+    """One of a start that may still compile stays."""
+    old, new = (kept.parent / f"{build.UNFINISHED}{age}" for age in ("old", "new"))
+    for folder in (old, new):
+        folder.mkdir()
+        (folder / "ops.so").touch()
+    day_before = time.time() - build.LEFT_BEHIND_S - 1
+    os.utime(old, (day_before, day_before))
+    assert_works(load(kept.parent))
+    assert {path.name for path in kept.parent.iterdir()} == {kept.name, new.name}
 
 
 @needs_compiler

@@ -14,9 +14,11 @@ import ctypes
 import hashlib
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -36,6 +38,10 @@ from loramux_shared.private import private_folder, read_private
 BEFOREHAND: Final = Path(__file__).with_name(compiling.BEFOREHAND)
 """Holds what was compiled beforehand: who could write there could change this file too."""
 DIGEST_SIZE = hashlib.sha256().digest_size
+UNFINISHED: Final = "unfinished-"
+"""Prefix of the folder that a start compiles in, or copies what was compiled into, until it is loaded."""
+LEFT_BEHIND_S: Final = 24 * 3600.0
+"""Age of such a folder from which on its start was killed: no compiler takes a day."""
 
 log = structlog.get_logger()
 
@@ -90,7 +96,9 @@ def _load(compiler: str, cache_dir: Path) -> Built:
     kept = cache_dir / f"ops-{_key(compiler)}.sealed"
     code = None if why_not_kept else _opened(read_private(kept))
     writable = not why_not_kept and os.access(cache_dir, os.W_OK)
-    with tempfile.TemporaryDirectory(dir=cache_dir if writable else None) as folder:
+    if writable:
+        _remove_left_behind(cache_dir)
+    with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=cache_dir if writable else None) as folder:
         library = Path(folder) / "ops.so"
         if code is None:
             waiting = _announced("compiling operations", compiler)
@@ -110,6 +118,14 @@ def _load(compiler: str, cache_dir: Path) -> Built:
         return Built(None, how, Lack.WRONG_RESULT)
     unkept = f", not kept: {cache_dir} {why_not_kept}" if why_not_kept else ""
     return Built(loaded, f"compiled with {Path(compiler).name}{unkept}")
+
+
+def _remove_left_behind(cache_dir: Path) -> None:
+    """Remove folders of starts that were killed while they compiled."""
+    for folder in cache_dir.glob(f"{UNFINISHED}*"):
+        with suppress(OSError):
+            if time.time() - folder.stat().st_mtime > LEFT_BEHIND_S:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _announced(doing: str, command: str) -> Waiting:
