@@ -19,9 +19,11 @@ import os
 import statistics
 import sys
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Final
+from unittest.mock import patch
 
 import torch
 
@@ -31,6 +33,7 @@ from inference_service.core.adapter import Adapter, Mixture
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Batch, Chunk
 from inference_service.core.sequence import Sequence as EngineSequence
+from inference_service.engine import transfer
 from inference_service.engine.graph_runner import GraphRunner
 from inference_service.engine.graphs import Graph
 from inference_service.engine.plan import SchedulerLimits
@@ -83,12 +86,11 @@ class Noted:
 class Counted:
     """A runner whose launches are noted."""
 
-    def __init__(self) -> None:
-        config = config_of(LLAMA_8B | {"num_hidden_layers": LAYERS})
+    def __init__(self, shape: Mapping[str, Any] = LLAMA_8B, layers: int = LAYERS) -> None:
+        config = config_of({**shape, "num_hidden_layers": layers})
         operations = TritonOperations(config.heads, DTYPE, META)
-        self.lora = TritonLora(config.groups, LAYERS, DTYPE, META)
+        self.lora = TritonLora(config.groups, layers, DTYPE, META)
         self.lora.open(1 << 30, MAX_RANK, MAX_ADAPTERS)
-        self.groups = config.groups
         self.recorder = Noted()
         model = Decoder(config, RandomTensors(DTYPE, META), operations)
         self.runner = GraphRunner(model, self.lora, LONGEST, BLOCK_SIZE, LIMITS, self.recorder)
@@ -98,18 +100,21 @@ class Counted:
     @torch.inference_mode()
     def launched(self, rows: int, *, mixed: bool, adapters: bool) -> list[Launch | str]:
         """Return what a step of so many rows launches, be it recorded or not."""
+        return launches_of(self.step(rows, mixed=mixed, adapters=adapters))
+
+    def step(self, rows: int, *, mixed: bool, adapters: bool) -> Callable[[], None]:
+        """Return what launches such a step, kernel by kernel."""
         sizes = mixed_buckets(LIMITS.max_tokens) if mixed else buckets(LIMITS.max_seqs)
         capacity = self.runner._capacity(next(size for size in sizes if size >= rows), mixed=mixed)
         buffers = self.runner._buffers_of(capacity)
-        segments = buffers.segments[0] if adapters else None
-        return launches_of(lambda: self.runner._compute(buffers, segments))
+        return partial(self.runner._compute, buffers, buffers.segments[0] if adapters else None)
 
     def kind(self, seqs: Sequence[EngineSequence], lengths: Sequence[int]) -> str:
         """Return how a step of these sequences runs."""
         rows = lay_out(Batch(tuple(map(Chunk, seqs, lengths))), {})
         eager: list[Launch] = []
         before = self.recorder.replays
-        with _nothing_runs(eager):
+        with _nothing_runs(eager), patch.object(transfer, "to_host", lambda tensor: tensor):
             try:
                 self.runner._launch(rows)
             except (NotImplementedError, RuntimeError) as error:  # meta tensors have no values

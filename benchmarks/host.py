@@ -11,6 +11,11 @@ Every sequence decodes in every step that is measured. Launching is left out whe
 graph, which steps with prompts are above 512 rows. `mixed` adds a prompt of 256 tokens to each of them,
 `starved` a queue whose head finds its prefix in the cache and no blocks for the rest, `crowded` a queue of
 1,000 sequences whose adapters are on their way.
+
+    python -m benchmarks.host --eager
+
+measures what planning all launches of a step without a graph takes, with adapters in every linear; Triton's own
+part of a launch is left out, and tensors are torch's "meta" ones, which cost more than real ones.
 """
 
 from __future__ import annotations
@@ -31,6 +36,8 @@ from typing import Any, Final, Literal, get_args
 
 import torch
 
+from benchmarks.counts import Counted
+from benchmarks.on_gpu.model import LLAMA_8B, QWEN3_30B_A3B
 from inference_service.core.adapter import Adapter
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Sequence as EngineSequence
@@ -41,6 +48,7 @@ from inference_service.engine.graph_runner import GraphRunner
 from inference_service.engine.graphs import Graph
 from inference_service.engine.plan import SchedulerLimits
 from inference_service.engine.residents import AlwaysResident
+from inference_service.kernels.launch import intercepted
 from inference_service.kernels.sgmv import Segments
 from inference_service.lora.vocabulary import StepVocabulary, Vocabularies
 from loramux_shared.bases.attention import HeadCounts
@@ -61,6 +69,9 @@ ACTIVE: Final = 8
 BARS_MS: Final = {8: 0.3, 64: 1.0, 256: 2.0, 1024: 8.0}
 """Bounds of half of the steps' processor time, by sequences that decode at the context below."""
 BAR_CONTEXT: Final = 4096
+EAGER_ROWS: Final = 1024
+EAGER_STEPS: Final = 9
+EAGER_BARS_MS: Final = {"8B, 32 layers": (LLAMA_8B, 6.0), "30B-A3B, 48 layers": (QWEN3_30B_A3B, 12.0)}
 CONTEXT_BAR: Final = 2.2
 """Times as long may a step take at the longest context as at the shortest."""
 
@@ -203,6 +214,32 @@ def measure(point: Point, profile: cProfile.Profile | None = None) -> Took:
     return Took(deciles[0], statistics.median(took), deciles[-1], statistics.median(cpu))
 
 
+def eager_ms(shape: Mapping[str, Any]) -> dict[bool, float]:
+    """Return the milliseconds of a processor that a step of EAGER_ROWS takes to be planned, by adapters."""
+    counted, took = Counted(shape, shape["num_hidden_layers"]), {}
+    with torch.inference_mode(), intercepted(lambda _: None):
+        for adapters in (False, True):
+            step = counted.step(EAGER_ROWS, mixed=True, adapters=adapters)
+            times = []
+            for _ in range(EAGER_STEPS):
+                began = time.thread_time()
+                step()
+                times.append((time.thread_time() - began) * 1e3)
+            took[adapters] = statistics.median(times)
+    return took
+
+
+def _eager() -> int:
+    """Print the time of eager steps; 1 when a bar is not met."""
+    print(f"eager step of {EAGER_ROWS} rows   base ms   adapters ms   bar ms")
+    status = 0
+    for name, (shape, bar) in EAGER_BARS_MS.items():
+        took = eager_ms(shape)
+        print(f"  {name:<24}{took[False]:>10.2f}{took[True]:>14.2f}{bar:>9.1f}")
+        status = max(status, int(took[True] > bar))
+    return status
+
+
 def points(options: argparse.Namespace) -> Iterator[Point]:
     """Yield what is asked for; queues are measured at one point, unless they are named."""
     kinds: tuple[Kind, ...] = tuple(options.kind or ("decode", "mixed"))
@@ -232,6 +269,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     torch.set_num_threads(1)
     os.environ["TRITON_INTERPRET"] = "1"  # the sampler's kernels are launched at the start, and in no step
+    if options.eager:
+        return _eager()
     profile = cProfile.Profile() if options.profile else None
     found = {}
     print("kind      seqs  context  loaded    p10 ms   p50 ms   p90 ms   cpu p50")
@@ -257,6 +296,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--contexts", type=int, nargs="+", default=[1024, BAR_CONTEXT, 32768])
     parser.add_argument("--loaded", type=int, nargs="+", default=[0, 64, 1000], help="adapters; 8 are active")
     parser.add_argument("--kind", action="append", choices=get_args(Kind), help="repeatable")
+    parser.add_argument("--eager", action="store_true", help="steps without a graph, and nothing else")
     parser.add_argument("--profile", action="store_true", help="also print where the time of all points goes")
     parser.add_argument("--lines", type=int, default=30, metavar="N", help="lines of the profile")
     return parser

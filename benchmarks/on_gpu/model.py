@@ -40,12 +40,29 @@ TINY: Final[dict[str, Any]] = LLAMA_8B | {
     "max_position_embeddings": 256,
     "tie_word_embeddings": True,
 }
+QWEN3_30B_A3B: Final[dict[str, Any]] = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "vocab_size": 151936,
+    "max_position_embeddings": 40960,
+    "rope_theta": 1000000.0,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 768,
+    "norm_topk_prob": True,
+}
 SCALE: Final = 0.02
 
 
 def config_fields(shape: dict[str, Any]) -> dict[str, Any]:
     """``config.json`` of a shape."""
-    return shape | {
+    return {
         "architectures": [ARCHITECTURE],
         "model_type": "llama",
         "hidden_act": "silu",
@@ -53,7 +70,7 @@ def config_fields(shape: dict[str, Any]) -> dict[str, Any]:
         "bos_token_id": 0,
         "eos_token_id": 1,
         "torch_dtype": "bfloat16",
-    }
+    } | shape
 
 
 def config_of(shape: dict[str, Any]) -> ModelConfig:

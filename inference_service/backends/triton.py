@@ -39,12 +39,10 @@ from inference_service.kernels.sgmv import (
     DECODE_TILE,
     PREFILL_TILE,
     Group,
+    Planned,
     SegmentCapacity,
     Segments,
-    expand,
-    lora_apply,
     pack_segments,
-    shrink,
     workspace_numel,
 )
 from inference_service.layers.linear import Linear
@@ -58,6 +56,7 @@ from loramux_shared.bases.attention import AttentionSpec, HeadCounts
 from loramux_shared.bases.groups import MODULES_APART, GroupShape
 
 MIN_ENTRIES: Final = 16
+MOST_PLANNED: Final = 4096
 EVERY: Final = -1
 """A bit for each linear."""
 
@@ -222,6 +221,10 @@ class TritonLora:
         """Workspace of the step."""
         self._passes: int | None = None
         """Those that are launched; None: all."""
+        self._planned: dict[tuple[tuple[int, str], int], Planned] = {}
+        """Launches of steps without a graph, by linear and the identity of their segments."""
+        self._numels: dict[SegmentCapacity, int] = {}
+        """Elements of the workspace of a capacity."""
         self._side: SideStream | None = None
         self._step: Segments | None = None
         self._touched = 0
@@ -305,7 +308,10 @@ class TritonLora:
 
     def _new_workspace(self, segments: Segments, groups: Iterable[Group]) -> Tensor:
         """Memory for any of these linears."""
-        needed = max(workspace_numel(group, segments) for group in groups)
+        needed = self._numels.get(segments.capacity)
+        if needed is None:
+            needed = max(workspace_numel(group, segments) for group in groups)
+            self._numels[segments.capacity] = needed
         return torch.empty(needed, dtype=torch.float32, device=self._device)
 
     def adapted(self, base: Callable[[], Tensor], x: Tensor, layer: int, group: str) -> Tensor:
@@ -313,8 +319,8 @@ class TritonLora:
         linear = layer, group
         if self._step is None or not self._touched >> self._linears[linear] & 1:
             return base()
-        packed = self._bank.groups[linear]
-        first = shrink(x, packed, self._step, self._workspace)
+        plan = self._plan_of(linear, self._bank.groups[linear], self._step)
+        first = plan.shrink(x, self._workspace)
         if self._passes is None:
             self._side = self._side or SideStream(self._device)
             self._side.launch(first)
@@ -323,7 +329,7 @@ class TritonLora:
         else:
             first()
             out = base()
-        for launch in expand(out, packed, self._step, self._workspace)[: self._passes]:
+        for launch in plan.expand(out, self._workspace)[: self._passes]:
             launch()
         return out
 
@@ -334,9 +340,25 @@ class TritonLora:
     def apply_experts(self, x: Tensor, out: Tensor, layer: int, group: str, pairs: ByExpert) -> None:
         """The same of each place's expert, with segments that are made on the device once per layer."""
         if self._step is not None and self._touched & self._of_experts[layer]:
+            linear = layer, group
             for segments in self._segments_of(pairs, self._step):
                 workspace = self._workspaces[segments.capacity]
-                lora_apply(x, out, self._bank.experts[layer, group], segments, workspace)
+                plan = self._plan_of(linear, self._bank.experts[linear], segments)
+                plan.shrink(x, workspace)()
+                for launch in plan.expand(out, workspace):
+                    launch()
+
+    def _plan_of(self, linear: tuple[int, str], group: Group, segments: Segments) -> Planned:
+        """Return the launches of a linear; those of steps without a graph are kept for the next one."""
+        key = linear, id(segments)
+        planned = self._planned.get(key)
+        if planned is None or planned.segments is not segments:
+            planned = Planned(group, segments)
+            if self._passes is not None:
+                if len(self._planned) >= MOST_PLANNED:
+                    self._planned.clear()
+                self._planned[key] = planned
+        return planned
 
     def _segments_of(self, pairs: ByExpert, step: Segments) -> list[Segments]:
         """The segments of a layer's pairs, pass by pass: of the first adapters of tokens, of the second, ..."""

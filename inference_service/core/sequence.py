@@ -122,6 +122,8 @@ class Progress:
     """Parameters of its draws, in the sampling kernel's layout; made at the first draw."""
     prompt_scores: list[Token] = field(default_factory=list)
     """Leading tokens of the prompt with log probabilities, where those are asked for; the first has none."""
+    num_scored: int = 0
+    """Leading tokens of the prompt whose scores are known or being computed."""
     num_pooled: int = 0
     """Leading tokens whose hidden states are in the mean, where that is asked for; recomputed ones do not count
     twice."""
@@ -179,6 +181,7 @@ class Sequence:
         progress = Progress(list(self.prompt))
         if self.sampling.prompt_logprobs is not None:
             progress.prompt_scores.append(Token(self.prompt[0]))
+            progress.num_scored = 1
         object.__setattr__(self, "num_prompt", len(self.prompt))
         object.__setattr__(self, "progress", progress)
 
@@ -194,9 +197,9 @@ class Sequence:
 
     @property
     def scores_prompt(self) -> bool:
-        """True while log probabilities of the prompt are asked for and not all known."""
+        """True while log probabilities of the prompt are asked for and not all being computed."""
         asked = self.sampling.prompt_logprobs is not None
-        return asked and len(self.progress.prompt_scores) < self.num_prompt
+        return asked and self.progress.num_scored < self.num_prompt
 
     @property
     def needs_every_row(self) -> bool:

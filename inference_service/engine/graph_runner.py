@@ -11,17 +11,16 @@ from torch import Tensor
 
 from inference_service.backends.base import LoraBackend, no_recurrence
 from inference_service.backends.triton import TritonAttention
-from inference_service.core.sequence import Batch
+from inference_service.core.sequence import Batch, Token
 from inference_service.engine.buffers import StepBuffers, StepCapacity, StepMemory
 from inference_service.engine.graphs import Graph, Recorder
-from inference_service.engine.logprobs import score_prompt
 from inference_service.engine.plan import SchedulerLimits
 from inference_service.engine.pooling import Vectors, pool
 from inference_service.engine.rows import Rows, lay_out
 from inference_service.engine.runner import Blocks, Runner
 from inference_service.engine.shaping import Shaper
 from inference_service.engine.step import Pending
-from inference_service.engine.transfer import Reading
+from inference_service.engine.transfer import Reading, score_prompt
 from inference_service.kernels.attention import cut_of
 from inference_service.kernels.delta import delta_tile, gated_delta
 from inference_service.kernels.sampling import sample
@@ -120,13 +119,19 @@ class GraphRunner(Runner):
         self._shaper.warm_up(self._logits, self._ids)
 
     def _step(self, rows: Rows) -> Pending:
-        vectors = self._launch(rows)
+        vectors, scores = self._launch(rows)
         logits = self._logits[: len(rows.sampled)]
         reading = Reading(logits, self._ids, rows.sampled, self._shaper, rows.ahead)
-        return Pending(tuple(rows.sampled), reading.wait, reading.finish, rows.drafts, vectors)
 
-    def _launch(self, rows: Rows) -> Callable[[], Vectors]:
-        """Launch a step up to the drawn tokens; return what gives its vectors."""
+        def wait() -> list[Token]:
+            for keep in scores:
+                keep()
+            return reading.wait()
+
+        return Pending(tuple(rows.sampled), wait, reading.finish, rows.drafts, vectors)
+
+    def _launch(self, rows: Rows) -> tuple[Callable[[], Vectors], list[Callable[[], None]]]:
+        """Launch a step up to the drawn tokens; return what gives its vectors, and what its prompts' scores."""
         capacity = self._capacity_of(rows)
         buffers = self._buffers_of(capacity)
         buffers.load(rows)
@@ -138,8 +143,12 @@ class GraphRunner(Runner):
         own = self._lora.vocabularies.of(rows.arrangement.segments, rows.drawing)
         places = [range(at, at + 1) for at in range(len(rows.sampled), len(rows.ends))]
         states = self._states
+        scores: list[Callable[[], None]] = []
         if rows.in_full:
-            states = self._compute_in_full(buffers, segments, rows, own)
+            states = self._compute_in_full(buffers, segments, own)
+            for seq, scored in rows.scored.items():
+                head = partial(self._logits_of, seq)
+                scores.append(score_prompt(seq, states[scored.start : scored.stop], head))
             places = [each.rows for each in rows.pooled]
         else:
             self._embed(buffers, own)
@@ -147,7 +156,7 @@ class GraphRunner(Runner):
             work()
             if own is not None:
                 self._draw(buffers, states[: capacity.seqs], own)
-        return pool(rows.pooled, [states[place.start : place.stop] for place in places])
+        return pool(rows.pooled, [states[place.start : place.stop] for place in places]), scores
 
     def _embed(self, buffers: StepBuffers, own: StepVocabulary | None = None) -> None:
         """Begin a step: launched before its graph, for adapters may have embeddings of their own."""
@@ -163,15 +172,12 @@ class GraphRunner(Runner):
         self,
         buffers: StepBuffers,
         segments: Segments | None,
-        rows: Rows,
         own: StepVocabulary | None,
     ) -> Tensor:
-        """Do a step without a graph, and score prompts; return the hidden states of all rows."""
+        """Do a step without a graph; return the hidden states of all rows."""
         self._embed(buffers, own)
         every = torch.arange(buffers.capacity.rows, device=self._ids.device)
         hidden = self._hidden(buffers, segments, every)
-        for seq, scored in rows.scored.items():
-            score_prompt(seq, hidden[scored.start : scored.stop], partial(self._logits_of, seq))
         self._draw(buffers, hidden[buffers.last_rows], own)
         return hidden
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from collections.abc import Sequence as Seq
 
 import torch
 from torch import Tensor
 
 from inference_service.core.sampling import SamplingParams
-from inference_service.core.sequence import Sequence, Token
+from inference_service.core.sequence import Token
 
 # Rows whose logits [PIECE, vocab] are held in float32 at once: 39 MB for 152 thousand tokens.
 PIECE = 64
@@ -65,13 +64,3 @@ def tokens_of(scored: Seq[Tensor]) -> list[Token]:
         Token(token, logprob, tuple(zip(ids, values, strict=True)), rank)
         for token, logprob, rank, ids, values in rows
     ]
-
-
-def score_prompt(seq: Sequence, hidden: Tensor, head: Callable[[Tensor], Tensor]) -> None:
-    """Score the next len(hidden) tokens of a prompt, each by the row before it; hidden is [N, hidden size]."""
-    progress = seq.progress
-    count = seq.sampling.prompt_logprobs or 0
-    for start in range(0, len(hidden), PIECE):
-        rows = hidden[start : start + PIECE]
-        first = len(progress.prompt_scores)
-        progress.prompt_scores += report(head(rows), progress.tokens[first : first + len(rows)], count)

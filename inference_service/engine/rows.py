@@ -121,6 +121,6 @@ def _pooled(chunk: Chunk, row: int, pooling: Pooling) -> list[PooledRows]:
 def _scored(chunk: Chunk, row: int) -> range:
     """Return the rows of a chunk, which begins at row, that score tokens of the prompt."""
     seq = chunk.seq
-    start = max(chunk.start, len(seq.progress.prompt_scores) - 1)
+    start = max(chunk.start, seq.progress.num_scored - 1)
     stop = min(chunk.end, seq.num_prompt - 1)
     return range(row + start - chunk.start, row + stop - chunk.start)

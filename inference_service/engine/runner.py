@@ -11,12 +11,11 @@ from torch import Tensor
 
 from inference_service.backends.base import StepLora
 from inference_service.core.sequence import Batch, Sequence, Token
-from inference_service.engine.logprobs import score_prompt
 from inference_service.engine.pooling import Vectors, pool
 from inference_service.engine.rows import Rows, lay_out
 from inference_service.engine.sampler import sample
 from inference_service.engine.step import Pending
-from inference_service.engine.transfer import to_device
+from inference_service.engine.transfer import score_prompt, to_device
 from inference_service.lora.segments import Segment
 from inference_service.models.decoder import Decoder
 from inference_service.models.step import CacheSize
@@ -95,7 +94,7 @@ class Runner:
         hidden = model.hidden(tokens, embedded, positions, last_rows, attention, cache, lora, recurrence)
         last, *states = torch.split(hidden, [len(rows.last_rows), *map(len, others)])
         for seq, scored in zip(rows.scored, states, strict=False):
-            score_prompt(seq, scored, partial(self._logits_of, seq))
+            score_prompt(seq, scored, partial(self._logits_of, seq))()
         return model.logits(last, own), pool(rows.pooled, states[len(rows.scored) :])
 
     def _logits_of(self, seq: Sequence, hidden: Tensor) -> Tensor:

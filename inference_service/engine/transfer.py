@@ -28,6 +28,30 @@ def to_host(tensor: Tensor) -> Tensor:
     return host.copy_(tensor, non_blocking=True)
 
 
+def score_prompt(seq: Sequence, hidden: Tensor, head: Callable[[Tensor], Tensor]) -> Callable[[], None]:
+    """Begin to score the next N tokens of a prompt, each by the row before it; hidden is [N, hidden size].
+
+    The result waits for the scores and gives them to the sequence.
+    """
+    progress, count = seq.progress, seq.sampling.prompt_logprobs or 0
+    copies: list[list[Tensor]] = []
+    for start in range(0, len(hidden), PIECE):
+        rows, first = hidden[start : start + PIECE], progress.num_scored
+        progress.num_scored += len(rows)
+        ids = to_device(progress.tokens[first : progress.num_scored], hidden.device)
+        copies.append([to_host(part) for part in scores(head(rows), ids, count)])
+    if not copies:
+        return lambda: None
+    done = mark(copies[-1][0], hidden.device)
+
+    def keep() -> None:
+        done()
+        for parts in copies:
+            progress.prompt_scores += tokens_of(parts)
+
+    return keep
+
+
 class Reading:
     """The tokens of a step on their way to the host: ids [>= N], drawn from logits [N, vocab] for N sequences.
 

@@ -28,6 +28,10 @@ class Launch:
     beside: bool = False
     """Whether it runs on a `SideStream`, so that what the current stream is given next does not wait for it."""
 
+    def with_arguments(self, **arguments: Any) -> Launch:
+        """Return the same launch with some other arguments, which are not checked again."""
+        return Launch(self.kernel, self.grid, {**self.arguments, **arguments}, self.beside)
+
     def __call__(self) -> None:
         """Enqueue it on the current stream, or give it to who intercepts launches."""
         if _interceptors:

@@ -15,7 +15,7 @@ follows from the segments and their ranks. Rows of base tokens are never touched
 This package needs torch alone; Triton is imported at the first launch.
 """
 
-from inference_service.kernels.sgmv.launch import expand, lora_apply, plan, shrink, workspace_numel
+from inference_service.kernels.sgmv.launch import Planned, lora_apply, plan, workspace_numel
 from inference_service.kernels.sgmv.layout import (
     Group,
     Phase,
@@ -32,14 +32,13 @@ __all__ = [
     "PREFILL_TILE",
     "Group",
     "Phase",
+    "Planned",
     "SegmentCapacity",
     "Segments",
     "Slices",
-    "expand",
     "lora_apply",
     "pack_segments",
     "pack_table",
     "plan",
-    "shrink",
     "workspace_numel",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -45,6 +45,36 @@ def plan(x: Tensor, out: Tensor, group: Group, segments: Segments, workspace: Te
     if x.shape[0] != out.shape[0]:
         raise ValueError(f"x and out must have the same rows, got {x.shape[0]} and {out.shape[0]}")
     return [shrink(x, group, segments, workspace), *expand(out, group, segments, workspace)]
+
+
+class Planned:
+    """The launches of ``lora_apply`` for one linear and segments, checked once and given rows again and again.
+
+    Rows have the dtype, device and columns of the first ones; they are not held.
+    """
+
+    def __init__(self, group: Group, segments: Segments) -> None:
+        self.segments: Final = segments
+        self._group = group
+        self._shrink: Launch | None = None
+        self._expand: list[Launch] = []
+
+    def shrink(self, x: Tensor, workspace: Tensor) -> Launch:
+        """Return the first launch, as ``shrink``."""
+        if self._shrink is None:
+            first = shrink(x, self._group, self.segments, workspace)
+            self._shrink = first.with_arguments(p_x=None, p_y=None)
+            return first
+        return self._shrink.with_arguments(p_x=x, stride_x=x.stride(0), p_y=workspace)
+
+    def expand(self, out: Tensor, workspace: Tensor) -> list[Launch]:
+        """Return the other launches, as ``expand``."""
+        if not self._expand:
+            others = expand(out, self._group, self.segments, workspace)
+            self._expand = [each.with_arguments(p_out=None, p_y=None) for each in others]
+            return others
+        new = {"p_out": out, "stride_out": out.stride(0), "p_y": workspace}
+        return [each.with_arguments(**new) for each in self._expand]
 
 
 def workspace_numel(group: Group, segments: Segments) -> int:
