@@ -1,6 +1,6 @@
 """The examples in Go and Node, with stubs that are generated from the protos.
 
-Run with ``--sweep``; the test of a language whose tools are not installed is skipped. Go's packages are Debian's:
+Run with ``--sweep``; a language whose tools are not installed is skipped. Go's packages are Debian's:
 golang-google-grpc-dev, protoc-gen-go and protoc-gen-go-grpc.
 """
 
