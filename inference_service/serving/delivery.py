@@ -74,6 +74,11 @@ class Outputs:
         self._failure = self._failure or fault
         self._wake()
 
+    @property
+    def open(self) -> bool:
+        """True while a sequence has not been dropped."""
+        return bool(self._open)
+
     def drop(self, seq_id: str) -> None:
         """Let one sequence go; when it has not ended yet, it is freed at the next step."""
         if seq_id in self._open:

@@ -156,7 +156,7 @@ class GenerationService:
                 ticket.submitted(seqs[0])
                 try:
                     yield Started(request.id, model, served.generation, len(tokens), terms.text, tuple(tokens))
-                    while not all(answer.finished for answer in answers.values()):
+                    while outputs.open:
                         for event in _events(await outputs.get(), answers, outputs):
                             follower.see(event)
                             ticket.see(event)

@@ -39,6 +39,9 @@ class CallContext:
         data = await self._requests.get()
         return grpc.aio.EOF if data is None else self._parse(data)
 
+    async def send_initial_metadata(self, metadata: Metadata) -> None:
+        """Send nothing: the bridge has no headers."""
+
     async def write(self, message: Any) -> None:
         """Tell a message."""
         self._told.put_nowait(self._serialize(message))
