@@ -1,4 +1,4 @@
-"""Replicas that load bundles with a cache, and are killed or find no room while they do: each a process."""
+"""Processes of replicas that are killed, find no room, or hang."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import resource
 import signal
 import sys
+import threading
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -13,6 +14,9 @@ from pathlib import Path
 from inference_service.adapters.disk import DiskTier
 from inference_service.adapters.loader import AdapterLoader
 from inference_service.adapters.reading import BundleReader
+from inference_service.core.sequence import Batch
+from inference_service.engine.runner import Runner
+from inference_service.engine.step import Pending
 from loramux_shared.storage.local import LocalStore
 from tests.support.bundles import FakePacked, Loaded, load, settle
 
@@ -50,3 +54,15 @@ def fills(limit: int, kills: bool, cache: Path, store: Path, digests: Sequence[s
         assert isinstance(load(loader, digest), Loaded)
         settle(loader)
     loader.close()
+
+
+def steps_hang() -> None:
+    """Let the steps of requests, not those of a start, wait for an event that never happens."""
+    submit = Runner.submit
+
+    def hanging(self: Runner, batch: Batch) -> Pending:
+        if threading.current_thread().name == "engine":
+            threading.Event().wait()
+        return submit(self, batch)
+
+    Runner.submit = hanging  # type: ignore[method-assign]

@@ -72,9 +72,14 @@ class Forked:
         self.send_signal(signal.SIGKILL)
 
 
-def inference_service(flags: Sequence[str], log: Path, environment: Mapping[str, str] = os.environ) -> Forked:
-    """Run the service with flags; what it logs is written at the end of a file."""
-    return Forked(_run, "inference_service", list(flags), str(log), dict(environment))
+def inference_service(
+    flags: Sequence[str],
+    log: Path,
+    environment: Mapping[str, str] = os.environ,
+    before: Callable[[], None] | None = None,
+) -> Forked:
+    """Run the service with flags, after a function of a module if given; its log is appended to a file."""
+    return Forked(_run, "inference_service", list(flags), str(log), dict(environment), before)
 
 
 def builder_service(flags: Sequence[str], log: Path, environment: Mapping[str, str] = os.environ) -> Forked:
@@ -132,7 +137,15 @@ def _command(words: list[str], streams: list[int | None], folder: str, environme
     importlib.import_module("loramux.cli.entry").main()
 
 
-def _run(module: str, flags: list[str], log: str, environment: dict[str, str]) -> None:
+def _run(
+    module: str,
+    flags: list[str],
+    log: str,
+    environment: dict[str, str],
+    before: Callable[[], None] | None = None,
+) -> None:
+    if before is not None:
+        before()
     main = importlib.import_module(f"{module}.__main__").main
     os.environ.clear()
     os.environ.update(environment)

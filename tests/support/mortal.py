@@ -18,7 +18,7 @@ class Killed(BaseException):
 
 
 def copied(store: MemoryStore) -> MemoryStore:
-    """A store with the same objects."""
+    """Return a store with the same objects, all of them put long ago."""
     made = MemoryStore()
     made.objects.update(store.objects)
     return made

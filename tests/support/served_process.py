@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,13 +22,15 @@ def flags_of(world: World, *flags: str) -> list[str]:
 
 
 @contextmanager
-def serving(world: World, folder: Path, **settings: str) -> Iterator[tuple[Forked, dict[str, Any]]]:
-    """Run the service; yields the process and the fields of its start line."""
+def serving(
+    world: World, folder: Path, before: Callable[[], None] | None = None, **settings: str
+) -> Iterator[tuple[Forked, dict[str, Any]]]:
+    """Run the service, after a function of a module if given; yields it and its start line."""
     flags = flags_of(world, "--grpc", "127.0.0.1:0", "--http", "127.0.0.1:0", "--threads", "1")
     environment = {**os.environ, "LORAMUX_KV_MEMORY_GB": "0.01", "LORAMUX_DTYPE": "float32"} | settings
     log = folder / "log"
     log.write_text("")
-    process = inference_service(flags, log, environment)
+    process = inference_service(flags, log, environment, before)
     try:
         ready = wait_until(
             lambda: re.findall(".*service ready.*", log.read_text()) or process.poll() is not None,

@@ -42,11 +42,13 @@ class Replica:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.builder, self.port, self.heard = Telling(), free_port(), 0
         self.pauses: list[float] = []
-        self.go = asyncio.Semaphore(0)
+        self.pausing, self.go = False, asyncio.Semaphore(0)
 
         async def paused(seconds: float) -> None:
             self.pauses.append(seconds)
+            self.pausing = True
             await self.go.acquire()
+            self.pausing = False
 
         monkeypatch.setattr(builder_news, "asyncio", SimpleNamespace(sleep=paused))
         monkeypatch.setattr(builder_news, "random", SimpleNamespace(uniform=lambda _, most: most))
@@ -107,7 +109,7 @@ async def test_a_builder_that_is_away_is_logged_once_and_called_again(monkeypatc
                 for generation in (7, None):
                     replica.builder.news.put_nowait(generation)
                 # The channel has pauses of its own between two connections.
-                await until(lambda: replica.heard or replica.go.release(), "the news")
+                await until(lambda: replica.heard or (replica.pausing and replica.go.release()), "the news")
                 await until(lambda: replica.pauses[-1] == FIRST_PAUSE_S, "the end of the stream")
     assert replica.pauses[:3] == [FIRST_PAUSE_S, 2 * FIRST_PAUSE_S, 4 * FIRST_PAUSE_S]
     events = [line["event"] for line in logs if "builder reports" in line["event"]]

@@ -212,7 +212,7 @@ def test_urgent_work_goes_before_packing_that_waits(store, make):
 
     def pack(bundle):
         begun.set()
-        go.wait(BOUND_S)
+        assert go.wait(BOUND_S)
         order.append("packed")
         return FakePacked(bundle)
 
@@ -258,7 +258,7 @@ def test_whatever_waits_at_the_end_is_told(store, make):
 
     def pack(bundle):
         packing.set()
-        go.wait(BOUND_S)
+        assert go.wait(BOUND_S)
         return FakePacked(bundle)
 
     loader = make(pack)

@@ -1,4 +1,4 @@
-"""How gRPC wakes the event loop."""
+"""The wake-ups of the event loop by gRPC."""
 
 from __future__ import annotations
 

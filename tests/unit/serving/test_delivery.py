@@ -11,7 +11,7 @@ import pytest
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import FinishReason, Sequence, StepOutput, Token
 from inference_service.serving.delivery import SLICE, Delivery, Outputs
-from tests.support.waiting import BOUND_S, Clock, bounded, ended
+from tests.support.waiting import BOUND_S, Clock, bounded, ended, until
 from tests.unit.serving.threads import Device, Threads, following, submit
 
 MANY = 256
@@ -130,22 +130,33 @@ async def test_a_first_token_takes_others_along_only_where_they_are_few(
     threads: Threads, streams: int, *, together: bool
 ) -> None:
     """With many streams some always begin or end: that must not wake all the others."""
-    device, steps = Device(), threading.Semaphore(0)
-    device.before_step = lambda _: steps.acquire(timeout=BOUND_S)
+    device, steps, gone = Device(), threading.Semaphore(0), 0
+    device.before_step = lambda _: steps.acquire(timeout=BOUND_S) or pytest.fail("no step was let go")
     thread = threads.make(device, MANY, MANY, blocks=4096, interval_s=math.inf)
     opened = [submit(thread, prompt=1, new=40) for _ in range(streams - 1)]
     thread.start()
-    steps.release()
-    for each in opened:
-        [output] = await ended(following(each), "a first token")
+
+    def step() -> bool:
+        """Let the step go that waits, if one does."""
+        nonlocal gone
+        if waits := device.steps > gone:
+            gone += 1
+            steps.release()
+        return waits
+
+    async def first(outputs: Outputs) -> None:
+        """Let steps go until the first token is there."""
+        getting = asyncio.ensure_future(following(outputs))
+        await until(lambda: getting.done() or (step() and getting.done()), "a first token")
+        [output] = getting.result()
         assert output.first
-    steps.release()  # nobody begins or ends in this step
+
+    for each in opened:
+        await first(each)
+    await until(step, "a step in which nobody begins or ends")
     waiting = [asyncio.ensure_future(following(each)) for each in opened]
     for _ in range(2):  # what the first one takes along has come before the second
-        newest = submit(thread, prompt=1, new=40)
-        steps.release(2)
-        [output] = await ended(following(newest), "a first token")
-        assert output.first
+        await first(submit(thread, prompt=1, new=40))
     assert {task.done() for task in waiting} == {together}
     steps.release(1000)
     assert await thread.stop() is None
