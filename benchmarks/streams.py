@@ -68,9 +68,15 @@ class Server:
 
     def first_tokens(self) -> tuple[float, float]:
         """Sum and number of its own times to first tokens."""
+        return self._sum(f"{TTFT}_sum"), self._sum(f"{TTFT}_count")
+
+    def generated(self) -> float:
+        """Tokens of all answers so far."""
+        return self._sum("loramux_generated_tokens_total")
+
+    def _sum(self, name: str) -> float:
         text = httpx.get(f"http://{self.addresses['http']}/metrics", timeout=60).text
-        values = [sum(_values(text, name)) for name in (f"{TTFT}_sum", f"{TTFT}_count")]
-        return values[0], values[1]
+        return sum(_values(text, name))
 
 
 def _values(text: str, name: str) -> Iterator[float]:
@@ -102,11 +108,13 @@ class Point:
     steady: Steady
     cpu: float
     """Seconds of a core per second, of the server with its streams."""
+    token_us: float
+    """Microseconds of the server's CPU per token, its engine's thread included."""
 
     def __str__(self) -> str:
         steady = self.steady
         rest = f"{steady.gap_p50_s * 1e3:>8.0f}{steady.gap_p99_s * 1e3:>8.0f}{steady.messages_per_s:>9.0f}"
-        cores = f"{self.cpu:>7.2f}{steady.cpu:>7.2f}"
+        cores = f"{self.cpu:>7.2f}{steady.cpu:>7.2f}{self.token_us:>10.1f}"
         return f"{self.clients:<8}{self.streams:>6}{self.begin}  {self.beside}  {rest}{cores}"
 
 
@@ -114,7 +122,7 @@ _FIRSTS: Final = "     p50     p99    mean  server"
 HEADING: Final = (
     f"{'':14}{'all begin, ms':^32}  {f'{NEW} beside them, ms':^32}  {'a stream, ms':^16}{'':9}{'cores':^14}\n"
     f"{'clients':<8}{'N':>6}{_FIRSTS:>32}  {_FIRSTS:>32}  {'p50':>8}{'p99':>8}"
-    f"{'msg/s':>9}{'server':>7}{'client':>7}"
+    f"{'msg/s':>9}{'server':>7}{'client':>7}{'us/token':>10}"
 )
 
 
@@ -151,9 +159,11 @@ async def measure(clients: str, streams: int, rounds: int, step_ms: float, inter
         with _streams(kind, address, int(channels or 1), streams) as process:
             assert process.stdin and process.stdout  # noqa: S101, PT018 - pipes
             begin = _firsts(json.loads(process.stdout.readline()), before, server.first_tokens())
-            cpu_s, since = server.cpu_s, time.monotonic()
+            cpu_s, generated, since = server.cpu_s, server.generated(), time.monotonic()
             await asyncio.sleep(2)
-            cpu = (server.cpu_s - cpu_s) / (time.monotonic() - since)
+            used_s = server.cpu_s - cpu_s
+            cpu = used_s / (time.monotonic() - since)
+            token_us = used_s * 1e6 / (server.generated() - generated)
             before, found = server.first_tokens(), []
             for _ in range(rounds):
                 async with clients_of(kind, address, 1) as opened:
@@ -162,7 +172,7 @@ async def measure(clients: str, streams: int, rounds: int, step_ms: float, inter
             beside = _firsts(found, before, server.first_tokens())
             process.stdin.close()
             steady = Steady(**json.loads(process.stdout.readline()))
-    return Point(clients, streams, begin, beside, steady, cpu)
+    return Point(clients, streams, begin, beside, steady, cpu, token_us)
 
 
 def _firsts(found: Sequence[float], before: tuple[float, float], after: tuple[float, float]) -> Firsts:

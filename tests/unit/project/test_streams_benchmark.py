@@ -36,7 +36,7 @@ async def test_both_apis_answer_clients_that_parse_nothing(capsys: pytest.Captur
 
 def _point(clients: str, streams: int, begin_s: float) -> Point:
     firsts = Firsts(begin_s, begin_s, begin_s, begin_s)
-    return Point(clients, streams, firsts, firsts, Steady(1.0, 0.1, 0.1, 0.1), 0.5)
+    return Point(clients, streams, firsts, firsts, Steady(1.0, 0.1, 0.1, 0.1), 0.5, 50.0)
 
 
 @pytest.mark.parametrize(
