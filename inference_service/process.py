@@ -42,7 +42,7 @@ async def run(settings: InferenceSettings, guard: Guard, stop: Stop) -> int:
     server = serve(settings.grpc, services)
     servers: dict[str, ApiServer] = {}
     if settings.http:
-        http_patience = protocol.Patience(read_s=stall_s, pause_s=stall_s)
+        http_patience = protocol.ClientTimeouts(read_s=stall_s, pause_s=stall_s)
         servers["http"] = HttpServer(settings.http, ready.service, guard, tracing, http_patience)
     servers["grpc"] = server
     of_models = {

@@ -34,7 +34,7 @@ from loramux.inference.v1 import inference_pb2
 from loramux.inference.v1.inference_pb2_grpc import InferenceServiceStub
 from loramux.mapping import Watched, completion_of, deployment_of, event_of, model_of, report_of
 from loramux.messages import check_request, deployment_to_message
-from loramux.operations import Operations, adapter_stub
+from loramux.operations import AdapterMethods, adapter_stub
 from loramux.records import AdapterReport, Completion, DeploymentInfo, Event, GenerateOptions, ModelInfo, Prompt
 from loramux.requests import generate_request
 from loramux.steps import (
@@ -49,7 +49,7 @@ from loramux.steps import (
     blocking,
     iterated,
 )
-from loramux.vectors import Vectors
+from loramux.vectors import VectorMethods
 from loramux_shared.deployment import Deployment, LoraConfiguration, Repository
 from loramux_shared.spelling import parse_repository
 
@@ -254,21 +254,21 @@ class Client(Blocking, _Addresses):
     deployment = blocking(Services.deployment)
     deployments = blocking(Services.deployments)
     check = blocking(Services.check)
-    embed = blocking(Vectors.embed)
-    classify = blocking(Vectors.classify)
+    embed = blocking(VectorMethods.embed)
+    classify = blocking(VectorMethods.classify)
     update = blocking(Changes.update)
     push = blocking(Changes.push)
     rollback = blocking(Changes.rollback)
     history = blocking(Changes.history)
-    watch_replica = iterated(Operations.watch_replica)
-    adapters = blocking(Operations.adapters)
-    adapter = blocking(Operations.adapter)
-    pin = blocking(Operations.pin)
-    unpin = blocking(Operations.unpin)
-    load = blocking(Operations.load)
-    unload = blocking(Operations.unload)
-    rollback_replica = blocking(Operations.rollback_replica)
-    replica = blocking(Operations.replica)
+    watch_replica = iterated(AdapterMethods.watch_replica)
+    adapters = blocking(AdapterMethods.adapters)
+    adapter = blocking(AdapterMethods.adapter)
+    pin = blocking(AdapterMethods.pin)
+    unpin = blocking(AdapterMethods.unpin)
+    load = blocking(AdapterMethods.load)
+    unload = blocking(AdapterMethods.unload)
+    rollback_replica = blocking(AdapterMethods.rollback_replica)
+    replica = blocking(AdapterMethods.replica)
 
     def __enter__(self) -> Self:
         return self
@@ -302,21 +302,21 @@ class AsyncClient(Awaiting, _Addresses):
     deployment = awaited(Services.deployment)
     deployments = awaited(Services.deployments)
     check = awaited(Services.check)
-    embed = awaited(Vectors.embed)
-    classify = awaited(Vectors.classify)
+    embed = awaited(VectorMethods.embed)
+    classify = awaited(VectorMethods.classify)
     update = awaited(Changes.update)
     push = awaited(Changes.push)
     rollback = awaited(Changes.rollback)
     history = awaited(Changes.history)
-    watch_replica = async_iterated(Operations.watch_replica)
-    adapters = awaited(Operations.adapters)
-    adapter = awaited(Operations.adapter)
-    pin = awaited(Operations.pin)
-    unpin = awaited(Operations.unpin)
-    load = awaited(Operations.load)
-    unload = awaited(Operations.unload)
-    rollback_replica = awaited(Operations.rollback_replica)
-    replica = awaited(Operations.replica)
+    watch_replica = async_iterated(AdapterMethods.watch_replica)
+    adapters = awaited(AdapterMethods.adapters)
+    adapter = awaited(AdapterMethods.adapter)
+    pin = awaited(AdapterMethods.pin)
+    unpin = awaited(AdapterMethods.unpin)
+    load = awaited(AdapterMethods.load)
+    unload = awaited(AdapterMethods.unload)
+    rollback_replica = awaited(AdapterMethods.rollback_replica)
+    replica = awaited(AdapterMethods.replica)
 
     async def __aenter__(self) -> Self:
         return self

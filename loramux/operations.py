@@ -107,7 +107,7 @@ def _failure(message: pb.LoadFailure) -> Fault:
     return FAULTS.get(message.reason, InternalFault)(message.message)
 
 
-class Operations:
+class AdapterMethods:
     """The methods of a client for the adapters of a replica; they need a key with the scope admin."""
 
     timeout_s: float | None

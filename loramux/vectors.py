@@ -170,7 +170,7 @@ def _said(messages: Sequence[Any]) -> dict[str, Any]:
     }
 
 
-class Vectors:
+class VectorMethods:
     """The methods of a client for vectors, classes and scores."""
 
     def embed(

@@ -18,7 +18,7 @@ from builder_service.builds.pushes import Pushes
 from builder_service.builds.running import RunningBuild
 from builder_service.builds.shown import Shown
 from builder_service.builds.turns import MAX_ATTEMPTS, Group, Turns
-from builder_service.builds.views import DeploymentView, State, served_number
+from builder_service.builds.views import BuildState, DeploymentView, served_number
 from builder_service.pipeline.build import BuildResult
 from builder_service.pipeline.context import BuildContext
 from builder_service.pipeline.progress import JointProgress
@@ -143,7 +143,7 @@ class Builds(Shown):
     async def published(self, name: str) -> None:
         """Take note of a generation that no build published: what builds said before it is history."""
         running = self._builds.get(name)
-        if running is not None and running.state is not State.BUILDING:
+        if running is not None and running.state is not BuildState.BUILDING:
             del self._builds[name]
         await asyncio.to_thread(self._failures.remove, name)
         self._following.forget(name)
@@ -179,7 +179,7 @@ class Builds(Shown):
             return await self.get(name)
         for running in [running for running in self._open if running.name == name]:
             await running.accepted.wait()
-            if running.state is State.BUILDING:
+            if running.state is BuildState.BUILDING:
                 running.entry = running.entry.model_copy(update={"cancelled": True})
                 await asyncio.to_thread(self._journal.update, running.key, running.entry)
                 running.stop(BuildCancelled(CANCELLED))

@@ -12,7 +12,7 @@ from typing import Final
 import structlog
 
 from builder_service.builds.running import WATCH_INTERVAL_S, RunningBuild
-from builder_service.builds.views import DeploymentView, State, stored_light
+from builder_service.builds.views import BuildState, DeploymentView, stored_light
 from loramux_shared.faults import ShuttingDown, StoreUnavailable
 from loramux_shared.storage.base import Store
 
@@ -93,7 +93,7 @@ class Following:
                         if view != said:
                             said = view
                             yield view
-                        if view.state is not State.BUILDING or build.interrupted:
+                        if view.state is not BuildState.BUILDING or build.interrupted:
                             build.watchers.discard(news)
                             build = None
                     stored = await self._look(name)
@@ -117,4 +117,4 @@ class Following:
             except StoreUnavailable as fault:
                 log.warning("store cannot be read for new generations", deployment=name, problem=fault.message)
             self._looks[name] = time.monotonic(), found
-        return None if found is None or found.state is State.FAILED else found
+        return None if found is None or found.state is BuildState.FAILED else found

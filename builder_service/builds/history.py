@@ -26,7 +26,7 @@ MAX_CHANGES: Final = 1000
 
 
 @dataclass(frozen=True)
-class AdapterChange:
+class ChangedAdapter:
     """The change of an adapter between two generations; a digest is absent where the adapter was."""
 
     name: str
@@ -42,7 +42,7 @@ class GenerationView:
     create_time: datetime | None
     served: bool
     adapters: int = 0
-    changes: tuple[AdapterChange, ...] = ()
+    changes: tuple[ChangedAdapter, ...] = ()
     """The first changes, by name."""
     change_count: int = 0
     other_settings: bool = False
@@ -50,7 +50,7 @@ class GenerationView:
 
 
 @dataclass(frozen=True)
-class History:
+class HistoryPage:
     """A part of the generations of a deployment, the newest first."""
 
     views: tuple[GenerationView, ...]
@@ -58,7 +58,7 @@ class History:
     """Empty on the last page."""
 
 
-def history(store: Store, name: str, page_size: int, page_token: str) -> History:
+def history(store: Store, name: str, page_size: int, page_token: str) -> HistoryPage:
     """Return a page of a deployment's generations; page_size 0 means `PAGE`. Blocks.
 
     Raises:
@@ -77,7 +77,7 @@ def history(store: Store, name: str, page_size: int, page_token: str) -> History
         before = _read(store, name, below) if below is not None else None
         views.append(_view(number, after, before, served))
         after = before
-    return History(tuple(views), str(page[-1]) if len(left) > len(page) else "")
+    return HistoryPage(tuple(views), str(page[-1]) if len(left) > len(page) else "")
 
 
 def _view(
@@ -99,11 +99,11 @@ def _view(
     )
 
 
-def _changes(generation: Generation, before: Generation | None) -> list[AdapterChange]:
+def _changes(generation: Generation, before: Generation | None) -> list[ChangedAdapter]:
     now = {name: record.digest for name, record in generation.adapters.items()}
     then = {name: record.digest for name, record in before.adapters.items()} if before else {}
     return [
-        AdapterChange(name, now.get(name, ""), then.get(name, ""))
+        ChangedAdapter(name, now.get(name, ""), then.get(name, ""))
         for name in sorted(now.keys() | then.keys())
         if now.get(name) != then.get(name)
     ]

@@ -17,7 +17,7 @@ from prometheus_client import (
 
 from builder_service.builds.metrics_server import MetricsServer
 from builder_service.builds.running import RunningBuild
-from builder_service.builds.views import State
+from builder_service.builds.views import BuildState
 from loramux_shared.access.guard import is_local
 from loramux_shared.faults import SettingsInvalid
 
@@ -47,7 +47,7 @@ class BuildMeter:
     def ended(self, build: RunningBuild) -> None:
         """Count a build."""
         outcome = (
-            build.failure.reason if build.failure else "OK" if build.state is State.ACTIVE else INTERRUPTED
+            build.failure.reason if build.failure else "OK" if build.state is BuildState.ACTIVE else INTERRUPTED
         )
         self._builds.labels(outcome).inc()
         self._seconds.observe((datetime.now(UTC) - build.entry.create_time).total_seconds())

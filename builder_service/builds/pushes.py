@@ -50,7 +50,7 @@ class Upload:
 
 
 @dataclass(frozen=True)
-class Chunk:
+class PushedChunk:
     """A piece of a file; of the weights where it has no name."""
 
     file: str
@@ -77,7 +77,7 @@ class Pushes:
         self._open: set[Progress] = set()
         self._stopped = False
 
-    async def put(self, parts: AsyncIterator[Upload | Chunk]) -> Pushed:
+    async def put(self, parts: AsyncIterator[Upload | PushedChunk]) -> Pushed:
         """Receive an adapter and publish it in the next generation of its deployment.
 
         Raises:
@@ -122,7 +122,9 @@ class Pushes:
             progress.stop()
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    async def _put(self, upload: Upload, parts: AsyncIterator[Upload | Chunk], progress: Progress) -> Pushed:
+    async def _put(
+        self, upload: Upload, parts: AsyncIterator[Upload | PushedChunk], progress: Progress
+    ) -> Pushed:
         await asyncio.to_thread(self._look, upload)
         store = PatientStore(self._context.store, progress.check)
         with workshop(self._context, store, progress) as shop:
@@ -152,7 +154,7 @@ class Pushes:
 
 
 async def _receive(
-    adapter: PushedAdapter, upload: Upload, parts: AsyncIterator[Upload | Chunk], progress: Progress
+    adapter: PushedAdapter, upload: Upload, parts: AsyncIterator[Upload | PushedChunk], progress: Progress
 ) -> None:
     if upload.config:
         await asyncio.to_thread(adapter.write, CONFIG, upload.config)

@@ -10,7 +10,7 @@ from typing import Final
 
 from builder_service.builds.failures import FailedBuild
 from builder_service.builds.journal import JournalEntry
-from builder_service.builds.views import DeploymentView, State
+from builder_service.builds.views import BuildState, DeploymentView
 from builder_service.pipeline.build import BuildResult
 from builder_service.pipeline.progress import Progress, Stage
 from loramux_shared.faults import Fault, ShuttingDown
@@ -26,7 +26,7 @@ class RunningBuild:
         self.entry = entry
         self.key = uuid.uuid4().hex
         """Key in the journal."""
-        self.state = State.BUILDING
+        self.state = BuildState.BUILDING
         self.generation = 0
         self.failure: Fault | None = None
         self.unchanged = False
@@ -80,14 +80,14 @@ class RunningBuild:
 
     def succeed(self, result: BuildResult) -> None:
         """End as ACTIVE."""
-        self.state, self.generation = State.ACTIVE, result.generation.number
+        self.state, self.generation = BuildState.ACTIVE, result.generation.number
         self.unchanged = result.unchanged
         self._changed()
 
     def fail(self, fault: Fault) -> None:
         """End as FAILED."""
         # The fault itself holds, by its traceback, everything that the build had open.
-        self.state, self.failure = State.FAILED, fault.retold(fault.message)
+        self.state, self.failure = BuildState.FAILED, fault.retold(fault.message)
         self._changed()
 
     def record(self, fault: Fault) -> FailedBuild:
@@ -107,7 +107,7 @@ class RunningBuild:
         for name in {finding.adapter for finding in kept.findings} & set(kept.entry.adapters):
             running.progress.update(name, stage=Stage.REFUSED)
         running.accepted.set()
-        running.state, running.failure, running._update_time = State.FAILED, kept.fault, kept.update_time
+        running.state, running.failure, running._update_time = BuildState.FAILED, kept.fault, kept.update_time
         return running
 
     def interrupt(self) -> None:
@@ -141,7 +141,7 @@ class RunningBuild:
                 changed.clear()
                 view = self.view()
                 yield view
-                if view.state is not State.BUILDING:
+                if view.state is not BuildState.BUILDING:
                     return
                 if self.interrupted:
                     raise ShuttingDown(

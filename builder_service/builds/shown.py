@@ -10,11 +10,11 @@ from dataclasses import replace
 from typing import Final
 
 from builder_service.builds.following import Following, News
-from builder_service.builds.history import History, history
+from builder_service.builds.history import HistoryPage, history
 from builder_service.builds.journal import JournalEntry
 from builder_service.builds.pages import Page, names_of_page
 from builder_service.builds.running import RunningBuild
-from builder_service.builds.views import DeploymentView, State, stored_view
+from builder_service.builds.views import BuildState, DeploymentView, stored_view
 from loramux_shared.bundle.deployments import is_deployment_name, list_deployments
 from loramux_shared.faults import DeploymentNotFound, RequestIdReused
 from loramux_shared.storage.base import Store
@@ -114,7 +114,7 @@ class Shown:
             async for view in running.views():
                 yield view
 
-    async def history(self, name: str, page_size: int, page_token: str) -> History:
+    async def history(self, name: str, page_size: int, page_token: str) -> HistoryPage:
         """Return a page of a deployment's generations, the newest first; page_size 0 means 20.
 
         Raises:
@@ -124,7 +124,7 @@ class Shown:
 
     def _running(self, name: str) -> RunningBuild | None:
         running = self._builds.get(name)
-        return running if running is not None and running.state is State.BUILDING else None
+        return running if running is not None and running.state is BuildState.BUILDING else None
 
     async def _view(self, name: str, *, late: bool = False) -> DeploymentView | None:
         """Return the newest build of this process while it says more than the store does.
@@ -136,9 +136,11 @@ class Shown:
         running = self._builds.get(name)
         stored = await asyncio.to_thread(stored_view, self._store, name) if is_deployment_name(name) else None
         number = stored.generation if stored else 0
-        if running is None or (running.entry.update is not None and running.state is State.ACTIVE and not late):
+        if running is None or (
+            running.entry.update is not None and running.state is BuildState.ACTIVE and not late
+        ):
             return stored  # of an update, the build knows the adapters that it names
-        if running.state is State.FAILED or running.generation == number:
+        if running.state is BuildState.FAILED or running.generation == number:
             return replace(running.view(), generation=number)
         return stored
 

@@ -15,7 +15,7 @@ from loramux_shared.faults import BundleCorrupt, Fault
 from loramux_shared.storage.base import Store
 
 
-class State(StrEnum):
+class BuildState(StrEnum):
     """The state of a deployment's newest build."""
 
     BUILDING = "BUILDING"
@@ -28,7 +28,7 @@ class DeploymentView:
     """A deployment and its newest build."""
 
     name: str
-    state: State
+    state: BuildState
     generation: int
     """The one that is served; 0: none yet."""
     create_time: datetime
@@ -46,7 +46,7 @@ def stored_view(store: Store, name: str) -> DeploymentView | None:
         return None if generation is None else _view(store, generation)
     except BundleCorrupt as damage:
         now = datetime.now(UTC)
-        return DeploymentView(name, State.FAILED, 0, now, now, failure=damage)
+        return DeploymentView(name, BuildState.FAILED, 0, now, now, failure=damage)
 
 
 def stored_light(store: Store, name: str, known: DeploymentView | None = None) -> DeploymentView | None:
@@ -64,11 +64,11 @@ def stored_light(store: Store, name: str, known: DeploymentView | None = None) -
         generation = current_generation(store, name)
     except BundleCorrupt as damage:
         now = datetime.now(UTC)
-        return DeploymentView(name, State.FAILED, 0, now, now, failure=damage)
+        return DeploymentView(name, BuildState.FAILED, 0, now, now, failure=damage)
     if generation is None:
         return None
     time = generation.create_time
-    return DeploymentView(name, State.ACTIVE, generation.number, time, time)
+    return DeploymentView(name, BuildState.ACTIVE, generation.number, time, time)
 
 
 def served_number(store: Store, name: str) -> int:
@@ -94,7 +94,7 @@ def _view(store: Store, generation: Generation) -> DeploymentView:
         adapters.append(adapter)
     return DeploymentView(
         generation.deployment,
-        State.FAILED if damage else State.ACTIVE,
+        BuildState.FAILED if damage else BuildState.ACTIVE,
         generation.number,
         generation.create_time,
         generation.create_time,

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from builder_service.domain.config_fields import PATTERNED, bad_config, bad_fields, unknown_fields
 from builder_service.domain.kinds import Kind, as_lora, kind_of, scale
-from builder_service.domain.patterns import BOUNDS, PatternsInvalid, Reading, read_names
+from builder_service.domain.patterns import BOUNDS, ModuleReading, PatternsInvalid, read_names
 from builder_service.domain.rules.config import (
     CLASSIFIES,
     ENCODES,
@@ -67,7 +67,7 @@ class AdapterConfig:
     base_model_name: str = ""
     base_model_revision: str = ""
     base_model_class: str = ""
-    readings: Mapping[str, Reading] = field(default_factory=dict)
+    readings: Mapping[str, ModuleReading] = field(default_factory=dict)
     """Readings of modules of the base, by name; see `read`."""
 
     def ranks_of(self, module: str) -> tuple[int, ...]:
@@ -161,11 +161,11 @@ class AdapterConfig:
     def _alphas(self) -> tuple[float, ...]:
         return tuple(self.alpha_pattern.values())
 
-    def _reading(self, module: str) -> Reading:
+    def _reading(self, module: str) -> ModuleReading:
         return self.readings.get(module, NOTHING_SAID)
 
 
-NOTHING_SAID: Final = Reading((), (), "")
+NOTHING_SAID: Final = ModuleReading((), (), "")
 
 
 @dataclass(frozen=True)

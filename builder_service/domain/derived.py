@@ -23,7 +23,7 @@ class NotMade(Exception):
         self.fix = fix
 
 
-class Recipe(Protocol):
+class TensorRecipe(Protocol):
     """A way to make a tensor."""
 
     @property
@@ -45,7 +45,7 @@ class Derived(TensorFile):
     """A file whose tensors are there, and such that are made from them."""
 
     inner: TensorFile
-    recipes: Mapping[str, Recipe]
+    recipes: Mapping[str, TensorRecipe]
     _kept: dict[str, Array] = field(default_factory=dict, compare=False)
 
     def read(self, name: str, rows: tuple[int, int] | None = None) -> Array:

@@ -60,7 +60,7 @@ class FullTensor:
 
 
 @dataclass(frozen=True)
-class OwnTable:
+class FullTable:
     """Embeddings or a head that an adapter has in the place of the base's."""
 
     full: FullTensor
@@ -82,7 +82,7 @@ class FullTensors:
 
     redundant: tuple[str, ...]
     """Keys of those that equal the base's, sorted."""
-    tables: list[OwnTable]
+    tables: list[FullTable]
     """Also those that equal the base's."""
 
 
@@ -101,7 +101,7 @@ def check_full_tensors(
         named = any(_is_of(full.key.name, module) for module in saved)
         module = None if full.key.of_base else full.key.module
         if differs is not None and module is not None:
-            tables.append(OwnTable(full, module, named, differs))
+            tables.append(FullTable(full, module, named, differs))
         if not problem:
             redundant.append(full.tensor.name)
         elif differs is None or module is None:

@@ -39,7 +39,7 @@ _FLAT: Final = 1e-7
 
 
 @dataclass(frozen=True)
-class _Taken:
+class _TakenPart:
     """The part of the base that an initialisation takes: its projection on a space."""
 
     space: Callable[[Array, int], Array]
@@ -56,7 +56,7 @@ class _Change:
     scale: float
     base: TensorFile
     weight: str
-    taken: _Taken
+    taken: _TakenPart
     last: list[tuple[str, LowRank]] = field(default_factory=list)
     """Last result of each module of an adapter: B is asked for after A."""
 
@@ -122,7 +122,7 @@ def _change(
     pair: Pair,
     config: AdapterConfig,
     base: BaseTensors | None,
-    taken: _Taken,
+    taken: _TakenPart,
     last: list[tuple[str, LowRank]],
     report: Grouping,
 ) -> _Change | None:
@@ -187,4 +187,4 @@ def first_columns(w: Array, rank: int) -> Array:
     return q
 
 
-_TAKEN: Final = {"pissa": _Taken(leading, scaled=False), "olora": _Taken(first_columns, scaled=True)}
+_TAKEN: Final = {"pissa": _TakenPart(leading, scaled=False), "olora": _TakenPart(first_columns, scaled=True)}

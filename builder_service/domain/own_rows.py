@@ -16,7 +16,7 @@ from typing import Final
 import numpy as np
 
 from builder_service.domain.adapter_config import AdapterConfig, is_end
-from builder_service.domain.full_tensors import EMBED_FIX, OwnTable
+from builder_service.domain.full_tensors import EMBED_FIX, FullTable
 from builder_service.domain.grouping import Grouping
 from builder_service.domain.pairs import Pair
 from builder_service.domain.safetensors_header import Tensor, TensorFile
@@ -51,7 +51,7 @@ class PlannedRows:
 
 
 @dataclass(frozen=True)
-class OwnRows:
+class ReplacedRows:
     """The rows that replace rows of the base."""
 
     planned: list[PlannedRows]
@@ -70,13 +70,13 @@ class TokenTensor:
 
 def plan_rows(
     file: TensorFile,
-    tables: list[OwnTable],
+    tables: list[FullTable],
     tokens: list[TokenTensor],
     pairs: list[Pair],
     config: AdapterConfig,
     base: ModelConfig,
     report: Grouping,
-) -> OwnRows:
+) -> ReplacedRows:
     """Return which rows are replaced; report what PEFT and we would not agree about."""
     found: dict[Module, PlannedRows] = {}
     applied = _applied(file, tables, config, base, report)
@@ -94,10 +94,10 @@ def plan_rows(
     _check_indices(tokens, config, base, report)
     _check_whole(found, pairs, report)
     rows = sorted(found.values(), key=lambda planned: planned.replaced.module_id)
-    return OwnRows(rows, _vocab_of(applied, base, report))
+    return ReplacedRows(rows, _vocab_of(applied, base, report))
 
 
-def _vocab_of(applied: Mapping[Module, OwnTable], base: ModelConfig, report: Grouping) -> int | None:
+def _vocab_of(applied: Mapping[Module, FullTable], base: ModelConfig, report: Grouping) -> int | None:
     """Return the tokens of a model whose matrices were resized; a module without one has the base's rows.
 
     Rows that were cut off are of no use to a model that has no such tokens.
@@ -119,8 +119,8 @@ def _vocab_of(applied: Mapping[Module, OwnTable], base: ModelConfig, report: Gro
 
 
 def _applied(
-    file: TensorFile, tables: list[OwnTable], config: AdapterConfig, base: ModelConfig, report: Grouping
-) -> dict[Module, OwnTable]:
+    file: TensorFile, tables: list[FullTable], config: AdapterConfig, base: ModelConfig, report: Grouping
+) -> dict[Module, FullTable]:
     """Return the matrices of those modules that have one of their own, which may equal the base's."""
     apart = [table for table in tables if not base.tied_embeddings or _is_apart(table, config)]
     tied = [table for table in tables if table not in apart]
@@ -133,11 +133,11 @@ def _applied(
     return of_both | found_apart
 
 
-def _is_apart(table: OwnTable, config: AdapterConfig) -> bool:
+def _is_apart(table: FullTable, config: AdapterConfig) -> bool:
     return table.saved and not config.ensure_weight_tying
 
 
-def _are_same(file: TensorFile, tables: list[OwnTable]) -> bool:
+def _are_same(file: TensorFile, tables: list[FullTable]) -> bool:
     first, *others = [table.full.tensor for table in tables]
     return all(first.shape == other.shape for other in others) and all(
         np.array_equal(a.astype(np.float32), b.astype(np.float32), equal_nan=True)
@@ -146,7 +146,7 @@ def _are_same(file: TensorFile, tables: list[OwnTable]) -> bool:
     )
 
 
-def _of_table(file: TensorFile, module: Module, table: OwnTable) -> PlannedRows:
+def _of_table(file: TensorFile, module: Module, table: FullTable) -> PlannedRows:
     count, features = table.full.tensor.shape
     runs = _runs(np.flatnonzero(table.differs))
     if len(runs) > MAX_RUNS:

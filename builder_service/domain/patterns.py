@@ -35,7 +35,7 @@ class PatternsInvalid(Exception):
 
 
 @dataclass(frozen=True)
-class Reading:
+class ModuleReading:
     """The meaning of a config for one module of the base."""
 
     rank_patterns: tuple[int, ...]
@@ -45,7 +45,7 @@ class Reading:
     """The field of the config for which PEFT does not adapt it; empty: it does."""
 
 
-def read_names(names: Sequence[str], fields: Mapping[str, Any]) -> dict[str, Reading]:
+def read_names(names: Sequence[str], fields: Mapping[str, Any]) -> dict[str, ModuleReading]:
     """Return what the fields of a config say about names of modules.
 
     Raises:
@@ -61,7 +61,7 @@ def read_names(names: Sequence[str], fields: Mapping[str, Any]) -> dict[str, Rea
         raise PatternsInvalid(problems)
     rows = zip(found["rank_pattern"], found["alpha_pattern"], found["left_out"], strict=True)
     return {
-        name: Reading(tuple(ranks), tuple(alphas), left_out)
+        name: ModuleReading(tuple(ranks), tuple(alphas), left_out)
         for name, (ranks, alphas, left_out) in zip(names, rows, strict=True)
     }
 

@@ -11,7 +11,7 @@ from builder_service.domain.derived import Derived
 from builder_service.domain.expansion import Product
 from builder_service.domain.rules.values import Part
 from builder_service.domain.safetensors_header import Tensor, TensorFile
-from builder_service.domain.vectors import VectorRow, Vectors
+from builder_service.domain.vectors import AdapterVectors, VectorRow
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bundle.manifest import ModuleRow
 from loramux_shared.bundle.modules import BY_NAME
@@ -32,7 +32,7 @@ class PlannedRow:
     """Vectors behind B, in the storage type."""
 
 
-def planned_rows(parts: list[Part], vectors: Vectors, base: ModelConfig) -> tuple[PlannedRow, ...]:
+def planned_rows(parts: list[Part], vectors: AdapterVectors, base: ModelConfig) -> tuple[PlannedRow, ...]:
     """Return a row for each part, with its vectors, and for vectors alone."""
     left = dict(vectors.rows)
     rows = [_planned(part, left.pop((part.pair.key.layer, part.module.id), None)) for part in parts]

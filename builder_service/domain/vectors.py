@@ -43,7 +43,7 @@ class VectorRow:
 
 
 @dataclass
-class Vectors:
+class AdapterVectors:
     """Those of an adapter."""
 
     rows: dict[tuple[int, int], VectorRow] = field(default_factory=dict)
@@ -92,7 +92,7 @@ class VectorReader:
     normalised: bool
     """True if magnitudes are divided by the norms already."""
 
-    def of_pair(self, pair: Pair, scale: float, found: Vectors) -> None:
+    def of_pair(self, pair: Pair, scale: float, found: AdapterVectors) -> None:
         """Add what stands beside A and B, whose product has a scale."""
         c, bias = np.ones(pair.b.shape[0], np.float32), self._base_bias(pair.key)
         if pair.magnitude is not None:
@@ -104,7 +104,7 @@ class VectorReader:
             d += scale * self._vector(pair.lora_bias).astype(np.float64)
         self._add(pair.key, c, d.astype(np.float32), found)
 
-    def of_scales(self, lone: list[Lone], found: Vectors) -> None:
+    def of_scales(self, lone: list[Lone], found: AdapterVectors) -> None:
         """Add the scales of IA3: of outputs; what down_proj reads is up_proj's, times gate_proj's."""
         scales: dict[tuple[int, str], tuple[LoraKey, Array]] = {}
         for each in lone:
@@ -114,13 +114,13 @@ class VectorReader:
         for key, c in scales.values():
             self._add(key, c, np.zeros_like(c), found)
 
-    def of_bias(self, lone: Lone, found: Vectors) -> None:
+    def of_bias(self, lone: Lone, found: AdapterVectors) -> None:
         """Add a bias alone."""
         bias = self._base_bias(lone.key)
         d = self._trained(lone.key, lone.vector, bias, found).astype(np.float64) - bias
         self._add(lone.key, np.ones(d.shape, np.float32), d.astype(np.float32), found)
 
-    def _add(self, key: LoraKey, c: Array, d: Array, found: Vectors) -> None:
+    def _add(self, key: LoraKey, c: Array, d: Array, found: AdapterVectors) -> None:
         for kind, expected in ((np.dtype(np.float32), "finite values"), (NUMPY_TYPES[self.dtype], "")):
             with np.errstate(over="ignore", invalid="ignore"):
                 lost = not all(np.isfinite(each.astype(kind).astype(np.float32)).all() for each in (c, d))
@@ -141,7 +141,7 @@ class VectorReader:
         values: Array = self.file.read(tensor.name).astype(np.float32)
         return values
 
-    def _trained(self, key: LoraKey, tensor: Tensor | None, bias: Array, found: Vectors) -> Array:
+    def _trained(self, key: LoraKey, tensor: Tensor | None, bias: Array, found: AdapterVectors) -> Array:
         """Return the bias that is served: the trained one, or else the base's."""
         if tensor is None:
             return bias

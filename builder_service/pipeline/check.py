@@ -35,7 +35,7 @@ MAX_CONCURRENT: Final = 2
 
 
 @dataclass(frozen=True)
-class AdapterReport:
+class CheckedReport:
     """Everything that is known about an adapter after its check."""
 
     adapter: Repository
@@ -62,7 +62,7 @@ class AdapterReport:
         return all(finding.code.startswith("W_") for finding in self.findings)
 
 
-def check_one(deployment: Deployment, context: BuildContext, progress: Progress) -> AdapterReport:
+def check_one(deployment: Deployment, context: BuildContext, progress: Progress) -> CheckedReport:
     """Check the adapter of a deployment that has one. Blocks.
 
     Raises:
@@ -89,7 +89,7 @@ def check_one(deployment: Deployment, context: BuildContext, progress: Progress)
         found = [*checked.findings, *named, *fetched.warnings]
         found += _widened(base)
         found.sort(key=lambda finding: finding.code.startswith("W_"))
-        return AdapterReport(
+        return CheckedReport(
             fetched.source,
             base.record.source,
             book.dtype,
@@ -137,7 +137,7 @@ class Checks:
         self._running: set[Progress] = set()
         self._stopped = False
 
-    async def check(self, deployment: Deployment) -> AdapterReport:
+    async def check(self, deployment: Deployment) -> CheckedReport:
         """Check the adapter of a deployment that has one.
 
         Raises:

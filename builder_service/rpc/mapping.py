@@ -10,9 +10,9 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from pydantic import ValidationError
 
 from builder_service.builds.history import GenerationView
-from builder_service.builds.pushes import Chunk, Pushed, Upload
+from builder_service.builds.pushes import Pushed, PushedChunk, Upload
 from builder_service.builds.views import DeploymentView
-from builder_service.pipeline.check import ADAPTER, AdapterReport
+from builder_service.pipeline.check import ADAPTER, CheckedReport
 from builder_service.pipeline.progress import AdapterProgress
 from builder_service.pipeline.wishes import Update
 from loramux.builder.v1 import builder_pb2 as pb
@@ -64,7 +64,7 @@ def update_of(request: pb.UpdateDeploymentRequest) -> Update:
         raise DeploymentInvalid("the update breaks rules", findings_of(error, Update)) from error
 
 
-async def parts_of(requests: AsyncIterator[pb.PutAdapterRequest]) -> AsyncIterator[Upload | Chunk]:
+async def parts_of(requests: AsyncIterator[pb.PutAdapterRequest]) -> AsyncIterator[Upload | PushedChunk]:
     """Yield what an upload consists of.
 
     Raises:
@@ -76,7 +76,7 @@ async def parts_of(requests: AsyncIterator[pb.PutAdapterRequest]) -> AsyncIterat
                 sent, others = request.upload, tuple(request.upload.other_files[:MAX_OTHERS])
                 yield Upload(sent.deployment, sent.name, sent.config, sent.expected_generation or None, others)
             case "chunk":
-                yield Chunk(request.chunk.file, request.chunk.data)
+                yield PushedChunk(request.chunk.file, request.chunk.data)
             case _:
                 raise RequestInvalid("PutAdapter: expected an upload or a chunk in a message, found neither.")
 
@@ -127,7 +127,7 @@ def checked_deployment(request: pb.CheckAdapterRequest) -> Deployment:
     return deployment_from_message(spec)
 
 
-def report_message(report: AdapterReport) -> pb.AdapterReport:
+def report_message(report: CheckedReport) -> pb.AdapterReport:
     """Return the report of a check as a message."""
     return pb.AdapterReport(
         accepted=report.accepted,

@@ -8,7 +8,7 @@ from dataclasses import replace
 import grpc
 
 from builder_service.builds.builds import Builds
-from builder_service.builds.views import State
+from builder_service.builds.views import BuildState
 from builder_service.pipeline.check import Checks
 from builder_service.pipeline.progress import AdapterProgress
 from builder_service.rpc.mapping import (
@@ -116,7 +116,7 @@ class BuilderServicer(builder_pb2_grpc.BuilderServiceServicer):
             if request.changes_only:
                 changed = tuple(each for each in view.adapters if known.get(each.name) != each)
                 # The next build in a stream that goes on starts from its first event.
-                known = {each.name: each for each in view.adapters if view.state is State.BUILDING}
+                known = {each.name: each for each in view.adapters if view.state is BuildState.BUILDING}
                 shown = replace(view, adapters=changed)
             yield pb.WatchDeploymentResponse(deployment=deployment_message(shown))
 

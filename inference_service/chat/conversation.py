@@ -12,7 +12,15 @@ from inference_service.chat.demands import ConstraintAt, Demand
 from inference_service.chat.dialect import Dialect, dialect_of
 from inference_service.chat.formats.frame import ThinkingMarks
 from inference_service.chat.formats.lark import Asked
-from inference_service.chat.pieces import AnswerCalls, CallArguments, CallBegun, Piece, Reading, Said, Thought
+from inference_service.chat.pieces import (
+    AnswerCalls,
+    AnswerReader,
+    CallArguments,
+    CallBegun,
+    Piece,
+    Said,
+    Thought,
+)
 from inference_service.chat.request import ANY_ARGUMENTS, ChatRequest, ChatTool, naming
 from inference_service.core.constraint import ByEnding
 from inference_service.serving.request import Delta, Finished, Message, PromptLogprobs, Request, Started
@@ -24,7 +32,7 @@ UNKNOWN: Final = Dialect(ToolParser.AUTO, ReasoningParser.AUTO)
 
 
 @dataclass(frozen=True)
-class Told:
+class AnswerPart:
     """More of an answer, or its end, and what that says."""
 
     event: Delta | Finished
@@ -42,13 +50,13 @@ class Conversation:
         """Dialect of the model that answers, once that is known."""
         self.request = chat.request()
 
-    async def events(self) -> AsyncGenerator[Started | PromptLogprobs | Told]:
+    async def events(self) -> AsyncGenerator[Started | PromptLogprobs | AnswerPart]:
         """Yield what `GenerationService.generate` does, with the answers read.
 
         Raises:
             Fault: as it does.
         """
-        readings: list[Reading] = []
+        readings: list[AnswerReader] = []
         with naming(self._chat.place):
             request, begin = await self._looked_up()
             with self._service.following_to_its_end(request):
@@ -64,9 +72,9 @@ class Conversation:
                         case PromptLogprobs():
                             yield event
                         case Delta():
-                            yield Told(event, self._wanted(readings[event.index].push(event.text)))
+                            yield AnswerPart(event, self._wanted(readings[event.index].push(event.text)))
                         case Finished():
-                            yield Told(event, self._wanted(readings[event.index].finish()))
+                            yield AnswerPart(event, self._wanted(readings[event.index].finish()))
 
     async def prompt_tokens(self) -> int:
         """Return how many tokens the prompt has, also one that leaves no room for an answer.
@@ -134,7 +142,7 @@ class Conversation:
             return self._dialect.within(self._chat.turns[-1].content)
         return self._dialect.opened(started.text.end_of(started.prompt_token_ids))
 
-    def _reading(self, opened: ThinkingMarks | None) -> Reading:
+    def _reading(self, opened: ThinkingMarks | None) -> AnswerReader:
         offered = {tool.name: tool.parameters or {} for tool in self._tools}
         return self._dialect.reading(AnswerCalls(offered, self._dialect.form.new_id), opened)
 

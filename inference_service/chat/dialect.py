@@ -17,9 +17,9 @@ from inference_service.chat.formats.listed import GRANITE, PHI4
 from inference_service.chat.formats.llama import LLAMA3_JSON
 from inference_service.chat.formats.mistral import MISTRAL
 from inference_service.chat.formats.python import OLMO3, PYTHONIC, TOOL_CODE
-from inference_service.chat.formats.source import ParsedAnswer, Reader, Source
+from inference_service.chat.formats.source import AnswerSource, ParsedAnswer, Reader
 from inference_service.chat.formats.tagged import HERMES, QWEN3_CODER
-from inference_service.chat.pieces import AnswerCalls, Plain, Reading
+from inference_service.chat.pieces import AnswerCalls, AnswerReader, Plain
 from inference_service.serving.request import Message
 from inference_service.serving.service import GenerationService
 from inference_service.text.chat_template import ChatTemplate
@@ -133,7 +133,7 @@ class Dialect:
                 return each
         return None
 
-    def reading(self, calls: AnswerCalls, opened: ThinkingMarks | None) -> Reading:
+    def reading(self, calls: AnswerCalls, opened: ThinkingMarks | None) -> AnswerReader:
         """Return a reading of one answer."""
         if self.is_harmony:
             shown = self.reasoning is not ReasoningParser.NONE
@@ -142,7 +142,7 @@ class Dialect:
             return Plain()
         return ParsedAnswer(lambda source: self._read(source, calls, opened))
 
-    def _read(self, source: Source, calls: AnswerCalls, opened: ThinkingMarks | None) -> Reader[None]:
+    def _read(self, source: AnswerSource, calls: AnswerCalls, opened: ThinkingMarks | None) -> Reader[None]:
         reads = bool(calls.offered) and self.tool is not ToolParser.NONE
         blocks = dict(self.form.blocks(calls)) if reads else {}
         if self.reasoning is ReasoningParser.GRANITE:

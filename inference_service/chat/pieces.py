@@ -17,7 +17,7 @@ class Said:
 
 @dataclass(frozen=True)
 class Thought:
-    """Reasoning, which is told apart from what is said."""
+    """Reasoning, apart from the text for the user."""
 
     text: str
 
@@ -43,7 +43,7 @@ class CallArguments:
 Piece = Said | Thought | CallBegun | CallArguments
 
 
-class Reading(Protocol):
+class AnswerReader(Protocol):
     """Reads the text of one answer as it comes."""
 
     def push(self, text: str) -> list[Piece]:

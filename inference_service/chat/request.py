@@ -109,7 +109,7 @@ class NamedTool:
 
 @dataclass(frozen=True)
 class AllowedTools:
-    """A choice of some of the tools: the model is told of all, and may call these."""
+    """A choice of some of the tools: the prompt lists all, and the model may call these."""
 
     mode: Literal["auto", "required"]
     """Whether a call is optional or required."""
@@ -127,7 +127,7 @@ class ChatRequest:
     rest: Request
     """Request without the conversation: the model, sampling and output options. Its prompt is empty."""
     tools: tuple[ChatTool, ...] = ()
-    """Those that the model is told of."""
+    """The tools that the prompt lists."""
     choice: ToolChoice | None = None
     """None: auto."""
     parallel: bool = True

@@ -26,7 +26,7 @@ from inference_service.http.openai.chat import chat_completions
 from inference_service.http.openai.chat_schema import ChatBody
 from inference_service.http.openai.completions import completions
 from inference_service.http.openai.schema import CompletionBody
-from inference_service.http.openapi import Served, document
+from inference_service.http.openapi import ServerFacts, document
 from inference_service.http.page import page_files
 from inference_service.http.responses.compact import compact
 from inference_service.http.responses.create import count_input, create_response
@@ -55,7 +55,7 @@ from loramux_shared.tracing.spans import ServerSpans, TraceMiddleware
 async def show_openapi(service: GenerationService, http: HttpRequest) -> Response:
     """Describe all of this."""
     models = list(service.catalog)
-    served = Served(
+    served = ServerFacts(
         model=next((model.name for model in models if model.num_labels is None), service.catalog.base_name),
         scorer=next((model.name for model in models if model.num_labels == 1), ""),
         classifier=next((model.name for model in models if model.num_labels), ""),

@@ -42,7 +42,7 @@ ABOUT: Final = (
     "OpenAI's API, and Anthropic's messages, of a loramux replica; a model is the base or one of its adapters. "
     "The schemas say which parameters there are, of which types and within which bounds; one that can only be "
     "null is refused, and null is not set. What they mean: docs/reference/openai.md and "
-    "docs/reference/anthropic.md. Not told "
+    "docs/reference/anthropic.md. Not listed "
     "here: methods that a path does not have are 405, and what is no HTTP/1.1 is 400, 417, 501 or 505. Answers "
     "may grow by fields: read over unknown ones."
 )
@@ -57,7 +57,7 @@ _REFERENCE: Final = re.compile(rf"'{SCHEMAS}([^']+)'")
 
 
 @dataclass(frozen=True)
-class Served:
+class ServerFacts:
     """The properties of a server that its document depends on."""
 
     model: str
@@ -77,7 +77,7 @@ class Served:
 
 
 @lru_cache(8)
-def document(endpoints: tuple[Endpoint, ...], served: Served) -> Json:
+def document(endpoints: tuple[Endpoint, ...], served: ServerFacts) -> Json:
     """Return the document that describes routes, with the schemas of what they read and answer."""
     schemas = _schemas(endpoints)
     paths: dict[str, Json] = {}
@@ -107,8 +107,8 @@ def _schemas(endpoints: tuple[Endpoint, ...]) -> dict[str, Json]:
         # The kind of an event is read-only so that each kind can narrow it; pydantic warns of every such field.
         warnings.filterwarnings("ignore", message=r".*`ReadOnly` qualifier", category=UserWarning)
         adapters = [(kind.__name__, mode, TypeAdapter(kind)) for kind, mode in kinds]
-        _, told = TypeAdapter.json_schemas(adapters, ref_template=f"{SCHEMAS}{{model}}")
-    schemas: dict[str, Json] = told["$defs"]
+        _, generated = TypeAdapter.json_schemas(adapters, ref_template=f"{SCHEMAS}{{model}}")
+    schemas: dict[str, Json] = generated["$defs"]
     for kind in dict.fromkeys(read):
         tell_bounds(kind, schemas)
     for schema in schemas.values():
@@ -129,7 +129,7 @@ def _used(schemas: dict[str, Json], paths: dict[str, Json]) -> dict[str, Json]:
     return dict(sorted(found.items()))
 
 
-def _operation(endpoint: Endpoint, path: str, schemas: dict[str, Json], served: Served) -> Json:
+def _operation(endpoint: Endpoint, path: str, schemas: dict[str, Json], served: ServerFacts) -> Json:
     guarded = endpoint.scope is not None and not served.keyless
     operation: Json = {
         "operationId": operation_id(endpoint.method, path),
@@ -150,9 +150,11 @@ def _operation(endpoint: Endpoint, path: str, schemas: dict[str, Json], served: 
     if endpoint.body:
         read: Json = {"schema": {"$ref": SCHEMAS + endpoint.body.__name__}}
         model = served.model_of(endpoint.body)
-        asked = {"model": model} if "model" in endpoint.body.model_fields else {}
+        model_field = {"model": model} if "model" in endpoint.body.model_fields else {}
         if (examples := endpoint.body.examples) and model:
-            read["examples"] = {name: {"value": {**asked, **told}} for name, told in examples.items()}
+            read["examples"] = {
+                name: {"value": {**model_field, **example}} for name, example in examples.items()
+            }
         operation["requestBody"] = {"required": True, "content": {"application/json": read}}
     return operation
 
@@ -168,9 +170,9 @@ def _responses(endpoint: Endpoint, *, guarded: bool) -> Iterator[tuple[str, Json
     if endpoint.hinted:
         answer["headers"] = DIGEST_HEADERS
     yield "200", answer
-    told = {"application/json": {"schema": {"$ref": SCHEMAS + endpoint.error.__name__}}}
+    error = {"application/json": {"schema": {"$ref": SCHEMAS + endpoint.error.__name__}}}
     for status in sorted(failures):
-        failed: Json = {"description": WORDS[status], "content": told}
+        failed: Json = {"description": WORDS[status], "content": error}
         if status in AGAIN:
             failed["headers"] = RETRY_AFTER
         yield str(status), failed
@@ -207,8 +209,8 @@ OTHERS: Final[Mapping[tuple[str, str], Json]] = {
 def tell_bounds(kind: type[BaseModel], schemas: Mapping[str, Json]) -> None:
     """Add to the schema of a body what its fields may hold; what the body says itself stays."""
     nouns = {row.wire: row.noun for row in table(kind)}
-    for name, told in schemas[kind.__name__].get("properties", {}).items():
-        for branch in told.get("anyOf", [told]):
+    for name, schema in schemas[kind.__name__].get("properties", {}).items():
+        for branch in schema.get("anyOf", [schema]):
             for keyword, value in _bounds(nouns.get(name, ""), branch).items():
                 if keyword == "additionalProperties":
                     branch[keyword] = value
@@ -235,8 +237,8 @@ def _bounds(name: str, branch: Json) -> Json:
 
 
 def _of_number(number: Number, kind: Any) -> Json:
-    told: Json = {"exclusiveMinimum": 0} if number.low == math.ulp(0.0) else {"minimum": kind(number.low)}
-    return told if number.high == math.inf else told | {"maximum": kind(number.high)}
+    bounds: Json = {"exclusiveMinimum": 0} if number.low == math.ulp(0.0) else {"minimum": kind(number.low)}
+    return bounds if number.high == math.inf else bounds | {"maximum": kind(number.high)}
 
 
 def _of_text(name: str) -> Json:

@@ -74,27 +74,33 @@ def operation_id(method: str, path: str) -> str:
 
 def path_parameter(name: str, example: str, *, slashes: bool) -> Json:
     """Return the description of a part of a path, which may hold slashes or may not."""
-    told: Json = {"name": name, "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
+    parameter: Json = {
+        "name": name,
+        "in": "path",
+        "required": True,
+        "schema": {"type": "string", "minLength": 1},
+    }
     if slashes:
-        told["description"] = "Slashes in it may stand as they are, or as %2F."
+        parameter["description"] = "Slashes in it may stand as they are, or as %2F."
     if example:
-        told["example"] = example
-    return told
+        parameter["example"] = example
+    return parameter
 
 
 def query_parameters(schema: Json) -> list[Json]:
     """Return the descriptions of what a query may hold, from the schema of all of it."""
     return [
-        _query_parameter(name, told, schema.get("required", ())) for name, told in schema["properties"].items()
+        _query_parameter(name, field, schema.get("required", ()))
+        for name, field in schema["properties"].items()
     ]
 
 
-def _query_parameter(name: str, told: Json, required: Sequence[str]) -> Json:
-    schema = {keyword: value for keyword, value in told.items() if keyword not in ("description", "title")}
+def _query_parameter(name: str, field: Json, required: Sequence[str]) -> Json:
+    schema = {keyword: value for keyword, value in field.items() if keyword not in ("description", "title")}
     if "anyOf" in schema:  # what is not set is not there: a query knows no null
         [schema] = [branch for branch in schema["anyOf"] if branch.get("type") != "null"]
     parameter: Json = {"name": name, "in": "query", "required": name in required, "schema": schema}
-    return parameter | {keyword: told[keyword] for keyword in ("description",) if keyword in told}
+    return parameter | {keyword: field[keyword] for keyword in ("description",) if keyword in field}
 
 
 def event_schema(references: Sequence[str]) -> Json:

@@ -12,7 +12,7 @@ from uvicorn.server import ServerState
 from inference_service.adapters.manager import AdapterManager
 from inference_service.http.app import create_app
 from inference_service.http.wire.connections import Connections
-from inference_service.http.wire.protocol import USUAL, BoundedHttp, Patience
+from inference_service.http.wire.protocol import USUAL, BoundedHttp, ClientTimeouts
 from inference_service.serving.service import GenerationService
 from loramux_shared.access.guard import NOBODY_GUARDS, Guard
 from loramux_shared.descriptors import connections_per_server
@@ -34,7 +34,7 @@ class HttpServer:
         service: GenerationService,
         guard: Guard = NOBODY_GUARDS,
         tracing: ServerSpans | None = None,
-        patience: Patience = USUAL,
+        patience: ClientTimeouts = USUAL,
         max_connections: int | None = None,
         adapters: AdapterManager | None = None,
     ) -> None:

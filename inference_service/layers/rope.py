@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from loramux_shared.bases.rope import Linear, Llama3, LongRope, Proportional, RopeSpec, Still, Yarn
+from loramux_shared.bases.rope import LinearScaling, Llama3, LongRope, Proportional, RopeSpec, Still, Yarn
 
 
 def frequencies(spec: RopeSpec) -> Tensor:
@@ -15,7 +15,7 @@ def frequencies(spec: RopeSpec) -> Tensor:
     exponents = torch.arange(0, spec.dim, 2, dtype=torch.int64).float() / spec.dim
     freqs = 1.0 / spec.theta**exponents
     match spec.scaling:
-        case Linear(factor):
+        case LinearScaling(factor):
             return freqs / factor
         case LongRope(factors):
             return freqs / torch.tensor(factors)

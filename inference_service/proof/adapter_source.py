@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from inference_service.proof.disguised import products, scales, weight_of, without_initial
-from inference_service.proof.factors import Factors, scale_of
+from inference_service.proof.factors import ReferenceFactors, scale_of
 from inference_service.proof.vocabulary_source import OwnTable, read_own
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bundle.modules import BY_ID
@@ -60,7 +60,7 @@ _NPY_FUSED: Final = {0: ("attn_q", "attn_k", "attn_v"), 18: ("mlp_gate", "mlp_h_
 class SourceAdapter:
     """An adapter as its files have it; by itself one that changes nothing."""
 
-    layers: Mapping[tuple[int, str], Factors] = field(default_factory=dict)
+    layers: Mapping[tuple[int, str], ReferenceFactors] = field(default_factory=dict)
     """Factors by layer and the name of the module."""
     own: Mapping[str, OwnTable] = field(default_factory=dict)
     """Tables for embeddings and head, by the module's name."""
@@ -82,13 +82,13 @@ def read_adapter(
 
 
 def _cut(
-    layers: Mapping[tuple[int, str], Factors], own: Mapping[str, OwnTable], rank: int | None
+    layers: Mapping[tuple[int, str], ReferenceFactors], own: Mapping[str, OwnTable], rank: int | None
 ) -> SourceAdapter:
     """Have all products cut to a rank, if there is one; what replaces rows of the base stays what it is."""
     return SourceAdapter(
         {place: replace(factors, cut=rank) for place, factors in layers.items()},
         {
-            module: replace(table, cut=rank) if isinstance(table, Factors) and table.plain else table
+            module: replace(table, cut=rank) if isinstance(table, ReferenceFactors) and table.plain else table
             for module, table in own.items()
         },
     )
@@ -96,7 +96,7 @@ def _cut(
 
 def _read_peft(
     config: dict[str, Any], tensors: Mapping[str, Tensor], base: ModelConfig, base_folder: Path | None
-) -> dict[tuple[int, str], Factors]:
+) -> dict[tuple[int, str], ReferenceFactors]:
     if config["peft_type"] == "IA3":
         return _scaled(scales(tensors), base)
     if config["peft_type"] != "LORA":
@@ -122,7 +122,7 @@ def _read_peft(
 
 def _of_sides(
     sides: Mapping[tuple[int, str, str], dict[str, Tensor]], config: dict[str, Any], base: ModelConfig
-) -> dict[tuple[int, str], Factors]:
+) -> dict[tuple[int, str], ReferenceFactors]:
     """Return factors as they are in the file."""
     found = {}
     for (layer, leaf, name), own in sides.items():
@@ -140,7 +140,7 @@ def _of_sides(
                 cut[kind][module] if kind in cut else None for kind in ("B", "magnitude", "lora_bias", "bias")
             )
             if b is not None:
-                found[layer, module] = Factors(a, b, magnitude, lora_bias, bias)
+                found[layer, module] = ReferenceFactors(a, b, magnitude, lora_bias, bias)
     return found
 
 
@@ -149,24 +149,26 @@ def _plain(key: str) -> str:
     return plain.removeprefix("module.")
 
 
-def _made(pairs: Mapping[str, tuple[Tensor, Tensor]], base: ModelConfig) -> dict[tuple[int, str], Factors]:
+def _made(
+    pairs: Mapping[str, tuple[Tensor, Tensor]], base: ModelConfig
+) -> dict[tuple[int, str], ReferenceFactors]:
     """Return A and B of modules by their names as factors."""
     found = {}
     for name, (a, b) in pairs.items():
         layer, leaf = _place(name)
         for module, rows in _split(_PARTS[leaf], layer, b.float(), base):
-            found[layer, module] = Factors(a.float(), rows)
+            found[layer, module] = ReferenceFactors(a.float(), rows)
     return found
 
 
-def _scaled(own: Mapping[str, Tensor], base: ModelConfig) -> dict[tuple[int, str], Factors]:
+def _scaled(own: Mapping[str, Tensor], base: ModelConfig) -> dict[tuple[int, str], ReferenceFactors]:
     """Return scales of outputs of modules by their names as factors."""
     found = {}
     for name, c in own.items():
         (layer, leaf), inside = _place(name), _width(name, base)
         for module, part in _split(_PARTS[leaf], layer, c, base):
             nothing = torch.zeros(0, inside), torch.zeros(len(part), 0)
-            found[layer, module] = Factors(*nothing, part, scales_bias=True, normalised=True)
+            found[layer, module] = ReferenceFactors(*nothing, part, scales_bias=True, normalised=True)
     return found
 
 
@@ -187,7 +189,7 @@ def _split(modules: tuple[str, ...], layer: int, b: Tensor, base: ModelConfig) -
     return list(zip(modules, torch.split(b, sizes), strict=True))
 
 
-def _read_npy(folder: Path, base: ModelConfig) -> dict[tuple[int, str], Factors]:
+def _read_npy(folder: Path, base: ModelConfig) -> dict[tuple[int, str], ReferenceFactors]:
     """Read what another TensorRT-LLM converter wrote: B is scaled already."""
     names = ("model.lora_config.npy", "model.lora_keys.npy")
     config = np.load(next(folder / name for name in names if (folder / name).exists()))
@@ -206,7 +208,7 @@ def _read_npy(folder: Path, base: ModelConfig) -> dict[tuple[int, str], Factors]
         b = values[rank * features : end].reshape(out, rank)
         magnitudes = dict(_split(modules, layer, values[end : end + out], base)) if any(rest) else {}
         for module, part in _split(modules, layer, b, base):
-            found[layer, module] = Factors(a, part, magnitudes.get(module), normalised=True)
+            found[layer, module] = ReferenceFactors(a, part, magnitudes.get(module), normalised=True)
     return found
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 @dataclass
-class Factors:
+class ReferenceFactors:
     """The change of the output of one module of one layer; everything is float32.
 
     ``W x + bias`` becomes ``c * (W x + x Aᵀ Bᵀ) + bias + lora_bias``, where c are magnitudes over the norms of

@@ -25,7 +25,7 @@ from inference_service.proof.fingerprint import effect_of
 from inference_service.proof.reference import Reference, Run
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bases.read import read_config
-from loramux_shared.bundle.proof import Probe, TokenLogprob
+from loramux_shared.bundle.proof import Probe, ProbeLogprob
 from loramux_shared.faults import Fault
 
 LENGTHS: Final = (5, 9, 14, 20)
@@ -102,7 +102,7 @@ def _probe(tokens: Sequence[int], run: Run) -> Probe:
     best = logprobs.topk(min(TOP, len(logprobs)))
     pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
     return Probe(
-        tokens=tuple(tokens), top=tuple(TokenLogprob(id=id_, logprob=round(value, 5)) for id_, value in pairs)
+        tokens=tuple(tokens), top=tuple(ProbeLogprob(id=id_, logprob=round(value, 5)) for id_, value in pairs)
     )
 
 

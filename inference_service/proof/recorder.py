@@ -28,7 +28,7 @@ OF_ROUNDED_HEAD: Final = 0.02
 """Tolerance of the base's logits where its head is rounded to 8 bits."""
 
 
-class Recorder:
+class ProbeRecorder:
     """Remembers what each module's output became at the probes' last rows.
 
     Of modules with vectors, and of embeddings and head, that is how outputs differ, and what these are rounded
@@ -91,7 +91,7 @@ class Recorder:
 class _Vocabularies(Vocabularies):
     """Those of a backend, whose steps are kept."""
 
-    def __init__(self, inner: Vocabularies, recorder: Recorder) -> None:
+    def __init__(self, inner: Vocabularies, recorder: ProbeRecorder) -> None:
         super().__init__()
         self._inner, self._recorder = inner, recorder
 
@@ -106,7 +106,7 @@ class _Vocabularies(Vocabularies):
 class _StepVocabulary(StepVocabulary):
     """The vocabulary of a step that records its work."""
 
-    def __init__(self, inner: StepVocabulary, recorder: Recorder) -> None:
+    def __init__(self, inner: StepVocabulary, recorder: ProbeRecorder) -> None:
         super().__init__((), ())
         self._inner, self._recorder = inner, recorder
 

@@ -18,7 +18,7 @@ from inference_service.layers.rope import frequencies
 from inference_service.models.checkpoint import Checkpoint
 from inference_service.proof import delta
 from inference_service.proof.adapter_source import SourceAdapter
-from inference_service.proof.factors import Factors
+from inference_service.proof.factors import ReferenceFactors
 from inference_service.proof.vocabulary_source import EMBEDDING, HEAD, OwnRows, OwnTable, embedded, headed
 from loramux_shared.bases.attention import AttentionSpec, QueryScaling
 from loramux_shared.bases.config import ModelConfig
@@ -317,7 +317,7 @@ def _project(
     return outputs
 
 
-def _is_idle(factors: Factors, bias: Tensor | None) -> bool:
+def _is_idle(factors: ReferenceFactors, bias: Tensor | None) -> bool:
     """Return True if its only content is scales of 1, or the base's own bias."""
     if len(factors.a):
         return False

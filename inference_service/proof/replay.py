@@ -24,7 +24,7 @@ from inference_service.core.sequence import Sequence as EngineSequence
 from inference_service.engine.runner import Runner
 from inference_service.models.decoder import Decoder
 from inference_service.proof.fingerprint import difference, effect_of
-from inference_service.proof.recorder import Recorder
+from inference_service.proof.recorder import ProbeRecorder
 from inference_service.proof.vocabulary_source import EMBEDDING
 from loramux_shared.bundle.manifest import Manifest
 from loramux_shared.bundle.modules import NO_LAYER
@@ -106,7 +106,7 @@ def replay(
         allowed += TABLES[manifest.dtype]
     _expect_sound(name, proof, manifest, model.config.dims.vocab)
     ends = torch.tensor([len(probe.tokens) for probe in proof.probes]).cumsum(0) - 1
-    recorder = Recorder(lora, ends.tolist(), model, manifest)
+    recorder = ProbeRecorder(lora, ends.tolist(), model, manifest)
     answers = _run(proof.probes, adapter, recorder, model, block)
     effect = 0.0
     # In the order of computation: a wrong row makes those behind it wrong too, and the first is to blame.

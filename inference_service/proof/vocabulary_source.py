@@ -13,7 +13,7 @@ from typing import Any, Final, TypeAlias
 import torch
 from torch import Tensor
 
-from inference_service.proof.factors import Factors, scale_of
+from inference_service.proof.factors import ReferenceFactors, scale_of
 from loramux_shared.bases.config import ModelConfig
 
 EMBEDDING: Final = "embedding"
@@ -43,7 +43,7 @@ class OwnRows:
         return tokens[(self.rows != table[tokens]).any(1)]
 
 
-OwnTable: TypeAlias = Factors | OwnRows
+OwnTable: TypeAlias = ReferenceFactors | OwnRows
 """An adapter's table for embeddings or a head; of embeddings, A is [rank, vocab] and B [hidden, rank].
 
 Of DoRA, magnitudes are those of B's rows.
@@ -76,7 +76,7 @@ def read_own(
     for module, pair in factors.items():
         a, b = pair["A"], pair["B"]
         magnitude = pair.get("magnitude_vector")
-        found[module] = Factors(a, b * scale_of(config, names[module], len(a)), magnitude)
+        found[module] = ReferenceFactors(a, b * scale_of(config, names[module], len(a)), magnitude)
     return found | _of_whole(config, whole, base)
 
 
@@ -110,7 +110,7 @@ def _indices(config: Mapping[str, Any], name: str) -> Tensor:
 def embedded(own: OwnTable, table: Tensor, tokens: Tensor) -> Tensor:
     """Return the embeddings [T, hidden] of tokens [T], with a base's table [vocab, hidden]."""
     base = table[tokens]
-    if isinstance(own, Factors):
+    if isinstance(own, ReferenceFactors):
         a, b = own.product
         c = 1.0 if own.magnitude is None else own.magnitude / (table.T + own.b @ own.a).norm(dim=1)
         return c * (base + a.T[tokens] @ b.T)
@@ -119,7 +119,7 @@ def embedded(own: OwnTable, table: Tensor, tokens: Tensor) -> Tensor:
 
 def headed(own: OwnTable, table: Tensor, x: Tensor) -> Tensor:
     """Return the logits [vocab] of x [hidden], with a base's head [vocab, hidden]."""
-    if isinstance(own, Factors):
+    if isinstance(own, ReferenceFactors):
         c = 1.0 if own.magnitude is None else own.magnitude / (table + own.b @ own.a).norm(dim=1)
         return c * (table @ x + own.added(x[None])[0])
     return _put(own, table) @ x

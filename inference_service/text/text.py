@@ -15,7 +15,7 @@ from tokenizers import AddedToken, Tokenizer
 from tokenizers.decoders import DecodeStream
 
 from inference_service.text.chat_template import ChatTemplate
-from inference_service.text.vocabulary import Vocabulary
+from inference_service.text.vocabulary import TokenBytes
 from loramux_shared.bundle.added_tokens import OwnTokens
 from loramux_shared.faults import CheckpointInvalid, Finding, PromptTooLong, RequestInvalid
 
@@ -39,7 +39,7 @@ class Text:
         self._tokenizer = tokenizer
         self.vocab = vocab
         self._cut = max(CUT_TOKENS, 2 * max(map(len, tokenizer.get_vocab()), default=0))
-        self.vocabulary = Vocabulary(tokenizer, vocab)
+        self.vocabulary = TokenBytes(tokenizer, vocab)
         self._left_out = dict.fromkeys(self.vocabulary.special, "")
         self.special_tokens = dict(special_tokens or {})
         """Special tokens by their use: ``bos_token`` and the like."""

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 _BYTE: Final = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
-class Vocabulary:
+class TokenBytes:
     """Tokens as bytes, for byte-level vocabularies, for those that fall back to bytes, and for plain ones."""
 
     def __init__(self, tokenizer: Tokenizer, size: int) -> None:

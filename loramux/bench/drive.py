@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 from loramux.bench.figures import Outcome, percentile
-from loramux.bench.workload import Ask, Workload, arrivals
+from loramux.bench.workload import BenchRequest, Workload, arrivals
 from loramux.client import AsyncClient
 from loramux.records import Delta, Finished, GenerateOptions, Started
 from loramux_shared.faults import Fault
@@ -53,7 +53,7 @@ class ClientLoad:
 
 
 @dataclass
-class Run:
+class BenchRun:
     """Outcomes as they come."""
 
     outcomes: list[Outcome] = field(default_factory=list)
@@ -64,12 +64,12 @@ class Run:
 
 async def drive(
     client: AsyncClient, workload: Workload, plan: LoadPlan, tell: Callable[[Outcome], None] = lambda _: None
-) -> Run:
+) -> BenchRun:
     """Send the requests of a plan and return what became of them; tell is called with each outcome."""
-    run = Run()
+    run = BenchRun()
     begin = time.perf_counter()
 
-    async def send(ask: Ask, due: float) -> Outcome:
+    async def send(ask: BenchRequest, due: float) -> Outcome:
         outcome = await _send(client, ask, plan.options, begin, due)
         run.outcomes.append(outcome)
         tell(outcome)
@@ -90,8 +90,8 @@ async def drive(
 
 
 async def _closed(
-    send: Callable[[Ask, float], Awaitable[Outcome]],
-    asks: Iterator[Ask],
+    send: Callable[[BenchRequest, float], Awaitable[Outcome]],
+    asks: Iterator[BenchRequest],
     begin: float,
     duration_s: float | None,
 ) -> None:
@@ -103,7 +103,9 @@ async def _closed(
             await asyncio.sleep(PAUSE_S)
 
 
-async def _send(client: AsyncClient, ask: Ask, options: GenerateOptions, begin: float, due: float) -> Outcome:
+async def _send(
+    client: AsyncClient, ask: BenchRequest, options: GenerateOptions, begin: float, due: float
+) -> Outcome:
     first: float | None = None
     last = due
     tokens = first_tokens = prompt_tokens = cached = 0
@@ -137,7 +139,7 @@ async def _send(client: AsyncClient, ask: Ask, options: GenerateOptions, begin: 
 
 
 @asynccontextmanager
-async def _watched(run: Run) -> AsyncIterator[None]:
+async def _watched(run: BenchRun) -> AsyncIterator[None]:
     """Measure meanwhile how busy this process and its event loop are."""
     lags: list[float] = []
     sampler = asyncio.create_task(_sample(lags))

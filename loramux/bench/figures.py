@@ -57,7 +57,7 @@ class Percentiles:
 
 
 @dataclass(frozen=True)
-class Failures:
+class FailureCount:
     """Failed requests of one reason."""
 
     count: int
@@ -72,7 +72,7 @@ class Figures:
     model: str
     requests: int
     """Those that were answered."""
-    errors: Mapping[str, Failures]
+    errors: Mapping[str, FailureCount]
     """Failures by reason."""
     tokens: int
     prompt_tokens: int
@@ -121,10 +121,10 @@ def figures(model: str, outcomes: Sequence[Outcome], seconds: float) -> Figures:
     )
 
 
-def _failures(failed: Sequence[Outcome]) -> dict[str, Failures]:
+def _failures(failed: Sequence[Outcome]) -> dict[str, FailureCount]:
     counts = Counter(each.error for each in failed)
     first = {each.error: each.message for each in reversed(failed)}
-    return {reason: Failures(count, first[reason]) for reason, count in sorted(counts.items())}
+    return {reason: FailureCount(count, first[reason]) for reason, count in sorted(counts.items())}
 
 
 def _percentiles(outcomes: Sequence[Outcome], value: Callable[[Outcome], float | None]) -> Percentiles:

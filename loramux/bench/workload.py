@@ -25,7 +25,7 @@ PROBE_WORDS = 16
 
 
 @dataclass(frozen=True)
-class Ask:
+class BenchRequest:
     """One request."""
 
     number: int
@@ -44,14 +44,14 @@ class Workload:
     given: Sequence[Prompt] = ()
     """Prompts of a file; drawn ones when empty."""
 
-    def asks(self) -> Iterator[Ask]:
+    def asks(self) -> Iterator[BenchRequest]:
         """Return the requests, the same at every call."""
         draw = random.Random(self.seed)  # noqa: S311 - words, not keys
         number = 0
         while True:
             model = self.models[number % len(self.models)]
             given = self.given[number // len(self.models) % len(self.given)] if self.given else None
-            yield Ask(number, model, given or words(draw, self.words))
+            yield BenchRequest(number, model, given or words(draw, self.words))
             number += 1
 
 

@@ -61,7 +61,7 @@ def _show(adapter: AdapterStatus, *, as_json: bool) -> None:
 
 
 @dataclass(frozen=True)
-class Progress:
+class RolloutState:
     """The state of a replica during a rollout."""
 
     replica: str
@@ -112,7 +112,9 @@ class Rollout:
         self._wanted = generation
         self._as_json = as_json
         self._addresses = addresses
-        self._known: dict[str, Progress] = {each.target: Progress(each.target, None) for each in addresses}
+        self._known: dict[str, RolloutState] = {
+            each.target: RolloutState(each.target, None) for each in addresses
+        }
         self._changed = asyncio.Event()
 
     @property
@@ -159,7 +161,7 @@ class Rollout:
             why = f": {each.problem}" if each.problem else ""
             shell.say(f"{each.replica} {served}{why}")
 
-    def _late(self) -> list[Progress]:
+    def _late(self) -> list[RolloutState]:
         goal = self.goal or 0
         return [each for each in self._known.values() if not each.status or each.status.generation < goal]
 
@@ -177,20 +179,20 @@ class Rollout:
             async with AsyncClient(inference=address.target, tls_name=address.name) as client:
                 async for status in client.watch_replica():
                     self._check(address.target, status)
-                    self._tell(Progress(address.target, status, status.reason))
+                    self._tell(RolloutState(address.target, status, status.reason))
         except (PermissionDenied, Unauthenticated, SettingsInvalid):
             raise
         except Fault as fault:
             if fault.status is not Status.UNAVAILABLE:
                 raise
-            self._tell(Progress(address.target, None, fault.message))
+            self._tell(RolloutState(address.target, None, fault.message))
 
     def _check(self, address: str, status: ReplicaStatus) -> None:
         if status.deployment != self._deployment:
             said = f"expected a replica of {self._deployment!r}, found one of {status.deployment!r}"
             raise SettingsInvalid(f"{address}: {said}.")
 
-    def _tell(self, progress: Progress) -> None:
+    def _tell(self, progress: RolloutState) -> None:
         before = self._known[progress.replica]
         self._known[progress.replica] = progress
         self._changed.set()
@@ -204,7 +206,7 @@ class Rollout:
             shell.say(f"{time.strftime('%H:%M:%S')} {progress.replica} {said}")
 
 
-def _said(progress: Progress) -> str:
+def _said(progress: RolloutState) -> str:
     if progress.status is None:
         return f"does not answer: {progress.problem}" if progress.problem else ""
     why = f": {progress.problem}" if progress.problem else ""

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 from rich.progress import BarColumn, Progress, TextColumn
 
-from loramux.bench.drive import ClientLoad, LoadPlan, Run, drive
+from loramux.bench.drive import BenchRun, ClientLoad, LoadPlan, drive
 from loramux.bench.figures import Figures, Outcome, Percentiles, Report, report
 from loramux.bench.plot import plot as draw
 from loramux.bench.plot import require_plot
@@ -119,7 +119,7 @@ async def _bench(
     seed: int,
     plan: LoadPlan,
     warmup: int | None,
-) -> tuple[Workload, Run]:
+) -> tuple[Workload, BenchRun]:
     async with AsyncClient(inference=address) as client:
         with shell.working(f"asking {address}"):
             models = await _models(client, wanted)
@@ -131,7 +131,7 @@ async def _bench(
             try:
                 return workload, await drive(client, workload, plan, view.update)
             except asyncio.CancelledError:  # Ctrl-C; what was measured until then is shown
-                return workload, Run(view.outcomes, interrupted=True)
+                return workload, BenchRun(view.outcomes, interrupted=True)
 
 
 async def _models(client: AsyncClient, wanted: Sequence[str]) -> list[str]:
@@ -150,7 +150,7 @@ async def _warm_up(client: AsyncClient, workload: Workload, options: GenerateOpt
             await drive(client, other, LoadPlan(CONCURRENCY, requests=requests, options=options))
 
 
-def _tell(plan: LoadPlan, workload: Workload, run: Run, as_json: bool) -> None:
+def _tell(plan: LoadPlan, workload: Workload, run: BenchRun, as_json: bool) -> None:
     figures = report(run.outcomes, workload.models)
     if as_json:
         emit({"plan": plan, "seed": workload.seed, "report": figures, "client": run.load})

@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from loramux.cli import shell
-from loramux.cli.conversation import COMMANDS, Conversation
+from loramux.cli.conversation import COMMANDS, ChatSession
 from loramux.cli.serving import complete_model
 from loramux.cli.state import state_dir
 from loramux.client import INFERENCE, Client
@@ -67,7 +67,7 @@ def chat(
     """
     options: GenerateOptions = {"max_tokens": max_tokens, "temperature": temperature}
     with Client(inference=grpc) as client:
-        talk = Conversation(client, model, options, system)
+        talk = ChatSession(client, model, options, system)
         talk.use(model)
         if sys.stdin is None:
             raise RequestInvalid("stdin is closed: pipe the prompts in, or start it on a terminal")
@@ -77,7 +77,7 @@ def chat(
             _answer_lines(talk)
 
 
-def _answer_lines(talk: Conversation) -> None:
+def _answer_lines(talk: ChatSession) -> None:
     """Answer every line by itself: they are data, so there are no commands among them."""
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")
@@ -87,7 +87,7 @@ def _answer_lines(talk: Conversation) -> None:
             talk.answer(said)
 
 
-def _converse(talk: Conversation) -> None:
+def _converse(talk: ChatSession) -> None:
     shell.say(f"{', '.join(COMMANDS)}; Ctrl-C stops an answer, Ctrl-D leaves", "dim")
     with line_editor(functools.partial(_completions, talk)):
         while True:
@@ -103,7 +103,7 @@ def _converse(talk: Conversation) -> None:
                 shell.say("\nstopped; /quit or Ctrl-D leaves", "dim")
 
 
-def _completions(talk: Conversation, line: str) -> list[str]:
+def _completions(talk: ChatSession, line: str) -> list[str]:
     name, blank, begun = line.partition(" ")
     if not blank:
         return [command for command in COMMANDS if command.startswith(name)]

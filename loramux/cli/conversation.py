@@ -25,7 +25,7 @@ COMMANDS: Final = {
 
 
 @dataclass
-class Conversation:
+class ChatSession:
     """A chat: its messages and its model."""
 
     client: Client

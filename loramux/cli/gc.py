@@ -14,7 +14,7 @@ from rich.filesize import decimal
 from loramux.cli import shell
 from loramux.cli.documents import emit
 from loramux.cli.local.services import StoreFlag
-from loramux_shared.bundle.gc import Kept, Orphan, Retention, check_grace, find_orphans, remove
+from loramux_shared.bundle.gc import KeptGeneration, Orphan, Retention, check_grace, find_orphans, remove
 from loramux_shared.faults import SettingsInvalid
 from loramux_shared.settings import BuilderSettings, load_settings
 from loramux_shared.storage.open import open_store
@@ -109,7 +109,7 @@ def _sum(uri: str, old: Sequence[Orphan], gone: Sequence[Orphan] | None) -> None
             shell.show(f"{len(old) - len(gone)} needed again meanwhile, spared")
 
 
-def _tell_kept(kept: Sequence[Kept]) -> None:
+def _tell_kept(kept: Sequence[KeptGeneration]) -> None:
     """Print why generations stay, a line for each deployment and reason."""
     for (name, why), found in groupby(kept, key=lambda each: (each.deployment, each.why)):
         some = list(found)

@@ -17,7 +17,7 @@ class Subject(StrEnum):
 
 
 @dataclass(frozen=True)
-class Entry:
+class CodeEntry:
     """A code."""
 
     code: str
@@ -179,7 +179,7 @@ _BASE: Final = (
 )  # fmt: skip
 
 CODES: Final = {
-    code: Entry(code, subject, meaning, cure)
+    code: CodeEntry(code, subject, meaning, cure)
     for subject, entries in (
         (Subject.DEPLOYMENT, _DEPLOYMENT),
         (Subject.REFUSED, _REFUSED),

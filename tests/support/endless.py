@@ -60,7 +60,7 @@ class Endless(Scripted):
 def apis_of(
     service: Endless,
     guard: Guard = NOBODY_GUARDS,
-    http: protocol.Patience = protocol.USUAL,
+    http: protocol.ClientTimeouts = protocol.USUAL,
     rpc: calls.Patience = calls.USUAL,
     bound: int | None = None,
 ) -> tuple[HttpServer, RpcServer]:
@@ -79,7 +79,7 @@ class EndlessApis:
         self,
         folder: Path,
         guard: Guard = NOBODY_GUARDS,
-        http: protocol.Patience = protocol.USUAL,
+        http: protocol.ClientTimeouts = protocol.USUAL,
         rpc: calls.Patience = calls.USUAL,
     ) -> None:
         self.service = Endless(folder)

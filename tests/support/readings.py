@@ -6,13 +6,13 @@ from collections.abc import Sequence
 
 from hypothesis import strategies as st
 
-from inference_service.chat.pieces import CallArguments, CallBegun, Piece, Reading, Said, Thought
+from inference_service.chat.pieces import AnswerReader, CallArguments, CallBegun, Piece, Said, Thought
 
 Heard = list[list[str]]
 """``["said", text]``, ``["thought", text]`` and ``["call", name, arguments]``, each as long as it goes on."""
 
 
-def read(reading: Reading, text: str, cuts: Sequence[int] = ()) -> Heard:
+def read(reading: AnswerReader, text: str, cuts: Sequence[int] = ()) -> Heard:
     """Return what an answer says that comes in so many parts."""
     pieces: list[Piece] = []
     for begin, end in zip([0, *cuts], [*cuts, len(text)], strict=True):

@@ -34,7 +34,7 @@ from builder_service.domain.safetensors_header import HeaderInvalid, TensorFile,
 from builder_service.domain.score_heads import PlannedScore, plan_score
 from builder_service.domain.sharded import read_weights
 from builder_service.domain.strict_json import shown
-from builder_service.domain.vectors import VectorReader, Vectors
+from builder_service.domain.vectors import AdapterVectors, VectorReader
 from loramux_shared.adapter_files import CONFIG, WEIGHTS
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bases.families import load_families
@@ -99,7 +99,7 @@ class CheckedAdapter:
         return tuple(finding for finding in self.findings if _is_error(finding))
 
 
-class BaseTokens(Protocol):
+class TokenComparison(Protocol):
     """The base's own tokens."""
 
     def compared(self, folder: Path, files: Mapping[str, FileDigest]) -> ComparedTokens:
@@ -132,7 +132,7 @@ class Rulebook:
     """The storage type of the bundles."""
     base: BaseTensors | None = None
     """For adapters that carry copies of them; None: such adapters are refused."""
-    tokens: BaseTokens | None = None
+    tokens: TokenComparison | None = None
     """For adapters that bring a tokenizer; None: it is not looked at."""
     truncate_to_rank: int | None = None
     """The rank that rows above it are cut to; None: rows above `limits` are refused."""
@@ -196,7 +196,9 @@ def check_tensors(
     values = check_values(file, pairs, own, config, base, book.dtype, report, progress)
     large = check_magnitudes(values.parts, base, book.base, report)
     broken = report or any(_is_error(finding) for finding in found)
-    vectors = Vectors() if broken else _vectors(pairs, tensors.lone, file, config, book, report, progress)
+    vectors = (
+        AdapterVectors() if broken else _vectors(pairs, tensors.lone, file, config, book, report, progress)
+    )
     found += [*unread, *report.findings()]
     if config.invocation_tokens and (replaced or vocab or any(pair.key.layer == NO_LAYER for pair in pairs)):
         found.append(_activated_vocabulary())
@@ -245,9 +247,9 @@ def _vectors(
     book: Rulebook,
     report: Grouping,
     progress: Callable[[int], None],
-) -> Vectors:
+) -> AdapterVectors:
     """Read what stands beside A and B, where all else is right: it may take the base's weights."""
-    found, base = Vectors(), book.limits.base
+    found, base = AdapterVectors(), book.limits.base
     reader = VectorReader(file, base, book.base, book.dtype, report, progress, config.normalised)
     for pair in pairs:
         if len(pair.tensors) > 2:

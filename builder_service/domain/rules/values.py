@@ -45,7 +45,7 @@ class Part:
 
 
 @dataclass
-class _Sums:
+class _RowSums:
     narrowed: Counter[str] = field(default_factory=Counter)
     """Tensors with values that were rounded, by what they were."""
     nonzero: int = 0
@@ -75,7 +75,7 @@ def check_values(
     progress: Callable[[int], None],
 ) -> Values:
     """Read every A and B once, and own tensors of embeddings and head; report what cannot be stored."""
-    sums, parts = _Sums(), []
+    sums, parts = _RowSums(), []
     for pair in pairs:
         # Refused already, and a hostile file has thousands of them.
         if base.dims.num_layers <= pair.key.layer != NO_LAYER:
@@ -128,7 +128,7 @@ def _fits(pair: Pair, base: ModelConfig) -> bool:
 
 
 def _stored(
-    file: TensorFile, tensor: Tensor, scale: float, dtype: Dtype, sums: _Sums, report: Grouping
+    file: TensorFile, tensor: Tensor, scale: float, dtype: Dtype, sums: _RowSums, report: Grouping
 ) -> Array | None:
     """Return a tensor as the bundle will hold it; None where it cannot be read or stored."""
     if tensor.dtype not in READABLE or not tensor.size:
@@ -200,7 +200,7 @@ def _largest(dtype: Dtype) -> float:
     return 3.3895e38 if dtype is Dtype.BFLOAT16 else float(np.finfo(NUMPY_TYPES[dtype]).max)
 
 
-def _warnings(sums: _Sums, parts: list[Part], dtype: Dtype, *, changes: bool) -> list[Finding]:
+def _warnings(sums: _RowSums, parts: list[Part], dtype: Dtype, *, changes: bool) -> list[Finding]:
     found = []
     if sums.narrowed:
         listed = ", ".join(f"{count} {what}" for what, count in sorted(sums.narrowed.items()))

@@ -272,7 +272,7 @@ def refused(envoy: Proxy) -> int:
 async def test_a_client_that_does_not_read_is_cut_off(tmp_path: Path) -> None:
     """Envoy keeps little of an answer that its client does not read, so the replica waits and cuts it off."""
     endless = Endless(tmp_path)
-    http, rpc = apis_of(endless, http=protocol.Patience(read_s=0.5), rpc=calls.Patience(read_s=0.5))
+    http, rpc = apis_of(endless, http=protocol.ClientTimeouts(read_s=0.5), rpc=calls.Patience(read_s=0.5))
     await http.start()
     await rpc.start()
     await rpc.set_serving(True)

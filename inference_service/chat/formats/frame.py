@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from inference_service.chat.formats.source import Marks, Reader, Source, marks
+from inference_service.chat.formats.source import AnswerSource, Marks, Reader, marks
 from inference_service.chat.pieces import Said, Thought
 
-Block = Callable[[Source], Reader[bool]]
+Block = Callable[[AnswerSource], Reader[bool]]
 """Reads what stands behind a mark, with its end; says whether it was what the mark promises. If not, it has
-told nothing, and what it read is read again as text."""
+emitted nothing, and what it read is read again as text."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class ThinkingMarks:
 
 
 def answer(
-    source: Source,
+    source: AnswerSource,
     blocks: Mapping[str, Block],
     *,
     leading: Block | None = None,
@@ -57,7 +57,7 @@ def answer(
             yield Said(source.take(len(mark)))
 
 
-def said(source: Source, known: Marks) -> Reader[str | None]:
+def said(source: AnswerSource, known: Marks) -> Reader[str | None]:
     """Tell text up to the first mark; return that, which is not read, or None at the end."""
     while True:
         found = known.find(source)
@@ -69,7 +69,7 @@ def said(source: Source, known: Marks) -> Reader[str | None]:
         yield None
 
 
-def thoughts(source: Source, end: str) -> Reader[None]:
+def thoughts(source: AnswerSource, end: str) -> Reader[None]:
     """Tell reasoning to its end, without the space around it, and read the space behind."""
     yield from source.spaces()
     known = marks(end)
@@ -91,22 +91,22 @@ def thoughts(source: Source, end: str) -> Reader[None]:
         yield None
 
 
-def nothing(source: Source) -> Reader[bool]:
-    """Read a block of a mark alone, of which nothing is told."""
+def nothing(source: AnswerSource) -> Reader[bool]:
+    """Read a block of a mark alone, which emits nothing."""
     del source
     return True
     yield
 
 
 def _thought_block(thinking: ThinkingMarks) -> Block:
-    def read(source: Source) -> Reader[bool]:
+    def read(source: AnswerSource) -> Reader[bool]:
         yield from thoughts(source, thinking.end)
         return True
 
     return read
 
 
-def _opens(source: Source, thinking: Sequence[ThinkingMarks]) -> Reader[ThinkingMarks | None]:
+def _opens(source: AnswerSource, thinking: Sequence[ThinkingMarks]) -> Reader[ThinkingMarks | None]:
     """Read a mark of reasoning, and the space before it, where an answer begins with it; return which."""
     if thinking:
         yield from source.spaces()
@@ -117,7 +117,7 @@ def _opens(source: Source, thinking: Sequence[ThinkingMarks]) -> Reader[Thinking
     return None
 
 
-def _leading(source: Source, block: Block) -> Reader[None]:
+def _leading(source: AnswerSource, block: Block) -> Reader[None]:
     source.forget()
     yield from source.spaces()
     if (yield from block(source)):

@@ -5,7 +5,7 @@
     <|tool_call>call:weather{city:<|"|>Oslo<|"|>,days:3}<tool_call|>                       Gemma 4
     <start_function_call>call:weather{city:<escape>Oslo<escape>}<end_function_call>        FunctionGemma
 
-Each argument is told when it is whole, a string as it comes.
+Each argument is emitted when it is whole, a string as it is generated.
 Source: chat templates of gemma-4-31B-it and functiongemma-270m-it.
 """
 
@@ -28,7 +28,7 @@ from inference_service.chat.formats.lark import (
     quoted,
     row,
 )
-from inference_service.chat.formats.source import Reader, Source, marks
+from inference_service.chat.formats.source import AnswerSource, Reader, marks
 from inference_service.chat.formats.values import (
     MAX_DEPTH,
     PARSING,
@@ -83,7 +83,7 @@ def function_blocks(calls: AnswerCalls) -> Mapping[str, Block]:
 
 
 def _block(calls: AnswerCalls, form: GemmaMarks) -> Block:
-    def read(source: Source) -> Reader[bool]:
+    def read(source: AnswerSource) -> Reader[bool]:
         yield from source.spaces()
         if not (yield from source.literal("call:")):
             return False
@@ -99,7 +99,7 @@ def _block(calls: AnswerCalls, form: GemmaMarks) -> Block:
     return read
 
 
-def _arguments(source: Source, calls: AnswerCalls, form: GemmaMarks) -> Reader[None]:
+def _arguments(source: AnswerSource, calls: AnswerCalls, form: GemmaMarks) -> Reader[None]:
     """Tell the arguments behind the brace; what is no argument is left."""
     opened = False
     while True:
@@ -128,7 +128,7 @@ def _arguments(source: Source, calls: AnswerCalls, form: GemmaMarks) -> Reader[N
         yield calls.more("}" if opened else "{}")
 
 
-def _key(source: Source, form: GemmaMarks) -> Reader[str | None]:
+def _key(source: AnswerSource, form: GemmaMarks) -> Reader[str | None]:
     """Return a name with its colon read; it may stand between quotes."""
     yield from source.spaces()
     if (yield from source.literal(form.quote)):
@@ -143,7 +143,7 @@ def _key(source: Source, form: GemmaMarks) -> Reader[str | None]:
     return name
 
 
-def _string(source: Source, calls: AnswerCalls, form: GemmaMarks) -> Reader[bool]:
+def _string(source: AnswerSource, calls: AnswerCalls, form: GemmaMarks) -> Reader[bool]:
     """Tell a string to its quote; say whether that came."""
     known = marks(form.quote)
     while True:
@@ -159,7 +159,7 @@ def _string(source: Source, calls: AnswerCalls, form: GemmaMarks) -> Reader[bool
         yield None
 
 
-def _whole_string(source: Source, form: GemmaMarks) -> Reader[str | None]:
+def _whole_string(source: AnswerSource, form: GemmaMarks) -> Reader[str | None]:
     known = marks(form.quote)
     begin = source.at
     while True:
@@ -173,7 +173,7 @@ def _whole_string(source: Source, form: GemmaMarks) -> Reader[str | None]:
         yield None
 
 
-def _value(source: Source, form: GemmaMarks, depth: int) -> Reader[Any]:
+def _value(source: AnswerSource, form: GemmaMarks, depth: int) -> Reader[Any]:
     """Return a value when it is whole, or that there is none."""
     if (yield from source.literal(form.quote)):
         said = yield from _whole_string(source, form)
@@ -193,7 +193,7 @@ def _value(source: Source, form: GemmaMarks, depth: int) -> Reader[Any]:
         return found[0].strip()
 
 
-def _items(source: Source, form: GemmaMarks, depth: int) -> Reader[Any]:
+def _items(source: AnswerSource, form: GemmaMarks, depth: int) -> Reader[Any]:
     items: list[Any] = []
     while True:
         yield from source.spaces()
@@ -206,7 +206,7 @@ def _items(source: Source, form: GemmaMarks, depth: int) -> Reader[Any]:
         yield from source.match(_NEXT)
 
 
-def _members(source: Source, form: GemmaMarks, depth: int) -> Reader[Any]:
+def _members(source: AnswerSource, form: GemmaMarks, depth: int) -> Reader[Any]:
     members: dict[str, Any] = {}
     while True:
         yield from source.spaces()
@@ -261,8 +261,8 @@ class _Rules:
         """Yield the rules of a value."""
         types, choices = types_of(schema), texts(schema)
         if choices is not None:
-            told = [self._spelling(self._quote + choice + self._quote) for choice in choices]
-            yield either(told or [f"{self._spelling(self._quote)} {self._ends}"], name)
+            spelled = [self._spelling(self._quote + choice + self._quote) for choice in choices]
+            yield either(spelled or [f"{self._spelling(self._quote)} {self._ends}"], name)
         elif types and types <= {"integer", "number", "boolean", "null"}:
             yield f"{name}: {tool.leaf(schema)}\n"
         elif types == {"object"} and not asks_more(schema, {"properties", "required", "additionalProperties"}):

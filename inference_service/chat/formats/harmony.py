@@ -21,7 +21,7 @@ from typing import Any, Final
 
 from inference_service.chat.formats.format import TemplateMarks, ToolFormat
 from inference_service.chat.formats.lark import Asked, CallGrammar, Spelling, either, json_of
-from inference_service.chat.formats.source import Reader, Source, marks
+from inference_service.chat.formats.source import AnswerSource, Reader, marks
 from inference_service.chat.pieces import AnswerCalls, Piece, Said, Thought
 from inference_service.serving.request import Message
 from loramux_shared.parsers import ToolParser
@@ -41,7 +41,7 @@ _CHANNEL: Final = re.compile(r"<\|channel\|>\s*(\w+)")
 _TO: Final = re.compile(r"\bto=([^\s<]+)")
 
 
-def messages(source: Source, calls: AnswerCalls, *, shown: bool = True) -> Reader[None]:
+def messages(source: AnswerSource, calls: AnswerCalls, *, shown: bool = True) -> Reader[None]:
     """Read the messages of an answer; not shown: reasoning is said."""
     spoken = {Said: False, Thought: False}
     first = True
@@ -61,7 +61,7 @@ def messages(source: Source, calls: AnswerCalls, *, shown: bool = True) -> Reade
         first = False
 
 
-def _header(source: Source, *, begins: bool) -> Reader[str | None]:
+def _header(source: AnswerSource, *, begins: bool) -> Reader[str | None]:
     """Read to a body, and return what stands before; None at the end.
 
     An answer that does not begin as a header does is a body itself: one that goes on with a message.
@@ -86,15 +86,15 @@ def _header(source: Source, *, begins: bool) -> Reader[str | None]:
 
 
 def _body(
-    source: Source, of: AnswerCalls | type[Said] | type[Thought], *, behind: bool = False
+    source: AnswerSource, of: AnswerCalls | type[Said] | type[Thought], *, behind: bool = False
 ) -> Reader[None]:
     """Tell a body; behind: one of its kind came before, from which it is parted."""
     known = marks(END, RETURN, CALL, START)
-    told = False
+    begun = False
     while True:
         found = known.find(source)
         if text := source.take(found.start() if found else known.certain(source)):
-            told = True
+            begun = True
             yield _piece(of, f"\n{text}" if behind else text)
             behind = False
         if found or source.ended:
@@ -102,7 +102,7 @@ def _body(
             break
         source.forget()
         yield None
-    if isinstance(of, AnswerCalls) and not told:
+    if isinstance(of, AnswerCalls) and not begun:
         yield of.more("{}")
 
 

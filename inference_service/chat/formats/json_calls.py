@@ -11,7 +11,7 @@ import re
 from typing import Final
 
 from inference_service.chat.formats.frame import Block
-from inference_service.chat.formats.source import Reader, Source
+from inference_service.chat.formats.source import AnswerSource, Reader
 from inference_service.chat.pieces import AnswerCalls
 
 ARGUMENTS: Final = frozenset({"arguments", "parameters"})
@@ -26,7 +26,7 @@ _SCALAR: Final = re.compile(r"[^\s,\]};]{1,64}")
 def list_of_calls(calls: AnswerCalls, *ends: str) -> Block:
     """Return the reader of calls as JSON, behind which one of some marks may stand."""
 
-    def read(source: Source) -> Reader[bool]:
+    def read(source: AnswerSource) -> Reader[bool]:
         yield from source.spaces()
         if not (yield from json_calls(source, calls)):
             return False
@@ -39,7 +39,7 @@ def list_of_calls(calls: AnswerCalls, *ends: str) -> Block:
     return read
 
 
-def json_calls(source: Source, calls: AnswerCalls) -> Reader[bool]:
+def json_calls(source: AnswerSource, calls: AnswerCalls) -> Reader[bool]:
     """Read one call, several behind each other, or a list of them; say whether there was any.
 
     What follows the last call, but for its closing bracket, is left.
@@ -59,14 +59,14 @@ def json_calls(source: Source, calls: AnswerCalls) -> Reader[bool]:
     return called
 
 
-def _separator(source: Source) -> Reader[bool]:
+def _separator(source: AnswerSource) -> Reader[bool]:
     """Read what stands between two calls; say whether another one may follow."""
     if (yield from source.literal(",")) or (yield from source.literal(";")):
         yield from source.spaces()
     return source.text.startswith("{", source.at)
 
 
-def json_call(source: Source, calls: AnswerCalls) -> Reader[bool]:
+def json_call(source: AnswerSource, calls: AnswerCalls) -> Reader[bool]:
     """Read an object that is a call; say whether it was one, as far as that was told."""
     if not (yield from source.literal("{")):
         return False
@@ -108,7 +108,7 @@ def json_call(source: Source, calls: AnswerCalls) -> Reader[bool]:
     return begun
 
 
-def json_arguments(source: Source, calls: AnswerCalls) -> Reader[None]:
+def json_arguments(source: AnswerSource, calls: AnswerCalls) -> Reader[None]:
     """Tell the arguments of a call that has begun, piece by piece."""
     while not source.left and not source.ended:
         yield None
@@ -120,7 +120,7 @@ def json_arguments(source: Source, calls: AnswerCalls) -> Reader[None]:
             yield calls.more(value)
 
 
-def _held_value(source: Source) -> Reader[str | None]:
+def _held_value(source: AnswerSource) -> Reader[str | None]:
     """Return a value when it is whole, as arguments: a string is what it says, and null is no arguments.
 
     None: it is not whole, or too long to be held.
@@ -135,7 +135,7 @@ def _held_value(source: Source) -> Reader[str | None]:
     return "{}" if found is None or found[0] == "null" else found[0]
 
 
-def _structure(source: Source, calls: AnswerCalls | None) -> Reader[bool]:
+def _structure(source: AnswerSource, calls: AnswerCalls | None) -> Reader[bool]:
     """Read an object or a list, tell calls of it as it comes, and say whether its last bracket came."""
     brackets, held = _Brackets(), 0
     while True:
@@ -161,7 +161,7 @@ class _Brackets:
         self._depth = 0
         self._in_string = False
 
-    def follow(self, source: Source) -> int:
+    def follow(self, source: AnswerSource) -> int:
         """Return where the last bracket closes, else how far the text is certain."""
         place = source.at
         while found := (_IN_STRING if self._in_string else _STRUCTURE).search(source.text, place):
@@ -183,7 +183,7 @@ class _Brackets:
         return len(source.text)
 
 
-def json_string(source: Source) -> Reader[str | None]:
+def json_string(source: AnswerSource) -> Reader[str | None]:
     """Read a string; None where there is none."""
     if not (yield from source.literal('"')):
         return None

@@ -17,7 +17,7 @@ from inference_service.chat.formats.format import TemplateMarks, ToolFormat
 from inference_service.chat.formats.frame import Block
 from inference_service.chat.formats.json_calls import json_calls
 from inference_service.chat.formats.lark import Asked, CallGrammar, Spelling, calls_schema, json_of
-from inference_service.chat.formats.source import Reader, Source
+from inference_service.chat.formats.source import AnswerSource, Reader
 from inference_service.chat.pieces import AnswerCalls
 from loramux_shared.parsers import ToolParser
 
@@ -27,7 +27,7 @@ PYTHON_TAG: Final = "<|python_tag|>"
 def llama_leading(calls: AnswerCalls) -> Block:
     """Return the reader of calls as JSON."""
 
-    def read(source: Source) -> Reader[bool]:
+    def read(source: AnswerSource) -> Reader[bool]:
         return (yield from json_calls(source, calls))
 
     return read
@@ -36,7 +36,7 @@ def llama_leading(calls: AnswerCalls) -> Block:
 def llama_blocks(calls: AnswerCalls) -> Mapping[str, Block]:
     """Return the reader of calls behind the tag."""
 
-    def read(source: Source) -> Reader[bool]:
+    def read(source: AnswerSource) -> Reader[bool]:
         yield from source.spaces()
         return (yield from json_calls(source, calls))
 

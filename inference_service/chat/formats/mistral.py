@@ -30,7 +30,7 @@ from inference_service.chat.formats.lark import (
     json_of,
     list_schema,
 )
-from inference_service.chat.formats.source import Reader, Source
+from inference_service.chat.formats.source import AnswerSource, Reader
 from inference_service.chat.pieces import AnswerCalls
 from inference_service.serving.request import Message
 from loramux_shared.parsers import ToolParser
@@ -49,7 +49,7 @@ def mistral_blocks(calls: AnswerCalls) -> Mapping[str, Block]:
     """Return the reader of Mistral's calls, in both forms."""
     listed = list_of_calls(calls)
 
-    def read(source: Source) -> Reader[bool]:
+    def read(source: AnswerSource) -> Reader[bool]:
         yield from source.spaces()
         if source.text.startswith(("[", "{"), source.at):
             return (yield from listed(source))

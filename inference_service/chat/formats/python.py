@@ -39,7 +39,7 @@ from inference_service.chat.formats.lark import (
     row,
 )
 from inference_service.chat.formats.llama import PYTHON_TAG
-from inference_service.chat.formats.source import Reader, Source
+from inference_service.chat.formats.source import AnswerSource, Reader
 from inference_service.chat.formats.values import (
     MAX_DEPTH,
     MAX_LITERAL,
@@ -64,7 +64,7 @@ _QUOTE: Final = {quote: re.compile(rf"[\\{quote}]") for quote in "\"'"}
 def pythonic_leading(calls: AnswerCalls) -> Block:
     """Return the reader of a list of calls as Python has them."""
 
-    def read(source: Source) -> Reader[bool]:
+    def read(source: AnswerSource) -> Reader[bool]:
         if not (yield from source.literal("[")):
             return False
         called = yield from python_calls(source, calls)
@@ -80,7 +80,7 @@ def pythonic_blocks(calls: AnswerCalls) -> Mapping[str, Block]:
     """Return the reader of the same behind the tag, as some finetunes have it."""
     read = pythonic_leading(calls)
 
-    def tagged(source: Source) -> Reader[bool]:
+    def tagged(source: AnswerSource) -> Reader[bool]:
         yield from source.spaces()
         return (yield from read(source))
 
@@ -98,7 +98,7 @@ def fenced_blocks(calls: AnswerCalls) -> Mapping[str, Block]:
 
 
 def _lines(calls: AnswerCalls, end: str) -> Block:
-    def read(source: Source) -> Reader[bool]:
+    def read(source: AnswerSource) -> Reader[bool]:
         if not (yield from python_calls(source, calls)):
             return False
         yield from source.spaces()
@@ -108,10 +108,10 @@ def _lines(calls: AnswerCalls, end: str) -> Block:
     return read
 
 
-def python_calls(source: Source, calls: AnswerCalls) -> Reader[bool]:
+def python_calls(source: AnswerSource, calls: AnswerCalls) -> Reader[bool]:
     """Read calls with spaces and commas between; say whether there were any.
 
-    Each is told when it is whole: not before that is it known to be one.
+    Each is emitted when it is whole: not before that is it known to be one.
     """
     called = False
     while True:
@@ -128,7 +128,7 @@ def python_calls(source: Source, calls: AnswerCalls) -> Reader[bool]:
         called = True
 
 
-def _python_call(source: Source) -> Reader[tuple[str, dict[str, Any]] | None]:
+def _python_call(source: AnswerSource) -> Reader[tuple[str, dict[str, Any]] | None]:
     """Return the name and the arguments of a call; None where there is none."""
     begin = source.at
     name = yield from source.match(_NAME)
@@ -144,7 +144,7 @@ def _python_call(source: Source) -> Reader[tuple[str, dict[str, Any]] | None]:
     return (name[0], arguments) if len(arguments) == len(call.keywords) else None
 
 
-def _brackets(source: Source, begin: int) -> Reader[bool]:
+def _brackets(source: AnswerSource, begin: int) -> Reader[bool]:
     """Read to the bracket that closes the one before; say whether that came within bounds."""
     depth, quote, place = 1, "", source.at
     while depth:

@@ -19,7 +19,7 @@ Reader = Generator[Piece | None, None, T]
 _SPACES: Final = re.compile(r"\s*")
 
 
-class Source:
+class AnswerSource:
     """The text so far; `at` is the position of the reader."""
 
     def __init__(self) -> None:
@@ -99,11 +99,11 @@ class Marks:
         self._firsts = frozenset(word[0] for word in words)
         self._longest = max(map(len, words), default=1) - 1
 
-    def find(self, source: Source) -> re.Match[str] | None:
+    def find(self, source: AnswerSource) -> re.Match[str] | None:
         """Return the first mark of what was not read yet."""
         return self._pattern.search(source.text, source.at)
 
-    def certain(self, source: Source) -> int:
+    def certain(self, source: AnswerSource) -> int:
         """Return how far a text without a mark surely has none, whatever comes."""
         end = len(source.text)
         if source.ended:
@@ -125,10 +125,10 @@ def marks(*words: str) -> Marks:
 
 
 class ParsedAnswer:
-    """A `Reading` of one answer by a reader."""
+    """An `AnswerReader` of the pieces that a generator yields."""
 
-    def __init__(self, reader: Callable[[Source], Reader[None]]) -> None:
-        self._source = Source()
+    def __init__(self, reader: Callable[[AnswerSource], Reader[None]]) -> None:
+        self._source = AnswerSource()
         self._steps = reader(self._source)
 
     def push(self, text: str) -> list[Piece]:

@@ -15,7 +15,7 @@
     </tool_call>
 
 Whichever a model was taught, both are read. Values of the second are what the tool's schema says: text as it
-stands, which is told as it comes, others as JSON or as Python writes them.
+stands, which is emitted as it is generated, others as JSON or as Python writes them.
 Source: https://github.com/NousResearch/Hermes-Function-Calling, and the chat templates of Qwen3-Coder-30B-A3B
 and Qwen3.5-4B.
 """
@@ -39,7 +39,7 @@ from inference_service.chat.formats.lark import (
     quoted,
     row,
 )
-from inference_service.chat.formats.source import Reader, Source, marks
+from inference_service.chat.formats.source import AnswerSource, Reader, marks
 from inference_service.chat.formats.values import arguments, is_open, is_text, texts, typed, written
 from inference_service.chat.pieces import AnswerCalls
 from loramux_shared.parsers import ToolParser
@@ -54,7 +54,7 @@ _NEWLINE: Final = 'nl: "\\n"?\n'
 def tagged_blocks(calls: AnswerCalls) -> Mapping[str, Block]:
     """Return the readers of both forms; models leave out the outer tag of the second now and then."""
 
-    def tagged(source: Source) -> Reader[bool]:
+    def tagged(source: AnswerSource) -> Reader[bool]:
         yield from source.spaces()
         if (yield from source.literal(FUNCTION)):
             called = yield from _function(source, calls)
@@ -62,20 +62,20 @@ def tagged_blocks(calls: AnswerCalls) -> Mapping[str, Block]:
             called = yield from json_calls(source, calls)
         return called and (yield from _closed(source))
 
-    def bare(source: Source) -> Reader[bool]:
+    def bare(source: AnswerSource) -> Reader[bool]:
         return (yield from _function(source, calls)) and (yield from _closed(source))
 
     return {BEGIN: tagged, FUNCTION: bare}
 
 
-def _closed(source: Source) -> Reader[bool]:
+def _closed(source: AnswerSource) -> Reader[bool]:
     """Read the closing tag, which may be missing: a call was read without it."""
     yield from source.spaces()
     yield from source.literal(END)
     return True
 
 
-def _function(source: Source, calls: AnswerCalls) -> Reader[bool]:
+def _function(source: AnswerSource, calls: AnswerCalls) -> Reader[bool]:
     """Read a function behind ``<function=``."""
     name = (yield from source.upto(">")) or ""
     if (name := name.strip()) not in calls.offered:
@@ -100,7 +100,7 @@ def _function(source: Source, calls: AnswerCalls) -> Reader[bool]:
     return True
 
 
-def _value(source: Source, calls: AnswerCalls, schema: Any) -> Reader[bool]:
+def _value(source: AnswerSource, calls: AnswerCalls, schema: Any) -> Reader[bool]:
     """Tell a value, without the line break at each end; say whether it came to its end."""
     yield from source.literal("\n")
     known, as_text = marks("\n" + _END_OF_VALUE, _END_OF_VALUE), is_text(schema)
@@ -149,8 +149,8 @@ def _xml(tools: Sequence[Asked], spelling: Spelling, several: bool) -> CallGramm
             if choices is None:
                 rules.append(f"{rule}: {rule}_j {quoted(closing)}\n{rule}_j: {tool.leaf(schema)}\n")
             else:
-                told = [quoted(choice + closing) for choice in choices] or [ends]
-                rules.append(either(told, rule))
+                spelled = [quoted(choice + closing) for choice in choices] or [ends]
+                rules.append(either(spelled, rule))
         rules.append(row(f"a{at}", parts))
     return CallGrammar(BEGIN, "".join(rules), MOST_CALLS if several else 1, "\n")
 

@@ -41,13 +41,13 @@ class CacheControl(Body):
     scope: str | None = None
 
 
-class Block(Body):
+class CacheableBlock(Body):
     """A part of a content."""
 
     cache_control: CacheControl | None = None
 
 
-class TextBlock(Block):
+class TextBlock(CacheableBlock):
     """Text."""
 
     type: Literal["text"]
@@ -61,7 +61,7 @@ Texts = Annotated[list[Text], BeforeValidator(as_blocks, json_schema_input_type=
 """Text alone: a string, or blocks."""
 
 
-class ToolUseBlock(Block):
+class ToolUseBlock(CacheableBlock):
     """A call that the assistant made earlier."""
 
     type: Literal["tool_use"]
@@ -73,7 +73,7 @@ class ToolUseBlock(Block):
     toolset_name: None = None
 
 
-class ToolResultBlock(Block):
+class ToolResultBlock(CacheableBlock):
     """The result of a call."""
 
     type: Literal["tool_result"]
@@ -83,7 +83,7 @@ class ToolResultBlock(Block):
     toolset_name: None = None
 
 
-class ThinkingBlock(Block):
+class ThinkingBlock(CacheableBlock):
     """Earlier reasoning of the assistant."""
 
     type: Literal["thinking"]
@@ -92,7 +92,7 @@ class ThinkingBlock(Block):
     """Accepted; nothing here is verified by it."""
 
 
-class RedactedThinkingBlock(Block):
+class RedactedThinkingBlock(CacheableBlock):
     """Earlier reasoning of another server's assistant, which only that server can read."""
 
     type: Literal["redacted_thinking"]

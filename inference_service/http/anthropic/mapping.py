@@ -20,7 +20,7 @@ from inference_service.chat.request import (
     with_effort,
 )
 from inference_service.http.anthropic import schema
-from inference_service.http.anthropic.schema import CustomTool, MessagesBody, OutputFormat, Turns
+from inference_service.http.anthropic.schema import CustomTool, MessagesBody, OutputFormat, PromptBody
 from inference_service.http.anthropic.turns import turns_of
 from inference_service.http.wire.body import names, request_fields
 from inference_service.serving.bounds import refused
@@ -33,7 +33,7 @@ EFFORTS: Final = {"max": "xhigh"}
 CHOICES: Final[Mapping[str, ToolChoice]] = {"auto": "auto", "any": "required", "none": "none"}
 
 
-def chat_of(body: Turns, headers: Mapping[str, str] = NO_HEADERS) -> ChatRequest:
+def chat_of(body: PromptBody, headers: Mapping[str, str] = NO_HEADERS) -> ChatRequest:
     """Return the conversation that a body asks to go on with.
 
     Raises:
@@ -63,7 +63,7 @@ def chat_of(body: Turns, headers: Mapping[str, str] = NO_HEADERS) -> ChatRequest
     )
 
 
-def _rest(body: Turns, headers: Mapping[str, str]) -> Request:
+def _rest(body: PromptBody, headers: Mapping[str, str]) -> Request:
     """Return what is asked beside the conversation."""
     own: dict[str, Any] = {"prompt": "", "usual_temperature": DEFAULT_TEMPERATURE}
     user = None
@@ -73,7 +73,7 @@ def _rest(body: Turns, headers: Mapping[str, str]) -> Request:
     return Request.of(**request_fields(body) | own | hinted(headers, sticky_key=user or "")._asdict())
 
 
-def _check_last(body: Turns, calls: bool, says: bool, constrained: bool) -> None:
+def _check_last(body: PromptBody, calls: bool, says: bool, constrained: bool) -> None:
     """Look at a last turn of the assistant, with which the answer goes on."""
     place = f"messages[{len(body.messages) - 1}]"
     if calls:
@@ -85,7 +85,7 @@ def _check_last(body: Turns, calls: bool, says: bool, constrained: bool) -> None
         raise refused(place, expected, "one of the assistant")
 
 
-def _format(body: Turns) -> OutputFormat | None:
+def _format(body: PromptBody) -> OutputFormat | None:
     new, old = body.output_config.format if body.output_config else None, body.output_format
     if new and old and new != old:
         raise refused(OLD_FORMAT, f"the same as {FORMAT}, or one of the two", "another")
@@ -93,13 +93,13 @@ def _format(body: Turns) -> OutputFormat | None:
 
 
 def _tool(index: int, tool: CustomTool) -> ChatTool:
-    told = [tool.description] if tool.description else []
+    lines = [tool.description] if tool.description else []
     if tool.input_examples:
-        told += [
+        lines += [
             "Examples of its input:",
             *(json.dumps(each, ensure_ascii=False) for each in tool.input_examples),
         ]
-    return ChatTool(tool.name, "\n".join(told) or None, tool.input_schema, tool.strict, f"tools[{index}]")
+    return ChatTool(tool.name, "\n".join(lines) or None, tool.input_schema, tool.strict, f"tools[{index}]")
 
 
 def _choice(choice: schema.ToolChoice | None) -> ToolChoice | None:
@@ -108,6 +108,6 @@ def _choice(choice: schema.ToolChoice | None) -> ToolChoice | None:
     return NamedTool(choice.name) if choice.name is not None else CHOICES[choice.type]
 
 
-def _effort(body: Turns) -> str | None:
+def _effort(body: PromptBody) -> str | None:
     effort = body.output_config.effort if body.output_config else None
     return EFFORTS.get(effort, effort) if effort else None

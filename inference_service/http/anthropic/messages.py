@@ -10,7 +10,7 @@ from typing import Final
 
 from starlette.requests import Request as HttpRequest
 
-from inference_service.chat.conversation import Conversation, Told
+from inference_service.chat.conversation import AnswerPart, Conversation
 from inference_service.chat.pieces import Thought
 from inference_service.chat.request import ChatRequest
 from inference_service.core.sequence import FinishReason
@@ -74,8 +74,8 @@ class MessageAnswer:
             Fault: as `GenerationService.generate` does, with Anthropic's names.
         """
         async with aclosing(self._answers()) as answers:
-            async for told in answers:
-                self._read(told)
+            async for part in answers:
+                self._read(part)
         finished = self._finished
         assert finished is not None  # noqa: S101 - an answer that did not fail ends
         message = self._message(self._content.blocks, self._usage(finished))
@@ -89,8 +89,8 @@ class MessageAnswer:
         """
         begun, last_s = False, 0.0
         async with aclosing(self._answers()) as answers:
-            async for told in answers:
-                events = self._read(told)
+            async for part in answers:
+                events = self._read(part)
                 if not (begun or events or self._unread > WORDLESS):
                     continue
                 if not begun:
@@ -103,7 +103,7 @@ class MessageAnswer:
                 for event in events:
                     yield event
 
-    async def _answers(self) -> AsyncGenerator[Told]:
+    async def _answers(self) -> AsyncGenerator[AnswerPart]:
         """Yield more of the answer, or its end; what comes before it is noted."""
         try:
             async with aclosing(self._conversation.events()) as events:
@@ -111,22 +111,22 @@ class MessageAnswer:
                     if isinstance(event, Started):
                         self.head.begin(event)
                         self._prompt_tokens = event.prompt_tokens
-                    elif isinstance(event, Told):
+                    elif isinstance(event, AnswerPart):
                         yield event
         except PromptTooLong as fault:
             raise await self._too_long() from fault
 
-    def _read(self, told: Told) -> list[MessageEvent]:
+    def _read(self, part: AnswerPart) -> list[MessageEvent]:
         """Collect more of the answer, or its end; return the events that a stream has of it."""
-        if isinstance(told.event, Delta):
-            self._unread += len(told.event.tokens)
-        if told.pieces:
-            self._thinking += self._unread * isinstance(told.pieces[0], Thought)
+        if isinstance(part.event, Delta):
+            self._unread += len(part.event.tokens)
+        if part.pieces:
+            self._thinking += self._unread * isinstance(part.pieces[0], Thought)
             self._unread = 0
-        events: list[MessageEvent] = [*self._content.take(told.pieces)]
-        if isinstance(told.event, Finished):
-            self._finished = told.event
-            events += [*self._content.end(), self._ended(told.event), STOP]
+        events: list[MessageEvent] = [*self._content.take(part.pieces)]
+        if isinstance(part.event, Finished):
+            self._finished = part.event
+            events += [*self._content.end(), self._ended(part.event), STOP]
         return events
 
     def _message(self, content: list[ContentBlock], usage: MessageUsage) -> AnthropicMessage:
@@ -142,7 +142,7 @@ class MessageAnswer:
         }
 
     def _started(self) -> MessageStart:
-        """Return the first event; how much of the prompt was cached is told with the last but one."""
+        """Return the first event; the last but one says how much of the prompt was cached."""
         counted = usage(Finished(FinishReason.STOP, "", self._prompt_tokens, 0, 0))
         return {"type": "message_start", "message": self._message([], counted)}
 

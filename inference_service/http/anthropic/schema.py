@@ -158,7 +158,7 @@ def _usual_speed(speed: Any) -> Any:
     return speed
 
 
-class Turns(Body):
+class PromptBody(Body):
     """The fields that become the prompt, and that both routes read."""
 
     model: Same[str]
@@ -185,7 +185,7 @@ class Turns(Body):
     thread: None = None
 
 
-class CountBody(Turns):
+class CountBody(PromptBody):
     """``POST /v1/messages/count_tokens``."""
 
     examples: ClassVar[Examples] = {
@@ -193,7 +193,7 @@ class CountBody(Turns):
     }
 
 
-class MessagesBody(Turns):
+class MessagesBody(PromptBody):
     """``POST /v1/messages``."""
 
     examples: ClassVar[Examples] = {

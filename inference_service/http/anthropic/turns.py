@@ -16,7 +16,7 @@ from inference_service.http.anthropic.blocks import (
     ToolResultBlock,
     ToolUseBlock,
 )
-from inference_service.http.anthropic.schema import Turns
+from inference_service.http.anthropic.schema import PromptBody
 from inference_service.serving.bounds import refused
 
 ROLES: Final = {
@@ -43,7 +43,7 @@ class _Placed:
     place: str
 
 
-def turns_of(body: Turns) -> list[Turn]:
+def turns_of(body: PromptBody) -> list[Turn]:
     """Return the turns of a conversation; turns of one role that follow each other are one.
 
     Raises:
@@ -61,7 +61,7 @@ def _is_bill(text: str) -> bool:
     return text.startswith(BILLING) and "\n" not in text.rstrip()
 
 
-def _placed(body: Turns) -> Iterator[_Placed]:
+def _placed(body: PromptBody) -> Iterator[_Placed]:
     for index, message in enumerate(body.messages):
         for at, block in enumerate(message.content):
             place = f"messages[{index}].content[{at}]"

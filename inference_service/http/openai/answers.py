@@ -32,7 +32,7 @@ class CompletionDetails(TypedDict):
 
 
 class Usage(TypedDict):
-    """Tokens; a prompt counts once, whatever its answers. The details are told at the end alone."""
+    """Tokens; a prompt counts once, whatever its answers. Only the end has the details."""
 
     prompt_tokens: int
     completion_tokens: int

@@ -7,7 +7,7 @@ from contextlib import aclosing
 
 from starlette.requests import Request as HttpRequest
 
-from inference_service.chat.conversation import Conversation, Told
+from inference_service.chat.conversation import AnswerPart, Conversation
 from inference_service.chat.pieces import CallArguments, CallBegun, Piece, Said, Thought
 from inference_service.core.sequence import FinishReason, Token
 from inference_service.http.openai.answers import (
@@ -61,16 +61,16 @@ class ChatChoice:
         """Tokens since the last piece."""
         self.reasoning_tokens = 0
 
-    def take(self, told: Told) -> None:
+    def take(self, part: AnswerPart) -> None:
         """Collect more of the answer, or its end."""
-        event = told.event
+        event = part.event
         if isinstance(event, Delta):
             if self._names is not None:
                 self._tokens += event.tokens
             if self._ids is not None:
                 self._ids += [token.id for token in event.tokens]
             self._unread += len(event.tokens)
-        self._collect(told.pieces)
+        self._collect(part.pieces)
         if isinstance(event, Finished):
             called = bool(self._calls) and event.reason is FinishReason.STOP
             self._finish_reason = "tool_calls" if called else REASONS[event.reason]
@@ -113,13 +113,13 @@ class ChatChoice:
             choice["token_ids"] = self._ids
         return choice
 
-    def parts(self, told: Told) -> list[ChatAnswerPart]:
+    def parts(self, part: AnswerPart) -> list[ChatAnswerPart]:
         """Collect more of the answer, or its end; return its choices in chunks.
 
         The first choice of all has the role, the last one the reason of the end.
         """
-        self.take(told)
-        event, pieces = told.event, told.pieces
+        self.take(part)
+        event, pieces = part.event, part.pieces
         if isinstance(event, Finished):
             return self._opened([*self._parts(pieces), self._choice({}, ended=True)])
         scores = None if self._names is None else chat_logprobs(event.tokens, self._names)
@@ -203,8 +203,8 @@ class Chat:
     async def whole(self) -> ChatCompletion:
         """Return the answers at once."""
         async with aclosing(self._answers()) as answers:
-            async for told in answers:
-                self._choices[told.event.index].take(told)
+            async for part in answers:
+                self._choices[part.event.index].take(part)
         return {
             "id": self.head.id,
             "object": "chat.completion",
@@ -219,10 +219,10 @@ class Chat:
     async def chunks(self) -> AsyncGenerator[ChatCompletionChunk]:
         """Yield the answers in chunks as they are generated."""
         async with aclosing(self._answers()) as answers:
-            async for told in answers:
-                index = told.event.index
-                for part in self._choices[index].parts(told):
-                    chunk = self._chunk([part])
+            async for part in answers:
+                index = part.event.index
+                for choice in self._choices[index].parts(part):
+                    chunk = self._chunk([choice])
                     if self._body.continuous_usage:
                         chunk["usage"] = self._tally.usage(index)
                     elif self._body.include_usage:
@@ -232,7 +232,7 @@ class Chat:
         if self._body.include_usage:
             yield {**self._chunk([]), "usage": self._usage()}
 
-    async def _answers(self) -> AsyncGenerator[Told]:
+    async def _answers(self) -> AsyncGenerator[AnswerPart]:
         """Yield more of the answers, or an end of one; what comes before them is noted."""
         async with aclosing(self._conversation.events()) as events:
             async for event in events:
@@ -241,7 +241,7 @@ class Chat:
                         self._begin(event)
                     case PromptLogprobs():
                         self._prompt["prompt_logprobs"] = prompt_logprobs(event.tokens, self._text)
-                    case Told():
+                    case AnswerPart():
                         self._tally.see(event.event)
                         if isinstance(event.event, Finished):
                             self._ends.append(event.event)

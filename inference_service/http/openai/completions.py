@@ -99,7 +99,7 @@ class CompletionChoice:
         return [self._part(prompt, tokens)]
 
     def know(self, prompt: PromptPart) -> None:
-        """Add what is to be told of the prompt, once: its tokens, or their scores."""
+        """Add a field about the prompt, which is written once: its tokens, or their scores."""
         self._prompt.update(prompt)
         self._in_next.update(prompt)
 

@@ -54,8 +54,8 @@ def _stops(value: Any) -> tuple[str, ...]:
 
 
 def _several(most: int) -> PlainValidator:
-    told = str | Ids | Annotated[list[str | Ids], Field(min_length=1, max_length=most)]
-    return PlainValidator(partial(prompts_of, most=most), json_schema_input_type=told)
+    forms = str | Ids | Annotated[list[str | Ids], Field(min_length=1, max_length=most)]
+    return PlainValidator(partial(prompts_of, most=most), json_schema_input_type=forms)
 
 
 Prompts = Annotated[tuple[Prompt, ...], _several(MAX_PROMPTS)]

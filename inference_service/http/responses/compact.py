@@ -15,7 +15,7 @@ from typing import Final
 
 from starlette.requests import Request as HttpRequest
 
-from inference_service.chat.conversation import Conversation, Told
+from inference_service.chat.conversation import AnswerPart, Conversation
 from inference_service.chat.request import ChatRequest, Turn
 from inference_service.http.responses.answers import Compaction, InstructionItem, ResponseUsage, SummaryItem
 from inference_service.http.responses.items import CallItem, Item, OutputItem, carried
@@ -87,9 +87,9 @@ async def _summary(conversation: Conversation, head: Head) -> tuple[str, Respons
             match event:
                 case Started():
                     head.begin(event)
-                case Told(Delta() as delta, pieces):
+                case AnswerPart(Delta() as delta, pieces):
                     output.take(pieces, delta.tokens)
-                case Told(Finished() as finished, pieces):
+                case AnswerPart(Finished() as finished, pieces):
                     output.end(pieces, "completed")
                     usage = usage_of(finished, output.reasoning_tokens)
     said = [item["content"][0]["text"] for item in output.items() if item["type"] == "message"]

@@ -10,7 +10,7 @@ from typing import Final
 
 from starlette.requests import Request as HttpRequest
 
-from inference_service.chat.conversation import Conversation, Told
+from inference_service.chat.conversation import AnswerPart, Conversation
 from inference_service.chat.request import ChatRequest
 from inference_service.core.sequence import FinishReason
 from inference_service.http.responses.answers import (
@@ -22,7 +22,7 @@ from inference_service.http.responses.answers import (
 )
 from inference_service.http.responses.mapping import chat_of
 from inference_service.http.responses.output import OutputEvent, OutputItems
-from inference_service.http.responses.resource import Resource
+from inference_service.http.responses.resource import ResponseObject
 from inference_service.http.responses.schema import ResponsesBody
 from inference_service.http.responses.tools import functions_of
 from inference_service.http.wire.body import read_body
@@ -77,7 +77,7 @@ class ResponseAnswer:
         self._number = count().__next__
         self._output = OutputItems(None, (), carries=body.carries)
         self.head = Head(f"resp_{self._conversation.request.id}", body.model)
-        self._resource: Resource | None = None
+        self._resource: ResponseObject | None = None
         """Known when the request was accepted."""
         self._begun = False
         """True when there was an event."""
@@ -117,7 +117,7 @@ class ResponseAnswer:
                 match event:
                     case Started():
                         self._resource = await self._begin(event)
-                    case Told() if self._resource is not None:
+                    case AnswerPart() if self._resource is not None:
                         if not self._begun:
                             self._begun = True
                             yield self._state("response.created", self._resource.under_way())
@@ -125,20 +125,20 @@ class ResponseAnswer:
                         for each in self._read(self._resource, event):
                             yield each
 
-    async def _begin(self, started: Started) -> Resource:
+    async def _begin(self, started: Started) -> ResponseObject:
         self.head.begin(started)
         scored = None if self._body.logprobs is None else started.text
         functions = functions_of(self._body.tools)
         self._output = OutputItems(scored, functions, carries=self._body.carries, number=self._number)
-        return Resource(self._body, self.head, await self._service.naming.defaults(started.model))
+        return ResponseObject(self._body, self.head, await self._service.naming.defaults(started.model))
 
-    def _read(self, resource: Resource, told: Told) -> list[ResponseStateEvent | OutputEvent]:
+    def _read(self, resource: ResponseObject, part: AnswerPart) -> list[ResponseStateEvent | OutputEvent]:
         """Collect more of the answer, or its end; return the events of it."""
-        if isinstance(told.event, Delta):
-            return [*self._output.take(told.pieces, told.event.tokens)]
-        cut = told.event.reason is FinishReason.LENGTH
-        events = self._output.end(told.pieces, "incomplete" if cut else "completed")
-        ended = resource.ended(told.event, self._output.items(), self._output.reasoning_tokens)
+        if isinstance(part.event, Delta):
+            return [*self._output.take(part.pieces, part.event.tokens)]
+        cut = part.event.reason is FinishReason.LENGTH
+        events = self._output.end(part.pieces, "incomplete" if cut else "completed")
+        ended = resource.ended(part.event, self._output.items(), self._output.reasoning_tokens)
         return [*events, self._state("response.incomplete" if cut else "response.completed", ended)]
 
     def _state(self, kind: StateKind, response: Response) -> ResponseStateEvent:

@@ -88,8 +88,8 @@ Text = Annotated[
 ]
 
 
-def _parts(kinds: Mapping[str, str], told: Any) -> BeforeValidator:
-    return BeforeValidator(_joined(kinds), json_schema_input_type=list[told] | None)
+def _parts(kinds: Mapping[str, str], part: Any) -> BeforeValidator:
+    return BeforeValidator(_joined(kinds), json_schema_input_type=list[part] | None)
 
 
 class MessageItem(Body):

@@ -20,7 +20,7 @@ from inference_service.serving.terms import first
 from loramux_shared.faults import Fault
 
 
-class Resource:
+class ResponseObject:
     """A response to one body, in each of its states."""
 
     def __init__(self, body: ResponsesBody, head: Head, defaults: AdapterDefaults) -> None:

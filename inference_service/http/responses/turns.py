@@ -32,13 +32,13 @@ SUMMED_UP: Final = "What was said before, summed up:\n"
 """Stands before the summary of a compaction."""
 
 
-def turns_of(instructions: str | None, told: str | Sequence[Item]) -> tuple[Turn, ...]:
+def turns_of(instructions: str | None, items: str | Sequence[Item]) -> tuple[Turn, ...]:
     """Return the turns of a text, or of items, behind the instructions.
 
     Raises:
         RequestInvalid: reasoning or a compaction is not ours.
     """
-    said = [Turn("user", told, place=PLACE)] if isinstance(told, str) else [*_turns(told)]
+    said = [Turn("user", items, place=PLACE)] if isinstance(items, str) else [*_turns(items)]
     before = [*takewhile(lambda turn: turn.role in SYSTEM, said)]
     texts = [text for text in (instructions, *(turn.content for turn in before)) if text is not None]
     system = [Turn("system", "\n\n".join(texts), place=PLACE)] if texts else []

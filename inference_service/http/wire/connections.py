@@ -14,7 +14,7 @@ from typing import Final
 import structlog
 from uvicorn.server import ServerState
 
-from inference_service.http.wire.protocol import LINGER_S, BoundedHttp, Patience
+from inference_service.http.wire.protocol import LINGER_S, BoundedHttp, ClientTimeouts
 from loramux_shared.arrival import unread_bytes
 
 ACCEPTS: Final = 16
@@ -48,7 +48,7 @@ class Connections:
         self,
         state: ServerState,
         make: Callable[[], BoundedHttp],
-        patience: Patience,
+        patience: ClientTimeouts,
         bound: int,
         tls: SSLContext | None = None,
     ) -> None:

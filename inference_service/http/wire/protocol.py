@@ -132,11 +132,11 @@ FIRST_S: Final = 0.1
 DRAIN_BODY_S: Final = 1.0
 """For the rest of a body once the server drains."""
 PROGRESS_BYTES: Final = 16 * 1024
-"""Bytes that a client must take of an answer that waits, in `Patience.read_s`."""
+"""Bytes that a client must take of an answer that waits, in `ClientTimeouts.read_s`."""
 
 
 @dataclass(frozen=True)
-class Patience:
+class ClientTimeouts:
     """The seconds that a client may take; none end while its bytes lie unread."""
 
     head_s: float = 10.0
@@ -151,7 +151,7 @@ class Patience:
     """To take PROGRESS_BYTES of an answer that waits for it."""
 
 
-USUAL: Final = Patience()
+USUAL: Final = ClientTimeouts()
 
 
 class BoundedHttp(HttpToolsProtocol):
@@ -163,7 +163,7 @@ class BoundedHttp(HttpToolsProtocol):
     def __init__(
         self,
         *args: Any,
-        patience: Patience,
+        patience: ClientTimeouts,
         refused: Callable[[int], None],
         leaving: Callable[[], bool],
         **kwargs: Any,
@@ -229,7 +229,7 @@ class BoundedHttp(HttpToolsProtocol):
             self._say(
                 408 if self._whole else status_of(fault),
                 fault_body({"path": self._path}, fault),
-                told=self._in_head,
+                came=self._in_head,
             )
 
     def check(self, now: float) -> None:
@@ -457,8 +457,8 @@ class BoundedHttp(HttpToolsProtocol):
     def _refuse(self, status: int, code: str, message: str) -> None:
         self._say(status, refused_body(self._path, message, status, code))
 
-    def _say(self, status: int, body: Mapping[str, object], *, told: bool = True) -> None:
-        """Answer in the place of the application, and end the connection; told to a request that came."""
+    def _say(self, status: int, body: Mapping[str, object], *, came: bool = True) -> None:
+        """Answer in the place of the application, and end the connection; `came`: a request came."""
         if self._has_begun() or self.transport.is_closing():
             self.transport.abort()  # nothing can be said within an answer, before it, or twice
             return
@@ -466,10 +466,10 @@ class BoundedHttp(HttpToolsProtocol):
             self._answered.disconnected = True
             self._answered.message_event.set()
         content = to_json(body)
-        retry = b"" if told and status != 503 else b"retry-after: 1\r\n"
+        retry = b"" if came and status != 503 else b"retry-after: 1\r\n"
         fields = b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n" % len(content)
         self.transport.write(STATUS_LINE[status] + fields + retry + b"\r\n" + content)
         self.transport.close()
         self._linger()
-        if told:
+        if came:
             self._heard(status)

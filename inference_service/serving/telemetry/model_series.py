@@ -41,7 +41,7 @@ class Timed:
 
 
 @dataclass
-class _Times:
+class _Histogram:
     counts: list[int]
     total: float = 0.0
 
@@ -50,7 +50,7 @@ class _Times:
 class _Model:
     used_s: float = 0.0
     counts: defaultdict[str, dict[str, int]] = field(default_factory=lambda: defaultdict(dict))
-    times: dict[str, _Times] = field(default_factory=dict)
+    times: dict[str, _Histogram] = field(default_factory=dict)
     changes: int = 0
     written: tuple[int, Lines] = (0, ())
     """Its lines, and how many changes are in them."""
@@ -96,7 +96,7 @@ class ModelSeries:
         with self._lock:
             times = self._used(model).times
             if name not in times:
-                times[name] = _Times([0] * (len(buckets) + 1))
+                times[name] = _Histogram([0] * (len(buckets) + 1))
             times[name].counts[bisect_left(buckets, seconds)] += 1
             times[name].total += seconds
 
@@ -131,7 +131,7 @@ class ModelSeries:
                 return lines
             changes = model.changes
             counts = {family: dict(each) for family, each in model.counts.items()}
-            times = {family: _Times(list(each.counts), each.total) for family, each in model.times.items()}
+            times = {family: _Histogram(list(each.counts), each.total) for family, each in model.times.items()}
         lines = (
             *(_counter(family, name, counts.get(family.name, {})) for family in self._counters),
             *(self._histogram(family, name, times.get(family)) for family in self._histograms),
@@ -139,7 +139,7 @@ class ModelSeries:
         model.written = changes, lines
         return lines
 
-    def _histogram(self, family: str, model: str, times: _Times | None) -> bytes:
+    def _histogram(self, family: str, model: str, times: _Histogram | None) -> bytes:
         return histogram(family, model, self._bounds[family], times.counts, times.total) if times else b""
 
 

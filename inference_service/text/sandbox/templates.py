@@ -35,7 +35,7 @@ WHAT_TEMPLATES_RAISE: Final = (
 )
 
 
-class Generation(Extension):
+class GenerationTag(Extension):
     """Takes ``{% generation %}``, with which templates mark what a training learns, for its content."""
 
     tags = {"generation"}  # noqa: RUF012 - as jinja2 declares it
@@ -69,7 +69,7 @@ def _check_name(name: object) -> None:
 def environment() -> ImmutableSandboxedEnvironment:
     """Return the environment that Hugging Face's templates are written for."""
     env = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+        trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, loopcontrols]
     )
     env.filters["tojson"] = _to_json
     env.globals["raise_exception"] = _raise

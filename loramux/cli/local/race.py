@@ -23,7 +23,7 @@ FRAME_S = 1 / 12
 
 
 @dataclass
-class Lane:
+class Contestant:
     """One model's answer as it grows; times are of the monotonic clock."""
 
     model: ModelInfo
@@ -55,9 +55,9 @@ class Lane:
 
 async def race(
     client: AsyncClient, models: Sequence[ModelInfo], prompt: str, max_tokens: int
-) -> Sequence[Lane]:
+) -> Sequence[Contestant]:
     """Stream the prompt through all models at once, show it, and return the lanes at their ends."""
-    lanes = [Lane(model) for model in models]
+    lanes = [Contestant(model) for model in models]
     shape = grid_shape(len(lanes))
     running = asyncio.gather(*(_run(client, lane, prompt, max_tokens) for lane in lanes))
     if shape is None:
@@ -77,7 +77,7 @@ async def race(
     return lanes
 
 
-async def _run(client: AsyncClient, lane: Lane, prompt: str, max_tokens: int) -> None:
+async def _run(client: AsyncClient, lane: Contestant, prompt: str, max_tokens: int) -> None:
     messages: list[Message] = [{"role": "user", "content": prompt}]
     lane.begin = time.monotonic()
     async for event in client.generate(lane.model.name, messages, max_tokens=max_tokens):
@@ -101,7 +101,7 @@ def grid_shape(lanes: int) -> tuple[int, int] | None:
     return (columns, lines) if lines >= MIN_ROWS else None
 
 
-def _grid(lanes: Sequence[Lane], columns: int, lines: int) -> Table:
+def _grid(lanes: Sequence[Contestant], columns: int, lines: int) -> Table:
     grid = Table.grid(expand=True)
     for _ in range(columns):
         grid.add_column(ratio=1)
@@ -115,11 +115,11 @@ def _inner_width(columns: int) -> int:
     return shell.out.width // columns - 4  # a border and a blank on each side
 
 
-def _wrapped(lane: Lane, width: int) -> list[Text]:
+def _wrapped(lane: Contestant, width: int) -> list[Text]:
     return list(Text(shell.printable(lane.text.strip())).wrap(shell.out, width))
 
 
-def _panel(lane: Lane, width: int, lines: int) -> Panel:
+def _panel(lane: Contestant, width: int, lines: int) -> Panel:
     return Panel(
         Text("\n").join(_wrapped(lane, width)[-(lines - 2) :]),
         title=Text(lane.title, "bold"),
@@ -131,7 +131,7 @@ def _panel(lane: Lane, width: int, lines: int) -> Panel:
     )
 
 
-def _pace(lane: Lane) -> str:
+def _pace(lane: Contestant) -> str:
     if lane.first_token_s is None:
         return "waiting"
     return f"{_number(lane.tokens_per_s, 1)} tokens/s · first {lane.first_token_s:.2f} s"
@@ -141,7 +141,7 @@ def _number(value: float | None, digits: int) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
-def show_summary(lanes: Sequence[Lane]) -> None:
+def show_summary(lanes: Sequence[Contestant]) -> None:
     """Print the table of a race."""
     shell.show()
     headers = ("model", "rank", "tokens", "first token", "tokens/s", "end")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Linear:
+class LinearScaling:
     """Every frequency divided by one factor; a factor of 1 is plain rope."""
 
     factor: float = 1.0
@@ -66,7 +66,7 @@ class Proportional:
     magnitude: float = 1.0
 
 
-Scaling = Linear | Llama3 | Yarn | LongRope | Still | Proportional
+Scaling = LinearScaling | Llama3 | Yarn | LongRope | Still | Proportional
 """A scaling of frequencies for longer contexts."""
 
 
@@ -77,4 +77,4 @@ class RopeSpec:
     dim: int
     """Leading dimensions of a head that are rotated."""
     theta: float
-    scaling: Scaling = Linear()
+    scaling: Scaling = LinearScaling()

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from loramux_shared.bases.hf_config import HfConfig
-from loramux_shared.bases.rope import Linear, Llama3, LongRope, Proportional, RopeSpec, Scaling, Yarn
+from loramux_shared.bases.rope import LinearScaling, Llama3, LongRope, Proportional, RopeSpec, Scaling, Yarn
 from loramux_shared.faults import CheckpointInvalid
 
 ROPE_KINDS: Final = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
@@ -113,7 +113,7 @@ def read_scaling(
             f"config.json: rope scaling {kind!r} is not supported; supported: {', '.join(kinds)}."
         )
     if kind == "linear":
-        return Linear(block.positive("factor")), max_positions
+        return LinearScaling(block.positive("factor")), max_positions
     if kind == "llama3":
         low, high = block.positive("low_freq_factor"), block.positive("high_freq_factor")
         return Llama3(block.positive("factor"), low, high, original), max_positions
@@ -121,7 +121,7 @@ def read_scaling(
         return _yarn(block, original, max_positions / original), max_positions
     if kind == "longrope":
         return read_longrope(block, dim, max_positions, original)
-    return Linear(), max_positions  # "dynamic" changes only sequences longer than max_positions
+    return LinearScaling(), max_positions  # "dynamic" changes only sequences longer than max_positions
 
 
 def _kind_of(block: HfConfig) -> str:

@@ -12,7 +12,7 @@ Finite = Annotated[float, Field(allow_inf_nan=False)]
 Token = Annotated[int, Field(ge=0)]
 
 
-class TokenLogprob(Model):
+class ProbeLogprob(Model):
     """A token and its log probability."""
 
     id: Token
@@ -23,7 +23,7 @@ class Probe(Model):
     """A sequence, and the most likely tokens behind it; best first."""
 
     tokens: tuple[Token, ...] = Field(min_length=1)
-    top: tuple[TokenLogprob, ...] = Field(min_length=1)
+    top: tuple[ProbeLogprob, ...] = Field(min_length=1)
 
 
 class Effect(Model):

@@ -48,7 +48,7 @@ def look_up(host: str, port: int) -> Sequence[str]:
 
 
 @dataclass(frozen=True)
-class Guard:
+class AddressGuard:
     """Decides which addresses may be connected to."""
 
     allowed: Collection[str] = ()

@@ -14,7 +14,7 @@ from loramux_shared.sources.base import MAX_FILES, Progress, Resolved, Room, Sou
 from loramux_shared.sources.cache import missing_files
 from loramux_shared.sources.checksum import Checksum
 from loramux_shared.sources.files import exactly, hash_pieces, inside, is_text, pin_content, whole
-from loramux_shared.sources.retry import Pace, Patience
+from loramux_shared.sources.retry import RetryPolicy, TimeLeft
 from loramux_shared.sources.secrets import Secrets
 
 TIMEOUT_S: Final = 20.0
@@ -44,10 +44,10 @@ Opener: TypeAlias = Callable[[Repository, Secrets], tuple[Bucket, str]]
 class BucketSource:
     """Lists a folder with the version of every object, and reads no other version of them."""
 
-    def __init__(self, opener: Opener, secrets: Secrets, patience: Patience | None = None) -> None:
+    def __init__(self, opener: Opener, secrets: Secrets, patience: RetryPolicy | None = None) -> None:
         self._opener = opener
         self._secrets = secrets
-        self._patience = patience or Patience()
+        self._patience = patience or RetryPolicy()
 
     def resolve(
         self, repository: Repository, progress: Progress = unwatched, room: Room = unwatched
@@ -56,7 +56,7 @@ class BucketSource:
         del room
         name = _name(repository)
 
-        def attempt(pace: Pace) -> dict[str, SourceFile]:
+        def attempt(pace: TimeLeft) -> dict[str, SourceFile]:
             watch = pace.watch(name, progress)
             files: dict[str, SourceFile] = {}
             for key, file in bucket.list(prefix):
@@ -141,7 +141,7 @@ class BucketSource:
         file, shown = resolved.files[name], f"{_name(resolved.repository)}: {name}"
         problems: list[str] = []
 
-        def attempt(pace: Pace) -> FileDigest:
+        def attempt(pace: TimeLeft) -> FileDigest:
             watch = pace.watch(shown, progress)
             if sink is not None:
                 sink.seek(0)

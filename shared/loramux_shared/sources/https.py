@@ -16,8 +16,8 @@ from urllib.parse import SplitResult, urljoin, urlsplit
 from loramux_shared.adapter_files import PIECE
 from loramux_shared.digits import is_whole
 from loramux_shared.faults import Fault, RepoGated, RepoNotFound, SourceRefused, SourceUnavailable
-from loramux_shared.sources.addresses import Address, Guard
-from loramux_shared.sources.retry import Busy, Pace
+from loramux_shared.sources.addresses import Address, AddressGuard
+from loramux_shared.sources.retry import Busy, TimeLeft
 
 TIMEOUT_S: Final = 20.0
 MAX_REDIRECTS: Final = 5
@@ -66,7 +66,7 @@ class Download:
 class Https:
     """Opens addresses of clients. Proxies are not used: they would look names up themselves."""
 
-    def __init__(self, guard: Guard) -> None:
+    def __init__(self, guard: AddressGuard) -> None:
         self._guard = guard
 
     @cached_property
@@ -78,7 +78,7 @@ class Https:
         return ssl.create_default_context()
 
     @contextmanager
-    def get(self, url: str, pace: Pace, authorization: tuple[str, str] | None = None) -> Iterator[Download]:
+    def get(self, url: str, pace: TimeLeft, authorization: tuple[str, str] | None = None) -> Iterator[Download]:
         """Yield what an address or a redirect of it answers; authorization is (host, header).
 
         Raises:
@@ -103,7 +103,7 @@ class Https:
         raise SourceRefused(f"{shown(parts)}: more than {MAX_REDIRECTS} redirects")
 
     @contextmanager
-    def _request(self, parts: SplitResult, headers: dict[str, str], pace: Pace) -> Iterator[HTTPResponse]:
+    def _request(self, parts: SplitResult, headers: dict[str, str], pace: TimeLeft) -> Iterator[HTTPResponse]:
         """Yield the response of the first address that can be connected to."""
         target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
         with closing(self._connect(str(parts.hostname), parts.port or _PORT)) as connection:

@@ -42,7 +42,7 @@ from loramux_shared.sources.cache import missing_files
 from loramux_shared.sources.checksum import checked_file
 from loramux_shared.sources.files import disk_errors, disk_fault, inside, is_text, scratch
 from loramux_shared.sources.hub_card import MODEL, descent_of
-from loramux_shared.sources.retry import Busy, Pace, Patience
+from loramux_shared.sources.retry import Busy, RetryPolicy, TimeLeft
 from loramux_shared.sources.secrets import Secrets, warn_unset
 
 TOKEN_VARIABLE: Final = "HF_TOKEN"  # noqa: S105 - the variable's name
@@ -72,12 +72,12 @@ class HubSource:
         *,
         endpoint: str | None = None,
         work_dir: Path | None = None,
-        patience: Patience | None = None,
+        patience: RetryPolicy | None = None,
     ) -> None:
         self._secrets = secrets
         self._work_dir = work_dir
         self._endpoint = endpoint
-        self._patience = patience or Patience()
+        self._patience = patience or RetryPolicy()
 
     def resolve(
         self, repository: Repository, progress: Progress = unwatched, room: Room = unwatched
@@ -211,7 +211,7 @@ class HubSource:
     def _call(self, repository: Repository, call: Callable[[Progress], _T], progress: Progress) -> _T:
         hint = self._secrets.hint(repository.runtime_secret_name, default_variable=TOKEN_VARIABLE)
 
-        def attempt(pace: Pace) -> _T:
+        def attempt(pace: TimeLeft) -> _T:
             watch = pace.watch(f"HF {repository.repo}", progress)
             with _translated(repository, hint):
                 return call(watch)

@@ -9,7 +9,7 @@ from pathlib import Path
 from loramux_shared.bundle.generation import Descent
 from loramux_shared.deployment import Repository, SourceKind
 from loramux_shared.faults import SourceRefused
-from loramux_shared.sources.addresses import Guard
+from loramux_shared.sources.addresses import AddressGuard
 from loramux_shared.sources.base import Source
 from loramux_shared.sources.bucket import Bucket, BucketSource
 from loramux_shared.sources.https import Https
@@ -68,7 +68,7 @@ def open_sources(
             SourceKind.S3: BucketSource(open_s3, secrets),
             SourceKind.GCS: BucketSource(open_gcs, secrets),
             SourceKind.AZURE: BucketSource(open_azure, secrets),
-            SourceKind.REMOTE_URL: UrlSource(Https(Guard(allowed_hosts)), secrets, work_dir),
+            SourceKind.REMOTE_URL: UrlSource(Https(AddressGuard(allowed_hosts)), secrets, work_dir),
             SourceKind.LOCAL: LocalSource(local_roots),
             SourceKind.PUSHED: PushedSource(),
         },

@@ -41,7 +41,7 @@ class Busy(SourceUnavailable):
 
 
 @dataclass(frozen=True)
-class Patience:
+class RetryPolicy:
     """Attempts, pauses and deadlines. Only `SourceUnavailable` is tried again."""
 
     attempts: int = 5
@@ -54,12 +54,12 @@ class Patience:
     min_bytes_s: int = 256 << 10
     """Slowest average speed of a transfer; a slower one is given up."""
 
-    def call(self, attempt: Callable[[Pace], _T], progress: Progress = unwatched) -> _T:
+    def call(self, attempt: Callable[[TimeLeft], _T], progress: Progress = unwatched) -> _T:
         """Return what an attempt returns; all attempts share one pace.
 
         An exception of `progress` ends a pause.
         """
-        pace = Pace(self)
+        pace = TimeLeft(self)
         retrying = Retrying(
             stop=lambda state: state.attempt_number >= self.attempts or pace.left_s <= state.upcoming_sleep,
             wait=self._pause,
@@ -98,10 +98,10 @@ def _sleep(progress: Progress, seconds: float) -> None:
         time.sleep(min(left, _TICK_S))
 
 
-class Pace:
+class TimeLeft:
     """The time that is left: every byte that comes in adds to it."""
 
-    def __init__(self, patience: Patience) -> None:
+    def __init__(self, patience: RetryPolicy) -> None:
         self._patience = patience
         self._started = time.monotonic()
         self._received = 0

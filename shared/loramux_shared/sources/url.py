@@ -18,7 +18,7 @@ from loramux_shared.sources.base import Progress, Resolved, Room, unwatched
 from loramux_shared.sources.cache import missing_files
 from loramux_shared.sources.files import disk_errors, hash_pieces, inside, whole
 from loramux_shared.sources.https import Https
-from loramux_shared.sources.retry import Pace, Patience
+from loramux_shared.sources.retry import RetryPolicy, TimeLeft
 from loramux_shared.sources.secrets import Secrets, warn_unset
 
 MAX_ARCHIVE: Final = 64 << 30
@@ -42,12 +42,12 @@ class UrlSource:
     """Downloads an archive once, into a file without a name, and reads everything from that."""
 
     def __init__(
-        self, https: Https, secrets: Secrets, work_dir: Path | None = None, patience: Patience | None = None
+        self, https: Https, secrets: Secrets, work_dir: Path | None = None, patience: RetryPolicy | None = None
     ) -> None:
         self._https = https
         self._secrets = secrets
         self._work_dir = work_dir
-        self._patience = patience or Patience()
+        self._patience = patience or RetryPolicy()
 
     def resolve(
         self, repository: Repository, progress: Progress = unwatched, room: Room = unwatched
@@ -146,7 +146,7 @@ class UrlSource:
                 room(size - taken)
                 taken = size
 
-        def attempt(pace: Pace) -> FileDigest:
+        def attempt(pace: TimeLeft) -> FileDigest:
             watch = pace.watch(name, progress)
             file.seek(0)
             file.truncate()

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from builder_service.builds import journal
 from builder_service.builds.journal import Abandoned, Journal, JournalEntry
 from builder_service.builds.running import RunningBuild
-from builder_service.builds.views import State
+from builder_service.builds.views import BuildState
 from builder_service.pipeline.wishes import Update
 from loramux.cli.main import app
 from loramux.client import AsyncClient
@@ -81,12 +81,12 @@ async def test_a_waiting_build_can_be_cancelled(world: Builders) -> None:
     await builds.cancel("second")
     last = await ended(builds, "second")
     assert last.failure is not None
-    assert (last.state, last.failure.reason) == (State.FAILED, "BUILD_CANCELLED")
-    assert (await builds.get("first")).state is State.BUILDING
+    assert (last.state, last.failure.reason) == (BuildState.FAILED, "BUILD_CANCELLED")
+    assert (await builds.get("first")).state is BuildState.BUILDING
     world.store.gate.set()
-    assert (await ended(builds, "first")).state is State.ACTIVE
-    assert (await builds.build(world.deployment("two", name="second"))).state is State.BUILDING
-    assert (await ended(builds, "second")).state is State.ACTIVE
+    assert (await ended(builds, "first")).state is BuildState.ACTIVE
+    assert (await builds.build(world.deployment("two", name="second"))).state is BuildState.BUILDING
+    assert (await ended(builds, "second")).state is BuildState.ACTIVE
 
 
 async def test_a_cancelled_build_stays_cancelled_after_a_kill(world: Builders) -> None:
@@ -105,8 +105,8 @@ async def test_a_failure_is_of_its_store(world: Builders) -> None:
     """A builder that starts where another one failed shows that failure, unless it has another store."""
     first = world.builder()
     await first.build(world.deployment("bad"))
-    assert (await ended(first)).state is State.FAILED
-    for store, shown in ((world.store, [State.FAILED]), (Gated(), [])):
+    assert (await ended(first)).state is BuildState.FAILED
+    for store, shown in ((world.store, [BuildState.FAILED]), (Gated(), [])):
         store.uri = store.uri if shown else "memory://another"
         world.store = store
         builds = world.builder()
@@ -124,7 +124,7 @@ async def test_a_build_that_takes_too_long_fails(world: Builders) -> None:
     world.store.gate.set()
     last = await ended(builds)
     assert last.failure is not None
-    assert (last.state, last.failure.reason) == (State.FAILED, "BUILD_TIMED_OUT")
+    assert (last.state, last.failure.reason) == (BuildState.FAILED, "BUILD_TIMED_OUT")
     assert "3600 s" in last.failure.message
     assert current_generation(world.store, "tiny") is None
 
@@ -150,18 +150,18 @@ async def test_a_failure_is_explained_after_a_restart(world: Builders) -> None:
     after = await successor.get("tiny")
     assert before.failure is not None
     assert after.failure is not None
-    assert (after.state, after.failure.reason) == (State.FAILED, "ADAPTER_INVALID")
+    assert (after.state, after.failure.reason) == (BuildState.FAILED, "ADAPTER_INVALID")
     assert (after.failure.findings, after.create_time) == (before.failure.findings, before.create_time)
     assert [adapter.stage for adapter in after.adapters] == ["REFUSED"]
-    assert (await successor.build(world.deployment("bad"), "request-1")).state is State.FAILED
+    assert (await successor.build(world.deployment("bad"), "request-1")).state is BuildState.FAILED
     with pytest.raises(RequestIdReused):
         await successor.build(world.deployment("one"), "request-1")
     world.store.gate.set()
     await successor.build(world.deployment("one"))
-    assert (await ended(successor)).state is State.ACTIVE
+    assert (await ended(successor)).state is BuildState.ACTIVE
     third = world.builder()
     await third.recover()
-    assert (await third.get("tiny")).state is State.ACTIVE
+    assert (await third.get("tiny")).state is BuildState.ACTIVE
 
 
 class Beats:
@@ -219,7 +219,7 @@ async def test_the_work_of_a_dead_builder_is_taken_over(world: Builders, beats: 
     await beats(1)
     await until(lambda: world.journal == [f"builds/tiny/{OWNER}.json"], "the take-over", lambda: world.journal)
     world.store.gate.set()
-    assert (await ended(builds)).state is State.ACTIVE
+    assert (await ended(builds)).state is BuildState.ACTIVE
     assert (world.journal, list(world.generation.adapters)) == ([], ["one", "two"] if updates else ["one"])
 
 
@@ -233,7 +233,7 @@ async def test_the_build_of_a_living_builder_is_left_alone(world: Builders, beat
     [key] = world.journal
     assert (key, json.loads(world.store.get(key))["beat"]) == (f"builds/tiny/{OTHER}.json", 5)
     world.store.gate.set()
-    assert (await ended(living)).state is State.ACTIVE
+    assert (await ended(living)).state is BuildState.ACTIVE
 
 
 async def test_two_builders_build_one_deployment(world: Builders) -> None:
@@ -242,7 +242,7 @@ async def test_two_builders_build_one_deployment(world: Builders) -> None:
     await asyncio.gather(one.build(world.deployment("one")), two.build(world.deployment("two")))
     world.store.gate.set()
     ends = await asyncio.gather(ended(one), ended(two))
-    assert [end.state for end in ends] == [State.ACTIVE, State.ACTIVE]
+    assert [end.state for end in ends] == [BuildState.ACTIVE, BuildState.ACTIVE]
     assert len(list(world.store.list("deployments/tiny/generations/"))) == 2
     assert (world.generation.number, world.journal) == (2, [])
 

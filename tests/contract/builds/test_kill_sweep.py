@@ -12,7 +12,7 @@ import structlog
 
 from builder_service.builds.builds import Builds
 from builder_service.builds.limits import BuildLimits
-from builder_service.builds.views import State
+from builder_service.builds.views import BuildState
 from builder_service.pipeline.build import build
 from builder_service.pipeline.context import BuildContext
 from builder_service.pipeline.progress import Progress
@@ -47,7 +47,7 @@ class World:
         """A workshop over a store."""
         return workshop(self.folder, store)
 
-    async def life(self, store: MemoryStore | Mortal, wanted: Deployment | None = None) -> State | None:
+    async def life(self, store: MemoryStore | Mortal, wanted: Deployment | None = None) -> BuildState | None:
         """Start a builder, let it take up what there is, ask for a build, and wait for the end of both."""
         builds = Builds(self.context(store), BuildLimits(running=2, beat_s=1000))
         state = None
@@ -91,7 +91,7 @@ def world(tmp_path: Path) -> Iterator[World]:
 async def test_a_kill_at_every_operation_of_the_store(world: World, after: bool) -> None:
     """Readers see old or new after a kill at any operation, and the next start ends the build."""
     whole = Mortal(copied(world.start))
-    assert await world.life(whole, world.new) is State.ACTIVE
+    assert await world.life(whole, world.new) is BuildState.ACTIVE
     assert whole.count > 25
     accepted = 0
     for dies_at in range(1, whole.count + 1):
@@ -101,9 +101,9 @@ async def test_a_kill_at_every_operation_of_the_store(world: World, after: bool)
         store = copied(store)  # a while later: claims of the dead builder are stale
         if journalled := list(store.list("builds/")):
             accepted += 1
-            assert await world.life(store) is State.ACTIVE, dies_at
+            assert await world.life(store) is BuildState.ACTIVE, dies_at
         else:  # not accepted yet, or ended already: the client asks again
-            assert await world.life(store, world.new) is State.ACTIVE, dies_at
+            assert await world.life(store, world.new) is BuildState.ACTIVE, dies_at
         world.check_end(store)
         assert accepted or not journalled
     assert accepted > whole.count // 2
@@ -116,7 +116,7 @@ async def test_a_second_kill_at_operations_of_the_recovery(world: World) -> None
     await world.life(Mortal(begun, 20), world.new)
     assert list(begun.list("builds/"))
     recovery = Mortal(copied(begun))
-    assert await world.life(recovery) is State.ACTIVE
+    assert await world.life(recovery) is BuildState.ACTIVE
     for dies_at in spread(range(1, recovery.count + 1), 10):
         store = copied(begun)
         await world.life(Mortal(store, dies_at), None)
@@ -135,7 +135,11 @@ def test_a_kill_at_changes_in_the_work_folder(world: World) -> None:
         if seen[0] >= seen[1] > 0:
             raise Killed
 
-    build(world.new, replace(world.context(copied(world.start)), parallel_adapters=2), Progress(NAMES, change))
+    build(
+        world.new,
+        replace(world.context(copied(world.start)), parallel_adapters=2),
+        Progress(NAMES, change),
+    )
     events = seen[0]
     assert events > 40
     for seen[1] in spread(range(1, events + 1), 12):

@@ -12,7 +12,7 @@ import pytest
 
 from builder_service.builds.builds import Builds
 from builder_service.builds.journal import JournalEntry
-from builder_service.builds.views import DeploymentView, State
+from builder_service.builds.views import BuildState, DeploymentView
 from builder_service.pipeline.wishes import Update
 from loramux.client import AsyncClient
 from loramux_shared.faults import BuildCancelled, BuildInProgress
@@ -75,7 +75,7 @@ async def test_changes_that_wait_are_one_generation(world: Builders) -> None:
     assert len(world.journal) == 1
     world.store.gate.set()
     ends = await asyncio.gather(*(end_of(builds, name) for name in names))
-    assert [end.state for end in ends] == [State.ACTIVE] * MANY
+    assert [end.state for end in ends] == [BuildState.ACTIVE] * MANY
     assert [end.generation for end in ends] == [2, *[3] * (MANY - 1)]
     assert [[adapter.name for adapter in end.adapters] for end in ends] == [[name] for name in names]
     assert set(world.generation.adapters) == {"one", *names}
@@ -128,13 +128,13 @@ async def test_a_change_follows_what_was_accepted_before_it(world: Builders) -> 
     with pytest.raises(BuildInProgress):
         await builds.build(world.deployment("two"))
     world.store.gate.set()
-    assert [(await end_of(builds, number)).state for number in "0123"] == [State.ACTIVE] * 4
+    assert [(await end_of(builds, number)).state for number in "0123"] == [BuildState.ACTIVE] * 4
     assert set(world.generation.adapters) == {"one", "m0", "m2"}
     world.store.gate.clear()
     await builds.build(world.deployment("two"))
     await builds.update(wish(world, "m3"), "behind")
     world.store.gate.set()
-    assert (await end_of(builds, "behind")).state is State.ACTIVE
+    assert (await end_of(builds, "behind")).state is BuildState.ACTIVE
     assert {"two", "m3"} <= set(world.generation.adapters)
 
 
@@ -149,7 +149,7 @@ async def test_waiting_changes_outlive_the_builder(world: Builders) -> None:
     again = world.builder()
     assert await again.recover() == MANY
     for entry in entries:
-        assert (await end_of(again, entry.request_id)).state is State.ACTIVE
+        assert (await end_of(again, entry.request_id)).state is BuildState.ACTIVE
     assert (len(world.generation.adapters), world.journal) == (1 + MANY, [])
 
 

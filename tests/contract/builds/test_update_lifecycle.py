@@ -15,7 +15,7 @@ import pytest
 from typer.testing import CliRunner
 
 from builder_service.builds.journal import JournalEntry
-from builder_service.builds.views import State
+from builder_service.builds.views import BuildState
 from builder_service.pipeline.progress import Progress
 from builder_service.pipeline.update import update
 from builder_service.pipeline.wishes import Update
@@ -69,7 +69,7 @@ async def test_an_update_goes_on_after_a_restart(world: Builders) -> None:
     journaled(world.store, OWNER, entry)
     builds = world.builder()
     assert await builds.recover() == 1
-    assert (await ended(builds)).state is State.ACTIVE
+    assert (await ended(builds)).state is BuildState.ACTIVE
     assert list(world.generation.adapters) == ["two"]
 
 
@@ -81,7 +81,7 @@ async def test_a_cancelled_update_leaves_what_is_served(world: Builders) -> None
     await builds.cancel("tiny")
     world.store.gate.set()
     last = await ended(builds)
-    assert (last.state, last.failure.reason if last.failure else "") == (State.FAILED, "BUILD_CANCELLED")
+    assert (last.state, last.failure.reason if last.failure else "") == (BuildState.FAILED, "BUILD_CANCELLED")
     assert list(world.generation.adapters) == ["one"]
 
 

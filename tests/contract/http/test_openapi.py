@@ -15,12 +15,12 @@ from jsonschema import Draft202012Validator
 from starlette.routing import Route
 
 from inference_service.http.app import ENDPOINTS, Application, create_app
-from inference_service.http.openapi import Served, document
+from inference_service.http.openapi import ServerFacts, document
 from loramux_shared.access.rights import Scope
 from tests.support.root import ROOT
 from tests.support.silent import silent_service
 
-DOCUMENT = document(ENDPOINTS, Served("base"))
+DOCUMENT = document(ENDPOINTS, ServerFacts("base"))
 SCHEMAS = DOCUMENT["components"]["schemas"]
 OPERATIONS = [
     (path, method, told) for path, methods in DOCUMENT["paths"].items() for method, told in methods.items()
@@ -59,7 +59,7 @@ async def test_the_document_is_what_the_route_says(web: httpx.AsyncClient) -> No
     answer = await web.get("/openapi.json")
     assert answer.headers["content-type"] == "application/json"
     first = (await web.get("/v1/models")).json()["data"][0]["id"]
-    served = document(ENDPOINTS, Served(first, keyless=True))
+    served = document(ENDPOINTS, ServerFacts(first, keyless=True))
     assert answer.json() == json.loads(json.dumps(served))
     assert re.fullmatch(r"3\.1\.\d+", DOCUMENT["openapi"])
     assert {"title", "version"} <= set(DOCUMENT["info"])
@@ -68,7 +68,7 @@ async def test_the_document_is_what_the_route_says(web: httpx.AsyncClient) -> No
 
 def test_a_server_without_keys_describes_none() -> None:
     """Neither security nor what a wrong key would be answered; else it is all the same."""
-    found = document(ENDPOINTS, Served("base", keyless=True))
+    found = document(ENDPOINTS, ServerFacts("base", keyless=True))
     assert "securitySchemes" not in found["components"]
     for path, method, told in OPERATIONS:
         open_to_all = found["paths"][path][method]
@@ -81,7 +81,7 @@ def test_a_server_without_keys_describes_none() -> None:
 @pytest.mark.parametrize("classifier", ["", "kinds"])
 def test_examples_ask_models_that_answer_them(scorer: str, classifier: str) -> None:
     """Scores and classes have examples where a model has such a head, and these name it."""
-    found = document(ENDPOINTS, Served("base", scorer, classifier))
+    found = document(ENDPOINTS, ServerFacts("base", scorer, classifier))
     for path, model in {"/score": scorer, "/v1/rerank": scorer, "/classify": classifier}.items():
         read = found["paths"][path]["post"]["requestBody"]["content"]["application/json"]
         assert {each["value"]["model"] for each in read.get("examples", {}).values()} == ({model} - {""})

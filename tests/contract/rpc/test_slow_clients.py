@@ -44,7 +44,7 @@ ASK = POST + b"Content-Length: %d\r\n\r\n" % len(BODY) + BODY
 QUIET = BODY.replace(b"HI", b"WAIT")
 WAIT = POST + b"Content-Length: %d\r\n\r\n" % len(QUIET) + QUIET
 CHUNKED = POST + b"Transfer-Encoding: chunked\r\n\r\n"
-HTTP_TIMES, RPC_TIMES = protocol.Patience.__dataclass_fields__, calls.Patience.__dataclass_fields__
+HTTP_TIMES, RPC_TIMES = protocol.ClientTimeouts.__dataclass_fields__, calls.Patience.__dataclass_fields__
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ async def apis(request: pytest.FixtureRequest, tmp_path: Path, clock: Clock) -> 
     limit, keys = getattr(request, "param", ("", False))
     guard = Guard(keyring("infer")[1]) if keys else Guard()
     times = {name: HOUR if name == limit else NEVER for name in (*HTTP_TIMES, *RPC_TIMES)}
-    http = protocol.Patience(**{name: times[name] for name in HTTP_TIMES})
+    http = protocol.ClientTimeouts(**{name: times[name] for name in HTTP_TIMES})
     rpc = calls.Patience(**{name: times[name] for name in RPC_TIMES})
     async with EndlessApis(tmp_path, guard, http, rpc) as made:
         yield made

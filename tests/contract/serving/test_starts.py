@@ -20,7 +20,7 @@ import pytest
 from inference_service.__main__ import serve
 from loramux_shared.faults import BuildCancelled, SettingsInvalid, SourceUnavailable
 from loramux_shared.settings import InferenceSettings, load_settings
-from loramux_shared.sources.retry import Pace, Patience
+from loramux_shared.sources.retry import RetryPolicy, TimeLeft
 from tests.support.forks import Forked, builder_service, inference_service
 from tests.support.waiting import BOUND_S, wait_until
 
@@ -114,7 +114,7 @@ def test_a_pause_before_a_source_is_asked_again_can_be_ended() -> None:
     """A build that is cancelled while it waits for a source does not wait the hour that it was to."""
     looks = itertools.count()
 
-    def attempt(_: Pace) -> None:
+    def attempt(_: TimeLeft) -> None:
         raise SourceUnavailable("away")
 
     def progress(_: int) -> None:
@@ -122,7 +122,7 @@ def test_a_pause_before_a_source_is_asked_again_can_be_ended() -> None:
             raise BuildCancelled("enough")
 
     with pytest.raises(BuildCancelled):
-        Patience(wait_s=3600, max_wait_s=3600, answer_s=7200).call(attempt, progress)
+        RetryPolicy(wait_s=3600, max_wait_s=3600, answer_s=7200).call(attempt, progress)
 
 
 @pytest.mark.parametrize("api", ["grpc", "http"])

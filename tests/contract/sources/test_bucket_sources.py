@@ -24,7 +24,7 @@ from loramux_shared.sources.bucket import BucketSource
 from loramux_shared.sources.checkpoint import describe_base, fetch_base
 from loramux_shared.sources.files import content_digest
 from loramux_shared.sources.open import Sources, open_azure, open_gcs, open_s3
-from loramux_shared.sources.retry import Patience
+from loramux_shared.sources.retry import RetryPolicy
 from loramux_shared.sources.secrets import Secrets
 from tests.support.adapters import write_base
 from tests.support.azurite import ACCOUNT, azurite
@@ -69,7 +69,7 @@ class Cloud:
         """The source as a service opens it, with its secret in a variable."""
         text = secret if isinstance(secret, str) else json.dumps(secret or self.secret)
         secrets = Secrets(None, {"LORAMUX_SECRET_key": text} if text else {})
-        return BucketSource(OPENERS[self.kind], secrets, Patience(attempts=2, wait_s=0.01))
+        return BucketSource(OPENERS[self.kind], secrets, RetryPolicy(attempts=2, wait_s=0.01))
 
 
 @pytest.fixture(scope="module")

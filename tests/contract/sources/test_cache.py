@@ -20,14 +20,14 @@ from loramux_shared.sources.bucket import BucketSource
 from loramux_shared.sources.checkpoint import describe_base, fetch_base
 from loramux_shared.sources.hub import HubSource
 from loramux_shared.sources.open import Sources
-from loramux_shared.sources.retry import Patience
+from loramux_shared.sources.retry import RetryPolicy
 from loramux_shared.sources.secrets import Secrets
 from tests.support.adapters import write_base
 from tests.support.fake_bucket import FakeBucket
 from tests.support.hub import Hub, HubRepo, serve_hub
 from tests.support.waiting import BOUND_S
 
-QUICK = Patience(attempts=2, wait_s=0.01)
+QUICK = RetryPolicy(attempts=2, wait_s=0.01)
 
 
 class Remote:

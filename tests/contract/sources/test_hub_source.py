@@ -21,14 +21,14 @@ from loramux_shared.faults import (
     SourceUnavailable,
 )
 from loramux_shared.sources import retry
-from loramux_shared.sources.addresses import Guard
+from loramux_shared.sources.addresses import AddressGuard
 from loramux_shared.sources.base import Source
 from loramux_shared.sources.bucket import BucketSource
 from loramux_shared.sources.checkpoint import describe_base, fetch_base
 from loramux_shared.sources.https import Https
 from loramux_shared.sources.hub import HubSource
 from loramux_shared.sources.open import Sources, open_s3
-from loramux_shared.sources.retry import Patience
+from loramux_shared.sources.retry import RetryPolicy
 from loramux_shared.sources.secrets import Secrets
 from loramux_shared.sources.url import UrlSource
 from tests.support.adapters import write_adapter, write_base
@@ -64,7 +64,7 @@ def hub(tmp_path) -> Iterator[Hub]:
 def source(hub: Hub, **environment: str) -> HubSource:
     """The real client against the small hub, with these variables set."""
     return HubSource(
-        Secrets(None, environment), endpoint=hub.endpoint, patience=Patience(attempts=2, wait_s=0.01)
+        Secrets(None, environment), endpoint=hub.endpoint, patience=RetryPolicy(attempts=2, wait_s=0.01)
     )
 
 
@@ -308,8 +308,8 @@ def test_a_commit_is_a_commit(hub, commit):
 def test_a_recorded_revision_stays_in_the_cache(hub, tmp_path, revision):
     """A generation that somebody else wrote leads no source out of its cache, nor into another's."""
     files = {"config.json": FileDigest(size=1, sha256="0" * 64)}
-    patience = Patience(attempts=1)
-    url = UrlSource(Https(Guard()), Secrets(None, {}), patience=patience)
+    patience = RetryPolicy(attempts=1)
+    url = UrlSource(Https(AddressGuard()), Secrets(None, {}), patience=patience)
     bucket = BucketSource(open_s3, Secrets(None, {}), patience)
     address = {SourceKind.REMOTE_URL: "https://files.test/a.tar.gz", SourceKind.S3: "s3://bucket/one"}
     places: dict[SourceKind, Source] = {SourceKind.HF: source(hub)}

@@ -16,13 +16,13 @@ from builder_service.pipeline.progress import Progress
 from loramux_shared.deployment import Repository, SourceKind
 from loramux_shared.deployment_file import parse_deployment
 from loramux_shared.faults import DeploymentInvalid, Fault, SourceUnavailable
-from loramux_shared.sources.addresses import Guard
+from loramux_shared.sources.addresses import AddressGuard
 from loramux_shared.sources.bucket import BucketSource
 from loramux_shared.sources.https import Https
 from loramux_shared.sources.hub import HubSource
 from loramux_shared.sources.local import LocalSource
 from loramux_shared.sources.open import Sources, open_azure, open_gcs, open_s3
-from loramux_shared.sources.retry import Patience
+from loramux_shared.sources.retry import RetryPolicy
 from loramux_shared.sources.secrets import Secrets
 from loramux_shared.sources.url import UrlSource
 from loramux_shared.storage.memory import MemoryStore
@@ -35,7 +35,7 @@ from tests.support.hub import HubRepo, serve_hub
 from tests.support.s3_gateway import S3Server
 
 CANARY = "canary7d1f"
-PATIENCE = Patience(attempts=2, wait_s=0.01)
+PATIENCE = RetryPolicy(attempts=2, wait_s=0.01)
 
 
 @contextmanager
@@ -81,7 +81,7 @@ def test_hf_storage(caplog, tmp_path, monkeypatch):
     monkeypatch.setattr(logger, "propagate", True)
     with serve_hub() as hub:
         hub.repos["org/a"] = HubRepo({"main": "c" * 40}, {"a": b"x"}, signature=CANARY)
-        patience = Patience(attempts=1, answer_s=0.1)
+        patience = RetryPolicy(attempts=1, answer_s=0.1)
         source = HubSource(secrets_of(CANARY), endpoint=hub.endpoint, patience=patience)
         resolved = source.resolve(repo("HF", "org/a"))
         monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)
@@ -166,7 +166,7 @@ def site(tmp_path, monkeypatch) -> Iterator[Site]:
 def url_source(secret: dict[str, str] | str = "", allowed: tuple[str, ...] = ("files.test",)) -> UrlSource:
     """The source, with every name at this machine."""
     return UrlSource(
-        Https(Guard(allowed, lambda _host, _port: ["127.0.0.1"])), secrets_of(secret), patience=PATIENCE
+        Https(AddressGuard(allowed, lambda _host, _port: ["127.0.0.1"])), secrets_of(secret), patience=PATIENCE
     )
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from builder_service.builds.builds import Builds
-from builder_service.builds.views import State
+from builder_service.builds.views import BuildState
 from builder_service.pipeline.build import build
 from builder_service.pipeline.context import BuildContext
 from builder_service.pipeline.progress import Progress
@@ -24,12 +24,12 @@ from loramux_shared.faults import (
     SourceRefused,
     SourceUnavailable,
 )
-from loramux_shared.sources.addresses import Guard
+from loramux_shared.sources.addresses import AddressGuard
 from loramux_shared.sources.checkpoint import describe_base, fetch_base
 from loramux_shared.sources.https import Https
 from loramux_shared.sources.local import LocalSource
 from loramux_shared.sources.open import Sources
-from loramux_shared.sources.retry import Patience
+from loramux_shared.sources.retry import RetryPolicy
 from loramux_shared.sources.secrets import Secrets
 from loramux_shared.sources.url import UrlSource
 from loramux_shared.storage.memory import MemoryStore
@@ -67,13 +67,15 @@ class Names:
 def source(
     allowed: tuple[str, ...] = ("files.test",),
     names: Names | None = None,
-    patience: Patience | None = None,
+    patience: RetryPolicy | None = None,
     **secrets,
 ) -> UrlSource:
     """The source as a service opens it, with a name service of the test."""
     environment = {f"LORAMUX_SECRET_{name}": json.dumps(value) for name, value in secrets.items()}
-    https = Https(Guard(allowed, names or Names()))
-    return UrlSource(https, Secrets(None, environment), patience=patience or Patience(attempts=2, wait_s=0.01))
+    https = Https(AddressGuard(allowed, names or Names()))
+    return UrlSource(
+        https, Secrets(None, environment), patience=patience or RetryPolicy(attempts=2, wait_s=0.01)
+    )
 
 
 def repo(site: Site, path: str = "/a.tar.gz", host: str = "files.test", **fields: str) -> Repository:
@@ -270,7 +272,7 @@ def test_a_server_that_drips_is_given_up(site):
 
     site.routes["/head"] = lambda handler: drip(handler, b"HTTP/1.1 200 OK\r\nX-Slow: ")
     site.routes["/body"] = lambda handler: drip(handler, b"HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\n")
-    patience = Patience(attempts=2, wait_s=0.01, answer_s=0.3)
+    patience = RetryPolicy(attempts=2, wait_s=0.01, answer_s=0.3)
     try:
         for path in ("/head", "/body"):
             with pytest.raises(SourceUnavailable):
@@ -299,7 +301,7 @@ def test_a_hostile_archive_is_refused(site, tmp_path):
 def test_a_work_folder_that_cannot_be_written(site, tmp_path):
     """A work folder that is no folder is RESOURCES_EXHAUSTED, without a download."""
     (tmp_path / "file").write_text("")
-    url = UrlSource(Https(Guard(("files.test",), Names())), Secrets(None, {}), tmp_path / "file")
+    url = UrlSource(Https(AddressGuard(("files.test",), Names())), Secrets(None, {}), tmp_path / "file")
     with pytest.raises(ResourcesExhausted, match="cannot be written"):
         url.resolve(repo(site))
     assert site.requests == []
@@ -378,7 +380,7 @@ async def test_a_failed_build_that_is_kept_holds_nothing(site, tmp_path):
     before = held()
     await builds.build(parse_deployment({"model_name": "tiny", "build": made}).deployment)
     *_, last = [view async for view in builds.watch("tiny")]
-    assert (last.state, type(last.failure)) == (State.FAILED, SourceRefused)
+    assert (last.state, type(last.failure)) == (BuildState.FAILED, SourceRefused)
     assert last.failure.__traceback__ is None
     assert held()["files"] == before["files"]
     await builds.drain(BOUND_S)

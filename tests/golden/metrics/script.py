@@ -11,7 +11,7 @@ from prometheus_client import generate_latest
 
 from builder_service.builds.meter import BuildMeter
 from builder_service.builds.running import RunningBuild
-from builder_service.builds.views import State
+from builder_service.builds.views import BuildState
 from inference_service.adapters.catalog import Catalog
 from inference_service.adapters.fixed import fixed_manager
 from inference_service.adapters.served_model import ServedModel
@@ -73,7 +73,7 @@ def of_builder() -> Scrape:
     """Return the metrics of a builder once a build has ended."""
     meter = BuildMeter(lambda: 0)
     entry = SimpleNamespace(create_time=datetime.now(UTC))
-    meter.ended(cast(RunningBuild, SimpleNamespace(failure=None, state=State.ACTIVE, entry=entry)))
+    meter.ended(cast(RunningBuild, SimpleNamespace(failure=None, state=BuildState.ACTIVE, entry=entry)))
     return Scrape(generate_latest(meter._registry).decode())
 
 

@@ -18,7 +18,7 @@ from inference_service.adapters.served_model import ServedModel
 from inference_service.core.sequence import FinishReason, Token
 from inference_service.engine.engine import SequenceCounts
 from inference_service.http.app import ENDPOINTS, create_app
-from inference_service.http.openapi import Served, document
+from inference_service.http.openapi import ServerFacts, document
 from inference_service.serving.bounds import check
 from inference_service.serving.engine_thread import EngineThread
 from inference_service.serving.request import Delta, Event, Finished, PromptLogprobs, Request, Started
@@ -238,7 +238,7 @@ async def transcript(case: Case, folder: Path) -> bytes:
 
 def described() -> bytes:
     """Return the OpenAPI document of a server with a model of every kind."""
-    return pretty(json.dumps(document(ENDPOINTS, Served("base", "scorer", "classifier"))).encode())
+    return pretty(json.dumps(document(ENDPOINTS, ServerFacts("base", "scorer", "classifier"))).encode())
 
 
 def pretty(body: bytes) -> bytes:

@@ -13,7 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from loramux.bench.drive import ClientLoad, LoadPlan, drive
-from loramux.bench.figures import Failures, Outcome, percentile, report
+from loramux.bench.figures import FailureCount, Outcome, percentile, report
 from loramux.bench.plot import plot, require_plot
 from loramux.bench.workload import Workload, arrivals, read_prompts
 from loramux.cli.bench import show_report
@@ -49,7 +49,7 @@ def test_times_of_a_request() -> None:
 def test_a_report_counts_what_failed_apart() -> None:
     """Tokens and times are of answered requests; failures are counted by reason."""
     failed = [replace(outcome("b", at, 0, "QUEUE_FULL"), message=f"at {at}") for at in (1.0, 2.0)]
-    full = {"QUEUE_FULL": Failures(2, "at 1.0")}
+    full = {"QUEUE_FULL": FailureCount(2, "at 1.0")}
     found = report([outcome("a"), outcome("a", 1.0), *failed], ["a", "b"])
     a, b = found.models
     assert (a.requests, a.tokens, a.tokens_per_s) == (2, 22, pytest.approx(22 / 3.5))

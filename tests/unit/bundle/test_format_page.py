@@ -18,7 +18,7 @@ from loramux_shared.bundle.manifest import (
     ScoreHead,
     Truncation,
 )
-from loramux_shared.bundle.proof import Effect, Probe, Proof, TokenLogprob
+from loramux_shared.bundle.proof import Effect, Probe, ProbeLogprob, Proof
 from loramux_shared.deployment import Model, ModelLimits, Repository
 from loramux_shared.faults import Finding
 from loramux_shared.limits import Limits
@@ -77,7 +77,7 @@ INSIDE = (
     Replaced,
     Repository,
     ScoreHead,
-    TokenLogprob,
+    ProbeLogprob,
     Truncation,
 )
 

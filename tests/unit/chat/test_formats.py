@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from inference_service.chat.dialect import Dialect, shown
-from inference_service.chat.pieces import AnswerCalls, CallArguments, CallBegun, Reading, Said
+from inference_service.chat.pieces import AnswerCalls, AnswerReader, CallArguments, CallBegun, Said
 from loramux_shared.parsers import Parsers, ReasoningParser, ToolParser
 from tests.support.readings import Heard, cuts_of, read
 
@@ -221,7 +221,7 @@ CASES: list[tuple[ToolParser, ReasoningParser, str, Heard]] = [
 ]  # fmt: skip
 
 
-def _reading(tool: ToolParser, reasoning: ReasoningParser) -> Reading:
+def _reading(tool: ToolParser, reasoning: ReasoningParser) -> AnswerReader:
     return Dialect(tool, reasoning).reading(AnswerCalls(OFFERED), None)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer
 
-from inference_service.chat.conversation import Conversation, Told
+from inference_service.chat.conversation import AnswerPart, Conversation
 from inference_service.chat.pieces import Piece
 from inference_service.core.sequence import FinishReason
 from inference_service.http.openai.chat_schema import ChatBody
@@ -67,7 +67,7 @@ async def ask(service: Speaks, **fields: Any) -> Heard:
     body = ChatBody.model_validate_json(json.dumps({"model": "tiny", "messages": [USER]} | fields))
     pieces: list[Piece] = []
     async for event in Conversation(service, chat_of(body)).events():
-        if isinstance(event, Told):
+        if isinstance(event, AnswerPart):
             pieces += event.pieces
     return heard(pieces)
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from builder_service.pipeline.check import AdapterReport, check_one
+from builder_service.pipeline.check import CheckedReport, check_one
 from builder_service.pipeline.progress import Progress
 from loramux_shared.bundle.reader import Bundle
 from tests.support.adapters import HIDDEN, INTERMEDIATE, write_adapter, write_base
@@ -25,7 +25,7 @@ class Bench:
         write_base(root / "base")
         self.context = workshop(root)
 
-    def check(self, **lora: Any) -> AdapterReport:
+    def check(self, **lora: Any) -> CheckedReport:
         """Check the adapter."""
         wanted = deployment_of(self.root, "npy", lora_configuration=lora)
         return check_one(wanted, self.context, Progress(["npy"]))

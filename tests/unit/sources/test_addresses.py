@@ -5,7 +5,7 @@ from ipaddress import ip_address
 import pytest
 
 from loramux_shared.faults import SourceRefused, SourceUnavailable
-from loramux_shared.sources.addresses import Guard, is_public
+from loramux_shared.sources.addresses import AddressGuard, is_public
 
 
 @pytest.mark.parametrize(
@@ -70,9 +70,9 @@ def test_addresses_that_are_public(text):
     assert is_public(ip_address(text))
 
 
-def guard(*answers: str, allowed: tuple[str, ...] = ()) -> Guard:
+def guard(*answers: str, allowed: tuple[str, ...] = ()) -> AddressGuard:
     """A guard whose name service always answers so."""
-    return Guard(allowed, lambda _host, _port: answers)
+    return AddressGuard(allowed, lambda _host, _port: answers)
 
 
 def test_one_bad_address_refuses_the_name():
@@ -104,4 +104,4 @@ def test_the_operator_allows_hosts(allowed, passes):
 def test_spellings_of_this_machine_are_refused(host):
     """The name service's answer counts for every spelling of this machine."""
     with pytest.raises((SourceRefused, SourceUnavailable)):
-        Guard().addresses(host, 443)
+        AddressGuard().addresses(host, 443)

@@ -24,17 +24,17 @@ from loramux_shared.sources.bucket import BucketSource
 from loramux_shared.sources.checksum import md5_of
 from loramux_shared.sources.local import LocalSource
 from loramux_shared.sources.open import Sources, needs_extra
-from loramux_shared.sources.retry import Busy, Patience
+from loramux_shared.sources.retry import Busy, RetryPolicy
 from loramux_shared.sources.secrets import Secrets
 from tests.support.descriptors import cancelled_after, failing, nothing_stays_open
 from tests.support.fake_bucket import FakeBucket
 from tests.support.own_time import OwnTime
 
 REPO = Repository(source=SourceKind.S3, repo="s3://bucket/one")
-QUICK = Patience(attempts=3, wait_s=0.01)
+QUICK = RetryPolicy(attempts=3, wait_s=0.01)
 
 
-def source(bucket: FakeBucket, patience: Patience = QUICK) -> BucketSource:
+def source(bucket: FakeBucket, patience: RetryPolicy = QUICK) -> BucketSource:
     """A source of one bucket."""
     return BucketSource(lambda _repository, _secrets: (bucket, "/one/"), Secrets(None, {}), patience)
 
@@ -99,10 +99,10 @@ def test_a_source_says_when_to_come_back(monkeypatch):
     bucket.failures = [Busy.until("x", "3600")]
     monkeypatch.setattr(retry, "time", time := OwnTime())
     with pytest.raises(SourceUnavailable):
-        source(bucket, Patience(answer_s=20)).resolve(REPO)
+        source(bucket, RetryPolicy(answer_s=20)).resolve(REPO)
     assert time.now_s == 0
     bucket.failures = [Busy.until("x", "7")]
-    assert source(bucket, Patience(answer_s=20)).resolve(REPO).files
+    assert source(bucket, RetryPolicy(answer_s=20)).resolve(REPO).files
     assert time.now_s == pytest.approx(7)
 
 
@@ -119,7 +119,7 @@ def test_a_slow_transfer_is_given_up(tmp_path, monkeypatch):
 
     bucket = Slow({"a": bytes(1000)})
     with pytest.raises(SourceUnavailable, match="slower than is waited for"):
-        source(bucket, Patience(answer_s=100)).fetch(listed(a=1000), ["a"], tmp_path)
+        source(bucket, RetryPolicy(answer_s=100)).fetch(listed(a=1000), ["a"], tmp_path)
     assert time.now_s < 110
 
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from inference_service.text.vocabulary import Vocabulary
+from inference_service.text.vocabulary import TokenBytes
 
 
 def byte_level() -> Tokenizer:
@@ -35,13 +35,13 @@ def byte_fallback() -> Tokenizer:
 def test_the_bytes_of_the_tokens_are_the_text(text: str) -> None:
     """The bytes of a byte-level vocabulary's tokens are, side by side, the text's."""
     tokenizer = byte_level()
-    vocabulary = Vocabulary(tokenizer, 300)
+    vocabulary = TokenBytes(tokenizer, 300)
     assert b"".join(map(vocabulary.token_bytes, tokenizer.encode(text).ids)) == text.encode()
 
 
 def test_added_tokens_stand_for_themselves() -> None:
     """Their text is literal, not of the byte alphabet; only special ones are no text; the rest is empty."""
-    vocabulary = Vocabulary(byte_level(), 300)
+    vocabulary = TokenBytes(byte_level(), 300)
     assert vocabulary.token_bytes(256) == b"<|end|>"
     assert vocabulary.token_text(257) == "<tool é>"
     assert vocabulary.special == {256}
@@ -51,7 +51,7 @@ def test_added_tokens_stand_for_themselves() -> None:
 
 def test_marks_are_spaces_and_fallback_tokens_are_bytes() -> None:
     """Half a character is half a character with byte fallback."""
-    vocabulary = Vocabulary(byte_fallback(), 259)
+    vocabulary = TokenBytes(byte_fallback(), 259)
     assert vocabulary.token_bytes(0xC3) == b"\xc3"
     assert vocabulary.token_text(0xC3) == "\N{REPLACEMENT CHARACTER}"
     assert vocabulary.token_bytes(257) == b" the"
