@@ -195,7 +195,7 @@ class Engine:
     def fail_all(self) -> list[StepOutput]:
         """End every sequence as FAILED, after a step that raised."""
         self._under_way.clear()
-        self._scheduler.pace.forget_steps()
+        self._scheduler.step_times.forget_steps()
         self._residency.resolved(everything=True)
         self._blocks.forget_all()
         self._end(tuple(self._seqs), FinishReason.FAILED)
@@ -229,7 +229,7 @@ class Engine:
         """Wait for a step; what it drew for sequences that ended meanwhile is dropped."""
         accepted = dict.fromkeys(pending.drafts, -1)
         tokens = pending.tokens()
-        self._scheduler.pace.resolved(self._clock())
+        self._scheduler.step_times.resolved(self._clock())
         for seq, token in tokens:
             if self._seqs.get(seq.id) is not seq:
                 continue

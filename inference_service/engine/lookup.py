@@ -7,7 +7,7 @@ draft by drawing a token behind each of its tokens; all up to the first that was
 depends on nothing but the request and the tokens before, so an answer is what it would be without drafts,
 sampled ones included.
 
-The length of a draft follows from the cost of rows (`Pace`), and from how often the expected tokens of a
+The length of a draft follows from the cost of rows (`StepTimes`), and from how often the expected tokens of a
 sequence came, drafted or not.
 """
 
@@ -126,7 +126,7 @@ class Lookup:
         room = min(limits.max_seqs - decodes, plan.budget, decodes * limits.speculative_tokens)
         if room <= 0 or any(seq in plan.lengths for seq in plan.prompts):
             return
-        parts = plan.pace.draft_rows(decodes, room)
+        parts = plan.step_times.draft_rows(decodes, room)
         room = min(room, 2 ** len(parts) - 1)
         costs = [decodes * log1p(rows * parts[rows.bit_length() - 1]) for rows in range(1, room + 1)]
         least = min((cost / rows for rows, cost in enumerate(costs, 1)), default=math.inf)

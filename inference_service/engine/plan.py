@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 from inference_service.core.sequence import Batch, Chunk, Sequence
 from inference_service.engine.block_manager import BlockManager
-from inference_service.engine.lanes import Lane
-from inference_service.engine.pace import BRIEF, TIMES, TIMES_OF_BRIEF, Load, Pace
+from inference_service.engine.queues import SequenceQueue
+from inference_service.engine.step_times import BRIEF, TIMES, TIMES_OF_BRIEF, Load, StepTimes
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Plan:
 
     budget: int
     """Rows that are left."""
-    pace: Pace
+    step_times: StepTimes
     seconds: float = math.inf
     """Seconds that are left for prompts."""
     bound: float = math.inf
@@ -59,7 +59,7 @@ class Plan:
     """Sequences that decode in it."""
     brief: bool = True
     """True if it may take as long as one whose prompts are all brief."""
-    ahead: dict[Lane, float] = field(default_factory=dict)
+    ahead: dict[SequenceQueue, float] = field(default_factory=dict)
     """Rows of queues in this step, for which they are charged when it was submitted."""
 
     @property
@@ -67,14 +67,14 @@ class Plan:
         """Return True if it has no room for prompts any longer."""
         return self.budget <= 0 or self.seconds < 0
 
-    def counter(self, lane: Lane) -> float:
+    def counter(self, queue: SequenceQueue) -> float:
         """Return a queue's counter, this step included."""
-        return lane.served + self.ahead.get(lane, 0.0)
+        return queue.served + self.ahead.get(queue, 0.0)
 
     def limit(self, decodes: int) -> None:
         """Bound prompts by the step-time model, beside so many that decode."""
         self.decodes, self.brief = decodes, all(map(_is_brief, self.prompts))
-        room = self.pace.room(decodes, TIMES_OF_BRIEF if self.brief else TIMES)
+        room = self.step_times.room(decodes, TIMES_OF_BRIEF if self.brief else TIMES)
         self.budget, self.seconds = int(min(self.budget, room.rows)), room.seconds
 
     def begin(self, seq: Sequence) -> None:
@@ -82,26 +82,26 @@ class Plan:
         self.prompts.append(seq)
         if self.brief and not _is_brief(seq):
             self.brief = False
-            more, less = (self.pace.room(self.decodes, times) for times in (TIMES_OF_BRIEF, TIMES))
+            more, less = (self.step_times.room(self.decodes, times) for times in (TIMES_OF_BRIEF, TIMES))
             self.seconds -= more.seconds - less.seconds
 
     def fitting(self, seq: Sequence) -> int:
         """Rows of a prompt that find room, beside those that it has."""
         given = self.lengths.get(seq, 0)
-        rows = self.pace.rows(seq.progress.num_computed + given, self.seconds)
+        rows = self.step_times.rows(seq.progress.num_computed + given, self.seconds)
         return int(min(self.left(seq), self.budget, rows))
 
     def left(self, seq: Sequence) -> int:
         """Rows of a prompt that it has not been given, up to where its chunk must end."""
         return min(seq.progress.num_pending, seq.bound - seq.progress.num_computed) - self.lengths.get(seq, 0)
 
-    def give(self, seq: Sequence, rows: int, lane: Lane) -> None:
+    def give(self, seq: Sequence, rows: int, queue: SequenceQueue) -> None:
         """Give a step rows of a prompt, behind those that it has; its queue is charged for them."""
         given = self.lengths.get(seq, 0)
         self.lengths[seq] = given + rows
-        self.ahead[lane] = self.ahead.get(lane, 0.0) + rows / lane.share.weight
+        self.ahead[queue] = self.ahead.get(queue, 0.0) + rows / queue.share.weight
         self.budget -= rows
-        self.seconds -= self.pace.cost_s(seq.progress.num_computed + given, rows)
+        self.seconds -= self.step_times.cost_s(seq.progress.num_computed + given, rows)
 
     def load(self) -> Load:
         """Return the work of the step, for the step-time model."""

@@ -21,7 +21,7 @@ from typing import Final, Generic
 import structlog
 
 from inference_service.core.adapter import Adapter
-from inference_service.engine.lanes import Rank
+from inference_service.engine.queues import Rank
 from inference_service.engine.residents import (
     AdapterEntry,
     AdapterState,

@@ -11,7 +11,7 @@ from enum import Enum
 from typing import Final, Generic, Protocol, TypeVar
 
 from inference_service.core.adapter import Adapter
-from inference_service.engine.lanes import Rank
+from inference_service.engine.queues import Rank
 from loramux_shared.faults import Fault
 
 LOAD_BUCKETS_S: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 15.0, 60.0)

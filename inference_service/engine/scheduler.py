@@ -13,11 +13,11 @@ from typing import Final
 from inference_service.core.adapter import Adapter
 from inference_service.core.sequence import Batch, Sequence
 from inference_service.engine.block_manager import BlockManager
-from inference_service.engine.lanes import Lane, Lanes, Rank, order, take
 from inference_service.engine.lookup import Lookup
-from inference_service.engine.pace import NOTHING, Pace
 from inference_service.engine.plan import Plan, SchedulerLimits
+from inference_service.engine.queues import Rank, SequenceQueue, SequenceQueues, order, take
 from inference_service.engine.residents import Presence, Residents
+from inference_service.engine.step_times import NOTHING, StepTimes
 
 QUANTUM: Final = 128.0
 """Tokens, by weight, that a queue under way is ahead of one that finds no place before it makes room for it.
@@ -49,17 +49,18 @@ class _Outcome(Enum):
     """Not now, and nobody behind it."""
 
 
-_Turn = tuple[float, int, tuple[int, int], int, Lane, Sequence | None]
+_Turn = tuple[float, int, tuple[int, int], int, SequenceQueue, Sequence | None]
 """Counter, those under way first, order, a tie-breaker; and a prompt under way, or None for who waits next."""
 
 
 class Scheduler:
     """Mixes decode and prefill under one token budget.
 
-    Sequences that decode come first. Then prompts under way and waiting ones take turns by `Lanes`, in the time
-    that `Pace` leaves them: the queue that was served least comes first, and within a queue the most urgent,
-    then the oldest, which leaves most of what it would take to shorter ones of its queue. A queue lets others
-    pass while an adapter of it is not resident, or finds no place among the `max_adapters` of a step.
+    Sequences that decode come first. Then prompts under way and waiting ones take turns by `SequenceQueues`, in
+    the time that `StepTimes` leaves them: the queue that was served least comes first, and within a queue the
+    most urgent, then the oldest, which leaves most of what it would take to shorter ones of its queue. A queue
+    lets others pass while an adapter of it is not resident, or finds no place among the `max_adapters` of a
+    step.
 
     A sequence without a seat, blocks, a place among the adapters or in the bank is served nothing, while those
     under way are. So the difference grows, and from a QUANTUM on they make room: the queue that is furthest
@@ -74,13 +75,13 @@ class Scheduler:
     def __init__(self, limits: SchedulerLimits, blocks: BlockManager, residents: Residents) -> None:
         self.limits = limits
         self.blocks = blocks
-        self.lanes = Lanes()
+        self.queues = SequenceQueues()
         self.running: list[Sequence] = []
         """Most urgent first, then oldest."""
         self.num_waiting = 0
         self.preemptions = 0
         self.lookup = Lookup()
-        self.pace = Pace()
+        self.step_times = StepTimes()
         self._load = NOTHING
         self._parted = False
         """True if the last step left out those that decode."""
@@ -88,27 +89,27 @@ class Scheduler:
         self._credit = MOST_CREDIT
         """Rows that may be computed twice now; below 0 only those that are a QUANTUM behind find room."""
         self._seen = -1
-        self._starved: list[Lane] = []
+        self._starved: list[SequenceQueue] = []
         self._numbers = itertools.count()
 
     @property
     def waiting(self) -> list[Sequence]:
         """Return the waiting sequences, queue by queue; may be called on another thread."""
-        return [seq for lane in self.lanes for seq in tuple(lane.waiting)]
+        return [seq for queue in self.queues for seq in tuple(queue.waiting)]
 
     @property
     def may_begin(self) -> bool:
         """Return True if a sequence waits whose adapter is in the bank."""
-        return any(lane.resident for lane in self.lanes.waiting)
+        return any(queue.resident for queue in self.queues.waiting)
 
     def waiting_for(self, adapters: Iterable[Adapter]) -> list[Sequence]:
         """Return those that wait for all of these adapters."""
         wanted = set(adapters)
-        return [seq for lane in self.lanes if wanted <= set(lane.adapters) for seq in lane.waiting]
+        return [seq for queue in self.queues if wanted <= set(queue.adapters) for seq in queue.waiting]
 
     def add(self, seq: Sequence) -> None:
         """Let a sequence wait; its adapter is wanted from now on."""
-        self.lanes.add(seq)
+        self.queues.add(seq)
         self._waits(seq)
 
     def remove(self, seq: Sequence) -> None:
@@ -117,13 +118,13 @@ class Scheduler:
             self._let_go(seq)
         else:
             self._stop_waiting(seq)
-        self.lanes.remove(seq)
+        self.queues.remove(seq)
         self.lookup.forget(seq)
 
     def schedule(self) -> Batch:
         """Choose the chunks of the next step; empty when there is nothing to do."""
         self.blocks.keep()
-        plan = Plan(self.limits.max_tokens, self.pace)
+        plan = Plan(self.limits.max_tokens, self.step_times)
         plan.bound = self._bring_in(plan)
         decodes: list[Sequence] = []
         for seq in self.running:
@@ -131,7 +132,7 @@ class Scheduler:
             one = len(progress.tokens) + progress.in_flight - progress.num_computed <= 1  # num_pending, inlined
             (decodes if one else plan.prompts).append(seq)
         if len(decodes) > plan.budget:
-            decodes.sort(key=lambda seq: self.lanes.of(seq).served)
+            decodes.sort(key=lambda seq: self.queues.of(seq).served)
         self._decode(decodes, plan)
         if plan.prompts or self.num_waiting:
             plan.limit(len(plan.lengths))
@@ -147,8 +148,8 @@ class Scheduler:
 
     def commit(self, batch: Batch, now_s: float) -> None:
         """Note that a batch was submitted: for every later step, its keys and values are in the cache."""
-        self.pace.submitted(self._load, now_s)
-        self.lanes.changed()
+        self.step_times.submitted(self._load, now_s)
+        self.queues.changed()
         computed = 0
         for seq, length, drafted in batch.chunks:
             known, progress = length - drafted, seq.progress
@@ -158,18 +159,18 @@ class Scheduler:
             progress.in_flight += drawn
             rows = progress.num_computed - progress.num_charged
             if rows > 0:  # recomputed and cached tokens cost nothing
-                self.lanes.charge(self.lanes.of(seq), min(rows, length))
+                self.queues.charge(self.queues.of(seq), min(rows, length))
                 progress.num_charged = progress.num_computed
             self.blocks.register(seq)
         self._credit = min(MOST_CREDIT, self._credit + TWICE * computed)
 
     def accept(self, seq: Sequence) -> None:
         """Note that one more token of a draft held: it was computed, and the one behind it was drawn."""
-        progress, lane = seq.progress, self.lanes.of(seq)
+        progress, queue = seq.progress, self.queues.of(seq)
         progress.num_computed += 1
         progress.num_charged += 1
         progress.in_flight += 1
-        lane.served += 1 / lane.share.weight
+        queue.served += 1 / queue.share.weight
 
     def _may_part(self, plan: Plan) -> bool:
         """Return True if a step is for its prompts alone: first tokens of new queues need not wait for the
@@ -179,9 +180,9 @@ class Scheduler:
         """
         prompts = [seq for seq in plan.prompts if seq in plan.lengths]
         return (
-            any(self.lanes.of(seq).is_new for seq in prompts)
+            any(self.queues.of(seq).is_new for seq in prompts)
             and not any(map(plan.left, prompts))
-            and self.pace.may_part(plan.decodes)
+            and self.step_times.may_part(plan.decodes)
         )
 
     def _bring_in(self, plan: Plan) -> float:
@@ -192,36 +193,38 @@ class Scheduler:
         """
         if self._residents.wanting or self._residents.changes != self._seen:
             self._look_for_adapters()
-        starved = [lane for lane in self._starved if lane.waiting and self._presence(lane) is Presence.STARVED]
+        starved = [
+            queue for queue in self._starved if queue.waiting and self._presence(queue) is Presence.STARVED
+        ]
         if not starved:
             return math.inf
-        first = min(starved, key=lambda lane: lane.rank)
+        first = min(starved, key=lambda queue: queue.rank)
         quantum = self._quantum(first)
-        ahead = self._far_ahead(first, plan, quantum, lambda lane: bool(lane.adapters))
+        ahead = self._far_ahead(first, plan, quantum, lambda queue: bool(queue.adapters))
         if ahead and not self._residents.releasing:
             self._displace(ahead[0].adapters, plan)
         return first.served + quantum
 
     def _look_for_adapters(self) -> None:
         """Say who waits for which adapter, and note who can be served now."""
-        waiting = [lane for lane in self.lanes.waiting if lane.adapters]
+        waiting = [queue for queue in self.queues.waiting if queue.adapters]
         ranks: dict[Adapter, Rank] = {}
-        for lane in waiting:
-            for adapter in lane.adapters:
-                ranks[adapter] = min(ranks.get(adapter, lane.rank), lane.rank)
-        together = sorted((lane for lane in waiting if len(lane.adapters) > 1), key=lambda lane: lane.rank)
-        self._residents.bring_in(ranks, [lane.adapters for lane in together])
+        for queue in waiting:
+            for adapter in queue.adapters:
+                ranks[adapter] = min(ranks.get(adapter, queue.rank), queue.rank)
+        together = sorted((queue for queue in waiting if len(queue.adapters) > 1), key=lambda queue: queue.rank)
+        self._residents.bring_in(ranks, [queue.adapters for queue in together])
         self._starved = []
-        for lane in waiting:
-            presence = self._presence(lane)
-            self.lanes.count(lane, counted=presence is not Presence.ABSENT)
+        for queue in waiting:
+            presence = self._presence(queue)
+            self.queues.count(queue, counted=presence is not Presence.ABSENT)
             if presence is Presence.STARVED:
-                self._starved.append(lane)
+                self._starved.append(queue)
         self._seen = self._residents.changes
 
-    def _presence(self, lane: Lane) -> Presence:
+    def _presence(self, queue: SequenceQueue) -> Presence:
         """Return the presence of a queue's adapters: that of the one that is furthest from the bank."""
-        found = [self._residents.presence(adapter) for adapter in lane.adapters]
+        found = [self._residents.presence(adapter) for adapter in queue.adapters]
         absent = (each for each in (Presence.ABSENT, Presence.STARVED) if each in found)
         return next(absent, Presence.RESIDENT)
 
@@ -245,36 +248,36 @@ class Scheduler:
             seq, seq.progress.num_computed + plan.lengths[seq]
         ):
             plan.short = True
-            furthest = max(self.lanes.under_way, key=lambda lane: (lane.served, lane.running[-1].order))
+            furthest = max(self.queues.under_way, key=lambda queue: (queue.served, queue.running[-1].order))
             self._preempt(furthest.running[-1], plan)
 
     def _take_turns(self, plan: Plan) -> None:
         """Share what is left of a step among prompts under way and those that wait."""
         turns: list[_Turn] = []
         for seq in plan.prompts:
-            lane = self.lanes.of(seq)
-            turns.append((lane.served, 0, seq.order, next(self._numbers), lane, seq))
-        turns += [self._turn(lane, plan) for lane in self._candidates(plan)]
+            queue = self.queues.of(seq)
+            turns.append((queue.served, 0, seq.order, next(self._numbers), queue, seq))
+        turns += [self._turn(queue, plan) for queue in self._candidates(plan)]
         heapq.heapify(turns)
         while turns and not plan.full:
-            *_, lane, prompt = heapq.heappop(turns)
+            *_, queue, prompt = heapq.heappop(turns)
             if prompt is not None:
                 self._give(prompt, plan)
                 continue
-            if not lane.waiting:
+            if not queue.waiting:
                 continue
-            seq = lane.waiting[0]
+            seq = queue.waiting[0]
             outcome = self._admit(seq, plan)
             if outcome is _Outcome.BLOCKED:
                 turns = [turn for turn in turns if turn[-1] is not None]
                 heapq.heapify(turns)
             elif outcome is _Outcome.ADMITTED:
                 self._give(seq, plan)
-                if lane.waiting:
-                    heapq.heappush(turns, self._turn(lane, plan))
+                if queue.waiting:
+                    heapq.heappush(turns, self._turn(queue, plan))
 
-    def _turn(self, lane: Lane, plan: Plan) -> _Turn:
-        return plan.counter(lane), 1, lane.waiting[0].order, next(self._numbers), lane, None
+    def _turn(self, queue: SequenceQueue, plan: Plan) -> _Turn:
+        return plan.counter(queue), 1, queue.waiting[0].order, next(self._numbers), queue, None
 
     def _give(self, seq: Sequence, plan: Plan) -> None:
         """Give a prompt what finds room; one that would take all of it leaves some to shorter ones."""
@@ -284,7 +287,7 @@ class Scheduler:
             self._give_shorter(seq, plan)
         rows = self._fitting(seq, plan)
         if rows > 0:
-            plan.give(seq, rows, self.lanes.of(seq))
+            plan.give(seq, rows, self.queues.of(seq))
             self._grow(seq, plan)
         if plan.left(seq):
             plan.budget = 0
@@ -304,25 +307,25 @@ class Scheduler:
         plan.budget, plan.seconds = plan.budget - kept, plan.seconds - kept_s
         shorter = self._shorter(long, plan)
         while not plan.full and (seq := next(shorter, None)) is not None:
-            plan.give(seq, self._fitting(seq, plan), self.lanes.of(seq))
+            plan.give(seq, self._fitting(seq, plan), self.queues.of(seq))
             self._grow(seq, plan)
         plan.budget += kept
         plan.seconds += kept_s
 
     def _shorter(self, long: Sequence, plan: Plan) -> Iterator[Sequence]:
         """Yield them, those under way and those that wait, which begin for it; none that is less urgent."""
-        lane, left = self.lanes.of(long), plan.left(long)
-        others = (seq for seq in plan.prompts if self.lanes.of(seq) is lane and seq not in plan.preempted)
+        queue, left = self.queues.of(long), plan.left(long)
+        others = (seq for seq in plan.prompts if self.queues.of(seq) is queue and seq not in plan.preempted)
         under_way = [seq for seq in others if seq.priority >= long.priority and 0 < plan.left(seq) < left]
         under_way.sort(key=plan.left, reverse=True)
         while True:
             shortest = plan.left(under_way[-1]) if under_way else left
-            waits = lane.by_length[0] if lane.waiting else None
+            waits = queue.by_length[0] if queue.waiting else None
             if (
                 waits is not None
                 and waits.priority >= long.priority
                 and waits.num_prompt < shortest
-                and self._may_begin(lane, waits, plan)
+                and self._may_begin(queue, waits, plan)
                 and self._admit(waits, plan) is _Outcome.ADMITTED
             ):
                 yield waits
@@ -331,7 +334,7 @@ class Scheduler:
             else:
                 return
 
-    def _candidates(self, plan: Plan) -> list[Lane]:
+    def _candidates(self, plan: Plan) -> list[SequenceQueue]:
         """Return queues of which one may be admitted, as many as there are seats and places of adapters, and
         one more.
 
@@ -343,96 +346,98 @@ class Scheduler:
         if not self.num_waiting or plan.short:
             return []
         seats = max(0, self.limits.max_seqs - len(self.running))
-        places = max(0, self.limits.max_adapters - len(self.lanes.active)) if seats else 0
+        places = max(0, self.limits.max_adapters - len(self.queues.active)) if seats else 0
         asks = bool(places) or self._somebody_is_far_ahead()
-        new = self.lanes.new if self._credit > 0 else ()
+        new = self.queues.new if self._credit > 0 else ()
         if not (seats or asks or new):
             return []
-        joining = [lane for lane in self.lanes.joining() if self._may_begin(lane, lane.waiting[0], plan)]
+        joining = [queue for queue in self.queues.joining() if self._may_begin(queue, queue.waiting[0], plan)]
         if asks:
             known = set(joining)
-            joining = joining if seats else heapq.nsmallest(1, joining, key=lambda lane: lane.rank)
-            others = [lane for lane in self.lanes.look_through() if lane not in known]
-            others = [lane for lane in others if self._may_begin(lane, lane.waiting[0], plan)]
-            joining += heapq.nsmallest(places + 1, others, key=lambda lane: lane.rank)
-        may = (lane for lane in new if lane.waiting and self._may_begin(lane, lane.waiting[0], plan))
+            joining = joining if seats else heapq.nsmallest(1, joining, key=lambda queue: queue.rank)
+            others = [queue for queue in self.queues.look_through() if queue not in known]
+            others = [queue for queue in others if self._may_begin(queue, queue.waiting[0], plan)]
+            joining += heapq.nsmallest(places + 1, others, key=lambda queue: queue.rank)
+        may = (queue for queue in new if queue.waiting and self._may_begin(queue, queue.waiting[0], plan))
         return list(dict.fromkeys((*joining, *itertools.islice(may, MOST_NEW))))
 
     def _somebody_is_far_ahead(self) -> bool:
         """Return True if a queue under way may be far enough ahead of a waiting one to make room."""
-        most = max((lane.served for lane in self.lanes.under_way), default=0.0)
-        return most - self.lanes.lowest >= QUANTUM
+        most = max((queue.served for queue in self.queues.under_way), default=0.0)
+        return most - self.queues.lowest >= QUANTUM
 
-    def _may_begin(self, lane: Lane, seq: Sequence, plan: Plan) -> bool:
+    def _may_begin(self, queue: SequenceQueue, seq: Sequence, plan: Plan) -> bool:
         """Return True if nothing that only the queue itself can change blocks a sequence that waits in it."""
-        if seq.progress.in_flight or self.lanes.is_full(lane):
+        if seq.progress.in_flight or self.queues.is_full(queue):
             return False
-        return not lane.adapters or (lane.resident and lane.served < plan.bound)
+        return not queue.adapters or (queue.resident and queue.served < plan.bound)
 
     def _admit(self, seq: Sequence, plan: Plan) -> _Outcome:
         """Begin with one that waits, if everything that it needs is there or is made room for."""
-        lane = self.lanes.of(seq)
+        queue = self.queues.of(seq)
         if plan.short:
             return _Outcome.BLOCKED
-        if seq in plan.preempted or self.lanes.is_full(lane) or not self._finds_place(lane, plan):
+        if seq in plan.preempted or self.queues.is_full(queue) or not self._finds_place(queue, plan):
             return _Outcome.PASSED
         while len(self.running) >= self.limits.max_seqs:
-            if not self._make_room(lane, plan):
+            if not self._make_room(queue, plan):
                 return _Outcome.BLOCKED
         while not self._start(seq):
-            if not self._make_room(lane, plan):
+            if not self._make_room(queue, plan):
                 return _Outcome.BLOCKED
         self._stop_waiting(seq)
-        self.lanes.start(seq)
+        self.queues.start(seq)
         bisect.insort(self.running, seq, key=order)
         plan.begin(seq)
         for adapter in seq.adapters:
             self._residents.acquire(adapter)
         return _Outcome.ADMITTED
 
-    def _finds_place(self, lane: Lane, plan: Plan) -> bool:
+    def _finds_place(self, queue: SequenceQueue, plan: Plan) -> bool:
         """Return True if its adapters may take part, if need be in the places of those that are far ahead.
 
         A blend that finds too few places keeps those that are free from the queues behind it.
         """
-        active, most = self.lanes.active, self.limits.max_adapters
-        new = [adapter for adapter in lane.adapters if adapter not in active]
+        active, most = self.queues.active, self.limits.max_adapters
+        new = [adapter for adapter in queue.adapters if adapter not in active]
         if not new:
             return True
         lacking = len(active) + len(new) - most
         if lacking <= 0:
             return not plan.crowded
-        ahead = self._far_ahead(lane, plan, self._quantum(lane), lambda other: bool(other.adapters))
+        ahead = self._far_ahead(queue, plan, self._quantum(queue), lambda other: bool(other.adapters))
         may_leave = dict.fromkeys(adapter for other in ahead for adapter in other.adapters)
-        leaving = [adapter for adapter in may_leave if adapter not in lane.adapters][:lacking]
+        leaving = [adapter for adapter in may_leave if adapter not in queue.adapters][:lacking]
         if len(leaving) < lacking:
             plan.crowded |= len(active) < most
             return False
         self._displace(leaving, plan)
         return True
 
-    def _make_room(self, lane: Lane, plan: Plan) -> bool:
+    def _make_room(self, queue: SequenceQueue, plan: Plan) -> bool:
         """Preempt one sequence of the queue that is furthest ahead of this one, if any is far enough."""
-        quantum = 0.0 if self._comes_first(lane) else QUANTUM
-        ahead = self._far_ahead(lane, plan, quantum, lambda other: not other.is_new)
+        quantum = 0.0 if self._comes_first(queue) else QUANTUM
+        ahead = self._far_ahead(queue, plan, quantum, lambda other: not other.is_new)
         if ahead:
             self._preempt(ahead[0].running[-1], plan)
         return bool(ahead)
 
-    def _far_ahead(self, lane: Lane, plan: Plan, quantum: float, may: Callable[[Lane], bool]) -> list[Lane]:
+    def _far_ahead(
+        self, queue: SequenceQueue, plan: Plan, quantum: float, may: Callable[[SequenceQueue], bool]
+    ) -> list[SequenceQueue]:
         """Return the queues under way that are far enough ahead of another to make room, the furthest first."""
-        least = plan.counter(lane) + quantum
-        under_way = (other for other in self.lanes.under_way if other is not lane and may(other))
+        least = plan.counter(queue) + quantum
+        under_way = (other for other in self.queues.under_way if other is not queue and may(other))
         ahead = [other for other in under_way if other.served >= least]
         return sorted(ahead, key=lambda other: other.served, reverse=True)
 
-    def _quantum(self, lane: Lane) -> float:
+    def _quantum(self, queue: SequenceQueue) -> float:
         """Return how far others must be ahead of a queue to leave their places among the adapters to it."""
-        return FIRST_QUANTUM if self._comes_first(lane) else QUANTUM
+        return FIRST_QUANTUM if self._comes_first(queue) else QUANTUM
 
-    def _comes_first(self, lane: Lane) -> bool:
+    def _comes_first(self, queue: SequenceQueue) -> bool:
         """Return True if a queue is new, and there is credit for it."""
-        return lane.is_new and self._credit > 0
+        return queue.is_new and self._credit > 0
 
     def _displace(self, adapters: Iterable[Adapter], plan: Plan) -> None:
         """Preempt all that are under way on any of some adapters."""
@@ -448,7 +453,7 @@ class Scheduler:
         self._credit -= self.blocks.lost(seq)
         take(self.running, seq)
         self._let_go(seq)
-        self.lanes.stop(seq)
+        self.queues.stop(seq)
         self._waits(seq)
         self.preemptions += 1
 

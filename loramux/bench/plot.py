@@ -36,7 +36,7 @@ def plot(outcomes: Sequence[Outcome], models: Sequence[str], path: Path) -> None
     answered = [each for each in outcomes if not each.error]
     _distribution(axes[0], "first token, ms", answered, models, lambda each: each.first_token_s)
     _distribution(axes[1], "time per token, ms", answered, models, lambda each: each.per_token_s)
-    _pace(axes[2], answered)
+    _speed(axes[2], answered)
     figure.savefig(path, dpi=120)
 
 
@@ -65,7 +65,7 @@ def _steps(axis: Any, values: Sequence[float | None], name: str | None, colour: 
     axis.step(found, parts, where="post", label=name, color=grey, linewidth=2 if colour else 1)
 
 
-def _pace(axis: Any, outcomes: Sequence[Outcome]) -> None:
+def _speed(axis: Any, outcomes: Sequence[Outcome]) -> None:
     """Draw tokens per second, each answer's tokens spread evenly from its first to its last."""
     end = max((each.last for each in outcomes), default=0.0) or 1.0
     width = end / BINS

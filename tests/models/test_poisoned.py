@@ -16,7 +16,7 @@ from inference_service.core.adapter import Adapter
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Sequence
 from inference_service.engine.inbox import Inbox
-from inference_service.engine.pace import Pace
+from inference_service.engine.step_times import StepTimes
 from inference_service.startup import load
 from inference_service.startup.bank import Bank, preload
 from inference_service.startup.load import Ready
@@ -101,7 +101,7 @@ def _answers(ready: Ready) -> Found:
     """
     engine: Any = ready.engine._engine
     found: Found = {}
-    engine._clock, engine._scheduler.pace = lambda: 0.0, Pace()  # so that chunks depend on no time
+    engine._clock, engine._scheduler.step_times = lambda: 0.0, StepTimes()  # so that chunks depend on no time
     coming, draw = list(_requests(ready)), random.Random(1)
     while coming or not engine.idle:
         while coming and (engine.idle or draw.random() < 0.4):

@@ -70,8 +70,8 @@ export class Answer {
     this.#say(this.#text, choice.delta.content ?? "");
     this.#part(".tokens").textContent = tokens;
     if (tokens > this.#first.tokens && now > this.#first.at) {
-      const pace = ((tokens - this.#first.tokens) * 1000) / (now - this.#first.at);
-      this.#part(".speed").textContent = `${pace.toFixed(pace < 100 ? 1 : 0)} tok/s`;
+      const speed = ((tokens - this.#first.tokens) * 1000) / (now - this.#first.at);
+      this.#part(".speed").textContent = `${speed.toFixed(speed < 100 ? 1 : 0)} tok/s`;
     }
     if (choice.finish_reason) this.#end("done", choice.finish_reason);
   }

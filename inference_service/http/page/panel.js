@@ -9,7 +9,7 @@ export class Panel {
   #timer = 0;
   #looking = false;
   #before = null; // {at, tokens} of the look before
-  #paces = [];
+  #speeds = [];
   #found;
   #lost;
 
@@ -44,7 +44,7 @@ export class Panel {
     delete document.querySelector("#server").dataset.stale;
     put("#running", state.running);
     put("#waiting", state.waiting);
-    this.#trace(this.#pace(state.generated_tokens));
+    this.#trace(this.#speed(state.generated_tokens));
     const { used, total } = state.kv_blocks;
     part("#kv", used, total, `${used} of ${total} blocks`);
     const { hit, queried } = state.prefix_tokens;
@@ -52,19 +52,19 @@ export class Panel {
     put("#at-work", working(state.models));
   }
 
-  #pace(tokens) {
+  #speed(tokens) {
     const [now, before] = [performance.now(), this.#before];
     this.#before = { at: now, tokens };
     return before ? Math.max(0, ((tokens - before.tokens) * 1000) / (now - before.at)) : 0;
   }
 
-  #trace(pace) {
-    this.#paces = [...this.#paces, pace].slice(-TRACE);
-    const highest = Math.max(1, ...this.#paces);
-    const start = TRACE - this.#paces.length;
-    const points = this.#paces.map((each, nth) => `${start + nth},${15 - (14 * each) / highest}`);
+  #trace(speed) {
+    this.#speeds = [...this.#speeds, speed].slice(-TRACE);
+    const highest = Math.max(1, ...this.#speeds);
+    const start = TRACE - this.#speeds.length;
+    const points = this.#speeds.map((each, nth) => `${start + nth},${15 - (14 * each) / highest}`);
     document.querySelector("#trace polyline").setAttribute("points", points.join(" "));
-    put("#pace", pace.toFixed(pace < 10 && pace ? 1 : 0));
+    put("#speed", speed.toFixed(speed < 10 && speed ? 1 : 0));
   }
 }
 

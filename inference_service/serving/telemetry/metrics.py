@@ -24,7 +24,7 @@ from inference_service.serving.telemetry.replica import ReplicaCollector
 
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 """Content type; OpenMetrics takes twice the time to write and has no other content."""
-PACE_BUCKETS: Final = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1)
+PER_TOKEN_BUCKETS: Final = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1)
 WAIT_BUCKETS: Final = (0.002, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 15, 60)
 REQUEST_BUCKETS: Final = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320)
 """Bounds of the buckets, in seconds.
@@ -45,7 +45,9 @@ QUEUE: Final = Timed("loramux_queue_seconds", "Until the first step for it, of r
 TTFT: Final = Timed(
     "loramux_time_to_first_token_seconds", "From arrival to the first token, of requests.", WAIT_BUCKETS
 )
-PACE: Final = Timed("loramux_time_per_output_token_seconds", "Between tokens, mean of an answer.", PACE_BUCKETS)
+PER_TOKEN: Final = Timed(
+    "loramux_time_per_output_token_seconds", "Between tokens, mean of an answer.", PER_TOKEN_BUCKETS
+)
 DURATION: Final = Timed("loramux_request_seconds", "From arrival to end, of requests.", REQUEST_BUCKETS)
 
 
@@ -67,7 +69,7 @@ class Metrics:
             "loramux_http_responses", "Answers of the HTTP server.", ("status",), registry=self._registry
         )
         self._models = ModelSeries(
-            (REQUESTS, ANSWERS, PROMPT, CACHED, GENERATED), (QUEUE, TTFT, PACE, DURATION), most
+            (REQUESTS, ANSWERS, PROMPT, CACHED, GENERATED), (QUEUE, TTFT, PER_TOKEN, DURATION), most
         )
         self._adapters = AdapterSeries(catalog, engine, adapters, most)
         self._registry.register(AdapterCollector(self._adapters))
@@ -98,7 +100,7 @@ class Metrics:
         for answer in record.answers:
             if answer.finish is not None:
                 self._models.count(ANSWERS.name, model, said=answer.finish.value)
-            self._observe(PACE, model, answer.pace_s)
+            self._observe(PER_TOKEN, model, answer.seconds_per_token)
 
     def responded(self, status: int) -> None:
         """Count an answer of the HTTP server; a request that it refuses itself never gets here."""

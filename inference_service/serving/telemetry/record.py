@@ -35,7 +35,7 @@ class AnswerRecord:
     finish: FinishReason | None = None
 
     @property
-    def pace_s(self) -> float | None:
+    def seconds_per_token(self) -> float | None:
         """Mean seconds between its tokens; None below two tokens."""
         seconds = _between(self.first_s, self.last_s)
         return None if seconds is None or self.tokens < 2 else seconds / (self.tokens - 1)

@@ -62,41 +62,41 @@ async def race(
     running = asyncio.gather(*(_run(client, lane, prompt, max_tokens) for lane in lanes))
     if shape is None:
         await running
-        for lane in lanes:
-            shell.show(f"\n{lane.title}:")
-            shell.show(lane.text.strip())
-        return lanes
+        for track in tracks:
+            shell.show(f"\n{track.title}:")
+            shell.show(track.text.strip())
+        return tracks
     with Live(console=shell.out, auto_refresh=False, vertical_overflow="crop") as live:
         while not running.done():
             await asyncio.wait({running}, timeout=FRAME_S)
-            live.update(_grid(lanes, *shape), refresh=True)
+            live.update(_grid(tracks, *shape), refresh=True)
         await running
         # What stays on the screen takes only the lines that the answers need.
-        needed = max(len(_wrapped(lane, _inner_width(shape[0]))) for lane in lanes) + 2
-        live.update(_grid(lanes, shape[0], min(shape[1], needed)), refresh=True)
-    return lanes
+        needed = max(len(_wrapped(track, _inner_width(shape[0]))) for track in tracks) + 2
+        live.update(_grid(tracks, shape[0], min(shape[1], needed)), refresh=True)
+    return tracks
 
 
 async def _run(client: AsyncClient, lane: Contestant, prompt: str, max_tokens: int) -> None:
     messages: list[Message] = [{"role": "user", "content": prompt}]
-    lane.begin = time.monotonic()
-    async for event in client.generate(lane.model.name, messages, max_tokens=max_tokens):
+    track.begin = time.monotonic()
+    async for event in client.generate(track.model.name, messages, max_tokens=max_tokens):
         if isinstance(event, Delta):
-            lane.last = time.monotonic()
-            lane.first = lane.first or lane.last
-            lane.text += event.text
-            lane.tokens += len(event.token_ids)
+            track.last = time.monotonic()
+            track.first = track.first or track.last
+            track.text += event.text
+            track.tokens += len(event.token_ids)
         elif isinstance(event, Finished):
-            lane.reason = event.reason
+            track.reason = event.reason
 
 
-def grid_shape(lanes: int) -> tuple[int, int] | None:
+def grid_shape(tracks: int) -> tuple[int, int] | None:
     """Return (columns, lines of a panel) that fit the terminal; None when it cannot show them all."""
-    columns = min(lanes, shell.out.width // MIN_COLUMN)
-    if not shell.out.is_terminal or columns < min(lanes, 2):
+    columns = min(tracks, shell.out.width // MIN_COLUMN)
+    if not shell.out.is_terminal or columns < min(tracks, 2):
         return None
-    rows = -(-lanes // columns)
-    columns = -(-lanes // rows)  # as even as it gets
+    rows = -(-tracks // columns)
+    columns = -(-tracks // rows)  # as even as it gets
     lines = min((shell.out.height - 1) // rows, MAX_ROWS)
     return (columns, lines) if lines >= MIN_ROWS else None
 
@@ -105,7 +105,7 @@ def _grid(lanes: Sequence[Contestant], columns: int, lines: int) -> Table:
     grid = Table.grid(expand=True)
     for _ in range(columns):
         grid.add_column(ratio=1)
-    panels = [_panel(lane, _inner_width(columns), lines) for lane in lanes]
+    panels = [_panel(track, _inner_width(columns), lines) for track in tracks]
     for begin in range(0, len(panels), columns):
         grid.add_row(*panels[begin : begin + columns])
     return grid
@@ -121,20 +121,20 @@ def _wrapped(lane: Contestant, width: int) -> list[Text]:
 
 def _panel(lane: Contestant, width: int, lines: int) -> Panel:
     return Panel(
-        Text("\n").join(_wrapped(lane, width)[-(lines - 2) :]),
-        title=Text(lane.title, "bold"),
+        Text("\n").join(_wrapped(track, width)[-(lines - 2) :]),
+        title=Text(track.title, "bold"),
         title_align="left",
-        subtitle=Text(_pace(lane), "dim"),
+        subtitle=Text(_speed(track), "dim"),
         subtitle_align="right",
         height=lines,
-        border_style="green" if lane.reason else "cyan",
+        border_style="green" if track.reason else "cyan",
     )
 
 
 def _pace(lane: Contestant) -> str:
     if lane.first_token_s is None:
         return "waiting"
-    return f"{_number(lane.tokens_per_s, 1)} tokens/s · first {lane.first_token_s:.2f} s"
+    return f"{_number(track.tokens_per_s, 1)} tokens/s · first {track.first_token_s:.2f} s"
 
 
 def _number(value: float | None, digits: int) -> str:
@@ -147,19 +147,19 @@ def show_summary(lanes: Sequence[Contestant]) -> None:
     headers = ("model", "rank", "tokens", "first token", "tokens/s", "end")
     rows = [
         (
-            lane.model.name,
-            shell.numbers(lane.model.ranks),
-            str(lane.tokens),
-            f"{_number(lane.first_token_s, 2)} s",
-            _number(lane.tokens_per_s, 1),
-            str(lane.reason),
+            track.model.name,
+            shell.numbers(track.model.ranks),
+            str(track.tokens),
+            f"{_number(track.first_token_s, 2)} s",
+            _number(track.tokens_per_s, 1),
+            str(track.reason),
         )
-        for lane in lanes
+        for track in tracks
     ]
     shell.table(headers, rows, frozenset({"tokens", "first token", "tokens/s"}))
-    tokens = sum(lane.tokens for lane in lanes)
-    took = max(lane.last for lane in lanes) - min(lane.begin for lane in lanes)
+    tokens = sum(track.tokens for track in tracks)
+    took = max(track.last for track in tracks) - min(track.begin for track in tracks)
     if took > 0:
         shell.show(
-            f"{len(lanes)} streams in one batch: {tokens} tokens in {took:.1f} s, {tokens / took:.1f} tokens/s"
+            f"{len(tracks)} streams in one batch: {tokens} tokens in {took:.1f} s, {tokens / took:.1f} tokens/s"
         )

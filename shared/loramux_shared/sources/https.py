@@ -92,7 +92,7 @@ class Https:
             headers = {"Accept-Encoding": "identity", "User-Agent": "loramux"}
             if authorization and authorization[0] in {host, f"{host}:{port}"}:
                 headers["Authorization"] = authorization[1]
-            with _translated(name), self._request(parts, headers, pace) as response:
+            with _translated(name), self._request(parts, headers, deadline) as response:
                 if response.status in {301, 302, 303, 307, 308}:
                     parts = split_address(response.headers.get("Location", ""), parts.geturl())
                     continue
@@ -107,7 +107,7 @@ class Https:
         """Yield the response of the first address that can be connected to."""
         target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
         with closing(self._connect(str(parts.hostname), parts.port or _PORT)) as connection:
-            with _ended_after(pace.left_s, connection):
+            with _ended_after(deadline.left_s, connection):
                 connection.request("GET", target, headers=headers)
                 response = connection.getresponse()
             with response:

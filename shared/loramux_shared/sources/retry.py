@@ -61,7 +61,7 @@ class RetryPolicy:
         """
         pace = TimeLeft(self)
         retrying = Retrying(
-            stop=lambda state: state.attempt_number >= self.attempts or pace.left_s <= state.upcoming_sleep,
+            stop=lambda state: state.attempt_number >= self.attempts or deadline.left_s <= state.upcoming_sleep,
             wait=self._pause,
             retry=retry_if_exception_type(SourceUnavailable),
             before_sleep=_told,
@@ -69,7 +69,7 @@ class RetryPolicy:
             reraise=True,
         )
         try:
-            return retrying(attempt, pace)
+            return retrying(attempt, deadline)
         except Fault as fault:
             failure = fault.with_traceback(None)
         # Traceback and context hold the client's frames, and so its connections, as long as this is kept.

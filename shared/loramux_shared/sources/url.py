@@ -151,7 +151,7 @@ class UrlSource:
             file.seek(0)
             file.truncate()
             digest, size = hashlib.sha256(), 0
-            with self._https.get(repository.repo, pace, authorization) as download:
+            with self._https.get(repository.repo, deadline, authorization) as download:
                 take(download.size or 0)
                 for piece in download.pieces():
                     size += len(piece)

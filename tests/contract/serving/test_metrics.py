@@ -95,12 +95,12 @@ async def test_times_are_those_of_the_request(api: OpenAIApi) -> None:
     await api.until_free()  # the client may have the last byte before that is written down
     waited = time.monotonic() - started
     said = await scrape(api)
-    queue, first, whole, pace = (
+    queue, first, whole, per_token = (
         said.value(f"loramux_{name}_seconds_sum", model="all")
         for name in ("queue", "time_to_first_token", "request", "time_per_output_token")
     )
     assert 0 <= queue < first < whole < waited
-    assert 0 < pace * 49 <= whole - first + 1e-3
+    assert 0 < per_token * 49 <= whole - first + 1e-3
 
 
 async def test_every_end_has_an_outcome(api: OpenAIApi) -> None:

@@ -46,7 +46,7 @@ class Immediate:
         return Pending(seqs, lambda: [Token(7)] * len(seqs))
 
 
-def coming_and_going(seqs: int, *, waiting: int, lanes: int, adapters: int) -> Callable[[], None]:
+def coming_and_going(seqs: int, *, waiting: int, queues: int, adapters: int) -> Callable[[], None]:
     """Return a step of an engine whose sequences end after ANSWER tokens, each followed by another."""
     limits = SchedulerLimits(4 * seqs, seqs, ACTIVE, max_seq_len=64)
     blocks = BlockManager(8 * seqs, BLOCK_SIZE, prefix_cache=False)
@@ -57,7 +57,7 @@ def coming_and_going(seqs: int, *, waiting: int, lanes: int, adapters: int) -> C
     def add() -> None:
         number = next(numbers)
         new = ANSWER if number >= seqs else 1 + number % ANSWER  # so that as many end in every step
-        params, flow = SamplingParams(max_tokens=new), str(number % lanes)
+        params, flow = SamplingParams(max_tokens=new), str(number % queues)
         engine.add(Sequence(str(number), [1, 2], params, known[number % adapters], flow=flow))
 
     def step() -> None:
@@ -82,18 +82,18 @@ def test_a_step_costs_what_its_sequences_do() -> None:
     assert instructions(Point("decode", 4 * SEQS, context=256, loaded=64)) < 4 * usual
 
 
-@pytest.mark.parametrize("lanes", [1, 1000], ids=["one lane", "a lane each"])
-def test_admission_costs_what_is_admitted(lanes: int) -> None:
+@pytest.mark.parametrize("queues", [1, 1000], ids=["one queue", "a queue each"])
+def test_admission_costs_what_is_admitted(queues: int) -> None:
     """A quarter of the sequences ends in every step, and others come: four times as many are as much more work,
     whether they share a queue or have one each.
     """
-    few, many = (coming_and_going(seqs, waiting=4, lanes=lanes, adapters=ACTIVE) for seqs in (24, 96))
+    few, many = (coming_and_going(seqs, waiting=4, queues=queues, adapters=ACTIVE) for seqs in (24, 96))
     assert counted(many, ANSWER) < 4.4 * counted(few, ANSWER)
 
 
 def test_who_finds_no_place_costs_the_others_little() -> None:
     """A step asks, of 400 that wait for places of adapters, as many as there are places, and one more."""
-    few, many = (coming_and_going(24, waiting=count, lanes=1, adapters=count) for count in (100, 400))
+    few, many = (coming_and_going(24, waiting=count, queues=1, adapters=count) for count in (100, 400))
     assert counted(many, ANSWER) < 2.5 * counted(few, ANSWER)
 
 

@@ -16,12 +16,12 @@ from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import FAIR, Batch, FinishReason, Sequence, Share, Token
 from inference_service.engine.block_manager import BlockManager
 from inference_service.engine.engine import Engine
-from inference_service.engine.lanes import Lane
-from inference_service.engine.pace import TIMES, Pace, Room
 from inference_service.engine.plan import SchedulerLimits
+from inference_service.engine.queues import SequenceQueue
 from inference_service.engine.residents import AlwaysResident
 from inference_service.engine.scheduler import MOST_CREDIT, QUANTUM, TWICE
 from inference_service.engine.step import Pending
+from inference_service.engine.step_times import TIMES, Room, StepTimes
 from tests.support.examples import examples
 
 ADAPTERS = [Adapter(f"{number:064x}", slot=number) for number in range(40)]
@@ -47,7 +47,7 @@ class FakeRunner:
         return Pending(seqs, lambda: [Token(7)] * len(seqs))
 
 
-class NotedPace(Pace):
+class NotedStepTimes(StepTimes):
     """Notes whether the last step that anybody could have begun in was for a look at those that decode."""
 
     looks = False
@@ -390,36 +390,36 @@ def test_nobody_under_way_gets_far_ahead_of_who_waits(
         blocks=num_blocks, max_seqs=max_seqs, max_adapters=max_adapters, max_tokens=16, depth=depth
     )
     scheduler = engine._scheduler
-    scheduler.pace = pace = NotedPace()
+    scheduler.step_times = step_times = NotedStepTimes()
     began: dict[tuple[str, tuple[Adapter, ...]], list[int]] = {}
     seqs = [_seq(3, new, uid, flow=flow) for uid, flow, new in requests]
-    crowded: set[Lane] = set()
+    crowded: set[SequenceQueue] = set()
     for seq in seqs:
         engine.add(seq)
     while not engine.idle:
-        active = set(scheduler.lanes.active)  # one step ahead, who ended keeps its place until that is known
+        active = set(scheduler.queues.active)  # one step ahead, who ended keeps its place until that is known
         engine.step()
-        for lane in scheduler.lanes:
+        for queue in scheduler.queues:
             first = [
                 seq.progress.arrival
-                for seq in lane.running
-                if seq.progress.arrival not in began.get((lane.flow, lane.adapters), [])
+                for seq in queue.running
+                if seq.progress.arrival not in began.get((queue.flow, queue.adapters), [])
             ]
-            began.setdefault((lane.flow, lane.adapters), []).extend(sorted(first))
-        if pace.looks:
+            began.setdefault((queue.flow, queue.adapters), []).extend(sorted(first))
+        if step_times.looks:
             continue
         computed = {chunk.seq.adapter for chunk in runner.batches[-1].chunks if chunk.seq.adapter}
         crowded, before = set(), crowded
-        for waits in scheduler.lanes:
+        for waits in scheduler.queues:
             if not waits.waiting or waits.waiting[0].progress.in_flight:
                 continue
             lacks = (taken for taken in (active, active | computed) if not taken.issuperset(waits.adapters))
             if any(len(taken) >= max_adapters for taken in lacks):
                 crowded.add(waits)
             ahead = [
-                lane.served
-                for lane in scheduler.lanes
-                if lane.running and (lane.adapters or waits not in crowded | before)
+                queue.served
+                for queue in scheduler.queues
+                if queue.running and (queue.adapters or waits not in crowded | before)
             ]
             assert max(ahead, default=0.0) - waits.served <= QUANTUM + 2 * 16
     assert all(order == sorted(order) for order in began.values())

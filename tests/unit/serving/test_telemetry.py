@@ -101,7 +101,7 @@ def test_a_client_that_leaves_with_all_answers_got_them(finished: tuple[int, ...
     assert ear.outcome == outcome
 
 
-def test_the_pace_of_one_token_is_unknown() -> None:
+def test_the_time_per_token_of_one_token_is_unknown() -> None:
     """Between the tokens of an answer of one token lies no time."""
     with following(Request.of("m", "x"), []) as follower:
         submit(follower, answers=2)
@@ -109,11 +109,11 @@ def test_the_pace_of_one_token_is_unknown() -> None:
         follower.see(Delta("a", (Token(5),), 1))
         follower.see(Delta("b", (Token(6), Token(7)), 1))
     one, three = follower.record.answers
-    assert one.pace_s is None
-    assert three.pace_s is not None
+    assert one.seconds_per_token is None
+    assert three.seconds_per_token is not None
     assert three.first_s is not None
     assert three.last_s is not None
-    assert three.pace_s == pytest.approx((three.last_s - three.first_s) / 2)
+    assert three.seconds_per_token == pytest.approx((three.last_s - three.first_s) / 2)
 
 
 def lora_info(sequences: SequenceCounts, *models: ServedModel) -> tuple[str, str]:

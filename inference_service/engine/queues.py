@@ -27,7 +27,7 @@ MOST_REMEMBERED: Final = 4096
 
 
 @dataclass(eq=False)
-class Lane:
+class SequenceQueue:
     """The sequences of one flow on the same adapters."""
 
     flow: str
@@ -55,166 +55,166 @@ class Lane:
         return all(adapter.slot is not None for adapter in self.adapters)
 
 
-class Lanes:
+class SequenceQueues:
     """All queues that have sequences."""
 
     def __init__(self) -> None:
-        self.uncounted: set[Lane] = set()
+        self.uncounted: set[SequenceQueue] = set()
         """Queues that wait for adapters to arrive: their counters restart then."""
-        self.new: dict[Lane, None] = {}
+        self.new: dict[SequenceQueue, None] = {}
         """Those that are new and can be served, in the order in which they came."""
         self.lowest = math.inf
         """No counter of those that wait and can be served is smaller; see `look_through`."""
         self.active: Counter[Adapter] = Counter()
         """Sequences under way, by adapter."""
-        self.under_way: dict[Lane, None] = {}
+        self.under_way: dict[SequenceQueue, None] = {}
         """Queues that have some."""
         self._smallest: float | None = None
         """Last result of `_least`, while it holds."""
-        self._lanes: dict[Key, Lane] = {}
-        self._of: dict[Sequence, Lane] = {}
-        self._by_adapter: defaultdict[Adapter | None, dict[Lane, None]] = defaultdict(dict)
+        self._queues: dict[Key, SequenceQueue] = {}
+        self._of: dict[Sequence, SequenceQueue] = {}
+        self._by_adapter: defaultdict[Adapter | None, dict[SequenceQueue, None]] = defaultdict(dict)
         self._running: Counter[str] = Counter()
         """Sequences under way, by flow."""
         self._ahead: dict[Key, float] = {}
 
-    def __iter__(self) -> Iterator[Lane]:
+    def __iter__(self) -> Iterator[SequenceQueue]:
         """Over a copy, for another thread may ask."""
-        return iter(tuple(self._lanes.values()))
+        return iter(tuple(self._queues.values()))
 
     @property
-    def waiting(self) -> Iterator[Lane]:
+    def waiting(self) -> Iterator[SequenceQueue]:
         """Those in which somebody waits."""
-        return (lane for lane in self._lanes.values() if lane.waiting)
+        return (queue for queue in self._queues.values() if queue.waiting)
 
-    def joining(self) -> list[Lane]:
+    def joining(self) -> list[SequenceQueue]:
         """Return the queues with a waiting sequence whose adapters are all under way."""
         found = (self._by_adapter.get(adapter, ()) for adapter in (None, *self.active))
-        waiting = [lane for lane in chain.from_iterable(found) if lane.waiting]
+        waiting = [queue for queue in chain.from_iterable(found) if queue.waiting]
         joining = (
-            lane for lane in waiting if len(lane.adapters) < 2 or self.active.keys() >= set(lane.adapters)
+            queue for queue in waiting if len(queue.adapters) < 2 or self.active.keys() >= set(queue.adapters)
         )
         return list(dict.fromkeys(joining))
 
-    def look_through(self) -> list[Lane]:
+    def look_through(self) -> list[SequenceQueue]:
         """Return all in which somebody waits who can be served, and note the smallest counter among them."""
-        ready = [lane for lane in self.waiting if lane not in self.uncounted]
-        self.lowest = min((lane.served for lane in ready), default=math.inf)
+        ready = [queue for queue in self.waiting if queue not in self.uncounted]
+        self.lowest = min((queue.served for queue in ready), default=math.inf)
         return ready
 
-    def of(self, seq: Sequence) -> Lane:
+    def of(self, seq: Sequence) -> SequenceQueue:
         """Return the queue that a sequence is in."""
         return self._of[seq]
 
-    def add(self, seq: Sequence) -> Lane:
+    def add(self, seq: Sequence) -> SequenceQueue:
         """Add a waiting sequence to its queue."""
         key = seq.flow, seq.adapters
-        lane = self._lanes.get(key)
-        if lane is None:
+        queue = self._queues.get(key)
+        if queue is None:
             ahead, least = self._ahead.pop(key, 0.0), self._least()
-            lane = self._lanes[key] = Lane(*key, max(ahead, least), is_new=ahead <= least)
-            for adapter in lane.adapters or (None,):
-                self._by_adapter[adapter][lane] = None
-            if not lane.resident:
-                self.uncounted.add(lane)
-            elif lane.is_new:
-                self.new[lane] = None
-        lane.share = seq.share
-        self._of[seq] = lane
-        self._wait(lane, seq)
-        return lane
+            queue = self._queues[key] = SequenceQueue(*key, max(ahead, least), is_new=ahead <= least)
+            for adapter in queue.adapters or (None,):
+                self._by_adapter[adapter][queue] = None
+            if not queue.resident:
+                self.uncounted.add(queue)
+            elif queue.is_new:
+                self.new[queue] = None
+        queue.share = seq.share
+        self._of[seq] = queue
+        self._wait(queue, seq)
+        return queue
 
-    def remove(self, seq: Sequence) -> Lane:
+    def remove(self, seq: Sequence) -> SequenceQueue:
         """Remove a sequence from its queue, and the queue with its last one."""
-        lane = self._of.pop(seq)
-        if not self._end(lane, seq):
-            _leave(lane, seq)
-        if not lane.running and not lane.waiting:
-            self._forget(lane)
-        return lane
+        queue = self._of.pop(seq)
+        if not self._end(queue, seq):
+            _leave(queue, seq)
+        if not queue.running and not queue.waiting:
+            self._forget(queue)
+        return queue
 
     def start(self, seq: Sequence) -> None:
         """Move a sequence from those that wait to those that are under way."""
-        lane = self.of(seq)
-        _leave(lane, seq)
-        bisect.insort(lane.running, seq, key=order)
-        self._running[lane.flow] += 1
-        self.under_way[lane] = None
-        self.active.update(lane.adapters)
+        queue = self.of(seq)
+        _leave(queue, seq)
+        bisect.insort(queue.running, seq, key=order)
+        self._running[queue.flow] += 1
+        self.under_way[queue] = None
+        self.active.update(queue.adapters)
 
     def stop(self, seq: Sequence) -> None:
         """Let a sequence wait again."""
-        lane = self.of(seq)
-        self._end(lane, seq)
-        self._wait(lane, seq)
+        queue = self.of(seq)
+        self._end(queue, seq)
+        self._wait(queue, seq)
 
-    def count(self, lane: Lane, *, counted: bool) -> None:
+    def count(self, queue: SequenceQueue, *, counted: bool) -> None:
         """Note whether a queue can be served; the counter of one that could not be restarts when it can."""
-        if not counted and lane not in self.uncounted:
-            self.uncounted.add(lane)
-            self.new.pop(lane, None)
+        if not counted and queue not in self.uncounted:
+            self.uncounted.add(queue)
+            self.new.pop(queue, None)
             self.changed()
-        elif counted and lane in self.uncounted:
-            lane.served = max(lane.served, self._least())
-            self.uncounted.remove(lane)
-            if lane.is_new:
-                self.new[lane] = None
-            self.lowest = min(self.lowest, lane.served)
+        elif counted and queue in self.uncounted:
+            queue.served = max(queue.served, self._least())
+            self.uncounted.remove(queue)
+            if queue.is_new:
+                self.new[queue] = None
+            self.lowest = min(self.lowest, queue.served)
 
-    def charge(self, lane: Lane, rows: int) -> None:
+    def charge(self, queue: SequenceQueue, rows: int) -> None:
         """Note rows that were computed for a queue."""
-        lane.served += rows / lane.share.weight
-        if lane.is_new:
-            lane.is_new = False
-            self.new.pop(lane, None)
+        queue.served += rows / queue.share.weight
+        if queue.is_new:
+            queue.is_new = False
+            self.new.pop(queue, None)
 
     def changed(self) -> None:
         """Note that counters grew."""
         self._smallest = None
 
-    def is_full(self, lane: Lane) -> bool:
+    def is_full(self, queue: SequenceQueue) -> bool:
         """Return True if as many sequences of its share are under way, on any adapter, as it allows."""
-        most = lane.share.max_running
-        return most is not None and self._running[lane.flow] >= most
+        most = queue.share.max_running
+        return most is not None and self._running[queue.flow] >= most
 
-    def _end(self, lane: Lane, seq: Sequence) -> bool:
-        if not take(lane.running, seq):
+    def _end(self, queue: SequenceQueue, seq: Sequence) -> bool:
+        if not take(queue.running, seq):
             return False
-        _one_less(self._running, lane.flow)
-        for adapter in lane.adapters:
+        _one_less(self._running, queue.flow)
+        for adapter in queue.adapters:
             _one_less(self.active, adapter)
-        if not lane.running:
-            del self.under_way[lane]
+        if not queue.running:
+            del self.under_way[queue]
         return True
 
-    def _wait(self, lane: Lane, seq: Sequence) -> None:
-        bisect.insort(lane.waiting, seq, key=order)
-        bisect.insort(lane.by_length, seq, key=_length)
-        if lane not in self.uncounted:
-            self.lowest = min(self.lowest, lane.served)
+    def _wait(self, queue: SequenceQueue, seq: Sequence) -> None:
+        bisect.insort(queue.waiting, seq, key=order)
+        bisect.insort(queue.by_length, seq, key=_length)
+        if queue not in self.uncounted:
+            self.lowest = min(self.lowest, queue.served)
 
     def _least(self) -> float:
         """The smallest counter of those that can be served; where all of them begin when there are none."""
         if self._smallest is None:
-            counters = (lane.served for lane in self._lanes.values() if lane not in self.uncounted)
+            counters = (queue.served for queue in self._queues.values() if queue not in self.uncounted)
             self._smallest = min(counters, default=None)
         return self._smallest or 0.0
 
-    def _forget(self, lane: Lane) -> None:
-        key = lane.flow, lane.adapters
-        del self._lanes[key]
-        if lane.served == self._smallest:
+    def _forget(self, queue: SequenceQueue) -> None:
+        key = queue.flow, queue.adapters
+        del self._queues[key]
+        if queue.served == self._smallest:
             self.changed()
-        self.uncounted.discard(lane)
-        self.new.pop(lane, None)
-        for adapter in lane.adapters or (None,):
-            del self._by_adapter[adapter][lane]
+        self.uncounted.discard(queue)
+        self.new.pop(queue, None)
+        for adapter in queue.adapters or (None,):
+            del self._by_adapter[adapter][queue]
             if not self._by_adapter[adapter]:
                 del self._by_adapter[adapter]
-        if not self._lanes:
+        if not self._queues:
             self._ahead.clear()  # nobody is there to be ahead of
             return
-        self._ahead[key] = lane.served
+        self._ahead[key] = queue.served
         if len(self._ahead) > MOST_REMEMBERED:
             least = self._least()
             ahead = sorted(self._ahead.items(), key=lambda item: item[1])[MOST_REMEMBERED // 2 :]
@@ -239,9 +239,9 @@ def _length(seq: Sequence) -> tuple[int, int, int]:
     return -seq.priority, seq.num_prompt, seq.progress.arrival
 
 
-def _leave(lane: Lane, seq: Sequence) -> None:
-    take(lane.waiting, seq)
-    take(lane.by_length, seq, _length)
+def _leave(queue: SequenceQueue, seq: Sequence) -> None:
+    take(queue.waiting, seq)
+    take(queue.by_length, seq, _length)
 
 
 def _one_less(counts: Counter[Any], key: object) -> None:

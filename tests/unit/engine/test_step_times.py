@@ -12,10 +12,10 @@ from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Batch, Sequence, Token
 from inference_service.engine.block_manager import BlockManager
 from inference_service.engine.engine import Engine
-from inference_service.engine.pace import BRIEF, LONGEST_S, LOOK, TIMES, TIMES_OF_BRIEF, Load, Pace
 from inference_service.engine.plan import SchedulerLimits
 from inference_service.engine.residents import AlwaysResident
 from inference_service.engine.step import Pending
+from inference_service.engine.step_times import BRIEF, LONGEST_S, LOOK, TIMES, TIMES_OF_BRIEF, Load, StepTimes
 
 STREAMS = 8
 LONG = 2000
@@ -178,7 +178,7 @@ def test_a_machine_that_stood_still_once_is_not_taken_for_a_slow_one() -> None:
     decode_s = machine.step_s
     usual = sorted(machine.took_s[-20:])[10]
     for look in (False, True):
-        while (engine._scheduler.pace._since_look >= LOOK) is not look:
+        while (engine._scheduler.step_times._since_look >= LOOK) is not look:
             engine.step()
         machine.step_s = 2.0
         engine.step()
@@ -226,13 +226,13 @@ def test_prompts_go_on_where_a_row_costs_more_than_they_may_have() -> None:
 
 def test_a_step_that_failed_is_not_waited_for() -> None:
     """After it, what steps take is told of the steps that follow."""
-    pace = Pace()
-    pace.submitted(Load(8, 0, 0.0), 1.0)
-    pace.forget_steps()
+    step_times = StepTimes()
+    step_times.submitted(Load(8, 0, 0.0), 1.0)
+    step_times.forget_steps()
     for began_s in (5.0, 6.0):
-        pace.submitted(Load(8, 0, 0.0), began_s)
-        pace.resolved(began_s + 0.02)
-    assert pace.room(8).seconds == pytest.approx((TIMES - 1) * 0.02)
+        step_times.submitted(Load(8, 0, 0.0), began_s)
+        step_times.resolved(began_s + 0.02)
+    assert step_times.room(8).seconds == pytest.approx((TIMES - 1) * 0.02)
 
 
 def test_a_short_request_passes_long_prompts_of_its_own_model() -> None:

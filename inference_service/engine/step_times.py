@@ -124,7 +124,7 @@ class _Times:
             self._first[kind] = took
 
 
-class Pace:
+class StepTimes:
     """Learns what steps take, and says what prompts and drafts may have of the next one."""
 
     def __init__(self) -> None:
