@@ -56,10 +56,10 @@ class Contestant:
 async def race(
     client: AsyncClient, models: Sequence[ModelInfo], prompt: str, max_tokens: int
 ) -> Sequence[Contestant]:
-    """Stream the prompt through all models at once, show it, and return the lanes at their ends."""
-    lanes = [Contestant(model) for model in models]
-    shape = grid_shape(len(lanes))
-    running = asyncio.gather(*(_run(client, lane, prompt, max_tokens) for lane in lanes))
+    """Stream the prompt through all models at once, show it, and return the tracks at their ends."""
+    tracks = [Contestant(model) for model in models]
+    shape = grid_shape(len(tracks))
+    running = asyncio.gather(*(_run(client, track, prompt, max_tokens) for track in tracks))
     if shape is None:
         await running
         for track in tracks:
@@ -77,7 +77,7 @@ async def race(
     return tracks
 
 
-async def _run(client: AsyncClient, lane: Contestant, prompt: str, max_tokens: int) -> None:
+async def _run(client: AsyncClient, track: Contestant, prompt: str, max_tokens: int) -> None:
     messages: list[Message] = [{"role": "user", "content": prompt}]
     track.begin = time.monotonic()
     async for event in client.generate(track.model.name, messages, max_tokens=max_tokens):
@@ -101,7 +101,7 @@ def grid_shape(tracks: int) -> tuple[int, int] | None:
     return (columns, lines) if lines >= MIN_ROWS else None
 
 
-def _grid(lanes: Sequence[Contestant], columns: int, lines: int) -> Table:
+def _grid(tracks: Sequence[Contestant], columns: int, lines: int) -> Table:
     grid = Table.grid(expand=True)
     for _ in range(columns):
         grid.add_column(ratio=1)
@@ -115,11 +115,11 @@ def _inner_width(columns: int) -> int:
     return shell.out.width // columns - 4  # a border and a blank on each side
 
 
-def _wrapped(lane: Contestant, width: int) -> list[Text]:
-    return list(Text(shell.printable(lane.text.strip())).wrap(shell.out, width))
+def _wrapped(track: Contestant, width: int) -> list[Text]:
+    return list(Text(shell.printable(track.text.strip())).wrap(shell.out, width))
 
 
-def _panel(lane: Contestant, width: int, lines: int) -> Panel:
+def _panel(track: Contestant, width: int, lines: int) -> Panel:
     return Panel(
         Text("\n").join(_wrapped(track, width)[-(lines - 2) :]),
         title=Text(track.title, "bold"),
@@ -131,8 +131,8 @@ def _panel(lane: Contestant, width: int, lines: int) -> Panel:
     )
 
 
-def _pace(lane: Contestant) -> str:
-    if lane.first_token_s is None:
+def _speed(track: Contestant) -> str:
+    if track.first_token_s is None:
         return "waiting"
     return f"{_number(track.tokens_per_s, 1)} tokens/s · first {track.first_token_s:.2f} s"
 
@@ -141,7 +141,7 @@ def _number(value: float | None, digits: int) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
-def show_summary(lanes: Sequence[Contestant]) -> None:
+def show_summary(tracks: Sequence[Contestant]) -> None:
     """Print the table of a race."""
     shell.show()
     headers = ("model", "rank", "tokens", "first token", "tokens/s", "end")

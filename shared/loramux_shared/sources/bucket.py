@@ -56,8 +56,8 @@ class BucketSource:
         del room
         name = _name(repository)
 
-        def attempt(pace: TimeLeft) -> dict[str, SourceFile]:
-            watch = pace.watch(name, progress)
+        def attempt(deadline: TimeLeft) -> dict[str, SourceFile]:
+            watch = deadline.watch(name, progress)
             files: dict[str, SourceFile] = {}
             for key, file in bucket.list(prefix):
                 watch(0)
@@ -141,8 +141,8 @@ class BucketSource:
         file, shown = resolved.files[name], f"{_name(resolved.repository)}: {name}"
         problems: list[str] = []
 
-        def attempt(pace: TimeLeft) -> FileDigest:
-            watch = pace.watch(shown, progress)
+        def attempt(deadline: TimeLeft) -> FileDigest:
+            watch = deadline.watch(shown, progress)
             if sink is not None:
                 sink.seek(0)
                 sink.truncate()

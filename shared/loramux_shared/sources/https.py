@@ -78,7 +78,9 @@ class Https:
         return ssl.create_default_context()
 
     @contextmanager
-    def get(self, url: str, pace: TimeLeft, authorization: tuple[str, str] | None = None) -> Iterator[Download]:
+    def get(
+        self, url: str, deadline: TimeLeft, authorization: tuple[str, str] | None = None
+    ) -> Iterator[Download]:
         """Yield what an address or a redirect of it answers; authorization is (host, header).
 
         Raises:
@@ -103,7 +105,9 @@ class Https:
         raise SourceRefused(f"{shown(parts)}: more than {MAX_REDIRECTS} redirects")
 
     @contextmanager
-    def _request(self, parts: SplitResult, headers: dict[str, str], pace: TimeLeft) -> Iterator[HTTPResponse]:
+    def _request(
+        self, parts: SplitResult, headers: dict[str, str], deadline: TimeLeft
+    ) -> Iterator[HTTPResponse]:
         """Yield the response of the first address that can be connected to."""
         target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
         with closing(self._connect(str(parts.hostname), parts.port or _PORT)) as connection:

@@ -211,8 +211,8 @@ class HubSource:
     def _call(self, repository: Repository, call: Callable[[Progress], _T], progress: Progress) -> _T:
         hint = self._secrets.hint(repository.runtime_secret_name, default_variable=TOKEN_VARIABLE)
 
-        def attempt(pace: TimeLeft) -> _T:
-            watch = pace.watch(f"HF {repository.repo}", progress)
+        def attempt(deadline: TimeLeft) -> _T:
+            watch = deadline.watch(f"HF {repository.repo}", progress)
             with _translated(repository, hint):
                 return call(watch)
 

@@ -55,11 +55,11 @@ class RetryPolicy:
     """Slowest average speed of a transfer; a slower one is given up."""
 
     def call(self, attempt: Callable[[TimeLeft], _T], progress: Progress = unwatched) -> _T:
-        """Return what an attempt returns; all attempts share one pace.
+        """Return what an attempt returns; all attempts share one deadline.
 
         An exception of `progress` ends a pause.
         """
-        pace = TimeLeft(self)
+        deadline = TimeLeft(self)
         retrying = Retrying(
             stop=lambda state: state.attempt_number >= self.attempts or deadline.left_s <= state.upcoming_sleep,
             wait=self._pause,

@@ -146,8 +146,8 @@ class UrlSource:
                 room(size - taken)
                 taken = size
 
-        def attempt(pace: TimeLeft) -> FileDigest:
-            watch = pace.watch(name, progress)
+        def attempt(deadline: TimeLeft) -> FileDigest:
+            watch = deadline.watch(name, progress)
             file.seek(0)
             file.truncate()
             digest, size = hashlib.sha256(), 0
