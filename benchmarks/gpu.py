@@ -8,6 +8,7 @@ are printed on standard error as they come.
     python -m benchmarks.gpu --json gpu.json
     python -m benchmarks.gpu --only sgmv --only step --quick
     python -m benchmarks.gpu --only tune
+    python -m benchmarks.gpu --dry
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ DEFAULT: Final = ("correctness", "sgmv", "attention", "delta", "step", "serving"
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure; 0 when all was measured, 1 when something is wrong or failed, 2 without a GPU."""
     options = _parser().parse_args(arguments)
-    scale = Scale.REHEARSAL if options.rehearse else Scale.QUICK if options.quick else Scale.FULL
+    scale = Scale.REHEARSAL if options.dry else Scale.QUICK if options.quick else Scale.FULL
     if scale is Scale.REHEARSAL:
         os.environ["TRITON_INTERPRET"] = "1"  # read when the first kernel is launched
     elif not torch.cuda.is_available():
@@ -125,8 +126,9 @@ def _parser() -> argparse.ArgumentParser:
         "--tune", action="append_const", const="tune", dest="only", help="the same as --only tune"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="file of the same as JSON")
-    # Every section at tiny sizes on a CPU, without a clock: for the tests.
-    parser.add_argument("--rehearse", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--dry", action="store_true", help="tiny sizes on a CPU, without times"
+    )
     return parser
 
 

@@ -30,6 +30,8 @@ from inference_service.lora.places import taken_by
 from inference_service.models.decoder import Decoder
 
 RANK: Final = 16
+CEILING: Final = 64
+"""Largest rank that the bank was opened for: the default."""
 BLOCK_SIZE: Final = 16
 STEPS: Final = 20
 EAGER_STEPS: Final = 5
@@ -54,7 +56,9 @@ class Plan:
     """Tokens of a draft, in the smallest batch."""
 
 
-FULL: Final = Plan(LLAMA_8B, (0, 1, 8, 16, 64), (1, 8, 32, 64, 128), (512, 4096), 8, (64, 448, 2048), 7)
+FULL: Final = Plan(
+    LLAMA_8B, (0, 1, 8, 16, 64), (1, 8, 20, 32, 64, 100, 128), (512, 4096), 8, (64, 448, 2048), 7
+)
 QUICK: Final = Plan(LLAMA_8B, (0, 8, 64), (1, 32), (512,), 8, (448,), 7)
 REHEARSAL: Final = Plan(TINY, (0, 2), (2,), (20,), 1, (5,), 1)
 PENALTY: Final = SamplingParams(repetition_penalty=1.1, frequency_penalty=0.1)
@@ -120,7 +124,7 @@ class Steps:
         self._adapter = self._lora.pack(random_adapter(self._config, RANK, dtype))
         self._entered = 0
         most = max(plan.loaded)
-        self._lora.open(most * taken_by(self._adapter.num_bytes), RANK, most)
+        self._lora.open(most * taken_by(self._adapter.num_bytes), CEILING, most)
         self._bytes_per_token = (
             2 * dims.num_layers * dims.num_kv_heads * dims.head_dim * torch.finfo(dtype).bits // 8
         )

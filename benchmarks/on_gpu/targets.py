@@ -98,12 +98,12 @@ def _is_bytes(row: Measured) -> bool:
 
 TARGETS: Final = (
     Target(
-        "step, 1-8 adapters: at least 0.90 of base throughput", "step", OF_BASE, 0.90, None, _adapters(1, 8)
+        "step, 1-8 adapters: at least 0.95 of base throughput", "step", OF_BASE, 0.95, None, _adapters(1, 8)
     ),
-    Target("step, 16 adapters: at least 0.80", "step", OF_BASE, 0.80, None, _adapters(9, 16)),
+    Target("step, 16 adapters: at least 0.90", "step", OF_BASE, 0.90, None, _adapters(9, 16)),
     Target("step, base rows beside loaded adapters: within 1 %", "step", OF_BASE, 0.99, None, _is_base_only),
-    Target("serving, 1-8 adapters: at least 0.90", "serving", OF_BASE, 0.90, None, _adapters(1, 8)),
-    Target("serving, 16 adapters: at least 0.80", "serving", OF_BASE, 0.80, None, _adapters(9, 16)),
+    Target("serving, 1-8 adapters: at least 0.95", "serving", OF_BASE, 0.95, None, _adapters(1, 8)),
+    Target("serving, 16 adapters: at least 0.90", "serving", OF_BASE, 0.90, None, _adapters(9, 16)),
     Target("sgmv: within 1.5 times a floor of 10 us or more", "sgmv", OF_FLOOR, None, 1.5, _is_bytes),
     Target("delta: within 2 times a floor of 10 us or more", "delta", OF_FLOOR, None, 2.0, _is_bytes),
 )

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
+from typing import Final
 
 import torch
 
@@ -25,7 +27,15 @@ from loramux_shared.bases.config import ModelConfig
 from loramux_shared.faults import SettingsInvalid
 from loramux_shared.private import open_folder
 from loramux_shared.rounding import Rounding
-from loramux_shared.settings import InferenceSettings, require_triton
+from loramux_shared.settings import InferenceSettings, require_triton, variable
+
+TRITONS: Final = {
+    "3.5": "torch 2.9",
+    "3.6": "torch 2.10 and 2.11",
+    "3.7": "torch 2.12 and 2.13",
+    "3.9": "no torch yet",
+}
+"""Triton's versions that all kernels compile with, and the torch that brings each."""
 
 
 def choose_backend(settings: InferenceSettings, config: ModelConfig) -> Backend:
@@ -192,8 +202,23 @@ def _uses_triton(settings: InferenceSettings, device: torch.device) -> bool:
             f"LORAMUX_BLOCK_SIZE={settings.block_size}: the triton backend takes {MIN_BLOCK_SIZE} or more."
         )
     if wanted and device.type == "cuda":
+        check_triton(version("triton"))
         check_triton_cache()
     return wanted
+
+
+def check_triton(installed: str) -> None:
+    """Refuse a Triton that the kernels were never compiled with.
+
+    Raises:
+        SettingsInvalid: it is none of `TRITONS`.
+    """
+    if installed.rpartition(".")[0] not in TRITONS:
+        known = ", ".join(f"{each} ({torches})" for each, torches in TRITONS.items())
+        raise SettingsInvalid(
+            f"Triton {installed} is installed, and the kernels are compiled and checked with {known}. Install "
+            f"a torch that brings one of these, or set {variable('backend')}=torch."
+        )
 
 
 def check_triton_cache() -> None:

@@ -14,7 +14,7 @@ from inference_service.backends.native_lora import NativeLora
 from inference_service.core.computing import COST, CURES, Lack
 from inference_service.kernels.cpu import build
 from inference_service.kernels.cpu.build import Built
-from inference_service.startup.choose import choose_backend
+from inference_service.startup.choose import TRITONS, check_triton, choose_backend
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bases.read import read_fields
 from loramux_shared.faults import SettingsInvalid
@@ -112,3 +112,11 @@ def test_torch_in_the_place_of_compiled_operations_has_a_warning(
     assert (chosen.backend, chosen.lack) == ("torch", lack)
     assert chosen.warning == f"torch operations (no luck): {COST}; {CURES[lack]}"
     assert choose_backend(_settings(tmp_path, backend="torch", device="cpu"), config).computing.warning is None
+
+
+def test_a_triton_that_the_kernels_were_not_compiled_with_is_refused_by_name() -> None:
+    """Patches of known versions are served; the refusal names what is installed, and what to do."""
+    for each in TRITONS:
+        check_triton(f"{each}.1")
+    with pytest.raises(SettingsInvalid, match=r"Triton 3\.10\.0 is installed.*3\.7 \(torch 2\.12 and 2\.13\)"):
+        check_triton("3.10.0")
