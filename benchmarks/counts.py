@@ -27,7 +27,7 @@ from unittest.mock import patch
 
 import torch
 
-from benchmarks.on_gpu.model import LLAMA_8B, RandomTensors, config_of
+from benchmarks.on_gpu.model import LLAMA_8B, QWEN3_30B_A3B, RandomTensors, config_of
 from inference_service.backends.triton import TritonLora, TritonOperations
 from inference_service.core.adapter import Adapter, Mixture
 from inference_service.core.sampling import SamplingParams
@@ -102,12 +102,13 @@ class Counted:
         """Return what a step of so many rows launches, be it recorded or not."""
         return launches_of(self.step(rows, mixed=mixed, adapters=adapters))
 
-    def step(self, rows: int, *, mixed: bool, adapters: bool) -> Callable[[], None]:
+    def step(self, rows: int, *, mixed: bool, adapters: bool, experts: bool = True) -> Callable[[], None]:
         """Return what launches such a step, kernel by kernel."""
         sizes = mixed_buckets(LIMITS.max_tokens) if mixed else buckets(LIMITS.max_seqs)
         capacity = self.runner._capacity(next(size for size in sizes if size >= rows), mixed=mixed)
         buffers = self.runner._buffers_of(capacity)
-        return partial(self.runner._compute, buffers, buffers.segments[0] if adapters else None)
+        segments = buffers.segments[0] if adapters else None
+        return partial(self.runner._compute, buffers, segments, experts=experts)
 
     def kind(self, seqs: Sequence[EngineSequence], lengths: Sequence[int]) -> str:
         """Return how a step of these sequences runs."""
@@ -146,6 +147,13 @@ def launches(counted: Counted) -> Iterator[str]:
         )
         kind = f"prompt of {rows}" if mixed else f"decode of {rows}"
         yield f"  {kind:<26}{base:>6}{adapted:>10}{adapted - base:>6}"
+    mixture = Counted(QWEN3_30B_A3B)
+    of_mixture = {"adapters": False, "experts' adapters": True}
+    base = per_layer(names_of(launches_of(mixture.step(8, mixed=False, adapters=False))))
+    for name, experts in of_mixture.items():
+        step = mixture.step(8, mixed=False, adapters=True, experts=experts)
+        adapted = per_layer(names_of(_in_line(launches_of(step))))
+        yield f"  {'decode of 8, ' + name:<26}{base:>6}{adapted:>10}{adapted - base:>6}  30B-A3B"
 
 
 def _in_line(launched: Sequence[Launch | str]) -> list[Launch | str]:

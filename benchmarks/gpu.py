@@ -126,9 +126,7 @@ def _parser() -> argparse.ArgumentParser:
         "--tune", action="append_const", const="tune", dest="only", help="the same as --only tune"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="file of the same as JSON")
-    parser.add_argument(
-        "--dry", action="store_true", help="tiny sizes on a CPU, without times"
-    )
+    parser.add_argument("--dry", action="store_true", help="tiny sizes on a CPU, without times")
     return parser
 
 

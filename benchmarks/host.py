@@ -117,7 +117,7 @@ class _Runner(GraphRunner):
     def _embed(self, buffers: StepBuffers, own: StepVocabulary | None = None) -> None:
         pass
 
-    def _compute(self, buffers: StepBuffers, segments: Segments | None) -> None:
+    def _compute(self, buffers: StepBuffers, segments: Segments | None, *, experts: bool = True) -> None:
         pass
 
 
@@ -146,7 +146,7 @@ class Bench:
             ),
             new_cache=lambda _: None,
         )
-        lora: Any = SimpleNamespace(num_slots=point.loaded, vocabularies=Vocabularies())
+        lora: Any = SimpleNamespace(num_slots=point.loaded, vocabularies=Vocabularies(), has_experts=False)
         runner = _Runner(model, lora, blocks, BLOCK_SIZE, limits, _Nothing())
         runner.capture()
         runner._logits.zero_()  # no numbers would end sequences

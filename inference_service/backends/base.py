@@ -220,6 +220,10 @@ class StepLora(Protocol):
         """Add to out [T, all slices] what the adapters make of x [T, in]; base rows are not touched."""
         ...
 
+    def adapts_experts(self, layer: int) -> bool:
+        """Return whether an adapter of the step may add to experts of a layer."""
+        ...
+
     def apply_experts(self, x: Tensor, out: Tensor, layer: int, group: str, pairs: ByExpert) -> None:
         """The same of each place's expert: out [pairs, all slices] and x [pairs, in] are by place."""
         ...

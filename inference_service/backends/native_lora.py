@@ -138,6 +138,10 @@ class NativeLora:
         if self._linears[layer, group][0] & self._touched:
             self._ops.lora(x, out, self.adapters(layer, group))
 
+    def adapts_experts(self, layer: int) -> bool:  # noqa: ARG002 - as cheap to find out while applying
+        """Return True: `apply_experts` looks at each expert."""
+        return True
+
     def apply_experts(self, x: Tensor, out: Tensor, layer: int, group: str, pairs: ByExpert) -> None:
         """Add to them in one call.
 

@@ -187,6 +187,10 @@ class TorchLora:
         for segment in self._finished:
             self._adapters[segment.slot].finish(out[segment.start : segment.end], layer, index)
 
+    def adapts_experts(self, layer: int) -> bool:  # noqa: ARG002 - as cheap to find out while applying
+        """Return True: `apply_experts` looks at each expert."""
+        return True
+
     def apply_experts(self, x: Tensor, out: Tensor, layer: int, group: str, pairs: ByExpert) -> None:
         """One adapter of one expert after the other."""
         first_group = self._groups[group_of(group, 0)]

@@ -289,13 +289,14 @@ class TritonLora:
         self.use(self._segments[capacity])
         self._touched = touched
 
-    def use(self, segments: Segments, passes: int | None = None) -> None:
+    def use(self, segments: Segments, passes: int | None = None, *, experts: bool = True) -> None:
         """Compute the next passes with segments that the caller fills, for instance between replays.
 
-        Nothing is known of their adapters, so there is a launch for every linear. Where at most so many
-        passes are in use the others are not launched, in memory that is given back: that is not to be recorded.
+        Nothing is known of their adapters, so there is a launch for every linear, or without experts for every
+        other one. Where at most so many passes are in use the others are not launched, in memory that is given
+        back: that is not to be recorded.
         """
-        self._touched = EVERY
+        self._touched = EVERY if experts else EVERY & ~sum(self._of_experts)
         capacity = segments.capacity
         if passes is None and capacity in self._workspaces:
             self._workspace = self._workspaces[capacity]
@@ -337,16 +338,30 @@ class TritonLora:
         """Add to out [T, all slices] what the adapters make of x [T, in]; base rows are not touched."""
         self.adapted(lambda: out, x, layer, group)
 
+    def adapts_experts(self, layer: int) -> bool:
+        """Return whether launches of the step add to experts of a layer."""
+        return self._step is not None and self._touched & self._of_experts[layer] != 0
+
+    @property
+    def has_experts(self) -> bool:
+        """Return True for a base with experts, which few adapters touch."""
+        return self._bank.num_experts > 0
+
+    def touch_experts(self, slots: Iterable[int]) -> bool:
+        """Return whether an adapter in one of these slots adds to an expert."""
+        return self._bank.slots.touched(slots) & sum(self._of_experts) != 0
+
     def apply_experts(self, x: Tensor, out: Tensor, layer: int, group: str, pairs: ByExpert) -> None:
         """The same of each place's expert, with segments that are made on the device once per layer."""
-        if self._step is not None and self._touched & self._of_experts[layer]:
-            linear = layer, group
-            for segments in self._segments_of(pairs, self._step):
-                workspace = self._workspaces[segments.capacity]
-                plan = self._plan_of(linear, self._bank.experts[linear], segments)
-                plan.shrink(x, workspace)()
-                for launch in plan.expand(out, workspace):
-                    launch()
+        if self._step is None or not self.adapts_experts(layer):
+            return
+        linear = layer, group
+        for segments in self._segments_of(pairs, self._step):
+            workspace = self._workspaces[segments.capacity]
+            plan = self._plan_of(linear, self._bank.experts[linear], segments)
+            plan.shrink(x, workspace)()
+            for launch in plan.expand(out, workspace):
+                launch()
 
     def _plan_of(self, linear: tuple[int, str], group: Group, segments: Segments) -> Planned:
         """Return the launches of a linear; those of steps without a graph are kept for the next one."""

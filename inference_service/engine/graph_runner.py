@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Final, Protocol
 
@@ -36,7 +36,16 @@ ROOM: Final = 256
 class SegmentedLora(LoraBackend, Protocol):
     """A LoRA backend whose work depends on a step by its segments alone."""
 
-    def use(self, segments: Segments, passes: int | None = None) -> None:
+    @property
+    def has_experts(self) -> bool:
+        """Return True for a base with experts, which few adapters touch."""
+        ...
+
+    def touch_experts(self, slots: Iterable[int]) -> bool:
+        """Return whether an adapter in one of these slots adds to an expert."""
+        ...
+
+    def use(self, segments: Segments, passes: int | None = None, *, experts: bool = True) -> None:
         """Compute what follows with these segments, which their owner fills; of work that is not recorded, with
         so many of their passes."""
         ...
@@ -75,8 +84,8 @@ class GraphRunner(Runner):
         self._ids = self._memory.drawn
         self._shaper = Shaper(limits.max_seqs, vocab, model.device)
         self._buffers: dict[StepCapacity, StepBuffers] = {}
-        self._graphs: dict[tuple[StepCapacity, int], Graph] = {}
-        """Graphs by the number of adapters that a row has at most."""
+        self._graphs: dict[tuple[StepCapacity, int, bool], Graph] = {}
+        """Graphs by the number of adapters that a row has at most, and whether these touch experts."""
         most, hidden = limits.max_seqs, model.config.dims.hidden
         rows = max(most, limits.max_tokens)
         self._embedded = torch.empty((rows, hidden), dtype=model.dtype, device=model.device)
@@ -111,11 +120,12 @@ class GraphRunner(Runner):
             for segments in (*reversed(buffers.segments), None):
                 if segments is not None:
                     segments.load(torch.from_numpy(pack_segments(segments.capacity, [])))
-                work = partial(self._compute, buffers, segments)
-                if _is_recorded(capacity, segments):
-                    self._graphs[capacity, _passes(segments)] = self._recorder.capture(work)
-                else:
-                    work()
+                for experts in (True, False) if self._parts_experts(segments) else (True,):
+                    work = partial(self._compute, buffers, segments, experts=experts)
+                    if _is_recorded(capacity, segments):
+                        self._graphs[capacity, _passes(segments), experts] = self._recorder.capture(work)
+                    else:
+                        work()
         self._shaper.warm_up(self._logits, self._ids)
 
     def _step(self, rows: Rows) -> Pending:
@@ -139,7 +149,10 @@ class GraphRunner(Runner):
             self._logits[:, self._model.config.dims.vocab :] = -torch.inf
             self._wide = False
         segments = buffers.segments_of(rows.arrangement)
-        graph = self._graphs.get((capacity, _passes(segments)))
+        experts = True
+        if self._parts_experts(segments):
+            experts = self._segmented.touch_experts(each.slot for each in rows.arrangement.segments)
+        graph = self._graphs.get((capacity, _passes(segments), experts))
         own = self._lora.vocabularies.of(rows.arrangement.segments, rows.drawing)
         places = [range(at, at + 1) for at in range(len(rows.sampled), len(rows.ends))]
         states = self._states
@@ -152,7 +165,8 @@ class GraphRunner(Runner):
             places = [each.rows for each in rows.pooled]
         else:
             self._embed(buffers, own)
-            work = partial(self._compute, buffers, segments) if graph is None else graph.replay
+            eager = partial(self._compute, buffers, segments, experts=experts)
+            work = eager if graph is None else graph.replay
             work()
             if own is not None:
                 self._draw(buffers, states[: capacity.seqs], own)
@@ -163,10 +177,14 @@ class GraphRunner(Runner):
         tokens = buffers.tokens()
         self._embedded[: len(tokens)].copy_(self._model.embed(tokens, own))
 
-    def _compute(self, buffers: StepBuffers, segments: Segments | None) -> None:
+    def _parts_experts(self, segments: Segments | None) -> bool:
+        """Return whether adapters that touch no expert have launches of their own."""
+        return segments is not None and _passes(segments) == 1 and self._segmented.has_experts
+
+    def _compute(self, buffers: StepBuffers, segments: Segments | None, *, experts: bool = True) -> None:
         """Go from static tensors to the tokens that the base's head draws: what graphs hold."""
         states = self._states[: buffers.capacity.seqs]
-        self._draw(buffers, self._hidden(buffers, segments, buffers.last_rows, states))
+        self._draw(buffers, self._hidden(buffers, segments, buffers.last_rows, states, experts))
 
     def _compute_in_full(
         self,
@@ -182,11 +200,16 @@ class GraphRunner(Runner):
         return hidden
 
     def _hidden(
-        self, buffers: StepBuffers, segments: Segments | None, rows: Tensor, out: Tensor | None = None
+        self,
+        buffers: StepBuffers,
+        segments: Segments | None,
+        rows: Tensor,
+        out: Tensor | None = None,
+        experts: bool = True,
     ) -> Tensor:
         if segments is not None:
             recorded = _is_recorded(buffers.capacity, segments)
-            self._segmented.use(segments, None if recorded else buffers.parts)
+            self._segmented.use(segments, None if recorded else buffers.parts, experts=experts)
         tables = {heads: buffers.attention[cut] for heads, cut in self._cuts.items()}
         attention = TritonAttention(tables, self._model.config.windows)
         return self._model.hidden(

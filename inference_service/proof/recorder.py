@@ -67,6 +67,10 @@ class ProbeRecorder:
                 self.added[layer, module] = became.float() - was.float()
                 self.rounded[layer, module] = torch.finfo(out.dtype).eps / 2 * float(became.float().norm())
 
+    def adapts_experts(self, layer: int) -> bool:
+        """Return whether an adapter of the step may add to experts of a layer."""
+        return self._inner.adapts_experts(layer)
+
     def apply_experts(self, x: Tensor, out: Tensor, layer: int, group: str, pairs: ByExpert) -> None:
         """Add what the adapter makes of x: which experts a row has is not known to a proof."""
         self._inner.apply_experts(x, out, layer, group, pairs)

@@ -143,7 +143,7 @@ def test_graphs_give_the_tokens_of_the_torch_backend(
     assert run_engine(_with(ready, runner), requests, 5) == expected
     assert len(recorder.replays) >= 5  # every step
     graphs = {
-        graph.number: passes for (_, passes), graph in runner._graphs.items() if isinstance(graph, Counted)
+        graph.number: passes for (_, passes, _), graph in runner._graphs.items() if isinstance(graph, Counted)
     }
     kinds = {"mixed": {1, PAIR, MOST_PARTS}, "base": {0}}[kind]
     assert {graphs[number] for number in recorder.replays} == kinds

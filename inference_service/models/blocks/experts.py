@@ -43,6 +43,8 @@ class Experts:
     def __call__(self, step: Step, x: Tensor, routed: Routed) -> Tensor:
         """Return [T, hidden] for x [T, hidden]."""
         ops, lora, gate = step.operations, step.lora, self._spec.gate
+        if lora is not None and not lora.adapts_experts(self._index):
+            lora = None
         pairs = ops.by_expert(routed, self._spec.num)
         rows = x if lora is None else x.index_select(0, pairs.tokens)
         gate_up = self._gate_up(rows, pairs, of_tokens=lora is None)

@@ -174,6 +174,8 @@ def needs_of(
     decodes = len(list(buckets(sizes.seqs)))
     # with adapters and without; and with two adapters to a row, or up to eight
     num_graphs = 2 * (decodes + len(recorded_rows)) + 2 * len(blend_buckets(sizes.seqs))
+    if mixtures:  # and with adapters that touch no expert
+        num_graphs += decodes + len(recorded_rows)
     held = max(sizes.seqs, *recorded_rows)
     recorded = num_graphs * GRAPH_BYTES + held * row + 2 * logits * item_bytes
     recorded += shaping_bytes(sizes.seqs, dims.vocab)
