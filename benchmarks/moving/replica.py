@@ -15,7 +15,7 @@ import numpy as np
 from benchmarks.moving.forge import RANK, Forge
 from benchmarks.serving import BASE
 from inference_service.core.sequence import StepOutput
-from inference_service.serving.request import Delta, Request, Started
+from inference_service.serving.request import AnswerDelta, AnswerStarted, Request
 from inference_service.startup.bank import PACKING
 from inference_service.startup.load import Ready, load_apart
 from loramux_shared.bases.memory import GB, adapter_bytes
@@ -80,9 +80,9 @@ class Local:
         began, times, digest = time.perf_counter(), [], ""
         request = Request.of(model, prompt(tokens), max_tokens=new, ignore_eos=True, **fields)
         async for event in self.ready.service.generate(request):
-            if isinstance(event, Started):
+            if isinstance(event, AnswerStarted):
                 digest = event.model.digest
-            if isinstance(event, Delta):
+            if isinstance(event, AnswerDelta):
                 times.append(time.perf_counter())
         gaps = tuple(after - before for before, after in pairwise(times))
         return Answered(digest, times[0] - began, gaps)
@@ -116,7 +116,7 @@ class Local:
             request = Request.of(model, prompt(), max_tokens=new, ignore_eos=True)
             first = True
             async for event in self.ready.service.generate(request):
-                if first and isinstance(event, Delta):
+                if first and isinstance(event, AnswerDelta):
                     begun.release()
                     first = False
 

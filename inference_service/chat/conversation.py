@@ -23,7 +23,14 @@ from inference_service.chat.pieces import (
 )
 from inference_service.chat.request import ANY_ARGUMENTS, ChatRequest, ChatTool, naming
 from inference_service.core.constraint import ByEnding
-from inference_service.serving.request import Delta, Finished, Message, PromptLogprobs, Request, Started
+from inference_service.serving.request import (
+    AnswerDelta,
+    AnswerFinished,
+    AnswerStarted,
+    Message,
+    PromptScores,
+    Request,
+)
 from inference_service.serving.service import GenerationService
 from inference_service.text.text import Text
 from loramux_shared.parsers import ReasoningParser, ToolParser
@@ -35,7 +42,7 @@ UNKNOWN: Final = Dialect(ToolParser.AUTO, ReasoningParser.AUTO)
 class AnswerPart:
     """More of an answer, or its end, and what that says."""
 
-    event: Delta | Finished
+    event: AnswerDelta | AnswerFinished
     pieces: list[Piece]
 
 
@@ -65,11 +72,11 @@ class Conversation:
             async with aclosing(self._service.generate(request)) as events:
                 async for event in events:
                     match event:
-                        case Started():
+                        case AnswerStarted():
                             opened = self._opened(event)
                             readings = [self._reading(opened) for _ in range(request.output.n)]
                             yield event
-                        case PromptLogprobs():
+                        case PromptScores():
                             yield event
                         case Delta():
                             yield AnswerPart(event, self._wanted(readings[event.index].push(event.text)))
@@ -134,7 +141,7 @@ class Conversation:
         constraint_at = begin()
         return ByEnding(tuple((end, constraint_at(end)) for end in (*self._dialect.endings, "")))
 
-    def _opened(self, started: Started) -> ThinkingMarks | None:
+    def _opened(self, started: AnswerStarted) -> ThinkingMarks | None:
         """Return the reasoning that the answers go on with, if they do."""
         if not self._dialect.thinking:
             return None

@@ -28,7 +28,7 @@ Vector: TypeAlias = npt.NDArray[np.float32]
 """[hidden size]: the pooled hidden states of a sequence."""
 
 
-class FinishReason(Enum):
+class EndReason(Enum):
     """Why a sequence ended."""
 
     STOP = "stop"
@@ -242,7 +242,7 @@ class StepOutput(NamedTuple):
 
     seq_id: str
     token: Token | None
-    finish: FinishReason | None = None
+    finish: EndReason | None = None
     num_cached: int = 0
     first: bool = False
     """True for the first token of an answer."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from inference_service.core.sequence import Batch, FinishReason, Sequence, StepOutput, Token, Vector
+from inference_service.core.sequence import Batch, EndReason, Sequence, StepOutput, Token, Vector
 from inference_service.engine.block_manager import BlockManager
 from inference_service.engine.numerics import overflowed
 from inference_service.engine.plan import SchedulerLimits
@@ -154,7 +154,7 @@ class Engine:
         unusable = (adapter.unusable for adapter in seq.adapters)
         fault = next(filter(None, (*unusable, *map(self._residency.refusal, seq.adapters))), None)
         if fault is not None:
-            self._outputs.append(StepOutput(seq.id, None, FinishReason.FAILED, fault=fault))
+            self._outputs.append(StepOutput(seq.id, None, EndReason.FAILED, fault=fault))
             return
         self._arrivals += 1
         seq.progress.arrival = self._arrivals
@@ -198,7 +198,7 @@ class Engine:
         self._scheduler.step_times.forget_steps()
         self._residency.resolved(everything=True)
         self._blocks.forget_all()
-        self._end(tuple(self._seqs), FinishReason.FAILED)
+        self._end(tuple(self._seqs), EndReason.FAILED)
         return self._hand_out()
 
     def _begin(self, batch: Batch) -> None:
@@ -211,7 +211,7 @@ class Engine:
         outputs, self._outputs = self._outputs, []
         return outputs
 
-    def _end(self, seq_ids: Iterable[str], reason: FinishReason) -> None:
+    def _end(self, seq_ids: Iterable[str], reason: EndReason) -> None:
         for seq_id in seq_ids:
             self.abort(seq_id)
             self._outputs.append(StepOutput(seq_id, None, reason))
@@ -223,7 +223,7 @@ class Engine:
             adapters, fault = failures.popleft()
             for seq in self._scheduler.waiting_for(adapters):
                 self.abort(seq.id)
-                self._outputs.append(StepOutput(seq.id, None, FinishReason.FAILED, fault=fault))
+                self._outputs.append(StepOutput(seq.id, None, EndReason.FAILED, fault=fault))
 
     def _resolve(self, pending: Pending) -> None:
         """Wait for a step; what it drew for sequences that ended meanwhile is dropped."""
@@ -253,7 +253,7 @@ class Engine:
         for adapter in seq.adapters:
             if adapter.unusable is not None:
                 self._residency.failures.append(((adapter,), adapter.unusable))
-        return StepOutput(seq.id, None, FinishReason.FAILED, fault=fault)
+        return StepOutput(seq.id, None, EndReason.FAILED, fault=fault)
 
     def _append(self, seq: Sequence, token: Token) -> StepOutput:
         progress = seq.progress
@@ -277,28 +277,28 @@ class Engine:
         if not np.isfinite(vector).all():
             return self._overflowed(seq)
         self.abort(seq.id)
-        return StepOutput(seq.id, None, FinishReason.LENGTH, seq.progress.num_cached, first=True, pooled=vector)
+        return StepOutput(seq.id, None, EndReason.LENGTH, seq.progress.num_cached, first=True, pooled=vector)
 
-    def _finish_reason(self, seq: Sequence, token: Token) -> FinishReason | None:
+    def _finish_reason(self, seq: Sequence, token: Token) -> EndReason | None:
         if not seq.sampling.max_tokens:
-            return FinishReason.LENGTH
+            return EndReason.LENGTH
         if token.impossible:
-            return FinishReason.FAILED
+            return EndReason.FAILED
         if token.id in seq.sampling.stop_token_ids:
-            return FinishReason.STOP
+            return EndReason.STOP
         if seq.grammar is not None:
             seq.grammar.accept(token.id)
             if seq.grammar.failure:
-                return FinishReason.FAILED
+                return EndReason.FAILED
             if seq.grammar.complete:
-                return FinishReason.STOP
-        return FinishReason.LENGTH if self._limits.reached(seq, len(seq.progress.tokens)) else None
+                return EndReason.STOP
+        return EndReason.LENGTH if self._limits.reached(seq, len(seq.progress.tokens)) else None
 
     def _expire(self) -> float:
         """End those whose deadline has passed; return the time."""
         now = self._clock()
         if self._earliest_s <= now:
-            self._end([seq.id for seq in self._seqs.values() if _deadline(seq) <= now], FinishReason.DEADLINE)
+            self._end([seq.id for seq in self._seqs.values() if _deadline(seq) <= now], EndReason.DEADLINE)
             self._earliest_s = min(map(_deadline, self._seqs.values()), default=math.inf)
         return now
 

@@ -103,12 +103,12 @@ class Plan:
         self.budget -= rows
         self.seconds -= self.step_times.cost_s(seq.progress.num_computed + given, rows)
 
-    def load(self) -> Load:
+    def load(self) -> StepLoad:
         """Return the work of the step, for the step-time model."""
         chunks = [(self.lengths[seq], seq.progress.num_computed) for seq in self.prompts if seq in self.lengths]
         rows = sum(length for length, _ in chunks)
         area = sum(length * (start + length / 2) for length, start in chunks)
-        return Load(len(self.lengths) - len(chunks), rows, area, sum(map(len, self.drafts.values())))
+        return StepLoad(len(self.lengths) - len(chunks), rows, area, sum(map(len, self.drafts.values())))
 
     def batch(self, blocks: BlockManager) -> Batch:
         """Return it as it is, with what must be copied in the cache before it."""

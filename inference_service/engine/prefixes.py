@@ -15,7 +15,7 @@ from typing import Protocol
 from inference_service.core.sequence import Sequence
 
 
-class Kind(Protocol):
+class CacheKind(Protocol):
     """A kind of cache content."""
 
     def longest(self, seq: Sequence, most: int) -> int:
@@ -36,7 +36,7 @@ def prefix_key(seq: Sequence, index: int, block_size: int) -> int:
     return known[index]
 
 
-def agreed(kinds: Seq[Kind], seq: Sequence, most: int) -> int:
+def agreed(kinds: Seq[CacheKind], seq: Sequence, most: int) -> int:
     """Return the most leading blocks behind which every kind can serve."""
     content = 0
     for kind in cycle(kinds):

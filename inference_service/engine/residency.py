@@ -25,7 +25,7 @@ from inference_service.engine.queues import Rank
 from inference_service.engine.residents import (
     AdapterEntry,
     AdapterState,
-    Bank,
+    BankMemory,
     Loader,
     P,
     Presence,
@@ -62,7 +62,7 @@ class Residency(Generic[P]):
         self,
         places: Places,
         num_slots: int,
-        bank: Bank[P],
+        bank: BankMemory[P],
         loader: Loader[P],
         post: Callable[[Callable[[], None]], None],
         clock: Callable[[], float] = time.monotonic,

@@ -38,7 +38,7 @@ class AdapterState(Enum):
     RESIDENT = "resident"
 
 
-class Packed(Protocol):
+class HostAdapter(Protocol):
     """An adapter in the host's memory, as the bank wants it."""
 
     @property
@@ -47,12 +47,12 @@ class Packed(Protocol):
         ...
 
 
-P = TypeVar("P", bound=Packed)
-P_in = TypeVar("P_in", bound=Packed, contravariant=True)
-P_out = TypeVar("P_out", bound=Packed, covariant=True)
+P = TypeVar("P", bound=HostAdapter)
+P_in = TypeVar("P_in", bound=HostAdapter, contravariant=True)
+P_out = TypeVar("P_out", bound=HostAdapter, covariant=True)
 
 
-class Bank(Protocol[P_in]):
+class BankMemory(Protocol[P_in]):
     """The memory that steps read adapters from."""
 
     def copy(self, packed: P_in, offset: int) -> None:

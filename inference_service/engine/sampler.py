@@ -127,14 +127,14 @@ def _forbidden(seq: Sequence, vocab: int, ahead: int) -> npt.NDArray[np.bool_]:
     return ~allowed
 
 
-def _penalize(logits: Tensor, history: History, params: SamplingParams) -> None:
+def _penalize(logits: Tensor, history: TokenHistory, params: SamplingParams) -> None:
     seen, counts = history.tokens.to(logits.device), history.counts.to(logits.device)
     found, factor = logits[seen], params.repetition_penalty
     found = torch.where(found > 0, found / factor, found * factor)
     logits[seen] = found - params.presence_penalty * (counts > 0) - params.frequency_penalty * counts
 
 
-class History:
+class TokenHistory:
     """The distinct tokens of a sequence and their counts, and its bias, as tensors."""
 
     def __init__(self, seq: Sequence) -> None:
@@ -161,13 +161,13 @@ class History:
         self._known = len(progress.tokens)
 
 
-_histories: WeakKeyDictionary[Sequence, History] = WeakKeyDictionary()
+_histories: WeakKeyDictionary[Sequence, TokenHistory] = WeakKeyDictionary()
 
 
-def history_of(seq: Sequence) -> History:
+def history_of(seq: Sequence) -> TokenHistory:
     """Return the history of a sequence, up to its last token; it goes when the sequence goes."""
     if seq not in _histories:
-        _histories[seq] = History(seq)
+        _histories[seq] = TokenHistory(seq)
     history = _histories[seq]
     if seq.sampling.penalizes:
         history.follow(seq)

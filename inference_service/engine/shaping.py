@@ -38,7 +38,7 @@ from inference_service.kernels.sampling.shaping import (
 
 
 @dataclass(frozen=True)
-class Place:
+class ShapingPlace:
     """The place of a sequence's state, and the constant part of its request."""
 
     index: int
@@ -56,7 +56,7 @@ class Shaped:
 
     row: int
     seq: Sequence
-    place: Place
+    place: ShapingPlace
     generated: int
     """Tokens of the answer before, drafted ones too."""
     ahead: int = 0
@@ -72,7 +72,7 @@ class Shaper:
 
     def __init__(self, max_seqs: int, vocab: int, device: torch.device) -> None:
         self.state = ShapingState(max_seqs, vocab, device)
-        self._places: WeakKeyDictionary[Sequence, Place] = WeakKeyDictionary()
+        self._places: WeakKeyDictionary[Sequence, ShapingPlace] = WeakKeyDictionary()
 
     def rows(self, seqs: Seq[Sequence], ahead: Seq[int] | None = None) -> list[Shaped]:
         """Return the rows of a step, of which seqs are, that are to be drawn here.
@@ -113,7 +113,7 @@ class Shaper:
         packed = torch.zeros(SHAPE_FIELDS + FIELDS, dtype=torch.int32, device=logits.device)
         sample_shaped(logits, ShapingTables.over(packed, 1, self.state.vocab), self.state, ids)
 
-    def _place(self, seq: Sequence, here: set[Sequence]) -> Place:
+    def _place(self, seq: Sequence, here: set[Sequence]) -> ShapingPlace:
         place = self._places.get(seq)
         if place is None:
             index = self._free(here)
@@ -154,7 +154,7 @@ class Shaper:
         return host.to(device, non_blocking=True)
 
 
-def _place_of(params: SamplingParams, index: int) -> Place:
+def _place_of(params: SamplingParams, index: int) -> ShapingPlace:
     bias = params.logit_bias
     endings: dict[int, dict[tuple[int, ...], Words]] = {}
     for length, words in params.bad_words.items():
@@ -162,7 +162,7 @@ def _place_of(params: SamplingParams, index: int) -> Place:
             own = edits_of(lasts, [before[-1]] * len(lasts), [-np.inf] * len(lasts))
             group = endings.setdefault(length, {})
             group[before[:-1]] = np.concatenate([group.get(before[:-1], NOTHING), own])
-    return Place(
+    return ShapingPlace(
         index,
         edits_of(list(bias), [ALWAYS] * len(bias), list(bias.values())),
         np.array(sorted(params.stop_token_ids), np.int32),

@@ -53,7 +53,7 @@ SMALL: Final = 0.4
 """Part of a step that one of few rows takes, at most, where two steps take about as long as one of both."""
 
 
-class Load(NamedTuple):
+class StepLoad(NamedTuple):
     """The work of a step."""
 
     decodes: int
@@ -66,7 +66,7 @@ class Load(NamedTuple):
     """Rows of drafts."""
 
 
-NOTHING: Final = Load(0, 0, 0.0)
+NOTHING: Final = StepLoad(0, 0, 0.0)
 
 
 class Room(NamedTuple):
@@ -77,7 +77,7 @@ class Room(NamedTuple):
 
 
 @dataclass
-class _Sums:
+class _Regression:
     """The sums of a linear regression of seconds per row on context, over steps that fade."""
 
     weight: float = 0.0
@@ -103,7 +103,7 @@ class _Sums:
         return seconds - slope * context, slope
 
 
-class _Times:
+class _StepTimes:
     """The times of steps, by kind; a first use may take several times as long, and counts with the second."""
 
     def __init__(self) -> None:
@@ -128,21 +128,21 @@ class StepTimes:
     """Learns what steps take, and says what prompts and drafts may have of the next one."""
 
     def __init__(self) -> None:
-        self._under_way: deque[tuple[Load, float]] = deque()
+        self._under_way: deque[tuple[StepLoad, float]] = deque()
         self._resolved_s = -math.inf
         self._steps: Counter[int] = Counter()
         """Steps without prompts, by the number of sequences."""
-        self._decode_s = _Times()
+        self._decode_s = _StepTimes()
         """Time of a step that only decodes, by the bits of the number of its sequences."""
-        self._exactly_s = _Times()
+        self._exactly_s = _StepTimes()
         """The same by the number itself: drafts cost less than what numbers of as many bits differ by."""
-        self._row_parts = _Times()
+        self._row_parts = _StepTimes()
         """Cost of a draft's row, as a part of the step without drafts; by the number of sequences and the bits
         of the number of such rows.
         """
         self._since_look = 0
         self._most = 0.0
-        self._sums = _Sums()
+        self._sums = _Regression()
         self._row_s = self._token_s = 0.0
         self._drift = 1.0
         self._stalled = [False, False]
@@ -204,7 +204,7 @@ class StepTimes:
         )
         return part and part * FADING ** (self._steps[decodes] - since)
 
-    def submitted(self, load: Load, now_s: float) -> None:
+    def submitted(self, load: StepLoad, now_s: float) -> None:
         """Note that a step began."""
         self._under_way.append((load, now_s))
 
@@ -248,7 +248,7 @@ class StepTimes:
         self._stalled[rows] = stalled
         return stalled
 
-    def _learn_rows(self, load: Load, took_s: float) -> None:
+    def _learn_rows(self, load: StepLoad, took_s: float) -> None:
         """Take what a step took beyond a decode as its rows' cost; if that is unknown, only of many."""
         decode_s = self._decode_s.known.get(max(1, load.decodes).bit_length())
         if decode_s is None and (load.decodes or load.rows < HEAVIEST):

@@ -14,20 +14,20 @@ from inference_service.adapters.served_model import ServedModel
 from inference_service.chat.dialect import dialect_of_model
 from inference_service.core.adapter import MOST_PARTS
 from inference_service.core.sampling import LogprobsMode, Sampling
-from inference_service.core.sequence import FinishReason, Token
+from inference_service.core.sequence import EndReason, Token
 from inference_service.rpc.prompt import constraint_of, prompt_of, tools_of, variables_of
 from inference_service.serving.request import (
     NO_SAMPLING,
-    Delta,
+    AnswerDelta,
+    AnswerFinished,
+    AnswerStarted,
     Event,
-    Finished,
     ModelReference,
     OutputOptions,
-    PromptLogprobs,
+    PromptScores,
     Request,
     RequestPrompt,
     SchedulingOptions,
-    Started,
     hinted,
 )
 from inference_service.serving.service import GenerationService
@@ -39,8 +39,8 @@ from loramux_shared.faults import Finding, RequestInvalid
 # With 20 alternatives each, a message stays below 1 MB: clients take 4 MB by default.
 PROMPT_TOKENS: Final = 1024
 _REASONS = {
-    FinishReason.STOP: pb.FINISH_REASON_STOP,
-    FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
+    EndReason.STOP: pb.FINISH_REASON_STOP,
+    EndReason.LENGTH: pb.FINISH_REASON_LENGTH,
 }
 
 
@@ -147,7 +147,7 @@ def texts_of(context: grpc.aio.ServicerContext) -> dict[str, str]:
 def event_to_messages(event: Event, text: Text) -> Iterator[pb.GenerateResponse]:
     """Return an event as messages: one, or for a long prompt's log probabilities several."""
     match event:
-        case Started():
+        case AnswerStarted():
             started = pb.Started(
                 request_id=event.request_id,
                 model=event.model.name,
@@ -156,11 +156,11 @@ def event_to_messages(event: Event, text: Text) -> Iterator[pb.GenerateResponse]
                 prompt_tokens=event.prompt_tokens,
             )
             yield pb.GenerateResponse(started=started)
-        case PromptLogprobs():
+        case PromptScores():
             for start in range(0, len(event.tokens), PROMPT_TOKENS):
                 tokens = [_prompt_token(token, text) for token in event.tokens[start : start + PROMPT_TOKENS]]
                 yield pb.GenerateResponse(prompt_logprobs=pb.PromptLogprobs(tokens=tokens))
-        case Delta():
+        case AnswerDelta():
             message = pb.GenerateResponse()
             delta = message.delta  # filled in place: a message that is built of messages copies them
             delta.text = event.text
@@ -169,7 +169,7 @@ def event_to_messages(event: Event, text: Text) -> Iterator[pb.GenerateResponse]
             if scored := [token for token in event.tokens if token.logprob is not None]:
                 delta.logprobs.extend([_logprobs(token, text) for token in scored])
             yield message
-        case Finished():
+        case AnswerFinished():
             usage = pb.Usage(
                 prompt_tokens=event.prompt_tokens,
                 cached_tokens=event.cached_tokens,

@@ -15,7 +15,7 @@ from inference_service.rpc.pooling import (
     vector_to_message,
 )
 from inference_service.serving.pooling import check_dimensions, pooled, pooling_of, scored, shaped
-from inference_service.serving.request import WORDLESS, Delta, Event, Finished, Started
+from inference_service.serving.request import WORDLESS, AnswerDelta, AnswerFinished, AnswerStarted, Event
 from inference_service.serving.service import GenerationService
 from loramux.inference.v1 import inference_pb2 as pb
 from loramux.inference.v1 import inference_pb2_grpc
@@ -45,10 +45,10 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         text = self._service.text
         async with aclosing(events):
             async for event in events:
-                text = event.text if isinstance(event, Started) else text
+                text = event.text if isinstance(event, AnswerStarted) else text
                 held += event_to_messages(event, text)
-                wordless += len(event.tokens) if isinstance(event, Delta) else 0
-                begun = begun or wordless > WORDLESS or isinstance(event, Finished) or _has_text(event)
+                wordless += len(event.tokens) if isinstance(event, AnswerDelta) else 0
+                begun = begun or wordless > WORDLESS or isinstance(event, AnswerFinished) or _has_text(event)
                 if begun:
                     for message in held:
                         yield message
@@ -94,7 +94,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
 
 
 def _has_text(event: Event) -> bool:
-    return isinstance(event, Delta) and bool(event.text)
+    return isinstance(event, AnswerDelta) and bool(event.text)
 
 
 def register(servicer: InferenceServicer, server: grpc.aio.Server) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection
 from collections.abc import Sequence as Seq
 
-from inference_service.core.sequence import FinishReason, Sequence, StepOutput, Token
-from inference_service.serving.request import Delta, Event, Finished, Pooled, PromptLogprobs
+from inference_service.core.sequence import EndReason, Sequence, StepOutput, Token
+from inference_service.serving.request import AnswerDelta, AnswerFinished, Event, Pooled, PromptScores
 from inference_service.text.text import Detokenizer, StopTexts
 from loramux_shared.faults import DeadlineExceeded, Fault, Finding, InternalFault, RequestInvalid
 
@@ -50,7 +50,7 @@ class Answer:
             return []
         events: list[Event] = []
         if outputs[0].prompt:
-            events.append(PromptLogprobs(outputs[0].prompt))
+            events.append(PromptScores(outputs[0].prompt))
         if (vector := outputs[-1].pooled) is not None:
             events.append(Pooled(vector))
         delta, reason = self._read(outputs)
@@ -61,10 +61,10 @@ class Answer:
             events.append(self._finished(reason, outputs[-1]))
         return events
 
-    def _read(self, outputs: Seq[StepOutput]) -> tuple[Delta, FinishReason | None]:
+    def _read(self, outputs: Seq[StepOutput]) -> tuple[AnswerDelta, EndReason | None]:
         """Read up to a stop text; without stop texts, all tokens are decoded together."""
         last = outputs[-1]
-        failed = last.finish in (FinishReason.FAILED, FinishReason.DEADLINE)
+        failed = last.finish in (EndReason.FAILED, EndReason.DEADLINE)
         tokens = [output.token for output in (outputs[:-1] if failed else outputs) if output.token is not None]
         ids = [token.id for token in tokens]
         if ids and not self._stops.keep and ids[-1] in self.seq.sampling.stop_token_ids:
@@ -74,25 +74,25 @@ class Answer:
             for count, token_id in enumerate(ids, 1):
                 text += self._stops.push(self._detokenizer.push((token_id,)))
                 if self._stops.found is not None:
-                    return self._delta(text, tokens[:count]), FinishReason.STOP
+                    return self._delta(text, tokens[:count]), EndReason.STOP
         else:
             text = self._detokenizer.push(ids)
         if failed:
             raise self._failure(last)
         return self._delta(text + (self._stops.flush() if last.finish else ""), tokens), last.finish
 
-    def _delta(self, text: str, tokens: Seq[Token]) -> Delta:
+    def _delta(self, text: str, tokens: Seq[Token]) -> AnswerDelta:
         self._count += len(tokens)
-        return Delta(text, tuple(tokens), self._index)
+        return AnswerDelta(text, tuple(tokens), self._index)
 
-    def _finished(self, reason: FinishReason, last: StepOutput) -> Finished:
+    def _finished(self, reason: EndReason, last: StepOutput) -> AnswerFinished:
         text, token = self._stops.found, last.token.id if last.token else None
         told = token if text is None and token in self._stop_tokens else None
         prompt, cached = self.seq.num_prompt, last.num_cached
-        return Finished(reason, text or "", prompt, cached, self._count, self._index, told)
+        return AnswerFinished(reason, text or "", prompt, cached, self._count, self._index, told)
 
     def _failure(self, output: StepOutput) -> Fault:
-        if output.finish is FinishReason.DEADLINE:
+        if output.finish is EndReason.DEADLINE:
             return DeadlineExceeded("the deadline passed before the answer was complete; it was ended.")
         if output.fault is not None:
             return output.fault.retold(f"model {self.seq.model!r}: {output.fault.message}")

@@ -13,7 +13,7 @@ from typing import Final
 
 import structlog
 
-from inference_service.core.sequence import FinishReason, Sequence, StepOutput
+from inference_service.core.sequence import EndReason, Sequence, StepOutput
 from inference_service.engine.engine import Engine, EngineStats, SequenceCounts
 from inference_service.engine.inbox import Inbox
 from inference_service.serving.delivery import SLICE, Delivery, Outputs
@@ -213,7 +213,7 @@ class EngineThread:
         held = self._held = self._held or Held()
         while self._held is held and len(self._streams) > len(held.seqs) and self._stopped is None:
             for seq in held.late(time.monotonic()):
-                self._deliver({seq.id: [StepOutput(seq.id, None, FinishReason.DEADLINE)]})
+                self._deliver({seq.id: [StepOutput(seq.id, None, EndReason.DEADLINE)]})
             held.seqs = [seq for seq in held.seqs if seq.id in self._streams]
             await asyncio.sleep(LOOK_S)
         self._let_in()

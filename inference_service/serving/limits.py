@@ -16,7 +16,7 @@ from typing import Final
 from inference_service.adapters.served_model import ServedModel
 from inference_service.core.sequence import FAIR, Share
 from inference_service.core.sequence import Sequence as EngineSequence
-from inference_service.serving.request import Delta, Event
+from inference_service.serving.request import AnswerDelta, Event
 from loramux_shared.access.rights import Access
 from loramux_shared.deployment import ModelLimits
 from loramux_shared.faults import RateLimited
@@ -128,7 +128,7 @@ class Ticket:
 
     def see(self, event: Event) -> None:
         """Note the tokens of an answer."""
-        if self.bounds and isinstance(event, Delta):
+        if self.bounds and isinstance(event, AnswerDelta):
             self._take(len(event.tokens))
 
     def _take(self, tokens: int) -> None:

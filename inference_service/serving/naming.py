@@ -11,7 +11,7 @@ from inference_service.adapters.mixing import agreed
 from inference_service.adapters.ports import GenerationFollower
 from inference_service.adapters.served_model import ServedModel
 from inference_service.adapters.texts import AdapterTexts
-from inference_service.serving.request import ModelReference, Request, Served
+from inference_service.serving.request import ModelReference, Request, ResolvedModel
 from loramux_shared.faults import DeadlineExceeded, Finding, ReplicaBehind, RequestInvalid
 
 
@@ -26,7 +26,7 @@ class Naming:
         self._follower = follower
         self._texts = texts
 
-    async def choose(self, request: Request) -> Served:
+    async def choose(self, request: Request) -> ResolvedModel:
         """Return what answers a request.
 
         Raises:
@@ -43,7 +43,7 @@ class Naming:
         model = self._mix(asked) if asked.adapters else self._catalog.resolve(asked.name, asked.sticky_key)
         if asked.lora_path is not None:
             model = self._beside(model, asked.lora_path, asked)
-        return Served(model, self._catalog.generation)
+        return ResolvedModel(model, self._catalog.generation)
 
     def _mix(self, asked: ModelReference) -> ServedModel:
         """Return the blend of the adapters that a request names; its model may name the base beside them."""

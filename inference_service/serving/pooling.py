@@ -13,7 +13,7 @@ import numpy as np
 
 from inference_service.adapters.scoring import Scorer, refused_model
 from inference_service.core.sequence import Vector
-from inference_service.serving.request import Finished, Pooled, Request, Started
+from inference_service.serving.request import AnswerFinished, AnswerStarted, Pooled, Request
 from inference_service.serving.service import GenerationService
 from loramux_shared.faults import Finding, InternalFault, RequestInvalid
 from loramux_shared.pooling import Pooling
@@ -29,9 +29,9 @@ AT_ONCE: Final = 64
 class PooledPrompt:
     """The result of one prompt."""
 
-    started: Started
+    started: AnswerStarted
     vector: Vector
-    finished: Finished
+    finished: AnswerFinished
 
 
 async def pooled(service: GenerationService, requests: Sequence[Request]) -> AsyncGenerator[PooledPrompt]:
@@ -54,8 +54,12 @@ async def pooled(service: GenerationService, requests: Sequence[Request]) -> Asy
 async def _pooled(service: GenerationService, request: Request) -> PooledPrompt:
     async with aclosing(service.generate(request)) as events:
         found = {type(event): event async for event in events}
-    started, vector, finished = found.get(Started), found.get(Pooled), found.get(Finished)
-    if not (isinstance(started, Started) and isinstance(vector, Pooled) and isinstance(finished, Finished)):
+    started, vector, finished = found.get(AnswerStarted), found.get(Pooled), found.get(AnswerFinished)
+    if not (
+        isinstance(started, AnswerStarted)
+        and isinstance(vector, Pooled)
+        and isinstance(finished, AnswerFinished)
+    ):
         raise InternalFault("a prompt became no vector. Please report it.")
     if not np.isfinite(vector.vector).all():
         raise InternalFault("the model computes no finite numbers of this prompt. Please report it.")

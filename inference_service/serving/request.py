@@ -12,7 +12,7 @@ from inference_service.adapters.mixing import ScaledAdapter
 from inference_service.adapters.served_model import ServedModel
 from inference_service.core.constraint import ByEnding, Constraint
 from inference_service.core.sampling import Sampling
-from inference_service.core.sequence import FinishReason, Token, Vector
+from inference_service.core.sequence import EndReason, Token, Vector
 from inference_service.text.text import Text
 from loramux_shared.faults import Finding, RequestInvalid
 from loramux_shared.pooling import Pooling
@@ -34,7 +34,7 @@ PromptContent = str | list[int] | list[Message] | TextPair
 
 
 @dataclass(frozen=True)
-class Served:
+class ResolvedModel:
     """The model of a name when it was looked up."""
 
     model: ServedModel
@@ -56,7 +56,7 @@ class ModelReference:
     """The name is looked up in this generation of the deployment, or in a later one."""
     sticky_key: str = ""
     """Requests with the same key get the same model of an alias."""
-    served: Served | None = None
+    served: ResolvedModel | None = None
     """The result of a lookup that was made already, as for the prompts of one call together."""
 
 
@@ -152,7 +152,7 @@ class Request:
         """Return a field of one of the parts."""
         return getattr(getattr(self, PARTS[name]), name)
 
-    def answered_by(self, served: Served) -> Request:
+    def answered_by(self, served: ResolvedModel) -> Request:
         """Return the request with the result of its lookup."""
         return replace(self, model=replace(self.model, served=served))
 
@@ -169,7 +169,7 @@ PARTS: Final[Mapping[str, str]] = {each.name: part for part, kind in _KINDS.item
 
 
 @dataclass(frozen=True)
-class Started:
+class AnswerStarted:
     """The request was accepted."""
 
     request_id: str
@@ -184,8 +184,8 @@ class Started:
 
 
 @dataclass(frozen=True)
-class PromptLogprobs:
-    """The scored tokens of the prompt; sent once, before the first Delta, when the request asks for them."""
+class PromptScores:
+    """Scored tokens of the prompt, where the request asks for them; sent once, before the first AnswerDelta."""
 
     tokens: tuple[Token, ...]
     """The first token has no log probability, since nothing stands before it."""
@@ -203,7 +203,7 @@ WORDLESS: Final = 4
 
 
 @dataclass(frozen=True)
-class Delta:
+class AnswerDelta:
     """New text of an answer, and the tokens that were decoded for it."""
 
     text: str
@@ -213,10 +213,10 @@ class Delta:
 
 
 @dataclass(frozen=True)
-class Finished:
+class AnswerFinished:
     """An answer is complete."""
 
-    reason: FinishReason
+    reason: EndReason
     stop_text: str
     prompt_tokens: int
     cached_tokens: int
@@ -227,7 +227,7 @@ class Finished:
     """The stop token that ended it, where the request named it and it is no end-of-sequence token."""
 
 
-Event = Started | PromptLogprobs | Pooled | Delta | Finished
+Event = AnswerStarted | PromptScores | Pooled | AnswerDelta | AnswerFinished
 
 
 MIN_GENERATION: Final = "x-loramux-min-generation"

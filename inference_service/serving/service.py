@@ -29,14 +29,14 @@ from inference_service.serving.engine_thread import EngineThread
 from inference_service.serving.limits import Limiter, Ticket
 from inference_service.serving.naming import Naming
 from inference_service.serving.request import (
-    Delta,
+    AnswerDelta,
+    AnswerFinished,
+    AnswerStarted,
     Event,
-    Finished,
     Message,
-    PromptLogprobs,
+    PromptScores,
     Request,
-    Served,
-    Started,
+    ResolvedModel,
 )
 from inference_service.serving.sizes import countable
 from inference_service.serving.telemetry.metrics import Metrics
@@ -50,16 +50,16 @@ from loramux_shared.parsers import Parsers, ReasoningParser, ToolParser
 from loramux_shared.pooling import Pooling
 
 __all__ = [
+    "AnswerDelta",
+    "AnswerFinished",
+    "AnswerStarted",
     "Constraint",
-    "Delta",
     "Event",
-    "Finished",
     "GenerationService",
     "Message",
-    "PromptLogprobs",
+    "PromptScores",
     "Request",
     "ServingLimits",
-    "Started",
 ]
 
 ParsersOf = Callable[[ToolParser, ReasoningParser], Parsers]
@@ -68,11 +68,11 @@ _numbers = itertools.count()
 
 
 class GenerationService:
-    """Checks a request, runs it, and tells its story in events, or in one fault.
+    """Checks a request, runs it, and reports it as events, or as one fault.
 
-    The story is Started, PromptLogprobs where they are asked for, then Delta ..., Finished for each of the n
-    answers, which come in any mixture and carry their index. Where a vector is asked for it is Started, Pooled,
-    Finished.
+    The events are AnswerStarted, PromptScores where they are asked for, then AnswerDelta ..., AnswerFinished for
+    each of the n answers, which are interleaved and carry their index. A request for a vector has AnswerStarted,
+    Pooled, AnswerFinished.
     """
 
     def __init__(
@@ -219,7 +219,7 @@ class GenerationService:
         finally:
             self.in_work -= 1
 
-    async def look_up(self, request: Request) -> tuple[Served, AdapterDefaults]:
+    async def look_up(self, request: Request) -> tuple[ResolvedModel, AdapterDefaults]:
         """Return the model of a request and its defaults, for an API that needs them before it submits the
         request.
 

@@ -49,7 +49,7 @@ ASKED: Final = 16
 
 
 @dataclass(frozen=True)
-class Bank:
+class OpenBank:
     """The adapters of a replica."""
 
     lora: LoraBackend
@@ -83,7 +83,7 @@ class Bank:
 
 def open_bank(
     generation: Generation, base: LoadedBase, store: Store, settings: InferenceSettings, inbox: Inbox
-) -> Bank:
+) -> OpenBank:
     """Take the memory of the bank, and be ready to bring adapters in.
 
     Raises:
@@ -112,10 +112,10 @@ def open_bank(
     )
     wait_s = COPY_WAIT_S if device.type == "cpu" else 0.0
     residency = Residency(Places(num_bytes), slots, lora, loader, inbox.post, wait_s=wait_s)
-    return Bank(lora, residency, loader, AdapterTexts(reader, base.text), sizes)
+    return OpenBank(lora, residency, loader, AdapterTexts(reader, base.text), sizes)
 
 
-def preload(bank: Bank, adapters: Sequence[Adapter], inbox: Inbox) -> None:
+def preload(bank: OpenBank, adapters: Sequence[Adapter], inbox: Inbox) -> None:
     """Load adapters before anything is served.
 
     An adapter that cannot be loaded fails its own requests later.
@@ -128,7 +128,7 @@ def preload(bank: Bank, adapters: Sequence[Adapter], inbox: Inbox) -> None:
         bank.residency.bring_in({})
 
 
-def preload_later(bank: Bank, adapters: Sequence[Adapter], inbox: Inbox) -> None:
+def preload_later(bank: OpenBank, adapters: Sequence[Adapter], inbox: Inbox) -> None:
     """Have adapters loaded while others are served, as long as there is room."""
     inbox.post(partial(bank.residency.prefetch_later, adapters))
 

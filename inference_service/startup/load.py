@@ -39,7 +39,7 @@ from inference_service.serving.base_files import BaseFiles
 from inference_service.serving.engine_thread import EngineThread
 from inference_service.serving.service import GenerationService, ServingLimits
 from inference_service.serving.telemetry.record import Watcher
-from inference_service.startup.bank import Bank, open_bank, preload, preload_later
+from inference_service.startup.bank import OpenBank, open_bank, preload, preload_later
 from inference_service.startup.base import LoadedBase, load_base
 from inference_service.startup.heap import bound_arenas, give_back
 from inference_service.startup.memory import blocks_of, divide_memory
@@ -72,7 +72,7 @@ class Ready:
     """It looks for newer generations once it runs."""
     generation: Generation
     """The one that it was loaded with."""
-    bank: Bank | None
+    bank: OpenBank | None
     """None where an adapter is merged into the weights."""
     device: str
     """Its kind: cpu or cuda."""
@@ -129,7 +129,7 @@ def load(
         torch.set_num_threads(settings.threads)
     base = load_base(generation, settings, sources)
     inbox = Inbox()
-    bank: Bank | None = None
+    bank: OpenBank | None = None
     models = [base.served(generation)]
     if generation.merged is not None:
         models.append(merge(generation, base, store, settings.block_size))
@@ -214,7 +214,7 @@ def _computing(base: LoadedBase) -> Computing:
 
 
 def _engine(
-    settings: InferenceSettings, generation: Generation, base: LoadedBase, bank: Bank | None
+    settings: InferenceSettings, generation: Generation, base: LoadedBase, bank: OpenBank | None
 ) -> tuple[Engine, SchedulerLimits]:
     """Size the cache from what is free, the longest sequence from the cache, and make the engine."""
     model, backend = base.model, base.backend
@@ -258,7 +258,7 @@ def _engine(
     return Engine(runner, limits, blocks, residents), limits
 
 
-def _run_a_few_tokens(engine: Engine, bank: Bank | None) -> None:
+def _run_a_few_tokens(engine: Engine, bank: OpenBank | None) -> None:
     """Run what works as long as anything does: the base, and an adapter where one is resident."""
     resident: list[Adapter] = [] if bank is None else bank.residency.resident()
     for adapter in [None, *resident[:1]]:
@@ -270,7 +270,7 @@ def _run_a_few_tokens(engine: Engine, bank: Bank | None) -> None:
 def _log_loaded(
     generation: Generation,
     base: LoadedBase,
-    bank: Bank | None,
+    bank: OpenBank | None,
     engine: Engine,
     limits: SchedulerLimits,
     registered: Sequence[Adapter],

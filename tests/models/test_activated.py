@@ -14,7 +14,7 @@ from builder_service.pipeline.build import build
 from builder_service.pipeline.context import BuildContext
 from builder_service.pipeline.progress import Progress
 from inference_service.core.sampling import SamplingParams
-from inference_service.serving.request import PromptLogprobs
+from inference_service.serving.request import PromptScores
 from loramux_shared.bundle.deployments import current_generation
 from loramux_shared.deployment import Deployment
 from loramux_shared.faults import DeploymentInvalid
@@ -147,7 +147,7 @@ async def test_a_request_finds_its_place_once_for_all_answers_and_versions(
     wanted = torch.log_softmax(logits, -1)[range(len(prompt) - 1), prompt[1:]].tolist()
     fields = {"max_tokens": NEW, "ignore_eos": True}
     events = await service.events(prompt, "called", prompt_logprobs=0, **fields)
-    (scored,) = [event.tokens for event in events if isinstance(event, PromptLogprobs)]
+    (scored,) = [event.tokens for event in events if isinstance(event, PromptScores)]
     assert [token.logprob for token in scored[1:]] == pytest.approx(wanted, abs=1e-4)
     assert await service.answers(requests[0][1], model="called", n=2, **fields) == [expected[0]] * 2
     generation = current_generation(store, "tiny")

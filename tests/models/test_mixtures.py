@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from inference_service.core.adapter import Mixture
-from inference_service.serving.service import Delta, Request, Started
+from inference_service.serving.service import AnswerDelta, AnswerStarted, Request
 from inference_service.startup.load import Ready
 from loramux_shared.bundle.deployments import current_generation
 from loramux_shared.faults import Fault, ModelNotFound, RequestInvalid
@@ -181,12 +181,12 @@ async def test_an_adapter_that_is_replaced_while_its_mixture_answers(world: Worl
     request = Request.of(text(parts), prompt, max_tokens=NEW, ignore_eos=True)
     old: list[int] = []
     async for event in service.ready.service.generate(request):
-        if isinstance(event, Started):
+        if isinstance(event, AnswerStarted):
             World(world.base, {**world.adapters, "all": world.root / SECOND}, world.root).build(store)
             generation = current_generation(store, "tiny")
             assert generation is not None
             service.ready.adapters.apply(generation)
-        old += [token.id for token in event.tokens] if isinstance(event, Delta) else []
+        old += [token.id for token in event.tokens] if isinstance(event, AnswerDelta) else []
     [new] = await service.answers(prompt, model=text(parts), max_tokens=NEW, ignore_eos=True)
     await service.close()
     assert old == peft(parts, prompt)

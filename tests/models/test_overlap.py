@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from inference_service.core.adapter import Adapter
 from inference_service.core.sampling import SamplingParams
-from inference_service.core.sequence import Batch, FinishReason, Sequence, StepOutput, Token
+from inference_service.core.sequence import Batch, EndReason, Sequence, StepOutput, Token
 from inference_service.engine.block_manager import BlockManager
 from inference_service.engine.engine import Engine
 from inference_service.engine.lookup import Expected, Lookup
@@ -292,7 +292,7 @@ def test_a_deadline_ends_a_sequence_with_a_token_in_flight() -> None:
     engine.add(late)
     engine.step()
     engine._clock = lambda: 2.0
-    assert [(output.seq_id, output.finish) for output in engine.step()] == [(late.id, FinishReason.DEADLINE)]
+    assert [(output.seq_id, output.finish) for output in engine.step()] == [(late.id, EndReason.DEADLINE)]
     assert engine.idle
     assert manager.num_free == manager.num_blocks
 
@@ -318,7 +318,7 @@ def test_after_a_failed_step_nothing_is_trusted() -> None:
     engine.add(_seq(prompt, SamplingParams(max_tokens=9)))
     engine.step()
     device.broken = False
-    assert [output.finish for output in engine.fail_all()] == [FinishReason.FAILED]
+    assert [output.finish for output in engine.fail_all()] == [EndReason.FAILED]
     again = _seq(prompt, SamplingParams(max_tokens=2))
     engine.add(again)
     answer = [output.token.id for output in _drain(engine) if output.token]
@@ -337,7 +337,7 @@ def test_a_failing_step_loses_no_end_of_the_others() -> None:
     with pytest.raises(RuntimeError):
         engine.step()
     ends = {output.seq_id: output.finish for output in engine.fail_all()}
-    assert ends == {late.id: FinishReason.DEADLINE, other.id: FinishReason.FAILED}
+    assert ends == {late.id: EndReason.DEADLINE, other.id: EndReason.FAILED}
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from inference_service.core.sequence import Sequence
 from inference_service.engine.inbox import Inbox
 from inference_service.engine.step_times import StepTimes
 from inference_service.startup import load
-from inference_service.startup.bank import Bank, preload
+from inference_service.startup.bank import OpenBank, preload
 from inference_service.startup.load import Ready
 from loramux_shared.pooling import Pooling
 from loramux_shared.storage.memory import MemoryStore
@@ -60,7 +60,7 @@ def _multiply(file: Path, times: float) -> None:
 def in_order(monkeypatch: pytest.MonkeyPatch) -> None:
     """Adapters have the same slots in every replica: torch's sums have their order."""
 
-    def one_by_one(bank: Bank, adapters: Iterable[Adapter], inbox: Inbox) -> None:
+    def one_by_one(bank: OpenBank, adapters: Iterable[Adapter], inbox: Inbox) -> None:
         for adapter in adapters:
             preload(bank, [adapter], inbox)
 

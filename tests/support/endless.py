@@ -12,7 +12,7 @@ from inference_service.core.sequence import Token
 from inference_service.http.server import HttpServer
 from inference_service.http.wire import protocol
 from inference_service.rpc.servicer import SERVICE_NAME, InferenceServicer, register
-from inference_service.serving.request import Delta, Event, Request, Started
+from inference_service.serving.request import AnswerDelta, AnswerStarted, Event, Request
 from inference_service.text.text import Text
 from loramux_shared.access.guard import NOBODY_GUARDS, Guard
 from loramux_shared.rpc import calls
@@ -44,9 +44,9 @@ class Endless(Scripted):
         """Go on and on."""
         self.open += 1
         try:
-            yield Started(request.id, self.catalog.get(request.model.name), 7, 2, self.text)
+            yield AnswerStarted(request.id, self.catalog.get(request.model.name), 7, 2, self.text)
             while True:
-                yield Delta("x" * PIECE, (Token(5),), 0)
+                yield AnswerDelta("x" * PIECE, (Token(5),), 0)
                 self.pieces += 1
                 await (asyncio.Event().wait() if request.prompt.content == "WAIT" else asyncio.sleep(0))
         finally:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from inference_service.core.sampling import SamplingParams
-from inference_service.core.sequence import FinishReason, Vector
+from inference_service.core.sequence import EndReason, Vector
 from inference_service.startup.load import Ready
 from loramux_shared.pooling import Pooling
 from tests.support.tiny import World, oracle, sequence
@@ -62,7 +62,7 @@ def run_pooled(
                 assert output.token is not None
                 tokens[output.seq_id].append(output.token.id)
             else:
-                assert output.finish is FinishReason.LENGTH
+                assert output.finish is EndReason.LENGTH
                 assert output.pooled is not None
                 assert output.seq_id not in vectors
                 vectors[output.seq_id] = output.pooled

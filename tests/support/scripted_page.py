@@ -15,12 +15,12 @@ from inference_service.adapters.catalog import Catalog
 from inference_service.adapters.manager import AdapterManager
 from inference_service.adapters.served_model import ServedModel
 from inference_service.core.adapter import Adapter
-from inference_service.core.sequence import FinishReason, Token
+from inference_service.core.sequence import EndReason, Token
 from inference_service.engine.engine import EngineStats, SequenceCounts
 from inference_service.http import server as api
 from inference_service.http.server import HttpServer
 from inference_service.serving.engine_thread import EngineThread
-from inference_service.serving.request import Delta, Event, Finished, Request, Started
+from inference_service.serving.request import AnswerDelta, AnswerFinished, AnswerStarted, Event, Request
 from inference_service.serving.service import GenerationService, ServingLimits
 from inference_service.text.text import Text
 from loramux_shared.access.guard import Guard
@@ -71,7 +71,7 @@ class ScriptedPage(GenerationService):
         """Say what is written."""
         self.asked.append(request.model.name)
         model = self.catalog.get(request.model.name)
-        yield Started(request.id, model, self.catalog.generation, 2, self.text)
+        yield AnswerStarted(request.id, model, self.catalog.generation, 2, self.text)
         pieces = self._says.get(request.model.name, ("Ahoy", "!"))
         for piece in pieces:
             if isinstance(piece, Exception):
@@ -82,9 +82,9 @@ class ScriptedPage(GenerationService):
                 finally:
                     self.let_go += 1
             else:
-                yield Delta(piece, (Token(3),))
+                yield AnswerDelta(piece, (Token(3),))
                 await asyncio.sleep(0.01)  # the browser sees the pieces one by one
-        yield Finished(FinishReason.STOP, "", 2, 1, len(pieces))
+        yield AnswerFinished(EndReason.STOP, "", 2, 1, len(pieces))
 
 
 @asynccontextmanager

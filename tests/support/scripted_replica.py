@@ -9,11 +9,11 @@ from pathlib import Path
 
 from inference_service.adapters.catalog import Catalog
 from inference_service.adapters.served_model import ServedModel
-from inference_service.core.sequence import FinishReason, Token
+from inference_service.core.sequence import EndReason, Token
 from inference_service.http.server import HttpServer
 from inference_service.rpc.servicer import SERVICE_NAME, InferenceServicer, register
 from inference_service.serving.naming import Naming
-from inference_service.serving.request import Delta, Event, Finished, Request, Started
+from inference_service.serving.request import AnswerDelta, AnswerFinished, AnswerStarted, Event, Request
 from inference_service.text.text import Text
 from loramux_shared.access.guard import NOBODY_GUARDS, Guard
 from loramux_shared.faults import Fault
@@ -50,14 +50,14 @@ class Named(Scripted):
         self.asked += 1
         self.open += 1
         try:
-            yield Started(request.id, model, 1, 2, self.text)
+            yield AnswerStarted(request.id, model, 1, 2, self.text)
             if not self.tokens.is_set():
-                yield Delta("", (Token(5),), 0)  # part of a character
+                yield AnswerDelta("", (Token(5),), 0)  # part of a character
             await self.tokens.wait()
-            yield Delta(self.name, (Token(5),), 0)
+            yield AnswerDelta(self.name, (Token(5),), 0)
             if request.prompt.content == "WAIT":
                 await self.ends.wait()
-            yield Finished(FinishReason.STOP, "", 2, 0, 1, 0)
+            yield AnswerFinished(EndReason.STOP, "", 2, 0, 1, 0)
         finally:
             self.open -= 1
 

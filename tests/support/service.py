@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from inference_service.serving.service import Delta, Event, Request
+from inference_service.serving.service import AnswerDelta, Event, Request
 from inference_service.startup.load import Ready
 from loramux_shared.storage.memory import MemoryStore
 from tests.support.tiny import World
@@ -39,7 +39,7 @@ class Service:
         """The tokens of each answer."""
         found: dict[int, list[int]] = {}
         for event in await self.events(prompt, **fields):
-            if isinstance(event, Delta):
+            if isinstance(event, AnswerDelta):
                 found.setdefault(event.index, []).extend(token.id for token in event.tokens)
         return [found[index] for index in range(len(found))]
 

@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from inference_service.core.sequence import FinishReason
+from inference_service.core.sequence import EndReason
 from inference_service.http.server import HttpServer
 from inference_service.serving.request import Event, Request
 from inference_service.text.text import Text
@@ -26,9 +26,7 @@ class Talker(Scripted):
         self.asked: list[Request] = []
         self._cases: list[Case] = []
 
-    def say(
-        self, *answers: str, reason: FinishReason = FinishReason.STOP, failure: Exception | None = None
-    ) -> None:
+    def say(self, *answers: str, reason: EndReason = EndReason.STOP, failure: Exception | None = None) -> None:
         """Answer one more request with each, in steps that are separated by ``|``."""
         self._cases += (Case("chat", {}, [answer], reason, failure) for answer in answers)
 

@@ -25,7 +25,7 @@ from builder_service.pipeline.progress import Progress
 from inference_service.adapters.ports import Publisher
 from inference_service.core.adapter import activation
 from inference_service.core.sampling import SamplingParams
-from inference_service.core.sequence import FinishReason
+from inference_service.core.sequence import EndReason
 from inference_service.core.sequence import Sequence as EngineSequence
 from inference_service.startup.load import Ready, load
 from loramux_shared.deployment import Deployment
@@ -254,7 +254,7 @@ def run_engine(
         answers[str(number)] = []
     while not engine.idle:
         for output in engine.step():
-            assert output.finish in (None, FinishReason.LENGTH, FinishReason.STOP)
+            assert output.finish in (None, EndReason.LENGTH, EndReason.STOP)
             assert output.token is not None
             answers[output.seq_id].append(output.token.id)
     return list(answers.values())

@@ -5,12 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Final
 
-from inference_service.core.sequence import FinishReason, Token
-from inference_service.serving.request import Delta, Event, Finished, PromptLogprobs, Request, Started
+from inference_service.core.sequence import EndReason, Token
+from inference_service.serving.request import (
+    AnswerDelta,
+    AnswerFinished,
+    AnswerStarted,
+    Event,
+    PromptScores,
+    Request,
+)
 from loramux_vllm_grpc.logprobs import check_fits
 from loramux_vllm_grpc.wire import engine_pb2 as pb
 
-REASONS: Final = {FinishReason.STOP: "stop", FinishReason.LENGTH: "length"}
+REASONS: Final = {EndReason.STOP: "stop", EndReason.LENGTH: "length"}
 ABORTED: Final = "abort"
 
 
@@ -32,17 +39,17 @@ class Telling:
             RequestInvalid: more log probabilities than a message holds.
         """
         match event:
-            case Started():
+            case AnswerStarted():
                 self._prompt_tokens = event.prompt_tokens
                 self._said = {index: [] for index in range(self._n)}
-            case PromptLogprobs():
+            case PromptScores():
                 check_fits(event.tokens, "prompt_logprobs")
                 self._prompt = event.tokens
-            case Delta():
+            case AnswerDelta():
                 self._said[event.index] += event.tokens
                 if self._stream:
                     yield pb.GenerateResponse(chunk=self._chunk(event))
-            case Finished():
+            case AnswerFinished():
                 yield pb.GenerateResponse(complete=self._complete(event.index, REASONS[event.reason], event))
 
     def aborted(self) -> Iterator[pb.GenerateResponse]:
@@ -50,7 +57,7 @@ class Telling:
         for index in sorted(self._said):
             yield pb.GenerateResponse(complete=self._complete(index, ABORTED))
 
-    def _chunk(self, delta: Delta) -> pb.GenerateStreamChunk:
+    def _chunk(self, delta: AnswerDelta) -> pb.GenerateStreamChunk:
         return pb.GenerateStreamChunk(
             token_ids=[token.id for token in delta.tokens],
             prompt_tokens=self._prompt_tokens,
@@ -60,7 +67,7 @@ class Telling:
             index=delta.index,
         )
 
-    def _complete(self, index: int, reason: str, finished: Finished | None = None) -> pb.GenerateComplete:
+    def _complete(self, index: int, reason: str, finished: AnswerFinished | None = None) -> pb.GenerateComplete:
         tokens = self._said.pop(index)
         if not self._stream:
             check_fits(tokens, "logprobs")

@@ -10,7 +10,7 @@ from typing import Final
 import grpc
 
 from inference_service.serving.request import Request
-from inference_service.serving.service import GenerationService, Started
+from inference_service.serving.service import AnswerStarted, GenerationService
 from loramux_shared.faults import Finding, RequestInvalid
 from loramux_vllm_grpc.inference_answers import Telling, whole
 from loramux_vllm_grpc.inference_requests import request_of
@@ -62,7 +62,7 @@ class VllmInferenceServicer(inference_pb2_grpc.InferenceServicer):
             async with aclosing(call.until_aborted(self._service.generate(asked))) as events:
                 async for event in events:
                     held += telling.messages(event)
-                    if isinstance(event, Started):
+                    if isinstance(event, AnswerStarted):
                         own = (await self._service.naming.defaults(event.model)).stop_token_ids
                         telling.ends = self._service.limits.eos_token_ids | own
                         continue

@@ -5,12 +5,19 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from typing import Final
 
-from inference_service.core.sequence import FinishReason, Token
-from inference_service.serving.request import Delta, Event, Finished, PromptLogprobs, Request, Started
+from inference_service.core.sequence import EndReason, Token
+from inference_service.serving.request import (
+    AnswerDelta,
+    AnswerFinished,
+    AnswerStarted,
+    Event,
+    PromptScores,
+    Request,
+)
 from loramux_vllm_grpc.logprobs import check_fits
 from loramux_vllm_grpc.wire import inference_pb2 as pb
 
-REASONS: Final = {FinishReason.STOP: pb.FinishInfo.STOP, FinishReason.LENGTH: pb.FinishInfo.LENGTH}
+REASONS: Final = {EndReason.STOP: pb.FinishInfo.STOP, EndReason.LENGTH: pb.FinishInfo.LENGTH}
 
 
 class Telling:
@@ -23,7 +30,7 @@ class Telling:
         self._scores_prompt = request.sampling.prompt_logprobs is not None
         self.ends: Collection[int] = ()
         """Tokens that end a text."""
-        self._started: Started | None = None
+        self._started: AnswerStarted | None = None
         self._n = request.output.n
         self._counts = {0: 0}
         """Tokens of the answers that are not complete; before the request is accepted, n is only a number."""
@@ -36,20 +43,20 @@ class Telling:
             RequestInvalid: more log probabilities than a message holds.
         """
         match event:
-            case Started():
+            case AnswerStarted():
                 self._started = event
                 self._counts = dict.fromkeys(range(self._n), 0)
                 if not self._scores_prompt:
                     yield pb.GenerateResponse(prompt_info=self._prompt(event))
-            case PromptLogprobs():
+            case PromptScores():
                 check_fits(event.tokens, "response.prompt_logprobs")
                 assert self._started is not None  # noqa: S101 - it comes first
                 yield pb.GenerateResponse(prompt_info=self._prompt(self._started, event.tokens))
-            case Delta():
+            case AnswerDelta():
                 self._counts[event.index] += len(event.tokens)
                 self._last = event.tokens[-1].id
                 yield pb.GenerateResponse(outputs=self._output(event))
-            case Finished():
+            case AnswerFinished():
                 finish = self._finish(event)
                 yield pb.GenerateResponse(outputs=pb.SequenceOutput(index=event.index, finish_info=finish))
 
@@ -59,7 +66,7 @@ class Telling:
             finish = pb.FinishInfo(num_output_tokens=count, finish_reason=pb.FinishInfo.ABORTED)
             yield pb.GenerateResponse(outputs=pb.SequenceOutput(index=index, finish_info=finish))
 
-    def _prompt(self, started: Started, tokens: Sequence[Token] = ()) -> pb.PromptInfo:
+    def _prompt(self, started: AnswerStarted, tokens: Sequence[Token] = ()) -> pb.PromptInfo:
         return pb.PromptInfo(
             num_prompt_tokens=started.prompt_tokens,
             token_ids=started.prompt_token_ids if self._options.prompt_token_ids else (),
@@ -68,7 +75,7 @@ class Telling:
             candidate_tokens=map(_candidates, tokens),
         )
 
-    def _output(self, delta: Delta) -> pb.SequenceOutput:
+    def _output(self, delta: AnswerDelta) -> pb.SequenceOutput:
         scored = delta.tokens if self._options.output_logprobs else ()
         return pb.SequenceOutput(
             index=delta.index,
@@ -80,14 +87,14 @@ class Telling:
             candidate_tokens=map(_candidates, scored),
         )
 
-    def _finish(self, event: Finished) -> pb.FinishInfo:
+    def _finish(self, event: AnswerFinished) -> pb.FinishInfo:
         del self._counts[event.index]
         finish = pb.FinishInfo(
             num_output_tokens=event.completion_tokens,
             finish_reason=REASONS[event.reason],
             num_cached_tokens=event.cached_tokens,
         )
-        if event.reason is FinishReason.STOP:
+        if event.reason is EndReason.STOP:
             if event.stop_text:
                 finish.stop_string = event.stop_text
             elif event.stop_token_id is not None:

@@ -14,7 +14,7 @@ from google.protobuf import struct_pb2
 from tokenizers import Tokenizer
 
 from inference_service.serving.engine_thread import PauseMode
-from inference_service.serving.request import Delta
+from inference_service.serving.request import AnswerDelta
 from loramux_shared.storage.memory import MemoryStore
 from loramux_vllm_grpc import engine as engine_api
 from loramux_vllm_grpc import inference as inference_api
@@ -61,7 +61,7 @@ async def tokens_of(apis: VllmApis, model: str, **fields: Any) -> list[int]:
     """Return the tokens that the service itself answers."""
     service = Service(apis.ready)
     events = await service.events(PROMPT, model, **({"max_tokens": 6} | fields))
-    return [token.id for event in events if isinstance(event, Delta) for token in event.tokens]
+    return [token.id for event in events if isinstance(event, AnswerDelta) for token in event.tokens]
 
 
 async def test_an_answer_in_chunks_and_at_once(apis: VllmApis) -> None:

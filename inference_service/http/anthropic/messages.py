@@ -13,7 +13,7 @@ from starlette.requests import Request as HttpRequest
 from inference_service.chat.conversation import AnswerPart, Conversation
 from inference_service.chat.pieces import Thought
 from inference_service.chat.request import ChatRequest
-from inference_service.core.sequence import FinishReason
+from inference_service.core.sequence import EndReason
 from inference_service.http.anthropic.answers import (
     AnthropicMessage,
     ContentBlock,
@@ -33,7 +33,7 @@ from inference_service.http.anthropic.schema import CountBody, MessagesBody
 from inference_service.http.wire.body import read_body
 from inference_service.http.wire.refusals import fault_body
 from inference_service.http.wire.reply import EventStream, Head, Reply, named, open_stream, while_connected
-from inference_service.serving.request import WORDLESS, Delta, Finished, Started
+from inference_service.serving.request import WORDLESS, AnswerDelta, AnswerFinished, AnswerStarted
 from inference_service.serving.service import GenerationService
 from loramux_shared.faults import PromptTooLong
 
@@ -63,7 +63,7 @@ class MessageAnswer:
         shown = body.thinking is None or body.thinking.display != "omitted"
         self._content = Content(shows_thinking=shown)
         self._prompt_tokens = 0
-        self._finished: Finished | None = None
+        self._finished: AnswerFinished | None = None
         self._unread = self._thinking = 0
         """Tokens since the last piece, and tokens of thinking."""
 
@@ -108,7 +108,7 @@ class MessageAnswer:
         try:
             async with aclosing(self._conversation.events()) as events:
                 async for event in events:
-                    if isinstance(event, Started):
+                    if isinstance(event, AnswerStarted):
                         self.head.begin(event)
                         self._prompt_tokens = event.prompt_tokens
                     elif isinstance(event, AnswerPart):
@@ -146,21 +146,21 @@ class MessageAnswer:
         counted = usage(Finished(FinishReason.STOP, "", self._prompt_tokens, 0, 0))
         return {"type": "message_start", "message": self._message([], counted)}
 
-    def _ended(self, finished: Finished) -> MessageDelta:
+    def _ended(self, finished: AnswerFinished) -> MessageDelta:
         return {"type": "message_delta", "delta": self._ending(finished), "usage": self._usage(finished)}
 
-    def _usage(self, finished: Finished) -> MessageUsage:
+    def _usage(self, finished: AnswerFinished) -> MessageUsage:
         counted = usage(finished)
         if self._thinking:
             counted["output_tokens_details"] = {"thinking_tokens": self._thinking}
         return counted
 
-    def _ending(self, finished: Finished) -> Ending:
+    def _ending(self, finished: AnswerFinished) -> Ending:
         stop = finished.stop_text if finished.stop_text in (self._body.stop_sequences or ()) else None
         reason: StopReason = "tool_use" if self._content.calls else "end_turn"
         if stop:
             reason = "stop_sequence"
-        elif finished.reason is FinishReason.LENGTH:
+        elif finished.reason is EndReason.LENGTH:
             reason = "max_tokens"
         return {"stop_reason": reason, "stop_sequence": stop}
 
@@ -179,7 +179,7 @@ class MessageAnswer:
         )
 
 
-def usage(finished: Finished) -> MessageUsage:
+def usage(finished: AnswerFinished) -> MessageUsage:
     """Return the tokens of a prompt, without those that were found in the cache, and of its answer."""
     return {
         "input_tokens": finished.prompt_tokens - finished.cached_tokens,

@@ -12,8 +12,8 @@ from typing import Final, Literal, NotRequired
 
 from typing_extensions import TypedDict
 
-from inference_service.core.sequence import FinishReason
-from inference_service.serving.request import Delta, Event, Finished, Started
+from inference_service.core.sequence import EndReason
+from inference_service.serving.request import AnswerDelta, AnswerFinished, AnswerStarted, Event
 
 Ended = Literal["stop", "length"]
 ChatEnded = Literal["stop", "length", "tool_calls"]
@@ -248,15 +248,15 @@ class CompletionChunk(TypedDict):
     usage: NotRequired[Usage | None]
 
 
-REASONS: Final[Mapping[FinishReason, Ended]] = {FinishReason.STOP: "stop", FinishReason.LENGTH: "length"}
+REASONS: Final[Mapping[EndReason, Ended]] = {EndReason.STOP: "stop", EndReason.LENGTH: "length"}
 
 
-def ended_by(finished: Finished, stops: Collection[str]) -> str | int | None:
+def ended_by(finished: AnswerFinished, stops: Collection[str]) -> str | int | None:
     """Return vLLM's ``stop_reason``: the one of stops or of the request's stop tokens that ended it, if any."""
     return finished.stop_text if finished.stop_text in stops else finished.stop_token_id
 
 
-def usage(finished: Iterable[Finished], reasoning: int = 0) -> Usage:
+def usage(finished: Iterable[AnswerFinished], reasoning: int = 0) -> Usage:
     """Return the tokens of the answers to one or more prompts; a prompt counts once, whatever its answers.
 
     Reasoning tokens have a field of their own where there are any.
@@ -286,9 +286,9 @@ class Tally:
 
     def see(self, event: Event) -> None:
         """Count the tokens of an event."""
-        if isinstance(event, Started):
+        if isinstance(event, AnswerStarted):
             self.prompt = event.prompt_tokens
-        elif isinstance(event, Delta):
+        elif isinstance(event, AnswerDelta):
             self.completion[event.index] += len(event.tokens)
 
     def usage(self, index: int) -> Usage:

@@ -9,7 +9,7 @@ from starlette.requests import Request as HttpRequest
 
 from inference_service.chat.conversation import AnswerPart, Conversation
 from inference_service.chat.pieces import CallArguments, CallBegun, Piece, Said, Thought
-from inference_service.core.sequence import FinishReason, Token
+from inference_service.core.sequence import EndReason, Token
 from inference_service.http.openai.answers import (
     REASONS,
     CallPart,
@@ -34,7 +34,7 @@ from inference_service.http.openai.logprobs import TokenNames, chat_logprobs, pr
 from inference_service.http.openai.mapping import chat_of
 from inference_service.http.wire.body import read_body
 from inference_service.http.wire.reply import EventStream, Head, Reply, open_stream, while_connected
-from inference_service.serving.request import Delta, Finished, PromptLogprobs, Started
+from inference_service.serving.request import AnswerDelta, AnswerFinished, AnswerStarted, PromptScores
 from inference_service.serving.service import GenerationService
 
 
@@ -197,7 +197,7 @@ class Chat:
         """Made when the request was accepted: before that, n is only a number that somebody sent."""
         self._prompt: PromptPart = {}
         """Report about the prompt, with the answer or with its first chunk."""
-        self._ends: list[Finished] = []
+        self._ends: list[AnswerFinished] = []
         self._tally = Tally()
 
     async def whole(self) -> ChatCompletion:
@@ -237,17 +237,17 @@ class Chat:
         async with aclosing(self._conversation.events()) as events:
             async for event in events:
                 match event:
-                    case Started():
+                    case AnswerStarted():
                         self._begin(event)
-                    case PromptLogprobs():
+                    case PromptScores():
                         self._prompt["prompt_logprobs"] = prompt_logprobs(event.tokens, self._text)
                     case AnswerPart():
                         self._tally.see(event.event)
-                        if isinstance(event.event, Finished):
+                        if isinstance(event.event, AnswerFinished):
                             self._ends.append(event.event)
                         yield event
 
-    def _begin(self, started: Started) -> None:
+    def _begin(self, started: AnswerStarted) -> None:
         """Begin the answers to a request that was accepted."""
         self.head.begin(started)
         self._text = started.text

@@ -26,7 +26,15 @@ from inference_service.http.openai.mapping import completion_requests
 from inference_service.http.openai.schema import CompletionBody
 from inference_service.http.wire.body import in_words_of, read_body
 from inference_service.http.wire.reply import EventStream, Head, Reply, open_stream, while_connected
-from inference_service.serving.request import Delta, Event, Finished, Pooled, PromptLogprobs, Request, Started
+from inference_service.serving.request import (
+    AnswerDelta,
+    AnswerFinished,
+    AnswerStarted,
+    Event,
+    Pooled,
+    PromptScores,
+    Request,
+)
 from inference_service.serving.service import GenerationService
 
 
@@ -103,7 +111,7 @@ class CompletionChoice:
         self._prompt.update(prompt)
         self._in_next.update(prompt)
 
-    def take(self, delta: Delta) -> list[PlainAnswerPart]:
+    def take(self, delta: AnswerDelta) -> list[PlainAnswerPart]:
         """Collect more of the answer; return its choice in a chunk, where that tells something."""
         self._texts.append(delta.text)
         self._tokens += delta.tokens
@@ -113,7 +121,7 @@ class CompletionChoice:
         tells = delta.text or self._names is not None or self._ids is not None
         return [self._part(delta.text, delta.tokens, ids)] if tells else []
 
-    def end(self, finished: Finished) -> list[PlainAnswerPart]:
+    def end(self, finished: AnswerFinished) -> list[PlainAnswerPart]:
         """Note the end of the answer; return its choice in a chunk."""
         self._finish_reason = REASONS[finished.reason]
         self._stop_reason = ended_by(finished, self._stops)
@@ -175,7 +183,7 @@ class CompletionAnswer:
         """Their tokens."""
         self._text = service.text
         """The text side of the model that answers; the base's until that is known."""
-        self._ends: list[Finished] = []
+        self._ends: list[AnswerFinished] = []
         self._tallies = [Tally() for _ in requests]
 
     async def whole(self) -> Completion:
@@ -228,25 +236,25 @@ class CompletionAnswer:
         """Read an event of a prompt; return the choices that tell it."""
         self._tallies[number].see(event)
         match event:
-            case Started():
+            case AnswerStarted():
                 self._begin(number, event)
                 scored = self._requests[number].sampling.prompt_logprobs is not None
                 return [] if scored else self._echo(number, ())
-            case PromptLogprobs():
+            case PromptScores():
                 if self._body.prompt_logprobs is not None:
                     ranked = prompt_logprobs(event.tokens, self._text)
                     for choice in self._choices[number]:
                         choice.know({"prompt_logprobs": ranked})
                 return self._echo(number, event.tokens)
-            case Delta():
+            case AnswerDelta():
                 return self._choices[number][event.index].take(event)
             case Pooled():
                 return []
-            case Finished():
+            case AnswerFinished():
                 self._ends.append(event)
                 return self._choices[number][event.index].end(event)
 
-    def _begin(self, number: int, started: Started) -> None:
+    def _begin(self, number: int, started: AnswerStarted) -> None:
         self.head.begin(started)
         self._prompts[number] = started.prompt_token_ids
         self._text = started.text

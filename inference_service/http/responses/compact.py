@@ -27,7 +27,7 @@ from inference_service.http.responses.turns import PLACE, leading
 from inference_service.http.wire.body import read_body
 from inference_service.http.wire.reply import Head, Reply, while_connected
 from inference_service.serving.bounds import refused
-from inference_service.serving.request import Delta, Finished, Started
+from inference_service.serving.request import AnswerDelta, AnswerFinished, AnswerStarted
 from inference_service.serving.service import GenerationService
 from loramux_shared.faults import RequestInvalid
 
@@ -85,7 +85,7 @@ async def _summary(conversation: Conversation, head: Head) -> tuple[str, Respons
     async with aclosing(conversation.events()) as events:
         async for event in events:
             match event:
-                case Started():
+                case AnswerStarted():
                     head.begin(event)
                 case AnswerPart(Delta() as delta, pieces):
                     output.take(pieces, delta.tokens)

@@ -12,7 +12,7 @@ from starlette.requests import Request as HttpRequest
 
 from inference_service.chat.conversation import AnswerPart, Conversation
 from inference_service.chat.request import ChatRequest
-from inference_service.core.sequence import FinishReason
+from inference_service.core.sequence import EndReason
 from inference_service.http.responses.answers import (
     InputTokens,
     Response,
@@ -37,7 +37,7 @@ from inference_service.http.wire.reply import (
     open_stream,
     while_connected,
 )
-from inference_service.serving.request import Delta, Started
+from inference_service.serving.request import AnswerDelta, AnswerStarted
 from inference_service.serving.service import GenerationService
 from loramux_shared.faults import Fault, PromptTooLong
 
@@ -115,7 +115,7 @@ class ResponseAnswer:
         async with aclosing(self._conversation.events()) as events:
             async for event in events:
                 match event:
-                    case Started():
+                    case AnswerStarted():
                         self._resource = await self._begin(event)
                     case AnswerPart() if self._resource is not None:
                         if not self._begun:

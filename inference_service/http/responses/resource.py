@@ -10,12 +10,12 @@ from typing import Any
 
 from inference_service.adapters.defaults import AdapterDefaults
 from inference_service.chat.request import DEFAULT_TEMPERATURE, AllowedTools, NamedTool, ToolChoice
-from inference_service.core.sequence import FinishReason
+from inference_service.core.sequence import EndReason
 from inference_service.http.responses.answers import AnsweredItem, Response, ResponseError, ResponseUsage
 from inference_service.http.responses.schema import ResponsesBody, TextConfig
 from inference_service.http.wire.errors import error_body, status_of
 from inference_service.http.wire.reply import Head
-from inference_service.serving.request import Finished
+from inference_service.serving.request import AnswerFinished
 from inference_service.serving.terms import first
 from loramux_shared.faults import Fault
 
@@ -64,10 +64,10 @@ class ResponseObject:
         """Return the response before anything is answered."""
         return self._under_way
 
-    def ended(self, finished: Finished, output: list[AnsweredItem], reasoning_tokens: int) -> Response:
+    def ended(self, finished: AnswerFinished, output: list[AnsweredItem], reasoning_tokens: int) -> Response:
         """Return the response with its output."""
         whole: Response = {**self._under_way, "output": output, "usage": usage_of(finished, reasoning_tokens)}
-        if finished.reason is FinishReason.LENGTH:
+        if finished.reason is EndReason.LENGTH:
             return {**whole, "status": "incomplete", "incomplete_details": {"reason": "max_output_tokens"}}
         return {**whole, "status": "completed", "completed_at": int(time.time())}
 
@@ -95,7 +95,7 @@ def _text(text: TextConfig | None) -> dict[str, Any]:
     return {"format": form, "verbosity": "medium"}
 
 
-def usage_of(finished: Finished, reasoning_tokens: int) -> ResponseUsage:
+def usage_of(finished: AnswerFinished, reasoning_tokens: int) -> ResponseUsage:
     """Return the tokens of a response."""
     return {
         "input_tokens": finished.prompt_tokens,

@@ -15,7 +15,7 @@ from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
 from inference_service.http.wire.errors import error_body
-from inference_service.serving.request import Started
+from inference_service.serving.request import AnswerStarted
 from loramux_shared.faults import Fault
 from loramux_shared.routes import MODEL_HEADER
 
@@ -62,7 +62,7 @@ class Head:
     headers: Mapping[str, str] = field(default_factory=dict)
     """Headers that name the version, for proxies and logs."""
 
-    def begin(self, started: Started) -> None:
+    def begin(self, started: AnswerStarted) -> None:
         """Note what answers: the model, the deployment's generation, and the adapter's digest or the base."""
         self.model, digest = started.model.name, started.model.digest
         of_adapter = {"x-loramux-digest": digest} if digest else {}

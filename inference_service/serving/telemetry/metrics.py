@@ -16,7 +16,7 @@ from prometheus_client import (
 from inference_service.adapters.catalog import Catalog
 from inference_service.adapters.manager import AdapterManager
 from inference_service.serving.engine_thread import EngineThread
-from inference_service.serving.request import Delta
+from inference_service.serving.request import AnswerDelta
 from inference_service.serving.telemetry.adapters import AdapterCollector, AdapterSeries
 from inference_service.serving.telemetry.model_series import MOST, Counted, ModelSeries, Timed
 from inference_service.serving.telemetry.record import RequestRecord
@@ -82,7 +82,7 @@ class Metrics:
             self._observe(QUEUE, model, record.queue_s)
             self._observe(TTFT, model, record.ttft_s)
 
-    def said(self, record: RequestRecord, delta: Delta) -> None:
+    def said(self, record: RequestRecord, delta: AnswerDelta) -> None:
         """Count tokens."""
         for model in _models(record):
             self._models.count(GENERATED.name, model, len(delta.tokens))

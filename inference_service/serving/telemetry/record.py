@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from typing import Final, Protocol
 
 from inference_service.adapters.served_model import ServedModel
-from inference_service.core.sequence import FinishReason
+from inference_service.core.sequence import EndReason
 from inference_service.core.sequence import Sequence as EngineSequence
-from inference_service.serving.request import Delta, Event, Finished, Request
+from inference_service.serving.request import AnswerDelta, AnswerFinished, Event, Request
 from loramux_shared.arrival import ARRIVED_S
 from loramux_shared.faults import Fault, InternalFault
 
@@ -32,7 +32,7 @@ class AnswerRecord:
     last_s: float | None = None
     """When its last token so far did."""
     tokens: int = 0
-    finish: FinishReason | None = None
+    finish: EndReason | None = None
 
     @property
     def seconds_per_token(self) -> float | None:
@@ -116,7 +116,7 @@ class Watcher(Protocol):
         """Hear that the first token is there: how long it waited and what was cached is known."""
         ...
 
-    def said(self, record: RequestRecord, delta: Delta) -> None:
+    def said(self, record: RequestRecord, delta: AnswerDelta) -> None:
         """Hear more of an answer."""
         ...
 
@@ -144,14 +144,14 @@ class RequestFollower:
             record.first_s = now
             for watcher in self._watchers:
                 watcher.began(record)
-        if isinstance(event, Delta):
+        if isinstance(event, AnswerDelta):
             answer = record.answers[event.index]
             answer.first_s = answer.first_s or now
             answer.last_s = now
             answer.tokens += len(event.tokens)
             for watcher in self._watchers:
                 watcher.said(record, event)
-        elif isinstance(event, Finished):
+        elif isinstance(event, AnswerFinished):
             record.answers[event.index].finish = event.reason
 
     def end(self, outcome: str) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import structlog
 from structlog.contextvars import get_contextvars
 
-from inference_service.serving.request import Delta
+from inference_service.serving.request import AnswerDelta
 from inference_service.serving.telemetry.record import RequestRecord, Watcher
 
 log = structlog.get_logger()
@@ -28,7 +28,7 @@ class RequestLog:
     def began(self, record: RequestRecord) -> None:
         """Say nothing yet."""
 
-    def said(self, record: RequestRecord, delta: Delta) -> None:
+    def said(self, record: RequestRecord, delta: AnswerDelta) -> None:
         """Keep the text, where texts are wanted."""
         if self._texts:
             self._said[id(record)][delta.index] += delta.text

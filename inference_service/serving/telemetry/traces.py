@@ -14,7 +14,7 @@ from typing import Final
 from opentelemetry.trace import Span, SpanKind, Status, StatusCode, Tracer, set_span_in_context
 from opentelemetry.util.types import AttributeValue
 
-from inference_service.serving.request import Delta, Request
+from inference_service.serving.request import AnswerDelta, Request
 from inference_service.serving.telemetry.record import OK, RequestRecord
 
 PROVIDER: Final = "loramux"
@@ -31,7 +31,7 @@ class RequestSpans:
     def began(self, record: RequestRecord) -> None:
         """Wait for the end."""
 
-    def said(self, record: RequestRecord, delta: Delta) -> None:
+    def said(self, record: RequestRecord, delta: AnswerDelta) -> None:
         """Wait for the end."""
 
     def ended(self, record: RequestRecord) -> None:

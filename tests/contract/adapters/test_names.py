@@ -21,7 +21,7 @@ from inference_service.adapters.defaults import NO_DEFAULTS, AdapterDefaults
 from inference_service.core.sequence import Sequence
 from inference_service.http.server import HttpServer
 from inference_service.rpc.servicer import SERVICE_NAME, InferenceServicer, register
-from inference_service.serving.request import Delta, Request, Started
+from inference_service.serving.request import AnswerDelta, AnswerStarted, Request
 from inference_service.serving.service import GenerationService
 from inference_service.serving.telemetry.record import RequestRecord
 from inference_service.startup.load import Ready
@@ -115,7 +115,7 @@ class ReplicaApis:
         """The greedy tokens of a model."""
         request = Request.of(model, PROMPT, max_tokens=4, temperature=0, ignore_eos=True)
         events = [event async for event in self.ready.service.generate(request)]
-        return [token.id for event in events if isinstance(event, Delta) for token in event.tokens]
+        return [token.id for event in events if isinstance(event, AnswerDelta) for token in event.tokens]
 
 
 @pytest_asyncio.fixture
@@ -155,11 +155,11 @@ async def test_a_request_ends_on_the_version_that_it_began_with(apis: ReplicaApi
     assert expected["rs"] != expected["wide"]
     events = service.generate(Request.of("rs", PROMPT, max_tokens=4, temperature=0, ignore_eos=True))
     started = await anext(events)
-    assert isinstance(started, Started)
+    assert isinstance(started, AnswerStarted)
     changes = apis.ready.adapters.apply(apis.later(2, rs="wide"))
     assert (changes.switched, set(changes.removed)) == (("rs",), {"all", "wide"})
     rest = [event async for event in events]
-    said = [token.id for event in rest if isinstance(event, Delta) for token in event.tokens]
+    said = [token.id for event in rest if isinstance(event, AnswerDelta) for token in event.tokens]
     assert (said, started.model.digest, started.generation) == (expected["rs"], apis.digest("rs"), 1)
     answer = await apis.ask("rs")
     assert answer.json()["choices"][0]["token_ids"] == expected["wide"]
@@ -286,7 +286,7 @@ class Noted:
     def began(self, record: RequestRecord) -> None:
         """Hear nothing."""
 
-    def said(self, record: RequestRecord, delta: Delta) -> None:
+    def said(self, record: RequestRecord, delta: AnswerDelta) -> None:
         """Hear nothing."""
 
     def ended(self, record: RequestRecord) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from inference_service.serving.request import Delta, Request, Started
+from inference_service.serving.request import AnswerDelta, AnswerStarted, Request
 from loramux_shared.bundle.deployments import current_generation, publish_generation
 from loramux_shared.bundle.generation import AdapterRecord, Generation
 from loramux_shared.bundle.manifest import WEIGHTS_FILE, bundle_key
@@ -33,13 +33,13 @@ def _copy(store: MemoryStore) -> MemoryStore:
 
 
 async def _tokens(service: Service, model: str, **fields: Any) -> tuple[str, list[int]]:
-    """The digest that Started named, and the tokens of an answer."""
+    """The digest that AnswerStarted named, and the tokens of an answer."""
     digest, tokens = "", list[int]()
     request = Request.of(model, PROMPT, **({"max_tokens": 8, "ignore_eos": True} | fields))
     async for event in service.ready.service.generate(request):
-        if isinstance(event, Started):
+        if isinstance(event, AnswerStarted):
             digest = event.model.digest
-        elif isinstance(event, Delta):
+        elif isinstance(event, AnswerDelta):
             tokens += [token.id for token in event.tokens]
     return digest, tokens
 
@@ -124,8 +124,8 @@ async def test_names_switch_under_running_requests(
     opened: Opened, world: tuple[World, MemoryStore], expected: dict[str, list[int]]
 ) -> None:
     """Generations exchange which adapter a name stands for, while requests for it come all the time:
-    each is answered by the digest that its Started names, from the first token to the last, also while the bank
-    is too small for all of them."""
+    each is answered by the digest that its AnswerStarted names, from the first token to the last, also while
+    the bank is too small for all of them."""
     store = _copy(world[1])
     service = await opened((world[0], store), adapter_memory_gb=SMALL)
     generation = current_generation(store, "tiny")

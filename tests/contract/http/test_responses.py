@@ -13,7 +13,7 @@ from openai import pydantic_function_tool
 from openai.types.responses import ResponseFunctionToolCall
 from pydantic import BaseModel
 
-from inference_service.core.sequence import FinishReason
+from inference_service.core.sequence import EndReason
 from inference_service.http.responses.compact import ASK, SAID_NOTHING
 from inference_service.http.responses.items import carried, uncarried
 from inference_service.http.responses.turns import SUMMED_UP
@@ -49,8 +49,8 @@ async def api(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[TalkerA
         yield api
 
 
-STOP, LENGTH = FinishReason.STOP, FinishReason.LENGTH
-SAYS: dict[str, tuple[str, FinishReason, dict[str, Any], list[tuple[str, str]]]] = {
+STOP, LENGTH = EndReason.STOP, EndReason.LENGTH
+SAYS: dict[str, tuple[str, EndReason, dict[str, Any], list[tuple[str, str]]]] = {
     "text": ("Ah|oy!", STOP, {}, [("message", "Ahoy!")]),
     "nothing": ("", STOP, {}, [("message", "")]),
     "space": (" |\n", STOP, {}, [("message", " \n")]),

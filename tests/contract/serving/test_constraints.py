@@ -15,10 +15,10 @@ import pytest
 import pytest_asyncio
 
 from inference_service.core.constraint import Constraint, Kind
-from inference_service.core.sequence import FinishReason
+from inference_service.core.sequence import EndReason
 from inference_service.serving import constraints
 from inference_service.serving.constraints import Constraints
-from inference_service.serving.service import Delta, Finished, Request
+from inference_service.serving.service import AnswerDelta, AnswerFinished, Request
 from inference_service.startup.load import Ready
 from inference_service.text.sandbox.process import SandboxProcess
 from inference_service.text.text import Text
@@ -78,14 +78,14 @@ async def found_by(world: tuple[World, MemoryStore], kind: Kind, text: str, **fi
     return found[0]
 
 
-async def ask(ready: Ready, kind: Kind, text: str = "", **fields: Any) -> list[tuple[str, FinishReason]]:
+async def ask(ready: Ready, kind: Kind, text: str = "", **fields: Any) -> list[tuple[str, EndReason]]:
     """Text and end of every answer."""
     request = Request.of(fields.pop("model", "base"), PROMPT, constraint=Constraint(kind, text), **fields)
     texts, ends = ["" for _ in range(request.output.n)], {}
     async for event in ready.service.generate(request):
-        if isinstance(event, Delta):
+        if isinstance(event, AnswerDelta):
             texts[event.index] += event.text
-        elif isinstance(event, Finished):
+        elif isinstance(event, AnswerFinished):
             ends[event.index] = event.reason
     return [(text, ends[index]) for index, text in enumerate(texts)]
 
@@ -147,7 +147,7 @@ async def test_answers_are_of_their_schema(ready: Ready) -> None:
     stopped = 0
     for number, (_, valid) in enumerate(SCHEMAS):
         for text, end in (item for answer in answers[3 * number : 3 * number + 3] for item in answer):
-            if end is FinishReason.STOP:
+            if end is EndReason.STOP:
                 stopped += 1
                 assert valid(json.loads(text)), text
     assert stopped > 36
@@ -157,7 +157,7 @@ async def test_any_object_is_an_object(ready: Ready) -> None:
     """json_object gives objects, with min_tokens too, and also where the end of sequence is ignored."""
     for fields in ({}, {"min_tokens": 30}, {"ignore_eos": True}):
         answers = await ask(ready, "json_object", n=6, seed=4, **DRAWN, **fields)
-        whole = [json.loads(text) for text, end in answers if end is FinishReason.STOP]
+        whole = [json.loads(text) for text, end in answers if end is EndReason.STOP]
         assert whole
         assert all(isinstance(value, dict) for value in whole)
 
@@ -165,10 +165,10 @@ async def test_any_object_is_an_object(ready: Ready) -> None:
 async def test_regular_expressions_and_grammars_hold_for_the_whole_answer(ready: Ready) -> None:
     """The answer matches as a whole, and a finite language ends by itself."""
     for text, end in await ask(ready, "regex", "(ab|c){3}[0-9]?", n=6, seed=5, **DRAWN):
-        assert end is FinishReason.STOP
+        assert end is EndReason.STOP
         assert re.fullmatch("(ab|c){3}[0-9]?", text)
     for text, end in await ask(ready, "lark", 'start: "<" start ">" | "x"', n=6, seed=6, **DRAWN):
-        if end is FinishReason.STOP:
+        if end is EndReason.STOP:
             assert re.fullmatch("<*x>*", text)
             assert text.count("<") == text.count(">")
 
@@ -178,20 +178,20 @@ async def test_the_end_of_sequence_comes_only_where_the_text_may_end(ready: Read
     fields = DRAWN | {"logit_bias": {2: 100.0}}
     assert await ask(
         ready, "regex", "[a-z]{3,9}", **fields | {"temperature": 0.0, "logit_bias": {2: 100.0, 70: 90.0}}
-    ) == [("ccc", FinishReason.STOP)]
+    ) == [("ccc", EndReason.STOP)]
     for model in ("base", "all"):
         ((text, end),) = await ask(ready, "regex", "[a-z]{3,9}", model=model, **fields)
-        assert (len(text), end) == (3, FinishReason.STOP)
+        assert (len(text), end) == (3, EndReason.STOP)
 
 
 async def test_stop_texts_and_limits_end_a_constrained_answer(ready: Ready) -> None:
     """A stop text ends it early, and a limit too; what came is a beginning of the language."""
     ((text, end),) = await ask(ready, "regex", "a{50}b", stop=("aaaa",), max_tokens=60)
-    assert (text, end) == ("", FinishReason.STOP)
+    assert (text, end) == ("", EndReason.STOP)
     ((text, end),) = await ask(ready, "regex", "a{50}b", max_tokens=7)
-    assert (text, end) == ("a" * 7, FinishReason.LENGTH)
+    assert (text, end) == ("a" * 7, EndReason.LENGTH)
     ((text, end),) = await ask(ready, "regex", "a{7}", max_tokens=7)
-    assert (text, end) == ("a" * 7, FinishReason.STOP)
+    assert (text, end) == ("a" * 7, EndReason.STOP)
 
 
 async def test_a_preempted_answer_goes_on_where_it_was(world: tuple[World, MemoryStore]) -> None:
@@ -313,7 +313,7 @@ async def test_an_answer_that_cannot_go_on_ends_with_the_reason(ready: Ready) ->
             await ask(ready, kind, text, max_tokens=5)
         assert caught.value.findings[0].where == "response_format"
         assert why in caught.value.findings[0].found
-    assert await ask(ready, "regex", "aa", max_tokens=5) == [("aa", FinishReason.STOP)]
+    assert await ask(ready, "regex", "aa", max_tokens=5) == [("aa", EndReason.STOP)]
 
 
 async def test_constraints_are_compiled_once_and_off_the_loop(
@@ -332,7 +332,7 @@ async def test_constraints_are_compiled_once_and_off_the_loop(
     monkeypatch.setattr(own, "_begin", held)
     tasks = [asyncio.create_task(own.compile(constraint, ready.service.text)) for _ in range(4)]
     await until(lambda: asked, "a compilation")
-    assert await ask(ready, "regex", "aa", max_tokens=5) == [("aa", FinishReason.STOP)]
+    assert await ask(ready, "regex", "aa", max_tokens=5) == [("aa", EndReason.STOP)]
     assert not any(task.done() for task in tasks)
     go.set()
     await ended(asyncio.gather(*tasks), "all requests")

@@ -12,8 +12,15 @@ from typing import Any
 import pytest
 
 from inference_service.core.constraint import Constraint
-from inference_service.core.sequence import FinishReason
-from inference_service.serving.service import Delta, Event, Finished, PromptLogprobs, Request, Started
+from inference_service.core.sequence import EndReason
+from inference_service.serving.service import (
+    AnswerDelta,
+    AnswerFinished,
+    AnswerStarted,
+    Event,
+    PromptScores,
+    Request,
+)
 from loramux_shared.faults import DeadlineExceeded, Fault, QueueFull, RequestInvalid, ShuttingDown
 from loramux_shared.storage.memory import MemoryStore
 from tests.support.service import LONG, PROMPT, SAMPLED, Service, open_service
@@ -33,20 +40,21 @@ async def test_the_first_of_n_answers_is_the_only_one_of_one(service: Service) -
 
 
 async def test_every_answer_finishes_once(service: Service) -> None:
-    """One Started, one Finished per index with counts of its own, and a stop text ends only its answer."""
+    """One start, one end per index with counts of its own, and a stop text ends only its answer."""
     whole = await service.events(n=3, **SAMPLED)
     texts = {
-        index: "".join(e.text for e in whole if isinstance(e, Delta) and e.index == index) for index in range(3)
+        index: "".join(e.text for e in whole if isinstance(e, AnswerDelta) and e.index == index)
+        for index in range(3)
     }
     stop = texts[1][2:4]
     events = await service.events(n=3, stop=(stop,), **SAMPLED)
-    finished = [event for event in events if isinstance(event, Finished)]
-    assert sum(isinstance(event, Started) for event in events) == 1
+    finished = [event for event in events if isinstance(event, AnswerFinished)]
+    assert sum(isinstance(event, AnswerStarted) for event in events) == 1
     assert sorted(event.index for event in finished) == [0, 1, 2]
     for event in finished:
         expected = stop if stop in texts[event.index] else ""
         assert event.stop_text == expected
-        assert event.reason is (FinishReason.STOP if expected else FinishReason.LENGTH)
+        assert event.reason is (EndReason.STOP if expected else EndReason.LENGTH)
         assert event.completion_tokens == 8 or expected
 
 
@@ -56,7 +64,7 @@ async def test_the_prompt_of_n_answers_is_computed_once(
     """All answers but the first take the prompt's full blocks from the prefix cache."""
     rows = _count_rows(service, monkeypatch)
     events = await service.events(LONG, n=4, cache_salt="once", **SAMPLED)
-    cached = [event.cached_tokens for event in events if isinstance(event, Finished)]
+    cached = [event.cached_tokens for event in events if isinstance(event, AnswerFinished)]
     assert sorted(cached) == [0, 96, 96, 96]
     assert sum(rows) == len(LONG) + 3 * 4 + 4 * 7  # one prompt, three of its last tokens, and the answers
 
@@ -255,8 +263,8 @@ def _story(events: list[Event]) -> list[Any]:
     """Return the content of events, however the tokens were grouped."""
     tokens: dict[int, list[int]] = {}
     for event in events:
-        if isinstance(event, Delta):
+        if isinstance(event, AnswerDelta):
             tokens.setdefault(event.index, []).extend(token.id for token in event.tokens)
-    ends = sorted((event.index, event.reason.value) for event in events if isinstance(event, Finished))
-    scored = [token.id for event in events if isinstance(event, PromptLogprobs) for token in event.tokens]
+    ends = sorted((event.index, event.reason.value) for event in events if isinstance(event, AnswerFinished))
+    scored = [token.id for event in events if isinstance(event, PromptScores) for token in event.tokens]
     return [sorted(tokens.items()), ends, scored]

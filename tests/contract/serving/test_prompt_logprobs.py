@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from inference_service.core.sequence import FinishReason, Token
-from inference_service.serving.service import Delta, Event, Finished, PromptLogprobs, Started
+from inference_service.core.sequence import EndReason, Token
+from inference_service.serving.service import AnswerDelta, AnswerFinished, AnswerStarted, Event, PromptScores
 from loramux_shared.faults import PromptTooLong
 from loramux_shared.storage.memory import MemoryStore
 from tests.support.service import LONG, SAMPLED, Service, open_service
@@ -30,7 +30,7 @@ async def test_prompt_logprobs_equal_transformers(
     expected = torch.log_softmax(logits, dim=-1)
     for _ in range(2):  # the second time, the prefix cache has the prompt
         events = await service.events(LONG, model, max_tokens=2, prompt_logprobs=3)
-        (scored,) = [event.tokens for event in events if isinstance(event, PromptLogprobs)]
+        (scored,) = [event.tokens for event in events if isinstance(event, PromptScores)]
         _compare(scored, expected)
     await service.close()
 
@@ -50,11 +50,11 @@ async def test_no_answer_at_all_may_be_asked_for(service: Service) -> None:
     """max_tokens 0 with prompt_logprobs reports the prompt, also one that leaves no room, and draws nothing."""
     for prompt in ([5], LONG, [9] * 256):
         started, scored, finished = await service.events(prompt, max_tokens=0, prompt_logprobs=0)
-        assert isinstance(started, Started)
-        assert isinstance(scored, PromptLogprobs)
-        assert isinstance(finished, Finished)
+        assert isinstance(started, AnswerStarted)
+        assert isinstance(scored, PromptScores)
+        assert isinstance(finished, AnswerFinished)
         assert [token.id for token in scored.tokens] == prompt
-        assert (finished.reason, finished.completion_tokens) == (FinishReason.LENGTH, 0)
+        assert (finished.reason, finished.completion_tokens) == (EndReason.LENGTH, 0)
     with pytest.raises(PromptTooLong):
         await service.events([9] * 256, max_tokens=1, prompt_logprobs=0)
 
@@ -62,7 +62,7 @@ async def test_no_answer_at_all_may_be_asked_for(service: Service) -> None:
 async def test_prompt_logprobs_come_once_with_several_answers(service: Service) -> None:
     """They are the request's, not the answers', and do not change what is drawn."""
     events = await service.events(LONG, n=3, prompt_logprobs=1, **SAMPLED)
-    assert sum(isinstance(event, PromptLogprobs) for event in events) == 1
+    assert sum(isinstance(event, PromptScores) for event in events) == 1
     assert await service.answers(LONG, n=3, prompt_logprobs=1, **SAMPLED) == await service.answers(
         LONG, n=3, **SAMPLED
     )
@@ -86,11 +86,11 @@ async def test_prompts_are_scored_across_preemptions(
     for one, other in zip(expected, found, strict=True):
         assert _tokens(one) == _tokens(other)
         ours, theirs = (
-            next(e for e in events if isinstance(e, PromptLogprobs)).tokens for events in (one, other)
+            next(e for e in events if isinstance(e, PromptScores)).tokens for events in (one, other)
         )
         assert [token.logprob for token in ours[1:]] == pytest.approx([t.logprob for t in theirs[1:]], abs=1e-4)
     await tight.close()
 
 
 def _tokens(events: list[Event]) -> list[int]:
-    return [token.id for event in events if isinstance(event, Delta) for token in event.tokens]
+    return [token.id for event in events if isinstance(event, AnswerDelta) for token in event.tokens]

@@ -19,10 +19,10 @@ from inference_service.adapters.views import Facts
 from inference_service.core.adapter import Adapter
 from inference_service.core.computing import Computing
 from inference_service.core.sampling import SamplingParams
-from inference_service.core.sequence import FinishReason, Sequence, Token
+from inference_service.core.sequence import EndReason, Sequence, Token
 from inference_service.engine.engine import EngineStats, SequenceCounts
 from inference_service.serving.engine_thread import EngineThread
-from inference_service.serving.request import Delta, Finished, Request
+from inference_service.serving.request import AnswerDelta, AnswerFinished, Request
 from inference_service.serving.telemetry.metrics import Metrics
 from inference_service.serving.telemetry.record import following
 from loramux_shared.deployment import ModelLimits
@@ -63,8 +63,8 @@ def everything() -> Scrape:
         follower.submitted([Sequence("0", [1, 2], SamplingParams())])
         follower.record.answers[0].seq.progress.began_s = follower.record.submitted_s
         for token in (5, 6):
-            follower.see(Delta("a", (Token(token),)))
-        follower.see(Finished(FinishReason.STOP, "", 2, 0, 2))
+            follower.see(AnswerDelta("a", (Token(token),)))
+        follower.see(AnswerFinished(EndReason.STOP, "", 2, 0, 2))
     metrics.responded(200)
     return Scrape(metrics.render().decode())
 

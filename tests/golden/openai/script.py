@@ -15,13 +15,20 @@ from tokenizers import Tokenizer
 
 from inference_service.adapters.catalog import Catalog
 from inference_service.adapters.served_model import ServedModel
-from inference_service.core.sequence import FinishReason, Token
+from inference_service.core.sequence import EndReason, Token
 from inference_service.engine.engine import SequenceCounts
 from inference_service.http.app import ENDPOINTS, create_app
 from inference_service.http.openapi import ServerFacts, document
 from inference_service.serving.bounds import check
 from inference_service.serving.engine_thread import EngineThread
-from inference_service.serving.request import Delta, Event, Finished, PromptLogprobs, Request, Started
+from inference_service.serving.request import (
+    AnswerDelta,
+    AnswerFinished,
+    AnswerStarted,
+    Event,
+    PromptScores,
+    Request,
+)
 from inference_service.serving.service import GenerationService, ServingLimits
 from inference_service.text.text import Text
 from loramux_shared.faults import InternalFault, ReplicaFailed
@@ -54,7 +61,7 @@ class Case:
     body: dict[str, Any]
     answers: Sequence[str]
     """Answers in steps that are separated by ``|``; the answers take turns."""
-    reason: FinishReason = FinishReason.STOP
+    reason: EndReason = EndReason.STOP
     failure: Exception | None = None
     """Comes in place of the end."""
 
@@ -68,7 +75,7 @@ CASES = {
         "chat",
         ASKED | {"stream": True, "stream_options": {"include_usage": True}},
         ["A|hoy"],
-        FinishReason.LENGTH,
+        EndReason.LENGTH,
     ),
     "chat_stream_two_logprobs": Case(
         "chat", ASKED | {"stream": True, "n": 2, "logprobs": True, "top_logprobs": 1}, ["A|h", "B|o"]
@@ -94,10 +101,10 @@ CASES = {
         "completion",
         {"model": "tiny", "prompt": ["AB", [36, 37]], "echo": True, "logprobs": 1, "max_tokens": 1},
         ["C"],
-        FinishReason.LENGTH,
+        EndReason.LENGTH,
     ),
     "message": Case("message", TOLD | {"stop_sequences": ["x"]}, ["Ahoy!"]),
-    "message_stream": Case("message", TOLD | {"stream": True}, ["A|hoy"], FinishReason.LENGTH),
+    "message_stream": Case("message", TOLD | {"stream": True}, ["A|hoy"], EndReason.LENGTH),
     "message_stream_failure": Case(
         "message", TOLD | {"stream": True}, ["A|h"], failure=InternalFault("the engine failed.")
     ),
@@ -137,7 +144,7 @@ CASES = {
         "responses",
         {"model": "pirate", "input": "Hi", "stream": True, "include": ["message.output_text.logprobs"]},
         ["A|hoy"],
-        FinishReason.LENGTH,
+        EndReason.LENGTH,
     ),
     "responses_stream_tool": Case(
         "responses",
@@ -204,17 +211,17 @@ class Scripted(GenerationService):
         """Say what the case says."""
         check(request, self.text.vocab, max_queue=16, max_seq_len=self.limits.max_seq_len)
         prompt = request.prompt.content if isinstance(request.prompt.content, str) else "??"
-        yield Started(request.id, self.catalog.get(request.model.name), 7, len(prompt), self.text)
+        yield AnswerStarted(request.id, self.catalog.get(request.model.name), 7, len(prompt), self.text)
         if request.sampling.prompt_logprobs is not None:
-            yield PromptLogprobs((Token(36), Token(37, -1.5, ((38, -0.25),))))
+            yield PromptScores((Token(36), Token(37, -1.5, ((38, -0.25),))))
         steps = [answer.split("|") for answer in self._case.answers]
         for nth in range(max(map(len, steps), default=0)):
             for index, answer in enumerate(steps):
-                yield Delta(answer[nth], self._tokens(answer[nth], request.sampling.logprobs), index)
+                yield AnswerDelta(answer[nth], self._tokens(answer[nth], request.sampling.logprobs), index)
         if self._case.failure:
             raise self._case.failure
         for index, answer in enumerate(steps):
-            yield Finished(self._case.reason, "", len(prompt), 1, len("".join(answer)), index)
+            yield AnswerFinished(self._case.reason, "", len(prompt), 1, len("".join(answer)), index)
 
     def _tokens(self, said: str, logprobs: int | None) -> tuple[Token, ...]:
         ids = self.text.encode(said)

@@ -14,8 +14,8 @@ from builder_service.pipeline.context import BuildContext
 from builder_service.pipeline.progress import Progress
 from inference_service.adapters.defaults import AdapterDefaults
 from inference_service.core.sampling import SamplingParams
-from inference_service.core.sequence import FinishReason
-from inference_service.serving.service import Finished, Request, Started
+from inference_service.core.sequence import EndReason
+from inference_service.serving.service import AnswerFinished, AnswerStarted, Request
 from inference_service.serving.terms import Terms
 from inference_service.startup.load import Ready
 from loramux_shared.bundle.deployments import current_generation
@@ -153,17 +153,17 @@ async def test_an_answer_ends_at_the_adapters_own_stop_token(world: World, store
     ready = world.load(store)
     ready.engine.start()
 
-    async def answer(model: str) -> Finished:
+    async def answer(model: str) -> AnswerFinished:
         request = Request.of(model, [5, 6, 7], max_tokens=4, temperature=0.0)
         events = [event async for event in ready.service.generate(request)]
-        assert isinstance(events[0], Started)
-        assert isinstance(events[-1], Finished)
+        assert isinstance(events[0], AnswerStarted)
+        assert isinstance(events[-1], AnswerFinished)
         first.append(events[1].tokens[0].id)  # type: ignore[union-attr]
         return events[-1]
 
     first: list[int] = []
     try:
-        assert (await answer("all")).reason is FinishReason.LENGTH
+        assert (await answer("all")).reason is EndReason.LENGTH
     finally:
         await ready.engine.stop()
     write(world.adapters["all"], generation_config={"eos_token_id": first[0]})
@@ -176,7 +176,7 @@ async def test_an_answer_ends_at_the_adapters_own_stop_token(world: World, store
     finally:
         await ready.engine.stop()
         write(world.adapters["all"])
-    assert (ended.reason, ended.completion_tokens) == (FinishReason.STOP, 1)
+    assert (ended.reason, ended.completion_tokens) == (EndReason.STOP, 1)
 
 
 @pytest.mark.parametrize(

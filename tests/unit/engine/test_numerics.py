@@ -10,7 +10,7 @@ import torch
 
 from inference_service.core.adapter import Adapter, Mixture
 from inference_service.core.sampling import SamplingParams
-from inference_service.core.sequence import Batch, FinishReason, Sequence, StepOutput, Token
+from inference_service.core.sequence import Batch, EndReason, Sequence, StepOutput, Token
 from inference_service.engine.block_manager import BlockManager
 from inference_service.engine.engine import Engine
 from inference_service.engine.numerics import MOST, WITHIN_S
@@ -68,7 +68,7 @@ class World:
     def reason(self, name: str, adapter: Adapter | Mixture | None, **fields: object) -> str:
         """Why a request failed; empty where it did not."""
         output = self.ask(name, adapter, **fields)
-        assert (output.fault is not None) == (output.finish is FinishReason.FAILED)
+        assert (output.fault is not None) == (output.finish is EndReason.FAILED)
         return output.fault.reason if output.fault else ""
 
 

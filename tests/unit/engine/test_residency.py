@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from inference_service.core.adapter import Adapter, Mixture
 from inference_service.core.sampling import SamplingParams
-from inference_service.core.sequence import Batch, FinishReason, Sequence, StepOutput, Token
+from inference_service.core.sequence import Batch, EndReason, Sequence, StepOutput, Token
 from inference_service.engine.block_manager import BlockManager
 from inference_service.engine.engine import Engine
 from inference_service.engine.plan import SchedulerLimits
@@ -286,7 +286,7 @@ def test_what_is_under_way_stays() -> None:
     world.run(20)
     assert world.resident() == {0}
     world.settle()
-    assert world.ends[waiting.id].finish is FinishReason.LENGTH
+    assert world.ends[waiting.id].finish is EndReason.LENGTH
 
 
 def test_endless_streams_make_room_in_the_bank() -> None:
@@ -304,10 +304,10 @@ def test_endless_streams_make_room_in_the_bank() -> None:
             world.loader.end_one()
         if asked.id in world.ends:
             break
-    assert world.ends[asked.id].finish is FinishReason.LENGTH
+    assert world.ends[asked.id].finish is EndReason.LENGTH
     assert not any(seq.id in world.ends for seq in endless)
     world.settle()
-    assert all(world.ends[seq.id].finish is FinishReason.LENGTH for seq in endless)
+    assert all(world.ends[seq.id].finish is EndReason.LENGTH for seq in endless)
 
 
 def test_a_pinned_adapter_stays_and_comes_back_by_itself() -> None:
@@ -368,7 +368,7 @@ def test_a_bank_that_refuses_an_adapter_fails_that_one_alone() -> None:
     bad, good = world.ask(0), world.ask(1)
     world.settle()
     assert world.ends[bad.id].fault is not None
-    assert world.ends[good.id].finish is FinishReason.LENGTH
+    assert world.ends[good.id].finish is EndReason.LENGTH
     assert world.residency.num_bytes == UNIT
 
 
@@ -389,7 +389,7 @@ def test_a_failed_load_ends_those_who_wait_and_nobody_else() -> None:
     world.now_s += FIRST_PAUSE_S + 0.1
     late = world.ask(0)
     world.settle()
-    assert world.ends[late.id].finish is FinishReason.LENGTH
+    assert world.ends[late.id].finish is EndReason.LENGTH
     assert world.residency.standing(world.adapters[0]).failure is None
 
 
@@ -440,7 +440,7 @@ def test_mixtures_that_want_the_same_places_take_turns() -> None:
     world = World(2, [1] * 5, adapters=2)
     asked = [world.ask(*pair, new=300) for pair in ((0, 1), (2, 3), (1, 2), (3, 0))] + [world.ask(4, new=300)]
     world.settle(20000)
-    assert all(world.ends[seq.id].finish is FinishReason.LENGTH for seq in asked)
+    assert all(world.ends[seq.id].finish is EndReason.LENGTH for seq in asked)
     first = world.runner.batches[: len(world.runner.batches) // 2]
     rows = Counter(chunk.seq.id for batch in first for chunk in batch.chunks)
     assert min(rows[seq.id] for seq in asked) > 50
@@ -455,7 +455,7 @@ def test_a_mixture_that_no_bank_of_this_size_holds_is_refused_and_nobody_else() 
     assert isinstance(fault, ResourcesExhausted)
     assert "2 adapters of 256 bytes" in str(fault)
     assert "192 bytes in one piece" in str(fault)
-    assert {world.ends[each.id].finish for each in (one, other)} == {FinishReason.LENGTH}
+    assert {world.ends[each.id].finish for each in (one, other)} == {EndReason.LENGTH}
 
 
 def test_adapters_of_a_mixture_that_are_in_each_others_way_lie_down_again() -> None:
@@ -465,7 +465,7 @@ def test_adapters_of_a_mixture_that_are_in_each_others_way_lie_down_again() -> N
     world.residency.drop(world.adapters[0])
     mixture = world.ask(1, 2)
     world.settle()
-    assert world.ends[mixture.id].finish is FinishReason.LENGTH
+    assert world.ends[mixture.id].finish is EndReason.LENGTH
     assert world.resident() == {1, 2}
 
 

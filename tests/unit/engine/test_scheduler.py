@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from inference_service.core.adapter import Adapter, Mixture
 from inference_service.core.sampling import SamplingParams
-from inference_service.core.sequence import FAIR, Batch, FinishReason, Sequence, Share, Token
+from inference_service.core.sequence import FAIR, Batch, EndReason, Sequence, Share, Token
 from inference_service.engine.block_manager import BlockManager
 from inference_service.engine.engine import Engine
 from inference_service.engine.plan import SchedulerLimits
@@ -87,8 +87,8 @@ def _seq(
     )
 
 
-def _drain(engine: Engine, steps: int = 3000) -> dict[str, FinishReason]:
-    ends: dict[str, FinishReason] = {}
+def _drain(engine: Engine, steps: int = 3000) -> dict[str, EndReason]:
+    ends: dict[str, EndReason] = {}
     for _ in range(steps):
         if engine.idle:
             return ends
@@ -186,7 +186,7 @@ def test_a_late_sequence_ends_with_its_deadline() -> None:
     late = _seq(2, 5, deadline_s=-1.0)
     engine.add(late)
     outputs = engine.step()
-    assert [(output.seq_id, output.finish) for output in outputs] == [(late.id, FinishReason.DEADLINE)]
+    assert [(output.seq_id, output.finish) for output in outputs] == [(late.id, EndReason.DEADLINE)]
     assert engine.idle
     assert blocks.num_free == blocks.num_blocks
 

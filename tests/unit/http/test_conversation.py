@@ -12,10 +12,10 @@ from tokenizers import Tokenizer
 
 from inference_service.chat.conversation import AnswerPart, Conversation
 from inference_service.chat.pieces import Piece
-from inference_service.core.sequence import FinishReason
+from inference_service.core.sequence import EndReason
 from inference_service.http.openai.chat_schema import ChatBody
 from inference_service.http.openai.mapping import chat_of
-from inference_service.serving.request import Delta, Event, Finished, Request, Started
+from inference_service.serving.request import AnswerDelta, AnswerFinished, AnswerStarted, Event, Request
 from inference_service.serving.telemetry.record import RequestRecord, Watcher
 from inference_service.text.chat_template import ChatTemplate
 from inference_service.text.text import Text
@@ -55,11 +55,11 @@ class Speaks(Scripted):
         if request.output.constraint_by_ending is not None:
             made = request.output.constraint_by_ending.behind(self.text.end_of(tokens))
             self.constraint = f"{made.around}{made.text}" if made else ""
-        yield Started(request.id, model, 7, len(tokens), self.text, tuple(tokens))
+        yield AnswerStarted(request.id, model, 7, len(tokens), self.text, tuple(tokens))
         [says] = self._case.answers
         for part in (says[:20], says[20:]):
-            yield Delta(part, ())
-        yield Finished(FinishReason.STOP, "", len(tokens), 0, 1)
+            yield AnswerDelta(part, ())
+        yield AnswerFinished(EndReason.STOP, "", len(tokens), 0, 1)
 
 
 async def ask(service: Speaks, **fields: Any) -> Heard:
@@ -187,7 +187,7 @@ class Ears(Watcher):
     def began(self, record: RequestRecord) -> None:
         """Hear nothing."""
 
-    def said(self, record: RequestRecord, delta: Delta) -> None:
+    def said(self, record: RequestRecord, delta: AnswerDelta) -> None:
         """Hear nothing."""
 
     def ended(self, record: RequestRecord) -> None:

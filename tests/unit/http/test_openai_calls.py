@@ -7,10 +7,10 @@ from llguidance import LLMatcher
 from inference_service.chat.conversation import AnswerPart
 from inference_service.chat.formats.lark import Asked, calls_schema
 from inference_service.chat.pieces import Said, Thought
-from inference_service.core.sequence import FinishReason, Token
+from inference_service.core.sequence import EndReason, Token
 from inference_service.http.openai.answers import usage
 from inference_service.http.openai.chat import ChatChoice
-from inference_service.serving.request import Delta, Finished
+from inference_service.serving.request import AnswerDelta, AnswerFinished
 
 
 def test_schemas_of_several_tools_keep_their_references() -> None:

@@ -8,9 +8,9 @@ import pytest
 from tokenizers import Tokenizer, decoders, models
 
 from inference_service.core.sampling import SamplingParams
-from inference_service.core.sequence import FinishReason, Sequence, StepOutput, Token
+from inference_service.core.sequence import EndReason, Sequence, StepOutput, Token
 from inference_service.serving.answer import Answer
-from inference_service.serving.request import Delta, Event, Finished
+from inference_service.serving.request import AnswerDelta, AnswerFinished, Event
 from inference_service.text.text import StopTexts, Text
 from loramux_shared.faults import InternalFault
 
@@ -26,16 +26,16 @@ def _answer(stops: Seq[str] = (), *, keep: bool = False) -> Answer:
     return Answer(0, seq, text.detokenizer([0]), StopTexts(stops, keep=keep))
 
 
-def _outputs(tokens: Seq[int], finish: FinishReason | None = None) -> list[StepOutput]:
+def _outputs(tokens: Seq[int], finish: EndReason | None = None) -> list[StepOutput]:
     outputs = [StepOutput("0", Token(token)) for token in tokens]
     outputs[-1] = outputs[-1]._replace(finish=finish)
     return outputs
 
 
-def _told(events: Seq[Event]) -> tuple[str, list[int], FinishReason | None]:
+def _told(events: Seq[Event]) -> tuple[str, list[int], EndReason | None]:
     """Return the text of events, the ids of their tokens, and how they end."""
-    deltas = [event for event in events if isinstance(event, Delta)]
-    ends = [event.reason for event in events if isinstance(event, Finished)]
+    deltas = [event for event in events if isinstance(event, AnswerDelta)]
+    ends = [event.reason for event in events if isinstance(event, AnswerFinished)]
     ids = [token.id for delta in deltas for token in delta.tokens]
     return "".join(delta.text for delta in deltas), ids, ends[0] if ends else None
 
@@ -43,11 +43,11 @@ def _told(events: Seq[Event]) -> tuple[str, list[int], FinishReason | None]:
 @pytest.mark.parametrize(
     ("stops", "keep", "said"),
     [
-        ((), False, ("abc", [0, 1, 2, END], FinishReason.STOP)),
-        ((), True, ("abc</s>", [0, 1, 2, END], FinishReason.STOP)),
-        (("x",), False, ("abc", [0, 1, 2, END], FinishReason.STOP)),
-        (("b",), False, ("a", [0, 1], FinishReason.STOP)),
-        (("ab",), True, ("ab", [0, 1], FinishReason.STOP)),
+        ((), False, ("abc", [0, 1, 2, END], EndReason.STOP)),
+        ((), True, ("abc</s>", [0, 1, 2, END], EndReason.STOP)),
+        (("x",), False, ("abc", [0, 1, 2, END], EndReason.STOP)),
+        (("b",), False, ("a", [0, 1], EndReason.STOP)),
+        (("ab",), True, ("ab", [0, 1], EndReason.STOP)),
     ],
 )
 @pytest.mark.parametrize("together", [1, 2, 4])
@@ -55,14 +55,14 @@ def test_how_many_tokens_come_together_changes_nothing(
     stops: Seq[str], *, keep: bool, said: object, together: int
 ) -> None:
     """The text, the tokens up to a stop text, and the end are those of tokens that come one by one."""
-    answer, outputs = _answer(stops, keep=keep), _outputs([0, 1, 2, END], FinishReason.STOP)
+    answer, outputs = _answer(stops, keep=keep), _outputs([0, 1, 2, END], EndReason.STOP)
     batches = [outputs[start : start + together] for start in range(0, len(outputs), together)]
     assert _told([event for each in batches for event in answer.advance(each)]) == said
 
 
 def test_a_stop_text_ends_an_answer_before_the_failure_behind_it() -> None:
     """A sequence that fails in the delivery in which its answer ended has no failure."""
-    outputs = [*_outputs([0, 1]), StepOutput("0", None, FinishReason.FAILED)]
-    assert _told(_answer(["b"]).advance(outputs)) == ("a", [0, 1], FinishReason.STOP)
+    outputs = [*_outputs([0, 1]), StepOutput("0", None, EndReason.FAILED)]
+    assert _told(_answer(["b"]).advance(outputs)) == ("a", [0, 1], EndReason.STOP)
     with pytest.raises(InternalFault):
         _answer(["c"]).advance(outputs)

@@ -9,7 +9,7 @@ import threading
 import pytest
 
 from inference_service.core.sampling import SamplingParams
-from inference_service.core.sequence import FinishReason, Sequence, StepOutput, Token
+from inference_service.core.sequence import EndReason, Sequence, StepOutput, Token
 from inference_service.serving.delivery import SLICE, Delivery, Outputs
 from tests.support.waiting import BOUND_S, Clock, bounded, ended, until
 from tests.unit.serving.threads import Device, Threads, following, submit
@@ -79,7 +79,7 @@ async def test_what_comes_while_a_stream_waits_is_one_message() -> None:
     delivery.add(stream, urgent=False)
     delivery.begin()
     assert [output.token for output in await following(stream)] == [Token(7), Token(8)]
-    stream.put("0", [StepOutput("0", Token(9), FinishReason.LENGTH)])
+    stream.put("0", [StepOutput("0", Token(9), EndReason.LENGTH)])
     delivery.add(stream, urgent=True)
     assert [output.token for output in await following(stream)] == [Token(9)]
 

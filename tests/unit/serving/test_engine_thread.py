@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from inference_service.core.sampling import SamplingParams
-from inference_service.core.sequence import Batch, FinishReason, Sequence
+from inference_service.core.sequence import Batch, EndReason, Sequence
 from inference_service.serving import engine_thread
 from inference_service.serving.engine_thread import PROBE_PAUSES_S
 from inference_service.serving.watchdog import Watchdog
@@ -34,8 +34,8 @@ async def test_a_bad_step_ends_its_sequences_and_nothing_else(threads: Threads) 
     device.before_step = _raise_at(13)
     thread = threads.start(device)
     for _ in range(5):
-        assert await end(submit(thread, prompt=13)) is FinishReason.FAILED
-    assert await end(submit(thread)) is FinishReason.LENGTH
+        assert await end(submit(thread, prompt=13)) is EndReason.FAILED
+    assert await end(submit(thread)) is EndReason.LENGTH
     assert await thread.stop() is None
 
 
@@ -59,8 +59,8 @@ async def test_what_others_held_for_a_moment_is_waited_for(threads: Threads, pau
 
     device.before_step = out_of_memory
     thread = threads.start(device)
-    assert await end(submit(thread)) is FinishReason.FAILED
-    assert await end(submit(thread)) is FinishReason.LENGTH
+    assert await end(submit(thread)) is EndReason.FAILED
+    assert await end(submit(thread)) is EndReason.LENGTH
     assert pauses == list(PROBE_PAUSES_S)
     assert await thread.stop() is None
 
@@ -144,7 +144,7 @@ async def test_the_engine_bounds_each_step_and_nothing_between_two(
     device = Device()
     device.before_step = lambda _: watched.append("step")
     thread = threads.start(device)
-    assert await end(submit(thread, new=3)) is FinishReason.LENGTH
+    assert await end(submit(thread, new=3)) is EndReason.LENGTH
     assert await thread.stop() is None
     assert [watched[at - 1 : at + 2] for at, what in enumerate(watched) if what == "step"] == [
         ["begin", "step", "end"]
@@ -169,8 +169,8 @@ async def test_those_who_will_find_a_seat_do_not_wait(threads: Threads) -> None:
     with pytest.raises(QueueFull):
         submit(thread)
     thread.start()
-    assert {await end(each) for each in outputs} == {FinishReason.LENGTH}
-    assert await end(submit(thread)) is FinishReason.LENGTH
+    assert {await end(each) for each in outputs} == {EndReason.LENGTH}
+    assert await end(submit(thread)) is EndReason.LENGTH
     assert await thread.stop() is None
 
 
@@ -190,7 +190,7 @@ async def test_a_full_queue_refuses_at_once_and_one_that_ends_makes_room(threads
     with pytest.raises(QueueFull):
         submit(thread)
     device.go.set()
-    assert {await end(each) for each in (*running, *waiting)} == {FinishReason.LENGTH}
+    assert {await end(each) for each in (*running, *waiting)} == {EndReason.LENGTH}
     assert await thread.stop() is None
 
 
@@ -205,5 +205,5 @@ async def test_free_seats_that_a_step_cannot_fill_let_nobody_in(threads: Threads
     with pytest.raises(QueueFull):
         submit(thread)
     device.go.set()
-    assert {await end(each) for each in taken} == {FinishReason.LENGTH}
+    assert {await end(each) for each in taken} == {EndReason.LENGTH}
     assert await thread.stop() is None

@@ -12,7 +12,7 @@ from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import FAIR, Sequence, Share, Token
 from inference_service.http.wire.errors import headers_of, status_of
 from inference_service.serving.limits import FEW_METERS, Limiter, Ticket
-from inference_service.serving.request import Delta
+from inference_service.serving.request import AnswerDelta
 from loramux_shared.access.rights import EVERYTHING, Access, Scope
 from loramux_shared.deployment import ModelLimits
 from loramux_shared.faults import RateLimited
@@ -41,7 +41,7 @@ class World:
             ticket.check_tokens()
             ticket.submitted(sequence(prompt))
             for _ in range(answer):
-                ticket.see(Delta("x", (Token(5),)))
+                ticket.see(AnswerDelta("x", (Token(5),)))
 
     def refused(self, model: ServedModel = A, access: Access = EVERYTHING) -> RateLimited:
         """Return why a request is not let in."""

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from inference_service.core.sequence import FinishReason
+from inference_service.core.sequence import EndReason
 from inference_service.serving.engine_thread import EngineThread, PauseMode
 from loramux_shared.faults import ReplicaPaused, ShuttingDown
 from tests.support.waiting import ended, until
@@ -16,7 +16,7 @@ from tests.unit.serving.threads import Device, Threads, end, submit
 HELD_AT = 3
 
 
-async def _running(device: Device, thread: EngineThread) -> asyncio.Task[FinishReason]:
+async def _running(device: Device, thread: EngineThread) -> asyncio.Task[EndReason]:
     """A request in the middle of a step."""
     task = asyncio.create_task(end(submit(thread, new=30)))
     await until(lambda: device.steps == HELD_AT, "the step that is held", lambda: device.steps)
@@ -56,7 +56,7 @@ async def test_what_is_kept_stands_still_and_goes_on(threads: Threads, depth: in
     assert (device.steps, task.done(), late.done()) == (steps, False, False)
     await thread.pause(PauseMode.KEEP)  # again: nothing changes
     thread.resume()
-    assert await asyncio.gather(task, late) == [FinishReason.LENGTH] * 2
+    assert await asyncio.gather(task, late) == [EndReason.LENGTH] * 2
     assert await thread.stop() is None
 
 
@@ -74,7 +74,7 @@ async def test_what_is_under_way_is_ended_when_that_is_said(threads: Threads) ->
     await _passes(thread)
     assert not late.done()
     thread.resume()
-    assert await late is FinishReason.LENGTH
+    assert await late is EndReason.LENGTH
     assert await thread.stop() is None
 
 
@@ -94,7 +94,7 @@ async def test_what_is_under_way_may_end_first(threads: Threads, called_off: boo
     await pause
     assert (task.done(), late.done()) == (not called_off, False)
     thread.resume()
-    assert await asyncio.gather(task, late) == [FinishReason.LENGTH] * 2
+    assert await asyncio.gather(task, late) == [EndReason.LENGTH] * 2
     assert await thread.stop() is None
 
 
@@ -108,11 +108,11 @@ async def test_deadlines_pass_while_nothing_moves(threads: Threads, mode: PauseM
     if mode is PauseMode.KEEP:
         device.go.set()
     late = submit(thread, deadline_s=time.monotonic() + 0.03)
-    assert await end(late) is FinishReason.DEADLINE
+    assert await end(late) is EndReason.DEADLINE
     device.go.set()
     await pause
     thread.resume()
-    assert await task is FinishReason.LENGTH
+    assert await task is EndReason.LENGTH
     assert await thread.stop() is None
 
 
@@ -123,7 +123,7 @@ async def test_who_goes_away_while_nothing_moves_is_let_go(threads: Threads) -> 
     await thread.pause()
     submit(thread).close()
     thread.resume()
-    assert await end(submit(thread, new=1)) is FinishReason.LENGTH
+    assert await end(submit(thread, new=1)) is EndReason.LENGTH
     assert device.steps == 1
     assert await thread.stop() is None
 

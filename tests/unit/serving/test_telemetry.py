@@ -16,9 +16,9 @@ from structlog.testing import capture_logs
 from inference_service.adapters.served_model import ServedModel
 from inference_service.core.adapter import Adapter
 from inference_service.core.sampling import SamplingParams
-from inference_service.core.sequence import FinishReason, Sequence, Token
+from inference_service.core.sequence import EndReason, Sequence, Token
 from inference_service.engine.engine import SequenceCounts
-from inference_service.serving.request import Delta, Finished, Request
+from inference_service.serving.request import AnswerDelta, AnswerFinished, Request
 from inference_service.serving.telemetry.record import RequestFollower, RequestRecord, following
 from inference_service.serving.telemetry.request_log import RequestLog
 from loramux_shared.faults import QueueFull
@@ -26,8 +26,8 @@ from loramux_shared.telemetry import log_to_stderr
 from tests.golden.metrics.script import replica
 from tests.support.metrics import Scrape
 
-DELTA = Delta("a", (Token(5), Token(6)))
-DONE = Finished(FinishReason.LENGTH, "", 3, 0, 2)
+DELTA = AnswerDelta("a", (Token(5), Token(6)))
+DONE = AnswerFinished(EndReason.LENGTH, "", 3, 0, 2)
 
 
 class Ear:
@@ -42,7 +42,7 @@ class Ear:
         assert record.first_s is not None
         self.heard.append("began")
 
-    def said(self, record: RequestRecord, delta: Delta) -> None:
+    def said(self, record: RequestRecord, delta: AnswerDelta) -> None:
         """Hear."""
         assert record.completion_tokens > 0
         self.heard.append(delta.text)
@@ -96,7 +96,7 @@ def test_a_client_that_leaves_with_all_answers_got_them(finished: tuple[int, ...
     follower = following_one.__enter__()
     submit(follower, answers=2)
     for index in finished:
-        follower.see(Finished(FinishReason.STOP, "", 3, 0, 0, index))
+        follower.see(AnswerFinished(EndReason.STOP, "", 3, 0, 0, index))
     following_one.__exit__(GeneratorExit, GeneratorExit(), None)
     assert ear.outcome == outcome
 
@@ -105,9 +105,9 @@ def test_the_time_per_token_of_one_token_is_unknown() -> None:
     """Between the tokens of an answer of one token lies no time."""
     with following(Request.of("m", "x"), []) as follower:
         submit(follower, answers=2)
-        follower.see(Delta("a", (Token(5),), 0))
-        follower.see(Delta("a", (Token(5),), 1))
-        follower.see(Delta("b", (Token(6), Token(7)), 1))
+        follower.see(AnswerDelta("a", (Token(5),), 0))
+        follower.see(AnswerDelta("a", (Token(5),), 1))
+        follower.see(AnswerDelta("b", (Token(6), Token(7)), 1))
     one, three = follower.record.answers
     assert one.seconds_per_token is None
     assert three.seconds_per_token is not None
@@ -171,6 +171,6 @@ def test_texts_of_requests_with_one_id_are_apart() -> None:
         for prompt in ("x", "y"):
             follower = both.enter_context(following(Request.of("m", prompt, id="same"), [watcher]))
             submit(follower)
-            follower.see(Delta(prompt.upper(), (Token(5),)))
+            follower.see(AnswerDelta(prompt.upper(), (Token(5),)))
             follower.see(DONE)
     assert [(line["prompt"], line["answers"]) for line in lines] == [("y", ["Y"]), ("x", ["X"])]

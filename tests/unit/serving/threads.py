@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable
 
 from inference_service.core.sampling import SamplingParams
-from inference_service.core.sequence import Batch, FinishReason, Sequence, StepOutput, Token
+from inference_service.core.sequence import Batch, EndReason, Sequence, StepOutput, Token
 from inference_service.engine.block_manager import BlockManager
 from inference_service.engine.engine import Engine
 from inference_service.engine.plan import SchedulerLimits
@@ -88,7 +88,7 @@ async def following(outputs: Outputs) -> list[StepOutput]:
     return [output for arrived in (await outputs.get()).values() for output in arrived]
 
 
-async def end(outputs: Outputs) -> FinishReason:
+async def end(outputs: Outputs) -> EndReason:
     """Return how a request ends."""
     async with bounded("the end of a sequence"):
         while True:
