@@ -70,9 +70,9 @@ _numbers = itertools.count()
 class GenerationService:
     """Checks a request, runs it, and reports it as events, or as one fault.
 
-    The events are AnswerStarted, PromptScores where they are asked for, then AnswerDelta ..., AnswerFinished for
-    each of the n answers, which are interleaved and carry their index. A request for a vector has AnswerStarted,
-    Pooled, AnswerFinished.
+    The events are AnswerStarted, PromptScores where they are asked for, then AnswerDelta ..., AnswerFinished
+    for each of the n answers, which are interleaved and carry their index. A request for a vector has
+    AnswerStarted, Pooled and AnswerFinished.
     """
 
     def __init__(
