@@ -57,7 +57,7 @@ class Conversation:
         """Dialect of the model that answers, once that is known."""
         self.request = chat.request()
 
-    async def events(self) -> AsyncGenerator[Started | PromptLogprobs | AnswerPart]:
+    async def events(self) -> AsyncGenerator[AnswerStarted | PromptScores | AnswerPart]:
         """Yield what `GenerationService.generate` does, with the answers read.
 
         Raises:
@@ -78,9 +78,9 @@ class Conversation:
                             yield event
                         case PromptScores():
                             yield event
-                        case Delta():
+                        case AnswerDelta():
                             yield AnswerPart(event, self._wanted(readings[event.index].push(event.text)))
-                        case Finished():
+                        case AnswerFinished():
                             yield AnswerPart(event, self._wanted(readings[event.index].finish()))
 
     async def prompt_tokens(self) -> int:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from inference_service.core.sequence import Batch, Chunk, Sequence
 from inference_service.engine.block_manager import BlockManager
 from inference_service.engine.queues import SequenceQueue
-from inference_service.engine.step_times import BRIEF, TIMES, TIMES_OF_BRIEF, Load, StepTimes
+from inference_service.engine.step_times import BRIEF, TIMES, TIMES_OF_BRIEF, StepLoad, StepTimes
 
 
 @dataclass(frozen=True)

@@ -155,7 +155,9 @@ class GenerationService:
                 outputs = self.engine.submit(seqs)
                 ticket.submitted(seqs[0])
                 try:
-                    yield Started(request.id, model, served.generation, len(tokens), terms.text, tuple(tokens))
+                    yield AnswerStarted(
+                        request.id, model, served.generation, len(tokens), terms.text, tuple(tokens)
+                    )
                     while outputs.open:
                         for event in _events(await outputs.get(), answers, outputs):
                             follower.see(event)

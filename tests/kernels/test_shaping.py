@@ -19,7 +19,7 @@ from inference_service.core.sequence import Token
 from inference_service.engine import sampler
 from inference_service.engine.shaping import Shaper
 from inference_service.engine.tape import TapeRecorder
-from inference_service.engine.transfer import TokenReading
+from inference_service.engine.transfer import Reading
 from inference_service.kernels.launch import Launch, intercepted
 from inference_service.kernels.sampling import ShapingTables, pack_shapes, plan_shaped
 from inference_service.kernels.sampling.shaping import PIECE, ShapedRow, ShapingState
@@ -101,7 +101,7 @@ def logits_of(rows: int, device: str, dtype: torch.dtype = torch.float32, seed: 
 def drawn(shaper: Shaper, logits: Tensor, seqs: Sequence[EngineSequence]) -> list[Token]:
     """Return the tokens that the runner draws from the shaped rows of a step."""
     ids = torch.zeros(len(seqs), dtype=torch.int32, device=logits.device)
-    return TokenReading(logits, ids, seqs, shaper).wait()
+    return Reading(logits, ids, seqs, shaper).wait()
 
 
 @settings(max_examples=examples(40), **TRIED)
@@ -138,7 +138,7 @@ def test_tokens_in_flight_are_counted(device: str, requests: list[dict[str, Any]
     ahead = [seq_of(request) for request in requests]
     shaper = Shaper(SEQS, VOCAB, torch.device(device))
     ids = torch.zeros(SEQS, dtype=torch.int32, device=device)
-    pending: TokenReading | None = None
+    pending: Reading | None = None
     for step in range(5):
         logits = logits_of(len(known), device, seed=seed * 9 + step)
         expected = sampler.sample(logits.cpu(), known)
@@ -147,7 +147,7 @@ def test_tokens_in_flight_are_counted(device: str, requests: list[dict[str, Any]
         plain = [row for row, seq in enumerate(ahead) if not sampler.shapes(seq, seq.num_generated)]
         for row in plain:  # what the step's own draw does
             ids[row] = expected[row].id
-        following = TokenReading(logits, ids, ahead, shaper)
+        following = Reading(logits, ids, ahead, shaper)
         for seq in ahead:
             seq.progress.in_flight += 1
         if pending is not None:
@@ -179,7 +179,7 @@ def test_processed_log_probabilities_are_those_of_the_host(device: str, own: dic
     logits = logits_of(len(seqs), device)
     expected = sampler.sample(logits.cpu(), seqs)
     ids = torch.tensor([token.id for token in expected], dtype=torch.int32, device=device)
-    found = TokenReading(logits, ids, seqs, Shaper(SEQS, VOCAB, logits.device)).wait()
+    found = Reading(logits, ids, seqs, Shaper(SEQS, VOCAB, logits.device)).wait()
     assert [token.id for token in found] == [token.id for token in expected]
     for one, other in zip(found, expected, strict=True):
         assert one.logprob == pytest.approx(other.logprob, abs=1e-5)
@@ -194,7 +194,7 @@ def append(seq: EngineSequence, token: int) -> None:
         seq.grammar.accept(token)
 
 
-def resolve(seqs: Sequence[EngineSequence], reading: TokenReading) -> None:
+def resolve(seqs: Sequence[EngineSequence], reading: Reading) -> None:
     """Resolve a step as the engine does."""
     for seq, token in zip(seqs, reading.wait(), strict=True):
         seq.progress.in_flight -= 1
@@ -314,7 +314,7 @@ def test_nothing_is_compiled_once_it_is_warm(vocab: int, device: str) -> None:
     kinds = [seq_of(small), seq_of({**PLAIN, "grammar": [3]}), seq_of({**PLAIN, "sampling": {"min_tokens": 3}})]
     for rows in ([0], [1, 2], [0, 1, 2]):
         seqs = [kinds[row] for row in rows]
-        assert keys_of(lambda seqs=seqs: TokenReading(logits, ids, seqs, shaper)) == warm  # type: ignore[misc]
+        assert keys_of(lambda seqs=seqs: Reading(logits, ids, seqs, shaper)) == warm  # type: ignore[misc]
 
 
 def test_a_recorded_draw_serves_later_rows(device: str) -> None:

@@ -118,13 +118,13 @@ class MessageAnswer:
 
     def _read(self, part: AnswerPart) -> list[MessageEvent]:
         """Collect more of the answer, or its end; return the events that a stream has of it."""
-        if isinstance(part.event, Delta):
+        if isinstance(part.event, AnswerDelta):
             self._unread += len(part.event.tokens)
         if part.pieces:
             self._thinking += self._unread * isinstance(part.pieces[0], Thought)
             self._unread = 0
         events: list[MessageEvent] = [*self._content.take(part.pieces)]
-        if isinstance(part.event, Finished):
+        if isinstance(part.event, AnswerFinished):
             self._finished = part.event
             events += [*self._content.end(), self._ended(part.event), STOP]
         return events
@@ -143,7 +143,7 @@ class MessageAnswer:
 
     def _started(self) -> MessageStart:
         """Return the first event; the last but one says how much of the prompt was cached."""
-        counted = usage(Finished(FinishReason.STOP, "", self._prompt_tokens, 0, 0))
+        counted = usage(AnswerFinished(EndReason.STOP, "", self._prompt_tokens, 0, 0))
         return {"type": "message_start", "message": self._message([], counted)}
 
     def _ended(self, finished: AnswerFinished) -> MessageDelta:

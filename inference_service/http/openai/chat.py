@@ -64,15 +64,15 @@ class ChatChoice:
     def take(self, part: AnswerPart) -> None:
         """Collect more of the answer, or its end."""
         event = part.event
-        if isinstance(event, Delta):
+        if isinstance(event, AnswerDelta):
             if self._names is not None:
                 self._tokens += event.tokens
             if self._ids is not None:
                 self._ids += [token.id for token in event.tokens]
             self._unread += len(event.tokens)
         self._collect(part.pieces)
-        if isinstance(event, Finished):
-            called = bool(self._calls) and event.reason is FinishReason.STOP
+        if isinstance(event, AnswerFinished):
+            called = bool(self._calls) and event.reason is EndReason.STOP
             self._finish_reason = "tool_calls" if called else REASONS[event.reason]
             self._stop_reason = ended_by(event, self._stops)
 
@@ -120,7 +120,7 @@ class ChatChoice:
         """
         self.take(part)
         event, pieces = part.event, part.pieces
-        if isinstance(event, Finished):
+        if isinstance(event, AnswerFinished):
             return self._opened([*self._parts(pieces), self._choice({}, ended=True)])
         scores = None if self._names is None else chat_logprobs(event.tokens, self._names)
         if (scores or self._ids is not None) and not pieces:

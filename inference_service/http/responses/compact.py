@@ -87,9 +87,9 @@ async def _summary(conversation: Conversation, head: Head) -> tuple[str, Respons
             match event:
                 case AnswerStarted():
                     head.begin(event)
-                case AnswerPart(Delta() as delta, pieces):
+                case AnswerPart(AnswerDelta() as delta, pieces):
                     output.take(pieces, delta.tokens)
-                case AnswerPart(Finished() as finished, pieces):
+                case AnswerPart(AnswerFinished() as finished, pieces):
                     output.end(pieces, "completed")
                     usage = usage_of(finished, output.reasoning_tokens)
     said = [item["content"][0]["text"] for item in output.items() if item["type"] == "message"]

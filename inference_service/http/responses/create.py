@@ -125,7 +125,7 @@ class ResponseAnswer:
                         for each in self._read(self._resource, event):
                             yield each
 
-    async def _begin(self, started: Started) -> ResponseObject:
+    async def _begin(self, started: AnswerStarted) -> ResponseObject:
         self.head.begin(started)
         scored = None if self._body.logprobs is None else started.text
         functions = functions_of(self._body.tools)
@@ -134,9 +134,9 @@ class ResponseAnswer:
 
     def _read(self, resource: ResponseObject, part: AnswerPart) -> list[ResponseStateEvent | OutputEvent]:
         """Collect more of the answer, or its end; return the events of it."""
-        if isinstance(part.event, Delta):
+        if isinstance(part.event, AnswerDelta):
             return [*self._output.take(part.pieces, part.event.tokens)]
-        cut = part.event.reason is FinishReason.LENGTH
+        cut = part.event.reason is EndReason.LENGTH
         events = self._output.end(part.pieces, "incomplete" if cut else "completed")
         ended = resource.ended(part.event, self._output.items(), self._output.reasoning_tokens)
         return [*events, self._state("response.incomplete" if cut else "response.completed", ended)]

@@ -15,7 +15,15 @@ from inference_service.engine.engine import Engine
 from inference_service.engine.plan import SchedulerLimits
 from inference_service.engine.residents import AlwaysResident
 from inference_service.engine.step import Pending
-from inference_service.engine.step_times import BRIEF, LONGEST_S, LOOK, TIMES, TIMES_OF_BRIEF, Load, StepTimes
+from inference_service.engine.step_times import (
+    BRIEF,
+    LONGEST_S,
+    LOOK,
+    TIMES,
+    TIMES_OF_BRIEF,
+    StepLoad,
+    StepTimes,
+)
 
 STREAMS = 8
 LONG = 2000
@@ -227,10 +235,10 @@ def test_prompts_go_on_where_a_row_costs_more_than_they_may_have() -> None:
 def test_a_step_that_failed_is_not_waited_for() -> None:
     """After it, what steps take is told of the steps that follow."""
     step_times = StepTimes()
-    step_times.submitted(Load(8, 0, 0.0), 1.0)
+    step_times.submitted(StepLoad(8, 0, 0.0), 1.0)
     step_times.forget_steps()
     for began_s in (5.0, 6.0):
-        step_times.submitted(Load(8, 0, 0.0), began_s)
+        step_times.submitted(StepLoad(8, 0, 0.0), began_s)
         step_times.resolved(began_s + 0.02)
     assert step_times.room(8).seconds == pytest.approx((TIMES - 1) * 0.02)
 

@@ -33,8 +33,8 @@ def test_schemas_of_several_tools_keep_their_references() -> None:
 def test_thoughts_have_both_names() -> None:
     """Reasoning stands beside the content, in a message and in chunks, under vLLM's two names."""
     choice = ChatChoice(0, [], None, ids=False)
-    parts = choice.parts(AnswerPart(Delta("ab", ()), [Thought("Let me "), Thought("see."), Said("Yes.")]))
-    choice.take(AnswerPart(Finished(FinishReason.STOP, "", 1, 3, 0), []))
+    parts = choice.parts(AnswerPart(AnswerDelta("ab", ()), [Thought("Let me "), Thought("see."), Said("Yes.")]))
+    choice.take(AnswerPart(AnswerFinished(EndReason.STOP, "", 1, 3, 0), []))
     deltas = [part["delta"] for part in parts]
     assert deltas[0] == {"role": "assistant", "content": "", "refusal": None}
     assert deltas[1] == {"reasoning_content": "Let me ", "reasoning": "Let me "}
@@ -48,7 +48,7 @@ def test_tokens_of_reasoning_are_counted() -> None:
     """Those that were decoded for it; those of marks count for what comes behind them."""
     choice, tokens = ChatChoice(0, [], None, ids=False), (Token(5), Token(6))
     for pieces in ([], [Thought("a")], [Said("b")], [], [Thought("c")]):
-        choice.take(AnswerPart(Delta("", tokens), pieces))
+        choice.take(AnswerPart(AnswerDelta("", tokens), pieces))
     assert choice.reasoning_tokens == 8
     assert usage([], 8)["completion_tokens_details"] == {"reasoning_tokens": 8}
     assert "completion_tokens_details" not in usage([])
