@@ -179,7 +179,7 @@ def show_built(info: DeploymentInfo) -> None:
     if len(info.adapters) > ROWS:
         total = decimal(sum(adapter.bundle_bytes for adapter in info.adapters))
         shell.show(f"... and {len(info.adapters) - ROWS} more, {total} in all (all of them: --json)")
-    _show_warnings(info.adapters)
+    show_warnings(info.adapters)
     if beside := [adapter.name for adapter in info.adapters if adapter.added]:
         shell.say(
             f"also served, since added or pushed: {listed(beside, ROWS)} (a build with --exact removes them)"
@@ -188,7 +188,7 @@ def show_built(info: DeploymentInfo) -> None:
     shell.show(f"deployment {info.name}: generation {info.generation} is published{unchanged}")
 
 
-def _show_warnings(adapters: Sequence[AdapterInfo]) -> None:
+def show_warnings(adapters: Sequence[AdapterInfo]) -> None:
     """Print each code of warning as the first adapter has it, and which others do."""
     found: dict[str, dict[str, list[Finding]]] = {}
     for adapter in adapters:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -13,7 +14,7 @@ from rich.filesize import decimal
 
 from loramux.cli import shell
 from loramux.cli.build import follow
-from loramux.cli.build_view import BuildLines, BuildView, show_built
+from loramux.cli.build_view import BuildLines, BuildView, show_built, show_warnings
 from loramux.cli.documents import emit
 from loramux.client import BUILDER, AsyncClient, Client
 from loramux.records import DeploymentInfo
@@ -118,8 +119,7 @@ def push(
     if as_json:
         emit({"deployment": wanted, "pushed": pushed})
         return
-    for warning in pushed.adapter.warnings:
-        shell.say(f"warning: {warning.model_copy(update={'adapter': called})}", "yellow")
+    show_warnings([replace(pushed.adapter, name=called)])
     unchanged = ", unchanged" if pushed.unchanged else ""
     made = f"{shell.digest(pushed.digest)}, {decimal(pushed.adapter.bundle_bytes)}"
     shell.show(f"{called}: {made}, in generation {pushed.generation} of {wanted}{unchanged}")

@@ -228,6 +228,16 @@ def test_what_a_link_points_into_is_there(page: Path) -> None:
     assert not [(to.name, anchor) for to, anchor in pages if to.exists() and anchor not in _anchors(to)]
 
 
+def test_every_page_is_two_clicks_from_the_index() -> None:
+    """A reader who begins with the documents by role comes to every page, but for decision notes."""
+    seen = {ROOT / "docs/index.md"}
+    for _ in range(2):
+        for page in list(seen):
+            linked = re.findall(r"\]\((?!\w+:)([^)#\s]+\.md)", page.read_text())
+            seen |= {to for link in linked if (to := (page.parent / link).resolve()).exists()}
+    assert {page for page in PAGES if (ROOT / "docs") in page.parents} <= seen
+
+
 @pytest.mark.parametrize("note", DECISIONS, ids=lambda note: note.name)
 def test_a_decision_note_is_short(note: Path) -> None:
     """A note keeps the finding, in 40 lines at most."""
