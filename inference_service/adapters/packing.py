@@ -16,6 +16,7 @@ from inference_service.adapters.recent import Recent
 from inference_service.backends.base import LoraBackend
 from inference_service.core.adapter import Adapter
 from inference_service.engine.graph_runner import ROOM
+from inference_service.kernels.launch import stream_of
 from inference_service.lora.packed import PackedAdapter
 from inference_service.lora.places import ALIGNMENT
 from inference_service.lora.weights import AdapterWeights, load_adapter, values_of
@@ -107,7 +108,7 @@ class Packer:
 
 
 def _beside_the_steps(device: torch.device) -> AbstractContextManager[object]:
-    """Compute on a stream of one's own, where there are streams: on the steps' they would wait."""
+    """Compute on the stream of proofs, where there are streams: on the steps' they would wait."""
     if device.type != "cuda":
         return nullcontext()
-    return torch.cuda.stream(torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
+    return torch.cuda.stream(stream_of("proofs", device))

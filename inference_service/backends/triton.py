@@ -225,6 +225,8 @@ class TritonLora:
         """Launches of steps without a graph, by linear and the identity of their segments."""
         self._numels: dict[SegmentCapacity, int] = {}
         """Elements of the workspace of a capacity."""
+        self._records = False
+        """Whether the step may be recorded: then one stream beside the steps' is its own."""
         self._side: SideStream | None = None
         self._step: Segments | None = None
         self._touched = 0
@@ -287,7 +289,7 @@ class TritonLora:
         pack_segments(capacity, entries.slots, token_ids=entries.rows, scales=scales, out=host.numpy())
         self._segments[capacity].load(host)
         self.use(self._segments[capacity])
-        self._touched = touched
+        self._touched, self._records = touched, False
 
     def use(self, segments: Segments, passes: int | None = None, *, experts: bool = True) -> None:
         """Compute the next passes with segments that the caller fills, for instance between replays.
@@ -304,7 +306,7 @@ class TritonLora:
             self._workspace = self._new_workspace(segments, self._bank.groups.values())
             if passes is None:
                 self._workspaces[capacity] = self._workspace
-        self._passes = passes
+        self._passes, self._records = passes, passes is None
         self._step, self._owners, self._by_expert = segments, None, None
 
     def _new_workspace(self, segments: Segments, groups: Iterable[Group]) -> Tensor:
@@ -322,7 +324,7 @@ class TritonLora:
             return base()
         plan = self._plan_of(linear, self._bank.groups[linear], self._step)
         first = plan.shrink(x, self._workspace)
-        if self._passes is None:
+        if self._records:
             self._side = self._side or SideStream(self._device)
             self._side.launch(first)
             out = base()

@@ -12,6 +12,8 @@ from typing import Protocol
 
 import torch
 
+from inference_service.kernels.launch import stream_of
+
 WARM_UPS = 2
 """Runs before the recording: they compile kernels, choose algorithms, and allocate what is kept."""
 
@@ -37,7 +39,7 @@ class CudaRecorder:
 
     def __init__(self, device: torch.device) -> None:
         self._pool = torch.cuda.graph_pool_handle()
-        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        self._stream = stream_of("recording", device)
 
     def capture(self, work: Callable[[], None]) -> Graph:
         """Record on a stream of its own: what others do on theirs meanwhile does not get in.

@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from functools import cache
+from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor
@@ -44,6 +45,18 @@ class Launch:
         self.kernel[self.grid](**self.arguments)
 
 
+@cache
+def stream_of(
+    purpose: Literal["copies", "proofs", "recording", "beside"],  # noqa: ARG001 - a key of the cache
+    device: torch.device,
+) -> Any:
+    """Return the one stream of a purpose on a CUDA device, for the life of the process.
+
+    cuBLAS keeps 32 MiB for each stream that it has computed on.
+    """
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+
+
 class SideStream:
     """A stream beside the current one, for launches that a later one of that stream waits for.
 
@@ -51,8 +64,7 @@ class SideStream:
     """
 
     def __init__(self, device: torch.device) -> None:
-        cuda = device.type == "cuda"
-        self._stream = torch.cuda.Stream(device) if cuda else None  # type: ignore[no-untyped-call]
+        self._stream = stream_of("beside", device) if device.type == "cuda" else None
 
     def launch(self, launch: Launch) -> None:
         """Enqueue a launch behind what the current stream was given so far."""

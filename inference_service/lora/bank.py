@@ -7,6 +7,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from inference_service.kernels.launch import stream_of
 from inference_service.kernels.sgmv import Group, Slices
 from inference_service.kernels.sgmv.layout import FIELDS, ROW
 from inference_service.lora.packed import Layout, PackedAdapter, pack_flat
@@ -40,7 +41,7 @@ class Bank:
         self._device = device
         self._arena = torch.empty(0, dtype=dtype, device=device)
         self._table = torch.empty(0, dtype=torch.int64, device=device)
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._stream = stream_of("copies", device) if device.type == "cuda" else None
         self._left: torch.cuda.Event | None = None
         """Behind the last step that may read what has left since."""
 

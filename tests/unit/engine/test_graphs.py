@@ -13,7 +13,7 @@ from torch.nn.functional import linear, rms_norm
 
 from inference_service.engine import graphs
 from inference_service.engine.tape import CaptureRefused, TapeRecorder
-from inference_service.kernels.launch import Launch, SideStream, intercepted
+from inference_service.kernels.launch import Launch, SideStream, intercepted, stream_of
 
 STATIC = torch.zeros(4, 6)
 INDEX = torch.tensor([2, 0])
@@ -121,8 +121,11 @@ def test_accumulation_over_uninitialised_memory_shows() -> None:
 
 
 def test_a_capture_is_not_ended_by_other_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """CUDA refuses allocations of pinned memory to the capturing thread alone: adapters may load."""
+    """CUDA refuses allocations of pinned memory to the capturing thread alone: adapters may load. All recorders
+    share a stream, and each purpose has one.
+    """
     modes: list[str] = []
+    made: list[Stream] = []
 
     class Stream:
         """Stands in for a stream of CUDA, and for what captures on it."""
@@ -144,13 +147,19 @@ def test_a_capture_is_not_ended_by_other_threads(monkeypatch: pytest.MonkeyPatch
         graph_pool_handle=tuple,
         graph=graph,
         CUDAGraph=object,
-        Stream=lambda _device: Stream(),
+        Stream=lambda _device: made.append(Stream()) or made[-1],
         stream=lambda stream: stream,
         current_stream=Stream,
     )
     monkeypatch.setattr(torch, "cuda", stands_in)
-    graphs.CudaRecorder(torch.device("cuda")).capture(lambda: None)
+    stream_of.cache_clear()
+    device = torch.device("cuda")
+    graphs.CudaRecorder(device).capture(lambda: None)
     assert modes == ["thread_local"]
+    graphs.CudaRecorder(device)
+    assert len(made) == 1  # cuBLAS would keep memory for each
+    assert len({id(stream_of(purpose, device)) for purpose in ("copies", "copies", "proofs", "recording")}) == 3
+    stream_of.cache_clear()
 
 
 def test_launches_beside_are_marked() -> None:
