@@ -84,6 +84,7 @@ class GraphRunner(Runner):
         self._ids = self._memory.drawn
         self._shaper = Shaper(limits.max_seqs, vocab, model.device)
         self._buffers: dict[StepCapacity, StepBuffers] = {}
+        self._tried: list[Graph] = []
         self._graphs: dict[tuple[StepCapacity, int, bool], Graph] = {}
         """Graphs by the number of adapters that a row has at most, and whether these touch experts."""
         most, hidden = limits.max_seqs, model.config.dims.hidden
@@ -127,6 +128,15 @@ class GraphRunner(Runner):
                     else:
                         work()
         self._shaper.warm_up(self._logits, self._ids)
+
+    @torch.inference_mode()
+    def record_one(self) -> None:
+        """Record one more of the largest decode steps; it is kept, and never replayed."""
+        buffers = self._buffers_of(self._capacity(self._limits.max_seqs, mixed=False))
+        buffers.load(lay_out(Batch(()), {}))
+        self._embed(buffers)
+        work = partial(self._compute, buffers, buffers.segments[0] if buffers.segments else None)
+        self._tried.append(self._recorder.capture(work))
 
     def _step(self, rows: Rows) -> Pending:
         vectors, scores = self._launch(rows)

@@ -44,6 +44,9 @@ class Runner:
     def capture(self) -> None:
         """Record steps, where they can be recorded: here they cannot."""
 
+    def record_one(self) -> None:
+        """Record one more of the largest decode steps, where steps can be recorded, to see what that takes."""
+
     def run(self, batch: Batch) -> list[tuple[Sequence, Token]]:
         """Compute a batch; return the new token of every sequence whose last row was in it."""
         return self.submit(batch).tokens()

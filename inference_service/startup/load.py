@@ -44,7 +44,14 @@ from inference_service.startup.base import LoadedBase, load_base
 from inference_service.startup.heap import bound_arenas, give_back
 from inference_service.startup.memory import blocks_of, divide_memory
 from inference_service.startup.merged import merge
-from inference_service.startup.profile import SCRATCH_BLOCKS, CudaMemory, Measured, largest_step, measure
+from inference_service.startup.profile import (
+    SCRATCH_BLOCKS,
+    CudaMemory,
+    Measured,
+    largest_step,
+    measure,
+    measure_graph,
+)
 from inference_service.startup.reading import bytes_per_s
 from inference_service.startup.rounding import agree, weights_told
 from loramux_shared.bases.memory import GB, token_bytes
@@ -237,9 +244,10 @@ def _engine(
     def measured(longest: int) -> Measured:
         of_step = limits_of(longest)
         batch = largest_step(of_step, resident, block_size)
-        return measure(
-            partial(_runner, base, lora, SCRATCH_BLOCKS, block_size, of_step), batch, CudaMemory(model.device)
-        )
+        new_runner = partial(_runner, base, lora, SCRATCH_BLOCKS, block_size, of_step)
+        memory = CudaMemory(model.device)
+        step = measure(new_runner, batch, memory)
+        return replace(step, graph=measure_graph(new_runner, memory), free=memory.settled())
 
     plan = divide_memory(
         settings,

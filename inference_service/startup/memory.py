@@ -50,9 +50,13 @@ def divide_memory(
     forecast: dict[str, int] = {}
     libraries = 0
     if measure is not None:
-        forecast = {"activations": needs.activations, "libraries": 0}
+        forecast = {"activations": needs.activations, "graphs": needs.graphs, "libraries": 0}
         measured = measure(cache.longest)
-        needs, free, libraries = replace(needs, activations=measured.steps), measured.free, measured.kept
+        counted = needs_of(
+            config, item_bytes, adapters, settings, device.type, graphs=graphs, graph_bytes=measured.graph
+        )
+        needs = replace(needs, activations=measured.steps, graphs=counted.graphs)
+        free, libraries = measured.free, measured.kept
     plan = plan_on(device.type, free, needs, cache)
     if plan.seqs < cache.seqs:
         log.info("fewer sequences run at once, to hold their states", seats=plan.seqs, usual=cache.seqs)

@@ -14,12 +14,17 @@ from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Batch, Chunk
 from inference_service.core.sequence import Sequence as EngineSequence
 from inference_service.engine.plan import SchedulerLimits
+from inference_service.engine.runner import Runner
 from inference_service.engine.step import StepRunner
-from loramux_shared.bases.memory import GB
+from loramux_shared.bases.memory import GB, GRAPH_BYTES
 from loramux_shared.faults import ResourcesExhausted
 
 SCRATCH_BLOCKS: Final = 8
 """Blocks of the cache that the profiled step reads and writes repeatedly: their content is irrelevant here."""
+TRIED: Final = 4
+"""Graphs that are recorded to see what each takes."""
+LEAST_GRAPH_BYTES: Final = 1 << 20
+"""Taken by a graph at least: the driver hands memory out in pieces."""
 
 
 class DeviceMemory(Protocol):
@@ -77,6 +82,21 @@ class Measured:
     """For good: workspaces and modules of libraries, kernels, tables that later steps use again."""
     free: int
     """Bytes that are free behind it."""
+    graph: int = GRAPH_BYTES
+    """Taken by each recorded step beside its tensors."""
+
+
+def measure_graph(new_runner: Callable[[], Runner], memory: DeviceMemory) -> int:
+    """Return the bytes that each recorded step takes, by a runner that is thrown away.
+
+    The first one takes the memory that all share; those behind it show what each takes.
+    """
+    runner = new_runner()
+    runner.record_one()
+    before = memory.settled()
+    for _ in range(TRIED):
+        runner.record_one()
+    return max(LEAST_GRAPH_BYTES, (before - memory.settled()) // TRIED)
 
 
 def measure(new_runner: Callable[[], StepRunner], batch: Batch, memory: DeviceMemory) -> Measured:

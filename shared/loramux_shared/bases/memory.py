@@ -32,7 +32,7 @@ USUAL_RANK: Final = 16
 ALIGNING: Final = 1 << 16
 """Bytes by which a small adapter may be larger than what is reckoned."""
 GRAPH_BYTES: Final = 8 * 2**20
-"""Bytes of a CUDA graph of a few hundred launches, beside its tensors. Reasoned, not measured."""
+"""Bytes of a CUDA graph of a few hundred launches, beside its tensors: a forecast. A replica measures it."""
 RECORDED_ROWS: Final = 512
 """Rows of a step with prompts up to which it is recorded; larger steps take longer than their launches."""
 SMALLEST_MIXED: Final = 16
@@ -158,8 +158,12 @@ def needs_of(
     device: str,
     *,
     graphs: bool,
+    graph_bytes: int = GRAPH_BYTES,
 ) -> Needs:
-    """Count what a model in numbers of item_bytes needs; adapters is what its adapters take, in bytes."""
+    """Count what a model in numbers of item_bytes needs; adapters is what its adapters take, in bytes.
+
+    graph_bytes is what a recorded step takes beside its tensors.
+    """
     dims, sizes = config.dims, settings.sizes(device)
     given = 0 if config.inputs is None else dims.num_layers * config.inputs.width
     mixtures = [layer.mlp for layer in config.layers if isinstance(layer.mlp, ExpertsLayer)]
@@ -177,7 +181,7 @@ def needs_of(
     if mixtures:  # and with adapters that touch no expert
         num_graphs += decodes + len(recorded_rows)
     held = max(sizes.seqs, *recorded_rows)
-    recorded = num_graphs * GRAPH_BYTES + held * row + 2 * logits * item_bytes
+    recorded = num_graphs * graph_bytes + held * row + 2 * logits * item_bytes
     recorded += shaping_bytes(sizes.seqs, dims.vocab)
     return Needs(
         weights=weights_bytes(config, item_bytes, device, settings.rounding),

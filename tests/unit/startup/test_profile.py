@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
+from typing import cast
 
 import pytest
 import torch
@@ -18,7 +19,15 @@ from inference_service.engine.runner import Runner
 from inference_service.engine.step import Pending
 from inference_service.startup.load import Ready
 from inference_service.startup.memory import divide_memory
-from inference_service.startup.profile import SCRATCH_BLOCKS, Measured, largest_step, measure
+from inference_service.startup.profile import (
+    LEAST_GRAPH_BYTES,
+    SCRATCH_BLOCKS,
+    TRIED,
+    Measured,
+    largest_step,
+    measure,
+    measure_graph,
+)
 from loramux_shared.faults import ResourcesExhausted
 from loramux_shared.settings import STEP_SIZES, InferenceSettings
 from loramux_shared.storage.memory import MemoryStore
@@ -126,6 +135,20 @@ def test_what_a_step_takes_is_what_it_had_at_once(ready: Ready) -> None:
     assert meter.asked == ["settled", "watch_peak", "runner went", "settled", "peak", "reserved"]
     assert [len(tokens) for tokens in ran] == [8]
     assert all(token.logprob is not None for _, token in ran[0])
+
+
+def test_a_graph_takes_what_those_behind_the_first_take() -> None:
+    """The first takes memory that all share; what the driver does not show is assumed."""
+    recorded: list[int] = []
+
+    class Recording:
+        def record_one(self) -> None:
+            recorded.append(1)
+
+    runner = cast(Runner, Recording())
+    assert measure_graph(lambda: runner, Meter([900 << 20, 860 << 20])) == 10 << 20
+    assert len(recorded) == 1 + TRIED
+    assert measure_graph(lambda: runner, Meter([900, 900])) == LEAST_GRAPH_BYTES
 
 
 def test_a_step_that_does_not_fit_is_refused_by_name(ready: Ready) -> None:
