@@ -147,7 +147,7 @@ class Decoder:
             hidden, delta = ops.run_layers(run, LayerInputs(hidden, attention, turns, lora, cache))
         else:
             hidden, delta = run(hidden, attention, turns)
-        delta_norm = self._delta_norm
+        delta_norm = None if delta is None else self._delta_norm
         last = None if delta is None else delta[last_rows]
         return ops.norm(hidden[last_rows], self._norm, last, delta_norm, out)
 
