@@ -185,7 +185,7 @@ def test_a_held_bank_is_just_large_enough(lora: LoraBackend, device: str) -> Non
 
 
 def resident(address: int, num_bytes: int) -> int:
-    """Return how many bytes of a range of addresses are in memory; the highest bit of a page's entry says so."""
+    """Return the bytes of a range of addresses that are in memory: a page's highest bit says so."""
     first, last = address // mmap.PAGESIZE, (address + num_bytes) // mmap.PAGESIZE
     pages = np.fromfile("/proc/self/pagemap", np.uint64, last - first + 1, offset=8 * first)
     return int((pages >> 63).sum()) * mmap.PAGESIZE
