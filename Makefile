@@ -9,7 +9,7 @@ SILENT := $(if $(QUIET),; without a terminal pip is silent until it is done)
 # What there is only where the folder extensions/ was not deleted.
 EXTENSIONS := $(wildcard extensions)
 
-.PHONY: azurite demo test test-extensions check static stubs docs site golden clean
+.PHONY: azurite demo test test-extensions check static stubs docs site images golden clean
 
 demo: $(VENV)/.demo
 	$(BIN)/loramux demo $(ARGS)
@@ -62,6 +62,10 @@ docs: $(VENV)/.test
 # The pages as a site with a search: build/site/index.html.
 site: $(VENV)/.docs
 	$(BIN)/python -m scripts.site
+
+# Both images, built, and serving the example: minutes and gigabytes.
+images:
+	scripts/images.sh
 
 $(VENV)/.docs: pyproject.toml | $(BIN)/python
 	@echo "1 of 1: what builds the site, 50 MB$(SILENT)"
