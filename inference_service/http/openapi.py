@@ -24,6 +24,7 @@ from inference_service.http.openapi_parts import (
     RETRY_AFTER,
     SECURITY,
     WORDS,
+    Json,
     event_schema,
     operation_id,
     path_parameter,
@@ -32,7 +33,6 @@ from inference_service.http.openapi_parts import (
 from inference_service.http.vectors.pooling_schema import ClassifyBody, ScoringBody
 from inference_service.http.wire.body import Body, table
 from inference_service.http.wire.errors import AGAIN
-from inference_service.http.wire.reply import Json
 from inference_service.serving.bounds import IDS, LOGPROBS_MODES, NUMBERS, SANE_ID, TEXTS
 from inference_service.serving.turns import MAX_TOOLS
 

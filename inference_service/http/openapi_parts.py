@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Final
+from typing import Any, Final
 
-from inference_service.http.wire.reply import Json
 from inference_service.serving.request import MAX_GENERATION, MIN_GENERATION, STICKY_KEY
 from loramux_shared.routes import MODEL_HEADER
 
+Json = dict[str, Any]
+"""An object of the document."""
 SECURITY: Final[Mapping[str, Json]] = {
     "key": {"type": "http", "scheme": "bearer", "description": "Where the server has keys."},
     "x_api_key": {"type": "apiKey", "in": "header", "name": "x-api-key", "description": "The same keys."},

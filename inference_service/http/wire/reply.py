@@ -23,8 +23,6 @@ T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
 E = TypeVar("E", bound=Mapping[str, object])
 E_co = TypeVar("E_co", bound=Mapping[str, object], covariant=True)
-Json = dict[str, Any]
-"""An object, as it is written."""
 DONE = b"data: [DONE]\n\n"
 """Ends a stream that did not fail."""
 HEADERS = (
