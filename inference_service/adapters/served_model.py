@@ -8,7 +8,9 @@ from pathlib import Path
 
 from inference_service.adapters.defaults import NO_DEFAULTS, AdapterDefaults
 from inference_service.core.adapter import Adapter, Mixture
+from loramux_shared.bundle.kinds import SILENT
 from loramux_shared.deployment import Repository, SourceKind
+from loramux_shared.faults import Finding, RequestInvalid
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,3 +69,25 @@ def shown_source(repository: Repository) -> str:
     place = repository.shown
     place = Path(place).name if repository.source is SourceKind.LOCAL else place
     return f"{place}@{repository.revision}" if repository.revision else place
+
+
+def require_text(model: ServedModel) -> None:
+    """Refuse to generate with an adapter that was trained for scores or vectors, and never for the base's head.
+
+    Raises:
+        RequestInvalid: it was.
+    """
+    silent = next((each for each in model.parts or (model,) if not SILENT.isdisjoint(each.kinds)), None)
+    if silent is None:
+        return
+    found, fix = "one that makes vectors of texts", "Ask /v1/embeddings for them."
+    if silent.num_labels is not None:
+        found = "one that classifies texts"
+        fix = "Ask /classify, /score or /rerank for its scores, or /v1/embeddings for vectors."
+    raise refused_model(silent.name, "a model that generates text", found, fix)
+
+
+def refused_model(name: str, expected: str, found: str, fix: str = "") -> RequestInvalid:
+    """Return the fault of a model that does something else than it is asked for."""
+    finding = Finding(code="E_BAD_FIELD", where="model", expected=expected, found=f"{name}, {found}", fix=fix)
+    return RequestInvalid("the model does something else.", [finding])

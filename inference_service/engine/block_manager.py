@@ -12,8 +12,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 from inference_service.core.sequence import NEVER, Sequence
-from inference_service.engine.blocks import BlockGroup, BlockPool
-from inference_service.engine.prefixes import agreed, prefix_key
+from inference_service.engine.blocks import BlockGroup, BlockPool, agreed, prefix_key
 from inference_service.engine.state_slots import StateSlots
 from loramux_shared.bases.cache import window_blocks
 

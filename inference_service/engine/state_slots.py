@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from typing import Final
 
 from inference_service.core.sequence import NEVER, NOWHERE, Sequence
-from inference_service.engine.prefixes import prefix_key
+from inference_service.engine.blocks import prefix_key
 
 NEAR: Final = 16
 """A prompt's last block has no snapshot of its own where one lies within a spacing divided by this."""

@@ -13,8 +13,8 @@ from inference_service.adapters.defaults import AdapterDefaults
 from inference_service.adapters.fixed import fixed_manager
 from inference_service.adapters.manager import AdapterManager
 from inference_service.adapters.ports import GenerationFollower
-from inference_service.adapters.scoring import Scorer, require_text
-from inference_service.adapters.served_model import ServedModel
+from inference_service.adapters.scoring import Scorer
+from inference_service.adapters.served_model import ServedModel, require_text
 from inference_service.adapters.texts import AdapterTexts
 from inference_service.core.adapter import activation
 from inference_service.core.constraint import Constraint

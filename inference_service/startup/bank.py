@@ -17,10 +17,10 @@ from inference_service.adapters.reading import BundleReader
 from inference_service.adapters.texts import AdapterTexts
 from inference_service.backends.base import LoraBackend
 from inference_service.core.adapter import Adapter
-from inference_service.engine.inbox import Inbox
 from inference_service.engine.residency import Residency
 from inference_service.lora.packed import PackedAdapter
 from inference_service.lora.places import Places
+from inference_service.serving.engine_thread import Inbox
 from inference_service.startup.base import LoadedBase
 from inference_service.startup.memory import free_bytes
 from loramux_shared.bases.memory import GB, USUAL_RANK, adapter_bytes, plan_bank

@@ -30,13 +30,12 @@ from inference_service.core.sequence import Sequence as EngineSequence
 from inference_service.engine.engine import Engine
 from inference_service.engine.graph_runner import GraphRunner, SegmentedLora
 from inference_service.engine.graphs import CudaRecorder
-from inference_service.engine.inbox import Inbox
 from inference_service.engine.plan import SchedulerLimits
 from inference_service.engine.residents import AlwaysResident, Residents
 from inference_service.engine.runner import Blocks, Runner
 from inference_service.kernels.cpu.spin import Spinning
 from inference_service.serving.base_files import BaseFiles
-from inference_service.serving.engine_thread import EngineThread
+from inference_service.serving.engine_thread import EngineThread, Inbox
 from inference_service.serving.service import GenerationService, ServingLimits
 from inference_service.serving.telemetry.record import Watcher
 from inference_service.startup.bank import OpenBank, open_bank, preload, preload_later
