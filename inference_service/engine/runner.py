@@ -98,7 +98,8 @@ class Runner:
         last, *states = torch.split(hidden, [len(rows.last_rows), *map(len, others)])
         for seq, scored in zip(rows.scored, states, strict=False):
             score_prompt(seq, scored, partial(self._logits_of, seq))()
-        return model.logits(last, own), pool(rows.pooled, states[len(rows.scored) :])
+        vectors = pool(rows.pooled, states[len(rows.scored) :]) if rows.pooled else list
+        return model.logits(last, own), vectors
 
     def _logits_of(self, seq: Sequence, hidden: Tensor) -> Tensor:
         """Return the logits of rows [N, hidden] of one sequence."""
