@@ -206,6 +206,15 @@ def test_what_a_page_points_to_is_there(page: Path) -> None:
     assert not [path for path in lost if not (gone and "extensions/" in path)]
 
 
+@pytest.mark.parametrize("note", DECISIONS, ids=lambda note: note.name)
+def test_a_module_that_a_note_names_is_there(note: Path) -> None:
+    """Modules in backquotes exist, by their path in the repository or in a room."""
+    named = set(re.findall(r"`((?:\w+/)+\w+\.py)`", note.read_text()))
+    gone = not (ROOT / "extensions").exists()
+    lost = {path for path in named if not any((ROOT / room / path).exists() for room in ROOMS)}
+    assert not {path for path in lost if not (gone and "extensions/" in path)}
+
+
 def _anchors(page: Path) -> set[str]:
     """Return the names that a link to a place of this page can have."""
     text = re.sub(r"```.*?```", "", page.read_text(), flags=re.S)
