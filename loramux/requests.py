@@ -29,7 +29,7 @@ def generate_request(model: str, prompt: Prompt, options: GenerateOptions) -> pb
         RequestInvalid: an option's value does not fit its field; the findings name them all.
         TypeError: an option that does not exist.
     """
-    given = given_of(options, GenerateOptions)
+    given = explicit_options(options, GenerateOptions)
     given |= {name: [given[name]] for name in ("stop", "bad_words") if isinstance(given.get(name), str)}
     constraints, templated, fields, sampling = (_of(kind, given) for kind in _MESSAGES)
     fields["model"] = model
@@ -55,7 +55,7 @@ def generate_request(model: str, prompt: Prompt, options: GenerateOptions) -> pb
     return pb.GenerateRequest(**fields, sampling=pb.SamplingParams(**sampling))
 
 
-def given_of(options: Mapping[str, Any], kind: type) -> dict[str, Any]:
+def explicit_options(options: Mapping[str, Any], kind: type) -> dict[str, Any]:
     """Return the options of a kind, a TypedDict, that are not left to the server.
 
     Raises:

@@ -87,7 +87,7 @@ class Trip:
         self._fault = (
             fault
             if asked == 1
-            else fault.retold(f"none of {asked} replicas took it; the last: {fault.message}")
+            else fault.with_message(f"none of {asked} replicas took it; the last: {fault.message}")
         )
         if self._spent >= TRIES:
             raise self._fault

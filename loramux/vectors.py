@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Final, TypeAlias, TypedDict, Unpack, cast
 
 from loramux.inference.v1 import inference_pb2 as pb
-from loramux.requests import ADAPTERS, adapters_of, given_of, misfit, misfits
+from loramux.requests import ADAPTERS, adapters_of, explicit_options, misfit, misfits
 from loramux.steps import Steps, Stream
 from loramux_shared.faults import Finding, InternalFault, RequestInvalid
 
@@ -92,7 +92,7 @@ def embed_request(model: str, inputs: Sequence[TextInput], options: EmbedOptions
         RequestInvalid: an option's value, or an input, does not fit its field; the findings name them.
         TypeError: an option that does not exist.
     """
-    given = given_of(options, EmbedOptions)
+    given = explicit_options(options, EmbedOptions)
     pooling = given.pop("pooling", None)
     findings = []
     if pooling is not None and not (isinstance(pooling, str) and pooling in _POOLINGS):
@@ -108,7 +108,7 @@ def embed_request(model: str, inputs: Sequence[TextInput], options: EmbedOptions
 
 def classify_request(model: str, inputs: Sequence[TextInput], options: ScoreOptions) -> pb.ClassifyRequest:
     """Return a request for scores; it raises what `embed_request` does."""
-    given = given_of(options, ScoreOptions)
+    given = explicit_options(options, ScoreOptions)
     return cast(pb.ClassifyRequest, _request(pb.ClassifyRequest, model, inputs, given, []))
 
 

@@ -87,7 +87,7 @@ class RunningBuild:
     def fail(self, fault: Fault) -> None:
         """End as FAILED."""
         # The fault itself holds, by its traceback, everything that the build had open.
-        self.state, self.failure = BuildState.FAILED, fault.retold(fault.message)
+        self.state, self.failure = BuildState.FAILED, fault.with_message(fault.message)
         self._changed()
 
     def record(self, fault: Fault) -> FailedBuild:

@@ -131,7 +131,7 @@ def _check_beside(
     try:
         draft.model_copy(update={"adapters": {**dict.fromkeys(named), **beside}}).check_names()
     except DeploymentInvalid as fault:
-        raise fault.retold(f"{fault.message}: {names}. Build with --exact to remove them.") from fault
+        raise fault.with_message(f"{fault.message}: {names}. Build with --exact to remove them.") from fault
 
 
 def _replaced(record: AdapterRecord) -> Finding:
@@ -205,7 +205,7 @@ def _describe_base(deployment: Deployment, shop: Workshop) -> Base:
             signed_by=asked.base_signed_by,
         )
     except Fault as fault:
-        raise fault.retold(f"base checkpoint: {fault.message}") from fault
+        raise fault.with_message(f"base checkpoint: {fault.message}") from fault
     shop.context.bases.remember(base, asked.max_seq_len)
     return base
 

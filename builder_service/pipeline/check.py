@@ -157,7 +157,7 @@ class Checks:
         except BuildInterrupted as fault:
             raise ShuttingDown("the builder stopped during the check. Retry with its successor.") from fault
         except Fault as fault:
-            raise fault.retold(fault.message.removeprefix(_PREFIX)) from fault
+            raise fault.with_message(fault.message.removeprefix(_PREFIX)) from fault
         except OSError as error:
             problem = error.strerror or type(error).__name__
             raise ResourcesExhausted(f"the builder's work folder: {problem}. Free some space.") from error

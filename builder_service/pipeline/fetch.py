@@ -150,7 +150,7 @@ def joined(faults: Mapping[str, Fault]) -> Fault:
     """
     if len(faults) == 1:
         [(name, fault)] = faults.items()
-        return fault.retold(f"adapter {name!r}: {fault.message}")
+        return fault.with_message(f"adapter {name!r}: {fault.message}")
     lasting = [fault for fault in faults.values() if fault.retry_after_s is None]
     first = (lasting or list(faults.values()))[0]
     findings = [Finding(code=fault.reason, adapter=name, fix=fault.message) for name, fault in faults.items()]

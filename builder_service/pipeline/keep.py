@@ -37,7 +37,7 @@ Place: TypeAlias = tuple[SourceKind, str, str, str | None]
 
 
 @dataclass(frozen=True)
-class KeptAdapter:
+class ReusedAdapter:
     """An adapter that stays as it was."""
 
     name: str
@@ -67,10 +67,10 @@ class Keeping:
                 self._by_revision[_place(record.source, record.source.revision)] = record
                 self._by_listing[_place(record.source, record.listing)] = record
 
-    def unasked(self, name: str, repository: Repository) -> KeptAdapter | None:
+    def unasked(self, name: str, repository: Repository) -> ReusedAdapter | None:
         """Return an adapter whose repository need not even be listed: it was built at this very revision."""
         if name in self.beside:
-            return KeptAdapter(name, self.beside[name])
+            return ReusedAdapter(name, self.beside[name])
         pinned = _PINNED.get(repository.source)
         if repository.source is not SourceKind.PUSHED and not (
             pinned and pinned.fullmatch(repository.revision)
@@ -79,9 +79,9 @@ class Keeping:
         found = self._by_revision.get(_place(repository, repository.revision))
         if found is None and repository.source is SourceKind.PUSHED and not repository.revision:
             found = self._pushed(repository)
-        return KeptAdapter(name, _from(found, repository)) if found else None
+        return ReusedAdapter(name, _from(found, repository)) if found else None
 
-    def listed(self, adapter: ListedAdapter) -> KeptAdapter | None:
+    def listed(self, adapter: ListedAdapter) -> ReusedAdapter | None:
         """Return an adapter of whose files its source says what it said when they were built."""
         asked, says = adapter.resolved.repository, adapter.digest
         found = self._by_listing.get(_place(asked, says)) if says else None
@@ -90,7 +90,7 @@ class Keeping:
         if asked.source not in _PINNED and asked.revision not in ("", found.source.revision):
             return None  # the source will say that it has no such content
         extra = tuple(extra_files(adapter.resolved.files))
-        return KeptAdapter(adapter.name, _from(found, asked), extra)
+        return ReusedAdapter(adapter.name, _from(found, asked), extra)
 
     def _pushed(self, repository: Repository) -> AdapterRecord | None:
         """Return the one that was pushed under this name last."""
@@ -137,7 +137,7 @@ def _from(record: AdapterRecord, repository: Repository) -> AdapterRecord:
 
 
 def keep(
-    store: Store, found: Iterable[KeptAdapter], base: BaseRecord, progress: Progress, *, verify: bool
+    store: Store, found: Iterable[ReusedAdapter], base: BaseRecord, progress: Progress, *, verify: bool
 ) -> dict[str, AdapterRecord]:
     """Return the records of those whose bundles are in the store, and tell that they are done.
 

@@ -90,7 +90,7 @@ def changed(
 
 def _added(record: AdapterRecord, before: AdapterRecord | None) -> AdapterRecord:
     """Return a record as one that is not of the deployment's file, unless it is the file's own again."""
-    own = before is not None and not before.added and record.same_but_said(before)
+    own = before is not None and not before.added and record.same_content(before)
     return record.model_copy(update={"added": not own})
 
 

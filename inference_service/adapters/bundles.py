@@ -46,9 +46,11 @@ class StoredBundles:
                 f"bundle:{digest}: the store has no bundle of this digest. Build it, or name another."
             ) from missing
         except StoreUnavailable as fault:
-            raise fault.retold("the store does not answer, so the bundle cannot be read. Retry.") from fault
+            raise fault.with_message(
+                "the store does not answer, so the bundle cannot be read. Retry."
+            ) from fault
         except BundleCorrupt as fault:
-            raise fault.retold(
+            raise fault.with_message(
                 f"bundle {digest[:12]}: its manifest is damaged in the store. Build it again, or name another."
             ) from fault
         # Where it came from is told by no bundle, and this record is stored nowhere.

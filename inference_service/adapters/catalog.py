@@ -20,7 +20,7 @@ from inference_service.adapters.names import (
     model_not_found,
     version_not_found,
 )
-from inference_service.adapters.served_model import ServedModel, shown_source
+from inference_service.adapters.served_model import ServedModel, display_source
 from inference_service.core.adapter import MOST_PARTS, Adapter
 from loramux_shared.access.rights import ACCESS, Access
 from loramux_shared.bundle.generation import AdapterRecord, BaseRecord, Generation
@@ -239,7 +239,7 @@ class Catalog:
             record.digest, invocation=record.invocation_tokens
         )
         self._handles[record.digest] = adapter
-        source = shown_source(record.source)
+        source = display_source(record.source)
         known = self._known(name, record.digest, models)
         if known is not None:
             licence = record.licence

@@ -198,10 +198,10 @@ class BundleReader:
                 "bundle cannot be read from the store", digest=digest[:12], file=name, problem=fault.message
             )
             if isinstance(fault, StoreUnavailable):
-                raise fault.retold(
+                raise fault.with_message(
                     "the store does not answer, so an adapter cannot be loaded. Retry."
                 ) from fault
-            raise fault.retold(fault.message.replace(self._store.uri, "the store")) from fault
+            raise fault.with_message(fault.message.replace(self._store.uri, "the store")) from fault
 
 
 class KnownWeights:

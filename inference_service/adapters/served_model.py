@@ -64,7 +64,7 @@ class ServedModel:
         return tuple([part.name for part in self.parts]) or (self.name,)
 
 
-def shown_source(repository: Repository) -> str:
+def display_source(repository: Repository) -> str:
     """Say where a model came from, to everybody who may ask; a folder's path is nobody's business."""
     place = repository.shown
     place = Path(place).name if repository.source is SourceKind.LOCAL else place

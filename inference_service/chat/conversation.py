@@ -18,7 +18,7 @@ from inference_service.chat.pieces import (
     CallArguments,
     CallBegun,
     Piece,
-    Said,
+    TextPiece,
     Thought,
 )
 from inference_service.chat.request import ANY_ARGUMENTS, ChatRequest, ChatTool, naming
@@ -160,7 +160,7 @@ class Conversation:
     def _wants(self, piece: Piece) -> bool:
         if isinstance(piece, Thought):
             return self._chat.shows_thoughts
-        if isinstance(piece, Said):
+        if isinstance(piece, TextPiece):
             return not self._chat.forced  # it can only be a call that was cut off before its name
         return not (self._chat.one_call and isinstance(piece, CallBegun | CallArguments) and piece.index)
 

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 
 @dataclass(frozen=True)
-class Said:
+class TextPiece:
     """Text for the user."""
 
     text: str
@@ -40,7 +40,7 @@ class CallArguments:
     text: str
 
 
-Piece = Said | Thought | CallBegun | CallArguments
+Piece = TextPiece | Thought | CallBegun | CallArguments
 
 
 class AnswerReader(Protocol):
@@ -60,7 +60,7 @@ class Plain:
 
     def push(self, text: str) -> list[Piece]:
         """Return the text."""
-        return [Said(text)] if text else []
+        return [TextPiece(text)] if text else []
 
     def finish(self) -> list[Piece]:
         """Return nothing."""

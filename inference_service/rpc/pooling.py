@@ -31,7 +31,7 @@ NO_NEW_TOKENS: Final = Sampling(max_tokens=0)
 _POOLINGS: Final = {pb.POOLING_LAST: Pooling.LAST, pb.POOLING_MEAN: Pooling.MEAN}
 
 
-def pooling_said(message: pb.EmbedRequest) -> str | None:
+def requested_pooling(message: pb.EmbedRequest) -> str | None:
     """Return the pooling that a message asks for; an unknown number stays that number."""
     if message.pooling == pb.POOLING_UNSPECIFIED:
         return None

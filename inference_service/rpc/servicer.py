@@ -9,7 +9,7 @@ import grpc
 
 from inference_service.rpc.mapping import event_to_messages, model_to_message, request_from_message
 from inference_service.rpc.pooling import (
-    pooling_said,
+    requested_pooling,
     requests_from_message,
     scores_to_message,
     vector_to_message,
@@ -62,7 +62,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             self._service.limits,
             request.dimensions if request.HasField("dimensions") else None,
         )
-        pooling = pooling_of(pooling_said(request), self._service.usual_pooling)
+        pooling = pooling_of(requested_pooling(request), self._service.usual_pooling)
         check_dimensions(dimensions, limits.hidden_size)
         asked = requests_from_message(request, context, pooling, limits.max_seq_len)
         normalize, index = request.normalize or not request.HasField("normalize"), 0

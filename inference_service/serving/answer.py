@@ -95,7 +95,7 @@ class Answer:
         if output.finish is EndReason.DEADLINE:
             return DeadlineExceeded("the deadline passed before the answer was complete; it was ended.")
         if output.fault is not None:
-            return output.fault.retold(f"model {self.seq.model!r}: {output.fault.message}")
+            return output.fault.with_message(f"model {self.seq.model!r}: {output.fault.message}")
         if self.seq.grammar is not None and self.seq.grammar.failure:
             finding = Finding(
                 code="E_CONSTRAINT",

@@ -174,7 +174,7 @@ class EngineThread:
         """End every open stream with a fault, SHUTTING_DOWN by default, and refuse new ones."""
         self._stopped = self._stopped or fault or ShuttingDown(CUT)
         for outputs in set(self._streams.values()):
-            outputs.fail(self._stopped.retold(self._stopped.message))
+            outputs.fail(self._stopped.with_message(self._stopped.message))
 
     async def stop(self) -> str | None:
         """End the thread after the step in progress, and what is open; return what `ended` does."""
@@ -194,7 +194,7 @@ class EngineThread:
             ReplicaFailed: the engine failed.
         """
         if self._stopped is not None:
-            raise self._stopped.retold(self._stopped.message)
+            raise self._stopped.with_message(self._stopped.message)
         self._require_room(len(seqs))
         outputs = Outputs(seqs, self._close)
         self._streams |= {seq.id: outputs for seq in seqs}

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import structlog
 import torch
 
-from inference_service.adapters.served_model import ServedModel, shown_source
+from inference_service.adapters.served_model import ServedModel, display_source
 from inference_service.backends.base import Backend
 from inference_service.models.checkpoint import Checkpoint
 from inference_service.models.decoder import Decoder
@@ -50,7 +50,7 @@ class LoadedBase:
         """Return it as the catalog has it; what is odd about it is logged."""
         return ServedModel(
             generation.served_model_name,
-            source=shown_source(generation.base.source),
+            source=display_source(generation.base.source),
             load_s=self.load_s,
             warnings=_warn_about(self.config, self.model),
         )
@@ -87,7 +87,7 @@ def load_base(generation: Generation, settings: InferenceSettings, sources: Sour
 
     if generation.base.source.source is not SourceKind.LOCAL:
         report("fetching the base, or finding it in the cache")
-    log.info("fetching the base", source=shown_source(generation.base.source), cache=str(settings.cache_dir))
+    log.info("fetching the base", source=display_source(generation.base.source), cache=str(settings.cache_dir))
     try:
         return with_base(generation.base, into, sources, read)
     except ResourcesExhausted as fault:

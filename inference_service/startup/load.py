@@ -52,7 +52,7 @@ from inference_service.startup.profile import (
     measure_graph,
 )
 from inference_service.startup.reading import bytes_per_s
-from inference_service.startup.rounding import agree, weights_told
+from inference_service.startup.rounding import agree, describe_weights
 from loramux_shared.bases.memory import GB, token_bytes
 from loramux_shared.bundle.deployments import require_deployment
 from loramux_shared.bundle.generation import Generation
@@ -294,7 +294,7 @@ def _log_loaded(
         product=about.computing.product,
         device=str(backend.device),
         dtype=about.dtype,
-        weights=weights_told(base),
+        weights=describe_weights(base),
         reading=about.computing.reading,
         threads=torch.get_num_threads(),
         adapters=len(registered) or len(generation.adapters),

@@ -8,7 +8,7 @@ import structlog
 import torch
 
 from inference_service.adapters.defaults import read_adapter_defaults
-from inference_service.adapters.served_model import ServedModel, shown_source
+from inference_service.adapters.served_model import ServedModel, display_source
 from inference_service.backends.hold import hold_packed
 from inference_service.core.adapter import Adapter
 from inference_service.lora.weights import load_adapter
@@ -42,7 +42,7 @@ def merge(generation: Generation, base: LoadedBase, store: Store, block_size: in
     return ServedModel(
         name,
         None,
-        shown_source(record.source),
+        display_source(record.source),
         record.digest,
         summary.ranks,
         summary.modules,

@@ -36,7 +36,7 @@ def agree(settings: InferenceSettings, generation: Generation) -> tuple[Inferenc
     return settings, generation.model_copy(update={"merge": Merge.NEVER})
 
 
-def weights_told(base: LoadedBase) -> str:
+def describe_weights(base: LoadedBase) -> str:
     """Return what the matrices of the base take, and would take."""
     backend, config = base.backend, base.model.config
     rounded, whole = (

@@ -202,5 +202,5 @@ def _also_here(fault: Fault, add: Mapping[str, Repository]) -> Fault:
             folder = Path(repository.repo) / repository.subfolder
             push = f"This machine has it: `loramux push {folder} --name {name}` sends it."
             here = push if folder.is_dir() else "This machine has no such folder."
-            return fault.retold(f"{fault.message} {here}")
+            return fault.with_message(f"{fault.message} {here}")
     return fault

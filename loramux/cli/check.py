@@ -122,7 +122,7 @@ def check_with(builder: str, wanted: Wanted) -> AdapterReport:
         if fault.repository not in {each.repo for each in wanted.repositories if each.source is SourceKind.HF}:
             raise
         told = f"{fault.message.rstrip('.')}. If a folder was meant: there is no {fault.repository} here."
-        raise fault.retold(told) from fault
+        raise fault.with_message(told) from fault
     return found[0]
 
 

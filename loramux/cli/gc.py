@@ -14,7 +14,7 @@ from rich.filesize import decimal
 from loramux.cli import shell
 from loramux.cli.documents import emit
 from loramux.cli.local.services import StoreFlag
-from loramux_shared.bundle.gc import KeptGeneration, Orphan, Retention, check_grace, find_orphans, remove
+from loramux_shared.bundle.gc import Orphan, RetainedGeneration, Retention, check_grace, find_orphans, remove
 from loramux_shared.faults import SettingsInvalid
 from loramux_shared.settings import BuilderSettings, load_settings
 from loramux_shared.storage.open import open_store
@@ -63,7 +63,7 @@ def gc(
         fields = {"orphans": _fields(found.old, gone), "spared": _fields(found.young, ()), "kept": found.kept}
         emit({"store": opened.uri} | fields)
         return
-    _tell_kept(found.kept)
+    _print_retained(found.kept)
     _sum(opened.uri, found.old, gone if delete else None)
     if found.young:
         shell.show(f"{_counted(found.young)} younger than {grace}: spared")
@@ -109,7 +109,7 @@ def _sum(uri: str, old: Sequence[Orphan], gone: Sequence[Orphan] | None) -> None
             shell.show(f"{len(old) - len(gone)} needed again meanwhile, spared")
 
 
-def _tell_kept(kept: Sequence[KeptGeneration]) -> None:
+def _print_retained(kept: Sequence[RetainedGeneration]) -> None:
     """Print why generations stay, a line for each deployment and reason."""
     for (name, why), found in groupby(kept, key=lambda each: (each.deployment, each.why)):
         some = list(found)

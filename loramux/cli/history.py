@@ -85,7 +85,7 @@ def rollback(
         except DeploymentNotFound as fault:
             if not is_whole(name):
                 raise
-            raise fault.retold(
+            raise fault.with_message(
                 f"{fault.message}. For generation {name}: `loramux rollback --to {name}`"
             ) from fault
     if as_json:

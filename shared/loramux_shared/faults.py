@@ -128,7 +128,7 @@ class Fault(Exception):
         self.repository = repository
         """The one that was being read when it happened, as `Repository.shown` names it; empty: none was."""
 
-    def retold(self, message: str) -> Self:
+    def with_message(self, message: str) -> Self:
         """Return a fault that says the same in other words, and holds nothing of where it happened."""
         return type(self)(message, self.findings, self.repository, self.retry_after_s)
 

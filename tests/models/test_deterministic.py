@@ -126,7 +126,7 @@ def test_nothing_around_a_request_changes_a_bit_of_its_answer(
     size, config = model.dtype.itemsize, model.config
     # states are kept of fewer places than keys and values
     assert chunked.engine.stats.prefix_tokens_hit > (0 if config.state_bytes(size) else 100)
-    token_bytes = size * sum(layer.mixer.kept_features for layer in config.layers)
+    token_bytes = size * sum(layer.mixer.cached_features for layer in config.layers)
     cache = 208 * token_bytes + SEQS * config.state_bytes(size)
     scarce = loaded(world, dtype=dtype, kv_memory_gb=cache / 1e9, max_batch_seqs=SEQS)
     scarce.engine._engine._clock = lambda: 0.0  # how much a step has of prompts would depend on the machine

@@ -549,7 +549,7 @@ def test_the_kernels_for_gpus_answer_the_same(answers: Answers) -> None:
 def tight(world: World, sequences: int, least: int = 64) -> dict[str, Any]:
     """Settings with a cache that has no room for so many sequences, but for one of at least so many tokens."""
     config = read_config(world.base)
-    token_bytes = 4 * sum(layer.mixer.kept_features for layer in config.layers)
+    token_bytes = 4 * sum(layer.mixer.cached_features for layer in config.layers)
     # where all layers slide, one sequence holds little, and a step of few rows is enough for it
     tokens, rows = (152, 1024) if None in config.windows else (least, 16)
     states = (sequences + SNAPSHOTS) * config.state_bytes(4)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from hypothesis import strategies as st
 
-from inference_service.chat.pieces import AnswerReader, CallArguments, CallBegun, Piece, Said, Thought
+from inference_service.chat.pieces import AnswerReader, CallArguments, CallBegun, Piece, TextPiece, Thought
 
 Heard = list[list[str]]
 """``["said", text]``, ``["thought", text]`` and ``["call", name, arguments]``, each as long as it goes on."""
@@ -26,9 +26,9 @@ def heard(pieces: Sequence[Piece]) -> Heard:
     calls = 0
     for piece in pieces:
         match piece:
-            case Said() | Thought():
+            case TextPiece() | Thought():
                 assert piece.text
-                kind = "said" if isinstance(piece, Said) else "thought"
+                kind = "said" if isinstance(piece, TextPiece) else "thought"
                 if not told or told[-1][0] != kind:
                     told.append([kind, ""])
                 told[-1][1] += piece.text

@@ -86,7 +86,7 @@ class Contest:
 
         def met(model: str, outcome: Entrant | Fault) -> None:
             if isinstance(outcome, Fault):
-                failed.append(outcome.retold(f"{model}: {outcome.message}"))
+                failed.append(outcome.with_message(f"{model}: {outcome.message}"))
             else:
                 self.found.entrants[model] = outcome
 

@@ -7,7 +7,7 @@ from typing import Any, Final
 from loramux_envoy.clusters import ANSWERS, BUFFER_BYTES, inner_name, proxy_address
 from loramux_envoy.fleet import Fleet, Place
 from loramux_envoy.model import HEADER, filters_of_json, filters_of_protobuf
-from loramux_envoy.place import PLACE, filter_of_places, told_by
+from loramux_envoy.place import PLACE, filter_of_places, replica_header
 from loramux_envoy.replies import LOCAL_REPLIES
 from loramux_shared.routes import INFERENCE_SERVICE, ROUTES
 from loramux_shared.rpc.options import IDLE_S, MAX_REQUEST_BYTES, MAX_STREAMS, PING_S, PING_TIMEOUT_S
@@ -107,7 +107,12 @@ def _listener(
     name: str, place: Place, protocol: Json, idle_s: int, routes: list[Json], filters: list[Json], log: Json
 ) -> Json:
     hosts = [
-        {"name": name, "domains": ["*"], "response_headers_to_add": [told_by(log["replica"])], "routes": routes}
+        {
+            "name": name,
+            "domains": ["*"],
+            "response_headers_to_add": [replica_header(log["replica"])],
+            "routes": routes,
+        }
     ]
     manager = {
         "@type": f"{TYPE}.filters.network.http_connection_manager.v3.HttpConnectionManager",

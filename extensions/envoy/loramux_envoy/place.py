@@ -63,7 +63,7 @@ def filter_of_places() -> dict[str, Any]:
     return lua(PLACES)
 
 
-def told_by(replica: str) -> dict[str, Any]:
+def replica_header(replica: str) -> dict[str, Any]:
     """Return the header of an answer by which that filter knows the replica, whose format is given."""
     return {
         "header": {"key": HOST, "value": replica},

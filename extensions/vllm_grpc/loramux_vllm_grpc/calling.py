@@ -22,7 +22,7 @@ def metadata_of(context: grpc.aio.ServicerContext) -> dict[str, str]:
     return {name: value for name, value in context.invocation_metadata() or () if isinstance(value, str)}
 
 
-def said_beside(context: grpc.aio.ServicerContext, sticky_key: str = "") -> dict[str, Any]:
+def call_options(context: grpc.aio.ServicerContext, sticky_key: str = "") -> dict[str, Any]:
     """Return the fields of a `Request` that a call says, and not its message.
 
     Raises:

@@ -9,7 +9,7 @@ import grpc
 from inference_service.serving.request import PromptContent, Request
 from inference_service.serving.sizes import check_ids, countable
 from loramux_shared.pooling import Pooling
-from loramux_vllm_grpc.calling import refuse_rank, said_beside
+from loramux_vllm_grpc.calling import call_options, refuse_rank
 from loramux_vllm_grpc.refusals import no_prompt, refuse_fields
 from loramux_vllm_grpc.structure import constraint_of
 from loramux_vllm_grpc.wire import engine_pb2 as pb
@@ -70,7 +70,7 @@ def request_of(
         usual_temperature=DEFAULT_TEMPERATURE,
         logit_bias=dict(params.logit_bias),
         constraint=constraint_of(kind, getattr(params, kind) if kind else None, "sampling_params"),
-        **own | said_beside(context),
+        **own | call_options(context),
     )
 
 
@@ -89,7 +89,7 @@ def embedding_of(
     check_ids(message.tokenized.input_ids, max_seq_len)
     own = {"id": message.request_id} if message.request_id else {}
     prompt = list(message.tokenized.input_ids)
-    return Request.of(model, prompt, max_tokens=0, pooling=pooling, **own | said_beside(context))
+    return Request.of(model, prompt, max_tokens=0, pooling=pooling, **own | call_options(context))
 
 
 def _prompt(message: pb.GenerateRequest, max_seq_len: int) -> PromptContent:

@@ -10,7 +10,7 @@ import grpc
 from inference_service.serving.request import PromptContent, Request
 from inference_service.serving.sizes import check_ids, countable
 from loramux_shared.faults import Finding, RequestInvalid
-from loramux_vllm_grpc.calling import said_beside
+from loramux_vllm_grpc.calling import call_options
 from loramux_vllm_grpc.refusals import no_prompt, refuse_fields
 from loramux_vllm_grpc.structure import constraint_of
 from loramux_vllm_grpc.wire import inference_pb2 as pb
@@ -53,7 +53,7 @@ def request_of(message: pb.GenerateRequest, context: grpc.aio.ServicerContext, m
         truncate_prompt_tokens=cut or None,
         priority=-message.priority,
         cache_salt=_salt(message.kv),
-        **own | said_beside(context, message.session_id),
+        **own | call_options(context, message.session_id),
     )
 
 

@@ -52,7 +52,7 @@ def spelled_out() -> Iterator[None]:
         if not fault.findings:
             raise
         shown = "; ".join(map(str, fault.findings[:SHOWN]))
-        raise fault.retold(f"{fault.message} {shown}") from fault
+        raise fault.with_message(f"{fault.message} {shown}") from fault
 
 
 def refuse_fields(message: Message, unsupported: Mapping[str, str]) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from inference_service.chat.formats.source import AnswerSource, Marks, Reader, marks
-from inference_service.chat.pieces import Said, Thought
+from inference_service.chat.pieces import TextPiece, Thought
 
 Block = Callable[[AnswerSource], Reader[bool]]
 """Reads what stands behind a mark, with its end; says whether it was what the mark promises. If not, it has
@@ -51,10 +51,10 @@ def answer(
             yield from source.spaces()
         elif source.ended:
             source.at = 0
-            yield Said(source.take(len(source.text)))
+            yield TextPiece(source.take(len(source.text)))
         else:
             source.at = 0
-            yield Said(source.take(len(mark)))
+            yield TextPiece(source.take(len(mark)))
 
 
 def said(source: AnswerSource, known: Marks) -> Reader[str | None]:
@@ -62,7 +62,7 @@ def said(source: AnswerSource, known: Marks) -> Reader[str | None]:
     while True:
         found = known.find(source)
         if text := source.take(found.start() if found else known.certain(source)):
-            yield Said(text)
+            yield TextPiece(text)
         if found or source.ended:
             return found[0] if found else None
         source.forget()

@@ -22,7 +22,7 @@ from typing import Any, Final
 from inference_service.chat.formats.format import TemplateMarks, ToolFormat
 from inference_service.chat.formats.lark import Asked, CallGrammar, Spelling, either, json_of
 from inference_service.chat.formats.source import AnswerSource, Reader, marks
-from inference_service.chat.pieces import AnswerCalls, Piece, Said, Thought
+from inference_service.chat.pieces import AnswerCalls, Piece, TextPiece, Thought
 from inference_service.serving.request import Message
 from loramux_shared.parsers import ToolParser
 
@@ -43,7 +43,7 @@ _TO: Final = re.compile(r"\bto=([^\s<]+)")
 
 def messages(source: AnswerSource, calls: AnswerCalls, *, shown: bool = True) -> Reader[None]:
     """Read the messages of an answer; not shown: reasoning is said."""
-    spoken = {Said: False, Thought: False}
+    spoken = {TextPiece: False, Thought: False}
     first = True
     while True:
         header = yield from _header(source, begins=first)
@@ -55,7 +55,7 @@ def messages(source: AnswerSource, calls: AnswerCalls, *, shown: bool = True) ->
             yield calls.begin(name)
             yield from _body(source, calls)
         else:
-            kind = Thought if channel and channel[1] == "analysis" and not recipient and shown else Said
+            kind = Thought if channel and channel[1] == "analysis" and not recipient and shown else TextPiece
             yield from _body(source, kind, behind=spoken[kind])
             spoken[kind] = True
         first = False
@@ -86,7 +86,7 @@ def _header(source: AnswerSource, *, begins: bool) -> Reader[str | None]:
 
 
 def _body(
-    source: AnswerSource, of: AnswerCalls | type[Said] | type[Thought], *, behind: bool = False
+    source: AnswerSource, of: AnswerCalls | type[TextPiece] | type[Thought], *, behind: bool = False
 ) -> Reader[None]:
     """Tell a body; behind: one of its kind came before, from which it is parted."""
     known = marks(END, RETURN, CALL, START)
@@ -106,7 +106,7 @@ def _body(
         yield of.more("{}")
 
 
-def _piece(of: AnswerCalls | type[Said] | type[Thought], text: str) -> Piece:
+def _piece(of: AnswerCalls | type[TextPiece] | type[Thought], text: str) -> Piece:
     return of.more(text) if isinstance(of, AnswerCalls) else of(text)
 
 

@@ -11,7 +11,7 @@ from pydantic import ConfigDict, with_config
 from typing_extensions import ReadOnly, TypedDict
 
 
-class SaidBlock(TypedDict):
+class AnswerTextBlock(TypedDict):
     """Text."""
 
     type: Literal["text"]
@@ -52,7 +52,7 @@ class MessageUsage(TypedDict):
     """Details where the answer has reasoning."""
 
 
-ContentBlock = SaidBlock | ThoughtBlock | CallBlock
+ContentBlock = AnswerTextBlock | ThoughtBlock | CallBlock
 StopReason = Literal["end_turn", "max_tokens", "stop_sequence", "tool_use"]
 
 

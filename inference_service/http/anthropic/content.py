@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic_core import from_json
 
-from inference_service.chat.pieces import CallArguments, CallBegun, Piece, Said, Thought
+from inference_service.chat.pieces import CallArguments, CallBegun, Piece, TextPiece, Thought
 from inference_service.http.anthropic.answers import (
     BlockDelta,
     BlockStart,
@@ -55,9 +55,9 @@ class Content:
     def _take(self, piece: Piece) -> list[BlockEvent]:
         kind = self._open["type"] if self._open else ""
         match piece:
-            case Said() if kind == "text":
+            case TextPiece() if kind == "text":
                 return self._more(piece.text)
-            case Said():
+            case TextPiece():
                 self._space += piece.text
                 if not self._space.strip():
                     return []

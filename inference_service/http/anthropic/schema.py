@@ -129,7 +129,7 @@ class Metadata(Body):
     user_id: str | None = None
 
 
-class KeptThinking(Body):
+class ThinkingToKeep(Body):
     """The one edit of a context that changes nothing; Claude Code asks for it."""
 
     type: Literal["clear_thinking_20251015"]
@@ -143,7 +143,7 @@ def _changes_nothing(edit: Any) -> Any:
     return edit
 
 
-Edit = Annotated[KeptThinking, BeforeValidator(_changes_nothing, json_schema_input_type=KeptThinking)]
+Edit = Annotated[ThinkingToKeep, BeforeValidator(_changes_nothing, json_schema_input_type=ThinkingToKeep)]
 
 
 class ContextManagement(Body):

@@ -81,7 +81,7 @@ class ChatChoice:
             self.reasoning_tokens += self._unread if isinstance(piece, Thought) else 0
             self._unread = 0
             match piece:
-                case Said():
+                case TextPiece():
                     self._content.append(piece.text)
                 case Thought():
                     self._reasoning.append(piece.text)
@@ -124,7 +124,7 @@ class ChatChoice:
             return self._opened([*self._parts(pieces), self._choice({}, ended=True)])
         scores = None if self._names is None else chat_logprobs(event.tokens, self._names)
         if (scores or self._ids is not None) and not pieces:
-            pieces = [Said("")]
+            pieces = [TextPiece("")]
         parts = self._parts(pieces, scores)
         if self._ids is not None:
             parts[0]["token_ids"] = [token.id for token in event.tokens]
@@ -160,7 +160,7 @@ def _delta(piece: Piece) -> MessagePart:
     """Return the part of a message that a piece is."""
     call: CallPart
     match piece:
-        case Said():
+        case TextPiece():
             return {"content": piece.text}
         case Thought():
             return {"reasoning_content": piece.text, "reasoning": piece.text}

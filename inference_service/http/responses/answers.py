@@ -15,7 +15,7 @@ from inference_service.http.openai.answers import TokenLogprob
 ItemStatus = Literal["in_progress", "completed", "incomplete"]
 
 
-class SaidPart(TypedDict):
+class OutputTextPart(TypedDict):
     """Text of a message; there are no annotations here."""
 
     type: Literal["output_text"]
@@ -24,14 +24,14 @@ class SaidPart(TypedDict):
     logprobs: list[TokenLogprob]
 
 
-class SaidItem(TypedDict):
+class OutputMessage(TypedDict):
     """Text of the answer."""
 
     id: str
     type: Literal["message"]
     status: ItemStatus
     role: Literal["assistant"]
-    content: list[SaidPart]
+    content: list[OutputTextPart]
 
 
 class ThoughtPart(TypedDict):
@@ -64,7 +64,7 @@ class CalledItem(TypedDict):
     arguments: str
 
 
-AnsweredItem = SaidItem | ThoughtItem | CalledItem
+AnsweredItem = OutputMessage | ThoughtItem | CalledItem
 
 
 class InputDetails(TypedDict):
@@ -227,7 +227,7 @@ class PartEvent(ResponseEvent):
     item_id: str
     output_index: int
     content_index: int
-    part: SaidPart | ThoughtPart
+    part: OutputTextPart | ThoughtPart
 
 
 class OutputTextDelta(ResponseEvent):

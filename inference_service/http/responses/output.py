@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from itertools import count
 from typing import Final, Literal
 
-from inference_service.chat.pieces import CallArguments, CallBegun, Piece, Said, Thought
+from inference_service.chat.pieces import CallArguments, CallBegun, Piece, TextPiece, Thought
 from inference_service.core.sequence import Token
 from inference_service.http.openai.answers import TokenLogprob
 from inference_service.http.openai.logprobs import TokenNames, chat_logprobs
@@ -23,13 +23,13 @@ from inference_service.http.responses.answers import (
     CalledItem,
     ItemEvent,
     ItemStatus,
+    OutputMessage,
     OutputTextDelta,
     OutputTextDone,
+    OutputTextPart,
     PartEvent,
     ReasoningTextDelta,
     ReasoningTextDone,
-    SaidItem,
-    SaidPart,
     ThoughtItem,
     ThoughtPart,
 )
@@ -101,7 +101,7 @@ class _Parted(_Item):
     def done(self, status: ItemStatus) -> list[OutputEvent]:
         return [self._text_done(), self._part_event("response.content_part.done"), *super().done(status)]
 
-    def _part(self) -> SaidPart | ThoughtPart:
+    def _part(self) -> OutputTextPart | ThoughtPart:
         raise NotImplementedError
 
     def _text_done(self) -> OutputTextDone | ReasoningTextDone:
@@ -129,11 +129,11 @@ class _Message(_Parted):
         super().__init__(index, number)
         self._scores: list[TokenLogprob] = []
 
-    def item(self, status: ItemStatus) -> SaidItem:
+    def item(self, status: ItemStatus) -> OutputMessage:
         content = [self._part()] if self._texts else []
         return {"id": self._id, "type": "message", "status": status, "role": "assistant", "content": content}
 
-    def _part(self) -> SaidPart:
+    def _part(self) -> OutputTextPart:
         return {"type": "output_text", "text": self._text, "annotations": [], "logprobs": [*self._scores]}
 
     def more(self, text: str, scores: list[TokenLogprob]) -> OutputTextDelta:
@@ -294,7 +294,7 @@ class OutputItems:
 
     def _piece(self, piece: Piece) -> list[OutputEvent]:
         match piece:
-            case Said(text):
+            case TextPiece(text):
                 if isinstance(self._open, _Message) or text.strip():
                     return self._say(text)
                 self._space += text

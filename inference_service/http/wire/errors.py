@@ -98,7 +98,7 @@ def headers_of(fault: Fault, status: int) -> dict[str, str]:
     return headers
 
 
-def told_http(http: Request, error: HTTPException) -> tuple[str, str]:
+def http_error(http: Request, error: HTTPException) -> tuple[str, str]:
     """Return message and code of a request that met no handler, or that HTTP itself refuses."""
     code, message = HTTP_CODES.get(error.status_code, "invalid_request"), error.detail
     if error.status_code in (404, 405):

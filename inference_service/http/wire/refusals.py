@@ -123,6 +123,6 @@ def failure_response(scope: Scope) -> Response:
 def http_error_response(scope: Scope, error: HTTPException) -> Response:
     """Return the answer to what Starlette refuses: no such route or method, or a body that it does not take."""
     http = Request(scope)
-    message, code = errors.told_http(http, error)
+    message, code = errors.http_error(http, error)
     body = refused_body(http.url.path, message, error.status_code, code, request_id_of(scope))
     return Reply(body, error.status_code, error.headers)

@@ -83,7 +83,7 @@ def _require_key(keyring: Keyring) -> None:
         try:
             keyring.authorize(Credentials().api_key, scope)
         except (Unauthenticated, PermissionDenied) as fault:
-            raise fault.retold(
+            raise fault.with_message(
                 f"{fault.message} This command calls both services: give it a key with the scopes build and "
                 f"infer, as {API_KEY} or --api-key. `loramux keys new --scope build --scope infer --file FILE` "
                 "makes one."

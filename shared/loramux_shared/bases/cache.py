@@ -96,7 +96,7 @@ class Cache:
             return self.seqs
         return min(self.seqs, max(1, self._block_bytes(count) // self.state_bytes))
 
-    def kept_states(self, count: int) -> int:
+    def snapshot_states(self, count: int) -> int:
         """Snapshots of states beside so many blocks."""
         if not self.state_bytes or not self.snapshots:
             return 0
@@ -104,12 +104,12 @@ class Cache:
 
     def spacing(self, count: int) -> int | None:
         """Blocks between two snapshots: one prompt that had all blocks would use all. None: there are none."""
-        snapshots = self.kept_states(count)
+        snapshots = self.snapshot_states(count)
         return max(-(-count // snapshots), -(-NEAREST // self.block_size)) if snapshots else None
 
     def num_bytes(self, count: int) -> int:
         """All of it, where a group that sees everything has so many blocks."""
-        return self._block_bytes(count) + (self.seats(count) + self.kept_states(count)) * self.state_bytes
+        return self._block_bytes(count) + (self.seats(count) + self.snapshot_states(count)) * self.state_bytes
 
     def fitting(self, num_bytes: int) -> int:
         """Return the most blocks that fit into so many bytes; below 0: not even the states fit."""
@@ -161,9 +161,9 @@ def window_blocks(window: int, rows: int, block_size: int) -> int:
     return (window + rows - 3) // block_size + 3
 
 
-def kept_by(config: ModelConfig, item_bytes: int) -> tuple[Kept, ...]:
+def cache_entries(config: ModelConfig, item_bytes: int) -> tuple[Kept, ...]:
     """Return what the groups of a model's layers keep, in the order of its windows."""
     kept = dict.fromkeys(config.windows, 0)
     for mixer in config.attentions:
-        kept[mixer.attention.window] += mixer.kept_features * item_bytes
+        kept[mixer.attention.window] += mixer.cached_features * item_bytes
     return tuple(Kept(window, token_bytes) for window, token_bytes in kept.items())

@@ -51,7 +51,7 @@ class AttentionLayer:
         return 0 if self.attention.keys_of is not None else self.num_kv_heads * self.head_dim
 
     @property
-    def kept_features(self) -> int:
+    def cached_features(self) -> int:
         """Numbers that it keeps of a token, for later ones to see."""
         return 2 * self.kv_features if self.attention.keys_of is None else 0
 
@@ -98,7 +98,7 @@ class DeltaLayer:
         return self.value_heads, self.key_dim, self.value_dim
 
     @property
-    def kept_features(self) -> int:
+    def cached_features(self) -> int:
         """Numbers that it keeps of a token, for later ones to see."""
         return 0
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Final
 
-from loramux_shared.bases.cache import Cache, kept_by
+from loramux_shared.bases.cache import Cache, cache_entries
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bases.groups import GroupShape
 from loramux_shared.bases.layers import ExpertsLayer
@@ -110,7 +110,7 @@ def plan_memory(
         cache.num_bytes(count),
         tokens=max(cache.blocks(count)) * cache.block_size,
         seqs=cache.seats(count),
-        slots=cache.seats(count) + cache.kept_states(count) if cache.state_bytes else 0,
+        slots=cache.seats(count) + cache.snapshot_states(count) if cache.state_bytes else 0,
         spacing=cache.spacing(count),
     )
 
@@ -244,7 +244,7 @@ def cache_of(
     """Return what the cache of a model is asked to hold; max_seq_len is what the deployment promises."""
     sizes = settings.sizes(device)
     return Cache(
-        groups=kept_by(config, item_bytes),
+        groups=cache_entries(config, item_bytes),
         block_size=settings.block_size,
         longest=min(max_seq_len or config.max_positions, config.max_positions),
         seqs=sizes.seqs,

@@ -64,7 +64,7 @@ class Orphan:
 
 
 @dataclass(frozen=True)
-class KeptGeneration:
+class RetainedGeneration:
     """A generation that stays, and with it all bundles to which it refers."""
 
     deployment: str
@@ -101,7 +101,7 @@ class Orphans:
     """Those that may be removed."""
     young: tuple[Orphan, ...]
     """Those of the grace period: a build may be about to refer to them."""
-    kept: tuple[KeptGeneration, ...] = ()
+    kept: tuple[RetainedGeneration, ...] = ()
     """Kept generations by deployment, the newest first."""
 
 
@@ -122,7 +122,7 @@ def find_orphans(store: Store, *, grace: timedelta, now: datetime, retention: Re
     bundles = [entry for entry in store.entries("bundles/") if _BUNDLE.fullmatch(entry.key)]
     records = list(store.entries(DEPLOYMENTS_PREFIX))
     names = sorted({match[1] for entry in records if (match := _DEPLOYMENT.fullmatch(entry.key))})
-    expired, kept, referred = list[Orphan](), list[KeptGeneration](), set[str]()
+    expired, kept, referred = list[Orphan](), list[RetainedGeneration](), set[str]()
     entries = {entry.key: entry for entry in records}
     for name in names:
         for number, why in _judged(store, name, entries, retention, now, building=name in building).items():
@@ -135,7 +135,7 @@ def find_orphans(store: Store, *, grace: timedelta, now: datetime, retention: Re
                     continue
             generation = read_generation(store, name, number)
             digests = {record.digest for record in generation.adapters.values()}
-            kept.append(KeptGeneration(name, number, why or "younger than the grace period", len(digests)))
+            kept.append(RetainedGeneration(name, number, why or "younger than the grace period", len(digests)))
             referred |= digests
     orphans = [*expired, *_claims(store, records), *_signatures(entries), *_bundles(bundles, referred)]
     old = tuple(orphan for orphan in orphans if now - orphan.modified >= grace)

@@ -78,7 +78,7 @@ class AdapterRecord(Model):
         summary = self.summary
         return apart(self.invocation_tokens, summary.modules, summary.vocab, summary.num_labels)
 
-    def same_but_said(self, other: AdapterRecord) -> bool:
+    def same_content(self, other: AdapterRecord) -> bool:
         """True when only what sources say of the same files and bases differs."""
         said = {"listing": self.listing, "lineage": self.lineage}
         return self is other or self == other.model_copy(update=said)
@@ -163,7 +163,7 @@ class Generation(Record):
             return False
         aside = {"number": self.number, "create_time": self.create_time, "adapters": {}}
         return self.model_copy(update={"adapters": {}}) == other.model_copy(update=aside) and all(
-            record.same_but_said(other.adapters[name]) for name, record in self.adapters.items()
+            record.same_content(other.adapters[name]) for name, record in self.adapters.items()
         )
 
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from inference_service.chat.dialect import Dialect, shown
-from inference_service.chat.pieces import AnswerCalls, AnswerReader, CallArguments, CallBegun, Said
+from inference_service.chat.pieces import AnswerCalls, AnswerReader, CallArguments, CallBegun, TextPiece
 from loramux_shared.parsers import Parsers, ReasoningParser, ToolParser
 from tests.support.readings import Heard, cuts_of, read
 
@@ -298,7 +298,7 @@ def test_arguments_come_as_they_are_written() -> None:
     reading.push("<tool_call><function=find><parameter=city>\n")
     assert reading.push("Os") == [CallArguments(0, "Os")]
     reading = _reading(T.NONE, R.THINK)
-    assert reading.push("Hi") == [Said("Hi")]
+    assert reading.push("Hi") == [TextPiece("Hi")]
 
 
 def test_a_prompt_may_have_begun_to_think() -> None:

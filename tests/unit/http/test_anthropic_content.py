@@ -7,23 +7,23 @@ from typing import Any
 
 import pytest
 
-from inference_service.chat.pieces import CallArguments, CallBegun, Piece, Said, Thought
+from inference_service.chat.pieces import CallArguments, CallBegun, Piece, TextPiece, Thought
 from inference_service.http.anthropic.content import Content, input_of, signature_of
 
 PIECES: list[Piece] = [
     Thought("I "),
     Thought("look."),
-    Said("\n\n"),
-    Said("The "),
-    Said("sky."),
-    Said(" "),
+    TextPiece("\n\n"),
+    TextPiece("The "),
+    TextPiece("sky."),
+    TextPiece(" "),
     CallBegun(0, "c0", "look"),
     CallArguments(0, '{"at": '),
     CallArguments(0, '"sky"}'),
-    Said("\n"),
+    TextPiece("\n"),
     CallBegun(1, "c1", "wait"),
     CallArguments(1, "{}"),
-    Said(" "),
+    TextPiece(" "),
 ]
 
 
@@ -80,7 +80,7 @@ def test_a_stream_adds_up_at_any_end() -> None:
         events, blocks = told(PIECES[:size])
         assert added_up(events) == blocks
     assert told(PIECES[:8])[1][-1]["input"] == {}
-    assert told([Said(" "), Said("\n")]) == ([], [])
+    assert told([TextPiece(" "), TextPiece("\n")]) == ([], [])
 
 
 def test_thinking_may_be_left_out() -> None:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from inference_service.chat.pieces import CallArguments, CallBegun, Piece, Said, Thought
+from inference_service.chat.pieces import CallArguments, CallBegun, Piece, TextPiece, Thought
 from inference_service.chat.request import ChatRequest
 from inference_service.core.sequence import Token
 from inference_service.http.openai import mapping as openai
@@ -222,7 +222,7 @@ def test_reasoning_that_was_carried_is_read_and_nothing_else() -> None:
 
 
 PIECES = st.one_of(
-    st.builds(Said, st.sampled_from([" ", "\n", "a", " b"])),
+    st.builds(TextPiece, st.sampled_from([" ", "\n", "a", " b"])),
     st.builds(Thought, st.sampled_from(["x", "y "])),
     st.just(CallBegun(0, "call_1", "f")),
 )
@@ -252,8 +252,8 @@ def test_items_hold_what_the_pieces_say(batches: list[list[Piece]]) -> None:
     )
 
 
-def _kind(piece: Said | Thought) -> tuple[str, str]:
-    return "message" if isinstance(piece, Said) else "reasoning", piece.text
+def _kind(piece: TextPiece | Thought) -> tuple[str, str]:
+    return "message" if isinstance(piece, TextPiece) else "reasoning", piece.text
 
 
 def _merged(said: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
@@ -276,7 +276,7 @@ def test_tokens_of_reasoning_are_counted() -> None:
     output.take([Thought("a")], [Token(5)] * 3)
     output.take([], [Token(5)])
     output.take([Thought("b")], [Token(5)])
-    output.take([Said("c")], [Token(5)] * 2)
+    output.take([TextPiece("c")], [Token(5)] * 2)
     assert output.reasoning_tokens == 5
     [thought, _] = output.items()
     assert "encrypted_content" not in thought
