@@ -82,7 +82,7 @@ class Metrics:
             self._observe(QUEUE, model, record.queue_s)
             self._observe(TTFT, model, record.ttft_s)
 
-    def said(self, record: RequestRecord, delta: AnswerDelta) -> None:
+    def emitted(self, record: RequestRecord, delta: AnswerDelta) -> None:
         """Count tokens."""
         for model in _models(record):
             self._models.count(GENERATED.name, model, len(delta.tokens))

@@ -116,7 +116,7 @@ class Watcher(Protocol):
         """Hear that the first token is there: how long it waited and what was cached is known."""
         ...
 
-    def said(self, record: RequestRecord, delta: AnswerDelta) -> None:
+    def emitted(self, record: RequestRecord, delta: AnswerDelta) -> None:
         """Hear more of an answer."""
         ...
 
@@ -150,7 +150,7 @@ class RequestFollower:
             answer.last_s = now
             answer.tokens += len(event.tokens)
             for watcher in self._watchers:
-                watcher.said(record, event)
+                watcher.emitted(record, event)
         elif isinstance(event, AnswerFinished):
             record.answers[event.index].finish = event.reason
 

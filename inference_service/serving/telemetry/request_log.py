@@ -28,7 +28,7 @@ class RequestLog:
     def began(self, record: RequestRecord) -> None:
         """Say nothing yet."""
 
-    def said(self, record: RequestRecord, delta: AnswerDelta) -> None:
+    def emitted(self, record: RequestRecord, delta: AnswerDelta) -> None:
         """Keep the text, where texts are wanted."""
         if self._texts:
             self._said[id(record)][delta.index] += delta.text

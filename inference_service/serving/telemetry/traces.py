@@ -31,7 +31,7 @@ class RequestSpans:
     def began(self, record: RequestRecord) -> None:
         """Wait for the end."""
 
-    def said(self, record: RequestRecord, delta: AnswerDelta) -> None:
+    def emitted(self, record: RequestRecord, delta: AnswerDelta) -> None:
         """Wait for the end."""
 
     def ended(self, record: RequestRecord) -> None:

@@ -286,7 +286,7 @@ class Noted:
     def began(self, record: RequestRecord) -> None:
         """Hear nothing."""
 
-    def said(self, record: RequestRecord, delta: AnswerDelta) -> None:
+    def emitted(self, record: RequestRecord, delta: AnswerDelta) -> None:
         """Hear nothing."""
 
     def ended(self, record: RequestRecord) -> None:

@@ -6,7 +6,7 @@ from llguidance import LLMatcher
 
 from inference_service.chat.conversation import AnswerPart
 from inference_service.chat.formats.lark import Asked, calls_schema
-from inference_service.chat.pieces import Said, Thought
+from inference_service.chat.pieces import TextPiece, Thought
 from inference_service.core.sequence import EndReason, Token
 from inference_service.http.openai.answers import usage
 from inference_service.http.openai.chat import ChatChoice
@@ -33,7 +33,9 @@ def test_schemas_of_several_tools_keep_their_references() -> None:
 def test_thoughts_have_both_names() -> None:
     """Reasoning stands beside the content, in a message and in chunks, under vLLM's two names."""
     choice = ChatChoice(0, [], None, ids=False)
-    parts = choice.parts(AnswerPart(AnswerDelta("ab", ()), [Thought("Let me "), Thought("see."), Said("Yes.")]))
+    parts = choice.parts(
+        AnswerPart(AnswerDelta("ab", ()), [Thought("Let me "), Thought("see."), TextPiece("Yes.")])
+    )
     choice.take(AnswerPart(AnswerFinished(EndReason.STOP, "", 1, 3, 0), []))
     deltas = [part["delta"] for part in parts]
     assert deltas[0] == {"role": "assistant", "content": "", "refusal": None}
@@ -47,7 +49,7 @@ def test_thoughts_have_both_names() -> None:
 def test_tokens_of_reasoning_are_counted() -> None:
     """Those that were decoded for it; those of marks count for what comes behind them."""
     choice, tokens = ChatChoice(0, [], None, ids=False), (Token(5), Token(6))
-    for pieces in ([], [Thought("a")], [Said("b")], [], [Thought("c")]):
+    for pieces in ([], [Thought("a")], [TextPiece("b")], [], [Thought("c")]):
         choice.take(AnswerPart(AnswerDelta("", tokens), pieces))
     assert choice.reasoning_tokens == 8
     assert usage([], 8)["completion_tokens_details"] == {"reasoning_tokens": 8}

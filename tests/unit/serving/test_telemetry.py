@@ -42,7 +42,7 @@ class Ear:
         assert record.first_s is not None
         self.heard.append("began")
 
-    def said(self, record: RequestRecord, delta: AnswerDelta) -> None:
+    def emitted(self, record: RequestRecord, delta: AnswerDelta) -> None:
         """Hear."""
         assert record.completion_tokens > 0
         self.heard.append(delta.text)
