@@ -46,7 +46,7 @@ def ask(program: ModuleType, question: Mapping[str, Any], bounds: Bounds) -> Any
             command, input=json.dumps(question).encode(), capture_output=True, timeout=WAIT_S, check=False
         )
     except OSError as error:
-        raise ResourcesExhausted(f"no process to look at an adapter in: {error.strerror}") from error
+        raise ResourcesExhausted(f"no process can be started to check an adapter: {error.strerror}") from error
     except subprocess.TimeoutExpired as late:
         raise TooCostly(f"more than {WAIT_S:g} s") from late
     if ended.returncode < 0:

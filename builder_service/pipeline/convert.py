@@ -201,5 +201,5 @@ def _written(path: Path, pieces: Iterator[bytes | int], name: str) -> FileDigest
     """
     digest = write_checked(path, pieces)
     if digest is None:
-        raise InternalFault(f"adapter {name!r}: {path.name} was not written as it was meant")
+        raise InternalFault(f"adapter {name!r}: {path.name} was not written as planned")
     return digest

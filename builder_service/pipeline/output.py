@@ -67,7 +67,7 @@ class Output:
         Raises:
             ResourcesExhausted: the disk has no room for a bundle.
             StoreUnavailable: the store does not answer.
-            InternalFault: a bundle was not written as it was meant.
+            InternalFault: a bundle was not written as planned.
         """
         with ThreadPoolExecutor(self.context.parallel_adapters, "output") as pool:
             futures = {

@@ -91,7 +91,7 @@ class PushedAdapter:
         self._refuse("these are not the files of an adapter", file_findings(known), too_large(self._sizes))
         missing = [name for name in wanted_files(self._sizes) if name not in self._sizes]
         if missing:
-            raise RequestInvalid(f"file {missing[0]}: expected it to be sent, found it named alone.")
+            raise RequestInvalid(f"file {missing[0]}: expected its bytes, found only its name.")
         used = {*wanted_files(self._sizes), README, SIGNATURE}
         files = {
             name: FileDigest(size=size, sha256=self._hashes[name].hexdigest())

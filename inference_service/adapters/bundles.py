@@ -37,7 +37,7 @@ class StoredBundles:
                 found=f"bundle:{digest[:12]}...",
                 fix="Add the adapter through a builder that signs.",
             )
-            raise RequestInvalid("this replica serves only what is signed.", [finding])
+            raise RequestInvalid("this replica serves only signed bundles.", [finding])
         try:
             data = await asyncio.to_thread(self._store.get, bundle_key(digest, MANIFEST_FILE))
             manifest = parse_manifest(data, digest)

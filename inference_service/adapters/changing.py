@@ -139,7 +139,7 @@ class Changing:
     def _builder(self) -> Publisher:
         if self._publisher is None:
             raise NoBuilder(
-                "this replica knows no builder, which alone can change the deployment. Start it with "
+                "this replica has no builder, and only a builder can change the deployment. Start it with "
                 "--builder HOST:PORT, or load a bundle that the store has: bundle:DIGEST."
             )
         return self._publisher

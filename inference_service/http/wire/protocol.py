@@ -92,7 +92,7 @@ def check_head(version: str, url: bytes, headers: Iterable[tuple[bytes, bytes]],
         Refused: two servers could read it differently, or it asks for what is not spoken here.
     """
     if version not in ("1.0", "1.1"):
-        raise Refused(505, "invalid_http", "HTTP/1.1 is spoken here.")
+        raise Refused(505, "invalid_http", "expected HTTP/1.1.")
     if not TARGET.match(url):
         raise Refused(
             400, "invalid_http", "expected the target of the request as a path, or as http://HOST/PATH."
@@ -105,14 +105,16 @@ def check_head(version: str, url: bytes, headers: Iterable[tuple[bytes, bytes]],
         raise Refused(400, "invalid_http", "expected one valid Host header.")
     codings = fields.get(b"transfer-encoding", [])
     if codings and (version == "1.0" or b"content-length" in fields):
-        raise Refused(400, "invalid_http", "Transfer-Encoding stands where it must not.")
+        raise Refused(400, "invalid_http", "Transfer-Encoding is not allowed here.")
     if codings and [each.lower() for each in codings] != [b"chunked"]:
-        raise Refused(501, "invalid_http", "of transfer codings only `chunked` is taken, once.")
+        raise Refused(501, "invalid_http", "expected the transfer coding `chunked`, once.")
     if upgrades and (codings or fields.get(b"content-length", [b"0"]) != [b"0"]):
         # httptools takes what follows for another protocol, and would read the body as a request.
-        raise Refused(501, "invalid_http", "with a body no Upgrade is served: speak HTTP/1.1 from the start.")
+        raise Refused(
+            501, "invalid_http", "an Upgrade with a body is not supported: send HTTP/1.1 from the start."
+        )
     if any(each.lower() != b"100-continue" for each in fields.get(b"expect", [])):
-        raise Refused(417, "invalid_http", "of expectations only `100-continue` is met.")
+        raise Refused(417, "invalid_http", "expected the expectation `100-continue`.")
 
 
 MAX_HEAD_BYTES: Final = 64 * 1024

@@ -119,7 +119,9 @@ class TimeLeft:
             progress(count)
             self._received += count
             if self.left_s < 0:
-                raise SourceUnavailable(f"{name}: slower than is waited for. Try again, or use a nearer copy.")
+                raise SourceUnavailable(
+                    f"{name}: the transfer is below the speed limit. Try again, or use a nearer copy."
+                )
 
         watched(0)
         return watched

@@ -118,7 +118,7 @@ def test_a_slow_transfer_is_given_up(tmp_path, monkeypatch):
                 yield bytes([byte])
 
     bucket = Slow({"a": bytes(1000)})
-    with pytest.raises(SourceUnavailable, match="slower than is waited for"):
+    with pytest.raises(SourceUnavailable, match="below the speed limit"):
         source(bucket, RetryPolicy(answer_s=100)).fetch(listed(a=1000), ["a"], tmp_path)
     assert time.now_s < 110
 
