@@ -14,7 +14,7 @@ from typing import Any, Final, Literal
 import torch
 from torch import Tensor
 
-ARCHITECTURES: Final = (80, 90, 100)
+ARCHITECTURES: Final = (80, 90, 100, 120)
 """The architectures that every configuration of every tuning table is compiled for in the tests."""
 DTYPES: Final = (torch.bfloat16, torch.float16, torch.float32)
 

@@ -94,14 +94,17 @@ _MERGE = {
     256: SmallConfig(8, num_warps=4),
     512: SmallConfig(4, num_warps=4),
 }
-# mma of sm_80 has the queries in registers, and would spill with more tokens at a time.
+# mma of sm_80 and sm_120 has the queries in registers, and would spill with more tokens at a time.
 _PREFILL_80: Table[TileConfig] = {
     **_PREFILL,
     2: {**_PREFILL[2], 128: TileConfig(128, 32, num_warps=8, num_stages=5)},
 }
 # Nothing timed yet speaks for other differences between architectures.
 DECODE: Tables[TileConfig] = dict.fromkeys(ARCHITECTURES, _DECODE)
-PREFILL: Tables[TileConfig] = dict.fromkeys(ARCHITECTURES, _PREFILL) | {80: _PREFILL_80}
+PREFILL: Tables[TileConfig] = dict.fromkeys(ARCHITECTURES, _PREFILL) | {
+    80: _PREFILL_80,
+    120: _PREFILL_80,
+}
 ROPE: Tables[SmallConfig] = {key: {2: _ROPE, 4: _ROPE} for key in ARCHITECTURES}
 MERGE: Tables[SmallConfig] = {key: {2: _MERGE, 4: _MERGE} for key in ARCHITECTURES}
 
