@@ -63,7 +63,7 @@ class Replica:
         return cls(ready, Operators(settings, ready, client), tracing)
 
     def begin(self, on_failure: Callable[[], Awaitable[None]]) -> None:
-        """Compute; on_failure is awaited before the requests of a broken engine are told."""
+        """Compute; on_failure is awaited before the requests of a broken engine end."""
         keep_what_is_loaded()
         self.ready.engine.start(on_failure)
 

@@ -235,7 +235,7 @@ class Builds(Shown):
         return self._start(entry.model_copy(update={"attempt": attempt}))
 
     async def _run(self, running: RunningBuild, before: RunningBuild | None) -> None:
-        """Run a build to its end, which is told after the journal forgot it."""
+        """Run a build to its end, which is reported after the journal forgot it."""
         try:
             await self._accept(running)
         except Fault as fault:

@@ -79,7 +79,7 @@ class Following:
         Raises:
             ShuttingDown: the builder stops.
         """
-        told, said, build = first.generation, replace(first, adapters=()), None
+        reported, said, build = first.generation, replace(first, adapters=()), None
         yield said
         with self._news.listen(name) as news:
             try:
@@ -88,8 +88,8 @@ class Following:
                     build = build or self._running(name)
                     if build is not None:
                         build.watchers.add(news)
-                        told = max(told, build.generation)  # others may publish while it runs
-                        view = replace(build.view(), generation=told)
+                        reported = max(reported, build.generation)  # others may publish while it runs
+                        view = replace(build.view(), generation=reported)
                         if view != said:
                             said = view
                             yield view
@@ -97,8 +97,8 @@ class Following:
                             build.watchers.discard(news)
                             build = None
                     stored = await self._look(name)
-                    if stored is not None and stored.generation > told:
-                        told, said = stored.generation, stored
+                    if stored is not None and stored.generation > reported:
+                        reported, said = stored.generation, stored
                         yield stored
                     with suppress(TimeoutError):
                         await asyncio.wait_for(news.wait(), POLL_S)

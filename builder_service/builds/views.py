@@ -72,7 +72,7 @@ def stored_light(store: Store, name: str, known: DeploymentView | None = None) -
 
 
 def served_number(store: Store, name: str) -> int:
-    """Return the number of the served generation; 0 where there is none that can be told. Blocks."""
+    """Return the number of the served generation; 0 where there is none that is known. Blocks."""
     try:
         pointer = read_pointer(store, name)
     except BundleCorrupt:

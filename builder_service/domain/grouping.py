@@ -58,8 +58,8 @@ class Grouping:
             causes[code] += 1
             if causes[code] <= MAX_CAUSES:
                 where = listed(group.places, group.shown)
-                told = {"expected": group.expected, "found": group.found, "fix": group.fix}
-                found.append(Finding(code=code, where=where, **told))
+                texts = {"expected": group.expected, "found": group.found, "fix": group.fix}
+                found.append(Finding(code=code, where=where, **texts))
         found += [
             Finding(code=code, found=f"{count - MAX_CAUSES} more of this code, each for another cause")
             for code, count in causes.items()

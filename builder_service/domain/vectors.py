@@ -64,9 +64,9 @@ class AdapterVectors:
     def _note(self, d: Array, dtype: Dtype) -> None:
         kept = cast(d, dtype).astype(np.float32)
         if np.any(kept != d):
-            told = d != 0
+            nonzero = d != 0
             self.rounded += 1
-            self.worst = max(self.worst, float((np.abs(kept - d)[told] / np.abs(d)[told]).max()))
+            self.worst = max(self.worst, float((np.abs(kept - d)[nonzero] / np.abs(d)[nonzero]).max()))
 
     def warnings(self, dtype: Dtype) -> list[Finding]:
         """Return what was rounded."""

@@ -117,8 +117,10 @@ def _origin_warnings(
 def _widened(base: Base) -> list[Finding]:
     """Return what replicas will need for a base of few bits."""
     dtype = base.model.dtype if base.model.dtype in ITEM_BYTES else "bfloat16"
-    told = widening(base.model, base.record.weights_bytes, dtype)
-    return [Finding(code="W_WIDENED", where="base", found=told, fix=CODES["W_WIDENED"].cure)] if told else []
+    formats = widening(base.model, base.record.weights_bytes, dtype)
+    return (
+        [Finding(code="W_WIDENED", where="base", found=formats, fix=CODES["W_WIDENED"].cure)] if formats else []
+    )
 
 
 def _files_bytes(checked: CheckedAdapter, dtype: Dtype) -> int:

@@ -53,7 +53,7 @@ class StoredBundles:
             raise fault.with_message(
                 f"bundle {digest[:12]}: its manifest is damaged in the store. Build it again, or name another."
             ) from fault
-        # Where it came from is told by no bundle, and this record is stored nowhere.
+        # No bundle says where it came from, and this record is stored nowhere.
         source = Repository(source=SourceKind.PUSHED, repo=f"bundle:{digest}")
         return AdapterRecord(
             digest=digest,

@@ -142,7 +142,7 @@ def _outcome(work: Callable[[], T]) -> T | Fault:
 
 
 def _fault(error: Exception) -> Fault:
-    """Return what is told of a failure; one of ours is logged here, and named as such."""
+    """Return what clients get of a failure; one of ours is logged here, and named as such."""
     if isinstance(error, Fault):
         return error
     if isinstance(error, MemoryError | torch.OutOfMemoryError):

@@ -35,7 +35,7 @@ MAX_PAGE: Final = 1000
 MAX_TOKEN: Final = 256
 """Characters of a page token: it is a name."""
 WATCH_S: Final = 0.1
-"""Between two looks at what a watcher is told."""
+"""Between two looks at what a watcher gets."""
 BLIND: Final = "the store cannot be read; the server's log says why"
 
 
@@ -202,11 +202,11 @@ class AdapterManager:
 
     async def watch(self) -> AsyncGenerator[ReplicaView]:
         """Yield how the replica is: at once, and again whenever `ReplicaView.standing` changes."""
-        told: tuple[object, ...] | None = None
+        sent: tuple[object, ...] | None = None
         while True:
             view = self.replica()
-            if view.standing != told:
-                told = view.standing
+            if view.standing != sent:
+                sent = view.standing
                 yield view
             await asyncio.sleep(WATCH_S)
 

@@ -190,7 +190,7 @@ class BundleReader:
         return data
 
     def _get(self, digest: str, name: str, size: int | None = None) -> bytes:
-        """Return a file's bytes. What fails is told to clients; the log alone says where the store is."""
+        """Return a file's bytes. Clients get what fails; the log alone says where the store is."""
         try:
             return read_file(self._store, digest, name, size)
         except (BundleCorrupt, StoreUnavailable) as fault:

@@ -87,7 +87,7 @@ class LayerInputs(NamedTuple):
     turns: tuple[Turn, ...]
     lora: StepLora | None
     cache: object
-    """The cache of all layers, by which steps are told apart: it is compared by identity, and not used."""
+    """The cache of all layers, which distinguishes steps: it is compared by identity, and not used."""
 
 
 class Operations(Protocol):

@@ -1,7 +1,7 @@
 """A long vector in nine numbers: its norm, and its products with eight fixed vectors of signs.
 
 An error e in the vector moves a product by about the norm of e, whatever its direction, so a vector that is
-zeroed, scaled or another one is told from the right one by far more than rounding can do.
+zeroed, scaled or another one differs from the right one by far more than rounding can do.
 """
 
 from __future__ import annotations

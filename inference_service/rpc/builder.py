@@ -31,7 +31,7 @@ _stub: Callable[[grpc.aio.Channel], object] = BuilderServiceStub
 class BuilderNews:
     """Watches a deployment at a builder, and calls heard whenever it tells of another generation.
 
-    A builder that is away, or ends the stream, is called again at growing intervals: what it would have told is
+    A builder that is away, or ends the stream, is called again at growing intervals: what it would have sent is
     found in the store later. The key and the certificates are those that clients read from the environment.
     """
 
@@ -123,7 +123,7 @@ class BuilderPublisher:
         async for info in self._client.watch(self._deployment, request_id=request_id):
             last = info
         if last is None:
-            raise InternalFault("the builder told nothing of the build. Please report it.")
+            raise InternalFault("the builder reported nothing of the build. Please report it.")
         return _number(last)
 
 
@@ -131,5 +131,5 @@ def _number(info: DeploymentInfo) -> int:
     if info.state is DeploymentState.FAILED and info.failure is not None:
         raise info.failure
     if info.generation is None:
-        raise InternalFault("the builder told no generation of a build that ended. Please report it.")
+        raise InternalFault("the builder reported no generation of a build that ended. Please report it.")
     return info.generation

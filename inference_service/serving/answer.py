@@ -25,7 +25,7 @@ class Answer:
     ) -> None:
         """Begin an answer.
 
-        Of its stop tokens, stop_tokens are those that are told when they end it; constraint is the field that
+        stop_tokens are those of its stop tokens that are emitted when they end it; constraint is the field that
         asks for one.
         """
         self.seq = seq
@@ -87,9 +87,9 @@ class Answer:
 
     def _finished(self, reason: EndReason, last: StepOutput) -> AnswerFinished:
         text, token = self._stops.found, last.token.id if last.token else None
-        told = token if text is None and token in self._stop_tokens else None
+        stopped_by = token if text is None and token in self._stop_tokens else None
         prompt, cached = self.seq.num_prompt, last.num_cached
-        return AnswerFinished(reason, text or "", prompt, cached, self._count, self._index, told)
+        return AnswerFinished(reason, text or "", prompt, cached, self._count, self._index, stopped_by)
 
     def _failure(self, output: StepOutput) -> Fault:
         if output.finish is EndReason.DEADLINE:

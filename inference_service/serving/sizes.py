@@ -60,7 +60,7 @@ def _too_much(data: bytes) -> str:
 
 
 def json_bytes(value: object) -> int | None:
-    """Return how many bytes a value has as JSON; None where it is too deep to be told."""
+    """Return how many bytes a value has as JSON; None where it is nested too deeply."""
     try:
         return len(json.dumps(value, ensure_ascii=False).encode(errors="replace"))
     except RecursionError:

@@ -67,7 +67,7 @@ def rules_of_the_end(messages: Sequence[Mapping[str, Any]], *, goes_on: bool, st
 
 
 def rules_of_variables(variables: Mapping[str, Any]) -> Iterator[Rule]:
-    """Yield the rules of what a template is told beside messages, tools and the like."""
+    """Yield the rules of what a template reads beside messages, tools and the like."""
     where = "chat_template_kwargs"
     yield len(variables) > MAX_VARIABLES, where, f"at most {MAX_VARIABLES} names", len(variables)
     for name in islice(variables, MAX_VARIABLES):

@@ -72,9 +72,9 @@ def load_base(generation: Generation, settings: InferenceSettings, sources: Sour
             text = Text.load(folder, config.dims.vocab)
             pooling = pooling_in(folder)
         backend = choose_backend(settings, config)
-        told = widening(config, placed.record.weights_bytes, str(backend.dtype).removeprefix("torch."))
-        if told and backend.quantization is Rounding.NONE:
-            log.info("base has quantized weights", weights=told)
+        formats = widening(config, placed.record.weights_bytes, str(backend.dtype).removeprefix("torch."))
+        if formats and backend.quantization is Rounding.NONE:
+            log.info("base has quantized weights", weights=formats)
         reading = time.monotonic()
         report(f"reading the base, {placed.record.weights_bytes / GB:.2f} GB")
         model = Decoder(

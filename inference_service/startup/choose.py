@@ -123,8 +123,8 @@ def _native_operations(
     if settings.deterministic:
         return DeterministicOperations(ops), how
     rows = rows_from_which_torch_is_faster(ops, config.heads)
-    told = "" if rows is None else f"; {rows} rows of a prompt and more attend by torch's products"
-    return NativeOperations(ops, rows), how + told
+    suffix = "" if rows is None else f"; {rows} rows of a prompt and more attend by torch's products"
+    return NativeOperations(ops, rows), how + suffix
 
 
 def _refuse_deterministic(settings: InferenceSettings, how: str) -> None:

@@ -50,7 +50,7 @@ class ChatTemplate:
     ) -> str:
         """Return the prompt; it ends within the last message where an answer is to go on with that.
 
-        What a template is told besides is in variables, whose names are none of its own.
+        The other inputs of a template are variables, whose names are none of its own.
 
         Raises:
             RequestInvalid: the template refuses the messages, or takes more time or memory than it may.
@@ -58,14 +58,14 @@ class ChatTemplate:
         mark = secrets.token_hex(16) if continue_final_message else ""
         if mark:  # the space shows whether the template cuts spaces off, the text's own too
             messages = [*messages[:-1], {**messages[-1], "content": f"{messages[-1]['content']}{mark} "}]
-        told = self._special | {
+        variables = self._special | {
             "documents": None,
             **variables,
             "messages": list(messages),
             "tools": list(tools) or None,
             "add_generation_prompt": add_generation_prompt,
         }
-        asked = _RENDERERS.ask(self.source, {"source": self.source, "variables": told})
+        asked = _RENDERERS.ask(self.source, {"source": self.source, "variables": variables})
         answer = await asyncio.wrap_future(asked)
         if "error" in answer:
             finding = Finding(code="E_MESSAGES", where="messages", found=answer["error"])

@@ -38,7 +38,7 @@ class BuildView:
     """Shows the states of one build, in the order in which they arrive.
 
     Bars are for a terminal, from the first adapter that is under way to the end of the block, and stay. A build
-    that is over when it is first seen is told in lines there too.
+    that is over when it is first seen is reported in lines there too.
     """
 
     def __init__(self, counts_s: float = COUNTS_S, console: Console = shell.err) -> None:
@@ -241,5 +241,5 @@ class BuildLines:
         emit_line({"deployment": info if ended else replace(info, adapters=changed), "stages": stages})
 
     def _is_new(self, adapter: AdapterInfo) -> bool:
-        told = self._adapters.get(adapter.name)
-        return adapter is not told and adapter != told
+        reported = self._adapters.get(adapter.name)
+        return adapter is not reported and adapter != reported

@@ -121,8 +121,8 @@ def check_with(builder: str, wanted: Wanted) -> AdapterReport:
     except (RepoNotFound, SourceUnavailable) as fault:
         if fault.repository not in {each.repo for each in wanted.repositories if each.source is SourceKind.HF}:
             raise
-        told = f"{fault.message.rstrip('.')}. If a folder was meant: there is no {fault.repository} here."
-        raise fault.with_message(told) from fault
+        message = f"{fault.message.rstrip('.')}. If a folder was meant: there is no {fault.repository} here."
+        raise fault.with_message(message) from fault
     return found[0]
 
 

@@ -89,7 +89,7 @@ def doctor(
 ) -> None:
     """Look at this installation; exit 1 if something is wrong.
 
-    What is not installed or does not run is told, and is nothing wrong.
+    What is not installed or does not run is reported, and is nothing wrong.
 
     Example: loramux doctor --base ./my-base --kv-gb 8
     """

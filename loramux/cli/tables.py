@@ -101,7 +101,7 @@ _NAMES: Final = {
 def kind(kinds: Sequence[str], replaced_rows: Mapping[str, int] | None = None, num_labels: int = 0) -> str:
     """Return kinds in one line, with how many rows are replaced and labels scored: ``LoRA, head (12 rows)``.
 
-    One that is not known here, of a newer service, is told as it is.
+    One that is not known here, of a newer service, is shown as it is.
     """
     counts = {each: f" ({count} rows)" for each, count in (replaced_rows or {}).items()}
     if num_labels:

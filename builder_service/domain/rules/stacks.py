@@ -1,4 +1,4 @@
-"""Pairs of parameters that hold a matrix of each expert: whose they are, and whether they can be told apart."""
+"""Pairs of parameters with a matrix of each expert: their owners, and whether they can be distinguished."""
 
 from __future__ import annotations
 

@@ -34,14 +34,14 @@ def refuse_vectors(key: LoraKey, tensors: Mapping[Side, Tensor], report: Groupin
     for side in wrong:
         if _of_experts(key):
             what = "magnitudes" if side == "magnitude" else "biases"
-            told = f"no {what} of experts: PEFT has none", f"{what} of experts", MERGE
+            texts = f"no {what} of experts: PEFT has none", f"{what} of experts", MERGE
         else:
-            told = (
+            texts = (
                 "the bias of a module with lora_A under the name base_layer.bias",
                 "bias, which PEFT would not load",
                 "It is of an older release: rename it, if it was trained; else save the adapter without it.",
             )
-        expected, found, fix = told
+        expected, found, fix = texts
         report.add(_CODES[side], key.place, cause=(side, expected), expected=expected, found=found, fix=fix)
     return bool(wrong)
 

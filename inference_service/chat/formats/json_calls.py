@@ -1,6 +1,6 @@
 """Calls as JSON objects, read as they come: ``{"name": "f", "arguments": {...}}``, one or several.
 
-Once name and the beginning of the arguments were read, it is a call: its arguments are told as the model
+Once name and the beginning of the arguments were read, it is a call: its arguments are emitted as the model
 writes them, wrong ones too. What is no object of this kind, or calls another function, is none.
 """
 
@@ -67,7 +67,7 @@ def _separator(source: AnswerSource) -> Reader[bool]:
 
 
 def json_call(source: AnswerSource, calls: AnswerCalls) -> Reader[bool]:
-    """Read an object that is a call; say whether it was one, as far as that was told."""
+    """Read an object that is a call; return whether it was one, as far as that was emitted."""
     if not (yield from source.literal("{")):
         return False
     name: str | None = None

@@ -67,7 +67,7 @@ class CustomTool(Body):
     input_schema: dict[str, Any]
     strict: bool | None = None
     input_examples: list[dict[str, Any]] | None = None
-    """The model is told of them with the description."""
+    """The model reads them with the description."""
     cache_control: CacheControl | None = None
     eager_input_streaming: bool | None = None
     """Accepted: inputs stream as they come."""

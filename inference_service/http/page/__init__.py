@@ -1,4 +1,4 @@
-"""The page at ``/``: static files beside this module, and what a browser is told with them."""
+"""The page at ``/``: static files beside this module, and the headers that go with them."""
 
 from __future__ import annotations
 

@@ -77,7 +77,7 @@ def _turns(body: ResponsesBody | CompactBody) -> tuple[Turn, ...]:
 
 
 def _check_calls(items: Sequence[Item]) -> None:
-    """Refuse outputs whose calls were left out: the model would be told what it never asked."""
+    """Refuse outputs whose calls were left out: the model would read answers to calls that it never made."""
     calls: set[str] = set()
     for index, item in enumerate(items):
         if isinstance(item, OutputItem):

@@ -214,7 +214,7 @@ class ResponsesBody(SamplingBody):
 
     @property
     def carries(self) -> bool:
-        """True when reasoning is also told in a form that clients give back unread."""
+        """True when reasoning is also sent in a form that clients give back unread."""
         return CARRIED in (self.include or ())
 
 

@@ -45,7 +45,7 @@ SORT_BLOCK: Final = 1024
 """Pairs that the sort takes at a time."""
 SORT_WARPS: Final = 4
 SLOT_BLOCK: Final = 64
-"""Tokens of a segment that are told their slot at a time."""
+"""Tokens of a segment that get their slot at a time."""
 ROUTE_WARPS: Final = 1
 """A row of logits is in one warp's registers."""
 MAX_EXPERTS: Final = 1024

@@ -92,7 +92,7 @@ def gated(gate_up: Tensor, activation: Activation) -> Tensor:
 
 
 def halved(gate_up: Tensor) -> tuple[Tensor, dict[str, Any]]:
-    """Return an empty [T, I] for what a kernel makes of gate_up [T, 2 * I], and what it is told of the two.
+    """Return an empty [T, I] for what a kernel makes of gate_up [T, 2 * I], and what it reads of the two.
 
     Raises:
         ValueError: an odd number of columns, or a tensor that kernels do not take.

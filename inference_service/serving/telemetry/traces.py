@@ -75,8 +75,8 @@ def _phases(record: RequestRecord) -> Iterator[RequestPhase]:
         yield RequestPhase("prefill", record.began_s, record.first_s)
     for index, answer in enumerate(record.answers):
         if answer.first_s is not None:
-            told = {"loramux.answer.index": index, "gen_ai.usage.output_tokens": answer.tokens}
-            yield RequestPhase("decode", answer.first_s, answer.last_s, told)
+            attributes = {"loramux.answer.index": index, "gen_ai.usage.output_tokens": answer.tokens}
+            yield RequestPhase("decode", answer.first_s, answer.last_s, attributes)
 
 
 def _operation(request: Request) -> str:

@@ -85,11 +85,11 @@ def alone(cache: Path, progress: Progress = unwatched) -> Iterator[None]:
         yield
         return
     with file:
-        told = False
+        reported = False
         while not _locked(file):
-            if not told:
+            if not reported:
                 log.info("cache is locked by another process, waiting", cache=str(cache))
-            told = True
+            reported = True
             progress(0)
             time.sleep(LOCK_POLL_S)
         yield
