@@ -254,6 +254,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc
                 self._idle.clear()
                 yield task
         except Fault as fault:
+            if isinstance(fault, ClientStalled):
+                self._leave(task)  # its status waits behind a message that the client may never take
             await abort(context, fault)
         except grpc.aio.AbortError:
             raise
