@@ -381,10 +381,10 @@ def test_who_was_away_has_saved_nothing_and_owes_nothing() -> None:
 def test_nobody_under_way_gets_far_ahead_of_who_waits(
     requests: list[tuple[int, str, int]], max_seqs: int, max_adapters: int, num_blocks: int, depth: int
 ) -> None:
-    """A queue under way is ahead of a waiting one by a quantum and a step at most, whatever is short (seats,
-    blocks, places among the adapters), and within a queue the oldest begins first. A sequence that waits for a
-    place among the adapters takes nothing from those on the base, and may begin a step later; none does in a
-    step that looks at those that decode.
+    """A queue under way is ahead of a waiting one by a quantum and a step at most, but for two steps in a row,
+    whatever is short (seats, blocks, places among the adapters). Within a queue the oldest begins first. A
+    sequence that waits for a place among the adapters takes nothing from those on the base, and may begin one
+    step later; none does in a step that looks at those that decode.
     """
     engine, runner, blocks = _engine(
         blocks=num_blocks, max_seqs=max_seqs, max_adapters=max_adapters, max_tokens=16, depth=depth
@@ -394,6 +394,7 @@ def test_nobody_under_way_gets_far_ahead_of_who_waits(
     began: dict[tuple[str, tuple[Adapter, ...]], list[int]] = {}
     seqs = [_seq(3, new, uid, flow=flow) for uid, flow, new in requests]
     crowded: set[SequenceQueue] = set()
+    behind: Counter[SequenceQueue] = Counter()
     for seq in seqs:
         engine.add(seq)
     while not engine.idle:
@@ -421,7 +422,9 @@ def test_nobody_under_way_gets_far_ahead_of_who_waits(
                 for queue in scheduler.queues
                 if queue.running and (queue.adapters or waits not in crowded | before)
             ]
-            assert max(ahead, default=0.0) - waits.served <= QUANTUM + 2 * 16
+            far = max(ahead, default=0.0) - waits.served > QUANTUM + 2 * 16
+            behind[waits] = behind[waits] + 1 if far else 0
+            assert behind[waits] <= 2
     assert all(order == sorted(order) for order in began.values())
     assert all(seq.num_generated == new for seq, (_, _, new) in zip(seqs, requests, strict=True))
     assert blocks.num_free == blocks.num_blocks
