@@ -14,14 +14,14 @@ EXTENSIONS := $(wildcard extensions)
 demo: $(VENV)/.demo
 	$(BIN)/loramux demo $(ARGS)
 
-# Everything of the core: some minutes. Each worker imports all tests and makes shared fixtures of its own: one for each
-# core of CI.
+# Everything of the core: some minutes. Each worker imports all tests and makes shared fixtures of its own: as many
+# as the cores of CI, and one for while others wait.
 test: static azurite
-	$(BIN)/pytest -n 2 --dist worksteal $(ARGS)
+	$(BIN)/pytest -n 3 --dist worksteal $(ARGS)
 
 # Everything of the extensions.
 test-extensions: static
-	$(if $(EXTENSIONS),$(BIN)/pytest -n 2 --dist worksteal extensions $(ARGS))
+	$(if $(EXTENSIONS),$(BIN)/pytest -n 3 --dist worksteal extensions $(ARGS))
 
 # What a minute can tell.
 check: static
