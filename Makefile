@@ -19,9 +19,9 @@ demo: $(VENV)/.demo
 test: static azurite
 	$(BIN)/pytest -n 3 --dist worksteal $(ARGS)
 
-# Everything of the extensions.
+# Everything of the extensions; each worker starts a Ray cluster.
 test-extensions: static
-	$(if $(EXTENSIONS),$(BIN)/pytest -n 3 --dist worksteal extensions $(ARGS))
+	$(if $(EXTENSIONS),$(BIN)/pytest -n 2 --dist worksteal extensions $(ARGS))
 
 # What a minute can tell.
 check: static
