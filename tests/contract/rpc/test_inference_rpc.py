@@ -137,10 +137,12 @@ async def test_a_stream_is_started_deltas_finished(api: RpcApi) -> None:
 
 
 async def test_tokens_between_first_and_last_come_together(world: tuple[World, MemoryStore]) -> None:
-    """Within an interval there is one message: the first token comes alone, all others at the end."""
+    """Within an interval there is one message: all tokens but the first come at the end, and the first with
+    them where the stream was not awake before.
+    """
     async with opened(world, stream_interval_ms=3_600_000) as api:
         deltas = [event.delta for event in await api.events(sampling=greedy(40))]
-    assert [len(delta.token_ids) for delta in deltas[1:-1]] == [1, 39]
+    assert [len(delta.token_ids) for delta in deltas[1:-1]] in ([1, 39], [40])
 
 
 async def test_models_are_listed_base_first(api: RpcApi) -> None:
