@@ -51,7 +51,9 @@ class Replays:
             or not (lora is None or isinstance(lora, NativeLora))
         ):
             return layers(hidden, attention, turns)
-        known = self._known.setdefault(cache, _Known())
+        known = self._known.get(cache)
+        if known is None:
+            known = self._known[cache] = _Known()
         shape = len(hidden), attention.num_chunks, lora, self._ops.threads
         program = known.programs.get(shape)
         if program is not None:
@@ -59,7 +61,7 @@ class Replays:
         if known.is_due(shape):
             with self._ops.recorded(known.buffers, len(hidden)) as recorder:
                 if recorder is not None:
-                    return known.record(self._ops, recorder, shape, layers, inputs)
+                    return known.record(recorder, shape, layers, inputs)
         return layers(hidden, attention, turns)
 
 
@@ -79,18 +81,16 @@ class _Known:
         self._runs[shape] = self._runs.get(shape, 0) + 1
         return self._runs[shape] > RUNS_BEFORE
 
-    def record(
-        self, ops: CpuOps, recorder: Recorder, shape: Shape, layers: Layers, inputs: LayerInputs
-    ) -> LayerOutputs:
+    def record(self, recorder: Recorder, shape: Shape, layers: Layers, inputs: LayerInputs) -> LayerOutputs:
         """Run layers, and write down what they do."""
         assert isinstance(inputs.attention, NativeAttention)  # noqa: S101 - the caller looked
-        made = _Replay(inputs.hidden, inputs.attention, inputs.turns, shape[2])
+        hidden, attention = inputs.hidden.clone(), inputs.attention.copied()
+        turns = tuple((cos.clone(), sin.clone()) for cos, sin in inputs.turns)
         with _Others() as others:
-            outputs = layers(made.hidden, made.attention, made.turns)
+            outputs = layers(hidden, attention, turns)
         self._possible = not others.ran
         if self._possible:
-            made.finish(ops, recorder, outputs)
-            self.programs[shape] = made
+            self.programs[shape] = _Replay(hidden, attention, turns, shape[2], recorder, outputs)
         return outputs
 
 
@@ -103,15 +103,12 @@ class _Replay:
         attention: NativeAttention,
         turns: Sequence[Turn],
         lora: NativeLora | None,
+        recorder: Recorder,
+        outputs: LayerOutputs,
     ) -> None:
-        self.hidden = hidden.clone()
-        self.attention = attention.copied()
-        self.turns = tuple((cos.clone(), sin.clone()) for cos, sin in turns)
-        self._lora = lora
-
-    def finish(self, ops: CpuOps, recorder: Recorder, outputs: LayerOutputs) -> None:
-        """Take what was written down."""
-        self._program = ops.program(recorder)
+        """Take the inputs and outputs of the step that was written down."""
+        self._hidden, self._attention, self._turns, self._lora = hidden, attention, turns, lora
+        self._program = recorder.program()
         self._outputs = outputs[0], None if outputs[1] is None else recorder.kept(outputs[1])
         self._places = [place for _, place in recorder.linears]
         first = np.array([at + _ADAPTERS_AT for at, _ in recorder.linears], dtype=np.int64)
@@ -119,11 +116,11 @@ class _Replay:
 
     def run(self, hidden: Tensor, attention: NativeAttention, turns: Sequence[Turn]) -> LayerOutputs:
         """Return what the layers compute of another step; it is valid until the next one."""
-        self.hidden.copy_(hidden)
-        for (cos, sin), (new_cos, new_sin) in zip(self.turns, turns, strict=True):
+        self._hidden.copy_(hidden)
+        for (cos, sin), (new_cos, new_sin) in zip(self._turns, turns, strict=True):
             cos.copy_(new_cos)
             sin.copy_(new_sin)
-        self.attention.take(attention)
+        self._attention.take(attention)
         if self._lora is not None:
             self._program.words[self._adapters] = self._lora.adapters_of_all(self._places)
         self._program.run()

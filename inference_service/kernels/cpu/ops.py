@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from inference_service.kernels.cpu.program import Buffers, Program, Recorder
+from inference_service.kernels.cpu.program import Buffers, Recorder
 from inference_service.kernels.delta import DeltaInputs
 from inference_service.kernels.integers import Quantized
 from inference_service.kernels.rows import Activation
@@ -159,7 +159,7 @@ class CpuOps:
             yield None
             return
         usual = {name: getattr(self, f"_{name}") for name in ("linear", "attention", "rope_write", "rms_norm")}
-        gated, self.recorder = self._gated, Recorder(buffers, rows)
+        gated, self.recorder = self._gated, Recorder(buffers, rows, self._run)
         try:
             for name, function in usual.items():
                 setattr(self, f"_{name}", self.recorder.wrapped(name, function))
@@ -171,10 +171,6 @@ class CpuOps:
                 setattr(self, f"_{name}", function)
             self._gated, self._empty, self.recorder = gated, torch.empty, None
             self._recording.release()
-
-    def program(self, recorder: Recorder) -> Program:
-        """Return what was written down, to be run again."""
-        return recorder.program(self._run)
 
     def linear(self, x: Tensor, weight: Tiled, adapters: Adapters = NO_ADAPTERS) -> Tensor:
         """Return x W^T + b [T, N] of x [T, K], with what adapters add.
@@ -297,18 +293,9 @@ class CpuOps:
         weights, width = weight.shape
         rows, place = len(heads) * weights, heads.data_ptr()
         self._rms_norm(
-            place,
-            None,
-            weight.data_ptr(),
-            weights,
-            place,
-            rows,
-            width,
-            heads.stride(0),
-            eps,
-            offset,
+            place, None, weight.data_ptr(), weights, place, rows, width, heads.stride(0), eps, offset,
             self.threads,
-        )
+        )  # fmt: skip
 
     def gated(self, gate_up: Tensor, activation: Activation) -> Tensor:
         """Return activation(gate) * up [T, width] of gate_up [T, 2 * width]."""

@@ -6,13 +6,14 @@ into those of C. A step of a small base has 240 operations and takes some 8 ms.
 
 from __future__ import annotations
 
+import ctypes
 import struct
 import sys
 import threading
 import weakref
 from collections.abc import Callable, Sequence
 from math import prod
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -52,7 +53,7 @@ class Buffers:
         self._most_rows = most_rows
         self._free: dict[int, list[npt.NDArray[np.uint8]]] = {}
         self._all: dict[int, npt.NDArray[np.uint8]] = {}
-        """By address."""
+        """The buffers by their addresses."""
 
     def lend(self, shape: Sequence[int], dtype: torch.dtype, rows: int) -> Tensor:
         """Return an output of a step of so many rows; steps of up to the most rows use the same memory."""
@@ -81,14 +82,15 @@ class Buffers:
 class Recorder:
     """Writes down the operations that the thread that made it calls, with their arguments."""
 
-    def __init__(self, buffers: Buffers, rows: int) -> None:
+    def __init__(self, buffers: Buffers, rows: int, run: Callable[[int, int], None]) -> None:
+        """Take memory for outputs of a step of so many rows, and what runs programs."""
         self._thread = threading.get_ident()
-        self._buffers, self._rows = buffers, rows
+        self._buffers, self._rows, self._run = buffers, rows, run
         self._words: list[int] = []
         self._count = 0
         self._place: Place | None = None
         self.linears: list[tuple[int, Place | None]] = []
-        """Where in the words the arguments of each linear begin, and which it is, where it has adapters."""
+        """The place among the words where each linear's arguments begin, and the linear if it has adapters."""
 
     @property
     def here(self) -> bool:
@@ -99,16 +101,16 @@ class Recorder:
         """Say which linear the next one is."""
         self._place = place
 
-    def wrapped(self, name: str, function: Callable[..., None]) -> Callable[..., None]:
-        """Return a function that calls an operation and writes it down."""
-        code = CODES[name]
+    def wrapped(self, name: str, function: Any) -> Callable[..., None]:
+        """Return a function that calls an operation of the library and writes it down."""
+        code, types = CODES[name], function.argtypes
 
         def call(*arguments: Argument) -> None:
             if self.here:
                 if name == "linear":
                     self.linears.append((len(self._words) + 1, self._place))
                     self._place = None
-                self._words += [code, *map(_word, arguments)]
+                self._words += [code, *map(_word, arguments, types)]
                 self._count += 1
             function(*arguments)
 
@@ -122,12 +124,12 @@ class Recorder:
         """Return an output that is valid after its memory is used again."""
         return self._buffers.at(output)
 
-    def program(self, run: Callable[[int, int], None]) -> Program:
-        """Return what was written down."""
-        return Program(self._words, self._count, run)
+    def program(self) -> Program:
+        """Return what was written down, to be run again."""
+        return Program(self._words, self._count, self._run)
 
 
-def _word(argument: Argument) -> int:
-    if isinstance(argument, float):
+def _word(argument: Argument, kind: type) -> int:
+    if kind is ctypes.c_float:
         return int.from_bytes(struct.pack("=f", argument), sys.byteorder)
-    return argument or 0
+    return int(argument or 0)
