@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
@@ -19,6 +20,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from grpc_status import rpc_status
 
+from inference_service.core.sequence import Batch
+from inference_service.engine.step import Pending
 from inference_service.rpc.servicer import SERVICE_NAME, InferenceServicer, register
 from inference_service.startup.load import Ready
 from loramux import AsyncClient, Client, FinishReason, PromptLogprobs, faults
@@ -136,13 +139,27 @@ async def test_a_stream_is_started_deltas_finished(api: RpcApi) -> None:
     assert (finished.usage.prompt_tokens, finished.usage.completion_tokens) == (4, 5)
 
 
-async def test_tokens_between_first_and_last_come_together(world: tuple[World, MemoryStore]) -> None:
-    """Within an interval there is one message: all tokens but the first come at the end, and the first with
-    them where the stream was not awake before.
-    """
+async def test_tokens_between_first_and_last_come_together(
+    world: tuple[World, MemoryStore], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Within an interval there is one message: the first token comes alone, all others at the end."""
     async with opened(world, stream_interval_ms=3_600_000) as api:
-        deltas = [event.delta for event in await api.events(sampling=greedy(40))]
-    assert [len(delta.token_ids) for delta in deltas[1:-1]] in ([1, 39], [40])
+        read, runner = threading.Event(), api.ready.engine._engine._runner
+        submit = runner.submit
+
+        def second_waits(batch: Batch) -> Pending:
+            """Let the step behind the first token wait until the client has it."""
+            assert batch.chunks[0].start == 0 or read.wait(BOUND_S)
+            return submit(batch)
+
+        monkeypatch.setattr(runner, "submit", second_waits)
+        request = pb.GenerateRequest(model="base", token_ids=TOKENS, sampling=greedy(40))
+        deltas = []
+        async for event in api.stub.Generate(request):
+            deltas.append(event.delta)
+            if event.delta.token_ids:
+                read.set()
+    assert [len(delta.token_ids) for delta in deltas[1:-1]] == [1, 39]
 
 
 async def test_models_are_listed_base_first(api: RpcApi) -> None:
