@@ -51,11 +51,6 @@ class Forge:
             if name != WEIGHTS_FILE
         }
 
-    @property
-    def bundle_mb(self) -> float:
-        """Return the size of the weights of one adapter."""
-        return len(self._weights) / 1e6
-
     def records(self, count: int) -> list[AdapterRecord]:
         """Return adapters whose bundles are in the store, made where they are not there yet."""
         while len(self._records) < count:

@@ -73,7 +73,6 @@ class Local:
 
     def __init__(self, ready: Ready) -> None:
         self.ready = ready
-        self.took_s = ready.service.adapters.facts.load_s
 
     async def ask(self, model: str, new: int = 1, tokens: int = PROMPT, **fields: Any) -> Answered:
         """Ask, and read to the end."""

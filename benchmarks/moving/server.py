@@ -37,13 +37,10 @@ class Server:
         usual |= {name: str(value) for name, value in settings.items()}
         environment = os.environ | {f"LORAMUX_{name.upper()}": value for name, value in usual.items()}
         self.log = forge.work / f"{deployment}-{self.grpc.rpartition(':')[2]}.log"
-        began = time.perf_counter()
         with self.log.open("w") as log:
             self._process = subprocess.Popen(command, stderr=log, cwd=ROOT, env=environment)  # noqa: S603 - ours
         self.pid = self._process.pid
         self._wait_until_ready()
-        self.start_s = time.perf_counter() - began
-        """Seconds of the start, imports included."""
         self.start_cpu_s = self.cpu_s
         """Processor time until then, which is valid on a busy machine too."""
 

@@ -162,10 +162,10 @@ class AdapterConfig:
         return tuple(self.alpha_pattern.values())
 
     def _reading(self, module: str) -> ModuleReading:
-        return self.readings.get(module, NOTHING_SAID)
+        return self.readings.get(module, UNMENTIONED)
 
 
-NOTHING_SAID: Final = ModuleReading((), (), "")
+UNMENTIONED: Final = ModuleReading((), (), "")
 
 
 @dataclass(frozen=True)

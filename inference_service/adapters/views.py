@@ -19,7 +19,7 @@ class AdapterPlace(StrEnum):
     HOST = "host"
     """On their way into the bank, in the host's memory."""
     DEVICE = "device"
-    """In the bank or, where an adapter is merged, in the weights."""
+    """The adapter is in the bank or, where it is merged, in the weights."""
 
 
 PLACES = {

@@ -29,7 +29,7 @@ class Outputs:
         self._on_close = on_close
         self._loop = asyncio.get_running_loop()
         self._waiting: dict[str, list[StepOutput]] = {}
-        """By the ids of sequences."""
+        """Outputs that wait, by the ids of their sequences."""
         self._awake = False
         """Whether `get` has something to return or to raise."""
         self._reader: asyncio.Future[None] | None = None

@@ -179,7 +179,7 @@ class AnswerStarted:
     """The generation in which its name was looked up."""
     prompt_tokens: int
     text: Text
-    """What the model's tokens mean."""
+    """The text side of the model that answers: its tokenizer and templates."""
     prompt_token_ids: tuple[int, ...] = ()
 
 

@@ -197,16 +197,16 @@ class Rollout:
         self._known[progress.replica] = progress
         self._changed.set()
         status = progress.status
-        said, said_before = _said(progress), _said(before)
-        if said == said_before:
+        standing = _standing(progress)
+        if standing == _standing(before):
             return
         if self._as_json:
             emit_line({"replica": progress.replica, "status": status, "problem": progress.problem})
         else:
-            shell.say(f"{time.strftime('%H:%M:%S')} {progress.replica} {said}")
+            shell.say(f"{time.strftime('%H:%M:%S')} {progress.replica} {standing}")
 
 
-def _said(progress: RolloutState) -> str:
+def _standing(progress: RolloutState) -> str:
     if progress.status is None:
         return f"does not answer: {progress.problem}" if progress.problem else ""
     why = f": {progress.problem}" if progress.problem else ""

@@ -52,9 +52,9 @@ class BuildView:
         self._console = console
         self._bars = Progress(*columns, console=console, expand=True) if console.is_terminal else None
         self._counts_s = counts_s
-        self._told_at = -counts_s
-        self._said = ""
-        self._told: set[str] = set()
+        self._printed_at = -counts_s
+        self._last_counts = ""
+        self._printed: set[str] = set()
         self._rows: list[TaskID] = []
 
     def __enter__(self) -> Self:
@@ -95,19 +95,19 @@ class BuildView:
 
     def _tell_each(self, adapters: Sequence[AdapterInfo]) -> None:
         for adapter in adapters:
-            if adapter.stage in ENDED and adapter.name not in self._told:
+            if adapter.stage in ENDED and adapter.name not in self._printed:
                 shell.say(f"{adapter.name}: {_stage(adapter)}")
-                self._told.add(adapter.name)
+                self._printed.add(adapter.name)
 
     def _tell_counts(self, info: DeploymentInfo) -> None:
         now = time.monotonic()
         ended = info.state is not DeploymentState.BUILDING
-        if ended or now >= self._told_at + self._counts_s:
-            self._told_at = now
-            said = f"{len(info.adapters)} adapters: {_counts(info.adapters)}"
-            if said != self._said:
-                shell.say(said)
-            self._said = said
+        if ended or now >= self._printed_at + self._counts_s:
+            self._printed_at = now
+            counts = f"{len(info.adapters)} adapters: {_counts(info.adapters)}"
+            if counts != self._last_counts:
+                shell.say(counts)
+            self._last_counts = counts
 
 
 def fraction_done(adapter: AdapterInfo) -> float:

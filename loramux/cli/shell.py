@@ -171,7 +171,7 @@ class Came:
     """The result of a step."""
 
     of_it: str = ""
-    """What the line of a finished step ends with, if anything."""
+    """The end of a finished step's line; empty: none."""
     tell: Callable[[str], None] = lambda doing: say(f"  {doing}", "dim")
     """Shows what the step does now: beside its spinner on a terminal, as a line elsewhere."""
 

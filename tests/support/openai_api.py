@@ -35,6 +35,12 @@ class ServedApi:
         self.http = httpx.AsyncClient(base_url=self.url, timeout=BOUND_S)
         self.openai = AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=BOUND_S)
 
+    async def close(self) -> None:
+        """Close the clients and drain the server."""
+        await self.http.aclose()
+        await self.openai.close()
+        await self.server.drain(BOUND_S)
+
     async def post(self, path: str, **body: Any) -> httpx.Response:
         """Send a body."""
         return await self.http.post(path, json=body)
@@ -89,8 +95,6 @@ async def open_api(world: tuple[World, MemoryStore], **settings: Any) -> AsyncIt
     try:
         yield api
     finally:
-        await api.http.aclose()
-        await api.openai.close()
-        await server.drain(BOUND_S)
+        await api.close()
         await ready.engine.stop()
         vars(api).clear()  # pytest keeps it for a while, and threads of the model with it

@@ -15,7 +15,6 @@ from loramux_shared.access.guard import NOBODY_GUARDS, Guard
 from tests.golden.openai.script import Case, Scripted
 from tests.support.openai_api import ServedApi
 from tests.support.tokens import VOCAB, write_tokenizer
-from tests.support.waiting import BOUND_S
 
 
 class Talker(Scripted):
@@ -67,6 +66,4 @@ async def open_talker(folder: Path, guard: Guard = NOBODY_GUARDS) -> AsyncIterat
     try:
         yield api
     finally:
-        await api.http.aclose()
-        await api.openai.close()
-        await server.drain(BOUND_S)
+        await api.close()

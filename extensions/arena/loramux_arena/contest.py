@@ -117,7 +117,7 @@ class Contest:
         work = Work(self._ask, self._plan.concurrency, self._patience)
         began = time.monotonic()
         try:
-            await work.run(asks, partial(self._told, "answer"))
+            await work.run(asks, partial(self._report, "answer"))
         finally:
             self.found.answering_s += time.monotonic() - began
             self.found.waits += work.waits
@@ -131,7 +131,7 @@ class Contest:
             if not self._has(Likelihood, self._likelihood_key(ask), ask)
         ]
         await Work(self._likelihood, self._plan.concurrency, self._patience).run(
-            asks, partial(self._told, "likelihood")
+            asks, partial(self._report, "likelihood")
         )
 
     async def judge(self, judge: Judge) -> None:
@@ -148,7 +148,7 @@ class Contest:
         work: Work[Trial, Verdict] = Work(
             lambda trial: decide(judge, trial), self._plan.concurrency, self._patience
         )
-        await work.run(wanted, partial(self._told, "verdict"))
+        await work.run(wanted, partial(self._report, "verdict"))
 
     def _asks(self) -> Iterator[Ask]:
         if not self._plan.max_tokens:
@@ -224,7 +224,7 @@ class Contest:
         key = self._likelihood_key(ask, digest or started.model)
         return Likelihood(key, ask.model, digest, ask.question.id, logprob, count)
 
-    def _told(self, what: str, job: Job, outcome: Row | Fault) -> None:
+    def _report(self, what: str, job: Job, outcome: Row | Fault) -> None:
         if isinstance(outcome, Fault):
             self.found.failures.append(_failure(what, job, outcome))
             self._tell(0, 1)

@@ -21,7 +21,7 @@ class CallContext:
     def __init__(self, call: RpcCall, uploads: Uploads | None) -> None:
         self.method = call.method
         self.invocation_metadata = Details(call.metadata)
-        self._told: asyncio.Queue[bytes | End | None] = asyncio.Queue()
+        self._parts: asyncio.Queue[bytes | End | None] = asyncio.Queue()
         """Parts of the answer so far; None ends it."""
         self._requests = uploads or _one(call.request)
         self._deadline_s = None if call.timeout_s is None else time.monotonic() + call.timeout_s
@@ -44,22 +44,22 @@ class CallContext:
 
     async def write(self, message: Any) -> None:
         """Tell a message."""
-        self._told.put_nowait(self._serialize(message))
+        self._parts.put_nowait(self._serialize(message))
 
     def close(self) -> None:
         """End the answer."""
-        self._told.put_nowait(None)
+        self._parts.put_nowait(None)
 
     async def parts(self) -> AsyncGenerator[list[bytes] | End]:
-        """Yield what is told to the end: messages that came together, and a status that is not OK."""
-        told: list[bytes | End | None] = []
-        while None not in told:
-            told = [await self._told.get()]
-            while not self._told.empty():
-                told.append(self._told.get_nowait())
-            if messages := [each for each in told if isinstance(each, bytes)]:
+        """Yield the answer to its end: messages that came together, and a status that is not OK."""
+        parts: list[bytes | End | None] = []
+        while None not in parts:
+            parts = [await self._parts.get()]
+            while not self._parts.empty():
+                parts.append(self._parts.get_nowait())
+            if messages := [each for each in parts if isinstance(each, bytes)]:
                 yield messages
-            for end in (each for each in told if isinstance(each, End)):
+            for end in (each for each in parts if isinstance(each, End)):
                 yield end
 
     def set_trailing_metadata(self, trailing: Metadata) -> None:
@@ -68,7 +68,7 @@ class CallContext:
 
     async def abort(self, code: grpc.StatusCode, details: str) -> NoReturn:
         """End the call with a status."""
-        self._told.put_nowait(End(code.value[0], details, self._trailing))
+        self._parts.put_nowait(End(code.value[0], details, self._trailing))
         raise grpc.aio.AbortError
 
     def time_remaining(self) -> float | None:

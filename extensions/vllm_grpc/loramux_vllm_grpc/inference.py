@@ -37,7 +37,7 @@ class VllmInferenceServicer(inference_pb2_grpc.InferenceServicer):
             asked = self._asked(request, context)
             if asked.output.n > 1:
                 raise _too_many(asked.output.n)
-            async with aclosing(self._told(asked, request)) as messages:
+            async with aclosing(self._parts(asked, request)) as messages:
                 return whole([message async for message in messages])
 
     async def GenerateStream(  # noqa: N802 - grpc's name
@@ -45,7 +45,7 @@ class VllmInferenceServicer(inference_pb2_grpc.InferenceServicer):
     ) -> AsyncGenerator[pb.GenerateResponse]:
         """Answer as it goes."""
         with spelled_out():
-            async with aclosing(self._told(self._asked(request, context), request)) as messages:
+            async with aclosing(self._parts(self._asked(request, context), request)) as messages:
                 async for message in messages:
                     yield message
 
@@ -54,8 +54,8 @@ class VllmInferenceServicer(inference_pb2_grpc.InferenceServicer):
         base = self._service.catalog.base_name
         return asked if asked.model.name else replace(asked, model=replace(asked.model, name=base))
 
-    async def _told(self, asked: Request, request: pb.GenerateRequest) -> AsyncGenerator[pb.GenerateResponse]:
-        """Yield the messages of a request; what is told of the prompt alone waits for the first token."""
+    async def _parts(self, asked: Request, request: pb.GenerateRequest) -> AsyncGenerator[pb.GenerateResponse]:
+        """Yield the messages of a request; the message of the prompt alone waits for the first token."""
         telling = Telling(asked, request.response)
         held: list[pb.GenerateResponse] = []
         with self._running.call(asked.id) as call:

@@ -71,6 +71,18 @@ def _engine(machine: Machine, max_tokens: int = 1024, max_seqs: int = 64) -> Eng
     return Engine(machine, limits, blocks, AlwaysResident(), clock=lambda: machine.now_s)
 
 
+def _with_64_streams(machine: Machine, **limits: int) -> Engine:
+    """Return an engine in which 64 streams of one model decode, and whose step times are known."""
+    engine = _engine(machine, **limits)
+    _add(engine, _seq(8, 8000))
+    for _ in range(5):
+        engine.step()
+    _add(engine, *(_seq(8, 8000) for _ in range(63)))
+    for _ in range(30):
+        engine.step()
+    return engine
+
+
 def _seq(prompt: int, new: int = 1, priority: int = 0, flow: str = "") -> Sequence:
     number = next(_ids)
     sampling = SamplingParams(max_tokens=new)
@@ -290,13 +302,7 @@ def test_a_first_token_of_another_model_does_not_wait_for_streams(decode_s: floa
     """All seats are taken by streams of one model. Where a step of these is long because of its rows, a new
     model's prompt has a step of its own, and every second step has all streams; else they share a step."""
     machine = Machine(step_s=0.01, decode_s=decode_s)
-    engine = _engine(machine)
-    _add(engine, _seq(8, 8000))
-    for _ in range(5):
-        engine.step()
-    _add(engine, *(_seq(8, 8000) for _ in range(63)))
-    for _ in range(30):
-        engine.step()
+    engine = _with_64_streams(machine)
     for number in range(4):
         [asked] = _add(engine, _seq(64, flow=f"once {number}"))
         engine.step()
@@ -312,13 +318,7 @@ def test_a_first_token_of_another_model_does_not_wait_for_streams(decode_s: floa
 def test_each_of_several_that_come_apart_has_a_step_of_its_own() -> None:
     """A request with a free seat does not wait, and a step that only decodes ends the turn of prompts."""
     machine = Machine(step_s=0.01, decode_s=0.001)
-    engine = _engine(machine, max_seqs=128)
-    _add(engine, _seq(8, 8000))
-    for _ in range(5):
-        engine.step()
-    _add(engine, *(_seq(8, 8000) for _ in range(63)))
-    for _ in range(30):
-        engine.step()
+    engine = _with_64_streams(machine, max_seqs=128)
     for number in range(3):
         _add(engine, _seq(64, flow=f"once {number}"))
         engine.step()
