@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import socket
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Final
 
@@ -27,37 +25,7 @@ from loramux_shared.tracing.spans import ServerSpans
 CUT_S: Final = 1.0
 """For what a drain cuts off to tell its client so."""
 
-WAKEUPS: Final = 4096
-"""Bytes of wake-ups that one read takes."""
-
 log = structlog.get_logger()
-
-
-class Wakeups(socket.socket):
-    """The socket by which gRPC's thread wakes the event loop, with a byte for each event.
-
-    gRPC reads one byte and then handles all events, so most wake-ups find nothing: one for each message of a
-    stream. Here one read takes all bytes.
-    """
-
-    def recv(self, size: int, flags: int = 0) -> bytes:
-        """Return all bytes that have come."""
-        return super().recv(max(size, WAKEUPS), flags)
-
-
-@contextmanager
-def _drained_wakeups() -> Iterator[None]:
-    """Let gRPC wake the loop through `Wakeups`, where the block is the first of the process to use grpc.aio."""
-
-    def pair(*args: Any, **kwargs: Any) -> tuple[socket.socket, socket.socket]:
-        reads, writes = make(*args, **kwargs)
-        return Wakeups(reads.family, reads.type, reads.proto, fileno=reads.detach()), writes
-
-    make, socket.socketpair = socket.socketpair, pair
-    try:
-        yield
-    finally:
-        socket.socketpair = make
 
 
 class RpcServer:
@@ -87,8 +55,7 @@ class RpcServer:
         admission = [AdmissionInterceptor(guard.keyring, rules)] if guard.keyring is not None else []
         interceptors = [*admission, self._interceptor]
         options = server_options(max_connections or connections_per_server())
-        with _drained_wakeups():
-            self._server = grpc.aio.server(interceptors=interceptors, options=options)
+        self._server = grpc.aio.server(interceptors=interceptors, options=options)
         self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         for register in services.values():
