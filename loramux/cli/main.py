@@ -12,7 +12,6 @@ import typer
 
 from loramux.cli import keys, shell
 from loramux.cli.adapters import pin, rollout, unpin
-from loramux.cli.bench import bench
 from loramux.cli.build import build, prove
 from loramux.cli.change import add, push, remove
 from loramux.cli.chat import chat
@@ -41,7 +40,7 @@ app = typer.Typer(
 for function in (
     *(demo, up, build, watch, cancel, deployments, check, prove, import_bundle),
     *(add, remove, push, history, rollback, rollout, gc, sign, verify),
-    *(models, pin, unpin, chat, bench, serve, builder, health, doctor),
+    *(models, pin, unpin, chat, serve, builder, health, doctor),
 ):
     app.command()(function)
 app.add_typer(keys.app, name="keys")

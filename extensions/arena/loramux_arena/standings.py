@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Final
 
-from loramux.bench.figures import percentile
 from loramux_arena.contest import Found
 from loramux_arena.paired import FEW, Paired, compare, holm
 from loramux_arena.plan import Plan
@@ -206,7 +205,8 @@ def _standing(model: str, plan: Plan, found: Found) -> Standing:
 
 
 def _median(answers: Sequence[Answer], value: Callable[[Answer], float | None]) -> float | None:
-    return percentile([number for answer in answers if (number := value(answer)) is not None], 0.5)
+    found = [number for answer in answers if (number := value(answer)) is not None]
+    return statistics.median_low(found) if found else None
 
 
 def _cost(answers: Sequence[Answer], plan: Plan, found: Found) -> float | None:

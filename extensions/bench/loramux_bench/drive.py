@@ -9,8 +9,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
-from loramux.bench.figures import Outcome, percentile
-from loramux.bench.workload import BenchRequest, Workload, arrivals
+from loramux_bench.figures import Outcome, percentile
+from loramux_bench.workload import BenchRequest, Workload, arrivals
 from loramux.client import AsyncClient
 from loramux.records import Delta, Finished, GenerateOptions, Started
 from loramux_shared.faults import Fault

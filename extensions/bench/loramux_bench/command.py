@@ -12,11 +12,11 @@ from typing import Annotated
 import typer
 from rich.progress import BarColumn, Progress, TextColumn
 
-from loramux.bench.drive import BenchRun, ClientLoad, LoadPlan, drive
-from loramux.bench.figures import Figures, Outcome, Percentiles, Report, report
-from loramux.bench.plot import plot as draw
-from loramux.bench.plot import require_plot
-from loramux.bench.workload import Workload, read_prompts, words_for
+from loramux_bench.drive import BenchRun, ClientLoad, LoadPlan, drive
+from loramux_bench.figures import Figures, Outcome, Percentiles, Report, report
+from loramux_bench.plot import plot as draw
+from loramux_bench.plot import require_plot
+from loramux_bench.workload import Workload, read_prompts, words_for
 from loramux.cli import shell
 from loramux.cli.documents import emit
 from loramux.cli.exits import Exit

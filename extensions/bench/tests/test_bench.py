@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from loramux.bench.drive import ClientLoad, LoadPlan, drive
-from loramux.bench.figures import FailureCount, Outcome, percentile, report
-from loramux.bench.plot import plot, require_plot
-from loramux.bench.workload import Workload, arrivals, read_prompts
-from loramux.cli.bench import show_report
+from loramux_bench.drive import ClientLoad, LoadPlan, drive
+from loramux_bench.figures import FailureCount, Outcome, percentile, report
+from loramux_bench.plot import plot, require_plot
+from loramux_bench.workload import Workload, arrivals, read_prompts
+from loramux_bench.command import show_report
 from loramux.cli.main import app
 from loramux.client import AsyncClient
 from loramux_shared.faults import RequestInvalid, SettingsInvalid

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from loramux.bench.figures import Outcome
+from loramux_bench.figures import Outcome
 from loramux_shared.faults import SettingsInvalid
 
 NAMED = 10
