@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,7 +16,6 @@ from benchmarks.on_gpu.model import SCALE, config_fields, config_of
 from builder_service.pipeline.build import build
 from builder_service.pipeline.context import BuildContext
 from builder_service.pipeline.progress import Progress
-from loramux.bench.workload import WORDS
 from loramux_shared.bundle.modules import BaseDims
 from loramux_shared.deployment_file import parse_deployment
 from loramux_shared.sources.open import open_sources
@@ -34,7 +34,7 @@ MODULES: Final = {
 SPECIAL: Final = ("<s>", "</s>", "<unk>")
 
 
-def write_base(folder: Path, shape: dict[str, Any], device: torch.device) -> None:
+def write_base(folder: Path, shape: dict[str, Any], device: torch.device, words: Sequence[str] = ()) -> None:
     """Write a checkpoint in bfloat16 whose head is its embedding, with a tokenizer of a token per word."""
     folder.mkdir(parents=True)
     fields = config_fields(shape)
@@ -50,7 +50,7 @@ def write_base(folder: Path, shape: dict[str, Any], device: torch.device) -> Non
         for norm in ("input_layernorm", "post_attention_layernorm"):
             tensors[f"{at}.{norm}.weight"] = torch.ones(dims.hidden, dtype=torch.bfloat16)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    write_tokenizer(folder / "tokenizer.json", dims.vocab)
+    write_tokenizer(folder / "tokenizer.json", dims.vocab, words)
 
 
 def write_adapter(folder: Path, shape: dict[str, Any], rank: int, device: torch.device) -> None:
@@ -95,9 +95,9 @@ def _draw(shape: tuple[int, int], device: torch.device) -> Tensor:
     return torch.randn(shape, dtype=torch.bfloat16, device=device).mul_(SCALE).cpu()
 
 
-def write_tokenizer(path: Path, vocab: int) -> None:
-    """A token per word of the benchmark's prompts, and made-up words up to the size of the vocabulary."""
-    words = [*SPECIAL, *WORDS]
+def write_tokenizer(path: Path, vocab: int, words: Sequence[str] = ()) -> None:
+    """A token per word, and made-up words up to the size of the vocabulary."""
+    words = [*SPECIAL, *words]
     words += [f"w{index}" for index in range(len(words), vocab)]
     ids = {word: index for index, word in enumerate(words)}
     tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))  # noqa: S106 - a token of text

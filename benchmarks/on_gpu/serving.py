@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from benchmarks.on_gpu.checkpoint import build_deployment, write_adapter, write_base
 from benchmarks.on_gpu.machine import ROOT
@@ -24,9 +24,9 @@ from benchmarks.on_gpu.run import Run
 from benchmarks.on_gpu.targets import OF_BASE
 from benchmarks.serving import end_process
 from loramux import AsyncClient
-from loramux.bench import drive as bench
-from loramux.bench.figures import Figures, report
-from loramux.bench.workload import Workload, words_for
+
+if TYPE_CHECKING:
+    from loramux_bench.figures import Figures
 
 RANK: Final = 16
 READY: Final = "inference service ready"
@@ -83,7 +83,9 @@ def run(run: Run) -> None:
 def _prepare(run: Run, plan: Plan, work: Path) -> list[str]:
     """Return the names of the adapters of deployment ``full``; ``bare`` has none."""
     began = time.monotonic()
-    write_base(work / "base", plan.shape, run.device.where)
+    from loramux_bench.workload import WORDS
+
+    write_base(work / "base", plan.shape, run.device.where, WORDS)
     names = [f"lora{index}" for index in range(plan.adapters)]
     for name in names:
         write_adapter(work / "adapters" / name, plan.shape, RANK, run.device.where)
@@ -133,23 +135,28 @@ def _wait(starting: _Starting, ends_s: float) -> str:
 
 
 async def _ask_all(run: Run, plan: Plan, bare: Server, full: Server, names: Sequence[str]) -> None:
+    from loramux_drive import LoadPlan, drive
+
+    from loramux_bench.figures import report
+    from loramux_bench.workload import Workload, words_for
+
     async with AsyncClient(inference=bare.address) as alone, AsyncClient(inference=full.address) as many:
         words = await words_for(alone, "base", plan.prompt_tokens)
         seeds = itertools.count()  # no prompt is met twice
         options: Any = {"max_tokens": plan.new_tokens, "ignore_eos": True}
-        warm = bench.LoadPlan(max(plan.concurrencies), requests=max(plan.concurrencies), options=options)
+        warm = LoadPlan(max(plan.concurrencies), requests=max(plan.concurrencies), options=options)
         loads = [(alone, bare, 0), *((many, full, active) for active in plan.actives)]
         for client, _, active in loads:
-            await bench.drive(client, Workload(_models(names, active), next(seeds), words), warm)
+            await drive(client, Workload(_models(names, active), next(seeds), words), warm)
         base: dict[int, float] = {}
         for concurrency in plan.concurrencies:
-            sent = bench.LoadPlan(concurrency, duration_s=plan.duration_s, options=options)
+            sent = LoadPlan(concurrency, duration_s=plan.duration_s, options=options)
             for client, server, active in loads:
                 if run.left_s <= 0:
                     run.note(f"out of time before concurrency {concurrency}, {active} adapters")
                     return
                 workload = Workload(_models(names, active), next(seeds), words)
-                done = await bench.drive(client, workload, sent)
+                done = await drive(client, workload, sent)
                 figures = report(done.outcomes, workload.models).all
                 base.setdefault(concurrency, figures.tokens_per_s)
                 point = {"loaded": server.loaded, "active": active, "concurrency": concurrency}

@@ -12,11 +12,6 @@ from typing import Annotated
 import typer
 from rich.progress import BarColumn, Progress, TextColumn
 
-from loramux_bench.drive import BenchRun, ClientLoad, LoadPlan, drive
-from loramux_bench.figures import Figures, Outcome, Percentiles, Report, report
-from loramux_bench.plot import plot as draw
-from loramux_bench.plot import require_plot
-from loramux_bench.workload import Workload, read_prompts, words_for
 from loramux.cli import shell
 from loramux.cli.documents import emit
 from loramux.cli.exits import Exit
@@ -24,6 +19,11 @@ from loramux.cli.serving import complete_model, no_such_model, unserved
 from loramux.cli.shell import Later
 from loramux.client import INFERENCE, AsyncClient
 from loramux.records import GenerateOptions, Prompt
+from loramux_bench.drive import BenchRun, ClientLoad, LoadPlan, drive
+from loramux_bench.figures import Figures, Outcome, Percentiles, Report, report
+from loramux_bench.plot import plot as draw
+from loramux_bench.plot import require_plot
+from loramux_bench.workload import Workload, read_prompts, words_for
 from loramux_shared.faults import SettingsInvalid
 
 DURATION_S = 10.0
@@ -61,7 +61,7 @@ PromptTokens = Annotated[
 ]
 Prompts = Annotated[
     Path | None,
-    typer.Option("--prompts", metavar="FILE", help="File, a prompt a line; see docs/reference/cli.md."),
+    typer.Option("--prompts", metavar="FILE", help="File, a prompt a line; see extensions/bench/README.md."),
 ]
 MaxTokens = Annotated[int, typer.Option("--max-tokens", metavar="N", min=1, help="Tokens of an answer.")]
 Eos = Annotated[bool, typer.Option("--eos", help="Let answers end earlier.")]

@@ -9,10 +9,10 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
-from loramux_bench.figures import Outcome, percentile
-from loramux_bench.workload import BenchRequest, Workload, arrivals
 from loramux.client import AsyncClient
 from loramux.records import Delta, Finished, GenerateOptions, Started
+from loramux_bench.figures import Outcome, percentile
+from loramux_bench.workload import BenchRequest, Workload, arrivals
 from loramux_shared.faults import Fault
 
 MOST_CPU = 0.8

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import signal
 import statistics
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,15 +13,17 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from loramux.cli.main import app
+from loramux.client import AsyncClient
+from loramux_bench.command import show_report
 from loramux_bench.drive import ClientLoad, LoadPlan, drive
 from loramux_bench.figures import FailureCount, Outcome, percentile, report
 from loramux_bench.plot import plot, require_plot
 from loramux_bench.workload import Workload, arrivals, read_prompts
-from loramux_bench.command import show_report
-from loramux.cli.main import app
-from loramux.client import AsyncClient
 from loramux_shared.faults import RequestInvalid, SettingsInvalid
+from tests.support.commands import running
 from tests.support.fake_services import Fakes
+from tests.support.waiting import wait_until
 
 
 def outcome(model: str = "a", begin: float = 0.0, tokens: int = 11, error: str = "") -> Outcome:
@@ -145,6 +148,15 @@ async def test_failures_are_outcomes(fakes: Fakes) -> None:
     async with AsyncClient(inference=fakes.inference_address) as client:
         run = await drive(client, Workload(["base", "nobody"], 0, 4), LoadPlan(concurrency=2, requests=4))
     assert sorted(each.error for each in run.outcomes) == ["", "", "MODEL_NOT_FOUND", "MODEL_NOT_FOUND"]
+
+
+def test_ctrl_c_ends_a_bench_with_its_figures(fakes: Fakes, tmp_path: Path) -> None:
+    """The figures until then are printed, and the exit code says that it was cut off."""
+    before = len(fakes.inference.requests)
+    with running(tmp_path, "bench", "--grpc", fakes.inference_address, "--duration", "3600") as command:
+        wait_until(lambda: len(fakes.inference.requests) >= before + 40, "requests", lambda: command.errors)
+        assert command.end(signal.SIGINT) == 130
+        assert command.out.splitlines()[4].split()[0] == "all"
 
 
 def test_a_busy_client_is_said() -> None:

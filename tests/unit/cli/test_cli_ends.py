@@ -74,15 +74,6 @@ def test_ctrl_c_is_quiet(fakes: Fakes, tmp_path: Path) -> None:
         assert "Traceback" not in command.errors
 
 
-def test_ctrl_c_ends_a_bench_with_its_figures(fakes: Fakes, tmp_path: Path) -> None:
-    """The figures until then are printed, and the exit code says that it was cut off."""
-    before = len(fakes.inference.requests)
-    with running(tmp_path, "bench", "--grpc", fakes.inference_address, "--duration", "3600") as command:
-        wait_until(lambda: len(fakes.inference.requests) >= before + 40, "requests", lambda: command.errors)
-        assert command.end(signal.SIGINT) == 130
-        assert command.out.splitlines()[4].split()[0] == "all"
-
-
 def test_closed_stdin(fakes: Fakes, tmp_path: Path) -> None:
     """A chat whose stdin is closed says so in one line."""
     with running(tmp_path, "chat", "base", "--grpc", fakes.inference_address, stdin=False) as command:

@@ -137,10 +137,9 @@ def test_keys(tmp_path: Path) -> None:
     assert documents("keys", "list", "--file", file)[0]["keys"] == []
 
 
-@pytest.mark.parametrize("command", ["models", "bench"])
-def test_a_failure_is_a_document_too(command: str) -> None:
+def test_a_failure_is_a_document_too() -> None:
     """The document on stdout has the reason; stderr has it in words."""
-    [document] = documents(command, "--grpc", "127.0.0.1:1", code=3)
+    [document] = documents("models", "--grpc", "127.0.0.1:1", code=3)
     assert document["error"]["reason"] == "SERVER_UNAVAILABLE"
 
 

@@ -13,9 +13,8 @@ from tests.support.fake_services import Fakes
     ("words", "offered"),
     [
         (["dep"], ["deployments"]),
-        (["bench", "--conc"], ["--concurrency"]),
+        (["chat", "--temp"], ["--temperature"]),
         (["chat", "--grpc", "HERE", "lora"], ["lora1", "lora2"]),
-        (["bench", "--grpc", "HERE", "--model", "b"], ["base"]),
         (["chat", "--grpc", "127.0.0.1:1", "lora"], []),
     ],
 )
