@@ -135,8 +135,7 @@ def _wait(starting: _Starting, ends_s: float) -> str:
 
 
 async def _ask_all(run: Run, plan: Plan, bare: Server, full: Server, names: Sequence[str]) -> None:
-    from loramux_drive import LoadPlan, drive
-
+    from loramux_bench.drive import LoadPlan, drive
     from loramux_bench.figures import report
     from loramux_bench.workload import Workload, words_for
 
