@@ -61,7 +61,7 @@ def _store(settings: BuilderSettings) -> Store:
     if settings.signing_key is None:
         if settings.require_signature or settings.signing_certificates:
             raise SettingsInvalid(
-                "LORAMUX_SIGNING_KEY is not set: a builder that requires signatures signs what it publishes."
+                "LORAMUX_SIGNING_KEY is not set: a builder that requires signatures signs its bundles, too."
             )
         return open_store(settings.store)
     key = SigningKey(settings.signing_key, settings.signing_certificates)

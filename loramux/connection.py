@@ -65,7 +65,7 @@ class Credentials:
         if self.api_key is None:
             return ()
         if not self.api_key.isascii() or not self.api_key.isprintable():
-            raise SettingsInvalid("the API key has characters that no key has; copy it again.")
+            raise SettingsInvalid("the API key has characters that are not allowed in a key. Copy it again.")
         return (("authorization", f"Bearer {self.api_key}"),)
 
     def channel(self, address: str, kind: Any = grpc, options: tuple[tuple[str, str | int], ...] = ()) -> Any:

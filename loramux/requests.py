@@ -17,7 +17,7 @@ from loramux_shared.faults import Finding, RequestInvalid
 ADAPTERS: Final = "a list of names, or of (name, scale)"
 PROMPTS: Final = "text, a list of token ids, or a list of messages with role and content"
 CONSTRAINT: Final = "json_object True, or one of json_schema, regex and lark as text, a schema as a mapping too"
-OF_MESSAGES: Final = "messages as the prompt beside it: it is of the chat template"
+OF_MESSAGES: Final = "messages as the prompt, since it belongs to the chat template"
 _MESSAGES: Final = (pb.Constraint, pb.Messages, pb.GenerateRequest, pb.SamplingParams)
 """An option is a field of one of them, by its name."""
 

@@ -44,7 +44,7 @@ log = structlog.get_logger()
 
 STOP_GRACE_S: Final = 15.0
 """For a build that was asked to stop, and waits for a network."""
-CANCELLED: Final = "a client cancelled the build; what was served before is served still"
+CANCELLED: Final = "a client cancelled the build; the deployment is unchanged"
 
 
 class Builds(Shown):
@@ -231,7 +231,7 @@ class Builds(Shown):
 
     def _take_up(self, entry: JournalEntry) -> RunningBuild:
         name, attempt = entry.name, entry.attempt + 1
-        log.warning("build was interrupted, runs again", deployment=name, attempt=attempt)
+        log.warning("build was interrupted, running it again", deployment=name, attempt=attempt)
         return self._start(entry.model_copy(update={"attempt": attempt}))
 
     async def _run(self, running: RunningBuild, before: RunningBuild | None) -> None:
@@ -245,7 +245,7 @@ class Builds(Shown):
         try:
             result = await self._turns.result(running)
         except BuildInterrupted:
-            log.warning("build was interrupted, continues at the next start", deployment=running.name)
+            log.warning("build was interrupted, it continues at the next start", deployment=running.name)
             self._journal.leave(running.name)
             running.interrupt()
         except Fault as fault:
@@ -320,7 +320,7 @@ class Builds(Shown):
             await asyncio.to_thread(self._journal.remove, running.key, running.name)
         except StoreUnavailable as fault:
             log.warning(
-                "journal entry could not be removed, the build runs again at the next start",
+                "journal entry could not be removed, so the build runs again at the next start",
                 problem=fault.message,
             )
 
@@ -330,7 +330,7 @@ class Builds(Shown):
         problem = None if task.cancelled() else task.exception()
         if problem is not None:
             log.error("build failed: unexpected error", deployment=running.name, exc_info=problem)
-            fault = InternalFault("loramux failed inside; the builder's log has the details. Please report it.")
+            fault = InternalFault("internal error; the builder's log has the details. Please report it.")
             running.refuse(fault) if not running.accepted.is_set() else running.fail(fault)
             forgetting = asyncio.create_task(self._forget(running))
             self._tasks.add(forgetting)

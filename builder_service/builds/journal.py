@@ -169,7 +169,7 @@ class Journal:
                 data = entries[0].model_copy(update=update).to_bytes()
                 if len(data) > bound_of(self._key(name)):
                     raise QueueFull(
-                        f"the changes of {name} that wait are too large together. Call again later."
+                        f"the changes of {name} in the queue are too large together. Call again later."
                     )
                 self._store.put(self._key(name), data)
             else:
@@ -211,7 +211,9 @@ class Journal:
                     continue
                 left -= len(data)
                 if left < 0:
-                    log.warning("journal entries exceed their bound together, the rest is not read", first=key)
+                    log.warning(
+                        "journal entries exceed their size limit together, the rest is ignored", first=key
+                    )
                     break
                 found[key] = data
         return found

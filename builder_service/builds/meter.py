@@ -39,7 +39,10 @@ class BuildMeter:
         ProcessCollector(registry=self._registry)
         self._builds = Counter("loramux_builds", "Builds that ended.", ["outcome"], registry=self._registry)
         self._seconds = Histogram(
-            "loramux_build_seconds", "From acceptance to end.", registry=self._registry, buckets=BUCKETS
+            "loramux_build_seconds",
+            "Time of a build from acceptance to end.",
+            registry=self._registry,
+            buckets=BUCKETS,
         )
         gauge = Gauge("loramux_builds_running", "Builds that run or wait for a slot.", registry=self._registry)
         gauge.set_function(running)

@@ -101,7 +101,7 @@ class Pushes:
         if not isinstance(upload, Upload):
             raise RequestInvalid("the first message of PutAdapter: expected an upload, found something else.")
         if finding := bad_name(upload.name, "name"):
-            raise DeploymentInvalid("the adapter's name cannot be one", [finding])
+            raise DeploymentInvalid("the adapter's name is not valid", [finding])
         progress = Progress([upload.name])
         self._open.add(progress)
         try:

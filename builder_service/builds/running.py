@@ -145,7 +145,7 @@ class RunningBuild:
                     return
                 if self.interrupted:
                     raise ShuttingDown(
-                        "the builder stops; the build goes on when it is started again. Watch again."
+                        "the builder stops; the build continues when it is started again. Watch again."
                     )
                 await changed.wait()
                 await asyncio.sleep(WATCH_INTERVAL_S)

@@ -182,7 +182,7 @@ def parse_config(data: bytes) -> ParsedConfig:
     try:
         fields = parse(data)
     except JsonInvalid as error:
-        return ParsedConfig(None, (bad_config("", "a JSON object", f"no valid JSON ({error})"),))
+        return ParsedConfig(None, (bad_config("", "a JSON object", f"invalid JSON ({error})"),))
     if not isinstance(fields, dict):
         return ParsedConfig(None, (bad_config("", "a JSON object", shown(fields)),))
     kind = kind_of(fields) or Kind.LORA

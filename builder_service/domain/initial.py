@@ -8,7 +8,7 @@ twice the rank. s B0 A0 follows from W:
   space of its first r columns.
 
 Signs and bases of these factors differ between machines, and their product does not, as long as W says which
-space it is: where two singular values are as good as equal, it is not known.
+space it is: where two singular values are nearly equal, it is not known.
 """
 
 from __future__ import annotations
@@ -171,7 +171,7 @@ def leading(w: Array, rank: int) -> Array:
         before, found = found, space @ np.linalg.svd(within)[0][:, :rank]
         if np.linalg.norm(found - before @ (before.T @ found)) < CLOSE:
             return found
-    raise NotMade("E_INIT", f"singular values {rank} and {rank + 1} are as good as equal", CONVERTED)
+    raise NotMade("E_INIT", f"singular values {rank} and {rank + 1} are nearly equal", CONVERTED)
 
 
 def first_columns(w: Array, rank: int) -> Array:

@@ -36,9 +36,9 @@ def licence_warning(adapter: str, base: str) -> Finding | None:
     return Finding(
         code="W_LICENSE",
         where=f"{README}: license",
-        expected=f"{base or 'none that is said'}, as the base",
+        expected=f"{base or 'none'}, as the base",
         found=adapter or "none",
-        fix="See that both licences allow what you do.",
+        fix="Check that both licences allow your use.",
     )
 
 
@@ -70,7 +70,7 @@ def base_warning(named: str, base: str, lineage: Sequence[Descent] = ()) -> Find
     """
     if named and _copies(named, lineage) & _copies(base, lineage):
         return None
-    found, fix = shown(named) or "no name", "Its shapes fit. Make sure that it was trained on this base."
+    found, fix = shown(named) or "no name", "Its shapes fit. Check that it was trained on this base."
     for descent in lineage:
         found += f"; {descent.model} is {_WORDS[descent.relation]} {descent.parent}, as the hub says"
     return Finding(

@@ -51,7 +51,7 @@ READABLE: Final = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dt
 
 
 class HeaderInvalid(Exception):
-    """A file that is no safetensors file; the text says what is wrong."""
+    """A file that is not a safetensors file; the text says what is wrong."""
 
 
 class TooManyTensors(HeaderInvalid):
@@ -114,7 +114,7 @@ class TensorFile:
         while rest:
             size = os.preadv(self._descriptor, [rest], offset)
             if not size:
-                raise HeaderInvalid(f"{tensor.name}: the file became shorter while it was read")
+                raise HeaderInvalid(f"{tensor.name}: the file was truncated while it was read")
             rest, offset = rest[size:], offset + size
         return values
 
@@ -158,7 +158,7 @@ def read_header(path: Path, max_tensors: int = MAX_TENSORS) -> TensorFile:
     try:
         entries = parse(text)
     except JsonInvalid as error:
-        raise HeaderInvalid(f"the header is no JSON: {error}") from error
+        raise HeaderInvalid(f"the header is not JSON: {error}") from error
     _check_metadata(entries.pop("__metadata__", None))
     tensors = [_tensor(name, entry, 8 + length) for name, entry in entries.items()]
     _without_gaps(tensors, 8 + length, size)
@@ -169,7 +169,7 @@ def _check_metadata(metadata: Any) -> None:
     if metadata is not None and not (
         isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
     ):
-        raise HeaderInvalid("__metadata__ is no object of texts")
+        raise HeaderInvalid("__metadata__ is not an object of strings")
 
 
 def _tensor(name: str, entry: Any, start: int) -> Tensor:

@@ -83,7 +83,7 @@ def with_labels(planned: PlannedScore, data: bytes) -> tuple[PlannedScore, list[
     try:
         fields = parse(data)
     except JsonInvalid as error:
-        return planned, [bad_text(MODEL_CONFIG, "", "a JSON object", f"no valid JSON ({error})")]
+        return planned, [bad_text(MODEL_CONFIG, "", "a JSON object", f"invalid JSON ({error})")]
     if not isinstance(fields, dict):
         return planned, [bad_text(MODEL_CONFIG, "", "a JSON object", shown(fields))]
     findings = []

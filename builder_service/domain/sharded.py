@@ -45,7 +45,7 @@ def read_weights(folder: Path, max_tensors: int) -> TensorFile:
 
     Raises:
         TooManyTensors: which is seen before they are read.
-        HeaderInvalid: a file is no safetensors file, or the index says something else than the files.
+        HeaderInvalid: a file is not a safetensors file, or the index says something else than the files.
     """
     if (folder / WEIGHTS).exists():
         return read_header(folder / WEIGHTS, max_tensors)
@@ -57,7 +57,9 @@ def read_weights(folder: Path, max_tensors: int) -> TensorFile:
         shard = read_header(path, max_tensors)
         for name in shard.tensors:
             if name in found or said.get(name) != path.name:
-                raise HeaderInvalid(f"{INDEX}: {name[:200]!r} is in {path.name}, and the index says otherwise")
+                raise HeaderInvalid(
+                    f"{INDEX}: {name[:200]!r} is in {path.name}, but the index names another file"
+                )
             found[name] = shard
     if missing := sorted(said.keys() - found.keys()):
         raise HeaderInvalid(f"{INDEX}: {missing[0][:200]!r} is in none of the files")
@@ -71,7 +73,7 @@ def _index(path: Path) -> dict[str, str]:
     try:
         table = parse(path.read_bytes())
     except JsonInvalid as error:
-        raise HeaderInvalid(f"{INDEX}: no valid JSON: {error}") from error
+        raise HeaderInvalid(f"{INDEX}: not valid JSON: {error}") from error
     files = table.get("weight_map") if isinstance(table, dict) else None
     if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
         raise HeaderInvalid(f"{INDEX}: expected an object with a weight_map of names")

@@ -52,13 +52,13 @@ def quoted(value: Any) -> str:
 
 
 def _no_constant(name: str) -> float:
-    raise ValueError(f"{name} is no JSON")
+    raise ValueError(f"{name} is not JSON")
 
 
 def _no_minus_zero(digits: str) -> int:
     """To some readers it is an integer, to others a fraction."""
     if digits == "-0":
-        raise ValueError("-0 is no integer")
+        raise ValueError("-0 is not an integer")
     return int(digits)
 
 
@@ -66,7 +66,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     made: dict[str, Any] = {}
     for name, value in pairs:
         if name in made:
-            raise ValueError(f"{name[:100]!r} is given twice")
+            raise ValueError(f"{name[:100]!r} appears twice")
         made[name] = value
     return made
 
@@ -77,7 +77,7 @@ def _refuse_halves(value: Any) -> None:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         half = ascii(error.object[error.start])
-        raise JsonInvalid(f"{half} is half of a character") from error
+        raise JsonInvalid(f"{half} is a lone surrogate") from error
 
 
 def _deeper_than(value: Any, depth: int) -> bool:

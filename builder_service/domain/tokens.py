@@ -124,7 +124,7 @@ def _read(path: str) -> dict[str, Any]:
     except RecursionError as error:
         raise NoTokens("nested too deeply") from error
     except ValueError as error:
-        raise NoTokens(f"no valid JSON ({error})") from error
+        raise NoTokens(f"invalid JSON ({error})") from error
     if not isinstance(value, dict):
         raise NoTokens("expected an object")
     return value

@@ -75,7 +75,7 @@ class AdapterVectors:
         found = f"biases, stored as {dtype}, largest relative error {self.worst:.1e}"
         fix = "Set lora_configuration.dtype to float32 to store every value as it is."
         where = f"{self.rounded} vectors"
-        expected = "values that the storage type has"
+        expected = "values that the storage type can hold"
         return [Finding(code="W_NARROWED", where=where, expected=expected, found=found, fix=fix)]
 
 

@@ -92,7 +92,7 @@ def _others(name: str, count: int, shown: list[str]) -> Finding:
     return Finding(
         code="E_EMBED",
         where=name,
-        expected="tokens of the base, by its ids, and new ones behind its last",
+        expected="tokens of the base, by its ids, and new ones after its last",
         found=f"{', '.join(shown)}{more}",
         fix=_FIX,
     )

@@ -49,7 +49,7 @@ class BaseWeights:
 
         Raises:
             BundleCorrupt: a file of the base differs from what was recorded when the build began.
-            CheckpointInvalid: a file of the base is no safetensors file or no index.
+            CheckpointInvalid: a file of the base is not a safetensors file or no index.
             Fault: what the source raises.
         """
         with self._lock:

@@ -16,7 +16,7 @@ STOPS: Final = (BuildInterrupted, BuildCancelled, BuildTimedOut)
 """Faults of a build that was requested to end."""
 
 
-INTERRUPTED: Final = "the builder stopped before the build ended; it goes on at the next start"
+INTERRUPTED: Final = "the builder stopped before the build ended; the build continues at the next start"
 
 
 class Stage(StrEnum):

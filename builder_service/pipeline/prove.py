@@ -72,7 +72,7 @@ def prove_adapters(
         why = why or ("classifies texts" if adapter.checked.score is not None else "")
         if why:
             raise AdapterInvalid(
-                f"adapter {adapter.fetched.name!r} {why}, and of such adapters there are no proofs. Build "
+                f"adapter {adapter.fetched.name!r} {why}, and such an adapter cannot be proved. Build "
                 "without prove, or without this adapter."
             )
     for adapter in adapters:
@@ -144,6 +144,6 @@ def _proof(adapter: ValidAdapter, answer: dict[str, Any]) -> Proof:
         return Proof.model_validate({"probes": answer["probes"], "effects": [effects[row] for row in rows]})
     except ValidationError as error:
         raise AdapterInvalid(
-            f"adapter {name!r}: under it the model computes {error.error_count()} values that are not finite, "
+            f"adapter {name!r}: with it, the model computes {error.error_count()} values that are not finite, "
             "so it cannot be proved."
         ) from error

@@ -126,7 +126,7 @@ def judge(before: Generation, wish: Update) -> None:
 def _require_new(generation: Generation, there: Collection[str]) -> None:
     if there:
         raise AdapterExists(
-            f"deployment {generation.deployment}: expected adapters that are new, found that it has "
+            f"deployment {generation.deployment}: expected new adapters, found existing ones: "
             f"{listed(sorted(there))}. Choose another name, or replace it."
         )
 

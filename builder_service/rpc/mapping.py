@@ -61,7 +61,7 @@ def update_of(request: pb.UpdateDeploymentRequest) -> Update:
     try:
         return Update.model_validate(fields | judged)
     except ValidationError as error:
-        raise DeploymentInvalid("the update breaks rules", findings_of(error, Update)) from error
+        raise DeploymentInvalid("the update is not valid", findings_of(error, Update)) from error
 
 
 async def parts_of(requests: AsyncIterator[pb.PutAdapterRequest]) -> AsyncIterator[Upload | PushedChunk]:

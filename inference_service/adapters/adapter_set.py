@@ -113,7 +113,7 @@ class AdapterSet:
 
     @property
     def num_pinned(self) -> int:
-        """Names that are pinned."""
+        """Pinned adapters."""
         return len(self._pinned)
 
     def is_pinned(self, name: str) -> bool:

@@ -42,7 +42,7 @@ def digest_of(path: str) -> str | None:
         return None
     digest = path.removeprefix(BUNDLE)
     if not _DIGEST.fullmatch(digest):
-        raise _invalid(path, "64 hex digits behind bundle:")
+        raise _invalid(path, "64 hex digits after bundle:")
     return digest
 
 

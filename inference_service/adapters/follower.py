@@ -225,7 +225,7 @@ class Follower:
         try:
             self._take(generation)
         except Exception as error:
-            problem = error.message if isinstance(error, Fault) else "loramux failed inside; see the log"
+            problem = error.message if isinstance(error, Fault) else "internal error; see the log"
             self._standing = replace(self._standing, newest=number, stale=problem)
             log.exception("generation could not be taken over, trying again", generation=number)
             return

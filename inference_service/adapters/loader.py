@@ -151,7 +151,7 @@ def _fault(error: Exception) -> Fault:
             "an adapter does not fit this machine's free memory. Free memory, or use less."
         )
     log.error("adapter load failed: unexpected error", exc_info=error)
-    return InternalFault("loramux failed inside while it loaded an adapter; the log has the details.")
+    return InternalFault("internal error while an adapter was loaded; the log has the details.")
 
 
 def _stopped() -> Fault:

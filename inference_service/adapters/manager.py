@@ -116,7 +116,9 @@ class AdapterManager:
         """
         model = self._adapter(name)
         if model.adapter is None:
-            raise RequestInvalid(f"{name!r} is merged into the base's weights and cannot leave; pin nothing.")
+            raise RequestInvalid(
+                f"{name!r} is merged into the base's weights: it is always resident, and cannot be pinned."
+            )
         self._adapters.pin(name, model.adapter)
         return self._view(model)
 

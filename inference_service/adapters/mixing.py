@@ -44,7 +44,7 @@ def written(text: str) -> tuple[ScaledAdapter, ...]:
         found = _PART.match(text, at)
         name = found[1].strip() if found else ""
         if found is None or not name or text[found.end() : found.end() + 1] not in ("", "+"):
-            raise _refused("model", "names, each with * and a scale behind it or without, and + between", text)
+            raise _refused("model", "names with + between them, each with or without *SCALE", text)
         parts.append(ScaledAdapter(name, _number(found[2], text)))
         if found.end() == len(text) or len(parts) > MOST_PARTS:
             return tuple(parts)
@@ -53,7 +53,7 @@ def written(text: str) -> tuple[ScaledAdapter, ...]:
 
 def _number(said: str | None, text: str) -> float:
     if said is not None and not is_number(said):
-        raise _refused("model", "a number behind every *", text)
+        raise _refused("model", "a number after every *", text)
     return 1.0 if said is None else float(said)
 
 
@@ -128,7 +128,7 @@ def mixed(
 def _unscalable(model: ServedModel, members: Sequence[Adapter]) -> str:
     """Say why an adapter cannot be part of a mixture; nothing where it can."""
     if model.affine:
-        return "is DoRA, or has biases or scales of its own: their mixture is not their sum"
+        return "is DoRA, or has biases or scales of its own: their blend is not their sum"
     own = next(adapter for adapter in members if adapter is model.adapter)
     return apart(own.invocation, model.modules, model.vocab, model.num_labels)
 
@@ -160,4 +160,4 @@ def agreed(defaults: Sequence[AdapterDefaults]) -> AdapterDefaults:
 
 def _refused(where: str, expected: str, found: str, fix: str = "") -> RequestInvalid:
     finding = Finding(code="E_BAD_FIELD", where=where, expected=expected, found=found[:SHOWN], fix=fix)
-    return RequestInvalid("the request names adapters that cannot be mixed.", [finding])
+    return RequestInvalid("the request names adapters that cannot be blended.", [finding])

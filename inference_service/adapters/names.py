@@ -67,7 +67,7 @@ def ambiguous_version(name: str, prefix: str, digests: Collection[str]) -> Reque
         found=f"{prefix}, with which {len(digests)} of {name} begin: {listed(sorted(digests))}",
         fix="Give more digits.",
     )
-    return RequestInvalid("the request names a version that is not the only one.", [finding])
+    return RequestInvalid("the request names an ambiguous version.", [finding])
 
 
 def bad_version(name: str, prefix: str) -> RequestInvalid:
@@ -78,7 +78,7 @@ def bad_version(name: str, prefix: str) -> RequestInvalid:
         expected=f"{name}@ and {LEAST_DIGITS} to 64 hex digits of its digest",
         found=repr(prefix[:SHOWN]),
     )
-    return RequestInvalid("the request names no version.", [finding])
+    return RequestInvalid("the request names a version that is not valid.", [finding])
 
 
 def _around(name: str, names: Sequence[str]) -> Sequence[str]:

@@ -78,7 +78,7 @@ class ReplicaView:
     generation: int
     """Served."""
     newest: int
-    """The newest generation that was seen."""
+    """Newest generation that the replica saw."""
     state: str
     """Relation to its deployment: fixed, current, stale or blind."""
     reason: str

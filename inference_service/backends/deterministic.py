@@ -115,7 +115,7 @@ def agreeing_sizes(
     if not groups:
         raise SettingsInvalid(
             "LORAMUX_DETERMINISTIC=true, but products of "
-            f"{in_features} x {out_features} depend on the place of a row on this machine. "
+            f"{in_features} x {out_features} depend on a row's position in the batch on this machine. "
             "Set it to false."
         )
     best = max((sizes for _, sizes in groups), key=lambda sizes: (len(sizes), sizes[0]))

@@ -132,11 +132,11 @@ class Demand:
         finding = Finding(
             code="E_CONSTRAINT",
             where=WHERE,
-            expected=f"schemas that calls in the form {self._form} can be held to",
+            expected=f"schemas that calls in the form {self._form} can follow",
             found=str(error),
             fix=f"Leave out {asks}, or what the schema asks for there.",
         )
-        return RequestInvalid("the tools cannot be called as their schemas say.", [finding])
+        return RequestInvalid("the schemas of the tools cannot be enforced.", [finding])
 
     @property
     def _spelling(self) -> Spelling:

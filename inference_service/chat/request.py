@@ -221,7 +221,7 @@ def check_tools(choice: ToolChoice | None, tools: Sequence[ChatTool], turns: Seq
     names = {tool.name for tool in tools}
     for name in choice.names if isinstance(choice, AllowedTools) else ():
         if name not in names:
-            raise refused("tool_choice", "tools that tools holds", name)
+            raise refused("tool_choice", "names of tools in tools", name)
     check_calls(turns)
 
 
@@ -243,7 +243,7 @@ def check_demand(choice: ToolChoice | None, tools: Sequence[ChatTool]) -> None:
     if not _is_forced(choice) or _callable(choice, tools):
         return
     if isinstance(choice, NamedTool) and tools:
-        raise refused("tool_choice", "a tool that tools holds", choice.name)
+        raise refused("tool_choice", "the name of a tool in tools", choice.name)
     raise refused("tool_choice", "auto or none, where there are no tools", getattr(choice, "name", choice))
 
 

@@ -33,7 +33,7 @@ class EngineStats:
     """Distinct adapters of a step, at most."""
     preemptions: int
     prefix_tokens_queried: int
-    """Tokens of admitted sequences."""
+    """Tokens looked up in the prefix cache."""
     prefix_tokens_hit: int
     """Tokens of those whose keys and values were cached."""
     tokens_generated: int

@@ -338,8 +338,8 @@ class Residency(Generic[P]):
 
         if self._places.find(entry.num_bytes, age) is None:
             raise ResourcesExhausted(
-                f"an adapter of {entry.num_bytes:,} bytes finds no place in the bank of {self.capacity:,} "
-                "bytes beside those that are pinned. Unpin some, or raise LORAMUX_ADAPTER_MEMORY_GB."
+                f"an adapter of {entry.num_bytes:,} bytes does not fit the bank of {self.capacity:,} "
+                "bytes beside the pinned ones. Unpin some, or raise LORAMUX_ADAPTER_MEMORY_GB."
             )
 
     def _settle(self, group: list[AdapterEntry[P]], ranks: Mapping[Adapter, Rank]) -> bool:
@@ -462,7 +462,7 @@ class Residency(Generic[P]):
 
 def _no_room(needed: int, room: int, adapters: int, slots: int) -> ResourcesExhausted:
     return ResourcesExhausted(
-        f"{adapters} adapters of {needed:,} bytes find no place together: the bank has {room:,} bytes in one "
-        f"piece and {slots:,} slots beside those that are pinned. Ask for fewer at once, unpin some, or raise "
+        f"{adapters} adapters of {needed:,} bytes do not fit together: the bank has {room:,} bytes in one "
+        f"piece and {slots:,} slots beside the pinned ones. Ask for fewer at once, unpin some, or raise "
         "LORAMUX_ADAPTER_MEMORY_GB."
     )

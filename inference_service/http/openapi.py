@@ -40,11 +40,10 @@ OPENAPI: Final = "3.1.1"
 SCHEMAS: Final = "#/components/schemas/"
 ABOUT: Final = (
     "OpenAI's API, and Anthropic's messages, of a loramux replica; a model is the base or one of its adapters. "
-    "The schemas say which parameters there are, of which types and within which bounds; one that can only be "
-    "null is refused, and null is not set. What they mean: docs/reference/openai.md and "
-    "docs/reference/anthropic.md. Not listed "
-    "here: methods that a path does not have are 405, and what is no HTTP/1.1 is 400, 417, 501 or 505. Answers "
-    "may grow by fields: read over unknown ones."
+    "The schemas list the parameters with their types and bounds; one that can only be null is refused, and "
+    "null is the same as unset. Their meaning: docs/reference/openai.md and docs/reference/anthropic.md. Not "
+    "listed here: a method that a path does not have gets 405, and a request that is not HTTP/1.1 gets 400, "
+    "417, 501 or 505. Answers may get new fields: ignore unknown ones."
 )
 EVERYWHERE: Final = (400, 408, 431, 500, 503)
 """Statuses of failures that any request may meet."""

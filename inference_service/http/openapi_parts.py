@@ -12,8 +12,13 @@ from loramux_shared.routes import MODEL_HEADER
 Json = dict[str, Any]
 """An object of the document."""
 SECURITY: Final[Mapping[str, Json]] = {
-    "key": {"type": "http", "scheme": "bearer", "description": "Where the server has keys."},
-    "x_api_key": {"type": "apiKey", "in": "header", "name": "x-api-key", "description": "The same keys."},
+    "key": {"type": "http", "scheme": "bearer", "description": "Required if the server has keys."},
+    "x_api_key": {
+        "type": "apiKey",
+        "in": "header",
+        "name": "x-api-key",
+        "description": "The same keys, as Anthropic's clients send them.",
+    },
 }
 """The ways to show a key, by name."""
 WORDS: Final[Mapping[int, str]] = {
@@ -22,15 +27,15 @@ WORDS: Final[Mapping[int, str]] = {
     403: "The key may not do this, or a page of another site asked for it.",
     404: "No model, adapter or generation of that name; the error has the nearest.",
     408: "The request did not arrive in time.",
-    409: "It cannot be done as things are now: somebody else changes them.",
-    413: "The body is larger than is read.",
-    415: "The body does not say that it is JSON.",
+    409: "Another client changes the same thing at the same time.",
+    413: "The body is too large.",
+    415: "The content type is not JSON.",
     429: "The queue is full, or the model or the key has what its limits allow.",
-    431: "The head of the request is larger than is read.",
+    431: "The head of the request is too large.",
     500: "loramux failed, or found bytes that are not what was built; the log has it under the request's id.",
     503: "The replica drains, failed, is paused or behind, or a service that it needs does not answer.",
-    504: "What was asked for took longer than the operator allows.",
-    529: "The server has as much work as it takes.",
+    504: "The request took longer than the operator allows.",
+    529: "The server is overloaded.",
 }
 """Descriptions of the statuses of failures."""
 RETRY_AFTER: Final[Json] = {
@@ -53,7 +58,7 @@ HINTS: Final[Sequence[Json]] = (
 """Headers by which requests say what is to answer."""
 DIGEST_HEADERS: Final[Json] = {
     MODEL_HEADER: {
-        "description": "What answers: of an alias the model that was picked.",
+        "description": "The model that answers; for an alias, the one that was drawn.",
         "required": True,
         "schema": {"type": "string"},
     },

@@ -39,7 +39,7 @@ PIECE: Final = 1 << 20
 
 
 class ShardInvalid(Exception):
-    """The file is no safetensors file; the message says why."""
+    """The file is not a safetensors file; the message says why."""
 
 
 @dataclass(frozen=True)

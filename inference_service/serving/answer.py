@@ -114,8 +114,8 @@ class Answer:
         finding = Finding(
             code="E_BAD_FIELD",
             where="allowed_token_ids" if bounded else "bad_words",
-            expected="a token that allowed_token_ids, bad_words and the constraint leave",
-            found=f"none behind {self.seq.num_known - 1} tokens of the answer",
+            expected="a token that allowed_token_ids, bad_words and the constraint allow",
+            found=f"none after {self.seq.num_known - 1} tokens of the answer",
             fix="Allow more tokens, or forbid fewer words.",
         )
-        return RequestInvalid("nothing may come next in the answer.", [finding])
+        return RequestInvalid("no token is allowed next in the answer.", [finding])

@@ -10,8 +10,7 @@ from loramux_shared.faults import BundleCorrupt, CheckpointInvalid
 from loramux_shared.sources.checkpoint import CONFIG, INDEX, PlacedBase
 
 GONE: Final = (
-    "the tokenizer's files are no longer what they were when this replica was started. Restore them where it "
-    "found them, or start it again."
+    "the tokenizer's files changed since this replica was started. Restore them, or restart the replica."
 )
 
 
@@ -30,7 +29,7 @@ class BaseFiles:
             CheckpointInvalid: they are not there any more, or are others; or there is no checkpoint.
         """
         if self._placed is None:
-            raise CheckpointInvalid("this replica was made without a checkpoint, and has no tokenizer to give.")
+            raise CheckpointInvalid("this replica has no checkpoint, and so no tokenizer to return.")
         try:
             with self._placed.small_files() as folder:
                 return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != INDEX}

@@ -67,7 +67,7 @@ class PauseMode(StrEnum):
 
 
 ENDED: Final = (
-    "an operator paused the replica and ended what was under way. Retry, here or with another replica."
+    "an operator paused the replica and ended all running requests. Retry, here or with another replica."
 )
 LOOK_S: Final = 0.02
 """Between two looks at whether those that were under way have ended."""
@@ -300,7 +300,7 @@ class EngineThread:
                     log.exception("engine step failed", running=self._engine.stats.running)
                     outputs = self._engine.fail_all()
                     if not self._recovers():
-                        return f"no step succeeds any more, since one raised {type(error).__name__}"
+                        return f"every engine step fails since a {type(error).__name__}"
             self._send(outputs)
             self._tell_rested()
             if self._after_step is not None:
@@ -343,7 +343,7 @@ class EngineThread:
                 await self._before_cut()
         finally:
             if why is not None:
-                self.cut(ReplicaFailed(f"the replica fails: {why}. Retry with another replica."))
+                self.cut(ReplicaFailed(f"the replica failed: {why}. Retry with another replica."))
             self._ended.set_result(why)
 
     def _send(self, outputs: list[StepOutput]) -> None:

@@ -89,7 +89,7 @@ class _Bound:
         most = self.limits.tokens_per_minute
         if most is not None and (wait_s := self.meter.wait_s(most)):
             seconds = math.ceil(wait_s)
-            said = f"{self.whose} has used its {most} tokens of a minute. Retry in {seconds} s."
+            said = f"{self.whose} has used its {most} tokens per minute. Retry in {seconds} s."
             raise RateLimited(said, retry_after_s=wait_s)
 
     def take(self, tokens: int) -> None:

@@ -31,7 +31,7 @@ class Naming:
 
         Raises:
             ReplicaBehind: there is no such generation here.
-            DeadlineExceeded: it did not come before the deadline.
+            DeadlineExceeded: it did not arrive before the deadline.
             ModelNotFound: no such base or adapter.
             RequestInvalid: the name is that of no single version, or lora_path that of another adapter.
         """
@@ -51,7 +51,7 @@ class Naming:
             finding = Finding(
                 code="E_BAD_FIELD",
                 where="adapters",
-                expected="none beside a model, unless it is the base",
+                expected="none together with a model other than the base",
                 found=repr(asked.name[:80]),
                 fix="Name all of them in adapters, or all in model, as in a*0.7+b*0.5.",
             )
@@ -100,12 +100,12 @@ class Naming:
         except TimeoutError:
             if not limit.expired():
                 raise
-            raise DeadlineExceeded(f"generation {number} did not come before the deadline.") from None
+            raise DeadlineExceeded(f"generation {number} did not arrive before the deadline.") from None
         if number > self._catalog.generation:
             raise self._behind(number)
 
     def _behind(self, number: int) -> ReplicaBehind:
         return ReplicaBehind(
             f"the request asks for generation {number}, and this replica has {self._catalog.generation}. "
-            "Retry in a moment, or look at what the deployment's builder published."
+            "Retry in a moment, or check which generation the deployment's builder published."
         )

@@ -61,9 +61,9 @@ async def _pooled(service: GenerationService, request: Request) -> PooledPrompt:
         and isinstance(vector, Pooled)
         and isinstance(finished, AnswerFinished)
     ):
-        raise InternalFault("a prompt became no vector. Please report it.")
+        raise InternalFault("no vector was computed for a prompt. Please report it.")
     if not np.isfinite(vector.vector).all():
-        raise InternalFault("the model computes no finite numbers of this prompt. Please report it.")
+        raise InternalFault("the model computes values that are not finite for this prompt. Please report it.")
     return PooledPrompt(started, vector.vector, finished)
 
 
@@ -133,9 +133,9 @@ def pooling_of(said: str | None, usual: Pooling | None) -> Pooling:
     expected = " or ".join(Pooling)
     if said is not None:
         finding = Finding(code="E_BAD_FIELD", where="pooling", expected=expected, found=repr(said[:80]))
-        raise RequestInvalid("there is no such pooling.", [finding])
+        raise RequestInvalid("the pooling is not supported.", [finding])
     if usual is None:
-        fix = "Say it in the request, or as runtime.pooling in the deployment file."
+        fix = "Set it in the request, or as runtime.pooling in the deployment file."
         finding = Finding(code="E_MISSING_FIELD", where="pooling", expected=expected, fix=fix)
         raise RequestInvalid("the base was trained with a pooling that is not served.", [finding])
     return usual
@@ -155,6 +155,6 @@ def check_dimensions(dimensions: int | None, hidden: int) -> None:
         RequestInvalid: as many do not exist.
     """
     if dimensions is not None and not 1 <= dimensions <= hidden:
-        expected = f"1 to {hidden}, the numbers of a vector of this base"
+        expected = f"1 to {hidden}, the dimensions of this base's vectors"
         finding = Finding(code="E_BAD_FIELD", where="dimensions", expected=expected, found=str(dimensions))
-        raise RequestInvalid("a vector cannot be cut to that.", [finding])
+        raise RequestInvalid("a vector cannot have this many dimensions.", [finding])

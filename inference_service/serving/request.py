@@ -266,4 +266,4 @@ def _out_of_bounds(where: str, found: str) -> RequestInvalid:
         expected=f"the number of a generation, 0 to {MAX_GENERATION}",
         found=found,
     )
-    return RequestInvalid("the request asks for no generation.", [finding])
+    return RequestInvalid("the generation is not valid.", [finding])

@@ -74,4 +74,4 @@ def check_texts(texts: Iterable[str]) -> None:
         RequestInvalid: they have too much in them.
     """
     if much := unfolds_to(",".join(texts).encode(errors="replace")):
-        raise RequestInvalid(f"the JSON texts of the request have {much}. Send less at once.")
+        raise RequestInvalid(f"the JSON texts of the request have {much}. Send less.")

@@ -19,7 +19,7 @@ EXPECTED_NAME: Final = "1 to 64 letters, digits, _, . or -"
 MAX_VARIABLES: Final = 32
 MAX_VARIABLE_BYTES: Final = 64 * 1024
 _VARIABLE: Final = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,63}")
-EXPECTED_VARIABLE: Final = "names of a letter, and up to 63 letters, digits and _"
+EXPECTED_VARIABLE: Final = "a letter and up to 63 letters, digits and _"
 RESERVED: Final = frozenset(
     {
         *("messages", "tools", "add_generation_prompt", "continue_final_message"),
@@ -60,10 +60,10 @@ def rules_of_the_end(messages: Sequence[Mapping[str, Any]], *, goes_on: bool, st
     """Yield the rules of how rendered messages end: nothing stands behind what the answer goes on with."""
     if not goes_on:
         return
-    yield starts, "add_generation_prompt", "false, beside continue_final_message", "true"
+    yield starts, "add_generation_prompt", "false, together with continue_final_message", "true"
     said = messages[-1]["content"] if messages else ""
     where = f"messages[{max(0, len(messages) - 1)}].content"
-    yield not said, where, "text, which continue_final_message goes on with", "none"
+    yield not said, where, "text, which continue_final_message continues", "none"
 
 
 def rules_of_variables(variables: Mapping[str, Any]) -> Iterator[Rule]:

@@ -182,12 +182,12 @@ def _native(
 def _unsupported(settings: InferenceSettings, config: ModelConfig, dtype: torch.dtype) -> str | None:
     """Return what compiled operations do not take; None where they take everything."""
     if dtype not in DTYPES:
-        return f"compiled ones take float32 and bfloat16, found LORAMUX_DTYPE={settings.dtype}"
+        return f"compiled operations take float32 and bfloat16, found LORAMUX_DTYPE={settings.dtype}"
     if settings.block_size % BLOCK:
-        return f"compiled ones take multiples of {BLOCK}, found LORAMUX_BLOCK_SIZE={settings.block_size}"
+        return f"compiled operations take multiples of {BLOCK}, found LORAMUX_BLOCK_SIZE={settings.block_size}"
     widest = max(heads.dim for heads in config.heads)
     if not 0 < widest <= MAX_HEAD_DIM:
-        return f"compiled ones take heads of 1 to {MAX_HEAD_DIM} values, the base has {widest}"
+        return f"compiled operations take heads of 1 to {MAX_HEAD_DIM} values, the base has {widest}"
     return None
 
 
@@ -231,6 +231,6 @@ def check_triton_cache() -> None:
     why = open_folder(folder)
     if why is not None:
         raise SettingsInvalid(
-            f"TRITON_CACHE_DIR={folder}: it {why}, and what lies there is run. Name a folder that nobody else "
+            f"TRITON_CACHE_DIR={folder}: it {why}, and code in it is executed. Name a folder that nobody else "
             "can write to, or remove this one."
         )

@@ -59,7 +59,9 @@ def divide_memory(
         free, libraries = measured.free, measured.kept
     plan = plan_on(device.type, free, needs, cache)
     if plan.seqs < cache.seqs:
-        log.info("fewer sequences run at once, to hold their states", seats=plan.seqs, usual=cache.seqs)
+        log.info(
+            "fewer sequences run at once, since each holds a recurrent state", seats=plan.seqs, usual=cache.seqs
+        )
     left = free - needs.activations - needs.graphs - plan.kv_bytes
     items = {**asdict(needs), "libraries": libraries, "key-value cache": plan.kv_bytes, "left": left}
     for item, size in items.items():

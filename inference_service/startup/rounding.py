@@ -27,8 +27,8 @@ def agree(settings: InferenceSettings, generation: Generation) -> tuple[Inferenc
         return settings, generation
     if generation.merge is Merge.ALWAYS:
         raise SettingsInvalid(
-            f"LORAMUX_QUANTIZATION={quantization}, but runtime.merge of the deployment is always, and what is "
-            "merged would be rounded with the weights. Set none, or build it with merge: auto."
+            f"LORAMUX_QUANTIZATION={quantization}, but runtime.merge of the deployment is always, and a merged "
+            "adapter would be rounded with the weights. Set none, or build it with merge: auto."
         )
     log.info(
         "adapter is not merged: the weights are quantized", weights=quantization, adapter=generation.merged

@@ -77,7 +77,7 @@ def _before(mark: str, rendered: str) -> str:
     before, found, behind = rendered.rpartition(mark)
     if not found:
         finding = Finding(code="E_MESSAGES", where="continue_final_message", found="a changed last message")
-        raise RequestInvalid("the chat template does not show the last message as it is.", [finding])
+        raise RequestInvalid("the chat template changes the last message.", [finding])
     return before if behind.startswith(" ") else before.rstrip()
 
 

@@ -84,9 +84,7 @@ def rollout(
             "--generation", metavar="N", min=1, help="Generation; default: the newest that a replica saw."
         ),
     ] = None,
-    timeout_s: Annotated[
-        float, typer.Option("--timeout", metavar="SECONDS", min=0, help="Longest wait.")
-    ] = 120.0,
+    timeout_s: Annotated[float, typer.Option("--timeout", metavar="SECONDS", min=0, help="Timeout.")] = 120.0,
     as_json: shell.JsonLines = False,
 ) -> None:
     """Watch replicas until all serve a generation.

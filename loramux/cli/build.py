@@ -80,7 +80,7 @@ def read_deployment(path: shell.File) -> DeploymentFile:
     """Read a deployment file and say which of its keys mean nothing here, or ask for what is not done."""
     read = load_deployment(path)
     if read.ignored:
-        shell.say(f"ignored, they mean nothing here: {', '.join(read.ignored)}", "dim")
+        shell.say(f"ignored, since they have no effect here: {', '.join(read.ignored)}", "dim")
     for warning in read.warnings:
         shell.say(f"warning: {warning}", "yellow")
     return read
@@ -123,7 +123,9 @@ async def follow(
     async for last in client.watch(name, request_id=request_id):
         tell(last)
     if last is None or last.state not in (DeploymentState.ACTIVE, DeploymentState.FAILED):
-        raise InternalFault(f"the builder stopped telling of a build of {name} that runs. Repeat the command.")
+        raise InternalFault(
+            f"the builder ended the stream of events while the build of {name} runs. Run the command again."
+        )
     if last.failure and last.state is DeploymentState.FAILED:
         raise last.failure
     return last

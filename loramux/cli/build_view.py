@@ -144,10 +144,10 @@ def _stage(adapter: AdapterInfo) -> str:
     if adapter.stage is not Stage.DONE:
         return adapter.stage.value
     if adapter.repaired:
-        return "done, was damaged in the store"
+        return "done, repaired in the store"
     if adapter.kept:
-        return "done, as it was"
-    return "done, was in the store" if adapter.reused else adapter.stage.value
+        return "done, unchanged"
+    return "done, already in the store" if adapter.reused else adapter.stage.value
 
 
 def _bytes(adapter: AdapterInfo) -> str:

@@ -142,7 +142,7 @@ def named_repository(
         finding = Finding(
             code="E_BAD_FIELD", where="repository", expected="a repository", found=repr(repo[:80])
         )
-        raise DeploymentInvalid("the words and flags name no repository", [finding]) from error
+        raise DeploymentInvalid("the arguments name no repository", [finding]) from error
 
 
 def only_deployment(client: Client) -> str:

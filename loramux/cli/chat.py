@@ -70,7 +70,7 @@ def chat(
         talk = ChatSession(client, model, options, system)
         talk.use(model)
         if sys.stdin is None:
-            raise RequestInvalid("stdin is closed: pipe the prompts in, or start it on a terminal")
+            raise RequestInvalid("stdin is closed. Pipe prompts into it, or run it in a terminal")
         if sys.stdin.isatty():
             _converse(talk)
         else:

@@ -15,11 +15,11 @@ from loramux.client import Client
 from loramux.records import Delta, Finished, GenerateOptions, Message
 
 COMMANDS: Final = {
-    "/model": "NAME  go on with another model; without NAME: which it is",
+    "/model": "NAME  switch to another model; without NAME: print the current one",
     "/models": "list the models",
     "/system": "TEXT  set the system message; without TEXT: none",
-    "/clear": "forget what was said",
-    "/help": "show this",
+    "/clear": "clear the conversation",
+    "/help": "print this help",
     "/quit": "leave, as Ctrl-D does",
 }
 
@@ -113,7 +113,7 @@ def show_help() -> None:
     """Print the commands."""
     for name, text in COMMANDS.items():
         shell.say(f"{name:<8} {text}", "dim")
-    shell.say("Ctrl-C stops an answer, TAB completes, the arrow keys find what was typed before", "dim")
+    shell.say("Ctrl-C stops an answer, TAB completes, the arrow keys recall earlier prompts", "dim")
 
 
 def write(text: str) -> None:

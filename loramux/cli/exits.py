@@ -25,14 +25,14 @@ class Exit(IntEnum):
 
 
 MEANINGS: Final = {
-    Exit.OK: "done; what was asked about is fine",
-    Exit.FAILED: "refused or failed: repeating it will not help",
+    Exit.OK: "success",
+    Exit.FAILED: "refused or failed: a retry will not help",
     Exit.USAGE: "a wrong flag, argument or setting",
-    Exit.UNAVAILABLE: "something does not answer, is busy or restarts: the same command may succeed later",
-    Exit.DENIED: "no API key, or one that may not do this; a secret or licence that a source asks for",
+    Exit.UNAVAILABLE: "a service does not answer, is busy or restarts: a retry may succeed",
+    Exit.DENIED: "missing API key, scope, secret or licence",
     Exit.BROKEN: "of `serve`: the device or the engine failed; start it again",
     Exit.INTERRUPTED: "Ctrl-C",
-    Exit.PIPE_CLOSED: "nobody reads its output any more, as behind `head -1`",
+    Exit.PIPE_CLOSED: "its output was closed, as `head -1` does",
 }
 
 _DENIED = (Status.UNAUTHENTICATED, Status.PERMISSION_DENIED)

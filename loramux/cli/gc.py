@@ -131,4 +131,4 @@ def _duration(flag: str, text: str) -> timedelta:
         return timedelta(**{_UNITS[match[2]]: float(match[1])})
     if text == "0":
         return timedelta()
-    raise SettingsInvalid(f"{flag}={text}: expected a number and d, h, m or s, for example 24h")
+    raise SettingsInvalid(f"{flag}={text}: expected a number with a unit (d, h, m or s), for example 24h")

@@ -88,7 +88,9 @@ def npy_folder(folder: Path) -> Repository:
     if not (path / FILES[0]).is_file() or not any(config.is_file() for config in configs):
         raise DeploymentInvalid(f"{path}: expected {FILES[0]} and {FILES[1]}")
     if (path / "adapter_config.json").exists():
-        raise DeploymentInvalid(f"{path}: there is an adapter_config.json, so a build takes the PEFT adapter")
+        raise DeploymentInvalid(
+            f"{path}: expected no adapter_config.json, since a build would take the PEFT adapter"
+        )
     return parse_repository(str(path))
 
 

@@ -64,7 +64,7 @@ def sign(
     Example: loramux sign ./my-adapter --key release.pem
     """
     if sigstore == (key is not None):
-        raise SettingsInvalid("expected --key FILE or --sigstore, one of them")
+        raise SettingsInvalid("expected either --key FILE or --sigstore")
     by = SigningKey(key.expanduser(), certificates and certificates.expanduser()) if key else None
     folder = Path(target).expanduser()
     if folder.is_dir():

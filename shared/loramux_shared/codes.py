@@ -74,8 +74,8 @@ _REFUSED: Final = (
     ("E_EMPTY_WEIGHTS", "no tensors, or tensors without elements, as ZeRO-3 saves without gathering",
      "Save with `stage3_gather_16bit_weights_on_model_save`, or from the consolidated state dict."),
     ("E_EMPTY_TARGETS", "no target modules and no tensors", "Train again with `target_modules`."),
-    ("E_BAD_CONFIG", "the config is no JSON object, has a key twice, or a field has an impossible value or a "
-     "pattern that cannot be matched in time", "Correct the file."),
+    ("E_BAD_CONFIG", "the config is not a JSON object, has a key twice, or a field has an impossible value or "
+     "a pattern that cannot be matched in time", "Correct the file."),
     ("E_NOT_LORA", "`peft_type` is neither LORA nor a kind that amounts to it (ADALORA, IA3, LOHA, LOKR, "
      "VERA), or a VeRA adapter without its projections",
      f"{_MERGE} Save VeRA again with `save_projection`."),
@@ -91,7 +91,7 @@ _REFUSED: Final = (
     ("E_VARIANT", "a variant whose factors are not plain A and B (Arrow, BD-LoRA, KaSA, MonteCLoRA, QALoRA), "
      "or a feature that PEFT has for LoRA alone, beside another kind",
      _MERGE),
-    ("E_ALORA", "`alora_invocation_tokens` is no list of at most 64 tokens of the base, or stands beside a "
+    ("E_ALORA", "`alora_invocation_tokens` is not a list of at most 64 tokens of the base, or stands beside a "
      "feature without an activated form in PEFT, or one that acts before them: DoRA, `bias`, PiSSA, "
      "parameters, embeddings, a head", "Correct the list, or train without that feature."),
     ("E_REPLICATION", "`layer_replication`: layers that the base does not have", _MERGE),

@@ -76,7 +76,7 @@ class Repository(Model):
     @classmethod
     def _without_nul(cls, value: str) -> str:
         if "\0" in value:
-            raise ValueError("text without a NUL")
+            raise ValueError("text without NUL bytes")
         return value
 
     @field_validator("subfolder")

@@ -231,7 +231,7 @@ def _unwrap(data: dict[Any, Any]) -> tuple[dict[Any, Any], dict[str, Any]]:
         block = _drop(inner, "trt_llm", "trt_llm", ignored)
         top = _drop(top, "", "", ignored)
         if twice := sorted(map(str, top.keys() & block.keys())):
-            raise DeploymentInvalid(f"{', '.join(twice)}: given inside and beside trt_llm. Remove one.")
+            raise DeploymentInvalid(f"{', '.join(twice)}: set both inside and outside trt_llm. Remove one.")
         top |= block
     else:
         runtime = top.pop("runtime", None)
@@ -268,7 +268,7 @@ class _Loader(yaml.SafeLoader):
             if isinstance(key, yaml.ScalarNode):
                 if key.value in seen:
                     raise yaml.composer.ComposerError(
-                        None, None, f"{key.value!r} is given twice", key.start_mark
+                        None, None, f"{key.value!r} appears twice", key.start_mark
                     )
                 seen.add(key.value)
         return node
@@ -300,7 +300,7 @@ def _signers(field: str, words: Sequence[str], folder: Path) -> tuple[str, ...]:
             where = f"build.{field}"
             findings.append(Finding(code="E_BAD_FIELD", where=where, expected=str(error), found=word[:80]))
     if findings:
-        raise DeploymentInvalid(f"build.{field} names who cannot have signed", findings)
+        raise DeploymentInvalid(f"build.{field} names signers that are not valid", findings)
     return tuple(signers)
 
 
@@ -312,7 +312,7 @@ def _resolve_local(deployment: Deployment, folder: Path) -> Deployment:
             path = (folder / Path(repository.repo).expanduser()).resolve()
             str(path).encode()
         except (OSError, RuntimeError, ValueError) as error:  # no such user, a loop, a NUL, no UTF-8
-            raise DeploymentInvalid(f"LOCAL repository {repository.repo!r} is no path: {error}") from error
+            raise DeploymentInvalid(f"LOCAL repository {repository.repo!r} is not a path: {error}") from error
         return repository.model_copy(update={"repo": str(path)})
 
     build = deployment.build

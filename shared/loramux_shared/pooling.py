@@ -39,7 +39,7 @@ def pooling_in(folder: Path) -> Pooling | None:
     try:
         fields = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
-        raise CheckpointInvalid(f"the base's {FILE} is no valid JSON. Correct or remove it.") from error
+        raise CheckpointInvalid(f"the base's {FILE} is not valid JSON. Correct or remove it.") from error
     if not isinstance(fields, dict):
         raise CheckpointInvalid(f"the base's {FILE} must be an object. Correct or remove it.")
     said = fields.get("pooling_mode")

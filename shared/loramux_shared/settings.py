@@ -48,7 +48,7 @@ def _destination(value: str) -> str:
     try:
         return _address(value.removeprefix("grpcs://")) and value
     except ValueError as error:
-        raise ValueError(f"{error}; grpcs:// before it for TLS") from error
+        raise ValueError(f"{error}; with grpcs:// in front for TLS") from error
 
 
 def _expanded(path: Path) -> Path:

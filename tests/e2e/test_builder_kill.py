@@ -93,7 +93,7 @@ def test_a_killed_builder_leaves_nothing_half_visible_and_goes_on(tmp_path):
         states = [item.deployment for item in client.WatchDeployment(pb.WatchDeploymentRequest(name="tiny"))]
         assert states[-1].state == State.STATE_ACTIVE
         assert [adapter.stage for adapter in states[-1].adapters] == [pb.AdapterBuild.STAGE_DONE] * ADAPTERS
-        assert "was interrupted, runs again" in (tmp_path / "builder.log").read_text()
+        assert "was interrupted, running it again" in (tmp_path / "builder.log").read_text()
         client.BuildDeployment(pb.BuildDeploymentRequest(deployment=deployment_to_message(wanted)))
         again = [item.deployment for item in client.WatchDeployment(pb.WatchDeploymentRequest(name="tiny"))][-1]
         assert (again.state, again.generation, again.unchanged) == (State.STATE_ACTIVE, 1, True)

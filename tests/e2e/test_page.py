@@ -284,7 +284,7 @@ async def test_a_server_with_keys_asks_for_one(page: Page, tmp_path: Path) -> No
         await page.open(url)
         await page.until("document.querySelector('#access').checkVisibility()")
         assert await page.text("#link") == "key needed"
-        for typed, said in (("lmx_nope", "not one of this server"), (wrong, "has the scopes build")):
+        for typed, said in (("lmx_nope", "does not know the API key"), (wrong, "has the scopes build")):
             await page.type("#key", typed)
             await page.press("Enter")
             await page.until(f"document.querySelector('#key-hint').textContent.includes('{said}')")

@@ -150,10 +150,10 @@ def test_one_form_of_a_mixture_has_one_prefix(world: World, store: MemoryStore) 
 
 REFUSED: list[tuple[str, type[Fault], str]] = [
     ("wide*0.5+nobody", ModelNotFound, "no model 'nobody'"),
-    ("wide+", RequestInvalid, "and \\+ between"),
-    ("wide**2", RequestInvalid, "and \\+ between"),
-    ("wide*+all", RequestInvalid, "a number behind every \\*"),
-    ("wide*nan", RequestInvalid, "a number behind every \\*, found wide\\*nan"),
+    ("wide+", RequestInvalid, "with \\+ between"),
+    ("wide**2", RequestInvalid, "with \\+ between"),
+    ("wide*+all", RequestInvalid, "a number after every \\*"),
+    ("wide*nan", RequestInvalid, "a number after every \\*, found wide\\*nan"),
     ("wide*-8.5", RequestInvalid, "scales from -8 to 8"),
     ("+".join(["wide"] * 9), RequestInvalid, "at most 8 adapters, found more"),
     ("wide+all+rs", RequestInvalid, "at most 2 adapters, as many as a step may have"),

@@ -328,7 +328,7 @@ def _too_many(count: str, base: ModelConfig) -> Finding:
 
 
 def _no_header(problem: str) -> Finding:
-    fix = "The file is cut off or no safetensors file: download or save it again."
+    fix = "The file is truncated, or not a safetensors file: download or save it again."
     return Finding(
         code="E_BAD_WEIGHTS", where=WEIGHTS, expected="a safetensors file", found=problem[:300], fix=fix
     )

@@ -56,7 +56,7 @@ def file_findings(names: Collection[str]) -> list[Finding]:
     if shards := [name for name in top if name == INDEX or SHARD.fullmatch(name)]:
         found += _incomplete(shards)
     elif pickles := [name for name in top if name in _PICKLES]:
-        fix = "Pickle is refused, it can run code. Save again with safe_serialization=True."
+        fix = "Pickle is refused, since it can run code. Save again with safe_serialization=True."
         found.append(
             Finding(code="E_BIN_ONLY", where=pickles[0], expected=WEIGHTS, found=_listed(pickles), fix=fix)
         )
@@ -110,7 +110,7 @@ def _advice(names: Collection[str], top: list[str]) -> str:
     if folders:
         return f"The adapter is in {' or '.join(map(repr, folders[:5]))}: set subfolder, or name that folder."
     if any(_FULL.fullmatch(name) for name in top):
-        return "This is a full model, no adapter: name it as the base, or name the adapter's repository."
+        return "This is a full model, not an adapter: name it as the base, or name the adapter's repository."
     return "Name the repository or the folder that PEFT's save_pretrained wrote."
 
 

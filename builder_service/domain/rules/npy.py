@@ -192,7 +192,7 @@ def _rows(config: Array, base: ModelConfig, report: Grouping) -> Iterator[_Row]:
             report.add("E_BAD_NPY", place, expected="is_dora 0 or 1", found=str(is_dora), fix=_AGAIN)
             continue
         if module_id not in served:
-            name = _UNSERVED.get(module_id, "no module of TensorRT-LLM")
+            name = _UNSERVED.get(module_id, "not a module of TensorRT-LLM")
             code = "E_MOE" if "moe" in name or "expert" in name or "router" in name else "E_MODULE"
             found, ids = f"{module_id} ({name})", ", ".join(map(str, sorted(served)))
             fix = f"Leave these rows out of the training, or: {_MERGE}"
@@ -238,7 +238,7 @@ def _is_sound(row: _Row, table: _Table, report: Grouping) -> bool:
             "E_DIMS",
             f"row {row.index}",
             cause=row.module_id,
-            expected=f"zeros behind element {length} of {name} of rank {row.rank}",
+            expected=f"zeros after element {length} of {name} of rank {row.rank}",
             found="other values",
             fix="The adapter was converted for another base, or the row holds more than it says.",
         )
@@ -249,7 +249,7 @@ def _is_sound(row: _Row, table: _Table, report: Grouping) -> bool:
             f"row {row.index}",
             cause=(row.module_id, row.rank),
             expected=f"numbers up to element {length} of {name}, which says rank {row.rank}",
-            found=f"zeros, as behind rank {lower}",
+            found=f"zeros, as after rank {lower}",
             fix=f"Correct its rank, or leave the row out if its B is zero. {_AGAIN}",
         )
         return False

@@ -29,7 +29,7 @@ def unstacked(
             "E_TARGET_PARAMS",
             "adapter_config.json: target_parameters",
             expected="tensors of experts that the base has; without experts, target_modules alone",
-            found=f"{', '.join(parameters)}, and no such tensors",
+            found=f"{', '.join(parameters)}, but no such tensors",
             fix=MERGE,
         )
     found = [pair for pair in pairs if not pair.key.holds_all]
@@ -68,7 +68,7 @@ def _refuse_parameters(pair: Pair, parameters: tuple[str, ...], report: Grouping
         pair.place,
         expected="tensors of those parameters of experts that target_parameters names, and of all of them",
         found=f"target_parameters {', '.join(parameters) or 'unset'}, and others in the tensors",
-        fix="Correct target_parameters in adapter_config.json: it tells whose tensors these are.",
+        fix="Correct target_parameters in adapter_config.json: it says which parameters these tensors are of.",
     )
 
 

@@ -48,7 +48,7 @@ _FOUND: Final = {
     "E_MOE": "tensors of experts or a router",
     "E_EMBED": "tensors of embeddings or a head",
     "E_DORA": "magnitudes of DoRA in the names of its authors' code",
-    "E_BIAS": "biases under names of no form that is known",
+    "E_BIAS": "biases under unknown names",
     "E_MLX": "MLX's names of A and B",
 }
 _TOWERS_FIX: Final = "Nothing is lost for texts. Train with exclude_modules for the tower for a smaller file."
@@ -191,7 +191,7 @@ def _refuse(key: RefusedKey, name: str, base: ModelConfig, report: Grouping) -> 
         if near
         else "Expected keys like base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight."
     )
-    found = "keys of no form that is known"
+    found = "keys of an unknown form"
     report.add("E_UNKNOWN_KEY", name, cause=bool(near), expected=_SERVED, found=found, fix=fix, shown=10)
 
 

@@ -50,7 +50,7 @@ def check_texts(files: Mapping[str, bytes], vocab: int) -> list[Finding]:
         try:
             data.decode("utf-8")
         except UnicodeDecodeError as error:
-            found.append(bad_text(name, "", "UTF-8 text", f"byte {error.start} is none"))
+            found.append(bad_text(name, "", "UTF-8 text", f"byte {error.start} is not"))
             continue
         if name != TEMPLATE:
             found += _check_json(name, data, vocab)
@@ -61,7 +61,7 @@ def _check_json(name: str, data: bytes, vocab: int) -> list[Finding]:
     try:
         fields = parse(data)
     except JsonInvalid as error:
-        return [bad_text(name, "", "a JSON object", f"no valid JSON ({error})")]
+        return [bad_text(name, "", "a JSON object", f"invalid JSON ({error})")]
     if not isinstance(fields, dict):
         return [bad_text(name, "", "a JSON object", shown(fields))]
     return _check_generation(fields, vocab) if name == GENERATION else _check_tokenizer(fields)

@@ -25,7 +25,7 @@ from loramux_shared.faults import Finding
 UNDERFLOW_SHARE: Final = 0.01
 SCALES: Final = (1e-3, 64.0)
 """Scales outside are legal and rare."""
-EXACT: Final = "values that the storage type has"
+EXACT: Final = "values that the storage type can hold"
 PIECE: Final = 1 << 18
 """Elements that are looked at at once; what fits a core's cache."""
 
@@ -174,7 +174,7 @@ def _stored(
 
 
 def _narrows(kind: np.dtype[Any], dtype: Dtype, scale: float) -> bool:
-    """True where storing rounds: in a narrower type, or with a scale that is no power of two."""
+    """True where storing rounds: in a narrower type, or with a scale that is not a power of two."""
     if dtype is Dtype.FLOAT32:
         return False
     return kind != NUMPY_TYPES[dtype] or abs(math.frexp(scale)[0]) != 0.5

@@ -151,7 +151,7 @@ def _scores(given: Sequence[str] | None, questions: Sequence[Question]) -> tuple
 def _check(plan: Plan, judge: str, judge_url: str, output: Path | None) -> None:
     """Look beforehand at what would be found out after all was answered."""
     if plan.samples > 1 and plan.temperature == 0:
-        raise SettingsInvalid("--samples at temperature 0 are the same answer again; set --temperature")
+        raise SettingsInvalid("--samples: at temperature 0, all answers are the same. Set --temperature")
     if judge_url and not judge:
         raise SettingsInvalid("--judge-url needs --judge MODEL, the model that it is asked for")
     if not plan.max_tokens and (plan.scores or judge or not plan.likelihood):
@@ -239,7 +239,7 @@ def _require_text(flag: str, model: str, silent: Collection[str]) -> None:
     """Refuse what generates no text, by itself or as a part of a mixture."""
     if said := [name for name in {model: None, **dict.fromkeys(names_of(model))} if name in silent]:
         raise SettingsInvalid(
-            f"{flag} {model}: expected what generates text, found what was trained for scores or vectors: "
+            f"{flag} {model}: expected models that generate text, found models trained for scores or vectors: "
             f"{listed(said)}. Leave it out"
         )
 

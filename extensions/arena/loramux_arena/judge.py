@@ -151,5 +151,5 @@ def letter_in(said: str) -> str:
     """
     letter = said.strip().rstrip(".").upper()
     if letter not in LETTERS:
-        raise NoVerdict(f"the judge was to say one of {', '.join(LETTERS)}, and said {said.strip()[:40]!r}")
+        raise NoVerdict(f"expected one of {', '.join(LETTERS)} from the judge, found {said.strip()[:40]!r}")
     return letter

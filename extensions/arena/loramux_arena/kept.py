@@ -41,7 +41,7 @@ class Kept:
                 os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600), "w", encoding="utf-8"
             )
         except (OSError, UnicodeDecodeError) as error:
-            why = error.strerror if isinstance(error, OSError) else "it is no UTF-8 text"
+            why = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
             raise SettingsInvalid(f"cannot keep answers in {path}: {why}") from error
         try:
             self._read(text)
@@ -110,7 +110,7 @@ class Kept:
                 self._rows[type(row).__name__, row.key] = row
         if findings:
             raise RequestInvalid(
-                f"{self.path} is no file of kept answers; name another, or a new one", findings
+                f"{self.path} is not a file of kept answers. Name another, or a new one", findings
             )
 
 

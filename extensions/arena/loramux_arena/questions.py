@@ -68,7 +68,7 @@ def read_questions(path: Path, system: str = "") -> list[Question]:
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        why = error.strerror if isinstance(error, OSError) else "it is no UTF-8 text"
+        why = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise RequestInvalid(f"cannot read the prompts of {path}: {why}") from error
     findings: list[Finding] = []
     found: dict[str, Question] = {}

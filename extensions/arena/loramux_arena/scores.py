@@ -76,7 +76,7 @@ def scorer(word: str) -> Scorer:
     try:
         pattern = re.compile(word.removeprefix(REGEX))
     except re.error as error:
-        raise SettingsInvalid(f"--score {word}: the pattern is none: {error}") from error
+        raise SettingsInvalid(f"--score {word}: the pattern is not valid: {error}") from error
 
     def captured(answer: str, reference: str) -> bool:
         found = _capture(pattern, answer)

@@ -119,7 +119,7 @@ REFUSED: list[tuple[list[str], int, str]] = [
     (["--models", "x-*"], 1, "no model 'x-*'; served are base, a, b"),
     (["--models", ","], 2, "--models: expected names"),
     (["--score", "fuzzy"], 2, "--score fuzzy: expected one of exact, strip"),
-    (["--samples", "2"], 2, "set --temperature"),
+    (["--samples", "2"], 2, "Set --temperature"),
     (["--judge-url", "http://127.0.0.1:1/v1"], 2, "--judge-url needs --judge"),
     (["--judge", "base", "--judge-url", "ftp://x"], 2, "--judge-url: expected http://"),
     (["--judge", "nobody"], 1, "no model 'nobody'"),
@@ -188,7 +188,7 @@ def test_who_generates_no_text_is_refused_by_name(
     """Before anybody is asked for a token."""
     code, _, errors = arena(served, prompts, *args)
     assert code == 2
-    assert f"{said}: expected what generates text" in errors
+    assert f"{said}: expected models that generate text" in errors
     assert not served[0].heard
 
 

@@ -94,7 +94,7 @@ def bench(
     Example: loramux bench --model lora1 --model lora2 --concurrency 16
     """
     if rate is not None and concurrency is not None:
-        raise SettingsInvalid("--concurrency is a closed loop and --rate an open one: give one of them")
+        raise SettingsInvalid("expected either --concurrency (closed loop) or --rate (open loop), found both")
     if plot is not None:
         require_plot(plot)
     plan = LoadPlan(
@@ -229,7 +229,10 @@ def show_load(load: ClientLoad) -> None:
     late = f"{1e3 * (load.lag_s or 0.0):.0f} ms"
     said = f"the client took {load.cpu:.0%} of a core, and its event loop was {late} late (p90)"
     if load.is_bottleneck:
-        shell.say(f"warning: {said}: it may have been the bottleneck; ask for less, or from several", "yellow")
+        shell.say(
+            f"warning: {said}: it may have been the bottleneck. Lower the load, or use several clients",
+            "yellow",
+        )
     else:
         shell.say(said, "dim")
 

@@ -87,7 +87,7 @@ def read_prompts(path: Path) -> list[Prompt]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        why = error.strerror if isinstance(error, OSError) else "it is no UTF-8 text"
+        why = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise RequestInvalid(f"cannot read the prompts of {path}: {why}") from error
     found = [_prompt(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
     if not found:
@@ -101,7 +101,7 @@ def _prompt(line: str, where: str) -> Prompt:
     try:
         fields: dict[str, Any] = json.loads(line)
     except ValueError as error:
-        raise RequestInvalid(f"{where}: begins with {{ and is no JSON: {error}") from error
+        raise RequestInvalid(f"{where}: begins with {{ but is not JSON: {error}") from error
     match fields:
         case {"messages": [*messages]} if all(_is_message(message) for message in messages) and messages:
             return messages

@@ -84,7 +84,7 @@ def replica_of(text: str, grpc_port: int, http_port: int) -> Replica:
     found = _REPLICA.fullmatch(text.removeprefix(DNS))
     if found is None:
         raise SettingsInvalid(
-            f"{text!r} is no replica: expected HOST, HOST:GRPC_PORT or HOST:GRPC_PORT:HTTP_PORT, for example "
+            f"{text!r} is not a replica: expected HOST, HOST:GRPC_PORT or HOST:GRPC_PORT:HTTP_PORT, like "
             "10.0.0.4 or dns:///replicas."
         )
     host = found["host"].strip("[]")
@@ -127,7 +127,7 @@ def require_distinct(fleet: Fleet) -> None:
     ports = (fleet.grpc.port, fleet.http.port, fleet.admin_port)
     if len(set(ports)) < len(ports):
         raise SettingsInvalid(
-            f"gRPC, HTTP and the admin page need three ports; given are {', '.join(map(str, ports))}."
+            f"gRPC, HTTP and the admin page need three ports, found {', '.join(map(str, ports))}."
         )
 
 

@@ -159,7 +159,7 @@ def test_a_replica_has_one_place_on_both_rings() -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("http://a",), "no replica: expected HOST, HOST:GRPC_PORT or HOST:GRPC_PORT:HTTP_PORT"),
+        (("http://a",), "not a replica: expected HOST, HOST:GRPC_PORT or HOST:GRPC_PORT:HTTP_PORT"),
         (("a:b",), "'a:b' is no replica"),
         (("a:70000",), "expected ports from 1 to 65535, found 70000"),
         (("a", "a"), "a:50052 is named twice"),

@@ -16,7 +16,7 @@ Messages = list[dict[str, Any]]
 """ASGI's, in the order in which they are sent."""
 
 UNGUARDED: Final = (
-    "nobody has to show a key here, so only this machine is answered. Give the replicas LORAMUX_KEYS_FILE or "
+    "this server requires no key, so it answers only this machine. Give the replicas LORAMUX_KEYS_FILE or "
     "LORAMUX_API_KEYS, or LORAMUX_INSECURE=1 where every client that reaches them may call."
 )
 

@@ -26,8 +26,8 @@ PAUSES_S: Final = (0.0, 0.2, 0.5, 1.0, 2.0)
 BASE_S: Final = 60.0
 """A deploy may give the base another name; replicas are asked again after this time."""
 ONCE: Final[tuple[float, ...]] = ()
-LOST: Final = "the replica ended before the answer did. Retry."
-FAILED: Final = "loramux failed inside; the server's log has the details. Please report it."
+LOST: Final = "the replica ended before the answer was complete. Retry."
+FAILED: Final = "internal error; the server's log has the details. Please report it."
 
 
 class Forwarder:
@@ -119,7 +119,7 @@ class Forwarder:
 
 def _fault(error: Exception) -> Fault:
     if isinstance(error, BackPressureError):
-        return QueueFull("Ray holds as many requests as it may. Retry in a moment, or add a replica.")
+        return QueueFull("Ray's queue is full. Retry in a moment, or add a replica.")
     if isinstance(error, DeploymentUnavailableError):
         return ServerUnavailable("the application could not be deployed; `serve status` says why.")
     if isinstance(error, RayTaskError):

@@ -279,7 +279,7 @@ def test_a_killed_replica_takes_with_it_what_had_begun(fleet: RayFleet, client: 
         texts = {name: each.result().json()["choices"][0]["text"] for name, each in plain.items()}
         assert texts == expected
     ends = [end_of(events) for events in begun.values()]
-    assert ends.count("the replica ended before the answer did. Retry. 1 s") == victim_had
+    assert ends.count("the replica ended before the answer was complete. Retry. 1 s") == victim_had
     assert ends.count("") == len(begun) - victim_had
 
 

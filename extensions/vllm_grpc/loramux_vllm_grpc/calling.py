@@ -45,4 +45,4 @@ def refuse_rank(rank: object, where: str) -> None:
         finding = Finding(
             code="E_BAD_FIELD", where=where, expected="0: there is one rank", found=str(rank)[:20]
         )
-        raise RequestInvalid("the request asks for a rank that is not there.", [finding])
+        raise RequestInvalid("the request names a rank that does not exist.", [finding])

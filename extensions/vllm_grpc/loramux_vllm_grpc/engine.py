@@ -169,7 +169,9 @@ class VllmEngineServicer(engine_pb2_grpc.VllmEngineServicer):
         for data, sha256 in archive.chunks():
             yield common_pb2.GetTokenizerChunk(data=data, sha256=sha256)
 
-    FlushCache = refused("FlushCache", "cached prompts belong to a version, and are never met by another.")
+    FlushCache = refused(
+        "FlushCache", "the prefix cache is kept per version of an adapter, so it needs no flush."
+    )
     StartProfile = refused("StartProfile", "profile the process; its metrics: docs/reference/metrics.md.")
     StopProfile = refused("StopProfile", "no profile runs.")
     SubscribeKvEvents = refused_stream("SubscribeKvEvents", "there are no events of the cache; ask GetLoads.")

@@ -132,7 +132,7 @@ def _refuse_thinking(message: pb.GenerateRequest) -> None:
         ),
         "stopping.thinking_token_budget": (
             stopping.HasField("thinking_token_budget") and stopping.thinking_token_budget != -1,
-            "-1, or not set: thoughts are told from nothing else",
+            "-1, or not set: reasoning is not separated from the answer",
         ),
     }
     findings = [
@@ -141,4 +141,4 @@ def _refuse_thinking(message: pb.GenerateRequest) -> None:
         if is_wrong
     ]
     if findings:
-        raise RequestInvalid("the request wants thoughts to be told from the answer.", findings)
+        raise RequestInvalid("the request asks to separate reasoning from the answer.", findings)

@@ -37,5 +37,5 @@ def constraint_of(kind: str | None, value: Any, path: str) -> Constraint | None:
 def _one_of(choices: Sequence[str], where: str) -> str:
     if not choices or not all(choices):
         finding = Finding(code="E_BAD_FIELD", where=where, expected="texts of which none is empty", found="one")
-        raise RequestInvalid("the request offers nothing to choose from.", [finding])
+        raise RequestInvalid("the request has no choices.", [finding])
     return "|".join(map(re.escape, choices))

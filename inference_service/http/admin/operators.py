@@ -146,7 +146,7 @@ def refuse_other_sites(http: HttpRequest) -> None:
         PermissionDenied: the browser says that it is so.
     """
     if http.headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
-        raise PermissionDenied("a page of another site may not do this. Call it from this server's own page.")
+        raise PermissionDenied("requests from pages of other sites are refused. Use this server's own page.")
 
 
 async def load_lora_adapter(service: GenerationService, http: HttpRequest) -> Response:  # noqa: ARG001

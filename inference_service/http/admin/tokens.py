@@ -50,7 +50,7 @@ class TokenizeBody(Body):
         if (self.prompt is None) == (self.messages is None):
             raise PydanticCustomError("prompt", "either prompt or messages")
         if self.prompt is not None and any(getattr(self, name) is not None for name in OF_MESSAGES):
-            raise PydanticCustomError("prompt", f"{', '.join(OF_MESSAGES)} only beside messages")
+            raise PydanticCustomError("prompt", f"{', '.join(OF_MESSAGES)} only with messages")
         return self
 
 

@@ -27,7 +27,7 @@ class PauseQuery(Query):
     wait_for_inflight_requests: bool = False
     """An older word for the mode wait; the mode comes before it."""
     clear_cache: bool = True
-    """Accepted: cached prompts belong to a version, and are never met by another."""
+    """Accepted: the prefix cache is kept per version of an adapter, so it needs no flush."""
 
     @property
     def said(self) -> PauseMode:

@@ -77,9 +77,9 @@ def _check_last(body: PromptBody, calls: bool, says: bool, constrained: bool) ->
     """Look at a last turn of the assistant, with which the answer goes on."""
     place = f"messages[{len(body.messages) - 1}]"
     if calls:
-        raise refused(place, "the results of its calls behind it", "a turn of the assistant that ends in calls")
+        raise refused(place, "the results of its calls after it", "a turn of the assistant that ends in calls")
     if not says:
-        raise refused(place, "text, which the answer goes on with", "none")
+        raise refused(place, "text, which the answer continues", "none")
     if constrained:
         expected = "a turn of the user, where the answer must be a call or keep to a schema"
         raise refused(place, expected, "one of the assistant")

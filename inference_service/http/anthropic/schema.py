@@ -94,7 +94,7 @@ class ToolChoice(Body):
     @model_validator(mode="after")
     def _has_name(self) -> Self:
         if (self.type == "tool") != (self.name is not None):
-            raise PydanticCustomError("tool_choice", "a name exactly where the type is tool")
+            raise PydanticCustomError("tool_choice", "a name if and only if the type is tool")
         return self
 
 
@@ -139,7 +139,10 @@ class ThinkingToKeep(Body):
 def _changes_nothing(edit: Any) -> Any:
     if edit != {"type": "clear_thinking_20251015", "keep": "all"}:
         kind = edit.get("type") if isinstance(edit, dict) else edit
-        raise unsupported(f"an edit {kind}", "Conversations are not edited here: send what is to be read.")
+        raise unsupported(
+            f"an edit {kind}",
+            "Context editing is not supported: send only the messages that the model should read.",
+        )
     return edit
 
 

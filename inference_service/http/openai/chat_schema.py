@@ -174,7 +174,7 @@ def _choice(value: Any) -> ToolChoice | None:
         }:
             return AllowedTools(mode, tuple(map(_allowed, tools)))
         case {"type": str(kind)} if kind not in ("function", "allowed_tools"):
-            raise unsupported(f"a choice of type {kind}", "It can be none, auto, required or of functions.")
+            raise unsupported(f"a choice of type {kind}", "Served are none, auto, required and functions.")
     raise PydanticCustomError("tool_choice", EXPECTED_CHOICE)
 
 
@@ -236,7 +236,7 @@ class ResponseFormat(Body):
     @model_validator(mode="after")
     def _has_schema(self) -> Self:
         if (self.type == "json_schema") != (self.json_schema is not None):
-            raise PydanticCustomError("json_schema", "json_schema exactly where the type is json_schema")
+            raise PydanticCustomError("json_schema", "json_schema if and only if the type is json_schema")
         return self
 
 

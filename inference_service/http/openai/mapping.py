@@ -99,7 +99,7 @@ def one_constraint(wanted: Constraint | None, outputs: StructuredOutputs | None)
     """
     structure = _structure(outputs)
     if wanted and structure:
-        raise refused("structured_outputs", "none beside a response_format", "both")
+        raise refused("structured_outputs", "none together with a response_format", "both")
     return wanted or structure
 
 

@@ -36,7 +36,7 @@ ASK: Final = (
     "was asked, decided, found and left to do, with names, numbers and code as they were. Write nothing else."
 )
 SAID_NOTHING: Final = (
-    "the model said nothing to sum up the conversation. Allow it more tokens, or ask another model."
+    "the model generated no summary of the conversation. Allow more tokens, or use another model."
 )
 
 

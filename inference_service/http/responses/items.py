@@ -49,7 +49,7 @@ SAID: Final = {"input_text": "text", "output_text": "text", "text": "text", "ref
 THOUGHT: Final = {"reasoning_text": "text"}
 SUMMED_UP: Final = {"summary_text": "text"}
 SERVED: Final = "Messages, calls, their outputs, reasoning and compactions are served."
-NOTHING_STORED: Final = "Nothing is stored here: send the earlier items themselves, in input."
+NOTHING_STORED: Final = "Responses are not stored: send the earlier items in input."
 Status = Literal["in_progress", "completed", "incomplete"] | None
 
 

@@ -82,7 +82,7 @@ def _check_calls(items: Sequence[Item]) -> None:
     for index, item in enumerate(items):
         if isinstance(item, OutputItem):
             if item.call_id not in calls:
-                expected = "the call_id of a function_call before it, behind the last compaction"
+                expected = "the call_id of a function_call before it, after the last compaction"
                 raise refused(f"input[{index}].call_id", expected, repr(item.call_id[:80]))
         elif isinstance(item, CompactionItem):
             calls.clear()

@@ -120,7 +120,7 @@ class TextFormat(Body):
     def _has_schema(self) -> Self:
         wanted = self.type == "json_schema"
         if wanted != (self.schema_ is not None) or (wanted and self.name is None):
-            raise PydanticCustomError("format", "name and schema exactly where the type is json_schema")
+            raise PydanticCustomError("format", "name and schema if and only if the type is json_schema")
         return self
 
 
@@ -191,17 +191,22 @@ class ResponsesBody(SamplingBody):
     chat_template_kwargs: dict[str, Any] | None = None
     """vLLM's: variables of the chat template beside the usual ones."""
 
-    background: Annotated[None, _refused("Answers come at once, or as a stream.", (None, False))] = None
+    background: Annotated[
+        None,
+        _refused("Background answers are not supported: wait for the answer, or stream it.", (None, False)),
+    ] = None
     previous_response_id: Annotated[None, _refused(NOTHING_STORED)] = None
     conversation: Annotated[None, _refused(NOTHING_STORED)] = None
-    prompt: Annotated[None, _refused("No prompts are stored here: send instructions and input.")] = None
-    context_management: Annotated[None, _refused("Leave out of input what is not needed any more.")] = None
+    prompt: Annotated[None, _refused("Prompts are not stored: send instructions and input.")] = None
+    context_management: Annotated[None, _refused("Remove from input the items that are no longer needed.")] = (
+        None
+    )
     background_options: None = None
-    messages: Annotated[None, _refused("Here it is input.")] = None
-    max_tokens: Annotated[None, _refused("Here it is max_output_tokens.")] = None
-    max_completion_tokens: Annotated[None, _refused("Here it is max_output_tokens.")] = None
-    response_format: Annotated[None, _refused("Here it is text.format.")] = None
-    reasoning_effort: Annotated[None, _refused("Here it is reasoning.effort.")] = None
+    messages: Annotated[None, _refused("Use input.")] = None
+    max_tokens: Annotated[None, _refused("Use max_output_tokens.")] = None
+    max_completion_tokens: Annotated[None, _refused("Use max_output_tokens.")] = None
+    response_format: Annotated[None, _refused("Use text.format.")] = None
+    reasoning_effort: Annotated[None, _refused("Use reasoning.effort.")] = None
     n: Annotated[None, _refused("There is one answer.", (None, 1))] = None
     moderation: None = None
     image: None = None

@@ -118,7 +118,7 @@ def _uncarried(content: str, index: int) -> str:
     if text is None:
         raise refused(
             f"input[{index}].encrypted_content",
-            "what this server gave; leave out the items of other servers",
+            "a text that this server returned; leave out items of other servers",
             "another text",
         )
     return text

@@ -62,11 +62,11 @@ async def read_body(http: Request, kind: type[B]) -> B:
     if media_type != "application/json":
         raise HTTPException(
             415,
-            f"the body must be JSON and say so, content-type: application/json; it says {media_type[:80]!r}.",
+            f"expected a JSON body with content-type: application/json, found {media_type[:80]!r}.",
         )
     data = await _read(http)
     if much := unfolds_to(data):
-        raise RequestInvalid(f"the body has {much}. Send less at once.")
+        raise RequestInvalid(f"the body has {much}. Send less.")
     try:
         return kind.model_validate_json(data)
     except ValidationError as error:

@@ -129,7 +129,7 @@ def invalid_body(error: ValidationError, known: Sequence[str]) -> RequestInvalid
     """Return the fault of a body that pydantic refuses; known are the fields of the body."""
     found = error.errors(include_url=False, include_input=False)
     if found[0]["type"] == "json_invalid":
-        return RequestInvalid(f"the body is no JSON: {found[0]['ctx']['error']}.")
+        return RequestInvalid(f"the body is not JSON: {found[0]['ctx']['error']}.")
     return _invalid("body", found, known)
 
 
@@ -147,7 +147,7 @@ def refused_twice(said: Sequence[tuple[str, str]]) -> RequestInvalid:
 
 
 def _invalid(part: str, found: Sequence[Mapping[str, Any]], known: Sequence[str]) -> RequestInvalid:
-    more = f" It has {len(found)} faults; these are the first." if len(found) > MAX_FINDINGS else ""
+    more = f" It has {len(found)} errors; these are the first." if len(found) > MAX_FINDINGS else ""
     findings = [_finding(item, known) for item in found[:MAX_FINDINGS]]
     return RequestInvalid(f"the {part} of the request is not valid.{more}", findings)
 

@@ -114,7 +114,7 @@ def check_head(version: str, url: bytes, headers: Iterable[tuple[bytes, bytes]],
             501, "invalid_http", "an Upgrade with a body is not supported: send HTTP/1.1 from the start."
         )
     if any(each.lower() != b"100-continue" for each in fields.get(b"expect", [])):
-        raise Refused(417, "invalid_http", "expected the expectation `100-continue`.")
+        raise Refused(417, "invalid_http", "expected the header Expect to be `100-continue`.")
 
 
 MAX_HEAD_BYTES: Final = 64 * 1024
@@ -185,7 +185,7 @@ class BoundedHttp(HttpToolsProtocol):
         self._whole = True
         """No part of a request is awaited."""
         self._overhead = self._since_body = self._body = self._trailers = self._bodies = 0
-        self._problem = (400, "invalid_http", "the request is no valid HTTP/1.1.")
+        self._problem = (400, "invalid_http", "the request is not valid HTTP/1.1.")
         self._draining = False
         self._unused_since = 0.0
         self._answered: Any = None
@@ -279,9 +279,7 @@ class BoundedHttp(HttpToolsProtocol):
         if self._in_head and self._since_body > MAX_HEAD_BYTES:
             self._refuse(431, "head_too_large", f"the head of the request exceeds {MAX_HEAD_BYTES} bytes.")
         elif self._since_body > MAX_HEAD_BYTES or self._overhead > MAX_HEAD_BYTES + OVERHEAD * self._body:
-            self._refuse(
-                400, "invalid_http", "the chunks or trailers of the request say too much about themselves."
-            )
+            self._refuse(400, "invalid_http", "the chunk extensions or trailers of the request are too large.")
 
     def pause_writing(self) -> None:
         """Begin to wait for the client."""

@@ -19,7 +19,7 @@ from loramux_shared.routes import MESSAGES
 
 REQUEST_ID: Final = "request_id"
 """Key of a scope's state: the request's id in answers and logs."""
-FAILED: Final = "loramux failed inside; the server's log has the details. Please report it."
+FAILED: Final = "internal error; the server's log has the details. Please report it."
 PATH: Final = MESSAGES.path
 OVERLOADED: Final = 529
 """Anthropic's own status of a server that has too much to do."""

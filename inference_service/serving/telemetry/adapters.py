@@ -32,20 +32,20 @@ INFO: Final = "vllm:lora_requests_info"
 HEADS: Final = tuple(
     head(name, "gauge", text)
     for name, text in (
-        ("loramux_sequences_running", "Sequences that steps compute."),
-        ("loramux_sequences_waiting", "Sequences that wait for a place."),
-        ("loramux_model_load_seconds", "Reading, checking and packing a model."),
-        ("loramux_model_info", "1; the base's digest is empty."),
-        ("loramux_model_limit", "Limits that are set."),
+        ("loramux_sequences_running", "Running sequences."),
+        ("loramux_sequences_waiting", "Waiting sequences."),
+        ("loramux_model_load_seconds", "Time to read, check and pack a model."),
+        ("loramux_model_info", "1; the digest is empty for the base."),
+        ("loramux_model_limit", "Limit of a model."),
         (
             "vllm:lora_adapter_loaded",
-            "1; the level is gpu where the adapter is ready to be computed with, cpu on its way there.",
+            "1; level: gpu for a resident adapter, cpu while it is loaded.",
         ),
     )
 )
 """Heads of the families that have a series for each model; the last name is vLLM's."""
 INFO_HEAD: Final = head(
-    INFO, "gauge", "When this was so, in Unix time; adapters that are ready, and those that sequences wait for."
+    INFO, "gauge", "Unix time; adapters that are resident, and those that sequences wait for."
 )
 
 
@@ -169,37 +169,37 @@ class AdapterCollector(Collector):
         manager = self._series.adapters
         view, stats = manager.replica(), manager.residency.stats
         for name, text, value in (
-            ("loramux_adapters_registered", "Names of adapters.", view.registered),
-            ("loramux_adapters_resident", "Versions in the bank.", view.resident),
-            ("loramux_adapters_arriving", "Versions on their way into it.", view.arriving),
-            ("loramux_adapters_pinned", "Names that are pinned.", view.pinned),
+            ("loramux_adapters_registered", "Registered adapters.", view.registered),
+            ("loramux_adapters_resident", "Resident versions.", view.resident),
+            ("loramux_adapters_arriving", "Versions that are being loaded.", view.arriving),
+            ("loramux_adapters_pinned", "Pinned adapters.", view.pinned),
             ("loramux_bank_bytes", "Memory for adapters.", view.bank_bytes),
-            ("loramux_bank_used_bytes", "Of it, what resident adapters take.", view.bank_used),
-            ("loramux_generation", "The deployment's generation that is served.", view.generation),
-            ("loramux_newest_generation", "The newest generation that was seen.", view.newest),
-            ("loramux_paused", "1 while an operator lets all sequences stand still.", view.paused),
+            ("loramux_bank_used_bytes", "Memory that resident adapters use.", view.bank_used),
+            ("loramux_generation", "Generation that is served.", view.generation),
+            ("loramux_newest_generation", "Newest generation that the replica saw.", view.newest),
+            ("loramux_paused", "1 while an operator pauses the replica.", view.paused),
         ):
             yield GaugeMetricFamily(name, text, value)
         for name, text, value in (
-            ("num_gpu_loaded_lora_adapters", "Versions that are ready to compute with.", view.resident),
-            ("num_cpu_loaded_lora_adapters", "Versions on their way there.", view.arriving),
+            ("num_gpu_loaded_lora_adapters", "Resident versions.", view.resident),
+            ("num_cpu_loaded_lora_adapters", "Versions that are being loaded.", view.arriving),
             (
                 "max_gpu_lora_adapters",
-                "Versions as those that are ready that there is room for.",
+                "Versions of the present mean size that fit.",
                 self._room(view),
             ),
         ):
             family = GaugeMetricFamily(f"vllm:{name}", text, labels=[MODEL_LABEL])
             yield of_model(family, self._series.base_name, value)
         for name, text, value in (
-            ("loads", "Versions that came into the bank.", stats.loads),
+            ("loads", "Loaded versions.", stats.loads),
             ("load_failures", "Loads that failed.", stats.failures),
-            ("evictions", "Versions that had to leave it.", stats.evictions),
-            ("load_waits", "Sequences whose adapter was not there when they came.", stats.waits),
+            ("evictions", "Evicted versions.", stats.evictions),
+            ("load_waits", "Sequences that waited for a load of their adapter.", stats.waits),
         ):
             yield CounterMetricFamily(f"loramux_adapter_{name}", text, value)
         state = GaugeMetricFamily(
-            "loramux_replica_state", "1; how it stands to its deployment.", labels=["state"]
+            "loramux_replica_state", "1; state: how current the replica is.", labels=["state"]
         )
         state.add_metric([view.state], 1)
         yield state
@@ -219,7 +219,7 @@ def _load_seconds(counts: list[int], total: float) -> Metric:
         buckets.append((bound, float(added)))
     family = HistogramMetricFamily(
         "vllm:lora_adapter_load_seconds",
-        "From the begin of a load until the version is in the bank.",
+        "Time of a load.",
         labels=["transition"],
     )
     family.add_metric(["load"], buckets, total)

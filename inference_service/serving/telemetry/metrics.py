@@ -38,17 +38,19 @@ disable_created_metrics()  # type: ignore[no-untyped-call]
 
 REQUESTS: Final = Counted("loramux_requests", "Requests that ended.", "outcome")
 ANSWERS: Final = Counted("loramux_answers", "Complete answers; a request may want several.", "finish")
-PROMPT: Final = Counted("loramux_prompt_tokens", "Tokens of prompts that were computed or cached.")
-CACHED: Final = Counted("loramux_cached_prompt_tokens", "Of them, tokens that the prefix cache held.")
-GENERATED: Final = Counted("loramux_generated_tokens", "Tokens of answers.")
-QUEUE: Final = Timed("loramux_queue_seconds", "Until the first step for it, of requests.", WAIT_BUCKETS)
+PROMPT: Final = Counted("loramux_prompt_tokens", "Prompt tokens, computed or cached.")
+CACHED: Final = Counted("loramux_cached_prompt_tokens", "Prompt tokens found in the prefix cache.")
+GENERATED: Final = Counted("loramux_generated_tokens", "Generated tokens.")
+QUEUE: Final = Timed(
+    "loramux_queue_seconds", "Time from the engine's receipt of a request to its first step.", WAIT_BUCKETS
+)
 TTFT: Final = Timed(
-    "loramux_time_to_first_token_seconds", "From arrival to the first token, of requests.", WAIT_BUCKETS
+    "loramux_time_to_first_token_seconds", "Time from a request's arrival to its first token.", WAIT_BUCKETS
 )
 PER_TOKEN: Final = Timed(
-    "loramux_time_per_output_token_seconds", "Between tokens, mean of an answer.", PER_TOKEN_BUCKETS
+    "loramux_time_per_output_token_seconds", "Mean time between the tokens of an answer.", PER_TOKEN_BUCKETS
 )
-DURATION: Final = Timed("loramux_request_seconds", "From arrival to end, of requests.", REQUEST_BUCKETS)
+DURATION: Final = Timed("loramux_request_seconds", "Time from a request's arrival to its end.", REQUEST_BUCKETS)
 
 
 class Metrics:
@@ -66,7 +68,7 @@ class Metrics:
         self._registry.register(ReplicaCollector(catalog, engine, adapters.facts))
         ProcessCollector(registry=self._registry)
         self._responses = Counter(
-            "loramux_http_responses", "Answers of the HTTP server.", ("status",), registry=self._registry
+            "loramux_http_responses", "Responses of the HTTP server.", ("status",), registry=self._registry
         )
         self._models = ModelSeries(
             (REQUESTS, ANSWERS, PROMPT, CACHED, GENERATED), (QUEUE, TTFT, PER_TOKEN, DURATION), most

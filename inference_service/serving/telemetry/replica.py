@@ -43,23 +43,21 @@ class ReplicaCollector(Collector):
         """Yield every family."""
         stats = self._engine.stats
         yield from _memory(stats)
-        yield GaugeMetricFamily(
-            "loramux_load_seconds", "From the start of loading until it was ready.", self._facts.load_s
-        )
+        yield GaugeMetricFamily("loramux_load_seconds", "Time that the start took.", self._facts.load_s)
         build = GaugeMetricFamily("loramux_build_info", "1.", labels=["version", "generation"])
         build.add_metric([self._version, str(self._catalog.generation)], 1)
         yield build
         computing = self._facts.computing
         operations = GaugeMetricFamily(
             "loramux_operations_info",
-            "1; lack is why torch's operations stand in for compiled ones.",
+            "1; lack: why torch's operations replace compiled ones.",
             labels=["backend", "operations", "product", "lack"],
         )
         labels = [computing.backend, computing.how, computing.product, computing.lack or ""]
         operations.add_metric(labels, 1)
         yield operations
         if computing.token_s is not None:
-            text = "That the weights of a token are read in at best, by the speed measured at the start."
+            text = "Least time of a token, by the memory speed measured at the start."
             yield GaugeMetricFamily("loramux_least_token_seconds", text, computing.token_s)
         yield from _for_gateways(stats, self._catalog.base_name)
 
@@ -68,15 +66,15 @@ def _memory(stats: EngineStats) -> Iterator[Metric]:
     used = stats.blocks_total - stats.blocks_free
     for name, text, value in (
         ("kv_cache_blocks", "Blocks of the key-value cache.", stats.blocks_total),
-        ("kv_cache_blocks_used", "Of them, blocks that sequences hold.", used),
+        ("kv_cache_blocks_used", "Blocks that sequences hold.", used),
     ):
         yield GaugeMetricFamily(f"loramux_{name}", text, value)
     for name, text, value in (
-        ("preemptions", "Sequences that gave their blocks back and were computed again.", stats.preemptions),
-        ("prefix_cache_queried_tokens", "Tokens of admitted sequences.", stats.prefix_tokens_queried),
-        ("prefix_cache_hit_tokens", "Of them, tokens that were cached.", stats.prefix_tokens_hit),
-        ("drafted_tokens", "Tokens that prompt lookup guessed and a step verified.", stats.tokens_drafted),
-        ("accepted_tokens", "Of them, tokens of answers.", stats.tokens_accepted),
+        ("preemptions", "Preempted sequences, which are computed again.", stats.preemptions),
+        ("prefix_cache_queried_tokens", "Tokens looked up in the prefix cache.", stats.prefix_tokens_queried),
+        ("prefix_cache_hit_tokens", "Tokens found in the prefix cache.", stats.prefix_tokens_hit),
+        ("drafted_tokens", "Tokens drafted by prompt lookup and verified.", stats.tokens_drafted),
+        ("accepted_tokens", "Drafted tokens that were accepted.", stats.tokens_accepted),
     ):
         yield CounterMetricFamily(f"loramux_{name}", text, value)
 
@@ -85,15 +83,15 @@ def _for_gateways(stats: EngineStats, base: str) -> Iterator[Metric]:
     """Yield the names that vLLM gave them, which inference gateways read, some those of earlier versions."""
     usage = (stats.blocks_total - stats.blocks_free) / stats.blocks_total
     for name, text, value in (
-        ("num_requests_waiting", "Sequences that wait for a place.", stats.waiting),
-        ("num_requests_running", "Sequences that steps compute.", stats.running),
-        ("kv_cache_usage_perc", "Part of the cache's blocks that is used, 0 to 1.", usage),
-        ("gpu_cache_usage_perc", "The same under its earlier name.", usage),
+        ("num_requests_waiting", "Waiting sequences.", stats.waiting),
+        ("num_requests_running", "Running sequences.", stats.running),
+        ("kv_cache_usage_perc", "Fraction of the key-value cache in use, 0 to 1.", usage),
+        ("gpu_cache_usage_perc", "Fraction of the key-value cache in use, by its older name.", usage),
     ):
         yield of_model(GaugeMetricFamily(f"vllm:{name}", text, labels=[MODEL_LABEL]), base, value)
     for name, text, value in (
-        ("gpu_prefix_cache_queries", "Tokens of admitted sequences.", stats.prefix_tokens_queried),
-        ("gpu_prefix_cache_hits", "Of them, tokens that were cached.", stats.prefix_tokens_hit),
+        ("gpu_prefix_cache_queries", "Tokens looked up in the prefix cache.", stats.prefix_tokens_queried),
+        ("gpu_prefix_cache_hits", "Tokens found in the prefix cache.", stats.prefix_tokens_hit),
     ):
         yield of_model(CounterMetricFamily(f"vllm:{name}", text, labels=[MODEL_LABEL]), base, value)
     config = GaugeMetricFamily("vllm:cache_config_info", "1.", labels=["block_size", "num_gpu_blocks"])

@@ -64,7 +64,7 @@ class SandboxProcess:
         return None if status == 0 else TOO_DEEP
 
 
-_LOST: Final = {"error": "the process that looks at it does not start; the server's log has the reason"}
+_LOST: Final = {"error": "the template's sandbox does not start; the server's log has the reason"}
 
 Asked = tuple[Mapping[str, Any], "Future[dict[str, str]]"]
 

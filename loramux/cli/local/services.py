@@ -21,7 +21,7 @@ NEEDS = {
     "inference": ("torch", "tokenizers", "jinja2", "numpy", "starlette", "uvicorn"),
 }
 Listen = Annotated[
-    str | None, typer.Option("--grpc", metavar="HOST:PORT", help="Address; port 0 draws a free one.")
+    str | None, typer.Option("--grpc", metavar="HOST:PORT", help="Address; port 0: any free one.")
 ]
 ListenHttp = Annotated[
     str | None, typer.Option("--http", metavar="HOST:PORT", help="Address of the HTTP APIs.")

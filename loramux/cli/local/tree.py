@@ -41,7 +41,7 @@ class ServiceDied(Fault):
     def __init__(self, child: Child) -> None:
         code = child.process.returncode or 0
         how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
-        why = " This machine may have run out of memory: `dmesg` tells." if code == -signal.SIGKILL else ""
+        why = " This machine may have run out of memory: see `dmesg`." if code == -signal.SIGKILL else ""
         super().__init__(f"{child.name} ended with {how}; its log is {child.log}.{why}")
         self.last_lines = tail(child.log)
 

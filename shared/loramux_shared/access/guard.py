@@ -46,9 +46,9 @@ def open_guard(settings: Settings, *addresses: str) -> Guard:
     asked = keyring is not None or (guard.tls is not None and guard.tls.client_ca is not None)
     if public and not asked and not settings.insecure:
         raise SettingsInvalid(
-            f"{' and '.join(public)} can be reached from other machines, and nobody would have to show a key. "
+            f"{' and '.join(public)} can be reached from other machines, and no key would be required. "
             "Set LORAMUX_KEYS_FILE (--keys-file; `loramux keys new` makes one) or LORAMUX_TLS_CLIENT_CA, "
-            "listen on 127.0.0.1, or say LORAMUX_INSECURE=1 (--insecure)."
+            "listen on 127.0.0.1, or set LORAMUX_INSECURE=1 (--insecure)."
         )
     if public and guard.tls is None and asked:
         log.warning("keys and answers are not encrypted: set LORAMUX_TLS_CERT and _KEY", addresses=public)
@@ -72,5 +72,7 @@ def _tls_files(settings: Settings) -> TlsFiles | None:
     if settings.tls_cert and settings.tls_key:
         return TlsFiles(settings.tls_cert, settings.tls_key, settings.tls_client_ca)
     if settings.tls_cert or settings.tls_key or settings.tls_client_ca:
-        raise SettingsInvalid("TLS needs both LORAMUX_TLS_CERT and LORAMUX_TLS_KEY, or none of its settings.")
+        raise SettingsInvalid(
+            "TLS needs both LORAMUX_TLS_CERT and LORAMUX_TLS_KEY. Set both, or no TLS setting."
+        )
     return None

@@ -46,7 +46,7 @@ class Keyring:
             self._reload()
         if presented is None:
             raise Unauthenticated(
-                "this server asks for an API key: send it once, as `authorization: Bearer KEY`, or over "
+                "this server requires an API key: send it once, as `authorization: Bearer KEY`, or over "
                 "HTTP as `x-api-key: KEY` (loramux reads LORAMUX_API_KEY)."
             )
         # Neither step tells anything by its time: the search compares hashes of a digest, which a caller cannot
@@ -54,12 +54,12 @@ class Keyring:
         shown = digest(presented)
         entry = self._entries.get(shown)
         if entry is None or not hmac.compare_digest(bytes.fromhex(entry.sha256), shown):
-            raise Unauthenticated("the API key is not one of this server's; it may have been removed.")
+            raise Unauthenticated("this server does not know the API key; it may have been removed.")
         access = entry.access
         if scope is not None and not access.may(scope):
             raise PermissionDenied(
                 f"the API key {access.key_id!r} has the scopes {', '.join(sorted(access.scopes))}, and this "
-                f"needs {scope}. Use a key that has it."
+                f"call needs the scope {scope}. Use a key that has it."
             )
         return access
 
@@ -89,7 +89,7 @@ def read_keys_file(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        why = error.strerror if isinstance(error, OSError) else "it is no text"
+        why = error.strerror if isinstance(error, OSError) else "it is not text"
         raise SettingsInvalid(
             f"keys file {path}: {why}. `loramux keys new --scope infer --file {path}` makes one."
         ) from error

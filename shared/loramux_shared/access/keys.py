@@ -45,7 +45,7 @@ class KeyEntry(BaseModel):
     @model_validator(mode="after")
     def _limits_need_infer(self) -> Self:
         if (self.models or self.limits) and (Scope.INFER not in self.scopes or Scope.ADMIN in self.scopes):
-            raise ValueError("models limit the scope infer, as limits do, and admin has no limits")
+            raise ValueError("models and limits only with the scope infer and without admin")
         return self
 
     @property

@@ -68,7 +68,7 @@ class TlsFiles:
                 context.load_verify_locations(self.client_ca)
             except OSError as error:
                 raise SettingsInvalid(
-                    f"TLS: {self.client_ca}: {_why(error)}. Expected certificates of authorities as PEM."
+                    f"TLS: {self.client_ca}: {_why(error)}. Expected CA certificates as PEM."
                 ) from error
             context.verify_mode = ssl.CERT_REQUIRED
             # A resumed session is not verified again: it would outlive the authority that let it in. Before 1.3
@@ -117,5 +117,5 @@ def _bytes(path: Path) -> bytes:
 
 def _why(error: OSError | ValueError) -> str:
     if isinstance(error, ssl.SSLError):
-        return (error.reason or "no PEM").replace("_", " ").lower()
+        return (error.reason or "not PEM").replace("_", " ").lower()
     return getattr(error, "strerror", None) or str(error)

@@ -294,8 +294,8 @@ def plan_bank(
     if largest > asked or asked > free:
         raise ResourcesExhausted(
             f"the bank of adapters has {asked / 1e6:,.1f} MB of the {free / 1e6:,.1f} MB that weights leave, "
-            f"and the largest adapter takes {largest / 1e6:,.1f} MB. Set LORAMUX_ADAPTER_MEMORY_GB to what "
-            "fits both."
+            f"and the largest adapter takes {largest / 1e6:,.1f} MB. Set LORAMUX_ADAPTER_MEMORY_GB "
+            "to a value between them."
         )
     return asked
 

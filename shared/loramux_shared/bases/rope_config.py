@@ -73,7 +73,7 @@ def rope_block(config: HfConfig) -> HfConfig:
     for key, value in block.fields.items():
         if isinstance(value, dict):
             raise CheckpointInvalid(
-                f"config.json: {key} in a block of rope: a rope of its own for some layers is not supported "
+                f"config.json: {key} in the rope parameters: a separate rope for some layers is not supported "
                 f"for {config.architecture}."
             )
     return block
@@ -97,7 +97,7 @@ def refuse_partial(block: HfConfig, config: HfConfig) -> None:
 def rope_spec(dim: int, theta: float, scaling: Scaling) -> RopeSpec:
     """Return a rotation of the leading dim dimensions of each head, which are pairs."""
     if dim < 2 or dim % 2:
-        raise CheckpointInvalid(f"config.json: rope turns pairs of dimensions of a head, found {dim} of them.")
+        raise CheckpointInvalid(f"config.json: rope: expected an even number of dimensions, found {dim}.")
     if theta <= 1:
         raise CheckpointInvalid(f"config.json: rope_theta: expected a number above 1, found {theta}.")
     return RopeSpec(dim, theta, scaling)

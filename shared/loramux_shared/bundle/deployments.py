@@ -120,7 +120,7 @@ def read_generation(store: Store, name: str, number: int, *, sha256: str | None 
     generation = Generation.from_bytes(data, sha256=sha256, what=what)
     if (generation.deployment, generation.number) != (name, number):
         raise BundleCorrupt(
-            f"{what}: expected itself, found generation {generation.number} of {generation.deployment}"
+            f"{what}: expected its own record, found generation {generation.number} of {generation.deployment}"
         )
     return generation
 
@@ -136,7 +136,7 @@ def publish_generation(store: Store, generation: Generation) -> Generation:
     another's generation, and in the end the pointer names the highest; see docs/decisions/0003.
 
     Raises:
-        DeploymentInvalid: its names do not fit together.
+        DeploymentInvalid: its names conflict.
         StoreUnavailable: the store does not answer, or others publish the same deployment without end.
     """
     generation.check_names()

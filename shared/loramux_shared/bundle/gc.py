@@ -175,7 +175,7 @@ def check_grace(store: Store, grace: timedelta) -> None:
     running = next(store.list(BUILDS_PREFIX), None)
     if running is not None and grace < MIN_GRACE:
         raise BuildInProgress(
-            f"{running}: a build runs, or was killed and will be taken up. "
+            f"{running}: a build runs, or was interrupted and will be resumed. "
             f"Wait for it, or use a grace period of at least {MIN_GRACE.total_seconds() / 3600:g}h."
         )
 
@@ -203,7 +203,7 @@ def _claims(store: Store, records: list[Entry]) -> Iterator[Orphan]:
     for entry in records:
         match = _CLAIM.fullmatch(entry.key)
         if match and any(number > int(match[2]) for number in generation_numbers(store, match[1])):
-            yield Orphan(Kind.CLAIM, entry.key, "left by a builder that was killed", (entry,))
+            yield Orphan(Kind.CLAIM, entry.key, "left by an interrupted builder", (entry,))
 
 
 def _signatures(entries: Mapping[str, Entry]) -> Iterator[Orphan]:
@@ -211,7 +211,7 @@ def _signatures(entries: Mapping[str, Entry]) -> Iterator[Orphan]:
     for key, entry in entries.items():
         match = _SIGNATURE.fullmatch(key)
         if match and match[1] not in entries:
-            yield Orphan(Kind.SIGNATURE, key, "of a generation that is not there", (entry,))
+            yield Orphan(Kind.SIGNATURE, key, "of a missing generation", (entry,))
 
 
 def _bundles(entries: list[Entry], referred: set[str]) -> Iterator[Orphan]:
@@ -219,5 +219,5 @@ def _bundles(entries: list[Entry], referred: set[str]) -> Iterator[Orphan]:
         if digest not in referred:
             files = sorted(found, key=lambda entry: not entry.key.endswith(f"/{MANIFEST_FILE}"))
             whole = files[0].key.endswith(f"/{MANIFEST_FILE}")
-            why = "no generation refers to it" if whole else "without its manifest: a build did not end"
+            why = "no generation refers to it" if whole else "without its manifest: a build was interrupted"
             yield Orphan(Kind.BUNDLE, digest, why, tuple(files))

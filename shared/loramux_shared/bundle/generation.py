@@ -153,9 +153,9 @@ class Generation(Record):
         return ModelNames(self.served_model_name, self.adapters, self.aliases, self.serve_base, merge_always)
 
     def check_names(self) -> None:
-        """Raise `DeploymentInvalid` where its names do not fit together: nobody may publish it."""
+        """Raise `DeploymentInvalid` where its names conflict: nobody may publish it."""
         if findings := list(self.names.findings()):
-            raise DeploymentInvalid(f"deployment {self.deployment}: its names do not fit together", findings)
+            raise DeploymentInvalid(f"deployment {self.deployment}: its names conflict", findings)
 
     def same_content(self, other: Generation) -> bool:
         """True when only number and time differ, and what sources say of files that are the same."""

@@ -84,7 +84,7 @@ class Record(Model):
             return cls.model_validate_json(data)
         except ValidationError as error:
             raise BundleCorrupt(
-                f"{what} is not a {cls.__name__} of a format version that is known: "
+                f"{what} is not a {cls.__name__} in a known format version: "
                 f"{error.error_count()} fields are missing or wrong. {REBUILD}"
             ) from error
 

@@ -14,7 +14,7 @@ from loramux_shared.wording import listed
 
 def _no_path(name: str) -> str:
     if name in {".", ".."}:
-        raise ValueError("a name that is no step of a path")
+        raise ValueError("a name other than . and ..")
     return name
 
 

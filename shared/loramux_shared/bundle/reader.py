@@ -215,15 +215,17 @@ def _check_manifest(manifest: Manifest, what: str) -> None:
     _check_replaced(manifest, what)
     head = manifest.score
     if head and head.id2label and len(head.id2label) != head.num_labels:
-        raise BundleCorrupt(f"{what}: expected a name of each label, found {len(head.id2label)}. {REBUILD}")
+        raise BundleCorrupt(f"{what}: expected a name for each label, found {len(head.id2label)}. {REBUILD}")
     if manifest.vocab is not None and OWN_TOKENS_FILE not in manifest.files:
-        raise BundleCorrupt(f"{what}: expected {OWN_TOKENS_FILE} beside a vocabulary of its own, found none")
+        raise BundleCorrupt(
+            f"{what}: expected {OWN_TOKENS_FILE} for an adapter with its own vocabulary, found none"
+        )
     _expect(bool(manifest.row_width), bool(manifest.layer_rows), f"{what}: row_width is not 0")
     version = version_of(manifest.parts, manifest.invocation_tokens, manifest.files)
     _expect(manifest.format_version, version, f"{what}: format_version")
     used, redundant = manifest.coverage.used, manifest.coverage.redundant
     if list(used + redundant) != [*sorted(set(used) - set(redundant)), *sorted(set(redundant))]:
-        raise BundleCorrupt(f"{what}: expected tensors by their keys, each once, sorted")
+        raise BundleCorrupt(f"{what}: expected sorted tensor keys without duplicates")
     says = any(warning.code == "W_ZERO_B" for warning in manifest.warnings)
     changes = manifest.replaced or manifest.score or any(row.norm_ba or row.vectors for row in manifest.rows)
     _expect(says, not changes, f"{what}: warning W_ZERO_B")

@@ -205,9 +205,9 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc
                     self._reading.discard(limit)
         except TimeoutError:
             self._refuse_when_draining()
-            raise ClientStalled(f"{late} within {limit_s:g} s. Send it again without a pause.") from None
+            raise ClientStalled(f"{late} within {limit_s:g} s. Send it again without pauses.") from None
         except DecodeError:
-            raise RequestInvalid("the request is no message of this method.") from None
+            raise RequestInvalid("the request is not a message of this method.") from None
 
     @asynccontextmanager
     async def _patient(self, task: asyncio.Task[Any]) -> AsyncIterator[asyncio.Timeout]:
@@ -220,7 +220,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc
             if not limit.expired():
                 raise
             raise ClientStalled(
-                f"the client took nothing of the answer for {self._patience.read_s:g} s; it was ended."
+                f"the client read nothing of the answer for {self._patience.read_s:g} s; it was ended."
             ) from None
         finally:
             self._writing.pop(task, None)
@@ -293,4 +293,4 @@ async def _linger(context: grpc.aio.ServicerContext) -> None:
 
 def _internal(method: str) -> InternalFault:
     log.exception("call failed: unexpected error", method=method)
-    return InternalFault("loramux failed inside; the server's log has the details. Please report it.")
+    return InternalFault("internal error; the server's log has the details. Please report it.")

@@ -37,7 +37,7 @@ _TLS: Final = (
     ),
     (
         "WRONG_VERSION_NUMBER",
-        "it does not speak TLS. Leave grpcs:// out, if the way to it is safe.",
+        "it does not speak TLS. Leave grpcs:// out, if the network to it is trusted.",
     ),
     (
         "Socket closed",
@@ -58,8 +58,8 @@ def unreachable(target: str, message: str) -> str:
                 return cure
     elif "Failed parsing HTTP/2" in message:
         return (
-            "it does not speak gRPC. If that is the HTTP port: gRPC has a port of its own, 50052 of an "
-            "inference service and 50051 of a builder unless said otherwise."
+            "it does not speak gRPC. If that is the HTTP port: gRPC has another port, by default 50052 of an "
+            "inference service and 50051 of a builder."
         )
     elif "Socket closed" in message and "Stream removed" not in message:  # then it has spoken
         return f"{message}. Does it speak TLS? Then its address is grpcs://{target}"
@@ -164,16 +164,16 @@ def fault_of(error: grpc.RpcError, target: str = "") -> Fault:
     code = error.code()
     if code is grpc.StatusCode.INTERNAL and RESET in message:
         return ServerUnavailable(
-            f"{target or 'the server'} broke off: the server behind it went away in the middle of the answer. "
-            f"Ask again ({message})."
+            f"{target or 'the server'} ended the stream in the middle of the answer: the server behind it "
+            f"stopped. Retry ({message})."
         )
     if code is grpc.StatusCode.CANCELLED and message == DROPPED:
-        return ServerUnavailable(f"{target or 'the server'} ended as the call came to it. Ask again.")
+        return ServerUnavailable(f"{target or 'the server'} ended when the call reached it. Retry.")
     if code is grpc.StatusCode.UNAVAILABLE:
         return ServerUnavailable(f"no answer from {target or 'the server'}: {unreachable(target, message)}")
     if code is grpc.StatusCode.UNIMPLEMENTED:
         message = (
             f"{target or 'the server'} does not have this call. A builder and an inference service are two "
-            "servers, on 50051 and 50052 unless said otherwise; or its version is older than this one."
+            "servers, by default on 50051 and 50052; or its version is older than this one."
         )
     return CallFailed(f"{code.name}: {message}", code)

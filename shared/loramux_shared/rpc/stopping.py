@@ -65,7 +65,7 @@ class Stop:
         await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
             number = self._received.result()
-            log.info("stopped before it was ready", signal=number.name)
+            log.info("stopped before the server was ready", signal=number.name)
             sys.stderr.flush()
             os._exit(128 + number)
         return task.result()

@@ -26,7 +26,7 @@ def bounded(parse: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
 
     def parse_bounded(data: bytes) -> Any:
         if len(data) > 2 * MAX_FIELDS and more_fields(data, descriptor, MAX_FIELDS):
-            raise RequestInvalid(f"the request has more than {MAX_FIELDS} fields. Send less at once.")
+            raise RequestInvalid(f"the request has more than {MAX_FIELDS} fields. Send fewer.")
         return parse(data)
 
     return parse_bounded

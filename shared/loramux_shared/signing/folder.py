@@ -91,6 +91,6 @@ def _digests(folder: Path, ignored: Sequence[str], signature: Path) -> Iterator[
                 continue
             if path.is_symlink() or (digest := hash_if_there(path)) is None:
                 raise SignatureInvalid(
-                    f"{path}: expected a file, found a link or a device. Copy what it leads to."
+                    f"{path}: expected a file, found a link or a device. Replace it by a copy of its target."
                 )
             yield str(name), digest.sha256

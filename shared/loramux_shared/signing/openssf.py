@@ -69,7 +69,7 @@ def verified(signature: bytes, signers: Sequence[str], what: str) -> Signed:
         return _signed(manifest, shown(signer), what)
     raise SignatureInvalid(
         f"{what}: expected a signature of {' or '.join(map(shown, signers))}, found one that is "
-        f"{listed(reasons)}. Sign it with the right key (`loramux sign`), or correct who is to have signed it."
+        f"{listed(reasons)}. Sign it with the right key (`loramux sign`), or correct the required signer."
     )
 
 
@@ -218,8 +218,8 @@ def _usable(key: SigningKey | str | None, failures: tuple[type[Exception], ...])
     except failures as error:
         which = shown(key) if isinstance(key, str) else "Sigstore" if key is None else f"the key {key.key}"
         raise SettingsInvalid(
-            f"{which}: expected a key on the curve P-256, P-384 or P-521 (PEM, without a password), and "
-            f"certificates for it where they are given: {_reason(error)}"
+            f"{which}: expected a key on the curve P-256, P-384 or P-521 (PEM, without a password), with "
+            f"its certificates, if they are set: {_reason(error)}"
         ) from error
 
 

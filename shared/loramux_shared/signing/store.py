@@ -96,7 +96,7 @@ def check_signature(key: str, data: bytes, signature: bytes, signers: Sequence[s
     if signed.files != {key: sha256_hex(data)}:
         raise SignatureInvalid(
             f"{key}: expected the bytes that were signed, found others. "
-            "Somebody changed it, or its signature is of something else."
+            "The object was changed, or the signature belongs to another one."
         )
     return signed.by
 
@@ -124,7 +124,7 @@ def signed_store(store: Store, signers: Sequence[str], key: SigningKey | None = 
         signers = (*signers, public_key(key))
     elif not signers:
         raise SettingsInvalid(
-            "LORAMUX_SIGNING_CERTIFICATES: expected LORAMUX_REQUIRE_SIGNATURE beside it, found none. "
+            "LORAMUX_SIGNING_CERTIFICATES: expected LORAMUX_REQUIRE_SIGNATURE too, found none. "
             "Name the authorities of these certificates there."
         )
 
@@ -134,5 +134,7 @@ def signed_store(store: Store, signers: Sequence[str], key: SigningKey | None = 
     try:
         check_signature(_TRIED, b"", sign(_TRIED, b""), signers)
     except SignatureInvalid as fault:
-        raise SettingsInvalid(f"LORAMUX_SIGNING_KEY: what it signs is refused: {fault.message}") from fault
+        raise SettingsInvalid(
+            f"LORAMUX_SIGNING_KEY: the required signers do not include it: {fault.message}"
+        ) from fault
     return SignedStore(store, signers, sign)

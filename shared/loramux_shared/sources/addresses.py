@@ -63,18 +63,18 @@ class AddressGuard:
 
         Raises:
             SourceRefused: one of them is not public, and the operator does not allow the host.
-            SourceUnavailable: the name has no address.
+            SourceUnavailable: the name does not resolve.
         """
         try:
             texts = self.resolver(host, port)
         except (OSError, UnicodeError) as error:
-            raise SourceUnavailable(f"{host}: the name has no address ({type(error).__name__})") from None
+            raise SourceUnavailable(f"{host}: the name does not resolve ({type(error).__name__})") from None
         try:
             found = [ip_address(text) for text in dict.fromkeys(texts)]
         except ValueError:
             raise SourceRefused(f"{host}: its addresses cannot be read") from None
         if not found:
-            raise SourceUnavailable(f"{host}: the name has no address")
+            raise SourceUnavailable(f"{host}: the name does not resolve")
         if self._allows(host, port) or all(map(is_public, found)):
             return found
         raise SourceRefused(

@@ -46,7 +46,7 @@ class Archive:
         files: dict[str, SourceFile] = {}
         for member, pieces in self._members(progress):
             if member.name in files:
-                raise SourceRefused(f"{self.name}: {member.name!r} is in it twice")
+                raise SourceRefused(f"{self.name}: {member.name!r} appears twice")
             digest = hash_pieces(pieces, unwatched)
             files[member.name] = SourceFile(digest.size, digest.sha256)
         return files
@@ -79,7 +79,7 @@ class Archive:
         """Return a member's name without ``./``, or raise `SourceRefused`."""
         parts, name = PurePosixPath(member.name).parts, repr(member.name[:200])
         if member.name.startswith("/") or ".." in parts or set("\\\0") & set(member.name):
-            raise SourceRefused(f"{self.name}: {name} leads out of the archive")
+            raise SourceRefused(f"{self.name}: {name} leads outside of the archive")
         if not (member.isdir() or member.isreg()) or member.issparse():
             raise SourceRefused(
                 f"{self.name}: {name} is neither a file nor a folder: links and devices are refused"
@@ -126,13 +126,13 @@ class _Forward(io.RawIOBase):
         self._position += len(data)
         self._progress(0)
         if self._position > self._most:
-            raise SourceRefused(f"{self._name}: unpacks to more than {self._most} bytes, as bombs do")
+            raise SourceRefused(f"{self._name}: unpacks to more than {self._most} bytes, the limit")
         return bytes(data)
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         """Go forward."""
         if whence != io.SEEK_SET or offset < self._position:
-            raise SourceRefused(f"{self._name}: its headers lead backwards")
+            raise SourceRefused(f"{self._name}: its headers point backwards")
         while self._position < offset and self.read(min(PIECE, offset - self._position)):
             pass
         return self._position
@@ -174,7 +174,7 @@ def _refused(name: str) -> Iterator[None]:
 
 
 def _damaged(name: str) -> SourceRefused:
-    return SourceRefused(f"{name}: no tar.gz, or a damaged one. Pack it with tar -czf.")
+    return SourceRefused(f"{name}: not a tar.gz archive, or damaged. Pack it with `tar -czf`.")
 
 
 def inner_files(files: Mapping[str, SourceFile], subfolder: str) -> dict[str, str]:

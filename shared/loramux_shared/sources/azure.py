@@ -105,5 +105,5 @@ def open_bucket(repository: Repository, secrets: Secrets) -> tuple[AzureContaine
             max_chunk_get_size=CHUNK,
         )
     except (AzureError, ValueError):
-        raise SourceRefused(f"secret {name!r}: account_key or endpoint_url cannot be used") from None
+        raise SourceRefused(f"secret {name!r}: account_key or endpoint_url is not valid") from None
     return AzureContainer(client, f"{account}/{match['container']}", secrets.hint(name)), match["folder"] or ""

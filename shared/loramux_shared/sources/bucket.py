@@ -152,7 +152,9 @@ class BucketSource:
             if problem := check.problem(found):
                 problems.append(problem)
                 kind = SourceUnavailable if len(problems) == 1 else BundleCorrupt
-                raise kind(f"{shown}: not what is listed: {problem}. Build again, or upload the file again.")
+                raise kind(
+                    f"{shown}: the content differs from the listing: {problem}. Build or upload it again."
+                )
             return found
 
         return self._patience.call(attempt, progress)

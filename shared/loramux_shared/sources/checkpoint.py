@@ -206,9 +206,7 @@ def _weights(source: Source, resolved: Resolved, work_dir: Path | None) -> list[
         missing = [name for name in shards if name not in resolved.files]
         if shards and not missing and all(map(_SHARD.fullmatch, shards)):
             return shards
-        raise CheckpointInvalid(
-            f"{_name(resolved.repository)}: {INDEX} names files that are not there: {missing[:3]}"
-        )
+        raise CheckpointInvalid(f"{_name(resolved.repository)}: {INDEX} names missing files: {missing[:3]}")
     if WEIGHTS in resolved.files:
         return [WEIGHTS]
     others = [name for name in resolved.files if _SHARD.fullmatch(name)]

@@ -83,7 +83,7 @@ def inside(folder: Path, name: str) -> Path:
     """Return the path of a file by its name in a listing, or raise `SourceRefused` where it leads outside."""
     parts = PurePosixPath(name).parts
     if not parts or name.startswith("/") or ".." in parts or set("\\\0") & set(name) or not is_text(name):
-        raise SourceRefused(f"{name[:200]!r}: no path inside the repository")
+        raise SourceRefused(f"{name[:200]!r}: not a path inside the repository")
     return folder.joinpath(*parts)
 
 
@@ -141,7 +141,7 @@ def disk_fault(error: OSError) -> ResourcesExhausted:
     elif error.errno == errno.EFBIG:
         cure = "Let the server write larger files: `ulimit -f`."
     elif error.errno in {errno.EEXIST, errno.EISDIR, errno.ELOOP, errno.ENOTDIR}:
-        cure = "Remove what stands in its way; the log names it."
+        cure = "Remove the file or folder in its place; the log names it."
     else:
         cure = "Let the server write to its folder."
     return ResourcesExhausted(

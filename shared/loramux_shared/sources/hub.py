@@ -95,7 +95,9 @@ class HubSource:
                 timeout=TIMEOUT_S,
             )
             if not info.sha or not COMMIT.fullmatch(info.sha):
-                raise SourceUnavailable(f"HF {repository.repo}: the hub names no commit, but {info.sha!r}")
+                raise SourceUnavailable(
+                    f"HF {repository.repo}: expected a commit from the hub, found {info.sha!r}"
+                )
             files = {
                 item.rfilename.removeprefix(prefix): _listed(item)
                 for item in info.siblings or ()
@@ -236,11 +238,11 @@ def _translated(repository: Repository, hint: str) -> Iterator[None]:
     except DisabledRepoError:
         raise RepoGated(f"{repo}: disabled by the hub") from None
     except HFValidationError:
-        raise RepoNotFound(f"{repo}: no valid repository id; expected 'namespace/name'") from None
+        raise RepoNotFound(f"{repo}: not a valid repository id; expected 'namespace/name'") from None
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         raise SourceUnavailable(f"{repo}: the hub cannot be reached ({type(error).__name__})") from None
     except EntryNotFoundError:
-        raise RepoNotFound(f"{repo}: a file is gone at revision {revision!r}") from None
+        raise RepoNotFound(f"{repo}: a file is missing at revision {revision!r}") from None
     except HfHubHTTPError as error:
         raise _by_status(repo, error.response, hint) from None
     except _HTTP_ERROR as error:

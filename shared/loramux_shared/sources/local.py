@@ -121,15 +121,16 @@ class LocalSource:
             real = path.resolve()
         except (OSError, RuntimeError, ValueError):
             raise SourceRefused(
-                f"LOCAL {str(path)[:200]!r}: no path of this server, but a NUL or a link that leads to itself"
+                f"LOCAL {str(path)[:200]!r}: not a path of this server: it has a NUL or a circular link"
             ) from None
         if not any(real.is_relative_to(root) for root in self._roots):
             linked = any(path.is_relative_to(root) for root in self._roots)
             how = ", once its links are followed" if linked else ""
             allowed = listed([str(root) for root in self._roots], none="there is none")
             raise SourceRefused(
-                f"LOCAL {path}: not below a folder that this server may read ({allowed}){how}. Correct it, "
-                "send an adapter with `loramux push`, or start the server with --local-root, a folder above it."
+                f"LOCAL {path}: not below a folder that this server may read ({allowed}){how}. Correct "
+                "the path, send the adapter with `loramux push`, or start the server with --local-root and a "
+                "folder above it."
             )
         return real
 
@@ -157,6 +158,6 @@ def _translated() -> Iterator[None]:
     except PermissionError as error:
         raise SourceRefused(f"LOCAL {error.filename}: the server may not read it") from error
     except FileNotFoundError as error:
-        raise RepoNotFound(f"LOCAL {error.filename}: it went away while it was read") from error
+        raise RepoNotFound(f"LOCAL {error.filename}: it was removed while it was read") from error
     except OSError as error:
         raise SourceUnavailable(f"LOCAL {error.filename}: {error.strerror}") from error

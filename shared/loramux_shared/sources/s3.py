@@ -139,7 +139,7 @@ def open_bucket(repository: Repository, secrets: Secrets) -> tuple[S3Bucket, str
             ),
         )
     except (BotoCoreError, ValueError) as error:
-        raise SourceRefused(f"S3: the AWS settings cannot be used ({type(error).__name__}). {hint}") from None
+        raise SourceRefused(f"S3: the AWS settings are not valid ({type(error).__name__}). {hint}") from None
     return S3Bucket(client, match["bucket"], hint), match["folder"] or ""
 
 

@@ -97,7 +97,7 @@ def checked_key(key: str) -> str:
         ValueError: it is none.
     """
     if not is_key(key):
-        raise ValueError(f"{key!r} is no key: expected a/b/c, without empty parts, '.' and '..'")
+        raise ValueError(f"{key!r} is not a valid key: expected a/b/c, without empty parts, '.' and '..'")
     return key
 
 

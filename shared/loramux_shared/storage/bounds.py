@@ -91,5 +91,5 @@ def bounded_keys(uri: str, prefix: str, keys: Iterable[T]) -> Iterator[T]:
 def _too_large(uri: str, key: str, size: str, bound: int) -> RecordTooLarge:
     return RecordTooLarge(
         f"{uri}: {key}: expected at most {bound} bytes, found {size}. It is not used: no release of "
-        f"loramux writes such a record. See who can write to the store, and build the deployment again."
+        f"loramux writes such a record. Check who can write to the store, and build the deployment again."
     )

@@ -137,7 +137,7 @@ class LocalStore:
 
     def _path(self, key: str) -> Path:
         if checked_key(key).split("/")[0] == TEMPORARY:
-            raise ValueError(f"{key!r} is no key: {TEMPORARY} holds what is being written")
+            raise ValueError(f"{key!r} is not a valid key: {TEMPORARY} is reserved for temporary files")
         path = self._root / key
         if os.path.realpath(path) != str(path):
             raise StoreUnavailable(

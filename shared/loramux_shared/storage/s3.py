@@ -202,7 +202,7 @@ def _new_client(uri: str, endpoint_url: str | None, region: str | None) -> S3Cli
         )
     except ValueError as error:
         raise SettingsInvalid(
-            f"{uri}: the S3 endpoint is no address. Set AWS_ENDPOINT_URL_S3 to http(s)://HOST:PORT."
+            f"{uri}: the S3 endpoint is not an address. Set AWS_ENDPOINT_URL_S3 to http(s)://HOST:PORT."
         ) from error
     except BotoCoreError as error:
         raise store_fault(error, uri, "", "") from error

@@ -12,7 +12,7 @@ from loramux_shared.faults import StoreUnavailable
 # By the error code of the answer; {bucket} and {at} (the endpoint) are filled in.
 _ANSWERS = {
     "NoSuchBucket": "bucket {bucket!r} does not exist at {at}. Create it, or correct the store's address.",
-    "InvalidBucketName": "{bucket!r} is no bucket name. Correct the store's address.",
+    "InvalidBucketName": "{bucket!r} is not a valid bucket name. Correct the store's address.",
     "AccessDenied": "access denied by {at}. Allow these credentials to get, put, list and delete objects "
     "of bucket {bucket!r}.",
     "InvalidAccessKeyId": "{at} does not know the access key. Check AWS_ACCESS_KEY_ID.",
@@ -41,7 +41,7 @@ _FAILURES: tuple[tuple[tuple[type[BotoCoreError], ...], str], ...] = (
     ),
     (
         (aws.ReadTimeoutError,),
-        "{at} accepts connections and does not answer. Check the server and the network.",
+        "{at} accepts connections but does not answer. Check the server and the network.",
     ),
     (
         (aws.HTTPClientError, aws.IncompleteReadError),

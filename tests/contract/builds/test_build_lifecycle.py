@@ -259,7 +259,7 @@ def test_entries_beyond_their_bounds_are_not_held(monkeypatch: pytest.MonkeyPatc
     assert key not in store.objects
     assert [line["event"].partition(",")[0] for line in logs] == [
         "journal entry is damaged",
-        "journal entries exceed their bound together",
+        "journal entries exceed their size limit together",
     ]
 
 

@@ -243,4 +243,4 @@ async def test_a_prompt_is_not_rendered(web: httpx.AsyncClient) -> None:
     """Options of rendering messages are refused beside a text, rather than ignored."""
     answer = await web.post("/tokenize", json={"prompt": "Hi", "add_generation_prompt": True})
     assert answer.status_code == 400
-    assert "only beside messages" in answer.json()["error"]["message"]
+    assert "only with messages" in answer.json()["error"]["message"]

@@ -271,7 +271,7 @@ async def test_who_classifies_is_neither_merged_nor_proved(made: tuple[World, Me
     assert generation.merged is None
     with pytest.raises(DeploymentInvalid, match="classifies texts"):
         world.build_with(MemoryStore(), runtime=hidden | {"merge": "always"})
-    with pytest.raises(AdapterInvalid, match="there are no proofs"):
+    with pytest.raises(AdapterInvalid, match="cannot be proved"):
         world.build_with(MemoryStore(), build={"prove": True})
 
 

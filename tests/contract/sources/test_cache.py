@@ -118,7 +118,7 @@ def test_nothing_outside_the_cache_is_removed(remote: Remote, tmp_path: Path) ->
 def test_a_cache_that_is_no_folder_is_named(remote: Remote, tmp_path: Path) -> None:
     """A file in place of the whole cache is RESOURCES_EXHAUSTED, and stays."""
     (tmp_path / "cache").write_text("mine")
-    with pytest.raises(ResourcesExhausted, match="Remove what stands in its way; the log names it"):
+    with pytest.raises(ResourcesExhausted, match="Remove the file or folder in its place; the log names it"):
         remote.fetch(tmp_path / "cache")
     assert (tmp_path / "cache").read_text() == "mine"
 

@@ -115,7 +115,7 @@ def test_a_subfolder_is_a_root_of_its_own(hub, tmp_path):
         (repo("org/private"), RepoNotFound, "does not exist, or is private for this token"),
         (repo("org/gated"), RepoGated, "gated; the licence was not accepted"),
         (repo("org/adapter", revision="v9"), RevisionNotFound, "no revision 'v9'"),
-        (repo("not--a/valid..id"), RepoNotFound, "no valid repository id"),
+        (repo("not--a/valid..id"), RepoNotFound, "not a valid repository id"),
     ],
 )
 def test_answers_have_their_reasons(hub, wanted, fault, text):
@@ -129,7 +129,7 @@ def test_a_file_that_is_gone(hub, tmp_path):
     hf = source(hub)
     resolved = hf.resolve(repo("org/adapter"))
     del hub.repos["org/adapter"].files[FILES[1]]
-    with pytest.raises(RepoNotFound, match="a file is gone"):
+    with pytest.raises(RepoNotFound, match="a file is missing"):
         hf.fetch(resolved, FILES, tmp_path)
 
 
@@ -300,7 +300,7 @@ def test_what_arrives_is_what_the_hub_lists(hub, tmp_path, name):
 def test_a_commit_is_a_commit(hub, commit):
     """A hub's commit becomes the name of a folder, so only 40 or 64 hex digits are taken."""
     hub.repos["org/adapter"].revisions["main"] = commit
-    with pytest.raises(SourceUnavailable, match="names no commit"):
+    with pytest.raises(SourceUnavailable, match="expected a commit"):
         source(hub).resolve(repo("org/adapter"))
 
 
@@ -316,7 +316,7 @@ def test_a_recorded_revision_stays_in_the_cache(hub, tmp_path, revision):
     places |= {SourceKind.REMOTE_URL: url, SourceKind.S3: bucket}
     for kind, place in places.items():
         wanted = Repository(source=kind, repo=address.get(kind, "org/base"), revision=revision)
-        with pytest.raises(SourceRefused, match="no path inside"):
+        with pytest.raises(SourceRefused, match="not a path inside"):
             place.place(wanted, files, tmp_path / "cache" / "deep" / "er")
     assert not (tmp_path / "cache").exists()
 

@@ -293,7 +293,7 @@ def test_a_certificate_must_be_trusted(site, monkeypatch):
 def test_a_hostile_archive_is_refused(site, tmp_path):
     """An archive with a member outside it is refused whole, and nothing is written."""
     site.routes["/evil"] = pack({**ADAPTER, "../../evil": b"x"})
-    with pytest.raises(SourceRefused, match="leads out of the archive"):
+    with pytest.raises(SourceRefused, match="leads outside of the archive"):
         source().resolve(repo(site, "/evil"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ca.pem"]
 

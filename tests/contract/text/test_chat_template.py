@@ -225,7 +225,7 @@ async def test_a_template_is_told_more_and_keeps_its_own() -> None:
 async def test_a_template_that_hides_the_last_message_cannot_go_on_with_it() -> None:
     """It is refused, and not continued somewhere else."""
     template = ChatTemplate("{% for m in messages[:-1] %}<{{ m.content }}>{% endfor %}", {})
-    with pytest.raises(RequestInvalid, match="does not show the last message"):
+    with pytest.raises(RequestInvalid, match="changes the last message"):
         await template.render([{"role": "user", "content": "Hi."}], continue_final_message=True)
 
 

@@ -194,7 +194,7 @@ ACCEPTED = (
         lambda folder: adapter(folder, {name: value.astype("f4" if "A" in name else "f2")
                                         for name, value in tensors().items()}),
     ),
-    of_config("a scale that is no power of two", "W_NARROWED", lora_alpha=12),
+    of_config("a scale that is not a power of two", "W_NARROWED", lora_alpha=12),
     exhibit("the same, exact", "", lambda folder: adapter(folder, lora_alpha=12), lora={"dtype": "float32"}),
     exhibit(
         "underflow",

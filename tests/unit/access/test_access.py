@@ -49,8 +49,8 @@ def test_an_entry_survives_its_line() -> None:
         ('{"id": "a", "sha256": "%s", "scopes": []}', "line 2: scopes: "),
         ('{"id": "a", "sha256": "%s", "scopes": ["root"]}', "expected 'infer', 'build', 'metrics' or 'admin'"),
         ('{"id": "a", "sha256": "%s", "scopes": ["infer"], "models": []}', "line 2: models: "),
-        ('{"id": "a", "sha256": "%s", "scopes": ["build"], "models": ["m"]}', "models limit the scope infer"),
-        ('{"id": "a", "sha256": "%s", "scopes": ["admin"], "models": ["m"]}', "admin has no limits"),
+        ('{"id": "a", "sha256": "%s", "scopes": ["build"], "models": ["m"]}', "models and limits only with the scope infer"),
+        ('{"id": "a", "sha256": "%s", "scopes": ["admin"], "models": ["m"]}', "without admin"),
         ('{"id": "a", "sha256": "%s", "scopes": ["infer"], "model": ["m"]}', "line 2: model: Extra inputs"),
         ('{"id": "first", "sha256": "%s", "scopes": ["infer"]}', "two entries have the same id"),
     ],
@@ -80,7 +80,7 @@ def test_a_key_opens_what_its_scopes_say() -> None:
     assert ring.authorize(key, None).key_id == "ci"
     assert all(ring.authorize(admin, scope).key_id == "boss" for scope in Scope)
     for scope in (Scope.BUILD, Scope.ADMIN):
-        with pytest.raises(PermissionDenied, match=f"'ci' has the scopes infer, and this needs {scope}"):
+        with pytest.raises(PermissionDenied, match=f"'ci' has the scopes infer, and this call needs the scope {scope}"):
             ring.authorize(key, scope)
 
 
@@ -153,7 +153,7 @@ def test_a_broken_file_stops_the_start(tmp_path: Path) -> None:
     with pytest.raises(SettingsInvalid, match=r"No such file .*loramux keys new"):
         Keyring(tmp_path / "none")
     (tmp_path / "binary").write_bytes(b"\xff\xfe")
-    with pytest.raises(SettingsInvalid, match="it is no text"):
+    with pytest.raises(SettingsInvalid, match="it is not text"):
         Keyring(tmp_path / "binary")
 
 

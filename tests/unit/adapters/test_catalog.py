@@ -305,7 +305,7 @@ def test_a_mixture_is_of_what_its_parts_are_named_by() -> None:
 def test_weights_are_numbers_as_json_has_them(weight: str) -> None:
     """A text that is a number to Python alone is no weight."""
     known = catalog({"a": "one", "b": "two"})
-    with pytest.raises(RequestInvalid, match=r"a number behind every \*|and \+ between"):
+    with pytest.raises(RequestInvalid, match=r"a number after every \*|with \+ between"):
         known.resolve(f"a*{weight}+b")
 
 

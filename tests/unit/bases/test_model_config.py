@@ -46,7 +46,7 @@ def test_older_configs_mean_what_transformers_takes_them_for(tmp_path: Path, nam
         ({"eos_token_id": "</s>"}, "eos_token_id: expected a token or a list of tokens, found '</s>'"),
         ({"sliding_window": 4096}, "sliding_window 4096 is not supported for LlamaForCausalLM"),
         ({"layer_types": ["sliding_attention"] * 32}, "layer_types .* not supported for LlamaForCausalLM"),
-        ({"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, "a rope of its own for some layers"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, "a separate rope for some layers"),
         ({"rope_scaling": {"type": "su"}}, "rope scaling 'su' is not supported"),
         (
             {"architectures": ["Phi3ForCausalLM"], "rope_scaling": {"type": "linear"}},

@@ -77,7 +77,7 @@ def test_what_a_killed_build_left_is_found(tmp_path):
     found = {orphan.name: orphan for orphan in find_orphans(store, grace=DAY, now=LATER).old}
     assert set(found) == {*lost, claim_key("tiny", 1, "0" * 16)}
     assert found[lost[0]].why == "no generation refers to it"
-    assert found[lost[1]].why == "without its manifest: a build did not end"
+    assert found[lost[1]].why == "without its manifest: a build was interrupted"
     assert found[lost[0]].entries[0].key.endswith(MANIFEST_FILE)
     assert found[lost[0]].size == sum(len(store.get(entry.key)) for entry in found[lost[0]].entries)
 

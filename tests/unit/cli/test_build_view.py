@@ -143,8 +143,8 @@ def test_a_build_that_was_over_draws_nothing(capsys: pytest.CaptureFixture[str])
         )
     assert sent.getvalue() == ""
     assert capsys.readouterr().err.splitlines() == [
-        "adapter-0000: done, was in the store",
-        "adapter-0001: done, was in the store",
+        "adapter-0000: done, already in the store",
+        "adapter-0001: done, already in the store",
     ]
 
 

@@ -79,7 +79,7 @@ def test_closed_stdin(fakes: Fakes, tmp_path: Path) -> None:
     with running(tmp_path, "chat", "base", "--grpc", fakes.inference_address, stdin=False) as command:
         assert command.end() == 1
         assert command.errors == (
-            "error: REQUEST_INVALID: stdin is closed: pipe the prompts in, or start it on a terminal\n"
+            "error: REQUEST_INVALID: stdin is closed. Pipe prompts into it, or run it in a terminal\n"
         )
 
 

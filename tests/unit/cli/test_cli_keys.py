@@ -113,7 +113,7 @@ def test_what_keys_refuses(tmp_path: Path) -> None:
     for args, said in (
         (("new", "--scope", "infer", "--id", "ci", "--file", path), "has a key 'ci' already"),
         (("remove", "nobody", "--file", path), "has no key 'nobody'. There: ci."),
-        (("new", "--scope", "admin", "--model", "a"), "admin has no limits"),
+        (("new", "--scope", "admin", "--model", "a"), "without admin"),
         (("new", "--scope", "infer", "--file", f"{tmp_path}/none/keys"), "cannot be written: No such file"),
         (("list", "--file", f"{tmp_path}/none"), "No such file or directory"),
     ):
@@ -141,7 +141,7 @@ def test_the_command_line_shows_a_key(
     asked = ("models", "--grpc", fakes.inference_address)
     code, _, errors = run(*asked)
     assert code == Exit.DENIED
-    assert errors.startswith("error: UNAUTHENTICATED: this server asks for an API key")
+    assert errors.startswith("error: UNAUTHENTICATED: this server requires an API key")
     assert "LORAMUX_API_KEY" in errors
     assert run("health", fakes.inference_address)[0] == 0
     assert "PERMISSION_DENIED" in run("--api-key", keys["build"], *asked)[2]

@@ -235,7 +235,7 @@ def test_local_repositories_start_at_the_file(tmp_path: Path, monkeypatch: pytes
     ("repo", "said"),
     [
         ("~nobody-has-this-name/x", "LOCAL repository"),
-        (r'"a\0b"', "repo: expected text without a NUL"),
+        (r'"a\0b"', "repo: expected text without NUL bytes"),
     ],
 )
 def test_a_local_path_that_is_none(tmp_path: Path, repo: str, said: str) -> None:
@@ -315,7 +315,7 @@ def test_a_deployment_made_in_code_obeys_too() -> None:
 def test_duplicate_keys(tmp_path: Path) -> None:
     """Two adapters under one name are refused with the line, though YAML parsers keep the last."""
     said = str(_refusal(tmp_path, "build:\n  lora_adapters:\n    a: {repo: x}\n    a: {repo: y}\n"))
-    assert "line 4: 'a' is given twice" in said
+    assert "line 4: 'a' appears twice" in said
 
 
 def test_merged_keys_are_no_duplicates(tmp_path: Path) -> None:

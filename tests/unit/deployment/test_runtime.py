@@ -159,8 +159,8 @@ def test_a_key_has_limits() -> None:
 @pytest.mark.parametrize(
     ("scopes", "limits", "said"),
     [
-        (["admin"], {"weight": 1}, "admin has no limits"),
-        (["build"], {"weight": 1}, "as limits do"),
+        (["admin"], {"weight": 1}, "without admin"),
+        (["build"], {"weight": 1}, "models and limits only"),
         (["infer"], {"weight": -1}, "line 1: limits.weight: "),
         (["infer"], {"max_wait": 1}, "line 1: limits.max_wait: "),
     ],

@@ -219,7 +219,7 @@ Q = f"{ROOT}layers.0.self_attn.q_proj"
         (
             {},
             {f"{ROOT}norm.lora_A.weight": (4, 16)},
-            ("E_UNKNOWN_KEY", "norm.lora_A", "lora_A and lora_B of", "no form", "Expected keys like"),
+            ("E_UNKNOWN_KEY", "norm.lora_A", "lora_A and lora_B of", "an unknown form", "Expected keys like"),
         ),
     ],
 )

@@ -120,7 +120,7 @@ def test_tokens_of_a_minute_come_back_with_time() -> None:
     world.ask(prompt=1, answer=10)  # one token was left, and it runs to its end
     fault = world.refused()
     assert fault.retry_after_s == pytest.approx(11)
-    assert "60 tokens of a minute. Retry in 11 s" in fault.message
+    assert "60 tokens per minute. Retry in 11 s" in fault.message
     world.ask(1000, 1000, B)
     world.now_s += 10.5
     assert world.refused().retry_after_s == pytest.approx(0.5)

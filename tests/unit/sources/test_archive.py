@@ -54,17 +54,17 @@ LINKS = [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tar
 @pytest.mark.parametrize(
     ("data", "text"),
     [
-        (pack({"/etc/cron.d/x": b"x"}), "leads out of the archive"),
-        (pack({"a/../../x": b"x"}), "leads out of the archive"),
-        (pack({"..\\x": b"x"}), "leads out of the archive"),
+        (pack({"/etc/cron.d/x": b"x"}), "leads outside of the archive"),
+        (pack({"a/../../x": b"x"}), "leads outside of the archive"),
+        (pack({"..\\x": b"x"}), "leads outside of the archive"),
         *((pack_members([(member("x", 0, kind, "/etc/passwd"), b"")]), "links and devices") for kind in LINKS),
         (pack_members([(member("x", 0, tarfile.GNUTYPE_SPARSE), b"")]), "neither a file nor a folder"),
-        (pack_members([(member("x", 1), b"1"), (member("./x", 1), b"2")]), "is in it twice"),
+        (pack_members([(member("x", 1), b"1"), (member("./x", 1), b"2")]), "appears twice"),
         (pack({str(i): b"" for i in range(MAX_FILES + 1)}), f"more than {MAX_FILES}"),
         (b"PK\3\4 a zip", "no tar.gz"),
         (gzip.compress(b"<html>not found</html>", mtime=0), "no tar.gz"),
-        (pack(FILES)[:-20], "no tar.gz, or a damaged one"),
-        (pack(FILES)[:-8] + bytes(8), "no tar.gz, or a damaged one"),
+        (pack(FILES)[:-20], "not a tar.gz archive, or damaged"),
+        (pack(FILES)[:-8] + bytes(8), "not a tar.gz archive, or damaged"),
         (b"", "no tar.gz"),
     ],
 )
@@ -88,7 +88,7 @@ def test_a_bomb_is_refused_before_it_goes_off():
     header = member("adapter_model.safetensors", size).tobuf()
     bomb = gzip.compress(header, 1) + zeros(size)
     assert len(bomb) < 1 << 20
-    with pytest.raises(SourceRefused, match="as bombs do"):
+    with pytest.raises(SourceRefused, match="the limit"):
         opened(bomb, 64 << 20).listing()
 
 
@@ -109,7 +109,7 @@ def test_a_long_name_is_not_read_into_memory():
 def test_headers_that_nest_are_refused():
     """A thousand long names in a row end neither the process nor the check."""
     name = member("././@LongLink", 4, tarfile.GNUTYPE_LONGNAME).tobuf() + b"abc\0".ljust(512, b"\0")
-    with pytest.raises(SourceRefused, match="or a damaged one"):
+    with pytest.raises(SourceRefused, match="or damaged"):
         opened(gzip.compress(name * 3000)).listing()
 
 
