@@ -65,9 +65,11 @@ def system_of(libraries: Sequence[Path]) -> str:
     They also need libstdc++ and libgomp: manylinux promises the first, and torch, without which nothing loads
     them, brings the second. Libraries of another libc have the tag of this kind of machine alone.
     """
-    asked = [version for path in libraries for version in re.findall(rb"GLIBC_(\d+)\.(\d+)", path.read_bytes())]
+    versions = [
+        version for path in libraries for version in re.findall(rb"GLIBC_(\d+)\.(\d+)", path.read_bytes())
+    ]
     machine = platform.machine()
-    if not asked:
+    if not versions:
         return f"linux_{machine}"
-    major, minor = max((int(major), int(minor)) for major, minor in asked)
+    major, minor = max((int(major), int(minor)) for major, minor in versions)
     return f"manylinux_{major}_{minor}_{machine}"

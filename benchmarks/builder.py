@@ -125,10 +125,10 @@ def run_copy_bundles(folder: Path, uri: str, work: Path) -> int:
 
 def run_build(folder: Path, uri: str, work: Path, *, verify: bool = False) -> int:
     """Build and publish the deployment."""
-    wanted = deployment(folder)
+    required = deployment(folder)
     context = BuildContext(store=open_store(uri), sources=open_sources(local_roots=[folder]), work_dir=work)
-    progress = Progress(wanted.build.lora_adapters)
-    build(wanted, context, progress, verify=verify)
+    progress = Progress(required.build.lora_adapters)
+    build(required, context, progress, verify=verify)
     return sum(adapter.bundle_bytes for adapter in progress.adapters)
 
 
@@ -208,16 +208,16 @@ def main() -> None:
     parser.add_argument("--child", choices=RUNS, help=argparse.SUPPRESS)
     parser.add_argument("--uri", help=argparse.SUPPRESS)
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.child:
-        child(given.child, given.folder, given.uri, given.work)
+    provided = parser.parse_args()
+    if provided.child:
+        child(provided.child, provided.folder, provided.uri, provided.work)
         return
-    with tempfile.TemporaryDirectory(prefix="loramux-benchmark-", dir=given.folder) as name:
+    with tempfile.TemporaryDirectory(prefix="loramux-benchmark-", dir=provided.folder) as name:
         scratch = Path(name)
-        make_inputs(scratch / "inputs", given.adapters)
+        make_inputs(scratch / "inputs", provided.adapters)
         measured: dict[tuple[str, str], list[dict[str, Any]]] = {}
         with stores(scratch) as kinds:
-            for run in range(given.runs):
+            for run in range(provided.runs):
                 for kind, (make, environment) in kinds.items():
                     for what in RUNS:  # side by side, so that a busy moment of the machine hits all of them
                         one = measure(what, scratch / "inputs", make(), scratch / "work", environment)

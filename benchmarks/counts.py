@@ -180,8 +180,8 @@ def programs(counted: Counted) -> Iterator[str]:
                     for launched, working in ((shrinks, _shrinking), (expands, _expanding))
                 ]
                 both = sum(most for most, _ in halves) / sum(some for _, some in halves)
-                shown = "".join(f"{most:>10}{some:>11}{most / some:>7.2f}" for most, some in halves)
-                yield f"  {f'decode of {rows}':<26}{adapters:>8}  {name:<5}{shown}{both:>7.2f}"
+                printed = "".join(f"{most:>10}{some:>11}{most / some:>7.2f}" for most, some in halves)
+                yield f"  {f'decode of {rows}':<26}{adapters:>8}  {name:<5}{printed}{both:>7.2f}"
 
 
 def _of_kernel(every: Sequence[Launch], name: str) -> list[Launch]:
@@ -199,17 +199,19 @@ def _programs(launch: Launch) -> int:
 
 def _shrinking(launch: Launch, ranks: Sequence[int]) -> int:
     """Return the programs that have work, where every adapter has one segment; they share the tiles."""
-    given = launch.arguments
-    tiles = sum(-(-rank * given["N_SLICES"] // given["BLOCK_R"]) for rank in ranks)
-    wanted = -(-given["COVERING"] // tiles)
-    per_plane = max(given["blocks"] // wanted, -(-given["blocks"] // given["split_k"]), 1)
-    working: int = tiles * -(-given["blocks"] // per_plane)
+    provided = launch.arguments
+    tiles = sum(-(-rank * provided["N_SLICES"] // provided["BLOCK_R"]) for rank in ranks)
+    required = -(-provided["COVERING"] // tiles)
+    per_plane = max(provided["blocks"] // required, -(-provided["blocks"] // provided["split_k"]), 1)
+    working: int = tiles * -(-provided["blocks"] // per_plane)
     return min(_programs(launch), working)
 
 
 def _expanding(launch: Launch, ranks: Sequence[int]) -> int:
-    given, launched = launch.arguments, _programs(launch)
-    wide, narrow = (sum(-(-size // given[width]) for size in given["SIZES"]) for width in ("BLOCK_N", "FEW_N"))
+    provided, launched = launch.arguments, _programs(launch)
+    wide, narrow = (
+        sum(-(-size // provided[width]) for size in provided["SIZES"]) for width in ("BLOCK_N", "FEW_N")
+    )
     working: int = len(ranks) * (wide if len(ranks) * wide >= launched else narrow)
     return min(launched, working)
 

@@ -59,10 +59,12 @@ class Found:
         """Return what was found, beside its bars."""
         p50, p99 = ([percentile(gaps, part) for gaps in (self.beside, self.quiet)] for part in (0.5, 0.99))
         note = f"{shown(p99, 1e3)} ms; p50 {shown(p50, 1e3)} ms"
-        asked = f"{len(self.short)} requests, p50 {percentile(self.short, 0.5):.2f} s"
+        requests = f"{len(self.short)} requests, p50 {percentile(self.short, 0.5):.2f} s"
         return [
             Figure("p99 between tokens, beside / alone", p99[0] / p99[1], "x", BAR_GAP, note),
-            Figure("p99 first token of a short request", percentile(self.short, 0.99), "s", BAR_FIRST_S, asked),
+            Figure(
+                "p99 first token of a short request", percentile(self.short, 0.99), "s", BAR_FIRST_S, requests
+            ),
             Figure(
                 "last first token of long prompts",
                 max(self.long, default=math.nan),
@@ -82,8 +84,8 @@ def _done(firsts: list[float]) -> str:
 
 async def _ask_long(local: Local, tokens: int, within_s: float) -> list[float]:
     """Ask all at once; return the seconds to their first tokens, of those that came in time."""
-    asked = [asyncio.ensure_future(local.ask(_base(local), tokens=tokens)) for _ in range(LONG)]
-    done, late = await asyncio.wait(asked, timeout=within_s)
+    requests = [asyncio.ensure_future(local.ask(_base(local), tokens=tokens)) for _ in range(LONG)]
+    done, late = await asyncio.wait(requests, timeout=within_s)
     for each in late:
         each.cancel()
     await asyncio.gather(*late, return_exceptions=True)

@@ -84,8 +84,8 @@ def rate(times: Times, models: Sequence[str]) -> Run:
             async with gate:
                 return await one(models[index % len(models)], prompt)
 
-        asked = enumerate(serving.prompts(requests, seed))
-        taken = await asyncio.gather(*(gated(index, prompt) for index, prompt in asked))
+        requested = enumerate(serving.prompts(requests, seed))
+        taken = await asyncio.gather(*(gated(index, prompt) for index, prompt in requested))
         return Figures(concurrency / statistics.median(taken), math.nan)
 
     return run

@@ -177,8 +177,8 @@ async def measure(clients: str, streams: int, rounds: int, step_ms: float, inter
 
 def _firsts(found: Sequence[float], before: tuple[float, float], after: tuple[float, float]) -> Firsts:
     count = after[1] - before[1]
-    said = (after[0] - before[0]) / count if count else math.nan
-    return Firsts(percentile(found, 0.5), percentile(found, 0.99), statistics.fmean(found), said)
+    mean = (after[0] - before[0]) / count if count else math.nan
+    return Firsts(percentile(found, 0.5), percentile(found, 0.99), statistics.fmean(found), mean)
 
 
 def figures(points: Sequence[Point]) -> list[Figure]:

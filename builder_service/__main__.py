@@ -125,11 +125,11 @@ def _settings(arguments: Sequence[str] | None) -> BuilderSettings:
         help="Host that REMOTE_URL may reach though its address is not public; repeatable.",
     )
     parser.add_argument("--insecure", action="store_true", default=None, help=fields["insecure"].description)
-    given = vars(parser.parse_args(arguments))
+    flags = vars(parser.parse_args(arguments))
     for name in ("local_roots", "allowed_hosts"):
-        if given[name] is not None:
-            given[name] = tuple(given[name])
-    return load_settings(BuilderSettings, **given)
+        if flags[name] is not None:
+            flags[name] = tuple(flags[name])
+    return load_settings(BuilderSettings, **flags)
 
 
 def _say(fault: Fault) -> None:

@@ -88,8 +88,8 @@ async def serve(settings: InferenceSettings) -> int:
     """
     stop = Stop()
     raise_limit()
-    given = (settings.grpc, settings.http, *settings.addresses_of_models.values())
-    addresses = [address for address in given if address]
+    listening = (settings.grpc, settings.http, *settings.addresses_of_models.values())
+    addresses = [address for address in listening if address]
     guard = open_guard(settings, *addresses)
     for address in addresses:
         require_free(address)

@@ -114,13 +114,13 @@ def _of_folder(folder: Path) -> tuple[Iterator[tuple[str, bytes]], list[str]]:
         below = [f"{path.parent.name}/{CONFIG}" for path in folder.glob(f"*/{CONFIG}")]
     except OSError as error:
         raise RequestInvalid(f"{folder}: {error.strerror}. Make it readable.") from error
-    wanted = sorted(
+    selected = sorted(
         {*wanted_files(names), *BESIDE}.intersection(names), key=lambda name: (holds_weights(name), name)
     )
-    paths = [folder / name for name in wanted]
+    paths = [folder / name for name in selected]
     if locked := [path for path in paths if not os.access(path, os.R_OK)]:
         raise RequestInvalid(f"{locked[0]}: it may not be read. Make it readable.")
-    others = sorted(filter(str.isprintable, {*names, *below}.difference(wanted)))[:MAX_OTHERS]
+    others = sorted(filter(str.isprintable, {*names, *below}.difference(selected)))[:MAX_OTHERS]
     return ((path.name, piece) for path in paths for piece in pieces_of(path)), others
 
 

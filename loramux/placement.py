@@ -66,15 +66,15 @@ class Popularity:
 
     def copies(self, model: str, replicas: int) -> int:
         """Count a request for a model, and return over how many replicas it may be spread."""
-        asked = self._asked.get(model, 0)
-        self._asked[model] = asked + 1
+        requests = self._asked.get(model, 0)
+        self._asked[model] = requests + 1
         self._total += 1
         if self._total >= MEMORY:
             self._asked = {each: count // 2 for each, count in self._asked.items() if count > 1}
             self._total //= 2
-        part = asked / max(self._total, FEW)
-        wanted = math.ceil(part * replicas * self._pieces * math.log2(replicas))
-        return max(1, min(wanted, replicas, len(self._asked) // VARIETY))
+        part = requests / max(self._total, FEW)
+        pieces = math.ceil(part * replicas * self._pieces * math.log2(replicas))
+        return max(1, min(pieces, replicas, len(self._asked) // VARIETY))
 
 
 def choose(ordered: Sequence[str], load: Callable[[str], int], total: int, copies: int, spot: float) -> str:
@@ -123,8 +123,8 @@ class Placement:
             if self._replicas == tuple(replicas):
                 return
             self._replicas = tuple(replicas)
-            kept = {each: count for each, count in self._open.items() if count}
-            self._open = dict.fromkeys(self._replicas, 0) | kept
+            busy = {each: count for each, count in self._open.items() if count}
+            self._open = dict.fromkeys(self._replicas, 0) | busy
             self._down = {each: until for each, until in self._down.items() if each in self._open}
 
     def is_gone(self, replica: str) -> bool:

@@ -29,9 +29,11 @@ def generate_request(model: str, prompt: Prompt, options: GenerateOptions) -> pb
         RequestInvalid: an option's value does not fit its field; the findings name them all.
         TypeError: an option that does not exist.
     """
-    given = explicit_options(options, GenerateOptions)
-    given |= {name: [given[name]] for name in ("stop", "bad_words") if isinstance(given.get(name), str)}
-    constraints, templated, fields, sampling = (_of(kind, given) for kind in _MESSAGES)
+    explicit = explicit_options(options, GenerateOptions)
+    explicit |= {
+        name: [explicit[name]] for name in ("stop", "bad_words") if isinstance(explicit.get(name), str)
+    }
+    constraints, templated, fields, sampling = (_of(kind, explicit) for kind in _MESSAGES)
     fields["model"] = model
     adapters = fields.pop("adapters", ())
     findings = [*misfits(pb.GenerateRequest, fields), *misfits(pb.SamplingParams, sampling)]
@@ -67,20 +69,20 @@ def explicit_options(options: Mapping[str, Any], kind: type) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def adapters_of(given: Any) -> list[pb.ScaledAdapter]:
+def adapters_of(explicit: Any) -> list[pb.ScaledAdapter]:
     """Return adapters, by their names or with scales, as messages.
 
     Raises:
         TypeError, ValueError: they are none.
     """
-    if isinstance(given, str):
+    if isinstance(explicit, str):
         raise TypeError("text")
-    parts = [(part, 1.0) if isinstance(part, str) else part for part in given]
+    parts = [(part, 1.0) if isinstance(part, str) else part for part in explicit]
     return [pb.ScaledAdapter(name=name, scale=scale) for name, scale in parts]
 
 
-def _of(kind: type[Message], given: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in given.items() if name in kind.DESCRIPTOR.fields_by_name}
+def _of(kind: type[Message], explicit: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in explicit.items() if name in kind.DESCRIPTOR.fields_by_name}
 
 
 def _prompt(prompt: Prompt, templated: Mapping[str, Any]) -> dict[str, Any]:
@@ -126,11 +128,11 @@ def _tool(tool: Mapping[str, Any]) -> pb.Tool:
     )
 
 
-def _constraint(given: Mapping[str, Any]) -> dict[str, Any]:
-    said = {name: value for name, value in given.items() if value is not False}
-    if len(said) > 1:
-        raise ValueError(" and ".join(said))
-    for name, value in said.items():
+def _constraint(explicit: Mapping[str, Any]) -> dict[str, Any]:
+    constraints = {name: value for name, value in explicit.items() if value is not False}
+    if len(constraints) > 1:
+        raise ValueError(" and ".join(constraints))
+    for name, value in constraints.items():
         if name == "json_object":
             return {"constraint": pb.Constraint(json_object=pb.JsonObject())}
         if name != "json_schema" and not isinstance(value, str):

@@ -83,11 +83,11 @@ class Trip:
         self._spent += took_s > QUICK_S or not isinstance(fault, ServerUnavailable)
         if answered or not self._repeat:
             raise fault
-        asked = len(self._tried)
+        tried = len(self._tried)
         self._fault = (
             fault
-            if asked == 1
-            else fault.with_message(f"none of {asked} replicas took it; the last: {fault.message}")
+            if tried == 1
+            else fault.with_message(f"none of {tried} replicas took it; the last: {fault.message}")
         )
         if self._spent >= TRIES:
             raise self._fault

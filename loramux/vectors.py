@@ -92,37 +92,37 @@ def embed_request(model: str, inputs: Sequence[TextInput], options: EmbedOptions
         RequestInvalid: an option's value, or an input, does not fit its field; the findings name them.
         TypeError: an option that does not exist.
     """
-    given = explicit_options(options, EmbedOptions)
-    pooling = given.pop("pooling", None)
+    explicit = explicit_options(options, EmbedOptions)
+    pooling = explicit.pop("pooling", None)
     findings = []
     if pooling is not None and not (isinstance(pooling, str) and pooling in _POOLINGS):
         findings.append(misfit("pooling", "last or mean", repr(pooling)))
     elif pooling is not None:
-        given["pooling"] = _POOLINGS[pooling]
+        explicit["pooling"] = _POOLINGS[pooling]
     try:
-        given["adapters"] = adapters_of(given.pop("adapters", ()))
+        explicit["adapters"] = adapters_of(explicit.pop("adapters", ()))
     except (ValueError, TypeError) as error:
         findings.append(misfit("adapters", ADAPTERS, str(error)))
-    return cast(pb.EmbedRequest, _request(pb.EmbedRequest, model, inputs, given, findings))
+    return cast(pb.EmbedRequest, _request(pb.EmbedRequest, model, inputs, explicit, findings))
 
 
 def classify_request(model: str, inputs: Sequence[TextInput], options: ScoreOptions) -> pb.ClassifyRequest:
     """Return a request for scores; it raises what `embed_request` does."""
-    given = explicit_options(options, ScoreOptions)
-    return cast(pb.ClassifyRequest, _request(pb.ClassifyRequest, model, inputs, given, []))
+    explicit = explicit_options(options, ScoreOptions)
+    return cast(pb.ClassifyRequest, _request(pb.ClassifyRequest, model, inputs, explicit, []))
 
 
 def _request(
-    kind: Any, model: str, inputs: Sequence[TextInput], given: Mapping[str, Any], findings: list[Finding]
+    kind: Any, model: str, inputs: Sequence[TextInput], explicit: Mapping[str, Any], findings: list[Finding]
 ) -> Any:
-    findings += misfits(kind, {"model": model, **given})
+    findings += misfits(kind, {"model": model, **explicit})
     try:
         messages = [_input(each) for each in _several(inputs)]
     except (ValueError, TypeError) as error:
         findings.append(misfit("inputs", INPUTS, str(error)))
     if findings:
         raise RequestInvalid("the request cannot be sent", findings)
-    return kind(model=model, inputs=messages, **given)
+    return kind(model=model, inputs=messages, **explicit)
 
 
 def _several(inputs: Sequence[TextInput]) -> Sequence[TextInput]:
@@ -131,10 +131,10 @@ def _several(inputs: Sequence[TextInput]) -> Sequence[TextInput]:
     return inputs
 
 
-def _input(given: TextInput) -> pb.TextInput:
-    if isinstance(given, str):
-        return pb.TextInput(text=given)
-    items = list(given)
+def _input(explicit: TextInput) -> pb.TextInput:
+    if isinstance(explicit, str):
+        return pb.TextInput(text=explicit)
+    items = list(explicit)
     if items and all(isinstance(item, str) for item in items):
         first, second = items
         return pb.TextInput(pair=pb.TextPair(first=cast(str, first), second=cast(str, second)))

@@ -81,9 +81,9 @@ def formats() -> str:
 
 def parity() -> str:
     """Return how many answers were equal with each backend, and where some were not."""
-    kept = json.loads(COUNTED.read_text())
+    counted = json.loads(COUNTED.read_text())
     tried, exact = Counter[tuple[str, str]](), Counter[tuple[str, str]]()
-    for name, backend, _, count, equal in kept["counts"]:
+    for name, backend, _, count, equal in counted["counts"]:
         tried[name, backend] += count
         exact[name, backend] += equal
     keys = {name: [key for key in tried if key[1] == name] for name in BACKENDS}
@@ -97,7 +97,7 @@ def parity() -> str:
         if exact[name, backend] != tried[name, backend]
     ]
     architectures = len({name for name, _ in tried})
-    oracles = ", ".join(f"{name} {number}" for name, number in kept["oracles"].items())
+    oracles = ", ".join(f"{name} {number}" for name, number in counted["oracles"].items())
     equal = f"Exact answers of {architectures} architectures, compared with {oracles}: {totals}.\n"
     return equal + ("\nNot exact:\n\n" + "".join(unequal) if unequal else "")
 

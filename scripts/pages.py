@@ -30,9 +30,9 @@ def entry(name: str, field: Schema, owner: Schema, definitions: Mapping[str, Sch
 
 def entries_of(entries: Iterable[tuple[str, str]]) -> str:
     """Return a line per entry with a meaning, and one line for all others."""
-    given = list(entries)
-    lines = [f"- {name}: {meaning}\n" for name, meaning in given if meaning]
-    plain = ", ".join(name for name, meaning in given if not meaning)
+    listed = list(entries)
+    lines = [f"- {name}: {meaning}\n" for name, meaning in listed if meaning]
+    plain = ", ".join(name for name, meaning in listed if not meaning)
     if plain:
         lines.append(f"- {'also ' if lines else ''}{plain}\n")
     return "".join(lines)

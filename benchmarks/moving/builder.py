@@ -33,8 +33,8 @@ class Builder:
     def moved(self) -> tuple[int, int]:
         """Bytes that it has read and written so far, of files and sockets together."""
         lines = Path(f"/proc/{self._process.pid}/io").read_text().splitlines()
-        told = dict(line.split(": ") for line in lines)
-        return int(told["rchar"]), int(told["wchar"])
+        reported = dict(line.split(": ") for line in lines)
+        return int(reported["rchar"]), int(reported["wchar"])
 
     def run(self, *arguments: str) -> float:
         """Run the command line; return the seconds that it took."""

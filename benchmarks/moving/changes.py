@@ -31,7 +31,7 @@ PROMPT: Final = 8
 async def measure_push(forge: Forge, rounds: int) -> list[Figure]:
     """Measure from the beginning of PutAdapter to the first token of a request that asks for its generation."""
     forge.deploy("push", 1)
-    told: list[float] = []
+    reported: list[float] = []
     published: list[float] = []
     versions = _versions(forge)
     with (
@@ -46,8 +46,8 @@ async def measure_push(forge: Forge, rounds: int) -> list[Figure]:
                 published.append(time.perf_counter() - began)
                 newest = pushed.generation
                 await first_token_s(client, "pushed", prompt(PROMPT), min_generation=newest)
-                told.append(time.perf_counter() - began)
-    first, *rest = (1e3 * seconds for seconds in told)
+                reported.append(time.perf_counter() - began)
+    first, *rest = (1e3 * seconds for seconds in reported)
     note = f"{shown(rest)}; the very first {first:.0f} ms"
     return [
         Figure("push to the first token, median", statistics.median(rest), "ms", PUSH_BAR_MS, note),

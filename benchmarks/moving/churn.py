@@ -113,11 +113,11 @@ async def _compare(
 @asynccontextmanager
 async def _asking(ask: Ask, names: list[str]) -> AsyncIterator[None]:
     """Have PER_S requests per second begin, whether or not those before have ended."""
-    asked: set[asyncio.Task[object]] = set()
+    query: set[asyncio.Task[object]] = set()
 
     async def drive() -> None:
         for name in itertools.cycle(names):
-            asked.add(asyncio.ensure_future(ask(name)))
+            query.add(asyncio.ensure_future(ask(name)))
             await asyncio.sleep(1 / PER_S)
 
     driving = asyncio.create_task(drive())
@@ -125,7 +125,7 @@ async def _asking(ask: Ask, names: list[str]) -> AsyncIterator[None]:
         yield
     finally:
         driving.cancel()
-        await asyncio.gather(*asked)
+        await asyncio.gather(*query)
 
 
 def _loads(local: Local) -> int:

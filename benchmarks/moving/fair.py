@@ -68,8 +68,8 @@ def _asks(local: Local) -> Ask:
 
 async def _others(ask: Ask, names: list[str]) -> float:
     """Have each model ask once, one after the other; return the median of the first tokens."""
-    asked = []
+    requests = []
     for name in names:
-        asked.append(asyncio.ensure_future(ask(name)))
+        requests.append(asyncio.ensure_future(ask(name)))
         await asyncio.sleep(APART_S)
-    return statistics.median(await asyncio.gather(*asked))
+    return statistics.median(await asyncio.gather(*requests))

@@ -86,8 +86,8 @@ class Forge:
         values = data[reader.tell() :].view(np.uint16)
         values[[place for place in range(32) if number >> place & 1]] ^= SIGN
         weights = data.tobytes()
-        told = FileDigest(size=len(weights), sha256=sha256_hex(weights))
-        manifest = self._manifest.model_copy(update={"files": {**self._manifest.files, WEIGHTS_FILE: told}})
+        reported = FileDigest(size=len(weights), sha256=sha256_hex(weights))
+        manifest = self._manifest.model_copy(update={"files": {**self._manifest.files, WEIGHTS_FILE: reported}})
         digest = sha256_hex(manifest.to_bytes())
         if self.store.sha256(bundle_key(digest, MANIFEST_FILE)) is None:
             for name, content in {WEIGHTS_FILE: weights, **self._others}.items():

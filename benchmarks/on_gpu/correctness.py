@@ -93,10 +93,10 @@ def run_tests(run: Run) -> None:
         )
     except subprocess.TimeoutExpired as error:
         raise Red(f"the kernels' tests did not end in {TESTS_S:.0f} s") from error
-    said = done.stdout.strip().splitlines()[-40:]
+    lines = done.stdout.strip().splitlines()[-40:]
     if done.returncode != 0:
-        raise Red("\n".join(["the kernels' tests fail:", *said, *done.stderr.strip().splitlines()[-5:]]))
-    run.note(f"pytest {' '.join(tests)}: {said[-1].strip('= ')}")
+        raise Red("\n".join(["the kernels' tests fail:", *lines, *done.stderr.strip().splitlines()[-5:]]))
+    run.note(f"pytest {' '.join(tests)}: {lines[-1].strip('= ')}")
 
 
 Check = Callable[[Device], tuple[float, float]]
@@ -166,14 +166,14 @@ def sampler(vocab: int) -> Check:
     """Tokens drawn otherwise than by sorting in fp64."""
 
     def check(device: Device) -> tuple[float, float]:
-        asked = [RowParams(), RowParams(1.0, seed=5), RowParams(0.7, top_k=50, seed=9, num_generated=3)]
-        asked += [RowParams(1.2, top_p=0.9, seed=2), RowParams(1.0, min_p=0.05, seed=-1)]
-        logits = torch.randn(len(asked), vocab, dtype=device.dtype, device=device.where) * 3
-        tables = SamplingTables.allocate(len(asked), vocab, device.where)
-        tables.load(torch.from_numpy(pack_rows(len(asked), asked)))
-        ids = torch.full((len(asked),), -7, dtype=torch.int64, device=device.where)
+        requests = [RowParams(), RowParams(1.0, seed=5), RowParams(0.7, top_k=50, seed=9, num_generated=3)]
+        requests += [RowParams(1.2, top_p=0.9, seed=2), RowParams(1.0, min_p=0.05, seed=-1)]
+        logits = torch.randn(len(requests), vocab, dtype=device.dtype, device=device.where) * 3
+        tables = SamplingTables.allocate(len(requests), vocab, device.where)
+        tables.load(torch.from_numpy(pack_rows(len(requests), requests)))
+        ids = torch.full((len(requests),), -7, dtype=torch.int64, device=device.where)
         sample(logits, tables, ids)
-        expected = sampling_reference.sample(logits.cpu(), asked)
+        expected = sampling_reference.sample(logits.cpu(), requests)
         return float((ids.cpu() != expected).sum()), 0.0
 
     return check

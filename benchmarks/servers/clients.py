@@ -78,8 +78,8 @@ class HttpStreams:
         reader, writer = await asyncio.open_connection(self._host, int(self._port))
         try:
             writer.write(b"%s\r\ncontent-length: %d\r\n\r\n%s" % (head, len(data), data))
-            while said := await reader.read(1 << 16):
-                if b"data: " in said:
+            while chunk := await reader.read(1 << 16):
+                if b"data: " in chunk:
                     yield
         finally:
             writer.close()

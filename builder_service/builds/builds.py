@@ -75,8 +75,8 @@ class Builds(Shown):
         Raises:
             StoreUnavailable: the store does not answer.
         """
-        for kept in await asyncio.to_thread(lambda: list(self._failures.all())):
-            failed = RunningBuild.failed(kept)
+        for record in await asyncio.to_thread(lambda: list(self._failures.all())):
+            failed = RunningBuild.failed(record)
             self._builds[failed.name] = failed
             self._requests.remember(failed.entry.request_id, failed)
         entries = await asyncio.to_thread(self._journal.mine)

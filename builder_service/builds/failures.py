@@ -62,8 +62,8 @@ class Failures:
             temporary = path.with_suffix(".tmp")
             temporary.write_bytes(failed.to_bytes())
             temporary.replace(path)
-            kept = sorted(self._folder.glob("*.json"), key=lambda path: path.stat().st_mtime)
-            for old in kept[:-MAX_KEPT]:
+            paths = sorted(self._folder.glob("*.json"), key=lambda path: path.stat().st_mtime)
+            for old in paths[:-MAX_KEPT]:
                 old.unlink()
         except OSError as error:
             log.warning("record of a failure could not be written", path=str(path), problem=error.strerror)

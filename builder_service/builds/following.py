@@ -79,8 +79,8 @@ class Following:
         Raises:
             ShuttingDown: the builder stops.
         """
-        reported, said, build = first.generation, replace(first, adapters=()), None
-        yield said
+        reported, sent, build = first.generation, replace(first, adapters=()), None
+        yield sent
         with self._news.listen(name) as news:
             try:
                 while not self._ending:
@@ -90,15 +90,15 @@ class Following:
                         build.watchers.add(news)
                         reported = max(reported, build.generation)  # others may publish while it runs
                         view = replace(build.view(), generation=reported)
-                        if view != said:
-                            said = view
+                        if view != sent:
+                            sent = view
                             yield view
                         if view.state is not BuildState.BUILDING or build.interrupted:
                             build.watchers.discard(news)
                             build = None
                     stored = await self._look(name)
                     if stored is not None and stored.generation > reported:
-                        reported, said = stored.generation, stored
+                        reported, sent = stored.generation, stored
                         yield stored
                     with suppress(TimeoutError):
                         await asyncio.wait_for(news.wait(), POLL_S)

@@ -198,10 +198,10 @@ class Journal:
         """Remove an entry of another builder, which was taken over."""
         self._store.delete(key)
 
-    def _read(self, wanted: Callable[[str], bool]) -> dict[str, bytes]:
+    def _read(self, selects: Callable[[str], bool]) -> dict[str, bytes]:
         found, left = dict[str, bytes](), JOURNAL_BYTES
         for key in list(self._store.list(BUILDS_PREFIX)):
-            if wanted(key.rpartition("/")[2].removesuffix(".json")):
+            if selects(key.rpartition("/")[2].removesuffix(".json")):
                 try:
                     data = self._store.get(key)
                 except ObjectMissing:

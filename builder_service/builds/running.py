@@ -101,13 +101,17 @@ class RunningBuild:
         )
 
     @classmethod
-    def failed(cls, kept: FailedBuild) -> RunningBuild:
+    def failed(cls, record: FailedBuild) -> RunningBuild:
         """Return a build that failed in an earlier run of the builder."""
-        running = cls(kept.entry)
-        for name in {finding.adapter for finding in kept.findings} & set(kept.entry.adapters):
+        running = cls(record.entry)
+        for name in {finding.adapter for finding in record.findings} & set(record.entry.adapters):
             running.progress.update(name, stage=Stage.REFUSED)
         running.accepted.set()
-        running.state, running.failure, running._update_time = BuildState.FAILED, kept.fault, kept.update_time
+        running.state, running.failure, running._update_time = (
+            BuildState.FAILED,
+            record.fault,
+            record.update_time,
+        )
         return running
 
     def interrupt(self) -> None:

@@ -103,8 +103,8 @@ class Shown:
         Raises:
             DeploymentNotFound, StoreUnavailable, ShuttingDown
         """
-        asked = self._requests.of(request_id)
-        running = asked if asked is not None and asked.name == name else self._running(name)
+        tracked = self._requests.of(request_id)
+        running = tracked if tracked is not None and tracked.name == name else self._running(name)
         if follow:
             async for view in self._following.follow(name, running.view() if running else await self.get(name)):
                 yield view

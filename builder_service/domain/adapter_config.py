@@ -88,8 +88,8 @@ class AdapterConfig:
 
         The rank is that of the training; 0 where the tensors do not show it.
         """
-        said = self.ranks_of(module) or (rank,)
-        return scale(self.kind, self.alphas_of(module)[0], rank or said[0], self.rank, rs=self.use_rslora)
+        ranks = self.ranks_of(module) or (rank,)
+        return scale(self.kind, self.alphas_of(module)[0], rank or ranks[0], self.rank, rs=self.use_rslora)
 
     def indices_of(self, module: str) -> tuple[int, ...]:
         """Return the tokens that rows of a module of the base are trained of, in the order of the rows."""
@@ -133,9 +133,9 @@ class AdapterConfig:
                 for name, pattern, problem in error.problems
             ]
         except TooCostly as error:
-            given = [name for name in PATTERNED if fields[name]]
+            patterned = [name for name in PATTERNED if fields[name]]
             limit = f"patterns that match {len(names)} names within {BOUNDS}"
-            found = [bad_config(", ".join(given), limit, f"patterns that take {error}")]
+            found = [bad_config(", ".join(patterned), limit, f"patterns that take {error}")]
         plain = replace(self, rank=None, rank_pattern={}, alpha_pattern={}, target_modules=None)
         return replace(plain, exclude_modules=(), layers_to_transform=(), modules_to_save=()), found
 
@@ -206,7 +206,7 @@ def _config(kind: Kind, fields: dict[str, Any]) -> AdapterConfig:
         alpha=float(_or(fields.get("lora_alpha"), DEFAULT_ALPHA)),
         rank_pattern=fields.get("rank_pattern") or {},
         alpha_pattern=fields.get("alpha_pattern") or {},
-        initial=said if (said := str(fields.get("init_lora_weights")).lower()) in RECKONED else "",
+        initial=initial if (initial := str(fields.get("init_lora_weights")).lower()) in RECKONED else "",
         use_rslora=bool(fields.get("use_rslora")),
         classifies=fields.get("task_type") == CLASSIFIES,
         encodes=fields.get("task_type") == ENCODES,

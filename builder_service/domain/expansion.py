@@ -161,14 +161,14 @@ def _sides(module: str, kind: Kind, parts: Parts, width: int, report: Grouping) 
 def _missing(kind: Kind, parts: Parts) -> str:
     """Return a part without which there is no product; empty where there is one."""
     if kind is Kind.LOKR:
-        wanted = [
+        required = [
             name
             for factor in ("lokr_w1", "lokr_w2")
             for name in ((factor,) if factor in parts else (f"{factor}_a", f"{factor}_b"))
         ]
     else:
-        wanted = [*_PARTS[kind], *(("vera_A", "vera_B") if kind is Kind.VERA else ())]
-    return next((name for name in wanted if name not in parts), "")
+        required = [*_PARTS[kind], *(("vera_A", "vera_B") if kind is Kind.VERA else ())]
+    return next((name for name in required if name not in parts), "")
 
 
 def _adalora(parts: Parts, _: int) -> tuple[Side, Side] | None:

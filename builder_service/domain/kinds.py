@@ -46,8 +46,8 @@ DEFAULT_RANKS: Final = {Kind.ADALORA: 12, Kind.VERA: 256, Kind.LOHA: 8, Kind.LOK
 
 def kind_of(fields: dict[str, Any]) -> Kind | None:
     """Return the kind that a config says; None where it is none of these."""
-    said = fields.get("peft_type")
-    return Kind(said) if isinstance(said, str) and said in set(Kind) else None
+    peft_type = fields.get("peft_type")
+    return Kind(peft_type) if isinstance(peft_type, str) and peft_type in set(Kind) else None
 
 
 def as_lora(kind: Kind, fields: dict[str, Any]) -> dict[str, Any]:
@@ -75,9 +75,9 @@ def _allocated(pattern: Any) -> Any:
     if not isinstance(pattern, dict):
         return pattern
     ranks = {}
-    for name, kept in pattern.items():
-        flags = kept if isinstance(kept, list) and all(isinstance(flag, bool) for flag in kept) else None
-        rank = kept if flags is None else sum(flags)
+    for name, value in pattern.items():
+        flags = value if isinstance(value, list) and all(isinstance(flag, bool) for flag in value) else None
+        rank = value if flags is None else sum(flags)
         if flags is None or rank:
             ranks[_SINGULAR.sub("", name)] = rank
     return ranks

@@ -110,7 +110,7 @@ def _layers(question: Mapping[str, Any], compiled: _Compiled) -> Test:
     layers, patterns = question["layers_to_transform"], question["layers_pattern"] or []
     if layers is None or layers == []:
         return lambda _: True
-    wanted = frozenset([layers] if isinstance(layers, int) else layers)
+    selected = frozenset([layers] if isinstance(layers, int) else layers)
     texts = [patterns] if isinstance(patterns, str) else patterns
     tests = [
         compiled.compile("layers_pattern", text, rf"(?:^|.*?\.){text}\.(?P<idx>\d+)\.").match for text in texts
@@ -118,6 +118,6 @@ def _layers(question: Mapping[str, Any], compiled: _Compiled) -> Test:
 
     def in_layers(name: str) -> bool:
         match = next(filter(None, (test(name) for test in tests)), None)
-        return match is not None and int(match["idx"]) in wanted
+        return match is not None and int(match["idx"]) in selected
 
     return in_layers

@@ -53,7 +53,7 @@ def ask(program: ModuleType, question: Mapping[str, Any], bounds: Bounds) -> Any
         raise TooCostly(f"more than {bounds.cpu_s:g} s")
     if ended.returncode:
         raise InternalFault(f"{program.__name__} failed with {ended.returncode}. Please report it.")
-    said = json.loads(ended.stdout)
-    if "answer" not in said:
+    answer = json.loads(ended.stdout)
+    if "answer" not in answer:
         raise TooCostly(f"more than {bounds.memory_bytes >> 20} MB")
-    return said["answer"]
+    return answer["answer"]

@@ -21,10 +21,10 @@ def main(cpu_s: str, memory_bytes: str, file: str) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (int(memory_bytes), int(memory_bytes)))
     signal.setitimer(signal.ITIMER_PROF, float(cpu_s))
     try:
-        said = {"answer": runpy.run_path(file)["answer"](json.load(sys.stdin))}
+        result = {"answer": runpy.run_path(file)["answer"](json.load(sys.stdin))}
     except MemoryError:
-        said = {}
-    json.dump(said, sys.stdout)
+        result = {}
+    json.dump(result, sys.stdout)
 
 
 if __name__ == "__main__":

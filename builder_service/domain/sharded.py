@@ -49,19 +49,19 @@ def read_weights(folder: Path, max_tensors: int) -> TensorFile:
     """
     if (folder / WEIGHTS).exists():
         return read_header(folder / WEIGHTS, max_tensors)
-    said = _index(folder / INDEX)
-    if len(said) > max_tensors:
-        raise TooManyTensors(str(len(said)))
+    index = _index(folder / INDEX)
+    if len(index) > max_tensors:
+        raise TooManyTensors(str(len(index)))
     found: dict[str, TensorFile] = {}
     for path in sorted(folder.glob("adapter_model-*.safetensors")):
         shard = read_header(path, max_tensors)
         for name in shard.tensors:
-            if name in found or said.get(name) != path.name:
+            if name in found or index.get(name) != path.name:
                 raise HeaderInvalid(
                     f"{INDEX}: {name[:200]!r} is in {path.name}, but the index names another file"
                 )
             found[name] = shard
-    if missing := sorted(said.keys() - found.keys()):
+    if missing := sorted(index.keys() - found.keys()):
         raise HeaderInvalid(f"{INDEX}: {missing[0][:200]!r} is in none of the files")
     return Sharded(folder / INDEX, {name: shard.tensors[name] for name, shard in found.items()}, found)
 

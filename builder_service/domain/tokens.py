@@ -96,9 +96,11 @@ def _flags(name: str, value: Mapping[str, Any]) -> dict[str, dict[str, bool]]:
             entries = list(value.get("added_tokens") or [])
         case _:
             return {}
-    said = {_of(entry, "content"): {flag: _of(entry, flag) for flag in FLAGS} for entry in entries}
+    declared = {_of(entry, "content"): {flag: _of(entry, flag) for flag in FLAGS} for entry in entries}
     return {
-        token: flags for token, flags in said.items() if all(isinstance(flag, bool) for flag in flags.values())
+        token: flags
+        for token, flags in declared.items()
+        if all(isinstance(flag, bool) for flag in flags.values())
     }
 
 

@@ -32,14 +32,14 @@ def best_approximation(a: Array, b: Array, scale: float, rank: int) -> LowRank:
     q_b, r_b = np.linalg.qr(b.astype(np.float64))
     q_a, r_a = np.linalg.qr(a.T.astype(np.float64))
     u, values, vt = np.linalg.svd(scale * (r_b @ r_a.T))
-    kept = min(rank, len(values))
-    root = np.sqrt(values[:kept])
-    new_a = (vt[:kept] @ q_a.T) * root[:, None]
-    new_b = (q_b @ u[:, :kept]) * root
-    largest = new_a[np.arange(kept), np.abs(new_a).argmax(axis=1)]
+    rank_left = min(rank, len(values))
+    root = np.sqrt(values[:rank_left])
+    new_a = (vt[:rank_left] @ q_a.T) * root[:, None]
+    new_b = (q_b @ u[:, :rank_left]) * root
+    largest = new_a[np.arange(rank_left), np.abs(new_a).argmax(axis=1)]
     signs = np.where(largest < 0, -1.0, 1.0)
     total = float(np.sum(values**2))
-    lost = float(np.sum(values[kept:] ** 2))
+    lost = float(np.sum(values[rank_left:] ** 2))
     return LowRank(
         (new_a * signs[:, None]).astype(np.float32),
         (new_b * signs).astype(np.float32),

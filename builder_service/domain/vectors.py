@@ -62,11 +62,11 @@ class AdapterVectors:
             self._note(d, dtype)
 
     def _note(self, d: Array, dtype: Dtype) -> None:
-        kept = cast(d, dtype).astype(np.float32)
-        if np.any(kept != d):
+        rounded = cast(d, dtype).astype(np.float32)
+        if np.any(rounded != d):
             nonzero = d != 0
             self.rounded += 1
-            self.worst = max(self.worst, float((np.abs(kept - d)[nonzero] / np.abs(d)[nonzero]).max()))
+            self.worst = max(self.worst, float((np.abs(rounded - d)[nonzero] / np.abs(d)[nonzero]).max()))
 
     def warnings(self, dtype: Dtype) -> list[Finding]:
         """Return what was rounded."""
@@ -187,14 +187,14 @@ class VectorReader:
                 return file, name
             if kind == "weight" and (file := self._widened(key, name)) is not None:
                 return file, name
-        kept = "weights of few bits" if self.base.quantization is not None else "none"
+        quantized = "weights of few bits" if self.base.quantization is not None else "none"
         code = "E_DORA" if kind == "weight" else "E_BIAS"
         expected = f"the base's {key.leaf}.{kind} in float32, float16 or bfloat16"
         fix = f"Build with a base whose weights were not rounded. Or: {MERGE}"
         if kind == "weight" and self.base.quantization is not None:
             expected = "torch beside the builder, to widen the base's weights"
             fix = "Install it there: pip install 'loramux[inference]'."
-        self.report.add(code, key.place, cause=(kind, kept), expected=expected, found=kept, fix=fix)
+        self.report.add(code, key.place, cause=(kind, quantized), expected=expected, found=quantized, fix=fix)
         return None, at
 
     def _widened(self, key: LoraKey, name: str) -> TensorFile | None:

@@ -69,17 +69,17 @@ class BaseTokens:
             "base": {name: str(self._fetch(name)) for name in self._files},
             "vocab": self._vocab,
         }
-        said: dict[str, Any] = ask(tokens, question, BOUNDS)
-        return said
+        answer: dict[str, Any] = ask(tokens, question, BOUNDS)
+        return answer
 
     def _compared(self, own: Mapping[str, Path]) -> ComparedTokens:
         try:
-            said = self._ask(own)
+            answer = self._ask(own)
         except TooCostly as error:
             return ComparedTokens((_unreadable(", ".join(own), f"what is read in {BOUNDS}", f"{error}"),))
-        found = [_unreadable(name, "a tokenizer", why) for name, why in said["unreadable"].items()]
-        found += [_others(name, **others) for name, others in said["others"].items()]
-        return ComparedTokens(tuple(found), tuple(AddedToken(**each) for each in said["added"]))
+        found = [_unreadable(name, "a tokenizer", why) for name, why in answer["unreadable"].items()]
+        found += [_others(name, **others) for name, others in answer["others"].items()]
+        return ComparedTokens(tuple(found), tuple(AddedToken(**each) for each in answer["added"]))
 
 
 def _unreadable(name: str, expected: str, found: str) -> Finding:
@@ -87,12 +87,12 @@ def _unreadable(name: str, expected: str, found: str) -> Finding:
     return Finding(code="E_BAD_TEXT", where=name, expected=expected, found=found, fix=fix)
 
 
-def _others(name: str, count: int, shown: list[str]) -> Finding:
-    more = f" and {count - len(shown)} more" if count > len(shown) else ""
+def _others(name: str, count: int, examples: list[str]) -> Finding:
+    more = f" and {count - len(examples)} more" if count > len(examples) else ""
     return Finding(
         code="E_EMBED",
         where=name,
         expected="tokens of the base, by its ids, and new ones after its last",
-        found=f"{', '.join(shown)}{more}",
+        found=f"{', '.join(examples)}{more}",
         fix=_FIX,
     )

@@ -95,11 +95,11 @@ def _build(deployment: Deployment, shop: Workshop, *, verify: bool, exact: bool)
             progress.warn(name, _replaced(record))
     progress.check()
     _hold_on(store, before, records.values())
-    wanted = draft.model_copy(update={"adapters": dict(sorted(records.items()))})
+    merged = draft.model_copy(update={"adapters": dict(sorted(records.items()))})
     if before is None or exact:
-        published = publish_generation(store, wanted)
+        published = publish_generation(store, merged)
     else:
-        published = _publish_beside(wanted, added, before, shop)
+        published = _publish_beside(merged, added, before, shop)
     return BuildResult(published, unchanged=before is not None and published.number == before.number)
 
 
@@ -145,7 +145,7 @@ def _replaced(record: AdapterRecord) -> Finding:
 
 
 def _publish_beside(
-    wanted: Generation, added: Mapping[str, AdapterRecord], before: Generation, shop: Workshop
+    planned: Generation, added: Mapping[str, AdapterRecord], before: Generation, shop: Workshop
 ) -> Generation:
     """Publish, unless other adapters were added meanwhile.
 
@@ -154,11 +154,11 @@ def _publish_beside(
     """
 
     def change(current: Generation) -> Generation:
-        if added_to(current) != added and not current.same_content(wanted):
+        if added_to(current) != added and not current.same_content(planned):
             raise Moved
-        return wanted
+        return planned
 
-    name, check = wanted.deployment, shop.progress.check
+    name, check = planned.deployment, shop.progress.check
     with shop.context.publishing(name):
         return publish_change(shop.store, name, change, known=before, check=check)[0]
 
@@ -194,19 +194,19 @@ def _hold_on(store: Store, before: Generation | None, records: Iterable[AdapterR
 
 
 def _describe_base(deployment: Deployment, shop: Workshop) -> Base:
-    asked, check = deployment.build, shop.progress.check
+    spec, check = deployment.build, shop.progress.check
     try:
         base = describe_base(
             shop.context.sources,
-            asked.checkpoint_repository,
+            spec.checkpoint_repository,
             lambda _: check(),
             shop.room,
-            max_seq_len=asked.max_seq_len,
-            signed_by=asked.base_signed_by,
+            max_seq_len=spec.max_seq_len,
+            signed_by=spec.base_signed_by,
         )
     except Fault as fault:
         raise fault.with_message(f"base checkpoint: {fault.message}") from fault
-    shop.context.bases.remember(base, asked.max_seq_len)
+    shop.context.bases.remember(base, spec.max_seq_len)
     return base
 
 

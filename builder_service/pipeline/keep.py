@@ -83,14 +83,14 @@ class Keeping:
 
     def listed(self, adapter: ListedAdapter) -> ReusedAdapter | None:
         """Return an adapter of whose files its source says what it said when they were built."""
-        asked, says = adapter.resolved.repository, adapter.digest
-        found = self._by_listing.get(_place(asked, says)) if says else None
+        repository, says = adapter.resolved.repository, adapter.digest
+        found = self._by_listing.get(_place(repository, says)) if says else None
         if found is None:
             return None
-        if asked.source not in _PINNED and asked.revision not in ("", found.source.revision):
+        if repository.source not in _PINNED and repository.revision not in ("", found.source.revision):
             return None  # the source will say that it has no such content
         extra = tuple(extra_files(adapter.resolved.files))
-        return ReusedAdapter(adapter.name, _from(found, asked), extra)
+        return ReusedAdapter(adapter.name, _from(found, repository), extra)
 
     def _pushed(self, repository: Repository) -> AdapterRecord | None:
         """Return the one that was pushed under this name last."""
@@ -147,18 +147,18 @@ def keep(
     Raises:
         StoreUnavailable: the store does not answer.
     """
-    wanted = list(found)
+    candidates = list(found)
     whole = _whole if verify else _there
-    digests = list({each.record.digest: each.record for each in wanted}.values())
+    digests = list({each.record.digest: each.record for each in candidates}.values())
     with ThreadPoolExecutor(PARALLEL, "keep") as pool:
         fit = dict(zip([r.digest for r in digests], pool.map(lambda r: whole(store, r), digests), strict=True))
-    kept = [each for each in wanted if fit[each.record.digest]]
-    for each in kept:
+    reused = [each for each in candidates if fit[each.record.digest]]
+    for each in reused:
         named = each.record.summary.base_model_name if each.record.summary else ""
         origin = origin_warnings(named, each.record.licence, base, each.record.lineage)
         extra = [*origin, *each.warnings]
         progress.settle(each.name, each.record, extra, read_back=verify)
-    return {each.name: each.record for each in kept}
+    return {each.name: each.record for each in reused}
 
 
 def _there(store: Store, record: AdapterRecord) -> bool:

@@ -81,13 +81,15 @@ class Making:
             DeploymentInvalid: one that must be merged cannot be.
             Fault: what sources and the store raise.
         """
-        unasked = [kept for name, each in adapters.items() if (kept := keeping.unasked(name, each))]
+        unasked = [
+            found_record for name, each in adapters.items() if (found_record := keeping.unasked(name, each))
+        ]
         base, progress, shop = self.base.record, self.shop.progress, self.shop
         records = keep(shop.store, unasked, base, progress, verify=verify)
-        asked = {name: each for name, each in adapters.items() if name not in records}
+        requested = {name: each for name, each in adapters.items() if name not in records}
         signers = self.settings.signed_by
-        with list_adapters(asked, shop.context.sources, shop.space, progress, signers) as listed:
-            found = [kept for each in listed if (kept := keeping.listed(each))]
+        with list_adapters(requested, shop.context.sources, shop.space, progress, signers) as listed:
+            found = [found_record for each in listed if (found_record := keeping.listed(each))]
             records |= keep(shop.store, found, base, progress, verify=verify)
             valid = self._intake().take_in([each for each in listed if each.name not in records])
         self._check_merge({name: record.apart for name, record in records.items()} | _apart(valid))

@@ -75,11 +75,11 @@ class AdapterProgress:
     ) -> AdapterProgress:
         """Return it as done, with what a generation says; of its warnings that is the codes."""
         summary = record.summary
-        said = replace(self, stage=Stage.DONE, digest=record.digest, kept=True, reused=read_back)
+        state = replace(self, stage=Stage.DONE, digest=record.digest, kept=True, reused=read_back)
         if summary is None:
-            return replace(said, warnings=tuple(extra))
+            return replace(state, warnings=tuple(extra))
         return replace(
-            said,
+            state,
             bytes_done=summary.bundle_bytes,
             bytes_total=summary.bundle_bytes,
             ranks=summary.ranks,

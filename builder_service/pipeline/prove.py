@@ -94,11 +94,11 @@ def prove_adapters(
 
 
 def _run(request: dict[str, Any], progress: Progress) -> dict[str, Any]:
-    with tempfile.TemporaryFile() as errors, tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as given:
-        given.write(json.dumps(request).encode())
-        given.seek(0)
+    with tempfile.TemporaryFile() as errors, tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as stdin:
+        stdin.write(json.dumps(request).encode())
+        stdin.seek(0)
         process = subprocess.Popen(  # noqa: S603 - this interpreter, and a module of ours
-            [sys.executable, "-m", MODULE], stdin=given, stdout=out, stderr=errors
+            [sys.executable, "-m", MODULE], stdin=stdin, stdout=out, stderr=errors
         )
         try:
             _wait(process, progress)

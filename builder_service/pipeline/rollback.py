@@ -29,13 +29,13 @@ def rollback(name: str, to: int | None, expected: int | None, context: BuildCont
     before = newest_generation(store, name)
     require(before, expected)
     numbers = generation_numbers(store, name)
-    wanted = to or max((number for number in numbers if number < before.number), default=0)
-    if wanted not in numbers:
+    chosen = to or max((number for number in numbers if number < before.number), default=0)
+    if chosen not in numbers:
         which = f"no generation {to}" if to else "no generation before the newest"
         raise GenerationNotFound(
             f"deployment {name} has {which}; it has {listed([str(number) for number in reversed(numbers)])}"
         )
-    target = read_generation(store, name, wanted)
+    target = read_generation(store, name, chosen)
     held: set[str] = set(digests_of(before))
 
     def change(current: Generation) -> Generation:
@@ -47,4 +47,4 @@ def rollback(name: str, to: int | None, expected: int | None, context: BuildCont
     hold(store, digests_of(target) - held)
     with context.publishing(name):
         generation, new = publish_change(store, name, change, expected=expected, known=before)
-    return BuildResult(generation, unchanged=not new, restored=wanted)
+    return BuildResult(generation, unchanged=not new, restored=chosen)

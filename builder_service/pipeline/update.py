@@ -167,11 +167,11 @@ def _publish(
     def change(current: Generation) -> Generation:
         if records and not same_conditions(before, current):
             raise Moved
-        wanted = changed(current, records, wish.remove)
+        planned = changed(current, records, wish.remove)
         if wish.must_be_new and not again:
             there = records.keys() & current.adapters.keys()
-            _require_new(current, {name for name in there if current.adapters[name] != wanted.adapters[name]})
-        return wanted
+            _require_new(current, {name for name in there if current.adapters[name] != planned.adapters[name]})
+        return planned
 
     name = before.deployment
     check()

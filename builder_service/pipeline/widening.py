@@ -72,11 +72,11 @@ class Widener:
                 self._check()
                 if time.monotonic() - begin > LIMIT_S:
                     raise ResourcesExhausted(f"widening a weight takes more than {LIMIT_S:g} s here")
-            said = process.stdout.readline()
+            reply = process.stdout.readline()
         except BrokenPipeError:
-            said = b""
-        if said:
-            answer: dict[str, Any] = json.loads(said)
+            reply = b""
+        if reply:
+            answer: dict[str, Any] = json.loads(reply)
             return answer
         self._process = None
         if (status := process.wait()) < 0:

@@ -112,13 +112,13 @@ class BuilderServicer(builder_pb2_grpc.BuilderServiceServicer):
         async for view in self._builds.watch(
             request.name, follow=request.follow, request_id=request.request_id
         ):
-            shown = view
+            visible = view
             if request.changes_only:
                 changed = tuple(each for each in view.adapters if known.get(each.name) != each)
                 # The next build in a stream that goes on starts from its first event.
                 known = {each.name: each for each in view.adapters if view.state is BuildState.BUILDING}
-                shown = replace(view, adapters=changed)
-            yield pb.WatchDeploymentResponse(deployment=deployment_message(shown))
+                visible = replace(view, adapters=changed)
+            yield pb.WatchDeploymentResponse(deployment=deployment_message(visible))
 
     async def CancelBuild(  # noqa: N802 - the rpc's name
         self, request: pb.CancelBuildRequest, context: grpc.aio.ServicerContext

@@ -82,12 +82,12 @@ class Catalog:
         What needs a restart must have been found before: where an adapter is merged into the weights, nothing
         else can be served on them.
         """
-        wanted = generation.adapters
+        adapters = generation.adapters
         models = {name: model for name, model in self._models.items() if name != self.base_name}
-        added = [name for name in wanted if name not in models]
-        removed = [name for name in models if name not in wanted]
+        added = [name for name in adapters if name not in models]
+        removed = [name for name in models if name not in adapters]
         switched = [
-            name for name, model in models.items() if name in wanted and wanted[name].digest != model.digest
+            name for name, model in models.items() if name in adapters and adapters[name].digest != model.digest
         ]
         if (added or switched or removed) and not all(model.adapter for model in models.values()):
             raise ValueError("an adapter is merged into the weights: another generation needs a restart")
@@ -98,10 +98,10 @@ class Catalog:
             self._retire(models[name])
         now = datetime.now(UTC)
         for name, model in models.items():
-            if model.licence != wanted[name].licence:
-                models[name] = replace(model, licence=wanted[name].licence)
+            if model.licence != adapters[name].licence:
+                models[name] = replace(model, licence=adapters[name].licence)
         for name in (*switched, *added):
-            models[name] = self._registered(name, wanted[name], models, now)
+            models[name] = self._registered(name, adapters[name], models, now)
             self._enter(models[name])
         self._show(generation, models)
         return NameChanges(tuple(added), tuple(switched), tuple(removed))
@@ -146,7 +146,7 @@ class Catalog:
             return self._models[name]
         raise self._not_found(name)
 
-    def resolve(self, asked: str, sticky_key: str = "") -> ServedModel:
+    def resolve(self, requested: str, sticky_key: str = "") -> ServedModel:
         """Return what answers a request: of an exact name, an alias, ``NAME@DIGEST``, or another spelling.
 
         What is none of these may be several of them with scales, ``NAME*SCALE+NAME``. ``base`` is the base,
@@ -159,12 +159,12 @@ class Catalog:
             ModelNotFound: there is no such name or version, or the caller may not use it.
             RequestInvalid: it names no version, or several, or adapters that cannot be mixed.
         """
-        known = asked in self._models or asked in self.aliases
-        if not known and (parts := mixing.written(asked)):
+        known = requested in self._models or requested in self.aliases
+        if not known and (parts := mixing.written(requested)):
             return self.mix(parts, sticky_key)
-        found = self._found(asked, sticky_key)
+        found = self._found(requested, sticky_key)
         if found is None:
-            raise self._not_found(asked)
+            raise self._not_found(requested)
         return found
 
     def mix(
@@ -185,23 +185,23 @@ class Catalog:
             found.append((model, part.scale))
         return mixing.mixed(found, lambda: self.get(self.base_name), where)
 
-    def _found(self, asked: str, sticky_key: str) -> ServedModel | None:
+    def _found(self, requested: str, sticky_key: str) -> ServedModel | None:
         access = ACCESS.get()
-        found = (self._named(name, sticky_key, access) for name in self._spellings(asked))
+        found = (self._named(name, sticky_key, access) for name in self._spellings(requested))
         return next((model for model in found if model is not None), None)
 
-    def _spellings(self, asked: str) -> Iterator[str]:
-        yield asked
-        if asked == BASE:
+    def _spellings(self, requested: str) -> Iterator[str]:
+        yield requested
+        if requested == BASE:
             yield self.base_name
-        of_base = asked.removeprefix(f"{self.base_name}:")
-        if of_base not in (asked, self.base_name):
+        of_base = requested.removeprefix(f"{self.base_name}:")
+        if of_base not in (requested, self.base_name):
             yield of_base
-        if published := _PUBLISHED.fullmatch(asked):
+        if published := _PUBLISHED.fullmatch(requested):
             yield published[1]
 
-    def _named(self, asked: str, sticky_key: str, access: Access) -> ServedModel | None:
-        name, at, prefix = asked.partition("@")
+    def _named(self, requested: str, sticky_key: str, access: Access) -> ServedModel | None:
+        name, at, prefix = requested.partition("@")
         if not access.may_use(name):
             return None
         if at:

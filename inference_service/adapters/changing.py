@@ -65,8 +65,8 @@ def repository_of(path: str) -> Repository:
 
 
 def _invalid(path: str, expected: str) -> RequestInvalid:
-    shown = re.sub(r"\?.*", "?***", path)[:120]
-    finding = Finding(code="E_BAD_FIELD", where="lora_path", expected=expected, found=repr(shown))
+    masked = re.sub(r"\?.*", "?***", path)[:120]
+    finding = Finding(code="E_BAD_FIELD", where="lora_path", expected=expected, found=repr(masked))
     return RequestInvalid("the path names no adapter.", [finding])
 
 

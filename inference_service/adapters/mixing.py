@@ -51,10 +51,10 @@ def written(text: str) -> tuple[ScaledAdapter, ...]:
         at = found.end() + 1
 
 
-def _number(said: str | None, text: str) -> float:
-    if said is not None and not is_number(said):
+def _number(scale: str | None, text: str) -> float:
+    if scale is not None and not is_number(scale):
         raise _refused("model", "a number after every *", text)
-    return 1.0 if said is None else float(said)
+    return 1.0 if scale is None else float(scale)
 
 
 def check(parts: Sequence[ScaledAdapter], most: int, where: str) -> None:
@@ -97,18 +97,18 @@ def mixed(
     mixture = Mixture.of((model.adapter, scale) for model, scale in parts if model.adapter is not None)
     if mixture is None:
         return base()
-    kept = [(model, scale) for model, scale in parts if model.adapter in mixture.members]
+    members = [(model, scale) for model, scale in parts if model.adapter in mixture.members]
     if not isinstance(mixture, Mixture):
-        return kept[0][0]
-    for model, _ in kept:
+        return members[0][0]
+    for model, _ in members:
         if reason := _unscalable(model, mixture.members):
             raise _refused(where, f"adapters that can be scaled; this one {reason}", model.name)
-    name = "+".join(model.name if scale == 1.0 else f"{model.name}*{scale:g}" for model, scale in kept)
-    models = tuple(dict.fromkeys(model for model, _ in kept))
+    name = "+".join(model.name if scale == 1.0 else f"{model.name}*{scale:g}" for model, scale in members)
+    models = tuple(dict.fromkeys(model for model, _ in members))
     unread = any(model.defaults is None for model in models)
     shared = None if unread else agreed([model.defaults for model in models if model.defaults is not None])
     return replace(
-        kept[0][0],
+        members[0][0],
         name=name,
         adapter=None,
         mixture=mixture,

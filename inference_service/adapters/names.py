@@ -46,10 +46,10 @@ TOLD_DIGITS: Final = 12
 
 def model_not_found(name: str, names: Sequence[str]) -> ModelNotFound:
     """Return the fault of a name; names are those that the caller may use."""
-    shown = name[:SHOWN]
-    near = difflib.get_close_matches(shown, _around(shown, names), n=3)
+    shortened = name[:SHOWN]
+    near = difflib.get_close_matches(shortened, _around(shortened, names), n=3)
     meant = f" Did you mean {' or '.join(near)}?" if near else ""
-    return ModelNotFound(f"no model {shown!r} is served here.{meant} Served: {listed(names)}.")
+    return ModelNotFound(f"no model {shortened!r} is served here.{meant} Served: {listed(names)}.")
 
 
 def version_not_found(name: str, prefix: str, digests: Collection[str]) -> ModelNotFound:

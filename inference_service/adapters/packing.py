@@ -90,17 +90,17 @@ class Packer:
         manifest, began = bundle.manifest, time.monotonic()
         if manifest.proof is None:
             return
-        shown = bundle.digest[:SHOWN]
+        short = bundle.digest[:SHOWN]
         with self._proving, _beside_the_steps(self._model.device):
             lora = self._new_lora()
             lora.open(-(-packed.num_bytes // ALIGNMENT) * ALIGNMENT, max(packed.max_rank, 1), 1)
             lora.copy(packed, 0)
             lora.enter(0, 0, packed)
             adapter = Adapter(bundle.digest, 0)
-            replayed = replay(shown, manifest.proof, manifest, adapter, lora, self._model, self._block_size)
+            replayed = replay(short, manifest.proof, manifest, adapter, lora, self._model, self._block_size)
         log.info(
             "adapter passed its proof",
-            adapter=shown,
+            adapter=short,
             effect=replayed.effect,
             logprob=replayed.logprob,
             seconds=round(time.monotonic() - began, 3),

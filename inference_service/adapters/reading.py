@@ -173,16 +173,16 @@ class BundleReader:
         return manifest.score, read_score(manifest.score, files[SCORE_FILE], digest)
 
     def _some(
-        self, digest: str, wanted: Callable[[Manifest], tuple[str, ...]]
+        self, digest: str, select: Callable[[Manifest], tuple[str, ...]]
     ) -> tuple[Manifest, dict[str, bytes]]:
         """Return a bundle's manifest and some of its files, from the disk where it has them."""
         manifest = self._disk.manifest(digest, self._parsed) if self._disk else None
         if manifest is not None and self._disk is not None:
-            files = self._disk.files(digest, manifest, wanted(manifest), self._known.verify)
+            files = self._disk.files(digest, manifest, select(manifest), self._known.verify)
             if files is not None:
                 return manifest, {name: bytes(data) for name, data in files.items()}
         manifest = self._parsed(self._get(digest, MANIFEST_FILE), digest)
-        return manifest, {name: bytes(self._fetch(digest, manifest, name)) for name in wanted(manifest)}
+        return manifest, {name: bytes(self._fetch(digest, manifest, name)) for name in select(manifest)}
 
     def _fetch(self, digest: str, manifest: Manifest, name: str) -> bytes:
         data = self._get(digest, name, manifest.files[name].size)

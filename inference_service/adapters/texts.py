@@ -50,8 +50,8 @@ class AdapterTexts:
             BundleCorrupt: the store's files are missing or damaged.
             StoreUnavailable: the store does not answer.
         """
-        if (kept := self._kept.get(digest)) is not None:
-            return kept
+        if (cached := self._kept.get(digest)) is not None:
+            return cached
         reading = self._reading.get(digest)
         if reading is None:
             reading = self._workers.submit(partial(self._read, digest, name))
@@ -66,8 +66,8 @@ class AdapterTexts:
             BundleCorrupt: the store's files are missing or damaged, or there is none.
             StoreUnavailable: the store does not answer.
         """
-        if (kept := self._scorers.get(digest)) is not None:
-            return kept
+        if (cached := self._scorers.get(digest)) is not None:
+            return cached
         return await asyncio.wrap_future(self._workers.submit(partial(self._read_scorer, digest)))
 
     def close(self) -> None:

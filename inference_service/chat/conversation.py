@@ -100,17 +100,17 @@ class Conversation:
         self._dialect = dialect_of(text, defaults.template, self._service.parsers)
         begin = self._demanded(text)
         end = self._dialect.form.end if self._chat.one_call and not self._chat.forced else ""
-        asked, sampling = self.request, self.request.sampling
-        messages: list[Message] = [turn for turn in asked.prompt.content if isinstance(turn, Mapping)]
+        original, sampling = self.request, self.request.sampling
+        messages: list[Message] = [turn for turn in original.prompt.content if isinstance(turn, Mapping)]
         if end:
             sampling = replace(sampling, stop=(*sampling.stop, end))
-        shown = self._dialect.tokens if self._tools else self._dialect.thinking_tokens
+        special = self._dialect.tokens if self._tools else self._dialect.thinking_tokens
         request = replace(
-            asked,
-            model=replace(asked.model, served=served),
-            prompt=replace(asked.prompt, content=self._dialect.turns(messages)),
+            original,
+            model=replace(original.model, served=served),
+            prompt=replace(original.prompt, content=self._dialect.turns(messages)),
             sampling=sampling,
-            output=replace(asked.output, shown_special_tokens=shown),
+            output=replace(original.output, shown_special_tokens=special),
         )
         return request, begin
 
@@ -125,14 +125,14 @@ class Conversation:
             return lambda: partial(demand.calls, tools, grammar)
         strict = [tool.name for tool in self._tools if tool.strict]
         tools = [_asked(tool, free=not tool.strict) for tool in self._tools]
-        wanted = self._chat.constraint
+        constraint = self._chat.constraint
         if tools:
-            if wanted is not None:
-                return partial(demand.calls_or, wanted, tools, several)
+            if constraint is not None:
+                return partial(demand.calls_or, constraint, tools, several)
             sampling = self.request.sampling
             restricted = sampling.allowed_token_ids is not None or sampling.bad_words
             return partial(demand.free, tools, strict) if strict or not restricted else None
-        return None if wanted is None else lambda: partial(demand.behind_reasoning, wanted)
+        return None if constraint is None else lambda: partial(demand.behind_reasoning, constraint)
 
     def _constraint(self, begin: Callable[[], ConstraintAt] | None) -> ByEnding | None:
         """Return the constraint for each way in which a prompt can end."""

@@ -104,9 +104,9 @@ class Dialect:
         own = tuple(mark for each in self.thinking for mark in _special(each))
         return MARKS if self.is_harmony else own
 
-    def turns(self, said: Sequence[Message]) -> list[Message]:
+    def turns(self, explicit: Sequence[Message]) -> list[Message]:
         """Return turns as the templates of its models want them."""
-        return (HARMONY if self.is_harmony else self.form).turns(said)
+        return (HARMONY if self.is_harmony else self.form).turns(explicit)
 
     def opened(self, end_of_prompt: str) -> ThinkingMarks | None:
         """Return the reasoning that a prompt has opened, which the answer goes on with."""
@@ -136,8 +136,8 @@ class Dialect:
     def reading(self, calls: AnswerCalls, opened: ThinkingMarks | None) -> AnswerReader:
         """Return a reading of one answer."""
         if self.is_harmony:
-            shown = self.reasoning is not ReasoningParser.NONE
-            return ParsedAnswer(lambda source: messages(source, calls, shown=shown))
+            reasons = self.reasoning is not ReasoningParser.NONE
+            return ParsedAnswer(lambda source: messages(source, calls, shown=reasons))
         if not calls.offered and not self.thinking:
             return Plain()
         return ParsedAnswer(lambda source: self._read(source, calls, opened))
@@ -151,10 +151,10 @@ class Dialect:
         return answer(source, blocks, leading=leading, thinking=self.thinking, opened=opened)
 
 
-def dialect_of(text: Text, template: ChatTemplate | None, said: Parsers) -> Dialect:
+def dialect_of(text: Text, template: ChatTemplate | None, explicit: Parsers) -> Dialect:
     """Return the dialect of a model with a text side, and perhaps a template of its own."""
     known = template or text.template
-    parsers = shown(known.source if known else "", said)
+    parsers = shown(known.source if known else "", explicit)
     return Dialect(parsers.tool, parsers.reasoning)
 
 
@@ -167,9 +167,9 @@ def dialect_of_model(service: GenerationService, model: ServedModel) -> Dialect 
 
 
 @lru_cache(maxsize=128)
-def shown(template: str, said: Parsers = Parsers()) -> Parsers:  # noqa: B008 - frozen
+def shown(template: str, explicit: Parsers = Parsers()) -> Parsers:  # noqa: B008 - frozen
     """Return what is said, and where that is auto what a template's text shows; auto where it shows nothing."""
-    tool, reasoning = said.tool, said.reasoning
+    tool, reasoning = explicit.tool, explicit.reasoning
     if tool is ToolParser.AUTO:
         found = (name for name, each in FORMATS.items() if any(one.by(template) for one in each.shown))
         tool = next(found, tool)

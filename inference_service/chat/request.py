@@ -88,7 +88,7 @@ class ChatTool:
 
     def rendered(self) -> Mapping[str, Any]:
         """Return it as chat templates know it."""
-        said = {
+        stated = {
             "name": self.name,
             "description": self.description,
             "parameters": self.parameters,
@@ -96,7 +96,7 @@ class ChatTool:
         }
         return {
             "type": "function",
-            "function": {name: value for name, value in said.items() if value is not None},
+            "function": {name: value for name, value in stated.items() if value is not None},
         }
 
 
@@ -252,7 +252,7 @@ def schema_constraint(schema: Mapping[str, Any]) -> Constraint:
     return Constraint("json_schema", json.dumps(schema, ensure_ascii=False))
 
 
-def with_effort(said: Mapping[str, Any] | None, effort: str | None) -> Mapping[str, Any]:
+def with_effort(variables: Mapping[str, Any] | None, effort: str | None) -> Mapping[str, Any]:
     """Return variables of a chat template that also say how long to think.
 
     Templates switch thinking off with other names than OpenAI's, and those that know none of them tell nobody.
@@ -260,13 +260,13 @@ def with_effort(said: Mapping[str, Any] | None, effort: str | None) -> Mapping[s
     Raises:
         RequestInvalid: both say it, and not the same.
     """
-    said = said or {}
+    variables = variables or {}
     if effort is None:
-        return said
-    if said.get("reasoning_effort", effort) != effort:
+        return variables
+    if variables.get("reasoning_effort", effort) != effort:
         raise refused("reasoning_effort", "the same as chat_template_kwargs has, or one of the two", effort)
     off = dict.fromkeys(SWITCHES, False) if effort == "none" else {}
-    return off | dict(said) | {"reasoning_effort": effort}
+    return off | dict(variables) | {"reasoning_effort": effort}
 
 
 def _arguments(text: str) -> Any:

@@ -108,8 +108,8 @@ def activation(
     return (None, 0) if place is None else (adapter, place)
 
 
-def _last(tokens: array[int], wanted: array[int]) -> int | None:
-    data, part = tokens.tobytes(), wanted.tobytes()
+def _last(tokens: array[int], invocation: array[int]) -> int | None:
+    data, part = tokens.tobytes(), invocation.tobytes()
     end = len(data)
     while (found := data.rfind(part, 0, end)) >= 0:
         if found % _ITEM == 0:

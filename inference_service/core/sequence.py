@@ -198,8 +198,8 @@ class Sequence:
     @property
     def scores_prompt(self) -> bool:
         """True while log probabilities of the prompt are asked for and not all being computed."""
-        asked = self.sampling.prompt_logprobs is not None
-        return asked and self.progress.num_scored < self.num_prompt
+        scored = self.sampling.prompt_logprobs is not None
+        return scored and self.progress.num_scored < self.num_prompt
 
     @property
     def needs_every_row(self) -> bool:

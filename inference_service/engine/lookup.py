@@ -201,6 +201,6 @@ def _look_up(data: bytearray, most: int) -> list[int]:
             return []
         before = found + len(last) - 1
     behind = found + len(last)
-    said = array("i", data[behind : behind + most * _ITEM]).tolist()
+    following = array("i", data[behind : behind + most * _ITEM]).tolist()
     period = (len(data) - behind) // _ITEM
-    return said + [said[at % period] for at in range(period, most)]
+    return following + [following[at % period] for at in range(period, most)]

@@ -87,8 +87,8 @@ class Plan:
 
     def fitting(self, seq: Sequence) -> int:
         """Rows of a prompt that find room, beside those that it has."""
-        given = self.lengths.get(seq, 0)
-        rows = self.step_times.rows(seq.progress.num_computed + given, self.seconds)
+        granted = self.lengths.get(seq, 0)
+        rows = self.step_times.rows(seq.progress.num_computed + granted, self.seconds)
         return int(min(self.left(seq), self.budget, rows))
 
     def left(self, seq: Sequence) -> int:
@@ -97,11 +97,11 @@ class Plan:
 
     def give(self, seq: Sequence, rows: int, queue: SequenceQueue) -> None:
         """Give a step rows of a prompt, behind those that it has; its queue is charged for them."""
-        given = self.lengths.get(seq, 0)
-        self.lengths[seq] = given + rows
+        granted = self.lengths.get(seq, 0)
+        self.lengths[seq] = granted + rows
         self.ahead[queue] = self.ahead.get(queue, 0.0) + rows / queue.share.weight
         self.budget -= rows
-        self.seconds -= self.step_times.cost_s(seq.progress.num_computed + given, rows)
+        self.seconds -= self.step_times.cost_s(seq.progress.num_computed + granted, rows)
 
     def load(self) -> StepLoad:
         """Return the work of the step, for the step-time model."""

@@ -85,10 +85,10 @@ class Runner:
         if lora:
             lora.begin(rows.arrangement)
         others = [*rows.scored.values(), *[each.rows for each in rows.pooled]]
-        wanted = [*rows.last_rows, *chain.from_iterable(others)]
-        given = [rows.tokens, rows.sources, rows.positions, wanted]
-        packed = to_device(list(chain.from_iterable(given)), model.device)
-        tokens, sources, positions, last_rows = torch.split(packed, [len(each) for each in given])
+        needed = [*rows.last_rows, *chain.from_iterable(others)]
+        inputs = [rows.tokens, rows.sources, rows.positions, needed]
+        packed = to_device(list(chain.from_iterable(inputs)), model.device)
+        tokens, sources, positions, last_rows = torch.split(packed, [len(each) for each in inputs])
         if rows.in_flight:
             tokens = torch.where(sources >= 0, self._ids[sources.clamp(min=0)], tokens)
         own = self._lora.vocabularies.of(rows.arrangement.segments, rows.drawing)

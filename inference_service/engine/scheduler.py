@@ -104,8 +104,8 @@ class Scheduler:
 
     def waiting_for(self, adapters: Iterable[Adapter]) -> list[Sequence]:
         """Return those that wait for all of these adapters."""
-        wanted = set(adapters)
-        return [seq for queue in self.queues if wanted <= set(queue.adapters) for seq in queue.waiting]
+        needed = set(adapters)
+        return [seq for queue in self.queues if needed <= set(queue.adapters) for seq in queue.waiting]
 
     def add(self, seq: Sequence) -> None:
         """Let a sequence wait; its adapter is wanted from now on."""
@@ -303,13 +303,13 @@ class Scheduler:
 
     def _give_shorter(self, long: Sequence, plan: Plan) -> None:
         """Give SHORTER of the rest to prompts of a queue that are shorter than one of it, shortest first."""
-        kept, kept_s = math.ceil((1 - SHORTER) * plan.budget), (1 - SHORTER) * plan.seconds
-        plan.budget, plan.seconds = plan.budget - kept, plan.seconds - kept_s
+        budget, kept_s = math.ceil((1 - SHORTER) * plan.budget), (1 - SHORTER) * plan.seconds
+        plan.budget, plan.seconds = plan.budget - budget, plan.seconds - kept_s
         shorter = self._shorter(long, plan)
         while not plan.full and (seq := next(shorter, None)) is not None:
             plan.give(seq, self._fitting(seq, plan), self.queues.of(seq))
             self._grow(seq, plan)
-        plan.budget += kept
+        plan.budget += budget
         plan.seconds += kept_s
 
     def _shorter(self, long: Sequence, plan: Plan) -> Iterator[Sequence]:

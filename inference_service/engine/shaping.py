@@ -92,7 +92,7 @@ class Shaper:
 
         Returns what was made of the logits [vocab], by row, where their log probabilities are asked for.
         """
-        kept: dict[int, Tensor] = {}
+        masks: dict[int, Tensor] = {}
         for first in range(0, len(rows), PIECE):
             piece = rows[first : first + PIECE]
             tables = self.tables(piece)
@@ -100,8 +100,8 @@ class Shaper:
             for place, row in enumerate(piece):
                 params = row.seq.sampling
                 if params.logprobs is not None and params.logprobs_mode == "processed":
-                    kept[row.row] = tables.shaped[place]
-        return kept
+                    masks[row.row] = tables.shaped[place]
+        return masks
 
     def tables(self, rows: Seq[Shaped]) -> ShapingTables:
         """Return what a draw of these rows reads."""

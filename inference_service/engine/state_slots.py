@@ -77,18 +77,18 @@ class StateSlots:
 
     def keep(self) -> None:
         """Give the states that the last step left, and whose tokens are known by now, slots of their own."""
-        kept: dict[int, int] = {}
+        snapshots: dict[int, int] = {}
         for seq, slot, position in self._due:
             if position > len(seq.progress.tokens) or not self.num_free:
                 continue
             key = prefix_key(seq, position // self._block_size - 1, self._block_size)
             if key not in self._snapshots:
                 self._snapshots[key] = self._take()
-                kept[self._snapshots[key]] = slot
+                snapshots[self._snapshots[key]] = slot
             self._snapshots.move_to_end(key)
         self._due.clear()
-        if kept:
-            self._copies += [kept, {}]
+        if snapshots:
+            self._copies += [snapshots, {}]
 
     def copies(self) -> tuple[Mapping[int, int], ...]:
         """Return what is to be copied, the slots that are written with those that are read, and forget it."""

@@ -32,9 +32,9 @@ def frequencies(spec: RopeSpec) -> Tensor:
 def _llama3(scaling: Llama3, freqs: Tensor) -> Tensor:
     """Divide what turns less than low_freq_factor times in the original context."""
     turns = scaling.original_positions * freqs / (2 * math.pi)
-    kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    kept = kept.clamp(0, 1)
-    return (1 - kept) * freqs / scaling.factor + kept * freqs
+    share = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    share = share.clamp(0, 1)
+    return (1 - share) * freqs / scaling.factor + share * freqs
 
 
 def _yarn(scaling: Yarn, freqs: Tensor, theta: float) -> Tensor:

@@ -114,13 +114,13 @@ def arrange(values: Tensor, rows: Iterable[Placed], layers: Sequence[tuple[Group
     features = [(group.in_features, out) for group in groups for out in group.out_features]
     columns = _columns(groups, layers)
     fields = [[(0, 0, 0)] * len(names) for _ in layers]
-    strange: list[Placed] = []
+    unplaced: list[Placed] = []
     vectors: dict[tuple[int, int], Vectors] = {}
     for row in rows:
         layer, module_id, rank, inside, outside, first, expert, own = row
         column = columns[layer].get((module_id, expert)) if layer < len(layers) else None
         if column is None:
-            strange.append(row)
+            unplaced.append(row)
             continue
         if fields[layer][column][0] or (layer, column) in vectors:
             raise BundleCorrupt(
@@ -134,10 +134,10 @@ def arrange(values: Tensor, rows: Iterable[Placed], layers: Sequence[tuple[Group
         fields[layer][column] = rank, first, first + rank * inside
         if own is not None:
             vectors[layer, column] = own
-    if strange:
+    if unplaced:
         raise BundleCorrupt(
-            f"the bundle holds {len(strange)} rows that the base has no place for, for example layer "
-            f"{strange[0].layer} {BY_ID[strange[0].module_id].name}; the base has {len(layers)} layers. "
+            f"the bundle holds {len(unplaced)} rows that the base has no place for, for example layer "
+            f"{unplaced[0].layer} {BY_ID[unplaced[0].module_id].name}; the base has {len(layers)} layers. "
             "Rebuild the deployment for this base."
         )
     ranks, first_a, first_b = np.moveaxis(np.array(fields, dtype=np.int64), -1, 0)

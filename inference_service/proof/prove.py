@@ -93,8 +93,8 @@ def _proof(probes: Sequence[Sequence[int]], runs: Sequence[Run]) -> dict[str, An
         [layer, module, effect_of(torch.cat([run.added[layer, module] for run in runs])).model_dump()]
         for layer, module in places
     ]
-    kept = [_probe(tokens, run).model_dump() for tokens, run in zip(probes, runs, strict=True)]
-    return {"probes": kept, "effects": effects}
+    recorded = [_probe(tokens, run).model_dump() for tokens, run in zip(probes, runs, strict=True)]
+    return {"probes": recorded, "effects": effects}
 
 
 def _probe(tokens: Sequence[int], run: Run) -> Probe:

@@ -135,8 +135,8 @@ class Reference:
             self._checkpoint.first([f"{name}.weight" for name in self._config.names.heads]),
         ]
         there = [name for name in names if self._checkpoint.has(name)]
-        wanted = there if there and self._config.tied_embeddings else names
-        tables = [self._checkpoint.get(name, shape) for name in wanted]
+        selected = there if there and self._config.tied_embeddings else names
+        tables = [self._checkpoint.get(name, shape) for name in selected]
         return tables[0], tables[-1]
 
     def _attention(self, index: int, at: str, spec: AttentionLayer, runs: Sequence[Run]) -> None:
@@ -202,9 +202,9 @@ class Reference:
         projection, norm = self._get(names.projection, (width, hidden)), self._get(names.norm, (spec.width,))
         for run in runs:
             shape = len(run.hidden), config.dims.num_layers, spec.width
-            given = table[list(run.tokens)].view(shape) * spec.width**0.5
+            rows = table[list(run.tokens)].view(shape) * spec.width**0.5
             projected = (run.hidden @ projection.T).view(shape) * hidden**-0.5
-            run.inputs = (self._normed(projected, norm) + given) / 2**0.5
+            run.inputs = (self._normed(projected, norm) + rows) / 2**0.5
 
     def _let_inputs_in(self, index: int, at: str, spec: InputLayer | None, runs: Sequence[Run]) -> None:
         if spec is None:

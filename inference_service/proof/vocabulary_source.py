@@ -101,10 +101,10 @@ def _is_saved(config: Mapping[str, Any], name: str) -> bool:
 
 
 def _indices(config: Mapping[str, Any], name: str) -> Tensor:
-    said = config["trainable_token_indices"]
-    if isinstance(said, dict):
-        said = next(indices for module, indices in said.items() if f".{name}".endswith(f".{module}"))
-    return torch.tensor(said, dtype=torch.int64)
+    trained = config["trainable_token_indices"]
+    if isinstance(trained, dict):
+        trained = next(indices for module, indices in trained.items() if f".{name}".endswith(f".{module}"))
+    return torch.tensor(trained, dtype=torch.int64)
 
 
 def embedded(own: OwnTable, table: Tensor, tokens: Tensor) -> Tensor:

@@ -68,7 +68,7 @@ def request_from_message(
     if unset:
         findings = [Finding(code="E_MISSING_FIELD", where=name, expected="a value") for name in unset]
         raise RequestInvalid(f"the request lacks {' and '.join(unset)}.", findings)
-    remaining, said = context.time_remaining(), message.sampling
+    remaining, sampling = context.time_remaining(), message.sampling
     cut = optional(message, "truncate_prompt_tokens", message.truncate_prompt_tokens)
     special = optional(message, "add_special_tokens", message.add_special_tokens)
     turns = message.messages
@@ -82,9 +82,9 @@ def request_from_message(
         truncate_prompt_tokens=cut,
     )
     output = OutputOptions(
-        n=said.n if said.HasField("n") else 1,
+        n=sampling.n if sampling.HasField("n") else 1,
         constraint=constraint_of(message),
-        skip_special_tokens=not said.HasField("skip_special_tokens") or said.skip_special_tokens,
+        skip_special_tokens=not sampling.HasField("skip_special_tokens") or sampling.skip_special_tokens,
     )
     scheduling = SchedulingOptions(
         message.priority,
@@ -93,7 +93,7 @@ def request_from_message(
     )
     hints = hinted(texts_of(context), message.min_generation, message.sticky_key)
     model = ModelReference(message.model, adapters_of(message), None, hints.min_generation, hints.sticky_key)
-    return Request(model, prompt, sampling_of(said), output, scheduling)
+    return Request(model, prompt, sampling_of(sampling), output, scheduling)
 
 
 T = TypeVar("T")
@@ -104,32 +104,32 @@ def optional(message: ProtoMessage, name: str, value: T) -> T | None:
     return value if message.HasField(name) else None
 
 
-def sampling_of(said: pb.SamplingParams) -> Sampling:
+def sampling_of(message: pb.SamplingParams) -> Sampling:
     """Return the sampling that a message describes."""
     unset = NO_SAMPLING
     return Sampling(
-        max_tokens=optional(said, "max_tokens", said.max_tokens),
-        min_tokens=said.min_tokens,
-        temperature=optional(said, "temperature", said.temperature),
-        top_p=optional(said, "top_p", said.top_p),
-        top_k=optional(said, "top_k", said.top_k),
-        min_p=said.min_p,
-        seed=optional(said, "seed", said.seed),
-        stop=tuple(said.stop),
-        stop_token_ids=tuple(said.stop_token_ids),
-        include_stop_str_in_output=said.include_stop_str_in_output,
-        ignore_eos=said.ignore_eos,
+        max_tokens=optional(message, "max_tokens", message.max_tokens),
+        min_tokens=message.min_tokens,
+        temperature=optional(message, "temperature", message.temperature),
+        top_p=optional(message, "top_p", message.top_p),
+        top_k=optional(message, "top_k", message.top_k),
+        min_p=message.min_p,
+        seed=optional(message, "seed", message.seed),
+        stop=tuple(message.stop),
+        stop_token_ids=tuple(message.stop_token_ids),
+        include_stop_str_in_output=message.include_stop_str_in_output,
+        ignore_eos=message.ignore_eos,
         repetition_penalty=(
-            said.repetition_penalty if said.HasField("repetition_penalty") else unset.repetition_penalty
+            message.repetition_penalty if message.HasField("repetition_penalty") else unset.repetition_penalty
         ),
-        presence_penalty=said.presence_penalty,
-        frequency_penalty=said.frequency_penalty,
-        logit_bias=dict(said.logit_bias),
-        bad_words=tuple(said.bad_words),
-        allowed_token_ids=tuple(said.allowed_token_ids) or None,
-        logprobs=optional(said, "logprobs", said.logprobs),
-        logprobs_mode=cast(LogprobsMode, said.logprobs_mode) or None,  # `bounds` refuses other words
-        prompt_logprobs=optional(said, "prompt_logprobs", said.prompt_logprobs),
+        presence_penalty=message.presence_penalty,
+        frequency_penalty=message.frequency_penalty,
+        logit_bias=dict(message.logit_bias),
+        bad_words=tuple(message.bad_words),
+        allowed_token_ids=tuple(message.allowed_token_ids) or None,
+        logprobs=optional(message, "logprobs", message.logprobs),
+        logprobs_mode=cast(LogprobsMode, message.logprobs_mode) or None,  # `bounds` refuses other words
+        prompt_logprobs=optional(message, "prompt_logprobs", message.prompt_logprobs),
     )
 
 
@@ -293,8 +293,8 @@ def _prompt_token(token: Token, text: Text) -> pb.PromptToken:
 
 
 def _logprobs(token: Token, text: Text) -> pb.TokenLogprobs:
-    said = text.token_bytes(token.id)
-    return pb.TokenLogprobs(logprob=token.logprob, top=_top(token, text), token=said, rank=token.rank)
+    spelled = text.token_bytes(token.id)
+    return pb.TokenLogprobs(logprob=token.logprob, top=_top(token, text), token=spelled, rank=token.rank)
 
 
 def _top(token: Token, text: Text) -> list[pb.TopLogprob]:

@@ -38,8 +38,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         Nothing leaves before text does: a proxy may send a call elsewhere until its answer begins. The first
         tokens may be part of a character or of a stop text; after `WORDLESS` of them the answer begins anyway.
         """
-        asked = request_from_message(request, context, self._service.limits.max_seq_len)
-        events = self._service.generate(asked)
+        parsed = request_from_message(request, context, self._service.limits.max_seq_len)
+        events = self._service.generate(parsed)
         held: list[pb.GenerateResponse] = []
         wordless, begun = 0, False
         text = self._service.text
@@ -64,9 +64,9 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         )
         pooling = pooling_of(requested_pooling(request), self._service.usual_pooling)
         check_dimensions(dimensions, limits.hidden_size)
-        asked = requests_from_message(request, context, pooling, limits.max_seq_len)
+        parsed = requests_from_message(request, context, pooling, limits.max_seq_len)
         normalize, index = request.normalize or not request.HasField("normalize"), 0
-        async with aclosing(pooled(self._service, asked)) as found:
+        async with aclosing(pooled(self._service, parsed)) as found:
             async for each in found:
                 vector = shaped(each.vector, dimensions, normalize=normalize)
                 yield vector_to_message(index, each, vector)
@@ -76,9 +76,9 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         self, request: pb.ClassifyRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[pb.ClassifyResponse]:
         """Stream scores."""
-        asked = requests_from_message(request, context, Pooling.LAST, self._service.limits.max_seq_len)
+        parsed = requests_from_message(request, context, Pooling.LAST, self._service.limits.max_seq_len)
         index = 0
-        async with aclosing(scored(self._service, asked)) as found:
+        async with aclosing(scored(self._service, parsed)) as found:
             async for each in found:
                 yield scores_to_message(index, each)
                 index += 1

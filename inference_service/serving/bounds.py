@@ -138,8 +138,8 @@ def _numbers(request: Request, most: Mapping[str, int]) -> Iterator[Rule]:
 
 def _lists(request: Request, vocab: int) -> Iterator[Rule]:
     for name, (most, longest) in TEXTS.items():
-        said = request.value_of(name)
-        texts = (said,) if isinstance(said, str) else said or ()
+        value = request.value_of(name)
+        texts = (value,) if isinstance(value, str) else value or ()
         yield len(texts) > most, name, f"at most {most} texts", len(texts)
         wrong = sorted({len(text) for text in texts if not 0 < len(text) <= longest})
         yield bool(wrong), name, f"texts of 1 to {longest} characters", wrong

@@ -122,10 +122,10 @@ class Constraints:
 
     def _begin(self, question: Mapping[str, str], text: Text) -> LLMatcher | str:
         """Return the beginning of a grammar, or why there is none."""
-        said = {**question, **self._trial.ask(question)}
-        if "error" in said:
-            return _explained(said["error"])
-        start = LLMatcher(self._tokenizer(text), said["grammar"], limits=LIMITS, log_level=0)
+        answer = {**question, **self._trial.ask(question)}
+        if "error" in answer:
+            return _explained(answer["error"])
+        start = LLMatcher(self._tokenizer(text), answer["grammar"], limits=LIMITS, log_level=0)
         start.compute_bitmask()  # makes the lexer's first states, which every answer needs
         return _explained(start.get_error()) or start
 
@@ -194,24 +194,24 @@ class _Tokens:
 
     def __call__(self, piece: str) -> Sequence[int]:
         """Tokenize what a grammar leaves no choice about: as the model would, if that spells just the piece."""
-        wanted = piece.encode()
+        target = piece.encode()
         for mark in ("", "\x02"):  # behind a mark, no tokenizer puts a space before the first word
             ids = self._text.encode(mark + piece, add_special_tokens=False)
             for start in range(3):
-                if b"".join(self.tokens[token] for token in ids[start:]) == wanted:
+                if b"".join(self.tokens[token] for token in ids[start:]) == target:
                     return ids[start:]
-        return self._greedy(wanted)
+        return self._greedy(target)
 
-    def _greedy(self, wanted: bytes) -> list[int]:
+    def _greedy(self, target: bytes) -> list[int]:
         """Take the longest token again and again, as far as there is one."""
         ids: list[int] = []
         at = 0
-        while at < len(wanted):
-            ends = range(min(len(wanted), at + self._longest), at, -1)
-            end = next((end for end in ends if wanted[at:end] in self._ids), None)
+        while at < len(target):
+            ends = range(min(len(target), at + self._longest), at, -1)
+            end = next((end for end in ends if target[at:end] in self._ids), None)
             if end is None:
                 break
-            ids.append(self._ids[wanted[at:end]])
+            ids.append(self._ids[target[at:end]])
             at = end
         return ids
 

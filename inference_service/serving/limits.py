@@ -89,8 +89,8 @@ class _Bound:
         most = self.limits.tokens_per_minute
         if most is not None and (wait_s := self.meter.wait_s(most)):
             seconds = math.ceil(wait_s)
-            said = f"{self.whose} has used its {most} tokens per minute. Retry in {seconds} s."
-            raise RateLimited(said, retry_after_s=wait_s)
+            message = f"{self.whose} has used its {most} tokens per minute. Retry in {seconds} s."
+            raise RateLimited(message, retry_after_s=wait_s)
 
     def take(self, tokens: int) -> None:
         if self.limits.tokens_per_minute is not None:
@@ -158,8 +158,8 @@ class Limiter:
         of_models = [limits.of(name) for name in names]
         of_model = of_models[0] if len(names) == 1 else _least(of_models)
         bounds = [
-            _Bound(whose, self._meter(kind, name), own)
-            for kind, name, whose, own in (
+            _Bound(owner, self._meter(kind, name), own)
+            for kind, name, owner, own in (
                 *(
                     ("model", name, f"model {name!r}", each)
                     for name, each in zip(names, of_models, strict=True)
@@ -197,8 +197,8 @@ def _least(limits: Sequence[Limits]) -> Limits:
     """Return the least limits of several models: those of a blend, each of whose adapters counts."""
     weights = [each.weight for each in limits]
     running = [each.max_running for each in limits if each.max_running is not None]
-    said = any(weight is not None for weight in weights)
-    weight = min(weight or 1.0 for weight in weights) if said else None
+    weighted = any(weight is not None for weight in weights)
+    weight = min(weight or 1.0 for weight in weights) if weighted else None
     return Limits(weight=weight, max_running=min(running, default=None))
 
 

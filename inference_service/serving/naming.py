@@ -35,34 +35,38 @@ class Naming:
             ModelNotFound: no such base or adapter.
             RequestInvalid: the name is that of no single version, or lora_path that of another adapter.
         """
-        asked = request.model
-        if asked.served is not None:
-            return asked.served
-        if asked.min_generation > self._catalog.generation:
-            await self._wait_for(asked.min_generation, request.scheduling.deadline_s)
-        model = self._mix(asked) if asked.adapters else self._catalog.resolve(asked.name, asked.sticky_key)
-        if asked.lora_path is not None:
-            model = self._beside(model, asked.lora_path, asked)
+        reference = request.model
+        if reference.served is not None:
+            return reference.served
+        if reference.min_generation > self._catalog.generation:
+            await self._wait_for(reference.min_generation, request.scheduling.deadline_s)
+        model = (
+            self._mix(reference)
+            if reference.adapters
+            else self._catalog.resolve(reference.name, reference.sticky_key)
+        )
+        if reference.lora_path is not None:
+            model = self._beside(model, reference.lora_path, reference)
         return ResolvedModel(model, self._catalog.generation)
 
-    def _mix(self, asked: ModelReference) -> ServedModel:
+    def _mix(self, reference: ModelReference) -> ServedModel:
         """Return the blend of the adapters that a request names; its model may name the base beside them."""
-        if asked.name and self._catalog.resolve(asked.name).name != self._catalog.base_name:
+        if reference.name and self._catalog.resolve(reference.name).name != self._catalog.base_name:
             finding = Finding(
                 code="E_BAD_FIELD",
                 where="adapters",
                 expected="none together with a model other than the base",
-                found=repr(asked.name[:80]),
+                found=repr(reference.name[:80]),
                 fix="Name all of them in adapters, or all in model, as in a*0.7+b*0.5.",
             )
             raise RequestInvalid("the request names adapters twice.", [finding])
-        return self._catalog.mix(asked.adapters, asked.sticky_key, "adapters")
+        return self._catalog.mix(reference.adapters, reference.sticky_key, "adapters")
 
-    def _beside(self, model: ServedModel, path: str, asked: ModelReference) -> ServedModel:
+    def _beside(self, model: ServedModel, path: str, reference: ModelReference) -> ServedModel:
         """Return what model and lora_path name together: one adapter twice, or the base and an adapter."""
-        if path in (asked.name, model.name):
+        if path in (reference.name, model.name):
             return model
-        found = self._catalog.resolve(path, asked.sticky_key)
+        found = self._catalog.resolve(path, reference.sticky_key)
         if model.name != self._catalog.base_name and (found.name, found.digest) != (model.name, model.digest):
             finding = Finding(
                 code="E_BAD_FIELD",

@@ -116,23 +116,23 @@ async def scored(
             "Ask /classify for all of them.",
         )
     scorer = await service.scorer(model)
-    asked = [request.answered_by(served) for request in requests]
-    async with aclosing(pooled(service, asked)) as found:
+    resolved = [request.answered_by(served) for request in requests]
+    async with aclosing(pooled(service, resolved)) as found:
         async for prompt in found:
             yield ScoredPrompt(prompt, scorer, scorer.scores(prompt.vector))
 
 
-def pooling_of(said: str | None, usual: Pooling | None) -> Pooling:
+def pooling_of(requested: str | None, usual: Pooling | None) -> Pooling:
     """Return what a request says, else what is usual for the base.
 
     Raises:
         RequestInvalid: there is no such pooling, or nothing that is usual.
     """
-    if said in set(Pooling):
-        return Pooling(said)
+    if requested in set(Pooling):
+        return Pooling(requested)
     expected = " or ".join(Pooling)
-    if said is not None:
-        finding = Finding(code="E_BAD_FIELD", where="pooling", expected=expected, found=repr(said[:80]))
+    if requested is not None:
+        finding = Finding(code="E_BAD_FIELD", where="pooling", expected=expected, found=repr(requested[:80]))
         raise RequestInvalid("the pooling is not supported.", [finding])
     if usual is None:
         fix = "Set it in the request, or as runtime.pooling in the deployment file."

@@ -250,13 +250,13 @@ def hinted(headers: Mapping[str, str], min_generation: int = 0, sticky_key: str 
     Raises:
         RequestInvalid: a header is no number, or the number is none of a generation.
     """
-    said = headers.get(MIN_GENERATION, "0")
-    if not re.fullmatch(r"[0-9]{1,19}", said):
-        raise _out_of_bounds(MIN_GENERATION, repr(said[:80]))
-    wanted = max(int(said), min_generation)
-    if wanted > MAX_GENERATION:
-        raise _out_of_bounds("min_generation", str(wanted))
-    return Hints(wanted, headers.get(STICKY_KEY) or sticky_key)
+    header = headers.get(MIN_GENERATION, "0")
+    if not re.fullmatch(r"[0-9]{1,19}", header):
+        raise _out_of_bounds(MIN_GENERATION, repr(header[:80]))
+    least = max(int(header), min_generation)
+    if least > MAX_GENERATION:
+        raise _out_of_bounds("min_generation", str(least))
+    return Hints(least, headers.get(STICKY_KEY) or sticky_key)
 
 
 def _out_of_bounds(where: str, found: str) -> RequestInvalid:

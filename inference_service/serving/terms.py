@@ -61,26 +61,26 @@ class Terms:
             PromptTooLong: it has more.
             RequestInvalid: it is empty, or the template refuses its messages.
         """
-        asked, text = self.request.prompt, self.text
-        prompt, cut = asked.content, asked.truncate_prompt_tokens
+        source, text = self.request.prompt, self.text
+        prompt, cut = source.content, source.truncate_prompt_tokens
         if cut is not None:
             most = countable(most)
         if isinstance(prompt, TextPair):
-            special = asked.add_special_tokens is not False
+            special = source.add_special_tokens is not False
             tokens = await asyncio.to_thread(text.encode_pair, prompt, most, add_special_tokens=special)
         elif isinstance(prompt, str):
-            special = asked.add_special_tokens is not False
+            special = source.add_special_tokens is not False
             tokens = await asyncio.to_thread(text.encode_prompt, prompt, most, add_special_tokens=special)
         elif prompt and isinstance(prompt[0], Mapping):
             tokens = await text.encode_messages(
                 [item for item in prompt if isinstance(item, Mapping)],
                 most,
                 self.defaults.template,
-                asked.tools,
-                asked.chat_template_kwargs,
-                add_generation_prompt=asked.add_generation_prompt,
-                add_special_tokens=bool(asked.add_special_tokens),
-                continue_final_message=asked.continue_final_message,
+                source.tools,
+                source.chat_template_kwargs,
+                add_generation_prompt=source.add_generation_prompt,
+                add_special_tokens=bool(source.add_special_tokens),
+                continue_final_message=source.continue_final_message,
             )
         else:
             tokens = [item for item in prompt if isinstance(item, int)]
@@ -119,23 +119,25 @@ class Terms:
         Raises:
             PromptTooLong: prompt and answer do not fit.
         """
-        said, defaults = self.request.sampling, self.defaults
-        fits = room(said.max_tokens, prompt_tokens, self.limits.max_seq_len)
+        requested, defaults = self.request.sampling, self.defaults
+        fits = room(requested.max_tokens, prompt_tokens, self.limits.max_seq_len)
         most = min(self.default_max_tokens or fits, fits)
         bad_words: Mapping[int, Mapping[tuple[int, ...], tuple[int, ...]]] = {}
-        if said.bad_words or said.bad_words_token_ids:
-            words = await asyncio.to_thread(self.text.bad_words, said.bad_words)
-            bad_words = completing((*words, *said.bad_words_token_ids))
-        return said.decided(
-            max_tokens=most if said.max_tokens is None else said.max_tokens,
-            temperature=drawable(first(said.temperature, defaults.temperature, said.usual_temperature)),
-            top_p=drawable(first(said.top_p, defaults.top_p, 1.0)),
-            top_k=min(max(0, first(said.top_k, defaults.top_k, 0)), self.text.vocab),
-            seed=secrets.randbits(63) if said.seed is None else said.seed,
-            stop_token_ids=self.ends | frozenset(said.stop_token_ids),
+        if requested.bad_words or requested.bad_words_token_ids:
+            words = await asyncio.to_thread(self.text.bad_words, requested.bad_words)
+            bad_words = completing((*words, *requested.bad_words_token_ids))
+        return requested.decided(
+            max_tokens=most if requested.max_tokens is None else requested.max_tokens,
+            temperature=drawable(
+                first(requested.temperature, defaults.temperature, requested.usual_temperature)
+            ),
+            top_p=drawable(first(requested.top_p, defaults.top_p, 1.0)),
+            top_k=min(max(0, first(requested.top_k, defaults.top_k, 0)), self.text.vocab),
+            seed=secrets.randbits(63) if requested.seed is None else requested.seed,
+            stop_token_ids=self.ends | frozenset(requested.stop_token_ids),
             allowed_token_ids=self._allowed(),
             bad_words=bad_words,
-            logprobs_mode=said.logprobs_mode or self.logprobs_mode,
+            logprobs_mode=requested.logprobs_mode or self.logprobs_mode,
         )
 
     def _allowed(self) -> bytes | None:
@@ -167,10 +169,10 @@ def of_answer(sampling: SamplingParams, index: int) -> SamplingParams:
     return replace(sampling, seed=seed, prompt_logprobs=None)
 
 
-def first(said: N | None, adapters: N | None, default: N) -> N:
+def first(requested: N | None, adapters: N | None, default: N) -> N:
     """Return what the request says, else what the adapter brings."""
-    given = adapters if said is None else said
-    return default if given is None else given
+    chosen = adapters if requested is None else requested
+    return default if chosen is None else chosen
 
 
 def completing(
@@ -189,18 +191,18 @@ def drawable(value: float) -> float:
     return max(LEAST, value) if value else value
 
 
-def room(wanted: int | None, prompt_tokens: int, max_seq_len: int) -> int:
+def room(requested: int | None, prompt_tokens: int, max_seq_len: int) -> int:
     """Return how many new tokens fit behind a prompt.
 
     Raises:
         PromptTooLong: not as many as are wanted.
     """
     left = max_seq_len - prompt_tokens
-    if left < (0 if wanted == 0 else 1):
+    if left < (0 if requested == 0 else 1):
         raise prompt_too_long(prompt_tokens, max_seq_len)
-    if wanted is not None and wanted > left:
+    if requested is not None and requested > left:
         raise PromptTooLong(
-            f"{prompt_tokens} tokens of prompt and {wanted} of answer exceed the longest "
+            f"{prompt_tokens} tokens of prompt and {requested} of answer exceed the longest "
             f"sequence of {max_seq_len}. Shorten the prompt, or ask for at most {left} tokens."
         )
     return left

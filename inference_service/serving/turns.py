@@ -61,9 +61,9 @@ def rules_of_the_end(messages: Sequence[Mapping[str, Any]], *, goes_on: bool, st
     if not goes_on:
         return
     yield starts, "add_generation_prompt", "false, together with continue_final_message", "true"
-    said = messages[-1]["content"] if messages else ""
+    content = messages[-1]["content"] if messages else ""
     where = f"messages[{max(0, len(messages) - 1)}].content"
-    yield not said, where, "text, which continue_final_message continues", "none"
+    yield not content, where, "text, which continue_final_message continues", "none"
 
 
 def rules_of_variables(variables: Mapping[str, Any]) -> Iterator[Rule]:

@@ -139,8 +139,8 @@ def _refuse_deterministic(settings: InferenceSettings, how: str) -> None:
 def _device(settings: InferenceSettings) -> torch.device:
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise SettingsInvalid("LORAMUX_DEVICE=cuda, but torch finds no CUDA device. Set auto or cpu.")
-    wanted = settings.device == "cuda" or (settings.device == "auto" and settings.backend != "native")
-    cuda = wanted and torch.cuda.is_available()
+    requested = settings.device == "cuda" or (settings.device == "auto" and settings.backend != "native")
+    cuda = requested and torch.cuda.is_available()
     return torch.device("cuda" if cuda else "cpu")
 
 
@@ -192,19 +192,19 @@ def _unsupported(settings: InferenceSettings, config: ModelConfig, dtype: torch.
 
 
 def _uses_triton(settings: InferenceSettings, device: torch.device) -> bool:
-    wanted = settings.backend == "triton" or (settings.backend == "auto" and device.type == "cuda")
-    if wanted:
+    requested = settings.backend == "triton" or (settings.backend == "auto" and device.type == "cuda")
+    if requested:
         require_triton(settings.backend)
-    if wanted and device.type != "cuda" and not os.environ.get("TRITON_INTERPRET"):
+    if requested and device.type != "cuda" and not os.environ.get("TRITON_INTERPRET"):
         raise SettingsInvalid("LORAMUX_BACKEND=triton needs a CUDA device. Set auto or torch.")
-    if wanted and settings.block_size < MIN_BLOCK_SIZE:
+    if requested and settings.block_size < MIN_BLOCK_SIZE:
         raise SettingsInvalid(
             f"LORAMUX_BLOCK_SIZE={settings.block_size}: the triton backend takes {MIN_BLOCK_SIZE} or more."
         )
-    if wanted and device.type == "cuda":
+    if requested and device.type == "cuda":
         check_triton(version("triton"))
         check_triton_cache()
-    return wanted
+    return requested
 
 
 def check_triton(installed: str) -> None:

@@ -74,8 +74,8 @@ def blocks_of(plan: MemoryPlan, config: ModelConfig, settings: InferenceSettings
     """Return the blocks and slots that were planned, all of them free."""
     size = settings.block_size
     states = StateSlots(plan.slots, size, plan.spacing) if plan.slots else None
-    kept = settings.prefix_cache
-    return BlockManager(plan.blocks, size, config.windows, states=states, prefix_cache=kept)
+    cached = settings.prefix_cache
+    return BlockManager(plan.blocks, size, config.windows, states=states, prefix_cache=cached)
 
 
 def free_bytes(device: torch.device) -> int:

@@ -65,8 +65,8 @@ class ChatTemplate:
             "tools": list(tools) or None,
             "add_generation_prompt": add_generation_prompt,
         }
-        asked = _RENDERERS.ask(self.source, {"source": self.source, "variables": variables})
-        answer = await asyncio.wrap_future(asked)
+        rendered = _RENDERERS.ask(self.source, {"source": self.source, "variables": variables})
+        answer = await asyncio.wrap_future(rendered)
         if "error" in answer:
             finding = Finding(code="E_MESSAGES", where="messages", found=answer["error"])
             raise RequestInvalid("the chat template refuses the messages.", [finding])

@@ -67,8 +67,8 @@ class Text:
             flags = each.model_dump(exclude={"id", "content"})
             add = tokenizer.add_special_tokens if each.special else tokenizer.add_tokens
             add([AddedToken(each.content, **flags)])
-            if (given := tokenizer.token_to_id(each.content)) != each.id:
-                raise ValueError(f"id {each.id} for token {each.content!r}, which becomes {given}")
+            if (known := tokenizer.token_to_id(each.content)) != each.id:
+                raise ValueError(f"id {each.id} for token {each.content!r}, which becomes {known}")
         return Text(tokenizer, self.template, own.vocab, self.special_tokens)
 
     @classmethod

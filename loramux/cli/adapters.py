@@ -187,8 +187,8 @@ class Rollout:
 
     def _check(self, address: str, status: ReplicaStatus) -> None:
         if status.deployment != self._deployment:
-            said = f"expected a replica of {self._deployment!r}, found one of {status.deployment!r}"
-            raise SettingsInvalid(f"{address}: {said}.")
+            problem = f"expected a replica of {self._deployment!r}, found one of {status.deployment!r}"
+            raise SettingsInvalid(f"{address}: {problem}.")
 
     def _tell(self, progress: RolloutState) -> None:
         before = self._known[progress.replica]

@@ -113,16 +113,16 @@ def push(
     """
     called = name or folder.resolve().name
     with Client(builder=builder) as client:
-        wanted = deployment or only_deployment(client)
+        deployment_name = deployment or only_deployment(client)
         with shell.working(f"sending {folder}"):
-            pushed = client.push(wanted, called, folder, expected_generation=expect)
+            pushed = client.push(deployment_name, called, folder, expected_generation=expect)
     if as_json:
-        emit({"deployment": wanted, "pushed": pushed})
+        emit({"deployment": deployment_name, "pushed": pushed})
         return
     show_warnings([replace(pushed.adapter, name=called)])
     unchanged = ", unchanged" if pushed.unchanged else ""
     made = f"{shell.digest(pushed.digest)}, {decimal(pushed.adapter.bundle_bytes)}"
-    shell.show(f"{called}: {made}, in generation {pushed.generation} of {wanted}{unchanged}")
+    shell.show(f"{called}: {made}, in generation {pushed.generation} of {deployment_name}{unchanged}")
 
 
 def named_repository(
@@ -136,8 +136,8 @@ def named_repository(
     try:
         found = Repository(source=source, repo=repo) if source else parse_repository(repo)
         flags = {"revision": revision, "subfolder": subfolder, "runtime_secret_name": secret}
-        given = {field: value for field, value in flags.items() if value}
-        return Repository.model_validate(found.model_dump() | given)
+        options = {field: value for field, value in flags.items() if value}
+        return Repository.model_validate(found.model_dump() | options)
     except ValueError as error:
         finding = Finding(
             code="E_BAD_FIELD", where="repository", expected="a repository", found=repr(repo[:80])

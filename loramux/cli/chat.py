@@ -82,9 +82,9 @@ def _answer_lines(talk: ChatSession) -> None:
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")
     for line in sys.stdin:
-        if said := line.strip():
+        if prompt := line.strip():
             talk.history.clear()
-            talk.answer(said)
+            talk.answer(prompt)
 
 
 def _converse(talk: ChatSession) -> None:

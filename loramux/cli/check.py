@@ -81,13 +81,13 @@ def check(
 
     Example: loramux check ./my-adapter --base org/base@main
     """
-    wanted = Wanted(
+    options = Wanted(
         named(adapter, secret),
         named(base, secret),
         parse_lora_configuration(max_lora_rank=max_rank, truncate_to_rank=truncate_to, dtype=dtype),
         signers(signed_by),
     )
-    tell_report(check_with(builder, wanted), as_json)
+    tell_report(check_with(builder, options), as_json)
 
 
 def tell_report(report: AdapterReport, as_json: bool) -> None:
@@ -106,20 +106,20 @@ def named(word: str, secret: str) -> Repository:
     return repository.model_copy(update={"runtime_secret_name": secret}) if secret else repository
 
 
-def check_with(builder: str, wanted: Wanted) -> AdapterReport:
+def check_with(builder: str, options: Wanted) -> AdapterReport:
     """Check with a running builder, or with one of our own."""
     found: list[AdapterReport] = []
 
     async def ask(client: AsyncClient) -> None:
-        with shell.step(f"checking {wanted.adapter.shown}"):
+        with shell.step(f"checking {options.adapter.shown}"):
             found.append(
-                await client.check(wanted.adapter, wanted.base, wanted.lora, signed_by=wanted.signed_by)
+                await client.check(options.adapter, options.base, options.lora, signed_by=options.signed_by)
             )
 
     try:
-        with_builder(builder, wanted.local_roots, ask)
+        with_builder(builder, options.local_roots, ask)
     except (RepoNotFound, SourceUnavailable) as fault:
-        if fault.repository not in {each.repo for each in wanted.repositories if each.source is SourceKind.HF}:
+        if fault.repository not in {each.repo for each in options.repositories if each.source is SourceKind.HF}:
             raise
         message = f"{fault.message.rstrip('.')}. If a folder was meant: there is no {fault.repository} here."
         raise fault.with_message(message) from fault

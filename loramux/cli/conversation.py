@@ -42,16 +42,16 @@ class ChatSession:
     def use(self, model: str) -> None:
         """Go on with a model, history included; "" is the first one. Raises `ModelNotFound`."""
         served = self.names()
-        if model and (strange := unserved(model, served)):
-            raise no_such_model(strange[0], served)
+        if model and (unknown := unserved(model, served)):
+            raise no_such_model(unknown[0], served)
         self.model = model or served[0]
 
-    def answer(self, said: str) -> str:
+    def answer(self, prompt: str) -> str:
         """Stream an answer to stdout and return its figures.
 
         One that is stopped or fails leaves what came of it in the history.
         """
-        question: Message = {"role": "user", "content": said}
+        question: Message = {"role": "user", "content": prompt}
         answer: Message = {"role": "assistant", "content": ""}
         system: list[Message] = [{"role": "system", "content": self.system}] if self.system else []
         begin = time.monotonic()

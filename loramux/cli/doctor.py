@@ -163,8 +163,8 @@ async def services(grpc: str, builder: str) -> list[Place]:
         replicas = resolve(grpc) if is_many(grpc) else (Address(grpc),)
     except SettingsInvalid as fault:
         return [await _service("builder", Address(builder)), Place("inference", grpc, fault.message, ok=False)]
-    asked = [_service("builder", Address(builder)), *(_service("inference", each) for each in replicas)]
-    return await asyncio.gather(*asked)
+    checks = [_service("builder", Address(builder)), *(_service("inference", each) for each in replicas)]
+    return await asyncio.gather(*checks)
 
 
 async def _service(name: str, address: Address) -> Place:

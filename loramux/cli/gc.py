@@ -109,9 +109,9 @@ def _sum(uri: str, old: Sequence[Orphan], gone: Sequence[Orphan] | None) -> None
             shell.show(f"{len(old) - len(gone)} needed again meanwhile, spared")
 
 
-def _print_retained(kept: Sequence[RetainedGeneration]) -> None:
+def _print_retained(retained: Sequence[RetainedGeneration]) -> None:
     """Print why generations stay, a line for each deployment and reason."""
-    for (name, why), found in groupby(kept, key=lambda each: (each.deployment, each.why)):
+    for (name, why), found in groupby(retained, key=lambda each: (each.deployment, each.why)):
         some = list(found)
         numbers = listed([str(each.number) for each in some])
         most = max(each.bundles for each in some)

@@ -42,10 +42,10 @@ def history(
     Example: loramux history my-model
     """
     with Client(builder=builder) as client, shell.working(f"asking {builder}"):
-        wanted = name or only_deployment(client)
-        found = client.history(wanted, limit)
+        deployment_name = name or only_deployment(client)
+        found = client.history(deployment_name, limit)
     if as_json:
-        emit({"deployment": wanted, "generations": found})
+        emit({"deployment": deployment_name, "generations": found})
         return
     rows = [
         (
@@ -79,9 +79,9 @@ def rollback(
     Example: loramux rollback my-model --to 41
     """
     with Client(builder=builder) as client, shell.working(f"asking {builder}"):
-        wanted = name or only_deployment(client)
+        deployment_name = name or only_deployment(client)
         try:
-            done = client.rollback(wanted, to, expected_generation=expect)
+            done = client.rollback(deployment_name, to, expected_generation=expect)
         except DeploymentNotFound as fault:
             if not is_whole(name):
                 raise
@@ -89,11 +89,11 @@ def rollback(
                 f"{fault.message}. For generation {name}: `loramux rollback --to {name}`"
             ) from fault
     if as_json:
-        emit({"deployment": wanted, **asdict(done)})
+        emit({"deployment": deployment_name, **asdict(done)})
         return
     content = f", as generation {done.restored}" if done.restored else ""
     unchanged = ", unchanged" if done.unchanged else ""
-    shell.show(f"deployment {wanted}: generation {done.generation} is published{content}{unchanged}")
+    shell.show(f"deployment {deployment_name}: generation {done.generation} is published{content}{unchanged}")
 
 
 def _changes(generation: GenerationInfo) -> str:

@@ -68,12 +68,12 @@ def import_bundle(
     """
     adapter = npy_folder(folder)
     lora = parse_lora_configuration(max_lora_rank=max_rank, dtype=dtype)
-    wanted = Wanted(adapter, named(base, secret), lora)
-    made = deployment_of_one(deployment or UNPUBLISHED, name, wanted)
+    options = Wanted(adapter, named(base, secret), lora)
+    made = deployment_of_one(deployment or UNPUBLISHED, name, options)
     if deployment:
         run_build(builder or BUILDER, made, as_json)
         return
-    tell_report(check_with(builder, wanted), as_json)
+    tell_report(check_with(builder, options), as_json)
     shell.say("only checked; --deployment NAME publishes it", "dim")
 
 
@@ -94,15 +94,15 @@ def npy_folder(folder: Path) -> Repository:
     return parse_repository(str(path))
 
 
-def deployment_of_one(deployment: str, name: str, wanted: Wanted) -> Deployment:
+def deployment_of_one(deployment: str, name: str, options: Wanted) -> Deployment:
     """Return a deployment with one adapter.
 
     Raises:
         DeploymentInvalid: a name that is none.
     """
     build = {
-        "checkpoint_repository": wanted.base.model_dump(),
-        "lora_adapters": {name: wanted.adapter.model_dump()},
-        "lora_configuration": wanted.lora.model_dump(),
+        "checkpoint_repository": options.base.model_dump(),
+        "lora_adapters": {name: options.adapter.model_dump()},
+        "lora_configuration": options.lora.model_dump(),
     }
     return parse_deployment({"model_name": deployment, "build": build}).deployment

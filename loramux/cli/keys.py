@@ -71,13 +71,13 @@ def new(
     Example: loramux keys new --scope infer --model my-adapter --file keys.jsonl
     """
     key = new_key()
-    said = {
+    limits_of_key = {
         "weight": weight,
         "max_running": max_running,
         "max_waiting": max_waiting,
         "tokens_per_minute": tokens_per_minute,
     }
-    limits = {name: value for name, value in said.items() if value is not None}
+    limits = {name: value for name, value in limits_of_key.items() if value is not None}
     about = {"id": key_id or f"k{secrets.token_hex(4)}", "scopes": scope, "models": model, "comment": comment}
     entry = _entry(key, about | ({"limits": limits} if limits else {}))
     if file is not None:
@@ -136,8 +136,8 @@ def remove(
 
 
 def _told(limits: Limits | None) -> str:
-    said = limits.model_dump().items() if limits else ()
-    return ", ".join(f"{name} {value}" for name, value in said) or "-"
+    items = limits.model_dump().items() if limits else ()
+    return ", ".join(f"{name} {value}" for name, value in items) or "-"
 
 
 def _entry(key: str, about: dict[str, Any]) -> KeyEntry:

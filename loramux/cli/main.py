@@ -51,8 +51,8 @@ for name, extension in load_extensions(COMMANDS).items():
         app.command(name)(extension)
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
+def _version(requested: bool) -> None:
+    if requested:
         shell.show(f"loramux {version('loramux')}")
         raise typer.Exit
 

@@ -29,8 +29,8 @@ def show_report(report: AdapterReport) -> None:
         shell.show(f"files    {sizes}")
     if report.kinds:
         shell.show(f"kind     {kind(report.kinds, report.replaced_rows, len(report.labels))}")
-    if asked := task(report.kinds, report.labels, report.problem_type):
-        shell.show(f"task     {asked}")
+    if purpose := task(report.kinds, report.labels, report.problem_type):
+        shell.show(f"task     {purpose}")
     if report.invocation_tokens:
         shell.show(f"acts     from the tokens {shell.numbers(report.invocation_tokens)} on")
     if report.kinds:
@@ -44,11 +44,11 @@ def show_report(report: AdapterReport) -> None:
     shell.show()
     errors = sum(not finding.code.startswith("W_") for finding in report.findings)
     warnings = len(report.findings) - errors
-    said = f"{_count(errors, 'error')}, {_count(warnings, 'warning')}"
+    summary = f"{_count(errors, 'error')}, {_count(warnings, 'warning')}"
     if report.accepted:
-        shell.show(f"accepted: {said}", "bold green")
+        shell.show(f"accepted: {summary}", "bold green")
     else:
-        shell.show(f"refused: {said}", "bold red")
+        shell.show(f"refused: {summary}", "bold red")
 
 
 def _show_rows(rows: Sequence[RowReport]) -> None:

@@ -100,8 +100,8 @@ def complain(fault: Fault) -> None:
     """Print a failure with its first findings."""
     message, *findings = str(fault).split("\n")
     more = [f"  and more: these are the first {MAX_FINDINGS}"] if len(findings) > MAX_FINDINGS else []
-    said = "\n".join([message, *findings[:MAX_FINDINGS], *more])
-    line = Text.assemble(("error: ", "bold red"), (fault.reason, "bold"), f": {printable(said)}")
+    text = "\n".join([message, *findings[:MAX_FINDINGS], *more])
+    line = Text.assemble(("error: ", "bold red"), (fault.reason, "bold"), f": {printable(text)}")
     err.print(line, soft_wrap=not err.is_terminal)
 
 
@@ -191,8 +191,8 @@ def step(doing: str) -> Iterator[Came]:
     with Later(status):
         yield came
     took = f"  {time.monotonic() - begin:.1f} s"
-    said = f"{doing}: {came.of_it}" if came.of_it else doing
-    err.print(Text.assemble(("✓ ", "green"), said, (took, "dim")), soft_wrap=True)
+    line = f"{doing}: {came.of_it}" if came.of_it else doing
+    err.print(Text.assemble(("✓ ", "green"), line, (took, "dim")), soft_wrap=True)
 
 
 @contextmanager

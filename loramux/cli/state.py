@@ -12,9 +12,11 @@ from types import TracebackType
 
 def state_dir() -> Path:
     """Return the folder: ``$XDG_STATE_HOME/loramux``, else ``~/.local/state/loramux``; made where it can be."""
-    given = os.environ.get("XDG_STATE_HOME", "")
+    state_home = os.environ.get("XDG_STATE_HOME", "")
     try:
-        folder = (Path(given) if Path(given).is_absolute() else Path.home() / ".local/state") / "loramux"
+        folder = (
+            Path(state_home) if Path(state_home).is_absolute() else Path.home() / ".local/state"
+        ) / "loramux"
         folder.mkdir(parents=True, exist_ok=True)
     except (OSError, RuntimeError):  # a home that cannot be written, or none
         return Path(tempfile.gettempdir())
@@ -33,10 +35,10 @@ def tell_uncaught(kind: type[BaseException], error: BaseException, trace: Traceb
         sys.stderr.write(f"error: SYSTEM: {error.strerror}{place}\n")
         return
     file = state_dir() / "traceback.txt"
-    said = f"error: INTERNAL: {kind.__name__}: {' '.join(str(error).split())}"
+    line = f"error: INTERNAL: {kind.__name__}: {' '.join(str(error).split())}"
     try:
         file.write_text("".join(traceback.format_exception(kind, error, trace)), encoding="utf-8")
-        said += f". Please report it with {file}."
+        line += f". Please report it with {file}."
     except OSError:
-        said += ". Please report it."
-    sys.stderr.write(f"{said}\n")
+        line += ". Please report it."
+    sys.stderr.write(f"{line}\n")

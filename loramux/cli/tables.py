@@ -80,9 +80,9 @@ def _blocks(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> Group:
     for row in rows:
         if lines:
             lines.append(Text())
-        said = [(header, cell) for header, cell in zip(headers, row, strict=True) if cell not in NOTHING]
+        cells = [(header, cell) for header, cell in zip(headers, row, strict=True) if cell not in NOTHING]
         lines += [
-            Text.assemble((header.ljust(names + GAP), "bold"), cell, overflow="fold") for header, cell in said
+            Text.assemble((header.ljust(names + GAP), "bold"), cell, overflow="fold") for header, cell in cells
         ]
     return Group(*lines)
 

@@ -120,8 +120,8 @@ def sizes_of(
     steps, room, refusal = needs.activations + needs.graphs, 0, ""
     try:
         plan = plan_on(device, free_bytes - needs.weights, needs, cache)
-        asked = min(cache.kv_bytes or plan.kv_bytes, cache.num_bytes(cache.most))
-        room = free_bytes - needs.weights - steps - asked
+        requested = min(cache.kv_bytes or plan.kv_bytes, cache.num_bytes(cache.most))
+        room = free_bytes - needs.weights - steps - requested
     except ResourcesExhausted as fault:
         plan, refusal = MemoryPlan((), 0, 0, 0, 0), fault.message
     each = {rank: adapter_bytes(config, item, rank) for rank in RANKS}

@@ -169,13 +169,13 @@ def _finding(item: Any, model: type[BaseModel]) -> Finding:
     if item["type"] == "missing":
         return Finding(code="E_MISSING_FIELD", where=where, expected="a value", found="nothing", fix="Set it.")
     value = item["input"]
-    said = item["msg"].removeprefix("Value error, ").removeprefix("Input should ")
+    message = item["msg"].removeprefix("Value error, ").removeprefix("Input should ")
     # YAML reads 1234567 and 2024-01-31 as a number and a date.
     unquoted = item["type"] == "string_type" and isinstance(value, Hashable) and value is not None
     return Finding(
         code="E_BAD_FIELD",
         where=where,
-        expected=said.removeprefix("be ").removeprefix("String should "),
+        expected=message.removeprefix("be ").removeprefix("String should "),
         # An address with a signature; a private key where a public one should be.
         found=re.sub(r"\?.*|-----BEGIN.*", "***", _shown.repr(value)) if loc else "",
         fix="Quote it." if unquoted else NAME_RULE if item["type"] == "string_pattern_mismatch" else "",

@@ -24,10 +24,10 @@ log = structlog.get_logger()
 def raise_limit() -> None:
     """Raise the soft limit on open files where the hard one allows it, and say so."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = WANTED if hard == resource.RLIM_INFINITY else min(hard, WANTED)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-        log.info("limit on open files raised", before=soft, now=wanted)
+    target = WANTED if hard == resource.RLIM_INFINITY else min(hard, WANTED)
+    if soft != resource.RLIM_INFINITY and soft < target:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (target, hard))
+        log.info("limit on open files raised", before=soft, now=target)
 
 
 def connections_per_server() -> int:

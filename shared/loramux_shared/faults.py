@@ -95,13 +95,13 @@ class Finding(BaseModel):
 
     def __str__(self) -> str:
         place = ": ".join(part for part in (self.adapter, self.where) if part)
-        said = ", ".join(
+        contrast = ", ".join(
             part
             for part in (self.expected and f"expected {self.expected}", self.found and f"found {self.found}")
             if part
         )
         head = " ".join(part for part in (self.code, place) if part)
-        body = ". ".join(part for part in (said, self.fix) if part)
+        body = ". ".join(part for part in (contrast, self.fix) if part)
         return ": ".join(part for part in (head, body) if part)
 
 

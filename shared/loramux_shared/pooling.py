@@ -42,7 +42,7 @@ def pooling_in(folder: Path) -> Pooling | None:
         raise CheckpointInvalid(f"the base's {FILE} is not valid JSON. Correct or remove it.") from error
     if not isinstance(fields, dict):
         raise CheckpointInvalid(f"the base's {FILE} must be an object. Correct or remove it.")
-    said = fields.get("pooling_mode")
-    chosen = [said] if said is not None else [name for name in fields if fields[name] is True]
+    mode = fields.get("pooling_mode")
+    chosen = [mode] if mode is not None else [name for name in fields if fields[name] is True]
     modes = [str(name).removeprefix("pooling_mode_") for name in chosen if name not in ("include_prompt",)]
     return MODES.get(modes[0]) if len(modes) == 1 else None

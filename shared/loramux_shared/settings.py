@@ -361,8 +361,8 @@ class InferenceSettings(Settings):
         )
 
 
-def _first(said: int | None, usual: int) -> int:
-    return usual if said is None else said
+def _first(explicit: int | None, usual: int) -> int:
+    return usual if explicit is None else explicit
 
 
 AnySettings = TypeVar("AnySettings", bound=Settings)
@@ -374,12 +374,12 @@ def load_settings(cls: type[AnySettings], **overrides: object) -> AnySettings:
     Raises:
         SettingsInvalid: a variable is unknown, or a value is missing or not allowed; all of them at once.
     """
-    given = {name: value for name, value in overrides.items() if value is not None}
+    flags = {name: value for name, value in overrides.items() if value is not None}
     wrong = _unknown_variables()
     try:
-        settings = cls(**given)  # type: ignore[arg-type]  # pydantic checks the values
+        settings = cls(**flags)  # type: ignore[arg-type]  # pydantic checks the values
     except ValidationError as error:
-        wrong += [_said(item, given) for item in error.errors(include_url=False)]
+        wrong += [_said(item, flags) for item in error.errors(include_url=False)]
     if wrong:
         raise SettingsInvalid("; ".join(wrong))
     return settings
@@ -424,13 +424,13 @@ def _is_service_link(name: str, value: str) -> bool:
     )
 
 
-def _said(item: Any, given: dict[str, object]) -> str:
+def _said(item: Any, flags: dict[str, object]) -> str:
     name = str(item["loc"][0])
-    shown = f"--{name.replace('_', '-')}" if name in given else variable(name)
+    spelled = f"--{name.replace('_', '-')}" if name in flags else variable(name)
     if item["type"] == "missing":
-        return f"{shown} is not set; set it, or give --{name.replace('_', '-')}"
+        return f"{spelled} is not set; set it, or give --{name.replace('_', '-')}"
     if item["type"] == "extra_forbidden":
-        return f"{shown}: unknown setting"
+        return f"{spelled}: unknown setting"
     allowed = item["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
     value = re.sub(r"//[^/]*@", "//***@", str(item["input"]).partition("-----BEGIN")[0])
-    return f"{shown}={value}: expected {allowed}"
+    return f"{spelled}={value}: expected {allowed}"

@@ -67,6 +67,6 @@ def _local_path(text: str, folder: Path) -> Path | None:
 
 
 def _no_repository(text: str) -> DeploymentInvalid:
-    shown = re.sub(r"\?.*", "?***", text)[:120]
-    finding = Finding(code="E_BAD_FIELD", where="repository", expected=GRAMMAR, found=repr(shown))
-    return DeploymentInvalid(f"{shown!r} names no repository", [finding])
+    masked = re.sub(r"\?.*", "?***", text)[:120]
+    finding = Finding(code="E_BAD_FIELD", where="repository", expected=GRAMMAR, found=repr(masked))
+    return DeploymentInvalid(f"{masked!r} names no repository", [finding])

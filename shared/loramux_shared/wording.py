@@ -12,9 +12,9 @@ SHOWN: Final = 20
 
 def listed(names: Collection[str], most: int = SHOWN, *, none: str = "none") -> str:
     """Return the first names in a sentence's form: ``a, b, c and 57 more``; none where there are none."""
-    shown = ", ".join(islice(names, most))
+    joined = ", ".join(islice(names, most))
     more = len(names) - most
-    return f"{shown} and {more} more" if more > 0 else shown or none
+    return f"{joined} and {more} more" if more > 0 else joined or none
 
 
 MAX_FINDINGS: Final = 64

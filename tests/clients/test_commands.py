@@ -72,37 +72,37 @@ def test_lm_eval_scores_choices(url: str, tokenizer: str, tmp_path: Path) -> Non
     rows = [{"question": each, "choices": choices, "answer": answer} for each, choices, answer in QUESTIONS]
     (tmp_path / "data.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     (tmp_path / "tiny_choice.yaml").write_text(CHOICE)
-    told = run(
+    reported = run(
         tmp_path,
         *(command("lm_eval"), "--model", "local-completions", "--include_path", ".", "--tasks", "tiny_choice"),
         *("--model_args", f"model=pirate,base_url={url}/v1/completions,tokenizer={tokenizer}"),
     )
-    assert "|tiny_choice|" in told
+    assert "|tiny_choice|" in reported
 
 
 def test_inspect(url: str, tmp_path: Path) -> None:
     """An evaluation by chat."""
     (tmp_path / "capitals.py").write_text(INSPECT)
-    told = run(
+    reported = run(
         tmp_path,
         *(command("inspect"), "eval", "capitals.py", "--model", "vllm/bard", "--max-tokens", "24"),
         VLLM_BASE_URL=f"{url}/v1",
         VLLM_API_KEY="none",
         INSPECT_DISPLAY="plain",
     )
-    assert "accuracy" in told
+    assert "accuracy" in reported
 
 
 def test_guidellm(url: str, tokenizer: str, tmp_path: Path) -> None:
     """Six requests, two at a time."""
-    told = run(
+    reported = run(
         tmp_path,
         *(command("guidellm"), "run", "--backend", f"kind=openai_http,target={url},model=pirate"),
         *("--profile", "kind=concurrent,streams=2", "--constraint", "kind=max_requests,count=6"),
         *("--tokenizer", f"kind=hf_auto,model={tokenizer}", "--disable-progress"),
         *("--data", "kind=synthetic_text,prompt_tokens=32,output_tokens=8"),
     )
-    assert "Benchmarking complete" in told
+    assert "Benchmarking complete" in reported
 
 
 def test_promptfoo(url: str, tmp_path: Path) -> None:
@@ -112,8 +112,8 @@ def test_promptfoo(url: str, tmp_path: Path) -> None:
         for route in ("chat:pirate", "responses:bard")
     ]
     tests = [{"assert": [{"type": "javascript", "value": "output.length > 0"}]}]
-    wanted = {"prompts": ["The capital of France?"], "providers": providers, "tests": tests}
-    (tmp_path / "promptfoo.json").write_text(json.dumps(wanted))
+    expected = {"prompts": ["The capital of France?"], "providers": providers, "tests": tests}
+    (tmp_path / "promptfoo.json").write_text(json.dumps(expected))
     run(
         tmp_path,
         *(

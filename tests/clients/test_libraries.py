@@ -26,10 +26,12 @@ def test_langchain(url: str) -> None:
     """Messages, a stream, and a structure by both of its methods."""
     langchain = pytest.importorskip("langchain_openai")
     usual: dict[str, Any] = {"base_url": f"{url}/v1", "api_key": "none", "temperature": 0}
-    said = {name: langchain.ChatOpenAI(model=name, max_tokens=8, **usual).invoke("Hello") for name in ADAPTERS}
-    assert len({each.content for each in said.values()}) == len(ADAPTERS)
+    emitted = {
+        name: langchain.ChatOpenAI(model=name, max_tokens=8, **usual).invoke("Hello") for name in ADAPTERS
+    }
+    assert len({each.content for each in emitted.values()}) == len(ADAPTERS)
     streamed = langchain.ChatOpenAI(model="pirate", max_tokens=8, stream_usage=True, **usual).stream("Hello")
-    assert "".join(chunk.content for chunk in streamed) == said["pirate"].content
+    assert "".join(chunk.content for chunk in streamed) == emitted["pirate"].content
     for method in ("json_schema", "function_calling"):
         model = langchain.ChatOpenAI(model="json", max_tokens=60, **usual)
         assert isinstance(model.with_structured_output(City, method=method).invoke(QUESTION), City)
@@ -40,8 +42,8 @@ def test_llama_index(url: str) -> None:
     like = pytest.importorskip("llama_index.llms.openai_like")
     usual: dict[str, Any] = {"api_base": f"{url}/v1", "api_key": "none", "max_tokens": 8, "temperature": 0}
     chat = like.OpenAILike(model="pirate", is_chat_model=True, **usual)
-    said = chat.complete("Hello").text
-    assert said == "".join(chunk.delta or "" for chunk in chat.stream_complete("Hello"))
+    text = chat.complete("Hello").text
+    assert text == "".join(chunk.delta or "" for chunk in chat.stream_complete("Hello"))
     assert like.OpenAILike(model="bard", is_chat_model=False, **usual).complete("Once upon").text
 
 
@@ -97,11 +99,11 @@ def test_openai_agents(url: str, route: str) -> None:
     agents = pytest.importorskip("agents")
     openai = pytest.importorskip("openai")
     agents.set_tracing_disabled(True)
-    asked: list[str] = []
+    requests: list[str] = []
 
     def weather(city: str) -> str:
         """Tell the weather."""
-        asked.append(city)
+        requests.append(city)
         return "sun"
 
     async def ask() -> Any:
@@ -115,17 +117,17 @@ def test_openai_agents(url: str, route: str) -> None:
         return await agents.Runner.run(agent, "The weather in Paris?")
 
     assert asyncio.run(ask()).final_output
-    assert len(asked) == 1
+    assert len(requests) == 1
 
 
 def test_anthropic(url: str) -> None:
     """A message, a stream, a tool that must be called, and a count."""
     anthropic = pytest.importorskip("anthropic")
     client = anthropic.Anthropic(base_url=url, api_key="none", max_retries=0)
-    asked: dict[str, Any] = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 12}
-    assert client.messages.create(model="pirate", **asked).content[0].text
-    with client.messages.stream(model="bard", **asked) as stream:
+    requests: dict[str, Any] = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 12}
+    assert client.messages.create(model="pirate", **requests).content[0].text
+    with client.messages.stream(model="bard", **requests) as stream:
         assert "".join(stream.text_stream) == stream.get_final_message().content[0].text
     tool = {"name": "weather", "input_schema": {"type": "object", "properties": {"city": {"type": "string"}}}}
-    called = client.messages.create(model="json", tools=[tool], tool_choice={"type": "any"}, **asked)
+    called = client.messages.create(model="json", tools=[tool], tool_choice={"type": "any"}, **requests)
     assert [block.name for block in called.content if block.type == "tool_use"] == ["weather"]

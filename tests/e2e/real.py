@@ -69,7 +69,7 @@ def prompts(base: Path, *, every: int = 1) -> list[list[int]]:
     return [tokenizer.encode(text).ids for text in (*chats, *_TEXTS)[::-1][::every]]
 
 
-def oracle_choices(found: Deployment, asked: list[list[int]], answers: Answers) -> Answers:
+def oracle_choices(found: Deployment, query: list[list[int]], answers: Answers) -> Answers:
     """The token that each model finds likeliest in float32 at every place of its answers.
 
     That is what it sees there: the prompt and the answer up to the place. So an answer that equals these
@@ -77,21 +77,21 @@ def oracle_choices(found: Deployment, asked: list[list[int]], answers: Answers) 
     """
     base = Path(found.build.checkpoint_repository.repo)
     model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
-    choices = _choices(model, asked, answers, found.served_model_name)
+    choices = _choices(model, query, answers, found.served_model_name)
     for name, repository in found.build.lora_adapters.items():
         adapted = PeftModel.from_pretrained(model, repository.repo).eval()
-        choices |= _choices(adapted, asked, answers, name)
+        choices |= _choices(adapted, query, answers, name)
         model = adapted.unload()  # the base as it was
     return choices
 
 
 @torch.inference_mode()
-def _choices(model: Any, asked: list[list[int]], answers: Answers, name: str) -> Answers:
+def _choices(model: Any, query: list[list[int]], answers: Answers, name: str) -> Answers:
     """The choices of one model, prompt by prompt, so that nothing is padded."""
     choices: Answers = {}
     for (answering, place), answer in answers.items():
         if answering == name:
-            ids = torch.tensor([[*asked[place], *answer[:-1]]])
+            ids = torch.tensor([[*query[place], *answer[:-1]]])
             logits = model(input_ids=ids, logits_to_keep=len(answer)).logits[0]
             choices[name, place] = logits.argmax(-1).tolist()
     return choices

@@ -69,11 +69,11 @@ def make(folder: Path) -> Deployment:
 
 def test_a_killed_builder_leaves_nothing_half_visible_and_goes_on(tmp_path):
     """kill -9 in the middle of a publish: no deployment, only whole bundles; the next start ends the build."""
-    wanted, port = make(tmp_path), free_port()
+    expected, port = make(tmp_path), free_port()
     bundles = tmp_path / "store" / "bundles"
     with builder(tmp_path, port) as process:
         client = stub(port)
-        answer = client.BuildDeployment(pb.BuildDeploymentRequest(deployment=deployment_to_message(wanted)))
+        answer = client.BuildDeployment(pb.BuildDeploymentRequest(deployment=deployment_to_message(expected)))
         assert answer.deployment.state == State.STATE_BUILDING
         wait_until(lambda: len(list(bundles.glob("sha256/*"))) >= 3, "bundles")
         process.kill()
@@ -94,7 +94,7 @@ def test_a_killed_builder_leaves_nothing_half_visible_and_goes_on(tmp_path):
         assert states[-1].state == State.STATE_ACTIVE
         assert [adapter.stage for adapter in states[-1].adapters] == [pb.AdapterBuild.STAGE_DONE] * ADAPTERS
         assert "was interrupted, running it again" in (tmp_path / "builder.log").read_text()
-        client.BuildDeployment(pb.BuildDeploymentRequest(deployment=deployment_to_message(wanted)))
+        client.BuildDeployment(pb.BuildDeploymentRequest(deployment=deployment_to_message(expected)))
         again = [item.deployment for item in client.WatchDeployment(pb.WatchDeploymentRequest(name="tiny"))][-1]
         assert (again.state, again.generation, again.unchanged) == (State.STATE_ACTIVE, 1, True)
         process.send_signal(signal.SIGTERM)
@@ -108,9 +108,9 @@ def test_a_killed_builder_leaves_nothing_half_visible_and_goes_on(tmp_path):
 
 def test_a_killed_build_that_was_never_taken_up_is_not_found(tmp_path):
     """A killed build without its journal is as if it had never been: Get says so, and building works."""
-    wanted, port = make(tmp_path), free_port()
+    expected, port = make(tmp_path), free_port()
     with builder(tmp_path, port) as process:
-        stub(port).BuildDeployment(pb.BuildDeploymentRequest(deployment=deployment_to_message(wanted)))
+        stub(port).BuildDeployment(pb.BuildDeploymentRequest(deployment=deployment_to_message(expected)))
         wait_until(lambda: list((tmp_path / "store" / "bundles").glob("sha256/*/*")), "an object")
         process.kill()
         process.wait()
@@ -123,26 +123,26 @@ def test_a_killed_build_that_was_never_taken_up_is_not_found(tmp_path):
         with pytest.raises(grpc.RpcError) as error:
             client.GetDeployment(pb.GetDeploymentRequest(name="tiny"))
         assert fault_of(error.value).reason == "DEPLOYMENT_NOT_FOUND"
-        client.BuildDeployment(pb.BuildDeploymentRequest(deployment=deployment_to_message(wanted)))
+        client.BuildDeployment(pb.BuildDeploymentRequest(deployment=deployment_to_message(expected)))
         states = [item.deployment for item in client.WatchDeployment(pb.WatchDeploymentRequest(name="tiny"))]
         assert states[-1].state == State.STATE_ACTIVE
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "expected"),
     [
         (["--store", "ftp://x"], "store 'ftp://x': expected s3://BUCKET/PREFIX, file:///DIR"),
         (["--grpc", "nonsense"], "--grpc=nonsense: expected HOST:PORT"),
         (["--max-concurrent-builds", "0"], "--max-concurrent-builds=0"),
     ],
 )
-def test_bad_settings_end_the_start(tmp_path, flags, said):
+def test_bad_settings_end_the_start(tmp_path, flags, expected):
     """A bad setting is one line that names it, the value and what is allowed; the status is 2."""
     store = [] if "--store" in flags else ["--store", f"file://{tmp_path}"]
     log = tmp_path / "log"
     assert builder_service([*store, *flags], log, environment()).wait() == 2
     (line,) = log.read_text().splitlines()
-    assert said in line
+    assert expected in line
 
 
 def test_a_taken_port_ends_the_start(tmp_path):

@@ -130,18 +130,18 @@ def test_a_child_is_ready_when_it_says_so(tmp_path: Path, monkeypatch: pytest.Mo
     deep = tmp_path / ("deep" * 30)
     deep.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(deep))
-    said: list[str] = []
+    texts: list[str] = []
 
     async def work(tree: ProcessTree) -> None:
         program = (
             "import time; from loramux_shared.notify import notify, report, READY; print('up', flush=True); "
             "report('nearly'); notify('STATUS=up\\n' + READY); time.sleep(3600)"
         )
-        await tree.serve("child", [sys.executable, "-c", program], said.append)
-        said.append((tree.folder / "child.log").read_text())
+        await tree.serve("child", [sys.executable, "-c", program], texts.append)
+        texts.append((tree.folder / "child.log").read_text())
 
     run_tree(work)
-    assert said == ["nearly", "up", "up\n"]
+    assert texts == ["nearly", "up", "up\n"]
 
 
 def test_a_child_names_the_failure_that_ends_it() -> None:
@@ -331,10 +331,10 @@ def test_a_conversation(fakes: Fakes, tmp_path: Path) -> None:
     dialogue += [("the ", b"\x03"), ("> ", b"hello\n"), ("> ", b"\x04")]
     args = ["chat", "lora1", "--grpc", fakes.inference_address]
     text = on_a_terminal(args, {"XDG_STATE_HOME": str(tmp_path)}, dialogue)
-    said = [[turn.content for turn in request.messages.messages] for request in fakes.inference.requests[-7:]]
-    assert [turns[-1] for turns in said] == ["one", "two", "three", "three", "four", "wait", "hello"]
-    assert said[2][0] == said[3][0] == said[4][0] == "be brief"
-    assert [len(turns) for turns in said] == [1, 3, 6, 2, 4, 6, 8]
+    stated = [[turn.content for turn in request.messages.messages] for request in fakes.inference.requests[-7:]]
+    assert [turns[-1] for turns in stated] == ["one", "two", "three", "three", "four", "wait", "hello"]
+    assert stated[2][0] == stated[3][0] == stated[4][0] == "be brief"
+    assert [len(turns) for turns in stated] == [1, 3, 6, 2, 4, 6, 8]
     assert re.findall(r"sings \((\d)\)", text) == ["1", "3", "6", "2", "4", "8"]
     assert "lora2> " in text
     assert "* lora2" in text

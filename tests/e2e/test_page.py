@@ -88,23 +88,25 @@ async def test_base_and_adapters_answer_side_by_side(page: Page, tmp_path: Path)
         await page.type("#temperature", "0")
         await _ask(page)
         await page.until(DONE)
-        asked = ["base", "rs", "wide", "rs*0.5+wide"]
-        assert await page.text("#mix-note") == asked[-1]
-        assert await page.texts("article h3") == asked
+        requests = ["base", "rs", "wide", "rs*0.5+wide"]
+        assert await page.text("#mix-note") == requests[-1]
+        assert await page.texts("article h3") == requests
         body = {"messages": [{"role": "user", "content": "Hi"}], "temperature": 0, "max_completion_tokens": 24}
         answers = await asyncio.gather(
-            *(api.post("/v1/chat/completions", model=name, **body) for name in asked)
+            *(api.post("/v1/chat/completions", model=name, **body) for name in requests)
         )
-        wanted = [answer.json() for answer in answers]
-        texts = [answer["choices"][0]["message"]["content"] for answer in wanted]
+        parsed = [answer.json() for answer in answers]
+        texts = [answer["choices"][0]["message"]["content"] for answer in parsed]
         assert await page.texts("article .text") == texts
         assert len(set(texts)) == 4
-        assert all(re.fullmatch(r"\d+ ms|\d+\.\d s", told) for told in await page.texts("article .first"))
-        assert all(re.fullmatch(r"[\d.]+ tok/s", told) for told in await page.texts("article .speed"))
+        assert all(
+            re.fullmatch(r"\d+ ms|\d+\.\d s", reported) for reported in await page.texts("article .first")
+        )
+        assert all(re.fullmatch(r"[\d.]+ tok/s", reported) for reported in await page.texts("article .speed"))
         assert await page.texts("article .tokens") == [
-            str(each["usage"]["completion_tokens"]) for each in wanted
+            str(each["usage"]["completion_tokens"]) for each in parsed
         ]
-        assert await page.texts("article .end") == [each["choices"][0]["finish_reason"] for each in wanted]
+        assert await page.texts("article .end") == [each["choices"][0]["finish_reason"] for each in parsed]
         assert await page.texts("article .rank") == ["base model", "rank 5", "rank 8", "rank 5, 8"]
         digests = [api.ready.service.catalog.get(name).digest for name in ("rs", "wide")]
         assert await page.texts("article .digest:not([hidden])") == [digest[:12] for digest in digests]
@@ -284,10 +286,10 @@ async def test_a_server_with_keys_asks_for_one(page: Page, tmp_path: Path) -> No
         await page.open(url)
         await page.until("document.querySelector('#access').checkVisibility()")
         assert await page.text("#link") == "key needed"
-        for typed, said in (("lmx_nope", "does not know the API key"), (wrong, "has the scopes build")):
+        for typed, stated in (("lmx_nope", "does not know the API key"), (wrong, "has the scopes build")):
             await page.type("#key", typed)
             await page.press("Enter")
-            await page.until(f"document.querySelector('#key-hint').textContent.includes('{said}')")
+            await page.until(f"document.querySelector('#key-hint').textContent.includes('{stated}')")
             assert await page.text("#link") == "key refused"
         await page.type("#key", key)
         await page.press("Enter")
@@ -329,14 +331,14 @@ async def test_an_admin_key_pins_loads_and_rolls_back(page: Page, tmp_path: Path
     replica = operated(["one", "two"])
     service = ScriptedPage(tmp_path, ["one", "two"], {})
     service.catalog = replica.names
-    told = "document.querySelector('#operated').textContent"
+    reported = "document.querySelector('#operated').textContent"
     async with scripted_api(service, adapters=replica.manager) as url:
         await _open(page, url, 3)
         assert await page.texts(".model .version") == ["000000 ○", "000000 ○"]
         await page.click("#operate summary")
         await page.until("document.querySelector('#replica').textContent.includes('generation 1, current')")
         await page.click("#pin")
-        await page.until(f"{told} === 'Pinned: one, two.'")
+        await page.until(f"{reported} === 'Pinned: one, two.'")
         await page.until("document.querySelectorAll('.tier')[1].textContent === '●'")
         await page.type("#load-name", "three")
         await page.type("#load-path", "org/three")
@@ -345,18 +347,18 @@ async def test_an_admin_key_pins_loads_and_rolls_back(page: Page, tmp_path: Path
         counted = "document.querySelector('#replica').textContent.includes('3 of 3 adapters in memory')"
         await page.until(counted)
         await page.click("#roll-back")
-        await page.until(f"{told}.startsWith('Click again')")
+        await page.until(f"{reported}.startsWith('Click again')")
         assert replica.names.generation == 2
         await page.click("#roll-back")
         await page.until("document.querySelectorAll('.model').length === 3")
-        await page.until(f"{told} === 'Served as generation 3.'")
+        await page.until(f"{reported} === 'Served as generation 3.'")
         await page.click("#choose-none")
         await page.click(".model input[value=two]")
         await page.click("#remove")
-        await page.until(f"{told}.startsWith('Click again to take two out')")
+        await page.until(f"{reported}.startsWith('Click again to take two out')")
         await page.click("#remove")
         await page.until("document.querySelectorAll('.model').length === 2")
-        await page.until(f"{told} === 'Removed: two.'")
+        await page.until(f"{reported} === 'Removed: two.'")
         assert await page.eval("document.querySelector('#server').getBoundingClientRect().bottom") <= 800
         for width, height in ((1280, 800), (390, 844)):
             await page.appear(width, height)

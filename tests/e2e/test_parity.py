@@ -51,19 +51,21 @@ def ready(tmp_path_factory: pytest.TempPathFactory) -> Ready:
 
 
 @pytest.fixture(scope="module")
-def answers(ready: Ready, asked: list[list[int]], new: int) -> Answers:
+def answers(ready: Ready, query: list[list[int]], new: int) -> Answers:
     """Every model's answers to every prompt, eight at a time."""
-    return _mixed_batches(ready, asked, new)
+    return _mixed_batches(ready, query, new)
 
 
 def _ready(store: Store) -> Ready:
     """Build the demo's deployment in float32 into a store, and load it from there."""
-    wanted = in_float32(deployment())
-    base = Path(wanted.build.checkpoint_repository.repo)
+    required = in_float32(deployment())
+    base = Path(required.build.checkpoint_repository.repo)
     roots = (EXAMPLES, base)
-    build(wanted, BuildContext(store, open_sources(local_roots=roots)), Progress(wanted.build.lora_adapters))
+    build(
+        required, BuildContext(store, open_sources(local_roots=roots)), Progress(required.build.lora_adapters)
+    )
     settings = InferenceSettings(
-        deployment=wanted.model_name, dtype="float32", local_roots=roots, kv_memory_gb=0.2, prefix_cache=False
+        deployment=required.model_name, dtype="float32", local_roots=roots, kv_memory_gb=0.2, prefix_cache=False
     )
     return load(settings, store)
 
@@ -73,45 +75,45 @@ def _models() -> list[str]:
     return [found.served_model_name, *found.build.lora_adapters]
 
 
-def _mixed_batches(ready: Ready, asked: Sequence[Sequence[int]], new: int, most: int | None = None) -> Answers:
+def _mixed_batches(ready: Ready, query: Sequence[Sequence[int]], new: int, most: int | None = None) -> Answers:
     """Every model meets every prompt, eight at a time, base and adapters side by side; of so many batches."""
     models = _models()
     pairs = [
         (models[(place + turn) % len(models)], place)
         for turn in range(len(models))
-        for place in range(len(asked))
+        for place in range(len(query))
     ]
     answers: Answers = {}
     for start in range(0, len(pairs), MIXED)[:most]:
         batch = pairs[start : start + MIXED]
         assert len({model for model, _ in batch}) == len(models)
-        said = run_engine(ready, [(model, asked[place]) for model, place in batch], new)
-        answers |= dict(zip(batch, said, strict=True))
+        emitted = run_engine(ready, [(model, query[place]) for model, place in batch], new)
+        answers |= dict(zip(batch, emitted, strict=True))
     assert {len(answer) for answer in answers.values()} == {new}
     return answers
 
 
-def test_mixed_batches_equal_peft(asked: list[list[int]], answers: Answers) -> None:
+def test_mixed_batches_equal_peft(query: list[list[int]], answers: Answers) -> None:
     """Every token is PEFT's choice in batches of eight that mix base and adapters."""
-    assert len(answers) == len(_models()) * len(asked)
-    assert answers == oracle_choices(deployment(), asked, answers)
-    said = {name: [answers[name, place] for place in range(len(asked))] for name in _models()}
-    assert len({str(each) for each in said.values()}) == len(said)  # every adapter changes something
+    assert len(answers) == len(_models()) * len(query)
+    assert answers == oracle_choices(deployment(), query, answers)
+    stated = {name: [answers[name, place] for place in range(len(query))] for name in _models()}
+    assert len({str(each) for each in stated.values()}) == len(stated)  # every adapter changes something
 
 
 def test_each_alone_is_as_in_a_batch(
-    ready: Ready, asked: list[list[int]], answers: Answers, sweeps: bool
+    ready: Ready, query: list[list[int]], answers: Answers, sweeps: bool
 ) -> None:
     """One request at a time says the same tokens, each model to a prompt of its own, or with all."""
     for number, model in enumerate(_models()):
-        for place in range(len(asked)) if sweeps else [number % len(asked)]:
+        for place in range(len(query)) if sweeps else [number % len(query)]:
             expected = answers[model, place]
-            assert run_engine(ready, [(model, asked[place])], len(expected)) == [expected], (model, place)
+            assert run_engine(ready, [(model, query[place])], len(expected)) == [expected], (model, place)
 
 
 def test_bundles_from_an_s3_server_give_the_same_tokens(
     s3_server: S3Server,
-    asked: list[list[int]],
+    query: list[list[int]],
     answers: Answers,
     new: int,
     monkeypatch: pytest.MonkeyPatch,
@@ -121,5 +123,5 @@ def test_bundles_from_an_s3_server_give_the_same_tokens(
     for name, value in s3_server.environment.items():
         monkeypatch.setenv(name, value)
     far = _ready(open_store(f"s3://{s3_server.new_bucket()}/loramux"))
-    said = _mixed_batches(far, asked, new, None if sweeps else 1)
-    assert said == {pair: answers[pair] for pair in said}
+    stated = _mixed_batches(far, query, new, None if sweeps else 1)
+    assert stated == {pair: answers[pair] for pair in stated}

@@ -97,7 +97,7 @@ def _no_weights(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("make", "said"),
+    ("make", "expected"),
     [
         (_rank, ["E_RANK_MAX", "12", "8"]),
         (_nan, ["E_NAN"]),
@@ -107,13 +107,13 @@ def _no_weights(folder: Path) -> None:
     ids=["rank", "nan", "other base", "missing file"],
 )
 def test_a_wrong_adapter_is_refused_by_name(
-    bench: Bench, make: Callable[[Path], None], said: list[str]
+    bench: Bench, make: Callable[[Path], None], expected: list[str]
 ) -> None:
     """The whole build is refused, with what was expected and found, and the store is as it was."""
     make(bench.folder / "adapters" / "bad")
     status, text = bench.build(bench.file(max_lora_rank=8))
     assert status == 1
-    for part in ("ADAPTER_INVALID", "bad", *said):
+    for part in ("ADAPTER_INVALID", "bad", *expected):
         assert part in text
     assert "Traceback" not in text
     assert bench.stored() == []

@@ -69,9 +69,9 @@ def test_what_is_changed_is_served_without_a_restart(tmp_path: Path) -> None:
         Client(served.grpc) as client,
     ):
         builder = served.builder
-        said = (tmp_path / "up.log").read_text()
+        output = (tmp_path / "up.log").read_text()
         doing = r"  importing torch\n  reading the base, .* GB\n  loading [0-9]+ adapters\n"
-        assert re.search(doing, said.replace("  compiling operations for this processor, once\n", "")), said
+        assert re.search(doing, output.replace("  compiling operations for this processor, once\n", "")), output
 
         def ask(model: str, generation: int) -> Started:
             events = list(client.generate(model, "HELLO", max_tokens=4, min_generation=generation))

@@ -83,8 +83,8 @@ def test_without_a_compiler_a_wheel_is_pure_and_says_so(
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CXX", raising=False)
     assert wheel(tmp_path).name.endswith("-py3-none-any.whl")
-    said = "".join(capfd.readouterr())
-    assert "no compiled operations (no C++ compiler" in said
+    output = "".join(capfd.readouterr())
+    assert "no compiled operations (no C++ compiler" in output
 
 
 def test_an_editable_installation_compiles_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,12 +35,12 @@ def judge(exhibit: Exhibit, folder: Path) -> tuple[list[Finding], MemoryStore]:
     """Build an exhibit through the whole pipeline; returns what was found and what was published."""
     base(folder / BASE, exhibit.base)
     exhibit.make(folder / "exhibit")
-    wanted = deployment_of(
+    required = deployment_of(
         folder, "exhibit", lora_configuration=exhibit.lora, signed_by=list(exhibit.signed_by)
     )
     store, progress = MemoryStore(), Progress(["exhibit"])
     try:
-        build(wanted, workshop(folder, store), progress)
+        build(required, workshop(folder, store), progress)
     except AdapterInvalid as refusal:
         return list(refusal.findings), store
     return list(progress.adapters[0].warnings), store

@@ -32,15 +32,15 @@ def judged(shape: Shape, folder: Path) -> tuple[list[str], Deltas]:
     (base / "config.json").write_text(json.dumps(BASES[shape.base]))
     weights = {"model.embed_tokens.weight": np.zeros((VOCAB, HIDDEN), "f4")}
     if shape.base == "llama":  # which magnitudes are beside
-        kept = model_of(shape.base).state_dict().items()
-        weights |= {name: values.numpy() for name, values in kept if "self_attn" in name}
+        retained = model_of(shape.base).state_dict().items()
+        weights |= {name: values.numpy() for name, values in retained if "self_attn" in name}
     save_file(weights, base / "model.safetensors")
     shape.write(folder / "one")
     lora = {"dtype": "float32", "max_lora_rank": shape.max_rank}
-    wanted = deployment_of(folder, "one", checkpoint_repository=local(base), lora_configuration=lora)
+    required = deployment_of(folder, "one", checkpoint_repository=local(base), lora_configuration=lora)
     context = workshop(folder)
     try:
-        done = built(wanted, context)
+        done = built(required, context)
     except AdapterInvalid as refusal:
         assert list(context.store.list("")) == []
         return [finding.code for finding in refusal.findings], {}

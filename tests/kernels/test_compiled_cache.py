@@ -104,7 +104,7 @@ def script(path: Path, *lines: str) -> Path:
 
 @needs_compiler
 def test_what_was_compiled_from_another_header_is_not_used(
-    kept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    retained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The file's name has the digest of all that is compiled, not of ops.cpp alone."""
     source = tmp_path / "source"
@@ -112,83 +112,83 @@ def test_what_was_compiled_from_another_header_is_not_used(
     for path in compiling.SOURCE.parent.glob("*.[ch]*"):
         shutil.copy(path, source)
     monkeypatch.setattr(compiling, "SOURCE", source / compiling.SOURCE.name)
-    assert_works(load(kept.parent))
-    assert len(list(kept.parent.iterdir())) == 1
+    assert_works(load(retained.parent))
+    assert len(list(retained.parent.iterdir())) == 1
     with (source / "vectors.h").open("a") as header:
         header.write("// another\n")
-    assert_works(load(kept.parent))
-    assert len(list(kept.parent.iterdir())) == 2
+    assert_works(load(retained.parent))
+    assert len(list(retained.parent.iterdir())) == 2
 
 
 @needs_compiler
-def test_what_is_kept_is_closed_to_others_and_serves_the_next_start(kept: Path) -> None:
+def test_what_is_kept_is_closed_to_others_and_serves_the_next_start(retained: Path) -> None:
     """Modes are 0700 and 0600, also where an older start or a umask of 002 left the folder open; nothing is
     rebuilt.
     """
-    assert kept.stat().st_mode & 0o777 == 0o600
-    kept.parent.chmod(0o775)
-    before = kept.stat().st_ino
-    assert_works(load(kept.parent))
-    assert kept.parent.stat().st_mode & 0o777 == 0o700
-    assert [path.stat().st_ino for path in kept.parent.iterdir()] == [before]
+    assert retained.stat().st_mode & 0o777 == 0o600
+    retained.parent.chmod(0o775)
+    before = retained.stat().st_ino
+    assert_works(load(retained.parent))
+    assert retained.parent.stat().st_mode & 0o777 == 0o700
+    assert [path.stat().st_ino for path in retained.parent.iterdir()] == [before]
 
 
 @needs_compiler
-def test_folders_of_starts_that_were_killed_are_removed(kept: Path) -> None:
+def test_folders_of_starts_that_were_killed_are_removed(retained: Path) -> None:
     """One of a start that may still compile stays."""
-    old, new = (kept.parent / f"{build.UNFINISHED}{age}" for age in ("old", "new"))
+    old, new = (retained.parent / f"{build.UNFINISHED}{age}" for age in ("old", "new"))
     for folder in (old, new):
         folder.mkdir()
         (folder / "ops.so").touch()
     day_before = time.time() - build.LEFT_BEHIND_S - 1
     os.utime(old, (day_before, day_before))
-    assert_works(load(kept.parent))
-    assert {path.name for path in kept.parent.iterdir()} == {kept.name, new.name}
+    assert_works(load(retained.parent))
+    assert {path.name for path in retained.parent.iterdir()} == {retained.name, new.name}
 
 
 @needs_compiler
-def test_a_truncated_file_is_made_again(kept: Path) -> None:
+def test_a_truncated_file_is_made_again(retained: Path) -> None:
     """A start after a full disk is like the first; a library that ends early would kill the process."""
-    size = kept.stat().st_size
-    kept.write_bytes(kept.read_bytes()[:4096])
-    assert_works(load(kept.parent))
-    assert kept.stat().st_size == size
+    size = retained.stat().st_size
+    retained.write_bytes(retained.read_bytes()[:4096])
+    assert_works(load(retained.parent))
+    assert retained.stat().st_size == size
 
 
 @needs_compiler
-def test_a_folder_in_the_place_of_the_file_stops_nobody(kept: Path) -> None:
+def test_a_folder_in_the_place_of_the_file_stops_nobody(retained: Path) -> None:
     """The operations are there; only the next start makes them again."""
-    kept.unlink()
-    kept.mkdir()
-    assert_works(load(kept.parent))
+    retained.unlink()
+    retained.mkdir()
+    assert_works(load(retained.parent))
 
 
 @needs_compiler
 def test_a_library_that_others_could_have_put_there_does_not_run(
-    kept: Path, canary: tuple[bytes, Path]
+    retained: Path, canary: tuple[bytes, Path]
 ) -> None:
     """Neither beside the file that is looked for, nor in its place with a digest that fits."""
     code, sung = canary
-    kept.with_name(kept.name.replace("sealed", "so")).write_bytes(code)
-    kept.write_bytes(sealed(code))
-    kept.chmod(0o666)
-    assert_works(load(kept.parent))
+    retained.with_name(retained.name.replace("sealed", "so")).write_bytes(code)
+    retained.write_bytes(sealed(code))
+    retained.chmod(0o666)
+    assert_works(load(retained.parent))
     assert not sung.exists()
     ctypes.CDLL(str(sung.with_name("canary.so")))
     assert sung.exists()
 
 
 @needs_compiler
-def test_in_a_folder_of_others_nothing_is_kept_or_run(kept: Path, canary: tuple[bytes, Path]) -> None:
+def test_in_a_folder_of_others_nothing_is_kept_or_run(retained: Path, canary: tuple[bytes, Path]) -> None:
     """The operations are made for this start alone, and its line says why."""
     code, _ = canary
-    kept.write_bytes(sealed(code))
-    link = kept.parent.with_name("link")
-    link.symlink_to(kept.parent)
+    retained.write_bytes(sealed(code))
+    link = retained.parent.with_name("link")
+    link.symlink_to(retained.parent)
     result = load(link)
     assert_works(result)
     assert f"not kept: {link} is a link" in result.how
-    assert kept.read_bytes() == sealed(code)
+    assert retained.read_bytes() == sealed(code)
 
 
 def test_a_compiler_that_fails_for_one_type_is_not_waited_for(
@@ -220,11 +220,11 @@ def test_a_start_that_compiles_says_what_it_waits_for(tmp_path: Path, monkeypatc
     slow = script(
         tmp_path / "slow", f"while [ ! -e {release} ]; do sleep 0.01; done", "echo enough >&2; exit 1"
     )
-    said: list[str] = []
+    texts: list[str] = []
 
     def report(text: str) -> None:
-        said.append(text)
-        if len(said) == 4:
+        texts.append(text)
+        if len(texts) == 4:
             release.touch()
 
     monkeypatch.setattr(compiling, "INTERVAL_S", 0.02)
@@ -232,8 +232,8 @@ def test_a_start_that_compiles_says_what_it_waits_for(tmp_path: Path, monkeypatc
     monkeypatch.setenv("CXX", str(slow))
     with capture_logs() as logs:
         assert load(tmp_path / "native").how == "torch operations (slow failed: enough)"
-    assert said[0] == "compiling operations for this processor, once"
-    assert f"waiting for {slow}" in said[1]
+    assert texts[0] == "compiling operations for this processor, once"
+    assert f"waiting for {slow}" in texts[1]
     assert logs[0] | {"waits_for": str(slow)} == logs[0]
     assert [log["event"] for log in logs[1:4]] == ["still compiling operations for this processor"] * 3
 
@@ -278,11 +278,11 @@ def test_a_lesser_kind_is_taken_where_the_best_can_be_had_in_no_way(
 
 @needs_compiler
 def test_operations_that_compute_something_else_are_not_used(
-    kept: Path, monkeypatch: pytest.MonkeyPatch
+    retained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The start goes on with torch's, and knows why."""
     monkeypatch.setattr(build, "first_wrong", lambda _: "rms_norm")
-    built = load(kept.parent)
+    built = load(retained.parent)
     assert (built.library, built.lack) == (None, Lack.WRONG_RESULT)
     assert "rms_norm" in built.how
 

@@ -57,9 +57,9 @@ def test_packing_puts_every_value_where_the_products_read_it(ops: CpuOps) -> Non
         a = torch.nn.functional.pad(matrix, (0, -columns % lane))
         tiles = torch.nn.functional.pad(matrix, (0, -columns % 16, 0, -rank % units))
         b = tiles.view(len(tiles) // units, units, -1, 16).permute(2, 0, 3, 1)
-        for given in (matrix, matrix.t().contiguous().t(), steps):
-            assert torch.equal(packed_by(ops, given, 0), a), (rank, columns)
-            assert torch.equal(packed_by(ops, given, 1), b), (rank, columns)
+        for provided in (matrix, matrix.t().contiguous().t(), steps):
+            assert torch.equal(packed_by(ops, provided, 0), a), (rank, columns)
+            assert torch.equal(packed_by(ops, provided, 1), b), (rank, columns)
 
 
 def _assert_close(found: Tensor, expected: Tensor, ops: CpuOps, case: object = "", times: int = 1) -> None:

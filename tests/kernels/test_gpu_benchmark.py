@@ -42,16 +42,16 @@ def test_every_section_runs_to_its_end(
     """At tiny sizes in the interpreter; what would be a time is called a rehearsal, and null in the JSON."""
     target = tmp_path / "gpu.json"
     status = gpu.main(["--dry", "--only", section, "--json", str(target)])
-    told = capsys.readouterr()
-    assert status == 0, told.err
+    output = capsys.readouterr()
+    assert status == 0, output.err
     found = json.loads(target.read_text())
     assert found["rows"]
     assert {row["section"] for row in found["rows"]} == {section}
     times = [value for row in found["rows"] for name, value in row.items() if TIMED.search(name)]
     assert times or section == "correctness"
     assert set(times) <= {None}
-    assert f"\n{section}\n" in told.out
-    assert "rehearsal" in told.out
+    assert f"\n{section}\n" in output.out
+    assert "rehearsal" in output.out
     assert [each["met"] for each in found["targets"]] == [None] * 7
     assert found["machine"].keys() >= {"card", "torch", "triton", "commit", "copy"}
 

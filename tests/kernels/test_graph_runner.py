@@ -155,14 +155,14 @@ def test_vectors_are_read_from_recorded_steps(
     """Last states come out of replayed steps, beside tokens that are drawn; means out of steps that are not."""
     last, mean = [("all", [5, 6, 7, 8]), ("base", [9, 8, 7])], [("wide", [11, 3])]
     reference = world[0].load(world[1], backend="torch", native=False)
-    for asked, replays in (
+    for request, replays in (
         ([(*each, Pooling.LAST) for each in last], 2),
         ([(*last[0], Pooling.LAST), (*mean[0], Pooling.MEAN)], 1),
     ):
-        expected, answers = run_pooled(reference, asked, ["rs"], [3, 4, 5], 2)
+        expected, answers = run_pooled(reference, request, ["rs"], [3, 4, 5], 2)
         recorder.replays.clear()
-        found, said = run_pooled(_with(ready, runner), asked, ["rs"], [3, 4, 5], 2)
-        assert said == answers
+        found, emitted = run_pooled(_with(ready, runner), request, ["rs"], [3, 4, 5], 2)
+        assert emitted == answers
         assert len(recorder.replays) == replays
         for one, other in zip(found, expected, strict=True):
             np.testing.assert_allclose(one, other, atol=1e-4, rtol=1e-4)
@@ -207,19 +207,19 @@ def test_every_kind_of_sampling_is_that_of_a_step_without_graph(
     """Drawn on the device and on the host, with log probabilities or not, the same tokens come out of a runner
     that has recorded nothing, and those of the host out of the torch backend too; whether log probabilities are
     asked for changes none."""
-    asked = [(name, prompt[:4], params) for (name, prompt), params in zip(REQUESTS, SAMPLING, strict=False)]
-    replayed = _run(_with(ready, runner), asked)
-    eager = _run(_with(ready, _runner(ready, CountingRecorder())), asked)
+    requests = [(name, prompt[:4], params) for (name, prompt), params in zip(REQUESTS, SAMPLING, strict=False)]
+    replayed = _run(_with(ready, runner), requests)
+    eager = _run(_with(ready, _runner(ready, CountingRecorder())), requests)
     for ours, theirs in zip(replayed, eager, strict=True):
         assert [token.id for token in ours] == [token.id for token in theirs]
         assert [token.logprob for token in ours] == pytest.approx([token.logprob for token in theirs], abs=1e-4)
         assert [[i for i, _ in token.top] for token in ours] == [[i for i, _ in token.top] for token in theirs]
     plain = world[0].load(world[1], backend="torch", native=False)
-    on_host = [[token.id for token in tokens] for tokens in _run(plain, asked[2:])]
+    on_host = [[token.id for token in tokens] for tokens in _run(plain, requests[2:])]
     assert [[token.id for token in tokens] for tokens in replayed[2:]] == on_host
     assert all(token.id % 3 == 0 for token in replayed[3])
     assert [len(token.top) for token in replayed[0]] == [2] * 3
-    name, prompt, params = asked[0]
+    name, prompt, params = requests[0]
     (alone,) = _run(_with(ready, runner), [(name, prompt, replace(params, logprobs=None))])
     assert [token.id for token in alone] == [token.id for token in replayed[0]]
 
@@ -239,10 +239,10 @@ def test_no_request_sits_out_a_step(
 ) -> None:
     """Penalties, bad words and a grammar beside a plain request: each has a row in every step, with its last
     token in flight, and its tokens are those of the torch backend, which knows all before it draws."""
-    asked = [(name, prompt[:4], params) for (name, prompt), params in zip(REQUESTS, SHAPING, strict=False)]
+    requests = [(name, prompt[:4], params) for (name, prompt), params in zip(REQUESTS, SHAPING, strict=False)]
     plain = world[0].load(world[1], backend="torch", native=False)
-    expected = [[token.id for token in tokens] for tokens in _run(plain, asked, walking=[2])]
-    unshaped = [(name, prompt, SamplingParams(max_tokens=6)) for name, prompt, _ in asked]
+    expected = [[token.id for token in tokens] for tokens in _run(plain, requests, walking=[2])]
+    unshaped = [(name, prompt, SamplingParams(max_tokens=6)) for name, prompt, _ in requests]
     free = [[token.id for token in tokens] for tokens in _run(plain, unshaped)]
     steps: list[int] = []
     submit = runner.submit
@@ -252,7 +252,7 @@ def test_no_request_sits_out_a_step(
         return submit(batch)
 
     monkeypatch.setattr(runner, "submit", counted)
-    found = _run(_with(ready, runner), asked, walking=[2])
+    found = _run(_with(ready, runner), requests, walking=[2])
     assert [[token.id for token in tokens] for tokens in found] == expected
     assert steps == [4] * 6
     assert all((one + other) % 2 for one, other in pairwise(expected[3]))
@@ -267,9 +267,9 @@ def test_preemption_changes_no_token(ready: Ready, runner: GraphRunner) -> None:
         SamplingParams(max_tokens=5),
         SamplingParams(max_tokens=5, frequency_penalty=2.0, repetition_penalty=1.5),
     )
-    asked = [(name, list(range(30, 44)), kind) for name, kind in zip(("all", "base"), kinds, strict=True)]
-    expected = _run(_with(ready, runner), asked)
-    assert _run(_with(ready, runner, blocks=3), asked) == expected
+    requests = [(name, list(range(30, 44)), kind) for name, kind in zip(("all", "base"), kinds, strict=True)]
+    expected = _run(_with(ready, runner), requests)
+    assert _run(_with(ready, runner, blocks=3), requests) == expected
     assert ready.engine.stats.preemptions > 0
 
 
@@ -410,13 +410,13 @@ def test_drafts_are_verified_row_by_row(
     """Tokens that are drawn behind a draft's are those that a step each would have given, sampled ones too, and
     those of a grammar."""
     lengths = {"base": 8, "wide": 8, "rs": 14}
-    asked = [
+    requests = [
         (name, prompt, SamplingParams(max_tokens=lengths[name], temperature=1.0, seed=3))
         for name, prompt in zip(lengths, (prompt for _, prompt in REQUESTS), strict=False)
     ]
     plain = world[0].load(world[1], backend="torch", native=False)
-    expected = [[token.id for token in tokens] for tokens in _run(plain, asked, walking=[2])]
-    known = {tuple(prompt): answer for (_, prompt, _), answer in zip(asked, expected, strict=True)}
+    expected = [[token.id for token in tokens] for tokens in _run(plain, requests, walking=[2])]
+    known = {tuple(prompt): answer for (_, prompt, _), answer in zip(requests, expected, strict=True)}
 
     def expect(lookup: Lookup, seq: EngineSequence, most: int) -> Expected:
         expected = lookup._expected.setdefault(seq, Expected(chances=[0.9, 0.9]))
@@ -429,7 +429,7 @@ def test_drafts_are_verified_row_by_row(
     runner = _runner(ready, recorder, limits)
     runner.depth = 0
     ready.engine._engine = Engine(runner, limits, BlockManager(BLOCKS, BLOCK), AlwaysResident(), lambda: 0.0)
-    found = [[token.id for token in tokens] for tokens in _run(ready, asked, walking=[2])]
+    found = [[token.id for token in tokens] for tokens in _run(ready, requests, walking=[2])]
     assert found == expected
     stats = ready.engine.stats
     assert stats.tokens_drafted > stats.tokens_accepted > 3

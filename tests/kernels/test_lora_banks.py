@@ -79,7 +79,9 @@ def test_an_adapter_that_overflows_reaches_no_row_of_others(lora: LoraBackend, d
         arrangement({0: 1, 1: 2, 2: 1, 3: 2, 4: 17}),
     ]
     torch.manual_seed(bad)
-    given = [(torch.randn(30, shape.in_features), torch.randn(30, sum(shape.out_features))) for shape in GROUPS]
+    provided = [
+        (torch.randn(30, shape.in_features), torch.randn(30, sum(shape.out_features))) for shape in GROUPS
+    ]
     every = [adapter(ranks, seed) for seed, ranks in enumerate(ADAPTERS)]
     bank = Resident(lora, sum(taken_by(lora.pack(each).num_bytes) for each in every), num_slots=5)
     for each in every:
@@ -90,7 +92,7 @@ def test_an_adapter_that_overflows_reaches_no_row_of_others(lora: LoraBackend, d
         for step in steps:
             lora.begin(step)
             own = {row for each in step.segments if each.slot == bad for row in range(each.start, each.end)}
-            for layer, (shape, (x, out)) in product(range(LAYERS), zip(GROUPS, given, strict=True)):
+            for layer, (shape, (x, out)) in product(range(LAYERS), zip(GROUPS, provided, strict=True)):
                 added = out.to(device, copy=True)
                 with np.errstate(all="ignore"):  # of the interpreter, which would tell of it
                     lora.apply(x.to(device), added, layer, shape.name)

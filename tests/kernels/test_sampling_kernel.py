@@ -150,7 +150,7 @@ def supports(logits: Tensor, rows: Sequence[RowParams]) -> list[list[int]]:
     shift, vocab = SHIFTS[logits.dtype], logits.shape[1]
     threshold_kernel[(len(rows),)](logits, packed, best, found, vocab, logits.stride(0), shift, 2, 1024)
     span = packed.view(torch.float32)[:, 4]
-    kept = []
+    retained = []
     for row, top, width, (low, high, taken) in zip(
         logits.float().cpu(), best, span, found.tolist(), strict=True
     ):
@@ -158,8 +158,8 @@ def supports(logits: Tensor, rows: Sequence[RowParams]) -> list[list[int]]:
         key = (bits ^ ((bits >> 31) & 0x7FFFFFFF)) >> shift
         valid = (row > -torch.inf) & (row >= (top - width).cpu())
         last = valid & (key > low) & (key <= high)
-        kept.append(((valid & (key > high)) | (last & (last.cumsum(0) <= taken))).nonzero()[:, 0].tolist())
-    return kept
+        retained.append(((valid & (key > high)) | (last & (last.cumsum(0) <= taken))).nonzero()[:, 0].tolist())
+    return retained
 
 
 @pytest.mark.parametrize(

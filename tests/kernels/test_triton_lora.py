@@ -102,7 +102,7 @@ def test_the_weights_are_not_kept(lora: TritonLora) -> None:
     size = lora.num_bytes
     for seed in range(4):
         packed = lora.pack(adapter(ADAPTERS[1], seed))
-        kept = weakref.ref(packed.matrices)
+        retained = weakref.ref(packed.matrices)
         offset = seed % 3 * packed.num_bytes
         if seed == 3:
             lora.leave(0)
@@ -110,7 +110,7 @@ def test_the_weights_are_not_kept(lora: TritonLora) -> None:
         lora.enter(seed % 3, offset, packed)
         del packed
         gc.collect()
-        assert kept() is None
+        assert retained() is None
         assert lora.num_bytes == size
     assert not bank.held
 

@@ -58,17 +58,17 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 def requests() -> list[tuple[str, list[int]]]:
     """Called at the beginning, within a block, at a block's end, by the last token, twice, never."""
     draw = random.Random(6)
-    said = _said(draw, 40)
+    stated = _said(draw, 40)
     return [
-        ("called", [*said[:19], *CALLED, *said[19:30]]),
-        ("asked", [*said[:39], *ASKED]),
-        ("base", said),
-        ("called", [*CALLED, *said[:11]]),
-        ("asked", [*said[:16], *ASKED, *said[16:20]]),
-        ("called", [*said[:9], *CALLED, *said[9:20], *CALLED, *said[20:24]]),
-        ("wide", [*said[:19], *CALLED, *said[19:30]]),
-        ("base", [*said[:19], *CALLED, *said[19:30]]),
-        ("called", [*said[:20], *CALLED[:2]]),
+        ("called", [*stated[:19], *CALLED, *stated[19:30]]),
+        ("asked", [*stated[:39], *ASKED]),
+        ("base", stated),
+        ("called", [*CALLED, *stated[:11]]),
+        ("asked", [*stated[:16], *ASKED, *stated[16:20]]),
+        ("called", [*stated[:9], *CALLED, *stated[9:20], *CALLED, *stated[20:24]]),
+        ("wide", [*stated[:19], *CALLED, *stated[19:30]]),
+        ("base", [*stated[:19], *CALLED, *stated[19:30]]),
+        ("called", [*stated[:20], *CALLED[:2]]),
     ]
 
 
@@ -120,15 +120,15 @@ def test_the_blocks_of_a_conversation_are_shared(
     """
     ready = world.load(store, block_size=4, max_batch_tokens=64)
     calls = {"called": CALLED, "asked": ASKED}
-    said, found = _said(random.Random(8), 83), []
+    emitted, found = _said(random.Random(8), 83), []
     for name in (first, then, "wide"):
-        prompt = [*said, *calls.get(name, ()), 20]
+        prompt = [*emitted, *calls.get(name, ()), 20]
         seq = sequence(ready, name, name, prompt, SamplingParams(max_tokens=30))
         ready.engine._engine.add(seq)
         while not ready.engine._engine.idle:
             ready.engine._engine.step()
         found.append(seq.progress.num_cached // 4)
-        said = list(seq.progress.tokens) if name == "base" else said
+        emitted = list(seq.progress.tokens) if name == "base" else emitted
     blocks = (83 + (31 if first == "base" else 0)) // 4
     assert found[0] == found[2] == 0
     assert blocks >= found[1] >= 0.95 * blocks
@@ -140,15 +140,15 @@ async def test_a_request_finds_its_place_once_for_all_answers_and_versions(
     """Through the service: n answers are alike, log probabilities of the prompt are the base's up to there, and
     a name that was switched to another version looks for that one's tokens."""
     service = await open_service((world, store), preload=0)
-    said, call = requests[0][1][:19], requests[0][1][19:]
-    prompt = [*said, *ASKED, *call]
+    stated, call = requests[0][1][:19], requests[0][1][19:]
+    prompt = [*stated, *ASKED, *call]
     with torch.no_grad():
         logits = oracle(world.base, world.adapters["called"])(torch.tensor([prompt])).logits[0]
-    wanted = torch.log_softmax(logits, -1)[range(len(prompt) - 1), prompt[1:]].tolist()
+    required = torch.log_softmax(logits, -1)[range(len(prompt) - 1), prompt[1:]].tolist()
     fields = {"max_tokens": NEW, "ignore_eos": True}
     events = await service.events(prompt, "called", prompt_logprobs=0, **fields)
     (scored,) = [event.tokens for event in events if isinstance(event, PromptScores)]
-    assert [token.logprob for token in scored[1:]] == pytest.approx(wanted, abs=1e-4)
+    assert [token.logprob for token in scored[1:]] == pytest.approx(required, abs=1e-4)
     assert await service.answers(requests[0][1], model="called", n=2, **fields) == [expected[0]] * 2
     generation = current_generation(store, "tiny")
     assert generation is not None
@@ -200,11 +200,11 @@ def test_windows_and_states_change_no_token(tmp_path: Path, config: PreTrainedCo
     world.build(store)
     models = {name: oracle(world.base, world.adapters.get(name)) for name in calls}
     ready = world.load(store, native=native, max_batch_tokens=32)
-    said = _said(random.Random(9), 90)
+    stated = _said(random.Random(9), 90)
     for behind in (1, 17):
-        asked = [(name, [*said, *call, *said[:behind]]) for name, call in calls.items()]
-        answers = [oracle_tokens(models[name], prompt, NEW) for name, prompt in asked]
+        queries = [(name, [*stated, *call, *stated[:behind]]) for name, call in calls.items()]
+        answers = [oracle_tokens(models[name], prompt, NEW) for name, prompt in queries]
         for _ in range(2):
-            assert run_engine(ready, asked, NEW) == answers
-        said = [*asked[-1][1], *answers[-1]]
+            assert run_engine(ready, queries, NEW) == answers
+        stated = [*queries[-1][1], *answers[-1]]
     assert ready.engine.stats.prefix_tokens_hit > ready.engine.stats.prefix_tokens_queried * 0.4

@@ -163,19 +163,19 @@ async def test_apis_speak_its_tokens(world: World, store: MemoryStore) -> None:
         ids = {text: VOCAB + at for at, text in enumerate(ADDED)}
         mine, base = {"model": "more"}, {"model": "base"}
         for model, tokens in ((mine, [ids["<tool>"], 68]), (base, [31, 87, 82, 82, 79, 33, 68])):
-            said = (await api.post("/tokenize", prompt="<tool>a", **model)).json()
-            assert said["tokens"] == tokens
+            body = (await api.post("/tokenize", prompt="<tool>a", **model)).json()
+            assert body["tokens"] == tokens
             back = await api.post("/detokenize", tokens=tokens, **model)
             assert back.json() == {"prompt": "<tool>a"}
         foreign = await api.post("/v1/completions", prompt=[BASE], **base)
         assert foreign.status_code == 400
         assert f"ids from 0 to {BASE - 1}" in foreign.json()["error"]["message"]
-        asked = {"messages": [{"role": "user", "content": "ab"}], "max_tokens": 4, "temperature": 0}
-        chat = (await api.post("/v1/chat/completions", return_token_ids=True, **mine, **asked)).json()
+        requests = {"messages": [{"role": "user", "content": "ab"}], "max_tokens": 4, "temperature": 0}
+        chat = (await api.post("/v1/chat/completions", return_token_ids=True, **mine, **requests)).json()
         assert chat["prompt_token_ids"] == [ids["<|im_start|>"], 68, 69, ids["<|im_end|>"]]
         bias = {"logit_bias": {str(ids["<tool>"]): 100}, "max_tokens": 2, "logprobs": 1}
-        told = (await api.post("/v1/completions", prompt="a", **mine, **bias)).json()["choices"][0]
-        assert (told["text"], told["logprobs"]["tokens"]) == ("<tool><tool>", ["<tool>", "<tool>"])
+        parsed = (await api.post("/v1/completions", prompt="a", **mine, **bias)).json()["choices"][0]
+        assert (parsed["text"], parsed["logprobs"]["tokens"]) == ("<tool><tool>", ["<tool>", "<tool>"])
         ended = await api.post(
             "/v1/completions", prompt="a", logit_bias={str(ids["<|im_end|>"]): 100}, max_tokens=3, **mine
         )
@@ -203,8 +203,10 @@ def test_what_cannot_be_known_is_refused(world: World, vocab: int, config: dict[
     make(world.base, folder, 7, vocab, **config)
     if vocab > BASE:
         saved = load_file(folder / "adapter_model.safetensors")
-        kept = {name: tensor for name, tensor in saved.items() if "lm_head" not in name or "base_layer" in name}
-        save_file(kept, folder / "adapter_model.safetensors")
+        retained = {
+            name: tensor for name, tensor in saved.items() if "lm_head" not in name or "base_layer" in name
+        }
+        save_file(retained, folder / "adapter_model.safetensors")
     with pytest.raises(AdapterInvalid, match="E_EMBED") as caught:
         World(world.base, {"odd": folder}, world.root).build(MemoryStore())
     assert any(why in f"{finding.expected} {finding.found}" for finding in caught.value.findings)

@@ -66,8 +66,8 @@ def test_many_sequences_equal_transformers(answers: Answers, max_batch_tokens: i
 def test_preemption_changes_no_token(answers: Answers) -> None:
     """Sequences that gave their states back are computed again, where the cache holds two of them."""
     config = read_config(answers.world.base)
-    kept = 4 * sum(layer.mixer.cached_features for layer in config.layers)
-    cache = 512 * kept + (8 + 4) * config.state_bytes(4)
+    retained = 4 * sum(layer.mixer.cached_features for layer in config.layers)
+    cache = 512 * retained + (8 + 4) * config.state_bytes(4)
     ready = answers.world.load(
         answers.store, kv_memory_gb=cache / 1e9, max_batch_seqs=8, max_batch_tokens=64, block_size=16
     )

@@ -82,12 +82,12 @@ def loaded(world: tuple[World, MemoryStore], **settings: Any) -> Ready:
         raise
 
 
-def answers(ready: Ready, asked: Asked, **params: Any) -> list[list[Token]]:
+def answers(ready: Ready, query: Asked, **params: Any) -> list[list[Token]]:
     """The tokens of all, asked together, with their log probabilities and those of five others."""
     engine = ready.engine._engine
     sampling = SamplingParams(max_tokens=NEW, logprobs=5, **params)
     found: dict[str, list[Token]] = {}
-    for number, (model, prompt) in enumerate(asked):
+    for number, (model, prompt) in enumerate(query):
         adapter = ready.service.catalog.get(model).adapter
         engine.add(Sequence(str(number), list(prompt), sampling, adapter))
         found[str(number)] = []
@@ -112,16 +112,16 @@ def test_nothing_around_a_request_changes_a_bit_of_its_answer(
 ) -> None:
     """Alone, in a crowd, in chunks, after prefix hits and after preemption: tokens and log probabilities."""
     draw = random.Random(5)
-    asked = [
+    requests = [
         (MODELS[index % 4], [draw.randrange(3, VOCAB) for _ in range(draw.randrange(1, 70))])
         for index in range(6)
     ]
     quiet = loaded(world, dtype=dtype)
-    alone = [answers(quiet, [each])[0] for each in asked]
-    assert answers(quiet, asked) == alone
+    alone = [answers(quiet, [each])[0] for each in requests]
+    assert answers(quiet, requests) == alone
     chunked = loaded(world, dtype=dtype, max_batch_tokens=24, prefix_cache=True)
-    assert answers(chunked, asked) == alone
-    assert answers(chunked, asked) == alone
+    assert answers(chunked, requests) == alone
+    assert answers(chunked, requests) == alone
     model = chunked.engine._engine._runner._model  # type: ignore[attr-defined]
     size, config = model.dtype.itemsize, model.config
     # states are kept of fewer places than keys and values
@@ -130,7 +130,7 @@ def test_nothing_around_a_request_changes_a_bit_of_its_answer(
     cache = 208 * token_bytes + SEQS * config.state_bytes(size)
     scarce = loaded(world, dtype=dtype, kv_memory_gb=cache / 1e9, max_batch_seqs=SEQS)
     scarce.engine._engine._clock = lambda: 0.0  # how much a step has of prompts would depend on the machine
-    assert answers(scarce, asked * 2) == alone * 2
+    assert answers(scarce, requests * 2) == alone * 2
     assert scarce.engine.stats.preemptions > 0
 
 
@@ -138,11 +138,11 @@ def test_nothing_around_a_request_changes_a_bit_of_its_answer(
 def test_scores_of_a_prompt_are_the_same_in_chunks_and_in_a_batch(world: tuple[World, MemoryStore]) -> None:
     """prompt_logprobs of every token, beside others and alone."""
     draw = random.Random(6)
-    asked = [(MODELS[index % 4], [draw.randrange(3, VOCAB) for _ in range(90)]) for index in range(3)]
+    requests = [(MODELS[index % 4], [draw.randrange(3, VOCAB) for _ in range(90)]) for index in range(3)]
     quiet = loaded(world, dtype="bfloat16")
-    alone = [answers(quiet, [each], prompt_logprobs=2)[0] for each in asked]
+    alone = [answers(quiet, [each], prompt_logprobs=2)[0] for each in requests]
     assert len(alone[0]) == 90 + NEW
-    assert answers(loaded(world, dtype="bfloat16", max_batch_tokens=40), asked, prompt_logprobs=2) == alone
+    assert answers(loaded(world, dtype="bfloat16", max_batch_tokens=40), requests, prompt_logprobs=2) == alone
 
 
 class Moody:

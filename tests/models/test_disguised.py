@@ -155,11 +155,11 @@ def test_what_adalora_left_is_what_an_alpha_of_zero_means(world: World) -> None:
     config = json.loads((folder / "adapter_config.json").read_text())
     config["rank_pattern"] = {}
     for name in [name for name in tensors if name.endswith("lora_E")]:
-        kept = [True, "v_proj" in name, True, False]
-        config["rank_pattern"][name.removeprefix("base_model.model.")] = kept
+        retained = [True, "v_proj" in name, True, False]
+        config["rank_pattern"][name.removeprefix("base_model.model.")] = retained
         for part, axis in (("lora_E", 0), ("lora_A", 0), ("lora_B", 1)):
             each = name.replace("lora_E", part)
-            tensors[each] = np.compress(kept, tensors[each], axis).copy()
+            tensors[each] = np.compress(retained, tensors[each], axis).copy()
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     config["alpha_pattern"] = {"v_proj": 99}
     (folder / "adapter_config.json").write_text(json.dumps(config))

@@ -127,9 +127,9 @@ def test_a_check_tells_whose_modules_an_adapter_has(base: Path) -> None:
     save_adapter(
         folder, of_each(lambda expert, _: int(expert == 4)), r=1, lora_alpha=1, target_modules=[*FEATURES]
     )
-    wanted = World(base, {"told": folder}, base.parent).deployment()
+    expected = World(base, {"told": folder}, base.parent).deployment()
     context = BuildContext(MemoryStore(), open_sources(local_roots=[base.parent]))
-    report = report_of(report_message(check_one(wanted, context, Progress(wanted.build.lora_adapters))))
+    report = report_of(report_message(check_one(expected, context, Progress(expected.build.lora_adapters))))
     assert report.accepted
     assert [(row.layer, row.module_id, row.expert) for row in report.rows] == [
         (layer, module, 4) for layer in range(2) for module in (13, 14, 15)

@@ -70,8 +70,8 @@ def test_gptq_is_described_by_a_file_beside_the_config_too(tmp_path: Path, name:
     found = read_config(tmp_path).quantization
     read = Checkpoint(tmp_path, widened.dtype, CPU, quantization=found)
     assert torch.equal(read.get("layer.weight", tuple(widened.shape)), widened)
-    said = with_quantize({"text_config": {"quantization_config": {"quant_method": "fp8"}}}, beside)
-    assert said == {"text_config": {"quantization_config": {"quant_method": "fp8"}}}
+    stated = with_quantize({"text_config": {"quantization_config": {"quant_method": "fp8"}}}, beside)
+    assert stated == {"text_config": {"quantization_config": {"quant_method": "fp8"}}}
     assert with_quantize({}, beside | {"method": "awq"})["quantize_config.json"]["quant_method"] == "awq"
     (tmp_path / "quantize_config.json").write_text(json.dumps(beside | {"bits": 3}))
     with pytest.raises(CheckpointInvalid, match=r"quantize_config\.json\.bits 3"):
@@ -274,7 +274,7 @@ def test_values_beyond_a_type_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "change", "told"),
+    ("kind", "change", "expected"),
     [
         ("fp8", _without("weight_scale_inv"), "float8_e4m3fn is not supported; .* with its scales beside it"),
         ("fp8", _scaled("weight_scale_inv", float("nan")), "found nan to nan"),
@@ -343,29 +343,29 @@ def test_values_beyond_a_type_are_refused(tmp_path: Path) -> None:
         ("int8", _to("weight_format", torch.tensor(1).byte()), "expected 0, rows side by side"),
     ],
 )
-def test_hostile_tensors_are_refused_by_name(tmp_path: Path, kind: str, change: Any, told: str) -> None:
+def test_hostile_tensors_are_refused_by_name(tmp_path: Path, kind: str, change: Any, expected: str) -> None:
     """A refusal has the found and the expected value; nothing is guessed, and nothing is left over."""
     tensors, _ = KINDS[kind].keep(torch.randn(48, 80, generator=torch.Generator().manual_seed(0)))
     change(tensors)
     named = {f"layer.{name}": tensor for name, tensor in tensors.items()}
-    with pytest.raises(CheckpointInvalid, match=told):
+    with pytest.raises(CheckpointInvalid, match=expected):
         checkpoint(tmp_path, named, KINDS[kind].config, torch.float32).get("layer.weight", (48, 80))
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "expected"),
     [
         ({"experts.gate_up_proj_scales": torch.full((2, 8, 1), 255).byte()}, "found 255, which is no number"),
         ({"experts.gate_up_proj_scales": torch.zeros(2, 8, 2).byte()}, r"expected shape \(2, 8, 1\)"),
         ({"experts.gate_up_proj_blocks": torch.zeros(2, 8, 1, 8).byte()}, r"expected shape \(2, 8, 1, 16\)"),
     ],
 )
-def test_hostile_experts_are_refused_by_name(tmp_path: Path, change: dict[str, Tensor], told: str) -> None:
+def test_hostile_experts_are_refused_by_name(tmp_path: Path, change: dict[str, Tensor], expected: str) -> None:
     """A refusal has the found and the expected value."""
     tensors = {
         "experts.gate_up_proj_blocks": torch.zeros(2, 8, 1, 16).byte(),
         "experts.gate_up_proj_scales": torch.zeros(2, 8, 1).byte(),
     }
     read = checkpoint(tmp_path, tensors | change, {"quant_method": "mxfp4"}, torch.float32)
-    with pytest.raises(CheckpointInvalid, match=told):
+    with pytest.raises(CheckpointInvalid, match=expected):
         read.get("experts.gate_up_proj", (2, 32, 8))

@@ -223,14 +223,14 @@ def test_mixtures_are_of_plain_adapters(answers: Answers) -> None:
     to 1 each is itself, and where they come to 0 it is left out."""
     catalog = answers.world.load(answers.store, preload=0).service.catalog
     for name in APART:
-        said = rf"adapters that can be scaled; this one (is DoRA|acts from|has embeddings).*, found {name}"
+        text = rf"adapters that can be scaled; this one (is DoRA|acts from|has embeddings).*, found {name}"
         for parts in ([ScaledAdapter(name, 0.5)], [ScaledAdapter("plain"), ScaledAdapter(name)]):
-            with pytest.raises(RequestInvalid, match=said):
+            with pytest.raises(RequestInvalid, match=text):
                 catalog.mix(parts, where="adapters")
-            with pytest.raises(RequestInvalid, match=said):
+            with pytest.raises(RequestInvalid, match=text):
                 catalog.resolve("+".join(f"{part.name}*{part.scale}" for part in parts))
-        for asked in (f"{name}*1.0", f"{name}*0.5+{name}*0.5", f"{name}+plain*0"):
-            assert catalog.resolve(asked) is catalog.get(name)
+        for request in (f"{name}*1.0", f"{name}*0.5+{name}*0.5", f"{name}+plain*0"):
+            assert catalog.resolve(request) is catalog.get(name)
         assert catalog.resolve(f"{name}*0+plain") is catalog.get("plain")
 
 
@@ -255,6 +255,6 @@ async def test_a_bundle_by_its_digest_is_what_a_generation_says_of_it(answers: A
     from it on.
     """
     bundles = StoredBundles(answers.store)
-    for said in records(answers.store).values():
-        found = await bundles.record(said.digest)
-        assert (found.invocation_tokens, found.summary) == (said.invocation_tokens, said.summary)
+    for stated in records(answers.store).values():
+        found = await bundles.record(stated.digest)
+        assert (found.invocation_tokens, found.summary) == (stated.invocation_tokens, stated.summary)

@@ -66,71 +66,72 @@ def kept(request: pytest.FixtureRequest, plain: World, tmp_path_factory: pytest.
     return Kept(replace(plain, base=folder / "kept", root=folder.parent), folder / "widened")
 
 
-def test_base_and_adapters_answer_as_transformers_with_the_widened_weights(kept: Kept) -> None:
+def test_base_and_adapters_answer_as_transformers_with_the_widened_weights(retained: Kept) -> None:
     """Base and adapters answer as transformers in float32, token for token, all in one batch."""
     store = MemoryStore()
-    kept.world.build(store)
-    ready = kept.world.load(store)
+    retained.world.build(store)
+    ready = retained.world.load(store)
     models = ["base", "all"]
     expected = [
-        oracle_tokens(oracle(kept.widened, kept.world.adapters.get(name)), PROMPT, NEW) for name in models
+        oracle_tokens(oracle(retained.widened, retained.world.adapters.get(name)), PROMPT, NEW)
+        for name in models
     ]
     assert run_engine(ready, [(name, PROMPT) for name in models], NEW) == expected
 
 
-def test_proofs_are_computed_with_the_widened_weights(kept: Kept) -> None:
+def test_proofs_are_computed_with_the_widened_weights(retained: Kept) -> None:
     """A replica that widens the weights can replay proofs of the widened weights."""
     runs = {}
-    for base in (kept.world.base, kept.widened):
+    for base in (retained.world.base, retained.widened):
         config = read_config(base)
-        adapter = read_adapter(kept.world.adapters["all"], config)
+        adapter = read_adapter(retained.world.adapters["all"], config)
         [runs[base]] = Reference(config, base).run({"all": [PROMPT]}, {"all": adapter})["all"]
     found, expected = runs.values()
     assert torch.equal(found.logits, expected.logits)
 
 
 @pytest.mark.parametrize(
-    "kept",
+    "retained",
     ["nf4", *(pytest.param(kind, marks=pytest.mark.sweep) for kind in KINDS if kind != "nf4")],
     indirect=True,
 )
-def test_dora_is_over_the_norms_of_the_widened_weights(kept: Kept, tmp_path: Path) -> None:
+def test_dora_is_over_the_norms_of_the_widened_weights(retained: Kept, tmp_path: Path) -> None:
     """A process beside the builder widens the weights: answers are PEFT's with those."""
     folder = tmp_path / "dora"
     make_adapter(
-        kept.widened, folder, 3, r=4, lora_alpha=9, use_dora=True, target_modules=["q_proj", "down_proj"]
+        retained.widened, folder, 3, r=4, lora_alpha=9, use_dora=True, target_modules=["q_proj", "down_proj"]
     )
-    world, store = replace(kept.world, adapters={"dora": folder}), MemoryStore()
-    sources = open_sources(local_roots=[kept.world.root, tmp_path])
+    world, store = replace(retained.world, adapters={"dora": folder}), MemoryStore()
+    sources = open_sources(local_roots=[retained.world.root, tmp_path])
     deployment = world.deployment()
     build(deployment, BuildContext(store, sources), Progress(["dora"]))
-    expected = oracle_tokens(oracle(kept.widened, folder), PROMPT, NEW)
+    expected = oracle_tokens(oracle(retained.widened, folder), PROMPT, NEW)
     assert run_engine(world.load(store), [("dora", PROMPT)], NEW) == [expected]
 
 
-@pytest.mark.parametrize("kept", ["nf4"], indirect=True)
+@pytest.mark.parametrize("retained", ["nf4"], indirect=True)
 def test_without_torch_dora_of_few_bits_is_refused(
-    kept: Kept, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    retained: Kept, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The builder cannot widen weights by itself, and says what is missing."""
     monkeypatch.setattr(widening, "NEEDS", ("no_such_torch",))
-    make_adapter(kept.widened, tmp_path / "dora", 3, r=4, use_dora=True, target_modules=["q_proj"])
-    deployment = replace(kept.world, adapters={"dora": tmp_path / "dora"}).deployment()
-    sources = open_sources(local_roots=[kept.world.root, tmp_path])
+    make_adapter(retained.widened, tmp_path / "dora", 3, r=4, use_dora=True, target_modules=["q_proj"])
+    deployment = replace(retained.world, adapters={"dora": tmp_path / "dora"}).deployment()
+    sources = open_sources(local_roots=[retained.world.root, tmp_path])
     with pytest.raises(AdapterInvalid, match=r"E_DORA .*torch beside the builder.*loramux\[inference\]"):
         build(deployment, BuildContext(MemoryStore(), sources), Progress(["dora"]))
 
 
-@pytest.mark.parametrize("kept", ["nf4"], indirect=True)
-def test_an_adapter_is_merged_into_the_widened_weights(kept: Kept) -> None:
+@pytest.mark.parametrize("retained", ["nf4"], indirect=True)
+def test_an_adapter_is_merged_into_the_widened_weights(retained: Kept) -> None:
     """An adapter is merged in float32 into the weights that the base is served with."""
-    data = kept.world.deployment().model_dump(mode="json")
+    data = retained.world.deployment().model_dump(mode="json")
     data["build"]["lora_adapters"] = {"all": data["build"]["lora_adapters"]["all"]}
     data["runtime"] |= {"serve_base": False}
     deployment, store = Deployment.model_validate(data), MemoryStore()
-    build(deployment, BuildContext(store, open_sources(local_roots=[kept.world.root])), Progress(["all"]))
-    expected = oracle_tokens(oracle(kept.widened, kept.world.adapters["all"]), PROMPT, NEW)
-    assert run_engine(kept.world.load(store), [("all", PROMPT)], NEW) == [expected]
+    build(deployment, BuildContext(store, open_sources(local_roots=[retained.world.root])), Progress(["all"]))
+    expected = oracle_tokens(oracle(retained.widened, retained.world.adapters["all"]), PROMPT, NEW)
+    assert run_engine(retained.world.load(store), [("all", PROMPT)], NEW) == [expected]
 
 
 OTHERS = {
@@ -244,17 +245,17 @@ def test_what_widening_takes_is_told_beforehand(plain: World, tmp_path: Path) ->
     world.build(store)
     files = (world.base / "model.safetensors").stat().st_size / 1e6
     memory = 4 * count_weights(read_config(world.base)) / 1e6
-    told = (
+    reported = (
         f"widened from gptq (int4) at load: {files:.1f} MB in the files, {memory:.1f} MB in memory as float32"
     )
     with capture_logs() as logs:
         world.load(store)
-    assert [log["weights"] for log in logs if log["event"] == "base has quantized weights"] == [told]
+    assert [log["weights"] for log in logs if log["event"] == "base has quantized weights"] == [reported]
     context = BuildContext(MemoryStore(), open_sources(local_roots=[world.root]), tmp_path / "work")
     report = check_one(world.deployment(), context, Progress(["all"]))
-    assert [finding.found for finding in report.findings if finding.code == "W_WIDENED"] == [told]
+    assert [finding.found for finding in report.findings if finding.code == "W_WIDENED"] == [reported]
     settings = InferenceSettings(deployment="none")
     sizes = sizes_of(
         read_base(world.base), settings, 10**9, "float32", file_bytes=weight_files_bytes(world.base)
     )
-    assert sizes.widened == told
+    assert sizes.widened == reported

@@ -132,7 +132,7 @@ def test_one_form_of_a_mixture_has_one_prefix(world: World, store: MemoryStore) 
     """Cached prompts of a blend are found in every spelling, and those of other scales are not."""
     ready = world.load(store, block_size=16)
     prompt = list(range(3, 3 + 40))
-    for asked, hit in (
+    for request, hit in (
         ("wide*0.7+all*0.5", 0),
         ("all*0.5 + wide*0.7", 32),
         ("wide*0.3+all*0.5+rs*0+wide*0.4", 32),
@@ -144,8 +144,8 @@ def test_one_form_of_a_mixture_has_one_prefix(world: World, store: MemoryStore) 
         ("wide*0", 32),
     ):
         before = ready.engine.stats.prefix_tokens_hit
-        run_engine(ready, [(asked, prompt)], 1)
-        assert ready.engine.stats.prefix_tokens_hit - before == hit, asked
+        run_engine(ready, [(request, prompt)], 1)
+        assert ready.engine.stats.prefix_tokens_hit - before == hit, request
 
 
 REFUSED: list[tuple[str, type[Fault], str]] = [
@@ -166,9 +166,9 @@ def test_what_cannot_be_mixed_is_refused_by_name(world: World, store: MemoryStor
     """Nothing of it reaches the engine."""
     catalog = world.load(store, max_batch_adapters=2).service.catalog
     assert isinstance(catalog.resolve("wide*1e-1+all*2E+0+rs*0").mixture, Mixture)
-    for asked, fault, said in REFUSED:
-        with pytest.raises(fault, match=said):
-            catalog.resolve(asked)
+    for request, fault, stated in REFUSED:
+        with pytest.raises(fault, match=stated):
+            catalog.resolve(request)
 
 
 @pytest.mark.asyncio

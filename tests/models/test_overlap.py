@@ -54,8 +54,8 @@ class Device:
     def submit(self, batch: Batch) -> Pending:
         """Write the rows' tokens and read their contexts."""
         rows = lay_out(batch, self.drawn)
-        given = zip(rows.tokens, rows.sources, strict=True)
-        tokens = [token if source < 0 else self.ids[source] for token, source in given]
+        provided = zip(rows.tokens, rows.sources, strict=True)
+        tokens = [token if source < 0 else self.ids[source] for token, source in provided]
         for chunk, context in zip(rows.arrangement.chunks, rows.contexts, strict=True):
             for row in range(context.length):
                 place = _place(context.blocks, chunk.start + row)

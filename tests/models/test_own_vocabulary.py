@@ -133,12 +133,12 @@ def test_rows_that_do_not_differ_are_not_kept(world: World, store: MemoryStore) 
     """A bundle has the touched rows of a matrix that was saved whole; rows of tokens are in order of ids."""
     generation = current_generation(store, "tiny")
     assert generation is not None
-    kept = {
+    retained = {
         name: {part.module: part.tokens for part in read_manifest(store, record.digest).replaced}
         for name, record in generation.adapters.items()
     }
     runs = ((5, 3), (50, 1), (198, 1))
-    assert kept == {
+    assert retained == {
         "plain": {},
         "factors": {},
         "saved": {"embedding": ((0, VOCAB),)},
@@ -157,8 +157,8 @@ def test_log_probabilities_of_a_prompt_are_those_of_its_own_head(world: World, s
     engine.add(Sequence("scored", list(prompt), SamplingParams(max_tokens=1, prompt_logprobs=0), adapter))
     scores = [token.logprob for output in engine.step() for token in output.prompt[1:]]
     logits = oracle(world.base, world.adapters["factors"])(torch.tensor([prompt])).logits[0]
-    wanted = torch.log_softmax(logits, -1)[range(len(prompt) - 1), prompt[1:]]
-    assert torch.allclose(torch.tensor(scores), wanted, atol=1e-4)
+    required = torch.log_softmax(logits, -1)[range(len(prompt) - 1), prompt[1:]]
+    assert torch.allclose(torch.tensor(scores), required, atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -67,48 +67,48 @@ def asked(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.mark.parametrize("backend", ["torch", "native"])
-def test_alone(asked: Asked, backend: str, counted: Counted) -> None:
+def test_alone(query: Asked, backend: str, counted: Counted) -> None:
     """Nobody else is there."""
-    ready = asked.load(backend, prefix_cache=False)
-    found = [run_engine(ready, [request], NEW)[0] for request in asked.requests[:CHECKED]]
-    counted(asked.architecture, backend, "alone", found, asked.expected)
+    ready = query.load(backend, prefix_cache=False)
+    found = [run_engine(ready, [request], NEW)[0] for request in query.requests[:CHECKED]]
+    counted(query.architecture, backend, "alone", found, query.expected)
 
 
 @pytest.mark.parametrize("backend", ["torch", "native"])
 @pytest.mark.parametrize(("situation", "max_batch_tokens"), [("among 31", 1024), ("in chunks", 16)])
 def test_among_others(
-    asked: Asked, backend: str, situation: str, max_batch_tokens: int, counted: Counted
+    query: Asked, backend: str, situation: str, max_batch_tokens: int, counted: Counted
 ) -> None:
     """Base and adapters of 32 requests in one batch, prompts whole or in chunks."""
-    ready = asked.load(backend, max_batch_tokens=max_batch_tokens, max_batch_seqs=CROWD)
-    found = run_engine(ready, asked.requests, NEW)[:CHECKED]
-    counted(asked.architecture, backend, situation, found, asked.expected)
+    ready = query.load(backend, max_batch_tokens=max_batch_tokens, max_batch_seqs=CROWD)
+    found = run_engine(ready, query.requests, NEW)[:CHECKED]
+    counted(query.architecture, backend, situation, found, query.expected)
 
 
 @pytest.mark.parametrize("backend", ["torch", "native"])
-def test_preempted_and_from_prefixes(asked: Asked, backend: str, counted: Counted) -> None:
+def test_preempted_and_from_prefixes(query: Asked, backend: str, counted: Counted) -> None:
     """Answers are the same in a cache too small for all; and twice alone, the second time from the first one's
     prefix.
     """
     blocks = {"block_size": 16 if backend == "native" else 8}
-    settings = tight(asked.world, CHECKED, least=144) | blocks
-    if asked.architecture == "Gemma2ForCausalLM":  # two groups of layers: more tokens of as many bytes
+    settings = tight(query.world, CHECKED, least=144) | blocks
+    if query.architecture == "Gemma2ForCausalLM":  # two groups of layers: more tokens of as many bytes
         settings["kv_memory_gb"] *= 0.75
-    ready = asked.load(backend, **settings)
-    found = run_engine(ready, asked.requests[:CHECKED], NEW)
-    counted(asked.architecture, backend, "preempted", found, asked.expected)
+    ready = query.load(backend, **settings)
+    found = run_engine(ready, query.requests[:CHECKED], NEW)
+    counted(query.architecture, backend, "preempted", found, query.expected)
     assert ready.engine.stats.preemptions > 0
-    ready = asked.load(backend, **blocks)
-    for request, expected in zip(asked.requests[:CHECKED], asked.expected, strict=True):
+    ready = query.load(backend, **blocks)
+    for request, expected in zip(query.requests[:CHECKED], query.expected, strict=True):
         run_engine(ready, [request], NEW)
-        counted(asked.architecture, backend, "prefix hit", run_engine(ready, [request], NEW), [expected])
+        counted(query.architecture, backend, "prefix hit", run_engine(ready, [request], NEW), [expected])
     assert ready.engine.stats.prefix_tokens_hit > 0
 
 
-def test_the_kernels_for_gpus(asked: Asked, counted: Counted) -> None:
+def test_the_kernels_for_gpus(query: Asked, counted: Counted) -> None:
     """Kernels run in the interpreter, so with fewer and shorter requests."""
     new, some = 8, slice(2, 6)
-    ready = asked.load("triton", max_batch_tokens=32)
-    found = run_engine(ready, asked.requests[some], new)
-    expected = [answer[:new] for answer in asked.expected[some]]
-    counted(asked.architecture, "triton", "in chunks", found, expected)
+    ready = query.load("triton", max_batch_tokens=32)
+    found = run_engine(ready, query.requests[some], new)
+    expected = [answer[:new] for answer in query.expected[some]]
+    counted(query.architecture, "triton", "in chunks", found, expected)

@@ -34,8 +34,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[World, MemoryStore]
     return world, store
 
 
-def assert_close(found: Sequence[Vector], wanted: Sequence[Vector]) -> None:
-    for one, other in zip(found, wanted, strict=True):
+def assert_close(found: Sequence[Vector], required: Sequence[Vector]) -> None:
+    for one, other in zip(found, required, strict=True):
         assert one.dtype == np.float32
         np.testing.assert_allclose(one, other, atol=1e-5, rtol=1e-5)
 
@@ -65,8 +65,10 @@ def test_vectors_equal_transformers_beside_answers(
 def test_a_mixture_pools_what_its_adapters_add(world: tuple[World, MemoryStore]) -> None:
     """A mixture of one adapter twice, half each, is that adapter; of two it is neither."""
     ready = world[0].load(world[1])
-    asked: list[Asked] = [(model, PROMPTS[1], Pooling.LAST) for model in ("all*0.5+all*0.5", "all*0.5+rs*0.5")]
-    (same, mixed), _ = run_pooled(ready, asked)
+    requests: list[Asked] = [
+        (model, PROMPTS[1], Pooling.LAST) for model in ("all*0.5+all*0.5", "all*0.5+rs*0.5")
+    ]
+    (same, mixed), _ = run_pooled(ready, requests)
     alone = {model: expected_of(world[0], model, PROMPTS[1], Pooling.LAST) for model in MODELS}
     assert_close([same], [alone["all"]])
     assert all(np.abs(mixed - other).max() > 0.01 for other in alone.values())
@@ -75,10 +77,10 @@ def test_a_mixture_pools_what_its_adapters_add(world: tuple[World, MemoryStore])
 def test_what_the_prefix_cache_holds_changes_nothing(world: tuple[World, MemoryStore]) -> None:
     """The last state is computed behind a prefix that is found, a mean from every row."""
     ready = world[0].load(world[1], block_size=8)
-    asked = REQUESTS[len(MODELS) * 2 : len(MODELS) * 4]
-    wanted = [expected_of(world[0], *request) for request in asked]
+    query = REQUESTS[len(MODELS) * 2 : len(MODELS) * 4]
+    expected = [expected_of(world[0], *request) for request in query]
     for _ in range(2):
-        assert_close(run_pooled(ready, asked)[0], wanted)
+        assert_close(run_pooled(ready, query)[0], expected)
     hit = ready.engine.stats.prefix_tokens_hit
     assert hit == len(MODELS) * 32
 

@@ -222,13 +222,13 @@ def test_an_honest_bundle_is_served_in_every_type(
         assert [refusal(ready, name) for name in EVERY] == [None] * len(EVERY)
 
 
-def refused(ready: Ready, said: dict[str, str]) -> None:
+def refused(ready: Ready, text: dict[str, str]) -> None:
     """Adapters are not served, for their proofs, and all others are."""
     for name in EVERY:
         fault = refusal(ready, name)
-        if name in said:
+        if name in text:
             assert isinstance(fault, ProofFailed)
-            assert said[name] in fault.message
+            assert text[name] in fault.message
         else:
             assert fault is None
 
@@ -250,13 +250,13 @@ def test_a_single_row_that_is_zeroed_or_doubled_is_caught_in_bfloat16(
 ) -> None:
     """Any one row, in the coarsest type: the adapter is not served, and the row is named; each adapter that has
     so many rows is changed in one."""
-    store, said = bfloat16, {}
+    store, stated = bfloat16, {}
     for name, count in ROWS.items():
         if index < count:
             row = manifest_of(bfloat16, name).rows[index]
-            said[name] = f"layer {row.layer} {row.module} adds something else"
+            stated[name] = f"layer {row.layer} {row.module} adds something else"
             store = tampered(store, name, scale(index, factor))
-    refused(world.load(store, dtype="bfloat16"), said)
+    refused(world.load(store, dtype="bfloat16"), stated)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

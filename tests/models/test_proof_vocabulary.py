@@ -98,7 +98,7 @@ def of_part(values: Any, manifest: Manifest, index: int) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("name", "index", "said"),
+    ("name", "index", "expected"),
     [
         pytest.param("factors", 0, "embedding adds something else", marks=pytest.mark.sweep),
         pytest.param("factors", 1, "head adds something else", marks=pytest.mark.sweep),
@@ -110,7 +110,7 @@ def of_part(values: Any, manifest: Manifest, index: int) -> Any:
     ],
 )
 def test_a_part_that_is_wrong_is_caught_and_named(
-    world: World, store: MemoryStore, name: str, index: int, said: str
+    world: World, store: MemoryStore, name: str, index: int, expected: str
 ) -> None:
     """Rows in each other's place, digests right: the adapter is not served in the coarsest type, others are."""
 
@@ -121,5 +121,5 @@ def test_a_part_that_is_wrong_is_caught_and_named(
     ready = world.load(tampered(store, name, turn, VOCABULARY_FILE), dtype="bfloat16")
     fault = refusal(ready, name)
     assert isinstance(fault, ProofFailed)
-    assert said in fault.message
+    assert expected in fault.message
     assert [refusal(ready, other) for other in EVERY if other != name] == [None] * (len(EVERY) - 1)

@@ -91,9 +91,9 @@ def test_answers_are_those_of_the_rounded_weights_token_for_token(
         for model, prompt in _requests()
     ]
     for backend in ("auto", "torch"):
-        ready, told = _loaded(world, store, quantization=quantization, backend=backend, device="cpu")
+        ready, reported = _loaded(world, store, quantization=quantization, backend=backend, device="cpu")
         assert run_engine(ready, _requests(), NEW) == expected
-        assert told["weights"].startswith(f"{quantization}: ")
+        assert reported["weights"].startswith(f"{quantization}: ")
 
 
 def _logprobs(ready: Ready) -> torch.Tensor:
@@ -145,8 +145,8 @@ def _alone(runtime: dict[str, Any], world: World) -> MemoryStore:
 def test_an_adapter_is_not_merged_into_rounded_weights(world: World, store: MemoryStore) -> None:
     """It would be rounded with them: it stays beside them, and answers as where the base is served too."""
     request: Sequence[tuple[str, list[int]]] = [("all", _requests()[2][1])]
-    ready, told = _loaded(world, _alone({}, world), quantization="int8")
-    assert told["merged"] == "none"
+    ready, reported = _loaded(world, _alone({}, world), quantization="int8")
+    assert reported["merged"] == "none"
     beside, _ = _loaded(world, store, quantization="int8")
     assert run_engine(ready, request, NEW) == run_engine(beside, request, NEW)
 

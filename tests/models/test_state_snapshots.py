@@ -50,20 +50,22 @@ def test_conversations_go_on_from_their_states(
     eager: Any = ready.engine._engine._runner
     draw = random.Random(4)
     beginning = draw.choices(range(3, VOCAB), k=40)
-    said = [(name, [*beginning, number + 3]) for number, name in enumerate(["base", *ADAPTERS, "base"])]
+    stated = [(name, [*beginning, number + 3]) for number, name in enumerate(["base", *ADAPTERS, "base"])]
     engines = []
-    for kept in (True, False):
-        states = StateSlots(slots, BLOCK, 2 if kept else None)
-        manager = BlockManager(BLOCKS, BLOCK, states=states, prefix_cache=kept)
+    for flag in (True, False):
+        states = StateSlots(slots, BLOCK, 2 if flag else None)
+        manager = BlockManager(BLOCKS, BLOCK, states=states, prefix_cache=flag)
         runner = Runner(eager._model, eager._lora, BLOCKS, BLOCK, slots)
         engines.append(Engine(runner, LIMITS, manager, AlwaysResident()))
     for _ in range(TURNS):
         answers = []
         for engine in engines:
             ready.engine._engine = engine
-            answers.append(run_engine(ready, said, 9))
+            answers.append(run_engine(ready, stated, 9))
         assert answers[0] == answers[1]
         more = draw.choices(range(3, VOCAB), k=7)
-        said = [(name, prompt + answer + more) for (name, prompt), answer in zip(said, answers[0], strict=True)]
+        stated = [
+            (name, prompt + answer + more) for (name, prompt), answer in zip(stated, answers[0], strict=True)
+        ]
     assert engines[0].stats.prefix_tokens_hit > engines[0].stats.prefix_tokens_queried * part
     assert engines[1].stats.prefix_tokens_hit == 0

@@ -50,8 +50,8 @@ def room(tmp_path_factory) -> tuple[Path, torch.nn.Module]:
 
 def built(folder: Path, storage: str) -> Bundle:
     """Build the adapter of a folder through the whole pipeline, and read its bundle."""
-    wanted = deployment_of(folder, "adapter", lora_configuration={"dtype": storage})
-    return folders.built(wanted, workshop(folder)).bundle("adapter")
+    required = deployment_of(folder, "adapter", lora_configuration={"dtype": storage})
+    return folders.built(required, workshop(folder)).bundle("adapter")
 
 
 def check_row(row: BundleRow, saved: Saved, storage: str) -> None:

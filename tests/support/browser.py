@@ -61,14 +61,14 @@ class Page:
             if "id" in message:
                 self._answers.pop(message["id"]).set_result(message)
                 continue
-            told = message["params"]
+            reported = message["params"]
             match message["method"]:
                 case "Runtime.exceptionThrown":
-                    self.complaints.append(str(told["exceptionDetails"]))
-                case "Runtime.consoleAPICalled" if told["type"] in ("error", "warning"):
-                    self.complaints.append(str(told["args"]))
-                case "Log.entryAdded" if told["entry"]["level"] in ("error", "warning"):
-                    self.complaints.append(f"{told['entry']['text']} ({told['entry'].get('url')})")
+                    self.complaints.append(str(reported["exceptionDetails"]))
+                case "Runtime.consoleAPICalled" if reported["type"] in ("error", "warning"):
+                    self.complaints.append(str(reported["args"]))
+                case "Log.entryAdded" if reported["entry"]["level"] in ("error", "warning"):
+                    self.complaints.append(f"{reported['entry']['text']} ({reported['entry'].get('url')})")
 
     async def call(self, method: str, **params: Any) -> dict[str, Any]:
         """Call a method of the protocol."""
@@ -105,8 +105,8 @@ class Page:
         ends = time.monotonic() + BOUND_S
         while not await self.eval(f"Boolean({script})"):
             if time.monotonic() > ends:
-                shown = await self.eval("document.body.innerText")
-                raise AssertionError(f"never true: {script}\n{shown}\n{self.complaints}")
+                printed = await self.eval("document.body.innerText")
+                raise AssertionError(f"never true: {script}\n{printed}\n{self.complaints}")
             await asyncio.sleep(0.02)
 
     async def text(self, selector: str) -> str:
@@ -160,8 +160,8 @@ _NUMBERS = itertools.count(1)
 async def browser(profile: Path) -> AsyncIterator[Page]:
     """Run Chromium with a new profile; yields its tab."""
     assert CHROMIUM
-    heard, hers = os.pipe()
-    his, told = os.pipe()
+    received, hers = os.pipe()
+    his, reported = os.pipe()
     # It hears on descriptor 3 and tells on 4.
     launch = f'exec "$@" 3<&{his} 4>&{hers}'
     command = ["bash", "-c", launch, "-", CHROMIUM, *FLAGS, f"--user-data-dir={profile}"]
@@ -171,15 +171,15 @@ async def browser(profile: Path) -> AsyncIterator[Page]:
     os.close(hers)
     reader = asyncio.StreamReader(limit=LARGEST)
     transport, _ = await asyncio.get_running_loop().connect_read_pipe(
-        lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(heard, "rb")
+        lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(received, "rb")
     )
-    page = Page(reader, told)
+    page = Page(reader, reported)
     listening = asyncio.create_task(page.listen())
     try:
         await page.attach()
         yield page
     finally:
-        os.close(told)  # Chromium ends with its pipe
+        os.close(reported)  # Chromium ends with its pipe
         try:
             await asyncio.to_thread(process.wait, BOUND_S)
         except subprocess.TimeoutExpired:

@@ -18,9 +18,9 @@ from tests.support.waiting import wait_until
 
 def assert_takes(name: str, arguments: Sequence[str]) -> None:
     """A command exists, and takes the flags among these arguments."""
-    said = CliRunner().invoke(app, [name, "--help"], env={"COLUMNS": "200", "NO_COLOR": "1"})
-    assert said.exit_code == 0, said.stderr
-    assert all(flag in said.stdout for flag in arguments if flag.startswith("--"))
+    stated = CliRunner().invoke(app, [name, "--help"], env={"COLUMNS": "200", "NO_COLOR": "1"})
+    assert stated.exit_code == 0, stated.stderr
+    assert all(flag in stated.stdout for flag in arguments if flag.startswith("--"))
 
 
 @dataclass(frozen=True)
@@ -42,14 +42,14 @@ class Command:
         """Return its stderr."""
         return (self.folder / "errors").read_text()
 
-    def read_until(self, wanted: str) -> str:
+    def read_until(self, required: str) -> str:
         """Return what it wrote to stdout, once a text is part of it."""
         wait_until(
-            lambda: wanted in self.out or self.process.poll() is not None,
-            f"{wanted!r} in its output",
+            lambda: required in self.out or self.process.poll() is not None,
+            f"{required!r} in its output",
             lambda: (self.out, self.errors),
         )
-        assert wanted in self.out, (self.out, self.errors)
+        assert required in self.out, (self.out, self.errors)
         return self.out
 
     def end(self, number: signal.Signals | None = None) -> int:

@@ -30,20 +30,20 @@ def held() -> Counter[str]:
 def nothing_stays_open() -> Iterator[list[Fault]]:
     """Yield a list for failures, which are kept with their tracebacks; nothing more is open at the end."""
     before = held()
-    kept: list[Fault] = []
-    yield kept
-    assert kept
+    retained: list[Fault] = []
+    yield retained
+    assert retained
     gc.collect()  # the clients of some clouds refer to themselves
     now = held()
     assert now <= before, f"before {dict(before)}, now {dict(now)}"
 
 
-def failing(call: Callable[[], object], kept: list[Fault]) -> None:
+def failing(call: Callable[[], object], retained: list[Fault]) -> None:
     """Keep the fault that a call ends with."""
     try:
         call()
     except Fault as fault:
-        kept.append(fault)
+        retained.append(fault)
     else:
         raise AssertionError("expected a failure")
 

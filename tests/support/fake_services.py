@@ -145,12 +145,12 @@ class FakeInference(inference_grpc.InferenceServiceServicer):
         if request.sampling.temperature > 2:
             raise RequestInvalid("temperature is out of bounds")
         turns = request.messages.messages
-        said = turns[-1].content if turns else request.text
+        text = turns[-1].content if turns else request.text
         try:
             yield pb.GenerateResponse(started=pb.Started(request_id="r1", model=request.model, prompt_tokens=7))
             for index, word in enumerate((*WORDS, f" ({len(turns)})")):
                 yield pb.GenerateResponse(delta=pb.Delta(text=word, token_ids=[index]))
-                await asyncio.sleep(PAUSES_S.get(said, 0.005))
+                await asyncio.sleep(PAUSES_S.get(text, 0.005))
         except (asyncio.CancelledError, GeneratorExit):
             self.cancelled.set()
             raise

@@ -62,8 +62,8 @@ class Built:
         return next(each.warnings for each in self.progress.adapters if each.name == name)
 
 
-def built(wanted: Deployment, context: BuildContext, *, verify: bool = False) -> Built:
+def built(required: Deployment, context: BuildContext, *, verify: bool = False) -> Built:
     """Build a deployment; raises what its build raises."""
-    progress = Progress(wanted.build.lora_adapters)
-    result = build(wanted, context, progress, verify=verify)
+    progress = Progress(required.build.lora_adapters)
+    result = build(required, context, progress, verify=verify)
     return Built(result.generation, progress, context.store, result.unchanged)

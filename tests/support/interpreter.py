@@ -152,15 +152,17 @@ def _make_handle(handle: Any, data: Any, dtype: Any) -> None:
     handle.data, handle.dtype, handle.attr = data, dtype, {}
 
 
-def _run(function: Any, slow: Callable[..., Any], *given: Any, grid: Any, warmup: bool, **named: Any) -> None:
+def _run(
+    function: Any, slow: Callable[..., Any], *provided: Any, grid: Any, warmup: bool, **named: Any
+) -> None:
     """Launch a kernel on tensors where they are; those of a GPU are copied, as Triton does."""
-    values = [*given, *named.values()]
+    values = [*provided, *named.values()]
     if warmup or function.pre_run_hooks or not all(map(_is_here, values)):
-        slow(function, *given, grid=grid, warmup=warmup, **named)
+        slow(function, *provided, grid=grid, warmup=warmup, **named)
         return
     kernel = function.rewrite()
     names, defaults, constants = _parameters(kernel)
-    bound = defaults | dict(zip(names, given, strict=False))
+    bound = defaults | dict(zip(names, provided, strict=False))
     bound |= {name: value for name, value in named.items() if name in names}
     scope = interpreter._patch_lang(kernel)
     try:

@@ -234,17 +234,17 @@ KINDS = {
 def keep(base: Path, kind: Kind, into: Path, widened: Path) -> None:
     """Write a checkpoint with its projections kept in another way, and one with the weights that these mean."""
     tensors = load_file(base / "model.safetensors")
-    kept, whole = dict(tensors), dict(tensors)
+    retained, whole = dict(tensors), dict(tensors)
     experts = kind is EXPERTS
     names = EXPERTS_IN_3D if experts else LINEARS
     for name, tensor in tensors.items():
         if name.endswith(names):
-            del kept[name]
+            del retained[name]
             parts, whole[name] = kind.keep(tensor)
             stem = f"{name}_" if experts else name.removesuffix("weight")
-            kept |= {stem + part: value for part, value in parts.items()}
+            retained |= {stem + part: value for part, value in parts.items()}
     config = json.loads((base / "config.json").read_bytes())
-    for folder, content, more in ((into, kept, {"quantization_config": kind.config}), (widened, whole, {})):
+    for folder, content, more in ((into, retained, {"quantization_config": kind.config}), (widened, whole, {})):
         folder.mkdir()
         for file in base.iterdir():
             if file.suffix != ".safetensors":

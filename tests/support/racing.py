@@ -21,8 +21,8 @@ def publishes(uri: str, first: int, count: int, peer: Connection, variables: Map
     peer.send("ready")
     assert peer.recv() == "go"
     for i in range(count):
-        wanted = Generation(
+        required = Generation(
             deployment="tiny", number=1, create_time=datetime.now(UTC), served_model_name="tiny", base=base,
             adapters={}, max_seq_len=first + i, max_lora_rank=8, lora_dtype=Dtype.BFLOAT16,
         )  # fmt: skip
-        peer.send(publish_generation(store, wanted).number)
+        peer.send(publish_generation(store, required).number)

@@ -22,24 +22,24 @@ def read(reading: AnswerReader, text: str, cuts: Sequence[int] = ()) -> Heard:
 
 def heard(pieces: Sequence[Piece]) -> Heard:
     """Return what pieces say together; those of a call follow each other, and calls are numbered."""
-    told: Heard = []
+    reported: Heard = []
     calls = 0
     for piece in pieces:
         match piece:
             case TextPiece() | Thought():
                 assert piece.text
                 kind = "said" if isinstance(piece, TextPiece) else "thought"
-                if not told or told[-1][0] != kind:
-                    told.append([kind, ""])
-                told[-1][1] += piece.text
+                if not reported or reported[-1][0] != kind:
+                    reported.append([kind, ""])
+                reported[-1][1] += piece.text
             case CallBegun():
                 assert piece.index == calls
                 calls += 1
-                told.append(["call", piece.name, ""])
+                reported.append(["call", piece.name, ""])
             case CallArguments():
                 assert piece.index == calls - 1
-                told[-1][2] += piece.text
-    return told
+                reported[-1][2] += piece.text
+    return reported
 
 
 def cuts_of(text: str) -> st.SearchStrategy[list[int]]:

@@ -54,14 +54,14 @@ def read_stream(body: bytes) -> list[dict[str, Any]]:
 
 def check_events(events: list[dict[str, Any]]) -> dict[str, Any]:
     """Look at the events of a stream, and return the response that they end with."""
-    begun, going, *told, end = events
+    begun, going, *reported, end = events
     assert [begun["type"], going["type"]] == ["response.created", "response.in_progress"]
     assert begun["response"] == going["response"] == check_response(going["response"])
     assert end["type"] == f"response.{end['response']['status']}"
     assert end["response"]["status"] in ENDS
     output: list[dict[str, Any]] = []
     grown: dict[str, Any] = {}
-    for event in told:
+    for event in reported:
         _grow(output, grown, event)
     last = check_response(end["response"])
     if last["status"] == "failed":

@@ -123,17 +123,17 @@ def _start(folder: Path, server: S3Server) -> subprocess.Popen[bytes]:
 
 
 def _wait_until_it_answers(server: S3Server, process: subprocess.Popen[bytes], output: Path) -> None:
-    def said() -> str:
+    def stated() -> str:
         return output.read_text(errors="replace")[-2000:]
 
     def answers() -> bool:
-        assert process.poll() is None, f"the S3 gateway did not start:\n{said()}"
+        assert process.poll() is None, f"the S3 gateway did not start:\n{stated()}"
         with suppress(urllib.error.URLError, ConnectionError, TimeoutError):
             urllib.request.urlopen(f"{server.endpoint}/minio/health/ready", timeout=BOUND_S).close()  # noqa: S310 - http
             return True
         return False
 
-    wait_until(answers, "the S3 gateway", said)
+    wait_until(answers, "the S3 gateway", stated)
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:

@@ -267,8 +267,8 @@ def _is_error(finding: Finding) -> bool:
 
 def _base_findings(config: AdapterConfig, book: Rulebook) -> list[Finding]:
     """A class of another family is another base, whatever its name."""
-    said = _family(config.base_model_class[:LONGEST])
-    if not said or not book.architectures or said in map(_family, book.architectures):
+    family = _family(config.base_model_class[:LONGEST])
+    if not family or not book.architectures or family in map(_family, book.architectures):
         return []
     return [
         Finding(

@@ -57,8 +57,8 @@ def refusals(fields: dict[str, Any]) -> list[Finding]:
     kind = kind_of(fields)
     if kind is None:
         fix = "Only what amounts to LoRA can be served beside a base. " + _MERGE
-        said = quoted(fields.get("peft_type"))
-        return [_refused("E_NOT_LORA", "peft_type", f"one of {', '.join(Kind)}", said, fix)]
+        peft_type = quoted(fields.get("peft_type"))
+        return [_refused("E_NOT_LORA", "peft_type", f"one of {', '.join(Kind)}", peft_type, fix)]
     if kind is Kind.VERA and fields.get("save_projection") is False:
         found = "false: the projections are drawn from a key, as a release of torch draws"
         return [_refused("E_NOT_LORA", "save_projection", "true", found, _PROJECTIONS)]

@@ -276,13 +276,13 @@ def _is_tied(pair: Pair, pairs: list[Pair], config: AdapterConfig, base: ModelCo
 
 def _check_rank(pair: Pair, config: AdapterConfig, limits: AdapterLimits, report: Grouping) -> None:
     rank, trained = pair.a.shape[0], pair.trained_rank
-    said = config.ranks_of(pair.key.name)
-    if said and trained and trained not in said:
+    ranks = config.ranks_of(pair.key.name)
+    if ranks and trained and trained not in ranks:
         report.add(
             "E_RANK_SHAPE",
             pair.place,
-            cause=("config", said, trained),
-            expected=f"rank {said[0]}, as adapter_config.json says",
+            cause=("config", ranks, trained),
+            expected=f"rank {ranks[0]}, as adapter_config.json says",
             found=f"rank {trained} in the tensors",
             fix="Correct r or rank_pattern in adapter_config.json.",
         )

@@ -190,8 +190,8 @@ def magnitudes(values: Array) -> Array:
 
 def _worst(scaled: Array, stored: Array) -> float:
     """Return the largest relative error of what did not become zero."""
-    kept = (scaled != 0) & (stored != 0)
-    error = np.abs(stored[kept] - scaled[kept]) / np.abs(scaled[kept])
+    nonzero = (scaled != 0) & (stored != 0)
+    error = np.abs(stored[nonzero] - scaled[nonzero]) / np.abs(scaled[nonzero])
     return float(error.max(initial=0.0))
 
 

@@ -52,18 +52,18 @@ def _of_experts(key: LoraKey) -> bool:
 
 def check_vectors(pair: Pair, config: AdapterConfig, report: Grouping) -> None:
     """Report vectors that are not those that the config says, or are of another length than B."""
-    for code, field, tensor, said in (
+    for code, field, tensor, enabled in (
         ("E_DORA", "use_dora", pair.magnitude, config.use_dora),
         ("E_BIAS", "lora_bias", pair.lora_bias, config.lora_bias),
     ):
-        if said is not None and said is not (tensor is not None):
+        if enabled is not None and enabled is not (tensor is not None):
             name = "lora_magnitude_vector" if code == "E_DORA" else "lora_B.bias"
             report.add(
                 code,
                 pair.place,
-                cause=(field, said),
-                expected=f"{name} of every module, for {field} is true" if said else f"no {name}",
-                found="none" if said else f"some, and {field} is not true: PEFT would not load them",
+                cause=(field, enabled),
+                expected=f"{name} of every module, for {field} is true" if enabled else f"no {name}",
+                found="none" if enabled else f"some, and {field} is not true: PEFT would not load them",
                 fix=f"Correct {field} in {FILE}, or save the adapter again.",
             )
     for vector in pair.tensors[2:]:

@@ -128,22 +128,22 @@ def arena(
     names, likelihood = _scores(score, questions)
     plan = Plan((), "", samples, max_tokens, temperature, seed, concurrency, names, likelihood)
     _check(plan, judge, judge_url, output)
-    wanted = Wanted(grpc, models or ALL, baseline, judge, judge_url, output)
-    with Kept(resume or _new_file()) as kept:
-        ran = asyncio.run(_arena(wanted, plan, questions, kept))
-    _tell(ran, wanted, questions, kept.path, as_json)
+    options = Wanted(grpc, models or ALL, baseline, judge, judge_url, output)
+    with Kept(resume or _new_file()) as file:
+        ran = asyncio.run(_arena(options, plan, questions, file))
+    _tell(ran, options, questions, file.path, as_json)
 
 
-def _scores(given: Sequence[str] | None, questions: Sequence[Question]) -> tuple[tuple[str, ...], bool]:
+def _scores(requested: Sequence[str] | None, questions: Sequence[Question]) -> tuple[tuple[str, ...], bool]:
     """Return the names of scores, and whether likelihoods are among them."""
-    words = [*dict.fromkeys(given or ())]
+    words = [*dict.fromkeys(requested or ())]
     for word in words:
         if word != LIKELIHOOD:
             scorer(word)
     known = with_reference(questions)
     if words and not known:
         raise SettingsInvalid(f"--score {words[0]}: no prompt of the file has a reference to compare with")
-    if given is None and known:
+    if requested is None and known:
         words = ["strip"]
     return tuple(word for word in words if word != LIKELIHOOD), LIKELIHOOD in words
 
@@ -169,16 +169,16 @@ def _new_file() -> Path:
     return folder / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.jsonl"
 
 
-async def _arena(wanted: Wanted, plan: Plan, questions: Sequence[Question], kept: Kept) -> Ran:
-    async with AsyncClient(inference=wanted.address) as client:
-        with shell.working(f"asking {wanted.address}"):
-            plan = await _entered(client, wanted, plan)
+async def _arena(options: Wanted, plan: Plan, questions: Sequence[Question], file: Kept) -> Ran:
+    async with AsyncClient(inference=options.address) as client:
+        with shell.working(f"asking {options.address}"):
+            plan = await _entered(client, options, plan)
         view = ArenaView()
-        contest = Contest(client, plan, questions, kept, view.update)
+        contest = Contest(client, plan, questions, file, view.update)
         ran = Ran(plan, contest.found)
         with shell.working(f"asking {len(plan.models)} versions for a token"):
             await contest.meet()
-            judge = await _judge(client, wanted)
+            judge = await _judge(client, options)
             if judge is not None:
                 await contest.meet_judge(judge)
         try:
@@ -190,7 +190,7 @@ async def _arena(wanted: Wanted, plan: Plan, questions: Sequence[Question], kept
         return ran
 
 
-async def _entered(client: AsyncClient, wanted: Wanted, plan: Plan) -> Plan:
+async def _entered(client: AsyncClient, options: Wanted, plan: Plan) -> Plan:
     """Return the plan with its versions; nothing that generates no text is among them.
 
     Raises:
@@ -198,11 +198,11 @@ async def _entered(client: AsyncClient, wanted: Wanted, plan: Plan) -> Plan:
     """
     found = await client.models()
     served, silent = [each.name for each in found], [each.name for each in found if not each.generates]
-    models = named(wanted.models, served, silent)
-    baseline = wanted.baseline or models[0]
-    for flag, name in (("--baseline", baseline), ("--judge", "" if wanted.judge_url else wanted.judge)):
+    models = named(options.models, served, silent)
+    baseline = options.baseline or models[0]
+    for flag, name in (("--baseline", baseline), ("--judge", "" if options.judge_url else options.judge)):
         _require_text(flag, name, silent)
-    if left := [name for name in named(wanted.models, served) if name not in models]:
+    if left := [name for name in named(options.models, served) if name not in models]:
         shell.say(f"left out, as they generate no text: {listed(left)}")
     models = [baseline, *(model for model in models if model != baseline)] if baseline not in models else models
     return replace(plan, models=tuple(models), baseline=baseline)
@@ -237,21 +237,21 @@ def named(words: str, served: Sequence[str], silent: Collection[str] = ()) -> li
 
 def _require_text(flag: str, model: str, silent: Collection[str]) -> None:
     """Refuse what generates no text, by itself or as a part of a mixture."""
-    if said := [name for name in {model: None, **dict.fromkeys(names_of(model))} if name in silent]:
+    if silenced := [name for name in {model: None, **dict.fromkeys(names_of(model))} if name in silent]:
         raise SettingsInvalid(
             f"{flag} {model}: expected models that generate text, found models trained for scores or vectors: "
-            f"{listed(said)}. Leave it out"
+            f"{listed(silenced)}. Leave it out"
         )
 
 
-async def _judge(client: AsyncClient, wanted: Wanted) -> Judge | None:
+async def _judge(client: AsyncClient, options: Wanted) -> Judge | None:
     """Return who judges, if anybody does."""
-    if not wanted.judge:
+    if not options.judge:
         return None
-    if wanted.judge_url:
-        return UrlJudge(wanted.judge_url, wanted.judge)
+    if options.judge_url:
+        return UrlJudge(options.judge_url, options.judge)
     served = {each.name: each.digest for each in await client.models()}
-    return ServedJudge(client, wanted.judge, served.get(wanted.judge, ""))
+    return ServedJudge(client, options.judge, served.get(options.judge, ""))
 
 
 async def _run(
@@ -274,30 +274,30 @@ async def _run(
         await stage("verdicts", 2 * len(questions) * (rows - plan.samples), contest.judge(judge))
 
 
-def _tell(ran: Ran, wanted: Wanted, questions: Sequence[Question], kept: Path, as_json: bool) -> None:
+def _tell(ran: Ran, options: Wanted, questions: Sequence[Question], file: Path, as_json: bool) -> None:
     with shell.working("comparing"):
         report = standings(ran.plan, questions, ran.found, ran.judge)
     if as_json:
-        emit({"plan": ran.plan, "report": report, "answers": kept})
+        emit({"plan": ran.plan, "report": report, "answers": file})
     else:
         show_standings(report)
-    if wanted.output is not None:
+    if options.output is not None:
         text = page(ran.plan, questions, ran.found, report, datetime.now(UTC))
         try:
-            wanted.output.write_text(text, encoding="utf-8")
+            options.output.write_text(text, encoding="utf-8")
         except OSError as error:  # a full disk names no file
-            raise OSError(error.errno, error.strerror, str(wanted.output)) from error
+            raise OSError(error.errno, error.strerror, str(options.output)) from error
         if not as_json:
-            shell.say(f"report: {wanted.output}", "dim")
-    _end(ran, report, kept)
+            shell.say(f"report: {options.output}", "dim")
+    _end(ran, report, file)
 
 
-def _end(ran: Ran, report: Standings, kept: Path) -> None:
+def _end(ran: Ran, report: Standings, file: Path) -> None:
     """Say what is left to do, and end with the code that says so."""
-    if kept.exists():
-        shell.say(f"answers are kept in {kept}", "dim")
+    if file.exists():
+        shell.say(f"answers are kept in {file}", "dim")
     if ran.interrupted or ran.stopped is not None or report.failures:
-        shell.say(f"go on with the same command and --resume {kept}: what is kept is not asked again")
+        shell.say(f"go on with the same command and --resume {file}: what is kept is not asked again")
     if ran.interrupted:
         raise typer.Exit(Exit.INTERRUPTED)
     if ran.stopped is not None:

@@ -136,19 +136,19 @@ class Contest:
 
     async def judge(self, judge: Judge) -> None:
         """Have every answer compared with the baseline's, in both orders."""
-        wanted = []
+        missing = []
         for trial in self._trials():
             known = verdict(judge, trial, "C")
             row = known if trial.is_tie else self._kept.get(Verdict, known.key)
             if row is None:
-                wanted.append(trial)
+                missing.append(trial)
             else:
                 self.found.again += not trial.is_tie
                 self._enter(replace(row, model=known.model, question=known.question, sample=known.sample))
         work: Work[Trial, Verdict] = Work(
             lambda trial: decide(judge, trial), self._plan.concurrency, self._patience
         )
-        await work.run(wanted, partial(self._report, "verdict"))
+        await work.run(missing, partial(self._report, "verdict"))
 
     def _asks(self) -> Iterator[Ask]:
         if not self._plan.max_tokens:
@@ -177,14 +177,14 @@ class Contest:
         return {"max_tokens": plan.max_tokens, "temperature": plan.temperature, "seed": plan.seed + sample}
 
     def _answer_key(self, ask: Ask, identity: str = "") -> str:
-        who = identity or self.found.entrants[ask.model].identity
+        version = identity or self.found.entrants[ask.model].identity
         return key_of(
-            "answer", who, self._repeats[ask.question.id], ask.question.prompt, self._options(ask.sample)
+            "answer", version, self._repeats[ask.question.id], ask.question.prompt, self._options(ask.sample)
         )
 
     def _likelihood_key(self, ask: Ask, identity: str = "") -> str:
-        who = identity or self.found.entrants[ask.model].identity
-        return key_of("likelihood", who, *prompt_with_reference(ask.question))
+        version = identity or self.found.entrants[ask.model].identity
+        return key_of("likelihood", version, *prompt_with_reference(ask.question))
 
     async def _ask(self, ask: Ask) -> Answer:
         began = time.monotonic()

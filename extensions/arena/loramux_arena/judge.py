@@ -97,7 +97,7 @@ async def decide(judge: Judge, trial: Trial) -> Verdict:
     return verdict(judge, trial, await judge.letter(conversation(trial)))
 
 
-def verdict(judge: Judge, trial: Trial, said: str) -> Verdict:
+def verdict(judge: Judge, trial: Trial, reply: str) -> Verdict:
     """Return what was said as a row."""
     answer = trial.answer
     return Verdict(
@@ -107,7 +107,7 @@ def verdict(judge: Judge, trial: Trial, said: str) -> Verdict:
         trial.question.id,
         answer.sample,
         trial.swapped,
-        said,
+        reply,
     )
 
 
@@ -125,10 +125,10 @@ def conversation(trial: Trial) -> list[Message]:
     if trial.question.rubric:
         parts.append(("CRITERIA", trial.question.rubric))
     parts += [("ANSWER A", first), ("ANSWER B", second)]
-    asked = "\n\n".join(_part(name, text) for name, text in parts)
+    question = "\n\n".join(_part(name, text) for name, text in parts)
     return [
         {"role": "system", "content": rubric()},
-        {"role": "user", "content": f"{asked}\n\nWhich answer is better: A, B, or C for neither?"},
+        {"role": "user", "content": f"{question}\n\nWhich answer is better: A, B, or C for neither?"},
     ]
 
 
@@ -143,13 +143,13 @@ def rubric() -> str:
     return (Path(__file__).parent / "rubric.md").read_text(encoding="utf-8").strip()
 
 
-def letter_in(said: str) -> str:
+def letter_in(reply: str) -> str:
     """Return the letter that a judge said.
 
     Raises:
         NoVerdict: something else.
     """
-    letter = said.strip().rstrip(".").upper()
+    letter = reply.strip().rstrip(".").upper()
     if letter not in LETTERS:
-        raise NoVerdict(f"expected one of {', '.join(LETTERS)} from the judge, found {said.strip()[:40]!r}")
+        raise NoVerdict(f"expected one of {', '.join(LETTERS)} from the judge, found {reply.strip()[:40]!r}")
     return letter

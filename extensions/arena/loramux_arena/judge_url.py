@@ -117,24 +117,24 @@ class UrlJudge:
         return _verdict(answer)
 
     def _refusal(self, error: HTTPError) -> Fault:
-        said = " ".join(error.read(2000).decode("utf-8", "replace").split())[:200]
+        detail = " ".join(error.read(2000).decode("utf-8", "replace").split())[:200]
         kind = _KINDS.get(error.code, ServerUnavailable if error.code >= 500 else RequestInvalid)
         after = error.headers.get("retry-after", "")
         wait_s = float(after) if is_whole(after) else None
-        told = f"the judge at {self._host} answered {error.code}: {said}"
+        message = f"the judge at {self._host} answered {error.code}: {detail}"
         if kind in (Unauthenticated, PermissionDenied):
-            told += f". Its key is to stand in {API_KEY}, apart from the server's."
-        return kind(told, retry_after_s=wait_s)
+            message += f". Its key is to stand in {API_KEY}, apart from the server's."
+        return kind(message, retry_after_s=wait_s)
 
 
 def _verdict(answer: bytes) -> str:
     """Return the letter of an answer of OpenAI's API: in JSON as it was asked for, or bare."""
     try:
-        said = json.loads(answer)["choices"][0]["message"]["content"]
+        content = json.loads(answer)["choices"][0]["message"]["content"]
     except (ValueError, KeyError, IndexError, TypeError, RecursionError):
         raise NoVerdict("the judge's answer has no choices[0].message.content") from None
     try:
-        found = json.loads(said)["verdict"]
+        found = json.loads(content)["verdict"]
     except (ValueError, KeyError, TypeError, RecursionError):
-        found = said
+        found = content
     return letter_in(str(found))

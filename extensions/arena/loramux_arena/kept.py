@@ -133,8 +133,8 @@ def _row(found: Any) -> Row:
         types = _TYPES[str(field.type)]
         if not isinstance(found.get(field.name), types):
             raise TypeError(f"{field.name}: {json.dumps(found.get(field.name))}")
-    if strange := set(found) - {field.name for field in fields(kind)}:
-        raise ValueError(f"unknown field {sorted(strange)[0]}")
+    if unknown := set(found) - {field.name for field in fields(kind)}:
+        raise ValueError(f"unknown field {sorted(unknown)[0]}")
     return kind(**found)
 
 

@@ -32,8 +32,8 @@ def of_reference(tokens: Sequence[PromptToken], reference: str) -> tuple[float, 
     Raises:
         RequestInvalid: the prompt does not end with the reference: the template changes it, or it is empty.
     """
-    for wanted in dict.fromkeys((reference, reference.strip())):
-        ending = wanted.encode()
+    for candidate in dict.fromkeys((reference, reference.strip())):
+        ending = candidate.encode()
         found: list[float] = []
         tail = b""
         for token in reversed(tokens):

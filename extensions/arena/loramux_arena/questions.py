@@ -41,10 +41,10 @@ class Question:
         if isinstance(self.prompt, str):
             return self.prompt
         turns = [turn for turn in self.prompt if isinstance(turn, Mapping)]
-        said = [str(turn.get("content") or "") for turn in turns]
+        contents = [str(turn.get("content") or "") for turn in turns]
         if len(turns) == 1:
-            return said[0]
-        return "\n\n".join(f"{turn['role']}: {text}" for turn, text in zip(turns, said, strict=True))
+            return contents[0]
+        return "\n\n".join(f"{turn['role']}: {text}" for turn, text in zip(turns, contents, strict=True))
 
 
 class _Bad(Exception):
@@ -106,12 +106,12 @@ def _question(line: str, number: int, system: str) -> Question:
         raise _Bad("E_BAD_FIELD", "JSON, as the line begins with {", error) from error
     if unknown := [name for name in fields if name not in FIELDS]:
         raise _Bad("E_UNKNOWN_FIELD", f"one of {', '.join(FIELDS)}", unknown[0])
-    given = [name for name in KINDS if name in fields]
-    if len(given) != 1:
-        raise _Bad("E_MISSING_FIELD", f"one of {', '.join(KINDS)}", " and ".join(given) or "none of them")
+    present = [name for name in KINDS if name in fields]
+    if len(present) != 1:
+        raise _Bad("E_MISSING_FIELD", f"one of {', '.join(KINDS)}", " and ".join(present) or "none of them")
     question = Question(
         id=_text(fields, "id", str(number)) or str(number),
-        prompt=_prompt(given[0], fields[given[0]], system),
+        prompt=_prompt(present[0], fields[present[0]], system),
         reference=_reference(fields.get("reference")),
         rubric=_text(fields, "rubric", ""),
         tags=_tags(fields.get("tags", [])),
@@ -119,7 +119,7 @@ def _question(line: str, number: int, system: str) -> Question:
     try:
         generate_request("", question.prompt, {})
     except RequestInvalid as fault:
-        raise _Bad("E_BAD_FIELD", EXPECTED, fault.findings[0].found, given[0]) from fault
+        raise _Bad("E_BAD_FIELD", EXPECTED, fault.findings[0].found, present[0]) from fault
     return question
 
 
@@ -139,8 +139,8 @@ def _prompt(kind: str, value: Any, system: str) -> Prompt:
     return value
 
 
-def _turns(said: str, system: str) -> list[Mapping[str, Any]]:
-    return [*_system(system), {"role": "user", "content": said}]
+def _turns(text: str, system: str) -> list[Mapping[str, Any]]:
+    return [*_system(system), {"role": "user", "content": text}]
 
 
 def _system(system: str) -> list[Mapping[str, Any]]:

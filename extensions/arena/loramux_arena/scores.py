@@ -80,8 +80,8 @@ def scorer(word: str) -> Scorer:
 
     def captured(answer: str, reference: str) -> bool:
         found = _capture(pattern, answer)
-        wanted = _capture(pattern, reference)
-        return found is not None and found == (reference.strip() if wanted is None else wanted)
+        expected = _capture(pattern, reference)
+        return found is not None and found == (reference.strip() if expected is None else expected)
 
     return captured
 
@@ -90,8 +90,8 @@ def _capture(pattern: re.Pattern[str], text: str) -> str | None:
     found = pattern.search(text)
     if found is None:
         return None
-    said = found[1] if pattern.groups else found[0]
-    return None if said is None else said.strip()
+    captured = found[1] if pattern.groups else found[0]
+    return None if captured is None else captured.strip()
 
 
 def last_number(text: str) -> Decimal | None:

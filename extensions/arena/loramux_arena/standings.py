@@ -149,12 +149,12 @@ def _answers(plan: Plan, found: Found, model: str, question: str) -> list[Answer
 
 def _judged(plan: Plan, questions: Sequence[Question], found: Found) -> dict[str, dict[str, float]]:
     """Return the part of the verdicts that a version won, ties by half; the baseline has 0.5."""
-    said: dict[tuple[str, str], list[float]] = {}
+    by_answer: dict[tuple[str, str], list[float]] = {}
     for (model, question, _, _), row in found.verdicts.items():
-        said.setdefault((model, question), []).append(row.score)
+        by_answer.setdefault((model, question), []).append(row.score)
     values: dict[str, dict[str, float]] = {model: {} for model in plan.models}
     for question, model in product((each.id for each in questions), plan.models):
-        scores = said.get((model, question), [])
+        scores = by_answer.get((model, question), [])
         if len(scores) == 2 * plan.samples:
             values[model][question] = statistics.fmean(scores)
             values[plan.baseline][question] = 0.5

@@ -57,11 +57,11 @@ class ArenaView:
         if self._bars is None:
             return
         done = self._ended + self._found.again - self._again
-        said = f"{self._name}: {done} of {self._total}"
-        said += f", {self._failed} failed" if self._failed else ""
+        line = f"{self._name}: {done} of {self._total}"
+        line += f", {self._failed} failed" if self._failed else ""
         if self._tokens:
-            said += f", {self._tokens / max(time.monotonic() - self._began, 1e-9):.0f} tokens/s"
-        self._bars.update(self._task, completed=done, description=said)
+            line += f", {self._tokens / max(time.monotonic() - self._began, 1e-9):.0f} tokens/s"
+        self._bars.update(self._task, completed=done, description=line)
 
 
 def show_standings(report: Standings) -> None:

@@ -65,16 +65,16 @@ class Versions(inference_grpc.InferenceServiceServicer):
 
     async def _events(self, request: Any) -> AsyncIterator[Any]:
         turns = request.messages.messages
-        asked = turns[-1].content if turns else request.text
-        said = self.says(request.model, asked, request.sampling.seed)
+        requests = turns[-1].content if turns else request.text
+        stated = self.says(request.model, requests, request.sampling.seed)
         digest = self.digests[request.model]
         started = pb.Started(request_id="r", model=request.model, adapter_digest=digest, prompt_tokens=9)
         yield pb.GenerateResponse(started=started)
         if request.sampling.HasField("prompt_logprobs"):
-            yield pb.GenerateResponse(prompt_logprobs=self._scored(request.model, asked))
-            said = ""
+            yield pb.GenerateResponse(prompt_logprobs=self._scored(request.model, requests))
+            stated = ""
         await until(lambda: self.most_open >= self.together, "others that are open too", lambda: self.most_open)
-        for piece in (said[:1], said[1:]):
+        for piece in (stated[:1], stated[1:]):
             if piece:
                 yield pb.GenerateResponse(delta=pb.Delta(text=piece, token_ids=[1]))
         if self.holds is not None:

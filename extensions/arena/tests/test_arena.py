@@ -55,8 +55,8 @@ async def hold(
     plan = Plan(tuple(models), models[0], max_tokens=3, likelihood=True)
     try:
         async with AsyncClient(inference=address) as client:
-            with Kept(path) as kept:
-                contest = Contest(client, plan, QUESTIONS, kept)
+            with Kept(path) as retained:
+                contest = Contest(client, plan, QUESTIONS, retained)
                 await contest.meet()
                 await contest.answer()
                 await contest.score_likelihoods()

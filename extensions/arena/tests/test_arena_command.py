@@ -21,11 +21,11 @@ from tests.support.waiting import BOUND_S
 HOSTILE = "</script><script>document.title='owned'</script>\x1b[2J"
 
 
-def says(model: str, asked: str, seed: int) -> str:
+def says(model: str, query: str, seed: int) -> str:
     """``a`` is right, ``b`` hostile, and all of them judge by place."""
-    if "ANSWER A" in asked or asked == "A":
+    if "ANSWER A" in query or query == "A":
         return "A"
-    return {"a": f"{asked}!", "b": HOSTILE}.get(model, f"{seed}")
+    return {"a": f"{query}!", "b": HOSTILE}.get(model, f"{seed}")
 
 
 @pytest.fixture(scope="module")
@@ -59,8 +59,8 @@ def prompts(tmp_path: Path) -> Path:
 
 def arena(served: tuple[Versions, str], prompts: Path, *args: object) -> tuple[int, str, str]:
     """Run the command; returns its exit code, stdout and stderr."""
-    kept = prompts.with_name("kept.jsonl")
-    words = ["arena", "--grpc", served[1], "--prompts", prompts, "--resume", kept, *args]
+    retained = prompts.with_name("kept.jsonl")
+    words = ["arena", "--grpc", served[1], "--prompts", prompts, "--resume", retained, *args]
     result = CliRunner().invoke(app, list(map(str, words)))
     return result.exit_code, result.stdout, result.stderr
 
@@ -128,15 +128,15 @@ REFUSED: list[tuple[list[str], int, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("args", "code", "told"), REFUSED)
+@pytest.mark.parametrize(("args", "code", "expected"), REFUSED)
 def test_what_cannot_be_done_is_said_before_anything(
-    args: list[str], code: int, told: str, served: tuple[Versions, str], prompts: Path
+    args: list[str], code: int, expected: str, served: tuple[Versions, str], prompts: Path
 ) -> None:
     """Wrong flags and names that are not served end the command before a question is answered."""
     served[0].heard.clear()
     found, _, errors = arena(served, prompts, *args)
     assert found == code
-    assert told in errors
+    assert expected in errors
     assert all(each.sampling.max_tokens == 1 or each.HasField("constraint") for each in served[0].heard)
 
 
@@ -173,7 +173,7 @@ def silent(served: tuple[Versions, str]) -> Iterator[None]:
 
 @pytest.mark.usefixtures("silent")
 @pytest.mark.parametrize(
-    ("args", "said"),
+    ("args", "expected"),
     [
         (["--models", "base,b"], "--models b"),
         (["--models", "a,*b"], "--models b"),
@@ -183,12 +183,12 @@ def silent(served: tuple[Versions, str]) -> Iterator[None]:
     ],
 )
 def test_who_generates_no_text_is_refused_by_name(
-    args: list[str], said: str, served: tuple[Versions, str], prompts: Path
+    args: list[str], expected: str, served: tuple[Versions, str], prompts: Path
 ) -> None:
     """Before anybody is asked for a token."""
     code, _, errors = arena(served, prompts, *args)
     assert code == 2
-    assert f"{said}: expected models that generate text" in errors
+    assert f"{expected}: expected models that generate text" in errors
     assert not served[0].heard
 
 

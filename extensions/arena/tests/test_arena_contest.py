@@ -33,10 +33,10 @@ QUESTIONS = [
 ]
 
 
-def says(model: str, asked: str, seed: int) -> str:
+def says(model: str, query: str, seed: int) -> str:
     """``a`` is right at all questions, the mixture at one, the base at none."""
-    right = model == "a" or (model, asked) == ("a*0.5+b*0.5", "q2")
-    return f" {asked}! " if right else f"{model} {seed}"
+    right = model == "a" or (model, query) == ("a*0.5+b*0.5", "q2")
+    return f" {query}! " if right else f"{model} {seed}"
 
 
 async def hold(
@@ -49,8 +49,8 @@ async def hold(
 ) -> tuple[Found, Standings]:
     """Run a whole contest."""
     async with serving(service) as address, AsyncClient(inference=address) as client:
-        with Kept(path) as kept:
-            contest = Contest(client, plan, questions, kept, patience=patience)
+        with Kept(path) as retained:
+            contest = Contest(client, plan, questions, retained, patience=patience)
             await contest.meet()
             if plan.max_tokens:
                 await contest.answer()
@@ -66,8 +66,8 @@ async def test_all_versions_answer_all_questions(tmp_path: Path) -> None:
     service = Versions(says)
     service.together = len(MODELS)
     found, report = await hold(service, PLAN, tmp_path / "kept")
-    asked = [(each.model, each.messages.messages[-1].content) for each in service.heard[len(MODELS) :]]
-    assert sorted(asked) == sorted((model, question.id) for model in MODELS for question in QUESTIONS)
+    requests = [(each.model, each.messages.messages[-1].content) for each in service.heard[len(MODELS) :]]
+    assert sorted(requests) == sorted((model, question.id) for model in MODELS for question in QUESTIONS)
     assert {each.sticky_key for each in service.heard} == {"arena"}
     assert len(MODELS) <= service.most_open <= 4
     assert found.answers["a", "q1", 0].text == " q1! "
@@ -192,14 +192,14 @@ async def test_likelihood_is_of_the_references_tokens(tmp_path: Path) -> None:
 async def test_a_judge_is_asked_in_both_orders(tmp_path: Path) -> None:
     """One that prefers the right answer decides; verdicts are kept; equal answers need nobody."""
 
-    def decides(model: str, asked: str, seed: int) -> str:
+    def decides(model: str, requests: str, seed: int) -> str:
         if model != "b":
-            return says(model, asked, seed)
-        return "A" if "!" in asked.partition("ANSWER A")[2].partition("ANSWER B")[0] else "B"
+            return says(model, requests, seed)
+        return "A" if "!" in requests.partition("ANSWER A")[2].partition("ANSWER B")[0] else "B"
 
     service = Versions(decides)
-    asked = [replace(question, reference=None) for question in QUESTIONS]
-    found, report = await hold(service, replace(PLAN, scores=()), tmp_path / "kept", asked, judge="b")
+    requests = [replace(question, reference=None) for question in QUESTIONS]
+    found, report = await hold(service, replace(PLAN, scores=()), tmp_path / "kept", requests, judge="b")
     judged = [each for each in service.heard if each.model == "b"]
     assert len(judged) == 2 * 2 * 4
     assert {each.constraint.regex for each in judged} == {"A|B|C"}
@@ -207,7 +207,7 @@ async def test_a_judge_is_asked_in_both_orders(tmp_path: Path) -> None:
     assert [each.paired.difference for each in score.comparisons] == [0.5, 0.125]
     assert "same verdict in both orders for 5 of 8 pairs" in report.notes[-1]
     service.heard.clear()
-    again, _ = await hold(service, replace(PLAN, scores=()), tmp_path / "kept", asked, judge="b")
+    again, _ = await hold(service, replace(PLAN, scores=()), tmp_path / "kept", requests, judge="b")
     assert again.verdicts == found.verdicts
     assert [each for each in service.heard if each.model == "b"] == []
 
@@ -220,7 +220,7 @@ def test_a_report_is_the_same_in_any_order() -> None:
         for model, shift in (("base", 1), ("a", 2))
         for at, question in enumerate(QUESTIONS)
     ]
-    said = [
+    stated = [
         Verdict(f"{row.key} {swapped}", "b", "a", row.question, 0, swapped, "A" if row.question < "q3" else "C")
         for row in rows[4:]
         for swapped in (False, True)
@@ -229,7 +229,7 @@ def test_a_report_is_the_same_in_any_order() -> None:
     for order in (1, -1):
         found = Found()
         found.likelihoods.update({(row.model, row.question): row for row in rows[::order]})
-        found.verdicts.update({(row.model, row.question, 0, row.swapped): row for row in said[::order]})
+        found.verdicts.update({(row.model, row.question, 0, row.swapped): row for row in stated[::order]})
         reports.append(standings(plan, QUESTIONS, found, "b"))
     assert reports[0] == reports[1]
     for score in reports[1].scores:
@@ -238,9 +238,9 @@ def test_a_report_is_the_same_in_any_order() -> None:
 
 async def test_a_judge_that_only_sees_places_decides_nothing(tmp_path: Path) -> None:
     """A judge that always prefers the first answer gives both versions one half, and the report says so."""
-    service = Versions(lambda model, asked, _: "A" if model == "b" else f"{model} {asked}")
-    asked = [replace(question, reference=None) for question in QUESTIONS]
-    _, report = await hold(service, replace(PLAN, scores=()), tmp_path / "kept", asked, judge="b")
+    service = Versions(lambda model, requests, _: "A" if model == "b" else f"{model} {requests}")
+    requests = [replace(question, reference=None) for question in QUESTIONS]
+    _, report = await hold(service, replace(PLAN, scores=()), tmp_path / "kept", requests, judge="b")
     assert [each.paired.difference for each in report.scores[0].comparisons] == [0.0, 0.0]
     assert "both orders for 0 of 8 pairs; the answer that stood first won 16 times" in report.notes[-1]
 
@@ -266,10 +266,10 @@ async def test_a_version_that_is_replaced_meanwhile_is_named(tmp_path: Path) -> 
     """Answers of two digests under one name are not one version, and the report says so."""
     service = Versions(says)
 
-    def replaced(model: str, asked: str, seed: int) -> str:
-        if asked == "q3":
+    def replaced(model: str, query: str, seed: int) -> str:
+        if query == "q3":
             service.digests["a"] = "d" * 64
-        return says(model, asked, seed)
+        return says(model, query, seed)
 
     service.says = replaced
     _, report = await hold(service, replace(PLAN, concurrency=1, models=("base", "a")), tmp_path / "kept")
@@ -282,8 +282,8 @@ async def test_what_is_broken_off_is_kept(tmp_path: Path) -> None:
     """A run that is cancelled has kept what was answered, and a second one asks for the rest."""
     service = Versions(says)
     async with serving(service) as address, AsyncClient(inference=address) as client:
-        with Kept(tmp_path / "kept") as kept:
-            contest = Contest(client, replace(PLAN, concurrency=1), QUESTIONS, kept)
+        with Kept(tmp_path / "kept") as retained:
+            contest = Contest(client, replace(PLAN, concurrency=1), QUESTIONS, retained)
             await contest.meet()
             running = asyncio.create_task(contest.answer())
             await until(lambda: len(contest.found.answers) >= 2, "two answers", lambda: service.heard)

@@ -16,9 +16,9 @@ from loramux_arena.records import Answer
 from loramux_shared.faults import RequestInvalid, SettingsInvalid
 
 
-def lines(path: Path, *given: object) -> Path:
+def lines(path: Path, *provided: object) -> Path:
     """Write lines: text as it is, anything else as JSON."""
-    path.write_text("\n".join(each if isinstance(each, str) else json.dumps(each) for each in given))
+    path.write_text("\n".join(each if isinstance(each, str) else json.dumps(each) for each in provided))
     return path
 
 
@@ -61,21 +61,21 @@ BAD: list[tuple[Any, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("line", "told"), BAD)
-def test_lines_that_cannot_be_asked_are_named(line: Any, told: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("line", "expected"), BAD)
+def test_lines_that_cannot_be_asked_are_named(line: Any, expected: str, tmp_path: Path) -> None:
     """Each has a finding with its number, and a good line beside it none."""
     with pytest.raises(RequestInvalid) as caught:
         read_questions(lines(tmp_path / "prompts", "Hello", line), "Be brief.")
     [finding] = caught.value.findings
-    assert told in str(finding)
+    assert expected in str(finding)
 
 
 def test_files_that_ask_nothing(tmp_path: Path) -> None:
     """No file, no text and no lines have messages of their own."""
     (tmp_path / "binary").write_bytes(b"\xff")
     (tmp_path / "empty").write_text("\n")
-    for name, told in (("none", "No such file"), ("binary", "no UTF-8"), ("empty", "asks nothing")):
-        with pytest.raises(RequestInvalid, match=told):
+    for name, reported in (("none", "No such file"), ("binary", "no UTF-8"), ("empty", "asks nothing")):
+        with pytest.raises(RequestInvalid, match=reported):
             read_questions(tmp_path / name)
 
 
@@ -86,8 +86,8 @@ def _keep_on_a_full_disk(path: Path) -> None:
     most = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1, most[1]))
     try:
-        with Kept(path) as kept:
-            kept.put(ROW)
+        with Kept(path) as retained:
+            retained.put(ROW)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, most)
 
@@ -111,17 +111,17 @@ def test_a_device_is_not_removed(tmp_path: Path) -> None:
 def test_a_torn_line_costs_only_itself(tmp_path: Path) -> None:
     """A file whose writer was killed in a line goes on in the next; it is its owner's alone."""
     path = tmp_path / "kept"
-    with Kept(path) as kept:
-        kept.put(ROW)
-        kept.put(replace(ROW, key="torn"))
+    with Kept(path) as retained:
+        retained.put(ROW)
+        retained.put(replace(ROW, key="torn"))
     assert path.stat().st_mode & 0o777 == 0o600
     path.write_text(path.read_text()[:-9])
-    with Kept(path) as kept:
-        assert kept.get(Answer, "k") == ROW
-        assert kept.get(Answer, "torn") is None
-        kept.put(replace(ROW, key="next"))
-    with Kept(path) as kept:
-        assert len(kept) == 2
+    with Kept(path) as retained:
+        assert retained.get(Answer, "k") == ROW
+        assert retained.get(Answer, "torn") is None
+        retained.put(replace(ROW, key="next"))
+    with Kept(path) as retained:
+        assert len(retained) == 2
 
 
 @pytest.mark.parametrize(

@@ -129,19 +129,19 @@ ASKED: list[Message] = [{"role": "user", "content": "A or B?"}]
 
 
 @contextmanager
-def http(status: int, said: object, headers: dict[str, str] | None = None) -> Iterator[tuple[str, list[Any]]]:
+def http(status: int, text: object, headers: dict[str, str] | None = None) -> Iterator[tuple[str, list[Any]]]:
     """Answer everything alike; yields the address, and what was heard."""
-    heard: list[Any] = []
+    received: list[Any] = []
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-            heard.append((self.path, self.headers.get("authorization"), body))
+            received.append((self.path, self.headers.get("authorization"), body))
             self.send_response(status)
             for name, value in (headers or {}).items():
                 self.send_header(name, value)
             self.end_headers()
-            content = {"choices": [{"message": {"content": said}}]}
+            content = {"choices": [{"message": {"content": text}}]}
             self.wfile.write(json.dumps(content).encode())
 
         def log_message(self, *args: Any) -> None: ...
@@ -150,16 +150,16 @@ def http(status: int, said: object, headers: dict[str, str] | None = None) -> It
         thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
         thread.start()
         try:
-            yield f"http://127.0.0.1:{server.server_address[1]}/v1", heard
+            yield f"http://127.0.0.1:{server.server_address[1]}/v1", received
         finally:
             server.shutdown()
 
 
 async def test_a_judge_behind_an_address() -> None:
     """It is asked with a schema that leaves a letter, and with its own key."""
-    with http(200, '{"verdict": "B"}') as (url, heard):
+    with http(200, '{"verdict": "B"}') as (url, received):
         assert await UrlJudge(f"{url}/", "judge", "secret").letter(ASKED) == "B"
-    [(path, key, body)] = heard
+    [(path, key, body)] = received
     assert (path, key, body["model"], body["messages"]) == (
         "/v1/chat/completions",
         "Bearer secret",
@@ -171,7 +171,7 @@ async def test_a_judge_behind_an_address() -> None:
 
 
 @pytest.mark.parametrize(
-    ("status", "said", "headers", "fault"),
+    ("status", "expected", "headers", "fault"),
     [
         (200, "I like both", {}, NoVerdict),
         (200, None, {}, NoVerdict),
@@ -184,12 +184,12 @@ async def test_a_judge_behind_an_address() -> None:
     ],
 )
 async def test_judges_that_do_not_judge(
-    status: int, said: object, headers: dict[str, str], fault: type[Fault]
+    status: int, expected: object, headers: dict[str, str], fault: type[Fault]
 ) -> None:
     """Each failure has a class, which says whether to ask again; a redirect is not followed."""
-    with http(status, said, headers) as (url, heard), pytest.raises(fault) as caught:
+    with http(status, expected, headers) as (url, received), pytest.raises(fault) as caught:
         await UrlJudge(url, "judge", "").letter(ASKED)
-    assert len(heard) == 1
+    assert len(received) == 1
     if status == 429:
         assert caught.value.retry_after_s == 7.0
     assert (status == 401) == (API_KEY in caught.value.message)

@@ -104,8 +104,8 @@ def bench(
         duration_s=duration if duration or requests else DURATION_S,
         options={"max_tokens": max_tokens, "ignore_eos": not eos},
     )
-    given = read_prompts(prompts) if prompts else []
-    workload, run = asyncio.run(_bench(grpc, model or [], given, prompt_tokens, seed, plan, warmup))
+    prompts_read = read_prompts(prompts) if prompts else []
+    workload, run = asyncio.run(_bench(grpc, model or [], prompts_read, prompt_tokens, seed, plan, warmup))
     if plot is not None:
         draw(run.outcomes, workload.models, plot)
     _tell(plan, workload, run, as_json)
@@ -113,8 +113,8 @@ def bench(
 
 async def _bench(
     address: str,
-    wanted: Sequence[str],
-    given: Sequence[Prompt],
+    requested: Sequence[str],
+    prompts_read: Sequence[Prompt],
     prompt_tokens: int,
     seed: int,
     plan: LoadPlan,
@@ -122,9 +122,9 @@ async def _bench(
 ) -> tuple[Workload, BenchRun]:
     async with AsyncClient(inference=address) as client:
         with shell.working(f"asking {address}"):
-            models = await _models(client, wanted)
-            count = 0 if given else await words_for(client, models[0], prompt_tokens)
-        workload = Workload(models, seed, count, given)
+            models = await _models(client, requested)
+            count = 0 if prompts_read else await words_for(client, models[0], prompt_tokens)
+        workload = Workload(models, seed, count, prompts_read)
         await _warm_up(client, workload, plan.options, len(models) if warmup is None else warmup)
         view = BenchView(plan)
         with view.shown():
@@ -134,13 +134,13 @@ async def _bench(
                 return workload, BenchRun(view.outcomes, interrupted=True)
 
 
-async def _models(client: AsyncClient, wanted: Sequence[str]) -> list[str]:
+async def _models(client: AsyncClient, requested: Sequence[str]) -> list[str]:
     models = await client.models()
     served = [each.name for each in models]
-    for name in wanted:
-        if strange := unserved(name, served):
-            raise no_such_model(strange[0], served)
-    return list(dict.fromkeys(wanted)) or [each.name for each in models if each.generates]
+    for name in requested:
+        if unknown := unserved(name, served):
+            raise no_such_model(unknown[0], served)
+    return list(dict.fromkeys(requested)) or [each.name for each in models if each.generates]
 
 
 async def _warm_up(client: AsyncClient, workload: Workload, options: GenerateOptions, requests: int) -> None:
@@ -196,8 +196,8 @@ class BenchView:
         if self._bars:
             took = time.monotonic() - self._begin
             errors = f", {self._errors} failed" if self._errors else ""
-            said = f"{len(self.outcomes)} requests{errors}, {self._tokens / max(took, 1e-9):.0f} tokens/s"
-            self._bars.update(self._task, completed=self._part(took), description=said)
+            summary = f"{len(self.outcomes)} requests{errors}, {self._tokens / max(took, 1e-9):.0f} tokens/s"
+            self._bars.update(self._task, completed=self._part(took), description=summary)
 
     def _part(self, took: float) -> float:
         """Return how much of the run is over: by requests or by time, whichever ends it first."""
@@ -227,14 +227,14 @@ def show_report(report: Report) -> None:
 def show_load(load: ClientLoad) -> None:
     """Say on stderr how busy the client was."""
     late = f"{1e3 * (load.lag_s or 0.0):.0f} ms"
-    said = f"the client took {load.cpu:.0%} of a core, and its event loop was {late} late (p90)"
+    load_text = f"the client took {load.cpu:.0%} of a core, and its event loop was {late} late (p90)"
     if load.is_bottleneck:
         shell.say(
-            f"warning: {said}: it may have been the bottleneck. Lower the load, or use several clients",
+            f"warning: {load_text}: it may have been the bottleneck. Lower the load, or use several clients",
             "yellow",
         )
     else:
-        shell.say(said, "dim")
+        shell.say(load_text, "dim")
 
 
 def _row(each: Figures) -> tuple[str, ...]:

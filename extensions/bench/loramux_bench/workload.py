@@ -50,8 +50,8 @@ class Workload:
         number = 0
         while True:
             model = self.models[number % len(self.models)]
-            given = self.given[number // len(self.models) % len(self.given)] if self.given else None
-            yield BenchRequest(number, model, given or words(draw, self.words))
+            prompt = self.given[number // len(self.models) % len(self.given)] if self.given else None
+            yield BenchRequest(number, model, prompt or words(draw, self.words))
             number += 1
 
 

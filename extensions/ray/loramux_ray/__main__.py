@@ -36,10 +36,10 @@ QUIET: Final = {"RAY_USAGE_STATS_ENABLED": "0"}
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status."""
-    given = _parser().parse_args(arguments)
+    flags = _parser().parse_args(arguments)
     log_to_stderr()
     try:
-        asyncio.run(head(given)) if given.command == "head" else deploy(given)
+        asyncio.run(head(flags)) if flags.command == "head" else deploy(flags)
     except SettingsInvalid as fault:
         return _say(fault, 2)
     except Fault as fault:
@@ -47,28 +47,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-async def head(given: argparse.Namespace) -> None:
+async def head(flags: argparse.Namespace) -> None:
     """Be a cluster of one node until SIGTERM or SIGINT; what Ray starts ends with this process."""
     os.environ.update(QUIET | MIDDLEWARES)
     stop = Stop()
     ray.init(
-        num_cpus=given.cpus,
+        num_cpus=flags.cpus,
         object_store_memory=STORE_BYTES,
         include_dashboard=False,
         log_to_driver=True,
-        _temp_dir=str(given.folder),
+        _temp_dir=str(flags.folder),
     )
-    _start(given)
+    _start(flags)
     address = ray.get_runtime_context().gcs_address
-    (given.folder / ADDRESS).write_text(address)
-    log.info("Ray cluster ready", address=address, grpc=given.grpc, http=given.http)
+    (flags.folder / ADDRESS).write_text(address)
+    log.info("Ray cluster ready", address=address, grpc=flags.grpc, http=flags.http)
     notify(READY)
     await stop.wait()
     serve.shutdown()  # type: ignore[no-untyped-call]
     ray.shutdown()
 
 
-def deploy(given: argparse.Namespace) -> None:
+def deploy(flags: argparse.Namespace) -> None:
     """Run applications on a cluster that exists; returns when they run.
 
     Raises:
@@ -76,31 +76,31 @@ def deploy(given: argparse.Namespace) -> None:
         SettingsInvalid: the options of an application are wrong.
     """
     try:
-        ray.init(address=given.address, log_to_driver=False)
-        _start(given)
-        serve.run_many(_targets(given))
+        ray.init(address=flags.address, log_to_driver=False)
+        _start(flags)
+        serve.run_many(_targets(flags))
     except (ConnectionError, RayError, RayServeException, RuntimeError) as error:
         first = str(error).strip().partition("\n")[0][:500]
-        raise ServerUnavailable(f"Ray at {given.address}: {first}. `serve status` there says more.") from error
+        raise ServerUnavailable(f"Ray at {flags.address}: {first}. `serve status` there says more.") from error
 
 
-def _targets(given: argparse.Namespace) -> list[RunTarget]:
+def _targets(flags: argparse.Namespace) -> list[RunTarget]:
     targets = []
-    if given.builder is not None:
-        targets.append(RunTarget(build_builder(given.builder), BUILDER_APP, route_prefix=None))
-    if given.options is not None:
-        targets.append(RunTarget(build(given.options), APP))
+    if flags.builder is not None:
+        targets.append(RunTarget(build_builder(flags.builder), BUILDER_APP, route_prefix=None))
+    if flags.options is not None:
+        targets.append(RunTarget(build(flags.options), APP))
     return targets
 
 
-def _start(given: argparse.Namespace) -> None:
+def _start(flags: argparse.Namespace) -> None:
     """Open Ray's proxies, where they are not open already: then they stay as they are."""
-    host, _, port = given.http.rpartition(":")
+    host, _, port = flags.http.rpartition(":")
     serve.start(
         proxy_location="EveryNode",
         http_options={"host": host, "port": int(port)},
         grpc_options={
-            "port": int(given.grpc.rpartition(":")[2]),
+            "port": int(flags.grpc.rpartition(":")[2]),
             "grpc_servicer_functions": [SERVICERS],
             "enable_reflection": False,  # Ray's asks nobody for a key
         },

@@ -15,7 +15,7 @@ from loramux_shared.faults import PermissionDenied
 
 async def answered(app: ASGIApp, call: HttpCall, *, local_only: bool) -> AsyncGenerator[Messages]:
     """Yield what an application sends: its status together with the first of the body, so as to be retried."""
-    told: asyncio.Queue[Messages | None] = asyncio.Queue()
+    sent: asyncio.Queue[Messages | None] = asyncio.Queue()
     held: Messages = []
     requests: list[Message] = [{"type": "http.request", "body": call.body, "more_body": False}]
 
@@ -27,18 +27,18 @@ async def answered(app: ASGIApp, call: HttpCall, *, local_only: bool) -> AsyncGe
     async def send(message: Message) -> None:
         held.append(dict(message))
         if message["type"] != "http.response.start":
-            told.put_nowait(held.copy())
+            sent.put_nowait(held.copy())
             held.clear()
 
     async def run() -> None:
         try:
             await _guarded(app, call, local_only)(dict(call.scope), receive, send)
         finally:
-            told.put_nowait(None)
+            sent.put_nowait(None)
 
     task = asyncio.create_task(run())
     try:
-        while (messages := await told.get()) is not None:
+        while (messages := await sent.get()) is not None:
             yield messages
         await task
     finally:

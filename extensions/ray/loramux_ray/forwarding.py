@@ -95,19 +95,19 @@ class Forwarder:
         """
         handle = (await self.open()).options(method_name=method, multiplexed_model_id=key)
         for pause_s in (*pauses_s, None):
-            told = False
+            started = False
             response = cast(DeploymentResponseGenerator[Any], handle.remote(*arguments))
             try:
                 async for part in response:
-                    if not told and pause_s is not None and elsewhere(part):
+                    if not started and pause_s is not None and elsewhere(part):
                         break
-                    told = True
+                    started = True
                     yield part
                 else:
                     return
             except (RayError, RayServeException) as error:
                 fault = _fault(error)
-                if told or pause_s is None or not isinstance(fault, ReplicaFailed):
+                if started or pause_s is None or not isinstance(fault, ReplicaFailed):
                     raise fault from None
                 log.info(
                     "request retried on another replica", app=self._app, method=method, why=type(error).__name__

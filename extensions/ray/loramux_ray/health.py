@@ -55,12 +55,12 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # grpc has 
     ) -> AsyncGenerator[pb.HealthCheckResponse]:
         """Say how a service is, again at every change."""
         del context
-        told: int | None = None
+        reported: int | None = None
         while True:
             known = request.service in PARTS
             status = await self._status(request.service) if known else STATUS.SERVICE_UNKNOWN
-            if status != told:
-                told = status
+            if status != reported:
+                reported = status
                 yield STATUS(status=status)
             await asyncio.sleep(LOOK_S)
 

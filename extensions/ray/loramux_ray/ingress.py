@@ -129,8 +129,8 @@ def _model(scope: Scope, body: bytes) -> str:
         if name == MODEL.encode():
             return str(value.decode("latin-1"))
     try:
-        said = json.loads(body)
-        model = said.get("lora_path") or said.get("model")
+        parsed = json.loads(body)
+        model = parsed.get("lora_path") or parsed.get("model")
     except (ValueError, AttributeError, RecursionError):
         return ""  # a replica says what is wrong with it
     return model if isinstance(model, str) else ""

@@ -73,10 +73,10 @@ def _patient() -> Iterator[None]:
     """Bound by ``BOUND_S`` those waits of Ray's for nodes and proxies that no variable bounds."""
     get_node = services.get_node
 
-    def node(*given: Any) -> Any:
+    def node(*provided: Any) -> Any:
         def found() -> Any:
             with suppress(RuntimeError):  # it is not registered yet
-                return get_node(*given)
+                return get_node(*provided)
 
         return wait_until(found, "a node of Ray's")
 

@@ -150,11 +150,13 @@ async def test_answers_equal_those_of_a_single_service(fleet: RayFleet, single: 
             "logprobs": True,
         }
         for model in ("base", "a2"):
-            asked = body | {"model": model}
-            answers = [await http.post("/v1/chat/completions", json=asked) for http in (ray_http, single.http)]
+            requests = body | {"model": model}
+            answers = [
+                await http.post("/v1/chat/completions", json=requests) for http in (ray_http, single.http)
+            ]
             assert agree(said(answers[0].json()), said(answers[1].json()))
             streamed = [
-                await http.post("/v1/chat/completions", json=asked | {"stream": True})
+                await http.post("/v1/chat/completions", json=requests | {"stream": True})
                 for http in (ray_http, single.http)
             ]
             assert text_of(streamed[0]) == text_of(streamed[1])
@@ -216,8 +218,8 @@ def test_a_model_is_answered_where_its_adapter_is(fleet: RayFleet, client: Clien
 
     fleet.until(lambda: len(fleet.ask(in_work)) == 3, "three replicas")
     with ThreadPoolExecutor(8) as pool:
-        asked = [*NAMES * 4, *["base"] * 24]
-        list(pool.map(lambda name: client.complete(name, PROMPT, max_tokens=2, timeout_s=BOUND_S), asked))
+        requests = [*NAMES * 4, *["base"] * 24]
+        list(pool.map(lambda name: client.complete(name, PROMPT, max_tokens=2, timeout_s=BOUND_S), requests))
     with httpx.Client(base_url=fleet.url, timeout=BOUND_S) as http:
         for name in (*NAMES, *(f"base:{name}" for name in NAMES)):
             http.post(

@@ -58,8 +58,8 @@ async def call(
     tokens = pb.TokenIds(ids=PROMPT)
     request = pb.GenerateRequest(**({"model": "base", "token_ids": tokens} | fields))
     metadata = (("authorization", f"Bearer {key}"),) if key else ()
-    asked = RpcCall(method, request.SerializeToString(), metadata, BOUND_S, peer)
-    return [part async for part in bridge.run(asked)]
+    requests = RpcCall(method, request.SerializeToString(), metadata, BOUND_S, peer)
+    return [part async for part in bridge.run(requests)]
 
 
 def reason_of(end: list[bytes] | End) -> str:

@@ -38,10 +38,10 @@ def tried(model: str, loads: dict[str, int]) -> list[list[str]]:
     router.initialize_state()
     router._replica_queue_len_cache = loads  # type: ignore[assignment]
     replicas = [SimpleNamespace(replica_id=Name(name)) for name in loads]
-    asked = SimpleNamespace(
+    query = SimpleNamespace(
         metadata=SimpleNamespace(multiplexed_model_id=model), routing_context=SimpleNamespace()
     )
-    groups = asyncio.run(router.choose_replicas(replicas, asked))
+    groups = asyncio.run(router.choose_replicas(replicas, query))
     return [[each.replica_id for each in group] for group in groups]
 
 
@@ -75,15 +75,15 @@ def test_there_are_as_many_replicas_as_hold_what_runs_and_waits():
     """Sequences count where they are more than requests; without figures of replicas the requests do."""
     config = SimpleNamespace(get_target_ongoing_requests=lambda: 8)
 
-    def wanted(requests: float, **metrics: dict[str, float]) -> float:
+    def expected(requests: float, **metrics: dict[str, float]) -> float:
         context = SimpleNamespace(
             total_num_requests=requests, aggregated_metrics=metrics or None, config=config
         )
         return by_sequences(context)[0]
 
-    assert wanted(0) == 0
-    assert wanted(17) == 3
-    assert wanted(2, running={"r1": 8, "r2": 8}, waiting={"r1": 0, "r2": 9}) == 4
+    assert expected(0) == 0
+    assert expected(17) == 3
+    assert expected(2, running={"r1": 8, "r2": 8}, waiting={"r1": 0, "r2": 9}) == 4
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,7 @@ def test_without_keys_only_this_machine_is_answered(peer, host, let_in):
 
 
 @pytest.mark.parametrize(
-    ("args", "said"),
+    ("args", "expected"),
     [
         ({"settings": {"deployment": "d"}, "replica": 2}, "replica: Extra"),
         ({"settings": {"treads": 2}}, "treads"),
@@ -119,9 +119,9 @@ def test_without_keys_only_this_machine_is_answered(peer, host, let_in):
         ({"settings": {"deployment": "d", "http": "127.0.0.1:1"}}, "http: Ray's proxies"),
     ],
 )
-def test_options_and_settings_that_nobody_knows_stop_a_deploy(args, said):
+def test_options_and_settings_that_nobody_knows_stop_a_deploy(args, expected):
     """An option that is misspelt, or of a server that Ray does not have, is named before anything starts."""
-    with pytest.raises(SettingsInvalid, match=said):
+    with pytest.raises(SettingsInvalid, match=expected):
         build(args)
 
 

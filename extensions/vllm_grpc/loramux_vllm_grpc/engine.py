@@ -61,10 +61,10 @@ class VllmEngineServicer(engine_pb2_grpc.VllmEngineServicer):
     ) -> AsyncIterator[pb.GenerateResponse]:
         """Stream an answer, or several; nothing is sent before the first token."""
         with spelled_out():
-            asked = request_of(request, context, self._name(context), self._service.limits.max_seq_len)
-            telling = Telling(asked, stream=request.stream)
-            with self._running.call(asked.id) as call:
-                async with aclosing(call.until_aborted(self._service.generate(asked))) as events:
+            parsed = request_of(request, context, self._name(context), self._service.limits.max_seq_len)
+            telling = Telling(parsed, stream=request.stream)
+            with self._running.call(parsed.id) as call:
+                async with aclosing(call.until_aborted(self._service.generate(parsed))) as events:
                     async for event in events:
                         for message in telling.messages(event):
                             yield message
@@ -78,8 +78,8 @@ class VllmEngineServicer(engine_pb2_grpc.VllmEngineServicer):
         with spelled_out():
             pooling = pooling_of(None, self._service.usual_pooling)
             longest = self._service.limits.max_seq_len
-            asked = embedding_of(request, context, self._name(context), longest, pooling)
-            async with aclosing(pooled(self._service, [asked])) as found:
+            parsed = embedding_of(request, context, self._name(context), longest, pooling)
+            async with aclosing(pooled(self._service, [parsed])) as found:
                 made = await anext(found)
         vector = shaped(made.vector, None, normalize=True)
         return pb.EmbedResponse(
@@ -198,6 +198,6 @@ def _token(config: Any, name: str) -> int:
 
 
 def _sampling(defaults: AdapterDefaults) -> str:
-    said = {name: getattr(defaults, name) for name in ("temperature", "top_p", "top_k")}
-    given = {name: value for name, value in said.items() if value is not None}
-    return json.dumps(given) if given else ""
+    values = {name: getattr(defaults, name) for name in ("temperature", "top_p", "top_k")}
+    defined = {name: value for name, value in values.items() if value is not None}
+    return json.dumps(defined) if defined else ""

@@ -34,10 +34,10 @@ class VllmInferenceServicer(inference_pb2_grpc.InferenceServicer):
     ) -> pb.GenerateResponse:
         """Answer once; there is room for a single answer."""
         with spelled_out():
-            asked = self._asked(request, context)
-            if asked.output.n > 1:
-                raise _too_many(asked.output.n)
-            async with aclosing(self._parts(asked, request)) as messages:
+            parsed = self._asked(request, context)
+            if parsed.output.n > 1:
+                raise _too_many(parsed.output.n)
+            async with aclosing(self._parts(parsed, request)) as messages:
                 return whole([message async for message in messages])
 
     async def GenerateStream(  # noqa: N802 - grpc's name
@@ -50,16 +50,16 @@ class VllmInferenceServicer(inference_pb2_grpc.InferenceServicer):
                     yield message
 
     def _asked(self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext) -> Request:
-        asked = request_of(request, context, self._service.limits.max_seq_len)
+        parsed = request_of(request, context, self._service.limits.max_seq_len)
         base = self._service.catalog.base_name
-        return asked if asked.model.name else replace(asked, model=replace(asked.model, name=base))
+        return parsed if parsed.model.name else replace(parsed, model=replace(parsed.model, name=base))
 
-    async def _parts(self, asked: Request, request: pb.GenerateRequest) -> AsyncGenerator[pb.GenerateResponse]:
+    async def _parts(self, parsed: Request, request: pb.GenerateRequest) -> AsyncGenerator[pb.GenerateResponse]:
         """Yield the messages of a request; the message of the prompt alone waits for the first token."""
-        telling = Telling(asked, request.response)
+        telling = Telling(parsed, request.response)
         held: list[pb.GenerateResponse] = []
-        with self._running.call(asked.id) as call:
-            async with aclosing(call.until_aborted(self._service.generate(asked))) as events:
+        with self._running.call(parsed.id) as call:
+            async with aclosing(call.until_aborted(self._service.generate(parsed))) as events:
                 async for event in events:
                     held += telling.messages(event)
                     if isinstance(event, AnswerStarted):

@@ -51,8 +51,8 @@ def spelled_out() -> Iterator[None]:
     except Fault as fault:
         if not fault.findings:
             raise
-        shown = "; ".join(map(str, fault.findings[:SHOWN]))
-        raise fault.with_message(f"{fault.message} {shown}") from fault
+        details = "; ".join(map(str, fault.findings[:SHOWN]))
+        raise fault.with_message(f"{fault.message} {details}") from fault
 
 
 def refuse_fields(message: Message, unsupported: Mapping[str, str]) -> None:

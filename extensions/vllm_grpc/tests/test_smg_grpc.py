@@ -104,10 +104,10 @@ async def test_answers_are_those_of_the_replica(gateway: Gateway, model: str) ->
         for ours, theirs in zip(direct.choices, through.choices, strict=True):
             assert (theirs.message.content, theirs.finish_reason) == (ours.message.content, ours.finish_reason)
             if body.get("logprobs"):
-                said, real = (
+                emitted, real = (
                     {each.token: each.logprob for each in one.logprobs.content} for one in (theirs, ours)
                 )
-                assert said == pytest.approx(real, abs=1e-5)
+                assert emitted == pytest.approx(real, abs=1e-5)
 
 
 @pytest.mark.parametrize("model", ["base", MODEL])

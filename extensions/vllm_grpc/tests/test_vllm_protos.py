@@ -94,5 +94,5 @@ def test_every_field_is_served_or_refused() -> None:
                 structure = field.containing_oneof is not None and field.containing_oneof.name in (
                     "constraint", "structured_output",
                 )  # fmt: skip
-                told = field.name == "stream"  # by who answers
-                assert known or structure or told or f".{field.name}" in source, field.full_name
+                flag = field.name == "stream"  # by who answers
+                assert known or structure or flag or f".{field.name}" in source, field.full_name

@@ -81,30 +81,30 @@ async def test_an_answer_in_chunks_and_at_once(apis: VllmApis) -> None:
 async def test_a_api_stands_for_a_model(apis: VllmApis) -> None:
     """The second one for its adapter, the first one for the base, or for what metadata name."""
     named = [("x-loramux-model", "wide")]
-    for model, said in (
+    for model, answer in (
         (MODEL, await apis.engine_says(apis.of_model)),
         ("wide", await apis.engine_says(metadata=named)),
         ("base", await apis.engine_says()),
         (MODEL, await apis.engine_says(apis.of_model, named)),
     ):
-        assert list(said[0].complete.output_ids) == await tokens_of(apis, model)
+        assert list(answer[0].complete.output_ids) == await tokens_of(apis, model)
     assert len({tuple(await tokens_of(apis, model)) for model in ("base", "wide", MODEL)}) == 3
 
 
 async def test_several_answers_and_their_log_probabilities(apis: VllmApis) -> None:
     """Each answer has an index and one end, and log probabilities; those of the prompt come with the first."""
     params = {"temperature": 1.0, "seed": 3, "n": 2, "logprobs": 2, "prompt_logprobs": 1}
-    said = await apis.engine_says(stream=True, params=params)
-    assert sorted(each.complete.index for each in said if each.HasField("complete")) == [0, 1]
+    emitted = await apis.engine_says(stream=True, params=params)
+    assert sorted(each.complete.index for each in emitted if each.HasField("complete")) == [0, 1]
     service = Service(apis.ready)
     answers = await service.answers(n=2, temperature=1.0, seed=3, max_tokens=6, prompt_logprobs=1)
     for index, expected in enumerate(answers):
-        chunks = [each.chunk for each in said if each.HasField("chunk") and each.chunk.index == index]
+        chunks = [each.chunk for each in emitted if each.HasField("chunk") and each.chunk.index == index]
         scored = [token for chunk in chunks for token in chunk.output_logprobs.token_ids]
         assert scored == [token for chunk in chunks for token in chunk.token_ids] == expected
         assert all(len(top.values) == 2 for chunk in chunks for top in chunk.output_logprobs.top_logprobs)
         assert chunks[0].HasField("input_logprobs") == (index == 0)
-    prompt = next(each.chunk.input_logprobs for each in said if each.chunk.HasField("input_logprobs"))
+    prompt = next(each.chunk.input_logprobs for each in emitted if each.chunk.HasField("input_logprobs"))
     assert list(prompt.token_ids) == PROMPT
     assert [each.HasField("value") for each in prompt.token_logprobs] == [False, True, True, True]
 
@@ -112,15 +112,15 @@ async def test_several_answers_and_their_log_probabilities(apis: VllmApis) -> No
 async def test_what_ended_an_answer_is_named(apis: VllmApis) -> None:
     """A stop token and a stop text, and the tokens up to it; a text may be the prompt."""
     whole = await tokens_of(apis, "base")
-    [said] = await apis.engine_says(params={"stop_token_ids": [whole[3]], "temperature": 0.0})
-    assert list(said.complete.output_ids) == whole[: whole.index(whole[3]) + 1]
-    assert (said.complete.finish_reason, said.complete.matched_token_id) == ("stop", whole[3])
+    [answers] = await apis.engine_says(params={"stop_token_ids": [whole[3]], "temperature": 0.0})
+    assert list(answers.complete.output_ids) == whole[: whole.index(whole[3]) + 1]
+    assert (answers.complete.finish_reason, answers.complete.matched_token_id) == ("stop", whole[3])
     stop = apis.ready.service.text.decode(whole[2:3])
-    [said] = await apis.engine_says(params={"stop": [stop], "temperature": 0.0}, stream=False)
-    assert (said.complete.finish_reason, said.complete.matched_stop_str) == ("stop", stop)
+    [answers] = await apis.engine_says(params={"stop": [stop], "temperature": 0.0}, stream=False)
+    assert (answers.complete.finish_reason, answers.complete.matched_stop_str) == ("stop", stop)
     text = apis.ready.service.text.decode(PROMPT)
-    [said] = await apis.engine_says(tokenized=None, text=text)
-    assert (list(said.complete.output_ids), said.complete.prompt_tokens) == (whole, 4)
+    [answers] = await apis.engine_says(tokenized=None, text=text)
+    assert (list(answers.complete.output_ids), answers.complete.prompt_tokens) == (whole, 4)
 
 
 async def test_constraints_have_names_of_their_own(apis: VllmApis) -> None:
@@ -131,12 +131,12 @@ async def test_constraints_have_names_of_their_own(apis: VllmApis) -> None:
         ({"grammar": 'root ::= "x"*'}, "x"),
         ({"choice": engine.ChoiceConstraint(choices=["ba", "ab"])}, "ab"),
     ):
-        [said] = await apis.engine_says(params=params | {"temperature": 0.0})
-        text = apis.ready.service.text.decode([token for token in said.complete.output_ids if token != 2])
+        [answers] = await apis.engine_says(params=params | {"temperature": 0.0})
+        text = apis.ready.service.text.decode([token for token in answers.complete.output_ids if token != 2])
         assert text
         assert set(text) <= set(allowed)
-    [said] = await apis.engine_says(params={"json_object": False})
-    assert list(said.complete.output_ids) == await tokens_of(apis, "base")
+    [answers] = await apis.engine_says(params={"json_object": False})
+    assert list(answers.complete.output_ids) == await tokens_of(apis, "base")
     for params, named in (
         ({"regex": "["}, ["sampling_params.regex"]),
         ({"choice": engine.ChoiceConstraint()}, ["sampling_params.choice"]),
@@ -165,8 +165,8 @@ async def test_constraints_have_names_of_their_own(apis: VllmApis) -> None:
 )
 async def test_what_is_not_served_is_named(apis: VllmApis, fields: dict[str, Any], named: list[str]) -> None:
     """All at once, before anything runs."""
-    said = await failure(apis.engine_says(**fields))
-    assert said == ("INVALID_ARGUMENT", "REQUEST_INVALID", named)
+    answers = await failure(apis.engine_says(**fields))
+    assert answers == ("INVALID_ARGUMENT", "REQUEST_INVALID", named)
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await apis.engine_says(**fields)
     assert all(name in str(caught.value.details()) for name in named)  # gateways pass on nothing else
@@ -199,8 +199,8 @@ async def test_a_caller_ends_its_requests(apis: VllmApis) -> None:
     await anext(call)
     await pause(apis)
     await apis.engine.Abort(engine.AbortRequest(request_ids=["x-1", "x-2"]))
-    said = [message async for message in call]
-    ends = [message.complete for message in said if message.HasField("complete")]
+    stated = [message async for message in call]
+    ends = [message.complete for message in stated if message.HasField("complete")]
     assert [(end.index, end.finish_reason) for end in ends] == [(0, "abort"), (1, "abort")]
     whole = asyncio.ensure_future(apis.inference.Generate(inference_request(request_id="x-2")))
     await until(lambda: apis.ready.service.in_work, "the request")
@@ -326,12 +326,12 @@ async def test_vllms_own_answers(apis: VllmApis) -> None:
         output_logprobs=True,
         output_candidates=inference.CandidateTokens(top_n=2),
     )
-    said = await apis.inference_says(lora_name="rs", response=response)
-    assert [each.HasField("prompt_info") for each in said] == [True] + [False] * (len(said) - 1)
-    prompt = said[0].prompt_info
+    answers = await apis.inference_says(lora_name="rs", response=response)
+    assert [each.HasField("prompt_info") for each in answers] == [True] + [False] * (len(answers) - 1)
+    prompt = answers[0].prompt_info
     assert (prompt.num_prompt_tokens, list(prompt.token_ids)) == (4, PROMPT)
     assert (prompt.ranks[0], prompt.logprobs[0], len(prompt.logprobs)) == (0, 0.0, 4)
-    outputs = [each.outputs for each in said[1:]]
+    outputs = [each.outputs for each in answers[1:]]
     assert [token for each in outputs for token in each.token_ids] == expected
     for output in outputs[:-1]:
         assert list(output.ranks) == [1] * len(output.token_ids)
@@ -353,8 +353,8 @@ async def test_vllms_own_answers(apis: VllmApis) -> None:
 
 async def test_vllms_own_parameters(apis: VllmApis) -> None:
     """Model and LoRA as SGLang's two names; each field of the groups does what the service's own does."""
-    said = await apis.inference.Generate(inference_request(model="base", lora_name="wide"))
-    assert list(said.outputs.token_ids) == await tokens_of(apis, "wide")
+    answers = await apis.inference.Generate(inference_request(model="base", lora_name="wide"))
+    assert list(answers.outputs.token_ids) == await tokens_of(apis, "wide")
     assert (await failure(apis.inference.Generate(inference_request(model="rs", lora_name="wide"))))[2]
     assert (await failure(apis.inference.Generate(inference_request(lora_name="x"))))[1] == "MODEL_NOT_FOUND"
     whole = await tokens_of(apis, "base")
@@ -370,20 +370,20 @@ async def test_vllms_own_parameters(apis: VllmApis) -> None:
         ({"truncate_prompt_tokens": 2}, {"truncate_prompt_tokens": 2}),
     ]  # fmt: skip
     for fields, expected in cases:
-        said = await apis.inference.Generate(inference_request(**fields))
-        assert list(said.outputs.token_ids) == await tokens_of(apis, "base", **expected), fields
+        answers = await apis.inference.Generate(inference_request(**fields))
+        assert list(answers.outputs.token_ids) == await tokens_of(apis, "base", **expected), fields
     constrained = inference.DecodingParameters(
         choice=inference.DecodingParameters.StringChoices(choices=["ba"])
     )
     assert (await apis.inference.Generate(inference_request(decoding=constrained))).outputs.text == "ba"
     words = [inference.TokenIds(ids=whole[:1]), inference.TokenIds(ids=whole[2:4])]
-    said = await apis.inference.Generate(
+    answers = await apis.inference.Generate(
         inference_request(decoding=inference.DecodingParameters(bad_words_token_ids=words))
     )
-    assert whole[0] not in said.outputs.token_ids
+    assert whole[0] not in answers.outputs.token_ids
     several = inference.RandomSampling(num_sequences=2)
-    said = await apis.inference_says(sampling=several, temperature=1.0)
-    assert {each.outputs.index for each in said if each.outputs.HasField("finish_info")} == {0, 1}
+    answers = await apis.inference_says(sampling=several, temperature=1.0)
+    assert {each.outputs.index for each in answers if each.outputs.HasField("finish_info")} == {0, 1}
     assert (await failure(apis.inference.Generate(inference_request(sampling=several))))[2] == [
         "sampling.num_sequences"
     ]

@@ -176,8 +176,8 @@ def _whole_string(source: AnswerSource, form: GemmaMarks) -> Reader[str | None]:
 def _value(source: AnswerSource, form: GemmaMarks, depth: int) -> Reader[Any]:
     """Return a value when it is whole, or that there is none."""
     if (yield from source.literal(form.quote)):
-        said = yield from _whole_string(source, form)
-        return _NOTHING if said is None else said
+        text = yield from _whole_string(source, form)
+        return _NOTHING if text is None else text
     if depth > MAX_DEPTH:
         return _NOTHING
     if (yield from source.literal("[")):

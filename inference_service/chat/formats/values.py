@@ -20,8 +20,8 @@ def types_of(schema: Any) -> frozenset[str]:
     """Return the JSON types that a schema names, in `type`, `const`, `enum` and alternatives; may be none."""
     if not isinstance(schema, Mapping):
         return frozenset()
-    said = schema.get("type", ())
-    types = {said} if isinstance(said, str) else {each for each in said if isinstance(each, str)}
+    declared = schema.get("type", ())
+    types = {declared} if isinstance(declared, str) else {each for each in declared if isinstance(each, str)}
     values = schema.get("enum", [schema["const"]] if "const" in schema else ())
     if not types and isinstance(values, list):
         types |= {type_of(value) for value in values}

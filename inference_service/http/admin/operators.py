@@ -161,8 +161,8 @@ async def load_lora_adapter(service: GenerationService, http: HttpRequest) -> Re
         "x-loramux-digest": loaded.adapter.digest,
         "x-loramux-generation": str(loaded.adapter.generation),
     }
-    said = f"Success: LoRA adapter '{body.lora_name}' added successfully.{alone}"
-    return PlainTextResponse(said, headers=headers)
+    message = f"Success: LoRA adapter '{body.lora_name}' added successfully.{alone}"
+    return PlainTextResponse(message, headers=headers)
 
 
 async def unload_lora_adapter(service: GenerationService, http: HttpRequest) -> Response:  # noqa: ARG001
@@ -193,8 +193,8 @@ def _refused(fault: Fault) -> Reply[VllmError]:
 
 async def list_adapters(service: GenerationService, http: HttpRequest) -> Reply[AdapterList]:  # noqa: ARG001
     """List adapters with where they are, a page at a time, and how the replica is."""
-    manager, asked = manager_of(http), read_query(http, PageQuery)
-    page = manager.list(asked.page_token, asked.page_size)
+    manager, query = manager_of(http), read_query(http, PageQuery)
+    page = manager.list(query.page_token, query.page_size)
     return Reply(
         {
             "object": "list",

@@ -39,12 +39,12 @@ def chat_of(body: PromptBody, headers: Mapping[str, str] = NO_HEADERS) -> ChatRe
     Raises:
         RequestInvalid: fields contradict each other, or a header is wrong.
     """
-    turns, wanted, choice = tuple(turns_of(body)), _format(body), _choice(body.tool_choice)
+    turns, form, choice = tuple(turns_of(body)), _format(body), _choice(body.tool_choice)
     last = turns[-1]
     goes_on = last.role == "assistant"
     if goes_on:
         forced = choice == "required" or isinstance(choice, NamedTool)
-        _check_last(body, bool(last.calls), bool(last.content), bool(wanted) or forced)
+        _check_last(body, bool(last.calls), bool(last.content), bool(form) or forced)
     tools = () if choice == "none" else tuple(_tool(nth, tool) for nth, tool in enumerate(body.tools or ()))
     check_demand(choice, tools)
     check_tools(choice, tools, turns)
@@ -55,7 +55,7 @@ def chat_of(body: PromptBody, headers: Mapping[str, str] = NO_HEADERS) -> ChatRe
         tools,
         choice,
         parallel=not (body.tool_choice and body.tool_choice.disable_parallel_tool_use),
-        constraint=schema_constraint(wanted.schema_) if wanted else None,
+        constraint=schema_constraint(form.schema_) if form else None,
         variables=with_effort(thinks, _effort(body)),
         starts=not goes_on,
         goes_on=goes_on,

@@ -60,8 +60,8 @@ class MessageAnswer:
         self._ping_s = ping_s
         self._conversation = Conversation(service, chat)
         self.head = Head(f"msg_{self._conversation.request.id}", body.model)
-        shown = body.thinking is None or body.thinking.display != "omitted"
-        self._content = Content(shows_thinking=shown)
+        visible = body.thinking is None or body.thinking.display != "omitted"
+        self._content = Content(shows_thinking=visible)
         self._prompt_tokens = 0
         self._finished: AnswerFinished | None = None
         self._unread = self._thinking = 0
@@ -166,7 +166,7 @@ class MessageAnswer:
 
     async def _too_long(self) -> PromptTooLong:
         """Return the fault of a prompt that does not fit, in the words from which clients learn by how much."""
-        most, wanted = self._service.limits.max_seq_len, self._body.max_tokens
+        most, new_tokens = self._service.limits.max_seq_len, self._body.max_tokens
         try:
             tokens = await self._conversation.prompt_tokens()
         except PromptTooLong as fault:
@@ -174,7 +174,7 @@ class MessageAnswer:
         if tokens >= most:
             return PromptTooLong(f"prompt is too long: {tokens} tokens > {most - 1} maximum")
         return PromptTooLong(
-            f"input length and `max_tokens` exceed context limit: {tokens} + {wanted} > {most}, "
+            f"input length and `max_tokens` exceed context limit: {tokens} + {new_tokens} > {most}, "
             "decrease input length or `max_tokens` and try again"
         )
 

@@ -127,8 +127,8 @@ class ChatMessage(Body):
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
-        said = (self.content, self.refusal, self.thought)
-        if not self.tool_calls and all(each is None for each in said):
+        contents = (self.content, self.refusal, self.thought)
+        if not self.tool_calls and all(each is None for each in contents):
             raise PydanticCustomError("content", "a message with content")
         if None not in (self.reasoning, self.reasoning_content) and self.reasoning != self.reasoning_content:
             raise PydanticCustomError("reasoning", "reasoning the same as reasoning_content, or one of the two")

@@ -91,16 +91,16 @@ def tool_of(tool: Tool) -> ChatTool:
     return ChatTool(function.name, function.description, function.parameters, function.strict)
 
 
-def one_constraint(wanted: Constraint | None, outputs: StructuredOutputs | None) -> Constraint | None:
+def one_constraint(constraint: Constraint | None, outputs: StructuredOutputs | None) -> Constraint | None:
     """Return the constraint of a format, or of vLLM's way to say one.
 
     Raises:
         RequestInvalid: both are there.
     """
     structure = _structure(outputs)
-    if wanted and structure:
+    if constraint and structure:
         raise refused("structured_outputs", "none together with a response_format", "both")
-    return wanted or structure
+    return constraint or structure
 
 
 def _limit(body: ChatBody) -> int | None:

@@ -92,8 +92,8 @@ async def _summary(conversation: Conversation, head: Head) -> tuple[str, Respons
                 case AnswerPart(AnswerFinished() as finished, pieces):
                     output.end(pieces, "completed")
                     usage = usage_of(finished, output.reasoning_tokens)
-    said = [item["content"][0]["text"] for item in output.items() if item["type"] == "message"]
-    summary = "\n".join(said).strip()
+    texts = [item["content"][0]["text"] for item in output.items() if item["type"] == "message"]
+    summary = "\n".join(texts).strip()
     if not summary or usage is None:
         raise RequestInvalid(SAID_NOTHING)
     return summary, usage

@@ -90,7 +90,7 @@ def _check_calls(items: Sequence[Item]) -> None:
             calls.add(getattr(item, "call_id", ""))
 
 
-def _format(asked: TextFormat | None) -> Constraint | None:
-    if asked is None or asked.type == "text":
+def _format(form: TextFormat | None) -> Constraint | None:
+    if form is None or form.type == "text":
         return None
-    return Constraint("json_object") if asked.schema_ is None else schema_constraint(asked.schema_)
+    return Constraint("json_object") if form.schema_ is None else schema_constraint(form.schema_)

@@ -87,11 +87,15 @@ def _choice(choice: ToolChoice | None) -> str | dict[str, Any]:
 
 
 def _text(text: TextConfig | None) -> dict[str, Any]:
-    wanted = text.format if text else None
-    form: dict[str, Any] = {"type": wanted.type if wanted else "text"}
-    if wanted and wanted.schema_ is not None:
-        form |= {"name": wanted.name, "description": wanted.description, "schema": wanted.schema_}
-        form["strict"] = wanted.strict is not False
+    text_format = text.format if text else None
+    form: dict[str, Any] = {"type": text_format.type if text_format else "text"}
+    if text_format and text_format.schema_ is not None:
+        form |= {
+            "name": text_format.name,
+            "description": text_format.description,
+            "schema": text_format.schema_,
+        }
+        form["strict"] = text_format.strict is not False
     return {"format": form, "verbosity": "medium"}
 
 

@@ -118,8 +118,8 @@ class TextFormat(Body):
 
     @model_validator(mode="after")
     def _has_schema(self) -> Self:
-        wanted = self.type == "json_schema"
-        if wanted != (self.schema_ is not None) or (wanted and self.name is None):
+        needs_schema = self.type == "json_schema"
+        if needs_schema != (self.schema_ is not None) or (needs_schema and self.name is None):
             raise PydanticCustomError("format", "name and schema if and only if the type is json_schema")
         return self
 

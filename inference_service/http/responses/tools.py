@@ -105,10 +105,10 @@ class Offered:
 
     def tool(self) -> ChatTool:
         """Return it as a tool of a chat."""
-        said = (self.namespace.description if self.namespace else "", self.function.description)
+        descriptions = (self.namespace.description if self.namespace else "", self.function.description)
         return ChatTool(
             name=self.name,
-            description="\n".join(filter(None, said)) or None,
+            description="\n".join(filter(None, descriptions)) or None,
             parameters=self.function.parameters,
             strict=self.function.strict,
             place=self.place,

@@ -38,11 +38,11 @@ def turns_of(instructions: str | None, items: str | Sequence[Item]) -> tuple[Tur
     Raises:
         RequestInvalid: reasoning or a compaction is not ours.
     """
-    said = [Turn("user", items, place=PLACE)] if isinstance(items, str) else [*_turns(items)]
-    before = [*takewhile(lambda turn: turn.role in SYSTEM, said)]
+    turns = [Turn("user", items, place=PLACE)] if isinstance(items, str) else [*_turns(items)]
+    before = [*takewhile(lambda turn: turn.role in SYSTEM, turns)]
     texts = [text for text in (instructions, *(turn.content for turn in before)) if text is not None]
     system = [Turn("system", "\n\n".join(texts), place=PLACE)] if texts else []
-    return (*system, *said[len(before) :])
+    return (*system, *turns[len(before) :])
 
 
 def leading(items: Sequence[Item]) -> list[MessageItem]:

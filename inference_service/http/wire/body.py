@@ -128,11 +128,11 @@ def read_query(http: Request, kind: type[Q]) -> Q:
     Raises:
         RequestInvalid: a name is unknown or comes twice, or a value is not of its type.
     """
-    said = http.query_params
-    if len(said.multi_items()) > len(said):
-        raise refused_twice(said.multi_items())
+    query = http.query_params
+    if len(query.multi_items()) > len(query):
+        raise refused_twice(query.multi_items())
     try:
-        return kind.model_validate_strings(dict(said))
+        return kind.model_validate_strings(dict(query))
     except ValidationError as error:
         raise invalid_query(error, list(kind.model_fields)) from error
 

@@ -120,9 +120,11 @@ def _body(message: str, status: int, param: str | None, code: str) -> Error:
 
 def message_of(fault: Fault) -> str:
     """Return the message of a fault with its first findings."""
-    shown = [str(item.model_copy(update={"code": ""})) for item in fault.findings[:MAX_SHOWN]]
-    left_out = len(fault.findings) - len(shown)
-    return " ".join([fault.message, "; ".join(shown)]).strip() + (f" ({left_out} more)" if left_out > 0 else "")
+    details = [str(item.model_copy(update={"code": ""})) for item in fault.findings[:MAX_SHOWN]]
+    left_out = len(fault.findings) - len(details)
+    return " ".join([fault.message, "; ".join(details)]).strip() + (
+        f" ({left_out} more)" if left_out > 0 else ""
+    )
 
 
 def invalid_body(error: ValidationError, known: Sequence[str]) -> RequestInvalid:
@@ -138,9 +140,9 @@ def invalid_query(error: ValidationError, known: Sequence[str]) -> RequestInvali
     return _invalid("query", error.errors(include_url=False, include_input=False), known)
 
 
-def refused_twice(said: Sequence[tuple[str, str]]) -> RequestInvalid:
+def refused_twice(repeated: Sequence[tuple[str, str]]) -> RequestInvalid:
     """Return the fault of a query in which a name comes twice."""
-    names = [name for name, _ in said]
+    names = [name for name, _ in repeated]
     where = next(name for name in names if names.count(name) > 1)[:MAX_PLACE]
     finding = Finding(code="E_BAD_FIELD", where=where, expected="one value", found=f"{names.count(where)}")
     return RequestInvalid("the query of the request is not valid.", [finding])

@@ -114,5 +114,5 @@ class _Answer:
 
 def _request_id(scope: MutableMapping[str, Any]) -> str:
     """Return the id that the client gave, where it may stand in a header and in a log; else a new one."""
-    given = Headers(scope=scope).get("x-request-id", "")
-    return given if SANE_ID.fullmatch(given) else uuid.uuid4().hex
+    request_id = Headers(scope=scope).get("x-request-id", "")
+    return request_id if SANE_ID.fullmatch(request_id) else uuid.uuid4().hex

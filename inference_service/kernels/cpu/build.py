@@ -93,8 +93,8 @@ def _made_here(cache_dir: Path) -> Built:
 
 def _load(compiler: str, cache_dir: Path) -> Built:
     why_not_kept = private_folder(cache_dir)
-    kept = cache_dir / f"ops-{_key(compiler)}.sealed"
-    code = None if why_not_kept else _opened(read_private(kept))
+    sealed = cache_dir / f"ops-{_key(compiler)}.sealed"
+    code = None if why_not_kept else _opened(read_private(sealed))
     writable = not why_not_kept and os.access(cache_dir, os.W_OK)
     if writable:
         _remove_left_behind(cache_dir)
@@ -108,7 +108,7 @@ def _load(compiler: str, cache_dir: Path) -> Built:
             except subprocess.CalledProcessError as error:
                 return Built(None, f"torch operations ({compiling.reason(error)})", Lack.WRONG_RESULT)
             if writable:
-                _keep(library.read_bytes(), Path(folder) / kept.name, kept)
+                _keep(library.read_bytes(), Path(folder) / sealed.name, sealed)
         else:
             library.write_bytes(code)
         loaded = ctypes.CDLL(str(library))
@@ -177,8 +177,8 @@ def _processor() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor()
-    wanted = ("model name", "flags", "Features")
-    return "\n".join(dict.fromkeys(line for line in lines if line.startswith(wanted)))
+    fields = ("model name", "flags", "Features")
+    return "\n".join(dict.fromkeys(line for line in lines if line.startswith(fields)))
 
 
 if __name__ == "__main__":

@@ -33,10 +33,12 @@ class Inputs:
 
     def __call__(self, operations: Operations, tokens: Tensor, hidden: Tensor) -> Tensor:
         """Return [T, layers, width] for tokens [T] and their embeddings [T, hidden]."""
-        given = operations.embed(tokens, self._table, self._table_scale)
+        embedded = operations.embed(tokens, self._table, self._table_scale)
         projected = operations.linear(self._projection, hidden).mul_(self._scale)
         projected = operations.norm(projected.view(-1, self._width), self._norm, None, None)
-        return (projected.view_as(given) + given).mul_(2**-0.5).view(len(tokens), self._layers, self._width)
+        return (
+            (projected.view_as(embedded) + embedded).mul_(2**-0.5).view(len(tokens), self._layers, self._width)
+        )
 
 
 class InputBlock:

@@ -58,8 +58,8 @@ class FourBits:
         self._block, self._dtype = _block(state, "blocksize", pieces), TYPES[_type_of(state, pieces)]
         numbers: Numbers = "nf4" if STATE[role] == "nf4" else "fp4"
         self.scheme = pieces.scheme(numbers, [1, 1], self.rows, self.columns)
-        given = pieces.take("weight.quant_map", (torch.float32,), (16,))
-        if not torch.equal(given, torch.tensor(TABLES[numbers])):
+        levels = pieces.take("weight.quant_map", (torch.float32,), (16,))
+        if not torch.equal(levels, torch.tensor(TABLES[numbers])):
             raise pieces.invalid(
                 "weight.quant_map", f"expected the sixteen numbers of {numbers}, found others."
             )

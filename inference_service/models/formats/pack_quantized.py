@@ -27,9 +27,9 @@ class PackQuantized:
         words = self._words.shape[-1] if self._words.dim() else 0
         self._bits = bits_of(pieces, "weight_packed", words, columns)
         pieces.take("weight_packed", (torch.int32,), (rows, words))
-        said = pieces.take("weight_shape", WHOLE, (2,)).tolist()
-        if said != [rows, columns]:
-            raise pieces.invalid("weight_shape", f"config.json implies {[rows, columns]}, found {said}.")
+        stated = pieces.take("weight_shape", WHOLE, (2,)).tolist()
+        if stated != [rows, columns]:
+            raise pieces.invalid("weight_shape", f"config.json implies {[rows, columns]}, found {stated}.")
         scales = grids(pieces, pieces.take("weight_scale", FLOATS).float())[0]
         down, across = scales.shape
         zeros = self._unpacked_zeros(down, across) if "weight_zero_point" in pieces.tensors else None

@@ -40,8 +40,8 @@ class Scaled:
         self.pieces = pieces
         *matrices, self.rows, self.columns = pieces.shape
         self.matrices = math.prod(matrices)
-        kept = {scheme.numbers for scheme in pieces.quantization.schemes}
-        weight = pieces.take("weight", [each for each in NUMBERS if NUMBERS[each] in kept], pieces.shape)
+        stored = {scheme.numbers for scheme in pieces.quantization.schemes}
+        weight = pieces.take("weight", [each for each in NUMBERS if NUMBERS[each] in stored], pieces.shape)
         if int((weight.view(torch.uint8) & 127).max()) > _LARGEST.get(weight.dtype, 127):
             raise pieces.invalid("weight", "expected finite numbers, found NaN or infinite ones.")
         self._weight = weight.view(self.matrices, self.rows, self.columns)

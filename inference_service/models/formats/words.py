@@ -52,12 +52,12 @@ def bits_of(pieces: Pieces, role: str, words: int, columns: int) -> int:
     Raises:
         CheckpointInvalid: neither 4 nor 8 bits take so many, or the config has none of so many.
     """
-    kept = {scheme.numbers for scheme in pieces.quantization.schemes}
+    stored = {scheme.numbers for scheme in pieces.quantization.schemes}
     for bits, numbers in NUMBERS.items():
-        if -(-columns * bits // WORD) == words and numbers in kept:
+        if -(-columns * bits // WORD) == words and numbers in stored:
             return bits
     raise pieces.invalid(
-        role, f"expected {columns} numbers of {' or '.join(sorted(kept))}, found {words} words."
+        role, f"expected {columns} numbers of {' or '.join(sorted(stored))}, found {words} words."
     )
 
 

@@ -111,9 +111,9 @@ class AdapterSeries:
 
     def parts(self) -> Iterator[bytes]:
         """Return everything, as Prometheus reads it."""
-        shown, sequences = self._shown(), self._engine.sequence_counts
-        lines = self._lines(shown[: self._most], sequences)
-        return chain(families(HEADS, lines), (INFO_HEAD, self._info(shown, sequences)))
+        listed, sequences = self._shown(), self._engine.sequence_counts
+        lines = self._lines(listed[: self._most], sequences)
+        return chain(families(HEADS, lines), (INFO_HEAD, self._info(listed, sequences)))
 
     def _shown(self) -> list[_Shown]:
         """Those in memory and at work, used last first; a scrape looks at each name once and no longer."""
@@ -128,9 +128,9 @@ class AdapterSeries:
                     found.append(_Shown(model, PLACES[standing.state], standing.last_used_s or 0.0))
         return sorted(found, key=lambda each: -each.used_s)
 
-    def _lines(self, shown: list[_Shown], sequences: SequenceCounts) -> list[Lines]:
+    def _lines(self, listed: list[_Shown], sequences: SequenceCounts) -> list[Lines]:
         before, limits, written = self._written, self._catalog.deployed.limits, {}
-        for each in sorted(shown, key=lambda each: each.model.name):
+        for each in sorted(listed, key=lambda each: each.model.name):
             name = each.model.name
             facts = _Facts(
                 each.model,
@@ -140,14 +140,16 @@ class AdapterSeries:
                 self.adapters.is_pinned(name),
                 limits,
             )
-            kept = before.get(name)
-            written[name] = kept if kept is not None and kept[0] == facts else (facts, facts.lines())
+            previous = before.get(name)
+            written[name] = (
+                previous if previous is not None and previous[0] == facts else (facts, facts.lines())
+            )
         self._written = written
         return [lines for _, lines in written.values()]
 
-    def _info(self, shown: list[_Shown], sequences: SequenceCounts) -> bytes:
+    def _info(self, listed: list[_Shown], sequences: SequenceCounts) -> bytes:
         """Return the adapters that are ready, and those that are waited for; of the base there is nothing."""
-        places = {each.model.name: each.place for each in shown if each.model.name != self._catalog.base_name}
+        places = {each.model.name: each.place for each in listed if each.model.name != self._catalog.base_name}
         ready = sorted(name for name, place in places.items() if place is AdapterPlace.DEVICE)
         waiting = sorted(places.keys() & sequences.waiting.keys())
         labels = {

@@ -95,13 +95,13 @@ class Metrics:
             self._ended(record, model)
 
     def _ended(self, record: RequestRecord, model: str) -> None:
-        self._models.count(REQUESTS.name, model, said=record.outcome)
+        self._models.count(REQUESTS.name, model, label=record.outcome)
         if record.first_s is None:
             return
         self._observe(DURATION, model, record.duration_s)
         for answer in record.answers:
             if answer.finish is not None:
-                self._models.count(ANSWERS.name, model, said=answer.finish.value)
+                self._models.count(ANSWERS.name, model, label=answer.finish.value)
             self._observe(PER_TOKEN, model, answer.seconds_per_token)
 
     def responded(self, status: int) -> None:

@@ -84,11 +84,11 @@ class ModelSeries:
         """Used last is last."""
         self._lock = threading.Lock()
 
-    def count(self, name: str, model: str, amount: int = 1, said: str = "") -> None:
+    def count(self, name: str, model: str, amount: int = 1, label: str = "") -> None:
         """Add to a counter; said is the value of its own label."""
         with self._lock:
             counts = self._used(model).counts[name]
-            counts[said] = counts.get(said, 0) + amount
+            counts[label] = counts.get(label, 0) + amount
 
     def observe(self, name: str, model: str, seconds: float) -> None:
         """Add to a histogram."""
@@ -147,4 +147,7 @@ def _counter(family: Counted, model: str, counts: Mapping[str, int]) -> bytes:
     name = f"{family.name}_total"
     if not family.label:
         return b"".join(sample(name, {"model": model}, value) for value in counts.values())
-    return b"".join(sample(name, {"model": model, family.label: said}, value) for said, value in counts.items())
+    return b"".join(
+        sample(name, {"model": model, family.label: label_value}, value)
+        for label_value, value in counts.items()
+    )

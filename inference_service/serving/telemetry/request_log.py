@@ -35,8 +35,11 @@ class RequestLog:
 
     def ended(self, record: RequestRecord) -> None:
         """Write the line, in the context of the call: with the id that the server gave it."""
-        said: Mapping[int, str] = self._said.pop(id(record), {})
-        texts = {"prompt": record.request.prompt.content, "answers": [said[index] for index in sorted(said)]}
+        texts_so_far: Mapping[int, str] = self._said.pop(id(record), {})
+        texts = {
+            "prompt": record.request.prompt.content,
+            "answers": [texts_so_far[index] for index in sorted(texts_so_far)],
+        }
         record.context.run(_write, record, texts if self._texts else {})
 
 

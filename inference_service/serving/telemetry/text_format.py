@@ -23,7 +23,7 @@ def label(value: str) -> str:
 
 def sample(name: str, labels: Mapping[str, str], value: float) -> bytes:
     """Return one line; labels in the order in which they are given."""
-    inside = ",".join(f'{key}="{label(said)}"' for key, said in labels.items())
+    inside = ",".join(f'{key}="{label(content)}"' for key, content in labels.items())
     return f"{name}{{{inside}}} {value}\n".encode()
 
 

@@ -64,8 +64,8 @@ def translated(question: dict[str, Any]) -> dict[str, str]:
 
 def put_into(around: str, grammar: str) -> str:
     """Return the grammar of some Lark in which another grammar is ``@answer``."""
-    given = json.loads(grammar)["grammars"] if grammar.startswith("{") else [{"lark_grammar": grammar}]
-    first, *others = given
+    grammars = json.loads(grammar)["grammars"] if grammar.startswith("{") else [{"lark_grammar": grammar}]
+    first, *others = grammars
     return json.dumps({"grammars": [{"lark_grammar": around}, {**first, "name": "answer"}, *others]})
 
 
@@ -74,17 +74,17 @@ def main() -> None:
     tokenizer = LLTokenizer(TokenizerWrapper(Bytes()))
 
     def on_a_small_stack(question: dict[str, Any]) -> dict[str, str]:
-        said: dict[str, str] = {}
+        result: dict[str, str] = {}
 
         def look() -> None:
-            said.update(translated(question))
-            said.update(answer(tokenizer, said["grammar"]) if "grammar" in said else {})
+            result.update(translated(question))
+            result.update(answer(tokenizer, result["grammar"]) if "grammar" in result else {})
 
         threading.stack_size(STACK_BYTES)
         thread = threading.Thread(target=look)
         thread.start()
         thread.join()
-        return said
+        return result
 
     serve(on_a_small_stack)
 

@@ -34,11 +34,11 @@ def serve(answer: Callable[[dict[str, Any]], dict[str, str]]) -> None:
             return
         signal.setitimer(signal.ITIMER_PROF, cpu_s)
         try:
-            said = answer(json.loads(line))
+            result = answer(json.loads(line))
         except MemoryError:
-            said = {"error": f"it takes more than {MEMORY_BYTES // 2**20} MB"}
+            result = {"error": f"it takes more than {MEMORY_BYTES // 2**20} MB"}
         except RecursionError:
-            said = TOO_DEEP
+            result = TOO_DEEP
         signal.setitimer(signal.ITIMER_PROF, 0)
-        sys.stdout.write(json.dumps(said) + "\n")
+        sys.stdout.write(json.dumps(result) + "\n")
         sys.stdout.flush()

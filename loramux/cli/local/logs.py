@@ -55,5 +55,5 @@ def important(line: str) -> str:
 def tail(log: Path, lines: int = TAIL_LINES) -> list[str]:
     """Return the last lines of a log that may say why it ends; a record of what went well does not."""
     text = log.read_text(encoding="utf-8", errors="replace")
-    said = [line for line in text.splitlines() if not line.startswith("{") or important(line)]
-    return [_ANSI.sub("", line) for line in said[-lines:]]
+    important_lines = [line for line in text.splitlines() if not line.startswith("{") or important(line)]
+    return [_ANSI.sub("", line) for line in important_lines[-lines:]]

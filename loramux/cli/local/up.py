@@ -124,8 +124,8 @@ def show_ready(plan: UpPlan, models: Sequence[ModelInfo], logs: Path) -> None:
     shell.show(f"  builder    {plan.builder}")
     shell.show(f"  models     {listed([model.name for model in models])}")
     shell.show(f"  logs       {logs}")
-    asked = [model for model in models if model.generates] or models
-    show_lines_to_try(plan.inference, plan.http or OPENAI, asked[-1].name)
+    generating = [model for model in models if model.generates] or models
+    show_lines_to_try(plan.inference, plan.http or OPENAI, generating[-1].name)
 
 
 MAX_TOKENS = 64

@@ -40,12 +40,12 @@ class AccessMiddleware:
         if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
             return
-        wanted = self._scope_of(scope["path"])
-        if wanted is None and scope["type"] == "http":
+        scope_needed = self._scope_of(scope["path"])
+        if scope_needed is None and scope["type"] == "http":
             await self._app(scope, receive, send)
             return
         try:
-            access = self._keyring.authorize(key_of(scope["headers"]), wanted)
+            access = self._keyring.authorize(key_of(scope["headers"]), scope_needed)
         except (Unauthenticated, PermissionDenied) as fault:
             if scope["type"] == "websocket":
                 await send({"type": "websocket.close", "code": 1008, "reason": fault.reason})

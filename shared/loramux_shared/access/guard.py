@@ -43,14 +43,14 @@ def open_guard(settings: Settings, *addresses: str) -> Guard:
     keyring = Keyring(settings.keys_file, lines) if settings.keys_file or lines.strip() else None
     guard = Guard(keyring, _tls_files(settings))
     public = [address for address in addresses if not is_local(address)]
-    asked = keyring is not None or (guard.tls is not None and guard.tls.client_ca is not None)
-    if public and not asked and not settings.insecure:
+    guarded = keyring is not None or (guard.tls is not None and guard.tls.client_ca is not None)
+    if public and not guarded and not settings.insecure:
         raise SettingsInvalid(
             f"{' and '.join(public)} can be reached from other machines, and no key would be required. "
             "Set LORAMUX_KEYS_FILE (--keys-file; `loramux keys new` makes one) or LORAMUX_TLS_CLIENT_CA, "
             "listen on 127.0.0.1, or set LORAMUX_INSECURE=1 (--insecure)."
         )
-    if public and guard.tls is None and asked:
+    if public and guard.tls is None and guarded:
         log.warning("keys and answers are not encrypted: set LORAMUX_TLS_CERT and _KEY", addresses=public)
     if guard.tls:
         guard.tls.pem()

@@ -46,10 +46,10 @@ def remove_entry(path: Path, key_id: str) -> None:
     if gone is None:
         known = ", ".join(entry.id for entry in entries) or "none"
         raise SettingsInvalid(f"{path} has no key {key_id!r}. There: {known}.")
-    kept = [line for line in text.splitlines(keepends=True) if gone.sha256 not in line]
+    remaining = [line for line in text.splitlines(keepends=True) if gone.sha256 not in line]
     try:
         with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            file.write("".join(kept))
+            file.write("".join(remaining))
         shutil.copymode(path, file.name)
         Path(file.name).replace(path)
     except OSError as error:

@@ -51,9 +51,9 @@ class Keyring:
             )
         # Neither step tells anything by its time: the search compares hashes of a digest, which a caller cannot
         # steer towards another, and what it finds is compared in constant time.
-        shown = digest(presented)
-        entry = self._entries.get(shown)
-        if entry is None or not hmac.compare_digest(bytes.fromhex(entry.sha256), shown):
+        hashed = digest(presented)
+        entry = self._entries.get(hashed)
+        if entry is None or not hmac.compare_digest(bytes.fromhex(entry.sha256), hashed):
             raise Unauthenticated("this server does not know the API key; it may have been removed.")
         access = entry.access
         if scope is not None and not access.may(scope):
@@ -100,11 +100,11 @@ def key_of(headers: Iterable[tuple[bytes, bytes]]) -> str | None:
 
     Both may say the same; None where they say two things, or nothing.
     """
-    said: dict[bytes, list[str]] = {}
+    values: dict[bytes, list[str]] = {}
     for name, value in headers:
-        said.setdefault(name, []).append(value.decode("latin-1"))
-    keys = {bearer(said[b"authorization"])} if b"authorization" in said else set()
-    keys |= {each.strip() or None for each in said.get(b"x-api-key", ())}
+        values.setdefault(name, []).append(value.decode("latin-1"))
+    keys = {bearer(values[b"authorization"])} if b"authorization" in values else set()
+    keys |= {each.strip() or None for each in values.get(b"x-api-key", ())}
     return keys.pop() if len(keys) == 1 else None
 
 
@@ -115,13 +115,13 @@ def bearer(headers: Sequence[str]) -> str | None:
     """
     if len(headers) != 1:
         return None
-    scheme, _, shown = headers[0].partition(" ")
+    scheme, _, key = headers[0].partition(" ")
     match scheme.lower():
         case "bearer":
-            return shown.strip() or None
+            return key.strip() or None
         case "basic":
             try:
-                named = b64decode(shown.strip(), validate=True).decode()
+                named = b64decode(key.strip(), validate=True).decode()
             except ValueError:
                 return None
             return named.partition(":")[2] or None

@@ -83,7 +83,7 @@ def parse_keys(text: str, where: str) -> list[KeyEntry]:
         try:
             entries.append(KeyEntry.model_validate_json(line))
         except ValidationError as error:
-            wrong += [f"line {number}: {said}" for said in explain(error)]
+            wrong += [f"line {number}: {problem}" for problem in explain(error)]
     for field in ("id", "sha256"):
         if _twice(getattr(entry, field) for entry in entries):
             wrong.append(f"two entries have the same {field}")

@@ -163,7 +163,7 @@ def window_blocks(window: int, rows: int, block_size: int) -> int:
 
 def cache_entries(config: ModelConfig, item_bytes: int) -> tuple[Kept, ...]:
     """Return what the groups of a model's layers keep, in the order of its windows."""
-    kept = dict.fromkeys(config.windows, 0)
+    window_bytes = dict.fromkeys(config.windows, 0)
     for mixer in config.attentions:
-        kept[mixer.attention.window] += mixer.cached_features * item_bytes
-    return tuple(Kept(window, token_bytes) for window, token_bytes in kept.items())
+        window_bytes[mixer.attention.window] += mixer.cached_features * item_bytes
+    return tuple(Kept(window, token_bytes) for window, token_bytes in window_bytes.items())

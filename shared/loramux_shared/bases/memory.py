@@ -145,9 +145,9 @@ def widening(config: ModelConfig, file_bytes: int | None, dtype: str) -> str:
     """
     if config.quantization is None:
         return ""
-    kept = "" if file_bytes is None else f"{_size(file_bytes)} in the files, "
+    in_files = "" if file_bytes is None else f"{_size(file_bytes)} in the files, "
     memory = _size(ITEM_BYTES[dtype] * count_weights(config))
-    return f"widened from {config.quantization.shown} at load: {kept}{memory} in memory as {dtype}"
+    return f"widened from {config.quantization.shown} at load: {in_files}{memory} in memory as {dtype}"
 
 
 def needs_of(
@@ -165,13 +165,13 @@ def needs_of(
     graph_bytes is what a recorded step takes beside its tensors.
     """
     dims, sizes = config.dims, settings.sizes(device)
-    given = 0 if config.inputs is None else dims.num_layers * config.inputs.width
+    inputs = 0 if config.inputs is None else dims.num_layers * config.inputs.width
     mixtures = [layer.mlp for layer in config.layers if isinstance(layer.mlp, ExpertsLayer)]
     widest = max(
         *(2 * group.in_features + 2 * sum(group.out_features) for group in config.groups),
         *(mixture.widest(dims.hidden) for mixture in mixtures),
     )
-    row = item_bytes * (2 * dims.hidden + max(widest, 2 * given) + given)
+    row = item_bytes * (2 * dims.hidden + max(widest, 2 * inputs) + inputs)
     # A sampled row's logits are there once more in float32 when log probabilities are asked for.
     logits = sizes.seqs * dims.vocab
     recorded_rows = [size for size in mixed_buckets(sizes.tokens) if size <= RECORDED_ROWS]
@@ -287,17 +287,17 @@ def plan_bank(
     """
     largest = max(sizes, default=0)
     if settings.adapter_memory_gb is None:
-        wanted = sum(sizes) * 5 // 4 + BANK_ROOM * max(largest, usual)
-        asked = max(largest + ALIGNING, min(wanted, int(BANK_SHARE[device] * free)))
+        usual_bytes = sum(sizes) * 5 // 4 + BANK_ROOM * max(largest, usual)
+        bank_bytes = max(largest + ALIGNING, min(usual_bytes, int(BANK_SHARE[device] * free)))
     else:
-        asked = int(settings.adapter_memory_gb * GB)
-    if largest > asked or asked > free:
+        bank_bytes = int(settings.adapter_memory_gb * GB)
+    if largest > bank_bytes or bank_bytes > free:
         raise ResourcesExhausted(
-            f"the bank of adapters has {asked / 1e6:,.1f} MB of the {free / 1e6:,.1f} MB that weights leave, "
-            f"and the largest adapter takes {largest / 1e6:,.1f} MB. Set LORAMUX_ADAPTER_MEMORY_GB "
+            f"the bank of adapters has {bank_bytes / 1e6:,.1f} MB of the {free / 1e6:,.1f} MB that weights "
+            f"leave, and the largest adapter takes {largest / 1e6:,.1f} MB. Set LORAMUX_ADAPTER_MEMORY_GB "
             "to a value between them."
         )
-    return asked
+    return bank_bytes
 
 
 def buckets(max_seqs: int) -> Iterator[int]:

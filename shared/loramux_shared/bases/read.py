@@ -61,11 +61,11 @@ def _named(fields: Mapping[str, Any]) -> tuple[Architecture, Family]:
             f"config.json: architecture {name} is not supported; supported: {', '.join(families)}."
         )
     architecture, family = families[name]
-    said = fields.get("model_type")
-    if said is not None and said != architecture.model_type:
+    model_type = fields.get("model_type")
+    if model_type is not None and model_type != architecture.model_type:
         raise CheckpointInvalid(
             f"config.json: architectures names {name}, whose model_type is {architecture.model_type!r}, and "
-            f"model_type is {said!r}: they contradict each other. Correct the one that is wrong."
+            f"model_type is {model_type!r}: they contradict each other. Correct the one that is wrong."
         )
     return architecture, family
 

@@ -153,9 +153,9 @@ def read_longrope(block: HfConfig, dim: int, max_positions: int, original: int) 
     The model has one set for short sequences and one for long, and keys in the cache carry theirs: a sequence
     cannot pass from one to the other. So the deployment's max_seq_len decides for all.
     """
-    wanted = block.max_seq_len
+    max_seq_len = block.max_seq_len
     key, longest = ("short_factor", min(original, max_positions))
-    if wanted is not None and wanted > original:
+    if max_seq_len is not None and max_seq_len > original:
         key, longest = "long_factor", max_positions
     factors = block.numbers(key)
     if len(factors) != dim // 2 or not all(item > 0 for item in factors):

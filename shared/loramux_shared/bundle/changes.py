@@ -79,21 +79,21 @@ def publish_change(
         before = known = newest_generation(store, name, known)
         if not (published or again):
             require(before, expected)
-        wanted = change(before)
-        if wanted.same_content(before):
+        changed = change(before)
+        if changed.same_content(before):
             return point_at_highest(store, before), published is not None
-        wanted.check_names()
+        changed.check_names()
         with alone(store, name, stale=stale, check=check) as number:
             before = newest_generation(store, name, before)
             if before.number > number:  # a build took a higher one meanwhile
                 continue
             require(before, expected)
-            wanted = change(before)
-            if wanted.same_content(before):
+            changed = change(before)
+            if changed.same_content(before):
                 continue
-            wanted.check_names()
+            changed.check_names()
             update = {"number": number, "create_time": datetime.now(UTC)}
-            published = wanted.model_copy(update=update)
+            published = changed.model_copy(update=update)
             store.put(generation_key(name, number), published.to_bytes())
         if point_at_highest(store, published).number == number:
             return published, True

@@ -170,14 +170,14 @@ def point_at_highest(store: Store, published: Generation) -> Generation:
     Of several builders, the one that puts the pointer last looks again after it, so that it is right in
     the end.
     """
-    name, highest, wanted = published.deployment, published, _pointer_to(published)
+    name, highest, pointer = published.deployment, published, _pointer_to(published)
     for _ in range(MAX_CLAIMS):
         found = _highest(store, published)
         if found.number != highest.number:
-            highest, wanted = found, _pointer_to(found)
-        if _unless_damaged(lambda: read_pointer(store, name)) == wanted:
+            highest, pointer = found, _pointer_to(found)
+        if _unless_damaged(lambda: read_pointer(store, name)) == pointer:
             return highest
-        store.put(current_key(name), wanted.to_bytes())
+        store.put(current_key(name), pointer.to_bytes())
     raise StoreUnavailable(f"{store.uri}: too many builders publish {name!r} at once. Build again later.")
 
 

@@ -122,7 +122,7 @@ def find_orphans(store: Store, *, grace: timedelta, now: datetime, retention: Re
     bundles = [entry for entry in store.entries("bundles/") if _BUNDLE.fullmatch(entry.key)]
     records = list(store.entries(DEPLOYMENTS_PREFIX))
     names = sorted({match[1] for entry in records if (match := _DEPLOYMENT.fullmatch(entry.key))})
-    expired, kept, referred = list[Orphan](), list[RetainedGeneration](), set[str]()
+    expired, retained, referred = list[Orphan](), list[RetainedGeneration](), set[str]()
     entries = {entry.key: entry for entry in records}
     for name in names:
         for number, why in _judged(store, name, entries, retention, now, building=name in building).items():
@@ -135,11 +135,13 @@ def find_orphans(store: Store, *, grace: timedelta, now: datetime, retention: Re
                     continue
             generation = read_generation(store, name, number)
             digests = {record.digest for record in generation.adapters.values()}
-            kept.append(RetainedGeneration(name, number, why or "younger than the grace period", len(digests)))
+            retained.append(
+                RetainedGeneration(name, number, why or "younger than the grace period", len(digests))
+            )
             referred |= digests
     orphans = [*expired, *_claims(store, records), *_signatures(entries), *_bundles(bundles, referred)]
     old = tuple(orphan for orphan in orphans if now - orphan.modified >= grace)
-    return Orphans(old, tuple(orphan for orphan in orphans if orphan not in old), tuple(kept))
+    return Orphans(old, tuple(orphan for orphan in orphans if orphan not in old), tuple(retained))
 
 
 def _judged(

@@ -80,8 +80,8 @@ class AdapterRecord(Model):
 
     def same_content(self, other: AdapterRecord) -> bool:
         """True when only what sources say of the same files and bases differs."""
-        said = {"listing": self.listing, "lineage": self.lineage}
-        return self is other or self == other.model_copy(update=said)
+        extras = {"listing": self.listing, "lineage": self.lineage}
+        return self is other or self == other.model_copy(update=extras)
 
 
 class BaseRecord(Model):

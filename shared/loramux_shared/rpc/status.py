@@ -80,13 +80,13 @@ MAX_STATUS_BYTES = 6 * 1024
 
 def status_of(fault: Fault) -> status_pb2.Status:
     """Return the status of a fault; findings that do not fit a trailer are counted in the message."""
-    shown = list(fault.findings[:MAX_FINDINGS])
+    findings = list(fault.findings[:MAX_FINDINGS])
     while True:
-        left_out = len(fault.findings) - len(shown)
-        status = _status(fault, shown, f" ({left_out} more not shown)" if left_out else "")
-        if not shown or status.ByteSize() <= MAX_STATUS_BYTES:
+        left_out = len(fault.findings) - len(findings)
+        status = _status(fault, findings, f" ({left_out} more not shown)" if left_out else "")
+        if not findings or status.ByteSize() <= MAX_STATUS_BYTES:
             return status
-        shown = shown[: len(shown) // 2]
+        findings = findings[: len(findings) // 2]
 
 
 def _status(fault: Fault, findings: list[Finding], suffix: str) -> status_pb2.Status:

@@ -119,14 +119,14 @@ def public_key(key: SigningKey) -> str:
 
 
 def _signed(manifest: Any, by: str, what: str) -> Signed:
-    said = manifest.serialization_type
+    serialization = manifest.serialization_type
     entries = list(manifest.resource_descriptors())
-    if said["method"] != "files" or any(entry.digest.algorithm != "sha256" for entry in entries):
+    if serialization["method"] != "files" or any(entry.digest.algorithm != "sha256" for entry in entries):
         raise SignatureInvalid(
             f"{what}: expected the sha256 of whole files, found another digest or parts of files. "
             "Sign it with `loramux sign`, or with model_signing's defaults."
         )
-    ignored = said.get("ignore_paths", ())
+    ignored = serialization.get("ignore_paths", ())
     return Signed({e.identifier: e.digest.digest_hex for e in entries}, tuple(map(str, ignored)), by)
 
 
@@ -224,8 +224,8 @@ def _usable(key: SigningKey | str | None, failures: tuple[type[Exception], ...])
 
 
 def _reason(error: Exception) -> str:
-    said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    words = " ".join(said.split())[:200].rstrip(". ")
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    words = " ".join(reason.split())[:200].rstrip(". ")
     return words if isinstance(error, ValueError | OSError) and words else type(error).__name__
 
 

@@ -90,14 +90,14 @@ def open_bucket(repository: Repository, secrets: Secrets) -> tuple[AzureContaine
     if match is None:
         raise SourceRefused(f"AZURE {repository.shown!r}: expected azure://ACCOUNT/CONTAINER/FOLDER")
     account, name = match["account"], repository.runtime_secret_name
-    given = secrets.fields(name, ("account_key",), ("endpoint_url",))
-    if name and not given:
+    secret = secrets.fields(name, ("account_key",), ("endpoint_url",))
+    if name and not secret:
         warn_unset(repository)
     try:
         client = ContainerClient(
-            given.get("endpoint_url") or f"https://{account}.blob.core.windows.net",
+            secret.get("endpoint_url") or f"https://{account}.blob.core.windows.net",
             match["container"],
-            {"account_name": account, "account_key": given["account_key"]} if given else None,
+            {"account_name": account, "account_key": secret["account_key"]} if secret else None,
             retry_total=0,
             connection_timeout=TIMEOUT_S,
             read_timeout=TIMEOUT_S,

@@ -67,10 +67,12 @@ class Resolved:
 
     def digest(self, names: Iterable[str]) -> str | None:
         """Return the sha256 of what the source says of these files; None where it may say so of others too."""
-        said = {name: self.files[name] for name in names}
-        if not all(file.known for file in said.values()):
+        sizes = {name: self.files[name] for name in names}
+        if not all(file.known for file in sizes.values()):
             return None
-        table = {name: [file.size, file.sha256 or file.checksum or file.version] for name, file in said.items()}
+        table = {
+            name: [file.size, file.sha256 or file.checksum or file.version] for name, file in sizes.items()
+        }
         return sha256_hex(json.dumps(table, sort_keys=True, separators=(",", ":")).encode())
 
 
@@ -80,10 +82,10 @@ def bounded(resolved: Resolved, names: Iterable[str], what: str) -> list[str]:
     Raises:
         SourceRefused: they have more than `MAX_BYTES` together.
     """
-    wanted = sorted(names)
-    if (size := resolved.size(wanted)) > MAX_BYTES:
+    ordered = sorted(names)
+    if (size := resolved.size(ordered)) > MAX_BYTES:
         raise SourceRefused(f"{what}: {size} bytes, at most {MAX_BYTES}")
-    return wanted
+    return ordered
 
 
 @contextmanager

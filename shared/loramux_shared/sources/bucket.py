@@ -138,22 +138,22 @@ class BucketSource:
         progress: Progress,
         sink: IO[bytes] | None = None,
     ) -> FileDigest:
-        file, shown = resolved.files[name], f"{_name(resolved.repository)}: {name}"
+        file, label = resolved.files[name], f"{_name(resolved.repository)}: {name}"
         problems: list[str] = []
 
         def attempt(deadline: TimeLeft) -> FileDigest:
-            watch = deadline.watch(shown, progress)
+            watch = deadline.watch(label, progress)
             if sink is not None:
                 sink.seek(0)
                 sink.truncate()
             check = Checksum(file)
-            pieces = exactly(bucket.read(key, file.version), file.size, shown)
+            pieces = exactly(bucket.read(key, file.version), file.size, label)
             found = hash_pieces(check.of(pieces), watch, sink)
             if problem := check.problem(found):
                 problems.append(problem)
                 kind = SourceUnavailable if len(problems) == 1 else BundleCorrupt
                 raise kind(
-                    f"{shown}: the content differs from the listing: {problem}. Build or upload it again."
+                    f"{label}: the content differs from the listing: {problem}. Build or upload it again."
                 )
             return found
 

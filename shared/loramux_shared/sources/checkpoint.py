@@ -125,9 +125,9 @@ class PlacedBase:
                 # Another replica may have repaired it meanwhile.
                 if not differs(path, expected) or discard(path, self.cache):
                     self.removed.add(name)
-        wanted = f"sha256 {expected.sha256} ({expected.size} bytes)" if expected else "no such file"
+        expectation = f"sha256 {expected.sha256} ({expected.size} bytes)" if expected else "no such file"
         raise BundleCorrupt(
-            f"base {_name(self.record.source)}: {name}: expected {wanted}, "
+            f"base {_name(self.record.source)}: {name}: expected {expectation}, "
             f"found {found.sha256 if found else 'no file'}. Restore the file, or build the deployment again."
         )
 

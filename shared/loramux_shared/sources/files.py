@@ -161,10 +161,10 @@ def pin_content(repository: Repository, files: Mapping[str, FileDigest]) -> Repo
     Raises:
         RevisionNotFound: it names another one.
     """
-    wanted, revision = repository.revision, content_digest(files)
-    if wanted and wanted != revision:
+    expected, revision = repository.revision, content_digest(files)
+    if expected and expected != revision:
         raise RevisionNotFound(
-            f"{repository.source} {repository.shown}: expected content {wanted}, found {revision}. "
+            f"{repository.source} {repository.shown}: expected content {expected}, found {revision}. "
             "Leave revision out to take the folder as it is."
         )
     return repository.model_copy(update={"revision": revision})

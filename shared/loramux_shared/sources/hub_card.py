@@ -19,10 +19,10 @@ _TAG: Final = "base_model:"
 
 def descent_of(model: str, info: ModelInfo) -> tuple[Descent, ...]:
     """Read what the card says, and what the hub made of it: tags ``base_model:RELATION:MODEL``."""
-    said, stated = (getattr(info.card_data, name, None) for name in ("base_model", "base_model_relation"))
+    base, stated = (getattr(info.card_data, name, None) for name in ("base_model", "base_model_relation"))
     by_relation = [tag.removeprefix(_TAG).split(":") for tag in info.tags or () if tag.startswith(_TAG)]
     tagged = {words[1]: words[0] for words in by_relation if len(words) == 2}
-    parents = dict.fromkeys([*(said if isinstance(said, list) else [said]), *tagged])
+    parents = dict.fromkeys([*(base if isinstance(base, list) else [base]), *tagged])
     names = [parent for parent in parents if isinstance(parent, str) and MODEL.fullmatch(parent)]
     return tuple(
         Descent(model=model, relation=_relation(stated, tagged.get(parent)), parent=parent)
@@ -30,6 +30,6 @@ def descent_of(model: str, info: ModelInfo) -> tuple[Descent, ...]:
     )
 
 
-def _relation(*said: Any) -> Any:
+def _relation(*stated: Any) -> Any:
     """Return the first of what is said that is known."""
-    return next((relation for relation in said if relation and relation in _RELATIONS), "")
+    return next((relation for relation in stated if relation and relation in _RELATIONS), "")

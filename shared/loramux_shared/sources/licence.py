@@ -35,8 +35,8 @@ def licence_in(folder: Path, names: Collection[str]) -> str:
     Empty where it says nothing; ``see LICENSE`` where a file is all that says something.
     """
     path = folder / README
-    said = licence_of(path.read_bytes()) if path.is_file() else ""
-    return said or next((f"see {name}" for name in FILES if name in names), "")
+    licence = licence_of(path.read_bytes()) if path.is_file() else ""
+    return licence or next((f"see {name}" for name in FILES if name in names), "")
 
 
 def licence_of(readme: bytes) -> str:
@@ -45,10 +45,10 @@ def licence_of(readme: bytes) -> str:
     if match is None:
         return ""
     try:
-        said = _top(match[1].decode())
+        front = _top(match[1].decode())
     except (yaml.YAMLError, ValueError):
         return ""
-    licence, name = (", ".join(said.get(key, ())) for key in _KEYS)
+    licence, name = (", ".join(front.get(key, ())) for key in _KEYS)
     chosen = " ".join((name if licence.casefold() in ("", OTHER) and name else licence).split())
     fits = (
         chosen.isprintable()
@@ -64,7 +64,7 @@ def _top(text: str) -> dict[str, list[str]]:
     Nothing is built of the rest, and nothing is looked up: aliases and merges of a few bytes can mean millions
     of values.
     """
-    said: dict[str, list[str]] = {}
+    values: dict[str, list[str]] = {}
     key: str | None = None
     inside: list[bool] = []  # whether each is a list
     for event in yaml.parse(text, yaml.SafeLoader):
@@ -81,6 +81,6 @@ def _top(text: str) -> dict[str, list[str]]:
                 key = value
                 continue
             if key in _KEYS and inside in ([False], [False, True]):
-                said.setdefault(key, []).append(value)
+                values.setdefault(key, []).append(value)
             key = None if len(inside) == 1 else key
-    return said
+    return values

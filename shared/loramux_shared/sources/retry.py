@@ -78,10 +78,10 @@ class RetryPolicy:
 
     def _pause(self, state: RetryCallState) -> float:
         error = state.outcome.exception() if state.outcome else None
-        wished = error.wait_s if isinstance(error, Busy) else 0.0
+        requested = error.wait_s if isinstance(error, Busy) else 0.0
         growing = wait_exponential(self.wait_s, self.max_wait_s)(state)
         pause = growing + wait_random(0, self.wait_s)(state)
-        return min(max(wished, pause), self.max_wait_s)
+        return min(max(requested, pause), self.max_wait_s)
 
 
 def _told(state: RetryCallState) -> None:
@@ -109,8 +109,8 @@ class TimeLeft:
     @property
     def left_s(self) -> float:
         """Seconds until it is given up."""
-        given = self._patience.answer_s + self._received / self._patience.min_bytes_s
-        return given - (time.monotonic() - self._started)
+        allowed_s = self._patience.answer_s + self._received / self._patience.min_bytes_s
+        return allowed_s - (time.monotonic() - self._started)
 
     def watch(self, name: str, progress: Progress) -> Progress:
         """Return a progress that also raises `SourceUnavailable` when no time is left."""

@@ -112,24 +112,24 @@ def open_bucket(repository: Repository, secrets: Secrets) -> tuple[S3Bucket, str
     if match is None:
         raise SourceRefused(f"S3 {repository.shown!r}: expected s3://BUCKET/FOLDER")
     name = repository.runtime_secret_name
-    given = secrets.fields(
+    secret = secrets.fields(
         name, ("access_key_id", "secret_access_key"), ("region", "session_token", "endpoint_url")
     )
     hint = secrets.hint(name, default_variable="AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
-    if name and not given:
+    if name and not secret:
         warn_unset(repository)
-    options: dict[str, Any] = {"ignore_configured_endpoint_urls": True} if given else {}
+    options: dict[str, Any] = {"ignore_configured_endpoint_urls": True} if secret else {}
     try:
         session = boto3.session.Session()
-        if not given and (name or session.get_credentials() is None):
+        if not secret and (name or session.get_credentials() is None):
             options["signature_version"] = UNSIGNED
         client = session.client(
             "s3",
-            aws_access_key_id=given.get("access_key_id"),
-            aws_secret_access_key=given.get("secret_access_key"),
-            aws_session_token=given.get("session_token"),
-            region_name=given.get("region"),
-            endpoint_url=given.get("endpoint_url"),
+            aws_access_key_id=secret.get("access_key_id"),
+            aws_secret_access_key=secret.get("secret_access_key"),
+            aws_session_token=secret.get("session_token"),
+            region_name=secret.get("region"),
+            endpoint_url=secret.get("endpoint_url"),
             config=Config(
                 connect_timeout=TIMEOUT_S,
                 read_timeout=TIMEOUT_S,

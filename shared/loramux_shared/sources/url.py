@@ -66,9 +66,9 @@ class UrlSource:
     ) -> dict[str, FileDigest]:
         """Write files of the archive."""
         archive = _archive(resolved)
-        wanted = {archive.inner[name]: name for name in names}
+        inner = {archive.inner[name]: name for name in names}
         fetched = {}
-        for name, pieces in archive.archive.read(wanted, progress):
+        for name, pieces in archive.archive.read(inner, progress):
             with whole(inside(into, name)) as sink:
                 fetched[name] = hash_pieces(pieces, progress, sink)
         return fetched
@@ -169,10 +169,10 @@ class UrlSource:
     def _authorization(self, repository: Repository) -> tuple[str, str] | None:
         """Return a host and the header for it alone: the author of a deployment chooses the address."""
         name = repository.runtime_secret_name
-        given = self._secrets.fields(name, ("host", "authorization"))
-        if name and not given:
+        secret = self._secrets.fields(name, ("host", "authorization"))
+        if name and not secret:
             warn_unset(repository)
-        return (given["host"].lower(), given["authorization"]) if given else None
+        return (secret["host"].lower(), secret["authorization"]) if secret else None
 
 
 def _archive(resolved: Resolved) -> ResolvedArchive:

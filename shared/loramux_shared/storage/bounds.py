@@ -63,13 +63,13 @@ def read_bounded(uri: str, key: str, read: Callable[[int], bytes], bound: int, s
     """
     check_size(uri, key, size or 0, bound)
     pieces: list[bytes] = []
-    found, wanted = 0, (PIECE if size is None else size) + 1  # one more: the end is seen at once
-    while piece := read(min(wanted, bound + 1 - found)):
+    found, size_left = 0, (PIECE if size is None else size) + 1  # one more: the end is seen at once
+    while piece := read(min(size_left, bound + 1 - found)):
         found += len(piece)
         if found > bound:
             raise _too_large(uri, key, f"more than {bound}", bound)
         pieces.append(piece)
-        wanted = PIECE
+        size_left = PIECE
     return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
 

@@ -26,18 +26,18 @@ def open_tracing(service: str) -> Tracing | None:
     OTEL_SDK_DISABLED is ``true``. Sampling, batching, headers and resource are what the SDK reads from its own
     variables.
     """
-    wanted = _wanted()
-    if not wanted:
+    exporter = _wanted()
+    if not exporter:
         return None
-    found = list(entry_points(group=GROUP, name=wanted))
+    found = list(entry_points(group=GROUP, name=exporter))
     if not found:
         cure = "pip install 'loramux[otel]', or unset the OTEL_ variables"
-        log.warning("traces are requested, but the exporter is not installed", exporter=wanted, cure=cure)
+        log.warning("traces are requested, but the exporter is not installed", exporter=exporter, cure=cure)
         return None
     from loramux_shared.tracing.otel import Tracing
 
     tracing = Tracing.to(found[0].load()(), service)
-    log.info("traces are exported", exporter=wanted)
+    log.info("traces are exported", exporter=exporter)
     return tracing
 
 

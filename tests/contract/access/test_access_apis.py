@@ -142,8 +142,8 @@ async def test_every_rpc_asks_for_a_key_of_its_scope(guarded: Any) -> None:
     ):
         for method in methods[name]:
             keys = (None, "lmx_wrong", KEYS[foreign], KEYS[own], KEYS["admin"])
-            said = [await outcome(channel, f"/{name}/{method}", key) for key in keys]
-            assert [each if each in REFUSED else "in" for each in said] == expected, (method, said)
+            stated = [await outcome(channel, f"/{name}/{method}", key) for key in keys]
+            assert [each if each in REFUSED else "in" for each in stated] == expected, (method, stated)
 
 
 async def test_what_does_not_exist_asks_for_a_key_too(guarded: Any) -> None:
@@ -177,11 +177,11 @@ async def test_every_route_asks_for_a_key(endpoint: Any, service: GenerationServ
     assert statuses[:4] == [401, 401, 403, 403]
     if not path.endswith("/pin"):  # nothing can be pinned here
         assert statuses[4:] == [415 if endpoint.body else 200] * 2
-    wanted = [answer.headers.get("www-authenticate") for answer in answers[:4]]
-    assert wanted == ["Bearer", "Bearer", None, None]
+    expected = [answer.headers.get("www-authenticate") for answer in answers[:4]]
+    assert expected == ["Bearer", "Bearer", None, None]
     for answer, kind in zip(answers[:4], (Unauthenticated,) * 2 + (PermissionDenied,) * 2, strict=True):
-        told, asked = answer.json(), {"path": path, "state": {"request_id": answer.headers["x-request-id"]}}
-        assert told == fault_body(asked, kind(told["error"]["message"]))
+        parsed, body = answer.json(), {"path": path, "state": {"request_id": answer.headers["x-request-id"]}}
+        assert parsed == fault_body(body, kind(parsed["error"]["message"]))
 
 
 @pytest.fixture
@@ -218,9 +218,9 @@ async def test_a_key_sees_its_models_only_over_http(service: GenerationService) 
     async with httpx.AsyncClient(transport=transport, base_url="http://api", headers=headers) as web:
         listed = (await web.get("/v1/models")).json()["data"]
         hidden = await web.get("/v1/models/rs")
-        asked = await web.post("/v1/completions", json={"model": "base", "prompt": "x", "max_tokens": 1})
+        requests = await web.post("/v1/completions", json={"model": "base", "prompt": "x", "max_tokens": 1})
     assert [model["id"] for model in listed] == ["wide"]
-    for answer in (hidden, asked):
+    for answer in (hidden, requests):
         assert answer.status_code == 404
         named = answer.json()["error"]["message"].partition(".")[2]
         assert not any(f" {name}" in named for name in ("all", "base", "rs"))
@@ -239,5 +239,5 @@ def test_a_builder_is_not_opened_to_others_by_accident(tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}
     flags, log = ["--grpc", "0.0.0.0:0", "--store", f"file://{tmp_path}"], tmp_path / "log"
     assert forks.builder_service(flags, log, environment).wait(BOUND_S) == 2
-    [said] = log.read_text().splitlines()
-    assert "SETTINGS_INVALID: 0.0.0.0:0 can be reached from other machines" in said
+    [output] = log.read_text().splitlines()
+    assert "SETTINGS_INVALID: 0.0.0.0:0 can be reached from other machines" in output

@@ -102,8 +102,8 @@ async def test_a_certificate_of_another_authority(open_apis: Any, certificates: 
     """A server whose authority is not trusted is not talked to; the line says which file to name."""
     apis = await open_apis(Guard(None, certificates.server))
     for ca in (certificates.folder / "other.pem", None):
-        said = await refusal(apis, tls_ca=ca)
-        assert said.endswith(
+        message = await refusal(apis, tls_ca=ca)
+        assert message.endswith(
             "its certificate is not signed by an authority that is trusted here. Name the file of the right "
             "one: LORAMUX_TLS_CA=ca.pem."
         )
@@ -276,22 +276,22 @@ async def test_the_command_line_says_it_in_one_line(
             ["models", "--grpc", f"grpcs://{apis.grpc.address}"], streams, tmp_path, ca
         )
         status = await asyncio.to_thread(command.wait, BOUND_S)
-    said, errors = ((tmp_path / name).read_text() for name in ("out", "err"))
-    assert (said, errors.count("\n")) == ("", 1)
+    output, errors = ((tmp_path / name).read_text() for name in ("out", "err"))
+    assert (output, errors.count("\n")) == ("", 1)
     assert errors.startswith("error: SERVER_UNAVAILABLE: no answer from grpcs://127.0.0.1:")
     assert status == Exit.UNAVAILABLE
 
 
 def test_what_a_client_cannot_use(certificates: Certificates) -> None:
     """A missing file, half a pair and a key with a line break are refused before anything is sent."""
-    for fields, said in (
+    for fields, stated in (
         ({"tls_ca": certificates.folder / "none"}, "none: No such file"),
         ({"client_cert": certificates.server.cert}, "LORAMUX_CLIENT_CERT and _KEY"),
         ({"api_key": "lmx_a\nb"}, "characters that no key has"),
     ):
         with (
             Client("grpcs://127.0.0.1:1", **(NOBODY | fields)) as client,
-            pytest.raises(SettingsInvalid, match=said),
+            pytest.raises(SettingsInvalid, match=stated),
         ):
             client.models()
 

@@ -118,10 +118,10 @@ async def test_vllms_words_are_said(web: httpx.AsyncClient) -> None:
     assert (answer.status_code, answer.text) == (200, "Success: LoRA adapter 'three' added successfully.")
     assert answer.headers["x-loramux-generation"] == "2"
     taken = await web.post("/v1/load_lora_adapter", json=body)
-    told = taken.json()
-    assert (taken.status_code, told["type"], told["code"]) == (400, "InvalidUserInput", 400)
-    assert "has already been loaded" in told["message"]
-    assert told["error"]["code"] == "adapter_exists"
+    parsed = taken.json()
+    assert (taken.status_code, parsed["type"], parsed["code"]) == (400, "InvalidUserInput", 400)
+    assert "has already been loaded" in parsed["message"]
+    assert parsed["error"]["code"] == "adapter_exists"
     again = await web.post("/v1/load_lora_adapter", json=body | {"load_inplace": True})
     assert again.status_code == 200
     assert again.headers["x-loramux-digest"] != answer.headers["x-loramux-digest"]

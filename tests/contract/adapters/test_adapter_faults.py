@@ -105,11 +105,11 @@ def test_a_full_disk_fails_no_load(full, limit, kills):
     """When a write stops in the middle, or ends the process there, loads go on and half a file is never one."""
     store, folder, digests = full
     cache = folder / f"{limit}-{kills}"
-    process, said = filling(limit, kills, cache, folder / "store", digests)
+    process, stated = filling(limit, kills, cache, folder / "store", digests)
     if kills:
         assert process.wait(BOUND_S) == -signal.SIGXFSZ
     else:
-        text = said.read()
+        text = stated.read()
         assert process.wait(BOUND_S) == 0, text
         assert text.count("without the cache") == 1
         assert not list(cache.glob(".part-*"))
@@ -140,7 +140,7 @@ def test_two_processes_share_a_cache(local, tmp_path):
     store, folder, digests = local
     cache = tmp_path / "cache"
     both = [filling(10**9, False, cache, folder, digests) for _ in range(2)]
-    said = [text.read() for _, text in both]
-    assert [process.wait(BOUND_S) for process, _ in both] == [0, 0], said
+    stated = [text.read() for _, text in both]
+    assert [process.wait(BOUND_S) for process, _ in both] == [0, 0], stated
     assert sorted(path.name for path in cache.iterdir()) == sorted(digests)
     assert serves(store, cache, digests) == [Tier.DISK] * 2

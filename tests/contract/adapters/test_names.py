@@ -60,8 +60,8 @@ ASKED = {"max_tokens": 4, "temperature": 0, "ignore_eos": True}
 def built(world: tuple[World, MemoryStore]) -> tuple[MemoryStore, Deployment]:
     """A store into which a deployment was built that came as a message, with names and limits."""
     runtime = Runtime.model_validate(RUNTIME)
-    said = world[0].deployment().model_copy(update={"runtime": runtime})
-    deployment, store = deployment_from_message(deployment_to_message(said)), MemoryStore()
+    stated = world[0].deployment().model_copy(update={"runtime": runtime})
+    deployment, store = deployment_from_message(deployment_to_message(stated)), MemoryStore()
     build(
         deployment,
         BuildContext(store, open_sources(local_roots=[world[0].root])),
@@ -159,8 +159,8 @@ async def test_a_request_ends_on_the_version_that_it_began_with(apis: ReplicaApi
     changes = apis.ready.adapters.apply(apis.later(2, rs="wide"))
     assert (changes.switched, set(changes.removed)) == (("rs",), {"all", "wide"})
     rest = [event async for event in events]
-    said = [token.id for event in rest if isinstance(event, AnswerDelta) for token in event.tokens]
-    assert (said, started.model.digest, started.generation) == (expected["rs"], apis.digest("rs"), 1)
+    emitted = [token.id for event in rest if isinstance(event, AnswerDelta) for token in event.tokens]
+    assert (emitted, started.model.digest, started.generation) == (expected["rs"], apis.digest("rs"), 1)
     answer = await apis.ask("rs")
     assert answer.json()["choices"][0]["token_ids"] == expected["wide"]
     assert answer.headers["x-loramux-digest"] == apis.digest("wide")
@@ -247,8 +247,8 @@ async def test_a_replica_catches_up_first(
     answer = await apis.ask("new", {"x-loramux-min-generation": "2"}, min_generation=1)
     assert (answer.status_code, answer.headers["x-loramux-generation"]) == (200, "2")
     publish_generation(store, apis.later(3, rs="wide"))
-    told = await apis.client.complete("rs", PROMPT, max_tokens=1, min_generation=3)
-    assert (told.started.generation, told.started.adapter_digest) == (3, apis.digest("wide"))
+    reported = await apis.client.complete("rs", PROMPT, max_tokens=1, min_generation=3)
+    assert (reported.started.generation, reported.started.adapter_digest) == (3, apis.digest("wide"))
     assert (await apis.ask("rs", {"x-loramux-min-generation": "x"})).status_code == 400
     await apis.close()
 
@@ -302,8 +302,8 @@ async def test_the_engine_is_told_flow_and_share(apis: ReplicaApis) -> None:
         async with aclosing(service.generate(Request.of(model, PROMPT, max_tokens=1))) as events:
             async for _ in events:
                 pass
-    told = [(seq.model, seq.flow, seq.share.weight, seq.share.max_running) for seq in noted.seqs]
-    assert told == [("all", "all", 2.0, 1), ("base", "base", 1.0, None), ("rs", "rs", 1.0, None)]
+    reported = [(seq.model, seq.flow, seq.share.weight, seq.share.max_running) for seq in noted.seqs]
+    assert reported == [("all", "all", 2.0, 1), ("base", "base", 1.0, None), ("rs", "rs", 1.0, None)]
 
 
 async def test_a_key_has_its_limits_at_both_apis(world: tuple[World, MemoryStore]) -> None:

@@ -46,8 +46,8 @@ def reason(answer: tuple[int, Any]) -> tuple[int, str]:
 async def test_its_answers_fail_and_others_stay_what_they_were(world: tuple[World, MemoryStore]) -> None:
     """Answers, streams and vectors; the third time for good, in the metrics, and where models are listed."""
     async with open_replica(world) as api:
-        asked = [("base", "completions"), ("all", "completions"), ("base", "embeddings")]
-        before = [await ask(api, *each) for each in asked]
+        requests = [("base", "completions"), ("all", "completions"), ("base", "embeddings")]
+        before = [await ask(api, *each) for each in requests]
         assert [status for status, _ in before] == [200] * 3
         status, streamed = await ask(api, BAD, stream=True)
         assert "numerics" in streamed, (status, streamed)
@@ -55,12 +55,12 @@ async def test_its_answers_fail_and_others_stay_what_they_were(world: tuple[Worl
         assert (await api.http.get(f"/v1/models/{BAD}")).json()["last_failure"] is None
         assert reason(await ask(api, BAD)) == (500, "numerics")
         assert reason(await ask(api, BAD)) == (500, "model_unusable")
-        shown = (await api.http.get(f"/v1/models/{BAD}")).json()["last_failure"]
-        assert shown["reason"] == "MODEL_UNUSABLE"
-        assert "within 60 s held NaN or infinity" in shown["message"]
-        for model, path in asked * 2:
+        body = (await api.http.get(f"/v1/models/{BAD}")).json()["last_failure"]
+        assert body["reason"] == "MODEL_UNUSABLE"
+        assert "within 60 s held NaN or infinity" in body["message"]
+        for model, path in requests * 2:
             after = await ask(api, model, path)
-            expected = before[asked.index((model, path))]
+            expected = before[requests.index((model, path))]
             assert _told(after) == _told(expected)
         metrics = (await api.http.get("/metrics")).text
         assert f'loramux_requests_total{{model="{BAD}",outcome="NUMERICS"}} 3' in metrics

@@ -185,8 +185,8 @@ async def test_every_step_is_answered_by_its_own_version(world: World, url: str)
             ids, logprobs = await rollouts.turn()
             expected.append(digest_of(url, f"policy-v{number}"))
             if number in (1, VERSIONS):
-                told = logprobs_of(oracle(world.base, world.root / "steps" / str(number)), ids)
-                assert logprobs == pytest.approx(told, abs=1e-3)
+                reported = logprobs_of(oracle(world.base, world.root / "steps" / str(number)), ids)
+                assert logprobs == pytest.approx(reported, abs=1e-3)
             if number > KEPT:
                 client.unload_lora_adapter(f"policy-v{number - KEPT}")
     assert rollouts.digests == expected

@@ -106,12 +106,12 @@ async def test_a_failure_is_of_its_store(world: Builders) -> None:
     first = world.builder()
     await first.build(world.deployment("bad"))
     assert (await ended(first)).state is BuildState.FAILED
-    for store, shown in ((world.store, [BuildState.FAILED]), (Gated(), [])):
-        store.uri = store.uri if shown else "memory://another"
+    for store, printed in ((world.store, [BuildState.FAILED]), (Gated(), [])):
+        store.uri = store.uri if printed else "memory://another"
         world.store = store
         builds = world.builder()
         await builds.recover()
-        assert [view.state for view in (await builds.list(0, "")).views] == shown
+        assert [view.state for view in (await builds.list(0, "")).views] == printed
 
 
 async def test_a_build_that_takes_too_long_fails(world: Builders) -> None:

@@ -71,9 +71,9 @@ def test_an_address_that_is_taken() -> None:
 class Clocks(list[Callable[[], None]]):
     """The timers of a module: each fires when the test fires it."""
 
-    def timer(self, _: float, fire: Callable[..., None], given: tuple[object, ...]) -> threading.Thread:
+    def timer(self, _: float, fire: Callable[..., None], provided: tuple[object, ...]) -> threading.Thread:
         """Stand for threading.Timer."""
-        self.append(partial(fire, *given))
+        self.append(partial(fire, *provided))
         made = threading.Thread()
         made.cancel = lambda: None  # type: ignore[attr-defined]
         return made

@@ -93,8 +93,8 @@ async def test_each_generation_is_heard_of_once(monkeypatch: pytest.MonkeyPatch)
         replica.go.release()
         await until(lambda: len(replica.pauses) == 2, "the end of the second stream")
         assert (replica.heard, len(builder.asked)) == (3, 2)
-    [asked, _] = builder.asked
-    assert (asked.name, asked.follow, asked.changes_only) == ("d", True, True)
+    [query, _] = builder.asked
+    assert (query.name, query.follow, query.changes_only) == ("d", True, True)
 
 
 async def test_a_builder_that_is_away_is_logged_once_and_called_again(monkeypatch: pytest.MonkeyPatch) -> None:

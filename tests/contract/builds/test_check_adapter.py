@@ -41,9 +41,9 @@ class Served:
         self.address = ""
         self.client: AsyncClient = None  # type: ignore[assignment]  # until it is served
 
-    async def check(self, adapter: str, *wanted: LoraConfiguration, **more: object) -> AdapterReport:
+    async def check(self, adapter: str, *required: LoraConfiguration, **more: object) -> AdapterReport:
         """Check a folder against the base."""
-        return await self.client.check(str(self.folder / adapter), str(self.folder / "base"), *wanted, **more)
+        return await self.client.check(str(self.folder / adapter), str(self.folder / "base"), *required, **more)
 
 
 @pytest.fixture

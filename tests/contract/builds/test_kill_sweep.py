@@ -47,14 +47,14 @@ class World:
         """A workshop over a store."""
         return workshop(self.folder, store)
 
-    async def life(self, store: MemoryStore | Mortal, wanted: Deployment | None = None) -> BuildState | None:
+    async def life(self, store: MemoryStore | Mortal, required: Deployment | None = None) -> BuildState | None:
         """Start a builder, let it take up what there is, ask for a build, and wait for the end of both."""
         builds = Builds(self.context(store), BuildLimits(running=2, beat_s=1000))
         state = None
         with suppress(Fault, Killed):
             await builds.recover()
-            if wanted is not None:
-                await builds.build(wanted)
+            if required is not None:
+                await builds.build(required)
             async for view in builds.watch("tiny"):
                 state = view.state
         await builds.drain(BOUND_S)

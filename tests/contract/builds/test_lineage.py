@@ -57,14 +57,14 @@ def deployment(folder: Path, base: str = "", **adapters: str) -> Deployment:
     """Adapters in folders that say that they were trained on these bases, for one on the hub or in a folder."""
     for name, trained_on in adapters.items():
         write_adapter(folder / name, base_model_name_or_path=trained_on)
-    wanted = {"source": "LOCAL" if base.startswith("/") else "HF", "repo": base or "lab/Tiny-1B"}
-    return deployment_of(folder, *adapters, checkpoint_repository=wanted)
+    required = {"source": "LOCAL" if base.startswith("/") else "HF", "repo": base or "lab/Tiny-1B"}
+    return deployment_of(folder, *adapters, checkpoint_repository=required)
 
 
-def found_by(wanted: Deployment, context: BuildContext) -> tuple[Built, dict[str, str]]:
+def found_by(required: Deployment, context: BuildContext) -> tuple[Built, dict[str, str]]:
     """Build, and return what was found of the bases' names, by adapter."""
-    done = built(wanted, context)
-    warnings = {name: done.warnings(name) for name in wanted.build.lora_adapters}
+    done = built(required, context)
+    warnings = {name: done.warnings(name) for name in required.build.lora_adapters}
     return done, {name: each.found for name in warnings for each in warnings[name] if each.code == "W_BASE"}
 
 
@@ -78,18 +78,18 @@ def test_copies_are_the_base_and_others_are_named(hub: Hub, context: BuildContex
     """A build asks once for each model; what it was told stays with the generation, and no token was shown."""
     hub.repos["some/private"] = HubRepo({"main": COMMIT}, {}, token=TOKEN, card={"base_model": "lab/Tiny-1B"})
     names = {"one": "some/copy", "two": "some/copy-of-it", "three": "some/tuned", "four": "some/tuned"}
-    wanted = deployment(tmp_path, **names, five="some/private", six="unsloth/Tiny-1B-bnb-4bit")
-    _, found = found_by(wanted, context)
+    expected = deployment(tmp_path, **names, five="some/private", six="unsloth/Tiny-1B-bnb-4bit")
+    _, found = found_by(expected, context)
     tuned = "some/tuned; some/tuned is a finetune of lab/Tiny-1B, as the hub says"
     assert found == {"three": tuned, "four": tuned, "five": "some/private"}
     assert sorted(asked(hub)) == ["some/copy", "some/copy-of-it", "some/private", "some/tuned"]
-    shown = stored_view(context.store, "tiny")
-    assert shown is not None
-    words = {a.name: [w.found for w in a.warnings if w.code == "W_BASE"] for a in shown.adapters}
-    assert words == {name: [found[name]] if name in found else [] for name in wanted.build.lora_adapters}
+    printed = stored_view(context.store, "tiny")
+    assert printed is not None
+    words = {a.name: [w.found for w in a.warnings if w.code == "W_BASE"] for a in printed.adapters}
+    assert words == {name: [found[name]] if name in found else [] for name in expected.build.lora_adapters}
 
     hub.requests.clear()
-    again, found_again = found_by(wanted, context)
+    again, found_again = found_by(expected, context)
     assert again.unchanged
     assert found_again == found
     assert asked(hub) == []

@@ -45,17 +45,17 @@ def wish(world: Builders, *names: str, **fields: Any) -> Update:
 @pytest.mark.parametrize("after", [False, True], ids=["before it took effect", "after it took effect"])
 def test_an_update_killed_at_any_operation_is_made_once(world: Builders, after: bool) -> None:
     """Readers see the old generation or the new one, and the retry ends with both adapters."""
-    asked, context = wish(world, "two", expected_generation=1), world.context()
+    query, context = wish(world, "two", expected_generation=1), world.context()
     for dies_at in range(1, 60):
         store = copied(world.store)
         mortal = Mortal(store, dies_at, after=after)
         with suppress(Killed):
-            update(asked, replace(context, store=mortal), Progress(["two"]))
+            update(query, replace(context, store=mortal), Progress(["two"]))
         for record in current_generation(store, "tiny").adapters.values():
             read_bundle(store, record.digest)
         for key in store.list("deployments/tiny/claims/"):
             del store.modified[key]  # time went by since then
-        update(asked, replace(context, store=store), Progress(["two"]), again=True)
+        update(query, replace(context, store=store), Progress(["two"]), again=True)
         assert list(current_generation(store, "tiny").adapters) == ["one", "two"]
         assert len(generation_numbers(store, "tiny")) == 2
         if not mortal.dead:
@@ -103,9 +103,9 @@ async def test_the_commands(world: Builders) -> None:
         pushed = json.loads(await run("push", two, "--json"))
         assert (pushed["deployment"], pushed["pushed"]["generation"]) == ("tiny", 5)
         assert "generation 6 is published" in await run("remove", "2", "3", "two")
-        said = await run("history")
-        assert [line.split()[0] for line in said.splitlines()[1:]] == ["6", "5", "4", "3", "2", "1"]
-        assert "-2, 3, two" in said.splitlines()[1]
+        stated = await run("history")
+        assert [line.split()[0] for line in stated.splitlines()[1:]] == ["6", "5", "4", "3", "2", "1"]
+        assert "-2, 3, two" in stated.splitlines()[1]
         assert "generation 7 is published, as generation 3" in await run("rollback", "tiny", "--to", "3")
         assert list(world.generation.adapters) == ["2", "3", "one"]
         assert "generation 8 is published, as generation 6" in await run("rollback")

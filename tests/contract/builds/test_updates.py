@@ -333,11 +333,11 @@ async def test_a_push_says_what_the_folder_has_instead_of_weights(world: World) 
             Shape("", "", "", None, None, files=("last/adapter_config.json",)),
         ),
     )
-    for at, (said, shape) in enumerate(shapes):
+    for at, (stated, shape) in enumerate(shapes):
         folder = shape.write(world.folder / f"shape-{at}")
         for path in folder.glob("adapter_model-00002-*"):
             path.unlink()
-        with pytest.raises(AdapterInvalid, match=said):
+        with pytest.raises(AdapterInvalid, match=stated):
             await world.client.push("tiny", "shape", folder)
 
 
@@ -505,14 +505,14 @@ async def test_the_history_tells_what_changed(world: World) -> None:
 async def test_a_follower_hears_of_every_generation(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """A stream that stays: builds, pushes, rollbacks, and what another builder published."""
     monkeypatch.setattr(following, "POLL_S", 0.01)
-    heard: list[int] = []
+    received: list[int] = []
     seen: list[tuple[str, int]] = []
 
     async def listen() -> None:
         async for info in world.client.watch("tiny", follow=True):
             seen.append((str(info.state), info.generation or 0))
-            if info.state is DeploymentState.ACTIVE and info.generation not in heard:
-                heard.append(info.generation or 0)
+            if info.state is DeploymentState.ACTIVE and info.generation not in received:
+                received.append(info.generation or 0)
 
     async def elsewhere(**change: Any) -> None:
         other = partial(publish_change, world.store, "tiny", lambda before: before.model_copy(update=change))
@@ -531,17 +531,17 @@ async def test_a_follower_hears_of_every_generation(world: World, monkeypatch: p
             1,
         ):
             await publish()
-            await until(lambda number=number: number in heard, f"generation {number}", lambda: seen)
+            await until(lambda number=number: number in received, f"generation {number}", lambda: seen)
         world.store.gate.clear()
         await world.client.update("tiny", {"three": world.repository("three")})
         await elsewhere(max_lora_rank=64)
         await until(lambda: seen[-1] == ("building", 6), "a generation while the update runs", lambda: seen)
         world.store.gate.set()
-        await until(lambda: 7 in heard, "generation 7", lambda: seen)
+        await until(lambda: 7 in received, "generation 7", lambda: seen)
     finally:
         listening.cancel()
         await asyncio.gather(listening, return_exceptions=True)
-    assert heard == [1, 2, 3, 4, 5, 6, 7]
+    assert received == [1, 2, 3, 4, 5, 6, 7]
 
 
 async def test_updates_that_race_on_one_builder_lose_nothing(world: World) -> None:

@@ -120,12 +120,12 @@ def test_a_replica_that_is_not_serving_gets_nothing_new(three: Replicas, client:
     wait_until(lambda: before.seen[1:], "its first piece")
     three.serving(first, False)
     wait_until(lambda: client.complete("lora1", "hi") and three[second].requests, "an answer of the next one")
-    asked = len(three[first].requests)
+    count = len(three[first].requests)
     client.complete("lora1", "hi")
-    assert len(three[first].requests) == asked
+    assert len(three[first].requests) == count
     three.serving(first, True)
     wait_until(
-        lambda: client.complete("lora1", "hi") and len(three[first].requests) > asked, "an answer of the first"
+        lambda: client.complete("lora1", "hi") and len(three[first].requests) > count, "an answer of the first"
     )
     three.release()
     assert "".join(each.text for each in before.ended() if isinstance(each, Delta)) == TEXT
@@ -224,9 +224,9 @@ def test_calls_that_meet_the_end_of_their_replica(three: Replicas, client: Clien
         finally:
             ended.set()
     assert not [fault for each in of_fleet for fault in each.result()]
-    told = [fault for each in of_single for fault in each.result()]
-    assert {type(fault) for fault in told} <= {faults.ShuttingDown, faults.ServerUnavailable}
-    assert all(fault.retry_after_s for fault in told)
+    reported = [fault for each in of_single for fault in each.result()]
+    assert {type(fault) for fault in reported} <= {faults.ShuttingDown, faults.ServerUnavailable}
+    assert all(fault.retry_after_s for fault in reported)
 
 
 def test_nobody_there_is_a_named_fault() -> None:
@@ -400,16 +400,16 @@ async def test_the_doctor_asks_all(three: Replicas, tmp_path: Path, monkeypatch:
     monkeypatch.setenv("LORAMUX_TLS_CA", str(tmp_path / "ours.pem"))
     three.cut(three.addresses[1])
 
-    async def told(where: str) -> list[tuple[str, str]]:
+    async def reported(where: str) -> list[tuple[str, str]]:
         places = await services(where, "127.0.0.1:1")
         return [(each.address, each.state) for each in places if each.name == "inference"]
 
     states = ("SERVING", "nothing answers there", "SERVING")
-    assert await told(",".join(three.addresses)) == list(zip(three.addresses, states, strict=True))
+    assert await reported(",".join(three.addresses)) == list(zip(three.addresses, states, strict=True))
     with replicas(1, Guard(tls=certificates.server)) as one:
         port = one.addresses[0].rpartition(":")[2]
-        assert (f"grpcs://127.0.0.1:{port}", "SERVING") in await told(f"grpcs://dns:///localhost:{port}")
-    [(_, state)] = await told("dns:///no.such.host.invalid:1")
+        assert (f"grpcs://127.0.0.1:{port}", "SERVING") in await reported(f"grpcs://dns:///localhost:{port}")
+    [(_, state)] = await reported("dns:///no.such.host.invalid:1")
     assert "expected dns:///NAME:PORT of a name that resolves" in state
 
 

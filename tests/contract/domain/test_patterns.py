@@ -89,7 +89,7 @@ def test_patterns_mean_what_they_mean_to_peft(patterns):
 
 
 @pytest.mark.parametrize(
-    ("field", "pattern", "told"),
+    ("field", "pattern", "expected"),
     [
         ("rank_pattern", EXPONENTIAL, "more than 0.1 s"),
         ("alpha_pattern", "(?:a?){100000000}", "more than"),
@@ -99,13 +99,13 @@ def test_patterns_mean_what_they_mean_to_peft(patterns):
     ],
 )
 def test_a_pattern_cannot_block_the_builder(
-    field: str, pattern: str, told: str, monkeypatch: pytest.MonkeyPatch
+    field: str, pattern: str, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A pattern that would take years or gigabytes is given up, and leaves this process as it is."""
     monkeypatch.setattr(patterns, "BOUNDS", replace(patterns.BOUNDS, cpu_s=0.1))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     question = {**SILENT, field: pattern if field.endswith("modules") else [pattern]}
-    with pytest.raises((PatternsInvalid, TooCostly), match=told) if told else nullcontext():
+    with pytest.raises((PatternsInvalid, TooCostly), match=expected) if expected else nullcontext():
         read_names(NAMES, question)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 16 << 10
 

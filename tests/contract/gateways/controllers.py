@@ -83,11 +83,11 @@ class AIBrix:
             await self._call("POST", pod, "/v1/unload_lora_adapter", adapter, {"lora_name": adapter.name})
 
     async def _try_to_load(self, adapter: ModelAdapter, pod: Pod) -> None:
-        said = ""
+        text = ""
         for _ in range(TRIES):
             listed = await self._call("GET", pod, "/v1/models", adapter)
             if listed.status_code != 200:
-                said = listed.text
+                text = listed.text
                 continue
             if adapter.name in {each["id"] for each in listed.json()["data"]}:
                 return
@@ -96,8 +96,8 @@ class AIBrix:
             answer = await self._call("POST", pod, "/v1/load_lora_adapter", adapter, body)
             if answer.status_code in (200, 201):
                 return
-            said = answer.text
-        raise LoadingFailed(f"max retries ({TRIES}) exceeded: {said}")
+            text = answer.text
+        raise LoadingFailed(f"max retries ({TRIES}) exceeded: {text}")
 
     async def _call(
         self, method: str, pod: Pod, path: str, adapter: ModelAdapter, body: dict[str, str] | None = None
@@ -153,8 +153,8 @@ class LoraController:
     async def _send(self, method: str, url: str, body: dict[str, str] | None = None) -> httpx.Response:
         answer = await self.web.request(method, url, json=body)
         if answer.status_code == 400:
-            told = answer.json()
-            if told["type"] == "InvalidUserInput" and "has already been loaded" in told["message"]:
+            parsed = answer.json()
+            if parsed["type"] == "InvalidUserInput" and "has already been loaded" in parsed["message"]:
                 return answer
         if answer.status_code != 200:
             raise LoadingFailed(f"unexpected status code: {answer.status_code}, body: {answer.text}")

@@ -93,9 +93,9 @@ async def test_aibrix_brings_an_adapter_to_every_pod(fleet: Fleet) -> None:
     await controller.reconcile(adapter, pods)
     assert (controller.calls[2:], adapter.instances) == ([LIST] * 2, pods)
     for api in fleet.apis:
-        asked = {"prompt": "hello", "max_tokens": 4, "temperature": 0}
+        requests = {"prompt": "hello", "max_tokens": 4, "temperature": 0}
         fresh, rs = [
-            (await api.post("/v1/completions", model=name, **asked)).json() for name in ("fresh", "rs")
+            (await api.post("/v1/completions", model=name, **requests)).json() for name in ("fresh", "rs")
         ]
         assert fresh["choices"] == rs["choices"]
     await fleet.apis[0].post("/v1/unload_lora_adapter", lora_name="fresh")

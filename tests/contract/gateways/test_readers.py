@@ -140,8 +140,8 @@ async def test_production_stacks_router_learns_what_is_served(api: OpenAIApi) ->
         assert all(each["root"] and each["created"] > 1_700_000_000 for each in models)
         before = await router.stats(api.url)
         for _ in range(2):
-            asked = {"model": "rs", "prompt": list(range(3, 43)), "max_tokens": 1}
-            assert (await api.post("/v1/completions", **asked)).status_code == 200
+            requests = {"model": "rs", "prompt": list(range(3, 43)), "max_tokens": 1}
+            assert (await api.post("/v1/completions", **requests)).status_code == 200
         stats = await router.stats(api.url)
         assert stats.keys() == STATS
         grown = {name: value - before[name] for name, value in stats.items() if value != before[name]}
@@ -163,7 +163,7 @@ async def test_each_model_has_kserves_name_too(api: OpenAIApi) -> None:
         body = {key: value for key, value in body.items() if "responses" not in path or key != "messages"}
         return api.http.post(path, json=body, headers={HEADER: model})
 
-    for path, said in (
+    for path, stated in (
         ("/v1/completions", "choices"),
         ("/v1/chat/completions", "choices"),
         ("/v1/responses", "output"),
@@ -171,7 +171,7 @@ async def test_each_model_has_kserves_name_too(api: OpenAIApi) -> None:
     ):
         for name in ("base", "rs"):
             short, long = [await ask(path, model) for model in (name, f"publishers/ns/models/{name}")]
-            assert _texts(short.json()[said]) == _texts(long.json()[said]) != []
+            assert _texts(short.json()[stated]) == _texts(long.json()[stated]) != []
             assert long.headers["x-loramux-model"] == name
     for nobody in ("publishers/ns/models/nobody", "publishers/ns/rs", "publishers/n/s/models/rs"):
         assert (await ask("/v1/completions", nobody)).json()["error"]["code"] == "model_not_found"

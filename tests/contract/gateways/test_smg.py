@@ -24,13 +24,13 @@ FLAGS = (
 HELLO: Any = [{"role": "user", "content": "hello"}]
 
 
-async def ready(web: httpx.AsyncClient, wanted: int) -> list[dict[str, Any]]:
+async def ready(web: httpx.AsyncClient, required: int) -> list[dict[str, Any]]:
     """Wait until so many workers are ready, and their load is known."""
-    async with bounded(f"{wanted} workers that are ready"):
+    async with bounded(f"{required} workers that are ready"):
         while True:
             workers = (await web.get("/workers")).json()["workers"]
             found = [each for each in workers if each["status"] == "ready"]
-            if len(found) == wanted and all(each.get("engine_load") for each in found):
+            if len(found) == required and all(each.get("engine_load") for each in found):
                 return found
             await asyncio.sleep(0.05)
 

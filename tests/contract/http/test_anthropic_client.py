@@ -97,11 +97,11 @@ async def test_a_stream_is_the_same_answer(claude: AsyncAnthropic) -> None:
     """Text comes in pieces, the message at the end is the whole one's."""
     whole = await claude.messages.create(**ASKED)
     async with claude.messages.stream(**ASKED) as stream:
-        said = "".join([text async for text in stream.text_stream])
+        stated = "".join([text async for text in stream.text_stream])
         final = await stream.get_final_message()
         assert stream.request_id
     assert final.content[0].model_dump(exclude_none=True) == whole.content[0].model_dump(exclude_none=True)
-    assert said == whole.content[0].text  # type: ignore[union-attr]
+    assert stated == whole.content[0].text  # type: ignore[union-attr]
     assert (final.stop_reason, final.model) == (whole.stop_reason, "rs")
     cost = [(each.usage.input_tokens + (each.usage.cache_read_input_tokens or 0)) for each in (final, whole)]
     assert cost == [len("u:Hi;a:")] * 2
@@ -181,7 +181,7 @@ async def test_an_answer_is_parsed_into_a_model(claude: AsyncAnthropic) -> None:
 
 
 @pytest.mark.parametrize(
-    ("fields", "kind", "said"),
+    ("fields", "kind", "expected"),
     [
         ({"model": "nope"}, anthropic.NotFoundError, "no model 'nope'"),
         ({"extra_body": {"temprature": 1}}, anthropic.BadRequestError, "Did you mean temperature?"),
@@ -199,14 +199,14 @@ async def test_an_answer_is_parsed_into_a_model(claude: AsyncAnthropic) -> None:
     ],
 )
 async def test_refusals_are_the_clients_own(
-    claude: AsyncAnthropic, fields: dict[str, Any], kind: type[anthropic.APIStatusError], said: str
+    claude: AsyncAnthropic, fields: dict[str, Any], kind: type[anthropic.APIStatusError], expected: str
 ) -> None:
     """A refusal is of the client's class, with a type, the request's id and the names that were sent."""
     for stream in (False, True):
         with pytest.raises(kind) as caught:
             await claude.messages.create(**ASKED | fields, stream=stream)
         body: Any = caught.value.body
-        assert said in body["error"]["message"]
+        assert expected in body["error"]["message"]
         assert body["request_id"] == caught.value.request_id
         assert caught.value.type == (
             "not_found_error" if kind is anthropic.NotFoundError else "invalid_request_error"
@@ -234,10 +234,10 @@ async def test_a_stream_that_fails_ends_with_an_error(tmp_path: Path) -> None:
     async with scripted(tmp_path) as (service, client):
         service.say("A|h", failure=ReplicaFailed("the engine failed."))
         async with client.messages.stream(**SENT) as stream:
-            said = [await anext(stream.text_stream) for _ in range(2)]
+            answers = [await anext(stream.text_stream) for _ in range(2)]
             with pytest.raises(anthropic.APIStatusError, match="the engine failed") as caught:
                 await anext(stream.text_stream)
-        assert (said, caught.value.type) == (["A", "h"], "overloaded_error")
+        assert (answers, caught.value.type) == (["A", "h"], "overloaded_error")
 
 
 async def test_what_http_refuses_has_the_same_shape(api: OpenAIApi) -> None:
@@ -250,9 +250,9 @@ async def test_what_http_refuses_has_the_same_shape(api: OpenAIApi) -> None:
         (await api.http.post("/v1/messages", json=[], headers=own), 400, "invalid_request_error"),
         (await api.http.post("/v1/messages", json={"x": "y" * 2**23}, headers=own), 413, "request_too_large"),
     ):
-        told = answer.json()
-        assert (answer.status_code, told["type"], told["error"]["type"]) == (status, "error", kind)
-        assert told["request_id"] == answer.headers["request-id"] == "mine-1"
+        body = answer.json()
+        assert (answer.status_code, body["type"], body["error"]["type"]) == (status, "error", kind)
+        assert body["request_id"] == answer.headers["request-id"] == "mine-1"
 
 
 async def test_so_has_what_is_refused_before_that(api: OpenAIApi) -> None:
@@ -260,9 +260,9 @@ async def test_so_has_what_is_refused_before_that(api: OpenAIApi) -> None:
     host, port = api.url.removeprefix("http://").split(":")
     reader, writer = await asyncio.open_connection(host, int(port))
     writer.write(b"POST /v1/messages?beta=true HTTP/1.1\r\nhost: a\r\nhost: b\r\n\r\n")
-    told = json.loads((await reader.read()).partition(b"\r\n\r\n")[2])
+    body = json.loads((await reader.read()).partition(b"\r\n\r\n")[2])
     writer.close()
-    assert (told["type"], told["error"]["type"], told["request_id"]) == ("error", "invalid_request_error", None)
+    assert (body["type"], body["error"]["type"], body["request_id"]) == ("error", "invalid_request_error", None)
     app = create_app(api.ready.service)
     app.draining = True
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://api") as web:
@@ -296,9 +296,9 @@ async def test_blocks_come_one_after_the_other(tmp_path: Path) -> None:
     call = '<tool_call>{"name": "Paint", "argu|ments": {"color": "red"}}</tool_call>'
     fields = SENT | {"tools": [PAINT]}
     expected = ["text:Let me see.", 'tool_use:{"color": "red"}', "tool_use:{}", "text:Done."]
-    said = f'Let me see.{call}\n|<tool_call>{{"name": "Paint", "arguments": {{}}}}</tool_call>\n\nDone.'
+    text = f'Let me see.{call}\n|<tool_call>{{"name": "Paint", "arguments": {{}}}}</tool_call>\n\nDone.'
     async with scripted(tmp_path) as (service, client):
-        service.say(said, said, f"\n {call}")
+        service.say(text, text, f"\n {call}")
         async with client.messages.stream(**fields) as stream:
             final = await stream.get_final_message()
         whole = await client.messages.create(**fields)
@@ -323,10 +323,10 @@ async def test_a_stream_that_tells_nothing_is_alive(tmp_path: Path) -> None:
 
 async def test_what_is_thought_comes_apart(tmp_path: Path) -> None:
     """A block before the text, with a signature and its price; without its text where that is not wanted."""
-    said = "<think>I |look.</think>|The |sky."
+    stated = "<think>I |look.</think>|The |sky."
     async with scripted(tmp_path) as (service, client):
         change_deployed(service.catalog, reasoning_parser=ReasoningParser.THINK)
-        service.say(said, said)
+        service.say(stated, stated)
         async with client.messages.stream(**SENT, thinking={"type": "enabled", "budget_tokens": 9}) as stream:
             kinds = list(dict.fromkeys([event.type async for event in stream if event.type in KINDS]))
             thinking, text = (await stream.get_final_message()).content
@@ -345,8 +345,8 @@ async def test_what_is_thought_comes_apart(tmp_path: Path) -> None:
 
 def shown(blocks: Sequence[Any]) -> list[str]:
     """Blocks as short texts."""
-    told = {"text": lambda block: block.text, "tool_use": lambda block: json.dumps(block.input)}
-    return [f"{block.type}:{told[block.type](block)}" for block in blocks]
+    reported = {"text": lambda block: block.text, "tool_use": lambda block: json.dumps(block.input)}
+    return [f"{block.type}:{reported[block.type](block)}" for block in blocks]
 
 
 async def test_the_clients_tool_runner_runs_tools(tmp_path: Path) -> None:

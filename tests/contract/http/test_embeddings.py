@@ -53,12 +53,12 @@ async def test_openais_client_gets_what_transformers_gives(
 ) -> None:
     """Text and token ids, one and several, as base64 and as numbers; of length 1; the usage counts prompts."""
     text = api.ready.service.text.decode(IDS)
-    wanted = unit(expected_of(world[0], model, IDS, Pooling.LAST))
+    required = unit(expected_of(world[0], model, IDS, Pooling.LAST))
     ids = api.ready.service.text.encode(text)
     of_text = unit(expected_of(world[0], model, ids, Pooling.LAST))
     for sent, expected, tokens in (
-        (IDS, [wanted], 6),
-        ([IDS, IDS[:3]], [wanted, unit(expected_of(world[0], model, IDS[:3], Pooling.LAST))], 9),
+        (IDS, [required], 6),
+        ([IDS, IDS[:3]], [required, unit(expected_of(world[0], model, IDS[:3], Pooling.LAST))], 9),
         (text, [of_text], len(ids)),
         ([text, text], [of_text, of_text], 2 * len(ids)),
     ):
@@ -131,10 +131,12 @@ async def test_metrics_count_vectors_and_no_first_token(api: OpenAIApi) -> None:
     """A request and its prompt, computed for nothing but a vector, have no time to a first token."""
     await made(api, model="wide")
     lines = (await api.http.get("/metrics")).text.splitlines()
-    told = [line for line in lines if 'model="wide"' in line]
-    assert 'loramux_requests_total{model="wide",outcome="OK"} 1' in {line.removesuffix(".0") for line in told}
-    assert 'loramux_prompt_tokens_total{model="wide"} 6' in {line.removesuffix(".0") for line in told}
-    assert not any("first_token" in line or "generated_tokens" in line for line in told)
+    reported = [line for line in lines if 'model="wide"' in line]
+    assert 'loramux_requests_total{model="wide",outcome="OK"} 1' in {
+        line.removesuffix(".0") for line in reported
+    }
+    assert 'loramux_prompt_tokens_total{model="wide"} 6' in {line.removesuffix(".0") for line in reported}
+    assert not any("first_token" in line or "generated_tokens" in line for line in reported)
 
 
 async def test_the_longest_text_fits(api: OpenAIApi) -> None:
@@ -146,10 +148,10 @@ async def test_a_client_that_goes_away_frees_what_it_asked_for(api: OpenAIApi) -
     """Also in the middle of many texts."""
     engine = api.ready.engine
     before = engine.stats.prefix_tokens_queried
-    asked = asyncio.create_task(api.post(PATH, model="base", input=[[9] * 250] * 100))
+    query = asyncio.create_task(api.post(PATH, model="base", input=[[9] * 250] * 100))
     await until(lambda: engine.stats.prefix_tokens_queried > before, "a text in work", lambda: engine.stats)
-    asked.cancel()
-    await asyncio.gather(asked, return_exceptions=True)
+    query.cancel()
+    await asyncio.gather(query, return_exceptions=True)
     await api.until_free()
 
 
@@ -193,5 +195,5 @@ async def test_what_the_base_and_the_deployment_say_of_pooling(
         trained.build_with(store, runtime=runtime)
         async with open_api((trained, store)) as api:
             found += await made(api, normalize=False)
-    wanted = [expected_of(world[0], "base", IDS, pooling) for pooling in (Pooling.MEAN, Pooling.LAST)]
-    np.testing.assert_allclose(found, wanted, atol=1e-5)
+    expected = [expected_of(world[0], "base", IDS, pooling) for pooling in (Pooling.MEAN, Pooling.LAST)]
+    np.testing.assert_allclose(found, expected, atol=1e-5)

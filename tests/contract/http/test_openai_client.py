@@ -57,8 +57,8 @@ async def test_a_chat(api: OpenAIApi) -> None:
     assert answer.usage
     assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (len("u:Hi;a:"), 5)
     text = api.ready.service.text
-    said = choice.message.content or ""
-    assert len(said) >= len(text.encode(said)) > 0
+    stated = choice.message.content or ""
+    assert len(stated) >= len(text.encode(stated)) > 0
 
 
 async def test_the_synchronous_client_streams(api: OpenAIApi) -> None:
@@ -89,14 +89,14 @@ async def test_several_answers_are_apart(api: OpenAIApi) -> None:
     options = GREEDY | {"temperature": 1.5, "seed": 4, "n": 3, "max_tokens": 12}
     answer = await api.openai.chat.completions.create(**options)
     assert [choice.index for choice in answer.choices] == [0, 1, 2]
-    said = [choice.message.content for choice in answer.choices]
-    assert len(set(said)) == 3
+    stated = [choice.message.content for choice in answer.choices]
+    assert len(set(stated)) == 3
     assert answer.usage
     assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (7, 36)
     streamed = ["", "", ""]
     async for chunk in await api.openai.chat.completions.create(**options, stream=True):
         streamed[chunk.choices[0].index] += chunk.choices[0].delta.content or ""
-    assert streamed == said
+    assert streamed == stated
 
 
 async def test_logprobs_of_a_chat(api: OpenAIApi) -> None:
@@ -122,18 +122,18 @@ async def test_tokens_are_called_by_their_ids_where_that_is_asked_for(api: OpenA
     """Token ids are in a chat and in a plain completion, as trainers read them."""
     extra = {"ignore_eos": True, "return_tokens_as_token_ids": True, "return_token_ids": True}
     ids = {"temperature": 0, "max_tokens": 3, "extra_body": extra}
-    asked = {"model": "all", "messages": USER, "logprobs": True, "top_logprobs": 1}
-    chat = await api.openai.chat.completions.create(**asked, **ids)
+    requests = {"model": "all", "messages": USER, "logprobs": True, "top_logprobs": 1}
+    chat = await api.openai.chat.completions.create(**requests, **ids)
     choice = chat.choices[0]
     assert choice.logprobs
-    wanted = [f"token_id:{token}" for token in choice.model_extra["token_ids"]]
-    assert [each.token for each in choice.logprobs.content or ()] == wanted
-    assert [each.top_logprobs[0].token for each in choice.logprobs.content or ()] == wanted
+    expected = [f"token_id:{token}" for token in choice.model_extra["token_ids"]]
+    assert [each.token for each in choice.logprobs.content or ()] == expected
+    assert [each.top_logprobs[0].token for each in choice.logprobs.content or ()] == expected
     plain = (await api.openai.completions.create(model="all", prompt="HI", logprobs=1, **ids)).choices[0]
     assert plain.logprobs
-    wanted = [f"token_id:{token}" for token in plain.model_extra["token_ids"]]
-    assert plain.logprobs.tokens == wanted
-    assert [next(iter(each)) for each in plain.logprobs.top_logprobs or ()] == wanted
+    expected = [f"token_id:{token}" for token in plain.model_extra["token_ids"]]
+    assert plain.logprobs.tokens == expected
+    assert [next(iter(each)) for each in plain.logprobs.top_logprobs or ()] == expected
 
 
 async def test_an_answer_is_parsed_into_a_model(api: OpenAIApi) -> None:
@@ -199,10 +199,10 @@ async def test_a_schema_that_cannot_be_followed_is_named(api: OpenAIApi) -> None
     """The parameter is the one that holds the schema."""
     schema: Any = {"type": "object", "properties": {"x": {"type": "nonsense"}}}
     tools: Any = [{"type": "function", "function": {"name": "f", "parameters": schema}}]
-    wanted: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    expected: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
     for fields, param in (
         ({"tools": tools, "tool_choice": "required"}, "tools"),
-        ({"response_format": wanted}, "response_format"),
+        ({"response_format": expected}, "response_format"),
     ):
         for stream in (True, False):
             with pytest.raises(openai.BadRequestError) as caught:
@@ -282,16 +282,16 @@ async def test_prompt_logprobs_come_in_vllms_shape(api: OpenAIApi) -> None:
 async def test_what_stopped_an_answer_is_told(api: OpenAIApi) -> None:
     """A stop text, a stop token's id, or null: vLLM's `stop_reason`, beside every `finish_reason`."""
     whole = await api.openai.chat.completions.create(**GREEDY, max_tokens=4)
-    said = whole.choices[0].message.content or ""
+    text = whole.choices[0].message.content or ""
     ending: dict[str, Any] = {"logit_bias": {"2": 100}}
-    for asked, expected in (
+    for request, expected in (
         ({}, ("length", None)),
-        ({"stop": said[2:]}, ("stop", said[2:])),
+        ({"stop": text[2:]}, ("stop", text[2:])),
         (ending | {"extra_body": {}}, ("stop", None)),
         (ending | {"extra_body": {"stop_token_ids": [2]}}, ("stop", None)),
         (ending | {"extra_body": {"stop_token_ids": [2], "ignore_eos": True}}, ("stop", 2)),
     ):
-        options = GREEDY | {"max_tokens": 4} | asked
+        options = GREEDY | {"max_tokens": 4} | request
         plain = {name: value for name, value in options.items() if name != "messages"}
         for create, prompted in (
             (api.openai.chat.completions.create, options),
@@ -323,16 +323,16 @@ async def test_errors_are_the_clients_classes(api: OpenAIApi) -> None:
 async def test_a_response_is_a_chat_in_other_words(api: OpenAIApi) -> None:
     """Both say the same of the same, stream and count it, and the prompt of the second is in the cache."""
     chat = await api.openai.chat.completions.create(**GREEDY, max_completion_tokens=8)
-    asked: Any = {"model": "rs", "input": "Hi", "temperature": 0, "extra_body": {"ignore_eos": True}}
-    answer = await api.openai.responses.create(**asked, max_output_tokens=8)
+    requests: Any = {"model": "rs", "input": "Hi", "temperature": 0, "extra_body": {"ignore_eos": True}}
+    answer = await api.openai.responses.create(**requests, max_output_tokens=8)
     assert answer.output_text == chat.choices[0].message.content
     assert (answer.status, answer.incomplete_details.reason) == ("incomplete", "max_output_tokens")
     assert (answer.usage.input_tokens, answer.usage.output_tokens) == (len("u:Hi;a:"), 8)
-    stream = await api.openai.responses.create(**asked, max_output_tokens=8, stream=True)
-    said = "".join([event.delta async for event in stream if event.type == "response.output_text.delta"])
-    assert said == answer.output_text
+    stream = await api.openai.responses.create(**requests, max_output_tokens=8, stream=True)
+    output = "".join([event.delta async for event in stream if event.type == "response.output_text.delta"])
+    assert output == answer.output_text
     with pytest.raises(openai.BadRequestError) as caught:
-        await api.openai.responses.create(**asked, tools=[{"type": "function", "name": "a b"}])
+        await api.openai.responses.create(**requests, tools=[{"type": "function", "name": "a b"}])
     assert caught.value.param == "tools[0].name"
     counted = await api.openai.responses.input_tokens.count(model="rs", input="Hi")
     assert counted.input_tokens == answer.usage.input_tokens
@@ -346,11 +346,11 @@ async def test_a_response_to_too_much_begins_later(api: OpenAIApi) -> None:
     turns: list[Any] = []
     for nth in range(40):
         turns += [{"role": "user", "content": f"{nth:02}"}, {"role": "assistant", "content": "y" * 8}]
-    asked: Any = {"model": "rs", "instructions": "I", "input": [*turns, USER[0]], "max_output_tokens": 9}
+    requests: Any = {"model": "rs", "instructions": "I", "input": [*turns, USER[0]], "max_output_tokens": 9}
     with pytest.raises(openai.BadRequestError) as caught:
-        await api.openai.responses.create(**asked)
+        await api.openai.responses.create(**requests)
     assert caught.value.code == "context_length_exceeded"
-    answer = await api.openai.responses.create(**asked, truncation="auto")
+    answer = await api.openai.responses.create(**requests, truncation="auto")
     assert answer.truncation == "auto"
     turn, rest = len("u:00;a:yyyyyyyy;"), len("s:I;u:Hi;a:")
     assert answer.usage.input_tokens == rest + turn * ((most - 9 - rest) // turn)

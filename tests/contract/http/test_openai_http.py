@@ -170,20 +170,23 @@ async def test_the_usage_so_far_comes_with_every_chunk(
     api: OpenAIApi, path: str, prompt: dict[str, Any]
 ) -> None:
     """A chunk tells what its own choice has used; the last ones add up to the usage of the whole request."""
-    asked = {"n": 2, "max_tokens": 6, "ignore_eos": True, "temperature": 1, "seed": 3}
-    asked |= {"stream_options": {"include_usage": True, "continuous_usage_stats": True}}
-    body = (HI | asked) if path == CHAT else ({"model": "rs"} | prompt | asked)
+    requests = {"n": 2, "max_tokens": 6, "ignore_eos": True, "temperature": 1, "seed": 3}
+    requests |= {"stream_options": {"include_usage": True, "continuous_usage_stats": True}}
+    body = (HI | requests) if path == CHAT else ({"model": "rs"} | prompt | requests)
     *chunks, end = await api.chunks(path, **body)
-    told: dict[int, list[dict[str, int]]] = {}
+    reported: dict[int, list[dict[str, int]]] = {}
     for chunk in chunks:
-        told.setdefault(chunk["choices"][0]["index"], []).append(chunk["usage"])
-    for usages in told.values():
+        reported.setdefault(chunk["choices"][0]["index"], []).append(chunk["usage"])
+    for usages in reported.values():
         counts = [usage["completion_tokens"] for usage in usages]
         assert counts == sorted(counts)
         assert counts[-1] == 6
         assert len({usage["prompt_tokens"] for usage in usages}) == 1
-    assert sum(usages[-1]["completion_tokens"] for usages in told.values()) == end["usage"]["completion_tokens"]
-    prompts = [told[index][-1]["prompt_tokens"] for index in range(0, len(told), 2)]
+    assert (
+        sum(usages[-1]["completion_tokens"] for usages in reported.values())
+        == end["usage"]["completion_tokens"]
+    )
+    prompts = [reported[index][-1]["prompt_tokens"] for index in range(0, len(reported), 2)]
     assert sum(prompts) == end["usage"]["prompt_tokens"]
 
 
@@ -192,8 +195,8 @@ async def test_requests_have_ids(api: OpenAIApi) -> None:
     for path in ("/health", "/nope"):
         response = await api.http.get(path, headers={"x-request-id": "my-id:1.2"})
         assert response.headers["x-request-id"] == "my-id:1.2"
-        for given in ("", "a b", "x" * 129, "<script>"):
-            response = await api.http.get(path, headers={"x-request-id": given})
+        for provided in ("", "a b", "x" * 129, "<script>"):
+            response = await api.http.get(path, headers={"x-request-id": provided})
             assert len(response.headers["x-request-id"]) == 32
     two = await asyncio.gather(
         *(api.http.post(CHAT, json=HI | {"max_tokens": 9}, headers={"x-request-id": "same"}) for _ in range(2))
@@ -247,8 +250,8 @@ async def test_text_becomes_tokens_and_back(api: OpenAIApi) -> None:
     tokenized = (await api.post("/tokenize", model="base", prompt="HELLO", return_token_strs=True)).json()
     assert (tokenized["count"], tokenized["max_model_len"]) == (5, 256)
     assert tokenized["token_strs"] == list("HELLO")
-    told = (await api.post("/detokenize", model="base", tokens=tokenized["tokens"])).json()
-    assert told == {"prompt": "HELLO"}
+    body = (await api.post("/detokenize", model="base", tokens=tokenized["tokens"])).json()
+    assert body == {"prompt": "HELLO"}
     rendered = (await api.post("/tokenize", **{key: HI[key] for key in ("model", "messages")})).json()
     assert rendered["token_strs"] is None
     assert (await api.post("/detokenize", tokens=rendered["tokens"])).json() == {"prompt": "u:Hi;a:"}

@@ -70,11 +70,11 @@ def test_a_server_without_keys_describes_none() -> None:
     """Neither security nor what a wrong key would be answered; else it is all the same."""
     found = document(ENDPOINTS, ServerFacts("base", keyless=True))
     assert "securitySchemes" not in found["components"]
-    for path, method, told in OPERATIONS:
+    for path, method, reported in OPERATIONS:
         open_to_all = found["paths"][path][method]
         assert not open_to_all["security"]
-        keys = {"401", "403"} if told["security"] else set()
-        assert told["responses"].keys() - open_to_all["responses"].keys() in (keys, keys - {"403"})
+        keys = {"401", "403"} if reported["security"] else set()
+        assert reported["responses"].keys() - open_to_all["responses"].keys() in (keys, keys - {"403"})
 
 
 @pytest.mark.parametrize("scorer", ["", "best"])
@@ -103,7 +103,7 @@ def test_the_paths_are_those_of_the_app(tmp_path: Path) -> None:
 def test_the_table_of_the_docs_names_the_same_routes_and_scopes() -> None:
     """The page of the files stands for all of them; an empty cell is the scope of most routes."""
     table = DOCS[DOCS.index("## Routes") : DOCS.index("<a id=")]
-    told = {
+    reported = {
         (method, path, row.split("|")[3].strip(" `"))
         for row in table.splitlines()
         for method, path in re.findall(r"`(GET|POST) (/[^`]*)`", row)
@@ -116,7 +116,7 @@ def test_the_table_of_the_docs_names_the_same_routes_and_scopes() -> None:
         )
         for each in ENDPOINTS
     }
-    assert told == served
+    assert reported == served
 
 
 def test_a_handler_returns_a_described_type() -> None:
@@ -129,28 +129,28 @@ def test_a_handler_returns_a_described_type() -> None:
 
 def test_an_operation_is_complete() -> None:
     """Each has a summary, answers with descriptions, and parameters for what its path leaves open."""
-    for path, method, told in OPERATIONS:
+    for path, method, reported in OPERATIONS:
         assert path.startswith("/")
         assert method in ("get", "post")
-        assert told["summary"].endswith(".")
-        assert {"400", "500", "503"} <= set(told["responses"])
-        assert {"401", "403"} <= set(told["responses"]) or not told["security"]
-        for status, answer in told["responses"].items():
+        assert reported["summary"].endswith(".")
+        assert {"400", "500", "503"} <= set(reported["responses"])
+        assert {"401", "403"} <= set(reported["responses"]) or not reported["security"]
+        for status, answer in reported["responses"].items():
             assert re.fullmatch(r"[1-5]\d\d", status)
             assert answer["description"]
             assert all("/" in media for media in answer.get("content", {}))
-        parameters = told.get("parameters", ())
+        parameters = reported.get("parameters", ())
         declared = [each["name"] for each in parameters if each["in"] == "path"]
         assert declared == re.findall(r"{(\w+)}", path)
         assert all(each["required"] for each in parameters if each["in"] == "path")
         assert all(list(_schemas(each["schema"])) for each in parameters)
-        assert ("requestBody" in told) <= (method == "post")
-        assert all(set(each) <= set(DOCUMENT["components"]["securitySchemes"]) for each in told["security"])
+        assert ("requestBody" in reported) <= (method == "post")
+        assert all(set(each) <= set(DOCUMENT["components"]["securitySchemes"]) for each in reported["security"])
 
 
 def test_ids_of_operations_differ() -> None:
     """Generators of clients make functions of them."""
-    ids = [told["operationId"] for _, _, told in OPERATIONS]
+    ids = [reported["operationId"] for _, _, reported in OPERATIONS]
     assert len(set(ids)) == len(ids)
     assert all(re.fullmatch(r"[a-z]\w*", each) for each in ids)
 
@@ -172,12 +172,14 @@ def test_references_lead_somewhere() -> None:
     assert found <= {f"#/components/schemas/{name}" for name in SCHEMAS}
 
 
-@pytest.mark.parametrize(("path", "method", "told"), WITH_BODY, ids=[case[0] for case in WITH_BODY])
+@pytest.mark.parametrize(("path", "method", "expected"), WITH_BODY, ids=[case[0] for case in WITH_BODY])
 async def test_a_body_is_the_one_that_the_route_reads(
-    web: httpx.AsyncClient, path: str, method: str, told: dict[str, Any]
+    web: httpx.AsyncClient, path: str, method: str, expected: dict[str, Any]
 ) -> None:
     """An empty body is refused for its required fields; a field that is not described is refused."""
-    schema = SCHEMAS[told["requestBody"]["content"]["application/json"]["schema"]["$ref"].rpartition("/")[2]]
+    schema = SCHEMAS[
+        expected["requestBody"]["content"]["application/json"]["schema"]["$ref"].rpartition("/")[2]
+    ]
     assert schema["additionalProperties"] is False
     answer = await web.request(method, path, json={"no_such_field": 1})
     message = answer.json()["error"]["message"]
@@ -200,8 +202,8 @@ def test_what_comes_in_several_forms_is_described_so() -> None:
     }
     for (body, name), expected in forms.items():
         branches = SCHEMAS[body]["properties"][name]["anyOf"]
-        told = [SCHEMAS[each["$ref"].rpartition("/")[2]] if "$ref" in each else each for each in branches]
-        assert {form["type"] for form in told} == expected, name
+        reported = [SCHEMAS[each["$ref"].rpartition("/")[2]] if "$ref" in each else each for each in branches]
+        assert {form["type"] for form in reported} == expected, name
 
 
 def test_bounds_are_those_that_requests_are_judged_by() -> None:

@@ -106,11 +106,11 @@ SAYS: dict[str, tuple[str, EndReason, dict[str, Any], list[tuple[str, str]]]] = 
 @pytest.mark.parametrize("name", SAYS)
 async def test_events_tell_the_response(api: TalkerApi, name: str) -> None:
     """Streamed or whole, the items are the same, and each event is one of OpenAI's."""
-    said, reason, more, expected = SAYS[name]
-    api.talker.say(said, reason=reason)
+    stated, reason, more, expected = SAYS[name]
+    api.talker.say(stated, reason=reason)
     answer = await api.post(PATH, **ASKED, **more)
     whole = check_response(answer.json())
-    api.talker.say(said, reason=reason)
+    api.talker.say(stated, reason=reason)
     streamed = await api.post(PATH, **ASKED, **more, stream=True)
     last = check_events(read_stream(streamed.content))
     assert whole["status"] == ("incomplete" if reason is LENGTH else "completed")
@@ -149,7 +149,7 @@ async def test_log_probabilities_are_those_of_what_is_said(api: TalkerApi) -> No
 
 async def test_the_response_tells_what_was_asked(api: TalkerApi) -> None:
     """Fields come back as they count: what was asked, else what the server took."""
-    asked = {
+    requests = {
         "instructions": "Be brief.",
         "max_output_tokens": 9,
         "max_tool_calls": 2,
@@ -173,9 +173,9 @@ async def test_the_response_tells_what_was_asked(api: TalkerApi) -> None:
     ignored = {"store": True, "background": False, "service_tier": "flex", "stream": False}
     hints = {"text": {"verbosity": "medium"}, "reasoning": {"summary": "auto"}}
     api.talker.say("Ahoy")
-    told = (await api.post(PATH, **ASKED, **asked, **ignored, **hints)).json()
-    assert {name: told[name] for name in asked} == asked
-    assert [told[name] for name in ("store", "background", "service_tier")] == [False, False, "default"]
+    body = (await api.post(PATH, **ASKED, **requests, **ignored, **hints)).json()
+    assert {name: body[name] for name in requests} == requests
+    assert [body[name] for name in ("store", "background", "service_tier")] == [False, False, "default"]
     [request] = api.talker.asked[-1:]
     assert (request.sampling.max_tokens, request.sampling.temperature, request.sampling.top_p) == (9, 0.25, 0.5)
     assert (request.sampling.presence_penalty, request.sampling.frequency_penalty) == (0.5, 0.25)
@@ -214,8 +214,8 @@ async def test_a_loop_of_tools(api: TalkerApi) -> None:
     assert json.loads(call.arguments) == {"city": "Oslo"}
     output = {"type": "function_call_output", "call_id": call.call_id, "output": "Rain."}
     api.talker.say("It rains.")
-    asked = [{"role": "user", "content": "Hi"}, *first.output, output]
-    second = await api.openai.responses.create(model="pirate", input=asked, tools=[tool])
+    printed = [{"role": "user", "content": "Hi"}, *first.output, output]
+    second = await api.openai.responses.create(model="pirate", input=printed, tools=[tool])
     assert second.output_text == "It rains."
     function = {"name": "weather", "arguments": {"city": "Oslo"}}
     assert api.talker.last == [
@@ -245,8 +245,8 @@ async def test_functions_of_a_namespace(api: TalkerApi) -> None:
     ]
     api.talker.say("So.")
     output = {"type": "function_call_output", "call_id": call["call_id"], "output": "Rain."}
-    asked = [{"role": "user", "content": "Hi"}, call, output]
-    await api.post(PATH, model="pirate", input=asked, tools=[namespace])
+    requests = [{"role": "user", "content": "Hi"}, call, output]
+    await api.post(PATH, model="pirate", input=requests, tools=[namespace])
     [_, turn, _] = api.talker.last
     assert turn["tool_calls"][0]["function"]["name"] == "sky__weather"
 
@@ -254,9 +254,9 @@ async def test_functions_of_a_namespace(api: TalkerApi) -> None:
 async def test_reasoning_is_an_item_and_comes_back(api: TalkerApi) -> None:
     """It is told apart from the text, counted, and given to the template again, also unread."""
     change_deployed(api.talker.catalog, reasoning_parser=ReasoningParser.THINK)
-    said = f"<think>H|m.</think>\n\nSo.|{CALL}"
+    text = f"<think>H|m.</think>\n\nSo.|{CALL}"
     for more in ({}, {"include": ["reasoning.encrypted_content"]}):
-        api.talker.say(said)
+        api.talker.say(text)
         streamed = await api.post(PATH, **ASKED, tools=[WEATHER], stream=True, **more)
         events = read_stream(streamed.content)
         answer = check_events(events)
@@ -267,13 +267,13 @@ async def test_reasoning_is_an_item_and_comes_back(api: TalkerApi) -> None:
             ("message", "So."),
             ("function_call", '{"city": "Oslo"}'),
         ]
-        assert 0 < answer["usage"]["output_tokens_details"]["reasoning_tokens"] < len(said)
+        assert 0 < answer["usage"]["output_tokens_details"]["reasoning_tokens"] < len(text)
         thought, message, call = answer["output"]
         unread = {key: value for key, value in thought.items() if key != "content" or not more}
         output = {"type": "function_call_output", "call_id": call["call_id"], "output": "Rain."}
         api.talker.say("So.")
-        asked = [{"role": "user", "content": "Hi"}, unread, message, call, output]
-        assert (await api.post(PATH, model="pirate", input=asked)).status_code == 200
+        requests = [{"role": "user", "content": "Hi"}, unread, message, call, output]
+        assert (await api.post(PATH, model="pirate", input=requests)).status_code == 200
         [_, turn, _] = api.talker.last
         assert (turn["reasoning"], turn["content"], len(turn["tool_calls"])) == ("Hm.", "So.", 1)
 
@@ -293,11 +293,11 @@ async def test_a_summary_goes_on_in_the_place_of_a_conversation(api: TalkerApi) 
     assert api.talker.asked[-1].sampling.temperature == 0
     assert compacted.object == "response.compaction"
     assert compacted.usage.output_tokens == len("They launch.\n")
-    told: Any = compacted.to_dict(warnings=False)["output"]
-    assert [item["type"] for item in told] == ["message", "compaction"]
+    reported: Any = compacted.to_dict(warnings=False)["output"]
+    assert [item["type"] for item in reported] == ["message", "compaction"]
     for before in ([], [HI, ahoy]):
         api.talker.say("So.")
-        await api.post(PATH, model="pirate", input=[told[0], *before, told[1], HI])
+        await api.post(PATH, model="pirate", input=[reported[0], *before, reported[1], HI])
         summed_up = f"Be brief.\n\n{SUMMED_UP}They launch."
         assert api.talker.last == [{"role": "system", "content": summed_up}, HI]
 

@@ -78,8 +78,8 @@ def narrowed(document: dict[str, Any], vocab: int) -> dict[str, Any]:
             if properties:
                 schema.setdefault("additionalProperties", False)
             continue
-        for name, told in properties.items():
-            for branch in told.get("anyOf", [told]):
+        for name, reported in properties.items():
+            for branch in reported.get("anyOf", [reported]):
                 if name == "model" and branch.get("type") == "string":
                     branch["enum"] = MODELS
                 if name == "prompt" and name in schema.get("required", ()) and branch.get("type") == "string":
@@ -136,16 +136,16 @@ async def judge(judged: Judged, folder: Path, *arguments: str) -> str:
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,
     )
-    told = (await process.communicate())[0].decode()
-    assert process.returncode == 0, told
-    return told
+    reported = (await process.communicate())[0].decode()
+    assert process.returncode == 0, reported
+    return reported
 
 
 @pytest.mark.skipif(COMMAND is None, reason="needs schemathesis, which is in the extra `test`")
 async def test_the_api_is_as_it_is_described(judged: Judged, tmp_path: Path) -> None:
     """The examples of every route are answered as they are described."""
-    told = await judge(judged, tmp_path, "--phases", "examples")
-    assert f"Selected: {len(ENDPOINTS)}/{len(ENDPOINTS)}" in told
+    reported = await judge(judged, tmp_path, "--phases", "examples")
+    assert f"Selected: {len(ENDPOINTS)}/{len(ENDPOINTS)}" in reported
 
 
 @pytest.mark.sweep

@@ -93,9 +93,9 @@ def logits(world: World, model: str, prompts: Sequence[Sequence[int]]) -> np.nda
         return np.stack([whole(torch.tensor([list(prompt)])).logits[0].numpy() for prompt in prompts])
 
 
-def close(found: Any, wanted: Any) -> None:
+def close(found: Any, required: Any) -> None:
     """Within what float32 can tell."""
-    np.testing.assert_allclose(np.array(found, np.float32), wanted, atol=1e-5, rtol=1e-5)
+    np.testing.assert_allclose(np.array(found, np.float32), required, atol=1e-5, rtol=1e-5)
 
 
 async def asked(api: OpenAIApi, path: str, **body: Any) -> dict[str, Any]:
@@ -127,17 +127,17 @@ async def test_scores_equal_transformers(made: tuple[World, MemoryStore], api: O
     """Scores of token ids, in chunks, beside each other and an answer: logits, and the probabilities of
     labels.
     """
-    wanted = logits(made[0], model, PROMPTS)
+    expected = logits(made[0], model, PROMPTS)
     raw = await asked(api, "/classify", model=model, input=PROMPTS, use_activation=False)
-    close([each["probs"] for each in raw["data"]], wanted)
+    close([each["probs"] for each in raw["data"]], expected)
     assert raw["usage"]["prompt_tokens"] == sum(map(len, PROMPTS))
-    told = await asked(api, "/v1/classify", model=model, input=PROMPTS)
-    states = torch.from_numpy(wanted)
+    reported = await asked(api, "/v1/classify", model=model, input=PROMPTS)
+    states = torch.from_numpy(expected)
     shares = torch.softmax(states, -1) if model == "topics" else torch.sigmoid(states)
-    close([each["probs"] for each in told["data"]], shares.numpy())
+    close([each["probs"] for each in reported["data"]], shares.numpy())
     names = NAMES if model == "topics" else ["LABEL_0"]
-    assert [each["label"] for each in told["data"]] == [names[best] for best in wanted.argmax(-1)]
-    assert {each["num_classes"] for each in told["data"]} == {LABELS[model]}
+    assert [each["label"] for each in reported["data"]] == [names[best] for best in expected.argmax(-1)]
+    assert {each["num_classes"] for each in reported["data"]} == {LABELS[model]}
 
 
 async def test_documents_are_ranked_as_transformers_ranks_them(
@@ -146,11 +146,11 @@ async def test_documents_are_ranked_as_transformers_ranks_them(
     """Pairs are what the tokenizer makes of them; the best first, of equals the earlier one."""
     text = api.ready.service.text
     pairs = [text.encode_pair(("a cat", document), 256) for document in DOCUMENTS]
-    wanted = logits(made[0], "ranker", pairs)[:, 0]
-    order = sorted(range(len(DOCUMENTS)), key=lambda index: (-wanted[index], index))
+    expected = logits(made[0], "ranker", pairs)[:, 0]
+    order = sorted(range(len(DOCUMENTS)), key=lambda index: (-expected[index], index))
     whole = await asked(api, "/v1/rerank", model="ranker", query="a cat", documents=DOCUMENTS)
     assert [each["index"] for each in whole["results"]] == order
-    close([each["relevance_score"] for each in whole["results"]], wanted[order])
+    close([each["relevance_score"] for each in whole["results"]], expected[order])
     assert [each["document"]["text"] for each in whole["results"]] == [DOCUMENTS[index] for index in order]
     objects = [{"text": document} for document in DOCUMENTS]
     few = await asked(
@@ -159,11 +159,11 @@ async def test_documents_are_ranked_as_transformers_ranks_them(
     assert [each["index"] for each in few["results"]] == order[:2]
     assert all("document" not in each for each in few["results"])
     one = await asked(api, "/score", model="ranker", text_1="a cat", text_2=DOCUMENTS)
-    close([each["score"] for each in one["data"]], wanted)
+    close([each["score"] for each in one["data"]], expected)
     both = await asked(
         api, "/v1/score", model="ranker", text_1=["a cat"] * 5, text_2=DOCUMENTS, use_activation=True
     )
-    close([each["score"] for each in both["data"]], 1 / (1 + np.exp(-wanted)))
+    close([each["score"] for each in both["data"]], 1 / (1 + np.exp(-expected)))
 
 
 async def test_grpc_gives_the_same_scores(made: tuple[World, MemoryStore], api: OpenAIApi) -> None:
@@ -280,14 +280,14 @@ async def test_who_makes_vectors_makes_nothing_else(made: tuple[World, MemorySto
     whole = PeftModel.from_pretrained(bare(made[0].base), made[0].adapters["encoder"]).eval()
     with torch.no_grad():
         states = [whole(torch.tensor([prompt])).last_hidden_state[0] for prompt in PROMPTS]
-    for pooling, wanted in (
+    for pooling, expected in (
         ("last", [each[-1] for each in states]),
         ("mean", [each.mean(0) for each in states]),
     ):
         found = await asked(
             api, "/v1/embeddings", model="encoder", input=PROMPTS, pooling=pooling, normalize=False
         )
-        close([each["embedding"] for each in found["data"]], np.stack(wanted))
+        close([each["embedding"] for each in found["data"]], np.stack(expected))
     described = (await api.http.get("/v1/models/encoder")).json()
     assert (described["kinds"], described["num_labels"]) == (["lora", "encoder"], None)
     async with open_client(api.ready) as client:

@@ -68,11 +68,13 @@ async def texts(api: OpenAIApi, path: str = PLAIN, **fields: Any) -> list[str]:
 
 async def streamed(api: OpenAIApi, path: str, count: int, **fields: Any) -> list[str]:
     """The same from a stream of so many answers."""
-    said = [""] * count
+    stated = [""] * count
     for chunk in await api.chunks(path, **body(path, **fields)):
         for choice in chunk["choices"]:
-            said[choice["index"]] += (choice["text"] if path == PLAIN else choice["delta"].get("content")) or ""
-    return said
+            stated[choice["index"]] += (
+                choice["text"] if path == PLAIN else choice["delta"].get("content")
+            ) or ""
+    return stated
 
 
 async def refusal(api: OpenAIApi, path: str = PLAIN, **fields: Any) -> tuple[str, str]:
@@ -107,45 +109,49 @@ async def test_stops_can_stay_in_the_text(api: OpenAIApi, path: str) -> None:
     [plain] = await texts(api, path)
     stop = plain[4:6]
     end = plain.index(stop)
-    kept = {"stop": stop, "include_stop_str_in_output": True}
+    retained = {"stop": stop, "include_stop_str_in_output": True}
     assert await texts(api, path, stop=stop) == [plain[:end]]
-    assert await texts(api, path, **kept) == await streamed(api, path, 1, **kept) == [plain[:end] + stop]
+    assert (
+        await texts(api, path, **retained) == await streamed(api, path, 1, **retained) == [plain[:end] + stop]
+    )
     [token] = api.ready.service.text.encode(plain[4], add_special_tokens=False)
     end = plain.index(plain[4])
-    kept = {"stop_token_ids": [token], "include_stop_str_in_output": True, "n": 2}
+    retained = {"stop_token_ids": [token], "include_stop_str_in_output": True, "n": 2}
     assert await texts(api, path, stop_token_ids=[token]) == [plain[:end]]
-    assert await texts(api, path, **kept) == await streamed(api, path, 2, **kept) == [plain[: end + 1]] * 2
+    assert (
+        await texts(api, path, **retained) == await streamed(api, path, 2, **retained) == [plain[: end + 1]] * 2
+    )
 
 
 async def test_only_the_same_salt_finds_a_prompt_again(api: OpenAIApi) -> None:
     """Cached prompts are shared among requests with one salt, and among those without one."""
-    found, said = [], set()
+    found, stated = [], set()
     for salt in (None, None, "a", "a", "b", None):
         answer = await whole(api, cache_salt=salt, prompt="x" * 100, max_tokens=2)
         found.append(answer["usage"]["prompt_tokens_details"]["cached_tokens"] > 0)
-        said.add(str(answer["choices"]))
+        stated.add(str(answer["choices"]))
     assert found == [False, True, False, True, False, True]
-    assert len(said) == 1
+    assert len(stated) == 1
 
 
 @pytest.mark.parametrize(("path", "prefix"), [(CHAT, "chatcmpl-"), (PLAIN, "cmpl-")])
 async def test_a_request_has_the_id_that_it_brings(api: OpenAIApi, path: str, prefix: str) -> None:
     """The answer's id ends with it, and two requests at once may have the same one."""
-    asked: dict[str, Any] = {"request_id": "job:7.a-b_c", "max_tokens": 2}
-    answers = await asyncio.gather(*(whole(api, path, **asked) for _ in range(2)))
-    chunks = await api.chunks(path, **body(path, **asked))
+    requests: dict[str, Any] = {"request_id": "job:7.a-b_c", "max_tokens": 2}
+    answers = await asyncio.gather(*(whole(api, path, **requests) for _ in range(2)))
+    chunks = await api.chunks(path, **body(path, **requests))
     assert {each["id"] for each in (*answers, *chunks)} == {f"{prefix}job:7.a-b_c"}
 
 
 async def test_bad_words_never_come(api: OpenAIApi) -> None:
     """A bad word's tokens may come alone, and all of them together never, in any of n answers."""
     pair = {"allowed_token_ids": ids_of("AB"), "temperature": 50, "seed": 3, "n": 3, "max_tokens": 24}
-    assert all("AB" in said and "BA" in said for said in await texts(api, **pair))
+    assert all("AB" in stated and "BA" in stated for stated in await texts(api, **pair))
     for word in ("AB", " AB", "  AB"):
-        said = await texts(api, **pair, bad_words=[word, "BB"])
-        assert not any("AB" in each or "BB" in each for each in said)
-        assert all("BA" in each or "AA" in each for each in said)
-    assert not any("A" in said for said in await texts(api, CHAT, **pair, bad_words=["A"]))
+        stated = await texts(api, **pair, bad_words=[word, "BB"])
+        assert not any("AB" in each or "BB" in each for each in stated)
+        assert all("BA" in each or "AA" in each for each in stated)
+    assert not any("A" in stated for stated in await texts(api, CHAT, **pair, bad_words=["A"]))
     assert await texts(api, bad_words=[]) == await texts(api)
 
 
@@ -153,9 +159,9 @@ async def test_only_allowed_tokens_come(api: OpenAIApi) -> None:
     """An answer has no others; the end of sequence is one of them or not."""
     sampled = {"temperature": 2, "seed": 1, "n": 2, "ignore_eos": False}
     for path in (CHAT, PLAIN):
-        for said in await texts(api, path, allowed_token_ids=ids_of("xyz"), **sampled):
-            assert len(said) == 12
-            assert set(said) <= set("xyz")
+        for emitted in await texts(api, path, allowed_token_ids=ids_of("xyz"), **sampled):
+            assert len(emitted) == 12
+            assert set(emitted) <= set("xyz")
     ended = {"allowed_token_ids": [*ids_of("xyz"), 2], "logit_bias": {"2": 100}, "ignore_eos": False}
     assert await texts(api, **ended) == [""]
 
@@ -176,20 +182,20 @@ async def test_a_constraint_says_where_an_allowed_text_ends(api: OpenAIApi) -> N
     ids = ids_of('{}":a')
     fields = {"allowed_token_ids": ids, "response_format": {"type": "json_object"}, "max_tokens": 40}
     for ignore in (False, True):
-        [said] = await texts(api, CHAT, **fields, logit_bias={str(ids[1]): 50}, ignore_eos=ignore)
-        assert json.loads(said) == {}
+        [stated] = await texts(api, CHAT, **fields, logit_bias={str(ids[1]): 50}, ignore_eos=ignore)
+        assert json.loads(stated) == {}
 
 
 async def test_special_tokens_are_added_or_not(api: OpenAIApi) -> None:
     """Special tokens are added by default to a text and not to messages; either way if requested."""
     for path, counts in ((CHAT, [7, 8, 7]), (PLAIN, [3, 3, 2])):
         answers = [
-            await whole(api, path, add_special_tokens=said, max_tokens=1) for said in (None, True, False)
+            await whole(api, path, add_special_tokens=flag, max_tokens=1) for flag in (None, True, False)
         ]
         assert [answer["usage"]["prompt_tokens"] for answer in answers] == counts
-        for said in (True, False):
-            told = await api.post("/tokenize", **PROMPTS[path], add_special_tokens=said)
-            assert (told.json()["tokens"][0] == 1) == said
+        for flag in (True, False):
+            reported = await api.post("/tokenize", **PROMPTS[path], add_special_tokens=flag)
+            assert (reported.json()["tokens"][0] == 1) == flag
 
 
 @BOTH
@@ -235,8 +241,8 @@ async def test_an_answer_goes_on_with_the_last_message(api: OpenAIApi) -> None:
     fields = {"messages": turns, "add_generation_prompt": False, "continue_final_message": True}
     expected = await texts(api, prompt="u:Hi;a:i; So ", add_special_tokens=False, n=2)
     assert await texts(api, CHAT, **fields, n=2) == expected
-    told = await api.post("/tokenize", **fields)
-    assert told.json()["tokens"] == api.ready.service.text.encode("u:Hi;a:i; So ", add_special_tokens=False)
+    reported = await api.post("/tokenize", **fields)
+    assert reported.json()["tokens"] == api.ready.service.text.encode("u:Hi;a:i; So ", add_special_tokens=False)
     empty = {"messages": [{"role": "user", "content": ""}]}
     assert await refusal(api, CHAT, **fields | empty) == ("messages[0].content", "invalid_value")
     answer = await api.post("/tokenize", **fields | empty)
@@ -258,12 +264,12 @@ STRUCTURES: list[tuple[str, dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("path", "asked", "pattern"), STRUCTURES)
-async def test_structured_outputs(api: OpenAIApi, path: str, asked: dict[str, Any], pattern: str) -> None:
+@pytest.mark.parametrize(("path", "query", "pattern"), STRUCTURES)
+async def test_structured_outputs(api: OpenAIApi, path: str, query: dict[str, Any], pattern: str) -> None:
     """Every answer that stops is of the language that was asked for."""
     closing = {str(token): 9 for token in ids_of('"},;xy]')} | {"2": 9}
     fields = {"max_tokens": 40, "temperature": 1, "seed": 4, "n": 4, "logit_bias": closing, "ignore_eos": False}
-    choices = (await whole(api, path, structured_outputs=asked, **fields))["choices"]
+    choices = (await whole(api, path, structured_outputs=query, **fields))["choices"]
     stopped = [choice for choice in choices if choice["finish_reason"] == "stop"]
     assert stopped
     for choice in stopped:
@@ -273,7 +279,7 @@ async def test_structured_outputs(api: OpenAIApi, path: str, asked: dict[str, An
 
 
 @pytest.mark.parametrize(
-    ("asked", "param", "code"),
+    ("query", "param", "code"),
     [
         ({}, "structured_outputs", "invalid_value"),
         ({"json_object": False}, "structured_outputs", "invalid_value"),
@@ -294,20 +300,20 @@ async def test_structured_outputs(api: OpenAIApi, path: str, asked: dict[str, An
     ],
 )
 async def test_structures_that_cannot_be_are_refused(
-    api: OpenAIApi, asked: dict[str, Any], param: str, code: str
+    api: OpenAIApi, query: dict[str, Any], param: str, code: str
 ) -> None:
     """None, several, empty ones, too large ones, and what the library cannot follow: by its name."""
-    assert await refusal(api, structured_outputs=asked) == (param, code)
+    assert await refusal(api, structured_outputs=query) == (param, code)
 
 
 async def test_one_structure_is_asked_for_at_a_time(api: OpenAIApi) -> None:
     """A structure beside a response format contradicts it; beside tools an answer has it or calls one."""
-    asked = {"structured_outputs": {"regex": "a"}}
+    requests = {"structured_outputs": {"regex": "a"}}
     fields: dict[str, Any] = {"response_format": {"type": "json_object"}}
-    assert await refusal(api, CHAT, **asked, **fields) == ("structured_outputs", "invalid_value")
+    assert await refusal(api, CHAT, **requests, **fields) == ("structured_outputs", "invalid_value")
     tools = [{"type": "function", "function": {"name": "f"}}]
-    assert await texts(api, CHAT, **asked, tools=tools, logit_bias={"68": 100}) == ["a"]
-    assert await texts(api, CHAT, **asked, response_format={"type": "text"}) == ["a"]
+    assert await texts(api, CHAT, **requests, tools=tools, logit_bias={"68": 100}) == ["a"]
+    assert await texts(api, CHAT, **requests, response_format={"type": "text"}) == ["a"]
 
 
 @BOTH
@@ -344,8 +350,8 @@ async def test_token_ids_are_told(api: OpenAIApi, path: str) -> None:
     prompt = api.ready.service.text.encode(
         "u:Hi;a:" if path == CHAT else "Hi", add_special_tokens=path == PLAIN
     )
-    told = [choice.get("prompt_token_ids") for choice in answer["choices"]]
-    assert [answer.get("prompt_token_ids"), *told] == (
+    reported = [choice.get("prompt_token_ids") for choice in answer["choices"]]
+    assert [answer.get("prompt_token_ids"), *reported] == (
         [prompt, None, None] if path == CHAT else [None, prompt, prompt]
     )
     ids = [choice["token_ids"] for choice in answer["choices"]]
@@ -392,5 +398,5 @@ async def test_openais_client_sends_them_as_extra_body(api: OpenAIApi) -> None:
     )
     assert answer.id == "chatcmpl-job-1"
     assert re.fullmatch("a*c?", answer.choices[0].message.content or "")
-    told = (answer.model_extra or {})["prompt_token_ids"]
-    assert told == api.ready.service.text.encode("u:Hi;a:So", add_special_tokens=False)
+    reported = (answer.model_extra or {})["prompt_token_ids"]
+    assert reported == api.ready.service.text.encode("u:Hi;a:So", add_special_tokens=False)

@@ -55,15 +55,17 @@ async def test_turns_tools_and_variables(
     apis: FuzzedApis, messages: list[dict[str, Any]], options: dict[str, Any], taken: bool
 ) -> None:
     """Messages, tools and variables of the template are judged alike, also where they are only counted."""
-    asked = {"messages": messages} | options
-    body = {"model": "base", "max_tokens": 1} | asked
-    told = await apis.post("/v1/chat/completions", json.dumps(body).encode())
-    counted = await apis.post("/tokenize", json.dumps(asked).encode())
+    requests = {"messages": messages} | options
+    body = {"model": "base", "max_tokens": 1} | requests
+    reported = await apis.post("/v1/chat/completions", json.dumps(body).encode())
+    counted = await apis.post("/tokenize", json.dumps(requests).encode())
     request = pb.GenerateRequest(model="base", messages=pb.Messages())
     if messages:
         request = generate_request("base", messages, options | {"max_tokens": 1})  # type: ignore[arg-type]
-    said = await apis.call(f"/{SERVICE_NAME}/Generate", request.SerializeToString())
-    assert (told, counted, said) == (("OK",) * 3 if taken else ("invalid_value",) * 2 + ("REQUEST_INVALID",))
+    stated = await apis.call(f"/{SERVICE_NAME}/Generate", request.SerializeToString())
+    assert (reported, counted, stated) == (
+        ("OK",) * 3 if taken else ("invalid_value",) * 2 + ("REQUEST_INVALID",)
+    )
 
 
 MIXED: list[tuple[str, list[tuple[str, float | None]], bool]] = [
@@ -85,15 +87,15 @@ async def test_mixtures(
 ) -> None:
     """One model over HTTP, the same or a list over gRPC: the same adapters, scales and numbers of them."""
     body = {"model": model, "prompt": [5], "max_tokens": 1}
-    told = await apis.post("/v1/completions", json.dumps(body).encode())
-    said = []
+    reported = await apis.post("/v1/completions", json.dumps(body).encode())
+    stated = []
     for request in (pb.GenerateRequest(model=model), pb.GenerateRequest()):
         request.token_ids.ids.append(5)
         request.sampling.max_tokens = 1
         if not request.model:
             request.adapters.extend(pb.ScaledAdapter(name=name, scale=scale) for name, scale in adapters)
-        said.append(await apis.call(f"/{SERVICE_NAME}/Generate", request.SerializeToString()))
-    assert (told, *said) == (("OK",) * 3 if taken else ("invalid_value",) + ("REQUEST_INVALID",) * 2)
+        stated.append(await apis.call(f"/{SERVICE_NAME}/Generate", request.SerializeToString()))
+    assert (reported, *stated) == (("OK",) * 3 if taken else ("invalid_value",) + ("REQUEST_INVALID",) * 2)
 
 
 async def test_the_adapters_of_a_mixture_are_named(apis: FuzzedApis) -> None:
@@ -114,7 +116,7 @@ async def test_numbers_of_either_kind_are_taken(
     apis: FuzzedApis, sampling: dict[str, Any], body: dict[str, Any]
 ) -> None:
     """Numbers at their bounds pass the types of JSON and of the wire."""
-    asked = {"model": "base", "prompt": "x", "max_tokens": 1} | sampling | body
-    assert await apis.post("/v1/completions", json.dumps(asked).encode()) == "OK"
+    requests = {"model": "base", "prompt": "x", "max_tokens": 1} | sampling | body
+    assert await apis.post("/v1/completions", json.dumps(requests).encode()) == "OK"
     request = pb.GenerateRequest(model="base", text="x", sampling=pb.SamplingParams(max_tokens=1, **sampling))
     assert await apis.call(f"/{SERVICE_NAME}/Generate", request.SerializeToString()) == "OK"

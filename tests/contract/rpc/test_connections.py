@@ -183,11 +183,11 @@ async def test_calls_that_are_reset_do_not_cancel_those_of_others(apis: EndlessA
             each.sendall(hello() + b"".join(call(stream, LIST) for stream in streams) + ASK_PING)
         for each in floods:
             _read_pong(each)  # while the loop stands still, and no call has its handler
-        asked = [asyncio.create_task(client.models()) for _ in range(100)]
+        requests = [asyncio.create_task(client.models()) for _ in range(100)]
         await asyncio.sleep(0)
         for each in floods:
             each.sendall(b"".join(frame(RESET, 0, stream, CANCEL) for stream in streams))
-        answers = await asyncio.gather(*asked, return_exceptions=True)
+        answers = await asyncio.gather(*requests, return_exceptions=True)
     for each in floods:
         each.close()
     assert [each for each in answers if isinstance(each, BaseException)] == []

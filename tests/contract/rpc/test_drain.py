@@ -209,12 +209,12 @@ async def test_half_a_head_is_answered(apis: EndlessApis) -> None:
 
 async def test_an_endpoint_that_leaves_lets_connections_go(apis: EndlessApis) -> None:
     """Every answer says that its connection ends, also where the request came before."""
-    kept, busy = await apis.raw(VERSION), await apis.raw(ASK)
-    assert (await kept.answer())[0] == 200
+    retained, busy = await apis.raw(VERSION), await apis.raw(ASK)
+    assert (await retained.answer())[0] == 200
     await apis.service.until(1)
     await apis.http.leave()
-    await kept.send(VERSION)
-    assert (await told(kept))[:2] == (200, True)
+    await retained.send(VERSION)
+    assert (await told(retained))[:2] == (200, True)
     draining = asyncio.create_task(apis.http.drain(0))
     assert await told(busy) == TOLD
     assert not await draining

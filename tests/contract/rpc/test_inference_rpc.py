@@ -511,8 +511,8 @@ async def test_masks_and_stops_reach_the_draw(api: RpcApi) -> None:
     tamed = await api.client.complete("base", PROMPT, **allowed, bad_words="AB")
     assert "AB" not in tamed.text
     assert "BA" in tamed.text
-    kept = await api.client.complete("base", PROMPT, **allowed, stop="BA", include_stop_str_in_output=True)
-    assert (kept.text, kept.stop_text) == (free.text[: free.text.index("BA") + 2], "BA")
+    retained = await api.client.complete("base", PROMPT, **allowed, stop="BA", include_stop_str_in_output=True)
+    assert (retained.text, retained.stop_text) == (free.text[: free.text.index("BA") + 2], "BA")
     with pytest.raises(faults.RequestInvalid) as caught:
         await api.client.complete("base", PROMPT, **allowed, bad_words=["A", "B"])
     assert [finding.where for finding in caught.value.findings] == ["allowed_token_ids"]

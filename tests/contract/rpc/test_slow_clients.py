@@ -130,8 +130,8 @@ async def test_what_surrounds_a_body_is_bounded(
         for _ in range(32 * MAX_HEAD_BYTES // len(piece)):
             await client.send(piece)
             await asyncio.sleep(0)
-    said = await client.ended()
-    assert [line[9:12] for line in said.split(b"\r\n") if line.startswith(b"HTTP/1.1")] in ([status], [])
+    stated = await client.ended()
+    assert [line[9:12] for line in stated.split(b"\r\n") if line.startswith(b"HTTP/1.1")] in ([status], [])
 
 
 async def test_chunks_of_one_byte_are_no_attack(apis: EndlessApis) -> None:

@@ -207,7 +207,7 @@ async def test_drafts_change_no_constrained_answer(world: tuple[World, MemorySto
     for tokens in (0, 8):
         ready = world[0].load(world[1], stream_interval_ms=0, speculative_tokens=tokens)
         ready.engine._engine._clock = lambda: 0.0  # rows are free
-        said, count = [], []
+        stated, count = [], []
         async with running(ready):
             for model in ("base", "all"):
                 for kind, text, fields in (
@@ -217,9 +217,9 @@ async def test_drafts_change_no_constrained_answer(world: tuple[World, MemorySto
                     ("lark", "start: A+\nA: /[x-z]/", {"seed": 2, "temperature": 1.0, "max_tokens": 60}),
                 ):
                     before = ready.engine.stats.tokens_accepted
-                    said.append(await ask(ready, kind, text, model=model, **fields))
+                    stated.append(await ask(ready, kind, text, model=model, **fields))
                     count.append(ready.engine.stats.tokens_accepted - before)
-        found.append(said)
+        found.append(stated)
         accepted.append(count)
     assert found[0] == found[1]
     assert not any(accepted[0])
@@ -322,21 +322,21 @@ async def test_constraints_are_compiled_once_and_off_the_loop(
     """A constraint is compiled once for all who ask at the same time and later; the loop goes on meanwhile."""
     own = Constraints(frozenset({2}))
     constraint, begin, go = Constraint("regex", "a+"), own._begin, threading.Event()
-    asked: list[int] = []
+    requests: list[int] = []
 
     def held(question: Mapping[str, str], text: Text) -> Any:
-        asked.append(threading.get_ident())
+        requests.append(threading.get_ident())
         assert go.wait(BOUND_S)
         return begin(question, text)
 
     monkeypatch.setattr(own, "_begin", held)
     tasks = [asyncio.create_task(own.compile(constraint, ready.service.text)) for _ in range(4)]
-    await until(lambda: asked, "a compilation")
+    await until(lambda: requests, "a compilation")
     assert await ask(ready, "regex", "aa", max_tokens=5) == [("aa", EndReason.STOP)]
     assert not any(task.done() for task in tasks)
     go.set()
     await ended(asyncio.gather(*tasks), "all requests")
     assert len({id(task.result().start) for task in tasks}) == 1
-    assert len(asked) == 1
-    assert threading.get_ident() not in asked
+    assert len(requests) == 1
+    assert threading.get_ident() not in requests
     assert (await own.compile(constraint, ready.service.text)).start is tasks[0].result().start

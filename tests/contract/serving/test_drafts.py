@@ -24,10 +24,10 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 class Replica:
     """A replica of a deployment whose runtime changes."""
 
-    def __init__(self, world: World, said: int | None, **settings: Any) -> None:
+    def __init__(self, world: World, text: int | None, **settings: Any) -> None:
         self._store = MemoryStore()
         world.build(self._store)
-        self.publish(said)
+        self.publish(text)
         self._ready: Ready = world.load(self._store, **settings)
         self._ready.engine._engine._clock = lambda: 0.0  # rows are free
         self._operators = Operators(InferenceSettings(deployment="tiny", **settings), self._ready)
@@ -53,8 +53,8 @@ class Replica:
         return self._count() - before
 
     def _count(self) -> float:
-        said = Scrape(self._ready.service.metrics.render().decode())
-        return said.value("loramux_drafted_tokens_total")
+        metrics = Scrape(self._ready.service.metrics.render().decode())
+        return metrics.value("loramux_drafted_tokens_total")
 
     async def stop(self) -> None:
         """Let everything go."""
@@ -63,7 +63,7 @@ class Replica:
 
 
 @pytest.mark.parametrize(
-    ("own", "said", "drafts"),
+    ("own", "expected", "drafts"),
     [
         (None, (0, 4, 0, None), (False, True, False, True)),
         (0, (4, None, 4), (False,) * 3),
@@ -72,12 +72,12 @@ class Replica:
     ids=["the deployment", "none of its own", "four of its own"],
 )
 async def test_a_deployment_says_how_many_unless_the_replica_does(
-    world: World, own: int | None, said: tuple[int | None, ...], drafts: tuple[bool, ...]
+    world: World, own: int | None, expected: tuple[int | None, ...], drafts: tuple[bool, ...]
 ) -> None:
     """Each generation counts from the next step on, where a replica has no setting; unsaid, a CPU drafts."""
-    replica = Replica(world, said[0], **({} if own is None else {"speculative_tokens": own}))
+    replica = Replica(world, expected[0], **({} if own is None else {"speculative_tokens": own}))
     found = [await replica.drafted()]
-    for tokens in said[1:]:
+    for tokens in expected[1:]:
         await replica.follow(tokens)
         found.append(await replica.drafted())
     await replica.stop()

@@ -56,7 +56,7 @@ async def test_requests_are_counted_by_model(api: OpenAIApi) -> None:
     """Requests, answers of n, prompt, cached and generated tokens of each model are what was asked for."""
     for body in (ASKED | {"model": "rs"}, ASKED | {"model": "rs", "n": 3}, ASKED | {"model": "base"}):
         assert (await api.post("/v1/completions", **body)).status_code == 200
-    said = await scrape(api)
+    metrics = await scrape(api)
     for model, requests, answers in (("rs", 2, 4), ("base", 1, 1), ("wide", 0, 0)):
         expected = {
             "requests_total": requests,
@@ -68,10 +68,12 @@ async def test_requests_are_counted_by_model(api: OpenAIApi) -> None:
             "request_seconds_count": requests,
             "time_per_output_token_seconds_count": answers,
         }
-        assert {name: said.value(f"loramux_{name}", model=model) for name in expected} == expected, model
-    assert said.series("loramux_answers_total")[0][0] == {"model": "rs", "finish": "length"}
-    assert said.value("loramux_cached_prompt_tokens_total", model="rs") == 32  # the second request's two blocks
-    assert said.value("loramux_requests_total", outcome="OK", model="rs") == 2
+        assert {name: metrics.value(f"loramux_{name}", model=model) for name in expected} == expected, model
+    assert metrics.series("loramux_answers_total")[0][0] == {"model": "rs", "finish": "length"}
+    assert (
+        metrics.value("loramux_cached_prompt_tokens_total", model="rs") == 32
+    )  # the second request's two blocks
+    assert metrics.value("loramux_requests_total", outcome="OK", model="rs") == 2
 
 
 async def test_time_counts_from_arrival_at_the_socket(api: OpenAIApi) -> None:
@@ -83,9 +85,9 @@ async def test_time_counts_from_arrival_at_the_socket(api: OpenAIApi) -> None:
     time.sleep(0.3)  # the loop is busy, with at least as much as is looked for below
     assert (await client.answer())[0] == 200
     client.close()
-    said = await scrape(api)
-    assert said.value("loramux_time_to_first_token_seconds_sum", model="wide") > 0.25
-    assert said.value("loramux_request_seconds_sum", model="wide") > 0.25
+    metrics = await scrape(api)
+    assert metrics.value("loramux_time_to_first_token_seconds_sum", model="wide") > 0.25
+    assert metrics.value("loramux_request_seconds_sum", model="wide") > 0.25
 
 
 async def test_times_are_those_of_the_request(api: OpenAIApi) -> None:
@@ -94,9 +96,9 @@ async def test_times_are_those_of_the_request(api: OpenAIApi) -> None:
     await api.post("/v1/completions", **ASKED | {"model": "all", "max_tokens": 50})
     await api.until_free()  # the client may have the last byte before that is written down
     waited = time.monotonic() - started
-    said = await scrape(api)
+    metrics = await scrape(api)
     queue, first, whole, per_token = (
-        said.value(f"loramux_{name}_seconds_sum", model="all")
+        metrics.value(f"loramux_{name}_seconds_sum", model="all")
         for name in ("queue", "time_to_first_token", "request", "time_per_output_token")
     )
     assert 0 <= queue < first < whole < waited
@@ -119,15 +121,17 @@ async def test_every_end_has_an_outcome(api: OpenAIApi) -> None:
         await stream.aclose()
         await api.until_free()
     await server.drain(1)
-    said = await scrape(api)
-    outcomes = {(own["model"], own["outcome"]): value for own, value in said.series("loramux_requests_total")}
+    metrics = await scrape(api)
+    outcomes = {
+        (own["model"], own["outcome"]): value for own, value in metrics.series("loramux_requests_total")
+    }
     assert outcomes == {
         ("rs", "REQUEST_INVALID"): 1,
         ("", "MODEL_NOT_FOUND"): 1,
         ("rs", "PROMPT_TOO_LONG"): 1,
         ("wide", "CANCELLED"): 1,
     }
-    assert "made-up" not in said.text
+    assert "made-up" not in metrics.text
 
 
 async def test_what_the_api_refuses_is_counted(api: OpenAIApi) -> None:
@@ -136,10 +140,10 @@ async def test_what_the_api_refuses_is_counted(api: OpenAIApi) -> None:
     await api.post("/v1/completions", **ASKED | {"model": "rs", "temprature": 1})
     await api.post("/v1/completions", **ASKED | {"model": "rs"})
     await api.http.get("/nope")
-    said = await scrape(api)
-    statuses = {own["status"]: value for own, value in said.series("loramux_http_responses_total")}
+    metrics = await scrape(api)
+    statuses = {own["status"]: value for own, value in metrics.series("loramux_http_responses_total")}
     assert statuses == {"404": 2, "400": 1, "200": 1}
-    assert sorted(said.series("loramux_requests_total"), key=str) == [
+    assert sorted(metrics.series("loramux_requests_total"), key=str) == [
         ({"model": "", "outcome": "MODEL_NOT_FOUND"}, 1),
         ({"model": "rs", "outcome": "OK"}, 1),
     ]
@@ -184,18 +188,18 @@ async def test_gateways_see_who_runs_and_who_waits(api: OpenAIApi, monkeypatch: 
 
 async def test_what_is_loaded_is_told(api: OpenAIApi) -> None:
     """Adapters, their digests, how long each took to load, and the generation."""
-    said = await scrape(api)
-    assert said.value("loramux_adapters_resident") == 3
+    metrics = await scrape(api)
+    assert metrics.value("loramux_adapters_resident") == 3
     digest = api.ready.service.catalog.get("wide").digest[:12]
-    assert said.value("loramux_model_info", model="wide", digest=digest) == 1
-    assert said.value("loramux_build_info", generation="1") == 1
+    assert metrics.value("loramux_model_info", model="wide", digest=digest) == 1
+    assert metrics.value("loramux_build_info", generation="1") == 1
     computing = api.ready.service.adapters.facts.computing
     of_operations = {"backend": computing.backend, "operations": computing.how, "product": computing.product}
-    assert said.series("loramux_operations_info") == [(of_operations | {"lack": ""}, 1)]
-    assert said.value("loramux_least_token_seconds") == computing.token_s
-    loads = {own["model"]: value for own, value in said.series("loramux_model_load_seconds")}
+    assert metrics.series("loramux_operations_info") == [(of_operations | {"lack": ""}, 1)]
+    assert metrics.value("loramux_least_token_seconds") == computing.token_s
+    loads = {own["model"]: value for own, value in metrics.series("loramux_model_load_seconds")}
     assert set(loads) == {"base", "all", "rs", "wide"}
-    assert 0 < sum(loads.values()) < said.value("loramux_load_seconds")
+    assert 0 < sum(loads.values()) < metrics.value("loramux_load_seconds")
 
 
 async def test_a_setting_bounds_the_models_with_series(world: tuple[World, MemoryStore]) -> None:
@@ -206,6 +210,6 @@ async def test_a_setting_bounds_the_models_with_series(world: tuple[World, Memor
         async for _ in ready.service.generate(Request.of(model, PROMPT, max_tokens=2)):
             pass
     await ready.engine.stop()
-    said = Scrape(ready.service.metrics.render().decode())
-    assert said.series("loramux_prompt_tokens_total") == [({"model": "rs"}, 40), ({"model": "(others)"}, 80)]
-    assert len(said.series("loramux_model_info")) == 1
+    metrics = Scrape(ready.service.metrics.render().decode())
+    assert metrics.series("loramux_prompt_tokens_total") == [({"model": "rs"}, 40), ({"model": "(others)"}, 80)]
+    assert len(metrics.series("loramux_model_info")) == 1

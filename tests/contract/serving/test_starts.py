@@ -145,10 +145,10 @@ def test_a_deployment_that_is_not_there_is_told_before_torch_is_imported(tmp_pat
         "sys.exit(status if 'torch' not in sys.modules else 99)"
     )
     store = ["--store", f"file://{tmp_path}", "--grpc", "127.0.0.1:0"]
-    for flags, status, said in (
+    for flags, status, stated in (
         (["--deployment", "none", *store], 1, "DEPLOYMENT_NOT_FOUND: no deployment 'none'"),
         (["--deployment", "none", *store, "--threads", "none"], 2, "SETTINGS_INVALID: --threads=none"),
     ):
         command = [sys.executable, "-c", program, *flags]
         ended = subprocess.run(command, capture_output=True, text=True, timeout=BOUND_S, check=False)
-        assert (ended.returncode, said in ended.stderr) == (status, True), ended.stderr
+        assert (ended.returncode, stated in ended.stderr) == (status, True), ended.stderr

@@ -277,6 +277,6 @@ async def test_no_text_is_logged_otherwise(watched: Watched, lines: list[Any]) -
     """No line has a part of prompt or answer without it."""
     body = {"model": "rs", "messages": [{"role": "user", "content": "Secret"}], "max_tokens": 30}
     answer = (await watched.web.post("/v1/chat/completions", json=body)).json()
-    said = repr(lines)
-    assert "Secret" not in said
-    assert answer["choices"][0]["message"]["content"] not in said
+    stated = repr(lines)
+    assert "Secret" not in stated
+    assert answer["choices"][0]["message"]["content"] not in stated

@@ -109,7 +109,7 @@ def test_a_subfolder_is_a_root_of_its_own(hub, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("wanted", "fault", "text"),
+    ("expected", "fault", "text"),
     [
         (repo("org/nowhere"), RepoNotFound, "does not exist, or is private for this token. Set HF_TOKEN"),
         (repo("org/private"), RepoNotFound, "does not exist, or is private for this token"),
@@ -118,10 +118,10 @@ def test_a_subfolder_is_a_root_of_its_own(hub, tmp_path):
         (repo("not--a/valid..id"), RepoNotFound, "not a valid repository id"),
     ],
 )
-def test_answers_have_their_reasons(hub, wanted, fault, text):
+def test_answers_have_their_reasons(hub, expected, fault, text):
     """A refusal of the hub becomes the failure of that name, with its cure."""
     with pytest.raises(fault, match=text.replace(".", r"\.")):
-        source(hub).resolve(wanted)
+        source(hub).resolve(expected)
 
 
 def test_a_file_that_is_gone(hub, tmp_path):
@@ -139,8 +139,8 @@ def test_a_file_that_is_gone(hub, tmp_path):
 )
 def test_the_token_opens_what_it_may(hub, name, environment):
     """The token is HF_TOKEN, or the secret that the repository names."""
-    wanted = repo("org/gated", runtime_secret_name=name)
-    assert source(hub, **environment).resolve(wanted).repository.revision == COMMIT
+    expected = repo("org/gated", runtime_secret_name=name)
+    assert source(hub, **environment).resolve(expected).repository.revision == COMMIT
 
 
 def test_a_secret_of_a_file_comes_first(hub, tmp_path):
@@ -270,15 +270,15 @@ def test_nothing_stays_open(hub, tmp_path, monkeypatch):
     hf = source(hub)
     resolved = hf.resolve(repo("org/large"))
     hf.fetch(resolved, ["large"], tmp_path / "warm")
-    with nothing_stays_open() as kept:
-        failing(lambda: hf.resolve(repo("org/absent")), kept)
-        failing(lambda: hf.fetch(resolved, ["large"], tmp_path / "a", cancelled_after(1 << 20)), kept)
-        failing(lambda: hf.digests(resolved, ["large"], cancelled_after(1 << 20)), kept)
+    with nothing_stays_open() as retained:
+        failing(lambda: hf.resolve(repo("org/absent")), retained)
+        failing(lambda: hf.fetch(resolved, ["large"], tmp_path / "a", cancelled_after(1 << 20)), retained)
+        failing(lambda: hf.digests(resolved, ["large"], cancelled_after(1 << 20)), retained)
         hub.repos["org/large"].truncated = 99
-        failing(lambda: hf.fetch(resolved, ["large"], tmp_path / "b"), kept)
+        failing(lambda: hf.fetch(resolved, ["large"], tmp_path / "b"), retained)
         hub.repos["org/large"].truncated = 0
         hub.repos["org/large"].files["large"] = b"changed"
-        failing(lambda: hf.fetch(resolved, ["large"], tmp_path / "c"), kept)
+        failing(lambda: hf.fetch(resolved, ["large"], tmp_path / "c"), retained)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
@@ -315,9 +315,9 @@ def test_a_recorded_revision_stays_in_the_cache(hub, tmp_path, revision):
     places: dict[SourceKind, Source] = {SourceKind.HF: source(hub)}
     places |= {SourceKind.REMOTE_URL: url, SourceKind.S3: bucket}
     for kind, place in places.items():
-        wanted = Repository(source=kind, repo=address.get(kind, "org/base"), revision=revision)
+        expected = Repository(source=kind, repo=address.get(kind, "org/base"), revision=revision)
         with pytest.raises(SourceRefused, match="not a path inside"):
-            place.place(wanted, files, tmp_path / "cache" / "deep" / "er")
+            place.place(expected, files, tmp_path / "cache" / "deep" / "er")
     assert not (tmp_path / "cache").exists()
 
 

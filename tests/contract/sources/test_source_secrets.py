@@ -42,13 +42,13 @@ PATIENCE = RetryPolicy(attempts=2, wait_s=0.01)
 def silence(caplog: pytest.LogCaptureFixture, *secrets: str) -> Iterator[None]:
     """Fail if a secret is in a fault of the block, in its traceback, or in any log down to INFO."""
     caplog.set_level(logging.INFO)
-    said: list[Any] = []
+    stated: list[Any] = []
     with capture_logs() as logs, pytest.raises(Fault) as failure:
         yield
     fault = failure.value
-    said += [str(fault), repr(fault), *fault.findings, logs, caplog.text]
-    said += traceback.format_exception(fault)
-    text = "\n".join(map(str, said))
+    stated += [str(fault), repr(fault), *fault.findings, logs, caplog.text]
+    stated += traceback.format_exception(fault)
+    text = "\n".join(map(str, stated))
     assert [secret for secret in (CANARY, *secrets) if secret in text] == []
 
 
@@ -222,9 +222,9 @@ def test_a_build(caplog, site, tmp_path):
         build(parse_deployment(data).deployment, context, Progress(paths))
 
     run("one")
-    kept = "".join(store.get(key).decode() for key in store.list("deployments/"))
-    assert f"https://files.test:{site.port}/one" in kept
-    assert CANARY not in kept
+    retained = "".join(store.get(key).decode() for key in store.list("deployments/"))
+    assert f"https://files.test:{site.port}/one" in retained
+    assert CANARY not in retained
     with silence(caplog):
         run("one", "absent", "gone")
     site.failures[:] = [500] * 9
@@ -257,6 +257,6 @@ def test_representations():
     """A repository and the secrets hide what is secret in them."""
     secrets = secrets_of(CANARY)
     for address in (f"https://h/x?sig={CANARY}", f"https://u:{CANARY}@h/x", f"https://h/x#{CANARY}"):
-        wanted = repo("REMOTE_URL", address)
-        assert CANARY not in f"{wanted!r} {wanted} {[wanted]} {wanted.shown} {secrets!r} {secrets}"
-    assert CANARY not in repr(SourceUnavailable(wanted.shown))
+        expected = repo("REMOTE_URL", address)
+        assert CANARY not in f"{expected!r} {expected} {[expected]} {expected.shown} {secrets!r} {secrets}"
+    assert CANARY not in repr(SourceUnavailable(expected.shown))

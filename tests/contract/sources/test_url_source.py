@@ -179,19 +179,19 @@ def test_a_secret_goes_to_its_host_alone(site):
     """The authorization of a secret is sent to the host that the secret names, and not behind a redirect."""
     seen: list[tuple[str, str | None]] = []
 
-    def asked(handler) -> None:
+    def query(handler) -> None:
         seen.append((handler.headers["Host"].partition(":")[0], handler.headers["Authorization"]))
         redirect(f"https://inner.test:{site.port}/a.tar.gz" if len(seen) == 1 else "/a.tar.gz")(handler)
 
-    site.routes["/private"] = asked
+    site.routes["/private"] = query
     secret = {"host": "files.test", "authorization": "Bearer canary"}
     url = source(("files.test", "inner.test"), key=secret)
-    wanted = {"runtime_secret_name": "key"}
-    url.resolve(repo(site, "/private", **wanted))
-    url.resolve(repo(site, "/private", host="inner.test", **wanted))
+    expected = {"runtime_secret_name": "key"}
+    url.resolve(repo(site, "/private", **expected))
+    url.resolve(repo(site, "/private", host="inner.test", **expected))
     assert seen == [("files.test", "Bearer canary"), ("inner.test", None)]
     with pytest.raises(SourceRefused, match="secret 'key': expected a JSON object with host, authorization"):
-        source(key="canary").resolve(repo(site, **wanted))
+        source(key="canary").resolve(repo(site, **expected))
 
 
 @pytest.mark.parametrize(
@@ -326,19 +326,19 @@ def test_nothing_stays_open(site, tmp_path):
     site.routes["/evil"] = pack({**ADAPTER, "../../evil": b"x"})
     site.routes["/short"] = said(len(big) + 1, big)
     url, before = source(), held()
-    with nothing_stays_open() as kept:
+    with nothing_stays_open() as retained:
         for path in ("/evil", "/short", "/none", "/big"):
-            failing(lambda path=path: url.resolve(repo(site, path, revision="0" * 64)), kept)
-        failing(lambda: url.resolve(repo(site, "/big"), cancelled_after(1 << 20)), kept)
-        failing(lambda: url.resolve(repo(site, subfolder="absent")), kept)
+            failing(lambda path=path: url.resolve(repo(site, path, revision="0" * 64)), retained)
+        failing(lambda: url.resolve(repo(site, "/big"), cancelled_after(1 << 20)), retained)
+        failing(lambda: url.resolve(repo(site, subfolder="absent")), retained)
         used = url.resolve(repo(site))
         assert held()["files"] > before["files"]
         failing(
-            lambda: url.fetch(used, ["adapter_model.safetensors"], tmp_path / "i", cancelled_after(9)), kept
+            lambda: url.fetch(used, ["adapter_model.safetensors"], tmp_path / "i", cancelled_after(9)), retained
         )
         used.close()
         gone = {"gone": FileDigest(size=1, sha256="0" * 64)}
-        failing(lambda: url.place(used.repository, gone, tmp_path / "cache"), kept)
+        failing(lambda: url.place(used.repository, gone, tmp_path / "cache"), retained)
 
 
 @pytest.mark.parametrize("of_base", [True, False])

@@ -187,8 +187,8 @@ def test_failed_put_leaves_nothing(tmp_path: Path) -> None:
         "except StoreUnavailable as fault:\n    print(fault)\n"
     )
     command = [sys.executable, "-c", script, str(tmp_path)]
-    said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    assert said.startswith(f"file://{tmp_path}: cannot write 'a/b': File too large.")
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert output.startswith(f"file://{tmp_path}: cannot write 'a/b': File too large.")
     assert list(LocalStore(tmp_path).list("")) == []
     assert list((tmp_path / ".tmp").iterdir()) == []
 
@@ -250,10 +250,10 @@ def test_prefixes_separate_stores(aws: S3Server) -> None:
 
 def test_long_lists_have_all_pages(aws: S3Server) -> None:
     """Keys beyond the first page, here of ten and usually of a thousand, are all listed, in order."""
-    client, asked = boto3.client("s3"), []
+    client, query = boto3.client("s3"), []
 
     def tens(params: dict[str, Any], **_: Any) -> dict[str, Any]:
-        asked.append(params)
+        query.append(params)
         return params | {"MaxKeys": 10}
 
     client.meta.events.register("provide-client-params.s3.ListObjectsV2", tens)
@@ -262,11 +262,11 @@ def test_long_lists_have_all_pages(aws: S3Server) -> None:
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda key: store.put(key, b""), keys))
     assert list(store.list("k/")) == keys
-    assert len(asked) == 4
+    assert len(query) == 4
 
 
 def _all_calls_fail(store: Store) -> list[str]:
-    said = []
+    stated = []
     calls = (
         lambda: store.get("k"),
         lambda: store.put("k", b"x"),
@@ -277,17 +277,17 @@ def _all_calls_fail(store: Store) -> list[str]:
     for call in calls:
         with pytest.raises(StoreUnavailable) as caught:
             call()
-        said.append(str(caught.value))
-    assert all("\n" not in line and line.startswith(f"{store.uri}: ") for line in said)
-    return said
+        stated.append(str(caught.value))
+    assert all("\n" not in line and line.startswith(f"{store.uri}: ") for line in stated)
+    return stated
 
 
 def test_wrong_secret(aws: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """A wrong secret is said plainly, with the variable to correct, and is not repeated."""
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "not-the-secret")
-    said = _all_calls_fail(S3Store(aws.new_bucket()))
-    assert all("AWS_SECRET_ACCESS_KEY" in line and aws.endpoint in line for line in said)
-    assert not any("not-the-secret" in line or aws.secret_key in line for line in said)
+    text = _all_calls_fail(S3Store(aws.new_bucket()))
+    assert all("AWS_SECRET_ACCESS_KEY" in line and aws.endpoint in line for line in text)
+    assert not any("not-the-secret" in line or aws.secret_key in line for line in text)
 
 
 def test_unknown_access_key(aws: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -312,8 +312,8 @@ def test_missing_profile(aws: S3Server, monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_missing_bucket(aws: S3Server) -> None:
     """A bucket that does not exist is a fault of the store, never a missing object."""
-    said = _all_calls_fail(S3Store("no-such-bucket", "prefix"))
-    assert all(f"bucket 'no-such-bucket' does not exist at {aws.endpoint}" in line for line in said)
+    text = _all_calls_fail(S3Store("no-such-bucket", "prefix"))
+    assert all(f"bucket 'no-such-bucket' does not exist at {aws.endpoint}" in line for line in text)
 
 
 def test_server_down(aws: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -406,8 +406,8 @@ def test_local_stores_need_no_boto3() -> None:
     """boto3 is not imported for a store in a folder."""
     code = "import sys; from loramux_shared.storage.open import open_store; open_store('file:///tmp/none')"
     code += "; print('boto3' in sys.modules)"
-    said = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
-    assert said == "False\n"
+    output = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert output == "False\n"
 
 
 def test_an_object_beyond_its_bound_is_not_read(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -163,8 +163,8 @@ async def test_many_templates_share_a_few_processes() -> None:
     """Many templates at once are rendered right, each with its own text, and few processes are alive."""
     before = set(_processes())
     templates = [ChatTemplate(f"{number}:{{{{ messages[0].content }}}}", {}) for number in range(24)]
-    asked = (template.render([{"content": f"<{n}>"}]) for n, template in enumerate(templates))
-    assert await asyncio.gather(*asked) == [f"{number}:<{number}>" for number in range(24)]
+    requests = (template.render([{"content": f"<{n}>"}]) for n, template in enumerate(templates))
+    assert await asyncio.gather(*requests) == [f"{number}:<{number}>" for number in range(24)]
     assert len(set(_processes()) - before) <= MAX_PROCESSES
 
 

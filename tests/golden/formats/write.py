@@ -102,8 +102,8 @@ def _through_compressor(name: str, scheme: Any, dtype: torch.dtype) -> tuple[dic
     if args.actorder:
         return _through_old_compressor(BaseCompressor, name, state, args)
     compressor = BaseCompressor.get_value_from_registry(name)
-    kept = compressor.compress(state, scheme)
-    return kept, compressor.decompress(dict(kept), scheme)["weight"]
+    retained = compressor.compress(state, scheme)
+    return retained, compressor.decompress(dict(retained), scheme)["weight"]
 
 
 def _through_old_compressor(
@@ -113,16 +113,16 @@ def _through_old_compressor(
     group_of = torch.empty(128, dtype=torch.int32)
     group_of[order] = torch.arange(128, dtype=torch.int32) // args.group_size
     compressor = base.load_from_registry(name)
-    kept = compressor.compress_weight(
+    retained = compressor.compress_weight(
         weight=state["weight"],
         scale=state["weight_scale"],
         zero_point=state["weight_zero_point"],
         g_idx=group_of,
         quantization_args=args,
     )
-    kept = {f"weight_{key.removeprefix('weight_')}": value for key, value in kept.items()}
-    kept |= {"weight_scale": state["weight_scale"], "weight_g_idx": group_of}
-    return kept, compressor.decompress_weight(dict(kept), args)
+    retained = {f"weight_{key.removeprefix('weight_')}": value for key, value in retained.items()}
+    retained |= {"weight_scale": state["weight_scale"], "weight_g_idx": group_of}
+    return retained, compressor.decompress_weight(dict(retained), args)
 
 
 def _calibrated(values: Tensor, args: Any) -> tuple[Tensor, Tensor]:

@@ -39,12 +39,12 @@ def package_of(line: Line) -> str:
 
 def main() -> None:
     """Rewrite the lines of some packages or of all; lines of packages that do not exist any more go."""
-    wanted = sys.argv[1:] or PACKAGES
+    required = sys.argv[1:] or PACKAGES
     old = kept() if TABLE.exists() else []
-    stay = [line for line in old if package_of(line) not in wanted and package_of(line) in PACKAGES]
-    found = sorted([*stay, *printed(wanted)], key=Line.order)
+    stay = [line for line in old if package_of(line) not in required and package_of(line) in PACKAGES]
+    found = sorted([*stay, *printed(required)], key=Line.order)
     TABLE.write_text("\n".join([Line.HEADER, *map(str, found)]) + "\n")
-    sources.write(wanted)
+    sources.write(required)
 
 
 if __name__ == "__main__":

@@ -74,8 +74,8 @@ def manifest(name: str) -> bytes:
         (folder / name).mkdir()
         (folder / name / "adapter_config.json").write_text(json.dumps(ADAPTER_CONFIG | config, sort_keys=True))
         (folder / name / "adapter_model.safetensors").write_bytes(_tensors(shapes))
-        wanted = deployment_of(folder, name, name="golden", lora_configuration={"dtype": dtype})
-        found = json.loads(built(wanted, workshop(folder)).bundle(name).manifest.to_bytes())
+        required = deployment_of(folder, name, name="golden", lora_configuration={"dtype": dtype})
+        found = json.loads(built(required, workshop(folder)).bundle(name).manifest.to_bytes())
     return (json.dumps(found, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
 

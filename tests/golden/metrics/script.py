@@ -79,7 +79,7 @@ def of_builder() -> Scrape:
 
 def names() -> str:
     """The names, types and labels of all metrics, as they are kept; those of the process are the library's."""
-    kept = []
+    retained = []
     for service, scrape in (("inference", everything()), ("builder", of_builder())):
-        kept += [f"{service}: {line}\n" for line in scrape.names() if not line.startswith("process_")]
-    return "".join(kept)
+        retained += [f"{service}: {line}\n" for line in scrape.names() if not line.startswith("process_")]
+    return "".join(retained)

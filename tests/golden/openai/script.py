@@ -223,8 +223,8 @@ class Scripted(GenerationService):
         for index, answer in enumerate(steps):
             yield AnswerFinished(self._case.reason, "", len(prompt), 1, len("".join(answer)), index)
 
-    def _tokens(self, said: str, logprobs: int | None) -> tuple[Token, ...]:
-        ids = self.text.encode(said)
+    def _tokens(self, text: str, logprobs: int | None) -> tuple[Token, ...]:
+        ids = self.text.encode(text)
         if logprobs is None:
             return tuple(map(Token, ids))
         return tuple(Token(number, -0.5, ((number, -0.5),)[:logprobs]) for number in ids)

@@ -40,7 +40,7 @@ def test_an_entry_survives_its_line() -> None:
 
 
 @pytest.mark.parametrize(
-    ("line", "said"),
+    ("line", "expected"),
     [
         ("lmx_pasted-key", "line 2: expected a JSON object with id, sha256 and scopes"),
         ('["lmx_pasted-key"]', "line 2: expected a JSON object with id, sha256 and scopes"),
@@ -49,19 +49,22 @@ def test_an_entry_survives_its_line() -> None:
         ('{"id": "a", "sha256": "%s", "scopes": []}', "line 2: scopes: "),
         ('{"id": "a", "sha256": "%s", "scopes": ["root"]}', "expected 'infer', 'build', 'metrics' or 'admin'"),
         ('{"id": "a", "sha256": "%s", "scopes": ["infer"], "models": []}', "line 2: models: "),
-        ('{"id": "a", "sha256": "%s", "scopes": ["build"], "models": ["m"]}', "models and limits only with the scope infer"),
+        (
+            '{"id": "a", "sha256": "%s", "scopes": ["build"], "models": ["m"]}',
+            "models and limits only with the scope infer",
+        ),
         ('{"id": "a", "sha256": "%s", "scopes": ["admin"], "models": ["m"]}', "without admin"),
         ('{"id": "a", "sha256": "%s", "scopes": ["infer"], "model": ["m"]}', "line 2: model: Extra inputs"),
         ('{"id": "first", "sha256": "%s", "scopes": ["infer"]}', "two entries have the same id"),
     ],
 )
-def test_a_bad_line(line: str, said: str) -> None:
+def test_a_bad_line(line: str, expected: str) -> None:
     """A bad line is named by its number and field, and nothing of it is repeated: it may hold a key."""
     good = lines(new_entry("first", "infer")[1])
     with pytest.raises(SettingsInvalid) as caught:
         parse_keys(good + line.replace("%s", "0" * 64), "keys.jsonl")
     assert str(caught.value).startswith("keys.jsonl: ")
-    assert said in str(caught.value)
+    assert expected in str(caught.value)
     assert "pasted" not in str(caught.value)
 
 
@@ -80,7 +83,9 @@ def test_a_key_opens_what_its_scopes_say() -> None:
     assert ring.authorize(key, None).key_id == "ci"
     assert all(ring.authorize(admin, scope).key_id == "boss" for scope in Scope)
     for scope in (Scope.BUILD, Scope.ADMIN):
-        with pytest.raises(PermissionDenied, match=f"'ci' has the scopes infer, and this call needs the scope {scope}"):
+        with pytest.raises(
+            PermissionDenied, match=f"'ci' has the scopes infer, and this call needs the scope {scope}"
+        ):
             ring.authorize(key, scope)
 
 
@@ -228,9 +233,9 @@ def test_no_api_is_open_by_accident() -> None:
     """Beyond this machine keys, a client CA or --insecure is required; the refusal names them all."""
     with pytest.raises(SettingsInvalid) as caught:
         open_guard(BuilderSettings(), "127.0.0.1:1", "0.0.0.0:2")
-    said = str(caught.value)
-    assert said.startswith("0.0.0.0:2 can be reached")
-    assert all(cure in said for cure in ("--keys-file", "LORAMUX_TLS_CLIENT_CA", "127.0.0.1", "--insecure"))
+    message = str(caught.value)
+    assert message.startswith("0.0.0.0:2 can be reached")
+    assert all(cure in message for cure in ("--keys-file", "LORAMUX_TLS_CLIENT_CA", "127.0.0.1", "--insecure"))
     assert open_guard(BuilderSettings(), "127.0.0.1:1").keyring is None
     assert open_guard(BuilderSettings(insecure=True), "0.0.0.0:2").shown == "nobody"
 

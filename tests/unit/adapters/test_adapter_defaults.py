@@ -132,8 +132,8 @@ def test_sampling_defaults_fill_what_a_request_leaves_open(ready: Ready) -> None
     """A field that the request sets wins, 0 included; the base and the others stay greedy."""
     left = sampling(ready, "wide")
     assert (left.temperature, left.top_p, left.top_k) == (0.25, 0.5, 7)
-    said = sampling(ready, "wide", temperature=0.0, top_k=0, top_p=1.0)
-    assert (said.temperature, said.top_p, said.top_k) == (0.0, 1.0, 0)
+    stated = sampling(ready, "wide", temperature=0.0, top_k=0, top_p=1.0)
+    assert (stated.temperature, stated.top_p, stated.top_k) == (0.0, 1.0, 0)
     assert sampling(ready, "wide", temperature=2.0).top_k == 7
     for model in ("base", "all", "rs"):  # rs gives a temperature without do_sample: transformers is greedy then
         assert sampling(ready, model).greedy
@@ -211,11 +211,11 @@ def test_a_template_may_refuse_messages(world: World) -> None:
 def test_a_broken_file_refuses_the_adapter_in_the_builder(world: World) -> None:
     """JSON that is none is found before anything is published."""
     write(world.adapters["all"], generation_config="{")
-    wanted = world.deployment()
-    only = {"all": wanted.build.lora_adapters["all"]}
-    wanted = wanted.model_copy(update={"build": wanted.build.model_copy(update={"lora_adapters": only})})
+    expected = world.deployment()
+    only = {"all": expected.build.lora_adapters["all"]}
+    expected = expected.model_copy(update={"build": expected.build.model_copy(update={"lora_adapters": only})})
     context = BuildContext(MemoryStore(), open_sources(local_roots=[world.root]))
-    report = check_one(wanted, context, Progress(only))
+    report = check_one(expected, context, Progress(only))
     write(world.adapters["all"])
     assert not report.accepted
     assert [(item.code, item.where) for item in report.findings[:1]] == [("E_BAD_TEXT", TEXT_FILES[1])]

@@ -57,11 +57,11 @@ def test_a_kept_bundle_is_read_without_the_store(store, folder):
     """The second reading asks the store for nothing and gives the same rows and texts."""
     digest, disk = store.digests[0], DiskTier(folder, 10**9)
     assert keep(store, disk, digest) is Tier.STORE
-    asked = len(store.asked)
+    count = len(store.asked)
     reader = BundleReader(store, disk)
     with reader.reading(digest) as found:
         assert found.tier is Tier.DISK
-        assert len(store.asked) == asked
+        assert len(store.asked) == count
         with BundleReader(store, None).reading(digest) as other:
             assert found.bundle.texts == other.bundle.texts
             for own, its in zip(found.bundle.rows, other.bundle.rows, strict=True):
@@ -109,10 +109,10 @@ def test_the_oldest_bundles_leave(store, folder):
         os.utime(folder / digest, (time.time() - age,) * 2)
     assert keep(store, disk, first) is Tier.DISK  # used again
     keep(store, disk, third)
-    kept = {path.name for path in folder.iterdir()}
-    assert third in kept
-    assert second not in kept
-    assert sum(size_of(store, digest) for digest in kept) <= room
+    retained = {path.name for path in folder.iterdir()}
+    assert third in retained
+    assert second not in retained
+    assert sum(size_of(store, digest) for digest in retained) <= room
 
 
 def test_what_other_replicas_kept_counts_too(store, folder):
@@ -132,10 +132,10 @@ def test_what_is_put_while_the_folder_is_counted_counts(store, folder, monkeypat
     for digest in (first, second):
         keep(store, DiskTier(folder, room), digest)
     counted, tidies, go_on, disk = (*(threading.Event() for _ in range(3)), DiskTier(folder, room))
-    kept, make_room = disk._kept, disk._make_room
+    retained, make_room = disk._kept, disk._make_room
 
     def slow():
-        yield from kept()
+        yield from retained()
         counted.set()
         assert go_on.wait(BOUND_S)
 
@@ -197,9 +197,9 @@ def test_a_folder_that_cannot_be_written_is_said_once(store, tmp_path):
     with capture_logs() as logs:
         for digest in store.digests:
             assert keep(store, disk, digest) is Tier.STORE
-    said = [line for line in logs if "without the cache" in line["event"]]
-    assert len(said) == 1
-    assert "LORAMUX_ADAPTER_DISK_GB" in said[0]["fix"]
+    events = [line for line in logs if "without the cache" in line["event"]]
+    assert len(events) == 1
+    assert "LORAMUX_ADAPTER_DISK_GB" in events[0]["fix"]
 
 
 def test_replicas_share_a_folder(store, folder):
@@ -246,9 +246,9 @@ def test_texts_come_without_the_weights(store, folder):
     from_store = reader.texts(digest)
     assert bundle_key(digest, WEIGHTS_FILE) not in store.asked
     keep(store, disk, digest)
-    asked = len(store.asked)
+    count = len(store.asked)
     assert reader.texts(digest) == from_store != {}
-    assert len(store.asked) == asked
+    assert len(store.asked) == count
 
 
 def test_files_are_readable_for_others(store, folder):

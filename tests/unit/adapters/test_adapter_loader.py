@@ -98,9 +98,9 @@ def test_the_host_tier_keeps_what_was_packed(store, make):
     first, second, third, _ = store.digests
     for digest in (first, second):
         load(loader, digest)
-    asked = len(store.asked)
+    count = len(store.asked)
     assert load(loader, first).tier is Tier.HOST
-    assert len(store.asked) == asked
+    assert len(store.asked) == count
     load(loader, third)
     assert loader.host_bytes == 2000
     assert load(loader, first).tier is Tier.HOST
@@ -110,7 +110,7 @@ def test_the_host_tier_keeps_what_was_packed(store, make):
 
 
 @pytest.mark.parametrize(
-    ("raised", "told"),
+    ("raised", "expected"),
     [
         (ProofFailed("adapter 'x': other answers"), ProofFailed),
         (BundleCorrupt("row 3"), BundleCorrupt),
@@ -119,7 +119,7 @@ def test_the_host_tier_keeps_what_was_packed(store, make):
         (KeyError("/secret/path"), InternalFault),
     ],
 )
-def test_a_failure_while_packing_is_told_and_not_kept(store, make, raised, told):
+def test_a_failure_while_packing_is_told_and_not_kept(store, make, raised, expected):
     """Any exception of packing ends the load with a named fault that leaks nothing; the next one works."""
     failing = [raised]
 
@@ -130,7 +130,7 @@ def test_a_failure_while_packing_is_told_and_not_kept(store, make, raised, told)
 
     loader = make(pack, host_bytes=10**6)
     outcome = load(loader, store.digests[0])
-    assert type(outcome) is told
+    assert type(outcome) is expected
     assert "/secret" not in outcome.message
     assert isinstance(load(loader, store.digests[0]), Loaded)
 
@@ -301,10 +301,10 @@ def test_every_load_of_many_ends_once(store, make):
     threads = [threading.Thread(target=ask, args=(number,)) for number in range(8)]
     for thread in threads:
         thread.start()
-    told = [answers.get(timeout=BOUND_S)[0] for _ in range(calls)]
+    reported = [answers.get(timeout=BOUND_S)[0] for _ in range(calls)]
     for digest in store.digests:  # behind all that could be told again
         load(loader, digest)
-    assert len(set(told)) == calls
+    assert len(set(reported)) == calls
     assert answers.empty()
 
 

@@ -62,14 +62,14 @@ def test_what_is_only_registered_has_no_series() -> None:
     for number in range(3):
         replica.residency.hold(replica.adapter(f"lora-{number:05}"), used_s=float(number))
     replica.manager.pin("lora-00001")
-    said = Scrape(metrics.render().decode())
-    assert said.value("loramux_adapters_registered") == 3_000
-    assert said.value("vllm:num_gpu_loaded_lora_adapters") == 3
+    scraped = Scrape(metrics.render().decode())
+    assert scraped.value("loramux_adapters_registered") == 3_000
+    assert scraped.value("vllm:num_gpu_loaded_lora_adapters") == 3
     expected = {"adapter_name": "lora-00001", "level": "gpu", "pinned": "true"}
-    assert said.series("vllm:lora_adapter_loaded")[1] == (expected, 1)
-    [(labels, _)] = said.series("vllm:lora_requests_info")
+    assert scraped.series("vllm:lora_adapter_loaded")[1] == (expected, 1)
+    [(labels, _)] = scraped.series("vllm:lora_requests_info")
     assert labels["running_lora_adapters"] == "lora-00000,lora-00001,lora-00002"
-    assert said.text.count("\n") == lines + 3 * 5
+    assert scraped.text.count("\n") == lines + 3 * 5
 
 
 def test_a_scrape_has_a_bound_whatever_is_in_memory() -> None:
@@ -84,12 +84,12 @@ def test_a_scrape_has_a_bound_whatever_is_in_memory() -> None:
         observe(metrics, model)
     data = metrics.render()
     assert len(data) < 21 * 6000 + 40_000  # 6 KB for a model, and a thousand names for gateways
-    said = Scrape(data.decode())
-    assert len(said.series("vllm:lora_adapter_loaded")) == 19  # and the base
-    assert said.series("vllm:lora_adapter_loaded")[-1][0]["adapter_name"] == "customer-support-00999"
-    counts = {labels["model"]: value for labels, value in said.series("loramux_request_seconds_count")}
+    scraped = Scrape(data.decode())
+    assert len(scraped.series("vllm:lora_adapter_loaded")) == 19  # and the base
+    assert scraped.series("vllm:lora_adapter_loaded")[-1][0]["adapter_name"] == "customer-support-00999"
+    counts = {labels["model"]: value for labels, value in scraped.series("loramux_request_seconds_count")}
     assert counts == {f"customer-support-{number:05}": 1 for number in range(20)} | {OTHERS: 980}
-    assert said.value("vllm:num_gpu_loaded_lora_adapters") == 1000
+    assert scraped.value("vllm:num_gpu_loaded_lora_adapters") == 1000
 
 
 def test_a_scrape_writes_what_changed() -> None:
@@ -119,21 +119,21 @@ def test_a_scrape_says_what_is_so_now() -> None:
     metrics = metrics_of(replica, SequenceCounts(running, waiting))
     replica.residency.hold(replica.adapter("one"))
 
-    def said() -> set[str]:
+    def stated() -> set[str]:
         return set(metrics.render().decode().splitlines())
 
-    before = said()
+    before = stated()
     replica.manager.pin("one")
     loaded = 'vllm:lora_adapter_loaded{adapter_name="one",level="gpu",pinned='
     assert {f'{loaded}"false"}} 1', f'{loaded}"true"}} 1'} == {
-        line for line in before ^ said() if loaded in line
+        line for line in before ^ stated() if loaded in line
     }
     running["one"] = 2
     waiting["two"] = 1
     change_deployed(replica.names, limits=ModelLimits(models={"one": Limits(max_running=3)}))
     replica.residency.hold(replica.adapter("two"))
     replica.names._models["one"] = replace(replica.names.get("one"), load_s=0.5)
-    assert said() >= {
+    assert stated() >= {
         'loramux_sequences_running{model="one"} 2',
         'loramux_sequences_waiting{model="two"} 1',
         'loramux_model_limit{model="one",limit="max_running"} 3',
@@ -141,7 +141,7 @@ def test_a_scrape_says_what_is_so_now() -> None:
         'vllm:lora_adapter_loaded{adapter_name="two",level="gpu",pinned="false"} 1',
     }
     running.clear()
-    assert 'loramux_sequences_running{model="one"} 0' in said()
+    assert 'loramux_sequences_running{model="one"} 0' in stated()
 
 
 def test_a_place_that_becomes_free_is_given_away() -> None:
@@ -149,16 +149,16 @@ def test_a_place_that_becomes_free_is_given_away() -> None:
     now = [0.0]
     series = ModelSeries([ASKED], [TOOK], 2, clock=lambda: now[0])
     for model in ("a", "b", "c", "d", "c"):
-        series.count(ASKED.name, model, said="OK")
+        series.count(ASKED.name, model, label="OK")
         series.observe(TOOK.name, model, 0.5)
     for name in ("loramux_asked_total", "loramux_took_seconds_count"):
         found = {labels["model"]: value for labels, value in scrape(series).series(name)}
         assert found == {"a": 1, "b": 1, OTHERS: 3}
     now[0] = LATELY_S
-    series.count(ASKED.name, "b", said="OK")
-    series.count(ASKED.name, "c", said="OK")
+    series.count(ASKED.name, "b", label="OK")
+    series.count(ASKED.name, "c", label="OK")
     now[0] += 1
-    series.count(ASKED.name, "c", said="OK")
+    series.count(ASKED.name, "c", label="OK")
     found = {labels["model"]: value for labels, value in scrape(series).series("loramux_asked_total")}
     assert found == {"b": 2, OTHERS: 4, "c": 1}
 
@@ -168,15 +168,15 @@ def test_counters_of_a_model_only_grow_or_restart() -> None:
     now = [0.0]
     series = ModelSeries([ASKED], [TOOK], clock=lambda: now[0])
     for _ in range(3):
-        series.count(ASKED.name, "a", said="OK")
+        series.count(ASKED.name, "a", label="OK")
     series.observe(TOOK.name, "a", 0.5)
     now[0] = LATELY_S - 1
-    series.count(ASKED.name, "b", said="OK")
+    series.count(ASKED.name, "b", label="OK")
     assert scrape(series).value("loramux_asked_total", model="a", outcome="OK") == 3
     now[0] = LATELY_S + 1
-    said = scrape(series)
-    assert [labels["model"] for labels, _ in said.series("loramux_asked_total")] == ["b"]
-    series.count(ASKED.name, "a", said="OK")
+    metrics = scrape(series)
+    assert [labels["model"] for labels, _ in metrics.series("loramux_asked_total")] == ["b"]
+    series.count(ASKED.name, "a", label="OK")
     assert scrape(series).value("loramux_asked_total", model="a", outcome="OK") == 1
 
 
@@ -185,18 +185,18 @@ def test_a_histogram_adds_up() -> None:
     series = ModelSeries([ASKED], [TOOK])
     for seconds in (0.05, 0.1, 0.5, 3.0):
         series.observe(TOOK.name, "a", seconds)
-    said = scrape(series)
-    buckets = [(labels["le"], value) for labels, value in said.series("loramux_took_seconds_bucket")]
+    metrics = scrape(series)
+    buckets = [(labels["le"], value) for labels, value in metrics.series("loramux_took_seconds_bucket")]
     assert buckets == [("0.1", 2), ("1.0", 3), ("+Inf", 4)]
-    assert said.value("loramux_took_seconds_sum", model="a") == pytest.approx(3.65)
-    assert said.value("loramux_took_seconds_count", model="a") == 4
+    assert metrics.value("loramux_took_seconds_sum", model="a") == pytest.approx(3.65)
+    assert metrics.value("loramux_took_seconds_count", model="a") == 4
 
 
 @pytest.mark.parametrize("name", ['a"b', "a\\b", "a\nb", "ä"])
 def test_every_name_can_be_read_again(name: str) -> None:
     """Special characters of the format are escaped."""
     series = ModelSeries([ASKED], [])
-    series.count(ASKED.name, name, said=name)
+    series.count(ASKED.name, name, label=name)
     assert scrape(series).series("loramux_asked_total") == [({"model": name, "outcome": name}, 1)]
     assert "\n" not in label(name)
 
@@ -208,9 +208,9 @@ def test_loads_are_told_by_their_time() -> None:
         stats.loaded(seconds)
     replica = operated()
     replica.residency.stats = stats
-    said = Scrape(metrics_of(replica).render().decode())
-    assert said.value("vllm:lora_adapter_load_seconds_bucket", le=str(LOAD_BUCKETS_S[0])) == 1
-    assert said.value("vllm:lora_adapter_load_seconds_bucket", le="0.5") == 2
-    assert said.value("vllm:lora_adapter_load_seconds_bucket", le="+Inf") == 3
-    assert said.value("vllm:lora_adapter_load_seconds_sum") == pytest.approx(1e4 + 0.3 + LOAD_BUCKETS_S[0])
-    assert said.value("loramux_adapter_loads_total") == 3
+    metrics = Scrape(metrics_of(replica).render().decode())
+    assert metrics.value("vllm:lora_adapter_load_seconds_bucket", le=str(LOAD_BUCKETS_S[0])) == 1
+    assert metrics.value("vllm:lora_adapter_load_seconds_bucket", le="0.5") == 2
+    assert metrics.value("vllm:lora_adapter_load_seconds_bucket", le="+Inf") == 3
+    assert metrics.value("vllm:lora_adapter_load_seconds_sum") == pytest.approx(1e4 + 0.3 + LOAD_BUCKETS_S[0])
+    assert metrics.value("loramux_adapter_loads_total") == 3

@@ -90,8 +90,8 @@ def test_what_an_adapter_is_and_who_may_use_it_is_known_from_its_record() -> Non
     """Its kinds, the rows that it replaces, its invocation and its licence; a licence may change by itself."""
     summary = SUMMARY.model_copy(update={"kinds": ("lora", "head"), "replaced": {"head": 3}})
     first = generation(1, {"a": "one"}, summary=summary)
-    said = {"licence": "mit", "invocation_tokens": (5, 6)}
-    record = first.adapters["a"].model_copy(update=said)
+    emitted = {"licence": "mit", "invocation_tokens": (5, 6)}
+    record = first.adapters["a"].model_copy(update=emitted)
     known = Catalog(1, "base", [BASE])
     known.apply(first.model_copy(update={"adapters": {"a": record}}))
     model = known.get("a")
@@ -121,12 +121,12 @@ def test_what_is_not_known_is_told_once_it_was_read() -> None:
 def test_a_generation_is_taken_over_in_one_step() -> None:
     """New names are there, changed ones switched, removed ones gone, and what a request has is what it had."""
     names = catalog({"keeps": "one", "changes": "two", "goes": "three"})
-    kept, changed = names.get("keeps"), names.get("changes")
+    retained, changed = names.get("keeps"), names.get("changes")
     changes = names.apply(generation(2, {"keeps": "one", "changes": "four", "comes": "five"}))
     assert (changes.added, changes.switched, changes.removed) == (("comes",), ("changes",), ("goes",))
     assert names.generation == 2
     assert [model.name for model in names] == ["base", "changes", "comes", "keeps"]
-    assert names.get("keeps") is kept
+    assert names.get("keeps") is retained
     assert names.get("changes").digest == digest("four")
     assert changed.digest == digest("two")
     with pytest.raises(ModelNotFound, match="Served: base, changes, comes, keeps"):
@@ -277,9 +277,9 @@ def test_thousands_of_adapters_are_cheap() -> None:
     after, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert (after - before) / len(adapters) < 2048
-    kept = names.everything
+    retained = names.everything
     assert names.apply(generation(2, adapters | {"adapter-00500": "other"})).switched == ("adapter-00500",)
-    same = [now is then for now, then in zip(names.everything, kept, strict=True)]
+    same = [now is then for now, then in zip(names.everything, retained, strict=True)]
     assert same.count(False) == 1
     with pytest.raises(ModelNotFound, match="Did you mean adapter-005"):
         names.get("adapter-0050O")
@@ -328,16 +328,16 @@ def test_a_mixture_opens_nothing_that_its_parts_do_not() -> None:
     known = catalog({"a": "one", "b": "two"})
     with caller("a"):
         assert known.resolve("a*0.5").names == ("a",)
-        for asked, missing in (("a+b", "b"), ("a*0", "base")):
+        for request, missing in (("a+b", "b"), ("a*0", "base")):
             with pytest.raises(ModelNotFound, match=f"no model '{missing}'"):
-                known.resolve(asked)
+                known.resolve(request)
     merged = Catalog(1, "base", [ServedModel("m", digest=digest("one"))])
     with pytest.raises(RequestInvalid, match="merged into the weights"):
         merged.resolve("m*0.5")
 
 
 @pytest.mark.parametrize(
-    ("kind", "said"),
+    ("kind", "expected"),
     [
         (ServedModel("k", Adapter("k"), affine=True), "is DoRA, or has biases"),
         (ServedModel("k", Adapter("k", invocation=(5,))), "acts from its invocation tokens on"),
@@ -347,12 +347,12 @@ def test_a_mixture_opens_nothing_that_its_parts_do_not() -> None:
         ),
     ],
 )
-def test_adapters_of_other_kinds_are_not_mixed(kind: ServedModel, said: str) -> None:
+def test_adapters_of_other_kinds_are_not_mixed(kind: ServedModel, expected: str) -> None:
     """Neither with others nor with a scale; the scale 1 is the adapter itself, and 0 leaves it out."""
     known = Catalog(1, "base", [BASE, ServedModel("a", Adapter("a")), kind])
-    for asked in ("a*0.5+k", "k*0.5"):
-        with pytest.raises(RequestInvalid, match=f"adapters that can be scaled; this one {said}"):
-            known.resolve(asked)
+    for request in ("a*0.5+k", "k*0.5"):
+        with pytest.raises(RequestInvalid, match=f"adapters that can be scaled; this one {expected}"):
+            known.resolve(request)
     assert known.resolve("k*1+a*0").name == "k"
     assert known.resolve("a*0.5+k*0").names == ("a",)
 
@@ -363,7 +363,7 @@ def test_what_adapters_of_a_mixture_bring_alike_counts() -> None:
     other = AdapterDefaults(temperature=0.5, top_p=0.8, stop_token_ids=frozenset({8}))
     models = [ServedModel(name, Adapter(name), digest=name) for name in "ab"]
     known = Catalog(
-        1, "base", [replace(each, defaults=said) for each, said in zip(models, (ours, other), strict=True)]
+        1, "base", [replace(each, defaults=stated) for each, stated in zip(models, (ours, other), strict=True)]
     )
     together = AdapterDefaults(temperature=0.5, stop_token_ids=frozenset({7, 8}))
     assert known.resolve("a+b").defaults == together
@@ -374,11 +374,11 @@ def test_what_adapters_of_a_mixture_bring_alike_counts() -> None:
 
 @settings(max_examples=examples(50))
 @given(st.text("ab*+ .@:-1e5n", max_size=24))
-def test_whatever_is_asked_for_is_named_or_refused(asked: str) -> None:
+def test_whatever_is_asked_for_is_named_or_refused(query: str) -> None:
     """Nothing that a client may write is worse than refused."""
     known = catalog({"a": "one", "b": "two"})
     with suppress(ModelNotFound, RequestInvalid):
-        assert known.resolve(asked).names
+        assert known.resolve(query).names
 
 
 @settings(max_examples=examples(30))

@@ -141,8 +141,8 @@ async def test_what_is_damaged_is_never_applied_and_tried_again(store, damage):
             await replica.look()
             assert replica.numbers == [2]
             assert replica.follower.standing.blind == ""
-    said = [line["event"] for line in logs if line["log_level"] == "warning"]
-    assert len(said) == 1
+    events = [line["event"] for line in logs if line["log_level"] == "warning"]
+    assert len(events) == 1
 
 
 async def test_a_store_that_is_away_is_logged_once_and_when_it_is_back(store):
@@ -212,10 +212,10 @@ async def test_catching_up_reads_ones_own_writes(store):
         published = publish_generation(store, generation("one", "two"))
         await replica.follower.catch_up(published.number)
         assert replica.numbers == [2]
-        asked = len(store.asked)
+        count = len(store.asked)
         await replica.follower.catch_up(1)
         await replica.follower.catch_up(2)
-        assert len(store.asked) == asked
+        assert len(store.asked) == count
 
 
 @pytest.fixture

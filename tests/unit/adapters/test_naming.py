@@ -37,10 +37,10 @@ def naming(*others: str, catch_up: Callable[[int], Awaitable[None]] | None = Non
 
 async def test_the_name_is_looked_up_after_catching_up() -> None:
     """A client that has published reads what it wrote, by every name, and the answer says so."""
-    asked: list[int] = []
+    requests: list[int] = []
 
     async def catch_up(number: int) -> None:
-        asked.append(number)
+        requests.append(number)
         await asyncio.sleep(0)
         catalog.apply(generation(number, {"a": "two", "new": "three"}))
 
@@ -48,7 +48,7 @@ async def test_the_name_is_looked_up_after_catching_up() -> None:
     served = await names.choose(Request.of("new", "x", min_generation=5))
     assert (served.model.digest, served.generation) == (digest("three"), 5)
     assert (await names.choose(Request.of("a", "x", min_generation=3))).model.digest == digest("two")
-    assert asked == [5]
+    assert requests == [5]
 
 
 @pytest.mark.parametrize("catch_up", [None, lambda _: asyncio.sleep(0)])

@@ -183,13 +183,13 @@ def test_the_small_files_are_copies(tmp_path: Path) -> None:
 
 def test_files_that_are_none(tmp_path: Path) -> None:
     """A file is read to its end, or refused with what is wrong about it."""
-    for data, told in (
+    for data, reported in (
         (b"", "it ends after 0 bytes"),
         (b"\xff" * 8, "a header of"),
         (b"\x03\0\0\0\0\0\0\0[1]", "no table of tensors"),
     ):
         (tmp_path / "a").write_bytes(data)
-        with pytest.raises(ShardInvalid, match=told):
+        with pytest.raises(ShardInvalid, match=reported):
             read_shard(tmp_path / "a")
     (tmp_path / "a").write_bytes(tail := b"\x02\0\0\0\0\0\0\0{}tail")
     assert read_shard(tmp_path / "a").digest.size == len(tail)

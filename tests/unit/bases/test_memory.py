@@ -73,10 +73,10 @@ def test_steps_that_do_not_fit_are_refused_with_the_numbers(kv_bytes: int | None
     """A card that weights and adapters fill: every item, in GB, and the settings that help."""
     with pytest.raises(ResourcesExhausted) as caught:
         plan_memory(2 * 10**9, NEEDS, replace(CACHE, kv_bytes=kv_bytes), share=0.9)
-    said = str(caught.value)
-    assert "16.00 GB of weights and 1.00 GB of adapters, 2.00 GB are free; steps need 3.00 GB" in said
-    assert f"cache {1 if kv_bytes else 0}.00 GB" in said
-    assert set(re.findall(r"LORAMUX_\w+", said)) == {
+    message = str(caught.value)
+    assert "16.00 GB of weights and 1.00 GB of adapters, 2.00 GB are free; steps need 3.00 GB" in message
+    assert f"cache {1 if kv_bytes else 0}.00 GB" in message
+    assert set(re.findall(r"LORAMUX_\w+", message)) == {
         "LORAMUX_KV_MEMORY_GB",
         "LORAMUX_MAX_BATCH_TOKENS",
         "LORAMUX_MAX_BATCH_SEQS",
@@ -104,11 +104,11 @@ def test_needs_follow_the_model_and_the_settings(tmp_path: Path) -> None:
     with safe_open(str(base / "model.safetensors"), "pt") as file:
         tensors = [file.get_tensor(name) for name in file.keys()]  # noqa: SIM118 - no mapping
     matrices = sum(tensor.nbytes for tensor in tensors if tensor.dim() == 2)
-    wanted = InferenceSettings(deployment="tiny", max_batch_tokens=100, max_batch_seqs=8)
-    needs = needs_of(config, 4, 77, wanted, "cpu", graphs=False)
+    expected = InferenceSettings(deployment="tiny", max_batch_tokens=100, max_batch_seqs=8)
+    needs = needs_of(config, 4, 77, expected, "cpu", graphs=False)
     assert (needs.weights, needs.adapters, needs.graphs) == (matrices, 77, 0)
-    assert needs_of(config, 2, 77, wanted, "cpu", graphs=False).weights == matrices / 2
-    wider = wanted.model_copy(update={"max_batch_tokens": 200})
+    assert needs_of(config, 2, 77, expected, "cpu", graphs=False).weights == matrices / 2
+    wider = expected.model_copy(update={"max_batch_tokens": 200})
     more = needs_of(config, 4, 77, wider, "cpu", graphs=True)
     assert more.activations - needs.activations >= 100 * 4 * (2 * SIZES["intermediate_size"])
     assert more.graphs > 0

@@ -27,7 +27,7 @@ def test_older_configs_mean_what_transformers_takes_them_for(tmp_path: Path, nam
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "expected"),
     [
         ({"architectures": ["MixtralForCausalLM"]}, r"MixtralForCausalLM is not supported; supported: .*Qwen3"),
         ({"architectures": ["CohereForCausalLM"]}, "CohereForCausalLM is not supported"),
@@ -128,11 +128,11 @@ def test_older_configs_mean_what_transformers_takes_them_for(tmp_path: Path, nam
         ({**QWEN_35, "linear_conv_kernel_dim": 9}, "linear_conv_kernel_dim: expected 2 to 8, found 9"),
     ],
 )
-def test_what_is_not_served_is_refused_by_name(tmp_path: Path, change: dict[str, Any], told: str) -> None:
+def test_what_is_not_served_is_refused_by_name(tmp_path: Path, change: dict[str, Any], expected: str) -> None:
     """The refusal has the value that was found, and what would be served."""
     unnamed = {"model_type": None} if "architectures" in change else {}
     _write_config(tmp_path, **HUB_CONFIGS["Llama-3.1"] | {"rope_scaling": None} | unnamed | change)
-    with pytest.raises(CheckpointInvalid, match=told):
+    with pytest.raises(CheckpointInvalid, match=expected):
         read_config(tmp_path)
 
 

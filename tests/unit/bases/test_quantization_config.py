@@ -120,7 +120,7 @@ def _group(**change: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("config", "told"),
+    ("config", "expected"),
     [
         (
             {"quant_method": "hqq"},
@@ -159,9 +159,9 @@ def _group(**change: Any) -> dict[str, Any]:
         (_group(output_activations={"num_bits": 8}), "output_activations .* is not supported"),
     ],
 )
-def test_what_is_not_read_is_refused_by_name(config: Any, told: str) -> None:
+def test_what_is_not_read_is_refused_by_name(config: Any, expected: str) -> None:
     """The refusal has the value that was found, and what would be read."""
-    with pytest.raises(CheckpointInvalid, match=told):
+    with pytest.raises(CheckpointInvalid, match=expected):
         read(config)
 
 

@@ -65,8 +65,8 @@ def read_bundle(folder: Path, digest: str) -> list[dict[str, Any]]:
         weights = (weights.view("<u2").astype("<u4") << 16).view("<f4")
     rows = []
     for row, values, columns in zip(manifest["rows"], weights[0], config[0], strict=True):
-        said = [row["module_id"], row["layer"], row["rank"], row.get("vectors", 0)]
-        assert columns.tolist() == said[: manifest["config_columns"]]
+        stated = [row["module_id"], row["layer"], row["rank"], row.get("vectors", 0)]
+        assert columns.tolist() == stated[: manifest["config_columns"]]
         assert NAMES[row["module_id"]] == row["module"]
         split = row["rank"] * row["in_features"]
         end = split + row["rank"] * row["out_features"]
@@ -88,8 +88,8 @@ def published(folder: Path, dtype: str, weights: Tensors | None = None, **config
     write_base(folder / "base", **config)
     if weights:
         save_file(weights, folder / "base" / "model.safetensors")
-    wanted = deployment_of(folder, "one", name="page", lora_configuration={"dtype": dtype})
-    built(wanted, workshop(folder, LocalStore(folder / "store")))
+    required = deployment_of(folder, "one", name="page", lora_configuration={"dtype": dtype})
+    built(required, workshop(folder, LocalStore(folder / "store")))
     return folder / "store"
 
 
@@ -170,8 +170,8 @@ def test_the_test_vector_of_the_page(tmp_path):
     folder = next((store / "bundles" / "sha256").iterdir())
     written = [np.load(folder / f"model.lora_{kind}.npy")[0].tolist() for kind in ("weights", "config")]
     block = PAGE.read_text().split("## Test vector")[1]
-    said = [json.loads(text) for text in re.findall(r"^[^=\[\n]*(\[.*\])$", block, re.MULTILINE)]
-    assert [said[:2], said[2]] == written
+    body = [json.loads(text) for text in re.findall(r"^[^=\[\n]*(\[.*\])$", block, re.MULTILINE)]
+    assert [body[:2], body[2]] == written
     norms = re.findall(r"_proj +([\d.]+), ([\d.]+), ([\d.]+)$", block, re.MULTILINE)
     assert [[row["norm_a"], row["norm_b"], row["norm_ba"]] for row in rows] == [[*map(float, n)] for n in norms]
 

@@ -39,7 +39,7 @@ def first_column(table: str) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    ("record", "told"),
+    ("record", "expected"),
     [
         (Manifest, first_column(section("### `manifest.json`", "A manifest MUST hold"))),
         (ModuleRow, first_column(section("A row:", "**Coverage.**"))),
@@ -52,10 +52,10 @@ def first_column(table: str) -> set[str]:
         (Repository, set(re.findall(r"A `source` is `{([^}]*)}`", PAGE)[0].split(", "))),
     ],
 )
-def test_a_record_has_the_keys_that_the_page_names(record: type[Model], told: set[str]) -> None:
+def test_a_record_has_the_keys_that_the_page_names(record: type[Model], expected: set[str]) -> None:
     """A key that is written and not told, or told and not written, is a mistake of one of the two."""
     values = {"auto", "always", "never"}  # of merge
-    assert told - values == set(record.model_fields)
+    assert expected - values == set(record.model_fields)
 
 
 INSIDE = (
@@ -84,8 +84,8 @@ INSIDE = (
 
 def test_the_records_inside_others_have_the_keys_that_the_page_names() -> None:
     """They stand in braces, each with all its keys; there are no other braces."""
-    told = {frozenset(keys.split(", ")) for keys in re.findall(r"`{(\w+(?:, \w+)+)}`", PAGE)}
-    assert told == {frozenset(record.model_fields) for record in INSIDE}
+    reported = {frozenset(keys.split(", ")) for keys in re.findall(r"`{(\w+(?:, \w+)+)}`", PAGE)}
+    assert reported == {frozenset(record.model_fields) for record in INSIDE}
 
 
 @pytest.mark.parametrize("record", [*INSIDE, Manifest, ModuleRow, Generation, Current])

@@ -141,15 +141,15 @@ def test_what_stays_says_why(tmp_path):
     for number, days in ((1, 40), (2, 20), (3, 10)):
         store.modified[generation_key("tiny", number)] = LATER - days * DAY
 
-    def kept(retention: Retention) -> dict[int, str]:
+    def retained(retention: Retention) -> dict[int, str]:
         found = find_orphans(store, grace=DAY, now=LATER, retention=retention)
         return {each.number: each.why for each in found.kept}
 
-    assert kept(Retention(1)) == {4: "served", 3: "one of the 1 before the served one"}
+    assert retained(Retention(1)) == {4: "served", 3: "one of the 1 before the served one"}
     month = "published in the last 30 days"
-    assert kept(Retention(age=30 * DAY)) == {4: "served", 3: month, 2: month}
-    assert kept(Retention(1, 30 * DAY)) == {4: "served", 3: "one of the 1 before the served one", 2: month}
-    assert set(kept(Retention())) == {1, 2, 3, 4}
+    assert retained(Retention(age=30 * DAY)) == {4: "served", 3: month, 2: month}
+    assert retained(Retention(1, 30 * DAY)) == {4: "served", 3: "one of the 1 before the served one", 2: month}
+    assert set(retained(Retention())) == {1, 2, 3, 4}
     [served, *_] = find_orphans(store, grace=DAY, now=LATER).kept
     assert (served.deployment, served.bundles) == ("tiny", 2)
 
@@ -213,10 +213,10 @@ def test_the_command(tmp_path):
     publish(tmp_path, store, "one")
     store.delete(generation_key("tiny", 1))
     run = CliRunner().invoke
-    said = run(app, ["gc", "--store", address]).stdout
-    assert "tiny: generation 2 stays: served; 1 bundle" in said
-    assert "nothing to remove" in said
-    assert "younger than 24h: spared" in said
+    output = run(app, ["gc", "--store", address]).stdout
+    assert "tiny: generation 2 stays: served; 1 bundle" in output
+    assert "nothing to remove" in output
+    assert "younger than 24h: spared" in output
     listed = run(app, ["gc", "--store", address, "--grace", "0"])
     assert lost[:12] in listed.stdout
     assert "1 orphan, " in listed.stdout

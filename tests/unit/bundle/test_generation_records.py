@@ -33,9 +33,9 @@ def test_what_a_generation_says_is_read_back() -> None:
     record = old.adapters["one"].model_copy(update={"listing": "b" * 64, "summary": SUMMARY})
     new = old.model_copy(update={"adapters": {"one": record}, "recipe": Recipe(truncate_to_rank=4)})
     assert Generation.from_bytes(new.to_bytes()) == new
-    said = json.loads(new.to_bytes())
-    assert said["adapters"]["one"]["summary"]["ranks"] == [4, 8]
-    assert said["recipe"] == {"prove": False, "truncate_to_rank": 4}
+    body = json.loads(new.to_bytes())
+    assert body["adapters"]["one"]["summary"]["ranks"] == [4, 8]
+    assert body["recipe"] == {"prove": False, "truncate_to_rank": 4}
 
 
 def test_content_is_the_same_whatever_a_source_says_of_the_same_files() -> None:

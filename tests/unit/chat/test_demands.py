@@ -153,18 +153,20 @@ async def test_a_turn_of_a_family_is_read_as_what_it_was(name: str) -> None:
         turn |= {"reasoning_content": "They ask\nfor it.", "reasoning": "They ask\nfor it."}
     prompt, answer = await answer_of(family, turn)
     reading = dialect.reading(AnswerCalls(OFFERED), dialect.opened(prompt))
-    heard = read(reading, answer, range(1, len(answer)))
-    calls = [(each[1], json.loads(each[2])) for each in heard if each[0] == "call"]
+    received = read(reading, answer, range(1, len(answer)))
+    calls = [(each[1], json.loads(each[2])) for each in received if each[0] == "call"]
     assert calls == [(each["function"]["name"], each["function"]["arguments"]) for each in turn["tool_calls"]]
-    assert [each[1].strip() for each in heard if each[0] == "said"] == [turn["content"]] * bool(turn["content"])
-    assert [each[1] for each in heard if each[0] == "thought"] == ["They ask\nfor it."] * thinks
+    assert [each[1].strip() for each in received if each[0] == "said"] == [turn["content"]] * bool(
+        turn["content"]
+    )
+    assert [each[1] for each in received if each[0] == "thought"] == ["They ask\nfor it."] * thinks
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 async def test_a_demanded_call_is_one_in_the_form_of_the_family(name: str) -> None:
     """The text of the template is allowed, behind reasoning or not; other tools and types are not."""
     family = FAMILIES[name]
-    wanted, vocabulary = demand(family)
+    expected, vocabulary = demand(family)
     turn: dict[str, Any] = {
         "role": "assistant",
         "content": "",
@@ -174,7 +176,7 @@ async def test_a_demanded_call_is_one_in_the_form_of_the_family(name: str) -> No
     turn |= {"reasoning": "Hm."} if family.tool is not T.HARMONY else {}
     prompt, answer = await answer_of(family, turn)
     answer = as_models_write(family, answer)
-    constraint = wanted.calls(ASKED, wanted.form(ASKED, several=True), prompt)
+    constraint = expected.calls(ASKED, expected.form(ASKED, several=True), prompt)
     assert accepts(constraint, answer.strip("\n") if name == "Qwen 2.5" else answer, vocabulary)
     for right, wrong in (
         ("find", "fine"),
@@ -189,30 +191,30 @@ async def test_a_demanded_call_is_one_in_the_form_of_the_family(name: str) -> No
 def test_what_a_form_cannot_say_is_demanded_as_json() -> None:
     """A pattern of a text between tags: one call as JSON, behind the reasoning that the prompt has opened."""
     family = FAMILIES["Qwen 3.5"]
-    wanted, vocabulary = demand(family)
+    expected, vocabulary = demand(family)
     tools = [Asked("f", {"type": "object", "properties": {"x": {"type": "string", "pattern": "^a+$"}}})]
-    assert wanted.form(tools, several=True) is None
-    constraint = wanted.calls(tools, None, "<|im_start|>assistant\n<think>\n")
+    assert expected.form(tools, several=True) is None
+    constraint = expected.calls(tools, None, "<|im_start|>assistant\n<think>\n")
     assert accepts(constraint, 'hm\n</think>\n\n{"name": "f", "arguments": {"x": "aa"}}', vocabulary)
     assert not accepts(constraint, 'hm\n</think>\n\n{"name": "f", "arguments": {"x": "b"}}', vocabulary)
     assert not accepts(constraint, '{"name": "f", "arguments": {"x": "aa"}}', vocabulary)
     with pytest.raises(RequestInvalid, match="pattern"):
-        wanted.free(tools, ["f"])
-    assert wanted.free(tools, [])("") is None
+        expected.free(tools, ["f"])
+    assert expected.free(tools, [])("") is None
     with pytest.raises(RequestInvalid, match="pattern"):
-        wanted.calls_or(SCHEMA, tools, True)
+        expected.calls_or(SCHEMA, tools, True)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 async def test_a_strict_tool_is_called_rightly_or_not_at_all(name: str) -> None:
     """Any text will do, and what begins as a call must be one of an offered tool."""
     family = FAMILIES[name]
-    wanted, vocabulary = demand(family)
+    expected, vocabulary = demand(family)
     turn = {"role": "assistant", "content": "", "tool_calls": CALLS[:1]}
     _, answer = await answer_of(family, turn | {"reasoning_content": "", "reasoning": ""})
     answer = as_models_write(family, answer).removeprefix("\n</think>\n\n").removeprefix("\n")
     head = head_of(family)
-    free = wanted.free(ASKED, ["find"])("</think>")
+    free = expected.free(ASKED, ["find"])("</think>")
     assert accepts(free, f"{head}It <b rains.", vocabulary)
     assert accepts(free, answer, vocabulary)
     assert not accepts(free, answer.replace("find", "fine"), vocabulary)
@@ -223,13 +225,13 @@ async def test_a_strict_tool_is_called_rightly_or_not_at_all(name: str) -> None:
 async def test_an_answer_in_a_format_may_be_a_call_instead(name: str) -> None:
     """A whole call of an offered tool, or what the format says, behind reasoning or not; nothing else."""
     family = FAMILIES[name]
-    wanted, vocabulary = demand(family)
+    expected, vocabulary = demand(family)
     turn = {"role": "assistant", "content": "", "tool_calls": CALLS[:1]}
     prompt, call = await answer_of(family, turn | {"reasoning_content": "", "reasoning": ""})
     call = as_models_write(family, call)
     call = call.removeprefix("\n") if name == "Qwen 2.5" else call
     thought, head = "</think>\n\n" if name == "Qwen 3.5" else "", head_of(family)
-    constraint = wanted.calls_or(SCHEMA, ASKED, True)(prompt)
+    constraint = expected.calls_or(SCHEMA, ASKED, True)(prompt)
     assert accepts(constraint, f'{thought}{head}{{"a": 1}}', vocabulary)
     assert accepts(constraint, call, vocabulary)
     for wrong in (f"{thought}{head}Hi", f'{thought}{head}{{"a": 2}}', call.replace("find", "fine"), call[:-1]):
@@ -241,9 +243,9 @@ def test_calls_of_tools_that_are_not_strict_are_held_to_their_form() -> None:
     tools = [Asked("find", {"type": "object"})]
     held = set()
     for name, family in FAMILIES.items():
-        wanted, vocabulary = demand(family)
-        constraint = wanted.free(tools, [])("")
-        strict = wanted.free(tools, ["find"])("")
+        expected, vocabulary = demand(family)
+        constraint = expected.free(tools, [])("")
+        strict = expected.free(tools, ["find"])("")
         assert strict is None or not strict.optional
         if constraint is not None:
             assert constraint.optional
@@ -261,7 +263,7 @@ def test_whatever_a_grammar_lets_pass_is_read_as_whole_calls(tool: ToolParser, m
     vocabulary = Bytes(tuple(dict.fromkeys(dialect.tokens)) if marks == "special" else ())
     tokenizer, draw, whole = LLTokenizer(TokenizerWrapper(vocabulary)), random.Random(tool), 0
     for strict in ([], ["find", "news"]):
-        tools = ASKED if strict else [Asked(asked.name, {"type": "object"}) for asked in ASKED]
+        tools = ASKED if strict else [Asked(request.name, {"type": "object"}) for request in ASKED]
         constraint = Demand(dialect, vocabulary.text()).free(tools, strict)("")
         for _ in range(examples(6) if constraint else 0):
             assert constraint is not None
@@ -300,24 +302,24 @@ def walk(matcher: LLMatcher, vocabulary: Bytes, draw: random.Random, begin: str)
 
 def test_reasoning_may_come_before_what_is_asked_for() -> None:
     """A format binds what is said, not what is thought, where the model thinks and the prompt lets it."""
-    wanted, vocabulary = demand(FAMILIES["Qwen 3"])
-    free = wanted.behind_reasoning(SCHEMA, "<|im_start|>assistant\n")
+    expected, vocabulary = demand(FAMILIES["Qwen 3"])
+    free = expected.behind_reasoning(SCHEMA, "<|im_start|>assistant\n")
     assert accepts(free, '{"a": 1}', vocabulary)
     assert accepts(free, '<think>\nhm {"a"\n</think>\n\n{"a": 1}', vocabulary)
-    assert wanted.behind_reasoning(SCHEMA, "<think>\n\n</think>\n\n") == SCHEMA
-    wanted, vocabulary = demand(FAMILIES["gpt-oss"])
-    free = wanted.behind_reasoning(SCHEMA, "<|start|>assistant")
+    assert expected.behind_reasoning(SCHEMA, "<think>\n\n</think>\n\n") == SCHEMA
+    expected, vocabulary = demand(FAMILIES["gpt-oss"])
+    free = expected.behind_reasoning(SCHEMA, "<|start|>assistant")
     final = '<|channel|>final<|message|>{"a": 1}'
     assert accepts(free, final, vocabulary)
     assert accepts(free, f"<|channel|>analysis<|message|>hm<|end|><|start|>assistant{final}", vocabulary)
-    wanted, vocabulary = demand(FAMILIES["Qwen 2.5"])
-    assert wanted.behind_reasoning(SCHEMA, "") == SCHEMA
+    expected, vocabulary = demand(FAMILIES["Qwen 2.5"])
+    assert expected.behind_reasoning(SCHEMA, "") == SCHEMA
 
 
 def test_a_call_of_mistral_may_have_an_id() -> None:
     """Small 3.2 writes one between name and arguments, later models do not."""
-    wanted, vocabulary = demand(FAMILIES["Ministral 3"])
-    constraint = wanted.calls(ASKED, wanted.form(ASKED, several=True), "")
+    expected, vocabulary = demand(FAMILIES["Ministral 3"])
+    constraint = expected.calls(ASKED, expected.form(ASKED, several=True), "")
     for text in ("[TOOL_CALLS]news[CALL_ID]a23456789[ARGS]{}", "[TOOL_CALLS]news[ARGS]{}" * 2):
         assert accepts(constraint, text, vocabulary)
     assert not accepts(constraint, "[TOOL_CALLS]news[CALL_ID]a2[ARGS]{}", vocabulary)
@@ -343,8 +345,8 @@ def test_references_of_a_schema_are_found_in_every_form() -> None:
     }
     tools = [Asked("f", schema), Asked("g", {"type": "object", "$defs": {"Days": {"type": "string"}}})]
     for name, text in (("Llama 3.2, pythonic", "[f(days=2)]"), ("Qwen 2.5", "")):
-        wanted, vocabulary = demand(FAMILIES[name])
+        expected, vocabulary = demand(FAMILIES[name])
         text = text or '<tool_call>\n{"name": "f", "arguments": {"days": 2}}\n</tool_call>'
-        constraint = wanted.calls(tools, wanted.form(tools, several=False), "")
+        constraint = expected.calls(tools, expected.form(tools, several=False), "")
         assert accepts(constraint, text, vocabulary)
         assert not accepts(constraint, text.replace("2", "3"), vocabulary)

@@ -225,12 +225,12 @@ def _reading(tool: ToolParser, reasoning: ReasoningParser) -> AnswerReader:
     return Dialect(tool, reasoning).reading(AnswerCalls(OFFERED), None)
 
 
-@pytest.mark.parametrize(("tool", "reasoning", "text", "told"), CASES)
-def test_each_form_is_read(tool: ToolParser, reasoning: ReasoningParser, text: str, told: Heard) -> None:
+@pytest.mark.parametrize(("tool", "reasoning", "text", "expected"), CASES)
+def test_each_form_is_read(tool: ToolParser, reasoning: ReasoningParser, text: str, expected: Heard) -> None:
     """Calls of offered tools are calls, reasoning is told apart, all else is text; letter by letter, too."""
-    assert read(_reading(tool, reasoning), text) == told
-    assert read(_reading(tool, reasoning), text, range(1, len(text))) == told
-    for call in told:
+    assert read(_reading(tool, reasoning), text) == expected
+    assert read(_reading(tool, reasoning), text, range(1, len(text))) == expected
+    for call in expected:
         if call[0] == "call" and text.rstrip().endswith((">", "}", "]", ")")):
             json.loads(call[2])
 
@@ -239,8 +239,8 @@ def test_each_form_is_read(tool: ToolParser, reasoning: ReasoningParser, text: s
 @given(st.sampled_from(CASES).flatmap(lambda case: st.tuples(st.just(case), cuts_of(case[2]))))
 def test_cuts_do_not_change_what_is_read(drawn: tuple[Any, list[int]]) -> None:
     """An answer that is cut at any place has the same text, reasoning and calls."""
-    (tool, reasoning, text, told), cuts = drawn
-    assert read(_reading(tool, reasoning), text, cuts) == told
+    (tool, reasoning, text, reported), cuts = drawn
+    assert read(_reading(tool, reasoning), text, cuts) == reported
 
 
 MARKED = [
@@ -340,8 +340,8 @@ TEMPLATES = {
 def test_templates_show_the_dialect(template: str) -> None:
     """The marks in a template say how its model writes, and what a deployment says comes first."""
     assert shown(template) == Parsers(*TEMPLATES[template])
-    said = Parsers(T.PHI4, R.NONE)
-    assert shown(template, said) == said
+    stated = Parsers(T.PHI4, R.NONE)
+    assert shown(template, stated) == stated
 
 
 def test_ids_of_calls_are_what_templates_take() -> None:

@@ -105,11 +105,11 @@ def test_the_table_of_many_adapters_fits_a_screen(capsys: pytest.CaptureFixture[
     adapters = [adapter(number, Stage.DONE) for number in range(60)]
     adapters[7] = replace(adapters[7], warnings=(WARNING, replace_code(WARNING)))
     show_built(state(adapters, ended=True))
-    said = capsys.readouterr()
-    lines = said.out.splitlines()
+    output = capsys.readouterr()
+    lines = output.out.splitlines()
     assert len(lines) == 1 + ROWS + 2
     assert lines[-2] == "... and 40 more, 60.0 kB in all (all of them: --json)"
-    assert said.err.splitlines() == [
+    assert output.err.splitlines() == [
         "warning: W_FP32 adapter-0000: weights: found float32",
         "  and so adapter-0001, adapter-0002, adapter-0003, adapter-0004, adapter-0005 and 54 more",
         "warning: W_ALPHA adapter-0007: weights: found float32",

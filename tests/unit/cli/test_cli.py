@@ -22,9 +22,9 @@ from loramux_shared.faults import AdapterInvalid, Finding
 from tests.support.fake_services import Fakes, deployment_text
 
 
-def run(*args: str, said: str | None = None) -> tuple[int, str, str]:
+def run(*args: str, text: str | None = None) -> tuple[int, str, str]:
     """Run a command in this process; returns its exit code, stdout and stderr."""
-    result = CliRunner().invoke(app, args, input=said)
+    result = CliRunner().invoke(app, args, input=text)
     return result.exit_code, result.stdout, result.stderr
 
 
@@ -154,35 +154,35 @@ def test_who_generates_no_text_is_told_what_it_is_asked_for() -> None:
     """Labels are listed by name, as many as fit a line; an adapter that generates has no such line."""
     assert kind(("lora", "classifier"), num_labels=2) == "LoRA, classifier (2 labels)"
     assert task(("lora", "classifier"), ["spam", "ham"]) == "scores texts, and generates none: spam, ham"
-    said = task(("classifier",), [f"l{number}" for number in range(1024)], "regression")
-    assert said.startswith("scores texts, and generates none (regression): l0, l1, ")
-    assert said.endswith(" and 1004 more")
+    stated = task(("classifier",), [f"l{number}" for number in range(1024)], "regression")
+    assert stated.startswith("scores texts, and generates none (regression): l0, l1, ")
+    assert stated.endswith(" and 1004 more")
     assert task(("lora", "encoder")) == "makes vectors of texts, and generates none"
     assert task(("lora",)) == ""
 
 
 def test_chat_answers_each_line_of_a_pipe(fakes: Fakes) -> None:
     """Each line of piped input is a conversation of its own."""
-    code, text, _ = run("chat", "lora1", "--grpc", fakes.inference_address, said="hello\n\nagain\n")
+    code, text, _ = run("chat", "lora1", "--grpc", fakes.inference_address, text="hello\n\nagain\n")
     assert code == 0
     assert text == "the grey sea sings (1)\n" * 2
 
 
 def test_chat_with_nobody(fakes: Fakes) -> None:
     """An unknown model is an error that lists what is served, and names a near one."""
-    code, _, errors = run("chat", "nobody", "--grpc", fakes.inference_address, said="hello\n")
+    code, _, errors = run("chat", "nobody", "--grpc", fakes.inference_address, text="hello\n")
     assert code == 1
     assert errors == "error: MODEL_NOT_FOUND: no model 'nobody'; served are base, lora1, lora2.\n"
     assert "Did you mean lora1?" in run("chat", "lora01", "--grpc", fakes.inference_address)[2]
-    code, _, errors = run("chat", "lora2*0.7 + nobody*0.5", "--grpc", fakes.inference_address, said="hello\n")
+    code, _, errors = run("chat", "lora2*0.7 + nobody*0.5", "--grpc", fakes.inference_address, text="hello\n")
     assert (code, errors.partition(";")[0]) == (1, "error: MODEL_NOT_FOUND: no model 'nobody'")
-    run("chat", "lora2*0.7 + lora1", "--grpc", fakes.inference_address, said="hello\n")
+    run("chat", "lora2*0.7 + lora1", "--grpc", fakes.inference_address, text="hello\n")
     assert fakes.inference.requests[-1].model == "lora2*0.7 + lora1"
 
 
 def test_chat_without_a_name_is_with_the_first_model(fakes: Fakes) -> None:
     """The base answers where no model is named."""
-    assert run("chat", "--grpc", fakes.inference_address, said="hello\n")[0] == 0
+    assert run("chat", "--grpc", fakes.inference_address, text="hello\n")[0] == 0
     assert fakes.inference.requests[-1].model == "base"
 
 
@@ -238,7 +238,7 @@ def test_control_characters_do_not_reach_the_terminal() -> None:
 
 
 @pytest.mark.parametrize(
-    ("line", "told"),
+    ("line", "expected"),
     [
         ('{"level": "info", "event": "loaded"}', ""),
         ('{"level": "warning", "event": "slow", "ms": 3, "timestamp": "x"}', "slow ms=3"),
@@ -249,10 +249,10 @@ def test_control_characters_do_not_reach_the_terminal() -> None:
         ("plain words", ""),
     ],
 )
-def test_log_lines_that_matter(line: str, told: str) -> None:
+def test_log_lines_that_matter(line: str, expected: str) -> None:
     """Warnings and errors of a child are shown, in JSON or text, but what the command tells itself; the rest
     stays in its log."""
-    assert important(line) == told
+    assert important(line) == expected
 
 
 def test_the_last_lines_of_a_service_that_died(tmp_path: Path) -> None:

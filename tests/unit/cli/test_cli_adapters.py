@@ -109,12 +109,12 @@ def when_told(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Callable[[], ob
     def when(text: str, do: Callable[[], object]) -> None:
         say, left = shell.say, [do]
 
-        def said(line: str, *style: str) -> None:
+        def stated(line: str, *style: str) -> None:
             say(line, *style)
             if text in line and left:
                 left.pop()()
 
-        monkeypatch.setattr(shell, "say", said)
+        monkeypatch.setattr(shell, "say", stated)
 
     return when
 
@@ -125,9 +125,9 @@ def test_a_rollout_ends_when_all_serve_the_generation(when_told: Callable[..., N
     with api(first) as (one, do), api(second) as (two, also):
         do(first.manager.load("x", "org/x"))
         when_told(f"{two} serves 1", lambda: also(second.manager.load("x", "org/x")))
-        code, text, said = run("rollout", "demo", "--replicas", f"{one},{two}", "--timeout", f"{BOUND_S}")
+        code, text, stated = run("rollout", "demo", "--replicas", f"{one},{two}", "--timeout", f"{BOUND_S}")
     assert (code, text) == (0, "generation 2 is served by 2 replicas\n")
-    assert [line.split(" ", 1)[1] for line in said.splitlines() if two in line] == [
+    assert [line.split(" ", 1)[1] for line in stated.splitlines() if two in line] == [
         f"{two} serves 1, current",
         f"{two} serves 2, current",
     ]
@@ -148,9 +148,9 @@ def test_a_rollout_that_takes_too_long(when_told: Callable[..., None]) -> None:
     replica = operated()
     with api(replica) as (address, _):
         when_told(f"{address} serves 1", lambda: Clock().advance(3600))
-        asked = ("rollout", "demo", "--replicas", address, "--timeout", "3600")
-        code, _, said = run(*asked, "--generation", "2")
-        assert (code, said.count(f"{address} serves 1")) == (3, 2)
+        query = ("rollout", "demo", "--replicas", address, "--timeout", "3600")
+        code, _, stated = run(*query, "--generation", "2")
+        assert (code, stated.count(f"{address} serves 1")) == (3, 2)
         code, text, _ = run(
             "rollout", "demo", "--replicas", f"{address},127.0.0.1:1", "--timeout", "0.5", "--json"
         )
@@ -158,15 +158,15 @@ def test_a_rollout_that_takes_too_long(when_told: Callable[..., None]) -> None:
         assert (code, last["done"], len(last["replicas"])) == (3, False, 2)
         replica.deployment.standing = FollowerStanding(1, 2, stale="another base")
         when_told("another base", lambda: Clock().advance(3600))
-        code, _, said = run(*asked)
-        assert (code, "another base" in said) == (1, True)
+        code, _, stated = run(*query)
+        assert (code, "another base" in stated) == (1, True)
 
 
 def test_a_rollout_of_something_else() -> None:
     """A replica of another deployment is a mistake, and is told at once; a key is asked for."""
     with api(operated()) as (address, _):
-        code, _, said = run("rollout", "other", "--replicas", address)
-        assert (code, "found one of 'demo'" in said) == (2, True)
+        code, _, stated = run("rollout", "other", "--replicas", address)
+        assert (code, "found one of 'demo'" in stated) == (2, True)
     with api(operated(), Guard(RING)) as (address, _):
         assert run("--api-key", KEYS["infer"], "rollout", "demo", "--replicas", address)[0] == 4
 

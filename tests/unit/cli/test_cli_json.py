@@ -71,14 +71,14 @@ def test_lines_of_a_build_grow_with_what_happens(capsys: pytest.CaptureFixture[s
         for _ in range(2):  # the second time, copies that are equal
             lines.tell(state([replace(each) for each in found]))
     lines.tell(state(adapters, ended=True))
-    told = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [len(line["deployment"]["adapters"]) for line in told] == [count, *[1] * (2 * count), count]
+    output = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [len(line["deployment"]["adapters"]) for line in output] == [count, *[1] * (2 * count), count]
     merged: dict[str, Any] = {}
-    for line, found in zip(told, [*states, adapters], strict=True):
+    for line, found in zip(output, [*states, adapters], strict=True):
         merged |= {each["name"]: each for each in line["deployment"]["adapters"]}
         assert list(merged.values()) == jsonable(found)
         assert sum(line["stages"].values()) == count
-    assert told[-1]["stages"] == {"done": count}
+    assert output[-1]["stages"] == {"done": count}
 
 
 def test_a_refused_build_ends_with_its_failure(fakes: Fakes, deployment: Callable[..., str]) -> None:

@@ -94,11 +94,11 @@ def test_a_key_with_limits(tmp_path: Path) -> None:
     limits = ("--weight", "0.5", "--max-running", "2", "--max-waiting", "3", "--tokens-per-minute", "4000")
     assert run("keys", "new", "--scope", "infer", *limits, "--file", str(path))[0] == 0
     [entry] = parse_keys(path.read_text(), "f")
-    said = {"weight": 0.5, "max_running": 2, "max_waiting": 3, "tokens_per_minute": 4000}
+    emitted = {"weight": 0.5, "max_running": 2, "max_waiting": 3, "tokens_per_minute": 4000}
     assert entry.limits is not None
-    assert entry.limits.model_dump() == said
+    assert entry.limits.model_dump() == emitted
     _, text, _ = run("keys", "list", "--file", str(path), "--json")
-    assert json.loads(text)["keys"][0]["limits"] == said
+    assert json.loads(text)["keys"][0]["limits"] == emitted
     _, text, _ = run("keys", "list", "--file", str(path))
     assert "weight 0.5" in " ".join(text.split())
     code, _, errors = run("keys", "new", "--scope", "infer", "--weight", "0")
@@ -110,7 +110,7 @@ def test_what_keys_refuses(tmp_path: Path) -> None:
     """An id twice, an unknown one, a limit on admin and a folder that is not there end in a line and exit 2."""
     path = str(tmp_path / "keys.jsonl")
     assert run("keys", "new", "--scope", "infer", "--id", "ci", "--file", path)[0] == 0
-    for args, said in (
+    for args, stated in (
         (("new", "--scope", "infer", "--id", "ci", "--file", path), "has a key 'ci' already"),
         (("remove", "nobody", "--file", path), "has no key 'nobody'. There: ci."),
         (("new", "--scope", "admin", "--model", "a"), "without admin"),
@@ -119,7 +119,7 @@ def test_what_keys_refuses(tmp_path: Path) -> None:
     ):
         code, _, errors = run("keys", *args)
         assert code == 2
-        assert said in errors
+        assert stated in errors
         assert errors.count("\n") == 1
     assert run("keys", "new", "--scope", "root")[0] == 2
 
@@ -138,16 +138,16 @@ def test_the_command_line_shows_a_key(
 ) -> None:
     """A key comes from --api-key before the command, else from LORAMUX_API_KEY; health needs none."""
     fakes, keys = guarded
-    asked = ("models", "--grpc", fakes.inference_address)
-    code, _, errors = run(*asked)
+    query = ("models", "--grpc", fakes.inference_address)
+    code, _, errors = run(*query)
     assert code == Exit.DENIED
     assert errors.startswith("error: UNAUTHENTICATED: this server requires an API key")
     assert "LORAMUX_API_KEY" in errors
     assert run("health", fakes.inference_address)[0] == 0
-    assert "PERMISSION_DENIED" in run("--api-key", keys["build"], *asked)[2]
-    assert run("--api-key", keys["infer"], *asked)[0] == 0
+    assert "PERMISSION_DENIED" in run("--api-key", keys["build"], *query)[2]
+    assert run("--api-key", keys["infer"], *query)[0] == 0
     monkeypatch.setenv(API_KEY, keys["infer"])
-    assert run(*asked)[0] == 0
+    assert run(*query)[0] == 0
     monkeypatch.setenv(API_KEY, "")
 
 
@@ -161,9 +161,9 @@ async def test_children_on_this_machine_have_no_tls(monkeypatch: pytest.MonkeyPa
     """A service that `up` starts inherits keys but not TLS, whose certificate would not name the loopback."""
     monkeypatch.setenv("LORAMUX_TLS_CERT", "/server.pem")
     monkeypatch.setenv("LORAMUX_KEYS_FILE", "/keys.jsonl")
-    said = (
+    text = (
         "import os; print(sorted(name for name in os.environ if name.startswith(('LORAMUX_T', 'LORAMUX_K'))))"
     )
     async with ProcessTree() as tree:
-        await tree.run("child", [sys.executable, "-c", said])
+        await tree.run("child", [sys.executable, "-c", text])
         assert (tree.folder / "child.log").read_text() == "['LORAMUX_KEYS_FILE']\n"

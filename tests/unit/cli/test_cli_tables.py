@@ -13,9 +13,9 @@ ROWS = (("SmolLM2-135M-Instruct", "-", "87/111/1110"), ("bård", "attn q k v den
 
 def _lines(width: int) -> list[str]:
     screen = Console(width=width)
-    with screen.capture() as said:
+    with screen.capture() as stated:
         screen.print(fitted(HEADERS, ROWS, frozenset({"first, ms"}), width))
-    return said.get().splitlines()
+    return stated.get().splitlines()
 
 
 @pytest.mark.parametrize("width", [64, 63, 43, 42, 30, 24])

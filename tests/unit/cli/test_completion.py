@@ -21,10 +21,10 @@ from tests.support.fake_services import Fakes
 def test_words_complete(fakes: Fakes, words: list[str], offered: list[str]) -> None:
     """Commands and flags complete, and models of the server that the line names, or none without an error."""
     words = [fakes.inference_address if word == "HERE" else word for word in words]
-    asked = {
+    requests = {
         "COMP_WORDS": " ".join(["loramux", *words]),
         "COMP_CWORD": str(len(words)),
         "_LORAMUX_COMPLETE": "complete_bash",
     }
-    ended = CliRunner().invoke(app, [], prog_name="loramux", env=asked)
+    ended = CliRunner().invoke(app, [], prog_name="loramux", env=requests)
     assert (ended.stdout.split(), ended.stderr) == (offered, "")

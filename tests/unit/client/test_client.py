@@ -146,15 +146,20 @@ WRONG: dict[str, tuple[Any, str, str]] = {
 def test_an_option_that_does_not_fit_is_told_what_would(name: str) -> None:
     """For answers, and in the same words for vectors and scores where they have the option."""
     value, expected, found = WRONG[name]
-    asked: list[tuple[Any, Any]] = [(generate_request, "hi")]
-    asked += [
+    requests: list[tuple[Any, Any]] = [(generate_request, "hi")]
+    requests += [
         (kind, ["hi"]) for kind in (embed_request, classify_request) if name in ScoreOptions.__annotations__
     ]
-    for request, prompt in asked:
+    for request, prompt in requests:
         with pytest.raises(faults.RequestInvalid) as caught:
             request("m", prompt, {name: value})
-        [told] = caught.value.findings
-        assert (told.where.replace("constraint", "regex"), told.expected, told.found, told.fix) == (
+        [reported] = caught.value.findings
+        assert (
+            reported.where.replace("constraint", "regex"),
+            reported.expected,
+            reported.found,
+            reported.fix,
+        ) == (
             name,
             expected,
             found,
@@ -206,9 +211,9 @@ async def test_an_abandoned_async_stream_is_cancelled(aio: AsyncClient, fakes: F
                 break
     assert await asyncio.to_thread(fakes.inference.cancelled.wait, BOUND_S)
     fakes.inference.cancelled.clear()
-    asked = len(fakes.inference.requests)
+    count = len(fakes.inference.requests)
     task = asyncio.create_task(aio.complete("base", "wait"))
-    await until(lambda: len(fakes.inference.requests) > asked, "the request")
+    await until(lambda: len(fakes.inference.requests) > count, "the request")
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
@@ -218,9 +223,9 @@ async def test_an_abandoned_async_stream_is_cancelled(aio: AsyncClient, fakes: F
 async def test_closing_ends_open_async_streams(fakes: Fakes) -> None:
     """A stream whose client is closed fails with a name instead of a cancellation that nobody asked for."""
     client = AsyncClient(fakes.inference_address)
-    asked = len(fakes.inference.requests)
+    count = len(fakes.inference.requests)
     task = asyncio.create_task(client.complete("base", "wait"))
-    await until(lambda: len(fakes.inference.requests) > asked, "the request")
+    await until(lambda: len(fakes.inference.requests) > count, "the request")
     await client.close()
     with pytest.raises(faults.CallFailed, match="closed"):
         await task

@@ -151,20 +151,20 @@ def trip(placement: Placement, repeat: bool = True) -> Trip:
 
 def travel(placement: Placement, fault: Fault) -> tuple[list[str], Fault]:
     """Return the replicas that a request tries when all fail so, and its final fault."""
-    way, asked = trip(placement), []
+    way, query = trip(placement), []
     try:
         while True:
-            asked.append(way.begin())
+            query.append(way.begin())
             way.failed(fault)
     except Fault as raised:
-        return asked, raised
+        return query, raised
 
 
 def test_a_trip_asks_everyone_once() -> None:
     """A trip tries every unreachable replica once; the fault has their number, and nothing stays counted."""
     placement = Placement(REPLICAS, 0.0)
-    asked, fault = travel(placement, ServerUnavailable("down"))
-    assert asked == list(order("support", REPLICAS))
+    query, fault = travel(placement, ServerUnavailable("down"))
+    assert query == list(order("support", REPLICAS))
     assert fault.message == "none of 5 replicas took it; the last: down"
     assert not any(placement._open.values())
 
@@ -172,8 +172,8 @@ def test_a_trip_asks_everyone_once() -> None:
 @pytest.mark.parametrize("fault", [QueueFull("full"), ShuttingDown("leaving"), ReplicaBehind("behind")])
 def test_few_are_asked_that_refuse(fault: Fault) -> None:
     """A fleet that is full is not asked from end to end by every request."""
-    asked, raised = travel(Placement(REPLICAS), fault)
-    assert len(asked) == TRIES < len(REPLICAS)
+    query, raised = travel(Placement(REPLICAS), fault)
+    assert len(query) == TRIES < len(REPLICAS)
     assert type(raised) is type(fault)
 
 

@@ -101,11 +101,11 @@ def test_ignored_keys_are_listed_once(tmp_path: Path) -> None:
 
 def test_a_key_that_asks_for_what_is_not_done_is_a_warning(tmp_path: Path) -> None:
     """Each has its name, its value and what to set instead; one with its usual value is ignored."""
-    asked = HOSTED.replace(
+    requests = HOSTED.replace(
         "no_quant", "fp8_kv\n    tensor_parallel_count: 1\n    speculator: {num_draft_tokens: 4}"
     )
-    asked = asked.replace("    request_default", "    tensor_parallel_size: 2\n    request_default")
-    file = _load(tmp_path, asked)
+    requests = requests.replace("    request_default", "    tensor_parallel_size: 2\n    request_default")
+    file = _load(tmp_path, requests)
     assert file.deployment == EXPECTED
     assert {each.where: (each.code, each.expected, each.found) for each in file.warnings} == {
         "build.quantization_type": ("W_UNSERVED", "no_quant or nothing", "'fp8_kv'"),
@@ -232,16 +232,16 @@ def test_local_repositories_start_at_the_file(tmp_path: Path, monkeypatch: pytes
 
 
 @pytest.mark.parametrize(
-    ("repo", "said"),
+    ("repo", "expected"),
     [
         ("~nobody-has-this-name/x", "LOCAL repository"),
         (r'"a\0b"', "repo: expected text without NUL bytes"),
     ],
 )
-def test_a_local_path_that_is_none(tmp_path: Path, repo: str, said: str) -> None:
+def test_a_local_path_that_is_none(tmp_path: Path, repo: str, expected: str) -> None:
     """A LOCAL path that no machine can have is refused, not a crash."""
     text = f"build:\n  checkpoint_repository: {{source: LOCAL, repo: {repo}}}\n"
-    assert said in str(_refusal(tmp_path, text))
+    assert expected in str(_refusal(tmp_path, text))
 
 
 @pytest.mark.parametrize("name", ["a b", "a/b", "", "ä", ".", "..", ".a", "-a", "--help", "...", "x" * 129])
@@ -314,8 +314,8 @@ def test_a_deployment_made_in_code_obeys_too() -> None:
 
 def test_duplicate_keys(tmp_path: Path) -> None:
     """Two adapters under one name are refused with the line, though YAML parsers keep the last."""
-    said = str(_refusal(tmp_path, "build:\n  lora_adapters:\n    a: {repo: x}\n    a: {repo: y}\n"))
-    assert "line 4: 'a' appears twice" in said
+    message = str(_refusal(tmp_path, "build:\n  lora_adapters:\n    a: {repo: x}\n    a: {repo: y}\n"))
+    assert "line 4: 'a' appears twice" in message
 
 
 def test_merged_keys_are_no_duplicates(tmp_path: Path) -> None:
@@ -373,7 +373,7 @@ def test_a_revision_that_yaml_reads_as_a_number_or_date(tmp_path: Path, revision
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "expected"),
     [
         ("", "found nothing"),
         ("- a\n", "found list"),
@@ -386,9 +386,9 @@ def test_a_revision_that_yaml_reads_as_a_number_or_date(tmp_path: Path, revision
         ("build: {}\ntrt_llm: {build: {}}\n", "build: given inside and beside trt_llm"),
     ],
 )
-def test_what_is_no_deployment_file(tmp_path: Path, text: str, said: str) -> None:
+def test_what_is_no_deployment_file(tmp_path: Path, text: str, expected: str) -> None:
     """Text that is no mapping, or no YAML, is refused with what was found and where."""
-    assert said in str(_refusal(tmp_path, text))
+    assert expected in str(_refusal(tmp_path, text))
 
 
 def test_a_small_file_that_unfolds_to_a_large_one(tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ def test_blocks_may_be_empty() -> None:
 
 
 @pytest.mark.parametrize(
-    ("runtime", "where", "said"),
+    ("runtime", "where", "expected"),
     [
         ({"aliases": {"a": {}}}, "runtime.aliases.a", "a weight above 0"),
         ({"aliases": {"a": {"support-v1": 0}}}, "runtime.aliases.a", "a weight above 0"),
@@ -72,13 +72,13 @@ def test_blocks_may_be_empty() -> None:
         ({"limits": {"models": {"d": {"weigth": 1}}}}, "runtime.limits.models.d.weigth", "one of weight"),
     ],
 )
-def test_what_is_refused(runtime: Any, where: str, said: str) -> None:
+def test_what_is_refused(runtime: Any, where: str, expected: str) -> None:
     """Each by its place, and with what is expected."""
     with pytest.raises(DeploymentInvalid) as refused:
         parsed(runtime)
     [finding] = refused.value.findings
     assert finding.where == where
-    assert said in finding.expected
+    assert expected in finding.expected
 
 
 def test_a_message_says_the_same() -> None:
@@ -137,11 +137,11 @@ def test_a_record_without_them_has_the_bytes_that_it_had() -> None:
     assert json.loads(generation(quantization="int8").to_bytes())["quantization"] == "int8"
     assert json.loads(generation(tool_parser="none").to_bytes())["tool_parser"] == "none"
     assert json.loads(generation(speculative_tokens=0).to_bytes())["speculative_tokens"] == 0
-    said = generation(aliases={"a": {"d": 1}}, limits=ModelLimits(models={"d": Limits(weight=2)}))
-    data = json.loads(said.to_bytes())
+    stated = generation(aliases={"a": {"d": 1}}, limits=ModelLimits(models={"d": Limits(weight=2)}))
+    data = json.loads(stated.to_bytes())
     assert (data["aliases"], data["limits"]) == ({"a": {"d": 1}}, {"models": {"d": {"weight": 2.0}}})
-    assert Generation.from_bytes(said.to_bytes()) == said
-    assert not said.same_content(plain)
+    assert Generation.from_bytes(stated.to_bytes()) == stated
+    assert not stated.same_content(plain)
 
 
 def test_a_key_has_limits() -> None:
@@ -157,7 +157,7 @@ def test_a_key_has_limits() -> None:
 
 
 @pytest.mark.parametrize(
-    ("scopes", "limits", "said"),
+    ("scopes", "limits", "expected"),
     [
         (["admin"], {"weight": 1}, "without admin"),
         (["build"], {"weight": 1}, "models and limits only"),
@@ -165,8 +165,8 @@ def test_a_key_has_limits() -> None:
         (["infer"], {"max_wait": 1}, "line 1: limits.max_wait: "),
     ],
 )
-def test_limits_that_no_key_can_have(scopes: list[str], limits: dict[str, Any], said: str) -> None:
+def test_limits_that_no_key_can_have(scopes: list[str], limits: dict[str, Any], expected: str) -> None:
     """The line is refused, by its number and field."""
     line = json.dumps({"id": "a", "sha256": "0" * 64, "scopes": scopes, "limits": limits})
-    with pytest.raises(SettingsInvalid, match=said):
+    with pytest.raises(SettingsInvalid, match=expected):
         parse_keys(line, "f")

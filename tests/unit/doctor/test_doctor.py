@@ -102,9 +102,9 @@ def test_an_adapter_takes_what_is_said(base: Path) -> None:
         for tensor in (*group.a, *group.b)
         if tensor is not None
     ]
-    said = sizes_of(LLAMA, SETTINGS, 10**9).fits[0]
-    assert said.rank == 8
-    assert said.adapter_bytes == sum(tensor.nbytes for tensor in tensors)
+    stated = sizes_of(LLAMA, SETTINGS, 10**9).fits[0]
+    assert stated.rank == 8
+    assert stated.adapter_bytes == sum(tensor.nbytes for tensor in tensors)
 
 
 def test_what_fits_beside_weights_and_cache() -> None:
@@ -154,12 +154,16 @@ def test_the_doctors_figures_are_those_of_the_plan(
         cache = replace(cache_of(config, item, settings, device), kv_bytes=kv_bytes)
         return plan_on(device, free - needs.weights - adapters, needs, cache)
 
-    said = None if kv_memory_gb is None else int(kv_memory_gb * 1e9)
-    assert (sizes.refusal, sizes.kv_bytes, sizes.kv_is_set) == ("", plan(0, said).kv_bytes, said is not None)
+    stated = None if kv_memory_gb is None else int(kv_memory_gb * 1e9)
+    assert (sizes.refusal, sizes.kv_bytes, sizes.kv_is_set) == (
+        "",
+        plan(0, stated).kv_bytes,
+        stated is not None,
+    )
     for fit in sizes.fits:
-        assert plan(fit.adapters * fit.adapter_bytes, said or sizes.kv_bytes).kv_bytes == sizes.kv_bytes
+        assert plan(fit.adapters * fit.adapter_bytes, stated or sizes.kv_bytes).kv_bytes == sizes.kv_bytes
         with pytest.raises(ResourcesExhausted):
-            plan((fit.adapters + 1) * fit.adapter_bytes, said or sizes.kv_bytes)
+            plan((fit.adapters + 1) * fit.adapter_bytes, stated or sizes.kv_bytes)
 
 
 def test_a_replica_plans_what_the_doctor_says(tmp_path: Path) -> None:

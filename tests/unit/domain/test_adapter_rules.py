@@ -227,8 +227,8 @@ def test_messages_name_field_value_expected_and_cure(tmp_path, config, extra, wo
     """A finding names the place, the found value, the expected one, and the cure."""
     values = tensors() | {name: np.ones(shape, np.float16) for name, shape in extra.items()}
     (finding,) = check_adapter(write_adapter(tmp_path, values, **config), book()).errors
-    said = (finding.code, finding.where, finding.expected, finding.found, finding.fix)
-    for word, text in zip(words, said, strict=True):
+    stated = (finding.code, finding.where, finding.expected, finding.found, finding.fix)
+    for word, text in zip(words, stated, strict=True):
         assert word in text
 
 

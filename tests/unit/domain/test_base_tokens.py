@@ -140,8 +140,8 @@ def test_another_meaning_of_an_id_is_refused(tmp_path):
     base, adapter = tmp_path / "base", tmp_path / "adapter"
     tokenizer().save_pretrained(base)
     adapter.mkdir()
-    said = (base / "tokenizer.json").read_text().replace("</s>", "<|im_end|>")
-    (adapter / "tokenizer.json").write_text(said)
+    output = (base / "tokenizer.json").read_text().replace("</s>", "<|im_end|>")
+    (adapter / "tokenizer.json").write_text(output)
     (finding,) = compared(base, adapter).findings
     assert finding.code == "E_EMBED"
     assert finding.found == "<|im_end|> (id 5, which is </s> in the base)"

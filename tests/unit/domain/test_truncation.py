@@ -76,9 +76,9 @@ def deployment(folder: Path, **lora: Any) -> Deployment:
     return deployment_of(folder, "wide", lora_configuration={"dtype": "float32"} | lora)
 
 
-def built(wanted: Deployment, context: BuildContext) -> Bundle:
+def built(required: Deployment, context: BuildContext) -> Bundle:
     """Build, and read the bundle as a replica does."""
-    return folders.built(wanted, context).bundle("wide")
+    return folders.built(required, context).bundle("wide")
 
 
 def test_a_rank_above_the_ceiling_is_refused_unless_truncation_is_wished(
@@ -107,14 +107,14 @@ def test_a_rank_above_the_ceiling_is_refused_unless_truncation_is_wished(
 
 def test_a_truncated_bundle_is_reproducible(tmp_path: Path, context: BuildContext) -> None:
     """The same build again has the same digest, so nothing is uploaded again."""
-    wanted = deployment(tmp_path, truncate_to_rank=3)
-    assert built(wanted, context).digest == built(wanted, context).digest
+    expected = deployment(tmp_path, truncate_to_rank=3)
+    assert built(expected, context).digest == built(expected, context).digest
 
 
 def test_the_report_of_a_check_says_what_would_be_lost(tmp_path: Path, context: BuildContext) -> None:
     """A dry run with truncation lists each row's own rank and error, and is accepted with a warning."""
-    wanted = deployment(tmp_path, truncate_to_rank=2)
-    report = check_one(wanted, context, Progress(wanted.build.lora_adapters))
+    expected = deployment(tmp_path, truncate_to_rank=2)
+    report = check_one(expected, context, Progress(expected.build.lora_adapters))
     assert report.accepted
     assert [(row.rank, row.truncation.rank) for row in report.rows if row.truncation] == [(2, 8), (2, 4)] * 2
     assert "W_TRUNCATED" in [finding.code for finding in report.findings]
@@ -130,6 +130,6 @@ def test_it_cannot_be_above_the_ceiling(tmp_path: Path, context: BuildContext) -
 
 def test_the_wish_travels_to_the_builder(tmp_path: Path) -> None:
     """Truncation and proof are part of the message, and so of a build's identity."""
-    wanted = deployment(tmp_path, truncate_to_rank=3)
-    wanted = wanted.model_copy(update={"build": wanted.build.model_copy(update={"prove": True})})
-    assert deployment_from_message(deployment_to_message(wanted)) == wanted
+    expected = deployment(tmp_path, truncate_to_rank=3)
+    expected = expected.model_copy(update={"build": expected.build.model_copy(update={"prove": True})})
+    assert deployment_from_message(deployment_to_message(expected)) == expected

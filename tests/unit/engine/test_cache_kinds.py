@@ -61,8 +61,8 @@ class Device:
             self.states |= {to: self.states[source] for to, source in copies.items()}
         self.copied += batch.copies
         rows = lay_out(batch, self.drawn)
-        given = zip(rows.tokens, rows.sources, strict=True)
-        tokens = [token if source < 0 else self.ids[source] for token, source in given]
+        provided = zip(rows.tokens, rows.sources, strict=True)
+        tokens = [token if source < 0 else self.ids[source] for token, source in provided]
         seen = {}
         for chunk, context in zip(rows.arrangement.chunks, rows.contexts, strict=True):
             uid, start = chunk.seq.slot + 1, context.end - context.length
@@ -448,17 +448,17 @@ def test_who_calls_an_activated_adapter_finds_the_state_before_and_leaves_one() 
     """Behind the base it begins at the base's last state; on what nobody said before it leaves a state of the
     base where it is called, where others go on."""
     engine, _, manager = Base(snapshots=9, spacing=8).engine()
-    said, new = [0, 2, 4] * 10, [2, 2, 0] * 7
-    _run(engine, manager, said)
-    assert _run(engine, manager, [*said, *INVOCATION], uid=3).progress.num_cached == 28
-    assert _run(engine, manager, [*new, *INVOCATION, *said], uid=3).progress.num_cached == 0
+    stated, new = [0, 2, 4] * 10, [2, 2, 0] * 7
+    _run(engine, manager, stated)
+    assert _run(engine, manager, [*stated, *INVOCATION], uid=3).progress.num_cached == 28
+    assert _run(engine, manager, [*new, *INVOCATION, *stated], uid=3).progress.num_cached == 0
     assert _run(engine, manager, [*new, 4]).progress.num_cached == 20
 
 
 def test_who_was_called_elsewhere_in_a_block_has_another_block() -> None:
     """The same tokens are two blocks where one adapter acts on more of them; before, they are one."""
-    said, sampling = [0, 2, 4, 0, *INVOCATION], SamplingParams(max_tokens=2)
-    seqs = [_sequence(prompt, sampling, 3) for prompt in ([*said], [*said, *INVOCATION])]
+    emitted, sampling = [0, 2, 4, 0, *INVOCATION], SamplingParams(max_tokens=2)
+    seqs = [_sequence(prompt, sampling, 3) for prompt in ([*emitted], [*emitted, *INVOCATION])]
     seqs[0].progress.tokens += INVOCATION
     keys = [[prefix_key(seq, index, BLOCK) for index in range(2)] for seq in seqs]
     assert seqs[0].progress.tokens == seqs[1].progress.tokens

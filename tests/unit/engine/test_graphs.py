@@ -89,20 +89,20 @@ def test_tensors_that_do_not_outlive_the_recording_are_refused() -> None:
 def test_nothing_that_a_graph_left_behind_is_read() -> None:
     """Memory of its own is poisoned by the replay of any graph of the recorder, static tensors are not."""
     x, total = torch.ones(3), torch.zeros(3)
-    kept: list[Tensor] = []
+    retained: list[Tensor] = []
 
     def work() -> None:
-        kept.append(x * 2)
-        total.add_(kept[-1])
+        retained.append(x * 2)
+        total.add_(retained[-1])
 
     recorder = TapeRecorder()
     first, second = recorder.capture(work), recorder.capture(work)
     total.zero_()
     first.replay()
     assert torch.equal(total, torch.full((3,), 2.0))
-    assert torch.equal(kept[2], torch.full((3,), 2.0))
+    assert torch.equal(retained[2], torch.full((3,), 2.0))
     second.replay()
-    assert kept[2].isnan().all()
+    assert retained[2].isnan().all()
     assert torch.equal(total, torch.full((3,), 4.0))
 
 

@@ -77,10 +77,10 @@ def test_it_fails_and_nothing_of_it_is_found(fields: dict[str, object]) -> None:
     """Neither blocks nor states; what others have of the same tokens stays."""
     world = World(states=StateSlots(12, 4, 1))
     assert world.reason("good", world.good, **fields) == ""
-    kept = world.blocks.stats.hit
+    retained = world.blocks.stats.hit
     for _ in range(2):
         assert world.reason("bad", world.bad, **fields) == "NUMERICS"
-    assert world.blocks.stats.hit == kept
+    assert world.blocks.stats.hit == retained
     assert world.ask("good", world.good, **fields).num_cached == 12
     assert world.blocks.num_free == world.blocks.num_blocks
 

@@ -248,12 +248,12 @@ def test_who_is_copied_at_once_misses_no_step() -> None:
         threading.Thread(target=copy).start()
 
     world.loader.run = run  # type: ignore[method-assign]
-    asked = [world.ask(0, new=1), world.ask(1, new=1)]
+    requests = [world.ask(0, new=1), world.ask(1, new=1)]
     world.step()
     world.loader.end_one()
     world.loader.end_one()
     world.step()
-    assert set(world.ends) == {each.id for each in asked}
+    assert set(world.ends) == {each.id for each in requests}
 
 
 def test_a_copy_that_takes_long_is_not_waited_for() -> None:
@@ -297,14 +297,14 @@ def test_endless_streams_make_room_in_the_bank() -> None:
         world.step()
         while world.loader.begun:
             world.loader.end_one()
-    asked = world.ask(2, new=2)
+    query = world.ask(2, new=2)
     for _ in range(400):
         world.step()
         if world.loader.begun:
             world.loader.end_one()
-        if asked.id in world.ends:
+        if query.id in world.ends:
             break
-    assert world.ends[asked.id].finish is EndReason.LENGTH
+    assert world.ends[query.id].finish is EndReason.LENGTH
     assert not any(seq.id in world.ends for seq in endless)
     world.settle()
     assert all(world.ends[seq.id].finish is EndReason.LENGTH for seq in endless)
@@ -329,10 +329,10 @@ def test_what_fits_beside_no_pin_is_refused_by_name() -> None:
     world.settle()
     small, large = world.ask(1), world.ask(2)
     world.settle()
-    for seq, said in ((small, "pinned"), (large, "does not fit")):
+    for seq, stated in ((small, "pinned"), (large, "does not fit")):
         fault = world.ends[seq.id].fault
         assert isinstance(fault, ResourcesExhausted)
-        assert said in fault.message
+        assert stated in fault.message
 
 
 def test_a_prefetched_adapter_takes_room_that_nobody_has_and_no_other() -> None:
@@ -438,12 +438,14 @@ def test_mixtures_that_want_the_same_places_take_turns() -> None:
     """Two places, and four endless mixtures of two adapters each: nobody keeps half of what another needs, no
     place is waited for in vain, and each has its share of the tokens."""
     world = World(2, [1] * 5, adapters=2)
-    asked = [world.ask(*pair, new=300) for pair in ((0, 1), (2, 3), (1, 2), (3, 0))] + [world.ask(4, new=300)]
+    requests = [world.ask(*pair, new=300) for pair in ((0, 1), (2, 3), (1, 2), (3, 0))] + [
+        world.ask(4, new=300)
+    ]
     world.settle(20000)
-    assert all(world.ends[seq.id].finish is EndReason.LENGTH for seq in asked)
+    assert all(world.ends[seq.id].finish is EndReason.LENGTH for seq in requests)
     first = world.runner.batches[: len(world.runner.batches) // 2]
     rows = Counter(chunk.seq.id for batch in first for chunk in batch.chunks)
-    assert min(rows[seq.id] for seq in asked) > 50
+    assert min(rows[seq.id] for seq in requests) > 50
 
 
 def test_a_mixture_that_no_bank_of_this_size_holds_is_refused_and_nobody_else() -> None:
@@ -552,12 +554,12 @@ def test_every_request_ends_once_on_its_own_digest(
     not aborted ends once, and in the end nothing is held.
     """
     world = World(units, sizes, depth, adapters=adapters)
-    asked = [seq for action in actions if (seq := _act(world, action, adapters)) is not None]
+    requests = [seq for action in actions if (seq := _act(world, action, adapters)) is not None]
     world.settle()
     for adapter in world.adapters:
         world.residency.unpin(adapter)
     world.settle()
-    assert {seq.id for seq in asked} == set(world.ends) | world.aborted
+    assert {seq.id for seq in requests} == set(world.ends) | world.aborted
     assert all(standing.in_flight == standing.waiting == 0 for standing in world.residency.standings())
     assert world.blocks.num_free == world.blocks.num_blocks
     taken = sum(-(-size // UNIT) * UNIT for _, _, size in world.bank.slots.values())

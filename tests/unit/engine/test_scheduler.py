@@ -273,9 +273,9 @@ def test_a_model_that_asks_once_does_not_wait_for_endless_streams() -> None:
     engine, _, _ = _engine(max_seqs=32, max_tokens=64, blocks=2000)
     _add(engine, *(_seq(2, 2000, flow="endless") for _ in range(40)))
     _run(engine, 50)
-    asked = _seq(8, 4, flow="once")
-    engine.add(asked)
-    assert _steps(engine, asked, 20, first=True) <= 2
+    query = _seq(8, 4, flow="once")
+    engine.add(query)
+    assert _steps(engine, query, 20, first=True) <= 2
 
 
 def test_the_first_token_of_an_adapter_without_a_place_costs_one_preemption() -> None:
@@ -283,9 +283,9 @@ def test_the_first_token_of_an_adapter_without_a_place_costs_one_preemption() ->
     engine, _, _ = _engine(max_seqs=64, max_adapters=16, max_tokens=256, blocks=4000)
     _add(engine, *(_seq(2, 2000, uid=uid) for uid in range(1, 17)))
     _run(engine, 50)
-    asked = _seq(8, 4, uid=17)
-    engine.add(asked)
-    assert _steps(engine, asked, 10, first=True)
+    query = _seq(8, 4, uid=17)
+    engine.add(query)
+    assert _steps(engine, query, 10, first=True)
     assert engine.stats.preemptions <= 2
 
 
@@ -294,10 +294,10 @@ def test_many_new_ones_are_served_soon() -> None:
     engine, _, _ = _engine(max_seqs=32, max_adapters=32, max_tokens=256, blocks=4000)
     _add(engine, *(_seq(2, 4000, flow="endless") for _ in range(40)))
     _run(engine, 50)
-    asked = [_seq(8, 3, uid=uid) for uid in range(1, 21)]
-    _add(engine, *asked)
+    requests = [_seq(8, 3, uid=uid) for uid in range(1, 21)]
+    _add(engine, *requests)
     _run(engine, 20)
-    assert all(seq.num_generated for seq in asked)
+    assert all(seq.num_generated for seq in requests)
 
 
 def test_of_all_rows_few_are_computed_twice_for_new_ones() -> None:
@@ -334,9 +334,9 @@ def test_a_queue_at_its_share_delays_no_other() -> None:
     _add(engine, *(_seq(2, 1500, flow="endless") for _ in range(3)))
     _add(engine, *(_seq(2, 1500, flow="bounded", share=Share(weight=50.0, max_running=1)) for _ in range(2)))
     _run(engine, 20)
-    asked = _seq(2, 2, flow="once")
-    engine.add(asked)
-    assert _steps(engine, asked, 300, first=True)
+    query = _seq(2, 2, flow="once")
+    engine.add(query)
+    assert _steps(engine, query, 300, first=True)
 
 
 def test_who_lacks_a_seat_alone_is_not_hidden_by_who_lacks_a_place_too() -> None:

@@ -304,9 +304,9 @@ def test_a_first_token_of_another_model_does_not_wait_for_streams(decode_s: floa
     machine = Machine(step_s=0.01, decode_s=decode_s)
     engine = _with_64_streams(machine)
     for number in range(4):
-        [asked] = _add(engine, _seq(64, flow=f"once {number}"))
+        [requests] = _add(engine, _seq(64, flow=f"once {number}"))
         engine.step()
-        assert asked.num_known
+        assert requests.num_known
         assert (len(machine.batches[-1].chunks) == 1) is alone
         _add(engine, _seq(64, flow=f"after {number}"))
         engine.step()

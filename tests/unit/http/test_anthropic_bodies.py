@@ -135,7 +135,7 @@ def test_what_is_not_taken_is_named(fields: dict[str, Any], where: str) -> None:
 def test_what_a_chat_refuses_is_named_in_this_apis_words() -> None:
     """Places of the chat that a body becomes are told as those of the body."""
     chat = _chat(system="Be brief.", tools=[TOOL] * 4, messages=[USER, *CLAUDE_CODE["messages"][1:]])
-    told = {
+    reported = {
         "messages[0].content": "system",
         "messages[1].content": "messages[0].content[0]",
         "messages[2].tool_calls[0].function.name": "messages[1].content[0]",
@@ -147,7 +147,7 @@ def test_what_a_chat_refuses_is_named_in_this_apis_words() -> None:
         "response_format": "output_config.format",
         "top_p": "top_p",
     }
-    assert [chat.place(where) for where in told] == list(told.values())
+    assert [chat.place(where) for where in reported] == list(reported.values())
 
 
 def test_a_body_of_claude_code() -> None:
@@ -171,8 +171,8 @@ def test_a_body_of_claude_code() -> None:
 
 def test_turns_of_one_role_are_one() -> None:
     """Messages of one role are one, as the API says; a result between texts of a user stays between them."""
-    said = [{"role": "assistant", "content": [USE]}, {"role": "user", "content": [RESULT]}, USER, USER]
-    turns = _chat(messages=[USER, USER, *said]).turns
+    stated = [{"role": "assistant", "content": [USE]}, {"role": "user", "content": [RESULT]}, USER, USER]
+    turns = _chat(messages=[USER, USER, *stated]).turns
     assert [(turn.role, turn.content) for turn in turns] == [
         ("user", "Hi\nHi"),
         ("assistant", ""),
@@ -223,18 +223,18 @@ def test_a_schema_constrains_the_answer(where: str) -> None:
 def test_null_is_not_set() -> None:
     """A null is not set in blocks and tools as in bodies, under any name."""
     names = set(MessagesBody.model_fields) - set(BODY)
-    asked = _chat(**dict.fromkeys(names)).rest
-    assert asked.sampling.temperature is None
-    assert asked.sampling.stop == ()
+    query = _chat(**dict.fromkeys(names)).rest
+    assert query.sampling.temperature is None
+    assert query.sampling.stop == ()
 
 
 def test_what_is_counted_is_what_is_asked() -> None:
     """Both routes make the same messages of a body."""
     fields = {name: value for name, value in CLAUDE_CODE.items() if name in CountBody.model_fields}
     counted = chat_of(CountBody.model_validate_json(json.dumps(fields)))
-    asked = _chat(**CLAUDE_CODE)
+    query = _chat(**CLAUDE_CODE)
     same = ("turns", "tools", "variables", "goes_on")
-    assert all(getattr(counted, name) == getattr(asked, name) for name in same)
+    assert all(getattr(counted, name) == getattr(query, name) for name in same)
 
 
 @pytest.mark.parametrize(
@@ -247,8 +247,8 @@ def test_what_is_counted_is_what_is_asked() -> None:
 )
 def test_errors_have_anthropics_shape(fault: Fault, kind: str) -> None:
     """A type, a message and the id of the request."""
-    told = message_fault(fault, "r1")
-    assert told == {"type": "error", "error": {"type": kind, "message": fault.message}, "request_id": "r1"}
+    reported = message_fault(fault, "r1")
+    assert reported == {"type": "error", "error": {"type": kind, "message": fault.message}, "request_id": "r1"}
 
 
 def test_a_thread_is_refused_so_that_clients_go_on_without() -> None:

@@ -91,9 +91,9 @@ async def test_marks_that_are_special_tokens_are_asked_for(tmp_path: Path) -> No
     turns = [USER, {"role": "assistant", "tool_calls": [call]}]
     turns.append({"role": "tool", "content": "4", "tool_call_id": "call_1"})
     assert await ask(service, messages=turns, tools=[FIND]) == [["call", "find", "{}"]]
-    [asked] = service.asked
-    assert "[TOOL_CALLS]" in asked.output.shown_special_tokens
-    _, called, answered = list(asked.prompt.content)
+    [query] = service.asked
+    assert "[TOOL_CALLS]" in query.output.shown_special_tokens
+    _, called, answered = list(query.prompt.content)
     assert isinstance(called, dict)
     assert isinstance(answered, dict)
     assert called["tool_calls"][0]["id"] == answered["tool_call_id"]
@@ -145,8 +145,8 @@ async def test_what_is_demanded_is_demanded_in_the_dialect(
 ) -> None:
     """Several calls or one, calls within text, and formats behind reasoning; else nothing."""
     service = Speaks(tmp_path, family, says)
-    told = await ask(service, **{"tools": [FIND]} | fields)
-    assert told == [["call", "find", "{}"]] if says == CALL else told == [["said", says]]
+    reported = await ask(service, **{"tools": [FIND]} | fields)
+    assert reported == [["call", "find", "{}"]] if says == CALL else reported == [["said", says]]
     assert constraint in service.constraint
     assert bool(constraint) == bool(service.constraint)
 
@@ -156,8 +156,8 @@ async def test_without_marks_a_demanded_call_is_plain_json(tmp_path: Path) -> No
     parameters = {"type": "object", "properties": {"x": {"type": "string", "pattern": "a"}}}
     tool = {"type": "function", "function": {"name": "find", "parameters": parameters, "strict": True}}
     service = Speaks(tmp_path, "Qwen 3.5", 'Hm.</think>{"name": "find", "arguments": {"x": "a"}}')
-    told = await ask(service, tools=[tool], tool_choice="required")
-    assert told == [["thought", "Hm."], ["call", "find", '{"x": "a"}']]
+    reported = await ask(service, tools=[tool], tool_choice="required")
+    assert reported == [["thought", "Hm."], ["call", "find", '{"x": "a"}']]
     assert '"pattern": "a"' in service.constraint
     with pytest.raises(RequestInvalid, match="pattern"):
         await ask(service, tools=[tool])

@@ -126,7 +126,7 @@ def test_what_changes_nothing_is_accepted() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "prompts"),
+    ("provided", "prompts"),
     [
         ("a", ("a",)),
         (["a", "b"], ("a", "b")),
@@ -136,17 +136,17 @@ def test_what_changes_nothing_is_accepted() -> None:
         ("", ("",)),
     ],
 )
-def test_prompts_come_in_many_shapes(given: Any, prompts: tuple[Any, ...]) -> None:
+def test_prompts_come_in_many_shapes(provided: Any, prompts: tuple[Any, ...]) -> None:
     """A text, texts, token ids, lists of token ids, and mixtures."""
-    assert CompletionBody.model_validate_json(json.dumps({"model": "m", "prompt": given})).prompt == prompts
+    assert CompletionBody.model_validate_json(json.dumps({"model": "m", "prompt": provided})).prompt == prompts
 
 
 @pytest.mark.parametrize(
-    "given", [[], [[]], 3, None, {"a": 1}, [True], [1.5], [[1], 2], ["a"] * (MAX_PROMPTS + 1)]
+    "provided", [[], [[]], 3, None, {"a": 1}, [True], [1.5], [[1], 2], ["a"] * (MAX_PROMPTS + 1)]
 )
-def test_prompts_that_are_none_are_refused(given: Any) -> None:
+def test_prompts_that_are_none_are_refused(provided: Any) -> None:
     """Anything else is refused by name."""
-    assert _error(CompletionBody, json.dumps({"model": "m", "prompt": given}))["param"] == "prompt"
+    assert _error(CompletionBody, json.dumps({"model": "m", "prompt": provided}))["param"] == "prompt"
 
 
 def test_a_suffix_is_refused() -> None:
@@ -156,12 +156,12 @@ def test_a_suffix_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "choice"),
+    ("provided", "choice"),
     [(None, None), ("none", "none"), ("required", "required"), (TOOL, NamedTool("f"))],
 )
-def test_tool_choices(given: Any, choice: object) -> None:
+def test_tool_choices(provided: Any, choice: object) -> None:
     """A word, or a function by name."""
-    body = ChatBody.model_validate_json(json.dumps(CHAT | {"tools": [TOOL], "tool_choice": given}))
+    body = ChatBody.model_validate_json(json.dumps(CHAT | {"tools": [TOOL], "tool_choice": provided}))
     assert body.tool_choice == choice
 
 

@@ -50,19 +50,19 @@ def test_the_temperature_is_left_to_the_adapter() -> None:
 
 def test_versions_and_keys_come_in_the_body_and_in_headers() -> None:
     """The higher one of two generations counts, and a header's key comes before the user."""
-    asked = _chat({"x-loramux-min-generation": "7", "x-loramux-key": "k"}, user="ann", min_generation=3)
-    assert (asked.model.min_generation, asked.model.sticky_key) == (7, "k")
-    asked = _chat({"x-loramux-min-generation": "2"}, user="ann", min_generation=3)
-    assert (asked.model.min_generation, asked.model.sticky_key) == (3, "ann")
+    requests = _chat({"x-loramux-min-generation": "7", "x-loramux-key": "k"}, user="ann", min_generation=3)
+    assert (requests.model.min_generation, requests.model.sticky_key) == (7, "k")
+    requests = _chat({"x-loramux-min-generation": "2"}, user="ann", min_generation=3)
+    assert (requests.model.min_generation, requests.model.sticky_key) == (3, "ann")
     assert (_chat().model.min_generation, _chat().model.sticky_key) == (0, "")
 
 
-@pytest.mark.parametrize("said", ["", "-1", "1.5", "seven", "1" * 20, str(2**63)])
-def test_a_header_that_is_no_generation_is_refused_by_name(said: str) -> None:
+@pytest.mark.parametrize("expected", ["", "-1", "1.5", "seven", "1" * 20, str(2**63)])
+def test_a_header_that_is_no_generation_is_refused_by_name(expected: str) -> None:
     """A typing mistake in a header is no reason to answer with an older version."""
     with pytest.raises(RequestInvalid) as refused:
-        _chat({"x-loramux-min-generation": said})
-    assert refused.value.findings[0].where.endswith("min-generation") or said == str(2**63)
+        _chat({"x-loramux-min-generation": expected})
+    assert refused.value.findings[0].where.endswith("min-generation") or expected == str(2**63)
 
 
 def test_lengths() -> None:
@@ -116,15 +116,15 @@ def test_how_long_to_think_is_told_to_the_template() -> None:
     off = {"enable_thinking": False, "thinking": False, "reasoning_effort": "none"}
     assert _chat(reasoning_effort="none").prompt.chat_template_kwargs == off
     own = {"thinking": True, "x": [1]}
-    asked = _chat(reasoning_effort="none", chat_template_kwargs=own)
-    assert asked.prompt.chat_template_kwargs == off | own
+    query = _chat(reasoning_effort="none", chat_template_kwargs=own)
+    assert query.prompt.chat_template_kwargs == off | own
 
 
 def test_formats_become_constraints() -> None:
     """The schema is handed on as it came; text is no constraint."""
     schema = {"type": "object", "properties": {"a": {"const": "é"}}}
-    asked = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema, "strict": True}}
-    constraint = _chat(response_format=asked).output.constraint
+    requests = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema, "strict": True}}
+    constraint = _chat(response_format=requests).output.constraint
     assert constraint
     assert (constraint.kind, json.loads(constraint.text)) == ("json_schema", schema)
     assert _chat(response_format={"type": "text"}).output.constraint is None

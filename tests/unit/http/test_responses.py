@@ -174,9 +174,9 @@ def test_items_of_a_turn_are_one_message(items: list[dict[str, Any]], turns: lis
 def test_a_response_is_a_chat(here: dict[str, Any], there: dict[str, Any]) -> None:
     """Both APIs ask the engine for the same."""
     body = {"model": "m", "messages": [{"role": "user", "content": "Hi"}]} | there
-    asked, chat = _chat(**here), openai.chat_of(ChatBody.model_validate_json(json.dumps(body)))
-    assert replace(asked.request(), id="") == replace(chat.request(), id="")
-    assert (asked.choice, asked.parallel, asked.constraint) == (chat.choice, chat.parallel, chat.constraint)
+    query, chat = _chat(**here), openai.chat_of(ChatBody.model_validate_json(json.dumps(body)))
+    assert replace(query.request(), id="") == replace(chat.request(), id="")
+    assert (query.choice, query.parallel, query.constraint) == (chat.choice, chat.parallel, chat.constraint)
 
 
 @pytest.mark.parametrize("mode", ["auto", "required"])
@@ -241,11 +241,11 @@ def test_items_hold_what_the_pieces_say(batches: list[list[Piece]]) -> None:
         expected += [("function_call", "{}") if isinstance(each, CallBegun) else _kind(each) for each in batch]
     output.end([], "completed")
     items = output.items()
-    told = [
+    reported = [
         (item["type"], item["arguments"] if item["type"] == "function_call" else _text(item)) for item in items
     ]
     spaceless = [item for item in _merged(expected) if item[0] != "message" or item[1].strip()]
-    assert told == (_merged(spaceless) or [("message", told[0][1])])
+    assert reported == (_merged(spaceless) or [("message", reported[0][1])])
     assert all(item["status"] == "completed" for item in items)
     assert all(
         uncarried(item["encrypted_content"]) == _text(item) for item in items if item["type"] == "reasoning"
@@ -256,10 +256,10 @@ def _kind(piece: TextPiece | Thought) -> tuple[str, str]:
     return "message" if isinstance(piece, TextPiece) else "reasoning", piece.text
 
 
-def _merged(said: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+def _merged(stated: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
     """Join neighbours of a kind, but for calls, each of which is one."""
     merged: list[tuple[str, str]] = []
-    for kind, text in said:
+    for kind, text in stated:
         if merged and merged[-1][0] == kind != "function_call":
             text = merged.pop()[1] + text
         merged.append((kind, text))

@@ -65,9 +65,9 @@ def deployment(folder: Path, *adapters: str, **lora: Any) -> Deployment:
     return parse_deployment(data).deployment
 
 
-def run(wanted: Deployment, context: BuildContext) -> Any:
+def run(required: Deployment, context: BuildContext) -> Any:
     """Build and return the result."""
-    return build(wanted, context, Progress(wanted.build.lora_adapters))
+    return build(required, context, Progress(required.build.lora_adapters))
 
 
 def test_a_build_publishes_bundles_then_the_generation_then_the_pointer(tmp_path, context):
@@ -109,11 +109,13 @@ def test_the_same_adapter_has_the_same_digest_from_anywhere(tmp_path, context):
         run(deployment(tmp_path, "one", "deep/two".replace("/", "-")).model_copy(), context) if False else None
     )
     assert result is None
-    wanted = deployment(tmp_path, "one", "two")
-    moved = wanted.build.lora_adapters["two"].model_copy(update={"repo": str(tmp_path / "deep" / "two")})
-    adapters = {**wanted.build.lora_adapters, "two": moved}
-    wanted = wanted.model_copy(update={"build": wanted.build.model_copy(update={"lora_adapters": adapters})})
-    records = run(wanted, context).generation.adapters
+    expected = deployment(tmp_path, "one", "two")
+    moved = expected.build.lora_adapters["two"].model_copy(update={"repo": str(tmp_path / "deep" / "two")})
+    adapters = {**expected.build.lora_adapters, "two": moved}
+    expected = expected.model_copy(
+        update={"build": expected.build.model_copy(update={"lora_adapters": adapters})}
+    )
+    records = run(expected, context).generation.adapters
     assert records["one"].digest == records["two"].digest
     assert records["one"].source != records["two"].source
 
@@ -133,10 +135,10 @@ def test_all_violations_of_all_adapters_and_an_empty_store(tmp_path, context):
     write_adapter(tmp_path / "one", use_dora=True, task_type="SEQ_CLS")
     write_adapter(tmp_path / "two", tensors(rank=128), r=128)
     (tmp_path / "three").mkdir()
-    wanted = deployment(tmp_path, "good", "one", "two", "three")
-    progress = Progress(wanted.build.lora_adapters)
+    expected = deployment(tmp_path, "good", "one", "two", "three")
+    progress = Progress(expected.build.lora_adapters)
     with pytest.raises(AdapterInvalid) as refusal:
-        build(wanted, context, progress)
+        build(expected, context, progress)
     assert {(item.adapter, item.code) for item in refusal.value.findings} == {
         ("one", "E_DORA"),
         ("one", "E_TASK"),
@@ -150,7 +152,7 @@ def test_all_violations_of_all_adapters_and_an_empty_store(tmp_path, context):
 
 
 @pytest.mark.parametrize(
-    ("given", "config", "expected"),
+    ("provided", "config", "expected"),
     [
         (None, {"torch_dtype": "float16"}, "float16"),
         (None, {"torch_dtype": None}, "bfloat16"),
@@ -158,11 +160,11 @@ def test_all_violations_of_all_adapters_and_an_empty_store(tmp_path, context):
         ("float32", {}, "float32"),
     ],
 )
-def test_storage_type(tmp_path, context, given, config, expected):
+def test_storage_type(tmp_path, context, provided, config, expected):
     """Bundles have the type that was asked for, else the base's, else bfloat16."""
     write_base(tmp_path / "base", **config)
     write_adapter(tmp_path / "one")
-    generation = run(deployment(tmp_path, "one", dtype=given), context).generation
+    generation = run(deployment(tmp_path, "one", dtype=provided), context).generation
     assert (generation.lora_dtype, read_manifest(context.store, generation.adapters["one"].digest).dtype) == (
         expected,
         expected,
@@ -194,11 +196,11 @@ def test_a_pinned_local_adapter_may_not_change(tmp_path, context):
     found = run(deployment(tmp_path, "one"), context).generation.adapters["one"].source
     data = deployment(tmp_path, "one").model_dump(mode="json")
     data["build"]["lora_adapters"]["one"]["revision"] = found.revision
-    wanted = parse_deployment(data).deployment
-    assert run(wanted, context).generation.adapters["one"].source == found
+    expected = parse_deployment(data).deployment
+    assert run(expected, context).generation.adapters["one"].source == found
     write_adapter(tmp_path / "one", tensors(seed=1))
     with pytest.raises(RevisionNotFound, match="expected content"):
-        run(wanted, context)
+        run(expected, context)
 
 
 @pytest.mark.parametrize("missing", ["config.json", "model.safetensors"])
@@ -212,20 +214,20 @@ def test_a_base_that_is_none(tmp_path, context, missing):
 def test_a_stopped_build_ends_at_its_next_step(tmp_path, context):
     """A build that is asked to stop raises, publishes nothing more and cleans up."""
     write_adapter(tmp_path / "one")
-    wanted = deployment(tmp_path, "one")
+    expected = deployment(tmp_path, "one")
     progress = Progress(["one"])
     progress.stop()
     with pytest.raises(BuildInterrupted):
-        build(wanted, context, progress)
+        build(expected, context, progress)
     assert context.store.objects == {}
 
 
 def test_progress_counts_bytes_to_their_total(tmp_path, context):
     """Each stage with a known size ends with as many bytes as it announced."""
     write_adapter(tmp_path / "one")
-    wanted, seen = deployment(tmp_path, "one"), []
+    expected, seen = deployment(tmp_path, "one"), []
     progress = Progress(["one"], lambda: seen.append(progress.adapters[0]))
-    build(wanted, context, progress)
+    build(expected, context, progress)
     stages = list(dict.fromkeys(adapter.stage for adapter in seen))
     assert stages == [Stage.FETCHING, Stage.VALIDATING, Stage.CONVERTING, Stage.PUBLISHING, Stage.DONE]
     last = {adapter.stage: adapter for adapter in seen}

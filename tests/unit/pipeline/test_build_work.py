@@ -142,14 +142,14 @@ def test_a_disk_with_less_than_the_reserve_is_told_the_truth(tmp_path):
     free = os.statvfs(tmp_path).f_bavail * os.statvfs(tmp_path).f_frsize
     with pytest.raises(ResourcesExhausted) as refusal:
         Space(tmp_path, Ledger(), None).check(free, "the adapters")
-    said = re.fullmatch(
+    stated = re.fullmatch(
         rf"the adapters: {free} bytes; with 0 that running builds are about to write and {RESERVE_BYTES} that "
         r"stay free for others, the disk of the builder's work folder needs (\d+) free bytes and has (\d+)\. "
         r"Free (\d+), or set LORAMUX_WORK_DIR to a folder on a larger disk\.",
         refusal.value.message,
     )
-    assert said is not None
-    needed, has, missing = map(int, said.groups())
+    assert stated is not None
+    needed, has, missing = map(int, stated.groups())
     assert needed == free + RESERVE_BYTES
     assert abs(has - free) < 1 << 30
     assert missing == needed - has

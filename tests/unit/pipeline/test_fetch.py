@@ -120,8 +120,8 @@ def test_every_fault_is_said(tmp_path):
     }
     with pytest.raises(RepoGated, match="the sources of 3 adapters failed: a, b, c") as failure:
         fetch(tmp_path, FakeSource(faults), "a", "b", "c", "d")
-    said = [(item.code, item.adapter, item.fix) for item in failure.value.findings]
-    assert said == [
+    stated = [(item.code, item.adapter, item.fix) for item in failure.value.findings]
+    assert stated == [
         ("SOURCE_UNAVAILABLE", "a", "away"),
         ("REPO_GATED", "b", "gated"),
         ("SOURCE_CHANGED", "c", "changed"),

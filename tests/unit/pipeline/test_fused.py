@@ -46,8 +46,8 @@ def phi3_adapter(folder: Path, **config: Any) -> dict[str, np.ndarray]:
 def built(folder: Path, **lora: Any) -> Bundle:
     """Build the adapter of a folder for a Phi-3 base."""
     write_base(folder / "base", **CONFIG)
-    wanted = deployment_of(folder, "one", lora_configuration=lora)
-    return folders.built(wanted, folders.workshop(folder)).bundle()
+    required = deployment_of(folder, "one", lora_configuration=lora)
+    return folders.built(required, folders.workshop(folder)).bundle()
 
 
 def test_fused_projections_are_split_into_exact_rows(tmp_path):

@@ -141,14 +141,14 @@ def test_a_build_with_one_change_does_the_work_of_one(tmp_path: Path) -> None:
     one.build(one.deployment())
     first = one.store.written
     write_adapter(many.folder / "new", tensors(seed=1000))
-    told = many.build(many.deployment(also=["new"]))
+    reported = many.build(many.deployment(also=["new"]))
     assert set(many.source.fetched) == {"new", "base"}
     assert many.store.written == pytest.approx(
         first, rel=0.01
     )  # a manifest names the files, whose hashes differ
     assert many.store.read == 0
     assert many.store.looks == MANY
-    assert [name for name, adapter in told.items() if not adapter.kept] == ["new"]
+    assert [name for name, adapter in reported.items() if not adapter.kept] == ["new"]
 
 
 def test_an_update_does_not_even_list_the_others(tmp_path: Path) -> None:
@@ -206,8 +206,8 @@ CHANGES: dict[str, tuple[Callable[[World], Deployment], bool]] = {
 @pytest.mark.parametrize("change", CHANGES)
 def test_changes_that_make_an_adapter_again(world: World, change: str) -> None:
     """Changed files, base or settings make an adapter again. Nothing else does."""
-    made, kept = CHANGES[change]
-    assert world.build(made(world))["a000"].kept is kept
+    made, retained = CHANGES[change]
+    assert world.build(made(world))["a000"].kept is retained
 
 
 def test_another_converter_makes_all_again(world: World) -> None:
@@ -230,8 +230,8 @@ def test_an_adapter_that_was_renamed_is_kept(world: World) -> None:
     deployment = world.deployment()
     adapters = {"other": deployment.build.lora_adapters["a000"]}
     build = deployment.build.model_copy(update={"lora_adapters": adapters})
-    told = world.build(deployment.model_copy(update={"build": build}))
-    assert told["other"].kept
+    reported = world.build(deployment.model_copy(update={"build": build}))
+    assert reported["other"].kept
     assert world.source.fetched["a000"] == 0
 
 
@@ -240,8 +240,8 @@ def test_a_bundle_that_is_not_whole_is_made_again(world: World, file: str) -> No
     """A build without verify sees that a file is lost, and puts it back."""
     digest = world.build(world.deployment())["a000"].digest
     world.store.delete(bundle_key(digest, file))
-    told = world.build(world.deployment())
-    assert (told["a000"].kept, told["a000"].repaired, told["a001"].kept) == (False, True, True)
+    reported = world.build(world.deployment())
+    assert (reported["a000"].kept, reported["a000"].repaired, reported["a001"].kept) == (False, True, True)
     read_bundle(world.store, digest)
 
 
@@ -252,7 +252,7 @@ def test_damage_is_found_by_a_build_that_verifies(world: World) -> None:
     data = world.store.objects[key]
     world.store.objects[key] = data[:-1] + bytes([data[-1] ^ 1])
     assert world.build(world.deployment())["a000"].kept
-    told = world.build(world.deployment(), verify=True)
-    assert (told["a000"].kept, told["a000"].repaired) == (False, True)
-    assert (told["a001"].kept, told["a001"].reused) == (True, True)
+    reported = world.build(world.deployment(), verify=True)
+    assert (reported["a000"].kept, reported["a000"].repaired) == (False, True)
+    assert (reported["a001"].kept, reported["a001"].reused) == (True, True)
     read_bundle(world.store, digest)

@@ -27,8 +27,8 @@ class Bench:
 
     def check(self, **lora: Any) -> CheckedReport:
         """Check the adapter."""
-        wanted = deployment_of(self.root, "npy", lora_configuration=lora)
-        return check_one(wanted, self.context, Progress(["npy"]))
+        required = deployment_of(self.root, "npy", lora_configuration=lora)
+        return check_one(required, self.context, Progress(["npy"]))
 
     def build(self, **lora: Any) -> Bundle:
         """Build it, and read it as a replica does."""

@@ -41,8 +41,8 @@ def _env_example() -> dict[str, str]:
 def _environment(service: str) -> dict[str, str]:
     """A service's variables as compose fills them in when a person set every variable of .env."""
     values = {name: value or "set-by-a-person" for name, value in _env_example().items()}
-    given = RAW[service].get("environment", {})
-    return {name: _VARIABLE.sub(lambda match: values[match[1]], text) for name, text in given.items()}
+    provided = RAW[service].get("environment", {})
+    return {name: _VARIABLE.sub(lambda match: values[match[1]], text) for name, text in provided.items()}
 
 
 def _dockerfile(service: str) -> str:
@@ -279,6 +279,6 @@ def test_the_file_for_another_s3_server_changes_the_store_alone() -> None:
 
 def test_a_password_that_was_not_set_is_said_as_such() -> None:
     """A copied .env without a password is answered with what to set, not with the advice to copy it."""
-    said = re.findall(r"MINIO_ROOT_PASSWORD:[?]([^}]*)", COMPOSE_TEXT)
-    assert said
-    assert all("set a password" in text for text in said)
+    stated = re.findall(r"MINIO_ROOT_PASSWORD:[?]([^}]*)", COMPOSE_TEXT)
+    assert stated
+    assert all("set a password" in text for text in stated)

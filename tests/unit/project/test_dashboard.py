@@ -41,9 +41,9 @@ def test_every_query_asks_for_what_is_exported() -> None:
 
 def test_everything_that_is_exported_for_people_is_shown() -> None:
     """Each metric of loramux is in some panel, so that none is kept for nobody."""
-    shown = set(re.findall(r"loramux_[a-z_]+", " ".join((*QUERIES, *VARIABLES))))
+    printed = set(re.findall(r"loramux_[a-z_]+", " ".join((*QUERIES, *VARIABLES))))
     families = {_family(name) for name in EXPORTED if name.startswith("loramux_")}
-    assert {_family(name) for name in shown} == families
+    assert {_family(name) for name in printed} == families
 
 
 def test_every_metric_is_documented() -> None:

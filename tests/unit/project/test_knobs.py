@@ -136,8 +136,8 @@ def test_null_is_not_set(kind: type[Body]) -> None:
     """Every field that need not be there may be null, and that is what it is when it is not there."""
     needed = SMALLEST[kind]
     nulls = {field.alias or name: None for name, field in kind.model_fields.items() if not field.is_required()}
-    said, unsaid = (kind.model_validate_json(json.dumps(body)) for body in (nulls | needed, needed))
-    assert said == unsaid
+    stated, unsaid = (kind.model_validate_json(json.dumps(body)) for body in (nulls | needed, needed))
+    assert stated == unsaid
 
 
 TRANSLATED = {
@@ -192,8 +192,8 @@ def test_documents_tell_the_bounds() -> None:
     rows = dict(re.findall(r"^- `(\w+)` (.*)$", sections, re.MULTILINE))
     for name, bound in NUMBERS.items():
         for end in (bound.low, bound.high) if name in rows and name != "seed" else ():
-            told = f"{end:g}" in rows[name] or not math.isfinite(end) or end in (0, -1, math.ulp(0.0))
-            assert told, (name, end, rows[name])
+            reported = f"{end:g}" in rows[name] or not math.isfinite(end) or end in (0, -1, math.ulp(0.0))
+            assert reported, (name, end, rows[name])
     for name, (most, longest) in TEXTS.items():
         assert f"{most}" in rows[name] or most == 1
         assert f"{longest}" in rows[name]

@@ -67,7 +67,12 @@ def test_what_tests_leave_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             process.kill()
             process.wait()
     os.close(reading)
-    said = {"variable": "LEFT='x'", "folder": "directory /,", "thread": "<Thread", "process": "psutil.Process"}
+    stated = {
+        "variable": "LEFT='x'",
+        "folder": "directory /,",
+        "thread": "<Thread",
+        "process": "psutil.Process",
+    }
     assert errors.passed == 7
-    assert errors.found.keys() == said.keys()
-    assert all(said[name] in text for name, text in errors.found.items())
+    assert errors.found.keys() == stated.keys()
+    assert all(stated[name] in text for name, text in errors.found.items())

@@ -44,10 +44,10 @@ def test_a_terminal_sees_pips_own_bars(target: str, count: int, tmp_path: Path) 
     """There no pip is told to be silent."""
     parent, child = pty.openpty()
     try:
-        said = dry_run(target, tmp_path, child)
+        stated = dry_run(target, tmp_path, child)
     finally:
         os.close(parent)
         os.close(child)
-    assert said.count("/pip install") == count
-    assert "--quiet" not in said
-    assert "silent" not in said
+    assert stated.count("/pip install") == count
+    assert "--quiet" not in stated
+    assert "silent" not in stated

@@ -52,8 +52,8 @@ async def test_a_missed_bar_is_told(
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines if "MISSED" in line] == ["bad"]
     assert not await residency.measure(["own"], forge, 1, as_json=True)
-    told = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [(each["section"], each["name"], each["met"]) for each in told] == [
+    output = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(each["section"], each["name"], each["met"]) for each in output] == [
         ("own", "good", True), ("own", "bad", False),
     ]  # fmt: skip
 

@@ -21,8 +21,10 @@ async def test_both_apis_answer_clients_that_parse_nothing(capsys: pytest.Captur
     interval_s = sys.getswitchinterval()
     serving = asyncio.create_task(serve(step_s=0.001, interval_s=0.0))
     try:
-        told = await until(lambda: capsys.readouterr().out.partition("\n")[0], "the addresses of both servers")
-        for kind, address in json.loads(told).items():
+        output = await until(
+            lambda: capsys.readouterr().out.partition("\n")[0], "the addresses of both servers"
+        )
+        for kind, address in json.loads(output).items():
             async with bounded("first tokens"), clients_of(kind, address, 2) as opened:
                 found = await first_tokens_s(opened, 40, 3)
             assert len(found) == 40

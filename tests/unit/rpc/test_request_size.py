@@ -29,8 +29,8 @@ PIECES = st.sampled_from(["ab ", "abab", "a", " ", "\n\n\n\n", "b" * 40, "é", "
 @given(VALUES)
 def test_what_is_said_in_json_unfolds_to_nothing(value: Any) -> None:
     """Brackets, colons and commas inside of texts do not count, however they are escaped."""
-    said = json.dumps(json.dumps(value) * 3)
-    assert unfolds_to(f"[{said}]".encode()) == ""
+    stated = json.dumps(json.dumps(value) * 3)
+    assert unfolds_to(f"[{stated}]".encode()) == ""
 
 
 @pytest.mark.parametrize("element", ["[],", "{},", '"a":[],', '{"a":1},', "[[]],"])

@@ -41,7 +41,7 @@ def _told(events: Seq[Event]) -> tuple[str, list[int], EndReason | None]:
 
 
 @pytest.mark.parametrize(
-    ("stops", "keep", "said"),
+    ("stops", "keep", "expected"),
     [
         ((), False, ("abc", [0, 1, 2, END], EndReason.STOP)),
         ((), True, ("abc</s>", [0, 1, 2, END], EndReason.STOP)),
@@ -52,12 +52,12 @@ def _told(events: Seq[Event]) -> tuple[str, list[int], EndReason | None]:
 )
 @pytest.mark.parametrize("together", [1, 2, 4])
 def test_how_many_tokens_come_together_changes_nothing(
-    stops: Seq[str], *, keep: bool, said: object, together: int
+    stops: Seq[str], *, keep: bool, expected: object, together: int
 ) -> None:
     """The text, the tokens up to a stop text, and the end are those of tokens that come one by one."""
     answer, outputs = _answer(stops, keep=keep), _outputs([0, 1, 2, END], EndReason.STOP)
     batches = [outputs[start : start + together] for start in range(0, len(outputs), together)]
-    assert _told([event for each in batches for event in answer.advance(each)]) == said
+    assert _told([event for each in batches for event in answer.advance(each)]) == expected
 
 
 def test_a_stop_text_ends_an_answer_before_the_failure_behind_it() -> None:

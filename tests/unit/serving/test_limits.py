@@ -132,11 +132,11 @@ def test_tokens_of_a_minute_come_back_with_time() -> None:
     world.refused()
 
 
-@pytest.mark.parametrize(("seconds", "said"), [(0.2, "1"), (1.0, "1"), (1.2, "2"), (41.0, "41")])
-def test_nobody_is_told_to_come_back_too_early(seconds: float, said: str) -> None:
+@pytest.mark.parametrize(("seconds", "expected"), [(0.2, "1"), (1.0, "1"), (1.2, "2"), (41.0, "41")])
+def test_nobody_is_told_to_come_back_too_early(seconds: float, expected: str) -> None:
     """HTTP has whole seconds; a fault that is with_message keeps its own."""
     fault = RateLimited("later", retry_after_s=seconds)
-    assert headers_of(fault, status_of(fault))["retry-after"] == said
+    assert headers_of(fault, status_of(fault))["retry-after"] == expected
     assert fault.with_message("much later").retry_after_s == seconds
     assert RateLimited("later").retry_after_s == 1.0
 

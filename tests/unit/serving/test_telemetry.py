@@ -134,8 +134,8 @@ def test_a_merged_adapter_has_its_name() -> None:
     """An adapter in the weights is counted by its name, and is an adapter to gateways."""
     merged = ServedModel("only", digest="ab" * 32)
     assert lora_info(SequenceCounts({"only": 2}, {}), merged) == ("only", "")
-    said = Scrape(replica(SequenceCounts({"only": 2}, {}), (merged,)).render().decode())
-    assert said.series("loramux_sequences_running") == [({"model": "only"}, 2)]
+    metrics = Scrape(replica(SequenceCounts({"only": 2}, {}), (merged,)).render().decode())
+    assert metrics.series("loramux_sequences_running") == [({"model": "only"}, 2)]
 
 
 @pytest.fixture

@@ -76,8 +76,8 @@ def test_local_roots(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("LORAMUX_LOCAL_ROOTS", os.pathsep.join(["/srv/a b", "~/adapters"]))
     assert load_settings(BuilderSettings).local_roots == (Path("/srv/a b"), tmp_path / "adapters")
     monkeypatch.setenv("LORAMUX_LOCAL_ROOTS", os.pathsep.join(["/srv", "adapters"]))
-    said = _refusal(BuilderSettings)
-    assert said == "LORAMUX_LOCAL_ROOTS=adapters: expected absolute folders, separated by ':'"
+    message = _refusal(BuilderSettings)
+    assert message == "LORAMUX_LOCAL_ROOTS=adapters: expected absolute folders, separated by ':'"
 
 
 def test_allowed_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,8 +146,8 @@ def test_addresses(address: str) -> None:
 
 def test_a_bad_flag_is_named_as_a_flag() -> None:
     """A value from a flag is refused under the flag's name."""
-    said = _refusal(InferenceSettings, deployment="demo", max_batch_seqs=0)
-    assert said == "--max-batch-seqs=0: expected greater than or equal to 1"
+    message = _refusal(InferenceSettings, deployment="demo", max_batch_seqs=0)
+    assert message == "--max-batch-seqs=0: expected greater than or equal to 1"
 
 
 def test_a_missing_value() -> None:
@@ -164,8 +164,8 @@ def test_an_unknown_variable(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_variable_like_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
     """An unknown variable that is near to none is answered with all that exist."""
     monkeypatch.setenv("LORAMUX_ZZZZ", "1")
-    said = _refusal(BuilderSettings)
-    assert all(variable(name) in said for name in InferenceSettings.model_fields)
+    message = _refusal(BuilderSettings)
+    assert all(variable(name) in message for name in InferenceSettings.model_fields)
 
 
 def test_the_other_service_may_share_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,9 +199,9 @@ def test_secrets_are_no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_an_address_with_credentials_is_masked() -> None:
     """Credentials in a refused address are not repeated."""
-    said = _refusal(BuilderSettings, grpc="http://user:s3cret@host:1")
-    assert "s3cret" not in said
-    assert said.startswith("--grpc=http://***@host:1: expected HOST:PORT")
+    message = _refusal(BuilderSettings, grpc="http://user:s3cret@host:1")
+    assert "s3cret" not in message
+    assert message.startswith("--grpc=http://***@host:1: expected HOST:PORT")
 
 
 def test_kubernetes_service_links_are_no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -224,9 +224,9 @@ def test_all_mistakes_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every mistake is said in one refusal."""
     monkeypatch.setenv("LORAMUX_STOER", "x")
     monkeypatch.setenv("LORAMUX_DEVICE", "gpu")
-    said = _refusal(InferenceSettings, threads=0)
-    assert all(part in said for part in ("LORAMUX_STOER", "LORAMUX_DEVICE=gpu", "--threads=0"))
-    assert "LORAMUX_DEPLOYMENT is not set" in said
+    message = _refusal(InferenceSettings, threads=0)
+    assert all(part in message for part in ("LORAMUX_STOER", "LORAMUX_DEVICE=gpu", "--threads=0"))
+    assert "LORAMUX_DEPLOYMENT is not set" in message
 
 
 def test_every_setting_is_documented() -> None:

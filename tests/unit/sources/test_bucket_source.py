@@ -159,8 +159,8 @@ def test_what_is_missing_is_said_in_one_line():
         Sources({SourceKind.HF: source(FakeBucket({}))}).of(REPO)
     with pytest.raises(SourceRefused) as refusal, needs_extra(SourceKind.GCS, "gcs"):
         importlib.import_module("no_such_package_of_google")
-    said = "source GCS needs packages that the server lacks (no_such_package_of_google): "
-    assert str(refusal.value) == said + "pip install 'loramux[gcs]'"
+    text = "source GCS needs packages that the server lacks (no_such_package_of_google): "
+    assert str(refusal.value) == text + "pip install 'loramux[gcs]'"
 
 
 def test_a_local_file_that_changes_is_said(tmp_path):
@@ -181,11 +181,11 @@ def test_nothing_of_a_folder_stays_open(tmp_path):
     (tmp_path / "file").write_bytes(bytes(3 << 20))
     local = LocalSource([tmp_path])
     resolved = local.resolve(Repository(source=SourceKind.LOCAL, repo=str(tmp_path)))
-    with nothing_stays_open() as kept:
-        failing(lambda: local.fetch(resolved, ["file"], tmp_path / "into", cancelled_after(1 << 20)), kept)
-        failing(lambda: local.digests(resolved, ["file"], cancelled_after(1 << 20)), kept)
+    with nothing_stays_open() as retained:
+        failing(lambda: local.fetch(resolved, ["file"], tmp_path / "into", cancelled_after(1 << 20)), retained)
+        failing(lambda: local.digests(resolved, ["file"], cancelled_after(1 << 20)), retained)
         (tmp_path / "file").write_bytes(bytes(4 << 20))
-        failing(lambda: local.digests(resolved, ["file"]), kept)
+        failing(lambda: local.digests(resolved, ["file"]), retained)
 
 
 def test_a_checksum_that_a_listing_gives_is_checked(tmp_path):
@@ -197,7 +197,9 @@ def test_a_checksum_that_a_listing_gives_is_checked(tmp_path):
             yield f"{prefix}a", SourceFile(5, None, md5, "1")
 
     bucket = Listed({"a": b"wrong"})
-    with pytest.raises(BundleCorrupt, match=r"a: the content differs from the listing: expected md5:.*, found "):
+    with pytest.raises(
+        BundleCorrupt, match=r"a: the content differs from the listing: expected md5:.*, found "
+    ):
         source(bucket).fetch(source(bucket).resolve(REPO), ["a"], tmp_path)
     assert (bucket.reads, list(tmp_path.iterdir())) == (2, [])
     bucket.files["a"] = b"right"

@@ -170,8 +170,8 @@ def test_the_command_line_names_them(folder: Path, name: str, command: str) -> N
         "gc": ["gc", "--store", f"file://{path}"],
         "keys": ["keys", "list", "--file", f"{path}/x"],
     }[command]
-    said = CliRunner().invoke(app, arguments)
-    assert said.exit_code in {1, 2, 3}
-    assert "INTERNAL" not in said.output
-    assert said.exception is None or isinstance(said.exception, SystemExit)
+    stated = CliRunner().invoke(app, arguments)
+    assert stated.exit_code in {1, 2, 3}
+    assert "INTERNAL" not in stated.output
+    assert stated.exception is None or isinstance(stated.exception, SystemExit)
     assert builder_command(None, "127.0.0.1:0", [folder / name])[-1] == path

@@ -77,8 +77,8 @@ def test_a_processor_that_cannot_multiply_bfloat16_reads_it_nevertheless(
         pytest.skip("no C++ compiler")
     for lacking in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
         monkeypatch.setattr(torch.cpu, lacking, lambda: False)
-    wanted = _settings(native_folder.parent, device="cpu", **settings)
-    chosen = choose_backend(wanted, replace(config, dtype="bfloat16"))
+    expected = _settings(native_folder.parent, device="cpu", **settings)
+    chosen = choose_backend(expected, replace(config, dtype="bfloat16"))
     assert str(chosen.dtype) == f"torch.{dtype}"
     assert (chosen.computing.backend == "native") == (dtype == "bfloat16")
 

@@ -168,22 +168,22 @@ def test_the_cache_gets_what_the_measured_step_leaves(ready: Ready) -> None:
     """Not what arithmetic says; the log has both, and what libraries took."""
     runner = ready.engine._engine._runner
     assert isinstance(runner, Runner)
-    asked: list[int] = []
+    requests: list[int] = []
 
     def measured(longest: int) -> Measured:
-        asked.append(longest)
+        requests.append(longest)
         return Measured(steps=400_000_000, kept=50_000_000, free=1_000_000_000)
 
     settings = InferenceSettings(deployment="tiny", max_batch_seqs=100_000)
     plan = partial(divide_memory, settings, None, runner._model, 7, graphs=False)
     with capture_logs() as logs:
         found = plan(measure=measured)
-    assert asked == [256]
+    assert requests == [256]
     assert 0 <= (1_000_000_000 - 400_000_000) // 4 - found.kv_bytes < 16 * 2 * 2 * 2 * 8 * 4
-    told = {entry["item"]: entry for entry in logs if entry["event"] == "memory"}
-    assert (told["activations"]["gb"], told["libraries"]["gb"]) == (0.4, 0.05)
-    assert 0 < told["activations"]["planned_gb"] < 0.4
-    assert "planned_gb" not in told["weights"]
+    events = {entry["item"]: entry for entry in logs if entry["event"] == "memory"}
+    assert (events["activations"]["gb"], events["libraries"]["gb"]) == (0.4, 0.05)
+    assert 0 < events["activations"]["planned_gb"] < 0.4
+    assert "planned_gb" not in events["weights"]
 
 
 def _numbers(text: str) -> Iterator[int]:
@@ -193,13 +193,13 @@ def _numbers(text: str) -> Iterator[int]:
 def test_sizes_follow_the_device_unless_they_are_set() -> None:
     """Explicit sizes hold on both devices; the others are those of the settings' page."""
     assert InferenceSettings(deployment="tiny").sizes("cuda") == STEP_SIZES["cuda"]
-    given = InferenceSettings(
+    provided = InferenceSettings(
         deployment="tiny", max_batch_tokens="auto", max_batch_seqs=3, stream_interval_ms=0
     )
     for device, usual in STEP_SIZES.items():
-        assert given.sizes(device) == replace(usual, seqs=3, interval_ms=0)
-    assert given.sizes("cuda", speculative=4).speculative == 4
-    assert given.sizes("cpu", speculative=0).speculative == 0
+        assert provided.sizes(device) == replace(usual, seqs=3, interval_ms=0)
+    assert provided.sizes("cuda", speculative=4).speculative == 4
+    assert provided.sizes("cpu", speculative=0).speculative == 0
     for tokens in (0, 3):
         own = InferenceSettings(deployment="tiny", speculative_tokens=tokens)
         assert own.sizes("cpu", speculative=4).speculative == tokens
@@ -209,5 +209,5 @@ def test_sizes_follow_the_device_unless_they_are_set() -> None:
         "stream_interval_ms": "interval_ms",
         "speculative_tokens": "speculative",
     }.items():
-        told = list(_numbers(InferenceSettings.model_fields[name].description or ""))[-2:]
-        assert told == [getattr(STEP_SIZES[device], part) for device in ("cpu", "cuda")]
+        reported = list(_numbers(InferenceSettings.model_fields[name].description or ""))[-2:]
+        assert reported == [getattr(STEP_SIZES[device], part) for device in ("cpu", "cuda")]

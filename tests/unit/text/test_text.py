@@ -24,18 +24,18 @@ def test_stop_texts_cut_at_the_first_one_however_the_text_is_split(
     stop text where it is kept.
     """
     finder = StopTexts(stops, keep=keep)
-    shown = ""
+    printed = ""
     whole = ""
     for piece in pieces:
-        shown += finder.push(piece)
+        printed += finder.push(piece)
         whole += piece
         hits = [whole.find(stop) for stop in stops if stop in whole]
         assert (finder.found is not None) == bool(hits)
         if hits:
-            assert shown == whole[: min(hits)] + (finder.found or "") * keep
+            assert printed == whole[: min(hits)] + (finder.found or "") * keep
             return
-        assert whole.startswith(shown)
-    assert shown + finder.flush() == whole
+        assert whole.startswith(printed)
+    assert printed + finder.flush() == whole
 
 
 def test_bad_words_have_two_spellings() -> None:
@@ -85,12 +85,12 @@ def test_special_tokens_that_are_shown_are_in_the_text() -> None:
     text._tokenizer.add_special_tokens(["[CALL]", "[END]"])
     text = Text(text._tokenizer, None, 258)
     answer = [*text.encode("\u00e9"), 256, *text.encode("x"), 257]
-    shown = {
-        said: detokenizer.push(answer)
-        for said in ((), ("[CALL]", "[NONE]", "x"))
-        if (detokenizer := text.detokenizer([], shown=said))
+    printed = {
+        stated: detokenizer.push(answer)
+        for stated in ((), ("[CALL]", "[NONE]", "x"))
+        if (detokenizer := text.detokenizer([], shown=stated))
     }
-    assert shown == {(): "\u00e9x", ("[CALL]", "[NONE]", "x"): "\u00e9[CALL]x"}
+    assert printed == {(): "\u00e9x", ("[CALL]", "[NONE]", "x"): "\u00e9[CALL]x"}
     everything = text.detokenizer([], skip_special_tokens=False, shown=("[CALL]",))
     assert everything.push(answer) == "\u00e9[CALL]x[END]"
 
@@ -108,9 +108,9 @@ def test_special_tokens_and_how_many_tokens_come_together_change_nothing(
     text._tokenizer.add_special_tokens(["[CALL]", "[END]"])
     text = Text(text._tokenizer, None, 258)
     detokenizer = text.detokenizer([256, 65], skip_special_tokens=skips)
-    said = "".join(detokenizer.push(answer[at : at + together]) for at in range(0, len(answer), together))
+    emitted = "".join(detokenizer.push(answer[at : at + together]) for at in range(0, len(answer), together))
     whole = text.decode([65, *answer], skip_special_tokens=skips).removeprefix(text.decode([65]))
-    assert said == whole or (whole.startswith(said) and whole.endswith("\N{REPLACEMENT CHARACTER}"))
+    assert emitted == whole or (whole.startswith(emitted) and whole.endswith("\N{REPLACEMENT CHARACTER}"))
 
 
 async def test_messages_without_a_template_are_refused() -> None:

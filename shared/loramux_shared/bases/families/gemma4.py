@@ -123,9 +123,9 @@ def _mixer(config: HfConfig, model: ModelConfig, types: list[str], kind: str) ->
 def _sizes(config: HfConfig, types: list[str], kind: str) -> HfConfig:
     """Return what layers of a type have otherwise than the config says: of each layer, or of the full ones."""
     if "per_layer_config" in config.fields:
-        said = config.block("per_layer_config")
-        keys = {key.lstrip("0") or "0": key for key in said.fields}  # transformers writes 05
-        found = [said.block(keys.get(str(index), "")) for index, each in enumerate(types) if each == kind]
+        per_layer = config.block("per_layer_config")
+        keys = {key.lstrip("0") or "0": key for key in per_layer.fields}  # transformers writes 05
+        found = [per_layer.block(keys.get(str(index), "")) for index, each in enumerate(types) if each == kind]
         for layer in found:
             beyond = sorted(set(layer.fields) - set(OF_LAYERS))
             if beyond or layer.fields != found[0].fields:

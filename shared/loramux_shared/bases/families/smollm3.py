@@ -36,14 +36,14 @@ def _read(config: HfConfig) -> ModelConfig:
 def _turned(config: HfConfig, num_layers: int) -> list[bool]:
     """Return which layers have a rope."""
     interval = config.size("no_rope_layer_interval", 4)
-    said = config.array("no_rope_layers")
-    if said is None:
+    without_rope = config.array("no_rope_layers")
+    if without_rope is None:
         return [(index + 1) % interval != 0 for index in range(num_layers)]
-    if len(said) < num_layers or not all(item in (0, 1) for item in said):
+    if len(without_rope) < num_layers or not all(item in (0, 1) for item in without_rope):
         raise CheckpointInvalid(
             f"config.json: no_rope_layers: expected 0 or 1 for each of {num_layers} layers."
         )
-    return [bool(item) for item in said[:num_layers]]
+    return [bool(item) for item in without_rope[:num_layers]]
 
 
 FAMILY = Family(

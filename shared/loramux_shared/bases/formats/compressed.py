@@ -46,16 +46,16 @@ def _group(group: HfConfig, overall: Any) -> tuple[WeightScheme, bool]:
     weights = group.block("weights")
     weights.require("dynamic", False)
     served = _BITS[group.text("format", next(iter(_BITS)))]
-    kept = weights.text("type", "int"), weights.size("num_bits", 8)
-    if kept not in served:
+    numbers = weights.text("type", "int"), weights.size("num_bits", 8)
+    if numbers not in served:
         names = ", ".join(f"{kind} of {bits} bits" for kind, bits in served)
         raise CheckpointInvalid(
-            f"config.json: {weights.at}num_bits: {kept[0]} of {kept[1]} bits is not supported in "
+            f"config.json: {weights.at}num_bits: {numbers[0]} of {numbers[1]} bits is not supported in "
             f"{group.text('format', '')}; supported: {names}."
         )
     rows, columns = _shared(weights)
     symmetric = weights.flag("symmetric", default=True)
-    scheme = WeightScheme(served[kept], rows, columns, zero_points=not symmetric)
+    scheme = WeightScheme(served[numbers], rows, columns, zero_points=not symmetric)
     return scheme, group.fields.get("input_activations") is not None
 
 

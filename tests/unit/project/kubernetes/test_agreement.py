@@ -94,14 +94,14 @@ def selectors(resources: list[Resource]) -> Iterator[tuple[str, dict[str, str]]]
 def test_the_services_start_with_these_settings(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every LORAMUX_* variable is a setting of its service with a value that is allowed, or a client's."""
     for service, _, container in services(made(name)):
-        given = environment(container, made(name))
+        provided = environment(container, made(name))
         with monkeypatch.context() as patch:
             for variable in [each for each in os.environ if each.startswith(PREFIX)]:
                 patch.delenv(variable)
-            for variable, value in given.items():
+            for variable, value in provided.items():
                 patch.setenv(variable, value)
             settings = load_settings(SETTINGS[service])
-            own = {each.removeprefix(PREFIX).lower() for each in given if each.startswith(PREFIX)}
+            own = {each.removeprefix(PREFIX).lower() for each in provided if each.startswith(PREFIX)}
             assert own - {each.lower() for each in CLIENT_VARIABLES} <= settings.model_fields_set
             assert open_store(settings.store).uri == settings.store == "s3://loramux"
             assert settings.keys_file or settings.insecure
@@ -111,12 +111,12 @@ def test_the_services_start_with_these_settings(name: str, monkeypatch: pytest.M
 def test_times_fit_into_each_other(name: str) -> None:
     """A pod may drain before it is killed, no probe kills one that drains; a first start has half an hour."""
     for service, pod, container in services(made(name)):
-        given = environment(container, made(name))
-        drain = float(given.get("LORAMUX_DRAIN_DELAY_S", 0)) + float(given["LORAMUX_DRAIN_TIMEOUT_S"])
+        provided = environment(container, made(name))
+        drain = float(provided.get("LORAMUX_DRAIN_DELAY_S", 0)) + float(provided["LORAMUX_DRAIN_TIMEOUT_S"])
         assert pod["terminationGracePeriodSeconds"] > drain + 5
         assert seconds(container["livenessProbe"]) > drain + 5
         if service == "inference":
-            assert seconds(container["readinessProbe"]) < float(given["LORAMUX_DRAIN_DELAY_S"])
+            assert seconds(container["readinessProbe"]) < float(provided["LORAMUX_DRAIN_DELAY_S"])
             assert seconds(container["startupProbe"]) == 1800
 
 
@@ -124,10 +124,10 @@ def test_times_fit_into_each_other(name: str) -> None:
 def test_ports_agree(name: str) -> None:
     """A service listens on a port of its container, which its image exposes and its probes use."""
     for service, _, container in services(made(name)):
-        given, ports = environment(container, made(name)), container["ports"]
+        provided, ports = environment(container, made(name)), container["ports"]
         listens = {
             int(value.rpartition(":")[2])
-            for variable, value in given.items()
+            for variable, value in provided.items()
             if variable in ("LORAMUX_GRPC", "LORAMUX_HTTP", "LORAMUX_METRICS")
         }
         assert {port["containerPort"] for port in ports} == listens
@@ -135,20 +135,20 @@ def test_ports_agree(name: str) -> None:
         assert set(map(int, exposed)) <= listens
         known = {port["name"] for port in ports} | listens
         for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
-            asked = container[probe].get("httpGet") or container[probe]["grpc"]
-            assert asked["port"] in known
-            assert asked.get("path", "/health") == "/health"
+            query = container[probe].get("httpGet") or container[probe]["grpc"]
+            assert query["port"] in known
+            assert query.get("path", "/health") == "/health"
 
 
 @each_set
 def test_selectors_find_pods(name: str) -> None:
     """Every selector of pods finds some, and none of another kind of ours."""
     labels = [each for each, _ in pods(made(name))]
-    for who, wanted in selectors(made(name)):
-        found = [each for each in labels if wanted.items() <= each.items()]
-        assert found, who
-        if "app.kubernetes.io/component" in wanted:
-            assert len(found) == 1, who
+    for caller, expected in selectors(made(name)):
+        found = [each for each in labels if expected.items() <= each.items()]
+        assert found, caller
+        if "app.kubernetes.io/component" in expected:
+            assert len(found) == 1, caller
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
@@ -163,19 +163,19 @@ def test_named_ports_are_there(overlay: str) -> None:
         for port in (each["name"], each["containerPort"])
     ]
     for each in resources:
-        spec, asked = each.get("spec", {}), []
+        spec, requests = each.get("spec", {}), []
         if each["kind"] == "Service":
-            asked = [(port["targetPort"], spec["selector"]) for port in spec["ports"]]
+            requests = [(port["targetPort"], spec["selector"]) for port in spec["ports"]]
         elif each["kind"] == "PodMonitor":
-            asked = [(end["port"], spec["selector"]["matchLabels"]) for end in spec["podMetricsEndpoints"]]
+            requests = [(end["port"], spec["selector"]["matchLabels"]) for end in spec["podMetricsEndpoints"]]
         elif each["kind"] == "InferencePool":
-            asked = [(port["number"], spec["selector"]["matchLabels"]) for port in spec["targetPorts"]]
+            requests = [(port["number"], spec["selector"]["matchLabels"]) for port in spec["targetPorts"]]
         elif each["kind"] == "NetworkPolicy":
             own = spec["podSelector"].get("matchLabels", {})
-            asked = [(port["port"], own) for rule in spec.get("ingress", ()) for port in rule["ports"]]
-        for port, wanted in asked:
+            requests = [(port["port"], own) for rule in spec.get("ingress", ()) for port in rule["ports"]]
+        for port, expected in requests:
             owners = [labels for known, labels in ports if known == port]
-            assert any(wanted.items() <= labels.items() for labels in owners), each
+            assert any(expected.items() <= labels.items() for labels in owners), each
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
@@ -221,13 +221,13 @@ def _secrets(resources: list[Resource]) -> Iterator[tuple[str, str, str]]:
                 if "secretRef" in source:
                     yield "environment", source["secretRef"]["name"], ""
             for variable in each.get("env", ()):
-                if (wanted := variable.get("valueFrom", {}).get("secretKeyRef")) is not None:
-                    yield variable["name"], wanted["name"], wanted["key"]
+                if (required := variable.get("valueFrom", {}).get("secretKeyRef")) is not None:
+                    yield variable["name"], required["name"], required["key"]
     for monitor in of_kind(resources, "PodMonitor").values():
         for end in monitor["spec"]["podMetricsEndpoints"]:
             if "authorization" in end:
-                wanted = end["authorization"]["credentials"]
-                yield "monitor", wanted["name"], wanted["key"]
+                required = end["authorization"]["credentials"]
+                yield "monitor", required["name"], required["key"]
 
 
 @each_set
@@ -266,13 +266,13 @@ def test_pods_may_do_little(name: str) -> None:
 def test_what_is_written_lies_on_volumes(name: str) -> None:
     """Cache, work folder, home and the folders of the images are on volumes of the pod that may be written."""
     for service, pod, container in services(made(name)):
-        given = environment(container, made(name))
+        provided = environment(container, made(name))
         of_image = re.findall(r"TRITON_CACHE_DIR=(\S+)", (ROOT / f"deploy/{service}.Dockerfile").read_text())
-        wanted = {given["HOME"], "/tmp", *of_image}  # noqa: S108 - the folder in the container
-        wanted |= {given[key] for key in ("LORAMUX_CACHE_DIR", "LORAMUX_WORK_DIR") if key in given}
+        expected = {provided["HOME"], "/tmp", *of_image}  # noqa: S108 - the folder in the container
+        expected |= {provided[key] for key in ("LORAMUX_CACHE_DIR", "LORAMUX_WORK_DIR") if key in provided}
         empty = {volume["name"] for volume in pod["volumes"] if "emptyDir" in volume}
         mounts = [Path(each["mountPath"]) for each in container["volumeMounts"] if each["name"] in empty]
-        for folder in map(Path, wanted):
+        for folder in map(Path, expected):
             assert any(mount == folder or mount in folder.parents for mount in mounts), folder
 
 
@@ -283,8 +283,8 @@ def test_the_example_is_what_is_served() -> None:
     for resources in map(made, (*OVERLAYS, "plain")):
         for service, _, container in services(resources):
             if service == "inference":
-                given = environment(container, resources)
-                assert given["LORAMUX_DEPLOYMENT"] == deployment.model_name
+                provided = environment(container, resources)
+                assert provided["LORAMUX_DEPLOYMENT"] == deployment.model_name
     base = file["runtime"]["served_model_name"]
     [labels] = [labels for labels, _ in pods(rendered("base")) if "model" in labels]
     assert labels["model"] == labels["model.aibrix.ai/name"] == base
