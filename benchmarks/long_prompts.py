@@ -24,7 +24,7 @@ from typing import Final
 
 import structlog
 
-from benchmarks.moving.figures import Figure, percentile, shown
+from benchmarks.moving.figures import Figure, formatted, percentile
 from benchmarks.moving.forge import Forge
 from benchmarks.moving.replica import Local, replica
 
@@ -58,7 +58,7 @@ class Found:
     def figures(self) -> list[Figure]:
         """Return what was found, beside its bars."""
         p50, p99 = ([percentile(gaps, part) for gaps in (self.beside, self.quiet)] for part in (0.5, 0.99))
-        note = f"{shown(p99, 1e3)} ms; p50 {shown(p50, 1e3)} ms"
+        note = f"{formatted(p99, 1e3)} ms; p50 {formatted(p50, 1e3)} ms"
         requests = f"{len(self.short)} requests, p50 {percentile(self.short, 0.5):.2f} s"
         return [
             Figure("p99 between tokens, beside / alone", p99[0] / p99[1], "x", BAR_GAP, note),

@@ -179,7 +179,7 @@ class Clients:
         await self.kinds[name][1]()
         self._tally.kinds[name] += 1
 
-    def _asked(self, most: int = 48) -> dict[str, Any]:
+    def _body((self, most: int = 48) -> dict[str, Any]:
         words = " ".join(f"w{self._draw.randrange(10, 90)}" for _ in range(self._draw.randint(1, 60)))
         model = self._draw.choice(("base", *ADAPTERS))
         return {"model": model, "prompt": words, "max_tokens": self._draw.randint(1, most)}
@@ -187,7 +187,7 @@ class Clients:
     async def grpc_good(self) -> None:
         """Read a stream to its end."""
         end = None
-        async for event in self._client.generate(**self._asked(), temperature=1.0, timeout_s=120):
+        async for event in self._client.generate(**self._body(), temperature=1.0, timeout_s=120):
             end = event
         self._tally.entered += 1
         if isinstance(end, Finished):
@@ -197,7 +197,9 @@ class Clients:
 
     async def http_stream(self) -> None:
         """Read events to the last."""
-        async with self._web.stream("POST", "/v1/completions", json=self._asked() | {"stream": True}) as answer:
+        async with self._web.stream(
+            "POST", "/v1/completions", json=self._body() | {"stream": True}
+        ) as answer:
             text = (await answer.aread()).decode()
         self._count(answer.status_code, entered=True)
         if not text.endswith("data: [DONE]\n\n"):
@@ -205,14 +207,14 @@ class Clients:
 
     async def http_whole(self) -> None:
         """Wait for a whole answer."""
-        answer = await self._web.post("/v1/completions", json=self._asked() | {"seed": 3})
+        answer = await self._web.post("/v1/completions", json=self._body() | {"seed": 3})
         self._count(answer.status_code, entered=True)
         if answer.status_code != 200:
             self._tally.wrong.append(answer.text[:200])
 
     async def grpc_cancelled(self) -> None:
         """Cancel after a few messages."""
-        events = self._client.generate(**self._asked(1000), ignore_eos=True)
+        events = self._client.generate(**self._body(1000), ignore_eos=True)
         for _ in range(self._draw.randint(1, 8)):
             with contextlib.suppress(StopAsyncIteration):
                 await anext(events)
@@ -222,7 +224,7 @@ class Clients:
 
     async def http_disconnected(self) -> None:
         """Close the connection in the middle."""
-        body = self._asked(1000) | {"stream": True, "ignore_eos": True}
+        body = self._body(1000) | {"stream": True, "ignore_eos": True}
         async with self._web.stream("POST", "/v1/completions", json=body) as answer:
             async for _ in answer.aiter_lines():
                 break
@@ -242,14 +244,14 @@ class Clients:
     async def http_refused(self) -> None:
         """Ask for what does not exist."""
         body = self._draw.choice(({"temprature": 1}, {"model": "nope"}, {"max_tokens": "many"}))
-        answer = await self._web.post("/v1/completions", json=self._asked() | body)
+        answer = await self._web.post("/v1/completions", json=self._body() | body)
         self._count(answer.status_code, entered=False)
         if answer.status_code not in (400, 404):
             self._tally.wrong.append(f"{body} was answered {answer.status_code}")
 
     async def grpc_unread(self) -> None:
         """Stop reading in the middle."""
-        events = self._client.generate(**self._asked() | {"max_tokens": 1500}, logprobs=20, ignore_eos=True)
+        events = self._client.generate(**self._body() | {"max_tokens": 1500}, logprobs=20, ignore_eos=True)
         try:
             await anext(events)
             await asyncio.sleep(2 * STALL_S)
@@ -263,7 +265,7 @@ class Clients:
     async def http_unread(self) -> None:
         """Ask for much and read nothing."""
         body = json.dumps(
-            self._asked() | {"max_tokens": 1500, "logprobs": 5, "stream": True, "ignore_eos": True}
+            self._body() | {"max_tokens": 1500, "logprobs": 5, "stream": True, "ignore_eos": True}
         )
         head = "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
         with self._connect() as sock:

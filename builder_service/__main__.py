@@ -73,7 +73,7 @@ async def serve(settings: BuilderSettings) -> None:
         builder=identity.name,
         grpc=address,
         metrics=metrics,
-        guarded_by=guard.shown,
+        guarded_by=guard.label,
         store=store,
         builds_taken_up=recovered,
     )

@@ -56,7 +56,7 @@ async def run(settings: InferenceSettings, guard: Guard, stop: Stop) -> int:
     replica.begin(partial(_refuse, every))
     for each in (*of_models.values(), server):
         await each.set_serving(True)
-    log.info("inference service ready", **bound, guarded_by=guard.shown, deployment=settings.deployment)
+    log.info("inference service ready", **bound, guarded_by=guard.label, deployment=settings.deployment)
     operators.begin()
     number = await stop.wait_beside(replica.until_over())
     if number or operators.outdated.is_set():

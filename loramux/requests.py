@@ -146,7 +146,7 @@ def _json(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-SHOWN: Final = 80
+EXCERPT: Final = 80
 """Characters of a value that a finding shows."""
 _WHOLE: Final = "a whole number from {} to {}"
 _EXPECTED: Final = {
@@ -174,7 +174,7 @@ def misfits(kind: type[Message], fields: Mapping[str, Any]) -> list[Finding]:
 
 def misfit(where: str, expected: str, found: str) -> Finding:
     """Return the finding of a value that does not fit."""
-    return Finding(code="E_BAD_FIELD", where=where, expected=expected, found=found[:SHOWN])
+    return Finding(code="E_BAD_FIELD", where=where, expected=expected, found=found[:EXCERPT])
 
 
 def _expected(kind: type[Message], name: str) -> str:

@@ -143,7 +143,7 @@ def _input(explicit: TextInput) -> pb.TextInput:
 
 def embeddings_of(messages: Sequence[pb.EmbedResponse]) -> Embeddings:
     """Return the vectors of a stream."""
-    return Embeddings(tuple(tuple(each.values) for each in messages), **_said(messages))
+    return Embeddings(tuple(tuple(each.values) for each in messages), **_conversation(messages))
 
 
 def classifications_of(messages: Sequence[pb.ClassifyResponse]) -> Classifications:
@@ -154,10 +154,10 @@ def classifications_of(messages: Sequence[pb.ClassifyResponse]) -> Classificatio
         scores = tuple(each.scores)
         best = labels[max(range(len(scores)), key=scores.__getitem__)]
         texts.append(Classification(best, scores, tuple(each.probabilities)))
-    return Classifications(tuple(texts), labels, **_said(messages))
+    return Classifications(tuple(texts), labels, **_conversation(messages))
 
 
-def _said(messages: Sequence[Any]) -> dict[str, Any]:
+def _conversation(messages: Sequence[Any]) -> dict[str, Any]:
     if not messages:
         raise InternalFault("the server ended the stream without an answer. Please report it.")
     first = messages[0]

@@ -12,7 +12,7 @@ from typing import Final
 
 from benchmarks import serving
 from benchmarks.moving.builder import Builder, builder
-from benchmarks.moving.figures import Figure, ratio, shown
+from benchmarks.moving.figures import Figure, formatted, ratio
 from benchmarks.moving.forge import RANK, Forge
 from benchmarks.moving.replica import bank_gb, prompt
 from benchmarks.moving.server import first_token_s, server
@@ -48,7 +48,7 @@ async def measure_push(forge: Forge, rounds: int) -> list[Figure]:
                 await first_token_s(client, "pushed", prompt(PROMPT), min_generation=newest)
                 reported.append(time.perf_counter() - began)
     first, *rest = (1e3 * seconds for seconds in reported)
-    note = f"{shown(rest)}; the very first {first:.0f} ms"
+    note = f"{formatted(rest)}; the very first {first:.0f} ms"
     return [
         Figure("push to the first token, median", statistics.median(rest), "ms", PUSH_BAR_MS, note),
         Figure("of that until it is published, median", 1e3 * statistics.median(published[1:]), "ms"),
@@ -74,16 +74,18 @@ async def measure_add(forge: Forge, rounds: int) -> list[Figure]:
                 written[deployment].append(float(after[1] - before[1]))
     for found in (*seconds.values(), *read.values(), *written.values()):
         del found[0]  # what a builder does once
-    note = f"{shown(seconds['among'])}; to one {shown(seconds['one'], unit='s')}"
+    note = f"{formatted(seconds['among'])}; to one {formatted(seconds['one'], unit='s')}"
     return [
         Figure("loramux add among 500 / to one: seconds", ratio(*_pair(seconds)), "x", ADD_BAR, note),
-        Figure("the same: bytes read", ratio(*_pair(read)), "x", BYTES_BAR, shown(read["among"], 1e-6, "MB")),
+        Figure(
+            "the same: bytes read", ratio(*_pair(read)), "x", BYTES_BAR, formatted(read["among"], 1e-6, "MB")
+        ),
         Figure(
             "the same: bytes written",
             ratio(*_pair(written)),
             "x",
             BYTES_BAR,
-            shown(written["among"], 1e-6, "MB"),
+            formatted(written["among"], 1e-6, "MB"),
         ),
     ]
 

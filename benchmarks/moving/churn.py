@@ -14,7 +14,7 @@ import itertools
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
-from benchmarks.moving.figures import Figure, percentile, ratio, shown
+from benchmarks.moving.figures import Figure, formatted, percentile, ratio
 from benchmarks.moving.forge import Forge
 from benchmarks.moving.replica import Local, bank_gb, prompt, replica
 from benchmarks.moving.server import first_token_s, server, streams
@@ -99,7 +99,7 @@ async def _compare(
             done += (loads() if loads else 0) - before
             p99[kind].append(percentile(found, 0.99))
             p50[kind].append(percentile(found, 0.5))
-    note = f"with {shown(p99['cold'], 1e3)}; without {shown(p99['steady'], 1e3, 'ms')}"
+    note = f"with {formatted(p99['cold'], 1e3)}; without {formatted(p99['steady'], 1e3, 'ms')}"
     figures = [
         Figure(f"p99 between tokens {where}, loads / none", ratio(p99["cold"], p99["steady"]), "x", BAR, note),
         Figure(f"p50 between tokens {where}, loads / none", ratio(p50["cold"], p50["steady"]), "x"),

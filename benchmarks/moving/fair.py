@@ -10,7 +10,7 @@ import statistics
 from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
-from benchmarks.moving.figures import Figure, ratio, shown
+from benchmarks.moving.figures import Figure, formatted, ratio
 from benchmarks.moving.forge import Forge
 from benchmarks.moving.replica import Local, bank_gb, prompt, replica
 from benchmarks.moving.server import first_token_s, server, streams
@@ -53,7 +53,7 @@ async def measure(forge: Forge, rounds: int) -> list[Figure]:
             ratio(found, idle[where]),
             "x",
             BAR,
-            f"{shown(found, 1e3)}; idle {shown(idle[where], 1e3, 'ms')}",
+            f"{formatted(found, 1e3)}; idle {formatted(idle[where], 1e3, 'ms')}",
         )
         for where, found in beside.items()
     ]

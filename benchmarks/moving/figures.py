@@ -46,7 +46,7 @@ def percentile(values: Iterable[float], part: float) -> float:
     return ordered[min(len(ordered) - 1, int(part * len(ordered)))]
 
 
-def shown(values: Iterable[float], scale: float = 1.0, unit: str = "") -> str:
+def formatted(values: Iterable[float], scale: float = 1.0, unit: str = "") -> str:
     """Return what several rounds gave, for the note of a figure."""
     return " ".join(f"{value * scale:.3g}" for value in values) + (f" {unit}" if unit else "")
 

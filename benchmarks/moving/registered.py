@@ -11,7 +11,7 @@ import asyncio
 import statistics
 from typing import Final
 
-from benchmarks.moving.figures import Figure, ratio, shown
+from benchmarks.moving.figures import Figure, formatted, ratio
 from benchmarks.moving.forge import Forge
 from benchmarks.moving.replica import Local, bank_gb, replica
 from benchmarks.moving.server import server
@@ -39,7 +39,7 @@ async def measure(forge: Forge, rounds: int) -> list[Figure]:
     wall = {name: [loaded for _, _, loaded in found] for name, found in starts.items()}
     memory = {name: statistics.median(mb for _, mb, _ in found) for name, found in starts.items()}
     each = (memory["registered"] - memory["few"]) * 1e6 / (REGISTERED - ACTIVE)
-    note = f"{shown(seconds['registered'])}; with 8 {shown(seconds['few'], unit='s of CPU')}"
+    note = f"{formatted(seconds['registered'])}; with 8 {formatted(seconds['few'], unit='s of CPU')}"
     return [
         *steps,
         Figure("start by the wall clock, 2,000 / 8", ratio(wall["registered"], wall["few"]), "x"),
@@ -57,7 +57,7 @@ async def _steps(forge: Forge, names: list[str], rounds: int, bank: float) -> li
         for _ in range(2 * rounds):
             for deployment, local in {"few": few, "registered": many}.items():
                 found[deployment].append(await _step_s(local, names))
-    note = f"{shown(found['registered'], 1e3)}; with 8 {shown(found['few'], 1e3, 'ms of CPU')}"
+    note = f"{formatted(found['registered'], 1e3)}; with 8 {formatted(found['few'], 1e3, 'ms of CPU')}"
     best = min(found["registered"]) / min(found["few"])  # what others do to a processor only adds
     return [Figure("step, 2,000 / 8 registered, best rounds", best, "x", STEP_BAR, note)]
 

@@ -10,7 +10,7 @@ import asyncio
 import itertools
 import statistics
 
-from benchmarks.moving.figures import Figure, ratio, shown
+from benchmarks.moving.figures import Figure, formatted, ratio
 from benchmarks.moving.forge import Forge
 from benchmarks.moving.replica import Local, bank_gb, replica
 
@@ -38,7 +38,7 @@ async def measure(forge: Forge, rounds: int) -> list[Figure]:
             for each, found in firsts.items():
                 found.append(await _round(each, names, REQUESTS))
         loads = _loads(tight) - before
-    note = f"8 places {shown(firsts[tight], 1e3)}; all resident {shown(firsts[wide], 1e3, 'ms')}"
+    note = f"8 places {formatted(firsts[tight], 1e3)}; all resident {formatted(firsts[wide], 1e3, 'ms')}"
     figure = Figure("p50 time to first token, 8 places / all resident", ratio(*firsts.values()), "x", BAR, note)
     misses = Figure("loads per request", loads / (rounds * REQUESTS), "")
     return [figure, misses]

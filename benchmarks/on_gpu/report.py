@@ -63,14 +63,14 @@ class Report:
 def lines(rows: Sequence[Row]) -> list[str]:
     """Rows below the names of their columns, aligned."""
     cells = [[*rows[0].point, *rows[0].figures]]
-    cells += [[*map(str, row.point.values()), *map(shown, row.figures.values())] for row in rows]
+    cells += [[*map(str, row.point.values()), *map(formatted, row.figures.values())] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return [
         "  " + "  ".join(f"{cell:>{width}}" for cell, width in zip(line, widths, strict=True)) for line in cells
     ]
 
 
-def shown(value: Figure) -> str:
+def formatted(value: Figure) -> str:
     """Three digits that count."""
     if value is None:
         return "-"

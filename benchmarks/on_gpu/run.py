@@ -10,7 +10,7 @@ from enum import Enum
 from typing import TypeVar
 
 from benchmarks.on_gpu.device import Device, Machine
-from benchmarks.on_gpu.report import Figure, Row, shown
+from benchmarks.on_gpu.report import Figure, Row, formatted
 
 T = TypeVar("T")
 
@@ -64,7 +64,7 @@ class Run:
     def add(self, point: Mapping[str, int | str], figures: Mapping[str, Figure]) -> None:
         """Put down a row."""
         self.rows.append(Row(self._section, point, figures))
-        self.say(" ".join(f"{name} {shown(value)}" for name, value in {**point, **figures}.items()))
+        self.say(" ".join(f"{name} {formatted(value)}" for name, value in {**point, **figures}.items()))
 
     def note(self, text: str) -> None:
         """Put down what belongs beside the table."""

@@ -16,7 +16,7 @@ from builder_service.builds.limits import BuildLimits
 from builder_service.builds.meter import BuildMeter
 from builder_service.builds.pushes import Pushes
 from builder_service.builds.running import RunningBuild
-from builder_service.builds.shown import Shown
+from builder_service.builds.shown import BuildViews
 from builder_service.builds.turns import MAX_ATTEMPTS, Group, Turns
 from builder_service.builds.views import BuildState, DeploymentView, served_number
 from builder_service.pipeline.build import BuildResult
@@ -47,7 +47,7 @@ STOP_GRACE_S: Final = 15.0
 CANCELLED: Final = "a client cancelled the build; the deployment is unchanged"
 
 
-class Builds(Shown):
+class Builds(BuildViews):
     """All builds of this process. Lives on the event loop; everything that blocks runs in threads."""
 
     def __init__(self, context: BuildContext, limits: BuildLimits | None = None) -> None:

@@ -59,7 +59,7 @@ class RequestIds:
         self._builds.pop(request_id, None)
 
 
-class Shown:
+class BuildViews:
     """The half of `Builds` that changes nothing."""
 
     def __init__(self, store: Store) -> None:

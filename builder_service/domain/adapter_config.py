@@ -19,7 +19,7 @@ from builder_service.domain.rules.config import (
     refusals,
 )
 from builder_service.domain.sandbox import TooCostly
-from builder_service.domain.strict_json import JsonInvalid, parse, shown
+from builder_service.domain.strict_json import JsonInvalid, excerpt, parse
 from loramux_shared.faults import Finding
 
 DEFAULT_ALPHA: Final = 8.0
@@ -129,7 +129,7 @@ class AdapterConfig:
             return replace(self, readings=read_names(names, fields)), []
         except PatternsInvalid as error:
             found = [
-                bad_config(name, "a regular expression", f"{shown(pattern)} ({problem})")
+                bad_config(name, "a regular expression", f"{excerpt(pattern)} ({problem})")
                 for name, pattern, problem in error.problems
             ]
         except TooCostly as error:
@@ -184,7 +184,7 @@ def parse_config(data: bytes) -> ParsedConfig:
     except JsonInvalid as error:
         return ParsedConfig(None, (bad_config("", "a JSON object", f"invalid JSON ({error})"),))
     if not isinstance(fields, dict):
-        return ParsedConfig(None, (bad_config("", "a JSON object", shown(fields)),))
+        return ParsedConfig(None, (bad_config("", "a JSON object", excerpt(fields)),))
     kind = kind_of(fields) or Kind.LORA
     findings = refusals(fields)
     fields = as_lora(kind, fields)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection
 from typing import Any, Final
 
 from builder_service.domain.patterns import MAX_PATTERN, MAX_PATTERNS
-from builder_service.domain.strict_json import quoted, shown
+from builder_service.domain.strict_json import excerpt, quoted
 from loramux_shared.faults import Finding
 from loramux_shared.wording import listed
 
@@ -80,7 +80,7 @@ def unknown_fields(fields: dict[str, Any]) -> list[Finding]:
     if not unknown:
         return []
     fix = "PEFT drops what it does not know. Make sure that they do not change what the adapter computes."
-    found = listed([*map(shown, unknown)], 5)
+    found = listed([*map(excerpt, unknown)], 5)
     return [Finding(code="W_UNKNOWN_FIELD", where=FILE, expected="fields of PEFT", found=found, fix=fix)]
 
 
@@ -109,7 +109,7 @@ def _bad_patterns(
     found = _bad_sizes(key, patterns)
     for pattern, value in patterns.items():
         if not check(value):
-            found.append(bad_config(f"{key}.{shown(pattern)}", expected, quoted(value)))
+            found.append(bad_config(f"{key}.{excerpt(pattern)}", expected, quoted(value)))
     return found
 
 

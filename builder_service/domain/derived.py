@@ -9,7 +9,7 @@ from typing import Final, Protocol
 from builder_service.domain.safetensors_header import TensorFile
 from loramux_shared.bundle.npy import Array
 
-KEPT: Final = 4
+CACHED: Final = 4
 """Tensors of the file that were read last: what is made from one of them is asked for one after the other."""
 
 
@@ -73,7 +73,7 @@ class Derived(TensorFile):
 
     def _whole(self, name: str) -> Array:
         if name not in self._kept:
-            if len(self._kept) >= KEPT:
+            if len(self._kept) >= CACHED:
                 del self._kept[next(iter(self._kept))]
             self._kept[name] = self.inner.read(name)
         return self._kept[name]

@@ -87,7 +87,9 @@ def expanded(file: TensorFile, kind: Kind, base: ModelConfig, report: Grouping) 
             shared[match[1]] = tensor
         elif any(mark in name and kind is not owner for mark, owner in _MARKS.items()):
             found = f"keys of another kind than {kind}"
-            report.add("E_UNKNOWN_KEY", name, expected=f"keys of {kind}", found=found, fix=SAVE, shown=10)
+            report.add(
+                "E_UNKNOWN_KEY", name, expected=f"keys of {kind}", found=found, fix=SAVE, places_listed=10
+            )
         else:
             tensors[name] = tensor
     recipes: dict[str, Product] = {}

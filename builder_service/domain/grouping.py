@@ -10,7 +10,7 @@ from typing import Final
 from loramux_shared.faults import Finding
 from loramux_shared.wording import listed
 
-SHOWN: Final = 3
+LISTED: Final = 3
 """Places that a finding names before it counts the others."""
 LONGEST: Final = 200
 """Characters of a place that are shown; hostile files have keys of megabytes."""
@@ -23,7 +23,7 @@ class _Group:
     expected: str
     found: str
     fix: str
-    shown: int
+    listed: int
     places: list[str] = field(default_factory=list)
 
 
@@ -45,10 +45,10 @@ class Grouping:
         expected: str = "",
         found: str = "",
         fix: str = "",
-        shown: int = SHOWN,
+        places_listed: int = LISTED,
     ) -> None:
         """Add a place; the words of the first place of a cause are kept."""
-        group = self._groups.setdefault((code, cause), _Group(expected, found, fix, shown))
+        group = self._groups.setdefault((code, cause), _Group(expected, found, fix, places_listed))
         group.places.append(place if len(place) <= LONGEST else place[: LONGEST - 3] + "...")
 
     def findings(self) -> list[Finding]:
@@ -57,7 +57,7 @@ class Grouping:
         for (code, _), group in self._groups.items():
             causes[code] += 1
             if causes[code] <= MAX_CAUSES:
-                where = listed(group.places, group.shown)
+                where = listed(group.places, group.listed)
                 texts = {"expected": group.expected, "found": group.found, "fix": group.fix}
                 found.append(Finding(code=code, where=where, **texts))
         found += [

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Final
 
-from builder_service.domain.strict_json import shown
+from builder_service.domain.strict_json import excerpt
 from loramux_shared.adapter_files import CONFIG
 from loramux_shared.bundle.generation import BaseRecord, Descent
 from loramux_shared.faults import Finding
@@ -17,7 +17,7 @@ def origin_warnings(
     named: str, licence: str, base: BaseRecord, lineage: Sequence[Descent] = ()
 ) -> list[Finding]:
     """Return the warnings about the base and the licence that an adapter names."""
-    found = (base_warning(named, base.source.shown, lineage), licence_warning(licence, base.licence))
+    found = (base_warning(named, base.source.label, lineage), licence_warning(licence, base.licence))
     return [finding for finding in found if finding is not None]
 
 
@@ -70,7 +70,7 @@ def base_warning(named: str, base: str, lineage: Sequence[Descent] = ()) -> Find
     """
     if named and _copies(named, lineage) & _copies(base, lineage):
         return None
-    found, fix = shown(named) or "no name", "Its shapes fit. Check that it was trained on this base."
+    found, fix = excerpt(named) or "no name", "Its shapes fit. Check that it was trained on this base."
     for descent in lineage:
         found += f"; {descent.model} is {_WORDS[descent.relation]} {descent.parent}, as the hub says"
     return Finding(

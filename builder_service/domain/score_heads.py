@@ -17,7 +17,7 @@ from builder_service.domain.full_tensors import FullTensor
 from builder_service.domain.grouping import Grouping
 from builder_service.domain.rules.texts import bad_text
 from builder_service.domain.safetensors_header import READABLE, TensorFile
-from builder_service.domain.strict_json import JsonInvalid, parse, shown
+from builder_service.domain.strict_json import JsonInvalid, excerpt, parse
 from loramux_shared.adapter_files import MODEL_CONFIG
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bundle.manifest import MAX_LABELS, PROBLEM_TYPES, ScoreHead
@@ -85,17 +85,17 @@ def with_labels(planned: PlannedScore, data: bytes) -> tuple[PlannedScore, list[
     except JsonInvalid as error:
         return planned, [bad_text(MODEL_CONFIG, "", "a JSON object", f"invalid JSON ({error})")]
     if not isinstance(fields, dict):
-        return planned, [bad_text(MODEL_CONFIG, "", "a JSON object", shown(fields))]
+        return planned, [bad_text(MODEL_CONFIG, "", "a JSON object", excerpt(fields))]
     findings = []
     kind, labels, count = fields.get("problem_type"), fields.get("id2label"), planned.head.num_labels
     if kind is not None and kind not in PROBLEM_TYPES:
         findings.append(
-            bad_text(MODEL_CONFIG, "problem_type", f"one of {', '.join(PROBLEM_TYPES)}", shown(kind))
+            bad_text(MODEL_CONFIG, "problem_type", f"one of {', '.join(PROBLEM_TYPES)}", excerpt(kind))
         )
     names = None if labels is None else _names(labels, count)
     if labels is not None and names is None:
         expected = f"an object with a name of at most {MAX_LABEL} characters for each of 0 to {count - 1}"
-        findings.append(bad_text(MODEL_CONFIG, "id2label", expected, shown(labels)))
+        findings.append(bad_text(MODEL_CONFIG, "id2label", expected, excerpt(labels)))
     if findings:
         return planned, findings
     head = planned.head.model_copy(update={"problem_type": kind, "id2label": names or ()})

@@ -40,7 +40,7 @@ def parse(data: bytes) -> Any:
     return value
 
 
-def shown(value: Any, limit: int = 80) -> str:
+def excerpt(value: Any, limit: int = 80) -> str:
     """Return a value as text for a finding."""
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     return text if len(text) <= limit else text[: limit - 3] + "..."
@@ -48,7 +48,7 @@ def shown(value: Any, limit: int = 80) -> str:
 
 def quoted(value: Any) -> str:
     """Return a value as JSON says it, so that ``"8"`` is not taken for 8."""
-    return shown(json.dumps(value, ensure_ascii=False))
+    return excerpt(json.dumps(value, ensure_ascii=False))
 
 
 def _no_constant(name: str) -> float:

@@ -17,7 +17,7 @@ from loramux_shared.bundle.modules import (
     OF_EXPERTS,
     OF_NO_LAYER,
     Module,
-    shown,
+    label,
 )
 
 # Names that wrappers of the trained model leave in the keys, in any place.
@@ -36,7 +36,7 @@ _ROOTS: Final = (*_DECODERS, "language_model.")
 """Prefixes of modules that have the embeddings or the head of the text decoder."""
 MAX_KEY: Final = 512
 """Characters; what is longer is no name of a module."""
-_KEPT: Final = 8192
+_CACHED: Final = 8192
 """Keys that are parsed once for all adapters, which mostly have the same; 80 layers have 1120."""
 Side: TypeAlias = Literal["A", "B", "magnitude", "lora_bias", "bias", "bare_bias", "scale"]
 """Role of a tensor in its module.
@@ -125,7 +125,7 @@ class LoraKey:
     @property
     def leaf(self) -> str:
         """Return the name of the module for people."""
-        return shown(self.path)
+        return label(self.path)
 
     @property
     def place(self) -> str:
@@ -201,7 +201,7 @@ def parse_key(key: str, fused: Set[str] = frozenset(), *, experts: bool = False)
     return RefusedKey("E_UNKNOWN_KEY", "") if len(key) > MAX_KEY else _parse(key, frozenset(fused), experts)
 
 
-@lru_cache(maxsize=_KEPT)
+@lru_cache(maxsize=_CACHED)
 def _parse(key: str, fused: frozenset[str], experts: bool) -> ParsedKey:
     for code, cause, pattern in _KNOWN_REFUSALS:
         if pattern.search(key):

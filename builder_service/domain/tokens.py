@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-SHOWN: Final = 5
+LISTED: Final = 5
 MAX_ADDED: Final = 4096
 """Tokens that an adapter may add."""
 MAX_CHARS: Final = 256
@@ -29,7 +29,7 @@ class NoTokens(Exception):
 
 
 def answer(question: Mapping[str, Any]) -> dict[str, Any]:
-    """Return ``{"unreadable": {file: why}, "others": {file: {count, shown}}, "added": [...], "last": N}``.
+    """Return ``{"unreadable": {file: why}, "others": {file: {count, examples}}, "added": [...], "last": N}``.
 
     The question has ``adapter`` and ``base``, paths by names of files, and ``vocab``, the number of ids of the
     base. Added are tokens behind the base's last one, as ``tokenizer.json`` has them, or else
@@ -67,7 +67,7 @@ def answer(question: Mapping[str, Any]) -> dict[str, Any]:
     fresh = {(each["id"], each["content"]) for each in added}
     for name, those in others.items():
         if foreign := [each for each in those if each not in fresh]:
-            found["others"][name] = {"count": len(foreign), "shown": list(_shown(foreign, known))}
+            found["others"][name] = {"count": len(foreign), "examples": list(_described(foreign, known))}
     return found
 
 
@@ -104,9 +104,9 @@ def _flags(name: str, value: Mapping[str, Any]) -> dict[str, dict[str, bool]]:
     }
 
 
-def _shown(others: Others, known: Mapping[str, int]) -> Iterable[str]:
+def _described(others: Others, known: Mapping[str, int]) -> Iterable[str]:
     names = {number: token for token, number in known.items()}
-    for number, token in others[:SHOWN]:
+    for number, token in others[:LISTED]:
         used = f", which is {_text(names[number])} in the base" if number in names else ""
         yield f"{_text(token)} (id {number}{used})"
 

@@ -139,7 +139,7 @@ def _replaced(record: AdapterRecord) -> Finding:
     return Finding(
         code="W_REPLACED",
         expected="a name that no added or pushed adapter has",
-        found=f"{source.source} {source.shown}, digest {digest}, whose place this one takes",
+        found=f"{source.source} {source.label}, digest {digest}, whose place this one takes",
         fix="`loramux rollback` brings it back; under another name both are served.",
     )
 

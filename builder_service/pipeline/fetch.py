@@ -198,7 +198,7 @@ def _list(
 
 def _limited(repository: Repository, size: int) -> None:
     if size > MAX_BYTES:
-        raise SourceRefused(f"{repository.shown}: {size} bytes; an adapter has at most {MAX_BYTES}")
+        raise SourceRefused(f"{repository.label}: {size} bytes; an adapter has at most {MAX_BYTES}")
 
 
 def fetch_adapter(listed: ListedAdapter, folder: Path, progress: Progress) -> FetchedAdapter:
@@ -227,4 +227,4 @@ def fetch_adapter(listed: ListedAdapter, folder: Path, progress: Progress) -> Fe
 
 def recorded(repository: Repository) -> Repository:
     """Return what the generation says about an adapter's origin: nobody fetches it again from there."""
-    return repository.model_copy(update={"repo": repository.shown})
+    return repository.model_copy(update={"repo": repository.label})

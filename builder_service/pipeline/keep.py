@@ -126,7 +126,7 @@ def _conditions(generation: Generation) -> tuple[object, ...]:
 
 
 def _place(repository: Repository, state: str | None) -> Place:
-    return repository.source, repository.shown, repository.subfolder, state
+    return repository.source, repository.label, repository.subfolder, state
 
 
 def _from(record: AdapterRecord, repository: Repository) -> AdapterRecord:

@@ -36,7 +36,7 @@ class Lineages:
         Nobody is asked where neither base nor adapter is from a hub, and no failure is raised.
         """
         repositories = (base, *adapters)
-        if base_warning(named, base.shown) is None:
+        if base_warning(named, base.label) is None:
             return ()
         if all(repository.source is not SourceKind.HF for repository in repositories):
             return ()
@@ -46,7 +46,7 @@ class Lineages:
     def _line(self, model: str) -> list[Descent]:
         line: list[Descent] = []
         for _ in range(MOST):
-            found = self._asked(model)
+            found = self._descents(model)
             line += found
             copies = [descent.parent for descent in found if descent.relation == QUANTIZED]
             if len(copies) != 1:
@@ -54,7 +54,7 @@ class Lineages:
             [model] = copies
         return line
 
-    def _asked(self, model: str) -> tuple[Descent, ...]:
+    def _descents(self, model: str) -> tuple[Descent, ...]:
         with self._lock:
             if model not in self._known and not self._away:
                 try:

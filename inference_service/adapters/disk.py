@@ -30,7 +30,7 @@ from loramux_shared.storage.bounds import RECORD_BYTES
 
 log = structlog.get_logger()
 
-KEPT: Final = 0.9
+FILL_TARGET: Final = 0.9
 """Share of the bound that stays when bundles leave, so that they do not leave one by one."""
 COUNT_EVERY_S: Final = 60.0
 """Other replicas write into the same folder: it is counted again after so long, when something is put."""
@@ -109,7 +109,7 @@ class DiskTier:
     def put(self, digest: str, manifest: bytes, files: Mapping[str, Bytes]) -> None:
         """Keep a bundle whose bytes were verified, and let those go that were not used for longest."""
         size = len(manifest) + sum(map(len, files.values()))
-        if size > self._max_bytes * KEPT:
+        if size > self._max_bytes * FILL_TARGET:
             return
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -215,19 +215,19 @@ class DiskTier:
             if not due:
                 return
             self._counted_s = now
-            found = sorted(self._kept())
+            found = sorted(self._cached_files())
             total = sum(size for _, _, size in found)
             with self._lock:
                 self._bytes = total
             if total <= self._max_bytes:
                 return
             for _, path, size in found:
-                if total <= self._max_bytes * KEPT:
+                if total <= self._max_bytes * FILL_TARGET:
                     return
                 self._remove(path)
                 total -= size
 
-    def _kept(self) -> Iterator[tuple[float, Path, int]]:
+    def _cached_files(self) -> Iterator[tuple[float, Path, int]]:
         """Yield when each bundle was used last, where it is, and its bytes."""
         with suppress(OSError):
             for path in self._folder.iterdir():

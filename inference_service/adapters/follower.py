@@ -250,9 +250,9 @@ def needs_restart(old: Generation, new: Generation) -> str | None:
     is served of them may differ.
     """
     if new.base.files != old.base.files:
-        return f"another base: {new.base.source.shown} instead of {old.base.source.shown}"
+        return f"another base: {new.base.source.label} instead of {old.base.source.label}"
     if new.max_seq_len != old.max_seq_len:
-        return f"another max_seq_len: {_shown(new.max_seq_len)} instead of {_shown(old.max_seq_len)}"
+        return f"another max_seq_len: {_described(new.max_seq_len)} instead of {_described(old.max_seq_len)}"
     if new.max_lora_rank > old.max_lora_rank:
         return f"a larger max_lora_rank: {new.max_lora_rank} instead of {old.max_lora_rank}"
     if new.quantization is not old.quantization:
@@ -270,5 +270,5 @@ def _merging(old: Generation, new: Generation) -> str | None:
     return None
 
 
-def _shown(value: object) -> str:
+def _described(value: object) -> str:
     return "none" if value is None else str(value)

@@ -16,7 +16,7 @@ from loramux_shared.faults import Finding, RequestInvalid
 
 MOST_SCALE: Final = 8.0
 """An adapter's scale, either way: beyond, an answer is noise before it is anything else."""
-SHOWN: Final = 80
+EXCERPT: Final = 80
 """Characters of what a finding repeats."""
 _PART: Final = re.compile(r"([^*+]+)(?:\*\s*([-+]?[^\s*+eE]+(?:[eE][-+]?[0-9]+)?)\s*)?")
 """A name, and behind a star its scale: a number as JSON has it, or with a sign."""
@@ -159,5 +159,5 @@ def agreed(defaults: Sequence[AdapterDefaults]) -> AdapterDefaults:
 
 
 def _refused(where: str, expected: str, found: str, fix: str = "") -> RequestInvalid:
-    finding = Finding(code="E_BAD_FIELD", where=where, expected=expected, found=found[:SHOWN], fix=fix)
+    finding = Finding(code="E_BAD_FIELD", where=where, expected=expected, found=found[:EXCERPT], fix=fix)
     return RequestInvalid("the request names adapters that cannot be blended.", [finding])

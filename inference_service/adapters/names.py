@@ -35,7 +35,7 @@ def _time(alias: str, name: str, key: str, weights: Mapping[str, int]) -> tuple[
     return -math.log((int.from_bytes(drawn) + 0.5) / _DRAWS) / weights[name], name
 
 
-SHOWN: Final = 128
+EXCERPT: Final = 128
 """Characters of a name that is repeated."""
 COMPARED: Final = 200
 """Names, those around it in the order of the alphabet, that a wrong one is compared with."""
@@ -46,7 +46,7 @@ TOLD_DIGITS: Final = 12
 
 def model_not_found(name: str, names: Sequence[str]) -> ModelNotFound:
     """Return the fault of a name; names are those that the caller may use."""
-    shortened = name[:SHOWN]
+    shortened = name[:EXCERPT]
     near = difflib.get_close_matches(shortened, _around(shortened, names), n=3)
     meant = f" Did you mean {' or '.join(near)}?" if near else ""
     return ModelNotFound(f"no model {shortened!r} is served here.{meant} Served: {listed(names)}.")
@@ -76,7 +76,7 @@ def bad_version(name: str, prefix: str) -> RequestInvalid:
         code="E_BAD_FIELD",
         where="model",
         expected=f"{name}@ and {LEAST_DIGITS} to 64 hex digits of its digest",
-        found=repr(prefix[:SHOWN]),
+        found=repr(prefix[:EXCERPT]),
     )
     return RequestInvalid("the request names a version that is not valid.", [finding])
 

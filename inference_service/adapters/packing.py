@@ -31,7 +31,7 @@ ARRANGED_BYTES: Final = 32 << 20
 """Bytes of the arrangements of bundles that were packed before: those of 6,000 adapters of a small
 dense base.
 """
-SHOWN: Final = 12
+DIGEST_DIGITS: Final = 12
 """Characters of a digest that stand for an adapter where its name is not known."""
 
 
@@ -90,7 +90,7 @@ class Packer:
         manifest, began = bundle.manifest, time.monotonic()
         if manifest.proof is None:
             return
-        short = bundle.digest[:SHOWN]
+        short = bundle.digest[:DIGEST_DIGITS]
         with self._proving, _beside_the_steps(self._model.device):
             lora = self._new_lora()
             lora.open(-(-packed.num_bytes // ALIGNMENT) * ALIGNMENT, max(packed.max_rank, 1), 1)

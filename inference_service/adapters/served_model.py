@@ -66,7 +66,7 @@ class ServedModel:
 
 def display_source(repository: Repository) -> str:
     """Say where a model came from, to everybody who may ask; a folder's path is nobody's business."""
-    place = repository.shown
+    place = repository.label
     place = Path(place).name if repository.source is SourceKind.LOCAL else place
     return f"{place}@{repository.revision}" if repository.revision else place
 

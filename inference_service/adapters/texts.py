@@ -15,7 +15,7 @@ from inference_service.adapters.scoring import Scorer
 from inference_service.adapters.workers import Workers
 from inference_service.text.text import Text
 
-KEPT: Final = 512
+CACHED: Final = 512
 """Adapters whose parsed texts are kept; a chat template with its macros takes some tens of KB."""
 AT_ONCE: Final = 4
 SCORERS_BYTES: Final = 64 << 20
@@ -29,7 +29,7 @@ class AdapterTexts:
         self._reader = reader
         self._base = base
         self._workers = Workers("adapter-texts", AT_ONCE)
-        self._kept: Recent[AdapterDefaults] = Recent(KEPT)
+        self._kept: Recent[AdapterDefaults] = Recent(CACHED)
         self._scorers: Recent[Scorer] = Recent(SCORERS_BYTES)
         self._reading: dict[str, Future[AdapterDefaults]] = {}
 

@@ -11,7 +11,7 @@ from typing import Final
 from inference_service.chat.demands import ConstraintAt, Demand
 from inference_service.chat.dialect import Dialect, dialect_of
 from inference_service.chat.formats.frame import ThinkingMarks
-from inference_service.chat.formats.lark import Asked
+from inference_service.chat.formats.lark import OfferedTool
 from inference_service.chat.pieces import (
     AnswerCalls,
     AnswerReader,
@@ -79,9 +79,9 @@ class Conversation:
                         case PromptScores():
                             yield event
                         case AnswerDelta():
-                            yield AnswerPart(event, self._wanted(readings[event.index].push(event.text)))
+                            yield AnswerPart(event, self._released(readings[event.index].push(event.text)))
                         case AnswerFinished():
-                            yield AnswerPart(event, self._wanted(readings[event.index].finish()))
+                            yield AnswerPart(event, self._released(readings[event.index].finish()))
 
     async def prompt_tokens(self) -> int:
         """Return how many tokens the prompt has, also one that leaves no room for an answer.
@@ -118,13 +118,13 @@ class Conversation:
         """Return what begins with the constraint of the answers; None: there is none."""
         demand, several = Demand(self._dialect, text), not self._chat.one_call
         if self._chat.forced:
-            tools = [_asked(tool) for tool in self._tools]
+            tools = [_offered(tool) for tool in self._tools]
             grammar = demand.form(tools, several=several)
             if grammar is None:
                 self._dialect = replace(self._dialect, tool=ToolParser.LLAMA3_JSON)  # which has no marks
             return lambda: partial(demand.calls, tools, grammar)
         strict = [tool.name for tool in self._tools if tool.strict]
-        tools = [_asked(tool, free=not tool.strict) for tool in self._tools]
+        tools = [_offered(tool, free=not tool.strict) for tool in self._tools]
         constraint = self._chat.constraint
         if tools:
             if constraint is not None:
@@ -153,7 +153,7 @@ class Conversation:
         offered = {tool.name: tool.parameters or {} for tool in self._tools}
         return self._dialect.reading(AnswerCalls(offered, self._dialect.form.new_id), opened)
 
-    def _wanted(self, pieces: Sequence[Piece]) -> list[Piece]:
+    def _released(self, pieces: Sequence[Piece]) -> list[Piece]:
         """Return the pieces that the client asks for."""
         return [piece for piece in pieces if self._wants(piece)]
 
@@ -165,6 +165,6 @@ class Conversation:
         return not (self._chat.one_call and isinstance(piece, CallBegun | CallArguments) and piece.index)
 
 
-def _asked(tool: ChatTool, *, free: bool = False) -> Asked:
+def _offered(tool: ChatTool, *, free: bool = False) -> OfferedTool:
     """Return a tool as a grammar knows it; free: any arguments will do."""
-    return Asked(tool.name, ANY_ARGUMENTS if free else tool.parameters or ANY_ARGUMENTS)
+    return OfferedTool(tool.name, ANY_ARGUMENTS if free else tool.parameters or ANY_ARGUMENTS)

@@ -10,7 +10,7 @@ from functools import partial
 from inference_service.chat.dialect import FORMATS, Dialect
 from inference_service.chat.formats import harmony
 from inference_service.chat.formats.frame import ThinkingMarks
-from inference_service.chat.formats.lark import ANYTHING, Asked, CallGrammar, Spelling, calls_schema
+from inference_service.chat.formats.lark import ANYTHING, CallGrammar, OfferedTool, Spelling, calls_schema
 from inference_service.chat.formats.values import CannotSayError
 from inference_service.core.constraint import Constraint
 from inference_service.text.text import Text
@@ -31,7 +31,7 @@ class Demand:
     dialect: Dialect
     text: Text
 
-    def form(self, tools: Sequence[Asked], *, several: bool) -> CallGrammar | None:
+    def form(self, tools: Sequence[OfferedTool], *, several: bool) -> CallGrammar | None:
         """Return the grammar of calls of these tools in the model's own form.
 
         None: nobody knows that, or it cannot say what their schemas ask for.
@@ -41,7 +41,9 @@ class Demand:
         except CannotSayError:
             return None
 
-    def calls(self, tools: Sequence[Asked], grammar: CallGrammar | None, end_of_prompt: str) -> Constraint:
+    def calls(
+        self, tools: Sequence[OfferedTool], grammar: CallGrammar | None, end_of_prompt: str
+    ) -> Constraint:
         """Return the constraint to calls of these tools behind reasoning; without a grammar, to one as JSON."""
         if grammar is None:
             plain = Constraint("json_schema", json.dumps(calls_schema(tools), ensure_ascii=False), WHERE)
@@ -50,7 +52,7 @@ class Demand:
         text = f"start: {thought} {self._calls(grammar)}\n{rules}{grammar.rules}"
         return Constraint("lark", text, WHERE, composed=True)
 
-    def free(self, tools: Sequence[Asked], strict: Sequence[str]) -> ConstraintAt:
+    def free(self, tools: Sequence[OfferedTool], strict: Sequence[str]) -> ConstraintAt:
         """Return what makes the constraint to any text, in which what begins as a call is one of these tools.
 
         That is None where calls are not read; or no tool is strict, and the form has no mark that a call begins
@@ -76,7 +78,7 @@ class Demand:
 
         return constraint
 
-    def calls_or(self, constraint: Constraint, tools: Sequence[Asked], several: bool) -> ConstraintAt:
+    def calls_or(self, constraint: Constraint, tools: Sequence[OfferedTool], several: bool) -> ConstraintAt:
         """Return what makes the constraint to calls of these tools or else to another one, behind reasoning.
 
         Raises:
@@ -102,7 +104,7 @@ class Demand:
         before = f"{thought} {self._final}".strip()
         return replace(constraint, around=f"start: {before} @answer\n{rules}") if before else constraint
 
-    def _grammar(self, form: ToolParser, tools: Sequence[Asked], *, several: bool) -> CallGrammar | None:
+    def _grammar(self, form: ToolParser, tools: Sequence[OfferedTool], *, several: bool) -> CallGrammar | None:
         """Return the grammar of calls in a format; None where none is known.
 
         Raises:

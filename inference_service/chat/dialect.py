@@ -137,7 +137,7 @@ class Dialect:
         """Return a reading of one answer."""
         if self.is_harmony:
             reasons = self.reasoning is not ReasoningParser.NONE
-            return ParsedAnswer(lambda source: messages(source, calls, shown=reasons))
+            return ParsedAnswer(lambda source: messages(source, calls, visible=reasons))
         if not calls.offered and not self.thinking:
             return Plain()
         return ParsedAnswer(lambda source: self._read(source, calls, opened))
@@ -154,7 +154,7 @@ class Dialect:
 def dialect_of(text: Text, template: ChatTemplate | None, explicit: Parsers) -> Dialect:
     """Return the dialect of a model with a text side, and perhaps a template of its own."""
     known = template or text.template
-    parsers = shown(known.source if known else "", explicit)
+    parsers = parsers_of(known.source if known else "", explicit)
     return Dialect(parsers.tool, parsers.reasoning)
 
 
@@ -167,11 +167,11 @@ def dialect_of_model(service: GenerationService, model: ServedModel) -> Dialect 
 
 
 @lru_cache(maxsize=128)
-def shown(template: str, explicit: Parsers = Parsers()) -> Parsers:  # noqa: B008 - frozen
+def parsers_of(template: str, explicit: Parsers = Parsers()) -> Parsers:  # noqa: B008 - frozen
     """Return what is said, and where that is auto what a template's text shows; auto where it shows nothing."""
     tool, reasoning = explicit.tool, explicit.reasoning
     if tool is ToolParser.AUTO:
-        found = (name for name, each in FORMATS.items() if any(one.by(template) for one in each.shown))
+        found = (name for name, each in FORMATS.items() if any(one.by(template) for one in each.marks))
         tool = next(found, tool)
     if reasoning is ReasoningParser.AUTO:
         reasoning = next((name for name, one in REASONING_SHOWN if one.by(template)), reasoning)

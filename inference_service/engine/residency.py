@@ -43,7 +43,7 @@ LOADS: Final = 12
 FIRST_PAUSE_S: Final = 1.0
 LAST_PAUSE_S: Final = 60.0
 """Behind the first load that failed, and behind many: nobody tries again before."""
-_WANTED: Final = 1 << 62
+_NEEDED_NOW: Final = 1 << 62
 """Rank of an adapter that is waited for among those that may leave: as if used after all others."""
 _NOBODY: Final[Rank] = (math.inf, (0, 0))
 """Rank of an adapter that no sequence waits for."""
@@ -328,7 +328,7 @@ class Residency(Generic[P]):
         ages = {entry.slot: entry.used for entry in free if not entry.waiters}
         waited = [entry for entry in free if entry.waiters and ranks.get(entry.adapter, _NOBODY) > rank]
         waited.sort(key=lambda entry: ranks.get(entry.adapter, _NOBODY), reverse=True)
-        return ages | {entry.slot: _WANTED + place for place, entry in enumerate(waited)}
+        return ages | {entry.slot: _NEEDED_NOW + place for place, entry in enumerate(waited)}
 
     def _require_room_without_pins(self, entry: AdapterEntry[P]) -> None:
         """Raise where only pinned adapters are in the way, so that waiting would not help."""

@@ -63,7 +63,7 @@ class StateSlots:
         progress.state_slot = self._take()
         if key is not None and key in self._snapshots:  # else the sequence has its very slot
             self._copies[-1][progress.state_slot] = self._snapshots[key]
-        progress.stops = self._wanted(seq, known * self._block_size)
+        progress.stops = self._places(seq, known * self._block_size)
         progress.stop = self._next(seq)
 
     def reached(self, seq: Sequence) -> None:
@@ -120,7 +120,7 @@ class StateSlots:
         """A slot that no sequence has: a free one, or else that of the snapshot which was used longest ago."""
         return self._free.pop() if self._free else self._snapshots.popitem(last=False)[1]
 
-    def _wanted(self, seq: Sequence, known: int) -> list[int]:
+    def _places(self, seq: Sequence, known: int) -> list[int]:
         """Return the positions at which a sequence should leave its state, beside every spacing."""
         if self._spacing is None:
             return []

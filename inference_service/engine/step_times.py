@@ -37,7 +37,7 @@ HEAVIEST: Final = 64
 """Rows of a step that count, at most, so that a few large steps do not outweigh all others."""
 LOOK_WITHOUT_DRAFTS: Final = 64
 """Steps of so many sequences after which one has no drafts, so that what this takes stays known."""
-KEPT: Final = 0.998
+DECAY: Final = 0.998
 """Decay of the known cost of rows, at every step with prompts: some 500 of them are remembered."""
 FADING: Final = 0.9995
 """Decay of the cost of drafts, at every step without such: those that cost too much are tried again
@@ -88,11 +88,11 @@ class _Regression:
 
     def add(self, weight: float, context: float, seconds: float) -> None:
         """Take in a step."""
-        self.weight = self.weight * KEPT + weight
-        self.context = self.context * KEPT + weight * context
-        self.square = self.square * KEPT + weight * context * context
-        self.seconds = self.seconds * KEPT + weight * seconds
-        self.product = self.product * KEPT + weight * context * seconds
+        self.weight = self.weight * DECAY + weight
+        self.context = self.context * DECAY + weight * context
+        self.square = self.square * DECAY + weight * context * context
+        self.seconds = self.seconds * DECAY + weight * seconds
+        self.product = self.product * DECAY + weight * context * seconds
 
     def line(self) -> tuple[float, float]:
         """Return the seconds of a row without a context, and what each token of a context adds."""
@@ -263,5 +263,5 @@ class StepTimes:
             self._drift += DRIFT * (min(max(per_row_s / usual_s, 0.25), 4.0) - self._drift)
         self._sums.add(min(load.rows, HEAVIEST), context, per_row_s)
         self._row_s, self._token_s = self._sums.line()
-        self._most = max(self._most * KEPT, load.rows)
+        self._most = max(self._most * DECAY, load.rows)
         self._since_look += bool(load.decodes)

@@ -42,7 +42,7 @@ def written(b: Tensor) -> Tensor:
     return sigmoid(b)
 
 
-def kept(a: Tensor, decay: Tensor, dt_bias: Tensor) -> Tensor:
+def decay_of(a: Tensor, decay: Tensor, dt_bias: Tensor) -> Tensor:
     """Return what is left of the state at each row; decay is the logarithm of its speed."""
     return torch.exp(-decay.exp() * softplus(a + dt_bias))
 

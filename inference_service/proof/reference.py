@@ -175,7 +175,7 @@ class Reference:
         for run in runs:
             qkv, z, b, a = _project(run, index, DELTA, self._maybe_normed(run.hidden, before), inputs, outs)
             x = delta.taken_in(qkv, taps)
-            x = delta.recalled(spec, x, delta.written(b), delta.kept(a, decay, dt_bias))
+            x = delta.recalled(spec, x, delta.written(b), delta.decay_of(a, decay, dt_bias))
             x = delta.gated(x, z, norm, self._config.norm_eps)
             (y,) = _project(run, index, ("delta_out",), x, out, (hidden,))
             run.hidden = run.hidden + y

@@ -194,23 +194,23 @@ def _turn(index: int, message: pb.Message) -> Message:
         turn |= {"content": message.content or None, "tool_calls": calls}
     if message.reasoning:
         turn |= thought_of(message.reasoning)
-    return turn | _given(message, ("name", "tool_call_id"))
+    return turn | _present(message, ("name", "tool_call_id"))
 
 
 def _call(where: str, call: pb.ToolCall) -> Mapping[str, Any]:
     arguments = _object(f"{where}.tool_calls.arguments", call.arguments or "{}")
     function = {"name": call.name, "arguments": arguments}
-    return {"type": "function", "function": function} | _given(call, ("id",))
+    return {"type": "function", "function": function} | _present(call, ("id",))
 
 
 def _tool(index: int, tool: pb.Tool) -> Mapping[str, Any]:
-    function: dict[str, Any] = {"name": tool.name} | _given(tool, ("description",))
+    function: dict[str, Any] = {"name": tool.name} | _present(tool, ("description",))
     if tool.parameters:
         function["parameters"] = _object(f"messages.tools[{index}].parameters", tool.parameters)
     return {"type": "function", "function": function}
 
 
-def _given(message: Any, names: Iterable[str]) -> dict[str, str]:
+def _present(message: Any, names: Iterable[str]) -> dict[str, str]:
     return {name: value for name in names if (value := getattr(message, name))}
 
 

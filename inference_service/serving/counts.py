@@ -71,7 +71,7 @@ def _in_regex(pattern: str) -> str | None:
             sums[-1] += last * (times - 1)
             last, at = last * times, count.end()
             if sums[-1] > MOST:
-                return f"{count[0]} in {_shown(pattern)}, which is {sums[-1]} characters or more"
+                return f"{count[0]} in {_excerpt(pattern)}, which is {sums[-1]} characters or more"
             continue
         if char == "(":
             sums.append(0)
@@ -153,5 +153,5 @@ def _after_literal(text: str, at: int, mark: str) -> int:
     return end + 1
 
 
-def _shown(pattern: str) -> str:
+def _excerpt(pattern: str) -> str:
     return pattern if len(pattern) <= 80 else f"{pattern[:77]}..."

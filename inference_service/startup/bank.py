@@ -44,7 +44,7 @@ COPY_WAIT_S: Final = 0.005
 
 Ten megabytes take half a millisecond.
 """
-ASKED: Final = 16
+PROBES: Final = 16
 """Manifests that are read where a generation of an older release does not tell what its adapters take."""
 
 
@@ -143,7 +143,7 @@ def _sizes(generation: Generation, item_bytes: int, store: Store) -> dict[str, i
         else:
             elements = record.summary.weights_bytes // generation.lora_dtype.itemsize
             found[record.digest] = _packed(elements, item_bytes)
-    for digest in unknown[:ASKED]:
+    for digest in unknown[:PROBES]:
         manifest = read_manifest(store, digest)
         found[digest] = _packed(manifest.weights_bytes // manifest.dtype.itemsize, item_bytes)
     return dict.fromkeys(unknown, max(found.values(), default=0)) | found

@@ -113,5 +113,5 @@ def _warn_about(config: ModelConfig, model: Decoder) -> tuple[str, ...]:
 def _cache_name(generation: Generation) -> str:
     """A folder per set of files: another revision never meets files of this one."""
     source = generation.base.source
-    place, revision = (re.sub(r"[^\w.\-]", "_", text) for text in (source.shown, source.revision))
+    place, revision = (re.sub(r"[^\w.\-]", "_", text) for text in (source.label, source.revision))
     return f"{place[-80:]}@{revision[:16] or 'none'}"

@@ -39,7 +39,7 @@ def build(
 
     Example: loramux build deployment.yaml
     """
-    deployment = wished(read_deployment(file).deployment, truncate_to, prove)
+    deployment = overridden(read_deployment(file).deployment, truncate_to, prove)
     run_build(builder, deployment, as_json, verify=verify, exact=exact)
 
 
@@ -53,10 +53,10 @@ def prove(file: shell.File, builder: shell.Builder = BUILDER, as_json: shell.Jso
 
     Example: loramux prove deployment.yaml
     """
-    run_build(builder, wished(read_deployment(file).deployment, None, True), as_json)
+    run_build(builder, overridden(read_deployment(file).deployment, None, True), as_json)
 
 
-def wished(deployment: Deployment, truncate_to: int | None, prove: bool) -> Deployment:
+def overridden(deployment: Deployment, truncate_to: int | None, prove: bool) -> Deployment:
     """Return a deployment with what the command line asks for beside its file."""
     lora = deployment.build.lora_configuration
     if truncate_to is not None:

@@ -46,7 +46,7 @@ SomeBuilder = Annotated[
 
 
 @dataclass(frozen=True)
-class Wanted:
+class CheckOptions:
     """The options of a check."""
 
     adapter: Repository
@@ -81,7 +81,7 @@ def check(
 
     Example: loramux check ./my-adapter --base org/base@main
     """
-    options = Wanted(
+    options = CheckOptions(
         named(adapter, secret),
         named(base, secret),
         parse_lora_configuration(max_lora_rank=max_rank, truncate_to_rank=truncate_to, dtype=dtype),
@@ -106,12 +106,12 @@ def named(word: str, secret: str) -> Repository:
     return repository.model_copy(update={"runtime_secret_name": secret}) if secret else repository
 
 
-def check_with(builder: str, options: Wanted) -> AdapterReport:
+def check_with(builder: str, options: CheckOptions) -> AdapterReport:
     """Check with a running builder, or with one of our own."""
     found: list[AdapterReport] = []
 
     async def ask(client: AsyncClient) -> None:
-        with shell.step(f"checking {options.adapter.shown}"):
+        with shell.step(f"checking {options.adapter.label}"):
             found.append(
                 await client.check(options.adapter, options.base, options.lora, signed_by=options.signed_by)
             )
@@ -180,7 +180,7 @@ def report_fields(report: AdapterReport) -> dict[str, Any]:
 def _repository_fields(repository: Repository) -> dict[str, str]:
     return {
         "source": repository.source.value,
-        "repo": repository.shown,
+        "repo": repository.label,
         "revision": repository.revision,
         "subfolder": repository.subfolder,
     }

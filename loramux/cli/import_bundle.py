@@ -12,10 +12,10 @@ from loramux.cli import shell
 from loramux.cli.build import run_build
 from loramux.cli.check import (
     Base,
+    CheckOptions,
     MaxRank,
     Secret,
     StorageDtype,
-    Wanted,
     check_with,
     named,
     tell_report,
@@ -68,7 +68,7 @@ def import_bundle(
     """
     adapter = npy_folder(folder)
     lora = parse_lora_configuration(max_lora_rank=max_rank, dtype=dtype)
-    options = Wanted(adapter, named(base, secret), lora)
+    options = CheckOptions(adapter, named(base, secret), lora)
     made = deployment_of_one(deployment or UNPUBLISHED, name, options)
     if deployment:
         run_build(builder or BUILDER, made, as_json)
@@ -94,7 +94,7 @@ def npy_folder(folder: Path) -> Repository:
     return parse_repository(str(path))
 
 
-def deployment_of_one(deployment: str, name: str, options: Wanted) -> Deployment:
+def deployment_of_one(deployment: str, name: str, options: CheckOptions) -> Deployment:
     """Return a deployment with one adapter.
 
     Raises:

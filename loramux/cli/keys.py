@@ -108,7 +108,7 @@ def list_keys(file: File, as_json: shell.Json = False) -> None:
             entry.id,
             ", ".join(entry.scopes),
             ", ".join(entry.models or ("all",)),
-            _told(entry.limits),
+            _limits_text(entry.limits),
             f"{entry.created:%Y-%m-%d}" if entry.created else "-",
             entry.comment or "-",
         )
@@ -135,7 +135,7 @@ def remove(
         shell.show(f"{key_id} is removed from {file}")
 
 
-def _told(limits: Limits | None) -> str:
+def _limits_text(limits: Limits | None) -> str:
     items = limits.model_dump().items() if limits else ()
     return ", ".join(f"{name} {value}" for name, value in items) or "-"
 

@@ -94,7 +94,7 @@ def _show_finding(finding: Finding) -> None:
 
 
 def _name(repository: Repository) -> str:
-    place = "/".join(part for part in (repository.shown, repository.subfolder) if part)
+    place = "/".join(part for part in (repository.label, repository.subfolder) if part)
     return f"{repository.source} {place}" + (f" @ {repository.revision}" if repository.revision else "")
 
 

@@ -21,7 +21,7 @@ from rich.text import Text
 
 from loramux.cli.documents import emit_line
 from loramux.cli.exits import Exit, exit_of
-from loramux.cli.tables import fitted, kept
+from loramux.cli.tables import fitted, fitting_columns
 from loramux_shared.faults import Fault
 
 P = ParamSpec("P")
@@ -228,7 +228,7 @@ def table(
             ]
             show("  ".join(cells).rstrip())
         return
-    places, left_out = kept(headers, rows, spare, out.width)
+    places, left_out = fitting_columns(headers, rows, spare, out.width)
     chosen = [[row[i] for i in places] for row in (headers, *rows)]
     out.print(fitted(chosen[0], chosen[1:], right, out.width))
     if left_out:

@@ -20,7 +20,7 @@ NOTHING = ("", "-")
 """Cells that say nothing."""
 
 
-def kept(
+def fitting_columns(
     headers: Sequence[str], rows: Sequence[Sequence[str]], spare: Sequence[str], width: int
 ) -> tuple[list[int], list[str]]:
     """Return the places of the columns that fit a line each row, and the headers of those that were left out.

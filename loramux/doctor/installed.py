@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 from typing import Final
 
-SHOWN: Final = (
+LISTED: Final = (
     *("loramux", "grpcio", "protobuf", "pydantic", "numpy", "safetensors", "tokenizers", "torch", "triton"),
     *("boto3", "huggingface-hub"),
 )
@@ -30,7 +30,7 @@ class Extra:
 
 def versions() -> dict[str, str | None]:
     """Return the packages worth knowing with their versions; None: not installed."""
-    return {name: version_of(name) for name in SHOWN}
+    return {name: version_of(name) for name in LISTED}
 
 
 def version_of(name: str) -> str | None:

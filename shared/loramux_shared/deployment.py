@@ -87,7 +87,7 @@ class Repository(Model):
         return value.strip("/")
 
     @property
-    def shown(self) -> str:
+    def label(self) -> str:
         """``repo`` for messages, logs and records: without what in an address may be secret."""
         if self.source in {SourceKind.HF, SourceKind.LOCAL, SourceKind.PUSHED}:
             return self.repo
@@ -96,7 +96,7 @@ class Repository(Model):
 
     def __repr_args__(self) -> Any:
         for name, value in super().__repr_args__():
-            yield name, self.shown if name == "repo" else value
+            yield name, self.label if name == "repo" else value
 
 
 class LoraConfiguration(Model):

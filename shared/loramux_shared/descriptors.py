@@ -7,7 +7,7 @@ from typing import Final
 
 import structlog
 
-WANTED: Final = 16_384
+TARGET: Final = 16_384
 """The soft limit on open files is raised to this, or to the hard limit where that is lower."""
 RESERVED: Final = 128
 """Descriptors kept free for files, the store, the base's source and helper processes.
@@ -24,7 +24,7 @@ log = structlog.get_logger()
 def raise_limit() -> None:
     """Raise the soft limit on open files where the hard one allows it, and say so."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    target = WANTED if hard == resource.RLIM_INFINITY else min(hard, WANTED)
+    target = TARGET if hard == resource.RLIM_INFINITY else min(hard, TARGET)
     if soft != resource.RLIM_INFINITY and soft < target:
         resource.setrlimit(resource.RLIMIT_NOFILE, (target, hard))
         log.info("limit on open files raised", before=soft, now=target)

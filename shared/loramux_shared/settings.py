@@ -137,11 +137,11 @@ Signers = Annotated[
 
 Count = Annotated[int, Field(ge=1)]
 
-SHOWN: Final = Field(json_schema_extra={"default": "auto"})
-OfDevice = Annotated[Count | None, BeforeValidator(_of_device), SHOWN]
+AUTO: Final = Field(json_schema_extra={"default": "auto"})
+OfDevice = Annotated[Count | None, BeforeValidator(_of_device), AUTO]
 """A number, or ``auto`` (None): what the kind of device has in `STEP_SIZES`."""
 
-CountOfDevice = Annotated[Annotated[int, Field(ge=0)] | None, BeforeValidator(_of_device), SHOWN]
+CountOfDevice = Annotated[Annotated[int, Field(ge=0)] | None, BeforeValidator(_of_device), AUTO]
 """The same, and 0."""
 
 
@@ -379,7 +379,7 @@ def load_settings(cls: type[AnySettings], **overrides: object) -> AnySettings:
     try:
         settings = cls(**flags)  # type: ignore[arg-type]  # pydantic checks the values
     except ValidationError as error:
-        wrong += [_said(item, flags) for item in error.errors(include_url=False)]
+        wrong += [_problem(item, flags) for item in error.errors(include_url=False)]
     if wrong:
         raise SettingsInvalid("; ".join(wrong))
     return settings
@@ -424,7 +424,7 @@ def _is_service_link(name: str, value: str) -> bool:
     )
 
 
-def _said(item: Any, flags: dict[str, object]) -> str:
+def _problem(item: Any, flags: dict[str, object]) -> str:
     name = str(item["loc"][0])
     spelled = f"--{name.replace('_', '-')}" if name in flags else variable(name)
     if item["type"] == "missing":

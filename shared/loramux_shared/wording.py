@@ -7,10 +7,10 @@ from collections.abc import Collection, Iterable
 from itertools import islice
 from typing import Final
 
-SHOWN: Final = 20
+LISTED: Final = 20
 
 
-def listed(names: Collection[str], most: int = SHOWN, *, none: str = "none") -> str:
+def listed(names: Collection[str], most: int = LISTED, *, none: str = "none") -> str:
     """Return the first names in a sentence's form: ``a, b, c and 57 more``; none where there are none."""
     joined = ", ".join(islice(names, most))
     more = len(names) - most

@@ -142,7 +142,7 @@ def keys(count: int) -> bytes:
 
 
 CALL = {"type": "function", "id": "1", "function": {"name": "f", "arguments": "[" + "[]," * (ROOM // 4)}}
-SAID = {"role": "user", "content": "ab " * (ROOM // 3 - 99)}
+LONG_TURN = {"role": "user", "content": "ab " * (ROOM // 3 - 99)}
 LARGE_BODIES: dict[str, tuple[str, Callable[[], bytes], str]] = {
     "text": (PLAIN, lambda: filled('{"model":"base","prompt":"', "ab cd", '"}'), TOO_LONG),
     "ids": (PLAIN, lambda: filled('{"model":"base","prompt":[', "77777", "]}"), TOO_MUCH),
@@ -155,7 +155,7 @@ LARGE_BODIES: dict[str, tuple[str, Callable[[], bytes], str]] = {
 }
 SWEPT_BODIES: dict[str, tuple[str, Callable[[], bytes], str]] = {
     "one word": (PLAIN, lambda: filled('{"model":"base","prompt":"', "a" * 1000, '"}'), TOO_LONG),
-    "messages": (CHAT, lambda: chat(messages=[SAID]), TOO_LONG),
+    "messages": (CHAT, lambda: chat(messages=[LONG_TURN]), TOO_LONG),
     "tokenize": ("/tokenize", lambda: filled('{"prompt":"', "ab cd", '"}'), TOO_LONG),
     "keys": (CHAT, lambda: keys(500_000), TOO_MUCH),
     "a long key": (CHAT, lambda: filled('{"', "max_tokens", '":1}'), MISSING),

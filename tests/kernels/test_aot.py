@@ -9,7 +9,7 @@ import pytest
 
 from inference_service.kernels.launch import ARCHITECTURES
 from tests.golden.kernels import sources
-from tests.golden.kernels.write import kept, package_of, printed
+from tests.golden.kernels.write import package_of, printed, recorded
 from tests.kernels.aot import PACKAGES, Line, Variant, covering, variants
 
 PORTABLE_SHARED = 99 * 1024
@@ -29,13 +29,13 @@ def assert_as_kept(found: list[Line]) -> None:
     """The table has these lines, each once."""
     names = {(line.name, line.dtype, line.architecture) for line in found}
     assert len(found) == len(names)
-    golden = [str(line) for line in kept() if (line.name, line.dtype, line.architecture) in names]
+    golden = [str(line) for line in recorded() if (line.name, line.dtype, line.architecture) in names]
     assert_equal([*map(str, found)], golden)
 
 
 def test_the_table_has_every_configuration_and_none_spills() -> None:
     """Every entry of the tuning tables is in the table of resources; no stack, and portable shared memory."""
-    table = kept()
+    table = recorded()
     ships = {(v.name, v.dtype, architecture) for architecture in ARCHITECTURES for v in variants(architecture)}
     assert {(line.name, line.dtype, line.architecture) for line in table} == ships
     assert len(table) == len(ships)
@@ -45,9 +45,9 @@ def test_the_table_has_every_configuration_and_none_spills() -> None:
 @pytest.mark.timeout(900)
 def test_the_table_is_of_these_kernels() -> None:
     """It was made by this compiler of these sources; another compiler makes the same of all of them."""
-    golden, found = sources.KEPT.read_text().splitlines(), sources.found()
+    golden, found = sources.RECORDED.read_text().splitlines(), sources.found()
     if golden[0] != found[0]:
-        golden, found = [*map(str, kept())], [*map(str, printed(PACKAGES))]
+        golden, found = [*map(str, recorded())], [*map(str, printed(PACKAGES))]
     assert_equal(found, golden)
 
 
@@ -64,7 +64,7 @@ def test_one_of_each_kernel_takes_what_the_table_says() -> None:
 def test_every_configuration_takes_what_the_table_says(package: str) -> None:
     """All of them, whatever is known of their sources."""
     found = printed([package])
-    assert len(found) == sum(package_of(line) == package for line in kept())
+    assert len(found) == sum(package_of(line) == package for line in recorded())
     assert_as_kept(found)
 
 

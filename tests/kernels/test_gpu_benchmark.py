@@ -15,7 +15,7 @@ from benchmarks.on_gpu import attention, correctness, sgmv, step
 from benchmarks.on_gpu.correctness import NEEDS_NO_GPU, QUICK_TESTS
 from benchmarks.on_gpu.device import Machine, Rehearsal
 from benchmarks.on_gpu.machine import FIXED, ROOT, STATE, read_query
-from benchmarks.on_gpu.report import Report, Row, shown
+from benchmarks.on_gpu.report import Report, Row, formatted
 from benchmarks.on_gpu.run import Run, Scale
 from benchmarks.on_gpu.sgmv import Linear, Point
 from benchmarks.on_gpu.targets import FLOOR, OF_BASE, OF_FLOOR
@@ -138,7 +138,7 @@ def test_points_beyond_the_time_are_left_out_and_named() -> None:
 def test_numbers_have_the_digits_that_count() -> None:
     """Three, and words for what is not there."""
     values = [None, math.nan, "two", 12345.6, 45.67, 1.234, 0.9951, 3]
-    assert [*map(shown, values)] == ["-", "rehearsal", "two", "12346", "45.7", "1.23", "1.00", "3"]
+    assert [*map(formatted, values)] == ["-", "rehearsal", "two", "12346", "45.7", "1.23", "1.00", "3"]
 
 
 def test_a_timing_is_a_median_and_a_tenth() -> None:

@@ -168,7 +168,7 @@ def test_vectors_are_read_from_recorded_steps(
             np.testing.assert_allclose(one, other, atol=1e-4, rtol=1e-4)
 
 
-Asked = tuple[str, list[int], SamplingParams]
+Query = tuple[str, list[int], SamplingParams]
 
 
 def walk() -> Scripted:
@@ -176,7 +176,7 @@ def walk() -> Scripted:
     return Scripted(lambda before: range((3 * before[-1] + 1) % 7 if before else 0, VOCAB, 7))
 
 
-def _run(ready: Ready, requests: Sequence[Asked], walking: Collection[int] = ()) -> list[list[Token]]:
+def _run(ready: Ready, requests: Sequence[Query], walking: Collection[int] = ()) -> list[list[Token]]:
     """Run requests together, some by number with a grammar; return the tokens of each."""
     engine = ready.engine._engine
     tokens: dict[str, list[Token]] = {}

@@ -44,7 +44,7 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-def _said(draw: random.Random, count: int) -> list[int]:
+def _drawn(draw: random.Random, count: int) -> list[int]:
     """Tokens that call no adapter."""
     return draw.choices(range(10, VOCAB), k=count)
 
@@ -58,7 +58,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 def requests() -> list[tuple[str, list[int]]]:
     """Called at the beginning, within a block, at a block's end, by the last token, twice, never."""
     draw = random.Random(6)
-    stated = _said(draw, 40)
+    stated = _drawn(draw, 40)
     return [
         ("called", [*stated[:19], *CALLED, *stated[19:30]]),
         ("asked", [*stated[:39], *ASKED]),
@@ -120,7 +120,7 @@ def test_the_blocks_of_a_conversation_are_shared(
     """
     ready = world.load(store, block_size=4, max_batch_tokens=64)
     calls = {"called": CALLED, "asked": ASKED}
-    emitted, found = _said(random.Random(8), 83), []
+    emitted, found = _drawn(random.Random(8), 83), []
     for name in (first, then, "wide"):
         prompt = [*emitted, *calls.get(name, ()), 20]
         seq = sequence(ready, name, name, prompt, SamplingParams(max_tokens=30))
@@ -200,7 +200,7 @@ def test_windows_and_states_change_no_token(tmp_path: Path, config: PreTrainedCo
     world.build(store)
     models = {name: oracle(world.base, world.adapters.get(name)) for name in calls}
     ready = world.load(store, native=native, max_batch_tokens=32)
-    stated = _said(random.Random(9), 90)
+    stated = _drawn(random.Random(9), 90)
     for behind in (1, 17):
         queries = [(name, [*stated, *call, *stated[:behind]]) for name, call in calls.items()]
         answers = [oracle_tokens(models[name], prompt, NEW) for name, prompt in queries]

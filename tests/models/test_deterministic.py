@@ -58,7 +58,7 @@ def of_families(*names: str) -> Any:
     return pytest.mark.parametrize("world", every, indirect=True)
 
 
-Asked = list[tuple[str, list[int]]]
+Queries = list[tuple[str, list[int]]]
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -82,7 +82,7 @@ def loaded(world: tuple[World, MemoryStore], **settings: Any) -> Ready:
         raise
 
 
-def answers(ready: Ready, query: Asked, **params: Any) -> list[list[Token]]:
+def answers(ready: Ready, query: Queries, **params: Any) -> list[list[Token]]:
     """The tokens of all, asked together, with their log probabilities and those of five others."""
     engine = ready.engine._engine
     sampling = SamplingParams(max_tokens=NEW, logprobs=5, **params)
@@ -195,7 +195,7 @@ def test_a_product_has_few_numbers_of_rows() -> None:
 
 def test_a_machine_on_which_no_size_agrees_is_told() -> None:
     """The start is refused rather than a promise broken."""
-    with pytest.raises(SettingsInvalid, match="24 x 40 depend on the place of a row"):
+    with pytest.raises(SettingsInvalid, match="24 x 40 depend on a row"):
         agreeing_sizes(Moody("never the same"), 24, 40, torch.float32)
 
 

@@ -52,7 +52,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 
 @dataclass(frozen=True)
-class Kept:
+class Saved:
     """A world whose base is of few bits, and a checkpoint of the weights that it means."""
 
     world: World
@@ -60,13 +60,13 @@ class Kept:
 
 
 @pytest.fixture(scope="module", params=KINDS)
-def kept(request: pytest.FixtureRequest, plain: World, tmp_path_factory: pytest.TempPathFactory) -> Kept:
+def kept(request: pytest.FixtureRequest, plain: World, tmp_path_factory: pytest.TempPathFactory) -> Saved:
     folder = tmp_path_factory.mktemp(request.param)
     keep(plain.base, KINDS[request.param], folder / "kept", folder / "widened")
-    return Kept(replace(plain, base=folder / "kept", root=folder.parent), folder / "widened")
+    return Saved(replace(plain, base=folder / "kept", root=folder.parent), folder / "widened")
 
 
-def test_base_and_adapters_answer_as_transformers_with_the_widened_weights(retained: Kept) -> None:
+def test_base_and_adapters_answer_as_transformers_with_the_widened_weights(retained: Saved) -> None:
     """Base and adapters answer as transformers in float32, token for token, all in one batch."""
     store = MemoryStore()
     retained.world.build(store)
@@ -79,7 +79,7 @@ def test_base_and_adapters_answer_as_transformers_with_the_widened_weights(retai
     assert run_engine(ready, [(name, PROMPT) for name in models], NEW) == expected
 
 
-def test_proofs_are_computed_with_the_widened_weights(retained: Kept) -> None:
+def test_proofs_are_computed_with_the_widened_weights(retained: Saved) -> None:
     """A replica that widens the weights can replay proofs of the widened weights."""
     runs = {}
     for base in (retained.world.base, retained.widened):
@@ -95,7 +95,7 @@ def test_proofs_are_computed_with_the_widened_weights(retained: Kept) -> None:
     ["nf4", *(pytest.param(kind, marks=pytest.mark.sweep) for kind in KINDS if kind != "nf4")],
     indirect=True,
 )
-def test_dora_is_over_the_norms_of_the_widened_weights(retained: Kept, tmp_path: Path) -> None:
+def test_dora_is_over_the_norms_of_the_widened_weights(retained: Saved, tmp_path: Path) -> None:
     """A process beside the builder widens the weights: answers are PEFT's with those."""
     folder = tmp_path / "dora"
     make_adapter(
@@ -111,7 +111,7 @@ def test_dora_is_over_the_norms_of_the_widened_weights(retained: Kept, tmp_path:
 
 @pytest.mark.parametrize("retained", ["nf4"], indirect=True)
 def test_without_torch_dora_of_few_bits_is_refused(
-    retained: Kept, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    retained: Saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The builder cannot widen weights by itself, and says what is missing."""
     monkeypatch.setattr(widening, "NEEDS", ("no_such_torch",))
@@ -123,7 +123,7 @@ def test_without_torch_dora_of_few_bits_is_refused(
 
 
 @pytest.mark.parametrize("retained", ["nf4"], indirect=True)
-def test_an_adapter_is_merged_into_the_widened_weights(retained: Kept) -> None:
+def test_an_adapter_is_merged_into_the_widened_weights(retained: Saved) -> None:
     """An adapter is merged in float32 into the weights that the base is served with."""
     data = retained.world.deployment().model_dump(mode="json")
     data["build"]["lora_adapters"] = {"all": data["build"]["lora_adapters"]["all"]}

@@ -28,7 +28,7 @@ LENGTHS = (57, 40, 33, 1, 17, 16, 64, 26)
 
 
 @dataclass(frozen=True)
-class Asked:
+class Query:
     """A world, requests, and what transformers and PEFT answer to the first of them."""
 
     architecture: str
@@ -46,7 +46,7 @@ class Asked:
 
 
 @pytest.fixture(scope="module", params=CASES)
-def asked(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Asked:
+def asked(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Query:
     case = CASES[request.param]
     folder = tmp_path_factory.mktemp("parity")
     world = make_world_of(folder, case.config, case.adapters, max_seq_len=case.max_seq_len)
@@ -63,11 +63,11 @@ def asked(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     oracles = {name: oracle(world.base, world.adapters.get(name)) for name in models}
     expected = [oracle_tokens(oracles[name], prompt, NEW) for name, prompt in requests[:CHECKED]]
     [architecture] = oracles["base"].config.architectures
-    return Asked(architecture, world, store, requests, expected)
+    return Query(architecture, world, store, requests, expected)
 
 
 @pytest.mark.parametrize("backend", ["torch", "native"])
-def test_alone(query: Asked, backend: str, counted: Counted) -> None:
+def test_alone(query: Query, backend: str, counted: Counted) -> None:
     """Nobody else is there."""
     ready = query.load(backend, prefix_cache=False)
     found = [run_engine(ready, [request], NEW)[0] for request in query.requests[:CHECKED]]
@@ -77,7 +77,7 @@ def test_alone(query: Asked, backend: str, counted: Counted) -> None:
 @pytest.mark.parametrize("backend", ["torch", "native"])
 @pytest.mark.parametrize(("situation", "max_batch_tokens"), [("among 31", 1024), ("in chunks", 16)])
 def test_among_others(
-    query: Asked, backend: str, situation: str, max_batch_tokens: int, counted: Counted
+    query: Query, backend: str, situation: str, max_batch_tokens: int, counted: Counted
 ) -> None:
     """Base and adapters of 32 requests in one batch, prompts whole or in chunks."""
     ready = query.load(backend, max_batch_tokens=max_batch_tokens, max_batch_seqs=CROWD)
@@ -86,7 +86,7 @@ def test_among_others(
 
 
 @pytest.mark.parametrize("backend", ["torch", "native"])
-def test_preempted_and_from_prefixes(query: Asked, backend: str, counted: Counted) -> None:
+def test_preempted_and_from_prefixes(query: Query, backend: str, counted: Counted) -> None:
     """Answers are the same in a cache too small for all; and twice alone, the second time from the first one's
     prefix.
     """
@@ -105,7 +105,7 @@ def test_preempted_and_from_prefixes(query: Asked, backend: str, counted: Counte
     assert ready.engine.stats.prefix_tokens_hit > 0
 
 
-def test_the_kernels_for_gpus(query: Asked, counted: Counted) -> None:
+def test_the_kernels_for_gpus(query: Query, counted: Counted) -> None:
     """Kernels run in the interpreter, so with fewer and shorter requests."""
     new, some = 8, slice(2, 6)
     ready = query.load("triton", max_batch_tokens=32)

@@ -13,7 +13,7 @@ from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Vector
 from loramux_shared.pooling import Pooling
 from loramux_shared.storage.memory import MemoryStore
-from tests.support.pooled import Asked, cached_oracle, expected_of, run_pooled
+from tests.support.pooled import Query, cached_oracle, expected_of, run_pooled
 from tests.support.tiny import World, make_world, oracle_tokens, run_engine, sequence
 
 MODELS = ("base", "all", "rs", "wide")
@@ -65,7 +65,7 @@ def test_vectors_equal_transformers_beside_answers(
 def test_a_mixture_pools_what_its_adapters_add(world: tuple[World, MemoryStore]) -> None:
     """A mixture of one adapter twice, half each, is that adapter; of two it is neither."""
     ready = world[0].load(world[1])
-    requests: list[Asked] = [
+    requests: list[Query] = [
         (model, PROMPTS[1], Pooling.LAST) for model in ("all*0.5+all*0.5", "all*0.5+rs*0.5")
     ]
     (same, mixed), _ = run_pooled(ready, requests)

@@ -68,7 +68,7 @@ def redirect(to: str, status: int = 302) -> Route:
     return answer
 
 
-def said(length: int, body: bytes) -> Route:
+def stating(length: int, body: bytes) -> Route:
     """A route whose Content-Length is not that of its body."""
 
     def answer(handler: BaseHTTPRequestHandler) -> None:

@@ -21,7 +21,7 @@ NF4 = (
     "-.09105003625154495 0 .07958029955625534 .16093020141124725 .24611230194568634 .33791524171829224 "
     ".44070982933044434 .5626170039176941 .7229568362236023 1"
 )
-Kept = tuple[dict[str, Tensor], Tensor]
+Packed = tuple[dict[str, Tensor], Tensor]
 """A linear in a file: its tensors by their suffix, and the weight in float32."""
 
 
@@ -30,7 +30,7 @@ class Kind:
     """A way to keep linears."""
 
     config: dict[str, Any]
-    keep: Callable[[Tensor], Kept]
+    keep: Callable[[Tensor], Packed]
 
 
 def _words(numbers: Tensor, bits: int) -> Tensor:
@@ -57,7 +57,7 @@ def _in_turn(weight: Tensor) -> Tensor:
     return torch.arange(weight.shape[1]) // GROUP
 
 
-def fp8(weight: Tensor, block: int = 32) -> Kept:
+def fp8(weight: Tensor, block: int = 32) -> Packed:
     """Square blocks, of which the last may be smaller."""
     down, across = (-(-size // block) for size in weight.shape)
     scale = torch.empty(down, across)
@@ -73,7 +73,7 @@ def fp8(weight: Tensor, block: int = 32) -> Kept:
     return {"weight": numbers, "weight_scale_inv": scale}, whole
 
 
-def pack_quantized(weight: Tensor) -> Kept:
+def pack_quantized(weight: Tensor) -> Packed:
     """Groups of 16 with zero points."""
     numbers, scale, zeros, whole = _grouped(weight, _in_turn(weight), 4)
     tensors = {
@@ -85,7 +85,7 @@ def pack_quantized(weight: Tensor) -> Kept:
     return tensors, whole
 
 
-def pack_symmetric(weight: Tensor) -> Kept:
+def pack_symmetric(weight: Tensor) -> Packed:
     """Groups of 16 without zero points."""
     grouped = weight.unflatten(1, (-1, GROUP))
     scale = (grouped.abs().amax(2) / 7).half()
@@ -99,14 +99,14 @@ def pack_symmetric(weight: Tensor) -> Kept:
     return tensors, numbers * each
 
 
-def int_quantized(weight: Tensor) -> Kept:
+def int_quantized(weight: Tensor) -> Packed:
     """A scale for each row, and beside it one for what a linear reads."""
     scale = weight.abs().amax(1, keepdim=True) / 127
     numbers = torch.round(weight / scale).to(torch.int8)
     return {"weight": numbers, "weight_scale": scale, "input_scale": torch.ones(1)}, numbers * scale
 
 
-def gptq(weight: Tensor, *, shuffled: bool = True) -> Kept:
+def gptq(weight: Tensor, *, shuffled: bool = True) -> Packed:
     """Columns that are of groups of their own, or not, and zero points less one."""
     order = torch.randperm(weight.shape[1], generator=torch.Generator().manual_seed(1))
     group_of = _in_turn(weight)[order] if shuffled else _in_turn(weight)
@@ -123,7 +123,7 @@ def gptq(weight: Tensor, *, shuffled: bool = True) -> Kept:
     return tensors, whole
 
 
-def awq(weight: Tensor) -> Kept:
+def awq(weight: Tensor) -> Packed:
     """Numbers of a word in AWQ's order."""
     numbers, scale, zeros, whole = _grouped(weight, _in_turn(weight), 4)
     order = [0, 2, 4, 6, 1, 3, 5, 7]
@@ -134,7 +134,7 @@ def awq(weight: Tensor) -> Kept:
     return {"qweight": packed(numbers), "qzeros": packed(zeros), "scales": scale.T.half()}, whole
 
 
-def nf4(weight: Tensor) -> Kept:
+def nf4(weight: Tensor) -> Packed:
     """Blocks of 64 of the flat weight, whose magnitudes are of eight bits themselves."""
     table = torch.tensor([float(value) for value in NF4.split()])
     flat = torch.nn.functional.pad(weight.flatten(), (0, -weight.numel() % 64)).view(-1, 64)
@@ -171,7 +171,7 @@ def nf4(weight: Tensor) -> Kept:
     return tensors, whole
 
 
-def int8(weight: Tensor) -> Kept:
+def int8(weight: Tensor) -> Packed:
     """The largest magnitude of each row."""
     largest = weight.abs().amax(1)
     numbers = torch.round(weight * 127 / largest[:, None]).to(torch.int8)
@@ -179,7 +179,7 @@ def int8(weight: Tensor) -> Kept:
     return tensors, numbers * largest[:, None] * 7.874015718698502e-3
 
 
-def mxfp4(weight: Tensor) -> Kept:
+def mxfp4(weight: Tensor) -> Packed:
     """Experts [experts, in, out], kept turned, in blocks of 32 along what they read."""
     values = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
     values = torch.cat([values, -values])

@@ -35,11 +35,11 @@ def opened_once() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(choose, "rows_from_which_torch_is_faster", lambda *_: None)
         if build.load is load:
-            patch.setattr(build, "load", _kept)
+            patch.setattr(build, "load", _cached)
         yield
 
 
-def _kept(folder: Path) -> Built:
+def _cached(folder: Path) -> Built:
     return _opened(folder, os.environ.get("PATH"), os.environ.get("CXX"))
 
 

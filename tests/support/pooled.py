@@ -16,7 +16,7 @@ from inference_service.startup.load import Ready
 from loramux_shared.pooling import Pooling
 from tests.support.tiny import World, oracle, sequence
 
-Asked = tuple[str, list[int], Pooling]
+Query = tuple[str, list[int], Pooling]
 
 
 @cache
@@ -41,7 +41,7 @@ def expected_of(world: World, model: str, prompt: Sequence[int], pooling: Poolin
 
 def run_pooled(
     ready: Ready,
-    requests: Sequence[Asked],
+    requests: Sequence[Query],
     answering: Sequence[str] = (),
     prompt: Sequence[int] = (),
     new: int = 6,

@@ -17,10 +17,10 @@ def read(reading: AnswerReader, text: str, cuts: Sequence[int] = ()) -> Heard:
     pieces: list[Piece] = []
     for begin, end in zip([0, *cuts], [*cuts, len(text)], strict=True):
         pieces += reading.push(text[begin:end])
-    return heard(pieces + reading.finish())
+    return collected(pieces + reading.finish())
 
 
-def heard(pieces: Sequence[Piece]) -> Heard:
+def collected(pieces: Sequence[Piece]) -> Heard:
     """Return what pieces say together; those of a call follow each other, and calls are numbered."""
     reported: Heard = []
     calls = 0

@@ -33,7 +33,7 @@ from builder_service.domain.rules.vectors import check_lone
 from builder_service.domain.safetensors_header import HeaderInvalid, TensorFile, TooManyTensors
 from builder_service.domain.score_heads import PlannedScore, plan_score
 from builder_service.domain.sharded import read_weights
-from builder_service.domain.strict_json import shown
+from builder_service.domain.strict_json import excerpt
 from builder_service.domain.vectors import AdapterVectors, VectorReader
 from loramux_shared.adapter_files import CONFIG, WEIGHTS
 from loramux_shared.bases.config import ModelConfig
@@ -275,7 +275,7 @@ def _base_findings(config: AdapterConfig, book: Rulebook) -> list[Finding]:
             code="E_BASE",
             where=f"{CONFIG}: auto_mapping.base_model_class",
             expected=", ".join(book.architectures),
-            found=shown(config.base_model_class),
+            found=excerpt(config.base_model_class),
             fix="The adapter was trained on another base.",
         )
     ]

@@ -6,7 +6,7 @@ import re
 from typing import Any, Final
 
 from builder_service.domain.kinds import Kind, kind_of
-from builder_service.domain.strict_json import quoted, shown
+from builder_service.domain.strict_json import excerpt, quoted
 from loramux_shared.bundle.manifest import MAX_INVOCATION
 from loramux_shared.faults import Finding
 
@@ -64,7 +64,7 @@ def refusals(fields: dict[str, Any]) -> list[Finding]:
         return [_refused("E_NOT_LORA", "save_projection", "true", found, _PROJECTIONS)]
     if kind is not Kind.LORA and (set_too := [key for key in _OF_LORA if fields.get(key) not in _UNSET]):
         fix = f"No release of PEFT has it for {kind}. {_MERGE}"
-        return [_refused("E_VARIANT", set_too[0], f"unset beside {kind}", shown(fields[set_too[0]]), fix)]
+        return [_refused("E_VARIANT", set_too[0], f"unset beside {kind}", excerpt(fields[set_too[0]]), fix)]
     return [finding for rule in (_methods, _activated, _initialisation, _task) for finding in rule(fields)]
 
 
@@ -77,7 +77,7 @@ MLX_FIX: Final = (
 def _methods(fields: dict[str, Any]) -> list[Finding]:
     found = []
     if (bias := fields.get("bias") or "none") not in _BIASES:
-        found.append(_refused("E_BIAS", "bias", "none, all or lora_only", shown(bias), _MERGE))
+        found.append(_refused("E_BIAS", "bias", "none, all or lora_only", excerpt(bias), _MERGE))
     if fields.get("lora_bias") is True and fields.get("use_dora") is True:
         fix = "PEFT does not have both: correct the one that was not trained."
         found.append(_refused("E_BIAS", "lora_bias", "false beside use_dora", "true", fix))
@@ -85,11 +85,13 @@ def _methods(fields: dict[str, Any]) -> list[Finding]:
         fix = "PEFT has no magnitudes of parameters: train with target_modules alone. Or: " + _MERGE
         found.append(_refused("E_DORA", "use_dora", "false beside target_parameters", "true", fix))
     found += [
-        _refused("E_VARIANT", key, "unset", shown(fields[key]), _MERGE) for key in _VARIANTS if fields.get(key)
+        _refused("E_VARIANT", key, "unset", excerpt(fields[key]), _MERGE)
+        for key in _VARIANTS
+        if fields.get(key)
     ]
     if layers := fields.get("layer_replication"):
         fix = "Its layers do not exist in the base. " + _MERGE
-        found.append(_refused("E_REPLICATION", "layer_replication", "unset", shown(layers), fix))
+        found.append(_refused("E_REPLICATION", "layer_replication", "unset", excerpt(layers), fix))
     if (parameters := fields.get("target_parameters")) and not parameters_of_experts(parameters):
         found.append(_target_parameters(parameters))
     return found
@@ -112,7 +114,7 @@ def _activated(fields: dict[str, Any]) -> list[Finding]:
     initial = fields.get("init_lora_weights")
     beside["init_lora_weights"] = isinstance(initial, str) and initial.lower() not in _ON_BASE_OK and initial
     return [
-        _refused("E_ALORA", key, f"unset beside {INVOCATION}", shown(value), fix)
+        _refused("E_ALORA", key, f"unset beside {INVOCATION}", excerpt(value), fix)
         for key, value in beside.items()
         if value
     ]
@@ -132,8 +134,8 @@ def _target_parameters(parameters: Any) -> Finding:
     fix = _MERGE
     if names and not any("expert" in name or "router" in name or ".gate" in name for name in names):
         modules = sorted({name.removesuffix(".weight").rpartition(".")[2] for name in names})
-        fix = f"Train with target_modules {shown(', '.join(modules))} instead. Or: {_MERGE}"
-    return _refused("E_TARGET_PARAMS", "target_parameters", expected, shown(parameters), fix)
+        fix = f"Train with target_modules {excerpt(', '.join(modules))} instead. Or: {_MERGE}"
+    return _refused("E_TARGET_PARAMS", "target_parameters", expected, excerpt(parameters), fix)
 
 
 def _initialisation(fields: dict[str, Any]) -> list[Finding]:
@@ -142,7 +144,7 @@ def _initialisation(fields: dict[str, Any]) -> list[Finding]:
     if name in _ON_BASE_OK or name in RECKONED:
         return []
     expected = f"one of {', '.join((*sorted(_ON_BASE_OK), *RECKONED))}"
-    return [_refused("E_INIT", "init_lora_weights", expected, shown(value), CONVERTED)]
+    return [_refused("E_INIT", "init_lora_weights", expected, excerpt(value), CONVERTED)]
 
 
 def _task(fields: dict[str, Any]) -> list[Finding]:
@@ -150,7 +152,7 @@ def _task(fields: dict[str, Any]) -> list[Finding]:
     if value is None or (isinstance(value, str) and value in _TASKS):
         return []
     fix = "It was trained for another task: it makes no text, no scores and no vectors of texts."
-    return [_refused("E_TASK", "task_type", f"CAUSAL_LM, {CLASSIFIES} or {ENCODES}", shown(value), fix)]
+    return [_refused("E_TASK", "task_type", f"CAUSAL_LM, {CLASSIFIES} or {ENCODES}", excerpt(value), fix)]
 
 
 def _refused(code: str, key: str, expected: str, found: str, fix: str) -> Finding:

@@ -9,7 +9,7 @@ from typing import Final
 
 from builder_service.domain.adapter_config import AdapterConfig
 from builder_service.domain.full_tensors import EMBED_FIX, FullTensor
-from builder_service.domain.grouping import SHOWN, Grouping
+from builder_service.domain.grouping import LISTED, Grouping
 from builder_service.domain.own_rows import TokenTensor
 from builder_service.domain.pairs import Lone, Pair
 from builder_service.domain.rules.stacks import MERGE, unstacked
@@ -175,7 +175,7 @@ def tower_warning(towers: tuple[str, ...]) -> list[Finding]:
     if not towers:
         return []
     found = "of a tower that no text passes, left out"
-    return [Finding(code="W_TOWER", where=listed(towers, SHOWN), found=found, fix=_TOWERS_FIX)]
+    return [Finding(code="W_TOWER", where=listed(towers, LISTED), found=found, fix=_TOWERS_FIX)]
 
 
 def _refuse(key: RefusedKey, name: str, base: ModelConfig, report: Grouping) -> None:
@@ -192,7 +192,9 @@ def _refuse(key: RefusedKey, name: str, base: ModelConfig, report: Grouping) -> 
         else "Expected keys like base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight."
     )
     found = "keys of an unknown form"
-    report.add("E_UNKNOWN_KEY", name, cause=bool(near), expected=_SERVED, found=found, fix=fix, shown=10)
+    report.add(
+        "E_UNKNOWN_KEY", name, cause=bool(near), expected=_SERVED, found=found, fix=fix, places_listed=10
+    )
 
 
 def _check_storage(tensor: Tensor, report: Grouping) -> None:
@@ -355,5 +357,5 @@ def _check_place(pair: Pair, limits: AdapterLimits, report: Grouping) -> None:
 
 def _listed(groups: tuple[GroupShape, ...]) -> str:
     """Name modules as Hugging Face does."""
-    names = dict.fromkeys(BY_NAME[module].shown for group in groups for module in group.modules)
+    names = dict.fromkeys(BY_NAME[module].label for group in groups for module in group.modules)
     return ", ".join(names)

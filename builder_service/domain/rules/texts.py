@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
-from builder_service.domain.strict_json import JsonInvalid, parse, shown
+from builder_service.domain.strict_json import JsonInvalid, excerpt, parse
 from loramux_shared.bundle.manifest import TEXT_FILES
 from loramux_shared.faults import Finding
 from loramux_shared.sampling import MAX_TEMPERATURE
@@ -63,7 +63,7 @@ def _check_json(name: str, data: bytes, vocab: int) -> list[Finding]:
     except JsonInvalid as error:
         return [bad_text(name, "", "a JSON object", f"invalid JSON ({error})")]
     if not isinstance(fields, dict):
-        return [bad_text(name, "", "a JSON object", shown(fields))]
+        return [bad_text(name, "", "a JSON object", excerpt(fields))]
     return _check_generation(fields, vocab) if name == GENERATION else _check_tokenizer(fields)
 
 
@@ -79,13 +79,13 @@ def _check_generation(fields: dict[str, Any], vocab: int) -> list[Finding]:
         "eos_token_id": (lambda value: _ids(value, vocab), f"ids from 0 to {vocab - 1}"),
     }
     found = [
-        bad_text(GENERATION, key, expected, shown(fields[key]))
+        bad_text(GENERATION, key, expected, excerpt(fields[key]))
         for key, (fits, expected) in rules.items()
         if fields.get(key) is not None and not fits(fields[key])
     ]
     unused = sorted(key for key in fields if fields[key] is not None and key not in {*rules, *_SILENT})
     if unused:
-        used, others = f"used are {', '.join(rules)}", listed([*map(shown, unused)], 8)
+        used, others = f"used are {', '.join(rules)}", listed([*map(excerpt, unused)], 8)
         found.append(Finding(code="W_GENERATION", where=GENERATION, expected=used, found=others))
     return found
 
@@ -96,13 +96,13 @@ def _check_tokenizer(fields: dict[str, Any]) -> list[Finding]:
     template = fields.get("chat_template")
     if not (template is None or isinstance(template, str) or _named_templates(template)):
         found.append(
-            bad_text(TOKENIZER, "chat_template", "a template, or a list of named ones", shown(template))
+            bad_text(TOKENIZER, "chat_template", "a template, or a list of named ones", excerpt(template))
         )
     for key, value in sorted(fields.items()):
         if not key.endswith("_token") or isinstance(value, str | bool) or value is None:
             continue
         if not isinstance(value, dict) or not isinstance(value.get("content"), str):
-            found.append(bad_text(TOKENIZER, shown(key), "a token", shown(value)))
+            found.append(bad_text(TOKENIZER, excerpt(key), "a token", excerpt(value)))
     return found[:MAX_FINDINGS]
 
 

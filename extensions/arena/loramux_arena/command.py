@@ -24,7 +24,7 @@ from loramux.client import INFERENCE, AsyncClient
 from loramux_arena.contest import Contest, Found
 from loramux_arena.judge import Judge, ServedJudge
 from loramux_arena.judge_url import UrlJudge
-from loramux_arena.kept import Kept
+from loramux_arena.kept import AnswerFile
 from loramux_arena.page import page
 from loramux_arena.plan import Plan
 from loramux_arena.questions import Question, read_questions, with_reference
@@ -77,7 +77,7 @@ Resume = Annotated[Path | None, typer.Option("--resume", metavar="FILE", help="F
 
 
 @dataclass(frozen=True)
-class Wanted:
+class Options:
     """The options of the command line, beside the plan."""
 
     address: str
@@ -128,8 +128,8 @@ def arena(
     names, likelihood = _scores(score, questions)
     plan = Plan((), "", samples, max_tokens, temperature, seed, concurrency, names, likelihood)
     _check(plan, judge, judge_url, output)
-    options = Wanted(grpc, models or ALL, baseline, judge, judge_url, output)
-    with Kept(resume or _new_file()) as file:
+    options = Options(grpc, models or ALL, baseline, judge, judge_url, output)
+    with AnswerFile(resume or _new_file()) as file:
         ran = asyncio.run(_arena(options, plan, questions, file))
     _tell(ran, options, questions, file.path, as_json)
 
@@ -169,7 +169,7 @@ def _new_file() -> Path:
     return folder / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.jsonl"
 
 
-async def _arena(options: Wanted, plan: Plan, questions: Sequence[Question], file: Kept) -> Ran:
+async def _arena(options: Options, plan: Plan, questions: Sequence[Question], file: AnswerFile) -> Ran:
     async with AsyncClient(inference=options.address) as client:
         with shell.working(f"asking {options.address}"):
             plan = await _entered(client, options, plan)
@@ -190,7 +190,7 @@ async def _arena(options: Wanted, plan: Plan, questions: Sequence[Question], fil
         return ran
 
 
-async def _entered(client: AsyncClient, options: Wanted, plan: Plan) -> Plan:
+async def _entered(client: AsyncClient, options: Options, plan: Plan) -> Plan:
     """Return the plan with its versions; nothing that generates no text is among them.
 
     Raises:
@@ -244,7 +244,7 @@ def _require_text(flag: str, model: str, silent: Collection[str]) -> None:
         )
 
 
-async def _judge(client: AsyncClient, options: Wanted) -> Judge | None:
+async def _judge(client: AsyncClient, options: Options) -> Judge | None:
     """Return who judges, if anybody does."""
     if not options.judge:
         return None
@@ -274,7 +274,7 @@ async def _run(
         await stage("verdicts", 2 * len(questions) * (rows - plan.samples), contest.judge(judge))
 
 
-def _tell(ran: Ran, options: Wanted, questions: Sequence[Question], file: Path, as_json: bool) -> None:
+def _tell(ran: Ran, options: Options, questions: Sequence[Question], file: Path, as_json: bool) -> None:
     with shell.working("comparing"):
         report = standings(ran.plan, questions, ran.found, ran.judge)
     if as_json:

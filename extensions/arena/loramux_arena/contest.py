@@ -12,7 +12,7 @@ from loramux.client import AsyncClient
 from loramux.mapping import completion_of
 from loramux.records import Delta, Event, FinishReason, GenerateOptions, Prompt, PromptLogprobs, Started
 from loramux_arena.judge import Judge, Trial, decide, sample_trial, trials, verdict
-from loramux_arena.kept import Kept
+from loramux_arena.kept import AnswerFile
 from loramux_arena.likelihood import of_reference, prompt_with_reference
 from loramux_arena.plan import Ask, Entrant, Order, Plan, in_turns, repeats
 from loramux_arena.questions import Question, with_reference
@@ -59,7 +59,7 @@ class Contest:
         client: AsyncClient,
         plan: Plan,
         questions: Sequence[Question],
-        kept: Kept,
+        kept: AnswerFile,
         tell: Tell = lambda _tokens, _failed: None,
         order: Order | None = None,
         patience: Patience = PATIENCE,
@@ -81,7 +81,7 @@ class Contest:
         Raises:
             Fault: what the server says about the first version that it does not serve.
         """
-        question = min(self._questions, key=lambda question: len(question.shown))
+        question = min(self._questions, key=lambda question: len(question.as_text))
         failed: list[Fault] = []
 
         def met(model: str, outcome: Entrant | Fault) -> None:

@@ -119,7 +119,7 @@ def conversation(trial: Trial) -> list[Message]:
     first, second = trial.baseline.text, trial.answer.text
     if trial.swapped:
         first, second = second, first
-    parts = [("QUESTION", trial.question.shown)]
+    parts = [("QUESTION", trial.question.as_text)]
     if trial.question.reference is not None:
         parts.append(("REFERENCE ANSWER", trial.question.reference))
     if trial.question.rubric:

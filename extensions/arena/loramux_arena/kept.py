@@ -15,11 +15,11 @@ from loramux_arena.records import Answer, Likelihood, Row, Verdict
 from loramux_shared.faults import Finding, RequestInvalid, SettingsInvalid
 
 KINDS: Final[Mapping[str, type[Row]]] = {"answer": Answer, "likelihood": Likelihood, "verdict": Verdict}
-SHOWN: Final = 80
+EXCERPT: Final = 80
 _R = TypeVar("_R", bound=Row)
 
 
-class Kept:
+class AnswerFile:
     """A file of rows: those that it had, and those that come.
 
     A line that its writer did not end, because it was killed, is passed over; what comes stands behind it in a
@@ -103,7 +103,9 @@ class Kept:
                             code="E_BAD_FIELD",
                             where=f"line {number}",
                             expected="an answer, likelihood or verdict that an arena kept",
-                            found="no JSON" if isinstance(error, json.JSONDecodeError) else str(error)[:SHOWN],
+                            found="no JSON"
+                            if isinstance(error, json.JSONDecodeError)
+                            else str(error)[:EXCERPT],
                         )
                     )
             else:

@@ -60,7 +60,7 @@ def _data(
         "questions": [
             {
                 "id": question.id,
-                "asked": question.shown,
+                "asked": question.as_text,
                 "reference": question.reference,
                 "rubric": question.rubric,
                 "tags": question.tags,

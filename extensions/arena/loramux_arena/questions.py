@@ -17,7 +17,7 @@ KINDS: Final = ("prompt", "messages", "text")
 FIELDS: Final = (*KINDS, "reference", "rubric", "id", "tags", "note")
 """note is for who wrote the file, and nobody reads it."""
 EXPECTED: Final = '{"prompt": TEXT}, {"messages": [{"role", "content"}, ...]} or {"text": TEXT}'
-SHOWN: Final = 80
+EXCERPT: Final = 80
 """Characters of a line that a finding repeats."""
 
 
@@ -36,7 +36,7 @@ class Question:
     tags: tuple[str, ...] = ()
 
     @property
-    def shown(self) -> str:
+    def as_text(self) -> str:
         """The prompt, for people and judges: of several turns each with its role."""
         if isinstance(self.prompt, str):
             return self.prompt
@@ -53,7 +53,7 @@ class _Bad(Exception):
     def __init__(self, code: str, expected: str, found: object, field: str = "") -> None:
         super().__init__(expected)
         self.code, self.expected, self.field = code, expected, field
-        self.found = str(found)[:SHOWN]
+        self.found = str(found)[:EXCERPT]
 
 
 def read_questions(path: Path, system: str = "") -> list[Question]:

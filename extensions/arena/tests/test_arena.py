@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from inference_service.rpc.servicer import SERVICE_NAME, InferenceServicer, register
 from loramux.client import AsyncClient
 from loramux_arena.contest import Contest
-from loramux_arena.kept import Kept
+from loramux_arena.kept import AnswerFile
 from loramux_arena.plan import Plan
 from loramux_arena.questions import Question
 from loramux_arena.standings import standings
@@ -33,7 +33,8 @@ def expected(world: World, model: str) -> list[float]:
     found = []
     for question in QUESTIONS:
         begin, whole = (
-            tokenizer.encode(text).ids for text in (question.shown, question.shown + (question.reference or ""))
+            tokenizer.encode(text).ids
+            for text in (question.as_text, question.as_text + (question.reference or ""))
         )
         with torch.no_grad():
             logits = oracle(world.base, world.adapters.get(model))(torch.tensor([whole])).logits[0]
@@ -55,7 +56,7 @@ async def hold(
     plan = Plan(tuple(models), models[0], max_tokens=3, likelihood=True)
     try:
         async with AsyncClient(inference=address) as client:
-            with Kept(path) as retained:
+            with AnswerFile(path) as retained:
                 contest = Contest(client, plan, QUESTIONS, retained)
                 await contest.meet()
                 await contest.answer()

@@ -12,7 +12,7 @@ import pytest
 from loramux.client import AsyncClient
 from loramux_arena.contest import Contest, Found
 from loramux_arena.judge import BEGIN, END, ServedJudge, Trial, conversation, letter_in, rubric
-from loramux_arena.kept import Kept
+from loramux_arena.kept import AnswerFile
 from loramux_arena.plan import Plan, in_turns
 from loramux_arena.questions import Question
 from loramux_arena.records import Answer, Likelihood, Verdict
@@ -49,7 +49,7 @@ async def hold(
 ) -> tuple[Found, Standings]:
     """Run a whole contest."""
     async with serving(service) as address, AsyncClient(inference=address) as client:
-        with Kept(path) as retained:
+        with AnswerFile(path) as retained:
             contest = Contest(client, plan, questions, retained, patience=patience)
             await contest.meet()
             if plan.max_tokens:
@@ -258,7 +258,7 @@ def test_an_answer_cannot_leave_its_part() -> None:
         assert user["content"].count(BEGIN.format(name=name)) == 1
         assert user["content"].count(END.format(name=name)) == 1
     assert letter_in(" b.\n") == "B"
-    with pytest.raises(Fault, match="was to say one of A, B, C"):
+    with pytest.raises(Fault, match="expected one of A, B, C"):
         letter_in("Both are fine")
 
 
@@ -282,7 +282,7 @@ async def test_what_is_broken_off_is_kept(tmp_path: Path) -> None:
     """A run that is cancelled has kept what was answered, and a second one asks for the rest."""
     service = Versions(says)
     async with serving(service) as address, AsyncClient(inference=address) as client:
-        with Kept(tmp_path / "kept") as retained:
+        with AnswerFile(tmp_path / "kept") as retained:
             contest = Contest(client, replace(PLAN, concurrency=1), QUESTIONS, retained)
             await contest.meet()
             running = asyncio.create_task(contest.answer())

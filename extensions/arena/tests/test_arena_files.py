@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from loramux_arena.kept import Kept
+from loramux_arena.kept import AnswerFile
 from loramux_arena.questions import read_questions
 from loramux_arena.records import Answer
 from loramux_shared.faults import RequestInvalid, SettingsInvalid
@@ -36,8 +36,8 @@ def test_questions_of_a_file(tmp_path: Path) -> None:
     )
     hello, total, talk, text = read_questions(file)
     assert (hello.id, hello.prompt) == ("1", [{"role": "user", "content": "Hello"}])
-    assert (total.id, total.reference, total.tags, total.shown) == ("sum", "4", ("maths",), "2+2?")
-    assert (talk.prompt, talk.rubric, talk.shown) == (turns, "Be kind.", "user: Hi\n\nassistant: Yes?")
+    assert (total.id, total.reference, total.tags, total.as_text) == ("sum", "4", ("maths",), "2+2?")
+    assert (talk.prompt, talk.rubric, talk.as_text) == (turns, "Be kind.", "user: Hi\n\nassistant: Yes?")
     assert (text.id, text.prompt, text.reference) == ("5", "Once", " upon")
     assert read_questions(lines(file, "Hello"), "Be brief.")[0].prompt == [
         {"role": "system", "content": "Be brief."},
@@ -86,7 +86,7 @@ def _keep_on_a_full_disk(path: Path) -> None:
     most = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1, most[1]))
     try:
-        with Kept(path) as retained:
+        with AnswerFile(path) as retained:
             retained.put(ROW)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, most)
@@ -103,7 +103,7 @@ def test_a_device_is_not_removed(tmp_path: Path) -> None:
     """An empty file that nothing was kept in goes; what is no file, such as /dev/null, stays."""
     (tmp_path / "null").symlink_to("/dev/null")
     for name in ("null", "new"):
-        with Kept(tmp_path / name):
+        with AnswerFile(tmp_path / name):
             pass
     assert [path.name for path in tmp_path.iterdir()] == ["null"]
 
@@ -111,16 +111,16 @@ def test_a_device_is_not_removed(tmp_path: Path) -> None:
 def test_a_torn_line_costs_only_itself(tmp_path: Path) -> None:
     """A file whose writer was killed in a line goes on in the next; it is its owner's alone."""
     path = tmp_path / "kept"
-    with Kept(path) as retained:
+    with AnswerFile(path) as retained:
         retained.put(ROW)
         retained.put(replace(ROW, key="torn"))
     assert path.stat().st_mode & 0o777 == 0o600
     path.write_text(path.read_text()[:-9])
-    with Kept(path) as retained:
+    with AnswerFile(path) as retained:
         assert retained.get(Answer, "k") == ROW
         assert retained.get(Answer, "torn") is None
         retained.put(replace(ROW, key="next"))
-    with Kept(path) as retained:
+    with AnswerFile(path) as retained:
         assert len(retained) == 2
 
 
@@ -131,8 +131,8 @@ def test_another_file_is_not_written_to(line: str, tmp_path: Path) -> None:
     """A file that holds anything else is refused by line, and stays as it was."""
     path = lines(tmp_path / "kept", line, "")
     with pytest.raises(RequestInvalid) as caught:
-        Kept(path)
+        AnswerFile(path)
     assert caught.value.findings[0].where == "line 1"
     assert path.read_text() == f"{line}\n"
     with pytest.raises(SettingsInvalid, match="cannot keep answers"):
-        Kept(tmp_path)
+        AnswerFile(tmp_path)

@@ -125,7 +125,7 @@ def test_tokens_of_a_reference_are_the_last_ones() -> None:
             of_reference(prompt, reference)
 
 
-ASKED: list[Message] = [{"role": "user", "content": "A or B?"}]
+QUESTION_TURNS: list[Message] = [{"role": "user", "content": "A or B?"}]
 
 
 @contextmanager
@@ -158,13 +158,13 @@ def http(status: int, text: object, headers: dict[str, str] | None = None) -> It
 async def test_a_judge_behind_an_address() -> None:
     """It is asked with a schema that leaves a letter, and with its own key."""
     with http(200, '{"verdict": "B"}') as (url, received):
-        assert await UrlJudge(f"{url}/", "judge", "secret").letter(ASKED) == "B"
+        assert await UrlJudge(f"{url}/", "judge", "secret").letter(QUESTION_TURNS) == "B"
     [(path, key, body)] = received
     assert (path, key, body["model"], body["messages"]) == (
         "/v1/chat/completions",
         "Bearer secret",
         "judge",
-        ASKED,
+        QUESTION_TURNS,
     )
     schema = body["response_format"]["json_schema"]["schema"]
     assert schema["properties"]["verdict"]["enum"] == ["A", "B", "C"]
@@ -188,7 +188,7 @@ async def test_judges_that_do_not_judge(
 ) -> None:
     """Each failure has a class, which says whether to ask again; a redirect is not followed."""
     with http(status, expected, headers) as (url, received), pytest.raises(fault) as caught:
-        await UrlJudge(url, "judge", "").letter(ASKED)
+        await UrlJudge(url, "judge", "").letter(QUESTION_TURNS)
     assert len(received) == 1
     if status == 429:
         assert caught.value.retry_after_s == 7.0
@@ -201,4 +201,4 @@ async def test_addresses_that_are_none() -> None:
         with pytest.raises(SettingsInvalid, match="--judge-url"):
             UrlJudge(url, "judge", "")
     with pytest.raises(ServerUnavailable, match=r"no answer from the judge at 127\.0\.0\.1:1"):
-        await UrlJudge("http://127.0.0.1:1/v1", "judge", "").letter(ASKED)
+        await UrlJudge("http://127.0.0.1:1/v1", "judge", "").letter(QUESTION_TURNS)

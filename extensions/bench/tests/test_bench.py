@@ -91,7 +91,7 @@ def test_prompts_of_a_file(tmp_path: Path) -> None:
     ("text", "expected"),
     [
         ("", "holds no prompt"),
-        ("fine\n{broken", "line 2: begins with { and is no JSON"),
+        ("fine\n{broken", "line 2: begins with { but is not JSON"),
         ('{"messages": []}', "line 1: expected"),
         ('{"messages": [{"role": "user"}]}', "line 1: expected"),
     ],

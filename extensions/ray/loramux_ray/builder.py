@@ -43,7 +43,7 @@ class BuilderReplica:
         self._uploads: dict[str, Uploads] = {}
         recovered = await builder.builds.recover()
         name = builder.identity.name
-        log.info("builder service ready", builder=name, guarded_by=guard.shown, builds_taken_up=recovered)
+        log.info("builder service ready", builder=name, guarded_by=guard.label, builds_taken_up=recovered)
 
     async def rpc(self, call: RpcCall) -> AsyncGenerator[list[bytes] | End]:
         """Answer a call of gRPC; one whose messages follow begins with an empty part, once it reads them."""

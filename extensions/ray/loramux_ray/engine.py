@@ -56,7 +56,7 @@ class Engine:
         replica.begin(self._refuse)
         replica.operators.begin()
         self._watching = asyncio.create_task(self._watch())
-        log.info("inference service ready", guarded_by=guard.shown, deployment=settings.deployment)
+        log.info("inference service ready", guarded_by=guard.label, deployment=settings.deployment)
 
     async def rpc(self, call: RpcCall) -> AsyncGenerator[list[bytes] | End]:
         """Answer a call of gRPC; the first part comes with the first token."""

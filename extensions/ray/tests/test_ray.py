@@ -34,7 +34,7 @@ from tests.support.waiting import BOUND_S, wait_until
 
 pytestmark = [pytest.mark.whole, pytest.mark.timeout(1800)]  # the first test starts the cluster
 PROMPT = "The party of the first part"
-ASKED: dict[str, Any] = {"max_tokens": 12, "ignore_eos": True, "logprobs": 2, "timeout_s": BOUND_S}
+FIELDS: dict[str, Any] = {"max_tokens": 12, "ignore_eos": True, "logprobs": 2, "timeout_s": BOUND_S}
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +86,7 @@ def together(events: list[Event]) -> list[object]:
     ]
 
 
-def said(body: dict[str, Any]) -> dict[str, Any]:
+def content_of(body: dict[str, Any]) -> dict[str, Any]:
     """An answer without what differs between two requests."""
     return {name: value for name, value in body.items() if name not in ("id", "created")}
 
@@ -138,7 +138,7 @@ async def test_answers_equal_those_of_a_single_service(fleet: RayFleet, single: 
 
     async def events(address: str, model: str) -> list[object]:
         async with AsyncClient(address, timeout_s=BOUND_S) as opened:
-            return together([event async for event in opened.generate(model, PROMPT, **ASKED)])
+            return together([event async for event in opened.generate(model, PROMPT, **FIELDS)])
 
     for model in ("base", "a1", "a5"):
         assert agree(await events(fleet.rpc, model), await events(single.grpc, model))
@@ -154,7 +154,7 @@ async def test_answers_equal_those_of_a_single_service(fleet: RayFleet, single: 
             answers = [
                 await http.post("/v1/chat/completions", json=requests) for http in (ray_http, single.http)
             ]
-            assert agree(said(answers[0].json()), said(answers[1].json()))
+            assert agree(content_of(answers[0].json()), content_of(answers[1].json()))
             streamed = [
                 await http.post("/v1/chat/completions", json=requests | {"stream": True})
                 for http in (ray_http, single.http)
@@ -249,7 +249,7 @@ def test_a_killed_replica_takes_with_it_what_had_begun(fleet: RayFleet, client: 
 
     One with tokens is UNAVAILABLE, with a delay.
     """
-    expected = {name: client.complete(name, PROMPT, **ASKED).text for name in NAMES}
+    expected = {name: client.complete(name, PROMPT, **FIELDS).text for name in NAMES}
     begun: dict[str, Generator[Event, None, None]] = {}
 
     def held() -> list[tuple[int, int]]:
@@ -266,7 +266,7 @@ def test_a_killed_replica_takes_with_it_what_had_begun(fleet: RayFleet, client: 
     under_way = sum(had for had, _ in at_work)
     victim_had, victim = max(at_work)
     with ThreadPoolExecutor(24) as pool:
-        waiting = {name: pool.submit(client.complete, name, PROMPT, **ASKED) for name in NAMES}
+        waiting = {name: pool.submit(client.complete, name, PROMPT, **FIELDS) for name in NAMES}
         body = {"prompt": PROMPT, "max_tokens": 12, "ignore_eos": True, "temperature": 0}
         plain = {
             name: pool.submit(
@@ -311,12 +311,12 @@ def test_a_generation_comes_while_it_is_served(fleet: RayFleet, client: Client, 
     beside.start()
     try:
         pushed = client.push("tiny", "fresh", world.adapters["a1"])
-        answer = client.complete("fresh", PROMPT, min_generation=pushed.generation, **ASKED)
+        answer = client.complete("fresh", PROMPT, min_generation=pushed.generation, **FIELDS)
     finally:
         stop.set()
         beside.join(BOUND_S)
     assert not beside.is_alive()
-    assert answer.text == client.complete("a1", PROMPT, **ASKED).text
+    assert answer.text == client.complete("a1", PROMPT, **FIELDS).text
     assert not failures
     fleet.until(
         lambda: set(fleet.ask(lambda engine: engine._replica.ready.service.catalog.generation)) == {2},

@@ -34,7 +34,7 @@ class VllmInferenceServicer(inference_pb2_grpc.InferenceServicer):
     ) -> pb.GenerateResponse:
         """Answer once; there is room for a single answer."""
         with spelled_out():
-            parsed = self._asked(request, context)
+            parsed = self._parsed(request, context)
             if parsed.output.n > 1:
                 raise _too_many(parsed.output.n)
             async with aclosing(self._parts(parsed, request)) as messages:
@@ -45,11 +45,11 @@ class VllmInferenceServicer(inference_pb2_grpc.InferenceServicer):
     ) -> AsyncGenerator[pb.GenerateResponse]:
         """Answer as it goes."""
         with spelled_out():
-            async with aclosing(self._parts(self._asked(request, context), request)) as messages:
+            async with aclosing(self._parts(self._parsed(request, context), request)) as messages:
                 async for message in messages:
                     yield message
 
-    def _asked(self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext) -> Request:
+    def _parsed(self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext) -> Request:
         parsed = request_of(request, context, self._service.limits.max_seq_len)
         base = self._service.catalog.base_name
         return parsed if parsed.model.name else replace(parsed, model=replace(parsed.model, name=base))

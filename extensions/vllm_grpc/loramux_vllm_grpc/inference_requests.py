@@ -45,7 +45,7 @@ def request_of(message: pb.GenerateRequest, context: grpc.aio.ServicerContext, m
     refuse_fields(message, UNSUPPORTED)
     _refuse_thinking(message)
     cut = message.truncate_prompt_tokens
-    own = _named(message) | _drawn(message) | _ended(message.stopping) | _told(message.response)
+    own = _named(message) | _drawn(message) | _ended(message.stopping) | _response_options(message.response)
     if message.request_id:
         own["id"] = message.request_id
     return Request.of(
@@ -99,7 +99,7 @@ def _ended(stopping: pb.StoppingCriteria) -> dict[str, Any]:
     }
 
 
-def _told(response: pb.ResponseOptions) -> dict[str, Any]:
+def _response_options(response: pb.ResponseOptions) -> dict[str, Any]:
     return {
         "logprobs": response.output_candidates.top_n if response.output_logprobs else None,
         "prompt_logprobs": response.prompt_candidates.top_n if response.prompt_logprobs else None,

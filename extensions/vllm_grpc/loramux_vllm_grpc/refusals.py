@@ -12,7 +12,7 @@ from google.protobuf.unknown_fields import UnknownFieldSet
 from loramux_shared.faults import Fault, Finding, MethodUnsupported, RequestInvalid
 from loramux_shared.wording import MAX_FINDINGS
 
-SHOWN: Final = 8
+LISTED: Final = 8
 """Findings that a message spells out."""
 Method = Callable[..., Awaitable[Any]]
 """A method of a servicer."""
@@ -51,7 +51,7 @@ def spelled_out() -> Iterator[None]:
     except Fault as fault:
         if not fault.findings:
             raise
-        details = "; ".join(map(str, fault.findings[:SHOWN]))
+        details = "; ".join(map(str, fault.findings[:LISTED]))
         raise fault.with_message(f"{fault.message} {details}") from fault
 
 

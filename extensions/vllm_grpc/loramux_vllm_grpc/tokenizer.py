@@ -16,7 +16,7 @@ from inference_service.text.text import Text
 
 CHUNK: Final = 64 * 1024
 """Bytes of a message, as other servers have it."""
-KEPT: Final = 4
+CACHED: Final = 4
 """Archives that are kept: of the base, and of adapters that bring chat templates or tokens."""
 TEMPLATE: Final = "chat_template.jinja"
 CONFIG: Final = "tokenizer_config.json"
@@ -57,7 +57,7 @@ class Archives:
             key = template, text
             if key not in self._kept:
                 made = await asyncio.to_thread(self._make, template, text)
-                while len(self._kept) >= KEPT:
+                while len(self._kept) >= CACHED:
                     del self._kept[next(iter(self._kept))]
                 self._kept[key] = made
             return self._kept[key]

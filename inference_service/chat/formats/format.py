@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from inference_service.chat.formats.frame import Block
-from inference_service.chat.formats.lark import Asked, CallGrammar, Spelling
+from inference_service.chat.formats.lark import CallGrammar, OfferedTool, Spelling
 from inference_service.chat.pieces import AnswerCalls, call_id
 from inference_service.serving.request import Message
 from loramux_shared.parsers import ToolParser
@@ -32,11 +32,11 @@ class ToolFormat:
 
     parser: ToolParser
     """Its name."""
-    shown: tuple[TemplateMarks, ...]
+    marks: tuple[TemplateMarks, ...]
     """Any of these shows it."""
     blocks: Callable[[AnswerCalls], Mapping[str, Block]]
     """Returns the readers of what begins with a mark, by that."""
-    grammar: Callable[[Sequence[Asked], Spelling, bool], CallGrammar]
+    grammar: Callable[[Sequence[OfferedTool], Spelling, bool], CallGrammar]
     """Returns what a call of tools may be, several of them where that is so.
 
     Raises:

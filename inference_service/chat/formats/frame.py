@@ -44,7 +44,7 @@ def answer(
     if leading is not None:
         yield from _leading(source, leading)
     known = marks(*blocks)
-    while (mark := (yield from said(source, known))) is not None:
+    while (mark := (yield from text_piece(source, known))) is not None:
         source.forget()
         source.at = len(mark)
         if (yield from blocks[mark](source)):
@@ -57,7 +57,7 @@ def answer(
             yield TextPiece(source.take(len(mark)))
 
 
-def said(source: AnswerSource, known: Marks) -> Reader[str | None]:
+def text_piece(source: AnswerSource, known: Marks) -> Reader[str | None]:
     """Tell text up to the first mark; return that, which is not read, or None at the end."""
     while True:
         found = known.find(source)

@@ -20,8 +20,8 @@ from inference_service.chat.formats.format import TemplateMarks, ToolFormat
 from inference_service.chat.formats.frame import Block
 from inference_service.chat.formats.lark import (
     MOST_CALLS,
-    Asked,
     CallGrammar,
+    OfferedTool,
     Spelling,
     either,
     json_of,
@@ -35,9 +35,9 @@ from inference_service.chat.formats.values import (
     CannotSayError,
     arguments,
     asks_more,
+    excerpt,
     is_open,
     literal,
-    shown,
     texts,
     types_of,
     written,
@@ -222,8 +222,8 @@ def _members(source: AnswerSource, form: GemmaMarks, depth: int) -> Reader[Any]:
         yield from source.match(_NEXT)
 
 
-def _gemma(form: GemmaMarks) -> Callable[[Sequence[Asked], Spelling, bool], CallGrammar]:
-    def make(tools: Sequence[Asked], spelling: Spelling, several: bool) -> CallGrammar:
+def _gemma(form: GemmaMarks) -> Callable[[Sequence[OfferedTool], Spelling, bool], CallGrammar]:
+    def make(tools: Sequence[OfferedTool], spelling: Spelling, several: bool) -> CallGrammar:
         writer = _Rules(form, spelling)
         names = [f"{quoted(f'call:{tool.name}')} a{at}" for at, tool in enumerate(tools)]
         rules = [f"call: one {spelling(form.end)}\n", either(names, "one")]
@@ -245,7 +245,7 @@ class _Rules:
         )
         """Rules that the others need."""
 
-    def members(self, name: str, tool: Asked, schema: Mapping[str, Any]) -> Iterator[str]:
+    def members(self, name: str, tool: OfferedTool, schema: Mapping[str, Any]) -> Iterator[str]:
         """Yield the rules of an object."""
         if is_open(schema):
             yield f"{name}: open\n"
@@ -257,7 +257,7 @@ class _Rules:
         for at, (_, own, _) in enumerate(named):
             yield from self.value(f"{name}_v{at}", tool, own)
 
-    def value(self, name: str, tool: Asked, schema: Any) -> Iterator[str]:
+    def value(self, name: str, tool: OfferedTool, schema: Any) -> Iterator[str]:
         """Yield the rules of a value."""
         types, choices = types_of(schema), texts(schema)
         if choices is not None:
@@ -271,7 +271,7 @@ class _Rules:
             yield f'{name}: "[" ({name}_i ("," {name}_i)*)? "]"\n'
             yield from self.value(f"{name}_i", tool, schema["items"])
         else:
-            raise CannotSayError(f"a value of {shown(schema)}")
+            raise CannotSayError(f"a value of {excerpt(schema)}")
 
 
 def _format(

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from inference_service.chat.formats.format import TemplateMarks, ToolFormat
-from inference_service.chat.formats.lark import Asked, CallGrammar, Spelling, either, json_of
+from inference_service.chat.formats.lark import CallGrammar, OfferedTool, Spelling, either, json_of
 from inference_service.chat.formats.source import AnswerSource, Reader, marks
 from inference_service.chat.pieces import AnswerCalls, Piece, TextPiece, Thought
 from inference_service.serving.request import Message
@@ -41,8 +41,8 @@ _CHANNEL: Final = re.compile(r"<\|channel\|>\s*(\w+)")
 _TO: Final = re.compile(r"\bto=([^\s<]+)")
 
 
-def messages(source: AnswerSource, calls: AnswerCalls, *, shown: bool = True) -> Reader[None]:
-    """Read the messages of an answer; not shown: reasoning is said."""
+def messages(source: AnswerSource, calls: AnswerCalls, *, visible: bool = True) -> Reader[None]:
+    """Read the messages of an answer; if not visible, reasoning is text too."""
     spoken = {TextPiece: False, Thought: False}
     first = True
     while True:
@@ -55,7 +55,7 @@ def messages(source: AnswerSource, calls: AnswerCalls, *, shown: bool = True) ->
             yield calls.begin(name)
             yield from _body(source, calls)
         else:
-            kind = Thought if channel and channel[1] == "analysis" and not recipient and shown else TextPiece
+            kind = Thought if channel and channel[1] == "analysis" and not recipient and visible else TextPiece
             yield from _body(source, kind, behind=spoken[kind])
             spoken[kind] = True
         first = False
@@ -110,7 +110,7 @@ def _piece(of: AnswerCalls | type[TextPiece] | type[Thought], text: str) -> Piec
     return of.more(text) if isinstance(of, AnswerCalls) else of(text)
 
 
-def _harmony(tools: Sequence[Asked], spelling: Spelling, several: bool) -> CallGrammar:
+def _harmony(tools: Sequence[OfferedTool], spelling: Spelling, several: bool) -> CallGrammar:
     del several  # a call ends the answer
     each = [
         f"{spelling(f'commentary to={FUNCTIONS}{tool.name} {CONSTRAIN}json{MESSAGE}')} {json_of(tool.schema)}"

@@ -20,7 +20,7 @@ ANYTHING: Final = "/(?s:.*)/"
 
 
 @dataclass(frozen=True)
-class Asked:
+class OfferedTool:
     """A tool that a grammar lets a model call."""
 
     name: str
@@ -78,13 +78,13 @@ def json_of(schema: Any) -> str:
     return f"%json {json.dumps(own, ensure_ascii=False)}"
 
 
-def calls_schema(tools: Sequence[Asked], arguments: str = "arguments") -> dict[str, Any]:
+def calls_schema(tools: Sequence[OfferedTool], arguments: str = "arguments") -> dict[str, Any]:
     """Return the schema of a call of one of these tools: ``{"name": ..., "arguments": ...}``."""
     definitions = {tool.name: moved(dict(tool.schema), f"#/$defs/{tool.name}") for tool in tools}
     return {"$defs": definitions, "anyOf": [_call_schema(tool.name, arguments) for tool in tools]}
 
 
-def list_schema(tools: Sequence[Asked], most: int) -> dict[str, Any]:
+def list_schema(tools: Sequence[OfferedTool], most: int) -> dict[str, Any]:
     """Return the schema of a list of calls."""
     union = calls_schema(tools)
     items = {"anyOf": union["anyOf"]}

@@ -18,7 +18,14 @@ from inference_service.chat.formats import tagged
 from inference_service.chat.formats.format import TemplateMarks, ToolFormat
 from inference_service.chat.formats.frame import Block
 from inference_service.chat.formats.json_calls import list_of_calls
-from inference_service.chat.formats.lark import MOST_CALLS, Asked, CallGrammar, Spelling, json_of, list_schema
+from inference_service.chat.formats.lark import (
+    MOST_CALLS,
+    CallGrammar,
+    OfferedTool,
+    Spelling,
+    json_of,
+    list_schema,
+)
 from inference_service.chat.pieces import AnswerCalls
 from loramux_shared.parsers import ToolParser
 
@@ -32,7 +39,7 @@ def granite_blocks(calls: AnswerCalls) -> Mapping[str, Block]:
     return {MARK: list_of_calls(calls), tagged.BEGIN: list_of_calls(calls, tagged.END)}
 
 
-def _granite(tools: Sequence[Asked], spelling: Spelling, several: bool) -> CallGrammar:
+def _granite(tools: Sequence[OfferedTool], spelling: Spelling, several: bool) -> CallGrammar:
     rules = f"call: {json_of(list_schema(tools, MOST_CALLS if several else 1))}\n"
     return CallGrammar(MARK, rules, narrow=spelling.is_special(tagged.BEGIN))
 
@@ -42,7 +49,7 @@ def phi_blocks(calls: AnswerCalls) -> Mapping[str, Block]:
     return {MARK: list_of_calls(calls, PHI_END), PHI_WORD: list_of_calls(calls)}
 
 
-def _phi(tools: Sequence[Asked], spelling: Spelling, several: bool) -> CallGrammar:
+def _phi(tools: Sequence[OfferedTool], spelling: Spelling, several: bool) -> CallGrammar:
     rules = f"body: {json_of(list_schema(tools, MOST_CALLS if several else 1))}\n"
     if spelling.is_special(MARK):
         return CallGrammar(MARK, f"call: body {spelling(PHI_END)}\n{rules}")

@@ -16,7 +16,7 @@ from typing import Final
 from inference_service.chat.formats.format import TemplateMarks, ToolFormat
 from inference_service.chat.formats.frame import Block
 from inference_service.chat.formats.json_calls import json_calls
-from inference_service.chat.formats.lark import Asked, CallGrammar, Spelling, calls_schema, json_of
+from inference_service.chat.formats.lark import CallGrammar, OfferedTool, Spelling, calls_schema, json_of
 from inference_service.chat.formats.source import AnswerSource, Reader
 from inference_service.chat.pieces import AnswerCalls
 from loramux_shared.parsers import ToolParser
@@ -43,7 +43,7 @@ def llama_blocks(calls: AnswerCalls) -> Mapping[str, Block]:
     return {PYTHON_TAG: read}
 
 
-def _llama(tools: Sequence[Asked], spelling: Spelling, several: bool) -> CallGrammar:
+def _llama(tools: Sequence[OfferedTool], spelling: Spelling, several: bool) -> CallGrammar:
     del spelling, several  # its template renders one call
     return CallGrammar("", f"call: {json_of(calls_schema(tools, 'parameters'))}\n")
 

@@ -23,8 +23,8 @@ from inference_service.chat.formats.frame import Block
 from inference_service.chat.formats.json_calls import json_arguments, list_of_calls
 from inference_service.chat.formats.lark import (
     MOST_CALLS,
-    Asked,
     CallGrammar,
+    OfferedTool,
     Spelling,
     either,
     json_of,
@@ -69,7 +69,7 @@ def mistral_blocks(calls: AnswerCalls) -> Mapping[str, Block]:
     return {MARK: read}
 
 
-def _mistral(tools: Sequence[Asked], spelling: Spelling, several: bool) -> CallGrammar:
+def _mistral(tools: Sequence[OfferedTool], spelling: Spelling, several: bool) -> CallGrammar:
     if not spelling.is_special(ARGS):
         rules = f'call: " "? body\nbody: {json_of(list_schema(tools, MOST_CALLS if several else 1))}\n'
         return CallGrammar(MARK, rules)

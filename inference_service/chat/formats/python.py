@@ -30,8 +30,8 @@ from inference_service.chat.formats.format import TemplateMarks, ToolFormat
 from inference_service.chat.formats.frame import Block
 from inference_service.chat.formats.lark import (
     MOST_CALLS,
-    Asked,
     CallGrammar,
+    OfferedTool,
     Spelling,
     either,
     json_of,
@@ -171,25 +171,25 @@ def _brackets(source: AnswerSource, begin: int) -> Reader[bool]:
     return True
 
 
-def _pythonic(tools: Sequence[Asked], spelling: Spelling, several: bool) -> CallGrammar:
+def _pythonic(tools: Sequence[OfferedTool], spelling: Spelling, several: bool) -> CallGrammar:
     del spelling
     more = f'(", " one){{0,{MOST_CALLS - 1}}}' if several else ""
     return CallGrammar("", f'call: "[" one {more} "]"\n{_python(tools)}')
 
 
-def _olmo(tools: Sequence[Asked], spelling: Spelling, several: bool) -> CallGrammar:
+def _olmo(tools: Sequence[OfferedTool], spelling: Spelling, several: bool) -> CallGrammar:
     more = f'("\\n" one){{0,{MOST_CALLS - 1}}}' if several else ""
     end = spelling("\n" + OLMO_END)
     return CallGrammar(OLMO, f'call: "\\n" one {more} {end}\n{_python(tools)}', narrow=True)
 
 
-def _fenced(tools: Sequence[Asked], spelling: Spelling, several: bool) -> CallGrammar:
+def _fenced(tools: Sequence[OfferedTool], spelling: Spelling, several: bool) -> CallGrammar:
     more = f'("\\n" one){{0,{MOST_CALLS - 1}}}' if several else ""
     end = spelling("\n" + FENCE_END)
     return CallGrammar(FENCE, f"call: one {more} {end}\n{_python(tools)}", narrow=True)
 
 
-def _python(tools: Sequence[Asked]) -> str:
+def _python(tools: Sequence[OfferedTool]) -> str:
     """Return the rules of one call as Python has it; its values are JSON, which is read as well."""
     rules = [either([f"{quoted(tool.name + '(')} a{at} {quoted(')')}" for at, tool in enumerate(tools)], "one")]
     for at, tool in enumerate(tools):

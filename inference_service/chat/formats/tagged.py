@@ -30,8 +30,8 @@ from inference_service.chat.formats.frame import Block
 from inference_service.chat.formats.json_calls import json_calls
 from inference_service.chat.formats.lark import (
     MOST_CALLS,
-    Asked,
     CallGrammar,
+    OfferedTool,
     Spelling,
     calls_schema,
     either,
@@ -124,12 +124,12 @@ def _value(source: AnswerSource, calls: AnswerCalls, schema: Any) -> Reader[bool
     return True
 
 
-def _hermes(tools: Sequence[Asked], spelling: Spelling, several: bool) -> CallGrammar:
+def _hermes(tools: Sequence[OfferedTool], spelling: Spelling, several: bool) -> CallGrammar:
     rules = f"call: nl body nl {spelling(END)}\nbody: {json_of(calls_schema(tools))}\n{_NEWLINE}"
     return CallGrammar(BEGIN, rules, MOST_CALLS if several else 1, "\n")
 
 
-def _xml(tools: Sequence[Asked], spelling: Spelling, several: bool) -> CallGrammar:
+def _xml(tools: Sequence[OfferedTool], spelling: Spelling, several: bool) -> CallGrammar:
     closing = "\n</parameter>\n"
     ends, rule_of_text = spelling.until(closing, "text")
     names = [quoted(f"{FUNCTION}{tool.name}>\n") + f" a{at}" for at, tool in enumerate(tools)]

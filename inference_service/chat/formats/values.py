@@ -158,7 +158,7 @@ def arguments(schema: Mapping[str, Any]) -> list[tuple[str, Any, bool]]:
         CannotSayError: it asks for more of them together.
     """
     if asks_more(schema, {"properties", "required", "additionalProperties", "$defs", "definitions", "$schema"}):
-        raise CannotSayError(f"arguments of {shown(schema)}")
+        raise CannotSayError(f"arguments of {excerpt(schema)}")
     needed = schema.get("required")
     required = set(needed) if isinstance(needed, list) else set()
     if not required <= _properties(schema).keys():
@@ -189,10 +189,10 @@ def texts(schema: Any) -> list[str] | None:
             return list(values)
     if _is_any_text(schema):
         return []
-    raise CannotSayError(f"a text of {shown(schema)}")
+    raise CannotSayError(f"a text of {excerpt(schema)}")
 
 
-def shown(schema: Any) -> str:
+def excerpt(schema: Any) -> str:
     """Return a schema as an error shows it."""
     return json.dumps(schema, ensure_ascii=False)[:200]
 

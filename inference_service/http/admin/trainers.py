@@ -30,7 +30,7 @@ class PauseQuery(Query):
     """Accepted: the prefix cache is kept per version of an adapter, so it needs no flush."""
 
     @property
-    def said(self) -> PauseMode:
+    def pause_mode(self) -> PauseMode:
         """The mode."""
         return self.mode or (PauseMode.WAIT if self.wait_for_inflight_requests else PauseMode.ABORT)
 
@@ -116,7 +116,7 @@ async def server_info(service: GenerationService, http: HttpRequest) -> Reply[Se
 async def pause(service: GenerationService, http: HttpRequest) -> Reply[PauseStatus]:
     """Let requests stand still (mode keep), end them (abort) or let them end (wait); new ones wait."""
     refuse_other_sites(http)
-    await service.engine.pause(read_query(http, PauseQuery).said)
+    await service.engine.pause(read_query(http, PauseQuery).pause_mode)
     return Reply({"status": "paused"})
 
 

@@ -49,7 +49,7 @@ def turns_of(body: PromptBody) -> list[Turn]:
     Raises:
         RequestInvalid: a block is none of its role.
     """
-    system = _said("system", [block for block in body.system or () if not _is_bill(block.text)], "system")
+    system = _turn("system", [block for block in body.system or () if not _is_bill(block.text)], "system")
     turns = [system] if system.content else []
     for role, placed in groupby(_placed(body), key=lambda each: each.role):
         parts = list(placed)
@@ -80,10 +80,10 @@ def _others(role: str, placed: list[_Placed]) -> Iterator[Turn]:
             yield from (_result(each) for each in run)
         else:
             parts = list(run)
-            yield _said(role, [each.block for each in parts], parts[0].place)
+            yield _turn(role, [each.block for each in parts], parts[0].place)
 
 
-def _said(role: str, blocks: list[Any], place: str) -> Turn:
+def _turn(role: str, blocks: list[Any], place: str) -> Turn:
     return Turn(role, _joined(blocks), place=place)
 
 

@@ -166,7 +166,7 @@ def _format(response_format: ResponseFormat | None) -> Constraint | None:
 
 
 def _structure(outputs: StructuredOutputs | None) -> Constraint | None:
-    match outputs and outputs.given:
+    match outputs and outputs.present:
         case {"json_": schema}:
             text = schema if isinstance(schema, str) else json.dumps(schema, ensure_ascii=False)
             return Constraint("json_schema", text, STRUCTURED)

@@ -92,13 +92,13 @@ class StructuredOutputs(Body):
     structural_tag: None = None
 
     @property
-    def given(self) -> dict[str, Any]:
+    def present(self) -> dict[str, Any]:
         """Return the requested constraints, by their names here."""
         return {name: value for name, value in self if value is not None and value is not False}
 
     @model_validator(mode="after")
     def _one(self) -> Self:
-        if len(self.given) != 1:
+        if len(self.present) != 1:
             raise PydanticCustomError("structured_outputs", EXPECTED_STRUCTURE)
         return self
 

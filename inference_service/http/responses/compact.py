@@ -35,7 +35,7 @@ ASK: Final = (
     "Sum up our conversation up to here: in its place, the summary is all that you will know of it. Keep what "
     "was asked, decided, found and left to do, with names, numbers and code as they were. Write nothing else."
 )
-SAID_NOTHING: Final = (
+NO_SUMMARY: Final = (
     "the model generated no summary of the conversation. Allow more tokens, or use another model."
 )
 
@@ -95,7 +95,7 @@ async def _summary(conversation: Conversation, head: Head) -> tuple[str, Respons
     texts = [item["content"][0]["text"] for item in output.items() if item["type"] == "message"]
     summary = "\n".join(texts).strip()
     if not summary or usage is None:
-        raise RequestInvalid(SAID_NOTHING)
+        raise RequestInvalid(NO_SUMMARY)
     return summary, usage
 
 

@@ -44,7 +44,7 @@ def uncarried(content: str) -> str | None:
         return None
 
 
-SAID: Final = {"input_text": "text", "output_text": "text", "text": "text", "refusal": "refusal"}
+TEXT_FIELDS: Final = {"input_text": "text", "output_text": "text", "text": "text", "refusal": "refusal"}
 """Parts that hold text, and their key for it."""
 THOUGHT: Final = {"reasoning_text": "text"}
 SUMMED_UP: Final = {"summary_text": "text"}
@@ -84,7 +84,7 @@ class SummaryPart(TypedDict):
 
 
 Text = Annotated[
-    str, BeforeValidator(_joined(SAID), json_schema_input_type=str | list[InputPart | RefusalPart])
+    str, BeforeValidator(_joined(TEXT_FIELDS), json_schema_input_type=str | list[InputPart | RefusalPart])
 ]
 
 

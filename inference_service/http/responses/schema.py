@@ -49,12 +49,12 @@ def _refused(served: str, harmless: tuple[Any, ...] = (None,)) -> BeforeValidato
 
     def refused(value: Any) -> None:
         if not any(type(value) is type(each) and value == each for each in harmless):
-            raise unsupported(_shown(value), served)
+            raise unsupported(_excerpt(value), served)
 
     return BeforeValidator(refused, json_schema_input_type=None)
 
 
-def _shown(value: Any) -> str:
+def _excerpt(value: Any) -> str:
     if isinstance(value, str | bool):
         return json.dumps(value)
     return "an object" if isinstance(value, dict) else "a list" if isinstance(value, list) else "a number"

@@ -51,16 +51,16 @@ class Balance:
 
     def items(self, units: int, longest: int, kv_heads: int) -> int:
         """Return items that are enough for so many units that see at most so many keys."""
-        return min(units + self._wanted(kv_heads), units * self._most_pieces(longest))
+        return min(units + self._chunks_needed(kv_heads), units * self._most_pieces(longest))
 
     def cut_units(self, units: int, longest: int, kv_heads: int) -> int:
         """Return how many units are cut at most: those that see more than a share."""
-        return min(units, self._wanted(kv_heads)) if self.may_cut(longest) else 0
+        return min(units, self._chunks_needed(kv_heads)) if self.may_cut(longest) else 0
 
     def pieces(self, units: int, longest: int, kv_heads: int) -> int:
         """Return into how many pieces those are cut at most."""
         cut = self.cut_units(units, longest, kv_heads)
-        return min(self._wanted(kv_heads) + cut, cut * self._most_pieces(longest))
+        return min(self._chunks_needed(kv_heads) + cut, cut * self._most_pieces(longest))
 
     def shared(self, units: Units, kv_heads: int, first_partial: int) -> tuple[Ints, Ints]:
         """Cut units.
@@ -76,7 +76,7 @@ class Balance:
             merged [merges, 4]: row in the batch, its first partial row, pieces, 0.
         """
         seen = units.at + units.rows
-        share = -(-int(seen.sum()) // (self._wanted(kv_heads) * SPAN_STEP)) * SPAN_STEP
+        share = -(-int(seen.sum()) // (self._chunks_needed(kv_heads) * SPAN_STEP)) * SPAN_STEP
         pieces = -(-seen // max(self.min_span, share))
         items = np.zeros((len(seen), ITEM_FIELDS), dtype=np.int64)
         for field, column in enumerate((units.row, units.rows, units.at, units.first_block)):
@@ -94,7 +94,7 @@ class Balance:
             items[:, 4] = piece
         return items[np.argsort(-(seen // pieces), kind="stable")], merges
 
-    def _wanted(self, kv_heads: int) -> int:
+    def _chunks_needed(self, kv_heads: int) -> int:
         """Return items that keep a GPU busy: each is a program for every head of keys."""
         return -(-self.programs // kv_heads)
 

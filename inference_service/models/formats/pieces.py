@@ -97,7 +97,7 @@ class Pieces:
 
     def invalid(self, role: str, what: str) -> CheckpointInvalid:
         """Return what is raised about one of the tensors."""
-        return CheckpointInvalid(f"{self.name} ({self.quantization.shown}): {role}: {what}")
+        return CheckpointInvalid(f"{self.name} ({self.quantization.label}): {role}: {what}")
 
 
 def named(dtype: torch.dtype) -> str:

@@ -49,7 +49,7 @@ INFO_HEAD: Final = head(
 )
 
 
-class _Shown(NamedTuple):
+class _Listed(NamedTuple):
     model: ServedModel
     place: AdapterPlace
     used_s: float
@@ -111,24 +111,24 @@ class AdapterSeries:
 
     def parts(self) -> Iterator[bytes]:
         """Return everything, as Prometheus reads it."""
-        listed, sequences = self._shown(), self._engine.sequence_counts
+        listed, sequences = self._listed(), self._engine.sequence_counts
         lines = self._lines(listed[: self._most], sequences)
         return chain(families(HEADS, lines), (INFO_HEAD, self._info(listed, sequences)))
 
-    def _shown(self) -> list[_Shown]:
+    def _listed(self) -> list[_Listed]:
         """Those in memory and at work, used last first; a scrape looks at each name once and no longer."""
         standings = {each.adapter: each for each in self.adapters.residency.standings()}
         found = []
         for model in self._catalog.everything:
             if model.adapter is None:
-                found.append(_Shown(model, AdapterPlace.DEVICE, math.inf))
+                found.append(_Listed(model, AdapterPlace.DEVICE, math.inf))
             elif (standing := standings.get(model.adapter)) is not None:
                 at_work = standing.in_flight or standing.waiting
                 if standing.state is not AdapterState.ABSENT or at_work:
-                    found.append(_Shown(model, PLACES[standing.state], standing.last_used_s or 0.0))
+                    found.append(_Listed(model, PLACES[standing.state], standing.last_used_s or 0.0))
         return sorted(found, key=lambda each: -each.used_s)
 
-    def _lines(self, listed: list[_Shown], sequences: SequenceCounts) -> list[Lines]:
+    def _lines(self, listed: list[_Listed], sequences: SequenceCounts) -> list[Lines]:
         before, limits, written = self._written, self._catalog.deployed.limits, {}
         for each in sorted(listed, key=lambda each: each.model.name):
             name = each.model.name
@@ -147,7 +147,7 @@ class AdapterSeries:
         self._written = written
         return [lines for _, lines in written.values()]
 
-    def _info(self, listed: list[_Shown], sequences: SequenceCounts) -> bytes:
+    def _info(self, listed: list[_Listed], sequences: SequenceCounts) -> bytes:
         """Return the adapters that are ready, and those that are waited for; of the base there is nothing."""
         places = {each.model.name: each.place for each in listed if each.model.name != self._catalog.base_name}
         ready = sorted(name for name, place in places.items() if place is AdapterPlace.DEVICE)

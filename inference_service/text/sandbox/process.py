@@ -66,7 +66,7 @@ class SandboxProcess:
 
 _LOST: Final = {"error": "the template's sandbox does not start; the server's log has the reason"}
 
-Asked = tuple[Mapping[str, Any], "Future[dict[str, str]]"]
+Query = tuple[Mapping[str, Any], "Future[dict[str, str]]"]
 
 
 class SandboxPool:
@@ -80,7 +80,7 @@ class SandboxPool:
     def __init__(self, module: str, most: int, idle_s: float = IDLE_S, cpu_s: float = CPU_S) -> None:
         self._threads = ThreadPoolExecutor(most, thread_name_prefix=module)
         self._idle = [SandboxProcess(module, idle_s, cpu_s) for _ in range(most)]
-        self._waiting: dict[str, deque[Asked]] = {}
+        self._waiting: dict[str, deque[Query]] = {}
         self._lock = threading.Lock()
 
     def close(self) -> None:

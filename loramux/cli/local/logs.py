@@ -16,7 +16,7 @@ _MATTERS = re.compile(
     r"\[\s*(warning|error|critical)\s*\]|^(error|warning|fatal)\b|\b(ERROR|WARNING|CRITICAL)\b"
 )
 _LEVELS = frozenset({"warning", "error", "critical"})
-_TOLD = frozenset({"build failed"})
+_REPORTED = frozenset({"build failed"})
 """Events that the command which waits for them tells itself, as its own failure."""
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
@@ -45,7 +45,7 @@ def important(line: str) -> str:
     if str(fields.pop("level", "")).lower() not in _LEVELS:
         return ""
     event = fields.pop("event", "")
-    if event in _TOLD:
+    if event in _REPORTED:
         return ""
     for noise in ("timestamp", "logger", "exception", "stack"):
         fields.pop(noise, None)

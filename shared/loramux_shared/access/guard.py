@@ -23,7 +23,7 @@ class Guard:
     tls: TlsFiles | None = None
 
     @property
-    def shown(self) -> str:
+    def label(self) -> str:
         """Return what a caller needs, for the start line: ``API keys, TLS``."""
         client_ca = self.tls is not None and self.tls.client_ca is not None
         parts = {"API keys": self.keyring is not None, "TLS": self.tls is not None, "client CA": client_ca}

@@ -27,7 +27,7 @@ SLACK: Final = 64
 
 
 @dataclass(frozen=True)
-class Kept:
+class KeptTokens:
     """The cache entry that the layers of a group keep for a token."""
 
     window: int | None
@@ -39,7 +39,7 @@ class Kept:
 class Cache:
     """The requested content of the cache."""
 
-    groups: tuple[Kept, ...]
+    groups: tuple[KeptTokens, ...]
     """Groups in the order of the model's windows."""
     block_size: int
     longest: int
@@ -161,9 +161,9 @@ def window_blocks(window: int, rows: int, block_size: int) -> int:
     return (window + rows - 3) // block_size + 3
 
 
-def cache_entries(config: ModelConfig, item_bytes: int) -> tuple[Kept, ...]:
+def cache_entries(config: ModelConfig, item_bytes: int) -> tuple[KeptTokens, ...]:
     """Return what the groups of a model's layers keep, in the order of its windows."""
     window_bytes = dict.fromkeys(config.windows, 0)
     for mixer in config.attentions:
         window_bytes[mixer.attention.window] += mixer.cached_features * item_bytes
-    return tuple(Kept(window, token_bytes) for window, token_bytes in window_bytes.items())
+    return tuple(KeptTokens(window, token_bytes) for window, token_bytes in window_bytes.items())

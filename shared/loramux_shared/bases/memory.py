@@ -91,7 +91,7 @@ def plan_memory(
     budget = min(budget if cache.kv_bytes is None else cache.kv_bytes, cache.num_bytes(cache.most))
     if left <= 0 or budget > left:
         raise ResourcesExhausted(
-            f"beside {_shown(needs)}, {free / GB:.2f} GB are free; steps need {steps / GB:.2f} GB and the "
+            f"beside {_described(needs)}, {free / GB:.2f} GB are free; steps need {steps / GB:.2f} GB and the "
             f"key-value cache {budget / GB:.2f} GB. Lower LORAMUX_KV_MEMORY_GB, LORAMUX_MAX_BATCH_TOKENS or "
             "LORAMUX_MAX_BATCH_SEQS, or serve fewer adapters."
         )
@@ -100,7 +100,7 @@ def plan_memory(
     if capacity < min(cache.longest, 2 * cache.block_size) or (cache.whole and capacity < cache.longest):
         raise ResourcesExhausted(
             f"the key-value cache holds {capacity} tokens ({budget / GB:.2f} GB at {_each(cache)}, beside "
-            f"{_shown(needs)}), and one sequence of max_seq_len={cache.longest} does not fit. "
+            f"{_described(needs)}), and one sequence of max_seq_len={cache.longest} does not fit. "
             f"Raise LORAMUX_KV_MEMORY_GB or lower {'LORAMUX_MAX_BATCH_SEQS or ' if cache.state_bytes else ''}"
             "max_seq_len."
         )
@@ -147,7 +147,7 @@ def widening(config: ModelConfig, file_bytes: int | None, dtype: str) -> str:
         return ""
     in_files = "" if file_bytes is None else f"{_size(file_bytes)} in the files, "
     memory = _size(ITEM_BYTES[dtype] * count_weights(config))
-    return f"widened from {config.quantization.shown} at load: {in_files}{memory} in memory as {dtype}"
+    return f"widened from {config.quantization.label} at load: {in_files}{memory} in memory as {dtype}"
 
 
 def needs_of(
@@ -336,7 +336,7 @@ def _each(cache: Cache) -> str:
     return f"{cache.token_bytes} bytes a token{states}"
 
 
-def _shown(needs: Needs) -> str:
+def _described(needs: Needs) -> str:
     return f"{needs.weights / GB:.2f} GB of weights and {needs.adapters / GB:.2f} GB of adapters"
 
 

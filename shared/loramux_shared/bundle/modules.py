@@ -28,12 +28,12 @@ class Module:
         return f"{self.parent}.{self.hf}".lstrip(".")
 
     @property
-    def shown(self) -> str:
+    def label(self) -> str:
         """Return the shortest name of the module that is clear to people."""
-        return shown(self.path)
+        return label(self.path)
 
 
-def shown(path: str) -> str:
+def label(path: str) -> str:
     """Return a module's name within the layer without its first part: ``q_proj``, ``shared_expert.up_proj``."""
     return path.partition(".")[2] or path
 

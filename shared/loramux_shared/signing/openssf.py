@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from loramux_shared.faults import SettingsInvalid, SignatureInvalid, SourceUnavailable
-from loramux_shared.signing.signers import SIGSTORE, shown
+from loramux_shared.signing.signers import SIGSTORE, label
 from loramux_shared.sources.files import disk_errors
 from loramux_shared.wording import listed
 
@@ -64,11 +64,11 @@ def verified(signature: bytes, signers: Sequence[str], what: str) -> Signed:
             try:
                 manifest = check(path)
             except failures as error:
-                reasons.append(f"not of {shown(signer)} ({_reason(error)})")
+                reasons.append(f"not of {label(signer)} ({_reason(error)})")
                 continue
-        return _signed(manifest, shown(signer), what)
+        return _signed(manifest, label(signer), what)
     raise SignatureInvalid(
-        f"{what}: expected a signature of {' or '.join(map(shown, signers))}, found one that is "
+        f"{what}: expected a signature of {' or '.join(map(label, signers))}, found one that is "
         f"{listed(reasons)}. Sign it with the right key (`loramux sign`), or correct the required signer."
     )
 
@@ -216,7 +216,7 @@ def _usable(key: SigningKey | str | None, failures: tuple[type[Exception], ...])
     try:
         yield
     except failures as error:
-        which = shown(key) if isinstance(key, str) else "Sigstore" if key is None else f"the key {key.key}"
+        which = label(key) if isinstance(key, str) else "Sigstore" if key is None else f"the key {key.key}"
         raise SettingsInvalid(
             f"{which}: expected a key on the curve P-256, P-384 or P-521 (PEM, without a password), with "
             f"its certificates, if they are set: {_reason(error)}"

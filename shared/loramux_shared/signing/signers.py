@@ -65,7 +65,7 @@ def read_signer(word: str, folder: Path) -> str:
         raise ValueError(f"{EXPECTED}; the file cannot be read: {problem}") from error
 
 
-def shown(signer: str) -> str:
+def label(signer: str) -> str:
     """Return a signer in a few words: a key by the beginning of its sha256, as a signature names it."""
     if signer.startswith(SIGSTORE):
         issuer, _, identity = signer.removeprefix(SIGSTORE).partition("#")

@@ -88,7 +88,7 @@ def open_bucket(repository: Repository, secrets: Secrets) -> tuple[AzureContaine
     """
     match = _ADDRESS.fullmatch(repository.repo)
     if match is None:
-        raise SourceRefused(f"AZURE {repository.shown!r}: expected azure://ACCOUNT/CONTAINER/FOLDER")
+        raise SourceRefused(f"AZURE {repository.label!r}: expected azure://ACCOUNT/CONTAINER/FOLDER")
     account, name = match["account"], repository.runtime_secret_name
     secret = secrets.fields(name, ("account_key",), ("endpoint_url",))
     if name and not secret:

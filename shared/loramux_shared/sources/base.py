@@ -94,7 +94,7 @@ def about(repository: Repository) -> Iterator[None]:
     try:
         yield
     except Fault as fault:
-        fault.repository = repository.shown
+        fault.repository = repository.label
         raise
 
 

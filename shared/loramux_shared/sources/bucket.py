@@ -161,7 +161,7 @@ class BucketSource:
 
 
 def _name(repository: Repository) -> str:
-    return f"{repository.source} {repository.shown}"
+    return f"{repository.source} {repository.label}"
 
 
 def _hint(repository: Repository, secrets: Secrets) -> str:

@@ -247,7 +247,7 @@ def _require_signed(
 
 
 def _name(repository: Repository) -> str:
-    return "/".join(part for part in (repository.shown, repository.subfolder) if part)
+    return "/".join(part for part in (repository.label, repository.subfolder) if part)
 
 
 def _some(resolved: Resolved) -> str:

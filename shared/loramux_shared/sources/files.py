@@ -164,7 +164,7 @@ def pin_content(repository: Repository, files: Mapping[str, FileDigest]) -> Repo
     expected, revision = repository.revision, content_digest(files)
     if expected and expected != revision:
         raise RevisionNotFound(
-            f"{repository.source} {repository.shown}: expected content {expected}, found {revision}. "
+            f"{repository.source} {repository.label}: expected content {expected}, found {revision}. "
             "Leave revision out to take the folder as it is."
         )
     return repository.model_copy(update={"revision": revision})

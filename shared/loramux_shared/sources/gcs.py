@@ -123,7 +123,7 @@ def open_bucket(repository: Repository, secrets: Secrets) -> tuple[GcsBucket, st
     """
     match = _ADDRESS.fullmatch(repository.repo)
     if match is None:
-        raise SourceRefused(f"GCS {repository.shown!r}: expected gs://BUCKET/FOLDER")
+        raise SourceRefused(f"GCS {repository.label!r}: expected gs://BUCKET/FOLDER")
     hint = secrets.hint(repository.runtime_secret_name, default_variable="GOOGLE_APPLICATION_CREDENTIALS")
     session = _open_session(_credentials(repository, secrets))
     endpoint = os.environ.get(EMULATOR_VARIABLE, "").rstrip("/") or ENDPOINT

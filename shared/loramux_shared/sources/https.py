@@ -89,7 +89,7 @@ class Https:
         """
         parts = split_address(url)
         for _ in range(MAX_REDIRECTS + 1):
-            name = shown(parts)
+            name = without_query(parts)
             host, port = str(parts.hostname), parts.port or _PORT
             headers = {"Accept-Encoding": "identity", "User-Agent": "loramux"}
             if authorization and authorization[0] in {host, f"{host}:{port}"}:
@@ -102,7 +102,7 @@ class Https:
                     raise _answered(response, name)
                 yield Download(response, name)
                 return
-        raise SourceRefused(f"{shown(parts)}: more than {MAX_REDIRECTS} redirects")
+        raise SourceRefused(f"{without_query(parts)}: more than {MAX_REDIRECTS} redirects")
 
     @contextmanager
     def _request(
@@ -139,13 +139,13 @@ def split_address(url: str, base: str = "") -> SplitResult:
     except ValueError:
         raise SourceRefused("REMOTE_URL: not a valid address") from None
     if parts.scheme != "https" or not plain:
-        raise SourceRefused(f"REMOTE_URL {shown(parts)}: expected https://HOST/PATH, percent-encoded")
+        raise SourceRefused(f"REMOTE_URL {without_query(parts)}: expected https://HOST/PATH, percent-encoded")
     if parts.username is not None or parts.password is not None:
-        raise SourceRefused(f"REMOTE_URL {shown(parts)}: a name or password in an address is refused")
+        raise SourceRefused(f"REMOTE_URL {without_query(parts)}: a name or password in an address is refused")
     return parts
 
 
-def shown(parts: SplitResult) -> str:
+def without_query(parts: SplitResult) -> str:
     """Return an address for a message: without query, fragment, name and password."""
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 

@@ -64,7 +64,7 @@ class RetryPolicy:
             stop=lambda state: state.attempt_number >= self.attempts or deadline.left_s <= state.upcoming_sleep,
             wait=self._pause,
             retry=retry_if_exception_type(SourceUnavailable),
-            before_sleep=_told,
+            before_sleep=_log_retry,
             sleep=partial(_sleep, progress),
             reraise=True,
         )
@@ -84,7 +84,7 @@ class RetryPolicy:
         return min(max(requested, pause), self.max_wait_s)
 
 
-def _told(state: RetryCallState) -> None:
+def _log_retry(state: RetryCallState) -> None:
     problem = state.outcome.exception() if state.outcome else None
     log.warning(
         "source does not answer, retrying", pause_s=round(state.upcoming_sleep, 1), problem=str(problem)

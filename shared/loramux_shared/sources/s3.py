@@ -110,7 +110,7 @@ def open_bucket(repository: Repository, secrets: Secrets) -> tuple[S3Bucket, str
     """
     match = _ADDRESS.fullmatch(repository.repo)
     if match is None:
-        raise SourceRefused(f"S3 {repository.shown!r}: expected s3://BUCKET/FOLDER")
+        raise SourceRefused(f"S3 {repository.label!r}: expected s3://BUCKET/FOLDER")
     name = repository.runtime_secret_name
     secret = secrets.fields(
         name, ("access_key_id", "secret_access_key"), ("region", "session_token", "endpoint_url")

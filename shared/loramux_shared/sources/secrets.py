@@ -86,5 +86,5 @@ class Secrets:
 def warn_unset(repository: Repository) -> None:
     """Say that a repository's secret is not set: files of hosted builders name one for public ones too."""
     log.warning(
-        "secret is not set, continuing without it", secret=repository.runtime_secret_name, repo=repository.shown
+        "secret is not set, continuing without it", secret=repository.runtime_secret_name, repo=repository.label
     )

@@ -104,7 +104,7 @@ class UrlSource:
         if missing := missing_files(cache, folder, files):
             with closing(self.resolve(repository, progress, room)) as resolved:
                 if gone := sorted(name for name in missing if name not in resolved.files):
-                    raise RepoNotFound(f"REMOTE_URL {repository.shown}: {', '.join(gone[:3])} is not in it")
+                    raise RepoNotFound(f"REMOTE_URL {repository.label}: {', '.join(gone[:3])} is not in it")
                 room(resolved.size(missing))
                 self.fetch(resolved, missing, folder, progress)
         return folder
@@ -112,7 +112,7 @@ class UrlSource:
     def _listed(
         self, repository: Repository, file: IO[bytes], progress: Progress, room: Room
     ) -> ResolvedArchive:
-        name = f"REMOTE_URL {repository.shown}"
+        name = f"REMOTE_URL {repository.label}"
         digest = self._download(repository, file, progress, room)
         if repository.revision and repository.revision != digest.sha256:
             raise RevisionNotFound(
@@ -133,7 +133,7 @@ class UrlSource:
         )
 
     def _download(self, repository: Repository, file: IO[bytes], progress: Progress, room: Room) -> FileDigest:
-        name = f"REMOTE_URL {repository.shown}"
+        name = f"REMOTE_URL {repository.label}"
         authorization = self._authorization(repository)
         taken = 0
 

@@ -26,7 +26,7 @@ def open_tracing(service: str) -> Tracing | None:
     OTEL_SDK_DISABLED is ``true``. Sampling, batching, headers and resource are what the SDK reads from its own
     variables.
     """
-    exporter = _wanted()
+    exporter = _requested_exporter()
     if not exporter:
         return None
     found = list(entry_points(group=GROUP, name=exporter))
@@ -41,7 +41,7 @@ def open_tracing(service: str) -> Tracing | None:
     return tracing
 
 
-def _wanted() -> str:
+def _requested_exporter() -> str:
     """Return the name of the exporter that is asked for; empty for none."""
     exporter = os.environ.get("OTEL_TRACES_EXPORTER", "")
     if os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true" or exporter == "none":

@@ -53,7 +53,7 @@ RUNTIME = {
     "limits": {"models": {"all": {"weight": 2, "max_running": 1, "tokens_per_minute": 10}}},
 }
 PROMPT = [5, 6, 7, 8]
-ASKED = {"max_tokens": 4, "temperature": 0, "ignore_eos": True}
+FIELDS = {"max_tokens": 4, "temperature": 0, "ignore_eos": True}
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +108,7 @@ class ReplicaApis:
 
     async def ask(self, model: str, headers: dict[str, str] | None = None, **fields: Any) -> httpx.Response:
         """Complete a prompt over HTTP."""
-        body = ASKED | {"model": model, "prompt": PROMPT, "return_token_ids": True} | fields
+        body = FIELDS | {"model": model, "prompt": PROMPT, "return_token_ids": True} | fields
         return await self.http.post("/v1/completions", json=body, headers=headers)
 
     async def tokens(self, model: str) -> list[int]:

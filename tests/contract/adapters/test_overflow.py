@@ -61,11 +61,11 @@ async def test_its_answers_fail_and_others_stay_what_they_were(world: tuple[Worl
         for model, path in requests * 2:
             after = await ask(api, model, path)
             expected = before[requests.index((model, path))]
-            assert _told(after) == _told(expected)
+            assert _reported(after) == _reported(expected)
         metrics = (await api.http.get("/metrics")).text
         assert f'loramux_requests_total{{model="{BAD}",outcome="NUMERICS"}} 3' in metrics
         assert f'loramux_requests_total{{model="{BAD}",outcome="MODEL_UNUSABLE"}} 1' in metrics
 
 
-def _told(answer: tuple[int, Any]) -> Any:
+def _reported(answer: tuple[int, Any]) -> Any:
     return answer[1].get("choices") or answer[1]["data"]

@@ -34,7 +34,7 @@ aiohttp = pytest.importorskip("aiohttp", reason="the trainer is an extra: pip in
 
 pytestmark = pytest.mark.filterwarnings("ignore:You are importing from 'trl.experimental'")
 VERSIONS = 50
-KEPT = 4
+CACHED = 4
 """Versions that the trainer leaves loaded, for rollouts that began with them."""
 PROMPT = [5, 6, 7, 8]
 TEMPERATURE = 0.7
@@ -187,8 +187,8 @@ async def test_every_step_is_answered_by_its_own_version(world: World, url: str)
             if number in (1, VERSIONS):
                 reported = logprobs_of(oracle(world.base, world.root / "steps" / str(number)), ids)
                 assert logprobs == pytest.approx(reported, abs=1e-3)
-            if number > KEPT:
-                client.unload_lora_adapter(f"policy-v{number - KEPT}")
+            if number > CACHED:
+                client.unload_lora_adapter(f"policy-v{number - CACHED}")
     assert rollouts.digests == expected
     assert len(set(expected)) == VERSIONS
     client.unload_lora_adapter("policy-v1")  # it is gone already, and nobody minds

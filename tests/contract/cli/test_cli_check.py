@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from builder_service.pipeline.context import BuildContext
-from loramux.cli.build import wished
+from loramux.cli.build import overridden
 from loramux.cli.main import app
 from loramux.cli.report_view import layers
 from loramux_shared.deployment_file import parse_deployment
@@ -193,8 +193,8 @@ def test_the_files_own_wishes_stay() -> None:
         },
     }
     deployment = parse_deployment(data).deployment
-    assert wished(deployment, None, False) == deployment
-    assert wished(deployment, 9, False).build.lora_configuration.truncate_to_rank == 9
+    assert overridden(deployment, None, False) == deployment
+    assert overridden(deployment, 9, False).build.lora_configuration.truncate_to_rank == 9
 
 
 def test_layers_are_folded() -> None:

@@ -34,7 +34,7 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 USER: Any = [{"role": "user", "content": "Hi"}]
 GREEDY: dict[str, Any] = {"temperature": 0}
 """The client has no names for sampling any more."""
-ASKED: dict[str, Any] = {"model": "rs", "messages": USER, "max_tokens": 8, "extra_body": GREEDY}
+FIELDS: dict[str, Any] = {"model": "rs", "messages": USER, "max_tokens": 8, "extra_body": GREEDY}
 SENT: dict[str, Any] = {"model": "pirate", "messages": USER, "max_tokens": 8}
 PAINT: Any = {
     "name": "Paint",
@@ -78,7 +78,7 @@ async def scripted(folder: Path, guard: Guard = NOBODY_GUARDS) -> AsyncIterator[
 
 async def test_an_answer(claude: AsyncAnthropic, api: OpenAIApi) -> None:
     """A message says what gave it, how it ended, and what it cost."""
-    answer = await claude.messages.create(**ASKED, system="Be brief.")
+    answer = await claude.messages.create(**FIELDS, system="Be brief.")
     assert (answer.type, answer.role, answer.model) == ("message", "assistant", "rs")
     assert answer.id.startswith("msg_")
     assert answer.stop_reason in ("end_turn", "max_tokens")
@@ -95,8 +95,8 @@ async def test_an_answer(claude: AsyncAnthropic, api: OpenAIApi) -> None:
 
 async def test_a_stream_is_the_same_answer(claude: AsyncAnthropic) -> None:
     """Text comes in pieces, the message at the end is the whole one's."""
-    whole = await claude.messages.create(**ASKED)
-    async with claude.messages.stream(**ASKED) as stream:
+    whole = await claude.messages.create(**FIELDS)
+    async with claude.messages.stream(**FIELDS) as stream:
         stated = "".join([text async for text in stream.text_stream])
         final = await stream.get_final_message()
         assert stream.request_id
@@ -113,7 +113,7 @@ async def test_the_synchronous_client_asks_mixtures(claude: AsyncAnthropic, api:
 
     def ask() -> Any:
         with anthropic.Anthropic(base_url=api.url, api_key="none", max_retries=0) as client:
-            return client.messages.with_raw_response.create(**ASKED | {"model": "rs*0.5+wide*0.5"})
+            return client.messages.with_raw_response.create(**FIELDS | {"model": "rs*0.5+wide*0.5"})
 
     raw = await asyncio.to_thread(ask)
     assert raw.parse().model == raw.headers["x-loramux-model"] == "rs*0.5+wide*0.5"
@@ -148,16 +148,16 @@ async def test_what_is_counted_is_what_is_used(claude: AsyncAnthropic) -> None:
 
 async def test_stops_and_what_they_are_called(claude: AsyncAnthropic) -> None:
     """A stop sequence is named, and is not in the text."""
-    whole = (await claude.messages.create(**ASKED)).content[0].text  # type: ignore[union-attr]
+    whole = (await claude.messages.create(**FIELDS)).content[0].text  # type: ignore[union-attr]
     stop = whole[1]
-    answer = await claude.messages.create(**ASKED, stop_sequences=["~~~", stop])
+    answer = await claude.messages.create(**FIELDS, stop_sequences=["~~~", stop])
     assert (answer.stop_reason, answer.stop_sequence) == ("stop_sequence", stop)
     assert "".join(block.text for block in answer.content) == whole.partition(stop)[0]  # type: ignore[union-attr]
 
 
 async def test_a_demanded_call_is_made_and_answered(claude: AsyncAnthropic) -> None:
     """The input keeps to the schema, streamed too; its result goes back as the client has it."""
-    demanded = ASKED | {"max_tokens": 100, "tools": [PAINT]}
+    demanded = FIELDS | {"max_tokens": 100, "tools": [PAINT]}
     answer = await claude.messages.create(**demanded, tool_choice={"type": "any"})
     [call] = answer.content
     assert call.type == "tool_use"
@@ -169,14 +169,14 @@ async def test_a_demanded_call_is_made_and_answered(claude: AsyncAnthropic) -> N
     assert json.loads("".join(parts)) == final.content[0].input == call.input  # type: ignore[union-attr]
     result = {"type": "tool_result", "tool_use_id": call.id, "content": [{"type": "text", "text": "ok"}]}
     turns = [*USER, {"role": "assistant", "content": answer.content}, {"role": "user", "content": [result]}]
-    used = (await claude.messages.create(**ASKED | {"messages": turns}, tools=[PAINT])).usage
+    used = (await claude.messages.create(**FIELDS | {"messages": turns}, tools=[PAINT])).usage
     prompt = f"[Paint]u:Hi;a:(Paint{json.dumps(call.input)});t:ok;a:"
     assert used.input_tokens + (used.cache_read_input_tokens or 0) == len(prompt)
 
 
 async def test_an_answer_is_parsed_into_a_model(claude: AsyncAnthropic) -> None:
     """The client's structured outputs: the answer keeps to the schema, and is read into a class."""
-    parsed = await claude.messages.parse(**ASKED | {"max_tokens": 150}, output_format=Verdict)
+    parsed = await claude.messages.parse(**FIELDS | {"max_tokens": 150}, output_format=Verdict)
     assert isinstance(parsed.parsed_output, Verdict)
 
 
@@ -204,7 +204,7 @@ async def test_refusals_are_the_clients_own(
     """A refusal is of the client's class, with a type, the request's id and the names that were sent."""
     for stream in (False, True):
         with pytest.raises(kind) as caught:
-            await claude.messages.create(**ASKED | fields, stream=stream)
+            await claude.messages.create(**FIELDS | fields, stream=stream)
         body: Any = caught.value.body
         assert expected in body["error"]["message"]
         assert body["request_id"] == caught.value.request_id
@@ -302,9 +302,9 @@ async def test_blocks_come_one_after_the_other(tmp_path: Path) -> None:
         async with client.messages.stream(**fields) as stream:
             final = await stream.get_final_message()
         whole = await client.messages.create(**fields)
-        assert shown(final.content) == shown(whole.content) == expected
+        assert texts_of(final.content) == texts_of(whole.content) == expected
         assert final.stop_reason == whole.stop_reason == "tool_use"
-        assert shown((await client.messages.create(**fields)).content) == ['tool_use:{"color": "red"}']
+        assert texts_of((await client.messages.create(**fields)).content) == ['tool_use:{"color": "red"}']
 
 
 async def test_a_stream_that_tells_nothing_is_alive(tmp_path: Path) -> None:
@@ -343,7 +343,7 @@ async def test_what_is_thought_comes_apart(tmp_path: Path) -> None:
     assert variables == {"enable_thinking": True, "thinking": True}
 
 
-def shown(blocks: Sequence[Any]) -> list[str]:
+def texts_of(blocks: Sequence[Any]) -> list[str]:
     """Blocks as short texts."""
     reported = {"text": lambda block: block.text, "tool_use": lambda block: json.dumps(block.input)}
     return [f"{block.type}:{reported[block.type](block)}" for block in blocks]

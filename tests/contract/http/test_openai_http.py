@@ -22,7 +22,7 @@ from inference_service.text.text import Text
 from loramux_shared.faults import SettingsInvalid
 from loramux_shared.rpc.options import MAX_REQUEST_BYTES
 from loramux_shared.storage.memory import MemoryStore
-from tests.golden.openai.script import ASKED, Case, Scripted
+from tests.golden.openai.script import CHAT_BODY, Case, Scripted
 from tests.support.openai_api import OpenAIApi, open_api
 from tests.support.raw_http import JSON, RawClient
 from tests.support.tiny import VOCAB, World, write_tokenizer
@@ -209,7 +209,7 @@ async def test_a_failure_of_the_api_itself_tells_nothing(tmp_path: Path) -> None
     """Before anything was sent it is a 500 in OpenAI's shape; in a stream the connection is cut."""
     write_tokenizer(tmp_path)
     text = Text(Tokenizer.from_file(str(tmp_path / "tokenizer.json")), None, VOCAB)
-    body = ASKED | {"messages": [{"role": "user", "content": "x"}]}
+    body = CHAT_BODY | {"messages": [{"role": "user", "content": "x"}]}
     for answers, stream in ((["A"], False), (["A|B"], True)):
         server = HttpServer(
             "127.0.0.1:0", Scripted(Case("chat", body, answers, failure=ValueError("secret")), text)

@@ -14,7 +14,7 @@ from openai.types.responses import ResponseFunctionToolCall
 from pydantic import BaseModel
 
 from inference_service.core.sequence import EndReason
-from inference_service.http.responses.compact import ASK, SAID_NOTHING
+from inference_service.http.responses.compact import ASK, NO_SUMMARY
 from inference_service.http.responses.items import carried, uncarried
 from inference_service.http.responses.turns import SUMMED_UP
 from loramux_shared.faults import QueueFull, RateLimited, ReplicaFailed, RequestInvalid
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 PATH = "/v1/responses"
 WEATHER = {"type": "function", "name": "weather", "parameters": {"type": "object"}}
 TIME = {"type": "function", "name": "time", "description": "Tell the time.", "parameters": {}}
-ASKED: dict[str, Any] = {"model": "pirate", "input": "Hi"}
+FIELDS: dict[str, Any] = {"model": "pirate", "input": "Hi"}
 CALL = '<tool_call>{"name": "weather", "arguments": {"city": "Oslo"}}</tool_call>'
 
 
@@ -108,20 +108,20 @@ async def test_events_tell_the_response(api: TalkerApi, name: str) -> None:
     """Streamed or whole, the items are the same, and each event is one of OpenAI's."""
     stated, reason, more, expected = SAYS[name]
     api.talker.say(stated, reason=reason)
-    answer = await api.post(PATH, **ASKED, **more)
+    answer = await api.post(PATH, **FIELDS, **more)
     whole = check_response(answer.json())
     api.talker.say(stated, reason=reason)
-    streamed = await api.post(PATH, **ASKED, **more, stream=True)
+    streamed = await api.post(PATH, **FIELDS, **more, stream=True)
     last = check_events(read_stream(streamed.content))
     assert whole["status"] == ("incomplete" if reason is LENGTH else "completed")
     assert _without_ids(last) == _without_ids(whole)
     if expected:
-        assert [_said(item) for item in whole["output"]] == expected
+        assert [_role_and_text(item) for item in whole["output"]] == expected
     for head in (answer.headers, streamed.headers):
         assert head["x-loramux-model"] == "pirate"
 
 
-def _said(item: dict[str, Any]) -> tuple[str, str]:
+def _role_and_text(item: dict[str, Any]) -> tuple[str, str]:
     return item["type"], item["arguments"] if "arguments" in item else item["content"][0]["text"]
 
 
@@ -139,7 +139,7 @@ def _without_ids(response: dict[str, Any]) -> Any:
 async def test_log_probabilities_are_those_of_what_is_said(api: TalkerApi) -> None:
     """Tokens of a call have no place in the message before it."""
     api.talker.say(f"A|h|{CALL}")
-    answer = (await api.post(PATH, **ASKED, tools=[WEATHER], top_logprobs=1)).json()
+    answer = (await api.post(PATH, **FIELDS, tools=[WEATHER], top_logprobs=1)).json()
     [message, _] = answer["output"]
     scores = message["content"][0]["logprobs"]
     assert [score["token"] for score in scores] == ["A", "h"]
@@ -173,7 +173,7 @@ async def test_the_response_tells_what_was_asked(api: TalkerApi) -> None:
     ignored = {"store": True, "background": False, "service_tier": "flex", "stream": False}
     hints = {"text": {"verbosity": "medium"}, "reasoning": {"summary": "auto"}}
     api.talker.say("Ahoy")
-    body = (await api.post(PATH, **ASKED, **requests, **ignored, **hints)).json()
+    body = (await api.post(PATH, **FIELDS, **requests, **ignored, **hints)).json()
     assert {name: body[name] for name in requests} == requests
     assert [body[name] for name in ("store", "background", "service_tier")] == [False, False, "default"]
     [request] = api.talker.asked[-1:]
@@ -185,7 +185,7 @@ async def test_the_response_tells_what_was_asked(api: TalkerApi) -> None:
 async def test_the_client_streams(api: TalkerApi) -> None:
     """OpenAI's own client collects the events to the response."""
     api.talker.say(f"Hm.|{CALL}")
-    async with api.openai.responses.stream(**ASKED, tools=[WEATHER]) as stream:
+    async with api.openai.responses.stream(**FIELDS, tools=[WEATHER]) as stream:
         kinds = [event.type async for event in stream]
         final = await stream.get_final_response()
     assert kinds[0] == "response.created"
@@ -197,7 +197,7 @@ async def test_the_client_streams(api: TalkerApi) -> None:
 async def test_the_client_parses(api: TalkerApi) -> None:
     """A schema that the client makes of a class constrains the answer."""
     api.talker.say('{"fine": true, "color": "red"}')
-    answer = await api.openai.responses.parse(**ASKED, text_format=Verdict)
+    answer = await api.openai.responses.parse(**FIELDS, text_format=Verdict)
     assert answer.output_parsed == Verdict(fine=True, color="red")
     [request] = api.talker.asked[-1:]
     assert request.output.constraint
@@ -208,7 +208,7 @@ async def test_a_loop_of_tools(api: TalkerApi) -> None:
     """An answer goes back as it is, with the outputs, and is one turn of the chat."""
     tool = pydantic_function_tool(Weather)["function"] | {"type": "function", "name": "weather"}
     api.talker.say(f"Hm.|{CALL}")
-    first = await api.openai.responses.create(**ASKED, tools=[tool])
+    first = await api.openai.responses.create(**FIELDS, tools=[tool])
     [_, call] = first.output
     assert isinstance(call, ResponseFunctionToolCall)
     assert json.loads(call.arguments) == {"city": "Oslo"}
@@ -233,7 +233,7 @@ async def test_functions_of_a_namespace(api: TalkerApi) -> None:
     """The model knows them by both names, and a call tells the two apart, here and when it comes back."""
     namespace = {"type": "namespace", "name": "sky", "description": "Of the sky.", "tools": [WEATHER, TIME]}
     api.talker.say(CALL.replace("weather", "sky__weather"))
-    answer = check_response((await api.post(PATH, **ASKED, tools=[WEATHER, namespace])).json())
+    answer = check_response((await api.post(PATH, **FIELDS, tools=[WEATHER, namespace])).json())
     [call] = answer["output"]
     assert (call["namespace"], call["name"]) == ("sky", "weather")
     functions = [tool["function"] for tool in api.talker.asked[-1].prompt.tools]
@@ -257,12 +257,12 @@ async def test_reasoning_is_an_item_and_comes_back(api: TalkerApi) -> None:
     text = f"<think>H|m.</think>\n\nSo.|{CALL}"
     for more in ({}, {"include": ["reasoning.encrypted_content"]}):
         api.talker.say(text)
-        streamed = await api.post(PATH, **ASKED, tools=[WEATHER], stream=True, **more)
+        streamed = await api.post(PATH, **FIELDS, tools=[WEATHER], stream=True, **more)
         events = read_stream(streamed.content)
         answer = check_events(events)
         thoughts = [event["delta"] for event in events if event["type"] == "response.reasoning_text.delta"]
         assert "".join(thoughts) == "Hm."
-        assert [_said(item) for item in answer["output"]] == [
+        assert [_role_and_text(item) for item in answer["output"]] == [
             ("reasoning", "Hm."),
             ("message", "So."),
             ("function_call", '{"city": "Oslo"}'),
@@ -306,7 +306,7 @@ async def test_the_question_for_a_summary_is_no_second_turn_of_the_user(api: Tal
     """Templates may refuse two in a row; reasoning is turned off, and what is thought anyway is no summary."""
     change_deployed(api.talker.catalog, reasoning_parser=ReasoningParser.THINK)
     api.talker.say("<think>Hm.</think>So.")
-    answer = (await api.post(COMPACT, **ASKED, instructions="Be brief.", temperature=0.5)).json()
+    answer = (await api.post(COMPACT, **FIELDS, instructions="Be brief.", temperature=0.5)).json()
     assert api.talker.last == [SYSTEM, {"role": "user", "content": f"Hi\n\n{ASK}"}]
     [request] = api.talker.asked[-1:]
     assert (request.sampling.temperature, request.prompt.chat_template_kwargs["enable_thinking"]) == (
@@ -328,13 +328,13 @@ async def test_what_cannot_be_summed_up_is_refused(api: TalkerApi) -> None:
         (COMPACT, {"model": "pirate", "input": "Hi", "previous_response_id": "r"}, "previous_response_id"),
         (COMPACT, {"input": "Hi"}, "model"),
         (PATH, {"model": "pirate", "input": [HI, call, summary, output]}, "input[3].call_id"),
-        (PATH, ASKED | {"input": [summary | {"encrypted_content": "gAAAA"}]}, "input[0].encrypted_content"),
+        (PATH, FIELDS | {"input": [summary | {"encrypted_content": "gAAAA"}]}, "input[0].encrypted_content"),
     ):
         refused = await api.post(path, **body)
         assert (refused.status_code, refused.json()["error"]["param"]) == (400, param)
     api.talker.say(" \n")
-    refused = await api.post(COMPACT, **ASKED)
-    assert (refused.status_code, refused.json()["error"]["message"]) == (400, SAID_NOTHING)
+    refused = await api.post(COMPACT, **FIELDS)
+    assert (refused.status_code, refused.json()["error"]["message"]) == (400, NO_SUMMARY)
 
 
 REFUSED: list[tuple[dict[str, Any], str, str]] = [
@@ -388,7 +388,7 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
 async def test_what_is_refused_is_named(api: TalkerApi, fields: dict[str, Any], param: str, code: str) -> None:
     """The error names the field in the words of this route, once, whether a stream was asked for or not."""
     for stream in (False, True):
-        answer = await api.post(PATH, **ASKED | fields | {"stream": stream})
+        answer = await api.post(PATH, **FIELDS | fields | {"stream": stream})
         error = answer.json()["error"]
         assert (answer.status_code, error["param"], error["code"]) == (400, param, code), error
         assert error["message"].count(f"{param}: ") == 1
@@ -414,19 +414,19 @@ async def test_a_fault_on_the_way_ends_the_stream(
 ) -> None:
     """A whole answer has its status instead; a stream that has begun ends with the failed response, once."""
     api.talker.say("A|h", failure=fault)
-    assert (await api.post(PATH, **ASKED)).status_code == status
+    assert (await api.post(PATH, **FIELDS)).status_code == status
     api.talker.say("A|h", failure=fault)
-    streamed = await api.post(PATH, **ASKED, stream=True)
+    streamed = await api.post(PATH, **FIELDS, stream=True)
     assert streamed.status_code == 200
     last = check_events(read_stream(streamed.content))
     assert (last["status"], last["error"]["code"]) == ("failed", code)
     assert last["error"]["message"] == str(fault)
-    assert _said(last["output"][0]) == ("message", "Ah")
+    assert _role_and_text(last["output"][0]) == ("message", "Ah")
 
 
 async def test_a_fault_before_the_first_token_has_its_status(api: TalkerApi) -> None:
     """A request that fails before its first token never was a stream."""
     api.talker.say_nothing(QueueFull("full."))
     with pytest.raises(openai.RateLimitError) as caught:
-        await api.openai.responses.create(**ASKED, stream=True)
+        await api.openai.responses.create(**FIELDS, stream=True)
     assert caught.value.code == "queue_full"

@@ -22,7 +22,7 @@ from tests.support.waiting import BOUND_S
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 USER = {"role": "user", "content": "x"}
-ASKED = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+CALL_TURN = {"role": "assistant", "content": "", "tool_calls": [CALL]}
 LOOK = {"type": "function", "function": {"name": "look"}}
 
 
@@ -41,10 +41,10 @@ async def apis(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Fuzzed
     ("messages", "options", "taken"),
     [
         ([{"role": "developer", "content": "x"}, USER], {}, True),
-        ([USER, ASKED, {"role": "tool", "content": "4", "tool_call_id": "c1"}], {"tools": [LOOK]}, True),
+        ([USER, CALL_TURN, {"role": "tool", "content": "4", "tool_call_id": "c1"}], {"tools": [LOOK]}, True),
         ([{"role": "tool", "content": "x"}], {}, False),
         ([USER | {"tool_calls": [CALL]}], {}, False),
-        ([ASKED | {"tool_calls": [CALL | {"function": {"name": "", "arguments": "{}"}}]}], {}, False),
+        ([CALL_TURN | {"tool_calls": [CALL | {"function": {"name": "", "arguments": "{}"}}]}], {}, False),
         ([], {}, False),
         ([USER], {"tools": [LOOK | {"function": {"name": "a b"}}]}, False),
         ([USER], {"chat_template_kwargs": {"enable_thinking": False, "documents": [{"text": "x"}]}}, True),

@@ -32,7 +32,7 @@ WAIT = {"model": MODEL, "prompt": "WAIT"}
 VERSION = b"GET /version HTTP/1.1\r\nHost: x\r\n\r\n"
 BODY = json.dumps(WAIT).encode()
 ASK = b"POST /v1/completions HTTP/1.1\r\n" + JSON + b"Content-Length: %d\r\n\r\n" % len(BODY) + BODY
-TOLD = (503, True, "shutting_down")
+REFUSED = (503, True, "shutting_down")
 
 
 @pytest.fixture
@@ -135,7 +135,7 @@ async def test_an_unfinished_body_does_not_hold_a_drain(apis: EndlessApis) -> No
     assert not draining.done()
     clock.advance(1)
     assert await ended(draining, "the drain")
-    assert await told(client) == TOLD
+    assert await told(client) == REFUSED
 
 
 async def test_an_unfinished_request_does_not_hold_a_drain(apis: EndlessApis) -> None:
@@ -170,7 +170,7 @@ async def test_requests_that_wait_to_be_accepted_are_answered(apis: EndlessApis)
     draining = asyncio.create_task(apis.http.drain(BOUND_S))
     clients = [RawClient(*await asyncio.open_connection(sock=each)) for each in waiting]
     answers = await asyncio.gather(*map(told, clients))
-    assert answers == [TOLD] * BOUND + [(503, True, None)] * 4
+    assert answers == [REFUSED] * BOUND + [(503, True, None)] * 4
     assert await draining
 
 
@@ -203,7 +203,7 @@ async def test_half_a_head_is_answered(apis: EndlessApis) -> None:
     client = await apis.raw(VERSION[:20])
     await apis.seen()
     draining = asyncio.create_task(apis.http.drain(BOUND_S))
-    assert await told(client) == TOLD
+    assert await told(client) == REFUSED
     assert await draining
 
 
@@ -216,7 +216,7 @@ async def test_an_endpoint_that_leaves_lets_connections_go(apis: EndlessApis) ->
     await retained.send(VERSION)
     assert (await told(retained))[:2] == (200, True)
     draining = asyncio.create_task(apis.http.drain(0))
-    assert await told(busy) == TOLD
+    assert await told(busy) == REFUSED
     assert not await draining
 
 

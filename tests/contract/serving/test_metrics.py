@@ -25,7 +25,7 @@ from tests.support.tiny import World
 from tests.support.waiting import BOUND_S, bounded
 
 PROMPT = [3 + (7 * place) % 190 for place in range(40)]
-ASKED: dict[str, Any] = {"prompt": PROMPT, "max_tokens": 6, "ignore_eos": True}
+FIELDS: dict[str, Any] = {"prompt": PROMPT, "max_tokens": 6, "ignore_eos": True}
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def test_names_are_the_kept_ones() -> None:
 
 async def test_requests_are_counted_by_model(api: OpenAIApi) -> None:
     """Requests, answers of n, prompt, cached and generated tokens of each model are what was asked for."""
-    for body in (ASKED | {"model": "rs"}, ASKED | {"model": "rs", "n": 3}, ASKED | {"model": "base"}):
+    for body in (FIELDS | {"model": "rs"}, FIELDS | {"model": "rs", "n": 3}, FIELDS | {"model": "base"}):
         assert (await api.post("/v1/completions", **body)).status_code == 200
     metrics = await scrape(api)
     for model, requests, answers in (("rs", 2, 4), ("base", 1, 1), ("wide", 0, 0)):
@@ -78,7 +78,7 @@ async def test_requests_are_counted_by_model(api: OpenAIApi) -> None:
 
 async def test_time_counts_from_arrival_at_the_socket(api: OpenAIApi) -> None:
     """A request that comes while the event loop is busy has waited, though nobody could read it."""
-    body = json.dumps(ASKED | {"model": "wide", "max_tokens": 1}).encode()
+    body = json.dumps(FIELDS | {"model": "wide", "max_tokens": 1}).encode()
     client = await RawClient.open(api.server.address)
     head = b"POST /v1/completions HTTP/1.1\r\n" + JSON + b"Content-Length: %d\r\n\r\n" % len(body)
     client.writer.write(head + body)  # it is sent at once
@@ -93,7 +93,7 @@ async def test_time_counts_from_arrival_at_the_socket(api: OpenAIApi) -> None:
 async def test_times_are_those_of_the_request(api: OpenAIApi) -> None:
     """Queue < first token < whole request, and none is longer than the client waited for its end here."""
     started = time.monotonic()
-    await api.post("/v1/completions", **ASKED | {"model": "all", "max_tokens": 50})
+    await api.post("/v1/completions", **FIELDS | {"model": "all", "max_tokens": 50})
     await api.until_free()  # the client may have the last byte before that is written down
     waited = time.monotonic() - started
     metrics = await scrape(api)
@@ -136,9 +136,9 @@ async def test_every_end_has_an_outcome(api: OpenAIApi) -> None:
 
 async def test_what_the_api_refuses_is_counted(api: OpenAIApi) -> None:
     """Statuses tell of what never became a request: a body that is refused, a wrong path."""
-    await api.post("/v1/completions", **ASKED | {"model": "nope"})
-    await api.post("/v1/completions", **ASKED | {"model": "rs", "temprature": 1})
-    await api.post("/v1/completions", **ASKED | {"model": "rs"})
+    await api.post("/v1/completions", **FIELDS | {"model": "nope"})
+    await api.post("/v1/completions", **FIELDS | {"model": "rs", "temprature": 1})
+    await api.post("/v1/completions", **FIELDS | {"model": "rs"})
     await api.http.get("/nope")
     metrics = await scrape(api)
     statuses = {own["status"]: value for own, value in metrics.series("loramux_http_responses_total")}
@@ -151,7 +151,7 @@ async def test_what_the_api_refuses_is_counted(api: OpenAIApi) -> None:
 
 async def test_gateways_see_who_runs_and_who_waits(api: OpenAIApi, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two adapters run and two wait with two seats and four long requests; afterwards none does."""
-    long = ASKED | {"max_tokens": 60}
+    long = FIELDS | {"max_tokens": 60}
     before = time.time()
     steps, runner = threading.Semaphore(0), api.ready.engine._engine._runner
     submit = runner.submit

@@ -33,7 +33,7 @@ from tests.support.waiting import BOUND_S, until
 
 TRACE, SPAN = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 TRACEPARENT = f"00-{TRACE}-{SPAN}-01"
-ASKED: dict[str, Any] = {"model": "rs", "prompt": [5, 6, 7], "max_tokens": 4, "ignore_eos": True}
+FIELDS: dict[str, Any] = {"model": "rs", "prompt": [5, 6, 7], "max_tokens": 4, "ignore_eos": True}
 
 
 class Watched:
@@ -132,7 +132,7 @@ async def test_a_request_over_http_is_traced(watched: Watched) -> None:
     """An incoming traceparent is honoured from the server to the last token, with the conventions'
     attributes.
     """
-    answer = await watched.web.post("/v1/completions", json=ASKED, headers={"traceparent": TRACEPARENT})
+    answer = await watched.web.post("/v1/completions", json=FIELDS, headers={"traceparent": TRACEPARENT})
     assert answer.status_code == 200
     spans = await watched.spans("POST /v1/completions")
     check_chain(spans, "POST /v1/completions", "text_completion rs")
@@ -186,7 +186,7 @@ async def test_a_request_over_grpc_is_traced(watched: Watched) -> None:
 
 async def test_what_fails_says_why(watched: Watched) -> None:
     """The span of a refused request is an error with the fault's reason, and has no stages."""
-    answer = await watched.web.post("/v1/completions", json=ASKED | {"temperature": -1})
+    answer = await watched.web.post("/v1/completions", json=FIELDS | {"temperature": -1})
     assert answer.status_code == 400
     spans = await watched.spans("POST /v1/completions")
     assert set(spans) == {"POST /v1/completions", "text_completion rs"}
@@ -205,7 +205,7 @@ async def test_a_client_that_goes_away(watched: Watched, lines: list[Any]) -> No
         await call.read()
         call.cancel()
         spans = await watched.spans(f"{SERVICE_NAME}/Generate")
-    body = ASKED | {"max_tokens": 200, "stream": True}
+    body = FIELDS | {"max_tokens": 200, "stream": True}
     async with watched.web.stream("POST", "/v1/completions", json=body) as stream:
         await anext(stream.aiter_lines())
     spans |= await watched.spans("POST /v1/completions")
@@ -220,7 +220,7 @@ async def test_what_monitors_ask_is_not_traced(watched: Watched) -> None:
     for path in ("/health", "/ping", "/load", "/metrics", "/nope"):
         await watched.web.get(path)
     await watched.web.post("/ping")
-    await watched.web.post("/v1/completions", json=ASKED)
+    await watched.web.post("/v1/completions", json=FIELDS)
     spans = await watched.spans("POST /v1/completions")
     assert set(spans) == {"POST /v1/completions", "text_completion rs", "queue", "prefill", "decode"}
 
@@ -228,7 +228,7 @@ async def test_what_monitors_ask_is_not_traced(watched: Watched) -> None:
 async def test_every_request_has_one_line(watched: Watched, lines: list[Any]) -> None:
     """The line names request, trace, model, digest, tokens, times and end, and holds no text."""
     headers = {"x-request-id": "from-me", "traceparent": TRACEPARENT}
-    answer = await watched.web.post("/v1/completions", json=ASKED | {"n": 2}, headers=headers)
+    answer = await watched.web.post("/v1/completions", json=FIELDS | {"n": 2}, headers=headers)
     line = ended(lines)
     assert answer.json()["id"] == f"cmpl-{line['id']}"
     assert 0 <= line.pop("queue_ms") <= line.pop("ttft_ms") <= line.pop("duration_ms")
@@ -250,7 +250,7 @@ async def test_every_request_has_one_line(watched: Watched, lines: list[Any]) ->
 
 async def test_a_refused_request_has_a_line(watched: Watched, lines: list[Any]) -> None:
     """A refused request is in the log with the reason, under the id that the client knows."""
-    answer = await watched.web.post("/v1/completions", json=ASKED | {"top_p": 7})
+    answer = await watched.web.post("/v1/completions", json=FIELDS | {"top_p": 7})
     line = ended(lines)
     assert (line["outcome"], line["finish"], line["ttft_ms"]) == ("REQUEST_INVALID", [], None)
     assert line["request_id"] == answer.headers["x-request-id"]

@@ -30,7 +30,7 @@ from tests.support.adapters import write_adapter, write_base
 from tests.support.archives import pack
 from tests.support.azurite import ACCOUNT, azurite
 from tests.support.gcs_emulator import TOKEN, Gcs, serve_gcs
-from tests.support.https_server import Site, redirect, said, serve_https
+from tests.support.https_server import Site, redirect, serve_https, stating
 from tests.support.hub import HubRepo, serve_hub
 from tests.support.s3_gateway import S3Server
 
@@ -179,8 +179,8 @@ def test_remote_url(caplog, site):
         "/user": redirect(f"https://u:{CANARY}@files.test/x"),
         "/away": redirect(f"https://files.test:9/x?sig={CANARY}"),
         "/inner": redirect(f"https://inner.test/x?sig={CANARY}"),
-        "/short": said(99, b"x"),
-        "/huge": said(1 << 60, b""),
+        "/short": stating(99, b"x"),
+        "/huge": stating(1 << 60, b""),
         "/html": b"<html>",
         "/evil": bomb,
     }
@@ -258,5 +258,5 @@ def test_representations():
     secrets = secrets_of(CANARY)
     for address in (f"https://h/x?sig={CANARY}", f"https://u:{CANARY}@h/x", f"https://h/x#{CANARY}"):
         expected = repo("REMOTE_URL", address)
-        assert CANARY not in f"{expected!r} {expected} {[expected]} {expected.shown} {secrets!r} {secrets}"
-    assert CANARY not in repr(SourceUnavailable(expected.shown))
+        assert CANARY not in f"{expected!r} {expected} {[expected]} {expected.label} {secrets!r} {secrets}"
+    assert CANARY not in repr(SourceUnavailable(expected.label))

@@ -36,7 +36,7 @@ from loramux_shared.storage.memory import MemoryStore
 from tests.support.adapters import write_base
 from tests.support.archives import pack
 from tests.support.descriptors import cancelled_after, failing, held, nothing_stays_open
-from tests.support.https_server import Site, redirect, said, serve_https
+from tests.support.https_server import Site, redirect, serve_https, stating
 from tests.support.waiting import BOUND_S
 
 ADAPTER = {"adapter_config.json": b"{}", "adapter_model.safetensors": bytes(range(256)) * 999, "x/y": b"1"}
@@ -218,18 +218,18 @@ def test_a_busy_server_is_asked_again(site):
 def test_an_archive_that_breaks_off_is_asked_for_again(site):
     """A body shorter than announced is tried again from its beginning."""
     whole = pack(ADAPTER)
-    broken = [said(len(whole), whole[:999])]
-    site.routes["/b"] = lambda handler: (broken.pop() if broken else said(len(whole), whole))(handler)
+    broken = [stating(len(whole), whole[:999])]
+    site.routes["/b"] = lambda handler: (broken.pop() if broken else stating(len(whole), whole))(handler)
     assert source().resolve(repo(site, "/b")).repository.revision == hashlib.sha256(whole).hexdigest()
-    site.routes["/b"] = said(len(whole), whole[:999])
+    site.routes["/b"] = stating(len(whole), whole[:999])
     with pytest.raises(SourceUnavailable, match="found 999"):
         source().resolve(repo(site, "/b"))
 
 
 def test_sizes_are_checked_before_and_while_reading(site):
     """Room for an archive is asked for by its header, else by its bytes as they come."""
-    site.routes["/huge"] = said(1 << 50, b"")
-    site.routes["/large"] = said(1 << 30, b"")
+    site.routes["/huge"] = stating(1 << 50, b"")
+    site.routes["/large"] = stating(1 << 30, b"")
     site.routes["/silent"] = lambda handler: handler.wfile.write(b"HTTP/1.0 200 OK\r\n\r\n" + bytes(99 << 20))
     taken, received = [], []
 
@@ -253,8 +253,8 @@ def test_sizes_are_checked_before_and_while_reading(site):
 def test_an_archive_that_is_begun_again_takes_its_room_once(site):
     """The archive's bytes are requested once of five tries, the last of which brings all of it."""
     whole = pack(ADAPTER)
-    broken = [said(len(whole), whole[:999])]
-    site.routes["/b"] = lambda handler: (broken.pop() if broken else said(len(whole), whole))(handler)
+    broken = [stating(len(whole), whole[:999])]
+    site.routes["/b"] = lambda handler: (broken.pop() if broken else stating(len(whole), whole))(handler)
     taken = []
     source().resolve(repo(site, "/b"), room=taken.append).close()
     assert taken == [len(whole)]
@@ -324,7 +324,7 @@ def test_nothing_stays_open(site, tmp_path):
     big = pack({"adapter_model.safetensors": bytes(4 << 20)}) + bytes(4 << 20)
     site.routes["/big"] = big
     site.routes["/evil"] = pack({**ADAPTER, "../../evil": b"x"})
-    site.routes["/short"] = said(len(big) + 1, big)
+    site.routes["/short"] = stating(len(big) + 1, big)
     url, before = source(), held()
     with nothing_stays_open() as retained:
         for path in ("/evil", "/short", "/none", "/big"):
@@ -352,7 +352,7 @@ def test_a_build_does_not_download_more_than_it_may_write(site, tmp_path, of_bas
             sent.append(handler.wfile.write(bytes(1 << 20)))
 
     site.routes["/silent"] = large
-    site.routes["/large"] = said(8 << 30, b"")
+    site.routes["/large"] = stating(8 << 30, b"")
     base = {"source": "LOCAL", "repo": str(write_base(tmp_path / "base"))}
     sources = Sources({SourceKind.REMOTE_URL: source(), SourceKind.LOCAL: LocalSource([tmp_path])})
     context = BuildContext(MemoryStore(), sources, tmp_path / "work", max_build_bytes=10 << 20)

@@ -22,7 +22,7 @@ from inference_service.kernels.launch import ARCHITECTURES
 from tests.kernels.aot import PACKAGES, Variant, source_of, variants
 from tests.support.root import ROOT
 
-KEPT = Path(__file__).with_name("sources.txt")
+RECORDED = Path(__file__).with_name("sources.txt")
 ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {
     "TRITON_DEFAULT_FP_FUSION": "1"
 }
@@ -81,10 +81,10 @@ def found() -> list[str]:
 
 def write(packages: Collection[str]) -> None:
     """Keep those of packages; those of others stay where they are still true."""
-    old = set(KEPT.read_text().splitlines())
+    old = set(RECORDED.read_text().splitlines())
     version, *lines = found()
     keep = [line for line in lines if line.partition(".")[0] in packages or line in old]
-    KEPT.write_text("\n".join([version, *keep]) + "\n")
+    RECORDED.write_text("\n".join([version, *keep]) + "\n")
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ def printed(
     return [*map(Line.parse, sources.run("tests.kernels.aot", chosen))]
 
 
-def kept() -> list[Line]:
+def recorded() -> list[Line]:
     """Read the table."""
     return [Line.parse(line) for line in TABLE.read_text().splitlines()[1:]]
 
@@ -40,7 +40,7 @@ def package_of(line: Line) -> str:
 def main() -> None:
     """Rewrite the lines of some packages or of all; lines of packages that do not exist any more go."""
     required = sys.argv[1:] or PACKAGES
-    old = kept() if TABLE.exists() else []
+    old = recorded() if TABLE.exists() else []
     stay = [line for line in old if package_of(line) not in required and package_of(line) in PACKAGES]
     found = sorted([*stay, *printed(required)], key=Line.order)
     TABLE.write_text("\n".join([Line.HEADER, *map(str, found)]) + "\n")

@@ -50,7 +50,7 @@ NAMESPACE = {
     "description": "The sky.",
     "tools": [WEATHER_HERE, WEATHER_HERE | {"name": "no name"}],
 }
-ASKED = {"model": "pirate", "messages": [{"role": "user", "content": "Hi"}]}
+CHAT_BODY = {"model": "pirate", "messages": [{"role": "user", "content": "Hi"}]}
 
 
 @dataclass(frozen=True)
@@ -66,62 +66,64 @@ class Case:
     """Comes in place of the end."""
 
 
-TOLD = ASKED | {"max_tokens": 50}
+LONG_CHAT = CHAT_BODY | {"max_tokens": 50}
 LOOK = {"name": "look", "input_schema": {"type": "object"}}
 CASES = {
-    "chat": Case("chat", ASKED, ["Ahoy!"]),
-    "chat_stream": Case("chat", ASKED | {"stream": True}, ["A|hoy|!"]),
+    "chat": Case("chat", CHAT_BODY, ["Ahoy!"]),
+    "chat_stream": Case("chat", CHAT_BODY | {"stream": True}, ["A|hoy|!"]),
     "chat_stream_usage": Case(
         "chat",
-        ASKED | {"stream": True, "stream_options": {"include_usage": True}},
+        CHAT_BODY | {"stream": True, "stream_options": {"include_usage": True}},
         ["A|hoy"],
         EndReason.LENGTH,
     ),
     "chat_stream_two_logprobs": Case(
-        "chat", ASKED | {"stream": True, "n": 2, "logprobs": True, "top_logprobs": 1}, ["A|h", "B|o"]
+        "chat", CHAT_BODY | {"stream": True, "n": 2, "logprobs": True, "top_logprobs": 1}, ["A|h", "B|o"]
     ),
     "chat_stream_tool_auto": Case(
         "chat",
-        ASKED | {"stream": True, "tools": [WEATHER]},
+        CHAT_BODY | {"stream": True, "tools": [WEATHER]},
         ['Let me see.<tool|_call>{"name": "weather", "argu|ments": {"city": "Oslo"}}</tool_call>'],
     ),
     "chat_stream_tool_required": Case(
         "chat",
-        ASKED | {"stream": True, "tools": [WEATHER], "tool_choice": "required"},
+        CHAT_BODY | {"stream": True, "tools": [WEATHER], "tool_choice": "required"},
         ['{"name": "weat|her", "arguments": {"ci|ty": "Oslo"}}'],
     ),
     "chat_stream_failure": Case(
-        "chat", ASKED | {"stream": True}, ["A|h"], failure=InternalFault("the engine failed.")
+        "chat", CHAT_BODY | {"stream": True}, ["A|h"], failure=InternalFault("the engine failed.")
     ),
     "chat_tool": Case(
-        "chat", ASKED | {"tools": [WEATHER]}, ['<tool_call>{"name": "weather", "arguments": {}}</tool_call>']
+        "chat",
+        CHAT_BODY | {"tools": [WEATHER]},
+        ['<tool_call>{"name": "weather", "arguments": {}}</tool_call>'],
     ),
-    "chat_unknown_parameter": Case("chat", ASKED | {"temprature": 1}, []),
+    "chat_unknown_parameter": Case("chat", CHAT_BODY | {"temprature": 1}, []),
     "completion_echo_logprobs": Case(
         "completion",
         {"model": "tiny", "prompt": ["AB", [36, 37]], "echo": True, "logprobs": 1, "max_tokens": 1},
         ["C"],
         EndReason.LENGTH,
     ),
-    "message": Case("message", TOLD | {"stop_sequences": ["x"]}, ["Ahoy!"]),
-    "message_stream": Case("message", TOLD | {"stream": True}, ["A|hoy"], EndReason.LENGTH),
+    "message": Case("message", LONG_CHAT | {"stop_sequences": ["x"]}, ["Ahoy!"]),
+    "message_stream": Case("message", LONG_CHAT | {"stream": True}, ["A|hoy"], EndReason.LENGTH),
     "message_stream_failure": Case(
-        "message", TOLD | {"stream": True}, ["A|h"], failure=InternalFault("the engine failed.")
+        "message", LONG_CHAT | {"stream": True}, ["A|h"], failure=InternalFault("the engine failed.")
     ),
     "message_stream_tool": Case(
         "message",
-        TOLD | {"stream": True, "tools": [LOOK], "tool_choice": {"type": "any"}},
+        LONG_CHAT | {"stream": True, "tools": [LOOK], "tool_choice": {"type": "any"}},
         ['{"name": "lo|ok", "arguments": {"ci|ty": "Oslo"}}'],
     ),
     "message_stream_tool_results": Case(
         "message",
-        TOLD
+        LONG_CHAT
         | {
             "stream": True,
             "system": "Be brief.",
             "tools": [LOOK],
             "messages": [
-                *ASKED["messages"],
+                *CHAT_BODY["messages"],
                 {
                     "role": "assistant",
                     "content": [{"type": "tool_use", "id": "c1", "name": "look", "input": {}}],
@@ -132,9 +134,9 @@ CASES = {
         ["It is |blue."],
     ),
     "message_refused": Case(
-        "message", TOLD | {"stop_sequences": [""], "tools": [LOOK | {"name": "no name"}], "top_p": 2}, []
+        "message", LONG_CHAT | {"stop_sequences": [""], "tools": [LOOK | {"name": "no name"}], "top_p": 2}, []
     ),
-    "message_unknown_parameter": Case("message", TOLD | {"temprature": 1}, []),
+    "message_unknown_parameter": Case("message", LONG_CHAT | {"temprature": 1}, []),
     "responses": Case(
         "responses",
         {"model": "pirate", "instructions": "Be brief.", "input": "Hi", "metadata": {"a": "b"}},
@@ -180,7 +182,7 @@ CASES = {
     ),
     "chat_refused": Case(
         "chat",
-        ASKED
+        CHAT_BODY
         | {
             "max_completion_tokens": -1,
             "top_p": 2,

@@ -86,7 +86,7 @@ def _lokr_of_products(inside: int, out: int) -> dict[str, tuple[int, ...]]:
 
 
 _BOTH: Final = _of("q_proj", "v_proj")
-_KEPT: Final = {
+_UNCHANGED: Final = {
     "model.layers.0.self_attn.q_proj.lora_E": [True, False, True, True],
     "model.layers.0.self_attn.v_proj.lora_E": [False] * 4,
     "model.layers.1.self_attn.q_proj.lora_E": [True] * 4,
@@ -97,7 +97,7 @@ _KEPT: Final = {
 def _pruned() -> Tensors:
     """Return the rest of the singular values, and of the rows and columns of each."""
     made = _BOTH(_adalora(4))()
-    for name, flags in _KEPT.items():
+    for name, flags in _UNCHANGED.items():
         module = f"base_model.model.{name.removesuffix('.lora_E')}"
         for part, axis in (("lora_A", 0), ("lora_B", 1), ("lora_E", 0)):
             made[f"{module}.{part}"] = np.compress(flags, made[f"{module}.{part}"], axis)
@@ -117,7 +117,7 @@ _SCALES: Final = _of("k_proj", "v_proj", "down_proj")(
 
 SHAPES: Final = (
     _kind("AdaLoRA", _ADALORA, _BOTH(_adalora(4))),
-    _kind("AdaLoRA, ranks allocated: some modules have none", _ADALORA | {"rank_pattern": _KEPT}, _pruned),
+    _kind("AdaLoRA, ranks allocated: some modules have none", _ADALORA | {"rank_pattern": _UNCHANGED}, _pruned),
     _kind("AdaLoRA, raw: the adapter's name in the keys", _ADALORA, _BOTH(_adalora(4, ".default")),
           under={".default": ""}),
     _kind("AdaLoRA whose tensors have other ranks", _ADALORA, _BOTH(_adalora(3)), "E_RANK_SHAPE"),

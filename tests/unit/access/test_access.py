@@ -237,7 +237,7 @@ def test_no_api_is_open_by_accident() -> None:
     assert message.startswith("0.0.0.0:2 can be reached")
     assert all(cure in message for cure in ("--keys-file", "LORAMUX_TLS_CLIENT_CA", "127.0.0.1", "--insecure"))
     assert open_guard(BuilderSettings(), "127.0.0.1:1").keyring is None
-    assert open_guard(BuilderSettings(insecure=True), "0.0.0.0:2").shown == "nobody"
+    assert open_guard(BuilderSettings(insecure=True), "0.0.0.0:2").label == "nobody"
 
 
 def test_keys_open_apis_beyond_this_machine() -> None:
@@ -245,7 +245,7 @@ def test_keys_open_apis_beyond_this_machine() -> None:
     line = lines(new_entry("ci", "infer")[1])
     with structlog.testing.capture_logs() as logs:
         guard = open_guard(BuilderSettings(api_keys=line), "0.0.0.0:2")  # type: ignore[arg-type]
-    assert guard.shown == "API keys"
+    assert guard.label == "API keys"
     assert [each["addresses"] for each in logs] == [["0.0.0.0:2"]]
 
 

@@ -132,7 +132,7 @@ def test_what_is_put_while_the_folder_is_counted_counts(store, folder, monkeypat
     for digest in (first, second):
         keep(store, DiskTier(folder, room), digest)
     counted, tidies, go_on, disk = (*(threading.Event() for _ in range(3)), DiskTier(folder, room))
-    retained, make_room = disk._kept, disk._make_room
+    retained, make_room = disk._cached_files, disk._make_room
 
     def slow():
         yield from retained()

@@ -25,7 +25,7 @@ from tests.support.metrics import Scrape
 from tests.support.operated import Operated, operated
 
 STATS = EngineStats(0, 0, 6, 8, 16, 4, 0, 10, 5, 0)
-ASKED = Counted("loramux_asked", "Asked.", "outcome")
+COUNTED = Counted("loramux_asked", "Asked.", "outcome")
 TOOK = Timed("loramux_took_seconds", "Took.", (0.1, 1.0))
 
 
@@ -147,18 +147,18 @@ def test_a_scrape_says_what_is_so_now() -> None:
 def test_a_place_that_becomes_free_is_given_away() -> None:
     """A model that finds no room counts for the others until one was not used for an hour."""
     now = [0.0]
-    series = ModelSeries([ASKED], [TOOK], 2, clock=lambda: now[0])
+    series = ModelSeries([COUNTED], [TOOK], 2, clock=lambda: now[0])
     for model in ("a", "b", "c", "d", "c"):
-        series.count(ASKED.name, model, label="OK")
+        series.count(COUNTED.name, model, label="OK")
         series.observe(TOOK.name, model, 0.5)
     for name in ("loramux_asked_total", "loramux_took_seconds_count"):
         found = {labels["model"]: value for labels, value in scrape(series).series(name)}
         assert found == {"a": 1, "b": 1, OTHERS: 3}
     now[0] = LATELY_S
-    series.count(ASKED.name, "b", label="OK")
-    series.count(ASKED.name, "c", label="OK")
+    series.count(COUNTED.name, "b", label="OK")
+    series.count(COUNTED.name, "c", label="OK")
     now[0] += 1
-    series.count(ASKED.name, "c", label="OK")
+    series.count(COUNTED.name, "c", label="OK")
     found = {labels["model"]: value for labels, value in scrape(series).series("loramux_asked_total")}
     assert found == {"b": 2, OTHERS: 4, "c": 1}
 
@@ -166,23 +166,23 @@ def test_a_place_that_becomes_free_is_given_away() -> None:
 def test_counters_of_a_model_only_grow_or_restart() -> None:
     """A model that was not used for an hour has no series; one that comes back begins at its first request."""
     now = [0.0]
-    series = ModelSeries([ASKED], [TOOK], clock=lambda: now[0])
+    series = ModelSeries([COUNTED], [TOOK], clock=lambda: now[0])
     for _ in range(3):
-        series.count(ASKED.name, "a", label="OK")
+        series.count(COUNTED.name, "a", label="OK")
     series.observe(TOOK.name, "a", 0.5)
     now[0] = LATELY_S - 1
-    series.count(ASKED.name, "b", label="OK")
+    series.count(COUNTED.name, "b", label="OK")
     assert scrape(series).value("loramux_asked_total", model="a", outcome="OK") == 3
     now[0] = LATELY_S + 1
     metrics = scrape(series)
     assert [labels["model"] for labels, _ in metrics.series("loramux_asked_total")] == ["b"]
-    series.count(ASKED.name, "a", label="OK")
+    series.count(COUNTED.name, "a", label="OK")
     assert scrape(series).value("loramux_asked_total", model="a", outcome="OK") == 1
 
 
 def test_a_histogram_adds_up() -> None:
     """Each bucket holds what is below it; sum and count are those of all."""
-    series = ModelSeries([ASKED], [TOOK])
+    series = ModelSeries([COUNTED], [TOOK])
     for seconds in (0.05, 0.1, 0.5, 3.0):
         series.observe(TOOK.name, "a", seconds)
     metrics = scrape(series)
@@ -195,8 +195,8 @@ def test_a_histogram_adds_up() -> None:
 @pytest.mark.parametrize("name", ['a"b', "a\\b", "a\nb", "ä"])
 def test_every_name_can_be_read_again(name: str) -> None:
     """Special characters of the format are escaped."""
-    series = ModelSeries([ASKED], [])
-    series.count(ASKED.name, name, label=name)
+    series = ModelSeries([COUNTED], [])
+    series.count(COUNTED.name, name, label=name)
     assert scrape(series).series("loramux_asked_total") == [({"model": name, "outcome": name}, 1)]
     assert "\n" not in label(name)
 

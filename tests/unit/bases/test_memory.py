@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from structlog.testing import capture_logs
 
-from loramux_shared.bases.cache import Cache, Kept, window_blocks
+from loramux_shared.bases.cache import Cache, KeptTokens, window_blocks
 from loramux_shared.bases.memory import (
     GB,
     Needs,
@@ -33,7 +33,7 @@ from tests.support.hub_configs import HUB_CONFIGS
 from tests.support.tiny import SIZES, make_world
 
 NEEDS = Needs(weights=16 * 10**9, adapters=10**9, activations=2 * 10**9, graphs=10**9)
-CACHE = Cache((Kept(None, 131072),), block_size=16, longest=8192, seqs=64, rows=2048, whole=True)
+CACHE = Cache((KeptTokens(None, 131072),), block_size=16, longest=8192, seqs=64, rows=2048, whole=True)
 """A cache of Llama-3 8B in bfloat16, for 64 sequences."""
 
 
@@ -183,7 +183,10 @@ def test_a_division_serves_half_of_what_the_best_one_for_any_length_would(
     """A division of groups with windows serves half of the sequences that the best one would, short or long, in
     any memory, and all of them where there is enough for all.
     """
-    groups = (Kept(None, 1024 * everything), *(Kept(window, 1024 * each) for window, each in sliding))
+    groups = (
+        KeptTokens(None, 1024 * everything),
+        *(KeptTokens(window, 1024 * each) for window, each in sliding),
+    )
     cache = Cache(groups, 16, longest, seqs, rows=1024, whole=False)
     budget = int(memory * cache.num_bytes(cache.most))
     count = cache.fitting(budget)

@@ -14,8 +14,8 @@ import pytest
 from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
 
 from inference_service.chat.demands import Demand
-from inference_service.chat.dialect import Dialect, shown
-from inference_service.chat.formats.lark import Asked
+from inference_service.chat.dialect import Dialect, parsers_of
+from inference_service.chat.formats.lark import OfferedTool
 from inference_service.chat.pieces import AnswerCalls
 from inference_service.core.constraint import Constraint
 from inference_service.text.chat_template import ChatTemplate
@@ -43,7 +43,7 @@ FIND = {
     "required": ["city"],
 }
 OFFERED: dict[str, Any] = {"find": FIND, "news": {"type": "object", "properties": {}}}
-ASKED = [Asked(name, schema) for name, schema in OFFERED.items()]
+TOOLS_OFFERED = [OfferedTool(name, schema) for name, schema in OFFERED.items()]
 ARGUMENTS = {"city": 'Os"lo', "days": 3, "more": {"tags": ["a", "b"]}}
 CALLS: list[dict[str, Any]] = [
     {"id": "call_1", "type": "function", "function": {"name": "find", "arguments": ARGUMENTS}},
@@ -142,7 +142,7 @@ def head_of(family: Family) -> str:
 async def test_a_turn_of_a_family_is_read_as_what_it_was(name: str) -> None:
     """Its template shows the dialect, and calls, text and reasoning come back as they were."""
     family = FAMILIES[name]
-    assert shown(family.template) == Parsers(family.tool, family.reasoning)
+    assert parsers_of(family.template) == Parsers(family.tool, family.reasoning)
     dialect = Dialect(family.tool, family.reasoning)
     single = family.tool in (T.LLAMA3_JSON, T.HARMONY)
     thinks = name in ("Qwen 3", "Qwen 3.5", "Ministral 3", "Gemma 4", "gpt-oss")
@@ -176,7 +176,7 @@ async def test_a_demanded_call_is_one_in_the_form_of_the_family(name: str) -> No
     turn |= {"reasoning": "Hm."} if family.tool is not T.HARMONY else {}
     prompt, answer = await answer_of(family, turn)
     answer = as_models_write(family, answer)
-    constraint = expected.calls(ASKED, expected.form(ASKED, several=True), prompt)
+    constraint = expected.calls(TOOLS_OFFERED, expected.form(TOOLS_OFFERED, several=True), prompt)
     assert accepts(constraint, answer.strip("\n") if name == "Qwen 2.5" else answer, vocabulary)
     for right, wrong in (
         ("find", "fine"),
@@ -192,7 +192,7 @@ def test_what_a_form_cannot_say_is_demanded_as_json() -> None:
     """A pattern of a text between tags: one call as JSON, behind the reasoning that the prompt has opened."""
     family = FAMILIES["Qwen 3.5"]
     expected, vocabulary = demand(family)
-    tools = [Asked("f", {"type": "object", "properties": {"x": {"type": "string", "pattern": "^a+$"}}})]
+    tools = [OfferedTool("f", {"type": "object", "properties": {"x": {"type": "string", "pattern": "^a+$"}}})]
     assert expected.form(tools, several=True) is None
     constraint = expected.calls(tools, None, "<|im_start|>assistant\n<think>\n")
     assert accepts(constraint, 'hm\n</think>\n\n{"name": "f", "arguments": {"x": "aa"}}', vocabulary)
@@ -214,7 +214,7 @@ async def test_a_strict_tool_is_called_rightly_or_not_at_all(name: str) -> None:
     _, answer = await answer_of(family, turn | {"reasoning_content": "", "reasoning": ""})
     answer = as_models_write(family, answer).removeprefix("\n</think>\n\n").removeprefix("\n")
     head = head_of(family)
-    free = expected.free(ASKED, ["find"])("</think>")
+    free = expected.free(TOOLS_OFFERED, ["find"])("</think>")
     assert accepts(free, f"{head}It <b rains.", vocabulary)
     assert accepts(free, answer, vocabulary)
     assert not accepts(free, answer.replace("find", "fine"), vocabulary)
@@ -231,7 +231,7 @@ async def test_an_answer_in_a_format_may_be_a_call_instead(name: str) -> None:
     call = as_models_write(family, call)
     call = call.removeprefix("\n") if name == "Qwen 2.5" else call
     thought, head = "</think>\n\n" if name == "Qwen 3.5" else "", head_of(family)
-    constraint = expected.calls_or(SCHEMA, ASKED, True)(prompt)
+    constraint = expected.calls_or(SCHEMA, TOOLS_OFFERED, True)(prompt)
     assert accepts(constraint, f'{thought}{head}{{"a": 1}}', vocabulary)
     assert accepts(constraint, call, vocabulary)
     for wrong in (f"{thought}{head}Hi", f'{thought}{head}{{"a": 2}}', call.replace("find", "fine"), call[:-1]):
@@ -240,7 +240,7 @@ async def test_an_answer_in_a_format_may_be_a_call_instead(name: str) -> None:
 
 def test_calls_of_tools_that_are_not_strict_are_held_to_their_form() -> None:
     """A call is held to a form with a mark, whose grammar models follow; but it can be done without."""
-    tools = [Asked("find", {"type": "object"})]
+    tools = [OfferedTool("find", {"type": "object"})]
     held = set()
     for name, family in FAMILIES.items():
         expected, vocabulary = demand(family)
@@ -263,7 +263,11 @@ def test_whatever_a_grammar_lets_pass_is_read_as_whole_calls(tool: ToolParser, m
     vocabulary = Bytes(tuple(dict.fromkeys(dialect.tokens)) if marks == "special" else ())
     tokenizer, draw, whole = LLTokenizer(TokenizerWrapper(vocabulary)), random.Random(tool), 0
     for strict in ([], ["find", "news"]):
-        tools = ASKED if strict else [Asked(request.name, {"type": "object"}) for request in ASKED]
+        tools = (
+            TOOLS_OFFERED
+            if strict
+            else [OfferedTool(request.name, {"type": "object"}) for request in TOOLS_OFFERED]
+        )
         constraint = Demand(dialect, vocabulary.text()).free(tools, strict)("")
         for _ in range(examples(6) if constraint else 0):
             assert constraint is not None
@@ -319,7 +323,7 @@ def test_reasoning_may_come_before_what_is_asked_for() -> None:
 def test_a_call_of_mistral_may_have_an_id() -> None:
     """Small 3.2 writes one between name and arguments, later models do not."""
     expected, vocabulary = demand(FAMILIES["Ministral 3"])
-    constraint = expected.calls(ASKED, expected.form(ASKED, several=True), "")
+    constraint = expected.calls(TOOLS_OFFERED, expected.form(TOOLS_OFFERED, several=True), "")
     for text in ("[TOOL_CALLS]news[CALL_ID]a23456789[ARGS]{}", "[TOOL_CALLS]news[ARGS]{}" * 2):
         assert accepts(constraint, text, vocabulary)
     assert not accepts(constraint, "[TOOL_CALLS]news[CALL_ID]a2[ARGS]{}", vocabulary)
@@ -343,7 +347,10 @@ def test_references_of_a_schema_are_found_in_every_form() -> None:
         "required": ["days"],
         "$defs": {"Days": {"type": "integer", "enum": [1, 2]}},
     }
-    tools = [Asked("f", schema), Asked("g", {"type": "object", "$defs": {"Days": {"type": "string"}}})]
+    tools = [
+        OfferedTool("f", schema),
+        OfferedTool("g", {"type": "object", "$defs": {"Days": {"type": "string"}}}),
+    ]
     for name, text in (("Llama 3.2, pythonic", "[f(days=2)]"), ("Qwen 2.5", "")):
         expected, vocabulary = demand(FAMILIES[name])
         text = text or '<tool_call>\n{"name": "f", "arguments": {"days": 2}}\n</tool_call>'

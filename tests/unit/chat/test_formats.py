@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from inference_service.chat.dialect import Dialect, shown
+from inference_service.chat.dialect import Dialect, parsers_of
 from inference_service.chat.pieces import AnswerCalls, AnswerReader, CallArguments, CallBegun, TextPiece
 from loramux_shared.parsers import Parsers, ReasoningParser, ToolParser
 from tests.support.readings import Heard, cuts_of, read
@@ -339,9 +339,9 @@ TEMPLATES = {
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_templates_show_the_dialect(template: str) -> None:
     """The marks in a template say how its model writes, and what a deployment says comes first."""
-    assert shown(template) == Parsers(*TEMPLATES[template])
+    assert parsers_of(template) == Parsers(*TEMPLATES[template])
     stated = Parsers(T.PHI4, R.NONE)
-    assert shown(template, stated) == stated
+    assert parsers_of(template, stated) == stated
 
 
 def test_ids_of_calls_are_what_templates_take() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from rich.console import Console
 
-from loramux.cli.tables import fitted, kept
+from loramux.cli.tables import fitted, fitting_columns
 
 HEADERS = ("model", "modules", "first, ms")
 ROWS = (("SmolLM2-135M-Instruct", "-", "87/111/1110"), ("bård", "attn q k v dense, mlp gate", "5/5/5"))
@@ -45,7 +45,7 @@ def test_cells_go_on_between_words_before_rows_become_blocks() -> None:
 def test_columns_that_can_be_spared_go_first() -> None:
     """Only as many as it takes for a row to be a line, in the order that is given; all others stay."""
     spare = ("first, ms", "modules")
-    assert kept(HEADERS, ROWS, spare, 62) == ([0, 1, 2], [])
-    assert kept(HEADERS, ROWS, spare, 61) == ([0, 1], ["first, ms"])
-    assert kept(HEADERS, ROWS, spare, 30) == ([0], ["first, ms", "modules"])
-    assert kept(HEADERS, ROWS, spare, 2) == ([0], ["first, ms", "modules"])
+    assert fitting_columns(HEADERS, ROWS, spare, 62) == ([0, 1, 2], [])
+    assert fitting_columns(HEADERS, ROWS, spare, 61) == ([0, 1], ["first, ms"])
+    assert fitting_columns(HEADERS, ROWS, spare, 30) == ([0], ["first, ms", "modules"])
+    assert fitting_columns(HEADERS, ROWS, spare, 2) == ([0], ["first, ms", "modules"])

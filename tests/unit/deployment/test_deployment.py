@@ -383,7 +383,7 @@ def test_a_revision_that_yaml_reads_as_a_number_or_date(tmp_path: Path, revision
         ("a: !!python/object/apply:os.system [x]\n", "is not valid YAML at line 1"),
         ("a: \x01\n", "is not valid YAML"),
         ("[" * 100_000, "is not valid YAML"),
-        ("build: {}\ntrt_llm: {build: {}}\n", "build: given inside and beside trt_llm"),
+        ("build: {}\ntrt_llm: {build: {}}\n", "build: set both inside and outside trt_llm"),
     ],
 )
 def test_what_is_no_deployment_file(tmp_path: Path, text: str, expected: str) -> None:

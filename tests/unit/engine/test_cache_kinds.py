@@ -24,7 +24,7 @@ from inference_service.engine.rows import lay_out
 from inference_service.engine.state_slots import StateSlots
 from inference_service.engine.step import Pending
 from inference_service.kernels.attention import Context
-from loramux_shared.bases.cache import Cache, Kept, window_blocks
+from loramux_shared.bases.cache import Cache, KeptTokens, window_blocks
 from tests.support.examples import examples
 
 BLOCK = 4
@@ -427,7 +427,7 @@ def test_windows_with_enough_blocks_never_lack_any(
     """
     steps = []
     for seen in (windows, (None,)):
-        cache = Cache(tuple(Kept(window, 1) for window in seen), BLOCK, LONGEST, SEQS, rows, whole=True)
+        cache = Cache(tuple(KeptTokens(window, 1) for window in seen), BLOCK, LONGEST, SEQS, rows, whole=True)
         sizes = [blocks if window is None else min(blocks, cache.enough(window)) for window in seen]
         manager = BlockManager(sizes, BLOCK, seen, prefix_cache=False)
         device = Device(depth, seen, stateful=False)

@@ -14,7 +14,7 @@ from loramux_shared.faults import Fault, PromptTooLong, RequestInvalid
 
 USER = {"role": "user", "content": "x"}
 CALL = {"id": "c1", "type": "function", "function": {"name": "look", "arguments": {}}}
-ASKED = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+CALL_TURN = {"role": "assistant", "content": "", "tool_calls": [CALL]}
 GAVE = {"role": "tool", "content": "4", "tool_call_id": "c1"}
 VOCAB, QUEUE, LENGTH = 199, 64, 256
 
@@ -98,7 +98,7 @@ REFUSED: list[tuple[dict[str, Any], list[str]]] = [
     ({"prompt": (USER | {"tool_calls": [CALL]},)}, ["messages[0].tool_calls"]),
     ({"prompt": (USER | {"reasoning_content": "x"},)}, ["messages[0].reasoning_content"]),
     (
-        {"prompt": (ASKED | {"tool_calls": [CALL | {"function": {"name": "", "arguments": {}}}]},)},
+        {"prompt": (CALL_TURN | {"tool_calls": [CALL | {"function": {"name": "", "arguments": {}}}]},)},
         ["messages[0].tool_calls[0].function.name"],
     ),
     *(({"prompt": (USER,), "tools": (tool(bad),)}, ["tools[0].function.name"]) for bad in ("a b", "", "a\n")),
@@ -141,8 +141,8 @@ def test_what_is_out_of_bounds_is_named(fields: dict[str, Any], where: list[str]
             "stop_token_ids": (0,) * 64,
         },
         {"id": "job:7.a-b_c", "constraint": Constraint("regex", "x" * 65536)},
-        {"prompt": (USER, ASKED, GAVE), "tools": (tool("a.b-C_9"),) * 128},
-        {"prompt": (ASKED | {"reasoning_content": "Hm."}, GAVE)},
+        {"prompt": (USER, CALL_TURN, GAVE), "tools": (tool("a.b-C_9"),) * 128},
+        {"prompt": (CALL_TURN | {"reasoning_content": "Hm."}, GAVE)},
         {"prompt": (USER,), "continue_final_message": True, "add_generation_prompt": False},
         {"chat_template_kwargs": {f"a{n}": [{"text": "x"}] for n in range(32)}},
     ],

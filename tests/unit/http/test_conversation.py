@@ -24,7 +24,7 @@ from loramux_shared.parsers import ReasoningParser, ToolParser
 from tests.golden.openai.script import Case, Scripted
 from tests.support.family_templates import FAMILIES
 from tests.support.generations import change_deployed
-from tests.support.readings import Heard, heard
+from tests.support.readings import Heard, collected
 from tests.support.tokens import VOCAB, write_tokenizer
 
 FIND = {"type": "function", "function": {"name": "find", "parameters": {"type": "object", "properties": {}}}}
@@ -69,7 +69,7 @@ async def ask(service: Speaks, **fields: Any) -> Heard:
     async for event in Conversation(service, chat_of(body)).events():
         if isinstance(event, AnswerPart):
             pieces += event.pieces
-    return heard(pieces)
+    return collected(pieces)
 
 
 async def test_an_answer_goes_on_thinking_where_the_prompt_began(tmp_path: Path) -> None:

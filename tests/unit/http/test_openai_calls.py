@@ -5,7 +5,7 @@ from __future__ import annotations
 from llguidance import LLMatcher
 
 from inference_service.chat.conversation import AnswerPart
-from inference_service.chat.formats.lark import Asked, calls_schema
+from inference_service.chat.formats.lark import OfferedTool, calls_schema
 from inference_service.chat.pieces import TextPiece, Thought
 from inference_service.core.sequence import EndReason, Token
 from inference_service.http.openai.answers import usage
@@ -18,7 +18,7 @@ def test_schemas_of_several_tools_keep_their_references() -> None:
     shapes = {"a": {"type": "integer"}, "b.c": {"type": "string"}}
     properties = {"x": {"$ref": "#/$defs/X"}, "again": {"$ref": "#"}}
     tools = [
-        Asked(name, {"type": "object", "properties": properties, "$defs": {"X": shape}})
+        OfferedTool(name, {"type": "object", "properties": properties, "$defs": {"X": shape}})
         for name, shape in shapes.items()
     ]
     schema = calls_schema(tools)

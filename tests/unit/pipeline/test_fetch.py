@@ -51,8 +51,8 @@ class FakeSource:
         """List the same files for everyone."""
         room(1000)
         progress(0)
-        if repository.shown in self._faults:
-            raise self._faults[repository.shown]
+        if repository.label in self._faults:
+            raise self._faults[repository.label]
         Archived.open += 1
         return Archived(repository, {name: SourceFile(size) for name, size in self._sizes.items()})
 

@@ -49,7 +49,7 @@ from loramux.records import GenerateOptions
 from loramux_shared.sampling import MAX_TEMPERATURE
 from tests.support.root import ROOT
 
-ASKED = PARTS.keys() - {"name", "content"} | {"model", "prompt", "id"}
+REQUIRED = PARTS.keys() - {"name", "content"} | {"model", "prompt", "id"}
 BOUNDED = NUMBERS.keys() | TEXTS.keys() | IDS.keys()
 UNBOUNDED = {
     # yes or no
@@ -82,9 +82,9 @@ HTTP_ONLY = {
 
 def test_every_field_of_a_request_has_a_bound_or_is_known_to_need_none() -> None:
     """A new field is in the table, or somebody thought about it."""
-    assert BOUNDED | UNBOUNDED == ASKED
+    assert BOUNDED | UNBOUNDED == REQUIRED
     assert not BOUNDED & UNBOUNDED
-    assert {field.name for field in fields(SamplingParams)} <= ASKED
+    assert {field.name for field in fields(SamplingParams)} <= REQUIRED
 
 
 def test_the_table_is_finite_where_a_number_is_no_length() -> None:
@@ -98,7 +98,7 @@ def test_the_table_is_finite_where_a_number_is_no_length() -> None:
 def test_http_fields_pass_by_name(body: type[Body]) -> None:
     """A field of a body is a request's, one of the API's own, or refused whatever it holds."""
     refused = {name for name, field in body.model_fields.items() if field.annotation is type(None)}
-    assert body.model_fields.keys() - refused - HTTP_ONLY <= ASKED
+    assert body.model_fields.keys() - refused - HTTP_ONLY <= REQUIRED
 
 
 USER = {"role": "user", "content": "x"}

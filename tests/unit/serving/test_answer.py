@@ -32,7 +32,7 @@ def _outputs(tokens: Seq[int], finish: EndReason | None = None) -> list[StepOutp
     return outputs
 
 
-def _told(events: Seq[Event]) -> tuple[str, list[int], EndReason | None]:
+def _reported(events: Seq[Event]) -> tuple[str, list[int], EndReason | None]:
     """Return the text of events, the ids of their tokens, and how they end."""
     deltas = [event for event in events if isinstance(event, AnswerDelta)]
     ends = [event.reason for event in events if isinstance(event, AnswerFinished)]
@@ -57,12 +57,12 @@ def test_how_many_tokens_come_together_changes_nothing(
     """The text, the tokens up to a stop text, and the end are those of tokens that come one by one."""
     answer, outputs = _answer(stops, keep=keep), _outputs([0, 1, 2, END], EndReason.STOP)
     batches = [outputs[start : start + together] for start in range(0, len(outputs), together)]
-    assert _told([event for each in batches for event in answer.advance(each)]) == expected
+    assert _reported([event for each in batches for event in answer.advance(each)]) == expected
 
 
 def test_a_stop_text_ends_an_answer_before_the_failure_behind_it() -> None:
     """A sequence that fails in the delivery in which its answer ended has no failure."""
     outputs = [*_outputs([0, 1]), StepOutput("0", None, EndReason.FAILED)]
-    assert _told(_answer(["b"]).advance(outputs)) == ("a", [0, 1], EndReason.STOP)
+    assert _reported(_answer(["b"]).advance(outputs)) == ("a", [0, 1], EndReason.STOP)
     with pytest.raises(InternalFault):
         _answer(["c"]).advance(outputs)

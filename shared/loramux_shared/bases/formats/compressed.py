@@ -40,7 +40,7 @@ def read_compressed(config: HfConfig) -> Quantization:
 
 def _group(group: HfConfig, overall: Any) -> tuple[WeightScheme, bool]:
     """Return the scheme of a group, and whether it rounds activations."""
-    group = HfConfig({"format": overall, **_said(group.fields)}, group.architecture, at=group.at)
+    group = HfConfig({"format": overall, **_present(group.fields)}, group.architecture, at=group.at)
     group.require("output_activations", None)
     group.require("format", *_BITS)
     weights = group.block("weights")
@@ -87,5 +87,5 @@ def block_of(config: HfConfig, key: str) -> tuple[int, int]:
     return block[0], block[1]
 
 
-def _said(fields: Any) -> dict[str, Any]:
+def _present(fields: Any) -> dict[str, Any]:
     return {key: value for key, value in fields.items() if value is not None}

@@ -47,7 +47,7 @@ class Quantization:
     """True if zero points are stored less one, as in GPTQ's first version."""
 
     @property
-    def shown(self) -> str:
+    def label(self) -> str:
         """For people, for example ``gptq (int4)``."""
         numbers = dict.fromkeys(scheme.numbers for scheme in self.schemes)
         plain = [name for name in numbers if name != self.format]
