@@ -173,7 +173,7 @@ def main() -> int:
             whole.stop()
             int8.stop()
     bars = [bar for bar in BARS if bar.over in table and bar.under in table]
-    print("\n".join([*serving.machine(), how, "", *_lines(table), "", *(bar.told(table) for bar in bars)]))
+    print("\n".join([*serving.machine(), how, "", *_lines(table), "", *(bar.row(table) for bar in bars)]))
     return 0 if all(bar.met(table) for bar in bars) else 1
 
 

@@ -203,7 +203,7 @@ class Contender:
     run: Run
 
 
-def asked(ask: Ask, models: Sequence[str]) -> Run:
+def run_of(ask: Ask, models: Sequence[str]) -> Run:
     """Ask a server for some models in turn."""
 
     async def run(concurrency: int, requests: int, seed: int) -> Figures:
@@ -321,7 +321,7 @@ def report(options: argparse.Namespace, work: Path) -> tuple[str, bool]:
         server.stop()
         bare.stop()
     bars = [bar for bar in BARS if bar.over in table and bar.under in table]
-    facts = [*(bar.told(table) for bar in bars), *_facts(server, bare)]
+    facts = [*(bar.row(table) for bar in bars), *_facts(server, bare)]
     return "\n".join([*machine(), "", *_table(table), "", *facts]), all(bar.met(table) for bar in bars)
 
 
@@ -351,7 +351,7 @@ class Bar:
         """Return True if it was reached at every load."""
         return all(found >= least for found, least in zip(self.ratios(table), self.least, strict=True))
 
-    def told(self, table: Table) -> str:
+    def row(self, table: Table) -> str:
         """Return a line of it."""
         found = " / ".join(f"{ratio:.2f}" for ratio in self.ratios(table))
         least = " / ".join(f"{least:g}" for least in self.least)
@@ -375,9 +375,9 @@ async def _measure_all(
         empty = await stack.enter_async_context(AsyncClient(inference=bare.address))
         engine = stack.enter_context(Peer("peer_engine", f"file://{work}/store", "bench", BASE))
         contenders = [
-            Contender(ADAPTERS, asked(ask_loramux(full), used)),
-            Contender(BASE_REQUESTS, asked(ask_loramux(full), ["base"])),
-            Contender(NONE_LOADED, asked(ask_loramux(empty), ["base"])),
+            Contender(ADAPTERS, run_of(ask_loramux(full), used)),
+            Contender(BASE_REQUESTS, run_of(ask_loramux(full), ["base"])),
+            Contender(NONE_LOADED, run_of(ask_loramux(empty), ["base"])),
             Contender(ENGINE, done_by(engine, used)),
         ]
         for label, names in () if options.no_peft else ((PEFT, used), (TRANSFORMERS, [])):
@@ -387,7 +387,7 @@ async def _measure_all(
             limits = httpx.Limits(max_connections=64)
             web = await stack.enter_async_context(httpx.AsyncClient(timeout=600, limits=limits))
             models = options.peer_models.split(",")
-            contenders.append(Contender(options.peer_url, asked(ask_url(web, options.peer_url), models)))
+            contenders.append(Contender(options.peer_url, run_of(ask_url(web, options.peer_url), models)))
         measured = await measure(contenders, options.rounds)
         return {each.label: row for each, row in zip(contenders, measured, strict=True)}
 

@@ -1,4 +1,4 @@
-"""Find words that the project does not use, and docstrings that are no sentences, by scripts/words.toml.
+"""Find words and names that the project does not use, and docstrings that are no sentences, by scripts/words.toml.
 
 A word is found in documents, comments, messages and help texts, and as a part of an identifier.
 With --count, print how often each word occurs, exceptions included.
@@ -59,6 +59,21 @@ def fragments_in(path: str, text: str) -> Iterator[Match]:
             yield Match(path, getattr(node, "lineno", 1), f'docstring "{word} ..."', cure, exempt)
 
 
+def names_in(path: str, text: str) -> Iterator[Match]:
+    """Yield the variables, parameters, functions and classes whose whole name is refused."""
+    rules = RULES["name"]
+    for node in ast.walk(ast.parse(text)):
+        match node:
+            case ast.Name(id=name, ctx=ast.Store()) | ast.arg(arg=name):
+                pass
+            case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
+                pass
+            case _:
+                continue
+        if name.strip("_").lower() in rules["not"]:
+            yield Match(path, node.lineno, f"name {name}", rules["but"], _covered(path, rules["except"]))
+
+
 def _covered(path: str, patterns: list[str]) -> bool:
     return any(fnmatch(path, pattern) for pattern in patterns)
 
@@ -72,6 +87,7 @@ def _matches() -> Iterator[Match]:
         yield from words_in(path, text)
         if path.endswith(".py"):
             yield from fragments_in(path, text)
+            yield from names_in(path, text)
 
 
 def _refused(match: Match) -> str:

@@ -59,7 +59,7 @@ class ListedAdapter:
     name: str
     source: Source
     resolved: Resolved
-    wanted: tuple[str, ...]
+    selected: tuple[str, ...]
     """The files that will be fetched."""
     findings: tuple[Finding, ...] = ()
     """Why there are none."""
@@ -69,12 +69,12 @@ class ListedAdapter:
     @property
     def size(self) -> int:
         """Bytes that will be fetched."""
-        return self.resolved.size(self.wanted)
+        return self.resolved.size(self.selected)
 
     @property
     def digest(self) -> str | None:
         """Return the source's description of the files, see `Resolved.digest`; None where they are refused."""
-        return self.resolved.digest(self.wanted) if self.wanted else None
+        return self.resolved.digest(self.selected) if self.selected else None
 
 
 @contextmanager
@@ -190,8 +190,8 @@ def _list(
     beside = [
         name for name, is_read in ((README, reads_readme(sizes)), (SIGNATURE, bool(signed_by))) if is_read
     ]
-    wanted = [*wanted_files(sizes), *beside]
-    listed = ListedAdapter(name, source, resolved, tuple(wanted), signed_by=signed_by)
+    selected = [*wanted_files(sizes), *beside]
+    listed = ListedAdapter(name, source, resolved, tuple(selected), signed_by=signed_by)
     _limited(repository, listed.size)
     return listed
 
@@ -212,7 +212,7 @@ def fetch_adapter(listed: ListedAdapter, folder: Path, progress: Progress) -> Fe
         return FetchedAdapter(name, folder, recorded(resolved.repository), {}, listed.findings)
     progress.enter(name, Stage.FETCHING, listed.size)
     with about(resolved.repository):
-        files = source.fetch(resolved, listed.wanted, folder, progress.counter(name))
+        files = source.fetch(resolved, listed.selected, folder, progress.counter(name))
     findings = take_signature(folder, files, listed.signed_by)
     if findings:
         return FetchedAdapter(name, folder, recorded(resolved.repository), {}, tuple(findings))

@@ -39,13 +39,13 @@ class BuilderNews:
         self,
         address: str,
         deployment: str,
-        heard: Callable[[], None],
+        notify: Callable[[], None],
         *,
         first_pause_s: float = FIRST_PAUSE_S,
     ) -> None:
         self._address = address
         self._deployment = deployment
-        self._heard = heard
+        self._notify = notify
         self._first_pause_s = first_pause_s
         self._pause_s = first_pause_s
         self._generation: int | None = None
@@ -79,7 +79,7 @@ class BuilderNews:
         self._away, self._pause_s = False, self._first_pause_s
         if generation != self._generation:
             self._generation = generation
-            self._heard()
+            self._notify()
 
     def _lost(self, fault: Fault) -> None:
         if not self._away:

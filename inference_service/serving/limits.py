@@ -76,20 +76,20 @@ class UsageMeter:
 class _Bound:
     """A meter with its limits, and whose they are."""
 
-    whose: str
+    owner: str
     meter: UsageMeter
     limits: Limits
 
     def check_waiting(self) -> None:
         most = self.limits.max_waiting
         if most is not None and self.meter.num_waiting >= most:
-            raise RateLimited(f"{most} requests of {self.whose} wait already. Retry in a moment.")
+            raise RateLimited(f"{most} requests of {self.owner} wait already. Retry in a moment.")
 
     def check_tokens(self) -> None:
         most = self.limits.tokens_per_minute
         if most is not None and (wait_s := self.meter.wait_s(most)):
             seconds = math.ceil(wait_s)
-            message = f"{self.whose} has used its {most} tokens per minute. Retry in {seconds} s."
+            message = f"{self.owner} has used its {most} tokens per minute. Retry in {seconds} s."
             raise RateLimited(message, retry_after_s=wait_s)
 
     def take(self, tokens: int) -> None:

@@ -281,7 +281,7 @@ class GenerationService:
             detokenizer = terms.text.detokenizer(
                 tokens,
                 skip_special_tokens=output.skip_special_tokens,
-                shown=output.shown_special_tokens,
+                visible=output.shown_special_tokens,
             )
             answers[seq.id] = Answer(index, seq, detokenizer, stops, stop_tokens, where)
         return answers

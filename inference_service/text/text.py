@@ -215,12 +215,12 @@ class Text:
         return self.decode(tokens[-END_TOKENS:], skip_special_tokens=False)
 
     def detokenizer(
-        self, prompt: Sequence[int], *, skip_special_tokens: bool = True, shown: Sequence[str] = ()
+        self, prompt: Sequence[int], *, skip_special_tokens: bool = True, visible: Sequence[str] = ()
     ) -> Detokenizer:
         """Return a detokenizer for the answer to a prompt; special tokens that are shown are never left out."""
         special = self._left_out if skip_special_tokens else {}
-        if special and shown:
-            special = special | {token: name for name in shown if (token := self.token_id(name)) in special}
+        if special and visible:
+            special = special | {token: name for name in visible if (token := self.token_id(name)) in special}
         return Detokenizer(self._tokenizer, prompt, special)
 
 

@@ -127,7 +127,7 @@ def _unserved(where: str, value: Any) -> Finding | None:
     if value is None or value == usual:
         return None
     expected = "nothing" if usual is None else f"{usual} or nothing"
-    return Finding(code="W_UNSERVED", where=where, expected=expected, found=_shown.repr(value), fix=fix)
+    return Finding(code="W_UNSERVED", where=where, expected=expected, found=_repr.repr(value), fix=fix)
 
 
 def parse_lora_configuration(**fields: Any) -> LoraConfiguration:
@@ -177,14 +177,14 @@ def _finding(item: Any, model: type[BaseModel]) -> Finding:
         where=where,
         expected=message.removeprefix("be ").removeprefix("String should "),
         # An address with a signature; a private key where a public one should be.
-        found=re.sub(r"\?.*|-----BEGIN.*", "***", _shown.repr(value)) if loc else "",
+        found=re.sub(r"\?.*|-----BEGIN.*", "***", _repr.repr(value)) if loc else "",
         fix="Quote it." if unquoted else NAME_RULE if item["type"] == "string_pattern_mismatch" else "",
     )
 
 
-_shown = reprlib.Repr()
-_shown.maxlevel = 2  # a few lines of YAML can unfold to millions of values
-_shown.maxstring = _shown.maxother = 80
+_repr = reprlib.Repr()
+_repr.maxlevel = 2  # a few lines of YAML can unfold to millions of values
+_repr.maxstring = _repr.maxother = 80
 
 
 def _name_findings(data: dict[Any, Any]) -> list[Finding]:

@@ -62,7 +62,7 @@ async def _open(page: Page, url: str, models: int) -> None:
     await page.until(f"document.querySelectorAll('.model').length === {models}")
 
 
-async def _shown(page: Page) -> list[str]:
+async def _texts(page: Page) -> list[str]:
     return await page.texts(".model:not([hidden]) .name")
 
 
@@ -149,7 +149,7 @@ async def test_hundreds_of_adapters_are_chosen_with_the_keyboard(page: Page, tmp
         await _open(page, url, 301)
         await page.click("#choose-none")
         await page.type("#filter", "Adapter-07")
-        assert await _shown(page) == [f"adapter-07{digit}" for digit in range(10)]
+        assert await _texts(page) == [f"adapter-07{digit}" for digit in range(10)]
         await page.press("ArrowDown")
         await page.press(" ")
         await page.press("ArrowDown")
@@ -161,7 +161,7 @@ async def test_hundreds_of_adapters_are_chosen_with_the_keyboard(page: Page, tmp
         await page.press(" ")
         assert await page.text("#chosen") == "2 of 301"
         await page.type("#filter", "none such")
-        assert await _shown(page) == []
+        assert await _texts(page) == []
         assert await page.text("#list-note") == "No model has such a name."
         assert await page.texts("#chips .label") == ["adapter-070", "adapter-079"]
         await page.click("#chips button")

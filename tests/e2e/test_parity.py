@@ -40,7 +40,7 @@ def new(sweeps: bool) -> int:
 
 
 @pytest.fixture(scope="module")
-def asked(sweeps: bool) -> list[list[int]]:
+def query(sweeps: bool) -> list[list[int]]:
     return prompts(Path(deployment().build.checkpoint_repository.repo), every=1 if sweeps else 5)
 
 

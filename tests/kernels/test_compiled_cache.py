@@ -63,7 +63,7 @@ def first_start(compiler: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 @pytest.fixture
-def kept(first_start: Path, compiler: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def retained(first_start: Path, compiler: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The one file in a folder after a first start; later ones try nothing out in a process."""
     monkeypatch.setenv("CXX", str(compiler))
     monkeypatch.setattr(sys, "executable", shutil.which("true"))

@@ -36,11 +36,11 @@ from tests.support.tiny import (
 )
 
 NEW = 12
-CALLED, ASKED = (5, 6, 7), (9,)
+CALLED, PLAIN = (5, 6, 7), (9,)
 KINDS: dict[str, dict[str, Any]] = {
     "wide": ADAPTERS["wide"],
     "called": ADAPTERS["all"] | {"alora_invocation_tokens": list(CALLED)},
-    "asked": ADAPTERS["wide"] | {"alora_invocation_tokens": list(ASKED)},
+    "asked": ADAPTERS["wide"] | {"alora_invocation_tokens": list(PLAIN)},
 }
 
 
@@ -61,10 +61,10 @@ def requests() -> list[tuple[str, list[int]]]:
     stated = _drawn(draw, 40)
     return [
         ("called", [*stated[:19], *CALLED, *stated[19:30]]),
-        ("asked", [*stated[:39], *ASKED]),
+        ("asked", [*stated[:39], *PLAIN]),
         ("base", stated),
         ("called", [*CALLED, *stated[:11]]),
-        ("asked", [*stated[:16], *ASKED, *stated[16:20]]),
+        ("asked", [*stated[:16], *PLAIN, *stated[16:20]]),
         ("called", [*stated[:9], *CALLED, *stated[9:20], *CALLED, *stated[20:24]]),
         ("wide", [*stated[:19], *CALLED, *stated[19:30]]),
         ("base", [*stated[:19], *CALLED, *stated[19:30]]),
@@ -119,7 +119,7 @@ def test_the_blocks_of_a_conversation_are_shared(
     the base included; a plain adapter finds none of them.
     """
     ready = world.load(store, block_size=4, max_batch_tokens=64)
-    calls = {"called": CALLED, "asked": ASKED}
+    calls = {"called": CALLED, "asked": PLAIN}
     emitted, found = _drawn(random.Random(8), 83), []
     for name in (first, then, "wide"):
         prompt = [*emitted, *calls.get(name, ()), 20]
@@ -141,7 +141,7 @@ async def test_a_request_finds_its_place_once_for_all_answers_and_versions(
     a name that was switched to another version looks for that one's tokens."""
     service = await open_service((world, store), preload=0)
     stated, call = requests[0][1][:19], requests[0][1][19:]
-    prompt = [*stated, *ASKED, *call]
+    prompt = [*stated, *PLAIN, *call]
     with torch.no_grad():
         logits = oracle(world.base, world.adapters["called"])(torch.tensor([prompt])).logits[0]
     required = torch.log_softmax(logits, -1)[range(len(prompt) - 1), prompt[1:]].tolist()
@@ -193,7 +193,7 @@ def test_windows_and_states_change_no_token(tmp_path: Path, config: PreTrainedCo
     """Windows and states change no token of a conversation that base and adapters continue in turns, in small
     chunks.
     """
-    calls = {"called": CALLED, "asked": ASKED, "base": ()}
+    calls = {"called": CALLED, "asked": PLAIN, "base": ()}
     settings = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "o_proj", "gate_proj", "down_proj"]}
     kinds = {name: settings | {"alora_invocation_tokens": list(calls[name])} for name in ("called", "asked")}
     world, store = make_world_of(tmp_path, config, kinds), MemoryStore()

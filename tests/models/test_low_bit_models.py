@@ -60,7 +60,7 @@ class Saved:
 
 
 @pytest.fixture(scope="module", params=KINDS)
-def kept(request: pytest.FixtureRequest, plain: World, tmp_path_factory: pytest.TempPathFactory) -> Saved:
+def retained(request: pytest.FixtureRequest, plain: World, tmp_path_factory: pytest.TempPathFactory) -> Saved:
     folder = tmp_path_factory.mktemp(request.param)
     keep(plain.base, KINDS[request.param], folder / "kept", folder / "widened")
     return Saved(replace(plain, base=folder / "kept", root=folder.parent), folder / "widened")

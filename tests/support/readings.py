@@ -8,11 +8,11 @@ from hypothesis import strategies as st
 
 from inference_service.chat.pieces import AnswerReader, CallArguments, CallBegun, Piece, TextPiece, Thought
 
-Heard = list[list[str]]
+Collected = list[list[str]]
 """``["said", text]``, ``["thought", text]`` and ``["call", name, arguments]``, each as long as it goes on."""
 
 
-def read(reading: AnswerReader, text: str, cuts: Sequence[int] = ()) -> Heard:
+def read(reading: AnswerReader, text: str, cuts: Sequence[int] = ()) -> Collected:
     """Return what an answer says that comes in so many parts."""
     pieces: list[Piece] = []
     for begin, end in zip([0, *cuts], [*cuts, len(text)], strict=True):
@@ -20,9 +20,9 @@ def read(reading: AnswerReader, text: str, cuts: Sequence[int] = ()) -> Heard:
     return collected(pieces + reading.finish())
 
 
-def collected(pieces: Sequence[Piece]) -> Heard:
+def collected(pieces: Sequence[Piece]) -> Collected:
     """Return what pieces say together; those of a call follow each other, and calls are numbered."""
-    reported: Heard = []
+    reported: Collected = []
     calls = 0
     for piece in pieces:
         match piece:

@@ -80,15 +80,15 @@ class Verdict:
     sample: int
     swapped: bool
     """True if the version's answer stood first; else the baseline's did."""
-    said: str
+    letter: str
     """A: the first one is better. B: the second one. C: neither."""
 
     @property
     def score(self) -> float:
         """1 where the version won, 0 where the baseline did, 0.5 where neither."""
-        if self.said not in ("A", "B"):
+        if self.letter not in ("A", "B"):
             return 0.5
-        return float((self.said == "A") == self.swapped)
+        return float((self.letter == "A") == self.swapped)
 
 
 Row: TypeAlias = Answer | Likelihood | Verdict

@@ -260,7 +260,7 @@ def _notes_of_judge(plan: Plan, found: Found, judge: str) -> list[str]:
     letters: Counter[str] = Counter()
     for (model, question, sample, _), row in found.verdicts.items():
         pairs.setdefault((model, question, sample), []).append(row.score)
-        letters[row.said] += 1
+        letters[row.letter] += 1
     both = [scores for scores in pairs.values() if len(scores) == 2]
     if not both:
         return []

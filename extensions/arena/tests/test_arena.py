@@ -22,8 +22,8 @@ from loramux_shared.storage.memory import MemoryStore
 from tests.support.tiny import World, oracle
 
 QUESTIONS = [
-    Question(str(number), f"Once upon {number}", reference=said)
-    for number, said in enumerate((" a time, there was", "!", " THE END"))
+    Question(str(number), f"Once upon {number}", reference=text)
+    for number, text in enumerate((" a time, there was", "!", " THE END"))
 ]
 
 

@@ -127,7 +127,7 @@ async def _bench(
         workload = Workload(models, seed, count, prompts_read)
         await _warm_up(client, workload, plan.options, len(models) if warmup is None else warmup)
         view = BenchView(plan)
-        with view.shown():
+        with view.displayed():
             try:
                 return workload, await drive(client, workload, plan, view.update)
             except asyncio.CancelledError:  # Ctrl-C; what was measured until then is shown
@@ -144,7 +144,7 @@ async def _models(client: AsyncClient, requested: Sequence[str]) -> list[str]:
 
 
 async def _warm_up(client: AsyncClient, workload: Workload, options: GenerateOptions, requests: int) -> None:
-    other = Workload(workload.models, workload.seed + 1, workload.words, workload.given)
+    other = Workload(workload.models, workload.seed + 1, workload.words, workload.prompts)
     if requests:
         with shell.working(f"warming up with {requests} requests"):
             await drive(client, other, LoadPlan(CONCURRENCY, requests=requests, options=options))
@@ -184,7 +184,7 @@ class BenchView:
         if self._bars:
             self._task = self._bars.add_task("sending", total=1.0)
 
-    def shown(self) -> AbstractContextManager[object]:
+    def displayed(self) -> AbstractContextManager[object]:
         """Draw the bar during a block that takes a while."""
         return Later(self._bars) if self._bars else nullcontext()
 

@@ -41,7 +41,7 @@ class Workload:
     seed: int
     words: int
     """Words of a drawn prompt; two of them never begin alike for long, so that no cache of prompts helps."""
-    given: Sequence[Prompt] = ()
+    prompts: Sequence[Prompt] = ()
     """Prompts of a file; drawn ones when empty."""
 
     def asks(self) -> Iterator[BenchRequest]:
@@ -50,7 +50,7 @@ class Workload:
         number = 0
         while True:
             model = self.models[number % len(self.models)]
-            prompt = self.given[number // len(self.models) % len(self.given)] if self.given else None
+            prompt = self.prompts[number // len(self.models) % len(self.prompts)] if self.prompts else None
             yield BenchRequest(number, model, prompt or words(draw, self.words))
             number += 1
 

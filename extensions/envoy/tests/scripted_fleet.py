@@ -62,7 +62,7 @@ class Fleet:
         await asyncio.to_thread(self.proxy.until_healthy, 2 * len(self.replicas))
         await asyncio.to_thread(self.proxy.forget)
 
-    async def who(self, model: str) -> str:
+    async def replica_of(self, model: str) -> str:
         """The replica that answers a model over gRPC."""
         return (await self.client.complete(model, "HELLO")).text
 

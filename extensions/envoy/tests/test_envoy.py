@@ -52,7 +52,7 @@ async def test_a_model_stays_with_its_replica(fleet: Fleet) -> None:
     async with grpc.aio.insecure_channel(fleet.proxy.grpc) as channel:
         generate = channel.unary_stream(GENERATE, response_deserializer=pb.GenerateResponse.FromString)
         for model in MODELS[:5]:
-            seen[model].add(await fleet.who(model))
+            seen[model].add(await fleet.replica_of(model))
             chat = await fleet.openai.chat.completions.create(
                 model=model, messages=[{"role": "user", "content": "A long story. " * 10_000}]
             )
@@ -65,7 +65,7 @@ async def test_a_model_stays_with_its_replica(fleet: Fleet) -> None:
 
 async def test_the_header_comes_before_the_body(fleet: Fleet) -> None:
     """The model that a client names in `x-loramux-model` decides which replica answers, over both APIs."""
-    expected = await fleet.who("lora1")
+    expected = await fleet.replica_of("lora1")
     [other, *_] = [model for model in MODELS[:20] if await fleet.who_over_http(model) != expected]
     headers = {"x-loramux-model": "lora1"}
     answer = await fleet.web.post("/v1/completions", json={"model": other, "prompt": "HELLO"}, headers=headers)
@@ -107,7 +107,7 @@ async def test_a_popular_model_has_several_places(fleet: Fleet) -> None:
 
 async def test_a_refused_request_goes_to_another_replica(fleet: Fleet) -> None:
     """No client sees the refusal of a replica that drains before Envoy knows it, however large the request."""
-    draining = fleet.replicas[await fleet.who("lora1")]
+    draining = fleet.replicas[await fleet.replica_of("lora1")]
     draining.service.refuses = ShuttingDown("the server is shutting down.")
     large = {"model": "lora1", "prompt": "A" * 6_000_000}
     answer = await fleet.web.post("/v1/completions", json=large)
@@ -121,7 +121,7 @@ async def test_a_refusal_of_all_replicas_keeps_its_reason(fleet: Fleet) -> None:
     for replica in fleet.replicas.values():
         replica.service.refuses = ShuttingDown("the server is shutting down.")
     with pytest.raises(ShuttingDown) as caught:
-        await fleet.who("lora1")
+        await fleet.replica_of("lora1")
     assert caught.value.retry_after_s is not None
     answer = await fleet.web.post("/v1/completions", json={"model": "lora1", "prompt": "HELLO"})
     assert (answer.status_code, answer.json()["error"]["code"]) == (503, "shutting_down")
@@ -179,11 +179,11 @@ async def test_a_replica_without_tokens_is_left(tmp_path: Path) -> None:
     Headers of an answer that is not streamed come with its last token, so no time is set for its first.
     """
     async with behind_envoy(Fleet(tmp_path), first_token_s=1) as fleet:
-        slow = fleet.replicas[await fleet.who("lora1")].service
+        slow = fleet.replicas[await fleet.replica_of("lora1")].service
         slow.tokens.clear()
         whole = asyncio.create_task(fleet.who_over_http("lora1"))
         await until(lambda: slow.open, "the answer that is not streamed")
-        await left(fleet, "replicas_grpc", fleet.who, slow)
+        await left(fleet, "replicas_grpc", fleet.replica_of, slow)
         assert not whole.done()
         slow.tokens.set()
         assert await whole == slow.name
@@ -205,12 +205,12 @@ async def left(fleet: Fleet, api: str, ask: Callable[[str], Awaitable[str]], slo
 async def test_replicas_that_leave_are_left_in_peace(tmp_path: Path) -> None:
     """A replica without health keeps its streams and gets no others; without replicas errors have names."""
     async with behind_envoy(Fleet(tmp_path)) as fleet:
-        leaving = fleet.replicas[await fleet.who("lora1")]
+        leaving = fleet.replicas[await fleet.replica_of("lora1")]
         stream = fleet.client.generate("lora1", "WAIT")
         assert [(await anext(stream)).model, (await anext(stream)).text] == ["lora1", leaving.service.name]
         await leaving.leave()
         async with bounded("answers of another replica over both APIs"):
-            while leaving.service.name in (await fleet.who("lora1"), await fleet.who_over_http("lora1")):
+            while leaving.service.name in (await fleet.replica_of("lora1"), await fleet.who_over_http("lora1")):
                 pass
         await leaving.grpc.refuse()
         leaving.service.ends.set()
@@ -223,7 +223,7 @@ async def test_replicas_that_leave_are_left_in_peace(tmp_path: Path) -> None:
             while (answer := await fleet.web.post("/v1/completions", json=body)).status_code == 200:
                 pass
             with pytest.raises(ServerUnavailable, match="no healthy upstream"):
-                [await fleet.who("lora1") for _ in count()]
+                [await fleet.replica_of("lora1") for _ in count()]
         assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
         error = answer.json()["error"]
         assert (error["type"], error["code"]) == ("server_error", "server_unavailable")

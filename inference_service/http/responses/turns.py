@@ -63,20 +63,20 @@ class _AssistantTurn:
     """The assistant's part of one turn, as far as it was read."""
 
     thought: list[str] = field(default_factory=list)
-    said: list[str] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
     calls: list[Call] = field(default_factory=list)
 
     @property
     def is_whole(self) -> bool:
         """True when more text or reasoning belongs to another turn; behind a call it belongs to this one."""
-        return bool(self.said) and not self.calls
+        return bool(self.texts) and not self.calls
 
     def turn(self) -> Iterator[Turn]:
         """Yield the turn; none where nothing was done."""
-        if self.thought or self.said or self.calls:
+        if self.thought or self.texts or self.calls:
             yield Turn(
                 "assistant",
-                "\n".join(self.said),
+                "\n".join(self.texts),
                 thought="\n".join(self.thought) if self.thought else None,
                 calls=tuple(self.calls),
                 place=PLACE,
@@ -98,7 +98,7 @@ def _turns(items: Sequence[Item]) -> Iterator[Turn]:
             case MessageItem() if theirs:
                 yield Turn(item.role, item.content, place=PLACE)
             case MessageItem():
-                answer.said.append(item.content)
+                answer.texts.append(item.content)
             case CallItem():
                 answer.calls.append(Call(item.call_id, qualified(item.namespace, item.name), item.arguments))
             case ReasoningItem():

@@ -52,8 +52,8 @@ class ShrinkConfig:
     def planes(self, in_features: int, tiles: int) -> tuple[int, int]:
         """(planes, blocks of K that each reduces): enough to cover the device if allowed, and no idle one."""
         blocks = -(-in_features // self.block_k)
-        wanted = -(-COVERING // max(1, tiles))
-        per_plane = max(1, blocks // wanted, -(-blocks // self.split_k))
+        programs = -(-COVERING // max(1, tiles))
+        per_plane = max(1, blocks // programs, -(-blocks // self.split_k))
         return -(-blocks // per_plane), per_plane  # as `planes_of` in triton_kernels
 
     def grid(self, in_features: int, max_rows: int, segments: int) -> int:

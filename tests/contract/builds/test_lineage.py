@@ -68,7 +68,7 @@ def found_by(required: Deployment, context: BuildContext) -> tuple[Built, dict[s
     return done, {name: each.found for name in warnings for each in warnings[name] if each.code == "W_BASE"}
 
 
-def asked(hub: Hub) -> list[str]:
+def models_asked(hub: Hub) -> list[str]:
     """The models that the hub was asked about, beside the base."""
     names = [path.removeprefix(INFO) for _, path in hub.requests if path.startswith(INFO)]
     return [name for name in names if not name.startswith("lab/")]
@@ -82,7 +82,7 @@ def test_copies_are_the_base_and_others_are_named(hub: Hub, context: BuildContex
     _, found = found_by(expected, context)
     tuned = "some/tuned; some/tuned is a finetune of lab/Tiny-1B, as the hub says"
     assert found == {"three": tuned, "four": tuned, "five": "some/private"}
-    assert sorted(asked(hub)) == ["some/copy", "some/copy-of-it", "some/private", "some/tuned"]
+    assert sorted(models_asked(hub)) == ["some/copy", "some/copy-of-it", "some/private", "some/tuned"]
     printed = stored_view(context.store, "tiny")
     assert printed is not None
     words = {a.name: [w.found for w in a.warnings if w.code == "W_BASE"] for a in printed.adapters}
@@ -92,7 +92,7 @@ def test_copies_are_the_base_and_others_are_named(hub: Hub, context: BuildContex
     again, found_again = found_by(expected, context)
     assert again.unchanged
     assert found_again == found
-    assert asked(hub) == []
+    assert models_asked(hub) == []
 
 
 def test_the_deployment_s_base_may_be_the_copy(hub: Hub, context: BuildContext, tmp_path: Path) -> None:
@@ -112,7 +112,7 @@ def test_no_failure_of_the_question_fails_a_build(
     hub.repos["some/copy"].status = hub.repos["some/tuned"].status = status
     _, found = found_by(deployment(tmp_path, one="some/copy", two="some/tuned"), context)
     assert found == {"one": "some/copy", "two": "some/tuned"}
-    assert len(asked(hub)) == questions
+    assert len(models_asked(hub)) == questions
 
 
 def test_folders_ask_nobody(hub: Hub, context: BuildContext, tmp_path: Path) -> None:

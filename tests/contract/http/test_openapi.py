@@ -23,7 +23,9 @@ from tests.support.silent import silent_service
 DOCUMENT = document(ENDPOINTS, ServerFacts("base"))
 SCHEMAS = DOCUMENT["components"]["schemas"]
 OPERATIONS = [
-    (path, method, told) for path, methods in DOCUMENT["paths"].items() for method, told in methods.items()
+    (path, method, operation)
+    for path, methods in DOCUMENT["paths"].items()
+    for method, operation in methods.items()
 ]
 WITH_BODY = [case for case in OPERATIONS if "requestBody" in case[2]]
 DOCS = (ROOT / "docs" / "reference" / "openai.md").read_text(encoding="utf-8")

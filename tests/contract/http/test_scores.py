@@ -98,7 +98,7 @@ def close(found: Any, required: Any) -> None:
     np.testing.assert_allclose(np.array(found, np.float32), required, atol=1e-5, rtol=1e-5)
 
 
-async def asked(api: OpenAIApi, path: str, **body: Any) -> dict[str, Any]:
+async def answer_of(api: OpenAIApi, path: str, **body: Any) -> dict[str, Any]:
     """An answer."""
     answer = await api.post(path, **body)
     assert answer.status_code == 200, answer.text
@@ -128,10 +128,10 @@ async def test_scores_equal_transformers(made: tuple[World, MemoryStore], api: O
     labels.
     """
     expected = logits(made[0], model, PROMPTS)
-    raw = await asked(api, "/classify", model=model, input=PROMPTS, use_activation=False)
+    raw = await answer_of(api, "/classify", model=model, input=PROMPTS, use_activation=False)
     close([each["probs"] for each in raw["data"]], expected)
     assert raw["usage"]["prompt_tokens"] == sum(map(len, PROMPTS))
-    reported = await asked(api, "/v1/classify", model=model, input=PROMPTS)
+    reported = await answer_of(api, "/v1/classify", model=model, input=PROMPTS)
     states = torch.from_numpy(expected)
     shares = torch.softmax(states, -1) if model == "topics" else torch.sigmoid(states)
     close([each["probs"] for each in reported["data"]], shares.numpy())
@@ -148,19 +148,19 @@ async def test_documents_are_ranked_as_transformers_ranks_them(
     pairs = [text.encode_pair(("a cat", document), 256) for document in DOCUMENTS]
     expected = logits(made[0], "ranker", pairs)[:, 0]
     order = sorted(range(len(DOCUMENTS)), key=lambda index: (-expected[index], index))
-    whole = await asked(api, "/v1/rerank", model="ranker", query="a cat", documents=DOCUMENTS)
+    whole = await answer_of(api, "/v1/rerank", model="ranker", query="a cat", documents=DOCUMENTS)
     assert [each["index"] for each in whole["results"]] == order
     close([each["relevance_score"] for each in whole["results"]], expected[order])
     assert [each["document"]["text"] for each in whole["results"]] == [DOCUMENTS[index] for index in order]
     objects = [{"text": document} for document in DOCUMENTS]
-    few = await asked(
+    few = await answer_of(
         api, "/rerank", model="ranker", query="a cat", documents=objects, top_n=2, return_documents=False
     )
     assert [each["index"] for each in few["results"]] == order[:2]
     assert all("document" not in each for each in few["results"])
-    one = await asked(api, "/score", model="ranker", text_1="a cat", text_2=DOCUMENTS)
+    one = await answer_of(api, "/score", model="ranker", text_1="a cat", text_2=DOCUMENTS)
     close([each["score"] for each in one["data"]], expected)
-    both = await asked(
+    both = await answer_of(
         api, "/v1/score", model="ranker", text_1=["a cat"] * 5, text_2=DOCUMENTS, use_activation=True
     )
     close([each["score"] for each in both["data"]], 1 / (1 + np.exp(-expected)))
@@ -197,7 +197,7 @@ async def test_who_classifies_generates_nothing(api: OpenAIApi) -> None:
         answer = await api.post(path, model=model, **body)
         error = answer.json()["error"]
         assert (answer.status_code, error["code"], error["param"]) == (400, "invalid_value", "model"), error
-    made = await asked(api, "/v1/embeddings", model="topics", input=[[5, 6], [7]])
+    made = await answer_of(api, "/v1/embeddings", model="topics", input=[[5, 6], [7]])
     assert len(made["data"]) == 2
 
 
@@ -284,7 +284,7 @@ async def test_who_makes_vectors_makes_nothing_else(made: tuple[World, MemorySto
         ("last", [each[-1] for each in states]),
         ("mean", [each.mean(0) for each in states]),
     ):
-        found = await asked(
+        found = await answer_of(
             api, "/v1/embeddings", model="encoder", input=PROMPTS, pooling=pooling, normalize=False
         )
         close([each["embedding"] for each in found["data"]], np.stack(expected))

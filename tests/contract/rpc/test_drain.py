@@ -42,7 +42,7 @@ async def apis(tmp_path: Path) -> AsyncIterator[EndlessApis]:
         yield made
 
 
-async def told(client: RawClient) -> tuple[int, bool, str | None]:
+async def refusal_of(client: RawClient) -> tuple[int, bool, str | None]:
     """The status of an answer, whether it says that the connection ends, as it then does, and its error."""
     raw = await client.ended()
     client.close()
@@ -135,7 +135,7 @@ async def test_an_unfinished_body_does_not_hold_a_drain(apis: EndlessApis) -> No
     assert not draining.done()
     clock.advance(1)
     assert await ended(draining, "the drain")
-    assert await told(client) == REFUSED
+    assert await refusal_of(client) == REFUSED
 
 
 async def test_an_unfinished_request_does_not_hold_a_drain(apis: EndlessApis) -> None:
@@ -169,7 +169,7 @@ async def test_requests_that_wait_to_be_accepted_are_answered(apis: EndlessApis)
         each.sendall(ASK)
     draining = asyncio.create_task(apis.http.drain(BOUND_S))
     clients = [RawClient(*await asyncio.open_connection(sock=each)) for each in waiting]
-    answers = await asyncio.gather(*map(told, clients))
+    answers = await asyncio.gather(*map(refusal_of, clients))
     assert answers == [REFUSED] * BOUND + [(503, True, None)] * 4
     assert await draining
 
@@ -185,7 +185,7 @@ async def test_a_request_that_crosses_the_end_is_answered(apis: EndlessApis) -> 
     await client.send(ASK)
     await passes()
     transport.resume_reading()  # type: ignore[attr-defined]  # the same
-    assert await told(client) == (408, True, "shutting_down")
+    assert await refusal_of(client) == (408, True, "shutting_down")
     assert await draining
 
 
@@ -203,7 +203,7 @@ async def test_half_a_head_is_answered(apis: EndlessApis) -> None:
     client = await apis.raw(VERSION[:20])
     await apis.seen()
     draining = asyncio.create_task(apis.http.drain(BOUND_S))
-    assert await told(client) == REFUSED
+    assert await refusal_of(client) == REFUSED
     assert await draining
 
 
@@ -214,9 +214,9 @@ async def test_an_endpoint_that_leaves_lets_connections_go(apis: EndlessApis) ->
     await apis.service.until(1)
     await apis.http.leave()
     await retained.send(VERSION)
-    assert (await told(retained))[:2] == (200, True)
+    assert (await refusal_of(retained))[:2] == (200, True)
     draining = asyncio.create_task(apis.http.drain(0))
-    assert await told(busy) == REFUSED
+    assert await refusal_of(busy) == REFUSED
     assert not await draining
 
 

@@ -72,7 +72,7 @@ def started(module: str, endpoint: str, folder: Path) -> Iterator[tuple[Forked, 
         process.wait(BOUND_S)
 
 
-def told(process: Forked, log: Path, event: str) -> dict[str, str]:
+def logged(process: Forked, log: Path, event: str) -> dict[str, str]:
     """Read a log until an event."""
 
     def found() -> list[dict[str, str]]:
@@ -96,7 +96,7 @@ def test_a_signal_ends_a_start_that_waits(
 ) -> None:
     """A service says which store it waits for, and ends at once when it is asked to, as if it was killed."""
     with started(module, silent, tmp_path) as (process, log):
-        assert told(process, log, WAITS[module])["store"] == "s3://bucket/prefix"
+        assert logged(process, log, WAITS[module])["store"] == "s3://bucket/prefix"
         process.send_signal(number)
         assert process.wait(BOUND_S) == 128 + number
 

@@ -43,7 +43,7 @@ REFUSED: dict[str, dict[str, Any]] = {
 }
 
 
-def wanted(folder: Path, max_seq_len: int) -> Deployment:
+def deployment_of(folder: Path, max_seq_len: int) -> Deployment:
     """A deployment of the adapter ``one``."""
     data = {
         "model_name": "tiny",
@@ -67,9 +67,9 @@ def test_builder_and_replica_refuse_a_base_with_the_same_words(tmp_path: Path, n
     store = MemoryStore()
     context = BuildContext(store, open_sources(local_roots=[tmp_path]), tmp_path / "work")
     with pytest.raises(CheckpointInvalid) as checked:
-        check_one(wanted(tmp_path, 48), context, Progress(["one"]))
+        check_one(deployment_of(tmp_path, 48), context, Progress(["one"]))
     with pytest.raises(CheckpointInvalid) as built:
-        build(wanted(tmp_path, 48), context, Progress(["one"]))
+        build(deployment_of(tmp_path, 48), context, Progress(["one"]))
     assert checked.value.message == refused.value.message
     assert built.value.message == f"base checkpoint: {refused.value.message}"
     assert store.objects == {}

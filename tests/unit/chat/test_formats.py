@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from inference_service.chat.dialect import Dialect, parsers_of
 from inference_service.chat.pieces import AnswerCalls, AnswerReader, CallArguments, CallBegun, TextPiece
 from loramux_shared.parsers import Parsers, ReasoningParser, ToolParser
-from tests.support.readings import Heard, cuts_of, read
+from tests.support.readings import Collected, cuts_of, read
 
 WEATHER: dict[str, Any] = {
     "type": "object",
@@ -30,7 +30,7 @@ JSON = '{"name": "find", "arguments": {"city": "a } \\" b{", "more": [1, {"x": [
 FOUND = ["call", "find", '{"city": "a } \\" b{", "more": [1, {"x": []}]}']
 OSLO, NEWS = ["call", "find", '{"city": "Oslo"}'], ["call", "news.top", "{}"]
 
-CASES: list[tuple[ToolParser, ReasoningParser, str, Heard]] = [
+CASES: list[tuple[ToolParser, ReasoningParser, str, Collected]] = [
     (T.HERMES, R.NONE, "just <b> words <tool", [["said", "just <b> words <tool"]]),
     (
         T.HERMES,
@@ -226,7 +226,9 @@ def _reading(tool: ToolParser, reasoning: ReasoningParser) -> AnswerReader:
 
 
 @pytest.mark.parametrize(("tool", "reasoning", "text", "expected"), CASES)
-def test_each_form_is_read(tool: ToolParser, reasoning: ReasoningParser, text: str, expected: Heard) -> None:
+def test_each_form_is_read(
+    tool: ToolParser, reasoning: ReasoningParser, text: str, expected: Collected
+) -> None:
     """Calls of offered tools are calls, reasoning is told apart, all else is text; letter by letter, too."""
     assert read(_reading(tool, reasoning), text) == expected
     assert read(_reading(tool, reasoning), text, range(1, len(text))) == expected

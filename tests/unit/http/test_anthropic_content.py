@@ -27,7 +27,7 @@ PIECES: list[Piece] = [
 ]
 
 
-def told(pieces: Sequence[Piece], *, shows_thinking: bool = True) -> tuple[list[Any], list[Any]]:
+def blocks_of(pieces: Sequence[Piece], *, shows_thinking: bool = True) -> tuple[list[Any], list[Any]]:
     """Return the events of pieces that come one by one, and the blocks at the end."""
     content = Content(shows_thinking=shows_thinking)
     events = [event for piece in pieces for event in content.take([piece])]
@@ -64,7 +64,7 @@ def added_up(events: Sequence[Any]) -> list[Any]:
 
 def test_blocks_are_of_one_kind_each() -> None:
     """Thinking, text and calls; spaces alone are no text, and those before one are a part of it."""
-    events, blocks = told(PIECES)
+    events, blocks = blocks_of(PIECES)
     assert blocks == [
         {"type": "thinking", "thinking": "I look.", "signature": signature_of("I look.")},
         {"type": "text", "text": "\n\nThe sky. "},
@@ -77,15 +77,15 @@ def test_blocks_are_of_one_kind_each() -> None:
 def test_a_stream_adds_up_at_any_end() -> None:
     """Also within a call, of which there is as much as came."""
     for size in range(len(PIECES) + 1):
-        events, blocks = told(PIECES[:size])
+        events, blocks = blocks_of(PIECES[:size])
         assert added_up(events) == blocks
-    assert told(PIECES[:8])[1][-1]["input"] == {}
-    assert told([TextPiece(" "), TextPiece("\n")]) == ([], [])
+    assert blocks_of(PIECES[:8])[1][-1]["input"] == {}
+    assert blocks_of([TextPiece(" "), TextPiece("\n")]) == ([], [])
 
 
 def test_thinking_may_be_left_out() -> None:
     """Its block comes with a signature and without its text."""
-    events, [thinking, *_] = told(PIECES, shows_thinking=False)
+    events, [thinking, *_] = blocks_of(PIECES, shows_thinking=False)
     assert thinking == {"type": "thinking", "thinking": "", "signature": signature_of("I look.")}
     assert added_up(events)[0] == thinking
 

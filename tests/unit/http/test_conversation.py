@@ -24,7 +24,7 @@ from loramux_shared.parsers import ReasoningParser, ToolParser
 from tests.golden.openai.script import Case, Scripted
 from tests.support.family_templates import FAMILIES
 from tests.support.generations import change_deployed
-from tests.support.readings import Heard, collected
+from tests.support.readings import Collected, collected
 from tests.support.tokens import VOCAB, write_tokenizer
 
 FIND = {"type": "function", "function": {"name": "find", "parameters": {"type": "object", "properties": {}}}}
@@ -62,7 +62,7 @@ class Speaks(Scripted):
         yield AnswerFinished(EndReason.STOP, "", len(tokens), 0, 1)
 
 
-async def ask(service: Speaks, **fields: Any) -> Heard:
+async def ask(service: Speaks, **fields: Any) -> Collected:
     """Return what an answer says."""
     body = ChatBody.model_validate_json(json.dumps({"model": "tiny", "messages": [USER]} | fields))
     pieces: list[Piece] = []

@@ -39,3 +39,12 @@ def test_a_docstring_is_a_sentence(doc: str, refused: bool) -> None:
     """A docstring that begins with a refused word, or has no full stop, is refused with its line."""
     found = list(words.fragments_in("some.py", f'def f():\n    """{doc}"""\n'))
     assert [match.line for match in found] == [1] * refused
+
+
+@pytest.mark.parametrize(
+    "code", ["said = 1", "def f(said): ...", "def _said(): ...", "[0 for said in ()]", "class Said: ..."]
+)
+def test_a_name_says_what_a_thing_is(code: str) -> None:
+    """A refused name is found where it is bound; a longer one, an attribute and a keyword are not."""
+    assert [match.line for match in words.names_in("some.py", code)] == [1]
+    assert not list(words.names_in("some.py", "what_was_said = it.said = f(said=1)"))

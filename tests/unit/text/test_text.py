@@ -88,10 +88,10 @@ def test_special_tokens_that_are_shown_are_in_the_text() -> None:
     printed = {
         stated: detokenizer.push(answer)
         for stated in ((), ("[CALL]", "[NONE]", "x"))
-        if (detokenizer := text.detokenizer([], shown=stated))
+        if (detokenizer := text.detokenizer([], visible=stated))
     }
     assert printed == {(): "\u00e9x", ("[CALL]", "[NONE]", "x"): "\u00e9[CALL]x"}
-    everything = text.detokenizer([], skip_special_tokens=False, shown=("[CALL]",))
+    everything = text.detokenizer([], skip_special_tokens=False, visible=("[CALL]",))
     assert everything.push(answer) == "\u00e9[CALL]x[END]"
 
 
