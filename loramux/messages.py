@@ -127,7 +127,7 @@ def _limits_fields(message: pb.Limits) -> dict[str, Any]:
 def _require_distinct(kind: str, named: Collection[pb.Adapter] | Collection[pb.Alias]) -> None:
     counted = Counter(item.name for item in named)
     if twice := sorted(name for name, count in counted.items() if count > 1):
-        raise DeploymentInvalid(f"{kind} names must be distinct; given twice: {listed(twice)}")
+        raise DeploymentInvalid(f"{kind} names must be distinct, found twice: {listed(twice)}")
 
 
 def adapters_from_message(messages: Collection[pb.Adapter]) -> dict[str, dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Find words and names that the project does not use, and docstrings that are no sentences, by scripts/words.toml.
+"""Find refused words and names, and docstrings that are no sentences, by scripts/words.toml.
 
 A word is found in documents, comments, messages and help texts, and as a part of an identifier.
 With --count, print how often each word occurs, exceptions included.

@@ -272,8 +272,8 @@ class Builds(BuildViews):
             raise BuildCancelled(CANCELLED)
         if first.entry.attempt > MAX_ATTEMPTS:
             raise InternalFault(
-                f"the builder stopped {MAX_ATTEMPTS} times during this build, which was given up. "
-                "Look into the builder's log, then build again."
+                f"the builder stopped {MAX_ATTEMPTS} times during this build, so it was abandoned. "
+                "Check the builder's log, then build again."
             )
         await first.wait_for(self._slots)
         entry, progress = first.entry, first.progress

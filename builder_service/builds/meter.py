@@ -64,8 +64,8 @@ class BuildMeter:
         host, _, port = address.rpartition(":")
         if address.startswith("unix:") or not (insecure or is_local(address)):
             raise SettingsInvalid(
-                f"LORAMUX_METRICS={address}: metrics ask for no key, so expected HOST:PORT of this machine's "
-                "loopback, or LORAMUX_INSECURE=1 beside it."
+                f"LORAMUX_METRICS={address}: metrics require no key, so expected a loopback HOST:PORT, "
+                "or LORAMUX_INSECURE=1, too."
             )
         try:
             server = MetricsServer(host.strip("[]"), int(port), self._registry)

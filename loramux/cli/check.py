@@ -141,7 +141,7 @@ async def _private(
 ) -> None:
     for folder in local_roots:
         if not folder.is_dir():
-            found = "that is a file, and no folder" if folder.exists() else "there is no such folder here"
+            found = "a file, not a folder" if folder.exists() else "no such folder on this machine"
             raise RepoNotFound(f"LOCAL {folder}: {found}")
     address = free_address()
     argv = builder_command(f"file://{tree.folder / 'store'}", address, local_roots)

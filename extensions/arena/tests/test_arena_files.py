@@ -74,7 +74,7 @@ def test_files_that_ask_nothing(tmp_path: Path) -> None:
     """No file, no text and no lines have messages of their own."""
     (tmp_path / "binary").write_bytes(b"\xff")
     (tmp_path / "empty").write_text("\n")
-    for name, reported in (("none", "No such file"), ("binary", "no UTF-8"), ("empty", "asks nothing")):
+    for name, reported in (("none", "No such file"), ("binary", "not UTF-8"), ("empty", "asks nothing")):
         with pytest.raises(RequestInvalid, match=reported):
             read_questions(tmp_path / name)
 

@@ -160,7 +160,7 @@ def test_a_replica_has_one_place_on_both_rings() -> None:
     ("words", "expected"),
     [
         (("http://a",), "not a replica: expected HOST, HOST:GRPC_PORT or HOST:GRPC_PORT:HTTP_PORT"),
-        (("a:b",), "'a:b' is no replica"),
+        (("a:b",), "'a:b' is not a replica"),
         (("a:70000",), "expected ports from 1 to 65535, found 70000"),
         (("a", "a"), "a:50052 is named twice"),
         (("a:1:1",), "a:1 is named twice"),

@@ -70,7 +70,7 @@ class BucketSource:
         with self._opened(repository) as (bucket, prefix):
             files = self._patience.call(attempt, progress)
         if not files:
-            raise RepoNotFound(f"{name}: nothing is there. {_hint(repository, self._secrets)}")
+            raise RepoNotFound(f"{name}: no objects found. {_hint(repository, self._secrets)}")
         return Resolved(repository, files)
 
     def fetch(
@@ -117,7 +117,7 @@ class BucketSource:
         if missing := missing_files(cache, folder, files):
             resolved = self.resolve(repository, progress)
             if gone := sorted(name for name in missing if name not in resolved.files):
-                raise RepoNotFound(f"{_name(repository)}: {', '.join(gone[:3])} is gone. Restore it.")
+                raise RepoNotFound(f"{_name(repository)}: {', '.join(gone[:3])} was removed. Restore it.")
             room(resolved.size(missing))
             self.fetch(resolved, missing, folder, progress)
         return folder

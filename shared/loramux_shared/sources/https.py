@@ -195,7 +195,7 @@ def _translated(name: str) -> Iterator[None]:
 def _answered(response: HTTPResponse, name: str) -> Fault:
     status = response.status
     if status in {404, 410}:
-        return RepoNotFound(f"REMOTE_URL {name}: nothing is there ({status}). Correct the address.")
+        return RepoNotFound(f"REMOTE_URL {name}: not found ({status}). Correct the address.")
     if status in {400, 401, 403}:
         return RepoGated(f"REMOTE_URL {name}: refused ({status}). Signed addresses expire: make a new one.")
     message = f"REMOTE_URL {name}: answered with status {status}"

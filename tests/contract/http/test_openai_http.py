@@ -146,7 +146,7 @@ async def test_a_body_that_is_no_json_is_refused(api: OpenAIApi) -> None:
     headers = {"content-type": "application/json"}
     response = await api.http.post(CHAT, content=b'{"model": ', headers=headers)
     assert response.status_code == 400
-    assert "no JSON" in _error(response)["message"]
+    assert "not JSON" in _error(response)["message"]
     response = await api.http.post(CHAT, content=b"\xff\xfe", headers=headers)
     assert response.status_code == 400
 

@@ -172,7 +172,7 @@ async def test_what_leaves_nothing_is_refused_by_name(api: OpenAIApi) -> None:
     assert await refusal(api, allowed_token_ids=[5], bad_words=['"']) == expected
     answer = await api.post(PLAIN, **body(PLAIN, allowed_token_ids=[5], bad_words=['"' * 9], n=2))
     assert answer.json()["error"]["param"] == "allowed_token_ids"
-    assert "none behind 8 tokens" in answer.json()["error"]["message"]
+    assert "none after 8 tokens" in answer.json()["error"]["message"]
     await api.until_free()
     assert await texts(api, allowed_token_ids=[5], bad_words=['"' * 13]) == ['"' * 12]
 

@@ -166,7 +166,7 @@ def test_only_the_named_files_are_fetched(cloud, tmp_path):
     assert list(below.files) == ["adapter_config.json"]
     source.fetch(below, ["adapter_config.json"], tmp_path / "below")
     assert (tmp_path / "below" / "adapter_config.json").read_bytes() == b'{"r": 5}'
-    with pytest.raises(RepoNotFound, match="nothing is there"):
+    with pytest.raises(RepoNotFound, match="no objects found"):
         source.resolve(cloud.repo(subfolder="check"))
 
 

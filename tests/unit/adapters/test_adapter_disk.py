@@ -144,7 +144,7 @@ def test_what_is_put_while_the_folder_is_counted_counts(store, folder, monkeypat
             tidies.set()
         make_room(added)
 
-    monkeypatch.setattr(disk, "_kept", slow)
+    monkeypatch.setattr(disk, "_cached_files", slow)
     monkeypatch.setattr(disk, "_make_room", tidy)
     sweep = threading.Thread(target=disk.sweep)
     sweep.start()

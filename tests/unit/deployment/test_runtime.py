@@ -100,7 +100,7 @@ def test_an_alias_comes_once_in_a_message() -> None:
     message = deployment_to_message(parsed({}))
     for weight in (1, 2):
         message.aliases.append(pb.Alias(name="a", weights={"d": weight}))
-    with pytest.raises(DeploymentInvalid, match="alias names must be distinct; given twice: a"):
+    with pytest.raises(DeploymentInvalid, match="alias names must be distinct, found twice: a"):
         deployment_from_message(message)
 
 

@@ -78,7 +78,7 @@ def test_what_is_no_json_is_said_without_a_parameter(body: str) -> None:
     """A body that cannot be parsed has no parameter to name."""
     error = _error(ChatBody, body)
     assert error["param"] is None
-    assert "no JSON" in error["message"]
+    assert "not JSON" in error["message"]
 
 
 @pytest.mark.parametrize("body", ["[]", "3", "null", '"x"'])

@@ -41,9 +41,7 @@ def test_a_docstring_is_a_sentence(doc: str, refused: bool) -> None:
     assert [match.line for match in found] == [1] * refused
 
 
-@pytest.mark.parametrize(
-    "code", ["said = 1", "def f(said): ...", "def _said(): ...", "[0 for said in ()]", "class Said: ..."]
-)
+@pytest.mark.parametrize("code", ["said = 1", "def f(said): ...", "def _said(): ...", "class Said: ..."])
 def test_a_name_says_what_a_thing_is(code: str) -> None:
     """A refused name is found where it is bound; a longer one, an attribute and a keyword are not."""
     assert [match.line for match in words.names_in("some.py", code)] == [1]

@@ -92,7 +92,7 @@ def test_a_text_that_cannot_fit_is_told_after_its_first_slices() -> None:
 
 def test_half_a_character_is_no_prompt() -> None:
     """A lone surrogate is named, not a failure."""
-    with pytest.raises(RequestInvalid, match="half a character"):
+    with pytest.raises(RequestInvalid, match="lone surrogate"):
         TEXT.encode_prompt("\ud800", 9)
 
 

@@ -82,7 +82,7 @@ def test_one_bad_address_refuses_the_name():
         guard("1.1.1.1", "10.0.0.1").addresses("host", 443)
     with pytest.raises(SourceRefused, match="cannot be read"):
         guard("fe80::1%no such zone%").addresses("host", 443)
-    with pytest.raises(SourceUnavailable, match="no address"):
+    with pytest.raises(SourceUnavailable, match="does not resolve"):
         guard().addresses("host", 443)
 
 

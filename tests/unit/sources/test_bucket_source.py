@@ -149,7 +149,7 @@ def test_the_cache_is_filled_with_what_it_lacks(tmp_path):
     assert bucket.reads == 1
     (folder / "b").unlink()
     del bucket.files["b"]
-    with pytest.raises(RepoNotFound, match="b is gone"):
+    with pytest.raises(RepoNotFound, match="b was removed"):
         one.place(pinned, files, tmp_path, lambda _: None)
 
 
