@@ -179,7 +179,7 @@ class Clients:
         await self.kinds[name][1]()
         self._tally.kinds[name] += 1
 
-    def _body((self, most: int = 48) -> dict[str, Any]:
+    def _body(self, most: int = 48) -> dict[str, Any]:
         words = " ".join(f"w{self._draw.randrange(10, 90)}" for _ in range(self._draw.randint(1, 60)))
         model = self._draw.choice(("base", *ADAPTERS))
         return {"model": model, "prompt": words, "max_tokens": self._draw.randint(1, most)}
@@ -197,9 +197,7 @@ class Clients:
 
     async def http_stream(self) -> None:
         """Read events to the last."""
-        async with self._web.stream(
-            "POST", "/v1/completions", json=self._body() | {"stream": True}
-        ) as answer:
+        async with self._web.stream("POST", "/v1/completions", json=self._body() | {"stream": True}) as answer:
             text = (await answer.aread()).decode()
         self._count(answer.status_code, entered=True)
         if not text.endswith("data: [DONE]\n\n"):

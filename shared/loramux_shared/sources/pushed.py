@@ -61,6 +61,6 @@ class PushedSource:
 def _gone(repository: Repository) -> NoReturn:
     at = f" at {repository.revision}" if repository.revision else ""
     raise RepoNotFound(
-        f"PUSHED {repository.label}{at}: its files are not stored, and the served generation has no complete bundle of it "
-        "for this base and these settings. Push it again."
+        f"PUSHED {repository.label}{at}: its files are not stored, and the served generation has no complete "
+        "bundle of it for this base and these settings. Push it again."
     )
