@@ -287,7 +287,7 @@ def test_what_a_client_cannot_use(certificates: Certificates) -> None:
     for fields, stated in (
         ({"tls_ca": certificates.folder / "none"}, "none: No such file"),
         ({"client_cert": certificates.server.cert}, "LORAMUX_CLIENT_CERT and _KEY"),
-        ({"api_key": "lmx_a\nb"}, "characters that no key has"),
+        ({"api_key": "lmx_a\nb"}, "characters that are not allowed in a key"),
     ):
         with (
             Client("grpcs://127.0.0.1:1", **(NOBODY | fields)) as client,

@@ -152,7 +152,7 @@ async def test_what_stays_is_made_again_for_other_settings(world: World) -> None
     with pytest.raises(DeploymentInvalid, match=r"no files to make three for another.*--exact"):
         await world.build(world.deployment("one"))
     wide = wide.model_copy(update={"runtime": Runtime(served_model_name="Two")})
-    with pytest.raises(DeploymentInvalid, match=r"fit together.*does not name three, two"):
+    with pytest.raises(DeploymentInvalid, match=r"names conflict.*does not name three, two"):
         await world.build(wide)
     assert list(world.generation.adapters) == ["one", "three", "two"]
 
@@ -227,7 +227,7 @@ async def test_what_an_update_is_refused_for(world: World) -> None:
         await world.client.update("other", {"two": world.repository("two")})
     with pytest.raises(GenerationMismatch, match="expected generation 7, found 1"):
         await world.update("two", expected_generation=7)
-    with pytest.raises(DeploymentInvalid, match="fit together"):
+    with pytest.raises(DeploymentInvalid, match="names conflict"):
         await world.client.update("tiny", {"ONE": world.repository("two")})
     with pytest.raises(DeploymentInvalid):
         await world.client.update("tiny")
@@ -365,7 +365,7 @@ async def test_what_a_push_is_refused_for(world: World) -> None:
         await world.client.push("tiny", "empty", world.folder / "empty")
     with pytest.raises(DeploymentInvalid, match="name"):
         await world.client.push("tiny", "no/name", world.folder / "two")
-    with pytest.raises(DeploymentInvalid, match="fit together"):
+    with pytest.raises(DeploymentInvalid, match="names conflict"):
         await world.client.push("tiny", "TINY", world.folder / "two")
     with pytest.raises(GenerationMismatch):
         await world.client.push("tiny", "two", world.folder / "two", expected_generation=9)
