@@ -139,11 +139,11 @@ class Changes:
         must_be_new: bool = False,
         request_id: str | None = None,
     ) -> Steps[DeploymentInfo]:
-        """Start an update: adapters come in, take the place of others, or leave; returns at once.
+        """Start an update, which adds, replaces and removes adapters; returns at once.
 
-        Updates of one deployment take turns, and those that wait become one generation: watch with the
-        request_id for the end of this one. With expected_generation it is refused where another one is the
-        newest, with must_be_new where one of the adapters to add is there.
+        Updates of one deployment run one after the other, and waiting ones become one generation: watch with
+        the request_id for the end of this one. It is refused if expected_generation is not the newest, or, with
+        must_be_new, if an adapter to add exists.
         """
         request = _update_request(name, add or {}, remove, expected_generation, must_be_new, request_id)
         answer = yield Ask("builder", "UpdateDeployment", request, self.timeout_s)
@@ -158,14 +158,14 @@ class Changes:
         expected_generation: int | None = None,
         timeout_s: float | None = PUSH_TIMEOUT_S,
     ) -> Steps[PushInfo]:
-        """Send an adapter that lies nowhere; returns when the generation is published in which it is."""
+        """Upload an adapter; returns when its generation is published."""
         messages = _messages(deployment, name, expected_generation, files)
         return push_of((yield Ask("builder", "PutAdapter", messages, timeout_s)))
 
     def rollback(
         self, name: str, to: int | None = None, *, expected_generation: int | None = None
     ) -> Steps[RollbackInfo]:
-        """Serve the content of an older generation again; of the one before the newest when not given."""
+        """Publish an older generation again; by default the one before the newest."""
         request = _rollback_request(name, to, expected_generation)
         return rollback_of((yield Ask("builder", "RollbackDeployment", request, self.timeout_s)))
 

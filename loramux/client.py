@@ -119,8 +119,8 @@ class Services:
     ) -> Steps[DeploymentInfo]:
         """Start a build; returns at once. Repeating it is safe.
 
-        Adapters that were added or pushed stay beside those of the deployment; with exact they leave. With
-        verify, every byte of the bundles that are kept is read back.
+        Adapters that were added or pushed stay, unless exact is true. With verify, every byte of kept bundles
+        is read back.
         """
         request = _build_request(deployment, request_id, verify, exact)
         return deployment_of((yield Ask("builder", "BuildDeployment", request, self.timeout_s)).deployment)
@@ -133,16 +133,16 @@ class Services:
         request_id: str | None = None,
         timeout_s: float | None = None,
     ) -> Stream[DeploymentInfo]:
-        """Stream a deployment's state: as it is, then every change, until ACTIVE or FAILED.
+        """Stream the state of a deployment: now, then every change, until ACTIVE or FAILED.
 
-        With follow it goes on for ever, and tells of every generation; adapters only while builds run. With the
+        With follow the stream has no end and has every generation, and adapters while builds run. With the
         request_id of a build or update, the states are those of that one, else those of the newest.
         """
         request = _watch_request(name, follow, request_id)
         return Stream("builder", "WatchDeployment", request, timeout_s, Watched().state_of)
 
     def cancel(self, name: str) -> Steps[DeploymentInfo]:
-        """Ask all builds of a deployment that run or wait to end; returns at once. Watch them to know how."""
+        """Cancel all builds of a deployment, running or waiting; returns at once. `watch` shows their end."""
         request = builder_pb2.CancelBuildRequest(name=name)
         return deployment_of((yield Ask("builder", "CancelBuild", request, self.timeout_s)).deployment)
 
@@ -173,8 +173,8 @@ class Services:
     ) -> Steps[AdapterReport]:
         """Check an adapter against a base as a build would; nothing is written.
 
-        signed_by are those who may have signed it: PEM, or ``sigstore:ISSUER#IDENTITY``; nobody: any may.
-        Both may be words, see `loramux_shared.spelling`: ``"org/name@main"``, ``"./folder"``, ``"s3://bucket/prefix"``.
+        signed_by names the required signers: PEM, or ``sigstore:ISSUER#IDENTITY``; empty: none is required.
+        Repositories may be text: ``"org/name@main"``, ``"./folder"``, ``"s3://bucket/prefix"``.
         """
         request = _check_request(adapter, base, lora, signed_by)
         return report_of((yield Ask("builder", "CheckAdapter", request, timeout_s)).report)

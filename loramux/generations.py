@@ -21,7 +21,7 @@ class ChangeKind(StrEnum):
 
 @dataclass(frozen=True)
 class AdapterChange:
-    """An adapter that is otherwise than in the generation before."""
+    """A change of an adapter between two generations."""
 
     name: str
     kind: ChangeKind

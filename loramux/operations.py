@@ -135,7 +135,7 @@ class AdapterMethods:
         return adapter_of((yield Ask("adapters", "PinAdapter", request, self.timeout_s)).adapter)
 
     def unpin(self, name: str) -> Steps[AdapterStatus]:
-        """Let a name leave when others need its place."""
+        """Allow a name to be evicted again."""
         request = pb.UnpinAdapterRequest(name=name)
         return adapter_of((yield Ask("adapters", "UnpinAdapter", request, self.timeout_s)).adapter)
 
@@ -147,22 +147,22 @@ class AdapterMethods:
         return adapter_of((yield Ask("adapters", "LoadAdapter", request, timeout_s)).adapter)
 
     def unload(self, name: str, *, timeout_s: float | None = BUILD_TIMEOUT_S) -> Steps[None]:
-        """Take a name away; requests under way end on the version that they began with."""
+        """Remove a name; running requests end on the version that they began with."""
         yield Ask("adapters", "UnloadAdapter", pb.UnloadAdapterRequest(name=name), timeout_s)
 
     def rollback_replica(
         self, to: int | None = None, *, timeout_s: float | None = BUILD_TIMEOUT_S
     ) -> Steps[int]:
-        """Have an older generation published again; return its new number once this replica serves it."""
+        """Publish an older generation again; returns its new number once this replica serves it."""
         answer = yield Ask("adapters", "RollbackReplica", pb.RollbackReplicaRequest(to=to), timeout_s)
         return int(answer.generation)
 
     def replica(self) -> Steps[ReplicaStatus]:
-        """Say how the replica is."""
+        """Return the state of the replica."""
         return replica_of((yield Ask("adapters", "GetReplica", pb.GetReplicaRequest(), self.timeout_s)).replica)
 
     def watch_replica(self, *, timeout_s: float | None = None) -> Stream[ReplicaStatus]:
-        """Stream how the replica is: at once, then every change."""
+        """Stream the state of the replica: now, then every change."""
         request = pb.WatchReplicaRequest()
         return Stream(
             "adapters", "WatchReplica", request, timeout_s, lambda message: replica_of(message.replica)

@@ -226,7 +226,7 @@ Event: TypeAlias = Started | PromptLogprobs | Delta | Finished
 
 @dataclass(frozen=True)
 class Choice:
-    """One whole answer of n."""
+    """One of n answers."""
 
     text: str
     token_ids: tuple[int, ...]
@@ -368,7 +368,7 @@ class RowReport:
 
 @dataclass(frozen=True)
 class AdapterReport:
-    """Everything that is known about an adapter after its check."""
+    """The result of an adapter's check."""
 
     accepted: bool
     """True if a build would accept it."""

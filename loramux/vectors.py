@@ -181,7 +181,7 @@ class VectorMethods:
         timeout_s: float | None = None,
         **options: Unpack[EmbedOptions],
     ) -> Steps[Embeddings]:
-        """Return the vector of each input, of the base, an adapter or a mixture."""
+        """Return the vector of each input, by the base, an adapter or a blend."""
         request = embed_request(model, inputs, options)
         return embeddings_of((yield Stream("inference", "Embed", request, timeout_s, _message)))
 
@@ -193,7 +193,7 @@ class VectorMethods:
         timeout_s: float | None = None,
         **options: Unpack[ScoreOptions],
     ) -> Steps[Classifications]:
-        """Return how each input scores under an adapter with a score head."""
+        """Return the scores of each input by an adapter with a score head."""
         request = classify_request(model, inputs, options)
         return classifications_of((yield Stream("inference", "Classify", request, timeout_s, _message)))
 

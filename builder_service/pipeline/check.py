@@ -36,7 +36,7 @@ MAX_CONCURRENT: Final = 2
 
 @dataclass(frozen=True)
 class CheckedReport:
-    """Everything that is known about an adapter after its check."""
+    """The result of an adapter's check."""
 
     adapter: Repository
     """Repository with the resolved revision, where the files were fetched."""

@@ -86,7 +86,7 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
     async def GetReplica(  # noqa: N802 - grpc's name
         self, _request: pb.GetReplicaRequest, _context: grpc.aio.ServicerContext
     ) -> pb.GetReplicaResponse:
-        """Say how the replica is."""
+        """Return the state of the replica."""
         return pb.GetReplicaResponse(replica=replica_message(self._adapters.replica()))
 
     async def WatchReplica(  # noqa: N802 - grpc's name
