@@ -41,6 +41,7 @@ def collect(folder: Path) -> None:
             target = folder / path.relative_to(ROOT)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(path, target)
+    shutil.copy(ROOT / "docs" / "site.css", folder / "docs")
     notes = sorted((ROOT / "docs" / "decisions").glob("*.md"))
     titles = [note.read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ") for note in notes]
     lines = [f"- [{title}]({note.name})" for title, note in zip(titles, notes, strict=True)]

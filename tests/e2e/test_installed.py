@@ -9,19 +9,100 @@ import venv
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.support.root import ROOT
+from tests.support.tiny import World, make_world
 
-pytestmark = [pytest.mark.sweep, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.sweep, pytest.mark.timeout(1200)]
 TORCH = "INSTALL_TORCH"
 """Variable with which the extras that bring torch, some GB, are installed too."""
 NEEDS_TORCH = {"inference", "gpu", "ray", "vllm_grpc", "demo", "train", "trl", "test"}
-COMMANDS = {
-    "store": "import loramux_shared.storage.s3",
-    "otel": "import opentelemetry.sdk.trace",
-} | dict.fromkeys(("gcs", "azure", "signing"), "import loramux")
-"""What an extra is tried with, where it does not bring the command line."""
 EXTRAS = sorted(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"])
+NO_SERVER = """
+import subprocess, sys
+words = [sys.argv[1] + "/loramux", "--grpc=127.0.0.1:1"]
+done = subprocess.run([*words[:1], *COMMAND, *words[1:]], capture_output=True, text=True)
+assert (done.returncode, "SERVER_UNAVAILABLE" in done.stderr) == (3, True), done
+"""
+SERVE = """
+import json, subprocess, sys, loramux
+command = [sys.argv[1] + "/loramux", "up", sys.argv[2] + "/tiny.yaml", "--json"]
+ports = [f"--{name}=127.0.0.1:0" for name in ("http", "grpc", "builder")]
+up = subprocess.Popen([*command, *ports, f"--local-root={sys.argv[2]}"], stdout=subprocess.PIPE, text=True)
+try:
+    lines = (json.loads(line) for line in up.stdout)
+    address = next(line["inference"] for line in lines if "inference" in line)
+    with loramux.Client(address) as client:
+        assert len(client.complete("wide", [5, 6, 7], max_tokens=4, ignore_eos=True).tokens) == 4
+finally:
+    up.terminate()
+    up.wait()
+"""
+ACTS = {
+    "": """
+import loramux
+try:
+    loramux.Client("127.0.0.1:1").complete("a", "b")
+except loramux.ServerUnavailable as fault:
+    assert "127.0.0.1:1" in str(fault)
+""",
+    "cli": """
+import json, subprocess, sys
+command = [sys.argv[1] + "/loramux", "keys", "new", "--scope", "infer", "--json"]
+assert json.loads(subprocess.run(command, capture_output=True, check=True).stdout)["key"].startswith("lmx_")
+""",
+    "store": """
+import sys
+from loramux_shared.storage.open import open_store
+store = open_store(f"file://{sys.argv[2]}/store")
+store.put("a/b", b"c")
+assert store.get("a/b") == b"c"
+assert open_store("s3://bucket/prefix").uri == "s3://bucket/prefix"
+""",
+    "otel": """
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+with TracerProvider().get_tracer("a").start_as_current_span("b") as span:
+    assert span.get_span_context().is_valid
+OTLPSpanExporter()
+""",
+    "gcs": "import google.auth.credentials, requests; google.auth.credentials.AnonymousCredentials()",
+    "azure": """
+from azure.storage.blob import ContainerClient
+assert ContainerClient("https://a.blob.core.windows.net", "b").container_name == "b"
+""",
+    "signing": """
+import sys
+from pathlib import Path
+from loramux_shared.signing.folder import verify_folder
+from loramux_shared.signing.openssf import SigningKey, public_key, sign_folder
+from cryptography.hazmat.primitives import serialization as form
+from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, generate_private_key
+folder, key = Path(sys.argv[2]) / "wide", Path(sys.argv[2]) / "key.pem"
+form_of_key = form.Encoding.PEM, form.PrivateFormat.PKCS8, form.NoEncryption()
+key.write_bytes(generate_private_key(SECP256R1()).private_bytes(*form_of_key))
+(key.parent / "model.sig").write_bytes(sign_folder(folder, SigningKey(key)))
+verify_folder(folder, key.parent / "model.sig", [public_key(SigningKey(key))])
+""",
+    "builder": """
+import subprocess, sys
+command = [sys.argv[1] + "/loramux", "check", sys.argv[2] + "/wide", "--base", sys.argv[2] + "/base"]
+assert "accepted" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
+""",
+    "envoy": """
+import subprocess, sys
+command = [sys.argv[1] + "/loramux", "envoy", "10.0.0.4"]
+assert "static_resources" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
+""",
+    "arena": f"COMMAND = ['arena', '--models=a', sys.argv[2] + '/tiny.yaml']\n{NO_SERVER}",
+    "bench": f"COMMAND = ['bench', '--plot=' + sys.argv[2] + '/plot.png']\n{NO_SERVER}",
+    "docs": "import mkdocs.__main__, material; mkdocs.__main__.cli(['--version'])",
+} | dict.fromkeys(NEEDS_TORCH, SERVE)
+"""What each extra is tried with: Python whose arguments are its bin/ and the folder of a tiny base."""
+
+
+WITHOUT_COMMANDS = {"", "store", "otel", "gcs", "azure", "signing", "docs"}
 
 
 def run(*command: str | Path) -> str:
@@ -52,6 +133,14 @@ def distributions(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "dist"
 
 
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    """Make a tiny base, adapters and a deployment file."""
+    world = make_world(tmp_path_factory.mktemp("world"))
+    (world.root / "tiny.yaml").write_text(yaml.safe_dump(world.deployment().model_dump(mode="json")))
+    return world
+
+
 def test_a_release_has_an_sdist_and_a_wheel(distributions: Path) -> None:
     """Both have the version of the project."""
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
@@ -61,15 +150,16 @@ def test_a_release_has_an_sdist_and_a_wheel(distributions: Path) -> None:
 
 
 @pytest.mark.parametrize("extra", ["", *EXTRAS])
-def test_a_wheel_works_in_an_empty_environment(extra: str, distributions: Path, tmp_path: Path) -> None:
-    """The extra installs and works: the client alone, the command line, or the packages of a source."""
+def test_a_wheel_works_in_an_empty_environment(
+    extra: str, distributions: Path, world: World, tmp_path: Path
+) -> None:
+    """The extra installs, and does what it is for, beside nothing but its own packages."""
     if extra in NEEDS_TORCH and TORCH not in os.environ:
         pytest.skip(f"{TORCH}=1 installs torch too")
     [wheel] = distributions.glob("*.whl")
     python = environment_in(tmp_path / "venv")
     run(python, "-m", "pip", "install", "--quiet", f"{wheel}[{extra}]" if extra else wheel)
     run(python, "-m", "pip", "check")
-    if (python.parent / "loramux").exists() and extra not in ("", *COMMANDS, "docs"):
+    if extra not in WITHOUT_COMMANDS:
         assert "doctor" in run(python.parent / "loramux", "--help")
-    else:
-        run(python, "-c", COMMANDS.get(extra, "import loramux; loramux.Client().close()"))
+    run(python, "-I", "-c", ACTS[extra], python.parent, world.root)
