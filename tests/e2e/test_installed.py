@@ -41,10 +41,10 @@ finally:
 """
 ACTS = {
     "": """
-import loramux
+import loramux.faults
 try:
     loramux.Client("127.0.0.1:1").complete("a", "b")
-except loramux.ServerUnavailable as fault:
+except loramux.faults.ServerUnavailable as fault:
     assert "127.0.0.1:1" in str(fault)
 """,
     "cli": """
@@ -95,8 +95,8 @@ import subprocess, sys
 command = [sys.argv[1] + "/loramux", "envoy", "10.0.0.4"]
 assert "static_resources" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
 """,
-    "arena": f"COMMAND = ['arena', '--models=a', sys.argv[2] + '/tiny.yaml']\n{NO_SERVER}",
-    "bench": f"COMMAND = ['bench', '--plot=' + sys.argv[2] + '/plot.png']\n{NO_SERVER}",
+    "arena": f"import sys\nCOMMAND = ['arena', '--models=a', sys.argv[2] + '/tiny.yaml']\n{NO_SERVER}",
+    "bench": f"import sys\nCOMMAND = ['bench', '--plot=' + sys.argv[2] + '/plot.png']\n{NO_SERVER}",
     "docs": "import mkdocs.__main__, material; mkdocs.__main__.cli(['--version'])",
 } | dict.fromkeys(NEEDS_TORCH, SERVE)
 """What each extra is tried with: Python whose arguments are its bin/ and the folder of a tiny base."""
