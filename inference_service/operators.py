@@ -1,4 +1,4 @@
-"""A replica that follows its deployment, and what its builder tells of it."""
+"""A replica that follows its deployment, and the news of its builder."""
 
 from __future__ import annotations
 

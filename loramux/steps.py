@@ -76,7 +76,7 @@ class Blocking:
 
 
 class Awaiting:
-    """Asks, and lets the event loop go on."""
+    """Ask without blocking the event loop."""
 
     _target: Callable[[Service], str]
     _calls: Callable[[Service], Any]

@@ -36,7 +36,7 @@ class News:
                 del self._listeners[name]
 
     def tell(self, name: str) -> None:
-        """Say that something happened to a deployment."""
+        """Notify the watchers of a deployment."""
         for event in self._listeners.get(name, ()):
             event.set()
 

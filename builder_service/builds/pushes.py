@@ -70,7 +70,7 @@ class Pushes:
     """Takes pushed adapters. Lives on the event loop; everything that blocks runs in threads."""
 
     def __init__(self, context: BuildContext, published: Callable[[str], Awaitable[None]]) -> None:
-        """Tell published about each deployment that has another generation."""
+        """Call published for each deployment with a new generation."""
         self._context = context
         self._published = published
         self._pool = ThreadPoolExecutor(RUNNING, "push")
@@ -168,7 +168,7 @@ async def _receive(
 async def _until_done(
     making: Future[tuple[BuildResult, AdapterRecord]], shop: Workshop
 ) -> tuple[BuildResult, AdapterRecord]:
-    """Wait for a thread; where nobody waits any more, until it has noticed: its folder goes then."""
+    """Wait for a thread; if the caller is cancelled, until the thread has noticed, for its folder is removed then."""
     waiting = asyncio.wrap_future(making)
     try:
         return await asyncio.shield(waiting)

@@ -231,7 +231,7 @@ def _parse(key: str, fused: frozenset[str], experts: bool) -> ParsedKey:
 
 
 def _full_key(full: re.Match[str], name: str, fused: Set[str]) -> ParsedKey:
-    """Tell a bias of a module that adapters may have, and take the rest for a copy of the base's."""
+    """Recognize a bias of a module that adapters may have; the rest counts as a copy of the base's."""
     bias = _BIAS.fullmatch(name)
     if bias is not None and not is_embedding(name):
         key = _lora_key(bias, fused, "bias" if bias["wrapped"] else "bare_bias")

@@ -131,7 +131,7 @@ def _files_bytes(checked: CheckedAdapter, dtype: Dtype) -> int:
 
 
 class Checks:
-    """Checks as a service: in threads, so many at once, stopped when nobody waits for them any more."""
+    """Checks as a service: in threads, a bounded number at once, stopped when the caller is gone."""
 
     def __init__(self, context: BuildContext) -> None:
         self._context = context

@@ -226,5 +226,5 @@ def fetch_adapter(listed: ListedAdapter, folder: Path, progress: Progress) -> Fe
 
 
 def recorded(repository: Repository) -> Repository:
-    """Return what the generation says about an adapter's origin: nobody fetches it again from there."""
+    """Return the origin of an adapter as the generation records it; nothing is fetched from there again."""
     return repository.model_copy(update={"repo": repository.label})

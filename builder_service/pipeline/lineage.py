@@ -1,4 +1,4 @@
-"""Lineage: what a hub says that bases were made from, where their names do not tell."""
+"""Lineage: what bases were made from, by the hub, where their names do not show it."""
 
 from __future__ import annotations
 

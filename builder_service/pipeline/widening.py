@@ -103,6 +103,6 @@ class Widener:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """End the process, which also ends by itself when nobody can ask it any more."""
+    """End the process, which also ends by itself when its stdin is closed."""
     process.kill()
     process.communicate()

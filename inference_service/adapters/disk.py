@@ -152,7 +152,7 @@ class DiskTier:
 
     @contextmanager
     def _writing(self) -> Iterator[Path]:
-        """Yield a locked folder that is gone afterwards, unless it was renamed."""
+        """Yield a locked folder that is removed afterwards, unless it was renamed."""
         part = Path(tempfile.mkdtemp(prefix=PART, dir=self._folder))
         descriptor = os.open(part, os.O_RDONLY | os.O_DIRECTORY)
         try:
@@ -253,7 +253,7 @@ def _size_of(folder: Path) -> int:
 
 
 def _abandoned(part: Path) -> bool:
-    """True when nobody holds the lock of a folder: its writer ended without renaming or removing it."""
+    """True if the lock of a folder is free: its writer ended without renaming or removing it."""
     descriptor = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -119,7 +119,7 @@ class Follower:
             await self._look()
 
     def nudge(self) -> None:
-        """Look soon: somebody says that there is a newer generation. To be called on the event loop."""
+        """Look soon, since a newer generation was announced. To be called on the event loop."""
         self._nudged.set()
 
     async def catch_up(self, number: int) -> None:

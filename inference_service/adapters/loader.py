@@ -120,7 +120,7 @@ class AdapterLoader(Generic[P]):
             _tell(done, outcome, tier)
 
     def _ended(self, future: Future[None], digest: str) -> None:
-        """Let nobody wait for work that was cancelled."""
+        """Resolve the waiters of cancelled work."""
         future.add_done_callback(lambda ended: self._finish(digest, _stopped()) if ended.cancelled() else None)
 
 

@@ -46,7 +46,7 @@ class AdapterResidency(Protocol):
         ...
 
     def prefetch(self, adapter: Adapter) -> None:
-        """Load an adapter if there is room that nobody has."""
+        """Load an adapter if there is free room."""
         ...
 
     def drop(self, adapter: Adapter) -> None:

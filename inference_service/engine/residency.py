@@ -150,7 +150,7 @@ class Residency(Generic[P]):
         return Presence.STARVED if entry is not None and entry.starved else Presence.ABSENT
 
     def refusal(self, adapter: Adapter) -> Fault | None:
-        """Return why an adapter's last load failed, as long as nobody is to try again."""
+        """Return why an adapter's last load failed, until it may be retried."""
         entry = self._entries.get(adapter)
         return entry.fault if entry is not None and entry.retry_s > self._clock() else None
 
@@ -180,7 +180,7 @@ class Residency(Generic[P]):
             self._reconsider(self._entries[adapter])
 
     def prefetch(self, adapter: Adapter) -> None:
-        """Load an adapter that nobody asked for yet, if there is room that nobody has."""
+        """Load an adapter before its first request, if there is free room."""
         entry = self._entry(adapter)
         entry.prefetched = entry.state is not AdapterState.RESIDENT
         self._consider(entry)
@@ -442,7 +442,7 @@ class Residency(Generic[P]):
         self._on_the_way -= 1
 
     def _fail(self, entry: AdapterEntry[P], fault: Fault) -> None:
-        """Note why a load failed; everybody who waits for it is ended, and nobody tries again for a while."""
+        """Note why a load failed; sequences that wait for it end, and a retry waits for a while."""
         self.changes += 1
         self._let_fall(entry)
         entry.fault, entry.prefetched = fault, False

@@ -56,7 +56,7 @@ class BankMemory(Protocol[P_in]):
     """The memory that steps read adapters from."""
 
     def copy(self, packed: P_in, offset: int) -> None:
-        """Write an adapter to bytes that nobody reads; on any thread."""
+        """Write an adapter to unused bytes; on any thread."""
         ...
 
     def enter(self, slot: int, offset: int, packed: P_in) -> None:
@@ -117,7 +117,7 @@ class Residents(Protocol):
         ...
 
     def refusal(self, adapter: Adapter) -> Fault | None:
-        """Return why an adapter's last load failed, as long as nobody is to try again."""
+        """Return why an adapter's last load failed, until it may be retried."""
         ...
 
     def want(self, adapter: Adapter) -> None:
@@ -240,7 +240,7 @@ def standing_of(entry: AdapterEntry[P]) -> Standing:
 
 
 class AlwaysResident:
-    """For adapters that have their slots for good: nothing is wanted, and nobody leaves."""
+    """A residency for adapters that keep their slots: nothing is loaded or evicted."""
 
     wanting = releasing = False
     changes = 0

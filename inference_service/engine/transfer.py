@@ -1,4 +1,4 @@
-"""Between host and device: copies that nobody waits for, and tokens that are waited for when they are read."""
+"""Between host and device: asynchronous copies, and tokens that are awaited when they are read."""
 
 from __future__ import annotations
 

@@ -81,7 +81,7 @@ class HttpServer:
         return self.address
 
     async def leave(self) -> None:
-        """Answer health with 503 from now on, and go on taking requests, the last of each connection."""
+        """Answer health with 503 from now on, and still accept requests, the last of each connection."""
         self._front.leaving = True
         self.connections.announce()
 

@@ -115,7 +115,7 @@ class Bank:
         arrived.synchronize()
 
     def enter(self, slot: int, offset: int, packed: PackedAdapter) -> None:
-        """Fill a slot, with one copy that nobody waits for."""
+        """Fill a slot, with one asynchronous copy."""
         self.slots.enter(slot, offset, packed)
         first = offset // self._dtype.itemsize
         flat = self._arena[first : first + len(packed.matrices)]

@@ -63,7 +63,7 @@ class Places:
 
     @property
     def num_free(self) -> int:
-        """Bytes that nobody has, in however many holes."""
+        """Free bytes, in any number of holes."""
         return self.num_bytes - sum(taken.end - taken.start for taken in self._taken)
 
     def __contains__(self, owner: int) -> bool:

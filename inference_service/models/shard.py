@@ -1,4 +1,4 @@
-"""One file of a checkpoint, read from the first byte to the last into memory that nobody else can reach.
+"""One file of a checkpoint, read from the first byte to the last into private memory.
 
 A mapped file would be the source's own for as long as the model is served: a write to it would change answers,
 and a truncation would end the process with SIGBUS.

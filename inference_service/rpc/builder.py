@@ -29,7 +29,7 @@ _stub: Callable[[grpc.aio.Channel], object] = BuilderServiceStub
 
 
 class BuilderNews:
-    """Watches a deployment at a builder, and calls heard whenever it tells of another generation.
+    """Watches a deployment at a builder, and calls notify for each new generation.
 
     A builder that is away, or ends the stream, is called again at growing intervals: what it would have sent is
     found in the store later. The key and the certificates are those that clients read from the environment.

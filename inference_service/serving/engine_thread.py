@@ -56,7 +56,7 @@ class Inbox:
 
 
 class PauseMode(StrEnum):
-    """The fate of requests that are under way; new ones wait in each case until the engine goes on."""
+    """The fate of requests that are under way; new ones wait in each case until the engine resumes."""
 
     KEEP = "keep"
     """They stand still between two steps, and go on where they were."""
@@ -219,9 +219,9 @@ class EngineThread:
             raise QueueFull(f"{self.max_queue} requests wait already. Retry in a moment, or add a replica.")
 
     async def pause(self, mode: PauseMode = PauseMode.KEEP) -> None:
-        """Let all sequences stand still, and return when no step is under way; requests that come wait.
+        """Pause all sequences, and return when no step is running; new requests wait.
 
-        Deadlines pass meanwhile, and cancelled sequences are freed. `resume` goes on with all the others.
+        Deadlines pass meanwhile, and cancelled sequences are freed. `resume` continues all the others.
         """
         self._pausing = True
         if mode is PauseMode.ABORT:
@@ -237,7 +237,7 @@ class EngineThread:
             ended.cancel()
 
     def resume(self) -> None:
-        """Go on; nothing happens where nothing stands still."""
+        """Resume; does nothing if the engine is not paused."""
         self._pausing = False
         self._let_in()
         self._inbox.post(self._go_on)
@@ -336,7 +336,7 @@ class EngineThread:
             self._ending = asyncio.ensure_future(self._finish(why))
 
     async def _finish(self, why: str | None) -> None:
-        """Tell health first, then the requests, then who waits for the end."""
+        """Notify health first, then the requests, then those that wait for the end."""
         assert self._ended is not None  # noqa: S101 - it was started
         try:
             if why is not None and self._before_cut is not None:

@@ -222,7 +222,7 @@ def check_triton(installed: str) -> None:
 
 
 def check_triton_cache() -> None:
-    """Refuse to let Triton run what somebody else may have put into its cache, which it trusts.
+    """Refuse a cache of Triton that another user may have written, because Triton trusts it.
 
     Raises:
         SettingsInvalid: the folder is not safe from others.

@@ -112,7 +112,7 @@ def load(
     """Load the deployment's current generation; every byte is verified before it is used.
 
     Of its adapters the first ones are loaded, as many as settings say and the bank holds; the others are
-    registered, and loaded when somebody asks for them, or while nobody else needs their place. Watchers hear of
+    registered, and loaded at their first request, or while their place is free. Watchers hear of
     every request that is served.
 
     Raises:

@@ -79,7 +79,7 @@ def blocks_of(plan: MemoryPlan, config: ModelConfig, settings: InferenceSettings
 
 
 def free_bytes(device: torch.device) -> int:
-    """Bytes of the device, or of the machine, that nobody uses."""
+    """Free bytes of the device, or of the machine."""
     if device.type == "cuda":
         return CudaMemory(device).settled()
     return int(psutil.virtual_memory().available)

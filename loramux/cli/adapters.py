@@ -101,7 +101,7 @@ def rollout(
 
 
 class Rollout:
-    """Watches replicas at the same time, and tells of each when it changes."""
+    """Watch several replicas at once, and print each change of one."""
 
     def __init__(
         self, deployment: str, addresses: Sequence[Address], generation: int | None, *, as_json: bool
@@ -117,7 +117,7 @@ class Rollout:
 
     @property
     def goal(self) -> int | None:
-        """The generation that all are to serve; None while nobody answered."""
+        """The generation that all must serve; None until a replica answers."""
         seen = [each.status.newest_generation for each in self._known.values() if each.status]
         return self._wanted or max(seen, default=None)
 
@@ -145,7 +145,7 @@ class Rollout:
         return True
 
     def summarize(self, *, done: bool) -> None:
-        """Tell how it ended."""
+        """Print the result."""
         goal = self.goal
         if self._as_json:
             emit_line({"done": done, "generation": goal, "replicas": list(self._known.values())})
@@ -172,7 +172,7 @@ class Rollout:
             self._changed.set()
 
     async def _listen(self, address: Address) -> None:
-        """Tell of a replica until its stream ends; raises what trying again does not help against."""
+        """Print the states of a replica until its stream ends; raises faults that a retry does not cure."""
         try:
             async with AsyncClient(inference=address.target, tls_name=address.name) as client:
                 async for status in client.watch_replica():

@@ -33,7 +33,7 @@ def build(
 ) -> None:
     """Fetch, check, convert and publish a file's adapters.
 
-    Repeating it is safe: adapters that are what they were are kept, and so are
+    Repeating it is safe: unchanged adapters are kept, and so are
     those that were added or pushed. With --json the first line and the last tell
     all adapters, those between the ones that changed.
 
@@ -110,7 +110,7 @@ async def follow_build(
     verify: bool = False,
     exact: bool = False,
 ) -> DeploymentInfo:
-    """Build a deployment, tell all its states and return the last; raises what it failed with."""
+    """Build a deployment, print all its states and return the last; raises its fault."""
     tell(await client.build(deployment, verify=verify, exact=exact))
     return await follow(client, deployment.model_name, tell)
 
@@ -118,7 +118,7 @@ async def follow_build(
 async def follow(
     client: AsyncClient, name: str, tell: Callable[[DeploymentInfo], None], request_id: str | None = None
 ) -> DeploymentInfo:
-    """Tell the states of a deployment until its build ends; raises what it failed with."""
+    """Print the states of a deployment until its build ends; raises its fault."""
     last: DeploymentInfo | None = None
     async for last in client.watch(name, request_id=request_id):
         tell(last)

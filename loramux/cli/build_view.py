@@ -229,7 +229,7 @@ class BuildLines:
         self._last: DeploymentInfo | None = None
 
     def tell(self, info: DeploymentInfo) -> None:
-        """Print what is new in a state; nothing where nothing is."""
+        """Print the changes in a state."""
         changed = tuple(adapter for adapter in info.adapters if self._is_new(adapter))
         rest = replace(info, adapters=())
         if rest == self._last and not changed:

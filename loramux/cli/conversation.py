@@ -40,7 +40,7 @@ class ChatSession:
         return [each.name for each in self.client.models()]
 
     def use(self, model: str) -> None:
-        """Go on with a model, history included; "" is the first one. Raises `ModelNotFound`."""
+        """Switch to a model and keep the history; "" is the first one. Raises `ModelNotFound`."""
         served = self.names()
         if model and (unknown := unserved(model, served)):
             raise no_such_model(unknown[0], served)

@@ -29,7 +29,7 @@ R = TypeVar("R")
 
 
 class Screen(Console):
-    """A console that ends the command when nobody reads any more."""
+    """A console that ends the command when its reader is gone."""
 
     def on_broken_pipe(self) -> None:
         """Tell the command."""
@@ -250,5 +250,5 @@ def modules(names: Sequence[str]) -> str:
 
 
 def digest(hexadecimal: str) -> str:
-    """Return enough of a digest to tell it from others."""
+    """Return the first digits of a digest."""
     return hexadecimal[:12] or "-"

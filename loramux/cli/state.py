@@ -24,7 +24,7 @@ def state_dir() -> Path:
 
 
 def tell_uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Say in one line what nobody foresaw; for ``sys.excepthook``.
+    """Print an uncaught exception in one line; for ``sys.excepthook``.
 
     What the system refused is said as it says it; of a mistake of ours the traceback is kept in a file.
     """

@@ -34,7 +34,7 @@ def arrived_at(sock: Any) -> float:
 
 
 def unread_bytes(sock: Any) -> int:
-    """Return how many bytes came to a socket that nobody has read yet; 0 where the system does not say."""
+    """Return the number of unread bytes of a socket; 0 where the system does not say."""
     return _held_bytes(sock, termios.FIONREAD)
 
 

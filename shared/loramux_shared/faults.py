@@ -28,7 +28,7 @@
     ├── ModelNotFound        MODEL_NOT_FOUND         NOT_FOUND
     ├── RequestIdReused      REQUEST_ID_REUSED       ALREADY_EXISTS
     ├── AdapterExists        ADAPTER_EXISTS          ALREADY_EXISTS       the name of an adapter is taken
-    ├── GenerationMismatch   GENERATION_MISMATCH     ABORTED              another one than was expected
+    ├── GenerationMismatch   GENERATION_MISMATCH     ABORTED              not the expected generation
     ├── BuildInProgress      BUILD_IN_PROGRESS       ABORTED
     ├── BuildInterrupted     BUILD_INTERRUPTED       ABORTED
     ├── BuildCancelled       BUILD_CANCELLED         ABORTED
@@ -320,7 +320,7 @@ class AdapterExists(Fault):
 
 
 class GenerationMismatch(Fault):
-    """A change that was meant for one generation met another: somebody else changed the deployment before."""
+    """The deployment changed before: its newest generation is not the expected one."""
 
     reason = "GENERATION_MISMATCH"
     status = Status.ABORTED

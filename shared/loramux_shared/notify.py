@@ -26,7 +26,7 @@ def report(doing: str) -> None:
 
 
 def notify(message: str) -> None:
-    """Send a message where somebody asked for it; one that cannot be sent is logged."""
+    """Send a message if the service manager asked for it; a failure is logged."""
     path = os.environ.get(SOCKET, "")
     if not path:
         return

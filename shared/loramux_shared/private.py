@@ -1,4 +1,4 @@
-"""Folders and files that nobody else can write to: what is run is read from no others."""
+"""Folders and files that no other user can write: executed code is read from no others."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def open_folder(folder: Path) -> str | None:
 
 
 def read_private(path: Path) -> bytes | None:
-    """Return what a file holds; None where there is none, or one that somebody else could have written."""
+    """Return the content of a file; None if it is missing, or another user could have written it."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:

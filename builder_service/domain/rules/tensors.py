@@ -98,7 +98,7 @@ class Sorted:
 def sort_tensors(
     file: TensorFile, base: ModelConfig, report: Grouping, parameters: tuple[str, ...] = ()
 ) -> Sorted:
-    """Tell what each tensor of a file is; report what cannot be used.
+    """Sort the tensors of a file by kind; report those that cannot be used.
 
     parameters are ``target_parameters`` of the config.
     """

@@ -161,7 +161,7 @@ def _check(plan: Plan, judge: str, judge_url: str, output: Path | None) -> None:
 
 
 def _new_file() -> Path:
-    """Return a file for answers that nobody named one for; older ones make room."""
+    """Return a new file for answers; older ones are removed."""
     folder = state_dir() / "arena"
     folder.mkdir(mode=0o700, exist_ok=True)
     for old in sorted(folder.glob("*.jsonl"))[: -RUNS + 1]:

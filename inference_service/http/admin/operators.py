@@ -226,7 +226,7 @@ async def roll_back(service: GenerationService, http: HttpRequest) -> Reply[Roll
 
 
 def failure_of(fault: Fault | None) -> Failure | None:
-    """Tell why an adapter is not served."""
+    """Return why an adapter is not served."""
     return None if fault is None else {"reason": fault.reason, "message": fault.message}
 
 

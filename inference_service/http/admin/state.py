@@ -93,7 +93,7 @@ async def show_version(service: GenerationService, http: HttpRequest) -> Reply[V
 
 
 async def show_state(service: GenerationService, http: HttpRequest) -> Reply[State]:  # noqa: ARG001
-    """Tell the load of the whole server, and which of the caller's models have sequences."""
+    """Return the load of the whole server, and the caller's models that have sequences."""
     stats = service.engine.stats
     return Reply(
         {
@@ -108,12 +108,12 @@ async def show_state(service: GenerationService, http: HttpRequest) -> Reply[Sta
 
 
 async def show_load(service: GenerationService, http: HttpRequest) -> Reply[Load]:  # noqa: ARG001
-    """Tell how many requests are in work, in vLLM's words."""
+    """Return the number of running requests, in vLLM's words."""
     return Reply({"server_load": service.in_work})
 
 
 async def show_loads(service: GenerationService, http: HttpRequest) -> Reply[Loads]:  # noqa: ARG001
-    """Tell how full the replica is, in SGLang's words; it is one rank of one."""
+    """Return how full the replica is, in SGLang's words; it is one rank of one."""
     return Reply(loads(service.engine))
 
 

@@ -121,7 +121,7 @@ async def pause(service: GenerationService, http: HttpRequest) -> Reply[PauseSta
 
 
 async def resume(service: GenerationService, http: HttpRequest) -> Reply[PauseStatus]:
-    """Go on with everything that stands still or waits."""
+    """Resume all paused and waiting requests."""
     refuse_other_sites(http)
     service.engine.resume()
     return Reply({"status": "resumed"})

@@ -34,7 +34,7 @@ CHOICES: Final[Mapping[str, ToolChoice]] = {"auto": "auto", "any": "required", "
 
 
 def chat_of(body: PromptBody, headers: Mapping[str, str] = NO_HEADERS) -> ChatRequest:
-    """Return the conversation that a body asks to go on with.
+    """Return the conversation that a body asks to continue.
 
     Raises:
         RequestInvalid: fields contradict each other, or a header is wrong.
@@ -74,7 +74,7 @@ def _rest(body: PromptBody, headers: Mapping[str, str]) -> Request:
 
 
 def _check_last(body: PromptBody, calls: bool, says: bool, constrained: bool) -> None:
-    """Look at a last turn of the assistant, with which the answer goes on."""
+    """Check a last turn of the assistant, which the answer continues."""
     place = f"messages[{len(body.messages) - 1}]"
     if calls:
         raise refused(place, "the results of its calls after it", "a turn of the assistant that ends in calls")

@@ -43,7 +43,7 @@ class Usage(TypedDict):
 
 
 class RankedToken(TypedDict):
-    """A token of the prompt as vLLM tells it."""
+    """A token of the prompt, in vLLM's words."""
 
     logprob: float
     rank: int | None

@@ -112,7 +112,7 @@ class CompletionChoice:
         self._in_next.update(prompt)
 
     def take(self, delta: AnswerDelta) -> list[PlainAnswerPart]:
-        """Collect more of the answer; return its choice in a chunk, where that tells something."""
+        """Collect more of the answer; return its choice in a chunk, if it has content."""
         self._texts.append(delta.text)
         self._tokens += delta.tokens
         ids = [token.id for token in delta.tokens]
@@ -233,7 +233,7 @@ class CompletionAnswer:
         return merged([self._service.generate(request) for request in self._requests])
 
     def _read(self, number: int, event: Event) -> list[PlainAnswerPart]:
-        """Read an event of a prompt; return the choices that tell it."""
+        """Read an event of a prompt; return its choices."""
         self._tallies[number].see(event)
         match event:
             case AnswerStarted():
@@ -267,7 +267,7 @@ class CompletionAnswer:
             choice.know({"prompt_token_ids": list(started.prompt_token_ids)})
 
     def _echo(self, number: int, tokens: Sequence[Token]) -> list[PlainAnswerPart]:
-        """Tell the prompt, where it is to be echoed; tokens are given where they have log probabilities."""
+        """Return the prompt, if it is echoed; tokens are given where they have log probabilities."""
         if not self._body.echo:
             return []
         cut = self._body.truncate_prompt_tokens is not None

@@ -38,7 +38,7 @@ DEFAULT_COMPLETION_TOKENS = 16
 
 
 def chat_of(body: ChatBody, headers: Mapping[str, str] = NO_HEADERS) -> ChatRequest:
-    """Return the conversation that a body asks to go on with.
+    """Return the conversation that a body asks to continue.
 
     Raises:
         RequestInvalid: fields contradict each other, or a header is wrong.

@@ -206,7 +206,7 @@ StateKind = Literal[
 
 
 class ResponseStateEvent(ResponseEvent):
-    """A response begins, goes on or ends."""
+    """A response begins, continues or ends."""
 
     type: StateKind
     response: Response

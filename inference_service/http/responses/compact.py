@@ -41,7 +41,7 @@ NO_SUMMARY: Final = (
 
 
 async def compact(service: GenerationService, http: HttpRequest) -> Reply[Compaction]:
-    """Sum up a conversation, to go on without its items."""
+    """Summarize a conversation, to continue without its items."""
     body = await read_body(http, CompactBody)
     items = () if isinstance(body.input, str) else body.input
     _check_answered(items)
@@ -67,7 +67,7 @@ def asking(chat: ChatRequest) -> ChatRequest:
 
 
 def _check_answered(items: Sequence[Item]) -> None:
-    """Refuse calls without outputs: behind the summary, nobody would know what the outputs belong to."""
+    """Refuse calls without outputs: after the summary, their outputs could not be matched."""
     outputs = {item.call_id for item in items if isinstance(item, OutputItem)}
     for index, item in enumerate(items):
         if isinstance(item, CallItem) and item.call_id not in outputs:

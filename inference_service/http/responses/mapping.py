@@ -25,7 +25,7 @@ from inference_service.serving.bounds import refused
 
 
 def chat_of(body: ResponsesBody, headers: Mapping[str, str] = NO_HEADERS) -> ChatRequest:
-    """Return the conversation that a body asks to go on with.
+    """Return the conversation that a body asks to continue.
 
     Raises:
         RequestInvalid: fields contradict each other, an output is that of no call, reasoning or a compaction is

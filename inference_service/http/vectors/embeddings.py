@@ -91,7 +91,7 @@ async def everything(service: GenerationService, requests: Sequence[Request]) ->
 
 
 def head_of(found: Sequence[PooledPrompt], body: PoolingBody, kind: str) -> Head:
-    """Return what tells which version answered."""
+    """Return the headers that name the version."""
     started = found[0].started
     head = Head(f"{kind}-{started.request_id}", body.model)
     head.begin(started)

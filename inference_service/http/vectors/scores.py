@@ -124,7 +124,7 @@ async def rerank(service: GenerationService, http: HttpRequest) -> Reply[Ranking
 
 
 async def classify(service: GenerationService, http: HttpRequest) -> Reply[Classes]:
-    """Tell the most likely label of each text, with the probabilities of all."""
+    """Return the most likely label of each text, with the probabilities of all."""
     body = await read_body(http, ClassifyBody)
     with in_words_of(body):
         found = await _scored(service, http, body, body.input)

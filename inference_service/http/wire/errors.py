@@ -79,7 +79,7 @@ def status_of(fault: Fault) -> int:
 
 
 def error_body(fault: Fault) -> Error:
-    """Return the body that tells a fault."""
+    """Return the body of a fault."""
     first = fault.findings[0] if fault.findings else None
     reason = first.code if first and first.code in CODES else fault.reason
     param = first.where if first else ""
@@ -89,7 +89,7 @@ def error_body(fault: Fault) -> Error:
 
 
 def headers_of(fault: Fault, status: int) -> dict[str, str]:
-    """Return the headers of the answer that tells a fault: when to ask again, and with what kind of key."""
+    """Return the headers of a fault: when to retry, and with what kind of key."""
     headers = {}
     if status in AGAIN:
         headers["retry-after"] = f"{math.ceil(fault.retry_after_s or 1)}"
@@ -109,7 +109,7 @@ def http_error(http: Request, error: HTTPException) -> tuple[str, str]:
 
 
 def refused_body(message: str, status: int, code: str) -> Error:
-    """Return the body that tells why a connection is ended."""
+    """Return the body of a fault that ends a connection."""
     return _body(message, status, None, code)
 
 

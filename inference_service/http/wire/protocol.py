@@ -67,7 +67,7 @@ class StagedTransport:
 
 
 def _drop(data: bytes) -> None:
-    """Take what nobody will read."""
+    """Discard what is left."""
 
 
 HOST: Final = re.compile(rb"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9\-._~%!$&'()*+,;=]*)(:[0-9]*)?")
@@ -255,7 +255,7 @@ class BoundedHttp(HttpToolsProtocol):
         self._wait(self._patience.head_s)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Tell the request that is being answered, not only the newest."""
+        """Notify the request that is being answered, not only the newest."""
         self.pipeline.clear()
         if self._busy():
             self._answered.disconnected = True
@@ -354,7 +354,7 @@ class BoundedHttp(HttpToolsProtocol):
         super()._start_asgi_task(cycle, app)
 
     def on_response_complete(self) -> None:
-        """Go on with the next request, or wait for one."""
+        """Begin the next request, or wait for one."""
         super().on_response_complete()
         self._unset_keepalive_if_required()  # the deadline is kept here: bytes between requests do not renew it
         if self._busy():

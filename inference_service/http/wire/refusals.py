@@ -86,7 +86,7 @@ def message_refusal(message: str, status: int, request_id: str) -> MessageError:
 
 
 def request_id_of(scope: Mapping[str, Any]) -> str:
-    """Return what a request is called; empty where nobody has named it."""
+    """Return the id of a request; empty if it has none."""
     return str(scope.get("state", {}).get(REQUEST_ID, ""))
 
 
@@ -109,7 +109,7 @@ def fault_response(scope: Mapping[str, Any], fault: Fault) -> Response:
 
 
 def refused_body(path: str, message: str, status: int, code: str, request_id: str = "") -> Error | MessageError:
-    """Return the body that tells why HTTP itself refuses a request."""
+    """Return the body of a request that HTTP itself refuses."""
     if is_messages(path):
         return message_refusal(message, status, request_id)
     return errors.refused_body(message, status, code)

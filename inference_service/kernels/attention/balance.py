@@ -46,7 +46,7 @@ class Balance:
     """Keys of a piece: below, it costs more than it saves. A multiple of `SPAN_STEP`."""
 
     def may_cut(self, seen: int) -> bool:
-        """Tell whether rows that see so many keys may be cut."""
+        """Return True if rows that see so many keys may be cut."""
         return seen > self.min_span
 
     def items(self, units: int, longest: int, kv_heads: int) -> int:

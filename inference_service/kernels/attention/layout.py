@@ -91,7 +91,7 @@ class AttentionCapacity:
         return 4 * self.partial_rows * num_heads * (head_dim + 1)
 
     def may_cut(self, window: int | None) -> bool:
-        """Tell whether any row of a layer with this window may see more keys than one program should take."""
+        """Return True if a row of a layer with this window may see more keys than one program should take."""
         seen = self.context if window is None else min(self.context, window + (self.tile or 1) - 1)
         decoded = self.context if window is None else min(self.context, window)
         return DECODE_BALANCE.may_cut(decoded) or (self.tiles > 0 and PREFILL_BALANCE.may_cut(seen))

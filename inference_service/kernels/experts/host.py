@@ -9,7 +9,7 @@ from inference_service.kernels.experts.layout import ByExpert
 
 
 def by_expert(ids: Tensor, num_experts: int) -> ByExpert:
-    """Sort the pairs of ids [T, k]; experts that nobody asks for have no tile."""
+    """Sort the pairs of ids [T, k]; experts without rows have no tile."""
     flat, top_k = ids.flatten().long(), ids.shape[1]
     experts, order = torch.sort(flat, stable=True)
     places = torch.empty_like(order)

@@ -54,7 +54,7 @@ DURATION: Final = Timed("loramux_request_seconds", "Time from a request's arriva
 
 
 class Metrics:
-    """Watches requests, and tells what it saw and what the engine holds.
+    """Watch requests, and report what was seen and what the engine holds.
 
     The label ``model`` is a served name, or empty for a request that named none, and ``outcome`` is OK,
     CANCELLED or the reason of a fault: whatever clients send, there are no other series.

@@ -126,7 +126,7 @@ class Watcher(Protocol):
 
 
 class RequestFollower:
-    """Keeps the record of one request and tells the watchers."""
+    """Keep the record of one request, and notify the watchers."""
 
     def __init__(self, request: Request, watchers: Sequence[Watcher]) -> None:
         self.record = RequestRecord(request)

@@ -70,7 +70,7 @@ def put_into(around: str, grammar: str) -> str:
 
 
 def main() -> None:
-    """Answer until nobody asks."""
+    """Answer until stdin ends."""
     tokenizer = LLTokenizer(TokenizerWrapper(Bytes()))
 
     def on_a_small_stack(question: dict[str, Any]) -> dict[str, str]:

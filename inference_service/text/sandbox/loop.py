@@ -18,7 +18,7 @@ TOO_DEEP: Final = {"error": "it is too deeply nested, or too much in another way
 
 
 def serve(answer: Callable[[dict[str, Any]], dict[str, str]]) -> None:
-    """Answer lines of JSON on stdin with lines of JSON on stdout, until nobody asks for some seconds.
+    """Answer lines of JSON on stdin with lines of JSON on stdout, until some seconds pass without one.
 
     argv has those, and the seconds of a core that a question may take: one that takes more ends the process by
     the timer's signal. One that takes more memory than it may meets `MemoryError`.

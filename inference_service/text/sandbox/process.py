@@ -100,7 +100,7 @@ class SandboxPool:
         return answer
 
     def _next(self, kind: str) -> None:
-        """Answer the first question of a kind, and let the next one of it stand behind those of others."""
+        """Answer the first question of a kind, and put the next one of it after those of others."""
         with self._lock:
             question, answer = self._waiting[kind].popleft()
         if answer.set_running_or_notify_cancel():

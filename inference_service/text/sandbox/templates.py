@@ -110,7 +110,7 @@ def answer(
 
 
 def main() -> None:
-    """Answer until nobody asks."""
+    """Answer until stdin ends."""
     compiled = lru_cache(maxsize=64)(environment().from_string)
     serve(lambda question: answer(compiled, question["source"], question["variables"]))
 

@@ -78,7 +78,7 @@ def preflight(plan: UpPlan) -> None:
 
 
 def _require_key(keyring: Keyring) -> None:
-    """Refuse to go on without a key that opens both services: this command calls them itself."""
+    """Require a key for both services, since this command calls both."""
     for scope in (Scope.BUILD, Scope.INFER):
         try:
             keyring.authorize(Credentials().api_key, scope)

@@ -33,7 +33,7 @@ _LAST_WORDS = re.compile(r"^\w+_service: (?P<reason>[A-Z_]+): (?P<message>.*(?:\
 
 
 class ServiceDied(Fault):
-    """A child that ended though nobody asked it to."""
+    """A child that ended by itself."""
 
     reason = "SERVICE_DIED"
     status = Status.INTERNAL
@@ -50,7 +50,7 @@ class ServiceDied(Fault):
 
 
 def ignore(doing: str) -> None:
-    """Tell nobody what a child does."""
+    """Ignore what a child does."""
 
 
 @dataclass(frozen=True)

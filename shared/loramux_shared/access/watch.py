@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 class Watch:
-    """Tells a change of files by inode, size and time of change: one ``stat`` each, 5 us, needs no task."""
+    """Detect changes of files by inode, size and time of change: one ``stat`` each, 5 us, needs no task."""
 
     def __init__(self, *paths: Path) -> None:
         self._paths = paths

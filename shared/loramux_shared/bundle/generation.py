@@ -153,7 +153,7 @@ class Generation(Record):
         return ModelNames(self.served_model_name, self.adapters, self.aliases, self.serve_base, merge_always)
 
     def check_names(self) -> None:
-        """Raise `DeploymentInvalid` where its names conflict: nobody may publish it."""
+        """Raise `DeploymentInvalid` if its names conflict: it must not be published."""
         if findings := list(self.names.findings()):
             raise DeploymentInvalid(f"deployment {self.deployment}: its names conflict", findings)
 

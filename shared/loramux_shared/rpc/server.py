@@ -99,7 +99,7 @@ class RpcServer:
             notify(READY)
 
     async def leave(self) -> None:
-        """Be NOT_SERVING from now on, and go on taking calls."""
+        """Report NOT_SERVING from now on, and still accept calls."""
         notify(STOPPING)
         await self.set_serving(False)
 

@@ -20,7 +20,7 @@ class DrainingServer(Protocol):
     """A server that can report that it is about to close."""
 
     async def leave(self) -> None:
-        """Report to health checks that it is closing, and go on serving."""
+        """Report NOT_SERVING to health checks, and still serve."""
         ...
 
 

@@ -14,7 +14,7 @@ from loramux_shared.tracing.spans import ServerSpans, Value
 
 @contextmanager
 def traced(spans: ServerSpans | None, context: grpc.aio.ServicerContext, method: str) -> Iterator[None]:
-    """Make the span of a call, unless nobody traces; what the block raises fails it, and is raised again."""
+    """Make the span of a call, if traces are on; an exception marks it as failed, and is raised again."""
     if spans is None:
         yield
         return

@@ -52,7 +52,7 @@ def read_signature(path: Path) -> bytes:
 def require_signed(
     signature: bytes, files: Mapping[str, FileDigest], signers: Sequence[str], what: str
 ) -> None:
-    """Raise unless each of some files is what one of the signers signed; others need not be here.
+    """Raise unless one of the signers signed each of these files; other files need not be here.
 
     Raises:
         SignatureInvalid: the signature is nobody's of them, or files differ or were not signed.

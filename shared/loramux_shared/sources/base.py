@@ -26,7 +26,7 @@ MAX_FILES: Final = 10_000
 
 
 def unwatched(_: int) -> None:
-    """The progress that nobody looks at."""
+    """A progress that ignores all reports."""
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,7 @@ def discard(path: Path, cache: Path) -> bool:
 
 @contextmanager
 def alone(cache: Path, progress: Progress = unwatched) -> Iterator[None]:
-    """Let one process at a time change a cache; one that cannot be written needs nobody to wait.
+    """Let one process at a time change a cache; a cache that cannot be written is not locked.
 
     The lock ends with its process, however that ends. What progress raises ends the waiting.
     """

@@ -157,7 +157,7 @@ class HubSource:
         return folder / repository.subfolder
 
     def descent(self, model: str) -> tuple[Descent, ...]:
-        """Return what the hub tells everybody that a model was made from: it is asked once, without a token.
+        """Return the hub's public lineage of a model: it is asked once, without a token.
 
         Raises:
             RepoNotFound, RepoGated, SourceUnavailable
@@ -297,7 +297,7 @@ def _at_most(size: int, name: str, progress: Progress) -> Progress:
 
 
 def _meter(progress: Progress) -> type[Any]:
-    """Return a progress bar that shows nothing and tells the bytes."""
+    """Return a silent progress bar that reports the bytes."""
 
     class Meter(tqdm):  # type: ignore[misc,type-arg,unused-ignore]  # tqdm has no types
         def __init__(self, *args: Any, **kwargs: Any) -> None:
