@@ -168,7 +168,7 @@ async def _receive(
 async def _until_done(
     making: Future[tuple[BuildResult, AdapterRecord]], shop: Workshop
 ) -> tuple[BuildResult, AdapterRecord]:
-    """Wait for a thread; if the caller is cancelled, until the thread has noticed, for its folder is removed then."""
+    """Wait for a thread; after a cancellation, until the thread noticed, since its folder is removed then."""
     waiting = asyncio.wrap_future(making)
     try:
         return await asyncio.shield(waiting)

@@ -34,8 +34,8 @@ def build(
     """Fetch, check, convert and publish a file's adapters.
 
     Repeating it is safe: unchanged adapters are kept, and so are
-    those that were added or pushed. With --json the first line and the last tell
-    all adapters, those between the ones that changed.
+    those that were added or pushed. With --json the first and the last line have
+    all adapters, the others those that changed.
 
     Example: loramux build deployment.yaml
     """
