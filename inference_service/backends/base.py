@@ -53,12 +53,13 @@ class Attention(Protocol):
         spec: AttentionSpec,
         norm: RMSNorm | None = None,
         sinks: Tensor | None = None,
+        scales: Tensor | None = None,
     ) -> Tensor:
         """Return [T, heads * d] of the heads of queries, keys and values, side by side [T, all heads, d].
 
         There are queries alone where the layer reads another's keys and values. The first heads, as many as
         the norm has weights, are normed first. Sinks, float32 [query heads], are scores of what every row sees
-        besides, and which has no value.
+        besides, and which has no value. Scales are those of keys and values of 8 bits, of the same cache.
         """
         ...
 
@@ -197,8 +198,11 @@ class Operations(Protocol):
         """
         ...
 
-    def new_cache(self, num_rows: int, heads: HeadCounts) -> tuple[Tensor, Tensor]:
-        """Return empty keys and values of one layer, for num_rows tokens, a multiple of the block size."""
+    def new_cache(self, num_rows: int, heads: HeadCounts) -> tuple[Tensor, ...]:
+        """Return empty keys and values of one layer, for num_rows tokens, a multiple of the block size.
+
+        A cache of 8 bits has their scales behind them.
+        """
         ...
 
 
@@ -307,6 +311,8 @@ class Backend:
     """Description of the device and the operations, for operators."""
     quantization: Rounding = Rounding.NONE
     """Rounding of the weights of linears."""
+    cache_dtype: torch.dtype | None = None
+    """The type of keys and values; None: that of all else."""
     recordable: bool = False
     """True if steps can be recorded and replayed.
 

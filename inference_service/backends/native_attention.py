@@ -127,6 +127,7 @@ class NativeAttention:
         spec: AttentionSpec,
         norm: RMSNorm | None = None,
         sinks: Tensor | None = None,
+        scales: Tensor | None = None,  # noqa: ARG002 - its cache has the model's type
     ) -> Tensor:
         """Rotate in place, write the cache, attend over it where it lies."""
         queries, rotated = parts(heads, len(keys), spec)

@@ -19,7 +19,7 @@ from inference_service.backends.base import (
     Turn,
 )
 from inference_service.backends.experts import ExpertOperations
-from inference_service.kernels.attention import Context, PagedAttention
+from inference_service.kernels.attention import Context, KeysValues, PagedAttention
 from inference_service.kernels.delta import DeltaInputs, StateChunk, reference
 from inference_service.kernels.rows import Activation
 from inference_service.layers.linear import Linear
@@ -40,9 +40,12 @@ class TorchOperations(ExpertOperations):
 
     by_row = False
 
-    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
-        """Take what is computed in, and where."""
+    def __init__(
+        self, dtype: torch.dtype, device: torch.device, cache_dtype: torch.dtype | None = None
+    ) -> None:
+        """Take what is computed in, and where, and the type of keys and values, if that is another."""
         self._dtype = dtype
+        self._cache_dtype = cache_dtype or dtype
         self._device = device
 
     def new_linear(
@@ -112,11 +115,9 @@ class TorchOperations(ExpertOperations):
         """Gather the contexts, once for all layers of a window."""
         return TorchAttention(PagedAttention(contexts, block_size, self._dtype, self._device, windows))
 
-    def new_cache(self, num_rows: int, heads: HeadCounts) -> tuple[Tensor, Tensor]:
-        """[kv heads, rows, d] each."""
-        shape = heads.kv, num_rows, heads.dim
-        keys, values = (torch.zeros(shape, dtype=self._dtype, device=self._device) for _ in range(2))
-        return keys, values
+    def new_cache(self, num_rows: int, heads: HeadCounts) -> tuple[Tensor, ...]:
+        """Return the tensors of `KeysValues`."""
+        return KeysValues.allocate(heads.kv, num_rows, heads.dim, self._cache_dtype, self._device).tensors
 
 
 def _gated_delta(chunks: Sequence[StateChunk], inputs: DeltaInputs) -> Tensor:
@@ -142,6 +143,7 @@ class TorchAttention:
         spec: AttentionSpec,
         norm: RMSNorm | None = None,
         sinks: Tensor | None = None,
+        scales: Tensor | None = None,
     ) -> Tensor:
         """Rotate queries and keys together, then gather and attend."""
         queries, rotated = parts(heads, len(keys), spec)
@@ -149,7 +151,7 @@ class TorchAttention:
             heads = normed(heads, len(norm.weight), norm)
         qk = rotate(heads[:, :rotated], *turn)
         q, k, v = qk[:, :queries], qk[:, queries:], heads[:, rotated:]
-        out = self._plan(q, k, v, keys, values, spec, sinks)
+        out = self._plan(q, k, v, KeysValues(keys, values, scales), spec, sinks)
         return out.reshape(len(heads), -1)
 
 

@@ -64,13 +64,19 @@ EVERY: Final = -1
 class TritonOperations(GroupedOperations, TorchOperations):
     """One launch each, on a GPU or in Triton's interpreter."""
 
-    def __init__(self, heads: Sequence[HeadCounts], dtype: torch.dtype, device: torch.device) -> None:
-        """Take the distinct heads of the model's layers.
+    def __init__(
+        self,
+        heads: Sequence[HeadCounts],
+        dtype: torch.dtype,
+        device: torch.device,
+        cache_dtype: torch.dtype | None = None,
+    ) -> None:
+        """Take the distinct heads of the model's layers, and the rest as `TorchOperations`.
 
         Raises:
             ValueError: there is no tile for them.
         """
-        super().__init__(dtype, device)
+        super().__init__(dtype, device, cache_dtype)
         self._cuts = {each: cut_of(device, dtype, each) for each in heads}
         self._deltas: dict[DeltaCapacity, DeltaTables] = {}
         self._tables: dict[AttentionCapacity, AttentionTables] = {}
@@ -179,9 +185,10 @@ class TritonAttention:
         spec: AttentionSpec,
         norm: RMSNorm | None = None,
         sinks: Tensor | None = None,
+        scales: Tensor | None = None,
     ) -> Tensor:
         """Rows that belong to no chunk are 0."""
-        inputs = Inputs(heads, *turn, keys, values, writes=spec.keys_of is None)
+        inputs = Inputs(heads, *turn, keys, values, writes=spec.keys_of is None, scales=scales)
         tables, head_norm = self.tables[inputs.counts, spec.window], None if norm is None else norm.of_heads
         return attend(inputs, tables, spec, head_norm, sinks).flatten(1)
 

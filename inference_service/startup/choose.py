@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Final
@@ -36,6 +37,11 @@ TRITONS: Final = {
     "3.9": "no torch yet",
 }
 """Triton's versions that all kernels compile with, and the torch that brings each."""
+
+
+CACHE_DTYPES: Final = {"auto": None, "fp8": torch.float8_e4m3fn, "int8": torch.int8}
+"""Types of keys and values by the setting's words."""
+FP8_CAPABILITY: Final = (8, 9)
 
 
 def choose_backend(settings: InferenceSettings, config: ModelConfig) -> Backend:
@@ -89,19 +95,29 @@ def _name(dtype: torch.dtype) -> str:
 def _kernels(settings: InferenceSettings, config: ModelConfig) -> Backend:
     device = _device(settings)
     dtype = _dtype(settings, config, device)
+    cache_dtype = CACHE_DTYPES[settings.kv_cache_dtype]
+    if device.type == "cuda":
+        check_cache_dtype(settings, torch.cuda.get_device_capability(device))
     groups, num_layers = config.groups, config.dims.num_layers
     if _uses_triton(settings, device):
         _refuse_deterministic(settings, "triton kernels")
         return Backend(
             device,
             dtype,
-            TritonOperations(config.heads, dtype, device),
+            TritonOperations(config.heads, dtype, device, cache_dtype),
             lambda: TritonLora(groups, num_layers, dtype, device),
             Computing("triton", "triton kernels"),
             recordable=device.type == "cuda",  # the interpreter runs them too, and records nothing
+            cache_dtype=cache_dtype,
         )
     ops, found = _native(settings, config, dtype, device)
     if ops is not None:
+        if cache_dtype is not None:
+            raise SettingsInvalid(
+                f"LORAMUX_KV_CACHE_DTYPE={settings.kv_cache_dtype} needs a GPU, found a CPU with compiled "
+                "operations, whose cache has the model's type. Set auto, or LORAMUX_BACKEND=torch, which is "
+                "slower."
+            )
         operations, how = _native_operations(ops, config, found.how, settings)
         computing = replace(found, how=how)
         return Backend(device, dtype, operations, lambda: NativeLora(ops, groups, num_layers), computing)
@@ -112,8 +128,23 @@ def _kernels(settings: InferenceSettings, config: ModelConfig) -> Backend:
     _refuse_deterministic(settings, found.how)
     if settings.dtype == "auto" and device.type == "cpu" and not _torch_multiplies_bfloat16():
         dtype = torch.float32
-    plain = TorchOperations(dtype, device)
-    return Backend(device, dtype, plain, lambda: TorchLora(groups, dtype, device), found)
+    plain = TorchOperations(dtype, device, cache_dtype)
+    lora = partial(TorchLora, groups, dtype, device)
+    return Backend(device, dtype, plain, lora, found, cache_dtype=cache_dtype)
+
+
+def check_cache_dtype(settings: InferenceSettings, capability: tuple[int, int]) -> None:
+    """Refuse a cache that a GPU of this capability cannot convert.
+
+    Raises:
+        SettingsInvalid: it is fp8, which older ones do not have.
+    """
+    if settings.kv_cache_dtype == "fp8" and capability < FP8_CAPABILITY:
+        found = ".".join(map(str, capability))
+        raise SettingsInvalid(
+            f"LORAMUX_KV_CACHE_DTYPE=fp8 needs a GPU of capability 8.9, found {found}. Set int8, which takes "
+            "as much memory and is more exact."
+        )
 
 
 def _native_operations(

@@ -301,6 +301,7 @@ def _log_loaded(
         **facts,
         merged=generation.merged or "none",
         kv_tokens=stats.blocks_total * stats.block_size,
+        kv_cache_dtype=str(backend.cache_dtype or backend.dtype).removeprefix("torch."),
         max_seq_len=limits.max_seq_len,
         seconds=round(about.load_s, 2),
     )

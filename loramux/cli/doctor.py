@@ -227,7 +227,8 @@ def _show_sizes(sizes: Sizes, *, on_cpu: bool) -> None:
     token, behind = sizes.kv_token_bytes, sizes.kv_behind_bytes
     each = decimal(token) + (f", {decimal(behind)} behind the windows of layers" if behind < token else "")
     states = f", {sizes.state_slots} states of {decimal(sizes.state_bytes)}" if sizes.state_bytes else ""
-    _line("KV cache", f"{decimal(sizes.kv_bytes)}: {sizes.kv_tokens} tokens of {each}{states}")
+    kind = f" in {sizes.kv_dtype}" if sizes.kv_dtype else ""
+    _line("KV cache", f"{decimal(sizes.kv_bytes)}: {sizes.kv_tokens} tokens of {each}{kind}{states}")
     if sizes.refusal:
         shell.show(f"it does not fit: {sizes.refusal}", "yellow")
     rows = [(str(fit.rank), decimal(fit.adapter_bytes), str(fit.adapters)) for fit in sizes.fits]

@@ -60,6 +60,8 @@ class Sizes:
     kv_is_set: bool
     """True if a setting has its size; else it is smaller once adapters are loaded."""
     kv_token_bytes: int
+    kv_dtype: str
+    """Its type; empty where that is the model's."""
     kv_behind_bytes: int
     """Part of them for a token that is behind the windows of layers which have one."""
     state_bytes: int
@@ -135,6 +137,7 @@ def sizes_of(
         kv_tokens=plan.tokens,
         kv_is_set=cache.kv_bytes is not None,
         kv_token_bytes=cache.token_bytes,
+        kv_dtype="" if settings.kv_cache_dtype == "auto" else settings.kv_cache_dtype,
         kv_behind_bytes=cache.behind_bytes,
         state_bytes=cache.state_bytes,
         state_slots=plan.slots,

@@ -63,7 +63,7 @@ UNSERVED_KEYS: dict[str, tuple[Any, str]] = {
     "build.max_beam_width": (1, "Answers are sampled: ask for several with n."),
     "build.max_prompt_embedding_table_size": (0, "Prompt tuning is not served: train a LoRA adapter."),
     "build.pipeline_parallel_count": (1, _ONE_DEVICE),
-    "build.quantization_type": ("no_quant", "Set runtime.quantization to fp8, int8 or int4."),
+    "build.quantization_type": ("no_quant", "Set runtime.quantization; LORAMUX_KV_CACHE_DTYPE for kv."),
     "build.speculator": (None, "Set runtime.speculative_tokens: drafts come from what a request said before."),
     "build.tensor_parallel_count": (1, _ONE_DEVICE),
     "runtime.config_kwargs": ({}, "Name what it sets by the keys of this file."),

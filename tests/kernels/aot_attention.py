@@ -11,6 +11,7 @@ from tests.kernels.aot import Variant, covering
 TYPES = {
     "p_partial": "*fp32",
     "p_lse": "*fp32",
+    "p_scales": "*bf16",
     "p_cache_rows": "*i32",
     "p_items": "*i32",
     "p_merges": "*i32",
@@ -23,8 +24,13 @@ TYPES = {
     "offset": "fp32",
 }
 UNALIGNED = {"window"}
+EIGHT_BITS: Final = {"int8": "*i8", "fp8": "*fp8e4nv"}
+FP8_FROM: Final = 90
+"""The first architecture of these that knows it."""
 ITEMSIZES: Final = {"bf16": 2, "fp16": 2, "fp32": 4}
 KV = 8
+CACHES: Final = {"own": {}, **{name: {"p_keys": kind, "p_values": kind} for name, kind in EIGHT_BITS.items()}}
+"""Types of keys and values."""
 WHERE: Final[dict[str, tuple[Any, ...]]] = {
     "architecture": ARCHITECTURES,
     "dtype": tuple(ITEMSIZES),
@@ -37,8 +43,13 @@ LAYERS: Final[dict[str, tuple[Any, ...]]] = {
     "window": (False, True),
     "pieces": (True, False),
     "sinks": (False, True),
+    "cache": tuple(CACHES),
 }
-NORMS: Final[dict[str, tuple[Any, ...]]] = {**WHERE, "norm": ("none", "one", "of heads")}
+NORMS: Final[dict[str, tuple[Any, ...]]] = {
+    **WHERE,
+    "norm": ("none", "one", "of heads"),
+    "cache": tuple(CACHES),
+}
 
 
 def variants(architecture: int) -> Iterator[Variant]:
@@ -52,15 +63,27 @@ def variants(architecture: int) -> Iterator[Variant]:
 def _chosen() -> list[dict[str, Any]]:
     """Return those of all layers, norms, and places alone that cover them and every tile."""
     return [
-        *covering(LAYERS, lambda row: (row["architecture"], *_configs(row))),
-        *covering(NORMS, lambda row: (row["architecture"], _bucket(tuning.ROPE, row))),
+        *_possible(covering(LAYERS, lambda row: (row["architecture"], row["cache"], *_configs(row)))),
+        *_possible(covering(NORMS, lambda row: (row["architecture"], _bucket(tuning.ROPE, row)))),
         *covering(WHERE, lambda row: (row["architecture"], _bucket(tuning.MERGE, row))),
     ]
 
 
+def _possible(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Yield what there is, each once: an architecture without fp8 has int8 in its place."""
+    seen = set()
+    for row in rows:
+        if row["cache"] == "fp8" and row["architecture"] < FP8_FROM:
+            row = {**row, "cache": "int8"}
+        if tuple(row.items()) not in seen:
+            seen.add(tuple(row.items()))
+            yield row
+
+
 def _configs(row: Mapping[str, Any]) -> list[tuning.TileConfig]:
     """The tiles of decode and prefill."""
-    return [_bucket(tables, row) for tables in (tuning.DECODE, tuning.PREFILL)]
+    eight = row["cache"] != "own"
+    return [_bucket(tuning.tiles(decodes=decodes, eight_bits=eight), row) for decodes in (True, False)]
 
 
 def attends(row: Mapping[str, Any]) -> Iterator[Variant]:
@@ -68,7 +91,8 @@ def attends(row: Mapping[str, Any]) -> Iterator[Variant]:
     absent = [name for name in ("softcap", "window") if not row[name]]
     absent += () if row["pieces"] else ("p_partial", "p_lse")
     absent += () if row["sinks"] else ("p_sinks",)
-    words = [name for name in ("softcap", "window", "pieces", "sinks") if row[name]]
+    absent += ("p_scales",) if row["cache"] == "own" else ()
+    words = [name for name in ("softcap", "window", "pieces", "sinks") if row[name]] + _words(row)
     for name, config in zip(("decode", "prefill"), _configs(row), strict=True):
         decodes = name == "decode"
         constants = {
@@ -92,7 +116,13 @@ def _rope(row: Mapping[str, Any]) -> Variant:
     constants = {"H": 4 * KV, "KV": KV, "ROTARY": dim // 2 if dim > 128 else dim, "BLOCK_H": config.block}
     constants |= {"NORMED": 0 if norm == "none" else 5 * KV}
     constants |= {"ROUND_NORM": norm == "of heads"} | ({"p_norm": None} if norm == "none" else {})
-    return _variant(f"rope_write {dim} norm {norm}", triton_kernels.rope_write_kernel, row, constants, config)
+    constants |= {"p_scales": None} if row["cache"] == "own" else {}
+    name = " ".join([f"rope_write {dim} norm {norm}", *_words(row)])
+    return _variant(name, triton_kernels.rope_write_kernel, row, constants, config)
+
+
+def _words(row: Mapping[str, Any]) -> list[str]:
+    return [] if row["cache"] == "own" else [row["cache"]]
 
 
 def _merge(row: Mapping[str, Any]) -> Variant:
@@ -119,6 +149,6 @@ def _variant(
         dtype=row["dtype"],
         constants={**constants, "D": row["dim"], "BLOCK_D": 1 << (row["dim"] - 1).bit_length()},
         options={k: v for k, v in vars(config).items() if k.startswith("num_")},
-        types=TYPES,
+        types=TYPES | CACHES[row.get("cache", "own")],
         unaligned=UNALIGNED,
     )

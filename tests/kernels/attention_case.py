@@ -15,6 +15,7 @@ from inference_service.kernels.attention import (
     Context,
     HeadNorm,
     Inputs,
+    KeysValues,
     pack_tables,
     plan,
     prefill_tile,
@@ -115,16 +116,27 @@ class Case:
         window = self.spec.window
         return 0 if window is None else max(0, context.end - context.length + 1 - window)
 
+    @property
+    def held(self) -> tuple[Tensor, Tensor]:
+        """Return what the cache means, in fp64 [kv heads, cache rows, d]."""
+        at = self.inputs
+        every = torch.arange(at.keys.shape[1], device=at.keys.device)
+        return KeysValues(at.keys, at.values, at.scales).read(every, torch.float64)
+
     def expected(self, keys: Tensor, values: Tensor) -> Tensor:
-        """fp64 [T, query heads, d] over the cache as it was before; 0 where a row is padding."""
+        """fp64 [T, query heads, d] over the cache as it was before; 0 where a row is padding.
+
+        Over one of 8 bits, it is what the cache means afterwards: the rows' own keys and values are rounded.
+        """
         at, group = self.inputs, self.inputs.num_heads // self.inputs.kv_heads
         out = torch.zeros(len(at.heads), at.num_heads, at.head_dim, dtype=torch.float64, device=keys.device)
         for context in self.contexts:
             mine = slice(context.row, context.row + context.length)
-            rows = self.cache_rows(context)[: context.end - context.length]
-            own = at.heads[mine, at.num_heads + at.kv_heads :].double().transpose(0, 1)
-            k = torch.cat([keys[:, rows].double(), self.expected_qk[mine, at.num_heads :].transpose(0, 1)], 1)
-            v = torch.cat([values[:, rows].double(), own], 1)
+            rows = self.cache_rows(context)[: context.end - context.length * (at.scales is None)]
+            k, v = keys[:, rows].double(), values[:, rows].double()
+            if at.scales is None:
+                k = torch.cat([k, self.expected_qk[mine, at.num_heads :].transpose(0, 1)], 1)
+                v = torch.cat([v, at.heads[mine, at.num_heads + at.kv_heads :].double().transpose(0, 1)], 1)
             positions = torch.arange(context.end, device=keys.device)
             own_at = positions[context.end - context.length :, None]
             seen = positions <= own_at
@@ -152,8 +164,20 @@ def make_case(
     window: int | None = None,
     softcap: float | None = None,
     sinks: bool = False,
+    cache: torch.dtype | None = None,
 ) -> Case:
-    """Random heads and histories; everything else of the cache is NaN, and so are padding rows."""
+    """Random heads and histories; everything else of the cache is NaN, and so are padding rows.
+
+    Args:
+        layout: the chunks.
+        heads: those of the layer.
+        dtype: of queries, and of the cache unless that has another.
+        device: where all of it is.
+        window: positions that a row sees.
+        softcap: bound of the scores.
+        sinks: whether there are any.
+        cache: the type of a cache of 8 bits.
+    """
     torch.manual_seed(sum(end for _, end in layout.chunks) * 100 + heads.dim)
     group = heads.queries // heads.kv
     capacity = AttentionCapacity(
@@ -169,7 +193,7 @@ def make_case(
     tables = AttentionTables.allocate(capacity, device)
     tables.load(torch.from_numpy(pack_tables(capacity, contexts)))
     spec = AttentionSpec(heads.dim**-0.5, window, softcap)
-    inputs = _inputs(capacity.rows, blocks * layout.block_size, heads, dtype, device)
+    inputs = _inputs(capacity.rows, blocks * layout.block_size, heads, dtype, device, cache)
     beside = (torch.randn(heads.queries) * 3).to(device) if sinks else None
     case = Case(inputs, tables, contexts, spec, _norm(heads, dtype, device), layout, beside)
     fill(case)
@@ -179,14 +203,19 @@ def make_case(
 def fill(case: Case) -> None:
     """Make rows of chunks, and what they see of the past, random; everything else NaN."""
     at = case.inputs
-    for poisoned in (at.heads, at.keys, at.values):
-        poisoned.fill_(torch.nan)
+    held = KeysValues(at.keys, at.values, at.scales)
+    at.heads.fill_(torch.nan)
+    for poisoned in held.tensors:
+        if poisoned.itemsize == 1:
+            poisoned.view(torch.int8).fill_(127)  # NaN of float8, and times a scale that is NaN
+        else:
+            poisoned.fill_(torch.nan)
     for context in case.contexts:
         mine = at.heads[context.row : context.row + context.length]
         mine.copy_(torch.randn(mine.shape))
         past = case.cache_rows(context)[case.first_seen(context) : context.end - context.length]
-        for cache in (at.keys, at.values):
-            cache[:, past] = torch.randn(len(cache), len(past), at.head_dim).to(cache)
+        k, v = (torch.randn(len(past), at.kv_heads, at.head_dim) for _ in range(2))
+        held.write(past.to(at.keys.device), *(part.to(at.heads) for part in (k, v)))
 
 
 def poison(launches: Sequence[Launch]) -> None:
@@ -228,13 +257,16 @@ def errors(got: Tensor, expected: Tensor) -> Tensor:
     return torch.where(size > 0, error / size, error).nan_to_num(nan=torch.inf)
 
 
-def _inputs(rows: int, cache_rows: int, heads: Heads, dtype: torch.dtype, device: str) -> Inputs:
+def _inputs(
+    rows: int, cache_rows: int, heads: Heads, dtype: torch.dtype, device: str, kept: torch.dtype | None
+) -> Inputs:
     rotary = heads.dim if heads.rotary is None else heads.rotary
     angles = torch.rand(rows, rotary // 2) * 6
     cos, sin = torch.cat([angles.cos()] * 2, dim=1), torch.cat([-angles.sin(), angles.sin()], dim=1)
-    cache = torch.empty(2, heads.kv, cache_rows, heads.dim)
+    cache = KeysValues.allocate(heads.kv, cache_rows, heads.dim, kept or dtype, torch.device(device))
     fused = torch.empty(rows, heads.queries + 2 * heads.kv, heads.dim)
-    return Inputs(*(part.to(device, dtype) for part in (fused, cos, sin, cache[0], cache[1])))
+    fused, cos, sin = (part.to(device, dtype) for part in (fused, cos, sin))
+    return Inputs(fused, cos, sin, cache.keys, cache.values, scales=cache.scales)
 
 
 def _norm(heads: Heads, dtype: torch.dtype, device: str) -> HeadNorm | None:

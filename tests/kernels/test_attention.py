@@ -86,6 +86,35 @@ def test_rows_attend_to_what_they_see_and_nothing_else_changes(
     check(case, case.run(), keys, values)
 
 
+@pytest.mark.parametrize("cache", [torch.int8, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "name",
+    ["one chunk of every kind", "a cap, a window and pieces", "sinks", "a norm for every head"],
+)
+def test_a_cache_of_8_bits(name: str, dtype: torch.dtype, cache: torch.dtype, device: str) -> None:
+    """New keys and values are rounded to the nearest number, and all rows attend to what the cache means."""
+    case = make_case(**CASES[name], dtype=dtype, device=device, cache=cache)
+    at, before = case.inputs, case.held
+    out, after = case.run(), case.held
+    assert errors(out, case.expected(*after)).max() <= TOLERANCE[dtype]
+    heads = torch.cat([case.expected_qk, at.heads[:, at.num_heads + at.kv_heads :].double()], 1)[
+        :, at.num_heads :
+    ]
+    step = 1.01 * (0.5 / 127 if cache is torch.int8 else 2**-4)
+    before_it = 4 * torch.finfo(dtype).eps + 1e-5  # of the largest number
+    for context in case.contexts:
+        rows = case.cache_rows(context)[context.end - context.length :]
+        exact = heads[context.row : context.row + context.length].transpose(0, 1)
+        for was, now, part in zip(before, after, exact.split(at.kv_heads), strict=True):
+            largest = part.abs().amax(-1, keepdim=True)
+            rounded = step * (largest if cache is torch.int8 else part.abs())
+            assert ((now[:, rows] - part).abs() <= rounded + before_it * largest).all()
+            was[:, rows] = now[:, rows]
+    for was, now in zip(before, after, strict=True):
+        torch.testing.assert_close(now, was, rtol=0, atol=0, equal_nan=True)
+
+
 LONG: dict[str, dict[str, Any]] = {
     "one long context among short ones": {
         "layout": Layout(SKEWED, padding=2, spare=3, decode_only=True),

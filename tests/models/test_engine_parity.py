@@ -81,6 +81,23 @@ def test_each_alone_equals_peft(
     assert [run_engine(ready, [request], NEW)[0] for request in requests] == expected
 
 
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_a_cache_of_8_bits_answers_the_same_in_any_batch(
+    world: World, store: MemoryStore, requests: list[tuple[str, list[int]]], kind: str
+) -> None:
+    """Alone, beside others, in chunks, behind cached prefixes, after preemption: a scale is a token's own."""
+    settings = {"backend": "torch", "device": "cpu", "kv_cache_dtype": kind}
+    ready, some = world.load(store, **settings), requests[:4]
+    alone = [run_engine(ready, [request], NEW // 2)[0] for request in some]
+    tight = {**settings, **CHUNKS, "kv_memory_gb": 96 * 2 * 2 * 2 * (8 + 2) / 1e9}
+    for each in (ready, preempting := world.load(store, **tight)):
+        assert run_engine(each, some, NEW // 2) == alone
+    assert ready.engine.stats.prefix_tokens_hit > 0
+    assert preempting.engine.stats.preemptions > 0
+    kernels = world.load(store, **settings | {"backend": "triton"})
+    assert run_engine(kernels, some[1:2], 2) == [alone[1][:2]]
+
+
 def test_thirty_one_others_change_no_token(world: World, store: MemoryStore) -> None:
     """A batch of 32 requests of all models, the widest of the table of speeds, answers as each alone."""
     ready = world.load(store, prefix_cache=False)

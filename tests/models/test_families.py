@@ -597,6 +597,15 @@ def test_bfloat16_stays_close(answers: Answers) -> None:
     assert found == pytest.approx(answers.logprobs[:1], abs=0.5)
 
 
+@pytest.mark.parametrize("answers", HALVES, indirect=True)
+def test_a_cache_of_8_bits_stays_close(answers: Answers) -> None:
+    """The scales are read with windows, sinks, caps, keys of other layers and experts."""
+    ready = answers.world.load(answers.store, backend="torch", device="cpu", kv_cache_dtype="int8")
+    poison(ready)
+    found = _engine_logprobs(ready, answers.requests[0][1], new=1)
+    assert found == pytest.approx(answers.logprobs[:1], abs=0.03)
+
+
 @pytest.mark.parametrize("answers", DENSE, indirect=True)
 def test_the_reference_of_proofs_is_transformers_and_peft(
     answers: Answers, request: pytest.FixtureRequest

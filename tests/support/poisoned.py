@@ -46,7 +46,8 @@ def _fill_blocks(engine: Any, group: int, batch: Batch) -> None:
     index = torch.tensor(sorted(unused), dtype=torch.int64)
     for layer, cache in zip(model._layers, engine._runner._cache.layers, strict=True):
         if cache and not layer.mixer.stateful and layer.mixer._window == group:
-            for tensor in cache:  # keys and values, of each head block by block
+            # keys and values, of each head block by block; of 8 bits their scales
+            for tensor in cache if len(cache) == 2 else [cache[2].flatten(0, 1)]:
                 tensor.view(len(tensor), pool.num_blocks, -1)[:, index] = torch.nan
 
 

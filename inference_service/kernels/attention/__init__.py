@@ -22,7 +22,7 @@ from inference_service.kernels.attention.layout import (
     AttentionTables,
     pack_tables,
 )
-from inference_service.kernels.attention.paged import Context, PagedAttention, attend_chunk
+from inference_service.kernels.attention.paged import Context, KeysValues, PagedAttention, attend_chunk
 from inference_service.kernels.attention.tuning import Cut, cut_of, prefill_tile
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "Cut",
     "HeadNorm",
     "Inputs",
+    "KeysValues",
     "PagedAttention",
     "attend",
     "attend_chunk",

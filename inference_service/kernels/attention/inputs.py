@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
+from inference_service.kernels.attention.paged import MOST
 from inference_service.kernels.launch import require
 from loramux_shared.bases.attention import HeadCounts
 
@@ -37,12 +39,20 @@ class Inputs:
     """Values, in the keys' layout."""
     writes: bool = True
     """True if the heads have keys and values, for the cache."""
+    scales: Tensor | None = None
+    """bfloat16 [2, kv heads, cache rows] of keys and values of 8 bits; None: they have the heads' type."""
 
     def __post_init__(self) -> None:
         dtype, device = self.heads.dtype, self.heads.device
         require(self.heads, "heads", dims=3)
+        kept = dtype if self.scales is None else self.keys.dtype
         for name in ("keys", "values"):
-            require(getattr(self, name), name, dims=3, dtype=dtype, device=device)
+            require(getattr(self, name), name, dims=3, dtype=kept, device=device)
+        if self.scales is not None:
+            require(self.scales, "scales", dims=3, dtype=torch.bfloat16, device=device)
+            heads = 2, self.kv_heads, self.keys.shape[1]
+            if kept not in MOST or self.scales.shape != heads or not self.scales.is_contiguous():
+                raise ValueError(f"scales must be {heads} of {[*MOST]}, got {self.scales.shape} of {kept}")
         for name in ("cos", "sin"):
             require(getattr(self, name), name, dims=2, device=device)
         if self.heads.stride(1) != self.head_dim:

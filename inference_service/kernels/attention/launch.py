@@ -97,6 +97,7 @@ class _Planner:
             "p_out": self.out,
             "p_keys": at.keys,
             "p_values": at.values,
+            "p_scales": at.scales,
             "p_cos": at.cos,
             "p_sin": at.sin,
             "p_norm": None if norm is None else norm.weight,
@@ -108,6 +109,7 @@ class _Planner:
             "stride_norm": norm.weight.stride(0) if norm is not None and per_head else 0,
             "stride_kv": at.keys.stride(0),
             "stride_cache": at.keys.stride(1),
+            "stride_scales": at.keys.shape[1],
             "H": at.num_heads,
             "KV": at.written_heads,
             "NORMED": self._normed(norm),
@@ -153,7 +155,7 @@ class _Planner:
         """Attend for all items, of so many rows at most."""
         at = self.inputs
         decodes, group = tile == 1 and items is self.tables.decodes, at.num_heads // at.kv_heads
-        config = self._config(tuning.DECODE if decodes else tuning.PREFILL)
+        config = self._config(tuning.tiles(decodes=decodes, eight_bits=at.scales is not None))
         block_m = max(config.block_m, _power_of_two(group)) if decodes else config.block_m
         if tile * group > block_m:
             raise ValueError(f"a tile has at most {block_m // group} rows, got {tile}")
@@ -163,11 +165,13 @@ class _Planner:
             **pieces,
             "p_keys": at.keys,
             "p_values": at.values,
+            "p_scales": at.scales,
             "p_items": items,
             "p_blocks": self.tables.blocks,
             **self.weights,
             "stride_kv": at.keys.stride(0),
             "stride_cache": at.keys.stride(1),
+            "stride_scales": at.keys.shape[1],
             "TILE": tile,
             "MIN_SPAN": (tuning.DECODE_BALANCE if decodes else tuning.PREFILL_BALANCE).min_span,
             "GROUP": group,

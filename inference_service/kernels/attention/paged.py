@@ -2,13 +2,16 @@
 
 The cache of a layer is [kv heads, cache rows, head_dim], so that a gathered context is ready for a batched
 product, and the queries of a group (GQA) are folded into the query axis.
+
+A cache of 8 bits has a scale for every token and head, which is the token's own: what a token leaves there
+depends neither on the chunk that it came in nor on those before it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import numpy as np
 import torch
@@ -17,6 +20,78 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from inference_service.core.sequence import NOWHERE
 from loramux_shared.bases.attention import AttentionSpec
+
+MOST: Final = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+"""The types of a cache of 8 bits, and the largest number of each."""
+LEAST_SCALE: Final = 1e-30
+LOW_BITS: Final = 0xFFFF
+"""Bits of a float32 that bfloat16 does not have."""
+
+
+@dataclass(frozen=True)
+class KeysValues:
+    """The cache of a layer."""
+
+    keys: Tensor
+    """[kv heads, cache rows, d]"""
+    values: Tensor
+    """Values, in the keys' layout."""
+    scales: Tensor | None = None
+    """bfloat16 [2, kv heads, cache rows] of keys and values of 8 bits."""
+
+    @classmethod
+    def allocate(
+        cls, kv_heads: int, rows: int, dim: int, dtype: torch.dtype, device: torch.device
+    ) -> KeysValues:
+        """Return an empty cache."""
+        keys, values = (torch.zeros(kv_heads, rows, dim, dtype=dtype, device=device) for _ in range(2))
+        if dtype not in MOST:
+            return cls(keys, values)
+        return cls(keys, values, torch.zeros(2, kv_heads, rows, dtype=torch.bfloat16, device=device))
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Return those that there are."""
+        return (self.keys, self.values) if self.scales is None else (self.keys, self.values, self.scales)
+
+    def write(self, rows: Tensor, k: Tensor, v: Tensor) -> None:
+        """Write k and v [T, kv heads, d] to rows [T]."""
+        for index, (cache, part) in enumerate(((self.keys, k), (self.values, v))):
+            if self.scales is None:
+                cache.index_copy_(1, rows, part.transpose(0, 1))
+                continue
+            numbers, scales = narrowed(part.transpose(0, 1), cache.dtype)
+            _bits(cache).index_copy_(1, rows, _bits(numbers))
+            self.scales[index].index_copy_(1, rows, scales)
+
+    def read(self, rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return keys and values [kv heads, n, d] of rows [n]."""
+        if self.scales is None:
+            return self.keys.index_select(1, rows), self.values.index_select(1, rows)
+        scales = self.scales.index_select(2, rows).float()[..., None]
+        keys, values = (
+            _bits(cache).index_select(1, rows).view(cache.dtype).float() for cache in (self.keys, self.values)
+        )
+        return (keys * scales[0]).to(dtype), (values * scales[1]).to(dtype)
+
+
+def narrowed(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return x [..., d] as numbers of 8 bits, and the scales [...] in bfloat16 that they are multiplied with.
+
+    Scales are rounded up, so that no number is beyond the largest.
+    """
+    wide = x.float()
+    scales = (wide.abs().amax(-1) / MOST[dtype]).clamp_min(LEAST_SCALE)
+    scales = ((scales.view(torch.int32) + LOW_BITS) & ~LOW_BITS).view(torch.float32)
+    numbers = wide / scales[..., None]
+    if dtype is torch.int8:
+        numbers = torch.floor(numbers + 0.5)
+    return numbers.to(dtype), scales.bfloat16()
+
+
+def _bits(numbers: Tensor) -> Tensor:
+    """Return a view that all of torch's operations take: few take float8."""
+    return numbers.view(torch.int8)
 
 
 class Context(NamedTuple):
@@ -96,28 +171,26 @@ class PagedAttention:
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        k_cache: Tensor,
-        v_cache: Tensor,
+        cache: KeysValues,
         spec: AttentionSpec,
         sinks: Tensor | None = None,
     ) -> Tensor:
-        """Write k and v [T, kv, d] to the cache [kv, rows, d], and return what q [T, heads, d] attends to.
+        """Write k and v [T, kv, d] to the cache, and return what q [T, heads, d] attends to.
 
         Of a layer that reads another's, k and v are not looked at. sinks [heads] are scores of what every row
         sees besides, and which has no value.
         """
         plan = self._plans[spec.window]
         if spec.keys_of is None:
-            k_cache.index_copy_(1, plan.write_rows, k.transpose(0, 1))
-            v_cache.index_copy_(1, plan.write_rows, v.transpose(0, 1))
+            cache.write(plan.write_rows, k, v)
         out = torch.empty_like(q) if plan.prefills else q
         for prefill in plan.prefills:
-            out[prefill.rows] = self._prefill(q, k_cache, v_cache, spec, prefill, sinks)
+            out[prefill.rows] = self._prefill(q, cache, spec, prefill, sinks)
         if plan.decode is not None:
             order = self._decode_rows
             in_order = self._all_decode and len(order) == len(q)
             rows = q if in_order else q[order]
-            decoded = self._decode(rows, k_cache, v_cache, spec, plan.decode, sinks)
+            decoded = self._decode(rows, cache, spec, plan.decode, sinks)
             if in_order:
                 return decoded
             out[order] = decoded
@@ -126,20 +199,17 @@ class PagedAttention:
     def _decode(
         self,
         q: Tensor,
-        k_cache: Tensor,
-        v_cache: Tensor,
+        cache: KeysValues,
         spec: AttentionSpec,
         plan: _Decode,
         sinks: Tensor | None,
     ) -> Tensor:
         """One query row per sequence: [D, heads, d]."""
         num, heads, dim = q.shape
-        kv = len(k_cache)
+        kv = len(cache.keys)
         group = heads // kv
         length = plan.table.shape[1]
-        flat = plan.table.view(-1)
-        keys = k_cache.index_select(1, flat).view(kv * num, length, dim)
-        values = v_cache.index_select(1, flat).view(kv * num, length, dim)
+        keys, values = (part.view(kv * num, length, dim) for part in cache.read(plan.table.view(-1), q.dtype))
         query = q.view(num, kv, group, dim).transpose(0, 1).reshape(kv * num, group, dim)
         mask = plan.mask.repeat(kv, 1).unsqueeze(1)
         if spec.softcap is None:
@@ -154,14 +224,13 @@ class PagedAttention:
     def _prefill(
         self,
         q: Tensor,
-        k_cache: Tensor,
-        v_cache: Tensor,
+        cache: KeysValues,
         spec: AttentionSpec,
         plan: _Prefill,
         sinks: Tensor | None,
     ) -> Tensor:
         """A chunk of one sequence: [length, heads, d]."""
-        keys, values = (cache.index_select(1, plan.index) for cache in (k_cache, v_cache))
+        keys, values = cache.read(plan.index, q.dtype)
         if spec.softcap is None and sinks is None:
             return attend_chunk(q[plan.rows], keys, values, plan.mask, spec.scale)
         query = q[plan.rows].transpose(0, 1)[None]

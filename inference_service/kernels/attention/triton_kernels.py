@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+LEAST_SCALE = tl.constexpr(1e-30)
 INTERPRETED: bool = triton.knobs.runtime.interpret
 """True if the kernels below were made for the interpreter, which computes bf16 wrongly without UPCAST."""
 
@@ -25,6 +26,7 @@ def rope_write_kernel(
     p_cos,  # [T, ROTARY]
     p_sin,  # [T, ROTARY], the first half negated
     p_norm,  # [NORMED, D] or [D], or None
+    p_scales,  # bf16 [2, KV, cache rows], written, of keys and values of 8 bits; None: they are the heads'
     p_cache_rows,  # int32 [T]
     eps,
     offset,  # added to the weights of the norm
@@ -33,6 +35,7 @@ def rope_write_kernel(
     stride_norm,  # of heads; 0: they share one weight
     stride_kv,
     stride_cache,
+    stride_scales,  # of heads
     H: tl.constexpr,
     KV: tl.constexpr,  # 0: there are queries alone
     NORMED: tl.constexpr,  # heads that are normed
@@ -44,8 +47,8 @@ def rope_write_kernel(
 ):
     """q = turn(norm(q)); keys[cache row] = turn(norm(k)); values[cache row] = v, or norm(v).
 
-    One program per (row, tile of heads). Every rounding is one of the torch path's. Padding rows write no key
-    and no value, and their output, which no other kernel writes, is 0.
+    One program per (row, tile of heads). Every rounding is one of the torch path's, those to 8 bits included.
+    Padding rows write no key and no value, and their output, which no other kernel writes, is 0.
     """
     i_t, i_h = tl.program_id(0).to(tl.int64), tl.program_id(1)
     cache_row = tl.load(p_cache_rows + i_t).to(tl.int64)
@@ -88,8 +91,33 @@ def rope_write_kernel(
     else:
         o_cache = cache_row * stride_cache + o_d[None, :]
         o_k, o_v = (o_h - H).to(tl.int64)[:, None], (o_h - H - KV).to(tl.int64)[:, None]
-        tl.store(p_keys + o_k * stride_kv + o_cache, b_x, mask=m_heads & (o_k >= 0) & (o_k < KV))
-        tl.store(p_values + o_v * stride_kv + o_cache, b_x, mask=m_heads & (o_v >= 0))
+        m_k, m_v = m_heads & (o_k >= 0) & (o_k < KV), m_heads & (o_v >= 0)
+        if p_scales is not None:
+            b_scale, b_numbers = _narrowed(b_x, p_keys.dtype.element_ty)
+            p_scale = p_scales + (o_h - H).to(tl.int64) * stride_scales + cache_row
+            tl.store(p_scale, b_scale, mask=(o_h >= H) & (o_h < H + 2 * KV))
+            tl.store(p_keys + o_k * stride_kv + o_cache, b_numbers, mask=m_k)
+            tl.store(p_values + o_v * stride_kv + o_cache, b_numbers, mask=m_v)
+        else:
+            tl.store(p_keys + o_k * stride_kv + o_cache, b_x, mask=m_k)
+            tl.store(p_values + o_v * stride_kv + o_cache, b_x, mask=m_v)
+
+
+@triton.jit
+def _narrowed(b_x, dtype: tl.constexpr):
+    """Return the scales [BLOCK_H] of heads, rounded up to bf16, and their numbers in 8 bits."""
+    b_x = b_x.to(tl.float32)
+    b_scale = tl.max(tl.abs(b_x), axis=1) / (127.0 if dtype == tl.int8 else 448.0)
+    b_bits = tl.maximum(b_scale, LEAST_SCALE).to(tl.int32, bitcast=True)
+    b_scale = ((b_bits + 0xFFFF) & -0x10000).to(tl.float32, bitcast=True)
+    b_x = b_x / b_scale[:, None]
+    if dtype == tl.int8:
+        b_x = tl.floor(b_x + 0.5)
+    else:  # to four bits, nearest and even, before the cast: the interpreter's loses what it carries
+        b_bits = b_x.to(tl.int32, bitcast=True)
+        b_bits = (b_bits + 0x7FFFF + ((b_bits >> 20) & 1)) & -0x100000
+        b_x = b_bits.to(tl.float32, bitcast=True)
+    return b_scale.to(tl.bfloat16), b_x.to(dtype)
 
 
 @triton.jit
@@ -103,6 +131,8 @@ def _attend(
     last,
     p_keys,  # of one head [cache rows, D]
     p_values,
+    p_key_scales,  # of one head [cache rows], or None
+    p_value_scales,
     p_blocks,  # of one chunk
     stride_cache,
     scale,
@@ -112,6 +142,7 @@ def _attend(
     BLOCK_SIZE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    DTYPE: tl.constexpr,  # of the queries
     MASKED: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
@@ -130,12 +161,21 @@ def _attend(
         else:
             b_block = tl.load(p_blocks + o_n // BLOCK_SIZE)
             m_k, m_v = m_d[:, None], m_d[None, :]
-        o_row = (b_block.to(tl.int64) * BLOCK_SIZE + o_n % BLOCK_SIZE) * stride_cache  # [BLOCK_N]
+        o_place = b_block.to(tl.int64) * BLOCK_SIZE + o_n % BLOCK_SIZE  # [BLOCK_N]
+        o_row = o_place * stride_cache
         b_k = tl.load(p_keys + o_row[None, :] + o_d[:, None], mask=m_k, other=0.0)  # [BLOCK_D, BLOCK_N]
         b_v = tl.load(p_values + o_row[:, None] + o_d[None, :], mask=m_v, other=0.0)  # [BLOCK_N, BLOCK_D]
+        if p_key_scales is not None:
+            b_key_scale = tl.load(p_key_scales + o_place, mask=m_n, other=0.0).to(tl.float32)
+            b_value_scale = tl.load(p_value_scales + o_place, mask=m_n, other=0.0).to(tl.float32)
+            b_k = b_k.to(tl.float32 if UPCAST else DTYPE)  # exact
+            if tl.float16 == DTYPE:  # in which small values times small weights would be lost
+                b_v = b_v.to(tl.float32) * b_value_scale[:, None]
+            b_v = b_v.to(tl.float32 if UPCAST else DTYPE)
         if UPCAST:
             b_k = b_k.to(tl.float32)
-        b_s = tl.dot(b_q, b_k, input_precision="ieee") * scale  # [BLOCK_M, BLOCK_N]
+        b_s = tl.dot(b_q, b_k, input_precision="ieee")  # [BLOCK_M, BLOCK_N]
+        b_s = b_s * (scale if p_key_scales is None else (b_key_scale * scale)[None, :])
         if softcap is not None:
             b_s = softcap - 2 * softcap / (tl.exp2(b_s) + 1)  # tanh, for b_s is 2 log2(e) x
         if MASKED:
@@ -150,7 +190,9 @@ def _attend(
         b_p = tl.exp2(b_s - b_zero[:, None])
         b_shrink = tl.exp2(b_max - b_zero)
         b_sum = b_sum * b_shrink + tl.sum(b_p, axis=1)
-        b_p = b_p.to(p_values.dtype.element_ty)
+        if p_key_scales is not None and tl.float16 != DTYPE:
+            b_p = b_p * b_value_scale[None, :]
+        b_p = b_p.to(DTYPE)
         if UPCAST:
             b_p, b_v = b_p.to(tl.float32), b_v.to(tl.float32)
         b_acc = tl.dot(b_p, b_v, b_acc * b_shrink[:, None], input_precision="ieee")
@@ -166,6 +208,7 @@ def attend_kernel(
     p_lse,  # fp32 [P, H], likewise: log2 of the sum of the weights; -inf: the row sees nothing in the piece
     p_keys,  # [KV, cache rows, D]
     p_values,  # as p_keys
+    p_scales,  # bf16 [2, KV, cache rows] of keys and values of 8 bits; None: they are the queries'
     p_items,  # int32 [items, 8]
     p_blocks,  # int32
     p_sinks,  # fp32 [H], or None: scores of what every row sees besides, and which has no value
@@ -174,6 +217,7 @@ def attend_kernel(
     window,  # or None
     stride_kv,
     stride_cache,
+    stride_scales,  # of heads
     TILE: tl.constexpr,  # rows of an item at most; 1: decode
     MIN_SPAN: tl.constexpr,  # keys of a piece at least, a multiple of BLOCK_N
     GROUP: tl.constexpr,
@@ -215,6 +259,7 @@ def attend_kernel(
     o_head = i_h * GROUP + o_m % GROUP  # [BLOCK_M]
     o_q = ((row + o_r).to(tl.int64) * (KV * GROUP) + o_head)[:, None] * D + o_d[None, :]
     b_q = tl.load(p_q + o_q, mask=m_q, other=0.0)
+    DTYPE: tl.constexpr = p_q.dtype.element_ty
     if UPCAST:
         b_q = b_q.to(tl.float32)
     b_acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -226,18 +271,23 @@ def attend_kernel(
             b_sum += 1.0
     p_keys += i_h.to(tl.int64) * stride_kv
     p_values += i_h.to(tl.int64) * stride_kv
+    p_key_scales = None
+    p_value_scales = None
+    if p_scales is not None:
+        p_key_scales = p_scales + i_h.to(tl.int64) * stride_scales
+        p_value_scales = p_key_scales + KV * stride_scales
     p_blocks += first_block
     masked = first
     if TILE > 1 and window is None:
         # What all rows see: whole tiles of keys up to the first row's own; the rest is masked.
         masked = tl.minimum(tl.maximum((at + 1) // BLOCK_N * BLOCK_N, first), last)
         b_acc, b_max, b_sum = _attend(
-            b_q, b_acc, b_max, b_sum, at + o_r, first, masked, p_keys, p_values, p_blocks, stride_cache,
-            scale, softcap, None, D, BLOCK_SIZE, BLOCK_N, BLOCK_D, False, UPCAST,
+            b_q, b_acc, b_max, b_sum, at + o_r, first, masked, p_keys, p_values, p_key_scales, p_value_scales,
+            p_blocks, stride_cache, scale, softcap, None, D, BLOCK_SIZE, BLOCK_N, BLOCK_D, DTYPE, False, UPCAST,
         )  # fmt: skip
     b_acc, b_max, b_sum = _attend(
-        b_q, b_acc, b_max, b_sum, at + o_r, masked, last, p_keys, p_values, p_blocks, stride_cache,
-        scale, softcap, window, D, BLOCK_SIZE, BLOCK_N, BLOCK_D, True, UPCAST,
+        b_q, b_acc, b_max, b_sum, at + o_r, masked, last, p_keys, p_values, p_key_scales, p_value_scales,
+        p_blocks, stride_cache, scale, softcap, window, D, BLOCK_SIZE, BLOCK_N, BLOCK_D, DTYPE, True, UPCAST,
     )  # fmt: skip
     m_seen = m_m & (b_sum > 0)
     b_sum = tl.where(m_seen, b_sum, 1.0)

@@ -10,7 +10,7 @@ A bucket is the smallest key that holds the head's dimensions.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, TypeVar
 
 import torch
@@ -50,6 +50,11 @@ Table = Mapping[int, Mapping[int, Config]]
 """Configurations by the bytes of an element, then by the bucket of the head's dimensions."""
 Tables = Mapping[int, Table[Config]]
 """Tables by architecture."""
+
+
+def _narrower(config: TileConfig) -> TileConfig:
+    return replace(config, block_n=max(16, config.block_n // 2))
+
 
 # Keys and values hang on blocks, which are loaded before them: a buffer takes two stages. Two buffers (5) keep
 # 64 KB per program on their way from memory, which fills the bandwidth of an H100 with one program per
@@ -105,8 +110,26 @@ PREFILL: Tables[TileConfig] = dict.fromkeys(ARCHITECTURES, _PREFILL) | {
     80: _PREFILL_80,
     120: _PREFILL_80,
 }
+# Keys and values of 8 bits are widened in registers, which fewer of them leave free; the rows are the same.
+_DECODE_8: Table[TileConfig] = {
+    2: _DECODE[2],
+    4: {dim: replace(config, num_stages=1) for dim, config in _DECODE[4].items()}
+    | {512: TileConfig(16, 16, num_warps=8, num_stages=1)},
+}
+DECODE_8: Tables[TileConfig] = dict.fromkeys(ARCHITECTURES, _DECODE_8)
+PREFILL_8: Tables[TileConfig] = {
+    key: {size: {dim: _narrower(each) for dim, each in buckets.items()} for size, buckets in table.items()}
+    for key, table in PREFILL.items()
+}
 ROPE: Tables[SmallConfig] = {key: {2: _ROPE, 4: _ROPE} for key in ARCHITECTURES}
 MERGE: Tables[SmallConfig] = {key: {2: _MERGE, 4: _MERGE} for key in ARCHITECTURES}
+
+
+def tiles(*, decodes: bool, eight_bits: bool) -> Tables[TileConfig]:
+    """Return the tables of decode or prefill, for keys and values of the model's type or of 8 bits."""
+    if eight_bits:
+        return DECODE_8 if decodes else PREFILL_8
+    return DECODE if decodes else PREFILL
 
 
 def config_of(tables: Tables[Config], device: torch.device, dtype: torch.dtype, head_dim: int) -> Config:

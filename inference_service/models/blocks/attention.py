@@ -62,9 +62,9 @@ class AttentionBlock:
         heads = qkv.view(len(x), -1, spec.head_dim)
         if spec.values_are_keys and spec.attention.keys_of is None:
             heads = torch.cat([heads, heads[:, spec.num_heads :]], dim=1)
-        keys, values = step.cache.layers[self._cache]
-        turn = step.turns[self._rope]
-        attended = step.attention(heads, turn, keys, values, spec.attention, self._head_norm, self._sinks)
+        keys, values, *scales = step.cache.layers[self._cache]
+        turn, norm = step.turns[self._rope], self._head_norm
+        attended = step.attention(heads, turn, keys, values, spec.attention, norm, self._sinks, *scales)
         if gate is not None:
             attended = step.operations.gate(attended, gate)
         return step.linear(self._o, attended, self._index, self._o_group)

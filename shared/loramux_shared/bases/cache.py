@@ -22,6 +22,8 @@ SNAPSHOTS: Final = 3
 """Bytes of keys and values for each of snapshots of states."""
 NEAREST: Final = 256
 """Tokens between two of them at least: chunks of prompts end there, and shorter ones would be slower."""
+SCALE_BYTES: Final = 2
+"""Bytes of the scale of a head of keys, or of values, of a token, in 8 bits."""
 SLACK: Final = 64
 """A group with a window has one block more for so many: admission leaves some free for those under way."""
 
@@ -161,9 +163,11 @@ def window_blocks(window: int, rows: int, block_size: int) -> int:
     return (window + rows - 3) // block_size + 3
 
 
-def cache_entries(config: ModelConfig, item_bytes: int) -> tuple[KeptTokens, ...]:
-    """Return what the groups of a model's layers keep, in the order of its windows."""
+def cache_entries(config: ModelConfig, item_bytes: int, *, rounded: bool = False) -> tuple[KeptTokens, ...]:
+    """Return what the groups of a model's layers keep, in the order of its windows; rounded: in 8 bits."""
     window_bytes = dict.fromkeys(config.windows, 0)
     for mixer in config.attentions:
-        window_bytes[mixer.attention.window] += mixer.cached_features * item_bytes
+        numbers = mixer.cached_features
+        scales = numbers // mixer.head_dim * SCALE_BYTES
+        window_bytes[mixer.attention.window] += numbers + scales if rounded else numbers * item_bytes
     return tuple(KeptTokens(window, token_bytes) for window, token_bytes in window_bytes.items())

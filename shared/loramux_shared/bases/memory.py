@@ -244,7 +244,7 @@ def cache_of(
     """Return what the cache of a model is asked to hold; max_seq_len is what the deployment promises."""
     sizes = settings.sizes(device)
     return Cache(
-        groups=cache_entries(config, item_bytes),
+        groups=cache_entries(config, item_bytes, rounded=settings.kv_cache_dtype != "auto"),
         block_size=settings.block_size,
         longest=min(max_seq_len or config.max_positions, config.max_positions),
         seqs=sizes.seqs,

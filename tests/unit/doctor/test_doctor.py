@@ -121,6 +121,20 @@ def test_what_fits_beside_weights_and_cache() -> None:
     assert longer.ready_bytes == PROCESS_BYTES + longer.weights_bytes + 2 * TOUCHED_BYTES
 
 
+@pytest.mark.parametrize("item", ["bfloat16", "float32"])
+def test_a_cache_of_8_bits_holds_nearly_twice_the_tokens(item: str) -> None:
+    """A byte a number, and two for the scale of each head of keys and of values."""
+    whole, rounded = (
+        sizes_of(
+            LLAMA, InferenceSettings(deployment="none", kv_memory_gb=0.001, kv_cache_dtype=kind), 10**9, item
+        )
+        for kind in ("auto", "int8")
+    )
+    assert (whole.kv_dtype, rounded.kv_dtype) == ("", "int8")
+    assert rounded.kv_token_bytes == 2 * 2 * 2 * (8 + 2)
+    assert rounded.kv_tokens > 1.5 * whole.kv_tokens
+
+
 def test_what_does_not_fit_says_so_in_the_words_of_a_replica() -> None:
     """No cache, no adapters, and the plan's own refusal."""
     sizes = sizes_of(LLAMA, SETTINGS, 100_000, "float32")

@@ -14,7 +14,7 @@ from inference_service.backends.native_lora import NativeLora
 from inference_service.core.computing import COST, CURES, Lack
 from inference_service.kernels.cpu import build
 from inference_service.kernels.cpu.build import Built
-from inference_service.startup.choose import TRITONS, check_triton, choose_backend
+from inference_service.startup.choose import TRITONS, check_cache_dtype, check_triton, choose_backend
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bases.read import read_fields
 from loramux_shared.faults import SettingsInvalid
@@ -112,6 +112,25 @@ def test_torch_in_the_place_of_compiled_operations_has_a_warning(
     assert (chosen.backend, chosen.lack) == ("torch", lack)
     assert chosen.warning == f"torch operations (no luck): {COST}; {CURES[lack]}"
     assert choose_backend(_settings(tmp_path, backend="torch", device="cpu"), config).computing.warning is None
+
+
+def test_a_cache_of_8_bits_is_refused_where_it_cannot_be(
+    config: ModelConfig, native_folder: Path, tmp_path: Path
+) -> None:
+    """Compiled operations of a CPU refuse it, and older GPUs refuse fp8; each refusal says what to set."""
+    reference = choose_backend(
+        _settings(tmp_path, backend="torch", device="cpu", kv_cache_dtype="int8"), config
+    )
+    assert reference.cache_dtype is torch.int8
+    check_cache_dtype(_settings(tmp_path, kv_cache_dtype="int8"), (8, 0))
+    check_cache_dtype(_settings(tmp_path, kv_cache_dtype="fp8"), (8, 9))
+    with pytest.raises(SettingsInvalid, match=r"=fp8 needs a GPU of capability 8\.9, found 8\.6\. Set int8"):
+        check_cache_dtype(_settings(tmp_path, kv_cache_dtype="fp8"), (8, 6))
+    if build.load(native_folder).library is not None:
+        with pytest.raises(
+            SettingsInvalid, match=r"LORAMUX_KV_CACHE_DTYPE=int8 needs a GPU.*LORAMUX_BACKEND=torch"
+        ):
+            choose_backend(_settings(native_folder.parent, device="cpu", kv_cache_dtype="int8"), config)
 
 
 def test_a_triton_that_the_kernels_were_not_compiled_with_is_refused_by_name() -> None:
