@@ -97,6 +97,9 @@ class RandomTensors:
         drawn = torch.randn(shape, dtype=self.dtype, device=self.device).mul_(SCALE)
         return drawn.add_(1.0) if len(shape) == 1 else drawn
 
+    def integers(self, _names: Sequence[tuple[str, tuple[int, ...]]]) -> None:
+        """None has few bits."""
+
 
 def random_adapter(config: ModelConfig, rank: int, dtype: torch.dtype) -> AdapterWeights:
     """Rank ``rank`` in every module of every layer, in the host's memory; all layers share theirs."""

@@ -96,6 +96,8 @@ class Operations(Protocol):
 
     by_row: bool
     """True if a row's results depend on nothing but the row, to the last bit."""
+    keeps_integers: bool
+    """True if weights of 4 bits are multiplied as checkpoints keep them, instead of widened at load."""
 
     def new_linear(
         self, weight: Tensor, bias: Tensor | None = None, quantization: Rounding = Rounding.NONE

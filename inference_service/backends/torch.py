@@ -39,6 +39,7 @@ class TorchOperations(ExpertOperations):
     """Operations in plain torch, on any device."""
 
     by_row = False
+    keeps_integers = False
 
     def __init__(
         self, dtype: torch.dtype, device: torch.device, cache_dtype: torch.dtype | None = None

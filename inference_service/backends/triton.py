@@ -33,7 +33,9 @@ from inference_service.kernels.delta import (
 )
 from inference_service.kernels.experts import ByExpert
 from inference_service.kernels.experts.segments import Owners, allocate, capacity_of, fill, owners_of
+from inference_service.kernels.integers import quantize
 from inference_service.kernels.launch import SideStream
+from inference_service.kernels.rounded import PackedWeight, round_rows
 from inference_service.kernels.rows import Activation
 from inference_service.kernels.sgmv import (
     DECODE_TILE,
@@ -47,6 +49,7 @@ from inference_service.kernels.sgmv import (
 )
 from inference_service.layers.linear import Linear
 from inference_service.layers.norm import RMSNorm
+from inference_service.layers.on_gpu import Fp8Linear, PackedLinear
 from inference_service.lora.bank import Bank
 from inference_service.lora.packed import PackedAdapter
 from inference_service.lora.segments import LONG_SEGMENT, Arrangement, entries_of
@@ -54,6 +57,7 @@ from inference_service.lora.slots import experts_of
 from inference_service.lora.weights import AdapterWeights
 from loramux_shared.bases.attention import AttentionSpec, HeadCounts
 from loramux_shared.bases.groups import MODULES_APART, GroupShape
+from loramux_shared.rounding import Rounding
 
 MIN_ENTRIES: Final = 16
 MOST_PLANNED: Final = 4096
@@ -63,6 +67,8 @@ EVERY: Final = -1
 
 class TritonOperations(GroupedOperations, TorchOperations):
     """One launch each, on a GPU or in Triton's interpreter."""
+
+    keeps_integers = True
 
     def __init__(
         self,
@@ -80,6 +86,17 @@ class TritonOperations(GroupedOperations, TorchOperations):
         self._cuts = {each: cut_of(device, dtype, each) for each in heads}
         self._deltas: dict[DeltaCapacity, DeltaTables] = {}
         self._tables: dict[AttentionCapacity, AttentionTables] = {}
+
+    def new_linear(
+        self, weight: Tensor, bias: Tensor | None = None, quantization: Rounding = Rounding.NONE
+    ) -> Linear:
+        """Return a linear that widens integers in registers, or rounds rows to fp8 in one launch."""
+        quantized = quantize(weight, quantization)
+        if quantized is not None:
+            return PackedLinear(PackedWeight.of(quantized), bias)
+        if quantization is Rounding.FP8 and Fp8Linear.takes(weight):
+            return Fp8Linear(weight, bias, round_rows)
+        return super().new_linear(weight, bias)
 
     def adapted(self, layer: Linear, x: Tensor, lora: StepLora, index: int, group: str) -> Tensor:
         """The adapters' first half beside the base's product, where that is recorded."""

@@ -9,13 +9,15 @@ from torch import Tensor
 
 from inference_service.kernels.integers import quantize
 from inference_service.layers.linear import Linear
-from inference_service.layers.on_gpu import Fp8Linear, Int4Linear, Int8Linear
+from inference_service.layers.on_gpu import Fp8Linear
 from inference_service.layers.quantized import QuantizedLinear
 from loramux_shared.faults import SettingsInvalid
 from loramux_shared.rounding import Rounding
 
 CAPABILITY: Final = {Rounding.FP8: (8, 9), Rounding.INT8: (8, 0), Rounding.INT4: (8, 0)}
 """Least capability of a GPU."""
+FP8_DTYPE: Final = torch.bfloat16
+"""The type of activations beside weights in fp8."""
 
 
 def new_linear(weight: Tensor, bias: Tensor | None, quantization: Rounding) -> Linear:
@@ -23,13 +25,7 @@ def new_linear(weight: Tensor, bias: Tensor | None, quantization: Rounding) -> L
     if quantization is Rounding.FP8:
         return Fp8Linear(weight, bias) if Fp8Linear.takes(weight) else Linear(weight, bias)
     quantized = quantize(weight, quantization)
-    if quantized is None:
-        return Linear(weight, bias)
-    if not weight.is_cuda:
-        return QuantizedLinear(quantized, bias)
-    if quantization is Rounding.INT8:
-        return Int8Linear(quantized, bias)
-    return Int4Linear(quantized, bias) if Int4Linear.takes(quantized) else QuantizedLinear(quantized, bias)
+    return Linear(weight, bias) if quantized is None else QuantizedLinear(quantized, bias)
 
 
 def require_able(quantization: Rounding, device: torch.device, dtype: torch.dtype) -> None:
@@ -44,7 +40,7 @@ def require_able(quantization: Rounding, device: torch.device, dtype: torch.dtyp
     found, cure = "a CPU", "int8 or int4"
     if device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)
-        if capability >= CAPABILITY[quantization] and dtype is torch.bfloat16:
+        if capability >= CAPABILITY[quantization] and (quantization is not Rounding.FP8 or dtype is FP8_DTYPE):
             return
         found = f"capability {capability[0]}.{capability[1]} and {str(dtype).removeprefix('torch.')}"
         cure = "none, or LORAMUX_DTYPE=bfloat16 where that is what is missing"

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from inference_service.models.formats.find import Found
-from inference_service.models.formats.packed import Packed, widened
+from inference_service.models.formats.packed import Grouped, Integers, Packed, widened
 from inference_service.models.formats.pieces import FLOATS, Pieces
 from inference_service.models.shard import ShardInvalid, read_shard
 from loramux_shared.bases.formats.scheme import Quantization
@@ -47,6 +47,14 @@ class Tensors(Protocol):
         """
         ...
 
+    def integers(self, names: Sequence[tuple[str, tuple[int, ...]]]) -> list[Integers] | None:
+        """Return the integers of weights of 4 bits instead of `get`; None where one of them has none.
+
+        Raises:
+            CheckpointInvalid: the tensors of a weight do not go together.
+        """
+        ...
+
 
 def unverified(_name: str, _found: FileDigest | None) -> None:
     """Take a file as it is."""
@@ -75,6 +83,8 @@ class Checkpoint:
         self._quantization = quantization
         self._where: dict[str, Path] = {}
         self._held: dict[str, Tensor] = {}
+        self._opened: dict[str, Packed] = {}
+        """Weights of few bits that were looked at, and will be widened."""
         self._others: dict[str, str] = {}
         for path in _files(folder, verify):
             try:
@@ -99,7 +109,7 @@ class Checkpoint:
             CheckpointInvalid: it is not there, or has another shape, or is kept in a way that is not read.
             Fault: what verify raises.
         """
-        packed = self.packed(name, shape)
+        packed = self._opened.pop(name, None) or self.packed(name, shape)
         if packed is not None:
             return widened(packed, self.dtype).to(self.device)
         tensor = self._take(name)
@@ -111,6 +121,29 @@ class Checkpoint:
         if tuple(tensor.shape) != shape:
             raise CheckpointInvalid(f"{name}: config.json implies shape {shape}, found {tuple(tensor.shape)}.")
         return tensor.to(self.device, self.dtype)
+
+    def integers(self, names: Sequence[tuple[str, tuple[int, ...]]]) -> list[Integers] | None:
+        """Return the integers of weights of 4 bits on the device; `get` widens them where this returns None.
+
+        Raises:
+            CheckpointInvalid: the tensors of a weight do not go together.
+            Fault: what verify raises.
+        """
+        found = []
+        for name, shape in names:
+            packed = self.packed(name, shape)
+            if packed is None:
+                return None
+            self._opened[name] = packed
+            kept = packed.integers() if isinstance(packed, Grouped) else None
+            if kept is None:
+                return None
+            found.append(kept)
+        if len({each.scales.shape[1] for each in found}) > 1:  # they are one weight, of one size of groups
+            return None
+        for name, _ in names:
+            del self._opened[name]
+        return [each.to(self.device) for each in found]
 
     def packed(self, name: str, shape: tuple[int, ...]) -> Packed | None:
         """Return a weight of few bits as the file keeps it, instead of `get`; None where it is kept as it is.

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from inference_service.backends.base import Operations
+from inference_service.kernels.rounded import PackedWeight, packed_halves
 from inference_service.layers.linear import Linear
 from inference_service.layers.norm import RMSNorm
+from inference_service.layers.on_gpu import PackedLinear
 from inference_service.lora.weights import AdapterWeights, GroupWeights
 from inference_service.models.checkpoint import Tensors
+from inference_service.models.formats.packed import Integers
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bases.groups import GroupShape
 from loramux_shared.bases.layers import AttentionLayer
@@ -77,6 +81,10 @@ class Reader:
         """Return a tensor behind the prefix, in the checkpoint's type."""
         return self._checkpoint.get(self._prefix + name, shape)
 
+    def integers(self, names: list[tuple[str, tuple[int, ...]]]) -> list[Integers] | None:
+        """Return the integers of weights behind the prefix, where all are of 4 bits."""
+        return self._checkpoint.integers([(self._prefix + name, shape) for name, shape in names])
+
     def rounded(self, tensor: Tensor) -> Tensor:
         """Return a tensor in the type that is computed in."""
         return tensor.to(self._dtype)
@@ -123,12 +131,25 @@ class LayerReader:
         outs = shape.out_features
         sizes = outs if len(names) == len(outs) else (sum(outs),)
         parts = list(zip(names, sizes, strict=True))
+        kept = self._packed(shape, parts)
+        if kept is not None:
+            biases = self.cat([(f"{name}.bias", (out,)) for name, out in parts]) if bias else None
+            return PackedLinear(kept, None if biases is None else self.reader.rounded(biases))
         weight = self.cat([(f"{name}.weight", (out, shape.in_features)) for name, out in parts])
         biases = self.cat([(f"{name}.bias", (out,)) for name, out in parts]) if bias else None
         weight, biases = self.with_merged(weight, shape), self._with_vectors(biases, weight, shape)
         rounded = self.reader.rounded
         added = None if biases is None else rounded(biases)
         return self.operations.new_linear(rounded(weight), added, self.reader.quantization)
+
+    def _packed(self, shape: GroupShape, parts: list[tuple[str, int]]) -> PackedWeight | None:
+        """Return the weight of a group whose parts are of 4 bits, where the device multiplies these."""
+        whole = shape.name in self.merged or self.reader.quantization is not Rounding.NONE
+        if whole or not self.operations.keeps_integers:
+            return None
+        names = [(f"{name}.weight", (out, shape.in_features)) for name, out in parts]
+        found = self.reader.integers([(self.at + name, size) for name, size in names])
+        return None if found is None else _joined(found)
 
     def _with_vectors(self, bias: Tensor | None, weight: Tensor, shape: GroupShape) -> Tensor | None:
         """Return the bias [out] of a group as vectors that are merged make it: one, where there was none."""
@@ -175,6 +196,17 @@ class LayerReader:
     def get(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """Return a tensor, in the checkpoint's type."""
         return self.reader.get(self.at + name, shape)
+
+
+def _joined(parts: Sequence[Integers]) -> PackedWeight:
+    """Return the weight that parts are, one behind the other."""
+    scales = torch.cat([part.scales for part in parts])
+    zeros = None
+    if any(part.zeros is not None for part in parts):
+        every = (torch.zeros_like(p.scales, dtype=torch.int8) if p.zeros is None else p.zeros for p in parts)
+        zeros = torch.cat([*every])
+    values = torch.cat([packed_halves(part.numbers) for part in parts])
+    return PackedWeight(values, scales, 4, parts[0].numbers.shape[1], zeros)
 
 
 def _merge(weight: Tensor, adapter: GroupWeights, shape: GroupShape) -> Tensor:

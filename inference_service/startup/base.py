@@ -17,7 +17,7 @@ from inference_service.startup.choose import choose_backend
 from inference_service.text.text import Text
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bases.formats.scheme import Quantization
-from loramux_shared.bases.memory import GB, widening
+from loramux_shared.bases.memory import GB, may_stay_packed, widening
 from loramux_shared.bases.read import read_config
 from loramux_shared.bundle.generation import Generation
 from loramux_shared.codes import CODES
@@ -72,7 +72,9 @@ def load_base(generation: Generation, settings: InferenceSettings, sources: Sour
             text = Text.load(folder, config.dims.vocab)
             pooling = pooling_in(folder)
         backend = choose_backend(settings, config)
-        formats = widening(config, placed.record.weights_bytes, str(backend.dtype).removeprefix("torch."))
+        dtype = str(backend.dtype).removeprefix("torch.")
+        packed = backend.operations.keeps_integers and may_stay_packed(config)
+        formats = widening(config, placed.record.weights_bytes, dtype, packed=packed)
         if formats and backend.quantization is Rounding.NONE:
             log.info("base has quantized weights", weights=formats)
         reading = time.monotonic()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import structlog
 
 from inference_service.startup.base import LoadedBase
-from loramux_shared.bases.memory import GB, weights_bytes
+from loramux_shared.bases.memory import GB, may_stay_packed, weights_bytes
 from loramux_shared.bundle.generation import Generation
 from loramux_shared.deployment import Merge
 from loramux_shared.faults import SettingsInvalid
@@ -45,5 +45,10 @@ def describe_weights(base: LoadedBase) -> str:
     )
     dtype = str(backend.dtype).removeprefix("torch.")
     if backend.quantization is Rounding.NONE:
-        return f"{dtype}: {whole:.2f} GB"
+        stays = backend.operations.keeps_integers and may_stay_packed(config)
+        if not stays or config.quantization is None:
+            return f"{dtype}: {whole:.2f} GB"
+        size, device = backend.dtype.itemsize, backend.device.type
+        packed = weights_bytes(config, size, device, Rounding.NONE, packed=True) / GB
+        return f"{config.quantization.label}: {packed:.2f} GB ({dtype}: {whole:.2f} GB)"
     return f"{backend.quantization}: {rounded:.2f} GB ({dtype}: {whole:.2f} GB)"

@@ -15,6 +15,7 @@ from loramux_shared.bases.memory import (
     MemoryPlan,
     adapter_bytes,
     cache_of,
+    keeps_integers,
     needs_of,
     plan_on,
     widening,
@@ -131,7 +132,9 @@ def sizes_of(
         dtype=dtype,
         free_bytes=free_bytes,
         weights_bytes=needs.weights,
-        widened=widening(config, file_bytes, dtype) if settings.rounding is Rounding.NONE else "",
+        widened=widening(config, file_bytes, dtype, packed=keeps_integers(config, settings, device))
+        if settings.rounding is Rounding.NONE
+        else "",
         steps_bytes=steps,
         kv_bytes=plan.kv_bytes,
         kv_tokens=plan.tokens,

@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 
 from inference_service.kernels.launch import ARCHITECTURES
 
-PACKAGES = ("attention", "delta", "experts", "rows", "sampling", "sgmv")
+PACKAGES = ("attention", "delta", "experts", "rounded", "rows", "sampling", "sgmv")
 """Each with a module ``tests.kernels.aot_<package>``, whose ``variants(architecture)`` yields `Variant`."""
 
 

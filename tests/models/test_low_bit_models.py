@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from builder_service.pipeline.check import check_one
 from builder_service.pipeline.context import BuildContext
 from builder_service.pipeline.known_bases import KnownBases
 from builder_service.pipeline.progress import Progress
+from inference_service.layers.on_gpu import PackedLinear
 from inference_service.proof.adapter_source import read_adapter
 from inference_service.proof.reference import Reference
 from loramux.doctor.sizes import read_base, sizes_of, weight_files_bytes
@@ -30,7 +33,8 @@ from loramux_shared.settings import InferenceSettings
 from loramux_shared.sources.checkpoint import describe_base
 from loramux_shared.sources.open import open_sources
 from loramux_shared.storage.memory import MemoryStore
-from tests.support.lowbit import EXPERTS, KINDS, WHOLE_BLOCKS, keep
+from tests.support import lowbit
+from tests.support.lowbit import EXPERTS, KINDS, WHOLE_BLOCKS, Kind, keep
 from tests.support.tiny import (
     SIZES,
     World,
@@ -77,6 +81,34 @@ def test_base_and_adapters_answer_as_transformers_with_the_widened_weights(retai
         for name in models
     ]
     assert run_engine(ready, [(name, PROMPT) for name in models], NEW) == expected
+
+
+FOUR_BITS = {
+    **{name: KINDS[name] for name in ("awq", "pack-quantized", "pack-symmetric")},
+    "gptq": Kind(KINDS["gptq"].config | {"desc_act": False}, partial(lowbit.gptq, shuffled=False)),
+}
+
+
+@pytest.mark.parametrize("name", FOUR_BITS)
+def test_weights_of_4_bits_stay_packed_for_the_kernels_of_gpus(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Groups of 32 are multiplied as they are, others are widened: both mean the same tokens."""
+    monkeypatch.setattr(lowbit, "GROUP", 32)
+    width = 96 if name == "pack-symmetric" else 80  # not whole groups: down_proj is widened
+    plain = make_world(tmp_path / "plain", hidden_size=64, intermediate_size=width, num_attention_heads=4)
+    config = json.loads(json.dumps(FOUR_BITS[name].config).replace('"group_size": 16', '"group_size": 32'))
+    keep(plain.base, replace(FOUR_BITS[name], config=config), tmp_path / "kept", tmp_path / "widened")
+    store, found = MemoryStore(), []
+    world = replace(plain, base=tmp_path / "kept", root=tmp_path, adapters={})
+    world.build(store)
+    for settings in ({"backend": "triton"}, {"backend": "torch", "device": "cpu"}):
+        ready = world.load(store, **settings)
+        runner: Any = ready.engine._engine._runner
+        linears = [type(each) for each in runner._model.linears()]
+        assert (PackedLinear in linears) == (settings["backend"] == "triton")
+        found.append(run_engine(ready, [("base", PROMPT[:9])], 3))
+    assert found[0] == found[1]
 
 
 def test_proofs_are_computed_with_the_widened_weights(retained: Saved) -> None:

@@ -7,7 +7,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from inference_service.models.formats.packed import Shared
+from inference_service.models.formats.packed import Grouped, Shared
 from inference_service.models.formats.pieces import Pieces
 from inference_service.models.formats.words import WORD
 
@@ -15,10 +15,8 @@ ORDER: Final = (0, 2, 4, 6, 1, 3, 5, 7)
 """The row of each of a word's eight numbers, from its lowest four bits on."""
 
 
-class Awq:
+class Awq(Grouped):
     """Rows packed along rows in an order of their own; what it keeps is turned."""
-
-    turned, matrices = False, 1
 
     def __init__(self, pieces: Pieces) -> None:
         """Take the tensors.
@@ -36,12 +34,11 @@ class Awq:
         groups = scales.shape[1]
         zeros = pieces.take("qzeros", (torch.int32,), (groups, words))
         self.scheme = pieces.scheme("int4", [rows, groups], rows, columns)
-        self._shared = Shared(self.scheme, scales, _ordered(zeros))
+        self.shared = Shared(self.scheme, scales, _ordered(zeros))
 
-    def part(self, matrix: int, begin: int, end: int) -> Tensor:
-        """Return rows in float32."""
-        del matrix
-        return self._shared.apply(_ordered(self._words[:, begin // 8 : end // 8]), begin)
+    def numbers(self, begin: int, end: int) -> Tensor:
+        """Return the integers of rows in float32."""
+        return _ordered(self._words[:, begin // 8 : end // 8])
 
 
 def _ordered(words: Tensor) -> Tensor:

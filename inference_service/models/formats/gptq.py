@@ -7,7 +7,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from inference_service.models.formats.packed import Shared
+from inference_service.models.formats.packed import Grouped, Shared
 from inference_service.models.formats.pieces import Pieces
 from inference_service.models.formats.words import NUMBERS, WORD, bits_of, groups_of, unpacked
 
@@ -15,10 +15,8 @@ ONES: Final = {4: 0x11111111, 8: 0x01010101}
 """One in each number of a word."""
 
 
-class Gptq:
+class Gptq(Grouped):
     """Columns packed along rows, with zero points for each group of rows; what it keeps is turned."""
-
-    turned, matrices = False, 1
 
     def __init__(self, pieces: Pieces) -> None:
         """Take the tensors.
@@ -43,10 +41,8 @@ class Gptq:
             raise pieces.invalid(
                 "g_idx", "expected the group of each column, which desc_act implies, found none."
             )
-        self._shared = Shared(self.scheme, scales, unpacked(zeros, bits)[:, :rows].t(), index)
+        self.shared = Shared(self.scheme, scales, unpacked(zeros, bits)[:, :rows].t(), index)
 
-    def part(self, matrix: int, begin: int, end: int) -> Tensor:
-        """Return rows in float32."""
-        del matrix
-        numbers = unpacked(self._words[:, begin:end].t(), self._bits)[:, : self.columns]
-        return self._shared.apply(numbers, begin)
+    def numbers(self, begin: int, end: int) -> Tensor:
+        """Return the integers of rows in float32."""
+        return unpacked(self._words[:, begin:end].t(), self._bits)[:, : self.columns]

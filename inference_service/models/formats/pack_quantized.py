@@ -5,15 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from inference_service.models.formats.packed import Shared, grids, has_zeros
+from inference_service.models.formats.packed import Grouped, Shared, grids, has_zeros
 from inference_service.models.formats.pieces import FLOATS, WHOLE, Pieces
 from inference_service.models.formats.words import NUMBERS, WORD, bits_of, groups_of, unpacked
 
 
-class PackQuantized:
+class PackQuantized(Grouped):
     """Rows packed along columns, less half their range: of compressed-tensors."""
 
-    turned, matrices = False, 1
+    lowest = -8
 
     def __init__(self, pieces: Pieces) -> None:
         """Take the tensors.
@@ -34,9 +34,7 @@ class PackQuantized:
         down, across = scales.shape
         zeros = self._unpacked_zeros(down, across) if "weight_zero_point" in pieces.tensors else None
         self.scheme = pieces.scheme(NUMBERS[self._bits], [down, across], rows, columns, has_zeros(zeros))
-        self._shared = Shared(
-            self.scheme, scales, zeros, groups_of(pieces, "weight_g_idx", self.scheme, across)
-        )
+        self.shared = Shared(self.scheme, scales, zeros, groups_of(pieces, "weight_g_idx", self.scheme, across))
 
     def _unpacked_zeros(self, down: int, across: int) -> Tensor:
         """Return zero points [down, across], which are packed along rows."""
@@ -51,8 +49,6 @@ class PackQuantized:
     def _half(self) -> int:
         return 1 << (self._bits - 1)
 
-    def part(self, matrix: int, begin: int, end: int) -> Tensor:
-        """Return rows in float32."""
-        del matrix
-        numbers = unpacked(self._words[begin:end], self._bits)[:, : self.columns].sub_(self._half)
-        return self._shared.apply(numbers, begin)
+    def numbers(self, begin: int, end: int) -> Tensor:
+        """Return the integers of rows in float32."""
+        return unpacked(self._words[begin:end], self._bits)[:, : self.columns].sub_(self._half)

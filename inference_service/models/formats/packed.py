@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Final, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -14,6 +14,8 @@ from loramux_shared.bases.formats.scheme import WeightScheme
 
 CHUNK: Final = 1 << 18
 """Numbers that are widened at once: what comes between takes a megabyte each, and stays near the processor."""
+HALVES: Final = 32
+"""Numbers of 4 bits of a row that products take together, and that must share a scale."""
 ROWS: Final = 8
 """Chunks are of multiples of it, so that none begins within a word."""
 
@@ -91,6 +93,60 @@ class Shared:
         if grid.shape[1] * width == columns:
             return part.view(rows, -1, width), grid[:, :, None]
         return part, grid.repeat_interleave(width, dim=1)[:, :columns]
+
+
+class Grouped:
+    """A weight of one matrix, whose integers share scales, and zero points where there are some."""
+
+    turned, matrices = False, 1
+    lowest = 0
+    """The least number of 4 bits."""
+    rows: int
+    columns: int
+    scheme: WeightScheme
+    pieces: Pieces
+    shared: Shared
+
+    def numbers(self, begin: int, end: int) -> Tensor:
+        """Return the integers of rows in float32."""
+        raise NotImplementedError
+
+    def part(self, matrix: int, begin: int, end: int) -> Tensor:
+        """Return rows in float32."""
+        del matrix
+        return self.shared.apply(self.numbers(begin, end), begin)
+
+    def integers(self) -> Integers | None:
+        """Return the integers of 4 bits, as products take them; None where groups are others than theirs."""
+        shared, (down, across) = self.shared, self.shared.scales.shape
+        width = self.columns // across
+        whole = down == self.rows and width * across == self.columns and width % HALVES == 0
+        if self.scheme.numbers != "int4" or shared.group_of is not None or not whole:
+            return None
+        if not bool(shared.scales.isfinite().all()):
+            raise self.pieces.invalid("scales", "expected finite numbers.")
+        least = self.lowest + 8
+        zeros = None if shared.zeros is None else (shared.zeros - least).to(torch.int8).contiguous()
+        if zeros is None and self.lowest == 0:
+            zeros = torch.full((down, across), -8, dtype=torch.int8)
+        numbers = (self.numbers(0, self.rows) - least).to(torch.int8)
+        return Integers(numbers, shared.scales.float().contiguous(), zeros)
+
+
+class Integers(NamedTuple):
+    """A weight that is (number - zero point) * scale."""
+
+    numbers: Tensor
+    """int8 [rows, columns], from -8 to 7."""
+    scales: Tensor
+    """float32 [rows, groups]."""
+    zeros: Tensor | None
+    """int8, as the scales."""
+
+    def to(self, device: torch.device) -> Integers:
+        """Return the same on a device."""
+        zeros = None if self.zeros is None else self.zeros.to(device)
+        return Integers(self.numbers.to(device), self.scales.to(device), zeros)
 
 
 def grids(pieces: Pieces, scales: Tensor) -> Tensor:

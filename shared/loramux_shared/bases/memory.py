@@ -40,6 +40,10 @@ BLEND_ROWS: Final = (8, 32, 128)
 FINE_MIXED: Final = 256
 """Rows from which on a step computes few that it was not asked for."""
 GB: Final = 1e9
+PACKED_GROUP: Final = 32
+"""Numbers of 4 bits that share a scale are a multiple of it, where they are not widened at load."""
+PACKED_GROUP_BYTES: Final = 5
+"""Bytes of a scale and a zero point."""
 
 
 @dataclass(frozen=True)
@@ -138,13 +142,32 @@ def _count_inputs(config: ModelConfig) -> int:
     return config.dims.num_layers * config.inputs.width * (config.inputs.vocab + config.dims.hidden)
 
 
-def widening(config: ModelConfig, file_bytes: int | None, dtype: str) -> str:
+def keeps_integers(config: ModelConfig, settings: InferenceSettings, device: str) -> bool:
+    """Return whether weights of 4 bits are served as the checkpoint keeps them."""
+    kernels = settings.backend == "triton" or (device == "cuda" and settings.backend == "auto")
+    return kernels and settings.rounding is Rounding.NONE and may_stay_packed(config)
+
+
+def may_stay_packed(config: ModelConfig) -> bool:
+    """Return whether a checkpoint's linears have 4 bits, in groups that Triton's kernels multiply."""
+    found = config.quantization
+    if found is None or found.columns_are_ordered:
+        return False
+    return all(
+        each.numbers == "int4" and each.rows == 1 and not (each.columns or 0) % PACKED_GROUP
+        for each in found.schemes
+    )
+
+
+def widening(config: ModelConfig, file_bytes: int | None, dtype: str, *, packed: bool = False) -> str:
     """Return what the weights take that are widened to a type at load; empty where none are.
 
-    file_bytes are those of the files, where they are known.
+    file_bytes are those of the files, where they are known; packed says that linears stay as they are.
     """
     if config.quantization is None:
         return ""
+    if packed:
+        return f"linears stay {config.quantization.label}, and are widened in registers"
     in_files = "" if file_bytes is None else f"{_size(file_bytes)} in the files, "
     memory = _size(ITEM_BYTES[dtype] * count_weights(config))
     return f"widened from {config.quantization.label} at load: {in_files}{memory} in memory as {dtype}"
@@ -184,18 +207,22 @@ def needs_of(
     recorded = num_graphs * graph_bytes + held * row + 2 * logits * item_bytes
     recorded += shaping_bytes(sizes.seqs, dims.vocab)
     return Needs(
-        weights=weights_bytes(config, item_bytes, device, settings.rounding),
+        weights=weights_bytes(
+            config, item_bytes, device, settings.rounding, packed=keeps_integers(config, settings, device)
+        ),
         adapters=adapters,
         activations=sizes.tokens * row + logits * (item_bytes + 8),
         graphs=recorded if graphs else 0,
     )
 
 
-def weights_bytes(config: ModelConfig, item_bytes: int, device: str, quantization: Rounding) -> int:
+def weights_bytes(
+    config: ModelConfig, item_bytes: int, device: str, quantization: Rounding, *, packed: bool = False
+) -> int:
     """Return what the matrices of a base take, without biases and norms.
 
     Embeddings that are the head too are there once on a GPU, unless the head is rounded; a CPU has a copy. The
-    experts of a GPU are not rounded.
+    experts of a GPU are not rounded. Packed linears have 4 bits as in the files, experts aside.
     """
     linears, experts = 0, 0
     for group in _every_group(config):
@@ -208,6 +235,9 @@ def weights_bytes(config: ModelConfig, item_bytes: int, device: str, quantizatio
     shared = config.tied_embeddings and device == "cuda" and of_head is Rounding.NONE
     head = 0 if shared else of_head.weight_bytes(table, item_bytes)
     whole = experts + table + _count_inputs(config)
+    if packed and config.quantization is not None:
+        sharing = min(each.columns or PACKED_GROUP for each in config.quantization.schemes)
+        return linears // 2 + linears // sharing * PACKED_GROUP_BYTES + item_bytes * whole + head
     return quantization.weight_bytes(linears, item_bytes) + item_bytes * whole + head
 
 

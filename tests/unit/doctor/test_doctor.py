@@ -135,6 +135,22 @@ def test_a_cache_of_8_bits_holds_nearly_twice_the_tokens(item: str) -> None:
     assert rounded.kv_tokens > 1.5 * whole.kv_tokens
 
 
+def test_a_checkpoint_of_4_bits_stays_packed_on_a_gpu() -> None:
+    """Half a byte a number, and five for each group; on a CPU, and with desc_act, it is widened."""
+    awq = {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "GEMM"}
+    gptq = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": True}
+    on_gpu, on_cpu, ordered = (
+        sizes_of(LLAMA | {"quantization_config": config}, SETTINGS, 10**9, "bfloat16", device)
+        for config, device in ((awq, "cuda"), (awq, "cpu"), (gptq, "cuda"))
+    )
+    config = read_fields(LLAMA)
+    linears = sum(g.in_features * sum(g.out_features) for layer in config.layer_groups for g in layer)
+    assert on_cpu.weights_bytes - on_gpu.weights_bytes == 2 * linears - (linears // 2 + linears // 32 * 5)
+    assert "stay awq (int4)" in on_gpu.widened
+    assert "widened from" in on_cpu.widened
+    assert "widened from" in ordered.widened
+
+
 def test_what_does_not_fit_says_so_in_the_words_of_a_replica() -> None:
     """No cache, no adapters, and the plan's own refusal."""
     sizes = sizes_of(LLAMA, SETTINGS, 100_000, "float32")
