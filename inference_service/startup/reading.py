@@ -16,6 +16,9 @@ BOUND_S: Final = 0.05
 WINDOW_S: Final = 0.0004
 """Seconds of reading, for one speed: shorter than others take a core away for, so that few have such a gap."""
 
+LEAST: Final = 1e9
+"""Bytes a second that every machine reads: a lower speed says that other work held the cores all the time."""
+
 
 def bytes_per_s(backend: Backend, linears: Iterable[Linear]) -> float:
     """Return how many bytes of weights products with one row read in a second: the best tenth of many windows.
@@ -23,7 +26,7 @@ def bytes_per_s(backend: Backend, linears: Iterable[Linear]) -> float:
     Other work on the cores makes windows slower, by a hundred times where it holds one of two threads up.
 
     The linears are those of a model, in their order and each once, so that no cache has them. The first one
-    wakes threads up and is not measured; 0 where there is no other.
+    wakes threads up and is not measured; 0 where there is no other, or where all were too slow to be true.
     """
     speeds: list[float] = []
     spent, read, ends = 0.0, 0, 0.0
@@ -42,6 +45,5 @@ def bytes_per_s(backend: Backend, linears: Iterable[Linear]) -> float:
             spent, read = 0.0, 0
         if now > ends:
             break
-    if not speeds:
-        return read / spent if spent else 0.0
-    return sorted(speeds)[len(speeds) * 9 // 10]
+    best = sorted(speeds)[len(speeds) * 9 // 10] if speeds else read / spent if spent else 0.0
+    return best if best >= LEAST else 0.0

@@ -102,6 +102,8 @@ assert "static_resources" in subprocess.run(command, capture_output=True, text=T
 """What each extra is tried with: Python whose arguments are its bin/ and the folder of a tiny base."""
 
 
+WITH = {"signing": "cli,signing"}
+"""What an extra is installed with, where it only works beside another one."""
 WITHOUT_COMMANDS = {"", "store", "otel", "gcs", "azure", "signing", "docs"}
 
 
@@ -158,7 +160,7 @@ def test_a_wheel_works_in_an_empty_environment(
         pytest.skip(f"{TORCH}=1 installs torch too")
     [wheel] = distributions.glob("*.whl")
     python = environment_in(tmp_path / "venv")
-    run(python, "-m", "pip", "install", "--quiet", f"{wheel}[{extra}]" if extra else wheel)
+    run(python, "-m", "pip", "install", "--quiet", f"{wheel}[{WITH.get(extra, extra)}]" if extra else wheel)
     run(python, "-m", "pip", "check")
     if extra not in WITHOUT_COMMANDS:
         assert "doctor" in run(python.parent / "loramux", "--help")

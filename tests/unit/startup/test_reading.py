@@ -17,7 +17,8 @@ from inference_service.startup import reading
 from inference_service.startup.reading import BOUND_S, bytes_per_s
 from loramux_shared.rounding import Rounding
 
-BYTES = 64 * 32 * 4
+INSIDE, OUTSIDE = 4096, 1024
+BYTES = INSIDE * OUTSIDE * 4
 """Bytes of each linear."""
 
 
@@ -42,7 +43,7 @@ def measured(monkeypatch: pytest.MonkeyPatch, linears: int, seconds: Iterator[fl
     monkeypatch.setattr(reading, "time", SimpleNamespace(perf_counter=lambda: products.now))
     fields: dict[str, Any] = {"dtype": torch.float32, "device": "cpu", "operations": products}
     backend = cast(Backend, SimpleNamespace(**fields, quantization=Rounding.NONE))
-    linear = cast(Linear, SimpleNamespace(in_features=64, out_features=32))
+    linear = cast(Linear, SimpleNamespace(in_features=INSIDE, out_features=OUTSIDE))
     return bytes_per_s(backend, repeat(linear, linears)), products
 
 
@@ -65,6 +66,11 @@ def test_a_small_model_is_measured_as_a_whole(monkeypatch: pytest.MonkeyPatch) -
     """It may be over before the first window is."""
     assert measured(monkeypatch, 3, chain([1.0], repeat(1e-4)))[0] == pytest.approx(BYTES / 1e-4)
     assert measured(monkeypatch, 1, repeat(1e-4))[0] == 0
+
+
+def test_a_speed_that_no_machine_has_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where others hold the cores all the time, there is no figure rather than a wrong one."""
+    assert measured(monkeypatch, 20, repeat(BYTES / 0.9e9))[0] == 0
 
 
 def test_what_is_known_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
