@@ -31,9 +31,8 @@ command = [sys.argv[1] + "/loramux", "up", sys.argv[2] + "/tiny.yaml", "--json"]
 ports = [f"--{name}=127.0.0.1:0" for name in ("http", "grpc", "builder")]
 up = subprocess.Popen([*command, *ports, f"--local-root={sys.argv[2]}"], stdout=subprocess.PIPE, text=True)
 try:
-    lines = (json.loads(line) for line in up.stdout)
-    address = next(line["inference"] for line in lines if "inference" in line)
-    with loramux.Client(address) as client:
+    document = "".join(line for line in iter(up.stdout.readline, "}\\n"))
+    with loramux.Client(json.loads(document + "}")["inference"]) as client:
         assert len(client.complete("wide", [5, 6, 7], max_tokens=4, ignore_eos=True).tokens) == 4
 finally:
     up.terminate()
