@@ -195,7 +195,7 @@ class Settings(BaseSettings):
     api_keys: SecretStr = SecretStr("")
     """More such lines. Without any key, everybody who reaches the port may enter."""
     insecure: bool = False
-    """Listen beyond this machine though nobody has to show a key or a certificate."""
+    """Listen beyond this machine although no key or certificate is required."""
     tls_cert: HomePath | None = None
     """The certificate chain (PEM) of all APIs, read again when it changes; without it nothing is encrypted."""
     tls_key: HomePath | None = None
@@ -237,7 +237,7 @@ class BuilderSettings(Settings):
     """GB (10^9 bytes) that one build may write into its work folder; what the disk has when not given."""
     signing_key: HomePath | None = None
     """The private key (PEM, an elliptic curve) that signs every generation that is published. The builder then
-    goes on only from generations that this key signed, or those that require_signature names."""
+    continues only from generations that this key signed, or those that require_signature names."""
     signing_certificates: HomePath | None = None
     """The certificates (PEM) of signing_key, its own first; they need require_signature."""
     metrics: Address | None = None
@@ -330,7 +330,7 @@ class InferenceSettings(Settings):
     on_base_change: Literal["stay", "exit"] = "stay"
     """When a generation needs a restart (another base, other limits): serve on, or drain and end with 0."""
     builder: Destination | None = None
-    """HOST:PORT of a builder (or grpcs://HOST:PORT) that tells of new generations as they come."""
+    """HOST:PORT of a builder (or grpcs://HOST:PORT) that announces new generations."""
     logprobs_mode: Literal["raw", "processed"] = "raw"
     """Log probabilities of answers where a request says none: raw are the model's own; processed are those that
     a token is drawn by, after penalties, bias, temperature and the rest (vLLM's processed_logprobs)."""

@@ -102,7 +102,7 @@ def _start(flags: argparse.Namespace) -> None:
         grpc_options={
             "port": int(flags.grpc.rpartition(":")[2]),
             "grpc_servicer_functions": [SERVICERS],
-            "enable_reflection": False,  # Ray's asks nobody for a key
+            "enable_reflection": False,  # Ray's requires no key
         },
     )
 

@@ -75,7 +75,7 @@ function tellSettings() {
   $("#settings").textContent = [...system, ...greedy, ...told.map(([name, value]) => `${name} ${value}`)].join(", ");
 }
 
-/** A failure that all answers share is told once. */
+/** A failure that all answers share is shown once. */
 function tellSharedError(answers) {
   const messages = new Set(answers.map((answer) => answer.error));
   const shared = answers.length > 1 && messages.size === 1 ? answers[0].error : "";

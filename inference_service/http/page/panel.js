@@ -1,4 +1,4 @@
-/** What the server does now: asked once a second while somebody looks. */
+/** The server's present state: requested once a second while the page is visible. */
 
 import { getJson } from "./api.js";
 

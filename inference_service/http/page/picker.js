@@ -16,7 +16,7 @@ export class Picker {
 
   #changed;
 
-  /** Take what is told of every change of the choice. */
+  /** Register a listener of the choice. */
   constructor(changed) {
     this.#changed = changed;
     this.#filter.addEventListener("input", () => this.#show());

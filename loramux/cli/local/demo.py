@@ -73,7 +73,7 @@ async def _demo(
         await keep(tree, plan, models)
     else:
         shell.show()
-        shell.show(f"{program('loramux')} demo --keep goes on serving, with a page at http://{OPENAI}/")
+        shell.show(f"{program('loramux')} demo --keep keeps serving, with a page at http://{OPENAI}/")
 
 
 async def _prepare_base(tree: ProcessTree, plan: UpPlan, examples: Path) -> None:

@@ -173,8 +173,8 @@ class AdapterServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def LoadAdapter(self, request, context):
-        """Adds an adapter, or another version of a name, and answers when this replica serves it. The build goes
-        on if the call is cancelled.
+        """Adds an adapter, or another version of a name, and answers when this replica serves it. The build
+        continues if the call is cancelled.
 
         NOT_FOUND            BUNDLE_NOT_FOUND: the store has no bundle of bundle:DIGEST. Build it.
         INVALID_ARGUMENT     REQUEST_INVALID: the path names no adapter, or the name cannot be an adapter's here, or

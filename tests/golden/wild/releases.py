@@ -113,7 +113,7 @@ SHAPES: Final = (
           tensors=lambda: tensors(rank=8), codes="W_RANK"),
     _peft("any", "`r` a fraction, as a script that computed it wrote", config=of_peft("0.12", r=4.0),
           codes="E_BAD_CONFIG"),
-    _peft("any", "a copy under a folder of somebody's machine",
+    _peft("any", "a copy under a folder of another machine",
           config=of_peft("0.12", base_model_name_or_path=f"/root/autodl-tmp/models/{NAME}")),
     _peft("any", "fused projections of Phi-3", base="phi3",
           config=of_peft("0.12", target_modules=["qkv_proj", "gate_up_proj"]),
