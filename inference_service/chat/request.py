@@ -82,7 +82,7 @@ class ChatTool:
     parameters: Mapping[str, Any] | None = None
     """A JSON schema; None: any arguments."""
     strict: bool | None = None
-    """Calls that the model makes of its own accord keep to the schema; those that are demanded always do."""
+    """Optional calls keep to the schema, too; required calls always do."""
     place: str = ""
     """Place in the client's body; empty: ``tools[INDEX].function``."""
 

@@ -53,7 +53,7 @@ from loramux_shared.tracing.spans import ServerSpans, TraceMiddleware
 
 
 async def show_openapi(service: GenerationService, http: HttpRequest) -> Response:
-    """Describe all of this."""
+    """Return this description."""
     models = list(service.catalog)
     served = ServerFacts(
         model=next((model.name for model in models if model.num_labels is None), service.catalog.base_name),

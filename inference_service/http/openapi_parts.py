@@ -30,9 +30,9 @@ WORDS: Final[Mapping[int, str]] = {
     409: "Another client changes the same thing at the same time.",
     413: "The body is too large.",
     415: "The content type is not JSON.",
-    429: "The queue is full, or the model or the key has what its limits allow.",
+    429: "The queue is full, or a limit of the model or the key is reached.",
     431: "The head of the request is too large.",
-    500: "loramux failed, or found bytes that are not what was built; the log has it under the request's id.",
+    500: "An internal error, or damaged data; the log has it under the request's id.",
     503: "The replica drains, failed, is paused or behind, or a service that it needs does not answer.",
     504: "The request took longer than the operator allows.",
     529: "The server is overloaded.",
@@ -63,11 +63,14 @@ DIGEST_HEADERS: Final[Json] = {
         "schema": {"type": "string"},
     },
     "x-loramux-generation": {
-        "description": "By which the name was looked up.",
+        "description": "Generation that the name was looked up in.",
         "required": True,
         "schema": {"type": "integer"},
     },
-    "x-loramux-digest": {"description": "Of an adapter; the base has none.", "schema": {"type": "string"}},
+    "x-loramux-digest": {
+        "description": "Digest of the adapter; absent for the base.",
+        "schema": {"type": "string"},
+    },
 }
 DONE: Final[Json] = {"const": "[DONE]"}
 """The last event of a stream that did not fail."""

@@ -33,11 +33,11 @@ class LoadBody(Body):
     lora_path: Path
     """A repository, a bucket, an address, a path of the builder's machine, or ``bundle:DIGEST``."""
     load_inplace: bool | None = None
-    """Give a name that is taken another version."""
+    """Replace the version of an existing name."""
 
 
 class UnloadBody(Body):
-    """vLLM's request to let an adapter go."""
+    """vLLM's request to remove an adapter."""
 
     examples: ClassVar[Examples] = {"name": {"lora_name": "support"}}
 
@@ -64,7 +64,7 @@ class PageQuery(Query):
 
 
 class VllmError(Error):
-    """The same, with the fields that clients of vLLM read beside it; a key that is refused has none of them."""
+    """The same with the fields that vLLM's clients read, which a refused key does not get."""
 
     object: NotRequired[Literal["error"]]
     message: NotRequired[str]
@@ -81,7 +81,7 @@ class Failure(TypedDict):
 
 
 class Adapter(TypedDict):
-    """A name, and where the adapter that it stands for is."""
+    """An adapter and its tier."""
 
     id: str
     object: Literal["adapter"]
@@ -128,7 +128,7 @@ class AdapterList(TypedDict):
 
 
 class RolledBack(TypedDict):
-    """The generation that is served now: a new one, with what the older one had."""
+    """The generation that is served now: a new one with the content of the older one."""
 
     generation: int
 
@@ -150,7 +150,7 @@ def refuse_other_sites(http: HttpRequest) -> None:
 
 
 async def load_lora_adapter(service: GenerationService, http: HttpRequest) -> Response:  # noqa: ARG001
-    """Add an adapter, or give its name another version; answers when it is served."""
+    """Add or replace an adapter; returns when it is served."""
     body = await read_body(http, LoadBody)
     try:
         loaded = await manager_of(http).load(body.lora_name, body.lora_path, replace=bool(body.load_inplace))
@@ -166,7 +166,7 @@ async def load_lora_adapter(service: GenerationService, http: HttpRequest) -> Re
 
 
 async def unload_lora_adapter(service: GenerationService, http: HttpRequest) -> Response:  # noqa: ARG001
-    """Remove an adapter's name; answers when the replica has stopped serving it."""
+    """Remove an adapter; returns when the replica has stopped serving it."""
     body = await read_body(http, UnloadBody)
     try:
         await manager_of(http).unload(body.lora_name)
@@ -192,7 +192,7 @@ def _refused(fault: Fault) -> Reply[VllmError]:
 
 
 async def list_adapters(service: GenerationService, http: HttpRequest) -> Reply[AdapterList]:  # noqa: ARG001
-    """List adapters with where they are, a page at a time, and how the replica is."""
+    """List adapters with their tiers, a page at a time, and the state of the replica."""
     manager, query = manager_of(http), read_query(http, PageQuery)
     page = manager.list(query.page_token, query.page_size)
     return Reply(
@@ -206,19 +206,19 @@ async def list_adapters(service: GenerationService, http: HttpRequest) -> Reply[
 
 
 async def pin_adapter(service: GenerationService, http: HttpRequest) -> Reply[Adapter]:  # noqa: ARG001
-    """Keep an adapter's name resident, whatever version it stands for."""
+    """Keep an adapter resident, in its present version."""
     refuse_other_sites(http)
     return Reply(_adapter(manager_of(http).pin(http.path_params["name"])))
 
 
 async def unpin_adapter(service: GenerationService, http: HttpRequest) -> Reply[Adapter]:  # noqa: ARG001
-    """Let an adapter's name leave when others need its place."""
+    """Allow an adapter to be evicted again."""
     refuse_other_sites(http)
     return Reply(_adapter(manager_of(http).unpin(http.path_params["name"])))
 
 
 async def roll_back(service: GenerationService, http: HttpRequest) -> Reply[RolledBack]:  # noqa: ARG001
-    """Have an older generation published again; answers when it is served."""
+    """Publish an older generation again; returns when it is served."""
     body = await read_body(http, RollbackBody)
     # Given up by its client, it goes on: what was published is served.
     generation = await asyncio.shield(manager_of(http).roll_back(body.to))

@@ -23,7 +23,7 @@ class Version(TypedDict):
 
 
 class Health(TypedDict):
-    """A statement that requests are taken; ``slow`` where torch's operations stand in for compiled ones."""
+    """The server accepts requests; ``slow`` if torch's operations replace compiled ones."""
 
     status: Literal["ok", "slow"]
     backend: str
@@ -70,7 +70,7 @@ class Load(TypedDict):
 
 
 async def health(service: GenerationService, http: HttpRequest) -> Reply[Health]:  # noqa: ARG001
-    """Say that requests are taken, and why they are computed slowly if so; a server that drains says 503.
+    """Return 200 while requests are accepted, and why they are slow if so; 503 while the server drains.
 
     `front` does that, before anything gets here.
     """
@@ -82,13 +82,13 @@ async def health(service: GenerationService, http: HttpRequest) -> Reply[Health]
 
 
 async def show_metrics(service: GenerationService, http: HttpRequest) -> Response:  # noqa: ARG001
-    """Answer Prometheus; written on a thread, so that a replica of many adapters goes on meanwhile."""
+    """Return the metrics in Prometheus' format; a thread writes them, so that requests do not wait."""
     body = await asyncio.to_thread(service.metrics.render)
     return Response(body, headers={"content-type": CONTENT_TYPE})
 
 
 async def show_version(service: GenerationService, http: HttpRequest) -> Reply[Version]:  # noqa: ARG001
-    """Say which loramux this is."""
+    """Return the version of loramux."""
     return Reply({"version": version("loramux")})
 
 

@@ -92,7 +92,7 @@ class ServerInfo(TypedDict):
 
 
 async def get_world_size(service: GenerationService, http: HttpRequest) -> Reply[WorldSize]:  # noqa: ARG001
-    """Say how many devices share the model: one."""
+    """Return the number of devices that share the model: one."""
     return Reply({"world_size": 1})
 
 
@@ -114,7 +114,7 @@ async def server_info(service: GenerationService, http: HttpRequest) -> Reply[Se
 
 
 async def pause(service: GenerationService, http: HttpRequest) -> Reply[PauseStatus]:
-    """Let requests stand still (mode keep), end them (abort) or let them end (wait); new ones wait."""
+    """Pause requests (mode keep), end them (abort) or let them end (wait); new ones wait."""
     refuse_other_sites(http)
     await service.engine.pause(read_query(http, PauseQuery).pause_mode)
     return Reply({"status": "paused"})
@@ -128,5 +128,5 @@ async def resume(service: GenerationService, http: HttpRequest) -> Reply[PauseSt
 
 
 async def is_paused(service: GenerationService, http: HttpRequest) -> Reply[IsPaused]:  # noqa: ARG001
-    """Say whether requests stand still."""
+    """Return whether requests are paused."""
     return Reply({"is_paused": service.engine.paused})

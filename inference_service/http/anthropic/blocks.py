@@ -34,7 +34,7 @@ def as_blocks(content: Any) -> Any:
 
 
 class CacheControl(Body):
-    """The place up to which a prompt is to be cached; accepted, for prompts are cached here by themselves."""
+    """The end of the cached part of a prompt; accepted, since all prompts are cached."""
 
     type: Literal["ephemeral"]
     ttl: str | None = None
@@ -89,7 +89,7 @@ class ThinkingBlock(CacheableBlock):
     type: Literal["thinking"]
     thinking: str
     signature: str | None = None
-    """Accepted; nothing here is verified by it."""
+    """Accepted; it is not verified."""
 
 
 class RedactedThinkingBlock(CacheableBlock):

@@ -192,7 +192,7 @@ def usage(finished: AnswerFinished) -> MessageUsage:
 async def create_message(
     service: GenerationService, http: HttpRequest
 ) -> Reply[AnthropicMessage] | EventStream[MessageEvent]:
-    """Answer a conversation, as Anthropic's API has it."""
+    """Answer a conversation in Anthropic's form."""
     body = await read_body(http, MessagesBody)
     answer = MessageAnswer(service, body, chat_of(body, http.headers))
     if body.stream:

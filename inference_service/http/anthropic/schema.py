@@ -124,13 +124,13 @@ class OutputConfig(Body):
 
 
 class Metadata(Body):
-    """On whose behalf a request comes."""
+    """The end user of the request."""
 
     user_id: str | None = None
 
 
 class ThinkingToKeep(Body):
-    """The one edit of a context that changes nothing; Claude Code asks for it."""
+    """The one context edit without effect, which Claude Code requests."""
 
     type: Literal["clear_thinking_20251015"]
     keep: Literal["all"]

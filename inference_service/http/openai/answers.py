@@ -70,7 +70,7 @@ class TopLogprob(TypedDict):
 
 
 class TokenLogprob(TopLogprob):
-    """A token of the answer, and the most likely ones in its place."""
+    """A token of the answer, and the most likely alternatives."""
 
     top_logprobs: list[TopLogprob]
 
@@ -98,7 +98,7 @@ class MadeCall(TypedDict):
 
 
 class MadeMessage(TypedDict):
-    """An answer; the content is null where there are calls and nothing else was said."""
+    """An answer; the content is null if it only has calls."""
 
     role: Literal["assistant"]
     content: str | None
@@ -152,7 +152,7 @@ class CallPart(TypedDict):
 
 
 class MessagePart(TypedDict, total=False):
-    """More of an answer; the last chunk of one has nothing more."""
+    """More of an answer."""
 
     role: Literal["assistant"]
     content: str | None
@@ -174,7 +174,7 @@ class ChatAnswerPart(TypedDict):
 
 
 class ChatCompletionChunk(TypedDict):
-    """More of the answers to a chat; the last one, without choices, has the usage where it was asked for."""
+    """More of the answers to a chat; the last one, without choices, has the usage if requested."""
 
     id: str
     object: Literal["chat.completion.chunk"]
@@ -237,7 +237,7 @@ class PlainAnswerPart(TypedDict):
 
 
 class CompletionChunk(TypedDict):
-    """More of the answers; the last one, without choices, has the usage where it was asked for."""
+    """More of the answers; the last one, without choices, has the usage if requested."""
 
     id: str
     object: Literal["text_completion"]

@@ -69,7 +69,7 @@ class TextPart(TypedDict):
 
 
 class RefusalPart(TypedDict):
-    """A part of what the assistant said before."""
+    """A part of an earlier assistant message."""
 
     type: Literal["refusal"]
     refusal: str
@@ -152,7 +152,7 @@ class Function(Body):
     parameters: dict[str, Any] | None = None
     """A JSON schema."""
     strict: bool | None = None
-    """Calls that the model makes of its own accord keep to the schema; those that are demanded always do."""
+    """Optional calls keep to the schema, too; required calls always do."""
 
 
 class Tool(Body):
@@ -292,7 +292,7 @@ class ChatBody(ChatTurns, GenerationBody):
     parallel_tool_calls: bool | None = None
     reasoning_effort: Effort | None = None
     include_reasoning: bool | None = None
-    """vLLM's: false leaves out of the answer what was thought."""
+    """vLLM's: false leaves the reasoning out."""
     modalities: Annotated[None, BeforeValidator(_only_text, json_schema_input_type=OnlyText | None)] = None
 
     functions: None = None

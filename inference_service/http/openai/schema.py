@@ -72,13 +72,13 @@ class StreamOptions(Body):
     include_usage: bool | None = None
     """Send a last chunk that has no choices and the usage."""
     continuous_usage_stats: bool | None = None
-    """vLLM's: with include_usage, tell with every chunk what its choice has used so far."""
+    """vLLM's: with include_usage, every chunk has the usage so far."""
     include_obfuscation: bool | None = None
     """Accepted; there is no padding here."""
 
 
 class StructuredOutputs(Body):
-    """vLLM's way to say what an answer looks like."""
+    """The form of the answer, in vLLM's words."""
 
     model_config = ConfigDict(json_schema_extra=ONE_STRUCTURE)
 

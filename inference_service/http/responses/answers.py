@@ -151,7 +151,7 @@ class Response(TypedDict):
 
 
 class InstructionPart(TypedDict):
-    """Text that was given."""
+    """Input text."""
 
     type: Literal["input_text"]
     text: str
@@ -168,7 +168,7 @@ class InstructionItem(TypedDict):
 
 
 class SummaryItem(TypedDict):
-    """A summary in the form in which it is given back unread."""
+    """A summary that clients send back unchanged."""
 
     id: str
     type: Literal["compaction"]

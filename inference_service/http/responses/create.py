@@ -48,7 +48,7 @@ FRAMING: Final = Framing(named_event, error_body, DONE)
 async def create_response(
     service: GenerationService, http: HttpRequest
 ) -> Reply[Response] | EventStream[ResponseEvent]:
-    """Answer items with items."""
+    """Create a response."""
     body = await read_body(http, ResponsesBody)
     chat = chat_of(body, http.headers)
     if body.truncation == "auto":
@@ -61,7 +61,7 @@ async def create_response(
 
 
 async def count_input(service: GenerationService, http: HttpRequest) -> Reply[InputTokens]:
-    """Count the tokens of what would be answered."""
+    """Count the tokens of a response's prompt."""
     body = await read_body(http, ResponsesBody)
     tokens = await Conversation(service, chat_of(body, http.headers)).prompt_tokens()
     return Reply({"object": "response.input_tokens", "input_tokens": tokens})

@@ -63,7 +63,7 @@ def _joined(kinds: Mapping[str, str]) -> Callable[[Any], Any]:
 
 
 class InputPart(TypedDict):
-    """Text of a message, or of what a call gave."""
+    """Text of a message, or of a call's result."""
 
     type: Literal["input_text", "output_text", "text"]
     text: str
@@ -124,7 +124,7 @@ class OutputItem(Body):
     output: Text
     name: str | None = None
     namespace: str | None = None
-    """Accepted: the call says both."""
+    """Accepted: the call has both."""
     id: str | None = None
     status: Status = None
 
@@ -142,7 +142,7 @@ class ReasoningItem(Body):
 
 
 class CompactionItem(Body):
-    """The item that replaces all before it: a conversation that this server summed up, see `compact`."""
+    """The item that replaces all before it: a conversation that this server summarized, see `compact`."""
 
     type: Literal["compaction"]
     encrypted_content: str

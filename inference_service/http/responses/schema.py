@@ -138,7 +138,7 @@ class Reasoning(Body):
 
     effort: Annotated[Effort | None, Noun("reasoning_effort", taken=False)] = None
     summary: Literal["auto", "concise", "detailed"] | None = None
-    """Accepted: nothing is summed up, all that was thought is the content of the item."""
+    """Accepted, without effect: the item's content has the whole reasoning."""
     generate_summary: Literal["auto", "concise", "detailed"] | None = None
     """Accepted: the older name."""
     context: Annotated[None, _refused("The chat template decides it.", (None, "auto"))] = None

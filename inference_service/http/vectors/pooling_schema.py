@@ -57,7 +57,7 @@ class ScoringBody(PoolingBody):
     """The fields that requests for scores have in common."""
 
     use_activation: bool | None = None
-    """vLLM's: probabilities; scores as the head gives them where this is false."""
+    """vLLM's: true for probabilities, false for raw scores."""
 
 
 Texts = Annotated[tuple[str, ...], Field(min_length=1, max_length=MAX_INPUTS)]
@@ -83,7 +83,7 @@ class ScoreBody(ScoringBody):
 
     text_1: str | Texts
     text_2: Annotated[str | Texts, Noun("prompt", also=("token_ids",), taken=False)]
-    """One for all of the other, or as many of both."""
+    """One text for all of the others, or as many of both."""
 
 
 class RerankBody(ScoringBody):
@@ -96,9 +96,9 @@ class RerankBody(ScoringBody):
     query: str
     documents: Annotated[Texts, BeforeValidator(_documents), Noun("prompt", also=("token_ids",), taken=False)]
     top_n: Annotated[int, Field(ge=1)] | None = None
-    """Number of the best to return; all when not set."""
+    """Number of results, best first; all when not set."""
     return_documents: bool | None = None
-    """Tell the texts too; they are by default."""
+    """Return the texts too; the default."""
     max_tokens_per_doc: None = None
     max_chunks_per_doc: None = None
 

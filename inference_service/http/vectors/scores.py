@@ -108,7 +108,7 @@ async def score(service: GenerationService, http: HttpRequest) -> Reply[Scores]:
 
 
 async def rerank(service: GenerationService, http: HttpRequest) -> Reply[Ranking]:
-    """Order documents by how they score beside a query, the best first."""
+    """Sort documents by their score for a query, best first."""
     body = await read_body(http, RerankBody)
     with in_words_of(body):
         pairs = [TextPair(body.query, document) for document in body.documents]
