@@ -56,7 +56,7 @@ class Inbox:
 
 
 class PauseMode(StrEnum):
-    """What happens to running requests; new ones wait in each case until the engine resumes."""
+    """The treatment of running requests; new ones wait in each case until the engine resumes."""
 
     KEEP = "keep"
     """They stand still between two steps, and go on where they were."""

@@ -69,7 +69,7 @@ def test_a_small_model_is_measured_as_a_whole(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_speed_that_no_machine_has_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where others hold the cores all the time, there is no figure rather than a wrong one."""
+    """No figure is better than a wrong one, if other work holds the cores all the time."""
     assert measured(monkeypatch, 20, repeat(BYTES / 0.9e9))[0] == 0
 
 
