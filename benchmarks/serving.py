@@ -1,6 +1,6 @@
 """Tokens per second and time to first token over gRPC, with adapters and without, beside a peer.
 
-Random adapters (rank 16 on all seven projections unless said otherwise) on the demo's base; prompts of 64
+Random adapters (rank 16 on all seven projections by default) on the demo's base; prompts of 64
 random words, 64 new tokens each, greedy, end-of-sequence ignored; 16, 16 and 48 requests at concurrency 1, 8
 and 32. Beside the servers, in turn with them: their engine alone, and as the peer transformers + PEFT with a
 static mixed batch and no server; any OpenAI-compatible URL can be another. Nothing is drafted unless

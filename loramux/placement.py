@@ -5,7 +5,7 @@ leaves moves its own models only. A stream goes to the first of the order that h
 client can see:
 
 - A popular model may go to the first ``k`` of its order: a client begins somewhere among them, always at the
-  same place, and goes on to the next as soon as that one has its share of the streams. So popular models fill
+  same place, and continues to the next as soon as that one has its share of the streams. So popular models fill
   what the others leave free, and find themselves resident there.
 - No replica has many more streams than the mean: ``1.25 m + sqrt(1.25 m)``, which comes near to 1.25 where they
   are many, and does not send few streams away from where their adapters are.
@@ -118,7 +118,7 @@ class Placement:
         self._popularity = Popularity()
 
     def replace(self, replicas: Sequence[str]) -> None:
-        """Take streams to these from now on; those that others have go on."""
+        """Take streams to these from now on; those that others have continue."""
         with self._lock:
             if self._replicas == tuple(replicas):
                 return

@@ -58,7 +58,7 @@ class Forge:
         return self._records[:count]
 
     def ghosts(self, first: int, count: int) -> list[AdapterRecord]:
-        """Return adapters whose bundles are nowhere: they are registered, and nobody asks for them."""
+        """Return adapters whose bundles are nowhere: they are registered, and nothing uses them."""
         return [
             self._template.model_copy(update={"digest": sha256_hex(f"ghost {number}".encode())})
             for number in range(first, first + count)

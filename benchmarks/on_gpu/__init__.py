@@ -1,1 +1,1 @@
-"""The parts of ``benchmarks/gpu.py``: what is measured, how, and how it is told."""
+"""The parts of ``benchmarks/gpu.py``: what is measured, how, and how it is reported."""

@@ -1,7 +1,7 @@
 """Paged attention against the bytes of its keys and values, and against torch's own kernel without pages.
 
 Beside the times stand the programs that attend, those of them that have keys, and the most keys that one has:
-these are counted, and so are told in a rehearsal too.
+these are counted, and so are reported in a rehearsal too.
 """
 
 from __future__ import annotations

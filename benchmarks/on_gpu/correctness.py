@@ -64,7 +64,7 @@ def run_checks(run: Run, checks: Mapping[str, Check]) -> None:
     """
     for name, check in checks.items():
         worst, bound = check(run.device)
-        # Errors are no timings: they are told in a rehearsal too.
+        # Errors are no timings: they are reported in a rehearsal too.
         run.add({"check": name}, {"error": f"{worst:.2g}", "bound": f"{bound:.2g}"})
         if not worst <= bound:
             raise Red(f"{name}: error {worst:.3g}, at most {bound:.3g} is right")
@@ -216,7 +216,7 @@ def mixture(num: int, dim: int, width: int, experts: int, top_k: int) -> Check:
 
 
 def delta_rule(lengths: Sequence[int], sizes: delta_case.Sizes) -> Check:
-    """A gated delta rule of chunks that begin and others that go on, recorded without a chunk."""
+    """A gated delta rule of chunks that begin and others that continue, recorded without a chunk."""
 
     def check(device: Device) -> tuple[float, float]:
         error = delta_case.replayed(lengths, sizes, device.dtype, str(device.where), device.recorder())

@@ -27,7 +27,7 @@ WIDTH: Final = 4
 
 @dataclass(frozen=True)
 class Point:
-    """Sequences that go on; each computes so many rows."""
+    """Sequences that continue; each computes so many rows."""
 
     batch: int
     rows: int

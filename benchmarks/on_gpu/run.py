@@ -25,7 +25,7 @@ class Scale(Enum):
 
 @dataclass
 class Run:
-    """One run of the sections; rows are told as they come, for a run may be cut off."""
+    """One run of the sections; rows are reported as they come, for a run may be cut off."""
 
     machine: Machine
     scale: Scale

@@ -96,7 +96,7 @@ class _Page:
     entries: dict[str, JournalEntry] = field(default_factory=dict)
     """Keyed by build."""
     left: bool = False
-    """True if the builds go on in another run of a builder: then the store is not changed."""
+    """True if the builds continue in another run of a builder: then the store is not changed."""
     changes: Iterator[int] = field(default_factory=partial(itertools.count, 1))
     stored: int = 0
     """The newest of the changes that are in the store."""

@@ -24,7 +24,7 @@ from loramux_shared.faults import SettingsInvalid
 BUCKETS: Final = (0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640, 1280, 2560, 5120)
 """Bounds of the buckets, in seconds."""
 INTERRUPTED: Final = "INTERRUPTED"
-"""Outcome of a build that goes on at the next start; other outcomes are OK and the reasons of faults."""
+"""Outcome of a build that continues at the next start; other outcomes are OK and the reasons of faults."""
 
 # They double the series of counters, and nobody reads them.
 disable_created_metrics()  # type: ignore[no-untyped-call]

@@ -115,7 +115,7 @@ class BuilderServicer(builder_pb2_grpc.BuilderServiceServicer):
             visible = view
             if request.changes_only:
                 changed = tuple(each for each in view.adapters if known.get(each.name) != each)
-                # The next build in a stream that goes on starts from its first event.
+                # The next build in a stream that continues starts from its first event.
                 known = {each.name: each for each in view.adapters if view.state is BuildState.BUILDING}
                 visible = replace(view, adapters=changed)
             yield pb.WatchDeploymentResponse(deployment=deployment_message(visible))

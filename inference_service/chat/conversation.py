@@ -142,7 +142,7 @@ class Conversation:
         return ByEnding(tuple((end, constraint_at(end)) for end in (*self._dialect.endings, "")))
 
     def _opened(self, started: AnswerStarted) -> ThinkingMarks | None:
-        """Return the reasoning that the answers go on with, if they do."""
+        """Return the reasoning that the answers continue with, if they do."""
         if not self._dialect.thinking:
             return None
         if self._chat.goes_on:

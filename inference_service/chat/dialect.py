@@ -109,7 +109,7 @@ class Dialect:
         return (HARMONY if self.is_harmony else self.form).turns(explicit)
 
     def opened(self, end_of_prompt: str) -> ThinkingMarks | None:
-        """Return the reasoning that a prompt has opened, which the answer goes on with."""
+        """Return the reasoning that a prompt has opened, which the answer continues with."""
         end = end_of_prompt.rstrip()
         for each in self.thinking:
             if end.endswith(each.begin.rstrip()):

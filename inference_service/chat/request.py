@@ -139,7 +139,7 @@ class ChatRequest:
     starts: bool = True
     """The prompt ends with the beginning of the assistant's turn."""
     goes_on: bool = False
-    """The answer goes on with the last turn."""
+    """The answer continues with the last turn."""
     shows_thoughts: bool = True
     names: Mapping[str, str] = field(default_factory=dict)
     """The client's names of fields of requests, where it has other names for them."""

@@ -26,7 +26,7 @@ class Constraint:
     composed: bool = field(default=False, compare=False)
     """True if its text is ours, made from the client's: no other API reads it."""
     optional: bool = field(default=False, compare=False)
-    """True if an answer goes on without it where it cannot be followed."""
+    """True if an answer continues without it where it cannot be followed."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Grammar(Protocol):
 
     @property
     def complete(self) -> bool:
-        """True when the answer cannot go on: it is a whole text of the language and nothing may follow."""
+        """True when the answer cannot continue: it is a whole text of the language and nothing may follow."""
         ...
 
     @property

@@ -2,9 +2,9 @@
 
 A state cannot be cut back, so a prefix is found only where a snapshot of it was taken: at the end of a chunk,
 and of a block. Three places are worth one. Every `spacing` tokens, so that a long prompt which others share is
-found in part. The last full block of a prompt, where the next turn of a conversation goes on, and the last one
+found in part. The last full block of a prompt, where a conversation's next turn continues, and the last one
 before an activated adapter acts, unless the one before is so near that little is saved. And the place up to
-which blocks were found but no state was: somebody else had the same prefix, so others will have it too
+which blocks were found but no state was: another client had the same prefix, so others will have it too
 ("Marconi: Prefix Caching for the Era of Hybrid LLMs", Pan et al., 2024).
 """
 

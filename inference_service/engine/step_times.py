@@ -28,7 +28,7 @@ LONGEST_S: Final = 0.5
 LOOK: Final = 16
 """Steps with prompts after which one decodes alone, so that what this takes stays known."""
 LEAST: Final = 8
-"""Rows that a prompt has whatever they cost, where it has any: everybody goes on, and short ones soon begin."""
+"""Rows that each chunk of a prompt has, whatever they cost: all prompts continue, and short ones soon begin."""
 FIRST: Final = 64
 """Rows of prompts beside streams while nothing is known."""
 GROWTH: Final = 4

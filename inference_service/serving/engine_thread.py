@@ -59,7 +59,7 @@ class PauseMode(StrEnum):
     """The treatment of running requests; new ones wait in each case until the engine resumes."""
 
     KEEP = "keep"
-    """They stand still between two steps, and go on where they were."""
+    """They stand still between two steps, and continue where they were."""
     ABORT = "abort"
     """They end with REPLICA_PAUSED."""
     WAIT = "wait"

@@ -57,7 +57,7 @@ def rules_of_tools(tools: Sequence[Mapping[str, Any]]) -> Iterator[Rule]:
 
 
 def rules_of_the_end(messages: Sequence[Mapping[str, Any]], *, goes_on: bool, starts: bool) -> Iterator[Rule]:
-    """Yield the rules of how rendered messages end: nothing stands behind what the answer goes on with."""
+    """Yield the rules of how rendered messages end: nothing stands behind what the answer continues with."""
     if not goes_on:
         return
     yield starts, "add_generation_prompt", "false, together with continue_final_message", "true"

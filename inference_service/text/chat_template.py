@@ -48,7 +48,7 @@ class ChatTemplate:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
     ) -> str:
-        """Return the prompt; it ends within the last message where an answer is to go on with that.
+        """Return the prompt; it ends within the last message where an answer is to continue with that.
 
         The other inputs of a template are variables, whose names are none of its own.
 

@@ -98,7 +98,7 @@ class Text:
         return str(self._tokenizer.to_str())
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Tokenize a text, with the special tokens that the tokenizer adds itself unless said otherwise.
+        """Tokenize a text, with the special tokens that the tokenizer adds itself by default.
 
         Other threads run meanwhile: the library lets go of the interpreter's lock for batches only.
         """

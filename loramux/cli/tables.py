@@ -42,7 +42,7 @@ def fitting_columns(
 def fitted(
     headers: Sequence[str], rows: Sequence[Sequence[str]], right: frozenset[str], width: int
 ) -> RenderableType:
-    """Return a table no wider than ``width``: cells go on in a next line between words, the widest first.
+    """Return a table no wider than ``width``: cells continue in a next line between words, the widest first.
 
     Where that is not enough, each row is a block of lines, one for each cell that says something, as psql
     does it with ``\\x auto``. ``right`` are the headers of columns with numbers.

@@ -1,4 +1,4 @@
-"""Logs of the services, on stderr: for eyes on a terminal, as JSON lines elsewhere, unless said otherwise."""
+"""Logs of the services, on stderr: for eyes on a terminal, as JSON lines elsewhere, by default."""
 
 from __future__ import annotations
 

@@ -125,7 +125,7 @@ def test_children_end_in_the_reverse_order_of_their_start(tmp_path: Path) -> Non
 
 
 def test_a_child_is_ready_when_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Waiting ends with the child's own word, and what it does until then is told, however long the path of the
+    """Waiting ends with the child's own word, and its progress is reported, however long the path of the
     temporary folder is."""
     deep = tmp_path / ("deep" * 30)
     deep.mkdir()

@@ -369,7 +369,7 @@ async def test_an_admin_key_pins_loads_and_rolls_back(page: Page, tmp_path: Path
 
 
 async def test_a_key_without_the_scope_is_told_so(page: Page, tmp_path: Path) -> None:
-    """The panel says so when it is opened; the rest of the page goes on."""
+    """The panel says so when it is opened; the rest of the page continues."""
     key, entry = new_entry("ann", "infer")
     async with scripted_api(ScriptedPage(tmp_path, ["one"], {}), Keyring(text=lines(entry))) as url:
         await page.open(url)

@@ -66,7 +66,7 @@ def operations_of_one() -> int:
 
 
 def test_every_order_with_two_switches_keeps_both_generations():
-    """Whenever one builder is stopped and another goes on, no generation is lost and the highest is served."""
+    """After any stop of a builder another continues: no generation is lost; the highest is served."""
     count = operations_of_one()
     assert count < 25
     for first in range(count + 1):

@@ -91,7 +91,7 @@ def operations_of_one() -> int:
 
 
 def test_every_order_with_two_switches_keeps_both_changes() -> None:
-    """Whenever one change is stopped and another goes on, both adapters are served in the end."""
+    """Whenever one change is stopped and another continues, both adapters are served in the end."""
     count = operations_of_one()
     assert count < 25
     for first in range(count + 1):

@@ -280,7 +280,7 @@ def test_a_lesser_kind_is_taken_where_the_best_can_be_had_in_no_way(
 def test_operations_that_compute_something_else_are_not_used(
     retained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The start goes on with torch's, and knows why."""
+    """The start continues with torch's, and knows why."""
     monkeypatch.setattr(build, "first_wrong", lambda _: "rms_norm")
     built = load(retained.parent)
     assert (built.library, built.lack) == (None, Lack.WRONG_RESULT)

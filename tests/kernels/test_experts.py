@@ -155,7 +155,7 @@ def test_a_row_of_nonsense_is_routed_to_experts_that_there_are(device: str) -> N
 
 
 def ids_of(tokens: int, num_experts: int, top_k: int, device: str) -> Tensor:
-    """Experts of tokens, some of which nobody asks for."""
+    """Experts of tokens, some of which nothing uses."""
     weight = torch.rand(num_experts) * (torch.rand(num_experts) > 0.3) + 1e-9
     return torch.multinomial(weight.expand(tokens, -1), top_k).to(device, torch.int32)
 

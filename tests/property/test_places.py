@@ -111,7 +111,7 @@ def test_what_can_never_fit_is_refused_by_name() -> None:
 
 
 def test_bytes_are_given_once_and_taken_back_once() -> None:
-    """A caller that loses count is told, and nothing changes."""
+    """A caller that loses count is reported, and nothing changes."""
     places = Places(256)
     places.take(7, 64, 65)
     for owner, offset, size in ((7, 192, 64), (8, 128, 64), (8, 0, 65), (8, 192, 128), (8, 32, 8)):

@@ -95,7 +95,7 @@ def waiting(loader: AdapterLoader[Any], digest: str, invocation: tuple[int, ...]
 
 
 def settle(loader: AdapterLoader[Any]) -> None:
-    """Wait until what was loaded is also kept on the disk, which goes on beside the load."""
+    """Wait until what was loaded is also kept on the disk, which continues beside the load."""
     room = loader._reader._room
     wait_until(lambda: room._free == room._size, "bundles that are kept", lambda: room._free)
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from inference_service.chat.pieces import AnswerReader, CallArguments, CallBegun, Piece, TextPiece, Thought
 
 Collected = list[list[str]]
-"""``["said", text]``, ``["thought", text]`` and ``["call", name, arguments]``, each as long as it goes on."""
+"""``["said", text]``, ``["thought", text]`` and ``["call", name, arguments]``, each as long as it continues."""
 
 
 def read(reading: AnswerReader, text: str, cuts: Sequence[int] = ()) -> Collected:

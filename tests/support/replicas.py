@@ -123,7 +123,7 @@ class Replicas:
         self._do(self._servers[self.addresses.index(address)].drain(BOUND_S))
 
     def release(self) -> None:
-        """Let all go on that are held."""
+        """Let all continue that are held."""
         for service in self.services:
             self._loop.call_soon_threadsafe(service.held.set)
 

@@ -83,7 +83,7 @@ class ScriptedReplica:
         await self.grpc.set_serving(True)
 
     async def leave(self) -> None:
-        """Have no health any more, and go on."""
+        """Have no health any more, and continue."""
         await asyncio.gather(self.http.leave(), self.grpc.leave())
 
     async def drain(self, timeout_s: float = 0.0) -> None:

@@ -22,7 +22,7 @@ MODELS = ("base", "all", "rs", "wide")
 
 
 class SilentEngine(SimpleNamespace):
-    """Holds nothing, and notes how it is told to stand still."""
+    """Holds nothing, and notes how it is told to pause."""
 
     paused = False
 

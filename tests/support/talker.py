@@ -18,7 +18,7 @@ from tests.support.tokens import VOCAB, write_tokenizer
 
 
 class Talker(Scripted):
-    """Answers requests as it is told, in their order, and keeps them."""
+    """Answers requests as scripted, in their order, and keeps them."""
 
     def __init__(self, text: Text) -> None:
         super().__init__(Case("chat", {}, []), text)

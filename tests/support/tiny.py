@@ -149,7 +149,7 @@ class World:
     max_seq_len: int | None = None
 
     def deployment(self, **lora: Any) -> Deployment:
-        """The deployment, in float32 unless said otherwise."""
+        """The deployment, in float32 by default."""
         data = {
             "model_name": "tiny",
             "build": {

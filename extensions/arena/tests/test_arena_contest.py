@@ -153,7 +153,7 @@ async def test_a_gate_narrows_and_widens() -> None:
 
 
 async def test_a_server_that_stays_away_ends_the_run(tmp_path: Path) -> None:
-    """After a while without any answer the fault is told; what was answered is kept."""
+    """After a while without any answer the fault is reported; what was answered is kept."""
     service = Versions(says)
     service.refusals = iter([None] * 7 + [ServerUnavailable("away", retry_after_s=0.001)] * 10_000)
     impatient = replace(PATIENT, away_s=0.05)

@@ -109,7 +109,7 @@ def test_a_device_is_not_removed(tmp_path: Path) -> None:
 
 
 def test_a_torn_line_costs_only_itself(tmp_path: Path) -> None:
-    """A file whose writer was killed in a line goes on in the next; it is its owner's alone."""
+    """A file whose writer was killed in a line continues in the next; it is its owner's alone."""
     path = tmp_path / "kept"
     with AnswerFile(path) as retained:
         retained.put(ROW)

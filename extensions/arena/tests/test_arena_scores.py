@@ -196,7 +196,7 @@ async def test_judges_that_do_not_judge(
 
 
 async def test_addresses_that_are_none() -> None:
-    """Other schemes, and a key in the address, are refused; nobody there is told as such."""
+    """Other schemes, and a key in the address, are refused; a missing one is reported as such."""
     for url in ("file:///etc/passwd", "127.0.0.1:80", "http://key@host/v1"):
         with pytest.raises(SettingsInvalid, match="--judge-url"):
             UrlJudge(url, "judge", "")

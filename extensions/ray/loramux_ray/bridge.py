@@ -71,7 +71,7 @@ class Bridge:
         try:
             await self._run(await self._handler(call, context), context)
         except grpc.aio.AbortError:
-            pass  # the status is told
+            pass  # the status is reported
         finally:
             context.close()
 

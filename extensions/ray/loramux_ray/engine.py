@@ -75,7 +75,7 @@ class Engine:
         yield self._replica.ready.service.catalog.base_name
 
     async def check_health(self) -> None:
-        """Tell Ray whether to go on with this replica.
+        """Tell Ray whether to continue with this replica.
 
         Raises:
             ReplicaFailed: the engine broke, or a generation needs a restart.

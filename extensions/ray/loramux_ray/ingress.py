@@ -95,7 +95,7 @@ class _Sent:
         await self._send(message)
 
     async def fail(self, fault: Fault, scope: Scope, receive: Receive) -> None:
-        """Tell a fault, where that can still be told: as the answer, or as the last event of a stream."""
+        """Tell a fault, where that can still be reported: as the answer, or as the last event of a stream."""
         if not self._begun:
             await fault_response(scope, fault)(scope, receive, self._send)
         elif self._events:

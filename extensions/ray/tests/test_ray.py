@@ -304,7 +304,7 @@ def test_a_generation_comes_while_it_is_served(fleet: RayFleet, client: Client, 
         while not stop.is_set():
             try:
                 client.complete("a0", PROMPT, max_tokens=4, timeout_s=BOUND_S)
-            except Exception as error:  # noqa: BLE001 - each is told
+            except Exception as error:  # noqa: BLE001 - each is reported
                 failures.append(error)
 
     beside = threading.Thread(target=traffic)

@@ -72,7 +72,7 @@ def reason_of(end: list[bytes] | End) -> str:
 
 
 async def test_the_first_part_comes_with_the_first_token(service: Service) -> None:
-    """Nothing is told before there is a token, so that another replica may still answer."""
+    """Nothing is reported before there is a token, so that another replica may still answer."""
     parts = await call(bridge_of(service), sampling=pb.SamplingParams(max_tokens=6, ignore_eos=True))
     kinds = [
         [pb.GenerateResponse.FromString(message).WhichOneof("event") for message in part] for part in parts

@@ -100,7 +100,7 @@ ALLOWED = {
     "gRPC REPLICA_FAILED retry=1.0 begun=True",
     "HTTP cut, replica_failed=True",
 }
-"""Ends of requests while a replica or a node goes: only what had begun is told so."""
+"""Ends of requests while a replica or a node goes: only what had begun fails."""
 
 
 def test_an_engine_that_breaks_and_a_node_that_goes_cost_what_had_begun(world: World) -> None:

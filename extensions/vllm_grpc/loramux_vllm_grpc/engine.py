@@ -181,7 +181,7 @@ class VllmEngineServicer(engine_pb2_grpc.VllmEngineServicer):
         return self._model or metadata_of(context).get(MODEL) or self._service.catalog.base_name
 
     def _source(self) -> str:
-        """Return the base's repository, as it may be told."""
+        """Return the base's repository, as it may be reported."""
         catalog = self._service.catalog
         return next((model.source for model in catalog.everything if model.name == catalog.base_name), "")
 

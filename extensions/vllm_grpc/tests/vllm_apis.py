@@ -50,7 +50,7 @@ class VllmApis:
     async def engine_says(
         self, stub: Any = None, metadata: Sequence[tuple[str, str]] = (), **fields: Any
     ) -> list[engine_pb.GenerateResponse]:
-        """All messages of a request to VllmEngine: greedy, of six tokens, unless said otherwise."""
+        """All messages of a request to VllmEngine: greedy, of six tokens, by default."""
         params = engine_pb.SamplingParams(**({"temperature": 0.0, "max_tokens": 6} | fields.pop("params", {})))
         usual = {"tokenized": engine_pb.TokenizedInput(input_ids=PROMPT), "sampling_params": params}
         call = (stub or self.engine).Generate(engine_pb.GenerateRequest(**(usual | fields)), metadata=metadata)
@@ -63,7 +63,7 @@ class VllmApis:
 
 
 def inference_request(**fields: Any) -> inference_pb.GenerateRequest:
-    """A request of six tokens, with their ids, unless said otherwise."""
+    """A request of six tokens, with their ids, by default."""
     usual = {
         "token_ids": inference_pb.TokenIds(ids=PROMPT),
         "stopping": inference_pb.StoppingCriteria(max_new_tokens=6),

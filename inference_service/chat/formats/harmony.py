@@ -64,7 +64,7 @@ def messages(source: AnswerSource, calls: AnswerCalls, *, visible: bool = True) 
 def _header(source: AnswerSource, *, begins: bool) -> Reader[str | None]:
     """Read to a body, and return what stands before; None at the end.
 
-    An answer that does not begin as a header does is a body itself: one that goes on with a message.
+    An answer that does not begin as a header does is a body itself: one that continues with a message.
     """
     source.forget()
     if begins:

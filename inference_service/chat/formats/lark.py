@@ -145,7 +145,7 @@ def either(choices: Sequence[str], name: str = "call") -> str:
 
 
 MOST_CALLS: Final = 16
-"""Most calls of one answer that must call: a model that does not know when to end would go on."""
+"""Most calls of one answer that must call: a model that does not know when to end would continue."""
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ class Content:
         self.blocks: list[ContentBlock] = []
         """The blocks so far; the one that is open is still empty."""
         self._open: ContentBlock | None = None
-        """The last block, while it goes on."""
+        """The last block, while it continues."""
         self._texts: list[str] = []
         """The text of the open block so far."""
         self._space = ""

@@ -1,4 +1,4 @@
-"""``POST /v1/responses/compact``: a conversation becomes a summary of it, which goes on in its place.
+"""``POST /v1/responses/compact``: a conversation becomes a summary of it, which continues in its place.
 
 The model that would answer sums up. Nothing is stored: the summary is the answer, in an item that clients give
 back unread.

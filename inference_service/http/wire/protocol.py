@@ -290,7 +290,7 @@ class BoundedHttp(HttpToolsProtocol):
         while data:
             try:
                 self.parser.feed_data(data)
-            except httptools.HttpParserUpgrade as upgrade:  # it is not taken up: HTTP/1.1 goes on
+            except httptools.HttpParserUpgrade as upgrade:  # it is not taken up: HTTP/1.1 continues
                 data = data[upgrade.args[0] :]
             except httptools.HttpParserError:
                 self._refuse(*self._problem)

@@ -35,7 +35,7 @@ MESSAGE_TYPES: Final = {
 }
 """Other statuses below 500 are ``invalid_request_error``, those above ``api_error``."""
 MESSAGE_CODES: Final = {"thread": "thread_unsupported_request"}
-"""Codes of fields that are refused, where a client goes on without the field when it reads the code."""
+"""Codes of fields that are refused, where a client continues without the field when it reads the code."""
 
 
 class FailureDetails(TypedDict):

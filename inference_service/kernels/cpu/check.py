@@ -132,7 +132,7 @@ def _attention(ops: CpuOps, generator: torch.Generator) -> Pair:
 
 
 def _delta_rule(ops: CpuOps, generator: torch.Generator) -> Pair:
-    """A state that begins and one that goes on; what is wrong in a state shows in the rows behind it."""
+    """A state that begins and one that continues; what is wrong in a state shows in the rows behind it."""
     channels = 2 * KV_HEADS * DIM + HEADS * DIM
     qkv, z, b, a = (_random(ops, generator, ROWS, width) for width in (channels, HEADS * DIM, HEADS, HEADS))
     conv, norm = _random(ops, generator, 4, channels), _random(ops, generator, DIM)

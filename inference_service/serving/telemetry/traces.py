@@ -60,7 +60,7 @@ class RequestSpans:
 
 @dataclass(frozen=True)
 class RequestPhase:
-    """A part of a request's way; it went on to the end when its own is not known."""
+    """A part of a request's way; it continued to the end when its own is not known."""
 
     name: str
     start_s: float

@@ -97,7 +97,7 @@ def publish_change(
             store.put(generation_key(name, number), published.to_bytes())
         if point_at_highest(store, published).number == number:
             return published, True
-        # Another builder took this one for dead and went on without it, or published after it: see which.
+        # Another builder took this one for dead and continued without it, or published after it: see which.
     raise StoreUnavailable(f"{store.uri}: too many builders publish {name!r} at once. Try again later.")
 
 

@@ -80,7 +80,7 @@ def claim_number(store: Store, name: str, served: int) -> tuple[int, str]:
         if tokens == [token] and max(claims) == number and written < number:
             return number, claim
         store.delete(claim)
-        ahead = sum(other < token for other in tokens)  # each of those that meet here goes on elsewhere
+        ahead = sum(other < token for other in tokens)  # each of those that meet here continues elsewhere
     raise _crowded(store, name)
 
 

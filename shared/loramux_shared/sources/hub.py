@@ -52,7 +52,7 @@ ASIDE_S: Final = 5.0
 COMMIT: Final = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 _SHA256: Final = re.compile(r"[0-9a-f]{64}")
 SLACK: Final = 16 << 20
-"""Bytes that a client may count beyond a file's; it reads in pieces, and goes on where it broke off."""
+"""Bytes that a client may count beyond a file's; it reads in pieces, and continues where it broke off."""
 # The class of every failure of the hub's HTTP client, which is httpx or httpx2 by its version.
 _HTTP_ERROR: Final[type[BaseException]] = HfHubHTTPError.__mro__[1]
 

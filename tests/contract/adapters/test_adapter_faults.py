@@ -102,7 +102,7 @@ def full(tmp_path_factory) -> tuple[LocalStore, Path, list[str]]:
 
 @pytest.mark.parametrize(("limit", "kills"), [(0, False), (200, False), (1000, False), (200, True)])
 def test_a_full_disk_fails_no_load(full, limit, kills):
-    """When a write stops in the middle, or ends the process there, loads go on and half a file is never one."""
+    """When a write stops in the middle, or ends the process, loads continue, and half a file is never used."""
     store, folder, digests = full
     cache = folder / f"{limit}-{kills}"
     process, stated = filling(limit, kills, cache, folder / "store", digests)

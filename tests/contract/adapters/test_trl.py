@@ -140,7 +140,7 @@ def no_reward(**_: Any) -> list[float]:
 
 
 def digest_of(url: str, name: str) -> str:
-    """The digest of a name, as operators are told it."""
+    """The digest of a name, as operators are reported it."""
     listed = requests.get(f"{url}/v1/adapters", params={"page_size": 100}, timeout=BOUND_S).json()["data"]
     [found] = [each for each in listed if each["id"] == name]
     return str(found["digest"])

@@ -74,7 +74,7 @@ async def test_the_cancel_command(world: Builders, monkeypatch: pytest.MonkeyPat
 
 
 async def test_a_waiting_build_can_be_cancelled(world: Builders) -> None:
-    """A build that waits for its turn ends at once when it is cancelled, while the one before it goes on."""
+    """A build that waits for its turn ends at once when it is cancelled, while the one before it continues."""
     builds = world.builder(running=1)
     await builds.build(world.deployment("one", name="first"))
     await builds.build(world.deployment("two", name="second"))
@@ -201,7 +201,7 @@ async def beats(world: Builders, monkeypatch: pytest.MonkeyPatch) -> Beats:
 
 @pytest.mark.parametrize("updates", [False, True], ids=["a build", "an update"])
 async def test_the_work_of_a_dead_builder_is_taken_over(world: Builders, beats: Beats, updates: bool) -> None:
-    """A build whose builder gives no sign of life goes on at another one after a lease, under its name."""
+    """A build whose builder gives no sign continues at another one after a lease, under its name."""
     wish = {"deployment": world.deployment("one")}
     if updates:
         world.store.gate.set()

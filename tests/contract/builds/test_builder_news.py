@@ -1,4 +1,4 @@
-"""A replica hears of generations from its builder, and goes on without it."""
+"""A replica hears of generations from its builder, and continues without it."""
 
 from __future__ import annotations
 

@@ -90,7 +90,7 @@ async def test_the_report_of_an_adapter_that_would_be_built(world: Served) -> No
 
 
 async def test_a_report_says_which_kind_an_adapter_is(world: Served) -> None:
-    """Scales of outputs have rows with a vector and no rank; tokens of an invocation are told."""
+    """Scales of outputs have rows with a vector and no rank; tokens of an invocation are reported."""
     scales = {f"{key(0, 'k_proj', 'A').partition('.lora')[0]}.ia3_l": np.full((HIDDEN // 2, 1), 1.5, "f4")}
     ia3 = {"peft_type": "IA3", "feedforward_modules": [], "target_modules": ["k_proj"]}
     of_lora = dict.fromkeys(("r", "lora_alpha", "bias", "init_lora_weights"))

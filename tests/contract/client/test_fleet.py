@@ -114,7 +114,7 @@ def test_streams_go_on_to_the_next_at_the_bound(three: Replicas, client: Client)
 
 
 def test_a_replica_that_is_not_serving_gets_nothing_new(three: Replicas, client: Client) -> None:
-    """Its streams go on, new requests go to the next, and it has its models again when it serves."""
+    """Its streams continue, new requests go to the next, and it has its models again when it serves."""
     first, second, _ = homes(three, "lora1")
     before = Reading(client, "lora1", "held")
     wait_until(lambda: before.seen[1:], "its first piece")
@@ -394,7 +394,7 @@ def test_commands_take_lists(three: Replicas) -> None:
 
 
 async def test_the_doctor_asks_all(three: Replicas, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each replica of a list, and those of a name by its certificate; that a name stands for none is told."""
+    """Each replica of a list, and those of a name by its certificate; a name without any is reported."""
     certificates = Certificates(tmp_path)
     certificates.issue("server", certificates.ours, "localhost")
     monkeypatch.setenv("LORAMUX_TLS_CA", str(tmp_path / "ours.pem"))

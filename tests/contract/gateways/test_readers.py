@@ -95,7 +95,7 @@ async def test_everything_that_the_picker_scrapes_is_there(fleet: Fleet) -> None
 
 
 async def test_a_request_goes_where_its_adapter_is(fleet: Fleet) -> None:
-    """The picker chooses a replica that has the adapter in memory, though nobody asks for it there."""
+    """The picker chooses a replica that has the adapter in memory, though nothing uses it there."""
     for name in HOMES:
         endpoints = await look_at_all(fleet)
         chosen = pick(name, endpoints)

@@ -241,7 +241,7 @@ async def test_a_stream_that_fails_ends_with_an_error(tmp_path: Path) -> None:
 
 
 async def test_what_http_refuses_has_the_same_shape(api: OpenAIApi) -> None:
-    """A wrong method, a route that is not here, and a body that is no JSON are told as all else here is."""
+    """A wrong method, a route that is not here, and a body that is no JSON are reported as all else here is."""
     own = {"x-request-id": "mine-1"}
     for answer, status, kind in (
         (await api.http.get("/v1/messages", headers=own), 405, "invalid_request_error"),
@@ -350,7 +350,7 @@ def texts_of(blocks: Sequence[Any]) -> list[str]:
 
 
 async def test_the_clients_tool_runner_runs_tools(tmp_path: Path) -> None:
-    """It goes on without a thread on the server, which is refused to it, and sends results back."""
+    """It continues without a thread on the server, which is refused to it, and sends results back."""
 
     @beta_async_tool
     async def look(place: str) -> str:

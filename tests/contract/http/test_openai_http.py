@@ -142,7 +142,7 @@ async def test_a_body_must_say_that_it_is_json(api: OpenAIApi) -> None:
 
 
 async def test_a_body_that_is_no_json_is_refused(api: OpenAIApi) -> None:
-    """The parser's complaint is told, and nothing of the server."""
+    """The parser's complaint is reported, and nothing of the server."""
     headers = {"content-type": "application/json"}
     response = await api.http.post(CHAT, content=b'{"model": ', headers=headers)
     assert response.status_code == 400
@@ -288,7 +288,7 @@ async def test_a_client_that_goes_away_frees_its_sequences(api: OpenAIApi, strea
 
 
 async def test_a_client_that_does_not_read_blocks_no_other(api: OpenAIApi) -> None:
-    """More than buffers hold waits for a client that reads nothing; the engine goes on, and nothing is lost."""
+    """A client reads nothing of more than buffers hold; the engine continues, and nothing is lost."""
     with socket.socket() as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         sock.setblocking(False)
@@ -434,7 +434,7 @@ async def test_draining_finishes_open_streams_and_refuses_new_requests(api: Open
 async def test_a_drain_that_takes_too_long_cuts_what_is_open(
     world: tuple[World, MemoryStore], stream: bool
 ) -> None:
-    """When the time is over, what is open is told so, in an event or by a status, and its sequences freed."""
+    """When the time is over, what is open gets the reason, in an event or by a status, and its sequences freed."""
     async with open_api(world) as api:
         body = LONG | {"stream": stream, "n": 8}
         engine = api.ready.engine

@@ -52,7 +52,7 @@ async def apis(tmp_path: Path) -> AsyncIterator[EndlessApis]:
 
 
 async def test_a_request_above_the_cap_is_not_sent(server: RpcServer) -> None:
-    """The client refuses a request that no server takes, with both numbers, and goes on."""
+    """The client refuses a request that no server takes, with both numbers, and continues."""
     async with AsyncClient(server.address) as client:
         with pytest.raises(
             RequestInvalid, match=rf"has 8\d{{6}} bytes; a server takes at most {MAX_REQUEST_BYTES}"
@@ -173,7 +173,7 @@ def _read_pong(sock: socket.socket) -> None:
 
 
 async def test_calls_that_are_reset_do_not_cancel_those_of_others(apis: EndlessApis) -> None:
-    """Thousands of calls that are opened and reset cost time, and nobody else's call."""
+    """Thousands of calls that are opened and reset cost time, and no other call."""
     host, port = apis.rpc.address.rsplit(":", 1)
     streams = range(1, 2400, 2)
     async with AsyncClient(apis.rpc.address) as client:

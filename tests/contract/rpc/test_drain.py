@@ -268,7 +268,7 @@ async def _unasked(*_: Any) -> Any:
 async def test_a_grpc_server_stops_when_nobody_comes(
     apis: EndlessApis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Clients that go on calling are refused by name a moment longer: calls while gRPC stops get no reason."""
+    """Late calls are refused by name a moment longer; calls while gRPC stops get no reason."""
     clock = Clock()
     monkeypatch.setattr(calls, "QUIET_S", HOUR)
     monkeypatch.setattr(calls, "PARTING_S", NEVER)

@@ -346,7 +346,7 @@ async def test_health_and_reflection_answer(api: RpcApi) -> None:
 async def test_a_failing_step_ends_every_request_and_the_next_one_works(
     api: RpcApi, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A step that raises is INTERNAL for those in it, without a stack trace, and the engine goes on."""
+    """A step that raises is INTERNAL for those in it, without a stack trace, and the engine continues."""
     runner = api.ready.engine._engine._runner
     submit, calls = runner.submit, []
 

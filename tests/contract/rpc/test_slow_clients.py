@@ -208,7 +208,7 @@ async def test_what_lies_unread_at_the_deadline_is_read(apis: EndlessApis, clock
 
 @patience("read_s")
 async def test_a_client_that_took_what_there_was_is_not_given_up(apis: EndlessApis, clock: Clock) -> None:
-    """An answer goes on whose client read all that a server which stood still had sent."""
+    """An answer continues whose client read all that a server which stood still had sent."""
     with narrow(apis) as sock:
         await apis.service.until(1)
         await apis.seen()

@@ -227,7 +227,7 @@ async def test_drafts_change_no_constrained_answer(world: tuple[World, MemorySto
 
 
 async def test_masks_along_a_draft_are_those_that_it_leads_to(ready: Ready) -> None:
-    """Behind each token of a draft, and behind those that come; a draft ends where a text may not go on."""
+    """Behind each token of a draft, and behind those that come; a draft ends where a text may not continue."""
     text = ready.service.text
     compiled = await Constraints(frozenset({2})).compile(Constraint("regex", "ab(c|de)f?"), text)
     a, b, c, d, e, f = (3 + ord(letter) - 32 for letter in "abcdef")
@@ -319,7 +319,7 @@ async def test_an_answer_that_cannot_go_on_ends_with_the_reason(ready: Ready) ->
 async def test_constraints_are_compiled_once_and_off_the_loop(
     ready: Ready, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A constraint is compiled once for all who ask at the same time and later; the loop goes on meanwhile."""
+    """A constraint is compiled once for all concurrent and later requests; the loop continues meanwhile."""
     own = Constraints(frozenset({2}))
     constraint, begin, go = Constraint("regex", "a+"), own._begin, threading.Event()
     requests: list[int] = []

@@ -306,7 +306,7 @@ def test_a_commit_is_a_commit(hub, commit):
 
 @pytest.mark.parametrize("revision", ["../../../evil", "..", "a\\..\\b"])
 def test_a_recorded_revision_stays_in_the_cache(hub, tmp_path, revision):
-    """A generation that somebody else wrote leads no source out of its cache, nor into another's."""
+    """A generation that another client wrote leads no source out of its cache, nor into another's."""
     files = {"config.json": FileDigest(size=1, sha256="0" * 64)}
     patience = RetryPolicy(attempts=1)
     url = UrlSource(Https(AddressGuard()), Secrets(None, {}), patience=patience)

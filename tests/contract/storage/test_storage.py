@@ -283,7 +283,7 @@ def _all_calls_fail(store: Store) -> list[str]:
 
 
 def test_wrong_secret(aws: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A wrong secret is said plainly, with the variable to correct, and is not repeated."""
+    """A wrong secret is reported, with the variable to correct, and is not repeated."""
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "not-the-secret")
     text = _all_calls_fail(S3Store(aws.new_bucket()))
     assert all("AWS_SECRET_ACCESS_KEY" in line and aws.endpoint in line for line in text)
@@ -291,7 +291,7 @@ def test_wrong_secret(aws: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_unknown_access_key(aws: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An access key that the server does not know is said plainly."""
+    """An access key that the server does not know is reported."""
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "other")
     assert all("Check AWS_ACCESS_KEY_ID" in line for line in _all_calls_fail(S3Store(aws.new_bucket())))
 

@@ -190,7 +190,7 @@ def test_leftovers_are_swept_and_work_under_way_is_not(store, folder):
 
 
 def test_a_folder_that_cannot_be_written_is_said_once(store, tmp_path):
-    """Loads go on from the store, and the log says once why nothing is kept."""
+    """Loads continue from the store, and the log says once why nothing is kept."""
     place = tmp_path / "file"
     place.write_bytes(b"")
     disk = DiskTier(place / "bundles", 10**9)

@@ -229,7 +229,7 @@ def test_urgent_work_goes_before_packing_that_waits(store, make):
 
 
 def test_other_work_that_fails_is_told(make):
-    """Its exception comes as a fault, and its thread goes on."""
+    """Its exception comes as a fault, and its thread continues."""
     loader, outcomes = make(), SimpleQueue()
 
     def fail():
@@ -302,7 +302,7 @@ def test_every_load_of_many_ends_once(store, make):
     for thread in threads:
         thread.start()
     reported = [answers.get(timeout=BOUND_S)[0] for _ in range(calls)]
-    for digest in store.digests:  # behind all that could be told again
+    for digest in store.digests:  # behind all that could be reported again
         load(loader, digest)
     assert len(set(reported)) == calls
     assert answers.empty()

@@ -110,7 +110,7 @@ def test_every_writer_signs_and_gc_takes_both(world):
 
 
 def test_what_is_not_signed_is_not_read(world):
-    """A generation that was changed, whose signature is gone, or somebody else's, is refused by name."""
+    """A generation that was changed, whose signature is gone, or another client's, is refused by name."""
     world.build(world.signed, "one")
     store, key, _ = world.plain, *new_key(world.folder, "other")
     other = generation_key("other", 1)
@@ -134,7 +134,7 @@ def test_what_is_not_signed_is_not_read(world):
 
 
 async def test_a_follower_serves_on_while_another_builder_does_not_sign(world):
-    """It says why, takes nothing over, and goes on when a builder that signs has published."""
+    """It says why, takes nothing over, and continues when a builder that signs has published."""
     first = world.build(world.signed, "one")
     took = []
     follower = Follower(world.trusting, first, took.append, interval_s=0.02, spacing_s=0)
@@ -144,7 +144,7 @@ async def test_a_follower_serves_on_while_another_builder_does_not_sign(world):
         await until(lambda: follower.standing.state is FollowerState.BLIND, "the follower to be blind")
         assert (took, follower.standing.generation, unsigned.number) == ([], 1, 2)
         mine = Repository(source=SourceKind.LOCAL, repo=str(world.folder / "two"))
-        with pytest.raises(SignatureInvalid):  # nobody goes on from what others wrote, and signs it
+        with pytest.raises(SignatureInvalid):  # nobody continues from what others wrote, and signs it
             update(Update(name="tiny", add={"more": mine}), world.context(world.signed), Progress(["more"]))
         signed = await asyncio.to_thread(world.build, world.signed, "one", "two")
         await until(lambda: took, "the signed generation")

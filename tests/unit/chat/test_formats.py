@@ -304,7 +304,7 @@ def test_arguments_come_as_they_are_written() -> None:
 
 
 def test_a_prompt_may_have_begun_to_think() -> None:
-    """An answer goes on with what the prompt, or the message that it continues, has opened."""
+    """An answer continues with what the prompt, or the message that it continues, has opened."""
     dialect = Dialect(T.AUTO, R.THINK)
     opened = dialect.opened("<|im_start|>assistant\n<think>\n")
     assert read(dialect.reading(AnswerCalls({}), opened), "hm\n</think>\n\nHi") == [

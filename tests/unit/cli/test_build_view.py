@@ -101,7 +101,7 @@ def test_a_terminal_is_not_drawn_for_every_adapter(count: int) -> None:
 
 
 def test_the_table_of_many_adapters_fits_a_screen(capsys: pytest.CaptureFixture[str]) -> None:
-    """The first rows and a count are shown; a warning that sixty adapters have is told once, with names."""
+    """The first rows and a count are shown; a warning that sixty adapters have is reported once, with names."""
     adapters = [adapter(number, Stage.DONE) for number in range(60)]
     adapters[7] = replace(adapters[7], warnings=(WARNING, replace_code(WARNING)))
     show_built(state(adapters, ended=True))

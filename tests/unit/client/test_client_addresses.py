@@ -101,7 +101,7 @@ def test_a_failure_makes_it_look_sooner() -> None:
 
 
 def test_a_name_server_that_fails_takes_nobody_away() -> None:
-    """Those that were known go on; but to begin with, somebody has to be known."""
+    """Those that were known continue; but to begin with, somebody has to be known."""
     names = Names()
     names.seen()
     names.answers = None

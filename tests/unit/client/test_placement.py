@@ -98,7 +98,7 @@ def test_popular_models_are_at_several_replicas() -> None:
 
 
 def test_a_popular_model_goes_on_where_its_share_is_taken() -> None:
-    """Past the first of its replicas that has its share; a model of one place goes on at the bound only."""
+    """Past the first of its replicas that has its share; a model of one place continues at the bound only."""
     ordered = ("a", "b", "c", "d")
     load = {"a": 8, "b": 4, "c": 12, "d": 8}
     assert choose(ordered, load.__getitem__, 32, 2, 0.0) == "b"

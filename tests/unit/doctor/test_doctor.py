@@ -224,7 +224,7 @@ def test_a_base_is_a_folder_or_its_config(base: Path) -> None:
 
 
 def test_a_store_answers_or_not(tmp_path: Path) -> None:
-    """A store is fine when it answers, empty or not; a wrong address is told."""
+    """A store is fine when it answers, empty or not; a wrong address is reported."""
     assert look_at_store(f"file://{tmp_path}").state == "answers, 0 deployments"
     assert not look_at_store("ftp://nowhere").ok
 

@@ -83,7 +83,7 @@ def test_copies_of_the_base_s_tokenizer_pass(compare, kind, change):
     ],
 )
 def test_new_tokens_behind_the_base_s_are_taken(compare, kind, change, added):
-    """They are told as transformers numbers them, whether or not the base has unused rows for them."""
+    """They are reported as transformers numbers them, whether or not the base has unused rows for them."""
     found = compare(change, kind)
     assert found.findings == ()
     assert {token.content: token.id for token in found.added} == added

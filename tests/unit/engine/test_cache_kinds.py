@@ -312,7 +312,7 @@ def test_a_prompt_takes_no_more_rows_than_its_window_has_blocks_for() -> None:
 
 
 def test_prompts_that_want_the_same_blocks_of_a_window_come_to_an_end() -> None:
-    """They wait for each other where there is one that goes on, and else one makes room for itself."""
+    """They wait for each other where there is one that continues, and else one makes room for itself."""
     engine, _, manager = Base((30,), sliding=10, rows=14, seqs=14, prefix_cache=False).engine()
     for number in range(14):
         engine.add(Sequence(str(number), [number] * 60, SamplingParams(max_tokens=3), flow=str(number)))
@@ -446,7 +446,7 @@ def test_windows_with_enough_blocks_never_lack_any(
 
 def test_who_calls_an_activated_adapter_finds_the_state_before_and_leaves_one() -> None:
     """Behind the base it begins at the base's last state; on what nobody said before it leaves a state of the
-    base where it is called, where others go on."""
+    base where it is called, where others continue."""
     engine, _, manager = Base(snapshots=9, spacing=8).engine()
     stated, new = [0, 2, 4] * 10, [2, 2, 0] * 7
     _run(engine, manager, stated)

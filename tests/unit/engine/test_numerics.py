@@ -136,7 +136,7 @@ def test_a_waiting_request_ends_with_it() -> None:
     "sampling", [SamplingParams(), SamplingParams(temperature=1.0), SamplingParams(logprobs=2)]
 )
 def test_the_sampler_sees_it(spoil: Callable[[torch.Tensor], object], sampling: SamplingParams) -> None:
-    """NaN anywhere in a row, or nothing finite; rows beside it are drawn as ever."""
+    """NaN anywhere in a row, or nothing finite; rows beside it are drawn as before."""
     logits = torch.randn(3, 300)
     seqs = [Sequence(str(row), [1], sampling) for row in range(3)]
     expected = sample(logits, seqs)

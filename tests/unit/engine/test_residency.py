@@ -209,7 +209,7 @@ class World:
         raise AssertionError("requests never end")
 
     def answer(self, *numbers: int) -> None:
-        """Send a request for each of these adapters, one after the other, and go on to its end."""
+        """Send a request for each of these adapters, one after the other, and continue to its end."""
         for number in numbers:
             self.ask(number)
             self.settle()
@@ -257,7 +257,7 @@ def test_who_is_copied_at_once_misses_no_step() -> None:
 
 
 def test_a_copy_that_takes_long_is_not_waited_for() -> None:
-    """A step goes on without it, for those who are there, and takes it in when it has come."""
+    """A step continues without it, for those who are there, and takes it in when it has come."""
     world = World(4, [1], wait_s=0.02)
     cold, base = world.ask(0, new=1), world.ask(new=1)
     world.step()
@@ -290,7 +290,7 @@ def test_what_is_under_way_stays() -> None:
 
 
 def test_endless_streams_make_room_in_the_bank() -> None:
-    """Streams that never end hold all places: another model gets one all the same, and they go on after it."""
+    """Endless streams hold all places: another model gets one all the same, and they continue after it."""
     world = World(2, [1, 1, 1], seqs=8)
     endless = [world.ask(0, new=300), world.ask(1, new=300)]
     for _ in range(6):

@@ -157,7 +157,7 @@ def test_an_adapter_without_a_place_lets_others_pass_but_does_not_starve() -> No
 
 
 def test_a_mixture_finds_both_of_its_places_although_others_take_turns_at_them() -> None:
-    """One of the two places becomes free at a time, and somebody else always waits for it: they let it pass."""
+    """One of the two places becomes free at a time, and another sequence always waits for it: it passes."""
     engine, _, _ = _engine(max_adapters=2, max_seqs=4)
     mixture = replace(_seq(2, 3), adapter=Mixture.of([(ADAPTERS[0], 0.5), (ADAPTERS[1], 2.0)]))
     engine.add(_seq(2, 4, uid=3))

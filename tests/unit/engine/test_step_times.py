@@ -245,7 +245,7 @@ def test_prompts_go_on_where_a_row_costs_more_than_they_may_have() -> None:
 
 
 def test_a_step_that_failed_is_not_waited_for() -> None:
-    """After it, what steps take is told of the steps that follow."""
+    """After it, what steps take is reported of the steps that follow."""
     step_times = StepTimes()
     step_times.submitted(StepLoad(8, 0, 0.0), 1.0)
     step_times.forget_steps()
@@ -272,7 +272,7 @@ def test_a_short_request_passes_long_prompts_of_its_own_model() -> None:
 
 
 def test_short_requests_without_end_leave_a_quarter_to_the_oldest() -> None:
-    """Long prompts that came before short ones go on, one after the other."""
+    """Long prompts that came before short ones continue, one after the other."""
     machine = Machine(token_s=0.0)
     engine = _streaming(machine)
     long = _add(engine, *(_seq(LONG) for _ in range(3)))

@@ -33,7 +33,7 @@ ELSEWHERE = {
     "SERVER_UNAVAILABLE",  # a client's own word
     "SETTINGS_INVALID",  # ends a process, as the next does
     "PROOF_FAILED",
-    "BUILD_INTERRUPTED",  # the build goes on when the builder starts again
+    "BUILD_INTERRUPTED",  # the build continues when the builder starts again
     "METHOD_UNSUPPORTED",  # of services that others named
     "INTERNAL",  # nobody's intention
 }
@@ -123,7 +123,7 @@ def test_reasons_stand_beside_their_status(path: Path) -> None:
 
 @pytest.mark.parametrize("path", PROTOS, ids=lambda path: path.stem)
 def test_what_every_rpc_can_end_with_is_said(path: Path) -> None:
-    """Keys and draining are told once, for the whole service."""
+    """Keys and draining are reported once, for the whole service."""
     text = path.read_text(encoding="utf-8")
     header = text[: text.index("\nservice ")]
     assert {line["reason"] for line in _LINE.finditer(header)} == EVERYWHERE

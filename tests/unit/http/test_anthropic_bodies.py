@@ -133,7 +133,7 @@ def test_what_is_not_taken_is_named(fields: dict[str, Any], where: str) -> None:
 
 
 def test_what_a_chat_refuses_is_named_in_this_apis_words() -> None:
-    """Places of the chat that a body becomes are told as those of the body."""
+    """Places of the chat that a body becomes are reported as those of the body."""
     chat = _chat(system="Be brief.", tools=[TOOL] * 4, messages=[USER, *CLAUDE_CODE["messages"][1:]])
     reported = {
         "messages[0].content": "system",

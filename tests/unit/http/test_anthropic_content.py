@@ -1,4 +1,4 @@
-"""Blocks of an answer: what a stream tells adds up to what is told at once."""
+"""Blocks of an answer: what a stream tells adds up to what is reported at once."""
 
 from __future__ import annotations
 

@@ -113,7 +113,7 @@ class World:
         return parse_deployment({"model_name": "d", "build": made | {"lora_configuration": lora}}).deployment
 
     def build(self, deployment: Deployment, *, verify: bool = False) -> dict[str, AdapterProgress]:
-        """Build; returns what is told of the adapters."""
+        """Build; returns what is reported of the adapters."""
         self.reset()
         progress = Progress(deployment.build.lora_adapters)
         build(deployment, self.context, progress, verify=verify)

@@ -98,7 +98,7 @@ def test_every_setting_is_explained() -> None:
 
 
 def test_every_architecture_has_its_line_and_its_modules() -> None:
-    """Each stands once among the families, and is small enough for its modules to be told."""
+    """Each stands once among the families, and is small enough for its modules to be reported."""
     families, modules = models_doc.families(), models_doc.modules()
     for name, (architecture, family) in load_families().items():
         [line] = [each for each in families.splitlines() if f"`{name}`" in each]
@@ -139,7 +139,7 @@ def test_what_stands_around_a_table_stays() -> None:
     ],
 )
 def test_types_in_words(schema: dict[str, Any], words: str) -> None:
-    """A type is told as people say it."""
+    """A type is reported as people say it."""
     assert type_of(schema, {"Build": {"type": "object"}, "Kind": {"enum": ["x"]}}) == words
 
 

@@ -65,7 +65,7 @@ UNBOUNDED = {
 HTTP_ONLY = {
     # become the prompt or the constraint
     "messages", "tool_choice", "parallel_tool_calls", "response_format", "structured_outputs",
-    # the same under another name, or about how an answer is told
+    # the same under another name, or about how an answer is reported
     "max_completion_tokens", "top_logprobs", "best_of", "echo", "stream", "stream_options", "modalities",
     "return_token_ids", "return_tokens_as_token_ids", "include_reasoning", "reasoning_effort",
     "request_id",

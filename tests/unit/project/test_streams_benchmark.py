@@ -46,6 +46,6 @@ def _point(clients: str, streams: int, begin_s: float) -> Point:
     [(0.5, 0.9, [True] * 3), (0.3, 0.9, [True, True, False]), (0.9, math.inf, [False] * 3)],
 )
 def test_bars_are_of_a_thousand_streams_and_of_growth(at_500: float, at_1000: float, met: list[bool]) -> None:
-    """Other kinds of clients and other numbers are told for their own sake."""
+    """Other kinds of clients and other numbers are reported for their own sake."""
     points = [_point("http", 500, at_500), _point("grpc/1", 2000, 9.0), _point("http", 1000, at_1000)]
     assert [figure.met for figure in figures(points)] == met

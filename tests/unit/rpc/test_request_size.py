@@ -35,7 +35,7 @@ def test_what_is_said_in_json_unfolds_to_nothing(value: Any) -> None:
 
 @pytest.mark.parametrize("element", ["[],", "{},", '"a":[],', '{"a":1},', "[[]],"])
 def test_json_of_too_many_names_and_lists_is_told(element: str) -> None:
-    """One more than may be is told, whatever texts stand between them; as many as may be is not."""
+    """One more than may be is reported, whatever texts stand between them; as many as may be is not."""
     per = sum(map(element.count, "[{:"))
     fits = element * (MAX_NAMES // per)
     quiet = '"[{:\\"[[",'

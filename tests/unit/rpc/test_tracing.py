@@ -60,7 +60,7 @@ def test_nobody_asks(variables: dict[str, str], monkeypatch: pytest.MonkeyPatch)
 def test_an_exporter_that_is_missing(
     variables: dict[str, str], exporter: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One line names the exporter and the cure, and the service goes on without traces."""
+    """One line names the exporter and the cure, and the service continues without traces."""
     tracing, [line] = opened(monkeypatch, **variables)
     assert tracing is None
     assert (line["log_level"], line["exporter"]) == ("warning", exporter)

@@ -95,7 +95,7 @@ async def test_a_blocked_loop_delays_deliveries_by_at_most_a_rest() -> None:
 
 
 async def test_requests_that_come_are_waited_for_and_not_without_end() -> None:
-    """While requests come at every turn of the loop, deliveries still go on."""
+    """While requests come at every turn of the loop, deliveries still continue."""
     delivery, streams, woken = await _ready(2 * SLICE)
     delivery.begin()
     async with bounded("deliveries", lambda: len(woken.order)):

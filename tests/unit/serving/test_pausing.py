@@ -80,7 +80,7 @@ async def test_what_is_under_way_is_ended_when_that_is_said(threads: Threads) ->
 
 @pytest.mark.parametrize("called_off", [False, True])
 async def test_what_is_under_way_may_end_first(threads: Threads, called_off: bool) -> None:
-    """The pause returns behind its end, or when it is called off; who came meanwhile has not begun, and goes on
+    """The pause returns after its end, or when it is cancelled; later requests have not begun, and continue
     afterwards."""
     device = Device(HELD_AT)
     thread = threads.start(device)

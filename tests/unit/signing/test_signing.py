@@ -66,7 +66,7 @@ def test_folders_are_signed_as_the_library_does_it(adapter, tmp_path, kind):
     "change", ["another file", "a file less", "another key", "no signature", "a link", "a linked folder"]
 )
 def test_a_folder_that_is_not_what_was_signed_is_refused(adapter, tmp_path, change):
-    """Files that came or went, a signature of somebody else and none at all are told apart."""
+    """Files that came or went, a signature of another client and none at all are told apart."""
     key, signer = new_key(tmp_path)
     expected = {
         "another file": r"model\.bin \(not signed\)",

@@ -147,7 +147,7 @@ def test_a_store_that_is_no_folder_is_named(folder: Path, name: str) -> None:
 
 
 def test_a_store_lists_keys_and_nothing_else(tmp_path: Path) -> None:
-    """Files whose names are no keys, because somebody else put them there, are not listed."""
+    """Files whose names are no keys, because another client put them there, are not listed."""
     store = LocalStore(tmp_path)
     store.put("a/b", b"1")
     for name in (NO_TEXT, "new\nline"):
