@@ -1,4 +1,4 @@
-"""Services as processes that are reported to end while a proxy still sends them work."""
+"""Services as processes that are told to end while a proxy still sends them work."""
 
 from __future__ import annotations
 
