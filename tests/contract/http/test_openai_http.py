@@ -434,7 +434,7 @@ async def test_draining_finishes_open_streams_and_refuses_new_requests(api: Open
 async def test_a_drain_that_takes_too_long_cuts_what_is_open(
     world: tuple[World, MemoryStore], stream: bool
 ) -> None:
-    """At the deadline, open requests get the reason, in an event or by a status, and their sequences are freed."""
+    """At the deadline, open requests get the reason, as an event or a status, and their sequences are freed."""
     async with open_api(world) as api:
         body = LONG | {"stream": stream, "n": 8}
         engine = api.ready.engine
