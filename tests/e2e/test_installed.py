@@ -27,13 +27,17 @@ assert (done.returncode, "SERVER_UNAVAILABLE" in done.stderr) == (3, True), done
 """
 SERVE = """
 import json, subprocess, sys, loramux
-command = [sys.argv[1] + "/loramux", "up", sys.argv[2] + "/tiny.yaml", "--json"]
-ports = [f"--{name}=127.0.0.1:0" for name in ("http", "grpc", "builder")]
-up = subprocess.Popen([*command, *ports, f"--local-root={sys.argv[2]}"], stdout=subprocess.PIPE, text=True)
+folder = sys.argv[2]
+command = [sys.argv[1] + "/loramux", "up", folder + "/tiny.yaml", "--json", "--store=file://" + folder]
+up = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 try:
-    document = "".join(line for line in iter(up.stdout.readline, "}\\n"))
-    with loramux.Client(json.loads(document + "}")["inference"]) as client:
-        assert len(client.complete("wide", [5, 6, 7], max_tokens=4, ignore_eos=True).tokens) == 4
+    document = ""
+    for line in up.stdout:
+        document += line
+        if line.startswith("}"):
+            break
+    with loramux.Client(json.loads(document)["inference"]) as client:
+        assert client.complete("wide", [5, 6, 7], max_tokens=4, ignore_eos=True).usage.completion_tokens == 4
 finally:
     up.terminate()
     up.wait()
