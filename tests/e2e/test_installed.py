@@ -98,7 +98,7 @@ import subprocess, sys
 command = [sys.argv[1] + "/loramux", "envoy", "10.0.0.4"]
 assert "static_resources" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
 """,
-    "arena": f"import sys\nCOMMAND = ['arena', '--models=a', sys.argv[2] + '/tiny.yaml']\n{NO_SERVER}",
+    "arena": f"import sys\nCOMMAND = ['arena', '--models=a', '--prompts=' + sys.argv[2] + '/tiny.yaml']\n{NO_SERVER}",
     "bench": f"import sys\nCOMMAND = ['bench', '--plot=' + sys.argv[2] + '/plot.png']\n{NO_SERVER}",
     "docs": "import mkdocs.__main__, material; mkdocs.__main__.cli(['--version'])",
 } | dict.fromkeys(NEEDS_TORCH, SERVE)
