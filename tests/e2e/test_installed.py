@@ -17,7 +17,7 @@ from tests.support.tiny import World, make_world
 pytestmark = [pytest.mark.sweep, pytest.mark.timeout(1200)]
 TORCH = "INSTALL_TORCH"
 """Variable with which the extras that bring torch, some GB, are installed too."""
-NEEDS_TORCH = {"inference", "gpu", "ray", "vllm_grpc", "demo", "train", "trl", "test"}
+NEEDS_TORCH = {"inference", "gpu", "ray", "vllm-grpc", "demo", "train", "trl", "test"}
 EXTRAS = sorted(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"])
 NO_SERVER = """
 import subprocess, sys
@@ -98,7 +98,7 @@ import subprocess, sys
 command = [sys.argv[1] + "/loramux", "envoy", "10.0.0.4"]
 assert "static_resources" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
 """,
-    "arena": f"import sys\nCOMMAND = ['arena', '--models=a', '--prompts=' + sys.argv[2] + '/tiny.yaml']\n{NO_SERVER}",
+    "arena": f"import sys\nCOMMAND = ['arena', '--prompts', sys.argv[2] + '/tiny.yaml']\n{NO_SERVER}",
     "bench": f"import sys\nCOMMAND = ['bench', '--plot=' + sys.argv[2] + '/plot.png']\n{NO_SERVER}",
     "docs": "import mkdocs.__main__, material; mkdocs.__main__.cli(['--version'])",
 } | dict.fromkeys(NEEDS_TORCH, SERVE)
