@@ -16,11 +16,11 @@ demo: $(VENV)/.demo
 
 # Everything of the core: some minutes. Each worker imports all tests and makes shared fixtures of its own: as many
 # as the cores of CI, and one for while others wait.
-test: static azurite
+test: static
 	$(BIN)/pytest -n 3 --dist worksteal $(ARGS)
 
 # Everything of the extensions; each worker starts a Ray cluster.
-test-extensions: static
+test-extensions: static azurite
 	$(if $(EXTENSIONS),$(BIN)/pytest -n 2 --dist worksteal extensions $(ARGS))
 
 # What a minute can tell.

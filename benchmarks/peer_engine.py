@@ -17,9 +17,9 @@ from benchmarks.peer import Load, answer
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Sequence
 from inference_service.startup.load import Ready, load
+from loramux_shared.process import log_to_stderr
 from loramux_shared.settings import InferenceSettings
 from loramux_shared.storage.open import open_store
-from loramux_shared.telemetry import log_to_stderr
 
 _numbers = count()
 

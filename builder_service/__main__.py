@@ -19,14 +19,13 @@ from builder_service.builder import Builder
 from builder_service.builds.builds import Builds
 from builder_service.rpc.servicer import SERVICE_NAME, BuilderServicer
 from loramux_shared.access.guard import open_guard
-from loramux_shared.descriptors import raise_limit
 from loramux_shared.faults import Fault, SettingsInvalid
+from loramux_shared.process import log_to_stderr, raise_limit
 from loramux_shared.rpc.calls import Patience
 from loramux_shared.rpc.server import RpcServer
 from loramux_shared.rpc.stopping import Stop, leave
 from loramux_shared.settings import BuilderSettings, load_settings
-from loramux_shared.telemetry import log_to_stderr
-from loramux_shared.tracing.setup import open_tracing
+from loramux_shared.tracing import open_tracing
 
 log = structlog.get_logger()
 

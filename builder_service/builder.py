@@ -7,14 +7,12 @@ from dataclasses import dataclass, replace
 from typing import Self
 
 from builder_service.builds.builds import Builds
-from builder_service.builds.limits import BuildLimits
+from builder_service.builds.keeper import BuildLimits
 from builder_service.pipeline.check import Checks
-from builder_service.pipeline.context import BuildContext
-from builder_service.pipeline.identity import Identity, claim_identity
+from builder_service.pipeline.context import BuildContext, Identity, claim_identity
 from loramux_shared.faults import SettingsInvalid
 from loramux_shared.settings import BuilderSettings
-from loramux_shared.signing.openssf import SigningKey
-from loramux_shared.signing.store import signed_store
+from loramux_shared.signatures import SigningKey, signed_store
 from loramux_shared.sources.open import open_sources
 from loramux_shared.storage.base import Store
 from loramux_shared.storage.open import open_store

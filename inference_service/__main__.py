@@ -14,14 +14,12 @@ import structlog
 from inference_service.store import open_replica_store
 from loramux_shared.access.guard import open_guard
 from loramux_shared.bundle.deployments import require_deployment
-from loramux_shared.descriptors import raise_limit
 from loramux_shared.extensions import SERVICES, find_extensions
 from loramux_shared.faults import Fault, SettingsInvalid
-from loramux_shared.notify import report
-from loramux_shared.rpc.listening import require_free
+from loramux_shared.process import log_to_stderr, raise_limit, report
+from loramux_shared.rpc.options import require_free
 from loramux_shared.rpc.stopping import Stop
 from loramux_shared.settings import InferenceSettings, load_settings, require_triton, variable
-from loramux_shared.telemetry import log_to_stderr
 
 log = structlog.get_logger()
 

@@ -27,8 +27,8 @@ from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bases.memory import token_bytes
 from loramux_shared.bases.read import read_config
 from loramux_shared.faults import Fault
+from loramux_shared.process import log_to_stderr
 from loramux_shared.settings import InferenceSettings, load_settings
-from loramux_shared.telemetry import log_to_stderr
 
 SIDE: Final = 2048
 """Side of a square matrix that stands for a linear."""

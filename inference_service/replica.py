@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Final, NoReturn, Self
+from typing import Final, NoReturn, Self
 
 import structlog
 
@@ -20,10 +20,7 @@ from inference_service.store import open_replica_store
 from loramux.client import AsyncClient
 from loramux_shared.rpc.stopping import first_of
 from loramux_shared.settings import InferenceSettings
-from loramux_shared.tracing.setup import open_tracing
-
-if TYPE_CHECKING:
-    from loramux_shared.tracing.otel import Tracing
+from loramux_shared.tracing import Tracing, open_tracing
 
 log = structlog.get_logger()
 
@@ -55,7 +52,7 @@ class Replica:
         """
         sys.setswitchinterval(SWITCH_S)
         tracing = open_tracing("loramux-inference")
-        watchers = open_watchers(tracing.tracer if tracing else None, log_prompts=settings.log_prompts)
+        watchers = open_watchers(tracing, log_prompts=settings.log_prompts)
         store = open_replica_store(settings)
         client = AsyncClient(builder=settings.builder) if settings.builder else None
         publisher = BuilderPublisher(client, settings.deployment) if client is not None else None

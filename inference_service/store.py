@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from loramux_shared.settings import InferenceSettings
-from loramux_shared.signing.store import signed_store
+from loramux_shared.signatures import signed_store
 from loramux_shared.storage.base import Store
 from loramux_shared.storage.open import open_store
 from loramux_shared.storage.patient import PatientStore

@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from loramux_shared.digits import is_whole
 from loramux_shared.faults import ServerUnavailable, SettingsInvalid
+from loramux_shared.wording import is_whole
 
 TLS_SCHEME: Final = "grpcs://"
 DNS_SCHEME: Final = "dns:///"

@@ -8,7 +8,7 @@
             if isinstance(event, Delta):
                 print(event.text, end="", flush=True)
     Client("grpcs://models.example.com:50052", api_key="lmx_...")
-    Client("dns:///replicas:50052")    # or ["10.0.0.4:50052", "10.0.0.5:50052"]: see `loramux.fleet`
+    Client("dns:///replicas:50052")    # or ["10.0.0.4:50052", "10.0.0.5:50052"]: the extension `fleet`
 
 Every failure is a class of `loramux.faults`. A stream that is left early (``break``, ``close``, a cancelled
 task) is cancelled on the server, which frees its sequence.
@@ -29,7 +29,6 @@ from loramux.builder.v1 import builder_pb2
 from loramux.builder.v1.builder_pb2_grpc import BuilderServiceStub
 from loramux.changes import Changes
 from loramux.connection import Calls, CredentialOptions, Credentials
-from loramux.fleet import AsyncFleetCalls, Fleet, FleetCalls
 from loramux.inference.v1 import inference_pb2
 from loramux.inference.v1.inference_pb2_grpc import InferenceServiceStub
 from loramux.mapping import Watched, completion_of, deployment_of, event_of, model_of, report_of
@@ -51,6 +50,7 @@ from loramux.steps import (
 )
 from loramux.vectors import VectorMethods
 from loramux_shared.deployment import Deployment, LoraConfiguration, Repository
+from loramux_shared.extensions import need_extension
 from loramux_shared.spelling import parse_repository
 
 INFERENCE = "127.0.0.1:50052"
@@ -189,7 +189,6 @@ class _Addresses:
 
     _kind: Any
     """``grpc`` or ``grpc.aio``."""
-    _of_fleet: Callable[[Fleet, Callable[[Any], Any]], Any]
 
     def __init__(
         self,
@@ -204,9 +203,10 @@ class _Addresses:
         self.timeout_s = timeout_s
         self._credentials = Credentials(**credentials)
         self._channels: list[Any] = []
-        self._fleet: Fleet | None = None  # what has one address is called without detours
+        self._fleet: Any = None  # what has one address is called without detours
         if is_many(self.inference):
-            self._fleet = Fleet(Members(split(self.inference)), self._credentials, self._kind)
+            fleet = need_extension("fleet", f"a client of several replicas ({self.inference})")
+            self._fleet = fleet.Fleet(Members(split(self.inference)), self._credentials, self._kind)
 
     def _all_channels(self) -> list[Any]:
         return self._channels + (self._fleet.close() if self._fleet else [])
@@ -231,7 +231,7 @@ class _Addresses:
         return getattr(self, f"_{service}")
 
     def _on_replicas(self, stub: Callable[[Any], Any]) -> Any:
-        return self._of_fleet(self._fleet, stub) if self._fleet else self._connect(stub, self.inference)
+        return self._fleet.calls(stub) if self._fleet else self._connect(stub, self.inference)
 
     def _connect(self, stub: Callable[[Any], Any], address: str) -> Any:
         channel = self._credentials.channel(address, self._kind)
@@ -243,7 +243,6 @@ class Client(Blocking, _Addresses):
     """The client for threads; one may be shared by many."""
 
     _kind = grpc
-    _of_fleet = FleetCalls
 
     generate = iterated(Services.generate)
     watch = iterated(Services.watch)
@@ -291,7 +290,6 @@ class AsyncClient(Awaiting, _Addresses):
     """The client for asyncio, with the methods of `Client`."""
 
     _kind = grpc.aio
-    _of_fleet = AsyncFleetCalls
 
     generate = async_iterated(Services.generate)
     watch = async_iterated(Services.watch)

@@ -32,9 +32,8 @@ from inference_service.serving.engine_thread import EngineThread
 from inference_service.serving.service import GenerationService, ServingLimits
 from inference_service.serving.telemetry.request_log import open_watchers
 from inference_service.text.text import Text
-from loramux_shared.descriptors import raise_limit
+from loramux_shared.process import log_to_stderr, raise_limit
 from loramux_shared.rpc.server import RpcServer
-from loramux_shared.telemetry import log_to_stderr
 
 VOCAB: Final = 512
 SEATS: Final = 4096

@@ -11,8 +11,7 @@ import structlog
 
 from builder_service.builds.failures import Failures, place_of
 from builder_service.builds.journal import Journal, JournalEntry
-from builder_service.builds.keeper import Keeper
-from builder_service.builds.limits import BuildLimits
+from builder_service.builds.keeper import BuildLimits, Keeper
 from builder_service.builds.meter import BuildMeter
 from builder_service.builds.pushes import Pushes
 from builder_service.builds.running import RunningBuild
@@ -22,10 +21,8 @@ from builder_service.builds.views import BuildState, DeploymentView, served_numb
 from builder_service.pipeline.build import BuildResult
 from builder_service.pipeline.context import BuildContext
 from builder_service.pipeline.progress import JointProgress
-from builder_service.pipeline.rollback import rollback
-from builder_service.pipeline.update import check_update
+from builder_service.pipeline.update import Update, check_update, joined, rollback
 from builder_service.pipeline.validate import check_deployment
-from builder_service.pipeline.wishes import Update, joined
 from loramux_shared.deployment import Deployment
 from loramux_shared.faults import (
     BuildCancelled,

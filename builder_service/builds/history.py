@@ -15,9 +15,9 @@ from loramux_shared.bundle.deployments import (
     stored_deployments,
 )
 from loramux_shared.bundle.generation import Generation
-from loramux_shared.digits import is_whole
 from loramux_shared.faults import BundleCorrupt, DeploymentNotFound, PageTokenInvalid
 from loramux_shared.storage.base import Store
+from loramux_shared.wording import is_whole
 
 PAGE: Final = 20
 MAX_PAGE: Final = 100

@@ -24,8 +24,7 @@ from pydantic import Field, model_validator
 from builder_service.pipeline.build import BuildResult, build
 from builder_service.pipeline.context import BuildContext
 from builder_service.pipeline.progress import Progress
-from builder_service.pipeline.update import update
-from builder_service.pipeline.wishes import Update
+from builder_service.pipeline.update import Update, update
 from loramux_shared.bundle.generation import BUILDS_PREFIX
 from loramux_shared.bundle.manifest import Record
 from loramux_shared.deployment import Deployment

@@ -10,9 +10,8 @@ import structlog
 
 from builder_service.pipeline.context import BuildContext
 from builder_service.pipeline.keep import Keeping, Moved, same_conditions, still_fits
-from builder_service.pipeline.making import Workshop, making, workshop
+from builder_service.pipeline.making import Workshop, making, prover, workshop
 from builder_service.pipeline.progress import Progress
-from builder_service.pipeline.prove import require_prover
 from builder_service.pipeline.publish import hold
 from loramux_shared.bundle.changes import newest_generation, publish_change
 from loramux_shared.bundle.deployments import current_generation, publish_generation
@@ -57,7 +56,7 @@ def build(
         Fault: what the base, a source or the store raises.
     """
     if deployment.build.prove:
-        require_prover()
+        prover()
     store = PatientStore(context.store, progress.check)
     while True:
         try:

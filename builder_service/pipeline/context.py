@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import re
+import secrets
 import shutil
 import tempfile
 import threading
@@ -11,10 +14,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import Final, TextIO
 
 from builder_service.pipeline.known_bases import KnownBases
 from builder_service.pipeline.space import Ledger, Space
+from loramux_shared.faults import ResourcesExhausted
 from loramux_shared.sources.open import Sources
 from loramux_shared.storage.base import Store
 
@@ -78,3 +82,50 @@ class BuildContext:
         place = self.work_dir or Path(tempfile.gettempdir())
         place.mkdir(parents=True, exist_ok=True)
         return place
+
+
+SLOTS: Final = 100
+"""Builders that share one work folder."""
+
+
+@dataclass(frozen=True)
+class Identity:
+    """A name that no other living builder has; it is free again when the process ends, however it ends."""
+
+    name: str
+    _file: TextIO
+
+
+def claim_identity(folder: Path) -> Identity:
+    """Return the first identity of a work folder that no living builder has.
+
+    Raises:
+        ResourcesExhausted: the folder cannot be written, or all of them are taken.
+    """
+    for slot in range(SLOTS):
+        try:
+            file = (folder / f"loramux-builder-{slot}.id").open("a+")
+        except PermissionError:  # another user's
+            continue
+        except OSError as error:
+            raise ResourcesExhausted(f"the builder's work folder {folder}: {error.strerror}") from error
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            continue
+        return Identity(_name_in(file), file)
+    raise ResourcesExhausted(
+        f"the builder's work folder {folder}: no place for another builder. Set LORAMUX_WORK_DIR."
+    )
+
+
+def _name_in(file: TextIO) -> str:
+    file.seek(0)
+    name = file.read()
+    if not re.fullmatch(r"[0-9a-f]{16}", name):  # new, or killed while it was written
+        name = secrets.token_hex(8)
+        file.truncate(0)
+        file.write(name)
+        file.flush()
+    return name

@@ -11,14 +11,13 @@ from typing import Final, TypeVar
 
 from builder_service.domain.rules.files import extra_files, file_findings
 from builder_service.domain.rules.texts import too_large
-from builder_service.pipeline.authorship import no_signature, take_signature
 from builder_service.pipeline.progress import STOPS, Progress, Stage
 from builder_service.pipeline.space import Space
 from loramux_shared.adapter_files import wanted_files
 from loramux_shared.bundle.manifest import FileDigest
 from loramux_shared.deployment import Repository
-from loramux_shared.faults import Fault, Finding, SourceRefused
-from loramux_shared.signing.openssf import SIGNATURE
+from loramux_shared.faults import Fault, Finding, SignatureInvalid, SourceRefused
+from loramux_shared.signatures import MAX_SIGNATURE, SIGNATURE, signatures
 from loramux_shared.sources.base import Resolved, Source, about
 from loramux_shared.sources.licence import README, licence_in, reads_readme
 from loramux_shared.sources.open import Sources
@@ -228,3 +227,36 @@ def fetch_adapter(listed: ListedAdapter, folder: Path, progress: Progress) -> Fe
 def recorded(repository: Repository) -> Repository:
     """Return the origin of an adapter as the generation records it; nothing is fetched from there again."""
     return repository.model_copy(update={"repo": repository.label})
+
+
+_FIX: Final = "Sign the folder with one of the keys of signed_by: `loramux sign`."
+
+
+def no_signature(sizes: Mapping[str, int]) -> list[Finding]:
+    """Return what is wrong where there is no signature among files that could be one."""
+    size = sizes.get(SIGNATURE)
+    if size is not None and size <= MAX_SIGNATURE:
+        return []
+    found = "none" if size is None else f"{size} bytes"
+    expected = f"a signature of at most {MAX_SIGNATURE} bytes"
+    return [Finding(code="E_SIGNATURE", where=SIGNATURE, expected=expected, found=found, fix=_FIX)]
+
+
+def take_signature(folder: Path, files: dict[str, FileDigest], signed_by: tuple[str, ...]) -> list[Finding]:
+    """Take the signature out of an adapter's files, and return what is wrong with it, if anybody is named.
+
+    Raises:
+        SettingsInvalid: the extension that reads signatures is not installed here.
+        SourceUnavailable: Sigstore does not answer.
+    """
+    signature = files.pop(SIGNATURE, None)
+    if signature is None or not signed_by:
+        return []
+    try:
+        found = {name: file.sha256 for name, file in files.items()}
+        signatures().require_signed((folder / SIGNATURE).read_bytes(), found, signed_by, SIGNATURE)
+    except SignatureInvalid as fault:
+        return [Finding(code="E_SIGNATURE", found=fault.message.rstrip("."))]
+    finally:
+        (folder / SIGNATURE).unlink()
+    return []

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from builder_service.domain.rules.adapter import Rulebook
 from builder_service.pipeline.base_weights import BaseWeights
@@ -16,17 +17,50 @@ from builder_service.pipeline.keep import Keeping, keep
 from builder_service.pipeline.lineage import Lineages
 from builder_service.pipeline.output import Output, duplicates
 from builder_service.pipeline.progress import Progress
-from builder_service.pipeline.prove import prove_adapters
 from builder_service.pipeline.space import BASE_FILES, Space
 from builder_service.pipeline.validate import ValidAdapter, rulebook
 from loramux_shared.bundle.generation import AdapterRecord, BaseRecord
 from loramux_shared.bundle.manifest import apart
 from loramux_shared.bundle.proof import Proof
 from loramux_shared.deployment import Build, Merge, Repository
+from loramux_shared.extensions import need_extension
 from loramux_shared.faults import DeploymentInvalid, Finding
 from loramux_shared.sources.base import Room
 from loramux_shared.sources.checkpoint import Base
+from loramux_shared.sources.open import Sources
 from loramux_shared.storage.base import Store
+
+
+class Prover(Protocol):
+    """The functions of the extension's module that computes proofs."""
+
+    def require(self) -> None:
+        """Raise `SettingsInvalid` unless its packages are installed."""
+        ...
+
+    def prove_adapters(
+        self,
+        adapters: Sequence[ValidAdapter],
+        settings: Build,
+        base: BaseRecord,
+        sources: Sources,
+        work: Path,
+        progress: Progress,
+        room: Room,
+    ) -> Sequence[Proof]:
+        """Return the proofs of adapters, in their order."""
+        ...
+
+
+def prover() -> Prover:
+    """Return the extension that computes proofs.
+
+    Raises:
+        SettingsInvalid: it is not installed, or its packages are not.
+    """
+    found: Prover = need_extension("prove", "a deployment with prove: true")
+    found.require()
+    return found
 
 
 @dataclass(frozen=True)
@@ -131,7 +165,9 @@ class Making:
         if self.settings.prove:
             firsts = [group.first for group in groups]
             sources = shop.context.sources
-            proofs = prove_adapters(firsts, self.settings, base, sources, shop.work, shop.progress, shop.room)
+            proofs = prover().prove_adapters(
+                firsts, self.settings, base, sources, shop.work, shop.progress, shop.room
+            )
         output = Output(
             self.book.dtype,
             base,

@@ -11,8 +11,7 @@ from typing import Final
 
 from builder_service.domain.rules.files import extra_files, file_findings
 from builder_service.domain.rules.texts import too_large
-from builder_service.pipeline.authorship import no_signature, take_signature
-from builder_service.pipeline.fetch import MAX_BYTES, FetchedAdapter
+from builder_service.pipeline.fetch import MAX_BYTES, FetchedAdapter, no_signature, take_signature
 from builder_service.pipeline.space import Space
 from loramux_shared.adapter_files import (
     CONFIG,
@@ -28,7 +27,7 @@ from loramux_shared.adapter_files import (
 from loramux_shared.bundle.manifest import CONFIG_FILE, TEXT_FILES, WEIGHTS_FILE, FileDigest
 from loramux_shared.deployment import Repository, SourceKind
 from loramux_shared.faults import AdapterInvalid, Finding, RequestInvalid
-from loramux_shared.signing.openssf import SIGNATURE
+from loramux_shared.signatures import SIGNATURE
 from loramux_shared.sources.files import content_digest, disk_errors
 from loramux_shared.sources.licence import README, licence_in, reads_readme
 from loramux_shared.wording import listed

@@ -2,25 +2,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import structlog
+from pydantic import Field, model_validator
 
 from builder_service.pipeline.build import BuildResult, digests_of
 from builder_service.pipeline.context import BuildContext
 from builder_service.pipeline.keep import Keeping, Moved, keep, same_conditions
-from builder_service.pipeline.making import Making, Workshop, making, workshop
+from builder_service.pipeline.making import Making, Workshop, making, prover, workshop
 from builder_service.pipeline.progress import Progress
-from builder_service.pipeline.prove import require_prover
+from builder_service.pipeline.publish import hold
 from builder_service.pipeline.push import PushedAdapter
-from builder_service.pipeline.wishes import Update
 from loramux_shared.bundle.changes import newest_generation, publish_change, require
+from loramux_shared.bundle.claims import generation_numbers
+from loramux_shared.bundle.deployments import read_generation
 from loramux_shared.bundle.generation import AdapterRecord, Generation, Recipe
-from loramux_shared.deployment import Build, LoraConfiguration
-from loramux_shared.faults import AdapterExists, AdapterNotFound, GenerationMismatch
+from loramux_shared.bundle.names import Name, StoredName
+from loramux_shared.deployment import Build, LoraConfiguration, Model, Repository
+from loramux_shared.faults import AdapterExists, AdapterNotFound, GenerationMismatch, GenerationNotFound
 from loramux_shared.storage.base import Store
 from loramux_shared.storage.patient import PatientStore
 from loramux_shared.wording import listed
+
+
+class Update(Model):
+    """Adapters that come into a deployment, take the place of others, or leave it."""
+
+    name: StoredName
+    """The deployment's."""
+    add: dict[Name, Repository] = Field(default_factory=dict)
+    """Adapters by name; one that is there is replaced."""
+    remove: tuple[StoredName, ...] = ()
+    expected_generation: int | None = Field(default=None, ge=1)
+    """The newest one when this is published; None: whatever it is."""
+    must_be_new: bool = Field(default=False, exclude_if=lambda new: not new)
+    """Refuse it where the deployment has one of the adapters that are added."""
+
+    @property
+    def touched(self) -> frozenset[str]:
+        """The adapters that it changes."""
+        return frozenset((*self.add, *self.remove))
+
+    @model_validator(mode="after")
+    def _says_something(self) -> Update:
+        if not self.add and not self.remove:
+            raise ValueError("an adapter to add or to remove")
+        if both := sorted(self.add.keys() & set(self.remove)):
+            raise ValueError(f"adapters to add and others to remove, unlike {both[0]}")
+        return self
+
+
+def joined(wishes: Sequence[Update]) -> Update:
+    """Return changes of a deployment as one; they touch different adapters and agree on the rest."""
+    add = {name: repository for wish in wishes for name, repository in wish.add.items()}
+    remove = tuple(name for wish in wishes for name in wish.remove)
+    return wishes[0].model_copy(update={"add": add, "remove": remove})
+
 
 log = structlog.get_logger()
 
@@ -134,7 +172,7 @@ def _require_new(generation: Generation, there: Collection[str]) -> None:
 def _making(shop: Workshop, before: Generation) -> Making:
     settings = _settings_of(before)
     if settings.prove:
-        require_prover()
+        prover()
     base = shop.context.bases.recall(before.base, before.max_seq_len, shop.weights(before.base))
     return making(shop, base, settings, digests_of(before), before.merge)
 
@@ -180,3 +218,39 @@ def _publish(
             store, name, change, expected=wish.expected_generation, again=again, known=before, check=check
         )
     return BuildResult(generation, unchanged=not new)
+
+
+def rollback(name: str, to: int | None, expected: int | None, context: BuildContext) -> BuildResult:
+    """Publish what an older generation says; None: the one before the newest. Blocks.
+
+    Raises:
+        DeploymentNotFound: there is no such deployment.
+        GenerationNotFound: it has no such generation; the message lists those that it has.
+        DeploymentInvalid: the names of the older generation do not fit together.
+        GenerationMismatch: the newest generation is another than the expected one.
+        BundleCorrupt: the older generation, or a bundle to which it refers, is not whole any more.
+        StoreUnavailable: the store does not answer.
+    """
+    store = PatientStore(context.store)
+    before = newest_generation(store, name)
+    require(before, expected)
+    numbers = generation_numbers(store, name)
+    chosen = to or max((number for number in numbers if number < before.number), default=0)
+    if chosen not in numbers:
+        which = f"no generation {to}" if to else "no generation before the newest"
+        raise GenerationNotFound(
+            f"deployment {name} has {which}; it has {listed([str(number) for number in reversed(numbers)])}"
+        )
+    target = read_generation(store, name, chosen)
+    held: set[str] = set(digests_of(before))
+
+    def change(current: Generation) -> Generation:
+        lost = digests_of(target) - digests_of(current) - held
+        hold(store, lost)
+        held.update(lost)
+        return target
+
+    hold(store, digests_of(target) - held)
+    with context.publishing(name):
+        generation, new = publish_change(store, name, change, expected=expected, known=before)
+    return BuildResult(generation, unchanged=not new, restored=chosen)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Final
 
 from builder_service.domain.full_tensors import EMBED_FIX
@@ -13,9 +12,7 @@ from builder_service.domain.rules.adapter import (
     ComparedTokens,
     Rulebook,
     check_adapter,
-    check_tensors,
 )
-from builder_service.domain.rules.npy import FOLDED, read_npy_adapter
 from builder_service.domain.rules.tensors import AdapterLimits
 from builder_service.domain.rules.texts import check_texts
 from builder_service.domain.score_heads import with_labels
@@ -27,9 +24,10 @@ from builder_service.pipeline.truncate import truncate_adapter
 from loramux_shared.adapter_files import CONFIG, MODEL_CONFIG, weight_files
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bundle.added_tokens import AddedToken, OwnTokens
-from loramux_shared.bundle.manifest import TEXT_FILES, Coverage
+from loramux_shared.bundle.manifest import TEXT_FILES
 from loramux_shared.bundle.modules import BY_HF, BY_NAME
 from loramux_shared.deployment import Deployment, Dtype, LoraConfiguration
+from loramux_shared.extensions import need_extension
 from loramux_shared.faults import AdapterInvalid, DeploymentInvalid, Finding
 from loramux_shared.wording import listed
 
@@ -118,7 +116,7 @@ def check_fetched(adapter: FetchedAdapter, book: Rulebook, progress: Progress) -
     if CONFIG in weight_files(adapter.files):
         checked = check_adapter(folder, book, count)
     else:
-        checked = _check_npy(folder, book, count)
+        checked = need_extension("npy", "npy files of another converter").check(folder, book, count)
     texts = {name: (folder / name).read_bytes() for name in TEXT_FILES if name in adapter.files}
     vocab = checked.vocab or book.limits.base.dims.vocab
     tokens = book.tokens.compared(folder, adapter.files) if book.tokens else ComparedTokens()
@@ -134,14 +132,6 @@ def check_fetched(adapter: FetchedAdapter, book: Rulebook, progress: Progress) -
     if checked.errors or book.truncate_to_rank is None:
         return checked
     return truncate_adapter(checked, book.truncate_to_rank, book.dtype, folder, count)
-
-
-def _check_npy(folder: Path, book: Rulebook, progress: Callable[[int], None]) -> CheckedAdapter:
-    npy = read_npy_adapter(folder, book.limits.base)
-    if npy.file is None:
-        return CheckedAdapter(npy.findings)
-    checked = check_tensors(npy.file, FOLDED, book, list(npy.findings), progress)
-    return replace(checked, coverage=Coverage())  # the tensors' names are ours, not the adapter's
 
 
 def _without_rows(added: Sequence[AddedToken], vocab: int) -> list[Finding]:

@@ -14,7 +14,7 @@ from builder_service.builds.pushes import Pushed, PushedChunk, Upload
 from builder_service.builds.views import DeploymentView
 from builder_service.pipeline.check import ADAPTER, CheckedReport
 from builder_service.pipeline.progress import AdapterProgress
-from builder_service.pipeline.wishes import Update
+from builder_service.pipeline.update import Update
 from loramux.builder.v1 import builder_pb2 as pb
 from loramux.messages import (
     DTYPES,

@@ -26,7 +26,7 @@ from inference_service.adapters.views import (
 )
 from inference_service.core.adapter import Adapter
 from inference_service.engine.residents import AdapterState
-from loramux_shared.access.rights import ACCESS
+from loramux_shared.access.keys import ACCESS
 from loramux_shared.faults import Fault, PageTokenInvalid, RequestInvalid
 
 PAGE: Final = 100

@@ -11,8 +11,8 @@ from inference_service.adapters.defaults import AdapterDefaults
 from inference_service.adapters.served_model import ServedModel
 from inference_service.core.adapter import MOST_PARTS, Adapter, Mixture
 from loramux_shared.bundle.manifest import apart
-from loramux_shared.digits import is_number
 from loramux_shared.faults import Finding, RequestInvalid
+from loramux_shared.wording import is_number
 
 MOST_SCALE: Final = 8.0
 """An adapter's scale, either way: beyond, an answer is noise before it is anything else."""

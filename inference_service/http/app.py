@@ -46,10 +46,10 @@ from inference_service.serving.service import GenerationService
 from loramux_shared import routes
 from loramux_shared.access.asgi import AccessMiddleware
 from loramux_shared.access.keyring import Keyring
-from loramux_shared.access.rights import Scope as AccessScope
+from loramux_shared.access.keys import Scope as AccessScope
 from loramux_shared.faults import Fault
 from loramux_shared.routes import Route as ApiRoute
-from loramux_shared.tracing.spans import ServerSpans, TraceMiddleware
+from loramux_shared.tracing import ServerSpans, TraceMiddleware
 
 
 async def show_openapi(service: GenerationService, http: HttpRequest) -> Response:

@@ -14,7 +14,7 @@ from inference_service.http.wire.body import Body, Query
 from inference_service.http.wire.errors import Error
 from inference_service.http.wire.reply import EventStream, Reply
 from inference_service.serving.service import GenerationService
-from loramux_shared.access.rights import Scope
+from loramux_shared.access.keys import Scope
 from loramux_shared.routes import Route
 
 Handler = Callable[[GenerationService, HttpRequest], Awaitable[Response]]

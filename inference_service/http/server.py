@@ -15,9 +15,9 @@ from inference_service.http.wire.connections import Connections
 from inference_service.http.wire.protocol import USUAL, BoundedHttp, ClientTimeouts
 from inference_service.serving.service import GenerationService
 from loramux_shared.access.guard import NOBODY_GUARDS, Guard
-from loramux_shared.descriptors import connections_per_server
-from loramux_shared.rpc.listening import listen
-from loramux_shared.tracing.spans import ServerSpans
+from loramux_shared.process import connections_per_server
+from loramux_shared.rpc.options import listen
+from loramux_shared.tracing import ServerSpans
 
 CUT_S: Final = 1.0
 """For what a drain cuts off to tell its client so, and for its connection to close."""

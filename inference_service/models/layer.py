@@ -10,9 +10,8 @@ from torch import Tensor
 from inference_service.backends.base import Operations
 from inference_service.layers.norm import RMSNorm
 from inference_service.models.blocks.attention import AttentionBlock
-from inference_service.models.blocks.beside import BesideBlock
 from inference_service.models.blocks.delta import DeltaBlock
-from inference_service.models.blocks.experts import ExpertsBlock
+from inference_service.models.blocks.experts import BesideBlock, ExpertsBlock
 from inference_service.models.blocks.inputs import InputBlock
 from inference_service.models.blocks.mlp import MlpBlock
 from inference_service.models.reader import LayerReader

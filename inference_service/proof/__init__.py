@@ -1,1 +1,1 @@
-"""A second reading of an adapter, and the proof that what is served is what was trained."""
+"""The replay of an adapter's proof: what is served is what was trained."""

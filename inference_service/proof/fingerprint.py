@@ -15,6 +15,9 @@ from torch import Tensor
 
 from loramux_shared.bundle.proof import Effect
 
+EMBEDDING: Final = "embedding"
+HEAD: Final = "head"
+"""Names of the modules outside the layers."""
 MULTIPLIERS: Final = (
     0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D, 0x27D4EB2F, 0x165667B1, 0xCC9E2D51, 0x1B873593, 0x85EBCA6B,
 )  # fmt: skip

@@ -13,7 +13,7 @@ from inference_service.kernels.experts.layout import ByExpert
 from inference_service.lora.segments import Arrangement, Segment
 from inference_service.lora.vocabulary import StepVocabulary, Vocabularies
 from inference_service.models.decoder import Decoder
-from inference_service.proof.vocabulary_source import EMBEDDING, HEAD
+from inference_service.proof.fingerprint import EMBEDDING, HEAD
 from loramux_shared.bundle.manifest import Manifest
 from loramux_shared.bundle.modules import NO_LAYER
 from loramux_shared.deployment import Dtype

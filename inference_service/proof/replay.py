@@ -23,9 +23,8 @@ from inference_service.core.sequence import Batch, Chunk, Token
 from inference_service.core.sequence import Sequence as EngineSequence
 from inference_service.engine.runner import Runner
 from inference_service.models.decoder import Decoder
-from inference_service.proof.fingerprint import difference, effect_of
+from inference_service.proof.fingerprint import EMBEDDING, difference, effect_of
 from inference_service.proof.recorder import ProbeRecorder
-from inference_service.proof.vocabulary_source import EMBEDDING
 from loramux_shared.bundle.manifest import Manifest
 from loramux_shared.bundle.modules import NO_LAYER
 from loramux_shared.bundle.proof import Effect, Probe, Proof

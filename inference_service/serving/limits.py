@@ -17,7 +17,7 @@ from inference_service.adapters.served_model import ServedModel
 from inference_service.core.sequence import FAIR, Share
 from inference_service.core.sequence import Sequence as EngineSequence
 from inference_service.serving.request import AnswerDelta, Event
-from loramux_shared.access.rights import Access
+from loramux_shared.access.keys import Access
 from loramux_shared.deployment import ModelLimits
 from loramux_shared.faults import RateLimited
 from loramux_shared.limits import Limits

@@ -44,7 +44,7 @@ from inference_service.serving.telemetry.model_series import MOST
 from inference_service.serving.telemetry.record import Watcher, following
 from inference_service.serving.terms import ServingLimits, Terms, of_answer
 from inference_service.text.text import StopTexts, Text
-from loramux_shared.access.rights import ACCESS
+from loramux_shared.access.keys import ACCESS
 from loramux_shared.faults import InternalFault
 from loramux_shared.parsers import Parsers, ReasoningParser, ToolParser
 from loramux_shared.pooling import Pooling

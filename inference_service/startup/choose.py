@@ -26,7 +26,7 @@ from inference_service.kernels.cpu.ops import BLOCK, DTYPES, MAX_HEAD_DIM, CpuOp
 from inference_service.layers.quantizing import require_able
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.faults import SettingsInvalid
-from loramux_shared.private import open_folder
+from loramux_shared.process import open_folder
 from loramux_shared.rounding import Rounding
 from loramux_shared.settings import InferenceSettings, require_triton, variable
 

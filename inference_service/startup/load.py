@@ -40,8 +40,7 @@ from inference_service.serving.service import GenerationService, ServingLimits
 from inference_service.serving.telemetry.record import Watcher
 from inference_service.startup.bank import OpenBank, open_bank, preload, preload_later
 from inference_service.startup.base import LoadedBase, load_base
-from inference_service.startup.heap import bound_arenas, give_back
-from inference_service.startup.memory import blocks_of, divide_memory
+from inference_service.startup.memory import blocks_of, bound_arenas, divide_memory, give_back
 from inference_service.startup.merged import merge
 from inference_service.startup.profile import (
     SCRATCH_BLOCKS,
@@ -56,7 +55,7 @@ from inference_service.startup.rounding import agree, describe_weights
 from loramux_shared.bases.memory import GB, token_bytes
 from loramux_shared.bundle.deployments import require_deployment
 from loramux_shared.bundle.generation import Generation
-from loramux_shared.notify import report
+from loramux_shared.process import report
 from loramux_shared.settings import InferenceSettings
 from loramux_shared.sources.open import open_sources
 from loramux_shared.storage.base import Store

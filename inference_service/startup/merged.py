@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 import structlog
 import torch
 
 from inference_service.adapters.defaults import read_adapter_defaults
 from inference_service.adapters.served_model import ServedModel, display_source
-from inference_service.backends.hold import hold_packed
+from inference_service.backends.base import LoraBackend
 from inference_service.core.adapter import Adapter
-from inference_service.lora.weights import load_adapter
+from inference_service.lora.packed import PackedAdapter
+from inference_service.lora.places import taken_by
+from inference_service.lora.weights import AdapterWeights, load_adapter
 from inference_service.proof.replay import replay
 from inference_service.startup.base import LoadedBase, checkpoint
 from loramux_shared.bundle.generation import Generation
@@ -67,3 +70,20 @@ def _prove(name: str, bundle: Bundle, base: LoadedBase, block_size: int) -> None
     [slot] = hold_packed(lora, [packed], packed.max_rank)
     replayed = replay(name, manifest.proof, manifest, Adapter(bundle.digest, slot), lora, model, block_size)
     log.info("adapter passed its proof", adapter=name, effect=replayed.effect, logprob=replayed.logprob)
+
+
+def hold(lora: LoraBackend, *weights: AdapterWeights) -> list[int]:
+    """Open a bank that is just large enough for adapters, and bring them in; return their slots."""
+    return hold_packed(lora, [lora.pack(each) for each in weights])
+
+
+def hold_packed(lora: LoraBackend, packed: Sequence[PackedAdapter], max_rank: int = 1) -> list[int]:
+    """The same of adapters that are packed; the bank is opened for their largest rank, or for max_rank."""
+    num_bytes = sum(taken_by(each.num_bytes) for each in packed)
+    lora.open(num_bytes, max([max_rank, *(each.max_rank for each in packed)]), len(packed))
+    offset = 0
+    for slot, each in enumerate(packed):
+        lora.copy(each, offset)
+        lora.enter(slot, offset, each)
+        offset += taken_by(each.num_bytes)
+    return list(range(len(packed)))

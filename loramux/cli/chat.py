@@ -14,12 +14,12 @@ import typer
 
 from loramux.cli import shell
 from loramux.cli.conversation import COMMANDS, ChatSession
+from loramux.cli.exits import state_dir
 from loramux.cli.serving import complete_model
-from loramux.cli.state import state_dir
 from loramux.client import INFERENCE, Client
 from loramux.records import GenerateOptions
 from loramux_shared.faults import Fault, RequestInvalid
-from loramux_shared.sampling import MAX_TEMPERATURE
+from loramux_shared.limits import MAX_TEMPERATURE
 
 try:
     import readline

@@ -17,7 +17,6 @@ from loramux.cli.exits import Exit
 from loramux.cli.local.services import builder_command, local_roots
 from loramux.cli.local.tree import ProcessTree, free_address, run_tree
 from loramux.cli.report_view import show_report
-from loramux.cli.sign import signers
 from loramux.client import AsyncClient
 from loramux.records import AdapterReport
 from loramux_shared.deployment import LoraConfiguration, Repository, SourceKind
@@ -85,7 +84,7 @@ def check(
         named(adapter, secret),
         named(base, secret),
         parse_lora_configuration(max_lora_rank=max_rank, truncate_to_rank=truncate_to, dtype=dtype),
-        signers(signed_by),
+        shell.signers(signed_by),
     )
     tell_report(check_with(builder, options), as_json)
 

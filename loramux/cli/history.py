@@ -12,9 +12,8 @@ from loramux.cli.change import Expected, only_deployment
 from loramux.cli.documents import emit
 from loramux.client import BUILDER, Client
 from loramux.generations import ChangeKind, GenerationInfo
-from loramux_shared.digits import is_whole
 from loramux_shared.faults import DeploymentNotFound
-from loramux_shared.wording import listed
+from loramux_shared.wording import is_whole, listed
 
 NAMES = 6
 """Most names of one kind of change of one generation; --json has more."""

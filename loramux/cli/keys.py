@@ -14,8 +14,7 @@ from loramux.cli import shell
 from loramux.cli.documents import emit
 from loramux_shared.access.keyfile import append_entry, remove_entry
 from loramux_shared.access.keyring import read_keys_file
-from loramux_shared.access.keys import KeyEntry, digest, explain, new_key, parse_keys
-from loramux_shared.access.rights import Scope
+from loramux_shared.access.keys import KeyEntry, Scope, digest, explain, new_key, parse_keys
 from loramux_shared.faults import SettingsInvalid
 from loramux_shared.limits import Limits
 

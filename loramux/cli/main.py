@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from typing import Annotated
 
@@ -17,18 +17,14 @@ from loramux.cli.change import add, push, remove
 from loramux.cli.chat import chat
 from loramux.cli.check import check
 from loramux.cli.deployments import cancel, deployments, watch
-from loramux.cli.doctor import doctor
-from loramux.cli.gc import gc
+from loramux.cli.exits import tell_uncaught
 from loramux.cli.history import history, rollback
-from loramux.cli.import_bundle import import_bundle
 from loramux.cli.local.demo import demo
 from loramux.cli.local.services import builder, serve
 from loramux.cli.local.up import up
 from loramux.cli.serving import health, models
-from loramux.cli.sign import sign, verify
-from loramux.cli.state import tell_uncaught
 from loramux.connection import API_KEY
-from loramux_shared.extensions import COMMANDS, load_extensions
+from loramux_shared.extensions import COMMANDS, absent, find_extensions, load_extensions, package_of
 
 app = typer.Typer(
     name="loramux",
@@ -38,9 +34,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["--help", "-h"]},
 )
 for function in (
-    *(demo, up, build, watch, cancel, deployments, check, prove, import_bundle),
-    *(add, remove, push, history, rollback, rollout, gc, sign, verify),
-    *(models, pin, unpin, chat, serve, builder, health, doctor),
+    *(demo, up, build, watch, cancel, deployments, check, prove),
+    *(add, remove, push, history, rollback, rollout),
+    *(models, pin, unpin, chat, serve, builder, health),
 ):
     app.command()(function)
 app.add_typer(keys.app, name="keys")
@@ -49,6 +45,21 @@ for name, extension in load_extensions(COMMANDS).items():
         app.add_typer(extension, name=name)
     else:
         app.command(name)(extension)
+
+
+def _absent(name: str, package: str) -> Callable[[], None]:
+    """Return the command of an extension that is not installed, which says so."""
+
+    @shell.command
+    def command() -> None:
+        raise absent(f"loramux {name}", package.removeprefix("loramux_"))
+
+    return command
+
+
+for name, point in find_extensions(COMMANDS, absent=True).items():
+    anything = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
+    app.command(name, hidden=True, context_settings=anything)(_absent(name, package_of(point)))
 
 
 def _version(requested: bool) -> None:

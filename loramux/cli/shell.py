@@ -22,7 +22,8 @@ from rich.text import Text
 from loramux.cli.documents import emit_line
 from loramux.cli.exits import Exit, exit_of
 from loramux.cli.tables import fitted, fitting_columns
-from loramux_shared.faults import Fault
+from loramux_shared.faults import Fault, SettingsInvalid
+from loramux_shared.signatures import read_signer
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -64,7 +65,9 @@ TruncateTo = Annotated[
 ]
 SignedBy = Annotated[
     list[str] | None,
-    typer.Option("--signed-by", metavar="SIGNER", help="Required signer: docs/guides/signing.md; repeatable."),
+    typer.Option(
+        "--signed-by", metavar="SIGNER", help="Required signer; repeatable: extensions/signing/README.md"
+    ),
 ]
 File = Annotated[Path, typer.Argument(metavar="FILE", help="Deployment file (YAML).", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON; see docs/reference/cli.md.")]
@@ -94,6 +97,18 @@ def command(function: Callable[P, R]) -> Callable[P, R]:
             raise typer.Exit(Exit.PIPE_CLOSED) from None
 
     return wrapper
+
+
+def signers(words: Sequence[str] | None) -> tuple[str, ...]:
+    """Return the signers that words name; files are read here.
+
+    Raises:
+        SettingsInvalid: one is none.
+    """
+    try:
+        return tuple(read_signer(word, Path()) for word in words or ())
+    except ValueError as error:
+        raise SettingsInvalid(f"--signed-by: expected {error}") from error
 
 
 def complain(fault: Fault) -> None:

@@ -13,7 +13,7 @@ from loramux_shared.limits import Limits, unset
 from loramux_shared.parsers import ReasoningParser, ToolParser
 from loramux_shared.pooling import Pooling
 from loramux_shared.rounding import Rounding
-from loramux_shared.signing.signers import is_file, parse_signer
+from loramux_shared.signatures import is_file, parse_signer
 
 DEFAULT_MAX_LORA_RANK = 64
 

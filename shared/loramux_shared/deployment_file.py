@@ -28,7 +28,7 @@ from loramux_shared.deployment import (
     SourceKind,
 )
 from loramux_shared.faults import DeploymentInvalid, Finding
-from loramux_shared.signing.signers import read_signer
+from loramux_shared.signatures import read_signer
 from loramux_shared.wording import MAX_FINDINGS, nearest
 
 

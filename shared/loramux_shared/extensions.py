@@ -1,4 +1,4 @@
-"""Extensions: packages beside the core that add commands and gRPC services, found through entry points."""
+"""Extensions: packages beside the core, found through entry points."""
 
 from __future__ import annotations
 
@@ -6,21 +6,50 @@ from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec
 from typing import Any, Final
 
+from loramux_shared.faults import SettingsInvalid
+
 COMMANDS: Final = "loramux.commands"
 """The entry points of commands: functions, or `typer.Typer` groups."""
+PARTS: Final = "loramux.parts"
+"""The entry points of modules that the core calls where a setting asks for one, as a `Protocol` there says."""
 SERVICES: Final = "loramux.services"
 """The entry points of gRPC services of a replica: classes as `inference_service.rpc.extensions` says."""
 
 
-def find_extensions(group: str) -> dict[str, EntryPoint]:
+def find_extensions(group: str, *, absent: bool = False) -> dict[str, EntryPoint]:
     """Return the entry points that installed packages declare for a group, by name, in the order of the names.
 
-    An entry point whose package is not there is left out: the folder of an extension may be deleted.
+    An entry point whose package is not there is left out, as the folder of an extension may be deleted; with
+    absent, all others are.
     """
     found = sorted(entry_points(group=group), key=lambda point: point.name)
-    return {point.name: point for point in found if find_spec(point.module.partition(".")[0])}
+    return {point.name: point for point in found if (find_spec(package_of(point)) is None) == absent}
+
+
+def package_of(point: EntryPoint) -> str:
+    """Return the name of the package that an entry point leads to."""
+    return point.module.partition(".")[0]
 
 
 def load_extensions(group: str) -> dict[str, Any]:
     """Return the objects of these entry points, by name."""
     return {name: point.load() for name, point in find_extensions(group).items()}
+
+
+def need_extension(name: str, what: str) -> Any:
+    """Return the module of an extension for what needs it.
+
+    Raises:
+        SettingsInvalid: it is not installed.
+    """
+    found = find_extensions(PARTS)
+    if name not in found:
+        raise absent(what, name)
+    return found[name].load()
+
+
+def absent(what: str, name: str) -> SettingsInvalid:
+    """Return the fault that an extension is not installed; what needs it."""
+    return SettingsInvalid(
+        f"{what}: expected the extension {name!r}, found none installed: pip install 'loramux[{name}]'"
+    )

@@ -34,3 +34,7 @@ class Limits(BaseModel):
     def over(self, other: Limits) -> Limits:
         """Return these limits, and the other's where these say nothing."""
         return other.model_copy(update=self.model_dump())
+
+
+MAX_TEMPERATURE: Final = 100.0
+"""Temperature at which every token of a usual model is about as likely as any other; 0 is greedy."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from loramux_shared.access.rights import Scope
+from loramux_shared.access.keys import Scope
 
 
 @dataclass(frozen=True)

@@ -23,14 +23,13 @@ from pydantic import (
 )
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from loramux_shared.digits import refuse_odd
 from loramux_shared.faults import SettingsInvalid
 from loramux_shared.parsers import Parsers, ReasoningParser, ToolParser
+from loramux_shared.process import LogFormat
 from loramux_shared.rounding import Rounding
-from loramux_shared.signing.signers import read_signer
+from loramux_shared.signatures import read_signer
 from loramux_shared.sources.secrets import ENVIRONMENT_PREFIX as SECRET_PREFIX
-from loramux_shared.telemetry import LogFormat
-from loramux_shared.wording import nearest
+from loramux_shared.wording import nearest, refuse_odd
 
 PREFIX = "LORAMUX_"
 CLIENT_VARIABLES = ("API_KEY", "TLS_CA", "CLIENT_CERT", "CLIENT_KEY")
@@ -206,7 +205,7 @@ class Settings(BaseSettings):
     """Signers of which a generation must have one, before a byte of it is used.
 
     Files of public keys or certificates (PEM), or sigstore:ISSUER#IDENTITY, separated by commas;
-    docs/guides/signing.md.
+    extensions/signing/README.md.
     """
     drain_delay_s: float = Field(default=0, ge=0, allow_inf_nan=False)
     """Seconds after SIGTERM in which health says no and requests are still taken, so that proxies turn away

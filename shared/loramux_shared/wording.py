@@ -1,11 +1,12 @@
-"""Names in messages: lists that are never a screenful, and the nearest known name to an unknown one."""
+"""Words and numbers in messages: short lists, the nearest known name, and numbers as JSON writes them."""
 
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Collection, Iterable
 from itertools import islice
-from typing import Final
+from typing import Any, Final, get_args
 
 LISTED: Final = 20
 
@@ -27,3 +28,38 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """Return the known name that is most like a name; empty where none is."""
     found = difflib.get_close_matches(name, known, n=1) if len(name) <= _LONGEST else []
     return found[0] if found else ""
+
+
+_WHOLE: Final = re.compile(r"[0-9]{1,18}")
+_NUMBER: Final = re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?")
+_ODD: Final = re.compile(r"[^!-~]|_")
+EXPECTED: Final = "a number of the digits 0 to 9"
+
+
+def is_whole(text: str) -> bool:
+    """Return True if a text is a whole number below 10^18, without a sign."""
+    return _WHOLE.fullmatch(text) is not None
+
+
+def is_number(text: str) -> bool:
+    """Return True if a text is a number as JSON has it, or with a plus, or a point at its begin or end."""
+    return _NUMBER.fullmatch(text) is not None
+
+
+def refuse_odd(value: Any, annotation: Any) -> Any:
+    """Return the value of a field, unless it is a text that Python alone takes for the number that it is to be.
+
+    Raises:
+        ValueError: it is.
+    """
+    if isinstance(value, str) and _ODD.search(value) and not {int, float}.isdisjoint(_kinds(annotation)):
+        try:
+            float(value)
+        except ValueError:
+            return value  # no number at all, which others refuse
+        raise ValueError(EXPECTED)
+    return value
+
+
+def _kinds(annotation: Any) -> list[Any]:
+    return [annotation, *(kind for part in get_args(annotation) for kind in _kinds(part))]

@@ -23,7 +23,7 @@ from loramux.cli.exits import Exit, exit_of
 from loramux.cli.local.tree import ProcessTree, ServiceDied, free_address, run_tree
 from loramux.cli.main import app
 from loramux.faults import SettingsInvalid
-from loramux_shared.rpc.listening import require_free
+from loramux_shared.rpc.options import require_free
 from tests.support.commands import Command, running
 from tests.support.fake_services import Fakes
 from tests.support.forks import command_line
@@ -111,7 +111,7 @@ def test_children_end_in_the_reverse_order_of_their_start(tmp_path: Path) -> Non
     """A service ends after all that may call it."""
     ends = tmp_path / "ends"
     program = (
-        "import pathlib, signal, sys; from loramux_shared.notify import notify, READY; "
+        "import pathlib, signal, sys; from loramux_shared.process import notify, READY; "
         "signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM]); notify(READY); "
         "signal.sigwait([signal.SIGTERM]); pathlib.Path(sys.argv[1]).open('a').write(sys.argv[2])"
     )
@@ -134,7 +134,7 @@ def test_a_child_is_ready_when_it_says_so(tmp_path: Path, monkeypatch: pytest.Mo
 
     async def work(tree: ProcessTree) -> None:
         program = (
-            "import time; from loramux_shared.notify import notify, report, READY; print('up', flush=True); "
+            "import time; from loramux_shared.process import notify, report, READY; print('up', flush=True); "
             "report('nearly'); notify('STATUS=up\\n' + READY); time.sleep(3600)"
         )
         await tree.serve("child", [sys.executable, "-c", program], texts.append)

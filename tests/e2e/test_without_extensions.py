@@ -36,12 +36,12 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return copy
 
 
-def run(tree: Path, code: str, *words: str) -> str:
+def run(tree: Path, code: str, *words: str, status: int = 0) -> str:
     """Run code in the copy, where packages of this tree are not found; return its output."""
     command = [sys.executable, "-c", RUN, str(ROOT), str(tree), code, *words]
     done = subprocess.run(command, cwd=tree, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    assert done.returncode == status, done.stdout + done.stderr
+    return done.stdout + done.stderr
 
 
 def test_no_file_of_the_core_imports_an_extension(tree: Path) -> None:
@@ -57,6 +57,30 @@ def test_the_command_line_has_all_other_commands(tree: Path) -> None:
     commands = run(tree, "from loramux.cli.main import main; main()", "--help")
     assert "  serve  " in commands
     assert "  envoy  " not in commands
+
+
+def test_what_needs_an_extension_says_so(tree: Path) -> None:
+    """A command, and a service whose settings require signatures: it ends before anything is unverified."""
+    assert "pip install 'loramux[envoy]'" in run(
+        tree, "from loramux.cli.main import main; main()", "envoy", "one", "--grpc-port=1", status=2
+    )
+    signer = "sigstore:https://issuer.example.com#me"
+    required = f"""
+from pathlib import Path
+from builder_service.builder import _store
+from inference_service.store import open_replica_store
+from loramux_shared.faults import SettingsInvalid
+from loramux_shared.settings import BuilderSettings, InferenceSettings
+signer = ("{signer}",)
+replica = InferenceSettings(deployment="d", store="file:///tmp", require_signature=signer)
+builder = BuilderSettings(store="file:///tmp", require_signature=signer, signing_key=Path("key"))
+for open_it, settings in ((open_replica_store, replica), (_store, builder)):
+    try:
+        open_it(settings)
+    except SettingsInvalid as fault:
+        print(fault)
+"""
+    assert run(tree, required).count("pip install 'loramux[signing]'") == 2
 
 
 def test_its_import_contracts_hold(tree: Path) -> None:

@@ -22,7 +22,7 @@ from inference_service.kernels.cpu.check import first_wrong
 from inference_service.kernels.cpu.processors import kinds_that_run
 from inference_service.startup.choose import check_triton_cache
 from loramux_shared.faults import SettingsInvalid
-from loramux_shared.private import open_folder, private_folder, read_private
+from loramux_shared.process import open_folder, private_folder, read_private
 from tests.support.native import as_in_a_wheel
 from tests.support.root import ROOT
 

@@ -11,7 +11,6 @@ from torch import Tensor
 from inference_service.backends.base import LoraBackend
 from inference_service.backends.experts import ExpertOperations
 from inference_service.backends.grouped import GroupedOperations
-from inference_service.backends.hold import hold
 from inference_service.backends.native_lora import NativeLora
 from inference_service.backends.torch_lora import TorchLora
 from inference_service.backends.triton import TritonLora
@@ -19,6 +18,7 @@ from inference_service.kernels.cpu.ops import CpuOps
 from inference_service.kernels.experts import Routed
 from inference_service.lora.segments import Arrangement, Segment
 from inference_service.lora.weights import AdapterWeights, Placed, arrange
+from inference_service.startup.merged import hold
 from loramux_shared.bases.groups import EXPERTS_DOWN, EXPERTS_GATE_UP, expert_groups, group_of, layer_groups
 from loramux_shared.bundle.modules import BY_NAME
 

@@ -15,10 +15,10 @@ import pytest
 import torch
 
 from inference_service.backends.base import LoraBackend
-from inference_service.backends.hold import hold
 from inference_service.backends.native_lora import NativeLora
 from inference_service.kernels.cpu.ops import CpuOps
 from inference_service.lora.places import taken_by
+from inference_service.startup.merged import hold
 from loramux_shared.bases.groups import layer_groups
 from loramux_shared.faults import InternalFault
 from tests.kernels.lora_case import (

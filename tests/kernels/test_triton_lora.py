@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from inference_service.backends.hold import hold
 from inference_service.backends.triton import TritonLora
 from inference_service.kernels.launch import Launch, intercepted
 from inference_service.kernels.sgmv import DECODE_TILE, SegmentCapacity, Segments, pack_segments
+from inference_service.startup.merged import hold
 from tests.kernels.lora_case import ADAPTERS, GROUPS, LAYERS, Resident, adapted, adapter, arrangement
 
 ROWS = 8

@@ -18,20 +18,11 @@ from builder_service.domain.adapter_config import default_targets
 from builder_service.domain.derived import NotMade
 from builder_service.domain.initial import first_columns, leading
 from builder_service.domain.kinds import Kind
-from builder_service.pipeline.build import build
-from builder_service.pipeline.context import BuildContext
-from builder_service.pipeline.progress import Progress
-from inference_service.proof.adapter_source import read_adapter
 from loramux_shared.bases.families import load_families
-from loramux_shared.bases.read import read_config
-from loramux_shared.bundle.deployments import current_generation
-from loramux_shared.bundle.reader import read_bundle
 from loramux_shared.faults import AdapterInvalid
-from loramux_shared.sources.open import open_sources
 from loramux_shared.storage.memory import MemoryStore
 from tests.models.test_families import CASES
-from tests.support.proving import proved_here
-from tests.support.tiny import SIZES, World, make_checkpoint, oracle, oracle_tokens, refusal, run_engine
+from tests.support.tiny import SIZES, World, make_checkpoint, oracle, oracle_tokens, run_engine
 
 SOME: dict[str, Any] = {"task_type": "CAUSAL_LM", "target_modules": ["q_proj", "v_proj", "down_proj"]}
 KINDS: dict[str, Any] = {
@@ -74,7 +65,11 @@ def save(base: Path, folder: Path, config: Any, seed: int) -> Path:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> World:
-    root = tmp_path_factory.mktemp("disguised")
+    return make_saved(tmp_path_factory.mktemp("disguised"))
+
+
+def make_saved(root: Path) -> World:
+    """A base with biases and an adapter of each kind."""
     make_checkpoint(root / "base", LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True))
     folders = {
         name: save(root / "base", root / name, each, at) for at, (name, each) in enumerate(KINDS.items())
@@ -92,35 +87,6 @@ def test_what_amounts_to_lora_answers_as_peft_does(world: World) -> None:
     assert len(set(map(tuple, expected))) == len(expected)
     ready = world.load(store)
     assert run_engine(ready, [(name, PROMPT) for name in (*KINDS, "base")], NEW) == expected
-
-
-@pytest.mark.parametrize("rank", [None, 3])
-def test_a_second_reading_finds_the_same(world: World, rank: int | None) -> None:
-    """Proofs read files apart from the builder: what they find are the products of the rows, cut ones too."""
-    store = MemoryStore()
-    world.build(store, truncate_to_rank=rank)
-    generation = current_generation(store, "tiny")
-    assert generation is not None
-    for name, folder in world.adapters.items():
-        factors = read_adapter(folder, read_config(world.base), rank, world.base).layers
-        rows = read_bundle(store, generation.adapters[name].digest).rows
-        assert sorted((row.row.layer, row.row.module) for row in rows) == sorted(factors)
-        for row in rows:
-            product = torch.from_numpy(np.asarray(row.b) @ np.asarray(row.a))
-            read = factors[row.row.layer, row.row.module].added(torch.eye(row.row.in_features)).T
-            torch.testing.assert_close(read, product, rtol=0, atol=2e-5 * float(product.abs().max()))
-
-
-@pytest.mark.sweep
-@pytest.mark.filterwarnings("ignore")
-def test_proofs_of_what_amounts_to_lora_hold(world: World) -> None:
-    """A replica replays them before it serves."""
-    store, deployment = MemoryStore(), world.deployment()
-    proved = deployment.model_copy(update={"build": deployment.build.model_copy(update={"prove": True})})
-    with proved_here():
-        build(proved, BuildContext(store, open_sources(local_roots=[world.root])), Progress(KINDS))
-    ready = world.load(store)
-    assert [refusal(ready, name) for name in KINDS] == [None] * len(KINDS)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -44,8 +44,6 @@ from inference_service.engine.engine import Engine
 from inference_service.engine.runner import Runner
 from inference_service.models.checkpoint import Checkpoint
 from inference_service.models.decoder import Decoder
-from inference_service.proof.adapter_source import read_adapter
-from inference_service.proof.reference import Reference
 from inference_service.startup.load import Ready
 from loramux_shared.bases.memory import count_weights
 from loramux_shared.bases.read import read_config, read_fields
@@ -604,26 +602,6 @@ def test_a_cache_of_8_bits_stays_close(answers: Answers) -> None:
     poison(ready)
     found = _engine_logprobs(ready, answers.requests[0][1], new=1)
     assert found == pytest.approx(answers.logprobs[:1], abs=0.03)
-
-
-@pytest.mark.parametrize("answers", DENSE, indirect=True)
-def test_the_reference_of_proofs_is_transformers_and_peft(
-    answers: Answers, request: pytest.FixtureRequest
-) -> None:
-    """Logits behind a probe longer than any window are those of transformers with PEFT, fused or not."""
-    case = CASES[request.node.callspec.params["answers"]]
-    check_reference(answers.world, case.max_seq_len, answers.adapted)
-
-
-def check_reference(world: World, max_seq_len: int | None, adapted: Any) -> None:
-    """Compare the second reading of a base with the adapter "all" with transformers and PEFT."""
-    config = read_config(world.base, max_seq_len)
-    tokens = [5 + (index * 37) % 180 for index in range(60)]
-    adapter = read_adapter(world.adapters["all"], config)
-    [run] = Reference(config, world.base).run({"all": [tokens]}, {"all": adapter})["all"]
-    with torch.no_grad():
-        expected = adapted(torch.tensor([tokens])).logits[0, -1]
-    torch.testing.assert_close(run.logits, expected, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize(("dtype", "max_shard_size"), [("bfloat16", "40KB"), ("float16", "1GB")])

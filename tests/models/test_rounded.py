@@ -1,4 +1,4 @@
-"""Bases whose linears are rounded to 8 and 4 bits at load: answers, adapters, proofs, and the setting."""
+"""Bases whose linears are rounded to 8 and 4 bits at load: answers, adapters, and the setting."""
 
 from __future__ import annotations
 
@@ -23,7 +23,6 @@ from loramux_shared.faults import DeploymentInvalid, SettingsInvalid
 from loramux_shared.rounding import Rounding
 from loramux_shared.sources.open import open_sources
 from loramux_shared.storage.memory import MemoryStore
-from tests.support.proving import proved_here
 from tests.support.tiny import VOCAB, World, make_world, next_logprobs, oracle, oracle_tokens, run_engine
 
 INTEGERS = ["int8", "int4"]
@@ -39,8 +38,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 @pytest.fixture(scope="module")
 def store(world: World) -> MemoryStore:
-    """Adapters with proofs, in float32."""
-    return _built(world, {"prove": True}, {})
+    """Adapters in float32."""
+    return _built(world, {}, {})
 
 
 def _built(world: World, changes: dict[str, Any], runtime: dict[str, Any]) -> MemoryStore:
@@ -50,8 +49,7 @@ def _built(world: World, changes: dict[str, Any], runtime: dict[str, Any]) -> Me
     deployment = Deployment.model_validate(data)
     store = MemoryStore()
     context = BuildContext(store, open_sources(local_roots=[world.root]))
-    with proved_here():
-        build(deployment, context, Progress(deployment.build.lora_adapters))
+    build(deployment, context, Progress(deployment.build.lora_adapters))
     return store
 
 

@@ -9,8 +9,7 @@ import tempfile
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from loramux_shared.descriptors import raise_limit
-from loramux_shared.telemetry import log_to_stderr
+from loramux_shared.process import log_to_stderr, raise_limit
 from tests.support.endless import Endless, apis_of
 
 

@@ -17,9 +17,8 @@ import typer
 
 from loramux.cli import shell
 from loramux.cli.documents import emit
-from loramux.cli.exits import Exit
+from loramux.cli.exits import Exit, state_dir
 from loramux.cli.serving import complete_model, no_such_model
-from loramux.cli.state import state_dir
 from loramux.client import INFERENCE, AsyncClient
 from loramux_arena.contest import Contest, Found
 from loramux_arena.judge import Judge, ServedJudge
@@ -31,8 +30,8 @@ from loramux_arena.questions import Question, read_questions, with_reference
 from loramux_arena.scores import LIKELIHOOD, scorer
 from loramux_arena.standings import Standings, standings
 from loramux_arena.view import ArenaView, show_standings
+from loramux_shared.bundle.names import names_of
 from loramux_shared.faults import Fault, SettingsInvalid
-from loramux_shared.mixtures import names_of
 from loramux_shared.wording import listed
 
 MAX_TOKENS: Final = 256

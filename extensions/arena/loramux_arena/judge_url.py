@@ -14,7 +14,6 @@ from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from loramux.records import Message
 from loramux_arena.judge import LETTERS, NoVerdict, letter_in
-from loramux_shared.digits import is_whole
 from loramux_shared.faults import (
     Fault,
     ModelNotFound,
@@ -25,6 +24,7 @@ from loramux_shared.faults import (
     SettingsInvalid,
     Unauthenticated,
 )
+from loramux_shared.wording import is_whole
 
 API_KEY: Final = "LORAMUX_JUDGE_API_KEY"
 """The judge's own; the key of the server that is compared is shown to nobody else."""

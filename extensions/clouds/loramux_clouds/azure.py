@@ -21,7 +21,7 @@ from loramux_shared.deployment import Repository
 from loramux_shared.faults import RepoGated, RepoNotFound, SourceChanged, SourceRefused, SourceUnavailable
 from loramux_shared.sources.base import SourceFile
 from loramux_shared.sources.bucket import TIMEOUT_S
-from loramux_shared.sources.checksum import md5_of
+from loramux_shared.sources.files import md5_of
 from loramux_shared.sources.retry import Busy
 from loramux_shared.sources.secrets import Secrets, warn_unset
 

@@ -1,4 +1,4 @@
-"""Azure Blob Storage for tests: Azurite, Microsoft's emulator, which `make test` installs with npm."""
+"""Azure Blob Storage for tests: Azurite, Microsoft's emulator, which `make azurite` installs with npm."""
 
 from __future__ import annotations
 

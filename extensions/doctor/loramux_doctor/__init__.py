@@ -1,1 +1,1 @@
-"""The doctor: `installed` packages, the `machine` and the places around it, and the `sizes` of a base."""
+"""A look at what is installed, what a replica would run on, and what fits."""

@@ -18,8 +18,8 @@ from loramux.cli.documents import emit
 from loramux.cli.exits import Exit
 from loramux.cli.serving import SERVING, check
 from loramux.client import BUILDER, INFERENCE
-from loramux.doctor.installed import Extra, extras, versions
-from loramux.doctor.machine import (
+from loramux_doctor.installed import Extra, extras, versions
+from loramux_doctor.machine import (
     Inference,
     Machine,
     Place,
@@ -27,7 +27,7 @@ from loramux.doctor.machine import (
     look_at_machine,
     look_at_store,
 )
-from loramux.doctor.sizes import PROCESS_BYTES, Sizes, read_base, sizes_of, weight_files_bytes
+from loramux_doctor.sizes import PROCESS_BYTES, Sizes, read_base, sizes_of, weight_files_bytes
 from loramux_shared.faults import Fault, ServerUnavailable, SettingsInvalid
 from loramux_shared.settings import InferenceSettings, load_settings
 

@@ -15,19 +15,26 @@ from structlog.testing import capture_logs
 from typer.testing import CliRunner
 
 from loramux.cli.main import app
-from loramux.doctor import installed
-from loramux.doctor.machine import Inference, look_at_inference, look_at_machine, look_at_store
-from loramux.doctor.sizes import PROCESS_BYTES, TOUCHED_BYTES, read_base, sizes_of
+from loramux_doctor import installed
+from loramux_doctor.command import services
+from loramux_doctor.machine import Inference, look_at_inference, look_at_machine, look_at_store
+from loramux_doctor.sizes import PROCESS_BYTES, TOUCHED_BYTES, read_base, sizes_of, weight_files_bytes
+from loramux_shared.access.guard import Guard
 from loramux_shared.bases.groups import features_of
-from loramux_shared.bases.memory import MemoryPlan, cache_of, needs_of, plan_on
+from loramux_shared.bases.memory import MemoryPlan, cache_of, count_weights, needs_of, plan_on
 from loramux_shared.bases.read import read_config, read_fields
 from loramux_shared.faults import CheckpointInvalid, ResourcesExhausted
 from loramux_shared.settings import InferenceSettings
 from loramux_shared.storage.memory import MemoryStore
+from tests.support.access import Certificates
+from tests.support.adapters import BASE_CONFIG
 from tests.support.fake_services import Fakes
 from tests.support.hub_configs import HUB_CONFIGS
+from tests.support.lowbit import KINDS, keep
+from tests.support.replicas import replicas
 from tests.support.tiny import make_world
 from tests.support.weights import adapter_of
+from tests.unit.bases.test_served_bases import REFUSED
 
 SETTINGS = InferenceSettings(deployment="none")
 LLAMA = {
@@ -270,7 +277,7 @@ def test_slow_operations_are_exit_1(monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = Inference(
         "cpu", "Some", 2, 1, "float32", "torch", "torch operations", "float32 by torch", "", slow, 2
     )
-    monkeypatch.setattr("loramux.cli.doctor.look_at_inference", lambda _: chosen)
+    monkeypatch.setattr("loramux_doctor.command.look_at_inference", lambda _: chosen)
     code, text = doctor("--grpc", "127.0.0.1:1", "--builder", "127.0.0.1:1")
     assert code == 1
     assert f"wrong: {slow}" in text
@@ -283,3 +290,53 @@ def test_what_is_wrong_is_exit_1(monkeypatch: pytest.MonkeyPatch) -> None:
     assert code == 1
     assert "wrong: LORAMUX_STORRE: unknown setting, did you mean LORAMUX_STORE?" in text
     assert "inference    127.0.0.1:1: nothing answers there" in text
+
+
+async def test_the_doctor_asks_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each replica of a list, and those of a name by its certificate; that a name stands for none is told."""
+    certificates = Certificates(tmp_path)
+    certificates.issue("server", certificates.ours, "localhost")
+    monkeypatch.setenv("LORAMUX_TLS_CA", str(tmp_path / "ours.pem"))
+
+    async def reported(where: str) -> list[tuple[str, str]]:
+        places = await services(where, "127.0.0.1:1")
+        return [(each.address, each.state) for each in places if each.name == "inference"]
+
+    states = ("SERVING", "nothing answers there", "SERVING")
+    with replicas(3) as three:
+        three.cut(three.addresses[1])
+        assert await reported(",".join(three.addresses)) == list(zip(three.addresses, states, strict=True))
+    with replicas(1, Guard(tls=certificates.server)) as one:
+        port = one.addresses[0].rpartition(":")[2]
+        assert (f"grpcs://127.0.0.1:{port}", "SERVING") in await reported(f"grpcs://dns:///localhost:{port}")
+    [(_, state)] = await reported("dns:///no.such.host.invalid:1")
+    assert "expected dns:///NAME:PORT of a name that resolves" in state
+
+
+def test_the_doctor_asks_the_same_reader() -> None:
+    """A head that a family ties by default is there once on a GPU; a base that is refused has no sizes."""
+    gemma = {"architectures": ["Gemma2ForCausalLM"], "model_type": "gemma2"}
+    untied = gemma | {"tie_word_embeddings": False}
+    for device, times in (("cuda", 1), ("cpu", 0)):  # products of a CPU have a copy of their own
+        weights = [sizes_of(each, SETTINGS, 10**11, device=device).weights_bytes for each in (untied, gemma)]
+        assert weights[0] - weights[1] == times * 2 * 256000 * 2304
+    with pytest.raises(CheckpointInvalid, match="CohereForCausalLM is not supported"):
+        sizes_of(BASE_CONFIG | REFUSED["Cohere"], SETTINGS, 10**11)
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_what_widening_takes_is_told_beforehand(tmp_path: Path, beside: bool) -> None:
+    """The doctor says it in the words of a start, of a base that is described beside its config too."""
+    plain = make_world(tmp_path / "plain")
+    keep(plain.base, KINDS["gptq"], tmp_path / "kept", tmp_path / "widened")
+    if beside:
+        config = json.loads((tmp_path / "kept" / "config.json").read_bytes())
+        (tmp_path / "kept" / "quantize_config.json").write_text(json.dumps(config.pop("quantization_config")))
+        (tmp_path / "kept" / "config.json").write_text(json.dumps(config))
+    kept, file_bytes = tmp_path / "kept", weight_files_bytes(tmp_path / "kept")
+    files = (kept / "model.safetensors").stat().st_size / 1e6
+    memory = 4 * count_weights(read_config(kept)) / 1e6
+    sizes = sizes_of(read_base(kept), SETTINGS, 10**9, "float32", file_bytes=file_bytes)
+    assert sizes.widened == (
+        f"widened from gptq (int4) at load: {files:.1f} MB in the files, {memory:.1f} MB in memory as float32"
+    )

@@ -1,7 +1,7 @@
 """Several replicas as if they were one: what the clients call where they were given more than one address.
 
 Each replica has a channel of its own, whose health gRPC watches by itself (`HEALTHY`): a call on one that is
-away or NOT_SERVING fails at once and unsent. `loramux.placement` chooses, `loramux.trip` asks the next one.
+away or NOT_SERVING fails at once and unsent. `loramux.placement` chooses, `trip` asks the next one.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import grpc
 from loramux.addresses import Address, Members
 from loramux.connection import GENERATE, Calls, Credentials
 from loramux.placement import Placement
-from loramux.trip import Trip, model_of
+from loramux_fleet.trip import Trip, model_of
 from loramux_shared.faults import ServerUnavailable
 from loramux_shared.routes import INFERENCE_SERVICE, OF_A_MODEL
 from loramux_shared.rpc.status import CallFailed, fault_of
@@ -114,6 +114,10 @@ class Fleet:
         if isinstance(fault, ServerUnavailable):
             self.members.doubt()
         trip.failed(fault, answered=answered)
+
+    def calls(self, stub: Callable[[Any], Any]) -> Any:
+        """Return the methods of a service, as those of one server."""
+        return (FleetCalls if self._kind is grpc else AsyncFleetCalls)(self, stub)
 
     def close(self) -> list[Any]:
         """Open no further channels; return the open ones, which the caller closes."""

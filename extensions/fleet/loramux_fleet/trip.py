@@ -6,6 +6,7 @@ import time
 from typing import Any, Final
 
 from loramux.placement import Placement
+from loramux_shared.bundle.names import names_of
 from loramux_shared.faults import (
     Fault,
     QueueFull,
@@ -15,7 +16,6 @@ from loramux_shared.faults import (
     Status,
     StoreUnavailable,
 )
-from loramux_shared.mixtures import names_of
 
 TRIES: Final = 4
 """Replicas that may refuse a request, or keep it waiting for nothing; those that are known to be away are not

@@ -18,14 +18,13 @@ from typer.testing import CliRunner
 
 from loramux import AsyncClient, Client, Delta, Started, faults
 from loramux.addresses import Address, Members
-from loramux.cli.doctor import services
 from loramux.cli.main import app
 from loramux.connection import Credentials
-from loramux.fleet import REPEATED, STREAMS, AsyncFleetCalls, Fleet, FleetCalls
 from loramux.inference.v1 import adapters_pb2
 from loramux.inference.v1 import inference_pb2 as pb
 from loramux.inference.v1.inference_pb2_grpc import InferenceServiceStub
 from loramux.placement import order
+from loramux_fleet.fleet import REPEATED, STREAMS, AsyncFleetCalls, Fleet, FleetCalls
 from loramux_shared.access.guard import Guard
 from tests.support.access import NOBODY, Certificates
 from tests.support.replicas import MODELS, Replicas, replicas
@@ -391,26 +390,6 @@ def test_commands_take_lists(three: Replicas) -> None:
     three.cut(three.addresses[0])
     done = CliRunner().invoke(app, ["models", "--grpc", where, "--json"])
     assert [each["name"] for each in json.loads(done.stdout)["models"]] == list(MODELS)
-
-
-async def test_the_doctor_asks_all(three: Replicas, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each replica of a list, and those of a name by its certificate; a name without any is reported."""
-    certificates = Certificates(tmp_path)
-    certificates.issue("server", certificates.ours, "localhost")
-    monkeypatch.setenv("LORAMUX_TLS_CA", str(tmp_path / "ours.pem"))
-    three.cut(three.addresses[1])
-
-    async def reported(where: str) -> list[tuple[str, str]]:
-        places = await services(where, "127.0.0.1:1")
-        return [(each.address, each.state) for each in places if each.name == "inference"]
-
-    states = ("SERVING", "nothing answers there", "SERVING")
-    assert await reported(",".join(three.addresses)) == list(zip(three.addresses, states, strict=True))
-    with replicas(1, Guard(tls=certificates.server)) as one:
-        port = one.addresses[0].rpartition(":")[2]
-        assert (f"grpcs://127.0.0.1:{port}", "SERVING") in await reported(f"grpcs://dns:///localhost:{port}")
-    [(_, state)] = await reported("dns:///no.such.host.invalid:1")
-    assert "expected dns:///NAME:PORT of a name that resolves" in state
 
 
 def test_what_is_repeated() -> None:

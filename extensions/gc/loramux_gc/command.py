@@ -14,7 +14,7 @@ from rich.filesize import decimal
 from loramux.cli import shell
 from loramux.cli.documents import emit
 from loramux.cli.local.services import StoreFlag
-from loramux_shared.bundle.gc import Orphan, RetainedGeneration, Retention, check_grace, find_orphans, remove
+from loramux_gc.orphans import Orphan, RetainedGeneration, Retention, check_grace, find_orphans, remove
 from loramux_shared.faults import SettingsInvalid
 from loramux_shared.settings import BuilderSettings, load_settings
 from loramux_shared.storage.open import open_store

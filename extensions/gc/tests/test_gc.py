@@ -11,11 +11,11 @@ from typer.testing import CliRunner
 from builder_service.pipeline.build import build
 from builder_service.pipeline.context import BuildContext
 from builder_service.pipeline.progress import Progress
-from builder_service.pipeline.rollback import rollback
+from builder_service.pipeline.update import rollback
 from loramux.cli.main import app
+from loramux_gc.orphans import Kind, Retention, check_grace, find_orphans, remove
 from loramux_shared.bundle.claims import generation_numbers
 from loramux_shared.bundle.deployments import current_generation
-from loramux_shared.bundle.gc import Kind, Retention, check_grace, find_orphans, remove
 from loramux_shared.bundle.generation import claim_key, generation_key
 from loramux_shared.bundle.manifest import MANIFEST_FILE, bundle_key
 from loramux_shared.bundle.reader import read_bundle
@@ -26,6 +26,7 @@ from loramux_shared.storage.base import Store
 from loramux_shared.storage.local import LocalStore
 from loramux_shared.storage.memory import MemoryStore
 from tests.support.adapters import tensors, write_adapter, write_base
+from tests.unit.cli.test_cli_json import documents
 
 DAY = timedelta(days=1)
 LATER = datetime.now(UTC) + timedelta(days=2)
@@ -227,3 +228,16 @@ def test_the_command(tmp_path):
     assert not list(store.list(f"bundles/sha256/{lost}"))
     read_bundle(store, digest(store, "one"))
     assert run(app, ["gc", "--store", address, "--grace", "soon"]).exit_code == 2
+
+
+def test_json_has_sizes_in_bytes(tmp_path: Path) -> None:
+    """``gc`` lists what it found with its sizes in bytes."""
+    digest = "ab" * 32
+    orphan = tmp_path / f"bundles/sha256/{digest}/model.lora_weights.npy"
+    orphan.parent.mkdir(parents=True)
+    orphan.write_bytes(b"x" * 10)
+    [spared] = documents("gc", "--store", f"file://{tmp_path}")
+    assert (spared["orphans"], len(spared["spared"])) == ([], 1)
+    [removed] = documents("gc", "--store", f"file://{tmp_path}", "--grace", "0", "--delete")
+    [found] = removed["orphans"]
+    assert (found["kind"], found["name"], found["bytes"], found["removed"]) == ("bundle", digest, 10, True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
@@ -19,10 +19,11 @@ import numpy as np
 from builder_service.domain.adapter_config import AdapterConfig
 from builder_service.domain.grouping import Grouping
 from builder_service.domain.peft_names import ALL_LINEAR
+from builder_service.domain.rules.adapter import CheckedAdapter, Rulebook, check_tensors
 from builder_service.domain.safetensors_header import READABLE, Tensor, TensorFile
 from loramux_shared.adapter_files import KEYS_FILE
 from loramux_shared.bases.config import ModelConfig
-from loramux_shared.bundle.manifest import CONFIG_FILE, WEIGHTS_FILE
+from loramux_shared.bundle.manifest import CONFIG_FILE, WEIGHTS_FILE, Coverage
 from loramux_shared.bundle.modules import BY_ID, FUSED, OF_EXPERTS, Module
 from loramux_shared.bundle.npy import Array, Header, parse_header
 from loramux_shared.faults import BundleCorrupt, Finding
@@ -125,6 +126,15 @@ class _Table:
 
     def at(self, row: int, element: int) -> int:
         return self.offset + (row * self.width + element) * self.itemsize
+
+
+def check(folder: Path, book: Rulebook, progress: Callable[[int], None]) -> CheckedAdapter:
+    """Check the files of a folder as tensors of an adapter; what `builder_service.pipeline.validate` calls."""
+    npy = read_npy_adapter(folder, book.limits.base)
+    if npy.file is None:
+        return CheckedAdapter(npy.findings)
+    checked = check_tensors(npy.file, FOLDED, book, list(npy.findings), progress)
+    return replace(checked, coverage=Coverage())  # the tensors' names are ours, not the adapter's
 
 
 def read_npy_adapter(folder: Path, base: ModelConfig) -> NpyAdapter:

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from builder_service.domain.rules.adapter import CheckedAdapter, Rulebook, check_tensors
-from builder_service.domain.rules.npy import FOLDED, NpyAdapter, read_npy_adapter
+from loramux_npy.reading import FOLDED, NpyAdapter, read_npy_adapter
 from loramux_shared.codes import CODES
 from tests.fuzz.mutate import NUMBERS, bounded, mutations
-from tests.support.npy_files import SIZES, matrices
+from tests.npy_files import SIZES, matrices
 from tests.unit.domain.test_adapter_rules import book
 
 WEIGHTS, CONFIG = "model.lora_weights.npy", "model.lora_config.npy"

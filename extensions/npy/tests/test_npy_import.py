@@ -12,9 +12,9 @@ import pytest
 from builder_service.pipeline.check import CheckedReport, check_one
 from builder_service.pipeline.progress import Progress
 from loramux_shared.bundle.reader import Bundle
+from tests.npy_files import BF16, KV, SIZES, Q, Rows, matrices, write
 from tests.support.adapters import HIDDEN, INTERMEDIATE, write_adapter, write_base
 from tests.support.folders import built, deployment_of, workshop
-from tests.support.npy_files import BF16, KV, SIZES, Q, Rows, matrices, write
 
 
 class Bench:

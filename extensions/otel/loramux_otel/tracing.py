@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import structlog
 from opentelemetry import propagate
@@ -15,7 +16,7 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter
 from opentelemetry.trace import Span, SpanKind, Status, StatusCode, Tracer, format_trace_id
 from structlog.contextvars import bound_contextvars
 
-from loramux_shared.tracing.spans import Value
+from loramux_shared.tracing import Value
 
 log = structlog.get_logger()
 
@@ -80,6 +81,12 @@ class Tracing:
             bound_contextvars(trace_id=format_trace_id(span.get_span_context().trace_id)),
         ):
             yield OtelSpan(span)
+
+    def watcher(self) -> Any:
+        """Return what makes spans of a replica's requests."""
+        from loramux_otel.requests import RequestSpans
+
+        return RequestSpans(self.tracer)
 
     def close(self) -> None:
         """Send what is left; waits for it."""

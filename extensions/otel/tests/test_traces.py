@@ -24,9 +24,9 @@ from inference_service.serving.service import GenerationService
 from inference_service.serving.telemetry.request_log import open_watchers
 from loramux.inference.v1 import inference_pb2 as pb
 from loramux.inference.v1 import inference_pb2_grpc
+from loramux_otel.tracing import Tracing
 from loramux_shared.rpc.server import RpcServer
 from loramux_shared.storage.memory import MemoryStore
-from loramux_shared.tracing.otel import Tracing
 from tests.support.openai_api import openai_world
 from tests.support.tiny import World
 from tests.support.waiting import BOUND_S, until
@@ -83,7 +83,7 @@ async def watched(request: pytest.FixtureRequest, world: tuple[World, MemoryStor
     provider.add_span_processor(SimpleSpanProcessor(exporter))
     tracing = Tracing(provider)
     ready = world[0].load(world[1], stream_interval_ms=0)
-    made, watchers = ready.service, open_watchers(tracing.tracer, log_prompts=request.param)
+    made, watchers = ready.service, open_watchers(tracing, log_prompts=request.param)
     service = GenerationService(made.catalog, made.text, ready.engine, made.limits, watchers)
     http = HttpServer("127.0.0.1:0", service, tracing=tracing)
     add = partial(register, InferenceServicer(service))

@@ -6,17 +6,14 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import structlog
 
-from loramux_shared.tracing.setup import open_tracing
+from loramux_shared.tracing import Tracing, open_tracing
 from tests.support.forks import Forked
 from tests.support.waiting import BOUND_S
-
-if TYPE_CHECKING:  # a fork imports this module too, and looks for what it must not have imported
-    from loramux_shared.tracing.otel import Tracing
 
 
 @pytest.fixture(autouse=True)
@@ -93,7 +90,7 @@ def test_what_the_sdk_says_is_in_the_log() -> None:
     """A problem of OpenTelemetry's own is a line of the log, and not a stray line beside it."""
     from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-    from loramux_shared.tracing.otel import Tracing
+    from loramux_otel.tracing import Tracing
 
     Tracing.to(InMemorySpanExporter(), "loramux-test").close()
     with structlog.testing.capture_logs() as lines:

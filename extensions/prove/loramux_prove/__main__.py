@@ -1,4 +1,4 @@
-"""``python -m inference_service.proof.prove``: what adapters should answer, computed by the reference.
+"""``python -m loramux_prove``: what adapters should answer, computed by the reference.
 
 One JSON object comes in on stdin, one goes out on stdout::
 
@@ -20,9 +20,9 @@ from typing import Any, Final
 
 import torch
 
-from inference_service.proof.adapter_source import read_adapter
 from inference_service.proof.fingerprint import effect_of
-from inference_service.proof.reference import Reference, Run
+from loramux_prove.adapter_source import read_adapter
+from loramux_prove.reference import Reference, Run
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bases.read import read_config
 from loramux_shared.bundle.proof import Probe, ProbeLogprob

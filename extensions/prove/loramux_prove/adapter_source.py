@@ -19,9 +19,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from inference_service.proof.disguised import products, scales, weight_of, without_initial
-from inference_service.proof.factors import ReferenceFactors, scale_of
-from inference_service.proof.vocabulary_source import OwnTable, read_own
+from loramux_prove.disguised import products, scales, weight_of, without_initial
+from loramux_prove.factors import ReferenceFactors, scale_of
+from loramux_prove.vocabulary_source import OwnTable, read_own
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bundle.modules import BY_ID
 from loramux_shared.faults import AdapterInvalid

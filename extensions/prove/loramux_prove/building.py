@@ -29,19 +29,19 @@ from loramux_shared.sources.checkpoint import fetch_base
 from loramux_shared.sources.open import Sources
 
 NEEDS: Final = ("torch", "inference_service")
-MODULE: Final = "inference_service.proof.prove"
+MODULE: Final = "loramux_prove"
 LIMIT_S: Final = 3600.0
 """A base of 70e9 parameters is read and computed in about half of it on a machine of 32 cores."""
 POLL_S: Final = 0.05
 LAST_LINES: Final = 3
 
 
-def require_prover() -> None:
+def require() -> None:
     """Raise `SettingsInvalid` unless the reference can run here."""
     missing = [name for name in NEEDS if importlib.util.find_spec(name) is None]
     if missing:
         raise SettingsInvalid(
-            f"prove needs {' and '.join(missing)} beside the builder: pip install 'loramux[inference]' there, "
+            f"prove needs {' and '.join(missing)} beside the builder: pip install 'loramux[prove]' there, "
             "or build without prove."
         )
 
@@ -58,13 +58,11 @@ def prove_adapters(
     """Return the proofs of adapters, in their order.
 
     Raises:
-        SettingsInvalid: torch is not installed here.
         AdapterInvalid: under an adapter the model computes no numbers.
         CheckpointInvalid: the base cannot be served.
         BuildInterrupted: the build was asked to end.
         InternalFault: the reference failed, or disagrees about which rows there are.
     """
-    require_prover()
     if not adapters:
         return []
     for adapter in adapters:

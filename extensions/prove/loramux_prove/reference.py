@@ -16,10 +16,11 @@ from torch.nn.functional import gelu, silu
 
 from inference_service.layers.rope import frequencies
 from inference_service.models.checkpoint import Checkpoint
-from inference_service.proof import delta
-from inference_service.proof.adapter_source import SourceAdapter
-from inference_service.proof.factors import ReferenceFactors
-from inference_service.proof.vocabulary_source import EMBEDDING, HEAD, OwnRows, OwnTable, embedded, headed
+from inference_service.proof.fingerprint import EMBEDDING, HEAD
+from loramux_prove import delta
+from loramux_prove.adapter_source import SourceAdapter
+from loramux_prove.factors import ReferenceFactors
+from loramux_prove.vocabulary_source import OwnRows, OwnTable, embedded, headed
 from loramux_shared.bases.attention import AttentionSpec, QueryScaling
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bases.layers import AttentionLayer, DeltaLayer, ExpertsLayer, InputLayer, MlpLayer

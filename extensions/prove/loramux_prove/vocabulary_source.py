@@ -13,11 +13,10 @@ from typing import Any, Final, TypeAlias
 import torch
 from torch import Tensor
 
-from inference_service.proof.factors import ReferenceFactors, scale_of
+from inference_service.proof.fingerprint import EMBEDDING, HEAD
+from loramux_prove.factors import ReferenceFactors, scale_of
 from loramux_shared.bases.config import ModelConfig
 
-EMBEDDING: Final = "embedding"
-HEAD: Final = "head"
 _MODULES: Final = {"embed_tokens": EMBEDDING, "lm_head": HEAD}
 _KEY: Final = re.compile(
     r"(?!.*\.(?:visual|vision_|audio_))(?:base_model\.model\.)?"

@@ -10,16 +10,16 @@ from typing import Any
 
 import pytest
 
-from builder_service.pipeline import prove as of_builder
 from builder_service.pipeline.progress import Progress
-from inference_service.proof.prove import prove
+from loramux_prove import building
+from loramux_prove.__main__ import prove
 
 
 @contextmanager
 def proved_here() -> Iterator[None]:
     """Let builds compute their proofs here: a process takes longer to import torch than to prove."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(of_builder, "_run", _answer)
+        patch.setattr(building, "_run", _answer)
         yield
 
 

@@ -17,15 +17,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from builder_service.pipeline import prove as builder_prove
 from builder_service.pipeline.build import build
 from builder_service.pipeline.context import BuildContext
 from builder_service.pipeline.progress import Progress
-from inference_service.proof.adapter_source import SourceAdapter, read_adapter
 from inference_service.proof.fingerprint import difference, effect_of
-from inference_service.proof.prove import prove
-from inference_service.proof.reference import Reference
 from inference_service.startup.load import Ready
+from loramux_prove import building
+from loramux_prove.__main__ import prove
+from loramux_prove.adapter_source import SourceAdapter, read_adapter
+from loramux_prove.reference import Reference
 from loramux_shared.bases.read import read_config
 from loramux_shared.bundle.deployments import current_generation, publish_generation
 from loramux_shared.bundle.manifest import (
@@ -44,7 +44,7 @@ from loramux_shared.deployment import Deployment
 from loramux_shared.faults import BuildInterrupted, CheckpointInvalid, ProofFailed, SettingsInvalid
 from loramux_shared.sources.open import open_sources
 from loramux_shared.storage.memory import MemoryStore
-from tests.support.proving import proved_here
+from tests.proving import proved_here
 from tests.support.tiny import ADAPTERS, SIZES, World, make_world_of, oracle, refusal
 
 Change = Callable[[Any, Manifest], None]
@@ -395,7 +395,7 @@ def test_the_prover_is_a_process_that_speaks_json(world: World) -> None:
     """A base that cannot be served is an answer with a reason, not a crash."""
     request = {"base": str(world.root), "adapters": {}}
     done = subprocess.run(
-        [sys.executable, "-m", "inference_service.proof.prove"],
+        [sys.executable, "-m", "loramux_prove"],
         input=json.dumps(request),
         capture_output=True,
         text=True,
@@ -406,8 +406,8 @@ def test_the_prover_is_a_process_that_speaks_json(world: World) -> None:
 
 def test_a_builder_without_torch_says_what_is_missing(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """A build with proofs fails before anything is fetched, and names the extra."""
-    monkeypatch.setattr(builder_prove, "NEEDS", ("no_such_torch",))
-    with pytest.raises(SettingsInvalid, match=r"pip install 'loramux\[inference\]'"):
+    monkeypatch.setattr(building, "NEEDS", ("no_such_torch",))
+    with pytest.raises(SettingsInvalid, match=r"pip install 'loramux\[prove\]'"):
         build_into(MemoryStore(), world)
 
 

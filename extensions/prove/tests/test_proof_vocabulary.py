@@ -10,16 +10,16 @@ import pytest
 import torch
 from transformers import Gemma3TextConfig, GraniteConfig, LlamaConfig
 
-from inference_service.proof.adapter_source import read_adapter
-from inference_service.proof.prove import probe_tokens
-from inference_service.proof.reference import Reference
+from loramux_prove.__main__ import probe_tokens
+from loramux_prove.adapter_source import read_adapter
+from loramux_prove.reference import Reference
 from loramux_shared.bases.read import read_config
 from loramux_shared.bundle.manifest import VOCABULARY_FILE, Manifest, ModuleRow, Replaced
 from loramux_shared.faults import ProofFailed
 from loramux_shared.storage.memory import MemoryStore
 from tests.models.test_own_vocabulary import ADAPTERS, OF_TIED, made
-from tests.models.test_proof import build_into, manifest_of, tampered
 from tests.support.tiny import SIZES, World, oracle, refusal
+from tests.test_proof import build_into, manifest_of, tampered
 
 OWN = {name: settings for name, settings in ADAPTERS.items() if name != "plain"} | OF_TIED
 FEW = {name: OWN[name] for name in ("factors", "some", "tokens", "dora", "both")}

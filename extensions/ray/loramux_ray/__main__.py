@@ -21,9 +21,8 @@ from ray.serve.exceptions import RayServeException
 from loramux_ray.app import build, build_builder
 from loramux_ray.names import APP, BUILDER_APP, MIDDLEWARES, SERVICERS
 from loramux_shared.faults import Fault, ServerUnavailable, SettingsInvalid
-from loramux_shared.notify import READY, notify
+from loramux_shared.process import READY, log_to_stderr, notify
 from loramux_shared.rpc.stopping import Stop
-from loramux_shared.telemetry import log_to_stderr
 
 log = structlog.get_logger()
 

@@ -19,7 +19,7 @@ from loramux_shared.faults import PermissionDenied
 from loramux_shared.rpc.admission import AdmissionInterceptor
 from loramux_shared.rpc.calls import CallInterceptor
 from loramux_shared.rpc.status import abort
-from loramux_shared.tracing.spans import ServerSpans
+from loramux_shared.tracing import ServerSpans
 
 Register = Callable[[Any], None]
 """Adds a servicer to what it takes for a server."""

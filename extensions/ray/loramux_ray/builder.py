@@ -15,10 +15,9 @@ from loramux_ray.bridge import Bridge
 from loramux_ray.calls import End, RpcCall
 from loramux_ray.context import Uploads
 from loramux_shared.access.guard import open_guard
-from loramux_shared.descriptors import raise_limit
+from loramux_shared.process import log_to_stderr, raise_limit
 from loramux_shared.settings import BuilderSettings, load_settings
-from loramux_shared.telemetry import log_to_stderr
-from loramux_shared.tracing.setup import open_tracing
+from loramux_shared.tracing import open_tracing
 
 log = structlog.get_logger()
 

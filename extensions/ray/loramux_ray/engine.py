@@ -20,9 +20,8 @@ from loramux_ray.bridge import Bridge
 from loramux_ray.calls import End, HttpCall, Messages, RpcCall
 from loramux_ray.settings import engine_settings
 from loramux_shared.access.guard import open_guard
-from loramux_shared.descriptors import raise_limit
 from loramux_shared.faults import ReplicaFailed
-from loramux_shared.telemetry import log_to_stderr
+from loramux_shared.process import log_to_stderr, raise_limit
 
 log = structlog.get_logger()
 

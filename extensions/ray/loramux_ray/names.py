@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from loramux_shared.mixtures import names_of
+from loramux_shared.bundle.names import names_of
 from loramux_shared.routes import MODEL_HEADER
 
 APP: Final = "loramux"

@@ -18,8 +18,7 @@ from loramux_ray.bridge import Bridge
 from loramux_ray.calls import End, HttpCall, RpcCall
 from loramux_shared.access.guard import NOBODY_GUARDS, Guard
 from loramux_shared.access.keyring import Keyring
-from loramux_shared.access.keys import KeyEntry, digest, new_key
-from loramux_shared.access.rights import Scope
+from loramux_shared.access.keys import KeyEntry, Scope, digest, new_key
 from loramux_shared.storage.memory import MemoryStore
 from tests.support.service import PROMPT, Service, open_service
 from tests.support.tiny import World

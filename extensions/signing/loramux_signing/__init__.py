@@ -1,1 +1,4 @@
-"""OpenSSF model signing: whose signatures are asked for, and what is signed."""
+"""OpenSSF model signing: the functions that `loramux_shared.signatures` asks for."""
+
+from loramux_signing.folder import require_signed as require_signed
+from loramux_signing.store import signed_store as signed_store

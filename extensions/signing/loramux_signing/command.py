@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Final
 
@@ -15,12 +14,12 @@ from loramux_shared.bundle.deployments import current_generation, stored_deploym
 from loramux_shared.bundle.generation import Generation, generation_key, signature_key
 from loramux_shared.faults import DeploymentNotFound, SettingsInvalid
 from loramux_shared.settings import BuilderSettings, load_settings, variable
-from loramux_shared.signing.folder import verify_folder
-from loramux_shared.signing.openssf import SIGNATURE, SigningKey, sign_folder
-from loramux_shared.signing.signers import read_signer
-from loramux_shared.signing.store import check_signature, sign_object, signed_store
+from loramux_shared.signatures import SIGNATURE, SigningKey
 from loramux_shared.storage.base import Store
 from loramux_shared.storage.open import open_store
+from loramux_signing.folder import verify_folder
+from loramux_signing.openssf import sign_folder
+from loramux_signing.store import check_signature, sign_object, signed_store
 
 KEY: Final = variable("signing_key")
 CERTIFICATES: Final = variable("signing_certificates")
@@ -103,7 +102,7 @@ def verify(
 
     Example: loramux verify ./my-adapter --signed-by release.pub
     """
-    settings = load_settings(BuilderSettings, store=store, require_signature=signers(signed_by) or None)
+    settings = load_settings(BuilderSettings, store=store, require_signature=shell.signers(signed_by) or None)
     if not settings.require_signature:
         raise SettingsInvalid(f"expected --signed-by SIGNER, or {SIGNERS}, found neither")
     folder = Path(target).expanduser()
@@ -140,15 +139,3 @@ def _served(store: Store, name: str) -> Generation:
             f"{name[:128]!r} is no folder here and no deployment of {store.uri}. There: {known}."
         )
     return generation
-
-
-def signers(words: Sequence[str] | None) -> tuple[str, ...]:
-    """Return the signers that words name; files are read here.
-
-    Raises:
-        SettingsInvalid: one is none.
-    """
-    try:
-        return tuple(read_signer(word, Path()) for word in words or ())
-    except ValueError as error:
-        raise SettingsInvalid(f"--signed-by: expected {error}") from error

@@ -7,11 +7,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
 from loramux_shared.adapter_files import pieces_of
-from loramux_shared.bundle.manifest import FileDigest
 from loramux_shared.faults import SignatureInvalid
-from loramux_shared.signing.openssf import GIT, MAX_BYTES, SIGNATURE, Signed, verified
+from loramux_shared.signatures import MAX_SIGNATURE, SIGNATURE
 from loramux_shared.sources.files import hash_if_there
 from loramux_shared.wording import listed
+from loramux_signing.openssf import GIT, Signed, verified
 
 
 def verify_folder(folder: Path, signature: Path, signers: Sequence[str]) -> Signed:
@@ -40,7 +40,7 @@ def read_signature(path: Path) -> bytes:
         data = b""
         for piece in pieces_of(path):
             data += piece
-            if len(data) > MAX_BYTES:
+            if len(data) > MAX_SIGNATURE:
                 break  # which the form says
     except OSError as error:
         raise SignatureInvalid(
@@ -49,16 +49,16 @@ def read_signature(path: Path) -> bytes:
     return data
 
 
-def require_signed(
-    signature: bytes, files: Mapping[str, FileDigest], signers: Sequence[str], what: str
-) -> None:
-    """Raise unless one of the signers signed each of these files; other files need not be here.
+def require_signed(signature: bytes, files: Mapping[str, str], signers: Sequence[str], what: str) -> None:
+    """Raise unless one of the signers signed each of these files, sha256 by name.
+
+    Other files that were signed need not be here.
 
     Raises:
         SignatureInvalid: the signature is nobody's of them, or files differ or were not signed.
     """
     signed = verified(signature, signers, what)
-    found = {name: file.sha256 for name, file in files.items() if name != SIGNATURE}
+    found = {name: sha256 for name, sha256 in files.items() if name != SIGNATURE}
     if problems := differences(signed.files, found):
         raise SignatureInvalid(
             f"{what}: expected the files that were signed, found {listed(problems, 5)}. "

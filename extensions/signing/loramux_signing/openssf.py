@@ -15,25 +15,12 @@ from pathlib import Path
 from typing import Any, Final
 
 from loramux_shared.faults import SettingsInvalid, SignatureInvalid, SourceUnavailable
-from loramux_shared.signing.signers import SIGSTORE, label
+from loramux_shared.signatures import MAX_SIGNATURE, SIGNATURE, SIGSTORE, SigningKey, label
 from loramux_shared.sources.files import disk_errors
 from loramux_shared.wording import listed
 
-SIGNATURE: Final = "model.sig"
-"""Name of the signature, beside the files that it signs."""
-MAX_BYTES: Final = 4 << 20
-"""Largest signature: about 200 bytes for each file that it lists."""
 GIT: Final = (".git", ".gitattributes", ".github", ".gitignore")
 """Never signed, as in the library."""
-
-
-@dataclass(frozen=True)
-class SigningKey:
-    """A private key on an elliptic curve (PEM) that signs, and certificates for it where there are some."""
-
-    key: Path
-    certificates: Path | None = None
-    """The key's own first, then those that lead to an authority (PEM)."""
 
 
 @dataclass(frozen=True)
@@ -133,16 +120,16 @@ def _signed(manifest: Any, by: str, what: str) -> Signed:
 def _check_form(signature: bytes, what: str) -> None:
     """Refuse what the library would read without bounds, or with a word on stdout."""
     try:
-        material = json.loads(signature[: MAX_BYTES + 1].decode())["verificationMaterial"]
+        material = json.loads(signature[: MAX_SIGNATURE + 1].decode())["verificationMaterial"]
         key = material.get("publicKey")
         hinted = key is None or (isinstance(key["hint"], str) and bool(key["hint"]))
-        form = hinted and len(signature) <= MAX_BYTES
+        form = hinted and len(signature) <= MAX_SIGNATURE
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
         form = False
     if not form:
         raise SignatureInvalid(
-            f"{what}: expected a signature of OpenSSF model signing 1.0 or newer of at most {MAX_BYTES} bytes, "
-            "found something else. Sign it again: `loramux sign`."
+            f"{what}: expected a signature of OpenSSF model signing 1.0 or newer of at most {MAX_SIGNATURE} "
+            "bytes, found something else. Sign it again: `loramux sign`."
         )
 
 

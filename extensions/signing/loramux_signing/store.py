@@ -19,9 +19,10 @@ from typing import Final, TypeAlias
 from loramux_shared.bundle.generation import signature_key
 from loramux_shared.bundle.manifest import sha256_hex
 from loramux_shared.faults import SettingsInvalid, SignatureInvalid, SourceUnavailable, StoreUnavailable
-from loramux_shared.signing.openssf import SigningKey, public_key, sign_folder, verified
+from loramux_shared.signatures import SigningKey
 from loramux_shared.sources.files import disk_errors
 from loramux_shared.storage.base import Entry, ObjectMissing, Store
+from loramux_signing.openssf import public_key, sign_folder, verified
 
 Sign: TypeAlias = Callable[[str, bytes], bytes]
 """Returns the signature of what is under a key."""
@@ -111,7 +112,7 @@ def sign_object(key: str, data: bytes, by: SigningKey | None) -> bytes:
 
 
 def signed_store(store: Store, signers: Sequence[str], key: SigningKey | None = None) -> Store:
-    """Return a store with signatures where settings ask for them.
+    """Return a store that takes no generation without a signature, and signs its own with a key.
 
     With a key, generations of its own are good too, and it is tried whether what it signs is.
 
@@ -119,7 +120,7 @@ def signed_store(store: Store, signers: Sequence[str], key: SigningKey | None = 
         SettingsInvalid: what the key signs would be refused, or the packages are missing.
     """
     if key is None:
-        return SignedStore(store, signers) if signers else store
+        return SignedStore(store, signers)
     if key.certificates is None:
         signers = (*signers, public_key(key))
     elif not signers:

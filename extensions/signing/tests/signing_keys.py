@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 import trustme
 
-from loramux_shared.signing.openssf import SigningKey
-from loramux_shared.signing.signers import read_signer
+from loramux_shared.signatures import SigningKey, read_signer
 
 pytest.importorskip("model_signing", reason="pip install 'loramux[signing]'", exc_type=ImportError)
 

@@ -16,16 +16,14 @@ from builder_service.pipeline.context import BuildContext
 from builder_service.pipeline.making import workshop
 from builder_service.pipeline.progress import Progress
 from builder_service.pipeline.push import PushedAdapter
-from builder_service.pipeline.rollback import rollback
-from builder_service.pipeline.update import push, update
-from builder_service.pipeline.wishes import Update
+from builder_service.pipeline.update import Update, push, rollback, update
 from inference_service.adapters.bundles import StoredBundles
 from inference_service.adapters.follower import Follower, FollowerState
 from inference_service.replica import Replica
 from loramux.cli.main import app
 from loramux.messages import deployment_from_message, deployment_to_message
+from loramux_gc.orphans import Retention, find_orphans, remove
 from loramux_shared.bundle.deployments import current_generation
-from loramux_shared.bundle.gc import Retention, find_orphans, remove
 from loramux_shared.bundle.generation import Generation, current_key, generation_key, signature_key
 from loramux_shared.bundle.manifest import MANIFEST_FILE, bundle_key, sha256_hex
 from loramux_shared.deployment import Repository, SourceKind
@@ -40,12 +38,13 @@ from loramux_shared.faults import (
     SignatureInvalid,
 )
 from loramux_shared.settings import BuilderSettings, InferenceSettings
-from loramux_shared.signing.openssf import SIGNATURE, sign_folder
-from loramux_shared.signing.store import sign_object, signed_store
+from loramux_shared.signatures import SIGNATURE, signed_store
 from loramux_shared.sources.open import open_sources
 from loramux_shared.storage.local import LocalStore
+from loramux_signing.openssf import sign_folder
+from loramux_signing.store import sign_object
+from tests.signing_keys import new_certificate, new_key
 from tests.support.adapters import tensors, write_adapter, write_base
-from tests.support.signing import new_certificate, new_key
 from tests.support.waiting import until
 
 FIRST = generation_key("tiny", 1)

@@ -12,11 +12,11 @@ from typer.testing import CliRunner
 from loramux.cli.main import app
 from loramux_shared.faults import SettingsInvalid, SignatureInvalid
 from loramux_shared.settings import BuilderSettings, load_settings
-from loramux_shared.signing.folder import verify_folder
-from loramux_shared.signing.openssf import SIGNATURE, sign_folder, verified
-from loramux_shared.signing.signers import parse_signer, read_signer
+from loramux_shared.signatures import SIGNATURE, parse_signer, read_signer
+from loramux_signing.folder import verify_folder
+from loramux_signing.openssf import sign_folder, verified
+from tests.signing_keys import new_certificate, new_key
 from tests.support.adapters import write_adapter
-from tests.support.signing import new_certificate, new_key
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Iterable, Iterator
 from contextlib import aclosing, contextmanager
 
 from inference_service.serving.request import Event
-from loramux_shared.access.rights import ACCESS
+from loramux_shared.access.keys import ACCESS
 
 
 class Call:

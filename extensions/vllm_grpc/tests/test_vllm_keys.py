@@ -13,7 +13,7 @@ from inference_service.serving.engine_thread import EngineThread
 from inference_service.serving.service import GenerationService, ServingLimits
 from inference_service.text.text import Text
 from loramux_shared.access.guard import Guard
-from loramux_shared.access.rights import ACCESS, Access, Scope
+from loramux_shared.access.keys import ACCESS, Access, Scope
 from loramux_shared.rpc.admission import CORE
 from loramux_shared.rpc.server import RpcServer
 from loramux_vllm_grpc import engine, inference

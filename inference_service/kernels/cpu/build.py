@@ -32,8 +32,7 @@ from inference_service.kernels.cpu import compiling
 from inference_service.kernels.cpu.check import first_wrong  # and torch, whose OpenMP runtime is to be shared
 from inference_service.kernels.cpu.compiling import Waiting
 from inference_service.kernels.cpu.processors import Kind, kinds_that_run
-from loramux_shared.notify import report
-from loramux_shared.private import private_folder, read_private
+from loramux_shared.process import private_folder, read_private, report
 
 BEFOREHAND: Final = Path(__file__).with_name(compiling.BEFOREHAND)
 """Holds what was compiled beforehand: who could write there could change this file too."""

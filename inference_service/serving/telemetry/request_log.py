@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import structlog
 from structlog.contextvars import get_contextvars
 
 from inference_service.serving.request import AnswerDelta
 from inference_service.serving.telemetry.record import RequestRecord, Watcher
+from loramux_shared.tracing import Tracing
 
 log = structlog.get_logger()
 MAX_NAME = 128
@@ -67,15 +68,7 @@ def _ms(seconds: float | None) -> float | None:
     return None if seconds is None else round(seconds * 1e3, 1)
 
 
-if TYPE_CHECKING:
-    from opentelemetry.trace import Tracer
-
-
-def open_watchers(tracer: Tracer | None = None, *, log_prompts: bool = False) -> list[Watcher]:
-    """Return the log of requests, and with a tracer their spans."""
+def open_watchers(tracing: Tracing | None = None, *, log_prompts: bool = False) -> list[Watcher]:
+    """Return the log of requests, and with tracing their spans."""
     watchers: list[Watcher] = [RequestLog(texts=log_prompts)]
-    if tracer is not None:
-        from inference_service.serving.telemetry.traces import RequestSpans
-
-        watchers.append(RequestSpans(tracer))
-    return watchers
+    return watchers if tracing is None else [*watchers, tracing.watcher()]

@@ -12,11 +12,11 @@ from loramux.cli.local.services import local_roots
 from loramux.connection import API_KEY, Credentials
 from loramux_shared.access.guard import open_guard
 from loramux_shared.access.keyring import Keyring
-from loramux_shared.access.rights import Scope
+from loramux_shared.access.keys import Scope
 from loramux_shared.bundle.generation import current_key
 from loramux_shared.deployment import Deployment
 from loramux_shared.faults import PermissionDenied, Unauthenticated
-from loramux_shared.rpc.listening import require_free
+from loramux_shared.rpc.options import require_free
 from loramux_shared.settings import BuilderSettings, InferenceSettings, load_settings, require_triton
 from loramux_shared.storage.base import ObjectMissing
 from loramux_shared.storage.open import open_store

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -18,9 +19,8 @@ from types import TracebackType
 from typing import Any, Self
 
 from loramux.cli import shell
-from loramux.cli.local.logs import follow, tail
 from loramux_shared.faults import FAULTS, Fault, ServerUnavailable, Status
-from loramux_shared.notify import READY, SOCKET, STATUS
+from loramux_shared.process import READY, SOCKET, STATUS
 from loramux_shared.rpc.status import CallFailed
 
 DRAIN_S = 120.0  # longer than a service takes to drain; then it is killed
@@ -61,7 +61,7 @@ class Child:
     process: asyncio.subprocess.Process
     log: Path
     ready: asyncio.Event = field(default_factory=asyncio.Event)
-    """Set when it said that it is (see `loramux_shared.notify`)."""
+    """Set when it said that it is (see `loramux_shared.process`)."""
 
     def death(self) -> Fault:
         """Return why it ended: the fault that it named, or `ServiceDied`."""
@@ -260,3 +260,53 @@ def free_address(preferred: str = f"{LOOPBACK}:0") -> str:
                 continue
             return f"{LOOPBACK}:{probe.getsockname()[1]}"
     raise ServerUnavailable("this machine has no free port left")
+
+
+TAIL_LINES = 12
+POLL_S = 0.2
+# Levels as structlog and Python's logging write them; and our own last line of a service that cannot start.
+_MATTERS = re.compile(
+    r"\[\s*(warning|error|critical)\s*\]|^(error|warning|fatal)\b|\b(ERROR|WARNING|CRITICAL)\b"
+)
+_LEVELS = frozenset({"warning", "error", "critical"})
+_REPORTED = frozenset({"build failed"})
+"""Events that the command which waits for them tells itself, as its own failure."""
+_ANSI = re.compile(r"\x1b\[[0-9;]*m")
+
+
+async def follow(log: Path, name: str) -> None:
+    """Print the lines that matter as they come, until cancelled."""
+    with log.open(encoding="utf-8", errors="replace") as file:
+        rest = ""
+        while True:
+            *lines, rest = (rest + file.read()).split("\n")
+            for line in lines:
+                if matters := important(line):
+                    shell.say(f"{name}: {matters}", "yellow")
+            await asyncio.sleep(POLL_S)
+
+
+def important(line: str) -> str:
+    """Return a log line as one that a person reads, or "" for one that can stay in the log."""
+    line = _ANSI.sub("", line).strip()
+    if not line.startswith("{"):
+        return line if _MATTERS.search(line) else ""
+    try:
+        fields = json.loads(line)
+    except ValueError:
+        return ""
+    if str(fields.pop("level", "")).lower() not in _LEVELS:
+        return ""
+    event = fields.pop("event", "")
+    if event in _REPORTED:
+        return ""
+    for noise in ("timestamp", "logger", "exception", "stack"):
+        fields.pop(noise, None)
+    return " ".join([str(event), *(f"{name}={value}" for name, value in fields.items())])
+
+
+def tail(log: Path, lines: int = TAIL_LINES) -> list[str]:
+    """Return the last lines of a log that may say why it ends; a record of what went well does not."""
+    text = log.read_text(encoding="utf-8", errors="replace")
+    important_lines = [line for line in text.splitlines() if not line.startswith("{") or important(line)]
+    return [_ANSI.sub("", line) for line in important_lines[-lines:]]

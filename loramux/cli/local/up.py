@@ -24,7 +24,7 @@ from loramux.cli.local.tree import ProcessTree, free_address, run_tree
 from loramux.client import BUILDER, INFERENCE, AsyncClient
 from loramux.connection import API_KEY, Credentials
 from loramux.records import ModelInfo
-from loramux_shared.notify import READY, notify
+from loramux_shared.process import READY, notify
 from loramux_shared.wording import listed
 
 OPENAI = "127.0.0.1:8000"

@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, TypeAlias
 
 from loramux_shared.access.keyring import Keyring, key_of
-from loramux_shared.access.rights import ACCESS, Scope
+from loramux_shared.access.keys import ACCESS, Scope
 from loramux_shared.faults import Fault, PermissionDenied, Unauthenticated
 
 Message: TypeAlias = MutableMapping[str, Any]

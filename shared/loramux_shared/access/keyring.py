@@ -9,8 +9,7 @@ from pathlib import Path
 
 import structlog
 
-from loramux_shared.access.keys import KeyEntry, digest, parse_keys
-from loramux_shared.access.rights import Access, Scope
+from loramux_shared.access.keys import Access, KeyEntry, Scope, digest, parse_keys
 from loramux_shared.access.watch import Watch
 from loramux_shared.faults import PermissionDenied, SettingsInvalid, Unauthenticated
 

@@ -89,3 +89,12 @@ def bad_name(name: str, where: str) -> Finding | None:
 
 def _bad(where: str, expected: str, found: str, fix: str = "") -> Finding:
     return Finding(code="E_BAD_FIELD", where=where, expected=expected, found=found, fix=fix)
+
+
+BASE: Final = "base"
+"""A name of every served base, where nothing else is called so."""
+
+
+def names_of(model: str) -> list[str]:
+    """Return the distinct names of ``NAME*SCALE+NAME``, in their order; of one name itself."""
+    return sorted({part.partition("*")[0].strip() for part in model.split("+")})

@@ -10,7 +10,7 @@ import grpc
 
 from loramux_shared import routes
 from loramux_shared.access.keyring import Keyring, bearer
-from loramux_shared.access.rights import ACCESS, Scope
+from loramux_shared.access.keys import ACCESS, Scope
 from loramux_shared.faults import Fault, PermissionDenied, Unauthenticated
 from loramux_shared.rpc.status import abort
 

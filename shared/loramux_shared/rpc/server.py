@@ -13,14 +13,12 @@ from grpc_reflection.v1alpha import reflection
 
 from loramux_shared.access.guard import NOBODY_GUARDS, Guard
 from loramux_shared.access.tls import TlsFiles
-from loramux_shared.descriptors import connections_per_server
-from loramux_shared.digits import is_whole
-from loramux_shared.notify import READY, STOPPING, notify
+from loramux_shared.process import READY, STOPPING, connections_per_server, notify
 from loramux_shared.rpc.admission import CORE, AdmissionInterceptor, Rules
 from loramux_shared.rpc.calls import USUAL, CallInterceptor, Patience
-from loramux_shared.rpc.listening import cannot_listen, require_free
-from loramux_shared.rpc.options import server_options
-from loramux_shared.tracing.spans import ServerSpans
+from loramux_shared.rpc.options import cannot_listen, require_free, server_options
+from loramux_shared.tracing import ServerSpans
+from loramux_shared.wording import is_whole
 
 CUT_S: Final = 1.0
 """For what a drain cuts off to tell its client so."""

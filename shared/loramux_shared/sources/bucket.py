@@ -12,8 +12,7 @@ from loramux_shared.deployment import Repository
 from loramux_shared.faults import BundleCorrupt, RepoNotFound, SourceRefused, SourceUnavailable
 from loramux_shared.sources.base import MAX_FILES, Progress, Resolved, Room, SourceFile, bounded, unwatched
 from loramux_shared.sources.cache import missing_files
-from loramux_shared.sources.checksum import Checksum
-from loramux_shared.sources.files import exactly, hash_pieces, inside, is_text, pin_content, whole
+from loramux_shared.sources.files import Checksum, exactly, hash_pieces, inside, is_text, pin_content, whole
 from loramux_shared.sources.retry import RetryPolicy, TimeLeft
 from loramux_shared.sources.secrets import Secrets
 

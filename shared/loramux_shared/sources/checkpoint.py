@@ -20,8 +20,7 @@ from loramux_shared.bundle.manifest import FileDigest
 from loramux_shared.deployment import Repository, SourceKind
 from loramux_shared.faults import BundleCorrupt, CheckpointInvalid, SignatureInvalid
 from loramux_shared.pooling import FILE as POOLING
-from loramux_shared.signing.folder import require_signed
-from loramux_shared.signing.openssf import MAX_BYTES, SIGNATURE
+from loramux_shared.signatures import MAX_SIGNATURE, SIGNATURE, signatures
 from loramux_shared.sources.base import Progress, Resolved, Room, Source, about, unwatched
 from loramux_shared.sources.cache import alone, differs, discard, open_cache
 from loramux_shared.sources.files import hash_if_there, inside, scratch, whole
@@ -240,10 +239,11 @@ def _require_signed(
     folder: Path,
 ) -> None:
     what = f"{_name(resolved.repository)}: {SIGNATURE}"
-    if SIGNATURE not in resolved.files or resolved.files[SIGNATURE].size > MAX_BYTES:
+    if SIGNATURE not in resolved.files or resolved.files[SIGNATURE].size > MAX_SIGNATURE:
         raise SignatureInvalid(f"{what}: expected a signature, found none. Sign it: `loramux sign`.")
     source.fetch(resolved, [SIGNATURE], folder)
-    require_signed((folder / SIGNATURE).read_bytes(), files, signers, what)
+    found = {name: file.sha256 for name, file in files.items()}
+    signatures().require_signed((folder / SIGNATURE).read_bytes(), found, signers, what)
 
 
 def _name(repository: Repository) -> str:

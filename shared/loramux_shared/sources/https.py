@@ -14,10 +14,10 @@ from typing import Final
 from urllib.parse import SplitResult, urljoin, urlsplit
 
 from loramux_shared.adapter_files import PIECE
-from loramux_shared.digits import is_whole
 from loramux_shared.faults import Fault, RepoGated, RepoNotFound, SourceRefused, SourceUnavailable
 from loramux_shared.sources.addresses import Address, AddressGuard
 from loramux_shared.sources.retry import Busy, TimeLeft
+from loramux_shared.wording import is_whole
 
 TIMEOUT_S: Final = 20.0
 MAX_REDIRECTS: Final = 5

@@ -39,9 +39,8 @@ from loramux_shared.faults import (
 )
 from loramux_shared.sources.base import Progress, Resolved, Room, SourceFile, bounded, unwatched
 from loramux_shared.sources.cache import missing_files
-from loramux_shared.sources.checksum import checked_file
-from loramux_shared.sources.files import disk_errors, disk_fault, inside, is_text, scratch
-from loramux_shared.sources.hub_card import MODEL, descent_of
+from loramux_shared.sources.files import checked_file, disk_errors, disk_fault, inside, is_text, scratch
+from loramux_shared.sources.licence import MODEL, descent_of
 from loramux_shared.sources.retry import Busy, RetryPolicy, TimeLeft
 from loramux_shared.sources.secrets import Secrets, warn_unset
 

@@ -8,10 +8,11 @@ from pathlib import Path
 
 from loramux_shared.bundle.generation import Descent
 from loramux_shared.deployment import Repository, SourceKind
-from loramux_shared.faults import SourceRefused
+from loramux_shared.extensions import need_extension
+from loramux_shared.faults import SettingsInvalid, SourceRefused
 from loramux_shared.sources.addresses import AddressGuard
 from loramux_shared.sources.base import Source
-from loramux_shared.sources.bucket import Bucket, BucketSource
+from loramux_shared.sources.bucket import Bucket, BucketSource, Opener
 from loramux_shared.sources.https import Https
 from loramux_shared.sources.hub import HubSource
 from loramux_shared.sources.local import LocalSource
@@ -66,8 +67,8 @@ def open_sources(
         {
             SourceKind.HF: HubSource(secrets, endpoint=hub_endpoint, work_dir=work_dir),
             SourceKind.S3: BucketSource(open_s3, secrets),
-            SourceKind.GCS: BucketSource(open_gcs, secrets),
-            SourceKind.AZURE: BucketSource(open_azure, secrets),
+            SourceKind.GCS: BucketSource(opener_of(SourceKind.GCS), secrets),
+            SourceKind.AZURE: BucketSource(opener_of(SourceKind.AZURE), secrets),
             SourceKind.REMOTE_URL: UrlSource(Https(AddressGuard(allowed_hosts)), secrets, work_dir),
             SourceKind.LOCAL: LocalSource(local_roots),
             SourceKind.PUSHED: PushedSource(),
@@ -83,18 +84,19 @@ def open_s3(repository: Repository, secrets: Secrets) -> tuple[Bucket, str]:
     return open_bucket(repository, secrets)
 
 
-def open_gcs(repository: Repository, secrets: Secrets) -> tuple[Bucket, str]:
-    """Return the bucket of a GCS repository."""
-    with needs_extra(SourceKind.GCS, "gcs"):
-        from loramux_shared.sources.gcs import open_bucket
-    return open_bucket(repository, secrets)
+def opener_of(kind: SourceKind) -> Opener:
+    """Return what opens the buckets of a kind that an extension knows."""
 
+    def open_it(repository: Repository, secrets: Secrets) -> tuple[Bucket, str]:
+        name = kind.lower()
+        try:
+            with needs_extra(kind, name):
+                open_bucket: Opener = need_extension(name, f"source {kind}").open_bucket
+        except SettingsInvalid as fault:
+            raise SourceRefused(fault.message) from fault
+        return open_bucket(repository, secrets)
 
-def open_azure(repository: Repository, secrets: Secrets) -> tuple[Bucket, str]:
-    """Return the container of an AZURE repository."""
-    with needs_extra(SourceKind.AZURE, "azure"):
-        from loramux_shared.sources.azure import open_bucket
-    return open_bucket(repository, secrets)
+    return open_it
 
 
 @contextmanager

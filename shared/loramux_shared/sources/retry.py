@@ -17,9 +17,9 @@ from tenacity import (
     wait_random,
 )
 
-from loramux_shared.digits import is_whole
 from loramux_shared.faults import Fault, SourceUnavailable
 from loramux_shared.sources.base import Progress, unwatched
+from loramux_shared.wording import is_whole
 
 log = structlog.get_logger()
 

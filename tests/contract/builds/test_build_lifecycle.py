@@ -16,7 +16,7 @@ from builder_service.builds import journal
 from builder_service.builds.journal import Abandoned, Journal, JournalEntry
 from builder_service.builds.running import RunningBuild
 from builder_service.builds.views import BuildState
-from builder_service.pipeline.wishes import Update
+from builder_service.pipeline.update import Update
 from loramux.cli.main import app
 from loramux.client import AsyncClient
 from loramux.records import DeploymentState

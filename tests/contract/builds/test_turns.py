@@ -13,7 +13,7 @@ import pytest
 from builder_service.builds.builds import Builds
 from builder_service.builds.journal import JournalEntry
 from builder_service.builds.views import BuildState, DeploymentView
-from builder_service.pipeline.wishes import Update
+from builder_service.pipeline.update import Update
 from loramux.client import AsyncClient
 from loramux_shared.faults import BuildCancelled, BuildInProgress
 from tests.support.adapters import tensors, write_adapter

@@ -17,8 +17,7 @@ from typer.testing import CliRunner
 from builder_service.builds.journal import JournalEntry
 from builder_service.builds.views import BuildState
 from builder_service.pipeline.progress import Progress
-from builder_service.pipeline.update import update
-from builder_service.pipeline.wishes import Update
+from builder_service.pipeline.update import Update, update
 from loramux.cli.main import app
 from loramux_shared.bundle.claims import generation_numbers
 from loramux_shared.bundle.deployments import current_generation

@@ -15,15 +15,14 @@ import pytest
 from builder_service.builds import following, pushes
 from builder_service.pipeline.build import build
 from builder_service.pipeline.progress import Progress
-from builder_service.pipeline.update import update
-from builder_service.pipeline.wishes import Update
+from builder_service.pipeline.update import Update, update
 from loramux.builder.v1 import builder_pb2 as pb
 from loramux.builder.v1 import builder_pb2_grpc
 from loramux.client import AsyncClient
 from loramux.records import DeploymentInfo, DeploymentState
 from loramux_shared.bundle.changes import publish_change
 from loramux_shared.bundle.generation import Generation, generation_key
-from loramux_shared.bundle.manifest import CONFIG_FILE, WEIGHTS_FILE, bundle_key
+from loramux_shared.bundle.manifest import WEIGHTS_FILE, bundle_key
 from loramux_shared.bundle.reader import read_manifest
 from loramux_shared.deployment import Deployment, Repository, Runtime, SourceKind
 from loramux_shared.faults import (
@@ -307,20 +306,12 @@ async def test_a_pushed_adapter_is_what_its_folder_would_be(world: World) -> Non
 
 
 async def test_what_a_build_takes_of_a_folder_can_be_pushed(world: World) -> None:
-    """Weights in several files, and npy files of a converter; what is not used is named alone."""
+    """Weights in several files; what is not used is named alone."""
     several = Shape("", "", "", shards=2, files=("optimizer.pt",)).write(world.folder / "several")
     pushed = await world.client.push("tiny", "several", several)
     assert [warning.code for warning in pushed.adapter.warnings] == ["W_EXTRA_FILES"]
     await world.update("several")
     assert world.generation.adapters["several"].digest == pushed.digest
-    npy = world.folder / "npy"
-    npy.mkdir()
-    for name in (WEIGHTS_FILE, CONFIG_FILE):
-        (npy / name).write_bytes(world.store.get(bundle_key(pushed.digest, name)))
-    imported = await world.client.push("tiny", "npy", npy)
-    await world.update("npy")
-    assert world.generation.adapters["npy"].digest == imported.digest
-    assert imported.adapter.kinds == ("lora",)
 
 
 async def test_a_push_says_what_the_folder_has_instead_of_weights(world: World) -> None:

@@ -1,4 +1,4 @@
-"""``loramux check``, ``prove`` and ``import-bundle``: what they print, what machines get, how they end."""
+"""``loramux check`` and ``prove``: what they print, what machines get, how they end."""
 
 from __future__ import annotations
 
@@ -21,7 +21,6 @@ from tests.support.adapters import tensors, write_adapter, write_base
 from tests.support.builders import in_thread
 from tests.support.fake_services import Fakes, deployment_text
 from tests.support.hub import serve_hub
-from tests.support.npy_files import write
 
 
 @pytest.fixture
@@ -121,50 +120,6 @@ def test_a_mistyped_folder_is_no_mystery(
     code, _, errors = run("check", adapter.format(folder), "--base", base.format(folder), *shared)
     assert code == 1
     assert f"If a folder was meant: there is no {missing} here." in errors
-
-
-def test_import_bundle_checks_and_says_how_to_publish(folder: Path, shared: tuple[str, str]) -> None:
-    """An import without a deployment's name is a dry run."""
-    write(folder / "npy", [(1, 0, 4), (18, 1, 2)])
-    words = ("import-bundle", folder / "npy", "--base", folder / "base", "--name", "lora1")
-    code, text, errors = run(*words, *shared)
-    assert code == 0, errors
-    assert "mlp_h_to_4h" in text
-    assert "--deployment NAME publishes it" in errors
-
-
-def test_import_bundle_wants_npy_files(folder: Path) -> None:
-    """A folder without them, or with a PEFT adapter beside them, is a mistake that is named."""
-    code, _, errors = run("import-bundle", folder / "base", "--base", folder / "base", "--name", "a")
-    assert (code, "expected model.lora_weights.npy" in errors) == (1, True)
-    write(folder / "fine", [(1, 0, 4)])
-    code, _, errors = run("import-bundle", folder / "fine", "--base", folder / "base", "--name", "a")
-    assert (code, "adapter_config.json" in errors) == (1, True)
-
-
-@pytest.mark.parametrize("published", [(), ("--deployment", "imported")])
-def test_import_bundle_refuses_names_that_are_none(folder: Path, published: tuple[str, ...]) -> None:
-    """Also where it only checks, so that nobody publishes under another name than was tried."""
-    write(folder / "npy", [(1, 0, 4)])
-    code, _, errors = run(
-        "import-bundle", folder / "npy", "--base", folder / "base", "--name", ".x", *published
-    )
-    assert code == 1
-    assert "Begin with a letter, a digit, _ or :" in errors
-
-
-def test_import_bundle_publishes_a_deployment_of_one(folder: Path, fakes: Fakes) -> None:
-    """An import with a deployment's name is a build of that one adapter."""
-    write(folder / "npy", [(1, 0, 4)])
-    code, text, errors = run(
-        "import-bundle", folder / "npy", "--base", "org/base@main", "--name", "lora1",
-        "--deployment", "imported", "--builder", fakes.builder_address,
-    )  # fmt: skip
-    assert code == 0, errors
-    spec = fakes.builder.specs["imported"]
-    assert [(each.name, each.repository.repo) for each in spec.adapters] == [("lora1", str(folder / "npy"))]
-    assert (spec.base.repo, spec.base.revision) == ("org/base", "main")
-    assert "deployment imported: generation 3 is published" in text
 
 
 def test_wishes_of_the_command_line_reach_the_builder(tmp_path: Path, fakes: Fakes) -> None:

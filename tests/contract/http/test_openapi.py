@@ -16,7 +16,7 @@ from starlette.routing import Route
 
 from inference_service.http.app import ENDPOINTS, Application, create_app
 from inference_service.http.openapi import ServerFacts, document
-from loramux_shared.access.rights import Scope
+from loramux_shared.access.keys import Scope
 from tests.support.root import ROOT
 from tests.support.silent import silent_service
 

@@ -260,8 +260,8 @@ async def test_a_head_that_is_not_understood_refuses_the_adapter(
     assert not store.objects
 
 
-async def test_who_classifies_is_neither_merged_nor_proved(made: tuple[World, MemoryStore]) -> None:
-    """Behind a hidden base it is served beside the weights; a build that must merge or prove it is refused."""
+async def test_who_classifies_is_not_merged(made: tuple[World, MemoryStore]) -> None:
+    """Behind a hidden base it is served beside the weights; a build that must merge it is refused."""
     world = World(made[0].base, {"topics": made[0].adapters["topics"]}, made[0].root)
     hidden = {"serve_base": False}
     store = MemoryStore()
@@ -271,8 +271,6 @@ async def test_who_classifies_is_neither_merged_nor_proved(made: tuple[World, Me
     assert generation.merged is None
     with pytest.raises(DeploymentInvalid, match="classifies texts"):
         world.build_with(MemoryStore(), runtime=hidden | {"merge": "always"})
-    with pytest.raises(AdapterInvalid, match="cannot be proved"):
-        world.build_with(MemoryStore(), build={"prove": True})
 
 
 async def test_who_makes_vectors_makes_nothing_else(made: tuple[World, MemoryStore], api: OpenAIApi) -> None:

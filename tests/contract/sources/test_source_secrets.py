@@ -21,15 +21,13 @@ from loramux_shared.sources.bucket import BucketSource
 from loramux_shared.sources.https import Https
 from loramux_shared.sources.hub import HubSource
 from loramux_shared.sources.local import LocalSource
-from loramux_shared.sources.open import Sources, open_azure, open_gcs, open_s3
+from loramux_shared.sources.open import Sources, open_s3
 from loramux_shared.sources.retry import RetryPolicy
 from loramux_shared.sources.secrets import Secrets
 from loramux_shared.sources.url import UrlSource
 from loramux_shared.storage.memory import MemoryStore
 from tests.support.adapters import write_adapter, write_base
 from tests.support.archives import pack
-from tests.support.azurite import ACCOUNT, azurite
-from tests.support.gcs_emulator import TOKEN, Gcs, serve_gcs
 from tests.support.https_server import Site, redirect, serve_https, stating
 from tests.support.hub import HubRepo, serve_hub
 from tests.support.s3_gateway import S3Server
@@ -112,47 +110,6 @@ def test_s3(caplog, s3_server: S3Server):
     ):
         with silence(caplog, s3_server.secret_key):
             BucketSource(open_s3, secrets_of(good), PATIENCE).resolve(repo("S3", address))
-
-
-def test_gcs(caplog, monkeypatch):
-    """Private keys and tokens are in no failure: no grant, absent, busy, or a secret of another form."""
-
-    def fails(server: Gcs, secret: dict[str, str] | str, address: str = "gs://bucket/x") -> None:
-        private = server.account["private_key"].splitlines()[3]
-        with silence(caplog, TOKEN, private):
-            BucketSource(open_gcs, secrets_of(secret), PATIENCE).resolve(repo("GCS", address))
-
-    with serve_gcs("bucket") as server:
-        monkeypatch.setenv("STORAGE_EMULATOR_HOST", server.endpoint)
-        fails(server, server.account | {"private_key_id": CANARY})
-        fails(server, server.account | {"private_key": CANARY})
-        fails(server, server.account | {"token_uri": "http://127.0.0.1:9/token"})
-        fails(server, CANARY)
-        fails(server, server.account, "gs://no-such-bucket/x")
-        fails(server, server.account, f"gs://bucket/x?sig={CANARY}")
-        server.failures[:] = [503, 503]
-        fails(server, server.account)
-
-
-def test_azure(caplog):
-    """Account keys are in no failure: refused, absent, unreachable, or a secret of another form."""
-    with azurite() as server:
-        good = {"account_key": server.account_key, "endpoint_url": server.endpoint_url}
-        bad: list[dict[str, str] | str] = [
-            good | {"account_key": "Y2FuYXJ5"},
-            good | {"account_key": CANARY},
-            good | {"endpoint_url": f"http://127.0.0.1:9/{ACCOUNT}"},
-            good | {"endpoint_url": CANARY},
-            CANARY,
-        ]
-        for secret in bad:
-            with silence(caplog, server.account_key, "Y2FuYXJ5"):
-                BucketSource(open_azure, secrets_of(secret), PATIENCE).resolve(
-                    repo("AZURE", f"azure://{ACCOUNT}/c/x")
-                )
-        for address in (f"azure://{ACCOUNT}/absent/x", f"azure://{ACCOUNT}/c/x?sig={CANARY}"):
-            with silence(caplog, server.account_key):
-                BucketSource(open_azure, secrets_of(good), PATIENCE).resolve(repo("AZURE", address))
 
 
 @pytest.fixture

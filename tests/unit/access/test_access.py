@@ -16,8 +16,7 @@ from inference_service.http.wire.refusals import fault_response
 from loramux_shared.access.asgi import AccessMiddleware
 from loramux_shared.access.guard import is_local, open_guard
 from loramux_shared.access.keyring import Keyring, bearer, key_of
-from loramux_shared.access.keys import digest, new_key, parse_keys
-from loramux_shared.access.rights import ACCESS, EVERYTHING, Access, Scope
+from loramux_shared.access.keys import ACCESS, EVERYTHING, Access, Scope, digest, new_key, parse_keys
 from loramux_shared.faults import ModelNotFound, PermissionDenied, SettingsInvalid, Unauthenticated
 from loramux_shared.settings import BuilderSettings
 from tests.support.access import lines, new_entry

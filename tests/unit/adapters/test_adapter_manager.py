@@ -17,7 +17,7 @@ from inference_service.adapters.follower import FollowerStanding
 from inference_service.adapters.served_model import ServedModel
 from inference_service.adapters.views import AdapterPlace
 from inference_service.engine.residents import AdapterState
-from loramux_shared.access.rights import ACCESS, Access, Scope
+from loramux_shared.access.keys import ACCESS, Access, Scope
 from loramux_shared.deployment import SourceKind
 from loramux_shared.faults import (
     AdapterExists,

@@ -19,7 +19,7 @@ from inference_service.adapters.defaults import NO_DEFAULTS, AdapterDefaults
 from inference_service.adapters.mixing import ScaledAdapter, written
 from inference_service.adapters.served_model import ServedModel
 from inference_service.core.adapter import Adapter
-from loramux_shared.access.rights import ACCESS, Access, Scope
+from loramux_shared.access.keys import ACCESS, Access, Scope
 from loramux_shared.bundle.generation import AdapterRecord, BaseRecord, Generation
 from loramux_shared.bundle.manifest import AdapterSummary
 from loramux_shared.deployment import Dtype, Repository, SourceKind

@@ -19,10 +19,9 @@ from loramux_shared.faults import BundleCorrupt
 from loramux_shared.sources.checkpoint import PlacedBase
 from loramux_shared.storage.memory import MemoryStore
 from loramux_shared.storage.open import open_store
-from tests.support.folders import built, workshop
 from tests.support.forks import Forked
 from tests.support.overwritten import TOKENS, WAYS, answers_while_its_file_changes
-from tests.support.tiny import SIZES, World, make_checkpoint, make_world, oracle, oracle_tokens, run_engine
+from tests.support.tiny import SIZES, World, make_checkpoint, oracle, oracle_tokens, run_engine
 
 EMBEDDING, HEAD, WEIGHTS = "model.embed_tokens.weight", "lm_head.weight", "model.safetensors"
 PROMPT = list(range(3, 40))
@@ -94,21 +93,6 @@ def test_of_a_tied_model_what_is_in_the_file_counts(
     assert run_engine(ready, [("base", PROMPT)], 12) == [expected]
     assert ready.service.catalog.get("base").warnings == (("W_HEAD",) if warned else ())
     assert [line.get("code") for line in logs if line["log_level"] == "warning"] == ["W_HEAD"] * warned
-
-
-def test_a_proof_knows_the_head_that_answers(tmp_path: Path) -> None:
-    """The reference takes the same head: a proof of an adapter on such a base holds."""
-    world, store = make_world(tmp_path, tie_word_embeddings=True), MemoryStore()
-    rewrite(world.base, other_head)
-    deployment = world.deployment()
-    proved = deployment.model_copy(update={"build": deployment.build.model_copy(update={"prove": True})})
-    built(proved, workshop(world.root, store))
-    with capture_logs() as logs:
-        world.load(store)
-    found = {line["adapter"] for line in logs if line["event"] == "adapter passed its proof"}
-    generation = current_generation(store, "tiny")
-    assert generation is not None
-    assert found == {record.digest[:12] for record in generation.adapters.values()}
 
 
 def test_a_running_model_does_not_feel_its_file(tmp_path: Path) -> None:

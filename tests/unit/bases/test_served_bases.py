@@ -14,20 +14,17 @@ from builder_service.pipeline.build import build
 from builder_service.pipeline.check import check_one
 from builder_service.pipeline.context import BuildContext
 from builder_service.pipeline.progress import Progress
-from loramux.doctor.sizes import sizes_of
 from loramux_shared.bases.families import load_families
 from loramux_shared.bases.read import read_config, read_fields
 from loramux_shared.deployment import Deployment
 from loramux_shared.deployment_file import parse_deployment
 from loramux_shared.faults import CheckpointInvalid
-from loramux_shared.settings import InferenceSettings
 from loramux_shared.sources.open import open_sources
 from loramux_shared.storage.memory import MemoryStore
-from tests.support.adapters import BASE_CONFIG, write_adapter, write_base
+from tests.support.adapters import write_adapter, write_base
 from tests.support.examples import examples
 from tests.support.hub_configs import HUB_CONFIGS
 
-SETTINGS = InferenceSettings(deployment="none")
 LONGROPE = {"rope_type": "longrope", "short_factor": [1.0, 1.0], "long_factor": [2.0]}
 REFUSED: dict[str, dict[str, Any]] = {
     "Cohere": {"architectures": ["CohereForCausalLM"], "model_type": "cohere", "logit_scale": 0.0625},
@@ -73,17 +70,6 @@ def test_builder_and_replica_refuse_a_base_with_the_same_words(tmp_path: Path, n
     assert checked.value.message == refused.value.message
     assert built.value.message == f"base checkpoint: {refused.value.message}"
     assert store.objects == {}
-
-
-def test_the_doctor_asks_the_same_reader() -> None:
-    """A head that a family ties by default is there once on a GPU; a base that is refused has no sizes."""
-    gemma = {"architectures": ["Gemma2ForCausalLM"], "model_type": "gemma2"}
-    untied = gemma | {"tie_word_embeddings": False}
-    for device, times in (("cuda", 1), ("cpu", 0)):  # products of a CPU have a copy of their own
-        weights = [sizes_of(each, SETTINGS, 10**11, device=device).weights_bytes for each in (untied, gemma)]
-        assert weights[0] - weights[1] == times * 2 * 256000 * 2304
-    with pytest.raises(CheckpointInvalid, match="CohereForCausalLM is not supported"):
-        sizes_of(BASE_CONFIG | REFUSED["Cohere"], SETTINGS, 10**11)
 
 
 VALUES: st.SearchStrategy[Any] = st.recursive(

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from loramux.cli.build_view import WORK, fraction_done
 from loramux.cli.local import services
-from loramux.cli.local.logs import important, tail
+from loramux.cli.local.tree import important, tail
 from loramux.cli.main import app, usual
 from loramux.cli.shell import complain, modules, printable
 from loramux.cli.tables import kind, task

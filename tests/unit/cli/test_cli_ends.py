@@ -9,8 +9,7 @@ from pathlib import Path
 import grpc
 import pytest
 
-from loramux.cli.exits import Exit, exit_of
-from loramux.cli.state import state_dir, tell_uncaught
+from loramux.cli.exits import Exit, exit_of, state_dir, tell_uncaught
 from loramux_shared.faults import (
     AdapterInvalid,
     Fault,

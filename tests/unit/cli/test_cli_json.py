@@ -112,19 +112,6 @@ def test_deployments_for_people(fakes: Fakes, deployment: Callable[..., str]) ->
     assert row.split()[:4] == ["shown", "active", "3", "2"]
 
 
-def test_gc(tmp_path: Path) -> None:
-    """``gc`` lists what it found with its sizes in bytes."""
-    digest = "ab" * 32
-    orphan = tmp_path / f"bundles/sha256/{digest}/model.lora_weights.npy"
-    orphan.parent.mkdir(parents=True)
-    orphan.write_bytes(b"x" * 10)
-    [spared] = documents("gc", "--store", f"file://{tmp_path}")
-    assert (spared["orphans"], len(spared["spared"])) == ([], 1)
-    [removed] = documents("gc", "--store", f"file://{tmp_path}", "--grace", "0", "--delete")
-    [found] = removed["orphans"]
-    assert (found["kind"], found["name"], found["bytes"], found["removed"]) == ("bundle", digest, 10, True)
-
-
 def test_keys(tmp_path: Path) -> None:
     """A new key is in its document and nowhere else; the list has everything but keys."""
     file = str(tmp_path / "keys.jsonl")

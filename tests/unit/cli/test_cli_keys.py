@@ -18,8 +18,7 @@ from loramux.cli.main import app
 from loramux.connection import API_KEY
 from loramux_shared.access.guard import Guard
 from loramux_shared.access.keyring import Keyring
-from loramux_shared.access.keys import parse_keys
-from loramux_shared.access.rights import Scope
+from loramux_shared.access.keys import Scope, parse_keys
 from tests.support.access import keyring
 from tests.support.fake_services import Fakes
 

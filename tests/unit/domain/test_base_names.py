@@ -9,7 +9,7 @@ from huggingface_hub.hf_api import ModelInfo
 
 from builder_service.domain.origin import base_warning, plain_name
 from loramux_shared.bundle.generation import Descent
-from loramux_shared.sources.hub_card import MOST, descent_of
+from loramux_shared.sources.licence import MOST, descent_of
 
 
 def descent(model: str, relation: str, parent: str) -> Descent:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from builder_service.pipeline.build import build
-from builder_service.pipeline.identity import claim_identity
+from builder_service.pipeline.context import claim_identity
 from builder_service.pipeline.progress import Progress, Stage
 from builder_service.pipeline.space import RESERVE_BYTES, Ledger, Space
 from loramux_shared.bundle.reader import read_bundle

@@ -14,8 +14,7 @@ import pytest
 from builder_service.pipeline.build import build
 from builder_service.pipeline.context import BuildContext
 from builder_service.pipeline.progress import AdapterProgress, Progress
-from builder_service.pipeline.update import update
-from builder_service.pipeline.wishes import Update
+from builder_service.pipeline.update import Update, update
 from loramux_shared.bundle.changes import publish_change
 from loramux_shared.bundle.generation import CONVERTER, Generation
 from loramux_shared.bundle.manifest import FileDigest, bundle_key

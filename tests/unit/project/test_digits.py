@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from loramux_shared.digits import is_number, is_whole, refuse_odd
+from loramux_shared.wording import is_number, is_whole, refuse_odd
 
 
 def test_what_is_a_number() -> None:

@@ -13,7 +13,7 @@ from inference_service.core.sequence import FAIR, Sequence, Share, Token
 from inference_service.http.wire.errors import headers_of, status_of
 from inference_service.serving.limits import FEW_METERS, Limiter, Ticket
 from inference_service.serving.request import AnswerDelta
-from loramux_shared.access.rights import EVERYTHING, Access, Scope
+from loramux_shared.access.keys import EVERYTHING, Access, Scope
 from loramux_shared.deployment import ModelLimits
 from loramux_shared.faults import RateLimited
 from loramux_shared.limits import Limits

@@ -22,7 +22,7 @@ from inference_service.serving.request import AnswerDelta, AnswerFinished, Reque
 from inference_service.serving.telemetry.record import RequestFollower, RequestRecord, following
 from inference_service.serving.telemetry.request_log import RequestLog
 from loramux_shared.faults import QueueFull
-from loramux_shared.telemetry import log_to_stderr
+from loramux_shared.process import log_to_stderr
 from tests.golden.metrics.script import replica
 from tests.support.metrics import Scrape
 

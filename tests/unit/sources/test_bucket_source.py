@@ -21,7 +21,7 @@ from loramux_shared.faults import (
 from loramux_shared.sources import retry
 from loramux_shared.sources.base import MAX_BYTES, MAX_FILES, Resolved, SourceFile
 from loramux_shared.sources.bucket import BucketSource
-from loramux_shared.sources.checksum import md5_of
+from loramux_shared.sources.files import md5_of
 from loramux_shared.sources.local import LocalSource
 from loramux_shared.sources.open import Sources, needs_extra
 from loramux_shared.sources.retry import Busy, RetryPolicy

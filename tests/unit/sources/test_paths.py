@@ -156,7 +156,7 @@ def test_a_store_lists_keys_and_nothing_else(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["loop", "pipe", NO_TEXT])
-@pytest.mark.parametrize("command", ["build", "check", "import-bundle", "gc", "keys"])
+@pytest.mark.parametrize("command", ["build", "check", "keys"])
 def test_the_command_line_names_them(folder: Path, name: str, command: str) -> None:
     """No command ends with a traceback because of a path."""
     (folder / NO_TEXT).mkdir()
@@ -166,8 +166,6 @@ def test_the_command_line_names_them(folder: Path, name: str, command: str) -> N
     arguments = {
         "build": ["build", str(deployment) if name == "pipe" else path, *nobody],
         "check": ["check", path, "--base", str(folder / "one"), *nobody],
-        "import-bundle": ["import-bundle", path, "--base", str(folder / "one"), "--name", "a", *nobody],
-        "gc": ["gc", "--store", f"file://{path}"],
         "keys": ["keys", "list", "--file", f"{path}/x"],
     }[command]
     stated = CliRunner().invoke(app, arguments)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from inference_service.startup import heap
+from inference_service.startup import memory as heap
 
 
 def anonymous() -> int:

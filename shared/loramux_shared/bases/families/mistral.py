@@ -1,12 +1,15 @@
-"""Mistral: every layer slides, where the config has a window."""
+"""Mistral, Ministral 3, and Mistral 3: models with images, of which the text decoder is served."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any, Final
 
+from loramux_shared.bases.attention import QueryScaling
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bases.family import Architecture, Family, llama_like, windowed
 from loramux_shared.bases.hf_config import HfConfig
+from loramux_shared.bases.rope_config import original_positions, rope_block, with_rope
 
 
 def _read(config: HfConfig) -> ModelConfig:
@@ -17,8 +20,65 @@ def _read(config: HfConfig) -> ModelConfig:
     return replace(model, layers=windowed(model.layers, config, window, lambda _: True))
 
 
-FAMILY = Family(
+MISTRAL = Family(
     (Architecture("MistralForCausalLM", "mistral"),),
     _read,
     models="Mistral 7B, Nemo",
+)
+
+
+MAX_POSITIONS: Final = 262144
+MINISTRAL_SIZES: Final = {"num_key_value_heads": 8, "head_dim": 128}
+MINISTRAL_ROPE: Final[dict[str, Any]] = {
+    "type": "yarn",
+    "rope_theta": 1_000_000.0,
+    "factor": 16.0,
+    "original_max_position_embeddings": 16384,
+    "mscale_all_dim": 1.0,
+    "mscale": 1.0,
+    "llama_4_scaling_beta": 0.1,
+}
+"""Default of a config without a rope block."""
+
+
+def _read_ministral(config: HfConfig) -> ModelConfig:
+    config.require("hidden_act", "silu")
+    config.require("layer_types", None)
+    config = with_rope(config, MINISTRAL_ROPE)
+    model = llama_like(config, max_positions=MAX_POSITIONS, sizes=MINISTRAL_SIZES)
+    block = rope_block(config)
+    length = original_positions(config, block, config.size("max_position_embeddings", MAX_POSITIONS))
+    window = config.integer_or_none("sliding_window", None)
+    return replace(
+        model,
+        layers=windowed(model.layers, config, window, lambda _: True),
+        norm_eps=config.number("rms_norm_eps", 1e-5),
+        query_scaling=QueryScaling(block.number("llama_4_scaling_beta"), length),
+    )
+
+
+MINISTRAL = Family(
+    (Architecture("Ministral3ForCausalLM", "ministral3"),),
+    _read_ministral,
+    models="Ministral 3, text alone",
+)
+
+
+DECODERS = {"mistral": MISTRAL, "ministral3": MINISTRAL}
+"""Decoder families by ``model_type`` of ``text_config``; the first is the default."""
+
+
+def _read_nested(config: HfConfig) -> ModelConfig:
+    config.require("model_type", *DECODERS)
+    model = DECODERS[config.text("model_type", "mistral")].read(config)
+    prefixes = "language_model.model.", "model.language_model."
+    return replace(
+        model, names=replace(model.names, prefixes=prefixes, heads=("lm_head", "language_model.lm_head"))
+    )
+
+
+NESTED = Family(
+    (Architecture("Mistral3ForConditionalGeneration", "mistral3", nested=True),),
+    _read_nested,
+    models="Mistral Small 3.1 and 3.2, Ministral 3",
 )

@@ -1,13 +1,22 @@
-"""OLMo 2: norms behind attention and MLP instead of before them, and of all heads of a row together."""
+"""OLMo 2: norms behind attention and MLP instead of before them. OLMo 3: most of its layers slide too."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
 from loramux_shared.bases.config import ModelConfig, TensorNames
-from loramux_shared.bases.family import Architecture, Family, ReadRope, llama_like, refuse_windows
+from loramux_shared.bases.family import (
+    Architecture,
+    Family,
+    ReadRope,
+    layer_types,
+    llama_like,
+    refuse_windows,
+    windowed,
+)
 from loramux_shared.bases.hf_config import HfConfig
-from loramux_shared.bases.rope_config import read_rope
+from loramux_shared.bases.rope import RopeSpec
+from loramux_shared.bases.rope_config import read_rope, read_rope_of
 
 NAMES = TensorNames(
     input_norm=None,
@@ -44,4 +53,36 @@ FAMILY = Family(
     (Architecture("Olmo2ForCausalLM", "olmo2"),),
     _read,
     models="OLMo 2",
+)
+
+
+THETA = 500_000.0
+"""Theta of sliding layers, whatever the config has beside the blocks: that value is for the full layers."""
+
+
+def _read_3(config: HfConfig) -> ModelConfig:
+    model = olmo_like(config, rope=_full_rope)
+    types = layer_types(config, len(model.layers), _slides)
+    sliding = read_rope_of(config, "sliding_attention", model.dims.head_dim, model.max_positions, THETA)
+    layers = tuple(
+        layer.turning(sliding) if kind == "sliding_attention" else layer
+        for layer, kind in zip(model.layers, types, strict=True)
+    )
+    window = config.integer_or_none("sliding_window", 4096)
+    return replace(model, layers=windowed(layers, config, window, _slides))
+
+
+def _slides(index: int) -> bool:
+    return (index + 1) % 4 != 0
+
+
+def _full_rope(config: HfConfig, dim: int, longest: int) -> tuple[RopeSpec, int]:
+    theta = config.number("rope_theta", THETA)
+    return read_rope_of(config, "full_attention", dim, longest, theta), longest
+
+
+FAMILY_3 = Family(
+    (Architecture("Olmo3ForCausalLM", "olmo3"),),
+    _read_3,
+    models="OLMo 3",
 )

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from loramux_shared.bases.config import ModelConfig, TensorNames
-from loramux_shared.bases.family import Architecture, Family, llama_like
+from loramux_shared.bases.families.qwen3_moe import read_experts
+from loramux_shared.bases.family import EXPERTS, Architecture, Family, llama_like
 from loramux_shared.bases.hf_config import HfConfig
 from loramux_shared.bases.layers import DeltaLayer
 from loramux_shared.bases.rope import RopeSpec
@@ -105,4 +106,30 @@ FAMILY = Family(
     qwen35_like,
     models="Qwen 3.5, dense",
     describes=DELTA,
+)
+
+
+OF_CLASS = SIZES | {
+    "num_hidden_layers": 40,
+    "hidden_size": 2048,
+    "num_key_value_heads": 2,
+    "intermediate_size": 512,
+}
+
+
+def _read_moe(config: HfConfig) -> ModelConfig:
+    model = qwen35_like(config, OF_CLASS)
+    experts = read_experts(config, renormalised=True, num=256, intermediate=512)
+    experts = replace(experts, shared=config.size("shared_expert_intermediate_size", 512))
+    return replace(model, layers=tuple(replace(layer, mlp=experts) for layer in model.layers))
+
+
+FAMILY_MOE = Family(
+    (
+        Architecture("Qwen3_5MoeForCausalLM", "qwen3_5_moe_text"),
+        Architecture("Qwen3_5MoeForConditionalGeneration", "qwen3_5_moe", nested=True),
+    ),
+    _read_moe,
+    models="Qwen 3.5, mixtures of experts",
+    describes=DELTA | EXPERTS,
 )

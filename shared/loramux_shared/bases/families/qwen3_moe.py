@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from loramux_shared.bases.config import ModelConfig
-from loramux_shared.bases.families.qwen3 import NAMES
+from loramux_shared.bases.families.qwen2 import NAMES
 from loramux_shared.bases.family import EXPERTS, Architecture, Family, llama_like
 from loramux_shared.bases.hf_config import HfConfig
 from loramux_shared.bases.layers import ExpertsLayer, LayerSpec
 from loramux_shared.faults import CheckpointInvalid
 
 
-def _read(config: HfConfig) -> ModelConfig:
+def _read_moe(config: HfConfig) -> ModelConfig:
     config.require("hidden_act", "silu")
     sizes = {"num_attention_heads": 32, "num_key_value_heads": 4, "intermediate_size": 6144}
     model = llama_like(config, max_positions=32768, sizes=sizes)
@@ -53,9 +53,9 @@ def with_experts(config: HfConfig, layers: Sequence[LayerSpec], experts: Experts
     )
 
 
-FAMILY = Family(
+FAMILY_MOE = Family(
     (Architecture("Qwen3MoeForCausalLM", "qwen3_moe"),),
-    _read,
+    _read_moe,
     models="Qwen 3, mixtures of experts",
     describes=EXPERTS,
 )

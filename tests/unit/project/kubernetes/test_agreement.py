@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from inference_service.http.app import ENDPOINTS
-from loramux_shared.access.rights import Scope
+from loramux_shared.access.keys import Scope
 from loramux_shared.deployment_file import parse_deployment
 from loramux_shared.settings import CLIENT_VARIABLES, PREFIX, BuilderSettings, InferenceSettings, load_settings
 from loramux_shared.storage.open import open_store

@@ -17,9 +17,9 @@ from loramux_shared.bundle.deployments import current_generation
 from loramux_shared.faults import BundleCorrupt, ProofFailed
 from loramux_shared.settings import InferenceSettings
 from loramux_shared.storage.memory import MemoryStore
-from tests.models.test_proof import build_into, scale, tampered
 from tests.support.bundles import Loaded, load
 from tests.support.tiny import World, make_world
+from tests.test_proof import build_into, scale, tampered
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Signers: whose signature is asked for, as text that can be kept and sent.
+"""Signers, whose signature is required, and the extension that makes and verifies signatures.
 
 A signer is a public key (PEM), the authorities of certificates (PEM), or an identity that an OpenID issuer
 vouched for, as Sigstore notes it: ``sigstore:ISSUER#IDENTITY``. People name the first two by their files.
@@ -7,17 +7,71 @@ vouched for, as Sigstore notes it: ``sigstore:ISSUER#IDENTITY``. People name the
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Final
+from typing import Final, Protocol
 
+from loramux_shared.extensions import need_extension
+from loramux_shared.storage.base import Store
+
+SIGNATURE: Final = "model.sig"
+"""Name of the signature, beside the files that it signs."""
+MAX_SIGNATURE: Final = 4 << 20
+"""Largest signature: about 200 bytes for each file that it lists."""
 SIGSTORE: Final = "sigstore:"
-MAX_BYTES: Final = 64 << 10
+MAX_SIGNER_BYTES: Final = 64 << 10
 """Largest signer; a bundle of authorities has a few KB."""
 EXPECTED: Final = "the file of a public key or of certificates (PEM), or sigstore:ISSUER#IDENTITY"
 
 _IDENTITY: Final = re.compile(r"sigstore:https://[^\s#]+#\S+")
 _PEM: Final = re.compile(r"-----BEGIN ([A-Z ]+)-----\s[A-Za-z0-9+/=\s]+-----END \1-----")
+
+
+@dataclass(frozen=True)
+class SigningKey:
+    """A private key on an elliptic curve (PEM) that signs, and certificates for it where there are some."""
+
+    key: Path
+    certificates: Path | None = None
+    """The key's own first, then those that lead to an authority (PEM)."""
+
+
+class Signatures(Protocol):
+    """The functions of the extension's module."""
+
+    def require_signed(
+        self, signature: bytes, files: Mapping[str, str], signers: Sequence[str], what: str
+    ) -> None:
+        """Raise `SignatureInvalid` unless one of the signers signed the files, which are sha256 by name."""
+        ...
+
+    def signed_store(self, store: Store, signers: Sequence[str], key: SigningKey | None = None) -> Store:
+        """Return a store that reads no generation without a signature of the signers or the key.
+
+        With a key, it signs each generation that it writes.
+        """
+        ...
+
+
+def signatures() -> Signatures:
+    """Return the extension that makes and verifies signatures.
+
+    Raises:
+        SettingsInvalid: it is not installed.
+    """
+    extension: Signatures = need_extension("signing", "signatures that settings require")
+    return extension
+
+
+def signed_store(store: Store, signers: Sequence[str], key: SigningKey | None = None) -> Store:
+    """Return a store with signatures where settings ask for them, else the store itself.
+
+    Raises:
+        SettingsInvalid: the extension or its packages are missing, or what the key signs would be refused.
+    """
+    return signatures().signed_store(store, signers, key) if signers or key else store
 
 
 def parse_signer(text: str) -> str:
@@ -26,8 +80,8 @@ def parse_signer(text: str) -> str:
     Raises:
         ValueError: it is none; the text says what is expected.
     """
-    if len(text) > MAX_BYTES:
-        raise ValueError(f"at most {MAX_BYTES} characters")
+    if len(text) > MAX_SIGNER_BYTES:
+        raise ValueError(f"at most {MAX_SIGNER_BYTES} characters")
     if text.startswith(SIGSTORE):
         if not _IDENTITY.fullmatch(text):
             raise ValueError(
@@ -57,7 +111,7 @@ def read_signer(word: str, folder: Path) -> str:
     try:
         path = folder / Path(word).expanduser()
         with path.open("rb") as file:
-            return parse_signer(file.read(MAX_BYTES + 1).decode())
+            return parse_signer(file.read(MAX_SIGNER_BYTES + 1).decode())
     except UnicodeDecodeError as error:
         raise ValueError(EXPECTED) from error
     except (OSError, RuntimeError) as error:  # no such user, too

@@ -1,0 +1,1 @@
+"""Sources of adapters and bases in Google Cloud Storage and Azure Blob Storage."""

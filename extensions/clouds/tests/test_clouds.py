@@ -1,0 +1,134 @@
+"""Sources GCS and AZURE, with emulators: what holds of every store of objects, and secrets in no failure."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from loramux_clouds import azure, gcs
+from loramux_shared.deployment import SourceKind
+from loramux_shared.sources.bucket import BucketSource
+from loramux_shared.sources.open import open_sources
+from tests.azurite import ACCOUNT, azurite
+from tests.contract.sources import test_bucket_sources as any_store
+from tests.contract.sources.test_bucket_sources import Cloud
+from tests.contract.sources.test_bucket_sources import (
+    test_a_base_is_recorded_and_fetched as test_a_base_is_recorded_and_fetched,
+)
+from tests.contract.sources.test_bucket_sources import (
+    test_an_object_that_changes_is_no_mix as test_an_object_that_changes_is_no_mix,
+)
+from tests.contract.sources.test_bucket_sources import (
+    test_answers_have_their_reasons as test_answers_have_their_reasons,
+)
+from tests.contract.sources.test_bucket_sources import test_nothing_stays_open as test_nothing_stays_open
+from tests.contract.sources.test_bucket_sources import (
+    test_only_the_named_files_are_fetched as test_only_the_named_files_are_fetched,
+)
+from tests.contract.sources.test_bucket_sources import test_secrets_have_a_form as test_secrets_have_a_form
+from tests.contract.sources.test_source_secrets import CANARY, PATIENCE, repo, secrets_of, silence
+from tests.gcs_emulator import TOKEN, Gcs, serve_gcs
+
+
+@pytest.fixture(scope="module")
+def emulated() -> Iterator[Any]:
+    """Azurite, started at its first use."""
+    with azurite() as server:
+        yield server
+
+
+@pytest.fixture
+def google(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cloud]:
+    """A folder of a bucket of the GCS emulator."""
+    with serve_gcs("models-bucket") as server:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", server.endpoint)
+        yield Cloud(
+            SourceKind.GCS,
+            "gs://models-bucket/models/one",
+            "gs://no-such-bucket/x",
+            lambda name, data: server.put("models-bucket", f"models/{name}", data),
+            server.account,
+            server.account | {"private_key_id": "another"},
+            gcs.open_bucket,
+        )
+
+
+@pytest.fixture
+def blobs(emulated: Any) -> Cloud:
+    """A folder of a container of Azurite."""
+    name = f"c{uuid.uuid4().hex[:12]}"
+    container = emulated.client().create_container(name)
+    secret = {"account_key": emulated.account_key, "endpoint_url": emulated.endpoint_url}
+    return Cloud(
+        SourceKind.AZURE,
+        f"azure://{ACCOUNT}/{name}/models/one",
+        f"azure://{ACCOUNT}/nowhere/x",
+        lambda name, data: container.upload_blob(f"models/{name}", data, overwrite=True),
+        secret,
+        secret | {"account_key": "Y2FuYXJ5LW9mLWEtd3Jvbmcta2V5"},
+        azure.open_bucket,
+    )
+
+
+@pytest.fixture(params=["google", "blobs"])
+def cloud(request: pytest.FixtureRequest) -> Cloud:
+    """Each of them in turn."""
+    made: Cloud = request.getfixturevalue(request.param)
+    return made
+
+
+def test_a_secret_that_is_not_set_is_said(google: Cloud) -> None:
+    """Nothing is signed without the named secret."""
+    any_store.test_a_secret_that_is_not_set_is_said(google)
+
+
+@pytest.mark.parametrize(("kind", "address"), [("GCS", "gs://x"), ("AZURE", "azure://x")])
+def test_sources_of_a_builder_know_both(kind: str, address: str) -> None:
+    """An address that is none is refused by the extension's own words."""
+    source = open_sources().of(repo(kind, address))
+    with pytest.raises(Exception, match=f"{kind} '{address}': expected"):
+        source.resolve(repo(kind, address))
+
+
+def test_gcs(caplog, monkeypatch):
+    """Private keys and tokens are in no failure: no grant, absent, busy, or a secret of another form."""
+
+    def fails(server: Gcs, secret: dict[str, str] | str, address: str = "gs://bucket/x") -> None:
+        private = server.account["private_key"].splitlines()[3]
+        with silence(caplog, TOKEN, private):
+            BucketSource(gcs.open_bucket, secrets_of(secret), PATIENCE).resolve(repo("GCS", address))
+
+    with serve_gcs("bucket") as server:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", server.endpoint)
+        fails(server, server.account | {"private_key_id": CANARY})
+        fails(server, server.account | {"private_key": CANARY})
+        fails(server, server.account | {"token_uri": "http://127.0.0.1:9/token"})
+        fails(server, CANARY)
+        fails(server, server.account, "gs://no-such-bucket/x")
+        fails(server, server.account, f"gs://bucket/x?sig={CANARY}")
+        server.failures[:] = [503, 503]
+        fails(server, server.account)
+
+
+def test_azure(caplog):
+    """Account keys are in no failure: refused, absent, unreachable, or a secret of another form."""
+    with azurite() as server:
+        good = {"account_key": server.account_key, "endpoint_url": server.endpoint_url}
+        bad: list[dict[str, str] | str] = [
+            good | {"account_key": "Y2FuYXJ5"},
+            good | {"account_key": CANARY},
+            good | {"endpoint_url": f"http://127.0.0.1:9/{ACCOUNT}"},
+            good | {"endpoint_url": CANARY},
+            CANARY,
+        ]
+        for secret in bad:
+            with silence(caplog, server.account_key, "Y2FuYXJ5"):
+                BucketSource(azure.open_bucket, secrets_of(secret), PATIENCE).resolve(
+                    repo("AZURE", f"azure://{ACCOUNT}/c/x")
+                )
+        for address in (f"azure://{ACCOUNT}/absent/x", f"azure://{ACCOUNT}/c/x?sig={CANARY}"):
+            with silence(caplog, server.account_key):
+                BucketSource(azure.open_bucket, secrets_of(good), PATIENCE).resolve(repo("AZURE", address))

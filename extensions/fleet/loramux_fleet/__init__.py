@@ -1,0 +1,1 @@
+"""Clients of several replicas: which one is asked, and another where it does not answer."""

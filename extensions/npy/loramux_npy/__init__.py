@@ -1,0 +1,1 @@
+"""npy files of another TensorRT-LLM converter: how they are read, and the command that publishes them."""

@@ -1,1 +1,0 @@
-"""OpenTelemetry traces: servers know the port, the extra `otel` brings the implementation."""
