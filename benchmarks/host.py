@@ -51,7 +51,7 @@ from inference_service.engine.residents import AlwaysResident
 from inference_service.kernels.launch import intercepted
 from inference_service.kernels.sgmv import Segments
 from inference_service.lora.vocabulary import StepVocabulary, Vocabularies
-from loramux_shared.bases.attention import HeadCounts
+from loramux_shared.bases.rope import HeadCounts
 
 Kind = Literal["decode", "mixed", "starved", "crowded"]
 BLOCK_SIZE: Final = 16

@@ -31,7 +31,7 @@ from inference_service.kernels.attention import (
     prefill_tile,
 )
 from inference_service.kernels.launch import Launch
-from loramux_shared.bases.attention import AttentionSpec
+from loramux_shared.bases.rope import AttentionSpec
 
 BLOCK_SIZE: Final = 16
 SHORT: Final = 20

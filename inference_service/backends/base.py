@@ -22,7 +22,7 @@ from inference_service.lora.packed import PackedAdapter
 from inference_service.lora.segments import Arrangement
 from inference_service.lora.vocabulary import Vocabularies
 from inference_service.lora.weights import AdapterWeights
-from loramux_shared.bases.attention import AttentionSpec, HeadCounts
+from loramux_shared.bases.rope import AttentionSpec, HeadCounts
 from loramux_shared.faults import InternalFault
 from loramux_shared.rounding import Rounding
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from inference_service.kernels.attention import attend_chunk
 from inference_service.kernels.cpu.ops import BLOCK, Chunks, CpuOps, Planned
-from loramux_shared.bases.attention import HeadCounts
+from loramux_shared.bases.rope import HeadCounts
 
 SIZES: Final = (128, 32, 8)
 """Rows of chunks that are tried, in a context of `CONTEXT` tokens."""

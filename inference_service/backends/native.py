@@ -34,7 +34,7 @@ from inference_service.kernels.integers import quantize
 from inference_service.kernels.rows import Activation
 from inference_service.layers.linear import Linear
 from inference_service.layers.norm import RMSNorm
-from loramux_shared.bases.attention import HeadCounts
+from loramux_shared.bases.rope import HeadCounts
 from loramux_shared.rounding import Rounding
 
 

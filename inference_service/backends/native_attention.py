@@ -18,7 +18,7 @@ from inference_service.core.sequence import GONE
 from inference_service.kernels.attention import Context
 from inference_service.kernels.cpu.ops import BLOCK, Chunks, CpuOps, Planned, Table
 from inference_service.layers.norm import RMSNorm
-from loramux_shared.bases.attention import AttentionSpec
+from loramux_shared.bases.rope import AttentionSpec
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from inference_service.layers.linear import Linear
 from inference_service.layers.norm import RMSNorm
 from inference_service.layers.quantizing import new_linear
 from inference_service.layers.rope import Rope, rotate
-from loramux_shared.bases.attention import AttentionSpec, HeadCounts
+from loramux_shared.bases.rope import AttentionSpec, HeadCounts
 from loramux_shared.rounding import Rounding
 
 ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {

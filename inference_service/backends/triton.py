@@ -55,8 +55,8 @@ from inference_service.lora.packed import PackedAdapter
 from inference_service.lora.segments import LONG_SEGMENT, Arrangement, entries_of
 from inference_service.lora.slots import experts_of
 from inference_service.lora.weights import AdapterWeights
-from loramux_shared.bases.attention import AttentionSpec, HeadCounts
 from loramux_shared.bases.groups import MODULES_APART, GroupShape
+from loramux_shared.bases.rope import AttentionSpec, HeadCounts
 from loramux_shared.rounding import Rounding
 
 MIN_ENTRIES: Final = 16

@@ -33,7 +33,7 @@ from inference_service.serving.request import (
 )
 from inference_service.serving.service import GenerationService
 from inference_service.text.text import Text
-from loramux_shared.parsers import ReasoningParser, ToolParser
+from loramux_shared.runtime import ReasoningParser, ToolParser
 
 UNKNOWN: Final = Dialect(ToolParser.AUTO, ReasoningParser.AUTO)
 

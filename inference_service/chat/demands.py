@@ -15,7 +15,7 @@ from inference_service.chat.formats.values import CannotSayError
 from inference_service.core.constraint import Constraint
 from inference_service.text.text import Text
 from loramux_shared.faults import Finding, RequestInvalid
-from loramux_shared.parsers import ToolParser
+from loramux_shared.runtime import ToolParser
 
 ConstraintAt = Callable[[str], Constraint | None]
 """Makes the constraint of answers to a prompt that ends with a text."""

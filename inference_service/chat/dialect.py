@@ -24,7 +24,7 @@ from inference_service.serving.request import Message
 from inference_service.serving.service import GenerationService
 from inference_service.text.chat_template import ChatTemplate
 from inference_service.text.text import Text
-from loramux_shared.parsers import Parsers, ReasoningParser, ToolParser
+from loramux_shared.runtime import Parsers, ReasoningParser, ToolParser
 
 FORMATS: Final[Mapping[ToolParser, ToolFormat]] = {
     each.parser: each

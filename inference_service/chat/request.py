@@ -12,9 +12,8 @@ from typing import Any, Final, Literal
 
 from inference_service.core.constraint import Constraint
 from inference_service.serving.bounds import refused
+from inference_service.serving.prompts import check_texts, role_of, thought_of
 from inference_service.serving.request import Message, Request
-from inference_service.serving.sizes import check_texts
-from inference_service.serving.turns import role_of, thought_of
 from loramux_shared.faults import Fault
 
 SWITCHES: Final = ("enable_thinking", "thinking")

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any, Final, Literal
 
-from loramux_shared.limits import MAX_TEMPERATURE
+from loramux_shared.runtime import MAX_TEMPERATURE
 
 LogprobsMode = Literal["raw", "processed"]
 """raw: the model's own, before whatever a request does to its logits; processed: of what a token is drawn from,

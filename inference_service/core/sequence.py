@@ -16,7 +16,7 @@ from inference_service.core.adapter import Adapter, Mixture, ScaledSlots
 from inference_service.core.constraint import Grammar
 from inference_service.core.sampling import SamplingParams
 from loramux_shared.faults import Fault
-from loramux_shared.pooling import Pooling
+from loramux_shared.runtime import Pooling
 
 GONE: Final = -1
 """Entry of a block table whose block was given back: no later row reads it."""

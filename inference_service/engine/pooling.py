@@ -15,7 +15,7 @@ from torch import Tensor
 from inference_service.core.sequence import Sequence, Vector
 from inference_service.engine.rows import PooledRows
 from inference_service.engine.transfer import mark, to_host
-from loramux_shared.pooling import Pooling
+from loramux_shared.runtime import Pooling
 
 Vectors: TypeAlias = list[tuple[Sequence, Vector]]
 _sums: Final[WeakKeyDictionary[Sequence, Tensor]] = WeakKeyDictionary()

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from inference_service.core.sequence import Batch, Chunk, Sequence
 from inference_service.kernels.attention import Context
 from inference_service.lora.segments import Arrangement, Segment, arrange
-from loramux_shared.pooling import Pooling
+from loramux_shared.runtime import Pooling
 
 KNOWN = -1
 """The source of a row whose token is known on the host."""

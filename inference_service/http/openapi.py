@@ -34,7 +34,7 @@ from inference_service.http.vectors.pooling_schema import ClassifyBody, ScoringB
 from inference_service.http.wire.body import Body, table
 from inference_service.http.wire.errors import AGAIN
 from inference_service.serving.bounds import IDS, LOGPROBS_MODES, NUMBERS, SANE_ID, TEXTS
-from inference_service.serving.turns import MAX_TOOLS
+from inference_service.serving.prompts import MAX_TOOLS
 
 OPENAPI: Final = "3.1.1"
 SCHEMAS: Final = "#/components/schemas/"

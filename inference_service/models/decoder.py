@@ -35,8 +35,8 @@ from inference_service.models.checkpoint import Tensors
 from inference_service.models.layer import read_layer
 from inference_service.models.reader import Reader
 from inference_service.models.step import Cache, CacheSize, Step
-from loramux_shared.bases.attention import QueryScaling
 from loramux_shared.bases.config import ModelConfig
+from loramux_shared.bases.rope import QueryScaling
 from loramux_shared.rounding import Rounding
 
 

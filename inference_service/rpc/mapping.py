@@ -18,6 +18,7 @@ from inference_service.core.adapter import MOST_PARTS
 from inference_service.core.constraint import Constraint, Kind
 from inference_service.core.sampling import LogprobsMode, Sampling
 from inference_service.core.sequence import EndReason, Token
+from inference_service.serving.prompts import check_ids, check_texts, countable, role_of, thought_of
 from inference_service.serving.request import (
     NO_SAMPLING,
     AnswerDelta,
@@ -35,8 +36,6 @@ from inference_service.serving.request import (
     hinted,
 )
 from inference_service.serving.service import GenerationService
-from inference_service.serving.sizes import check_ids, check_texts, countable
-from inference_service.serving.turns import role_of, thought_of
 from inference_service.text.text import Text
 from loramux.inference.v1 import inference_pb2 as pb
 from loramux_shared.faults import Finding, RequestInvalid

@@ -12,6 +12,7 @@ from inference_service.core.sampling import Sampling
 from inference_service.core.sequence import Vector
 from inference_service.rpc.mapping import adapters_of, optional, texts_of
 from inference_service.serving.pooling import MAX_INPUTS, PooledPrompt, ScoredPrompt
+from inference_service.serving.prompts import check_ids, countable
 from inference_service.serving.request import (
     ModelReference,
     OutputOptions,
@@ -22,10 +23,9 @@ from inference_service.serving.request import (
     TextPair,
     hinted,
 )
-from inference_service.serving.sizes import check_ids, countable
 from loramux.inference.v1 import inference_pb2 as pb
 from loramux_shared.faults import Finding, RequestInvalid
-from loramux_shared.pooling import Pooling
+from loramux_shared.runtime import Pooling
 
 NO_NEW_TOKENS: Final = Sampling(max_tokens=0)
 _POOLINGS: Final = {pb.POOLING_LAST: Pooling.LAST, pb.POOLING_MEAN: Pooling.MEAN}

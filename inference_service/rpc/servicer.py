@@ -19,7 +19,7 @@ from inference_service.serving.request import WORDLESS, AnswerDelta, AnswerFinis
 from inference_service.serving.service import GenerationService
 from loramux.inference.v1 import inference_pb2 as pb
 from loramux.inference.v1 import inference_pb2_grpc
-from loramux_shared.pooling import Pooling
+from loramux_shared.runtime import Pooling
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["InferenceService"].full_name
 

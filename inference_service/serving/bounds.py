@@ -12,15 +12,16 @@ from typing import Any, Final, get_args
 from inference_service.core.constraint import Constraint
 from inference_service.core.sampling import KNOBS, MAX_BIAS, Ids, LogprobsMode, Number, Texts
 from inference_service.core.sampling import MAX_LOGPROBS as MAX_LOGPROBS
-from inference_service.serving.request import Message, Request
-from inference_service.serving.sizes import check_ids, countable
-from inference_service.serving.turns import (
+from inference_service.serving.prompts import (
     Rule,
+    check_ids,
+    countable,
     rules_of_the_end,
     rules_of_tools,
     rules_of_turns,
     rules_of_variables,
 )
+from inference_service.serving.request import Message, Request
 from loramux_shared.faults import Finding, RequestInvalid
 from loramux_shared.wording import MAX_FINDINGS
 

@@ -20,7 +20,7 @@ from inference_service.serving.request import AnswerDelta, Event
 from loramux_shared.access.keys import Access
 from loramux_shared.deployment import ModelLimits
 from loramux_shared.faults import RateLimited
-from loramux_shared.limits import Limits
+from loramux_shared.runtime import Limits
 
 MINUTE_S: Final = 60.0
 ROUNDING_S: Final = 1e-6

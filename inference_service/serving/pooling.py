@@ -17,7 +17,7 @@ from inference_service.core.sequence import Vector
 from inference_service.serving.request import AnswerFinished, AnswerStarted, Pooled, Request
 from inference_service.serving.service import GenerationService
 from loramux_shared.faults import Finding, InternalFault, RequestInvalid
-from loramux_shared.pooling import Pooling
+from loramux_shared.runtime import Pooling
 
 T = TypeVar("T")
 MAX_INPUTS: Final = 2048

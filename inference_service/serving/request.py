@@ -15,7 +15,7 @@ from inference_service.core.sampling import Sampling
 from inference_service.core.sequence import EndReason, Token, Vector
 from inference_service.text.text import Text
 from loramux_shared.faults import Finding, RequestInvalid
-from loramux_shared.pooling import Pooling
+from loramux_shared.runtime import Pooling
 
 Message = Mapping[str, Any]
 """A turn as chat templates know it: role, content (text or None), and name, tool_calls, tool_call_id,

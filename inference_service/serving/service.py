@@ -28,6 +28,7 @@ from inference_service.serving.delivery import Outputs
 from inference_service.serving.engine_thread import EngineThread
 from inference_service.serving.limits import Limiter, Ticket
 from inference_service.serving.naming import Naming
+from inference_service.serving.prompts import countable
 from inference_service.serving.request import (
     AnswerDelta,
     AnswerFinished,
@@ -38,7 +39,6 @@ from inference_service.serving.request import (
     Request,
     ResolvedModel,
 )
-from inference_service.serving.sizes import countable
 from inference_service.serving.telemetry.metrics import Metrics
 from inference_service.serving.telemetry.model_series import MOST
 from inference_service.serving.telemetry.record import Watcher, following
@@ -46,8 +46,7 @@ from inference_service.serving.terms import ServingLimits, Terms, of_answer
 from inference_service.text.text import StopTexts, Text
 from loramux_shared.access.keys import ACCESS
 from loramux_shared.faults import InternalFault
-from loramux_shared.parsers import Parsers, ReasoningParser, ToolParser
-from loramux_shared.pooling import Pooling
+from loramux_shared.runtime import Parsers, Pooling, ReasoningParser, ToolParser
 
 __all__ = [
     "AnswerDelta",

@@ -19,7 +19,7 @@ from loramux.cli.serving import complete_model
 from loramux.client import INFERENCE, Client
 from loramux.records import GenerateOptions
 from loramux_shared.faults import Fault, RequestInvalid
-from loramux_shared.limits import MAX_TEMPERATURE
+from loramux_shared.runtime import MAX_TEMPERATURE
 
 try:
     import readline

@@ -16,7 +16,7 @@ from loramux_shared.access.keyfile import append_entry, remove_entry
 from loramux_shared.access.keyring import read_keys_file
 from loramux_shared.access.keys import KeyEntry, Scope, digest, explain, new_key, parse_keys
 from loramux_shared.faults import SettingsInvalid
-from loramux_shared.limits import Limits
+from loramux_shared.runtime import Limits
 
 app = typer.Typer(
     help="Make, list and remove API keys.\n\nExample: loramux keys new --scope infer --file keys.jsonl",

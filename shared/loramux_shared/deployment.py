@@ -9,10 +9,8 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from loramux_shared.bundle.names import ModelNames, Name
-from loramux_shared.limits import Limits, unset
-from loramux_shared.parsers import ReasoningParser, ToolParser
-from loramux_shared.pooling import Pooling
 from loramux_shared.rounding import Rounding
+from loramux_shared.runtime import Limits, Pooling, ReasoningParser, ToolParser, unset
 from loramux_shared.signatures import is_file, parse_signer
 
 DEFAULT_MAX_LORA_RANK = 64

@@ -17,7 +17,7 @@ from tests.support.tiny import World, make_world
 pytestmark = [pytest.mark.sweep, pytest.mark.timeout(1200)]
 TORCH = "INSTALL_TORCH"
 """Variable with which the extras that bring torch, some GB, are installed too."""
-NEEDS_TORCH = {"inference", "gpu", "ray", "vllm-grpc", "demo", "train", "trl", "test"}
+NEEDS_TORCH = {"inference", "gpu", "ray", "vllm-grpc", "prove", "demo", "train", "trl", "test"}
 EXTRAS = sorted(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"])
 NO_SERVER = """
 import subprocess, sys
@@ -78,8 +78,8 @@ assert ContainerClient("https://a.blob.core.windows.net", "b").container_name ==
     "signing": """
 import sys
 from pathlib import Path
-from loramux_shared.signing.folder import verify_folder
-from loramux_shared.signing.openssf import SigningKey, public_key, sign_folder
+from loramux_shared.signatures import SigningKey; from loramux_signing.folder import verify_folder
+assert verify_folder; from loramux_signing.openssf import public_key, sign_folder
 from cryptography.hazmat.primitives import serialization as form
 from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, generate_private_key
 folder, key = Path(sys.argv[2]) / "wide", Path(sys.argv[2]) / "key.pem"
@@ -93,6 +93,28 @@ import subprocess, sys
 command = [sys.argv[1] + "/loramux", "check", sys.argv[2] + "/wide", "--base", sys.argv[2] + "/base"]
 assert "accepted" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
 """,
+    "npy": """
+import subprocess, sys
+command = [sys.argv[1] + "/loramux", "import-bundle", sys.argv[2], "--base=a/b", "--name=a"]
+assert "model.lora_weights.npy" in subprocess.run(command, capture_output=True, text=True).stderr
+""",
+    "gc": """
+import subprocess, sys
+command = [sys.argv[1] + "/loramux", "gc", "--store", f"file://{sys.argv[2]}/store"]
+assert "nothing to remove" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
+""",
+    "doctor": """
+import json, subprocess, sys
+command = [sys.argv[1] + "/loramux", "doctor", "--json"]
+assert "diagnosis" in json.loads(subprocess.run(command, capture_output=True, text=True).stdout)
+""",
+    "fleet": """
+import loramux.faults
+try:
+    loramux.Client(["127.0.0.1:1", "127.0.0.1:2"]).complete("a", "b")
+except loramux.faults.ServerUnavailable as fault:
+    assert "none of 2 replicas" in str(fault)
+""",
     "envoy": """
 import subprocess, sys
 command = [sys.argv[1] + "/loramux", "envoy", "10.0.0.4"]
@@ -105,9 +127,7 @@ assert "static_resources" in subprocess.run(command, capture_output=True, text=T
 """What each extra is tried with: Python whose arguments are its bin/ and the folder of a tiny base."""
 
 
-WITH = {"signing": "cli,signing"}
-"""What an extra is installed with, where it only works beside another one."""
-WITHOUT_COMMANDS = {"", "store", "otel", "gcs", "azure", "signing", "docs"}
+WITHOUT_COMMANDS = {"", "store", "otel", "gcs", "azure", "signing", "fleet", "docs"}
 
 
 def run(*command: str | Path) -> str:

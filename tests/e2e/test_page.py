@@ -13,7 +13,7 @@ import pytest_asyncio
 
 from loramux_shared.access.keyring import Keyring
 from loramux_shared.faults import InternalFault, RequestInvalid
-from loramux_shared.parsers import ReasoningParser
+from loramux_shared.runtime import ReasoningParser
 from tests.support.access import lines, new_entry
 from tests.support.browser import CHROMIUM, CTRL, Page, browser
 from tests.support.generations import change_deployed

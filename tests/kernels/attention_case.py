@@ -21,7 +21,7 @@ from inference_service.kernels.attention import (
     prefill_tile,
 )
 from inference_service.kernels.launch import Launch
-from loramux_shared.bases.attention import AttentionSpec
+from loramux_shared.bases.rope import AttentionSpec
 
 TOLERANCE = {torch.float32: 3e-6, torch.float16: 6e-3, torch.bfloat16: 8e-2}
 """Largest relative error of one head of one row; the interpreter truncates to bf16."""

@@ -25,8 +25,7 @@ from inference_service.kernels.cpu.build import load
 from inference_service.kernels.cpu.ops import CpuOps
 from inference_service.layers.norm import RMSNorm
 from inference_service.layers.rope import Rope
-from loramux_shared.bases.attention import AttentionSpec, HeadCounts
-from loramux_shared.bases.rope import RopeSpec
+from loramux_shared.bases.rope import AttentionSpec, HeadCounts, RopeSpec
 
 COUNTS, BLOCK_SIZE = HeadCounts(6, 2, 24), 16
 LARGE = HeadCounts(4, 1, 512)

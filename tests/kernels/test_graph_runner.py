@@ -39,7 +39,7 @@ from inference_service.startup.load import Ready
 from loramux_shared.bases.memory import blend_buckets, buckets, mixed_buckets
 from loramux_shared.bundle.deployments import current_generation
 from loramux_shared.bundle.reader import read_bundle
-from loramux_shared.pooling import Pooling
+from loramux_shared.runtime import Pooling
 from loramux_shared.storage.memory import MemoryStore
 from tests.support.grammars import Scripted
 from tests.support.pooled import run_pooled

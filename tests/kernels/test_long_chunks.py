@@ -15,7 +15,7 @@ from inference_service.backends.native_attention import NativeAttention
 from inference_service.kernels.attention import Context
 from inference_service.kernels.cpu.build import load
 from inference_service.kernels.cpu.ops import CpuOps
-from loramux_shared.bases.attention import AttentionSpec, HeadCounts
+from loramux_shared.bases.rope import AttentionSpec, HeadCounts
 
 BLOCKS = 12
 CONTEXTS = [Context(0, 1, [3], 9), Context(1, 40, [7, 1, 4, 9], 61), Context(41, 20, [2, 10], 20)]

@@ -20,7 +20,7 @@ from inference_service.serving.engine_thread import Inbox
 from inference_service.startup import load
 from inference_service.startup.bank import OpenBank, preload
 from inference_service.startup.load import Ready
-from loramux_shared.pooling import Pooling
+from loramux_shared.runtime import Pooling
 from loramux_shared.storage.memory import MemoryStore
 from tests.models.test_families import QWEN_DELTA, delta_adapters
 from tests.support.tiny import ADAPTERS, SIZES, VOCAB, World, make_world_of, sequence

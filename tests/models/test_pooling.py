@@ -11,7 +11,7 @@ import pytest
 
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Vector
-from loramux_shared.pooling import Pooling
+from loramux_shared.runtime import Pooling
 from loramux_shared.storage.memory import MemoryStore
 from tests.support.pooled import Query, cached_oracle, expected_of, run_pooled
 from tests.support.tiny import World, make_world, oracle_tokens, run_engine, sequence

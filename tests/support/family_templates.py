@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from loramux_shared.parsers import ReasoningParser, ToolParser
+from loramux_shared.runtime import ReasoningParser, ToolParser
 
 T, R = ToolParser, ReasoningParser
 CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n"

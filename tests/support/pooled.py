@@ -13,7 +13,7 @@ import torch
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import EndReason, Vector
 from inference_service.startup.load import Ready
-from loramux_shared.pooling import Pooling
+from loramux_shared.runtime import Pooling
 from tests.support.tiny import World, oracle, sequence
 
 Query = tuple[str, list[int], Pooling]

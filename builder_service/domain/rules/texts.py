@@ -8,7 +8,7 @@ from typing import Any, Final
 from builder_service.domain.strict_json import JsonInvalid, excerpt, parse
 from loramux_shared.bundle.manifest import TEXT_FILES
 from loramux_shared.faults import Finding
-from loramux_shared.limits import MAX_TEMPERATURE
+from loramux_shared.runtime import MAX_TEMPERATURE
 from loramux_shared.wording import listed
 
 TEMPLATE, GENERATION, TOKENIZER = TEXT_FILES

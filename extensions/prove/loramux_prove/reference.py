@@ -21,10 +21,9 @@ from loramux_prove import delta
 from loramux_prove.adapter_source import SourceAdapter
 from loramux_prove.factors import ReferenceFactors
 from loramux_prove.vocabulary_source import OwnRows, OwnTable, embedded, headed
-from loramux_shared.bases.attention import AttentionSpec, QueryScaling
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bases.layers import AttentionLayer, DeltaLayer, ExpertsLayer, InputLayer, MlpLayer
-from loramux_shared.bases.rope import RopeSpec
+from loramux_shared.bases.rope import AttentionSpec, QueryScaling, RopeSpec
 from loramux_shared.bundle.modules import NO_LAYER
 from loramux_shared.faults import CheckpointInvalid
 

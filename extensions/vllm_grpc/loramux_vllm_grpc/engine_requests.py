@@ -6,9 +6,9 @@ from typing import Any, Final
 
 import grpc
 
+from inference_service.serving.prompts import check_ids, countable
 from inference_service.serving.request import PromptContent, Request
-from inference_service.serving.sizes import check_ids, countable
-from loramux_shared.pooling import Pooling
+from loramux_shared.runtime import Pooling
 from loramux_vllm_grpc.calling import call_options, refuse_rank
 from loramux_vllm_grpc.refusals import no_prompt, refuse_fields
 from loramux_vllm_grpc.structure import constraint_of

@@ -7,8 +7,8 @@ from typing import Any, Final
 
 import grpc
 
+from inference_service.serving.prompts import check_ids, countable
 from inference_service.serving.request import PromptContent, Request
-from inference_service.serving.sizes import check_ids, countable
 from loramux_shared.faults import Finding, RequestInvalid
 from loramux_vllm_grpc.calling import call_options
 from loramux_vllm_grpc.refusals import no_prompt, refuse_fields

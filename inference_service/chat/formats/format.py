@@ -9,7 +9,7 @@ from inference_service.chat.formats.frame import Block
 from inference_service.chat.formats.lark import CallGrammar, OfferedTool, Spelling
 from inference_service.chat.pieces import AnswerCalls, call_id
 from inference_service.serving.request import Message
-from loramux_shared.parsers import ToolParser
+from loramux_shared.runtime import ToolParser
 
 
 @dataclass(frozen=True)

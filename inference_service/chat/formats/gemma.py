@@ -43,7 +43,7 @@ from inference_service.chat.formats.values import (
     written,
 )
 from inference_service.chat.pieces import AnswerCalls
-from loramux_shared.parsers import ToolParser
+from loramux_shared.runtime import ToolParser
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from inference_service.chat.formats.lark import CallGrammar, OfferedTool, Spelli
 from inference_service.chat.formats.source import AnswerSource, Reader, marks
 from inference_service.chat.pieces import AnswerCalls, Piece, TextPiece, Thought
 from inference_service.serving.request import Message
-from loramux_shared.parsers import ToolParser
+from loramux_shared.runtime import ToolParser
 
 START: Final = "<|start|>"
 CHANNEL: Final = "<|channel|>"

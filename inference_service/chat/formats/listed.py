@@ -27,7 +27,7 @@ from inference_service.chat.formats.lark import (
     list_schema,
 )
 from inference_service.chat.pieces import AnswerCalls
-from loramux_shared.parsers import ToolParser
+from loramux_shared.runtime import ToolParser
 
 MARK: Final = "<|tool_call|>"
 PHI_END: Final = "<|/tool_call|>"

@@ -19,7 +19,7 @@ from inference_service.chat.formats.json_calls import json_calls
 from inference_service.chat.formats.lark import CallGrammar, OfferedTool, Spelling, calls_schema, json_of
 from inference_service.chat.formats.source import AnswerSource, Reader
 from inference_service.chat.pieces import AnswerCalls
-from loramux_shared.parsers import ToolParser
+from loramux_shared.runtime import ToolParser
 
 PYTHON_TAG: Final = "<|python_tag|>"
 

@@ -33,7 +33,7 @@ from inference_service.chat.formats.lark import (
 from inference_service.chat.formats.source import AnswerSource, Reader
 from inference_service.chat.pieces import AnswerCalls
 from inference_service.serving.request import Message
-from loramux_shared.parsers import ToolParser
+from loramux_shared.runtime import ToolParser
 
 MARK: Final = "[TOOL_CALLS]"
 ID: Final = "[CALL_ID]"

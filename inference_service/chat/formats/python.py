@@ -50,7 +50,7 @@ from inference_service.chat.formats.values import (
     written,
 )
 from inference_service.chat.pieces import AnswerCalls
-from loramux_shared.parsers import ToolParser
+from loramux_shared.runtime import ToolParser
 
 OLMO: Final = "<function_calls>"
 OLMO_END: Final = "</function_calls>"

@@ -42,7 +42,7 @@ from inference_service.chat.formats.lark import (
 from inference_service.chat.formats.source import AnswerSource, Reader, marks
 from inference_service.chat.formats.values import arguments, is_open, is_text, texts, typed, written
 from inference_service.chat.pieces import AnswerCalls
-from loramux_shared.parsers import ToolParser
+from loramux_shared.runtime import ToolParser
 
 BEGIN: Final = "<tool_call>"
 END: Final = "</tool_call>"

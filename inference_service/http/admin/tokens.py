@@ -19,8 +19,8 @@ from inference_service.http.openai.schema_rules import GOES_ON, OF_MESSAGES, ONE
 from inference_service.http.wire.body import Body, Examples, Made, read_body
 from inference_service.http.wire.reply import Reply
 from inference_service.serving.bounds import check_turns, refused
+from inference_service.serving.prompts import countable
 from inference_service.serving.service import GenerationService
-from inference_service.serving.sizes import countable
 
 
 class TokenizeBody(Body):

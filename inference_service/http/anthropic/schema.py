@@ -12,7 +12,7 @@ from pydantic_core import PydanticCustomError
 
 from inference_service.http.anthropic.blocks import CacheControl, Content, Name, Texts
 from inference_service.http.wire.body import Body, Examples, Made, Noun, Same, unsupported
-from inference_service.serving.turns import NAME
+from inference_service.serving.prompts import NAME
 
 NAME_OF_TOOL: dict[str, Any] = {
     "oneOf": [

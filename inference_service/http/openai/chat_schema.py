@@ -1,4 +1,4 @@
-"""The body of a chat request; the rules of turns and tools are `serving.turns`'s."""
+"""The body of a chat request; the rules of turns and tools are `serving.prompts`'s."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from inference_service.chat.request import AllowedTools, NamedTool, ToolChoice
 from inference_service.http.openai.schema import GenerationBody
 from inference_service.http.openai.schema_rules import BY_ROLE, GOES_ON, SAYS_SOMETHING, SCHEMA_WHERE_SAID
 from inference_service.http.wire.body import Body, Examples, Made, Noun, unsupported
-from inference_service.serving.turns import NAME, ROLES
+from inference_service.serving.prompts import NAME, ROLES
 
 TEXT_PARTS: Final = {"text": "text", "refusal": "refusal"}
 """Content parts that hold text, and their key for it."""

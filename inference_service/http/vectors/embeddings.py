@@ -25,7 +25,7 @@ from inference_service.serving.pooling import (
 )
 from inference_service.serving.request import PromptContent, Request, hinted
 from inference_service.serving.service import GenerationService
-from loramux_shared.pooling import Pooling
+from loramux_shared.runtime import Pooling
 
 MANY: Final = 1 << 14
 """Numbers that are written on another thread: as JSON, they take some milliseconds."""

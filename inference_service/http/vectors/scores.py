@@ -16,7 +16,7 @@ from inference_service.serving.bounds import refused
 from inference_service.serving.pooling import ScoredPrompt, scored
 from inference_service.serving.request import PromptContent, Request, TextPair
 from inference_service.serving.service import GenerationService
-from loramux_shared.pooling import Pooling
+from loramux_shared.runtime import Pooling
 
 
 class Score(TypedDict):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from inference_service.kernels.attention.paged import MOST
 from inference_service.kernels.launch import require
-from loramux_shared.bases.attention import HeadCounts
+from loramux_shared.bases.rope import HeadCounts
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from inference_service.kernels.attention import tuning
 from inference_service.kernels.attention.inputs import HeadNorm, Inputs
 from inference_service.kernels.attention.layout import AttentionTables
 from inference_service.kernels.launch import Launch, require, require_device
-from loramux_shared.bases.attention import AttentionSpec
+from loramux_shared.bases.rope import AttentionSpec
 
 LOG2_E = math.log2(math.e)
 MAX_GRID = 65535

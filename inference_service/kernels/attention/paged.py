@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from inference_service.core.sequence import NOWHERE
-from loramux_shared.bases.attention import AttentionSpec
+from loramux_shared.bases.rope import AttentionSpec
 
 MOST: Final = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 """The types of a cache of 8 bits, and the largest number of each."""

@@ -17,7 +17,7 @@ import torch
 
 from inference_service.kernels.attention.balance import Balance
 from inference_service.kernels.launch import ARCHITECTURES, architecture_of
-from loramux_shared.bases.attention import HeadCounts
+from loramux_shared.bases.rope import HeadCounts
 
 MAX_HEAD_DIM: Final = 512
 DECODE_BALANCE: Final = Balance(programs=256, min_span=128)

@@ -19,9 +19,8 @@ from inference_service.adapters.views import PLACES, AdapterPlace, ReplicaView
 from inference_service.engine.engine import SequenceCounts
 from inference_service.engine.residents import LOAD_BUCKETS_S, AdapterState
 from inference_service.serving.engine_thread import EngineThread
-from inference_service.serving.telemetry.model_series import MOST
+from inference_service.serving.telemetry.model_series import MOST, Lines, bounds_of, families, head, sample
 from inference_service.serving.telemetry.replica import MODEL_LABEL, of_model
-from inference_service.serving.telemetry.text_format import Lines, bounds_of, families, head, sample
 from loramux_shared.deployment import ModelLimits
 
 MOST_NAMED: Final = 2000

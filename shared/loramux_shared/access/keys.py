@@ -18,7 +18,7 @@ from typing import Annotated, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from loramux_shared.faults import SettingsInvalid
-from loramux_shared.limits import Limits
+from loramux_shared.runtime import Limits
 
 
 class Scope(StrEnum):

@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
-from loramux_shared.bases.attention import AttentionSpec, HeadCounts
 from loramux_shared.bases.groups import (
     GroupShape,
     attention_groups,
@@ -16,7 +15,7 @@ from loramux_shared.bases.groups import (
     mlp_groups,
     shared_groups,
 )
-from loramux_shared.bases.rope import RopeSpec
+from loramux_shared.bases.rope import AttentionSpec, HeadCounts, RopeSpec
 
 
 @dataclass(frozen=True)

@@ -28,10 +28,8 @@ from loramux_shared.bundle.manifest import (
 from loramux_shared.bundle.names import ModelNames, StoredName
 from loramux_shared.deployment import Aliases, Dtype, Merge, Model, ModelLimits, Repository
 from loramux_shared.faults import DeploymentInvalid
-from loramux_shared.limits import unset
-from loramux_shared.parsers import ReasoningParser, ToolParser
-from loramux_shared.pooling import Pooling
 from loramux_shared.rounding import Rounding
+from loramux_shared.runtime import Pooling, ReasoningParser, ToolParser, unset
 
 BUILDS_PREFIX: Final = "builds/"
 DEPLOYMENTS_PREFIX: Final = "deployments/"

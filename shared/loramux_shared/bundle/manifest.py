@@ -27,7 +27,7 @@ from loramux_shared.bundle.modules import BY_ID, NO_LAYER, OF_NO_LAYER, TENSORRT
 from loramux_shared.bundle.proof import Proof
 from loramux_shared.deployment import Dtype, Model
 from loramux_shared.faults import BundleCorrupt, Finding
-from loramux_shared.limits import unset
+from loramux_shared.runtime import unset
 
 FORMAT_VERSION: Final = 1
 """Version of records; a manifest has version 2 where older readers would serve something else: `version_of`."""

@@ -35,8 +35,8 @@ from loramux_shared.access.keyring import Keyring
 from loramux_shared.bundle.deployments import current_generation, publish_generation
 from loramux_shared.bundle.generation import Generation
 from loramux_shared.deployment import Deployment, ModelLimits, Runtime
-from loramux_shared.limits import Limits
 from loramux_shared.rpc.server import RpcServer
+from loramux_shared.runtime import Limits
 from loramux_shared.sources.open import open_sources
 from loramux_shared.storage.memory import MemoryStore
 from tests.support.access import lines, new_entry

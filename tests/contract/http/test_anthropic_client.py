@@ -23,7 +23,7 @@ from inference_service.http.app import create_app
 from loramux_shared.access.guard import NOBODY_GUARDS, Guard
 from loramux_shared.access.keyring import Keyring
 from loramux_shared.faults import InternalFault, QueueFull, RateLimited, ReplicaFailed
-from loramux_shared.parsers import ReasoningParser
+from loramux_shared.runtime import ReasoningParser
 from tests.support.access import lines, new_entry
 from tests.support.generations import change_deployed
 from tests.support.openai_api import OpenAIApi

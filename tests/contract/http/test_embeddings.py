@@ -14,7 +14,7 @@ import pytest
 import pytest_asyncio
 
 from loramux_shared.faults import ModelNotFound, RequestInvalid
-from loramux_shared.pooling import FILE, Pooling
+from loramux_shared.runtime import FILE, Pooling
 from loramux_shared.storage.memory import MemoryStore
 from tests.support.grpc_api import open_client
 from tests.support.openai_api import OpenAIApi, open_api

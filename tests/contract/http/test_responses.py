@@ -18,7 +18,7 @@ from inference_service.http.responses.compact import ASK, NO_SUMMARY
 from inference_service.http.responses.items import carried, uncarried
 from inference_service.http.responses.turns import SUMMED_UP
 from loramux_shared.faults import QueueFull, RateLimited, ReplicaFailed, RequestInvalid
-from loramux_shared.parsers import ReasoningParser
+from loramux_shared.runtime import ReasoningParser
 from tests.support.generations import change_deployed
 from tests.support.responses import check_events, check_response, read_stream
 from tests.support.talker import TalkerApi, open_talker

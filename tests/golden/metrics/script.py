@@ -26,7 +26,7 @@ from inference_service.serving.request import AnswerDelta, AnswerFinished, Reque
 from inference_service.serving.telemetry.metrics import Metrics
 from inference_service.serving.telemetry.record import following
 from loramux_shared.deployment import ModelLimits
-from loramux_shared.limits import Limits
+from loramux_shared.runtime import Limits
 from tests.support.generations import change_deployed
 from tests.support.metrics import Scrape
 

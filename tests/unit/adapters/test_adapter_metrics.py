@@ -14,11 +14,18 @@ from inference_service.engine.residents import LOAD_BUCKETS_S, ResidencyStats
 from inference_service.serving.engine_thread import EngineThread
 from inference_service.serving.request import Request
 from inference_service.serving.telemetry.metrics import Metrics
-from inference_service.serving.telemetry.model_series import LATELY_S, MOST, OTHERS, Counted, ModelSeries, Timed
+from inference_service.serving.telemetry.model_series import (
+    LATELY_S,
+    MOST,
+    OTHERS,
+    Counted,
+    ModelSeries,
+    Timed,
+    label,
+)
 from inference_service.serving.telemetry.record import following
-from inference_service.serving.telemetry.text_format import label
 from loramux_shared.deployment import ModelLimits
-from loramux_shared.limits import Limits
+from loramux_shared.runtime import Limits
 from tests.support.generations import change_deployed
 from tests.support.instructions import instructions
 from tests.support.metrics import Scrape

@@ -21,7 +21,7 @@ from loramux_shared.bundle.manifest import (
 from loramux_shared.bundle.proof import Effect, Probe, ProbeLogprob, Proof
 from loramux_shared.deployment import Model, ModelLimits, Repository
 from loramux_shared.faults import Finding
-from loramux_shared.limits import Limits
+from loramux_shared.runtime import Limits
 from tests.support.root import ROOT
 
 PAGE = (ROOT / "docs" / "reference" / "bundle-format.md").read_text(encoding="utf-8")

@@ -23,7 +23,7 @@ from inference_service.text.sandbox import grammars as sandbox
 from inference_service.text.sandbox.grammars import LIMITS, put_into
 from inference_service.text.text import Text
 from loramux_shared.faults import RequestInvalid
-from loramux_shared.parsers import Parsers, ReasoningParser, ToolParser
+from loramux_shared.runtime import Parsers, ReasoningParser, ToolParser
 from tests.support.examples import examples
 from tests.support.family_templates import FAMILIES, Family
 from tests.support.readings import read

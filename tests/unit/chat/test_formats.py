@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from inference_service.chat.dialect import Dialect, parsers_of
 from inference_service.chat.pieces import AnswerCalls, AnswerReader, CallArguments, CallBegun, TextPiece
-from loramux_shared.parsers import Parsers, ReasoningParser, ToolParser
+from loramux_shared.runtime import Parsers, ReasoningParser, ToolParser
 from tests.support.readings import Collected, cuts_of, read
 
 WEATHER: dict[str, Any] = {

@@ -17,7 +17,7 @@ from loramux_shared.bundle.names import OWN_NAME
 from loramux_shared.deployment import Deployment, Dtype, ModelLimits, Repository, Runtime, SourceKind
 from loramux_shared.deployment_file import parse_deployment
 from loramux_shared.faults import DeploymentInvalid, SettingsInvalid
-from loramux_shared.limits import Limits
+from loramux_shared.runtime import Limits
 from scripts.deployment_doc import MORE
 from tests.support.access import new_entry
 

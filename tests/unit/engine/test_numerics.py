@@ -19,7 +19,7 @@ from inference_service.engine.residents import AlwaysResident
 from inference_service.engine.sampler import sample
 from inference_service.engine.state_slots import StateSlots
 from inference_service.engine.step import Pending
-from loramux_shared.pooling import Pooling
+from loramux_shared.runtime import Pooling
 
 PROMPT = list(range(3, 16))
 

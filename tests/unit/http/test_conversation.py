@@ -20,7 +20,7 @@ from inference_service.serving.telemetry.record import RequestRecord, Watcher
 from inference_service.text.chat_template import ChatTemplate
 from inference_service.text.text import Text
 from loramux_shared.faults import ModelNotFound, RequestInvalid
-from loramux_shared.parsers import ReasoningParser, ToolParser
+from loramux_shared.runtime import ReasoningParser, ToolParser
 from tests.golden.openai.script import Case, Scripted
 from tests.support.family_templates import FAMILIES
 from tests.support.generations import change_deployed

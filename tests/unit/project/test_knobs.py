@@ -46,7 +46,7 @@ from inference_service.serving.bounds import IDS, NUMBERS, TEXTS
 from inference_service.serving.request import PARTS, Request
 from loramux.inference.v1 import inference_pb2 as pb
 from loramux.records import GenerateOptions
-from loramux_shared.limits import MAX_TEMPERATURE
+from loramux_shared.runtime import MAX_TEMPERATURE
 from tests.support.root import ROOT
 
 REQUIRED = PARTS.keys() - {"name", "content"} | {"model", "prompt", "id"}

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from inference_service.serving.sizes import MAX_NAMES, unfolds_to
+from inference_service.serving.prompts import MAX_NAMES, unfolds_to
 from inference_service.text.text import SLICE_CHARS, Text
 from loramux.inference.v1 import inference_pb2 as pb
 from loramux_shared.deployment_file import parse_deployment

@@ -16,7 +16,7 @@ from inference_service.serving.request import AnswerDelta
 from loramux_shared.access.keys import EVERYTHING, Access, Scope
 from loramux_shared.deployment import ModelLimits
 from loramux_shared.faults import RateLimited
-from loramux_shared.limits import Limits
+from loramux_shared.runtime import Limits
 
 BASE = ServedModel("base")
 A, B = (ServedModel(name, digest=name * 64) for name in "ab")

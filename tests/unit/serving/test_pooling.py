@@ -12,7 +12,7 @@ from inference_service.adapters.scoring import Scorer
 from inference_service.serving.pooling import check_dimensions, pooling_of, shaped
 from loramux_shared.bundle.manifest import ScoreHead
 from loramux_shared.faults import CheckpointInvalid, RequestInvalid
-from loramux_shared.pooling import FILE, Pooling, pooling_in
+from loramux_shared.runtime import FILE, Pooling, pooling_in
 
 ST = {"word_embedding_dimension": 48, "pooling_mode_cls_token": False, "include_prompt": True}
 

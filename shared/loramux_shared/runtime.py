@@ -1,0 +1,128 @@
+"""Runtime settings of a deployment: parsers of chat answers, pooling, limits and the range of temperatures."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Final
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from loramux_shared.faults import CheckpointInvalid
+
+
+class ToolParser(StrEnum):
+    """The form in which a model writes calls of tools."""
+
+    AUTO = "auto"
+    """The format that the chat template shows."""
+    NONE = "none"
+    """Calls stay text."""
+    HERMES = "hermes"
+    QWEN3_CODER = "qwen3_coder"
+    LLAMA3_JSON = "llama3_json"
+    PYTHONIC = "pythonic"
+    OLMO3 = "olmo3"
+    TOOL_CODE = "tool_code"
+    MISTRAL = "mistral"
+    GRANITE = "granite"
+    PHI4 = "phi4"
+    GEMMA4 = "gemma4"
+    FUNCTIONGEMMA = "functiongemma"
+    HARMONY = "harmony"
+
+
+class ReasoningParser(StrEnum):
+    """The marks between which a model reasons."""
+
+    AUTO = "auto"
+    """The format that the chat template shows."""
+    NONE = "none"
+    """Reasoning stays text."""
+    THINK = "think"
+    GRANITE = "granite"
+    MISTRAL = "mistral"
+    GEMMA4 = "gemma4"
+    HARMONY = "harmony"
+
+
+@dataclass(frozen=True)
+class Parsers:
+    """The parsers that a deployment, or a replica, sets for all its models."""
+
+    tool: ToolParser = ToolParser.AUTO
+    reasoning: ReasoningParser = ReasoningParser.AUTO
+
+
+MAX_WEIGHT: Final = 1000.0
+
+
+def unset(value: object) -> bool:
+    """True for what a record leaves out, so that its bytes are those from before the field was there."""
+    return value is None or value in ({}, ())
+
+
+class Limits(BaseModel):
+    """Limits of a model or a key. A limit that is not given is no bound, and the weight is 1."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, hide_input_in_errors=True
+    )
+
+    weight: float | None = Field(default=None, gt=0, le=MAX_WEIGHT, allow_inf_nan=False, exclude_if=unset)
+    """Weight among models that compete: twice the weight is twice the tokens."""
+    max_running: int | None = Field(default=None, ge=1, lt=2**31, exclude_if=unset)
+    """Answers that are computed at once; others wait."""
+    max_waiting: int | None = Field(default=None, ge=1, lt=2**31, exclude_if=unset)
+    """Requests that wait for their first step; one more is refused as RATE_LIMITED."""
+    tokens_per_minute: int | None = Field(default=None, ge=1, lt=2**53, exclude_if=unset)
+    """Tokens of prompts and answers; after a minute's worth of them, requests are refused as RATE_LIMITED until
+    the time for what was used has passed."""
+
+    def over(self, other: Limits) -> Limits:
+        """Return these limits, and the other's where these say nothing."""
+        return other.model_copy(update=self.model_dump())
+
+
+MAX_TEMPERATURE: Final = 100.0
+"""Temperature at which every token of a usual model is about as likely as any other; 0 is greedy."""
+
+
+class Pooling(StrEnum):
+    """A choice among the hidden states behind the last norm, one for each token."""
+
+    LAST = "last"
+    """The hidden state of the last token."""
+    MEAN = "mean"
+    """Their mean."""
+
+
+FILE: Final = "1_Pooling/config.json"
+"""Pooling config of a base that was trained for vectors with sentence-transformers."""
+MODES: Final = {"lasttoken": Pooling.LAST, "mean": Pooling.MEAN, "mean_tokens": Pooling.MEAN}
+"""Names of the modes there: in ``pooling_mode``, or each as a switch of its own."""
+
+
+def pooling_in(folder: Path) -> Pooling | None:
+    """Return how the base in a folder was trained to make vectors: LAST where it says nothing.
+
+    None where it says what is not served: the beginning, a maximum, weighted means, or several together.
+
+    Raises:
+        CheckpointInvalid: the file is no JSON object.
+    """
+    path = folder / FILE
+    if not path.exists():
+        return Pooling.LAST
+    try:
+        fields = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise CheckpointInvalid(f"the base's {FILE} is not valid JSON. Correct or remove it.") from error
+    if not isinstance(fields, dict):
+        raise CheckpointInvalid(f"the base's {FILE} must be an object. Correct or remove it.")
+    mode = fields.get("pooling_mode")
+    chosen = [mode] if mode is not None else [name for name in fields if fields[name] is True]
+    modes = [str(name).removeprefix("pooling_mode_") for name in chosen if name not in ("include_prompt",)]
+    return MODES.get(modes[0]) if len(modes) == 1 else None
