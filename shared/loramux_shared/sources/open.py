@@ -9,14 +9,13 @@ from pathlib import Path
 from loramux_shared.bundle.generation import Descent
 from loramux_shared.deployment import Repository, SourceKind
 from loramux_shared.extensions import need_extension
-from loramux_shared.faults import SettingsInvalid, SourceRefused
+from loramux_shared.faults import RepoNotFound, SettingsInvalid, SourceRefused
 from loramux_shared.sources.addresses import AddressGuard
-from loramux_shared.sources.base import Source
+from loramux_shared.sources.base import Source, about
 from loramux_shared.sources.bucket import Bucket, BucketSource, Opener
 from loramux_shared.sources.https import Https
 from loramux_shared.sources.hub import HubSource
 from loramux_shared.sources.local import LocalSource
-from loramux_shared.sources.pushed import PushedSource
 from loramux_shared.sources.secrets import Secrets
 from loramux_shared.sources.url import UrlSource
 
@@ -39,7 +38,19 @@ class Sources:
         return hub.descent(model) if isinstance(hub, HubSource) else ()
 
     def of(self, repository: Repository) -> Source:
-        """Return the source of a repository, or raise `SourceRefused`."""
+        """Return the source of a repository.
+
+        Raises:
+            SourceRefused: there is none of its kind here.
+            RepoNotFound: it was pushed; all that is left of it is the bundle that was made.
+        """
+        if repository.source is SourceKind.PUSHED:
+            at = f" at {repository.revision}" if repository.revision else ""
+            with about(repository):
+                raise RepoNotFound(
+                    f"PUSHED {repository.label}{at}: its files are not stored, and the served generation has "
+                    "no complete bundle of it for this base and these settings. Push it again."
+                )
         source = self._sources.get(repository.source)
         if source is None:
             known = ", ".join(sorted(self._sources))
@@ -71,7 +82,6 @@ def open_sources(
             SourceKind.AZURE: BucketSource(opener_of(SourceKind.AZURE), secrets),
             SourceKind.REMOTE_URL: UrlSource(Https(AddressGuard(allowed_hosts)), secrets, work_dir),
             SourceKind.LOCAL: LocalSource(local_roots),
-            SourceKind.PUSHED: PushedSource(),
         },
         work_dir,
     )
