@@ -56,7 +56,8 @@ BLOCK_SIZE: Final = 16
 SIZES: Final = STEP_SIZES["cuda"]
 LIMITS: Final = SchedulerLimits(SIZES.tokens, MAX_ADAPTERS, MAX_ADAPTERS, LONGEST)
 """With fewer seats than the default, which has the same kinds of steps."""
-ONCE_PER_LAYER: Final = "rope_write_kernel"
+ONCE_PER_LAYER: Final = ("rope_write_kernel", "rope_write_update_kernel")
+EXPANDING: Final = ("expand_kernel", "rope_write_update_kernel", "gated_update_kernel")
 DECODES: Final = (1, 2, 4, 8, 16, 32, 64)
 PROMPTS: Final = (64, 512, 1100)
 ADAPTERS: Final = (1, 8, 64)
@@ -123,7 +124,7 @@ class Counted:
                     raise
                 return "eager, waits for the device"
         replayed = self.recorder.replays > before
-        attends = "rope_write_kernel" in names_of(eager)
+        attends = not set(ONCE_PER_LAYER).isdisjoint(names_of(eager))
         return "eager" if attends else "recorded" if replayed else "nothing"
 
 
@@ -133,7 +134,7 @@ def _nothing_runs(noted: list[Launch]) -> Any:
 
 def per_layer(names: Sequence[str]) -> int:
     """Return the launches from one layer to the next."""
-    places = [place for place, name in enumerate(names) if name == ONCE_PER_LAYER]
+    places = [place for place, name in enumerate(names) if name in ONCE_PER_LAYER]
     return places[1] - places[0]
 
 
@@ -169,7 +170,7 @@ def programs(counted: Counted) -> Iterator[str]:
         every = counted.launched(rows, mixed=False, adapters=True)
         first = [each for each in every if isinstance(each, Launch)]
         shrinks = _of_kernel(first, "shrink_kernel")
-        expands = _of_kernel(first, "expand_kernel")
+        expands = _of_kernel(first, *EXPANDING)
         for adapters in ADAPTERS:
             if adapters > rows:
                 continue
@@ -184,9 +185,9 @@ def programs(counted: Counted) -> Iterator[str]:
                 yield f"  {f'decode of {rows}':<26}{adapters:>8}  {name:<5}{printed}{both:>7.2f}"
 
 
-def _of_kernel(every: Sequence[Launch], name: str) -> list[Launch]:
-    """Return the launches of a kernel for one layer."""
-    found = [each for each in every if each.kernel.fn.__name__ == name]
+def _of_kernel(every: Sequence[Launch], *names: str) -> list[Launch]:
+    """Return the launches of kernels for one layer."""
+    found = [each for each in every if each.kernel.fn.__name__ in names]
     return found[: len(found) // LAYERS]
 
 
@@ -209,9 +210,12 @@ def _shrinking(launch: Launch, ranks: Sequence[int]) -> int:
 
 def _expanding(launch: Launch, ranks: Sequence[int]) -> int:
     provided, launched = launch.arguments, _programs(launch)
-    wide, narrow = (
-        sum(-(-size // provided[width]) for size in provided["SIZES"]) for width in ("BLOCK_N", "FEW_N")
-    )
+    sizes = provided["SIZES"]
+    if "p_heads" in provided:
+        return min(launched, int(len(ranks) * sum(sizes) / provided["D"]))
+    if "p_gate_up" in provided:
+        sizes = sizes[:1]
+    wide, narrow = (sum(-(-size // provided[width]) for size in sizes) for width in ("BLOCK_N", "FEW_N"))
     working: int = len(ranks) * (wide if len(ranks) * wide >= launched else narrow)
     return min(launched, working)
 

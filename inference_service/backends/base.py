@@ -15,6 +15,7 @@ from inference_service.kernels.attention import Context
 from inference_service.kernels.delta import DeltaInputs
 from inference_service.kernels.experts import ByExpert, Routed
 from inference_service.kernels.rows import Activation
+from inference_service.kernels.sgmv import Update
 from inference_service.layers.linear import Linear
 from inference_service.layers.norm import RMSNorm
 from inference_service.layers.rope import Rope
@@ -54,12 +55,14 @@ class Attention(Protocol):
         norm: RMSNorm | None = None,
         sinks: Tensor | None = None,
         scales: Tensor | None = None,
+        update: Update | None = None,
     ) -> Tensor:
         """Return [T, heads * d] of the heads of queries, keys and values, side by side [T, all heads, d].
 
         There are queries alone where the layer reads another's keys and values. The first heads, as many as
         the norm has weights, are normed first. Sinks, float32 [query heads], are scores of what every row sees
-        besides, and which has no value. Scales are those of keys and values of 8 bits, of the same cache.
+        besides, and which has no value. Scales are those of keys and values of 8 bits, of the same cache. An
+        update is of `Operations.begun`, and is to be added to the heads.
         """
         ...
 
@@ -116,6 +119,12 @@ class Operations(Protocol):
         """Return [T, out] of a group of layer ``index``, with what adapters add to it."""
         ...
 
+    def begun(
+        self, layer: Linear, x: Tensor, lora: StepLora, index: int, group: str
+    ) -> tuple[Tensor, Update | None]:
+        """Return [T, out] as `adapted` does, or of the base alone, and what is to be added by what reads it."""
+        ...
+
     def angles(self, rope: Rope, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Return cos and sin of `Rope.at` [T, 1, dim] for positions [T]."""
         ...
@@ -138,8 +147,8 @@ class Operations(Protocol):
         """
         ...
 
-    def gated(self, gate_up: Tensor, activation: Activation) -> Tensor:
-        """Return activation(gate) * up [T, intermediate] of both side by side."""
+    def gated(self, gate_up: Tensor, activation: Activation, update: Update | None = None) -> Tensor:
+        """Return activation(gate) * up [T, intermediate] of both side by side; an update is one of `begun`."""
         ...
 
     def softcap(self, logits: Tensor, cap: float) -> Tensor:
@@ -262,8 +271,11 @@ class LoraBackend(StepLora, Protocol):
         """Return the table bytes of each slot, in use or not: many, where layers have experts."""
         ...
 
-    def open(self, num_bytes: int, max_rank: int, num_slots: int) -> None:
+    def open(self, num_bytes: int, max_rank: int, num_slots: int, host_bytes: int = 0) -> None:
         """Make the arena and the slots, once; no adapter has a larger rank in any module.
+
+        A GPU copies from host memory that is locked: what `pack` returns lies in host_bytes of it, where these
+        suffice.
 
         Raises:
             InternalFault: it is open already.

@@ -32,6 +32,7 @@ from inference_service.kernels.cpu.ops import (
 from inference_service.kernels.delta import StateChunk
 from inference_service.kernels.integers import quantize
 from inference_service.kernels.rows import Activation
+from inference_service.kernels.sgmv import Update
 from inference_service.layers.linear import Linear
 from inference_service.layers.norm import RMSNorm
 from loramux_shared.bases.rope import HeadCounts
@@ -94,7 +95,7 @@ class NativeOperations(TorchOperations):
         normed = self.ops.rms_norm(hidden, delta, norm.weight, norm.eps, norm.offset)
         return normed if out is None else out.copy_(normed)
 
-    def gated(self, gate_up: Tensor, activation: Activation) -> Tensor:
+    def gated(self, gate_up: Tensor, activation: Activation, update: Update | None = None) -> Tensor:  # noqa: ARG002 - `begun` has none
         """Compute it in one pass."""
         return self.ops.gated(gate_up, activation)
 

@@ -17,6 +17,7 @@ from inference_service.backends.torch import parts
 from inference_service.core.sequence import GONE
 from inference_service.kernels.attention import Context
 from inference_service.kernels.cpu.ops import BLOCK, Chunks, CpuOps, Planned, Table
+from inference_service.kernels.sgmv import Update
 from inference_service.layers.norm import RMSNorm
 from loramux_shared.bases.rope import AttentionSpec
 
@@ -128,6 +129,7 @@ class NativeAttention:
         norm: RMSNorm | None = None,
         sinks: Tensor | None = None,
         scales: Tensor | None = None,  # noqa: ARG002 - its cache has the model's type
+        update: Update | None = None,  # noqa: ARG002 - `begun` has none
     ) -> Tensor:
         """Rotate in place, write the cache, attend over it where it lies."""
         queries, rotated = parts(heads, len(keys), spec)

@@ -81,7 +81,7 @@ class NativeLora:
         """The fields of all linears."""
         return len(self._names) * ADAPTER_FIELDS * self._table.itemsize
 
-    def open(self, num_bytes: int, max_rank: int, num_slots: int) -> None:
+    def open(self, num_bytes: int, max_rank: int, num_slots: int, host_bytes: int = 0) -> None:  # noqa: ARG002 - nothing is locked
         """Reserve addresses; memory is taken when it is touched."""
         self._slots.open(num_bytes, max_rank, num_slots)
         self._arena = Arena(num_bytes)

@@ -22,6 +22,7 @@ from inference_service.backends.experts import ExpertOperations
 from inference_service.kernels.attention import Context, KeysValues, PagedAttention
 from inference_service.kernels.delta import DeltaInputs, StateChunk, reference
 from inference_service.kernels.rows import Activation
+from inference_service.kernels.sgmv import Update
 from inference_service.layers.linear import Linear
 from inference_service.layers.norm import RMSNorm
 from inference_service.layers.quantizing import new_linear
@@ -65,6 +66,12 @@ class TorchOperations(ExpertOperations):
         lora.apply(x, out, index, group)
         return out
 
+    def begun(
+        self, layer: Linear, x: Tensor, lora: StepLora, index: int, group: str
+    ) -> tuple[Tensor, Update | None]:
+        """Nothing is left to be added."""
+        return self.adapted(layer, x, lora, index, group), None
+
     def angles(self, rope: Rope, positions: Tensor) -> tuple[Tensor, Tensor]:
         """All positions at once."""
         return rope.at(positions)
@@ -88,7 +95,7 @@ class TorchOperations(ExpertOperations):
         normed = norm(hidden)
         return normed if out is None else out.copy_(normed)
 
-    def gated(self, gate_up: Tensor, activation: Activation) -> Tensor:
+    def gated(self, gate_up: Tensor, activation: Activation, update: Update | None = None) -> Tensor:  # noqa: ARG002 - `begun` has none
         """Two operations."""
         gate, up = gate_up.chunk(2, dim=-1)
         return ACTIVATIONS[activation](gate) * up
@@ -145,6 +152,7 @@ class TorchAttention:
         norm: RMSNorm | None = None,
         sinks: Tensor | None = None,
         scales: Tensor | None = None,
+        update: Update | None = None,  # noqa: ARG002 - `begun` has none
     ) -> Tensor:
         """Rotate queries and keys together, then gather and attend."""
         queries, rotated = parts(heads, len(keys), spec)

@@ -127,7 +127,7 @@ class TorchLora:
         """Nothing: there are no tables."""
         return 0
 
-    def open(self, num_bytes: int, max_rank: int, num_slots: int) -> None:
+    def open(self, num_bytes: int, max_rank: int, num_slots: int, host_bytes: int = 0) -> None:  # noqa: ARG002 - nothing is locked
         """Note the sizes."""
         self._bank.open(num_bytes, max_rank, num_slots)
 

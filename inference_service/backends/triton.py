@@ -44,6 +44,7 @@ from inference_service.kernels.sgmv import (
     Planned,
     SegmentCapacity,
     Segments,
+    Update,
     pack_segments,
     workspace_numel,
 )
@@ -104,6 +105,14 @@ class TritonOperations(GroupedOperations, TorchOperations):
             return lora.adapted(partial(self.linear, layer, x), x, index, group)
         return super().adapted(layer, x, lora, index, group)
 
+    def begun(
+        self, layer: Linear, x: Tensor, lora: StepLora, index: int, group: str
+    ) -> tuple[Tensor, Update | None]:
+        """The second half is left to what reads the output, in steps of few rows."""
+        if isinstance(lora, TritonLora):
+            return lora.begun(partial(self.linear, layer, x), x, index, group)
+        return super().begun(layer, x, lora, index, group)
+
     def embed(self, tokens: Tensor, table: Tensor, scale: float) -> Tensor:
         """The scale included."""
         return rows.embed(tokens, table, scale)
@@ -122,9 +131,9 @@ class TritonOperations(GroupedOperations, TorchOperations):
             hidden, norm.weight, eps=norm.eps, offset=norm.offset, delta=delta, delta_weight=weight, out=out
         )
 
-    def gated(self, gate_up: Tensor, activation: Activation) -> Tensor:
-        """The product included."""
-        return rows.gated(gate_up, activation)
+    def gated(self, gate_up: Tensor, activation: Activation, update: Update | None = None) -> Tensor:
+        """The product and the update included."""
+        return rows.gated(gate_up, activation, update)
 
     def softcap(self, logits: Tensor, cap: float) -> Tensor:
         """Cap the logits in place."""
@@ -173,7 +182,7 @@ class TritonOperations(GroupedOperations, TorchOperations):
 class TritonAttention:
     """Attention with the kernels for GPUs.
 
-    Norm, rotation and write in one launch, then one to three that attend.
+    Update, norm, rotation and write in one launch, then one to three that attend.
     """
 
     def __init__(
@@ -203,11 +212,12 @@ class TritonAttention:
         norm: RMSNorm | None = None,
         sinks: Tensor | None = None,
         scales: Tensor | None = None,
+        update: Update | None = None,
     ) -> Tensor:
         """Rows that belong to no chunk are 0."""
         inputs = Inputs(heads, *turn, keys, values, writes=spec.keys_of is None, scales=scales)
         tables, head_norm = self.tables[inputs.counts, spec.window], None if norm is None else norm.of_heads
-        return attend(inputs, tables, spec, head_norm, sinks).flatten(1)
+        return attend(inputs, tables, spec, head_norm, sinks, update).flatten(1)
 
 
 class TritonLora:
@@ -271,9 +281,9 @@ class TritonLora:
         """Rank and places of all modules."""
         return self._bank.slot_bytes
 
-    def open(self, num_bytes: int, max_rank: int, num_slots: int) -> None:
-        """Take the device's memory; steps may be recorded from then on."""
-        self._bank.open(num_bytes, max_rank, num_slots)
+    def open(self, num_bytes: int, max_rank: int, num_slots: int, host_bytes: int = 0) -> None:
+        """Take the device's memory, and that of the host; steps may be recorded from then on."""
+        self._bank.open(num_bytes, max_rank, num_slots, host_bytes)
 
     def pack(self, weights: AdapterWeights) -> PackedAdapter:
         """Pack an adapter into memory that a GPU can copy from."""
@@ -343,9 +353,28 @@ class TritonLora:
 
     def adapted(self, base: Callable[[], Tensor], x: Tensor, layer: int, group: str) -> Tensor:
         """Return what the base's product gives [T, all slices], with what the adapters make of x [T, in]."""
+        out, plan = self._shrunk(base, x, layer, group)
+        if plan is not None:
+            for launch in plan.expand(out, self._workspace)[: self._passes]:
+                launch()
+        return out
+
+    def begun(
+        self, base: Callable[[], Tensor], x: Tensor, layer: int, group: str
+    ) -> tuple[Tensor, Update | None]:
+        """Return what `adapted` does, or in steps of few rows what the base gives, and the missing update."""
+        if self._step is None or not self._step.capacity.rows:
+            return self.adapted(base, x, layer, group), None
+        out, plan = self._shrunk(base, x, layer, group)
+        return out, None if plan is None else plan.update(self._workspace)
+
+    def _shrunk(
+        self, base: Callable[[], Tensor], x: Tensor, layer: int, group: str
+    ) -> tuple[Tensor, Planned | None]:
+        """Return the base's product, and what is launched behind it; None where no adapter touches it."""
         linear = layer, group
         if self._step is None or not self._touched >> self._linears[linear] & 1:
-            return base()
+            return base(), None
         plan = self._plan_of(linear, self._bank.groups[linear], self._step)
         first = plan.shrink(x, self._workspace)
         if self._records:
@@ -356,9 +385,7 @@ class TritonLora:
         else:
             first()
             out = base()
-        for launch in plan.expand(out, self._workspace)[: self._passes]:
-            launch()
-        return out
+        return out, plan
 
     def apply(self, x: Tensor, out: Tensor, layer: int, group: str) -> None:
         """Add to out [T, all slices] what the adapters make of x [T, in]; base rows are not touched."""

@@ -27,6 +27,8 @@ Tables = TypeVar("Tables", AttentionTables, DeltaTables, Segments)
 
 PAIR: Final = 2
 """Adapters of a row in most mixtures."""
+FEW_ROWS: Final = 32
+"""Rows of a step up to which the kernels that read an adapted linear's output add what adapters make of it."""
 _PADDING: Final = np.full(FIELDS, Kind.PADDING, np.int32).tobytes()
 
 
@@ -76,14 +78,15 @@ class StepCapacity:
     @property
     def tile(self) -> int:
         """Rows of a segment at most."""
-        return PREFILL_TILE if self.mixed else DECODE_TILE
+        return PREFILL_TILE if self.mixed and self.rows > FEW_ROWS else DECODE_TILE
 
     @property
     def segments(self) -> SegmentCapacity | None:
         """Return the capacity of the adapters' segments; None without adapters."""
         if not self.slots:
             return None
-        return SegmentCapacity(self.rows, self.slots, self.tile, active=self.active)
+        rows = self.rows if self.rows <= FEW_ROWS else 0
+        return SegmentCapacity(self.rows, self.slots, self.tile, active=self.active, rows=rows)
 
     @property
     def mixed_segments(self) -> tuple[SegmentCapacity, ...]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from inference_service.backends.base import Attention, Operations, Recurrence, StepLora, Turn, no_recurrence
+from inference_service.kernels.sgmv import Update
 from inference_service.layers.linear import Linear
 
 LayerCache = tuple[Tensor, ...]
@@ -57,3 +58,9 @@ class Step:
         if self.lora is None:
             return self.operations.linear(layer, x)
         return self.operations.adapted(layer, x, self.lora, index, group)
+
+    def begun(self, layer: Linear, x: Tensor, index: int, group: str) -> tuple[Tensor, Update | None]:
+        """Return the same, or without adapters, whose update is for the operation that reads it."""
+        if self.lora is None:
+            return self.operations.linear(layer, x), None
+        return self.operations.begun(layer, x, self.lora, index, group)

@@ -1,14 +1,20 @@
 """The kernels in the tuning tables of attention, for heads that are served."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import cache
 from typing import Any, Final
 
 from inference_service.kernels.attention import triton_kernels, tuning
 from inference_service.kernels.launch import ARCHITECTURES
+from inference_service.kernels.sgmv import Phase
+from inference_service.kernels.sgmv import tuning as sgmv
+from tests.kernels import aot_sgmv
 from tests.kernels.aot import Variant, covering
 
 TYPES = {
+    **aot_sgmv.TYPES,
+    "p_num_runs": "*i32",
     "p_partial": "*fp32",
     "p_lse": "*fp32",
     "p_scales": "*bf16",
@@ -23,7 +29,7 @@ TYPES = {
     "eps": "fp32",
     "offset": "fp32",
 }
-UNALIGNED = {"window"}
+UNALIGNED = {"window", *aot_sgmv.UNALIGNED}
 EIGHT_BITS: Final = {"int8": "*i8", "fp8": "*fp8e4nv"}
 FP8_FROM: Final = 90
 """The first architecture of these that knows it."""
@@ -50,13 +56,25 @@ NORMS: Final[dict[str, tuple[Any, ...]]] = {
     "norm": ("none", "one", "of heads"),
     "cache": tuple(CACHES),
 }
+UPDATES: Final[dict[str, tuple[Any, ...]]] = {
+    **WHERE,
+    "cache": ("own",),
+    "dim": tuple(dim for dim in WHERE["dim"] if dim <= tuning.MAX_UPDATED_DIM),
+    "norm": ("none", "of heads"),
+    "bucket": (16, 32),
+}
 
 
 def variants(architecture: int) -> Iterator[Variant]:
     """Yield every tile, and every two of what a layer may be that changes what is compiled."""
     for row in _chosen():
         if row["architecture"] == architecture:
-            yield from attends(row) if "group" in row else [_rope(row) if "norm" in row else _merge(row)]
+            if "group" in row:
+                yield from attends(row)
+            elif "bucket" in row:
+                yield _rope_update(row)
+            else:
+                yield _rope(row) if "norm" in row else _merge(row)
 
 
 @cache
@@ -66,6 +84,7 @@ def _chosen() -> list[dict[str, Any]]:
         *_possible(covering(LAYERS, lambda row: (row["architecture"], row["cache"], *_configs(row)))),
         *_possible(covering(NORMS, lambda row: (row["architecture"], _bucket(tuning.ROPE, row)))),
         *covering(WHERE, lambda row: (row["architecture"], _bucket(tuning.MERGE, row))),
+        *covering(UPDATES, lambda row: (row["architecture"], _bucket(tuning.ROPE_UPDATE, row))),
     ]
 
 
@@ -123,6 +142,28 @@ def _rope(row: Mapping[str, Any]) -> Variant:
 
 def _words(row: Mapping[str, Any]) -> list[str]:
     return [] if row["cache"] == "own" else [row["cache"]]
+
+
+def _rope_update(row: Mapping[str, Any]) -> Variant:
+    dim, itemsize, plain = row["dim"], ITEMSIZES[row["dtype"]], _rope(row)
+    buckets = sgmv.EXPAND[row["architecture"]][Phase.DECODE, itemsize]
+    expand = buckets[min(row["bucket"], max(buckets))]
+    sizes = 4 * KV * dim, KV * dim, KV * dim
+    left = {name: value for name, value in plain.constants.items() if name not in ("BLOCK_H", "p_scales")}
+    constants = left | {
+        "OFFSETS": (0, sizes[0], sizes[0] + sizes[1]),
+        "SIZES": sizes,
+        "ALIGNMENT": 16,
+        "N_SLICES": 3,
+        "PLANES": aot_sgmv.most_planes(itemsize),
+        "BLOCK_T": expand.block_t,
+        "BLOCK_R": expand.block_r,
+        "UPCAST": False,
+    }
+    config = _bucket(tuning.ROPE_UPDATE, row)
+    name = f"rope_update {dim} norm {row['norm']} rank {row['bucket']}"
+    variant = _variant(name, triton_kernels.rope_write_update_kernel, row, constants, config)
+    return replace(variant, options={**variant.options, "num_stages": 1})
 
 
 def _merge(row: Mapping[str, Any]) -> Variant:

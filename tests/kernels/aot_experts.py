@@ -18,6 +18,7 @@ TYPES = {
     "p_tiles": "*i32",
     "p_rows": "*i32",
     "p_slots": "*i32",
+    "p_counts": "*i32",
     "p_token_ids": "*i32",
     "p_seg_start": "*i32",
     "p_seg_slot": "*i32",
@@ -72,8 +73,9 @@ def _sorts() -> Iterator[Variant]:
         sizes = {"TILE": tuning.TILE[load], "BLOCK_E": tuning.block_of(experts), "BLOCK_P": tuning.SORT_BLOCK}
         name = f"experts.sort {load.value} {name}"
         yield _variant(name, triton_kernels.sort_kernel, "bf16", sizes, options)
-    sizes = {"TILE": PREFILL_TILE, "BLOCK_P": tuning.SORT_BLOCK}
-    plain = sizes | dict.fromkeys(("p_scales", "p_place_scales"))
+    sizes = {"TILE": PREFILL_TILE, "BLOCK_P": tuning.SORT_BLOCK, "SPAN": tuning.SPAN}
+    yield _variant("experts.starts", triton_kernels.starts_kernel, "bf16", sizes, options)
+    plain = sizes | dict.fromkeys(("p_scales", "p_place_scales", "p_counts"))
     for name, constants in {"": plain, " scaled": sizes}.items():
         yield _variant(f"experts.segments{name}", triton_kernels.segments_kernel, "bf16", constants, options)
     sizes, options = {"BLOCK": tuning.SLOT_BLOCK}, {"num_warps": 1}

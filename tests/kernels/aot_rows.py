@@ -3,11 +3,25 @@
 from collections.abc import Iterator
 from typing import Any
 
+from inference_service.kernels.launch import ARCHITECTURES
 from inference_service.kernels.rows import triton_kernels, tuning
+from inference_service.kernels.sgmv import Phase
+from inference_service.kernels.sgmv import tuning as sgmv
+from tests.kernels import aot_sgmv
 from tests.kernels.aot import Variant, with_halves
 
 DTYPES = {2: "bf16", 4: "fp32"}
-TYPES = {"p_rows": "*i64", "p_tokens": "*i64", "eps": "fp32", "offset": "fp32", "scale": "fp32", "cap": "fp32"}
+GATE_UP = {"OFFSETS": (0, 14336), "SIZES": (14336, 14336), "ALIGNMENT": 16, "N_SLICES": 2}
+TYPES = {
+    **aot_sgmv.TYPES,
+    "p_num_runs": "*i32",
+    "p_rows": "*i64",
+    "p_tokens": "*i64",
+    "eps": "fp32",
+    "offset": "fp32",
+    "scale": "fp32",
+    "cap": "fp32",
+}
 # Every tile in the form that holds most; the others, which leave something out, in the middle one.
 POST, OTHER_TILE = "post", 4096
 NORMS: dict[str, dict[str, Any]] = {
@@ -34,6 +48,18 @@ def _entries() -> Iterator[Variant]:
         for gelu in (False, True):
             name = f"rows.gated {'gelu_tanh' if gelu else 'silu'}"
             yield _variant(name, triton_kernels.gated_kernel, dtype, tile, {"GELU": gelu})
+        for bucket, e in sgmv.EXPAND[ARCHITECTURES[0]][Phase.DECODE, itemsize].items():
+            tiles = {"BLOCK_T": e.block_t, "BLOCK_R": e.block_r, "BLOCK_N": e.block_n, "FEW_N": e.few_n}
+            constants = {**GATE_UP, **tiles, "PLANES": aot_sgmv.most_planes(itemsize), "UPCAST": False}
+            yield Variant(
+                name=f"rows.gated_update {bucket}",
+                kernel=triton_kernels.gated_update_kernel,
+                dtype=dtype,
+                constants={**constants, "GELU": True},
+                options={"num_warps": e.num_warps, "num_stages": 1},
+                types=TYPES,
+                unaligned=aot_sgmv.UNALIGNED,
+            )
         yield _variant("rows.embed", triton_kernels.embed_kernel, dtype, tile)
         yield _variant("rows.softcap", triton_kernels.softcap_kernel, dtype, tile)
 

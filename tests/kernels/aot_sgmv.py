@@ -3,8 +3,9 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from inference_service.kernels.launch import ARCHITECTURES
 from inference_service.kernels.sgmv import triton_kernels, tuning
-from inference_service.kernels.sgmv.layout import MAX_SLICES
+from inference_service.kernels.sgmv.layout import MAX_SLICES, Phase
 from tests.kernels.aot import Variant, with_halves
 
 TYPES = {
@@ -47,11 +48,16 @@ def entries(architecture: int) -> Iterator[Variant]:
             name = f"sgmv.shrink {phase.value} {bucket}"
             yield _variant(name, triton_kernels.shrink_kernel, itemsize, c, tiles)
     for (phase, itemsize), expands in tuning.EXPAND[architecture].items():
-        planes = max(c.split_k for c in shrinks[phase, itemsize].values())
+        planes = most_planes(itemsize, phase)
         for bucket, e in expands.items():
             tiles = {"BLOCK_T": e.block_t, "BLOCK_R": e.block_r, "BLOCK_N": e.block_n, "FEW_N": e.few_n}
             name = f"sgmv.expand {phase.value} {bucket}"
             yield _variant(name, triton_kernels.expand_kernel, itemsize, e, GROUP | tiles | {"PLANES": planes})
+
+
+def most_planes(itemsize: int, phase: Phase = Phase.DECODE) -> int:
+    """Return how many planes expand has to sum at most."""
+    return max(c.split_k for c in tuning.SHRINK[ARCHITECTURES[0]][phase, itemsize].values())
 
 
 def _variant(name: str, kernel: Any, itemsize: int, config: Tiles, constants: Mapping[str, Any]) -> Variant:

@@ -104,13 +104,15 @@ def make_case(
     passes: int = 1,
     token_ids: Sequence[int] | None = None,
     scales: Sequence[float] | None = None,
+    rows: int = 0,
 ) -> Case:
-    """``slots`` is per entry; ``spare`` is the room for further entries."""
+    """``slots`` is per entry; ``spare`` is the room for further entries, or there is room for ``rows``."""
     torch.manual_seed(len(slots) * 1000 + K)
     slices = Slices.consecutive(*sizes)
     group = make_group(ranks, K, slices, dtype, device)
     tokens = np.arange(len(slots)) if token_ids is None else np.array(token_ids)
-    capacity = SegmentCapacity(len(slots) + spare, len(ranks), tile, passes, scaled=scales is not None)
+    entries = rows or len(slots) + spare
+    capacity = SegmentCapacity(entries, len(ranks), tile, passes, scaled=scales is not None, rows=rows)
     segments = Segments.allocate(capacity, device)
     segments.load(torch.from_numpy(pack_segments(capacity, slots, token_ids=tokens, scales=scales)))
 

@@ -16,6 +16,8 @@ from inference_service.backends.torch_lora import TorchLora
 from inference_service.backends.triton import TritonLora
 from inference_service.kernels.cpu.ops import CpuOps
 from inference_service.kernels.experts import Routed
+from inference_service.kernels.experts import segments as of_pairs
+from inference_service.kernels.sgmv import SegmentCapacity
 from inference_service.lora.segments import Arrangement, Segment
 from inference_service.lora.weights import AdapterWeights, Placed, arrange
 from inference_service.startup.merged import hold
@@ -111,3 +113,25 @@ def test_each_pair_gets_what_its_adapters_have_for_its_expert(
         torch.testing.assert_close(found.cpu(), expected.float(), rtol=1e-5, atol=1e-5)
         lora.apply_experts(x.to(device), untouched, 0, name, pairs)
         assert torch.equal(untouched.cpu(), out)
+
+
+def test_programs_share_the_segments_of_many_pairs(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each span's segments follow those of the spans before it, as one program would make them."""
+    tokens, tile = 1300, 64
+    ids = torch.rand(tokens, NUM).topk(TOP_K).indices.to(device, torch.int32)
+    pairs = GroupedOperations().by_expert(Routed(ids, torch.ones(ids.shape, device=device)), NUM)
+    owners = of_pairs.Owners(torch.randint(0, 3, (tokens,), dtype=torch.int32, device=device), None)
+    made = []
+    for span in (4096, 1024):
+        monkeypatch.setattr(of_pairs, "SPAN", span)
+        capacity = SegmentCapacity(len(pairs.tokens), 10**6, tile)
+        each = of_pairs.allocate(capacity, device)
+        each.packed.fill_(-1)
+        of_pairs.fill(each, pairs, owners, slot_stride=10, expert_stride=1)
+        made.append(each)
+    assert torch.equal(made[0].packed, made[1].packed)
+    starts, last = made[1].seg_start.tolist(), int(made[1].pass_start[1])
+    numbers = owners.slots[pairs.tokens.long()] * 10 + pairs.experts
+    expected = [p for p in range(len(numbers)) if p % tile == 0 or numbers[p] != numbers[p - 1]]
+    assert starts[: last + 1] == [*expected, len(numbers)]
+    assert made[1].seg_slot[:last].tolist() == numbers[expected].tolist()

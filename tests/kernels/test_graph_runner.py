@@ -274,8 +274,8 @@ def test_preemption_changes_no_token(ready: Ready, runner: GraphRunner) -> None:
 
 
 def test_a_decode_step_has_few_launches(runner: GraphRunner, recorder: CountingRecorder) -> None:
-    """Per layer: four linears, two norms, two for attention, one gate; and two per linear for all adapters, of
-    which one runs beside the product."""
+    """Per layer: four linears, two norms, two for attention, one gate; and for all adapters one beside each
+    linear's product, and one behind those that no kernel of few rows reads."""
     if torch.cuda.is_available():
         pytest.skip("CUDA does not tell what a graph holds")
     names = [graph.names for graph in recorder.graphs if isinstance(graph, Tape)]
@@ -284,7 +284,7 @@ def test_a_decode_step_has_few_launches(runner: GraphRunner, recorder: CountingR
     assert len(names) == 2 * len(list(mixed_buckets(LIMITS.max_tokens))) + 2 * decodes + of_blends
     with_adapters, base = names[-2:]
     assert per_layer(base) == LINEARS + 5
-    assert per_layer(with_adapters) == 3 * LINEARS + 5
+    assert per_layer(with_adapters) == 2 * LINEARS + 5 + 2
     outside = {len(each) - LAYERS * per_layer(each) for each in (base, with_adapters)}
     assert outside == {14}  # inputs, rotation, head, sampling
     eight, pair = names[-2 * decodes - of_blends :][:2]

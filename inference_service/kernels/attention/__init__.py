@@ -2,7 +2,8 @@
 
 ::
 
-    rope_write   heads [T, H + 2 KV, d]   -> q [T, H, d]; those of keys and values, if any, to the cache
+    rope_write   heads [T, H + 2 KV, d]   -> q [T, H, d]; those of keys and values, if any, to the cache;
+                                             or rope_write_update, which adds what adapters make of them
     attend       q, the cache             -> out of the chunks of one row, or pieces of it
     attend       q, the cache             -> the same of longer chunks; where the capacity has any
     merge        pieces                   -> out; where contexts may be too long for one program
@@ -23,9 +24,10 @@ from inference_service.kernels.attention.layout import (
     pack_tables,
 )
 from inference_service.kernels.attention.paged import Context, KeysValues, PagedAttention, attend_chunk
-from inference_service.kernels.attention.tuning import Cut, cut_of, prefill_tile
+from inference_service.kernels.attention.tuning import MAX_UPDATED_DIM, Cut, cut_of, prefill_tile
 
 __all__ = [
+    "MAX_UPDATED_DIM",
     "MIN_BLOCK_SIZE",
     "AttentionCapacity",
     "AttentionTables",

@@ -13,6 +13,7 @@ from inference_service.kernels.attention import tuning
 from inference_service.kernels.attention.inputs import HeadNorm, Inputs
 from inference_service.kernels.attention.layout import AttentionTables
 from inference_service.kernels.launch import Launch, require, require_device
+from inference_service.kernels.sgmv import Slices, Update
 from loramux_shared.bases.rope import AttentionSpec
 
 LOG2_E = math.log2(math.e)
@@ -26,6 +27,7 @@ def attend(
     spec: AttentionSpec,
     norm: HeadNorm | None = None,
     sinks: Tensor | None = None,
+    update: Update | None = None,
 ) -> Tensor:
     """Norm and rotate queries and keys, write keys and values to the cache, attend: [T, query heads, d].
 
@@ -38,11 +40,12 @@ def attend(
         norm: of queries and keys, if the layer has one.
         sinks: fp32 [query heads], if the layer has them: scores of what every row sees besides, and which has
             no value.
+        update: what is to be added to the heads.
 
     Raises:
         ValueError: when shapes, dtypes, strides or devices do not fit.
     """
-    out, launches = plan(inputs, tables, spec, norm, sinks)
+    out, launches = plan(inputs, tables, spec, norm, sinks, update)
     for launch in launches:
         launch()
     return out
@@ -54,6 +57,7 @@ def plan(
     spec: AttentionSpec,
     norm: HeadNorm | None = None,
     sinks: Tensor | None = None,
+    update: Update | None = None,
 ) -> tuple[Tensor, list[Launch]]:
     """The launches of ``attend``, and where they leave the result.
 
@@ -71,7 +75,7 @@ def plan(
     q, out = (inputs.heads.new_empty(len(inputs.heads), inputs.num_heads, inputs.head_dim) for _ in range(2))
     weights = {"p_sinks": sinks, **_weights(spec, tables.capacity.context)}
     planner = _Planner(triton_kernels, inputs, tables, q, out, weights)
-    return out, [planner.rope(norm), *planner.attend()]
+    return out, [planner.rope(norm, update), *planner.attend()]
 
 
 @dataclass(frozen=True)
@@ -87,8 +91,8 @@ class _Planner:
     weights: dict[str, Any]
     """Parameters that make weights of products: sinks, scale, softcap, window."""
 
-    def rope(self, norm: HeadNorm | None) -> Launch:
-        """Norm, rotate, write."""
+    def rope(self, norm: HeadNorm | None, update: Update | None) -> Launch:
+        """Update, norm, rotate, write."""
         at, config = self.inputs, self._config(tuning.ROPE)
         per_head = norm is not None and norm.weight.dim() == 2
         arguments = {
@@ -97,7 +101,6 @@ class _Planner:
             "p_out": self.out,
             "p_keys": at.keys,
             "p_values": at.values,
-            "p_scales": at.scales,
             "p_cos": at.cos,
             "p_sin": at.sin,
             "p_norm": None if norm is None else norm.weight,
@@ -109,19 +112,31 @@ class _Planner:
             "stride_norm": norm.weight.stride(0) if norm is not None and per_head else 0,
             "stride_kv": at.keys.stride(0),
             "stride_cache": at.keys.stride(1),
-            "stride_scales": at.keys.shape[1],
             "H": at.num_heads,
             "KV": at.written_heads,
             "NORMED": self._normed(norm),
             "D": at.head_dim,
             "ROTARY": at.rotary,
             "ROUND_NORM": norm is not None and per_head and not norm.offset,
-            "BLOCK_H": config.block,
             "BLOCK_D": _block_d(at.head_dim),
-            "num_warps": config.num_warps,
         }
-        grid = len(at.heads), -(-at.heads.shape[1] // config.block)
-        return Launch(self.kernels.rope_write_kernel, grid, arguments)
+        heads = at.heads.shape[1]
+        if update is None:
+            arguments |= {"p_scales": at.scales, "stride_scales": at.keys.shape[1]}
+            arguments |= {"BLOCK_H": config.block, "num_warps": config.num_warps}
+            return Launch(self.kernels.rope_write_kernel, (len(at.heads), -(-heads // config.block)), arguments)
+        sizes = update.slices.sizes
+        if update.slices != Slices.consecutive(*sizes) or sum(sizes) != heads * at.head_dim:
+            raise ValueError(f"the update is of {update.slices}, and there are {heads} heads of {at.head_dim}")
+        if at.scales is not None:
+            raise ValueError("keys and values of 8 bits are written without an update")
+        if any(size % at.head_dim for size in sizes):
+            raise ValueError(f"a head of {at.head_dim} lies in two slices of {update.slices}")
+        grid = min(update.runs * heads, max(heads, tuning.UPDATE_PROGRAMS))
+        tiles = {"num_warps": self._config(tuning.ROPE_UPDATE).num_warps, "num_stages": 1}
+        return Launch(
+            self.kernels.rope_write_update_kernel, (grid,), {**arguments, **update.arguments, **tiles}
+        )
 
     def _normed(self, norm: HeadNorm | None) -> int:
         """Return how many heads are normed: those of queries and keys, or also those of values."""

@@ -1,4 +1,4 @@
-"""The three kernels. T rows, H query heads, KV heads of keys and values, D of a head, P partial rows.
+"""The kernels. T rows, H query heads, KV heads of keys and values, D of a head, P partial rows.
 
 GROUP = H / KV query heads share one head of keys and values, and are folded into the axis of rows: a program
 reads keys and values once for all of them. Weights are powers of two: log2(e) is in what products are
@@ -10,10 +10,36 @@ scaled with.
 import triton
 import triton.language as tl
 
+from inference_service.kernels.sgmv.triton_kernels import (
+    PLANE_SCALARS,
+    SEGMENT_POINTERS,
+    run_of,
+    slice_of_tile,
+    with_update,
+)
+
 LOG2_E = tl.constexpr(1.4426950408889634)
 LEAST_SCALE = tl.constexpr(1e-30)
 INTERPRETED: bool = triton.knobs.runtime.interpret
 """True if the kernels below were made for the interpreter, which computes bf16 wrongly without UPCAST."""
+
+
+@triton.jit
+def _turned(
+    b_x, b_pair, b_weight, b_pair_weight, m_normed, m_pair, b_cos, b_sin, eps, offset, dtype: tl.constexpr,
+    NORMED: tl.constexpr, D: tl.constexpr, ROUND_NORM: tl.constexpr,
+):  # fmt: skip
+    """Heads, or a head of rows, [.., BLOCK_D] fp32, normed and rotated with their pairs; in dtype."""
+    if NORMED:
+        b_rms = tl.rsqrt(tl.sum(b_x * b_x, axis=1) / D + eps)[:, None]
+        b_normed, b_pair = b_x * b_rms, b_pair * b_rms
+        if ROUND_NORM:
+            b_normed, b_pair = b_normed.to(dtype).to(tl.float32), b_pair.to(dtype).to(tl.float32)
+        b_normed = (b_normed * (b_weight + offset)).to(dtype).to(tl.float32)
+        b_pair = (b_pair * (b_pair_weight + offset)).to(dtype).to(tl.float32)
+        b_x = tl.where(m_normed, b_normed, b_x)
+    b_turned = (b_x * b_cos).to(dtype).to(tl.float32) + b_pair * b_sin
+    return tl.where(m_pair, b_turned, b_x).to(dtype)
 
 
 @triton.jit
@@ -64,24 +90,20 @@ def rope_write_kernel(
     p_row = p_heads + i_t * stride_heads + o_h[:, None] * D
     b_x = tl.load(p_row + o_d[None, :], mask=m_heads, other=0.0).to(tl.float32)
     b_pair = tl.load(p_row + o_pair[None, :], mask=m_pair, other=0.0).to(tl.float32)
+    b_weight, b_pair_weight = b_x, b_x
     if p_norm is not None:
-        b_rms = tl.rsqrt(tl.sum(b_x * b_x, axis=1) / D + eps)[:, None]
         p_weight = p_norm + o_h[:, None] * stride_norm
-        m_normed = (o_h < NORMED)[:, None]
-        b_weight = tl.load(p_weight + o_d[None, :], mask=m_heads & m_normed, other=0.0).to(tl.float32)
+        m_weight = m_heads & (o_h < NORMED)[:, None]
+        b_weight = tl.load(p_weight + o_d[None, :], mask=m_weight, other=0.0).to(tl.float32)
         b_pair_weight = tl.load(p_weight + o_pair[None, :], mask=m_pair, other=0.0).to(tl.float32)
-        b_normed, b_pair = b_x * b_rms, b_pair * b_rms
-        if ROUND_NORM:
-            b_normed, b_pair = b_normed.to(dtype).to(tl.float32), b_pair.to(dtype).to(tl.float32)
-        b_normed = (b_normed * (b_weight + offset)).to(dtype).to(tl.float32)
-        b_pair = (b_pair * (b_pair_weight + offset)).to(dtype).to(tl.float32)
-        b_x = tl.where(m_normed, b_normed, b_x)
-
     o_turn = i_t * stride_turn + o_d
     b_cos = tl.load(p_cos + o_turn, mask=o_d < ROTARY, other=1.0).to(tl.float32)[None, :]
     b_sin = tl.load(p_sin + o_turn, mask=o_d < ROTARY, other=0.0).to(tl.float32)[None, :]
-    b_turned = (b_x * b_cos).to(dtype).to(tl.float32) + b_pair * b_sin
-    b_x = tl.where(m_pair, b_turned, b_x).to(dtype)
+    m_normed = (o_h < NORMED)[:, None]
+    b_x = _turned(
+        b_x, b_pair, b_weight, b_pair_weight, m_normed, m_pair, b_cos, b_sin, eps, offset, dtype, NORMED, D,
+        ROUND_NORM,
+    )  # fmt: skip
 
     o_q = (i_t * H + o_h[:, None]) * D + o_d[None, :]
     m_q = m_heads & (o_h < H)[:, None]
@@ -118,6 +140,114 @@ def _narrowed(b_x, dtype: tl.constexpr):
         b_bits = (b_bits + 0x7FFFF + ((b_bits >> 20) & 1)) & -0x100000
         b_x = b_bits.to(tl.float32, bitcast=True)
     return b_scale.to(tl.bfloat16), b_x.to(dtype)
+
+
+@triton.jit(do_not_specialize=PLANE_SCALARS, do_not_specialize_on_alignment=SEGMENT_POINTERS)
+def rope_write_update_kernel(
+    p_heads,  # [T, H + 2 KV, D], of the base alone
+    p_q,  # these as rope_write_kernel has them
+    p_out,
+    p_keys,
+    p_values,
+    p_cos,
+    p_sin,
+    p_norm,
+    p_cache_rows,
+    eps,
+    offset,
+    stride_heads,
+    stride_turn,
+    stride_norm,
+    stride_kv,
+    stride_cache,
+    p_num_runs,  # int32 [1]: segments of all rows
+    p_y,  # the others as sgmv's expand_kernel has them
+    p_planes,
+    p_b,
+    p_vectors,
+    p_table,
+    p_token_ids,
+    p_seg_start,
+    p_seg_slot,
+    p_end,
+    stride_table,
+    stride_y,
+    OFFSETS: tl.constexpr,
+    SIZES: tl.constexpr,  # multiples of D
+    ALIGNMENT: tl.constexpr,
+    N_SLICES: tl.constexpr,
+    PLANES: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    UPCAST: tl.constexpr,
+    H: tl.constexpr,
+    KV: tl.constexpr,
+    NORMED: tl.constexpr,
+    D: tl.constexpr,
+    ROTARY: tl.constexpr,
+    ROUND_NORM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """As ``rope_write_kernel``, of heads with the adapters' updates.
+
+    The programs share the (runs of rows, heads).
+    """
+    dtype: tl.constexpr = p_heads.dtype.element_ty
+    HALF: tl.constexpr = ROTARY // 2
+    HEADS: tl.constexpr = H + 2 * KV
+    o_d = tl.arange(0, BLOCK_D)  # [BLOCK_D]
+    o_pair = tl.where(o_d < HALF, o_d + HALF, o_d - HALF)  # [BLOCK_D] what o_d is turned with
+    for i in tl.range(tl.program_id(0), tl.load(p_num_runs) * HEADS, tl.num_programs(0), num_stages=1):
+        i_h = i % HEADS
+        p_slot, adapted, start, end = run_of(i // HEADS, p_table, p_seg_start, p_seg_slot, stride_table)
+        rank, element, vectors, size, _offset, column, i_tile = slice_of_tile(
+            i_h, p_slot, OFFSETS, SIZES, ALIGNMENT, N_SLICES, D
+        )
+        planes, stride_y_plane = tl.load(p_planes), tl.load(p_end + 1).to(tl.int64) * stride_y
+        first = i_tile * D  # of the head in its slice
+        m_d = o_d < D
+        o_h = i_h + tl.zeros([BLOCK_D], tl.int32)  # [BLOCK_D] the head, for masks
+        m_turned = (o_d < ROTARY) & (o_h < H + KV)  # [BLOCK_D]
+        turned = tl.where(i_h < H + KV, adapted, 0)
+        b_weight, b_pair_weight = tl.zeros([1, BLOCK_D], tl.float32), tl.zeros([1, BLOCK_D], tl.float32)
+        if p_norm is not None:
+            p_weight = p_norm + i_h * stride_norm
+            b_weight = tl.load(p_weight + o_d, mask=m_d & (o_h < NORMED), other=0.0).to(tl.float32)[None, :]
+            b_pair_weight = tl.load(p_weight + o_pair, mask=m_turned, other=0.0).to(tl.float32)[None, :]
+        for i_t in tl.range(start, end, BLOCK_T, num_stages=1):
+            o_p = i_t + tl.arange(0, BLOCK_T)  # [BLOCK_T]
+            m_p = o_p < end
+            o_t = tl.load(p_token_ids + o_p, mask=m_p, other=0).to(tl.int64)  # [BLOCK_T]
+            p_slice = p_heads + o_t[:, None] * stride_heads + (i_h * D - first)
+            b_x = with_update(
+                p_slice, adapted, rank, element, vectors, size, column, first + o_d, m_d, o_p, m_p, planes,
+                p_y, p_b, p_vectors, stride_y_plane, stride_y, PLANES, BLOCK_T, BLOCK_R, BLOCK_D, UPCAST,
+            )  # fmt: skip
+            b_pair = with_update(
+                p_slice, turned, rank, element, vectors, size, column, first + o_pair, m_turned, o_p, m_p,
+                planes, p_y, p_b, p_vectors, stride_y_plane, stride_y, PLANES, BLOCK_T, BLOCK_R, BLOCK_D,
+                UPCAST,
+            )  # fmt: skip
+            o_turn = o_t[:, None] * stride_turn + o_d[None, :]
+            m_turn = m_p[:, None] & m_turned[None, :]
+            b_cos = tl.load(p_cos + o_turn, mask=m_turn, other=1.0).to(tl.float32)
+            b_sin = tl.load(p_sin + o_turn, mask=m_turn, other=0.0).to(tl.float32)
+            b_x = _turned(
+                b_x, b_pair, b_weight, b_pair_weight, (o_h < NORMED)[None, :], m_turn, b_cos, b_sin, eps,
+                offset, dtype, NORMED, D, ROUND_NORM,
+            )  # fmt: skip
+
+            m_x = m_p[:, None] & m_d[None, :]
+            b_row = tl.load(p_cache_rows + o_t, mask=m_p, other=-1).to(tl.int64)[:, None]  # [BLOCK_T, 1]
+            o_q = (o_t[:, None] * H + i_h) * D + o_d[None, :]
+            m_q = m_x & (o_h < H)[None, :]
+            tl.store(p_q + o_q, b_x, mask=m_q)
+            tl.store(p_out + o_q, tl.zeros([BLOCK_T, BLOCK_D], dtype), mask=m_q & (b_row < 0))
+            o_cache = b_row * stride_cache + o_d[None, :]
+            o_k, o_v = (o_h - H).to(tl.int64)[None, :], (o_h - H - KV).to(tl.int64)[None, :]
+            m_cache = m_x & (b_row >= 0)
+            tl.store(p_keys + o_k * stride_kv + o_cache, b_x, mask=m_cache & (o_k >= 0) & (o_k < KV))
+            tl.store(p_values + o_v * stride_kv + o_cache, b_x, mask=m_cache & (o_v >= 0))
 
 
 @triton.jit

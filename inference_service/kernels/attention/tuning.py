@@ -20,10 +20,15 @@ from inference_service.kernels.launch import ARCHITECTURES, architecture_of
 from loramux_shared.bases.rope import HeadCounts
 
 MAX_HEAD_DIM: Final = 512
+MAX_UPDATED_DIM: Final = 256
+"""Dimensions of the largest heads to which updates are added where they are rotated; others would spill."""
 DECODE_BALANCE: Final = Balance(programs=256, min_span=128)
 """About two programs per multiprocessor keep a GPU busy with reading."""
 PREFILL_BALANCE: Final = Balance(programs=128, min_span=512)
 """About one, for it computes; a piece of a tile is up to 128 rows of fp32, written and read again."""
+
+UPDATE_PROGRAMS: Final = 256
+"""Programs that rotate heads with updates, where there are so many heads of runs."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +99,10 @@ _ROPE = {
     256: SmallConfig(4, num_warps=4),
     512: SmallConfig(2, num_warps=4),
 }
+_ROPE_UPDATE = {
+    2: {128: SmallConfig(1, num_warps=4), 256: SmallConfig(1, num_warps=8)},
+    4: {256: SmallConfig(1, num_warps=8)},
+}
 _MERGE = {
     128: SmallConfig(16, num_warps=4),
     256: SmallConfig(8, num_warps=4),
@@ -122,6 +131,7 @@ PREFILL_8: Tables[TileConfig] = {
     for key, table in PREFILL.items()
 }
 ROPE: Tables[SmallConfig] = {key: {2: _ROPE, 4: _ROPE} for key in ARCHITECTURES}
+ROPE_UPDATE: Tables[SmallConfig] = dict.fromkeys(ARCHITECTURES, _ROPE_UPDATE)
 MERGE: Tables[SmallConfig] = {key: {2: _MERGE, 4: _MERGE} for key in ARCHITECTURES}
 
 

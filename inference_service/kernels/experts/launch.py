@@ -134,7 +134,7 @@ def grouped(
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
     }
-    grid = len(pairs.tiles), -(-columns // config.block_n)
+    grid = -(-columns // config.block_n), len(pairs.tiles)
     Launch(kernels.grouped_kernel, grid, arguments)()
     return out
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from inference_service.kernels.experts.layout import ByExpert
-from inference_service.kernels.experts.tuning import SLOT_BLOCK, SORT_BLOCK, SORT_WARPS
+from inference_service.kernels.experts.tuning import SLOT_BLOCK, SORT_BLOCK, SORT_WARPS, SPAN
 from inference_service.kernels.launch import Launch
 from inference_service.kernels.sgmv import SegmentCapacity, Segments
 
@@ -80,24 +80,33 @@ def fill(segments: Segments, pairs: ByExpert, owners: Owners, *, slot_stride: in
         slot_stride: from a slot's first expert to the next slot's.
         expert_stride: from an expert to the next.
     """
-    arguments = {
+    places = {
         "p_tokens": pairs.tokens,
         "p_experts": pairs.experts,
         "p_slots": owners.slots,
+        "P": len(pairs.tokens),
+        "TILE": segments.capacity.tile,
+        "BLOCK_P": SORT_BLOCK,
+        "SPAN": SPAN,
+        "num_warps": SORT_WARPS,
+    }
+    spans, counts = -(-len(pairs.tokens) // SPAN), None
+    if spans > 1:
+        counts = torch.empty(spans, dtype=torch.int32, device=pairs.tokens.device)
+        Launch(_kernels().starts_kernel, (spans,), {**places, "p_counts": counts})()
+    arguments = {
+        **places,
         "p_scales": owners.scales,
+        "p_counts": counts,
         "p_token_ids": segments.token_ids,
         "p_seg_start": segments.seg_start,
         "p_seg_slot": segments.seg_slot,
         "p_place_scales": segments.scales,
         "p_pass_start": segments.pass_start,
-        "P": len(pairs.tokens),
         "slot_stride": slot_stride,
         "expert_stride": expert_stride,
-        "TILE": segments.capacity.tile,
-        "BLOCK_P": SORT_BLOCK,
-        "num_warps": SORT_WARPS,
     }
-    Launch(_kernels().segments_kernel, (1,), arguments)()
+    Launch(_kernels().segments_kernel, (spans,), arguments)()
 
 
 def _kernels() -> Any:

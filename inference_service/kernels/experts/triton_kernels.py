@@ -114,11 +114,12 @@ def grouped_kernel(
     BLOCK_K: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """out[p] = x[row(p)] w[expert(p)]^T + bias[expert(p)]. One program per (tile of places, tile of columns).
+    """out[p] = x[row(p)] w[expert(p)]^T + bias[expert(p)]. One program per (tile of columns, tile of places).
 
-    What a place gives does not depend on the others of its tile.
+    What a place gives does not depend on the others of its tile. All columns of a tile of places follow one
+    another, so that its rows of x are read from memory once, and an expert's weights for a few tiles together.
     """
-    p_tile = p_tiles + 3 * tl.program_id(0)
+    p_tile = p_tiles + 3 * tl.program_id(1)
     start, end = tl.load(p_tile + 1), tl.load(p_tile + 2)
     if start >= end:
         return
@@ -126,7 +127,7 @@ def grouped_kernel(
     o_p = start + tl.arange(0, BLOCK_M)  # [BLOCK_M]
     m_p = o_p < end
     o_x = o_p if p_rows is None else tl.load(p_rows + o_p, mask=m_p, other=0)
-    o_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    o_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
     m_n = o_n < N
     p_x_row = p_x + o_x.to(tl.int64)[:, None] * stride_x
     p_w_row = p_w + (expert * N + o_n.to(tl.int64))[None, :] * K
@@ -219,12 +220,46 @@ def slots_kernel(
             tl.store(p_scales + o_t, tl.load(p_entry_scales + o_entry, mask=o_entry < end), mask=o_entry < end)
 
 
+@triton.jit
+def starts_of(o_p, P, p_tokens, p_experts, p_slots, TILE: tl.constexpr):
+    """(1 or 0, slot, expert) of places: whether a segment begins there, and whose."""
+    m_p = o_p < P
+    b_slot = tl.load(p_slots + tl.load(p_tokens + o_p, mask=m_p, other=0))
+    b_expert = tl.load(p_experts + o_p, mask=m_p, other=0)
+    m_before = m_p & (o_p > 0)
+    b_before = tl.load(p_slots + tl.load(p_tokens + o_p - 1, mask=m_before, other=0))
+    b_other = tl.load(p_experts + o_p - 1, mask=m_before, other=0)
+    b_new = (b_slot != b_before) | (b_expert != b_other) | (o_p % TILE == 0)
+    return (b_new & m_p).to(tl.int32), b_slot, b_expert
+
+
+@triton.jit(do_not_specialize=["P"])
+def starts_kernel(
+    p_tokens,  # int32 [P]
+    p_experts,  # int32 [P]
+    p_slots,  # int32 [T]
+    p_counts,  # int32 [programs]
+    P,
+    TILE: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    SPAN: tl.constexpr,
+):
+    """counts[i] = segments that begin in a span of places. One program per span."""
+    first = tl.program_id(0) * SPAN
+    b_count = tl.zeros([BLOCK_P], tl.int32)
+    for i_p in range(first, tl.minimum(first + SPAN, P), BLOCK_P):
+        b_new, _slot, _expert = starts_of(i_p + tl.arange(0, BLOCK_P), P, p_tokens, p_experts, p_slots, TILE)
+        b_count += b_new
+    tl.store(p_counts + tl.program_id(0), tl.sum(b_count, 0))
+
+
 @triton.jit(do_not_specialize=["P", "slot_stride", "expert_stride"])
 def segments_kernel(
     p_tokens,  # int32 [P]
     p_experts,  # int32 [P]
     p_slots,  # int32 [T]
     p_scales,  # fp32 [T], or None
+    p_counts,  # int32 [programs] of starts_kernel; None: there is one program
     p_token_ids,  # int32 [P]
     p_seg_start,  # int32 [segments + 1]
     p_seg_slot,  # int32 [segments]
@@ -235,29 +270,32 @@ def segments_kernel(
     expert_stride,
     TILE: tl.constexpr,
     BLOCK_P: tl.constexpr,
+    SPAN: tl.constexpr,
 ):
-    """Segments of places with one adapter and one expert, which end at multiples of TILE too. One program."""
+    """Segments of places with one adapter and one expert, which end at multiples of TILE too.
+
+    One program per span of places; each counts the segments of those before it.
+    """
     o = tl.arange(0, BLOCK_P)
-    at = 0
-    for i_p in range(0, P, BLOCK_P):
+    i_span, at = tl.program_id(0), 0
+    if p_counts is not None:
+        for i in range(0, i_span, BLOCK_P):
+            at += tl.sum(tl.load(p_counts + i + o, mask=i + o < i_span, other=0), 0)
+    last = tl.minimum((i_span + 1) * SPAN, P)
+    for i_p in range(i_span * SPAN, last, BLOCK_P):
         o_p = i_p + o
         m_p = o_p < P
         tl.store(p_token_ids + o_p, o_p, mask=m_p)
-        b_token = tl.load(p_tokens + o_p, mask=m_p, other=0)
-        b_slot = tl.load(p_slots + b_token)
+        b_count, b_slot, b_expert = starts_of(o_p, P, p_tokens, p_experts, p_slots, TILE)
         if p_scales is not None:
-            tl.store(p_place_scales + o_p, tl.load(p_scales + b_token), mask=m_p)
-        b_expert = tl.load(p_experts + o_p, mask=m_p, other=0)
-        m_before = m_p & (o_p > 0)
-        b_before = tl.load(p_slots + tl.load(p_tokens + o_p - 1, mask=m_before, other=0))
-        b_other = tl.load(p_experts + o_p - 1, mask=m_before, other=0)
-        b_new = (b_slot != b_before) | (b_expert != b_other) | (o_p % TILE == 0)
-        b_count = (b_new & m_p).to(tl.int32)
+            b_scale = tl.load(p_scales + tl.load(p_tokens + o_p, mask=m_p, other=0))
+            tl.store(p_place_scales + o_p, b_scale, mask=m_p)
         b_index = at + tl.cumsum(b_count, 0) - 1
         tl.store(p_seg_start + b_index, o_p, mask=b_count != 0)
         tl.store(p_seg_slot + b_index, b_slot * slot_stride + b_expert * expert_stride, mask=b_count != 0)
         at += tl.sum(b_count, 0)
-    tl.store(p_seg_start + at, P)
-    tl.store(p_pass_start, 0)
-    tl.store(p_pass_start + 1, at)
-    tl.store(p_pass_start + 2, P)
+    if last == P:
+        tl.store(p_seg_start + at, P)
+        tl.store(p_pass_start, 0)
+        tl.store(p_pass_start + 1, at)
+        tl.store(p_pass_start + 2, P)

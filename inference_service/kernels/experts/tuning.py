@@ -3,6 +3,7 @@
 Every entry is compiled ahead of time for every architecture in the tests: no spills, and shared memory within
 the 99 KB that all of them have. The numbers are reasoned, not yet timed. Where an expert has few tokens, as at
 decode, its weights are read once whatever the tile's height: tiles are flat, and K is taken in long steps.
+`benchmarks.on_gpu.tune` times others.
 """
 
 from __future__ import annotations
@@ -44,6 +45,8 @@ MANY_PLACES: Final = 16
 SORT_BLOCK: Final = 1024
 """Pairs that the sort takes at a time."""
 SORT_WARPS: Final = 4
+SPAN: Final = 4 * SORT_BLOCK
+"""Pairs of which one program makes the segments; those of recorded steps need no launch to count them."""
 SLOT_BLOCK: Final = 64
 """Tokens of a segment that get their slot at a time."""
 ROUTE_WARPS: Final = 1

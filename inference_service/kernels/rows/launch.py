@@ -13,6 +13,7 @@ from torch import Tensor
 
 from inference_service.kernels.launch import Launch, require, require_device
 from inference_service.kernels.rows.tuning import TILE, norm_config
+from inference_service.kernels.sgmv import Slices, Update
 
 Activation = Literal["silu", "gelu_tanh"]
 
@@ -77,8 +78,8 @@ def rms_norm(
     return out
 
 
-def gated(gate_up: Tensor, activation: Activation) -> Tensor:
-    """Return activation(gate) * up [T, I] of gate and up side by side [T, 2 * I].
+def gated(gate_up: Tensor, activation: Activation, update: Update | None = None) -> Tensor:
+    """Return activation(gate) * up [T, I] of gate and up side by side [T, 2 * I], to which an update is added.
 
     The activation is rounded before the product, as torch does it in two launches.
 
@@ -87,7 +88,16 @@ def gated(gate_up: Tensor, activation: Activation) -> Tensor:
     """
     kernels = _kernels(gate_up)
     out, arguments = halved(gate_up)
-    _tiled(kernels.gated_kernel, out, arguments | {"GELU": activation == "gelu_tanh"})
+    arguments["GELU"] = activation == "gelu_tanh"
+    if update is None:
+        _tiled(kernels.gated_kernel, out, arguments)
+        return out
+    half, config = arguments.pop("I"), update.config
+    if update.slices != Slices.consecutive(half, half):
+        raise ValueError(f"the update is of {update.slices}, gate and up have {half} columns each")
+    tiles = {"BLOCK_N": config.block_n, "FEW_N": config.few_n, "num_warps": config.num_warps, "num_stages": 1}
+    grid = config.grid(Slices.consecutive(half), update.runs)
+    Launch(kernels.gated_update_kernel, (grid,), {**arguments, **update.arguments, **tiles})()
     return out
 
 

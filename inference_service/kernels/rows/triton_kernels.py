@@ -5,6 +5,14 @@
 import triton
 import triton.language as tl
 
+from inference_service.kernels.sgmv.triton_kernels import (
+    PLANE_SCALARS,
+    SEGMENT_POINTERS,
+    run_of,
+    slice_of_tile,
+    with_update,
+)
+
 INTERPRETED: bool = triton.knobs.runtime.interpret
 """True if the kernels below were made for the interpreter."""
 
@@ -56,6 +64,16 @@ def rms_norm_kernel(
 
 
 @triton.jit
+def _active(b_gate, GELU: tl.constexpr):
+    """The activation in float32."""
+    b_slope = b_gate
+    if GELU:
+        # (1 + tanh(u)) / 2 is the sigmoid of 2 u, and exp may overflow to infinity there; 2 * sqrt(2 / pi).
+        b_slope = 1.5957691216057308 * (b_gate + 0.044715 * b_gate * b_gate * b_gate)
+    return b_gate / (1.0 + tl.exp(-b_slope))
+
+
+@triton.jit
 def gated_kernel(
     p_gate_up,  # [T, 2 * I]
     p_out,  # [T, I]
@@ -72,13 +90,99 @@ def gated_kernel(
     p_gate = p_gate_up + i_t * stride_gate_up + o_i
     b_gate = tl.load(p_gate, mask=m_i, other=0.0).to(tl.float32)
     b_up = tl.load(p_gate + I, mask=m_i, other=0.0).to(tl.float32)
-    b_slope = b_gate
-    if GELU:
-        # (1 + tanh(u)) / 2 is the sigmoid of 2 u, and exp may overflow to infinity there; 2 * sqrt(2 / pi).
-        b_slope = 1.5957691216057308 * (b_gate + 0.044715 * b_gate * b_gate * b_gate)
-    b_active = b_gate / (1.0 + tl.exp(-b_slope))
+    b_active = _active(b_gate, GELU)
     b_out = b_active.to(p_out.dtype.element_ty).to(tl.float32) * b_up
     tl.store(p_out + i_t * stride_out + o_i, b_out.to(p_out.dtype.element_ty), mask=m_i)
+
+
+@triton.jit
+def _gated_tile(
+    i_s, i_n, p_gate_up, p_out, stride_gate_up, stride_out, p_y, p_planes, p_b, p_vectors, p_table, p_token_ids,
+    p_seg_start, p_seg_slot, p_end, stride_table, stride_y, OFFSETS: tl.constexpr, SIZES: tl.constexpr,
+    ALIGNMENT: tl.constexpr, N_SLICES: tl.constexpr, PLANES: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_R: tl.constexpr, UPCAST: tl.constexpr, GELU: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One tile of columns of one run of rows; see ``gated_update_kernel``."""
+    p_slot, adapted, start, end = run_of(i_s, p_table, p_seg_start, p_seg_slot, stride_table)
+    gate_rank, of_gate, gate_vectors, _size, _offset, gate_column, _tile = slice_of_tile(
+        i_n, p_slot, OFFSETS, SIZES, ALIGNMENT, N_SLICES, BLOCK_N
+    )
+    up_rank, of_up, up_vectors, _size, _offset, up_column, _tile = slice_of_tile(
+        i_n + tl.cdiv(SIZES[0], BLOCK_N), p_slot, OFFSETS, SIZES, ALIGNMENT, N_SLICES, BLOCK_N
+    )
+    planes, stride_y_plane = tl.load(p_planes), tl.load(p_end + 1).to(tl.int64) * stride_y
+    o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N] column in either slice
+    m_n = o_n < SIZES[0]
+    for i_t in tl.range(start, end, BLOCK_T, num_stages=1):
+        o_p = i_t + tl.arange(0, BLOCK_T)  # [BLOCK_T]
+        m_p = o_p < end
+        o_t = tl.load(p_token_ids + o_p, mask=m_p, other=0).to(tl.int64)[:, None]  # [BLOCK_T, 1]
+        p_row = p_gate_up + o_t * stride_gate_up
+        b_gate = with_update(
+            p_row, adapted, gate_rank, of_gate, gate_vectors, SIZES[0], gate_column, o_n, m_n, o_p, m_p, planes,
+            p_y, p_b, p_vectors, stride_y_plane, stride_y, PLANES, BLOCK_T, BLOCK_R, BLOCK_N, UPCAST,
+        )  # fmt: skip
+        b_up = with_update(
+            p_row + SIZES[0], adapted, up_rank, of_up, up_vectors, SIZES[0], up_column, o_n, m_n, o_p, m_p,
+            planes, p_y, p_b, p_vectors, stride_y_plane, stride_y, PLANES, BLOCK_T, BLOCK_R, BLOCK_N, UPCAST,
+        )  # fmt: skip
+        b_out = _active(b_gate, GELU).to(p_out.dtype.element_ty).to(tl.float32) * b_up
+        p_tile = p_out + o_t * stride_out + o_n[None, :]
+        tl.store(p_tile, b_out.to(p_out.dtype.element_ty), mask=m_p[:, None] & m_n[None, :])
+
+
+@triton.jit(do_not_specialize=PLANE_SCALARS, do_not_specialize_on_alignment=SEGMENT_POINTERS)
+def gated_update_kernel(
+    p_gate_up,  # [T, 2 * I], of the base alone
+    p_out,  # [T, I]
+    stride_gate_up,
+    stride_out,
+    p_num_runs,  # int32 [1]: segments of all rows
+    p_y,  # the others as expand_kernel has them
+    p_planes,
+    p_b,
+    p_vectors,
+    p_table,
+    p_token_ids,
+    p_seg_start,
+    p_seg_slot,
+    p_end,
+    stride_table,
+    stride_y,
+    OFFSETS: tl.constexpr,
+    SIZES: tl.constexpr,  # (I, I)
+    ALIGNMENT: tl.constexpr,
+    N_SLICES: tl.constexpr,
+    PLANES: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    UPCAST: tl.constexpr,
+    GELU: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    FEW_N: tl.constexpr,
+):
+    """As ``gated_kernel``, of gate and up with the adapters' updates, which are written nowhere.
+
+    The programs share the (runs of rows, tiles of columns); tiles are narrow where wide ones leave programs
+    idle.
+    """
+    runs, programs = tl.load(p_num_runs), tl.num_programs(0)
+    WIDE: tl.constexpr = (SIZES[0] + BLOCK_N - 1) // BLOCK_N
+    NARROW: tl.constexpr = (SIZES[0] + FEW_N - 1) // FEW_N
+    if runs * WIDE >= programs:
+        for i in tl.range(tl.program_id(0), runs * WIDE, programs, num_stages=1):
+            _gated_tile(
+                i // WIDE, i % WIDE, p_gate_up, p_out, stride_gate_up, stride_out, p_y, p_planes, p_b,
+                p_vectors, p_table, p_token_ids, p_seg_start, p_seg_slot, p_end, stride_table, stride_y,
+                OFFSETS, SIZES, ALIGNMENT, N_SLICES, PLANES, BLOCK_T, BLOCK_R, UPCAST, GELU, BLOCK_N,
+            )  # fmt: skip
+    else:
+        for i in tl.range(tl.program_id(0), runs * NARROW, programs, num_stages=1):
+            _gated_tile(
+                i // NARROW, i % NARROW, p_gate_up, p_out, stride_gate_up, stride_out, p_y, p_planes, p_b,
+                p_vectors, p_table, p_token_ids, p_seg_start, p_seg_slot, p_end, stride_table, stride_y,
+                OFFSETS, SIZES, ALIGNMENT, N_SLICES, PLANES, BLOCK_T, BLOCK_R, UPCAST, GELU, FEW_N,
+            )  # fmt: skip
 
 
 @triton.jit

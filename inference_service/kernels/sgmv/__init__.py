@@ -12,10 +12,13 @@ tiles the segments of a step have, the more planes shrink divides K into, so tha
 too, whatever is loaded. Results are deterministic: nothing is summed by atomics, and the order of summation
 follows from the segments and their ranks. Rows of base tokens are never touched.
 
+Where the capacity of a step says so, its segments hold all rows, and a kernel that reads a linear's output
+anyway adds the update itself (`Update`): then expand is not launched.
+
 This package needs torch alone; Triton is imported at the first launch.
 """
 
-from inference_service.kernels.sgmv.launch import Planned, lora_apply, plan, workspace_numel
+from inference_service.kernels.sgmv.launch import Planned, Update, expand, lora_apply, plan, workspace_numel
 from inference_service.kernels.sgmv.layout import (
     Group,
     Phase,
@@ -36,6 +39,8 @@ __all__ = [
     "SegmentCapacity",
     "Segments",
     "Slices",
+    "Update",
+    "expand",
     "lora_apply",
     "pack_segments",
     "pack_table",

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 
 from inference_service.kernels.launch import Launch, architecture_of, require, require_device
-from inference_service.kernels.sgmv.layout import FIELDS, Group, Segments
+from inference_service.kernels.sgmv.layout import FIELDS, Group, Segments, Slices
 from inference_service.kernels.sgmv.tuning import (
     COVERING,
+    ExpandConfig,
     ShrinkConfig,
     expand_config,
     phase_of,
@@ -47,6 +50,21 @@ def plan(x: Tensor, out: Tensor, group: Group, segments: Segments, workspace: Te
     return [shrink(x, group, segments, workspace), *expand(out, group, segments, workspace)]
 
 
+@dataclass(frozen=True)
+class Update:
+    """What adapters add to the output of a fused linear, for a kernel that reads all rows of it anyway.
+
+    Its programs share the (runs of rows, tiles of columns) as those of expand do.
+    """
+
+    arguments: Mapping[str, Any]
+    """Arguments of the kernels' functions: of `with_update` and those that it needs."""
+    slices: Slices
+    config: ExpandConfig
+    runs: int
+    """Runs of rows at most."""
+
+
 class Planned:
     """The launches of ``lora_apply`` for one linear and segments, checked once and given rows again and again.
 
@@ -75,6 +93,10 @@ class Planned:
             return others
         new = {"p_out": out, "stride_out": out.stride(0), "p_y": workspace}
         return [each.with_arguments(**new) for each in self._expand]
+
+    def update(self, workspace: Tensor) -> Update:
+        """Return what another kernel needs to do without ``expand``; the capacity has rows."""
+        return update(self._group, self.segments, workspace)
 
 
 def workspace_numel(group: Group, segments: Segments) -> int:
@@ -150,30 +172,13 @@ def expand(out: Tensor, group: Group, segments: Segments, workspace: Tensor) -> 
     require(group.weights, "weights", dims=1, dtype=out.dtype, device=out.device)
     if out.shape[1] < slices.out_features:
         raise ValueError(f"out must have {slices.out_features} columns, got {out.shape[1]}")
-    where = architecture_of(out.device), phase_of(segments.capacity.tile), out.dtype
-    config = expand_config(*where, max_rank=group.max_rank)
-    most_planes, _ = _shrink_config(group, segments).planes(group.in_features, 1)
+    config = _expand_config(group, segments)
     arguments = {
-        **_planes(group, segments, workspace),
-        "p_b": group.weights,
-        "p_vectors": group.floats,
+        **_factors(kernels, group, segments, workspace),
         "p_out": out,
-        "p_table": group.table,
-        "p_token_ids": segments.token_ids,
-        "p_seg_start": segments.seg_start,
-        "p_seg_slot": segments.seg_slot,
         "stride_out": out.stride(0),
-        "stride_table": group.table.stride(0),
-        "OFFSETS": slices.offsets,
-        "SIZES": slices.sizes,
-        "ALIGNMENT": slices.alignment,
-        "N_SLICES": len(slices.sizes),
-        "PLANES": 1 << (most_planes - 1).bit_length(),
-        "BLOCK_T": config.block_t,
-        "BLOCK_R": config.block_r,
         "BLOCK_N": config.block_n,
         "FEW_N": config.few_n,
-        "UPCAST": kernels.INTERPRETED,
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
     }
@@ -182,6 +187,45 @@ def expand(out: Tensor, group: Group, segments: Segments, workspace: Tensor) -> 
         Launch(kernels.expand_kernel, (grid,), arguments | {"p_pass": segments.of_pass(index)})
         for index in range(segments.capacity.passes)
     ]
+
+
+def update(group: Group, segments: Segments, workspace: Tensor) -> Update:
+    """Return what ``expand`` would add behind ``shrink``, of segments whose capacity has rows."""
+    if not segments.capacity.rows:
+        raise ValueError(f"the rows without an adapter are in no segment of {segments.capacity}")
+    arguments = _factors(_kernels(group.weights), group, segments, workspace)
+    arguments["p_num_runs"] = segments.num_runs
+    return Update(arguments, group.slices, _expand_config(group, segments), segments.capacity.runs)
+
+
+def _expand_config(group: Group, segments: Segments) -> ExpandConfig:
+    weights = group.weights
+    where = architecture_of(weights.device), phase_of(segments.capacity.tile), weights.dtype
+    return expand_config(*where, max_rank=group.max_rank)
+
+
+def _factors(kernels: Any, group: Group, segments: Segments, workspace: Tensor) -> dict[str, Any]:
+    """Return the arguments of whatever multiplies y with B."""
+    slices, config = group.slices, _expand_config(group, segments)
+    most_planes, _ = _shrink_config(group, segments).planes(group.in_features, 1)
+    return {
+        **_planes(group, segments, workspace),
+        "p_b": group.weights,
+        "p_vectors": group.floats,
+        "p_table": group.table,
+        "p_token_ids": segments.token_ids,
+        "p_seg_start": segments.seg_start,
+        "p_seg_slot": segments.seg_slot,
+        "stride_table": group.table.stride(0),
+        "OFFSETS": slices.offsets,
+        "SIZES": slices.sizes,
+        "ALIGNMENT": slices.alignment,
+        "N_SLICES": len(slices.sizes),
+        "PLANES": 1 << (most_planes - 1).bit_length(),
+        "BLOCK_T": config.block_t,
+        "BLOCK_R": config.block_r,
+        "UPCAST": kernels.INTERPRETED,
+    }
 
 
 def _planes(group: Group, segments: Segments, workspace: Tensor) -> dict[str, Any]:

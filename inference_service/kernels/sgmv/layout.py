@@ -20,6 +20,8 @@ ROW = 16
 """Elements: rows of A and blocks of B begin at multiples, so that both are read in vectors."""
 FIELDS = 4
 """Of a slice of a slot in the table: rank, first element of A, of B, and of the vectors, or 0."""
+BASE = -1
+"""Slot of rows without an adapter."""
 
 
 class Phase(Enum):
@@ -156,10 +158,14 @@ class SegmentCapacity:
     """True if entries carry a scale."""
     active: int | None = None
     """Distinct slots in one step at most, however many there are; None: all."""
+    rows: int = 0
+    """Rows of a step, all of which are in segments: those without an adapter come last. 0: there is none."""
 
     def __post_init__(self) -> None:
         if min(self.entries, self.slots, self.tile, self.passes, self.distinct) < 1:
             raise ValueError(f"capacities must be positive, got {self}")
+        if self.rows and (self.passes > 1 or self.rows > self.entries):
+            raise ValueError(f"rows without an adapter need one pass and room for all entries, got {self}")
 
     @property
     def distinct(self) -> int:
@@ -177,14 +183,20 @@ class SegmentCapacity:
         return self.passes * self.segments_per_pass
 
     @property
+    def runs(self) -> int:
+        """Segments with those of rows without an adapter."""
+        return max(self.segments, min(self.rows, self.segments + -(-self.rows // self.tile)))
+
+    @property
     def sections(self) -> dict[str, slice]:
         """Return the place of each array in the one int32 buffer that a step copies to the device."""
         return sections(
             {
                 "token_ids": self.entries,
-                "seg_start": self.segments + 1,
-                "seg_slot": self.segments,
+                "seg_start": self.runs + 1,
+                "seg_slot": self.runs,
                 "pass_start": self.passes + 2,
+                "num_runs": 1 if self.rows else 0,
                 "scales": self.entries if self.scaled else 0,
             }
         )
@@ -208,7 +220,8 @@ def pack_segments(
 
     Args:
         capacity: what the device buffers were made for.
-        slots: [n], the slot of each entry; negative for base tokens, which are left out.
+        slots: [n], the slot of each entry; negative for base tokens, which are left out unless the capacity has
+            rows.
         token_ids: [n], each entry's row in x and out; by default entry i is token i.
         scales: [n], factors of the entries' updates; 1 by default.
         out: filled instead of a new array, for instance the view of a pinned buffer.
@@ -235,6 +248,16 @@ def pack_segments(
     section["seg_slot"][: first.size] = slots[kept[first]]
     section["pass_start"][:-1] = np.searchsorted(turns[first], np.arange(capacity.passes + 1))
     section["pass_start"][-1] = kept.size
+    if capacity.rows:
+        base = np.ones(capacity.rows, dtype=bool)
+        base[tokens[kept]] = False
+        starts = np.arange(kept.size, capacity.rows, capacity.tile)
+        runs = first.size + starts.size
+        section["token_ids"][kept.size : capacity.rows] = np.nonzero(base)[0]
+        section["seg_start"][first.size : runs] = starts
+        section["seg_start"][runs:] = capacity.rows
+        section["seg_slot"][first.size : runs] = BASE
+        section["num_runs"][0] = runs
     if capacity.scaled:
         factors = np.ones(slots.size) if scales is None else np.asarray(scales)
         section["scales"][: kept.size] = factors[kept].astype(np.float32).view(np.int32)
@@ -293,11 +316,13 @@ class Segments:
     token_ids: Tensor
     """int32 [entries]: the row of x and of out."""
     seg_start: Tensor
-    """int32 [segments + 1]: segment i holds the entries from seg_start[i] to seg_start[i + 1]."""
+    """int32 [runs + 1]: segment i holds the entries from seg_start[i] to seg_start[i + 1]."""
     seg_slot: Tensor
-    """int32 [segments]: the slot."""
+    """int32 [runs]: the slot, or BASE."""
     pass_start: Tensor
     """int32 [passes + 2]: pass i has segments pass_start[i] to pass_start[i + 1]; the last is the entries."""
+    num_runs: Tensor
+    """int32 [1]: segments with those of BASE; empty where these are left out."""
     scales: Tensor | None
     """fp32 [entries]"""
     planes: Tensor = field(repr=False)

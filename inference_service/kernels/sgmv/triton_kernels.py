@@ -1,4 +1,6 @@
-"""The two kernels. T tokens, P entries, S segments, K in, N out, R rows of A of one slot over all slices."""
+"""The two kernels, and how others add what expand would.
+
+T tokens, P entries, S segments, K in, N out, R rows of A of one slot over all slices."""
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 # The bodies are Triton, not Python: only the compiler knows their types.
 
@@ -15,7 +17,7 @@ INTERPRETED: bool = triton.knobs.runtime.interpret
 """True if the kernels were made for the interpreter, which computes bf16 wrongly without UPCAST."""
 
 # These change from pass to pass; their alignment is not worth a variant, for they are read as scalars.
-SEGMENT_POINTERS = ["p_table", "p_seg_start", "p_seg_slot", "p_pass", "p_end", "p_planes"]
+SEGMENT_POINTERS = ["p_table", "p_seg_start", "p_seg_slot", "p_pass", "p_end", "p_planes", "p_num_runs"]
 PLANE_SCALARS = ["blocks", "split_k", "stride_table"]
 
 
@@ -274,6 +276,42 @@ def sum_of_planes(
 
 
 @triton.jit
+def product(
+    rank,
+    p_b,  # of the slice [rank, size]
+    p_y,  # at the first column of the slice
+    size,
+    o_n,
+    m_n,
+    o_p,
+    m_p,
+    planes,
+    stride_y_plane,
+    stride_y,
+    PLANES: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """[BLOCK_T, BLOCK_N] fp32: y of some entries times some columns of a slice's B."""
+    b_sum = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
+    for i_r in range(0, rank, BLOCK_R):
+        o_r = i_r + tl.arange(0, BLOCK_R)  # [BLOCK_R] rank in the slice
+        m_r = o_r < rank
+        b_b = tl.load(
+            p_b + o_r[:, None] * size + o_n[None, :], mask=m_r[:, None] & m_n[None, :], other=0.0
+        )  # [BLOCK_R, BLOCK_N]
+        b_y = sum_of_planes(
+            p_y, o_p, m_p, o_r, m_r, planes, stride_y_plane, stride_y, PLANES, BLOCK_T, BLOCK_R
+        ).to(p_b.dtype.element_ty)
+        if UPCAST:
+            b_y, b_b = b_y.to(tl.float32), b_b.to(tl.float32)
+        b_sum = tl.dot(b_y, b_b, b_sum, input_precision="ieee")
+    return b_sum
+
+
+@triton.jit
 def expand_tile(
     i_s,
     i_n,
@@ -314,26 +352,62 @@ def expand_tile(
         o_p = i_t + tl.arange(0, BLOCK_T)  # [BLOCK_T]
         m_p = o_p < end
         o_t = tl.load(p_token_ids + o_p, mask=m_p, other=0).to(tl.int64)  # [BLOCK_T]
-        b_sum = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
-        for i_r in range(0, rank, BLOCK_R):
-            o_r = i_r + tl.arange(0, BLOCK_R)  # [BLOCK_R] rank in the slice
-            m_r = o_r < rank
-            b_b = tl.load(
-                p_b + element + o_r[:, None] * size + o_n[None, :],
-                mask=m_r[:, None] & m_n[None, :],
-                other=0.0,
-            )  # [BLOCK_R, BLOCK_N]
-            b_y = sum_of_planes(
-                p_y + column, o_p, m_p, o_r, m_r, planes, stride_y_plane, stride_y, PLANES, BLOCK_T, BLOCK_R
-            ).to(p_b.dtype.element_ty)
-            if UPCAST:
-                b_y, b_b = b_y.to(tl.float32), b_b.to(tl.float32)
-            b_sum = tl.dot(b_y, b_b, b_sum, input_precision="ieee")
+        b_sum = product(
+            rank, p_b + element, p_y + column, size, o_n, m_n, o_p, m_p, planes, stride_y_plane, stride_y,
+            PLANES, BLOCK_T, BLOCK_R, BLOCK_N, UPCAST,
+        )  # fmt: skip
         p_tile = p_out + o_t[:, None] * stride_out + offset + o_n[None, :]
         m_tile = m_p[:, None] & m_n[None, :]
         b_sum += tl.load(p_tile, mask=m_tile, other=0.0).to(tl.float32)
         b_sum = finished(b_sum, p_vectors, vectors, o_n, size, 32 // p_b.dtype.element_ty.primitive_bitwidth)
         tl.store(p_tile, b_sum.to(p_out.dtype.element_ty), mask=m_tile)
+
+
+@triton.jit
+def run_of(i_s, p_table, p_seg_start, p_seg_slot, stride_table):
+    """(its place in the table, 1 or 0 for one of the base, first entry, last) of a segment of all rows."""
+    slot = tl.load(p_seg_slot + i_s)
+    p_slot = p_table + tl.maximum(slot, 0).to(tl.int64) * stride_table
+    return p_slot, (slot >= 0).to(tl.int32), tl.load(p_seg_start + i_s), tl.load(p_seg_start + i_s + 1)
+
+
+@triton.jit
+def with_update(
+    p_base,  # [BLOCK_T, 1]: at the first column of the slice
+    adapted,
+    rank,
+    element,
+    vectors,
+    size,
+    column,
+    o_n,
+    m_n,
+    o_p,
+    m_p,
+    planes,
+    p_y,
+    p_b,
+    p_vectors,
+    stride_y_plane,
+    stride_y,
+    PLANES: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """[BLOCK_T, BLOCK_N] fp32: what expand would leave of columns of a slice, rounded as it rounds; else 0.
+
+    ``adapted`` is 0 for rows of the base, which keep their bits.
+    """
+    b_sum = product(
+        rank * adapted, p_b + element, p_y + column, size, o_n, m_n, o_p, m_p, planes, stride_y_plane, stride_y,
+        PLANES, BLOCK_T, BLOCK_R, BLOCK_N, UPCAST,
+    )  # fmt: skip
+    b_sum += tl.load(p_base + o_n[None, :], mask=m_p[:, None] & m_n[None, :], other=0.0).to(tl.float32)
+    per_float: tl.constexpr = 32 // p_b.dtype.element_ty.primitive_bitwidth
+    b_sum = finished(b_sum, p_vectors, vectors * adapted, o_n, size, per_float)
+    return tl.where(m_n[None, :], b_sum, 0.0).to(p_base.dtype.element_ty).to(tl.float32)
 
 
 @triton.constexpr_function

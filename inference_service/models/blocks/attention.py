@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from inference_service.backends.base import Operations
+from inference_service.kernels.attention import MAX_UPDATED_DIM
 from inference_service.models.reader import LayerReader
 from inference_service.models.step import CacheSize, LayerCache, Step
 from loramux_shared.bases.layers import AttentionLayer
@@ -45,6 +46,11 @@ class AttentionBlock:
                     reader.norm(names.k_norm, spec.kv_features),
                 )
 
+        self._reads_qkv = (
+            spec.gated or spec.values_are_keys or self._row_norms is not None or spec.head_dim > MAX_UPDATED_DIM
+        )
+        """Whether anything but attention needs heads with what adapters add to them."""
+
     def new_cache(self, operations: Operations, size: CacheSize) -> LayerCache:
         """Return an empty cache of keys and values; none where another layer's are read."""
         if self._spec.attention.keys_of is not None:
@@ -54,17 +60,22 @@ class AttentionBlock:
     def __call__(self, step: Step, x: Tensor) -> Tensor:
         """Return [T, hidden] for x [T, hidden]."""
         spec = self._spec
-        qkv = step.linear(self._qkv, x, self._index, self._qkv_group)
-        gate = None
+        gate = update = None
+        keys, values, *scales = step.cache.layers[self._cache]
+        if self._reads_qkv or step.query_factors is not None or scales:
+            qkv = step.linear(self._qkv, x, self._index, self._qkv_group)
+        else:
+            qkv, update = step.begun(self._qkv, x, self._index, self._qkv_group)
         if spec.gated:
             qkv, gate = self._parted(qkv)
         qkv = self._prepared(step, qkv)
         heads = qkv.view(len(x), -1, spec.head_dim)
         if spec.values_are_keys and spec.attention.keys_of is None:
             heads = torch.cat([heads, heads[:, spec.num_heads :]], dim=1)
-        keys, values, *scales = step.cache.layers[self._cache]
         turn, norm = step.turns[self._rope], self._head_norm
-        attended = step.attention(heads, turn, keys, values, spec.attention, norm, self._sinks, *scales)
+        attended = step.attention(
+            heads, turn, keys, values, spec.attention, norm, self._sinks, *scales, update=update
+        )
         if gate is not None:
             attended = step.operations.gate(attended, gate)
         return step.linear(self._o, attended, self._index, self._o_group)

@@ -35,6 +35,6 @@ class MlpBlock:
 
     def __call__(self, step: Step, x: Tensor) -> Tensor:
         """Return [T, hidden] for x [T, hidden]."""
-        gate_up = step.linear(self._gate_up, x, self._index, self._up_group)
-        gated = step.operations.gated(gate_up, self._activation)
+        gate_up, update = step.begun(self._gate_up, x, self._index, self._up_group)
+        gated = step.operations.gated(gate_up, self._activation, update)
         return step.linear(self._down, gated, self._index, self._down_group)

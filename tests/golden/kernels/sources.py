@@ -57,9 +57,10 @@ def _ignore_its_place(kernel: Any) -> None:
     """Lines above a kernel and what it calls, which Triton counts, make nothing else of it."""
     from triton.runtime.jit import JITCallable
 
-    for function in kernel.__globals__.values():
-        if isinstance(function, JITCallable):
+    for function in [*kernel.__globals__.values()]:
+        if isinstance(function, JITCallable) and function.starting_line_number:
             function.starting_line_number = 0
+            _ignore_its_place(function)
 
 
 def run(module: str, arguments: Collection[str] = ()) -> list[str]:

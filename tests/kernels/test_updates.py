@@ -1,0 +1,121 @@
+"""What other kernels add in expand's place: the same as behind it, for every row of a step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from inference_service.kernels.attention import attend
+from inference_service.kernels.launch import intercepted
+from inference_service.kernels.rows import gated
+from inference_service.kernels.sgmv import Planned, SegmentCapacity, Update, expand, pack_segments
+from tests.kernels.attention_case import Heads, Layout
+from tests.kernels.attention_case import make_case as attention_case
+from tests.kernels.sgmv_case import Case, make_case
+from tests.kernels.test_rows import poisoned
+
+OWN_NORM = Heads(4, 2, 24, rotary=12, norm="own")
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+STEPS: dict[str, Sequence[int]] = {
+    "base, adapters and padding": [-1, 2, 2, 0, 1, 1, -1],
+    "more rows of one than a tile has": [0] * 20 + [1] * 5 + [-1] * 3,
+    "no adapter": [-1] * 3,
+    "no row of the base": [0, 1, 2, 0],
+}
+
+
+def step(
+    slots: Sequence[int],
+    ranks: Sequence[Sequence[int]],
+    sizes: Sequence[int],
+    rows: int,
+    dtype: torch.dtype,
+    device: str,
+) -> tuple[Case, Update]:
+    """Return a case behind shrink, and its update."""
+    case = make_case(slots=slots, ranks=ranks, K=40, sizes=sizes, dtype=dtype, device=device, rows=rows)
+    case.x.nan_to_num_()
+    planned = Planned(case.group, case.segments)
+    planned.shrink(case.x, case.workspace)()
+    return replace(case, out=torch.randn(rows, sum(sizes)).to(device, dtype)), planned.update(case.workspace)
+
+
+def expanded(case: Case) -> torch.Tensor:
+    """Return what expand leaves."""
+    out = case.out.clone()
+    for launch in expand(out, case.group, case.segments, case.workspace):
+        launch()
+    return out
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", STEPS)
+def test_gate_and_up_take_their_updates_on_the_way(name: str, dtype: torch.dtype, device: str) -> None:
+    """The result is that of expand and the activation, for rows of adapters, of the base, and of padding."""
+    slots, ranks = STEPS[name], [(16, 3), (0, 40), (5, 0)]
+    case, update = step(slots, ranks, (72, 72), 32, dtype, device)
+    expected = gated(expanded(case), "silu")
+    with intercepted(poisoned):
+        found = gated(case.out, "silu", update)
+    torch.testing.assert_close(found, expected)
+    base = np.setdiff1d(np.arange(32), np.nonzero(np.array(slots) >= 0)[0])
+    assert torch.equal(found[base], expected[base])
+
+
+@pytest.mark.parametrize(
+    ("name", "heads", "dtype"),
+    [
+        ("base, adapters and padding", OWN_NORM, torch.float32),
+        ("more rows of one than a tile has", Heads(2, 1, 16), torch.float16),
+        ("no adapter", Heads(4, 1, 16, norm="shared"), torch.bfloat16),
+        ("no row of the base", OWN_NORM, torch.float32),
+    ],
+)
+def test_heads_take_their_updates_on_the_way(name: str, heads: Heads, dtype: torch.dtype, device: str) -> None:
+    """Outputs and the cache are those of expand and the plain kernel; padding writes nothing."""
+    slots, sizes = STEPS[name], [count * heads.dim for count in (heads.queries, heads.kv, heads.kv)]
+    layout = Layout([(1, 3 + i) for i in range(len(slots))], padding=0, spare=32 - len(slots), decode_only=True)
+    at = attention_case(replace(layout, padding=32 - len(slots)), heads, dtype=dtype, device=device)
+    case, update = step(slots, [(16, 3, 0), (0, 0, 40), (5, 0, 8)], sizes, len(at.inputs.heads), dtype, device)
+    found = []
+    for rows, given in ((expanded(case), None), (case.out, update)):
+        keys, values = at.inputs.keys.clone(), at.inputs.values.clone()
+        inputs = replace(at.inputs, heads=rows.view(len(rows), -1, heads.dim), keys=keys, values=values)
+        found.append((attend(inputs, at.tables, at.spec, at.norm, None, given), keys, values))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(other, one, equal_nan=True)
+
+
+def test_an_update_needs_all_rows_in_segments(device: str) -> None:
+    """A capacity that leaves out rows of the base, or has several passes with them, is refused."""
+    case = make_case(slots=[0], ranks=[(4,)], K=40, sizes=(16,), dtype=torch.float32, device=device)
+    with pytest.raises(ValueError, match="in no segment"):
+        Planned(case.group, case.segments).update(case.workspace)
+    with pytest.raises(ValueError, match="one pass"):
+        SegmentCapacity(8, 1, 16, passes=2, rows=4)
+
+
+def test_every_row_is_in_one_run() -> None:
+    """Adapters' segments are as they are without the others, which follow in tiles."""
+    draw = np.random.default_rng(1)
+    for rows in range(1, 33):
+        plain, every = SegmentCapacity(rows, 4, 4), SegmentCapacity(rows, 4, 4, rows=rows)
+        slots = draw.integers(-1, 4, draw.integers(0, rows + 1))
+        alone, packed = (pack_segments(capacity, slots) for capacity in (plain, every))
+        old, new = (
+            {name: array[where] for name, where in capacity.sections.items()}
+            for capacity, array in ((plain, alone), (every, packed))
+        )
+        used, runs = int(old["pass_start"][-2]), int(new["num_runs"][0])
+        assert runs <= every.runs == len(new["seg_slot"])
+        assert new["pass_start"].tolist() == old["pass_start"].tolist()
+        assert new["seg_slot"][:used].tolist() == old["seg_slot"][:used].tolist()
+        assert (new["seg_slot"][used:runs] == -1).all()
+        assert sorted(new["token_ids"][:rows]) == list(range(rows))
+        starts = new["seg_start"][: runs + 1]
+        assert set(np.diff(starts)) <= {1, 2, 3, 4}
+        assert starts[-1] == rows
