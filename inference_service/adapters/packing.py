@@ -43,12 +43,21 @@ class Packer:
     """
 
     def __init__(
-        self, model: Decoder, lora: LoraBackend, new_lora: Callable[[], LoraBackend], block_size: int
+        self,
+        model: Decoder,
+        lora: LoraBackend,
+        new_lora: Callable[[], LoraBackend],
+        block_size: int,
+        max_rank: int = 1,
     ) -> None:
+        """Take the parts of the replica; max_rank is the one that its bank was opened for.
+
+        Proofs have it too, so that one of a new rank launches no kernel that has to be compiled first.
+        """
         self._model = model
         self._lora = lora
         self._new_lora = new_lora
-        self._block_size = block_size
+        self._block_size, self._max_rank = block_size, max_rank
         self._proved: set[str] = set()
         self._arranged: Recent[AdapterWeights] = Recent(ARRANGED_BYTES)
         self._proving = threading.Lock()  # operations may keep what they prepared for a step of one thread
@@ -93,7 +102,8 @@ class Packer:
         short = bundle.digest[:DIGEST_DIGITS]
         with self._proving, _beside_the_steps(self._model.device):
             lora = self._new_lora()
-            lora.open(-(-packed.num_bytes // ALIGNMENT) * ALIGNMENT, max(packed.max_rank, 1), 1)
+            num_bytes = -(-packed.num_bytes // ALIGNMENT) * ALIGNMENT
+            lora.open(num_bytes, max(packed.max_rank, self._max_rank), 1)
             lora.copy(packed, 0)
             lora.enter(0, 0, packed)
             adapter = Adapter(bundle.digest, 0)

@@ -94,12 +94,27 @@ def intercepted(take: Callable[[Launch], None]) -> Iterator[None]:
         _interceptors.pop()
 
 
+_compiled_for: list[int] = []
+
+
+@contextmanager
+def compiling_for(architecture: int) -> Iterator[None]:
+    """Take the tiles of an architecture for tensors on torch's device "meta"."""
+    _compiled_for.append(architecture)
+    try:
+        yield
+    finally:
+        _compiled_for.pop()
+
+
 def architecture_of(device: torch.device) -> int:
     """The newest architecture with a tuning table that the device can run; for the interpreter the oldest.
 
     Raises:
         ValueError: the device is older than all of them.
     """
+    if device.type == "meta" and _compiled_for:
+        return _compiled_for[-1]
     if device.type != "cuda":
         return ARCHITECTURES[0]
     major, minor = torch.cuda.get_device_capability(device)
@@ -110,8 +125,11 @@ def architecture_of(device: torch.device) -> int:
 
 
 def require_device(tensor: Tensor, *, interpreted: bool) -> None:
-    """Raise `ValueError` where kernels cannot compute: interpreted ones take tensors of the CPU as well."""
-    if tensor.device.type != "cuda" and not interpreted:
+    """Raise `ValueError` where kernels cannot compute: interpreted ones take tensors of the CPU as well.
+
+    Those of "meta" are for who intercepts launches.
+    """
+    if tensor.device.type not in ("cuda", "meta") and not interpreted:
         raise ValueError(f"kernels run on CUDA, got a tensor on {tensor.device}")
     if tensor.dtype not in DTYPES:
         raise ValueError(f"kernels compute in {DTYPES}, got {tensor.dtype}")

@@ -10,7 +10,8 @@ from torch import Tensor
 from inference_service.kernels.launch import stream_of
 from inference_service.kernels.sgmv import Group, Slices
 from inference_service.kernels.sgmv.layout import FIELDS, ROW
-from inference_service.lora.packed import Layout, PackedAdapter, pack_flat
+from inference_service.lora.packed import Empty, Layout, PackedAdapter, pack_flat, plain_memory
+from inference_service.lora.slab import Slab
 from inference_service.lora.slots import Slots
 from inference_service.lora.vocabulary import Vocabularies
 from inference_service.lora.weights import AdapterWeights
@@ -42,6 +43,8 @@ class Bank:
         self._arena = torch.empty(0, dtype=dtype, device=device)
         self._table = torch.empty(0, dtype=torch.int64, device=device)
         self._stream = stream_of("copies", device) if device.type == "cuda" else None
+        self._empty: Empty = plain_memory
+        """Takes host memory for what is packed."""
         self._left: torch.cuda.Event | None = None
         """Behind the last step that may read what has left since."""
 
@@ -50,8 +53,10 @@ class Bank:
         """Memory of the device: the arena and the table."""
         return self._arena.nbytes + self._table.nbytes
 
-    def open(self, num_bytes: int, max_rank: int, num_slots: int) -> None:
-        """Take the memory."""
+    def open(self, num_bytes: int, max_rank: int, num_slots: int, host_bytes: int = 0) -> None:
+        """Take the memory, and that of the host, where there is a GPU."""
+        if host_bytes and self._stream is not None:
+            self._empty = Slab(host_bytes).empty
         self.slots.open(num_bytes, max_rank, num_slots)
         shapes, modules = self._layout.shapes, len(self._layout.strides)
         numel = max(ROW, num_bytes // self._dtype.itemsize // ROW * ROW)
@@ -87,12 +92,12 @@ class Bank:
         self.experts[layer, name_of_all(shape.name)] = _group(self._arena, of_all, shape, max_rank)
 
     def pack(self, weights: AdapterWeights) -> PackedAdapter:
-        """Pack an adapter, into pinned memory where there is a GPU.
+        """Pack an adapter, into the host memory that was opened.
 
         Raises:
             ValueError: the table would mislead a kernel.
         """
-        packed = pack_flat(weights, self._layout, self._dtype, pinned=self._stream is not None)
+        packed = pack_flat(weights, self._layout, self._dtype, self._empty)
         for shape, first in zip(self._layout.shapes, self._layout.firsts, strict=True):
             table = packed.table[:, first : first + len(shape.modules)]
             whole = _group(packed.matrices, torch.from_numpy(table), shape, max(1, packed.max_rank))

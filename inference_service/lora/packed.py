@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -122,8 +123,17 @@ def _up(numbers: Numbers, to: int) -> Numbers:
     return -(-numbers // to) * to
 
 
+Empty = Callable[[int, torch.dtype], Tensor]
+"""Returns memory for so many elements of a type."""
+
+
+def plain_memory(numel: int, dtype: torch.dtype) -> Tensor:
+    """Return memory as torch takes it."""
+    return torch.empty(numel, dtype=dtype)
+
+
 def pack_flat(
-    weights: AdapterWeights, layout: Layout, dtype: torch.dtype, *, pinned: bool = False
+    weights: AdapterWeights, layout: Layout, dtype: torch.dtype, empty: Empty = plain_memory
 ) -> PackedAdapter:
     """Pack row by row, as the kernels for GPUs and torch read it; the table is [layers, modules, 4].
 
@@ -133,7 +143,7 @@ def pack_flat(
     ranks = weights.ranks
     first_a, first_b, numel = layout.places(ranks)
     places, end = layout.vectors(weights, numel, dtype.itemsize)
-    matrices = torch.empty(end, dtype=dtype, pin_memory=pinned)
+    matrices = empty(end, dtype)
     zeros = torch.zeros(max(ROUND, *layout.strides.tolist()), dtype=dtype)
     parts: list[Tensor] = []
     for layer in weights.layers:
@@ -151,16 +161,18 @@ def pack_flat(
     write_vectors(weights, places, matrices)
     table = np.stack([ranks, first_a, first_b, places], axis=-1)
     packed = PackedAdapter(matrices, table, ranks, layout.linears(ranks, places))
-    return with_vocabulary(packed, weights, pinned=pinned)
+    return with_vocabulary(packed, weights, empty)
 
 
-def with_vocabulary(packed: PackedAdapter, weights: AdapterWeights, *, pinned: bool = False) -> PackedAdapter:
+def with_vocabulary(
+    packed: PackedAdapter, weights: AdapterWeights, empty: Empty = plain_memory
+) -> PackedAdapter:
     """Return an adapter whose layers are packed with what it changes outside of them."""
     if weights.vocabulary is None:
         return packed
     packing = weights.vocabulary.packed(packed.matrices.dtype)
     first = -(-len(packed.matrices) // ROUND) * ROUND
-    matrices = torch.zeros(first + packing.numel, dtype=packed.matrices.dtype, pin_memory=pinned)
+    matrices = empty(first + packing.numel, packed.matrices.dtype).zero_()
     matrices[: len(packed.matrices)] = packed.matrices
     packing.write(matrices[first:])
     return replace(packed, matrices=matrices, vocabulary=packing)

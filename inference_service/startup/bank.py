@@ -39,6 +39,10 @@ LEAST_SLOTS: Final = 64
 """Lower bound of the slots, whatever a slot takes."""
 PACKING: Final = 1.03
 """Factor by which alignment enlarges an adapter's matrices, at most, but for the smallest ones."""
+SPARE: Final = 1.0625
+"""Locked host memory for each byte of adapters that it keeps: pieces of different sizes leave holes."""
+UNDER_WAY: Final = 4
+"""Adapters that are packed and not yet kept, or not yet copied."""
 COPY_WAIT_S: Final = 0.005
 """Seconds of a step for adapters that are being copied into a bank on a CPU.
 
@@ -98,7 +102,9 @@ def open_bank(
     num_bytes = plan_bank(sizes.values(), free_bytes(device), settings, device.type, usual=usual)
     lora = backend.new_lora()
     slots = min(MAX_SLOTS, max(LEAST_SLOTS, MAX_TABLES // max(1, lora.slot_bytes)))
-    lora.open(num_bytes, generation.max_lora_rank, slots)
+    host_bytes = int(settings.adapter_host_gb * GB) if device.type == "cuda" else 0
+    largest = max(sizes.values(), default=usual)
+    lora.open(num_bytes, generation.max_lora_rank, slots, int(host_bytes * SPARE) + UNDER_WAY * largest)
     median = int(statistics.median(sizes.values())) if sizes else usual
     held = num_bytes // max(1, median)
     log.info("memory", item="bank of adapters", gb=round(num_bytes / GB, 3), holds_like_the_median=held)
@@ -106,8 +112,8 @@ def open_bank(
     reader = BundleReader(store, disk)
     loader = AdapterLoader(
         reader,
-        Packer(base.model, lora, backend.new_lora, settings.block_size),
-        host_bytes=settings.adapter_host_gb * GB if device.type == "cuda" else 0.0,
+        Packer(base.model, lora, backend.new_lora, settings.block_size, generation.max_lora_rank),
+        host_bytes=host_bytes,
         threads=settings.adapter_threads,
     )
     wait_s = COPY_WAIT_S if device.type == "cpu" else 0.0

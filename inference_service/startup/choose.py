@@ -94,7 +94,7 @@ def _name(dtype: torch.dtype) -> str:
 
 def _kernels(settings: InferenceSettings, config: ModelConfig) -> Backend:
     device = _device(settings)
-    dtype = _dtype(settings, config, device)
+    dtype = compute_dtype(settings, config, device)
     cache_dtype = CACHE_DTYPES[settings.kv_cache_dtype]
     if device.type == "cuda":
         check_cache_dtype(settings, torch.cuda.get_device_capability(device))
@@ -175,7 +175,8 @@ def _device(settings: InferenceSettings) -> torch.device:
     return torch.device("cuda" if cuda else "cpu")
 
 
-def _dtype(settings: InferenceSettings, config: ModelConfig, device: torch.device) -> torch.dtype:
+def compute_dtype(settings: InferenceSettings, config: ModelConfig, device: torch.device) -> torch.dtype:
+    """Return the type that a device computes a base in."""
     if settings.dtype != "auto":
         dtype = getattr(torch, settings.dtype)
         assert isinstance(dtype, torch.dtype)  # noqa: S101 - the setting is one of four literals

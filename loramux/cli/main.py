@@ -19,6 +19,7 @@ from loramux.cli.check import check
 from loramux.cli.deployments import cancel, deployments, watch
 from loramux.cli.exits import tell_uncaught
 from loramux.cli.history import history, rollback
+from loramux.cli.kernels import kernels
 from loramux.cli.local.demo import demo
 from loramux.cli.local.services import builder, serve
 from loramux.cli.local.up import up
@@ -36,7 +37,7 @@ app = typer.Typer(
 for function in (
     *(demo, up, build, watch, cancel, deployments, check, prove),
     *(add, remove, push, history, rollback, rollout),
-    *(models, pin, unpin, chat, serve, builder, health),
+    *(models, pin, unpin, chat, serve, builder, kernels, health),
 ):
     app.command()(function)
 app.add_typer(keys.app, name="keys")

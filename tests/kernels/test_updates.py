@@ -1,4 +1,4 @@
-"""What other kernels add in expand's place: the same as behind it, for every row of a step."""
+"""Kernels that add updates in expand's place leave what it does, for every row of a step."""
 
 from __future__ import annotations
 
@@ -82,10 +82,10 @@ def test_heads_take_their_updates_on_the_way(name: str, heads: Heads, dtype: tor
     at = attention_case(replace(layout, padding=32 - len(slots)), heads, dtype=dtype, device=device)
     case, update = step(slots, [(16, 3, 0), (0, 0, 40), (5, 0, 8)], sizes, len(at.inputs.heads), dtype, device)
     found = []
-    for rows, given in ((expanded(case), None), (case.out, update)):
+    for rows, missing in ((expanded(case), None), (case.out, update)):
         keys, values = at.inputs.keys.clone(), at.inputs.values.clone()
         inputs = replace(at.inputs, heads=rows.view(len(rows), -1, heads.dim), keys=keys, values=values)
-        found.append((attend(inputs, at.tables, at.spec, at.norm, None, given), keys, values))
+        found.append((attend(inputs, at.tables, at.spec, at.norm, None, missing), keys, values))
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(other, one, equal_nan=True)
 

@@ -9,6 +9,7 @@ from structlog.testing import capture_logs
 from inference_service.adapters.loader import AdapterLoader
 from inference_service.adapters.packing import Packer
 from inference_service.adapters.reading import BundleReader
+from inference_service.lora.slots import Slots
 from inference_service.models.checkpoint import Checkpoint
 from inference_service.models.decoder import Decoder
 from inference_service.startup.choose import choose_backend
@@ -40,8 +41,8 @@ def loader_of(request, world):
     model = Decoder(config, Checkpoint(base, backend.dtype, backend.device), backend.operations)
     made = []
 
-    def make(store):
-        packer = Packer(model, backend.new_lora(), backend.new_lora, 16)
+    def make(store, max_rank=1):
+        packer = Packer(model, backend.new_lora(), backend.new_lora, 16, max_rank)
         made.append(AdapterLoader(BundleReader(store, None), packer))
         return made[-1]
 
@@ -87,3 +88,19 @@ def test_an_adapter_of_another_base_is_named(world, loader_of, tmp_path):
     outcome = load(loader_of(store), digest_of(store, "wide"))
     assert type(outcome) is BundleCorrupt
     assert "no place" in outcome.message
+
+
+def test_proofs_are_of_the_rank_that_the_bank_was_opened_for(world, loader_of, monkeypatch):
+    """Tiles follow that rank: a kernel of another one would be compiled while others are served."""
+    opened = []
+
+    def note(slots, num_bytes, max_rank, num_slots):
+        opened.append(max_rank)
+        return opens(slots, num_bytes, max_rank, num_slots)
+
+    opens = Slots.open
+    monkeypatch.setattr(Slots, "open", note)
+    loader = loader_of(world[1], max_rank=64)
+    for name in ("all", "rs", "wide"):
+        assert isinstance(load(loader, digest_of(world[1], name)), Loaded)
+    assert opened == [64, 64, 64]

@@ -52,7 +52,7 @@ def plan(x: Tensor, out: Tensor, group: Group, segments: Segments, workspace: Te
 
 @dataclass(frozen=True)
 class Update:
-    """What adapters add to the output of a fused linear, for a kernel that reads all rows of it anyway.
+    """The part that adapters add to a fused linear's output, for a kernel that reads all rows of it anyway.
 
     Its programs share the (runs of rows, tiles of columns) as those of expand do.
     """

@@ -61,8 +61,9 @@ class AttentionBlock:
         """Return [T, hidden] for x [T, hidden]."""
         spec = self._spec
         gate = update = None
-        keys, values, *scales = step.cache.layers[self._cache]
-        if self._reads_qkv or step.query_factors is not None or scales:
+        keys, values, *eight_bits = step.cache.layers[self._cache]
+        scales = eight_bits[0] if eight_bits else None
+        if self._reads_qkv or step.query_factors is not None or scales is not None:
             qkv = step.linear(self._qkv, x, self._index, self._qkv_group)
         else:
             qkv, update = step.begun(self._qkv, x, self._index, self._qkv_group)
@@ -73,9 +74,7 @@ class AttentionBlock:
         if spec.values_are_keys and spec.attention.keys_of is None:
             heads = torch.cat([heads, heads[:, spec.num_heads :]], dim=1)
         turn, norm = step.turns[self._rope], self._head_norm
-        attended = step.attention(
-            heads, turn, keys, values, spec.attention, norm, self._sinks, *scales, update=update
-        )
+        attended = step.attention(heads, turn, keys, values, spec.attention, norm, self._sinks, scales, update)
         if gate is not None:
             attended = step.operations.gate(attended, gate)
         return step.linear(self._o, attended, self._index, self._o_group)
