@@ -59,6 +59,9 @@ class _Shapes:
         """Return a tensor without memory, or a number, which is read."""
         return torch.empty(shape, dtype=self.dtype, device="cpu" if shape == (1,) else META)
 
+    def integers(self, _names: Sequence[tuple[str, tuple[int, ...]]]) -> None:
+        """No weight has few bits."""
+
 
 class _Once:
     """Records nothing: the work is launched once."""
