@@ -1,7 +1,8 @@
-"""Other tiles than those of SGMV's tables: which win, bucket by bucket.
+"""Other tiles than those of the tables of SGMV and of experts: which win, bucket by bucket.
 
 A launch is a value, so a candidate is the shipped launch with other tiles in it. Candidates that do not fit the
-device are left out, and so are those whose result differs from the shipped one's.
+device are left out, and so are those whose result differs from the shipped one's. The best one's line is as it
+stands in the table.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from torch import Tensor
 from benchmarks.on_gpu.run import Run
 from benchmarks.on_gpu.sgmv import Linear, Point
 from benchmarks.on_gpu.timing import copies_of, replayed
-from inference_service.kernels.launch import Launch
+from inference_service.kernels.experts import by_expert, grouped
+from inference_service.kernels.experts.tuning import GroupedConfig
+from inference_service.kernels.launch import Launch, intercepted
 from inference_service.kernels.sgmv.tuning import DECODE_TILE, ExpandConfig, ShrinkConfig
 
 FULL: Final = (
@@ -89,9 +92,66 @@ class Candidate:
         }
 
 
+@dataclass(frozen=True)
+class Mixture:
+    """A grouped product of rows that are dealt out to experts."""
+
+    rows: int
+    experts: int = 128
+    top_k: int = 8
+    width: int = 2048
+    columns: int = 1536
+
+
 def run(run: Run) -> None:
     """Time all candidates of every point; put down the shipped tiles and the best others."""
     run.each(run.choose(FULL, QUICK, REHEARSAL), lambda point: _tune(run, point))
+    mixtures = run.choose((Mixture(8), Mixture(64), Mixture(4096)), (Mixture(8),), (Mixture(3, 5, 2, 32, 24),))
+    run.each(mixtures, lambda mixture: _tune_experts(run, mixture))
+
+
+def _tune_experts(run: Run, mixture: Mixture) -> None:
+    """Time tiles of the grouped product of gate and up."""
+    where, dtype = run.device.where, run.device.dtype
+    x = torch.randn(mixture.rows, mixture.width, dtype=dtype, device=where)
+    weight = torch.randn(mixture.experts, mixture.columns, mixture.width, dtype=dtype, device=where)
+    ids = torch.rand(mixture.rows, mixture.experts, device=where).topk(mixture.top_k).indices.int()
+    pairs = by_expert(ids, mixture.experts)
+    taken: list[Launch] = []
+    with intercepted(taken.append):
+        out = grouped(x, weight, pairs, of_tokens=True)
+    (shipped,) = taken
+    shipped.enqueue()
+    expected, found = out.float(), {SHIPPED: _timed(run, shipped)}
+    for sizes in product((32, 64, 128, 256), (32, 64, 128), (4, 8), (2, 3, 4)):
+        if run.left_s <= 0 or (run.device.rehearses and len(found) > 1):
+            break
+        config = GroupedConfig(*sizes)
+        grid = -(-mixture.columns // config.block_n), shipped.grid[1]
+        names = "BLOCK_N", "BLOCK_K", "num_warps", "num_stages"
+        tiles = dict(zip(names, sizes, strict=True))
+        launch = replace(shipped, grid=grid, arguments=shipped.arguments | tiles)
+        taken_us = _where_it_fits(run, str(config), partial(_same, run, launch, out, expected))
+        if taken_us is not None:
+            found[str(config)] = taken_us
+    ranked = sorted(found, key=found.__getitem__)
+    for name in dict.fromkeys([SHIPPED, *ranked[:5]]):
+        at = {"linear": f"experts {mixture.rows} x {mixture.top_k} of {mixture.experts}", "tiles": name}
+        run.add(at, {"us": found[name], "of best": found[name] / found[ranked[0]], "tried": len(found)})
+
+
+def _same(run: Run, launch: Launch, out: Tensor, expected: Tensor) -> float | None:
+    """Return microseconds; None where the result is another."""
+    out.fill_(torch.nan)
+    launch.enqueue()
+    if not (out.float() - expected).abs().max() <= CLOSE * expected.abs().max():
+        run.note(f"{launch.arguments} computes something else")
+        return None
+    return _timed(run, launch)
+
+
+def _timed(run: Run, launch: Launch) -> float:
+    return replayed(run.device, [launch]).median_us
 
 
 def candidates(rank: int) -> Iterator[Candidate]:
@@ -128,16 +188,24 @@ def _try(
     run: Run, linears: list[Linear], candidate: Candidate, before: Tensor, expected: Tensor
 ) -> float | None:
     """Return microseconds; None where the device has no room for it, or the result is another."""
-    from triton.runtime.errors import OutOfResources, PTXASError  # chosen after the interpreter is
 
-    try:
+    def taken_us() -> float | None:
         got = _result(linears[0], before, candidate.launches(linears[0]))
         if not (got - expected).abs().max() <= CLOSE * expected.abs().max():
             run.note(f"{candidate} computes something else")
             return None
         return _time(run, linears, candidate.launches)
+
+    return _where_it_fits(run, str(candidate), taken_us)
+
+
+def _where_it_fits(run: Run, name: str, work: Callable[[], float | None]) -> float | None:
+    from triton.runtime.errors import OutOfResources, PTXASError  # chosen after the interpreter is
+
+    try:
+        return work()
     except (OutOfResources, PTXASError) as error:
-        run.say(f"{candidate}: {error}")
+        run.say(f"{name}: {error}")
     return None
 
 
