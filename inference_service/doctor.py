@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import platform
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -22,9 +21,8 @@ import torch
 
 from inference_service.backends.base import Backend
 from inference_service.startup.choose import choose_backend
-from inference_service.startup.reading import bytes_per_s
+from inference_service.startup.reading import reading_of
 from loramux_shared.bases.config import ModelConfig
-from loramux_shared.bases.memory import token_bytes
 from loramux_shared.bases.read import read_config
 from loramux_shared.faults import Fault
 from loramux_shared.process import log_to_stderr
@@ -81,9 +79,7 @@ def _reading(backend: Backend, config: ModelConfig) -> str:
         backend.operations.new_linear(weight, quantization=backend.quantization)
         for _ in range(READ_BYTES // weight.nbytes)
     ]
-    reads = token_bytes(config, backend.dtype.itemsize, backend.quantization)
-    speed = bytes_per_s(backend, linears)
-    return replace(backend.computing, token_bytes=reads, bytes_per_s=speed).reading
+    return reading_of(backend, config, linears).reading
 
 
 def _memory(device: torch.device) -> dict[str, Any]:

@@ -71,7 +71,9 @@ class NativeOperations(TorchOperations):
         quantized = quantize(weight, quantization)
         if quantized:
             return self.ops.tiled_integers(quantized, bias)
-        return self.ops.tiled(weight, bias) if self.own_products else None
+        if not self.own_products:
+            return None
+        return self.ops.compact(weight, bias) or self.ops.tiled(weight, bias)
 
     def adapted(self, layer: Linear, x: Tensor, lora: StepLora, index: int, group: str) -> Tensor:
         """Compute it in one call, where both are compiled."""
@@ -125,6 +127,7 @@ class NativeLinear(Linear):
     def __init__(self, ops: CpuOps, weight: Tensor, tiled: Tiled) -> None:
         self.out_features, self.in_features = weight.shape
         self._ops, self._tiled = ops, tiled
+        self.saved_bytes = weight.nbytes - tiled.num_bytes if tiled.is_compact else 0
 
     def __call__(self, x: Tensor, adapters: Adapters = NO_ADAPTERS) -> Tensor:
         """Return [T, out], with what adapters add to it."""

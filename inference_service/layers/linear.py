@@ -18,6 +18,9 @@ PADDING: Final = 24
 class Linear:
     """y = x W^T + b for x [T, in]."""
 
+    saved_bytes: int = 0
+    """Bytes that a product reads less than the rounding of its weights says."""
+
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         """Take a weight [out, in]; on a CPU it is kept in oneDNN's blocked layout, and only there."""
         self.out_features, self.in_features = weight.shape

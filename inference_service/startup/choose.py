@@ -74,7 +74,8 @@ def _product(chosen: Backend) -> str:
         how = "times rows of 8 bits" if chosen.dtype is torch.bfloat16 else "widened in registers"
         return f"{rounding} {how} ({instructions})"
     widened = chosen.dtype is torch.bfloat16 and "bfloat16" not in instructions
-    return f"{dtype}{' widened in registers' if widened else ''} ({instructions})"
+    held = " held in 12 bits" if operations.ops.compacts else ""
+    return f"{dtype}{held}{' widened in registers' if widened else ''} ({instructions})"
 
 
 def _why(settings: InferenceSettings, config: ModelConfig, dtype: torch.dtype) -> str:

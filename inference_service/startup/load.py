@@ -50,9 +50,9 @@ from inference_service.startup.profile import (
     measure,
     measure_graph,
 )
-from inference_service.startup.reading import bytes_per_s
+from inference_service.startup.reading import reading_of
 from inference_service.startup.rounding import agree, describe_weights
-from loramux_shared.bases.memory import GB, token_bytes
+from loramux_shared.bases.memory import GB
 from loramux_shared.bundle.deployments import require_deployment
 from loramux_shared.bundle.generation import Generation
 from loramux_shared.process import report
@@ -213,9 +213,7 @@ def _computing(base: LoadedBase) -> Computing:
     backend = base.backend
     if backend.device.type != "cpu":
         return backend.computing
-    reads = token_bytes(base.config, backend.dtype.itemsize, backend.quantization)
-    speed = bytes_per_s(backend, base.model.linears())
-    return replace(backend.computing, token_bytes=reads, bytes_per_s=speed)
+    return reading_of(backend, base.config, base.model.linears())
 
 
 def _engine(

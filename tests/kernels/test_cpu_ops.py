@@ -3,20 +3,32 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import shutil
 from itertools import product
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from inference_service.backends.torch import ACTIVATIONS
 from inference_service.core.computing import Lack
 from inference_service.kernels.cpu.build import load
 from inference_service.kernels.cpu.check import first_wrong
-from inference_service.kernels.cpu.ops import ADAPTER_FIELDS, BLOCK, Chunks, CpuOps, Table, adapters_of
+from inference_service.kernels.cpu.ops import (
+    ADAPTER_FIELDS,
+    BLOCK,
+    Chunks,
+    CpuOps,
+    Table,
+    Tiled,
+    adapters_of,
+)
 from inference_service.kernels.cpu.processors import Kind, kinds_that_run
 from inference_service.kernels.rows import Activation
 from tests.support.native import as_in_a_wheel
@@ -155,6 +167,75 @@ def test_bfloat16_that_is_widened_has_the_bits_of_float32_sums_in_order(beforeha
     assert tiled is not None
     for rows in (1, 5, 8, 9, 70):
         assert torch.equal(ops.linear(x[:rows], tiled), expected[:rows].bfloat16())
+
+
+def test_compact_weights_have_the_bits_of_whole_ones(library: ctypes.CDLL) -> None:
+    """Rows that share what the first ones decode, blocks of K, padded columns, and every kind of value."""
+    ops = CpuOps(library, torch.bfloat16)
+    if not ops.compacts:
+        pytest.skip("this kind has whole weights alone")
+    odd = torch.tensor([0.0, -0.0, math.inf, -math.inf, math.nan, 1e-40, -1e-40, 3e38, 1e-30]).bfloat16()
+    for width, columns, own in product((8, 576, 4400), (1, 96, 200), (False, True)):
+        x, magnitudes = torch.randn(130, width).bfloat16(), torch.randint(-9, 6, (columns, width))
+        weight = torch.ldexp(1 + torch.rand(columns, width), magnitudes).bfloat16()
+        if own:
+            few = torch.randperm(weight.numel())[: weight.numel() // 600]
+            weight.view(-1)[few] = odd[torch.randint(len(odd), few.shape)]
+        bias = torch.randn(columns).bfloat16() if own else None
+        whole, compact = ops.tiled(weight, bias), ops.compact(weight, bias)
+        assert whole is not None
+        assert compact is not None
+        assert compact.num_bytes < 0.79 * whole.num_bytes + 200
+        for rows in (1, 3, 8, 9, 64, 65, 130):
+            found, expected = ops.linear(x[:rows], compact), ops.linear(x[:rows], whole)
+            assert torch.equal(found.view(torch.int16), expected.view(torch.int16)), (width, columns, own, rows)
+
+
+@given(
+    rows=st.integers(1, 40),
+    granules=st.integers(1, 30),
+    seed=st.integers(0, 2**32 - 1),
+    exponents=st.integers(1, 24),
+    exceptions=st.integers(0, 3),
+)
+def test_compact_weights_are_the_very_bits(
+    compiled: ctypes.CDLL, rows: int, granules: int, seed: int, exponents: int, exceptions: int
+) -> None:
+    """Of any exponents, where 16 of them and a few exceptions are enough; others stay as they are."""
+    ops, drawn = CpuOps(compiled, torch.bfloat16), np.random.default_rng(seed)
+    if not ops.compacts:
+        pytest.skip("this processor has whole weights alone")
+    shape = rows, 8 * granules
+    bits = drawn.integers(0, 2**16, shape, dtype=np.uint16) & 0x807F
+    bits |= (
+        drawn.choice(256, exponents, replace=False)[drawn.integers(0, exponents, shape)].astype(np.uint16) << 7
+    )
+    at = drawn.integers(0, bits.size, exceptions)
+    bits.flat[at] = drawn.integers(0, 2**16, exceptions, dtype=np.uint16)
+    compact = ops.compact(torch.from_numpy(bits.view(np.int16)).view(torch.bfloat16))
+    often = np.sort(np.bincount(bits.ravel() >> 7 & 255, minlength=256))
+    assert (compact is None) == (often[:-16].sum() > bits.size // 512)
+    if compact is not None:
+        assert np.array_equal(_unpacked(compact, shape), bits)
+
+
+def _unpacked(compact: Tiled, shape: tuple[int, int]) -> npt.NDArray[np.uint16]:
+    """Return the weights of tiles, by what compact.h says of their bytes."""
+    tiles, _, beside = compact._kept
+    assert beside is not None
+    values = beside.numpy()
+    granules = tiles.numpy().reshape(-1, shape[1] // 8, 3, 4, 2, 8)  # of each vector: parts, halves, bytes
+    low = granules[:, :, :2].astype(np.uint16)
+    places = np.stack([granules[:, :, 2] & 15, granules[:, :, 2] >> 4], axis=2)
+    words = low >> 1 | low << 15 | values[1:3].view(np.uint8)[places].astype(np.uint16) << 7
+    ordered = words.transpose(0, 1, 2, 4, 3, 5).reshape(len(granules), -1)  # vectors of 32: [K / 2][16][2]
+    for tile, first in enumerate(values[3 : 3 + len(granules)]):
+        for exception in values[first:].view(np.uint64):
+            if exception == 2**64 - 1:
+                break
+            ordered[tile, int(exception) >> 16] = int(exception) & 0xFFFF
+    by_column = ordered.reshape(len(granules), -1, 16, 2).transpose(0, 2, 1, 3)
+    return by_column.reshape(-1, shape[1])[: shape[0]].astype(np.uint16)
 
 
 def test_a_width_that_is_no_whole_unit_is_left_to_others(library: ctypes.CDLL) -> None:

@@ -31,8 +31,8 @@ def first_wrong(library: ctypes.CDLL) -> str | None:
     """Return the name of an operation that is missing or computes something else; None if all are right."""
     checks: dict[str, Callable[[CpuOps, torch.Generator], Pair]] = {
         "rms_norm": _norm, "norm of heads": _head_norm, "silu": _silu, "gelu_tanh": _gelu, "linear": _linear,
-        "product of 8 bits": _int8, "product of 4 bits": _int4, "lora": _lora, "attention": _attention,
-        "delta_rule": _delta_rule,
+        "compact product": _compact, "product of 8 bits": _int8, "product of 4 bits": _int4, "lora": _lora,
+        "attention": _attention, "delta_rule": _delta_rule,
     }  # fmt: skip
     for dtype, tolerance in TOLERANCE.items():
         try:
@@ -96,6 +96,14 @@ def _linear(ops: CpuOps, generator: torch.Generator) -> Pair:
     tiled = ops.tiled(weight, bias)
     found = x if tiled is None else ops.linear(x, tiled)
     return found, x.double() @ weight.double().t() + bias.double()
+
+
+def _compact(ops: CpuOps, generator: torch.Generator) -> Pair:
+    """Beside the whole product, where this processor has it."""
+    x, weight = (_random(ops, generator, *shape) for shape in ((ROWS, 96), (200, 96)))
+    compact, whole = ops.compact(weight), ops.tiled(weight)
+    expected = x if whole is None else ops.linear(x, whole)
+    return expected if compact is None else ops.linear(x, compact), expected
 
 
 def _int8(ops: CpuOps, generator: torch.Generator) -> Pair:

@@ -80,4 +80,8 @@ extern "C" const char* instructions() {
 #endif
 #ifndef ONLY_FLOAT32
 EXPORT(bf16, bfloat16)
+
+extern "C" void compact(const void* weights, int64_t N, int64_t K, void* tiles, void* beside, int64_t threads) {
+  compact((const uint16_t*)weights, N, K, (uint8_t*)tiles, (int64_t*)beside, threads);
+}
 #endif

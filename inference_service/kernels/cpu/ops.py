@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +29,12 @@ BLOCK = 16
 """Positions of a cache block in the compiled attention; the engine's blocks are multiples of it."""
 LANES = 16
 """Columns of a tile of weights."""
+COMPACT = 12
+"""Bits of whole bfloat16 weights that are compact (compact.h)."""
+OF_GRANULE = 8
+"""Values of K that are compact together."""
+SPARSE = 512
+"""Weights for each that no table holds: with more of them, compact ones are not read faster."""
 ROUNDED = 32
 """Values of x in bfloat16 that share a step where weights are integers; with 4 bits at most as many share a
 scale.
@@ -35,7 +42,7 @@ scale.
 MAX_HEAD_DIM = 512
 MAX_CONV_WIDTH = 8
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
-_TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}
+_TYPES: dict[str, Any] = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}
 _SIGNATURES = {
     "linear": "piiippipipiipipipipi",
     "pack": "pi",
@@ -95,11 +102,13 @@ class Tiled:
         group: int = 0,
     ) -> None:
         """Take tiles, and of integers of so many bits the scales, each of which group values of K share."""
-        self.columns = columns
+        self.columns, self.is_compact = columns, bits == COMPACT
         self._kept = tiles, bias, scales
         weight, added, scaled = (None if part is None else part.data_ptr() for part in self._kept)
         self.arguments = weight, added, bits, scaled, group
         """Arguments in the order of the compiled operation."""
+        self.num_bytes = tiles.nbytes + (0 if scales is None else scales.nbytes)
+        """Bytes that a product reads of it, without the bias."""
 
 
 Adapters = tuple[int, int, int, int, int, int, int | None]
@@ -137,6 +146,8 @@ class CpuOps:
         """For which it was compiled: AVX-512, the same with VNNI or with bfloat16, AVX2 or NEON."""
         self.multiplies = not (dtype is torch.bfloat16 and torch.cpu._is_amx_tile_supported())
         """True if `linear` is the fastest product of whole weights here: with AMX, oneDNN's is."""
+        self._compact = library.compact
+        self._compact.argtypes, self._compact.restype = [_TYPES[letter] for letter in "piippi"], None
         self._linear, self._pack = functions["linear"], functions["pack"]
         self._attention = functions["attention"]
         self._rope_write, self._rms_norm = functions["rope_write"], functions["rms_norm"]
@@ -148,6 +159,8 @@ class CpuOps:
         self._recording = threading.Lock()
         self.recorder: Recorder | None = None
         """Set while operations are written down."""
+        self.compacts = self.compact(torch.zeros(LANES, OF_GRANULE, dtype=dtype)) is not None
+        """True if this processor multiplies compact weights."""
 
     @contextmanager
     def recorded(self, buffers: Buffers, rows: int) -> Iterator[Recorder | None]:
@@ -202,6 +215,22 @@ class CpuOps:
         padded = pad(weight, (0, 0, 0, -rows % LANES)) if rows % LANES else weight
         tiles = padded.view(-1, LANES, width // self.units, self.units).transpose(1, 2).contiguous()
         return Tiled(tiles, bias, rows)
+
+    def compact(self, weight: Tensor, bias: Tensor | None = None) -> Tiled | None:
+        """Return the same with the very weights in 12 bits each; None where `tiled` is read as fast.
+
+        So it is where this processor does not decode them, K is no multiple of OF_GRANULE, or the weights have
+        many different exponents.
+        """
+        rows, width = weight.shape
+        if self.dtype is not torch.bfloat16 or width % OF_GRANULE:
+            return None
+        count, weight = -(-rows // LANES), weight.contiguous()
+        tiles = torch.empty(count * LANES * width * COMPACT // 8, dtype=torch.uint8)
+        beside = torch.empty(3 + 2 * count + weight.numel() // SPARSE, dtype=torch.int64)
+        self._compact(weight.data_ptr(), rows, width, tiles.data_ptr(), beside.data_ptr(), self.threads)
+        used = int(beside[0])
+        return Tiled(tiles, bias, rows, beside[:used].clone(), COMPACT) if used else None
 
     def tiled_integers(self, weight: Quantized, bias: Tensor | None = None) -> Tiled | None:
         """The same of integers, which are multiplied as they are, their sums then by the scales."""

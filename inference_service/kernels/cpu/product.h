@@ -1,12 +1,11 @@
-// Products with weights in tiles: [columns / 16, rounded up][K / P][16 columns][P], or integers (packed.h).
+// Products with weights in tiles: [columns / 16, rounded up][K / P][16 columns][P], integers (packed.h), or compact ones.
 #pragma once
-#include "packed.h"
+#include "compact.h"
 
 namespace {
 
 constexpr int ROWS_KEPT = 64;             // of a product, whose sums wait between two blocks of K
 constexpr int64_t UNITS_OF_BLOCK = 2048;  // of K: three tiles of them stay in a core's second cache
-constexpr int AHEAD = 32;                 // vectors of weights that are fetched before they are used
 // Rows and tiles of columns at a time, whose sums fill the registers; and rows of integers, which have sums of integers too.
 #if defined(__AVX512F__)
 constexpr int TALL_PRODUCT = 8, WIDE_PRODUCT = 3, TALL_ROUNDED = 4;
@@ -14,7 +13,8 @@ constexpr int TALL_PRODUCT = 8, WIDE_PRODUCT = 3, TALL_ROUNDED = 4;
 constexpr int TALL_PRODUCT = 6, WIDE_PRODUCT = 1, TALL_ROUNDED = 2;
 #endif
 
-// y[T][N] = x[T][K] w^T + bias. Integers of 8 or 4 bits have scales [tiles][K / group][16 columns]; 0 bits are whole values.
+// y[T][N] = x[T][K] w^T + bias. Integers of 8 or 4 bits have scales [tiles][K / group][16 columns]; 0 bits are whole values, and
+// 12 are whole ones too (compact.h), whose scales are what lies beside the tiles.
 template <class T> struct Product {
   const T* x; int64_t ldx, rows, K;
   const uint8_t* w; const T* bias;
@@ -41,36 +41,53 @@ struct Bfloats {
 };
 #endif
 
-// sums[t][c] (+)= x[t] . w of TALL rows and WIDE tiles of 16 columns, over units of K in order, with so many left to the
-// end of the tiles: what a row gives does not depend on the rows beside it.
-template <class U, class W, int TALL, int WIDE>
-__attribute__((noinline)) void sum_tiles(const typename U::Value* x, int64_t ldx, const uint8_t* w, int64_t tile, int units,
-                                         int left, float* sums, bool fresh) {
-  constexpr int PARTS = WIDE * SPLIT, OF_PART = LANES / SPLIT;
+// The vectors of WIDE tiles as they lie.
+template <int WIDE> struct Stored {
+  static constexpr int VECTORS = 1;
+  const uint8_t* w; int64_t apart, left;  // bytes from tile to tile, and to the end of one
+  inline const uint8_t* next() {
+    const int64_t ahead = AHEAD + (left > AHEAD ? 0 : (WIDE - 1) * apart);  // at last of the next tiles
+    for (int c = 0; c < WIDE; ++c) __builtin_prefetch(w + c * apart + ahead, 0, 2);
+    const uint8_t* here = w;
+    w += sizeof(vu), left -= sizeof(vu);
+    return here;
+  }
+};
+
+// sums[t][c] (+)= x[t] . w of TALL rows and WIDE tiles of 16 columns, over units of K in order: what a row gives does not depend
+// on the rows beside it.
+template <class U, class W, int TALL, int WIDE, class From>
+__attribute__((noinline)) void sum_tiles(const typename U::Value* x, int64_t ldx, From& weights, int units, float* sums, bool fresh) {
+  constexpr int PARTS = WIDE * SPLIT, OF_PART = LANES / SPLIT, UNITS = From::VECTORS * W::UNITS;
+  From from = weights;
   rf acc[TALL][PARTS];
   for (int t = 0; t < TALL; ++t)
     for (int c = 0; c < PARTS; ++c) acc[t][c] = fresh ? rf{} : load<rf>(sums + (t * PARTS + c) * OF_PART);
-  for (int u = 0; u < units; u += W::UNITS, w += sizeof(vu)) {
-    const int64_t ahead = AHEAD * sizeof(vu) + (u + AHEAD * W::UNITS < left ? 0 : (WIDE - 1) * tile);  // at last of the next tiles
-    for (int c = 0; c < WIDE; ++c) __builtin_prefetch(w + c * tile + ahead, 0, 2);
-    for (int i = 0; i < W::UNITS; ++i) {
+  for (int u = 0; u < units; u += UNITS) {
+    const uint8_t* w = from.next();
+#pragma GCC unroll 8
+    for (int i = 0; i < UNITS; ++i) {
+      const uint8_t* vector = w + i / W::UNITS * sizeof(vu);
       ru each[PARTS];
-      for (int c = 0; c < PARTS; ++c) each[c] = W::unit(w + c / SPLIT * tile, i, c % SPLIT);
+#pragma GCC unroll 8
+      for (int c = 0; c < PARTS; ++c) each[c] = W::unit(vector + c / SPLIT * from.apart, i % W::UNITS, c % SPLIT);
+#pragma GCC unroll 8
       for (int t = 0; t < TALL; ++t) {
         const ru value = repeated(x + t * ldx + (u + i) * U::P);
+#pragma GCC unroll 8
         for (int c = 0; c < PARTS; ++c) acc[t][c] = U::fma(acc[t][c], value, each[c]);
       }
     }
   }
   for (int t = 0; t < TALL; ++t)
     for (int c = 0; c < PARTS; ++c) store(sums + (t * PARTS + c) * OF_PART, acc[t][c]);
+  weights = from;
 }
 
-template <class U, class W, int TALL, int WIDE>
-inline void sum_rows(int rows, const typename U::Value* x, int64_t ldx, const uint8_t* w, int64_t tile, int units, int left,
-                     float* sums, bool fresh) {
-  if (rows == TALL) return sum_tiles<U, W, TALL, WIDE>(x, ldx, w, tile, units, left, sums, fresh);
-  if constexpr (TALL > 1) sum_rows<U, W, TALL - 1, WIDE>(rows, x, ldx, w, tile, units, left, sums, fresh);
+template <class U, class W, int TALL, int WIDE, class From>
+inline void sum_rows(int rows, const typename U::Value* x, int64_t ldx, From& from, int units, float* sums, bool fresh) {
+  if (rows == TALL) return sum_tiles<U, W, TALL, WIDE>(x, ldx, from, units, sums, fresh);
+  if constexpr (TALL > 1) sum_rows<U, W, TALL - 1, WIDE>(rows, x, ldx, from, units, sums, fresh);
 }
 
 // The same of WIDE tiles of weights W as U multiplies them, from value k of K on; integers group by group, times their scales.
@@ -81,8 +98,9 @@ template <class T, class U, class W, int WIDE> struct Panel {
 
   void sum(int64_t t, int rows, int64_t k, int some, float* sums, bool fresh) const {
     const int64_t tile = p.K / OF_VECTOR * sizeof(vu), ldx = U::row(p, 1) - U::row(p, 0);
-    const uint8_t* w = p.w + column / LANES * tile + k / OF_VECTOR * sizeof(vu);
-    sum_rows<U, W, TALL, WIDE>(rows, U::row(p, t) + k, ldx, w, tile, some / U::P, int((p.K - k) / U::P), sums, fresh);
+    const int64_t before = k / OF_VECTOR * sizeof(vu);
+    Stored<WIDE> from{p.w + column / LANES * tile + before, tile, tile - before};
+    sum_rows<U, W, TALL, WIDE>(rows, U::row(p, t) + k, ldx, from, some / U::P, sums, fresh);
   }
 
   void add(int64_t t, int rows, int64_t k, int some, float* sums) const {
@@ -101,6 +119,31 @@ template <class T, class U, class W, int WIDE> struct Panel {
     }
   }
 };
+
+#ifdef __AVX512BF16__
+// The same of compact ones: the first rows decode them, for those that come after.
+template <int WIDE> struct CompactPanel {
+  static constexpr int64_t BLOCK = UNITS_OF_BLOCK * 2, TALL = TALL_PRODUCT;
+  const Product<bf16>& p; int64_t column;
+  Compact<WIDE> from = begin();
+
+  Compact<WIDE> begin() const { return {p.w, reinterpret_cast<const int64_t*>(p.scales), column / LANES, p.K}; }
+  void add(int64_t t, int rows, int64_t k, int some, float* sums) {
+    static thread_local std::vector<vu> room;
+    room.resize(WIDE * std::min(BLOCK, p.K) / 2);
+    uint8_t* decoded = reinterpret_cast<uint8_t*>(room.data());
+    const bf16* x = p.x + t * p.ldx + k;
+    if (t == 0 || (t % ROWS_KEPT == 0 && p.K > BLOCK)) {
+      if (k == 0) from = begin();
+      from.write(decoded, some, t + rows < p.rows);
+      return sum_rows<Bfloats, Whole, TALL, WIDE>(rows, x, p.ldx, from, some / 2, sums, k == 0);
+    }
+    const int64_t apart = some / 2 * sizeof(vu);
+    Stored<WIDE> all{decoded, apart, apart};
+    sum_rows<Bfloats, Whole, TALL, WIDE>(rows, x, p.ldx, all, some / 2, sums, k == 0);
+  }
+};
+#endif
 
 // Sums of TALL rows and WIDE tiles, of values of K from k to end: exact for those that have one step of x, and then in order.
 template <int BITS, int TALL, int WIDE>
@@ -124,7 +167,7 @@ __attribute__((noinline)) void sum_rounded(const Product<bf16>& p, int64_t colum
   const bool fetch = !t;  // later rows find them in a core's cache
   auto part = [&](int vectors) __attribute__((always_inline)) {
     Exact<BITS> sum[TALL][PARTS];
-    const int64_t ahead = AHEAD * sizeof(vu) + (k + AHEAD * OF_VECTOR < K ? 0 : (WIDE - 1) * tile);
+    const int64_t ahead = AHEAD + (k + AHEAD / int64_t(sizeof(vu)) * OF_VECTOR < K ? 0 : (WIDE - 1) * tile);
 #pragma GCC unroll 8
     for (int i = 0; i < TALL; ++i)
 #pragma GCC unroll 8
@@ -200,7 +243,7 @@ inline void write_sums(int rows, int wide, const float* sums, const T* bias, T* 
 }
 
 // WIDE tiles of columns from `column` on, of all rows.
-template <int WIDE, class T, class Panel> void product_panel(const Product<T>& p, int64_t column, const Panel& panel) {
+template <int WIDE, class T, class Panel> void product_panel(const Product<T>& p, int64_t column, Panel panel) {
   const T* bias = p.bias ? p.bias + column : nullptr;
   float kept[ROWS_KEPT * WIDE * LANES];
   for (int64_t begin = 0; begin < p.rows; begin += ROWS_KEPT)
@@ -224,8 +267,9 @@ template <int WIDE> void product_panel(const Product<float>& p, int64_t column) 
 }
 template <int WIDE> void product_panel(const Product<bf16>& p, int64_t column) {
   if (p.bits == 8) product_panel<WIDE>(p, column, RoundedPanel<8, WIDE>{p, column});
-  else if (p.bits) product_panel<WIDE>(p, column, RoundedPanel<4, WIDE>{p, column});
+  else if (p.bits == 4) product_panel<WIDE>(p, column, RoundedPanel<4, WIDE>{p, column});
 #ifdef __AVX512BF16__
+  else if (p.bits) product_panel<WIDE>(p, column, CompactPanel<WIDE>{p, column});
   else product_panel<WIDE>(p, column, Panel<bf16, Bfloats, Whole, WIDE>{p, column});
 #else
   else product_panel<WIDE>(p, column, Panel<bf16, Floats, Pairs, WIDE>{p, column});

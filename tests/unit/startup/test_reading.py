@@ -15,6 +15,7 @@ from inference_service.core.computing import Computing
 from inference_service.layers.linear import Linear
 from inference_service.startup import reading
 from inference_service.startup.reading import BOUND_S, bytes_per_s
+from loramux_shared.bases.config import ModelConfig
 from loramux_shared.rounding import Rounding
 
 INSIDE, OUTSIDE = 4096, 1024
@@ -37,13 +38,15 @@ class Products:
         return x
 
 
-def measured(monkeypatch: pytest.MonkeyPatch, linears: int, seconds: Iterator[float]) -> tuple[float, Products]:
+def measured(
+    monkeypatch: pytest.MonkeyPatch, linears: int, seconds: Iterator[float], saved: int = 0
+) -> tuple[float, Products]:
     """The speed with so many linears, whose products take these seconds."""
     products = Products(seconds)
     monkeypatch.setattr(reading, "time", SimpleNamespace(perf_counter=lambda: products.now))
     fields: dict[str, Any] = {"dtype": torch.float32, "device": "cpu", "operations": products}
     backend = cast(Backend, SimpleNamespace(**fields, quantization=Rounding.NONE))
-    linear = cast(Linear, SimpleNamespace(in_features=INSIDE, out_features=OUTSIDE))
+    linear = cast(Linear, SimpleNamespace(in_features=INSIDE, out_features=OUTSIDE, saved_bytes=saved))
     return bytes_per_s(backend, repeat(linear, linears)), products
 
 
@@ -52,6 +55,22 @@ def test_the_best_windows_count(monkeypatch: pytest.MonkeyPatch) -> None:
     speed, products = measured(monkeypatch, 8, iter([9e-3, 8e-3, 8e-3, 8e-3, 8e-3, 3e-4, 3e-4, 9e-3]))
     assert speed == pytest.approx(BYTES / 3e-4)
     assert products.count == 8
+
+
+def test_weights_in_fewer_bits_are_read_sooner_and_not_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bytes of a token and the speed are those of what is held."""
+    assert measured(monkeypatch, 3, chain([1.0], repeat(1e-4)), BYTES // 4)[0] == pytest.approx(
+        0.75 * BYTES / 1e-4
+    )
+    monkeypatch.setattr(reading, "token_bytes", lambda *_: 1_000_000)
+    monkeypatch.setattr(reading, "bytes_per_s", lambda *_: 1e9)
+    backend = cast(
+        Backend, SimpleNamespace(dtype=torch.float32, quantization=Rounding.NONE, computing=Computing())
+    )
+    sizes = {"in_features": INSIDE, "out_features": OUTSIDE}
+    linears = [cast(Linear, SimpleNamespace(**sizes, saved_bytes=saved)) for saved in (BYTES // 4, 0)]
+    assert reading.reading_of(backend, cast(ModelConfig, None), linears).token_bytes == 875_000
+    assert reading.reading_of(backend, cast(ModelConfig, None), []).token_bytes == 1_000_000
 
 
 def test_a_start_does_not_wait_for_it_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
