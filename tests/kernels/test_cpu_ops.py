@@ -201,7 +201,7 @@ def test_compact_weights_have_the_bits_of_whole_ones(library: ctypes.CDLL) -> No
 def test_compact_weights_are_the_very_bits(
     compiled: ctypes.CDLL, rows: int, granules: int, seed: int, exponents: int, exceptions: int
 ) -> None:
-    """Of any exponents, where 16 of them and a few exceptions are enough; others stay as they are."""
+    """The bits are the same where 16 exponents and few exceptions are enough; others stay as they are."""
     ops, drawn = CpuOps(compiled, torch.bfloat16), np.random.default_rng(seed)
     if not ops.compacts:
         pytest.skip("this processor has whole weights alone")
