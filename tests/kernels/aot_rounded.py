@@ -34,9 +34,9 @@ def _entries(architecture: int) -> Iterator[Variant]:
                 )
             constants = {"BLOCK_B": launch.WIDEN_BLOCK}
             yield _variant(f"widen {name}", "widen_kernel", dtype, weight | constants, {"num_warps": 4}, TYPES)
-        if architecture >= FP8_FROM:
-            constants = {"BLOCK": WIDTH}
-            yield _variant("round_rows", "round_rows_kernel", dtype, constants, {"num_warps": 8}, FP8)
+    if architecture >= FP8_FROM:
+        for dtype in ("bf16", "fp16", "fp32"):
+            yield _variant("round_rows", "round_rows_kernel", dtype, {"BLOCK": WIDTH}, {"num_warps": 8}, FP8)
 
 
 def _variant(
