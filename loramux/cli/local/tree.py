@@ -245,10 +245,18 @@ def _signals(tree: ProcessTree) -> Iterator[asyncio.Future[None]]:
             loop.remove_signal_handler(number)
 
 
+def listening_address(requested: str, usual: str) -> str:
+    """Return the requested address, with a free port for port 0; else the usual one, or a free one."""
+    host, _, port = requested.rpartition(":")
+    if port == "0":
+        return f"{host}:{free_address().rpartition(':')[2]}"
+    return requested or free_address(usual)
+
+
 def free_address(preferred: str = f"{LOOPBACK}:0") -> str:
     """Return the preferred address if nothing listens there, else one with a free port.
 
-    Who tells nobody its address prefers none: two that want the same one at the same moment both find it free.
+    A private service prefers none: two that want the same one at the same moment both find it free.
     """
     port = int(preferred.rpartition(":")[2])
     for candidate in (port, 0):

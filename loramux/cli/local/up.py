@@ -20,7 +20,7 @@ from loramux.cli.build_view import show_built
 from loramux.cli.documents import emit
 from loramux.cli.local.preflight import UpPlan, preflight
 from loramux.cli.local.services import builder_command, inference_command
-from loramux.cli.local.tree import ProcessTree, free_address, run_tree
+from loramux.cli.local.tree import ProcessTree, listening_address, run_tree
 from loramux.client import BUILDER, INFERENCE, AsyncClient
 from loramux.connection import API_KEY, Credentials
 from loramux.records import ModelInfo
@@ -54,10 +54,10 @@ def up(
     plan = UpPlan(
         deployment=read_deployment(file).deployment,
         store=store,
-        builder=builder or free_address(BUILDER),
-        inference=grpc or free_address(INFERENCE),
+        builder=listening_address(builder, BUILDER),
+        inference=listening_address(grpc, INFERENCE),
         engine={"backend": backend, "dtype": dtype, "threads": threads},
-        http=http or free_address(OPENAI),
+        http=listening_address(http, OPENAI),
         roots=(file.absolute().parent, *(local_root or ())),
         exact=exact,
     )

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from google.protobuf.json_format import ParseDict
 
+from loramux.cli.local.tree import listening_address
 from loramux.cli.local.up import program, reachable, show_lines_to_try
 from loramux.inference.v1 import inference_pb2 as pb
 
@@ -66,3 +67,11 @@ def test_an_address_of_all_is_reached_as_this_machine() -> None:
     """A wildcard becomes the loopback; other addresses stay."""
     assert reachable("0.0.0.0:1") == "127.0.0.1:1"
     assert reachable("10.0.0.1:1") == "10.0.0.1:1"
+
+
+def test_port_0_is_a_free_port_of_the_same_host() -> None:
+    """An address with port 0 keeps its host, another one stays, and without one it is a local one."""
+    host, _, port = listening_address("10.0.0.4:0", "127.0.0.1:50052").rpartition(":")
+    assert (host, int(port) > 0) == ("10.0.0.4", True)
+    assert listening_address("10.0.0.4:7", "127.0.0.1:50052") == "10.0.0.4:7"
+    assert listening_address("", "127.0.0.1:0").startswith("127.0.0.1:")
