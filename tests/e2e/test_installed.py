@@ -127,7 +127,7 @@ assert "static_resources" in subprocess.run(command, capture_output=True, text=T
 """What each extra is tried with: Python whose arguments are its bin/ and the folder of a tiny base."""
 
 
-WITH = {"signing": "cli,signing"}
+WITH = {"signing": "cli,signing", "trl": "inference,trl"}
 """What an extra is installed with, where it only works beside another one."""
 WITHOUT_COMMANDS = {"", "store", "otel", "gcs", "azure", "signing", "fleet", "docs"}
 
