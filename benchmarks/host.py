@@ -5,12 +5,10 @@ resolve, on one thread. A GPU hides as much of it as its step takes, for it is o
 lost.
 
     python -m benchmarks.host
-    python -m benchmarks.host --kind decode --seqs 256 --contexts 4096 --loaded 64 --profile
 
 Every sequence decodes in every step that is measured. Launching is left out where a step is too large for a
-graph, which steps with prompts are above 512 rows. `mixed` adds a prompt of 256 tokens to each of them,
-`starved` a queue whose head finds its prefix in the cache and no blocks for the rest, `crowded` a queue of
-1,000 sequences whose adapters are on their way.
+graph. `starved` adds a queue whose head finds its prefix in the cache and no blocks for the rest, `crowded` a
+queue of 1,000 sequences whose adapters are on their way.
 
     python -m benchmarks.host --eager
 
@@ -21,18 +19,16 @@ part of a launch is left out, and tensors are torch's "meta" ones, which cost mo
 from __future__ import annotations
 
 import argparse
-import cProfile
 import gc
 import itertools
 import os
-import pstats
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
-from typing import Any, Final, Literal, get_args
+from typing import Any, Final, Literal
 
 import torch
 
@@ -53,13 +49,13 @@ from inference_service.kernels.sgmv import Segments
 from inference_service.lora.vocabulary import StepVocabulary, Vocabularies
 from loramux_shared.bases.rope import HeadCounts
 
-Kind = Literal["decode", "mixed", "starved", "crowded"]
+Kind = Literal["decode", "starved", "crowded"]
 BLOCK_SIZE: Final = 16
 VOCAB: Final = 1024
 ROWS: Final = 512
-"""Rows of a step, where its sequences and a prompt need fewer."""
+"""Rows of a step, where its sequences need fewer."""
 PROMPT: Final = 256
-"""Tokens of the prompt of a mixed step."""
+"""Tokens of a prompt that waits."""
 CROWD: Final = 1000
 STEPS: Final = 48
 """Steps that are measured: every sequence needs a block in three of them."""
@@ -68,7 +64,9 @@ ACTIVE: Final = 8
 """Adapters that the sequences take in turn."""
 BARS_MS: Final = {8: 0.3, 64: 1.0, 256: 2.0, 1024: 8.0}
 """Bounds of half of the steps' processor time, by sequences that decode at the context below."""
+CONTEXTS: Final = (1024, 4096, 32768)
 BAR_CONTEXT: Final = 4096
+LOADED: Final = 64
 EAGER_ROWS: Final = 1024
 EAGER_STEPS: Final = 9
 EAGER_BARS_MS: Final = {"8B, 32 layers": (LLAMA_8B, 6.0), "30B-A3B, 48 layers": (QWEN3_30B_A3B, 12.0)}
@@ -86,17 +84,6 @@ class Point:
     """Tokens of each sequence when the measuring begins, less up to a block."""
     loaded: int
     """Adapters; 0: all sequences are the base's."""
-
-
-@dataclass(frozen=True)
-class Took:
-    """Milliseconds of a step."""
-
-    p10: float
-    p50: float
-    p90: float
-    cpu: float
-    """The median of the thread's time on a processor: on a busy machine less than it took."""
 
 
 class _Nothing:
@@ -166,8 +153,6 @@ class Bench:
 
     def step(self) -> tuple[float, float]:
         """Return the milliseconds that a step takes, and those of the thread on a processor."""
-        if self._point.kind == "mixed":
-            self._add(PROMPT, adapter=0, params=SamplingParams(max_tokens=1))
         began, began_cpu = time.perf_counter(), time.thread_time()
         self._engine.step()
         return (time.perf_counter() - began) * 1e3, (time.thread_time() - began_cpu) * 1e3
@@ -182,7 +167,7 @@ class Bench:
         while not seq.num_known:
             self._engine.step()
 
-    def _add(self, length: int, adapter: int, params: SamplingParams | None = None) -> EngineSequence:
+    def _add(self, length: int, adapter: int) -> EngineSequence:
         number = next(self._numbers)
         stride = max(1, self._point.loaded // ACTIVE)
         slot = adapter * stride if adapter < ACTIVE else ACTIVE * stride + adapter
@@ -190,28 +175,22 @@ class Bench:
         if self._point.loaded:
             resident = slot if adapter < ACTIVE else None
             known = self._adapters.setdefault(slot, Adapter(f"{slot:064x}", resident))
-        own = [] if params is None else [number % VOCAB]
-        tokens = own + list(itertools.islice(itertools.cycle(range(2, 1000)), length - len(own)))
-        params = params or SamplingParams(temperature=0.7, top_p=0.9, seed=number)
+        tokens = list(itertools.islice(itertools.cycle(range(2, 1000)), length))
+        params = SamplingParams(temperature=0.7, top_p=0.9, seed=number)
         seq = EngineSequence(str(number), tokens, params, known)
         self._engine.add(seq)
         return seq
 
 
-def measure(point: Point, profile: cProfile.Profile | None = None) -> Took:
-    """Take the time of steps; a profile sees them too, and slows them."""
+def measure(point: Point) -> tuple[float, float]:
+    """Return the medians of the milliseconds of a step, and of those on a processor: less on a busy machine."""
     bench = Bench(point)
     gc.collect()
     gc.freeze()
-    if profile is not None:
-        profile.enable()
     steps = [bench.step() for _ in range(STEPS)]
-    if profile is not None:
-        profile.disable()
     gc.unfreeze()
     took, cpu = zip(*steps, strict=True)
-    deciles = statistics.quantiles(took, n=10)
-    return Took(deciles[0], statistics.median(took), deciles[-1], statistics.median(cpu))
+    return statistics.median(took), statistics.median(cpu)
 
 
 def eager_ms(shape: Mapping[str, Any]) -> dict[bool, float]:
@@ -240,66 +219,43 @@ def _eager() -> int:
     return status
 
 
-def points(options: argparse.Namespace) -> Iterator[Point]:
-    """Yield what is asked for; queues are measured at one point, unless they are named."""
-    kinds: tuple[Kind, ...] = tuple(options.kind or ("decode", "mixed"))
-    for kind in kinds:
-        for seqs, context, loaded in itertools.product(options.seqs, options.contexts, options.loaded):
-            yield Point(kind, seqs, context, loaded)
-    if not options.kind:
-        yield Point("starved", 64, BAR_CONTEXT, 64)
-        yield Point("crowded", 64, BAR_CONTEXT, 64)
+def points() -> Iterator[Point]:
+    """Yield what is measured."""
+    for seqs, context in itertools.product(BARS_MS, CONTEXTS):
+        yield Point("decode", seqs, context, LOADED)
+    yield Point("starved", 64, BAR_CONTEXT, LOADED)
+    yield Point("crowded", 64, BAR_CONTEXT, LOADED)
 
 
-def missed(found: Mapping[Point, Took]) -> Iterator[str]:
+def missed(found: Mapping[Point, float]) -> Iterator[str]:
     """Yield the bars that are not met."""
-    for point, took in found.items():
+    for point, cpu in found.items():
         if point.kind != "decode":
             continue
-        bar = BARS_MS.get(point.seqs) if point.context == BAR_CONTEXT else None
-        if bar is not None and took.cpu > bar:
-            yield f"{point.seqs} sequences of {point.context}, {point.loaded} loaded: above {bar} ms"
-        least = found.get(replace(point, context=min(other.context for other in found)))
-        if least is not None and took.cpu > CONTEXT_BAR * least.cpu:
+        bar = BARS_MS[point.seqs]
+        if point.context == BAR_CONTEXT and cpu > bar:
+            yield f"{point.seqs} sequences of {point.context}: above {bar} ms"
+        if cpu > CONTEXT_BAR * found[replace(point, context=CONTEXTS[0])]:
             yield f"{point.seqs} sequences of {point.context}: above {CONTEXT_BAR} times the shortest context"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, and print a table; 1 when a bar is not met."""
-    options = _parser().parse_args(arguments)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--eager", action="store_true", help="steps without a graph, and nothing else")
+    options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     os.environ["TRITON_INTERPRET"] = "1"  # the sampler's kernels are launched at the start, and in no step
     if options.eager:
         return _eager()
-    profile = cProfile.Profile() if options.profile else None
     found = {}
-    print("kind      seqs  context  loaded    p10 ms   p50 ms   p90 ms   cpu p50")
-    for point in points(options):
-        took = found[point] = measure(point, profile)
-        print(
-            f"{point.kind:8} {point.seqs:5} {point.context:8} {point.loaded:7} "
-            f"{took.p10:9.3f}{took.p50:9.3f}{took.p90:9.3f}{took.cpu:10.3f}",
-            flush=True,
-        )
-    if profile is not None:
-        pstats.Stats(profile).sort_stats("tottime").print_stats(options.lines)
+    print("kind      seqs  context    p50 ms   cpu p50")
+    for point in points():
+        took, found[point] = measure(point)
+        print(f"{point.kind:8} {point.seqs:5} {point.context:8} {took:9.3f} {found[point]:9.3f}", flush=True)
     complaints = list(missed(found))
     print("\n".join(complaints) or "bars: met")
     return 1 if complaints else 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="host.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--seqs", type=int, nargs="+", default=list(BARS_MS))
-    parser.add_argument("--contexts", type=int, nargs="+", default=[1024, BAR_CONTEXT, 32768])
-    parser.add_argument("--loaded", type=int, nargs="+", default=[0, 64, 1000], help="adapters; 8 are active")
-    parser.add_argument("--kind", action="append", choices=get_args(Kind), help="repeatable")
-    parser.add_argument("--eager", action="store_true", help="steps without a graph, and nothing else")
-    parser.add_argument("--profile", action="store_true", help="also print where the time of all points goes")
-    parser.add_argument("--lines", type=int, default=30, metavar="N", help="lines of the profile")
-    return parser
 
 
 if __name__ == "__main__":

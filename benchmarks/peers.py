@@ -17,39 +17,37 @@ from __future__ import annotations
 import argparse
 import asyncio
 import importlib.util
-import math
 import os
 import re
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any, Final
 
 import httpx
 
-from benchmarks import serving
-from benchmarks.peer import Peer
+from benchmarks.figures import machine
+from benchmarks.forge import build, make_adapters
+from benchmarks.service import Service, over_grpc, over_http, replica_process
 from benchmarks.serving import (
     ADAPTERS,
-    BASE,
     BASE_REQUESTS,
+    LORAMUX,
     NEW_TOKENS,
     PEFT,
-    ROOT,
     TRANSFORMERS,
     Bar,
-    Contender,
     Figures,
     Run,
-    Server,
+    Table,
+    measure,
+    report,
+    run_of,
+    transformers,
 )
 from loramux import AsyncClient
-from loramux.records import Delta
 
 INT8, INT8_BASE = "loramux int8, adapters", "loramux int8, base requests"
 LLAMA, LLAMA_Q8 = "llama.cpp bf16, no adapters", "llama.cpp q8_0, no adapters"
@@ -58,76 +56,25 @@ LOADS: Final = ((1, 4), (8, 8), (32, 32))
 PROMPT: Final = 96
 """Tokens of llama.cpp's prompts, about as many as ours have."""
 BARS: Final = (
-    Bar("adapters / llama.cpp bf16", ADAPTERS, LLAMA, (1.1, 1.3, 1.3)),
+    Bar("adapters / llama.cpp bf16", LORAMUX, LLAMA, (1.1, 1.3, 1.3)),
     Bar("int8 adapters / llama.cpp q8_0", INT8, LLAMA_Q8, (0.95, 1.2, 1.2)),
-    Bar("adapters / base requests", ADAPTERS, BASE_REQUESTS, (0.92, 0.85, 0.88)),
+    Bar("adapters / base requests", LORAMUX, BASE_REQUESTS, (0.92, 0.85, 0.88)),
     Bar("int8 / whole weights, base requests", INT8_BASE, BASE_REQUESTS, (1.6, 1.2, 1.0)),
-    Bar("adapters / transformers + PEFT", ADAPTERS, PEFT),
+    Bar("adapters / transformers + PEFT", LORAMUX, PEFT),
     Bar("base requests / transformers", BASE_REQUESTS, TRANSFORMERS),
 )
 
-Times = Callable[[str, str], AsyncIterator[float]]
-"""Model and prompt to the moments at which tokens came, each once for every token of it."""
 
-
-def rate(times: Times, models: Sequence[str]) -> Run:
-    """Ask in turn for some models, as many at a time as the load says."""
-
-    async def one(model: str, prompt: str) -> float:
-        came = [moment async for moment in times(model, prompt)]
-        return (came[-1] - came[0]) / (len(came) - 1)
-
-    async def run(concurrency: int, requests: int, seed: int) -> Figures:
-        gate = asyncio.Semaphore(concurrency)
-
-        async def gated(index: int, prompt: str) -> float:
-            async with gate:
-                return await one(models[index % len(models)], prompt)
-
-        requested = enumerate(serving.prompts(requests, seed))
-        taken = await asyncio.gather(*(gated(index, prompt) for index, prompt in requested))
-        return Figures(concurrency / statistics.median(taken), math.nan)
-
-    return run
-
-
-def of_loramux(client: AsyncClient) -> Times:
-    """Return the moments of an answer over gRPC."""
-
-    async def times(model: str, prompt: str) -> AsyncIterator[float]:
-        async for event in client.generate(model, prompt, max_tokens=NEW_TOKENS, ignore_eos=True):
-            if isinstance(event, Delta):
-                for _ in event.token_ids:
-                    yield time.perf_counter()
-
-    return times
-
-
-def of_url(client: httpx.AsyncClient, url: str) -> Times:
-    """Return the moments of a streaming completion of an OpenAI-compatible server, a token each."""
-
-    async def times(model: str, prompt: str) -> AsyncIterator[float]:
-        body = {"model": model, "prompt": prompt, "max_tokens": NEW_TOKENS, "temperature": 0}
-        body |= {"ignore_eos": True, "stream": True}
-        async with client.stream("POST", f"{url.rstrip('/')}/completions", json=body) as response:
-            response.raise_for_status()
-            async for line in response.aiter_lines():
-                if line.startswith("data: {"):
-                    yield time.perf_counter()
-
-    return times
-
-
-def of_llama_cpp(folder: Path, weights: Path) -> Run:
+def llama_cpp(folder: Path, weights: Path) -> Run:
     """Measure the rate of decoding that its own benchmark prints, as S_TG."""
 
     async def run(concurrency: int, _requests: int, _seed: int) -> Figures:
         context = concurrency * (PROMPT + NEW_TOKENS)
         command = [folder / "build/bin/llama-batched-bench", "-m", weights, "-c", context, "-npp", PROMPT]
         command += ["-ntg", NEW_TOKENS, "-npl", concurrency, "-t", len(os.sched_getaffinity(0))]
-        done = await asyncio.to_thread(_run, [str(part) for part in command])
+        done = await asyncio.to_thread(_run, *map(str, command))
         rows = [line.split("|") for line in done.splitlines() if re.match(r"\|\s+\d", line)]
-        return Figures(float(rows[-1][8]), math.nan)
+        return Figures(float(rows[-1][8]))
 
     return run
 
@@ -139,19 +86,36 @@ def converted(folder: Path, work: Path, kind: str) -> Path:
     assert spec.origin is not None  # noqa: S101
     [source] = Path(spec.origin).parent.glob("*.gguf")
     target = work / f"{kind}.gguf"
-    _run([str(folder / "build/bin/llama-quantize"), "--allow-requantize", str(source), str(target), kind])
+    _run(str(folder / "build/bin/llama-quantize"), "--allow-requantize", str(source), str(target), kind)
     return target
 
 
-def _run(command: list[str]) -> str:
+def _run(*command: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout  # noqa: S603 - the operator's
+
+
+async def _measure(options: Any, work: Path, whole: Service, int8: Service, names: list[str]) -> Table:
+    async with AsyncExitStack() as stack:
+        contenders = {}
+        for service, labels in ((whole, (LORAMUX, BASE_REQUESTS)), (int8, (INT8, INT8_BASE))):
+            ask = over_grpc(await stack.enter_async_context(AsyncClient(inference=service.grpc)))
+            for label, models in zip(labels, (names, ["base"]), strict=True):
+                contenders[label] = run_of(ask, models, decoding=True)
+        contenders |= transformers(stack, work, names)
+        if options.llama_cpp:
+            for label, kind in ((LLAMA, "bf16"), (LLAMA_Q8, "q8_0")):
+                contenders[label] = llama_cpp(options.llama_cpp, converted(options.llama_cpp, work, kind))
+        if options.peer_url:
+            limits = httpx.Limits(max_connections=64)
+            web = await stack.enter_async_context(httpx.AsyncClient(timeout=600, limits=limits))
+            models = options.peer_models.split(",")
+            contenders[options.peer_url] = run_of(over_http(web, options.peer_url), models, decoding=True)
+        return await measure(contenders, options.rounds, LOADS)
 
 
 def main() -> int:
     """Measure, print the table, and tell by the status whether every bar was met."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--adapters", type=int, default=8)
-    parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--llama-cpp", type=Path, help="the folder of its source, built")
     parser.add_argument("--peer-url", help="an OpenAI-compatible server, for example http://127.0.0.1:8000/v1")
@@ -160,58 +124,13 @@ def main() -> int:
     os.environ.setdefault("LORAMUX_SPECULATIVE_TOKENS", "0")
     with tempfile.TemporaryDirectory(prefix="loramux-peers-") as folder:
         work = Path(folder)
-        _run([sys.executable, str(ROOT / "examples/prepare_base.py"), str(BASE)])
-        names = serving.make_adapters(work / "adapters", options.adapters, options.rank)
-        whole = Server(work, names, [])
-        os.environ["LORAMUX_QUANTIZATION"] = "int8"  # which is no flag
-        int8 = Server(work, names, [])
-        del os.environ["LORAMUX_QUANTIZATION"]
-        try:
+        names = make_adapters(work, ADAPTERS)
+        build(work, "full", names)
+        with replica_process(work, "full") as whole, replica_process(work, "full", quantization="int8") as int8:
             table = asyncio.run(_measure(options, work, whole, int8, names))
-            how = str(whole.loaded["operations"])
-        finally:
-            whole.stop()
-            int8.stop()
-    bars = [bar for bar in BARS if bar.over in table and bar.under in table]
-    print("\n".join([*serving.machine(), how, "", *_lines(table), "", *(bar.row(table) for bar in bars)]))
-    return 0 if all(bar.met(table) for bar in bars) else 1
-
-
-async def _measure(
-    options: Any, work: Path, whole: Server, int8: Server, names: Sequence[str]
-) -> dict[str, list[Figures]]:
-    async with AsyncExitStack() as stack:
-        first = of_loramux(await stack.enter_async_context(AsyncClient(inference=whole.address)))
-        second = of_loramux(await stack.enter_async_context(AsyncClient(inference=int8.address)))
-        contenders = [
-            Contender(ADAPTERS, rate(first, names)),
-            Contender(BASE_REQUESTS, rate(first, ["base"])),
-            Contender(INT8, rate(second, names)),
-            Contender(INT8_BASE, rate(second, ["base"])),
-        ]
-        for label, some in ((PEFT, names), (TRANSFORMERS, [])):
-            peer = stack.enter_context(Peer("peer_peft", BASE, work / "adapters", *some))
-            contenders.append(Contender(label, serving.done_by(peer, some)))
-        if options.llama_cpp:
-            for label, kind in ((LLAMA, "bf16"), (LLAMA_Q8, "q8_0")):
-                contenders.append(
-                    Contender(label, of_llama_cpp(options.llama_cpp, converted(options.llama_cpp, work, kind)))
-                )
-        if options.peer_url:
-            limits = httpx.Limits(max_connections=64)
-            web = await stack.enter_async_context(httpx.AsyncClient(timeout=600, limits=limits))
-            models = options.peer_models.split(",")
-            contenders.append(Contender(options.peer_url, rate(of_url(web, options.peer_url), models)))
-        measured = await serving.measure(contenders, options.rounds, LOADS)
-        return {each.label: row for each, row in zip(contenders, measured, strict=True)}
-
-
-def _lines(table: serving.Table) -> list[str]:
-    head = f"{'tokens/s of decoding':<34}" + "".join(f"{f'@ {concurrency}':>8}" for concurrency, _ in LOADS)
-    rows = [
-        f"{label:<34}" + "".join(f"{each.tokens_per_s:>8.0f}" for each in row) for label, row in table.items()
-    ]
-    return [head, *rows]
+            [loaded] = whole.logged("loaded")
+    print(machine(), loaded["operations"], "", sep="\n")
+    return report(table, BARS)
 
 
 if __name__ == "__main__":

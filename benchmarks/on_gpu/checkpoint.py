@@ -69,20 +69,23 @@ def write_adapter(folder: Path, shape: dict[str, Any], rank: int, device: torch.
     (folder / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "random"}))
 
 
-def build_deployment(work: Path, name: str, adapters: list[str], max_seq_len: int) -> None:
-    """Build ``work/base`` and some of ``work/adapters`` into ``work/store``, as the builder service does."""
+def build_deployment(
+    work: Path, name: str, adapters: list[str], max_seq_len: int, base: Path | None = None, store: str = ""
+) -> None:
+    """Build some of ``work/adapters`` as the builder does; by default of ``work/base``, into ``work/store``."""
+    base = base or work / "base"
     data = {
         "model_name": name,
         "build": {
             "max_seq_len": max_seq_len,
-            "checkpoint_repository": {"source": "LOCAL", "repo": str(work / "base")},
+            "checkpoint_repository": {"source": "LOCAL", "repo": str(base)},
             "lora_adapters": {
                 each: {"source": "LOCAL", "repo": str(work / "adapters" / each)} for each in adapters
             },
         },
         "runtime": {"served_model_name": "base"},
     }
-    context = BuildContext(open_store(f"file://{work}/store"), open_sources(local_roots=[work]))
+    context = BuildContext(open_store(store or f"file://{work}/store"), open_sources(local_roots=[work, base]))
     build(parse_deployment(data).deployment, context, Progress(adapters))
 
 

@@ -6,7 +6,7 @@ import math
 import time
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import torch
 
@@ -17,50 +17,36 @@ FLUSH: Final = 4
 """Bytes that are read between two measurements, as a multiple of the L2 cache."""
 
 
-class Device(Protocol):
-    """Runs work and tells the time on the device."""
+class Rehearsal:
+    """Triton's interpreter on the CPU, with tiny sizes; tapes stand in for graphs, and are as strict."""
 
-    @property
-    def where(self) -> torch.device:
-        """Return the device of all tensors."""
-        ...
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Return the type of weights and activations."""
-        ...
-
-    @property
-    def rehearses(self) -> bool:
-        """Return True if nothing is timed, and every size is tiny."""
-        ...
+    where = torch.device("cpu")
+    dtype = torch.float32
+    rehearses = True
 
     def recorder(self) -> Recorder:
         """Return what records graphs here."""
-        ...
+        return TapeRecorder()
 
     def flush(self) -> None:
         """Leave nothing in the cache that the next work reads."""
-        ...
 
     def mark(self) -> Any:
         """Note when the device gets here."""
-        ...
 
-    def between_us(self, begin: Any, end: Any) -> float:
+    def between_us(self, _begin: Any, _end: Any) -> float:
         """Microseconds from one mark to the other, once `wait` has returned; NaN where there is no clock."""
-        ...
+        return math.nan
 
     def wait(self) -> None:
         """Return when the device has done everything."""
-        ...
 
     def now_s(self) -> float:
-        """The host's clock; NaN in a rehearsal."""
-        ...
+        """Return the host's clock; NaN in a rehearsal."""
+        return math.nan
 
 
-class Gpu:
+class Gpu(Rehearsal):
     """The current CUDA device."""
 
     dtype = torch.bfloat16
@@ -83,7 +69,7 @@ class Gpu:
         self._cold.max()
 
     def mark(self) -> Any:
-        """An event on the current stream."""
+        """Record an event on the current stream."""
         event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]  # torch leaves it untyped
         event.record()
         return event
@@ -93,41 +79,16 @@ class Gpu:
         return float(begin.elapsed_time(end)) * 1e3
 
     def wait(self) -> None:
-        """For all streams."""
+        """Wait for all streams."""
         torch.cuda.synchronize()
 
     def now_s(self) -> float:
-        """Monotonic."""
+        """Return the monotonic clock."""
         return time.perf_counter()
 
 
-class Rehearsal:
-    """Triton's interpreter on the CPU; tapes stand in for graphs, and are as strict."""
-
-    where = torch.device("cpu")
-    dtype = torch.float32
-    rehearses = True
-
-    def recorder(self) -> Recorder:
-        """Tapes."""
-        return TapeRecorder()
-
-    def flush(self) -> None:
-        """Nothing."""
-
-    def mark(self) -> Any:
-        """Nothing."""
-
-    def between_us(self, _begin: Any, _end: Any) -> float:
-        """Unknown."""
-        return math.nan
-
-    def wait(self) -> None:
-        """Nothing is under way."""
-
-    def now_s(self) -> float:
-        """Unknown."""
-        return math.nan
+Device = Rehearsal
+"""What a device does; those of a rehearsal do it without a clock."""
 
 
 @dataclass(frozen=True)

@@ -8,21 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-from benchmarks.on_gpu.targets import Verdict, judge
-
-Figure = float | int | str | None
-"""NaN: a rehearsal, in which nothing is timed; None: does not apply."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """One point of a section; rows of a section have the same columns."""
-
-    section: str
-    point: Mapping[str, int | str]
-    """Parameters of the measurement."""
-    figures: Mapping[str, Figure]
-    """Results; the unit is in the name."""
+from benchmarks.on_gpu.targets import Figure, Row, Verdict, judge
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from enum import Enum
 from typing import TypeVar
 
 from benchmarks.on_gpu.device import Device, Machine
-from benchmarks.on_gpu.report import Figure, Row, formatted
+from benchmarks.on_gpu.report import formatted
+from benchmarks.on_gpu.targets import Figure, Row
 
 T = TypeVar("T")
 

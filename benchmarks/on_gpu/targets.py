@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Final
 
 OF_BASE: Final = "of base"
 """Throughput, as a part of that of an engine without adapters."""
@@ -16,23 +16,19 @@ BYTES_DOMINATE_US: Final = 10.0
 """Floor from which on it is longer than the fixed cost of two launches, about 5 us."""
 
 
-class Measured(Protocol):
-    """A row, as far as targets look at it."""
+Figure = float | int | str | None
+"""NaN: a rehearsal, in which nothing is timed; None: does not apply."""
 
-    @property
-    def section(self) -> str:
-        """Return the section it belongs to."""
-        ...
 
-    @property
-    def point(self) -> Mapping[str, int | str]:
-        """Return the parameters of the measurement."""
-        ...
+@dataclass(frozen=True)
+class Row:
+    """One point of a section; rows of a section have the same columns."""
 
-    @property
-    def figures(self) -> Mapping[str, float | int | str | None]:
-        """Return the results."""
-        ...
+    section: str
+    point: Mapping[str, int | str]
+    """Parameters of the measurement."""
+    figures: Mapping[str, Figure]
+    """Results; the unit is in the name."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +40,9 @@ class Target:
     figure: str
     least: float | None = None
     most: float | None = None
-    applies: Callable[[Measured], bool] = lambda _: True
+    applies: Callable[[Row], bool] = lambda _: True
 
-    def judge(self, rows: Sequence[Measured]) -> Verdict:
+    def judge(self, rows: Sequence[Row]) -> Verdict:
         """The worst row decides."""
         found = [(value, row) for row in rows if (value := self._value(row)) is not None]
         if not found:
@@ -56,7 +52,7 @@ class Target:
         met = worst >= self.least if self.least is not None else self.most is None or worst <= self.most
         return Verdict(self.text, met, worst, ", ".join(f"{name} {value}" for name, value in row.point.items()))
 
-    def _value(self, row: Measured) -> float | None:
+    def _value(self, row: Row) -> float | None:
         if row.section != self.section or not self.applies(row):
             return None
         value = row.figures.get(self.figure)
@@ -80,18 +76,18 @@ class Verdict:
         return f"{'met' if self.met else 'MISSED':<12}  {self.text}: {self.worst:.3f} at {self.at}"
 
 
-def _adapters(low: int, high: int) -> Callable[[Measured], bool]:
-    def applies(row: Measured) -> bool:
+def _adapters(low: int, high: int) -> Callable[[Row], bool]:
+    def applies(row: Row) -> bool:
         return isinstance(row.point["active"], int) and low <= row.point["active"] <= high
 
     return applies
 
 
-def _is_base_only(row: Measured) -> bool:
+def _is_base_only(row: Row) -> bool:
     return row.point["active"] == 0 and row.point["loaded"] != 0
 
 
-def _is_bytes(row: Measured) -> bool:
+def _is_bytes(row: Row) -> bool:
     floor = row.figures.get(FLOOR)
     return isinstance(floor, float) and floor >= BYTES_DOMINATE_US
 
@@ -109,6 +105,6 @@ TARGETS: Final = (
 )
 
 
-def judge(rows: Sequence[Measured]) -> list[Verdict]:
+def judge(rows: Sequence[Row]) -> list[Verdict]:
     """All targets."""
     return [target.judge(rows) for target in TARGETS]

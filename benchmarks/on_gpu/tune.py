@@ -35,7 +35,6 @@ QUICK: Final = (Point(4096, 16, 32, 8),)
 REHEARSAL: Final = (Point(64, 8, 3, 2),)
 SHIPPED: Final = "shipped"
 SPLITS: Final = (4, 8, 16)
-MOST_PLANES: Final = max(SPLITS)
 CLOSE: Final = 0.02
 """Share of the largest element that another order of summation may change."""
 

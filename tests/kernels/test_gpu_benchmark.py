@@ -15,10 +15,10 @@ from benchmarks.on_gpu import attention, correctness, sgmv, step
 from benchmarks.on_gpu.correctness import NEEDS_NO_GPU, QUICK_TESTS
 from benchmarks.on_gpu.device import Machine, Rehearsal
 from benchmarks.on_gpu.machine import FIXED, ROOT, STATE, read_query
-from benchmarks.on_gpu.report import Report, Row, formatted
+from benchmarks.on_gpu.report import Report, formatted
 from benchmarks.on_gpu.run import Run, Scale
 from benchmarks.on_gpu.sgmv import Linear, Point
-from benchmarks.on_gpu.targets import FLOOR, OF_BASE, OF_FLOOR
+from benchmarks.on_gpu.targets import FLOOR, OF_BASE, OF_FLOOR, Row
 from benchmarks.on_gpu.timing import Timing
 from benchmarks.on_gpu.tune import Candidate, candidates
 from inference_service.kernels.sgmv import reference

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import statistics
+import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+import torch
 
 
 @dataclass(frozen=True)
@@ -17,17 +20,13 @@ class Figure:
     found: float
     unit: str
     bar: float | None = None
-    """At most; None: told for its own sake."""
+    """The largest value that meets it; None: there is no bar."""
     note: str = ""
 
     @property
     def met(self) -> bool:
         """Return True if it is at or below its bar; NaN never is."""
         return self.bar is None or self.found <= self.bar
-
-    def as_json(self, section: str) -> dict[str, Any]:
-        """Return it as one object."""
-        return {"section": section, **asdict(self), "met": self.met}
 
     def __str__(self) -> str:
         bar = "" if self.bar is None else f"at most {self.bar:g}"
@@ -36,22 +35,24 @@ class Figure:
 
 
 def ratio(above: Sequence[float], below: Sequence[float]) -> float:
-    """Return the median of how many times as much one was, pair by pair: a busy moment hits both of a pair."""
+    """Return the median of the ratios of pairs: a busy moment hits both of a pair."""
     return statistics.median(a / b for a, b in zip(above, below, strict=True))
 
 
 def percentile(values: Iterable[float], part: float) -> float:
-    """Return the value that so large a part of them is at most."""
+    """Return the value that so large a part of the values is at most."""
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, int(part * len(ordered)))]
 
 
 def formatted(values: Iterable[float], scale: float = 1.0, unit: str = "") -> str:
-    """Return what several rounds gave, for the note of a figure."""
+    """Return the results of several rounds, for the note of a figure."""
     return " ".join(f"{value * scale:.3g}" for value in values) + (f" {unit}" if unit else "")
 
 
-def memory_mb(pid: int | str = "self") -> float:
-    """Return a process's resident memory that is not a file's."""
-    status = Path(f"/proc/{pid}/status").read_text()
-    return int(next(line.split()[1] for line in status.splitlines() if line.startswith("RssAnon"))) / 1e3
+def machine() -> str:
+    """Describe the machine in one line."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    model = next((line.split(":")[1].strip() for line in lines if "model name" in line), "unknown")
+    versions = f"torch {torch.__version__.split('+')[0]}, Python {sys.version.split()[0]}"
+    return f"{model}, {os.cpu_count()} cores; {versions}; load average {os.getloadavg()[0]:.1f}"

@@ -1,11 +1,10 @@
 """Both APIs before the engine, the service and the telemetry of a replica; only the model is left out.
 
-``python -m benchmarks.servers.server`` prints its addresses and serves until it is ended.
+``python -m benchmarks.streams_server STEP_MS INTERVAL_MS`` prints its addresses and serves until it is killed.
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
 import sys
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Final
 
 from benchmarks.on_gpu.checkpoint import write_tokenizer
-from benchmarks.servers.clients import MODEL
+from benchmarks.streams_clients import MODEL
 from inference_service.adapters.catalog import Catalog
 from inference_service.adapters.served_model import ServedModel
 from inference_service.core.sequence import Batch, Token
@@ -94,15 +93,6 @@ async def serve(step_s: float, interval_s: float) -> None:
             await thread.stop()
 
 
-def main() -> None:
-    """Serve."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--step-ms", type=float, required=True)
-    parser.add_argument("--interval-ms", type=float, required=True)
-    options = parser.parse_args()
-    log_to_stderr("json")
-    asyncio.run(serve(options.step_ms / 1e3, options.interval_ms / 1e3))
-
-
 if __name__ == "__main__":
-    main()
+    log_to_stderr("json")
+    asyncio.run(serve(float(sys.argv[1]) / 1e3, float(sys.argv[2]) / 1e3))

@@ -1,1 +1,0 @@
-"""Adapters that come and go, measured: one file per section of ``benchmarks/residency.py``."""

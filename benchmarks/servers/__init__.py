@@ -1,1 +1,0 @@
-"""The servers by themselves: their engine computes nothing, and clients cost little."""

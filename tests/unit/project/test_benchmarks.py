@@ -1,0 +1,116 @@
+"""The reports of ``benchmarks``, and ``benchmarks/streams.py`` at a size that takes no time."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import json
+import math
+import sys
+
+import pytest
+
+from benchmarks import residency
+from benchmarks.figures import Figure, percentile, ratio
+from benchmarks.forge import Forge
+from benchmarks.serving import Bar, Figures, report
+from benchmarks.streams import Point, figures
+from benchmarks.streams_clients import first_tokens_s, opened
+from benchmarks.streams_server import serve
+from tests.support.waiting import bounded, until
+
+
+@pytest.mark.parametrize(
+    ("found", "bar", "met"),
+    [(1.0, 1.5, True), (1.5, 1.5, True), (1.6, 1.5, False), (9.0, None, True), (math.nan, 1.0, False)],
+)
+def test_a_bar_is_met_up_to_itself(found: float, bar: float | None, met: bool) -> None:
+    """Every figure without a bar is met; a section that could not measure has not passed."""
+    assert Figure("f", found, "x", bar).met is met
+
+
+def test_a_ratio_is_of_pairs() -> None:
+    """A moment in which everything takes ten times as long changes nothing."""
+    assert ratio([2.0, 20.0, 2.2], [1.0, 10.0, 1.0]) == 2.0
+    with pytest.raises(ValueError, match="shorter"):
+        ratio([1.0, 2.0], [1.0])
+
+
+def test_a_percentile_is_one_of_the_values() -> None:
+    """The last of a few values is their 99th percentile."""
+    assert percentile(range(100), 0.99) == 99
+    assert percentile([3.0, 1.0, 2.0], 0.5) == 2.0
+
+
+async def test_a_missed_bar_is_reported(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A missed bar is reported by line and, all sections together, by the return value."""
+
+    async def section(forge: Forge, rounds: int) -> list[Figure]:
+        return [Figure("good", 1.0, "x", 2.0), Figure("bad", 3.0, "x", 2.0)]
+
+    monkeypatch.setattr(residency, "SECTIONS", {"own": section})
+    forge = Forge.__new__(Forge)  # the section does not read it
+    assert not await residency.measure(["own"], forge, 1)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines if "MISSED" in line] == ["bad"]
+
+
+def test_an_unknown_section_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    """An unknown section is refused by name, with the known ones, before anything is measured."""
+    with pytest.raises(SystemExit) as ended:
+        residency.main(["churn", "trun"])
+    assert ended.value.code == 2
+    assert "no section trun; there are turns, churn" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("least", "status"), [(1.5, 0), (2.0, 0), (2.1, 1)])
+def test_a_table_says_whether_a_contender_is_fast_enough(
+    least: float, status: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A ratio below its bar at any load is exit status 1; a bar of a contender that did not run is left out."""
+    table = {
+        "ours": [Figures(90, 0.5), Figures(80), Figures(70)],
+        "peer": [Figures(30), Figures(40), Figures(35)],
+    }
+    bars = [
+        Bar("ours / peer", "ours", "peer", (3.0, least, 2.0)),
+        Bar("ours / other", "ours", "other", (9, 9, 9)),
+    ]
+    assert report(table, bars) == status
+    printed = capsys.readouterr().out
+    assert f"3.00 / 2.00 / 2.00   bar 3 / {least:g} / 2" in printed
+    assert "500 ms" in printed
+    assert "other" not in printed
+
+
+async def test_both_apis_answer_clients_that_parse_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    """Each stream has a first token, after it began and before it ended."""
+    interval_s = sys.getswitchinterval()
+    serving = asyncio.create_task(serve(step_s=0.001, interval_s=0.0))
+    try:
+        printed = await until(
+            lambda: capsys.readouterr().out.partition("\n")[0], "the addresses of both servers"
+        )
+        for kind, address in json.loads(printed).items():
+            async with bounded("first tokens"), opened(kind, address, 2) as streams:
+                found = await first_tokens_s(streams, 40, 3)
+            assert len(found) == 40
+            assert all(0 < each < math.inf for each in found)
+    finally:
+        serving.cancel()
+        await asyncio.gather(serving, return_exceptions=True)
+        gc.unfreeze()
+        sys.setswitchinterval(interval_s)
+
+
+@pytest.mark.parametrize(
+    ("at_500", "at_1000", "met"),
+    [(0.5, 0.9, [True] * 3), (0.3, 0.9, [True, True, False]), (0.9, math.inf, [False] * 3)],
+)
+def test_bars_are_of_a_thousand_streams_and_of_growth(at_500: float, at_1000: float, met: list[bool]) -> None:
+    """Other kinds of clients and other numbers are reported for their own sake."""
+    measured = [("http", 500, at_500), ("grpc/1", 2000, 9.0), ("http", 1000, at_1000)]
+    points = [Point(clients, streams, [begin], [begin], 50.0) for clients, streams, begin in measured]
+    assert [figure.met for figure in figures(points)] == met
