@@ -91,9 +91,9 @@ def engine(store: str, deployment: str, base: str) -> Measure:
     from inference_service.core.sampling import SamplingParams
     from inference_service.core.sequence import Sequence as EngineSequence
     from inference_service.startup.load import load as load_service
+    from loramux_shared.process import log_to_stderr
     from loramux_shared.settings import InferenceSettings
     from loramux_shared.storage.open import open_store
-    from loramux_shared.telemetry import log_to_stderr
 
     log_to_stderr()
     settings = InferenceSettings(store=store, deployment=deployment, local_roots=(Path(base),))

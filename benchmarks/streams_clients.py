@@ -19,7 +19,7 @@ from typing import Any, Final
 import grpc
 
 from loramux.inference.v1 import inference_pb2 as pb
-from loramux_shared.descriptors import raise_limit
+from loramux_shared.process import raise_limit
 
 MODEL: Final = "base"
 PROMPT: Final = [5, 6, 7, 8]

@@ -16,7 +16,6 @@ from loramux.messages import deployment_to_message
 from loramux_shared.bundle.deployments import current_generation
 from loramux_shared.bundle.reader import read_bundle
 from loramux_shared.deployment import Deployment
-from loramux_shared.rpc.status import fault_of
 from loramux_shared.storage.local import LocalStore
 from tests.support.adapters import tensors, write_adapter, write_base
 from tests.support.folders import deployment_of
@@ -104,28 +103,6 @@ def test_a_killed_builder_leaves_nothing_half_visible_and_goes_on(tmp_path):
     assert generation is not None
     for record in generation.adapters.values():
         read_bundle(store, record.digest)
-
-
-def test_a_killed_build_that_was_never_taken_up_is_not_found(tmp_path):
-    """A killed build without its journal is as if it had never been: Get says so, and building works."""
-    expected, port = make(tmp_path), free_port()
-    with builder(tmp_path, port) as process:
-        stub(port).BuildDeployment(pb.BuildDeploymentRequest(deployment=deployment_to_message(expected)))
-        wait_until(lambda: list((tmp_path / "store" / "bundles").glob("sha256/*/*")), "an object")
-        process.kill()
-        process.wait()
-    store = LocalStore(tmp_path / "store")
-    for key in store.list("builds/"):
-        store.delete(key)
-    port = free_port()
-    with builder(tmp_path, port):
-        client = stub(port)
-        with pytest.raises(grpc.RpcError) as error:
-            client.GetDeployment(pb.GetDeploymentRequest(name="tiny"))
-        assert fault_of(error.value).reason == "DEPLOYMENT_NOT_FOUND"
-        client.BuildDeployment(pb.BuildDeploymentRequest(deployment=deployment_to_message(expected)))
-        states = [item.deployment for item in client.WatchDeployment(pb.WatchDeploymentRequest(name="tiny"))]
-        assert states[-1].state == State.STATE_ACTIVE
 
 
 @pytest.mark.parametrize(

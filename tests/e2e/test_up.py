@@ -3,52 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import signal
 from pathlib import Path
 
-import psutil
 import pytest
 from typer.testing import CliRunner
 
 from loramux import Client
 from loramux.cli.main import app
 from loramux.faults import ModelNotFound
-from loramux.records import Delta, Finished, Started
+from loramux.records import Finished, Started
 from tests.support.tiny import make_world
-from tests.support.up import Up, up
-from tests.support.waiting import BOUND_S, wait_until
-
-
-def _children(served: Up) -> list[psutil.Process]:
-    return psutil.Process(served.process.pid).children(recursive=True)
-
-
-def _assert_end(children: list[psutil.Process]) -> None:
-    """Wait until none runs; one that ended counts, though nobody may have asked for its status yet."""
-    assert len(children) >= 2
-    wait_until(
-        lambda: not any(each.is_running() and each.status() != psutil.STATUS_ZOMBIE for each in children),
-        "the end of all children",
-        lambda: children,
-    )
-
-
-@pytest.mark.sweep
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_up_serves_until_a_signal_and_finishes_its_streams(tmp_path: Path, number: signal.Signals) -> None:
-    """A stream that is open at SIGTERM or Ctrl-C comes to its end, the exit status is 0, no process is left."""
-    with up(tmp_path) as served, Client(served.grpc) as client:
-        children = _children(served)
-        stream = client.generate("pirate", "Tell me about the sea.", max_tokens=60, ignore_eos=True)
-        assert isinstance(next(stream), Started)
-        os.kill(served.process.pid, number)
-        events = list(stream)
-        assert isinstance(events[-1], Finished)
-        assert sum(len(event.token_ids) for event in events if isinstance(event, Delta)) == 60
-        assert served.process.wait(BOUND_S) == 0
-    _assert_end(children)
+from tests.support.up import up
 
 
 def _changed(builder: str, *words: str | Path) -> int:
@@ -93,13 +59,3 @@ def test_what_is_changed_is_served_without_a_restart(tmp_path: Path) -> None:
         back = _changed(builder, "rollback", "tiny", "--to", str(wide.generation))
         assert ask("wide", back).adapter_digest == wide.adapter_digest
         ask("all", back)
-
-
-@pytest.mark.sweep  # with scripted services, started by the same code, in test_cli_processes
-def test_a_killed_parent_takes_its_children_along(tmp_path: Path) -> None:
-    """kill -9 of `loramux up` leaves no service behind."""
-    with up(tmp_path) as served:
-        children = _children(served)
-        served.process.kill()
-        served.process.wait(BOUND_S)
-        _assert_end(children)

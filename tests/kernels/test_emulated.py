@@ -14,7 +14,6 @@ TESTS = (
     "tests/kernels/test_delta.py",
     "tests/kernels/test_expert_lora.py",
     "tests/kernels/test_lora_banks.py",
-    "tests/models/test_affine.py",
     "tests/models/test_kinds.py",
     "tests/models/test_mixtures.py",
 )

@@ -327,7 +327,6 @@ def test_adapters_that_come_after_the_recording_give_the_torch_backends_tokens(
 
 def _weights_of(store: MemoryStore, name: str, model: Decoder) -> AdapterWeights:
     generation = current_generation(store, "tiny")
-    assert generation is not None
     bundle = read_bundle(store, generation.adapters[name].digest)
     return load_adapter(bundle, model.config.layer_groups, torch.float32, torch.device("cpu"))
 

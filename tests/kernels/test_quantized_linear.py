@@ -38,7 +38,6 @@ def test_a_weight_is_off_by_half_a_step_at_most(quantization: Rounding) -> None:
     weight = torch.randn(30, 96) * torch.logspace(-6, 3, 30)[:, None]
     weight[7] = 0
     found = quantize(weight, quantization)
-    assert found is not None
     steps = found.scales.float().abs().repeat_interleave(found.group, dim=1)
     bound = 0.51 if quantization is Rounding.INT8 else 1.3  # of 4 bits, those at the end may be cut off
     assert ((found.widened() - weight).abs() <= bound * steps).all()

@@ -1,4 +1,6 @@
-"""Recorded steps of layers that differ in their heads and windows, and of adapters with tables of their own."""
+"""Recorded steps of small models against transformers, in the interpreter: of layers that differ in their heads
+and windows, of adapters with tables of their own, and of experts, which are routed again at every replay.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +8,24 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Gemma4TextConfig
+from transformers import Gemma4TextConfig, GptOssConfig, PreTrainedConfig, Qwen3MoeConfig
 
-from tests.kernels.recorded import check_recorded_steps
-from tests.support.tiny import SIZES, VOCAB
+from inference_service.core.sampling import SamplingParams
+from inference_service.core.sequence import Sequence as EngineSequence
+from inference_service.engine.block_manager import BlockManager
+from inference_service.engine.engine import Engine
+from inference_service.engine.graph_runner import GraphRunner
+from inference_service.engine.plan import SchedulerLimits
+from inference_service.engine.residents import AlwaysResident
+from inference_service.engine.tape import TapeRecorder
+from loramux_shared.storage.memory import MemoryStore
+from tests.kernels.test_launch_keys import noted
+from tests.support.tiny import SIZES, VOCAB, make_world_of, oracle, oracle_tokens, run_engine
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels tell of themselves when interpreted")
 
+BLOCK, BLOCKS = 16, 8
+NEW = 2
 CONFIG = Gemma4TextConfig(
     **SIZES | {"num_hidden_layers": 2, "num_key_value_heads": 1, "tie_word_embeddings": True},
     layer_types=["sliding_attention", "full_attention"],
@@ -29,15 +42,82 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "own": {"r": 3, "lora_alpha": 9, "target_modules": ["embed_tokens", "lm_head"]},
 }
 REQUESTS = [("all", list(range(5, 24))), ("base", [9, 8, 7]), ("own", [5, 6, 7])]
+EXPERTS = Qwen3MoeConfig(
+    **SIZES | {"num_hidden_layers": 1},
+    num_experts=5,
+    num_experts_per_tok=2,
+    moe_intermediate_size=20,
+    norm_topk_prob=True,
+)
+SINKS = GptOssConfig(
+    **SIZES, head_dim=16, num_local_experts=5, num_experts_per_tok=2, sliding_window=12, pad_token_id=0
+)
+OF_EXPERTS: dict[str, dict[str, Any]] = {
+    "experts": {
+        "r": 3,
+        "target_modules": ["o_proj"],
+        "target_parameters": ["experts.gate_up_proj", "experts.down_proj"],
+    },
+    "attention": {"r": 2, "target_modules": ["q_proj", "v_proj"]},
+}
+REQUESTS_OF_EXPERTS = [
+    ("experts", list(range(5, 24))),
+    ("base", [9, 8, 7]),
+    ("attention", [30, 31]),
+    ("attention*2 + experts*-1.5", [9, 8, 7]),
+]
+SWEPT = pytest.mark.sweep
+CASES = {
+    "heads, windows and tables": (CONFIG, ADAPTERS, REQUESTS),
+    "experts": (EXPERTS, OF_EXPERTS, REQUESTS_OF_EXPERTS),
+    "experts with sinks": (SINKS, OF_EXPERTS, REQUESTS_OF_EXPERTS),
+}
 
 
-@pytest.mark.sweep
+@pytest.mark.parametrize(
+    ("config", "adapters", "requests"),
+    [pytest.param(*case, id=name, marks=() if name == "experts" else SWEPT) for name, case in CASES.items()],
+)
 def test_recorded_steps_answer_as_transformers_and_compile_nothing(
-    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+    config: PreTrainedConfig,
+    adapters: dict[str, dict[str, Any]],
+    requests: list[tuple[str, list[int]]],
 ) -> None:
-    """Tables for each way to cut and each window, filled again for prompts in chunks and for decoding.
-
-    Tokens in flight of an adapter with embeddings and a head are embedded on the device.
+    """Requests after the recording in any order are answered as by transformers and PEFT, prompts in chunks,
+    beside decoding and alone, and nothing new is launched for them; blends as by the torch backend, for PEFT
+    mixes no adapters of experts. Tables for each way to cut and each window are filled again for each step;
+    tokens in flight of an adapter with embeddings and a head are embedded on the device.
     """
-    folder = tmp_path_factory.mktemp("uneven")
-    check_recorded_steps(folder, CONFIG, ADAPTERS, REQUESTS, monkeypatch)
+    folder = tmp_path_factory.mktemp("recorded")
+    limits = SchedulerLimits(max_tokens=16, max_seqs=2, max_adapters=len(adapters), max_seq_len=64)
+    world, store = make_world_of(folder, config, adapters), MemoryStore()
+    world.build(store)
+    ready = world.load(store, backend="triton")
+    eager: Any = ready.engine._engine._runner
+    runner = GraphRunner(eager._model, eager._lora, BLOCKS, BLOCK, limits, TapeRecorder())
+    with noted(monkeypatch) as known:
+        runner.capture()
+    manager = BlockManager(BLOCKS, BLOCK, eager._model.config.windows)
+    engine = Engine(runner, limits, manager, AlwaysResident())
+    answers: dict[str, list[int]] = {}
+    for number, (name, prompt) in enumerate(requests):
+        params, model = SamplingParams(max_tokens=NEW), ready.service.catalog.resolve(name)
+        adapter = model.mixture or model.adapter
+        engine.add(EngineSequence(str(number), list(prompt), params, adapter))
+        answers[str(number)] = []
+    with noted(monkeypatch) as traffic:
+        while not engine.idle:
+            for output in engine.step():
+                answers[output.seq_id].append(output.token.id)
+    models = {name: oracle(world.base, world.adapters.get(name)) for name in ("base", *adapters)}
+    plain = world.load(store, backend="torch", native=False)
+    expected = [
+        oracle_tokens(models[name], prompt, NEW)
+        if name in models
+        else run_engine(plain, [(name, prompt)], NEW)[0]
+        for name, prompt in requests
+    ]
+    assert [*answers.values()] == expected
+    assert not traffic - known

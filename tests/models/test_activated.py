@@ -103,14 +103,6 @@ def test_the_batch_and_prefix_hits_change_no_token(
     assert (ready.engine.stats.preemptions > 0) == preempts
 
 
-def test_each_alone_equals_peft(
-    world: World, store: MemoryStore, requests: list[tuple[str, list[int]]], expected: list[list[int]]
-) -> None:
-    """A request alone gives the tokens that it gives in a batch."""
-    ready = world.load(store, prefix_cache=False)
-    assert [run_engine(ready, [request], NEW)[0] for request in requests] == expected
-
-
 @pytest.mark.parametrize(("first", "then"), [("base", "called"), ("called", "base"), ("called", "asked")])
 def test_the_blocks_of_a_conversation_are_shared(
     world: World, store: MemoryStore, first: str, then: str
@@ -151,7 +143,6 @@ async def test_a_request_finds_its_place_once_for_all_answers_and_versions(
     assert [token.logprob for token in scored[1:]] == pytest.approx(required, abs=1e-4)
     assert await service.answers(requests[0][1], model="called", n=2, **fields) == [expected[0]] * 2
     generation = current_generation(store, "tiny")
-    assert generation is not None
     switched = generation.adapters | {"called": generation.adapters["asked"]}
     service.ready.adapters.apply(generation.model_copy(update={"adapters": switched, "number": 2}))
     model = oracle(world.base, world.adapters["asked"])

@@ -147,7 +147,6 @@ def test_the_kernels_for_gpus_answer_the_same(
 def test_bundles_say_what_they_have(store: MemoryStore) -> None:
     """Tokens and vocabulary stand where the tokenizer or the matrices are others than the base's."""
     generation = current_generation(store, "tiny")
-    assert generation is not None
     manifests = {name: read_manifest(store, record.digest) for name, record in generation.adapters.items()}
     assert {name: manifest.vocab for name, manifest in manifests.items()} == {
         "plain": None, "more": VOCAB + 3, "beside": VOCAB + 40, "fewer": VOCAB

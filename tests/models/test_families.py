@@ -49,6 +49,7 @@ from loramux_shared.bases.memory import count_weights
 from loramux_shared.bases.read import read_config, read_fields
 from loramux_shared.faults import CheckpointInvalid
 from loramux_shared.storage.memory import MemoryStore
+from tests.models.test_merge import ready_of
 from tests.support import tiny
 from tests.support.greedy import choices_and_logprobs, greedy_tokens
 from tests.support.poisoned import poison
@@ -639,6 +640,17 @@ def test_undescribed_and_missing_tensors_are_refused_by_name(tmp_path: Path) -> 
     save_file({name: tensor for name, tensor in tensors.items() if name != "lm_head.weight"}, file)
     with pytest.raises(CheckpointInvalid, match=r"lacks the tensor lm_head\.weight"):
         Decoder(read_config(tmp_path), Checkpoint(tmp_path, torch.float32, device))
+
+
+@pytest.mark.parametrize("answers", _swept_but("qwen3_5-images"), indirect=True)
+def test_a_merged_adapter_equals_transformers(answers: Answers) -> None:
+    """Merged weights answer as the adapter does: also all slices of what a delta rule reads, and queries with
+    their gates.
+    """
+    pairs = zip(answers.requests, answers.expected, strict=True)
+    requests, expected = zip(*(pair for pair in pairs if pair[0][0] == "all"), strict=True)
+    ready = ready_of(answers.world, "all", {"serve_base": False})
+    assert run_engine(ready, list(requests), NEW) == list(expected)
 
 
 def _engine_logprobs(ready: Ready, prompt: list[int], new: int = NEW) -> list[float]:

@@ -22,6 +22,7 @@ from loramux_shared.faults import RequestInvalid
 from loramux_shared.storage.memory import MemoryStore
 from tests.models import test_disguised, test_own_vocabulary
 from tests.models.conftest import Counted
+from tests.models.test_merge import ready_of
 from tests.support.service import open_service
 from tests.support.tiny import (
     SIZES,
@@ -51,6 +52,7 @@ LORA: dict[str, dict[str, Any]] = {
     "dora": DORA,
     "lora-bias": {"target_modules": OTHERS, "lora_bias": True},
     "biases": {"target_modules": ["q_proj", "k_proj"], "bias": "lora_only"},
+    "all-biases": {"target_modules": ["v_proj", "o_proj", "down_proj"], "bias": "all"},
     "called": {"target_modules": ["q_proj", "o_proj"], "alora_invocation_tokens": CALLED},
     "called-bias": {"target_modules": ["v_proj"], "lora_bias": True, "alora_invocation_tokens": CALLED},
 }
@@ -79,7 +81,7 @@ KINDS = (*LORA, *OWN, *DISGUISED)
 MODELS = ("base", *KINDS, *MIXED)
 
 
-APART = ("dora", "lora-bias", "biases", "called", "called-bias", "ia3", *OWN)
+APART = ("dora", "lora-bias", "biases", "all-biases", "called", "called-bias", "ia3", *OWN)
 """Those that no mixture has."""
 
 
@@ -104,7 +106,6 @@ def peft_answers(world: World, requests: Sequence[tuple[str, list[int]]]) -> lis
 def records(store: MemoryStore) -> dict[str, AdapterRecord]:
     """Return the records of the adapters in the served generation."""
     generation = current_generation(store, "tiny")
-    assert generation is not None
     return generation.adapters
 
 
@@ -124,7 +125,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> Answers:
     )
     world, store = World(base, {name: root / name for name in (*KINDS, UNTRAINED)}, root), MemoryStore()
     world.build(store)
-    draw = random.Random(4)
+    draw = random.Random(5)
     requests = []
     for name in MODELS:
         prompt = draw.choices([*range(10, VOCAB), 3, 4, 50, 60], k=draw.choice([9, 17, 30]))
@@ -166,6 +167,7 @@ def test_an_adapter_is_called_what_it_is(answers: Answers) -> None:
         "dora": ("dora",),
         "lora-bias": ("lora", "bias"),
         "biases": ("lora", "bias"),
+        "all-biases": ("lora", "bias"),
         "called": ("lora", "activated"),
         "called-bias": ("lora", "bias", "activated"),
         "ends": ("lora", "embedding", "head"),
@@ -180,6 +182,29 @@ def test_an_adapter_is_called_what_it_is(answers: Answers) -> None:
     assert dict(found["everything"].replaced) == {"embedding": 2, "head": VOCAB}
     assert found["called"].invocation == tuple(CALLED)
     assert run_engine(ready, [(UNTRAINED, [9, 8, 7])], 4) == run_engine(ready, [("base", [9, 8, 7])], 4)
+
+
+def of_kinds(answers: Answers, *names: str) -> tuple[list[tuple[str, list[int]]], list[list[int]]]:
+    """Return the requests of some models, and their answers."""
+    pairs = zip(answers.requests, answers.expected, strict=True)
+    requests, expected = zip(*(pair for pair in pairs if pair[0][0] in names), strict=True)
+    return list(requests), list(expected)
+
+
+def test_the_kernels_for_gpus_answer_the_same(answers: Answers) -> None:
+    """Kernels in the interpreter answer the same, a kind beside another and the base."""
+    requests, expected = of_kinds(answers, "base", "dora", "lora-bias", "all-biases")
+    ready = answers.world.load(answers.store, backend="triton", max_batch_tokens=32)
+    assert run_engine(ready, requests, 1) == [answer[:1] for answer in expected]
+
+
+@pytest.mark.parametrize("name", ["dora", "biases", "lora-bias"])
+def test_merged_weights_and_biases_equal_peft(answers: Answers, name: str) -> None:
+    """Merged weights equal PEFT, with biases where the base has none too."""
+    requests, expected = of_kinds(answers, name)
+    ready = ready_of(answers.world, name, {"serve_base": False})
+    assert ready.service.catalog.get(name).adapter is None
+    assert run_engine(ready, requests, NEW) == expected
 
 
 @pytest.mark.sweep

@@ -49,7 +49,6 @@ def build_bundles(store: Store, folder: Path, count: int = 1, name: str = "tiny"
         Progress(adapters),
     )
     generation = current_generation(store, name)
-    assert generation is not None
     return [generation.adapters[f"a{number}"].digest for number in range(count)]
 
 

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from socketserver import TCPServer
 from typing import Any, TypeAlias
 
 import trustme
@@ -33,6 +34,19 @@ class Site:
 
 
 @contextmanager
+def served(server: TCPServer) -> Iterator[str]:
+    """Serve in a thread for as long as the block takes; yield the address."""
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
+    thread.start()
+    try:
+        yield f"127.0.0.1:{server.server_address[1]}"
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+@contextmanager
 def serve_https(folder: Path, *hosts: str) -> Iterator[Site]:
     """Run a server on a free port of 127.0.0.1 with a certificate for these names."""
     authority = trustme.CA()
@@ -46,14 +60,8 @@ def serve_https(folder: Path, *hosts: str) -> Iterator[Site]:
     _Handler.site = site
     context.sni_callback = lambda _socket, name, _context: site.names.append(name)
     server.socket = context.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
-    thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
-    thread.start()
-    try:
+    with served(server):
         yield site
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
 
 
 def redirect(to: str, status: int = 302) -> Route:

@@ -200,7 +200,6 @@ class FakeDeployment:
         """Take the newest over."""
         if self.newest.number < number:
             raise ReplicaBehind(f"expected {number}, found {self.newest.number}")
-        assert self.adapters is not None
         self.adapters.apply(self.newest)
         self.standing = FollowerStanding(self.newest.number, self.newest.number)
 

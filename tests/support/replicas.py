@@ -69,7 +69,6 @@ class Wire:
 
     def cut(self) -> None:
         """Close everything at once."""
-        assert self._server is not None
         self._server.close()
         for writer in self._writers:
             writer.transport.abort()

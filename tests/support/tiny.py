@@ -195,8 +195,6 @@ class World:
 def refusal(ready: Ready, name: str) -> Fault | None:
     """Why an adapter that was to be loaded before the start is not resident."""
     adapter = ready.service.catalog.get(name).adapter
-    assert adapter is not None
-    assert ready.bank is not None
     standing = ready.bank.residency.standing(adapter)
     assert (standing.failure is None) == (adapter.slot is not None)
     return standing.failure
@@ -255,7 +253,6 @@ def run_engine(
     while not engine.idle:
         for output in engine.step():
             assert output.finish in (None, EndReason.LENGTH, EndReason.STOP)
-            assert output.token is not None
             answers[output.seq_id].append(output.token.id)
     return list(answers.values())
 
@@ -269,6 +266,5 @@ def next_logprobs(ready: Ready, requests: Sequence[tuple[str, Sequence[int]]]) -
     found: dict[str, dict[int, float]] = {}
     while not engine.idle:
         for output in engine.step():
-            assert output.token is not None
             found[output.seq_id] = dict(output.token.top)
     return [found[str(number)] for number in range(len(requests))]

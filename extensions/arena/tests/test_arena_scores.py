@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import statistics
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -27,6 +26,7 @@ from loramux_shared.faults import (
     SettingsInvalid,
     Unauthenticated,
 )
+from tests.support.https_server import served
 
 
 @pytest.mark.parametrize(
@@ -146,13 +146,8 @@ def http(status: int, text: object, headers: dict[str, str] | None = None) -> It
 
         def log_message(self, *args: Any) -> None: ...
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{server.server_address[1]}/v1", received
-        finally:
-            server.shutdown()
+    with served(ThreadingHTTPServer(("127.0.0.1", 0), Handler)) as address:
+        yield f"http://{address}/v1", received
 
 
 async def test_a_judge_behind_an_address() -> None:

@@ -116,7 +116,6 @@ async def test_a_closed_loop_keeps_so_many_open(fakes: Fakes) -> None:
     assert all(
         each.tokens == 5 and each.prompt_tokens == 7 and each.cached_tokens == 3 for each in run.outcomes
     )
-    assert run.load is not None
     assert run.load.cpu > 0
 
 

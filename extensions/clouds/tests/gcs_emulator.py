@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import functools
 import json
-import threading
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from gcp_storage_emulator.handlers import buckets
 from gcp_storage_emulator.server import RequestHandler
 from gcp_storage_emulator.storage import Storage
 
+from tests.support.https_server import served
 from tests.support.waiting import BOUND_S
 
 TOKEN = "ya29.a-token-of-the-emulator"  # noqa: S105 - of the emulator
@@ -54,14 +54,8 @@ def serve_gcs(bucket: str) -> Iterator[Gcs]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     gcs.endpoint = f"http://127.0.0.1:{server.server_port}"
     gcs.account = _account(gcs.endpoint)
-    thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
-    thread.start()
-    try:
+    with served(server):
         yield gcs
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
 
 
 class _Handler(RequestHandler):  # type: ignore[misc,unused-ignore]  # the emulator has no types

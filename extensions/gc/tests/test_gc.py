@@ -47,7 +47,6 @@ def publish(folder: Path, store: Store, *names: str, deployment: str = "tiny") -
 def digest(store: Store, name: str) -> str:
     """The digest of an adapter that is served."""
     generation = current_generation(store, "tiny")
-    assert generation is not None
     return generation.adapters[name].digest
 
 

@@ -106,7 +106,6 @@ def bfloat16(world: World) -> MemoryStore:
 def manifest_of(store: MemoryStore, name: str) -> Manifest:
     """The manifest of an adapter of the current generation."""
     generation = current_generation(store, "tiny")
-    assert generation is not None
     return read_manifest(store, generation.adapters[name].digest)
 
 
@@ -119,7 +118,6 @@ def tampered(store: MemoryStore, name: str, change: Change, file: str = WEIGHTS_
     for key in store.list(""):
         other.put(key, store.get(key))
     generation = current_generation(other, "tiny")
-    assert generation is not None
     old = generation.adapters[name].digest
     bundle = read_bundle(other, old)
     data = bytearray(other.get(bundle_key(old, file)))
@@ -364,7 +362,6 @@ def test_a_manifest_whose_proof_is_about_other_rows_is_refused(world: World, flo
     generation = current_generation(store, "tiny")
     assert generation is not None
     manifest = manifest_of(store, "wide")
-    assert manifest.proof is not None
     short = manifest.proof.model_copy(update={"effects": manifest.proof.effects[:-1]})
     old, changed = sha256_hex(manifest.to_bytes()), manifest.model_copy(update={"proof": short})
     new = sha256_hex(changed.to_bytes())

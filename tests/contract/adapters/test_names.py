@@ -139,12 +139,10 @@ def test_what_the_file_says_is_in_the_generation(
     store, deployment = built
     assert deployment.runtime == Runtime.model_validate(RUNTIME)
     generation = current_generation(store, "tiny")
-    assert generation is not None
     assert generation.aliases == RUNTIME["aliases"]
     assert generation.speculative_tokens == 0
     assert generation.limits.of("all") == Limits(weight=2, max_running=1, tokens_per_minute=10)
     plain = current_generation(world[1], "tiny")
-    assert plain is not None
     assert not {"aliases", "limits", "speculative_tokens"} & json.loads(plain.to_bytes()).keys()
 
 
@@ -331,7 +329,6 @@ def hold(apis: ReplicaApis) -> asyncio.Event:
         await gate.wait()
         return NO_DEFAULTS
 
-    assert apis.ready.bank is not None
     apis.ready.bank.texts.defaults = slowly  # type: ignore[method-assign]
     for name in ("rs", "wide"):
         apis.ready.service.catalog.know(apis.digest(name), defaults=None)

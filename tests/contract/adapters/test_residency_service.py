@@ -80,7 +80,6 @@ async def test_a_small_bank_serves_every_adapter_in_turn(
     for _ in range(2):
         answers = await asyncio.gather(*(_tokens(service, name) for name in [*NAMES, "base"] * 3))
         assert all(tokens == expected[digest] for digest, tokens in answers)
-    assert service.ready.bank is not None
     assert service.ready.bank.residency.stats.evictions >= 2
 
 
@@ -90,7 +89,6 @@ async def test_what_is_not_preloaded_arrives_while_others_are_served(
     """A replica that was ready with one adapter has all of them a moment later, if there is room."""
     service = await opened(world, preload=1)
     bank = service.ready.bank
-    assert bank is not None
     resident = bank.residency.resident
     await until(lambda: len(resident()) == len(NAMES), "all adapters", resident)
 
@@ -101,7 +99,6 @@ async def test_a_corrupt_bundle_is_refused_by_name_and_nobody_else_is(
     """A flipped byte of one adapter: the replica starts, others are answered, and requests for it say why."""
     store = _copy(world[1])
     generation = current_generation(store, "tiny")
-    assert generation is not None
     key = bundle_key(generation.adapters["all"].digest, WEIGHTS_FILE)
     data = bytearray(store.get(key))
     data[len(data) // 2] ^= 1
@@ -129,7 +126,6 @@ async def test_names_switch_under_running_requests(
     store = _copy(world[1])
     service = await opened((world[0], store), adapter_memory_gb=SMALL)
     generation = current_generation(store, "tiny")
-    assert generation is not None
     digests = {record.digest for record in generation.adapters.values()}
     going = True
     answers: dict[str, list[tuple[str, list[int]]]] = {name: [] for name in NAMES}
@@ -165,7 +161,6 @@ async def test_a_name_that_is_gone_is_not_found_and_what_runs_on_it_ends(
     store = _copy(world[1])
     service = await opened((world[0], store))
     generation = current_generation(store, "tiny")
-    assert generation is not None
     engine = service.ready.engine
     await engine.pause()
     running = asyncio.create_task(_tokens(service, "all", max_tokens=60))

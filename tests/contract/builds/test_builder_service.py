@@ -134,6 +134,7 @@ async def test_a_refused_build_says_everything_and_leaves_nothing(world: Served)
     assert found == [("bad", "E_TASK"), ("bad", "E_DORA"), ("wide", "E_RANK_MAX")]
     assert [adapter.stage for adapter in last.adapters] == [Stage.STAGE_REFUSED] * 2
     assert world.store.objects == {}
+    assert list((world.folder / "work").glob("loramux-build-*")) == []
     assert await world.get() == last
 
 

@@ -7,22 +7,19 @@ import json
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
-from builder_service.builds.journal import JournalEntry
-from builder_service.builds.views import BuildState
 from builder_service.pipeline.progress import Progress
 from builder_service.pipeline.update import Update, update
 from loramux.cli.main import app
 from loramux_shared.bundle.claims import generation_numbers
 from loramux_shared.bundle.deployments import current_generation
 from loramux_shared.bundle.reader import read_bundle
-from tests.support.builders import OWNER, Builders, ended, journaled
+from tests.support.builders import Builders, ended
 from tests.support.folders import built
 from tests.support.mortal import Killed, Mortal, copied
 
@@ -60,28 +57,6 @@ def test_an_update_killed_at_any_operation_is_made_once(world: Builders, after: 
         if not mortal.dead:
             break
     assert 15 < mortal.count < 50
-
-
-async def test_an_update_goes_on_after_a_restart(world: Builders) -> None:
-    """The builder's own journal entry is taken up at its next start."""
-    entry = JournalEntry(update=wish(world, "two", remove=("one",)), create_time=datetime.now(UTC))
-    journaled(world.store, OWNER, entry)
-    builds = world.builder()
-    assert await builds.recover() == 1
-    assert (await ended(builds)).state is BuildState.ACTIVE
-    assert list(world.generation.adapters) == ["two"]
-
-
-async def test_a_cancelled_update_leaves_what_is_served(world: Builders) -> None:
-    """It ends as BUILD_CANCELLED, and the deployment is what it was."""
-    builds = world.builder()
-    world.store.gate.clear()
-    await builds.update(wish(world, "two"))
-    await builds.cancel("tiny")
-    world.store.gate.set()
-    last = await ended(builds)
-    assert (last.state, last.failure.reason if last.failure else "") == (BuildState.FAILED, "BUILD_CANCELLED")
-    assert list(world.generation.adapters) == ["one"]
 
 
 async def test_the_commands(world: Builders) -> None:

@@ -338,7 +338,6 @@ async def test_what_is_thought_comes_apart(tmp_path: Path) -> None:
     assert hidden.content[0].thinking == ""  # type: ignore[union-attr]
     assert hidden.content[1].text == "The sky."  # type: ignore[union-attr]
     details = hidden.usage.output_tokens_details
-    assert details is not None
     assert len("I look.") <= details.thinking_tokens < hidden.usage.output_tokens
     assert variables == {"enable_thinking": True, "thinking": True}
 

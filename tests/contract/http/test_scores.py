@@ -267,7 +267,6 @@ async def test_who_classifies_is_not_merged(made: tuple[World, MemoryStore]) -> 
     store = MemoryStore()
     world.build_with(store, runtime=hidden)
     generation = current_generation(store, "tiny")
-    assert generation is not None
     assert generation.merged is None
     with pytest.raises(DeploymentInvalid, match="classifies texts"):
         world.build_with(MemoryStore(), runtime=hidden | {"merge": "always"})

@@ -36,7 +36,6 @@ class Replica:
     def publish(self, speculative_tokens: int | None) -> int:
         """Publish a generation; return its number."""
         newest = current_generation(self._store, "tiny")
-        assert newest is not None
         changed = newest.model_copy(update={"speculative_tokens": speculative_tokens})
         return publish_generation(self._store, changed).number
 

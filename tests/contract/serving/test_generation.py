@@ -1,4 +1,4 @@
-"""The features of the APIs, below the APIs, with a tiny model: several answers, sampling, limits."""
+"""The features of the APIs, below the APIs, with a tiny model: answers, sampling, limits, scored prompts."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from contextlib import aclosing
 from typing import Any
 
 import pytest
+import torch
 
 from inference_service.core.constraint import Constraint
-from inference_service.core.sequence import EndReason
+from inference_service.core.sequence import EndReason, Token
 from inference_service.serving.service import (
     AnswerDelta,
     AnswerFinished,
@@ -21,10 +22,17 @@ from inference_service.serving.service import (
     PromptScores,
     Request,
 )
-from loramux_shared.faults import DeadlineExceeded, Fault, QueueFull, RequestInvalid, ShuttingDown
+from loramux_shared.faults import (
+    DeadlineExceeded,
+    Fault,
+    PromptTooLong,
+    QueueFull,
+    RequestInvalid,
+    ShuttingDown,
+)
 from loramux_shared.storage.memory import MemoryStore
 from tests.support.service import LONG, PROMPT, SAMPLED, Service, open_service
-from tests.support.tiny import VOCAB, World
+from tests.support.tiny import VOCAB, World, oracle
 from tests.support.waiting import ended, wait_until
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -163,45 +171,6 @@ async def test_min_tokens_hold_back_the_end(service: Service) -> None:
     assert answer.index(2) == 7
 
 
-OUT_OF_BOUNDS: list[tuple[dict[str, Any], list[str]]] = [
-    ({"n": 0}, ["n"]),
-    ({"n": 129}, ["n"]),
-    ({"max_tokens": 0}, ["max_tokens"]),
-    ({"max_tokens": 3, "min_tokens": 4}, ["min_tokens"]),
-    ({"min_p": 1.1, "presence_penalty": -2.1}, ["min_p", "presence_penalty"]),
-    ({"frequency_penalty": 2.1, "temperature": -0.1}, ["frequency_penalty", "temperature"]),
-    ({"repetition_penalty": 0.0, "top_k": -2}, ["repetition_penalty", "top_k"]),
-    ({"repetition_penalty": float("nan"), "min_p": float("nan")}, ["min_p", "repetition_penalty"]),
-    ({"logit_bias": {199: 1.0}}, ["logit_bias"]),
-    ({"logit_bias": {1: 101.0}}, ["logit_bias"]),
-    ({"logit_bias": {1: float("nan")}}, ["logit_bias"]),
-    ({"logit_bias": dict.fromkeys(range(1025), 0.0)}, ["logit_bias", "logit_bias"]),
-    ({"logprobs": 21, "prompt_logprobs": -1}, ["logprobs", "prompt_logprobs"]),
-    ({"stop_token_ids": (199,)}, ["stop_token_ids"]),
-    ({"constraint": Constraint("regex", "x" * 65537)}, ["response_format"]),
-    ({"tools": ({},) * 129}, ["tools"]),
-    ({"cache_salt": "x" * 257}, ["cache_salt"]),
-    ({"cache_salt": ""}, ["cache_salt"]),
-    ({"id": "a b"}, ["request_id"]),
-    ({"bad_words": ("",)}, ["bad_words"]),
-    ({"bad_words": ("x" * 257,)}, ["bad_words"]),
-    ({"bad_words": ("x",) * 1_000_000}, ["bad_words"]),
-    ({"allowed_token_ids": ()}, ["allowed_token_ids"]),
-    ({"allowed_token_ids": (199,)}, ["allowed_token_ids"]),
-    ({"allowed_token_ids": (-1,)}, ["allowed_token_ids"]),
-    ({"allowed_token_ids": (5,) * 1_000_000}, ["allowed_token_ids"]),
-    ({"id": "x" * 129}, ["request_id"]),
-]
-
-
-async def test_fields_out_of_bounds_are_named(service: Service) -> None:
-    """Every field that is out of bounds is named, all at once, and the engine hears nothing of it."""
-    for fields, named in OUT_OF_BOUNDS:
-        with pytest.raises(RequestInvalid) as caught:
-            await service.events(**fields)
-        assert sorted(finding.where for finding in caught.value.findings) == named
-
-
 async def test_a_bad_request_does_not_disturb_good_ones(service: Service) -> None:
     """Good answers are the same alone as among requests that are refused, late, left, or ask for much."""
     good: dict[str, Any] = {"n": 2, **SAMPLED}
@@ -268,3 +237,81 @@ def _story(events: list[Event]) -> list[Any]:
     ends = sorted((event.index, event.reason.value) for event in events if isinstance(event, AnswerFinished))
     scored = [token.id for event in events if isinstance(event, PromptScores) for token in event.tokens]
     return [sorted(tokens.items()), ends, scored]
+
+
+@pytest.mark.parametrize(("model", "max_batch_tokens"), [("base", 1024), ("all", 16)])
+async def test_prompt_logprobs_equal_transformers(
+    world: tuple[World, MemoryStore], model: str, max_batch_tokens: int
+) -> None:
+    """Every token of a prompt has the log probability that transformers gives it, in chunks, cached or not."""
+    service = await open_service(world, max_batch_tokens=max_batch_tokens)
+    with torch.no_grad():
+        adapter = world[0].adapters.get(model)
+        logits = oracle(world[0].base, adapter)(torch.tensor([LONG])).logits[0]
+    expected = torch.log_softmax(logits, dim=-1)
+    for _ in range(2):  # the second time, the prefix cache has the prompt
+        events = await service.events(LONG, model, max_tokens=2, prompt_logprobs=3)
+        (scored,) = [event.tokens for event in events if isinstance(event, PromptScores)]
+        _compare(scored, expected)
+    await service.close()
+
+
+def _compare(scored: tuple[Token, ...], expected: torch.Tensor) -> None:
+    assert [token.id for token in scored] == LONG
+    assert (scored[0].logprob, scored[0].top, scored[0].rank) == (None, (), None)
+    for place, token in enumerate(scored[1:]):
+        assert token.logprob == pytest.approx(float(expected[place, token.id]), abs=1e-4)
+        assert token.rank == 1 + int((expected[place] > expected[place, token.id]).sum())
+        best = expected[place].topk(3)
+        assert [item for item, _ in token.top] == best.indices.tolist()
+        assert [value for _, value in token.top] == pytest.approx(best.values.tolist(), abs=1e-4)
+
+
+async def test_no_answer_at_all_may_be_asked_for(service: Service) -> None:
+    """max_tokens 0 with prompt_logprobs reports the prompt, also one that leaves no room, and draws nothing."""
+    for prompt in ([5], LONG, [9] * 256):
+        started, scored, finished = await service.events(prompt, max_tokens=0, prompt_logprobs=0)
+        assert isinstance(started, AnswerStarted)
+        assert isinstance(scored, PromptScores)
+        assert isinstance(finished, AnswerFinished)
+        assert [token.id for token in scored.tokens] == prompt
+        assert (finished.reason, finished.completion_tokens) == (EndReason.LENGTH, 0)
+    with pytest.raises(PromptTooLong):
+        await service.events([9] * 256, max_tokens=1, prompt_logprobs=0)
+
+
+async def test_prompt_logprobs_come_once_with_several_answers(service: Service) -> None:
+    """They are the request's, not the answers', and do not change what is drawn."""
+    events = await service.events(LONG, n=3, prompt_logprobs=1, **SAMPLED)
+    assert sum(isinstance(event, PromptScores) for event in events) == 1
+    assert await service.answers(LONG, n=3, prompt_logprobs=1, **SAMPLED) == await service.answers(
+        LONG, n=3, **SAMPLED
+    )
+
+
+async def test_prompts_are_scored_across_preemptions(
+    world: tuple[World, MemoryStore], service: Service
+) -> None:
+    """Every scored prompt is still reported once and whole where memory runs out; answers stay the same."""
+    prompts = [LONG[place:] + LONG[:place] for place in range(3)]
+    fields: dict[str, Any] = {
+        "max_tokens": 60,
+        "ignore_eos": True,
+        "prompt_logprobs": 0,
+        "repetition_penalty": 1.3,
+    }
+    expected = [await service.events(prompt, **fields) for prompt in prompts]
+    tight = await open_service(world, kv_memory_gb=0.0001, max_batch_tokens=64)
+    found = await asyncio.gather(*(tight.events(prompt, **fields) for prompt in prompts))
+    assert tight.ready.engine.stats.preemptions
+    for one, other in zip(expected, found, strict=True):
+        assert _tokens(one) == _tokens(other)
+        ours, theirs = (
+            next(e for e in events if isinstance(e, PromptScores)).tokens for events in (one, other)
+        )
+        assert [token.logprob for token in ours[1:]] == pytest.approx([t.logprob for t in theirs[1:]], abs=1e-4)
+    await tight.close()
+
+
+def _tokens(events: list[Event]) -> list[int]:
+    return [token.id for event in events if isinstance(event, AnswerDelta) for token in event.tokens]

@@ -8,7 +8,6 @@ import signal
 import socketserver
 import subprocess
 import sys
-import threading
 import tracemalloc
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -30,6 +29,7 @@ from loramux_shared.storage.bounds import bound_of, read_bounded
 from loramux_shared.storage.local import LocalStore
 from loramux_shared.storage.open import open_store
 from loramux_shared.storage.s3 import PART_BYTES, S3Store
+from tests.support.https_server import served
 from tests.support.s3_gateway import S3Server, free_port
 from tests.support.waiting import BOUND_S, wait_until
 
@@ -342,10 +342,8 @@ class _BreaksOff(socketserver.StreamRequestHandler):
 def breaks_off(aws: S3Server) -> Iterator[tuple[type[_BreaksOff], str]]:
     """A server of our own whose answers can break off, and its address."""
     handler = type("Handler", (_BreaksOff,), {})
-    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield handler, f"http://127.0.0.1:{server.server_address[1]}"
-        server.shutdown()
+    with served(socketserver.ThreadingTCPServer(("127.0.0.1", 0), handler)) as address:
+        yield handler, f"http://{address}"
 
 
 def test_a_broken_answer_is_asked_for_again(breaks_off: tuple[type[_BreaksOff], str]) -> None:
@@ -478,9 +476,8 @@ class _Endless(socketserver.StreamRequestHandler):
 def test_a_server_that_sends_without_end(aws: S3Server, status: str) -> None:
     """Objects, listings and errors of a server that lies about their size are read up to their bounds."""
     handler = type("Handler", (_Endless,), {"status": status.encode()})
-    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        store = S3Store("bucket", endpoint_url=f"http://127.0.0.1:{server.server_address[1]}")
+    with served(socketserver.ThreadingTCPServer(("127.0.0.1", 0), handler)) as address:
+        store = S3Store("bucket", endpoint_url=f"http://{address}")
         for call in (
             lambda: store.get(current_key("d")),
             lambda: list(store.list("")),
@@ -488,4 +485,3 @@ def test_a_server_that_sends_without_end(aws: S3Server, status: str) -> None:
         ):
             with pytest.raises(RecordTooLarge, match="expected at most"):
                 call()
-        server.shutdown()

@@ -146,7 +146,6 @@ def test_a_process_that_is_gone_is_started_again() -> None:
     for end in (lambda child: child.stdin.close(), lambda child: child.kill(), lambda child: child.kill()):
         assert process.ask(question) == {"text": "hi"}
         child = process._process
-        assert child is not None
         end(child)  # the first as after a long idle time
         child.wait(BOUND_S)
     assert process.ask(question) == {"text": "hi"}

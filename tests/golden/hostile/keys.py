@@ -86,7 +86,6 @@ def _wide_o_proj() -> Tensors:
 
 
 _TOWER = "base_model.model.vision_tower.vision_model.encoder.layers.0.self_attn.q_proj.lora_A.weight"
-_WRAPPED = f"_orig_mod.{ROOT}layers.0._fsdp_wrapped_module.self_attn.q_proj.lora_A.default.weight"
 
 _TARGETS = ["q_proj", "v_proj", "embed_tokens", "lm_head"]
 

@@ -100,7 +100,6 @@ def sampling(ready: Ready, model: str, **fields: Any) -> SamplingParams:
 def test_every_file_is_in_the_bundle_byte_for_byte(world: World, store: MemoryStore) -> None:
     """Files travel with their digests; an adapter without any has a bundle of the two npy files."""
     generation = current_generation(store, "tiny")
-    assert generation is not None
     bundle = read_bundle(store, generation.adapters["wide"].digest)
     assert {name: (world.adapters["wide"] / name).read_bytes() for name in TEXT_FILES} == bundle.texts
     assert set(bundle.manifest.inputs).isdisjoint(TEXT_FILES)
@@ -114,7 +113,6 @@ def test_a_text_file_that_was_changed_in_the_store_is_refused(world: World, stor
     for key in store.list(""):
         other.put(key, store.get(key))
     generation = current_generation(other, "tiny")
-    assert generation is not None
     other.put(bundle_key(generation.adapters["wide"].digest, TEXT_FILES[0]), b"{{ messages }}")
     with pytest.raises(BundleCorrupt, match="chat_template"):
         defaults(world.load(other), "wide")

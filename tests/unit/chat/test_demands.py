@@ -98,7 +98,6 @@ class Bytes:
 
 def accepts(constraint: Constraint | None, text: str, vocabulary: Bytes) -> bool:
     """True where a text belongs to the language of a constraint."""
-    assert constraint is not None
     grammar = constraint.text
     if constraint.kind == "json_schema":
         grammar = LLMatcher.grammar_from_json_schema(grammar)
@@ -270,7 +269,6 @@ def test_whatever_a_grammar_lets_pass_is_read_as_whole_calls(tool: ToolParser, m
         )
         constraint = Demand(dialect, vocabulary.text()).free(tools, strict)("")
         for _ in range(examples(6) if constraint else 0):
-            assert constraint is not None
             matcher = LLMatcher(tokenizer, constraint.text, limits=LIMITS, log_level=0)
             begin = "functools" if (tool, marks) == (T.PHI4, "text") else BEGINS[tool]
             text = walk(matcher, vocabulary, draw, begin)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import threading
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -20,6 +19,7 @@ from loramux.cli.tables import kind, task
 from loramux.records import AdapterInfo, Stage
 from loramux_shared.faults import AdapterInvalid, Finding
 from tests.support.fake_services import Fakes, deployment_text
+from tests.support.https_server import served
 
 
 def run(*args: str, text: str | None = None) -> tuple[int, str, str]:
@@ -55,16 +55,13 @@ def test_what_people_type_otherwise(typed: list[str], meant: list[str]) -> None:
 
 def test_an_http_api_where_grpc_was_meant() -> None:
     """A server of HTTP/1 behind ``--grpc``, and an address with http://, are recognised."""
-    with ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        address = f"127.0.0.1:{server.server_address[1]}"
+    with served(ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler)) as address:
         code, _, errors = run("models", "--grpc", address)
         assert code == 3
         assert f"no answer from {address}: it does not speak gRPC. If that is the HTTP port" in errors
         code, _, errors = run("health", f"http://{address}")
         assert code == 2
         assert "expected HOST:PORT of a gRPC server" in errors
-        server.shutdown()
 
 
 def test_an_address_without_a_port() -> None:

@@ -1,16 +1,23 @@
-"""Promises that every command of ``loramux`` keeps; the commands are found by looking at the application."""
+"""Promises that every command of ``loramux`` keeps: help, tables, completion and folders."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import typer
+from rich.console import Console
 from typer.testing import CliRunner
 
 from loramux.cli.exits import MEANINGS
+from loramux.cli.local.preflight import UpPlan
+from loramux.cli.local.services import inference_command, local_roots
 from loramux.cli.main import app
+from loramux.cli.tables import fitted, fitting_columns
+from loramux_shared.deployment import Build, Deployment, Repository, SourceKind
+from tests.support.fake_services import Fakes
 from tests.support.root import ROOT
 
 WITHOUT_JSON = {
@@ -68,3 +75,94 @@ def test_exit_codes_are_documented() -> None:
     page = (ROOT / "docs" / "reference" / "cli.md").read_text()
     for code, meaning in MEANINGS.items():
         assert f"| {code.value} | {meaning} |" in page
+
+
+HEADERS = ("model", "modules", "first, ms")
+ROWS = (("SmolLM2-135M-Instruct", "-", "87/111/1110"), ("bård", "attn q k v dense, mlp gate", "5/5/5"))
+
+
+def _lines(width: int) -> list[str]:
+    screen = Console(width=width)
+    with screen.capture() as stated:
+        screen.print(fitted(HEADERS, ROWS, frozenset({"first, ms"}), width))
+    return stated.get().splitlines()
+
+
+@pytest.mark.parametrize("width", [64, 63, 43, 42, 30, 24])
+def test_no_line_is_longer_and_no_word_is_broken(width: int) -> None:
+    """At every width all words of all cells are there, each within one line."""
+    lines = _lines(width)
+    words = {word for line in lines for word in line.split()}
+    assert max(map(len, lines)) <= max(width, len("modules    SmolLM2-135M-Instruct"))
+    assert {word for row in ROWS for cell in row for word in cell.split() if cell != "-"} <= words
+
+
+def test_a_table_that_fits_has_a_line_for_each_row() -> None:
+    """A table with enough room has a line of headers, a rule, and the rows."""
+    assert len(_lines(80)) == 2 + len(ROWS)
+
+
+def test_cells_go_on_between_words_before_rows_become_blocks() -> None:
+    """The column with several words gives way first; then each row is a block of what it says."""
+    wrapped, blocks = _lines(43), _lines(42)
+    assert sum("bård" in line or "mlp" in line for line in wrapped) == 2
+    assert "model      bård" in blocks
+    assert [line for line in blocks if line.startswith("modules")] == [
+        "modules    attn q k v dense, mlp gate",
+    ]
+
+
+def test_columns_that_can_be_spared_go_first() -> None:
+    """Only as many as it takes for a row to be a line, in the order that is given; all others stay."""
+    spare = ("first, ms", "modules")
+    assert fitting_columns(HEADERS, ROWS, spare, 62) == ([0, 1, 2], [])
+    assert fitting_columns(HEADERS, ROWS, spare, 61) == ([0, 1], ["first, ms"])
+    assert fitting_columns(HEADERS, ROWS, spare, 30) == ([0], ["first, ms", "modules"])
+    assert fitting_columns(HEADERS, ROWS, spare, 2) == ([0], ["first, ms", "modules"])
+
+
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [
+        (["dep"], ["deployments"]),
+        (["chat", "--temp"], ["--temperature"]),
+        (["chat", "--grpc", "HERE", "lora"], ["lora1", "lora2"]),
+        (["chat", "--grpc", "127.0.0.1:1", "lora"], []),
+    ],
+)
+def test_words_complete(fakes: Fakes, words: list[str], offered: list[str]) -> None:
+    """Commands and flags complete, and models of the server that the line names, or none without an error."""
+    words = [fakes.inference_address if word == "HERE" else word for word in words]
+    requests = {
+        "COMP_WORDS": " ".join(["loramux", *words]),
+        "COMP_CWORD": str(len(words)),
+        "_LORAMUX_COMPLETE": "complete_bash",
+    }
+    ended = CliRunner().invoke(app, [], prog_name="loramux", env=requests)
+    assert (ended.stdout.split(), ended.stderr) == (offered, "")
+
+
+def test_a_snapshot_of_the_hubs_cache_is_read_with_its_blobs(tmp_path: Path) -> None:
+    """The files of a snapshot are links out of its folder; of others they alone are allowed."""
+    model, plain = tmp_path / "models--org--base", tmp_path / "snapshots" / "plain"
+    for folder in (snapshot := model / "snapshots" / "abc", model / "blobs", plain):
+        folder.mkdir(parents=True)
+    local = [Repository(source=SourceKind.LOCAL, repo=str(folder)) for folder in (snapshot, plain, snapshot)]
+    hub = Repository(source=SourceKind.HF, repo="org/other")
+    assert local_roots([*local, hub]) == [snapshot, plain, model / "blobs"]
+
+
+def test_up_reads_beside_its_file_and_below_its_roots(tmp_path: Path) -> None:
+    """Only files that the deployment names are read outside its file's folder and those of --local-root."""
+    base, one = (Repository(source=SourceKind.LOCAL, repo=str(tmp_path / each)) for each in ("base", "a/one"))
+    deployment = Deployment(model_name="m", build=Build(checkpoint_repository=base, lora_adapters={"1": one}))
+    roots = [tmp_path / "a", tmp_path / "b", tmp_path / "a"]
+    plan = UpPlan(deployment, "file:///none", "127.0.0.1:1", "127.0.0.1:2", roots=roots)
+    assert plan.local_roots == [tmp_path / "base", tmp_path / "a", tmp_path / "b"]
+
+
+def test_the_api_is_open_where_it_is_asked_for() -> None:
+    """The flag reaches the service, and without it the HTTP APIs stay closed."""
+    assert "--http" not in inference_command("d", None, None, [], {})
+    command = inference_command("d", None, None, [], {}, "127.0.0.1:8000")
+    assert command[command.index("--http") + 1] == "127.0.0.1:8000"

@@ -94,7 +94,6 @@ def test_a_key_with_limits(tmp_path: Path) -> None:
     assert run("keys", "new", "--scope", "infer", *limits, "--file", str(path))[0] == 0
     [entry] = parse_keys(path.read_text(), "f")
     emitted = {"weight": 0.5, "max_running": 2, "max_waiting": 3, "tokens_per_minute": 4000}
-    assert entry.limits is not None
     assert entry.limits.model_dump() == emitted
     _, text, _ = run("keys", "list", "--file", str(path), "--json")
     assert json.loads(text)["keys"][0]["limits"] == emitted

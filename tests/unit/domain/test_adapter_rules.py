@@ -93,6 +93,17 @@ def test_target_modules_of_the_deployment_are_a_ceiling(tmp_path):
     assert (finding.code, finding.fix) == ("E_MODULE", "Add attn_v to lora_target_modules.")
 
 
+def test_a_rank_above_the_ceiling_names_both_and_the_cure(tmp_path):
+    """A rank above max_lora_rank is refused with both numbers, and with what to set."""
+    (finding,) = check_adapter(write_adapter(tmp_path), book(max_rank=2)).errors
+    assert (finding.code, finding.expected, finding.found) == (
+        "E_RANK_MAX",
+        "rank <= max_lora_rank 2",
+        "rank 4",
+    )
+    assert finding.fix == "Set max_lora_rank to at least 4."
+
+
 def test_float16_overflow_names_the_cure(tmp_path):
     """A value that float16 cannot hold is refused with both numbers and the cure."""
     checked = check_adapter(write_adapter(tmp_path, with_value(9.1e4, ml_dtypes.bfloat16)), book(Dtype.FLOAT16))
@@ -106,6 +117,8 @@ def test_subfolder_is_suggested():
     """An adapter one folder below is not taken silently, but named."""
     (finding,) = file_findings(["checkpoint-500/adapter_config.json", "README.md"])
     assert finding.fix == "The adapter is in 'checkpoint-500': set subfolder, or name that folder."
+    (finding,) = file_findings(["adapter_config.json"])
+    assert (finding.code, finding.where) == ("E_NO_WEIGHTS", "adapter_model.safetensors")
 
 
 @pytest.mark.parametrize(

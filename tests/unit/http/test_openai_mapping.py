@@ -1,19 +1,30 @@
-"""The map from bodies to requests: defaults, names and contradictions."""
+"""The map from OpenAI's bodies to requests, calls that are demanded, and what the server uses of uvicorn."""
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Mapping
 from typing import Any
 
 import pytest
+from llguidance import LLMatcher
+from uvicorn.protocols.http import httptools_impl
+from uvicorn.protocols.http.flow_control import FlowControl
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from inference_service.adapters.catalog import Catalog
+from inference_service.chat.conversation import AnswerPart
+from inference_service.chat.formats.lark import OfferedTool, calls_schema
+from inference_service.chat.pieces import TextPiece, Thought
 from inference_service.chat.request import NO_HEADERS
+from inference_service.core.sequence import EndReason, Token
+from inference_service.http.openai.answers import usage
+from inference_service.http.openai.chat import ChatChoice
 from inference_service.http.openai.chat_schema import ChatBody
 from inference_service.http.openai.mapping import chat_of, completion_requests
 from inference_service.http.openai.schema import CompletionBody
-from inference_service.serving.request import Request
+from inference_service.serving.request import AnswerDelta, AnswerFinished, Request
 from inference_service.serving.service import GenerationService, ServingLimits
 from loramux_shared.faults import RequestInvalid
 from tests.support.generations import change_deployed
@@ -130,3 +141,78 @@ def test_formats_become_constraints() -> None:
     assert _chat(response_format={"type": "text"}).output.constraint is None
     for choice in ("none", "auto"):
         assert _chat(response_format={"type": "json_object"}, tools=TOOLS, tool_choice=choice).output.constraint
+
+
+def test_schemas_of_several_tools_keep_their_references() -> None:
+    """Definitions of two tools with the same name do not meet, and the grammar library takes the whole."""
+    shapes = {"a": {"type": "integer"}, "b.c": {"type": "string"}}
+    properties = {"x": {"$ref": "#/$defs/X"}, "again": {"$ref": "#"}}
+    tools = [
+        OfferedTool(name, {"type": "object", "properties": properties, "$defs": {"X": shape}})
+        for name, shape in shapes.items()
+    ]
+    schema = calls_schema(tools)
+    assert LLMatcher.validate_grammar(LLMatcher.grammar_from_json_schema(schema)) == ""
+    definitions = schema["$defs"]
+    for name, shape in shapes.items():
+        assert definitions[name]["properties"]["x"] == {"$ref": f"#/$defs/{name}/$defs/X"}
+        assert definitions[name]["properties"]["again"] == {"$ref": f"#/$defs/{name}"}
+        assert definitions[name]["$defs"]["X"] == shape
+
+
+def test_thoughts_have_both_names() -> None:
+    """Reasoning stands beside the content, in a message and in chunks, under vLLM's two names."""
+    choice = ChatChoice(0, [], None, ids=False)
+    parts = choice.parts(
+        AnswerPart(AnswerDelta("ab", ()), [Thought("Let me "), Thought("see."), TextPiece("Yes.")])
+    )
+    choice.take(AnswerPart(AnswerFinished(EndReason.STOP, "", 1, 3, 0), []))
+    deltas = [part["delta"] for part in parts]
+    assert deltas[0] == {"role": "assistant", "content": "", "refusal": None}
+    assert deltas[1] == {"reasoning_content": "Let me ", "reasoning": "Let me "}
+    assert deltas[3] == {"content": "Yes."}
+    message = choice.whole()["message"]
+    assert (message["content"], message["reasoning"]) == ("Yes.", "Let me see.")
+    assert message["reasoning_content"] == message["reasoning"]
+
+
+def test_tokens_of_reasoning_are_counted() -> None:
+    """Those that were decoded for it; those of marks count for what comes behind them."""
+    choice, tokens = ChatChoice(0, [], None, ids=False), (Token(5), Token(6))
+    for pieces in ([], [Thought("a")], [TextPiece("b")], [], [Thought("c")]):
+        choice.take(AnswerPart(AnswerDelta("", tokens), pieces))
+    assert choice.reasoning_tokens == 8
+    assert usage([], 8)["completion_tokens_details"] == {"reasoning_tokens": 8}
+    assert "completion_tokens_details" not in usage([])
+
+
+OVERRIDDEN = {
+    "connection_lost",
+    "connection_made",
+    "on_body",
+    "on_header",
+    "on_headers_complete",
+    "on_message_begin",
+    "on_message_complete",
+    "on_response_complete",
+    "pause_writing",
+    "_start_asgi_task",
+}
+CALLED = {"_unset_keepalive_if_required"}
+SET_BY_THE_PROTOCOL = {"cycle", "flow", "headers", "loop", "parser", "pipeline", "scope", "transport"}
+SET_BY_A_CYCLE = {"disconnected", "keep_alive", "message_event", "response_complete", "response_started"}
+
+
+def test_what_is_overridden_and_called_is_there() -> None:
+    """A method that a release renames would be called by nobody: answers would end without a word."""
+    assert not {name for name in OVERRIDDEN | CALLED if not callable(getattr(HttpToolsProtocol, name, None))}
+    assert httptools_impl.STATUS_LINE[200].startswith(b"HTTP/1.1 200")
+
+
+def test_what_is_read_is_set() -> None:
+    """The attributes that the connection reads are those that uvicorn sets."""
+    protocol = set(HttpToolsProtocol.__init__.__code__.co_names)
+    assert protocol >= SET_BY_THE_PROTOCOL
+    assert set(RequestResponseCycle.__init__.__code__.co_names) >= SET_BY_A_CYCLE
+    assert "write_paused" in FlowControl.__init__.__code__.co_names
+    assert list(inspect.signature(HttpToolsProtocol._start_asgi_task).parameters) == ["self", "cycle", "app"]

@@ -148,7 +148,6 @@ def test_a_disk_with_less_than_the_reserve_is_told_the_truth(tmp_path):
         r"Free (\d+), or set LORAMUX_WORK_DIR to a folder on a larger disk\.",
         refusal.value.message,
     )
-    assert stated is not None
     needed, has, missing = map(int, stated.groups())
     assert needed == free + RESERVE_BYTES
     assert abs(has - free) < 1 << 30

@@ -30,8 +30,6 @@ HELD_OUT = ("capital of France", "make tea", "sky blue")
 def script(name: str) -> ModuleType:
     """Import an example, which is a script and no package."""
     spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     spec.loader.exec_module(module)
@@ -90,7 +88,6 @@ def test_adapter_is_as_stated(name: str) -> None:
             match = re.fullmatch(
                 r"base_model\.model\.model\.layers\.\d+\.(?:self_attn|mlp)\.(\w+)\.lora_([AB])\.weight", key
             )
-            assert match is not None
             assert match[1] in modules
             assert part.get_shape()[0 if match[2] == "A" else 1] == rank
 
