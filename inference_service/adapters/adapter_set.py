@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 from inference_service.adapters.catalog import Catalog, NameChanges
 from inference_service.adapters.ports import AdapterResidency
 from inference_service.core.adapter import Adapter
-from inference_service.engine.engine import Engine
 from loramux_shared.bundle.generation import AdapterRecord, Generation
 from loramux_shared.bundle.names import OWN_NAME, bad_name
 from loramux_shared.faults import Finding, RequestInvalid
 from loramux_shared.settings import InferenceSettings
+
+if TYPE_CHECKING:  # which would import torch
+    from inference_service.engine.engine import Engine
 
 
 @dataclass(frozen=True)

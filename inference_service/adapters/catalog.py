@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from itertools import chain
@@ -56,6 +56,8 @@ class Catalog:
         """List what is served; a request may name most_mixed adapters, as many as a step may have."""
         self.deployed = _bare(generation, base_name)
         """The generation that is served; until `apply`, nothing of it but its number and the base's name."""
+        self.watchers: list[Callable[[], None]] = []
+        """Called after each change of the generation."""
         self._most_mixed = most_mixed
         ordered = sorted(models, key=lambda model: (model.name != base_name, model.name))
         self._models = {model.name: model for model in ordered}
@@ -232,13 +234,16 @@ class Catalog:
         access = ACCESS.get()
         return model_not_found(name, [each for each in (*self._models, *self.aliases) if access.may_use(each)])
 
+    def handle(self, digest: str, invocation: tuple[int, ...] = ()) -> Adapter:
+        """Return the one handle of a version, also of one that no name stands for any more."""
+        adapter = self._handles.get(digest) or Adapter(digest, invocation=invocation)
+        self._handles[digest] = adapter
+        return adapter
+
     def _registered(
         self, name: str, record: AdapterRecord, models: Mapping[str, ServedModel], now: datetime
     ) -> ServedModel:
-        adapter = self._handles.get(record.digest) or Adapter(
-            record.digest, invocation=record.invocation_tokens
-        )
-        self._handles[record.digest] = adapter
+        adapter = self.handle(record.digest, record.invocation_tokens)
         source = display_source(record.source)
         known = self._known(name, record.digest, models)
         if known is not None:
@@ -297,6 +302,8 @@ class Catalog:
         first = {name: self._base} if generation.serve_base else {}
         self._models = first | dict(sorted(models.items()))
         self.deployed = generation
+        for watcher in self.watchers:
+            watcher()
 
 
 def _bare(number: int, base_name: str) -> Generation:

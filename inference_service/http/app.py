@@ -67,7 +67,7 @@ async def show_openapi(service: GenerationService, http: HttpRequest) -> Respons
 TEXT: Final = "text/plain"
 CHANGES: Final = (403, 404, 409, 504)
 """Statuses of failures of routes that change the deployment."""
-_counting = partial(Endpoint, fails=(404, 429))
+_counting = partial(Endpoint, fails=(404, 429), reads_prompts=True)
 """A route that reads a prompt as answers do, and computes nothing."""
 _computing = partial(_counting, hinted=True)
 """A route that the engine answers."""
@@ -131,12 +131,14 @@ def create_app(
     keyring: Keyring | None = None,
     tracing: ServerSpans | None = None,
     adapters: AdapterManager | None = None,
+    relay: Handler | None = None,
 ) -> Front:
     """Return the ASGI application; with a keyring, all but health and the page asks for a key.
 
-    Without adapters, those of the service's catalog are there for good.
+    Without adapters, those of the service's catalog are there for good. relay answers what reads no prompt,
+    where the engine is in another process.
     """
-    app = Application(service)
+    app = Application(service, relay)
     app.state.keyless = keyring is None
     app.state.adapters = adapters or service.adapters
     guarded = app if keyring is None else AccessMiddleware(app, keyring, scope_of, fault_response)
@@ -150,10 +152,12 @@ class Application:
     Starlette's own application does the same with three functions that every part of a stream passes.
     """
 
-    def __init__(self, service: GenerationService) -> None:
+    def __init__(self, service: GenerationService, relay: Handler | None = None) -> None:
         self.state = State()
         paths = dict.fromkeys(endpoint.path for endpoint in ENDPOINTS)
-        self.routes = [Route(path, Resource(service, path), methods=list(handlers_of(path))) for path in paths]
+        self.routes = [
+            Route(path, Resource(service, path, relay), methods=list(handlers_of(path))) for path in paths
+        ]
         self._router = Router(self.routes, redirect_slashes=False)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -168,9 +172,9 @@ class Application:
 class Resource:
     """The handlers of a path, one for each of its methods."""
 
-    def __init__(self, service: GenerationService, path: str) -> None:
+    def __init__(self, service: GenerationService, path: str, relay: Handler | None) -> None:
         self._service = service
-        self._handlers = handlers_of(path)
+        self._handlers = handlers_of(path, relay)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one of the path's methods; HEAD is GET."""
@@ -188,9 +192,13 @@ class Resource:
         await response(scope, receive, send)
 
 
-def handlers_of(path: str) -> dict[str, Handler]:
+def handlers_of(path: str, relay: Handler | None = None) -> dict[str, Handler]:
     """Return what answers a path, by method: one route has them all, so that a refusal can name them all."""
-    return {endpoint.method: endpoint.handler for endpoint in ENDPOINTS if endpoint.path == path}
+    return {
+        each.method: each.handler if relay is None or each.reads_prompts else relay
+        for each in ENDPOINTS
+        if each.path == path
+    }
 
 
 def scope_of(path: str) -> AccessScope | None:

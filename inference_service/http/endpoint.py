@@ -37,6 +37,8 @@ class Endpoint:
     """Statuses of failures, besides those of every route, of keys and of bodies."""
     error: Any = Error
     """The type of the body of a failure."""
+    reads_prompts: bool = False
+    """True where an API process answers itself; the engine's process answers the others."""
     hinted: bool = False
     """True where headers say which version is to answer, and which one answered: `serving.request.hinted`."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable
 from typing import Final
 
@@ -11,6 +12,7 @@ from uvicorn.server import ServerState
 
 from inference_service.adapters.manager import AdapterManager
 from inference_service.http.app import create_app
+from inference_service.http.endpoint import Handler
 from inference_service.http.wire.connections import Connections
 from inference_service.http.wire.protocol import USUAL, BoundedHttp, ClientTimeouts
 from inference_service.serving.service import GenerationService
@@ -37,10 +39,11 @@ class HttpServer:
         patience: ClientTimeouts = USUAL,
         max_connections: int | None = None,
         adapters: AdapterManager | None = None,
+        relay: Handler | None = None,
     ) -> None:
         """Serve at most max_connections at once; what the limit on open files allows when not given."""
         self.address = address
-        self._front = create_app(service, guard.keyring, tracing, adapters)
+        self._front = create_app(service, guard.keyring, tracing, adapters, relay)
         config = uvicorn.Config(
             self._front,
             log_config=None,
@@ -68,14 +71,14 @@ class HttpServer:
         tls = guard.tls.following_context() if guard.tls is not None else None
         self.connections = Connections(state, connection, patience, bound, tls)
 
-    async def start(self) -> str:
-        """Listen, and return the bound address (port 0 draws a free one).
+    async def start(self, listener: socket.socket | None = None) -> str:
+        """Listen, and return the bound address (port 0 draws a free one); a listener listens already.
 
         Raises:
             SettingsInvalid: the address is taken or no ``HOST:PORT``.
         """
         host, _, _ = self.address.rpartition(":")
-        listener = listen(self.address)
+        listener = listener or listen(self.address)
         self.address = f"{host}:{listener.getsockname()[1]}"
         self.connections.start(listener)
         return self.address

@@ -23,6 +23,9 @@ YIELDS: Final = 4
 class Outputs:
     """The outputs of the sequences of one request, as they come; one task reads them."""
 
+    paced = True
+    """Whether many streams wait for their turns."""
+
     def __init__(self, seqs: Seq[Sequence], on_close: Callable[[str], None]) -> None:
         self._open = {seq.id for seq in seqs}
         self._later: Seq[Sequence] = seqs[1:]

@@ -11,15 +11,17 @@ from collections.abc import Awaitable, Callable, Mapping
 from collections.abc import Sequence as Seq
 from enum import StrEnum
 from functools import partial
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import structlog
 
 from inference_service.core.sequence import EndReason, Sequence, StepOutput
-from inference_service.engine.engine import Engine, EngineStats, SequenceCounts
 from inference_service.serving.delivery import SLICE, Delivery, Outputs
 from inference_service.serving.watchdog import Watchdog
 from loramux_shared.faults import Fault, QueueFull, ReplicaFailed, ReplicaPaused, ShuttingDown
+
+if TYPE_CHECKING:  # which would import torch
+    from inference_service.engine.engine import Engine, EngineStats, SequenceCounts
 
 Command = Callable[[], None]
 
@@ -182,8 +184,10 @@ class EngineThread:
         self._inbox.close()
         return await self.ended()
 
-    def submit(self, seqs: Seq[Sequence]) -> Outputs:
-        """Put the sequences of a request in the queue; the caller must close what it gets.
+    def submit(
+        self, seqs: Seq[Sequence], make: Callable[[Seq[Sequence], Callable[[str], None]], Outputs] = Outputs
+    ) -> Outputs:
+        """Put the sequences of a request in the queue; the caller must close what it gets, which make makes.
 
         They have the same prompt: all but the first go to the engine when the first has its first token, and
         find the prompt in the prefix cache.
@@ -196,7 +200,7 @@ class EngineThread:
         if self._stopped is not None:
             raise self._stopped.with_message(self._stopped.message)
         self._require_room(len(seqs))
-        outputs = Outputs(seqs, self._close)
+        outputs = make(seqs, self._close)
         self._streams |= {seq.id: outputs for seq in seqs}
         self._under_way |= {seq.id for seq in seqs}
         self._delivery.came = True
@@ -370,7 +374,7 @@ class EngineThread:
                 self._under_way.discard(seq_id)
             for seq in stream.put(seq_id, outputs):
                 self._begin(seq)
-            if paced:
+            if paced and stream.paced:
                 self._delivery.add(stream, urgent=outputs[0].first or outputs[-1].finish is not None)
             else:
                 stream.wake()

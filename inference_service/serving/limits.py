@@ -124,14 +124,15 @@ class Ticket:
     def submitted(self, first: EngineSequence) -> None:
         """Note the sequence of the first answer: it has the prompt, and tells when the request begins."""
         self._seq = first
-        self._take(first.num_prompt)
+        self.take(first.num_prompt)
 
     def see(self, event: Event) -> None:
         """Note the tokens of an answer."""
         if self.bounds and isinstance(event, AnswerDelta):
-            self._take(len(event.tokens))
+            self.take(len(event.tokens))
 
-    def _take(self, tokens: int) -> None:
+    def take(self, tokens: int) -> None:
+        """Note that tokens were used."""
         for bound in self.bounds:
             bound.take(tokens)
 

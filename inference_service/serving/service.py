@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from collections.abc import Sequence as Seq
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 
 from inference_service.adapters.catalog import Catalog
@@ -17,7 +17,7 @@ from inference_service.adapters.scoring import Scorer
 from inference_service.adapters.served_model import ServedModel, require_text
 from inference_service.adapters.texts import AdapterTexts
 from inference_service.core.adapter import activation
-from inference_service.core.constraint import Constraint
+from inference_service.core.constraint import Constraint, Grammar
 from inference_service.core.sampling import LogprobsMode
 from inference_service.core.sequence import Sequence, StepOutput
 from inference_service.serving.answer import Answer
@@ -108,14 +108,14 @@ class GenerationService:
         self.naming = Naming(catalog, follower, texts)
         self.logprobs_mode: LogprobsMode = logprobs_mode
         self.base_files = base_files or BaseFiles()
-        self._limiter = Limiter()
-        self._texts = texts
-        self._pooling_of_base = pooling_of_base
+        self.limiter = Limiter()
+        self.texts = texts
+        self.pooling_of_base = pooling_of_base
         self._parsers_of = parsers_of
         self._watchers = (self.metrics, *watchers)
         self.in_work = 0
         """Requests of all APIs that have not ended."""
-        self._constraints = Constraints(limits.eos_token_ids)
+        self.constraints = Constraints(limits.eos_token_ids)
 
     async def generate(self, request: Request) -> AsyncGenerator[Event]:
         """Answer a request.
@@ -139,7 +139,7 @@ class GenerationService:
             if request.output.pooling is None:
                 require_text(model)
             check(request, model.vocab or self.text.vocab, self.engine.max_queue, self.limits.max_seq_len)
-            with self._limiter.admit(model, ACCESS.get(), self.catalog.deployed.limits) as ticket:
+            with self._admit(model) as ticket:
                 defaults = await self.naming.defaults(model)
                 terms = self._terms(request, defaults)
                 tokens = await terms.prompt(self.limits.max_seq_len)
@@ -150,9 +150,7 @@ class GenerationService:
                 answers = await self._answers(terms, model, tokens, ticket)
                 seqs = [answer.seq for answer in answers.values()]
                 follower.submitted(seqs)
-                ticket.check_tokens()
-                outputs = self.engine.submit(seqs)
-                ticket.submitted(seqs[0])
+                outputs = await self._submit(terms, model, seqs, ticket)
                 try:
                     yield AnswerStarted(
                         request.id, model, served.generation, len(tokens), terms.text, tuple(tokens)
@@ -187,9 +185,9 @@ class GenerationService:
             BundleCorrupt: the store's files are missing or damaged, or there is none.
             StoreUnavailable: the store does not answer.
         """
-        if self._texts is None:
+        if self.texts is None:
             raise InternalFault(f"the score head of {model.name!r} cannot be read here. Please report it.")
-        return await self._texts.scorer(model.digest)
+        return await self.texts.scorer(model.digest)
 
     @property
     def max_queue(self) -> int:
@@ -199,7 +197,7 @@ class GenerationService:
     @property
     def usual_pooling(self) -> Pooling | None:
         """Return the pooling of requests that name none; None: they must."""
-        return self.catalog.deployed.pooling or self._pooling_of_base
+        return self.catalog.deployed.pooling or self.pooling_of_base
 
     @property
     def default_max_tokens(self) -> int | None:
@@ -244,6 +242,25 @@ class GenerationService:
                 follower.record.model = served.model if served else None
                 raise
 
+    def _admit(self, model: ServedModel) -> AbstractContextManager[Ticket]:
+        return self.limiter.admit(model, ACCESS.get(), self.catalog.deployed.limits)
+
+    async def _submit(
+        self,
+        terms: Terms,  # noqa: ARG002 - of an engine in another process
+        model: ServedModel,  # noqa: ARG002
+        seqs: Seq[Sequence],
+        ticket: Ticket,
+    ) -> Outputs:
+        """Give the engine the answers of a request."""
+        ticket.check_tokens()
+        outputs = self.engine.submit(seqs)
+        ticket.submitted(seqs[0])
+        return outputs
+
+    async def _grammars(self, terms: Terms) -> Seq[Grammar | None]:
+        return await terms.grammars(self.constraints)
+
     def _terms(self, request: Request, defaults: AdapterDefaults) -> Terms:
         text, usual = defaults.text or self.text, self.default_max_tokens
         return Terms(request, defaults, text, self.limits, usual, self.logprobs_mode)
@@ -254,7 +271,7 @@ class GenerationService:
         """Return the n answers of a request by the ids of their sequences."""
         request, output, scheduling = terms.request, terms.request.output, terms.request.scheduling
         sampling = await terms.sampling(len(tokens))
-        grammars = await terms.grammars(self._constraints)
+        grammars = await self._grammars(terms)
         number, where = next(_numbers), output.constraint.where if output.constraint else ""
         stop_tokens = frozenset(request.sampling.stop_token_ids) - terms.ends
         adapter, invocation = activation(model.mixture or model.adapter, tokens)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from hashlib import blake2b
 from typing import Final, TypeVar
 
 import numpy as np
 
 from inference_service.adapters.defaults import AdapterDefaults
-from inference_service.core.constraint import Grammar, packed
+from inference_service.core.constraint import Constraint, Grammar, packed
 from inference_service.core.sampling import LogprobsMode, SamplingParams
 from inference_service.serving.bounds import check_constraint
 from inference_service.serving.constraints import Constraints
@@ -101,17 +102,8 @@ class Terms:
             RequestInvalid: the constraint is too long, or cannot be followed, and is not optional.
         """
         output = self.request.output
-        constraint = output.constraint
-        if constraint is None:
-            return [None] * output.n
-        try:
-            check_constraint(constraint)
-            compiled = await constraints.compile(constraint, self.text)
-        except RequestInvalid:
-            if not constraint.optional:
-                raise
-            return [None] * output.n
-        return [compiled.begin(self._ends_of_text, optional=constraint.optional) for _ in range(output.n)]
+        begin = await begin_of(output.constraint, self.text, self.ends_of_text, constraints)
+        return [begin() for _ in range(output.n)]
 
     async def sampling(self, prompt_tokens: int) -> SamplingParams:
         """Return what the answers to a prompt of so many tokens are drawn by.
@@ -145,15 +137,36 @@ class Terms:
         request = self.request
         if request.sampling.allowed_token_ids is None:
             return None
-        ends = self._ends_of_text if request.output.constraint else frozenset()
+        ends = self.ends_of_text if request.output.constraint else frozenset()
         allowed = np.zeros(self.text.vocab, np.bool_)
         allowed[[*request.sampling.allowed_token_ids, *ends]] = True
         return packed(allowed)
 
     @property
-    def _ends_of_text(self) -> frozenset[int]:
+    def ends_of_text(self) -> frozenset[int]:
+        """Tokens that may end a constrained text."""
         special = self.text.vocabulary.special
         return self.ends | (special & set(self.request.sampling.stop_token_ids))
+
+
+async def begin_of(
+    constraint: Constraint | None, text: Text, ends: frozenset[int], constraints: Constraints
+) -> Callable[[], Grammar | None]:
+    """Return a function that begins the grammar of an answer, or returns None.
+
+    Raises:
+        RequestInvalid: the constraint is too long, or cannot be followed, and is not optional.
+    """
+    if constraint is None:
+        return lambda: None
+    try:
+        check_constraint(constraint)
+        compiled = await constraints.compile(constraint, text)
+    except RequestInvalid:
+        if not constraint.optional:
+            raise
+        return lambda: None
+    return partial(compiled.begin, ends, optional=constraint.optional)
 
 
 N = TypeVar("N", int, float)

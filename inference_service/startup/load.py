@@ -21,6 +21,8 @@ from inference_service.adapters.fixed import AllResident
 from inference_service.adapters.follower import Follower
 from inference_service.adapters.manager import AdapterManager
 from inference_service.adapters.ports import Publisher
+from inference_service.adapters.reading import BundleReader
+from inference_service.adapters.texts import AdapterTexts
 from inference_service.adapters.views import Facts
 from inference_service.backends.base import LoraBackend
 from inference_service.core.adapter import MOST_PARTS, Adapter
@@ -196,7 +198,7 @@ def load(
         watchers,
         adapters=manager,
         follower=follower,
-        texts=None if bank is None else bank.texts,
+        texts=AdapterTexts(BundleReader(store, None), base.text) if bank is None else bank.texts,
         base_files=BaseFiles(base.placed),
         pooling_of_base=base.pooling,
         parsers_of=settings.parsers,

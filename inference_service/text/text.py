@@ -93,6 +93,13 @@ class Text:
         special = special_tokens(config)
         return cls(tokenizer, ChatTemplate(source, special) if source else None, vocab, special)
 
+    @classmethod
+    def from_json(
+        cls, tokenizer: str, template: ChatTemplate | None, vocab: int, special_tokens: Mapping[str, str]
+    ) -> Text:
+        """Return a text side from what `tokenizer_json` returns."""
+        return cls(Tokenizer.from_str(tokenizer), template, vocab, special_tokens)
+
     def tokenizer_json(self) -> str:
         """Return the tokenizer as ``tokenizer.json`` has it."""
         return str(self._tokenizer.to_str())

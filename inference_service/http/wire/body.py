@@ -64,7 +64,7 @@ async def read_body(http: Request, kind: type[B]) -> B:
             415,
             f"expected a JSON body with content-type: application/json, found {media_type[:80]!r}.",
         )
-    data = await _read(http)
+    data = await read_bytes(http)
     if much := unfolds_to(data):
         raise RequestInvalid(f"the body has {much}. Send less.")
     try:
@@ -95,7 +95,13 @@ def _without_unknown_nulls(data: bytes, refused: ValidationError) -> bytes:
     return json.dumps(body).encode()
 
 
-async def _read(http: Request) -> bytes:
+async def read_bytes(http: Request) -> bytes:
+    """Return the body.
+
+    Raises:
+        HTTPException: 413 where it is too large.
+        ClientDisconnect: the client went away.
+    """
     data, size = bytearray(), 0
     async for part in http.stream():
         size += len(part)

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from itertools import chain
-from typing import Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
@@ -16,12 +16,14 @@ from inference_service.adapters.catalog import Catalog
 from inference_service.adapters.manager import AdapterManager
 from inference_service.adapters.served_model import ServedModel
 from inference_service.adapters.views import PLACES, AdapterPlace, ReplicaView
-from inference_service.engine.engine import SequenceCounts
 from inference_service.engine.residents import LOAD_BUCKETS_S, AdapterState
 from inference_service.serving.engine_thread import EngineThread
 from inference_service.serving.telemetry.model_series import MOST, Lines, bounds_of, families, head, sample
 from inference_service.serving.telemetry.replica import MODEL_LABEL, of_model
 from loramux_shared.deployment import ModelLimits
+
+if TYPE_CHECKING:  # which would import torch
+    from inference_service.engine.engine import SequenceCounts
 
 MOST_NAMED: Final = 2000
 """Names in one label."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import Final
 
@@ -107,6 +108,20 @@ class Metrics:
     def responded(self, status: int) -> None:
         """Count an answer of the HTTP server; a request that it refuses itself never gets here."""
         self._responses.labels(status).inc()
+
+    def add(
+        self,
+        counts: Sequence[tuple[str, str, str, int]],
+        seconds: Sequence[tuple[str, str, float]],
+        statuses: Mapping[int, int],
+    ) -> None:
+        """Add what an API process counted and observed, and the statuses of its answers."""
+        for name, model, said, amount in counts:
+            self._models.count(name, model, amount, said)
+        for name, model, each in seconds:
+            self._models.observe(name, model, each)
+        for status, amount in statuses.items():
+            self._responses.labels(status).inc(amount)
 
     def render(self) -> bytes:
         """Return everything, as CONTENT_TYPE says."""

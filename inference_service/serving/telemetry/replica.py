@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from importlib.metadata import version
-from typing import Final, TypeVar
+from typing import TYPE_CHECKING, Final, TypeVar
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
@@ -14,8 +14,10 @@ from typing_extensions import TypedDict
 
 from inference_service.adapters.catalog import Catalog
 from inference_service.adapters.views import Facts
-from inference_service.engine.engine import EngineStats
 from inference_service.serving.engine_thread import EngineThread
+
+if TYPE_CHECKING:  # which would import torch
+    from inference_service.engine.engine import EngineStats
 
 MODEL_LABEL: Final = "model_name"
 """Label of vLLM's families that are of a whole replica: the served base, by which gateways tell

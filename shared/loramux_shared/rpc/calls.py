@@ -120,7 +120,18 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc
         handler = await continuation(details)
         if handler is None or details.method.startswith("/grpc."):
             return handler
+        if handler.request_deserializer is None:
+            return self._relayed(handler, details.method)
         return self.wrap(handler, details.method)
+
+    def _relayed(self, handler: grpc.RpcMethodHandler, method: str) -> grpc.RpcMethodHandler:
+        """Return a handler of bytes, which another server reads, that is counted as one of ours."""
+
+        async def relay(requests: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> None:
+            async with self._guard(context, method):
+                await handler.stream_stream(requests, context)
+
+        return grpc.stream_stream_rpc_method_handler(relay)
 
     def wrap(self, handler: grpc.RpcMethodHandler, method: str) -> grpc.RpcMethodHandler:
         """Return a handler that passes here what it does.

@@ -32,10 +32,10 @@ MAX_WAITING = 32 * MAX_STREAMS
 cancels calls of anybody."""
 
 
-def server_options(connections: int) -> tuple[tuple[str, int], ...]:
-    """Return the options of a server that takes so many connections at once."""
+def server_options(connections: int, *, shared: bool = False) -> tuple[tuple[str, int], ...]:
+    """Return the options of a server that takes so many connections at once; processes may share its port."""
     return (
-        ("grpc.so_reuseport", 0),  # a second server on the same port must fail, not share it
+        ("grpc.so_reuseport", int(shared)),  # a second server on the same port must fail, not share it
         ("grpc.max_receive_message_length", MAX_REQUEST_BYTES),
         ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
         ("grpc.keepalive_time_ms", PING_S * 1000),
@@ -103,3 +103,28 @@ def cannot_listen(address: str, why: str) -> SettingsInvalid:
         f"cannot listen on {address!r} ({why}): expected a free HOST:PORT of this machine. Stop what listens "
         "there, or choose another."
     )
+
+
+def reserve(address: str) -> tuple[socket.socket | None, str]:
+    """Keep an address from everybody but processes of this user that share it; return it with its port.
+
+    A Unix socket is nobody's before it is listened on, and None is returned for it.
+
+    Raises:
+        SettingsInvalid: something else listens there, or it is no address of this machine.
+    """
+    if address.startswith("unix:"):
+        return None, address
+    with listen(address) as first:
+        family, place = first.family, first.getsockname()
+        both = family == socket.AF_INET6 and not first.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY)
+    kept = socket.socket(family, socket.SOCK_STREAM)
+    kept.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    if family == socket.AF_INET6:
+        kept.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(not both))
+    try:
+        kept.bind(place)
+    except OSError as error:
+        kept.close()
+        raise cannot_listen(address, error.strerror or str(error)) from error
+    return kept, f"{address.rpartition(':')[0]}:{place[1]}"

@@ -42,9 +42,14 @@ class RpcServer:
         patience: Patience = USUAL,
         max_connections: int | None = None,
         rules: Rules = CORE,
+        relay: grpc.GenericRpcHandler | None = None,
     ) -> None:
-        """Take at most max_connections at once; what the limit on open files allows when not given."""
+        """Take at most max_connections at once; what the limit on open files allows when not given.
+
+        With a relay, which has the first word about each call, other processes may listen on the same port.
+        """
         self.address = address
+        self._shared = relay is not None
         self._tls = guard.tls
         self._interceptor = CallInterceptor(tracing, patience, rules.untraced)
         self._names = ("", *services)
@@ -52,8 +57,10 @@ class RpcServer:
         """Health that the server reports."""
         admission = [AdmissionInterceptor(guard.keyring, rules)] if guard.keyring is not None else []
         interceptors = [*admission, self._interceptor]
-        options = server_options(max_connections or connections_per_server())
+        options = server_options(max_connections or connections_per_server(), shared=self._shared)
         self._server = grpc.aio.server(interceptors=interceptors, options=options)
+        if relay is not None:
+            self._server.add_generic_rpc_handlers((relay,))
         self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         for register in services.values():
@@ -68,7 +75,8 @@ class RpcServer:
             SettingsInvalid: the address is taken or no ``HOST:PORT``, or the files of TLS are no good.
         """
         await self.set_serving(False)
-        require_free(self.address)
+        if not self._shared:
+            require_free(self.address)
         host, _, port = self.address.rpartition(":")
         unix = host == "unix"
         try:
