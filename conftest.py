@@ -38,9 +38,10 @@ if TYPE_CHECKING:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add --sweep and --reverse."""
+    """Add --sweep, --reverse and --apart."""
     parser.addoption("--sweep", action="store_true", help="run the long sweeps too")
     parser.addoption("--reverse", action="store_true", help="run the last test first")
+    parser.addoption("--apart", action="store_true", help="run contract tests with APIs as in an API process")
 
 
 def pytest_plugin_registered(plugin: object, manager: pytest.PytestPluginManager) -> None:

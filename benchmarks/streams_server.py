@@ -1,6 +1,7 @@
 """Both APIs before the engine, the service and the telemetry of a replica; only the model is left out.
 
-``python -m benchmarks.streams_server STEP_MS INTERVAL_MS`` prints its addresses and serves until it is killed.
+``python -m benchmarks.streams_server STEP_MS INTERVAL_MS [API_PROCESSES]`` prints its addresses and serves until it
+is killed.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import json
 import sys
 import tempfile
 import time
+from collections import deque
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -25,6 +27,8 @@ from inference_service.engine.plan import SchedulerLimits
 from inference_service.engine.residents import AlwaysResident
 from inference_service.engine.step import Pending
 from inference_service.http.server import HttpServer
+from inference_service.processes.children import ApiProcesses
+from inference_service.processes.host import ApiHost
 from inference_service.replica import SWITCH_S, keep_what_is_loaded
 from inference_service.rpc.servicer import SERVICE_NAME, InferenceServicer, register
 from inference_service.serving.engine_thread import EngineThread
@@ -32,7 +36,9 @@ from inference_service.serving.service import GenerationService, ServingLimits
 from inference_service.serving.telemetry.request_log import open_watchers
 from inference_service.text.text import Text
 from loramux_shared.process import log_to_stderr, raise_limit
+from loramux_shared.rpc.admission import CORE
 from loramux_shared.rpc.server import RpcServer
+from loramux_shared.settings import InferenceSettings
 
 VOCAB: Final = 512
 SEATS: Final = 4096
@@ -48,10 +54,15 @@ class Instant:
 
     def __init__(self, step_s: float) -> None:
         self._step_s = step_s
+        self._began_s = 0.0
+        self.steps_s: deque[float] = deque(maxlen=4096)
+        """Seconds between the begins of steps."""
 
     def submit(self, batch: Batch) -> Pending:
         """Begin a step."""
-        until = time.monotonic() + self._step_s
+        now = time.monotonic()
+        self.steps_s.append(now - self._began_s)
+        self._began_s, until = now, now + self._step_s
         seqs = tuple(chunk.seq for chunk in batch.chunks if chunk.samples)
 
         def wait() -> list[Token]:
@@ -61,38 +72,50 @@ class Instant:
         return Pending(seqs, wait)
 
 
-def service(folder: Path, step_s: float, interval_s: float) -> tuple[GenerationService, EngineThread]:
+def service(folder: Path, instant: Instant, interval_s: float) -> tuple[GenerationService, EngineThread]:
     """Return a service that has one model, and its engine."""
     write_tokenizer(folder / "tokenizer.json", VOCAB)
     limits = SchedulerLimits(max_tokens=8192, max_seqs=SEATS, max_adapters=1, max_seq_len=LONGEST)
     blocks = BlockManager(BLOCKS, BLOCK_SIZE, prefix_cache=False)
-    engine = Engine(Instant(step_s), limits, blocks, AlwaysResident())
+    engine = Engine(instant, limits, blocks, AlwaysResident())
     thread = EngineThread(engine, SEATS, lambda: None, step_timeout_s=60, interval_s=interval_s)
     catalog = Catalog(1, MODEL, [ServedModel(MODEL)])
     bounds = ServingLimits(LONGEST, frozenset())
     return GenerationService(catalog, Text.load(folder, VOCAB), thread, bounds, open_watchers()), thread
 
 
-async def serve(step_s: float, interval_s: float) -> None:
+async def serve(step_s: float, interval_s: float, api_processes: int = 0) -> None:
     """Serve until it is cancelled."""
     raise_limit()
     sys.setswitchinterval(SWITCH_S)
     with tempfile.TemporaryDirectory(prefix="loramux-servers-") as folder:
-        made, thread = service(Path(folder), step_s, interval_s)
-        rpc = RpcServer("127.0.0.1:0", {SERVICE_NAME: partial(register, InferenceServicer(made))})
+        instant = Instant(step_s)
+        made, thread = service(Path(folder), instant, interval_s)
+        inside, apis = f"unix:{folder}/engine", None
+        rpc = RpcServer(
+            inside if api_processes else "127.0.0.1:0",
+            {SERVICE_NAME: partial(register, InferenceServicer(made))},
+        )
         http = HttpServer("127.0.0.1:0", made)
         addresses = {"grpc": await rpc.start(), "http": await http.start()}
+        if api_processes:
+            settings = InferenceSettings(deployment=MODEL, grpc="127.0.0.1:0", http="127.0.0.1:0")
+            host = ApiHost(made, keyless=True)
+            apis = ApiProcesses(settings, host, api_processes, (SERVICE_NAME,), CORE, inside)
+            addresses = await apis.start()
+            await apis.set_serving()
         keep_what_is_loaded()
         thread.start()
         await rpc.set_serving(True)
+        asyncio.get_running_loop().add_reader(sys.stdin, _report, instant)
         print(json.dumps(addresses), flush=True)
         try:
             await thread.ended()
         finally:
-            await asyncio.gather(rpc.drain(0), http.drain(0))
+            await asyncio.gather(*(each.drain(0) for each in (rpc, http, apis) if each is not None))
             await thread.stop()
 
 
 if __name__ == "__main__":
     log_to_stderr("json")
-    asyncio.run(serve(float(sys.argv[1]) / 1e3, float(sys.argv[2]) / 1e3))
+    asyncio.run(serve(float(sys.argv[1]) / 1e3, float(sys.argv[2]) / 1e3, *map(int, sys.argv[3:])))

@@ -27,6 +27,7 @@ FLAGS = {
     "store": "URI of the object store",
     "grpc": "HOST:PORT to listen on",
     "http": "HOST:PORT of the HTTP APIs; closed when not given",
+    "api_processes": "processes that answer both APIs beside the engine's; 0: none; auto",
     "model_ports": "MODEL=HOST:PORT, by commas: gRPC addresses of one model each",
     "deployment": "the deployment to serve",
     "backend": "auto, native, torch or triton",
@@ -92,6 +93,11 @@ async def serve(settings: InferenceSettings) -> int:
     for address in addresses:
         require_free(address)
     require_services_of_models(settings)
+    if (settings.api_processes or 0) > 1 and settings.grpc.startswith("unix:"):
+        raise SettingsInvalid(
+            f"{variable('api_processes')}={settings.api_processes}, and {variable('grpc')}={settings.grpc}: "
+            "expected HOST:PORT, which several processes can share. Listen on one, or set 1."
+        )
     if settings.backend == "triton":
         require_triton(settings.backend)
     store = open_replica_store(settings)

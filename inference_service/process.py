@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
+import shutil
+import tempfile
 from collections.abc import Collection
 from functools import partial
 
@@ -10,6 +13,8 @@ import structlog
 
 from inference_service.http.server import HttpServer
 from inference_service.http.wire import protocol
+from inference_service.processes.children import ApiProcesses
+from inference_service.processes.host import ApiHost
 from inference_service.replica import TELL_S, Replica, end_broken
 from inference_service.rpc import adapters as adapters_rpc
 from inference_service.rpc.adapters import AdapterServicer
@@ -23,7 +28,7 @@ from loramux_shared.settings import InferenceSettings
 
 log = structlog.get_logger()
 
-ApiServer = RpcServer | HttpServer
+ApiServer = RpcServer | HttpServer | ApiProcesses
 
 
 async def run(settings: InferenceSettings, guard: Guard, stop: Stop) -> int:
@@ -32,6 +37,7 @@ async def run(settings: InferenceSettings, guard: Guard, stop: Stop) -> int:
     ready, operators, tracing = replica.ready, replica.operators, replica.tracing
     stall_s = settings.stall_timeout_s
     extensions = Extensions.load(ready.service, operators.manager)
+    count = settings.sizes(ready.device).api_processes
     services: Services = {
         SERVICE_NAME: partial(register, InferenceServicer(ready.service)),
         adapters_rpc.SERVICE_NAME: partial(adapters_rpc.register, AdapterServicer(operators.manager)),
@@ -39,9 +45,12 @@ async def run(settings: InferenceSettings, guard: Guard, stop: Stop) -> int:
     }
     patience = calls.Patience(read_s=stall_s, pause_s=stall_s)
     serve = partial(RpcServer, guard=guard, tracing=tracing, patience=patience, rules=extensions.rules)
-    server = serve(settings.grpc, services)
-    servers: dict[str, ApiServer] = {}
-    if settings.http:
+    folder = tempfile.mkdtemp(prefix="loramux-") if count else ""  # which only this user can enter
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    relay = f"unix:{folder}/engine"
+    server = serve(relay if count else settings.grpc, services)
+    servers: dict[str, HttpServer | RpcServer] = {}
+    if settings.http and not count:
         http_patience = protocol.ClientTimeouts(read_s=stall_s, pause_s=stall_s)
         servers["http"] = HttpServer(settings.http, ready.service, guard, tracing, http_patience)
     servers["grpc"] = server
@@ -50,12 +59,20 @@ async def run(settings: InferenceSettings, guard: Guard, stop: Stop) -> int:
         for model, address in settings.addresses_of_models.items()
     }
     bound = {name: await each.start() for name, each in servers.items()}
+    apis = None
+    if count:
+        host = ApiHost(ready.service, keyless=guard.keyring is None)
+        apis = ApiProcesses(settings, host, count, services, extensions.rules, relay)
+        bound = await apis.start()
     if of_models:
         bound["model_ports"] = ", ".join([f"{name}={await each.start()}" for name, each in of_models.items()])
-    every = [*servers.values(), *of_models.values()]
+    every: list[ApiServer] = [*([apis] if apis else []), *servers.values(), *of_models.values()]
     replica.begin(partial(_refuse, every))
-    for each in (*of_models.values(), server):
+    for each in of_models.values():
         await each.set_serving(True)
+    if apis is not None:
+        await apis.set_serving()
+    await server.set_serving(True)
     log.info("inference service ready", **bound, guarded_by=guard.label, deployment=settings.deployment)
     operators.begin()
     number = await stop.wait_beside(replica.until_over())
@@ -66,6 +83,7 @@ async def run(settings: InferenceSettings, guard: Guard, stop: Stop) -> int:
     ready.engine.resume()  # what stands still could not end
     log.info("draining", signal=number.name if number else "none", timeout_s=drain_s)
     finished = await asyncio.gather(*(each.drain(drain_s, ready.engine.cut) for each in every))
+    shutil.rmtree(folder, ignore_errors=True)
     why = await replica.stop()
     if why is not None:
         end_broken(why)

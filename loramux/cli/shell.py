@@ -59,6 +59,10 @@ Dtype = Annotated[
     str | None, typer.Option("--dtype", metavar="NAME", help="Type: auto, float32, bfloat16 or float16.")
 ]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, metavar="N", help="CPU threads.")]
+ApiProcesses = Annotated[
+    int | None,
+    typer.Option("--api-processes", min=0, metavar="N", help="API processes beside the engine's; 0: none."),
+]
 TruncateTo = Annotated[
     int | None,
     typer.Option("--truncate-to", metavar="R", min=1, help="Rank to which higher ones are truncated."),

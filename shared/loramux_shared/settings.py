@@ -146,15 +146,16 @@ CountOfDevice = Annotated[Annotated[int, Field(ge=0)] | None, BeforeValidator(_o
 
 @dataclass(frozen=True)
 class StepSizes:
-    """The sizes of steps, and how often their tokens are sent."""
+    """The sizes of steps, how often their tokens are sent, and the processes that send them."""
 
     tokens: int
     seqs: int
     interval_ms: int
     speculative: int
+    api_processes: int
 
 
-STEP_SIZES: Final = {"cpu": StepSizes(1024, 64, 40, 8), "cuda": StepSizes(8192, 256, 10, 0)}
+STEP_SIZES: Final = {"cpu": StepSizes(1024, 64, 40, 8, 0), "cuda": StepSizes(8192, 256, 10, 0, 1)}
 """Step sizes by kind of device.
 
 A GPU computes hundreds of rows in the time that it takes to read its weights, and leaves the cores of its host
@@ -252,6 +253,11 @@ class InferenceSettings(Settings):
     """Address of the gRPC service."""
     http: Address | None = None
     """Address of the HTTP APIs; closed when not given."""
+    api_processes: CountOfDevice = None
+    """Processes that answer both APIs, beside the engine's process; 0: that one does, as always under Ray.
+
+    auto: 0 on a CPU, 1 on a GPU.
+    """
     model_ports: ModelPorts = ()
     """gRPC addresses that stand for one model each, MODEL=HOST:PORT by commas: for gateways whose workers have
     one model, as SMG's over gRPC. Any name of a model will do, a mixture's too. None under Ray."""
@@ -360,6 +366,7 @@ class InferenceSettings(Settings):
             seqs=_first(self.max_batch_seqs, usual.seqs),
             interval_ms=_first(self.stream_interval_ms, usual.interval_ms),
             speculative=_first(self.speculative_tokens, _first(speculative, usual.speculative)),
+            api_processes=_first(self.api_processes, usual.api_processes),
         )
 
 

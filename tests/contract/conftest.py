@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from loramux_shared.storage.base import Store
 from loramux_shared.storage.memory import MemoryStore
 from loramux_shared.storage.open import open_store
+from tests.support.apart import all_apart
 from tests.support.s3_gateway import S3Server
 
 
@@ -29,3 +31,31 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
         return open_store(f"file://{tmp_path}/store")
     server: S3Server = request.getfixturevalue("aws")
     return open_store(f"s3://{server.new_bucket()}/some/prefix")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def every_api_apart(request: pytest.FixtureRequest) -> Iterator[None]:
+    """With --apart, all APIs are made as in an API process."""
+    if not request.config.getoption("--apart"):
+        yield
+        return
+    with all_apart():
+        yield
+
+
+@pytest.fixture(scope="module", params=[0, 1], ids=["0 API processes", "1 API process"])
+def api_processes(request: pytest.FixtureRequest, every_api_apart: None) -> Iterator[int]:
+    """Run the tests of a module twice: with APIs beside the engine, and as in an API process."""
+    if request.param == 0 or request.config.getoption("--apart"):
+        yield request.param
+        return
+    with all_apart():
+        yield request.param
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what looks into the service of an API that is apart."""
+    if config.getoption("--apart"):
+        for item in items:
+            if item.get_closest_marker("beside"):
+                item.add_marker(pytest.mark.skip(reason="looks into the service that the API has beside it"))

@@ -34,6 +34,7 @@ def demo(
     ] = MAX_TOKENS,
     store: shell.Store = DEMO_STORE,
     threads: shell.Threads = None,
+    api_processes: shell.ApiProcesses = None,
     folder: Annotated[Path | None, typer.Option("--examples", hidden=True)] = None,
 ) -> None:
     """Build small adapters, serve them, ask all of them at once.
@@ -48,7 +49,7 @@ def demo(
         store=store,
         builder=free_address(BUILDER),
         inference=free_address(INFERENCE),
-        engine={"threads": threads},
+        engine={"threads": threads, "api-processes": api_processes},
         http=free_address(OPENAI),
     )
     preflight(plan)

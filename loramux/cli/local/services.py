@@ -73,6 +73,7 @@ def serve(
     backend: shell.Backend = None,
     dtype: shell.Dtype = None,
     threads: shell.Threads = None,
+    api_processes: shell.ApiProcesses = None,
     builder: Annotated[
         str | None,
         typer.Option(
@@ -94,7 +95,7 @@ def serve(
 
     Example: loramux serve --deployment my-model --store s3://models/loramux
     """
-    engine = {"backend": backend, "dtype": dtype, "threads": threads}
+    engine = {"backend": backend, "dtype": dtype, "threads": threads, "api-processes": api_processes}
     engine |= {"builder": builder, "on-base-change": on_base_change}
     argv = inference_command(deployment, store, grpc, local_root or (), engine, http)
     become([*argv, *_flags(**{"model-ports": model_ports}), *access_flags(keys_file, insecure)])

@@ -346,6 +346,7 @@ def limits(**default: int) -> ModelLimits:
     return ModelLimits(default=Limits(**default))
 
 
+@pytest.mark.beside
 async def test_tokens_of_a_minute_are_not_used_twice(apis: ReplicaApis) -> None:
     """Requests that came while there were some are looked at again before the engine gets them."""
     change_deployed(apis.ready.service.catalog, limits=limits(tokens_per_minute=4))

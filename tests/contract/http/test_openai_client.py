@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import AsyncIterator
 from typing import Any, Literal
 
 import openai
 import pytest
+import pytest_asyncio
 from openai import pydantic_function_tool
 from pydantic import BaseModel
 
-from tests.support.openai_api import OpenAIApi
+from loramux_shared.storage.memory import MemoryStore
+from tests.support.openai_api import OpenAIApi, open_api
+from tests.support.tiny import World
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -36,6 +40,13 @@ class Wait(BaseModel):
     """Wait a while."""
 
     long: bool
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def opened(world: tuple[World, MemoryStore], api_processes: int) -> AsyncIterator[OpenAIApi]:
+    """A server that the tests of a module share, of each kind."""
+    async with open_api(world) as api:
+        yield api
 
 
 async def test_models(api: OpenAIApi) -> None:

@@ -316,6 +316,7 @@ async def test_one_structure_is_asked_for_at_a_time(api: OpenAIApi) -> None:
     assert await texts(api, CHAT, **requests, response_format={"type": "text"}) == ["a"]
 
 
+@pytest.mark.beside
 @BOTH
 async def test_log_probabilities_are_those_that_are_asked_for(api: OpenAIApi, path: str) -> None:
     """Processed ones are divided by the temperature; without a word, the server's settings say which."""

@@ -27,7 +27,7 @@ LOOK = {"type": "function", "function": {"name": "look"}}
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def apis(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[FuzzedApis]:
+async def apis(api_processes: int, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[FuzzedApis]:
     """Both endpoints of an inference service."""
     async with open_api(openai_world(tmp_path_factory.mktemp("both"))) as http:
         services = {SERVICE_NAME: partial(register, InferenceServicer(http.ready.service))}

@@ -1,0 +1,1 @@
+"""API processes beside the engine's process, and the channel between them."""

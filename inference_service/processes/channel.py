@@ -1,0 +1,166 @@
+"""The channel between the engine's process and an API process: messages in msgpack over a Unix socket."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from enum import IntEnum
+from typing import Any, Final, cast
+
+import msgpack
+import structlog
+
+from loramux_shared.faults import FAULTS, Fault, Finding, InternalFault, ReplicaFailed
+
+MOST_UNREAD: Final = 64 << 20
+"""Bytes that wait for a peer that does not read; a channel with more is closed."""
+MOST_BYTES: Final = 1 << 30
+"""Bytes of a message."""
+GONE: Final = "the process behind the API ended. Retry with another replica."
+
+log = structlog.get_logger()
+
+
+class Kind(IntEnum):
+    """The first element of a message."""
+
+    SAY = 0
+    """Name and arguments; nobody answers."""
+    ASK = 1
+    """Number, name and arguments."""
+    CANCEL = 2
+    """Number of what was asked."""
+    ANSWER = 3
+    """Number and value."""
+    FAIL = 4
+    """Number and fault."""
+
+
+class Channel(asyncio.Protocol):
+    """One end of a channel: says and asks by name, and calls the functions that have the peer's names."""
+
+    def __init__(
+        self,
+        told: dict[str, Callable[..., None]],
+        asked: Mapping[str, Callable[..., Awaitable[Any]]],
+        lost: Callable[[], None],
+    ) -> None:
+        """Call functions of told and asked by name; lost is called once, when the peer is gone."""
+        self.told = told
+        self._asked, self._lost = asked, lost
+        self._numbers = itertools.count()
+        self._waiting: dict[int, asyncio.Future[Any]] = {}
+        self._working: dict[int, asyncio.Task[None]] = {}
+        self._packer = msgpack.Packer(unicode_errors="surrogatepass")
+        self._unpacker = msgpack.Unpacker(
+            strict_map_key=False, unicode_errors="surrogatepass", max_buffer_size=MOST_BYTES
+        )
+        self._transport: asyncio.Transport | None = None
+
+    @property
+    def is_open(self) -> bool:
+        """True while the peer is there."""
+        return self._transport is not None
+
+    def say(self, name: str, *arguments: Any) -> None:
+        """Send a message; nothing happens when the peer is gone."""
+        self._send([Kind.SAY, name, *arguments])
+
+    async def ask(self, name: str, *arguments: Any) -> Any:
+        """Send a message and return the answer; one that is cancelled is cancelled at the peer too.
+
+        Raises:
+            ReplicaFailed: the peer is gone.
+            Fault: that of the peer.
+        """
+        if self._transport is None:
+            raise ReplicaFailed(GONE)
+        number = next(self._numbers)
+        answer = self._waiting[number] = asyncio.get_running_loop().create_future()
+        self._send([Kind.ASK, number, name, *arguments])
+        try:
+            return await answer
+        except asyncio.CancelledError:
+            self._send([Kind.CANCEL, number])
+            raise
+        finally:
+            self._waiting.pop(number, None)
+
+    def close(self) -> None:
+        """Close at once, whatever was not sent yet."""
+        if self._transport is not None:
+            self._transport.abort()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Begin."""
+        self._transport = cast(asyncio.Transport, transport)
+
+    def data_received(self, data: bytes) -> None:
+        """Take messages."""
+        self._unpacker.feed(data)
+        for kind, *rest in self._unpacker:
+            self._take(kind, *rest)
+
+    def connection_lost(self, error: Exception | None) -> None:  # noqa: ARG002 - asyncio's signature
+        """End what waits for the peer, and what the peer asked for."""
+        self._transport = None
+        for answer in self._waiting.values():
+            if not answer.done():
+                answer.set_exception(ReplicaFailed(GONE))
+        for task in self._working.values():
+            task.cancel()
+        self._lost()
+
+    def _take(self, kind: int, subject: Any, *rest: Any) -> None:
+        match kind:
+            case Kind.SAY:
+                self.told[subject](*rest)
+            case Kind.ASK:
+                task = asyncio.create_task(self._answer(subject, *rest))
+                self._working[subject] = task
+                task.add_done_callback(lambda _: self._working.pop(subject))
+            case Kind.CANCEL:
+                if subject in self._working:
+                    self._working[subject].cancel()
+            case _:
+                answer = self._waiting.get(subject)
+                if answer is not None and not answer.done():
+                    if kind == Kind.ANSWER:
+                        answer.set_result(rest[0])
+                    else:
+                        answer.set_exception(fault_from(rest[0]))
+
+    async def _answer(self, number: int, name: str, *arguments: Any) -> None:
+        try:
+            message = [Kind.ANSWER, number, await self._asked[name](*arguments)]
+        except Fault as fault:
+            message = [Kind.FAIL, number, fault_to(fault)]
+        except Exception:  # the last line, as that of a server
+            log.exception("API process: unexpected error", asked=name)
+            internal = InternalFault(
+                "loramux failed inside; the server's log has the details. Please report it."
+            )
+            message = [Kind.FAIL, number, fault_to(internal)]
+        self._send(message)
+
+    def _send(self, message: Sequence[Any]) -> None:
+        if self._transport is None:
+            return
+        if self._transport.get_write_buffer_size() > MOST_UNREAD:
+            log.error("process does not read its messages: its channel is closed", unread=MOST_UNREAD)
+            self._transport.abort()
+            return
+        self._transport.write(self._packer.pack(message))
+
+
+def fault_to(fault: Fault) -> list[Any]:
+    """Return a fault as a message has it."""
+    findings = [finding.model_dump() for finding in fault.findings]
+    return [fault.reason, fault.message, findings, fault.repository, fault.retry_after_s]
+
+
+def fault_from(message: Sequence[Any]) -> Fault:
+    """Return the fault of a message."""
+    reason, text, findings, repository, retry_after_s = message
+    return FAULTS[reason](text, [Finding(**each) for each in findings], repository, retry_after_s)

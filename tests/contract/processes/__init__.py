@@ -1,0 +1,1 @@
+"""Tests of API processes beside the engine's process."""

@@ -1,0 +1,266 @@
+"""Two real API processes before an engine of this process whose steps compute nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from functools import partial
+from pathlib import Path
+
+import psutil
+import pytest
+import pytest_asyncio
+
+from benchmarks.servers.clients import MODEL
+from benchmarks.servers.server import Instant, service
+from inference_service.processes.children import ApiProcesses
+from inference_service.processes.host import ApiHost
+from inference_service.rpc.servicer import SERVICE_NAME, InferenceServicer, register
+from inference_service.serving.engine_thread import EngineThread
+from inference_service.serving.service import GenerationService
+from loramux import AsyncClient
+from loramux_shared.faults import SettingsInvalid
+from loramux_shared.limits import Limits
+from loramux_shared.rpc.admission import CORE
+from loramux_shared.rpc.server import RpcServer
+from loramux_shared.settings import InferenceSettings
+from tests.support.raw_http import JSON, RawClient
+from tests.support.waiting import bounded, until
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+LONG = 8000
+"""Tokens of an answer that outlasts a test."""
+
+
+class Replica:
+    """An engine with API processes."""
+
+    def __init__(
+        self, made: GenerationService, thread: EngineThread, apis: ApiProcesses, addresses: dict[str, str]
+    ) -> None:
+        self.service = made
+        self.thread = thread
+        self.apis = apis
+        self.addresses = addresses
+
+    async def stream(self, tokens: int = LONG) -> RawClient:
+        """Begin an answer on a connection of its own, and read its first token."""
+        client = await RawClient.open(self.addresses["http"])
+        body = {"model": MODEL, "prompt": [5, 6, 7], "max_tokens": tokens, "ignore_eos": True, "stream": True}
+        data = json.dumps(body).encode()
+        await client.send(
+            b"POST /v1/completions HTTP/1.1\r\n%scontent-length: %d\r\n\r\n%s" % (JSON, len(data), data)
+        )
+        async with bounded("a first token"):
+            await client.reader.readuntil(b"data: ")
+        return client
+
+    def pid_of(self, client: RawClient) -> int:
+        """The process that has a connection."""
+        port = client.writer.get_extra_info("sockname")[1]
+        for pid in self.apis.pids:
+            for each in psutil.Process(pid).net_connections():
+                if each.raddr and each.raddr.port == port:
+                    return pid
+        raise AssertionError("no process has the connection")
+
+    async def streams_of_both(self) -> dict[int, list[RawClient]]:
+        """Begin answers until both processes have some; by process."""
+        found: dict[int, list[RawClient]] = {}
+        while len(found) < 2:
+            client = await self.stream()
+            found.setdefault(self.pid_of(client), []).append(client)
+        return found
+
+    async def until_idle(self) -> None:
+        """Wait until the engine and the limits hold nothing."""
+        stats = self.thread.stats
+        await until(
+            lambda: not self.thread._streams and not self.thread.stats.running,
+            "an engine that holds nothing",
+            lambda: self.thread.stats,
+        )
+        assert self.thread.stats.blocks_free == stats.blocks_total
+
+
+@asynccontextmanager
+async def replica(folder: Path, count: int = 2, **times: float) -> AsyncIterator[Replica]:
+    """Serve with API processes."""
+    made, thread = service(folder, Instant(0.001), 0.0)
+    inside = f"unix:{folder}/engine"
+    rpc = RpcServer(inside, {SERVICE_NAME: partial(register, InferenceServicer(made))})
+    await rpc.start()
+    settings = InferenceSettings(deployment=MODEL, grpc="127.0.0.1:0", http="127.0.0.1:0")
+    apis = ApiProcesses(settings, ApiHost(made, keyless=True), count, (SERVICE_NAME,), CORE, inside, **times)
+    addresses = await apis.start()
+    thread.start(apis.refuse)
+    await apis.set_serving()
+    await rpc.set_serving(True)
+    try:
+        yield Replica(made, thread, apis, addresses)
+    finally:
+        await asyncio.gather(apis.drain(0, thread.cut), rpc.drain(0))
+        await thread.stop()
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def served(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Replica]:
+    """A replica that tests share."""
+    async with replica(tmp_path_factory.mktemp("apis")) as made:
+        yield made
+
+
+async def _metrics(address: str) -> str:
+    client = await RawClient.open(address)
+    await client.send(b"GET /metrics HTTP/1.1\r\nhost: x\r\n\r\n")
+    _, body = await client.answer()
+    client.close()
+    return body.decode()
+
+
+async def test_a_killed_process_loses_its_streams_and_no_others(served: Replica) -> None:
+    """Its clients see their connections end, the engine frees what it had, and another takes its place."""
+    streams = await served.streams_of_both()
+    dead, alive = streams
+    before = len(served.thread._streams)
+    os.kill(dead, signal.SIGKILL)
+    for client in streams[dead]:
+        assert b"[DONE]" not in await client.ended()
+    await until(
+        lambda: len(served.thread._streams) == before - len(streams[dead]),
+        "the end of the killed process's streams",
+    )
+    for client in streams[alive]:
+        async with bounded("more of the other streams"):
+            for _ in range(20):
+                await client.reader.readuntil(b"data: ")
+    await until(lambda: len(served.apis.host.peers) == 2 and dead not in served.apis.pids, "another process")
+    for client in streams[alive]:
+        client.close()
+    again = await served.streams_of_both()
+    for client in [client for clients in again.values() for client in clients]:
+        client.close()
+    await served.until_idle()
+
+
+async def test_a_process_that_stands_still_holds_up_nobody(served: Replica) -> None:
+    """Streams of the other process go on, and new connections are taken by it."""
+    streams = await served.streams_of_both()
+    stopped, alive = streams
+    os.kill(stopped, signal.SIGSTOP)
+    try:
+        for client in streams[alive]:
+            async with bounded("more of the other streams"):
+                for _ in range(50):
+                    await client.reader.readuntil(b"data: ")
+        later = await served.stream(4)
+        assert served.pid_of(later) == alive
+        later.close()
+    finally:
+        os.kill(stopped, signal.SIGCONT)
+    async with bounded("more of the stream that stood still"):
+        await streams[stopped][0].reader.readuntil(b"data: ")
+    for client in [client for clients in streams.values() for client in clients]:
+        client.close()
+    await served.until_idle()
+
+
+async def test_metrics_are_sums_over_processes(served: Replica) -> None:
+    """One scrape has the requests of both processes, and those of a process that was killed."""
+
+    def requests(text: str) -> float:
+        lines = (line for line in text.splitlines() if line.startswith("loramux_requests_total{"))
+        return sum(float(line.rpartition(" ")[2]) for line in lines)
+
+    address = served.addresses["http"]
+    before = requests(await _metrics(address))
+    streams = await served.streams_of_both()
+    clients = [client for clients in streams.values() for client in clients]
+    for client in clients:
+        client.close()
+    await served.until_idle()
+    counted = 0.0
+    async with bounded("all requests in a scrape"):
+        while counted < len(clients):
+            counted = requests(await _metrics(address)) - before
+    assert counted == len(clients)
+
+
+async def test_limits_hold_across_processes(served: Replica) -> None:
+    """Tokens that one process served count against the limit of a model in the other."""
+    catalog = served.service.catalog
+    kept = catalog.deployed
+    catalog.deployed = kept.model_copy(
+        update={"limits": kept.limits.model_copy(update={"models": {MODEL: Limits(tokens_per_minute=100)}})}
+    )
+    body = {"model": MODEL, "prompt": [5, 6, 7], "max_tokens": 200, "ignore_eos": True}
+    data = json.dumps(body).encode()
+    request = b"POST /v1/completions HTTP/1.1\r\n%scontent-length: %d\r\n\r\n%s" % (JSON, len(data), data)
+    refused: set[int] = set()
+    try:
+        async with bounded("refusals by both processes"):
+            while len(refused) < 2:
+                client = await RawClient.open(served.addresses["http"])
+                await client.send(request)
+                status, _ = await client.answer()
+                if status == 429:
+                    refused.add(served.pid_of(client))
+                client.close()
+    finally:
+        catalog.deployed = kept
+
+
+async def test_both_apis_and_relayed_calls_answer(served: Replica) -> None:
+    """Answers over gRPC come from an API process, lists of models and health too."""
+    async with AsyncClient(served.addresses["grpc"]) as client:
+        done = await client.complete(MODEL, [5, 6, 7], max_tokens=5, ignore_eos=True)
+        assert len(done.token_ids) == 5
+        assert [model.name for model in await client.models()] == [MODEL]
+
+
+async def test_a_process_that_does_not_answer_is_replaced(tmp_path: Path) -> None:
+    """A process that stands still for longer than the limit is killed, and another one serves."""
+    async with replica(tmp_path, 1, hung_s=0.5, look_s=0.05) as served:
+        (first,) = served.apis.pids
+        os.kill(first, signal.SIGSTOP)
+        await until(lambda: served.apis.pids and served.apis.pids != [first], "another process")
+        await until(lambda: served.apis.host.peers, "a process that listens")
+        (await served.stream(2)).close()
+
+
+async def test_an_address_in_use_is_named(tmp_path: Path, served: Replica) -> None:
+    """A port that other processes listen on is refused, though they share it among themselves."""
+    for name in ("grpc", "http"):
+        settings = InferenceSettings(
+            **{"deployment": MODEL, "grpc": "127.0.0.1:0", name: served.addresses[name]}
+        )
+        host = ApiHost(served.service, keyless=True)
+        apis = ApiProcesses(settings, host, 1, (SERVICE_NAME,), CORE, f"unix:{tmp_path}/engine")
+        with pytest.raises(SettingsInvalid, match="cannot listen"):
+            await apis.start()
+
+
+async def test_an_engine_that_fails_ends_health_first(tmp_path: Path) -> None:
+    """Every stream ends with REPLICA_FAILED, and later requests are refused."""
+    async with replica(tmp_path, 1) as served:
+        stream = await served.stream()
+        served.thread._end("a test says so")
+        async with bounded("the reason of the end"):
+            await stream.reader.readuntil(b"the replica fails: a test")
+        stream.close()
+        later = await RawClient.open(served.addresses["http"])
+        await later.send(b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n")
+        status, _ = await later.answer()
+        assert status == 503
+        later.close()
+
+
+async def test_api_processes_import_no_torch(served: Replica) -> None:
+    """Nothing of torch is mapped into their memory."""
+    await until(lambda: len(served.apis.host.peers) == 2, "both processes")
+    for pid in served.apis.pids:
+        assert not [each.path for each in psutil.Process(pid).memory_maps() if "/torch/" in each.path]
