@@ -45,7 +45,7 @@ class ApiProcess:
         self._tracing: Any = None
         self._drained = False
         self._lost = asyncio.Event()
-        asked: dict[str, Callable[..., Awaitable[Any]]] = {
+        answers: dict[str, Callable[..., Awaitable[Any]]] = {
             "begin": self._begin,
             "serve": self._serve,
             "collect": self._collect,
@@ -53,7 +53,7 @@ class ApiProcess:
             "refuse": self._refuse,
             "drain": self._drain,
         }
-        self.channel = Channel({}, asked, self._lost.set)
+        self.channel = Channel({}, answers, self._lost.set)
 
     async def run(self) -> int:
         """Serve until the channel is closed; the exit status is 1 where nothing was drained before."""

@@ -42,13 +42,13 @@ class Channel(asyncio.Protocol):
 
     def __init__(
         self,
-        told: dict[str, Callable[..., None]],
-        asked: Mapping[str, Callable[..., Awaitable[Any]]],
+        handlers: dict[str, Callable[..., None]],
+        answers: Mapping[str, Callable[..., Awaitable[Any]]],
         lost: Callable[[], None],
     ) -> None:
-        """Call functions of told and asked by name; lost is called once, when the peer is gone."""
-        self.told = told
-        self._asked, self._lost = asked, lost
+        """Call handlers for what the peer says, answers for what it asks, and lost once it is gone."""
+        self.handlers = handlers
+        self._answers, self._lost = answers, lost
         self._numbers = itertools.count()
         self._waiting: dict[int, asyncio.Future[Any]] = {}
         self._working: dict[int, asyncio.Task[None]] = {}
@@ -115,7 +115,7 @@ class Channel(asyncio.Protocol):
     def _take(self, kind: int, subject: Any, *rest: Any) -> None:
         match kind:
             case Kind.SAY:
-                self.told[subject](*rest)
+                self.handlers[subject](*rest)
             case Kind.ASK:
                 task = asyncio.create_task(self._answer(subject, *rest))
                 self._working[subject] = task
@@ -133,11 +133,11 @@ class Channel(asyncio.Protocol):
 
     async def _answer(self, number: int, name: str, *arguments: Any) -> None:
         try:
-            message = [Kind.ANSWER, number, await self._asked[name](*arguments)]
+            message = [Kind.ANSWER, number, await self._answers[name](*arguments)]
         except Fault as fault:
             message = [Kind.FAIL, number, fault_to(fault)]
         except Exception:  # the last line, as that of a server
-            log.exception("API process: unexpected error", asked=name)
+            log.exception("API process: unexpected error", question=name)
             internal = InternalFault(
                 "loramux failed inside; the server's log has the details. Please report it."
             )

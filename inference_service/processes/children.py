@@ -137,10 +137,10 @@ class ApiProcesses:
 
     async def _tell(self, word: str) -> None:
         """Ask every process for something, and wait for those that answer."""
-        asked = [child.peer.channel.ask(word) for child in self._children if child.peer is not None]
+        answers = [child.peer.channel.ask(word) for child in self._children if child.peer is not None]
         with suppress(TimeoutError):
             async with asyncio.timeout(HEAR_S):
-                await asyncio.gather(*asked, return_exceptions=True)
+                await asyncio.gather(*answers, return_exceptions=True)
 
     def _announce(self) -> None:
         """Tell every process what the generation says about requests."""

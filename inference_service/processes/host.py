@@ -140,10 +140,10 @@ class ApiPeer:
         self._in_work = in_work
         self._service.metrics.add(counts, seconds, statuses)
 
-    async def _choose(self, asked: Seq[Any], deadline_s: float | None, access: Seq[Any]) -> list[Any]:
+    async def _choose(self, reference: Seq[Any], deadline_s: float | None, access: Seq[Any]) -> list[Any]:
         ACCESS.set(messages.access_from(access))  # a task of its own
         scheduling = SchedulingOptions(deadline_s=deadline_s)
-        request = Request(messages.reference_from(asked), RequestPrompt(""), scheduling=scheduling)
+        request = Request(messages.reference_from(reference), RequestPrompt(""), scheduling=scheduling)
         served = await self._service.naming.choose(request)
         return [messages.model_to(served.model), served.generation]
 
@@ -166,8 +166,8 @@ class ApiPeer:
             return lambda: None
         demanded, ends = constraint
         text = (await self._service.naming.defaults(model)).text or self._service.text
-        wanted = messages.constraint_from(demanded)
-        return await begin_of(wanted, text, frozenset(ends), self._service.constraints)
+        found = messages.constraint_from(demanded)
+        return await begin_of(found, text, frozenset(ends), self._service.constraints)
 
     async def _submit(
         self,
@@ -185,14 +185,14 @@ class ApiPeer:
     ) -> None:
         """Give the engine the answers of a request; the process drops them one by one."""
         service, catalog = self._service, self._service.catalog
-        asked = messages.model_from(model, catalog.handle)
+        served = messages.model_from(model, catalog.handle)
         rights = messages.access_from(access)
         tokens = messages.tokens_from(prompt)
         drawn = messages.sampling_from(sampling)
-        adapter, invocation = activation(asked.mixture or asked.adapter, tokens)
+        adapter, invocation = activation(served.mixture or served.adapter, tokens)
         with ExitStack() as stack:
-            ticket = stack.enter_context(service.limiter.admit(asked, rights, catalog.deployed.limits))
-            begin = await self._grammar(constraint, asked)
+            ticket = stack.enter_context(service.limiter.admit(served, rights, catalog.deployed.limits))
+            begin = await self._grammar(constraint, served)
             seqs = [
                 Sequence(
                     f"{next(_numbers)}/{index}",
@@ -205,8 +205,8 @@ class ApiPeer:
                     invocation=invocation,
                     pooling=messages.pooling_from(pooling),
                     cache_salt=cache_salt,
-                    model=asked.name,
-                    counted=asked.names if asked.parts else (),
+                    model=served.name,
+                    counted=served.names if served.parts else (),
                     flow=ticket.flow,
                     share=ticket.share,
                 )

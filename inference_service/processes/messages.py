@@ -45,10 +45,16 @@ def access_from(message: Sequence[Any]) -> Access:
     )
 
 
-def reference_to(asked: ModelReference) -> list[Any]:
+def reference_to(reference: ModelReference) -> list[Any]:
     """Return a reference to a model as a message has it; that it was looked up is left out."""
-    parts = [[part.name, part.scale] for part in asked.adapters]
-    return [asked.name, parts, asked.lora_path, asked.min_generation, asked.sticky_key]
+    parts = [[part.name, part.scale] for part in reference.adapters]
+    return [
+        reference.name,
+        parts,
+        reference.lora_path,
+        reference.min_generation,
+        reference.sticky_key,
+    ]
 
 
 def reference_from(message: Sequence[Any]) -> ModelReference:
@@ -190,7 +196,7 @@ def output_from(message: int | list[Any], seq: EngineSequence) -> StepOutput:
 
 
 class FarGrammar:
-    """What an API process knows of a grammar: why it could not be followed."""
+    """A grammar in the engine's process: here is only why it could not be followed."""
 
     def __init__(self) -> None:
         self.failure = ""

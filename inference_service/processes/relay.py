@@ -82,7 +82,7 @@ class RpcRelay(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no typ
 
 
 class _Handlers:
-    """What a servicer is registered with, in place of a server."""
+    """A stand-in for a server that a servicer is registered with."""
 
     def __init__(self) -> None:
         self.handlers: list[grpc.GenericRpcHandler] = []

@@ -28,6 +28,7 @@ from inference_service.serving.naming import Naming
 from inference_service.serving.request import Request, ResolvedModel
 from inference_service.serving.service import GenerationService, ParsersOf, ServingLimits
 from inference_service.serving.telemetry.metrics import Metrics
+from inference_service.serving.telemetry.model_series import ModelSeries
 from inference_service.serving.telemetry.record import Watcher
 from inference_service.serving.terms import Terms
 from inference_service.text.chat_template import ChatTemplate
@@ -164,11 +165,11 @@ class RemoteNaming(Naming):
         Raises:
             Fault: what `Naming.choose` raises.
         """
-        asked = request.model
-        if asked.served is not None:
-            return asked.served
+        reference = request.model
+        if reference.served is not None:
+            return reference.served
         rights = messages.access_to(ACCESS.get())
-        order = messages.reference_to(asked), request.scheduling.deadline_s, rights
+        order = messages.reference_to(reference), request.scheduling.deadline_s, rights
         model, generation = await self._engine.channel.ask("choose", *order)
         return ResolvedModel(messages.model_from(model, _handle), generation)
 
@@ -192,37 +193,47 @@ class RemoteReader:
         return made, np.frombuffer(weights, np.float32).reshape(made.num_labels, made.hidden_size)
 
     def _ask(self, name: str, digest: str) -> Any:
-        asked = self._engine.channel.ask(name, digest)
-        return asyncio.run_coroutine_threadsafe(asked, self._loop).result()
+        answer = self._engine.channel.ask(name, digest)
+        return asyncio.run_coroutine_threadsafe(answer, self._loop).result()
+
+
+class RemoteSeries(ModelSeries):
+    """Counters and observations until they are handed over."""
+
+    def __init__(self) -> None:
+        self._counted: Counter[tuple[str, str, str]] = Counter()
+        self._seconds: list[tuple[str, str, float]] = []
+
+    def count(self, name: str, model: str, amount: int = 1, label: str = "") -> None:
+        """Add to a counter."""
+        self._counted[name, model, label] += amount
+
+    def observe(self, name: str, model: str, seconds: float) -> None:
+        """Add to a histogram."""
+        self._seconds.append((name, model, seconds))
+
+    def take(self) -> list[Any]:
+        """Return what was counted and observed since the last time."""
+        found = [[[*key, amount] for key, amount in self._counted.items()], self._seconds]
+        self._counted, self._seconds = Counter(), []
+        return found
 
 
 class RemoteMetrics(Metrics):
     """Counts as `Metrics` does, and hands over what it counted."""
 
     def __init__(self) -> None:
-        self._models = self  # type: ignore[assignment]  # it counts and observes, as the series do
-        self._counts: Counter[tuple[str, str, str]] = Counter()
-        self._seconds: list[tuple[str, str, float]] = []
+        self._models = self._taken = RemoteSeries()
         self._statuses: Counter[int] = Counter()
-
-    def count(self, name: str, model: str, amount: int = 1, said: str = "") -> None:
-        """Add to a counter."""
-        self._counts[name, model, said] += amount
-
-    def observe(self, name: str, model: str, seconds: float) -> None:
-        """Add to a histogram."""
-        self._seconds.append((name, model, seconds))
 
     def responded(self, status: int) -> None:
         """Count an answer of the HTTP server."""
         self._statuses[status] += 1
 
-    def taken(self) -> tuple[list[Any], list[Any], dict[int, int]]:
+    def take(self) -> list[Any]:
         """Return what was counted since the last time."""
-        counts = [[*key, amount] for key, amount in self._counts.items()]
-        seconds, statuses = self._seconds, dict(self._statuses)
-        self._counts, self._seconds, self._statuses = Counter(), [], Counter()
-        return counts, seconds, statuses
+        statuses, self._statuses = dict(self._statuses), Counter()
+        return [*self._taken.take(), statuses]
 
 
 class RemoteService(GenerationService):
@@ -259,12 +270,12 @@ class RemoteService(GenerationService):
 
     def collect(self) -> list[Any]:
         """Return requests in work, and what was counted since the last time."""
-        return [self.in_work, *self.counted.taken()]
+        return [self.in_work, *self.counted.take()]
 
     def attach(self, channel: Channel) -> None:
         """Take outputs and generations from a channel, and give it all requests."""
         self.remote.channel = channel
-        channel.told |= {"out": self.remote.take, "end": self.remote.end, "deployed": self.deploy}
+        channel.handlers |= {"out": self.remote.take, "end": self.remote.end, "deployed": self.deploy}
 
     def end(self) -> None:
         """End all requests, since the engine's process is gone."""

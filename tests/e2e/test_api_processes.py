@@ -17,7 +17,7 @@ from tests.support.served_process import serving
 from tests.support.tiny import World
 from tests.support.waiting import BOUND_S, wait_until
 
-ASKED = {"model": "wide", "messages": [{"role": "user", "content": "x"}], "max_tokens": 100, "temperature": 0}
+CHAT = {"model": "wide", "messages": [{"role": "user", "content": "x"}], "max_tokens": 100, "temperature": 0}
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def _children(pid: int) -> list[psutil.Process]:
 
 
 def _text(url: str) -> str:
-    answer = httpx.post(f"{url}/v1/chat/completions", json=ASKED, timeout=BOUND_S)
+    answer = httpx.post(f"{url}/v1/chat/completions", json=CHAT, timeout=BOUND_S)
     return str(answer.json()["choices"][0]["message"]["content"])
 
 
@@ -55,7 +55,7 @@ def test_a_service_with_api_processes_drains(world: World, tmp_path: Path) -> No
             assert {"base", "wide"} <= {model.name for model in client.models()}
             assert client.adapters()
         assert len(_children(process.pid)) == 2
-        body: dict[str, Any] = ASKED | {"stream": True}
+        body: dict[str, Any] = CHAT | {"stream": True}
         with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=BOUND_S) as answer:
             process.send_signal(signal.SIGTERM)
             lines = [line for line in answer.iter_lines() if line]

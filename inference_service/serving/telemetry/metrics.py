@@ -116,8 +116,8 @@ class Metrics:
         statuses: Mapping[int, int],
     ) -> None:
         """Add what an API process counted and observed, and the statuses of its answers."""
-        for name, model, said, amount in counts:
-            self._models.count(name, model, amount, said)
+        for name, model, label, amount in counts:
+            self._models.count(name, model, amount, label)
         for name, model, each in seconds:
             self._models.observe(name, model, each)
         for status, amount in statuses.items():

@@ -147,7 +147,7 @@ async def test_a_killed_process_loses_its_streams_and_no_others(served: Replica)
     await served.until_idle()
 
 
-async def test_a_process_that_stands_still_holds_up_nobody(served: Replica) -> None:
+async def test_a_process_that_stands_still_delays_no_other(served: Replica) -> None:
     """Streams of the other process go on, and new connections are taken by it."""
     streams = await served.streams_of_both()
     stopped, alive = streams

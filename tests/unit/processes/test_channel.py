@@ -26,7 +26,7 @@ from tests.support.waiting import until
 
 
 async def passed(value: Any) -> Any:
-    """What a peer gets."""
+    """Return the value as the peer gets it."""
     found: list[Any] = []
     one, other = Channel({}, {}, lambda: None), Channel({"value": found.append}, {}, lambda: None)
     connect(one, other)
@@ -72,8 +72,8 @@ async def test_rights_arrive_as_they_were(access: Access) -> None:
 
 async def test_references_and_constraints_arrive_as_they_were() -> None:
     """Half of a surrogate pair in a name too, which JSON can hold."""
-    asked = ModelReference("\ud800", (ScaledAdapter("a", 0.5),), "b", 3, "key")
-    assert messages.reference_from(await passed(messages.reference_to(asked))) == asked
+    reference = ModelReference("\ud800", (ScaledAdapter("a", 0.5),), "b", 3, "key")
+    assert messages.reference_from(await passed(messages.reference_to(reference))) == reference
     constraint = Constraint("regex", "a+", "tools", "around", composed=True, optional=True)
     found = messages.constraint_from(await passed(messages.constraint_to(constraint)))
     assert (found, found.where, found.composed, found.optional) == (constraint, "tools", True, True)
