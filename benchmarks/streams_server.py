@@ -84,7 +84,7 @@ def service(folder: Path, instant: Instant, interval_s: float) -> tuple[Generati
     return GenerationService(catalog, Text.load(folder, VOCAB), thread, bounds, open_watchers()), thread
 
 
-async def serve(step_s: float, interval_s: float, api_processes: int = 0) -> None:
+async def serve(step_s: float, interval_s: float, api_processes: int = 0, *, reports: bool = False) -> None:
     """Serve until it is cancelled."""
     raise_limit()
     sys.setswitchinterval(SWITCH_S)
@@ -107,7 +107,8 @@ async def serve(step_s: float, interval_s: float, api_processes: int = 0) -> Non
         keep_what_is_loaded()
         thread.start()
         await rpc.set_serving(True)
-        asyncio.get_running_loop().add_reader(sys.stdin, _report, instant)
+        if reports:
+            asyncio.get_running_loop().add_reader(sys.stdin, _report, instant)
         print(json.dumps(addresses), flush=True)
         try:
             await thread.ended()

@@ -250,7 +250,7 @@ async def test_an_engine_that_fails_ends_health_first(tmp_path: Path) -> None:
         stream = await served.stream()
         served.thread._end("a test says so")
         async with bounded("the reason of the end"):
-            await stream.reader.readuntil(b"the replica fails: a test")
+            await stream.reader.readuntil(b"a test says")
         stream.close()
         later = await RawClient.open(served.addresses["http"])
         await later.send(b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n")
