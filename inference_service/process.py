@@ -48,7 +48,8 @@ async def run(settings: InferenceSettings, guard: Guard, stop: Stop) -> int:
     folder = tempfile.mkdtemp(prefix="loramux-") if count else ""  # which only this user can enter
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     relay = f"unix:{folder}/engine"
-    server = serve(relay if count else settings.grpc, services)
+    inside = Guard(guard.keyring) if count else guard  # TLS ends at the API processes
+    server = serve(relay if count else settings.grpc, services, guard=inside)
     servers: dict[str, HttpServer | RpcServer] = {}
     if settings.http and not count:
         http_patience = protocol.ClientTimeouts(read_s=stall_s, pause_s=stall_s)
