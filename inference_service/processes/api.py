@@ -20,15 +20,14 @@ from inference_service.processes.remote import RemoteService
 from inference_service.rpc.servicer import InferenceServicer
 from inference_service.serving.telemetry.request_log import open_watchers
 from loramux_shared.access.guard import open_guard
-from loramux_shared.access.rights import Scope
-from loramux_shared.descriptors import raise_limit
+from loramux_shared.access.keys import Scope
 from loramux_shared.faults import Fault
+from loramux_shared.process import log_to_stderr, raise_limit
 from loramux_shared.rpc import calls
 from loramux_shared.rpc.admission import Rules
 from loramux_shared.rpc.server import RpcServer
 from loramux_shared.settings import InferenceSettings
-from loramux_shared.telemetry import log_to_stderr
-from loramux_shared.tracing.setup import open_tracing
+from loramux_shared.tracing import open_tracing
 
 log = structlog.get_logger()
 TELL_S: Final = 1.0

@@ -26,7 +26,7 @@ from inference_service.serving.request import Request, RequestPrompt, Scheduling
 from inference_service.serving.service import GenerationService
 from inference_service.serving.terms import begin_of, of_answer
 from loramux_shared import routes
-from loramux_shared.access.rights import ACCESS
+from loramux_shared.access.keys import ACCESS
 from loramux_shared.faults import Fault
 
 COLLECT_S: Final = 1.0

@@ -19,9 +19,8 @@ from inference_service.core.sequence import EndReason, StepOutput, Token
 from inference_service.core.sequence import Sequence as EngineSequence
 from inference_service.processes.channel import fault_from, fault_to
 from inference_service.serving.request import ModelReference
-from loramux_shared.access.rights import Access, Scope
-from loramux_shared.limits import Limits
-from loramux_shared.pooling import Pooling
+from loramux_shared.access.keys import Access, Scope
+from loramux_shared.runtime import Limits, Pooling
 
 Handles = Callable[[str, tuple[int, ...]], Adapter]
 """Returns the handle of an adapter, by its digest and the tokens from which on it acts."""

@@ -17,7 +17,7 @@ from inference_service.processes import messages
 from inference_service.processes.channel import Channel
 from inference_service.rpc.servicer import SERVICE_NAME, InferenceServicer, register
 from inference_service.serving.service import GenerationService
-from loramux_shared.access.rights import ACCESS
+from loramux_shared.access.keys import ACCESS
 from loramux_shared.rpc.options import CLIENT_OPTIONS
 
 ANSWERED: Final = frozenset(f"/{SERVICE_NAME}/{method}" for method in ("Generate", "Embed", "Classify"))

@@ -33,7 +33,7 @@ from inference_service.serving.telemetry.record import Watcher
 from inference_service.serving.terms import Terms
 from inference_service.text.chat_template import ChatTemplate
 from inference_service.text.text import Text
-from loramux_shared.access.rights import ACCESS
+from loramux_shared.access.keys import ACCESS
 from loramux_shared.bundle.generation import Generation
 from loramux_shared.bundle.manifest import ScoreHead
 from loramux_shared.bundle.npy import Array

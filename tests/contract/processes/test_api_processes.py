@@ -24,9 +24,9 @@ from inference_service.serving.engine_thread import EngineThread
 from inference_service.serving.service import GenerationService
 from loramux import AsyncClient
 from loramux_shared.faults import SettingsInvalid
-from loramux_shared.limits import Limits
 from loramux_shared.rpc.admission import CORE
 from loramux_shared.rpc.server import RpcServer
+from loramux_shared.runtime import Limits
 from loramux_shared.settings import InferenceSettings
 from tests.support.raw_http import JSON, RawClient
 from tests.support.waiting import bounded, until

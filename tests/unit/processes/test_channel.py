@@ -18,9 +18,9 @@ from inference_service.core.sequence import EndReason, Sequence, StepOutput, Tok
 from inference_service.processes import messages
 from inference_service.processes.channel import MOST_UNREAD, Channel
 from inference_service.serving.request import ModelReference
-from loramux_shared.access.rights import EVERYTHING, Access, Scope
+from loramux_shared.access.keys import EVERYTHING, Access, Scope
 from loramux_shared.faults import Fault, Finding, ReplicaFailed, RequestInvalid
-from loramux_shared.limits import Limits
+from loramux_shared.runtime import Limits
 from tests.support.apart import Loopback, connect
 from tests.support.waiting import until
 
