@@ -11,7 +11,6 @@ import json
 import sys
 import tempfile
 import time
-from collections import deque
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -54,15 +53,10 @@ class Instant:
 
     def __init__(self, step_s: float) -> None:
         self._step_s = step_s
-        self._began_s = 0.0
-        self.steps_s: deque[float] = deque(maxlen=4096)
-        """Seconds between the begins of steps."""
 
     def submit(self, batch: Batch) -> Pending:
         """Begin a step."""
-        now = time.monotonic()
-        self.steps_s.append(now - self._began_s)
-        self._began_s, until = now, now + self._step_s
+        until = time.monotonic() + self._step_s
         seqs = tuple(chunk.seq for chunk in batch.chunks if chunk.samples)
 
         def wait() -> list[Token]:
@@ -72,25 +66,24 @@ class Instant:
         return Pending(seqs, wait)
 
 
-def service(folder: Path, instant: Instant, interval_s: float) -> tuple[GenerationService, EngineThread]:
+def service(folder: Path, step_s: float, interval_s: float) -> tuple[GenerationService, EngineThread]:
     """Return a service that has one model, and its engine."""
     write_tokenizer(folder / "tokenizer.json", VOCAB)
     limits = SchedulerLimits(max_tokens=8192, max_seqs=SEATS, max_adapters=1, max_seq_len=LONGEST)
     blocks = BlockManager(BLOCKS, BLOCK_SIZE, prefix_cache=False)
-    engine = Engine(instant, limits, blocks, AlwaysResident())
+    engine = Engine(Instant(step_s), limits, blocks, AlwaysResident())
     thread = EngineThread(engine, SEATS, lambda: None, step_timeout_s=60, interval_s=interval_s)
     catalog = Catalog(1, MODEL, [ServedModel(MODEL)])
     bounds = ServingLimits(LONGEST, frozenset())
     return GenerationService(catalog, Text.load(folder, VOCAB), thread, bounds, open_watchers()), thread
 
 
-async def serve(step_s: float, interval_s: float, api_processes: int = 0, *, reports: bool = False) -> None:
+async def serve(step_s: float, interval_s: float, api_processes: int = 0) -> None:
     """Serve until it is cancelled."""
     raise_limit()
     sys.setswitchinterval(SWITCH_S)
     with tempfile.TemporaryDirectory(prefix="loramux-servers-") as folder:
-        instant = Instant(step_s)
-        made, thread = service(Path(folder), instant, interval_s)
+        made, thread = service(Path(folder), step_s, interval_s)
         inside, apis = f"unix:{folder}/engine", None
         rpc = RpcServer(
             inside if api_processes else "127.0.0.1:0",
@@ -107,8 +100,6 @@ async def serve(step_s: float, interval_s: float, api_processes: int = 0, *, rep
         keep_what_is_loaded()
         thread.start()
         await rpc.set_serving(True)
-        if reports:
-            asyncio.get_running_loop().add_reader(sys.stdin, _report, instant)
         print(json.dumps(addresses), flush=True)
         try:
             await thread.ended()

@@ -49,7 +49,7 @@ def demo(
         store=store,
         builder=free_address(BUILDER),
         inference=free_address(INFERENCE),
-        engine={"threads": threads, "api-processes": api_processes},
+        engine={"threads": threads, "api_processes": api_processes},
         http=free_address(OPENAI),
     )
     preflight(plan)

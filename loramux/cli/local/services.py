@@ -95,7 +95,7 @@ def serve(
 
     Example: loramux serve --deployment my-model --store s3://models/loramux
     """
-    engine = {"backend": backend, "dtype": dtype, "threads": threads, "api-processes": api_processes}
+    engine = {"backend": backend, "dtype": dtype, "threads": threads, "api_processes": api_processes}
     engine |= {"builder": builder, "on-base-change": on_base_change}
     argv = inference_command(deployment, store, grpc, local_root or (), engine, http)
     become([*argv, *_flags(**{"model-ports": model_ports}), *access_flags(keys_file, insecure)])
@@ -149,7 +149,8 @@ def _python(module: str) -> list[str]:
 
 
 def _flags(**values: str | int | None) -> list[str]:
-    return [text for name, value in values.items() if value is not None for text in (f"--{name}", str(value))]
+    flags = {f"--{name.replace('_', '-')}": value for name, value in values.items() if value is not None}
+    return [text for flag, value in flags.items() for text in (flag, str(value))]
 
 
 def _roots(folders: Sequence[Path]) -> list[str]:
