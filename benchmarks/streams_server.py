@@ -1,7 +1,7 @@
 """Both APIs before the engine, the service and the telemetry of a replica; only the model is left out.
 
-``python -m benchmarks.streams_server STEP_MS INTERVAL_MS [API_PROCESSES]`` prints its addresses and serves until it
-is killed.
+``python -m benchmarks.streams_server STEP_MS INTERVAL_MS [API_PROCESSES]`` prints its addresses and
+serves until it is killed.
 """
 
 from __future__ import annotations
