@@ -15,6 +15,9 @@ PARTS: Final = "loramux.parts"
 SERVICES: Final = "loramux.services"
 """The entry points of gRPC services of a replica: classes as `inference_service.rpc.extensions` says."""
 
+NAMES: Final = "loramux.names"
+"""The entry points of names that the package `loramux` has where an extension is installed."""
+
 
 def find_extensions(group: str, *, absent: bool = False) -> dict[str, EntryPoint]:
     """Return the entry points that installed packages declare for a group, by name, in the order of the names.

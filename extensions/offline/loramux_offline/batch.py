@@ -1,0 +1,257 @@
+"""Batches in OpenAI's format: a file of requests in, a file of answers out, resumable.
+
+Format: https://platform.openai.com/docs/guides/batch. A line of input has custom_id, method, url and body; a
+line of output has id, custom_id, response (status_code, request_id, body) and error.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Final
+from uuid import uuid4
+
+import httpx
+
+from loramux_shared import routes
+from loramux_shared.faults import Finding, RequestInvalid, ServerUnavailable
+
+URLS: Final = tuple(
+    route.path
+    for route in (
+        routes.CHAT_COMPLETIONS,
+        routes.COMPLETIONS,
+        routes.EMBEDDINGS,
+        routes.RESPONSES,
+        routes.CLASSIFY,
+        routes.CLASSIFY_V1,
+        routes.SCORE,
+        routes.SCORE_V1,
+        routes.RERANK,
+        routes.RERANK_V1,
+        routes.RERANK_V2,
+    )
+)
+AGAIN: Final = frozenset({408, 429, 502, 503, 504, 529})
+"""Statuses that may be another one later: the request is sent again."""
+ATTEMPTS: Final = 8
+PAUSE_S: Final = 0.5
+LONGEST_S: Final = 30.0
+SHOWN: Final = 20
+"""Wrong lines that are reported."""
+
+
+@dataclass(frozen=True)
+class BatchRequest:
+    """One line of a batch."""
+
+    custom_id: str
+    url: str
+    body: dict[str, Any]
+
+
+@dataclass
+class Counts:
+    """The numbers of a batch's requests."""
+
+    total: int
+    done: int = 0
+    """Answered, also by runs before this one."""
+    refused: int = 0
+    """Answered with a status that is no success."""
+
+    @property
+    def left(self) -> int:
+        """Requests without an answer; another run sends them again."""
+        return self.total - self.done
+
+
+class Batch:
+    """A file of requests, and the file of their answers."""
+
+    def __init__(self, source: Path, output: Path, pause_s: float = PAUSE_S) -> None:
+        """Check all requests, and read which of them are answered.
+
+        pause_s is the pause before a second attempt; each pause is twice as long as the one before, at most
+        `LONGEST_S`.
+
+        Raises:
+            RequestInvalid: lines that are no requests, by their numbers; or an output that is no batch's.
+            OSError: a file cannot be read.
+        """
+        self._source = source
+        self._output = output
+        self._pause_s = pause_s
+        ids = _checked(source)
+        answered, refused, self._length = _answered(output)
+        self._done = answered & ids
+        self.counts = Counts(len(ids), len(self._done), len(refused & ids))
+
+    async def run(self, http: httpx.AsyncClient, concurrency: int, on_answer: Callable[[], None]) -> Counts:
+        """Send what is not answered, as many at once; each answer is written when it comes.
+
+        A request that finds no server, or a busy one, is sent again. Where `ATTEMPTS` were not enough, it stays
+        unanswered; when that is so of as many in a row as are sent at once, the batch ends.
+        """
+        requests = (each for each in _requests(self._source) if each.custom_id not in self._done)
+        self._output.parent.mkdir(parents=True, exist_ok=True)
+        counts, unanswered = self.counts, 0
+        with self._output.open("ab") as file:
+            file.truncate(self._length)
+
+            async def work() -> None:
+                nonlocal unanswered
+                for request in requests:
+                    answer = await self._ask(http, request)
+                    unanswered = unanswered + 1 if answer is None else 0
+                    if answer is not None:
+                        _append(file, request, answer)
+                        counts.done += 1
+                        counts.refused += not answer.is_success
+                        on_answer()
+                    elif unanswered >= concurrency:
+                        return
+
+            async with asyncio.TaskGroup() as group:
+                for _ in range(concurrency):
+                    group.create_task(work())
+        return counts
+
+    async def _ask(self, http: httpx.AsyncClient, request: BatchRequest) -> httpx.Response | None:
+        """Return the final answer, None where there was none."""
+        for attempt in range(ATTEMPTS):
+            pause_s = min(LONGEST_S, self._pause_s * 2**attempt) * random.uniform(0.5, 1.0)  # noqa: S311 - no secret
+            try:
+                answer = await http.post(request.url, json=request.body)
+                if answer.status_code not in AGAIN:
+                    return answer
+                wished = answer.headers.get("retry-after", "")
+                pause_s = min(LONGEST_S, max(pause_s, float(wished) if wished.isdecimal() else 0.0))
+            except httpx.TransportError:
+                pass
+            if attempt + 1 < ATTEMPTS:
+                await asyncio.sleep(pause_s)
+        return None
+
+
+def _append(file: IO[bytes], request: BatchRequest, answer: httpx.Response) -> None:
+    response = {
+        "status_code": answer.status_code,
+        "request_id": answer.headers.get("x-request-id", ""),
+        "body": _body(answer),
+    }
+    line = {
+        "id": f"batch_req_{uuid4().hex}",
+        "custom_id": request.custom_id,
+        "response": response,
+        "error": None,
+    }
+    file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+    file.flush()
+
+
+def _body(answer: httpx.Response) -> Any:
+    try:
+        return answer.json()
+    except ValueError:  # a proxy's page
+        return answer.text
+
+
+def _requests(source: Path) -> Iterator[BatchRequest]:
+    with source.open("rb") as lines:
+        for line in lines:
+            if line.strip():
+                read = json.loads(line)
+                yield BatchRequest(read["custom_id"], read["url"], read["body"])
+
+
+def _checked(source: Path) -> set[str]:
+    """Return the ids of all requests.
+
+    Raises:
+        RequestInvalid: lines that are no requests.
+    """
+    ids: set[str] = set()
+    findings: list[Finding] = []
+    with source.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip() or len(findings) == SHOWN:
+                continue
+            wrong = _wrong(line, ids)
+            if wrong is not None:
+                where, expected, found = wrong
+                findings.append(
+                    Finding(
+                        code="E_BAD_FIELD", where=f"line {number}{where}", expected=expected, found=found[:80]
+                    )
+                )
+    if findings:
+        raise RequestInvalid(f"{source} has lines that are no requests of a batch", findings)
+    return ids
+
+
+def _wrong(line: bytes, ids: set[str]) -> tuple[str, str, str] | None:
+    """Return which field of a line is wrong, what it should be and what it is; else add the line's id."""
+    try:
+        read = json.loads(line)
+    except ValueError as error:
+        return "", "a JSON object", str(error)
+    if not isinstance(read, dict):
+        return "", "a JSON object", type(read).__name__
+    custom_id, method, url, body = (read.get(name) for name in ("custom_id", "method", "url", "body"))
+    if not isinstance(custom_id, str) or not custom_id:
+        return ", custom_id", "a text that no other line has", repr(custom_id)
+    if custom_id in ids:
+        return ", custom_id", "a text that no other line has", repr(custom_id)
+    if method != "POST":
+        return ", method", "POST", repr(method)
+    if url not in URLS:
+        return ", url", f"one of {', '.join(URLS)}", repr(url)
+    if not isinstance(body, dict):
+        return ", body", "a JSON object", type(body).__name__
+    if body.get("stream"):
+        return ", body.stream", "false: an answer of a batch is one object", repr(body["stream"])
+    ids.add(custom_id)
+    return None
+
+
+def _answered(output: Path) -> tuple[set[str], set[str], int]:
+    """Return the answered ids, those that were refused, and the length of all whole lines.
+
+    Raises:
+        RequestInvalid: the file is no output of a batch.
+    """
+    answered: set[str] = set()
+    refused: set[str] = set()
+    length = 0
+    if not output.exists():
+        return answered, refused, 0
+    with output.open("rb") as lines:
+        for line in lines:
+            try:
+                read = json.loads(line)
+                custom_id, status = read["custom_id"], read["response"]["status_code"]
+            except (ValueError, LookupError, TypeError) as error:
+                if not line.endswith(b"\n"):  # a run that was killed within it
+                    break
+                raise RequestInvalid(
+                    f"{output} is no output of a batch: choose another file, or delete it."
+                ) from error
+            answered.add(custom_id)
+            if not 200 <= status < 300:
+                refused.add(custom_id)
+            length += len(line)
+    return answered, refused, length
+
+
+def unanswered(counts: Counts, output: Path) -> ServerUnavailable:
+    """Return the fault of a batch that has requests without an answer."""
+    return ServerUnavailable(
+        f"{counts.left} of {counts.total} requests have no answer: the server was busy or away "
+        f"in {ATTEMPTS} attempts. "
+        f"The other answers are in {output}. Run the command again when the server answers."
+    )

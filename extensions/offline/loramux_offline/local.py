@@ -1,0 +1,111 @@
+"""A builder and a replica in this process, behind the methods of `loramux.AsyncClient`; nothing listens."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import time
+from collections.abc import AsyncGenerator, AsyncIterator
+from typing import Any
+
+from builder_service.builder import Builder
+from builder_service.rpc.servicer import BuilderServicer
+from inference_service.replica import Replica
+from inference_service.rpc.adapters import AdapterServicer
+from inference_service.rpc.servicer import InferenceServicer
+from loramux import AsyncClient, Deployment
+from loramux_shared.deployment import SourceKind
+from loramux_shared.settings import BuilderSettings, InferenceSettings, load_settings
+
+HERE = "this process"
+
+
+class LocalContext:
+    """The context of a call that comes from this process: it may have a deadline, and has no metadata."""
+
+    def __init__(self, timeout_s: float | None) -> None:
+        self._deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
+
+    def time_remaining(self) -> float | None:
+        """Return the seconds that are left, None where there is no deadline."""
+        return None if self._deadline_s is None else self._deadline_s - time.monotonic()
+
+    def invocation_metadata(self) -> tuple[()]:
+        """Return no metadata."""
+        return ()
+
+
+class LocalStream:
+    """The answer of a streaming method, with the interface of a call of gRPC."""
+
+    def __init__(self, messages: AsyncGenerator[Any]) -> None:
+        self._messages = messages
+
+    def __aiter__(self) -> AsyncIterator[Any]:
+        return self._messages
+
+    def cancel(self) -> None:
+        """End the stream, and free what the replica holds for it."""
+        self._closing = asyncio.ensure_future(self._messages.aclose())
+
+
+class LocalCalls:
+    """The methods of a servicer, called as those of a stub are; a fault is raised as it is."""
+
+    def __init__(self, servicer: Any) -> None:
+        self._servicer = servicer
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self._servicer, name)
+
+        def call(request: Any, *, timeout: float | None = None) -> Any:
+            answer: Any = method(request, LocalContext(timeout))
+            return LocalStream(answer) if inspect.isasyncgen(answer) else answer
+
+        return call
+
+
+class LocalClient(AsyncClient):
+    """The client of a builder or a replica in this process."""
+
+    def __init__(self, builder: Builder | None = None, replica: Replica | None = None) -> None:
+        super().__init__(HERE, HERE, timeout_s=None, api_key=None)
+        if builder is not None:
+            self._builder = LocalCalls(BuilderServicer(builder.builds, builder.checks))
+        if replica is not None:
+            self._inference = LocalCalls(InferenceServicer(replica.ready.service))
+            self._adapters = LocalCalls(AdapterServicer(replica.operators.manager))
+
+
+async def build(deployment: Deployment, settings: BuilderSettings) -> None:
+    """Fetch, check, convert and publish the adapters of a deployment.
+
+    Raises:
+        Fault: what the build failed with.
+    """
+    builder = await Builder.open(settings)
+    try:
+        client = LocalClient(builder)
+        await client.build(deployment, exact=True)
+        last = [state async for state in client.watch(deployment.model_name)][-1]
+        if last.failure is not None:
+            raise last.failure
+    finally:
+        builder.checks.stop()
+        await builder.builds.drain(0)
+
+
+async def load(deployment: Deployment, store: str, **settings: Any) -> Replica:
+    """Build a deployment and load it; folders that it names may be read.
+
+    Raises:
+        Fault: what a builder refuses, or what loading raises.
+    """
+    named = (deployment.build.checkpoint_repository, *deployment.build.lora_adapters.values())
+    roots = tuple(each.repo for each in named if each.source is SourceKind.LOCAL)
+    common = {"store": store, "local_roots": roots}
+    wanted = load_settings(
+        InferenceSettings, **common, deployment=deployment.model_name, follow_interval_s=0, **settings
+    )
+    await build(deployment, load_settings(BuilderSettings, **common))
+    return await Replica.load(wanted)

@@ -1,0 +1,137 @@
+"""A model in the process of a program: lists of prompts, their order, faults, and Ctrl-C."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import loramux
+from loramux_offline.llm import LLM, Interrupted
+from loramux_shared.faults import (
+    DeploymentInvalid,
+    Fault,
+    ModelNotFound,
+    RequestInvalid,
+    SettingsInvalid,
+)
+from tests.support.openai_api import openai_world
+from tests.support.tiny import World
+from tests.support.waiting import wait_until
+
+SETTINGS: dict[str, Any] = {"dtype": "float32", "kv_memory_gb": 0.01, "adapter_disk_gb": 0}
+HELLO = [{"role": "user", "content": "hello"}]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    """A checkpoint with a chat template, and adapters."""
+    return openai_world(tmp_path_factory.mktemp("offline"), built=False)[0]
+
+
+@pytest.fixture(scope="module")
+def llm(world: World) -> Iterator[LLM]:
+    """The world, loaded by the words for its base and its adapters."""
+    adapters = {name: str(folder) for name, folder in world.adapters.items()}
+    store = f"file://{world.root}/store"
+    with loramux.LLM(base=str(world.base), adapters=adapters, store=store, **SETTINGS) as llm:
+        yield llm
+
+
+def alone(llm: LLM, prompt: Any, model: str, **options: Any) -> str:
+    """The text of one prompt that nothing else runs beside."""
+    return llm.generate([prompt], model, **options)[0].text
+
+
+def test_answers_come_in_the_order_of_the_prompts(llm: LLM, world: World) -> None:
+    """Texts, tokens and messages, each for a model of its own, answer as each does alone."""
+    models = ["", *world.adapters]
+    prompts = [prompt for prompt in ("hello", [5, 6, 7], HELLO) for _ in models]
+    names = models * 3
+    answers = llm.generate(prompts, names, max_tokens=6)
+    expected = [alone(llm, prompt, name, max_tokens=6) for prompt, name in zip(prompts, names, strict=True)]
+    assert [answer.text for answer in answers] == expected
+    assert [answer.started.model for answer in answers] == [name or "base" for name in names]
+    assert len(set(expected)) > 3
+    assert [model.name for model in llm.models()] == ["base", *sorted(world.adapters)]
+
+
+def test_vectors_are_those_of_their_texts(llm: LLM) -> None:
+    """Each text has a vector, of the model that is named; the base's differ from an adapter's."""
+    ours, theirs = llm.embed(["hello", "bye"]), llm.embed(["hello", "bye"], next(iter(llm.models()[1:])).name)
+    assert len(ours.vectors) == 2
+    assert ours.vectors[0] != ours.vectors[1]
+    assert ours.vectors != theirs.vectors
+
+
+def test_a_refused_prompt_ends_the_call_or_stands_in_its_place(llm: LLM) -> None:
+    """The fault names the prompt; with return_exceptions the others are answered."""
+    prompts = ["hello", [10**6], "bye"]
+    with pytest.raises(RequestInvalid, match="prompt 1: "):
+        llm.generate(prompts, max_tokens=4)
+    answers = llm.generate(prompts, max_tokens=4, return_exceptions=True)
+    assert [isinstance(answer, Fault) for answer in answers] == [False, True, False]
+    with pytest.raises(ModelNotFound, match="nobody"):
+        llm.generate(["hello"], "nobody")
+
+
+@pytest.mark.parametrize(
+    ("prompts", "models", "found"),
+    [("hello", "", "one text"), (["a", "b"], ["base"], "1 names"), (["a"], ["base", "base"], "2 names")],
+)
+def test_arguments_that_do_not_fit_are_refused(llm: LLM, prompts: Any, models: Any, found: str) -> None:
+    """One text is no list, and names are as many as prompts."""
+    with pytest.raises(RequestInvalid) as refused:
+        llm.generate(prompts, models)
+    assert refused.value.findings[0].found == found
+
+
+class Interrupting(Sequence[str]):
+    """Prompts of which the last one is read when somebody presses Ctrl-C."""
+
+    def __len__(self) -> int:
+        return 3
+
+    def __getitem__(self, index: Any) -> Any:
+        if index == 2:
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+        return "hello"
+
+
+def test_ctrl_c_ends_a_call_and_not_the_model(llm: LLM) -> None:
+    """The answers that are complete come with the exception; nothing runs on, and the next call is answered."""
+    before = llm.service.engine.stats.tokens_generated
+    with pytest.raises(Interrupted) as ended:
+        llm.generate(Interrupting(), max_tokens=400, ignore_eos=True)
+    assert len(ended.value.answers) == 3
+    assert None in ended.value.answers
+    assert alone(llm, "hello", "", max_tokens=2)
+    wait_until(lambda: llm.service.engine.stats.running == 0, "nothing runs")
+    assert llm.service.engine.stats.tokens_generated - before < 3 * 400
+
+
+def test_a_start_that_fails_says_why_and_leaves_nothing(world: World, tmp_path: Path) -> None:
+    """An adapter without files, a deployment beside a base, an unknown setting: each is its fault."""
+    store = f"file://{tmp_path}/store"
+    with pytest.raises(Fault) as refused:
+        LLM(base=str(world.base), adapters={"a": str(tmp_path)}, store=store, **SETTINGS)
+    assert "a" in str(refused.value)
+    with pytest.raises(SettingsInvalid, match="one of the two"):
+        LLM(world.deployment(), base=str(world.base))
+    with pytest.raises(SettingsInvalid, match="no-such-setting"):
+        LLM(world.deployment(), store=store, no_such_setting=1)
+    with pytest.raises(DeploymentInvalid):
+        LLM(base="file:no repository")
+
+
+def test_a_closed_model_says_so(world: World, tmp_path: Path) -> None:
+    """A deployment object is loaded too; close may be called twice, and a call after it is refused."""
+    with LLM(world.deployment(), store=f"file://{tmp_path}/store", **SETTINGS) as llm:
+        assert alone(llm, "hello", "base", max_tokens=2)
+    llm.close()
+    with pytest.raises(SettingsInvalid, match="closed"):
+        llm.models()
