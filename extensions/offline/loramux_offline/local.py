@@ -6,7 +6,7 @@ import asyncio
 import inspect
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
-from typing import Any
+from typing import Any, cast
 
 from builder_service.builder import Builder
 from builder_service.rpc.servicer import BuilderServicer
@@ -60,7 +60,7 @@ class LocalCalls:
 
         def call(request: Any, *, timeout: float | None = None) -> Any:
             answer: Any = method(request, LocalContext(timeout))
-            return LocalStream(answer) if inspect.isasyncgen(answer) else answer
+            return LocalStream(cast("AsyncGenerator[Any]", answer)) if inspect.isasyncgen(answer) else answer
 
         return call
 

@@ -70,7 +70,7 @@ def test_vectors_are_those_of_their_texts(llm: LLM) -> None:
 
 def test_a_refused_prompt_ends_the_call_or_stands_in_its_place(llm: LLM) -> None:
     """The fault names the prompt; with return_exceptions the others are answered."""
-    prompts = ["hello", [10**6], "bye"]
+    prompts: list[Any] = ["hello", [10**6], "bye"]
     with pytest.raises(RequestInvalid, match="prompt 1: "):
         llm.generate(prompts, max_tokens=4)
     answers = llm.generate(prompts, max_tokens=4, return_exceptions=True)
