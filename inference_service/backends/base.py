@@ -209,6 +209,10 @@ class Operations(Protocol):
         """
         ...
 
+    def draw(self, logits: Tensor, rows: Sequence[RowParams]) -> Drawn:
+        """Draw a token for each row of logits [N, vocab], on the host."""
+        ...
+
     def new_cache(self, num_rows: int, heads: HeadCounts) -> tuple[Tensor, ...]:
         """Return empty keys and values of one layer, for num_rows tokens, a multiple of the block size.
 

@@ -116,6 +116,10 @@ class NativeOperations(TorchOperations):
         chunks = np.array([StateChunk.of(context) for context in contexts], dtype=np.int64)
         return partial(self.ops.gated_delta, chunks=Table(chunks))
 
+    def draw(self, logits: Tensor, rows: Sequence[RowParams]) -> Drawn:
+        """Draw all rows in one call."""
+        return self.ops.draw(logits, rows)
+
     def new_cache(self, num_rows: int, heads: HeadCounts) -> tuple[Tensor, Tensor]:
         """Return a cache in the order in which the compiled attention reads it."""
         return self.ops.new_cache(heads.kv, num_rows, heads.dim)

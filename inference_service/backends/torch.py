@@ -123,6 +123,10 @@ class TorchOperations(ExpertOperations):
         """Gather the contexts, once for all layers of a window."""
         return TorchAttention(PagedAttention(contexts, block_size, self._dtype, self._device, windows))
 
+    def draw(self, logits: Tensor, rows: Sequence[RowParams]) -> Drawn:
+        """Draw row by row."""
+        return draw_rows(logits, rows)
+
     def new_cache(self, num_rows: int, heads: HeadCounts) -> tuple[Tensor, ...]:
         """Return the tensors of `KeysValues`."""
         return KeysValues.allocate(heads.kv, num_rows, heads.dim, self._cache_dtype, self._device).tensors

@@ -70,7 +70,7 @@ class Runner:
         def finish() -> None:
             if rows.sampled and not tokens:
                 with torch.inference_mode():
-                    tokens.extend(sample(logits, rows.sampled, rows.ahead))
+                    tokens.extend(sample(logits, rows.sampled, rows.ahead, self._model.draw))
                     ids = [token.id for token in tokens]
                     self._ids = torch.tensor(ids, dtype=torch.int64, device=logits.device)
 

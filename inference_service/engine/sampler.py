@@ -6,8 +6,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import replace
+from typing import Final
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -19,10 +21,18 @@ from inference_service.core.constraint import unpacked
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Sequence, Token
 from inference_service.engine.logprobs import processed, report
-from inference_service.kernels.sampling import RowParams, draw
+from inference_service.kernels.sampling import Drawn, RowParams, draw_rows
+
+Draw = Callable[[Tensor, Seq[RowParams]], Drawn]
+"""Draws a token for each row of logits [N, vocab], as `draw_rows` does."""
 
 
-def sample(logits: Tensor, seqs: Seq[Sequence], ahead: Seq[int] | None = None) -> list[Token]:
+GREEDY: Final = RowParams()
+
+
+def sample(
+    logits: Tensor, seqs: Seq[Sequence], ahead: Seq[int] | None = None, draw: Draw = draw_rows
+) -> list[Token]:
     """Draw one token per row of logits [N, vocab]; row i belongs to seqs[i], whose tokens are known.
 
     With ahead, the draw is the one that comes so many tokens later: those in between are drafted.
@@ -32,22 +42,20 @@ def sample(logits: Tensor, seqs: Seq[Sequence], ahead: Seq[int] | None = None) -
     backend. Log probabilities are those of logits, before whatever the request does to them, or where it asks
     for it those that the token was drawn by.
     """
-    best = logits.argmax(dim=-1, keepdim=True)
-    ids, tops = best[:, 0].tolist(), logits.gather(1, best)[:, 0].tolist()
+    later = ahead or [0] * len(seqs)
+    params = [row_params(seq, seq.num_known + more) for seq, more in zip(seqs, later, strict=True)]
+    shaped = {
+        row: shape(logits[row], seq, later[row]) for row, seq in enumerate(seqs) if shapes(seq, seq.num_known)
+    }
+    ids, tops = draw(logits, [GREEDY if row in shaped else each for row, each in enumerate(params)])
     impossible = set()
-    shaped_rows: dict[int, Tensor] = {}
-    for row, (seq, more) in enumerate(zip(seqs, ahead or [0] * len(seqs), strict=True)):
-        shaped = shapes(seq, seq.num_known)
-        if shaped or not seq.sampling.greedy:
-            after = shape(logits[row], seq, more) if shaped else logits[row].float()
-            own = after.numpy(force=True)
-            ids[row] = draw(own, row_params(seq, seq.num_known + more))
-            shaped_rows[row] = after
-            if shaped and np.isneginf(own).all():
+    if shaped:
+        drawn, best = draw(torch.stack([*shaped.values()]), [params[row] for row in shaped])
+        for row, token, top in zip(shaped, drawn, best, strict=True):
+            ids[row] = token
+            if top == -math.inf:
                 impossible.add(row)
-    tokens = [
-        _token(logits[row], shaped_rows.get(row, logits[row]), ids[row], seq) for row, seq in enumerate(seqs)
-    ]
+    tokens = [_token(logits[row], shaped.get(row, logits[row]), ids[row], seq) for row, seq in enumerate(seqs)]
     for row in impossible:
         tokens[row] = replace(tokens[row], impossible=True)
     return marked(tokens, tops)

@@ -25,6 +25,7 @@ from inference_service.backends.base import (
 )
 from inference_service.backends.torch import TorchOperations
 from inference_service.kernels.attention import Context
+from inference_service.kernels.sampling import Drawn, RowParams
 from inference_service.layers.linear import Linear
 from inference_service.layers.norm import RMSNorm
 from inference_service.layers.rope import Rope
@@ -152,6 +153,10 @@ class Decoder:
         return ops.norm(hidden[last_rows], self._norm, last, delta_norm, out)
 
     @torch.inference_mode()
+    def draw(self, logits: Tensor, rows: Sequence[RowParams]) -> Drawn:
+        """Draw a token for each row of logits [N, vocab], on the host."""
+        return self._operations.draw(logits, rows)
+
     def logits(self, hidden: Tensor, own: StepVocabulary | None = None) -> Tensor:
         """Return the logits [N, vocab] of rows [N, hidden], some of which have a head of their own.
 

@@ -31,6 +31,7 @@ from inference_service.kernels.cpu.ops import (
 )
 from inference_service.kernels.cpu.processors import Kind, kinds_that_run
 from inference_service.kernels.rows import Activation
+from inference_service.kernels.sampling import RowParams, draw_rows
 from tests.support.native import as_in_a_wheel
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1.2e-2}
@@ -494,3 +495,28 @@ def test_a_processor_gets_what_it_can_run(
     cpuinfo.write_text(f"processor\t: 0\nmodel name\t: Some\nflags\t\t: {flags}\n\nprocessor\t: 1\n")
     assert [kind.name for kind in kinds_that_run(cpuinfo)] == kinds
     assert kinds_that_run(tmp_path / "none") == []
+
+
+@pytest.mark.parametrize("vocab", [1, 15, 64, 700, 5003])
+def test_a_row_is_drawn_as_the_host_draws_it(ops: CpuOps, vocab: int) -> None:
+    """Every kind of draw, with ties, tokens that may not come, and NaN: the same token in any batch."""
+    chosen = product(
+        (0.0, 0.01, 0.7, 50.0), ((0, 1.0, 0.0), (3, 1.0, 0.0), (0, 0.9, 0.0), (40, 0.5, 0.05), (0, 1e-9, 1.0))
+    )
+    rows = [
+        RowParams(temperature, top_k, top_p, min_p, seed=row - 2**63, num_generated=row)
+        for row, (temperature, (top_k, top_p, min_p)) in enumerate(chosen)
+    ]
+    for spread in (0.0, 1.0, 8.0):
+        logits = (torch.randn(len(rows), 2 * vocab) * spread).to(ops.dtype)[:, :vocab]
+        logits[1::3] = (logits[1::3] * 2).round() / 2
+        logits[2::5, ::3] = -torch.inf
+        logits[7] = -torch.inf
+        logits[8::9, vocab // 2] = torch.nan
+        ids, tops = ops.draw(logits, rows)
+        expected, best = draw_rows(logits, rows)
+        usual = [row for row, top in enumerate(best) if top == top]
+        assert [ids[row] for row in usual] == [expected[row] for row in usual]
+        np.testing.assert_array_equal(tops, best)
+        for row in range(len(rows)):
+            assert ops.draw(logits[row:], rows[row:])[0][0] == ids[row]

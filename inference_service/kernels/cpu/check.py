@@ -18,6 +18,7 @@ from torch.nn.functional import gelu, rms_norm, scaled_dot_product_attention, si
 from inference_service.kernels.cpu.ops import BLOCK, Chunks, CpuOps, Table, adapters_of
 from inference_service.kernels.delta import DeltaInputs, DeltaStates, DeltaWeights, StateChunk, reference
 from inference_service.kernels.integers import quantize
+from inference_service.kernels.sampling import RowParams, draw_rows
 from loramux_shared.rounding import Rounding
 
 TOLERANCE: Final = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
@@ -75,6 +76,14 @@ def _gelu(ops: CpuOps, generator: torch.Generator) -> Pair:
     both = _random(ops, generator, 3, 2 * 40)
     gate, up = both.double().chunk(2, dim=1)
     return ops.gated(both, "gelu_tanh"), gelu(gate, approximate="tanh") * up
+
+
+def _draw(ops: CpuOps, generator: torch.Generator) -> Pair:
+    logits = 3 * _random(ops, generator, 6, 500)
+    kinds = {"temperature": 0.0}, {}, {"top_k": 7}, {"top_p": 0.8}, {"min_p": 0.1}, {"top_k": 40, "top_p": 0.5}
+    rows = [RowParams(**({"temperature": 0.7, "seed": row} | kind)) for row, kind in enumerate(kinds)]
+    found, expected = (torch.tensor(draw(logits, rows)[0]) for draw in (ops.draw, draw_rows))
+    return found, expected
 
 
 def _lora(ops: CpuOps, generator: torch.Generator) -> Pair:

@@ -5,6 +5,7 @@
 #include "linear.h"
 #include "program.h"
 #include "rows.h"
+#include "sampling.h"
 
 #define EXPORT(T, SUFFIX)                                                                                             \
   extern "C" void linear_##SUFFIX(const void* x, int64_t ldx, int64_t rows, int64_t K, const void* w, const void* bias,\
@@ -51,6 +52,10 @@
     delta_rule<T>({(const T*)qkv, ld_qkv, (const T*)z, ld_z, (const T*)b, ld_b, (const T*)a, ld_a, (const T*)conv,    \
                    (const float*)decay, (const float*)dt_bias, (const T*)norm, (T*)rows, (float*)states, (T*)x,       \
                    (T*)out, channels, width, key_heads, heads, K, V, eps}, (const DeltaChunk*)chunks, count, threads);\
+  }                                                                                                                   \
+  extern "C" void draw_##SUFFIX(const void* logits, int64_t ld, int64_t vocab, const void* rows, int64_t count,        \
+                                void* ids, void* tops, int64_t threads) {                                             \
+    draw<T>((const T*)logits, ld, vocab, (const Draw*)rows, count, (int64_t*)ids, (float*)tops, threads);             \
   }                                                                                                                   \
   extern "C" void run_##SUFFIX(const void* words, int64_t count) {                                                    \
     run_program((const int64_t*)words, count, linear_##SUFFIX, attention_##SUFFIX, rope_write_##SUFFIX,               \

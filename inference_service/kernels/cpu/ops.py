@@ -6,6 +6,7 @@ Every operation is in place or writes its whole output, takes contiguous rows, a
 from __future__ import annotations
 
 import ctypes
+import struct
 import threading
 from array import array
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +25,7 @@ from inference_service.kernels.cpu.program import Buffers, Recorder
 from inference_service.kernels.delta import DeltaInputs
 from inference_service.kernels.integers import Quantized
 from inference_service.kernels.rows import Activation
+from inference_service.kernels.sampling import Drawn, RowParams
 
 BLOCK = 16
 """Positions of a cache block in the compiled attention; the engine's blocks are multiples of it."""
@@ -52,8 +54,11 @@ _SIGNATURES = {
     "silu": "ppiii",
     "gelu_tanh": "ppiii",
     "delta_rule": "pipipipippppppppiiiiiifpii",
+    "draw": "piipippi",
 }
 """Argument types of each operation: pointer, int64, float."""
+_DRAW: Final = struct.Struct("=qdqddQq")
+"""A row of `CpuOps.draw`: sampling.h has the fields."""
 
 
 Planned = tuple[int, int, int, Sequence[int]]
@@ -138,9 +143,8 @@ class CpuOps:
         self.dtype = dtype
         self.units = 2 if dtype is torch.bfloat16 else 1
         """Values per 4-byte unit."""
-        functions = {name: getattr(library, f"{name}_{DTYPES[dtype]}") for name in _SIGNATURES}
-        for name, function in functions.items():
-            function.argtypes, function.restype = [_TYPES[letter] for letter in _SIGNATURES[name]], None
+        functions = {name: _function(library, name, dtype) for name in _SIGNATURES}
+        self._draw = {kind: _function(library, "draw", kind) for kind in DTYPES}
         library.instructions.restype = ctypes.c_char_p
         self.instructions = str(library.instructions().decode())
         """For which it was compiled: AVX-512, the same with VNNI or with bfloat16, AVX2 or NEON."""
@@ -354,6 +358,29 @@ class CpuOps:
         )  # fmt: skip
         return out
 
+    def draw(self, logits: Tensor, rows: Sequence[RowParams]) -> Drawn:
+        """Draw a token for each row of logits [N, vocab], as `kernels.sampling.draw_rows` does."""
+        packed = b"".join(
+            [
+                _DRAW.pack(
+                    row,
+                    each.sharpness,
+                    each.top_k,
+                    each.top_p,
+                    each.span,
+                    each.seed % 2**64,
+                    each.num_generated,
+                )
+                for row, each in enumerate(rows)
+            ]
+        )
+        ids, tops = array("q", bytes(8 * len(rows))), array("f", bytes(4 * len(rows)))
+        self._draw[logits.dtype](
+            logits.data_ptr(), logits.stride(0), logits.shape[1], packed, len(rows), ids.buffer_info()[0],
+            tops.buffer_info()[0], self.threads,
+        )  # fmt: skip
+        return ids.tolist(), tops.tolist()
+
     def new_cache(self, kv_heads: int, num_rows: int, dim: int) -> tuple[Tensor, Tensor]:
         """Return keys [kv, blocks, d * BLOCK], and values with d padded; memory is taken when it is used."""
         blocks = num_rows // BLOCK
@@ -373,6 +400,12 @@ class CpuOps:
     def _zeros(self, shape: tuple[int, ...]) -> Tensor:
         bits = np.zeros(shape, dtype=np.int16 if self.dtype is torch.bfloat16 else np.float32)
         return torch.from_numpy(bits).view(self.dtype)
+
+
+def _function(library: ctypes.CDLL, name: str, dtype: torch.dtype) -> Any:
+    function = getattr(library, f"{name}_{DTYPES[dtype]}")
+    function.argtypes, function.restype = [_TYPES[letter] for letter in _SIGNATURES[name]], None
+    return function
 
 
 def _nibbles(units: Tensor) -> Tensor:

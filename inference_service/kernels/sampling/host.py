@@ -6,10 +6,11 @@ Noise is a function of seed, step and token, so it is computed for those tokens 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final
+from typing import Final, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+from torch import Tensor
 
 from inference_service.kernels.sampling.layout import RowParams
 
@@ -21,6 +22,20 @@ PIECE: Final = 8192
 Logits = npt.NDArray[np.float32]
 Mask = npt.NDArray[np.bool_]
 Words = npt.NDArray[np.uint64]
+
+
+Drawn: TypeAlias = tuple[list[int], list[float]]
+"""A token of each row, and the row's largest logit, which is NaN where the row has any."""
+
+
+def draw_rows(logits: Tensor, rows: Sequence[RowParams]) -> Drawn:
+    """Draw a token for each row of logits [N, vocab]."""
+    best = logits.argmax(dim=-1, keepdim=True)
+    ids, tops = best[:, 0].tolist(), logits.gather(1, best)[:, 0].tolist()
+    for row, params in enumerate(rows):
+        if params.temperature:
+            ids[row] = draw(logits[row].float().numpy(force=True), params)
+    return ids, tops
 
 
 def draw(logits: Logits, params: RowParams) -> int:
