@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 import sys
 from collections.abc import Callable
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -80,7 +80,14 @@ def _gelu(ops: CpuOps, generator: torch.Generator) -> Pair:
 
 def _draw(ops: CpuOps, generator: torch.Generator) -> Pair:
     logits = 3 * _random(ops, generator, 6, 500)
-    kinds = {"temperature": 0.0}, {}, {"top_k": 7}, {"top_p": 0.8}, {"min_p": 0.1}, {"top_k": 40, "top_p": 0.5}
+    kinds: tuple[dict[str, Any], ...] = (
+        {"temperature": 0.0},
+        {},
+        {"top_k": 7},
+        {"top_p": 0.8},
+        {"min_p": 0.1},
+        {"top_k": 40, "top_p": 0.5},
+    )
     rows = [RowParams(**({"temperature": 0.7, "seed": row} | kind)) for row, kind in enumerate(kinds)]
     found, expected = (torch.tensor(draw(logits, rows)[0]) for draw in (ops.draw, draw_rows))
     return found, expected
