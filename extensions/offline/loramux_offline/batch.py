@@ -41,7 +41,7 @@ AGAIN: Final = frozenset({408, 429, 502, 503, 504, 529})
 ATTEMPTS: Final = 8
 PAUSE_S: Final = 0.5
 LONGEST_S: Final = 30.0
-SHOWN: Final = 20
+MAX_REPORTED: Final = 20
 """Wrong lines that are reported."""
 
 
@@ -129,8 +129,8 @@ class Batch:
                 answer = await http.post(request.url, json=request.body)
                 if answer.status_code not in AGAIN:
                     return answer
-                wished = answer.headers.get("retry-after", "")
-                pause_s = min(LONGEST_S, max(pause_s, float(wished) if wished.isdecimal() else 0.0))
+                retry_after = answer.headers.get("retry-after", "")
+                pause_s = min(LONGEST_S, max(pause_s, float(retry_after) if retry_after.isdecimal() else 0.0))
             except httpx.TransportError:
                 pass
             if attempt + 1 < ATTEMPTS:
@@ -179,7 +179,7 @@ def _checked(source: Path) -> set[str]:
     findings: list[Finding] = []
     with source.open("rb") as lines:
         for number, line in enumerate(lines, 1):
-            if not line.strip() or len(findings) == SHOWN:
+            if not line.strip() or len(findings) == MAX_REPORTED:
                 continue
             wrong = _wrong(line, ids)
             if wrong is not None:

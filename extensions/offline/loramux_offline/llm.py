@@ -253,13 +253,15 @@ class Interrupted(KeyboardInterrupt):
         """The answers in the order of the prompts, None for those that are not complete."""
 
 
-def _deployment(given: str | Path | Deployment | None, base: str, adapters: Mapping[str, str]) -> Deployment:
-    if (given is None) != bool(base) or (given is not None and adapters):
+def _deployment(
+    deployment: str | Path | Deployment | None, base: str, adapters: Mapping[str, str]
+) -> Deployment:
+    if (deployment is None) != bool(base) or (deployment is not None and adapters):
         raise SettingsInvalid("LLM takes a deployment, or base= with adapters=: give one of the two.")
-    if isinstance(given, Deployment):
-        return given
-    if given is not None:
-        return load_deployment(Path(given)).deployment
+    if isinstance(deployment, Deployment):
+        return deployment
+    if deployment is not None:
+        return load_deployment(Path(deployment)).deployment
     build = Build(
         checkpoint_repository=parse_repository(base),
         lora_adapters={name: parse_repository(word) for name, word in adapters.items()},

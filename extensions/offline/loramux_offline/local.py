@@ -104,8 +104,8 @@ async def load(deployment: Deployment, store: str, **settings: Any) -> Replica:
     named = (deployment.build.checkpoint_repository, *deployment.build.lora_adapters.values())
     roots = tuple(each.repo for each in named if each.source is SourceKind.LOCAL)
     common = {"store": store, "local_roots": roots}
-    wanted = load_settings(
+    replica_settings = load_settings(
         InferenceSettings, **common, deployment=deployment.model_name, follow_interval_s=0, **settings
     )
     await build(deployment, load_settings(BuilderSettings, **common))
-    return await Replica.load(wanted)
+    return await Replica.load(replica_settings)

@@ -67,7 +67,7 @@ async def test_every_request_has_an_answer_refused_ones_too(tmp_path: Path) -> N
 
 
 async def test_a_run_that_was_killed_is_resumed(tmp_path: Path) -> None:
-    """What was answered is not sent again; a line that was cut off within is."""
+    """A second run sends no answered request again, and the one whose line was cut off once more."""
     source, sent = written(tmp_path / "in", *(request(number) for number in range(4))), []
     await run(written(tmp_path / "first", request(0), request(1)), tmp_path / "out", echo)
     with (tmp_path / "out").open("a") as file:
