@@ -15,6 +15,7 @@ from inference_service.kernels.attention import Context
 from inference_service.kernels.delta import DeltaInputs
 from inference_service.kernels.experts import ByExpert, Routed
 from inference_service.kernels.rows import Activation
+from inference_service.kernels.sampling import Drawn, RowParams
 from inference_service.kernels.sgmv import Update
 from inference_service.layers.linear import Linear
 from inference_service.layers.norm import RMSNorm

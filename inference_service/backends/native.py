@@ -32,6 +32,7 @@ from inference_service.kernels.cpu.ops import (
 from inference_service.kernels.delta import StateChunk
 from inference_service.kernels.integers import quantize
 from inference_service.kernels.rows import Activation
+from inference_service.kernels.sampling import Drawn, RowParams
 from inference_service.kernels.sgmv import Update
 from inference_service.layers.linear import Linear
 from inference_service.layers.norm import RMSNorm

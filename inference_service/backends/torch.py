@@ -22,6 +22,7 @@ from inference_service.backends.experts import ExpertOperations
 from inference_service.kernels.attention import Context, KeysValues, PagedAttention
 from inference_service.kernels.delta import DeltaInputs, StateChunk, reference
 from inference_service.kernels.rows import Activation
+from inference_service.kernels.sampling import Drawn, RowParams, draw_rows
 from inference_service.kernels.sgmv import Update
 from inference_service.layers.linear import Linear
 from inference_service.layers.norm import RMSNorm

@@ -21,9 +21,9 @@ from loramux import Classifications, Completion, Embeddings, ModelInfo, load_dep
 from loramux.records import GenerateOptions, Prompt
 from loramux.vectors import EmbedOptions, ScoreOptions, TextInput
 from loramux_offline.local import LocalClient, load
+from loramux_shared.bundle.names import BASE
 from loramux_shared.deployment import Build, Deployment, Runtime
 from loramux_shared.faults import Fault, Finding, RequestInvalid, SettingsInvalid
-from loramux_shared.mixtures import BASE
 from loramux_shared.spelling import parse_repository
 
 STORE: Final = "file://~/.local/share/loramux/store"

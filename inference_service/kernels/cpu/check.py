@@ -33,7 +33,7 @@ def first_wrong(library: ctypes.CDLL) -> str | None:
     checks: dict[str, Callable[[CpuOps, torch.Generator], Pair]] = {
         "rms_norm": _norm, "norm of heads": _head_norm, "silu": _silu, "gelu_tanh": _gelu, "linear": _linear,
         "compact product": _compact, "product of 8 bits": _int8, "product of 4 bits": _int4, "lora": _lora,
-        "attention": _attention, "delta_rule": _delta_rule,
+        "attention": _attention, "delta_rule": _delta_rule, "draw": _draw,
     }  # fmt: skip
     for dtype, tolerance in TOLERANCE.items():
         try:
