@@ -598,11 +598,14 @@ def test_bfloat16_stays_close(answers: Answers) -> None:
 
 @pytest.mark.parametrize("answers", HALVES, indirect=True)
 def test_a_cache_of_8_bits_stays_close(answers: Answers) -> None:
-    """The scales are read with windows, sinks, caps, keys of other layers and experts."""
+    """The scales are read with windows, sinks, caps, keys of other layers and experts.
+
+    Rounding alone changes these random models by up to 0.14; scales of another head or token by up to 1.9.
+    """
     ready = answers.world.load(answers.store, backend="torch", device="cpu", kv_cache_dtype="int8")
     poison(ready)
     found = _engine_logprobs(ready, answers.requests[0][1], new=1)
-    assert found == pytest.approx(answers.logprobs[:1], abs=0.03)
+    assert found == pytest.approx(answers.logprobs[:1], abs=0.2)
 
 
 @pytest.mark.parametrize(("dtype", "max_shard_size"), [("bfloat16", "40KB"), ("float16", "1GB")])
