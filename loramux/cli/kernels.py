@@ -30,7 +30,7 @@ def kernels(
     ] = None,
     as_json: shell.Json = False,
 ) -> None:
-    """Compile the kernels of a base for a GPU, which need not be here.
+    """Compile the kernels of a base for a GPU; none is needed here.
 
     Settings of replicas are read as a replica reads them.
 
