@@ -69,10 +69,10 @@ function request() {
 /** Say beside the closed fields what is in them. */
 function tellSettings() {
   const fields = [["temperature", "#temperature"], ["max tokens", "#max-tokens"], ["seed", "#seed"]];
-  const told = fields.map(([name, selector]) => [name, $(selector).value]).filter(([, value]) => value);
+  const changed = fields.map(([name, selector]) => [name, $(selector).value]).filter(([, value]) => value);
   const greedy = Number($("#temperature").value || 1) === 0 ? ["greedy"] : [];
   const system = $("#system").value.trim() ? ["with a system prompt"] : [];
-  $("#settings").textContent = [...system, ...greedy, ...told.map(([name, value]) => `${name} ${value}`)].join(", ");
+  $("#settings").textContent = [...system, ...greedy, ...changed.map(([name, value]) => `${name} ${value}`)].join(", ");
 }
 
 /** A failure that all answers share is shown once. */

@@ -38,7 +38,7 @@ class Shares {
 
 // What a linear and its adapters make of x, or, without w, what the adapters add to out. A slot's adapters of all linears are
 // side by side: from one slot's to the next are apart of them. Threads take turns at rows of A, at columns of w, and, when all
-// of those are done, at columns of B. Where rows have several segments, parts say so, and whoever adds to a row adds all of them,
+// of those are done, at columns of B. Where rows have several segments, parts say so, and the thread that adds to a row adds all of them,
 // one after the other: no two threads meet there, and the order is that of the segments.
 template <class T>
 void linear(Product<T> base, const Adapter* adapters, int64_t apart, const Segment* segments, int64_t count, float* y,
