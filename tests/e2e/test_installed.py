@@ -17,7 +17,7 @@ from tests.support.tiny import World, make_world
 pytestmark = [pytest.mark.sweep, pytest.mark.timeout(1200)]
 TORCH = "INSTALL_TORCH"
 """Variable with which the extras that bring torch, some GB, are installed too."""
-NEEDS_TORCH = {"inference", "gpu", "ray", "vllm-grpc", "prove", "demo", "train", "trl", "test"}
+NEEDS_TORCH = {"inference", "gpu", "offline", "ray", "vllm-grpc", "prove", "demo", "train", "trl", "test"}
 EXTRAS = sorted(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"])
 NO_SERVER = """
 import subprocess, sys
@@ -42,20 +42,27 @@ finally:
     up.terminate()
     up.wait()
 """
-ACTS = {
-    "": """
+OFFLINE = """
+import sys, loramux
+with loramux.LLM(sys.argv[2] + "/tiny.yaml", store="file://" + sys.argv[2]) as llm:
+    [answer] = llm.generate([[5, 6, 7]], "wide", max_tokens=4, ignore_eos=True)
+    assert answer.usage.completion_tokens == 4
+"""
+ACTS = (
+    {
+        "": """
 import loramux.faults
 try:
     loramux.Client("127.0.0.1:1").complete("a", "b")
 except loramux.faults.ServerUnavailable as fault:
     assert "127.0.0.1:1" in str(fault)
 """,
-    "cli": """
+        "cli": """
 import json, subprocess, sys
 command = [sys.argv[1] + "/loramux", "keys", "new", "--scope", "infer", "--json"]
 assert json.loads(subprocess.run(command, capture_output=True, check=True).stdout)["key"].startswith("lmx_")
 """,
-    "store": """
+        "store": """
 import sys
 from loramux_shared.storage.open import open_store
 store = open_store(f"file://{sys.argv[2]}/store")
@@ -63,19 +70,19 @@ store.put("a/b", b"c")
 assert store.get("a/b") == b"c"
 assert open_store("s3://bucket/prefix").uri == "s3://bucket/prefix"
 """,
-    "otel": """
+        "otel": """
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 with TracerProvider().get_tracer("a").start_as_current_span("b") as span:
     assert span.get_span_context().is_valid
 OTLPSpanExporter()
 """,
-    "gcs": "import google.auth.credentials, requests; google.auth.credentials.AnonymousCredentials()",
-    "azure": """
+        "gcs": "import google.auth.credentials, requests; google.auth.credentials.AnonymousCredentials()",
+        "azure": """
 from azure.storage.blob import ContainerClient
 assert ContainerClient("https://a.blob.core.windows.net", "b").container_name == "b"
 """,
-    "signing": """
+        "signing": """
 import sys
 from pathlib import Path
 from loramux_shared.signatures import SigningKey; from loramux_signing.folder import verify_folder
@@ -88,42 +95,45 @@ key.write_bytes(generate_private_key(SECP256R1()).private_bytes(*form_of_key))
 (key.parent / "model.sig").write_bytes(sign_folder(folder, SigningKey(key)))
 verify_folder(folder, key.parent / "model.sig", [public_key(SigningKey(key))])
 """,
-    "builder": """
+        "builder": """
 import subprocess, sys
 command = [sys.argv[1] + "/loramux", "check", sys.argv[2] + "/wide", "--base", sys.argv[2] + "/base"]
 assert "accepted" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
 """,
-    "npy": """
+        "npy": """
 import subprocess, sys
 command = [sys.argv[1] + "/loramux", "import-bundle", sys.argv[2], "--base=a/b", "--name=a"]
 assert "model.lora_weights.npy" in subprocess.run(command, capture_output=True, text=True).stderr
 """,
-    "gc": """
+        "gc": """
 import subprocess, sys
 command = [sys.argv[1] + "/loramux", "gc", "--store", f"file://{sys.argv[2]}/store"]
 assert "nothing to remove" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
 """,
-    "doctor": """
+        "doctor": """
 import json, subprocess, sys
 command = [sys.argv[1] + "/loramux", "doctor", "--json"]
 assert "diagnosis" in json.loads(subprocess.run(command, capture_output=True, text=True).stdout)
 """,
-    "fleet": """
+        "fleet": """
 import loramux.faults
 try:
     loramux.Client(["127.0.0.1:1", "127.0.0.1:2"]).complete("a", "b")
 except loramux.faults.ServerUnavailable as fault:
     assert "none of 2 replicas" in str(fault)
 """,
-    "envoy": """
+        "envoy": """
 import subprocess, sys
 command = [sys.argv[1] + "/loramux", "envoy", "10.0.0.4"]
 assert "static_resources" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
 """,
-    "arena": f"import sys\nCOMMAND = ['arena', '--prompts', sys.argv[2] + '/tiny.yaml']\n{NO_SERVER}",
-    "bench": f"import sys\nCOMMAND = ['bench', '--plot=' + sys.argv[2] + '/plot.png']\n{NO_SERVER}",
-    "docs": "import mkdocs.__main__, material; mkdocs.__main__.cli(['--version'])",
-} | dict.fromkeys(NEEDS_TORCH, SERVE)
+        "arena": f"import sys\nCOMMAND = ['arena', '--prompts', sys.argv[2] + '/tiny.yaml']\n{NO_SERVER}",
+        "bench": f"import sys\nCOMMAND = ['bench', '--plot=' + sys.argv[2] + '/plot.png']\n{NO_SERVER}",
+        "docs": "import mkdocs.__main__, material; mkdocs.__main__.cli(['--version'])",
+    }
+    | dict.fromkeys(NEEDS_TORCH, SERVE)
+    | {"offline": OFFLINE}
+)
 """What each extra is tried with: Python whose arguments are its bin/ and the folder of a tiny base."""
 
 
