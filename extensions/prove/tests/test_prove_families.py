@@ -146,5 +146,5 @@ def test_of_some_adapters_there_are_no_proofs(vocab: int | None, score: int | No
         fetched=SimpleNamespace(name="one"), checked=SimpleNamespace(vocab=vocab, score=score)
     )
     rest: Any = [None] * 6
-    with pytest.raises(AdapterInvalid, match=f"'one' .*{why}.* there are no proofs"):
+    with pytest.raises(AdapterInvalid, match=f"'one' .*{why}.* cannot be proved"):
         prove_adapters([adapter], *rest)
