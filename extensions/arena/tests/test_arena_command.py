@@ -83,7 +83,8 @@ def test_tables_for_people(served: tuple[Versions, str], prompts: Path) -> None:
 
 
 def test_json_and_a_page(served: tuple[Versions, str], prompts: Path, tmp_path: Path) -> None:
-    """One document has the plan, the report and where answers are; the page holds no markup of an answer."""
+    """The JSON document has plan, report and the file of answers; the page escapes markup of answers.
+    """
     page = tmp_path / "report.html"
     code, text, _ = arena(served, prompts, "--models", "a,b", "--baseline", "base", "--json", "--output", page)
     document = json.loads(text)
@@ -185,7 +186,7 @@ def silent(served: tuple[Versions, str]) -> Iterator[None]:
 def test_who_generates_no_text_is_refused_by_name(
     args: list[str], expected: str, served: tuple[Versions, str], prompts: Path
 ) -> None:
-    """Before anybody is asked for a token."""
+    """A model that generates no text is refused before any request."""
     code, _, errors = arena(served, prompts, *args)
     assert code == 2
     assert f"{expected}: expected models that generate text" in errors
@@ -197,7 +198,7 @@ def test_who_generates_no_text_is_refused_by_name(
 def test_who_generates_no_text_is_left_out_of_all(
     args: list[str], served: tuple[Versions, str], prompts: Path
 ) -> None:
-    """A line says who."""
+    """A line names the model that generates no text."""
     code, text, errors = arena(served, prompts, *args, "--json")
     assert code == 0
     assert json.loads(text)["plan"]["models"] == ["base", "a"]

@@ -153,7 +153,7 @@ async def test_a_gate_narrows_and_widens() -> None:
 
 
 async def test_a_server_that_stays_away_ends_the_run(tmp_path: Path) -> None:
-    """After a while without any answer the fault is reported; what was answered is kept."""
+    """The run reports the fault after a while without an answer, and keeps the answers that it has."""
     service = Versions(says)
     service.refusals = iter([None] * 7 + [ServerUnavailable("away", retry_after_s=0.001)] * 10_000)
     impatient = replace(PATIENT, away_s=0.05)
@@ -190,7 +190,7 @@ async def test_likelihood_is_of_the_references_tokens(tmp_path: Path) -> None:
 
 
 async def test_a_judge_is_asked_in_both_orders(tmp_path: Path) -> None:
-    """One that prefers the right answer decides; verdicts are kept; equal answers need nobody."""
+    """A judge that prefers the right answer decides; verdicts are stored; equal answers need no judge."""
 
     def decides(model: str, requests: str, seed: int) -> str:
         if model != "b":

@@ -1,4 +1,4 @@
-"""The two files of an arena: questions, and what is kept of answers."""
+"""The two files of an arena: questions and stored answers."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_what_the_disk_refuses_is_told_with_the_file(tmp_path: Path) -> None:
 
 
 def test_a_device_is_not_removed(tmp_path: Path) -> None:
-    """An empty file that nothing was kept in goes; what is no file, such as /dev/null, stays."""
+    """The store removes an empty file, and leaves a device such as /dev/null."""
     (tmp_path / "null").symlink_to("/dev/null")
     for name in ("null", "new"):
         with AnswerFile(tmp_path / name):
@@ -109,7 +109,7 @@ def test_a_device_is_not_removed(tmp_path: Path) -> None:
 
 
 def test_a_torn_line_costs_only_itself(tmp_path: Path) -> None:
-    """A file whose writer was killed in a line continues in the next; it is its owner's alone."""
+    """A file whose writer was killed in a line continues in the next, and only its owner can read it."""
     path = tmp_path / "kept"
     with AnswerFile(path) as retained:
         retained.put(ROW)

@@ -71,7 +71,7 @@ def test_scores_that_there_are_not(word: str) -> None:
 
 
 def test_the_sign_test_is_exact() -> None:
-    """It is the part of all coin tosses that are as uneven as what was found."""
+    """The p-value is the share of all coin tosses that are as uneven as the result."""
     for count in range(1, 11):
         heads = [sum(tosses) for tosses in itertools.product((0, 1), repeat=count)]
         for wins in range(count + 1):
@@ -115,7 +115,7 @@ def token(text: str, logprob: float | None) -> PromptToken:
 
 
 def test_tokens_of_a_reference_are_the_last_ones() -> None:
-    """One that prompt and reference share counts, a template may strip, and no other ending is taken."""
+    """A reference is the last tokens of a prompt, with tokens that it shares and without stripped spaces."""
     prompt = [token("<s>", None), token("2+2", -9.0), token("=", -8.0), token(" fo", -0.5), token("ur", -0.25)]
     assert of_reference(prompt, " four") == (-0.75, 2)
     assert of_reference(prompt, "four ") == (-0.75, 2)
@@ -151,7 +151,7 @@ def http(status: int, text: object, headers: dict[str, str] | None = None) -> It
 
 
 async def test_a_judge_behind_an_address() -> None:
-    """It is asked with a schema that leaves a letter, and with its own key."""
+    """The judge is called with a schema that allows a letter only, and with its own key."""
     with http(200, '{"verdict": "B"}') as (url, received):
         assert await UrlJudge(f"{url}/", "judge", "secret").letter(QUESTION_TURNS) == "B"
     [(path, key, body)] = received

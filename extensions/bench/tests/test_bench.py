@@ -135,7 +135,7 @@ async def test_an_open_loop_sends_when_it_is_time(fakes: Fakes) -> None:
 
 
 async def test_time_ends_a_closed_loop(fakes: Fakes) -> None:
-    """After the duration nothing is sent, and what is open is waited for."""
+    """The run sends nothing after its duration, and waits for open requests."""
     async with AsyncClient(inference=fakes.inference_address) as client:
         run = await drive(client, Workload(["base"], 0, 4), LoadPlan(concurrency=2, duration_s=0.2))
     assert run.outcomes

@@ -1,4 +1,4 @@
-"""``loramux doctor``: what is installed, what fits, what is wrong."""
+"""``loramux doctor``: installed packages, memory, faults of settings."""
 
 from __future__ import annotations
 
@@ -222,7 +222,7 @@ def test_a_replica_plans_what_the_doctor_says(tmp_path: Path) -> None:
 
 
 def test_a_base_is_a_folder_or_its_config(base: Path) -> None:
-    """Both name the same file; anything else is a base that is none."""
+    """The folder of a base and its config name the same file; other paths are refused as a base."""
     assert read_base(base) == read_base(base / "config.json") == LLAMA
     (base / "list.json").write_text("[]")
     for wrong in (base / "list.json", base / "nowhere.json"):
@@ -272,7 +272,7 @@ def test_all_of_it(base: Path, fakes: Fakes) -> None:
 
 
 def test_slow_operations_are_exit_1(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A replica would serve, and nobody would know why it is slow."""
+    """Slow operations are a failure: a replica would start, and its slowness would have no explanation."""
     slow = "torch operations (no C++ compiler found): slower; install g++"
     chosen = Inference(
         "cpu", "Some", 2, 1, "float32", "torch", "torch operations", "float32 by torch", "", slow, 2
@@ -284,7 +284,7 @@ def test_slow_operations_are_exit_1(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_is_wrong_is_exit_1(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A setting that stops the services is wrong here too; what is not running is not."""
+    """A setting that stops a service is an error here too; a service that does not run is none."""
     monkeypatch.setenv("LORAMUX_STORRE", "x")
     code, text = doctor("--grpc", "127.0.0.1:1", "--builder", "127.0.0.1:1")
     assert code == 1

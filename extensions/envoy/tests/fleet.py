@@ -57,7 +57,7 @@ class Running:
         self.grpc, self.http = output["grpc"], output["http"]
 
     def pause(self) -> None:
-        """Let its sequences stand still: it takes requests, is healthy, and has no token for anybody."""
+        """Pause the sequences: the replica takes requests and is healthy, but returns no token."""
         httpx.post(f"http://{self.http}/pause?mode=keep", timeout=BOUND_S).raise_for_status()
 
     def load(self) -> int:

@@ -46,7 +46,7 @@ async def fleet(shared: Fleet) -> Fleet:
 
 
 async def test_a_model_stays_with_its_replica(fleet: Fleet) -> None:
-    """One replica answers a model over both APIs, and models are spread over all replicas."""
+    """A model is answered by one replica over both APIs, and models are spread over all replicas."""
     seen = {model: {await fleet.who_over_http(model)} for model in MODELS}
     assert set.union(*seen.values()) == set(fleet.replicas)
     async with grpc.aio.insecure_channel(fleet.proxy.grpc) as channel:
@@ -117,7 +117,7 @@ async def test_a_refused_request_goes_to_another_replica(fleet: Fleet) -> None:
 
 
 async def test_a_refusal_of_all_replicas_keeps_its_reason(fleet: Fleet) -> None:
-    """After the last try the client gets a replica's fault, with a time to retry after."""
+    """The client gets the last replica's fault after the last retry, with a time to retry after."""
     for replica in fleet.replicas.values():
         replica.service.refuses = ShuttingDown("the server is shutting down.")
     with pytest.raises(ShuttingDown) as caught:

@@ -141,7 +141,7 @@ def test_a_proxy_leaves_a_replica_that_drains_alone() -> None:
 
 
 def test_its_admin_page_is_on_loopback() -> None:
-    """Nobody else may change Envoy's configuration, on whatever addresses it listens."""
+    """The admin page listens on loopback, whatever addresses Envoy listens on."""
     config = configured(
         "10.0.0.4", "--listen-grpc", "0.0.0.0:1", "--listen-http", "[::]:2", "--admin-port", "3"
     )
@@ -185,7 +185,7 @@ def test_a_time_is_a_number_of_seconds() -> None:
 
 
 def test_a_port_that_is_taken_stops_envoy(tmp_path: Path) -> None:
-    """It shares its ports with nobody: it says which one is taken, and ends."""
+    """Envoy does not share its ports: the start names the port that is taken, and ends."""
     with socket.create_server(("127.0.0.1", 0), reuse_port=True) as taken:
         port = taken.getsockname()[1]
         file = tmp_path / "envoy.yaml"

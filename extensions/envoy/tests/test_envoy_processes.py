@@ -1,4 +1,4 @@
-"""Replicas as processes behind the real Envoy: what their ends do to those who ask."""
+"""Replica processes behind the real Envoy: clients while a process ends."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def _stream(envoy: Proxy, number: int) -> int:
 
 @pytest.mark.parametrize(("calls", "streams"), [FEW, pytest.param(*MANY, marks=pytest.mark.sweep)])
 def test_no_request_fails_when_a_replica_stops(fleet: Fleet, calls: int, streams: int) -> None:
-    """One SIGTERM among calls of both APIs and open streams: none fails, and the replica ends with 0."""
+    """A SIGTERM among calls of both APIs and open streams fails no request, and the replica ends with 0."""
     leaving = fleet.victim()
     with ThreadPoolExecutor(12) as pool:
         long = [pool.submit(_stream, fleet.proxy, number) for number in range(streams)]

@@ -1,4 +1,4 @@
-"""Both clients over several replicas: real servers on loopback, whose wires can be cut."""
+"""Clients (sync and asyncio) over several replicas: real servers on loopback with wires that can be cut."""
 
 from __future__ import annotations
 
@@ -113,7 +113,8 @@ def test_streams_go_on_to_the_next_at_the_bound(three: Replicas, client: Client)
 
 
 def test_a_replica_that_is_not_serving_gets_nothing_new(three: Replicas, client: Client) -> None:
-    """Its streams continue, new requests go to the next, and it has its models again when it serves."""
+    """A draining replica finishes its streams, gets no new requests, and gets its models back afterwards.
+    """
     first, second, _ = homes(three, "lora1")
     before = Reading(client, "lora1", "held")
     wait_until(lambda: before.seen[1:], "its first piece")
@@ -171,7 +172,7 @@ async def test_the_same_on_an_event_loop(three: Replicas) -> None:
 
 
 def test_a_replica_that_comes_back_is_used_again(three: Replicas, client: Client) -> None:
-    """Its connection is made again by itself."""
+    """A client reconnects by itself to a replica that restarted."""
     first, *_ = homes(three, "lora1")
     client.complete("lora1", "hi")
     three.cut(first)
@@ -197,7 +198,7 @@ def test_what_is_refused_is_asked_elsewhere(three: Replicas, client: Client) -> 
 
 
 def test_calls_that_meet_the_end_of_their_replica(three: Replicas, client: Client) -> None:
-    """Those of a fleet are answered elsewhere; with one address they are unavailable, and none is cancelled."""
+    """Calls of a fleet are retried elsewhere; calls to one address are unavailable; none is cancelled."""
     first, *_ = homes(three, "lora1")
     ended, refused = threading.Event(), 0
 

@@ -83,7 +83,7 @@ def test_what_a_killed_build_left_is_found(tmp_path):
 
 
 def test_removal_leaves_what_is_referred_to(tmp_path):
-    """After a removal every generation can be read whole, and nothing else is left."""
+    """A removal leaves every generation complete, and nothing else."""
     store = MemoryStore()
     publish(tmp_path, store, "one", "two")
     publish(tmp_path, store, "one")

@@ -64,7 +64,7 @@ def test_import_bundle_wants_npy_files(folder: Path) -> None:
 
 @pytest.mark.parametrize("published", [(), ("--deployment", "imported")])
 def test_import_bundle_refuses_names_that_are_none(folder: Path, published: tuple[str, ...]) -> None:
-    """Also where it only checks, so that nobody publishes under another name than was tried."""
+    """A check refuses a bad name too, so that a name that was checked can be published."""
     write(folder / "npy", [(1, 0, 4)])
     code, _, errors = run(
         "import-bundle", folder / "npy", "--base", folder / "base", "--name", ".x", *published

@@ -210,7 +210,7 @@ def test_a_file_that_was_cut_off_is_refused(bench: Bench) -> None:
 
 @pytest.mark.parametrize(("module", "wrong"), [*zip(sorted(SIZES), (4, 5, 8) * 3, strict=True)])
 def test_a_row_that_claims_a_higher_rank_over_padding_is_refused(bench: Bench, module: int, wrong: int) -> None:
-    """Its first rows of B would be taken for A, and its padding for the end of B."""
+    """A rank above the true one would read the first rows of B as A, and padding as the end of B."""
     write(bench.npy, [(module, 0, 3)], extra=5 * sum(SIZES[module]), change=poke(0, 2, wrong))
     assert [code for code, _ in bench.errors()] == ["E_RANK_SHAPE"]
 
@@ -238,7 +238,7 @@ def test_a_fused_row_whose_last_parts_are_not_adapted_is_taken(bench: Bench, ran
 
 
 def test_a_row_of_zeros_is_taken(bench: Bench) -> None:
-    """It adds nothing at any rank."""
+    """A row of zeros is accepted: a row of zeros adds nothing at any rank."""
 
     def nothing(weights: Any, config: Any) -> None:
         weights[0] = 0

@@ -84,14 +84,14 @@ def test_a_refused_prompt_ends_the_call_or_stands_in_its_place(llm: LLM) -> None
     [("hello", "", "one text"), (["a", "b"], ["base"], "1 names"), (["a"], ["base", "base"], "2 names")],
 )
 def test_arguments_that_do_not_fit_are_refused(llm: LLM, prompts: Any, models: Any, found: str) -> None:
-    """One text is no list, and names are as many as prompts."""
+    """A single text is refused as a list; there must be as many names as prompts."""
     with pytest.raises(RequestInvalid) as refused:
         llm.generate(prompts, models)
     assert refused.value.findings[0].found == found
 
 
 class Interrupting(Sequence[str]):
-    """Prompts of which the last one is read when somebody presses Ctrl-C."""
+    """Prompts that are interrupted by Ctrl-C while the last one is read."""
 
     def __len__(self) -> int:
         return 3

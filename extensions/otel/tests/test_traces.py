@@ -216,7 +216,7 @@ async def test_a_client_that_goes_away(watched: Watched, lines: list[Any]) -> No
 
 
 async def test_what_monitors_ask_is_not_traced(watched: Watched) -> None:
-    """Health and metrics, which are asked all day, make no spans; neither does a path that nobody serves."""
+    """Health, metrics and unknown paths make no spans."""
     for path in ("/health", "/ping", "/load", "/metrics", "/nope"):
         await watched.web.get(path)
     await watched.web.post("/ping")
@@ -257,7 +257,7 @@ async def test_a_refused_request_has_a_line(watched: Watched, lines: list[Any]) 
 
 
 async def test_a_request_over_grpc_has_a_line(watched: Watched, lines: list[Any]) -> None:
-    """Its id is the one that Started carries."""
+    """The log line of a call has the id that Started carries."""
     started, *_ = await watched.generate()
     assert ended(lines)["request_id"] == started.started.request_id
 

@@ -1,4 +1,4 @@
-"""When traces are sent, and what is said when they cannot be."""
+"""Export of traces, and the messages when the export fails."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_nobody_asks(variables: dict[str, str], monkeypatch: pytest.MonkeyPatch)
 def test_an_exporter_that_is_missing(
     variables: dict[str, str], exporter: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One line names the exporter and the cure, and the service continues without traces."""
+    """A missing exporter is a line with the exporter and the cure; the service continues without traces."""
     tracing, [line] = opened(monkeypatch, **variables)
     assert tracing is None
     assert (line["log_level"], line["exporter"]) == ("warning", exporter)
@@ -77,7 +77,7 @@ def _sends(path: Path, variables: dict[str, str]) -> None:
 
 @pytest.mark.parametrize(("variable", "name"), [({}, "loramux-test"), ({"OTEL_SERVICE_NAME": "mine"}, "mine")])
 def test_spans_are_sent_when_it_closes(variable: dict[str, str], name: str, tmp_path: Path) -> None:
-    """A standard exporter gets what is left at the end; OTEL_SERVICE_NAME comes before the own name."""
+    """A standard exporter gets the remaining spans at the end; OTEL_SERVICE_NAME overrides the default name."""
     variables = {"OTEL_TRACES_EXPORTER": "console"} | variable
     Forked(_sends, tmp_path / "out", variables).wait(BOUND_S)
     sent = (tmp_path / "out").read_text()
@@ -105,5 +105,5 @@ def _sees_nothing_of_it() -> None:
 
 
 def test_nothing_of_it_is_needed() -> None:
-    """Both services start without OpenTelemetry: nothing of it is imported before it is asked for."""
+    """The services start without OpenTelemetry, and import nothing of OpenTelemetry before tracing is set."""
     assert Forked(_sees_nothing_of_it).wait(BOUND_S) == 0

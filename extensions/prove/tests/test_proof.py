@@ -187,7 +187,7 @@ def multiplied(index: int, factor: float) -> Change:
 
 @pytest.mark.parametrize("name", [None, *EVERY])
 def test_the_reference_is_transformers_and_peft(world: World, name: str | None) -> None:
-    """Its logits are those of transformers with PEFT, in float32, so a proof is about what was trained."""
+    """The reference computes the logits of transformers with PEFT in float32, as the adapter was trained."""
     config = read_config(world.base)
     tokens = [[5, 9, 60, 7, 33, 120, 4], [8, 3]]
     adapter = read_adapter(world.adapters[name], config) if name else SourceAdapter()

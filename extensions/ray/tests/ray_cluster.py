@@ -210,7 +210,7 @@ def settings_of(world: World) -> dict[str, Any]:
 
 
 def free_port() -> int:
-    """Draw a port that nobody listens on."""
+    """Draw a port without a listener."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -102,7 +102,7 @@ async def test_keys_and_their_scopes_hold(service: Service) -> None:
 
 
 async def test_without_keys_other_machines_are_refused(service: Service) -> None:
-    """Both APIs answer this machine alone where no key is required, unless the settings allow others."""
+    """The APIs answer this machine alone where no key is required, unless the settings allow others."""
     assert reason_of((await call(bridge_of(service), peer="10.0.0.7"))[0]) == "PERMISSION_DENIED"
     assert isinstance((await call(bridge_of(service, insecure=True), peer="10.0.0.7"))[0], list)
     app = create_app(service.ready.service)

@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 
 def new_key(folder: Path, name: str = "key") -> tuple[SigningKey, str]:
-    """A key on P-256 in a folder, with its public half in a file beside it; and who signs with it."""
+    """Return a P-256 key and its signer, with the public half in a file beside the key."""
     private = ec.generate_private_key(ec.SECP256R1())
     pem, path = form.Encoding.PEM, folder / f"{name}.pem"
     path.write_bytes(private.private_bytes(pem, form.PrivateFormat.PKCS8, form.NoEncryption()))

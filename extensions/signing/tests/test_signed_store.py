@@ -133,7 +133,7 @@ def test_what_is_not_signed_is_not_read(world):
 
 
 async def test_a_follower_serves_on_while_another_builder_does_not_sign(world):
-    """It says why, takes nothing over, and continues when a builder that signs has published."""
+    """The follower reports an unsigned generation, does not load it, and continues with the next signed one."""
     first = world.build(world.signed, "one")
     took = []
     follower = Follower(world.trusting, first, took.append, interval_s=0.02, spacing_s=0)
@@ -170,7 +170,7 @@ def test_a_deployment_is_signed_and_verified_by_hand(world):
 
 
 async def test_a_replica_that_requires_signatures_starts_and_loads_nothing_without(world, monkeypatch):
-    """It ends before the base is looked at, and refuses a bundle that an operator names by its digest."""
+    """The start fails before the base is read, and a bundle that an operator names by digest is refused."""
     monkeypatch.setattr(sys, "setswitchinterval", print)
     digest = world.build(world.plain, "one").adapters["one"].digest
     public = str(world.folder / "key.pub")
@@ -258,7 +258,7 @@ def test_what_comes_in_later_is_signed_too(world):
 
 
 def test_a_base_is_taken_only_as_it_was_signed(world):
-    """Its files are compared with what was signed, whatever the hub or the folder says of them."""
+    """The files of a base are compared with the signature, whatever the hub or the folder reports."""
     base = world.folder / "base"
     with pytest.raises(SignatureInvalid, match="found none"):
         world.build(world.plain, "one", base_signed_by=[world.signer])

@@ -1,4 +1,4 @@
-"""Signatures of folders: whose they are, what they cover, and that the library's own command agrees."""
+"""Signatures of folders: the signer, the signed files, and agreement with the library's own command."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def test_what_names_no_signer_is_refused(tmp_path, text):
 
 
 def test_a_private_key_is_never_taken_for_a_signer(tmp_path):
-    """It would be sent to builders and kept in stores."""
+    """A private key is refused as a signer: builders would receive it, and stores would hold it."""
     key, signer = new_key(tmp_path)
     with pytest.raises(ValueError, match="found a private key"):
         read_signer("key.pem", tmp_path)

@@ -33,7 +33,7 @@ def replica() -> Operated:
 
 @pytest.fixture
 def engine_of_all(tmp_path: Path) -> SilentEngine:
-    """Its engine, which computes nothing."""
+    """The engine of the service, without computation."""
     return cast(SilentEngine, silent_service(tmp_path).engine)
 
 

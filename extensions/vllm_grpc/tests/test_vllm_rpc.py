@@ -38,14 +38,14 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def opened(world: tuple[World, MemoryStore]) -> AsyncIterator[VllmApis]:
-    """Both ports."""
+    """The ports of both services."""
     async with open_apis(world) as apis:
         yield apis
 
 
 @pytest_asyncio.fixture(loop_scope="module")
 async def apis(opened: VllmApis) -> AsyncIterator[VllmApis]:
-    """Both ports, healthy, of an engine that is free."""
+    """The ports of both services, healthy, of an idle engine."""
     await opened.until_free()
     yield opened
     opened.ready.engine.resume()
@@ -192,7 +192,8 @@ async def test_fields_of_other_releases_are_not_dropped(apis: VllmApis) -> None:
 
 
 async def test_a_caller_ends_its_requests(apis: VllmApis) -> None:
-    """They are informed, by each service in its words, and their sequences are free; other ids are nothing."""
+    """An abort ends the caller's requests in each service and frees the sequences; unknown ids pass.
+    """
     params = engine.SamplingParams(max_tokens=240, ignore_eos=True, n=2)
     request = engine.GenerateRequest(request_id="x-1", text="a", sampling_params=params, stream=True)
     call = aiter(apis.engine.Generate(request))
