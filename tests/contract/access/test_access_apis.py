@@ -147,7 +147,7 @@ async def test_every_rpc_asks_for_a_key_of_its_scope(guarded: Any) -> None:
 
 
 async def test_what_does_not_exist_asks_for_a_key_too(guarded: Any) -> None:
-    """Nobody learns which methods exist without a key; another service than ours needs admin."""
+    """Unknown methods are refused without a key, and a method of another service needs admin."""
     service, channel = guarded
     assert await outcome(channel, f"/{service}/Nope", None) == "UNAUTHENTICATED"
     assert await outcome(channel, "/no.such.Service/Nope", KEYS["infer"]) == "PERMISSION_DENIED"

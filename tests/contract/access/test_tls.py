@@ -36,7 +36,7 @@ def certificates(tmp_path: Path) -> Certificates:
 
 
 class GuardedApis:
-    """Both APIs of one service, with the files of a guard."""
+    """The APIs of one service, with the files of a guard."""
 
     def __init__(self, folder: Path, guard: Guard, certificates: Certificates) -> None:
         self.certificates = certificates
@@ -81,7 +81,7 @@ async def open_apis(tmp_path: Path, certificates: Certificates) -> AsyncIterator
 
 
 async def test_both_apis_speak_tls(open_apis: Any, certificates: Certificates) -> None:
-    """Both APIs are encrypted with a certificate, and require keys as without."""
+    """The HTTP and gRPC APIs are encrypted with a certificate, and require keys as without TLS."""
     apis = await open_apis(Guard(RING, certificates.server))
     assert await apis.ask(api_key=KEYS["infer"]) == list(MODELS)
     assert await apis.browse(KEYS["infer"]) == list(MODELS)
@@ -99,7 +99,7 @@ async def refusal(apis: GuardedApis, **fields: Any) -> str:
 
 
 async def test_a_certificate_of_another_authority(open_apis: Any, certificates: Certificates) -> None:
-    """A server whose authority is not trusted is not talked to; the line says which file to name."""
+    """A client refuses a server of an untrusted authority; the line names the setting for a CA file."""
     apis = await open_apis(Guard(None, certificates.server))
     for ca in (certificates.folder / "other.pem", None):
         message = await refusal(apis, tls_ca=ca)
@@ -175,7 +175,7 @@ async def test_clients_show_certificates(open_apis: Any, certificates: Certifica
 
 
 async def test_the_client_authority_is_renewed_too(open_apis: Any, certificates: Certificates) -> None:
-    """After a change of the client CA its certificates get in and those of the old one do not."""
+    """A change of the client CA lets in clients of the new CA, and refuses clients of the old one."""
     apis = await open_apis(Guard(None, certificates.mutual))
     ours = certificates.client(certificates.ours)
     (certificates.folder / "other.pem").write_bytes(certificates.ours.cert_pem.bytes())
@@ -201,7 +201,7 @@ def _get(address: str, context: ssl.SSLContext, session: ssl.SSLSession | None) 
 async def test_a_session_does_not_outlive_its_authority(
     version: ssl.TLSVersion, open_apis: Any, certificates: Certificates
 ) -> None:
-    """A client whose authority is no longer trusted cannot resume the session that it had before."""
+    """A client of an authority that was removed cannot resume an earlier TLS session."""
     apis = await open_apis(Guard(None, certificates.mutual))
     context = ssl.create_default_context(cafile=certificates.folder / "ours.pem")
     context.maximum_version = version

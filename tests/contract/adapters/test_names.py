@@ -71,7 +71,7 @@ def built(world: tuple[World, MemoryStore]) -> tuple[MemoryStore, Deployment]:
 
 
 class ReplicaApis:
-    """Both APIs of a replica, and its models."""
+    """The APIs of a replica, and the models."""
 
     def __init__(self, ready: Ready, generation: Generation, guard: Guard) -> None:
         self.ready = ready
@@ -122,7 +122,7 @@ class ReplicaApis:
 async def apis(
     world: tuple[World, MemoryStore], built: tuple[MemoryStore, Deployment]
 ) -> AsyncIterator[ReplicaApis]:
-    """Both APIs of a replica of the deployment."""
+    """The APIs of a replica of the deployment."""
     store, _ = built
     generation = current_generation(store, "tiny")
     assert generation is not None

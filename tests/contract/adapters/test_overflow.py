@@ -1,4 +1,4 @@
-"""An adapter whose weights overflow, over HTTP: its answers fail by name, and it is no longer served."""
+"""An adapter with weights that overflow, over HTTP: its answers fail by name, others stay the same."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A replica whose adapters come and go: what requests see of it, with a tiny model and the real kernels."""
+"""A replica that loads and evicts adapters, as its requests see it, with a tiny model and real kernels."""
 
 from __future__ import annotations
 

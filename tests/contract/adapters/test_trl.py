@@ -112,7 +112,7 @@ def save_version(world: World, number: int) -> Path:
 
 
 def open_loop(url: str, version: Any) -> Any:
-    """TRL's rollout loop as its worker makes it, without a dataset that anybody reads."""
+    """TRL's rollout loop as TRL's worker makes it, without a dataset."""
     from trl.experimental.async_grpo.async_rollout_worker import _AsyncRolloutLoop
 
     return _AsyncRolloutLoop(

@@ -112,7 +112,7 @@ async def test_a_failure_is_of_its_store(world: Builders) -> None:
 
 
 async def test_a_build_that_takes_too_long_fails(world: Builders) -> None:
-    """After its time a build fails with BUILD_TIMED_OUT and the limit; nothing of it is served."""
+    """A build that exceeds its time fails with BUILD_TIMED_OUT and the limit, and publishes nothing."""
     clock, builds = Clock(), world.builder(timeout_s=HOUR)
     await builds.build(world.deployment("one"))
     await until(world.store.waiting.is_set, "the build at the gate")
@@ -126,7 +126,7 @@ async def test_a_build_that_takes_too_long_fails(world: Builders) -> None:
 
 
 async def test_too_many_waiting_builds_are_refused(world: Builders) -> None:
-    """One build more than may wait is QUEUE_FULL, and is not recorded."""
+    """A build beyond the limit of waiting builds is refused with QUEUE_FULL, and is not recorded."""
     builds = world.builder(running=1, waiting=1)
     for name in ("a", "b"):
         await builds.build(world.deployment("one", name=name))
@@ -195,7 +195,7 @@ async def beats(world: Builders, monkeypatch: pytest.MonkeyPatch) -> Beats:
 
 @pytest.mark.parametrize("updates", [False, True], ids=["a build", "an update"])
 async def test_the_work_of_a_dead_builder_is_taken_over(world: Builders, beats: Beats, updates: bool) -> None:
-    """A build whose builder gives no sign continues at another one after a lease, under its name."""
+    """A build without a heartbeat continues on another builder after a lease, under the same name."""
     wish = {"deployment": world.deployment("one")}
     if updates:
         world.store.gate.set()

@@ -53,7 +53,7 @@ async def test_builds_are_counted_by_outcome(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("address", ["0.0.0.0:0", "unix:/tmp/metrics"])
 def test_it_is_not_opened_to_others_by_accident(address: str) -> None:
-    """Nobody is asked for a key there, so it listens on loopback, unless one says otherwise."""
+    """The metrics endpoint requires no key, so it listens on loopback unless a setting allows others."""
     with pytest.raises(SettingsInvalid, match="or LORAMUX_INSECURE=1"):
         BuildMeter(lambda: 0).listen(address, insecure=False)
     if not address.startswith("unix"):

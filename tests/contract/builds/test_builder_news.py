@@ -120,6 +120,6 @@ async def test_a_builder_that_is_away_is_logged_once_and_called_again(monkeypatc
 
 
 async def test_an_address_that_is_none_is_a_bad_setting() -> None:
-    """It is named at the first call, and not tried for ever."""
+    """A wrong address is refused at the first call, and not retried."""
     with pytest.raises(SettingsInvalid, match="HOST:PORT"):
         await BuilderNews("http://builder", "d", lambda: None).run()

@@ -139,7 +139,7 @@ async def test_a_refused_build_says_everything_and_leaves_nothing(world: Served)
 
 
 async def test_a_failed_build_keeps_the_served_generation(world: Served) -> None:
-    """After a failed build the older generation is still the one that is served."""
+    """A failed build keeps the served generation."""
     await world.build(world.deployment("one"))
     await world.watch()
     await world.build(world.deployment("nowhere"))

@@ -196,7 +196,7 @@ async def test_the_client_for_threads_has_it_too(world: Served) -> None:
 
 
 async def test_a_check_that_nobody_waits_for_is_stopped(world: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A call that was cancelled stops its work, whose folder goes away."""
+    """A cancelled call stops its work and removes the folder."""
     begun = asyncio.Event()
     loop = asyncio.get_running_loop()
 
@@ -252,7 +252,7 @@ def hub(tmp_path: Path) -> Iterator[Hub]:
 
 @pytest.fixture
 def context(hub: Hub, tmp_path: Path) -> BuildContext:
-    """A workshop that asks the small hub, with a token of its own, and reads folders."""
+    """A workshop that reads folders and the small hub, with a token for the hub."""
     sources = open_sources(
         local_roots=[tmp_path], hub_endpoint=hub.endpoint, environment={"HF_TOKEN": TOKEN}, work_dir=tmp_path
     )
@@ -328,7 +328,7 @@ def test_folders_ask_nobody(hub: Hub, context: BuildContext, tmp_path: Path) -> 
 
 
 def test_a_check_asks_too(hub: Hub, context: BuildContext, tmp_path: Path) -> None:
-    """Its report says what a build would."""
+    """A check of an adapter reports what a build would."""
     report = check_one(deployment(tmp_path, **{ADAPTER: "some/copy"}), context, Progress([ADAPTER]))
     assert "W_BASE" not in [finding.code for finding in report.findings]
     report = check_one(deployment(tmp_path, **{ADAPTER: "some/tuned"}), context, Progress([ADAPTER]))

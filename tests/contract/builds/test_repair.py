@@ -34,7 +34,7 @@ def built(context: BuildContext, folder: Path) -> AdapterProgress:
 
 
 def flip(data: bytes) -> bytes:
-    """One bit in the middle, as a disk does it."""
+    """Flip one bit in the middle, as a faulty disk does."""
     at = len(data) // 2
     return data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
 

@@ -165,7 +165,7 @@ async def test_a_cancel_ends_all_that_run_or_wait(world: Builders) -> None:
 
 
 async def test_over_grpc_each_caller_hears_of_its_own(world: Builders) -> None:
-    """A failure of one is none of another, whose states have its adapter alone."""
+    """A failure of one build leaves the others alone, and a build's states name its own adapter only."""
     builds = world.builder()
     async with world.served(builds) as address, AsyncClient(builder=address) as client:
         await client.build(world.deployment("one"))

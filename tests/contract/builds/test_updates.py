@@ -306,7 +306,7 @@ async def test_a_pushed_adapter_is_what_its_folder_would_be(world: World) -> Non
 
 
 async def test_what_a_build_takes_of_a_folder_can_be_pushed(world: World) -> None:
-    """Weights in several files; what is not used is named alone."""
+    """A push of weights in several files gives the digest of a build, and warns of unused files."""
     several = Shape("", "", "", shards=2, files=("optimizer.pt",)).write(world.folder / "several")
     pushed = await world.client.push("tiny", "several", several)
     assert [warning.code for warning in pushed.adapter.warnings] == ["W_EXTRA_FILES"]
@@ -448,7 +448,7 @@ async def test_a_rollback_serves_what_was_served(world: World) -> None:
 
 
 async def test_what_a_rollback_is_refused_for(world: World) -> None:
-    """Generations that there are not, that changed, or whose bundles are gone."""
+    """A rollback to a missing generation, after a newer one or to lost bundles is refused."""
     with pytest.raises(GenerationNotFound, match="no generation before the newest; it has 1"):
         await world.client.rollback("tiny")
     with pytest.raises(GenerationNotFound, match="no generation 5; it has 1"):

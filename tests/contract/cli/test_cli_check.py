@@ -61,7 +61,7 @@ def test_a_report_for_people(folder: Path) -> None:
 
 
 def test_a_refused_adapter_is_exit_1_with_its_fix(folder: Path, shared: tuple[str, str]) -> None:
-    """Code, place, what was expected and found, and what to do, each on a line of its own."""
+    """A violation shows its code, place, expectation, finding and cure, each on a line."""
     code, text, _ = run("check", folder / "deep", "--base", folder / "base", *shared)
     assert code == 1
     assert "E_RANK_MAX  layer 0 q_proj" in text
@@ -71,7 +71,7 @@ def test_a_refused_adapter_is_exit_1_with_its_fix(folder: Path, shared: tuple[st
 
 
 def test_truncation_shows_what_is_lost(folder: Path, shared: tuple[str, str]) -> None:
-    """Both ranks stand in the table, and the worst error in the warning."""
+    """The table shows the ranks before and after, and the warning shows the worst error."""
     code, text, _ = run("check", folder / "deep", "--base", folder / "base", "--truncate-to", "8", *shared)
     assert code == 0
     assert "80 -> 8" in text
@@ -79,7 +79,7 @@ def test_truncation_shows_what_is_lost(folder: Path, shared: tuple[str, str]) ->
 
 
 def test_json_is_stable_and_alone_on_stdout(folder: Path, shared: tuple[str, str]) -> None:
-    """Every documented field is there, whether the adapter is taken or refused."""
+    """The JSON has every documented field, whether the adapter is accepted or refused."""
     fields = {
         "schema", "accepted", "adapter", "base", "base_model_name", "dtype", "bundle_bytes", "files",
         "findings", "rows", "licence", "base_licence", "kinds", "replaced_rows", "invocation_tokens",

@@ -38,7 +38,7 @@ class Endpoint:
 
 
 def read(text: str) -> Endpoint:
-    """Read a scrape; a family that is not there is a KeyError, as it is an error there."""
+    """Read a scrape; a missing family of metrics raises KeyError, as the picker fails then."""
     families: dict[str, Series] = {}
     for family in text_string_to_metric_families(text):
         for sample in family.samples:

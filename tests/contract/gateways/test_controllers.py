@@ -109,7 +109,7 @@ async def test_aibrix_brings_an_adapter_to_every_pod(fleet: Fleet) -> None:
 
 
 async def test_aibrix_finds_a_late_artifact_at_a_later_try(fleet: Fleet) -> None:
-    """Loads fail by the folder's name until it is there."""
+    """A load fails with the folder's name until the folder exists."""
     controller, late = AIBrix(fleet.web), fleet.world[0].root / "late"
     adapter, pod = ModelAdapter("late", str(late)), Pod(fleet.apis[0].url)
     with pytest.raises(LoadingFailed, match="late"):

@@ -53,7 +53,7 @@ async def fleet(started: Fleet) -> Fleet:
 
 @pytest.fixture
 def api(fleet: Fleet) -> OpenAIApi:
-    """One of them, which has room for two adapters beside the base."""
+    """The replica with room for two adapters beside the base."""
     return fleet["rs"]
 
 

@@ -1,4 +1,4 @@
-"""One tiny model for all tests of the HTTP API, and a server of it that is idle when a test begins."""
+"""A tiny model for all tests of the HTTP API, with a server that is idle when a test begins."""
 
 from __future__ import annotations
 

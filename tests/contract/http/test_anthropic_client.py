@@ -349,7 +349,8 @@ def texts_of(blocks: Sequence[Any]) -> list[str]:
 
 
 async def test_the_clients_tool_runner_runs_tools(tmp_path: Path) -> None:
-    """It continues without a thread on the server, which is refused to it, and sends results back."""
+    """The tool runner works without a thread on the server, which refuses threads, and sends results back.
+    """
 
     @beta_async_tool
     async def look(place: str) -> str:

@@ -75,7 +75,7 @@ async def test_openais_client_gets_what_transformers_gives(
 
 
 async def test_pooling_length_and_dimensions(world: tuple[World, MemoryStore], api: OpenAIApi) -> None:
-    """A mean; the length as it is; and of a vector that is cut, the length of what is left is 1."""
+    """Pooling by mean keeps the length; a vector that is cut is scaled to length 1."""
     mean = expected_of(world[0], "rs", IDS, Pooling.MEAN)
     [raw] = await made(api, model="rs", pooling="mean", normalize=False)
     np.testing.assert_allclose(raw, mean, atol=1e-5)
@@ -88,7 +88,7 @@ async def test_pooling_length_and_dimensions(world: tuple[World, MemoryStore], a
 
 
 async def test_more_texts_than_the_queue_holds(api: OpenAIApi) -> None:
-    """One call of many texts goes through a short queue, beside answers; every text has its own vector."""
+    """A call of many texts goes through a short queue, beside answers, and returns a vector for each text."""
     texts = [[3 + (7 * place) % 190, 3 + place % 90] for place in range(200)]
     answer = api.post("/v1/completions", model="all", prompt=[5, 6], max_tokens=30, ignore_eos=True)
     chat, several = await asyncio.gather(answer, made(api, input=texts))
@@ -145,7 +145,7 @@ async def test_the_longest_text_fits(api: OpenAIApi) -> None:
 
 
 async def test_a_client_that_goes_away_frees_what_it_asked_for(api: OpenAIApi) -> None:
-    """Also in the middle of many texts."""
+    """A client that disconnects frees its requests, also in the middle of many texts."""
     engine = api.ready.engine
     before = engine.stats.prefix_tokens_queried
     query = asyncio.create_task(api.post(PATH, model="base", input=[[9] * 250] * 100))

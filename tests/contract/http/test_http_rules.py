@@ -150,14 +150,14 @@ async def test_what_has_two_readings_is_refused(client: RawClient, case: str) ->
 
 
 async def test_requests_may_come_before_the_answers(client: RawClient) -> None:
-    """They are answered in their order, also behind an upgrade that is not taken up."""
+    """Pipelined requests are answered in order, also after an upgrade that the server ignores."""
     upgrade = get(b"Host: x\r\nConnection: Upgrade\r\nUpgrade: h2c\r\n")
     await client.send(upgrade + get(line=b"GET /version HTTP/1.1") + get(line=b"GET /nope HTTP/1.1"))
     assert [(await client.answer())[0] for _ in range(3)] == [200, 200, 404]
 
 
 async def test_few_requests_wait_on_a_connection(client: RawClient) -> None:
-    """One that sends hundreds without reading is closed."""
+    """The server closes a connection that sends hundreds of requests without reading."""
     await client.send(get() * (2 * MAX_PIPELINED))
     assert (await client.ended()).count(b"HTTP/1.1") <= MAX_PIPELINED
 

@@ -276,7 +276,7 @@ async def test_plain_prompts_stream(api: OpenAIApi) -> None:
 
 
 async def test_prompt_logprobs_come_in_vllms_shape(api: OpenAIApi) -> None:
-    """One entry per token of the prompt, by token id, null for the first."""
+    """Prompt log probabilities have an entry per token of the prompt, by token id, null for the first."""
     options: dict[str, Any] = {"max_tokens": 1, "extra_body": {"prompt_logprobs": 1}}
     completion = await api.openai.completions.create(model="base", prompt=[40, 41], **options)
     first, second = completion.choices[0].model_extra["prompt_logprobs"]  # type: ignore[index]
@@ -332,7 +332,7 @@ async def test_errors_are_the_clients_classes(api: OpenAIApi) -> None:
 
 
 async def test_a_response_is_a_chat_in_other_words(api: OpenAIApi) -> None:
-    """Both say the same of the same, stream and count it, and the prompt of the second is in the cache."""
+    """Responses and chat give the same answers, streams and counts, and share the cached prompt."""
     chat = await api.openai.chat.completions.create(**GREEDY, max_completion_tokens=8)
     requests: Any = {"model": "rs", "input": "Hi", "temperature": 0, "extra_body": {"ignore_eos": True}}
     answer = await api.openai.responses.create(**requests, max_output_tokens=8)

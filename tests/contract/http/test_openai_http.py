@@ -206,7 +206,7 @@ async def test_requests_have_ids(api: OpenAIApi) -> None:
 
 
 async def test_a_failure_of_the_api_itself_tells_nothing(tmp_path: Path) -> None:
-    """Before anything was sent it is a 500 in OpenAI's shape; in a stream the connection is cut."""
+    """A failure before the first byte is a 500 in OpenAI's shape; a failure in a stream cuts the connection."""
     write_tokenizer(tmp_path)
     text = Text(Tokenizer.from_file(str(tmp_path / "tokenizer.json")), None, VOCAB)
     body = CHAT_BODY | {"messages": [{"role": "user", "content": "x"}]}
@@ -355,7 +355,8 @@ async def test_a_full_queue_is_said_with_a_delay(world: tuple[World, MemoryStore
 
 
 async def test_a_failing_step_is_an_error_without_a_word_of_why(world: tuple[World, MemoryStore]) -> None:
-    """Before the first token it is a 500, later it is the last event of the stream; the next request works."""
+    """A failing step is a 500 before the first token, else the last event of a stream; the next one works.
+    """
     async with open_api(world) as api:
         runner = api.ready.engine._engine._runner
         submit, calls = runner.submit, []
@@ -406,7 +407,7 @@ async def test_a_replica_that_fails_reports_it_and_refuses_requests(world: tuple
 
 
 async def test_draining_finishes_open_streams_and_refuses_new_requests(api: OpenAIApi) -> None:
-    """After the signal, what runs is finished, what comes is 503 in OpenAI's shape, health too."""
+    """Draining finishes open streams; new requests and health get 503 in OpenAI's shape."""
     server = HttpServer("127.0.0.1:0", api.ready.service)
     url = f"http://{await server.start()}"
     await api.ready.engine.pause()

@@ -57,7 +57,7 @@ def _schemas(value: Any) -> Iterator[dict[str, Any]]:
 
 
 async def test_the_document_is_what_the_route_says(web: httpx.AsyncClient) -> None:
-    """It is JSON, and names itself and its version."""
+    """The OpenAPI document is JSON, with a title and a version."""
     answer = await web.get("/openapi.json")
     assert answer.headers["content-type"] == "application/json"
     first = (await web.get("/v1/models")).json()["data"][0]["id"]
@@ -69,7 +69,7 @@ async def test_the_document_is_what_the_route_says(web: httpx.AsyncClient) -> No
 
 
 def test_a_server_without_keys_describes_none() -> None:
-    """Neither security nor what a wrong key would be answered; else it is all the same."""
+    """The document without keys lacks security and the answers to a wrong key, and is equal otherwise."""
     found = document(ENDPOINTS, ServerFacts("base", keyless=True))
     assert "securitySchemes" not in found["components"]
     for path, method, reported in OPERATIONS:

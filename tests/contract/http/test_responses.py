@@ -205,7 +205,7 @@ async def test_the_client_parses(api: TalkerApi) -> None:
 
 
 async def test_a_loop_of_tools(api: TalkerApi) -> None:
-    """An answer goes back as it is, with the outputs, and is one turn of the chat."""
+    """An earlier answer can be sent back with the tool outputs, and is one turn of the chat."""
     tool = pydantic_function_tool(Weather)["function"] | {"type": "function", "name": "weather"}
     api.talker.say(f"Hm.|{CALL}")
     first = await api.openai.responses.create(**FIELDS, tools=[tool])
@@ -252,7 +252,7 @@ async def test_functions_of_a_namespace(api: TalkerApi) -> None:
 
 
 async def test_reasoning_is_an_item_and_comes_back(api: TalkerApi) -> None:
-    """It is told apart from the text, counted, and given to the template again, also unread."""
+    """Reasoning is an item of its own, is counted, and goes into the template again, also when encrypted."""
     change_deployed(api.talker.catalog, reasoning_parser=ReasoningParser.THINK)
     text = f"<think>H|m.</think>\n\nSo.|{CALL}"
     for more in ({}, {"include": ["reasoning.encrypted_content"]}):
@@ -303,7 +303,8 @@ async def test_a_summary_goes_on_in_the_place_of_a_conversation(api: TalkerApi) 
 
 
 async def test_the_question_for_a_summary_is_no_second_turn_of_the_user(api: TalkerApi) -> None:
-    """Templates may refuse two in a row; reasoning is turned off, and what is thought anyway is no summary."""
+    """The question is part of the user's turn, as templates may refuse two; reasoning is not in the summary.
+    """
     change_deployed(api.talker.catalog, reasoning_parser=ReasoningParser.THINK)
     api.talker.say("<think>Hm.</think>So.")
     answer = (await api.post(COMPACT, **FIELDS, instructions="Be brief.", temperature=0.5)).json()

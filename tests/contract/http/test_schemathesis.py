@@ -100,7 +100,7 @@ def _only_tokens(schema: dict[str, Any], vocab: int) -> None:
 
 
 def configuration() -> str:
-    """Return what is tried and what is asked of answers, as a file of schemathesis."""
+    """Return the requests and the checks of answers, as a file of schemathesis."""
     # Some of their rules are between fields, which the document does not tell: `is_as_described` judges these.
     ruled = [each.path for each in ENDPOINTS if each.body and RULED & each.body.model_fields.keys()]
     asking = [each for each in ENDPOINTS if each.body and "min_generation" in each.body.model_fields]

@@ -261,7 +261,7 @@ async def test_a_head_that_is_not_understood_refuses_the_adapter(
 
 
 async def test_who_classifies_is_not_merged(made: tuple[World, MemoryStore]) -> None:
-    """Behind a hidden base it is served beside the weights; a build that must merge it is refused."""
+    """A classifier on a hidden base is served beside the weights; a build with merge: always is refused."""
     world = World(made[0].base, {"topics": made[0].adapters["topics"]}, made[0].root)
     hidden = {"serve_base": False}
     store = MemoryStore()

@@ -302,7 +302,7 @@ async def test_structured_outputs(api: OpenAIApi, path: str, query: dict[str, An
 async def test_structures_that_cannot_be_are_refused(
     api: OpenAIApi, query: dict[str, Any], param: str, code: str
 ) -> None:
-    """None, several, empty ones, too large ones, and what the library cannot follow: by its name."""
+    """A structure that is null, empty, too large or unsupported, or one of several, is refused by name."""
     assert await refusal(api, structured_outputs=query) == (param, code)
 
 
@@ -344,7 +344,8 @@ async def test_log_probabilities_are_those_that_are_asked_for(api: OpenAIApi, pa
 
 @BOTH
 async def test_token_ids_are_told(api: OpenAIApi, path: str) -> None:
-    """Those of the prompt once, those of each answer in its choice, a stop token's and hidden ones too."""
+    """The response has the prompt's token ids once, and each choice its own, hidden tokens included.
+    """
     fields = {"return_token_ids": True, "n": 2, "temperature": 2, "seed": 1, "stop_token_ids": [2]}
     fields |= {"logit_bias": {"1": 95, "2": 94}, "ignore_eos": False}
     answer = await whole(api, path, **fields)
@@ -388,7 +389,7 @@ async def test_token_ids_of_an_echo_are_the_answers(api: OpenAIApi) -> None:
 
 
 async def test_openais_client_sends_them_as_extra_body(api: OpenAIApi) -> None:
-    """Several of them at once, as people who come from vLLM have them in their programs."""
+    """OpenAI's client sends several of vLLM's parameters at once, as programs for vLLM do."""
     extra = {"cache_salt": "team-7", "request_id": "job-1", "bad_words": ["b"], "min_p": None, "top_k": -1}
     extra |= {"include_stop_str_in_output": True, "allowed_token_ids": ids_of("abc"), "return_token_ids": True}
     extra |= {"continue_final_message": True, "add_generation_prompt": False, "truncate_prompt_tokens": -1}

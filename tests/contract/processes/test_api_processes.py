@@ -123,7 +123,7 @@ async def _metrics(address: str) -> str:
 
 
 async def test_a_killed_process_loses_its_streams_and_no_others(served: Replica) -> None:
-    """Its clients see their connections end, the engine frees what it had, and another takes its place."""
+    """A killed API process closes its streams, the engine frees their sequences, and a new process starts."""
     streams = await served.streams_of_both()
     dead, alive = streams
     before = len(served.thread._streams)
@@ -170,7 +170,7 @@ async def test_a_process_that_stands_still_delays_no_other(served: Replica) -> N
 
 
 async def test_metrics_are_sums_over_processes(served: Replica) -> None:
-    """One scrape has the requests of both processes, and those of a process that was killed."""
+    """The metrics are sums over all API processes, with those of a killed one."""
 
     def requests(text: str) -> float:
         lines = (line for line in text.splitlines() if line.startswith("loramux_requests_total{"))

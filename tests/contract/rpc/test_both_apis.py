@@ -28,7 +28,7 @@ LOOK = {"type": "function", "function": {"name": "look"}}
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def apis(api_processes: int, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[FuzzedApis]:
-    """Both endpoints of an inference service."""
+    """The endpoints of an inference service."""
     async with open_api(openai_world(tmp_path_factory.mktemp("both"))) as http:
         services = {SERVICE_NAME: partial(register, InferenceServicer(http.ready.service))}
         server = RpcServer("127.0.0.1:0", services)
@@ -85,7 +85,7 @@ MIXED: list[tuple[str, list[tuple[str, float | None]], bool]] = [
 async def test_mixtures(
     apis: FuzzedApis, model: str, adapters: list[tuple[str, float | None]], taken: bool
 ) -> None:
-    """One model over HTTP, the same or a list over gRPC: the same adapters, scales and numbers of them."""
+    """A blend by name over HTTP or by list over gRPC gives the same adapters, weights and counts."""
     body = {"model": model, "prompt": [5], "max_tokens": 1}
     reported = await apis.post("/v1/completions", json.dumps(body).encode())
     stated = []

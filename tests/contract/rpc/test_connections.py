@@ -46,7 +46,7 @@ async def server() -> AsyncIterator[RpcServer]:
 
 @pytest.fixture
 async def apis(tmp_path: Path) -> AsyncIterator[EndlessApis]:
-    """Both endpoints of one service, which take few connections."""
+    """The endpoints of one service with a low limit of connections."""
     async with EndlessApis(tmp_path) as made:
         yield made
 
@@ -132,7 +132,7 @@ async def test_the_longest_unused_connection_makes_room(apis: EndlessApis) -> No
 
 
 async def test_an_endpoint_whose_connections_are_all_busy_says_so(apis: EndlessApis) -> None:
-    """One more is 503 with a time to try again."""
+    """The endpoint refuses a connection above the limit with 503 and a time to try again."""
     busy = [await apis.raw(ASK) for _ in range(BOUND)]
     await apis.service.until(BOUND)
     late = await apis.raw()
@@ -143,7 +143,7 @@ async def test_an_endpoint_whose_connections_are_all_busy_says_so(apis: EndlessA
 
 
 async def test_a_grpc_server_takes_so_many_connections(apis: EndlessApis) -> None:
-    """One more is closed at once, and a place that gets free is taken."""
+    """The gRPC server closes a connection above the limit at once, and takes the next when one ends."""
     held = [await connect(apis.rpc.address) for _ in range(BOUND)]
     for reader, _ in held:
         await reader.readexactly(9)
@@ -194,7 +194,7 @@ async def test_calls_that_are_reset_do_not_cancel_those_of_others(apis: EndlessA
 
 
 def test_idle_connections_do_not_stop_the_server(tmp_path: Path) -> None:
-    """Both endpoints answer with 256 descriptors and 300 idle connections, and the log stays short."""
+    """The endpoints answer with 256 descriptors and 300 idle connections, and the log stays short."""
     ours, theirs = multiprocessing.Pipe()
     process = Forked(crowded.serves, 256, tmp_path / "log", theirs)
     theirs.close()

@@ -37,7 +37,7 @@ REFUSED = (503, True, "shutting_down")
 
 @pytest.fixture
 async def apis(tmp_path: Path) -> AsyncIterator[EndlessApis]:
-    """Both endpoints of a service whose answers never end."""
+    """The endpoints of a service with endless answers."""
     async with EndlessApis(tmp_path) as made:
         yield made
 
@@ -58,7 +58,8 @@ async def passes(count: int = 3) -> None:
 
 
 async def test_an_http_request_that_is_cut_is_told_so(apis: EndlessApis) -> None:
-    """Before its answer has begun it is 503 in the shape of all errors, with a time to try again."""
+    """A request that is cut before its answer begins gets the usual 503, with a time to try again.
+    """
     async with httpx.AsyncClient(base_url=f"http://{apis.http.address}") as web:
         asking = asyncio.create_task(web.post("/v1/completions", json=WAIT))
         await apis.service.until(1)
@@ -69,7 +70,7 @@ async def test_an_http_request_that_is_cut_is_told_so(apis: EndlessApis) -> None
 
 
 async def test_a_grpc_call_that_is_cut_is_told_so(apis: EndlessApis) -> None:
-    """Its status has the reason, behind what it was already given."""
+    """A gRPC call that is cut ends with the reason as its status, behind the messages that were sent."""
     async with AsyncClient(apis.rpc.address) as client:
         events = client.generate(MODEL, "WAIT")
         await anext(events)
@@ -104,7 +105,7 @@ async def test_a_server_that_leaves_goes_on(apis: EndlessApis) -> None:
 
 
 async def test_a_server_that_breaks_does_not_wait_for_proxies() -> None:
-    """A delay ends when what is watched beside it ends, and no sooner; the watch ends with the delay."""
+    """A delay ends when the watched task ends, and no sooner; the watch ends with the delay."""
     clock, broken, watching = Clock(), asyncio.Event(), asyncio.Event()
 
     async def watch() -> None:
@@ -199,7 +200,7 @@ def _has_come(sock: Any) -> bool:
 
 
 async def test_half_a_head_is_answered(apis: EndlessApis) -> None:
-    """Its request was begun, so it is refused as others are."""
+    """A connection with half a head is a request that began, and gets the usual refusal."""
     client = await apis.raw(VERSION[:20])
     await apis.seen()
     draining = asyncio.create_task(apis.http.drain(BOUND_S))

@@ -126,7 +126,7 @@ async def api(shared: RpcApi) -> RpcApi:
 
 
 async def test_a_stream_is_started_deltas_finished(api: RpcApi) -> None:
-    """One Started that says what answers, the tokens, and one Finished with the counts."""
+    """A stream has one Started with the model, the tokens, and one Finished with the counts."""
     events = await api.events(model="rs", sampling=greedy(5))
     kinds = [event.WhichOneof("event") for event in events]
     assert [kinds[0], *sorted(set(kinds[1:-1])), kinds[-1]] == ["started", "delta", "finished"]
@@ -163,7 +163,7 @@ async def test_tokens_between_first_and_last_come_together(
 
 
 async def test_models_are_listed_base_first(api: RpcApi) -> None:
-    """The base, then the adapters by name, with what is known of them."""
+    """The list has the base, then the adapters by name, with their records."""
     models = (await api.stub.ListModels(pb.ListModelsRequest())).models
     assert [model.name for model in models] == ["base", "all", "rs", "wide"]
     assert [model.parent for model in models] == ["", "base", "base", "base"]
@@ -215,7 +215,7 @@ async def test_logprobs_belong_to_the_tokens(api: RpcApi) -> None:
 
 
 async def test_an_unknown_model_is_never_the_base(api: RpcApi) -> None:
-    """The error lists what is served."""
+    """The error lists the served models."""
     code, reason, _, message = await api.failure(model="wid")
     assert (code, reason) == (grpc.StatusCode.NOT_FOUND, "MODEL_NOT_FOUND")
     for name in ("'wid'", "base", "all", "rs", "wide"):
@@ -297,7 +297,7 @@ async def test_a_full_queue_is_said_with_a_delay(world: tuple[World, MemoryStore
 
 
 async def test_draining_finishes_open_streams_and_refuses_new_ones(api: RpcApi) -> None:
-    """After the signal, what runs is finished, and what comes is SHUTTING_DOWN."""
+    """Draining finishes open streams, and refuses new ones with SHUTTING_DOWN."""
     engine = api.ready.engine
     async with served(api.ready) as leaving:
         await engine.pause()
@@ -372,7 +372,7 @@ async def test_the_folder_of_the_base_is_not_copied(world: tuple[World, MemorySt
 
 
 async def test_n_answers_are_choices(api: RpcApi) -> None:
-    """Both clients return the n answers in order, the first one as the completion's own."""
+    """The sync and asyncio clients return n answers in order; the first is the completion's text."""
     alone = await api.client.complete("base", PROMPT, **SAMPLED)
     several = await api.client.complete("base", PROMPT, n=3, **SAMPLED)
     assert len(several.choices) == 3

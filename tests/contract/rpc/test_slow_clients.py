@@ -55,7 +55,7 @@ async def clock() -> Clock:
 
 @pytest.fixture
 async def apis(request: pytest.FixtureRequest, tmp_path: Path, clock: Clock) -> AsyncIterator[EndlessApis]:
-    """Both endpoints; the time that a test names is an hour, and the others do not pass."""
+    """The endpoints of a service; the timeout that a test names is an hour, the others never pass."""
     limit, keys = getattr(request, "param", ("", False))
     guard = Guard(keyring("infer")[1]) if keys else Guard()
     times = {name: HOUR if name == limit else NEVER for name in (*HTTP_TIMES, *RPC_TIMES)}
@@ -169,7 +169,7 @@ async def test_an_http_client_that_does_not_read_is_given_up(apis: EndlessApis, 
 
 @patience("read_s")
 async def test_an_http_client_that_reads_slowly_is_served(apis: EndlessApis, clock: Clock) -> None:
-    """One that takes something now and then is waited for."""
+    """A client that reads slowly but steadily keeps its connection."""
     with narrow(apis) as sock:
         sock.setblocking(False)
         for _ in range(3):
@@ -208,7 +208,7 @@ async def test_what_lies_unread_at_the_deadline_is_read(apis: EndlessApis, clock
 
 @patience("read_s")
 async def test_a_client_that_took_what_there_was_is_not_given_up(apis: EndlessApis, clock: Clock) -> None:
-    """An answer continues whose client read all that a server which stood still had sent."""
+    """An answer continues for a client that has read all that the paused server had sent."""
     with narrow(apis) as sock:
         await apis.service.until(1)
         await apis.seen()
@@ -234,7 +234,7 @@ async def test_a_connection_whose_request_lies_unread_makes_no_room(apis: Endles
 
 
 async def test_a_refused_client_reads_why(apis: EndlessApis) -> None:
-    """One that asks only after it was refused is not reset: it reads 503, and when to come again."""
+    """A client that sends its request after the refusal reads 503 with a time to try again, and no reset."""
     waiting = [await apis.raw(WAIT) for _ in range(BOUND)]
     await apis.service.until(BOUND)
     refused = await apis.raw()
@@ -252,7 +252,7 @@ async def test_a_refused_client_reads_why(apis: EndlessApis) -> None:
 
 @patience("read_s")
 async def test_a_grpc_client_that_does_not_read_is_given_up(apis: EndlessApis, clock: Clock) -> None:
-    """Its answer is ended, though its connection is open; nothing of it holds a drain."""
+    """The answer of a gRPC client that does not read is cancelled, and does not delay a drain."""
     _, writer = await connect(apis.rpc.address, window=0)
     writer.write(call(1) + message(1, pb.GenerateRequest(model=MODEL, text="HI")))
     await apis.service.until(1)
@@ -292,7 +292,7 @@ async def test_a_grpc_client_that_stops_reading_learns_why(apis: EndlessApis, cl
 
 @patience("send_s")
 async def test_a_grpc_request_that_does_not_come_is_refused(apis: EndlessApis, clock: Clock) -> None:
-    """A call whose message stays away ends with a name."""
+    """A call without a message ends with a named fault."""
 
     async def nothing() -> AsyncIterator[bytes]:
         await asyncio.Event().wait()

@@ -227,7 +227,7 @@ async def test_drafts_change_no_constrained_answer(world: tuple[World, MemorySto
 
 
 async def test_masks_along_a_draft_are_those_that_it_leads_to(ready: Ready) -> None:
-    """Behind each token of a draft, and behind those that come; a draft ends where a text may not continue."""
+    """The masks along a draft follow its tokens; the draft is cut where the grammar allows no continuation."""
     text = ready.service.text
     compiled = await Constraints(frozenset({2})).compile(Constraint("regex", "ab(c|de)f?"), text)
     a, b, c, d, e, f = (3 + ord(letter) - 32 for letter in "abcdef")
@@ -291,7 +291,7 @@ async def test_masks_outlive_a_preemption(world: tuple[World, MemoryStore]) -> N
 async def test_a_constraint_that_cannot_be_used_is_refused_with_the_reason(
     ready: Ready, kind: Kind, text: str, why: str
 ) -> None:
-    """Bad syntax, what is not supported, and what would take the server down end as a named field."""
+    """Bad syntax, unsupported features and dangerous patterns are refused with the field's name."""
     with pytest.raises(RequestInvalid) as caught:
         await ask(ready, kind, text)
     (finding,) = caught.value.findings

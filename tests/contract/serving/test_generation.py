@@ -48,7 +48,7 @@ async def test_the_first_of_n_answers_is_the_only_one_of_one(service: Service) -
 
 
 async def test_every_answer_finishes_once(service: Service) -> None:
-    """One start, one end per index with counts of its own, and a stop text ends only its answer."""
+    """A request has one start, and one end per index with its own counts; a stop text ends its answer only."""
     whole = await service.events(n=3, **SAMPLED)
     texts = {
         index: "".join(e.text for e in whole if isinstance(e, AnswerDelta) and e.index == index)
@@ -103,7 +103,7 @@ async def test_closing_the_stream_frees_all_answers(service: Service) -> None:
 
 
 async def test_a_deadline_ends_all_answers(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is one fault, and nothing stays."""
+    """A deadline ends all answers of a request with one fault, and frees their sequences."""
     deadline_s, steps = time.monotonic() + 0.1, itertools.count()
     runner = service.ready.engine._engine._runner
     submit = runner.submit
@@ -121,7 +121,7 @@ async def test_a_deadline_ends_all_answers(service: Service, monkeypatch: pytest
 
 @pytest.mark.parametrize("read", [1, 6])
 async def test_an_engine_that_stops_ends_all_answers(world: tuple[World, MemoryStore], read: int) -> None:
-    """Those that are under way, and those that were to begin, end with the one fault: nobody waits for ever."""
+    """A stopped engine ends running and queued answers with one fault, and no request waits for ever."""
     service = await open_service(world)
     events = service.ready.service.generate(Request.of("base", LONG, n=4, max_tokens=100, ignore_eos=True))
     async with aclosing(events):
@@ -281,7 +281,7 @@ async def test_no_answer_at_all_may_be_asked_for(service: Service) -> None:
 
 
 async def test_prompt_logprobs_come_once_with_several_answers(service: Service) -> None:
-    """They are the request's, not the answers', and do not change what is drawn."""
+    """Prompt log probabilities come once per request, and do not change the sampled tokens."""
     events = await service.events(LONG, n=3, prompt_logprobs=1, **SAMPLED)
     assert sum(isinstance(event, PromptScores) for event in events) == 1
     assert await service.answers(LONG, n=3, prompt_logprobs=1, **SAMPLED) == await service.answers(

@@ -77,7 +77,7 @@ async def test_requests_are_counted_by_model(api: OpenAIApi) -> None:
 
 
 async def test_time_counts_from_arrival_at_the_socket(api: OpenAIApi) -> None:
-    """A request that comes while the event loop is busy has waited, though nobody could read it."""
+    """The times of a request count from its arrival, also while the event loop is busy."""
     body = json.dumps(FIELDS | {"model": "wide", "max_tokens": 1}).encode()
     client = await RawClient.open(api.server.address)
     head = b"POST /v1/completions HTTP/1.1\r\n" + JSON + b"Content-Length: %d\r\n\r\n" % len(body)

@@ -124,7 +124,7 @@ def test_a_cache_that_is_no_folder_is_named(remote: Remote, tmp_path: Path) -> N
 
 
 def test_what_killed_replicas_left_is_swept(remote: Remote, tmp_path: Path) -> None:
-    """Parts that nobody wrote to for a day are removed at a start; those of a living replica stay."""
+    """A start removes parts without a write for a day, and leaves those of a living replica."""
     folder = remote.fetch(tmp_path / "cache")
     old, young = folder / ".part-old", folder / ".part-young"
     for part in (old, young):

@@ -164,7 +164,7 @@ def test_a_secret_that_is_not_set_is_said(hub):
 
 
 def test_the_token_is_never_shown(hub):
-    """Neither failures nor logs nor representations hold the token."""
+    """The token is in no failure, log line or representation."""
     hub.repos["org/gated"].token = "another"  # noqa: S105 - of the small hub
     hf = source(hub, HF_TOKEN=TOKEN)
     with capture_logs() as logs, pytest.raises(RepoGated) as refusal:

@@ -159,7 +159,7 @@ def test_remote_url(caplog, site):
 
 
 def test_a_build(caplog, site, tmp_path):
-    """Neither a build that fails nor the generation of one that succeeds shows an adapter's signature."""
+    """The signature of an adapter's URL is in no failure of a build, and in no generation."""
     write_base(tmp_path / "base")
     adapter = write_adapter(tmp_path / "one")
     site.routes["/one"] = pack({path.name: path.read_bytes() for path in adapter.iterdir()})
@@ -211,7 +211,7 @@ def test_a_deployment_that_is_refused(caplog, fields):
 
 
 def test_representations():
-    """A repository and the secrets hide what is secret in them."""
+    """The representations of a repository and of secrets hide the secret parts."""
     secrets = secrets_of(CANARY)
     for address in (f"https://h/x?sig={CANARY}", f"https://u:{CANARY}@h/x", f"https://h/x#{CANARY}"):
         expected = repo("REMOTE_URL", address)

@@ -84,7 +84,7 @@ def repo(site: Site, path: str = "/a.tar.gz", host: str = "files.test", **fields
 
 
 def test_an_archive_is_fetched_once(site, tmp_path):
-    """One download gives the listing, the revision and every file; the query travels and is not shown."""
+    """A download gives the listing, the revision and every file; the query is sent and never printed."""
     url, counted = source(), []
     resolved = url.resolve(repo(site), counted.append)
     data = site.routes["/a.tar.gz"]
@@ -261,7 +261,7 @@ def test_an_archive_that_is_begun_again_takes_its_room_once(site):
 
 
 def test_a_server_that_drips_is_given_up(site):
-    """Neither headers nor a body that come byte by byte hold a build for ever."""
+    """A server that sends headers or a body byte by byte does not block a build for ever."""
 
     given_up = threading.Event()
 

@@ -202,7 +202,7 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
 
 
 def test_links_are_not_followed(tmp_path: Path) -> None:
-    """Neither a linked file nor a linked folder shows what lies outside of the store."""
+    """The store follows no linked file or folder to content outside of its root."""
     (tmp_path / "outside").mkdir()
     (tmp_path / "outside/secret").write_bytes(b"secret")
     store = LocalStore(tmp_path / "store")
@@ -364,7 +364,7 @@ def test_broken_answers_end(breaks_off: tuple[type[_BreaksOff], str]) -> None:
 
 
 def test_addresses(aws: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The three forms of an address open a store whose own address says where it is."""
+    """The three forms of an address open the same store, whose own address is canonical."""
     monkeypatch.setenv("HOME", str(tmp_path))
     assert open_store("file:///srv/store").uri == "file:///srv/store"
     assert open_store("file://~/store").uri == f"file://{tmp_path}/store"

@@ -85,7 +85,7 @@ def little_time() -> Iterator[SandboxPool]:
 
 @pytest.fixture
 def impatient(little_time: SandboxPool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It renders all templates."""
+    """Render all templates in this pool."""
     monkeypatch.setattr(chat_template, "_RENDERERS", little_time)
 
 
@@ -109,7 +109,8 @@ def impatient(little_time: SandboxPool, monkeypatch: pytest.MonkeyPatch) -> None
 async def test_a_template_that_takes_too_much_ends_with_its_reason(
     source: str, why: str, request: pytest.FixtureRequest
 ) -> None:
-    """Loops, powers, doubling and what is forbidden refuse the request, and the next one is rendered."""
+    """A template with loops, powers, doubling or forbidden calls fails its request, and no other.
+    """
     if source is LOOP:  # others may take a slow machine longer than that
         request.getfixturevalue("impatient")
     with pytest.raises(RequestInvalid) as caught:
@@ -140,7 +141,7 @@ async def test_a_template_that_loops_delays_no_other() -> None:
 
 
 def test_a_process_that_is_gone_is_started_again() -> None:
-    """One that ended while nobody asked is no reason for an answer to fail."""
+    """A sandbox that exited while it was idle is restarted, and the request succeeds."""
     process = SandboxProcess("templates")
     question = {"source": "hi", "variables": {}}
     for end in (lambda child: child.stdin.close(), lambda child: child.kill(), lambda child: child.kill()):
@@ -204,7 +205,7 @@ async def test_what_cannot_be_written_or_is_no_text_refuses_the_messages() -> No
     ],
 )
 async def test_a_prompt_can_end_within_the_last_message(template: str, prompt: str) -> None:
-    """It ends where the content does, whatever else looks like it; with the spaces that the template keeps."""
+    """The prompt ends where the content does, with the spaces that the template keeps."""
     turns = [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "So,  "}]
     render = ChatTemplate(template, {}).render
     assert await render(turns, add_generation_prompt=False, continue_final_message=True) == prompt
@@ -212,7 +213,7 @@ async def test_a_prompt_can_end_within_the_last_message(template: str, prompt: s
 
 
 async def test_a_template_is_told_more_and_keeps_its_own() -> None:
-    """Variables reach it by their names, beside messages and special tokens that nobody else can set."""
+    """A template sees variables by name, but requests cannot replace messages and special tokens."""
     template = ChatTemplate(
         "{{ bos_token }}{{ messages[0].content }}{{ enable_thinking }}{{ documents }}", {"bos_token": "<s>"}
     )
@@ -222,7 +223,7 @@ async def test_a_template_is_told_more_and_keeps_its_own() -> None:
 
 
 async def test_a_template_that_hides_the_last_message_cannot_go_on_with_it() -> None:
-    """It is refused, and not continued somewhere else."""
+    """A template that drops the last message is refused, and not continued somewhere else."""
     template = ChatTemplate("{% for m in messages[:-1] %}<{{ m.content }}>{% endfor %}", {})
     with pytest.raises(RequestInvalid, match="changes the last message"):
         await template.render([{"role": "user", "content": "Hi."}], continue_final_message=True)
@@ -231,6 +232,6 @@ async def test_a_template_that_hides_the_last_message_cannot_go_on_with_it() -> 
 def test_a_process_that_does_not_start_is_no_deep_template(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    """It lacks a module: that is said, and the log has Python's reason."""
+    """A sandbox that lacks a module does not start: the error is clear, and the log has Python's reason."""
     assert "does not start" in SandboxProcess("no_such_module").ask({})["error"]
     assert "no_such_module" in capfd.readouterr().err
