@@ -66,7 +66,7 @@ def test_a_service_with_api_processes_drains(world: World, tmp_path: Path) -> No
 
 
 def test_api_processes_end_with_the_engines(world: World, tmp_path: Path) -> None:
-    """After kill -9 of the engine's process its API processes report bad health and end by themselves."""
+    """API processes report bad health and end by themselves after a kill -9 of the engine's process."""
     with serving(world, tmp_path, LORAMUX_API_PROCESSES="1") as (process, ready):
         children = _children(process.pid)
         httpx.post(f"http://{ready['http']}/pause", params={"mode": "keep"}, timeout=BOUND_S)

@@ -114,7 +114,7 @@ def test_a_killed_builder_leaves_nothing_half_visible_and_goes_on(tmp_path):
     ],
 )
 def test_bad_settings_end_the_start(tmp_path, flags, expected):
-    """A bad setting is one line that names it, the value and what is allowed; the status is 2."""
+    """A bad setting is one line with the setting, the value and the allowed values; the status is 2."""
     store = [] if "--store" in flags else ["--store", f"file://{tmp_path}"]
     log = tmp_path / "log"
     assert builder_service([*store, *flags], log, environment()).wait() == 2

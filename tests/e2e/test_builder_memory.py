@@ -68,7 +68,7 @@ def write_large_adapter(folder: Path, layers: int, mark: int) -> int:
 
 
 def peak_bytes(folder: Path, uri: str, names: list[str], environment: dict[str, str]) -> tuple[int, int]:
-    """Build in a process of its own; the bytes of the bundles, and the most memory that it had."""
+    """Build in a process of its own; return the bytes of the bundles and the peak memory."""
     command = [sys.executable, "-c", SCRIPT, str(folder), uri, *names]
     done = subprocess.run(
         command,

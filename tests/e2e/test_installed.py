@@ -179,7 +179,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 
 def test_a_release_has_an_sdist_and_a_wheel(distributions: Path) -> None:
-    """Both have the version of the project."""
+    """The sdist and the wheel have the version of the project."""
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     names = {path.name for path in distributions.iterdir()}
     assert f"loramux-{version}.tar.gz" in names

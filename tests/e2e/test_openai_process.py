@@ -133,7 +133,7 @@ def _until(address: str, status: str) -> None:
 
 
 def test_a_builder_that_leaves_goes_on_until_it_is_told_again(builder: tuple[Forked, str]) -> None:
-    """After SIGTERM a builder is NOT_SERVING and answers; a second signal ends it at once."""
+    """A builder is NOT_SERVING and answers after SIGTERM; a second signal ends it at once."""
     process, address = builder
     process.send_signal(signal.SIGTERM)
     _until(address, "NOT_SERVING")

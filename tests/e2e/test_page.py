@@ -304,7 +304,7 @@ async def test_a_server_with_keys_asks_for_one(page: Page, tmp_path: Path) -> No
 
 
 async def test_the_panel_rests_while_nobody_looks(page: Page, tmp_path: Path) -> None:
-    """It shows the engine's numbers, asks once a second, and not at all in a tab that is hidden."""
+    """The panel asks for the engine's numbers once a second, and pauses in a hidden tab."""
     looks = "performance.getEntriesByType('resource').filter((each) => each.name.endsWith('/state')).length"
     hide = "Object.defineProperty(document, 'hidden', {value: %s, configurable: true})"
     hide += ", document.dispatchEvent(new Event('visibilitychange'))"

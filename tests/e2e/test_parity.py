@@ -104,7 +104,7 @@ def test_mixed_batches_equal_peft(query: list[list[int]], answers: Answers) -> N
 def test_each_alone_is_as_in_a_batch(
     ready: Ready, query: list[list[int]], answers: Answers, sweeps: bool
 ) -> None:
-    """One request at a time says the same tokens, each model to a prompt of its own, or with all."""
+    """A request alone gets the same tokens, with one prompt per model or (in a sweep) all prompts."""
     for number, model in enumerate(_models()):
         for place in range(len(query)) if sweeps else [number % len(query)]:
             expected = answers[model, place]

@@ -47,7 +47,7 @@ class Published:
         assert current_generation(self.store, "tiny") is not None
 
     def check_end(self, results: Sequence[Generation | None]) -> None:
-        """Every generation is there under a number of its own; the served one is none that was superseded."""
+        """Every generation has its own number and stays complete; the served generation is the newest."""
         published = [found for found in results if found is not None]
         numbers = [found.number for found in published]
         assert len(set(numbers)) == len(numbers)
@@ -68,7 +68,7 @@ def operations_of_one() -> int:
 
 
 def test_every_order_with_two_switches_keeps_both_generations():
-    """After any stop of a builder another continues: no generation is lost; the highest is served."""
+    """No generation is lost when builders take turns at any operation; the highest is served."""
     count = operations_of_one()
     assert count < 25
     for first in range(count + 1):
@@ -79,12 +79,12 @@ def test_every_order_with_two_switches_keeps_both_generations():
 @settings(max_examples=examples(50), deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 2), st.integers(1, 4)), max_size=25))
 def test_any_order_of_three_builders_keeps_all_generations(schedule):
-    """Three builders whose operations are mixed at random end with three generations, the highest served."""
+    """Three builders in a random order of operations end with three generations; the highest is served."""
     Published(3).run(schedule)
 
 
 def test_a_builder_killed_at_any_operation_hinders_nobody():
-    """One builder dies at each of its operations; the other publishes, and the first one's retry does too."""
+    """A builder that dies at any operation blocks neither the other builder nor its own retry."""
     for dies_at in spread(range(operations_of_one()), 10):
         for before in (0, dies_at // 2, dies_at + 1):
             both = Published(2, dies_at)

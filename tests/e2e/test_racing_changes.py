@@ -105,7 +105,7 @@ def test_every_order_with_two_switches_keeps_both_changes() -> None:
 @settings(max_examples=examples(15))
 @given(st.lists(st.tuples(st.integers(0, 2), st.integers(1, 4)), max_size=25))
 def test_any_order_of_three_changes_keeps_all(schedule: list[tuple[int, int]]) -> None:
-    """Three changes whose operations are mixed at random: all three adapters are served, none twice."""
+    """Three changes in a random order of operations are all served, none twice."""
     three = race("one", "two", "three")
     three.run(schedule)
     assert set(served(three.store).adapters) == {"first", "one", "two", "three"}
@@ -123,7 +123,7 @@ def test_a_build_among_changes_is_before_or_after_each(schedule: list[tuple[int,
 
 
 def test_a_change_killed_at_any_operation_hinders_nobody() -> None:
-    """One change dies at each of its operations: the other gets through, and the first one's retry does too."""
+    """A change that dies at any operation blocks neither the other change nor its own retry."""
     for dies_at in spread(range(operations_of_one()), 10):
         for before in (0, dies_at // 2, dies_at + 1):
             two = race("one", "two", dies_at=dies_at, stale=STALE)

@@ -88,7 +88,7 @@ def test_without_a_compiler_a_wheel_is_pure_and_says_so(
 
 
 def test_an_editable_installation_compiles_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It compiles at its first start, and again after each change of the source."""
+    """An editable installation leaves compilation to the first start after a change of the source."""
     monkeypatch.setattr(compiling, "compile_beforehand", lambda _: pytest.fail("it does"))
     data: dict[str, object] = {}
     CompiledOperations(str(ROOT), {}, None, None, str(tmp_path), "wheel").initialize("editable", data)

@@ -60,7 +60,7 @@ def test_the_command_line_has_all_other_commands(tree: Path) -> None:
 
 
 def test_what_needs_an_extension_says_so(tree: Path) -> None:
-    """A command, and a service whose settings require signatures: it ends before anything is unverified."""
+    """A command, and a start that requires signatures, name the pip install of the missing extension."""
     assert "pip install 'loramux[envoy]'" in run(
         tree, "from loramux.cli.main import main; main()", "envoy", "one", "--grpc-port=1", status=2
     )
@@ -84,7 +84,7 @@ for open_it, settings in ((open_replica_store, replica), (_store, builder)):
 
 
 def test_its_import_contracts_hold(tree: Path) -> None:
-    """They name no package that is not there."""
+    """The import contracts name installed packages only."""
     assert "0 broken" in run(
         tree, "from importlinter.cli import lint_imports_command as main; main()", "--no-cache"
     )
@@ -92,5 +92,5 @@ def test_its_import_contracts_hold(tree: Path) -> None:
 
 @pytest.mark.sweep
 def test_all_tests_of_the_core_are_collected(tree: Path) -> None:
-    """None of their modules lacks an import."""
+    """The test modules of the core import nothing of an extension."""
     run(tree, "import pytest; sys.exit(pytest.main())", "--collect-only", "-q", "tests")

@@ -34,7 +34,7 @@ Path = tuple[FieldDescriptor, ...]
 
 
 def in_turn(numbers: Sequence[T], turn: int, share: int) -> Sequence[T]:
-    """One in so many of the numbers, others for the next field; in a sweep all of them."""
+    """Return every share-th number from a turn on; in a sweep return all numbers."""
     return numbers if os.environ.get(SWEEPING) else numbers[turn % share :: share]
 
 

@@ -137,7 +137,7 @@ def filled(before: str, element: str, after: str = "}") -> bytes:
 
 
 def keys(count: int) -> bytes:
-    """An object of many keys that nobody knows."""
+    """Return an object of many unknown keys."""
     return ("{" + ",".join(f'"k{number}":0' for number in range(count)) + "}").encode()
 
 

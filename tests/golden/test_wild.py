@@ -99,7 +99,7 @@ def of_peft(shape: Shape, folder: Path) -> Deltas:
 
 
 def parts(place: str, delta: np.ndarray[Any, Any]) -> Deltas:
-    """Cut what is fused into modules, and what all experts have into experts."""
+    """Split fused tensors into modules, and tensors of all experts into experts."""
     layer, _, leaf = place.rpartition(".")
     names: tuple[str, ...]
     cuts: list[int]

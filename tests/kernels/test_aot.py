@@ -44,7 +44,7 @@ def test_the_table_has_every_configuration_and_none_spills() -> None:
 
 @pytest.mark.timeout(900)
 def test_the_table_is_of_these_kernels() -> None:
-    """It was made by this compiler of these sources; another compiler makes the same of all of them."""
+    """The recorded table is of this compiler and these sources; another compiler compiles every kernel."""
     golden, found = sources.RECORDED.read_text().splitlines(), sources.found()
     if golden[0] != found[0]:
         golden, found = [*map(str, recorded())], [*map(str, printed(PACKAGES))]
@@ -70,7 +70,7 @@ def test_every_configuration_takes_what_the_table_says(package: str) -> None:
 
 @pytest.mark.parametrize("package", PACKAGES)
 def test_every_type_that_is_served_is_compiled(package: str) -> None:
-    """No kernel is left out for fp16, whose registers nobody would look at; some have own types alone."""
+    """Every kernel that takes the model's type is compiled for bf16, fp16 and fp32."""
     served = {"bf16", "fp16", "fp32"}
     every = [variant for architecture in ARCHITECTURES for variant in variants(architecture, [package])]
     every = [variant for variant in every if _takes_the_models_type(variant)]

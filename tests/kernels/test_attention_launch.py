@@ -1,4 +1,4 @@
-"""Attention's launcher: what a captured launch survives, and what is refused."""
+"""Attention's launcher: which changes a captured launch survives, and which are refused."""
 
 from collections.abc import Callable
 from dataclasses import replace

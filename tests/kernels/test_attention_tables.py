@@ -145,7 +145,7 @@ def test_nothing_is_cut_where_all_have_as_much() -> None:
 
 
 def test_memory_of_partial_results_has_a_bound() -> None:
-    """It follows how many programs keep a GPU busy, not contexts; where nothing is long, there is none."""
+    """The workspace grows with the programs that fill a GPU, not with contexts, and is 0 for short contexts."""
     sizes = [
         AttentionCapacity(2048, 256, blocks, 16, tile=32).workspace_bytes(32, 128)
         for blocks in (8, 64, 256, 8192)

@@ -1,4 +1,4 @@
-"""Compiled operations are kept where nobody else can write, and what is not ours or not whole never runs."""
+"""The cache of compiled operations is private, and foreign or damaged files never run."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def _nothing_beforehand(tmp_path_factory: pytest.TempPathFactory) -> Iterator[No
 
 @pytest.fixture(scope="module")
 def compiler(native_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One that is quick: it hands out what the real one made."""
+    """A quick compiler that copies the library of the real one."""
     (made,) = native_folder.iterdir()
     folder = tmp_path_factory.mktemp("compiler")
     (folder / "made.so").write_bytes(made.read_bytes()[DIGEST_SIZE:])
@@ -91,7 +91,7 @@ def assert_works(built: Built) -> None:
 
 
 def sealed(code: bytes) -> bytes:
-    """Return the file of an attacker who has read the source: the digest fits."""
+    """Return the file of an attacker, with a digest that fits the code."""
     return hashlib.sha256(code).digest() + code
 
 
@@ -135,7 +135,7 @@ def test_what_is_kept_is_closed_to_others_and_serves_the_next_start(retained: Pa
 
 @needs_compiler
 def test_folders_of_starts_that_were_killed_are_removed(retained: Path) -> None:
-    """One of a start that may still compile stays."""
+    """A start removes the folders of killed starts, and leaves a folder that may still be in use."""
     old, new = (retained.parent / f"{build.UNFINISHED}{age}" for age in ("old", "new"))
     for folder in (old, new):
         folder.mkdir()
@@ -167,7 +167,7 @@ def test_a_folder_in_the_place_of_the_file_stops_nobody(retained: Path) -> None:
 def test_a_library_that_others_could_have_put_there_does_not_run(
     retained: Path, canary: tuple[bytes, Path]
 ) -> None:
-    """Neither beside the file that is looked for, nor in its place with a digest that fits."""
+    """A foreign library does not run, be it beside the cached file or in its place with a digest that fits."""
     code, sung = canary
     retained.with_name(retained.name.replace("sealed", "so")).write_bytes(code)
     retained.write_bytes(sealed(code))
@@ -206,7 +206,7 @@ def test_a_compiler_that_fails_for_one_type_is_not_waited_for(
 
 
 def test_the_line_with_the_error_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before it a compiler says in which files it was, and warns."""
+    """The reason is the compiler's line with the error, not the lines and warnings before."""
     lines = ("In file included from", "a.h: warning: odd", "a.h: fatal error: omp.h is missing", "stopped")
     noisy = script(tmp_path / "noisy", *(f"echo '{line}' >&2" for line in lines), "exit 1")
     monkeypatch.setenv("CXX", str(noisy))
@@ -249,7 +249,7 @@ def forbidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_start_compiles_nothing_where_the_wheel_has_the_best_kind(
     beforehand: Path, forbidden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is used where it lies, and nothing is kept."""
+    """A start loads the wheel's library in place, and writes nothing to the cache."""
     kinds = kinds_that_run()
     if not kinds:
         pytest.skip("no kind of processor that a wheel knows")
@@ -264,7 +264,7 @@ def test_a_start_compiles_nothing_where_the_wheel_has_the_best_kind(
 def test_a_lesser_kind_is_taken_where_the_best_can_be_had_in_no_way(
     beforehand: Path, forbidden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is compiled for this processor first."""
+    """A start compiles for this processor before it takes a library for a lesser kind."""
     kinds = kinds_that_run()
     if len(kinds) < 2:
         pytest.skip("the processor is of one kind at most")
@@ -300,7 +300,7 @@ def test_a_library_without_the_operations_is_told(canary: tuple[bytes, Path]) ->
 
 
 def test_only_files_that_nobody_else_can_write_are_read(tmp_path: Path) -> None:
-    """Not through a link, not from a folder or a pipe, and whose mode lets nobody else in."""
+    """Links, folders, pipes, and files that others can write are not read."""
     file = tmp_path / "file"
     file.write_bytes(b"code")
     for mode, found in ((0o600, b"code"), (0o755, b"code"), (0o620, None), (0o602, None)):
@@ -329,7 +329,7 @@ def test_what_belongs_to_somebody_else_is_no_place_for_code(tmp_path: Path) -> N
 def test_triton_does_not_run_what_others_may_have_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its cache holds libraries that it loads unseen, so the folder must be safe from others."""
+    """Triton loads libraries of its cache unverified, so a folder that others can write is refused."""
     cache = tmp_path / "cache"
     monkeypatch.setenv("TRITON_CACHE_DIR", str(cache))
     check_triton_cache()

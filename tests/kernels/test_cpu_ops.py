@@ -62,7 +62,7 @@ def packed_by(ops: CpuOps, matrix: Tensor, kind: int) -> Tensor:
 
 
 def test_packing_puts_every_value_where_the_products_read_it(ops: CpuOps) -> None:
-    """It takes rows, columns and steps of two, and leaves zeros in all that is padding."""
+    """Packing takes rows, columns and steps of two, and fills the padding with zeros."""
     for rank, columns in product([1, 2, 5, 16], [1, 16, 33, 96]):
         matrix = torch.randn(rank, columns).to(ops.dtype)
         steps = torch.zeros(2 * rank, 2 * columns, dtype=ops.dtype)[::2, ::2].copy_(matrix)
@@ -332,7 +332,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, window: int, softcap: float, sinks:
 
 @pytest.mark.parametrize(("dim", "rotary"), [(64, 64), (80, 32)])
 def test_rope_turns_the_halves_against_each_other(ops: CpuOps, dim: int, rotary: int) -> None:
-    """Pairs are (i, i + rotary / 2); what lies behind rotary is left as it is."""
+    """Rotary embedding rotates pairs (i, i + rotary / 2), and leaves the columns behind rotary."""
     rows, heads, kv = 11, 4, 2
     fused = torch.randn(rows, (heads + 2 * kv) * dim).to(ops.dtype)
     q, k, v = (

@@ -1,4 +1,4 @@
-"""States in recorded steps: what is replayed, and what is launched, on a GPU or in the interpreter."""
+"""States in recorded steps, replayed and launched, on a GPU or in the interpreter."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ GROUPS = (*layer_groups(hidden=48, intermediate=80, q=48, kv=16), *EXPERTS)
 
 
 def adapter(seed: int, ranks: tuple[int, ...]) -> AdapterWeights:
-    """One that adapts modules of experts with the ranks, drawn for each, in the second layer."""
+    """An adapter of expert modules in the second layer, each with a random one of the ranks."""
     draw, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     parts: list[Tensor] = []
     rows, first = [], 0
@@ -66,7 +66,7 @@ def added(x: Tensor, experts: list[int], owners: Owners, name: str) -> Tensor:
 
 @pytest.fixture(params=["native", "torch", "triton"])
 def backend(request: pytest.FixtureRequest, device: str) -> tuple[LoraBackend, ExpertOperations, str]:
-    """Each backend, and who sorts pairs for it."""
+    """Each backend, the operations that sort pairs for it, and the device."""
     if request.param == "native":
         ops = CpuOps(request.getfixturevalue("compiled"), torch.float32)
         return NativeLora(ops, GROUPS, LAYERS), ExpertOperations(), "cpu"

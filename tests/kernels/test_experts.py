@@ -204,7 +204,7 @@ def test_a_grouped_product_equals_one_product_per_pair(tokens: int, dtype: torch
 
 
 def test_a_token_gives_the_same_bits_in_every_batch(device: str) -> None:
-    """Its experts may have other tokens or none, in the same tile or in others.
+    """A token's result is the same whatever other tokens its experts have, in its tile or in others.
 
     The interpreter multiplies with numpy, whose sums of a row may differ with where the row lies: there all
     numbers are small integers, of which every order gives the same sum.

@@ -58,7 +58,7 @@ def test_every_section_runs_to_its_end(
 
 @without_gpu
 def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
-    """One line, and exit status 2."""
+    """The benchmark prints one line, and ends with status 2."""
     assert gpu.main([]) == 2
     assert capsys.readouterr().err.splitlines() == [gpu.NO_GPU]
 
@@ -136,7 +136,7 @@ def test_points_beyond_the_time_are_left_out_and_named() -> None:
 
 
 def test_numbers_have_the_digits_that_count() -> None:
-    """Three, and words for what is not there."""
+    """A number has three digits, and a missing value is a word or a dash."""
     values = [None, math.nan, "two", 12345.6, 45.67, 1.234, 0.9951, 3]
     assert [*map(formatted, values)] == ["-", "rehearsal", "two", "12346", "45.7", "1.23", "1.00", "3"]
 
@@ -147,7 +147,7 @@ def test_a_timing_is_a_median_and_a_tenth() -> None:
 
 
 def test_what_the_driver_answers_gets_labels() -> None:
-    """A line of CSV; an answer of another kind is shown as it is."""
+    """A line of CSV gets labels; another answer of nvidia-smi is quoted."""
     answer = "1755 MHz, 2619 MHz, 41, 130.51 W, 700.00 W\n"
     assert read_query(STATE, answer) == (
         "sm 1755 MHz, memory 2619 MHz, temperature 41 C, power 130.51 W, limit 700.00 W"

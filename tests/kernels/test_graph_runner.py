@@ -354,7 +354,7 @@ class Copies(TorchDispatchMode):
 
 
 def test_one_copy_fills_the_buffers_of_a_step(ready: Ready, runner: GraphRunner) -> None:
-    """Tokens, their sources, positions, tables, segments and sampling: one copy, and only of what is used."""
+    """A step copies tokens, sources, positions, tables, segments and sampling at once, and only used parts."""
     seqs = []
     adapters = [ready.service.catalog.get(name).adapter for name in ("all", "rs")]
     in_order = sorted(filter(None, adapters), key=lambda adapter: adapter.slot or 0)

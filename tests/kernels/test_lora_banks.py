@@ -164,7 +164,7 @@ REFUSED: dict[str, Callable[[LoraBackend], None]] = {
 
 @pytest.mark.parametrize("message", REFUSED)
 def test_what_a_bank_cannot_do_is_refused(lora: LoraBackend, message: str) -> None:
-    """Before anything is written; the adapter that is in it stays what it was."""
+    """A refused call writes nothing, so the resident adapter answers as before."""
     weights = adapter(ADAPTERS[3], 7)
     packed = lora.pack(weights)
     lora.open(64 * 100, MAX_RANK, 2)
@@ -232,7 +232,7 @@ def test_a_linear_that_no_adapter_of_the_step_touches_costs_no_call(compiled: ct
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_packing_takes_rows_and_types_as_they_come(compiled: ctypes.CDLL, dtype: torch.dtype) -> None:
-    """Dims that are multiples of nothing, odd ranks, another type: what is packed is what was given."""
+    """Dimensions of any size, odd ranks and another type are packed without a change of values."""
     groups = layer_groups(hidden=50, intermediate=33, q=50, kv=7)
     dims = {
         module: (shape.in_features, out)

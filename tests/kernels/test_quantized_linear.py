@@ -31,8 +31,7 @@ def _quantized(rows: int, width: int, quantization: Rounding) -> Quantized:
 
 @pytest.mark.parametrize("quantization", INTEGERS)
 def test_a_weight_is_off_by_half_a_step_at_most(quantization: Rounding) -> None:
-    """A weight is off by half a step of its own group's scale, and the largest by less; rows of zeros stay
-    zero.
+    """A rounded weight is off by half a step of its group's scale at most; rows of zeros stay zero.
     """
     torch.manual_seed(0)
     weight = torch.randn(30, 96) * torch.logspace(-6, 3, 30)[:, None]
@@ -47,7 +46,7 @@ def test_a_weight_is_off_by_half_a_step_at_most(quantization: Rounding) -> None:
 
 
 def test_what_is_no_whole_number_of_groups_stays_as_it_is() -> None:
-    """A width of 40 has no groups of 32; nor is anything rounded that nobody asked for."""
+    """A width of 40 has no groups of 32, so the weight is not rounded; nor is a weight without the setting."""
     weight = torch.randn(6, 40)
     assert quantize(weight, Rounding.INT4) is None
     assert type(new_linear(weight, None, Rounding.INT4)) is Linear
@@ -59,7 +58,7 @@ def test_what_is_no_whole_number_of_groups_stays_as_it_is() -> None:
 def test_rounded_weights_are_multiplied_by_the_compiled_product_beside_amx_too(
     library: CDLL, quantization: Rounding
 ) -> None:
-    """There oneDNN's product of whole weights is the faster one, but it has none of rounded ones."""
+    """The compiled product multiplies rounded weights also where oneDNN multiplies whole ones with AMX."""
     ops = CpuOps(library, torch.bfloat16)
     weight = torch.randn(48, 64, dtype=torch.bfloat16)
     for ops.multiplies in (False, True):
@@ -109,8 +108,7 @@ def test_the_product_in_bfloat16_is_that_of_integers(
 def test_native_and_torch_agree(
     library: CDLL, quantization: Rounding, dtype: torch.dtype, rows: int, width: int, columns: int
 ) -> None:
-    """Both agree with the widened weight in float64 but for the rounding of sums, and of x in compiled
-    bfloat16.
+    """The native and the torch product agree with float64, but for the rounding of sums and of bfloat16 x.
     """
     torch.manual_seed(columns)
     ops, weight = CpuOps(library, dtype), _quantized(columns, width, quantization)
@@ -224,7 +222,7 @@ def test_what_a_device_cannot_do_is_refused_by_name(
     dtype: torch.dtype,
     why: str,
 ) -> None:
-    """Before anything is loaded, with what was found and what to set."""
+    """An unsupported rounding is refused before the load, with the setting, its value and the reason."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     with pytest.raises(SettingsInvalid, match=f"LORAMUX_QUANTIZATION={quantization} .*{why}"):
         require_able(Rounding(quantization), torch.device(device), dtype)

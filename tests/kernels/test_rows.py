@@ -103,7 +103,7 @@ def test_chosen_rows_leave_the_stream_as_it_is(index: torch.dtype, device: str) 
 
 @pytest.mark.parametrize("offset", [0.0, 1.0])
 def test_a_norm_is_that_of_the_torch_path(offset: float, device: str) -> None:
-    """Both backends agree to the last digits in float32."""
+    """The norms of both backends agree to the last digits in float32."""
     hidden, delta = (torch.randn(3, 100, device=device) for _ in range(2))
     weight = torch.randn(100, device=device)
     stream = hidden + delta

@@ -175,7 +175,7 @@ def supports(logits: Tensor, rows: Sequence[RowParams]) -> list[list[int]]:
     ids=str,
 )
 def test_supports_are_those_of_sorting(vocab: int, dtype: torch.dtype, grain: float, device: str) -> None:
-    """min-p, then top-k, then top-p of what is left, the lower token first of equals: not one more or less."""
+    """The sampler applies min-p, then top-k, then top-p of the rest; of equal tokens the lower comes first."""
     rows = [
         *FILTERED,
         RowParams(1.0, top_k=1, top_p=0.0),

@@ -1,4 +1,4 @@
-"""SGMV's launcher: what a captured launch survives, and what is refused."""
+"""SGMV's launcher: which changes a captured launch survives, and which are refused."""
 
 import dataclasses
 from collections.abc import Callable, Sequence

@@ -161,7 +161,7 @@ def test_tokens_in_flight_are_counted(device: str, requests: list[dict[str, Any]
 
 @pytest.mark.parametrize("own", [{"temperature": 0.7, "top_k": 5}, {"temperature": 0.0}], ids=str)
 def test_processed_log_probabilities_are_those_of_the_host(device: str, own: dict[str, Any]) -> None:
-    """They are the same with a grammar and without, beside plain rows and raw ones."""
+    """Processed log probabilities are equal with a grammar and without, beside plain rows and raw ones."""
     usual: dict[str, Any] = {"seed": 3, "logprobs": 4, **own}
     shaping: dict[str, Any] = {"logit_bias": {8: 4.0, 9: -3.0}, "repetition_penalty": 1.3}
     requests = [
@@ -235,7 +235,7 @@ def test_the_batch_makes_no_difference(device: str) -> None:
 
 
 def test_a_row_that_nothing_is_left_of_says_so_each_time(device: str) -> None:
-    """Its neighbour does not, and nor does the same row of the next step."""
+    """A row without an allowed token is reported, and no other row or step is."""
     nothing = {**PLAIN, "grammar": []}
     something = {**PLAIN, "grammar": [4]}
     shaper = Shaper(2, VOCAB, torch.device(device))
@@ -263,7 +263,7 @@ def test_a_sequence_finds_its_place_again_or_a_new_one(device: str) -> None:
 
 
 def test_memory_is_taken_on_demand_and_within_the_plan(device: str) -> None:
-    """Nothing for a bias, masks for who restricts, counts for who penalizes; all of it is what is planned."""
+    """A bias takes no memory, allowed tokens take masks, penalties take counts; the sum is as planned."""
     shaper = Shaper(SEQS, VOCAB, torch.device(device))
     sizes = [shaper.state.num_bytes]
     for sampling in ({"logit_bias": {1: 1.0}}, {"allowed_token_ids": b"\x05"}, {"presence_penalty": 1.0}):
@@ -295,7 +295,7 @@ def key_of(launch: Launch) -> tuple[Any, ...]:
 
 
 def keys_of(work: Callable[[], object]) -> set[tuple[Any, ...]]:
-    """The keys of what is launched."""
+    """Return the keys of the launches of some work."""
     found: list[Launch] = []
     with intercepted(found.append):
         work()
@@ -350,7 +350,7 @@ def test_a_recorded_draw_serves_later_rows(device: str) -> None:
 
 
 def test_what_does_not_fit_is_refused(device: str) -> None:
-    """A ValueError names what is expected and what is there."""
+    """A ValueError names the expected shape and the actual one."""
     state = ShapingState(2, VOCAB, device)
     row = ShapedRow(0, 0, sampler.row_params(seq_of(PLAIN), 0))
     packed = torch.from_numpy(pack_shapes([row], VOCAB)).to(device)

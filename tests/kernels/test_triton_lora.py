@@ -82,7 +82,7 @@ def test_a_step_recorded_in_an_empty_bank_serves_later_adapters(lora: TritonLora
 
 
 def test_a_recorded_step_with_a_slot_that_was_left_adds_nothing(lora: TritonLora, device: str) -> None:
-    """Neither the adapter that was there, whose bytes are still in the arena, nor the one beside it."""
+    """A freed slot adds nothing in a recorded step, though the arena still has the bytes of its adapter."""
     bank = bank_of(lora, 3)
     recorded = Recorded(lora, device)
     gone, stays = bank.bring(adapter(ADAPTERS[1], 0)), bank.bring(adapter(ADAPTERS[1], 1))
@@ -97,7 +97,7 @@ def test_a_recorded_step_with_a_slot_that_was_left_adds_nothing(lora: TritonLora
 
 
 def test_the_weights_are_not_kept(lora: TritonLora) -> None:
-    """An adapter is in the bank's memory alone, whose size does not change."""
+    """An adapter is copied into the bank's memory alone, and the memory keeps its size."""
     bank = bank_of(lora, 3)
     size = lora.num_bytes
     for seed in range(4):
@@ -152,7 +152,8 @@ def test_what_is_launched_does_not_follow_the_number_of_slots(device: str) -> No
 
 
 def test_a_linear_that_no_adapter_of_the_step_touches_has_no_launch(lora: TritonLora, device: str) -> None:
-    """Its output is left alone; a step that is recorded has one, for later adapters."""
+    """A linear without an adapter has no launch and keeps its output; a recorded step has a launch.
+    """
     hold(lora, adapter({"attn_q": 2}, seed=0, layers=[1]))
     launched: list[Launch] = []
     x: Tensor = torch.zeros(4, 48, device=device)

@@ -36,7 +36,7 @@ def store(world: World) -> MemoryStore:
 
 @pytest.fixture
 def counted(record_property: Callable[[str, object], None]) -> Counted:
-    """Counts answers by (architecture, backend, situation), and asserts that they are what is expected."""
+    """Counts answers by (architecture, backend, situation), and compares them with the expected ones."""
 
     def count(
         architecture: str, backend: str, situation: str, found: Sequence[Any], expected: Sequence[Any]

@@ -151,8 +151,7 @@ async def test_a_request_finds_its_place_once_for_all_answers_and_versions(
 
 
 def test_one_that_acts_on_a_part_is_not_merged(world: World) -> None:
-    """Behind a hidden base it is served beside the weights; a build that must merge it is refused by name, and
-    writes nothing."""
+    """An activated adapter is served beside a hidden base; a build with merge: always writes nothing."""
     data = world.deployment().model_dump(mode="json")
     data["build"]["lora_adapters"] = {"called": data["build"]["lora_adapters"]["called"]}
     for merge in ("auto", "always"):

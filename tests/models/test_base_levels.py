@@ -23,7 +23,7 @@ PROMPT = list(range(3, 43))
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small Gemma 3 with images, and a head of its own in the file."""
+    """A small Gemma 3 with images, and an untied head in the file."""
     folder = tmp_path_factory.mktemp("images") / "base"
     config = Gemma3Config(
         text_config=SIZES | GEMMA | {"layer_types": ["full_attention", *["sliding_attention"] * 2]},
@@ -61,7 +61,7 @@ def test_whether_the_head_is_tied_stands_outside(images: Path, outside: Any, ins
 
 
 def test_a_head_of_its_own_answers(images: Path) -> None:
-    """An untied model with images whose decoder's block says tied: the tokens are those of its head."""
+    """An untied model with images uses its head, though the decoder's config says tied."""
     say(images, "tie_word_embeddings", outside=False, inside=True)
     expected = oracle_tokens(oracle(images, None), PROMPT, 16)
     world, store = World(images, {}, images.parent), MemoryStore()

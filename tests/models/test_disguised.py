@@ -91,7 +91,7 @@ def test_what_amounts_to_lora_answers_as_peft_does(world: World) -> None:
 
 @pytest.mark.filterwarnings("ignore")
 def test_vera_of_an_expert_that_all_rows_share(tmp_path: Path) -> None:
-    """Its projections are cut to what the expert reads, in a base that has others beside it."""
+    """VeRA of a shared expert is cut to the expert's width, beside other experts of the base."""
     make_checkpoint(tmp_path / "base", CASES["qwen3_5-moe"].config)
     vera = peft.VeraConfig(r=5, task_type="CAUSAL_LM", target_modules=r".*shared_expert\.(up|down)_proj")
     folder = save(tmp_path / "base", tmp_path / "vera", vera, 1)

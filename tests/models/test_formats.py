@@ -135,7 +135,7 @@ def test_scales_that_are_exponents_are_powers_of_two(tmp_path: Path, dtype: torc
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_mxfp4_is_what_transformers_says(tmp_path: Path, dtype: torch.dtype) -> None:
-    """Experts are turned from [out, in] to [in, out], and what stands beside them is read as it is."""
+    """Experts are transposed from [out, in] to [in, out]; other tensors are read unchanged."""
     blocks = torch.randint(0, 256, (3, 24, 2, 16), dtype=torch.uint8)
     scales = torch.randint(100, 150, (3, 24, 2), dtype=torch.uint8)
     bias = torch.randn(3, 24)
@@ -164,7 +164,7 @@ def test_a_weight_that_takes_several_chunks_is_the_same(
 
 
 def test_what_is_kept_as_it_is_is_served_as_it_is(tmp_path: Path) -> None:
-    """A linear is served as it is stored, of few bits or not, whatever a config says of it."""
+    """A linear is served in the format of its tensors, whatever the config says."""
     plain, (tensors, _) = torch.randn(16, 32), KINDS["gptq"].keep(torch.randn(16, 32))
     named = {f"two.{name}": tensor for name, tensor in tensors.items()} | {"one.weight": plain}
     read = checkpoint(tmp_path, named, KINDS["gptq"].config, torch.float32)
@@ -256,7 +256,7 @@ def test_a_group_may_be_larger_than_a_row(tmp_path: Path) -> None:
 
 
 def test_four_bits_of_bitsandbytes_are_of_the_type_that_they_were_quantised_from(tmp_path: Path) -> None:
-    """Also where a wider one is served, as bitsandbytes has it."""
+    """Four-bit weights widen to the type before quantization, also where a wider type is served."""
     config, tensors, widened = read_written("bitsandbytes-nf4-double")
     found = checkpoint(tmp_path, tensors, config, torch.float32).get("layer.weight", tuple(widened.shape))
     assert widened.dtype == torch.bfloat16

@@ -1,4 +1,4 @@
-"""gpt-oss as it is published: experts of four bits, read as transformers reads the same files."""
+"""gpt-oss in its published format: experts of four bits, as transformers reads the same files."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ CONFIG = GptOssConfig(
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint as it is saved after training."""
+    """A checkpoint in the format that training saves."""
     folder = tmp_path_factory.mktemp("gpt-oss") / "plain"
     make_checkpoint(folder, CONFIG)
     return folder

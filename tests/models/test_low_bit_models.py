@@ -129,7 +129,7 @@ def test_dora_is_over_the_norms_of_the_widened_weights(retained: Saved, tmp_path
 def test_without_torch_dora_of_few_bits_is_refused(
     retained: Saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The builder cannot widen weights by itself, and says what is missing."""
+    """A builder without the package refuses low-bit weights, and names the package."""
     monkeypatch.setattr(widening, "NEEDS", ("no_such_torch",))
     make_adapter(retained.widened, tmp_path / "dora", 3, r=4, use_dora=True, target_modules=["q_proj"])
     deployment = replace(retained.world, adapters={"dora": tmp_path / "dora"}).deployment()

@@ -71,7 +71,7 @@ def test_a_merged_adapter_differs_from_the_base(world: World) -> None:
 
 
 def test_a_hidden_base_is_unknown_to_clients(world: World) -> None:
-    """Its name is neither listed nor served, and the adapter keeps digest and parent."""
+    """The base's name is neither listed nor served; the adapter keeps digest and parent."""
     catalog = ready_of(world, "rs", {"serve_base": False}).service.catalog
     assert [model.name for model in catalog] == ["rs"]
     assert catalog.get("rs").digest

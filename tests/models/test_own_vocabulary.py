@@ -72,7 +72,7 @@ def made(root: Path, config: Any, adapters: Mapping[str, Mapping[str, Any]]) -> 
 
 
 def requests_of(models: tuple[str, ...]) -> list[tuple[str, list[int]]]:
-    """Two prompts for each model; every second token is one whose rows some adapters have of their own."""
+    """Two prompts for each model; every second token has rows of its own in some adapters."""
     own = [3, 4, 5, 6, 7, 50, 60, 100, 120, 198]
     return [
         (name, [own[at % 10] if at % 2 else 3 + (at * 17 + place * 5) % 190 for at in range(3 + 9 * place)])
@@ -172,7 +172,8 @@ def test_other_bases_equal_peft(tmp_path: Path, config: Any) -> None:
 
 
 def test_what_a_table_of_its_own_cannot_be(world: World) -> None:
-    """Behind a hidden base such an adapter is served beside the weights, and no build merges it."""
+    """An adapter with its own embedding rows is served beside a hidden base, and no build merges it.
+    """
     data = world.deployment().model_dump(mode="json")
     data["build"]["lora_adapters"] = {"tokens": data["build"]["lora_adapters"]["tokens"]}
     data["runtime"] |= {"serve_base": False}

@@ -68,7 +68,7 @@ def query(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.mark.parametrize("backend", ["torch", "native"])
 def test_alone(query: Query, backend: str, counted: Counted) -> None:
-    """Nobody else is there."""
+    """Each request runs alone."""
     ready = query.load(backend, prefix_cache=False)
     found = [run_engine(ready, [request], NEW)[0] for request in query.requests[:CHECKED]]
     counted(query.architecture, backend, "alone", found, query.expected)

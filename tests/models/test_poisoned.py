@@ -43,7 +43,7 @@ FAMILIES: dict[str, tuple[PreTrainedConfig, dict[str, dict[str, Any]]]] = {
 def stores(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[World, list[MemoryStore]]:
-    """A world, built with an adapter as it is, and again when it makes NaN."""
+    """Return a world, built twice: with the adapter as trained, and with one that makes NaN."""
     world, stores = make_world_of(tmp_path_factory.mktemp("poisoned"), *FAMILIES[request.param]), []
     for times in (1.0, TIMES):
         _multiply(world.adapters[BAD] / "adapter_model.safetensors", times)

@@ -100,7 +100,7 @@ def ops(native_folder: Path) -> CpuOps:
 
 
 def test_other_threads_are_not_written_down(ops: CpuOps) -> None:
-    """Their operations run as before, with memory of their own, while a thread records."""
+    """Operations of other threads run as before, with their own memory, while a thread records."""
     x, weight = torch.randn(2, 32), torch.ones(32)
     expected = ops.rms_norm(x.clone(), None, weight, 1e-6)
     others: list[torch.Tensor] = []

@@ -141,7 +141,7 @@ def _alone(runtime: dict[str, Any], world: World) -> MemoryStore:
 
 
 def test_an_adapter_is_not_merged_into_rounded_weights(world: World, store: MemoryStore) -> None:
-    """It would be rounded with them: it stays beside them, and answers as where the base is served too."""
+    """An adapter stays beside rounded weights, as a merge would round the adapter too."""
     request: Sequence[tuple[str, list[int]]] = [("all", _requests()[2][1])]
     ready, reported = _loaded(world, _alone({}, world), quantization="int8")
     assert reported["merged"] == "none"

@@ -38,7 +38,7 @@ def drawn(data: st.DataObject) -> tuple[Places, dict[int, tuple[int, int]], dict
 def best_window(
     need: int, lines: dict[int, tuple[int, int]], used: dict[int, int | None]
 ) -> tuple[int, frozenset[int]] | None:
-    """Look at every pair of lines: return the first line and who leaves, as the rule has it."""
+    """Look at every pair of lines: return the first line and the evicted owners, by the rule."""
     taken = {line: owner for owner, (first, end) in lines.items() for line in range(first, end)}
     holes, windows = [], []
     for first, end in combinations(range(LINES + 1), 2):
@@ -105,7 +105,7 @@ def test_whatever_comes_and_goes_nothing_overlaps_and_holes_coalesce(data: st.Da
 
 
 def test_what_can_never_fit_is_refused_by_name() -> None:
-    """Both sizes are named; of what is there, all may stay."""
+    """The refusal names the size of the adapter and of the bank, and evicts nothing."""
     with pytest.raises(ResourcesExhausted, match="192 bytes does not fit the bank of 128 bytes"):
         Places(128).find(129, lambda _: None)
 

@@ -18,7 +18,7 @@ NOBODY: dict[str, Any] = {"api_key": None, "tls_ca": None, "client_cert": None, 
 
 
 def new_entry(key_id: str, *scopes: str, models: tuple[str, ...] | None = None) -> tuple[str, KeyEntry]:
-    """A random key and what is kept of it."""
+    """A random key and its stored line."""
     key = new_key()
     fields = {"id": key_id, "sha256": digest(key).hex(), "scopes": scopes, "models": models}
     return key, KeyEntry.model_validate(fields)
@@ -30,7 +30,7 @@ def lines(*entries: KeyEntry) -> str:
 
 
 def keyring(*scopes: str) -> tuple[dict[str, str], Keyring]:
-    """One key for each of the scopes, by scope, and the keyring that takes them."""
+    """Return a key for each of the scopes, by scope, and the keyring that takes them."""
     made = {scope: new_entry(f"for-{scope}", scope) for scope in scopes}
     ring = Keyring(text=lines(*(entry for _, entry in made.values())))
     return {scope: key for scope, (key, _) in made.items()}, ring

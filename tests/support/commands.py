@@ -25,7 +25,7 @@ def assert_takes(name: str, arguments: Sequence[str]) -> None:
 
 @dataclass(frozen=True)
 class Command:
-    """One that runs, and what it has written so far."""
+    """A running command, and the output that it has written so far."""
 
     process: Forked
     folder: Path

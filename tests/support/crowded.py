@@ -1,4 +1,4 @@
-"""Both APIs in a process that may open few files."""
+"""The HTTP and gRPC APIs in a process with a low limit of open files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A service whose answers never end, and its APIs."""
+"""A service with endless answers, and its APIs."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ HEALTH = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
 
 
 class Endless(Scripted):
-    """Says the same piece until somebody stops it; the prompt ``WAIT`` is answered by one piece and silence."""
+    """Repeats a piece until a cancellation; the prompt ``WAIT`` is answered by one piece and silence.
+    """
 
     def __init__(self, folder: Path) -> None:
         write_tokenizer(folder)
@@ -92,7 +93,7 @@ class EndlessApis:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        """Part with everybody; no answer is held behind that."""
+        """Close both servers, and check that no answer is left open."""
         await asyncio.gather(self.http.drain(0), self.rpc.drain(0))
         assert self.service.open == 0
 

@@ -1,4 +1,4 @@
-"""Both services, scripted: real gRPC servers on loopback that compute nothing."""
+"""The builder and the inference service, scripted: real gRPC servers on loopback without computation."""
 
 # ruff: noqa: ARG002, N802 - the signatures and names of servicers are fixed
 
@@ -173,7 +173,7 @@ def inference_server(address: str, servicer: FakeInference, guard: Guard = NOBOD
 
 
 class Fakes:
-    """Both services in a thread of their own."""
+    """The builder and the inference service in a thread of their own."""
 
     def __init__(self, guard: Guard = NOBODY_GUARDS) -> None:
         self.builder, self.inference = FakeBuilder(), FakeInference()

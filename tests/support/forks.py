@@ -42,7 +42,7 @@ class Forked:
 
     @property
     def pid(self) -> int:
-        """Its number."""
+        """The number of the process."""
         assert self._process.pid
         return self._process.pid
 

@@ -26,7 +26,7 @@ class Scripted:
         return []
 
     def draft(self, tokens: Sequence[int]) -> int:
-        """Those up to the first that may not come."""
+        """Return the number of drafted tokens before the first one that is not allowed."""
         self._drafted = []
         for token in tokens:
             if token not in self._allowed([*self._tokens, *self._drafted]):
@@ -35,7 +35,7 @@ class Scripted:
         return len(self._drafted)
 
     def accept(self, token: int) -> None:
-        """It is the last."""
+        """Append a token, and drop the draft."""
         self._tokens.append(token)
         self._drafted = []
 

@@ -1,4 +1,4 @@
-"""Work, counted: what does not depend on who else uses the machine."""
+"""Work, counted in instructions, which other load on the machine does not change."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ class ServedApi:
 
 
 class OpenAIApi(ServedApi):
-    """One with an engine behind it."""
+    """A served API with an engine."""
 
     def __init__(self, ready: Ready, server: HttpServer) -> None:
         super().__init__(server)

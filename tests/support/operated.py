@@ -27,7 +27,7 @@ from loramux_shared.faults import (
 
 
 def digest_of(number: int) -> str:
-    """A digest of its own for each number."""
+    """Return the digest of a number."""
     return f"{number:064x}"
 
 
@@ -98,7 +98,7 @@ class FakeResidency:
         return sum(each.num_bytes for each in self.known.values() if each.state is AdapterState.RESIDENT)
 
     def standing(self, adapter: Adapter) -> Standing:
-        """Say what is known."""
+        """Return the standing of an adapter."""
         self.looked_at += 1
         absent = Standing(adapter, AdapterState.ABSENT, 0, 0, 0, pinned=False, last_used_s=None, failure=None)
         return self.known.get(adapter, absent)

@@ -17,7 +17,7 @@ TOKENS = 8
 
 
 def answers_while_its_file_changes(root: Path, prompt: list[int]) -> None:
-    """Write the answers of the whole base, of one whose file is overwritten, and of one whose file is cut."""
+    """Write the answers of the base with a whole file, an overwritten file and a cut file."""
     settings = {"deployment": "tiny", "local_roots": (root,), "kv_memory_gb": 0.01, "prefix_cache": False}
     store = open_store(f"file://{root}/store")
     engines = [load(InferenceSettings(**settings, **way), store).engine._engine for way in WAYS]

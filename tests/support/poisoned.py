@@ -14,7 +14,7 @@ from inference_service.startup.load import Ready
 
 
 def poison(ready: Ready) -> None:
-    """Fill what is of no use with NaN around every step from now on: blocks, slots of states, workspaces.
+    """Fill unused memory with NaN around every step from now on: blocks, slots of states, workspaces.
 
     Blocks that a step writes from their first row on are filled before it too.
     """

@@ -11,7 +11,7 @@ JSON = b"Host: x\r\nContent-Type: application/json\r\n"
 
 
 class RawClient:
-    """One connection."""
+    """An HTTP connection."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.reader = reader

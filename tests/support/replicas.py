@@ -21,7 +21,7 @@ MODELS = ("base", "lora1", "lora2")
 
 
 class Scripted(FakeInference):
-    """Also refuses, takes some prompts without ever saying anything, and holds others after a first piece."""
+    """A fake that can refuse, can take a prompt without an answer, and can pause after the first piece."""
 
     def __init__(self) -> None:
         super().__init__()

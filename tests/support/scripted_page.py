@@ -68,7 +68,7 @@ class ScriptedPage(GenerationService):
         """Requests that ended before their answer."""
 
     async def generate(self, request: Request) -> AsyncGenerator[Event]:
-        """Say what is written."""
+        """Answer with the model's script."""
         self.asked.append(request.model.name)
         model = self.catalog.get(request.model.name)
         yield AnswerStarted(request.id, model, self.catalog.generation, 2, self.text)

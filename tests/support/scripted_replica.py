@@ -1,4 +1,4 @@
-"""Replicas in this process that compute nothing, say who they are, and can be held before their first token."""
+"""Replicas in this process that compute nothing, report a name, and can be held before a first token."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ class Talker(Scripted):
 
 
 class TalkerApi(ServedApi):
-    """One with a talker behind it."""
+    """A served API with a talker."""
 
     def __init__(self, talker: Talker, server: HttpServer) -> None:
         super().__init__(server)

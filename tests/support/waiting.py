@@ -48,7 +48,7 @@ async def until(true: Callable[[], T], what: str, state: Callable[[], object] = 
 
 @asynccontextmanager
 async def bounded(what: str, state: Callable[[], object] = _nothing) -> AsyncIterator[None]:
-    """Bound what is awaited inside.
+    """Bound the time of the awaited calls inside.
 
     :raises AssertionError: after ``BOUND_S``, with ``what`` was waited for and the ``state()`` then.
     """

@@ -248,7 +248,7 @@ def awq() -> Iterator[Case]:
 
 
 def main() -> None:
-    """Write the files of every library that is there."""
+    """Write the files of every installed library."""
     for library, cases in (
         ("compressed-tensors", compressed),
         ("bitsandbytes", bitsandbytes),

@@ -1,4 +1,4 @@
-"""Folders: what is missing, what is of another program, what must not run."""
+"""Folders: missing files, files of other programs, files that must not run."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def _beside(*names: str) -> Any:
 
 
 def _sharded(index: Callable[[dict[str, str]], Any]) -> Any:
-    """One file of weights under the name of a shard, and an index made of what is in it."""
+    """Write one file of weights under the name of a shard, and an index of its tensors."""
 
     def make(folder: Path) -> None:
         adapter(folder)

@@ -36,7 +36,7 @@ def _renamed(name: str, codes: str, old: str, new: str) -> Exhibit:
 
 
 def _changed(name: str, codes: str, change: Any, **settings: Any) -> Exhibit:
-    """One value or the whole of layer 0's A of q_proj is another."""
+    """Return an exhibit with a change in a value, or in all, of layer 0's A of q_proj."""
 
     def make() -> Tensors:
         made: dict[str, Any] = dict(tensors())

@@ -76,7 +76,7 @@ def run(module: str, arguments: Collection[str] = ()) -> list[str]:
 
 
 def found() -> list[str]:
-    """The lines of what is here."""
+    """Return the lines for the present compiler and sources."""
     return run("tests.golden.kernels.sources")
 
 

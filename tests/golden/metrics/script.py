@@ -1,4 +1,4 @@
-"""One of every metric that there is."""
+"""A replica with every metric."""
 
 from __future__ import annotations
 

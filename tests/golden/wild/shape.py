@@ -88,7 +88,7 @@ class Shape:
 
     @property
     def name(self) -> str:
-        """A name of its own."""
+        """The unique name of a shape."""
         return f"{self.writer} {self.release} {self.what}"
 
     def write(self, folder: Path) -> Path:

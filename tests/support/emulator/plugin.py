@@ -24,7 +24,7 @@ NAME, ARGUMENTS, TEXT = 32, 32, 56
 
 
 class Function:
-    """One operation; its attributes are those of a function of ctypes."""
+    """An operation with the attributes of a function of ctypes."""
 
     argtypes: tuple[Any, ...] = ()
     restype: Any = None
