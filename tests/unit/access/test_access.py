@@ -1,4 +1,4 @@
-"""Keys: what is kept of them, who has which rights, and what happens when their file changes."""
+"""Keys: what the key file stores, the rights of each key, and reloads of a changed file."""
 
 from __future__ import annotations
 

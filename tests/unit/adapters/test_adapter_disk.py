@@ -1,4 +1,4 @@
-"""The disk tier: what is kept is verified, bounded, whole, and never needed."""
+"""The disk tier: kept bundles are verified, bounded and complete, and never required."""
 
 from __future__ import annotations
 
@@ -163,14 +163,14 @@ def test_what_is_put_while_the_folder_is_counted_counts(store, folder, monkeypat
 
 
 def test_a_bundle_larger_than_the_bound_is_not_kept(store, folder):
-    """It would push out everything else for nothing."""
+    """A bundle above the bound is not kept, as its place would cost all other bundles."""
     disk = DiskTier(folder, size_of(store, store.digests[0]))
     keep(store, disk, store.digests[0])
     assert not folder.exists()
 
 
 def test_leftovers_are_swept_and_work_under_way_is_not(store, folder):
-    """A folder whose writer was killed goes; one that is locked or young stays."""
+    """The sweep removes the folder of a killed writer, and leaves locked and young folders."""
     disk = DiskTier(folder, 10**9)
     keep(store, disk, store.digests[0])
     old = time.time() - 2 * YOUNG_S
@@ -203,7 +203,7 @@ def test_a_folder_that_cannot_be_written_is_said_once(store, tmp_path):
 
 
 def test_replicas_share_a_folder(store, folder):
-    """Many that read and keep the same bundles at once, and remove what is damaged, all get right ones."""
+    """Threads that read, keep and repair the same bundles at once all get right ones."""
     disks = [DiskTier(folder, 10**9) for _ in range(4)]
     wrong = []
 
@@ -240,7 +240,7 @@ def test_replicas_share_a_folder(store, folder):
 
 
 def test_texts_come_without_the_weights(store, folder):
-    """The text files of a kept bundle are read though its weights are damaged, and asked of nobody else."""
+    """The text files of a kept bundle are read from disk, though its weights are damaged."""
     digest, disk = store.digests[0], DiskTier(folder, 10**9)
     reader = BundleReader(store, disk)
     from_store = reader.texts(digest)
@@ -252,7 +252,7 @@ def test_texts_come_without_the_weights(store, folder):
 
 
 def test_files_are_readable_for_others(store, folder):
-    """Replicas of other users may read what is kept, and write nothing there."""
+    """Replicas of other users can read kept bundles, but not write them."""
     disk = DiskTier(folder, 10**9)
     keep(store, disk, store.digests[0])
     assert stat.S_IMODE((folder / store.digests[0]).stat().st_mode) == 0o755

@@ -193,7 +193,7 @@ def test_damage_after_a_load_is_never_served(store, make, tmp_path, name, cached
 
 
 def test_a_slow_store_delays_only_its_own_loads(store, make):
-    """While all reads wait for the store, what is in the host tier comes, and other work is done, at once."""
+    """Loads from the host tier and other work finish while all reads wait for the store."""
     loader = make(host_bytes=10**6)
     load(loader, store.digests[0])
     store.gate.clear()
@@ -207,7 +207,7 @@ def test_a_slow_store_delays_only_its_own_loads(store, make):
 
 
 def test_urgent_work_goes_before_packing_that_waits(store, make):
-    """A copy into the bank, which somebody waits for, does not queue behind bundles that are packed."""
+    """An urgent copy into the bank runs before bundles that wait to be packed."""
     order, go, begun = [], threading.Event(), threading.Event()
 
     def pack(bundle):
@@ -229,7 +229,7 @@ def test_urgent_work_goes_before_packing_that_waits(store, make):
 
 
 def test_other_work_that_fails_is_told(make):
-    """Its exception comes as a fault, and its thread continues."""
+    """An exception of other work is reported as a fault, and the thread continues."""
     loader, outcomes = make(), SimpleQueue()
 
     def fail():
@@ -253,7 +253,7 @@ def test_a_callback_that_raises_blocks_no_other(store, make):
 
 
 def test_whatever_waits_at_the_end_is_told(store, make):
-    """After close, whatever did not begin ends with SHUTTING_DOWN, and what is new at once."""
+    """A close ends queued work with SHUTTING_DOWN, and refuses new work at once."""
     packing, go = threading.Event(), threading.Event()
 
     def pack(bundle):
@@ -399,7 +399,7 @@ def texts(store, tmp_path):
 
 
 async def test_texts_do_not_wait_for_weights(store, texts):
-    """A template is there while weights would take long, is read once for all who ask, and then kept."""
+    """A template is read without the weights, once for all callers, and then cached."""
     digest = store.digests[0]
     assert await texts.texts(digest) == {"chat_template.jinja": TEMPLATE.encode()}
     store.asked.clear()
@@ -416,7 +416,7 @@ async def test_texts_do_not_wait_for_weights(store, texts):
 
 
 async def test_texts_that_fail_are_read_again(store, texts):
-    """A store that is away, and a caller who leaves, are no answer for the next one."""
+    """A failed read and a cancelled caller are not cached: the next caller reads the store again."""
     digest = store.digests[0]
     store.away = True
     store.gate.clear()

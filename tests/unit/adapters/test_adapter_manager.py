@@ -61,7 +61,7 @@ def test_a_page_goes_on_where_its_name_was_removed() -> None:
 
 
 def test_a_key_of_some_models_sees_those() -> None:
-    """Also an admin key can be limited; pages of it are as full as others."""
+    """A limit to models holds for an admin key too, and its pages are full."""
     replica = operated(["a", "b", "c", "d"])
     token = ACCESS.set(Access("k", frozenset({Scope.ADMIN}), frozenset({"b", "d"})))
     try:
@@ -99,7 +99,7 @@ def test_a_view_says_where_an_adapter_is() -> None:
 
 
 def test_the_base_is_no_adapter() -> None:
-    """It cannot be asked for, pinned, loaded over or unloaded; an unknown name is not found."""
+    """The base cannot be looked up, pinned, replaced or unloaded; an unknown name is not found."""
     manager = operated().manager
     for ask in (manager.get, manager.pin, manager.unpin):
         with pytest.raises(RequestInvalid):
@@ -131,8 +131,7 @@ def test_names_of_one_version_share_its_pin() -> None:
 
 
 def test_the_successor_of_a_resident_version_is_brought_in() -> None:
-    """A resident version's successor is loaded, one that nobody uses is not; until then the view has the old
-    version.
+    """The successor of a resident version is loaded; an unused version's is not.
     """
     replica = operated()
     replica.residency.hold(replica.adapter("one"))
@@ -217,7 +216,7 @@ async def test_without_a_builder_only_bundles_are_loaded() -> None:
 
 
 async def test_a_bundle_of_this_replica_obeys_the_rules_of_names() -> None:
-    """It takes the name of no alias, in any case, and leaves when a generation has such a name."""
+    """A bundle of a replica cannot have an alias's name, and is dropped when a generation has its name."""
     digest = digest_of(77)
     replica = operated(bundles=(digest,))
     started = replica.deployment.newest.model_copy(update={"aliases": {"al": {"one": 1}}})
@@ -331,7 +330,7 @@ def test_a_folder_of_this_machine_means_nothing(tmp_path: Path, monkeypatch: pyt
 
 @pytest.mark.parametrize("path", ["", ".", "../x", "~/x", "/a/../etc", "ftp://x/y", "a b", "file:///x", "x\0y"])
 def test_what_is_no_path_is_refused(path: str) -> None:
-    """A text that is no path is refused by name, with what is expected."""
+    """A text that is no path is refused by name, with the expected form."""
     with pytest.raises(RequestInvalid, match="lora_path"):
         repository_of(path)
 

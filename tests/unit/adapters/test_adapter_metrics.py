@@ -1,4 +1,4 @@
-"""Metrics of thousands of adapters: series of what is used or in memory, and counters that never lie."""
+"""Metrics of thousands of adapters: series of used or resident adapters, and counters that never lie."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Names while generations come and go: what a request gets, who may ask for it, and what it costs."""
+"""Names across generations: the adapter of a request, the rights of a caller, and the cost."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def catalog(adapters: Mapping[str, str], **fields: Any) -> Catalog:
 
 @contextmanager
 def caller(*models: str) -> Iterator[None]:
-    """A caller who may use these models alone."""
+    """Limit the caller to these models."""
     token = ACCESS.set(Access("ann", frozenset({Scope.INFER}), frozenset(models)))
     try:
         yield
@@ -86,7 +86,7 @@ def test_a_record_is_enough_to_register() -> None:
 
 
 def test_what_an_adapter_is_and_who_may_use_it_is_known_from_its_record() -> None:
-    """Its kinds, the rows that it replaces, its invocation and its licence; a licence may change by itself."""
+    """A model has kinds, replaced rows, invocation and licence from its record; a licence can change alone."""
     summary = SUMMARY.model_copy(update={"kinds": ("lora", "head"), "replaced": {"head": 3}})
     first = generation(1, {"a": "one"}, summary=summary)
     emitted = {"licence": "mit", "invocation_tokens": (5, 6)}
@@ -133,7 +133,7 @@ def test_a_generation_is_taken_over_in_one_step() -> None:
 
 
 def test_equal_digests_share_a_handle() -> None:
-    """Names are many, what is loaded is one; a version that comes back is what it was while somebody has it."""
+    """Names of one digest share one adapter, also when a version comes back while the adapter is in use."""
     names = catalog({"a": "one", "b": "one"})
     handle = names.get("a").adapter
     assert names.get("b").adapter is handle
@@ -156,7 +156,7 @@ def test_the_base_can_be_renamed_and_hidden() -> None:
 
 
 def test_nothing_is_served_beside_a_merged_adapter() -> None:
-    """Its weights are the base's: another adapter on them would answer wrongly."""
+    """A generation beside a merged adapter needs a restart, as the adapter's weights are in the base."""
     merged = Catalog(1, "base", [ServedModel("only", digest=digest("one"))])
     merged.apply(generation(2, {"only": "one"}, serve_base=False))
     assert merged.generation == 2
@@ -166,7 +166,9 @@ def test_nothing_is_served_beside_a_merged_adapter() -> None:
 
 
 def test_a_version_is_found_by_the_first_digits_of_its_digest() -> None:
-    """The present one and some earlier ones, each once; what is not the beginning of one is refused by name."""
+    """A prefix of a digest resolves the present version or an earlier one; a wrong prefix is refused by
+    name.
+    """
     names = catalog({"a": "z00", "ab": "else"})
     for number in range(1, EARLIER + 3):
         names.apply(generation(number + 1, {"a": f"z{number:02}"}))
@@ -347,7 +349,8 @@ def test_a_mixture_opens_nothing_that_its_parts_do_not() -> None:
     ],
 )
 def test_adapters_of_other_kinds_are_not_mixed(kind: ServedModel, expected: str) -> None:
-    """Neither with others nor with a scale; the scale 1 is the adapter itself, and 0 leaves it out."""
+    """An adapter of another kind cannot be blended or scaled; the scale 1 is valid, and 0 drops an adapter.
+    """
     known = Catalog(1, "base", [BASE, ServedModel("a", Adapter("a")), kind])
     for request in ("a*0.5+k", "k*0.5"):
         with pytest.raises(RequestInvalid, match=f"adapters that can be scaled; this one {expected}"):
@@ -357,7 +360,7 @@ def test_adapters_of_other_kinds_are_not_mixed(kind: ServedModel, expected: str)
 
 
 def test_what_adapters_of_a_mixture_bring_alike_counts() -> None:
-    """A default counts that all adapters share, and stop tokens of all do; they are read where nobody has."""
+    """A blend has the defaults and stop tokens that all its adapters share, read on demand."""
     ours = AdapterDefaults(temperature=0.5, top_p=0.9, stop_token_ids=frozenset({7}))
     other = AdapterDefaults(temperature=0.5, top_p=0.8, stop_token_ids=frozenset({8}))
     models = [ServedModel(name, Adapter(name), digest=name) for name in "ab"]

@@ -89,7 +89,7 @@ class Replica:
 
 
 async def test_a_newer_generation_is_taken_over_once(store):
-    """It is taken over with its content, and looks after it read the pointer alone."""
+    """The follower takes over a new generation once; later looks read the pointer alone."""
     async with Replica(store) as replica:
         second = publish_generation(store, generation("one", "two"))
         await replica.look()
@@ -177,7 +177,7 @@ async def test_a_lower_number_is_never_taken_over(store):
 
 
 async def test_what_needs_a_restart_is_said_and_not_half_taken(store):
-    """The replica serves what it has, says why, tells who wants to end it once, and takes a later one."""
+    """A stale replica keeps serving, reports the reason, signals once, and takes a later generation."""
     with capture_logs() as logs:
         async with Replica(store) as replica:
             publish_generation(store, generation("one", "two", max_seq_len=64))
@@ -220,7 +220,7 @@ async def test_catching_up_reads_ones_own_writes(store):
 
 @pytest.fixture
 async def held(store):
-    """A replica whose look has read the first generation and has not ended, though there is a second."""
+    """Return a replica in a look that has read the first generation, though a second is published."""
     old = store.objects[current_key("d")]
     publish_generation(store, generation("one", "two"))
     new, store.objects[current_key("d")] = store.objects[current_key("d")], old
@@ -246,7 +246,7 @@ async def test_several_who_catch_up_share_a_look(store, held):
 
 
 async def test_who_joins_a_look_that_began_too_early_gets_another(store, held):
-    """A generation that was published after a look began is found by the caller who came meanwhile."""
+    """A caller during a look waits for a second look, which finds a generation published meanwhile."""
     late = asyncio.create_task(held.follower.catch_up(2))
     await asyncio.sleep(0)
     store.gate.set()
@@ -378,7 +378,7 @@ STEPS = st.lists(
 @settings(max_examples=examples(20), deadline=None)
 @given(STEPS)
 def test_whatever_happens_numbers_only_grow(steps):
-    """Over any history of a store, what is taken over is whole, newer each time, and in the end the newest."""
+    """A follower takes over whole and ever newer generations over any history, and ends with the newest."""
 
     async def history():
         store = Unsteady()

@@ -52,7 +52,7 @@ def test_the_slower_digest_is_computed_once(hashed: list[str]) -> None:
 @pytest.mark.parametrize("damaged", [DATA[:-1], DATA + b"\0", b"", DATA[:99] + b"?" + DATA[100:]])
 @pytest.mark.parametrize("before", [0, 1, 2])
 def test_damage_is_found_whatever_came_before(damaged: bytes, before: int) -> None:
-    """Before the first good reading and after it; and what is damaged never becomes known."""
+    """Damage is found before and after the first good read, and damaged data never becomes known."""
     weights = KnownWeights()
     for _ in range(before):
         weights.verify(DATA, FILES, WEIGHTS_FILE, DIGEST)

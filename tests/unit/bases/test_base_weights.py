@@ -1,4 +1,4 @@
-"""A base's weights: which of them answer, and that nobody changes them under a model that is served."""
+"""A base's weights: the files that are served, and their protection against changes."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ def test_what_is_read_is_verified(tmp_path: Path, name: str, change: Any) -> Non
 
 
 def test_the_small_files_are_copies(tmp_path: Path) -> None:
-    """A replica parses copies of its own, which are removed afterwards; weights are not copied."""
+    """A replica parses private copies, which are removed afterwards; weights are not copied."""
     world, _, placed = _placed(tmp_path)
     with placed.small_files() as folder:
         names = {path.name for path in folder.iterdir()}
@@ -166,7 +166,7 @@ def test_the_small_files_are_copies(tmp_path: Path) -> None:
 
 
 def test_files_that_are_none(tmp_path: Path) -> None:
-    """A file is read to its end, or refused with what is wrong about it."""
+    """A file is read to its end, or refused with the error in it."""
     for data, reported in (
         (b"", "it ends after 0 bytes"),
         (b"\xff" * 8, "a header of"),

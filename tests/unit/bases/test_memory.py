@@ -1,4 +1,4 @@
-"""The memory budget: what fits, and what is said when it does not."""
+"""The memory budget: what fits, and the message when a base does not."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def test_weights_of_fewer_bits_take_less(
 
 
 def test_the_start_logs_a_line_per_item(tmp_path: Path) -> None:
-    """The bank, weights, adapters, activations, graphs, the cache and what is left, in GB."""
+    """The message lists bank, weights, adapters, activations, graphs, cache and free memory in GB."""
     world, store = make_world(tmp_path), MemoryStore()
     world.build(store)
     with capture_logs() as logs:

@@ -19,7 +19,7 @@ QWEN_35 = {"architectures": ["Qwen3_5ForCausalLM"]}
 
 @pytest.mark.parametrize("name", HUB_CONFIGS)
 def test_older_configs_mean_what_transformers_takes_them_for(tmp_path: Path, name: str) -> None:
-    """A config without what is default, and the same as transformers writes it out, are the same model."""
+    """A config without defaults, and the same config as transformers writes it, are the same model."""
     _write_config(tmp_path, **HUB_CONFIGS[name])
     AutoConfig.from_pretrained(tmp_path).save_pretrained(tmp_path / "full")
     for max_seq_len in (None, 8192):

@@ -105,7 +105,7 @@ def test_what_a_config_says_is_read(name: str) -> None:
 
 
 def test_the_old_name_of_compressed_tensors_is_read_too() -> None:
-    """Its first checkpoints say it under another key."""
+    """The first checkpoints of compressed-tensors have the config under another key."""
     found = read_fields(BASE_CONFIG | {"compression_config": COMPRESSED})
     assert found.quantization == READ["W4A16"][1]
 

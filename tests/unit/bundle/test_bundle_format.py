@@ -177,7 +177,7 @@ def test_the_test_vector_of_the_page(tmp_path):
 
 
 def test_norms_of_narrow_and_wide_matrices():
-    """The norms are those of numpy, also where a matrix is wider than what is summed at once."""
+    """The norms are numpy's, also for a matrix wider than a block of the sum."""
     random = np.random.default_rng(0)
     for rank, features_in, features_out in ((1, 3, 2), (64, 9000, 5), (3, 2, 300_000)):
         a, b = random.normal(size=(rank, features_in)), random.normal(size=(features_out, rank))

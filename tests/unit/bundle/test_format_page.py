@@ -83,7 +83,7 @@ INSIDE = (
 
 
 def test_the_records_inside_others_have_the_keys_that_the_page_names() -> None:
-    """They stand in braces, each with all its keys; there are no other braces."""
+    """The page lists each nested record in braces, with all of its keys, and no other braces."""
     reported = {frozenset(keys.split(", ")) for keys in re.findall(r"`{(\w+(?:, \w+)+)}`", PAGE)}
     assert reported == {frozenset(record.model_fields) for record in INSIDE}
 

@@ -104,7 +104,7 @@ def test_each_model_has_a_name_of_its_own(name: str) -> None:
 
 
 def test_an_alias_has_a_model_that_answers() -> None:
-    """One that is served and has a weight; in a file all of them are models of the deployment."""
+    """An alias needs a served model with a weight; in a file, all its models must be of the deployment."""
     assert judged("one") == []
     assert judged("two") == [("runtime.aliases.al", "one: 1, two: 0")]
     assert judged("one", in_file=True) == [("runtime.aliases.al", "two")]

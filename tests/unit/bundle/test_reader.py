@@ -149,7 +149,7 @@ def test_names_that_are_no_names_have_no_generation(store, name):
 
 
 def test_row_values_are_the_scaled_source(store):
-    """A is stored as it is and B with the scale, in the storage type."""
+    """A bundle stores A unchanged and B with the scale, in the storage type."""
     row = read_bundle(store, digest_of(store)).rows[0]
     assert row.row.scale == 2.0
     assert np.isfinite(row.a.astype(np.float32)).all()

@@ -139,7 +139,7 @@ def head_of(family: Family) -> str:
 
 @pytest.mark.parametrize("name", FAMILIES)
 async def test_a_turn_of_a_family_is_read_as_what_it_was(name: str) -> None:
-    """Its template shows the dialect, and calls, text and reasoning come back as they were."""
+    """The template tells the dialect; calls, text and reasoning of a turn are parsed unchanged."""
     family = FAMILIES[name]
     assert parsers_of(family.template) == Parsers(family.tool, family.reasoning)
     dialect = Dialect(family.tool, family.reasoning)
@@ -303,7 +303,7 @@ def walk(matcher: LLMatcher, vocabulary: Bytes, draw: random.Random, begin: str)
 
 
 def test_reasoning_may_come_before_what_is_asked_for() -> None:
-    """A format binds what is said, not what is thought, where the model thinks and the prompt lets it."""
+    """A format binds the answer, not the reasoning, where the model reasons and the prompt allows it."""
     expected, vocabulary = demand(FAMILIES["Qwen 3"])
     free = expected.behind_reasoning(SCHEMA, "<|im_start|>assistant\n")
     assert accepts(free, '{"a": 1}', vocabulary)
@@ -328,7 +328,7 @@ def test_a_call_of_mistral_may_have_an_id() -> None:
 
 
 def test_a_trial_of_a_grammar_knows_no_tokens_by_number() -> None:
-    """Those of a model's vocabulary are tried as the one special token that the sandbox has."""
+    """A numbered token of a model's vocabulary is tried as the one special token of the sandbox."""
     trial = LLTokenizer(TokenizerWrapper(sandbox.Bytes()))
     assert sandbox.answer(trial, 'start: <[151657]> "a"') == {}
     assert "error" in sandbox.answer(trial, 'start: <[151657] "a"')

@@ -166,7 +166,7 @@ def test_chat_answers_each_line_of_a_pipe(fakes: Fakes) -> None:
 
 
 def test_chat_with_nobody(fakes: Fakes) -> None:
-    """An unknown model is an error that lists what is served, and names a near one."""
+    """An unknown model is an error that lists the served models, and names a near one."""
     code, _, errors = run("chat", "nobody", "--grpc", fakes.inference_address, text="hello\n")
     assert code == 1
     assert errors == "error: MODEL_NOT_FOUND: no model 'nobody'; served are base, lora1, lora2.\n"
@@ -253,7 +253,7 @@ def test_log_lines_that_matter(line: str, expected: str) -> None:
 
 
 def test_the_last_lines_of_a_service_that_died(tmp_path: Path) -> None:
-    """They are what may say why: warnings and tracebacks, not the requests that went well before."""
+    """The tail of a log keeps warnings and tracebacks, and drops successful requests."""
     request, slow = '{"level": "info", "event": "answered"}', '{"level": "error", "event": "broken"}'
     log = tmp_path / "log"
     log.write_text("\n".join([slow, "Traceback", *[request] * 20]))

@@ -144,7 +144,7 @@ def test_a_rollout_by_a_name_with_tls(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_a_rollout_that_takes_too_long(when_told: Callable[..., None]) -> None:
-    """Status 3 with who is late; 1 where a replica says that it will never come."""
+    """A late replica is exit 3 with its name; a replica that can never serve the generation is exit 1."""
     replica = operated()
     with api(replica) as (address, _):
         when_told(f"{address} serves 1", lambda: Clock().advance(3600))

@@ -52,7 +52,7 @@ def test_exit_codes(fault: Fault, code: Exit) -> None:
 
 @pytest.mark.parametrize("flags", [[], ["--json"]])
 def test_a_reader_that_goes(fakes: Fakes, tmp_path: Path, flags: list[str]) -> None:
-    """When nobody reads the output, as behind ``| head``, the command ends quietly with 141."""
+    """The command ends with 141 and no message when its reader closes the pipe, as ``| head`` does."""
     reading, writing = os.pipe()
     os.close(reading)
     errors = tmp_path / "errors"

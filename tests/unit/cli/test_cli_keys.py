@@ -88,7 +88,7 @@ def test_keys_are_listed_and_removed(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_a_key_with_limits(tmp_path: Path) -> None:
-    """They are in its line and in the list; one that no key can have ends in a line and exit 2."""
+    """The limits are in the key's line and in the list; a bad limit is one line and exit 2."""
     path = tmp_path / "keys.jsonl"
     limits = ("--weight", "0.5", "--max-running", "2", "--max-waiting", "3", "--tokens-per-minute", "4000")
     assert run("keys", "new", "--scope", "infer", *limits, "--file", str(path))[0] == 0

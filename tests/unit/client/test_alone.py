@@ -48,7 +48,7 @@ def _run(path: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_stream_beside_protobuf_6(alone: str, fakes: Fakes, deployment: Callable[..., str]) -> None:
-    """All that a program imports is there, an answer streams, and a deployment file is read."""
+    """A client's imports are installed, an answer streams, and a deployment file is read."""
     file = deployment("support", "one")
     done = _run(alone, "-c", ASK, fakes.inference_address, file)
     assert done.returncode == 0, done.stderr
@@ -59,7 +59,7 @@ def test_a_stream_beside_protobuf_6(alone: str, fakes: Fakes, deployment: Callab
 
 
 def test_the_command_line_says_which_extra_it_needs(alone: str) -> None:
-    """It is not a client's: without it there is a sentence, and no trace."""
+    """The command line is not part of a client: its absence is a sentence, and no traceback."""
     done = _run(alone, "-c", "from loramux.cli.entry import main; main()")
     assert done.returncode == 1
     assert re.fullmatch(r"loramux: the command line needs \w+, .*pip install 'loramux\[cli\]'\n", done.stderr)

@@ -87,7 +87,8 @@ def test_complete_joins_the_stream(client: Client) -> None:
 
 
 async def test_an_asyncio_client_does_the_same(aio: AsyncClient) -> None:
-    """It lists the same models, streams the same events, and answers several requests side by side."""
+    """An asyncio client lists the same models, streams the same events and answers requests concurrently.
+    """
     names = [model.name for model in await aio.models()]
     assert names == ["base", "lora1", "lora2"]
     events = [event async for event in aio.generate("base", [1, 2, 3])]
@@ -221,7 +222,7 @@ async def test_an_abandoned_async_stream_is_cancelled(aio: AsyncClient, fakes: F
 
 
 async def test_closing_ends_open_async_streams(fakes: Fakes) -> None:
-    """A stream whose client is closed fails with a name instead of a cancellation that nobody asked for."""
+    """A stream fails with a named fault, and not a cancellation, when its client is closed."""
     client = AsyncClient(fakes.inference_address)
     count = len(fakes.inference.requests)
     task = asyncio.create_task(client.complete("base", "wait"))
@@ -242,7 +243,7 @@ def test_closing_ends_open_streams(fakes: Fakes) -> None:
 
 
 def test_no_server_is_server_unavailable() -> None:
-    """A port where nobody listens is named with the address."""
+    """A port without a listener is an error with the address."""
     with Client("127.0.0.1:1") as client, pytest.raises(faults.ServerUnavailable, match=r"127\.0\.0\.1:1"):
         client.models()
 
@@ -288,7 +289,7 @@ def test_builder_faults(client: Client, deploy: Any) -> None:
 
 
 async def test_listing_turns_the_pages(client: Client, aio: AsyncClient, fakes: Fakes, deploy: Any) -> None:
-    """Both clients read all pages."""
+    """The sync and asyncio clients read all pages."""
     for name in ("page-a", "page-b"):
         await aio.build(deploy(name))
     fakes.builder.pages.clear()

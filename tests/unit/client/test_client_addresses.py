@@ -28,7 +28,7 @@ def test_what_is_no_address_is_named() -> None:
 
 
 def test_which_words_are_many() -> None:
-    """One address is one, with TLS too; a list and a name of many are not."""
+    """A single address is one replica, with TLS too; a list and a DNS name are several."""
     assert not any(map(is_many, ("a:1", "grpcs://a:1", "[::1]:1", "unix:/run/loramux.sock")))
     assert all(map(is_many, ("a:1,b:1", "dns:///a:1", "grpcs://dns:///a:1")))
 
@@ -76,7 +76,7 @@ class Names:
 
 
 def test_a_name_is_looked_up_again() -> None:
-    """After its time, beside the requests: the one that finds it due has the old answer."""
+    """Names are looked up again after their time, beside requests, which use the old addresses meanwhile."""
     names = Names()
     assert names.seen() == ["a:1", "b:1"]
     names.answers = ["b:1", "c:1"]
@@ -88,7 +88,7 @@ def test_a_name_is_looked_up_again() -> None:
 
 
 def test_a_failure_makes_it_look_sooner() -> None:
-    """But not at every failure: replicas that are down would have the name server asked by each request."""
+    """A failure brings the next lookup forward, but failures do not look names up at every request."""
     names = Names()
     names.seen()
     names.answers = ["c:1"]
@@ -101,7 +101,7 @@ def test_a_failure_makes_it_look_sooner() -> None:
 
 
 def test_a_name_server_that_fails_takes_nobody_away() -> None:
-    """Those that were known continue; but to begin with, somebody has to be known."""
+    """A failed lookup keeps the known addresses; a first lookup that fails is an error."""
     names = Names()
     names.seen()
     names.answers = None
@@ -118,7 +118,7 @@ def test_a_name_server_that_fails_takes_nobody_away() -> None:
 
 
 def test_a_list_is_not_looked_up_again() -> None:
-    """There is nothing to learn, and no thread."""
+    """A list of addresses needs no lookup and no thread."""
     members = Members(["a:1", "b:1"])
     assert members.known
     assert members.now() is members.now()

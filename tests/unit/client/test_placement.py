@@ -121,7 +121,7 @@ def test_replicas_that_failed_come_last() -> None:
 
 
 def test_those_that_left_get_nothing_new() -> None:
-    """They are gone once their streams have ended; one that came back has what it had."""
+    """A removed replica is gone once its streams have ended; a replica that returns gets its models back."""
     placement = Placement(REPLICAS, 0.0)
     first, second, *_ = order("support", REPLICAS)
     assert placement.take("support") == first

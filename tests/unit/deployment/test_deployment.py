@@ -333,7 +333,7 @@ def test_merged_keys_are_no_duplicates(tmp_path: Path) -> None:
 
 
 def test_all_violations_at_once(tmp_path: Path) -> None:
-    """One refusal lists every violation, each with its code and place."""
+    """A refusal lists every violation with its code and place."""
     refusal = _refusal(
         tmp_path,
         """

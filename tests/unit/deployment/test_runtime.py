@@ -73,7 +73,7 @@ def test_blocks_may_be_empty() -> None:
     ],
 )
 def test_what_is_refused(runtime: Any, where: str, expected: str) -> None:
-    """Each by its place, and with what is expected."""
+    """Each violation is refused at its place, with the expected value."""
     with pytest.raises(DeploymentInvalid) as refused:
         parsed(runtime)
     [finding] = refused.value.findings
@@ -145,7 +145,7 @@ def test_a_record_without_them_has_the_bytes_that_it_had() -> None:
 
 
 def test_a_key_has_limits() -> None:
-    """They are part of its line, and of the rights of who shows it; an older line has none."""
+    """The limits of a key are in its line and in its access; an older line has none."""
     _, entry = new_entry("ci", "infer")
     limited = entry.model_copy(update={"limits": Limits(weight=0.5, max_waiting=3)})
     [read] = parse_keys(limited.line(), "f")

@@ -92,7 +92,7 @@ def test_quantised_copies_by_the_hub_are_the_base() -> None:
     ],
 )
 def test_other_relatives_are_named(relation: str, words: str) -> None:
-    """They compute otherwise than the base; the warning says what they are."""
+    """The warning names the relation of the bases, as a related base computes other numbers."""
     warning = base_warning("org/mine", "Qwen/Qwen3-8B", [descent("org/mine", relation, "Qwen/Qwen3-8B")])
     assert warning.found == f"org/mine; {words}"
 
@@ -117,6 +117,6 @@ def test_other_relatives_are_named(relation: str, words: str) -> None:
 def test_cards_and_tags_are_read(
     card: dict[str, Any], tags: list[str], expected: list[tuple[str, str]]
 ) -> None:
-    """The card's word counts before the hub's; what is no model's name is not repeated."""
+    """The card's name wins over the hub's; text that is no model's name is not repeated."""
     info = ModelInfo(id="org/mine", cardData=card, tags=tags)
     assert [(each.relation, each.parent) for each in descent_of("org/mine", info)] == expected

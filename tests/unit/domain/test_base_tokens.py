@@ -33,18 +33,18 @@ def tokenizer(kind: str = "BPE") -> PreTrainedTokenizerFast:
 
 
 def files(folder: Path) -> dict[str, FileDigest]:
-    """Return what is in a folder."""
+    """Return the digests of the files in a folder."""
     return {path.name: hash_if_there(path) for path in folder.iterdir()}
 
 
 def compared(base: Path, adapter: Path) -> ComparedTokens:
-    """Compare what is in two folders."""
+    """Compare the tokenizers of two folders."""
     return BaseTokens(files(base), lambda name: base / name, VOCAB).compared(adapter, files(adapter))
 
 
 @pytest.fixture
 def compare(tmp_path) -> Callable[[Callable[[PreTrainedTokenizerFast], object], str], ComparedTokens]:
-    """Saves the base's tokenizer, changes it, saves it as an adapter's, and returns what is found in that."""
+    """Saves the base's tokenizer, changes the copy, saves it as an adapter's, and returns the comparison."""
 
     def found(change: Callable[[PreTrainedTokenizerFast], object], kind: str = "BPE") -> ComparedTokens:
         base, adapter = tmp_path / "base", tmp_path / "adapter"
@@ -83,7 +83,7 @@ def test_copies_of_the_base_s_tokenizer_pass(compare, kind, change):
     ],
 )
 def test_new_tokens_behind_the_base_s_are_taken(compare, kind, change, added):
-    """They are reported as transformers numbers them, whether or not the base has unused rows for them."""
+    """Added tokens have the ids of transformers, whether or not the base has unused rows for them."""
     found = compare(change, kind)
     assert found.findings == ()
     assert {token.content: token.id for token in found.added} == added
@@ -124,7 +124,7 @@ def test_tokens_that_cannot_be_added_so_are_refused(tmp_path, added, named):
 
 
 def test_files_that_disagree_are_refused(tmp_path):
-    """tokenizer.json says what is added; another file with more or another id is refused by name."""
+    """The added tokens are those of tokenizer.json; another file with more tokens or other ids is refused."""
     base, adapter = tmp_path / "base", tmp_path / "adapter"
     tokenizer().save_pretrained(base)
     changed = tokenizer()

@@ -35,7 +35,7 @@ from tests.support.folders import deployment_of, workshop
     ],
 )
 def test_the_front_matter_is_read_and_nothing_else(matter, expected):
-    """A licence is what stands at its top under `license`; what is no such text says nothing."""
+    """A licence is the text under `license` at the top of a card; other content gives none."""
     assert licence_of(f"---\n{matter}\n---\n# license: gpl\n".encode()) == expected
     assert licence_of(f"\ufeff---\r\n{matter}\r\n---".encode()) == expected
     assert licence_of(f"# A card\n---\n{matter}\n---\n".encode()) == ""
@@ -65,12 +65,12 @@ def test_a_file_is_named_where_no_front_matter_says_more(tmp_path):
     ],
 )
 def test_licences_that_differ_or_are_not_known_are_a_warning(adapter, base, warned):
-    """Two that are the same, and two that nobody names, are worth no word."""
+    """Equal licences and unknown licences give no warning."""
     assert (licence_warning(adapter, base) is not None) == warned
 
 
 def test_a_generation_records_the_licences_of_base_and_adapters(tmp_path):
-    """They are in its records, builds warn where they differ, and no README changes a bundle or a revision."""
+    """A generation records licences, builds warn of differences, and a README changes no bundle or revision."""
     base, adapter = write_base(tmp_path / "base"), tmp_path / "one"
     write_adapter(adapter, base_model_name_or_path="base")
     deployment, context = deployment_of(tmp_path, "one"), workshop(tmp_path)

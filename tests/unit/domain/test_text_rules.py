@@ -18,7 +18,7 @@ from builder_service.domain.rules.texts import (
 
 
 def found(name: str, content: Any) -> list[tuple[str, str]]:
-    """Codes and places of what is found in one file."""
+    """Return codes and places of the findings in a file."""
     data = content if isinstance(content, bytes) else json.dumps(content).encode()
     return [(finding.code, finding.where) for finding in check_texts({name: data}, vocab=100)]
 

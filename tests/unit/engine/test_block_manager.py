@@ -76,7 +76,7 @@ def test_growing_beyond_what_is_free_changes_nothing() -> None:
 
 
 def test_a_sequence_that_did_not_fit_is_tried_again_when_something_has_changed() -> None:
-    """It stays refused until blocks are released, or the next block of its prefix becomes known."""
+    """A sequence stays refused until blocks are released or its next prefix block becomes known."""
     blocks = BlockManager(6, 4)
     other, running = _seq(list(range(50, 58))), _seq(list(range(9)))
     for seq in (other, running):

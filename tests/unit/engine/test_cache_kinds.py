@@ -294,7 +294,7 @@ def test_a_prefix_is_found_where_a_window_can_still_see_what_it_needs() -> None:
 
 
 def test_a_sequence_of_any_length_runs_where_all_layers_slide() -> None:
-    """Its cache is that of a window, and what is found of its prefix is part of that."""
+    """The cache has the size of a window, and prefix hits end within the window."""
     engine, _, manager = Base((8,), rows=4).engine()
     assert manager.num_blocks == window_blocks(8, 4, BLOCK) == 5
     assert len(_run(engine, manager, list(range(50)), new=14).progress.tokens) == 64
@@ -303,7 +303,8 @@ def test_a_sequence_of_any_length_runs_where_all_layers_slide() -> None:
 
 
 def test_a_prompt_takes_no_more_rows_than_its_window_has_blocks_for() -> None:
-    """Though a step would have room for more: nobody makes room, and both prompts come to an end."""
+    """Two prompts finish without a preemption, though a step has more rows than a window has blocks for.
+    """
     engine, _, manager = Base((8,), rows=14, seqs=2, prefix_cache=False).engine()
     for number in range(2):
         engine.add(Sequence(str(number), [number] * 40, SamplingParams(max_tokens=3)))
@@ -312,7 +313,7 @@ def test_a_prompt_takes_no_more_rows_than_its_window_has_blocks_for() -> None:
 
 
 def test_prompts_that_want_the_same_blocks_of_a_window_come_to_an_end() -> None:
-    """They wait for each other where there is one that continues, and else one makes room for itself."""
+    """Prompts wait for a sequence that continues; without such a sequence one prompt preempts another."""
     engine, _, manager = Base((30,), sliding=10, rows=14, seqs=14, prefix_cache=False).engine()
     for number in range(14):
         engine.add(Sequence(str(number), [number] * 60, SamplingParams(max_tokens=3), flow=str(number)))
@@ -340,7 +341,7 @@ def test_where_two_prompts_part_a_third_one_begins() -> None:
 
 
 def test_a_long_prompt_leaves_states_on_its_way() -> None:
-    """Every spacing of blocks: who shares its beginning finds the last one before they part."""
+    """A prompt keeps a state at every spacing of blocks: a shared prefix continues at the last common one."""
     engine, _, manager = Base(snapshots=9, spacing=2, rows=7).engine()
     prompt = list(range(40))
     _run(engine, manager, prompt)
@@ -360,7 +361,7 @@ def test_states_and_windows_agree_on_a_place() -> None:
 
 
 def test_the_state_that_was_used_longest_ago_makes_room() -> None:
-    """Sequences come first: where they have no other slot, the snapshot goes that nobody asked for longest."""
+    """A sequence without a free slot evicts the least recently used snapshot."""
     states = StateSlots(3, BLOCK, 4)
     seqs = [Sequence(str(number), [number] * 9, SamplingParams()) for number in range(5)]
     for seq in seqs[:2]:
@@ -395,7 +396,7 @@ def test_a_sequence_takes_over_the_last_snapshot_where_no_other_slot_is_left() -
 
 
 def test_after_a_failed_step_no_state_is_trusted() -> None:
-    """Neither one that was kept nor one that was about to be, and all slots come back."""
+    """A failed step drops stored and pending states, and all slots come back."""
     engine, _, manager = Base(snapshots=3, spacing=1).engine()
     prompt = list(range(20))
     _run(engine, manager, prompt)

@@ -107,7 +107,7 @@ def test_nothing_that_a_graph_left_behind_is_read() -> None:
 
 
 def test_accumulation_over_uninitialised_memory_shows() -> None:
-    """An addition to memory that nobody wrote is NaN at a replay, though it may be zero before, by chance."""
+    """An addition to unwritten memory is NaN at a replay, though the memory may be zero before."""
     x, out = torch.ones(3), torch.zeros(3)
 
     def work() -> None:

@@ -45,7 +45,7 @@ DRAWS = ({}, {"top_k": 3}, {"top_p": 0.7}, {"min_p": 0.2}, {"top_k": 5, "top_p":
 @pytest.mark.parametrize("draw", DRAWS, ids=str)
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
 def test_processed_are_those_of_the_distribution(draw: dict[str, float], temperature: float) -> None:
-    """After temperature, of the tokens that take part; the others cannot come."""
+    """Processed log probabilities are those after temperature, of the allowed tokens; the others are -inf."""
     logits = torch.randn(1, VOCAB, generator=torch.Generator().manual_seed(0)) * 3
     params = SamplingParams(temperature=temperature, **draw)  # type: ignore[arg-type]
     mass = distribution(logits[0], RowParams(temperature, **draw))  # type: ignore[arg-type]

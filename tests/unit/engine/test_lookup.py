@@ -1,4 +1,4 @@
-"""Drafts follow what their rows cost and how often they hold: engines whose runner moves the clock."""
+"""Drafts follow the cost of their rows and the acceptance rate: engines whose runner moves the clock."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def coins(_: str, __: int) -> int:
 
 
 def one_circle(stream: str, position: int) -> int:
-    """One stream goes in a circle, the others say nothing twice."""
+    """The first stream repeats a circle, the others never repeat."""
     return circle(stream, position) if stream == "0" else 1000 + position
 
 

@@ -74,7 +74,7 @@ class World:
 
 @pytest.mark.parametrize("fields", [{}, {"pooling": Pooling.LAST}], ids=["answer", "vector"])
 def test_it_fails_and_nothing_of_it_is_found(fields: dict[str, object]) -> None:
-    """Neither blocks nor states; what others have of the same tokens stays."""
+    """A failed prompt leaves no blocks and states; those of other prompts with the same tokens stay."""
     world = World(states=StateSlots(12, 4, 1))
     assert world.reason("good", world.good, **fields) == ""
     retained = world.blocks.stats.hit
@@ -110,7 +110,7 @@ def test_after_three_within_a_minute_a_version_is_refused() -> None:
 
 
 def test_a_blend_counts_for_none_of_its_adapters() -> None:
-    """Its weights are the request's: nobody can take an adapter away from others with them."""
+    """A blend's weights are the request's, so a failed blend does not disable an adapter."""
     world = World()
     blend = Mixture.of([(world.bad, 1e30), (world.good, 0.5)])
     assert [world.reason("blend", blend) for _ in range(MOST + 1)] == ["NUMERICS"] * (MOST + 1)

@@ -1,4 +1,4 @@
-"""Residency: who is in the bank. No model: what takes time ends when the test says so."""
+"""Residency: which adapters are in the bank. No model: loads end when the test ends them."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class FakeBank:
     refuses: set[str] = field(default_factory=set)
 
     def copy(self, packed: Matrices, offset: int) -> None:
-        """Write; nobody who stands in a slot has any of these bytes."""
+        """Write; the bytes of slots in use are not touched."""
         units = range(offset // UNIT, -(-(offset + packed.num_bytes) // UNIT))
         assert units.stop <= self.size // UNIT
         for _, start, size in self.slots.values():
@@ -199,7 +199,7 @@ class World:
                     self.ends[output.seq_id] = output
 
     def settle(self, steps: int = 5000) -> None:
-        """Go on until nobody waits, ending whatever was begun."""
+        """Step until the engine is idle, and end every load that has begun."""
         for _ in range(steps):
             self.step()
             if self.engine.idle and not self.loader.begun and not self.commands:
@@ -257,7 +257,7 @@ def test_who_is_copied_at_once_misses_no_step() -> None:
 
 
 def test_a_copy_that_takes_long_is_not_waited_for() -> None:
-    """A step continues without it, for those who are there, and takes it in when it has come."""
+    """Steps continue without the adapter while its copy runs, and include its request afterwards."""
     world = World(4, [1], wait_s=0.02)
     cold, base = world.ask(0, new=1), world.ask(new=1)
     world.step()
@@ -278,7 +278,7 @@ def test_who_was_used_longest_ago_leaves() -> None:
 
 
 def test_what_is_under_way_stays() -> None:
-    """An adapter with a sequence under way is not let go; who needs its place waits for the end."""
+    """An adapter in use is not evicted; a request that needs its place waits."""
     world = World(1, [1, 1])
     world.ask(0, new=100)
     world.run(4)
@@ -421,7 +421,7 @@ def test_a_pinned_adapter_that_failed_is_tried_again_when_nobody_asks() -> None:
 
 
 def test_an_adapter_that_nobody_waits_for_any_more_is_not_kept() -> None:
-    """Its request is aborted before the load ends: what was loaded is let fall, and takes nobody's place."""
+    """A load is dropped when its request is aborted, and takes no place of another adapter."""
     world = World(1, [1, 1])
     world.answer(0)
     gone = world.ask(1)
@@ -449,7 +449,7 @@ def test_mixtures_that_want_the_same_places_take_turns() -> None:
 
 
 def test_a_mixture_that_no_bank_of_this_size_holds_is_refused_and_nobody_else() -> None:
-    """Its request says by how much; one for an adapter of it is answered."""
+    """The request fails with both sizes; requests for one of the adapters are answered."""
     world = World(3, [2, 2, 1])
     big, one, other = world.ask(0, 1), world.ask(0), world.ask(2, 0)
     world.settle()
@@ -461,7 +461,7 @@ def test_a_mixture_that_no_bank_of_this_size_holds_is_refused_and_nobody_else() 
 
 
 def test_adapters_of_a_mixture_that_are_in_each_others_way_lie_down_again() -> None:
-    """One of them is in the midst of the bank, so that the other finds no place: it leaves and comes back."""
+    """An adapter in the middle of the bank that blocks the other one is evicted, and loaded again."""
     world = World(5, [2, 1, 3, 1])
     world.answer(0, 1)
     world.residency.drop(world.adapters[0])

@@ -36,7 +36,7 @@ def test_every_bit_of_a_seed_counts(other: int) -> None:
 
 
 def test_a_negative_seed_is_the_unsigned_one_of_the_same_bits() -> None:
-    """One API takes int64 and the other uint64."""
+    """A negative seed of int64 is the unsigned seed of uint64 with the same bits."""
     assert answer(-1) == answer(2**64 - 1)
 
 

@@ -48,7 +48,7 @@ class FakeRunner:
 
 
 class NotedStepTimes(StepTimes):
-    """Notes whether the last step that anybody could have begun in was for a look at those that decode."""
+    """Notes whether the last step with room was for a measurement of decodes."""
 
     looks = False
 
@@ -142,7 +142,7 @@ def test_a_higher_priority_is_admitted_first() -> None:
 
 
 def test_an_adapter_without_a_place_lets_others_pass_but_does_not_starve() -> None:
-    """One request of a third adapter gets in although two adapters keep the places busy without end."""
+    """A request of a third adapter is admitted, although two adapters keep the places busy without end."""
     engine, _, _ = _engine(max_adapters=2, max_seqs=4)
     waiting = _seq(2, 3, uid=3)
     for uid in (1, 2, 1, 2):
@@ -157,7 +157,7 @@ def test_an_adapter_without_a_place_lets_others_pass_but_does_not_starve() -> No
 
 
 def test_a_mixture_finds_both_of_its_places_although_others_take_turns_at_them() -> None:
-    """One of the two places becomes free at a time, and another sequence always waits for it: it passes."""
+    """A blend of two adapters is admitted, though another sequence waits for each place that becomes free."""
     engine, _, _ = _engine(max_adapters=2, max_seqs=4)
     mixture = replace(_seq(2, 3), adapter=Mixture.of([(ADAPTERS[0], 0.5), (ADAPTERS[1], 2.0)]))
     engine.add(_seq(2, 4, uid=3))

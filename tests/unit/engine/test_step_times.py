@@ -1,4 +1,4 @@
-"""Chunks of prompts follow what steps take: engines whose runner takes the time that a machine would."""
+"""Chunks of prompts follow step times: engines whose runner takes the time that a machine would."""
 
 from __future__ import annotations
 
@@ -189,7 +189,7 @@ def test_a_machine_that_becomes_slower_is_followed() -> None:
 
 
 def test_a_machine_that_stood_still_once_is_not_taken_for_a_slow_one() -> None:
-    """After steps of two seconds, one with a prompt and one without, prompts have nearly what they had."""
+    """Prompts get nearly their usual share after two steps of two seconds each, with and without a prompt."""
     machine = Machine()
     engine = _streaming(machine)
     _add(engine, _seq(8000))
@@ -213,7 +213,7 @@ def test_a_machine_that_stood_still_once_is_not_taken_for_a_slow_one() -> None:
 
 
 def test_where_rows_are_cheap_prompts_have_the_whole_budget() -> None:
-    """On a device whose steps take the same whatever is in them, nothing is held back for long."""
+    """A device with constant step times does not hold a prompt back for long."""
     machine = Machine(depth=1, row_s=1e-7, token_s=0.0)
     engine = _streaming(machine)
     _add(engine, *(_seq(8000) for _ in range(4)))
@@ -245,7 +245,7 @@ def test_prompts_go_on_where_a_row_costs_more_than_they_may_have() -> None:
 
 
 def test_a_step_that_failed_is_not_waited_for() -> None:
-    """After it, what steps take is reported of the steps that follow."""
+    """The step times after a failed step are those of the steps that follow."""
     step_times = StepTimes()
     step_times.submitted(StepLoad(8, 0, 0.0), 1.0)
     step_times.forget_steps()

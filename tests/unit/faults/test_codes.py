@@ -17,7 +17,7 @@ def codes_in(path: Path) -> list[str]:
 
 
 def test_every_code_that_is_used_has_a_page_entry_and_the_reverse():
-    """A code that nobody explains, and an explanation that nobody needs, are both mistakes."""
+    """A code without an explanation and an explanation without a code are both mistakes."""
     of_npy_files = {"E_BAD_NPY", "W_GATE_UP"}  # which an extension reads
     used = {
         code

@@ -69,7 +69,7 @@ CLASSES = {kind.__name__: reason for reason, kind in FAULTS.items()}
 
 
 def reasons_in(text: str) -> set[str]:
-    """The reasons of the faults whose classes a text names."""
+    """Return the reasons of the faults whose classes a text names."""
     return {CLASSES[word] for word in re.findall(r"\w+", text) if word in CLASSES}
 
 
@@ -95,7 +95,7 @@ def test_an_rpc_says_what_it_raises(rpc: str) -> None:
 
 
 def test_every_rpc_is_looked_at() -> None:
-    """The table above has all of them, and what is raised in plain sight is in the docstrings."""
+    """The table above has all RPCs, and the docstring of each call lists the faults that the code raises."""
     texts = "".join(path.read_text(encoding="utf-8") for path in PROTOS)
     assert set(re.findall(r"^ +rpc (\w+)\(", texts, re.MULTILINE)) == set(RPCS)
     for call in [call for several in RPCS.values() for call in several]:

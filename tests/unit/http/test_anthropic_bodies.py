@@ -1,4 +1,4 @@
-"""Anthropic's bodies: what is taken, what it becomes, and the names under which the rest is refused."""
+"""Anthropic's bodies: accepted fields, their meaning, and the names of refused fields."""
 
 from __future__ import annotations
 
@@ -228,7 +228,7 @@ def test_null_is_not_set() -> None:
 
 
 def test_what_is_counted_is_what_is_asked() -> None:
-    """Both routes make the same messages of a body."""
+    """The route that counts tokens makes the same messages of a body as the one that answers."""
     fields = {name: value for name, value in CLAUDE_CODE.items() if name in CountBody.model_fields}
     counted = chat_of(CountBody.model_validate_json(json.dumps(fields)))
     query = _chat(**CLAUDE_CODE)

@@ -1,4 +1,4 @@
-"""Blocks of an answer: what a stream tells adds up to what is reported at once."""
+"""Blocks of an answer: the events of a stream add up to the answer without one."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_blocks_are_of_one_kind_each() -> None:
 
 
 def test_a_stream_adds_up_at_any_end() -> None:
-    """Also within a call, of which there is as much as came."""
+    """A stream adds up at any end, also within a call."""
     for size in range(len(PIECES) + 1):
         events, blocks = blocks_of(PIECES[:size])
         assert added_up(events) == blocks
@@ -84,7 +84,7 @@ def test_a_stream_adds_up_at_any_end() -> None:
 
 
 def test_thinking_may_be_left_out() -> None:
-    """Its block comes with a signature and without its text."""
+    """Hidden thinking is a block with a signature and without text."""
     events, [thinking, *_] = blocks_of(PIECES, shows_thinking=False)
     assert thinking == {"type": "thinking", "thinking": "", "signature": signature_of("I look.")}
     assert added_up(events)[0] == thinking

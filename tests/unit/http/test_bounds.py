@@ -1,4 +1,4 @@
-"""The bounds of a request's fields: checked here once, for every API whose requests pass there."""
+"""The bounds of a request's fields, which every API checks in one place."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def tool(name: str) -> dict[str, Any]:
 
 
 def named(fields: dict[str, Any]) -> list[str]:
-    """Return the names of what is out of bounds in a request."""
+    """Return the names of the fields out of bounds in a request."""
     fields = {"prompt": (5, 6)} | fields
     try:
         check(Request.of("base", **fields), VOCAB, QUEUE, LENGTH)
@@ -35,7 +35,7 @@ def named(fields: dict[str, Any]) -> list[str]:
 
 
 def test_a_length_below_nothing_is_one_fault() -> None:
-    """A min_tokens that nobody set is not a second fault."""
+    """The default of min_tokens is not a second fault beside a bad max_tokens."""
     assert named({"max_tokens": -1}) == ["max_tokens"]
     assert named({"max_tokens": 2, "min_tokens": 3}) == ["min_tokens"]
 
@@ -59,7 +59,7 @@ def test_a_length_below_nothing_is_one_fault() -> None:
     ],
 )
 def test_a_number_is_taken_up_to_its_bounds(name: str, low: float, high: float, step: float) -> None:
-    """Both ends are taken; what lies beyond them, and what is no number, is refused by name."""
+    """A number at a bound is accepted; a number beyond, or NaN, is refused by name."""
     assert named({name: low}) == named({name: high}) == []
     beyond = [low - step, *([high + step] if high < 2**70 else []), *([math.nan] * (step < 1))]
     assert [named({name: number}) for number in beyond] == [[name]] * len(beyond)

@@ -85,7 +85,7 @@ async def test_an_answer_goes_on_thinking_where_the_prompt_began(tmp_path: Path)
 
 
 async def test_marks_that_are_special_tokens_are_asked_for(tmp_path: Path) -> None:
-    """They are in the text that is read, and ids of earlier calls are what the template takes."""
+    """Special tokens of a dialect stay in the text for the parser, and ids of calls fit the template."""
     service = Speaks(tmp_path, "Ministral 3", "[TOOL_CALLS]find[ARGS]{}")
     call = {"id": "call_1", "type": "function", "function": {"name": "find", "arguments": "{}"}}
     turns = [USER, {"role": "assistant", "tool_calls": [call]}]
@@ -164,7 +164,7 @@ async def test_without_marks_a_demanded_call_is_plain_json(tmp_path: Path) -> No
 
 
 async def test_half_a_demanded_call_is_not_said(tmp_path: Path) -> None:
-    """One that is cut off before its name is nothing; one that may be text is."""
+    """A demanded call that is cut off before its name is dropped; text that may be a call is kept."""
     service = Speaks(tmp_path, "Qwen 2.5", CALL + '\n<tool_call>{"name": "fi')
     assert await ask(service, tools=[FIND], tool_choice="required") == [["call", "find", "{}"]]
     assert (await ask(service, tools=[FIND]))[-1] == ["said", '<tool_call>{"name": "fi']

@@ -67,7 +67,7 @@ def _error(kind: type[Body], text: str) -> dict[str, Any]:
     ],
 )  # fmt: skip
 def test_what_is_not_taken_is_named(fields: dict[str, Any], param: str, code: str) -> None:
-    """An error names the place as OpenAI does, and its code says what is wrong with it."""
+    """An error names the field as OpenAI does, and the code says what is wrong."""
     error = _error(ChatBody, json.dumps(CHAT | fields))
     assert (error["param"], error["code"], error["type"]) == (param, code, "invalid_request_error")
     assert param in error["message"]
@@ -204,7 +204,7 @@ def test_what_was_thought_comes_back_by_both_names(name: str) -> None:
 
 
 def test_a_prompt_or_messages_are_tokenized_and_not_both() -> None:
-    """Neither and both are refused."""
+    """A body with neither prompt nor messages, or with both, is refused."""
     for fields in ({}, {"prompt": "a", "messages": [USER]}):
         assert _error(TokenizeBody, json.dumps(fields))["message"].count("either prompt or messages") == 1
 

@@ -177,7 +177,7 @@ def test_thoughts_have_both_names() -> None:
 
 
 def test_tokens_of_reasoning_are_counted() -> None:
-    """Those that were decoded for it; those of marks count for what comes behind them."""
+    """Reasoning tokens are those decoded for reasoning; a mark's tokens count for the part behind."""
     choice, tokens = ChatChoice(0, [], None, ids=False), (Token(5), Token(6))
     for pieces in ([], [Thought("a")], [TextPiece("b")], [], [Thought("c")]):
         choice.take(AnswerPart(AnswerDelta("", tokens), pieces))
@@ -204,7 +204,7 @@ SET_BY_A_CYCLE = {"disconnected", "keep_alive", "message_event", "response_compl
 
 
 def test_what_is_overridden_and_called_is_there() -> None:
-    """A method that a release renames would be called by nobody: answers would end without a word."""
+    """A method that a release of the library renames would silently end answers."""
     assert not {name for name in OVERRIDDEN | CALLED if not callable(getattr(HttpToolsProtocol, name, None))}
     assert httptools_impl.STATUS_LINE[200].startswith(b"HTTP/1.1 200")
 

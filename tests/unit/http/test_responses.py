@@ -1,4 +1,4 @@
-"""Responses as chats: items become turns, and what is read from an answer becomes items."""
+"""Responses as chats: items become turns, and the parsed answer becomes items."""
 
 from __future__ import annotations
 
@@ -172,7 +172,7 @@ def test_items_of_a_turn_are_one_message(items: list[dict[str, Any]], turns: lis
     ],
 )
 def test_a_response_is_a_chat(here: dict[str, Any], there: dict[str, Any]) -> None:
-    """Both APIs ask the engine for the same."""
+    """A response and a chat make the same request to the engine."""
     body = {"model": "m", "messages": [{"role": "user", "content": "Hi"}]} | there
     query, chat = _chat(**here), openai.chat_of(ChatBody.model_validate_json(json.dumps(body)))
     assert replace(query.request(), id="") == replace(chat.request(), id="")
@@ -271,7 +271,7 @@ def _text(item: dict[str, Any]) -> str:
 
 
 def test_tokens_of_reasoning_are_counted() -> None:
-    """They are those after which reasoning came; the others belong to what is said."""
+    """Reasoning tokens are those before a piece of reasoning; the others belong to the answer."""
     output = OutputItems(None, (), carries=False)
     output.take([Thought("a")], [Token(5)] * 3)
     output.take([], [Token(5)])

@@ -44,12 +44,12 @@ class Machine:
 
 @pytest.fixture
 def machine(tmp_path: Path) -> Machine:
-    """One whose threads did nothing yet."""
+    """A machine with threads that did nothing yet."""
     return Machine(tmp_path)
 
 
 def test_threads_sleep_while_they_wait_for_cores(machine: Machine) -> None:
-    """They spin on free cores, sleep when a look finds others there, and spin again when those are gone."""
+    """Threads spin on free cores, sleep while other work has the cores, and spin again afterwards."""
     assert [machine.passes(ran=1.0, waited=0.02) for _ in range(3)] == [False] * 3
     assert machine.passes(ran=0.7, waited=0.7)
     assert machine.passes(ran=0.5, waited=0.5, seconds=REST_S)

@@ -42,7 +42,7 @@ class CountingStore(MemoryStore):
 
 @pytest.fixture
 def context(tmp_path):
-    """A workshop over an empty store; LOCAL may read what is below tmp_path."""
+    """A workshop with an empty store; LOCAL may read below tmp_path."""
     write_base(tmp_path / "base")
     return BuildContext(CountingStore(), open_sources(local_roots=[tmp_path]), tmp_path / "work")
 

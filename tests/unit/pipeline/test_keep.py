@@ -112,7 +112,7 @@ class World:
         return parse_deployment({"model_name": "d", "build": made | {"lora_configuration": lora}}).deployment
 
     def build(self, deployment: Deployment, *, verify: bool = False) -> dict[str, AdapterProgress]:
-        """Build; returns what is reported of the adapters."""
+        """Build, and return the states of the adapters."""
         self.reset()
         progress = Progress(deployment.build.lora_adapters)
         build(deployment, self.context, progress, verify=verify)
@@ -210,7 +210,7 @@ def test_changes_that_make_an_adapter_again(world: World, change: str) -> None:
 
 
 def test_another_converter_makes_all_again(world: World) -> None:
-    """A release whose rules or arithmetic differ keeps no adapter of another one."""
+    """A release with other rules or arithmetic reuses no adapter of an earlier release."""
 
     def by_another(before: Generation) -> Generation:
         others = {

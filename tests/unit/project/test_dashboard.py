@@ -40,7 +40,7 @@ def test_every_query_asks_for_what_is_exported() -> None:
 
 
 def test_everything_that_is_exported_for_people_is_shown() -> None:
-    """Each metric of loramux is in some panel, so that none is kept for nobody."""
+    """Each metric of loramux is in a panel."""
     printed = set(re.findall(r"loramux_[a-z_]+", " ".join((*QUERIES, *VARIABLES))))
     families = {_family(name) for name in EXPORTED if name.startswith("loramux_")}
     assert {_family(name) for name in printed} == families
@@ -92,7 +92,7 @@ def test_prometheus_scrapes_both_services() -> None:
 
 
 def test_the_services_are_a_profile_of_their_own() -> None:
-    """Nobody who did not ask for metrics gets these services, and what they mount exists."""
+    """The services start with the profile metrics only, and their mounts exist."""
     assert [name for name, service in SERVICES.items() if service.get("profiles") == ["metrics"]] == [
         "prometheus",
         "grafana",

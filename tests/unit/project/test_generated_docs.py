@@ -68,7 +68,7 @@ def test_every_key_of_a_file_is_explained() -> None:
 
 
 def test_every_key_of_hosted_engine_builders_has_its_line() -> None:
-    """The page for those who come from Baseten names each key that is ignored, and what to set instead."""
+    """The page for users of Baseten names each ignored key, and the setting to use instead."""
     page = (ROOT / "docs/move/baseten.md").read_text()
     for block, keys in IGNORED_KEYS.items():
         assert all(f"`{key}`" in page or f"`trt_llm.{block}.{key}`" in page for key in keys), block
@@ -110,7 +110,7 @@ def test_every_architecture_has_its_line_and_its_modules() -> None:
 
 
 def test_counted_answers_are_added_up_by_backend() -> None:
-    """Each backend has its sum, and an architecture has a line of its own where an answer was not exact."""
+    """Each backend has a sum, and each architecture with an inexact answer has a line."""
     page = models_doc.parity()
     for words in models_doc.BACKENDS.values():
         [(exact, tried)] = re.findall(rf"{words} (\d+) of (\d+)", page.splitlines()[0])
@@ -238,7 +238,7 @@ def test_what_a_link_points_into_is_there(page: Path) -> None:
 
 
 def test_every_page_is_two_clicks_from_the_index() -> None:
-    """A reader who begins with the documents by role comes to every page, but for decision notes."""
+    """Every page but decision notes is linked from the index or from a page that the index links."""
     seen = {ROOT / "docs/index.md"}
     for _ in range(2):
         for page in list(seen):

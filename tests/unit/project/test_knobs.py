@@ -81,7 +81,7 @@ HTTP_ONLY = {
 
 
 def test_every_field_of_a_request_has_a_bound_or_is_known_to_need_none() -> None:
-    """A new field is in the table, or somebody thought about it."""
+    """A new field is in the table of bounds, or in the list of unbounded fields."""
     assert BOUNDED | UNBOUNDED == REQUIRED
     assert not BOUNDED & UNBOUNDED
     assert {field.name for field in fields(SamplingParams)} <= REQUIRED

@@ -41,7 +41,7 @@ def test_a_silent_pip_is_announced(target: str, count: int, tmp_path: Path) -> N
 
 @pytest.mark.parametrize(("target", "count"), [("demo", 2), ("check", 4)])
 def test_a_terminal_sees_pips_own_bars(target: str, count: int, tmp_path: Path) -> None:
-    """There no pip is told to be silent."""
+    """A terminal shows pip's progress bars, as no pip runs with --quiet."""
     parent, child = pty.openpty()
     try:
         stated = dry_run(target, tmp_path, child)

@@ -1,4 +1,4 @@
-"""The release workflow: what it builds is there, and only a tag publishes."""
+"""The release workflow builds existing files, and only a tag publishes."""
 
 from __future__ import annotations
 

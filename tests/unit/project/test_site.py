@@ -13,7 +13,7 @@ from tests.support.root import ROOT
 
 
 def test_pages_and_what_they_point_to_are_collected(tmp_path: Path) -> None:
-    """They have the places that they have in the repository, so links lead where they led; notes are listed."""
+    """Pages keep their paths of the repository, so links work; notes have an index."""
     site.collect(tmp_path)
     for page in (ROOT / "docs").rglob("*.md"):
         assert (tmp_path / page.relative_to(ROOT)).read_text() == page.read_text()

@@ -57,7 +57,7 @@ class Builder:
 
 
 async def test_an_update_returns_with_the_number_of_its_generation() -> None:
-    """The request has the caller's meaning, and an id of its own."""
+    """The request has the caller's fields, and an id of its own."""
     builder = Builder(info(DeploymentState.ACTIVE, 7))
     publisher = BuilderPublisher(builder, "demo")
     assert await publisher.add("a", REPOSITORY, must_be_new=True) == 7

@@ -35,7 +35,7 @@ def test_what_is_said_in_json_unfolds_to_nothing(value: Any) -> None:
 
 @pytest.mark.parametrize("element", ["[],", "{},", '"a":[],', '{"a":1},', "[[]],"])
 def test_json_of_too_many_names_and_lists_is_told(element: str) -> None:
-    """One more than may be is reported, whatever texts stand between them; as many as may be is not."""
+    """A body above the limit of names and lists is refused, whatever texts stand between; one at it is not."""
     per = sum(map(element.count, "[{:"))
     fits = element * (MAX_NAMES // per)
     quiet = '"[{:\\"[[",'
@@ -69,7 +69,7 @@ def test_a_text_that_fits_is_never_too_long(pieces: list[str], times: int) -> No
 
 
 def test_a_text_that_cannot_fit_is_told_after_its_first_slices() -> None:
-    """The message gives what was counted and what is taken; the rest of the text is not looked at."""
+    """The message gives the count and the limit; the rest of the text is not read."""
     looked_at = 0
 
     class Counting:

@@ -22,7 +22,7 @@ async def _echo(request: Empty, _context: object) -> Empty:
 
 
 class Echo:
-    """An extension with one service, which has a method for everybody and two for some keys."""
+    """An extension with a service of one method without a key and two with keys."""
 
     rules = Rules(
         {"others.Echo": Scope.INFER, "others.Echo/Loads": Scope.METRICS}, keyless=("/others.Echo/Health",)
@@ -59,7 +59,7 @@ def test_services_of_extensions_are_put_together() -> None:
     ("method", "opened_by"), [("Health", {"", "infer", "metrics"}), ("Loads", {"metrics"}), ("Ask", {"infer"})]
 )
 async def test_an_extension_says_which_keys_open_its_methods(method: str, opened_by: set[str]) -> None:
-    """Its rules hold beside those of the core."""
+    """The rules of an extension hold beside those of the core."""
     keys, ring = keyring("infer", "metrics")
     services = EXTENSIONS.of_all_models(lambda: True)
     server = RpcServer("127.0.0.1:0", services, Guard(ring), rules=EXTENSIONS.rules)

@@ -85,5 +85,5 @@ def test_names_and_values_are_no_keywords() -> None:
     ],
 )
 def test_repeats_of_grammars(kind: str, text: str, refused: bool) -> None:
-    """Those of rules, and those in their patterns and schemas; none in literals and comments."""
+    """Repeats count in rules and in their patterns and schemas, but not in literals and comments."""
     assert (too_many(kind, text) is not None) == refused

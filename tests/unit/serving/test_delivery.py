@@ -37,7 +37,7 @@ class _Woken:
 
 
 async def _ready(count: int) -> tuple[Delivery, list[Outputs], _Woken]:
-    """Return a delivery that has not begun, its streams, and who waits for them."""
+    """Return a delivery before its begin, with streams and their waiting tasks."""
     delivery, streams = Delivery(), [_stream(number) for number in range(count)]
     woken = _Woken(streams)
     await asyncio.sleep(0)
@@ -61,7 +61,7 @@ async def test_a_slice_is_woken_at_once_and_the_loop_has_its_turns_between_two()
 
 
 async def test_first_and_last_tokens_pass_all_others() -> None:
-    """Also those whose stream waited for its turn already; within both, who came first is first."""
+    """First and last tokens pass queued streams too; within a class, delivery is first come, first served."""
     delivery, streams, woken = await _ready(3 * SLICE)
     for each in streams[-2:]:
         delivery.add(each, urgent=True)
@@ -145,7 +145,7 @@ async def test_a_first_token_takes_others_along_only_where_they_are_few(
         return waits
 
     async def first(outputs: Outputs) -> None:
-        """Let steps go until the first token is there."""
+        """Run steps until the first token comes."""
         getting = asyncio.ensure_future(following(outputs))
         await until(lambda: getting.done() or (step() and getting.done()), "a first token")
         [output] = getting.result()

@@ -152,7 +152,7 @@ async def test_the_engine_bounds_each_step_and_nothing_between_two(
 
 
 async def test_a_mistake_outside_a_step_ends_every_request_too(threads: Threads) -> None:
-    """The thread cannot vanish behind the back of those who wait for it."""
+    """A crash of the engine's thread ends its requests with REPLICA_FAILED."""
     thread = threads.start(Device())
     priority: Any = None  # no API lets it through: the queue cannot be sorted
     broken = Sequence("broken", [5], SamplingParams(max_tokens=1), priority=priority)

@@ -76,7 +76,7 @@ def holder(key_id: str, **limits: Any) -> Access:
 
 
 def test_without_limits_nothing_is_counted() -> None:
-    """Nobody pays for what is not used."""
+    """A service without limits stores no meters."""
     world = World()
     for _ in range(1000):
         world.ask(1000, 10)
@@ -85,8 +85,7 @@ def test_without_limits_nothing_is_counted() -> None:
 
 
 def test_so_many_requests_of_a_model_may_wait() -> None:
-    """One more request is refused; one that began, or went away, waits no longer; other models are not
-    concerned.
+    """A waiting request above the limit is refused; running, gone and other models' requests do not count.
     """
     world = World(models={"a": {"max_waiting": 2}})
     first = world.enter()

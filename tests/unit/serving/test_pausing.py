@@ -117,7 +117,7 @@ async def test_deadlines_pass_while_nothing_moves(threads: Threads, mode: PauseM
 
 
 async def test_who_goes_away_while_nothing_moves_is_let_go(threads: Threads) -> None:
-    """Its sequence is forgotten, and nothing of it is computed."""
+    """A client that disconnects during a pause frees its sequence before any step computes it."""
     device = Device(HELD_AT)
     thread = threads.start(device)
     await thread.pause()

@@ -55,7 +55,7 @@ class Ear:
 
 
 def submit(follower: RequestFollower, answers: int = 1) -> None:
-    """Give sequences to nobody."""
+    """Report sequences as submitted."""
     follower.submitted([Sequence(str(index), [1, 2, 3], SamplingParams()) for index in range(answers)])
 
 

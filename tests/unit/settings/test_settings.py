@@ -1,4 +1,4 @@
-"""Settings: read from LORAMUX_* variables, refused by name, value and what is allowed."""
+"""Settings: read from LORAMUX_* variables, refused with name, value and allowed values."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_defaults(tmp_path: Path) -> None:
 
 
 def test_services_do_not_share_a_port() -> None:
-    """Both services run on one machine with their defaults."""
+    """The builder and the inference service run on one machine with their defaults."""
     builder = load_settings(BuilderSettings)
     assert load_settings(InferenceSettings, deployment="d").grpc != builder.grpc
 
@@ -132,7 +132,7 @@ def test_settings_are_frozen() -> None:
     ],
 )
 def test_a_bad_value(name: str, value: str, allowed: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A bad value is refused with the variable, the value and what is allowed."""
+    """A bad value is refused with the variable, the value and the allowed values."""
     monkeypatch.setenv("LORAMUX_DEPLOYMENT", "demo")
     monkeypatch.setenv(f"LORAMUX_{name}", value)
     assert _refusal(InferenceSettings).startswith(f"LORAMUX_{name}={value}: expected {allowed}")

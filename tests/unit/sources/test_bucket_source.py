@@ -154,7 +154,7 @@ def test_the_cache_is_filled_with_what_it_lacks(tmp_path):
 
 
 def test_what_is_missing_is_said_in_one_line():
-    """A kind that is not opened, and one whose packages are missing, are refused with the cure."""
+    """An unsupported kind, and a kind with missing packages, are refused with the cure."""
     with pytest.raises(SourceRefused, match="source S3 is not supported here; supported: HF"):
         Sources({SourceKind.HF: source(FakeBucket({}))}).of(REPO)
     with pytest.raises(SourceRefused) as refusal, needs_extra(SourceKind.GCS, "gcs"):

@@ -85,7 +85,7 @@ def test_what_is_no_file_with_a_name_is_not_listed(folder: Path) -> None:
 
 @pytest.mark.parametrize("now", ["pipe", "loop", "one", "zero"])
 def test_a_file_that_becomes_something_else_is_named(folder: Path, now: str) -> None:
-    """A listed file in whose place a pipe, a loop, a folder or a device is: named at once, never waited for."""
+    """A pipe, loop, folder or device in place of a listed file is refused at once, without a wait."""
     source = LocalSource([folder, Path("/dev")])
     (folder / "file").write_text("{}")
     resolved = source.resolve(local(folder, repo=str(folder)))

@@ -33,7 +33,7 @@ def _settings(tmp_path: Path, **settings: object) -> InferenceSettings:
 
 
 def test_native_can_be_asked_for(config: ModelConfig, native_folder: Path) -> None:
-    """It means a CPU, on a machine with a GPU too, and its steps are not recorded."""
+    """The native backend runs on the CPU, on a machine with a GPU too, and does not record steps."""
     if build.load(native_folder).library is None:
         pytest.skip("no C++ compiler")
     chosen = choose_backend(_settings(native_folder.parent, backend="native"), config)
@@ -59,7 +59,7 @@ def test_native_can_be_asked_for(config: ModelConfig, native_folder: Path) -> No
 def test_how_weights_are_multiplied_is_told_with_its_reason(
     config: ModelConfig, tmp_path: Path, settings: dict[str, object], product: str
 ) -> None:
-    """Those of torch; what a processor multiplies by itself depends on it."""
+    """The torch backend's products are torch's; the native product depends on the processor."""
     chosen = choose_backend(_settings(tmp_path, backend="torch", device="cpu", **settings), config)
     assert chosen.computing.product == product
 
@@ -134,7 +134,7 @@ def test_a_cache_of_8_bits_is_refused_where_it_cannot_be(
 
 
 def test_a_triton_that_the_kernels_were_not_compiled_with_is_refused_by_name() -> None:
-    """Patches of known versions are served; the refusal names what is installed, and what to do."""
+    """Patches of known versions are served; the refusal names the installed version and the cure."""
     for each in TRITONS:
         check_triton(f"{each}.1")
     with pytest.raises(SettingsInvalid, match=r"Triton 3\.10\.0 is installed.*3\.7 \(torch 2\.12 and 2\.13\)"):

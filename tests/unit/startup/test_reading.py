@@ -58,7 +58,7 @@ def test_the_best_windows_count(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_weights_in_fewer_bits_are_read_sooner_and_not_faster(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The bytes of a token and the speed are those of what is held."""
+    """The bytes of a token and the speed are those of the stored weights."""
     assert measured(monkeypatch, 3, chain([1.0], repeat(1e-4)), BYTES // 4)[0] == pytest.approx(
         0.75 * BYTES / 1e-4
     )
@@ -82,7 +82,7 @@ def test_a_start_does_not_wait_for_it_for_long(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_small_model_is_measured_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It may be over before the first window is."""
+    """A small model is measured as a whole, as its reading may end within the first window."""
     assert measured(monkeypatch, 3, chain([1.0], repeat(1e-4)))[0] == pytest.approx(BYTES / 1e-4)
     assert measured(monkeypatch, 1, repeat(1e-4))[0] == 0
 

@@ -151,7 +151,7 @@ def test_the_bytes_of_the_tokens_are_the_text(text: str) -> None:
 
 
 def test_added_tokens_stand_for_themselves() -> None:
-    """Their text is literal, not of the byte alphabet; only special ones are no text; the rest is empty."""
+    """An added token is literal text, not the byte alphabet; special tokens have none; the rest is empty."""
     vocabulary = TokenBytes(byte_level(), 300)
     assert vocabulary.token_bytes(256) == b"<|end|>"
     assert vocabulary.token_text(257) == "<tool é>"

@@ -94,7 +94,7 @@ def pods(resources: list[Resource]) -> Iterator[tuple[dict[str, str], Resource]]
 
 
 def containers(pod: Resource) -> list[Resource]:
-    """Its containers, those of its beginning too."""
+    """Return the containers and the init containers of a pod."""
     return [*pod.get("initContainers", ()), *pod["containers"]]
 
 

@@ -180,7 +180,7 @@ def test_named_ports_are_there(overlay: str) -> None:
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_what_is_referred_to_exists(overlay: str) -> None:
-    """Scalers, routes, pools, roles and config maps name what is there."""
+    """Scalers, routes, pools, roles and config maps name existing resources."""
     resources = rendered(overlay)
     there = {(each["kind"], each["metadata"]["name"]) for each in resources}
     for each in of_kind(resources, "HorizontalPodAutoscaler", "ScaledObject").values():

@@ -35,7 +35,7 @@ BROKEN: tuple[tuple[str, str, tuple[Any, ...], Any], ...] = (
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_every_overlay_is_taken(overlay: str) -> None:
-    """It renders without a warning, and each resource is known with all of its fields; none stands twice."""
+    """An overlay renders without a warning; each resource is unique, and has known fields only."""
     resources = rendered(overlay)
     for each in resources:
         check(each)
@@ -67,7 +67,7 @@ def test_a_wrong_field_is_found(overlay: str, kind: str, place: tuple[Any, ...],
 
 
 def test_an_overlay_of_ones_own(tmp_path: Path) -> None:
-    """The one of the page about fleets is taken, and says whose store, images and model it is."""
+    """The overlay of the page about fleets names its store, images and model."""
     [text] = re.findall(r"```yaml\n(# my-overlay.+?)```", (ROOT / "docs/guides/fleet.md").read_text(), re.S)
     overlay = yaml.safe_load(text)
     overlay["resources"] = [os.path.relpath(KUBERNETES / "base", tmp_path.resolve())]
@@ -84,7 +84,7 @@ def test_an_overlay_of_ones_own(tmp_path: Path) -> None:
 
 
 def test_the_picker_is_configured() -> None:
-    """Its file has the fields of its kind, and the profile weighs the plugins that it names."""
+    """The picker's file has known fields, and the profile weighs the plugins of the file."""
     [config] = [
         each["data"]["picker-config.yaml"]
         for name, each in of_kind(rendered("overlays/inference-gateway"), "ConfigMap").items()
