@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-# Adapters are computed side by side, one core each; BLAS threads beside them would only wait for each other.
+# One core computes one adapter; BLAS threads would only wait for each other.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import argparse

@@ -203,7 +203,7 @@ class _Addresses:
         self.timeout_s = timeout_s
         self._credentials = Credentials(**credentials)
         self._channels: list[Any] = []
-        self._fleet: Any = None  # what has one address is called without detours
+        self._fleet: Any = None  # a client of one address needs no fleet
         if is_many(self.inference):
             fleet = need_extension("fleet", f"a client of several replicas ({self.inference})")
             self._fleet = fleet.Fleet(Members(split(self.inference)), self._credentials, self._kind)
@@ -280,7 +280,7 @@ class Client(Blocking, _Addresses):
     def close(self) -> None:
         """Close the connections; open streams end with `CallFailed`."""
         for channel in self._all_channels():
-            # gRPC waits for ever for a call that Ctrl-C met in the moment in which it began.
+            # gRPC waits for ever for a call that Ctrl-C interrupts in the moment of its begin.
             closing = threading.Thread(target=channel.close, daemon=True)
             closing.start()
             closing.join(CLOSE_S)

@@ -103,7 +103,7 @@ class Calls:
         method = getattr(self._stub, name)
 
         def call(request: Any, timeout: float | None = None) -> Any:
-            size = request.ByteSize() if isinstance(request, Message) else 0  # else a stream of messages
+            size = request.ByteSize() if isinstance(request, Message) else 0  # otherwise a stream of messages
             if size > MAX_REQUEST_BYTES:
                 raise RequestInvalid(
                     f"the request has {size} bytes; a server takes at most {MAX_REQUEST_BYTES}. Send less."

@@ -100,7 +100,7 @@ class Awaiting:
             task = asyncio.current_task()
             if task is not None and task.cancelling():
                 raise
-            # Nobody cancelled this task: the connection was closed under the stream.
+            # The connection was closed under the stream; the task itself was not cancelled.
             raise CallFailed("CANCELLED: the client was closed", grpc.StatusCode.CANCELLED) from None
         finally:
             call.cancel()

@@ -88,7 +88,7 @@ class Following:
                     build = build or self._running(name)
                     if build is not None:
                         build.watchers.add(news)
-                        reported = max(reported, build.generation)  # others may publish while it runs
+                        reported = max(reported, build.generation)  # other builds may publish meanwhile
                         view = replace(build.view(), generation=reported)
                         if view != sent:
                             sent = view

@@ -161,7 +161,7 @@ class Journal:
         with page.lock:
             if page.stored > change or page.left:
                 return
-            change = next(page.changes)  # higher than that of each change whose entries are seen here
+            change = next(page.changes)  # higher than the number of each change whose entries are read here
             entries = list(page.entries.values())
             if entries:
                 update = {"beat": page.beat, "behind": tuple(entries[1:])}

@@ -26,7 +26,7 @@ BUCKETS: Final = (0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640, 1280, 2560, 512
 INTERRUPTED: Final = "INTERRUPTED"
 """Outcome of a build that continues at the next start; other outcomes are OK and the reasons of faults."""
 
-# They double the series of counters, and nobody reads them.
+# These metrics double the series of counters, and no dashboard reads them.
 disable_created_metrics()  # type: ignore[no-untyped-call]
 
 

@@ -86,7 +86,7 @@ class RunningBuild:
 
     def fail(self, fault: Fault) -> None:
         """End as FAILED."""
-        # The fault itself holds, by its traceback, everything that the build had open.
+        # The traceback of the fault itself would hold everything that the build had open.
         self.state, self.failure = BuildState.FAILED, fault.with_message(fault.message)
         self._changed()
 
@@ -157,7 +157,7 @@ class RunningBuild:
             self.watchers.discard(changed)
 
     def _changed_in_thread(self) -> None:
-        if self._notified:  # one wake-up for all the changes until the loop gets to it
+        if self._notified:  # one wake-up for all changes until the loop runs
             self._notified = False
             self._loop.call_soon_threadsafe(self._changed)
 

@@ -139,7 +139,7 @@ class BuildViews:
         if running is None or (
             running.entry.update is not None and running.state is BuildState.ACTIVE and not late
         ):
-            return stored  # of an update, the build knows the adapters that it names
+            return stored  # the build of an update knows only the adapters that the update names
         if running.state is BuildState.FAILED or running.generation == number:
             return replace(running.view(), generation=number)
         return stored

@@ -53,7 +53,7 @@ class Product:
 
     def of(self, *wholes: Array) -> Array:
         """Return it, in float32."""
-        with np.errstate(over="ignore", invalid="ignore"):  # what is not finite afterwards is found as such
+        with np.errstate(over="ignore", invalid="ignore"):  # later checks report values that are not finite
             return np.ascontiguousarray(self.make(*(whole.astype(np.float32) for whole in wholes)))
 
 

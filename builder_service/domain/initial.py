@@ -131,7 +131,7 @@ def _change(
     if len(a) != 2 or len(b) != 2 or a[0] != b[1] or 0 in a or 0 in b:
         return None  # which is reported elsewhere
     scale = config.scale_of(pair.key.name, pair.trained_rank)
-    # Of experts and of what is in no layer PEFT takes nothing, or something else.
+    # PEFT takes no part, or another one, of experts and of tensors outside of the layers.
     is_linear = pair.key.expert is None and pair.key.layer != NO_LAYER
     there = base.find(weight) if base is not None and is_linear else None
     theirs = there.tensors[weight] if there is not None else None

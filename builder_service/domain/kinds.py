@@ -25,7 +25,7 @@ class Kind(StrEnum):
     IA3 = "IA3"
 
 
-# Fields of a kind that LoRA has not, and that say how it was trained or are used below.
+# Fields that LoRA does not have: how an adapter of the kind was trained, or used below.
 _OWN: Final = {
     Kind.LORA: (),
     Kind.ADALORA: (
@@ -54,13 +54,13 @@ def as_lora(kind: Kind, fields: dict[str, Any]) -> dict[str, Any]:
     """Return the fields that a config of LoRA would have; what cannot be meant is left for others to find."""
     if kind is Kind.LORA:
         return fields
-    left = (*_OWN[kind], "use_dora", "lora_bias")  # which are refused beside it
+    left = (*_OWN[kind], "use_dora", "lora_bias")  # these fields are refused beside the kind
     plain = {key: value for key, value in fields.items() if key not in left}
     plain["r"] = DEFAULT_RANKS.get(kind, 1) if (rank := plain.get("r")) is None else rank
     if kind is Kind.ADALORA:
         plain["r"] = fields.get("init_r", DEFAULT_RANKS[kind])
         plain["rank_pattern"] = _allocated(fields.get("rank_pattern"))
-        # The singular values are tensors of their own, and begin as zeros whatever this says.
+        # The singular values are separate tensors, and start as zeros whatever this field says.
         plain.pop("init_lora_weights", None)
         plain.pop("alpha_pattern", None)  # PEFT gives every module the same alpha
     elif kind in (Kind.VERA, Kind.IA3):

@@ -91,7 +91,7 @@ def plain_name(name: str) -> str:
 def _copies(name: str, lineage: Sequence[Descent]) -> set[str]:
     """Return the plain names of a model and of those that it is a quantised copy of."""
     names = {plain_name(name)}
-    for _ in lineage:  # each adds one at most
+    for _ in lineage:  # an entry adds one name at most
         names |= {
             plain_name(each.parent)
             for each in lineage

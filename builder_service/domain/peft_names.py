@@ -31,7 +31,7 @@ def answer(question: Mapping[str, Any]) -> dict[str, Any]:
         return {"problems": compiled.problems}
     names, (ranks, alphas) = question["names"], tests
     by_rank = [_matching(ranks, name) for name in names]
-    # EVA gives both the same patterns, one per module: they are matched once.
+    # EVA gives A and B the same patterns, one per module: a pattern is matched once.
     same = question["rank_pattern"] == question["alpha_pattern"]
     by_alpha = by_rank if same else [_matching(alphas, name) for name in names]
     return {"rank_pattern": by_rank, "alpha_pattern": by_alpha, "left_out": [left_out(name) for name in names]}
@@ -84,7 +84,7 @@ def _left_out(question: Mapping[str, Any], compiled: _Compiled) -> Callable[[str
             return "modules_to_save"
         if not chooses(name) or (linear and _EMBEDDING.fullmatch(name)):
             return "target_modules"
-        # PEFT asks for the layer where a name of the list is the end of the module's, and not all of it.
+        # PEFT reads the layer where an entry of the list is a proper end of the module's name.
         asks = not isinstance(targets, str) and name not in whole
         return "layers_to_transform" if asks and not in_layers(name) else ""
 

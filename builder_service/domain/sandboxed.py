@@ -17,7 +17,7 @@ from contextlib import suppress
 def main(cpu_s: str, memory_bytes: str, file: str) -> None:
     """Answer; a signal ends what takes more time than it may."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    with suppress(ValueError, OSError):  # macOS refuses this one
+    with suppress(ValueError, OSError):  # macOS refuses this limit
         resource.setrlimit(resource.RLIMIT_AS, (int(memory_bytes), int(memory_bytes)))
     signal.setitimer(signal.ITIMER_PROF, float(cpu_s))
     try:

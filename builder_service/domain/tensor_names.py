@@ -75,7 +75,7 @@ _EMBEDDING: Final = re.compile(
     r"(^|\.)(embed_tokens|lm_head|unembed_tokens|wte|embed_out|word_embeddings)(\.|$)"
 )
 
-# Kinds of keys that are refused with a reason of their own, in the order in which they are tried.
+# Kinds of keys that are refused with a reason of their own, in the order of the checks.
 _KNOWN_REFUSALS: Final = tuple(
     (code, cause, re.compile(pattern))
     for code, cause, pattern in (

@@ -73,7 +73,7 @@ class BaseWeights:
         if not parts or not can_widen():
             return None
         for part in parts:
-            self.find(part)  # which brings and verifies its file
+            self.find(part)  # find() fetches and verifies the file
         described = [self.fetch(each) for each in (CONFIG, QUANTIZE) if each in self._base.files]
         return self._widener.widen(described[0].parent, name, shape)
 

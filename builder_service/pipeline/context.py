@@ -123,7 +123,7 @@ def claim_identity(folder: Path) -> Identity:
 def _name_in(file: TextIO) -> str:
     file.seek(0)
     name = file.read()
-    if not re.fullmatch(r"[0-9a-f]{16}", name):  # new, or killed while it was written
+    if not re.fullmatch(r"[0-9a-f]{16}", name):  # a new file, or a write that was killed
         name = secrets.token_hex(8)
         file.truncate(0)
         file.write(name)

@@ -82,7 +82,7 @@ class Intake:
         with self._lock:
             found = self._checks.get(identity(fetched))
             future = self._checks.setdefault(identity(fetched), Future())
-        if found is not None:  # whose thread runs already: this one only waits
+        if found is not None:  # another thread runs the check: this one only waits
             self.progress.enter(fetched.name, Stage.VALIDATING)
             return found.result()
         try:

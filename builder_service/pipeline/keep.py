@@ -88,7 +88,7 @@ class Keeping:
         if found is None:
             return None
         if repository.source not in _PINNED and repository.revision not in ("", found.source.revision):
-            return None  # the source will say that it has no such content
+            return None  # the source will report the missing revision
         extra = tuple(extra_files(adapter.resolved.files))
         return ReusedAdapter(adapter.name, _from(found, repository), extra)
 

@@ -38,7 +38,7 @@ def truncate_adapter(
         if planned.row.rank > rank:
             low = best_approximation(a, b, planned.row.scale, rank)
             rows.append(scratch.add_row(planned, low, dtype))
-        else:  # as it is, in the same file: a bundle is made from one
+        else:  # a copy in the same file: a bundle is made from one file
             rows.append(scratch.add_copy(planned, a, b))
         progress(0)
     return replace(

@@ -31,7 +31,7 @@ from loramux_shared.extensions import need_extension
 from loramux_shared.faults import AdapterInvalid, DeploymentInvalid, Finding
 from loramux_shared.wording import listed
 
-# TensorRT-LLM's other modules: deployment files name them as a ceiling, adapters here have none of them.
+# TensorRT-LLM's other modules: deployment files name these as a ceiling, and adapters here have none.
 OTHER_MODULES: Final = frozenset({
     "attn_qkv", "cross_attn_dense", "cross_attn_k", "cross_attn_q", "cross_attn_qkv", "cross_attn_v",
     "mlp_gate_up", "mlp_router", "moe_4h_to_h", "moe_gate", "moe_h_to_4h", "moe_router",

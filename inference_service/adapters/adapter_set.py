@@ -153,7 +153,7 @@ class AdapterSet:
         served = {model.adapter for model in self.catalog.everything} if changes.removed else set()
         gone = [(name, before[name]) for name in changes.removed if name in before]
         for name, adapter in gone:
-            if adapter in served:  # another name stands for it
+            if adapter in served:  # another name refers to the adapter
                 self.unpin(name)
         for name, adapter in gone:
             if adapter not in served:
@@ -178,5 +178,5 @@ class AdapterSet:
                 self.prefetch(model.adapter)
 
     def _let_go(self, adapter: Adapter) -> None:
-        if adapter not in self._pinned.values():  # names may stand for one version
+        if adapter not in self._pinned.values():  # several names may refer to one version
             self._post(partial(self.residency.unpin, adapter))

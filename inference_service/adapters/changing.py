@@ -55,7 +55,7 @@ def repository_of(path: str) -> Repository:
     path = f"gs://{path.removeprefix(_GCS)}" if path.startswith(_GCS) else path
     word = next((f"hf:{path.removeprefix(hub)}" for hub in _HUBS if path.startswith(hub)), path)
     if word == path and not path.startswith("/") and "://" not in path and not path.startswith("hf:"):
-        word = f"hf:{path}"  # else a folder of that name would be meant, where there is one
+        word = f"hf:{path}"  # otherwise a folder of that name would win
     if "\0" in path or ".." in PurePosixPath(path).parts or path.startswith(("~", ".")):
         raise _invalid(path, EXPECTED)
     try:

@@ -46,7 +46,7 @@ def read_adapter_defaults(name: str, texts: Mapping[str, bytes], base: Text) -> 
     generation, tokenizer = (_fields(name, file, texts) for file in (GENERATION, TOKENIZER))
     special = base.special_tokens | special_tokens(tokenizer)
     text = _text(name, texts, base)
-    sampled = generation.get("do_sample") is True  # as transformers means it: else it is greedy
+    sampled = generation.get("do_sample") is True  # transformers' default: otherwise greedy
     return AdapterDefaults(
         template=_template(name, texts, tokenizer, special),
         temperature=_or(generation.get("temperature"), 1.0) if sampled else None,

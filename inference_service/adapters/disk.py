@@ -143,7 +143,7 @@ class DiskTier:
             found = os.fstat(file.fileno())
             if not stat.S_ISREG(found.st_mode):
                 raise OSError(errno.EINVAL, "not a regular file", str(path))
-            # Of numpy, which does not write zeros first.
+            # np.empty, as bytearray would write zeros first.
             data = np.empty(min(found.st_size, at_most), np.uint8).data
             filled = 0
             while filled < len(data) and (count := file.readinto(data[filled:])):

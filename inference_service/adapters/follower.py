@@ -148,7 +148,7 @@ class Follower:
 
     async def _look(self) -> None:
         """Look once; who comes while a look is under way waits for that one."""
-        if self._looking is None or self._looking.done():  # one that is done is taken away a moment later
+        if self._looking is None or self._looking.done():  # a finished look is removed a moment later
             self._looking = asyncio.create_task(self._look_once())
             self._looking.add_done_callback(self._looked)
         await asyncio.shield(self._looking)

@@ -50,7 +50,7 @@ class AdapterLoader(Generic[P]):
         self._lock = threading.Lock()
         self._waiting: dict[str, list[Callable[[P | Fault, str], None]]] = {}
         self._reads = Workers("bundles", LOADS)
-        # One thread computes: teams of several would wait for each other, and take the cores from the steps.
+        # One thread computes: teams of threads would wait for each other, and take cores from the steps.
         self._work = Workers("adapters", threads, prepare=_one_thread)
         torch.set_num_threads(torch.get_num_threads())  # of threads that are not yet begun; see decision 38
 
@@ -100,7 +100,7 @@ class AdapterLoader(Generic[P]):
                 packing = self._work.submit(partial(self._pack_and_finish, digest, found))
                 self._ended(packing, digest)
                 self._reader.keep(found)
-                wait([packing])  # until then its memory counts
+                wait([packing])  # the bundle's memory counts until then
         except Exception as error:  # noqa: BLE001 - the waiters get it
             self._finish(digest, _fault(error))
 

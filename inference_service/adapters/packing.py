@@ -60,7 +60,7 @@ class Packer:
         self._block_size, self._max_rank = block_size, max_rank
         self._proved: set[str] = set()
         self._arranged: Recent[AdapterWeights] = Recent(ARRANGED_BYTES)
-        self._proving = threading.Lock()  # operations may keep what they prepared for a step of one thread
+        self._proving = threading.Lock()  # operations may cache what a step of one thread prepared
 
     def __call__(self, bundle: Bundle) -> PackedAdapter:
         """Pack a bundle.
@@ -90,7 +90,7 @@ class Packer:
         if known is not None:
             return replace(known, values=values_of(bundle, dtype, home))
         weights = load_adapter(bundle, self._model.config.layer_groups, dtype, home)
-        if weights.vocabulary is None and not weights.vectors:  # whose tensors are in the bundle
+        if weights.vocabulary is None and not weights.vectors:  # the bundle has all tensors
             size = weights.ranks.nbytes + weights.first_a.nbytes + weights.first_b.nbytes
             self._arranged.put(bundle.digest, replace(weights, values=torch.empty(0)), size)
         return weights

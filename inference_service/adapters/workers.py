@@ -81,7 +81,7 @@ def _serve(
     ready.wait()
     while (item := work.get()).run is not None:
         _carry_out(item)
-        del item  # else what its future holds would be kept until the next work comes
+        del item  # otherwise the item keeps its future's result alive until the next item
 
 
 def _end(work: queue.PriorityQueue[_Work], count: int) -> None:

@@ -44,7 +44,7 @@ class _Adapter:
         ranks = tuple(rank for rank, _, _, _ in fields)
         if not any(ranks):
             return None
-        begin, stride = fields[0][1], int(self._layout.strides[first])  # A of all slices is in one piece
+        begin, stride = fields[0][1], int(self._layout.strides[first])  # A of all slices is contiguous
         a = self._flat[begin : begin + sum(ranks) * stride].view(-1, stride)[:, : shape.in_features]
         b = tuple(
             self._flat[at : at + rank * out].view(rank, out) if rank else None
@@ -138,7 +138,7 @@ class TorchLora:
     def copy(self, packed: PackedAdapter, offset: int) -> None:
         """Bring an adapter to the device; on a CPU it stays where it is."""
         self._bank.require_within(packed, offset)
-        for other, before in list(self._copied.items()):  # what was copied for nobody
+        for other, before in list(self._copied.items()):  # a copy that no slot uses
             if other < offset + packed.num_bytes and offset < other + before.nbytes:
                 self._copied.pop(other, None)
         self._copied[offset] = packed.matrices.to(self._device)

@@ -161,7 +161,7 @@ class Conversation:
         if isinstance(piece, Thought):
             return self._chat.shows_thoughts
         if isinstance(piece, TextPiece):
-            return not self._chat.forced  # it can only be a call that was cut off before its name
+            return not self._chat.forced  # only a call that was cut off before its name
         return not (self._chat.one_call and isinstance(piece, CallBegun | CallArguments) and piece.index)
 
 

@@ -268,7 +268,7 @@ class Engine:
         if finish:
             self._blocks.register(seq)
             self.abort(seq.id)
-        drawn = token if seq.sampling.max_tokens else None  # None: the prompt was all that was wanted
+        drawn = token if seq.sampling.max_tokens else None  # None: the request asked for the prompt only
         self._generated += drawn is not None
         scores = tuple(progress.prompt_scores) if first else ()
         return StepOutput(seq.id, drawn, finish, progress.num_cached, first=first, prompt=scores)

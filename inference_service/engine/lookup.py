@@ -68,7 +68,7 @@ class Expected:
 
         The first that gains at most `least` is the end of them.
         """
-        chance = tokens = 1.0  # that all so far hold, and what the step is expected to give
+        chance = tokens = 1.0  # chance that all tokens so far are accepted, and the expected tokens of the step
         for _ in self.tokens:
             chance *= self.chance
             gain = log1p(chance / tokens)

@@ -212,7 +212,7 @@ class SequenceQueues:
             if not self._by_adapter[adapter]:
                 del self._by_adapter[adapter]
         if not self._queues:
-            self._ahead.clear()  # nobody is there to be ahead of
+            self._ahead.clear()  # no other queue is there to compare with
             return
         self._ahead[key] = queue.served
         if len(self._ahead) > MOST_REMEMBERED:

@@ -61,7 +61,7 @@ class StateSlots:
         if key is not None:
             self._snapshots.move_to_end(key)
         progress.state_slot = self._take()
-        if key is not None and key in self._snapshots:  # else the sequence has its very slot
+        if key is not None and key in self._snapshots:  # otherwise the sequence took the snapshot's slot
             self._copies[-1][progress.state_slot] = self._snapshots[key]
         progress.stops = self._places(seq, known * self._block_size)
         progress.stop = self._next(seq)

@@ -252,7 +252,7 @@ class StepTimes:
         """Take what a step took beyond a decode as its rows' cost; if that is unknown, only of many."""
         decode_s = self._decode_s.known.get(max(1, load.decodes).bit_length())
         if decode_s is None and (load.decodes or load.rows < HEAVIEST):
-            return  # a first use, or next to one
+            return  # a first use, or nearly the first
         decode_s = decode_s or 0.0
         per_row_s = max(0.0, took_s - decode_s) / load.rows
         context = load.area / load.rows

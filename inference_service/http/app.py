@@ -188,7 +188,7 @@ class Resource:
             raise
         except Exception:
             await failure_response(scope)(scope, receive, send)
-            raise  # `front` logs it
+            raise  # `front` logs the error
         await response(scope, receive, send)
 
 

@@ -112,7 +112,7 @@ def _schemas(endpoints: tuple[Endpoint, ...]) -> dict[str, Json]:
         tell_bounds(kind, schemas)
     for schema in schemas.values():
         for field in schema.get("properties", {}).values():
-            field.pop("title", None)  # its name once more
+            field.pop("title", None)  # the title repeats the field's name
             if "default" in field and field["default"] in (None, []):
                 del field["default"]
     return schemas

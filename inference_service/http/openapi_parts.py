@@ -106,7 +106,7 @@ def query_parameters(schema: Json) -> list[Json]:
 
 def _query_parameter(name: str, field: Json, required: Sequence[str]) -> Json:
     schema = {keyword: value for keyword, value in field.items() if keyword not in ("description", "title")}
-    if "anyOf" in schema:  # what is not set is not there: a query knows no null
+    if "anyOf" in schema:  # an unset field is absent: a query has no null
         [schema] = [branch for branch in schema["anyOf"] if branch.get("type") != "null"]
     parameter: Json = {"name": name, "in": "query", "required": name in required, "schema": schema}
     return parameter | {keyword: field[keyword] for keyword in ("description",) if keyword in field}

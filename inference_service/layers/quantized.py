@@ -34,5 +34,5 @@ class QuantizedLinear(Linear):
     def _piece(self, x: Tensor, values: Tensor, scales: Tensor) -> Tensor:
         if self._bits == 8:
             return (x @ values.float().t()) * scales.float().t()
-        both = torch.stack([values << 4 >> 4, values >> 4], dim=-1)  # of each byte, with its sign
+        both = torch.stack([values << 4 >> 4, values >> 4], dim=-1)  # low and high half of each byte
         return x @ Quantized(both.view(len(values), -1), scales, 4).widened().t()

@@ -61,7 +61,7 @@ class Bank:
         shapes, modules = self._layout.shapes, len(self._layout.strides)
         numel = max(ROW, num_bytes // self._dtype.itemsize // ROW * ROW)
         self._arena = torch.empty(numel, dtype=self._dtype, device=self._device)
-        # the last slot is nobody's
+        # the last slot has no adapter
         table = num_slots + (self.num_experts > 0), self._num_layers, modules, FIELDS
         self._table = torch.zeros(table, dtype=torch.int64, device=self._device)
         for layer in range(self._num_layers):

@@ -168,7 +168,7 @@ def _windows(run: list[_Extent], needed: int) -> Iterator[tuple[tuple[int, int, 
     Longer windows are no better: who leaves of the shortest leaves of them too.
     """
     first = size = leaving = 0
-    recent: deque[tuple[int, int]] = deque()  # (when used, where): who none behind was used later than
+    recent: deque[tuple[int, int]] = deque()  # (last use, index), the most recent use first
     for last, extent in enumerate(run):
         size += extent.size
         if extent.owner is not None:

@@ -139,7 +139,7 @@ class Checkpoint:
             if kept is None:
                 return None
             found.append(kept)
-        if len({each.scales.shape[1] for each in found}) > 1:  # they are one weight, of one size of groups
+        if len({each.scales.shape[1] for each in found}) > 1:  # the parts are one weight, with one group size
             return None
         for name, _ in names:
             del self._opened[name]

@@ -259,7 +259,7 @@ class _Child:
                 log.warning("API process does not answer: it is killed", pid=process.pid, limit_s=limit_s)
                 _kill(process)
                 return
-            except Fault:  # it is gone
+            except Fault:  # the process has ended
                 return
 
 

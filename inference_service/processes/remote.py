@@ -250,7 +250,7 @@ class RemoteService(GenerationService):
         super().__init__(
             Catalog(1, served["base"], ()),
             text,
-            cast(EngineThread, self.remote),  # what routes ask of it beyond this is answered elsewhere
+            cast(EngineThread, self.remote),  # other parts of the API answer what the engine's thread would
             ServingLimits(max_seq_len, frozenset(ends), hidden),
             texts=AdapterTexts(reader, text),
             pooling_of_base=messages.pooling_from(served["pooling"]),

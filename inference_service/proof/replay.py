@@ -108,7 +108,7 @@ def replay(
     recorder = ProbeRecorder(lora, ends.tolist(), model, manifest)
     answers = _run(proof.probes, adapter, recorder, model, block)
     effect = 0.0
-    # In the order of computation: a wrong row makes those behind it wrong too, and the first is to blame.
+    # In the order of computation: a wrong row makes later rows wrong, so the first one is the cause.
     for place, expected in _in_order(manifest, proof.effects, model):
         off = difference(effect_of(recorder.added[place]), expected, recorder.rounded.get(place, 0.0))
         if off > allowed.effect:

@@ -257,7 +257,7 @@ def event_to_messages(event: Event, text: Text) -> Iterator[pb.GenerateResponse]
                 yield pb.GenerateResponse(prompt_logprobs=pb.PromptLogprobs(tokens=tokens))
         case AnswerDelta():
             message = pb.GenerateResponse()
-            delta = message.delta  # filled in place: a message that is built of messages copies them
+            delta = message.delta  # filled in place: a message that takes other messages copies them
             delta.text = event.text
             delta.token_ids.extend([token.id for token in event.tokens])
             delta.index = event.index

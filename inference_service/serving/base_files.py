@@ -34,7 +34,7 @@ class BaseFiles:
             with self._placed.small_files() as folder:
                 return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != INDEX}
         except (BundleCorrupt, OSError) as error:
-            raise CheckpointInvalid(GONE) from error  # whose own words may name folders
+            raise CheckpointInvalid(GONE) from error  # the error's text may name folders
 
     def config(self) -> Mapping[str, Any]:
         """Return the fields of ``config.json``, which are read once; nothing without a checkpoint.

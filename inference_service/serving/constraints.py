@@ -31,7 +31,7 @@ CACHED: Final = 128
 MAX_TOKENIZERS: Final = 8
 """Texts whose tokens are kept in the library's form: 150,000 take tens of MB."""
 COMPILE_TIMEOUT_S: Final = 10.0
-# A model that is unsure of what comes next would else write spaces until its tokens are spent.
+# Without a limit, an unsure model would write spaces until its tokens are spent.
 JSON_OPTIONS: Final[JsonCompileOptions] = {"whitespace_pattern": r"\n?[ \t]{0,40}"}
 _PLACE: Final = re.compile(r"^at \d+\(\d+\): (failed to compile JSON schema: )?")
 """Place of an error in a grammar, which lines of that follow."""
@@ -255,7 +255,7 @@ class _Matcher:
             if token in self._ends or not may_come or not ahead.consume_token(token):
                 break
             look = self._look(ahead)
-            if look.complete or look.failure or ahead.is_error():  # nothing is to be drawn behind this token
+            if look.complete or look.failure or ahead.is_error():  # no token may follow this one
                 break
             self._looks.append(look)
         self._drafted = tokens[: len(self._looks) - 1]

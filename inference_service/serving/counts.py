@@ -131,7 +131,7 @@ def _in_grammar(text: str) -> Iterator[str]:
             try:
                 value, at = decoder.raw_decode(text, schema.end())
             except (ValueError, RecursionError):
-                return  # the library says what is wrong there
+                return  # the library reports the error
             yield from _in_schema(value)
         elif count := _COUNT.match(text, at) or _TILDE.match(text, at):
             if _times(count) > MOST:

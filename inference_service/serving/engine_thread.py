@@ -284,7 +284,7 @@ class EngineThread:
         watchdog.start()
         try:
             why = self._work(watchdog)
-        except Exception:  # a mistake of ours outside a step: nobody else would end the requests
+        except Exception:  # a bug outside a step: no other code would end the requests
             log.exception("engine thread failed")
             why = "its thread failed"
         watchdog.stop()
@@ -324,7 +324,7 @@ class EngineThread:
             time.sleep(pause_s)
             try:
                 self._probe()
-            except Exception:  # the answer is no, whatever it raised
+            except Exception:  # the probe failed, whatever it raised
                 log.exception("probe failed after a failed step")
                 self._engine.fail_all()
             else:

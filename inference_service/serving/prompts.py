@@ -47,7 +47,7 @@ MAX_NAMES: Final = 32_768
 
 def unfolds_to(data: bytes) -> str:
     """Say what a JSON text has too much of, before it is parsed; empty where nothing."""
-    if not _too_much(data):  # also in what is said: nearly always enough
+    if not _too_much(data):  # counts characters in strings too: nearly always enough
         return ""
     unescaped = data.replace(rb"\\", b"  ").replace(rb"\"", b"  ")
     text = np.frombuffer(unescaped, np.uint8)

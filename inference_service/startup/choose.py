@@ -108,7 +108,7 @@ def _kernels(settings: InferenceSettings, config: ModelConfig) -> Backend:
             TritonOperations(config.heads, dtype, device, cache_dtype),
             lambda: TritonLora(groups, num_layers, dtype, device),
             Computing("triton", "triton kernels"),
-            recordable=device.type == "cuda",  # the interpreter runs them too, and records nothing
+            recordable=device.type == "cuda",  # the interpreter runs kernels too, and records nothing
             cache_dtype=cache_dtype,
         )
     ops, found = _native(settings, config, dtype, device)

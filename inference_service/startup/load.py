@@ -152,7 +152,7 @@ def load(
         preload(bank, first, inbox)
     engine, limits = _engine(settings, generation, base, bank)
     probe = partial(_run_a_few_tokens, engine, bank)
-    probe()  # so that the first request does not wait for what is made at first use
+    probe()  # so that the first request does not wait for buffers and kernels of the first use
     load_s = time.monotonic() - started
     computing = _computing(base)
     report(f"{computing.product}; {computing.reading}")

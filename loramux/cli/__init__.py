@@ -2,5 +2,5 @@
 
 import os
 
-# A failure is one line of ours; below ERROR, gRPC's core would add its own about handshakes and connections.
+# A failure is one line of ours; below ERROR, gRPC's core would log its handshakes and connections.
 os.environ.setdefault("GRPC_VERBOSITY", "ERROR")

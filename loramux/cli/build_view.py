@@ -85,7 +85,7 @@ class BuildView:
         else:
             at_work = (each for each in adapters if each.stage in (*WORK, Stage.REFUSED))
             lines = [_sum(adapters), *map(_line, islice(at_work, room - 1))]
-        # Rows are used again for other adapters: adding one draws all of them.
+        # Rows are reused for other adapters, as adding a row draws all rows again.
         while len(self._rows) < len(lines):
             self._rows.append(bars.add_task("", total=1.0, stage="", bytes=""))
         for row, (name, stage, done, size) in zip(self._rows, lines, strict=False):
@@ -197,7 +197,7 @@ def show_warnings(adapters: Sequence[AdapterInfo]) -> None:
     if rounded := _rounded(found.pop("W_NARROWED", {})):
         shell.say(rounded, "dim")
     for by_adapter in found.values():
-        # Of adapters that were kept, only the code is known.
+        # Reused adapters have warnings with a code only.
         first, *others = sorted(by_adapter, key=lambda name: not any(each.where for each in by_adapter[name]))
         for warning in by_adapter[first]:
             shell.say(f"warning: {warning.model_copy(update={'adapter': warning.adapter or first})}", "yellow")

@@ -133,7 +133,7 @@ def line_editor(candidates: Callable[[str], Sequence[str]]) -> Iterator[None]:
         yield
     finally:
         with contextlib.suppress(OSError):
-            file.touch(mode=0o600)  # what was said is nobody else's
+            file.touch(mode=0o600)  # conversations are private
             _readline.write_history_file(file)
 
 

@@ -37,7 +37,7 @@ class Screen(Console):
         raise BrokenPipeError
 
 
-# Results go to out, everything about the way to them to err.
+# Results go to out, progress and messages to err.
 out = Screen(highlight=False, emoji=False)
 err = Screen(stderr=True, highlight=False, emoji=False)
 
@@ -96,7 +96,7 @@ def command(function: Callable[P, R]) -> Callable[P, R]:
         except KeyboardInterrupt:
             raise typer.Exit(Exit.INTERRUPTED) from None
         except BrokenPipeError:
-            # What is still in the buffer would fail again when Python ends.
+            # Python would write the buffered rest at its end, and fail again.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno())  # type: ignore[union-attr]
             raise typer.Exit(Exit.PIPE_CLOSED) from None
 

@@ -27,7 +27,7 @@ def arrived_at(sock: Any) -> float:
         return now
     try:
         info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _LAST_DATA_RECV + 4)
-    except OSError:  # it was closed, or is none of TCP
+    except OSError:  # a closed socket, or no TCP socket
         return now
     [ago_ms] = struct.unpack_from("=I", info, _LAST_DATA_RECV)
     return now - int(ago_ms) / 1e3
@@ -46,6 +46,6 @@ def unsent_bytes(sock: Any) -> int:
 def _held_bytes(sock: Any, which: int) -> int:
     try:
         [held] = struct.unpack("=i", fcntl.ioctl(sock.fileno(), which, bytes(4)))
-    except (AttributeError, OSError, ValueError):  # there is none, or it was closed
+    except (AttributeError, OSError, ValueError):  # no socket, or a closed one
         return 0
     return int(held)

@@ -18,7 +18,7 @@ RECKONED: Final = ("pissa", "olora")
 """Initialisations that changed the base by what follows from it."""
 _ON_BASE_OK: Final = frozenset({"gaussian", "orthogonal", "eva", "mica", "true", "false"})
 _PROJECTIONS: Final = "Load it with PEFT where it was trained, set save_projection to True, and save it again."
-# What can change how LoRA computes, and means nothing beside another kind.
+# Fields that can change the arithmetic of LoRA, and have no meaning for another kind.
 _OF_LORA: Final = (
     "alora_invocation_tokens",
     "bias",

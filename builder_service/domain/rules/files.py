@@ -14,7 +14,7 @@ from loramux_shared.wording import listed
 _MLX: Final = "adapters.safetensors"
 _PICKLES: Final = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
 _FULL: Final = re.compile(r"model(-\d+-of-\d+)?\.safetensors|pytorch_model.*\.bin")
-# Files that only another program's container has, in the folder itself or one below.
+# Files of other programs' containers, in the folder itself or one below.
 _CONTAINERS: Final = tuple(
     (name, re.compile(pattern))
     for name, pattern in (
@@ -26,7 +26,7 @@ _CONTAINERS: Final = tuple(
         ("llama.cpp", r".*\.gguf"),
     )
 )
-# What trainers leave beside an adapter, and what could be taken for its weights.
+# Files that trainers leave beside an adapter, and files that look like its weights.
 _EXTRA: Final = re.compile(
     r"checkpoint-\d+/.*|global_step\d+/.*|(optimizer|scheduler|scaler|rng_state.*|trainer_state|training_args)"
     r"\.(pt|pth|bin|json)|.*\.(bin|pt|pth|ckpt|gguf|safetensors)"

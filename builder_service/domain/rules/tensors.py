@@ -123,7 +123,7 @@ def sort_tensors(
                 tokens.append(TokenTensor(parsed, tensor))
             case LoraKey():
                 _check_storage(tensor, report)
-                if parsed.side not in _OF_BASE:  # whose keys have no adapter's name
+                if parsed.side not in _OF_BASE:  # keys of the base have no adapter's name
                     infixes.setdefault(parsed.infix, name)
                 sides[parsed.layer, parsed.path, parsed.expert].append((parsed, tensor))
     if len(infixes) > 1:
@@ -134,7 +134,7 @@ def sort_tensors(
             found=", ".join(sorted(name or "(no name)" for name in infixes)),
             fix="Save one adapter: save_pretrained(selected_adapters=[...]).",
         )
-        sides.clear()  # which A is of which B, nobody knows
+        sides.clear()  # the pairs of A and B are ambiguous
     lone = [entry for entries in sides.values() if (entry := _lone(entries)) is not None]
     alone = {id(bias.key) for bias in lone}
     found = [

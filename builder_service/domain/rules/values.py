@@ -77,12 +77,12 @@ def check_values(
     """Read every A and B once, and own tensors of embeddings and head; report what cannot be stored."""
     sums, parts = _RowSums(), []
     for pair in pairs:
-        # Refused already, and a hostile file has thousands of them.
+        # The layer was refused already, and a hostile file has thousands of such pairs.
         if base.dims.num_layers <= pair.key.layer != NO_LAYER:
             progress(pair.a.size + pair.b.size)
             continue
         if not _fits(pair, base) and file.origins(pair.a.name) != (pair.a.name,):
-            continue  # what is made of small tensors can be of any size
+            continue  # a tensor that is made of small ones can have any size
         scale = _scale(pair, config)
         if not SCALES[0] <= abs(scale) <= SCALES[1]:
             sums.odd_scales.add(scale)
@@ -196,7 +196,7 @@ def _worst(scaled: Array, stored: Array) -> float:
 
 
 def _largest(dtype: Dtype) -> float:
-    # Of the types here only bfloat16 is unknown to numpy.finfo.
+    # numpy.finfo knows all of these types but bfloat16.
     return 3.3895e38 if dtype is Dtype.BFLOAT16 else float(np.finfo(NUMPY_TYPES[dtype]).max)
 
 

@@ -63,7 +63,7 @@ class AnswerFile:
         with self._named():
             self._file.close()
         if not self._rows and self.path.is_file() and not self.path.stat().st_size:
-            self.path.unlink()  # nothing came of it; a device such as /dev/null stays
+            self.path.unlink()  # the run stored nothing; a device such as /dev/null stays
 
     def get(self, kind: type[_R], key: str) -> _R | None:
         """Return the row of a key; None where there is none."""

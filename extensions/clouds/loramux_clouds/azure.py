@@ -44,7 +44,7 @@ class AzureContainer:
         """Yield the blobs below a prefix, with their ETags."""
         with self._translated(""):
             for blob in self._client.list_blobs(name_starts_with=prefix):
-                checksum = md5_of(blob.content_settings.content_md5)  # where the uploader gave one
+                checksum = md5_of(blob.content_settings.content_md5)  # the uploader may set a checksum
                 yield blob.name, SourceFile(blob.size, None, checksum, blob.etag)
 
     def read(self, key: str, version: str) -> Iterator[bytes]:

@@ -37,7 +37,7 @@ from loramux_shared.sources.secrets import Secrets, warn_unset
 ENDPOINT: Final = "https://storage.googleapis.com"
 EMULATOR_VARIABLE: Final = "STORAGE_EMULATOR_HOST"
 SCOPES: Final = ("https://www.googleapis.com/auth/devstorage.read_only",)
-# google-auth declares that it has types, and these have none.
+# google-auth is marked as typed, but these functions have no types.
 _anonymous: Callable[[], Credentials] = AnonymousCredentials
 _from_key: Callable[..., Credentials] = service_account.Credentials.from_service_account_info
 _open_session: Callable[[Credentials], AuthorizedSession] = AuthorizedSession
@@ -84,7 +84,7 @@ class GcsBucket:
             with self._session.get(
                 address,
                 params=parameters,
-                headers={"Accept-Encoding": "gzip"},  # else objects that are stored compressed are unpacked
+                headers={"Accept-Encoding": "gzip"},  # otherwise the server unpacks objects
                 timeout=TIMEOUT_S,
                 stream=True,
                 allow_redirects=False,

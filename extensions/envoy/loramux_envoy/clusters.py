@@ -125,7 +125,7 @@ def _cluster(api: _Api, hosts: Sequence[tuple[Place, str | None]], tls: Tls | No
         "ring_hash_lb_config": {"minimum_ring_size": RING_SIZE},
         "common_lb_config": {
             "healthy_panic_threshold": {"value": 0},
-            "update_merge_window": "0s",  # else threads hear of a replica's end a second late
+            "update_merge_window": "0s",  # otherwise threads learn of a replica's end a second late
             "consistent_hashing_lb_config": {"hash_balance_factor": BALANCE_PERCENT},
         },
         "health_checks": [HEALTH | api.check],
@@ -169,7 +169,7 @@ OUTLIERS: Final[Json] = {
 
 
 STILL: Final[Json] = {
-    # A replica that drains answers 503, and keeps its connections; one that stands still answers nothing.
+    # A draining replica answers 503 and keeps its connections; a stalled replica answers nothing.
     "timeout": "5s",
     "interval": "1s",
     "no_traffic_interval": "1s",

@@ -28,7 +28,7 @@ CONNECT_S: Final = 3
 """For a connection and its handshakes; gRPC's default is 20 s."""
 HEALTHY: Final = json.dumps(
     {
-        "loadBalancingConfig": [{"round_robin": {}}],  # among one: without it there is no watch of health
+        "loadBalancingConfig": [{"round_robin": {}}],  # one address: only this policy watches health
         "healthCheckConfig": {"serviceName": INFERENCE_SERVICE},
     }
 )

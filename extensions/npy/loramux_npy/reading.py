@@ -194,7 +194,7 @@ def _expect_size(path: Path, header: Header, itemsize: int) -> None:
 def _rows(config: Array, base: ModelConfig, report: Grouping) -> Iterator[_Row]:
     """Yield the rows of modules that are served; report the others."""
     seen: Counter[tuple[int, int]] = Counter()
-    served = {*BY_ID, *_FUSED_ROWS} - OF_EXPERTS  # such rows do not say of which expert they are
+    served = {*BY_ID, *_FUSED_ROWS} - OF_EXPERTS  # rows of experts do not name the expert
     for index, values in enumerate(config.tolist()):
         module_id, layer, rank, is_dora = values
         place = f"row {index}"

@@ -236,7 +236,7 @@ def _answered(output: Path) -> tuple[set[str], set[str], int]:
                 read = json.loads(line)
                 custom_id, status = read["custom_id"], read["response"]["status_code"]
             except (ValueError, LookupError, TypeError) as error:
-                if not line.endswith(b"\n"):  # a run that was killed within it
+                if not line.endswith(b"\n"):  # a killed run left half a line
                     break
                 raise RequestInvalid(
                     f"{output} is no output of a batch: choose another file, or delete it."

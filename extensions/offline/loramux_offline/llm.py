@@ -266,7 +266,7 @@ def _deployment(
         checkpoint_repository=parse_repository(base),
         lora_adapters={name: parse_repository(word) for name, word in adapters.items()},
     )
-    # The store may have others of the same base: the name says what is loaded.
+    # The store may have other deployments of the base: the name is a hash of this build.
     name = f"offline-{sha256(build.model_dump_json().encode()).hexdigest()[:16]}"
     return Deployment(model_name=name, build=build, runtime=Runtime(served_model_name=BASE))
 

@@ -26,7 +26,7 @@ from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bundle.modules import BY_ID
 from loramux_shared.faults import AdapterInvalid
 
-# What a leaf of a checkpoint adapts, in the order of its output rows.
+# The modules of a linear of a checkpoint, in the order of its output rows.
 _PARTS: Final = {
     "q_proj": ("attn_q",),
     "k_proj": ("attn_k",),

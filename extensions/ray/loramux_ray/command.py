@@ -78,7 +78,7 @@ def up(
     each = num_cpus or max(1, (os.cpu_count() or 1) // most)
     options = {"replicas": replicas, "max_replicas": max_replicas, "num_cpus": each, "num_gpus": num_gpus}
     cpus = round(most * each + 0.5) + 1  # the builder's
-    os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(16))  # Ray runs what it is sent
+    os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(16))  # an open Ray runs any job
     # Ray's sockets want short paths, and its last process writes until it ends.
     with tempfile.TemporaryDirectory(prefix="loramux-ray-", dir="/tmp", ignore_cleanup_errors=True) as folder:
         head = ["--cpus", str(cpus), "--folder", folder]

@@ -105,7 +105,7 @@ class ProxyServices(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has n
         parts = self._builder.stream("rpc", _call(method, b"", context, name), pauses_s=ONCE)
         with counted(self._proxy):
             async with aclosing(parts):
-                await anext(parts)  # it reads
+                await anext(parts)  # the receiver reads
                 sending = asyncio.create_task(self._send(name, messages))
                 try:
                     async for part in parts:

@@ -132,7 +132,7 @@ def _model(scope: Scope, body: bytes) -> str:
         parsed = json.loads(body)
         model = parsed.get("lora_path") or parsed.get("model")
     except (ValueError, AttributeError, RecursionError):
-        return ""  # a replica says what is wrong with it
+        return ""  # a replica refuses the body with the reason
     return model if isinstance(model, str) else ""
 
 

@@ -77,7 +77,7 @@ def sign_folder(folder: Path, key: SigningKey | None) -> bytes:
                 config.use_sigstore_signer(use_ambient_credentials=True)
         elif key.certificates is None:
             config.use_elliptic_key_signer(private_key=key.key)
-        else:  # their file holds the whole chain, and the first of it is the key's
+        else:  # the file holds the whole chain; its first certificate is the key's
             chain = [key.certificates]
             config.use_certificate_signer(
                 private_key=key.key, signing_certificate=key.certificates, certificate_chain=chain

@@ -68,7 +68,7 @@ def refuse_fields(message: Message, unsupported: Mapping[str, str]) -> None:
         for name, fix in unsupported.items()
         if _is_set(message, name.split("."))
     ]
-    if not findings:  # what is refused as a whole may hold anything
+    if not findings:  # a request that is refused as a whole may hold anything
         findings = [
             Finding(code="E_UNKNOWN_FIELD", where=where, found="an unknown field", fix="Leave it out.")
             for where in unknown_fields(message)

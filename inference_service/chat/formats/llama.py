@@ -44,7 +44,7 @@ def llama_blocks(calls: AnswerCalls) -> Mapping[str, Block]:
 
 
 def _llama(tools: Sequence[OfferedTool], spelling: Spelling, several: bool) -> CallGrammar:
-    del spelling, several  # its template renders one call
+    del spelling, several  # Llama's template renders one call
     return CallGrammar("", f"call: {json_of(calls_schema(tools, 'parameters'))}\n")
 
 

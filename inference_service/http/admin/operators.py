@@ -220,7 +220,7 @@ async def unpin_adapter(service: GenerationService, http: HttpRequest) -> Reply[
 async def roll_back(service: GenerationService, http: HttpRequest) -> Reply[RolledBack]:  # noqa: ARG001
     """Publish an older generation again; returns when it is served."""
     body = await read_body(http, RollbackBody)
-    # Given up by its client, it continues: what was published is served.
+    # The rollback continues when its client disconnects: a published generation is served.
     generation = await asyncio.shield(manager_of(http).roll_back(body.to))
     return Reply({"generation": generation})
 

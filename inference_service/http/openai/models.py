@@ -76,7 +76,7 @@ async def list_models(service: GenerationService, http: HttpRequest) -> Reply[Mo
             }
         )
 
-    # Of thousands it takes a while, in which others are served.
+    # Thousands of models take a while: a thread writes them, and the loop serves others.
     return await asyncio.to_thread(write) if len(models) > FEW else write()
 
 

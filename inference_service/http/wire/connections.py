@@ -161,7 +161,7 @@ class Connections:
             await loop.connect_accepted_socket(
                 self._make, sock, ssl=self._tls, ssl_handshake_timeout=limit_s, ssl_shutdown_timeout=limit_s
             )
-        except OSError:  # it went away, or its handshake failed
+        except OSError:  # the client disconnected, or its handshake failed
             sock.close()
 
     def has_room(self) -> bool:
@@ -190,7 +190,7 @@ class Connections:
                 sock.close()
                 return
             sock.shutdown(socket.SHUT_WR)
-        except OSError:  # it went away
+        except OSError:  # the client disconnected
             sock.close()
             return
         loop = asyncio.get_running_loop()
@@ -204,7 +204,7 @@ class Connections:
                 return
         except BlockingIOError:
             return
-        except OSError:  # it was reset
+        except OSError:  # the client reset the connection
             pass
         self._part(sock)
 

@@ -62,7 +62,7 @@ class Front:
         scope.setdefault("state", {})[REQUEST_ID] = answer.request_id
         task = asyncio.current_task()
         assert task is not None  # noqa: S101 - a coroutine runs in one
-        if not self.draining:  # nobody waits for what is refused at once
+        if not self.draining:  # a drain does not wait for requests that are refused at once
             self._open.add(task)
             self._idle.clear()
         ARRIVED_S.set(scope.get("state", {}).get(ARRIVED))
@@ -79,7 +79,7 @@ class Front:
                 raise
             task.uncancel()
             await fault_response(scope, ShuttingDown(CUT))(scope, receive, answer.send)
-        except Exception:  # the last line: logged here, and no word of it to the client
+        except Exception:  # the last resort: logged here, and the client gets no detail
             log.exception("request failed: unexpected error", path=scope["path"], request_id=answer.request_id)
             if not answer.ended:
                 raise  # the server closes the connection, so that half an answer is not taken for a whole

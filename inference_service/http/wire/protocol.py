@@ -224,7 +224,7 @@ class BoundedHttp(HttpToolsProtocol):
             return
         if self._busy():
             self.cycle.keep_alive = False
-        elif not self._whole and not self._in_head:  # it was answered, and is still being sent
+        elif not self._whole and not self._in_head:  # the answer is complete, and still being sent
             self.transport.close()
         else:
             fault = ShuttingDown(DRAINING)
@@ -239,11 +239,11 @@ class BoundedHttp(HttpToolsProtocol):
         if self._is_stalled(now):
             self.transport.abort()
         elif self.transport.is_closing() and self.transport.get_write_buffer_size():
-            self._wait(LINGER_S)  # it still takes what was said
+            self._wait(LINGER_S)  # the client still reads the answer
         elif now >= self._deadline and not self._owes_a_read():
             self._expire()
 
-    # What the connection tells.
+    # Events of the connection.
 
     def connection_made(self, transport: Any) -> None:
         """Begin to wait for a request."""
@@ -290,7 +290,7 @@ class BoundedHttp(HttpToolsProtocol):
         while data:
             try:
                 self.parser.feed_data(data)
-            except httptools.HttpParserUpgrade as upgrade:  # it is not taken up: HTTP/1.1 continues
+            except httptools.HttpParserUpgrade as upgrade:  # upgrades are ignored: HTTP/1.1 continues
                 data = data[upgrade.args[0] :]
             except httptools.HttpParserError:
                 self._refuse(*self._problem)
@@ -298,7 +298,7 @@ class BoundedHttp(HttpToolsProtocol):
             else:
                 return
 
-    # What the parser tells.
+    # Events of the parser.
 
     def on_message_begin(self) -> None:
         """Begin to count."""
@@ -347,7 +347,7 @@ class BoundedHttp(HttpToolsProtocol):
         else:
             self._rest()
 
-    # What the answers tell.
+    # Events of the answers.
 
     def _start_asgi_task(self, cycle: Any, app: Any) -> None:
         self._answered = cycle
@@ -356,7 +356,7 @@ class BoundedHttp(HttpToolsProtocol):
     def on_response_complete(self) -> None:
         """Begin the next request, or wait for one."""
         super().on_response_complete()
-        self._unset_keepalive_if_required()  # the deadline is kept here: bytes between requests do not renew it
+        self._unset_keepalive_if_required()  # the deadline stays: bytes between requests do not renew it
         if self._busy():
             whole = self._whole or self._in_head or self.pipeline
             self._wait_for_body(math.inf if whole else self._patience.body_s)
@@ -430,7 +430,7 @@ class BoundedHttp(HttpToolsProtocol):
         if self.transport.is_closing() or self._whole:
             self.transport.abort()
         elif self._in_head and not self._overhead:
-            self.transport.close()  # nothing was asked
+            self.transport.close()  # the connection has no request
         elif self._draining:
             fault = ShuttingDown(DRAINING)
             self._say(status_of(fault), fault_body({"path": self._path}, fault))
@@ -460,7 +460,7 @@ class BoundedHttp(HttpToolsProtocol):
     def _say(self, status: int, body: Mapping[str, object], *, came: bool = True) -> None:
         """Answer in the place of the application, and end the connection; `came`: a request came."""
         if self._has_begun() or self.transport.is_closing():
-            self.transport.abort()  # nothing can be said within an answer, before it, or twice
+            self.transport.abort()  # no second answer, and none within an answer or after the end
             return
         if self._busy():
             self._answered.disconnected = True

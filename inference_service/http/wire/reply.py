@@ -28,7 +28,7 @@ DONE = b"data: [DONE]\n\n"
 HEADERS = (
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
-    (b"x-accel-buffering", b"no"),  # nginx passes events on as they come
+    (b"x-accel-buffering", b"no"),  # nginx passes events on without buffering
 )
 
 

@@ -61,7 +61,7 @@ class Buffers:
         room = -(-size // rows) * self._most_rows
         free = self._free.setdefault(room, [])
         buffer = free.pop() if free else self._new(room)
-        lent = buffer[:size]  # an array of its own, which lives as long as a tensor has its memory
+        lent = buffer[:size]  # a separate array, which lives as long as a tensor has its memory
         weakref.finalize(lent, free.append, buffer).atexit = False
         return torch.from_numpy(lent).view(dtype).view(shape)
 

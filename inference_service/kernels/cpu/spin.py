@@ -148,6 +148,6 @@ class Spinning:
     def _read_all(self) -> Iterator[tuple[str, tuple[int, int]]]:
         """Yield of each thread for how long it ran, and waited for a core."""
         for folder in self._tasks.glob("*"):
-            with suppress(OSError, ValueError):  # it has ended, or the kernel does not count
+            with suppress(OSError, ValueError):  # the thread has ended, or the kernel does not count
                 ran, waited, _ = (folder / "schedstat").read_text().split()
                 yield folder.name, (int(ran), int(waited))

@@ -114,7 +114,7 @@ def chunked(heads: Heads, state: Tensor, tile: int = TILE) -> tuple[Tensor, Tens
     for parts in zip(*(torch.split(part, tile, dim=2) for part in heads), strict=True):
         q, k, v, g, beta = parts
         total = g.cumsum(-1)
-        # What is left at row i of what was written at row j; above the diagonal it would be more than it was.
+        # The share of a write at row j that is left at row i; 0 above the diagonal.
         left = (total[..., :, None] - total[..., None, :]).tril().exp().tril()
         system = (k * beta[..., None]) @ k.mT * left
         both = torch.cat([v * beta[..., None], k * (beta * total.exp())[..., None]], dim=-1)

@@ -37,7 +37,7 @@ def expand(y: Tensor, group: Group, segments: Segments, out: Tensor) -> Tensor:
             group.table[slot].tolist(), slices.offsets, slices.sizes, strict=True
         ):
             own = result[:, first : first + size]
-            if rank:  # else what lies in y there may be anything
+            if rank:  # without a rank, the values in y are undefined
                 block = group.weights[element : element + rank * size].view(rank, size).to(y.dtype)
                 own.index_add_(0, tokens, y[:, entries, column : column + rank].sum(0) @ block)
                 column += rank

@@ -33,7 +33,7 @@ REQUEST_BUCKETS: Final = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320)
 A model that was used has some 60 series of these; an unused one has none.
 """
 
-# They double the series of counters, and nobody reads them.
+# These metrics double the series of counters, and no dashboard reads them.
 disable_created_metrics()  # type: ignore[no-untyped-call]
 
 

@@ -23,9 +23,9 @@ def serve(answer: Callable[[dict[str, Any]], dict[str, str]]) -> None:
     argv has those, and the seconds of a core that a question may take: one that takes more ends the process by
     the timer's signal. One that takes more memory than it may meets `MemoryError`.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the caller ends it, by closing stdin
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the caller ends this process by closing stdin
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    with suppress(ValueError, OSError):  # macOS refuses this one
+    with suppress(ValueError, OSError):  # macOS refuses this limit
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     idle_s, cpu_s = map(float, sys.argv[1:])
     while select.select([sys.stdin], [], [], idle_s)[0]:

@@ -38,7 +38,7 @@ class SandboxProcess:
             line = json.dumps(question).encode() + b"\n"
         except RecursionError:
             return TOO_DEEP
-        # None where it had ended before it read: it was idle for long
+        # None where the process had ended before the question: the idle limit ended it
         answer = self._exchange(line)
         return self._exchange(line) or _LOST if answer is None else answer
 
@@ -59,7 +59,7 @@ class SandboxProcess:
         status = process.wait()
         if status == -signal.SIGPROF:
             return {"error": f"it takes more than {self._cpu_s:g} s"}
-        if status > 0:  # Python itself ended it: it lacks a module, or a right
+        if status > 0:  # Python ended itself: the process lacks a module, or a right
             return _LOST
         return None if status == 0 else TOO_DEEP
 

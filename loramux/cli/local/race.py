@@ -71,7 +71,7 @@ async def race(
             await asyncio.wait({running}, timeout=FRAME_S)
             live.update(_grid(tracks, *shape), refresh=True)
         await running
-        # What stays on the screen takes only the lines that the answers need.
+        # The final screen takes only the lines that the answers need.
         needed = max(len(_wrapped(track, _inner_width(shape[0]))) for track in tracks) + 2
         live.update(_grid(tracks, shape[0], min(shape[1], needed)), refresh=True)
     return tracks

@@ -150,7 +150,7 @@ class ProcessTree:
         listener.bind(str(self._sockets / name))
         wrapped = (sys.executable, "-m", "loramux.cli.local.child", str(os.getpid()), *argv)
         with log.open("ab") as file:
-            # A group of its own: the terminal's Ctrl-C reaches the parent alone, which then drains.
+            # A separate process group: Ctrl-C reaches the parent alone, which then drains the services.
             process = await asyncio.create_subprocess_exec(
                 *wrapped,
                 stdin=asyncio.subprocess.DEVNULL,
@@ -272,7 +272,7 @@ def free_address(preferred: str = f"{LOOPBACK}:0") -> str:
 
 TAIL_LINES = 12
 POLL_S = 0.2
-# Levels as structlog and Python's logging write them; and our own last line of a service that cannot start.
+# Levels as structlog and Python's logging write them, and our last line when a start fails.
 _MATTERS = re.compile(
     r"\[\s*(warning|error|critical)\s*\]|^(error|warning|fatal)\b|\b(ERROR|WARNING|CRITICAL)\b"
 )

@@ -89,7 +89,7 @@ async def start_inference(tree: ProcessTree, plan: UpPlan) -> None:
     engine = {
         **plan.engine,
         "builder": reachable(plan.builder),
-    }  # so that what is added later is served at once
+    }  # so that adapters that are added later are served at once
     argv = inference_command(name, plan.store, plan.inference, plan.local_roots, engine, plan.http)
     with shell.step(f"inference service on {plan.inference}") as came:
         await tree.serve("inference", argv, came.tell)

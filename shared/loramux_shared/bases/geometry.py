@@ -8,7 +8,7 @@ from typing import Any, Final
 from loramux_shared.faults import CheckpointInvalid
 
 _ATTENTION: Final = frozenset({"full_attention", "sliding_attention", "chunked_attention", "attention"})
-# What a config says only of such a base, by kind. A count of at most 1, false and null say nothing.
+# Fields that only the config of such a base has, by kind. A count of at most 1, false and null are ignored.
 _KINDS: Final[tuple[tuple[str, tuple[str, ...]], ...]] = (
     (
         "mixture of experts (MoE)",

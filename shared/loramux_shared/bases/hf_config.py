@@ -124,7 +124,7 @@ class HfConfig:
 def _is_number(value: Any) -> bool:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
-    return abs(value) <= sys.float_info.max  # not infinite, no NaN, and no integer beyond them
+    return abs(value) <= sys.float_info.max  # not infinite, not NaN, and no integer beyond float's range
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

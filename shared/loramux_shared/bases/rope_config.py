@@ -43,7 +43,7 @@ def read_rope_of(config: HfConfig, kind: str, dim: int, longest: int, default_th
         fields = dict(blocks.block(kind).fields)
     if kind == "full_attention":
         fields.update(config.block("rope_scaling").fields)
-    fields["truncate"] = blocks.flag("truncate", default=True)  # transformers looks for it beside the blocks
+    fields["truncate"] = blocks.flag("truncate", default=True)  # transformers reads truncate beside the blocks
     block = HfConfig(fields, config.architecture, config.max_seq_len)
     if _kind_of(block) == "proportional":
         scaling: Scaling = Proportional(

@@ -85,7 +85,7 @@ def publish_change(
         changed.check_names()
         with alone(store, name, stale=stale, check=check) as number:
             before = newest_generation(store, name, before)
-            if before.number > number:  # a build took a higher one meanwhile
+            if before.number > number:  # a build took a higher number meanwhile
                 continue
             require(before, expected)
             changed = change(before)
@@ -97,7 +97,7 @@ def publish_change(
             store.put(generation_key(name, number), published.to_bytes())
         if point_at_highest(store, published).number == number:
             return published, True
-        # Another builder took this one for dead and continued without it, or published after it: see which.
+        # Another builder took this one for dead and continued alone, or published after it: find out which.
     raise StoreUnavailable(f"{store.uri}: too many builders publish {name!r} at once. Try again later.")
 
 

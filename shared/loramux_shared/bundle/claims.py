@@ -64,12 +64,12 @@ def claim_number(store: Store, name: str, served: int) -> tuple[int, str]:
     token, ahead = secrets.token_hex(8), 0
     pause_s, end = PAUSES_S[0], time.monotonic() + WAIT_S
     for attempt in itertools.count():
-        if attempt > LOOKS:  # those that meet all the time must meet at other times
+        if attempt > LOOKS:  # writers that collide each time need random pauses
             if attempt > MAX_CLAIMS and time.monotonic() > end:
                 break
             time.sleep(random.uniform(0, pause_s))  # noqa: S311 - no secret
             pause_s = min(2 * pause_s, PAUSES_S[1])
-        # In this order: a claim is only removed once its generation is there.
+        # In this order: a claim is only removed after its generation is published.
         claims = claimed_numbers(store, name)
         number = max([served, *claims, *generation_numbers(store, name)]) + 1 + ahead
         claim = claim_key(name, number, token)

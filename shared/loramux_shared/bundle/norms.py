@@ -45,7 +45,7 @@ def _gram(tall: Array) -> Array:
     step = max(1, PIECE // rank)
     for start in range(0, len(tall), step):
         wide = tall[start : start + step].astype(np.float64)
-        total += np.dot(wide.T, wide)  # unlike @, it runs beside other threads
+        total += np.dot(wide.T, wide)  # np.dot runs beside other threads, unlike @
     return total
 
 

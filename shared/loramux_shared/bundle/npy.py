@@ -35,7 +35,7 @@ NUMPY_TYPES: Final[dict[Dtype, np.dtype[Any]]] = {
 DESCR: Final[dict[Dtype, str]] = {Dtype.BFLOAT16: "|V2", Dtype.FLOAT16: "<f2", Dtype.FLOAT32: "<f4"}
 CONFIG_DESCR: Final = "<i4"
 
-# What np.save writes for a C-ordered array, and nothing else: magic, version, header length, a dict literal.
+# The header of np.save for a C-ordered array: magic, version, header length, a dict literal.
 _HEADER = re.compile(
     rb"\{'descr': '([|<][Vfi][0-9]+)', 'fortran_order': False, 'shape': \(([0-9]+(?:, [0-9]+)*),?\), \} *\n"
 )

@@ -62,7 +62,7 @@ class AdmissionInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  #
             access = self._keyring.authorize(bearer(headers), scope)
         except (Unauthenticated, PermissionDenied) as fault:
             return _refusal(fault)
-        ACCESS.set(access)  # each call is a task of its own, so nobody has to take this back
+        ACCESS.set(access)  # a call is a task, so the variable needs no reset
         return await continuation(details)
 
 

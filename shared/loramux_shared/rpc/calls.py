@@ -116,7 +116,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc
         details: grpc.HandlerCallDetails,
     ) -> grpc.RpcMethodHandler:
         """Wrap the handler of a call, unless it is health or reflection."""
-        ARRIVED_S.set(time.monotonic())  # each call is a task of its own, so nobody has to take this back
+        ARRIVED_S.set(time.monotonic())  # a call is a task, so the variable needs no reset
         handler = await continuation(details)
         if handler is None or details.method.startswith("/grpc."):
             return handler
@@ -188,7 +188,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc
             ):
                 begun = False
                 async for response in responses:
-                    if not begun:  # else no status could follow a first message that its client does not take
+                    if not begun:  # otherwise no status can follow a message that the client does not read
                         await context.send_initial_metadata(())
                         begun = True
                     self._writing[task] = limit, loop.time()
@@ -259,13 +259,13 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc
         assert task is not None  # noqa: S101 - a coroutine runs in one
         try:
             with _traced(None if method in self._untraced else self._tracing, context, method):
-                self._refuse_when_draining()  # nobody waits for what is refused at once
+                self._refuse_when_draining()  # a drain does not wait for calls that are refused at once
                 self._open.add(task)
                 self._idle.clear()
                 yield task
         except Fault as fault:
             if isinstance(fault, ClientStalled):
-                self._leave(task)  # its status waits behind a message that the client may never take
+                self._leave(task)  # the status waits behind a message that the client may never read
             await abort(context, fault)
         except grpc.aio.AbortError:
             raise

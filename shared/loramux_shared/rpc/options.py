@@ -40,7 +40,7 @@ def server_options(connections: int, *, shared: bool = False) -> tuple[tuple[str
         ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
         ("grpc.keepalive_time_ms", PING_S * 1000),
         ("grpc.keepalive_timeout_ms", PING_TIMEOUT_S * 1000),
-        ("grpc.http2.ping_timeout_ms", PING_TIMEOUT_S * 1000),  # else a minute, whatever the line above says
+        ("grpc.http2.ping_timeout_ms", PING_TIMEOUT_S * 1000),  # otherwise a minute, whatever the other timeout
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.min_ping_interval_without_data_ms", LEAST_PING_S * 1000),
         ("grpc.max_allowed_incoming_connections", connections),
@@ -58,7 +58,7 @@ CLIENT_OPTIONS = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.keepalive_time_ms", PING_S * 1000),
     ("grpc.keepalive_timeout_ms", PING_TIMEOUT_S * 1000),
-    ("grpc.http2.ping_timeout_ms", PING_TIMEOUT_S * 1000),  # else a minute, whatever the line above says
+    ("grpc.http2.ping_timeout_ms", PING_TIMEOUT_S * 1000),  # otherwise a minute, whatever the other timeout
     ("grpc.http2.max_pings_without_data", 0),  # a long queue is silent
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 2000),

@@ -131,7 +131,7 @@ class RpcServer:
                 self._interceptor.cut()
                 await self._interceptor.until_idle(CUT_S)
         await self._interceptor.until_quiet()
-        # Those that arrive meanwhile still learn why they are refused; without any, nobody waits.
+        # Calls that arrive meanwhile still get the reason of their refusal; an idle server stops sooner.
         await self._server.stop(grace=1.0 if finished else 0.1)
         return finished
 

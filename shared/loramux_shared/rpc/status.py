@@ -61,7 +61,7 @@ def unreachable(target: str, message: str) -> str:
             "it does not speak gRPC. If that is the HTTP port: gRPC has another port, by default 50052 of an "
             "inference service and 50051 of a builder."
         )
-    elif "Socket closed" in message and "Stream removed" not in message:  # then it has spoken
+    elif "Socket closed" in message and "Stream removed" not in message:  # the server had sent something
         return f"{message}. Does it speak TLS? Then its address is grpcs://{target}"
     return f"{message}. Is it running?"
 

@@ -121,7 +121,7 @@ class PlacedBase:
             return
         if expected is not None:
             with alone(self.cache):
-                # Another replica may have repaired it meanwhile.
+                # Another replica may have repaired the file meanwhile.
                 if not differs(path, expected) or discard(path, self.cache):
                     self.removed.add(name)
         expectation = f"sha256 {expected.sha256} ({expected.size} bytes)" if expected else "no such file"

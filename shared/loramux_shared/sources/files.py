@@ -42,7 +42,7 @@ class Checksum:
     def __init__(self, listed: SourceFile) -> None:
         self._listed = listed
         kind, _, self._expected = listed.checksum.partition(":")
-        # What others chose long ago; it finds accidents, as theirs does.
+        # The hash is the source's choice; it detects accidents, not attacks.
         name = "md5" if kind == "md5" else "sha256" if len(self._expected) == 64 else "sha1"
         self._hash = hashlib.new(name, usedforsecurity=False) if kind else None
         if self._hash is not None and kind == "git":

@@ -22,7 +22,7 @@ from loramux_shared.wording import is_whole
 TIMEOUT_S: Final = 20.0
 MAX_REDIRECTS: Final = 5
 _PORT: Final = 443
-# What http.client would send as it is: no spaces, no control characters, nothing beyond ASCII.
+# Characters that http.client sends unchanged: no spaces, no control characters, ASCII only.
 _PLAIN: Final = re.compile(r"[!-~]+")
 
 

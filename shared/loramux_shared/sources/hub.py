@@ -207,7 +207,7 @@ class HubSource:
         token = self._secrets.get(name, default_variable=TOKEN_VARIABLE)
         if name and token is None:
             warn_unset(repository)
-        return token or False  # False: not the token of a user who logged in on this machine
+        return token or False  # False: never the token of the user who is logged in on this machine
 
     def _call(self, repository: Repository, call: Callable[[Progress], _T], progress: Progress) -> _T:
         hint = self._secrets.hint(repository.runtime_secret_name, default_variable=TOKEN_VARIABLE)
@@ -226,7 +226,7 @@ def _translated(repository: Repository, hint: str) -> Iterator[None]:
     repo, revision = f"HF {repository.repo}", repository.revision or "main"
     try:
         yield
-    except GatedRepoError:  # before the class that it is a subclass of
+    except GatedRepoError:  # before the class that is its base
         raise RepoGated(
             f"{repo}: gated; the licence was not accepted, or the token lacks access. {hint}"
         ) from None

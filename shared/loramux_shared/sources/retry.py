@@ -72,7 +72,7 @@ class RetryPolicy:
             return retrying(attempt, deadline)
         except Fault as fault:
             failure = fault.with_traceback(None)
-        # Traceback and context hold the client's frames, and so its connections, as long as this is kept.
+        # Traceback and context hold the client's frames and connections, as long as this fault lives.
         failure.__context__ = None
         raise failure
 

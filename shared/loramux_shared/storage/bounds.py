@@ -63,7 +63,7 @@ def read_bounded(uri: str, key: str, read: Callable[[int], bytes], bound: int, s
     """
     check_size(uri, key, size or 0, bound)
     pieces: list[bytes] = []
-    found, size_left = 0, (PIECE if size is None else size) + 1  # one more: the end is seen at once
+    found, size_left = 0, (PIECE if size is None else size) + 1  # one more byte: the end is found at once
     while piece := read(min(size_left, bound + 1 - found)):
         found += len(piece)
         if found > bound:

@@ -26,7 +26,7 @@ TEMPORARY_LIFE_S = 24 * 3600
 MODE = 0o644
 """Other users of this machine may serve what is stored."""
 
-# Nothing there, a folder there, or a file where a folder would have to be.
+# No object: nothing there, a folder there, or a file in the place of a folder.
 _NO_OBJECT = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
 
 
@@ -37,7 +37,7 @@ class LocalStore:
     """
 
     def __init__(self, root: Path) -> None:
-        self._root = Path(os.path.realpath(root.expanduser()))  # also of a loop, which is met when it is used
+        self._root = Path(os.path.realpath(root.expanduser()))  # a loop of links fails at its first use
         self._temporary = self._root / TEMPORARY
         self.uri = f"file://{self._root}"
         self._remove_leftovers()
@@ -96,7 +96,7 @@ class LocalStore:
             try:
                 file.replace(path)
             except OSError as error:
-                if error.errno == errno.EXDEV:  # one device, several mounts
+                if error.errno == errno.EXDEV:  # one device, but several mounts
                     return False
                 raise
             _sync_folder(path.parent)

@@ -96,7 +96,7 @@ class S3Store:
             data.open("rb").close()  # a source that cannot be opened is no fault of the store
         else:
             check_size(self.uri, key, len(data), bound_of(key))
-        # Of a file that is named, parts are read as they are sent; of one that is open, they are held.
+        # Parts of a named file are read as they are sent; parts of an open file are held in memory.
         source = str(data) if isinstance(data, Path) else io.BytesIO(data)
         with self._translated(), create_transfer_manager(self._client, _TRANSFER) as transfers:
             transfers.upload(source, self._bucket, full_key).result()
@@ -168,9 +168,9 @@ class _BoundedSession:
     def send(self, request: AWSPreparedRequest) -> Any:
         """Send a request; raises `RecordTooLarge` of an answer that exceeds `ANSWER_BYTES`."""
         is_object, request.stream_output = request.stream_output, True
-        answer: Any = self._session.send(request)  # its stubs know neither attribute
+        answer: Any = self._session.send(request)  # the stubs of botocore know neither attribute
         if not is_object or answer.status_code >= HTTPStatus.MULTIPLE_CHOICES:
-            no_length: Any = None  # of a HEAD, none of it comes
+            no_length: Any = None  # the body of a HEAD is empty
             what, body = f"answer {answer.status_code}", StreamingBody(answer.raw, no_length)
             try:
                 answer._content = read_bounded(self._uri, what, body.read, ANSWER_BYTES, None)
@@ -196,7 +196,7 @@ def _new_client(uri: str, endpoint_url: str | None, region: str | None) -> S3Cli
         response_checksum_validation="when_required",
     )
     try:
-        # A session of its own: the default one must not be used by several threads.
+        # A separate session: the default session is not safe for several threads.
         return boto3.session.Session().client(
             "s3", endpoint_url=endpoint_url, region_name=region, config=config
         )

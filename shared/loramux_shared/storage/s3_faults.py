@@ -9,7 +9,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 
 from loramux_shared.faults import StoreUnavailable
 
-# By the error code of the answer; {bucket} and {at} (the endpoint) are filled in.
+# Keys are the error codes of answers; {bucket} and {at} (the endpoint) are filled in.
 _ANSWERS = {
     "NoSuchBucket": "bucket {bucket!r} does not exist at {at}. Create it, or correct the store's address.",
     "InvalidBucketName": "{bucket!r} is not a valid bucket name. Correct the store's address.",

@@ -14,7 +14,7 @@ from loramux_shared.bases.rope_config import original_positions, rope_block, wit
 
 def _read(config: HfConfig) -> ModelConfig:
     config.require("hidden_act", "silu")
-    config.require("layer_types", None)  # transformers reads them with another class, as Ministral
+    config.require("layer_types", None)  # transformers reads a config with layer types as Ministral
     model = llama_like(config, max_positions=131072, sizes={"num_key_value_heads": 8})
     window = config.integer_or_none("sliding_window", 4096)
     return replace(model, layers=windowed(model.layers, config, window, lambda _: True))

@@ -81,7 +81,7 @@ def _read(config: HfConfig) -> Quantization:
     served = {method: format_ for format_ in FORMATS for method in format_.methods}
     method = config.fields.get("quant_method")
     if method is None and (config.fields.get("load_in_4bit") or config.fields.get("load_in_8bit")):
-        method = "bitsandbytes"  # which did not say it at first
+        method = "bitsandbytes"  # early configs of bitsandbytes lack quant_method
     if not isinstance(method, str) or method not in served:
         raise CheckpointInvalid(
             f"config.json: {config.at}quant_method {method!r} is not supported; supported: "
