@@ -48,7 +48,7 @@ _TEXTS = (
 
 @cache
 def deployment() -> Deployment:
-    """The example's deployment; its base is made when it is not there."""
+    """Return the example's deployment; its base is made on first use."""
     found = load_deployment(EXAMPLES / "deployment.yaml").deployment
     base = found.build.checkpoint_repository.repo
     subprocess.run([sys.executable, EXAMPLES / "prepare_base.py", base], check=True, capture_output=True)

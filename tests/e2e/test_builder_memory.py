@@ -1,4 +1,4 @@
-"""A builder's memory does not grow with its adapters: measured in a process of its own."""
+"""A builder's memory does not grow with its adapters: measured in a separate process."""
 
 from __future__ import annotations
 

@@ -308,7 +308,7 @@ def on_a_terminal(
 def test_the_demo_on_a_terminal(
     tmp_path: Path, scripted: dict[str, str], deployment: Callable[..., str]
 ) -> None:
-    """The demo shows bars, the table, panels side by side and what is next, within the terminal's width."""
+    """The demo shows bars, the table, panels side by side and the next steps, within the terminal's width."""
     deployment("demo", "lora1", "lora2")
     text = on_a_terminal(["demo", "--examples", str(tmp_path), "--prompt", "hello"], scripted, [])
     assert "✓ builder service on 127.0.0.1" in text

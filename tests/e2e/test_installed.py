@@ -190,7 +190,7 @@ def test_a_release_has_an_sdist_and_a_wheel(distributions: Path) -> None:
 def test_a_wheel_works_in_an_empty_environment(
     extra: str, distributions: Path, world: World, tmp_path: Path
 ) -> None:
-    """The extra installs, and does what it is for, beside nothing but its own packages."""
+    """The extra installs and works with no other package than its own."""
     if extra in NEEDS_TORCH and TORCH not in os.environ:
         pytest.skip(f"{TORCH}=1 installs torch too")
     [wheel] = distributions.glob("*.whl")

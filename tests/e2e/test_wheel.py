@@ -1,4 +1,4 @@
-"""The wheel: what it installs, under which names."""
+"""The wheel: its files and their names."""
 
 from __future__ import annotations
 

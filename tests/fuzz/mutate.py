@@ -120,7 +120,7 @@ def bounded(growth: int = GROWTH) -> Iterator[Watch]:
 
 
 def _forget_peak() -> None:
-    """Set the peak of this process's memory to what it has now."""
+    """Reset the peak of this process's memory to the present size."""
     Path("/proc/self/clear_refs").write_text("5")
 
 

@@ -1,4 +1,4 @@
-"""Mutated adapter configs: what they mean to PEFT, or refused by name."""
+"""Mutated adapter configs are refused by name, or mean what PEFT reads."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ SIZES = (0, 1, 2, 3, 4, 16, 17, 2000)
 
 
 def odd_kind(rng: Random) -> tuple[str, dict[str, tuple[int, ...]]]:
-    """A kind that amounts to LoRA, and shapes of which some are not what they should be, or not there."""
+    """Return a kind that amounts to LoRA, with some wrong or missing shapes."""
     kind = rng.choice(sorted(KINDS))
     parts = KINDS[kind] | (SHARED if kind == "VERA" else {})
     for name, shape in parts.items():

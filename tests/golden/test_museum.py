@@ -32,7 +32,7 @@ def _hasty() -> Iterator[None]:
 
 
 def judge(exhibit: Exhibit, folder: Path) -> tuple[list[Finding], MemoryStore]:
-    """Build an exhibit through the whole pipeline; returns what was found and what was published."""
+    """Build an exhibit through the whole pipeline; returns the findings and the published generation."""
     base(folder / BASE, exhibit.base)
     exhibit.make(folder / "exhibit")
     required = deployment_of(

@@ -66,7 +66,7 @@ UPDATES: Final[dict[str, tuple[Any, ...]]] = {
 
 
 def variants(architecture: int) -> Iterator[Variant]:
-    """Yield every tile, and every two of what a layer may be that changes what is compiled."""
+    """Yield every tile, and every pair of options of a layer that changes the compiled code."""
     for row in _chosen():
         if row["architecture"] == architecture:
             if "group" in row:

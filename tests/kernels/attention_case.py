@@ -201,7 +201,7 @@ def make_case(
 
 
 def fill(case: Case) -> None:
-    """Make rows of chunks, and what they see of the past, random; everything else NaN."""
+    """Fill the rows of chunks and their visible past with random values, everything else with NaN."""
     at = case.inputs
     held = KeysValues(at.keys, at.values, at.scales)
     at.heads.fill_(torch.nan)

@@ -1,4 +1,4 @@
-"""Random adapters for a small model, what they add in float64, and a bank that holds them."""
+"""Random adapters for a small model, their updates in float64, and a bank for them."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ USUAL = 90
 
 
 def assert_equal(found: list[str], golden: list[str]) -> None:
-    """Lines are what was written down."""
+    """Compare lines with the recorded ones."""
     changes = [*difflib.unified_diff(golden, found, "golden", "found", lineterm="", n=0)]
     assert not changes, "make golden, and read the diff:\n" + "\n".join(changes)
 
@@ -84,7 +84,7 @@ def _takes_the_models_type(variant: Variant) -> bool:
 
 
 def test_what_two_choices_allow_meets_in_few_combinations() -> None:
-    """Every two values meet, and so does what was asked for; all combinations are many more."""
+    """A few combinations cover every two values and all requested ones; all combinations are many more."""
     choices = {"a": (1, 2, 3), "b": (1, 2, 3), "c": (True, False), "d": (True, False)}
     rows = covering(choices, lambda row: row["a"] + row["b"] + row["c"])
     for first, second in combinations(choices, 2):

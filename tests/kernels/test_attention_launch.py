@@ -49,7 +49,7 @@ def test_a_graph_of_decodes_has_only_the_launches_that_it_needs(device: str) -> 
 
 
 def test_the_memory_of_a_layer_is_what_its_capacity_says(device: str) -> None:
-    """The memory plan asks the capacity; the launches take what it answers."""
+    """The memory plan reads the capacity, and the launches take that much."""
     case = make_case(Layout([(1, 300), (20, 600)]), device=device)
     decode = case.planned()[1][1].arguments
     taken = sum(decode[name].numel() * decode[name].element_size() for name in ("p_partial", "p_lse"))
@@ -108,7 +108,7 @@ def _with(case: Case, **changed: torch.Tensor) -> Case:
 
 @pytest.mark.parametrize("message", REFUSALS)
 def test_what_does_not_fit_is_refused(message: str, device: str) -> None:
-    """A ValueError says what was expected and what came, before anything is launched."""
+    """A launch with wrong tensors is a ValueError with the expected and the actual shape, before any kernel."""
     case = make_case(Layout([(1, 20), (10, 30)]), device=device)
     with pytest.raises(ValueError, match=message):
         REFUSALS[message](case).planned()

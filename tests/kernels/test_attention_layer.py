@@ -100,7 +100,7 @@ def test_the_layer_gives_what_the_torch_layer_gives(
 
 
 def _attended(layer: Attention, counts: HeadCounts, cache: Pair, rope: Rope, norm: RMSNorm) -> Pair:
-    """Return the output of a layer with keys and values of its own, and of one that reads them."""
+    """Return the output of a layer that writes keys and values, and of one that reads those."""
     torch.manual_seed(3)
     own = torch.randn(ROWS, counts.queries + 2 * counts.kv, counts.dim)
     spec, turn = AttentionSpec(counts.dim**-0.5), layer.turn(*rope.at(POSITIONS))

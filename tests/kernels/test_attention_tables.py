@@ -107,7 +107,7 @@ def skewed(draw: st.DrawFn) -> tuple[AttentionCapacity, list[Context]]:
 def test_keys_are_shared_so_that_no_program_is_left_alone(
     step: tuple[AttentionCapacity, list[Context]],
 ) -> None:
-    """No item has more keys than its share, or what is not worth a cut; any step has room; no row is shared."""
+    """No item has more keys than its share or a useless cut; any step has room; no row is shared."""
     capacity, contexts = step
     tables = loaded(capacity, contexts)
     slots: set[int] = set()

@@ -24,7 +24,7 @@ def base(tmp_path: Path) -> Path:
 
 
 def test_an_architecture_without_tiles_is_refused(base: Path) -> None:
-    """The message names those that there are, and what was asked for."""
+    """The message names the known architectures and the requested one."""
     done = CliRunner().invoke(app, ["kernels", str(base), "--arch", "sm_75", "--out", str(base / "cache")])
     assert done.exit_code == Exit.USAGE
     assert "--arch is one of sm_80, sm_90, sm_100, sm_120, found 'sm_75'" in done.stderr

@@ -96,7 +96,7 @@ def sealed(code: bytes) -> bytes:
 
 
 def script(path: Path, *lines: str) -> Path:
-    """A compiler that does what it likes."""
+    """Write a compiler as a shell script."""
     path.write_text("\n".join(["#!/bin/sh", *lines, ""]))
     path.chmod(0o755)
     return path

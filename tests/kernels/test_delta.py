@@ -107,7 +107,7 @@ def by_kernels(inputs: DeltaInputs, chunks: Sequence[StateChunk]) -> Tensor:
 
 
 def _poisoned(launch: Launch) -> None:
-    """Enqueue a launch with NaN in what it has to write first."""
+    """Enqueue a launch after filling its outputs with NaN."""
     written = {"conv_kernel": ["p_out"], "prepare_kernel": ["p_values", "p_reads", "p_weights", "p_total"]}
     names = ["p_out"] if launch.arguments.get("ALONE") else written.get(launch.kernel.fn.__name__, [])
     for name in names:

@@ -1,4 +1,4 @@
-"""The interpreter is quicker in these tests, and otherwise what it is."""
+"""The fast operators of these tests change the interpreter's speed, and no result."""
 
 from __future__ import annotations
 

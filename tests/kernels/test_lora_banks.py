@@ -35,7 +35,7 @@ from tests.support.weights import adapter_of
 
 
 def test_adapters_come_and_go_and_each_adds_what_it_is(lora: LoraBackend, device: str) -> None:
-    """Ranks, modules, vectors, layers change, places are used again, and those that stay are what they were."""
+    """Ranks, modules, vectors and layers change and slots are reused; other adapters stay the same."""
     device = device if lora.name != "native" else "cpu"
     draw = random.Random(0)
     sizes = [taken_by(lora.pack(adapter(ranks, seed=0)).num_bytes) for ranks in ADAPTERS]
@@ -70,8 +70,7 @@ def test_rows_of_mixtures_get_the_scaled_sum(lora: LoraBackend, device: str) -> 
 
 @pytest.mark.parametrize("bad", [0, 2, 4])
 def test_an_adapter_that_overflows_reaches_no_row_of_others(lora: LoraBackend, device: str, bad: int) -> None:
-    """Rows of others have the same bits in short runs, long runs and blends, whatever it makes of its
-    own rows.
+    """Rows of others have the same bits in short runs, long runs and blends beside an adapter that overflows.
     """
     device = device if lora.name != "native" else "cpu"
     steps = [

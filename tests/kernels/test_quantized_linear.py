@@ -1,4 +1,4 @@
-"""Weights of 8 and 4 bits: what they are rounded to, and products with them against integer arithmetic."""
+"""Weights of 8 and 4 bits: rounding, and products with them against integer arithmetic."""
 
 from __future__ import annotations
 

@@ -196,7 +196,7 @@ REFUSALS: dict[str, Callable[[], object]] = {
 
 @pytest.mark.parametrize("message", REFUSALS)
 def test_what_does_not_fit_is_refused(message: str) -> None:
-    """A ValueError names the tensor, what it must be and what it is."""
+    """A ValueError names the tensor, the expected shape or type, and the actual one."""
     if torch.cuda.is_available():
         pytest.skip("the tensors are on the CPU")
     with pytest.raises(ValueError, match=message):

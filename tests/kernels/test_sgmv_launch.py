@@ -117,7 +117,7 @@ REFUSALS: dict[str, Callable[[Case], Case]] = {
 
 @pytest.mark.parametrize("message", REFUSALS)
 def test_what_does_not_fit_is_refused(message: str, device: str) -> None:
-    """A ValueError names the tensor, what it must be and what it is."""
+    """A ValueError names the tensor, the expected shape or type, and the actual one."""
     case = REFUSALS[message](small_case(device))
     with pytest.raises(ValueError, match=message):
         lora_apply(case.x, case.out, case.group, case.segments, case.workspace)

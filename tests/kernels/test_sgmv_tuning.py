@@ -1,4 +1,4 @@
-"""The tuning tables for linears of served models; what they ship is compiled in test_aot."""
+"""The tuning tables for linears of served models; test_aot compiles the shipped ones."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Kernels that add updates in expand's place leave what it does, for every row of a step."""
+"""Kernels that fuse the adapter updates do the same as expand, for every row of a step."""
 
 from __future__ import annotations
 

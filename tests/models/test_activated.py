@@ -1,4 +1,4 @@
-"""Activated adapters against PEFT's own, token for token in float32, and what they share with the base."""
+"""Activated adapters against PEFT's own, token for token in float32, and shared prefixes with the base."""
 
 from __future__ import annotations
 

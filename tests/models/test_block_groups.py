@@ -1,5 +1,4 @@
-"""Layers that slide, with blocks of their own, on a real decoder: what they see is right, however little they
-hold."""
+"""Sliding layers with separate blocks, on a real decoder: the output is right with the fewest blocks."""
 
 from __future__ import annotations
 

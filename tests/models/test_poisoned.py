@@ -1,4 +1,4 @@
-"""An adapter that makes NaN, in random traffic: what others get is what they get beside one that does not."""
+"""An adapter that makes NaN, in random traffic: other requests get the same answers as without."""
 
 from __future__ import annotations
 

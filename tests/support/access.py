@@ -50,7 +50,7 @@ class Certificates:
         self.issue("server", self.ours)
 
     def issue(self, stem: str, authority: trustme.CA, *names: str, **validity: Any) -> TlsFiles:
-        """Write a certificate for names (default: loopback) and its key over what was there."""
+        """Write a certificate for names (default: loopback) and its key, over older files."""
         leaf = authority.issue_cert(*(names or ("127.0.0.1", "localhost")), **validity)
         files = TlsFiles(self.folder / f"{stem}.pem", self.folder / f"{stem}.key")
         files.key.write_bytes(leaf.private_key_pem.bytes())

@@ -68,7 +68,7 @@ def tensors(
 
 
 def write_adapter(folder: Path, values: Tensors | None = None, **config: Any) -> Path:
-    """Write an adapter as PEFT does, of what has tensors; config fields that are None are left out."""
+    """Write an adapter as PEFT does, from modules with tensors; config fields that are None are left out."""
     folder.mkdir(parents=True, exist_ok=True)
     made = tensors() if values is None else values
     leaves = {name.split(".lora_")[0].rpartition(".")[2] for name in made}

@@ -94,7 +94,7 @@ class Page:
         await self.until("document.readyState === 'complete' && location.href !== 'about:blank'")
 
     async def eval(self, script: str) -> Any:
-        """Return the value of an expression, a promise's when it is there."""
+        """Return the value of an expression; promises are awaited."""
         options = {"returnByValue": True, "awaitPromise": True}
         answer = await self.call("Runtime.evaluate", expression=script, **options)
         assert "exceptionDetails" not in answer, (script, answer)
@@ -123,7 +123,7 @@ class Page:
         await self.eval(f"document.querySelector({json.dumps(selector)}).click()")
 
     async def type(self, selector: str, text: str) -> None:
-        """Write into a field over what is there."""
+        """Replace the text of a field."""
         field = f"document.querySelector({json.dumps(selector)})"
         assert await self.eval(f"{field}.focus(), {field}.select(), document.activeElement === {field}")
         await self.call("Input.insertText", text=text)
@@ -147,7 +147,7 @@ class Page:
         )
 
     async def photograph(self, path: Path) -> None:
-        """Keep what it shows, as far down as it goes, as a PNG."""
+        """Save the whole page as a PNG."""
         shot = await self.call("Page.captureScreenshot", format="png", captureBeyondViewport=True)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(base64.b64decode(shot["data"]))

@@ -83,7 +83,7 @@ class Outcome(Protocol):
 
 
 def waiting(loader: AdapterLoader[Any], digest: str, invocation: tuple[int, ...] = ()) -> Outcome:
-    """Begin to load an adapter; what is returned waits for the outcome."""
+    """Begin to load an adapter; the returned function waits for the outcome."""
     outcomes: SimpleQueue[Loaded | Fault] = SimpleQueue()
 
     def done(packed: Any, tier: str) -> None:
@@ -94,7 +94,7 @@ def waiting(loader: AdapterLoader[Any], digest: str, invocation: tuple[int, ...]
 
 
 def settle(loader: AdapterLoader[Any]) -> None:
-    """Wait until what was loaded is also kept on the disk, which continues beside the load."""
+    """Wait until the loaded bundle is on the disk too, as the write runs beside the load."""
     room = loader._reader._room
     wait_until(lambda: room._free == room._size, "bundles that are kept", lambda: room._free)
 

@@ -43,7 +43,7 @@ class Command:
         return (self.folder / "errors").read_text()
 
     def read_until(self, required: str) -> str:
-        """Return what it wrote to stdout, once a text is part of it."""
+        """Return the output so far, once a text is part of it."""
         wait_until(
             lambda: required in self.out or self.process.poll() is not None,
             f"{required!r} in its output",

@@ -39,7 +39,7 @@ def deployment_of(folder: Path, *names: str, name: str = "tiny", **build: Any) -
 
 
 def workshop(folder: Path, store: Store | None = None, **fields: Any) -> BuildContext:
-    """Return the context of a builder for a folder; a store of its own is the default."""
+    """Return the context of a builder for a folder; the default is a new store."""
     sources = open_sources(local_roots=[folder])
     return BuildContext(store or MemoryStore(), sources, folder / "work", **fields)
 

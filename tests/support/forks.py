@@ -83,7 +83,7 @@ def inference_service(
 
 
 def builder_service(flags: Sequence[str], log: Path, environment: Mapping[str, str] = os.environ) -> Forked:
-    """Run the service with flags; what it logs is written at the end of a file."""
+    """Run the service with flags; the log is appended to a file."""
     return Forked(_run, "builder_service", list(flags), str(log), dict(environment))
 
 

@@ -27,7 +27,7 @@ def greedy_tokens(model: Any, prompt: Sequence[int], guess: Sequence[int]) -> li
 def choices_and_logprobs(
     model: Any, prompt: Sequence[int], answer: Sequence[int]
 ) -> tuple[list[int], list[float]]:
-    """Return the likeliest token at every place of an answer, and the log probabilities of its own."""
+    """Return the likeliest token at every place of an answer, and the log probabilities of the answer."""
     ids = torch.tensor([[*prompt, *answer[:-1]]])
     rows = torch.log_softmax(model(ids).logits[0, len(prompt) - 1 :], dim=-1)
     return rows.argmax(-1).tolist(), rows.gather(1, torch.tensor(answer)[:, None])[:, 0].tolist()

@@ -1,4 +1,4 @@
-"""An https server with an authority of its own, in a thread: what an address may meet."""
+"""An https server with its own authority, in a thread: the faults that an address may meet."""
 
 from __future__ import annotations
 

@@ -195,7 +195,7 @@ def _common(one: Any, other: Any, element: Any) -> Any:
 
 
 def _constant(numbers: Any, value: Any) -> Any:
-    """A number as it is beside a tensor; None where Triton has to say."""
+    """Return a number for use beside a tensor; None where Triton has to decide."""
     if type(value) is core.constexpr:
         value = value.value
     if numbers is np.bool_:

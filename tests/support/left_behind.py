@@ -117,7 +117,7 @@ class LeftBehind:
             self._known |= self._alive() - alive
 
     def pytest_fixture_post_finalizer(self, fixturedef: pytest.FixtureDef[Any]) -> None:
-        """Expect that it took back what it changed."""
+        """Check that the fixture reverted its changes."""
         if shared := self._shared.pop(fixturedef, None):
             self._change(shared.after, shared.before, shared.folders[::-1])
 

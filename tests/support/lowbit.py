@@ -180,7 +180,7 @@ def int8(weight: Tensor) -> Packed:
 
 
 def mxfp4(weight: Tensor) -> Packed:
-    """Experts [experts, in, out], kept turned, in blocks of 32 along what they read."""
+    """Quantise experts [experts, in, out], stored transposed, in blocks of 32 along the inputs."""
     values = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
     values = torch.cat([values, -values])
     blocks = weight.transpose(1, 2).unflatten(-1, (-1, 32))

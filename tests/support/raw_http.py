@@ -35,7 +35,7 @@ class RawClient:
             return int(head.split()[1]), await self.reader.readexactly(int(length[1]) if length else 0)
 
     async def ended(self) -> bytes:
-        """Wait until the server closes, and return what it said before."""
+        """Wait until the server closes, and return the bytes before."""
         try:
             async with bounded("the end of the connection"):
                 return await self.reader.read()

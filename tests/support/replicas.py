@@ -33,7 +33,7 @@ class Scripted(FakeInference):
         self.open = 0
 
     async def Generate(self, request: Any, context: Any) -> AsyncIterator[Any]:
-        """Do what was said."""
+        """Do what the test scripts."""
         self.headers += [value for name, value in context.invocation_metadata() if name == "x-loramux-model"]
         if self.refuses is not None:
             self.requests.append(request)

@@ -1,4 +1,4 @@
-"""Replicas with what operators see, and a builder that they ask, in this process and on sockets of its own."""
+"""Replicas with operator APIs and the builder that they call, in this process and on its sockets."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Built = tuple[World, MemoryStore]
 
 
 def copied(world: Built) -> Built:
-    """The same world with a store of its own, which may change."""
+    """Return the world with a copy of its store, which a test may change."""
     store = MemoryStore()
     for key in world[1].list(""):
         store.put(key, world[1].get(key))

@@ -1,4 +1,4 @@
-"""A tokenizer for what is served without a model, or with a tiny one."""
+"""A tokenizer for services without a model, or with a tiny one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``loramux up`` as a process of its own."""
+"""``loramux up`` as a separate process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An inference service whose models say what a test scripts, and refuse what it wants refused."""
+"""An inference service with models that a test scripts, in their answers and refusals."""
 
 # ruff: noqa: ARG002, N802 - the signatures and names of servicers are fixed
 
@@ -49,7 +49,7 @@ class Versions(inference_grpc.InferenceServiceServicer):
         return pb.ListModelsResponse(models=models)
 
     async def Generate(self, request: Any, context: Any) -> AsyncIterator[Any]:
-        """Say what is scripted, in two messages."""
+        """Stream the scripted answer in two messages."""
         self.heard.append(request)
         if request.model not in self.digests:
             raise ModelNotFound(f"no model {request.model!r}; served are base, a, b")

@@ -1,4 +1,4 @@
-"""An arena with a tiny real model: what it finds is what transformers and PEFT have."""
+"""An arena with a tiny real model, compared with transformers and PEFT."""
 
 from __future__ import annotations
 

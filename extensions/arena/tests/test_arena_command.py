@@ -1,4 +1,4 @@
-"""``loramux arena`` as it is typed: what it prints, how it ends, what it refuses beforehand."""
+"""``loramux arena``: output, exit status, and refusals before the run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An arena against scripted versions: what it asks, what it keeps, what it survives."""
+"""An arena against scripted versions: requests, stored answers, failures."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_few_versions_are_open_at_once() -> None:
 
 
 async def test_what_is_kept_is_not_asked_again(tmp_path: Path) -> None:
-    """A second run asks for what is new: another version, another sample, another version of the same name."""
+    """A second run asks for new answers only: another version, another sample, a new version of a name."""
     plan = replace(PLAN, temperature=1.0)
     first, _ = await hold(Versions(says), replace(plan, models=("base", "a")), tmp_path / "kept")
     service = Versions(says)
@@ -279,7 +279,7 @@ async def test_a_version_that_is_replaced_meanwhile_is_named(tmp_path: Path) -> 
 
 
 async def test_what_is_broken_off_is_kept(tmp_path: Path) -> None:
-    """A run that is cancelled has kept what was answered, and a second one asks for the rest."""
+    """A cancelled run has stored its answers, and a second run asks for the rest."""
     service = Versions(says)
     async with serving(service) as address, AsyncClient(inference=address) as client:
         with AnswerFile(tmp_path / "kept") as retained:

@@ -17,7 +17,7 @@ from loramux_shared.faults import RequestInvalid, SettingsInvalid
 
 
 def lines(path: Path, *provided: object) -> Path:
-    """Write lines: text as it is, anything else as JSON."""
+    """Write lines: text unchanged, anything else as JSON."""
     path.write_text("\n".join(each if isinstance(each, str) else json.dumps(each) for each in provided))
     return path
 

@@ -1,4 +1,4 @@
-"""The report of an arena in a real browser: it shows what was found, and answers stay text."""
+"""The report of an arena in a real browser: it shows the results, and answers stay text."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ async def tab(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[tuple[P
 
 @pytest_asyncio.fixture(loop_scope="module")
 async def page(tab: tuple[Page, str]) -> Page:
-    """The report as it is found when it is opened."""
+    """The report in a freshly opened page."""
     page, url = tab
     await page.appear(1280, 800)
     await page.open(url)

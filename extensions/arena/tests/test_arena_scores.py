@@ -130,7 +130,7 @@ QUESTION_TURNS: list[Message] = [{"role": "user", "content": "A or B?"}]
 
 @contextmanager
 def http(status: int, text: object, headers: dict[str, str] | None = None) -> Iterator[tuple[str, list[Any]]]:
-    """Answer everything alike; yields the address, and what was heard."""
+    """Answer every request alike; yields the address and the received requests."""
     received: list[Any] = []
 
     class Handler(BaseHTTPRequestHandler):

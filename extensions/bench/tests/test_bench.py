@@ -1,4 +1,4 @@
-"""``loramux bench``: its arithmetic, its two loops, and what it prints."""
+"""``loramux bench``: arithmetic, the open and the closed loop, and output."""
 
 from __future__ import annotations
 
@@ -159,7 +159,7 @@ def test_ctrl_c_ends_a_bench_with_its_figures(fakes: Fakes, tmp_path: Path) -> N
 
 
 def test_a_busy_client_is_said() -> None:
-    """A client near a whole core, or a late event loop, may be what was measured."""
+    """The report warns of a client near a whole core and of a late event loop."""
     assert not ClientLoad(0.3, 0.002).is_bottleneck
     assert ClientLoad(0.95, 0.002).is_bottleneck
     assert ClientLoad(0.3, 0.2).is_bottleneck

@@ -67,7 +67,7 @@ def doctor(*args: str | Path) -> tuple[int, str]:
 
 
 def test_extras_name_what_they_lack() -> None:
-    """An extra that names others needs what they need; those for development are left out."""
+    """An extra that includes others needs their packages; extras for development are left out."""
     requirements = [
         "typer>=0.15",
         "numpy>=2; extra == 'store'",
@@ -314,7 +314,7 @@ async def test_the_doctor_asks_all(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_the_doctor_asks_the_same_reader() -> None:
-    """A head that a family ties by default is there once on a GPU; a base that is refused has no sizes."""
+    """A head that a family ties by default counts once on a GPU; a refused base has no sizes."""
     gemma = {"architectures": ["Gemma2ForCausalLM"], "model_type": "gemma2"}
     untied = gemma | {"tie_word_embeddings": False}
     for device, times in (("cuda", 1), ("cpu", 0)):  # products of a CPU have a copy of their own

@@ -78,7 +78,7 @@ async def test_the_header_comes_before_the_body(fleet: Fleet) -> None:
 
 
 async def test_streams_of_one_model_spread(fleet: Fleet) -> None:
-    """No replica has much more than the mean of what is under way, though all of it is for one model."""
+    """No replica has much more than the mean of the open requests, though all are for one model."""
     streams = [fleet.client.generate("base", "WAIT") for _ in range(24)]
     answers = [[await anext(stream), await anext(stream)][1] for stream in streams]
     assert max(Counter(delta.text for delta in answers).values()) <= 1.25 * 24 / 3 + 1

@@ -1,4 +1,4 @@
-"""`loramux envoy`: what it prints, what it refuses, and that Envoy takes it."""
+"""`loramux envoy`: output, refusals, and Envoy's own check of the configuration."""
 
 from __future__ import annotations
 
@@ -171,7 +171,7 @@ def test_a_replica_has_one_place_on_both_rings() -> None:
     ],
 )
 def test_what_is_wrong_is_named(words: tuple[str, ...], expected: str) -> None:
-    """A bad argument ends with 2 and one line that says what was expected, and nothing is printed."""
+    """A bad argument is exit 2 with one line that names the expected value, and no output."""
     result = CliRunner().invoke(app, ["envoy", *words])
     assert (result.exit_code, result.stdout) == (2, "")
     assert expected in result.stderr

@@ -155,7 +155,7 @@ def test_what_stays_says_why(tmp_path):
 
 
 def test_nothing_of_a_deployment_goes_while_it_is_built(tmp_path):
-    """An update may refer to bundles of any generation, as long as it is in the journal."""
+    """An update may refer to bundles of any generation while the update is in the journal."""
     store = MemoryStore()
     for names in (["one"], ["two"], ["three"]):
         publish(tmp_path, store, *names)
@@ -206,7 +206,7 @@ def test_a_short_grace_waits_for_builds():
 
 
 def test_the_command(tmp_path):
-    """`loramux gc` lists, says what it would do, and removes only with --delete."""
+    """`loramux gc` lists the bundles, reports what a removal would free, and removes only with --delete."""
     store, address = LocalStore(tmp_path / "store"), f"file://{tmp_path}/store"
     publish(tmp_path, store, "one", "two")
     lost = digest(store, "two")
@@ -230,7 +230,7 @@ def test_the_command(tmp_path):
 
 
 def test_json_has_sizes_in_bytes(tmp_path: Path) -> None:
-    """``gc`` lists what it found with its sizes in bytes."""
+    """``gc`` lists its findings with their sizes in bytes."""
     digest = "ab" * 32
     orphan = tmp_path / f"bundles/sha256/{digest}/model.lora_weights.npy"
     orphan.parent.mkdir(parents=True)

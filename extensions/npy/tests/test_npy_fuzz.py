@@ -52,7 +52,7 @@ def _renumbered(data: bytes, rng: Random) -> bytes:
 
 
 def checked(folder: Path, rules: Rulebook) -> tuple[NpyAdapter, CheckedAdapter | None]:
-    """Read a folder, and check what is in it."""
+    """Read a folder, and check the result."""
     npy = read_npy_adapter(folder, rules.limits.base)
     if npy.file is None:
         return npy, None

@@ -25,7 +25,7 @@ def request(number: int, **fields: Any) -> dict[str, Any]:
 
 
 def written(path: Path, *lines: Any) -> Path:
-    """A file of JSON lines; text is written as it is."""
+    """Return a file of JSON lines; text is written unchanged."""
     path.write_text("".join(line if isinstance(line, str) else json.dumps(line) + "\n" for line in lines))
     return path
 
@@ -145,7 +145,7 @@ def test_wrong_lines_are_named_before_anything_is_sent(tmp_path: Path, line: Any
 
 
 def test_another_file_is_never_appended_to(tmp_path: Path) -> None:
-    """A file that is no output of a batch stays as it is."""
+    """A file that is no output of a batch is not changed."""
     other = written(tmp_path / "notes", "my notes\n", "more of them\n")
     with pytest.raises(RequestInvalid, match="no output of a batch"):
         Batch(written(tmp_path / "in", request(0)), other)
@@ -155,7 +155,7 @@ def test_another_file_is_never_appended_to(tmp_path: Path) -> None:
 def test_a_batch_runs_on_a_deployment_that_is_loaded_for_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """``--deployment`` answers with the model of the file; the command counts what was answered and refused."""
+    """``--deployment`` answers with the model of the file; the command counts answers and refusals."""
     world, _ = openai_world(tmp_path, built=False)
     file = written(
         tmp_path / "deployment.yaml",

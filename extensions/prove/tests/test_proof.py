@@ -214,7 +214,7 @@ def test_what_changes_nothing_has_no_effect(world: World, tmp_path: Path) -> Non
 def test_an_honest_bundle_is_served_in_every_type(
     world: World, float32: MemoryStore, bfloat16: MemoryStore, dtype: str
 ) -> None:
-    """Rounding of storage and of the replica stays within what is allowed."""
+    """The errors of rounding in the store and in the replica are within the tolerance."""
     for store in (float32, bfloat16):
         ready = world.load(store, dtype=dtype)
         assert [refusal(ready, name) for name in EVERY] == [None] * len(EVERY)
@@ -323,7 +323,7 @@ def test_another_base_under_the_same_adapter_is_caught(
 
 
 def test_a_truncated_adapter_is_proved_as_truncated(world: World) -> None:
-    """The reference truncates too, by its own means, so the proof is about what is served."""
+    """The reference truncates with its own code, so the proof is about the served weights."""
     store = MemoryStore()
     build_into(store, world, truncate_to_rank=3)
     assert manifest_of(store, "wide").ranks == (3,)

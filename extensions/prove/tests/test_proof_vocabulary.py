@@ -80,7 +80,7 @@ def test_the_reference_of_other_bases_is_transformers_and_peft(tmp_path: Path, c
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_an_honest_bundle_is_served(world: World, store: MemoryStore, dtype: str) -> None:
-    """Each part has an effect of its own, and rounding of the bundle and of the replica is allowed for."""
+    """Each part of an adapter has an effect, and the tolerance covers the rounding of bundle and replica."""
     ready = world.load(store, dtype=dtype)
     assert [refusal(ready, name) for name in EVERY] == [None] * len(EVERY)
     for name in EVERY:

@@ -26,7 +26,7 @@ def new_key(folder: Path, name: str = "key") -> tuple[SigningKey, str]:
 
 
 def new_certificate(folder: Path, name: str = "key") -> tuple[SigningKey, str]:
-    """A key with a certificate of an authority of its own, whose certificate is in a file too."""
+    """Return a key with a certificate of a new authority, whose certificate is in a file too."""
     authority = trustme.CA()
     issued = authority.issue_cert("signer@example.com")
     issued.private_key_pem.write_to_path(folder / f"{name}.pem")

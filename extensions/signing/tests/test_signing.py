@@ -133,7 +133,7 @@ def test_a_signature_that_was_changed_anywhere_is_refused_by_name(adapter, tmp_p
     ],
 )
 def test_what_names_no_signer_is_refused(tmp_path, text):
-    """A word is a signer, or the start ends with what is expected."""
+    """A setting that names no signer ends the start with the expected form."""
     with pytest.raises(ValueError, match=r"expected|sigstore|PEM|at most"):
         read_signer(text, tmp_path)
 

@@ -139,7 +139,7 @@ async def test_vectors_are_those_of_the_replica(gateway: Gateway, model: str) ->
 
 
 async def test_a_client_that_goes_away_frees_its_sequence(gateway: Gateway) -> None:
-    """The gateway aborts what it asked for."""
+    """The gateway aborts the requests of a client that disconnects."""
     stream = await gateway.through.chat.completions.create(
         model="base", messages=HELLO, max_tokens=200, stream=True, extra_body={"ignore_eos": True}
     )

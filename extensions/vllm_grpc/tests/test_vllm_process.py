@@ -38,7 +38,7 @@ def test_an_address_of_a_model_drains_with_the_replica(tmp_path: Path) -> None:
 
 
 def test_without_this_extension_there_are_no_addresses_of_models(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The start is refused before anything is loaded, and says what is missing."""
+    """The start is refused before the load, and names the missing package."""
     settings = InferenceSettings(deployment="any", model_ports=("wide=127.0.0.1:0",))
     process_of.require_services_of_models(settings)
     monkeypatch.setattr(extensions, "find_spec", lambda _: None)

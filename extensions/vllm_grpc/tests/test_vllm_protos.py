@@ -1,4 +1,4 @@
-"""Our words for others' messages, against the messages: what is on the wire is the same."""
+"""Our protos of vLLM's API have the same bytes on the wire as the original ones."""
 
 from __future__ import annotations
 

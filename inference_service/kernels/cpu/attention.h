@@ -1,4 +1,4 @@
-// Paged attention over the cache where it lies, and what writes to it.
+// Paged attention over the cache in place, and the writes to the cache.
 //
 //   K cache block of 16 positions:  [head_dim / P][16 positions][P]
 //   V cache block of 16 positions:  [16 / P][head_dim padded to 16][P]
@@ -119,7 +119,7 @@ template <class T> inline void announce(const T* data, const int32_t* blocks, in
 }
 
 // One kv head, up to TALL query rows that share it; row i of the tile may see positions [from[i], to[i]). Where there are
-// fewer rows, q[i] of the others is any row: what they give is not looked at. Where there are sinks, sink[i] is the score
+// fewer rows, q[i] of the others is any row, and their results are not read. Where there are sinks, sink[i] is the score
 // of what row i sees besides, and which has no value.
 template <class T, int TALL>
 void attend(const T* const* q, int rows, const int64_t* from, const int64_t* to, const T* keys, const T* values,

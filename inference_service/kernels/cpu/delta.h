@@ -1,6 +1,6 @@
 // The gated delta rule over states in slots: a short convolution of each sequence's rows, a state that decays and is
-// corrected row by row, and the norm and gate of what is read from it. Sums are float32, each over its index in order:
-// what a row gives depends on the rows of its sequence alone, not on how they come in chunks.
+// corrected row by row, and the norm and gate of the values read from it. Sums are float32, each over its index in order:
+// a row's result depends on the rows of its sequence alone, not on the chunks.
 #pragma once
 #include <vector>
 

@@ -12,7 +12,7 @@ namespace {
 constexpr double WORK_OF_ONE_THREAD = 60000;  // products; less is done before a second thread has woken up
 
 // Tasks [0, count) of a team: each thread does its own share from front to back, then helps with the others', so that a thread
-// whose core is taken away holds nobody up.
+// that loses its core does not delay the others.
 class Shares {
   struct alignas(64) Share { std::atomic<int64_t> next; int64_t end; };
   std::unique_ptr<Share[]> shares;
@@ -36,10 +36,10 @@ class Shares {
   }
 };
 
-// What a linear and its adapters make of x, or, without w, what the adapters add to out. A slot's adapters of all linears are
+// Computes a linear and its adapters of x, or, without w, adds the adapters' updates to out. A slot's adapters of all linears are
 // side by side: from one slot's to the next are apart of them. Threads take turns at rows of A, at columns of w, and, when all
-// of those are done, at columns of B. Where rows have several segments, parts say so, and the thread that adds to a row adds all of them,
-// one after the other: no two threads meet there, and the order is that of the segments.
+// of those are done, at columns of B. Where rows have several segments, parts say so, and one thread adds all segments of a row,
+// one after the other: no two threads write a row, and the order is that of the segments.
 template <class T>
 void linear(Product<T> base, const Adapter* adapters, int64_t apart, const Segment* segments, int64_t count, float* y,
             int64_t ldy, const Part* parts, int64_t threads) {

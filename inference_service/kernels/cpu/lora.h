@@ -14,8 +14,8 @@ namespace {
 struct Slice { int64_t rank; const void* b; int64_t column; int64_t columns; const float* vectors; };
 struct Adapter { const void* a; int64_t rows; int64_t slices; Slice slice[4]; };
 struct Segment { int64_t adapter; int64_t first; int64_t length; };
-// What a segment is of a mixture: the column of y where its ranks begin, how many segments from here on have the same rows (0
-// behind the first of them), and what its ranks are multiplied by.
+// A segment's part in a blend: the column of y where its ranks begin, how many segments from here on have the same rows (0
+// behind the first of them), and the factor of its ranks.
 struct Part { int64_t column; int64_t count; double scale; };
 
 constexpr int PAGE_AHEAD = 64;  // lane vectors in a page: the processor does not fetch beyond the end of one by itself
@@ -64,7 +64,7 @@ void shrink_tokens(const T* x, int64_t ldx, int64_t K, const T* a, int rows, flo
     shrink_tile<T, TOKENS, 1>(from, a + r * stride, stride, full, tail, rest > 0, y + r, ldy);
 }
 
-// Of the columns of a tile: c and d of each, or null.
+// The vectors c and d of a tile's columns, or null.
 struct Vectors {
   const float *c, *d;
   inline vf of(vf x, int column) const { return c ? multiply_add(load16(d + column), x, load16(c + column)) : x; }

@@ -66,7 +66,7 @@
 #ifndef ONLY_BFLOAT16
 EXPORT(float, float32)
 
-// The instructions that it was compiled for, in words.
+// The instruction set of this build, as text.
 extern "C" const char* instructions() {
 #if defined(__AVX512BF16__)
   return "AVX-512 with bfloat16";

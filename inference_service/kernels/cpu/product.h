@@ -54,7 +54,7 @@ template <int WIDE> struct Stored {
   }
 };
 
-// sums[t][c] (+)= x[t] . w of TALL rows and WIDE tiles of 16 columns, over units of K in order: what a row gives does not depend
+// sums[t][c] (+)= x[t] . w of TALL rows and WIDE tiles of 16 columns, over units of K in order: a row's result does not depend
 // on the rows beside it.
 template <class U, class W, int TALL, int WIDE, class From>
 __attribute__((noinline)) void sum_tiles(const typename U::Value* x, int64_t ldx, From& weights, int units, float* sums, bool fresh) {

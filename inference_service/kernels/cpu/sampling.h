@@ -108,7 +108,7 @@ struct Support {
     return __builtin_convertvector(distance < float(BUCKETS - 1) ? distance : splat(BUCKETS - 1), vi);
   }
 
-  // Keep what comes before the bucket, and of the bucket so many as `more` takes, the largest first; at least one.
+  // Keep the tokens before the bucket, and as many of the bucket as `more` takes, the largest first; at least one.
   template <class F> void cut(int wanted, F more) {
     some.clear();
     for (int64_t i = 0; i < size; i += LANES) {

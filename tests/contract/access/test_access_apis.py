@@ -156,7 +156,7 @@ async def test_what_does_not_exist_asks_for_a_key_too(guarded: Any) -> None:
 
 @pytest.mark.parametrize("endpoint", ENDPOINTS, ids=lambda each: f"{each.method} {each.path}")
 async def test_every_route_asks_for_a_key(endpoint: Any, service: GenerationService) -> None:
-    """Every route is served; all but health and the page ask for a key with the scope of what they do."""
+    """Every route is served; all but health and the page require a key with the scope of the route."""
     transport = httpx.ASGITransport(app=create_app(service, RING))
     path = endpoint.path.replace("{model:path}", "base").replace("{name:path}", "wide")
     figures, operators = (

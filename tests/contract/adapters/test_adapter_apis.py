@@ -56,7 +56,7 @@ async def web(replica: Operated, tmp_path: Path) -> AsyncIterator[httpx.AsyncCli
 
 
 async def test_adapters_over_grpc(client: AsyncClient, replica: Operated) -> None:
-    """Every field of a view arrives; pins, loads and rollbacks do what they say."""
+    """Every field of a view arrives; pins, loads and rollbacks take effect."""
     replica.residency.hold(replica.adapter("one"), in_flight=2, used_s=0.0)
     one, two = await client.adapters()
     assert (one.name, one.digest, one.tier, one.residency) == ("one", digest_of(1), "device", "resident")

@@ -85,7 +85,7 @@ def test_kill_9_at_any_touch_of_the_disk_leaves_no_wrong_bundle(local, tmp_path,
 def filling(
     limit: int, kills: bool, cache: Path, store: Path, digests: list[str]
 ) -> tuple[Forked, TextIOWrapper]:
-    """A process that loads bundles onto a disk of a size, and what it says."""
+    """A process that loads bundles onto a disk of a size, and its output."""
     reads, writes = multiprocessing.Pipe(duplex=False)
     with writes:
         process = Forked(fills, limit, kills, cache, store, digests, writes)

@@ -1,4 +1,4 @@
-"""Builds that end before they are done, and what they leave: cancels, deadlines, restarts, other builders."""
+"""Builds that end early: cancels, deadlines, restarts, other builders."""
 
 from __future__ import annotations
 

@@ -230,7 +230,7 @@ TOKEN = "hf_not_a_real_one"  # noqa: S105 - of the small hub
 
 
 def card(relation: str, parent: str) -> HubRepo:
-    """A repository that says what it was made from, and has nothing else."""
+    """Return a repository with nothing but a card that names the parent model."""
     return HubRepo({"main": COMMIT}, {}, card={"base_model": parent, "base_model_relation": relation})
 
 
@@ -268,7 +268,7 @@ def deployment(folder: Path, base: str = "", **adapters: str) -> Deployment:
 
 
 def found_by(required: Deployment, context: BuildContext) -> tuple[Built, dict[str, str]]:
-    """Build, and return what was found of the bases' names, by adapter."""
+    """Build, and return the findings about base names, by adapter."""
     done = built(required, context)
     warnings = {name: done.warnings(name) for name in required.build.lora_adapters}
     return done, {name: each.found for name in warnings for each in warnings[name] if each.code == "W_BASE"}
@@ -281,7 +281,7 @@ def models_asked(hub: Hub) -> list[str]:
 
 
 def test_copies_are_the_base_and_others_are_named(hub: Hub, context: BuildContext, tmp_path: Path) -> None:
-    """A build asks once for each model; what it was told stays with the generation, and no token was shown."""
+    """A build asks once for each model; the generation stores the answer, and no request shows a token."""
     hub.repos["some/private"] = HubRepo({"main": COMMIT}, {}, token=TOKEN, card={"base_model": "lab/Tiny-1B"})
     names = {"one": "some/copy", "two": "some/copy-of-it", "three": "some/tuned", "four": "some/tuned"}
     expected = deployment(tmp_path, **names, five="some/private", six="unsloth/Tiny-1B-bnb-4bit")
@@ -313,7 +313,7 @@ def test_the_deployment_s_base_may_be_the_copy(hub: Hub, context: BuildContext, 
 def test_no_failure_of_the_question_fails_a_build(
     hub: Hub, context: BuildContext, tmp_path: Path, status: int, questions: int
 ) -> None:
-    """The warning is what it is without the hub, and a hub that does not answer is asked once."""
+    """A failing hub leaves the warning unchanged, and is asked once."""
     hub.repos["some/copy"].status = hub.repos["some/tuned"].status = status
     _, found = found_by(deployment(tmp_path, one="some/copy", two="some/tuned"), context)
     assert found == {"one": "some/copy", "two": "some/tuned"}

@@ -65,7 +65,7 @@ class World(Builders):
         return await self.ended()
 
     async def ended(self) -> DeploymentInfo:
-        """The last state of the deployment; raises what it failed with."""
+        """Return the last state of the deployment; raises the failure of a build."""
         *_, last = [info async for info in self.client.watch("tiny")]
         if last.state is DeploymentState.FAILED and last.failure:
             raise last.failure
@@ -333,7 +333,7 @@ async def test_a_push_says_what_the_folder_has_instead_of_weights(world: World) 
 
 
 async def test_a_build_keeps_a_pushed_adapter_that_its_file_names(world: World) -> None:
-    """source: PUSHED means what was pushed under that name, and a file may give it another one."""
+    """source: PUSHED means the adapter that was pushed under that name; a file may rename it."""
     pushed = await world.client.push("tiny", "two", world.folder / "two")
     named = world.deployment("one")
     adapters = {**named.build.lora_adapters, "2": Repository(source=SourceKind.PUSHED, repo="two")}
@@ -367,7 +367,7 @@ async def test_what_a_push_is_refused_for(world: World) -> None:
 
 
 async def parts(*messages: pb.PutAdapterRequest) -> AsyncIterator[pb.PutAdapterRequest]:
-    """An upload as a client of its own would send it."""
+    """Return the messages of an upload, as a client written from the protos would send them."""
     for message in messages:
         yield message
 

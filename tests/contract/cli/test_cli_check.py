@@ -1,4 +1,4 @@
-"""``loramux check`` and ``prove``: what they print, what machines get, how they end."""
+"""``loramux check`` and ``prove``: text, JSON and exit status."""
 
 from __future__ import annotations
 

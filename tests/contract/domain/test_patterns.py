@@ -101,7 +101,7 @@ def test_patterns_mean_what_they_mean_to_peft(patterns):
 def test_a_pattern_cannot_block_the_builder(
     field: str, pattern: str, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A pattern that would take years or gigabytes is given up, and leaves this process as it is."""
+    """A pattern that would take years or gigabytes is stopped, without an effect on this process."""
     monkeypatch.setattr(patterns, "BOUNDS", replace(patterns.BOUNDS, cpu_s=0.1))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     question = {**SILENT, field: pattern if field.endswith("modules") else [pattern]}

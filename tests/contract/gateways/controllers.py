@@ -114,7 +114,7 @@ class Router:
     web: httpx.AsyncClient
 
     async def discover(self, url: str) -> list[dict[str, Any]]:
-        """Return what it keeps of each model; the first is a replica's name to older routers."""
+        """Return the router's entry of each model; older routers read the first as a replica's name."""
         answer = await self.web.get(f"{url}/v1/models", headers={"Authorization": "Bearer any"})
         fields = ("id", "created", "owned_by", "root", "parent")
         return [{name: each[name] for name in fields} for each in answer.raise_for_status().json()["data"]]

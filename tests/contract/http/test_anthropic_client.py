@@ -77,7 +77,7 @@ async def scripted(folder: Path, guard: Guard = NOBODY_GUARDS) -> AsyncIterator[
 
 
 async def test_an_answer(claude: AsyncAnthropic, api: OpenAIApi) -> None:
-    """A message says what gave it, how it ended, and what it cost."""
+    """A message has its model, its stop reason and its usage."""
     answer = await claude.messages.create(**FIELDS, system="Be brief.")
     assert (answer.type, answer.role, answer.model) == ("message", "assistant", "rs")
     assert answer.id.startswith("msg_")
@@ -292,7 +292,7 @@ async def test_keys_come_in_either_header(tmp_path: Path) -> None:
 
 
 async def test_blocks_come_one_after_the_other(tmp_path: Path) -> None:
-    """Text before a call is a block of its own, spaces alone are none; a stream adds up to the whole."""
+    """Text before a call is a separate block, blanks alone are none; a stream adds up to the whole."""
     call = '<tool_call>{"name": "Paint", "argu|ments": {"color": "red"}}</tool_call>'
     fields = SENT | {"tools": [PAINT]}
     expected = ["text:Let me see.", 'tool_use:{"color": "red"}', "tool_use:{}", "text:Done."]

@@ -59,7 +59,7 @@ async def test_models(api: OpenAIApi) -> None:
 
 
 async def test_a_chat(api: OpenAIApi) -> None:
-    """An answer says what gave it and what it cost."""
+    """A chat completion has its model and its usage."""
     answer = await api.openai.chat.completions.create(**GREEDY, max_completion_tokens=5)
     [choice] = answer.choices
     assert (choice.message.role, choice.finish_reason, choice.index) == ("assistant", "length", 0)

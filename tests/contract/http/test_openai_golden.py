@@ -11,7 +11,7 @@ from tests.golden.openai.script import CASES, FOLDER, described, path_of, transc
 
 @pytest.mark.parametrize("name", CASES)
 async def test_transcripts_are_the_kept_ones(name: str, tmp_path: Path) -> None:
-    """An answer is byte for byte what it was, but for its ids and its time."""
+    """An answer has the recorded bytes, but for ids and time."""
     assert await transcript(CASES[name], tmp_path) == path_of(name).read_bytes()
 
 

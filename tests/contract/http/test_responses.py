@@ -148,7 +148,7 @@ async def test_log_probabilities_are_those_of_what_is_said(api: TalkerApi) -> No
 
 
 async def test_the_response_tells_what_was_asked(api: TalkerApi) -> None:
-    """Fields come back as they count: what was asked, else what the server took."""
+    """The response repeats the fields of the request, with defaults for the others."""
     requests = {
         "instructions": "Be brief.",
         "max_output_tokens": 9,
@@ -396,7 +396,8 @@ async def test_what_is_refused_is_named(api: TalkerApi, fields: dict[str, Any], 
 
 
 async def test_null_is_not_set_within_items(api: TalkerApi) -> None:
-    """Clients send all the fields that they know, also in what they give back."""
+    """Null fields within items are unset: clients send all fields that they know, also of earlier output.
+    """
     api.talker.say("Ahoy")
     item = {"role": "user", "content": "Hi", "no_such_field": None, "phase": None}
     assert (await api.post(PATH, model="pirate", input=[item], no_such_field=None)).status_code == 200

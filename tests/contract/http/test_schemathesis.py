@@ -123,7 +123,7 @@ def configuration() -> str:
 
 
 async def judge(judged: Judged, folder: Path, *arguments: str) -> str:
-    """Run the command, and return what it printed; the test fails where it found something."""
+    """Run the command, and return its output; the test fails where the command finds a fault."""
     (folder / "openapi.json").write_text(json.dumps(judged.document))
     (folder / "schemathesis.toml").write_text(configuration())
     shutil.copy(HOOKS / "hooks.py", folder)

@@ -48,7 +48,7 @@ class Replica:
         self.addresses = addresses
 
     async def stream(self, tokens: int = LONG) -> RawClient:
-        """Begin an answer on a connection of its own, and read its first token."""
+        """Begin an answer on a new connection, and read its first token."""
         client = await RawClient.open(self.addresses["http"])
         body = {"model": MODEL, "prompt": [5, 6, 7], "max_tokens": tokens, "ignore_eos": True, "stream": True}
         data = json.dumps(body).encode()

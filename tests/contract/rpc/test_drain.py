@@ -52,7 +52,7 @@ async def refusal_of(client: RawClient) -> tuple[int, bool, str | None]:
 
 
 async def passes(count: int = 3) -> None:
-    """Let the loop, which serves as well, handle what has come."""
+    """Let the loop, which also serves, handle received data."""
     for _ in range(count):
         await asyncio.sleep(0)
 

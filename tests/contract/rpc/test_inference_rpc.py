@@ -403,7 +403,7 @@ async def test_long_prompts_are_scored_in_several_messages(api: RpcApi) -> None:
 
 
 async def test_logprobs_come_with_bytes(api: RpcApi) -> None:
-    """The tokens of an answer and their alternatives say what they stand for."""
+    """The tokens of an answer and their alternatives come with their bytes."""
     completion = await api.client.complete("base", PROMPT, logprobs=3, **SAMPLED)
     for token, item in zip(completion.token_ids, completion.logprobs, strict=True):
         assert item.token == api.ready.service.text.token_bytes(token)
@@ -502,7 +502,7 @@ async def test_arguments_that_are_no_object_are_refused(api: RpcApi) -> None:
 
 
 async def test_masks_and_stops_reach_the_draw(api: RpcApi) -> None:
-    """Allowed tokens, bad words and kept stop texts do here what they do over HTTP."""
+    """Allowed tokens, bad words and included stop texts work as over HTTP."""
     allowed: dict[str, Any] = {"max_tokens": 30, "temperature": 50.0, "seed": 3, "allowed_token_ids": [36, 37]}
     free = await api.client.complete("base", PROMPT, **allowed)
     assert set(free.text) == {"A", "B"}

@@ -201,7 +201,7 @@ async def test_a_preempted_answer_goes_on_where_it_was(world: tuple[World, Memor
 
 
 async def test_drafts_change_no_constrained_answer(world: tuple[World, MemoryStore]) -> None:
-    """Drafted is what a grammar leaves no choice about, and what was said before; no answer changes."""
+    """Drafts of forced tokens and of earlier text change no constrained answer."""
     again = {"max_tokens": 60, "temperature": 0.0}
     found, accepted = [], []
     for tokens in (0, 8):

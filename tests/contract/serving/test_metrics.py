@@ -53,7 +53,7 @@ def test_names_are_the_kept_ones() -> None:
 
 
 async def test_requests_are_counted_by_model(api: OpenAIApi) -> None:
-    """Requests, answers of n, prompt, cached and generated tokens of each model are what was asked for."""
+    """Metrics count requests, answers of n, and prompt, cached and generated tokens by model."""
     for body in (FIELDS | {"model": "rs"}, FIELDS | {"model": "rs", "n": 3}, FIELDS | {"model": "base"}):
         assert (await api.post("/v1/completions", **body)).status_code == 200
     metrics = await scrape(api)

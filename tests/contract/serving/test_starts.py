@@ -1,4 +1,4 @@
-"""Services that start while what they need does not answer."""
+"""Services that start while a dependency does not answer."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def silent() -> Iterator[str]:
 
 @contextmanager
 def started(module: str, endpoint: str, folder: Path) -> Iterator[tuple[Forked, Path]]:
-    """Start a service on a store at an endpoint; yields its process and what it logs."""
+    """Start a service on a store at an endpoint; yields its process and its log."""
     environment = {
         "AWS_ENDPOINT_URL_S3": endpoint,
         "AWS_ACCESS_KEY_ID": "key",
@@ -127,7 +127,7 @@ def test_a_pause_before_a_source_is_asked_again_can_be_ended() -> None:
 
 @pytest.mark.parametrize("api", ["grpc", "http"])
 def test_a_taken_address_is_told_before_anything_is_read(api: str, silent: str, tmp_path: Path) -> None:
-    """A replica that cannot listen says so at once, not after it has loaded what it cannot serve."""
+    """A replica with a taken address fails at once, before it loads a model."""
     addresses = {"grpc": "127.0.0.1:0", api: silent.removeprefix("http://")}
     settings = load_settings(InferenceSettings, deployment="none", store=f"file://{tmp_path}", **addresses)
     with pytest.raises(

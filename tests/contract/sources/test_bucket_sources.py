@@ -142,7 +142,7 @@ def test_an_object_that_changes_is_no_mix(cloud, tmp_path):
 
 
 def test_answers_have_their_reasons(cloud):
-    """A bucket that is not there, a key that does not open it and an address of another kind are told apart."""
+    """A missing bucket, a wrong key and an address of another kind have different errors."""
     cloud.fill(FILES)
     with pytest.raises(RepoNotFound, match=r"no such (bucket|container)"):
         cloud.source().resolve(cloud.repo(cloud.absent))

@@ -114,7 +114,7 @@ def test_concurrent_puts_do_not_mix(store: Store) -> None:
 
 
 def test_a_taken_file_is_gone_and_stored(store: Store, tmp_path: Path) -> None:
-    """Take stores a file's content under a key, replaces what was there, and leaves no file."""
+    """Take stores a file's content under a key, replaces an older object, and removes the file."""
     for content in (b"first", b"the second one"):
         file = tmp_path / "file"
         file.write_bytes(content)

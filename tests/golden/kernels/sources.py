@@ -54,7 +54,7 @@ def _of(package: str, architecture: int) -> Iterator[tuple[str, str]]:
 
 
 def _ignore_its_place(kernel: Any) -> None:
-    """Lines above a kernel and what it calls, which Triton counts, make nothing else of it."""
+    """Triton hashes the lines above a kernel and its callees: hash none, as they change nothing else."""
     from triton.runtime.jit import JITCallable
 
     for function in [*kernel.__globals__.values()]:

@@ -1,4 +1,4 @@
-"""Operations of another architecture under qemu, for tests: they show what is computed, and not how fast.
+"""Operations of another architecture under qemu, for tests of results, not of speed.
 
 The tests run in a process whose heap is a file (``shared_heap.c``). The operations run in an emulated process
 that maps it at the same address (``server.cpp``), so a call needs only its arguments.
@@ -27,13 +27,13 @@ SERVER, HEAP = "EMULATED_SERVER", "SHARED_HEAP"
 
 
 def missing() -> str | None:
-    """Return what is not installed; None where nothing is missing."""
+    """Return the names of missing tools; None where nothing is missing."""
     found = [name for name in (COMPILER, EMULATOR, "gcc") if shutil.which(name) is None]
     return f"{', '.join(found)} not found (Debian: g++-aarch64-linux-gnu, qemu-user)" if found else None
 
 
 def run_tests(folder: Path, tests: Sequence[str]) -> subprocess.CompletedProcess[str]:
-    """Run tests in a process whose compiled operations are those of 64-bit ARM; folder takes what is made."""
+    """Run tests in a process with compiled operations of 64-bit ARM; folder gets the build."""
     heap, server, preload = folder / "heap", folder / "server", folder / "heap.so"
     subprocess.run(["gcc", "-O2", "-shared", "-fPIC", HERE / "shared_heap.c", "-o", preload], check=True)
     [kind] = KINDS["aarch64"]

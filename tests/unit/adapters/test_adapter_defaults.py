@@ -30,7 +30,7 @@ MESSAGES = [{"role": "user", "content": "Hello"}]
 
 
 def write(folder: Path, **files: Any) -> None:
-    """Write text files: ``chat_template`` as it is, the others as JSON."""
+    """Write text files: ``chat_template`` unchanged, the others as JSON."""
     names = {
         "chat_template": TEXT_FILES[0],
         "generation_config": TEXT_FILES[1],

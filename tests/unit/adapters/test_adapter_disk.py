@@ -100,7 +100,7 @@ def test_a_damaged_file_is_found_and_the_bundle_fetched_again(store, folder, tmp
 
 
 def test_the_oldest_bundles_leave(store, folder):
-    """Above the bound, what was not used for longest leaves; what was read last stays."""
+    """The least recently used bundles leave above the bound, and a bundle that was just read stays."""
     first, second, third = store.digests
     room = size_of(store, first) + size_of(store, second) + size_of(store, third) // 2
     disk = DiskTier(folder, room)
@@ -116,7 +116,7 @@ def test_the_oldest_bundles_leave(store, folder):
 
 
 def test_what_other_replicas_kept_counts_too(store, folder):
-    """The bound holds for the folder, though each replica knows only what it put there itself."""
+    """The bound holds for the folder, though each replica knows only its own bundles."""
     first, second, third = store.digests
     room = size_of(store, first) + size_of(store, second) + size_of(store, third) // 2
     keep(store, DiskTier(folder, room), first)

@@ -188,7 +188,7 @@ def test_counters_of_a_model_only_grow_or_restart() -> None:
 
 
 def test_a_histogram_adds_up() -> None:
-    """Each bucket holds what is below it; sum and count are those of all."""
+    """Each bucket counts the values below its bound; sum and count are those of all values."""
     series = ModelSeries([COUNTED], [TOOK])
     for seconds in (0.05, 0.1, 0.5, 3.0):
         series.observe(TOOK.name, "a", seconds)

@@ -118,7 +118,7 @@ def test_what_is_not_known_is_told_once_it_was_read() -> None:
 
 
 def test_a_generation_is_taken_over_in_one_step() -> None:
-    """New names are there, changed ones switched, removed ones gone, and what a request has is what it had."""
+    """A generation adds, switches and removes names in one step, and a running request keeps its adapter."""
     names = catalog({"keeps": "one", "changes": "two", "goes": "three"})
     retained, changed = names.get("keeps"), names.get("changes")
     changes = names.apply(generation(2, {"keeps": "one", "changes": "four", "comes": "five"}))
@@ -143,7 +143,7 @@ def test_equal_digests_share_a_handle() -> None:
 
 
 def test_the_base_can_be_renamed_and_hidden() -> None:
-    """A generation says how the base is called and whether it is; it stays what it is."""
+    """A generation can rename and hide the base, whose weights stay the same."""
     names = catalog({"a": "one"})
     names.apply(generation(2, {"a": "one", "base": "two"}, served_model_name="other"))
     assert [model.name for model in names] == ["other", "a", "base"]
@@ -198,7 +198,7 @@ def test_digits_of_several_versions_are_refused() -> None:
 
 
 def test_a_rollback_makes_no_second_version() -> None:
-    """A digest that is served again is the present one, and what was learnt of it is known."""
+    """A rollback to an earlier digest reuses its version, and the learnt limits with it."""
     names = catalog({"a": "one"}, summary=None)
     names.know(digest("one"), ranks=(4,))
     names.apply(generation(2, {"a": "two"}, summary=None))
@@ -209,7 +209,8 @@ def test_a_rollback_makes_no_second_version() -> None:
 
 
 def test_the_base_may_stand_before_a_name() -> None:
-    """Only where no model is called so; and never the base for a name that is not there."""
+    """The prefix "base:" is dropped where no model has the whole name; an unknown name is never the base.
+    """
     names = catalog({"a": "one", "base:b": "two", "b": "three"})
     assert names.resolve("base:a") is names.get("a")
     assert names.resolve("base:b").digest == digest("two")
@@ -268,7 +269,7 @@ def test_a_caller_gets_no_model_through_another_name() -> None:
 
 
 def test_thousands_of_adapters_are_cheap() -> None:
-    """A registered adapter costs less than 2 KB here, and a switch of one leaves all others what they were."""
+    """A registered adapter costs less than 2 KB, and a switch of one changes no other."""
     adapters = {f"adapter-{number:05}": f"d{number:05}" for number in range(2_000)}
     first = generation(1, adapters)
     names = Catalog(1, "base", [BASE])
@@ -386,7 +387,7 @@ def test_whatever_is_asked_for_is_named_or_refused(query: str) -> None:
 @settings(max_examples=examples(30))
 @given(st.lists(st.tuples(st.sampled_from("ab"), st.floats(-8, 8)), min_size=1, max_size=8))
 def test_what_a_mixture_is_called_asks_for_it(parts: list[tuple[str, float]]) -> None:
-    """A blend's name means in full precision what was written, with blanks or without."""
+    """A blend's name has the weights in full precision, with blanks or without."""
     texts = (sign.join(f"{name}*{scale!r}" for name, scale in parts) for sign in ("+", " + "))
     read = [written(text) for text in texts]
     assert read == [tuple(ScaledAdapter(name, scale) for name, scale in parts)] * 2

@@ -146,7 +146,7 @@ async def test_what_is_damaged_is_never_applied_and_tried_again(store, damage):
 
 
 async def test_a_store_that_is_away_is_logged_once_and_when_it_is_back(store):
-    """Between the two lines the replica serves what it has."""
+    """A lost store is a log line, and its return another; the replica serves on in between."""
     with capture_logs() as logs:
         async with Replica(store) as replica:
             store.away = True
@@ -349,7 +349,7 @@ SAME_BASE = {
     ],
 )
 def test_what_needs_a_restart(fields, reason):
-    """Names and versions come and go; what was sized or loaded at the start does not."""
+    """Names and versions can change; sizes and weights of the start need a restart."""
     found = needs_restart(generation("one"), generation("one", **fields))
     assert (found is None) if reason is None else (found is not None and reason in found)
 

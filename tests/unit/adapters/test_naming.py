@@ -36,7 +36,7 @@ def naming(*others: str, catch_up: Callable[[int], Awaitable[None]] | None = Non
 
 
 async def test_the_name_is_looked_up_after_catching_up() -> None:
-    """A client that has published reads what it wrote, by every name, and the answer says so."""
+    """A client that has published reads its own write by every name, and the answer names the generation."""
     requests: list[int] = []
 
     async def catch_up(number: int) -> None:

@@ -50,7 +50,7 @@ def test_other_geometries_are_refused_by_name(word, config):
     ids=["counts", "layer_types", "head_dim", "text_config"],
 )
 def test_words_that_say_nothing(config):
-    """Counts of zero, nulls, and the decoder of a model that has no images leave a base as it is."""
+    """Counts of zero, nulls, and the decoder of a model without images have no effect."""
     assert read_fields(BASE_CONFIG | config) == read_fields(BASE_CONFIG)
 
 

@@ -41,7 +41,7 @@ def read_deployment(store: Path, name: str) -> dict[str, list[dict[str, Any]]]:
 
 
 def checked(path: Path, sha256: str) -> bytes:
-    """The bytes of a file that are what was promised."""
+    """Return the bytes of a file after a check of its digest."""
     data = path.read_bytes()
     assert hashlib.sha256(data).hexdigest() == sha256
     return data

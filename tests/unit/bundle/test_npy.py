@@ -85,7 +85,7 @@ def test_a_file_that_is_read_back_is_the_same(tmp_path):
 
 
 def test_a_file_that_someone_else_writes_to_is_found(tmp_path):
-    """A file that does not have the size that was written is not what was meant: None."""
+    """A file with another size than the written one is refused: None."""
 
     def pieces():
         yield b"content"

@@ -68,7 +68,7 @@ def test_a_missing_or_short_file_is_found(store, name):
 
 @pytest.mark.parametrize("name", FILES)
 def test_a_file_that_is_larger_than_its_manifest_says_is_not_read(store, name):
-    """RECORD_TOO_LARGE names the file and both sizes; a manifest has a bound of its own."""
+    """RECORD_TOO_LARGE names the file and both sizes; manifests have a separate bound."""
     key = bundle_key(digest_of(store), name)
     size = bound_of(key) if name == "manifest.json" else len(store.objects[key])
     store.objects[key] = bytes(size + 1)

@@ -129,7 +129,7 @@ def test_lists_of_names_end() -> None:
 
 
 def screen_of(height: int = 12) -> tuple[StringIO, Screen]:
-    """A terminal, and what it is sent."""
+    """A terminal, and the bytes that it receives."""
     sent = StringIO()
     return sent, Screen(file=sent, force_terminal=True, width=100, height=height)
 

@@ -1,4 +1,4 @@
-"""The command line against scripted services: what it prints and how it ends."""
+"""The command line against scripted services: output and exit status."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_a_misspelt_key_is_named(tmp_path: Path) -> None:
 
 
 def test_no_server_is_one_line() -> None:
-    """A service that is not there is said in one line."""
+    """An unreachable service is an error of one line."""
     code, _, errors = run("models", "--grpc", "127.0.0.1:1")
     assert code == 3
     assert re.fullmatch(r"error: SERVER_UNAVAILABLE: no answer from 127\.0\.0\.1:1: .*\n", errors)
@@ -159,7 +159,7 @@ def test_who_generates_no_text_is_told_what_it_is_asked_for() -> None:
 
 
 def test_chat_answers_each_line_of_a_pipe(fakes: Fakes) -> None:
-    """Each line of piped input is a conversation of its own."""
+    """Each line of piped input is a separate conversation."""
     code, text, _ = run("chat", "lora1", "--grpc", fakes.inference_address, text="hello\n\nagain\n")
     assert code == 0
     assert text == "the grey sea sings (1)\n" * 2
@@ -184,7 +184,7 @@ def test_chat_without_a_name_is_with_the_first_model(fakes: Fakes) -> None:
 
 
 def test_health(fakes: Fakes) -> None:
-    """``health`` says SERVING with exit 0, and fails for a server that is not there."""
+    """``health`` prints SERVING with exit 0, and fails where no server answers."""
     assert run("health", fakes.builder_address) == (0, "SERVING\n", "")
     service = "loramux.inference.v1.InferenceService"
     assert run("health", fakes.inference_address, "--service", service)[0] == 0

@@ -47,7 +47,7 @@ def run(*args: str) -> tuple[int, str, str]:
 
 @contextmanager
 def api(replica: Operated, guard: Guard = NOBODY_GUARDS) -> Iterator[tuple[str, Callable[..., Any]]]:
-    """Yield the address of a replica's gRPC API, which runs in a thread of its own, and a call in its loop."""
+    """Yield the address of a replica's gRPC API, which runs in a thread, and a call in its loop."""
     add: Any = inference_pb2_grpc.add_InferenceServiceServicer_to_server
     services = {
         SERVICE_NAME: partial(register, AdapterServicer(replica.manager)),

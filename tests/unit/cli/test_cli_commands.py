@@ -103,7 +103,7 @@ def test_a_table_that_fits_has_a_line_for_each_row() -> None:
 
 
 def test_cells_go_on_between_words_before_rows_become_blocks() -> None:
-    """The column with several words gives way first; then each row is a block of what it says."""
+    """The column with several words wraps first; then each row becomes a block."""
     wrapped, blocks = _lines(43), _lines(42)
     assert sum("bård" in line or "mlp" in line for line in wrapped) == 2
     assert "model      bård" in blocks

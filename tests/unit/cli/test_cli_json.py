@@ -39,7 +39,7 @@ def test_models(fakes: Fakes) -> None:
 
 
 def test_health(fakes: Fakes) -> None:
-    """``health`` says where it asked and what it heard."""
+    """``health`` has the address and the answer."""
     [document] = documents("health", fakes.builder_address)
     assert document["status"] == "SERVING"
     assert document["address"] == fakes.builder_address

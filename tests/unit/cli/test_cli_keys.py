@@ -105,7 +105,7 @@ def test_a_key_with_limits(tmp_path: Path) -> None:
 
 
 def test_what_keys_refuses(tmp_path: Path) -> None:
-    """An id twice, an unknown one, a limit on admin and a folder that is not there end in a line and exit 2."""
+    """A repeated id, an unknown id, a limit on admin and a missing folder are one line and exit 2."""
     path = str(tmp_path / "keys.jsonl")
     assert run("keys", "new", "--scope", "infer", "--id", "ci", "--file", path)[0] == 0
     for args, stated in (

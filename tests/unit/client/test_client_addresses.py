@@ -19,7 +19,7 @@ def test_lists_are_split() -> None:
 
 
 def test_what_is_no_address_is_named() -> None:
-    """A wrong address is refused with what was expected."""
+    """A wrong address is refused with the expected form."""
     for wrong in (
         "", ",", "a", "a:b", "a:1,b", "http://a:1,b:1", "dns:///", "dns:///a", "dns://a:1", ":1", "a:99999",
     ):  # fmt: skip

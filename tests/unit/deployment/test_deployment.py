@@ -387,7 +387,7 @@ def test_a_revision_that_yaml_reads_as_a_number_or_date(tmp_path: Path, revision
     ],
 )
 def test_what_is_no_deployment_file(tmp_path: Path, text: str, expected: str) -> None:
-    """Text that is no mapping, or no YAML, is refused with what was found and where."""
+    """Text that is no mapping or no YAML is refused with the finding and its place."""
     assert expected in str(_refusal(tmp_path, text))
 
 

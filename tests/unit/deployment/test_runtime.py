@@ -121,7 +121,7 @@ def generation(**fields: Any) -> Generation:
 
 
 def test_a_record_without_them_has_the_bytes_that_it_had() -> None:
-    """Older releases wrote no such fields, and digests of what they wrote must hold."""
+    """A record without the new fields keeps its bytes, so digests of older releases hold."""
     plain = generation()
     unsaid = {
         "aliases",

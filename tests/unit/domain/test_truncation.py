@@ -84,7 +84,7 @@ def built(required: Deployment, context: BuildContext) -> Bundle:
 def test_a_rank_above_the_ceiling_is_refused_unless_truncation_is_wished(
     tmp_path: Path, context: BuildContext
 ) -> None:
-    """max_lora_rank alone never changes an adapter; truncate_to_rank does, and records what was lost."""
+    """max_lora_rank alone never changes an adapter; truncate_to_rank does, and records the loss."""
     with pytest.raises(AdapterInvalid, match="E_RANK_MAX"):
         built(deployment(tmp_path, max_lora_rank=4), context)
     whole = built(deployment(tmp_path), context)

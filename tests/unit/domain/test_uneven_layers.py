@@ -44,7 +44,7 @@ OF_LAYER_1 = "q_proj, k_proj, o_proj, gate_proj, up_proj, down_proj, per_layer_i
 
 
 def _findings(folder: Path, modules: dict[str, tuple[int, int]]) -> list[tuple[str, str, str]]:
-    """The refusals of an adapter of these modules: code, what was expected and found."""
+    """Return the refusals of an adapter of these modules: code, expected and found value."""
     made: dict[str, Any] = {}
     for name, (inside, out) in modules.items():
         for side, shape in {"A": (4, inside), "B": (out, 4)}.items():

@@ -29,7 +29,7 @@ def _compute(blocks: BlockManager, seq: Sequence) -> None:
 
 
 def test_a_known_prefix_is_shared_and_its_last_token_is_left_to_compute() -> None:
-    """A second sequence takes over full blocks, but never all of its own tokens."""
+    """A second sequence reuses full blocks, but computes at least its last token."""
     blocks = BlockManager(8, 4)
     first = _seq([1, 2, 3, 4, 5, 6, 7, 8])
     _compute(blocks, first)

@@ -1,4 +1,4 @@
-"""The stand-in for CUDA graphs: it repeats what they repeat, and refuses what they refuse or freeze."""
+"""The stand-in for CUDA graphs: it replays, refuses and freezes the same operations."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_tensors_that_do_not_outlive_the_recording_are_refused() -> None:
 
 
 def test_nothing_that_a_graph_left_behind_is_read() -> None:
-    """Memory of its own is poisoned by the replay of any graph of the recorder, static tensors are not."""
+    """A replay of any graph poisons the memory of the recorder's graphs, but no static tensors."""
     x, total = torch.ones(3), torch.zeros(3)
     retained: list[Tensor] = []
 

@@ -58,7 +58,7 @@ class FakeBank:
         self.bytes_of |= dict.fromkeys(units, packed.digest)
 
     def enter(self, slot: int, offset: int, packed: Matrices) -> None:
-        """Let a slot stand for what was written there."""
+        """Let a slot refer to the written bytes."""
         assert slot not in self.slots
         if packed.digest in self.refuses:
             raise InternalFault("not this one")
@@ -112,7 +112,7 @@ class FakeLoader:
         self.begun.append(end)
 
     def end_one(self, which: int = 0) -> None:
-        """End what was begun as the first, or another."""
+        """End the first load that has begun, or another."""
         self.begun.pop(which % len(self.begun))()
 
 

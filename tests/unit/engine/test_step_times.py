@@ -235,7 +235,7 @@ def test_with_nobody_decoding_a_step_is_full_but_not_endless() -> None:
 
 
 def test_prompts_go_on_where_a_row_costs_more_than_they_may_have() -> None:
-    """A few rows a step are what they always get."""
+    """A few rows a step are always granted to prompts."""
     machine = Machine(row_s=0.5)
     engine = _streaming(machine)
     [long] = _add(engine, _seq(300))

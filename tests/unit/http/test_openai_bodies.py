@@ -106,7 +106,7 @@ def test_all_that_is_wrong_is_told_at_once() -> None:
 
 
 def test_null_is_not_set() -> None:
-    """Clients send null for what they leave open."""
+    """Null means unset, as clients send null for unset fields."""
     names = set(ChatBody.model_fields) - set(CHAT)
     body = ChatBody.model_validate_json(json.dumps(CHAT | dict.fromkeys(names)))
     assert body.stop == ()

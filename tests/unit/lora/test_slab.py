@@ -18,7 +18,7 @@ def slab(pages: int) -> Slab:
 
 
 def test_pieces_do_not_overlap_and_all_return() -> None:
-    """Tensors of many sizes keep what was written to them; behind the last, the memory is one piece again."""
+    """Tensors of many sizes keep their values; after the last is freed, the memory is one piece again."""
     memory, draw, held = slab(40), random.Random(0), dict[int, torch.Tensor]()
     for turn in range(300):
         if len(held) > 5:

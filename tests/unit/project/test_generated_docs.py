@@ -1,4 +1,4 @@
-"""The generated pages: complete, and true to what they are made from."""
+"""The generated pages are complete, and agree with their sources."""
 
 from __future__ import annotations
 

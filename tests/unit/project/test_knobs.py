@@ -133,7 +133,7 @@ SMALLEST: Mapping[type[Body], dict[str, Any]] = {
 
 @pytest.mark.parametrize("kind", SMALLEST)
 def test_null_is_not_set(kind: type[Body]) -> None:
-    """Every field that need not be there may be null, and that is what it is when it is not there."""
+    """Every optional field may be null, which means absent."""
     needed = SMALLEST[kind]
     nulls = {field.alias or name: None for name, field in kind.model_fields.items() if not field.is_required()}
     stated, unsaid = (kind.model_validate_json(json.dumps(body)) for body in (nulls | needed, needed))

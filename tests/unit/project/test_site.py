@@ -23,7 +23,7 @@ def test_pages_and_what_they_point_to_are_collected(tmp_path: Path) -> None:
 
 
 def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
-    """MkDocs is strict: every link and every anchor is there. Where the extra `docs` is installed."""
+    """MkDocs builds the site in strict mode: every link and anchor exists (needs the extra `docs`)."""
     pytest.importorskip("material")
     command = [sys.executable, "-m", "scripts.site", "--folder", str(tmp_path / "site")]
     built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

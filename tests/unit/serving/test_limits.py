@@ -113,7 +113,7 @@ def test_the_default_is_each_models_own() -> None:
 
 
 def test_tokens_of_a_minute_come_back_with_time() -> None:
-    """Prompts and answers count; what was used too much is waited for, and the refusal says how long."""
+    """Prompts and answers count; a refusal gives the time until the overdraft is paid back."""
     world = World(models={"a": {"tokens_per_minute": 60}})
     world.ask(prompt=20, answer=39)
     world.ask(prompt=1, answer=10)  # one token was left, and it runs to its end
@@ -141,7 +141,7 @@ def test_nobody_is_told_to_come_back_too_early(seconds: float, expected: str) ->
 
 
 def test_tokens_that_others_used_meanwhile_are_seen_before_the_engine() -> None:
-    """Many requests that came together are not all let through by what was left when they came."""
+    """Requests that arrive together do not all pass on the tokens that were left at their arrival."""
     world = World(models={"a": {"tokens_per_minute": 60}})
     first, second = world.enter(), world.enter()
     first.check_tokens()
@@ -185,7 +185,7 @@ def test_what_the_engine_is_told() -> None:
 
 
 def test_new_limits_hold_for_new_requests() -> None:
-    """At once, and what was used before still counts."""
+    """New limits hold at once, and count earlier use."""
     world = World(models={"a": {"tokens_per_minute": 60}})
     world.ask(120, 0)
     world.refused()

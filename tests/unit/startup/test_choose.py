@@ -106,7 +106,7 @@ def test_native_that_cannot_be_is_refused(
 def test_torch_in_the_place_of_compiled_operations_has_a_warning(
     config: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lack: Lack
 ) -> None:
-    """Why, what it costs, and what to do; torch's operations that were asked for have none."""
+    """The warning has the reason, the cost and the cure; torch's operations by request have none."""
     monkeypatch.setattr(build, "load", lambda _: Built(None, "torch operations (no luck)", lack))
     chosen = choose_backend(_settings(tmp_path, device="cpu"), config).computing
     assert (chosen.backend, chosen.lack) == ("torch", lack)

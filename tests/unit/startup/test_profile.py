@@ -1,4 +1,4 @@
-"""The largest step, and the memory plan that follows from what it took."""
+"""The largest step, and the memory plan that its measured peak gives."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ class Noted(Runner):
 
 
 def test_what_a_step_takes_is_what_it_had_at_once(ready: Ready) -> None:
-    """The step runs for real; its runner is gone before what it left behind is read."""
+    """The step runs for real; its runner is freed before the peak of memory is read."""
     runner = ready.engine._engine._runner
     assert isinstance(runner, Runner)
     adapters = [model.adapter for model in ready.service.catalog if model.adapter]

@@ -81,7 +81,7 @@ def test_pieces_of_characters_are_held_back_and_nothing_is_lost(prompt: str, ans
 
 
 def test_special_tokens_that_are_shown_are_in_the_text() -> None:
-    """Others stay out of it, and the text around is what it is without them."""
+    """Shown special tokens are in the text; hidden ones are not, and leave the text around unchanged."""
     text = _byte_text()
     text._tokenizer.add_special_tokens(["[CALL]", "[END]"])
     text = Text(text._tokenizer, None, 258)

@@ -1,4 +1,4 @@
-"""The manifests as a cluster would get them, and what they are checked with."""
+"""The manifests as a cluster would get them, and the schemas for their check."""
 
 from __future__ import annotations
 
