@@ -183,8 +183,7 @@ def test_a_replica_that_comes_back_is_used_again(three: Replicas, client: Client
 
 
 def test_what_is_refused_is_asked_elsewhere(three: Replicas, client: Client) -> None:
-    """A refused request goes to another replica; a fault that every replica would raise is raised unchanged."""
-    """
+    """A refused request goes to another replica; a fault that every replica would raise is unchanged."""
     first, second, _ = homes(three, "lora1")
     three[first].refuses = faults.QueueFull("full", retry_after_s=60)
     for _ in range(3):

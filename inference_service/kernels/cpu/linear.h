@@ -36,7 +36,7 @@ class Shares {
   }
 };
 
-// Computes a linear and its adapters of x, or, without w, adds the adapters' updates to out. A slot's adapters of all linears are
+// Computes a linear and its adapters of x, or, without w, adds the adapters' part to out. A slot's adapters of all linears are
 // side by side: from one slot's to the next are apart of them. Threads take turns at rows of A, at columns of w, and, when all
 // of those are done, at columns of B. Where rows have several segments, parts say so, and one thread adds all segments of a row,
 // one after the other: no two threads write a row, and the order is that of the segments.

@@ -1,4 +1,4 @@
-// Weights with fewer bits than their products, and rows of x in the order that products read. A tile of 16 columns is in vectors
+// Weights with fewer bits than their products, and rows of x in the order of the products. A tile of 16 columns is in vectors
 // of 64 bytes, each of which holds several lane vectors of units.
 //
 //   bfloat16:  [K / 2][16 columns][2]

@@ -23,7 +23,7 @@ namespace {
 
 constexpr int LANES = 16;
 
-// The part of a lane vector that a register of this processor holds: products keep their sums in registers, and a compiler that has to
+// The part of a lane vector in a register of this processor: products keep their sums in registers, and a compiler that has to
 // make several of one vector moves them to memory and back.
 #if defined(__AVX512F__)
 constexpr int REGISTER = 64;
