@@ -79,7 +79,7 @@ def test_instructor(url: str) -> None:
 
 
 def test_litellm(url: str) -> None:
-    """Through its own names of providers; an unknown model is its own exception."""
+    """LiteLLM works through its own provider names; an unknown model is LiteLLM's own exception."""
     litellm = pytest.importorskip("litellm")
     usual: dict[str, Any] = {
         "api_base": f"{url}/v1",

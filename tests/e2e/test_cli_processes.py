@@ -94,7 +94,7 @@ def test_a_child_that_dies_ends_the_tree(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_a_failure_beside_children_stops_them() -> None:
-    """When the work itself fails, its fault comes out and no child is left."""
+    """A fault of the work itself is raised, and no child is left."""
     pids: list[int] = []
 
     async def work(tree: ProcessTree) -> None:

@@ -116,7 +116,7 @@ async def test_base_and_adapters_answer_side_by_side(page: Page, tmp_path: Path)
 
 
 async def test_it_can_be_used_by_many(page: Page, tmp_path: Path) -> None:
-    """On desks, tablets and phones, light and dark: no sideways scrolling, faint text or nameless control."""
+    """The page fits desks, tablets and phones, light and dark, without side scroll or unnamed control."""
     says = {"bard": ["The sea is a vast and mysterious realm. " * 9]}
     async with scripted_api(ScriptedPage(tmp_path, ["bard", "json", "pirate"], says)) as url:
         await _open(page, url, 4)
@@ -239,7 +239,7 @@ async def test_failures_are_told_in_the_servers_words(page: Page, tmp_path: Path
 
 
 async def test_what_a_desk_shows_without_scrolling(page: Page, tmp_path: Path) -> None:
-    """At 1280x800 the server's numbers and those of long answers are in sight; names keep their ends."""
+    """The page at 1280x800 shows the numbers of the server and of long answers; names keep their ends."""
     names = [f"acme-corporation-customer-support-{number:03}-de" for number in range(60)]
     says = {name: ["The sea is a vast and mysterious realm. " * 60] for name in names[:3]}
     async with scripted_api(ScriptedPage(tmp_path, names, says)) as url:

@@ -45,7 +45,7 @@ def run(tree: Path, code: str, *words: str, status: int = 0) -> str:
 
 
 def test_no_file_of_the_core_imports_an_extension(tree: Path) -> None:
-    """Not its tests either, nor what these share; a benchmark may drive one when it runs."""
+    """The core, its tests and their support import no extension; a benchmark may do so at run time."""
     assert MODULES
     files = [path for path in tree.rglob("*.py") if path.parts[len(tree.parts)] != "benchmarks"]
     assert len(files) > 900

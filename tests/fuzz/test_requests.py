@@ -75,7 +75,7 @@ async def test_mutated_bodies(apis: FuzzedApis, cases: range) -> None:
 
 @pytest.mark.parametrize("cases", RUNS)
 async def test_mutated_messages(apis: FuzzedApis, cases: range) -> None:
-    """Over gRPC, nothing is INTERNAL, and nothing without a reason of ours."""
+    """A mutated gRPC message is never INTERNAL, and every refusal has a reason."""
     with bounded() as watch:
         for number in cases:
             rng = Random(number)

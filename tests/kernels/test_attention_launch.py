@@ -40,7 +40,7 @@ def test_captured_launches_serve_every_later_step(window: int | None, cuts: bool
 
 
 def test_a_graph_of_decodes_has_only_the_launches_that_it_needs(device: str) -> None:
-    """Two launches where contexts are short, a third where they may be long."""
+    """A graph of decodes has two launches for short contexts, and a third for long ones."""
     short = make_case(Layout([(1, 100)], decode_only=True), device=device)
     long = make_case(Layout([(1, 300)], decode_only=True), device=device)
     assert [len(case.planned()[1]) for case in (short, long)] == [2, 3]

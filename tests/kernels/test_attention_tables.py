@@ -137,7 +137,7 @@ def test_a_short_context_costs_one_item_in_every_batch() -> None:
 
 
 def test_nothing_is_cut_where_all_have_as_much() -> None:
-    """Enough sequences of one length keep a GPU busy by themselves."""
+    """Sequences of one length are not cut when they keep the GPU busy by themselves."""
     capacity = AttentionCapacity(rows=64, chunks=64, blocks_per_chunk=250, block_size=16)
     tables = loaded(capacity, [Context(i, 1, range(250), 4000) for i in range(64)])
     assert int((tables.decodes[:, 1] > 0).sum()) == 64
@@ -179,7 +179,7 @@ def test_arrays_begin_at_multiples_of_16_bytes() -> None:
     ],
 )
 def test_a_step_beyond_the_capacity_is_refused(contexts: list[Context], message: str) -> None:
-    """Nothing is dropped silently: not chunks, not rows, not the past."""
+    """A step above the capacity in chunks, rows or past is refused."""
     capacity = AttentionCapacity(rows=8, chunks=2, blocks_per_chunk=3, block_size=16, tile=4)
     with pytest.raises(ValueError, match=message):
         pack_tables(capacity, contexts)

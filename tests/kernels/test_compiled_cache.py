@@ -215,7 +215,7 @@ def test_the_line_with_the_error_is_reported(tmp_path: Path, monkeypatch: pytest
 
 
 def test_a_start_that_compiles_says_what_it_waits_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At once and again and again, for as long as it takes: no deadline ends it."""
+    """A start that compiles logs at once and repeatedly, without a deadline."""
     release = tmp_path / "release"
     slow = script(
         tmp_path / "slow", f"while [ ! -e {release} ]; do sleep 0.01; done", "echo enough >&2; exit 1"

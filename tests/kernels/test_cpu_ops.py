@@ -240,7 +240,7 @@ def _unpacked(compact: Tiled, shape: tuple[int, int]) -> npt.NDArray[np.uint16]:
 
 
 def test_a_width_that_is_no_whole_unit_is_left_to_others(library: ctypes.CDLL) -> None:
-    """Two values of bfloat16 are multiplied together."""
+    """An odd width of bfloat16 is left to torch, as the product takes two values at once."""
     assert CpuOps(library, torch.bfloat16).tiled(torch.ones(4, 3)) is None
 
 
@@ -469,7 +469,7 @@ def test_what_was_compiled_from_another_source_is_not_used(beforehand: Path, tmp
 
 @pytest.mark.usefixtures("no_compiler")
 def test_without_both_it_says_so(tmp_path: Path) -> None:
-    """No compiler on the path is no error, and the start line says which way was taken."""
+    """A missing compiler is no error, and the start line names the fallback."""
     built = load(tmp_path, tmp_path)
     assert (built.library, built.lack) == (None, Lack.NO_COMPILER)
     assert "no C++ compiler" in built.how

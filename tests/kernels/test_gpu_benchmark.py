@@ -39,7 +39,7 @@ TIMED = re.compile(r"us$|^of |/s|ttft")
 def test_every_section_runs_to_its_end(
     section: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """At tiny sizes in the interpreter; what would be a time is called a rehearsal, and null in the JSON."""
+    """Every section runs at tiny sizes in the interpreter, with "rehearsal" for times, and null in the JSON."""
     target = tmp_path / "gpu.json"
     status = gpu.main(["--dry", "--only", section, "--json", str(target)])
     output = capsys.readouterr()

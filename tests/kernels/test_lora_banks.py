@@ -176,7 +176,7 @@ def test_what_a_bank_cannot_do_is_refused(lora: LoraBackend, message: str) -> No
 
 
 def test_a_held_bank_is_just_large_enough(lora: LoraBackend, device: str) -> None:
-    """For those that stay: each in the slot of its number."""
+    """A bank of held adapters has exactly their size, each in the slot of its number."""
     device = device if lora.name != "native" else "cpu"
     weights = [adapter(ranks, seed) for seed, ranks in enumerate(ADAPTERS)]
     assert hold(lora, *weights) == [0, 1, 2, 3, 4]

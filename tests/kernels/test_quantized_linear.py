@@ -31,8 +31,7 @@ def _quantized(rows: int, width: int, quantization: Rounding) -> Quantized:
 
 @pytest.mark.parametrize("quantization", INTEGERS)
 def test_a_weight_is_off_by_half_a_step_at_most(quantization: Rounding) -> None:
-    """A rounded weight is off by half a step of its group's scale at most; rows of zeros stay zero.
-    """
+    """A rounded weight is off by half a step of its group's scale at most; rows of zeros stay zero."""
     torch.manual_seed(0)
     weight = torch.randn(30, 96) * torch.logspace(-6, 3, 30)[:, None]
     weight[7] = 0
@@ -108,8 +107,7 @@ def test_the_product_in_bfloat16_is_that_of_integers(
 def test_native_and_torch_agree(
     library: CDLL, quantization: Rounding, dtype: torch.dtype, rows: int, width: int, columns: int
 ) -> None:
-    """The native and the torch product agree with float64, but for the rounding of sums and of bfloat16 x.
-    """
+    """The native and the torch product agree with float64, but for the rounding of sums and of bfloat16 x."""
     torch.manual_seed(columns)
     ops, weight = CpuOps(library, dtype), _quantized(columns, width, quantization)
     x, bias = torch.randn(rows, width).to(dtype), torch.randn(columns).to(dtype)
@@ -193,7 +191,7 @@ def test_widths_that_fill_no_vector_are_left_to_others(library: CDLL) -> None:
 
 
 def test_rows_in_fp8_lose_a_sixteenth_at_most() -> None:
-    """Three bits of fraction, and none beyond the largest."""
+    """Rows in FP8 have three bits of fraction, and no value above the largest."""
     torch.manual_seed(0)
     rows = torch.randn(9, 64) * torch.logspace(-4, 4, 9)[:, None]
     rows[3] = 0

@@ -28,7 +28,7 @@ def _weight(columns: int, width: int, bits: int, device: str) -> PackedWeight:
 def test_the_product_is_that_of_the_widened_weight(
     dtype: torch.dtype, bits: int, rows: int, columns: int, width: int, device: str
 ) -> None:
-    """For tiles that are not full, rows with a stride, with a bias, and more rows than one tile takes."""
+    """The product is right for partial tiles, rows with a stride, a bias, and more rows than a tile."""
     torch.manual_seed(rows)
     weight, bias = _weight(columns, width, bits, device), torch.randn(columns).to(device, dtype)
     x = torch.full((rows, width + 8), torch.nan, dtype=dtype, device=device)[:, :width].normal_()

@@ -118,7 +118,7 @@ def test_idle_planes_do_not_exist_and_unused_rows_are_not_written(device: str) -
 
 
 def test_programs_find_their_tiles_among_many_segments_of_all_ranks(device: str) -> None:
-    """More segments than a program looks at together, some of them without a row of A."""
+    """Programs find their tiles among more segments than one look covers, some without a row of A."""
     ranks = [(rank, 0) for rank in (0, 3, 20, 0, 40)] * 30
     case = make_case(
         slots=range(150), ranks=ranks, K=40, sizes=(32, 16), dtype=torch.float32, device=device, spare=9

@@ -55,7 +55,7 @@ def test_arrays_begin_at_multiples_of_16_bytes() -> None:
     ],
 )
 def test_a_step_beyond_the_capacity_is_refused(slots: list[int], tokens: list[int], message: str) -> None:
-    """Nothing is dropped silently: not entries, not slots, not adapters, not a second one of a token."""
+    """A step above the capacity in entries, slots or adapters is refused, and so is a token in two segments."""
     with pytest.raises(ValueError, match=message):
         pack_segments(SegmentCapacity(entries=8, slots=3, tile=16, active=2), slots, token_ids=tokens)
 

@@ -246,7 +246,7 @@ def test_a_row_that_nothing_is_left_of_says_so_each_time(device: str) -> None:
 
 
 def test_a_sequence_finds_its_place_again_or_a_new_one(device: str) -> None:
-    """Three that take turns at two places are drawn as on the host; one that is gone holds no place."""
+    """Three sequences that share two places are drawn as on the host; a finished one frees its place."""
     shaper = Shaper(2, VOCAB, torch.device(device))
     seqs = [seq_of({**EVERYTHING, "sampling": {"presence_penalty": 2.0, "seed": row}}) for row in range(3)]
     for step in range(6):

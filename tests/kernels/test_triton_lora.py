@@ -132,7 +132,7 @@ def test_the_launches_of_a_step_depend_on_its_capacity_alone(lora: TritonLora, d
 
 
 def test_what_is_launched_does_not_follow_the_number_of_slots(device: str) -> None:
-    """Three slots or three thousand, nearly all empty: the same grids, the same workspace, the same step."""
+    """The grids, the workspace and the step are the same for three slots and for three thousand empty ones."""
     grids: list[list[tuple[int, ...]]] = []
     sizes = []
     for num_slots in (3, 3000):
@@ -152,8 +152,7 @@ def test_what_is_launched_does_not_follow_the_number_of_slots(device: str) -> No
 
 
 def test_a_linear_that_no_adapter_of_the_step_touches_has_no_launch(lora: TritonLora, device: str) -> None:
-    """A linear without an adapter has no launch and keeps its output; a recorded step has a launch.
-    """
+    """A linear without an adapter has no launch and keeps its output; a recorded step has a launch."""
     hold(lora, adapter({"attn_q": 2}, seed=0, layers=[1]))
     launched: list[Launch] = []
     x: Tensor = torch.zeros(4, 48, device=device)

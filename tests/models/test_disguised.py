@@ -104,7 +104,7 @@ def test_vera_of_an_expert_that_all_rows_share(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", list(Kind))
 def test_modules_that_a_config_does_not_name_are_those_of_peft(kind: Kind) -> None:
-    """For every architecture that is served, as the installed PEFT has them."""
+    """The default modules are those of the installed PEFT, for every served architecture."""
     table = getattr(constants, f"TRANSFORMERS_MODELS_TO_{kind}_TARGET_MODULES_MAPPING")
     for architecture, _ in load_families().values():
         found, expected = default_targets(kind, architecture.model_type), table.get(architecture.model_type)

@@ -122,7 +122,7 @@ def test_modules_of_single_experts_are_what_peft_makes_of_them(base: Path) -> No
 
 
 def test_a_check_tells_whose_modules_an_adapter_has(base: Path) -> None:
-    """Over the wire, as over no wire."""
+    """A check over gRPC names the modules of an adapter of experts as a local one does."""
     folder = base.parent / "told"
     save_adapter(
         folder, of_each(lambda expert, _: int(expert == 4)), r=1, lora_alpha=1, target_modules=[*FEATURES]
@@ -260,7 +260,7 @@ def _narrow(tensors: dict[str, Tensor], end: str) -> None:
 
 @pytest.mark.parametrize("what", REFUSED)
 def test_what_is_not_an_experts_is_refused_by_name(base: Path, what: str) -> None:
-    """Nothing of it is dropped without a word."""
+    """An adapter of unsupported modules is refused by name."""
     code, config, change = REFUSED[what]
     tensors = of_each(lambda *_: 2)
     change(tensors)

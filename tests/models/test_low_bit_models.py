@@ -218,7 +218,7 @@ def test_libraries_answer_the_same_from_the_same_files(tmp_path: Path, name: str
 
 @pytest.mark.parametrize("dora", [False, pytest.param(True, marks=pytest.mark.sweep)])
 def test_a_base_may_be_described_by_quantize_config(plain: World, tmp_path: Path, dora: bool) -> None:
-    """For builds, what continues from one, norms of DoRA, and replicas."""
+    """A base with quantize_config works in builds, in continued ones, for norms of DoRA and in replicas."""
     keep(plain.base, KINDS["gptq"], tmp_path / "kept", tmp_path / "widened")
     config = json.loads((tmp_path / "kept" / "config.json").read_bytes())
     (tmp_path / "kept" / "quantize_config.json").write_text(json.dumps(config.pop("quantization_config")))

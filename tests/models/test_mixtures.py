@@ -163,7 +163,7 @@ REFUSED: list[tuple[str, type[Fault], str]] = [
 
 
 def test_what_cannot_be_mixed_is_refused_by_name(world: World, store: MemoryStore) -> None:
-    """Nothing of it reaches the engine."""
+    """A blend that cannot be computed is refused by name before the engine."""
     catalog = world.load(store, max_batch_adapters=2).service.catalog
     assert isinstance(catalog.resolve("wide*1e-1+all*2E+0+rs*0").mixture, Mixture)
     for request, fault, stated in REFUSED:

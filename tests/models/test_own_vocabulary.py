@@ -172,8 +172,7 @@ def test_other_bases_equal_peft(tmp_path: Path, config: Any) -> None:
 
 
 def test_what_a_table_of_its_own_cannot_be(world: World) -> None:
-    """An adapter with its own embedding rows is served beside a hidden base, and no build merges it.
-    """
+    """An adapter with its own embedding rows is served beside a hidden base, and no build merges it."""
     data = world.deployment().model_dump(mode="json")
     data["build"]["lora_adapters"] = {"tokens": data["build"]["lora_adapters"]["tokens"]}
     data["runtime"] |= {"serve_base": False}

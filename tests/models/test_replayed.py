@@ -124,7 +124,7 @@ def test_other_threads_are_not_written_down(ops: CpuOps) -> None:
 
 
 def test_memory_of_an_output_is_used_again() -> None:
-    """As soon as nothing refers to it; a view of it does."""
+    """The memory of an output is reused once nothing refers to the output; a view counts as a reference."""
     buffers = Buffers(4)
     first = buffers.lend((2, 8), torch.float32, 2)
     address = first.data_ptr()

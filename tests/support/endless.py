@@ -31,8 +31,7 @@ HEALTH = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
 
 
 class Endless(Scripted):
-    """Repeats a piece until a cancellation; the prompt ``WAIT`` is answered by one piece and silence.
-    """
+    """Repeats a piece until a cancellation; the prompt ``WAIT`` is answered by one piece and silence."""
 
     def __init__(self, folder: Path) -> None:
         write_tokenizer(folder)

@@ -83,8 +83,7 @@ def test_tables_for_people(served: tuple[Versions, str], prompts: Path) -> None:
 
 
 def test_json_and_a_page(served: tuple[Versions, str], prompts: Path, tmp_path: Path) -> None:
-    """The JSON document has plan, report and the file of answers; the page escapes markup of answers.
-    """
+    """The JSON document has plan, report and the file of answers; the page escapes markup of answers."""
     page = tmp_path / "report.html"
     code, text, _ = arena(served, prompts, "--models", "a,b", "--baseline", "base", "--json", "--output", page)
     document = json.loads(text)

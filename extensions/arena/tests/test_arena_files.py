@@ -71,7 +71,7 @@ def test_lines_that_cannot_be_asked_are_named(line: Any, expected: str, tmp_path
 
 
 def test_files_that_ask_nothing(tmp_path: Path) -> None:
-    """No file, no text and no lines have messages of their own."""
+    """A missing file, a binary file and a file without questions have separate messages."""
     (tmp_path / "binary").write_bytes(b"\xff")
     (tmp_path / "empty").write_text("\n")
     for name, reported in (("none", "No such file"), ("binary", "not UTF-8"), ("empty", "asks nothing")):

@@ -91,7 +91,7 @@ def test_holm_is_step_down() -> None:
 
 
 def test_an_interval_is_as_wide_as_theory_says() -> None:
-    """For many questions, ends lie 1.96 standard errors from the mean; a seed repeats them."""
+    """Interval ends over many questions lie 1.96 standard errors from the mean; a seed repeats them."""
     differences = [((7 * number) % 101) / 100 for number in range(404)]
     found = bootstrap(differences, seed=3)
     mean, error = statistics.fmean(differences), statistics.pstdev(differences) / 404**0.5
@@ -191,7 +191,7 @@ async def test_judges_that_do_not_judge(
 
 
 async def test_addresses_that_are_none() -> None:
-    """Other schemes, and a key in the address, are refused; a missing one is reported as such."""
+    """Other schemes and a key in the address are refused; a missing address is reported as such."""
     for url in ("file:///etc/passwd", "127.0.0.1:80", "http://key@host/v1"):
         with pytest.raises(SettingsInvalid, match="--judge-url"):
             UrlJudge(url, "judge", "")

@@ -108,7 +108,7 @@ def test_bad_prompts_are_named(tmp_path: Path, text: str, expected: str) -> None
 
 
 async def test_a_closed_loop_keeps_so_many_open(fakes: Fakes) -> None:
-    """Never more requests are open than asked for, and just as many are sent."""
+    """A closed loop keeps as many requests open as asked for, and never more."""
     async with AsyncClient(inference=fakes.inference_address) as client:
         run = await drive(client, Workload(["base", "lora1"], 0, 4), LoadPlan(concurrency=3, requests=12))
     assert most_open(run.outcomes) == 3
@@ -214,7 +214,7 @@ def test_drawn_prompts_are_as_long_as_asked(fakes: Fakes) -> None:
 
 
 def test_bad_wishes_are_refused_before_anything_is_sent(fakes: Fakes, tmp_path: Path) -> None:
-    """Two loops at once, an unknown model, a picture that cannot be drawn."""
+    """Two loops at once, an unknown model and an impossible chart are refused."""
     before = len(fakes.inference.requests)
     assert bench(fakes, "--rate", "1", "--concurrency", "1")[0] == 2
     assert "Did you mean lora1?" in bench(fakes, "--model", "lora11")[2]

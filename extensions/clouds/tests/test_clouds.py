@@ -81,7 +81,7 @@ def cloud(request: pytest.FixtureRequest) -> Cloud:
 
 
 def test_a_secret_that_is_not_set_is_said(google: Cloud) -> None:
-    """Nothing is signed without the named secret."""
+    """A request without the named secret is refused, and not signed."""
     any_store.test_a_secret_that_is_not_set_is_said(google)
 
 

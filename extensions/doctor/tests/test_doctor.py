@@ -159,7 +159,7 @@ def test_a_checkpoint_of_4_bits_stays_packed_on_a_gpu() -> None:
 
 
 def test_what_does_not_fit_says_so_in_the_words_of_a_replica() -> None:
-    """No cache, no adapters, and the plan's own refusal."""
+    """The doctor reports a lack of cache or adapters with the refusal of the memory plan."""
     sizes = sizes_of(LLAMA, SETTINGS, 100_000, "float32")
     assert (sizes.kv_bytes, [fit.adapters for fit in sizes.fits]) == (0, [0, 0, 0, 0])
     assert "LORAMUX_MAX_BATCH_TOKENS" in sizes.refusal
@@ -259,7 +259,7 @@ def test_no_torch_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_all_of_it(base: Path, fakes: Fakes) -> None:
-    """For people and for machines: device, backend, services, and what fits; nothing is wrong."""
+    """The doctor prints device, backend, services and memory, as text and as JSON, and finds no fault."""
     at = ("--grpc", fakes.inference_address, "--builder", "127.0.0.1:1", "--store", f"file://{base}")
     code, text = doctor("--base", base, "--kv-gb", "0.001", *at, "--json")
     found = json.loads(text)["diagnosis"]

@@ -84,7 +84,7 @@ def test_envoy_takes_it(words: tuple[str, ...], tmp_path: Path) -> None:
 
 
 def test_long_streams_are_not_cut() -> None:
-    """No time of Envoy's bounds an answer, and none is shorter than what replicas allow between requests."""
+    """No timeout of Envoy ends an answer, or is shorter than the replicas' timeout between requests."""
     config = configured("10.0.0.4")
     listeners, clusters = config["static_resources"]["listeners"], config["static_resources"]["clusters"]
     assert [set(values(listeners, name)) for name in ("timeout", "stream_idle_timeout")] == [

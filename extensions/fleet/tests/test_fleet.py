@@ -113,8 +113,7 @@ def test_streams_go_on_to_the_next_at_the_bound(three: Replicas, client: Client)
 
 
 def test_a_replica_that_is_not_serving_gets_nothing_new(three: Replicas, client: Client) -> None:
-    """A draining replica finishes its streams, gets no new requests, and gets its models back afterwards.
-    """
+    """A draining replica finishes its streams, gets no new requests, and gets its models back afterwards."""
     first, second, _ = homes(three, "lora1")
     before = Reading(client, "lora1", "held")
     wait_until(lambda: before.seen[1:], "its first piece")
@@ -228,7 +227,7 @@ def test_calls_that_meet_the_end_of_their_replica(three: Replicas, client: Clien
 
 
 def test_nobody_there_is_a_named_fault() -> None:
-    """For streams and calls, in all spellings; one that takes connections and is silent is not waited for."""
+    """An unreachable fleet is a named fault for streams and calls; a silent replica is not waited for."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
         hole = f"127.0.0.1:{silent.getsockname()[1]}"
         with Client(["127.0.0.1:1", hole, "127.0.0.1:2"]) as client:

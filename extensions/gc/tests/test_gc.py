@@ -196,7 +196,7 @@ def test_a_damaged_generation_stops_everything(tmp_path):
 
 
 def test_a_short_grace_waits_for_builds():
-    """While a build runs, a grace period below an hour is refused."""
+    """A grace period below an hour is refused while a build runs."""
     store = MemoryStore()
     check_grace(store, timedelta())
     store.put("builds/tiny/builder.json", b"{}")

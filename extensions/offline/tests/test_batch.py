@@ -104,7 +104,7 @@ async def test_a_busy_server_is_asked_again(tmp_path: Path, busy: Any) -> None:
 
 
 async def test_a_server_that_is_away_ends_the_batch(tmp_path: Path) -> None:
-    """As many requests in a row as are open at once were not answered: the others are not tried."""
+    """The batch ends after as many unanswered requests in a row as are open at once."""
     sent: list[Any] = []
 
     def answer(number: Any) -> httpx.Response:

@@ -274,7 +274,7 @@ async def test_texts_are_logged_where_that_is_asked(watched: Watched, lines: lis
 
 
 async def test_no_text_is_logged_otherwise(watched: Watched, lines: list[Any]) -> None:
-    """No line has a part of prompt or answer without it."""
+    """No log line has a part of the prompt or the answer without the setting."""
     body = {"model": "rs", "messages": [{"role": "user", "content": "Secret"}], "max_tokens": 30}
     answer = (await watched.web.post("/v1/chat/completions", json=body)).json()
     stated = repr(lines)

@@ -71,7 +71,7 @@ def reason_of(end: list[bytes] | End) -> str:
 
 
 async def test_the_first_part_comes_with_the_first_token(service: Service) -> None:
-    """Nothing is reported before there is a token, so that another replica may still answer."""
+    """The bridge sends nothing before the first token, so that another replica may still answer."""
     parts = await call(bridge_of(service), sampling=pb.SamplingParams(max_tokens=6, ignore_eos=True))
     kinds = [
         [pb.GenerateResponse.FromString(message).WhichOneof("event") for message in part] for part in parts
@@ -115,7 +115,7 @@ async def test_without_keys_other_machines_are_refused(service: Service) -> None
 
 
 async def test_a_call_that_is_let_go_is_freed(service: Service) -> None:
-    """When a proxy closes a call, its sequence leaves the engine."""
+    """A call that the proxy closes leaves the engine."""
     request = pb.GenerateRequest(
         model="base", token_ids=pb.TokenIds(ids=PROMPT), sampling=pb.SamplingParams(max_tokens=200)
     )

@@ -104,7 +104,7 @@ ALLOWED = {
 
 
 def test_an_engine_that_breaks_and_a_node_that_goes_cost_what_had_begun(world: World) -> None:
-    """Under traffic only answers with tokens end with UNAVAILABLE, and new replicas come."""
+    """Only answers with tokens end with UNAVAILABLE when an engine or a node fails, and new replicas start."""
     quickly = {
         "RAY_health_check_initial_delay_ms": "5000",
         "RAY_health_check_period_ms": "500",

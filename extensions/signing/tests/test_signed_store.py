@@ -189,7 +189,7 @@ async def test_a_replica_that_requires_signatures_starts_and_loads_nothing_witho
 
 
 async def test_a_builder_that_would_not_take_its_own_word_does_not_start(world):
-    """To require signatures and not to sign, or to sign what one refuses, is a setting to correct."""
+    """A builder that requires signatures must sign, with a key that it accepts itself."""
     fields = {"store": f"file://{world.folder}/store", "work_dir": world.folder / "work"}
     key, _ = new_certificate(world.folder, "other")
     for wrong in (

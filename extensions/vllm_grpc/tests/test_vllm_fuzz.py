@@ -101,7 +101,7 @@ async def channel(world: tuple[World, MemoryStore]) -> AsyncIterator[grpc.aio.Ch
 
 @pytest.mark.parametrize("cases", [range(100), pytest.param(range(100, 4000), marks=pytest.mark.sweep)])
 async def test_mutated_messages(channel: grpc.aio.Channel, cases: range) -> None:
-    """Nothing is INTERNAL, and nothing without a reason of ours."""
+    """A mutated message is never INTERNAL, and every refusal has a reason."""
     with bounded() as watch:
         for number in cases:
             rng = Random(number)

@@ -20,7 +20,7 @@ from tests.support.tiny import make_world
 
 
 def test_an_address_of_a_model_drains_with_the_replica(tmp_path: Path) -> None:
-    """At SIGTERM its open stream comes to its end, and the exit status is 0."""
+    """A SIGTERM lets the open stream finish, and the exit status is 0."""
     world = make_world(tmp_path / "world")
     world.build(LocalStore(world.root / "store"))
     with (

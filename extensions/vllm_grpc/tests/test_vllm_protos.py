@@ -71,7 +71,7 @@ REQUESTS = (
 
 @pytest.mark.parametrize("name", REQUESTS)
 def test_whole_requests_are_known(theirs: DescriptorPool, name: str) -> None:
-    """No field of theirs is unknown here: it is served, or refused by its name."""
+    """Every field of vLLM's requests is served or refused by name."""
     ours = engine_pb2.DESCRIPTOR.message_types_by_name[name]
     real = theirs.FindMessageTypeByName(ours.full_name)
     assert set(map(shape, real.fields)) == set(map(shape, ours.fields))

@@ -192,8 +192,7 @@ async def test_fields_of_other_releases_are_not_dropped(apis: VllmApis) -> None:
 
 
 async def test_a_caller_ends_its_requests(apis: VllmApis) -> None:
-    """An abort ends the caller's requests in each service and frees the sequences; unknown ids pass.
-    """
+    """An abort ends the caller's requests in each service and frees the sequences; unknown ids pass."""
     params = engine.SamplingParams(max_tokens=240, ignore_eos=True, n=2)
     request = engine.GenerateRequest(request_id="x-1", text="a", sampling_params=params, stream=True)
     call = aiter(apis.engine.Generate(request))

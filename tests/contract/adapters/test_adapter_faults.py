@@ -102,7 +102,7 @@ def full(tmp_path_factory) -> tuple[LocalStore, Path, list[str]]:
 
 @pytest.mark.parametrize(("limit", "kills"), [(0, False), (200, False), (1000, False), (200, True)])
 def test_a_full_disk_fails_no_load(full, limit, kills):
-    """When a write stops in the middle, or ends the process, loads continue, and half a file is never used."""
+    """Loads continue when a write stops in the middle or ends the process, and half a file is never used."""
     store, folder, digests = full
     cache = folder / f"{limit}-{kills}"
     process, stated = filling(limit, kills, cache, folder / "store", digests)
@@ -118,7 +118,7 @@ def test_a_full_disk_fails_no_load(full, limit, kills):
 
 
 def test_what_is_on_the_disk_outlives_the_store(tmp_path):
-    """While the store is away, kept bundles are served, others fail by name, and later all are."""
+    """Cached bundles are served without the store, others fail by name, and all load afterwards."""
     store = Unsteady()
     digests = build_bundles(store, tmp_path / "inputs", 2)
     loader = AdapterLoader(BundleReader(store, DiskTier(tmp_path / "cache", 10**9)), FakePacked)

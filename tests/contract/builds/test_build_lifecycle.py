@@ -38,7 +38,7 @@ async def world(tmp_path: Path) -> AsyncIterator[Builders]:
 
 
 async def test_a_cancelled_build_fails_and_leaves_what_is_served(world: Builders) -> None:
-    """Over gRPC: CancelBuild answers at once, the build ends as BUILD_CANCELLED, and building again works."""
+    """CancelBuild answers at once, the build ends as BUILD_CANCELLED, and a second build works."""
     async with world.served(world.builder()) as address, AsyncClient(builder=address) as client:
         await client.build(world.deployment("one"))
         assert (await client.cancel("tiny")).state is DeploymentState.BUILDING

@@ -321,7 +321,7 @@ def test_no_failure_of_the_question_fails_a_build(
 
 
 def test_folders_ask_nobody(hub: Hub, context: BuildContext, tmp_path: Path) -> None:
-    """No hub is asked where neither base nor adapter is from one."""
+    """No hub is asked where base and adapter are folders."""
     _, found = found_by(deployment(tmp_path, str(tmp_path / "base"), one="some/copy"), context)
     assert found == {"one": "some/copy"}
     assert hub.requests == []

@@ -127,7 +127,7 @@ async def test_a_second_kill_at_operations_of_the_recovery(world: World) -> None
 
 
 def test_a_kill_at_changes_in_the_work_folder(world: World) -> None:
-    """Nothing is half published and a rebuild works, at any end of fetching, validating and converting."""
+    """A kill at any end of fetching, validating and converting publishes nothing, and a rebuild works."""
     seen = [0, 0]  # changes, and the one that kills
 
     def change() -> None:

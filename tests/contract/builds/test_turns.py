@@ -154,7 +154,7 @@ async def test_waiting_changes_outlive_the_builder(world: Builders) -> None:
 
 
 async def test_a_cancel_ends_all_that_run_or_wait(world: Builders) -> None:
-    """Nothing of them is served."""
+    """A cancel ends all running and waiting builds, and publishes nothing."""
     builds = await started(world)
     await ask(builds, world, *((f"m{seed}", wish(world, f"m{seed}")) for seed in range(4)))
     await builds.cancel("tiny")

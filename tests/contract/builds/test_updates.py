@@ -240,7 +240,7 @@ async def test_what_an_update_is_refused_for(world: World) -> None:
 
 
 async def test_aliases_are_names_too(world: World) -> None:
-    """No generation of any origin has an alias that is another model or that nothing answers."""
+    """A generation has no alias with the name of a model, and none without a served model."""
     await world.update("two")
     deployment = world.deployment("one")
     runtime = deployment.runtime.model_copy(update={"aliases": {"al": {"one": 1}}})

@@ -62,7 +62,7 @@ OTHERS = st.fixed_dictionaries({
 @given(targets=TARGETS, others=OTHERS)
 @settings(max_examples=examples(100), derandomize=True, database=None)
 def test_a_module_is_left_out_where_peft_leaves_it_out(targets, others):
-    """For whatever a config chooses modules with, PEFT's own function is asked the same."""
+    """The builder selects the same modules as PEFT's own function, however a config names them."""
     utils = pytest.importorskip("peft.tuners.tuners_utils")
     config = SimpleNamespace(target_parameters=None, **targets, **others)
     found = peft_names.answer({**SILENT, **targets, **others, "names": NAMES})
@@ -111,7 +111,7 @@ def test_a_pattern_cannot_block_the_builder(
 
 
 def test_all_patterns_of_a_config_share_one_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Many patterns, each of which is quick enough, are not each given all the time."""
+    """The time limit holds for all patterns of a config together."""
     monkeypatch.setattr(patterns, "BOUNDS", replace(patterns.BOUNDS, cpu_s=0.3))
     slow = [f"(?:[a-z._0-9]|[a-z._0-9]){{14}}[^a-z._0-9]{'x' * count}" for count in range(20)]
     read_names(NAMES, {**SILENT, "rank_pattern": slow[:1]})
@@ -127,7 +127,7 @@ def test_memory_is_bounded_too(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_plain_and_costly_questions_get_one_answer():
-    """Few plain names are read here, many in the other process: an adapter cannot tell."""
+    """A few plain names are matched in process, many in the sandbox, with the same result."""
     few = ["q_proj", "self_attn.q_proj", "model.layers.0.self_attn.q_proj", "proj"]
     here = read_names(NAMES, {**SILENT, "rank_pattern": few})
     there = read_names(NAMES, {**SILENT, "rank_pattern": [*few, *(f"x{i}.{i}" for i in range(6000))]})

@@ -84,7 +84,7 @@ async def look_at_all(fleet: Fleet) -> dict[str, Endpoint]:
 
 
 async def test_everything_that_the_picker_scrapes_is_there(fleet: Fleet) -> None:
-    """No family is missing, labels are decimal strings, and both ways to tell of adapters say the same."""
+    """The scrape has every family of the picker, decimal labels, and the same adapters in both forms."""
     for name, each in (await look_at_all(fleet)).items():
         assert (each.base, each.block_size, each.kv_usage, each.waiting) == ("base", 16, 0, 0)
         assert each.blocks > 0

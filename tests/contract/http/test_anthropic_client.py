@@ -109,7 +109,7 @@ async def test_a_stream_is_the_same_answer(claude: AsyncAnthropic) -> None:
 
 
 async def test_the_synchronous_client_asks_mixtures(claude: AsyncAnthropic, api: OpenAIApi) -> None:
-    """Several adapters answer together, and the answer names them."""
+    """A blend of several adapters answers, and the answer names them."""
 
     def ask() -> Any:
         with anthropic.Anthropic(base_url=api.url, api_key="none", max_retries=0) as client:
@@ -308,7 +308,7 @@ async def test_blocks_come_one_after_the_other(tmp_path: Path) -> None:
 
 
 async def test_a_stream_that_tells_nothing_is_alive(tmp_path: Path) -> None:
-    """While a call is held back until it is whole, tokens come, and pings with them."""
+    """A stream has tokens and pings while a call is held back."""
     body = MessagesBody.model_validate_json(json.dumps(SENT | {"tools": [PAINT], "stream": True}))
     async with scripted(tmp_path) as (service, _):
         kinds = []
@@ -349,8 +349,7 @@ def texts_of(blocks: Sequence[Any]) -> list[str]:
 
 
 async def test_the_clients_tool_runner_runs_tools(tmp_path: Path) -> None:
-    """The tool runner works without a thread on the server, which refuses threads, and sends results back.
-    """
+    """The tool runner works without a thread on the server, which refuses threads, and sends results back."""
 
     @beta_async_tool
     async def look(place: str) -> str:

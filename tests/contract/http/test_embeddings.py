@@ -140,7 +140,7 @@ async def test_metrics_count_vectors_and_no_first_token(api: OpenAIApi) -> None:
 
 
 async def test_the_longest_text_fits(api: OpenAIApi) -> None:
-    """No room for an answer is needed."""
+    """A text of the whole length is embedded, as no room for an answer is needed."""
     assert len(await made(api, input=[9] * 256)) == 1
 
 

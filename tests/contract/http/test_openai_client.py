@@ -252,7 +252,7 @@ async def test_an_evaluation_harness_scores_a_continuation(api: OpenAIApi, max_t
 
 
 async def test_plain_prompts_stream(api: OpenAIApi) -> None:
-    """Several prompts with several answers come mixed, and by their indices they are the same as a whole."""
+    """Answers of several prompts come mixed in a stream, and add up to the whole by their indices."""
     options: dict[str, Any] = {"model": "wide", "prompt": ["AB", "CD"], "n": 2, "max_tokens": 6, "echo": True}
     options |= {"seed": 3, "extra_body": {"ignore_eos": True}}
     whole = await api.openai.completions.create(**options)

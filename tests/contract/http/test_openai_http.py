@@ -355,8 +355,7 @@ async def test_a_full_queue_is_said_with_a_delay(world: tuple[World, MemoryStore
 
 
 async def test_a_failing_step_is_an_error_without_a_word_of_why(world: tuple[World, MemoryStore]) -> None:
-    """A failing step is a 500 before the first token, else the last event of a stream; the next one works.
-    """
+    """A failing step is a 500 before the first token, else the last event of a stream; the next one works."""
     async with open_api(world) as api:
         runner = api.ready.engine._engine._runner
         submit, calls = runner.submit, []

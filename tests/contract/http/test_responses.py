@@ -303,8 +303,7 @@ async def test_a_summary_goes_on_in_the_place_of_a_conversation(api: TalkerApi) 
 
 
 async def test_the_question_for_a_summary_is_no_second_turn_of_the_user(api: TalkerApi) -> None:
-    """The question is part of the user's turn, as templates may refuse two; reasoning is not in the summary.
-    """
+    """The question is part of the user's turn, as templates may refuse two; reasoning is not in the summary."""
     change_deployed(api.talker.catalog, reasoning_parser=ReasoningParser.THINK)
     api.talker.say("<think>Hm.</think>So.")
     answer = (await api.post(COMPACT, **FIELDS, instructions="Be brief.", temperature=0.5)).json()
@@ -396,8 +395,7 @@ async def test_what_is_refused_is_named(api: TalkerApi, fields: dict[str, Any], 
 
 
 async def test_null_is_not_set_within_items(api: TalkerApi) -> None:
-    """Null fields within items are unset: clients send all fields that they know, also of earlier output.
-    """
+    """Null fields within items are unset: clients send all fields that they know, also of earlier output."""
     api.talker.say("Ahoy")
     item = {"role": "user", "content": "Hi", "no_such_field": None, "phase": None}
     assert (await api.post(PATH, model="pirate", input=[item], no_such_field=None)).status_code == 200

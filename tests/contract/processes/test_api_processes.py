@@ -260,7 +260,7 @@ async def test_an_engine_that_fails_ends_health_first(tmp_path: Path) -> None:
 
 
 async def test_api_processes_import_no_torch(served: Replica) -> None:
-    """Nothing of torch is mapped into their memory."""
+    """The memory of API processes has no mapping of torch."""
     await until(lambda: len(served.apis.host.peers) == 2, "both processes")
     for pid in served.apis.pids:
         assert not [each.path for each in psutil.Process(pid).memory_maps() if "/torch/" in each.path]

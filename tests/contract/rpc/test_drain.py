@@ -58,8 +58,7 @@ async def passes(count: int = 3) -> None:
 
 
 async def test_an_http_request_that_is_cut_is_told_so(apis: EndlessApis) -> None:
-    """A request that is cut before its answer begins gets the usual 503, with a time to try again.
-    """
+    """A request that is cut before its answer begins gets the usual 503, with a time to try again."""
     async with httpx.AsyncClient(base_url=f"http://{apis.http.address}") as web:
         asking = asyncio.create_task(web.post("/v1/completions", json=WAIT))
         await apis.service.until(1)
@@ -127,7 +126,7 @@ async def test_a_server_that_breaks_does_not_wait_for_proxies() -> None:
 
 
 async def test_an_unfinished_body_does_not_hold_a_drain(apis: EndlessApis) -> None:
-    """Nothing was begun for it: it gets SHUTTING_DOWN after a second, and nothing was cut."""
+    """A request with an unfinished body gets SHUTTING_DOWN after a second of the drain."""
     clock = Clock()
     client = await apis.raw(b"POST /v1/completions HTTP/1.1\r\n" + JSON + b"Content-Length: 9\r\n\r\n{")
     await apis.seen()

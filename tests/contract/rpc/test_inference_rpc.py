@@ -142,7 +142,7 @@ async def test_a_stream_is_started_deltas_finished(api: RpcApi) -> None:
 async def test_tokens_between_first_and_last_come_together(
     world: tuple[World, MemoryStore], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Within an interval there is one message: the first token comes alone, all others at the end."""
+    """The first token has a message of its own, and all tokens within an interval share one."""
     async with opened(world, stream_interval_ms=3_600_000) as api:
         read, runner = threading.Event(), api.ready.engine._engine._runner
         submit = runner.submit
@@ -314,7 +314,7 @@ async def test_draining_finishes_open_streams_and_refuses_new_ones(api: RpcApi) 
 
 
 async def test_a_drain_that_takes_too_long_cuts_what_is_open(world: tuple[World, MemoryStore]) -> None:
-    """When the time is over, open streams end with SHUTTING_DOWN and a delay, and their sequences are freed."""
+    """A drain that exceeds its time ends open streams with SHUTTING_DOWN and a delay, and frees sequences."""
     async with opened(world) as api:
         request = pb.GenerateRequest(model="rs", token_ids=TOKENS, sampling=greedy(240))
         events = aiter(api.stub.Generate(request))

@@ -159,7 +159,7 @@ async def given_up(apis: EndlessApis, clock: Clock) -> None:
 
 @patience("read_s")
 async def test_an_http_client_that_does_not_read_is_given_up(apis: EndlessApis, clock: Clock) -> None:
-    """Others are answered meanwhile; then its answer is ended, and its connection closed."""
+    """A client that does not read delays no other; then its answer is cancelled and its connection closed."""
     with narrow(apis):
         await apis.service.until(1)
         await apis.seen()
@@ -222,7 +222,7 @@ async def test_a_client_that_took_what_there_was_is_not_given_up(apis: EndlessAp
 
 
 async def test_a_connection_whose_request_lies_unread_makes_no_room(apis: EndlessApis) -> None:
-    """At the bound it is not unused: a new connection is refused, and it is answered."""
+    """A connection with an unread request counts as used: at the limit, a new connection is refused."""
     clients = [await apis.raw() for _ in range(BOUND)]
     await until(lambda: len(apis.http.connections.held()) == BOUND, "all connections")
     for each in clients:
@@ -308,7 +308,7 @@ async def test_a_grpc_request_that_does_not_come_is_refused(apis: EndlessApis, c
 
 @pytest.mark.parametrize("sent", [[], [b"\xff\xff"]])
 async def test_a_grpc_call_without_a_request_is_refused(apis: EndlessApis, sent: list[bytes]) -> None:
-    """No message, and bytes that are none, are invalid requests."""
+    """A call without a message and a call with invalid bytes are invalid requests."""
     async with grpc.aio.insecure_channel(apis.rpc.address) as channel:
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             async for _ in channel.stream_stream(f"/{SERVICE_NAME}/Generate")(iter(sent)):

@@ -174,7 +174,7 @@ async def test_regular_expressions_and_grammars_hold_for_the_whole_answer(ready:
 
 
 async def test_the_end_of_sequence_comes_only_where_the_text_may_end(ready: Ready) -> None:
-    """Three letters come first, however likely the end is, and however the adapter ends."""
+    """The grammar requires three letters before the end, whatever the model and the adapter prefer."""
     fields = DRAWN | {"logit_bias": {2: 100.0}}
     assert await ask(
         ready, "regex", "[a-z]{3,9}", **fields | {"temperature": 0.0, "logit_bias": {2: 100.0, 70: 90.0}}

@@ -169,7 +169,7 @@ def test_secrets_have_a_form(cloud):
 
 
 def test_a_secret_that_is_not_set_is_said(cloud):
-    """Nothing is signed without the named secret: the server's own credentials are not for that repository."""
+    """A missing secret is an error: the server's own credentials never sign for a repository."""
     cloud.fill(FILES)
     with capture_logs() as logs, pytest.raises(RepoGated, match="LORAMUX_SECRET_key"):
         cloud.source(" ").resolve(cloud.repo())

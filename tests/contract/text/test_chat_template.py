@@ -109,8 +109,7 @@ def impatient(little_time: SandboxPool, monkeypatch: pytest.MonkeyPatch) -> None
 async def test_a_template_that_takes_too_much_ends_with_its_reason(
     source: str, why: str, request: pytest.FixtureRequest
 ) -> None:
-    """A template with loops, powers, doubling or forbidden calls fails its request, and no other.
-    """
+    """A template with loops, powers, doubling or forbidden calls fails its request, and no other."""
     if source is LOOP:  # others may take a slow machine longer than that
         request.getfixturevalue("impatient")
     with pytest.raises(RequestInvalid) as caught:

@@ -90,7 +90,7 @@ def test_a_key_opens_what_its_scopes_say() -> None:
 
 @pytest.mark.parametrize("wrong", [None, "", "lmx_", "x" * 100_000, "ключ", "\udcff"])
 def test_what_is_no_key_of_ours(wrong: str | None) -> None:
-    """Nothing, and anything else than a key, is refused without being repeated."""
+    """Nothing, and anything that is no key, is refused, and the refusal does not repeat the text."""
     key, entry = new_entry("ci", "infer")
     ring = Keyring(text=lines(entry))
     with pytest.raises(Unauthenticated) as caught:
@@ -204,7 +204,7 @@ def test_bearer(headers: list[str], key: str | None) -> None:
     ],
 )
 def test_a_key_has_two_headers(headers: dict[str, str], key: str | None) -> None:
-    """Over HTTP a key may also be Anthropic's header, and both where they say the same."""
+    """A key over HTTP may come in Anthropic's header, or in both headers with the same value."""
     assert key_of([(name.encode(), value.encode()) for name, value in headers.items()]) == key
 
 

@@ -147,7 +147,7 @@ def test_stop_tokens_are_added_to_those_of_the_base(ready: Ready) -> None:
 
 
 async def test_an_answer_ends_at_the_adapters_own_stop_token(world: World, store: MemoryStore) -> None:
-    """Through the engine: the first token is made an end by the adapter's files, and the answer stops there."""
+    """An answer ends at a stop token that only the adapter's files define."""
     ready = world.load(store)
     ready.engine.start()
 

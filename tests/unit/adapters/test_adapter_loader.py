@@ -93,7 +93,7 @@ def test_a_bundle_that_acts_from_other_tokens_than_its_generation_says_is_refuse
 
 
 def test_the_host_tier_keeps_what_was_packed(store, make):
-    """Up to its bound what left the device comes back without a read; beyond it, the oldest is read again."""
+    """The host tier returns evicted adapters without a read, up to its bound; the oldest leave first."""
     loader = make(host_bytes=2500)
     first, second, third, _ = store.digests
     for digest in (first, second):
@@ -280,7 +280,7 @@ def test_whatever_waits_at_the_end_is_told(store, make):
 
 
 def test_every_load_of_many_ends_once(store, make):
-    """Over random failures, each call of load is answered exactly once."""
+    """Each load is answered exactly once over random failures."""
     turn = iter(range(10**6))
 
     def pack(bundle):

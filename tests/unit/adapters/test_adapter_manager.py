@@ -131,8 +131,7 @@ def test_names_of_one_version_share_its_pin() -> None:
 
 
 def test_the_successor_of_a_resident_version_is_brought_in() -> None:
-    """The successor of a resident version is loaded; an unused version's is not.
-    """
+    """The successor of a resident version is loaded; an unused version's is not."""
     replica = operated()
     replica.residency.hold(replica.adapter("one"))
     replica.adapters.apply(generation(2, {"one": 11, "two": 12}))
@@ -237,7 +236,7 @@ async def test_a_bundle_of_this_replica_obeys_the_rules_of_names() -> None:
 
 
 async def test_what_is_unloaded_is_gone_when_it_returns() -> None:
-    """Through the builder where a generation has it; from this replica alone where it alone has it."""
+    """An unload goes through the builder for an adapter of a generation, else ends on this replica."""
     digest = digest_of(77)
     replica = operated(bundles=(digest,))
     assert await replica.manager.unload("one") == 2
@@ -336,7 +335,7 @@ def test_what_is_no_path_is_refused(path: str) -> None:
 
 
 def test_bundles_are_named_by_whole_digests() -> None:
-    """Nothing shorter, nothing longer, and no other letters."""
+    """A bundle's name is the whole digest in hex, of exact length."""
     assert digest_in(f"bundle:{digest_of(3)}") == digest_of(3)
     assert digest_in("org/name") is None
     for wrong in ("bundle:", "bundle:abc", f"bundle:{digest_of(3)}0", f"bundle:{'G' * 64}"):

@@ -209,8 +209,7 @@ def test_a_rollback_makes_no_second_version() -> None:
 
 
 def test_the_base_may_stand_before_a_name() -> None:
-    """The prefix "base:" is dropped where no model has the whole name; an unknown name is never the base.
-    """
+    """The prefix "base:" is dropped where no model has the whole name; an unknown name is never the base."""
     names = catalog({"a": "one", "base:b": "two", "b": "three"})
     assert names.resolve("base:a") is names.get("a")
     assert names.resolve("base:b").digest == digest("two")
@@ -350,8 +349,7 @@ def test_a_mixture_opens_nothing_that_its_parts_do_not() -> None:
     ],
 )
 def test_adapters_of_other_kinds_are_not_mixed(kind: ServedModel, expected: str) -> None:
-    """An adapter of another kind cannot be blended or scaled; the scale 1 is valid, and 0 drops an adapter.
-    """
+    """An adapter of another kind cannot be blended or scaled; the scale 1 is valid, and 0 drops an adapter."""
     known = Catalog(1, "base", [BASE, ServedModel("a", Adapter("a")), kind])
     for request in ("a*0.5+k", "k*0.5"):
         with pytest.raises(RequestInvalid, match=f"adapters that can be scaled; this one {expected}"):
@@ -378,7 +376,7 @@ def test_what_adapters_of_a_mixture_bring_alike_counts() -> None:
 @settings(max_examples=examples(50))
 @given(st.text("ab*+ .@:-1e5n", max_size=24))
 def test_whatever_is_asked_for_is_named_or_refused(query: str) -> None:
-    """Nothing that a client may write is worse than refused."""
+    """Any text as a model's name is resolved or refused by name."""
     known = catalog({"a": "one", "b": "two"})
     with suppress(ModelNotFound, RequestInvalid):
         assert known.resolve(query).names

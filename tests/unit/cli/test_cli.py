@@ -201,7 +201,7 @@ def test_a_missing_extra_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_service_commands() -> None:
-    """Only flags that were given reach the service, folders as absolute ones."""
+    """The service gets only the flags that were set, with folders as absolute paths."""
     assert services.builder_command(None, None, [])[1:] == ["-m", "builder_service"]
     engine = {"backend": "torch", "dtype": None, "threads": 2}
     command = services.inference_command("m", "s3://b/p", "127.0.0.1:0", [Path("/a/../b")], engine)

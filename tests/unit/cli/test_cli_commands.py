@@ -90,7 +90,7 @@ def _lines(width: int) -> list[str]:
 
 @pytest.mark.parametrize("width", [64, 63, 43, 42, 30, 24])
 def test_no_line_is_longer_and_no_word_is_broken(width: int) -> None:
-    """At every width all words of all cells are there, each within one line."""
+    """All words of all cells are there at every width, each within one line."""
     lines = _lines(width)
     words = {word for line in lines for word in line.split()}
     assert max(map(len, lines)) <= max(width, len("modules    SmolLM2-135M-Instruct"))
@@ -113,7 +113,7 @@ def test_cells_go_on_between_words_before_rows_become_blocks() -> None:
 
 
 def test_columns_that_can_be_spared_go_first() -> None:
-    """Only as many as it takes for a row to be a line, in the order that is given; all others stay."""
+    """Optional columns are dropped in the given order, as few as a line needs."""
     spare = ("first, ms", "modules")
     assert fitting_columns(HEADERS, ROWS, spare, 62) == ([0, 1, 2], [])
     assert fitting_columns(HEADERS, ROWS, spare, 61) == ([0, 1], ["first, ms"])

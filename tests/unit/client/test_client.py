@@ -87,8 +87,7 @@ def test_complete_joins_the_stream(client: Client) -> None:
 
 
 async def test_an_asyncio_client_does_the_same(aio: AsyncClient) -> None:
-    """An asyncio client lists the same models, streams the same events and answers requests concurrently.
-    """
+    """An asyncio client lists the same models, streams the same events and answers requests concurrently."""
     names = [model.name for model in await aio.models()]
     assert names == ["base", "lora1", "lora2"]
     events = [event async for event in aio.generate("base", [1, 2, 3])]
@@ -145,7 +144,7 @@ WRONG: dict[str, tuple[Any, str, str]] = {
 
 @pytest.mark.parametrize("name", WRONG)
 def test_an_option_that_does_not_fit_is_told_what_would(name: str) -> None:
-    """For answers, and in the same words for vectors and scores where they have the option."""
+    """A wrong option is refused with the expected value, in the same words for answers, vectors and scores."""
     value, expected, found = WRONG[name]
     requests: list[tuple[Any, Any]] = [(generate_request, "hi")]
     requests += [

@@ -106,7 +106,7 @@ def test_popularity_is_forgotten() -> None:
 
 
 def test_replicas_that_failed_come_last() -> None:
-    """For as long as was said; and where all have failed, each may be asked again."""
+    """A replica that failed comes last for a while; where all have failed, each may be tried again."""
     now = [0.0]
     placement = Placement(REPLICAS, 0.0, lambda: now[0])
     first, second, *others = order("support", REPLICAS)

@@ -176,7 +176,7 @@ def test_known_prefixes(text):
     ],
 )
 def test_unknown_keys(text):
-    """Nothing is guessed from the last part of a key."""
+    """An unknown key is refused, and not guessed from its last part."""
     assert parse_key(text) == RefusedKey("E_UNKNOWN_KEY", "")
 
 

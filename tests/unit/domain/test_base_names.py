@@ -67,12 +67,12 @@ def test_anything_else_is_worth_a_warning(other: str) -> None:
 
 
 def test_a_name_of_formats_alone_stays() -> None:
-    """Nothing is left of no name."""
+    """A name that consists of formats alone is kept."""
     assert plain_name("org/AWQ-4bit") == "awq"
 
 
 def test_quantised_copies_by_the_hub_are_the_base() -> None:
-    """Over several steps, and from the side of the deployment too."""
+    """Quantised copies are followed over several steps, from the adapter's and the deployment's side."""
     steps = [
         descent("org/mine", "quantized", "lab/Copy-8B"),
         descent("lab/Copy-8B", "quantized", "Qwen/Qwen3-8B"),

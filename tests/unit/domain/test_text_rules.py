@@ -67,7 +67,7 @@ def test_what_cannot_be_used_refuses_the_adapter(name: str, content: Any, field:
 
 
 def test_fields_that_change_answers_and_are_not_used_are_a_warning() -> None:
-    """Nothing is dropped silently: what a replica will not apply is listed."""
+    """The warning lists the fields that a replica does not apply."""
     [finding] = check_texts({GENERATION: b'{"repetition_penalty": 1.1, "num_beams": 4, "top_k": 5}'}, 100)
     assert (finding.code, finding.found) == ("W_GENERATION", "num_beams, repetition_penalty")
 

@@ -303,8 +303,7 @@ def test_a_sequence_of_any_length_runs_where_all_layers_slide() -> None:
 
 
 def test_a_prompt_takes_no_more_rows_than_its_window_has_blocks_for() -> None:
-    """Two prompts finish without a preemption, though a step has more rows than a window has blocks for.
-    """
+    """Two prompts finish without a preemption, though a step has more rows than a window has blocks for."""
     engine, _, manager = Base((8,), rows=14, seqs=2, prefix_cache=False).engine()
     for number in range(2):
         engine.add(Sequence(str(number), [number] * 40, SamplingParams(max_tokens=3)))
@@ -381,7 +380,7 @@ def test_the_state_that_was_used_longest_ago_makes_room() -> None:
 
 
 def test_a_sequence_takes_over_the_last_snapshot_where_no_other_slot_is_left() -> None:
-    """Nothing is copied then."""
+    """A sequence takes over the last snapshot without a copy where no other slot is left."""
     states = StateSlots(1, BLOCK, 4)
     first, second = (Sequence(str(number), [7] * 9, SamplingParams()) for number in range(2))
     states.begin(first, 0, 0)

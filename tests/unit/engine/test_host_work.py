@@ -115,5 +115,5 @@ def test_a_queue_costs_a_step_next_to_nothing(kind: host.Kind, context: int) -> 
 
 @pytest.mark.sweep
 def test_the_bars_of_host_time_are_met() -> None:
-    """On a quiet machine, by the thread's own time."""
+    """The host time per step meets its bounds on a quiet machine, by the thread's own clock."""
     assert host.main([]) == 0

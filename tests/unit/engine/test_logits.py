@@ -118,7 +118,7 @@ def test_a_draw_from_nothing_says_so(temperature: float) -> None:
 @given(st.floats(0.01, 1), st.integers(0, 99))
 @settings(max_examples=examples(12))
 def test_min_p_leaves_what_transformers_leaves(min_p: float, seed: int) -> None:
-    """No token is drawn that the same threshold of transformers leaves out."""
+    """The sampler draws no token that transformers' min_p leaves out."""
     left = MinPLogitsWarper(min_p)(torch.empty(1, 0), logits(seed))[0].isfinite()
     drawn = {
         sample(logits(seed), [seq([1], temperature=1.0, min_p=min_p, seed=draw)])[0].id for draw in range(30)

@@ -104,7 +104,7 @@ def test_drafts_never_cost(text: Text, part: float, streams: int) -> None:
 
 @pytest.mark.parametrize("streams", [1, 8, 20])
 def test_drafts_gain_where_rows_are_cheap(streams: int) -> None:
-    """At any number of streams that leaves rows of a step."""
+    """Drafts make the engine faster at any number of streams that leaves rows of a step."""
     machine = Machine(circle, 0.2 * STEP_S / max(4, streams))
     engine = _engine(machine, streams)
     _token_s(machine, engine, 40)
@@ -128,7 +128,7 @@ def test_drafts_stop_where_rows_cost_what_they_save_and_come_back_where_they_are
 
 
 def test_as_many_are_drafted_as_are_worth_their_rows() -> None:
-    """At one stream all that may be; at eight, whose tokens are worth less, fewer of each."""
+    """One stream gets the longest drafts; eight streams get shorter ones, as their tokens are worth less."""
     for part, streams, least, most in ((0.02, 1, 8, 8), (0.02, 8, 30, 56), (0.13, 8, 0, 0)):
         machine = Machine(repetitive, part * STEP_S)
         engine = _engine(machine, streams)

@@ -41,7 +41,7 @@ def test_a_negative_seed_is_the_unsigned_one_of_the_same_bits() -> None:
 
 
 def test_no_two_steps_of_any_seeds_share_noise() -> None:
-    """Not even shifted: no two words in a row occur twice, over near and odd seeds and steps."""
+    """No two words of noise in a row occur twice, over near and odd seeds and steps."""
     odd = 0x9E3779B97F4A7C15
     seeds = [0, 1, 2, 1 + 2**32, 2**63, -1, odd, -odd, odd + 1, 2**32 - odd]
     rows = [RowParams(1.0, seed=seed, num_generated=step) for seed in seeds for step in range(8)]

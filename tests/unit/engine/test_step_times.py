@@ -177,7 +177,7 @@ def test_a_first_step_that_takes_long_misleads_about_none() -> None:
 
 
 def test_a_machine_that_becomes_slower_is_followed() -> None:
-    """When all of it takes three times as long, steps with prompts keep their proportion after some of them."""
+    """Steps with prompts keep their proportion a few steps after the machine becomes three times slower."""
     machine = Machine()
     engine = _streaming(machine)
     _add(engine, *(_seq(8000) for _ in range(2)))
@@ -299,8 +299,7 @@ def test_less_urgent_requests_do_not_pass_however_short_they_are() -> None:
 
 @pytest.mark.parametrize(("decode_s", "alone"), [(0.001, True), (0.0, False)], ids=["rows cost", "free rows"])
 def test_a_first_token_of_another_model_does_not_wait_for_streams(decode_s: float, alone: bool) -> None:
-    """All seats are taken by streams of one model. Where a step of these is long because of its rows, a new
-    model's prompt has a step of its own, and every second step has all streams; else they share a step."""
+    """A new model's prompt gets a separate step where steps of many streams are long."""
     machine = Machine(step_s=0.01, decode_s=decode_s)
     engine = _with_64_streams(machine)
     for number in range(4):

@@ -212,7 +212,7 @@ def test_examples_of_inputs_are_told_with_the_description() -> None:
 
 @pytest.mark.parametrize("where", ["output_format", "output_config"])
 def test_a_schema_constrains_the_answer(where: str) -> None:
-    """Under its old name and its new one, beside tools too."""
+    """A schema constrains the answer under its old and its new name, beside tools too."""
     fields = {where: SCHEMA if where == "output_format" else {"format": SCHEMA}}
     for choice in ({}, {"tool_choice": {"type": "none"}}):
         constraint = _chat(tools=[TOOL], **choice, **fields).constraint

@@ -143,7 +143,7 @@ async def test_one_call_is_one_call(tmp_path: Path) -> None:
 async def test_what_is_demanded_is_demanded_in_the_dialect(
     tmp_path: Path, family: str, says: str, fields: dict[str, Any], constraint: str
 ) -> None:
-    """Several calls or one, calls within text, and formats behind reasoning; else nothing."""
+    """A demand for calls, for text with calls, or for a format behind reasoning is a grammar of the dialect."""
     service = Speaks(tmp_path, family, says)
     reported = await ask(service, **{"tools": [FIND]} | fields)
     assert reported == [["call", "find", "{}"]] if says == CALL else reported == [["said", says]]

@@ -65,7 +65,7 @@ def test_between_the_two_thresholds_everything_stays(machine: Machine) -> None:
 
 
 def test_an_idle_engine_learns_nothing(machine: Machine) -> None:
-    """Others that wait while there are hardly any steps are none of its business."""
+    """An idle engine ignores threads of others that wait for cores."""
     machine.passes(ran=1.0, waited=0.0)
     assert not machine.passes(ran=0.01, waited=1.0)
 
@@ -103,7 +103,7 @@ def two_threads() -> Iterator[None]:
 @pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("cores", [1, 2, 4])
 def test_idle_teams_are_more_threads_than_cores(cores: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """While they live, they and the threads of a step are more than the cores, which makes all sleep."""
+    """The threads of idle teams count: with those of a step there are more than cores, so all sleep."""
     monkeypatch.setattr(spin, "_cores", lambda: cores)
     threads, before, teams = 2, _tasks(), IdleTeams()
     teams(live=True)

@@ -90,7 +90,7 @@ def fetch(
 
 
 def test_archives_count_before_anything_is_taken_out_of_them(tmp_path):
-    """Three archives of a thousand bytes are too much for a build that may write 2500, and two are not."""
+    """Three archives of 1000 bytes exceed a build's limit of 2500 before they are unpacked; two do not."""
     fetch(tmp_path, FakeSource({}), "one", "two", max_bytes=2500)
     with pytest.raises(ResourcesExhausted, match=r"the archive of adapter .* 2000 were written; .* write 2500"):
         fetch(tmp_path, FakeSource({}), "one", "two", "three", max_bytes=2500)

@@ -151,7 +151,7 @@ def test_a_build_with_one_change_does_the_work_of_one(tmp_path: Path) -> None:
 
 
 def test_an_update_does_not_even_list_the_others(tmp_path: Path) -> None:
-    """Nothing of the other adapters, and nothing of the base: neither listed, nor fetched, nor looked for."""
+    """An update neither lists, fetches nor looks up the other adapters and the base."""
     many = World(tmp_path, MANY)
     many.build(many.deployment())
     write_adapter(many.folder / "new", tensors(seed=1000))

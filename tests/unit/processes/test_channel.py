@@ -66,7 +66,7 @@ async def test_a_sampling_arrives_as_it_was(sampling: SamplingParams) -> None:
     ],
 )
 async def test_rights_arrive_as_they_were(access: Access) -> None:
-    """With models and limits."""
+    """The rights of a key arrive with models and limits."""
     assert messages.access_from(await passed(messages.access_to(access))) == access
 
 

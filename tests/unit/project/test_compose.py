@@ -94,7 +94,7 @@ def test_the_openai_api_is_reached() -> None:
 
 
 def test_published_ports_are_local() -> None:
-    """Nothing without authentication is published beyond this machine."""
+    """Ports without authentication are published on this machine alone."""
     ports = [port for service in RAW.values() for port in service.get("ports", ())]
     assert ports
     assert all(port.startswith("127.0.0.1:") for port in ports)

@@ -47,7 +47,7 @@ EXTENSIONS = Extensions((cast(ServiceExtension, Echo()),))
 
 
 def test_services_of_extensions_are_put_together() -> None:
-    """At the replica's own address, and at those of models."""
+    """The services of extensions are combined at the replica's own address and at those of models."""
     assert list(EXTENSIONS.of_all_models(lambda: True)) == ["others.Echo"]
     assert list(EXTENSIONS.of_model("wide", lambda: True)) == ["others.Echo"]
     assert not EXTENSIONS.of_model("base", lambda: True)

@@ -72,7 +72,7 @@ async def test_first_and_last_tokens_pass_all_others() -> None:
 
 
 async def test_what_comes_while_a_stream_waits_is_one_message() -> None:
-    """Nothing is lost or handed over twice, and the order is that of the steps."""
+    """Messages of a waiting stream are merged in order, without loss or repetition."""
     delivery, stream = Delivery(), _stream(0)
     delivery.add(stream, urgent=False)
     stream.put("0", [StepOutput("0", Token(8), None)])
@@ -95,7 +95,7 @@ async def test_a_blocked_loop_delays_deliveries_by_at_most_a_rest() -> None:
 
 
 async def test_requests_that_come_are_waited_for_and_not_without_end() -> None:
-    """While requests come at every turn of the loop, deliveries still continue."""
+    """Deliveries continue while requests arrive at every turn of the loop."""
     delivery, streams, woken = await _ready(2 * SLICE)
     delivery.begin()
     async with bounded("deliveries", lambda: len(woken.order)):
@@ -129,7 +129,7 @@ async def test_every_token_comes_once_and_in_order(threads: Threads, streams: in
 async def test_a_first_token_takes_others_along_only_where_they_are_few(
     threads: Threads, streams: int, *, together: bool
 ) -> None:
-    """With many streams some always begin or end: that must not wake all the others."""
+    """A first token wakes other streams only where few wait."""
     device, steps, gone = Device(), threading.Semaphore(0), 0
     device.before_step = lambda _: steps.acquire(timeout=BOUND_S) or pytest.fail("no step was let go")
     thread = threads.make(device, MANY, MANY, blocks=4096, interval_s=math.inf)

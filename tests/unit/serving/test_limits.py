@@ -85,8 +85,7 @@ def test_without_limits_nothing_is_counted() -> None:
 
 
 def test_so_many_requests_of_a_model_may_wait() -> None:
-    """A waiting request above the limit is refused; running, gone and other models' requests do not count.
-    """
+    """A waiting request above the limit is refused; running, gone and other models' requests do not count."""
     world = World(models={"a": {"max_waiting": 2}})
     first = world.enter()
     with world.limiter.admit(A, EVERYTHING, world.limits) as second:

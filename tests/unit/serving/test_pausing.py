@@ -42,7 +42,7 @@ async def _asked_to_pause(thread: EngineThread, mode: PauseMode) -> asyncio.Task
 
 @pytest.mark.parametrize("depth", [0, 1])
 async def test_what_is_kept_stands_still_and_goes_on(threads: Threads, depth: int) -> None:
-    """No step is under way when the pause returns, none follows, and both old and new requests end whole."""
+    """No step runs after the pause returns, and old and new requests finish after the resume."""
     device = Device(HELD_AT, depth)
     thread = threads.start(device)
     task = await _running(device, thread)

@@ -102,7 +102,7 @@ def test_a_client_that_leaves_with_all_answers_got_them(finished: tuple[int, ...
 
 
 def test_the_time_per_token_of_one_token_is_unknown() -> None:
-    """Between the tokens of an answer of one token lies no time."""
+    """An answer of one token has no time per token."""
     with following(Request.of("m", "x"), []) as follower:
         submit(follower, answers=2)
         follower.see(AnswerDelta("a", (Token(5),), 0))

@@ -158,7 +158,7 @@ def test_a_store_lists_keys_and_nothing_else(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["loop", "pipe", NO_TEXT])
 @pytest.mark.parametrize("command", ["build", "check", "keys"])
 def test_the_command_line_names_them(folder: Path, name: str, command: str) -> None:
-    """No command ends with a traceback because of a path."""
+    """No command of the CLI ends with a traceback for a wrong path."""
     (folder / NO_TEXT).mkdir()
     path, nobody = str(folder / name), ["--builder", "127.0.0.1:1"]
     deployment = folder / "deployment.yaml"

@@ -165,7 +165,7 @@ def test_a_step_that_does_not_fit_is_refused_by_name(ready: Ready) -> None:
 
 
 def test_the_cache_gets_what_the_measured_step_leaves(ready: Ready) -> None:
-    """Not what arithmetic says; the log has both, and what libraries took."""
+    """The cache gets the memory that the measured step leaves; the log has the plan and the measurement."""
     runner = ready.engine._engine._runner
     assert isinstance(runner, Runner)
     requests: list[int] = []

@@ -51,7 +51,7 @@ def measured(
 
 
 def test_the_best_windows_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not the first product, which wakes threads up, nor the moments in which others have the cores."""
+    """The speed is that of the best windows, without the first product and without stolen cores."""
     speed, products = measured(monkeypatch, 8, iter([9e-3, 8e-3, 8e-3, 8e-3, 8e-3, 3e-4, 3e-4, 9e-3]))
     assert speed == pytest.approx(BYTES / 3e-4)
     assert products.count == 8
@@ -88,12 +88,12 @@ def test_a_small_model_is_measured_as_a_whole(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_speed_that_no_machine_has_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No figure is better than a wrong one, if other work holds the cores all the time."""
+    """The speed is unknown, and not wrong, where other work holds the cores all the time."""
     assert measured(monkeypatch, 20, repeat(BYTES / 0.9e9))[0] == 0
 
 
 def test_what_is_known_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For the start line: bytes, speed, and what follows from both."""
+    """The start line has bytes, speed and the time of a token."""
     both = Computing(token_bytes=270_000_000, bytes_per_s=19e9)
     assert both.reading == "0.27 GB of weights a token, 19 GB/s measured: at best 14.2 ms a token"
     assert Computing(bytes_per_s=19e9).reading == "19 GB/s measured"

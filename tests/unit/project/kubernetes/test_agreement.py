@@ -242,7 +242,7 @@ def test_images_are_those_of_compose(name: str) -> None:
 
 @each_set
 def test_pods_may_do_little(name: str) -> None:
-    """Not root, no privileges, nothing to write to but volumes, a bound on memory; no links of services."""
+    """Pods run without root and privileges, with a memory limit, and write to volumes only."""
     for _, pod in pods(made(name)):
         assert pod["enableServiceLinks"] is False
         assert pod["securityContext"]["runAsNonRoot"] is True
