@@ -54,7 +54,7 @@ def api_processes(request: pytest.FixtureRequest, every_api_apart: None) -> Iter
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what looks into the service of an API that is apart."""
+    """Leave out tests that look into the service of an API in another process."""
     if config.getoption("--apart"):
         for item in items:
             if item.get_closest_marker("beside"):

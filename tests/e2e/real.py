@@ -1,4 +1,4 @@
-"""The demo's base model and adapters, and what transformers and PEFT answer with them."""
+"""The demo's base model and adapters, and the answers of transformers and PEFT with them."""
 
 from __future__ import annotations
 

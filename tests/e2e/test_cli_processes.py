@@ -1,4 +1,4 @@
-"""The command line as processes: what runs, on what terminal, and that nothing is left behind."""
+"""The command line as processes: children, terminals, and clean ends."""
 
 from __future__ import annotations
 
@@ -213,8 +213,7 @@ def test_up_serves_until_a_signal(
     deployment: Callable[..., str],
     number: signal.Signals,
 ) -> None:
-    """``up`` with a key builds, serves and says what to try; at a signal an open stream comes to its end, and
-    no process is left."""
+    """``up`` with a key builds, serves and prints examples; a signal ends it after the open stream."""
     scripted |= {"LORAMUX_KEYS_FILE": keys[0], "LORAMUX_API_KEY": keys[1][BOTH]}
     with running(tmp_path, "up", deployment("tiny", "lora1", "lora2"), **scripted) as command:
         text = command.read_until("InferenceService/Generate")

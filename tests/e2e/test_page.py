@@ -1,4 +1,4 @@
-"""The page in a real browser: in front of a tiny model, and of models that say what a test wants to see."""
+"""The page in a real browser, before a tiny model and before scripted models."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ async def tab(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Page]:
 
 @pytest_asyncio.fixture(loop_scope="module")
 async def page(tab: Page) -> Page:
-    """The browser's tab, empty, and without complaints about what another test showed it."""
+    """Return the browser's tab, empty, without errors of an earlier test."""
     await tab.call("Page.navigate", url="about:blank")
     await tab.until("location.href === 'about:blank'")
     tab.complaints.clear()
@@ -278,7 +278,7 @@ async def test_the_settings_are_shown_and_start_greedy(page: Page, tmp_path: Pat
 
 
 async def test_a_server_with_keys_asks_for_one(page: Page, tmp_path: Path) -> None:
-    """The page opens without a key, asks for one, says why it is refused, and shows what a good one may see."""
+    """The page opens without a key, asks for one, explains a refusal, and shows the rights of a good key."""
     key, entry = new_entry("ann", "infer", models=("one",))
     wrong, builder = new_entry("bob", "build")
     service = ScriptedPage(tmp_path, ["one", "two"], {})

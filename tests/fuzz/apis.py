@@ -156,7 +156,7 @@ BODIES: Mapping[str, tuple[type[Body], dict[str, Any]]] = {
 
 
 def messages(folder: Path) -> dict[str, list[Message]]:
-    """Return valid requests of every rpc; the builder's name what lies in a folder."""
+    """Return valid requests of every rpc; those of the builder name a folder's content."""
     sampling = inference_pb2.SamplingParams(
         **SAMPLED | {"logit_bias": {5: 1.5}, "logprobs": 2, "prompt_logprobs": 1}
     )

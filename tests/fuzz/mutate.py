@@ -1,4 +1,4 @@
-"""Mutations of bytes and of JSON-like values, from a seed, and a watch over what each case costs."""
+"""Mutations of bytes and of JSON-like values, from a seed, and the cost of each case."""
 
 from __future__ import annotations
 

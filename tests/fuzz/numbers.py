@@ -100,7 +100,7 @@ _NO_NUMBER_TYPES: Final = (FieldDescriptor.TYPE_STRING, FieldDescriptor.TYPE_BYT
 
 
 def on_the_wire(path: Path, number: float) -> bytes | None:
-    """Return the bytes that put a number at a path of a message; None for what its type has no bytes for."""
+    """Return the bytes that put a number at a path of a message; None where the type cannot hold it."""
     *outside, field = path
     made = _encoded(field, number)
     for each in reversed(outside):

@@ -29,7 +29,7 @@ METADATA = {"format": "pt"}  # the library writes several in any order
 
 
 def mutated(rng: Random) -> bytes:
-    """Return a file that was changed: its bytes, or what its header says."""
+    """Return a changed file, in its bytes or in its header."""
     data = save(rng.choice(SEEDS), METADATA)
     if rng.random() < 0.4:
         return mutations(data, rng)

@@ -26,7 +26,7 @@ Deltas = dict[str, np.ndarray[Any, Any]]
 
 
 def judged(shape: Shape, folder: Path) -> tuple[list[str], Deltas]:
-    """Build a shape through the whole pipeline: its codes, and what its bundle adds to each module."""
+    """Build a shape through the whole pipeline; return its codes, and its updates to each module."""
     base = folder / NAME
     base.mkdir()
     (base / "config.json").write_text(json.dumps(BASES[shape.base]))
@@ -119,7 +119,7 @@ def parts(place: str, delta: np.ndarray[Any, Any]) -> Deltas:
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.name.replace(" ", "-"))
 def test_every_shape_is_exact_or_refused_by_name(tmp_path, shape):
-    """A program's files give what PEFT makes of them, or the codes of the table."""
+    """A program's files give PEFT's result, or the codes of the table."""
     codes, deltas = judged(shape, tmp_path)
     assert sorted(codes) == sorted(shape.codes.split())
     if shape.refused:

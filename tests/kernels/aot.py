@@ -1,4 +1,4 @@
-"""Compile every shipped configuration of every kernel ahead of time, and print what ptxas made of it.
+"""Compile every shipped configuration of every kernel ahead of time, and print the resources of ptxas.
 
 A script rather than a test, because it needs the kernels as the compiler sees them and the tests import them
 for the interpreter. Prints one line per kernel, type and architecture, in the order of the golden table:
@@ -119,7 +119,7 @@ def covering(
 
 
 def source_of(variant: Variant) -> Any:
-    """Return what Triton compiles of one variant."""
+    """Return the source that Triton compiles for one variant."""
     from triton.compiler import ASTSource
 
     names = variant.kernel.arg_names
@@ -170,7 +170,7 @@ def one_of_each(found: Iterable[Variant]) -> list[Variant]:
 
 
 def lines(packages: Collection[str], architectures: Collection[int], *, one: bool = False) -> Iterator[str]:
-    """Compile and yield the lines of packages, or one of each kernel; what names share is compiled once."""
+    """Compile and yield the lines of packages, or one of each kernel; equal variants are compiled once."""
     made: dict[tuple[int, str], Line] = {}
     found = []
     for architecture in architectures:

@@ -89,7 +89,7 @@ def _chosen() -> list[dict[str, Any]]:
 
 
 def _possible(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Yield what there is, each once: an architecture without fp8 has int8 in its place."""
+    """Yield each existing option once: an architecture without fp8 has int8 in its place."""
     seen = set()
     for row in rows:
         if row["cache"] == "fp8" and row["architecture"] < FP8_FROM:

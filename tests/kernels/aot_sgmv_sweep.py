@@ -15,7 +15,7 @@ GROUPS = (
 
 
 def variants(architecture: int) -> Iterator[Variant]:
-    """Yield what the launcher may make of the shipped configurations."""
+    """Yield the variants that the launcher can make of the shipped configurations."""
     for entry in aot_sgmv.entries(architecture):
         for dtype in ("bf16", "fp16") if entry.dtype == "bf16" else (entry.dtype,):
             yield from _specialised(replace(entry, dtype=dtype))

@@ -118,7 +118,7 @@ class Case:
 
     @property
     def held(self) -> tuple[Tensor, Tensor]:
-        """Return what the cache means, in fp64 [kv heads, cache rows, d]."""
+        """Return the values of the cache, in fp64 [kv heads, cache rows, d]."""
         at = self.inputs
         every = torch.arange(at.keys.shape[1], device=at.keys.device)
         return KeysValues(at.keys, at.values, at.scales).read(every, torch.float64)
@@ -236,7 +236,7 @@ def reloaded(case: Case, layout: Layout) -> Case:
 
 
 def check(case: Case, got: Tensor, keys: Tensor, values: Tensor) -> None:
-    """Compare what a run left with fp64; keys and values are those before it."""
+    """Compare the results of a run with fp64; keys and values are those before the run."""
     at, tolerance = case.inputs, TOLERANCE[case.inputs.heads.dtype]
     assert errors(got, case.expected(keys, values)).max() <= tolerance
     for context in case.contexts:
@@ -252,7 +252,7 @@ def check(case: Case, got: Tensor, keys: Tensor, values: Tensor) -> None:
 
 
 def errors(got: Tensor, expected: Tensor) -> Tensor:
-    """[...]: the relative error of every head of every row; where 0 is expected, the norm of what came."""
+    """[...]: the relative error of every head of every row; where 0 is expected, the norm of the result."""
     error, size = (got.double() - expected).norm(dim=-1), expected.norm(dim=-1)
     return torch.where(size > 0, error / size, error).nan_to_num(nan=torch.inf)
 

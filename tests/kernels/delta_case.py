@@ -1,4 +1,4 @@
-"""Random layers of the gated delta rule, and what steps make of them."""
+"""Random layers of the gated delta rule, and their results in steps."""
 
 from __future__ import annotations
 

@@ -96,7 +96,7 @@ def adapted(
 def expect_right(
     lora: LoraBackend, step: Arrangement, held: Mapping[int, AdapterWeights], device: str = "cpu"
 ) -> None:
-    """A backend makes of every linear what the adapters in their slots do, and nothing of the base's rows."""
+    """Check that each row gets the update of the adapter in its slot, and rows of the base get none."""
     lora.begin(step)
     for layer in range(LAYERS):
         for shape in GROUPS:

@@ -93,7 +93,7 @@ def test_rows_attend_to_what_they_see_and_nothing_else_changes(
     ["one chunk of every kind", "a cap, a window and pieces", "sinks", "a norm for every head"],
 )
 def test_a_cache_of_8_bits(name: str, dtype: torch.dtype, cache: torch.dtype, device: str) -> None:
-    """New keys and values are rounded to the nearest number, and all rows attend to what the cache means."""
+    """New keys and values are rounded to nearest, and all rows attend to the rounded values."""
     case = make_case(**CASES[name], dtype=dtype, device=device, cache=cache)
     at, before = case.inputs, case.held
     out, after = case.run(), case.held

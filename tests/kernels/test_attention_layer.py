@@ -69,8 +69,7 @@ def _tables(counts: HeadCounts, device: torch.device) -> Mapping[HeadCounts, Att
 def test_the_layer_gives_what_the_torch_layer_gives(
     norm: str, cap: float | None, sunk: bool, dtype: torch.dtype, device: str
 ) -> None:
-    """Keys are rounded where torch rounds them: to the same bits in float16 (bf16 is truncated here). What no
-    row sees is NaN."""
+    """Keys are rounded where torch rounds (bf16 is truncated here); invisible rows are NaN."""
     torch.manual_seed(7)
     place, (queries, kv, dim) = torch.device(device), (COUNTS.queries, COUNTS.kv, COUNTS.dim)
     heads = torch.randn(ROWS, queries + 2 * kv, dim).to(place, dtype)

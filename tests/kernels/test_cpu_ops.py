@@ -171,7 +171,7 @@ def test_bfloat16_that_is_widened_has_the_bits_of_float32_sums_in_order(beforeha
 
 
 def test_compact_weights_have_the_bits_of_whole_ones(library: ctypes.CDLL) -> None:
-    """Rows that share what the first ones decode, blocks of K, padded columns, and every kind of value."""
+    """Compact weights have the bits of whole ones for shared decodes, blocks of K, padding, and any value."""
     ops = CpuOps(library, torch.bfloat16)
     if not ops.compacts:
         pytest.skip("this kind has whole weights alone")
@@ -221,7 +221,7 @@ def test_compact_weights_are_the_very_bits(
 
 
 def _unpacked(compact: Tiled, shape: tuple[int, int]) -> npt.NDArray[np.uint16]:
-    """Return the weights of tiles, by what compact.h says of their bytes."""
+    """Return the weights of tiles in the layout of compact.h."""
     tiles, _, beside = compact._kept
     assert beside is not None
     values = beside.numpy()

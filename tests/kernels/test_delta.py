@@ -158,7 +158,7 @@ def _refused(
 
 @pytest.mark.parametrize("message", REFUSALS)
 def test_what_does_not_fit_is_refused(message: str) -> None:
-    """A ValueError says what there must be and what there is."""
+    """A ValueError names the expected and the actual value."""
     if torch.cuda.is_available():
         pytest.skip("the tensors are on the CPU")
     with pytest.raises(ValueError, match=message):

@@ -145,7 +145,7 @@ def test_routes_are_those_of_the_reference(
 
 
 def test_a_row_of_nonsense_is_routed_to_experts_that_there_are(device: str) -> None:
-    """Padding may hold anything: what it is routed to is read all the same."""
+    """A padding row may hold anything, and is routed to an expert that exists."""
     logits = torch.randn(3, 6, device=device)
     logits[0], logits[1, 2:] = torch.nan, float("-inf")
     found = route(logits, 4, renormalised=True)

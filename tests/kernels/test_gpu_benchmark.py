@@ -182,7 +182,7 @@ def _linear() -> Linear:
 
 @without_gpu
 def test_the_peer_computes_the_same() -> None:
-    """The loop of products that SGMV is compared with adds what SGMV adds."""
+    """The baseline of a loop of products computes the same as SGMV."""
     linear = _linear()
     expected = reference.lora_apply(linear.x, linear.out, linear.group, linear.segments, torch.float64)
     linear.loop()

@@ -39,7 +39,7 @@ Key = tuple[Any, ...]
 
 
 def key_of(launch: Launch) -> Key:
-    """Return what Triton compiles a kernel by: constants, types, and the alignment of numbers and addresses."""
+    """Return Triton's compilation key: constants, types, and the alignment of numbers and addresses."""
     kernel, options = launch.kernel, launch.kernel.kwargs
     plain = set(options.get("do_not_specialize") or ())
     anywhere = plain | set(options.get("do_not_specialize_on_alignment") or ())

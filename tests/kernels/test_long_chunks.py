@@ -75,7 +75,7 @@ def _attend(
 @pytest.mark.parametrize(("heads", "kv", "dim"), [(4, 2, 16), (3, 1, 24), (5, 5, 64)])
 @pytest.mark.parametrize("rows", [1, 20, 30])
 def test_long_chunks_attend_as_short_ones_do(ops: CpuOps, heads: int, kv: int, dim: int, rows: int) -> None:
-    """Whichever go to torch's products, a step gives what the compiled operation gives of all of them."""
+    """A step gives the same result whichever chunks use torch's products."""
     spec = AttentionSpec(dim**-0.5)
     expected = attended(ops, spec, heads, kv, dim, None).double()
     found = attended(ops, spec, heads, kv, dim, rows).double()
@@ -122,7 +122,7 @@ class Paced(CpuOps):
         return q
 
     def in_order(self, keys: Tensor, values: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-        """Take a second for what the products begin with."""
+        """Advance the clock by a second, and begin the product."""
         self._clock.now += 1.0
         return super().in_order(keys, values, dim)
 

@@ -51,7 +51,7 @@ def assert_close(got: Tensor, expected: Tensor, scale: Tensor | None = None) -> 
 def test_a_norm_adds_to_the_stream_and_norms_the_sum(
     dim: int, dtype: torch.dtype, offset: float, device: str
 ) -> None:
-    """The stream is the rounded sum in place, and what comes out is the norm of just that."""
+    """The stream is the rounded sum in place, and the output is the norm of that sum."""
     hidden, delta = (guarded(3, dim, dtype=dtype, device=device, scale=4) for _ in range(2))
     weight = torch.randn(dim).to(device, dtype)
     total = hidden.double() + delta.double()

@@ -55,5 +55,5 @@ def test_there_is_room_for_the_planes_of_every_step() -> None:
 
 
 def test_the_programs_of_decode_are_what_the_table_says() -> None:
-    """Changed tiles show in the diff of what known models launch for few and many adapters (make golden)."""
+    """Changed tiles show in the diff of the recorded launches of known models (make golden)."""
     assert list(lines()) == TABLE.read_text().splitlines()

@@ -278,9 +278,7 @@ def test_memory_is_taken_on_demand_and_within_the_plan(device: str) -> None:
 
 
 def key_of(launch: Launch) -> tuple[Any, ...]:
-    """Return what a launch is compiled for, by Triton's rules: types, sizes of 1, multiples of 16,
-    constants.
-    """
+    """Return Triton's key of a launch: types, sizes of 1, multiples of 16, constants."""
     values = []
     for name, value in sorted(launch.arguments.items()):
         if isinstance(value, Tensor):

@@ -52,7 +52,7 @@ class Recorded:
             launch()
 
     def expect_right(self, lengths: Mapping[int, int], bank: Resident) -> None:
-        """Replay, and compare with what the adapters in their slots make of it."""
+        """Replay, and compare with the updates of the adapters in their slots."""
         self.replay(lengths)
         step = arrangement(lengths, base=0)
         for (layer, name), x, out in zip(self._linears, self.inputs, self.outputs, strict=True):

@@ -45,7 +45,7 @@ def step(
 
 
 def expanded(case: Case) -> torch.Tensor:
-    """Return what expand leaves."""
+    """Return the result of expand."""
     out = case.out.clone()
     for launch in expand(out, case.group, case.segments, case.workspace):
         launch()

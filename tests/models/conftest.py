@@ -49,7 +49,7 @@ def counted(record_property: Callable[[str, object], None]) -> Counted:
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """Add up what a test has counted, in whichever worker it ran."""
+    """Add up the counts of a test, in whichever worker it ran."""
     for name, value in report.user_properties if report.when == "call" else ():
         if name == PARITY and isinstance(value, list):
             *where, tried, exact = value

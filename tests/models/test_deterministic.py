@@ -166,7 +166,7 @@ class Moody:
 
 
 def test_products_are_of_sizes_that_agree() -> None:
-    """A size that sums otherwise, or where the place counts, is left out; what remains serves any number."""
+    """A product whose sums depend on size or place is left out; the rest serves any number of rows."""
     assert agreeing_sizes(Moody(""), 24, 40, torch.float32) == ROWS
     moody = Moody("one place")
     sizes = agreeing_sizes(moody, 24, 40, torch.float32)

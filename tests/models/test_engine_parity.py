@@ -110,7 +110,7 @@ def test_thirty_one_others_change_no_token(world: World, store: MemoryStore) -> 
 def test_in_bfloat16_the_batch_moves_log_probabilities_by_rounding_only(
     world: World, store: MemoryStore, native: bool
 ) -> None:
-    """The next token's log probabilities, alone and beside 31 others, differ by what bfloat16 rounds."""
+    """The next token's log probabilities, alone and beside 31 others, differ by bfloat16's rounding."""
     ready = world.load(store, dtype="bfloat16", native=native, prefix_cache=False)
     crowd = [(MODELS[index % 4], prompt) for index, prompt in enumerate(_prompts(32, 40))]
     together = next_logprobs(ready, crowd)

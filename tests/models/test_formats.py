@@ -1,4 +1,4 @@
-"""Weights of few bits are widened to what the format's own library says, bit for bit."""
+"""Low-bit weights widen to the values of the format's own library, bit for bit."""
 
 from __future__ import annotations
 

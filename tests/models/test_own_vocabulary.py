@@ -163,7 +163,7 @@ def test_log_probabilities_of_a_prompt_are_those_of_its_own_head(world: World, s
     ids=["tied", "scaled embeddings", "divided logits"],
 )
 def test_other_bases_equal_peft(tmp_path: Path, config: Any) -> None:
-    """Tied tables go the ways that PEFT goes with them; what scales embeddings and logits is honoured."""
+    """Tied tables work as in PEFT, and scales of embeddings and logits are applied."""
     adapters = ADAPTERS | (OF_TIED if config.tie_word_embeddings else {})
     world, store = made(tmp_path, config, adapters), MemoryStore()
     world.build(store)

@@ -46,7 +46,7 @@ class Counted:
 
 
 def answers(ready: Ready, seed: int) -> dict[str, list[StepOutput]]:
-    """Run requests to all models, which come and end at different steps; return what comes of each."""
+    """Run requests to all models, which arrive and end at different steps; return the results."""
     engine, draw = ready.engine._engine, random.Random(seed)
     params = SamplingParams(max_tokens=12, logprobs=3)
     found: dict[str, list[StepOutput]] = {}

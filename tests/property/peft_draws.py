@@ -1,4 +1,4 @@
-"""Random PEFT configurations, saved by PEFT itself: the oracle of what an adapter means."""
+"""Random PEFT configurations, saved by PEFT itself: the oracle of an adapter."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ def built(folder: Path, storage: str) -> Bundle:
 
 
 def check_row(row: BundleRow, saved: Saved, storage: str) -> None:
-    """A and sB are PEFT's, each rounded once; so their product is PEFT's delta within what that can do."""
+    """A and sB are PEFT's, each rounded once, so their product is PEFT's delta within that rounding."""
     kind = DTYPES[storage]
     a, b = (np.asarray(side, np.float32) for side in (row.a, row.b))
     scaled = saved.b * torch.tensor(saved.scaling, dtype=torch.float32)

@@ -146,7 +146,7 @@ def our_ropes(model: ModelConfig) -> dict[str, tuple[torch.Tensor, float]]:
 
 
 def compare(folder: Path) -> bool:
-    """Compare what both read from a folder, for short and for long deployments; False where one refuses."""
+    """Compare both readings of a folder, for short and long deployments; False where one refuses."""
     for max_seq_len in (None, MAX_POSITIONS):
         expected = transformers_ropes(folder, long=max_seq_len is not None)
         try:

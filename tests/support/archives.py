@@ -21,7 +21,7 @@ def member(name: str, size: int = 0, kind: bytes = tarfile.REGTYPE, target: str 
 
 
 def pack_members(members: Iterable[tuple[tarfile.TarInfo, bytes]]) -> bytes:
-    """Return a tar.gz of headers and what follows them."""
+    """Return a tar.gz of headers and contents."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:gz", compresslevel=1) as tar:
         for info, data in members:

@@ -52,7 +52,7 @@ class Page:
         """Errors in the console of the browser."""
 
     async def listen(self) -> None:
-        """Take what the browser tells, until it goes away."""
+        """Read the browser's events until it disconnects."""
         while True:
             try:
                 message = json.loads((await self._reader.readuntil(b"\0"))[:-1])

@@ -70,7 +70,7 @@ class Loaded:
 
 
 def load(loader: AdapterLoader[Any], digest: str, timeout_s: float = BOUND_S) -> Loaded | Fault:
-    """Load an adapter and wait for what comes of it."""
+    """Load an adapter and wait for the outcome."""
     return waiting(loader, digest)(timeout_s)
 
 

@@ -1,4 +1,4 @@
-"""Deployments of adapters in folders, and builds of them: what a builder does, without a service."""
+"""Deployments of adapters in folders, and their builds, without a builder service."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Built:
 
 
 def built(required: Deployment, context: BuildContext, *, verify: bool = False) -> Built:
-    """Build a deployment; raises what its build raises."""
+    """Build a deployment; raises the build's fault."""
     progress = Progress(required.build.lora_adapters)
     result = build(required, context, progress, verify=verify)
     return Built(result.generation, progress, context.store, result.unchanged)

@@ -1,4 +1,4 @@
-"""Grammars of tests: what may come next is said by the tokens before."""
+"""Grammars of tests: a function of the tokens before gives the allowed tokens."""
 
 from __future__ import annotations
 

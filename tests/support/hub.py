@@ -1,4 +1,4 @@
-"""A small Hugging Face hub in a thread: what the real client asks, answered from memory."""
+"""A small Hugging Face hub in a thread, which answers the real client from memory."""
 
 from __future__ import annotations
 

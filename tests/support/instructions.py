@@ -9,7 +9,7 @@ from typing import Any
 
 
 def instructions(act: Callable[[], object]) -> int:
-    """Count the interpreter's instructions of what a call does on this thread."""
+    """Count the interpreter's instructions of a call on this thread."""
     count = 0
 
     def trace(frame: FrameType, event: str, argument: Any) -> Any:

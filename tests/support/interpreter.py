@@ -59,7 +59,7 @@ class _Patch:
         self._under_way: list[frozenset[str]] = []
 
     def __call__(self, function: Any) -> Any:
-        """Patch; return what takes it all back."""
+        """Patch; return the function that reverts the patches."""
         seen = _languages(function)
         if not any(seen <= patched for patched in self._under_way):
             self._under_way.append(seen)

@@ -99,12 +99,12 @@ class LeftBehind:
         return alive
 
     def pytest_collection_finish(self) -> None:
-        """Begin with what importing all tests has made."""
+        """Begin with the state after the import of all tests."""
         self._environment, self._folder, self._known = _environment(), _folder(), self._alive()
 
     @pytest.hookimpl(wrapper=True)
     def pytest_fixture_setup(self, fixturedef: pytest.FixtureDef[Any]) -> Generator[None, object, object]:
-        """Note what a fixture of a wider scope makes."""
+        """Note the changes of a fixture of a wider scope."""
         if fixturedef.scope == "function":
             return (yield)
         before, folder, alive = _environment(), _folder(), self._alive()

@@ -34,7 +34,7 @@ class Kind:
 
 
 def _words(numbers: Tensor, bits: int) -> Tensor:
-    """Pack the last dimension, from the lowest bits on; what does not fill a word is filled with zeros."""
+    """Pack the last dimension, from the lowest bits on; the last word is filled with zeros."""
     each = 32 // bits
     padded = torch.nn.functional.pad(numbers.long(), (0, -numbers.shape[-1] % each))
     shifted = padded.unflatten(-1, (-1, each)) << (bits * torch.arange(each))
@@ -100,7 +100,7 @@ def pack_symmetric(weight: Tensor) -> Packed:
 
 
 def int_quantized(weight: Tensor) -> Packed:
-    """A scale for each row, and beside it one for what a linear reads."""
+    """Round with a scale for each row, and a scale for the inputs of a linear."""
     scale = weight.abs().amax(1, keepdim=True) / 127
     numbers = torch.round(weight / scale).to(torch.int8)
     return {"weight": numbers, "weight_scale": scale, "input_scale": torch.ones(1)}, numbers * scale

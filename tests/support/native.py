@@ -28,7 +28,7 @@ def as_in_a_wheel(patch: pytest.MonkeyPatch) -> None:
 
 @contextmanager
 def opened_once() -> Iterator[None]:
-    """Let a start take what an earlier one of this process has opened from the same folder, and checked.
+    """Reuse operations that this process has opened and checked in the same folder.
 
     Attention is compiled whatever the length of a chunk.
     """

@@ -19,7 +19,7 @@ def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path],
 
 
 def one_at_a_time(factory: pytest.TempPathFactory, name: str) -> FileLock:
-    """Return the lock of what there is one of for all workers of a run, like a port with a number."""
+    """Return a lock that all workers of a run share, as for a numbered port."""
     return FileLock(_of_the_run(factory) / f"{name}.lock")
 
 

@@ -54,7 +54,7 @@ class OpenAIApi(ServedApi):
         self.ready = ready
 
     async def events(self, path: str, **body: Any) -> list[str]:
-        """Send a body that asks for a stream, and return what stands behind each ``data:``."""
+        """Send a body that asks for a stream, and return the payload of each ``data:``."""
         async with self.http.stream("POST", path, json=body | {"stream": True}) as response:
             assert response.headers["content-type"] == "text/event-stream; charset=utf-8"
             raw = (await response.aread()).decode()

@@ -1,4 +1,4 @@
-"""A replica for tests of what operators do: real manager, pins and registry; no engine, store or builder."""
+"""A replica for tests of operators: real manager, pins and registry; no engine, store or builder."""
 
 from __future__ import annotations
 

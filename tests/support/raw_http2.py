@@ -19,7 +19,7 @@ def frame(kind: int, flags: int, stream: int, payload: bytes = b"") -> bytes:
 
 
 def hello(window: int = 65535) -> bytes:
-    """Return a client's first bytes; window is what each stream may send before it reads."""
+    """Return a client's first bytes; window is the limit of unread bytes of each stream."""
     settings = frame(SETTINGS, 0, 0, struct.pack(">HI", 4, window))
     return b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + settings + frame(SETTINGS, 1, 0)
 

@@ -1,4 +1,4 @@
-"""Answers read in parts, and what that comes to."""
+"""Parsed answers in parts, and their sum."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Collected = list[list[str]]
 
 
 def read(reading: AnswerReader, text: str, cuts: Sequence[int] = ()) -> Collected:
-    """Return what an answer says that comes in so many parts."""
+    """Return the pieces of an answer that arrives in so many parts."""
     pieces: list[Piece] = []
     for begin, end in zip([0, *cuts], [*cuts, len(text)], strict=True):
         pieces += reading.push(text[begin:end])
@@ -21,7 +21,7 @@ def read(reading: AnswerReader, text: str, cuts: Sequence[int] = ()) -> Collecte
 
 
 def collected(pieces: Sequence[Piece]) -> Collected:
-    """Return what pieces say together; those of a call follow each other, and calls are numbered."""
+    """Return the sum of pieces; those of a call follow each other, and calls are numbered."""
     reported: Collected = []
     calls = 0
     for piece in pieces:

@@ -72,7 +72,7 @@ def check_events(events: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _grow(output: list[dict[str, Any]], grown: dict[str, Any], event: dict[str, Any]) -> None:
-    """Apply an event to the output so far; grown is what its last item has got."""
+    """Apply an event to the output so far; grown is the last item as it grows."""
     kind, index = event["type"].removeprefix("response."), event["output_index"]
     match kind:
         case "output_item.added":

@@ -1,4 +1,4 @@
-"""A generation service for tests of what lies before the engine: a catalog and a tokenizer, but no model."""
+"""A generation service for tests of the layers before the engine: catalog and tokenizer, no model."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ class Talker(Scripted):
         self._cases.append(Case("chat", {}, [], failure=failure))
 
     async def generate(self, request: Request) -> AsyncGenerator[Event]:
-        """Say what comes next."""
+        """Stream the scripted answer."""
         self.asked.append(request)
         self._case = self._cases.pop(0)
         async for event in super().generate(request):

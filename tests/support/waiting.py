@@ -61,7 +61,7 @@ async def bounded(what: str, state: Callable[[], object] = _nothing) -> AsyncIte
 
 
 async def ended(awaited: Awaitable[T], what: str, state: Callable[[], object] = _nothing) -> T:
-    """Return what ``awaited`` gives.
+    """Return the result of ``awaited``.
 
     :raises AssertionError: after ``BOUND_S``, with ``what`` was waited for and the ``state()`` then.
     """

@@ -137,7 +137,7 @@ async def test_a_busy_server_loses_nothing(tmp_path: Path) -> None:
 
 
 async def test_a_gate_narrows_and_widens() -> None:
-    """A refusal halves what may be open, once for those that were open together; answers widen it again."""
+    """A refusal halves the limit of open requests, once for those open together; answers raise it again."""
     gate = Gate(8)
     for _ in range(8):
         await gate.__aenter__()

@@ -86,7 +86,7 @@ async def test_everything_is_shown_as_text(page: Page) -> None:
 
 
 async def test_questions_are_found_by_outcome_tag_and_words(page: Page) -> None:
-    """Filters say how many there are, and what both versions have there."""
+    """Filters show the number of questions and the scores of both versions."""
     assert await page.text("#count") == "60 of 60 questions; strip: constructor 0.333, base 0.000 (+0.333)"
     await choose(page, "outcome", "won")
     assert len(await page.texts("#questions > li")) == 20

@@ -1,4 +1,4 @@
-"""Scores of answers, and what their differences say: by closed forms, by enumeration, by examples."""
+"""Scores of answers and their differences: by closed forms, by enumeration, by examples."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ from tests.support.https_server import served
     ],
 )
 def test_agreement_has_a_name(name: str, answer: str, reference: str, agrees: bool) -> None:
-    """Each score forgives what its name says, and nothing else."""
+    """Each score ignores the differences in its name, and no others."""
     assert scorer(name)(answer, reference) is agrees
 
 

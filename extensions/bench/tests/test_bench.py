@@ -172,7 +172,7 @@ def bench(fakes: Fakes, *args: str) -> tuple[int, str, str]:
 
 
 def test_a_table_for_people(fakes: Fakes) -> None:
-    """A line per model and one for all; on stderr what the client itself took."""
+    """The table has a line per model and one for all; stderr has the load of the client itself."""
     code, text, errors = bench(fakes, "--requests", "9", "--max-tokens", "5")
     lines = text.splitlines()
     assert code == 0

@@ -77,7 +77,7 @@ class _Handler(RequestHandler):  # type: ignore[misc,unused-ignore]  # the emula
             super().do_POST()
 
     def _refusal(self) -> int | None:
-        """Answer what the emulator itself lets pass, and return the status."""
+        """Check the request in places where the emulator is lax, and return the status."""
         query = {name: values[0] for name, values in parse_qs(urlsplit(self.path).query).items()}
         status = None
         if self.gcs.failures:

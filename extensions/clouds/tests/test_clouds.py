@@ -1,4 +1,4 @@
-"""Sources GCS and AZURE, with emulators: what holds of every store of objects, and secrets in no failure."""
+"""Sources GCS and AZURE, with emulators: the rules of all object stores, and no secret in a failure."""
 
 from __future__ import annotations
 

@@ -115,7 +115,7 @@ def test_an_adapter_takes_what_is_said(base: Path) -> None:
 
 
 def test_what_fits_beside_weights_and_cache() -> None:
-    """Adapters share what weights, steps and a cache of the size that is said leave."""
+    """Adapters share the memory that weights, steps and a cache of the given size leave."""
     settings = InferenceSettings(deployment="none", kv_memory_gb=0.001)
     sizes = sizes_of(LLAMA, settings, 20_000_000, "float32")
     assert sizes.kv_token_bytes == 2 * 2 * 2 * 8 * 4
@@ -237,7 +237,7 @@ def test_a_store_answers_or_not(tmp_path: Path) -> None:
 
 
 def test_a_store_without_its_packages_names_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    """S3 needs an extra, which is said with what installs it."""
+    """A missing extra for S3 is reported with the pip install."""
     monkeypatch.setitem(sys.modules, "boto3", None)
     monkeypatch.delitem(sys.modules, "loramux_shared.storage.s3", raising=False)
     assert (

@@ -115,7 +115,7 @@ def test_envoy_holds_what_replicas_take() -> None:
 
 
 def test_what_is_retried_had_no_token() -> None:
-    """Envoy retries before headers alone; after a reset only what generates, which has no effect that stays."""
+    """Envoy retries before headers only; after a reset, only requests without a lasting effect."""
     listeners = configured("10.0.0.4")["static_resources"]["listeners"]
     for listener in listeners:
         for route in next(values(listener, "routes"), ()):

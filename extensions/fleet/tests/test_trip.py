@@ -51,7 +51,7 @@ def test_few_are_asked_that_refuse(fault: Fault) -> None:
 
 
 def test_what_another_cannot_help_is_raised() -> None:
-    """A model that is not served, an answer that had begun, and what may not be done twice."""
+    """An unknown model, a started answer and a request that must not run twice are not retried."""
     for fault, repeat, answered in (
         (ModelNotFound("no model"), True, False),
         (ServerUnavailable("cut"), True, True),

@@ -134,7 +134,7 @@ def test_generations_beyond_those_that_are_kept(tmp_path):
 
 
 def test_what_stays_says_why(tmp_path):
-    """A number, an age, or both: what either rule keeps stays; each generation says for what reason."""
+    """A generation stays by either rule, number or age, and the report gives the reason."""
     store = MemoryStore()
     for names in (["one"], ["two"], ["three"], ["two", "three"]):
         publish(tmp_path, store, *names)

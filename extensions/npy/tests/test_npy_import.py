@@ -201,7 +201,7 @@ def test_files_that_are_no_such_arrays_are_refused(bench: Bench, value: Any) -> 
 
 
 def test_a_file_that_was_cut_off_is_refused(bench: Bench) -> None:
-    """The size must be what the header says."""
+    """A file of another size than its header says is refused."""
     write(bench.npy, EVERY)
     path = bench.npy / "model.lora_weights.npy"
     path.write_bytes(path.read_bytes()[:-2])
@@ -216,7 +216,7 @@ def test_a_row_that_claims_a_higher_rank_over_padding_is_refused(bench: Bench, m
 
 
 def test_a_zero_b_that_could_be_padding_is_refused(bench: Bench) -> None:
-    """A of rank 4 and zeros is what A and B of rank 2 and padding look like, where in is out."""
+    """A of rank 4 with zeros for B is ambiguous with A and B of rank 2 and padding, where in is out."""
 
     def no_b(weights: Any, config: Any) -> None:
         weights[0, 4 * HIDDEN :] = 0

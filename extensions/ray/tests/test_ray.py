@@ -87,7 +87,7 @@ def together(events: list[Event]) -> list[object]:
 
 
 def content_of(body: dict[str, Any]) -> dict[str, Any]:
-    """An answer without what differs between two requests."""
+    """Return an answer without the fields that differ between two requests."""
     return {name: value for name, value in body.items() if name not in ("id", "created")}
 
 

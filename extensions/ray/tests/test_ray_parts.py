@@ -126,7 +126,7 @@ def test_options_and_settings_that_nobody_knows_stop_a_deploy(args, expected):
 
 
 def test_errors_of_ray_are_faults_of_ours_and_say_nothing_of_it():
-    """A lost replica may be asked again, a full one later; what a replica raised stays in the log."""
+    """A lost replica can be retried, a full one later; the log has the exception of a replica."""
     lost, full = _fault(ActorDiedError()), _fault(BackPressureError(9, 8))
     raised = _fault(RayTaskError("rpc", "Traceback: secret", ValueError("secret")))
     assert [type(each) for each in (lost, full, raised)] == [ReplicaFailed, QueueFull, InternalFault]

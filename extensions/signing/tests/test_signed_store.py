@@ -86,7 +86,7 @@ def world(tmp_path):
 
 
 def test_every_writer_signs_and_gc_takes_both(world):
-    """Builds, updates and rollbacks publish what a replica takes, and a signature goes with its generation."""
+    """Builds, updates and rollbacks publish signed generations, and gc removes signatures with generations."""
     context = world.context(world.signed)
     world.build(world.signed, "one")
     two = Repository(source=SourceKind.LOCAL, repo=str(world.folder / "two"))

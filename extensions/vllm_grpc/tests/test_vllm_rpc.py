@@ -53,7 +53,7 @@ async def apis(opened: VllmApis) -> AsyncIterator[VllmApis]:
 
 
 async def pause(apis: VllmApis) -> None:
-    """Let what runs stand still."""
+    """Pause the engine, and keep its sequences."""
     await apis.ready.engine.pause(PauseMode.KEEP)
 
 
@@ -79,7 +79,7 @@ async def test_an_answer_in_chunks_and_at_once(apis: VllmApis) -> None:
 
 
 async def test_a_api_stands_for_a_model(apis: VllmApis) -> None:
-    """The second one for its adapter, the first one for the base, or for what metadata name."""
+    """The second endpoint is its adapter's, the first the base's, or the model's that metadata names."""
     named = [("x-loramux-model", "wide")]
     for model, answer in (
         (MODEL, await apis.engine_says(apis.of_model)),
@@ -351,7 +351,7 @@ async def test_vllms_own_answers(apis: VllmApis) -> None:
 
 
 async def test_vllms_own_parameters(apis: VllmApis) -> None:
-    """Model and LoRA as SGLang's two names; each field of the groups does what the service's own does."""
+    """Model and LoRA are SGLang's two names; each field of the groups works as the service's own."""
     answers = await apis.inference.Generate(inference_request(model="base", lora_name="wide"))
     assert list(answers.outputs.token_ids) == await tokens_of(apis, "wide")
     assert (await failure(apis.inference.Generate(inference_request(model="rs", lora_name="wide"))))[2]

@@ -142,7 +142,7 @@ async def test_a_bundle_is_said_to_be_here_alone(web: httpx.AsyncClient) -> None
 
 
 async def test_without_a_builder_the_cure_is_told(tmp_path: Path) -> None:
-    """400, with what to do; our own error beside vLLM's."""
+    """A load without a builder is 400 with the cure, in our own error beside vLLM's."""
     app = create_app(silent_service(tmp_path), adapters=operated(builder=False).manager)
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://api") as web:
         answer = await web.post("/v1/load_lora_adapter", json={"lora_name": "x", "lora_path": "org/x"})

@@ -164,7 +164,7 @@ async def test_bad_messages_are_refused_with_their_fields(world: Served) -> None
 
 
 async def test_unknown_deployments(world: Served) -> None:
-    """Get and Watch of an unknown name are DEPLOYMENT_NOT_FOUND and list what there is."""
+    """Get and Watch of an unknown name are DEPLOYMENT_NOT_FOUND with the known names."""
     await world.build(world.deployment("one"))
     await world.watch()
     for name in ("other", "", "../tiny", "x" * 5000):

@@ -124,7 +124,7 @@ async def test_a_report_names_labels(world: Served) -> None:
 
 
 async def test_the_size_of_the_bundle_is_told_beforehand(world: Served) -> None:
-    """bundle_bytes is what a build then writes."""
+    """bundle_bytes is the size that a build writes."""
     report = await world.check("one")
     [record] = built(deployment_of(world.folder, "one"), workshop(world.folder)).progress.adapters
     assert record.bundle_bytes == report.bundle_bytes > 0

@@ -1,4 +1,4 @@
-"""kill -9 at every step of a build, as far as one process can show it, and what the next start makes of it."""
+"""kill -9 at every step of a build, as far as one process can show it, and the next start."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class World:
         return workshop(self.folder, store)
 
     async def life(self, store: MemoryStore | Mortal, required: Deployment | None = None) -> BuildState | None:
-        """Start a builder, let it take up what there is, ask for a build, and wait for the end of both."""
+        """Start a builder, let it resume builds, ask for a build, and wait for the end of both."""
         builds = Builds(self.context(store), BuildLimits(running=2, beat_s=1000))
         state = None
         with suppress(Fault, Killed):

@@ -29,7 +29,7 @@ def context(store: Store, tmp_path: Path) -> BuildContext:
 
 
 def built(context: BuildContext, folder: Path) -> AdapterProgress:
-    """Build with every byte read back, and return what the build says of its adapter."""
+    """Build with every byte read back, and return the state of the adapter."""
     return folders.built(folders.deployment_of(folder, "one"), context, verify=True).progress.adapters[0]
 
 

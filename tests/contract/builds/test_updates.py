@@ -92,7 +92,7 @@ async def world(tmp_path: Path) -> AsyncIterator[World]:
 
 
 async def test_an_update_adds_and_removes(world: World) -> None:
-    """The next generation has what came in, without what left, and the rest as it was."""
+    """The next generation adds and removes adapters, and keeps the rest."""
     one = world.generation.adapters["one"]
     done = await world.update("two")
     assert (done.state, done.generation, [each.name for each in done.adapters]) == ("active", 2, ["two"])
@@ -494,7 +494,7 @@ async def test_the_history_tells_what_changed(world: World) -> None:
 
 
 async def test_a_follower_hears_of_every_generation(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stream that stays: builds, pushes, rollbacks, and what another builder published."""
+    """A stream that stays open reports builds, pushes, rollbacks, and generations of another builder."""
     monkeypatch.setattr(following, "POLL_S", 0.01)
     received: list[int] = []
     seen: list[tuple[str, int]] = []

@@ -137,7 +137,7 @@ def test_plain_and_costly_questions_get_one_answer():
 
 
 def test_all_values_of_a_name_are_found_in_the_file_s_order():
-    """The first is what PEFT takes; the others tell that the order matters."""
+    """PEFT takes the first value of a name; the other values show that the order matters."""
     config, found = AdapterConfig(8, 1.0, {"proj": 1, r".*\.q_proj": 2, "self_attn.q_proj": 3}).read(NAMES)
     assert found == []
     assert config.ranks_of("model.layers.0.self_attn.q_proj") == (2, 3)

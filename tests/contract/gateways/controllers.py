@@ -120,7 +120,7 @@ class Router:
         return [{name: each[name] for name in fields} for each in answer.raise_for_status().json()["data"]]
 
     async def stats(self, url: str) -> dict[str, float]:
-        """Return what a scrape says, which goes without a key."""
+        """Return the values of a scrape, without a key."""
         answer = (await self.web.get(f"{url}/metrics")).raise_for_status()
         families = text_string_to_metric_families(answer.text)
         return {each.name: each.value for family in families for each in family.samples if each.name in STATS}

@@ -230,7 +230,7 @@ async def test_other_failures_have_their_classes(tmp_path: Path) -> None:
 
 
 async def test_a_stream_that_fails_ends_with_an_error(tmp_path: Path) -> None:
-    """The client raises what the last event says."""
+    """The client raises the fault in the last event."""
     async with scripted(tmp_path) as (service, client):
         service.say("A|h", failure=ReplicaFailed("the engine failed."))
         async with client.messages.stream(**SENT) as stream:

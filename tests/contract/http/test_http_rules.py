@@ -140,7 +140,7 @@ async def test_what_has_one_reading_is_answered(client: RawClient, case: str) ->
 
 @pytest.mark.parametrize("case", REFUSED)
 async def test_what_has_two_readings_is_refused(client: RawClient, case: str) -> None:
-    """The refusal is JSON, nothing else is said, and the connection ends, so that what follows is not read."""
+    """The refusal is JSON, and the connection ends, so that no smuggled request is read."""
     raw, expected = REFUSED[case]
     await client.send(raw + get(line=b"GET /version HTTP/1.1"))
     status, body = await client.answer()

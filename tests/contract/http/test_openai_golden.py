@@ -16,5 +16,5 @@ async def test_transcripts_are_the_kept_ones(name: str, tmp_path: Path) -> None:
 
 
 def test_the_description_is_the_recorded_one() -> None:
-    """A change of what bodies may hold and answers have is seen in its diff."""
+    """The recorded description shows a change of bodies and answers in its diff."""
     assert described() == (FOLDER / "openapi.json").read_bytes()

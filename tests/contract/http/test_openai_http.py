@@ -169,7 +169,7 @@ async def test_bodies_are_bounded(api: OpenAIApi) -> None:
 async def test_the_usage_so_far_comes_with_every_chunk(
     api: OpenAIApi, path: str, prompt: dict[str, Any]
 ) -> None:
-    """A chunk tells what its own choice has used; the last ones add up to the usage of the whole request."""
+    """A chunk has the usage of its own choice; the last chunks add up to the usage of the request."""
     requests = {"n": 2, "max_tokens": 6, "ignore_eos": True, "temperature": 1, "seed": 3}
     requests |= {"stream_options": {"include_usage": True, "continuous_usage_stats": True}}
     body = (HI | requests) if path == CHAT else ({"model": "rs"} | prompt | requests)

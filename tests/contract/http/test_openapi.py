@@ -130,7 +130,7 @@ def test_a_handler_returns_a_described_type() -> None:
 
 
 def test_an_operation_is_complete() -> None:
-    """Each has a summary, answers with descriptions, and parameters for what its path leaves open."""
+    """Each operation has a summary, answers with descriptions, and the parameters of its path."""
     for path, method, reported in OPERATIONS:
         assert path.startswith("/")
         assert method in ("get", "post")

@@ -284,7 +284,7 @@ COMPACT = f"{PATH}/compact"
 
 
 async def test_a_summary_goes_on_in_the_place_of_a_conversation(api: TalkerApi) -> None:
-    """The model sums up, instructions stay, and what comes back unread is sent to the model again."""
+    """The model summarises, instructions stay, and an encrypted summary is sent to the model again."""
     api.talker.say("They| launch.\n", reason=LENGTH)
     ahoy = {"role": "assistant", "content": "Ahoy"}
     compacted = await api.openai.responses.compact(model="pirate", input=[SYSTEM, HI, ahoy])

@@ -47,7 +47,7 @@ def bare(base: Path) -> Any:
 
 
 def save_random(model: Any, folder: Path, seed: int) -> None:
-    """Save what PEFT trains of a model, made random."""
+    """Save a model with random values in the parameters that PEFT trains."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -94,7 +94,7 @@ def logits(world: World, model: str, prompts: Sequence[Sequence[int]]) -> np.nda
 
 
 def close(found: Any, required: Any) -> None:
-    """Within what float32 can tell."""
+    """Check that numbers agree within float32."""
     np.testing.assert_allclose(np.array(found, np.float32), required, atol=1e-5, rtol=1e-5)
 
 
@@ -143,7 +143,7 @@ async def test_scores_equal_transformers(made: tuple[World, MemoryStore], api: O
 async def test_documents_are_ranked_as_transformers_ranks_them(
     made: tuple[World, MemoryStore], api: OpenAIApi
 ) -> None:
-    """Pairs are what the tokenizer makes of them; the best first, of equals the earlier one."""
+    """The tokenizer joins query and document; the best comes first, of equals the earlier one."""
     text = api.ready.service.text
     pairs = [text.encode_pair(("a cat", document), 256) for document in DOCUMENTS]
     expected = logits(made[0], "ranker", pairs)[:, 0]

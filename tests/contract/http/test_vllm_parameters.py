@@ -200,7 +200,7 @@ async def test_special_tokens_are_added_or_not(api: OpenAIApi) -> None:
 
 @BOTH
 async def test_a_prompt_is_cut_to_its_end(api: OpenAIApi, path: str) -> None:
-    """The last k tokens, or as many as leave room for the answer; what cannot be cut is refused as before."""
+    """The prompt keeps its last k tokens, or as many as leave room; a prompt that cannot be cut is refused."""
 
     def prompt(text: str) -> dict[str, Any]:
         return {"messages": [{"role": "user", "content": text}]} if path == CHAT else {"prompt": text + ";a:"}

@@ -173,7 +173,7 @@ async def test_models_are_listed_base_first(api: RpcApi) -> None:
 
 
 async def test_text_and_tokens_agree(api: RpcApi) -> None:
-    """The deltas' text is what the tokens decode to, and a text prompt is tokenized."""
+    """The text of deltas is that of the decoded tokens, and a text prompt is tokenized."""
     events = await api.events(text="HELLO", sampling=greedy(8))
     assert events[0].started.prompt_tokens == 5
     ids = [token for event in events for token in event.delta.token_ids]

@@ -280,7 +280,7 @@ async def test_a_grpc_client_that_did_not_take_the_first_message_gets_a_status(
 
 @patience("read_s")
 async def test_a_grpc_client_that_stops_reading_learns_why(apis: EndlessApis, clock: Clock) -> None:
-    """The status comes behind what the client had not read."""
+    """The status comes after the messages that the client had not read."""
     async with AsyncClient(apis.rpc.address) as client:
         events = client.generate(MODEL, "HI")
         await anext(events)

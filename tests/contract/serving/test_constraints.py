@@ -135,7 +135,7 @@ SCHEMAS: list[tuple[dict[str, Any], Callable[[Any], bool]]] = [
 
 
 async def test_answers_are_of_their_schema(ready: Ready) -> None:
-    """Four schemas, base and adapters, 4 draws each, in one batch: what stops is valid, and nearly all do."""
+    """Answers of four schemas, base and adapters, 4 draws each, in one batch, are valid when they stop."""
     models = ("base", "all", "wide")
     answers = await asyncio.gather(
         *(
@@ -185,7 +185,7 @@ async def test_the_end_of_sequence_comes_only_where_the_text_may_end(ready: Read
 
 
 async def test_stop_texts_and_limits_end_a_constrained_answer(ready: Ready) -> None:
-    """A stop text ends it early, and a limit too; what came is a beginning of the language."""
+    """A stop text or a limit ends a constrained answer early, within the grammar."""
     ((text, end),) = await ask(ready, "regex", "a{50}b", stop=("aaaa",), max_tokens=60)
     assert (text, end) == ("", EndReason.STOP)
     ((text, end),) = await ask(ready, "regex", "a{50}b", max_tokens=7)

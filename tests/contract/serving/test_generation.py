@@ -39,7 +39,7 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 
 async def test_the_first_of_n_answers_is_the_only_one_of_one(service: Service) -> None:
-    """n answers differ, the first is what n = 1 gives, and the same request gives the same n again."""
+    """The n answers differ, the first equals the answer of n = 1, and a repeated request gives the same n."""
     (alone,) = await service.answers(**SAMPLED)
     several = await service.answers(n=4, **SAMPLED)
     assert several[0] == alone

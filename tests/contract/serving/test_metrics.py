@@ -135,7 +135,7 @@ async def test_every_end_has_an_outcome(api: OpenAIApi) -> None:
 
 
 async def test_what_the_api_refuses_is_counted(api: OpenAIApi) -> None:
-    """Statuses tell of what never became a request: a body that is refused, a wrong path."""
+    """Metrics count refused bodies and wrong paths by status."""
     await api.post("/v1/completions", **FIELDS | {"model": "nope"})
     await api.post("/v1/completions", **FIELDS | {"model": "rs", "temprature": 1})
     await api.post("/v1/completions", **FIELDS | {"model": "rs"})

@@ -1,4 +1,4 @@
-"""The folder in which a replica keeps a base: what may have happened to it, and what the next start does."""
+"""The folder in which a replica caches a base: damages, and the next start."""
 
 from __future__ import annotations
 

@@ -74,7 +74,7 @@ def test_hf(caplog):
 
 
 def test_hf_storage(caplog, tmp_path, monkeypatch):
-    """The signed addresses that a hub leads to are neither in failures nor in what its client logs."""
+    """The hub's signed addresses are neither in failures nor in the logs of its client."""
     logger = logging.getLogger("huggingface_hub")
     monkeypatch.setattr(logger, "propagate", True)
     with serve_hub() as hub:

@@ -282,7 +282,7 @@ def test_a_server_that_drips_is_given_up(site):
 
 
 def test_a_certificate_must_be_trusted(site, monkeypatch):
-    """A certificate of another authority or for another name is refused with what to do."""
+    """A certificate of another authority or for another name is refused with the cure."""
     with pytest.raises(SourceRefused, match=r"certificate is not trusted.*SSL_CERT_FILE"):
         source(("other.test",)).resolve(repo(site, host="other.test"))
     monkeypatch.delenv("SSL_CERT_FILE")
@@ -308,7 +308,7 @@ def test_a_work_folder_that_cannot_be_written(site, tmp_path):
 
 
 def test_a_base_is_recorded_and_fetched(site, tmp_path):
-    """A base in an archive is described and fetched, and what the cache has is not downloaded again."""
+    """A base in an archive is described and fetched, and cached files are not downloaded again."""
     base = write_base(tmp_path / "base")
     site.routes["/base"] = pack({f"top/{path.name}": path.read_bytes() for path in base.iterdir()})
     sources = Sources({SourceKind.REMOTE_URL: source()})

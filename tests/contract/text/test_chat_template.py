@@ -183,7 +183,7 @@ def test_processes_that_nobody_asks_end() -> None:
 
 
 async def test_what_cannot_be_written_or_is_no_text_refuses_the_messages() -> None:
-    """Half a character and endless nesting in what a message holds refuse the request by name."""
+    """A message with half a character or endless nesting is refused by name."""
     template = ChatTemplate("{{ messages[0].content }}", {})
     deep: Any = 0
     for _ in range(100_000):

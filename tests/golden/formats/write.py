@@ -1,4 +1,4 @@
-"""``python -m tests.golden.formats.write``: what libraries of low-bit formats write, and how they widen it.
+"""``python -m tests.golden.formats.write``: files of low-bit libraries, and their widened values.
 
 They are no dependencies of the tests, being large and at odds with each other: install what is to be written
 again (bitsandbytes, compressed-tensors, autoawq, gptqmodel), some with ``--no-deps``. Files of a library that
@@ -43,7 +43,7 @@ def weight(rows: int, columns: int) -> Tensor:
 
 
 def compressed() -> Iterator[Case]:
-    """Yield what compressed-tensors writes."""
+    """Yield the tensors of compressed-tensors."""
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 
     of_int = {"type": "int"}
@@ -140,14 +140,14 @@ def _calibrated(values: Tensor, args: Any) -> tuple[Tensor, Tensor]:
 
 
 def _padded(values: Tensor, rows: int, columns: int) -> Tensor:
-    """Return blocks [down, across, rows * columns]; what a block lacks is zero."""
+    """Return blocks [down, across, rows * columns], padded with zeros."""
     padded = torch.nn.functional.pad(values, (0, -values.shape[1] % columns, 0, -values.shape[0] % rows))
     blocks = padded.unflatten(1, (-1, columns)).unflatten(0, (-1, rows))
     return blocks.permute(0, 2, 1, 3).flatten(2)
 
 
 def bitsandbytes() -> Iterator[Case]:
-    """Yield what bitsandbytes writes.
+    """Yield the tensors of bitsandbytes.
 
     Its kernel for CPUs (0.50.2) gives rows that end within a block scales of others; its plain code is right.
     """
@@ -183,7 +183,7 @@ def bitsandbytes() -> Iterator[Case]:
 
 
 def gptq() -> Iterator[Case]:
-    """Yield what gptqmodel writes."""
+    """Yield the tensors of gptqmodel."""
     from gptqmodel.nn_modules.qlinear.torch import TorchLinear
 
     for name, bits, group, symmetric, ordered, less_one in (
@@ -232,7 +232,7 @@ def _fitted(values: Tensor, groups: Tensor, bits: int, symmetric: bool) -> tuple
 
 
 def awq() -> Iterator[Case]:
-    """Yield what AutoAWQ writes."""
+    """Yield the tensors of AutoAWQ."""
     from awq.modules.linear.gemm import WQLinear_GEMM
     from awq.utils.packing_utils import dequantize_gemm
 

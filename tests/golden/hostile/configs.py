@@ -1,4 +1,4 @@
-"""Configs that ask for what cannot be served, that lie, or that attack their reader."""
+"""Configs of unsupported adapters, configs that lie, and configs that attack their reader."""
 
 from __future__ import annotations
 

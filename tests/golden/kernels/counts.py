@@ -1,4 +1,4 @@
-"""Keep what `benchmarks.counts` prints.
+"""Record the output of `benchmarks.counts`.
 
 python -m tests.golden.kernels.counts
 """

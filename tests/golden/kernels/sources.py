@@ -1,4 +1,4 @@
-"""Say what the table of resources was made of: kernels that did not change need not be compiled to know it.
+"""Print the sources of the table of resources, so that unchanged kernels need no compilation.
 
 What the compiler makes of a kernel follows from its source and that of what it calls, from the values that are
 constants of it, from the target and from the compiler's version. One line per kernel and architecture has the

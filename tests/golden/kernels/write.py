@@ -1,4 +1,4 @@
-"""Keep what the compiler makes of every kernel: registers, stack and shared memory.
+"""Record the resources of every compiled kernel: registers, stack and shared memory.
 
 Rewrites the lines of all packages of kernels, or of those named on the command line; others stay. What
 they were made of goes into `sources.txt`:

@@ -210,7 +210,7 @@ class Scripted(GenerationService):
         self._case = case
 
     async def generate(self, request: Request) -> AsyncGenerator[Event]:
-        """Say what the case says."""
+        """Stream the answer of the case."""
         check(request, self.text.vocab, max_queue=16, max_seq_len=self.limits.max_seq_len)
         prompt = request.prompt.content if isinstance(request.prompt.content, str) else "??"
         yield AnswerStarted(request.id, self.catalog.get(request.model.name), 7, len(prompt), self.text)

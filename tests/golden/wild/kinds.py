@@ -40,7 +40,7 @@ Parts = Callable[[int, int], dict[str, tuple[int, ...]]]
 
 
 def _of(*modules: str, layers: int = 2) -> Callable[[Parts], Callable[[], Tensors]]:
-    """Return what makes tensors of modules out of their parts, which follow from in and out."""
+    """Return the function that makes tensors of modules of parts, whose shapes follow from in and out."""
 
     def keys(parts: Parts) -> Iterator[tuple[str, tuple[int, ...]]]:
         for layer in range(layers):

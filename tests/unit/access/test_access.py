@@ -187,7 +187,7 @@ def test_file_and_variable_add_up(tmp_path: Path) -> None:
     ],
 )
 def test_bearer(headers: list[str], key: str | None) -> None:
-    """A key is what follows Bearer in the one header there is, or the password of Basic."""
+    """A key is the text after Bearer in the only header, or the password of Basic."""
     assert bearer(headers) == key
 
 
@@ -268,7 +268,7 @@ def _hides(models: frozenset[str] | None) -> Any:
 
 
 def test_a_model_that_a_key_may_not_use_is_invisible() -> None:
-    """The catalog neither lists, nor finds, nor names in its refusals what the caller may not use."""
+    """The catalog neither lists nor finds nor names models that the caller may not use."""
     catalog = Catalog(1, "base", [ServedModel(name) for name in ("base", "ann", "bob")])
     assert [model.name for model in catalog] == ["base", "ann", "bob"]
     token = _hides(frozenset({"ann", "absent"}))

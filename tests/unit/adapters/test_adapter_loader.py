@@ -86,7 +86,7 @@ def test_loads_of_one_digest_at_once_are_one(store, make):
 
 
 def test_a_bundle_that_acts_from_other_tokens_than_its_generation_says_is_refused(store, make):
-    """Requests looked for what the generation says before the bundle was read."""
+    """A bundle with other invocation tokens than its generation is refused, as requests have matched those."""
     outcome = waiting(make(), store.digests[0], (5, 6))()
     assert isinstance(outcome, BundleCorrupt)
     assert "invocation_tokens [5, 6] as the generation says, found []" in outcome.message
@@ -373,7 +373,7 @@ def test_recent_values_stay_within_their_bound():
 
 
 def test_cancelled_workers_tell_their_futures():
-    """Close cancels what waits and lets what runs end."""
+    """A close cancels waiting work, and lets running work end."""
     workers = Workers("test", 1)
     go = threading.Event()
     running, waits = workers.submit(lambda: go.wait(BOUND_S)), workers.submit(lambda: 1)

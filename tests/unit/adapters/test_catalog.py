@@ -252,7 +252,7 @@ def test_an_alias_without_its_models_is_no_name() -> None:
 
 
 def test_a_caller_gets_no_model_through_another_name() -> None:
-    """An alias, its models, versions and prefixes all ask the rights; what may not be used does not exist."""
+    """An alias, its models, versions and prefixes check the rights; a forbidden model does not exist."""
     adapters = {"a": "one", "b": "two"}
     names = catalog(adapters, aliases={"alias": {"a": 1, "b": 99}, "secret": {"a": 1}})
     with caller("alias", "a"):

@@ -236,7 +236,7 @@ async def held(store):
 
 
 async def test_several_who_catch_up_share_a_look(store, held):
-    """Fifty requests for what does not exist cost two looks, and all are REPLICA_BEHIND."""
+    """Fifty requests for a missing generation cost two looks, and all are REPLICA_BEHIND."""
     asking = [asyncio.create_task(held.follower.catch_up(9)) for _ in range(50)]
     await asyncio.sleep(0)
     store.gate.set()

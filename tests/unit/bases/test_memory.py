@@ -222,8 +222,7 @@ def test_gemma_3_has_room_for_more_than_it_had_without_windows() -> None:
 
 
 def test_states_have_slots_for_all_sequences_and_the_rest_for_snapshots() -> None:
-    """A quarter of what the sequences' states leave; spaced so that one prompt that fills the cache has them
-    all."""
+    """Snapshots get a quarter of the memory that the sequences' states leave, spaced for one full prompt."""
     cache = replace(CACHE, kv_bytes=20 * 10**9, state_bytes=50 * 10**6)
     plan = plan_memory(63 * 10**9, NEEDS, cache, share=0.9)
     tokens = plan.blocks[0] * 16 * 131072

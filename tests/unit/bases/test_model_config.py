@@ -129,7 +129,7 @@ def test_older_configs_mean_what_transformers_takes_them_for(tmp_path: Path, nam
     ],
 )
 def test_what_is_not_served_is_refused_by_name(tmp_path: Path, change: dict[str, Any], expected: str) -> None:
-    """The refusal has the value that was found, and what would be served."""
+    """The refusal has the value that was found, and the supported ones."""
     unnamed = {"model_type": None} if "architectures" in change else {}
     _write_config(tmp_path, **HUB_CONFIGS["Llama-3.1"] | {"rope_scaling": None} | unnamed | change)
     with pytest.raises(CheckpointInvalid, match=expected):

@@ -160,7 +160,7 @@ def _group(**change: Any) -> dict[str, Any]:
     ],
 )
 def test_what_is_not_read_is_refused_by_name(config: Any, expected: str) -> None:
-    """The refusal has the value that was found, and what would be read."""
+    """The refusal has the value that was found, and the supported ones."""
     with pytest.raises(CheckpointInvalid, match=expected):
         read(config)
 

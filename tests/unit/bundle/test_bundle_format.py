@@ -152,7 +152,7 @@ def test_vectors_can_be_read_by_the_page_alone(tmp_path, dtype):
 
 
 def test_the_test_vector_of_the_page(tmp_path):
-    """The page's test vector is what the builder writes, number by number."""
+    """The builder writes the page's test vector, number by number."""
     vector = {
         ("q_proj", "A"): [[1, 2, 3, 4], [5, 6, 7, 8]],
         ("q_proj", "B"): [[1, 0], [0, 1], [1, 1], [2, -1]],

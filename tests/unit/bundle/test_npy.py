@@ -97,7 +97,7 @@ def test_a_file_that_someone_else_writes_to_is_found(tmp_path):
 
 
 def test_config_is_int32_with_a_batch_dim(tmp_path):
-    """The config file is what np.save writes for (1, R, 4) int32."""
+    """The config file has the bytes of np.save for (1, R, 4) int32."""
     digest = write_checked(tmp_path / "c.npy", config_pieces(CONFIG))
     data = (tmp_path / "c.npy").read_bytes()
     assert data == saved(CONFIG[None])

@@ -77,7 +77,7 @@ def test_a_file_that_is_larger_than_its_manifest_says_is_not_read(store, name):
 
 
 def resigned(store, name, change):
-    """Change a file and let the manifest vouch for it: what a wrong converter would write."""
+    """Change a file and its digest in the manifest, as a faulty converter would."""
     digest = digest_of(store)
     manifest = Manifest.from_bytes(store.objects[bundle_key(digest, "manifest.json")])
     data = change(bytearray(store.objects[bundle_key(digest, name)]))

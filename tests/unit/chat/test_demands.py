@@ -1,4 +1,4 @@
-"""Round trips: what a template makes of a turn is read as that turn, and is what a demanded call may be."""
+"""Round trips: a rendered turn is parsed as the same turn, and satisfies its own demand."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class Bytes:
         self.eos_token_id = len(self.tokens) - 1
 
     def __call__(self, text: str | bytes) -> list[int]:
-        """Tokenize; what spells a special token is that."""
+        """Tokenize; the text of a special token becomes that token."""
         words = text.encode() if isinstance(text, str) else text
         marks = re.split(b"(" + b"|".join(re.escape(name.encode()) for name in self.special) + b")", words)
         parts = ([self.tokens.index(part)] if part in self.tokens[256:] else list(part) for part in marks)
@@ -133,7 +133,7 @@ def as_models_write(family: Family, call: str) -> str:
 
 
 def head_of(family: Family) -> str:
-    """Return what stands before the text of an answer."""
+    """Return the text before an answer."""
     return "<|channel|>final<|message|>" if family.tool is T.HARMONY else ""
 
 
@@ -206,7 +206,7 @@ def test_what_a_form_cannot_say_is_demanded_as_json() -> None:
 
 @pytest.mark.parametrize("name", FAMILIES)
 async def test_a_strict_tool_is_called_rightly_or_not_at_all(name: str) -> None:
-    """Any text will do, and what begins as a call must be one of an offered tool."""
+    """Any text is allowed, and a text that begins as a call must be one of an offered tool."""
     family = FAMILIES[name]
     expected, vocabulary = demand(family)
     turn = {"role": "assistant", "content": "", "tool_calls": CALLS[:1]}
@@ -222,7 +222,7 @@ async def test_a_strict_tool_is_called_rightly_or_not_at_all(name: str) -> None:
 
 @pytest.mark.parametrize("name", FAMILIES)
 async def test_an_answer_in_a_format_may_be_a_call_instead(name: str) -> None:
-    """A whole call of an offered tool, or what the format says, behind reasoning or not; nothing else."""
+    """The grammar allows a whole call of an offered tool, or the format, behind reasoning or not."""
     family = FAMILIES[name]
     expected, vocabulary = demand(family)
     turn = {"role": "assistant", "content": "", "tool_calls": CALLS[:1]}
@@ -287,7 +287,7 @@ def test_whatever_a_grammar_lets_pass_is_read_as_whole_calls(tool: ToolParser, m
 
 
 def walk(matcher: LLMatcher, vocabulary: Bytes, draw: random.Random, begin: str) -> str | None:
-    """Write what a grammar lets pass, at random, up to where it may stop; None where that does not come."""
+    """Write random text that a grammar allows, up to a stop; None where none comes."""
     written = list(vocabulary(begin))
     assert all(map(matcher.consume_token, written)), begin
     for _ in range(600):

@@ -304,7 +304,7 @@ def test_arguments_come_as_they_are_written() -> None:
 
 
 def test_a_prompt_may_have_begun_to_think() -> None:
-    """An answer continues with what the prompt, or the message that it continues, has opened."""
+    """An answer continues in the part that the prompt, or the message that it continues, has opened."""
     dialect = Dialect(T.AUTO, R.THINK)
     opened = dialect.opened("<|im_start|>assistant\n<think>\n")
     assert read(dialect.reading(AnswerCalls({}), opened), "hm\n</think>\n\nHi") == [
@@ -340,7 +340,7 @@ TEMPLATES = {
 
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_templates_show_the_dialect(template: str) -> None:
-    """The marks in a template say how its model writes, and what a deployment says comes first."""
+    """The marks in a template show the model's dialect, and the deployment's setting wins."""
     assert parsers_of(template) == Parsers(*TEMPLATES[template])
     stated = Parsers(T.PHI4, R.NONE)
     assert parsers_of(template, stated) == stated

@@ -49,7 +49,7 @@ def test_version(flag: str) -> None:
     ],
 )
 def test_what_people_type_otherwise(typed: list[str], meant: list[str]) -> None:
-    """``help`` is a command too, and the key may stand behind a command; what follows ``--`` is no flag."""
+    """``help`` is a command too, the key may follow a command, and text after ``--`` is no flag."""
     assert usual(typed) == meant
 
 
@@ -247,8 +247,7 @@ def test_control_characters_do_not_reach_the_terminal() -> None:
     ],
 )
 def test_log_lines_that_matter(line: str, expected: str) -> None:
-    """Warnings and errors of a child are shown, in JSON or text, but what the command tells itself; the rest
-    stays in its log."""
+    """Warnings and errors of a child are shown, but those that the command reports itself."""
     assert important(line) == expected
 
 

@@ -22,7 +22,7 @@ from tests.unit.cli.test_build_view import adapter, state
 
 
 def documents(*args: str, code: int = 0) -> list[Any]:
-    """Run a command with ``--json`` and return what stands on its stdout, a document per line or one in all."""
+    """Run a command with ``--json`` and return the documents on stdout, one per line or one in all."""
     result = CliRunner().invoke(app, [*args, "--json"])
     assert result.exit_code == code, result.stderr
     if result.stdout.startswith("{\n"):

@@ -78,7 +78,7 @@ def test_a_stream_is_started_deltas_finished(client: Client) -> None:
 
 
 def test_complete_joins_the_stream(client: Client) -> None:
-    """A completion has the text, the tokens and what answered."""
+    """A completion has the text, the tokens and the model."""
     answer = client.complete("lora2", [{"role": "user", "content": "hello"}])
     assert answer.text == TEXT + " (1)"
     assert answer.token_ids == (0, 1, 2, 3, 4)

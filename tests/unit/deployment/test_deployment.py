@@ -100,7 +100,7 @@ def test_ignored_keys_are_listed_once(tmp_path: Path) -> None:
 
 
 def test_a_key_that_asks_for_what_is_not_done_is_a_warning(tmp_path: Path) -> None:
-    """Each has its name, its value and what to set instead; one with its usual value is ignored."""
+    """The warning has the key, its value and the replacement; a key with the usual value is ignored."""
     requests = HOSTED.replace(
         "no_quant", "fp8_kv\n    tensor_parallel_count: 1\n    speculator: {num_draft_tokens: 4}"
     )

@@ -88,13 +88,13 @@ def test_all_violations_at_once(tmp_path):
 
 
 def test_target_modules_of_the_deployment_are_a_ceiling(tmp_path):
-    """An adapter that targets more than the deployment allows is refused, with what to add."""
+    """An adapter with modules beyond the deployment's is refused, with the modules to add."""
     (finding,) = check_adapter(write_adapter(tmp_path), book(modules=("attn_q",))).errors
     assert (finding.code, finding.fix) == ("E_MODULE", "Add attn_v to lora_target_modules.")
 
 
 def test_a_rank_above_the_ceiling_names_both_and_the_cure(tmp_path):
-    """A rank above max_lora_rank is refused with both numbers, and with what to set."""
+    """A rank above max_lora_rank is refused with both numbers and the setting."""
     (finding,) = check_adapter(write_adapter(tmp_path), book(max_rank=2)).errors
     assert (finding.code, finding.expected, finding.found) == (
         "E_RANK_MAX",

@@ -163,7 +163,7 @@ def test_another_meaning_of_an_id_is_refused(tmp_path):
     ],
 )
 def test_every_place_of_added_tokens_is_looked_at(tmp_path, name, content, codes):
-    """Older releases write tokens into files of their own; what cannot be read is refused too."""
+    """Older releases write tokens into separate files; an unreadable file is refused too."""
     base, adapter = tmp_path / "base", tmp_path / "adapter"
     tokenizer().save_pretrained(base)
     adapter.mkdir()

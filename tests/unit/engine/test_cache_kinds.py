@@ -56,7 +56,7 @@ class Device:
     copied: list[Mapping[int, int]] = field(default_factory=list)
 
     def submit(self, batch: Batch) -> Pending:
-        """Copy states, write the rows' tokens, read what the last ones see."""
+        """Copy states, write the rows' tokens, read the visible rows of the last ones."""
         for copies in batch.copies:
             self.states |= {to: self.states[source] for to, source in copies.items()}
         self.copied += batch.copies

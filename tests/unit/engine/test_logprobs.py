@@ -1,4 +1,4 @@
-"""Ranks: how many tokens are more likely, and what tokens that tie have in common."""
+"""Ranks: the number of more likely tokens, and the ranks of ties."""
 
 from __future__ import annotations
 

@@ -119,7 +119,7 @@ def _steps(engine: Engine, seq: Sequence, most: int, *, first: bool = False) -> 
 
 
 def test_decodes_come_before_a_long_prompt_and_share_its_step() -> None:
-    """A long prompt is cut to what the budget leaves beside those that decode."""
+    """A long prompt is cut to the budget that decodes leave."""
     engine, runner, _ = _engine(max_tokens=8)
     short, long = _seq(3, 20), _seq(20, 1)
     engine.add(short)

@@ -161,7 +161,7 @@ def test_a_long_prompt_has_less_of_a_step_from_its_first_chunk_on() -> None:
 
 
 def test_a_first_step_that_takes_long_misleads_about_none() -> None:
-    """The first that decodes touches memory and compiles: steps with prompts aim at what the second takes."""
+    """Steps with prompts ignore the first decode, which compiles, and aim at the second one's time."""
     machine = Machine()
     engine = _engine(machine)
     _add(engine, *(_seq(16, new=2000) for _ in range(STREAMS)))

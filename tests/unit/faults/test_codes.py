@@ -30,7 +30,7 @@ def test_every_code_that_is_used_has_a_page_entry_and_the_reverse():
 
 
 def test_every_reason_has_a_cure_and_the_reverse():
-    """Every fault tells what to do about it."""
+    """Every fault has a cure."""
     assert set(CURES) == set(FAULTS)
 
 

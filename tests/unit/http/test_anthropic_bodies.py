@@ -151,7 +151,7 @@ def test_what_a_chat_refuses_is_named_in_this_apis_words() -> None:
 
 
 def test_a_body_of_claude_code() -> None:
-    """Blocks become turns as templates know them; what says how prompts are cached is taken."""
+    """Blocks become turns as templates know them; fields of prompt caching are accepted."""
     chat = _chat(**CLAUDE_CODE)
     assert [turn.role for turn in chat.turns] == ["system", "user", "assistant", "tool", "tool", "user"]
     system, user, assistant, result, failed, last = chat.turns
@@ -258,6 +258,6 @@ def test_a_thread_is_refused_so_that_clients_go_on_without() -> None:
 
 @pytest.mark.parametrize("kind", [MessagesBody, CountBody])
 def test_every_parameter_is_documented(kind: Any) -> None:
-    """docs/reference/anthropic.md says of each parameter what becomes of it."""
+    """docs/reference/anthropic.md describes each parameter."""
     page = (ROOT / "docs/reference/anthropic.md").read_text()
     assert [name for name in kind.model_fields if f"`{name}" not in page] == []

@@ -1,4 +1,4 @@
-"""A chat between its request and its answers: what the model's dialect makes of both."""
+"""A chat between its request and its answers, in the model's dialect."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Speaks(Scripted):
 
 
 async def ask(service: Speaks, **fields: Any) -> Collected:
-    """Return what an answer says."""
+    """Return the pieces of an answer."""
     body = ChatBody.model_validate_json(json.dumps({"model": "tiny", "messages": [USER]} | fields))
     pieces: list[Piece] = []
     async for event in Conversation(service, chat_of(body)).events():

@@ -211,7 +211,7 @@ def test_a_prompt_or_messages_are_tokenized_and_not_both() -> None:
 
 @pytest.mark.parametrize("kind", [ChatBody, CompletionBody])
 def test_every_parameter_is_documented(kind: type[Body]) -> None:
-    """docs/reference/openai.md says of each parameter what becomes of it."""
+    """docs/reference/openai.md describes each parameter."""
     page = (ROOT / "docs/reference/openai.md").read_text()
     missing = [name for name in kind.model_fields if not re.search(rf"`{name}\b", page)]
     assert not missing

@@ -1,4 +1,4 @@
-"""The map from OpenAI's bodies to requests, calls that are demanded, and what the server uses of uvicorn."""
+"""The map from OpenAI's bodies to requests, demanded calls, and the server's use of uvicorn."""
 
 from __future__ import annotations
 

@@ -50,6 +50,6 @@ def test_what_has_no_room_is_in_other_memory() -> None:
 
 
 def test_a_refusal_to_lock_names_the_setting() -> None:
-    """The start ends with what to lower, and CUDA's number."""
+    """The start ends with the setting to lower, and CUDA's number."""
     with pytest.raises(ResourcesExhausted, match=r"8,192 bytes .* error 2\)\. Lower LORAMUX_ADAPTER_HOST_GB"):
         Slab(5000, lambda _address, _num_bytes: 2)

@@ -1,4 +1,4 @@
-"""Builds of deployments that stand already: what did not change is neither fetched nor read nor made."""
+"""Builds of existing deployments: unchanged adapters are neither fetched nor read nor converted."""
 
 from __future__ import annotations
 

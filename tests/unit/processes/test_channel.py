@@ -98,7 +98,7 @@ async def test_a_mixture_arrives_with_the_handles_of_its_adapters() -> None:
 
 
 async def test_outputs_arrive_as_they_were() -> None:
-    """A plain token is its id alone; the first output brings what the engine noted at the sequence."""
+    """A plain token is its id alone; the first output brings the engine's notes of the sequence."""
     near, far = (Sequence("0/0", [1, 2, 3], SamplingParams()) for _ in range(2))
     near.progress.num_cached, near.progress.began_s = 2, 4.5
     vector = np.array([0.5, -1.0], np.float32)

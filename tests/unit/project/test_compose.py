@@ -278,7 +278,7 @@ def test_the_file_for_another_s3_server_changes_the_store_alone() -> None:
 
 
 def test_a_password_that_was_not_set_is_said_as_such() -> None:
-    """A copied .env without a password is answered with what to set, not with the advice to copy it."""
+    """The error of a missing password says to set one, and not to copy .env."""
     stated = re.findall(r"MINIO_ROOT_PASSWORD:[?]([^}]*)", COMPOSE_TEXT)
     assert stated
     assert all("set a password" in text for text in stated)

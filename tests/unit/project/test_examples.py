@@ -1,4 +1,4 @@
-"""The demo's files: what the README shows must be what the repository holds."""
+"""The demo's files: the README shows the content of the repository."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def script(name: str) -> ModuleType:
 
 
 def config_of(name: str) -> dict[str, Any]:
-    """Read what PEFT says about an adapter."""
+    """Read PEFT's config of an adapter."""
     config: dict[str, Any] = json.loads((EXAMPLES / "adapters" / name / "adapter_config.json").read_text())
     return config
 
@@ -60,7 +60,7 @@ def test_deployment_names_adapters_that_exist() -> None:
 
 @pytest.mark.parametrize("name", STATED)
 def test_adapter_is_a_standard_repository(name: str) -> None:
-    """An adapter is what PEFT writes plus a card, small enough for the repository, and names its base."""
+    """An adapter has PEFT's files and a card, is small enough for the repository, and names its base."""
     folder = EXAMPLES / "adapters" / name
     assert {path.name for path in folder.iterdir()} == {
         "README.md",
@@ -119,7 +119,7 @@ def test_json_answers_are_json() -> None:
 
 
 def test_rows_of_a_head_are_put_back_into_halves() -> None:
-    """GGUF keeps a head's rows as rotary pairs; what the converter of llama.cpp did is undone exactly."""
+    """GGUF stores a head's rows as rotary pairs; the reading reverts the converter of llama.cpp exactly."""
     pytest.importorskip("gguf")
     import numpy as np
 

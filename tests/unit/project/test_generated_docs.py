@@ -46,7 +46,7 @@ def test_the_api_page_has_every_rpc_field_and_value() -> None:
 
 
 def test_a_method_has_its_fields_and_its_failures() -> None:
-    """A section says what a method takes and streams, and names each reason of the comment once."""
+    """A section has a method's fields and streams, and names each reason of the comment once."""
     [generate] = re.findall(r"### InferenceService\.Generate\n.*?(?=\n###)", api_doc.page(), re.S)
     assert "\nTakes\n\n- `model` string: " in generate
     assert "\nStreams\n" in generate

@@ -205,7 +205,7 @@ def _section(name: str) -> str:
 
 
 def test_the_page_has_the_bound_of_the_temperature() -> None:
-    """The field in the browser takes what the server takes."""
+    """The field in the browser has the server's bounds."""
     page = (ROOT / "inference_service/http/page/index.html").read_text()
     [field] = re.findall(r'<input id="temperature"[^>]*>', page)
     assert 'min="0"' in field

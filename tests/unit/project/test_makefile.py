@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(MAKE is None, reason="no make here")
 
 
 def dry_run(target: str, folder: Path, stderr: int) -> str:
-    """Return what make would do in an empty checkout."""
+    """Return the commands of make in an empty checkout."""
     (folder / "pyproject.toml").touch()
     command = [MAKE or "", "--dry-run", "-f", str(MAKEFILE), target]
     return subprocess.run(

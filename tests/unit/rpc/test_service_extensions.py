@@ -1,4 +1,4 @@
-"""gRPC services of extensions, beside the core's: where they are, and what keys they ask for."""
+"""gRPC services of extensions, beside the core's: their addresses and their keys."""
 
 from __future__ import annotations
 

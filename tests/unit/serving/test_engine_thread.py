@@ -1,4 +1,4 @@
-"""The engine's thread when steps fail: what goes away, what stays, and what never ends."""
+"""The engine's thread when steps fail: which requests end, and that each one does."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ async def _running(device: Device, thread: EngineThread) -> asyncio.Task[EndReas
 
 
 async def _passes(thread: EngineThread) -> None:
-    """Wait until the engine's thread has passed its loop: what a step could have done is done."""
+    """Wait until the engine's thread has passed its loop, so that a possible step has run."""
     loop = asyncio.get_running_loop()
     for _ in range(3):
         passed = asyncio.Event()

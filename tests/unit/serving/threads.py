@@ -1,4 +1,4 @@
-"""Threads of engines whose steps do what a test says."""
+"""Threads of engines with scripted steps."""
 
 from __future__ import annotations
 

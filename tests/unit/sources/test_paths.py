@@ -36,7 +36,7 @@ def local(folder: Path, **fields: str) -> Repository:
 
 
 def read_all(folder: Path, **fields: str) -> list[str]:
-    """List and read what a folder below another holds."""
+    """List and read the content of a folder below another."""
     source = LocalSource([folder])
     resolved = source.resolve(local(folder, **fields))
     source.digests(resolved, resolved.files)

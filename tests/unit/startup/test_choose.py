@@ -117,7 +117,7 @@ def test_torch_in_the_place_of_compiled_operations_has_a_warning(
 def test_a_cache_of_8_bits_is_refused_where_it_cannot_be(
     config: ModelConfig, native_folder: Path, tmp_path: Path
 ) -> None:
-    """Compiled operations of a CPU refuse it, and older GPUs refuse fp8; each refusal says what to set."""
+    """The CPU's compiled operations and older GPUs refuse their unsupported types, each with the setting."""
     reference = choose_backend(
         _settings(tmp_path, backend="torch", device="cpu", kv_cache_dtype="int8"), config
     )

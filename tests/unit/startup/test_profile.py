@@ -138,7 +138,7 @@ def test_what_a_step_takes_is_what_it_had_at_once(ready: Ready) -> None:
 
 
 def test_a_graph_takes_what_those_behind_the_first_take() -> None:
-    """The first takes memory that all share; what the driver does not show is assumed."""
+    """The first graph takes memory that all share; memory that the driver does not show is estimated."""
     recorded: list[int] = []
 
     class Recording:

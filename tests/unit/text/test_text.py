@@ -21,9 +21,7 @@ from loramux_shared.faults import RequestInvalid
 def test_stop_texts_cut_at_the_first_one_however_the_text_is_split(
     pieces: list[str], stops: list[str], keep: bool
 ) -> None:
-    """The text is what comes before the earliest stop text that was complete first, for any pieces, or with the
-    stop text where it is kept.
-    """
+    """The text ends before the earliest complete stop text, however it is split, or with a kept one."""
     finder = StopTexts(stops, keep=keep)
     printed = ""
     whole = ""
