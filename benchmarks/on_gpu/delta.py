@@ -38,7 +38,7 @@ class Point:
 
     @property
     def sizes(self) -> delta_case.Sizes:
-        """Those of the layer."""
+        """The sizes of the layer."""
         return self.key_heads, self.heads, self.dim, self.dim
 
 

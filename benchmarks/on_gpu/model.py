@@ -98,7 +98,7 @@ class RandomTensors:
         return drawn.add_(1.0) if len(shape) == 1 else drawn
 
     def integers(self, _names: Sequence[tuple[str, tuple[int, ...]]]) -> None:
-        """None has few bits."""
+        """Return None: no tensor is of few bits."""
 
 
 def random_adapter(config: ModelConfig, rank: int, dtype: torch.dtype) -> AdapterWeights:

@@ -44,7 +44,7 @@ class VectorRow:
 
 @dataclass
 class AdapterVectors:
-    """Those of an adapter."""
+    """The vectors of an adapter."""
 
     rows: dict[tuple[int, int], VectorRow] = field(default_factory=dict)
     """Vectors by layer and module id; those that change nothing are left out."""

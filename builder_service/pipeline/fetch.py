@@ -243,7 +243,7 @@ def no_signature(sizes: Mapping[str, int]) -> list[Finding]:
 
 
 def take_signature(folder: Path, files: dict[str, FileDigest], signed_by: tuple[str, ...]) -> list[Finding]:
-    """Take the signature out of an adapter's files, and return what is wrong with it, if anybody is named.
+    """Take the signature out of an adapter's files, and return its fault, if signers are required.
 
     Raises:
         SettingsInvalid: the extension that reads signatures is not installed here.

@@ -30,7 +30,7 @@ _PINNED: Final = {
     SourceKind.HF: re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}"),
     SourceKind.REMOTE_URL: re.compile(r"[0-9a-f]{64}"),
 }
-"""Revisions that mean one content for ever, before anybody was asked."""
+"""Patterns of revisions that mean one content for ever, known without a request."""
 
 Place: TypeAlias = tuple[SourceKind, str, str, str | None]
 """Kind, address and folder of a repository, with what says its state."""

@@ -125,7 +125,7 @@ class AdapterLoader(Generic[P]):
 
 
 def _expect_invocation(bundle: Bundle, tokens: tuple[int, ...]) -> None:
-    """Requests look for these tokens before anybody reads the bundle."""
+    """Requests match these tokens before the bundle is read."""
     found = bundle.manifest.invocation_tokens
     if found != tokens:
         raise BundleCorrupt(

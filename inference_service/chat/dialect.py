@@ -100,7 +100,7 @@ class Dialect:
 
     @property
     def thinking_tokens(self) -> tuple[str, ...]:
-        """Those of them that are not about calls."""
+        """Marks that may be special tokens, without those of calls."""
         own = tuple(mark for each in self.thinking for mark in _special(each))
         return MARKS if self.is_harmony else own
 

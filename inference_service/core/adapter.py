@@ -77,7 +77,7 @@ class Mixture:
 
     @property
     def members(self) -> tuple[Adapter, ...]:
-        """Its adapters."""
+        """The adapters of the blend."""
         return tuple([adapter for adapter, _ in self.parts])
 
     @cached_property

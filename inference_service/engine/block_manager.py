@@ -191,7 +191,7 @@ class BlockManager:
         return seq.progress.num_computed - found * seq.progress.num_full * self.block_size
 
     def keep(self) -> None:
-        """Keep the states that the last step left, where they are wanted; before anybody is given a slot."""
+        """Keep the states that the last step left, where they are wanted; before any sequence gets a slot."""
         if self.states is not None:
             self.states.keep()
 

@@ -84,7 +84,7 @@ class SequenceQueues:
 
     @property
     def waiting(self) -> Iterator[SequenceQueue]:
-        """Those in which somebody waits."""
+        """The queues with a waiting sequence."""
         return (queue for queue in self._queues.values() if queue.waiting)
 
     def joining(self) -> list[SequenceQueue]:
@@ -97,7 +97,7 @@ class SequenceQueues:
         return list(dict.fromkeys(joining))
 
     def look_through(self) -> list[SequenceQueue]:
-        """Return all in which somebody waits who can be served, and note the smallest counter among them."""
+        """Return the queues with a waiting sequence that can be served, and note their smallest counter."""
         ready = [queue for queue in self.waiting if queue not in self.uncounted]
         self.lowest = min((queue.served for queue in ready), default=math.inf)
         return ready

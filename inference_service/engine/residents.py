@@ -254,7 +254,7 @@ class AlwaysResident:
         return Presence.ABSENT if adapter.slot is None else Presence.RESIDENT
 
     def refusal(self, adapter: Adapter) -> Fault | None:  # noqa: ARG002
-        """None is refused."""
+        """Return None: no adapter is refused."""
         return None
 
     def want(self, adapter: Adapter) -> None:

@@ -186,10 +186,10 @@ class Scheduler:
         )
 
     def _bring_in(self, plan: Plan) -> float:
-        """Let adapters arrive in the order of those who wait for them.
+        """Let adapters arrive in the order of the queues that wait for them.
 
-        Returns the counter from which on nobody begins on an adapter, since somebody waits for a place in the
-        bank that those who are so far ahead are to leave.
+        Returns the counter from which on no queue begins on an adapter, since another waits for a place in the
+        bank that queues so far ahead have to leave.
         """
         if self._residents.wanting or self._residents.changes != self._seen:
             self._look_for_adapters()

@@ -102,7 +102,7 @@ class Places:
         """Give bytes to an occupant.
 
         Raises:
-            InternalFault: it has a place already, or somebody has some of these bytes, or they are not there.
+            InternalFault: it has a place already, or some of these bytes are taken or do not exist.
         """
         end = offset + self._require(size)
         at = bisect_left(self._starts, offset)

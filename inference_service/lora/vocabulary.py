@@ -188,7 +188,7 @@ def _replaced(rows: Tensor, ids: Tensor | None, tokens: Tensor, hidden: Tensor, 
 
 
 class Vocabularies:
-    """Those of the adapters in a bank, by slot; on the engine's thread."""
+    """The vocabularies of the adapters in a bank, by slot; on the engine's thread."""
 
     def __init__(self) -> None:
         self._of: dict[int, Vocabulary] = {}

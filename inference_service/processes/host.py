@@ -30,7 +30,7 @@ from loramux_shared.access.keys import ACCESS
 from loramux_shared.faults import Fault
 
 COLLECT_S: Final = 1.0
-"""For API processes to hand over what they counted, before the sums are reported."""
+"""For API processes to hand over their counts, before the sums are reported."""
 SUMMED: Final = (routes.METRICS.path, routes.LOAD.path)
 """Routes whose answers are sums over API processes."""
 

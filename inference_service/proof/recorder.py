@@ -93,7 +93,7 @@ class ProbeRecorder:
 
 
 class _Vocabularies(Vocabularies):
-    """Those of a backend, whose steps are kept."""
+    """The vocabularies of a backend, with a record of their steps."""
 
     def __init__(self, inner: Vocabularies, recorder: ProbeRecorder) -> None:
         super().__init__()

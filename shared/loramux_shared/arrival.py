@@ -20,7 +20,7 @@ _LAST_DATA_RECV: Final = 52
 def arrived_at(sock: Any) -> float:
     """Return when the last data came to a TCP socket, on the clock of ``time.monotonic``.
 
-    Linux knows it to some ms, however late anybody reads; elsewhere it is now.
+    Linux knows it to some ms, however late the read is; elsewhere it is now.
     """
     now = time.monotonic()
     if sock is None or sys.platform != "linux":

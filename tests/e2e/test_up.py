@@ -25,8 +25,8 @@ def _changed(builder: str, *words: str | Path) -> int:
 
 
 def test_what_is_changed_is_served_without_a_restart(tmp_path: Path) -> None:
-    """Pushed, removed and rolled back by commands: the next request that names the generation finds it so, and
-    a stream that began before ends on what it began with."""
+    """A push, a removal and a rollback hold for the next request that names the generation; an older stream
+    finishes with its adapter."""
     world = make_world(tmp_path)
     file = tmp_path / "deployment.yaml"
     file.write_text(json.dumps(world.deployment().model_dump(mode="json")))

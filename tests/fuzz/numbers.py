@@ -49,7 +49,7 @@ def _fills(kind: Any, place: str) -> Iterator[tuple[str, Fill]]:
     """Yield (place, how to make a value) for each number that a type can hold.
 
     Raises:
-        TypeError: a type that nobody thought of here.
+        TypeError: a type that this module does not know.
     """
     origin, inner = get_origin(kind), get_args(kind)
     if kind in (int, float):

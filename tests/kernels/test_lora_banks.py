@@ -70,8 +70,7 @@ def test_rows_of_mixtures_get_the_scaled_sum(lora: LoraBackend, device: str) -> 
 
 @pytest.mark.parametrize("bad", [0, 2, 4])
 def test_an_adapter_that_overflows_reaches_no_row_of_others(lora: LoraBackend, device: str, bad: int) -> None:
-    """Rows of others have the same bits in short runs, long runs and blends beside an adapter that overflows.
-    """
+    """Other rows have the same bits in short runs, long runs and blends, with and without an overflow."""
     device = device if lora.name != "native" else "cpu"
     steps = [
         arrangement(dict.fromkeys(range(5), 2), mixtures=[({bad: 0.5, 1: 2.0}, 3), ({3: 0.5, 1: 1.0}, 2)]),

@@ -180,7 +180,7 @@ def test_parameters_that_were_taken_by_position_are_the_transposed(tmp_path: Pat
     "settings", [{"backend": "torch"}, {"deterministic": True}], ids=["torch", "deterministic"]
 )
 def test_parameters_are_what_peft_makes_of_them(tmp_path: Path, settings: dict[str, Any]) -> None:
-    """One linear for each expert, with and without compiled operations whose rows do not see each other."""
+    """Parameters of experts act as one linear each, with and without batch-invariant operations."""
     world = make_world_of(tmp_path, CONFIG, {"one": PARAMETERS})
     assert answered(world.base, world.adapters, **settings) == expected_of(world.base, world.adapters)
 

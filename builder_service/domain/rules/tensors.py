@@ -85,7 +85,7 @@ class Sorted:
 
     @property
     def keys(self) -> list[LoraKey]:
-        """Those of modules that are adapted."""
+        """The keys of the adapted modules."""
         return [*(pair.key for pair in self.pairs), *(lone.key for lone in self.lone)]
 
     @property

@@ -244,7 +244,7 @@ def _require_text(flag: str, model: str, silent: Collection[str]) -> None:
 
 
 async def _judge(client: AsyncClient, options: Options) -> Judge | None:
-    """Return who judges, if anybody does."""
+    """Return the judge, if there is one."""
     if not options.judge:
         return None
     if options.judge_url:

@@ -79,7 +79,7 @@ def http_cluster(fleet: Fleet) -> Json:
 def answer_clusters(fleet: Fleet) -> list[Json]:
     """Return the HTTP endpoints for answers: a cluster of all replicas, and one of each behind its TCP proxy.
 
-    HTTP/1.1 cannot ask whether somebody is there while an answer is awaited. So these connections pass a TCP
+    HTTP/1.1 cannot check the peer while an answer is awaited. So these connections pass a TCP
     proxy, which closes them when the replica answers nothing at all, not even that it is leaving.
     """
     places = [replica.http for replica in fleet.replicas]

@@ -139,8 +139,7 @@ def gone(pid: int) -> bool:
 
 
 def test_replicas_follow_what_runs_and_waits(world: World) -> None:
-    """The replicas grow to two under two requests for many answers, then shrink to one (Serve's config file).
-    """
+    """The replicas grow to two under two requests for many answers, then to one again (Serve's config file)."""
     config = yaml.safe_load((ROOT / "deploy/ray/serve.yaml").read_text())
     app = next(each for each in config["applications"] if each["name"] == APP)
     app["args"] |= {"settings": settings_of(world), "max_replicas": 2, "num_cpus": 1, "num_gpus": 0}

@@ -40,7 +40,7 @@ class Archive:
 
 
 class Archives:
-    """Archives of a base's tokenizer, made when somebody asks, one at a time, and kept."""
+    """Archives of a base's tokenizer, made on request, one at a time, and cached."""
 
     def __init__(self, files: BaseFiles) -> None:
         self._files = files

@@ -194,7 +194,7 @@ class Chat:
         self._conversation = conversation
         self.head = Head(f"chatcmpl-{conversation.request.id}", body.model)
         self._choices: list[ChatChoice] = []
-        """Made when the request was accepted: before that, n is only a number that somebody sent."""
+        """Made when the request was accepted: before that, n is unchecked input."""
         self._prompt: PromptPart = {}
         """Report about the prompt, with the answer or with its first chunk."""
         self._ends: list[AnswerFinished] = []

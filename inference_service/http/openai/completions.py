@@ -55,7 +55,7 @@ async def merged(streams: Sequence[AsyncGenerator[Event]]) -> AsyncGenerator[tup
             async with aclosing(stream):
                 async for event in stream:
                     arrived.put_nowait((number, event))
-        except Exception as error:  # noqa: BLE001 - raised below, where somebody waits for it
+        except Exception as error:  # noqa: BLE001 - raised below, to the caller
             arrived.put_nowait(error)
         else:
             arrived.put_nowait(None)

@@ -46,7 +46,7 @@ def turns_of(instructions: str | None, items: str | Sequence[Item]) -> tuple[Tur
 
 
 def leading(items: Sequence[Item]) -> list[MessageItem]:
-    """Return what systems and developers say before anybody else."""
+    """Return the system's and developers' turns before any other turn."""
     first = takewhile(lambda item: isinstance(item, MessageItem) and item.role in SYSTEM, items)
     return [item for item in first if isinstance(item, MessageItem)]
 

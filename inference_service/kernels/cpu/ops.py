@@ -252,7 +252,7 @@ class CpuOps:
 
     @property
     def threads(self) -> int:
-        """Those that the calling thread may compute with."""
+        """The number of threads that the calling thread may use."""
         return torch.get_num_threads()
 
     def pack(self, pieces: Table) -> None:

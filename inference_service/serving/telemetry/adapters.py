@@ -117,7 +117,7 @@ class AdapterSeries:
         return chain(families(HEADS, lines), (INFO_HEAD, self._info(listed, sequences)))
 
     def _listed(self) -> list[_Listed]:
-        """Those in memory and at work, used last first; a scrape looks at each name once and no longer."""
+        """Return the resident and active adapters, last used first; a scrape looks at each name once."""
         standings = {each.adapter: each for each in self.adapters.residency.standings()}
         found = []
         for model in self._catalog.everything:

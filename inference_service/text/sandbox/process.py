@@ -107,7 +107,7 @@ class SandboxPool:
             process = self._idle.pop()
             try:
                 answer.set_result(process.ask(question))
-            except Exception as error:  # noqa: BLE001 - raised where somebody waits for it
+            except Exception as error:  # noqa: BLE001 - raised to the caller
                 answer.set_exception(error)
             finally:
                 self._idle.append(process)

@@ -28,7 +28,7 @@ class InputNames:
 
 @dataclass(frozen=True)
 class DeltaNames:
-    """Those of a gated delta rule; of what is no linear and no norm the whole names."""
+    """The names of a gated delta rule; the whole name where a tensor is neither linear nor norm."""
 
     inputs: tuple[str, ...] = tuple(f"linear_attn.in_proj_{part}" for part in ("qkv", "z", "b", "a"))
     conv: str = "linear_attn.conv1d.weight"

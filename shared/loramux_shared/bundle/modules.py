@@ -27,7 +27,7 @@ class Module:
 
     @property
     def path(self) -> str:
-        """Its name within the layer."""
+        """The module's name within the layer."""
         return f"{self.parent}.{self.hf}".lstrip(".")
 
     @property

@@ -29,7 +29,7 @@ MAX_STREAMS = 1024
 cleared away, so that nobody fills the server by opening and resetting; more are reset themselves."""
 MAX_WAITING = 32 * MAX_STREAMS
 """Calls of a method that wait for its handler. Above gRPC's default of 1000, which a flood reaches at once, it
-cancels calls of anybody."""
+cancels calls of others."""
 
 
 def server_options(connections: int, *, shared: bool = False) -> tuple[tuple[str, int], ...]:

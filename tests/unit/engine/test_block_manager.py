@@ -128,8 +128,8 @@ def test_prefix_hashes_outlast_a_preemption() -> None:
     )
 )
 def test_blocks_balance_and_contents_are_never_mixed(actions: list[tuple[int, list[int], int, str]]) -> None:
-    """After any mix of admissions, growths and releases, every block is free or held, and a shared block holds
-    the very tokens, under the very adapter and salt, of all that share it."""
+    """Every block is free or held after any admissions, growths and releases, and a shared block has the
+    tokens, the adapter and the salt of all its sequences."""
     blocks = BlockManager(10, 4)
     held: list[Sequence] = []
     content: dict[int, tuple[int, str, tuple[int, ...]]] = {}

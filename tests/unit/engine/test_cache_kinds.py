@@ -444,8 +444,8 @@ def test_windows_with_enough_blocks_never_lack_any(
 
 
 def test_who_calls_an_activated_adapter_finds_the_state_before_and_leaves_one() -> None:
-    """Behind the base it begins at the base's last state; on what nobody said before it leaves a state of the
-    base where it is called, where others continue."""
+    """An activated adapter continues the base's last state; on a new prompt it leaves a state of the base at
+    its invocation, where other requests continue."""
     engine, _, manager = Base(snapshots=9, spacing=8).engine()
     stated, new = [0, 2, 4] * 10, [2, 2, 0] * 7
     _run(engine, manager, stated)

@@ -107,8 +107,7 @@ def test_blocks_are_copied_as_they_are() -> None:
 
 @pytest.mark.parametrize(("kind", "context"), [("starved", 4096), ("crowded", 256)])
 def test_a_queue_costs_a_step_next_to_nothing(kind: host.Kind, context: int) -> None:
-    """Neither a head that waits for blocks, however long the prefix that it finds, nor a thousand whose
-    adapters are on their way."""
+    """A waiting head with a long prefix and a thousand sequences with loading adapters cost a step little."""
     alone = instructions(Point("decode", SEQS, context, loaded=64))
     assert instructions(Point(kind, SEQS, context, loaded=64)) < alone + 50 * SEQS
 

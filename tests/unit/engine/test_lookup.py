@@ -113,8 +113,7 @@ def test_drafts_gain_where_rows_are_cheap(streams: int) -> None:
 
 @pytest.mark.parametrize("streams", [1, 8])
 def test_drafts_stop_where_rows_cost_what_they_save_and_come_back_where_they_are_free(streams: int) -> None:
-    """Though all of them hold, none is worth a row that takes longer than a token; what rows cost is looked at
-    again now and then."""
+    """The engine stops drafts where a row costs more than a token, and measures the cost now and then."""
     machine = Machine(repetitive, 1.2 * STEP_S / streams)
     engine = _engine(machine, streams)
     _token_s(machine, engine, 100)

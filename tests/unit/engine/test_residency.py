@@ -435,8 +435,8 @@ def test_an_adapter_that_nobody_waits_for_any_more_is_not_kept() -> None:
 
 
 def test_mixtures_that_want_the_same_places_take_turns() -> None:
-    """Two places, and four endless mixtures of two adapters each: nobody keeps half of what another needs, no
-    place is waited for in vain, and each has its share of the tokens."""
+    """Four endless blends of two adapters share two places: no blend holds half of another's adapters, no place
+    is idle, and each blend has its share of the tokens."""
     world = World(2, [1] * 5, adapters=2)
     requests = [world.ask(*pair, new=300) for pair in ((0, 1), (2, 3), (1, 2), (3, 0))] + [
         world.ask(4, new=300)

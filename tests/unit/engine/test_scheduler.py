@@ -354,8 +354,8 @@ def test_who_lacks_a_seat_alone_is_not_hidden_by_who_lacks_a_place_too() -> None
 
 
 def test_who_was_away_has_saved_nothing_and_owes_nothing() -> None:
-    """A model that comes back after a while begins beside the others: it is neither first for as long as it was
-    away, nor last for what it had long ago."""
+    """A model that comes back after a while starts level with the others, without credit for the absence and
+    without debt for earlier use."""
     engine, runner, _ = _engine(max_seqs=2, blocks=400)
     _add(engine, *(_seq(2, 1000, flow="steady") for _ in range(3)))
     _run(engine, 200)

@@ -6,7 +6,7 @@ const byId = (id) => document.getElementById(id);
 const scores = new Map(report.scores.map((score) => [score.name, score]));
 let shown = STEP;
 
-// Everything that anybody wrote gets into the page here, as text.
+// All text of questions and answers gets into the page here, as text.
 function make(tag, content, className) {
   const element = document.createElement(tag);
   if (className) element.className = className;
@@ -21,7 +21,7 @@ function draw(tag, attributes) {
   return element;
 }
 
-// Names and ids are whatever somebody called them: "constructor" is no member of an object that does not have it.
+// Names and ids can be any text: "constructor" is no member of an object that does not have it.
 const own = (object, ...keys) => keys.reduce((found, key) => (found && Object.hasOwn(found, key) ? found[key] : undefined), object);
 const digits = (value, count) => (value === null || value === undefined ? "–" : value.toFixed(count));
 const signed = (value) => (value > 0 ? "+" : value < 0 ? "−" : "") + Math.abs(value).toFixed(3);
@@ -168,7 +168,7 @@ function item(question) {
     make("span", word, `outcome ${{ won: "good", lost: "bad" }[outcome] ?? ""}`),
   ]);
   const details = make("details", [line]);
-  // Answers are drawn when somebody looks: a report may hold thousands.
+  // Answers are drawn when a question is opened: a report may hold thousands.
   details.addEventListener("toggle", () => {
     if (details.open && details.children.length === 1) details.append(...opened(question));
   });
