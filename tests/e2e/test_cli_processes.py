@@ -71,7 +71,7 @@ def _runs(process: psutil.Process) -> bool:
 
 
 def test_a_taken_port_is_replaced() -> None:
-    """An address is kept while it is free."""
+    """A free address is kept."""
     first = free_address("127.0.0.1:0")
     assert free_address(first) == first
 

@@ -266,7 +266,7 @@ async def test_what_a_desk_shows_without_scrolling(page: Page, tmp_path: Path) -
 
 
 async def test_the_settings_are_shown_and_start_greedy(page: Page, tmp_path: Path) -> None:
-    """Closed fields show their values; requests are greedy and of some length until changed."""
+    """Closed fields show their values; requests are greedy and short until a change."""
     async with scripted_api(ScriptedPage(tmp_path, ["one"], {})) as url:
         await _open(page, url, 2)
         assert await page.text("#settings") == "greedy, temperature 0, max tokens 512"
@@ -327,7 +327,7 @@ async def test_the_panel_rests_while_nobody_looks(page: Page, tmp_path: Path) ->
 
 
 async def test_an_admin_key_pins_loads_and_rolls_back(page: Page, tmp_path: Path) -> None:
-    """Each name has its version and its place beside it; an action is reported, and the list follows."""
+    """The panel lists each name with version and place; an action is reported, and the list follows."""
     replica = operated(["one", "two"])
     service = ScriptedPage(tmp_path, ["one", "two"], {})
     service.catalog = replica.names
@@ -369,7 +369,7 @@ async def test_an_admin_key_pins_loads_and_rolls_back(page: Page, tmp_path: Path
 
 
 async def test_a_key_without_the_scope_is_told_so(page: Page, tmp_path: Path) -> None:
-    """The panel says so when it is opened; the rest of the page continues."""
+    """The panel reports the missing scope; the rest of the page works."""
     key, entry = new_entry("ann", "infer")
     async with scripted_api(ScriptedPage(tmp_path, ["one"], {}), Keyring(text=lines(entry))) as url:
         await page.open(url)

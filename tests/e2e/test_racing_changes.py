@@ -134,7 +134,7 @@ def test_a_change_killed_at_any_operation_hinders_nobody() -> None:
 
 
 def test_a_killed_change_is_found_done_whatever_was_expected() -> None:
-    """Killed after its generation was written: the retry finds it, though another generation was expected."""
+    """A retry finds the generation of a killed change, though it expects another one."""
     for dies_at in spread(range(operations_of_one()), 10):
         store = started()
         first = partial(publish_change, name="tiny", change=adding("one"), expected=1, stale=STALE)

@@ -63,7 +63,7 @@ def judged(shape: Shape, folder: Path) -> tuple[list[str], Deltas]:
 
 @cache
 def model_of(base: str) -> Any:
-    """The base as transformers has it."""
+    """Return the base as a model of transformers."""
     fields = BASES[base]
     config = transformers.AutoConfig.for_model(**fields)
     return getattr(transformers, fields["architectures"][0])(config)

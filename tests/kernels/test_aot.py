@@ -62,7 +62,7 @@ def test_one_of_each_kernel_takes_what_the_table_says() -> None:
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("package", PACKAGES)
 def test_every_configuration_takes_what_the_table_says(package: str) -> None:
-    """All of them, whatever is known of their sources."""
+    """Every configuration compiles to the recorded resources, whether or not its sources changed."""
     found = printed([package])
     assert len(found) == sum(package_of(line) == package for line in recorded())
     assert_as_kept(found)

@@ -135,9 +135,7 @@ def test_a_layer_reads_what_another_wrote(counts: HeadCounts, native_folder: Pat
 
 
 def test_layers_of_other_heads_have_tables_of_their_own(device: str) -> None:
-    """Layers have their own tables where the tile or the heads of keys differ; those that share both share
-    tables.
-    """
+    """Layers have separate tables where tile or kv heads differ, and else share the tables."""
     place, dtype = torch.device(device), torch.float16
     alike = HeadCounts(12, 2, 24), HeadCounts(12, 2, 48)
     operations = TritonOperations([COUNTS, LARGE, *alike], dtype, place)

@@ -68,7 +68,7 @@ def test_tables_say_where_every_row_is_and_what_it_sees(step: tuple[AttentionCap
 def test_groups_of_layers_have_blocks_of_their_own(
     step: tuple[AttentionCapacity, list[Context]], groups: int
 ) -> None:
-    """Each has the tables that it would have alone, of which only the parts in use need be copied."""
+    """Each group has the tables of a lone group, and only the used parts are copied."""
     alone, contexts = step
     tables = [
         tuple([block + 100 * group for block in context.blocks] for group in range(groups))

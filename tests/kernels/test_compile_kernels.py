@@ -31,7 +31,7 @@ def test_an_architecture_without_tiles_is_refused(base: Path) -> None:
 
 
 def test_the_interpreter_compiles_nothing(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kernels that were made for it are refused, with the variable to unset."""
+    """Kernels for the interpreter are refused, with the variable to unset."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     done = CliRunner().invoke(app, ["kernels", str(base), "--arch", "sm_90", "--out", str(base / "cache")])
     assert done.exit_code == Exit.USAGE

@@ -85,7 +85,7 @@ def canary(tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, Path]:
 
 
 def assert_works(built: Built) -> None:
-    """The operations are there, and right."""
+    """Check that the operations work and are right."""
     assert built.library is not None, built.how
     assert first_wrong(built.library) is None
 
@@ -157,7 +157,7 @@ def test_a_truncated_file_is_made_again(retained: Path) -> None:
 
 @needs_compiler
 def test_a_folder_in_the_place_of_the_file_stops_nobody(retained: Path) -> None:
-    """The operations are there; only the next start makes them again."""
+    """The operations work when a folder blocks their file, and the next start compiles again."""
     retained.unlink()
     retained.mkdir()
     assert_works(load(retained.parent))
@@ -288,7 +288,7 @@ def test_operations_that_compute_something_else_are_not_used(
 
 
 def test_what_compiles_needs_nothing_that_is_installed() -> None:
-    """An installation runs it in an environment without torch, numpy and all else."""
+    """The module that compiles imports no installed package, as an installation has none."""
     code = "import sys; sys.path.append(sys.argv[1]); import inference_service.kernels.cpu.compiling"
     subprocess.run([sys.executable, "-I", "-S", "-c", code, str(ROOT)], check=True)
 

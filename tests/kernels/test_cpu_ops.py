@@ -48,7 +48,7 @@ def ops(library: ctypes.CDLL, request: pytest.FixtureRequest) -> CpuOps:
 
 
 def packed_by(ops: CpuOps, matrix: Tensor, kind: int) -> Tensor:
-    """A matrix as `CpuOps.pack` lays it out: 0 for A, 1 for B."""
+    """Return a matrix as `CpuOps.pack` lays it out: 0 for A, 1 for B."""
     rows, columns = matrix.shape
     if kind == 0:
         lane = 16 * ops.units
@@ -489,7 +489,7 @@ def test_without_both_it_says_so(tmp_path: Path) -> None:
 def test_a_processor_gets_what_it_can_run(
     flags: str, kinds: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An instruction that it lacks would end the process, not raise."""
+    """The operations use only instructions of the processor, as another would end the process."""
     monkeypatch.setattr("platform.machine", lambda: "x86_64")
     cpuinfo = tmp_path / "cpuinfo"
     cpuinfo.write_text(f"processor\t: 0\nmodel name\t: Some\nflags\t\t: {flags}\n\nprocessor\t: 1\n")

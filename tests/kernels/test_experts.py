@@ -82,7 +82,7 @@ def test_the_reference_is_qwen_3_moe(renormalised: bool) -> None:
 
 
 def test_the_reference_is_qwen_3_5_moe() -> None:
-    """The reference equals it with an expert that every token has, as far as its gate lets it."""
+    """The reference equals Qwen 3.5 MoE, with the shared expert and its gate."""
     config = Qwen3_5MoeTextConfig(**SIZES, **EXPERTS, shared_expert_intermediate_size=16)
     block: Any = Qwen3_5MoeSparseMoeBlock(config)
     w = randomised(block)

@@ -104,7 +104,7 @@ def _row(section: str, figure: str, value: float, **point: int) -> Row:
 
 
 def test_the_worst_row_decides_a_target() -> None:
-    """Each target looks at its own rows alone, and names the one that is worst."""
+    """Each target reads its own rows alone, and names the worst one."""
     rows = [
         _row("step", OF_BASE, 0.97, loaded=64, active=1),
         _row("step", OF_BASE, 0.96, loaded=64, active=8),

@@ -262,7 +262,7 @@ def test_no_request_sits_out_a_step(
 
 
 def test_preemption_changes_no_token(ready: Ready, runner: GraphRunner) -> None:
-    """A sequence gives its blocks up with a token in flight, and is computed again, where there are too few."""
+    """A sequence that is preempted with a token in flight is computed again with the same tokens."""
     kinds = (
         SamplingParams(max_tokens=5),
         SamplingParams(max_tokens=5, frequency_penalty=2.0, repetition_penalty=1.5),

@@ -105,7 +105,7 @@ class Clock:
         self.now = 0.0
 
     def thread_time(self) -> float:
-        """Return it."""
+        """Return the fake thread time."""
         return self.now
 
 

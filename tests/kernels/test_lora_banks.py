@@ -105,7 +105,7 @@ def test_an_adapter_that_overflows_reaches_no_row_of_others(lora: LoraBackend, d
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_row_of_a_mixture_depends_on_no_other(compiled: ctypes.CDLL, dtype: torch.dtype) -> None:
-    """Alone or among others of its mixture, of another of the same adapters, and plain ones: the same bits."""
+    """A row of a blend has the same bits alone, beside other blends, and beside plain rows."""
     lora = NativeLora(CpuOps(compiled, dtype), GROUPS, LAYERS)
     hold(lora, *(adapter(ADAPTERS[slot], slot) for slot in range(5)))
     scales, (shape, *_) = {4: 0.7, 1: -0.5, 0: 1.25}, GROUPS

@@ -159,7 +159,7 @@ def test_rows_of_the_embedding_are_scaled(
 @pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # numpy's, on purpose
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_logits_approach_the_cap(dtype: torch.dtype, device: str) -> None:
-    """Small logits keep all their digits, large ones become the cap, and nothing beside them is touched."""
+    """Small logits keep their digits, large ones become the cap, and memory beside them is unchanged."""
     logits = guarded(2, 1100, dtype=dtype, device=device, scale=40)
     logits[0, :100] *= 1e-3
     logits[0, 100:104] = torch.tensor([0.0, 6e4, -6e4, -torch.inf])

@@ -83,7 +83,7 @@ TRIED: dict[str, Any] = {
 
 
 def seq_of(request: dict[str, Any]) -> EngineSequence:
-    """A sequence with its answer so far."""
+    """Return a sequence with an answer so far."""
     grammar = None if request["grammar"] is None else shifting(request["grammar"])
     params = SamplingParams(**request["sampling"])
     seq = EngineSequence("s", list(request["prompt"]), params, grammar=grammar)

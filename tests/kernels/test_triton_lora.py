@@ -43,7 +43,7 @@ class Recorded:
                 lora.apply(x, out, layer, name)
 
     def replay(self, lengths: Mapping[int, int]) -> None:
-        """Run it for so many rows of each slot."""
+        """Run the recorded step for so many rows of each slot."""
         slots = [slot for slot, length in lengths.items() for _ in range(length)]
         self._segments.load(torch.from_numpy(pack_segments(self._segments.capacity, np.array(slots))))
         for out in self.outputs:
@@ -66,7 +66,7 @@ def bank_of(lora: TritonLora, num_slots: int) -> Resident:
 
 
 def test_a_step_recorded_in_an_empty_bank_serves_later_adapters(lora: TritonLora, device: str) -> None:
-    """Launches recorded before there was any adapter are right for whatever is in the slots at a replay.
+    """Launches recorded in an empty bank are right for the slots at the time of a replay.
 
     Elsewhere a grid frozen at the recording's number of segments, ranks or linears dropped adapters silently.
     """

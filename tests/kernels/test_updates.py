@@ -100,7 +100,7 @@ def test_an_update_needs_all_rows_in_segments(device: str) -> None:
 
 
 def test_every_row_is_in_one_run() -> None:
-    """Adapters' segments are as they are without the others, which follow in tiles."""
+    """Segments of adapters are unchanged by base rows, which follow in tiles."""
     draw = np.random.default_rng(1)
     for rows in range(1, 33):
         plain, every = SegmentCapacity(rows, 4, 4), SegmentCapacity(rows, 4, 4, rows=rows)

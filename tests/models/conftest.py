@@ -58,7 +58,7 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """Tell it, and write it where that was asked for: not in a worker, which has seen its own tests alone."""
+    """Print the counts, and write them where requested; a worker has only its own tests, and skips this."""
     if hasattr(config, "workerinput"):
         return
     rows = [

@@ -101,7 +101,7 @@ def test_sequences_end_where_transformers_ends_them(
     [("bfloat16", "float16"), (ABSENT, "float16"), ("float32", ABSENT), (None, "bfloat16")],
 )
 def test_the_type_of_the_weights_stands_outside_first(images: Path, outside: Any, inside: Any) -> None:
-    """The decoder's block says it only where nothing stands beside it."""
+    """The decoder's type of the weights counts only where the outer config has none."""
     say(images, "dtype", outside, inside)
     found = AutoConfig.from_pretrained(images)
     assert read_config(images).dtype == str(found.dtype or found.text_config.dtype).removeprefix("torch.")

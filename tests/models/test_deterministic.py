@@ -65,7 +65,7 @@ Queries = list[tuple[str, list[int]]]
 def world(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[World, MemoryStore]:
-    """A family with everything in it that a row could get from another."""
+    """Return a family with every operation through which rows could affect each other."""
     world = make_world_of(tmp_path_factory.mktemp("world"), FAMILIES[request.param], ADAPTERS)
     store = MemoryStore()
     world.build(store)

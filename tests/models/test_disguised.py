@@ -113,7 +113,7 @@ def test_modules_that_a_config_does_not_name_are_those_of_peft(kind: Kind) -> No
 
 @pytest.mark.filterwarnings("ignore")
 def test_what_adalora_left_is_what_an_alpha_of_zero_means(world: World) -> None:
-    """Modules of which it pruned singular values have the rank that is left for an alpha, and PEFT agrees."""
+    """A pruned AdaLoRA module has its remaining rank as alpha where the config's alpha is 0, as in PEFT."""
     folder = save(
         world.base, world.root / "pruned", peft.AdaLoraConfig(init_r=4, lora_alpha=0, total_step=9, **SOME), 3
     )

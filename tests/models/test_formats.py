@@ -264,7 +264,7 @@ def test_four_bits_of_bitsandbytes_are_of_the_type_that_they_were_quantised_from
 
 
 def test_values_beyond_a_type_are_refused(tmp_path: Path) -> None:
-    """float16 would make them infinite; bfloat16 holds them."""
+    """Values that float16 would make infinite are refused; bfloat16 holds them."""
     weight, config = torch.full((16, 32), 448.0), {"quant_method": "fp8", "weight_block_size": None}
     tensors = {"one.weight": weight.to(torch.float8_e4m3fn), "one.weight_scale": torch.tensor(1e3)}
     wide = checkpoint(tmp_path, tensors, config, torch.bfloat16).get("one.weight", (16, 32))

@@ -64,7 +64,7 @@ def make(base: Path, folder: Path, seed: int, touched: list[int] | None = None, 
 
 
 def made(root: Path, config: Any, adapters: Mapping[str, Mapping[str, Any]]) -> World:
-    """A checkpoint and its adapters."""
+    """Return a checkpoint and its adapters."""
     make_checkpoint(root / "base", config)
     for seed, (name, settings) in enumerate(adapters.items()):
         make(root / "base", root / name, seed, **settings)

@@ -150,7 +150,7 @@ def test_an_adapter_is_not_merged_into_rounded_weights(world: World, store: Memo
 
 
 def test_both_together_are_refused(world: World) -> None:
-    """A replica refuses both where it sets one of them, and the deployment's rules where one file has both."""
+    """A replica refuses a setting of both, and the deployment's rules refuse a file with both."""
     with pytest.raises(SettingsInvalid, match=r"LORAMUX_QUANTIZATION=int8, but runtime\.merge .* is always"):
         world.load(_alone({"merge": "always"}, world), quantization="int8")
     data = world.deployment().model_dump(mode="json")

@@ -78,7 +78,7 @@ class Outcome(Protocol):
     """Waits for what comes of a load."""
 
     def __call__(self, timeout_s: float = BOUND_S) -> Loaded | Fault:
-        """Return it."""
+        """Return the outcome."""
         ...
 
 

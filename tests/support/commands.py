@@ -34,12 +34,12 @@ class Command:
 
     @property
     def out(self) -> str:
-        """Return its stdout."""
+        """Return the stdout of the command."""
         return (self.folder / "out").read_text()
 
     @property
     def errors(self) -> str:
-        """Return its stderr."""
+        """Return the stderr of the command."""
         return (self.folder / "errors").read_text()
 
     def read_until(self, required: str) -> str:
@@ -53,7 +53,7 @@ class Command:
         return self.out
 
     def end(self, number: signal.Signals | None = None) -> int:
-        """Return its exit status, after a signal."""
+        """Return the exit status, after a signal."""
         if number is not None:
             self.process.send_signal(number)
         return self.process.wait()

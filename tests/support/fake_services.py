@@ -227,5 +227,5 @@ async def _main(kind: str) -> None:
 
 
 def main(kind: str) -> None:
-    """Run one of them as a process, as ``python -m builder_service`` would."""
+    """Run a service as a process, as ``python -m builder_service`` would."""
     asyncio.run(_main(kind))

@@ -59,16 +59,16 @@ class Forked:
         return status
 
     def send_signal(self, number: signal.Signals) -> None:
-        """Send it a signal, while it runs."""
+        """Send a signal to the running process."""
         if self.poll() is None:
             os.kill(self.pid, number)
 
     def terminate(self) -> None:
-        """Ask it to end."""
+        """Ask the process to end."""
         self.send_signal(signal.SIGTERM)
 
     def kill(self) -> None:
-        """End it at once."""
+        """Kill the process."""
         self.send_signal(signal.SIGKILL)
 
 

@@ -68,7 +68,7 @@ class _Patch:
         return self
 
     def restore(self) -> None:
-        """Let the language be its own again."""
+        """Restore the language's builtins."""
         while self._under_way:
             for place, name, original, _ in self._known[self._under_way.pop()]:
                 if original is interpreter._MISSING:
@@ -104,7 +104,7 @@ def _patch_builtins(package: Any, builder: Any, scope: Any) -> None:
 
 @cache
 def _interpreted(package: Any) -> list[tuple[str, Callable[..., Any]]]:
-    """Return a package's builtins as they are while a kernel runs."""
+    """Return a package's builtins in the state while a kernel runs."""
     made = [(name, _with_semantic(member)) for name, member in _builtins(package)]
     if package is core.tensor:
         return [(name, straight(name, slow)) for name, slow in made]

@@ -35,7 +35,7 @@ class Mortal:
 
     @property
     def dead(self) -> bool:
-        """Return True if nothing it does has an effect any longer."""
+        """Return True if no operation of the dead process has an effect any longer."""
         return 0 < self.dies_at <= self.count
 
     def _lives(self, operation: Callable[[], T]) -> T:

@@ -117,21 +117,21 @@ class FakeResidency:
         )
 
     def pin(self, adapter: Adapter) -> None:
-        """Load it."""
+        """Load the adapter."""
         self._note("pin", adapter)
         self._bring(adapter)
 
     def unpin(self, adapter: Adapter) -> None:
-        """Note it."""
+        """Note the call."""
         self._note("unpin", adapter)
 
     def prefetch(self, adapter: Adapter) -> None:
-        """Load it."""
+        """Load the adapter."""
         self._note("prefetch", adapter)
         self._bring(adapter)
 
     def drop(self, adapter: Adapter) -> None:
-        """Let it leave."""
+        """Evict the adapter."""
         self._note("drop", adapter)
         adapter.slot = None
         self.known.pop(adapter, None)
@@ -217,7 +217,7 @@ class FakeBundles:
         self.digests = set(digests)
 
     async def record(self, digest: str) -> AdapterRecord:
-        """Describe it."""
+        """Return the record of the adapter."""
         if digest not in self.digests:
             raise BundleNotFound(f"the store has no bundle {digest[:12]}")
         source = Repository(source=SourceKind.HF, repo="org/pushed")

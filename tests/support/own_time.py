@@ -14,5 +14,5 @@ class OwnTime:
         return self.now_s
 
     def sleep(self, seconds: float) -> None:
-        """Let it pass."""
+        """Advance the clock."""
         self.now_s += seconds

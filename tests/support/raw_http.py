@@ -23,7 +23,7 @@ class RawClient:
         return cls(*await asyncio.open_connection(*address.rsplit(":", 1)))
 
     async def send(self, data: bytes) -> None:
-        """Send all of it."""
+        """Send all bytes."""
         self.writer.write(data)
         await self.writer.drain()
 

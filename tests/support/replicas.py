@@ -102,7 +102,7 @@ class Replicas:
 
     @property
     def addresses(self) -> list[str]:
-        """Return their addresses."""
+        """Return the replicas' addresses."""
         return [wire.address for wire in self.wires]
 
     def __getitem__(self, address: str) -> Scripted:
@@ -131,7 +131,7 @@ class Replicas:
         self._loop.call_soon_threadsafe(self.wires[self.addresses.index(address)].cut)
 
     def repair(self, address: str) -> None:
-        """Give it back."""
+        """Restore the connection of a replica."""
         self._do(self.wires[self.addresses.index(address)].open())
 
     def close(self) -> None:

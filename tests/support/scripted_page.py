@@ -91,7 +91,7 @@ class ScriptedPage(GenerationService):
 async def scripted_api(
     service: ScriptedPage, keyring: Keyring | None = None, adapters: AdapterManager | None = None
 ) -> AsyncIterator[str]:
-    """Serve it on a free port; yields its URL."""
+    """Serve the page's API on a free port; yields its URL."""
     server = HttpServer("127.0.0.1:0", service, Guard(keyring), adapters=adapters)
     try:
         yield f"http://{await server.start()}"

@@ -43,7 +43,7 @@ class Named(Scripted):
         """For those that wait."""
 
     async def generate(self, request: Request) -> AsyncGenerator[Event]:
-        """Answer once there are tokens."""
+        """Answer once the gate of tokens is open."""
         model = self.catalog.get(request.model.name)
         if self.refuses is not None:
             raise self.refuses
@@ -73,7 +73,7 @@ class ScriptedReplica:
 
     @property
     def apis(self) -> tuple[str, str]:
-        """Return its addresses."""
+        """Return the replica's addresses."""
         return self.grpc.address, self.http.address
 
     async def start(self) -> None:

@@ -27,11 +27,11 @@ class SilentEngine(SimpleNamespace):
     paused = False
 
     async def pause(self, mode: PauseMode = PauseMode.KEEP) -> None:
-        """Note it."""
+        """Note the pause."""
         self.paused, self.mode = True, mode
 
     def resume(self) -> None:
-        """Note it."""
+        """Note the resume."""
         self.paused = False
 
 
@@ -56,6 +56,6 @@ def silent_service(folder: Path) -> GenerationService:
 
 
 def silent_server(service: GenerationService, guard: Guard = NOBODY_GUARDS) -> RpcServer:
-    """Return its gRPC API on a free port."""
+    """Return the service's gRPC API on a free port."""
     servicer = InferenceServicer(service)
     return RpcServer("127.0.0.1:0", {SERVICE_NAME: partial(register, servicer)}, guard)

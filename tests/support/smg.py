@@ -16,7 +16,7 @@ from tests.support.waiting import BOUND_S, bounded
 
 @asynccontextmanager
 async def running_smg(folder: Path, workers: Sequence[str], *flags: str) -> AsyncIterator[str]:
-    """Run it in front of workers; yields its address once it listens. Its log lies in the folder."""
+    """Run SMG in front of workers; yields its address once it listens. Its log lies in the folder."""
     port = free_port()
     command = [
         *(str(Path(sys.executable).with_name("smg")), "launch", "--host", "127.0.0.1", "--port", str(port)),

@@ -165,11 +165,11 @@ class World:
         return parse_deployment(data).deployment
 
     def build(self, store: Store, **lora: Any) -> None:
-        """Build it into a store."""
+        """Build the world's deployment into a store."""
         self._build(store, self.deployment(**lora))
 
     def build_with(self, store: Store, **blocks: Mapping[str, Any]) -> None:
-        """Build it with other fields in the blocks ``build`` and ``runtime``."""
+        """Build the deployment with other fields in the blocks ``build`` and ``runtime``."""
         data = self.deployment().model_dump(mode="json")
         for name, fields in blocks.items():
             data[name] |= fields

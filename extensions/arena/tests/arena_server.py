@@ -92,7 +92,7 @@ class Versions(inference_grpc.InferenceServiceServicer):
 
 @asynccontextmanager
 async def serving(service: Versions) -> AsyncIterator[str]:
-    """Serve it on loopback; yields the address."""
+    """Serve the service on loopback; yields the address."""
     server = inference_server("127.0.0.1:0", service)  # type: ignore[arg-type]
     address = await server.start()
     await server.set_serving(True)

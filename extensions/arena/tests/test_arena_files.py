@@ -63,7 +63,7 @@ BAD: list[tuple[Any, str]] = [
 
 @pytest.mark.parametrize(("line", "expected"), BAD)
 def test_lines_that_cannot_be_asked_are_named(line: Any, expected: str, tmp_path: Path) -> None:
-    """Each has a finding with its number, and a good line beside it none."""
+    """Each bad line has a finding with its number, and a good line beside has none."""
     with pytest.raises(RequestInvalid) as caught:
         read_questions(lines(tmp_path / "prompts", "Hello", line), "Be brief.")
     [finding] = caught.value.findings

@@ -75,7 +75,7 @@ def blobs(emulated: Any) -> Cloud:
 
 @pytest.fixture(params=["google", "blobs"])
 def cloud(request: pytest.FixtureRequest) -> Cloud:
-    """Each of them in turn."""
+    """Each cloud in turn."""
     made: Cloud = request.getfixturevalue(request.param)
     return made
 

@@ -83,7 +83,7 @@ def test_extras_name_what_they_lack() -> None:
 
 
 def test_versions_of_what_is_there() -> None:
-    """A package is known by its version, a missing one by None."""
+    """The doctor lists the version of a package, and None for a missing one."""
     assert installed.versions()["torch"] == torch.__version__
     assert installed.version_of("no-such-thing") is None
 
@@ -326,7 +326,7 @@ def test_the_doctor_asks_the_same_reader() -> None:
 
 @pytest.mark.parametrize("beside", [False, True])
 def test_what_widening_takes_is_told_beforehand(tmp_path: Path, beside: bool) -> None:
-    """The doctor says it in the words of a start, of a base that is described beside its config too."""
+    """The doctor reports the memory for widening in a start's words, also for a base with quantize_config."""
     plain = make_world(tmp_path / "plain")
     keep(plain.base, KINDS["gptq"], tmp_path / "kept", tmp_path / "widened")
     if beside:

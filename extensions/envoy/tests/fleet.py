@@ -43,11 +43,11 @@ class Running:
 
     @property
     def alive(self) -> bool:
-        """True until its process has ended."""
+        """True until the process has ended."""
         return self.process.poll() is None
 
     def until_ready(self) -> None:
-        """Wait for its start line."""
+        """Wait for the start line."""
 
         def ready() -> list[str]:
             assert self.alive, self._log.read_text()
@@ -61,12 +61,12 @@ class Running:
         httpx.post(f"http://{self.http}/pause?mode=keep", timeout=BOUND_S).raise_for_status()
 
     def load(self) -> int:
-        """Requests that it holds."""
+        """The number of open requests."""
         return int(httpx.get(f"http://{self.http}/load", timeout=BOUND_S).json()["server_load"])
 
     @property
     def apis(self) -> tuple[str, str]:
-        """Return its addresses."""
+        """Return the replica's addresses."""
         return self.grpc, self.http
 
     def signal(self, number: signal.Signals) -> None:
@@ -130,7 +130,7 @@ class Proxy:
         self.until_healthy(2 * len(self.fleet.replicas) if healthy else 0)
 
     def stop(self) -> None:
-        """End it."""
+        """End the process."""
         if self._process is not None:
             self._process.kill()
             self._process.wait(BOUND_S)
@@ -160,7 +160,7 @@ class Proxy:
         return well - ill
 
     def counter(self, name: str) -> int:
-        """Return one of its counters, over both clusters."""
+        """Return a counter of Envoy, over both clusters."""
         body = httpx.get(f"{self._admin}/stats?filter={name}$&format=json", timeout=BOUND_S).json()
         return sum(each["value"] for each in body["stats"])
 

@@ -203,7 +203,7 @@ async def left(fleet: Fleet, api: str, ask: Callable[[str], Awaitable[str]], slo
 
 
 async def test_replicas_that_leave_are_left_in_peace(tmp_path: Path) -> None:
-    """A replica without health keeps its streams and gets no others; without replicas errors have names."""
+    """A replica without health keeps its streams and gets no new ones; without replicas, errors have names."""
     async with behind_envoy(Fleet(tmp_path)) as fleet:
         leaving = fleet.replicas[await fleet.replica_of("lora1")]
         stream = fleet.client.generate("lora1", "WAIT")

@@ -55,7 +55,7 @@ def values(tree: Any, name: str) -> Iterator[Any]:
 
 
 def test_the_file_of_compose_is_what_the_command_prints() -> None:
-    """`make golden` wrote it."""
+    """`make golden` wrote the file of compose."""
     [words] = re.findall(
         r"loramux envoy (.+) > deploy/envoy/envoy\.yaml$", (ROOT / "Makefile").read_text(), re.M
     )

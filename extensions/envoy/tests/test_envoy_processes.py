@@ -58,7 +58,7 @@ def started(world: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 
 @pytest.fixture
 def fleet(started: Fleet) -> Fleet:
-    """At least two of them, idle, for a test that ends one."""
+    """A fleet of two idle replicas at least, for a test that ends one."""
     ended = [replica for replica in started.replicas if not replica.alive]
     if len(ended) > 1:
         for replica in ended:

@@ -42,7 +42,7 @@ def three() -> Iterator[Replicas]:
 
 @pytest.fixture
 def client(three: Replicas) -> Iterator[Client]:
-    """A client of all of them."""
+    """A client of all replicas."""
     with Client(three.addresses, timeout_s=BOUND_S) as made:
         yield made
 
@@ -343,7 +343,7 @@ def test_a_name_is_followed(three: Replicas) -> None:
 
 
 async def test_a_name_is_followed_on_an_event_loop(three: Replicas) -> None:
-    """A failure makes it look sooner than usual."""
+    """A failure brings the next lookup of a name forward."""
     fleet, there, now = fleet_of(three, grpc.aio)
     calls: Any = AsyncFleetCalls(fleet, InferenceServiceStub)
 

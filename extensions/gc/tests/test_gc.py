@@ -118,7 +118,7 @@ def test_a_bundle_that_a_build_found_again_is_spared(tmp_path):
 
 
 def test_generations_beyond_those_that_are_kept(tmp_path):
-    """Older generations and their own objects go with keep; the served one and newer ones never."""
+    """Older generations and their objects are removed with keep; the served one and newer ones never."""
     store = MemoryStore()
     for names in (["one"], ["two"], ["three"], ["two", "three"]):
         publish(tmp_path, store, *names)

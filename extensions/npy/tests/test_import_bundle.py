@@ -54,7 +54,7 @@ def test_import_bundle_checks_and_says_how_to_publish(folder: Path, builder: tup
 
 
 def test_import_bundle_wants_npy_files(folder: Path) -> None:
-    """A folder without them, or with a PEFT adapter beside them, is a mistake that is named."""
+    """A folder without npy files, or with a PEFT adapter beside them, is refused by name."""
     code, _, errors = run("import-bundle", folder / "base", "--base", folder / "base", "--name", "a")
     assert (code, "expected model.lora_weights.npy" in errors) == (1, True)
     write(folder / "fine", [(1, 0, 4)])

@@ -31,7 +31,7 @@ class Bench:
         return check_one(required, self.context, Progress(["npy"]))
 
     def build(self, **lora: Any) -> Bundle:
-        """Build it, and read it as a replica does."""
+        """Build the bundle, and read it as a replica does."""
         return built(deployment_of(self.root, "npy", lora_configuration=lora), self.context).bundle("npy")
 
     def errors(self, **lora: Any) -> list[tuple[str, str]]:
@@ -151,7 +151,7 @@ def test_rows_that_do_not_fit_are_refused(bench: Bench, change: Callable[[Any, A
 
 
 def test_magnitudes_are_taken_as_they_are(bench: Bench) -> None:
-    """Another converter has divided them by the norms; those of a fused row are cut as B is."""
+    """The converter has divided magnitudes by the norms; those of a fused row are split as B is."""
     own = np.arange(1, 1 + Q + 2 * KV, dtype=np.float32) / 16
 
     def change(weights: Any, config: Any) -> None:

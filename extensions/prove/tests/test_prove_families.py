@@ -108,7 +108,7 @@ def test_a_second_reading_finds_the_same(disguised: World, rank: int | None) -> 
 @pytest.mark.sweep
 @pytest.mark.filterwarnings("ignore")
 def test_proofs_of_what_amounts_to_lora_hold(disguised: World) -> None:
-    """A replica replays them before it serves."""
+    """A replica replays the proofs before it serves."""
     ready = disguised.load(proved(disguised))
     assert [refusal(ready, name) for name in KINDS] == [None] * len(KINDS)
 

@@ -92,7 +92,7 @@ class RayFleet:
     """A node with the proxies, and others beside it."""
 
     def __init__(self, nodes: int = 1, **variables: str) -> None:
-        """Start it; variables are those of the nodes, an empty one for none."""
+        """Start the cluster; variables are those of the nodes, an empty one for none."""
         self._ends = ExitStack()
         try:
             self._start(nodes, variables)

@@ -50,7 +50,7 @@ class Name(str):
 
     @property
     def unique_id(self) -> str:
-        """The name of one in its deployment."""
+        """The name of a replica in its deployment."""
         return str(self)
 
 

@@ -134,7 +134,7 @@ def test_an_engine_that_breaks_and_a_node_that_goes_cost_what_had_begun(world: W
 
 
 def gone(pid: int) -> bool:
-    """True when there is no such process any more."""
+    """True when the process has ended."""
     return not Path(f"/proc/{pid}").exists()
 
 

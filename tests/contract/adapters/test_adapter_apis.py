@@ -36,7 +36,7 @@ def replica() -> Operated:
 
 @pytest.fixture
 async def client(replica: Operated) -> AsyncIterator[AsyncClient]:
-    """A client of its gRPC API."""
+    """A client of the replica's gRPC API."""
     servicer = AdapterServicer(replica.manager)
     server = RpcServer("127.0.0.1:0", {SERVICE_NAME: partial(register, servicer)})
     async with AsyncClient(await server.start()) as client:
@@ -46,7 +46,7 @@ async def client(replica: Operated) -> AsyncIterator[AsyncClient]:
 
 @pytest.fixture
 async def web(replica: Operated, tmp_path: Path) -> AsyncIterator[httpx.AsyncClient]:
-    """A client of its HTTP API."""
+    """A client of the replica's HTTP API."""
     silent = silent_service(tmp_path)
     limits = ServingLimits(64, frozenset({2}))
     service = GenerationService(replica.names, silent.text, silent.engine, limits)
@@ -134,7 +134,7 @@ async def test_vllms_words_are_said(web: httpx.AsyncClient) -> None:
 
 
 async def test_a_bundle_is_said_to_be_here_alone(web: httpx.AsyncClient) -> None:
-    """The answer to its load says so."""
+    """The answer to a load says that the bundle is on this replica alone."""
     body = {"lora_name": "mine", "lora_path": f"bundle:{digest_of(77)}"}
     answer = await web.post("/v1/load_lora_adapter", json=body)
     assert answer.status_code == 200

@@ -252,7 +252,7 @@ async def test_a_replica_catches_up_first(
 
 
 async def test_a_model_at_its_limit_is_refused_alone(apis: ReplicaApis) -> None:
-    """429 as OpenAI's clients know it, RESOURCE_EXHAUSTED with RetryInfo, and the others answer."""
+    """The refusal is 429 for OpenAI's clients, and RESOURCE_EXHAUSTED with RetryInfo; others are answered."""
     assert (await apis.ask("all")).status_code == 200
     assert (await apis.ask("all")).status_code == 200
     refused = await apis.ask("all")
@@ -288,7 +288,7 @@ class Noted:
         """Hear nothing."""
 
     def ended(self, record: RequestRecord) -> None:
-        """Note them."""
+        """Note the ended requests."""
         self.seqs += [answer.seq for answer in record.answers]
 
 
@@ -348,7 +348,7 @@ def limits(**default: int) -> ModelLimits:
 
 @pytest.mark.beside
 async def test_tokens_of_a_minute_are_not_used_twice(apis: ReplicaApis) -> None:
-    """Requests that came while there were some are looked at again before the engine gets them."""
+    """Waiting requests are checked again before the engine, so no token of the minute is used twice."""
     change_deployed(apis.ready.service.catalog, limits=limits(tokens_per_minute=4))
     gate = hold(apis)
     waiting = [asyncio.ensure_future(apis.ask("rs")) for _ in range(3)]
@@ -359,7 +359,7 @@ async def test_tokens_of_a_minute_are_not_used_twice(apis: ReplicaApis) -> None:
 
 
 async def test_lora_path_beside_model(apis: ReplicaApis) -> None:
-    """Taken where it is of the base, or where both name the same adapter, and refused by name where not."""
+    """lora_path is accepted with the base, or with the same adapter as model, and else refused by name."""
     for model in ("base", "rs"):
         assert (await apis.ask(model, lora_path="base:rs")).json()["model"] == "rs"
     refused = await apis.ask("rs", lora_path="wide")

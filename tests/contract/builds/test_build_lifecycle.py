@@ -73,7 +73,7 @@ async def test_the_cancel_command(world: Builders, monkeypatch: pytest.MonkeyPat
 
 
 async def test_a_waiting_build_can_be_cancelled(world: Builders) -> None:
-    """A build that waits for its turn ends at once when it is cancelled, while the one before it continues."""
+    """A cancel ends a waiting build at once, and leaves the running one."""
     builds = world.builder(running=1)
     await builds.build(world.deployment("one", name="first"))
     await builds.build(world.deployment("two", name="second"))

@@ -65,7 +65,7 @@ class Replica:
 
     @asynccontextmanager
     async def served(self) -> AsyncIterator[None]:
-        """Let the builder be there while the block runs."""
+        """Run the builder while the block runs."""
         register = partial(builder_grpc.add_BuilderServiceServicer_to_server, self.builder)
         server = RpcServer(f"127.0.0.1:{self.port}", {"loramux.builder.v1.BuilderService": register})
         await server.start()

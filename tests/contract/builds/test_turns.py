@@ -68,7 +68,7 @@ def reason(view: DeploymentView) -> str:
 
 
 async def test_changes_that_wait_are_one_generation(world: Builders) -> None:
-    """Each tells its own adapter and end; one journal entry has all of them, and is gone at the end."""
+    """Each change reports its own adapter and end; one journal entry has all, and is removed at the end."""
     builds = await started(world)
     names = [f"m{seed}" for seed in range(MANY)]
     await ask(builds, world, *((name, wish(world, name, must_be_new=True)) for name in names))

@@ -181,7 +181,7 @@ class Overtaken(Gated):
 
 
 def test_an_adapter_that_must_be_new_may_be_there_already(tmp_path: Path) -> None:
-    """An update finds its own adapter, and is done, where another builder published after it."""
+    """An update with must_be_new finds its own adapter after another builder's generation, and is done."""
     made = Builders(tmp_path)
     made.store = Overtaken()
     context = made.context()

@@ -78,7 +78,7 @@ class AIBrix:
                 adapter.instances.append(pod)
 
     async def delete(self, adapter: ModelAdapter) -> None:
-        """Unload it everywhere; failures are only logged."""
+        """Unload the adapter everywhere; failures are only logged."""
         for pod in adapter.instances:
             await self._call("POST", pod, "/v1/unload_lora_adapter", adapter, {"lora_name": adapter.name})
 
@@ -147,7 +147,7 @@ class LoraController:
         await self._send("POST", f"{url}/v1/load_lora_adapter", {"lora_name": name, "lora_path": path})
 
     async def unload(self, url: str, name: str) -> None:
-        """Unload it."""
+        """Unload the adapter."""
         await self._send("POST", f"{url}/v1/unload_lora_adapter", {"lora_name": name})
 
     async def _send(self, method: str, url: str, body: dict[str, str] | None = None) -> httpx.Response:

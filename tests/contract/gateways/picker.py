@@ -79,7 +79,7 @@ def _mean_load(families: Mapping[str, Series]) -> float:
 
 
 def by_affinity(model: str, endpoint: Endpoint) -> float:
-    """Running there, else room for it, else waited for."""
+    """Score a replica by affinity: the adapter runs there, has room there, or waits there."""
     if model in endpoint.active:
         return 1.0
     if len(endpoint.active) + len(endpoint.queued) < endpoint.slots:

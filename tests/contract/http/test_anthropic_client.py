@@ -256,7 +256,7 @@ async def test_what_http_refuses_has_the_same_shape(api: OpenAIApi) -> None:
 
 
 async def test_so_has_what_is_refused_before_that(api: OpenAIApi) -> None:
-    """Ambiguous requests have it too, and all requests while the server drains."""
+    """Ambiguous requests have the request id too, and all requests while the server drains."""
     host, port = api.url.removeprefix("http://").split(":")
     reader, writer = await asyncio.open_connection(host, int(port))
     writer.write(b"POST /v1/messages?beta=true HTTP/1.1\r\nhost: a\r\nhost: b\r\n\r\n")

@@ -128,7 +128,7 @@ async def test_what_is_refused_is_named(
 
 
 async def test_metrics_count_vectors_and_no_first_token(api: OpenAIApi) -> None:
-    """A request and its prompt, computed for nothing but a vector, have no time to a first token."""
+    """A request for a vector, and its prompt, has no time to a first token."""
     await made(api, model="wide")
     lines = (await api.http.get("/metrics")).text.splitlines()
     reported = [line for line in lines if 'model="wide"' in line]

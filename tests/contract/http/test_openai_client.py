@@ -111,7 +111,7 @@ async def test_several_answers_are_apart(api: OpenAIApi) -> None:
 
 
 async def test_logprobs_of_a_chat(api: OpenAIApi) -> None:
-    """Each token with its text, its bytes and its rivals, in a stream and as a whole."""
+    """Each token has its text, its bytes and its alternatives, in a stream and as a whole."""
     options = GREEDY | {"max_tokens": 4, "logprobs": True, "top_logprobs": 2}
     answer = await api.openai.chat.completions.create(**options)
     scores = answer.choices[0].logprobs

@@ -322,7 +322,7 @@ async def test_heads_are_bounded(api: OpenAIApi) -> None:
 
 
 async def test_the_load_is_what_is_in_work(api: OpenAIApi) -> None:
-    """A request counts from its arrival to its end, however it ends, and each of its prompts."""
+    """The load counts each prompt of a request from its arrival to its end."""
     await api.ready.engine.pause()
     asking = asyncio.create_task(
         api.post(COMPLETIONS, **LONG | {"prompt": [[5, 6, 7], [8, 9]], "max_tokens": 9})

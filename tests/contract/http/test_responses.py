@@ -230,7 +230,7 @@ async def test_a_loop_of_tools(api: TalkerApi) -> None:
 
 
 async def test_functions_of_a_namespace(api: TalkerApi) -> None:
-    """The model knows them by both names, and a call tells the two apart, here and when it comes back."""
+    """The model gets namespace and function name, and a call has both, also when it is sent back."""
     namespace = {"type": "namespace", "name": "sky", "description": "Of the sky.", "tools": [WEATHER, TIME]}
     api.talker.say(CALL.replace("weather", "sky__weather"))
     answer = check_response((await api.post(PATH, **FIELDS, tools=[WEATHER, namespace])).json())
@@ -319,7 +319,7 @@ async def test_the_question_for_a_summary_is_no_second_turn_of_the_user(api: Tal
 
 
 async def test_what_cannot_be_summed_up_is_refused(api: TalkerApi) -> None:
-    """A call without its output, a stored conversation, no model, and a model that says nothing."""
+    """A call without output, a stored conversation, a missing model and an empty answer are refused."""
     call = {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"}
     output = {"type": "function_call_output", "call_id": "c", "output": "4"}
     summary = {"type": "compaction", "encrypted_content": carried("So.")}

@@ -95,7 +95,7 @@ async def test_top_k_can_be_minus_one(api: OpenAIApi) -> None:
 
 @BOTH
 async def test_null_is_not_set_whatever_it_is_called(api: OpenAIApi, path: str) -> None:
-    """Clients that send all they know of, unset, are served; a value of an unknown name is still refused."""
+    """Unknown fields with null are ignored; an unknown field with a value is refused."""
     unset = dict.fromkeys(("top_k", "stop", "bad_words", "structured_outputs", "documents"))
     back = {} if path == PLAIN else {"messages": [{"role": "user", "content": "Hi", "reasoning_content": None}]}
     assert await texts(api, path, **unset | back) == await texts(api, path)
@@ -136,7 +136,7 @@ async def test_only_the_same_salt_finds_a_prompt_again(api: OpenAIApi) -> None:
 
 @pytest.mark.parametrize(("path", "prefix"), [(CHAT, "chatcmpl-"), (PLAIN, "cmpl-")])
 async def test_a_request_has_the_id_that_it_brings(api: OpenAIApi, path: str, prefix: str) -> None:
-    """The answer's id ends with it, and two requests at once may have the same one."""
+    """The answer's id ends with the request's id, and concurrent requests may share an id."""
     requests: dict[str, Any] = {"request_id": "job:7.a-b_c", "max_tokens": 2}
     answers = await asyncio.gather(*(whole(api, path, **requests) for _ in range(2)))
     chunks = await api.chunks(path, **body(path, **requests))

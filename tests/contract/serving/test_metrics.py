@@ -203,7 +203,7 @@ async def test_what_is_loaded_is_told(api: OpenAIApi) -> None:
 
 
 async def test_a_setting_bounds_the_models_with_series(world: tuple[World, MemoryStore]) -> None:
-    """Counts of models beyond it are those of the others."""
+    """Models above the limit of series share one series."""
     ready = world[0].load(world[1], metrics_models=1)
     ready.engine.start()
     for model in ("rs", "all", "wide"):

@@ -94,7 +94,7 @@ def logged(process: Forked, log: Path, event: str) -> dict[str, str]:
 def test_a_signal_ends_a_start_that_waits(
     silent: str, tmp_path: Path, module: str, number: signal.Signals
 ) -> None:
-    """A service says which store it waits for, and ends at once when it is asked to, as if it was killed."""
+    """A waiting start names the store, and ends at once with the status of the signal."""
     with started(module, silent, tmp_path) as (process, log):
         assert logged(process, log, WAITS[module])["store"] == "s3://bucket/prefix"
         process.send_signal(number)

@@ -38,7 +38,7 @@ class Remote:
         self.record: BaseRecord = describe_base(sources, repository).record
 
     def fetch(self, cache: Path) -> Path:
-        """Fetch it as a replica does."""
+        """Fetch the base as a replica does."""
         return fetch_base(self.record, cache, self.sources)
 
 

@@ -83,7 +83,7 @@ def test_a_branch_is_resolved_to_its_commit(hub):
 
 
 def test_only_the_named_files_are_fetched(hub, tmp_path):
-    """Files come by their literal names at the commit, are hashed, and their bytes are counted."""
+    """Files are fetched by literal names at the commit, hashed, and counted in bytes."""
     counted: list[int] = []
     hf = source(hub)
     resolved = hf.resolve(repo("org/adapter"))
@@ -231,7 +231,7 @@ def test_a_hub_that_is_down():
 
 
 def test_digests_of_large_files_are_taken_from_the_hub(hub, tmp_path):
-    """A base is recorded without its weights being downloaded; a replica downloads and verifies them."""
+    """A build records a base without a download of its weights; a replica downloads and verifies them."""
     sources = Sources({SourceKind.HF: source(hub)})
     base = describe_base(sources, repo("org/base"))
     assert "model.safetensors" not in hub.downloaded()

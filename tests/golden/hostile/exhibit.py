@@ -38,7 +38,7 @@ class Exhibit:
 
     @property
     def refused(self) -> bool:
-        """True when a code refuses it."""
+        """True when a code refuses the exhibit."""
         return any(code.startswith("E_") for code in self.codes)
 
 

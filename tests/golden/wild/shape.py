@@ -92,7 +92,7 @@ class Shape:
         return f"{self.writer} {self.release} {self.what}"
 
     def write(self, folder: Path) -> Path:
-        """Write the folder as its program does."""
+        """Write the folder as the program does."""
         folder.mkdir(parents=True)
         for name in self.files:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -104,7 +104,7 @@ class Shape:
         return folder
 
     def write_for_peft(self, folder: Path) -> Path:
-        """Write it so that PEFT loads it: one file, keys as PEFT writes them."""
+        """Write the shape so that PEFT loads it: one file, keys as PEFT writes them."""
         folder.mkdir(parents=True)
         (folder / CONFIG).write_text(json.dumps(self.config))
         renamed: Tensors = {}

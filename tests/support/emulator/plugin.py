@@ -33,7 +33,7 @@ class Function:
         self._process, self._name = process, name
 
     def __call__(self, *arguments: float | None) -> int | bytes:
-        """Run it with addresses, whole numbers and floats."""
+        """Call the operation with addresses, whole numbers and floats."""
         assert self._process.stdin
         assert self._process.stdout
         values = [

@@ -71,6 +71,6 @@ def is_as_described(ctx: CheckContext, response: Any, case: Any) -> None:
 
 @schemathesis.check
 def says_which_request(ctx: CheckContext, response: Any, case: Any) -> None:
-    """Every answer has its id, and nothing of the server's inside is in one."""
+    """Check that every answer has its id, and no detail of the server's code."""
     assert len(response.headers["x-request-id"][0]) > 0
     assert "Traceback" not in response.text

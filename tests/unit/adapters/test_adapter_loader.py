@@ -44,7 +44,7 @@ def built(tmp_path_factory):
 
 @pytest.fixture
 def store(built):
-    """A copy of it."""
+    """A copy of the store of the module."""
     return built.copied()
 
 

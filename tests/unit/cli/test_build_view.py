@@ -187,7 +187,7 @@ def test_what_is_soon_over_is_never_seen() -> None:
 
 
 def test_a_step_says_what_came_of_it(capsys: pytest.CaptureFixture[str]) -> None:
-    """A result that was there already is reported too, not only the step's begin, also without a terminal."""
+    """A step reports the result too, not only its begin, also without a terminal and for an old result."""
     with shell.step("base model") as came:
         came.of_it = "was there already"
     with shell.step("builder"):

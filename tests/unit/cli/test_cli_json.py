@@ -91,7 +91,7 @@ def test_a_refused_build_ends_with_its_failure(fakes: Fakes, deployment: Callabl
 
 
 def test_deployments_and_cancel(fakes: Fakes, deployment: Callable[..., str]) -> None:
-    """``deployments`` lists them all or shows one; ``cancel`` says whether there was something to cancel."""
+    """``deployments`` lists all or shows one; ``cancel`` reports whether a build was cancelled."""
     documents("build", deployment("listed", "lora1"), "--builder", fakes.builder_address)
     [listed] = documents("deployments", "--builder", fakes.builder_address)
     assert "listed" in [info["name"] for info in listed["deployments"]]

@@ -53,7 +53,7 @@ def test_without_a_key_none_is_shown(
 
 
 def test_programs_are_named_as_the_shell_finds_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A program has its name where PATH leads to this environment, else its path, relative if below."""
+    """A hint has the program's name where PATH finds this environment, else its path, relative if below."""
     folder = Path(sys.executable).parent
     monkeypatch.setenv("PATH", str(folder))
     assert program(Path(sys.executable).name) == Path(sys.executable).name

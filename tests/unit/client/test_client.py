@@ -278,7 +278,7 @@ async def test_an_abandoned_watch_is_cancelled(aio: AsyncClient, fakes: Fakes, d
 
 
 def test_builder_faults(client: Client, deploy: Any) -> None:
-    """The builder's statuses become their classes."""
+    """The builder's statuses become the classes of faults."""
     with pytest.raises(faults.RequestIdReused):
         client.build(deploy("reused"), request_id="used")
     with pytest.raises(faults.DeploymentNotFound, match="there are"):

@@ -267,7 +267,7 @@ def test_a_bad_beginning_of_a_name_is_explained(tmp_path: Path) -> None:
 
 
 def test_names_that_differ_only_in_case_are_refused(tmp_path: Path) -> None:
-    """A request for one of them never means the other."""
+    """Two names that differ in case only are refused, as clients would confuse them."""
     text = MINIMAL + "  lora_adapters: {Law: {source: HF, repo: a/b}, law: {source: HF, repo: a/c}}\n"
     finding = _findings(tmp_path, text)["build.lora_adapters.law"]
     assert (finding.expected, finding.found) == (OWN_NAME, "adapter Law")

@@ -37,7 +37,7 @@ def found(name: str, content: Any) -> list[tuple[str, str]]:
     ],
 )
 def test_what_trainers_write_is_accepted(name: str, content: Any) -> None:
-    """Files as trainers save them are taken without a word."""
+    """The files that trainers write are accepted without a warning."""
     assert found(name, content) == []
 
 

@@ -65,7 +65,7 @@ class FakeBank:
         self.slots[slot] = packed.digest, offset, packed.num_bytes
 
     def leave(self, slot: int) -> None:
-        """Let it stand for nothing."""
+        """Clear the slot."""
         del self.slots[slot]
 
     def read(self, slot: int, digest: str) -> None:
@@ -347,7 +347,7 @@ def test_a_prefetched_adapter_takes_room_that_nobody_has_and_no_other() -> None:
 
 
 def test_prefetching_later_takes_one_at_a_time_and_only_what_fits() -> None:
-    """A replica fills its bank while nothing else is on its way, and stops where it would have to make room."""
+    """A replica prefetches one adapter at a time into free room, while no other load runs."""
     world = World(3, [1] * 8)
     world.residency.prefetch_later(world.adapters)
     for _ in range(40):
@@ -406,7 +406,7 @@ def test_the_pause_grows_with_every_failure() -> None:
 
 
 def test_a_pinned_adapter_that_failed_is_tried_again_when_nobody_asks() -> None:
-    """The engine wakes up for it."""
+    """The engine wakes up to retry a pinned adapter, without a request."""
     world = World(4, [1])
     world.loader.broken = {world.adapters[0].digest}
     world.residency.pin(world.adapters[0])

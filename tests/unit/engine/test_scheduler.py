@@ -192,7 +192,7 @@ def test_a_late_sequence_ends_with_its_deadline() -> None:
 
 
 def test_preemption_keeps_every_request() -> None:
-    """Preempted sequences come to their end where there are too few blocks for all."""
+    """Preempted sequences finish where there are too few blocks for all."""
     engine, _, blocks = _engine(blocks=8, max_seqs=4)
     seqs = [_seq(6, 14) for _ in range(4)]
     _add(engine, *seqs)

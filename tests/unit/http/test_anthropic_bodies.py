@@ -199,13 +199,13 @@ def test_the_answer_goes_on_with_the_assistants_turn() -> None:
     ],
 )
 def test_tool_choices(choice: Any, chosen: Any, parallel: bool) -> None:
-    """Each has its word in a chat."""
+    """Each tool choice has its value in a chat."""
     chat = _chat(tools=[TOOL], tool_choice=choice)
     assert (chat.choice, chat.parallel) == (chosen, parallel)
 
 
 def test_examples_of_inputs_are_told_with_the_description() -> None:
-    """Templates have no place of their own for them."""
+    """Examples of inputs are appended to the description, as templates have no place for them."""
     [tool] = _chat(tools=[TOOL | {"description": "Looks.", "input_examples": [{"at": "sky"}]}]).tools
     assert tool.description == 'Looks.\nExamples of its input:\n{"at": "sky"}'
 

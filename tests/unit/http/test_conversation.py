@@ -47,7 +47,7 @@ class Speaks(Scripted):
         """Constraint of the last answer, as Lark or as a schema."""
 
     async def generate(self, request: Request) -> AsyncGenerator[Event]:
-        """Say it."""
+        """Stream the scripted answer."""
         self.asked.append(request)
         model = self.catalog.get(request.model.name)
         turns: Any = request.prompt.content
@@ -191,12 +191,12 @@ class Ears(Watcher):
         """Hear nothing."""
 
     def ended(self, record: RequestRecord) -> None:
-        """Keep it."""
+        """Note the ended request."""
         self.outcomes.append(record.outcome)
 
 
 async def test_a_model_that_is_not_there_is_told_to_those_who_watch(tmp_path: Path) -> None:
-    """A request that ends before it is asked has its line in the log, and counts, like any other."""
+    """A request that fails before the engine has its log line, and counts, like any other."""
     service, watcher = Speaks(tmp_path, "Qwen 3", ""), Ears()
     service._watchers = (watcher,)
     with pytest.raises(ModelNotFound):

@@ -34,7 +34,7 @@ class Archived(Resolved):
     open = 0
 
     def close(self) -> None:
-        """Stop counting it."""
+        """Stop counting the open file."""
         Archived.open -= 1
 
 
@@ -66,7 +66,7 @@ class FakeSource:
     digests = place = None
 
     def pin(self, resolved: Resolved, files: Mapping[str, FileDigest]) -> Repository:
-        """Return it with a digest."""
+        """Return the repository with a digest."""
         return resolved.repository.model_copy(update={"revision": content_digest(files)})
 
 

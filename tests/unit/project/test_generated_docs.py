@@ -89,7 +89,7 @@ def test_every_public_method_of_the_client_is_documented() -> None:
 
 
 def test_every_setting_is_explained() -> None:
-    """Every variable stands there with a meaning."""
+    """The page explains every variable."""
     page = settings_doc.page()
     for kind in (BuilderSettings, InferenceSettings):
         for name, field in kind.model_fields.items():
@@ -254,6 +254,6 @@ def test_a_decision_note_is_short(note: Path) -> None:
 
 
 def test_nothing_of_a_merge_is_left() -> None:
-    """Ruff sees it in Python alone."""
+    """No file has a conflict marker (ruff checks Python alone)."""
     pages = [*PAGES, *DECISIONS]
     assert not [page.name for page in pages if re.search(r"^[<>|]{7} ", page.read_text(), re.MULTILINE)]

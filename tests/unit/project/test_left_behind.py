@@ -43,7 +43,7 @@ class Errors:
         self.passed = 0
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Keep it."""
+        """Note the report."""
         self.passed += report.when == "call" and report.passed
         if report.when == "teardown" and report.failed:
             self.found[report.nodeid.partition("::test_")[2]] = str(report.longrepr)
