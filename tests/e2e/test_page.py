@@ -196,7 +196,7 @@ async def test_more_models_than_connections_take_turns(page: Page, tmp_path: Pat
 
 
 async def test_what_a_model_writes_stays_text(page: Page, tmp_path: Path) -> None:
-    """Tags in an answer are shown as they are; none becomes an element, and nothing of them runs.
+    """Tags in an answer are shown as text; no tag becomes an element, and no script runs.
 
     What was thought stands apart.
     """

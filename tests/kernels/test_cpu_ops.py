@@ -202,7 +202,7 @@ def test_compact_weights_have_the_bits_of_whole_ones(library: ctypes.CDLL) -> No
 def test_compact_weights_are_the_very_bits(
     compiled: ctypes.CDLL, rows: int, granules: int, seed: int, exponents: int, exceptions: int
 ) -> None:
-    """The bits are the same where 16 exponents and few exceptions are enough; others stay as they are."""
+    """The bits are equal where 16 exponents and few exceptions suffice; other weights are not compacted."""
     ops, drawn = CpuOps(compiled, torch.bfloat16), np.random.default_rng(seed)
     if not ops.compacts:
         pytest.skip("this processor has whole weights alone")
@@ -366,7 +366,7 @@ def test_norm_adds_and_normalises(ops: CpuOps) -> None:
 
 
 def test_heads_are_normed_in_place(ops: CpuOps) -> None:
-    """Heads of queries and keys have weights of their own; those of values stay as they are."""
+    """Heads of queries and keys have separate weights; heads of values are not changed."""
     heads, weight = torch.randn(19, 7, 24).to(ops.dtype), torch.randn(5, 24).to(ops.dtype)
     expected = heads.double()
     expected[:, :5] = torch.nn.functional.rms_norm(expected[:, :5], (24,), None, 1e-5) * (1 + weight.double())

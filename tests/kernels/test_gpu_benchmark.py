@@ -170,7 +170,7 @@ def test_the_grids_cover_every_axis() -> None:
 
 
 def test_the_tests_that_are_left_out_exist() -> None:
-    """A renamed file would be tested, or not, without a word."""
+    """Each excluded test exists, so that a renamed file is noticed."""
     folder = ROOT / "tests/kernels"
     assert all((folder / name).is_file() for name in (*NEEDS_NO_GPU, *QUICK_TESTS))
 

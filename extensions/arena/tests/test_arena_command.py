@@ -141,7 +141,7 @@ def test_what_cannot_be_done_is_said_before_anything(
 
 
 def test_scores_need_references(served: tuple[Versions, str], prompts: Path) -> None:
-    """A score by reference of a file without any is a mistake; without a score there is none."""
+    """A score by reference is refused for a file without references."""
     prompts.write_text("Hello\n")
     code, _, errors = arena(served, prompts, "--score", "strip")
     assert (code, "no prompt of the file has a reference" in errors) == (2, True)

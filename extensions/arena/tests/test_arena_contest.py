@@ -62,7 +62,7 @@ async def hold(
 
 
 async def test_all_versions_answer_all_questions(tmp_path: Path) -> None:
-    """Each answer is asked for once, of one model of an alias, and scores are paired with the baseline's."""
+    """A run asks for each answer once, of one model of an alias, and pairs scores with the baseline's."""
     service = Versions(says)
     service.together = len(MODELS)
     found, report = await hold(service, PLAN, tmp_path / "kept")
@@ -172,7 +172,7 @@ async def test_a_name_that_is_not_served_stops_before_anything(tmp_path: Path) -
 
 
 async def test_likelihood_is_of_the_references_tokens(tmp_path: Path) -> None:
-    """The mean log probability of the reference's tokens is compared; no answer is asked for."""
+    """The score is the mean log probability of the reference's tokens, without a generated answer."""
     service = Versions(says)
     service.words = {"base": -2.0, "a": -0.5, "a*0.5+b*0.5": -3.0}
     plan = replace(PLAN, scores=(), likelihood=True, max_tokens=0)

@@ -128,7 +128,7 @@ def test_a_torn_line_costs_only_itself(tmp_path: Path) -> None:
     "line", ["no JSON", "[]", '{"kind": "other"}', '{"kind": "answer"}', '{"kind": "verdict", "key": 1}']
 )
 def test_another_file_is_not_written_to(line: str, tmp_path: Path) -> None:
-    """A file that holds anything else is refused by line, and stays as it was."""
+    """A file with other content is refused by line, and is not changed."""
     path = lines(tmp_path / "kept", line, "")
     with pytest.raises(RequestInvalid) as caught:
         AnswerFile(path)

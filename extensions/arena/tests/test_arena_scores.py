@@ -64,7 +64,7 @@ def test_agreement_has_a_name(name: str, answer: str, reference: str, agrees: bo
 
 @pytest.mark.parametrize("word", ["fuzzy", "regex=", "regex=("])
 def test_scores_that_there_are_not(word: str) -> None:
-    """An unknown name and a pattern that is none are refused, with the names that there are."""
+    """An unknown score and an invalid pattern are refused, with the known scores."""
     with pytest.raises(SettingsInvalid, match=r"--score"):
         scorer(word)
     assert all(scorer(name) is SCORERS[name] for name in SCORERS)

@@ -97,7 +97,7 @@ def test_prompts_of_a_file(tmp_path: Path) -> None:
     ],
 )
 def test_bad_prompts_are_named(tmp_path: Path, text: str, expected: str) -> None:
-    """A file that is none names the line."""
+    """A bad file of prompts is refused with the line."""
     path = tmp_path / "prompts"
     path.write_text(text)
     with pytest.raises(RequestInvalid) as caught:

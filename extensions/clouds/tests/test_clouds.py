@@ -87,7 +87,7 @@ def test_a_secret_that_is_not_set_is_said(google: Cloud) -> None:
 
 @pytest.mark.parametrize(("kind", "address"), [("GCS", "gs://x"), ("AZURE", "azure://x")])
 def test_sources_of_a_builder_know_both(kind: str, address: str) -> None:
-    """An address that is none is refused by the extension's own words."""
+    """A wrong address is refused by the extension's rules."""
     source = open_sources().of(repo(kind, address))
     with pytest.raises(Exception, match=f"{kind} '{address}': expected"):
         source.resolve(repo(kind, address))

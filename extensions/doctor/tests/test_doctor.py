@@ -180,7 +180,7 @@ PLACES = list(product([("cpu", "float32"), ("cpu", "bfloat16"), ("cuda", "float1
 def test_the_doctors_figures_are_those_of_the_plan(
     name: str, device: str, dtype: str, kv_memory_gb: float | None
 ) -> None:
-    """A replica with as many adapters as are said to fit starts with this cache, one with one more does not."""
+    """A replica with as many adapters as the doctor allows starts with this cache; one more does not fit."""
     settings, free = InferenceSettings(deployment="none", kv_memory_gb=kv_memory_gb), 10**12
     config, item = read_fields(HUB_CONFIGS[name]), getattr(torch, dtype).itemsize
     sizes = sizes_of(HUB_CONFIGS[name], settings, free, dtype, device, graphs=device == "cuda")
@@ -293,7 +293,7 @@ def test_what_is_wrong_is_exit_1(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def test_the_doctor_asks_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each replica of a list, and those of a name by its certificate; that a name stands for none is told."""
+    """The doctor asks each replica of a list or of a DNS name, and reports a name without addresses."""
     certificates = Certificates(tmp_path)
     certificates.issue("server", certificates.ours, "localhost")
     monkeypatch.setenv("LORAMUX_TLS_CA", str(tmp_path / "ours.pem"))

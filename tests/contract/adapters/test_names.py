@@ -147,7 +147,7 @@ def test_what_the_file_says_is_in_the_generation(
 
 
 async def test_a_request_ends_on_the_version_that_it_began_with(apis: ReplicaApis) -> None:
-    """A name that switches meanwhile is another version for the next request, and a removed one is none."""
+    """A switched name is another version for the next request, and a removed name is unknown."""
     service = apis.ready.service
     expected = {name: await apis.tokens(name) for name in ("rs", "wide")}
     assert expected["rs"] != expected["wide"]
@@ -208,7 +208,7 @@ async def test_an_alias_sticks_to_a_user_at_both_apis(apis: ReplicaApis) -> None
 
 
 async def test_all_prompts_of_a_call_are_answered_by_one_version(apis: ReplicaApis) -> None:
-    """An alias is asked once for all of them."""
+    """An alias is resolved once for all prompts of a call."""
     answer = (await apis.ask("alias", prompt=[PROMPT] * 16)).json()
     expected = await apis.tokens(answer["model"])
     assert [choice["token_ids"] for choice in answer["choices"]] == [expected] * 16

@@ -109,7 +109,7 @@ async def test_a_report_says_which_kind_an_adapter_is(world: Served) -> None:
 
 
 async def test_a_report_names_labels(world: Served) -> None:
-    """Labels are those of a config beside a classifier, or transformers' own where there is none."""
+    """Labels come from a config beside a classifier, else from transformers' defaults."""
     head = {"base_model.model.score.weight": np.ones((2, HIDDEN), "f4")}
     trained = {"task_type": "SEQ_CLS", "modules_to_save": ["classifier", "score"]}
     for name in ("named", "nameless"):
@@ -301,7 +301,7 @@ def test_copies_are_the_base_and_others_are_named(hub: Hub, context: BuildContex
 
 
 def test_the_deployment_s_base_may_be_the_copy(hub: Hub, context: BuildContext, tmp_path: Path) -> None:
-    """The base's own origin is asked too."""
+    """The origin of the deployment's base is looked up too."""
     hub.repos["some/weights"] = content(tmp_path / "base")
     hub.repos["some/weights"].card = {"base_model": "lab/Tiny-1B"}
     hub.repos["some/weights"].tags = ("base_model:lab/Tiny-1B", "base_model:quantized:lab/Tiny-1B")

@@ -143,7 +143,7 @@ async def judge(judged: Judged, folder: Path, *arguments: str) -> str:
 
 @pytest.mark.skipif(COMMAND is None, reason="needs schemathesis, which is in the extra `test`")
 async def test_the_api_is_as_it_is_described(judged: Judged, tmp_path: Path) -> None:
-    """The examples of every route are answered as they are described."""
+    """The examples of every route get the documented answers."""
     reported = await judge(judged, tmp_path, "--phases", "examples")
     assert f"Selected: {len(ENDPOINTS)}/{len(ENDPOINTS)}" in reported
 

@@ -106,7 +106,7 @@ async def answer_of(api: OpenAIApi, path: str, **body: Any) -> dict[str, Any]:
 
 
 async def test_the_bundle_has_the_head_as_it_is(made: tuple[World, MemoryStore]) -> None:
-    """Weights in float32 in a file of their own, labels in the manifest, their number in the generation."""
+    """The bundle has the head in float32 in a separate file, and labels in the manifest."""
     world, store = made
     generation = current_generation(store, "tiny")
     assert generation is not None

@@ -319,7 +319,7 @@ async def test_one_structure_is_asked_for_at_a_time(api: OpenAIApi) -> None:
 @pytest.mark.beside
 @BOTH
 async def test_log_probabilities_are_those_that_are_asked_for(api: OpenAIApi, path: str) -> None:
-    """Processed ones are divided by the temperature; without a word, the server's settings say which."""
+    """Processed log probabilities are divided by the temperature; the server's setting is the default."""
     few = {"allowed_token_ids": [40, 41], "temperature": 4.0, "seed": 1, "max_tokens": 1}
     few |= {"logprobs": True, "top_logprobs": 20} if path == CHAT else {"logprobs": 20}
 

@@ -227,7 +227,7 @@ def test_an_archive_that_breaks_off_is_asked_for_again(site):
 
 
 def test_sizes_are_checked_before_and_while_reading(site):
-    """Room for an archive is asked for by its header, else by its bytes as they come."""
+    """The space for an archive is checked by its header, else by its bytes as they arrive."""
     site.routes["/huge"] = stating(1 << 50, b"")
     site.routes["/large"] = stating(1 << 30, b"")
     site.routes["/silent"] = lambda handler: handler.wfile.write(b"HTTP/1.0 200 OK\r\n\r\n" + bytes(99 << 20))

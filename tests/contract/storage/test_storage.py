@@ -48,7 +48,7 @@ def test_bytes_come_back(store: Store, tmp_path: Path) -> None:
 
 
 def test_digests(store: Store) -> None:
-    """A digest is that of the bytes that come back; beside, above and below an object there is none."""
+    """A digest is that of the returned bytes; a path beside, above or below an object has no digest."""
     store.put("a/b", b"x" * 300_000)
     store.put("a/bc", b"")
     assert store.sha256("a/b") == sha256_hex(store.get("a/b"))
@@ -304,7 +304,7 @@ def test_no_credentials(aws: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_missing_profile(aws: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A profile that does not exist is said when the store is opened."""
+    """A missing profile is reported when the store is opened."""
     monkeypatch.setenv("AWS_PROFILE", "nobody")
     with pytest.raises(StoreUnavailable, match=r"^s3://bucket: .*Check AWS_PROFILE"):
         S3Store("bucket")

@@ -75,7 +75,7 @@ def test_one_key_twice() -> None:
 
 
 def test_a_key_opens_what_its_scopes_say() -> None:
-    """A key has the rights of its entry, admin has all, and any key will do where no scope is asked."""
+    """A key has the rights of its entry, admin has all, and any key opens a route without a scope."""
     (key, entry), (admin, boss) = new_entry("ci", "infer"), new_entry("boss", "admin")
     ring = Keyring(text=lines(entry, boss))
     assert ring.authorize(key, Scope.INFER) == entry.access

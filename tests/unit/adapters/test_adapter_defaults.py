@@ -207,7 +207,7 @@ def test_a_template_may_refuse_messages(world: World) -> None:
 
 
 def test_a_broken_file_refuses_the_adapter_in_the_builder(world: World) -> None:
-    """JSON that is none is found before anything is published."""
+    """Invalid JSON is refused before the builder publishes anything."""
     write(world.adapters["all"], generation_config="{")
     expected = world.deployment()
     only = {"all": expected.build.lora_adapters["all"]}

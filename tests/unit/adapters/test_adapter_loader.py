@@ -326,7 +326,7 @@ def test_packing_leaves_the_threads_of_the_steps_alone(store, make):
 
 
 def test_many_adapters_are_asked_for_at_once(make, store):
-    """A store that is slow to answer is asked for a dozen bundles at once, and not for all."""
+    """A slow store gets a dozen reads at once, and not all."""
     store.gate.clear()
     loader = make()
     missing = [waiting(loader, f"{number:064x}") for number in range(40)]

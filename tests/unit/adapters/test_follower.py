@@ -116,7 +116,7 @@ async def test_generations_between_two_looks_are_passed_over(store):
     "damage", ["pointer", "generation", "half pointer", "huge pointer", "missing generation", "no pointer"]
 )
 async def test_what_is_damaged_is_never_applied_and_tried_again(store, damage):
-    """A damaged or half-written record is said once, the replica serves on, and repair is enough."""
+    """A damaged or half-written record is logged once, the replica serves on, and a repair is enough."""
     publish_generation(store, generation("one", "two"))
     pointer, newer = store.objects[current_key("d")], store.objects[generation_key("d", 2)]
     if damage == "pointer":

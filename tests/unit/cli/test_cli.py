@@ -260,7 +260,7 @@ def test_the_last_lines_of_a_service_that_died(tmp_path: Path) -> None:
 
 
 def test_a_failure_with_many_findings(capsys: pytest.CaptureFixture[str]) -> None:
-    """The first ones are printed, and that there are more."""
+    """The first findings are printed, with a line that there are more."""
     complain(AdapterInvalid("60 rules are broken", [Finding(code=f"E_{number}") for number in range(60)]))
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "error: ADAPTER_INVALID: 60 rules are broken"

@@ -163,7 +163,7 @@ def test_a_rollout_that_takes_too_long(when_told: Callable[..., None]) -> None:
 
 
 def test_a_rollout_of_something_else() -> None:
-    """A replica of another deployment is a mistake, and is reported at once; a key is asked for."""
+    """A replica of another deployment and a key without rights are errors at once."""
     with api(operated()) as (address, _):
         code, _, stated = run("rollout", "other", "--replicas", address)
         assert (code, "found one of 'demo'" in stated) == (2, True)

@@ -44,9 +44,7 @@ from tests.support.waiting import wait_until
     ],
 )
 def test_exit_codes(fault: Fault, code: Exit) -> None:
-    """Faults that a later try may cure, that need other rights, and that are just wrong have codes of their
-    own.
-    """
+    """Faults that a retry can cure, faults of rights and other faults have different exit codes."""
     assert exit_of(fault) is code
 
 
@@ -98,7 +96,7 @@ def test_an_error_of_ours_is_one_line_and_a_file(
 
 
 def test_what_the_system_refuses_is_no_mistake_of_ours(capsys: pytest.CaptureFixture[str]) -> None:
-    """A full disk is said as such, with the file and without a request to report it."""
+    """A full disk is an error with the file, without a request to report a bug."""
     error = OSError(28, "No space left on device", "/a/plot.png")
     tell_uncaught(type(error), error, None)
     assert capsys.readouterr().err == "error: SYSTEM: No space left on device: /a/plot.png\n"

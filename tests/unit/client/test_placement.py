@@ -28,7 +28,7 @@ def test_the_order_is_the_same_everywhere() -> None:
 @settings(max_examples=examples(25))
 @given(names, fleets)
 def test_who_leaves_moves_its_own_models_only(model: str, fleet: list[str]) -> None:
-    """The order of the others stays as it was."""
+    """The order of the other replicas does not change."""
     before = order(model, tuple(fleet))
     for gone in fleet:
         assert order(model, tuple(each for each in fleet if each != gone)) == tuple(

@@ -69,7 +69,7 @@ def compare(tmp_path) -> Callable[[Callable[[PreTrainedTokenizerFast], object], 
     ],
 )
 def test_copies_of_the_base_s_tokenizer_pass(compare, kind, change):
-    """A tokenizer with the base's tokens is taken without a word, however it was saved again."""
+    """A copy of the base's tokenizer is accepted without a warning, however it was saved again."""
     assert compare(change, kind) == ComparedTokens()
 
 
@@ -112,7 +112,7 @@ def test_flags_of_new_tokens_are_taken_over(compare):
     ],
 )
 def test_tokens_that_cannot_be_added_so_are_refused(tmp_path, added, named):
-    """Ids with holes or twice, texts without bounds, flags that are none, and more tokens than are taken."""
+    """Ids with holes or repeats, texts without bounds, invalid flags and too many tokens are refused."""
     base, adapter = tmp_path / "base", tmp_path / "adapter"
     tokenizer().save_pretrained(base)
     adapter.mkdir()

@@ -55,7 +55,7 @@ def test_presence_and_frequency_are_of_the_answer_alone() -> None:
 
 
 def test_a_bias_is_added() -> None:
-    """Logits of named tokens move by their bias; the model's own stay as they are."""
+    """A bias moves the logits of its tokens, and no others."""
     model = logits(2)[0]
     before = model.clone()
     found = shape(model, seq([1], logit_bias={7: 100.0, 8: -100.0}))
@@ -167,7 +167,7 @@ def test_log_probabilities_are_the_models_own() -> None:
 
 
 def test_plain_rows_are_not_shaped() -> None:
-    """Greedy and sampled requests without anything special are drawn from the logits as they are."""
+    """Greedy and sampled requests without further parameters are drawn from unchanged logits."""
     assert not shapes(seq([1], temperature=0.7, top_p=0.9, min_p=0.1), 0)
     assert not shapes(seq([1], [2, 3], min_tokens=2), 2)
     assert shapes(seq([1], [2], min_tokens=2), 1)

@@ -30,7 +30,7 @@ def answer(seed: int, steps: int = 16) -> list[int]:
 
 @pytest.mark.parametrize("other", [1 + 2**32, 1 + 2**63, 1 - 2**63, -1, 2])
 def test_every_bit_of_a_seed_counts(other: int) -> None:
-    """Seeds of 64 bits, signed or not, have answers of their own."""
+    """Seeds of 64 bits, signed or not, give different answers."""
     assert answer(1) == answer.__wrapped__(1)
     assert sum(mine == theirs for mine, theirs in zip(answer(1), answer(other), strict=True)) < 4
 

@@ -215,7 +215,7 @@ def test_faults_name_the_fields_of_the_body(where: str, here: str) -> None:
 
 
 def test_reasoning_that_was_carried_is_read_and_nothing_else() -> None:
-    """A text of another server is none of ours, whatever it looks like."""
+    """Reasoning that another server encrypted is refused, whatever its form."""
     assert uncarried(carried("Hm é")) == "Hm é"
     for foreign in ("gAAAAA", "loramux:", "loramux:!", "loramux:/w==", carried("Hm")[:-2]):
         assert not uncarried(foreign)

@@ -173,7 +173,7 @@ def test_a_base_that_is_none(tmp_path, context, missing):
 
 
 def test_a_stopped_build_ends_at_its_next_step(tmp_path, context):
-    """A build that is asked to stop raises, publishes nothing more and cleans up."""
+    """A stopped build raises, publishes nothing more and cleans up."""
     write_adapter(tmp_path / "one")
     expected = deployment(tmp_path, "one")
     progress = Progress(["one"])

@@ -34,7 +34,7 @@ ST = {"word_embedding_dimension": 48, "pooling_mode_cls_token": False, "include_
 def test_how_a_base_was_trained_to_make_vectors(
     tmp_path: Path, fields: object, pooling: Pooling | None
 ) -> None:
-    """A base's mode is read as sentence-transformers writes it, in both forms; an unserved mode is none."""
+    """A base's mode is read in both forms of sentence-transformers; an unserved mode gives none."""
     if fields is not None:
         (tmp_path / FILE).parent.mkdir()
         (tmp_path / FILE).write_text(json.dumps(fields))
@@ -43,7 +43,7 @@ def test_how_a_base_was_trained_to_make_vectors(
 
 @pytest.mark.parametrize("text", ["[]", "{"])
 def test_a_file_that_says_nothing_that_can_be_meant(tmp_path: Path, text: str) -> None:
-    """A base with it is refused, with the name of the file."""
+    """A base with an invalid file of pooling is refused, with the file's name."""
     (tmp_path / FILE).parent.mkdir()
     (tmp_path / FILE).write_text(text)
     with pytest.raises(CheckpointInvalid, match="1_Pooling"):

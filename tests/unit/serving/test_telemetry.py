@@ -123,7 +123,7 @@ def lora_info(sequences: SequenceCounts, *models: ServedModel) -> tuple[str, str
 
 
 def test_gateways_read_adapters_alone() -> None:
-    """Ready are those in the bank, whether they run or not, in the order of their names; the base is none."""
+    """The ready adapters are those in the bank, running or not, ordered by name, without the base."""
     models = [ServedModel("base"), *(ServedModel(name, Adapter(name, 0)) for name in ("b", "a", "c"))]
     busy = SequenceCounts({"base": 3, "b": 1}, {"c": 1, "base": 1})
     assert lora_info(busy, *models) == ("a,b,c", "c")

@@ -151,7 +151,7 @@ def test_a_bad_flag_is_named_as_a_flag() -> None:
 
 
 def test_a_missing_value() -> None:
-    """The one setting without a default is asked for by name."""
+    """A missing value of the one setting without a default is an error with its name."""
     assert _refusal(InferenceSettings).startswith("LORAMUX_DEPLOYMENT is not set")
 
 
@@ -192,7 +192,7 @@ def test_keys_are_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_secrets_are_no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A secret in the environment is none of the settings' business."""
+    """A secret in the environment is no setting."""
     monkeypatch.setenv("LORAMUX_SECRET_hf_access_token", "x")
     assert load_settings(BuilderSettings).max_concurrent_builds == 2
 
@@ -221,7 +221,7 @@ def test_kubernetes_service_links_are_no_settings(monkeypatch: pytest.MonkeyPatc
 
 
 def test_all_mistakes_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every mistake is said in one refusal."""
+    """A refusal lists every mistake."""
     monkeypatch.setenv("LORAMUX_STOER", "x")
     monkeypatch.setenv("LORAMUX_DEVICE", "gpu")
     message = _refusal(InferenceSettings, threads=0)

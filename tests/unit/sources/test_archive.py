@@ -143,7 +143,7 @@ def test_one_top_level_folder_is_the_root(names, subfolder, found):
 
 
 def test_a_damaged_stream_reports_only_that():
-    """Garbage inside the compressed stream is refused without a word of zlib's."""
+    """Garbage inside the compressed stream is refused without zlib's text."""
     data = bytearray(pack(FILES))
     data[60:70] = io.BytesIO(b"\xff" * 10).read()
     with pytest.raises(SourceRefused, match="damaged"):

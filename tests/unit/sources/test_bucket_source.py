@@ -137,7 +137,7 @@ def test_a_build_that_ends_stops_its_transfers(tmp_path):
 
 
 def test_the_cache_is_filled_with_what_it_lacks(tmp_path):
-    """A file that the cache has with its size is not read again; one that is gone is said."""
+    """A file in the cache with the right size is not read again, and a missing object is reported."""
     bucket = FakeBucket({"a": b"abcdef", "b": b"xy"})
     one = source(bucket)
     files = one.digests(one.resolve(REPO), ["a", "b"])
