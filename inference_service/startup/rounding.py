@@ -47,7 +47,8 @@ def describe_weights(base: LoadedBase) -> str:
     if backend.quantization is Rounding.NONE:
         stays = backend.operations.keeps_integers and may_stay_packed(config)
         if not stays or config.quantization is None:
-            return f"{dtype}: {whole:.2f} GB"
+            saved = sum(linear.saved_bytes for linear in base.model.linears()) / GB
+            return f"{dtype} in 12 bits: {whole - saved:.2f} GB" if saved else f"{dtype}: {whole:.2f} GB"
         size, device = backend.dtype.itemsize, backend.device.type
         packed = weights_bytes(config, size, device, Rounding.NONE, packed=True) / GB
         return f"{config.quantization.label}: {packed:.2f} GB ({dtype}: {whole:.2f} GB)"
