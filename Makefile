@@ -94,7 +94,7 @@ $(VENV)/.test: pyproject.toml | $(BIN)/python
 	@echo "3 of 4: the compiler of the gRPC stubs, 3 MB$(SILENT)"
 	$(BIN)/pip install $(QUIET) --no-deps grpcio-tools==1.72.1
 	@echo "4 of 4: the oldest packages that a client works with, 9 MB$(SILENT)"
-	$(BIN)/pip install $(QUIET) --upgrade --target $(VENV)/oldest --requirement tests/support/oldest.txt
+	$(BIN)/pip install $(QUIET) --no-warn-conflicts --upgrade --target $(VENV)/oldest --requirement tests/support/oldest.txt
 	touch $@ $(VENV)/.demo
 
 # Azure's emulator, for the tests of that source: without npm they are skipped. Later versions need Node 22.
