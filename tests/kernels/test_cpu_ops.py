@@ -500,9 +500,9 @@ def test_a_processor_gets_what_it_can_run(
 @pytest.mark.parametrize("vocab", [1, 15, 64, 700, 5003])
 def test_a_row_is_drawn_as_the_host_draws_it(ops: CpuOps, vocab: int) -> None:
     """Every kind of draw, with ties, tokens that may not come, and NaN: the same token in any batch."""
-    chosen = product(
-        (0.0, 0.01, 0.7, 50.0), ((0, 1.0, 0.0), (3, 1.0, 0.0), (0, 0.9, 0.0), (40, 0.5, 0.05), (0, 1e-9, 1.0))
-    )
+    nearly_all = 1 - 2**-53
+    filters = (0, 1.0, 0.0), (3, 1.0, 0.0), (0, 0.9, 0.0), (0, nearly_all, 0.0), (40, 0.5, 0.05), (0, 1e-9, 1.0)
+    chosen = product((0.0, 0.01, 0.7, 50.0), filters)
     rows = [
         RowParams(temperature, top_k, top_p, min_p, seed=row - 2**63, num_generated=row)
         for row, (temperature, (top_k, top_p, min_p)) in enumerate(chosen)

@@ -158,7 +158,7 @@ def test_ctrl_c_ends_a_bench_with_its_figures(fakes: Fakes, tmp_path: Path) -> N
         assert command.out.splitlines()[4].split()[0] == "all"
 
 
-def test_a_busy_client_is_said() -> None:
+def test_a_busy_client_is_reported() -> None:
     """The report warns of a client near a whole core and of a late event loop."""
     assert not ClientLoad(0.3, 0.002).is_bottleneck
     assert ClientLoad(0.95, 0.002).is_bottleneck

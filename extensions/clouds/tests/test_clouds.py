@@ -80,9 +80,9 @@ def cloud(request: pytest.FixtureRequest) -> Cloud:
     return made
 
 
-def test_a_secret_that_is_not_set_is_said(google: Cloud) -> None:
+def test_a_secret_that_is_not_set_is_reported(google: Cloud) -> None:
     """A request without the named secret is refused, and not signed."""
-    any_store.test_a_secret_that_is_not_set_is_said(google)
+    any_store.test_a_secret_that_is_not_set_is_reported(google)
 
 
 @pytest.mark.parametrize(("kind", "address"), [("GCS", "gs://x"), ("AZURE", "azure://x")])

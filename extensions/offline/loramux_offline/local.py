@@ -14,6 +14,7 @@ from inference_service.replica import Replica
 from inference_service.rpc.adapters import AdapterServicer
 from inference_service.rpc.servicer import InferenceServicer
 from loramux import AsyncClient, Deployment
+from loramux.cli.build import follow_build
 from loramux_shared.deployment import SourceKind
 from loramux_shared.settings import BuilderSettings, InferenceSettings, load_settings
 
@@ -85,11 +86,7 @@ async def build(deployment: Deployment, settings: BuilderSettings) -> None:
     """
     builder = await Builder.open(settings)
     try:
-        client = LocalClient(builder)
-        await client.build(deployment, exact=True)
-        last = [state async for state in client.watch(deployment.model_name)][-1]
-        if last.failure is not None:
-            raise last.failure
+        await follow_build(LocalClient(builder), deployment, lambda _: None, exact=True)
     finally:
         builder.checks.stop()
         await builder.builds.drain(0)

@@ -177,7 +177,7 @@ def test_a_batch_runs_on_a_deployment_that_is_loaded_for_it(
     assert found["r1"]["status_code"] == 404
 
 
-def test_a_missing_file_is_said(tmp_path: Path) -> None:
+def test_a_missing_file_is_reported(tmp_path: Path) -> None:
     """The command names the file that cannot be read."""
     ran = CliRunner().invoke(app, ["run-batch", str(tmp_path / "none"), str(tmp_path / "out")])
     assert ran.exit_code

@@ -29,7 +29,7 @@ class Telling:
         self._prompt_tokens = 0
         self._prompt: tuple[Token, ...] = ()
         self._n = request.output.n
-        self._said: dict[int, list[Token]] = {0: []}
+        self._tokens: dict[int, list[Token]] = {0: []}
         """Tokens of the answers that are not complete; before the request is accepted, n is only a number."""
 
     def messages(self, event: Event) -> Iterator[pb.GenerateResponse]:
@@ -41,12 +41,12 @@ class Telling:
         match event:
             case AnswerStarted():
                 self._prompt_tokens = event.prompt_tokens
-                self._said = {index: [] for index in range(self._n)}
+                self._tokens = {index: [] for index in range(self._n)}
             case PromptScores():
                 check_fits(event.tokens, "prompt_logprobs")
                 self._prompt = event.tokens
             case AnswerDelta():
-                self._said[event.index] += event.tokens
+                self._tokens[event.index] += event.tokens
                 if self._stream:
                     yield pb.GenerateResponse(chunk=self._chunk(event))
             case AnswerFinished():
@@ -54,7 +54,7 @@ class Telling:
 
     def aborted(self) -> Iterator[pb.GenerateResponse]:
         """Return what ends the answers that are not complete."""
-        for index in sorted(self._said):
+        for index in sorted(self._tokens):
             yield pb.GenerateResponse(complete=self._complete(index, ABORTED))
 
     def _chunk(self, delta: AnswerDelta) -> pb.GenerateStreamChunk:
@@ -68,7 +68,7 @@ class Telling:
         )
 
     def _complete(self, index: int, reason: str, finished: AnswerFinished | None = None) -> pb.GenerateComplete:
-        tokens = self._said.pop(index)
+        tokens = self._tokens.pop(index)
         if not self._stream:
             check_fits(tokens, "logprobs")
         complete = pb.GenerateComplete(

@@ -166,7 +166,6 @@ struct Support {
     double before = 0;
     int at = 0;
     while (at < BUCKETS - 1 && before + masses[at] < wanted) before += masses[at++];
-    while (!masses[at]) --at;  // rounding: all of it is wanted
     cut(at, [&](float value) {
       const bool more = before < wanted;
       before += std::exp((double(value) - double(best)) * draw.sharpness);

@@ -23,7 +23,7 @@ class RequestLog:
 
     def __init__(self, *, texts: bool = False) -> None:
         self._texts = texts
-        self._said: defaultdict[int, defaultdict[int, str]] = defaultdict(lambda: defaultdict(str))
+        self._answers: defaultdict[int, defaultdict[int, str]] = defaultdict(lambda: defaultdict(str))
         """Texts by the record's identity: requests may have the same id."""
 
     def began(self, record: RequestRecord) -> None:
@@ -32,11 +32,11 @@ class RequestLog:
     def emitted(self, record: RequestRecord, delta: AnswerDelta) -> None:
         """Keep the text, where texts are wanted."""
         if self._texts:
-            self._said[id(record)][delta.index] += delta.text
+            self._answers[id(record)][delta.index] += delta.text
 
     def ended(self, record: RequestRecord) -> None:
         """Write the line, in the context of the call: with the id that the server gave it."""
-        texts_so_far: Mapping[int, str] = self._said.pop(id(record), {})
+        texts_so_far: Mapping[int, str] = self._answers.pop(id(record), {})
         texts = {
             "prompt": record.request.prompt.content,
             "answers": [texts_so_far[index] for index in sorted(texts_so_far)],

@@ -338,7 +338,7 @@ async def test_the_load_is_what_is_in_work(api: OpenAIApi) -> None:
     assert (await api.http.get("/load")).json() == {"server_load": 0}
 
 
-async def test_a_full_queue_is_said_with_a_delay(world: tuple[World, MemoryStore]) -> None:
+async def test_a_full_queue_is_reported_with_a_delay(world: tuple[World, MemoryStore]) -> None:
     """Beyond the bound a request is 429 at once, and says when to try again."""
     async with open_api(world, max_batch_seqs=1, max_queue=1) as api:
         await api.ready.engine.pause()
@@ -454,7 +454,7 @@ async def test_a_drain_that_takes_too_long_cuts_what_is_open(
         await api.until_free()
 
 
-async def test_an_address_that_is_taken_is_said(api: OpenAIApi) -> None:
+async def test_an_address_that_is_taken_is_reported(api: OpenAIApi) -> None:
     """A second server on the same port does not start, nor one on no address."""
     for address in (api.server.address, "127.0.0.1:http", "unix:/tmp/x", "no.such.host.invalid:0"):
         with pytest.raises(SettingsInvalid, match=r"cannot listen on .*: expected a free HOST:PORT"):

@@ -168,7 +168,7 @@ def test_secrets_have_a_form(cloud):
         assert "canary" not in f"{refusal.value!r}"
 
 
-def test_a_secret_that_is_not_set_is_said(cloud):
+def test_a_secret_that_is_not_set_is_reported(cloud):
     """A missing secret is an error: the server's own credentials never sign for a repository."""
     cloud.fill(FILES)
     with capture_logs() as logs, pytest.raises(RepoGated, match="LORAMUX_SECRET_key"):

@@ -154,7 +154,7 @@ def test_a_secret_of_a_file_comes_first(hub, tmp_path):
             secrets.get(name)
 
 
-def test_a_secret_that_is_not_set_is_said(hub):
+def test_a_secret_that_is_not_set_is_reported(hub):
     """Public repositories open without the named secret, and a refusal says where it was looked for."""
     with capture_logs() as logs:
         source(hub).resolve(repo("org/adapter", runtime_secret_name="absent"))  # noqa: S106 - a name
