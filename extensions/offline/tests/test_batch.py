@@ -170,7 +170,8 @@ def test_a_batch_runs_on_a_deployment_that_is_loaded_for_it(
     source, output = written(tmp_path / "in", *lines), tmp_path / "out"
     ran = CliRunner().invoke(app, ["run-batch", str(source), str(output), "--deployment", str(file), "--json"])
     assert ran.exit_code == 0, ran.stderr
-    counted = json.loads(ran.stdout[ran.stdout.rindex("{") :])  # behind the log lines of tests
+    begin = ran.stdout.index('{\n  "schema"')  # among the log lines of tests
+    counted, _ = json.JSONDecoder().raw_decode(ran.stdout, begin)
     assert counted == {"schema": 2, "total": 2, "answered": 2, "refused": 1}
     found = answers(output)
     assert found["r0"]["body"]["usage"]["completion_tokens"] == 3
