@@ -7,22 +7,15 @@ TLS.
 from __future__ import annotations
 
 import socket
-import threading
-import time
-from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from loramux_shared.faults import ServerUnavailable, SettingsInvalid
+from loramux_shared.faults import SettingsInvalid
 from loramux_shared.wording import is_whole
 
 TLS_SCHEME: Final = "grpcs://"
 DNS_SCHEME: Final = "dns:///"
 EXPECTED: Final = "expected HOST:PORT, a list of them, or dns:///NAME:PORT; with TLS, grpcs:// before each"
-EVERY_S: Final = 10.0
-"""A name is looked up again after this time."""
-DOUBT_S: Final = 1.0
-"""The shortest time between two look-ups after failures."""
 
 
 @dataclass(frozen=True)
@@ -51,10 +44,11 @@ def split(words: str) -> tuple[str, ...]:
 
 def is_many(words: str) -> bool:
     """Return True if there may be several replicas behind these words."""
-    return "," in words or _is_name(words)
+    return "," in words or is_name(words)
 
 
-def _is_name(part: str) -> bool:
+def is_name(part: str) -> bool:
+    """Return True for a name that is looked up."""
     return part.removeprefix(TLS_SCHEME).startswith(DNS_SCHEME)
 
 
@@ -87,68 +81,3 @@ def resolve(words: str) -> tuple[Address, ...]:
     """
     found = (address for part in split(words) for address in look_up(part))
     return tuple({each.target: each for each in found}.values())
-
-
-class Members:
-    """The replicas of a fleet; names among them are looked up again while they are used, in a thread."""
-
-    def __init__(
-        self,
-        parts: Sequence[str],
-        look: Callable[[str], Iterable[Address]] = look_up,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self._parts, self._look, self._clock = parts, look, clock
-        self._fixed = not any(map(_is_name, parts))
-        self._lock = threading.Lock()
-        self._known: tuple[Address, ...] = ()
-        self._looked = self._due = 0.0
-        self._looking = False
-
-    @property
-    def known(self) -> bool:
-        """Return True if `now` answers at once."""
-        return bool(self._known) or self._fixed
-
-    def now(self) -> tuple[Address, ...]:
-        """Return the replicas; the first time this waits for a name server.
-
-        Raises:
-            ServerUnavailable: no name resolves.
-        """
-        with self._lock:
-            if not self._known:
-                self._known = self._all()
-                self._looked = self._clock()
-                self._due = self._looked + EVERY_S
-            elif not self._fixed and not self._looking and self._clock() >= self._due:
-                self._looking = True
-                threading.Thread(target=self._look_again, name="loramux-names", daemon=True).start()
-            return self._known
-
-    def doubt(self) -> None:
-        """Look names up soon: a replica failed."""
-        with self._lock:
-            self._due = min(self._due, self._looked + DOUBT_S)
-
-    def _look_again(self) -> None:
-        try:
-            found = self._all()
-        except ServerUnavailable:  # the name server's bad moment: those that were known may well be there
-            found = self._known
-        with self._lock:
-            self._known, self._looking = found, False
-            self._looked = self._clock()
-            self._due = self._looked + EVERY_S
-
-    def _all(self) -> tuple[Address, ...]:
-        found: dict[str, Address] = {}
-        missing: SettingsInvalid | None = None
-        for part in self._parts:
-            try:
-                found |= {each.target: each for each in self._look(part)}
-            except SettingsInvalid as fault:
-                missing = fault
-        if not found:
-            raise ServerUnavailable(missing.message if missing else "there are no replicas.")
-        return tuple(found.values())

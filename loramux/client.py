@@ -24,7 +24,7 @@ from typing import Any, Self, Unpack
 
 import grpc
 
-from loramux.addresses import Members, is_many, split
+from loramux.addresses import is_many, split
 from loramux.builder.v1 import builder_pb2
 from loramux.builder.v1.builder_pb2_grpc import BuilderServiceStub
 from loramux.changes import Changes
@@ -206,7 +206,7 @@ class _Addresses:
         self._fleet: Any = None  # a client of one address needs no fleet
         if is_many(self.inference):
             fleet = need_extension("fleet", f"a client of several replicas ({self.inference})")
-            self._fleet = fleet.Fleet(Members(split(self.inference)), self._credentials, self._kind)
+            self._fleet = fleet.Fleet(fleet.Members(split(self.inference)), self._credentials, self._kind)
 
     def _all_channels(self) -> list[Any]:
         return self._channels + (self._fleet.close() if self._fleet else [])

@@ -11,7 +11,6 @@ from typing import Annotated
 import typer
 
 from loramux.cli import keys, shell
-from loramux.cli.adapters import pin, rollout, unpin
 from loramux.cli.build import build, prove
 from loramux.cli.change import add, push, remove
 from loramux.cli.chat import chat
@@ -23,7 +22,7 @@ from loramux.cli.kernels import kernels
 from loramux.cli.local.demo import demo
 from loramux.cli.local.services import builder, serve
 from loramux.cli.local.up import up
-from loramux.cli.serving import health, models
+from loramux.cli.serving import health, models, pin, unpin
 from loramux.connection import API_KEY
 from loramux_shared.extensions import COMMANDS, absent, find_extensions, load_extensions, package_of
 
@@ -36,7 +35,7 @@ app = typer.Typer(
 )
 for function in (
     *(demo, up, build, watch, cancel, deployments, check, prove),
-    *(add, remove, push, history, rollback, rollout),
+    *(add, remove, push, history, rollback),
     *(models, pin, unpin, chat, serve, builder, kernels, health),
 ):
     app.command()(function)

@@ -16,9 +16,10 @@ from typing import Any, Final
 
 import grpc
 
-from loramux.addresses import Address, Members
+from loramux.addresses import Address
 from loramux.connection import GENERATE, Calls, Credentials
 from loramux.placement import Placement
+from loramux_fleet.members import Members
 from loramux_fleet.trip import Trip, model_of
 from loramux_shared.faults import ServerUnavailable
 from loramux_shared.routes import INFERENCE_SERVICE, OF_A_MODEL

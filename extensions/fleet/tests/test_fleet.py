@@ -17,7 +17,7 @@ import pytest
 from typer.testing import CliRunner
 
 from loramux import AsyncClient, Client, Delta, Started, faults
-from loramux.addresses import Address, Members
+from loramux.addresses import Address
 from loramux.cli.main import app
 from loramux.connection import Credentials
 from loramux.inference.v1 import adapters_pb2
@@ -25,6 +25,7 @@ from loramux.inference.v1 import inference_pb2 as pb
 from loramux.inference.v1.inference_pb2_grpc import InferenceServiceStub
 from loramux.placement import order
 from loramux_fleet.fleet import REPEATED, STREAMS, AsyncFleetCalls, Fleet, FleetCalls
+from loramux_fleet.members import Members
 from loramux_shared.access.guard import Guard
 from tests.support.access import NOBODY, Certificates
 from tests.support.replicas import MODELS, Replicas, replicas

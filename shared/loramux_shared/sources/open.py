@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from loramux_shared.bundle.generation import Descent
 from loramux_shared.deployment import Repository, SourceKind
 from loramux_shared.extensions import need_extension
 from loramux_shared.faults import RepoNotFound, SettingsInvalid, SourceRefused
-from loramux_shared.sources.addresses import AddressGuard
 from loramux_shared.sources.base import Source, about
 from loramux_shared.sources.bucket import Bucket, BucketSource, Opener
-from loramux_shared.sources.https import Https
 from loramux_shared.sources.hub import HubSource
 from loramux_shared.sources.local import LocalSource
 from loramux_shared.sources.secrets import Secrets
-from loramux_shared.sources.url import UrlSource
 
 
 class Sources:
     """Sources by the kind of a repository."""
 
-    def __init__(self, sources: Mapping[SourceKind, Source], work_dir: Path | None = None) -> None:
+    def __init__(
+        self,
+        sources: Mapping[SourceKind, Source],
+        work_dir: Path | None = None,
+        openers: Mapping[SourceKind, Callable[[], Source]] | None = None,
+    ) -> None:
+        """Take sources, and functions that open others at their first use."""
         self._sources = dict(sources)
+        self._openers = dict(openers or {})
         self.work_dir = work_dir
         """Holds what is fetched only to be looked at; the system's temporary folder when not given."""
 
@@ -51,9 +56,11 @@ class Sources:
                     f"PUSHED {repository.label}{at}: its files are not stored, and the served generation has "
                     "no complete bundle of it for this base and these settings. Push it again."
                 )
+        if repository.source in self._openers and repository.source not in self._sources:
+            self._sources[repository.source] = self._openers[repository.source]()
         source = self._sources.get(repository.source)
         if source is None:
-            known = ", ".join(sorted(self._sources))
+            known = ", ".join(sorted({*self._sources, *self._openers}))
             raise SourceRefused(f"source {repository.source} is not supported here; supported: {known}")
         return source
 
@@ -80,11 +87,21 @@ def open_sources(
             SourceKind.S3: BucketSource(open_s3, secrets),
             SourceKind.GCS: BucketSource(opener_of(SourceKind.GCS), secrets),
             SourceKind.AZURE: BucketSource(opener_of(SourceKind.AZURE), secrets),
-            SourceKind.REMOTE_URL: UrlSource(Https(AddressGuard(allowed_hosts)), secrets, work_dir),
             SourceKind.LOCAL: LocalSource(local_roots),
         },
         work_dir,
+        {SourceKind.REMOTE_URL: lambda: open_remote_url(allowed_hosts, secrets, work_dir)},
     )
+
+
+def open_remote_url(allowed_hosts: Collection[str], secrets: Secrets, work_dir: Path | None) -> Source:
+    """Return the source of archives behind addresses, which is an extension.
+
+    Raises:
+        SourceRefused: it is not installed.
+    """
+    source: Source = part_of(SourceKind.REMOTE_URL).open_source(allowed_hosts, secrets, work_dir)
+    return source
 
 
 def open_s3(repository: Repository, secrets: Secrets) -> tuple[Bucket, str]:
@@ -98,15 +115,24 @@ def opener_of(kind: SourceKind) -> Opener:
     """Return what opens the buckets of a kind that an extension knows."""
 
     def open_it(repository: Repository, secrets: Secrets) -> tuple[Bucket, str]:
-        name = kind.lower()
-        try:
-            with needs_extra(kind, name):
-                open_bucket: Opener = need_extension(name, f"source {kind}").open_bucket
-        except SettingsInvalid as fault:
-            raise SourceRefused(fault.message) from fault
+        open_bucket: Opener = part_of(kind).open_bucket
         return open_bucket(repository, secrets)
 
     return open_it
+
+
+def part_of(kind: SourceKind) -> Any:
+    """Return the module of an extension that has the sources of a kind.
+
+    Raises:
+        SourceRefused: it, or a package that it needs, is not installed.
+    """
+    name = kind.lower()
+    try:
+        with needs_extra(kind, name):
+            return need_extension(name, f"source {kind}")
+    except SettingsInvalid as fault:
+        raise SourceRefused(fault.message) from fault
 
 
 @contextmanager

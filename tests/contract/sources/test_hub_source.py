@@ -21,16 +21,13 @@ from loramux_shared.faults import (
     SourceUnavailable,
 )
 from loramux_shared.sources import retry
-from loramux_shared.sources.addresses import AddressGuard
 from loramux_shared.sources.base import Source
 from loramux_shared.sources.bucket import BucketSource
 from loramux_shared.sources.checkpoint import describe_base, fetch_base
-from loramux_shared.sources.https import Https
 from loramux_shared.sources.hub import HubSource
 from loramux_shared.sources.open import Sources, open_s3
 from loramux_shared.sources.retry import RetryPolicy
 from loramux_shared.sources.secrets import Secrets
-from loramux_shared.sources.url import UrlSource
 from tests.support.adapters import write_adapter, write_base
 from tests.support.descriptors import cancelled_after, failing, nothing_stays_open
 from tests.support.hub import Hub, HubRepo, serve_hub
@@ -309,11 +306,9 @@ def test_a_recorded_revision_stays_in_the_cache(hub, tmp_path, revision):
     """A generation that another client wrote leads no source out of its cache, nor into another's."""
     files = {"config.json": FileDigest(size=1, sha256="0" * 64)}
     patience = RetryPolicy(attempts=1)
-    url = UrlSource(Https(AddressGuard()), Secrets(None, {}), patience=patience)
     bucket = BucketSource(open_s3, Secrets(None, {}), patience)
-    address = {SourceKind.REMOTE_URL: "https://files.test/a.tar.gz", SourceKind.S3: "s3://bucket/one"}
-    places: dict[SourceKind, Source] = {SourceKind.HF: source(hub)}
-    places |= {SourceKind.REMOTE_URL: url, SourceKind.S3: bucket}
+    address = {SourceKind.S3: "s3://bucket/one"}
+    places: dict[SourceKind, Source] = {SourceKind.HF: source(hub), SourceKind.S3: bucket}
     for kind, place in places.items():
         expected = Repository(source=kind, repo=address.get(kind, "org/base"), revision=revision)
         with pytest.raises(SourceRefused, match="not a path inside"):

@@ -3,32 +3,21 @@ from __future__ import annotations
 import json
 import logging
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
 from structlog.testing import capture_logs
 
-from builder_service.pipeline.build import build
-from builder_service.pipeline.context import BuildContext
-from builder_service.pipeline.progress import Progress
 from loramux_shared.deployment import Repository, SourceKind
 from loramux_shared.deployment_file import parse_deployment
 from loramux_shared.faults import DeploymentInvalid, Fault, SourceUnavailable
-from loramux_shared.sources.addresses import AddressGuard
 from loramux_shared.sources.bucket import BucketSource
-from loramux_shared.sources.https import Https
 from loramux_shared.sources.hub import HubSource
-from loramux_shared.sources.local import LocalSource
-from loramux_shared.sources.open import Sources, open_s3
+from loramux_shared.sources.open import open_s3
 from loramux_shared.sources.retry import RetryPolicy
 from loramux_shared.sources.secrets import Secrets
-from loramux_shared.sources.url import UrlSource
-from loramux_shared.storage.memory import MemoryStore
-from tests.support.adapters import write_adapter, write_base
-from tests.support.archives import pack
-from tests.support.https_server import Site, redirect, serve_https, stating
 from tests.support.hub import HubRepo, serve_hub
 from tests.support.s3_gateway import S3Server
 
@@ -110,83 +99,6 @@ def test_s3(caplog, s3_server: S3Server):
     ):
         with silence(caplog, s3_server.secret_key):
             BucketSource(open_s3, secrets_of(good), PATIENCE).resolve(repo("S3", address))
-
-
-@pytest.fixture
-def site(tmp_path, monkeypatch) -> Iterator[Site]:
-    """A server for files.test."""
-    with serve_https(tmp_path, "files.test") as site:
-        monkeypatch.setenv("SSL_CERT_FILE", str(site.ca_file))
-        yield site
-
-
-def url_source(secret: dict[str, str] | str = "", allowed: tuple[str, ...] = ("files.test",)) -> UrlSource:
-    """The source, with every name at this machine."""
-    return UrlSource(
-        Https(AddressGuard(allowed, lambda _host, _port: ["127.0.0.1"])), secrets_of(secret), patience=PATIENCE
-    )
-
-
-def test_remote_url(caplog, site):
-    """Queries, passwords and authorizations are in no failure of an address, its redirects or its archive."""
-    bomb = pack({"/x": b""})
-    routes: dict[str, bytes | Callable[[Any], None]] = {
-        "/gone": redirect(f"https://files.test:{site.port}/absent?sig={CANARY}"),
-        "/plain": redirect(f"http://files.test/x?sig={CANARY}"),
-        "/user": redirect(f"https://u:{CANARY}@files.test/x"),
-        "/away": redirect(f"https://files.test:9/x?sig={CANARY}"),
-        "/inner": redirect(f"https://inner.test/x?sig={CANARY}"),
-        "/short": stating(99, b"x"),
-        "/huge": stating(1 << 60, b""),
-        "/html": b"<html>",
-        "/evil": bomb,
-    }
-    site.routes.update(routes)
-    secret = {"host": "files.test", "authorization": f"Bearer {CANARY}"}
-    for path in [*routes, "/absent", "/bad path", "/#"]:
-        with silence(caplog):
-            url_source(secret).resolve(repo("REMOTE_URL", f"https://files.test:{site.port}{path}?sig={CANARY}"))
-    for address in (f"https://u:{CANARY}@files.test/x", f"http://files.test/x?{CANARY}", f"ftp://{CANARY}@x/y"):
-        with silence(caplog):
-            url_source(secret).resolve(repo("REMOTE_URL", address))
-    for form in (CANARY, {"host": "files.test", "token": CANARY}):
-        with silence(caplog):
-            url_source(form).resolve(repo("REMOTE_URL", f"https://files.test:{site.port}/html"))
-    with silence(caplog):
-        url_source("", ()).resolve(
-            repo("REMOTE_URL", f"https://files.test:{site.port}/html?{CANARY}", runtime_secret_name="")
-        )
-
-
-def test_a_build(caplog, site, tmp_path):
-    """The signature of an adapter's URL is in no failure of a build, and in no generation."""
-    write_base(tmp_path / "base")
-    adapter = write_adapter(tmp_path / "one")
-    site.routes["/one"] = pack({path.name: path.read_bytes() for path in adapter.iterdir()})
-    local, url = LocalSource([tmp_path]), url_source()
-    store = MemoryStore()
-    context = BuildContext(
-        store, Sources({SourceKind.LOCAL: local, SourceKind.REMOTE_URL: url}), tmp_path / "work"
-    )
-
-    def run(*paths: str) -> None:
-        adapters = {
-            path: {"source": "REMOTE_URL", "repo": f"https://files.test:{site.port}/{path}?sig={CANARY}"}
-            for path in paths
-        }
-        base = {"source": "LOCAL", "repo": str(tmp_path / "base")}
-        data = {"model_name": "d", "build": {"checkpoint_repository": base, "lora_adapters": adapters}}
-        build(parse_deployment(data).deployment, context, Progress(paths))
-
-    run("one")
-    retained = "".join(store.get(key).decode() for key in store.list("deployments/"))
-    assert f"https://files.test:{site.port}/one" in retained
-    assert CANARY not in retained
-    with silence(caplog):
-        run("one", "absent", "gone")
-    site.failures[:] = [500] * 9
-    with silence(caplog):
-        run("one")
 
 
 @pytest.mark.parametrize(

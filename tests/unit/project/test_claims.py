@@ -21,7 +21,6 @@ from inference_service.serving.pooling import MAX_INPUTS
 from loramux_shared.deployment import LoraConfiguration
 from loramux_shared.rpc import options
 from loramux_shared.rpc.wire import MAX_FIELDS
-from loramux_shared.sources.https import MAX_REDIRECTS
 from tests.support.root import ROOT
 
 MIB = 1 << 20
@@ -46,7 +45,6 @@ CLAIMS = {
         f"a body above {options.MAX_REQUEST_BYTES // MIB} MiB",
         f"`head_too_large`: {MAX_HEAD_BYTES // 1024} KiB or {MAX_HEADERS} fields",
     ),
-    "docs/reference/sources.md": (f"more than {MAX_REDIRECTS} redirects",),
     "docs/guides/access.md": (
         f"{options.MAX_REQUEST_BYTES // MIB} MiB unpacked; {MAX_FIELDS:,} fields",
         f"| an answer | {options.MAX_MESSAGE_BYTES // MIB} MiB |",

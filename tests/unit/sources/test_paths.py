@@ -19,8 +19,6 @@ from loramux_shared.bundle.manifest import FileDigest
 from loramux_shared.deployment import Repository, SourceKind
 from loramux_shared.deployment_file import parse_deployment
 from loramux_shared.faults import Fault, RepoNotFound, SourceRefused, SourceUnavailable, StoreUnavailable
-from loramux_shared.sources.archive import inner_files
-from loramux_shared.sources.base import SourceFile
 from loramux_shared.sources.local import LocalSource
 from loramux_shared.sources.open import open_sources
 from loramux_shared.storage.local import LocalStore
@@ -118,12 +116,6 @@ def test_a_build_ignores_names_that_are_no_text(tmp_path: Path) -> None:
     wish = parse_deployment({"model_name": "tiny", "build": made}).deployment
     context = BuildContext(MemoryStore(), open_sources(local_roots=[tmp_path]), tmp_path / "work")
     assert build(wish, context, Progress(["one"])).generation.number == 1
-
-
-def test_an_archive_hides_names_that_are_no_text() -> None:
-    """A member of an archive in Latin-1 is not listed, as hidden ones are not."""
-    files = {name: SourceFile(1) for name in ("top/a", f"top/{NO_TEXT}", "top/.hidden", ".x/y")}
-    assert inner_files(files, "") == {"a": "top/a"}
 
 
 @pytest.mark.parametrize("field", ["repo", "revision", "subfolder", "runtime_secret_name"])

@@ -13,9 +13,9 @@ from http.client import HTTPException, HTTPResponse, HTTPSConnection
 from typing import Final
 from urllib.parse import SplitResult, urljoin, urlsplit
 
+from loramux_clouds.public import Address, AddressGuard
 from loramux_shared.adapter_files import PIECE
 from loramux_shared.faults import Fault, RepoGated, RepoNotFound, SourceRefused, SourceUnavailable
-from loramux_shared.sources.addresses import Address, AddressGuard
 from loramux_shared.sources.retry import Busy, TimeLeft
 from loramux_shared.wording import is_whole
 

@@ -9,8 +9,8 @@ import tracemalloc
 
 import pytest
 
+from loramux_clouds.archive import MAX_UNPACKED, Archive, inner_files
 from loramux_shared.faults import SourceRefused
-from loramux_shared.sources.archive import MAX_UNPACKED, Archive, inner_files
 from loramux_shared.sources.base import MAX_FILES, SourceFile
 from tests.support.archives import member, pack, pack_members, zeros
 
@@ -148,3 +148,9 @@ def test_a_damaged_stream_reports_only_that():
     data[60:70] = io.BytesIO(b"\xff" * 10).read()
     with pytest.raises(SourceRefused, match="damaged"):
         opened(bytes(data)).listing()
+
+
+def test_an_archive_hides_names_that_are_no_text() -> None:
+    """A member of an archive in Latin-1 is not listed, as hidden ones are not."""
+    files = {name: SourceFile(1) for name in ("top/a", "top/caf\udce9", "top/.hidden", ".x/y")}
+    assert inner_files(files, "") == {"a": "top/a"}

@@ -4,8 +4,8 @@ from ipaddress import ip_address
 
 import pytest
 
+from loramux_clouds.public import AddressGuard, is_public
 from loramux_shared.faults import SourceRefused, SourceUnavailable
-from loramux_shared.sources.addresses import AddressGuard, is_public
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""``loramux pin``, ``unpin`` and ``rollout``: adapters of running replicas."""
+"""``loramux rollout``: wait until all replicas serve a generation."""
 
 from __future__ import annotations
 
@@ -12,52 +12,14 @@ import typer
 
 from loramux.addresses import Address, resolve
 from loramux.cli import shell
-from loramux.cli.documents import emit, emit_line
+from loramux.cli.documents import emit_line
 from loramux.cli.exits import Exit
-from loramux.client import INFERENCE, AsyncClient, Client
-from loramux.operations import AdapterStatus, ReplicaStatus
-from loramux_shared.faults import (
-    Fault,
-    PermissionDenied,
-    SettingsInvalid,
-    Status,
-    Unauthenticated,
-)
+from loramux.client import INFERENCE, AsyncClient
+from loramux.operations import ReplicaStatus
+from loramux_shared.faults import Fault, PermissionDenied, SettingsInvalid, Status, Unauthenticated
 
 RETRY_S: Final = 1.0
 """Before a replica that does not answer is asked again: it may be on its way."""
-
-Name = Annotated[str, typer.Argument(metavar="NAME", help="Name of the adapter.", show_default=False)]
-
-
-@shell.command
-def pin(name: Name, grpc: shell.Grpc = INFERENCE, as_json: shell.Json = False) -> None:
-    """Keep an adapter in a replica's memory.
-
-    Whatever version its name stands for, until it is unpinned or the replica ends.
-
-    Example: loramux pin support
-    """
-    with Client(inference=grpc) as client:
-        _show(client.pin(name), as_json=as_json)
-
-
-@shell.command
-def unpin(name: Name, grpc: shell.Grpc = INFERENCE, as_json: shell.Json = False) -> None:
-    """Let an adapter leave a replica's memory again.
-
-    Example: loramux unpin support
-    """
-    with Client(inference=grpc) as client:
-        _show(client.unpin(name), as_json=as_json)
-
-
-def _show(adapter: AdapterStatus, *, as_json: bool) -> None:
-    if as_json:
-        emit({"adapter": adapter})
-        return
-    pinned = "pinned" if adapter.pinned else "not pinned"
-    shell.show(f"{adapter.name}: {pinned}, {shell.digest(adapter.digest)}, {adapter.residency}")
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,9 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,6 +14,9 @@ from builder_service.builds.views import BuildState
 from builder_service.pipeline.build import build
 from builder_service.pipeline.context import BuildContext
 from builder_service.pipeline.progress import Progress
+from loramux_clouds.https import MAX_REDIRECTS, Https
+from loramux_clouds.public import AddressGuard
+from loramux_clouds.remote_url import UrlSource
 from loramux_shared.bundle.manifest import FileDigest
 from loramux_shared.deployment import Repository, SourceKind
 from loramux_shared.deployment_file import parse_deployment
@@ -24,19 +28,19 @@ from loramux_shared.faults import (
     SourceRefused,
     SourceUnavailable,
 )
-from loramux_shared.sources.addresses import AddressGuard
 from loramux_shared.sources.checkpoint import describe_base, fetch_base
-from loramux_shared.sources.https import Https
 from loramux_shared.sources.local import LocalSource
 from loramux_shared.sources.open import Sources
 from loramux_shared.sources.retry import RetryPolicy
 from loramux_shared.sources.secrets import Secrets
-from loramux_shared.sources.url import UrlSource
 from loramux_shared.storage.memory import MemoryStore
-from tests.support.adapters import write_base
+from tests.contract.sources.test_source_secrets import CANARY, PATIENCE, secrets_of, silence
+from tests.contract.sources.test_source_secrets import repo as opened_by_key
+from tests.support.adapters import write_adapter, write_base
 from tests.support.archives import pack
 from tests.support.descriptors import cancelled_after, failing, held, nothing_stays_open
 from tests.support.https_server import Site, redirect, serve_https, stating
+from tests.support.root import ROOT
 from tests.support.waiting import BOUND_S
 
 ADAPTER = {"adapter_config.json": b"{}", "adapter_model.safetensors": bytes(range(256)) * 999, "x/y": b"1"}
@@ -384,3 +388,89 @@ async def test_a_failed_build_that_is_kept_holds_nothing(site, tmp_path):
     assert last.failure.__traceback__ is None
     assert held()["files"] == before["files"]
     await builds.drain(BOUND_S)
+
+
+def url_source(secret: dict[str, str] | str = "", allowed: tuple[str, ...] = ("files.test",)) -> UrlSource:
+    """The source, with every name at this machine."""
+    return UrlSource(
+        Https(AddressGuard(allowed, lambda _host, _port: ["127.0.0.1"])), secrets_of(secret), patience=PATIENCE
+    )
+
+
+def test_no_failure_holds_a_secret(caplog, site):
+    """Queries, passwords and authorizations are in no failure of an address, its redirects or its archive."""
+    bomb = pack({"/x": b""})
+    routes: dict[str, bytes | Callable[[Any], None]] = {
+        "/gone": redirect(f"https://files.test:{site.port}/absent?sig={CANARY}"),
+        "/plain": redirect(f"http://files.test/x?sig={CANARY}"),
+        "/user": redirect(f"https://u:{CANARY}@files.test/x"),
+        "/away": redirect(f"https://files.test:9/x?sig={CANARY}"),
+        "/inner": redirect(f"https://inner.test/x?sig={CANARY}"),
+        "/short": stating(99, b"x"),
+        "/huge": stating(1 << 60, b""),
+        "/html": b"<html>",
+        "/evil": bomb,
+    }
+    site.routes.update(routes)
+    secret = {"host": "files.test", "authorization": f"Bearer {CANARY}"}
+    for path in [*routes, "/absent", "/bad path", "/#"]:
+        with silence(caplog):
+            url_source(secret).resolve(
+                opened_by_key("REMOTE_URL", f"https://files.test:{site.port}{path}?sig={CANARY}")
+            )
+    for address in (f"https://u:{CANARY}@files.test/x", f"http://files.test/x?{CANARY}", f"ftp://{CANARY}@x/y"):
+        with silence(caplog):
+            url_source(secret).resolve(opened_by_key("REMOTE_URL", address))
+    for form in (CANARY, {"host": "files.test", "token": CANARY}):
+        with silence(caplog):
+            url_source(form).resolve(opened_by_key("REMOTE_URL", f"https://files.test:{site.port}/html"))
+    with silence(caplog):
+        url_source("", ()).resolve(
+            opened_by_key("REMOTE_URL", f"https://files.test:{site.port}/html?{CANARY}", runtime_secret_name="")
+        )
+
+
+def test_no_build_holds_a_secret(caplog, site, tmp_path):
+    """The signature of an adapter's URL is in no failure of a build, and in no generation."""
+    write_base(tmp_path / "base")
+    adapter = write_adapter(tmp_path / "one")
+    site.routes["/one"] = pack({path.name: path.read_bytes() for path in adapter.iterdir()})
+    local, url = LocalSource([tmp_path]), url_source()
+    store = MemoryStore()
+    context = BuildContext(
+        store, Sources({SourceKind.LOCAL: local, SourceKind.REMOTE_URL: url}), tmp_path / "work"
+    )
+
+    def run(*paths: str) -> None:
+        adapters = {
+            path: {"source": "REMOTE_URL", "repo": f"https://files.test:{site.port}/{path}?sig={CANARY}"}
+            for path in paths
+        }
+        base = {"source": "LOCAL", "repo": str(tmp_path / "base")}
+        data = {"model_name": "d", "build": {"checkpoint_repository": base, "lora_adapters": adapters}}
+        build(parse_deployment(data).deployment, context, Progress(paths))
+
+    run("one")
+    retained = "".join(store.get(key).decode() for key in store.list("deployments/"))
+    assert f"https://files.test:{site.port}/one" in retained
+    assert CANARY not in retained
+    with silence(caplog):
+        run("one", "absent", "gone")
+    site.failures[:] = [500] * 9
+    with silence(caplog):
+        run("one")
+
+
+@pytest.mark.parametrize("revision", ["../../../evil", "..", "a\\..\\b"])
+def test_a_recorded_revision_stays_in_the_cache(tmp_path, revision):
+    """A generation that another client wrote does not lead the source out of its cache."""
+    files = {"config.json": FileDigest(size=1, sha256="0" * 64)}
+    expected = opened_by_key("REMOTE_URL", "https://files.test/a.tar.gz", revision=revision)
+    with pytest.raises(SourceRefused, match="not a path inside"):
+        source().place(expected, files, tmp_path / "cache" / "deep" / "er")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_the_page_has_the_bound_of_redirects():
+    """The figure of the page is that of the code."""
+    assert f"more than {MAX_REDIRECTS} redirects" in (ROOT / "docs/reference/sources.md").read_text()

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Final
 
+from loramux_clouds.archive import Archive, inner_files
+from loramux_clouds.https import Https
+from loramux_clouds.public import AddressGuard
 from loramux_shared.bundle.manifest import FileDigest
 from loramux_shared.deployment import Repository
 from loramux_shared.faults import RepoNotFound, RevisionNotFound, SourceRefused
-from loramux_shared.sources.archive import Archive, inner_files
 from loramux_shared.sources.base import Progress, Resolved, Room, unwatched
 from loramux_shared.sources.cache import missing_files
 from loramux_shared.sources.files import disk_errors, hash_pieces, inside, whole
-from loramux_shared.sources.https import Https
 from loramux_shared.sources.retry import RetryPolicy, TimeLeft
 from loramux_shared.sources.secrets import Secrets, warn_unset
 
@@ -179,3 +180,8 @@ def _archive(resolved: Resolved) -> ResolvedArchive:
     if not isinstance(resolved, ResolvedArchive):
         raise TypeError(f"expected what resolve returned, found {type(resolved).__name__}")
     return resolved
+
+
+def open_source(allowed_hosts: Collection[str], secrets: Secrets, work_dir: Path | None) -> UrlSource:
+    """Return the source; allowed_hosts are those that may be reached though they are not public."""
+    return UrlSource(Https(AddressGuard(allowed_hosts)), secrets, work_dir)
