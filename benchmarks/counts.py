@@ -31,8 +31,7 @@ from benchmarks.on_gpu.model import LLAMA_8B, QWEN3_30B_A3B, RandomTensors, conf
 from inference_service.backends.triton import TritonLora, TritonOperations
 from inference_service.core.adapter import Adapter, Mixture
 from inference_service.core.sampling import SamplingParams
-from inference_service.core.sequence import Batch, Chunk
-from inference_service.core.sequence import Sequence as EngineSequence
+from inference_service.core.sequence import Batch, Chunk, Sequence as EngineSequence
 from inference_service.engine import transfer
 from inference_service.engine.graph_runner import GraphRunner
 from inference_service.engine.graphs import Graph

@@ -10,8 +10,7 @@ from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 
 from loramux.inference.v1 import inference_pb2 as pb
-from loramux.records import GenerateOptions, Prompt
-from loramux.records import Message as Turn
+from loramux.records import GenerateOptions, Message as Turn, Prompt
 from loramux_shared.faults import Finding, RequestInvalid
 
 ADAPTERS: Final = "a list of names, or of (name, scale)"

@@ -15,12 +15,16 @@ from torch import Tensor
 from benchmarks.on_gpu.device import Device
 from benchmarks.on_gpu.machine import ROOT
 from benchmarks.on_gpu.run import Run, Scale
-from inference_service.kernels import experts as kernels_of_experts
-from inference_service.kernels import rows
+from inference_service.kernels import experts as kernels_of_experts, rows
 from inference_service.kernels.experts import reference as experts_reference
 from inference_service.kernels.rows import reference as rows_reference
-from inference_service.kernels.sampling import RowParams, SamplingTables, pack_rows, sample
-from inference_service.kernels.sampling import reference as sampling_reference
+from inference_service.kernels.sampling import (
+    RowParams,
+    SamplingTables,
+    pack_rows,
+    reference as sampling_reference,
+    sample,
+)
 from inference_service.kernels.sgmv import PREFILL_TILE, pack_segments
 from tests.kernels import attention_case, delta_case, sgmv_case
 

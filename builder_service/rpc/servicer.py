@@ -20,8 +20,7 @@ from builder_service.rpc.mapping import (
     report_message,
     update_of,
 )
-from loramux.builder.v1 import builder_pb2 as pb
-from loramux.builder.v1 import builder_pb2_grpc
+from loramux.builder.v1 import builder_pb2 as pb, builder_pb2_grpc
 from loramux.messages import deployment_from_message
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["BuilderService"].full_name

@@ -7,8 +7,7 @@ carry a state has slots for it (`state_slots.py`). A prefix is found where every
 from __future__ import annotations
 
 from array import array
-from collections.abc import Mapping
-from collections.abc import Sequence as Seq
+from collections.abc import Mapping, Sequence as Seq
 from dataclasses import dataclass
 
 from inference_service.core.sequence import NEVER, Sequence

@@ -4,8 +4,7 @@ waits for.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from collections.abc import Sequence as Seq
+from collections.abc import Callable, Iterable, Sequence as Seq
 from typing import Final, TypeAlias
 from weakref import WeakKeyDictionary
 

@@ -7,8 +7,7 @@ from typing import Final
 
 from starlette.datastructures import State
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
-from starlette.requests import Request as HttpRequest
+from starlette.requests import ClientDisconnect, Request as HttpRequest
 from starlette.responses import Response
 from starlette.routing import Route, Router, compile_path
 from starlette.types import Receive, Scope, Send

@@ -19,8 +19,7 @@ import torch
 from inference_service.backends.base import StepLora
 from inference_service.core.adapter import Adapter
 from inference_service.core.sampling import SamplingParams
-from inference_service.core.sequence import Batch, Chunk, Token
-from inference_service.core.sequence import Sequence as EngineSequence
+from inference_service.core.sequence import Batch, Chunk, Sequence as EngineSequence, Token
 from inference_service.engine.runner import Runner
 from inference_service.models.decoder import Decoder
 from inference_service.proof.fingerprint import EMBEDDING, difference, effect_of

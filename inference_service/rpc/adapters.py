@@ -13,8 +13,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from inference_service.adapters.manager import AdapterManager
 from inference_service.adapters.views import AdapterPlace, AdapterView, ReplicaView
 from inference_service.engine.residents import AdapterState
-from loramux.inference.v1 import adapters_pb2 as pb
-from loramux.inference.v1 import adapters_pb2_grpc
+from loramux.inference.v1 import adapters_pb2 as pb, adapters_pb2_grpc
 
 SERVICE_NAME: Final = pb.DESCRIPTOR.services_by_name["AdapterService"].full_name
 TIERS: Final = {

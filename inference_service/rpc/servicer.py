@@ -17,8 +17,7 @@ from inference_service.rpc.pooling import (
 from inference_service.serving.pooling import check_dimensions, pooled, pooling_of, scored, shaped
 from inference_service.serving.request import WORDLESS, AnswerDelta, AnswerFinished, AnswerStarted, Event
 from inference_service.serving.service import GenerationService
-from loramux.inference.v1 import inference_pb2 as pb
-from loramux.inference.v1 import inference_pb2_grpc
+from loramux.inference.v1 import inference_pb2 as pb, inference_pb2_grpc
 from loramux_shared.runtime import Pooling
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["InferenceService"].full_name

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from collections.abc import Sequence as Seq
+from collections.abc import Collection, Sequence as Seq
 
 from inference_service.core.sequence import EndReason, Sequence, StepOutput, Token
 from inference_service.serving.request import AnswerDelta, AnswerFinished, Event, Pooled, PromptScores

@@ -10,8 +10,15 @@ from itertools import chain, islice
 from typing import Any, Final, get_args
 
 from inference_service.core.constraint import Constraint
-from inference_service.core.sampling import KNOBS, MAX_BIAS, Ids, LogprobsMode, Number, Texts
-from inference_service.core.sampling import MAX_LOGPROBS as MAX_LOGPROBS
+from inference_service.core.sampling import (
+    KNOBS,
+    MAX_BIAS,
+    MAX_LOGPROBS as MAX_LOGPROBS,
+    Ids,
+    LogprobsMode,
+    Number,
+    Texts,
+)
 from inference_service.serving.prompts import (
     Rule,
     check_ids,

@@ -7,8 +7,7 @@ import math
 import queue
 import threading
 import time
-from collections.abc import Awaitable, Callable, Mapping
-from collections.abc import Sequence as Seq
+from collections.abc import Awaitable, Callable, Mapping, Sequence as Seq
 from enum import StrEnum
 from functools import partial
 from typing import TYPE_CHECKING, Final

@@ -14,8 +14,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from inference_service.adapters.served_model import ServedModel
-from inference_service.core.sequence import FAIR, Share
-from inference_service.core.sequence import Sequence as EngineSequence
+from inference_service.core.sequence import FAIR, Sequence as EngineSequence, Share
 from inference_service.serving.request import AnswerDelta, Event
 from loramux_shared.access.keys import Access
 from loramux_shared.deployment import ModelLimits

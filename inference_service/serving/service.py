@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
-from collections.abc import Sequence as Seq
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence as Seq
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 

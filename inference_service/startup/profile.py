@@ -11,8 +11,7 @@ import torch
 
 from inference_service.core.adapter import Adapter
 from inference_service.core.sampling import SamplingParams
-from inference_service.core.sequence import Batch, Chunk
-from inference_service.core.sequence import Sequence as EngineSequence
+from inference_service.core.sequence import Batch, Chunk, Sequence as EngineSequence
 from inference_service.engine.plan import SchedulerLimits
 from inference_service.engine.runner import Runner
 from inference_service.engine.step import StepRunner

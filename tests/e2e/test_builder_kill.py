@@ -10,8 +10,7 @@ from pathlib import Path
 import grpc
 import pytest
 
-from loramux.builder.v1 import builder_pb2 as pb
-from loramux.builder.v1 import builder_pb2_grpc
+from loramux.builder.v1 import builder_pb2 as pb, builder_pb2_grpc
 from loramux.messages import deployment_to_message
 from loramux_shared.bundle.deployments import current_generation
 from loramux_shared.bundle.reader import read_bundle

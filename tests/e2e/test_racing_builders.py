@@ -8,8 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from loramux_shared.bundle.claims import claimed_numbers, generation_numbers
 from loramux_shared.bundle.deployments import current_generation, publish_generation

@@ -8,8 +8,7 @@ from datetime import timedelta
 from functools import partial
 from itertools import pairwise
 
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from loramux_shared.bundle.changes import newest_generation, publish_change
 from loramux_shared.bundle.claims import claimed_numbers, generation_numbers

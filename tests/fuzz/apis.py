@@ -19,8 +19,7 @@ from builder_service.builds.builds import Builds
 from builder_service.builds.keeper import BuildLimits
 from builder_service.pipeline.check import Checks
 from builder_service.pipeline.context import BuildContext
-from builder_service.rpc.servicer import SERVICE_NAME as BUILDER
-from builder_service.rpc.servicer import BuilderServicer
+from builder_service.rpc.servicer import SERVICE_NAME as BUILDER, BuilderServicer
 from inference_service.adapters.fixed import fixed_manager
 from inference_service.http.admin.operators import LoadBody, RollbackBody, UnloadBody
 from inference_service.http.admin.tokens import DetokenizeBody, TokenizeBody
@@ -33,10 +32,8 @@ from inference_service.http.server import HttpServer
 from inference_service.http.vectors.pooling_schema import PoolingBody
 from inference_service.http.wire.body import Body
 from inference_service.rpc import adapters
-from inference_service.rpc.adapters import SERVICE_NAME as ADAPTERS
-from inference_service.rpc.adapters import AdapterServicer
-from inference_service.rpc.servicer import SERVICE_NAME as INFERENCE
-from inference_service.rpc.servicer import InferenceServicer, register
+from inference_service.rpc.adapters import SERVICE_NAME as ADAPTERS, AdapterServicer
+from inference_service.rpc.servicer import SERVICE_NAME as INFERENCE, InferenceServicer, register
 from loramux.builder.v1 import builder_pb2
 from loramux.inference.v1 import adapters_pb2, inference_pb2
 from loramux_shared.deployment import SourceKind

@@ -7,8 +7,7 @@ from typing import Any, Final
 
 from inference_service.kernels.attention import triton_kernels, tuning
 from inference_service.kernels.launch import ARCHITECTURES
-from inference_service.kernels.sgmv import Phase
-from inference_service.kernels.sgmv import tuning as sgmv
+from inference_service.kernels.sgmv import Phase, tuning as sgmv
 from tests.kernels import aot_sgmv
 from tests.kernels.aot import Variant, covering
 

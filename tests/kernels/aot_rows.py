@@ -5,8 +5,7 @@ from typing import Any
 
 from inference_service.kernels.launch import ARCHITECTURES
 from inference_service.kernels.rows import triton_kernels, tuning
-from inference_service.kernels.sgmv import Phase
-from inference_service.kernels.sgmv import tuning as sgmv
+from inference_service.kernels.sgmv import Phase, tuning as sgmv
 from tests.kernels import aot_sgmv
 from tests.kernels.aot import Variant, with_halves
 

@@ -6,8 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from inference_service.kernels.attention import AttentionCapacity, AttentionTables, Context, pack_tables
 from inference_service.kernels.attention.balance import SPAN_STEP

@@ -15,8 +15,7 @@ from inference_service.backends.native_lora import NativeLora
 from inference_service.backends.torch_lora import TorchLora
 from inference_service.backends.triton import TritonLora
 from inference_service.kernels.cpu.ops import CpuOps
-from inference_service.kernels.experts import Routed
-from inference_service.kernels.experts import segments as of_pairs
+from inference_service.kernels.experts import Routed, segments as of_pairs
 from inference_service.kernels.sgmv import SegmentCapacity
 from inference_service.lora.segments import Arrangement, Segment
 from inference_service.lora.weights import AdapterWeights, Placed, arrange

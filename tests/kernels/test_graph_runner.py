@@ -18,8 +18,7 @@ from benchmarks.counts import per_layer
 from inference_service.backends.triton import TritonLora
 from inference_service.core.adapter import MOST_PARTS, Adapter
 from inference_service.core.sampling import SamplingParams
-from inference_service.core.sequence import Batch, Chunk, Token
-from inference_service.core.sequence import Sequence as EngineSequence
+from inference_service.core.sequence import Batch, Chunk, Sequence as EngineSequence, Token
 from inference_service.engine.block_manager import BlockManager
 from inference_service.engine.buffers import PAIR
 from inference_service.engine.engine import Engine

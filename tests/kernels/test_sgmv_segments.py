@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from inference_service.kernels.sgmv import Group, SegmentCapacity, Segments, Slices, pack_segments, pack_table
 

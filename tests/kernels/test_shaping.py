@@ -9,13 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 from torch import Tensor
 
 from inference_service.core.sampling import SamplingParams
-from inference_service.core.sequence import Sequence as EngineSequence
-from inference_service.core.sequence import Token
+from inference_service.core.sequence import Sequence as EngineSequence, Token
 from inference_service.engine import sampler
 from inference_service.engine.shaping import Shaper
 from inference_service.engine.tape import TapeRecorder

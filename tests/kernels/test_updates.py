@@ -13,8 +13,7 @@ from inference_service.kernels.attention import attend
 from inference_service.kernels.launch import intercepted
 from inference_service.kernels.rows import gated
 from inference_service.kernels.sgmv import Planned, SegmentCapacity, Update, expand, pack_segments
-from tests.kernels.attention_case import Heads, Layout
-from tests.kernels.attention_case import make_case as attention_case
+from tests.kernels.attention_case import Heads, Layout, make_case as attention_case
 from tests.kernels.sgmv_case import Case, make_case
 from tests.kernels.test_rows import poisoned
 

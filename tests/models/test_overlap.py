@@ -10,8 +10,7 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from inference_service.core.adapter import Adapter
 from inference_service.core.sampling import SamplingParams

@@ -7,8 +7,7 @@ from __future__ import annotations
 from itertools import combinations, pairwise
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from inference_service.lora.places import ALIGNMENT, Place, Places
 from loramux_shared.faults import InternalFault, ResourcesExhausted

@@ -11,10 +11,8 @@ import threading
 from collections.abc import AsyncIterator
 from typing import Any
 
-from loramux.builder.v1 import builder_pb2 as builder_pb
-from loramux.builder.v1 import builder_pb2_grpc as builder_grpc
-from loramux.inference.v1 import inference_pb2 as pb
-from loramux.inference.v1 import inference_pb2_grpc as inference_grpc
+from loramux.builder.v1 import builder_pb2 as builder_pb, builder_pb2_grpc as builder_grpc
+from loramux.inference.v1 import inference_pb2 as pb, inference_pb2_grpc as inference_grpc
 from loramux.messages import deployment_from_message
 from loramux_shared.access.guard import NOBODY_GUARDS, Guard
 from loramux_shared.faults import DeploymentNotFound, ModelNotFound, RequestIdReused, RequestInvalid

@@ -25,8 +25,7 @@ from builder_service.pipeline.progress import Progress
 from inference_service.adapters.ports import Publisher
 from inference_service.core.adapter import activation
 from inference_service.core.sampling import SamplingParams
-from inference_service.core.sequence import EndReason
-from inference_service.core.sequence import Sequence as EngineSequence
+from inference_service.core.sequence import EndReason, Sequence as EngineSequence
 from inference_service.startup.load import Ready, load
 from loramux_shared.deployment import Deployment
 from loramux_shared.deployment_file import parse_deployment
@@ -36,8 +35,7 @@ from loramux_shared.sources.open import open_sources
 from loramux_shared.storage.base import Store
 from loramux_shared.storage.memory import MemoryStore
 from tests.support.native import opened_once
-from tests.support.tokens import VOCAB as VOCAB
-from tests.support.tokens import write_tokenizer as write_tokenizer
+from tests.support.tokens import VOCAB as VOCAB, write_tokenizer as write_tokenizer
 
 ADAPTERS: dict[str, dict[str, Any]] = {
     "wide": {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]},

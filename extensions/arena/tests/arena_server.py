@@ -9,8 +9,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
-from loramux.inference.v1 import inference_pb2 as pb
-from loramux.inference.v1 import inference_pb2_grpc as inference_grpc
+from loramux.inference.v1 import inference_pb2 as pb, inference_pb2_grpc as inference_grpc
 from loramux_shared.faults import Fault, ModelNotFound
 from tests.support.fake_services import inference_server
 from tests.support.waiting import until

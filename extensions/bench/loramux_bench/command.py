@@ -21,8 +21,7 @@ from loramux.client import INFERENCE, AsyncClient
 from loramux.records import GenerateOptions, Prompt
 from loramux_bench.drive import BenchRun, ClientLoad, LoadPlan, drive
 from loramux_bench.figures import Figures, Outcome, Percentiles, Report, report
-from loramux_bench.plot import plot as draw
-from loramux_bench.plot import require_plot
+from loramux_bench.plot import plot as draw, require_plot
 from loramux_bench.workload import Workload, read_prompts, words_for
 from loramux_shared.faults import SettingsInvalid
 

@@ -14,21 +14,15 @@ from loramux_shared.sources.bucket import BucketSource
 from loramux_shared.sources.open import open_sources
 from tests.azurite import ACCOUNT, azurite
 from tests.contract.sources import test_bucket_sources as any_store
-from tests.contract.sources.test_bucket_sources import Cloud
 from tests.contract.sources.test_bucket_sources import (
+    Cloud,
     test_a_base_is_recorded_and_fetched as test_a_base_is_recorded_and_fetched,
-)
-from tests.contract.sources.test_bucket_sources import (
     test_an_object_that_changes_is_no_mix as test_an_object_that_changes_is_no_mix,
-)
-from tests.contract.sources.test_bucket_sources import (
     test_answers_have_their_reasons as test_answers_have_their_reasons,
-)
-from tests.contract.sources.test_bucket_sources import test_nothing_stays_open as test_nothing_stays_open
-from tests.contract.sources.test_bucket_sources import (
+    test_nothing_stays_open as test_nothing_stays_open,
     test_only_the_named_files_are_fetched as test_only_the_named_files_are_fetched,
+    test_secrets_have_a_form as test_secrets_have_a_form,
 )
-from tests.contract.sources.test_bucket_sources import test_secrets_have_a_form as test_secrets_have_a_form
 from tests.contract.sources.test_source_secrets import CANARY, PATIENCE, repo, secrets_of, silence
 from tests.gcs_emulator import TOKEN, Gcs, serve_gcs
 

@@ -34,8 +34,13 @@ from loramux_shared.sources.open import Sources
 from loramux_shared.sources.retry import RetryPolicy
 from loramux_shared.sources.secrets import Secrets
 from loramux_shared.storage.memory import MemoryStore
-from tests.contract.sources.test_source_secrets import CANARY, PATIENCE, secrets_of, silence
-from tests.contract.sources.test_source_secrets import repo as opened_by_key
+from tests.contract.sources.test_source_secrets import (
+    CANARY,
+    PATIENCE,
+    repo as opened_by_key,
+    secrets_of,
+    silence,
+)
 from tests.support.adapters import write_adapter, write_base
 from tests.support.archives import pack
 from tests.support.descriptors import cancelled_after, failing, held, nothing_stays_open

@@ -17,8 +17,7 @@ from loramux_shared.access.guard import Guard
 from tests.support.access import Certificates
 from tests.support.operated import operated
 from tests.support.waiting import BOUND_S, Clock
-from tests.unit.cli.test_cli_adapters import KEYS, RING, api, run
-from tests.unit.cli.test_cli_adapters import _no_key as _no_key
+from tests.unit.cli.test_cli_adapters import KEYS, RING, _no_key as _no_key, api, run
 
 
 @pytest.fixture

@@ -22,8 +22,7 @@ from inference_service.http.server import HttpServer
 from inference_service.rpc.servicer import SERVICE_NAME, InferenceServicer, register
 from inference_service.serving.service import GenerationService
 from inference_service.serving.telemetry.request_log import open_watchers
-from loramux.inference.v1 import inference_pb2 as pb
-from loramux.inference.v1 import inference_pb2_grpc
+from loramux.inference.v1 import inference_pb2 as pb, inference_pb2_grpc
 from loramux_otel.tracing import Tracing
 from loramux_shared.rpc.server import RpcServer
 from loramux_shared.storage.memory import MemoryStore

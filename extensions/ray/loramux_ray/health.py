@@ -8,8 +8,7 @@ from collections.abc import AsyncGenerator, Callable
 from typing import Final
 
 import grpc
-from grpc_health.v1 import health_pb2 as pb
-from grpc_health.v1 import health_pb2_grpc
+from grpc_health.v1 import health_pb2 as pb, health_pb2_grpc
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException

@@ -19,8 +19,7 @@ from ray._private import services
 from ray._raylet import Config  # type: ignore[attr-defined]
 from ray.cluster_utils import Cluster
 from ray.exceptions import RayError
-from ray.serve._private import api as serve_api
-from ray.serve._private import client as serve_client
+from ray.serve._private import api as serve_api, client as serve_client
 from ray.serve.api import RunTarget
 from transformers import LlamaConfig
 

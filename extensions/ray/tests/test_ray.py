@@ -23,8 +23,7 @@ from inference_service.http.server import HttpServer
 from inference_service.rpc.servicer import SERVICE_NAME, InferenceServicer, register
 from loramux.client import AsyncClient, Client
 from loramux.faults import ModelNotFound, ReplicaFailed, RequestInvalid
-from loramux.inference.v1 import inference_pb2 as pb
-from loramux.inference.v1 import inference_pb2_grpc
+from loramux.inference.v1 import inference_pb2 as pb, inference_pb2_grpc
 from loramux.records import Delta, Event
 from loramux_shared.rpc.server import RpcServer
 from loramux_shared.storage.open import open_store

@@ -26,8 +26,7 @@ from loramux_vllm_grpc.engine_requests import embedding_of, request_of
 from loramux_vllm_grpc.refusals import refused, refused_stream, spelled_out
 from loramux_vllm_grpc.running import Running
 from loramux_vllm_grpc.tokenizer import Archives
-from loramux_vllm_grpc.wire import common_pb2, engine_pb2_grpc
-from loramux_vllm_grpc.wire import engine_pb2 as pb
+from loramux_vllm_grpc.wire import common_pb2, engine_pb2 as pb, engine_pb2_grpc
 
 SERVICE_NAME: Final = pb.DESCRIPTOR.services_by_name["VllmEngine"].full_name
 SERVER_TYPE: Final = "vllm-grpc"

@@ -16,8 +16,7 @@ from loramux_vllm_grpc.inference_answers import Telling, whole
 from loramux_vllm_grpc.inference_requests import request_of
 from loramux_vllm_grpc.refusals import spelled_out
 from loramux_vllm_grpc.running import Running
-from loramux_vllm_grpc.wire import inference_pb2 as pb
-from loramux_vllm_grpc.wire import inference_pb2_grpc
+from loramux_vllm_grpc.wire import inference_pb2 as pb, inference_pb2_grpc
 
 SERVICE_NAME: Final = pb.DESCRIPTOR.services_by_name["Inference"].full_name
 

@@ -16,10 +16,8 @@ from tokenizers import Tokenizer
 from inference_service.serving.engine_thread import PauseMode
 from inference_service.serving.request import AnswerDelta
 from loramux_shared.storage.memory import MemoryStore
-from loramux_vllm_grpc import engine as engine_api
-from loramux_vllm_grpc import inference as inference_api
-from loramux_vllm_grpc.wire import engine_pb2 as engine
-from loramux_vllm_grpc.wire import inference_pb2 as inference
+from loramux_vllm_grpc import engine as engine_api, inference as inference_api
+from loramux_vllm_grpc.wire import engine_pb2 as engine, inference_pb2 as inference
 from tests.support.service import Service
 from tests.support.tiny import World
 from tests.support.waiting import until

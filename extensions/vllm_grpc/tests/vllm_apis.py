@@ -20,9 +20,13 @@ from inference_service.startup.load import Ready
 from loramux_shared.rpc.server import RpcServer
 from loramux_shared.storage.memory import MemoryStore
 from loramux_vllm_grpc.services import VllmServices
-from loramux_vllm_grpc.wire import common_pb2, engine_pb2_grpc, inference_pb2_grpc
-from loramux_vllm_grpc.wire import engine_pb2 as engine_pb
-from loramux_vllm_grpc.wire import inference_pb2 as inference_pb
+from loramux_vllm_grpc.wire import (
+    common_pb2,
+    engine_pb2 as engine_pb,
+    engine_pb2_grpc,
+    inference_pb2 as inference_pb,
+    inference_pb2_grpc,
+)
 from tests.support.service import until_free
 from tests.support.tiny import World
 from tests.support.waiting import BOUND_S

@@ -11,8 +11,7 @@ from dataclasses import dataclass, field
 from typing import Final, Protocol
 
 from inference_service.adapters.served_model import ServedModel
-from inference_service.core.sequence import EndReason
-from inference_service.core.sequence import Sequence as EngineSequence
+from inference_service.core.sequence import EndReason, Sequence as EngineSequence
 from inference_service.serving.request import AnswerDelta, AnswerFinished, Event, Request
 from loramux_shared.arrival import ARRIVED_S
 from loramux_shared.faults import Fault, InternalFault

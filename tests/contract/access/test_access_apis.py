@@ -19,16 +19,16 @@ from builder_service.builds.builds import Builds
 from builder_service.builds.keeper import BuildLimits
 from builder_service.pipeline.check import Checks
 from builder_service.pipeline.context import BuildContext
-from builder_service.rpc.servicer import SERVICE_NAME as BUILDER
-from builder_service.rpc.servicer import BuilderServicer
+from builder_service.rpc.servicer import SERVICE_NAME as BUILDER, BuilderServicer
 from inference_service.adapters.fixed import fixed_manager
 from inference_service.http.app import ENDPOINTS, create_app
 from inference_service.http.wire.refusals import fault_body
-from inference_service.rpc.adapters import SERVICE_NAME as ADAPTERS
-from inference_service.rpc.adapters import AdapterServicer
-from inference_service.rpc.adapters import register as register_adapters
-from inference_service.rpc.servicer import SERVICE_NAME as INFERENCE
-from inference_service.rpc.servicer import InferenceServicer, register
+from inference_service.rpc.adapters import (
+    SERVICE_NAME as ADAPTERS,
+    AdapterServicer,
+    register as register_adapters,
+)
+from inference_service.rpc.servicer import SERVICE_NAME as INFERENCE, InferenceServicer, register
 from inference_service.serving.service import GenerationService
 from loramux import AsyncClient
 from loramux.builder.v1 import builder_pb2

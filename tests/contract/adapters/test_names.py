@@ -27,8 +27,7 @@ from inference_service.serving.telemetry.record import RequestRecord
 from inference_service.startup.load import Ready
 from loramux.client import AsyncClient
 from loramux.faults import ModelNotFound, RateLimited, ReplicaBehind
-from loramux.inference.v1 import inference_pb2 as pb
-from loramux.inference.v1 import inference_pb2_grpc
+from loramux.inference.v1 import inference_pb2 as pb, inference_pb2_grpc
 from loramux.messages import deployment_from_message, deployment_to_message
 from loramux_shared.access.guard import Guard
 from loramux_shared.access.keyring import Keyring

@@ -16,8 +16,7 @@ from builder_service.builds import running
 from builder_service.builds.journal import JournalEntry
 from builder_service.builds.running import RunningBuild
 from builder_service.builds.turns import MAX_ATTEMPTS
-from loramux.builder.v1 import builder_pb2 as pb
-from loramux.builder.v1 import builder_pb2_grpc
+from loramux.builder.v1 import builder_pb2 as pb, builder_pb2_grpc
 from loramux.mapping import Watched, deployment_of
 from loramux.messages import deployment_to_message
 from loramux_shared.bundle.generation import current_key

@@ -16,8 +16,7 @@ from builder_service.builds import following, pushes
 from builder_service.pipeline.build import build
 from builder_service.pipeline.progress import Progress
 from builder_service.pipeline.update import Update, update
-from loramux.builder.v1 import builder_pb2 as pb
-from loramux.builder.v1 import builder_pb2_grpc
+from loramux.builder.v1 import builder_pb2 as pb, builder_pb2_grpc
 from loramux.client import AsyncClient
 from loramux.records import DeploymentInfo, DeploymentState
 from loramux_shared.bundle.changes import publish_change

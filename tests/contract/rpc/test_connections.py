@@ -16,8 +16,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from loramux import AsyncClient
 from loramux.faults import ServerUnavailable
-from loramux.inference.v1 import inference_pb2 as pb
-from loramux.inference.v1 import inference_pb2_grpc
+from loramux.inference.v1 import inference_pb2 as pb, inference_pb2_grpc
 from loramux_shared.faults import RequestInvalid
 from loramux_shared.rpc import options
 from loramux_shared.rpc.options import LEAST_PING_S, MAX_REQUEST_BYTES, PING_S

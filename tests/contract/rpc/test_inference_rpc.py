@@ -25,8 +25,7 @@ from inference_service.engine.step import Pending
 from inference_service.rpc.servicer import SERVICE_NAME, InferenceServicer, register
 from inference_service.startup.load import Ready
 from loramux import AsyncClient, Client, FinishReason, PromptLogprobs, faults
-from loramux.inference.v1 import inference_pb2 as pb
-from loramux.inference.v1 import inference_pb2_grpc
+from loramux.inference.v1 import inference_pb2 as pb, inference_pb2_grpc
 from loramux_shared.rpc.server import RpcServer
 from loramux_shared.rpc.status import fault_of
 from loramux_shared.storage.memory import MemoryStore

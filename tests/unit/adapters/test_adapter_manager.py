@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 
 from inference_service.adapters.catalog import Catalog
-from inference_service.adapters.changing import digest_of as digest_in
-from inference_service.adapters.changing import repository_of
+from inference_service.adapters.changing import digest_of as digest_in, repository_of
 from inference_service.adapters.fixed import fixed_manager
 from inference_service.adapters.follower import FollowerStanding
 from inference_service.adapters.served_model import ServedModel

@@ -11,8 +11,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from inference_service.adapters.catalog import EARLIER, Catalog
 from inference_service.adapters.defaults import NO_DEFAULTS, AdapterDefaults

@@ -6,8 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from inference_service.chat.dialect import Dialect, parsers_of
 from inference_service.chat.pieces import AnswerCalls, AnswerReader, CallArguments, CallBegun, TextPiece

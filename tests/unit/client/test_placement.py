@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from loramux.placement import Placement, Popularity, choose, order
 from tests.support.examples import examples

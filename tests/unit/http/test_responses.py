@@ -8,8 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from inference_service.chat.pieces import CallArguments, CallBegun, Piece, TextPiece, Thought
 from inference_service.chat.request import ChatRequest

@@ -20,8 +20,7 @@ from loramux_shared.faults import (
     SourceRefused,
     SourceUnavailable,
 )
-from loramux_shared.sources.base import Progress as Counter
-from loramux_shared.sources.base import Resolved, SourceFile, unwatched
+from loramux_shared.sources.base import Progress as Counter, Resolved, SourceFile, unwatched
 from loramux_shared.sources.files import content_digest
 from loramux_shared.sources.open import Sources
 

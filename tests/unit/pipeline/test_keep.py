@@ -21,8 +21,7 @@ from loramux_shared.bundle.manifest import FileDigest, bundle_key
 from loramux_shared.bundle.reader import read_bundle
 from loramux_shared.deployment import Deployment, Repository, SourceKind
 from loramux_shared.deployment_file import parse_deployment
-from loramux_shared.sources.base import Progress as Watch
-from loramux_shared.sources.base import Resolved, Room, unwatched
+from loramux_shared.sources.base import Progress as Watch, Resolved, Room, unwatched
 from loramux_shared.sources.local import LocalSource
 from loramux_shared.sources.open import Sources
 from loramux_shared.storage.base import Entry

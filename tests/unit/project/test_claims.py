@@ -15,8 +15,7 @@ from inference_service.adapters.names import LEAST_DIGITS
 from inference_service.chat.formats.lark import MOST_CALLS
 from inference_service.core.adapter import MOST_PARTS
 from inference_service.http.openai.schema import MAX_CHOICES, MAX_PROMPTS
-from inference_service.http.wire.protocol import MAX_FIELDS as MAX_HEADERS
-from inference_service.http.wire.protocol import MAX_HEAD_BYTES, MAX_PIPELINED
+from inference_service.http.wire.protocol import MAX_FIELDS as MAX_HEADERS, MAX_HEAD_BYTES, MAX_PIPELINED
 from inference_service.serving.pooling import MAX_INPUTS
 from loramux_shared.deployment import LoraConfiguration
 from loramux_shared.rpc import options

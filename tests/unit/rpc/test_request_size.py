@@ -6,8 +6,7 @@ import json
 from typing import Any, cast
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from inference_service.serving.prompts import MAX_NAMES, unfolds_to
