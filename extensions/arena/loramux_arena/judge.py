@@ -25,11 +25,8 @@ BEGIN: Final = "<<<{name}"
 END: Final = "{name}>>>"
 
 
-class NoVerdict(Fault):
+class NoVerdict(Fault, status=Status.INTERNAL):
     """A judge that said something else than a letter."""
-
-    reason = "NO_VERDICT"
-    status = Status.INTERNAL
 
 
 class Judge(Protocol):

@@ -32,11 +32,8 @@ _LAST_WORDS = re.compile(r"^\w+_service: (?P<reason>[A-Z_]+): (?P<message>.*(?:\
 """Last line of a service that failed."""
 
 
-class ServiceDied(Fault):
+class ServiceDied(Fault, status=Status.INTERNAL):
     """A child that ended by itself."""
-
-    reason = "SERVICE_DIED"
-    status = Status.INTERNAL
 
     def __init__(self, child: Child) -> None:
         code = child.process.returncode or 0

@@ -126,11 +126,8 @@ async def abort(context: grpc.aio.ServicerContext, fault: Fault) -> None:
     await context.abort(status.code, status.details)
 
 
-class CallFailed(Fault):
+class CallFailed(Fault, status=InternalFault.status):
     """A status without a reason of ours: a deadline, a cancellation, or a server that is no loramux."""
-
-    reason = "CALL_FAILED"
-    status = InternalFault.status
 
     def __init__(self, message: str, code: grpc.StatusCode) -> None:
         super().__init__(message)

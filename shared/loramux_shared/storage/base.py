@@ -11,11 +11,8 @@ from typing import Protocol
 from loramux_shared.faults import Fault, Status
 
 
-class ObjectMissing(Fault):
+class ObjectMissing(Fault, status=Status.NOT_FOUND):
     """A key that holds no object."""
-
-    reason = "OBJECT_MISSING"
-    status = Status.NOT_FOUND
 
 
 @dataclass(frozen=True)
