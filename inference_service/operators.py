@@ -27,6 +27,8 @@ class Operators:
         """Follow the deployment from now on, and listen to the builder where one is known."""
         follower = self._ready.follower
         self._tasks.append(asyncio.create_task(follower.run(), name="follower"))
+        if self._ready.resolver is not None:
+            self._tasks.append(asyncio.create_task(self._ready.resolver.run(), name="resolver"))
         if self._settings.builder:
             news = BuilderNews(self._settings.builder, self._settings.deployment, follower.nudge)
             self._tasks.append(asyncio.create_task(news.run(), name="news"))

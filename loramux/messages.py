@@ -62,6 +62,7 @@ def deployment_to_message(deployment: Deployment) -> pb.DeploymentSpec:
         aliases=[pb.Alias(name=name, weights=weights) for name, weights in runtime.aliases.items()],
         default_limits=_limits_to_message(runtime.limits.default),
         model_limits={name: _limits_to_message(limits) for name, limits in runtime.limits.models.items()},
+        resolve=None if runtime.resolve is None else pb.Resolve(**runtime.resolve.model_dump()),
     )
 
 
@@ -94,8 +95,8 @@ def deployment_from_message(message: pb.DeploymentSpec) -> Deployment:
         "quantization": quantization,
         "aliases": {alias.name: dict(alias.weights) for alias in message.aliases},
         "limits": {
-            "default": _limits_fields(message.default_limits),
-            "models": {name: _limits_fields(limits) for name, limits in message.model_limits.items()},
+            "default": _set_fields(message.default_limits),
+            "models": {name: _set_fields(limits) for name, limits in message.model_limits.items()},
         },
     }
     for block, field in (
@@ -112,6 +113,8 @@ def deployment_from_message(message: pb.DeploymentSpec) -> Deployment:
             block[field] = value
     if message.HasField("speculative_tokens"):  # 0 is said, too
         runtime["speculative_tokens"] = message.speculative_tokens
+    if message.HasField("resolve"):
+        runtime["resolve"] = _set_fields(message.resolve) | {"sources": tuple(message.resolve.sources)}
     data = {"model_name": message.model_name, "build": build, "runtime": runtime}
     return parse_deployment(data).deployment
 
@@ -120,7 +123,7 @@ def _limits_to_message(limits: Limits) -> pb.Limits:
     return pb.Limits(**limits.model_dump())
 
 
-def _limits_fields(message: pb.Limits) -> dict[str, Any]:
+def _set_fields(message: pb.Limits | pb.Resolve) -> dict[str, Any]:
     return {field.name: value for field, value in message.ListFields()}
 
 

@@ -233,6 +233,7 @@ def _draft(deployment: Deployment, base: BaseRecord, dtype: Dtype) -> Generation
         merge=runtime.merge,
         aliases=runtime.aliases,
         limits=runtime.limits,
+        resolve=runtime.resolve,
         recipe=Recipe(
             truncate_to_rank=lora.truncate_to_rank,
             prove=deployment.build.prove,

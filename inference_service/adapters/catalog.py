@@ -24,7 +24,7 @@ from inference_service.adapters.served_model import ServedModel, display_source
 from inference_service.core.adapter import MOST_PARTS, Adapter
 from loramux_shared.access.keys import ACCESS, Access
 from loramux_shared.bundle.generation import AdapterRecord, BaseRecord, Generation
-from loramux_shared.bundle.names import BASE
+from loramux_shared.bundle.names import BASE, name_of_path
 from loramux_shared.deployment import Dtype, Repository, SourceKind
 from loramux_shared.faults import ModelNotFound
 
@@ -152,7 +152,8 @@ class Catalog:
         """Return what answers a request: of an exact name, an alias, ``NAME@DIGEST``, or another spelling.
 
         What is none of these may be several of them with scales, ``NAME*SCALE+NAME``. ``base`` is the base,
-        ``BASE:NAME`` is Ray Serve's and SGLang's, ``publishers/NAMESPACE/models/NAME`` that of KServe's routes.
+        ``BASE:NAME`` is Ray Serve's and SGLang's, ``publishers/NAMESPACE/models/NAME`` that of KServe's routes,
+        and a repository's path is the adapter that a request added by it.
 
         Who may not use an alias cannot ask for it, and of its models one answers that the caller may use: by
         weight, the same one for the same key.
@@ -201,6 +202,8 @@ class Catalog:
             yield of_base
         if published := _PUBLISHED.fullmatch(requested):
             yield published[1]
+        if "/" in requested:
+            yield name_of_path(requested)
 
     def _named(self, requested: str, sticky_key: str, access: Access) -> ServedModel | None:
         name, at, prefix = requested.partition("@")

@@ -90,7 +90,7 @@ class Changing:
         self._bundles = bundles
         self._publisher = publisher
 
-    async def add(self, name: str, path: str, *, replace: bool = False) -> bool:
+    async def add(self, name: str, path: str | Repository, *, replace: bool = False) -> bool:
         """Add a name, or give it another version; return whether a generation of the deployment has it.
 
         Raises:
@@ -104,11 +104,11 @@ class Changing:
             BundleCorrupt: likewise, its manifest is damaged.
             StoreUnavailable: it does not answer.
         """
-        digest = digest_of(path)
-        if digest is not None:
+        if isinstance(path, str) and (digest := digest_of(path)) is not None:
             await self._load_bundle(name, digest, replace=replace)
             return False
-        await self._publish(name, repository_of(path), replace=replace)
+        repository = repository_of(path) if isinstance(path, str) else path
+        await self._publish(name, repository, replace=replace)
         return True
 
     async def remove(self, name: str) -> int | None:

@@ -27,6 +27,7 @@ from inference_service.adapters.views import (
 from inference_service.core.adapter import Adapter
 from inference_service.engine.residents import AdapterState
 from loramux_shared.access.keys import ACCESS
+from loramux_shared.deployment import Repository
 from loramux_shared.faults import Fault, PageTokenInvalid, RequestInvalid
 
 PAGE: Final = 100
@@ -133,7 +134,7 @@ class AdapterManager:
         self._adapters.unpin(name)
         return self._view(model)
 
-    async def load(self, name: str, path: str, *, replace: bool = False) -> Loaded:
+    async def load(self, name: str, path: str | Repository, *, replace: bool = False) -> Loaded:
         """Have an adapter built and published, or a bundle registered, and return when it is served here.
 
         Raises:

@@ -67,6 +67,22 @@ class GenerationFollower(Protocol):
         ...
 
 
+class Resolver(Protocol):
+    """Adds adapters of repositories that requests name: the extension `resolve`."""
+
+    async def bring(self, name: str) -> None:
+        """Return when this replica serves the adapter that a name stands for, or if none may be added by it.
+
+        Raises:
+            Fault: the adapter is refused, or cannot be fetched now.
+        """
+        ...
+
+    async def run(self) -> None:
+        """Remove adapters that no request uses any more, until cancelled."""
+        ...
+
+
 class Publisher(Protocol):
     """A builder that publishes generations of the replica's deployment, and answers when one is there.
 

@@ -4,24 +4,34 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
 
 from inference_service.adapters.catalog import Catalog
 from inference_service.adapters.defaults import NO_DEFAULTS, AdapterDefaults
-from inference_service.adapters.mixing import agreed
-from inference_service.adapters.ports import GenerationFollower
+from inference_service.adapters.mixing import agreed, written
+from inference_service.adapters.ports import GenerationFollower, Resolver
 from inference_service.adapters.served_model import ServedModel
 from inference_service.adapters.texts import AdapterTexts
 from inference_service.serving.request import ModelReference, Request, ResolvedModel
-from loramux_shared.faults import DeadlineExceeded, Finding, ReplicaBehind, RequestInvalid
+from loramux_shared.faults import DeadlineExceeded, Finding, ModelNotFound, ReplicaBehind, RequestInvalid
 
 
 class Naming:
     """Looks names up: after the generation that a request asks for, and once for all that is answered."""
 
     def __init__(
-        self, catalog: Catalog, follower: GenerationFollower | None = None, texts: AdapterTexts | None = None
+        self,
+        catalog: Catalog,
+        follower: GenerationFollower | None = None,
+        texts: AdapterTexts | None = None,
+        resolver: Resolver | None = None,
     ) -> None:
-        """Look up in a catalog; follower takes newer generations over, texts are what adapters bring."""
+        """Look up in a catalog; follower takes newer generations over, texts are what adapters bring.
+
+        resolver adds adapters that a request names by their repository.
+        """
+        self._resolver = resolver
         self._catalog = catalog
         self._follower = follower
         self._texts = texts
@@ -33,6 +43,7 @@ class Naming:
             ReplicaBehind: there is no such generation here.
             DeadlineExceeded: it did not arrive before the deadline.
             ModelNotFound: no such base or adapter.
+            Fault: the adapter that it names by a repository is refused.
             RequestInvalid: the name is that of no single version, or lora_path that of another adapter.
         """
         reference = request.model
@@ -40,14 +51,32 @@ class Naming:
             return reference.served
         if reference.min_generation > self._catalog.generation:
             await self._wait_for(reference.min_generation, request.scheduling.deadline_s)
+        try:
+            model = self._model(reference)
+        except ModelNotFound:
+            if self._resolver is None:
+                raise
+            await self._bring(self._resolver, reference, request.scheduling.deadline_s)
+            model = self._model(reference)
+        return ResolvedModel(model, self._catalog.generation)
+
+    def _model(self, reference: ModelReference) -> ServedModel:
         model = (
             self._mix(reference)
             if reference.adapters
             else self._catalog.resolve(reference.name, reference.sticky_key)
         )
-        if reference.lora_path is not None:
-            model = self._beside(model, reference.lora_path, reference)
-        return ResolvedModel(model, self._catalog.generation)
+        path = reference.lora_path
+        return model if path is None else self._beside(model, path, reference)
+
+    async def _bring(self, resolver: Resolver, reference: ModelReference, deadline_s: float | None) -> None:
+        """Add the adapters that a request names, as far as its deployment allows that."""
+        parts = [part.name for part in reference.adapters or written(reference.name)]
+        names = [*(parts or [reference.name]), reference.lora_path or ""]
+        async with _until(
+            deadline_s, "the adapter was not added before the deadline. It is being built: retry."
+        ):
+            await asyncio.gather(*map(resolver.bring, names))
 
     def _mix(self, reference: ModelReference) -> ServedModel:
         """Return the blend of the adapters that a request names; its model may name the base beside them."""
@@ -97,14 +126,8 @@ class Naming:
     async def _wait_for(self, number: int, deadline_s: float | None) -> None:
         if self._follower is None:
             raise self._behind(number)
-        left_s = None if deadline_s is None else max(0.0, deadline_s - time.monotonic())
-        try:
-            async with asyncio.timeout(left_s) as limit:
-                await self._follower.catch_up(number)
-        except TimeoutError:
-            if not limit.expired():
-                raise
-            raise DeadlineExceeded(f"generation {number} did not arrive before the deadline.") from None
+        async with _until(deadline_s, f"generation {number} did not arrive before the deadline."):
+            await self._follower.catch_up(number)
         if number > self._catalog.generation:
             raise self._behind(number)
 
@@ -113,3 +136,16 @@ class Naming:
             f"the request asks for generation {number}, and this replica has {self._catalog.generation}. "
             "Retry in a moment, or check which generation the deployment's builder published."
         )
+
+
+@asynccontextmanager
+async def _until(deadline_s: float | None, late: str) -> AsyncGenerator[None]:
+    """Wait within the block until a deadline on the monotonic clock at most; late is what is missing then."""
+    left_s = None if deadline_s is None else max(0.0, deadline_s - time.monotonic())
+    try:
+        async with asyncio.timeout(left_s) as limit:
+            yield
+    except TimeoutError:
+        if not limit.expired():
+            raise
+        raise DeadlineExceeded(late) from None

@@ -11,7 +11,7 @@ from inference_service.adapters.catalog import Catalog
 from inference_service.adapters.defaults import AdapterDefaults
 from inference_service.adapters.fixed import fixed_manager
 from inference_service.adapters.manager import AdapterManager
-from inference_service.adapters.ports import GenerationFollower
+from inference_service.adapters.ports import GenerationFollower, Resolver
 from inference_service.adapters.scoring import Scorer
 from inference_service.adapters.served_model import ServedModel, require_text
 from inference_service.adapters.texts import AdapterTexts
@@ -84,6 +84,7 @@ class GenerationService:
         adapters: AdapterManager | None = None,
         follower: GenerationFollower | None = None,
         texts: AdapterTexts | None = None,
+        resolver: Resolver | None = None,
         base_files: BaseFiles | None = None,
         pooling_of_base: Pooling | None = Pooling.LAST,
         parsers_of: ParsersOf = Parsers,
@@ -92,7 +93,8 @@ class GenerationService:
     ) -> None:
         """Begin to serve; watchers see every request, as the metrics do.
 
-        adapters, follower and texts are None where the catalog's adapters never change, and bring no files.
+        adapters, follower and texts are None where the catalog's adapters never change, and bring no files;
+        resolver is None where requests cannot add any.
         pooling_of_base is how the base was trained to make vectors; None: in a way that is not served.
         parsers_of returns how answers of chats are read, where a deployment names these parsers.
         logprobs_mode is that of requests that name none.
@@ -104,7 +106,7 @@ class GenerationService:
         self.engine = engine
         self.adapters = adapters or fixed_manager(catalog)
         self.metrics = Metrics(catalog, engine, self.adapters, metrics_models)
-        self.naming = Naming(catalog, follower, texts)
+        self.naming = Naming(catalog, follower, texts, resolver)
         self.logprobs_mode: LogprobsMode = logprobs_mode
         self.base_files = base_files or BaseFiles()
         self.limiter = Limiter()

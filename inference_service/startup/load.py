@@ -20,7 +20,7 @@ from inference_service.adapters.catalog import Catalog
 from inference_service.adapters.fixed import AllResident
 from inference_service.adapters.follower import Follower
 from inference_service.adapters.manager import AdapterManager
-from inference_service.adapters.ports import Publisher
+from inference_service.adapters.ports import Publisher, Resolver
 from inference_service.adapters.reading import BundleReader
 from inference_service.adapters.texts import AdapterTexts
 from inference_service.adapters.views import Facts
@@ -57,6 +57,7 @@ from inference_service.startup.rounding import agree, describe_weights
 from loramux_shared.bases.memory import GB
 from loramux_shared.bundle.deployments import require_deployment
 from loramux_shared.bundle.generation import Generation
+from loramux_shared.extensions import PARTS, find_extensions
 from loramux_shared.process import report
 from loramux_shared.settings import InferenceSettings
 from loramux_shared.sources.open import open_sources
@@ -81,6 +82,8 @@ class Ready:
     """The one that it was loaded with."""
     bank: OpenBank | None
     """None where an adapter is merged into the weights."""
+    resolver: Resolver | None
+    """None where requests cannot add adapters."""
     device: str
     """Its kind: cpu or cuda."""
 
@@ -190,6 +193,12 @@ def load(
         publisher=publisher,
         paused=lambda: thread.paused,
     )
+    resolver = None if publisher is None else _open_resolver(manager, catalog, store)
+    if generation.resolve is not None and resolver is None:
+        missing = (
+            "LORAMUX_BUILDER" if publisher is None else "the extension resolve: pip install 'loramux[resolve]'"
+        )
+        log.warning("requests cannot add adapters, though the deployment allows it", missing=missing)
     service = GenerationService(
         catalog,
         base.text,
@@ -199,6 +208,7 @@ def load(
         adapters=manager,
         follower=follower,
         texts=AdapterTexts(BundleReader(store, None), base.text) if bank is None else bank.texts,
+        resolver=resolver,
         base_files=BaseFiles(base.placed),
         pooling_of_base=base.pooling,
         parsers_of=settings.parsers,
@@ -207,7 +217,13 @@ def load(
     )
     if bank is not None:
         preload_later(bank, fitting[settings.preload :], inbox)
-    return Ready(service, thread, adapters, follower, generation, bank, base.model.device.type)
+    return Ready(service, thread, adapters, follower, generation, bank, resolver, base.model.device.type)
+
+
+def _open_resolver(manager: AdapterManager, catalog: Catalog, store: Store) -> Resolver | None:
+    """Return what adds adapters that requests name; None where the extension is not installed."""
+    part = find_extensions(PARTS).get("resolve")
+    return None if part is None else cast(Resolver, part.load().Resolver(manager, catalog, store))
 
 
 def _computing(base: LoadedBase) -> Computing:

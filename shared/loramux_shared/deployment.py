@@ -14,6 +14,8 @@ from loramux_shared.runtime import Limits, Pooling, ReasoningParser, ToolParser,
 from loramux_shared.signatures import is_file, parse_signer
 
 DEFAULT_MAX_LORA_RANK = 64
+RESOLVED = r"^(hf:|s3://|gs://|azure://|https://)[^\s@#?]+$"
+"""A pattern of repositories; folders of the builder's machine have none."""
 
 
 class SourceKind(StrEnum):
@@ -184,6 +186,19 @@ Aliases = dict[Name, dict[Name, Weight]]
 """Names that an alias stands for, and the share of the requests that each of them gets, by alias."""
 
 
+class Resolve(Model):
+    """Adapters that the extension `resolve` adds when a request names their repository."""
+
+    sources: tuple[Annotated[str, Field(max_length=4096, pattern=RESOLVED)], ...] = Field(min_length=1)
+    """Patterns of repositories: ``hf:my-org/*``, ``s3://bucket/adapters/*``; ``*`` is one part of a path."""
+    max_adapters: int = Field(default=500, ge=1, lt=2**31)
+    """Adapters that requests added; beyond it, the least recently used one leaves the deployment."""
+    idle_hours: float = Field(default=72.0, gt=0, allow_inf_nan=False)
+    """Hours without a request after which an adapter leaves the deployment."""
+    runtime_secret_name: str = ""
+    """The name of the secret that opens the repositories."""
+
+
 class Runtime(Model):
     """The serving settings of a deployment."""
 
@@ -222,6 +237,8 @@ class Runtime(Model):
     Requests with the same ``user``, or the same ``x-loramux-key``, get the same one; 0 gets none."""
     limits: ModelLimits = ModelLimits()
     """Limits of the models on each replica."""
+    resolve: Resolve | None = None
+    """Adapters that requests may add by naming a repository; when not given, an unknown name is refused."""
 
 
 class NamesInvalid(ValueError):

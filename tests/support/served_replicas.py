@@ -67,9 +67,10 @@ async def open_fleet(world: Built, count: int, **settings: Any) -> AsyncIterator
 
 
 @asynccontextmanager
-async def open_builder(world: Built, folder: Path) -> AsyncIterator[str]:
-    """Run a builder of a world that reads below its root; yields its address."""
-    context = BuildContext(world[1], open_sources(local_roots=[world[0].root]), folder)
+async def open_builder(world: Built, folder: Path, hub_endpoint: str | None = None) -> AsyncIterator[str]:
+    """Run a builder of a world that reads below its root, and a hub; yields its address."""
+    sources = open_sources(local_roots=[world[0].root], hub_endpoint=hub_endpoint)
+    context = BuildContext(world[1], sources, folder)
     builds = Builds(context, BuildLimits(running=1))
     server = RpcServer("127.0.0.1:0", {SERVICE_NAME: BuilderServicer(builds, Checks(context)).register})
     address = await server.start()

@@ -81,7 +81,7 @@ class Adapter(_message.Message):
     def __init__(self, name: _Optional[str] = ..., repository: _Optional[_Union[Repository, _Mapping]] = ...) -> None: ...
 
 class DeploymentSpec(_message.Message):
-    __slots__ = ("model_name", "base", "adapters", "max_seq_len", "max_lora_rank", "lora_target_modules", "served_model_name", "request_default_max_tokens", "lora_dtype", "truncate_to_rank", "prove", "hide_base", "merge", "aliases", "default_limits", "model_limits", "speculative_tokens", "quantization", "signed_by", "base_signed_by", "tool_parser", "reasoning_parser", "pooling")
+    __slots__ = ("model_name", "base", "adapters", "max_seq_len", "max_lora_rank", "lora_target_modules", "served_model_name", "request_default_max_tokens", "lora_dtype", "truncate_to_rank", "prove", "hide_base", "merge", "aliases", "default_limits", "model_limits", "speculative_tokens", "quantization", "signed_by", "base_signed_by", "tool_parser", "reasoning_parser", "pooling", "resolve")
     class ModelLimitsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -112,6 +112,7 @@ class DeploymentSpec(_message.Message):
     TOOL_PARSER_FIELD_NUMBER: _ClassVar[int]
     REASONING_PARSER_FIELD_NUMBER: _ClassVar[int]
     POOLING_FIELD_NUMBER: _ClassVar[int]
+    RESOLVE_FIELD_NUMBER: _ClassVar[int]
     model_name: str
     base: Repository
     adapters: _containers.RepeatedCompositeFieldContainer[Adapter]
@@ -135,7 +136,20 @@ class DeploymentSpec(_message.Message):
     tool_parser: str
     reasoning_parser: str
     pooling: str
-    def __init__(self, model_name: _Optional[str] = ..., base: _Optional[_Union[Repository, _Mapping]] = ..., adapters: _Optional[_Iterable[_Union[Adapter, _Mapping]]] = ..., max_seq_len: _Optional[int] = ..., max_lora_rank: _Optional[int] = ..., lora_target_modules: _Optional[_Iterable[str]] = ..., served_model_name: _Optional[str] = ..., request_default_max_tokens: _Optional[int] = ..., lora_dtype: _Optional[_Union[Dtype, str]] = ..., truncate_to_rank: _Optional[int] = ..., prove: bool = ..., hide_base: bool = ..., merge: _Optional[_Union[Merge, str]] = ..., aliases: _Optional[_Iterable[_Union[Alias, _Mapping]]] = ..., default_limits: _Optional[_Union[Limits, _Mapping]] = ..., model_limits: _Optional[_Mapping[str, Limits]] = ..., speculative_tokens: _Optional[int] = ..., quantization: _Optional[_Union[Quantization, str]] = ..., signed_by: _Optional[_Iterable[str]] = ..., base_signed_by: _Optional[_Iterable[str]] = ..., tool_parser: _Optional[str] = ..., reasoning_parser: _Optional[str] = ..., pooling: _Optional[str] = ...) -> None: ...
+    resolve: Resolve
+    def __init__(self, model_name: _Optional[str] = ..., base: _Optional[_Union[Repository, _Mapping]] = ..., adapters: _Optional[_Iterable[_Union[Adapter, _Mapping]]] = ..., max_seq_len: _Optional[int] = ..., max_lora_rank: _Optional[int] = ..., lora_target_modules: _Optional[_Iterable[str]] = ..., served_model_name: _Optional[str] = ..., request_default_max_tokens: _Optional[int] = ..., lora_dtype: _Optional[_Union[Dtype, str]] = ..., truncate_to_rank: _Optional[int] = ..., prove: bool = ..., hide_base: bool = ..., merge: _Optional[_Union[Merge, str]] = ..., aliases: _Optional[_Iterable[_Union[Alias, _Mapping]]] = ..., default_limits: _Optional[_Union[Limits, _Mapping]] = ..., model_limits: _Optional[_Mapping[str, Limits]] = ..., speculative_tokens: _Optional[int] = ..., quantization: _Optional[_Union[Quantization, str]] = ..., signed_by: _Optional[_Iterable[str]] = ..., base_signed_by: _Optional[_Iterable[str]] = ..., tool_parser: _Optional[str] = ..., reasoning_parser: _Optional[str] = ..., pooling: _Optional[str] = ..., resolve: _Optional[_Union[Resolve, _Mapping]] = ...) -> None: ...
+
+class Resolve(_message.Message):
+    __slots__ = ("sources", "max_adapters", "idle_hours", "runtime_secret_name")
+    SOURCES_FIELD_NUMBER: _ClassVar[int]
+    MAX_ADAPTERS_FIELD_NUMBER: _ClassVar[int]
+    IDLE_HOURS_FIELD_NUMBER: _ClassVar[int]
+    RUNTIME_SECRET_NAME_FIELD_NUMBER: _ClassVar[int]
+    sources: _containers.RepeatedScalarFieldContainer[str]
+    max_adapters: int
+    idle_hours: float
+    runtime_secret_name: str
+    def __init__(self, sources: _Optional[_Iterable[str]] = ..., max_adapters: _Optional[int] = ..., idle_hours: _Optional[float] = ..., runtime_secret_name: _Optional[str] = ...) -> None: ...
 
 class Alias(_message.Message):
     __slots__ = ("name", "weights")

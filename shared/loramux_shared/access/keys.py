@@ -28,6 +28,8 @@ class Scope(StrEnum):
     """Generate, and list the models."""
     BUILD = "build"
     """Everything that the builder does, reads included: they name what others train."""
+    RESOLVE = "resolve"
+    """Add adapters to a deployment by naming their repositories, where the deployment allows it."""
     METRICS = "metrics"
     """Read `/metrics`, which names every model and tells how much it is used."""
     ADMIN = "admin"

@@ -5,6 +5,7 @@
     deployments/<name>/generations/<n>.json            immutable
     deployments/<name>/generations/<n>.json.sig        its signature, where a builder signs
     deployments/<name>/claims/<n>-<token>              empty; a builder is about to write generation n
+    deployments/<name>/resolved/<adapter>              its repository; put again while requests use it
     deployments/<name>/current.json                    which generation is served, with its digest
     builds/<name>/<builder>.json                       while a build runs, and until a killed one is taken up
 """
@@ -26,7 +27,7 @@ from loramux_shared.bundle.manifest import (
     apart,
 )
 from loramux_shared.bundle.names import ModelNames, StoredName
-from loramux_shared.deployment import Aliases, Dtype, Merge, Model, ModelLimits, Repository
+from loramux_shared.deployment import Aliases, Dtype, Merge, Model, ModelLimits, Repository, Resolve
 from loramux_shared.faults import DeploymentInvalid
 from loramux_shared.rounding import Rounding
 from loramux_shared.runtime import Pooling, ReasoningParser, ToolParser, unset
@@ -134,6 +135,7 @@ class Generation(Record):
     aliases: Aliases = Field(default_factory=dict, exclude_if=unset)
     """May name adapters that later generations do not have, while one of the others answers."""
     limits: ModelLimits = Field(default_factory=ModelLimits, exclude_if=lambda limits: limits == ModelLimits())
+    resolve: Resolve | None = Field(default=None, exclude_if=unset)
     recipe: Recipe | None = Field(default=None, exclude_if=unset)
     """None in generations of older releases."""
 
@@ -186,6 +188,11 @@ def signature_key(key: str) -> str:
 def claim_key(deployment: str, number: int, token: str) -> str:
     """Return the key of a builder's claim to a number that it will publish a generation under."""
     return f"deployments/{deployment}/claims/{number:08d}-{token}"
+
+
+def resolved_key(deployment: str, name: str = "") -> str:
+    """Return the key that marks an adapter as added by a request; without a name, the prefix of all of them."""
+    return f"deployments/{deployment}/resolved/{name}"
 
 
 def current_key(deployment: str) -> str:

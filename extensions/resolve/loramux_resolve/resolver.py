@@ -1,0 +1,212 @@
+"""Adapters that requests add to a deployment, and that leave it when no request uses them.
+
+`deployments/<name>/resolved/<adapter>` marks each in the store, so that replicas agree on which they are and on
+when one was used last: a replica that uses one puts its mark again, and the store dates it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import re
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from contextvars import Context
+from datetime import UTC, datetime, timedelta
+from typing import Final
+
+import structlog
+
+from inference_service.adapters.catalog import Catalog
+from inference_service.adapters.changing import repository_of
+from inference_service.adapters.manager import AdapterManager
+from loramux_shared.access.keys import ACCESS, Scope
+from loramux_shared.bundle.generation import resolved_key
+from loramux_shared.bundle.names import bad_name, name_of_path
+from loramux_shared.deployment import Repository, Resolve, SourceKind
+from loramux_shared.faults import (
+    AdapterExists,
+    Fault,
+    ModelNotFound,
+    PermissionDenied,
+    QueueFull,
+    RequestInvalid,
+    Status,
+)
+from loramux_shared.storage.base import Store
+
+log = structlog.get_logger()
+
+LOOK_S: Final = 60.0
+"""Seconds between two looks at the marks."""
+TOUCH: Final = timedelta(minutes=5)
+"""Age at which the mark of an adapter in use is put again."""
+ABANDONED: Final = timedelta(hours=1)
+"""Age at which a mark without an adapter goes: its build ended without one."""
+REMEMBERED_S: Final = 60.0
+"""Seconds for which a refusal is repeated without another build."""
+REFUSALS: Final = 1000
+"""Refusals that are remembered."""
+MOST_BUILDS: Final = 16
+"""Adapters that one replica has built for requests at once."""
+_PASSING: Final = (Status.UNAVAILABLE, Status.RESOURCE_EXHAUSTED, Status.ABORTED, Status.DEADLINE_EXCEEDED)
+"""Statuses that another try may not have."""
+
+
+class Resolver:
+    """Has the builder add what requests name, one build per adapter. Used on the event loop alone."""
+
+    def __init__(
+        self,
+        manager: AdapterManager,
+        catalog: Catalog,
+        store: Store,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        now: Callable[[], datetime] = lambda: datetime.now(UTC),
+    ) -> None:
+        """Add through a manager; the marks are in the store."""
+        self._manager = manager
+        self._catalog = catalog
+        self._store = store
+        self._clock = clock
+        self._now = now
+        self._builds: dict[str, asyncio.Task[None]] = {}
+        self._refusals: OrderedDict[str, tuple[float, Fault]] = OrderedDict()
+        self._added = asyncio.Event()
+
+    async def bring(self, requested: str) -> None:
+        """Return when an adapter is served, or at once if the deployment has no source that matches the name.
+
+        Raises:
+            PermissionDenied: the key lacks the scope.
+            QueueFull: too many adapters are being added.
+            RequestInvalid: the repository's name is too long, or has characters that no adapter's name has.
+            Fault: what the builder refuses the adapter for; for a minute without another build.
+        """
+        rule = self._catalog.deployed.resolve
+        repository = None if rule is None else allowed(rule, requested)
+        if rule is None or repository is None:
+            return
+        name = name_of_path(requested)
+        if name in {model.name for model in self._catalog.everything} or not ACCESS.get().may_use(name):
+            return
+        if not ACCESS.get().may(Scope.RESOLVE):
+            raise PermissionDenied(
+                f"adding an adapter needs a key with the scope {Scope.RESOLVE}; this one lacks it."
+            )
+        if finding := bad_name(name, "model"):
+            raise RequestInvalid("no adapter can have the name that this repository gives it.", [finding])
+        until, refusal = self._refusals.get(requested, (0.0, None))
+        if refusal is not None and self._clock() < until:
+            raise refusal.with_message(refusal.message)
+        if name not in self._builds and len(self._builds) >= MOST_BUILDS:
+            raise QueueFull(f"{MOST_BUILDS} adapters are being added already. Retry in a moment.")
+        if name not in self._builds:
+            # In a context of its own: the build is for all requests, and survives the first one.
+            build = asyncio.create_task(self._add(name, requested, repository), context=Context())
+            self._builds[name] = build
+            build.add_done_callback(lambda _: self._builds.pop(name))
+        await asyncio.shield(self._builds[name])
+
+    async def _add(self, name: str, requested: str, repository: Repository) -> None:
+        began = self._clock()
+        key = resolved_key(self._catalog.deployed.deployment, name)
+        await asyncio.to_thread(self._store.put, key, requested.encode())
+        try:
+            with suppress(AdapterExists):  # another replica was first
+                await self._manager.load(name, repository)
+        except Fault as fault:
+            if fault.status not in _PASSING:
+                self._refusals[requested] = (self._clock() + REMEMBERED_S, fault)
+                while len(self._refusals) > REFUSALS:
+                    self._refusals.popitem(last=False)
+            log.warning(
+                "adapter of a request refused", adapter=name, reason=fault.reason, problem=fault.message
+            )
+            raise
+        self._added.set()
+        log.info("adapter of a request added", adapter=name, seconds=round(self._clock() - began, 2))
+
+    async def run(self) -> None:
+        """Look at the marks every minute, and after each adapter that was added, until cancelled."""
+        while True:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._added.wait(), LOOK_S * random.uniform(0.7, 1.3))  # noqa: S311
+            self._added.clear()
+            try:
+                await self.look()
+            except Fault as fault:
+                log.warning("idle adapters stay", reason=fault.reason, problem=fault.message)
+
+    async def look(self) -> None:
+        """Date the marks of adapters in use, and remove those that are idle or too many.
+
+        Raises:
+            StoreUnavailable: the store does not answer.
+            Fault: the builder removes none.
+        """
+        rule = self._catalog.deployed.resolve
+        if rule is None:
+            return
+        prefix = resolved_key(self._catalog.deployed.deployment)
+        entries = await asyncio.to_thread(lambda: list(self._store.entries(prefix)))
+        marks = {entry.key.removeprefix(prefix): entry.modified for entry in entries}
+        removable = await self._used(marks)
+        idle = timedelta(hours=rule.idle_hours)
+        oldest_first = sorted(removable, key=lambda name: removable[name])
+        surplus = max(0, len(removable) - rule.max_adapters)
+        leaving = [
+            name
+            for place, name in enumerate(oldest_first)
+            if place < surplus or removable[name] + idle < self._now()
+        ]
+        await asyncio.gather(*map(self._remove, leaving))
+
+    async def _used(self, marks: Mapping[str, datetime]) -> dict[str, datetime]:
+        """Return when each marked adapter was used last, by any replica; marks without an adapter go."""
+        used: dict[str, datetime] = {}
+        for name, modified in marks.items():
+            try:
+                view = self._manager.get(name)
+            except ModelNotFound:
+                if modified + ABANDONED < self._now():
+                    await self._unmark(name)
+                continue
+            here = self._now() if view.in_flight or view.waiting or view.pinned else view.last_used
+            used[name] = max(modified, here or modified)
+            if used[name] - modified > TOUCH:
+                key = resolved_key(self._catalog.deployed.deployment, name)
+                await asyncio.to_thread(self._store.put, key, name.encode())
+        return used
+
+    async def _remove(self, name: str) -> None:
+        with suppress(ModelNotFound):  # another replica was first
+            await self._manager.unload(name)
+        await self._unmark(name)
+        log.info("idle adapter removed", adapter=name)
+
+    async def _unmark(self, name: str) -> None:
+        await asyncio.to_thread(self._store.delete, resolved_key(self._catalog.deployed.deployment, name))
+
+
+def allowed(rule: Resolve, requested: str) -> Repository | None:
+    """Return the repository that a request names, if one of the deployment's patterns allows it."""
+    if "/" not in requested:
+        return None
+    try:
+        repository = repository_of(requested)
+    except RequestInvalid:
+        return None
+    hub = repository.source is SourceKind.HF
+    address = f"hf:{repository.repo}" if hub else repository.repo
+    if repository.subfolder or not any(_matches(pattern, address) for pattern in rule.sources):
+        return None
+    return repository.model_copy(update={"runtime_secret_name": rule.runtime_secret_name})
+
+
+def _matches(pattern: str, address: str) -> bool:
+    """Match an address with a pattern in which ``*`` is any part of a path that is not empty."""
+    return re.fullmatch("[^/@#?]+".join(map(re.escape, pattern.split("*"))), address) is not None

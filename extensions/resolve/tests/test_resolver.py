@@ -1,0 +1,205 @@
+"""Adapters that requests add by naming a repository, on a replica without an engine."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable
+from datetime import UTC, datetime, timedelta
+
+import pytest
+
+from inference_service.serving.naming import Naming
+from inference_service.serving.request import ModelReference, Request, RequestPrompt
+from loramux_resolve.resolver import MOST_BUILDS, REMEMBERED_S, Resolver, allowed
+from loramux_shared.access.keys import ACCESS, Access, Scope
+from loramux_shared.bundle.generation import resolved_key
+from loramux_shared.deployment import Resolve
+from loramux_shared.faults import (
+    AdapterInvalid,
+    Fault,
+    ModelNotFound,
+    PermissionDenied,
+    QueueFull,
+    RequestInvalid,
+    StoreUnavailable,
+)
+from loramux_shared.storage.memory import MemoryStore
+from tests.support.operated import Operated, operated
+
+LABEL = "hub_key"
+SOURCES = ("hf:lab/*", "s3://models/adapters/*", "https://files.example/*.tar.gz")
+
+
+class Replica:
+    """A replica that adds what requests name, and its clock."""
+
+    def __init__(self, store: MemoryStore, other: Operated | None = None, **rule: object) -> None:
+        self.operated = other or operated()
+        self.store = store
+        self.time_s = 0.0
+        deployment = self.operated.deployment
+        changed = deployment.newest.model_copy(update={"resolve": Resolve(sources=SOURCES, **rule)})
+        deployment.history.append(changed)
+        self.operated.names.apply(changed)
+        self.now = datetime.now(UTC)
+        self.resolver = Resolver(
+            self.operated.manager,
+            self.operated.names,
+            store,
+            clock=lambda: self.time_s,
+            now=lambda: self.now,
+        )
+
+    @property
+    def names(self) -> set[str]:
+        """The served names."""
+        return {model.name for model in self.operated.names.everything}
+
+    @property
+    def marks(self) -> set[str]:
+        """The marks in the store."""
+        prefix = resolved_key("demo")
+        return {key.removeprefix(prefix) for key in self.store.list(prefix)}
+
+    def wait(self, **time: float) -> None:
+        """Let time pass."""
+        self.now += timedelta(**time)
+
+
+@pytest.fixture
+def replica() -> Replica:
+    """A replica that allows some sources."""
+    return Replica(MemoryStore())
+
+
+@pytest.mark.parametrize(
+    ("requested", "address"),
+    [
+        ("lab/support", "lab/support@"),
+        ("hf:lab/support@v2", "lab/support@v2"),
+        ("s3://models/adapters/a", "s3://models/adapters/a@"),
+        ("https://files.example/a.tar.gz", "https://files.example/a.tar.gz@"),
+        *(
+            (refused, "")
+            for refused in ("lab/", "labs/a", "lab/a#b", "lab/a/b", "support", "/etc/lab/a", "../lab/a")
+        ),
+        *((refused, "") for refused in ("s3://models/adapters/a/b", "s3://models/adapters/", "s3://other/a")),
+        *(
+            (refused, "")
+            for refused in ("https://files.example/a/b.tar.gz", "https://files.example/a.tar.gz?k=1")
+        ),
+    ],
+)
+def test_only_repositories_that_a_pattern_allows_are_added(requested: str, address: str) -> None:
+    """A star is one part of a path; folders of a machine, subfolders and queries never match."""
+    found = allowed(Resolve(sources=SOURCES, runtime_secret_name=LABEL), requested)
+    assert (f"{found.repo}@{found.revision}" if found else "") == address
+    assert found is None or found.runtime_secret_name == LABEL
+
+
+async def test_a_request_adds_the_adapter_that_it_names(replica: Replica) -> None:
+    """The lookup of a request waits for the adapter, and finds it again under the path."""
+    naming = Naming(replica.operated.names, resolver=replica.resolver)
+
+    async def served(name: str, lora_path: str | None = None) -> str:
+        model = ModelReference(name, lora_path=lora_path)
+        return (await naming.choose(Request(model, RequestPrompt("")))).model.name
+
+    assert await served("lab/support@v2") == "lab:support:v2"
+    assert await served("lab/support@v2") == await served("lab:support:v2") == "lab:support:v2"
+    assert await served("base", "lab/other") == "lab:other"
+    assert "lab:left" in await served("lab/left*0.5+lab/right*0.5")
+    assert len(replica.operated.deployment.asked) == 4
+    assert replica.marks == {"lab:support:v2", "lab:other", "lab:left", "lab:right"}
+    with pytest.raises(ModelNotFound):
+        await served("elsewhere/support")
+
+
+async def test_many_requests_cause_one_build(replica: Replica) -> None:
+    """Also where another replica adds the adapter meanwhile."""
+    await asyncio.gather(*(replica.resolver.bring("lab/support") for _ in range(20)))
+    assert len(replica.operated.deployment.asked) == 1
+    replica.operated.deployment.racing.append({"lab:other": 7})
+    await replica.resolver.bring("lab/other")
+    assert "lab:other" in replica.names
+
+
+async def raised(call: Awaitable[None]) -> str:
+    """The reason of a call's fault; empty where it has none."""
+    try:
+        await call
+    except Fault as fault:
+        return fault.reason
+    return ""
+
+
+async def test_a_refusal_is_remembered_for_a_minute(replica: Replica) -> None:
+    """A passing failure is not."""
+    deployment, bring = replica.operated.deployment, replica.resolver.bring
+    deployment.refuses = StoreUnavailable("down")
+    assert [await raised(bring("lab/a")) for _ in range(2)] == [StoreUnavailable.reason] * 2
+    assert len(deployment.asked) == 2
+    deployment.refuses = AdapterInvalid("no LoRA")
+    assert [await raised(bring("lab/a")) for _ in range(3)] == [AdapterInvalid.reason] * 3
+    assert len(deployment.asked) == 3
+    deployment.refuses, replica.time_s = None, REMEMBERED_S + 1
+    await bring("lab/a")
+    assert "lab:a" in replica.names
+
+
+async def test_a_key_needs_the_scope_and_sees_its_models_alone(replica: Replica) -> None:
+    """A key that is limited to other models finds no such model."""
+    bring = replica.resolver.bring
+    for access, reason in (
+        (Access("a", frozenset({Scope.INFER})), PermissionDenied.reason),
+        (Access("b", frozenset({Scope.RESOLVE}), frozenset({"one"})), ""),
+        (Access("c", frozenset({Scope.RESOLVE}), frozenset({"lab:a"})), ""),
+    ):
+        ACCESS.set(access)
+        assert await raised(bring("lab/a")) == reason
+        assert ("lab:a" in replica.names) == (access.key_id == "c")
+
+
+async def test_names_and_builds_are_bounded(replica: Replica) -> None:
+    """A name that is too long is refused before a build, and one build too many until another ends."""
+    assert await raised(replica.resolver.bring("lab/" + "a" * 200)) == RequestInvalid.reason
+    calls = [replica.resolver.bring(f"lab/{number}") for number in range(MOST_BUILDS + 1)]
+    reasons = await asyncio.gather(*map(raised, calls))
+    assert reasons == [""] * MOST_BUILDS + [QueueFull.reason]
+
+
+async def test_idle_adapters_leave_and_used_ones_stay(replica: Replica) -> None:
+    """Another replica's use counts too: it is the date of the mark."""
+    for name in ("idle", "running", "elsewhere"):
+        await replica.resolver.bring(f"lab/{name}")
+    residency = replica.operated.residency
+    residency.hold(replica.operated.adapter("lab:running"), in_flight=1)
+    replica.wait(hours=71)
+    await replica.resolver.look()
+    replica.store.modified[resolved_key("demo", "lab:elsewhere")] = replica.now
+    replica.wait(hours=2)
+    await replica.resolver.look()
+    assert replica.names == {"base", "one", "two", "lab:running", "lab:elsewhere"}
+    assert replica.marks == {"lab:running", "lab:elsewhere"}
+
+
+async def test_beyond_the_number_the_oldest_leave() -> None:
+    """Adapters of the deployment file are not counted, and never leave."""
+    replica = Replica(MemoryStore(), max_adapters=2)
+    for name in "abcd":
+        await replica.resolver.bring(f"lab/{name}")
+        replica.store.modified[resolved_key("demo", f"lab:{name}")] = replica.now
+        replica.wait(seconds=1)
+    await replica.resolver.look()
+    assert replica.names == {"base", "one", "two", "lab:c", "lab:d"}
+
+
+async def test_marks_without_an_adapter_go(replica: Replica) -> None:
+    """A refused build leaves one; so does a removal by an operator."""
+    replica.operated.deployment.refuses = AdapterInvalid("no LoRA")
+    await raised(replica.resolver.bring("lab/a"))
+    await replica.resolver.look()
+    assert replica.marks == {"lab:a"}
+    replica.wait(hours=2)
+    await replica.resolver.look()
+    assert not replica.marks
