@@ -19,7 +19,7 @@ from loramux_shared.bundle.manifest import (
     Truncation,
 )
 from loramux_shared.bundle.proof import Effect, Probe, ProbeLogprob, Proof
-from loramux_shared.deployment import Model, ModelLimits, Repository
+from loramux_shared.deployment import Model, ModelLimits, Repository, Resolve
 from loramux_shared.faults import Finding
 from loramux_shared.runtime import Limits
 from tests.support.root import ROOT
@@ -79,6 +79,7 @@ INSIDE = (
     ScoreHead,
     ProbeLogprob,
     Truncation,
+    Resolve,
 )
 
 

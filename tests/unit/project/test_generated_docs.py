@@ -179,7 +179,7 @@ def test_the_schema_takes_what_the_program_takes() -> None:
     assert not accepts(schema, {"trt_llm": {"runtime": {}}}, schema)
 
 
-ELSEWHERE = {"1_Pooling/config.json", "claims/", "lora_adapter/", "native/", "tests/artifacts/"}
+ELSEWHERE = {"1_Pooling/config.json", "claims/", "resolved/", "lora_adapter/", "native/", "tests/artifacts/"}
 """Folders of a store, of the cache, and of what tests leave."""
 PAGES = (
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")),
