@@ -49,8 +49,10 @@ REMEMBERED_S: Final = 60.0
 """Seconds for which a refusal is repeated without another build."""
 REFUSALS: Final = 1000
 """Refusals that are remembered."""
-MOST_BUILDS: Final = 16
-"""Adapters that one replica has built for requests at once."""
+BUILDS: Final = 16
+"""Adapters that one replica has built for requests at once; others wait."""
+MOST_BUILDS: Final = 256
+"""Adapters that are built or wait for that."""
 _PASSING: Final = (Status.UNAVAILABLE, Status.RESOURCE_EXHAUSTED, Status.ABORTED, Status.DEADLINE_EXCEEDED)
 """Statuses that another try may not have."""
 
@@ -76,6 +78,7 @@ class Resolver:
         self._builds: dict[str, asyncio.Task[None]] = {}
         self._refusals: OrderedDict[str, tuple[float, Fault]] = OrderedDict()
         self._added = asyncio.Event()
+        self._room = asyncio.Semaphore(BUILDS)
 
     async def bring(self, requested: str) -> None:
         """Return when an adapter is served, or at once if the deployment has no source that matches the name.
@@ -116,8 +119,9 @@ class Resolver:
         key = resolved_key(self._catalog.deployed.deployment, name)
         await asyncio.to_thread(self._store.put, key, requested.encode())
         try:
-            with suppress(AdapterExists):  # another replica was first
-                await self._manager.load(name, repository)
+            async with self._room:
+                with suppress(AdapterExists):  # another replica was first
+                    await self._manager.load(name, repository)
         except Fault as fault:
             if fault.status not in _PASSING:
                 self._refusals[requested] = (self._clock() + REMEMBERED_S, fault)
