@@ -46,7 +46,10 @@ def test_an_entry_survives_its_line() -> None:
         ('{"id": "a", "sha256": "lmx_pasted-key", "scopes": ["infer"]}', "line 2: sha256: "),
         ('{"id": "a b", "sha256": "%s", "scopes": ["infer"]}', "line 2: id: "),
         ('{"id": "a", "sha256": "%s", "scopes": []}', "line 2: scopes: "),
-        ('{"id": "a", "sha256": "%s", "scopes": ["root"]}', "expected 'infer', 'build', 'resolve', 'metrics' or 'admin'"),
+        (
+            '{"id": "a", "sha256": "%s", "scopes": ["root"]}',
+            "expected 'infer', 'build', 'resolve', 'metrics' or 'admin'",
+        ),
         ('{"id": "a", "sha256": "%s", "scopes": ["infer"], "models": []}', "line 2: models: "),
         (
             '{"id": "a", "sha256": "%s", "scopes": ["build"], "models": ["m"]}',
