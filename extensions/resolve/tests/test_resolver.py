@@ -116,7 +116,7 @@ async def test_a_request_adds_the_adapter_that_it_names(replica: Replica) -> Non
 
 
 async def test_many_requests_cause_one_build(replica: Replica) -> None:
-    """Also where another replica adds the adapter meanwhile."""
+    """The adapter that another replica adds meanwhile is not built again."""
     await asyncio.gather(*(replica.resolver.bring("lab/support") for _ in range(20)))
     assert len(replica.operated.deployment.asked) == 1
     replica.operated.deployment.racing.append({"lab:other": 7})
@@ -169,7 +169,7 @@ async def test_names_and_builds_are_bounded(replica: Replica) -> None:
 
 
 async def test_idle_adapters_leave_and_used_ones_stay(replica: Replica) -> None:
-    """Another replica's use counts too: it is the date of the mark."""
+    """The use by another replica counts too, as the date of the mark."""
     for name in ("idle", "running", "elsewhere"):
         await replica.resolver.bring(f"lab/{name}")
     residency = replica.operated.residency
