@@ -35,8 +35,8 @@ from inference_service.core.sequence import Batch, Chunk, Sequence as EngineSequ
 from inference_service.engine import transfer
 from inference_service.engine.graph_runner import GraphRunner
 from inference_service.engine.graphs import Graph
-from inference_service.engine.plan import SchedulerLimits
-from inference_service.engine.rows import lay_out
+from inference_service.engine.queues import SchedulerLimits
+from inference_service.engine.runner import lay_out
 from inference_service.engine.tape import launches_of, names_of
 from inference_service.kernels.launch import Launch, intercepted
 from inference_service.lora.vocabulary import Factors, OwnTable, Vocabulary

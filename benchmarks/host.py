@@ -42,7 +42,7 @@ from inference_service.engine.buffers import StepBuffers
 from inference_service.engine.engine import Engine
 from inference_service.engine.graph_runner import GraphRunner
 from inference_service.engine.graphs import Graph
-from inference_service.engine.plan import SchedulerLimits
+from inference_service.engine.queues import SchedulerLimits
 from inference_service.engine.residents import AlwaysResident
 from inference_service.kernels.launch import intercepted
 from inference_service.kernels.sgmv import Segments

@@ -22,9 +22,9 @@ from inference_service.adapters.served_model import ServedModel
 from inference_service.core.sequence import Batch, Token
 from inference_service.engine.block_manager import BlockManager
 from inference_service.engine.engine import Engine
-from inference_service.engine.plan import SchedulerLimits
+from inference_service.engine.queues import SchedulerLimits
 from inference_service.engine.residents import AlwaysResident
-from inference_service.engine.step import Pending
+from inference_service.engine.runner import Pending
 from inference_service.http.server import HttpServer
 from inference_service.processes.children import ApiProcesses
 from inference_service.processes.host import ApiHost

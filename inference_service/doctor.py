@@ -20,8 +20,8 @@ import psutil
 import torch
 
 from inference_service.backends.base import Backend
+from inference_service.startup.base import reading_of
 from inference_service.startup.choose import choose_backend
-from inference_service.startup.reading import reading_of
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bases.read import read_config
 from loramux_shared.faults import Fault

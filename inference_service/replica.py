@@ -12,8 +12,7 @@ from typing import Final, NoReturn, Self
 
 import structlog
 
-from inference_service.operators import Operators
-from inference_service.rpc.builder import BuilderPublisher
+from inference_service.rpc.builder import BuilderNews, BuilderPublisher
 from inference_service.serving.telemetry.request_log import open_watchers
 from inference_service.startup.load import Ready, load_apart
 from inference_service.store import open_replica_store
@@ -21,6 +20,39 @@ from loramux.client import AsyncClient
 from loramux_shared.rpc.stopping import first_of
 from loramux_shared.settings import InferenceSettings
 from loramux_shared.tracing import Tracing, open_tracing
+
+
+class Operators:
+    """The tasks of a replica that follow its deployment and its builder, and the manager of its adapters."""
+
+    def __init__(self, settings: InferenceSettings, ready: Ready, client: AsyncClient | None = None) -> None:
+        """Follow nothing before `begin`; the builder's client is closed at the end."""
+        self.outdated = ready.follower.outdated
+        """Set where a replica is to end when it needs a restart."""
+        self.manager = ready.service.adapters
+        self._settings = settings
+        self._ready = ready
+        self._tasks: list[asyncio.Task[None]] = []
+        self._client = client
+
+    def begin(self) -> None:
+        """Follow the deployment from now on, and listen to the builder where one is known."""
+        follower = self._ready.follower
+        self._tasks.append(asyncio.create_task(follower.run(), name="follower"))
+        if self._ready.resolver is not None:
+            self._tasks.append(asyncio.create_task(self._ready.resolver.run(), name="resolver"))
+        if self._settings.builder:
+            news = BuilderNews(self._settings.builder, self._settings.deployment, follower.nudge)
+            self._tasks.append(asyncio.create_task(news.run(), name="news"))
+
+    async def end(self) -> None:
+        """Follow nothing any more."""
+        for task in self._tasks:
+            task.cancel()
+        self._ready.follower.close()
+        if self._client is not None:
+            await self._client.close()
+
 
 log = structlog.get_logger()
 

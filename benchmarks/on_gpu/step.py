@@ -23,7 +23,7 @@ from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Batch, Chunk, Sequence
 from inference_service.engine.graph_runner import GraphRunner
 from inference_service.engine.graphs import Graph, Recorder
-from inference_service.engine.plan import SchedulerLimits
+from inference_service.engine.queues import SchedulerLimits
 from inference_service.engine.runner import Runner
 from inference_service.engine.tape import CaptureRefused, Tape, TapeRecorder
 from inference_service.lora.places import taken_by

@@ -10,17 +10,19 @@ from itertools import chain
 from typing import Any, Final
 from weakref import WeakValueDictionary
 
-from inference_service.adapters import mixing
-from inference_service.adapters.defaults import NO_DEFAULTS
 from inference_service.adapters.names import (
     LEAST_DIGITS,
+    ScaledAdapter,
     ambiguous_version,
     bad_version,
+    blend,
+    blend_parts,
+    check_blend,
     choose,
     model_not_found,
     version_not_found,
 )
-from inference_service.adapters.served_model import ServedModel, display_source
+from inference_service.adapters.served_model import NO_DEFAULTS, ServedModel, display_source
 from inference_service.core.adapter import MOST_PARTS, Adapter
 from loramux_shared.access.keys import ACCESS, Access
 from loramux_shared.bundle.generation import AdapterRecord, BaseRecord, Generation
@@ -163,30 +165,28 @@ class Catalog:
             RequestInvalid: it names no version, or several, or adapters that cannot be mixed.
         """
         known = requested in self._models or requested in self.aliases
-        if not known and (parts := mixing.written(requested)):
+        if not known and (parts := blend_parts(requested)):
             return self.mix(parts, sticky_key)
         found = self._found(requested, sticky_key)
         if found is None:
             raise self._not_found(requested)
         return found
 
-    def mix(
-        self, parts: Sequence[mixing.ScaledAdapter], sticky_key: str = "", where: str = "model"
-    ) -> ServedModel:
+    def mix(self, parts: Sequence[ScaledAdapter], sticky_key: str = "", where: str = "model") -> ServedModel:
         """Return what answers a request for several adapters with scales, each named as `resolve` has it.
 
         Raises:
             ModelNotFound: there is no such name or version, or the caller may not use it.
             RequestInvalid: they cannot be mixed; where says by which field.
         """
-        mixing.check(parts, self._most_mixed, where)
+        check_blend(parts, self._most_mixed, where)
         found: list[tuple[ServedModel, float]] = []
         for part in parts:
             model = self._found(part.name, sticky_key)
             if model is None:
                 raise self._not_found(part.name)
             found.append((model, part.scale))
-        return mixing.mixed(found, lambda: self.get(self.base_name), where)
+        return blend(found, lambda: self.get(self.base_name), where)
 
     def _found(self, requested: str, sticky_key: str) -> ServedModel | None:
         access = ACCESS.get()

@@ -1,19 +1,54 @@
-"""Texts that adapters bring beside their weights, read before a request is tokenized."""
+"""Texts and score heads that adapters bring beside their weights, read before a request is tokenized."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
 from concurrent.futures import Future
+from dataclasses import dataclass
 from functools import partial
 from typing import Final
 
-from inference_service.adapters.defaults import AdapterDefaults, read_adapter_defaults
+import numpy as np
+
 from inference_service.adapters.reading import BundleReader
 from inference_service.adapters.recent import Recent
-from inference_service.adapters.scoring import Scorer
+from inference_service.adapters.served_model import AdapterDefaults, read_adapter_defaults
 from inference_service.adapters.workers import Workers
+from inference_service.core.sequence import Vector
 from inference_service.text.text import Text
+from loramux_shared.bundle.manifest import ScoreHead
+from loramux_shared.bundle.npy import Array
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """A score head; what it computes is float32."""
+
+    head: ScoreHead
+    weights: Array
+    """(labels, hidden size), float32."""
+
+    def scores(self, state: Vector) -> Vector:
+        """Return the scores [labels] of a hidden state: transformers calls them logits."""
+        found: Vector = self.weights @ state
+        return found
+
+    def activated(self, scores: Vector) -> Vector:
+        """Return probabilities: softmax over labels, or sigmoid of each where one does not exclude another.
+
+        Those of a regression are what they are.
+        """
+        if self.head.problem_type == "regression":
+            return scores
+        wide = scores.astype(np.float64)
+        if self.head.num_labels == 1 or self.head.problem_type == "multi_label_classification":
+            each: Vector = (0.5 + 0.5 * np.tanh(0.5 * wide)).astype(np.float32)
+            return each
+        powers = np.exp(wide - wide.max())
+        shares: Vector = (powers / powers.sum()).astype(np.float32)
+        return shares
+
 
 CACHED: Final = 512
 """Adapters whose parsed texts are kept; a chat template with its macros takes some tens of KB."""

@@ -26,7 +26,7 @@ from inference_service.kernels.sampling import Drawn, RowParams, draw_rows
 from inference_service.kernels.sgmv import Update
 from inference_service.layers.linear import Linear
 from inference_service.layers.norm import RMSNorm
-from inference_service.layers.quantizing import new_linear
+from inference_service.layers.quantized import new_linear
 from inference_service.layers.rope import Rope, rotate
 from loramux_shared.bases.rope import AttentionSpec, HeadCounts
 from loramux_shared.rounding import Rounding

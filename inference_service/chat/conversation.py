@@ -10,8 +10,8 @@ from typing import Final
 
 from inference_service.chat.demands import ConstraintAt, Demand
 from inference_service.chat.dialect import Dialect, dialect_of
-from inference_service.chat.formats.frame import ThinkingMarks
 from inference_service.chat.formats.lark import OfferedTool
+from inference_service.chat.formats.reading import ThinkingMarks
 from inference_service.chat.pieces import (
     AnswerCalls,
     AnswerReader,

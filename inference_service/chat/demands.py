@@ -9,8 +9,8 @@ from functools import partial
 
 from inference_service.chat.dialect import FORMATS, Dialect
 from inference_service.chat.formats import harmony
-from inference_service.chat.formats.frame import ThinkingMarks
 from inference_service.chat.formats.lark import ANYTHING, CallGrammar, OfferedTool, Spelling, calls_schema
+from inference_service.chat.formats.reading import ThinkingMarks
 from inference_service.chat.formats.values import CannotSayError
 from inference_service.core.constraint import Constraint
 from inference_service.text.text import Text

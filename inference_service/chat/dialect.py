@@ -7,17 +7,21 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Final
 
-from inference_service.adapters.defaults import NO_DEFAULTS
-from inference_service.adapters.served_model import ServedModel
-from inference_service.chat.formats.format import TemplateMarks, ToolFormat
-from inference_service.chat.formats.frame import ThinkingMarks, answer, nothing
+from inference_service.adapters.served_model import NO_DEFAULTS, ServedModel
 from inference_service.chat.formats.gemma import FUNCTIONGEMMA, GEMMA4
 from inference_service.chat.formats.harmony import HARMONY, MARKS, messages
-from inference_service.chat.formats.listed import GRANITE, PHI4
-from inference_service.chat.formats.llama import LLAMA3_JSON
-from inference_service.chat.formats.mistral import MISTRAL
+from inference_service.chat.formats.json_formats import GRANITE, LLAMA3_JSON, MISTRAL, PHI4
 from inference_service.chat.formats.python import OLMO3, PYTHONIC, TOOL_CODE
-from inference_service.chat.formats.source import AnswerSource, ParsedAnswer, Reader
+from inference_service.chat.formats.reading import (
+    AnswerSource,
+    ParsedAnswer,
+    Reader,
+    TemplateMarks,
+    ThinkingMarks,
+    ToolFormat,
+    answer,
+    nothing,
+)
 from inference_service.chat.formats.tagged import HERMES, QWEN3_CODER
 from inference_service.chat.pieces import AnswerCalls, AnswerReader, Plain
 from inference_service.serving.request import Message

@@ -97,7 +97,7 @@ class Progress:
     num_charged: int = 0
     """Leading tokens that were charged to the sequence's flow; recomputed tokens are not charged again."""
 
-    # block_manager.BlockManager and state_slots.StateSlots
+    # block_manager.BlockManager and blocks.StateSlots
     blocks: array[int] = field(default_factory=lambda: array("i"))
     """Cache blocks of the first group of layers that see equally far, in the order of the tokens; int32, so
     that a step copies them as they are."""

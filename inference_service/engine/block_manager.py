@@ -1,7 +1,7 @@
 """The sequences' parts of the cache, kind by kind: blocks of keys and values, and recurrent states.
 
 Layers that see equally far are a group with blocks of its own (`block_groups.py`); a base with layers that
-carry a state has slots for it (`state_slots.py`). A prefix is found where every kind can serve it.
+carry a state has slots for it (`blocks.py`). A prefix is found where every kind can serve it.
 """
 
 from __future__ import annotations
@@ -11,8 +11,7 @@ from collections.abc import Mapping, Sequence as Seq
 from dataclasses import dataclass
 
 from inference_service.core.sequence import NEVER, Sequence
-from inference_service.engine.blocks import BlockGroup, BlockPool, agreed, prefix_key
-from inference_service.engine.state_slots import StateSlots
+from inference_service.engine.blocks import BlockGroup, BlockPool, StateSlots, agreed, prefix_key
 from loramux_shared.bases.cache import window_blocks
 
 

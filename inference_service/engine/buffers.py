@@ -12,7 +12,7 @@ from torch import Tensor
 
 from inference_service.core.adapter import MOST_PARTS
 from inference_service.core.sequence import Sequence
-from inference_service.engine.rows import KNOWN, Rows
+from inference_service.engine.runner import KNOWN, Rows
 from inference_service.engine.sampler import row_params, shapes
 from inference_service.kernels.attention import AttentionCapacity, AttentionTables, Cut, pack_tables
 from inference_service.kernels.delta import DeltaCapacity, DeltaTables, StateChunk, pack_delta

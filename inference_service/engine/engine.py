@@ -13,10 +13,10 @@ import numpy as np
 from inference_service.core.sequence import Batch, EndReason, Sequence, StepOutput, Token, Vector
 from inference_service.engine.block_manager import BlockManager
 from inference_service.engine.numerics import overflowed
-from inference_service.engine.plan import SchedulerLimits
+from inference_service.engine.queues import SchedulerLimits
 from inference_service.engine.residents import Residents
+from inference_service.engine.runner import Pending, StepRunner
 from inference_service.engine.scheduler import Scheduler
-from inference_service.engine.step import Pending, StepRunner
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from typing import Final
 
 from inference_service.core.sequence import Sequence, Token
 from inference_service.engine.block_manager import BlockManager
-from inference_service.engine.plan import Plan, SchedulerLimits
+from inference_service.engine.queues import Plan, SchedulerLimits
 from inference_service.engine.sampler import looks_back
 
 LOOKED_UP: Final = 3

@@ -1,24 +1,208 @@
-"""Executes a batch: tensors here, no policy."""
+"""A step: a batch laid out as rows, run through the model operation by operation, and pending."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence as Seq
+from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain
+from itertools import accumulate, chain, groupby
+from typing import Final, NamedTuple, Protocol, TypeAlias
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from inference_service.backends.base import StepLora
-from inference_service.core.sequence import Batch, Sequence, Token
-from inference_service.engine.pooling import Vectors, pool
-from inference_service.engine.rows import Rows, lay_out
+from inference_service.core.sequence import Batch, Chunk, Sequence, Token, Vector
+from inference_service.engine.lookup import verified
 from inference_service.engine.sampler import sample
-from inference_service.engine.step import Pending
-from inference_service.engine.transfer import score_prompt, to_device
-from inference_service.lora.segments import Segment
+from inference_service.engine.transfer import mark, score_prompt, to_device, to_host
+from inference_service.kernels.attention import Context
+from inference_service.lora.segments import Arrangement, Segment, arrange
+from inference_service.models.blocks import CacheSize
 from inference_service.models.decoder import Decoder
-from inference_service.models.step import CacheSize
+from loramux_shared.runtime import Pooling
+
+KNOWN = -1
+"""The source of a row whose token is known on the host."""
+
+
+class PooledRows(NamedTuple):
+    """Rows of a sequence whose hidden states go into its vector."""
+
+    seq: Sequence
+    rows: range
+    ends: bool
+    """True if they are the last of them."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a step, base first, then adapter by adapter."""
+
+    arrangement: Arrangement
+    tokens: list[int]
+    """[T]; 0 where the token is in flight."""
+    sources: list[int]
+    """[T]: which of the tokens that the step before drew the row takes, or `KNOWN`."""
+    positions: list[int]
+    """[T]"""
+    contexts: list[Context]
+    """One per chunk."""
+    sampled: list[Sequence]
+    """Those for which a token is drawn; one that has a draft once more for each of its tokens."""
+    ahead: list[int]
+    """Number of tokens of its draft before each draw."""
+    last_rows: list[int]
+    """The row that each of them is drawn from."""
+    drafts: Mapping[Sequence, list[int]]
+    """Drafts to verify."""
+    scored: dict[Sequence, range]
+    """Those whose prompt is scored, with the rows behind which stands a token of it that has no score yet."""
+    pooled: list[PooledRows]
+    """Rows that become vectors: no token is drawn for them."""
+
+    @property
+    def in_full(self) -> bool:
+        """True when hidden states of more than last rows are wanted."""
+        return bool(self.scored) or any(each.seq.pooling is not Pooling.LAST for each in self.pooled)
+
+    @property
+    def ends(self) -> list[int]:
+        """The rows that tokens are drawn from, then the last one of each that becomes a vector."""
+        return self.last_rows + [each.rows[-1] for each in self.pooled] if self.pooled else self.last_rows
+
+    def drawing(self) -> list[Segment]:
+        """The segments of those among ``sampled`` that have an adapter, and one alone."""
+        runs = [(slot, len(list(same))) for slot, same in groupby(seq.slot for seq in self.sampled)]
+        ends = accumulate(length for _, length in runs)
+        return [
+            Segment(slot, end - length, end)
+            for (slot, length), end in zip(runs, ends, strict=True)
+            if isinstance(slot, int) and slot >= 0
+        ]
+
+    @property
+    def in_flight(self) -> bool:
+        """True when a row takes a token from the step before."""
+        return any(source != KNOWN for source in self.sources)
+
+
+def lay_out(batch: Batch, drawn: Mapping[Sequence, int]) -> Rows:
+    """Lay a batch out; drawn gives each sequence's place among those that the step before drew a token for."""
+    rows = Rows(arrange(batch), [], [], [], [], [], [], [], batch.drafts, {}, [])
+    for chunk in rows.arrangement.chunks:
+        seq, row, start, length = chunk.seq, len(rows.tokens), chunk.start, chunk.length
+        end = start + length
+        progress = seq.progress
+        tokens = progress.tokens
+        rows.contexts.append(Context(row, length, progress.blocks, end, progress.tables, progress.state_slot))
+        rows.positions.extend(range(start, end))
+        if start == len(tokens):
+            rows.tokens.append(0)
+            rows.sources.append(drawn[seq])
+        else:
+            rows.tokens.extend(tokens[start:end])
+            if chunk.drafted:
+                rows.tokens.extend(batch.drafts[seq])
+            rows.sources.extend([KNOWN] * length)
+        if seq.pooling is not None:
+            rows.pooled.extend(_pooled(chunk, row, seq.pooling))
+        elif chunk.samples:
+            for ahead in range(chunk.drafted + 1):
+                rows.sampled.append(seq)
+                rows.ahead.append(ahead)
+                rows.last_rows.append(row + length - 1 - chunk.drafted + ahead)
+        if seq.scores_prompt:
+            rows.scored[seq] = _scored(chunk, row)
+    return rows
+
+
+def _pooled(chunk: Chunk, row: int, pooling: Pooling) -> list[PooledRows]:
+    """Return the rows of a chunk, which begins at row, that go into a vector and have not yet."""
+    seq, end = chunk.seq, row + chunk.length
+    first = end - 1
+    if pooling is Pooling.MEAN:
+        first = row + max(0, seq.progress.num_pooled - chunk.start)
+    elif not chunk.samples:
+        return []
+    return [PooledRows(seq, range(first, end), chunk.samples)] if first < end else []
+
+
+def _scored(chunk: Chunk, row: int) -> range:
+    """Return the rows of a chunk, which begins at row, that score tokens of the prompt."""
+    seq = chunk.seq
+    start = max(chunk.start, seq.progress.num_scored - 1)
+    stop = min(chunk.end, seq.num_prompt - 1)
+    return range(row + start - chunk.start, row + stop - chunk.start)
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A step that was submitted; the device may still be at work on it."""
+
+    seqs: tuple[Sequence, ...]
+    """Those for which it draws a token; one that has a draft once more for each of its tokens."""
+    wait: Callable[[], list[Token]]
+    """Waits for the tokens, one per sequence."""
+    finish: Callable[[], object] = lambda: None
+    """Draws what could not be drawn before the tokens of the step before were known here.
+
+    Called once these are, before the next step is submitted; a second call does nothing.
+    """
+
+    drafts: Mapping[Sequence, list[int]] = field(default_factory=dict)
+    """Drafts to verify."""
+    vectors: Callable[[], list[tuple[Sequence, Vector]]] = list
+    """Waits for those of the sequences whose hidden states are all there."""
+
+    def tokens(self) -> list[tuple[Sequence, Token]]:
+        """Wait for the step; return the new tokens of every sequence for which it draws some."""
+        self.finish()
+        drawn = zip(self.seqs, self.wait(), strict=True)
+        return list(verified(drawn, self.drafts) if self.drafts else drawn)
+
+
+class StepRunner(Protocol):
+    """Executes batches, one after the other, in the order in which they are submitted."""
+
+    @property
+    def depth(self) -> int:
+        """Steps that may be under way when the next one is submitted: 0, or 1 to keep a device busy."""
+        ...
+
+    def submit(self, batch: Batch) -> Pending:
+        """Begin a step; a token that is in flight comes from the step before."""
+        ...
+
+
+Vectors: TypeAlias = list[tuple[Sequence, Vector]]
+_sums: Final[WeakKeyDictionary[Sequence, Tensor]] = WeakKeyDictionary()
+"""Sums of hidden states [hidden size], of the sequences whose mean is asked for; on the device."""
+
+
+def pool(chunks: Iterable[PooledRows], hidden: Seq[Tensor]) -> Callable[[], Vectors]:
+    """Take in the hidden states [n, hidden size] of each chunk; the result waits for the vectors that end.
+
+    Sums are float64, so that neither the chunks of a prompt nor a preemption show in a mean.
+    """
+    seqs: list[Sequence] = []
+    vectors: list[Tensor] = []
+    for (seq, rows, ends), states in zip(chunks, hidden, strict=True):
+        if seq.pooling is Pooling.MEAN:
+            total, before = states.sum(0, dtype=torch.float64), _sums.get(seq)
+            _sums[seq] = total = total if before is None else before + total
+            seq.progress.num_pooled += len(rows)
+            states = (total / seq.progress.num_pooled)[None]
+        if ends:
+            seqs.append(seq)
+            vectors.append(states[-1].float())
+    if not seqs:
+        return list
+    copied = to_host(torch.stack(vectors))
+    done = mark(copied, vectors[0].device)
+    return lambda: list(zip(seqs, done().numpy(), strict=True))
+
 
 Blocks = tuple[int, ...]
 """Blocks of each group of layers that see equally far."""

@@ -14,8 +14,15 @@ from inference_service.core.adapter import Adapter
 from inference_service.core.sequence import Batch, Sequence
 from inference_service.engine.block_manager import BlockManager
 from inference_service.engine.lookup import Lookup
-from inference_service.engine.plan import Plan, SchedulerLimits
-from inference_service.engine.queues import Rank, SequenceQueue, SequenceQueues, order, take
+from inference_service.engine.queues import (
+    Plan,
+    Rank,
+    SchedulerLimits,
+    SequenceQueue,
+    SequenceQueues,
+    order,
+    take,
+)
 from inference_service.engine.residents import Presence, Residents
 from inference_service.engine.step_times import NOTHING, StepTimes
 

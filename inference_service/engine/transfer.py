@@ -10,8 +10,7 @@ from torch import Tensor
 
 from inference_service.core.sampling import LogprobsMode
 from inference_service.core.sequence import Sequence, Token
-from inference_service.engine.logprobs import PIECE, processed, scores, tokens_of
-from inference_service.engine.sampler import marked
+from inference_service.engine.sampler import PIECE, marked, processed, scores, tokens_of
 from inference_service.engine.shaping import Shaped, Shaper
 
 

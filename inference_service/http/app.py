@@ -31,8 +31,13 @@ from inference_service.http.responses.compact import compact
 from inference_service.http.responses.create import count_input, create_response
 from inference_service.http.responses.schema import CompactBody, ResponsesBody
 from inference_service.http.vectors import scores
-from inference_service.http.vectors.embeddings import embeddings
-from inference_service.http.vectors.pooling_schema import ClassifyBody, EmbeddingsBody, RerankBody, ScoreBody
+from inference_service.http.vectors.embeddings import (
+    ClassifyBody,
+    EmbeddingsBody,
+    RerankBody,
+    ScoreBody,
+    embeddings,
+)
 from inference_service.http.wire.front import Front
 from inference_service.http.wire.refusals import (
     MessageError,

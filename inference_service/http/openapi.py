@@ -30,7 +30,7 @@ from inference_service.http.openapi_parts import (
     path_parameter,
     query_parameters,
 )
-from inference_service.http.vectors.pooling_schema import ClassifyBody, ScoringBody
+from inference_service.http.vectors.embeddings import ClassifyBody, ScoringBody
 from inference_service.http.wire.body import Body, table
 from inference_service.http.wire.errors import AGAIN
 from inference_service.serving.bounds import IDS, LOGPROBS_MODES, NUMBERS, SANE_ID, TEXTS

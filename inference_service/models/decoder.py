@@ -7,7 +7,7 @@ together, and the adapters from theirs.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import chain
 
 import torch
@@ -31,14 +31,73 @@ from inference_service.layers.norm import RMSNorm
 from inference_service.layers.rope import Rope
 from inference_service.lora.vocabulary import StepVocabulary
 from inference_service.lora.weights import AdapterWeights
-from inference_service.models.blocks.inputs import Inputs
+from inference_service.models.blocks import (
+    AttentionBlock,
+    Cache,
+    CacheSize,
+    DeltaBlock,
+    InputBlock,
+    Inputs,
+    MlpBlock,
+    Step,
+)
 from inference_service.models.checkpoint import Tensors
-from inference_service.models.layer import read_layer
-from inference_service.models.reader import Reader
-from inference_service.models.step import Cache, CacheSize, Step
+from inference_service.models.experts import BesideBlock, ExpertsBlock
+from inference_service.models.reader import LayerReader, Reader
 from loramux_shared.bases.config import ModelConfig
+from loramux_shared.bases.layers import AttentionLayer, DeltaLayer, ExpertsLayer, MlpLayer
 from loramux_shared.bases.rope import QueryScaling
 from loramux_shared.rounding import Rounding
+
+Mixer = AttentionBlock | DeltaBlock
+"""The part of a layer that mixes the rows of a sequence, and keeps what later rows need."""
+Mlp = MlpBlock | ExpertsBlock | BesideBlock
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A mixer and what follows it, with norms before or behind them, or both."""
+
+    input_norm: RMSNorm | None
+    mixer: Mixer
+    mixer_out_norm: RMSNorm | None
+    mlp_norm: RMSNorm | None
+    mlp: Mlp
+    mlp_out_norm: RMSNorm | None
+    inputs: InputBlock | None
+    scalar: float | None
+    """Factor of the hidden rows behind it."""
+
+
+def read_layer(reader: LayerReader) -> Layer:
+    """Read a layer.
+
+    Raises:
+        CheckpointInvalid: a tensor is missing, or has another shape than the config implies.
+    """
+    names, spec = reader.config.names, reader.config.layers[reader.index]
+    norms_itself = isinstance(spec.mlp, ExpertsLayer) and spec.mlp.beside is not None
+    scalar = None if names.scalar is None else float(reader.reader.rounded(reader.get(names.scalar, (1,))))
+    return Layer(
+        input_norm=reader.optional_norm(names.input_norm),
+        mixer=_read_mixer(reader, spec.mixer),
+        mixer_out_norm=reader.optional_norm(names.attention_out_norm),
+        mlp_norm=None if norms_itself else reader.optional_norm(names.mlp_norm),
+        mlp=_read_mlp(reader, spec.mlp),
+        mlp_out_norm=reader.optional_norm(names.mlp_out_norm),
+        inputs=None if spec.inputs is None else InputBlock(reader),
+        scalar=scalar,
+    )
+
+
+def _read_mixer(reader: LayerReader, spec: AttentionLayer | DeltaLayer) -> Mixer:
+    return DeltaBlock(reader, spec) if isinstance(spec, DeltaLayer) else AttentionBlock(reader, spec)
+
+
+def _read_mlp(reader: LayerReader, spec: MlpLayer | ExpertsLayer) -> Mlp:
+    if isinstance(spec, MlpLayer):
+        return MlpBlock.of_layer(reader)
+    return ExpertsBlock(reader, spec) if spec.beside is None else BesideBlock(reader, spec)
 
 
 class Decoder:

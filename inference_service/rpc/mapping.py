@@ -11,7 +11,7 @@ from typing import Any, Final, TypeVar, cast
 import grpc
 from google.protobuf.message import Message as ProtoMessage
 
-from inference_service.adapters.mixing import ScaledAdapter
+from inference_service.adapters.names import ScaledAdapter
 from inference_service.adapters.served_model import ServedModel
 from inference_service.chat.dialect import dialect_of_model
 from inference_service.core.adapter import MOST_PARTS

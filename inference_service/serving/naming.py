@@ -8,10 +8,9 @@ from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 
 from inference_service.adapters.catalog import Catalog
-from inference_service.adapters.defaults import NO_DEFAULTS, AdapterDefaults
-from inference_service.adapters.mixing import agreed, written
+from inference_service.adapters.names import agreed, blend_parts
 from inference_service.adapters.ports import GenerationFollower, Resolver
-from inference_service.adapters.served_model import ServedModel
+from inference_service.adapters.served_model import NO_DEFAULTS, AdapterDefaults, ServedModel
 from inference_service.adapters.texts import AdapterTexts
 from inference_service.serving.request import ModelReference, Request, ResolvedModel
 from loramux_shared.faults import DeadlineExceeded, Finding, ModelNotFound, ReplicaBehind, RequestInvalid
@@ -71,7 +70,7 @@ class Naming:
 
     async def _bring(self, resolver: Resolver, reference: ModelReference, deadline_s: float | None) -> None:
         """Add the adapters that a request names, as far as its deployment allows that."""
-        parts = [part.name for part in reference.adapters or written(reference.name)]
+        parts = [part.name for part in reference.adapters or blend_parts(reference.name)]
         names = [*(parts or [reference.name]), reference.lora_path or ""]
         async with _until(
             deadline_s, "the adapter was not added before the deadline. It is being built: retry."

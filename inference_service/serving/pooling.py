@@ -11,8 +11,8 @@ from typing import Any, Final, TypeVar
 
 import numpy as np
 
-from inference_service.adapters.scoring import Scorer
 from inference_service.adapters.served_model import refused_model
+from inference_service.adapters.texts import Scorer
 from inference_service.core.sequence import Vector
 from inference_service.serving.request import AnswerFinished, AnswerStarted, Pooled, Request
 from inference_service.serving.service import GenerationService

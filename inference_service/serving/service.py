@@ -8,13 +8,11 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 
 from inference_service.adapters.catalog import Catalog
-from inference_service.adapters.defaults import AdapterDefaults
 from inference_service.adapters.fixed import fixed_manager
 from inference_service.adapters.manager import AdapterManager
 from inference_service.adapters.ports import GenerationFollower, Resolver
-from inference_service.adapters.scoring import Scorer
-from inference_service.adapters.served_model import ServedModel, require_text
-from inference_service.adapters.texts import AdapterTexts
+from inference_service.adapters.served_model import AdapterDefaults, ServedModel, require_text
+from inference_service.adapters.texts import AdapterTexts, Scorer
 from inference_service.core.adapter import activation
 from inference_service.core.constraint import Constraint, Grammar
 from inference_service.core.sampling import LogprobsMode

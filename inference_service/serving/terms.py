@@ -12,7 +12,7 @@ from typing import Final, TypeVar
 
 import numpy as np
 
-from inference_service.adapters.defaults import AdapterDefaults
+from inference_service.adapters.served_model import AdapterDefaults
 from inference_service.core.constraint import Constraint, Grammar, packed
 from inference_service.core.sampling import LogprobsMode, SamplingParams
 from inference_service.serving.bounds import check_constraint

@@ -11,8 +11,7 @@ from typing import Final
 import structlog
 
 from inference_service.adapters.disk import open_disk_tier
-from inference_service.adapters.loader import AdapterLoader
-from inference_service.adapters.packing import Packer
+from inference_service.adapters.loader import AdapterLoader, Packer
 from inference_service.adapters.reading import BundleReader
 from inference_service.adapters.texts import AdapterTexts
 from inference_service.backends.base import LoraBackend

@@ -1,28 +1,32 @@
-"""The base: fetched or found in the cache, read, and made into a model."""
+"""The base: fetched or found in the cache, read, made into a model, rounded; and how fast it is read."""
 
 from __future__ import annotations
 
 import re
 import time
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Final
 
 import structlog
 import torch
 
 from inference_service.adapters.served_model import ServedModel, display_source
 from inference_service.backends.base import Backend
+from inference_service.core.computing import Computing
+from inference_service.layers.linear import Linear
 from inference_service.models.checkpoint import Checkpoint
 from inference_service.models.decoder import Decoder
 from inference_service.startup.choose import choose_backend
 from inference_service.text.text import Text
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bases.formats.scheme import Quantization
-from loramux_shared.bases.memory import GB, may_stay_packed, widening
+from loramux_shared.bases.memory import GB, may_stay_packed, token_bytes, weights_bytes, widening
 from loramux_shared.bases.read import read_config
 from loramux_shared.bundle.generation import Generation
 from loramux_shared.codes import CODES
-from loramux_shared.deployment import SourceKind
-from loramux_shared.faults import ResourcesExhausted
+from loramux_shared.deployment import Merge, SourceKind
+from loramux_shared.faults import ResourcesExhausted, SettingsInvalid
 from loramux_shared.process import report
 from loramux_shared.rounding import Rounding
 from loramux_shared.runtime import Pooling, pooling_in
@@ -117,3 +121,95 @@ def _cache_name(generation: Generation) -> str:
     source = generation.base.source
     place, revision = (re.sub(r"[^\w.\-]", "_", text) for text in (source.label, source.revision))
     return f"{place[-80:]}@{revision[:16] or 'none'}"
+
+
+def agree(settings: InferenceSettings, generation: Generation) -> tuple[InferenceSettings, Generation]:
+    """Return the settings with what weights are rounded to, and the generation: those take in no adapter.
+
+    Raises:
+        SettingsInvalid: the deployment asks for that.
+    """
+    quantization = settings.quantization or generation.quantization
+    settings = settings.model_copy(update={"quantization": quantization})
+    if quantization is Rounding.NONE or generation.merged is None:
+        return settings, generation
+    if generation.merge is Merge.ALWAYS:
+        raise SettingsInvalid(
+            f"LORAMUX_QUANTIZATION={quantization}, but runtime.merge of the deployment is always, and a merged "
+            "adapter would be rounded with the weights. Set none, or build it with merge: auto."
+        )
+    log.info(
+        "adapter is not merged: the weights are quantized", weights=quantization, adapter=generation.merged
+    )
+    return settings, generation.model_copy(update={"merge": Merge.NEVER})
+
+
+def describe_weights(base: LoadedBase) -> str:
+    """Return what the matrices of the base take, and would take."""
+    backend, config = base.backend, base.model.config
+    rounded, whole = (
+        weights_bytes(config, backend.dtype.itemsize, backend.device.type, kind) / GB
+        for kind in (backend.quantization, Rounding.NONE)
+    )
+    dtype = str(backend.dtype).removeprefix("torch.")
+    if backend.quantization is Rounding.NONE:
+        stays = backend.operations.keeps_integers and may_stay_packed(config)
+        if not stays or config.quantization is None:
+            saved = sum(linear.saved_bytes for linear in base.model.linears()) / GB
+            return f"{dtype} in 12 bits: {whole - saved:.2f} GB" if saved else f"{dtype}: {whole:.2f} GB"
+        size, device = backend.dtype.itemsize, backend.device.type
+        packed = weights_bytes(config, size, device, Rounding.NONE, packed=True) / GB
+        return f"{config.quantization.label}: {packed:.2f} GB ({dtype}: {whole:.2f} GB)"
+    return f"{backend.quantization}: {rounded:.2f} GB ({dtype}: {whole:.2f} GB)"
+
+
+BOUND_S: Final = 0.05
+"""A start waits no longer for it, but for the product that is running then."""
+WINDOW_S: Final = 0.0004
+"""Seconds of reading, for one speed: shorter than others take a core away for, so that few have such a gap."""
+
+LEAST: Final = 1e9
+"""Bytes a second that every machine reads: a lower speed says that other work held the cores all the time."""
+
+
+def reading_of(backend: Backend, config: ModelConfig, linears: Iterable[Linear]) -> Computing:
+    """Return what computes, with what a token takes at least; linears stand for all that it passes through."""
+    every = list(linears)
+    counted = sum(_counted(backend, linear) for linear in every)
+    reads = token_bytes(config, backend.dtype.itemsize, backend.quantization)
+    reads -= reads * sum(linear.saved_bytes for linear in every) // max(1, counted)
+    return replace(backend.computing, token_bytes=reads, bytes_per_s=bytes_per_s(backend, every))
+
+
+def bytes_per_s(backend: Backend, linears: Iterable[Linear]) -> float:
+    """Return how many bytes of weights products with one row read in a second: the best tenth of many windows.
+
+    Other work on the cores makes windows slower, by a hundred times where it holds one of two threads up.
+
+    The linears are those of a model, in their order and each once, so that no cache has them. The first one
+    wakes threads up and is not measured; 0 where there is no other, or where all were too slow to be true.
+    """
+    speeds: list[float] = []
+    spent, read, ends = 0.0, 0, 0.0
+    for index, linear in enumerate(linears):
+        x = torch.ones(1, linear.in_features, dtype=backend.dtype, device=backend.device)
+        began = time.perf_counter()
+        backend.operations.linear(linear, x)
+        now = time.perf_counter()
+        if not index:
+            ends = now + BOUND_S
+            continue
+        spent += now - began
+        read += _counted(backend, linear) - linear.saved_bytes
+        if spent > WINDOW_S:
+            speeds.append(read / spent)
+            spent, read = 0.0, 0
+        if now > ends:
+            break
+    best = sorted(speeds)[len(speeds) * 9 // 10] if speeds else read / spent if spent else 0.0
+    return best if best >= LEAST else 0.0
+
+
+def _counted(backend: Backend, linear: Linear) -> int:
+    count = linear.in_features * linear.out_features
+    return backend.quantization.weight_bytes(count, backend.dtype.itemsize)

@@ -23,7 +23,7 @@ from inference_service.core.computing import Computing, Lack
 from inference_service.kernels.attention import MIN_BLOCK_SIZE
 from inference_service.kernels.cpu import build
 from inference_service.kernels.cpu.ops import BLOCK, DTYPES, MAX_HEAD_DIM, CpuOps
-from inference_service.layers.quantizing import require_able
+from inference_service.layers.quantized import require_able
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.faults import SettingsInvalid
 from loramux_shared.process import open_folder

@@ -24,7 +24,7 @@ from torch import Tensor
 from inference_service.backends.triton import TritonLora, TritonOperations
 from inference_service.engine.graph_runner import GraphRunner
 from inference_service.engine.graphs import Graph
-from inference_service.engine.plan import SchedulerLimits
+from inference_service.engine.queues import SchedulerLimits
 from inference_service.kernels.launch import ARCHITECTURES, Launch, compiling_for, intercepted
 from inference_service.models.decoder import Decoder
 from inference_service.startup.choose import CACHE_DTYPES, compute_dtype

@@ -15,8 +15,8 @@ import structlog
 import torch
 
 from inference_service.adapters.adapter_set import AdapterSet, Drafts
-from inference_service.adapters.bundles import StoredBundles
 from inference_service.adapters.catalog import Catalog
+from inference_service.adapters.changing import StoredBundles
 from inference_service.adapters.fixed import AllResident
 from inference_service.adapters.follower import Follower
 from inference_service.adapters.manager import AdapterManager
@@ -32,7 +32,7 @@ from inference_service.core.sequence import Sequence as EngineSequence
 from inference_service.engine.engine import Engine
 from inference_service.engine.graph_runner import GraphRunner, SegmentedLora
 from inference_service.engine.graphs import CudaRecorder
-from inference_service.engine.plan import SchedulerLimits
+from inference_service.engine.queues import SchedulerLimits
 from inference_service.engine.residents import AlwaysResident, Residents
 from inference_service.engine.runner import Blocks, Runner
 from inference_service.kernels.cpu.spin import Spinning
@@ -41,19 +41,20 @@ from inference_service.serving.engine_thread import EngineThread, Inbox
 from inference_service.serving.service import GenerationService, ServingLimits
 from inference_service.serving.telemetry.record import Watcher
 from inference_service.startup.bank import OpenBank, open_bank, preload, preload_later
-from inference_service.startup.base import LoadedBase, load_base
-from inference_service.startup.memory import blocks_of, bound_arenas, divide_memory, give_back
-from inference_service.startup.merged import merge
-from inference_service.startup.profile import (
+from inference_service.startup.base import LoadedBase, agree, describe_weights, load_base, reading_of
+from inference_service.startup.memory import (
     SCRATCH_BLOCKS,
     CudaMemory,
     Measured,
+    blocks_of,
+    bound_arenas,
+    divide_memory,
+    give_back,
     largest_step,
     measure,
     measure_graph,
 )
-from inference_service.startup.reading import reading_of
-from inference_service.startup.rounding import agree, describe_weights
+from inference_service.startup.merged import merge
 from loramux_shared.bases.memory import GB
 from loramux_shared.bundle.deployments import require_deployment
 from loramux_shared.bundle.generation import Generation

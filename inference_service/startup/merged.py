@@ -8,8 +8,7 @@ from collections.abc import Sequence
 import structlog
 import torch
 
-from inference_service.adapters.defaults import read_adapter_defaults
-from inference_service.adapters.served_model import ServedModel, display_source
+from inference_service.adapters.served_model import ServedModel, display_source, read_adapter_defaults
 from inference_service.backends.base import LoraBackend
 from inference_service.core.adapter import Adapter
 from inference_service.lora.packed import PackedAdapter

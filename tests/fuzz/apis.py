@@ -29,7 +29,7 @@ from inference_service.http.openai.chat_schema import ChatBody
 from inference_service.http.openai.schema import CompletionBody
 from inference_service.http.responses.schema import CompactBody, ResponsesBody
 from inference_service.http.server import HttpServer
-from inference_service.http.vectors.pooling_schema import PoolingBody
+from inference_service.http.vectors.embeddings import PoolingBody
 from inference_service.http.wire.body import Body
 from inference_service.rpc import adapters
 from inference_service.rpc.adapters import SERVICE_NAME as ADAPTERS, AdapterServicer

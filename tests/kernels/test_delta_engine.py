@@ -9,12 +9,12 @@ import torch
 
 from inference_service.engine import graph_runner
 from inference_service.engine.block_manager import BlockManager
+from inference_service.engine.blocks import StateSlots
 from inference_service.engine.engine import Engine
 from inference_service.engine.graph_runner import GraphRunner
 from inference_service.engine.graphs import CudaRecorder
-from inference_service.engine.plan import SchedulerLimits
+from inference_service.engine.queues import SchedulerLimits
 from inference_service.engine.residents import AlwaysResident
-from inference_service.engine.state_slots import StateSlots
 from inference_service.engine.tape import TapeRecorder
 from loramux_shared.storage.memory import MemoryStore
 from tests.kernels.test_launch_keys import noted

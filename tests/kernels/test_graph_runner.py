@@ -25,11 +25,9 @@ from inference_service.engine.engine import Engine
 from inference_service.engine.graph_runner import GraphRunner
 from inference_service.engine.graphs import CudaRecorder, Graph, Recorder
 from inference_service.engine.lookup import Expected, Lookup
-from inference_service.engine.plan import SchedulerLimits
+from inference_service.engine.queues import SchedulerLimits
 from inference_service.engine.residents import AlwaysResident
-from inference_service.engine.rows import lay_out
-from inference_service.engine.runner import Runner
-from inference_service.engine.step import Pending
+from inference_service.engine.runner import Pending, Runner, lay_out
 from inference_service.engine.tape import Tape, TapeRecorder
 from inference_service.lora.places import taken_by
 from inference_service.lora.weights import AdapterWeights, load_adapter

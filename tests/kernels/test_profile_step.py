@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from inference_service.engine.graph_runner import GraphRunner
-from inference_service.engine.plan import SchedulerLimits
+from inference_service.engine.queues import SchedulerLimits
 from inference_service.engine.runner import Runner
 from inference_service.engine.tape import TapeRecorder
-from inference_service.startup.profile import SCRATCH_BLOCKS, largest_step
+from inference_service.startup.memory import SCRATCH_BLOCKS, largest_step
 from loramux_shared.storage.memory import MemoryStore
 from tests.support.tiny import make_world
 

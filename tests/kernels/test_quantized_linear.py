@@ -14,8 +14,7 @@ from inference_service.kernels.cpu.ops import ROUNDED, CpuOps, Table, adapters_o
 from inference_service.kernels.integers import Quantized, quantize
 from inference_service.layers.linear import Linear
 from inference_service.layers.on_gpu import FP8, LARGEST_FP8, rounded_fp8
-from inference_service.layers.quantized import QuantizedLinear
-from inference_service.layers.quantizing import new_linear, require_able
+from inference_service.layers.quantized import QuantizedLinear, new_linear, require_able
 from loramux_shared.faults import SettingsInvalid
 from loramux_shared.rounding import Rounding
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 from inference_service.engine.block_manager import BlockManager
 from inference_service.engine.engine import Engine
 from inference_service.engine.graph_runner import GraphRunner
-from inference_service.engine.plan import SchedulerLimits
+from inference_service.engine.queues import SchedulerLimits
 from inference_service.engine.residents import AlwaysResident
 from inference_service.engine.tape import TapeRecorder
 from loramux_shared.bundle.deployments import current_generation

@@ -12,7 +12,7 @@ from transformers import Gemma3TextConfig
 from inference_service.engine.block_manager import BlockManager
 from inference_service.engine.engine import Engine
 from inference_service.engine.graph_runner import GraphRunner
-from inference_service.engine.plan import SchedulerLimits
+from inference_service.engine.queues import SchedulerLimits
 from inference_service.engine.residents import AlwaysResident
 from inference_service.engine.runner import Runner
 from inference_service.engine.tape import TapeRecorder

@@ -23,10 +23,10 @@ from builder_service.pipeline.progress import Progress
 from builder_service.rpc.mapping import report_message
 from inference_service.backends.torch import TorchOperations
 from inference_service.kernels.attention import Context
-from inference_service.models.blocks.experts import ExpertsBlock
+from inference_service.models.blocks import Cache, Step
 from inference_service.models.checkpoint import Checkpoint
+from inference_service.models.experts import ExpertsBlock
 from inference_service.models.reader import Reader
-from inference_service.models.step import Cache, Step
 from inference_service.startup import bank
 from loramux.mapping import report_of
 from loramux_shared.bases.config import ModelConfig

@@ -13,8 +13,8 @@ import peft
 import pytest
 from transformers import AutoModelForCausalLM, Qwen2Config
 
-from inference_service.adapters.bundles import StoredBundles
-from inference_service.adapters.mixing import ScaledAdapter
+from inference_service.adapters.changing import StoredBundles
+from inference_service.adapters.names import ScaledAdapter
 from loramux_shared.bundle.deployments import current_generation
 from loramux_shared.bundle.generation import AdapterRecord
 from loramux_shared.bundle.reader import read_bundle

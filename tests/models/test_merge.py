@@ -14,8 +14,7 @@ from builder_service.pipeline.build import build
 from builder_service.pipeline.context import BuildContext
 from builder_service.pipeline.progress import Progress
 from inference_service.models.checkpoint import Checkpoint
-from inference_service.models.decoder import Decoder
-from inference_service.models.layer import Layer
+from inference_service.models.decoder import Decoder, Layer
 from inference_service.startup.load import Ready
 from loramux_shared.bases.read import read_config
 from loramux_shared.bundle.deployments import current_generation

@@ -18,10 +18,9 @@ from inference_service.core.sequence import Batch, EndReason, Sequence, StepOutp
 from inference_service.engine.block_manager import BlockManager
 from inference_service.engine.engine import Engine
 from inference_service.engine.lookup import Expected, Lookup
-from inference_service.engine.plan import SchedulerLimits
+from inference_service.engine.queues import SchedulerLimits
 from inference_service.engine.residents import AlwaysResident
-from inference_service.engine.rows import lay_out
-from inference_service.engine.step import Pending
+from inference_service.engine.runner import Pending, lay_out
 from inference_service.startup.load import Ready
 from loramux_shared.storage.memory import MemoryStore
 from tests.support.tiny import ADAPTERS, VOCAB, World, make_world, run_engine

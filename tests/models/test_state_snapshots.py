@@ -9,11 +9,11 @@ import pytest
 from transformers import Qwen3_5TextConfig
 
 from inference_service.engine.block_manager import BlockManager
+from inference_service.engine.blocks import StateSlots
 from inference_service.engine.engine import Engine
-from inference_service.engine.plan import SchedulerLimits
+from inference_service.engine.queues import SchedulerLimits
 from inference_service.engine.residents import AlwaysResident
 from inference_service.engine.runner import Runner
-from inference_service.engine.state_slots import StateSlots
 from loramux_shared.storage.memory import MemoryStore
 from tests.support.tiny import SIZES, VOCAB, make_world_of, run_engine
 

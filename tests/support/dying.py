@@ -15,8 +15,7 @@ from inference_service.adapters.disk import DiskTier
 from inference_service.adapters.loader import AdapterLoader
 from inference_service.adapters.reading import BundleReader
 from inference_service.core.sequence import Batch
-from inference_service.engine.runner import Runner
-from inference_service.engine.step import Pending
+from inference_service.engine.runner import Pending, Runner
 from loramux_shared.storage.local import LocalStore
 from tests.support.bundles import FakePacked, Loaded, load, settle
 

@@ -13,7 +13,7 @@ from builder_service.pipeline.check import Checks
 from builder_service.pipeline.context import BuildContext
 from builder_service.rpc.servicer import SERVICE_NAME, BuilderServicer
 from inference_service.http.server import HttpServer
-from inference_service.operators import Operators
+from inference_service.replica import Operators
 from inference_service.rpc.builder import BuilderPublisher
 from loramux.client import AsyncClient
 from loramux_shared.access.guard import NOBODY_GUARDS, Guard

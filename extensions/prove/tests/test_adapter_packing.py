@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from structlog.testing import capture_logs
 
-from inference_service.adapters.loader import AdapterLoader
-from inference_service.adapters.packing import Packer
+from inference_service.adapters.loader import AdapterLoader, Packer
 from inference_service.adapters.reading import BundleReader
 from inference_service.lora.slots import Slots
 from inference_service.models.checkpoint import Checkpoint

@@ -17,7 +17,7 @@ from builder_service.pipeline.making import workshop
 from builder_service.pipeline.progress import Progress
 from builder_service.pipeline.push import PushedAdapter
 from builder_service.pipeline.update import Update, push, rollback, update
-from inference_service.adapters.bundles import StoredBundles
+from inference_service.adapters.changing import StoredBundles
 from inference_service.adapters.follower import Follower, FollowerState
 from inference_service.replica import Replica
 from loramux.cli.main import app

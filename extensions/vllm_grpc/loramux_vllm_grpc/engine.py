@@ -15,7 +15,7 @@ from typing import Any, Final
 
 import grpc
 
-from inference_service.adapters.defaults import AdapterDefaults
+from inference_service.adapters.served_model import AdapterDefaults
 from inference_service.serving.pooling import pooled, pooling_of, shaped
 from inference_service.serving.service import GenerationService
 from inference_service.serving.telemetry.replica import loads

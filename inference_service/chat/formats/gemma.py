@@ -16,8 +16,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from inference_service.chat.formats.format import TemplateMarks, ToolFormat
-from inference_service.chat.formats.frame import Block
 from inference_service.chat.formats.lark import (
     MOST_CALLS,
     CallGrammar,
@@ -28,7 +26,7 @@ from inference_service.chat.formats.lark import (
     quoted,
     row,
 )
-from inference_service.chat.formats.source import AnswerSource, Reader, marks
+from inference_service.chat.formats.reading import AnswerSource, Block, Reader, TemplateMarks, ToolFormat, marks
 from inference_service.chat.formats.values import (
     MAX_DEPTH,
     PARSING,

@@ -19,9 +19,8 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
-from inference_service.chat.formats.format import TemplateMarks, ToolFormat
 from inference_service.chat.formats.lark import CallGrammar, OfferedTool, Spelling, either, json_of
-from inference_service.chat.formats.source import AnswerSource, Reader, marks
+from inference_service.chat.formats.reading import AnswerSource, Reader, TemplateMarks, ToolFormat, marks
 from inference_service.chat.pieces import AnswerCalls, Piece, TextPiece, Thought
 from inference_service.serving.request import Message
 from loramux_shared.runtime import ToolParser

@@ -10,8 +10,7 @@ import json
 import re
 from typing import Final
 
-from inference_service.chat.formats.frame import Block
-from inference_service.chat.formats.source import AnswerSource, Reader
+from inference_service.chat.formats.reading import AnswerSource, Block, Reader
 from inference_service.chat.pieces import AnswerCalls
 
 ARGUMENTS: Final = frozenset({"arguments", "parameters"})

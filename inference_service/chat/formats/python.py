@@ -26,8 +26,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from inference_service.chat.formats.format import TemplateMarks, ToolFormat
-from inference_service.chat.formats.frame import Block
+from inference_service.chat.formats.json_formats import PYTHON_TAG
 from inference_service.chat.formats.lark import (
     MOST_CALLS,
     CallGrammar,
@@ -38,8 +37,7 @@ from inference_service.chat.formats.lark import (
     quoted,
     row,
 )
-from inference_service.chat.formats.llama import PYTHON_TAG
-from inference_service.chat.formats.source import AnswerSource, Reader
+from inference_service.chat.formats.reading import AnswerSource, Block, Reader, TemplateMarks, ToolFormat
 from inference_service.chat.formats.values import (
     MAX_DEPTH,
     MAX_LITERAL,

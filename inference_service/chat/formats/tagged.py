@@ -25,8 +25,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from inference_service.chat.formats.format import TemplateMarks, ToolFormat
-from inference_service.chat.formats.frame import Block
 from inference_service.chat.formats.json_calls import json_calls
 from inference_service.chat.formats.lark import (
     MOST_CALLS,
@@ -39,7 +37,7 @@ from inference_service.chat.formats.lark import (
     quoted,
     row,
 )
-from inference_service.chat.formats.source import AnswerSource, Reader, marks
+from inference_service.chat.formats.reading import AnswerSource, Block, Reader, TemplateMarks, ToolFormat, marks
 from inference_service.chat.formats.values import arguments, is_open, is_text, texts, typed, written
 from inference_service.chat.pieces import AnswerCalls
 from loramux_shared.runtime import ToolParser

@@ -10,12 +10,12 @@ from pydantic_core import PydanticCustomError
 from starlette.requests import Request as HttpRequest
 from typing_extensions import TypedDict
 
-from inference_service.adapters.defaults import NO_DEFAULTS, AdapterDefaults
+from inference_service.adapters.served_model import NO_DEFAULTS, AdapterDefaults
 from inference_service.chat.dialect import dialect_of
 from inference_service.chat.request import check_calls
 from inference_service.http.openai.chat_schema import Messages, Tool
 from inference_service.http.openai.mapping import tool_of, turns_of
-from inference_service.http.openai.schema_rules import GOES_ON, OF_MESSAGES, ONE_OF_TWO
+from inference_service.http.openai.schema import GOES_ON, OF_MESSAGES, ONE_OF_TWO
 from inference_service.http.wire.body import Body, Examples, Made, read_body
 from inference_service.http.wire.reply import Reply
 from inference_service.serving.bounds import check_turns, refused

@@ -11,8 +11,13 @@ from pydantic_core import PydanticCustomError
 from typing_extensions import TypedDict
 
 from inference_service.chat.request import AllowedTools, NamedTool, ToolChoice
-from inference_service.http.openai.schema import GenerationBody
-from inference_service.http.openai.schema_rules import BY_ROLE, GOES_ON, SAYS_SOMETHING, SCHEMA_WHERE_SAID
+from inference_service.http.openai.schema import (
+    BY_ROLE,
+    GOES_ON,
+    SAYS_SOMETHING,
+    SCHEMA_WHERE_SAID,
+    GenerationBody,
+)
 from inference_service.http.wire.body import Body, Examples, Made, Noun, unsupported
 from inference_service.serving.prompts import NAME, ROLES
 

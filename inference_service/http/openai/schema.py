@@ -1,21 +1,79 @@
-"""The bodies of requests, apart from chat's own fields.
+"""The bodies of requests, apart from chat's own fields, and rules between their fields.
 
 Types are checked here and bounds in `serving`, which both APIs share. A field whose type is None is one that
-this server cannot honour: any value of it is refused by name. The last group of fields of `SamplingBody` is
-accepted because clients send them, and none of them changes an answer.
+this server cannot honour: any value of it is refused by name; null is "not set" everywhere. The last group of
+fields of `SamplingBody` is accepted because clients send them, and none of them changes an answer. Rules
+between fields are as JSON Schema tells them to readers of `openapi`; validators judge them.
 """
 
 from __future__ import annotations
 
 from functools import partial
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Final, Self
 
 from pydantic import ConfigDict, Field, PlainValidator, model_validator
 from pydantic_core import PydanticCustomError
 
-from inference_service.http.openai.schema_rules import ONE_STRUCTURE
 from inference_service.http.wire.body import Body, Examples, Made, Noun, Same
 from inference_service.serving.pooling import MAX_INPUTS
+
+NOT_NULL: Final[dict[str, Any]] = {"not": {"type": "null"}}
+OF_MESSAGES: Final = ("tools", "add_generation_prompt", "continue_final_message", "chat_template_kwargs")
+"""Fields of rendering messages."""
+
+
+def _only(name: str, value: dict[str, Any]) -> dict[str, Any]:
+    return {"required": [name], "properties": {name: value}}
+
+
+ONE_STRUCTURE: Final[dict[str, Any]] = {
+    "oneOf": [_only(name, NOT_NULL) for name in ("json", "regex", "choice", "grammar")]
+    + [_only("json_object", {"const": True})]
+}
+WITHOUT_CALLS: Final[dict[str, Any]] = {"tool_calls": {"maxItems": 0}}
+"""Schema of no calls, or null."""
+BY_ROLE: Final[dict[str, Any]] = {
+    "oneOf": [
+        {"properties": {"role": {"const": "assistant"}}},
+        {
+            "required": ["tool_call_id"],
+            "properties": {"role": {"const": "tool"}, "tool_call_id": {"type": "string", "minLength": 1}}
+            | WITHOUT_CALLS,
+        },
+        {"properties": {"role": {"enum": ["developer", "system", "user"]}} | WITHOUT_CALLS},
+    ]
+}
+SAYS_SOMETHING: Final[dict[str, Any]] = {
+    "anyOf": [
+        {"required": ["content"], "properties": {"content": NOT_NULL}},
+        {"required": ["refusal"], "properties": {"refusal": NOT_NULL}},
+        {"required": ["tool_calls"], "properties": {"tool_calls": {"type": "array", "minItems": 1}}},
+    ]
+}
+SCHEMA_WHERE_SAID: Final[dict[str, Any]] = {
+    "oneOf": [
+        {
+            "required": ["json_schema"],
+            "properties": {"type": {"const": "json_schema"}, "json_schema": NOT_NULL},
+        },
+        {"properties": {"type": {"enum": ["text", "json_object"]}, "json_schema": {"type": "null"}}},
+    ]
+}
+GOES_ON: Final[dict[str, Any]] = {
+    "if": {"required": ["continue_final_message"], "properties": {"continue_final_message": {"const": True}}},
+    "then": {"required": ["add_generation_prompt"], "properties": {"add_generation_prompt": {"const": False}}},
+}
+ONE_OF_TWO: Final[dict[str, Any]] = {
+    "oneOf": [
+        {
+            "required": ["prompt"],
+            "properties": {"prompt": NOT_NULL}
+            | {name: {"type": "null"} for name in ("messages", *OF_MESSAGES)},
+        },
+        {"required": ["messages"], "properties": {"messages": NOT_NULL, "prompt": {"type": "null"}}},
+    ]
+}
+
 
 MAX_PROMPTS = 256
 """Prompts of one request."""

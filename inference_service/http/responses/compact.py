@@ -18,12 +18,11 @@ from starlette.requests import Request as HttpRequest
 from inference_service.chat.conversation import AnswerPart, Conversation
 from inference_service.chat.request import ChatRequest, Turn
 from inference_service.http.responses.answers import Compaction, InstructionItem, ResponseUsage, SummaryItem
+from inference_service.http.responses.create import usage_of
 from inference_service.http.responses.items import CallItem, Item, OutputItem, carried
-from inference_service.http.responses.mapping import chat_to_sum_up
+from inference_service.http.responses.mapping import PLACE, chat_to_sum_up, leading
 from inference_service.http.responses.output import OutputItems
-from inference_service.http.responses.resource import usage_of
 from inference_service.http.responses.schema import CompactBody
-from inference_service.http.responses.turns import PLACE, leading
 from inference_service.http.wire.body import read_body
 from inference_service.http.wire.reply import Head, Reply, while_connected
 from inference_service.serving.bounds import refused

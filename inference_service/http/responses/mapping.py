@@ -1,12 +1,21 @@
-"""The map from the bodies of responses to conversations."""
+"""The map from the bodies of responses to conversations, and from items to their turns.
+
+The assistant's part of one turn comes in several items, and is one message: reasoning, text and calls. So are
+the instructions and the messages of systems and developers before all others: templates know one system
+message. A compaction is part of that one too, and stands for the conversation before it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import takewhile
+from typing import Final
 
 from inference_service.chat.request import (
     NO_HEADERS,
     SWITCHES,
+    Call,
     ChatRequest,
     Turn,
     check_demand,
@@ -16,12 +25,118 @@ from inference_service.chat.request import (
 )
 from inference_service.core.constraint import Constraint
 from inference_service.http.openai.mapping import one_constraint, request_of
-from inference_service.http.responses.items import CompactionItem, Item, OutputItem
+from inference_service.http.responses.items import (
+    CallItem,
+    CompactionItem,
+    Item,
+    MessageItem,
+    OutputItem,
+    ReasoningItem,
+    functions_of,
+    qualified,
+    uncarried,
+)
 from inference_service.http.responses.schema import CompactBody, ResponsesBody, TextFormat
-from inference_service.http.responses.tools import functions_of
-from inference_service.http.responses.turns import turns_of
 from inference_service.http.wire.body import in_words_of, names
 from inference_service.serving.bounds import refused
+
+SYSTEM: Final = ("system", "developer")
+PLACE: Final = "input"
+"""Place of every turn: clients sent items, and several can be one turn."""
+SUMMED_UP: Final = "What was said before, summed up:\n"
+"""Stands before the summary of a compaction."""
+
+
+def turns_of(instructions: str | None, items: str | Sequence[Item]) -> tuple[Turn, ...]:
+    """Return the turns of a text, or of items, behind the instructions.
+
+    Raises:
+        RequestInvalid: reasoning or a compaction is not ours.
+    """
+    turns = [Turn("user", items, place=PLACE)] if isinstance(items, str) else [*_turns(items)]
+    before = [*takewhile(lambda turn: turn.role in SYSTEM, turns)]
+    texts = [text for text in (instructions, *(turn.content for turn in before)) if text is not None]
+    system = [Turn("system", "\n\n".join(texts), place=PLACE)] if texts else []
+    return (*system, *turns[len(before) :])
+
+
+def leading(items: Sequence[Item]) -> list[MessageItem]:
+    """Return the system's and developers' turns before any other turn."""
+    first = takewhile(lambda item: isinstance(item, MessageItem) and item.role in SYSTEM, items)
+    return [item for item in first if isinstance(item, MessageItem)]
+
+
+def _in_force(items: Sequence[Item]) -> Iterator[tuple[int, Item]]:
+    """Yield the items that count, with their places: a compaction stands for all before it but the lead."""
+    last = max((nth for nth, item in enumerate(items) if isinstance(item, CompactionItem)), default=0)
+    yield from enumerate(leading(items[:last]))
+    yield from enumerate(items[last:], last)
+
+
+@dataclass
+class _AssistantTurn:
+    """The assistant's part of one turn, as far as it was read."""
+
+    thought: list[str] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
+    calls: list[Call] = field(default_factory=list)
+
+    @property
+    def is_whole(self) -> bool:
+        """True when more text or reasoning belongs to another turn; behind a call it belongs to this one."""
+        return bool(self.texts) and not self.calls
+
+    def turn(self) -> Iterator[Turn]:
+        """Yield the turn; none where nothing was done."""
+        if self.thought or self.texts or self.calls:
+            yield Turn(
+                "assistant",
+                "\n".join(self.texts),
+                thought="\n".join(self.thought) if self.thought else None,
+                calls=tuple(self.calls),
+                place=PLACE,
+            )
+
+
+def _turns(items: Sequence[Item]) -> Iterator[Turn]:
+    answer = _AssistantTurn()
+    for index, item in _in_force(items):
+        theirs = isinstance(item, OutputItem) or (isinstance(item, MessageItem) and item.role != "assistant")
+        if theirs or (answer.is_whole and not isinstance(item, CallItem)):
+            yield from answer.turn()
+            answer = _AssistantTurn()
+        match item:
+            case CompactionItem(encrypted_content=content):
+                yield Turn("system", SUMMED_UP + _uncarried(content, index), place=PLACE)
+            case OutputItem():
+                yield Turn("tool", item.output, call_id=item.call_id, place=PLACE)
+            case MessageItem() if theirs:
+                yield Turn(item.role, item.content, place=PLACE)
+            case MessageItem():
+                answer.texts.append(item.content)
+            case CallItem():
+                answer.calls.append(Call(item.call_id, qualified(item.namespace, item.name), item.arguments))
+            case ReasoningItem():
+                answer.thought += _thought(item, index)
+    yield from answer.turn()
+
+
+def _thought(item: ReasoningItem, index: int) -> list[str]:
+    """Return what was thought: the text itself, else what was carried, else its summary."""
+    carried = None if item.encrypted_content is None else _uncarried(item.encrypted_content, index)
+    thought = next((text for text in (item.content, carried, item.summary) if text), None)
+    return [] if thought is None else [thought]
+
+
+def _uncarried(content: str, index: int) -> str:
+    text = uncarried(content)
+    if text is None:
+        raise refused(
+            f"input[{index}].encrypted_content",
+            "a text that this server returned; leave out items of other servers",
+            "another text",
+        )
+    return text
 
 
 def chat_of(body: ResponsesBody, headers: Mapping[str, str] = NO_HEADERS) -> ChatRequest:
@@ -32,7 +147,7 @@ def chat_of(body: ResponsesBody, headers: Mapping[str, str] = NO_HEADERS) -> Cha
             not ours, or a header is wrong.
     """
     with in_words_of(body):
-        turns = _turns(body)
+        turns = _turns_of_body(body)
         choice = body.tool_choice
         tools = () if choice == "none" else tuple(each.tool() for each in functions_of(body.tools))
         check_demand(choice, tools)
@@ -58,7 +173,7 @@ def chat_to_sum_up(body: CompactBody, headers: Mapping[str, str] = NO_HEADERS) -
         RequestInvalid: as `chat_of` does.
     """
     with in_words_of(body):
-        turns = _turns(body)
+        turns = _turns_of_body(body)
         check_tools(None, (), turns)
         temperature = 0.0 if body.temperature is None else body.temperature
         return ChatRequest(
@@ -70,7 +185,7 @@ def chat_to_sum_up(body: CompactBody, headers: Mapping[str, str] = NO_HEADERS) -
         )
 
 
-def _turns(body: ResponsesBody | CompactBody) -> tuple[Turn, ...]:
+def _turns_of_body(body: ResponsesBody | CompactBody) -> tuple[Turn, ...]:
     if not isinstance(body.input, str):
         _check_calls(body.input)
     return turns_of(body.instructions, body.input)

@@ -33,8 +33,7 @@ from inference_service.http.responses.answers import (
     ThoughtItem,
     ThoughtPart,
 )
-from inference_service.http.responses.items import carried
-from inference_service.http.responses.tools import CalledName, Offered
+from inference_service.http.responses.items import CalledName, Offered, carried
 from inference_service.text.text import Text
 
 OutputEvent = (

@@ -17,8 +17,7 @@ from typing_extensions import TypedDict
 from inference_service.chat.request import AllowedTools, NamedTool, ToolChoice
 from inference_service.http.openai.chat_schema import Effort
 from inference_service.http.openai.schema import SamplingBody
-from inference_service.http.responses.items import NOTHING_STORED, Input
-from inference_service.http.responses.tools import ONLY_FUNCTIONS, Tools
+from inference_service.http.responses.items import NOTHING_STORED, ONLY_FUNCTIONS, Input, Tools
 from inference_service.http.wire.body import Body, Examples, Made, Noun, unsupported
 from inference_service.serving.bounds import MAX_LOGPROBS
 

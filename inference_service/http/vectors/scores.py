@@ -8,8 +8,16 @@ from typing import Literal, NotRequired
 from starlette.requests import Request as HttpRequest
 from typing_extensions import TypedDict
 
-from inference_service.http.vectors.embeddings import PromptUsage, head_of, pooling_requests, prompt_usage
-from inference_service.http.vectors.pooling_schema import ClassifyBody, RerankBody, ScoreBody, ScoringBody
+from inference_service.http.vectors.embeddings import (
+    ClassifyBody,
+    PromptUsage,
+    RerankBody,
+    ScoreBody,
+    ScoringBody,
+    head_of,
+    pooling_requests,
+    prompt_usage,
+)
 from inference_service.http.wire.body import in_words_of, read_body
 from inference_service.http.wire.reply import Reply, while_connected
 from inference_service.serving.bounds import refused

@@ -17,7 +17,7 @@ import pytest_asyncio
 from builder_service.pipeline.build import build
 from builder_service.pipeline.context import BuildContext
 from builder_service.pipeline.progress import Progress
-from inference_service.adapters.defaults import NO_DEFAULTS, AdapterDefaults
+from inference_service.adapters.served_model import NO_DEFAULTS, AdapterDefaults
 from inference_service.core.sequence import Sequence
 from inference_service.http.server import HttpServer
 from inference_service.rpc.servicer import SERVICE_NAME, InferenceServicer, register

@@ -16,7 +16,7 @@ from pydantic import BaseModel
 from inference_service.core.sequence import EndReason
 from inference_service.http.responses.compact import ASK, NO_SUMMARY
 from inference_service.http.responses.items import carried, uncarried
-from inference_service.http.responses.turns import SUMMED_UP
+from inference_service.http.responses.mapping import SUMMED_UP
 from loramux_shared.faults import QueueFull, RateLimited, ReplicaFailed, RequestInvalid
 from loramux_shared.runtime import ReasoningParser
 from tests.support.generations import change_deployed

@@ -21,7 +21,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from grpc_status import rpc_status
 
 from inference_service.core.sequence import Batch
-from inference_service.engine.step import Pending
+from inference_service.engine.runner import Pending
 from inference_service.rpc.servicer import SERVICE_NAME, InferenceServicer, register
 from inference_service.startup.load import Ready
 from loramux import AsyncClient, Client, FinishReason, PromptLogprobs, faults

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from inference_service.operators import Operators
+from inference_service.replica import Operators
 from inference_service.serving.request import Request
 from inference_service.startup.load import Ready
 from loramux_shared.bundle.deployments import current_generation, publish_generation

@@ -12,7 +12,7 @@ import pytest
 from builder_service.pipeline.check import check_one
 from builder_service.pipeline.context import BuildContext
 from builder_service.pipeline.progress import Progress
-from inference_service.adapters.defaults import AdapterDefaults
+from inference_service.adapters.served_model import AdapterDefaults
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import EndReason
 from inference_service.serving.service import AnswerFinished, AnswerStarted, Request

@@ -14,9 +14,8 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from inference_service.adapters.catalog import EARLIER, Catalog
-from inference_service.adapters.defaults import NO_DEFAULTS, AdapterDefaults
-from inference_service.adapters.mixing import ScaledAdapter, written
-from inference_service.adapters.served_model import ServedModel
+from inference_service.adapters.names import ScaledAdapter, blend_parts
+from inference_service.adapters.served_model import NO_DEFAULTS, AdapterDefaults, ServedModel
 from inference_service.core.adapter import Adapter
 from loramux_shared.access.keys import ACCESS, Access, Scope
 from loramux_shared.bundle.generation import AdapterRecord, BaseRecord, Generation
@@ -386,5 +385,5 @@ def test_whatever_is_asked_for_is_named_or_refused(query: str) -> None:
 def test_what_a_mixture_is_called_asks_for_it(parts: list[tuple[str, float]]) -> None:
     """A blend's name has the weights in full precision, with blanks or without."""
     texts = (sign.join(f"{name}*{scale!r}" for name, scale in parts) for sign in ("+", " + "))
-    read = [written(text) for text in texts]
+    read = [blend_parts(text) for text in texts]
     assert read == [tuple(ScaledAdapter(name, scale) for name, scale in parts)] * 2

@@ -11,8 +11,8 @@ from typing import cast
 import pytest
 
 from inference_service.adapters.catalog import Catalog
-from inference_service.adapters.defaults import NO_DEFAULTS, AdapterDefaults
 from inference_service.adapters.follower import FollowerStanding
+from inference_service.adapters.served_model import NO_DEFAULTS, AdapterDefaults
 from inference_service.adapters.texts import AdapterTexts
 from inference_service.serving.naming import Naming
 from inference_service.serving.request import Request

@@ -15,13 +15,11 @@ from inference_service.core.adapter import Adapter, activation
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import GONE, Batch, Sequence, StepOutput, Token
 from inference_service.engine.block_manager import BlockManager
-from inference_service.engine.blocks import prefix_key
+from inference_service.engine.blocks import StateSlots, prefix_key
 from inference_service.engine.engine import Engine
-from inference_service.engine.plan import SchedulerLimits
+from inference_service.engine.queues import SchedulerLimits
 from inference_service.engine.residents import AlwaysResident
-from inference_service.engine.rows import lay_out
-from inference_service.engine.state_slots import StateSlots
-from inference_service.engine.step import Pending
+from inference_service.engine.runner import Pending, lay_out
 from inference_service.kernels.attention import Context
 from loramux_shared.bases.cache import Cache, KeptTokens, window_blocks
 from tests.support.examples import examples

@@ -14,9 +14,9 @@ from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Batch, Sequence, Token
 from inference_service.engine.block_manager import BlockManager
 from inference_service.engine.engine import Engine
-from inference_service.engine.plan import SchedulerLimits
+from inference_service.engine.queues import SchedulerLimits
 from inference_service.engine.residents import AlwaysResident
-from inference_service.engine.step import Pending
+from inference_service.engine.runner import Pending
 from tests.support.instructions import instructions as count
 
 SEQS = 12

@@ -9,8 +9,7 @@ import torch
 
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Sequence, Token
-from inference_service.engine.logprobs import processed, report
-from inference_service.engine.sampler import sample
+from inference_service.engine.sampler import processed, report, sample
 from inference_service.http.openai.logprobs import prompt_logprobs
 from inference_service.kernels.sampling import RowParams
 from inference_service.kernels.sampling.reference import distribution

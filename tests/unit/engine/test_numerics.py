@@ -12,13 +12,13 @@ from inference_service.core.adapter import Adapter, Mixture
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Batch, EndReason, Sequence, StepOutput, Token
 from inference_service.engine.block_manager import BlockManager
+from inference_service.engine.blocks import StateSlots
 from inference_service.engine.engine import Engine
 from inference_service.engine.numerics import MOST, WITHIN_S
-from inference_service.engine.plan import SchedulerLimits
+from inference_service.engine.queues import SchedulerLimits
 from inference_service.engine.residents import AlwaysResident
+from inference_service.engine.runner import Pending
 from inference_service.engine.sampler import sample
-from inference_service.engine.state_slots import StateSlots
-from inference_service.engine.step import Pending
 from loramux_shared.runtime import Pooling
 
 PROMPT = list(range(3, 16))

@@ -17,10 +17,10 @@ from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Batch, EndReason, Sequence, StepOutput, Token
 from inference_service.engine.block_manager import BlockManager
 from inference_service.engine.engine import Engine
-from inference_service.engine.plan import SchedulerLimits
+from inference_service.engine.queues import SchedulerLimits
 from inference_service.engine.residency import FIRST_PAUSE_S, LOADS, Residency
 from inference_service.engine.residents import AdapterState
-from inference_service.engine.step import Pending
+from inference_service.engine.runner import Pending
 from inference_service.lora.places import Places
 from loramux_shared.faults import BundleCorrupt, Fault, InternalFault, ResourcesExhausted
 from tests.support.examples import examples

@@ -15,11 +15,10 @@ from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import FAIR, Batch, EndReason, Sequence, Share, Token
 from inference_service.engine.block_manager import BlockManager
 from inference_service.engine.engine import Engine
-from inference_service.engine.plan import SchedulerLimits
-from inference_service.engine.queues import SequenceQueue
+from inference_service.engine.queues import SchedulerLimits, SequenceQueue
 from inference_service.engine.residents import AlwaysResident
+from inference_service.engine.runner import Pending
 from inference_service.engine.scheduler import MOST_CREDIT, QUANTUM, TWICE
-from inference_service.engine.step import Pending
 from inference_service.engine.step_times import TIMES, Room, StepTimes
 from tests.support.examples import examples
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from inference_service.chat.pieces import CallArguments, CallBegun, Piece, TextPiece, Thought
-from inference_service.http.anthropic.content import Content, input_of, signature_of
+from inference_service.http.anthropic.messages import Content, input_of, signature_of
 
 PIECES: list[Piece] = [
     Thought("I "),

@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from inference_service.adapters.defaults import NO_DEFAULTS
-from inference_service.adapters.mixing import ScaledAdapter
-from inference_service.adapters.served_model import ServedModel
+from inference_service.adapters.names import ScaledAdapter
+from inference_service.adapters.served_model import NO_DEFAULTS, ServedModel
 from inference_service.core.adapter import Adapter, Mixture
 from inference_service.core.constraint import Constraint
 from inference_service.core.sampling import SamplingParams

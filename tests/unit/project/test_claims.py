@@ -10,8 +10,7 @@ from builder_service.domain.own_rows import MAX_RUNS
 from builder_service.domain.tokens import MAX_ADDED, MAX_CHARS
 from builder_service.pipeline.push import MAX_FILES
 from inference_service.adapters.catalog import EARLIER
-from inference_service.adapters.mixing import MOST_SCALE
-from inference_service.adapters.names import LEAST_DIGITS
+from inference_service.adapters.names import LEAST_DIGITS, MOST_SCALE
 from inference_service.chat.formats.lark import MOST_CALLS
 from inference_service.core.adapter import MOST_PARTS
 from inference_service.http.openai.schema import MAX_CHOICES, MAX_PROMPTS

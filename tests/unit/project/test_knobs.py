@@ -27,7 +27,9 @@ from inference_service.http.openai.schema import CompletionBody, StreamOptions, 
 from inference_service.http.responses.items import (
     CallItem,
     CompactionItem,
+    FunctionTool,
     MessageItem,
+    NamespaceTool,
     OutputItem,
     ReasoningItem,
 )
@@ -39,7 +41,6 @@ from inference_service.http.responses.schema import (
     TextConfig,
     TextFormat,
 )
-from inference_service.http.responses.tools import FunctionTool, NamespaceTool
 from inference_service.http.wire.body import Body
 from inference_service.rpc.mapping import request_from_message
 from inference_service.serving.bounds import IDS, NUMBERS, TEXTS

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from inference_service.adapters.scoring import Scorer
+from inference_service.adapters.texts import Scorer
 from inference_service.serving.pooling import check_dimensions, pooling_of, shaped
 from loramux_shared.bundle.manifest import ScoreHead
 from loramux_shared.faults import CheckpointInvalid, RequestInvalid

@@ -11,9 +11,9 @@ from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Batch, EndReason, Sequence, StepOutput, Token
 from inference_service.engine.block_manager import BlockManager
 from inference_service.engine.engine import Engine
-from inference_service.engine.plan import SchedulerLimits
+from inference_service.engine.queues import SchedulerLimits
 from inference_service.engine.residents import AlwaysResident
-from inference_service.engine.step import Pending
+from inference_service.engine.runner import Pending
 from inference_service.serving.delivery import Outputs
 from inference_service.serving.engine_thread import EngineThread
 from tests.support.waiting import BOUND_S, bounded

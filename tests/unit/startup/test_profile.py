@@ -14,16 +14,15 @@ from structlog.testing import capture_logs
 
 from inference_service.core.adapter import Adapter
 from inference_service.core.sequence import Batch, Sequence, Token
-from inference_service.engine.plan import SchedulerLimits
-from inference_service.engine.runner import Runner
-from inference_service.engine.step import Pending
+from inference_service.engine.queues import SchedulerLimits
+from inference_service.engine.runner import Pending, Runner
 from inference_service.startup.load import Ready
-from inference_service.startup.memory import divide_memory
-from inference_service.startup.profile import (
+from inference_service.startup.memory import (
     LEAST_GRAPH_BYTES,
     SCRATCH_BLOCKS,
     TRIED,
     Measured,
+    divide_memory,
     largest_step,
     measure,
     measure_graph,

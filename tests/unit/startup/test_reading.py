@@ -13,8 +13,8 @@ import torch
 from inference_service.backends.base import Backend
 from inference_service.core.computing import Computing
 from inference_service.layers.linear import Linear
-from inference_service.startup import reading
-from inference_service.startup.reading import BOUND_S, bytes_per_s
+from inference_service.startup import base
+from inference_service.startup.base import BOUND_S, bytes_per_s
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.rounding import Rounding
 
@@ -43,7 +43,7 @@ def measured(
 ) -> tuple[float, Products]:
     """The speed with so many linears, whose products take these seconds."""
     products = Products(seconds)
-    monkeypatch.setattr(reading, "time", SimpleNamespace(perf_counter=lambda: products.now))
+    monkeypatch.setattr(base, "time", SimpleNamespace(perf_counter=lambda: products.now))
     fields: dict[str, Any] = {"dtype": torch.float32, "device": "cpu", "operations": products}
     backend = cast(Backend, SimpleNamespace(**fields, quantization=Rounding.NONE))
     linear = cast(Linear, SimpleNamespace(in_features=INSIDE, out_features=OUTSIDE, saved_bytes=saved))
@@ -62,15 +62,15 @@ def test_weights_in_fewer_bits_are_read_sooner_and_not_faster(monkeypatch: pytes
     assert measured(monkeypatch, 3, chain([1.0], repeat(1e-4)), BYTES // 4)[0] == pytest.approx(
         0.75 * BYTES / 1e-4
     )
-    monkeypatch.setattr(reading, "token_bytes", lambda *_: 1_000_000)
-    monkeypatch.setattr(reading, "bytes_per_s", lambda *_: 1e9)
+    monkeypatch.setattr(base, "token_bytes", lambda *_: 1_000_000)
+    monkeypatch.setattr(base, "bytes_per_s", lambda *_: 1e9)
     backend = cast(
         Backend, SimpleNamespace(dtype=torch.float32, quantization=Rounding.NONE, computing=Computing())
     )
     sizes = {"in_features": INSIDE, "out_features": OUTSIDE}
     linears = [cast(Linear, SimpleNamespace(**sizes, saved_bytes=saved)) for saved in (BYTES // 4, 0)]
-    assert reading.reading_of(backend, cast(ModelConfig, None), linears).token_bytes == 875_000
-    assert reading.reading_of(backend, cast(ModelConfig, None), []).token_bytes == 1_000_000
+    assert base.reading_of(backend, cast(ModelConfig, None), linears).token_bytes == 875_000
+    assert base.reading_of(backend, cast(ModelConfig, None), []).token_bytes == 1_000_000
 
 
 def test_a_start_does_not_wait_for_it_for_long(monkeypatch: pytest.MonkeyPatch) -> None:

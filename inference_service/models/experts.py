@@ -11,9 +11,8 @@ from torch import Tensor
 from inference_service.backends.experts import Grouped
 from inference_service.kernels.experts import Routed
 from inference_service.layers.norm import RMSNorm
-from inference_service.models.blocks.mlp import MlpBlock
+from inference_service.models.blocks import MlpBlock, Step
 from inference_service.models.reader import LayerReader
-from inference_service.models.step import Step
 from loramux_shared.bases.groups import EXPERTS_DOWN, EXPERTS_GATE_UP, GroupShape, name_of_all
 from loramux_shared.bases.layers import ExpertsLayer
 
