@@ -25,6 +25,9 @@ E = TypeVar("E", bound=Mapping[str, object])
 E_co = TypeVar("E_co", bound=Mapping[str, object], covariant=True)
 DONE = b"data: [DONE]\n\n"
 """Ends a stream that did not fail."""
+HEARTBEAT_S: Final = 15.0
+"""Seconds of silence before the first event of a stream after which proxies are sent a comment."""
+HEARTBEAT: Final = b": waiting\n\n"
 HEADERS = (
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
@@ -123,16 +126,18 @@ class EventStream(Response, Generic[E_co]):
 
     def __init__(
         self,
-        first: E_co,
+        first: asyncio.Future[E_co],
         rest: AsyncGenerator[E_co],
         headers: Mapping[str, str],
         framing: Framing = UNNAMED,
+        heartbeat_s: float = HEARTBEAT_S,
     ) -> None:
         super().__init__()
         self._framing = framing
         self._head = [*HEADERS, *((name.encode(), value.encode()) for name, value in headers.items())]
         self._first = first
         self._rest = rest
+        self._heartbeat_s = heartbeat_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002 - ASGI's
         """Send everything; what produces it is closed in every case."""
@@ -141,15 +146,20 @@ class EventStream(Response, Generic[E_co]):
             await while_connected(receive, self._send(send))
 
     async def _send(self, send: Send) -> None:
-        framing = self._framing
-        await send(_part(framing.event(self._first)))
+        framing, first = self._framing, self._first
         try:
+            while not first.done():
+                if not (await asyncio.wait((first,), timeout=self._heartbeat_s))[0]:
+                    await send(_part(HEARTBEAT))
+            await send(_part(framing.event(first.result())))
             async for body in self._rest:
                 await send(_part(framing.event(body)))
         except Fault as fault:
             end = framing.event(framing.failure(fault))
         else:
             end = framing.end
+        finally:
+            await _ended(first)
         await send({"type": "http.response.body", "body": end, "more_body": False})
 
 
@@ -157,18 +167,39 @@ def _part(data: bytes) -> Message:
     return {"type": "http.response.body", "body": data, "more_body": True}
 
 
+async def _ended(task: asyncio.Future[Any]) -> None:
+    """Cancel a task that runs, and return when it has ended."""
+    if not task.done():
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
 async def open_stream(
-    receive: Receive, bodies: AsyncGenerator[E], head: Head, framing: Framing = UNNAMED
+    receive: Receive,
+    bodies: AsyncGenerator[E],
+    head: Head,
+    framing: Framing = UNNAMED,
+    heartbeat_s: float = HEARTBEAT_S,
 ) -> EventStream[E]:
     """Wait for the first event, so that a request that is refused gets a status of its own.
+
+    A stream that has none after heartbeat_s seconds begins with comments; a fault is its last event then.
 
     Raises:
         Fault: the request is refused.
         ClientDisconnect: the client went away.
     """
+    first, gone = asyncio.ensure_future(anext(bodies)), asyncio.ensure_future(_until_gone(receive))
     try:
-        first = await while_connected(receive, anext(bodies))
+        await asyncio.wait((first, gone), timeout=heartbeat_s, return_when=asyncio.FIRST_COMPLETED)
+        if first.done():
+            first.result()
+        elif gone.done():
+            raise ClientDisconnect
     except BaseException:
+        await _ended(first)
         await bodies.aclose()
         raise
-    return EventStream(first, bodies, head.headers, framing)
+    finally:
+        await _ended(gone)
+    return EventStream(first, bodies, head.headers, framing, heartbeat_s)
