@@ -7,7 +7,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import Any, Final, Generic, TypeVar
+from typing import Any, Final, Generic, NoReturn, TypeVar
 
 from pydantic_core import to_json
 from starlette.requests import ClientDisconnect
@@ -85,7 +85,7 @@ async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
     try:
         await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
-            raise ClientDisconnect
+            gone.result()
         return task.result()
     finally:
         task.cancel()
@@ -93,9 +93,10 @@ async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
         await asyncio.gather(task, gone, return_exceptions=True)
 
 
-async def _until_gone(receive: Receive) -> None:
+async def _until_gone(receive: Receive) -> NoReturn:
     while (await receive())["type"] != "http.disconnect":
         pass
+    raise ClientDisconnect
 
 
 @dataclass(frozen=True)
@@ -195,7 +196,7 @@ async def open_stream(
         if first.done():
             first.result()
         elif gone.done():
-            raise ClientDisconnect
+            gone.result()
     except BaseException:
         await _ended(first)
         await bodies.aclose()
