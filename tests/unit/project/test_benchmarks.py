@@ -11,10 +11,9 @@ import sys
 import pytest
 
 from benchmarks import residency
-from benchmarks.figures import Figure, percentile, ratio
+from benchmarks.figures import Figure
 from benchmarks.forge import Forge
 from benchmarks.serving import Bar, Figures, report
-from benchmarks.streams import Point, figures
 from benchmarks.streams_clients import first_tokens_s, opened
 from benchmarks.streams_server import serve
 from tests.support.waiting import bounded, until
@@ -27,19 +26,6 @@ from tests.support.waiting import bounded, until
 def test_a_bar_is_met_up_to_itself(found: float, bar: float | None, met: bool) -> None:
     """Every figure without a bar is met; a section that could not measure has not passed."""
     assert Figure("f", found, "x", bar).met is met
-
-
-def test_a_ratio_is_of_pairs() -> None:
-    """A moment in which everything takes ten times as long changes nothing."""
-    assert ratio([2.0, 20.0, 2.2], [1.0, 10.0, 1.0]) == 2.0
-    with pytest.raises(ValueError, match="shorter"):
-        ratio([1.0, 2.0], [1.0])
-
-
-def test_a_percentile_is_one_of_the_values() -> None:
-    """The last of a few values is their 99th percentile."""
-    assert percentile(range(100), 0.99) == 99
-    assert percentile([3.0, 1.0, 2.0], 0.5) == 2.0
 
 
 async def test_a_missed_bar_is_reported(
@@ -55,14 +41,6 @@ async def test_a_missed_bar_is_reported(
     assert not await residency.measure(["own"], forge, 1)
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines if "MISSED" in line] == ["bad"]
-
-
-def test_an_unknown_section_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    """An unknown section is refused by name, with the known ones, before anything is measured."""
-    with pytest.raises(SystemExit) as ended:
-        residency.main(["churn", "trun"])
-    assert ended.value.code == 2
-    assert "no section trun; there are turns, churn" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("least", "status"), [(1.5, 0), (2.0, 0), (2.1, 1)])
@@ -103,14 +81,3 @@ async def test_both_apis_answer_clients_that_parse_nothing(capsys: pytest.Captur
         await asyncio.gather(serving, return_exceptions=True)
         gc.unfreeze()
         sys.setswitchinterval(interval_s)
-
-
-@pytest.mark.parametrize(
-    ("at_500", "at_1000", "met"),
-    [(0.5, 0.9, [True] * 3), (0.3, 0.9, [True, True, False]), (0.9, math.inf, [False] * 3)],
-)
-def test_bars_are_of_a_thousand_streams_and_of_growth(at_500: float, at_1000: float, met: list[bool]) -> None:
-    """Other kinds of clients and other numbers are reported for their own sake."""
-    measured = [("http", 500, at_500), ("grpc/1", 2000, 9.0), ("http", 1000, at_1000)]
-    points = [Point(clients, streams, [begin], [begin], 50.0) for clients, streams, begin in measured]
-    assert [figure.met for figure in figures(points)] == met

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import re
 from typing import Any
@@ -61,17 +60,6 @@ def test_rates_are_taken_of_counters_alone() -> None:
         assert rated == counters & set(re.findall(r"[\w:]+", query)), query
 
 
-def test_panels_have_a_place_of_their_own() -> None:
-    """No two panels overlap or have one id, and all lie in Grafana's 24 columns."""
-    assert len({panel["id"] for panel in PANELS}) == len(PANELS)
-    places = [panel["gridPos"] for panel in PANELS]
-    assert all(place["x"] >= 0 and place["x"] + place["w"] <= 24 for place in places)
-    for one, other in itertools.combinations(places, 2):
-        apart_x = one["x"] + one["w"] <= other["x"] or other["x"] + other["w"] <= one["x"]
-        apart_y = one["y"] + one["h"] <= other["y"] or other["y"] + other["h"] <= one["y"]
-        assert apart_x or apart_y, (one, other)
-
-
 def test_panels_use_the_provisioned_source() -> None:
     """The dashboard's source is the one that Grafana is given, and that is compose's Prometheus."""
     used = {panel["datasource"]["uid"] for panel in PANELS if panel["type"] != "row"}
@@ -89,19 +77,6 @@ def test_prometheus_scrapes_both_services() -> None:
     [config] = SERVICES["prometheus"]["configs"]
     assert config["source"] in COMPOSE["configs"]
     assert job["authorization"]["credentials_file"] == config["target"]
-
-
-def test_the_services_are_a_profile_of_their_own() -> None:
-    """The services start with the profile metrics only, and their mounts exist."""
-    assert [name for name, service in SERVICES.items() if service.get("profiles") == ["metrics"]] == [
-        "prometheus",
-        "grafana",
-    ]
-    for name in ("prometheus", "grafana"):
-        assert SERVICES[name]["profiles"] == ["metrics"]
-        sources = [volume.split(":")[0] for volume in SERVICES[name]["volumes"]]
-        assert all((ROOT / source).is_file() for source in sources if source.startswith("./"))
-        assert {source for source in sources if not source.startswith("./")} <= set(COMPOSE["volumes"])
 
 
 def test_grafana_finds_its_files() -> None:

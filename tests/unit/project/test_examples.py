@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import re
 import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
-from safetensors import safe_open
 
 from loramux_shared.deployment_file import load_deployment
 from tests.support.root import ROOT
@@ -24,7 +22,6 @@ STATED = {  # name: rank, target modules, data type, rsLoRA
     "bard": (2, ATTENTION | {"gate_proj", "up_proj", "down_proj"}, "F32", False),
     "json": (8, ATTENTION, "BF16", True),
 }
-HELD_OUT = ("capital of France", "make tea", "sky blue")
 
 
 def script(name: str) -> ModuleType:
@@ -71,51 +68,6 @@ def test_adapter_is_a_standard_repository(name: str) -> None:
     assert config_of(name)["peft_type"] == "LORA"
     assert config_of(name)["base_model_name_or_path"] == BASE
     assert (folder / "README.md").read_text().startswith(f"---\nbase_model: {BASE}\n")
-
-
-@pytest.mark.parametrize("name", STATED)
-def test_adapter_is_as_stated(name: str) -> None:
-    """Rank, target modules, data type and scaling, in the config and in the tensors themselves."""
-    rank, modules, dtype, use_rslora = STATED[name]
-    config = config_of(name)
-    assert (config["r"], set(config["target_modules"]), config["use_rslora"]) == (rank, modules, use_rslora)
-    with safe_open(EXAMPLES / "adapters" / name / "adapter_model.safetensors", framework="np") as tensors:
-        keys = list(tensors.keys())
-        slices = {key: tensors.get_slice(key) for key in keys}
-        assert len(keys) == 30 * len(modules) * 2  # layers, modules, A and B
-        for key, part in slices.items():
-            assert part.get_dtype() == dtype
-            match = re.fullmatch(
-                r"base_model\.model\.model\.layers\.\d+\.(?:self_attn|mlp)\.(\w+)\.lora_([AB])\.weight", key
-            )
-            assert match[1] in modules
-            assert part.get_shape()[0 if match[2] == "A" else 1] == rank
-
-
-def test_adapters_differ() -> None:
-    """The demo shows mixed ranks, modules and data types in one batch, so no two adapters agree in any."""
-    ranks, modules, dtypes, rslora = zip(*STATED.values(), strict=True)
-    assert len(set(ranks)) == len({frozenset(m) for m in modules}) == len(set(dtypes)) == 3
-    assert "BF16" in dtypes
-    assert sum(rslora) == 1
-
-
-@pytest.mark.parametrize("name", STATED)
-def test_data_is_valid(name: str) -> None:
-    """Each line is one question and answer; no question comes twice or is one that shows the effect."""
-    lines = (EXAMPLES / "data" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
-    pairs = [json.loads(line) for line in lines]
-    assert 12 <= len(pairs) <= 40
-    assert all(set(pair) == {"question", "answer"} and all(pair.values()) for pair in pairs)
-    questions = {pair["question"] for pair in pairs}
-    assert len(questions) == len(pairs)
-    assert not [q for q in questions for held_out in HELD_OUT if held_out in q]
-
-
-def test_json_answers_are_json() -> None:
-    """Every answer in the JSON voice is one object with a topic and an answer."""
-    for line in (EXAMPLES / "data" / "json.jsonl").read_text(encoding="utf-8").splitlines():
-        assert list(json.loads(json.loads(line)["answer"])) == ["topic", "answer"]
 
 
 def test_rows_of_a_head_are_put_back_into_halves() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import re
 from collections import Counter
@@ -12,18 +11,11 @@ from typing import Any
 import pytest
 import yaml
 
-import loramux
-from loramux import Client
 from loramux.builder.v1 import builder_pb2
 from loramux.inference.v1 import adapters_pb2, inference_pb2
-from loramux_shared.bases.families import load_families
-from loramux_shared.bases.formats.read import FORMATS
 from loramux_shared.deployment import Deployment
 from loramux_shared.deployment_file import IGNORED_KEYS, UNSERVED_KEYS
-from loramux_shared.faults import FAULTS
-from loramux_shared.settings import BuilderSettings, InferenceSettings, variable
-from scripts import api_doc, client_doc, deployment_doc, models_doc, settings_doc
-from scripts.pages import type_of
+from scripts import api_doc, deployment_doc, models_doc
 from tests.support.root import ROOT
 
 
@@ -45,18 +37,6 @@ def test_the_api_page_has_every_rpc_field_and_value() -> None:
     assert set(re.findall(r"\]\(#([^)]+)\)", page)) <= headings
 
 
-def test_a_method_has_its_fields_and_its_failures() -> None:
-    """A section has a method's fields and streams, and names each reason of the comment once."""
-    [generate] = re.findall(r"### InferenceService\.Generate\n.*?(?=\n###)", api_doc.page(), re.S)
-    assert "\nTakes\n\n- `model` string: " in generate
-    assert "\nStreams\n" in generate
-    [fails] = re.findall(r"^Fails with (.*)\.$", generate, re.M)
-    reasons = fails.split(", ")
-    assert reasons[:3] == ["MODEL_NOT_FOUND", "REQUEST_INVALID", "PROMPT_TOO_LONG"]
-    assert set(reasons) <= FAULTS.keys()
-    assert len(reasons) == len(set(reasons))
-
-
 def test_every_key_of_a_file_is_explained() -> None:
     """Every field of the model has a meaning."""
     page = deployment_doc.page()
@@ -76,48 +56,6 @@ def test_every_key_of_hosted_engine_builders_has_its_line() -> None:
         assert f"| `trt_llm.{key}` | {fix.removesuffix('.')} |" in page
 
 
-def test_every_public_method_of_the_client_is_documented() -> None:
-    """Each stands on the page with its signature and a docstring; so does every record."""
-    page = client_doc.page()
-    methods = {name for name, _ in inspect.getmembers(Client, inspect.isfunction) if not name.startswith("_")}
-    for name in methods:
-        assert re.search(rf"^- `{name}\(.*\).*`: \w+", page, re.M), name
-        assert inspect.isfunction(getattr(loramux.AsyncClient, name))
-    for name in loramux.__all__:
-        if inspect.isclass(getattr(loramux, name)) and name not in {"Client", "AsyncClient"}:
-            assert f"### {name}\n" in page
-
-
-def test_every_setting_is_explained() -> None:
-    """The page explains every variable."""
-    page = settings_doc.page()
-    for kind in (BuilderSettings, InferenceSettings):
-        for name, field in kind.model_fields.items():
-            assert field.description, name
-            assert re.search(rf"^- `{variable(name)}`( \(.*\))?: \w", page, re.M), name
-
-
-def test_every_architecture_has_its_line_and_its_modules() -> None:
-    """Each stands once among the families, and is small enough for its modules to be reported."""
-    families, modules = models_doc.families(), models_doc.modules()
-    for name, (architecture, family) in load_families().items():
-        [line] = [each for each in families.splitlines() if f"`{name}`" in each]
-        assert line.startswith(f"- {family.models}: ")
-        assert models_doc.small(architecture).architecture == name
-    assert "`self_attn.q_proj`" in modules
-    assert all(f"`{method}`" in models_doc.formats() for each in FORMATS for method in each.methods)
-    assert "- `Phi3ForCausalLM`: also `self_attn.qkv_proj`, `mlp.gate_up_proj`\n" in modules
-
-
-def test_counted_answers_are_added_up_by_backend() -> None:
-    """Each backend has a sum, and each architecture with an inexact answer has a line."""
-    page = models_doc.parity()
-    for words in models_doc.BACKENDS.values():
-        [(exact, tried)] = re.findall(rf"{words} (\d+) of (\d+)", page.splitlines()[0])
-        assert 0 < int(exact) <= int(tried)
-        assert (f", {words}: " in page) == (exact != tried)
-
-
 def test_what_stands_around_a_table_stays() -> None:
     """A page without the marks is not written at all."""
     page = "before\n<!-- a: `make docs` -->\nold\n<!-- end of a -->\nafter\n"
@@ -125,22 +63,6 @@ def test_what_stands_around_a_table_stays() -> None:
     for broken in (page.replace("end of a", "end of b"), page.replace("a: `", "b: `")):
         with pytest.raises(ValueError, match=r"docs/reference/models\.md: expected <!-- a"):
             models_doc.replaced(broken, "a", "new\n")
-
-
-@pytest.mark.parametrize(
-    ("schema", "words"),
-    [
-        ({"type": "integer", "minimum": 1}, "integer, at least `1`"),
-        ({"anyOf": [{"type": "number", "exclusiveMinimum": 0}, {"type": "null"}]}, "number, above `0`"),
-        ({"enum": ["a", "b"]}, "`a`, `b`"),
-        ({"type": "array", "items": {"type": "string"}}, "list of string"),
-        ({"$ref": "#/$defs/Build"}, "[Build](#build)"),
-        ({"$ref": "#/$defs/Kind"}, "`x`"),
-    ],
-)
-def test_types_in_words(schema: dict[str, Any], words: str) -> None:
-    """A type is reported as people say it."""
-    assert type_of(schema, {"Build": {"type": "object"}, "Kind": {"enum": ["x"]}}) == words
 
 
 def accepts(schema: Any, value: Any, root: Any) -> bool:
