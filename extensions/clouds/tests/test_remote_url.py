@@ -259,16 +259,6 @@ def test_sizes_are_checked_before_and_while_reading(site):
     assert 4 << 20 < sum(received) <= 5 << 20
 
 
-def test_an_archive_that_is_begun_again_takes_its_room_once(site):
-    """The archive's bytes are requested once of five tries, the last of which brings all of it."""
-    whole = pack(ADAPTER)
-    broken = [stating(len(whole), whole[:999])]
-    site.routes["/b"] = lambda handler: (broken.pop() if broken else stating(len(whole), whole))(handler)
-    taken = []
-    source().resolve(repo(site, "/b"), room=taken.append).close()
-    assert taken == [len(whole)]
-
-
 def test_a_server_that_drips_is_given_up(site):
     """A server that sends headers or a body byte by byte does not block a build for ever."""
 

@@ -43,7 +43,7 @@ from loramux_shared.sources.open import open_sources
 from loramux_shared.storage.memory import MemoryStore
 from tests.support import forks
 from tests.support.access import keyring, lines, new_entry
-from tests.support.silent import MODELS, silent_server, silent_service
+from tests.support.silent import silent_server, silent_service
 from tests.support.waiting import BOUND_S
 
 HEALTH = "grpc.health.v1.Health"
@@ -224,14 +224,6 @@ async def test_a_key_sees_its_models_only_over_http(service: GenerationService) 
         assert answer.status_code == 404
         named = answer.json()["error"]["message"].partition(".")[2]
         assert not any(f" {name}" in named for name in ("all", "base", "rs"))
-
-
-async def test_a_key_that_nobody_asks_for(service: GenerationService) -> None:
-    """A client with a key is served by a server without keys, and sees everything."""
-    server = silent_server(service)
-    async with AsyncClient(await server.start(), api_key="lmx_whatever") as client:
-        assert [model.name for model in await client.models()] == list(MODELS)
-    await server.drain(BOUND_S)
 
 
 def test_a_builder_is_not_opened_to_others_by_accident(tmp_path: Path) -> None:

@@ -16,12 +16,10 @@ import structlog
 
 from inference_service.http.server import HttpServer
 from loramux import AsyncClient, Client
-from loramux.cli.exits import Exit
 from loramux_shared.access.guard import Guard
 from loramux_shared.access.tls import TlsFiles
 from loramux_shared.faults import ServerUnavailable, SettingsInvalid, Unauthenticated
 from loramux_shared.rpc.server import RpcServer
-from tests.support import forks
 from tests.support.access import NOBODY, Certificates, keyring
 from tests.support.silent import MODELS, silent_server, silent_service
 from tests.support.waiting import BOUND_S
@@ -160,20 +158,6 @@ async def test_a_broken_certificate_is_not_taken(open_apis: Any, certificates: C
     assert await apis.ask(tls_ca=certificates.folder / "other.pem") == list(MODELS)
 
 
-async def test_clients_show_certificates(open_apis: Any, certificates: Certificates) -> None:
-    """Only clients with a certificate of the client CA are accepted, over both APIs."""
-    apis = await open_apis(Guard(None, certificates.mutual))
-    good = certificates.client(certificates.other)
-    assert await apis.ask(**good) == await apis.browse(**good) == list(MODELS)
-    assert "set LORAMUX_CLIENT_CERT and LORAMUX_CLIENT_KEY" in await refusal(apis)
-    with pytest.raises(httpx.TransportError):
-        await apis.browse()
-    wrong = certificates.client(certificates.ours)
-    assert "set LORAMUX_CLIENT_CERT and LORAMUX_CLIENT_KEY" in await refusal(apis, **wrong)
-    with pytest.raises(httpx.TransportError):
-        await apis.browse(**wrong)
-
-
 async def test_the_client_authority_is_renewed_too(open_apis: Any, certificates: Certificates) -> None:
     """A change of the client CA lets in clients of the new CA, and refuses clients of the old one."""
     apis = await open_apis(Guard(None, certificates.mutual))
@@ -262,24 +246,6 @@ async def test_a_client_reads_its_environment(
     async with AsyncClient(address, api_key=None) as client:
         with pytest.raises(Unauthenticated):
             await client.models()
-
-
-async def test_the_command_line_says_it_in_one_line(
-    open_apis: Any, certificates: Certificates, tmp_path: Path
-) -> None:
-    """A command that meets the wrong certificate prints one line, of ours, and nothing of gRPC's core."""
-    apis = await open_apis(Guard(None, certificates.server))
-    ca = {"LORAMUX_TLS_CA": str(certificates.folder / "other.pem")}
-    with (tmp_path / "out").open("w") as out, (tmp_path / "err").open("w") as err:
-        streams = [None, out.fileno(), err.fileno()]
-        command = forks.command_line(
-            ["models", "--grpc", f"grpcs://{apis.grpc.address}"], streams, tmp_path, ca
-        )
-        status = await asyncio.to_thread(command.wait, BOUND_S)
-    output, errors = ((tmp_path / name).read_text() for name in ("out", "err"))
-    assert (output, errors.count("\n")) == ("", 1)
-    assert errors.startswith("error: SERVER_UNAVAILABLE: no answer from grpcs://127.0.0.1:")
-    assert status == Exit.UNAVAILABLE
 
 
 def test_what_a_client_cannot_use(certificates: Certificates) -> None:

@@ -133,14 +133,6 @@ async def test_vllms_words_are_said(web: httpx.AsyncClient) -> None:
     assert (missing.status_code, missing.json()["type"]) == (404, "NotFoundError")
 
 
-async def test_a_bundle_is_said_to_be_here_alone(web: httpx.AsyncClient) -> None:
-    """The answer to a load says that the bundle is on this replica alone."""
-    body = {"lora_name": "mine", "lora_path": f"bundle:{digest_of(77)}"}
-    answer = await web.post("/v1/load_lora_adapter", json=body)
-    assert answer.status_code == 200
-    assert "in this replica alone" in answer.text
-
-
 async def test_without_a_builder_the_cure_is_told(tmp_path: Path) -> None:
     """A load without a builder is 400 with the cure, in our own error beside vLLM's."""
     app = create_app(silent_service(tmp_path), adapters=operated(builder=False).manager)

@@ -133,14 +133,3 @@ def test_what_is_on_the_disk_outlives_the_store(tmp_path):
     store.away = False
     assert isinstance(load(loader, digests[1]), Loaded)
     loader.close()
-
-
-def test_two_processes_share_a_cache(local, tmp_path):
-    """Two replicas that start with one empty cache both serve, and leave one whole copy of each bundle."""
-    store, folder, digests = local
-    cache = tmp_path / "cache"
-    both = [filling(10**9, False, cache, folder, digests) for _ in range(2)]
-    stated = [text.read() for _, text in both]
-    assert [process.wait(BOUND_S) for process, _ in both] == [0, 0], stated
-    assert sorted(path.name for path in cache.iterdir()) == sorted(digests)
-    assert serves(store, cache, digests) == [Tier.DISK] * 2

@@ -206,13 +206,6 @@ async def test_an_alias_sticks_to_a_user_at_both_apis(apis: ReplicaApis) -> None
     await channel.close()
 
 
-async def test_all_prompts_of_a_call_are_answered_by_one_version(apis: ReplicaApis) -> None:
-    """An alias is resolved once for all prompts of a call."""
-    answer = (await apis.ask("alias", prompt=[PROMPT] * 16)).json()
-    expected = await apis.tokens(answer["model"])
-    assert [choice["token_ids"] for choice in answer["choices"]] == [expected] * 16
-
-
 async def test_a_replica_catches_up_first(
     world: tuple[World, MemoryStore], built: tuple[MemoryStore, Deployment]
 ) -> None:

@@ -137,15 +137,6 @@ async def test_a_refused_build_says_everything_and_leaves_nothing(world: Served)
     assert await world.get() == last
 
 
-async def test_a_failed_build_keeps_the_served_generation(world: Served) -> None:
-    """A failed build keeps the served generation."""
-    await world.build(world.deployment("one"))
-    await world.watch()
-    await world.build(world.deployment("nowhere"))
-    last = (await world.watch())[-1]
-    assert (last.state, last.failure.reason, last.generation) == (State.STATE_FAILED, "REPO_NOT_FOUND", 1)
-
-
 async def test_bad_messages_are_refused_with_their_fields(world: Served) -> None:
     """A message that breaks a rule is DEPLOYMENT_INVALID with the fields, and starts nothing."""
     fault = await failure(

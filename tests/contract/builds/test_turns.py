@@ -18,7 +18,7 @@ from loramux.client import AsyncClient
 from loramux_shared.faults import BuildCancelled, BuildInProgress
 from tests.support.adapters import tensors, write_adapter
 from tests.support.builders import OWNER, Builders, ended, journaled
-from tests.support.waiting import bounded, until
+from tests.support.waiting import bounded
 
 MANY = 12
 
@@ -65,21 +65,6 @@ async def ask(builds: Builds, world: Builders, *requests: tuple[str, Update]) ->
 def reason(view: DeploymentView) -> str:
     """Why a build failed; empty where it did not."""
     return view.failure.reason if view.failure else ""
-
-
-async def test_changes_that_wait_are_one_generation(world: Builders) -> None:
-    """Each change reports its own adapter and end; one journal entry has all, and is removed at the end."""
-    builds = await started(world)
-    names = [f"m{seed}" for seed in range(MANY)]
-    await ask(builds, world, *((name, wish(world, name, must_be_new=True)) for name in names))
-    assert len(world.journal) == 1
-    world.store.gate.set()
-    ends = await asyncio.gather(*(end_of(builds, name) for name in names))
-    assert [end.state for end in ends] == [BuildState.ACTIVE] * MANY
-    assert [end.generation for end in ends] == [2, *[3] * (MANY - 1)]
-    assert [[adapter.name for adapter in end.adapters] for end in ends] == [[name] for name in names]
-    assert set(world.generation.adapters) == {"one", *names}
-    await until(lambda: world.journal == [], "the end of the journal", lambda: world.journal)
 
 
 async def test_what_cannot_be_published_fails_alone(world: Builders) -> None:

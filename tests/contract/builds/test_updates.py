@@ -42,7 +42,6 @@ from loramux_shared.faults import (
 from loramux_shared.rpc.calls import Patience
 from loramux_shared.rpc.status import fault_of
 from tests.golden.wild.shape import Shape
-from tests.support.adapters import tensors, write_adapter
 from tests.support.builders import HOUR, Builders, Gated
 from tests.support.waiting import Clock, until
 
@@ -532,14 +531,3 @@ async def test_a_follower_hears_of_every_generation(world: World, monkeypatch: p
         listening.cancel()
         await asyncio.gather(listening, return_exceptions=True)
     assert received == [1, 2, 3, 4, 5, 6, 7]
-
-
-async def test_updates_that_race_on_one_builder_lose_nothing(world: World) -> None:
-    """Pushes beside each other, each from the generation that it found: all adapters are there."""
-    for seed in range(6):
-        write_adapter(world.folder / f"p{seed}", tensors(seed=10 + seed))
-    await asyncio.gather(
-        *(world.client.push("tiny", f"p{seed}", world.folder / f"p{seed}") for seed in range(6))
-    )
-    assert set(world.generation.adapters) == {"one", *(f"p{seed}" for seed in range(6))}
-    assert world.generation.number == 7

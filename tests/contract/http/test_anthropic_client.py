@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import anthropic
 import httpx
 import pytest
 import pytest_asyncio
 from anthropic import AsyncAnthropic, beta_async_tool
-from pydantic import BaseModel
 
 from inference_service.http.anthropic.mapping import chat_of
 from inference_service.http.anthropic.messages import MessageAnswer
@@ -22,7 +21,6 @@ from inference_service.http.anthropic.schema import MessagesBody
 from inference_service.http.app import create_app
 from loramux_shared.access.guard import NOBODY_GUARDS, Guard
 from loramux_shared.access.keyring import Keyring
-from loramux_shared.faults import InternalFault, QueueFull, RateLimited, ReplicaFailed
 from loramux_shared.runtime import ReasoningParser
 from tests.support.access import lines, new_entry
 from tests.support.generations import change_deployed
@@ -50,13 +48,6 @@ KINDS = ("thinking", "signature", "text", "input_json")
 """Events that the client makes of a stream's deltas."""
 SECRET, ENTRY = new_entry("ann", "infer")
 METRICS, METRICS_ENTRY = new_entry("bob", "metrics")
-
-
-class Verdict(BaseModel):
-    """An answer that cannot be long."""
-
-    fine: bool
-    color: Literal["red", "blue"]
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -91,33 +82,6 @@ async def test_an_answer(claude: AsyncAnthropic, api: OpenAIApi) -> None:
         model="rs", messages=[{"role": "system", "content": "Be brief."}, *USER], max_tokens=8, temperature=0
     )
     assert chat.choices[0].message.content == block.text
-
-
-async def test_a_stream_is_the_same_answer(claude: AsyncAnthropic) -> None:
-    """Text comes in pieces, the message at the end is the whole one's."""
-    whole = await claude.messages.create(**FIELDS)
-    async with claude.messages.stream(**FIELDS) as stream:
-        stated = "".join([text async for text in stream.text_stream])
-        final = await stream.get_final_message()
-        assert stream.request_id
-    assert final.content[0].model_dump(exclude_none=True) == whole.content[0].model_dump(exclude_none=True)
-    assert stated == whole.content[0].text  # type: ignore[union-attr]
-    assert (final.stop_reason, final.model) == (whole.stop_reason, "rs")
-    cost = [(each.usage.input_tokens + (each.usage.cache_read_input_tokens or 0)) for each in (final, whole)]
-    assert cost == [len("u:Hi;a:")] * 2
-    assert final.usage.output_tokens == whole.usage.output_tokens
-
-
-async def test_the_synchronous_client_asks_mixtures(claude: AsyncAnthropic, api: OpenAIApi) -> None:
-    """A blend of several adapters answers, and the answer names them."""
-
-    def ask() -> Any:
-        with anthropic.Anthropic(base_url=api.url, api_key="none", max_retries=0) as client:
-            return client.messages.with_raw_response.create(**FIELDS | {"model": "rs*0.5+wide*0.5"})
-
-    raw = await asyncio.to_thread(ask)
-    assert raw.parse().model == raw.headers["x-loramux-model"] == "rs*0.5+wide*0.5"
-    assert raw.headers["request-id"] == raw.headers["x-request-id"]
 
 
 async def test_models(claude: AsyncAnthropic) -> None:
@@ -174,12 +138,6 @@ async def test_a_demanded_call_is_made_and_answered(claude: AsyncAnthropic) -> N
     assert used.input_tokens + (used.cache_read_input_tokens or 0) == len(prompt)
 
 
-async def test_an_answer_is_parsed_into_a_model(claude: AsyncAnthropic) -> None:
-    """The client's structured outputs: the answer keeps to the schema, and is read into a class."""
-    parsed = await claude.messages.parse(**FIELDS | {"max_tokens": 150}, output_format=Verdict)
-    assert isinstance(parsed.parsed_output, Verdict)
-
-
 @pytest.mark.parametrize(
     ("fields", "kind", "expected"),
     [
@@ -211,33 +169,6 @@ async def test_refusals_are_the_clients_own(
         assert caught.value.type == (
             "not_found_error" if kind is anthropic.NotFoundError else "invalid_request_error"
         )
-
-
-async def test_other_failures_have_their_classes(tmp_path: Path) -> None:
-    """Statuses that ask for another try come with a time to wait, and proxies know 503."""
-    async with scripted(tmp_path) as (service, client):
-        for fault, kind, type_, status in (
-            (RateLimited("later.", retry_after_s=7), anthropic.RateLimitError, "rate_limit_error", 429),
-            (QueueFull("full."), anthropic.APIStatusError, "overloaded_error", 529),
-            (ReplicaFailed("gone."), anthropic.InternalServerError, "overloaded_error", 503),
-            (InternalFault("oops."), anthropic.InternalServerError, "api_error", 500),
-        ):
-            service.say_nothing(fault)
-            with pytest.raises(kind) as caught:
-                await client.messages.create(**SENT)
-            assert (caught.value.status_code, caught.value.type) == (status, type_)
-            assert ("retry-after" in caught.value.response.headers) is (status != 500)
-
-
-async def test_a_stream_that_fails_ends_with_an_error(tmp_path: Path) -> None:
-    """The client raises the fault in the last event."""
-    async with scripted(tmp_path) as (service, client):
-        service.say("A|h", failure=ReplicaFailed("the engine failed."))
-        async with client.messages.stream(**SENT) as stream:
-            answers = [await anext(stream.text_stream) for _ in range(2)]
-            with pytest.raises(anthropic.APIStatusError, match="the engine failed") as caught:
-                await anext(stream.text_stream)
-        assert (answers, caught.value.type) == (["A", "h"], "overloaded_error")
 
 
 async def test_what_http_refuses_has_the_same_shape(api: OpenAIApi) -> None:
@@ -291,22 +222,6 @@ async def test_keys_come_in_either_header(tmp_path: Path) -> None:
             await client.with_options(api_key="lmx_wrong").messages.create(**SENT)
 
 
-async def test_blocks_come_one_after_the_other(tmp_path: Path) -> None:
-    """Text before a call is a separate block, blanks alone are none; a stream adds up to the whole."""
-    call = '<tool_call>{"name": "Paint", "argu|ments": {"color": "red"}}</tool_call>'
-    fields = SENT | {"tools": [PAINT]}
-    expected = ["text:Let me see.", 'tool_use:{"color": "red"}', "tool_use:{}", "text:Done."]
-    text = f'Let me see.{call}\n|<tool_call>{{"name": "Paint", "arguments": {{}}}}</tool_call>\n\nDone.'
-    async with scripted(tmp_path) as (service, client):
-        service.say(text, text, f"\n {call}")
-        async with client.messages.stream(**fields) as stream:
-            final = await stream.get_final_message()
-        whole = await client.messages.create(**fields)
-        assert texts_of(final.content) == texts_of(whole.content) == expected
-        assert final.stop_reason == whole.stop_reason == "tool_use"
-        assert texts_of((await client.messages.create(**fields)).content) == ['tool_use:{"color": "red"}']
-
-
 async def test_a_stream_that_tells_nothing_is_alive(tmp_path: Path) -> None:
     """A stream has tokens and pings while a call is held back."""
     body = MessagesBody.model_validate_json(json.dumps(SENT | {"tools": [PAINT], "stream": True}))
@@ -340,12 +255,6 @@ async def test_what_is_thought_comes_apart(tmp_path: Path) -> None:
     details = hidden.usage.output_tokens_details
     assert len("I look.") <= details.thinking_tokens < hidden.usage.output_tokens
     assert variables == {"enable_thinking": True, "thinking": True}
-
-
-def texts_of(blocks: Sequence[Any]) -> list[str]:
-    """Blocks as short texts."""
-    reported = {"text": lambda block: block.text, "tool_use": lambda block: json.dumps(block.input)}
-    return [f"{block.type}:{reported[block.type](block)}" for block in blocks]
 
 
 async def test_the_clients_tool_runner_runs_tools(tmp_path: Path) -> None:

@@ -74,19 +74,6 @@ async def test_openais_client_gets_what_transformers_gives(
                 np.testing.assert_allclose(found, other, atol=1e-5)
 
 
-async def test_pooling_length_and_dimensions(world: tuple[World, MemoryStore], api: OpenAIApi) -> None:
-    """Pooling by mean keeps the length; a vector that is cut is scaled to length 1."""
-    mean = expected_of(world[0], "rs", IDS, Pooling.MEAN)
-    [raw] = await made(api, model="rs", pooling="mean", normalize=False)
-    np.testing.assert_allclose(raw, mean, atol=1e-5)
-    [cut] = await made(api, model="rs", pooling="mean", dimensions=5)
-    np.testing.assert_allclose(cut, unit(mean[:5]), atol=1e-5)
-    [bare] = await made(api, model="rs", pooling="mean", dimensions=5, normalize=False)
-    np.testing.assert_allclose(bare, mean[:5], atol=1e-5)
-    [end] = await made(api, truncate_prompt_tokens=2)
-    np.testing.assert_allclose(end, (await made(api, input=IDS[-2:]))[0], atol=1e-6)
-
-
 async def test_more_texts_than_the_queue_holds(api: OpenAIApi) -> None:
     """A call of many texts goes through a short queue, beside answers, and returns a vector for each text."""
     texts = [[3 + (7 * place) % 190, 3 + place % 90] for place in range(200)]
@@ -125,23 +112,6 @@ async def test_what_is_refused_is_named(
     assert (error["code"], error["param"]) == (code, param), error
     assert answer.status_code == (404 if code == "model_not_found" else 400)
     await api.until_free()
-
-
-async def test_metrics_count_vectors_and_no_first_token(api: OpenAIApi) -> None:
-    """A request for a vector, and its prompt, has no time to a first token."""
-    await made(api, model="wide")
-    lines = (await api.http.get("/metrics")).text.splitlines()
-    reported = [line for line in lines if 'model="wide"' in line]
-    assert 'loramux_requests_total{model="wide",outcome="OK"} 1' in {
-        line.removesuffix(".0") for line in reported
-    }
-    assert 'loramux_prompt_tokens_total{model="wide"} 6' in {line.removesuffix(".0") for line in reported}
-    assert not any("first_token" in line or "generated_tokens" in line for line in reported)
-
-
-async def test_the_longest_text_fits(api: OpenAIApi) -> None:
-    """A text of the whole length is embedded, as no room for an answer is needed."""
-    assert len(await made(api, input=[9] * 256)) == 1
 
 
 async def test_a_client_that_goes_away_frees_what_it_asked_for(api: OpenAIApi) -> None:

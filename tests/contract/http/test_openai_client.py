@@ -58,20 +58,6 @@ async def test_models(api: OpenAIApi) -> None:
     assert (caught.value.code, caught.value.param) == ("model_not_found", "model")
 
 
-async def test_a_chat(api: OpenAIApi) -> None:
-    """A chat completion has its model and its usage."""
-    answer = await api.openai.chat.completions.create(**GREEDY, max_completion_tokens=5)
-    [choice] = answer.choices
-    assert (choice.message.role, choice.finish_reason, choice.index) == ("assistant", "length", 0)
-    assert answer.id.startswith("chatcmpl-")
-    assert answer.system_fingerprint == f"fp_1_{api.ready.service.catalog.get('rs').digest[:12]}"
-    assert answer.usage
-    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (len("u:Hi;a:"), 5)
-    text = api.ready.service.text
-    stated = choice.message.content or ""
-    assert len(stated) >= len(text.encode(stated)) > 0
-
-
 async def test_the_synchronous_client_streams(api: OpenAIApi) -> None:
     """The same answer comes in pieces: role first, reason last, then the usage."""
     whole = await api.openai.chat.completions.create(**GREEDY, max_tokens=8)

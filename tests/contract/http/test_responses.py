@@ -136,17 +136,6 @@ def _without_ids(response: dict[str, Any]) -> Any:
     return walk(response)
 
 
-async def test_log_probabilities_are_those_of_what_is_said(api: TalkerApi) -> None:
-    """Tokens of a call have no place in the message before it."""
-    api.talker.say(f"A|h|{CALL}")
-    answer = (await api.post(PATH, **FIELDS, tools=[WEATHER], top_logprobs=1)).json()
-    [message, _] = answer["output"]
-    scores = message["content"][0]["logprobs"]
-    assert [score["token"] for score in scores] == ["A", "h"]
-    assert [len(score["top_logprobs"]) for score in scores] == [1, 1]
-    assert answer["top_logprobs"] == 1
-
-
 async def test_the_response_tells_what_was_asked(api: TalkerApi) -> None:
     """The response repeats the fields of the request, with defaults for the others."""
     requests = {
@@ -180,18 +169,6 @@ async def test_the_response_tells_what_was_asked(api: TalkerApi) -> None:
     assert (request.sampling.max_tokens, request.sampling.temperature, request.sampling.top_p) == (9, 0.25, 0.5)
     assert (request.sampling.presence_penalty, request.sampling.frequency_penalty) == (0.5, 0.25)
     assert request.model.sticky_key == "u"
-
-
-async def test_the_client_streams(api: TalkerApi) -> None:
-    """OpenAI's own client collects the events to the response."""
-    api.talker.say(f"Hm.|{CALL}")
-    async with api.openai.responses.stream(**FIELDS, tools=[WEATHER]) as stream:
-        kinds = [event.type async for event in stream]
-        final = await stream.get_final_response()
-    assert kinds[0] == "response.created"
-    assert kinds[-1] == "response.completed"
-    assert final.output_text == "Hm."
-    assert [item.type for item in final.output] == ["message", "function_call"]
 
 
 async def test_the_client_parses(api: TalkerApi) -> None:

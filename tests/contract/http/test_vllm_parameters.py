@@ -7,7 +7,6 @@ tests/unit/project/test_knobs.py, so each effect is shown with one kind of promp
 from __future__ import annotations
 
 import asyncio
-import json
 import math
 import re
 from typing import Any
@@ -143,29 +142,6 @@ async def test_a_request_has_the_id_that_it_brings(api: OpenAIApi, path: str, pr
     assert {each["id"] for each in (*answers, *chunks)} == {f"{prefix}job:7.a-b_c"}
 
 
-async def test_bad_words_never_come(api: OpenAIApi) -> None:
-    """A bad word's tokens may come alone, and all of them together never, in any of n answers."""
-    pair = {"allowed_token_ids": ids_of("AB"), "temperature": 50, "seed": 3, "n": 3, "max_tokens": 24}
-    assert all("AB" in stated and "BA" in stated for stated in await texts(api, **pair))
-    for word in ("AB", " AB", "  AB"):
-        stated = await texts(api, **pair, bad_words=[word, "BB"])
-        assert not any("AB" in each or "BB" in each for each in stated)
-        assert all("BA" in each or "AA" in each for each in stated)
-    assert not any("A" in stated for stated in await texts(api, CHAT, **pair, bad_words=["A"]))
-    assert await texts(api, bad_words=[]) == await texts(api)
-
-
-async def test_only_allowed_tokens_come(api: OpenAIApi) -> None:
-    """An answer has no others; the end of sequence is one of them or not."""
-    sampled = {"temperature": 2, "seed": 1, "n": 2, "ignore_eos": False}
-    for path in (CHAT, PLAIN):
-        for emitted in await texts(api, path, allowed_token_ids=ids_of("xyz"), **sampled):
-            assert len(emitted) == 12
-            assert set(emitted) <= set("xyz")
-    ended = {"allowed_token_ids": [*ids_of("xyz"), 2], "logit_bias": {"2": 100}, "ignore_eos": False}
-    assert await texts(api, **ended) == [""]
-
-
 async def test_what_leaves_nothing_is_refused_by_name(api: OpenAIApi) -> None:
     """Allowed tokens and bad words that exclude each other end the request, at once or on the way."""
     expected = ("allowed_token_ids", "invalid_value")
@@ -175,15 +151,6 @@ async def test_what_leaves_nothing_is_refused_by_name(api: OpenAIApi) -> None:
     assert "none after 8 tokens" in answer.json()["error"]["message"]
     await api.until_free()
     assert await texts(api, allowed_token_ids=[5], bad_words=['"' * 13]) == ['"' * 12]
-
-
-async def test_a_constraint_says_where_an_allowed_text_ends(api: OpenAIApi) -> None:
-    """The end of sequence need not be among the allowed tokens where a constraint lets the text end."""
-    ids = ids_of('{}":a')
-    fields = {"allowed_token_ids": ids, "response_format": {"type": "json_object"}, "max_tokens": 40}
-    for ignore in (False, True):
-        [stated] = await texts(api, CHAT, **fields, logit_bias={str(ids[1]): 50}, ignore_eos=ignore)
-        assert json.loads(stated) == {}
 
 
 async def test_special_tokens_are_added_or_not(api: OpenAIApi) -> None:
@@ -219,20 +186,6 @@ async def test_a_prompt_is_cut_to_its_end(api: OpenAIApi, path: str) -> None:
     four = await texts(api, path, **long, truncate_prompt_tokens=4, n=2)
     assert four == await texts(api, prompt=api.ready.service.text.encode("i;a:")[-4:], n=2)
     assert await refusal(api, path, **prompt("x" * 200_000), truncate_prompt_tokens=4) == too_long
-
-
-async def test_a_cut_prompt_is_echoed_as_it_was_cut(api: OpenAIApi) -> None:
-    """The echo, and its scores, are of the tokens that the model saw."""
-    cut = {
-        "prompt": "x" * 300 + "Hi",
-        "truncate_prompt_tokens": 3,
-        "echo": True,
-        "logprobs": 0,
-        "max_tokens": 0,
-    }
-    [choice] = (await whole(api, **cut))["choices"]
-    assert choice["text"] == "xHi"
-    assert choice["logprobs"]["tokens"] == ["x", "H", "i"]
 
 
 async def test_an_answer_goes_on_with_the_last_message(api: OpenAIApi) -> None:

@@ -22,7 +22,6 @@ from inference_service.processes.host import ApiHost
 from inference_service.rpc.servicer import SERVICE_NAME, InferenceServicer, register
 from inference_service.serving.engine_thread import EngineThread
 from inference_service.serving.service import GenerationService
-from loramux import AsyncClient
 from loramux_shared.faults import SettingsInvalid
 from loramux_shared.rpc.admission import CORE
 from loramux_shared.rpc.server import RpcServer
@@ -212,14 +211,6 @@ async def test_limits_hold_across_processes(served: Replica) -> None:
                 client.close()
     finally:
         catalog.deployed = kept
-
-
-async def test_both_apis_and_relayed_calls_answer(served: Replica) -> None:
-    """Answers over gRPC come from an API process, lists of models and health too."""
-    async with AsyncClient(served.addresses["grpc"]) as client:
-        done = await client.complete(MODEL, [5, 6, 7], max_tokens=5, ignore_eos=True)
-        assert len(done.token_ids) == 5
-        assert [model.name for model in await client.models()] == [MODEL]
 
 
 async def test_a_process_that_does_not_answer_is_replaced(tmp_path: Path) -> None:

@@ -161,25 +161,6 @@ async def test_tokens_between_first_and_last_come_together(
     assert [len(delta.token_ids) for delta in deltas[1:-1]] == [1, 39]
 
 
-async def test_models_are_listed_base_first(api: RpcApi) -> None:
-    """The list has the base, then the adapters by name, with their records."""
-    models = (await api.stub.ListModels(pb.ListModelsRequest())).models
-    assert [model.name for model in models] == ["base", "all", "rs", "wide"]
-    assert [model.parent for model in models] == ["", "base", "base", "base"]
-    assert list(models[1].ranks) == [2, 4, 12]
-    assert list(models[3].modules) == ["attn_q", "attn_v"]
-    assert models[0].max_seq_len == 2048
-
-
-async def test_text_and_tokens_agree(api: RpcApi) -> None:
-    """The text of deltas is that of the decoded tokens, and a text prompt is tokenized."""
-    events = await api.events(text="HELLO", sampling=greedy(8))
-    assert events[0].started.prompt_tokens == 5
-    ids = [token for event in events for token in event.delta.token_ids]
-    assert len(ids) == 8
-    assert "".join(event.delta.text for event in events) == api.ready.service.text.decode(ids)
-
-
 async def test_stops_end_the_answer_before_their_text(api: RpcApi) -> None:
     """A stop text is found, not shown, and named; a stop token is reported as a token, without its text."""
     events = await api.events(sampling=greedy(20))
@@ -211,31 +192,6 @@ async def test_logprobs_belong_to_the_tokens(api: RpcApi) -> None:
         assert len(item.top) == 3
         assert item.logprob == pytest.approx(item.top[0].logprob)
         assert item.logprob <= 0
-
-
-async def test_an_unknown_model_is_never_the_base(api: RpcApi) -> None:
-    """The error lists the served models."""
-    code, reason, _, message = await api.failure(model="wid")
-    assert (code, reason) == (grpc.StatusCode.NOT_FOUND, "MODEL_NOT_FOUND")
-    for name in ("'wid'", "base", "all", "rs", "wide"):
-        assert name in message
-
-
-@pytest.mark.parametrize(
-    ("fields", "named"),
-    [
-        ({"model": ""}, ["model"]),
-        ({"token_ids": None}, ["prompt"]),
-        ({"token_ids": pb.TokenIds(ids=[5, 199])}, ["token_ids"]),
-        ({"sampling": pb.SamplingParams(temperature=float("nan"), top_p=0)}, ["temperature", "top_p"]),
-        ({"sampling": pb.SamplingParams(stop=["x"] * 17, logprobs=21)}, ["logprobs", "stop"]),
-    ],
-)
-async def test_fields_out_of_bounds_are_named(api: RpcApi, fields: dict[str, object], named: list[str]) -> None:
-    """Every field that is out of bounds is named, all at once."""
-    code, reason, violated, _ = await api.failure(**fields)
-    assert (code, reason) == (grpc.StatusCode.INVALID_ARGUMENT, "REQUEST_INVALID")
-    assert violated == named
 
 
 async def test_a_prompt_that_does_not_fit_gives_both_numbers(api: RpcApi) -> None:

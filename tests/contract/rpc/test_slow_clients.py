@@ -167,20 +167,6 @@ async def test_an_http_client_that_does_not_read_is_given_up(apis: EndlessApis, 
         await given_up(apis, clock)
 
 
-@patience("read_s")
-async def test_an_http_client_that_reads_slowly_is_served(apis: EndlessApis, clock: Clock) -> None:
-    """A client that reads slowly but steadily keeps its connection."""
-    with narrow(apis) as sock:
-        sock.setblocking(False)
-        for _ in range(3):
-            left = 2**20  # more than all buffers hold
-            while left > 0:
-                left -= len(await asyncio.get_running_loop().sock_recv(sock, left))
-            clock.advance(0.6 * HOUR)
-            await apis.seen()
-            assert apis.service.open == 1
-
-
 def late(apis: EndlessApis, clock: Clock, seconds: float) -> None:
     """Let the server stand still for a time, and look at its deadlines before it reads anything."""
     clock.advance(seconds)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import re
 import threading
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
@@ -153,26 +152,6 @@ async def test_answers_are_of_their_schema(ready: Ready) -> None:
     assert stopped > 36
 
 
-async def test_any_object_is_an_object(ready: Ready) -> None:
-    """json_object gives objects, with min_tokens too, and also where the end of sequence is ignored."""
-    for fields in ({}, {"min_tokens": 30}, {"ignore_eos": True}):
-        answers = await ask(ready, "json_object", n=6, seed=4, **DRAWN, **fields)
-        whole = [json.loads(text) for text, end in answers if end is EndReason.STOP]
-        assert whole
-        assert all(isinstance(value, dict) for value in whole)
-
-
-async def test_regular_expressions_and_grammars_hold_for_the_whole_answer(ready: Ready) -> None:
-    """The answer matches as a whole, and a finite language ends by itself."""
-    for text, end in await ask(ready, "regex", "(ab|c){3}[0-9]?", n=6, seed=5, **DRAWN):
-        assert end is EndReason.STOP
-        assert re.fullmatch("(ab|c){3}[0-9]?", text)
-    for text, end in await ask(ready, "lark", 'start: "<" start ">" | "x"', n=6, seed=6, **DRAWN):
-        if end is EndReason.STOP:
-            assert re.fullmatch("<*x>*", text)
-            assert text.count("<") == text.count(">")
-
-
 async def test_the_end_of_sequence_comes_only_where_the_text_may_end(ready: Ready) -> None:
     """The grammar requires three letters before the end, whatever the model and the adapter prefer."""
     fields = DRAWN | {"logit_bias": {2: 100.0}}
@@ -182,16 +161,6 @@ async def test_the_end_of_sequence_comes_only_where_the_text_may_end(ready: Read
     for model in ("base", "all"):
         ((text, end),) = await ask(ready, "regex", "[a-z]{3,9}", model=model, **fields)
         assert (len(text), end) == (3, EndReason.STOP)
-
-
-async def test_stop_texts_and_limits_end_a_constrained_answer(ready: Ready) -> None:
-    """A stop text or a limit ends a constrained answer early, within the grammar."""
-    ((text, end),) = await ask(ready, "regex", "a{50}b", stop=("aaaa",), max_tokens=60)
-    assert (text, end) == ("", EndReason.STOP)
-    ((text, end),) = await ask(ready, "regex", "a{50}b", max_tokens=7)
-    assert (text, end) == ("a" * 7, EndReason.LENGTH)
-    ((text, end),) = await ask(ready, "regex", "a{7}", max_tokens=7)
-    assert (text, end) == ("a" * 7, EndReason.STOP)
 
 
 async def test_a_preempted_answer_goes_on_where_it_was(world: tuple[World, MemoryStore]) -> None:
@@ -252,15 +221,6 @@ async def test_masks_along_a_draft_are_those_that_it_leads_to(ready: Ready) -> N
     assert grammar.mask() == mask_of({f, 2}).ljust(len(grammar.mask()), b"\0")
     grammar.accept(f)
     assert (grammar.complete, grammar.failure) == (True, "")
-
-
-async def test_masks_outlive_a_preemption(world: tuple[World, MemoryStore]) -> None:
-    """Answers have the same tokens of the allowed ones with too little memory for all, and no bad word."""
-    fields: dict[str, Any] = {"allowed_token_ids": tuple(range(40, 50)), "bad_words": ("FG", "KLM")}
-    fields["logit_bias"] = {3 + ord(char) - 32: 4.0 for char in "FGKLM"}
-    found = await found_by(world, "regex", "[E-N]{70,79}", n=5, seed=9, **DRAWN | fields)
-    assert not any("FG" in text or "KLM" in text for text, _ in found)
-    assert all(any(pair in text for text, _ in found) for pair in ("KL", "LM", "F", "G"))
 
 
 @pytest.mark.parametrize(

@@ -66,30 +66,6 @@ async def test_every_answer_finishes_once(service: Service) -> None:
         assert event.completion_tokens == 8 or expected
 
 
-async def test_the_prompt_of_n_answers_is_computed_once(
-    service: Service, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """All answers but the first take the prompt's full blocks from the prefix cache."""
-    rows = _count_rows(service, monkeypatch)
-    events = await service.events(LONG, n=4, cache_salt="once", **SAMPLED)
-    cached = [event.cached_tokens for event in events if isinstance(event, AnswerFinished)]
-    assert sorted(cached) == [0, 96, 96, 96]
-    assert sum(rows) == len(LONG) + 3 * 4 + 4 * 7  # one prompt, three of its last tokens, and the answers
-
-
-def _count_rows(service: Service, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Count the rows of every step from now on."""
-    runner, rows = service.ready.engine._engine._runner, []
-    submit = runner.submit
-
-    def counting(batch: Any) -> Any:
-        rows.append(batch.num_tokens)
-        return submit(batch)
-
-    monkeypatch.setattr(runner, "submit", counting)
-    return rows
-
-
 async def test_closing_the_stream_frees_all_answers(service: Service) -> None:
     """All answers are freed, whether the later ones have begun or not."""
     for read in (1, 2, 9):
@@ -151,24 +127,6 @@ async def test_n_answers_are_n_places_in_the_queue(world: tuple[World, MemorySto
     await service.until_free()
     assert len(await service.answers(n=4, max_tokens=3)) == 4
     await service.ready.engine.stop()
-
-
-async def test_penalties_and_biases_reach_the_draw(service: Service) -> None:
-    """A bias of 100 decides every token; a large repetition penalty keeps greedy answers from repeating."""
-    (biased,) = await service.answers(max_tokens=5, logit_bias={77: 100.0}, ignore_eos=True)
-    assert biased == [77] * 5
-    (varied,) = await service.answers(max_tokens=25, repetition_penalty=10.0, ignore_eos=True)
-    assert len(set(varied)) == 25
-    (banned,) = await service.answers(max_tokens=5, logit_bias=dict.fromkeys(range(VOCAB), -100.0))
-    (plain,) = await service.answers(max_tokens=5)
-    assert banned == plain  # all of them lowered is none of them lowered
-
-
-async def test_min_tokens_hold_back_the_end(service: Service) -> None:
-    """The answer has just min_tokens others where an end-of-sequence token is always the likeliest."""
-    (answer,) = await service.answers(max_tokens=20, min_tokens=7, logit_bias={2: 100.0})
-    assert len(answer) == 8
-    assert answer.index(2) == 7
 
 
 async def test_a_bad_request_does_not_disturb_good_ones(service: Service) -> None:
@@ -278,15 +236,6 @@ async def test_no_answer_at_all_may_be_asked_for(service: Service) -> None:
         assert (finished.reason, finished.completion_tokens) == (EndReason.LENGTH, 0)
     with pytest.raises(PromptTooLong):
         await service.events([9] * 256, max_tokens=1, prompt_logprobs=0)
-
-
-async def test_prompt_logprobs_come_once_with_several_answers(service: Service) -> None:
-    """Prompt log probabilities come once per request, and do not change the sampled tokens."""
-    events = await service.events(LONG, n=3, prompt_logprobs=1, **SAMPLED)
-    assert sum(isinstance(event, PromptScores) for event in events) == 1
-    assert await service.answers(LONG, n=3, prompt_logprobs=1, **SAMPLED) == await service.answers(
-        LONG, n=3, **SAMPLED
-    )
 
 
 async def test_prompts_are_scored_across_preemptions(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import threading
 import time
 from collections.abc import AsyncIterator
@@ -19,7 +18,6 @@ from loramux_shared.storage.memory import MemoryStore
 from tests.golden.metrics.script import NAMES, names
 from tests.support.metrics import Scrape
 from tests.support.openai_api import OpenAIApi, open_api, openai_world
-from tests.support.raw_http import JSON, RawClient
 from tests.support.silent import silent_server
 from tests.support.tiny import World
 from tests.support.waiting import BOUND_S, bounded
@@ -76,35 +74,6 @@ async def test_requests_are_counted_by_model(api: OpenAIApi) -> None:
     assert metrics.value("loramux_requests_total", outcome="OK", model="rs") == 2
 
 
-async def test_time_counts_from_arrival_at_the_socket(api: OpenAIApi) -> None:
-    """The times of a request count from its arrival, also while the event loop is busy."""
-    body = json.dumps(FIELDS | {"model": "wide", "max_tokens": 1}).encode()
-    client = await RawClient.open(api.server.address)
-    head = b"POST /v1/completions HTTP/1.1\r\n" + JSON + b"Content-Length: %d\r\n\r\n" % len(body)
-    client.writer.write(head + body)  # it is sent at once
-    time.sleep(0.3)  # the loop is busy, with at least as much as is looked for below
-    assert (await client.answer())[0] == 200
-    client.close()
-    metrics = await scrape(api)
-    assert metrics.value("loramux_time_to_first_token_seconds_sum", model="wide") > 0.25
-    assert metrics.value("loramux_request_seconds_sum", model="wide") > 0.25
-
-
-async def test_times_are_those_of_the_request(api: OpenAIApi) -> None:
-    """Queue < first token < whole request, and none is longer than the client waited for its end here."""
-    started = time.monotonic()
-    await api.post("/v1/completions", **FIELDS | {"model": "all", "max_tokens": 50})
-    await api.until_free()  # the client may have the last byte before that is written down
-    waited = time.monotonic() - started
-    metrics = await scrape(api)
-    queue, first, whole, per_token = (
-        metrics.value(f"loramux_{name}_seconds_sum", model="all")
-        for name in ("queue", "time_to_first_token", "request", "time_per_output_token")
-    )
-    assert 0 <= queue < first < whole < waited
-    assert 0 < per_token * 49 <= whole - first + 1e-3
-
-
 async def test_every_end_has_an_outcome(api: OpenAIApi) -> None:
     """A request that failed or went away is counted under its reason, and no name that a client made up is a
     label.
@@ -132,21 +101,6 @@ async def test_every_end_has_an_outcome(api: OpenAIApi) -> None:
         ("wide", "CANCELLED"): 1,
     }
     assert "made-up" not in metrics.text
-
-
-async def test_what_the_api_refuses_is_counted(api: OpenAIApi) -> None:
-    """Metrics count refused bodies and wrong paths by status."""
-    await api.post("/v1/completions", **FIELDS | {"model": "nope"})
-    await api.post("/v1/completions", **FIELDS | {"model": "rs", "temprature": 1})
-    await api.post("/v1/completions", **FIELDS | {"model": "rs"})
-    await api.http.get("/nope")
-    metrics = await scrape(api)
-    statuses = {own["status"]: value for own, value in metrics.series("loramux_http_responses_total")}
-    assert statuses == {"404": 2, "400": 1, "200": 1}
-    assert sorted(metrics.series("loramux_requests_total"), key=str) == [
-        ({"model": "", "outcome": "MODEL_NOT_FOUND"}, 1),
-        ({"model": "rs", "outcome": "OK"}, 1),
-    ]
 
 
 async def test_gateways_see_who_runs_and_who_waits(api: OpenAIApi, monkeypatch: pytest.MonkeyPatch) -> None:

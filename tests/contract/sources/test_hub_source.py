@@ -20,7 +20,6 @@ from loramux_shared.faults import (
     SourceRefused,
     SourceUnavailable,
 )
-from loramux_shared.sources import retry
 from loramux_shared.sources.base import Source
 from loramux_shared.sources.bucket import BucketSource
 from loramux_shared.sources.checkpoint import describe_base, fetch_base
@@ -31,7 +30,6 @@ from loramux_shared.sources.secrets import Secrets
 from tests.support.adapters import write_adapter, write_base
 from tests.support.descriptors import cancelled_after, failing, nothing_stays_open
 from tests.support.hub import Hub, HubRepo, serve_hub
-from tests.support.own_time import OwnTime
 
 COMMIT, OLD = "c" * 40, "0" * 40
 FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -68,15 +66,6 @@ def source(hub: Hub, **environment: str) -> HubSource:
 def repo(name: str, **fields: str) -> Repository:
     """A repository of the hub."""
     return Repository(source=SourceKind.HF, repo=name, **fields)
-
-
-def test_a_branch_is_resolved_to_its_commit(hub):
-    """A revision becomes a commit before anything is fetched, and sizes are known."""
-    resolved = source(hub).resolve(repo("org/adapter", revision="v1"))
-    assert resolved.repository.revision == OLD
-    assert source(hub).resolve(repo("org/adapter")).repository.revision == COMMIT
-    assert resolved.files["optimizer.pt"].size == 9
-    assert hub.downloaded() == []
 
 
 def test_only_the_named_files_are_fetched(hub, tmp_path):
@@ -176,14 +165,6 @@ def test_a_busy_hub_is_asked_again(hub):
     hub.failures[:] = [503, 503]
     with pytest.raises(SourceUnavailable, match="status 503"):
         source(hub).resolve(repo("org/adapter"))
-
-
-def test_a_rate_limit_is_waited_for(hub, monkeypatch):
-    """A status of 429 is tried again when the hub says, and not before."""
-    monkeypatch.setattr(retry, "time", time := OwnTime())
-    hub.failures[:] = [429]
-    assert source(hub).resolve(repo("org/adapter")).repository.revision == COMMIT
-    assert time.now_s == pytest.approx(1)
 
 
 def test_a_download_that_breaks_off_is_asked_for_again(hub, tmp_path):

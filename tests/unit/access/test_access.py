@@ -5,19 +5,14 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any
 
 import pytest
 import structlog
 
-from inference_service.adapters.catalog import Catalog
-from inference_service.adapters.served_model import ServedModel
-from inference_service.http.wire.refusals import fault_response
-from loramux_shared.access.asgi import AccessMiddleware
 from loramux_shared.access.guard import is_local, open_guard
 from loramux_shared.access.keyring import Keyring, bearer, key_of
-from loramux_shared.access.keys import ACCESS, EVERYTHING, Access, Scope, digest, new_key, parse_keys
-from loramux_shared.faults import ModelNotFound, PermissionDenied, SettingsInvalid, Unauthenticated
+from loramux_shared.access.keys import Scope, digest, new_key, parse_keys
+from loramux_shared.faults import PermissionDenied, SettingsInvalid, Unauthenticated
 from loramux_shared.settings import BuilderSettings
 from tests.support.access import lines, new_entry
 
@@ -264,86 +259,3 @@ def test_half_of_tls_is_refused(tmp_path: Path) -> None:
     for fields in ({"tls_cert": tmp_path}, {"tls_key": tmp_path}, {"tls_client_ca": tmp_path}):
         with pytest.raises(SettingsInvalid, match="both LORAMUX_TLS_CERT and LORAMUX_TLS_KEY"):
             open_guard(BuilderSettings(**fields), "127.0.0.1:1")  # type: ignore[arg-type]
-
-
-def _hides(models: frozenset[str] | None) -> Any:
-    return ACCESS.set(Access("k", frozenset({Scope.INFER}), models))
-
-
-def test_a_model_that_a_key_may_not_use_is_invisible() -> None:
-    """The catalog neither lists nor finds nor names models that the caller may not use."""
-    catalog = Catalog(1, "base", [ServedModel(name) for name in ("base", "ann", "bob")])
-    assert [model.name for model in catalog] == ["base", "ann", "bob"]
-    token = _hides(frozenset({"ann", "absent"}))
-    try:
-        assert [model.name for model in catalog] == ["ann"]
-        assert catalog.get("ann").name == "ann"
-        refusals = []
-        for name in ("bob", "base", "absent", "none"):
-            with pytest.raises(ModelNotFound) as caught:
-                catalog.get(name)
-            refusals.append(str(caught.value).replace(name, "X", 1))
-        assert set(refusals) == {"no model 'X' is served here. Served: ann."}
-    finally:
-        ACCESS.reset(token)
-    assert ACCESS.get() is EVERYTHING
-
-
-class Http:
-    """An application that says with which rights it was called, and a way to call it."""
-
-    def __init__(self, ring: Keyring) -> None:
-        self.rights: list[Access] = []
-        self.app = AccessMiddleware(self._app, ring, self._scope_of, fault_response)
-
-    @staticmethod
-    def _scope_of(path: str) -> Scope | None:
-        return {"/admin": Scope.ADMIN, "/health": None}.get(path, Scope.INFER)
-
-    async def _app(self, _scope: Any, _receive: Any, send: Any) -> None:
-        self.rights.append(ACCESS.get())
-        await send({"type": "http.response.start", "status": 200, "headers": []})
-
-    async def get(self, path: str, *keys: str, kind: str = "http") -> Any:
-        """The first message of the answer, with the body where it was refused."""
-        sent: list[Any] = []
-
-        async def send(message: Any) -> None:
-            sent.append(message)
-
-        headers = [(b"authorization", f"Bearer {key}".encode()) for key in keys]
-        await self.app({"type": kind, "path": path, "headers": headers}, None, send)  # type: ignore[arg-type]
-        return sent[0] | {"body": sent[-1].get("body")}
-
-
-async def test_http_asks_for_a_key() -> None:
-    """A request comes in with the rights of its key, and where no scope is wanted without any."""
-    key, entry = new_entry("ci", "infer")
-    http = Http(Keyring(text=lines(entry)))
-    assert (await http.get("/v1/models", key))["status"] == 200
-    assert (await http.get("/health"))["status"] == 200
-    assert http.rights == [entry.access, EVERYTHING]
-    assert ACCESS.get() is EVERYTHING
-
-
-@pytest.mark.parametrize(
-    ("path", "keys", "status", "code"),
-    [
-        ("/v1/models", [], 401, "invalid_api_key"),
-        ("/v1/models", ["lmx_wrong"], 401, "invalid_api_key"),
-        ("/no/such/route", [], 401, "invalid_api_key"),
-        ("/health/", [], 401, "invalid_api_key"),
-        ("/admin", ["KEY"], 403, "permission_denied"),
-    ],
-)
-async def test_http_refuses(path: str, keys: list[str], status: int, code: str) -> None:
-    """A refusal has OpenAI's shape, asks for Bearer where a key would help, and calls nothing behind it."""
-    key, entry = new_entry("ci", "infer")
-    http = Http(Keyring(text=lines(entry)))
-    answer = await http.get(path, *(key if each == "KEY" else each for each in keys))
-    assert answer["status"] == status
-    error = json.loads(answer["body"])["error"]
-    assert (set(error), error["code"]) == ({"message", "type", "param", "code"}, code)
-    assert ((b"www-authenticate", b"Bearer") in answer["headers"]) is (status == 401)
-    assert http.rights == []
-    assert (await http.get("/v1/models", kind="websocket"))["type"] == "websocket.close"

@@ -9,20 +9,15 @@ from typing import Any
 
 import pytest
 
-from builder_service.pipeline.check import check_one
-from builder_service.pipeline.context import BuildContext
-from builder_service.pipeline.progress import Progress
 from inference_service.adapters.served_model import AdapterDefaults
 from inference_service.core.sampling import SamplingParams
-from inference_service.core.sequence import EndReason
-from inference_service.serving.service import AnswerFinished, AnswerStarted, Request
+from inference_service.serving.service import Request
 from inference_service.serving.terms import Terms
 from inference_service.startup.load import Ready
 from loramux_shared.bundle.deployments import current_generation
-from loramux_shared.bundle.manifest import TEXT_FILES, bundle_key
+from loramux_shared.bundle.manifest import TEXT_FILES
 from loramux_shared.bundle.reader import read_bundle
-from loramux_shared.faults import AdapterInvalid, BundleCorrupt, RequestInvalid
-from loramux_shared.sources.open import open_sources
+from loramux_shared.faults import AdapterInvalid, RequestInvalid
 from loramux_shared.storage.memory import MemoryStore
 from tests.support.tiny import World, make_world
 
@@ -107,17 +102,6 @@ def test_every_file_is_in_the_bundle_byte_for_byte(world: World, store: MemorySt
     assert len(read_bundle(store, generation.adapters["all"].digest).manifest.files) == 2
 
 
-def test_a_text_file_that_was_changed_in_the_store_is_refused(world: World, store: MemoryStore) -> None:
-    """A template is verified like a weight."""
-    other = MemoryStore()
-    for key in store.list(""):
-        other.put(key, store.get(key))
-    generation = current_generation(other, "tiny")
-    other.put(bundle_key(generation.adapters["wide"].digest, TEXT_FILES[0]), b"{{ messages }}")
-    with pytest.raises(BundleCorrupt, match="chat_template"):
-        defaults(world.load(other), "wide")
-
-
 def test_each_model_has_its_own_template(ready: Ready) -> None:
     """The adapter's own, with its own special tokens; the base's for the base and for adapters without one."""
     assert prompt(ready, "base") == "<1>Hello"
@@ -144,37 +128,6 @@ def test_stop_tokens_are_added_to_those_of_the_base(ready: Ready) -> None:
     assert sampling(ready, "wide").stop_token_ids == {2, 50, dollar}
     assert sampling(ready, "rs", stop_token_ids=(9,)).stop_token_ids == {2, 60, 9}
     assert sampling(ready, "wide", ignore_eos=True).stop_token_ids == frozenset()
-
-
-async def test_an_answer_ends_at_the_adapters_own_stop_token(world: World, store: MemoryStore) -> None:
-    """An answer ends at a stop token that only the adapter's files define."""
-    ready = world.load(store)
-    ready.engine.start()
-
-    async def answer(model: str) -> AnswerFinished:
-        request = Request.of(model, [5, 6, 7], max_tokens=4, temperature=0.0)
-        events = [event async for event in ready.service.generate(request)]
-        assert isinstance(events[0], AnswerStarted)
-        assert isinstance(events[-1], AnswerFinished)
-        first.append(events[1].tokens[0].id)  # type: ignore[union-attr]
-        return events[-1]
-
-    first: list[int] = []
-    try:
-        assert (await answer("all")).reason is EndReason.LENGTH
-    finally:
-        await ready.engine.stop()
-    write(world.adapters["all"], generation_config={"eos_token_id": first[0]})
-    again = MemoryStore()
-    world.build(again)
-    ready = world.load(again)
-    ready.engine.start()
-    try:
-        ended = await answer("all")
-    finally:
-        await ready.engine.stop()
-        write(world.adapters["all"])
-    assert (ended.reason, ended.completion_tokens) == (EndReason.STOP, 1)
 
 
 @pytest.mark.parametrize(
@@ -204,16 +157,3 @@ def test_a_template_may_refuse_messages(world: World) -> None:
     write(world.adapters["all"])
     with pytest.raises(RequestInvalid):
         prompt(world.load(store), "all")
-
-
-def test_a_broken_file_refuses_the_adapter_in_the_builder(world: World) -> None:
-    """Invalid JSON is refused before the builder publishes anything."""
-    write(world.adapters["all"], generation_config="{")
-    expected = world.deployment()
-    only = {"all": expected.build.lora_adapters["all"]}
-    expected = expected.model_copy(update={"build": expected.build.model_copy(update={"lora_adapters": only})})
-    context = BuildContext(MemoryStore(), open_sources(local_roots=[world.root]))
-    report = check_one(expected, context, Progress(only))
-    write(world.adapters["all"])
-    assert not report.accepted
-    assert [(item.code, item.where) for item in report.findings[:1]] == [("E_BAD_TEXT", TEXT_FILES[1])]

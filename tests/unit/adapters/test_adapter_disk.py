@@ -125,43 +125,6 @@ def test_what_other_replicas_kept_counts_too(store, folder):
     assert sum(size_of(store, path.name) for path in folder.iterdir()) <= room
 
 
-def test_what_is_put_while_the_folder_is_counted_counts(store, folder, monkeypatch):
-    """A bundle comes that the start's sweep does not see: the bound holds all the same."""
-    first, second, third = store.digests
-    room = size_of(store, first) + size_of(store, second) + size_of(store, third) // 2
-    for digest in (first, second):
-        keep(store, DiskTier(folder, room), digest)
-    counted, tidies, go_on, disk = (*(threading.Event() for _ in range(3)), DiskTier(folder, room))
-    retained, make_room = disk._cached_files, disk._make_room
-
-    def slow():
-        yield from retained()
-        counted.set()
-        assert go_on.wait(BOUND_S)
-
-    def tidy(added):
-        if added:
-            tidies.set()
-        make_room(added)
-
-    monkeypatch.setattr(disk, "_cached_files", slow)
-    monkeypatch.setattr(disk, "_make_room", tidy)
-    sweep = threading.Thread(target=disk.sweep)
-    sweep.start()
-    assert counted.wait(BOUND_S)
-    reader = BundleReader(store, None)
-    with reader.reading(third) as found:
-        put = threading.Thread(target=disk.put, args=(third, found.manifest, found.files))
-        put.start()
-        assert tidies.wait(BOUND_S)
-        go_on.set()
-        for thread in (sweep, put):
-            thread.join(BOUND_S)
-            assert not thread.is_alive()
-    reader.close()
-    assert sum(size_of(store, path.name) for path in folder.iterdir()) <= room
-
-
 def test_a_bundle_larger_than_the_bound_is_not_kept(store, folder):
     """A bundle above the bound is not kept, as its place would cost all other bundles."""
     disk = DiskTier(folder, size_of(store, store.digests[0]))

@@ -63,14 +63,6 @@ def make(store):
         loader.close()
 
 
-def test_a_load_brings_a_verified_bundle(store, make):
-    """The bundle that was asked for is packed, and the outcome says where it was."""
-    found = load(make(), store.digests[1])
-    assert isinstance(found, Loaded)
-    assert found.packed.bundle.digest == store.digests[1]
-    assert found.tier is Tier.STORE
-
-
 def test_loads_of_one_digest_at_once_are_one(store, make):
     """All callers of a digest get the result of one read of the store; a later caller causes another load."""
     store.gate.clear()
@@ -228,19 +220,6 @@ def test_urgent_work_goes_before_packing_that_waits(store, make):
     assert order == ["packed", "copied", *["packed"] * (COUNT - 1)]
 
 
-def test_other_work_that_fails_is_told(make):
-    """An exception of other work is reported as a fault, and the thread continues."""
-    loader, outcomes = make(), SimpleQueue()
-
-    def fail():
-        raise InternalFault("no such slot")
-
-    loader.run(fail, outcomes.put)
-    assert isinstance(outcomes.get(timeout=BOUND_S), InternalFault)
-    loader.run(lambda: 7, outcomes.put)
-    assert outcomes.get(timeout=BOUND_S) == 7
-
-
 def test_a_callback_that_raises_blocks_no_other(store, make):
     """A listener that raises does not keep the others from hearing, nor later loads from working."""
     store.gate.clear()
@@ -279,35 +258,6 @@ def test_whatever_waits_at_the_end_is_told(store, make):
     assert type(load(loader, store.digests[0])) is ShuttingDown
 
 
-def test_every_load_of_many_ends_once(store, make):
-    """Each load is answered exactly once over random failures."""
-    turn = iter(range(10**6))
-
-    def pack(bundle):
-        if next(turn) % 3 == 0:
-            raise ProofFailed("every third")
-        return FakePacked(bundle)
-
-    loader = make(pack, threads=3, host_bytes=1500)
-    answers = SimpleQueue()
-    calls = 160
-
-    def ask(number):
-        for call in range(calls // 8):
-            name = (number, call)
-            digest = store.digests[(number + call) % COUNT]
-            loader.load(Adapter(digest), lambda outcome, _, name=name: answers.put((name, outcome)))
-
-    threads = [threading.Thread(target=ask, args=(number,)) for number in range(8)]
-    for thread in threads:
-        thread.start()
-    reported = [answers.get(timeout=BOUND_S)[0] for _ in range(calls)]
-    for digest in store.digests:  # behind all that could be reported again
-        load(loader, digest)
-    assert len(set(reported)) == calls
-    assert answers.empty()
-
-
 def test_packing_leaves_the_threads_of_the_steps_alone(store, make):
     """Packing computes with one thread; those of others, also of threads that begin later, stay as many."""
     before = torch.get_num_threads()
@@ -323,17 +273,6 @@ def test_packing_leaves_the_threads_of_the_steps_alone(store, make):
     thread.join(BOUND_S)
     assert seen == [1]
     assert (torch.get_num_threads(), later) == (before, [before])
-
-
-def test_many_adapters_are_asked_for_at_once(make, store):
-    """A slow store gets a dozen reads at once, and not all."""
-    store.gate.clear()
-    loader = make()
-    missing = [waiting(loader, f"{number:064x}") for number in range(40)]
-    wait_until(lambda: store.under_way == LOADS, "a dozen reads", lambda: store.under_way)
-    store.gate.set()
-    assert all(isinstance(outcome(), BundleCorrupt) for outcome in missing)
-    assert store.at_once == LOADS
 
 
 def test_reads_share_a_bound_of_memory():

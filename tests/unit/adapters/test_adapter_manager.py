@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 
 import pytest
 
@@ -29,7 +27,6 @@ from loramux_shared.faults import (
     RequestInvalid,
 )
 from tests.support.operated import digest_of, generation, operated
-from tests.support.waiting import ended, until
 
 
 def test_pages_give_every_name_once_and_look_at_no_other() -> None:
@@ -248,23 +245,6 @@ async def test_what_is_unloaded_is_gone_when_it_returns() -> None:
         await replica.manager.unload("one")
 
 
-async def test_watchers_hear_of_changes_once() -> None:
-    """The state at once; then a pause, a generation; and nothing while nothing changes."""
-    replica = operated()
-    watch = replica.manager.watch()
-    assert (await anext(watch)).generation == 1
-    waiting = asyncio.ensure_future(anext(watch))
-    looks = replica.residency.looks
-    await until(lambda: replica.residency.looks > looks + 2, "three looks of the watch")
-    assert not waiting.done()
-    replica.pauses[0] = True
-    assert (await ended(waiting, "the news of a pause")).paused
-    await replica.deployment.catch_up(replica.deployment.publish({}))
-    view = await ended(anext(watch), "the news of a generation")
-    assert (view.generation, view.registered) == (2, 0)
-    await watch.aclose()
-
-
 def test_a_replica_that_is_stale_or_blind_says_why() -> None:
     """A restart that is needed in its words; of the store no address."""
     replica = operated()
@@ -317,13 +297,6 @@ def test_paths_are_repositories(path: str, kind: SourceKind, repo: str) -> None:
     """Paths are read as controllers and trainers write them."""
     found = repository_of(path)
     assert (found.source, found.repo) == (kind, repo)
-
-
-def test_a_folder_of_this_machine_means_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A relative path is a repository's name, also where the replica has such a folder."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "org" / "name").mkdir(parents=True)
-    assert repository_of("org/name").source is SourceKind.HF
 
 
 @pytest.mark.parametrize("path", ["", ".", "../x", "~/x", "/a/../etc", "ftp://x/y", "a b", "file:///x", "x\0y"])

@@ -10,7 +10,6 @@ import pytest
 
 from inference_service.adapters.served_model import ServedModel
 from inference_service.engine.engine import EngineStats, SequenceCounts
-from inference_service.engine.residents import LOAD_BUCKETS_S, ResidencyStats
 from inference_service.serving.engine_thread import EngineThread
 from inference_service.serving.request import Request
 from inference_service.serving.telemetry.metrics import Metrics
@@ -59,24 +58,6 @@ def observe(metrics: Metrics, model: ServedModel) -> None:
 def scrape(series: ModelSeries) -> Scrape:
     """Return a scrape of the series of models."""
     return Scrape(b"".join(series.parts()).decode())
-
-
-def test_what_is_only_registered_has_no_series() -> None:
-    """A scrape has the number of 3,000 registered names, and every series of those in memory."""
-    replica = operated([f"lora-{number:05}" for number in range(3_000)])
-    metrics = metrics_of(replica)
-    lines = metrics.render().count(b"\n")
-    for number in range(3):
-        replica.residency.hold(replica.adapter(f"lora-{number:05}"), used_s=float(number))
-    replica.manager.pin("lora-00001")
-    scraped = Scrape(metrics.render().decode())
-    assert scraped.value("loramux_adapters_registered") == 3_000
-    assert scraped.value("vllm:num_gpu_loaded_lora_adapters") == 3
-    expected = {"adapter_name": "lora-00001", "level": "gpu", "pinned": "true"}
-    assert scraped.series("vllm:lora_adapter_loaded")[1] == (expected, 1)
-    [(labels, _)] = scraped.series("vllm:lora_requests_info")
-    assert labels["running_lora_adapters"] == "lora-00000,lora-00001,lora-00002"
-    assert scraped.text.count("\n") == lines + 3 * 5
 
 
 def test_a_scrape_has_a_bound_whatever_is_in_memory() -> None:
@@ -206,18 +187,3 @@ def test_every_name_can_be_read_again(name: str) -> None:
     series.count(COUNTED.name, name, label=name)
     assert scrape(series).series("loramux_asked_total") == [({"model": name, "outcome": name}, 1)]
     assert "\n" not in label(name)
-
-
-def test_loads_are_told_by_their_time() -> None:
-    """Loads are a histogram; a load longer than the last bound counts too."""
-    stats = ResidencyStats()
-    for seconds in (LOAD_BUCKETS_S[0], 0.3, 1e4):
-        stats.loaded(seconds)
-    replica = operated()
-    replica.residency.stats = stats
-    metrics = Scrape(metrics_of(replica).render().decode())
-    assert metrics.value("vllm:lora_adapter_load_seconds_bucket", le=str(LOAD_BUCKETS_S[0])) == 1
-    assert metrics.value("vllm:lora_adapter_load_seconds_bucket", le="0.5") == 2
-    assert metrics.value("vllm:lora_adapter_load_seconds_bucket", le="+Inf") == 3
-    assert metrics.value("vllm:lora_adapter_load_seconds_sum") == pytest.approx(1e4 + 0.3 + LOAD_BUCKETS_S[0])
-    assert metrics.value("loramux_adapter_loads_total") == 3

@@ -15,7 +15,7 @@ from hypothesis import given, settings, strategies as st
 
 from inference_service.adapters.catalog import EARLIER, Catalog
 from inference_service.adapters.names import ScaledAdapter, blend_parts
-from inference_service.adapters.served_model import NO_DEFAULTS, AdapterDefaults, ServedModel
+from inference_service.adapters.served_model import AdapterDefaults, ServedModel
 from inference_service.core.adapter import Adapter
 from loramux_shared.access.keys import ACCESS, Access, Scope
 from loramux_shared.bundle.generation import AdapterRecord, BaseRecord, Generation
@@ -72,15 +72,6 @@ def caller(*models: str) -> Iterator[None]:
         yield
     finally:
         ACCESS.reset(token)
-
-
-def test_a_record_is_enough_to_register() -> None:
-    """A generation's record of an adapter is listed before anything of it was read."""
-    model = catalog({"a": "one"}).get("a")
-    assert (model.digest, model.source) == (digest("one"), "org/one@main")
-    assert (model.ranks, model.modules, model.weights_bytes) == ((8,), ("attn_q",), 64)
-    assert model.defaults == NO_DEFAULTS
-    assert (model.adapter.digest, model.adapter.slot) == (digest("one"), None)
 
 
 def test_what_an_adapter_is_and_who_may_use_it_is_known_from_its_record() -> None:

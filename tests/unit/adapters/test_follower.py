@@ -100,17 +100,6 @@ async def test_a_newer_generation_is_taken_over_once(store):
         assert set(store.asked) == {current_key("d")}
 
 
-async def test_generations_between_two_looks_are_passed_over(store):
-    """Looks come at intervals, and take over only the newest generation."""
-    for names in (("a",), ("b",), ("c",)):
-        publish_generation(store, generation(*names))
-    async with Replica(store, interval_s=0.01) as replica:
-        await until(lambda: replica.took, "a look")
-        assert replica.numbers == [4]
-        publish_generation(store, generation("d"))
-        await until(lambda: replica.numbers == [4, 5], "another look", lambda: replica.numbers)
-
-
 @pytest.mark.parametrize(
     "damage", ["pointer", "generation", "half pointer", "huge pointer", "missing generation", "no pointer"]
 )
@@ -234,16 +223,6 @@ async def held(store):
         await asyncio.gather(replica.first, return_exceptions=True)
 
 
-async def test_several_who_catch_up_share_a_look(store, held):
-    """Fifty requests for a missing generation cost two looks, and all are REPLICA_BEHIND."""
-    asking = [asyncio.create_task(held.follower.catch_up(9)) for _ in range(50)]
-    await asyncio.sleep(0)
-    store.gate.set()
-    found = await ended(asyncio.gather(*asking, return_exceptions=True), "all requests")
-    assert {type(fault) for fault in found} == {ReplicaBehind}
-    assert store.asked.count(current_key("d")) == 2
-
-
 async def test_who_joins_a_look_that_began_too_early_gets_another(store, held):
     """A caller during a look waits for a second look, which finds a generation published meanwhile."""
     late = asyncio.create_task(held.follower.catch_up(2))
@@ -251,17 +230,6 @@ async def test_who_joins_a_look_that_began_too_early_gets_another(store, held):
     store.gate.set()
     await ended(late, "the second look")
     assert held.numbers == [2]
-
-
-async def test_a_look_that_is_just_over_is_not_taken_for_one_under_way(store):
-    """A caller between the end of a look and the moment in which it is forgotten looks again."""
-    async with Replica(store) as replica:
-        over = asyncio.create_task(asyncio.sleep(0))
-        await over
-        replica.follower._looking = over
-        published = publish_generation(store, generation("one", "two"))
-        await replica.follower.catch_up(published.number)
-        assert replica.follower.standing.generation == 2
 
 
 async def test_looks_that_requests_ask_for_are_spaced(store, monkeypatch):
@@ -293,14 +261,6 @@ async def test_a_caller_who_leaves_ends_no_look_of_others(store, held):
     store.gate.set()
     await ended(stays, "the request that stays")
     assert held.follower.standing.generation == 2
-
-
-async def test_a_nudge_is_followed_at_once(store):
-    """News of a new generation does not wait for the interval."""
-    async with Replica(store) as replica:
-        publish_generation(store, generation("one", "two"))
-        replica.follower.nudge()
-        await until(lambda: replica.took, "the look of a nudge")
 
 
 async def test_a_replica_that_follows_nothing_says_so(store):

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
 
 import pytest
 
-from inference_service.adapters import reading
 from inference_service.adapters.reading import KnownWeights
 from loramux_shared.bundle.manifest import CONFIG_FILE, WEIGHTS_FILE, FileDigest
-from loramux_shared.bundle.npy import Bytes
-from loramux_shared.bundle.reader import verify_file
 from loramux_shared.faults import BundleCorrupt
 
 DATA = bytes(range(256)) * 40
@@ -20,33 +16,6 @@ FILES = {
     for name in (WEIGHTS_FILE, CONFIG_FILE)
 }
 DIGEST = "d" * 64
-
-
-@pytest.fixture
-def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of files that sha256 was computed of."""
-    names: list[str] = []
-
-    def noted(data: Bytes, files: Mapping[str, FileDigest], name: str, digest: str) -> None:
-        names.append(name)
-        verify_file(data, files, name, digest)
-
-    monkeypatch.setattr(reading, "verify_file", noted)
-    return names
-
-
-def test_the_slower_digest_is_computed_once(hashed: list[str]) -> None:
-    """The slower digest of weights is computed once; small files are hashed as before, as are other bundles'
-    bytes.
-    """
-    weights = KnownWeights()
-    for _ in range(3):
-        weights.verify(DATA, FILES, WEIGHTS_FILE, DIGEST)
-        weights.verify(memoryview(DATA), FILES, CONFIG_FILE, DIGEST)
-    assert hashed.count(WEIGHTS_FILE) == 1
-    assert hashed.count(CONFIG_FILE) == 3
-    weights.verify(DATA, FILES, WEIGHTS_FILE, "e" * 64)
-    assert hashed.count(WEIGHTS_FILE) == 2
 
 
 @pytest.mark.parametrize("damaged", [DATA[:-1], DATA + b"\0", b"", DATA[:99] + b"?" + DATA[100:]])

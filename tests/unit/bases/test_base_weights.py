@@ -155,16 +155,6 @@ def test_what_is_read_is_verified(tmp_path: Path, name: str, change: Any) -> Non
         world.load(store)
 
 
-def test_the_small_files_are_copies(tmp_path: Path) -> None:
-    """A replica parses private copies, which are removed afterwards; weights are not copied."""
-    world, _, placed = _placed(tmp_path)
-    with placed.small_files() as folder:
-        names = {path.name for path in folder.iterdir()}
-        assert names == set(placed.record.files) - {WEIGHTS}
-        assert (folder / "config.json").read_bytes() == (world.base / "config.json").read_bytes()
-    assert not folder.exists()
-
-
 def test_files_that_are_none(tmp_path: Path) -> None:
     """A file is read to its end, or refused with the error in it."""
     for data, reported in (

@@ -3,17 +3,13 @@ from __future__ import annotations
 import io
 from pathlib import Path
 
-import ml_dtypes
 import numpy as np
 import pytest
 
 from loramux_shared.bundle.npy import (
     cast,
-    config_pieces,
-    header_bytes,
     parse_header,
     read_config,
-    read_weights,
     weights_pieces,
     write_checked,
 )
@@ -50,28 +46,6 @@ def test_worked_example_in_float16_is_what_np_save_writes(tmp_path):
     assert write(tmp_path / "w.npy", Dtype.FLOAT16, 2.0) == saved(expected)
 
 
-def test_worked_example_in_bfloat16_holds_raw_bits(tmp_path):
-    """bfloat16 is stored as 2-byte voids whose bits are the upper half of the float32."""
-    data = write(tmp_path / "w.npy", Dtype.BFLOAT16, 2.0)
-    expected = np.zeros((1, 2, 16), np.float32)
-    expected[0, 0] = [1, 2, 3, 4, 5, 6, 7, 8, 2, 0, 0, 2, 2, 2, 4, -2]
-    expected[0, 1, :6] = [1, -1, 0.5, 0, 1, -2]
-    bits = (expected.view(np.uint32) >> 16).astype("<u2")
-    assert data == header_bytes("|V2", (1, 2, 16)) + bits.tobytes()
-    assert len(data) == 128 + 64
-    loaded = np.load(io.BytesIO(data), allow_pickle=False)
-    assert loaded.dtype == np.dtype("V2")
-    assert np.array_equal(loaded.view("<u2"), bits)
-
-
-def test_worked_example_with_rslora(tmp_path):
-    """B with rsLoRA is scaled by alpha over the square root of the rank."""
-    write(tmp_path / "w.npy", Dtype.FLOAT32, 4 / 2**0.5)
-    row = read_weights((tmp_path / "w.npy").read_bytes(), Dtype.FLOAT32, "weights")[0, 8:]
-    s = np.float32(2.8284271)
-    assert row.tolist() == [s, 0, 0, s, s, s, 2 * s, -s]
-
-
 def test_a_file_that_is_read_back_is_the_same(tmp_path):
     """Written in pieces with gaps for zeros, and read back, it is the file that is written at once."""
     dtype, half = Dtype.FLOAT16, 5
@@ -96,15 +70,6 @@ def test_a_file_that_someone_else_writes_to_is_found(tmp_path):
     assert write_checked(tmp_path / "f", pieces()) is None
 
 
-def test_config_is_int32_with_a_batch_dim(tmp_path):
-    """The config file has the bytes of np.save for (1, R, 4) int32."""
-    digest = write_checked(tmp_path / "c.npy", config_pieces(CONFIG))
-    data = (tmp_path / "c.npy").read_bytes()
-    assert data == saved(CONFIG[None])
-    assert digest.size == len(data)
-    assert read_config(data, "config").tolist() == CONFIG.tolist()
-
-
 @pytest.mark.parametrize(
     ("value", "bits"),
     [
@@ -120,13 +85,6 @@ def test_bfloat16_rounds_to_nearest_even(value, bits):
     """float32 becomes the nearest bfloat16; of two equally near ones the even one."""
     source = np.array([value], np.uint32).view(np.float32)
     assert cast(source, Dtype.BFLOAT16).view(np.uint16).tolist() == [bits]
-
-
-def test_scale_is_folded_in_float32():
-    """scale * B is computed in float32 and rounded once to the storage type."""
-    source = np.array([1.0078125, 3.140625], ml_dtypes.bfloat16)
-    expected = (source.astype(np.float32) * np.float32(1 / 3)).astype(ml_dtypes.bfloat16)
-    assert np.array_equal(cast(source, Dtype.BFLOAT16, 1 / 3), expected)
 
 
 def test_rows_that_do_not_fit_are_an_error(tmp_path):

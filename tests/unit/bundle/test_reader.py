@@ -2,7 +2,6 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 
-import numpy as np
 import pytest
 
 from loramux_shared.bundle.claims import generation_numbers
@@ -32,15 +31,6 @@ def store(tmp_path):
 def digest_of(store):
     """The digest of the one bundle."""
     return current_generation(store, "tiny").adapters["one"].digest
-
-
-def test_a_bundle_is_read_with_views_of_its_rows(store):
-    """Rows come with A and B in their shapes, in the storage type, over one buffer."""
-    bundle = read_bundle(store, digest_of(store))
-    assert [row.row.module for row in bundle.rows] == ["attn_q", "attn_v"] * 2
-    first = bundle.rows[0]
-    assert (first.a.shape, first.b.shape, first.a.dtype.name) == ((4, 16), (16, 4), "bfloat16")
-    assert first.a.base is not None
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -146,10 +136,3 @@ def test_a_damaged_generation_is_named_and_replaced(store):
 def test_names_that_are_no_names_have_no_generation(store, name):
     """A name that cannot be a deployment's never becomes a key."""
     assert current_generation(store, name) is None
-
-
-def test_row_values_are_the_scaled_source(store):
-    """A bundle stores A unchanged and B with the scale, in the storage type."""
-    row = read_bundle(store, digest_of(store)).rows[0]
-    assert row.row.scale == 2.0
-    assert np.isfinite(row.a.astype(np.float32)).all()

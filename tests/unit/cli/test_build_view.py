@@ -66,12 +66,6 @@ def test_many_adapters_are_counted_where_there_is_no_terminal(capsys: pytest.Cap
     assert capsys.readouterr().err.splitlines() == ["60 adapters: 60 waiting", "60 adapters: 60 done"]
 
 
-def test_few_adapters_have_a_line_each(capsys: pytest.CaptureFixture[str]) -> None:
-    """The line of an adapter is its result."""
-    build(BuildView(), 2)
-    assert capsys.readouterr().err.splitlines() == ["adapter-0000: done", "adapter-0001: done"]
-
-
 def test_rounding_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     """Rounded adapters share a line with the largest error; of one that was kept the code is known."""
     found = ("4 float32, stored as bfloat16, largest relative error 3.9e-03", "1 float16, stored as bfloat16, "
@@ -146,17 +140,6 @@ def test_a_build_that_was_over_draws_nothing(capsys: pytest.CaptureFixture[str])
         "adapter-0000: done, already in the store",
         "adapter-0001: done, already in the store",
     ]
-
-
-def test_a_build_without_adapters_draws_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    """A base alone, or a build that is refused before its first state, draws nothing on a terminal."""
-    sent, screen = screen_of()
-    with BuildView(console=screen) as view:
-        view.update(state([]))
-        view.update(state([], ended=True))
-    with BuildView(console=screen):
-        pass
-    assert (sent.getvalue(), capsys.readouterr().err) == ("", "")
 
 
 class Drawn:

@@ -14,10 +14,9 @@ from loramux.cli.build_view import WORK, fraction_done
 from loramux.cli.local import services
 from loramux.cli.local.tree import important, tail
 from loramux.cli.main import app, usual
-from loramux.cli.shell import complain, modules, printable
+from loramux.cli.shell import modules, printable
 from loramux.cli.tables import kind, task
 from loramux.records import AdapterInfo, Stage
-from loramux_shared.faults import AdapterInvalid, Finding
 from tests.support.fake_services import Fakes, deployment_text
 from tests.support.https_server import served
 
@@ -80,12 +79,6 @@ def test_a_builder_where_an_inference_service_was_meant(fakes: Fakes) -> None:
     )
 
 
-def test_bad_usage_is_exit_2() -> None:
-    """A missing argument and an unknown flag are bad usage."""
-    assert run("build")[0] == 2
-    assert run("models", "--nothing")[0] == 2
-
-
 def test_a_misspelt_key_is_named(tmp_path: Path) -> None:
     """A deployment file with a wrong key fails with its name and the nearest known one, without a traceback."""
     path = tmp_path / "d.yaml"
@@ -119,15 +112,6 @@ def test_build_tells_results_and_shows_a_table(fakes: Fakes, deployment: Callabl
         *("lora1", "-", "8, 16", "attn q v, mlp gate", "120", "5.2 MB", "0123456789ab", "W_NARROWED")
     ]
     assert last == "deployment plain: generation 3 is published"
-
-
-def test_a_refused_build_lists_every_finding(fakes: Fakes, deployment: Callable[..., str]) -> None:
-    """A failed build prints all findings and exits 1."""
-    code, _, errors = run("build", deployment("mixed", "good", "bad"), "--builder", fakes.builder_address)
-    assert code == 1
-    assert "error: ADAPTER_INVALID: 1 adapter refused\n" in errors
-    assert "  E_RANK_MAX bad: r: expected <= 64, found 128\n" in errors
-    assert "  E_SHAPE bad: q_proj.lora_A" in errors
 
 
 def test_models_are_a_table(fakes: Fakes) -> None:
@@ -257,14 +241,6 @@ def test_the_last_lines_of_a_service_that_died(tmp_path: Path) -> None:
     log = tmp_path / "log"
     log.write_text("\n".join([slow, "Traceback", *[request] * 20]))
     assert tail(log) == [slow, "Traceback"]
-
-
-def test_a_failure_with_many_findings(capsys: pytest.CaptureFixture[str]) -> None:
-    """The first findings are printed, with a line that there are more."""
-    complain(AdapterInvalid("60 rules are broken", [Finding(code=f"E_{number}") for number in range(60)]))
-    lines = capsys.readouterr().err.splitlines()
-    assert lines[0] == "error: ADAPTER_INVALID: 60 rules are broken"
-    assert lines[1:] == [f"  E_{number}" for number in range(20)] + ["  and more: these are the first 20"]
 
 
 def test_up_with_a_backend_that_is_not_installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

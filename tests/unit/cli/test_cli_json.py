@@ -124,12 +124,6 @@ def test_keys(tmp_path: Path) -> None:
     assert documents("keys", "list", "--file", file)[0]["keys"] == []
 
 
-def test_a_failure_is_a_document_too() -> None:
-    """The document on stdout has the reason; stderr has it in words."""
-    [document] = documents("models", "--grpc", "127.0.0.1:1", code=3)
-    assert document["error"]["reason"] == "SERVER_UNAVAILABLE"
-
-
 def test_records_become_json() -> None:
     """Times, paths and failures have a form in JSON."""
     fault = AdapterInvalid("no", [Finding(code="E_SHAPE", fix="Do it.")])

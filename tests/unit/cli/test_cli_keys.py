@@ -34,16 +34,6 @@ def _no_key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(API_KEY, "")
 
 
-@pytest.mark.parametrize("name", ["", "new", "list", "remove"])
-def test_help_fits_a_screen(name: str) -> None:
-    """The help of every command fits 24 lines of 80 columns and has an example."""
-    code, text, _ = run("keys", *filter(None, [name]), "--help")
-    assert code == 0
-    assert "Example: loramux keys" in text
-    assert len(text.splitlines()) <= 24
-    assert max(map(len, text.splitlines())) <= 80
-
-
 def test_a_new_key_is_printed_once(tmp_path: Path) -> None:
     """``keys new --file`` prints the key alone; the file is its owner's alone, and the key opens by it."""
     path = tmp_path / "keys.jsonl"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import aclosing
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +17,8 @@ from loramux import (
     Client,
     Delta,
     DeploymentState,
-    Finished,
     FinishReason,
     Stage,
-    Started,
     faults,
     load_deployment,
 )
@@ -64,26 +61,6 @@ def test_models_are_records(client: Client) -> None:
     assert base.max_seq_len == 2048
     assert (lora1.parent, lora1.digest, lora1.ranks, lora1.modules) == ("base", DIGEST, (8,), ("attn_q",))
     assert lora1.load_time is None
-
-
-def test_a_stream_is_started_deltas_finished(client: Client) -> None:
-    """An answer is one Started, deltas, and one Finished, all typed."""
-    first, *deltas, last = client.generate("lora1", "hello")
-    assert isinstance(first, Started)
-    assert first.model == "lora1"
-    assert all(isinstance(delta, Delta) for delta in deltas)
-    assert isinstance(last, Finished)
-    assert last.reason is FinishReason.STOP
-    assert last.usage.cached_tokens == 3
-
-
-def test_complete_joins_the_stream(client: Client) -> None:
-    """A completion has the text, the tokens and the model."""
-    answer = client.complete("lora2", [{"role": "user", "content": "hello"}])
-    assert answer.text == TEXT + " (1)"
-    assert answer.token_ids == (0, 1, 2, 3, 4)
-    assert answer.started.model == "lora2"
-    assert answer.usage.completion_tokens == 5
 
 
 async def test_an_asyncio_client_does_the_same(aio: AsyncClient) -> None:
@@ -245,46 +222,6 @@ def test_no_server_is_server_unavailable() -> None:
     """A port without a listener is an error with the address."""
     with Client("127.0.0.1:1") as client, pytest.raises(faults.ServerUnavailable, match=r"127\.0\.0\.1:1"):
         client.models()
-
-
-def test_build_and_watch(client: Client, deploy: Any) -> None:
-    """A build answers at once, and watching it goes through the stages to ACTIVE."""
-    assert client.build(deploy("sync", "lora1")).state is DeploymentState.BUILDING
-    states = list(client.watch("sync"))
-    assert [state.adapters[0].stage for state in states][-2:] == [Stage.PUBLISHING, Stage.DONE]
-    last = states[-1]
-    assert (last.state, last.generation, last.failure) == (DeploymentState.ACTIVE, 3, None)
-    assert last.create_time == datetime.fromtimestamp(1_700_000_000, UTC)
-    assert last.adapters[0].ranks == (8, 16)
-    assert last.adapters[0].warnings[0].code == "W_NARROWED"
-
-
-async def test_async_build_that_fails(aio: AsyncClient, deploy: Any) -> None:
-    """A failed build carries a fault that can be raised, with every finding."""
-    await aio.build(deploy("failing", "bad"))
-    last = [state async for state in aio.watch("failing")][-1]
-    assert last.state is DeploymentState.FAILED
-    assert isinstance(last.failure, faults.AdapterInvalid)
-    assert [item.code for item in last.failure.findings] == ["E_RANK_MAX", "E_SHAPE"]
-
-
-async def test_an_abandoned_watch_is_cancelled(aio: AsyncClient, fakes: Fakes, deploy: Any) -> None:
-    """A watch that is left early ends on the server."""
-    await aio.build(deploy("endless", "lora1"))
-    before = fakes.builder.closed_watches
-    async for _ in aio.watch("endless"):
-        break
-    await until(lambda: fakes.builder.closed_watches > before, "the end of the watch")
-
-
-def test_builder_faults(client: Client, deploy: Any) -> None:
-    """The builder's statuses become the classes of faults."""
-    with pytest.raises(faults.RequestIdReused):
-        client.build(deploy("reused"), request_id="used")
-    with pytest.raises(faults.DeploymentNotFound, match="there are"):
-        client.deployment("nothing")
-    with pytest.raises(faults.DeploymentNotFound):
-        list(client.watch("nothing"))
 
 
 async def test_listing_turns_the_pages(client: Client, aio: AsyncClient, fakes: Fakes, deploy: Any) -> None:

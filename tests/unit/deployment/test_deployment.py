@@ -15,7 +15,6 @@ from loramux_shared.deployment_file import (
     UNSERVED_KEYS,
     DeploymentFile,
     load_deployment,
-    parse_deployment,
 )
 from loramux_shared.faults import DeploymentInvalid, Finding
 
@@ -318,20 +317,6 @@ def test_duplicate_keys(tmp_path: Path) -> None:
     assert "line 4: 'a' appears twice" in message
 
 
-def test_merged_keys_are_no_duplicates(tmp_path: Path) -> None:
-    """YAML's merge key still overrides, through two levels."""
-    text = """
-        build:
-          checkpoint_repository: &base {source: HF, repo: org/base, revision: one}
-          lora_adapters:
-            a: &a {<<: *base, repo: org/a}
-            b: {<<: *a, repo: org/b, revision: two}
-        """
-    adapters = _load(tmp_path, text).deployment.build.lora_adapters
-    assert (adapters["a"].repo, adapters["a"].revision) == ("org/a", "one")
-    assert (adapters["b"].repo, adapters["b"].revision) == ("org/b", "two")
-
-
 def test_all_violations_at_once(tmp_path: Path) -> None:
     """A refusal lists every violation with its code and place."""
     refusal = _refusal(
@@ -410,14 +395,3 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
     ]:
         with pytest.raises(DeploymentInvalid, match=f"cannot read the deployment file .*: {reason}"):
             load_deployment(tmp_path / name)
-
-
-def test_parsed_data_is_not_changed() -> None:
-    """Parsing leaves its input as it was."""
-    data = {
-        "model_name": "m",
-        "build": {"max_lora_rank": 8, "checkpoint_repository": {"source": "HF", "repo": "a/b"}},
-    }
-    before = repr(data)
-    parse_deployment(data)
-    assert repr(data) == before

@@ -19,7 +19,6 @@ from loramux_shared.deployment_file import parse_deployment
 from loramux_shared.faults import DeploymentInvalid, SettingsInvalid
 from loramux_shared.runtime import Limits
 from scripts.deployment_doc import MORE
-from tests.support.access import new_entry
 
 ADAPTERS = ("support-v1", "support-v2")
 
@@ -142,18 +141,6 @@ def test_a_record_without_them_has_the_bytes_that_it_had() -> None:
     assert (data["aliases"], data["limits"]) == ({"a": {"d": 1}}, {"models": {"d": {"weight": 2.0}}})
     assert Generation.from_bytes(stated.to_bytes()) == stated
     assert not stated.same_content(plain)
-
-
-def test_a_key_has_limits() -> None:
-    """The limits of a key are in its line and in its access; an older line has none."""
-    _, entry = new_entry("ci", "infer")
-    limited = entry.model_copy(update={"limits": Limits(weight=0.5, max_waiting=3)})
-    [read] = parse_keys(limited.line(), "f")
-    assert read == limited
-    assert read.access.limits == Limits(weight=0.5, max_waiting=3)
-    assert json.loads(limited.line())["limits"] == {"weight": 0.5, "max_waiting": 3}
-    assert "limits" not in entry.line()
-    assert entry.access.limits is None
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,6 @@ from builder_service.domain.adapter_config import AdapterConfig
 from builder_service.domain.rules.adapter import CheckedAdapter, Rulebook, check_adapter
 from builder_service.domain.rules.files import file_findings
 from builder_service.domain.rules.tensors import AdapterLimits
-from builder_service.domain.tensor_names import LoraKey, RefusedKey, parse_key
 from loramux_shared.bases.read import read_fields
 from loramux_shared.deployment import Dtype
 from tests.support.adapters import BASE_CONFIG, key, tensors, write_adapter
@@ -87,23 +86,6 @@ def test_all_violations_at_once(tmp_path):
     assert errors == {"E_DORA", "E_UNKNOWN_KEY", "E_PAIR", "E_RANK_SHAPE", "E_NAN"}
 
 
-def test_target_modules_of_the_deployment_are_a_ceiling(tmp_path):
-    """An adapter with modules beyond the deployment's is refused, with the modules to add."""
-    (finding,) = check_adapter(write_adapter(tmp_path), book(modules=("attn_q",))).errors
-    assert (finding.code, finding.fix) == ("E_MODULE", "Add attn_v to lora_target_modules.")
-
-
-def test_a_rank_above_the_ceiling_names_both_and_the_cure(tmp_path):
-    """A rank above max_lora_rank is refused with both numbers and the setting."""
-    (finding,) = check_adapter(write_adapter(tmp_path), book(max_rank=2)).errors
-    assert (finding.code, finding.expected, finding.found) == (
-        "E_RANK_MAX",
-        "rank <= max_lora_rank 2",
-        "rank 4",
-    )
-    assert finding.fix == "Set max_lora_rank to at least 4."
-
-
 def test_float16_overflow_names_the_cure(tmp_path):
     """A value that float16 cannot hold is refused with both numbers and the cure."""
     checked = check_adapter(write_adapter(tmp_path, with_value(9.1e4, ml_dtypes.bfloat16)), book(Dtype.FLOAT16))
@@ -135,49 +117,6 @@ def test_patterns_match_as_in_peft(patterns, name, expected):
     """The first pattern in the file's order that matches the end of the name decides."""
     config, _ = AdapterConfig(8, 16.0, rank_pattern=patterns).read([name])
     assert config.ranks_of(name)[0] == expected
-
-
-def test_rank_and_alpha_are_matched_independently():
-    """The scale has the module's own alpha, and the module's own rank."""
-    q, v = (f"model.layers.0.self_attn.{leaf}_proj" for leaf in "qv")
-    config = AdapterConfig(8, 16.0, rank_pattern={"q_proj": 2}, alpha_pattern={"v_proj": 3}, use_rslora=True)
-    config, _ = config.read([q, v])
-    assert config.scale_of(q, 4) == 8
-    assert config.scale_of(v, 9) == 1
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        f"{ROOT}layers.3.self_attn.q_proj.lora_A.weight",
-        "base_model.model.layers.3.self_attn.q_proj.lora_A.weight",
-        "base_model.model.model.language_model.layers.3.self_attn.q_proj.lora_A.weight",
-        "base_model.model.language_model.model.layers.3.self_attn.q_proj.lora_A.weight",
-        f"_orig_mod.{ROOT}layers.3._fsdp_wrapped_module.self_attn.q_proj.lora_A.default.weight",
-        f"module.{ROOT}layers.3.self_attn.q_proj.lora_A.weight",
-    ],
-)
-def test_known_prefixes(text):
-    """The prefixes of trainers and wrappers lead to the same module."""
-    parsed = parse_key(text)
-    assert isinstance(parsed, LoraKey)
-    assert (parsed.layer, parsed.leaf, parsed.side) == (3, "q_proj", "A")
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        ".",
-        *(
-            f"{ROOT}layers.{layer}.self_attn.q_proj.lora_A.weight"
-            for layer in ("x", "-1", "01", "00", "٣", "1_0")
-        ),
-    ],
-)
-def test_unknown_keys(text):
-    """An unknown key is refused, and not guessed from its last part."""
-    assert parse_key(text) == RefusedKey("E_UNKNOWN_KEY", "")
 
 
 Q = f"{ROOT}layers.0.self_attn.q_proj"

@@ -66,12 +66,6 @@ def test_what_cannot_be_used_refuses_the_adapter(name: str, content: Any, field:
     assert found(name, content) == [("E_BAD_TEXT", f"{name}: {field}" if field else name)]
 
 
-def test_fields_that_change_answers_and_are_not_used_are_a_warning() -> None:
-    """The warning lists the fields that a replica does not apply."""
-    [finding] = check_texts({GENERATION: b'{"repetition_penalty": 1.1, "num_beams": 4, "top_k": 5}'}, 100)
-    assert (finding.code, finding.found) == ("W_GENERATION", "num_beams, repetition_penalty")
-
-
 def test_size_is_looked_at_before_anything_is_fetched() -> None:
     """A file above its cap is refused from the listing alone."""
     sizes = dict.fromkeys((TEMPLATE, GENERATION, TOKENIZER, "other.bin"), 1 << 30) | {GENERATION: 10}

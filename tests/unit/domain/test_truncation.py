@@ -9,9 +9,7 @@ import numpy as np
 import pytest
 
 from builder_service.domain.truncation import best_approximation
-from builder_service.pipeline.check import check_one
 from builder_service.pipeline.context import BuildContext
-from builder_service.pipeline.progress import Progress
 from builder_service.pipeline.validate import check_deployment
 from loramux.messages import deployment_from_message, deployment_to_message
 from loramux_shared.bundle.reader import Bundle
@@ -52,14 +50,6 @@ def test_it_is_the_same_bytes_every_time_and_signs_are_fixed() -> None:
     assert (first.a[np.arange(5), np.abs(first.a).argmax(1)] > 0).all()
     turned = best_approximation(-a, -b, 0.5, 5)
     np.testing.assert_allclose(turned.a, first.a, atol=1e-6)
-
-
-def test_nothing_stays_nothing() -> None:
-    """A product of zero has an approximation of zero and no error, and no division by zero."""
-    a, b = pair(8)
-    low = best_approximation(a, b * 0, 1.0, 2)
-    assert not low.b.any()
-    assert low.error == 0.0
 
 
 @pytest.fixture
@@ -103,22 +93,6 @@ def test_a_rank_above_the_ceiling_is_refused_unless_truncation_is_wished(
     [warning] = [item for item in cut.manifest.warnings if item.code == "W_TRUNCATED"]
     worst = max(row.row.truncation.error for row in cut.rows if row.row.truncation)
     assert (warning.where, f"{worst:.2e}" in warning.found) == ("2 of 4 rows", True)
-
-
-def test_a_truncated_bundle_is_reproducible(tmp_path: Path, context: BuildContext) -> None:
-    """The same build again has the same digest, so nothing is uploaded again."""
-    expected = deployment(tmp_path, truncate_to_rank=3)
-    assert built(expected, context).digest == built(expected, context).digest
-
-
-def test_the_report_of_a_check_says_what_would_be_lost(tmp_path: Path, context: BuildContext) -> None:
-    """A dry run with truncation lists each row's own rank and error, and is accepted with a warning."""
-    expected = deployment(tmp_path, truncate_to_rank=2)
-    report = check_one(expected, context, Progress(expected.build.lora_adapters))
-    assert report.accepted
-    assert [(row.rank, row.truncation.rank) for row in report.rows if row.truncation] == [(2, 8), (2, 4)] * 2
-    assert "W_TRUNCATED" in [finding.code for finding in report.findings]
-    assert list(context.store.list("")) == []
 
 
 def test_it_cannot_be_above_the_ceiling(tmp_path: Path, context: BuildContext) -> None:

@@ -41,39 +41,6 @@ def test_a_known_prefix_is_shared_and_its_last_token_is_left_to_compute() -> Non
     assert longer.progress.num_computed == 8
 
 
-def test_released_blocks_are_found_until_they_are_needed() -> None:
-    """A prefix outlives its sequence, and goes when its block is handed out again."""
-    blocks = BlockManager(4, 4)
-    first = _seq(list(range(9)))
-    _compute(blocks, first)
-    blocks.release(first)
-    assert blocks.num_free == 4
-    again = _seq(list(range(9)))
-    assert blocks.start(again)
-    assert again.progress.num_computed == 8
-    blocks.release(again)
-    other = _seq(list(range(100, 116)))
-    _compute(blocks, other)
-    blocks.release(other)
-    once_more = _seq(list(range(9)))
-    assert blocks.start(once_more)
-    assert once_more.progress.num_computed == 0
-
-
-def test_growing_beyond_what_is_free_changes_nothing() -> None:
-    """A refusal leaves the sequence and the free list as they were."""
-    blocks = BlockManager(2, 4)
-    seq = _seq(list(range(6)))
-    assert blocks.start(seq)
-    assert not blocks.grow(seq, 9)
-    assert len(seq.progress.blocks) == 2
-    blocks.release(seq)
-    longer = _seq(list(range(12)))
-    assert not blocks.start(longer)
-    assert not longer.progress.blocks
-    assert blocks.num_free == 2
-
-
 def test_a_sequence_that_did_not_fit_is_tried_again_when_something_has_changed() -> None:
     """A sequence stays refused until blocks are released or its next prefix block becomes known."""
     blocks = BlockManager(6, 4)

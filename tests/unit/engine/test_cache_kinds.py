@@ -299,25 +299,6 @@ def test_a_sequence_of_any_length_runs_where_all_layers_slide() -> None:
     assert _run(engine, manager, list(range(60))).progress.num_cached == 28
 
 
-def test_a_prompt_takes_no_more_rows_than_its_window_has_blocks_for() -> None:
-    """Two prompts finish without a preemption, though a step has more rows than a window has blocks for."""
-    engine, _, manager = Base((8,), rows=14, seqs=2, prefix_cache=False).engine()
-    for number in range(2):
-        engine.add(Sequence(str(number), [number] * 40, SamplingParams(max_tokens=3)))
-    assert sum(output.finish is not None for output in _drain(engine, manager)) == 2
-    assert engine.stats.preemptions == 0
-
-
-def test_prompts_that_want_the_same_blocks_of_a_window_come_to_an_end() -> None:
-    """Prompts wait for a sequence that continues; without such a sequence one prompt preempts another."""
-    engine, _, manager = Base((30,), sliding=10, rows=14, seqs=14, prefix_cache=False).engine()
-    for number in range(14):
-        engine.add(Sequence(str(number), [number] * 60, SamplingParams(max_tokens=3), flow=str(number)))
-    outputs = _drain(engine, manager)
-    assert sum(output.finish is not None for output in outputs) == 14
-    assert engine.stats.preemptions > 0
-
-
 def test_a_prompt_is_found_by_the_state_at_its_last_full_block() -> None:
     """The state there is kept for equal or longer prompts; the chunk before ends there."""
     engine, device, manager = Base(snapshots=3, spacing=8).engine()
@@ -374,21 +355,6 @@ def test_the_state_that_was_used_longest_ago_makes_room() -> None:
     states.begin(seqs[3], 0, 0)
     assert states.num_free == 0
     assert [states.longest(seq, 2) for seq in seqs[:2]] == [0, 0]
-
-
-def test_a_sequence_takes_over_the_last_snapshot_where_no_other_slot_is_left() -> None:
-    """A sequence takes over the last snapshot without a copy where no other slot is left."""
-    states = StateSlots(1, BLOCK, 4)
-    first, second = (Sequence(str(number), [7] * 9, SamplingParams()) for number in range(2))
-    states.begin(first, 0, 0)
-    first.progress.num_computed = first.progress.stop
-    states.reached(first)
-    states.release(first)
-    states.keep()
-    states.copies()
-    assert states.longest(second, 2) == 2
-    states.begin(second, 2, 2)
-    assert (second.progress.state_slot, states.copies()) == (0, ())
 
 
 def test_after_a_failed_step_no_state_is_trusted() -> None:

@@ -18,8 +18,7 @@ from inference_service.core.sequence import Batch, EndReason, Sequence, StepOutp
 from inference_service.engine.block_manager import BlockManager
 from inference_service.engine.engine import Engine
 from inference_service.engine.queues import SchedulerLimits
-from inference_service.engine.residency import FIRST_PAUSE_S, LOADS, Residency
-from inference_service.engine.residents import AdapterState
+from inference_service.engine.residency import FIRST_PAUSE_S, Residency
 from inference_service.engine.runner import Pending
 from inference_service.lora.places import Places
 from loramux_shared.faults import BundleCorrupt, Fault, InternalFault, ResourcesExhausted
@@ -255,37 +254,12 @@ def test_who_is_copied_at_once_misses_no_step() -> None:
     assert set(world.ends) == {each.id for each in requests}
 
 
-def test_a_copy_that_takes_long_is_not_waited_for() -> None:
-    """Steps continue without the adapter while its copy runs, and include its request afterwards."""
-    world = World(4, [1], wait_s=0.02)
-    cold, base = world.ask(0, new=1), world.ask(new=1)
-    world.step()
-    world.loader.end_one()
-    world.step(3)
-    assert set(world.ends) == {base.id}
-    world.loader.end_one()
-    world.step()
-    assert set(world.ends) == {base.id, cold.id}
-
-
 def test_who_was_used_longest_ago_leaves() -> None:
     """The bank evicts the least recently used of the unused adapters."""
     world = World(2, [1, 1, 1])
     world.answer(0, 1, 0, 2)
     assert world.resident() == {0, 2}
     assert world.residency.stats.evictions == 1
-
-
-def test_what_is_under_way_stays() -> None:
-    """An adapter in use is not evicted; a request that needs its place waits."""
-    world = World(1, [1, 1])
-    world.ask(0, new=100)
-    world.run(4)
-    waiting = world.ask(1, new=1)
-    world.run(20)
-    assert world.resident() == {0}
-    world.settle()
-    assert world.ends[waiting.id].finish is EndReason.LENGTH
 
 
 def test_endless_streams_make_room_in_the_bank() -> None:
@@ -470,29 +444,11 @@ def test_adapters_of_a_mixture_that_are_in_each_others_way_lie_down_again() -> N
     assert world.resident() == {1, 2}
 
 
-def test_only_a_few_adapters_are_on_their_way_at_once() -> None:
-    """The host's memory holds a few adapters without a place, whatever the number of requests."""
-    world = World(20, [1] * 20, seqs=20, adapters=20)
-    for number in range(20):
-        world.ask(number)
-    world.settle()
-    assert world.loader.most_loading <= LOADS
-    assert len(world.ends) == 20
-
-
 def test_slots_are_as_many_as_there_are() -> None:
     """A full table of slots evicts one even where bytes are free."""
     world = World(10, [1, 1, 1], slots=2)
     world.answer(0, 1, 2)
     assert world.resident() == {1, 2}
-
-
-def test_what_is_resident_costs_nothing_more_than_its_entry() -> None:
-    """Adapters that left are forgotten."""
-    world = World(2, [1] * 30)
-    world.answer(*range(30))
-    assert len(world.residency.standings()) == 2
-    assert {each.state for each in world.residency.standings()} == {AdapterState.RESIDENT}
 
 
 ASK = st.tuples(

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections import Counter
-from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from inference_service.core.adapter import Adapter, Mixture
+from inference_service.core.adapter import Adapter
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import FAIR, Batch, EndReason, Sequence, Share, Token
 from inference_service.engine.block_manager import BlockManager
@@ -139,45 +137,6 @@ def test_a_higher_priority_is_admitted_first() -> None:
     assert order == [seqs[2].id, seqs[0].id, seqs[1].id]
 
 
-def test_an_adapter_without_a_place_lets_others_pass_but_does_not_starve() -> None:
-    """A request of a third adapter is admitted, although two adapters keep the places busy without end."""
-    engine, _, _ = _engine(max_adapters=2, max_seqs=4)
-    waiting = _seq(2, 3, uid=3)
-    for uid in (1, 2, 1, 2):
-        engine.add(_seq(2, 6, uid=uid))
-    engine.step()
-    engine.add(waiting)
-    for uid in (1, 2) * 100:
-        engine.add(_seq(2, 6, uid=uid))
-        if any(output.seq_id == waiting.id and output.finish for output in engine.step()):
-            return
-    pytest.fail("the third adapter starved")
-
-
-def test_a_mixture_finds_both_of_its_places_although_others_take_turns_at_them() -> None:
-    """A blend of two adapters is admitted, though another sequence waits for each place that becomes free."""
-    engine, _, _ = _engine(max_adapters=2, max_seqs=4)
-    mixture = replace(_seq(2, 3), adapter=Mixture.of([(ADAPTERS[0], 0.5), (ADAPTERS[1], 2.0)]))
-    engine.add(_seq(2, 4, uid=3))
-    engine.add(_seq(2, 9, uid=4))
-    engine.step()
-    engine.add(mixture)
-    for uid in range(5, 40):
-        engine.add(_seq(2, 9, uid=uid))
-    assert _steps(engine, mixture, 60)
-
-
-def test_base_requests_pass_an_adapter_that_waits() -> None:
-    """A request of the base is admitted although an older one waits for an adapter's place."""
-    engine, runner, _ = _engine(max_adapters=1, max_seqs=4)
-    engine.add(_seq(2, 30, uid=1))
-    engine.add(_seq(2, 1, uid=2))
-    base = _seq(2, 1)
-    engine.add(base)
-    engine.step()
-    assert base.id in {chunk.seq.id for chunk in runner.batches[0].chunks}
-
-
 def test_a_late_sequence_ends_with_its_deadline() -> None:
     """A sequence whose deadline has passed is freed and says so, also while it waits."""
     engine, _, blocks = _engine()
@@ -186,18 +145,6 @@ def test_a_late_sequence_ends_with_its_deadline() -> None:
     outputs = engine.step()
     assert [(output.seq_id, output.finish) for output in outputs] == [(late.id, EndReason.DEADLINE)]
     assert engine.idle
-    assert blocks.num_free == blocks.num_blocks
-
-
-def test_preemption_keeps_every_request() -> None:
-    """Preempted sequences finish where there are too few blocks for all."""
-    engine, _, blocks = _engine(blocks=8, max_seqs=4)
-    seqs = [_seq(6, 14) for _ in range(4)]
-    _add(engine, *seqs)
-    ends = _drain(engine)
-    assert set(ends) == {seq.id for seq in seqs}
-    assert engine.stats.preemptions > 0
-    assert all(seq.num_generated == 14 for seq in seqs)
     assert blocks.num_free == blocks.num_blocks
 
 
@@ -276,28 +223,6 @@ def test_a_model_that_asks_once_does_not_wait_for_endless_streams() -> None:
     assert _steps(engine, query, 20, first=True) <= 2
 
 
-def test_the_first_token_of_an_adapter_without_a_place_costs_one_preemption() -> None:
-    """All 16 places of a step are taken by endless streams: the 17th adapter's first token comes at once."""
-    engine, _, _ = _engine(max_seqs=64, max_adapters=16, max_tokens=256, blocks=4000)
-    _add(engine, *(_seq(2, 2000, uid=uid) for uid in range(1, 17)))
-    _run(engine, 50)
-    query = _seq(8, 4, uid=17)
-    engine.add(query)
-    assert _steps(engine, query, 10, first=True)
-    assert engine.stats.preemptions <= 2
-
-
-def test_many_new_ones_are_served_soon() -> None:
-    """Twenty models ask once at the same moment, beside endless streams of one that take all seats."""
-    engine, _, _ = _engine(max_seqs=32, max_adapters=32, max_tokens=256, blocks=4000)
-    _add(engine, *(_seq(2, 4000, flow="endless") for _ in range(40)))
-    _run(engine, 50)
-    requests = [_seq(8, 3, uid=uid) for uid in range(1, 21)]
-    _add(engine, *requests)
-    _run(engine, 20)
-    assert all(seq.num_generated for seq in requests)
-
-
 def test_of_all_rows_few_are_computed_twice_for_new_ones() -> None:
     """Models that ask once, one after the other, take one seat from an endless stream, which computes its last
     rows again each time: once the credit is used up, they wait for longer.
@@ -335,20 +260,6 @@ def test_a_queue_at_its_share_delays_no_other() -> None:
     query = _seq(2, 2, flow="once")
     engine.add(query)
     assert _steps(engine, query, 300, first=True)
-
-
-def test_who_lacks_a_seat_alone_is_not_hidden_by_who_lacks_a_place_too() -> None:
-    """Some on the base are far ahead of two that wait, one of which lacks an adapter's place as well."""
-    engine, runner, _ = _engine(max_seqs=4, max_adapters=1, blocks=400)
-    _add(engine, *(_seq(3, 200, flow="base") for _ in range(3)))
-    engine.add(_seq(3, 200, uid=4))
-    engine.add(_seq(3, 1, uid=3, flow="place"))
-    engine.add(_seq(3, 1, uid=4, flow="seat"))
-    engine._scheduler._credit = -math.inf  # nobody is served before others because they are new
-    while "seat" not in _served(runner):
-        engine.step()
-    assert _served(runner)["base"] <= QUANTUM + 2 * 16
-    assert "place" not in _served(runner)
 
 
 def test_who_was_away_has_saved_nothing_and_owes_nothing() -> None:

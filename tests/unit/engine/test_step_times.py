@@ -16,13 +16,9 @@ from inference_service.engine.queues import SchedulerLimits
 from inference_service.engine.residents import AlwaysResident
 from inference_service.engine.runner import Pending
 from inference_service.engine.step_times import (
-    BRIEF,
     LONGEST_S,
     LOOK,
     TIMES,
-    TIMES_OF_BRIEF,
-    StepLoad,
-    StepTimes,
 )
 
 STREAMS = 8
@@ -132,34 +128,6 @@ def test_a_step_beside_streams_takes_a_small_multiple(depth: int, row_s: float, 
     assert times[len(times) // 2] == pytest.approx(TIMES, rel=0.1)
 
 
-@pytest.mark.parametrize(("long", "times"), [(0, TIMES_OF_BRIEF), (1, TIMES)])
-def test_brief_prompts_have_more_of_a_step(long: int, times: float) -> None:
-    """Steps without a long prompt take up to five times one that decodes; with one they do not."""
-    machine = Machine()
-    engine = _streaming(machine)
-    _add(engine, *(_seq(LONG) for _ in range(long)))
-    for _ in range(60):
-        engine.step()
-        _add(engine, _seq(BRIEF // 2))
-    assert max(machine.took_s[30:]) / machine.step_s == pytest.approx(times, rel=0.15)
-
-
-def test_a_long_prompt_has_less_of_a_step_from_its_first_chunk_on() -> None:
-    """A long prompt that arrives where all were brief takes only its share of the step in which it begins."""
-    machine = Machine()
-    engine = _streaming(machine)
-    for _ in range(30):
-        engine.step()
-        _add(engine, _seq(BRIEF // 4))
-    for _ in range(60):
-        engine.step()
-    took = len(machine.took_s)
-    _add(engine, _seq(LONG))
-    for _ in range(5):
-        engine.step()
-    assert max(machine.took_s[took:]) / machine.step_s == pytest.approx(TIMES, rel=0.15)
-
-
 def test_a_first_step_that_takes_long_misleads_about_none() -> None:
     """Steps with prompts ignore the first decode, which compiles, and aim at the second one's time."""
     machine = Machine()
@@ -174,18 +142,6 @@ def test_a_first_step_that_takes_long_misleads_about_none() -> None:
     for _ in range(12):
         engine.step()
     assert max(machine.took_s[took:]) / machine.step_s < 1.3 * TIMES
-
-
-def test_a_machine_that_becomes_slower_is_followed() -> None:
-    """Steps with prompts keep their proportion a few steps after the machine becomes three times slower."""
-    machine = Machine()
-    engine = _streaming(machine)
-    _add(engine, *(_seq(8000) for _ in range(2)))
-    for slower in (1, 3):
-        machine.step_s, machine.row_s, machine.token_s = 0.02 * slower, 0.0006 * slower, 5e-7 * slower
-        for _ in range(200):
-            engine.step()
-        assert max(machine.took_s[-100:]) < 3.2 * machine.step_s
 
 
 def test_a_machine_that_stood_still_once_is_not_taken_for_a_slow_one() -> None:
@@ -212,16 +168,6 @@ def test_a_machine_that_stood_still_once_is_not_taken_for_a_slow_one() -> None:
     assert max(times) < 3.2 * decode_s
 
 
-def test_where_rows_are_cheap_prompts_have_the_whole_budget() -> None:
-    """A device with constant step times does not hold a prompt back for long."""
-    machine = Machine(depth=1, row_s=1e-7, token_s=0.0)
-    engine = _streaming(machine)
-    _add(engine, *(_seq(8000) for _ in range(4)))
-    for _ in range(20):
-        engine.step()
-    assert max(batch.num_tokens for batch in machine.batches) == 1024
-
-
 def test_with_nobody_decoding_a_step_is_full_but_not_endless() -> None:
     """Prompts alone have the whole budget, as far as a later request can wait for the step's end."""
     for row_s, full in ((0.0001, True), (0.005, False)):
@@ -242,17 +188,6 @@ def test_prompts_go_on_where_a_row_costs_more_than_they_may_have() -> None:
     for _ in range(50):
         engine.step()
     assert long.num_known
-
-
-def test_a_step_that_failed_is_not_waited_for() -> None:
-    """The step times after a failed step are those of the steps that follow."""
-    step_times = StepTimes()
-    step_times.submitted(StepLoad(8, 0, 0.0), 1.0)
-    step_times.forget_steps()
-    for began_s in (5.0, 6.0):
-        step_times.submitted(StepLoad(8, 0, 0.0), began_s)
-        step_times.resolved(began_s + 0.02)
-    assert step_times.room(8).seconds == pytest.approx((TIMES - 1) * 0.02)
 
 
 def test_a_short_request_passes_long_prompts_of_its_own_model() -> None:

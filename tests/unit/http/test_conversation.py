@@ -16,10 +16,9 @@ from inference_service.core.sequence import EndReason
 from inference_service.http.openai.chat_schema import ChatBody
 from inference_service.http.openai.mapping import chat_of
 from inference_service.serving.request import AnswerDelta, AnswerFinished, AnswerStarted, Event, Request
-from inference_service.serving.telemetry.record import RequestRecord, Watcher
 from inference_service.text.chat_template import ChatTemplate
 from inference_service.text.text import Text
-from loramux_shared.faults import ModelNotFound, RequestInvalid
+from loramux_shared.faults import RequestInvalid
 from loramux_shared.runtime import ReasoningParser, ToolParser
 from tests.golden.openai.script import Case, Scripted
 from tests.support.family_templates import FAMILIES
@@ -176,29 +175,3 @@ async def test_a_deployment_says_which_parsers(tmp_path: Path) -> None:
     assert await ask(service, tools=[FIND]) == [["thought", "Hm."], ["call", "find", "{}"]]
     change_deployed(service.catalog, tool_parser=ToolParser.NONE, reasoning_parser=ReasoningParser.NONE)
     assert await ask(service, tools=[FIND]) == [["said", "<think>Hm.</think>" + CALL]]
-
-
-class Ears(Watcher):
-    """Keeps how requests ended."""
-
-    def __init__(self) -> None:
-        self.outcomes: list[str] = []
-
-    def began(self, record: RequestRecord) -> None:
-        """Hear nothing."""
-
-    def emitted(self, record: RequestRecord, delta: AnswerDelta) -> None:
-        """Hear nothing."""
-
-    def ended(self, record: RequestRecord) -> None:
-        """Note the ended request."""
-        self.outcomes.append(record.outcome)
-
-
-async def test_a_model_that_is_not_there_is_told_to_those_who_watch(tmp_path: Path) -> None:
-    """A request that fails before the engine has its log line, and counts, like any other."""
-    service, watcher = Speaks(tmp_path, "Qwen 3", ""), Ears()
-    service._watchers = (watcher,)
-    with pytest.raises(ModelNotFound):
-        await ask(service, model="nobody")
-    assert (service.asked, watcher.outcomes) == ([], ["MODEL_NOT_FOUND"])

@@ -14,7 +14,6 @@ from loramux_shared.bundle.reader import read_manifest
 from loramux_shared.deployment import Deployment
 from loramux_shared.deployment_file import parse_deployment
 from loramux_shared.faults import (
-    BuildInterrupted,
     BundleCorrupt,
     CheckpointInvalid,
     RepoNotFound,
@@ -170,17 +169,6 @@ def test_a_base_that_is_none(tmp_path, context, missing):
     (tmp_path / "base" / missing).unlink()
     with pytest.raises(CheckpointInvalid, match=f"base checkpoint: .*expected {missing}"):
         run(deployment(tmp_path), context)
-
-
-def test_a_stopped_build_ends_at_its_next_step(tmp_path, context):
-    """A stopped build raises, publishes nothing more and cleans up."""
-    write_adapter(tmp_path / "one")
-    expected = deployment(tmp_path, "one")
-    progress = Progress(["one"])
-    progress.stop()
-    with pytest.raises(BuildInterrupted):
-        build(expected, context, progress)
-    assert context.store.objects == {}
 
 
 def test_progress_counts_bytes_to_their_total(tmp_path, context):

@@ -6,7 +6,6 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -164,15 +163,6 @@ def test_an_update_does_not_even_list_the_others(tmp_path: Path) -> None:
     read_bundle(many.store, result.generation.adapters["new"].digest)
 
 
-def test_a_builder_that_starts_reads_a_base_once_for_updates(world: World) -> None:
-    """A base's config is verified once against its record, where the process had no earlier build."""
-    world.context = replace(world.context, bases=type(world.context.bases)())
-    for name in ("x", "y"):
-        write_adapter(world.folder / name, tensors(seed=ord(name)))
-        update(Update(name="d", add={name: world.repository(name)}), world.context, Progress([name]))
-    assert world.source.listed == {"base": 1, "a000": 1, "a001": 1, "x": 1, "y": 1}
-
-
 def touch(path: Path) -> None:
     """Change a file's time."""
     later = time.time_ns() + 1_000_000_000
@@ -221,16 +211,6 @@ def test_another_converter_makes_all_again(world: World) -> None:
     publish_change(world.store, "d", by_another)
     assert not any(adapter.kept for adapter in world.build(world.deployment()).values())
     assert all(adapter.kept for adapter in world.build(world.deployment()).values())
-
-
-def test_an_adapter_that_was_renamed_is_kept(world: World) -> None:
-    """The name is the deployment's; the bundle is the same."""
-    deployment = world.deployment()
-    adapters = {"other": deployment.build.lora_adapters["a000"]}
-    build = deployment.build.model_copy(update={"lora_adapters": adapters})
-    reported = world.build(deployment.model_copy(update={"build": build}))
-    assert reported["other"].kept
-    assert world.source.fetched["a000"] == 0
 
 
 @pytest.mark.parametrize("file", ["manifest.json", "model.lora_weights.npy", "model.lora_config.npy"])

@@ -11,7 +11,7 @@ import pytest
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import EndReason, Sequence, StepOutput, Token
 from inference_service.serving.delivery import SLICE, Delivery, Outputs
-from tests.support.waiting import BOUND_S, Clock, bounded, ended, until
+from tests.support.waiting import BOUND_S, bounded, ended, until
 from tests.unit.serving.threads import Device, Threads, following, submit
 
 MANY = 256
@@ -46,20 +46,6 @@ async def _ready(count: int) -> tuple[Delivery, list[Outputs], _Woken]:
     return delivery, streams, woken
 
 
-async def test_a_slice_is_woken_at_once_and_the_loop_has_its_turns_between_two() -> None:
-    """Others on the loop wait for one slice and never for all streams."""
-    delivery, streams, woken = await _ready(3 * SLICE)
-    delivery.begin()
-    seen = []
-    async with bounded("all streams", lambda: seen[-1:]):
-        while len(woken.order) < len(streams):
-            await asyncio.sleep(0)
-            seen.append(len(woken.order))
-    grown = {after - before for before, after in zip([0, *seen], seen, strict=False)}
-    assert grown == {0, SLICE}
-    assert woken.order == list(range(3 * SLICE))
-
-
 async def test_first_and_last_tokens_pass_all_others() -> None:
     """First and last tokens pass queued streams too; within a class, delivery is first come, first served."""
     delivery, streams, woken = await _ready(3 * SLICE)
@@ -82,16 +68,6 @@ async def test_what_comes_while_a_stream_waits_is_one_message() -> None:
     stream.put("0", [StepOutput("0", Token(9), EndReason.LENGTH)])
     delivery.add(stream, urgent=True)
     assert [output.token for output in await following(stream)] == [Token(9)]
-
-
-async def test_a_blocked_loop_delays_deliveries_by_at_most_a_rest() -> None:
-    """A slice that took an hour because of other work is not followed by a rest of an hour."""
-    clock = Clock()
-    delivery, _streams, woken = await _ready(2 * SLICE)
-    asyncio.get_running_loop().call_soon(clock.advance, 3600.0)
-    delivery.begin()
-    await asyncio.sleep(0)
-    await ended(asyncio.gather(*woken.tasks), "the second slice")
 
 
 async def test_requests_that_come_are_waited_for_and_not_without_end() -> None:

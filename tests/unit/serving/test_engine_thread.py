@@ -162,18 +162,6 @@ async def test_a_mistake_outside_a_step_ends_every_request_too(threads: Threads)
     assert await thread.ended() == "its thread failed"
 
 
-async def test_those_who_will_find_a_seat_do_not_wait(threads: Threads) -> None:
-    """An idle replica takes as many at once as it has seats and places to wait, and refuses the next one."""
-    thread = threads.make(Device(), max_queue=32, seqs=64, blocks=1024)
-    outputs = [submit(thread) for _ in range(64 + 32)]
-    with pytest.raises(QueueFull):
-        submit(thread)
-    thread.start()
-    assert {await end(each) for each in outputs} == {EndReason.LENGTH}
-    assert await end(submit(thread)) is EndReason.LENGTH
-    assert await thread.stop() is None
-
-
 async def test_a_full_queue_refuses_at_once_and_one_that_ends_makes_room(threads: Threads) -> None:
     """As many requests wait as the queue holds when all seats are taken, seen by a step or not."""
     device = Device(held_from=2)

@@ -9,7 +9,7 @@ import pytest
 
 from inference_service.adapters.served_model import ServedModel
 from inference_service.core.sampling import SamplingParams
-from inference_service.core.sequence import FAIR, Sequence, Share, Token
+from inference_service.core.sequence import Sequence, Share, Token
 from inference_service.http.wire.errors import headers_of, status_of
 from inference_service.serving.limits import FEW_METERS, Limiter, Ticket
 from inference_service.serving.request import AnswerDelta
@@ -73,15 +73,6 @@ def test_a_mixture_counts_for_each_of_its_adapters() -> None:
 def holder(key_id: str, **limits: Any) -> Access:
     """Return the access of a key with limits."""
     return Access(key_id, frozenset({Scope.INFER}), None, Limits(**limits))
-
-
-def test_without_limits_nothing_is_counted() -> None:
-    """A service without limits stores no meters."""
-    world = World()
-    for _ in range(1000):
-        world.ask(1000, 10)
-    assert world.enter().share is FAIR
-    assert not world.limiter._meters
 
 
 def test_so_many_requests_of_a_model_may_wait() -> None:
@@ -161,13 +152,6 @@ def test_a_key_has_limits_of_its_own_in_all_models_together() -> None:
     world.ask(60, 0, A, ann)
     world.refused(B, ann)
     world.ask(60, 0, A, bob)
-
-
-def test_both_the_models_and_the_keys_limits_hold() -> None:
-    """A key opens no model that is at its limits."""
-    world = World(models={"a": {"tokens_per_minute": 60}})
-    world.ask(60, 0)
-    assert "model 'a'" in world.refused(A, holder("ann", tokens_per_minute=1000)).message
 
 
 def test_what_the_engine_is_told() -> None:

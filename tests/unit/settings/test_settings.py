@@ -6,10 +6,9 @@ import os
 from pathlib import Path
 
 import pytest
-from pydantic import ValidationError
 
 from loramux_shared.faults import SettingsInvalid
-from loramux_shared.settings import BuilderSettings, InferenceSettings, Settings, load_settings, variable
+from loramux_shared.settings import BuilderSettings, InferenceSettings, Settings, load_settings
 from loramux_shared.storage.open import open_store
 
 
@@ -35,12 +34,6 @@ def test_defaults(tmp_path: Path) -> None:
     assert (settings.local_roots, settings.work_dir) == ((), None)
     assert settings.secrets_dir == Path("/secrets")
     assert (settings.drain_timeout_s, settings.max_concurrent_builds) == (30, 2)
-
-
-def test_services_do_not_share_a_port() -> None:
-    """The builder and the inference service run on one machine with their defaults."""
-    builder = load_settings(BuilderSettings)
-    assert load_settings(InferenceSettings, deployment="d").grpc != builder.grpc
 
 
 def test_variables_are_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -103,13 +96,6 @@ def test_model_ports(monkeypatch: pytest.MonkeyPatch) -> None:
         assert f"LORAMUX_MODEL_PORTS={wrong}: expected {why}" in _refusal(InferenceSettings)
 
 
-def test_settings_are_frozen() -> None:
-    """A setting does not change after the start."""
-    settings = load_settings(BuilderSettings)
-    with pytest.raises(ValidationError, match="frozen"):
-        settings.store = "file:///other"  # type: ignore[misc]
-
-
 @pytest.mark.parametrize(
     ("name", "value", "allowed"),
     [
@@ -159,13 +145,6 @@ def test_an_unknown_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     """A misspelt variable stops the start and is answered with the nearest name."""
     monkeypatch.setenv("LORAMUX_STOER", "file:///x")
     assert _refusal(BuilderSettings) == "LORAMUX_STOER: unknown setting, did you mean LORAMUX_STORE?"
-
-
-def test_a_variable_like_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An unknown variable that is near to none is answered with all that exist."""
-    monkeypatch.setenv("LORAMUX_ZZZZ", "1")
-    message = _refusal(BuilderSettings)
-    assert all(variable(name) in message for name in InferenceSettings.model_fields)
 
 
 def test_the_other_service_may_share_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,6 @@ import pytest
 
 from loramux_shared.deployment import Repository, SourceKind
 from loramux_shared.faults import (
-    BuildInterrupted,
     BundleCorrupt,
     RepoNotFound,
     SourceChanged,
@@ -121,19 +120,6 @@ def test_a_slow_transfer_is_given_up(tmp_path, monkeypatch):
     with pytest.raises(SourceUnavailable, match="below the speed limit"):
         source(bucket, RetryPolicy(answer_s=100)).fetch(listed(a=1000), ["a"], tmp_path)
     assert time.now_s < 110
-
-
-def test_a_build_that_ends_stops_its_transfers(tmp_path):
-    """An exception of the progress ends a transfer at once, and is not retried."""
-    bucket = FakeBucket({"a": b"abcdef"})
-
-    def stopped(count: int) -> None:
-        if count:
-            raise BuildInterrupted("stop")
-
-    with pytest.raises(BuildInterrupted):
-        source(bucket).fetch(listed(a=6), ["a"], tmp_path, stopped)
-    assert bucket.reads == 1
 
 
 def test_the_cache_is_filled_with_what_it_lacks(tmp_path):
