@@ -9,12 +9,10 @@ from typing import Final
 
 import structlog
 
-from builder_service.builds.failures import Failures, place_of
-from builder_service.builds.journal import Journal, JournalEntry
-from builder_service.builds.keeper import BuildLimits, Keeper
+from builder_service.builds.journal import BuildLimits, Journal, JournalEntry, Keeper
 from builder_service.builds.meter import BuildMeter
 from builder_service.builds.pushes import Pushes
-from builder_service.builds.running import RunningBuild
+from builder_service.builds.running import Failures, RunningBuild, place_of
 from builder_service.builds.shown import BuildViews
 from builder_service.builds.turns import MAX_ATTEMPTS, Group, Turns
 from builder_service.builds.views import BuildState, DeploymentView, served_number

@@ -7,9 +7,17 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Final
 
-from builder_service.domain.config_fields import PATTERNED, bad_config, bad_fields, unknown_fields
+from builder_service.domain.config_fields import (
+    BOUNDS,
+    PATTERNED,
+    ModuleReading,
+    PatternsInvalid,
+    bad_config,
+    bad_fields,
+    read_names,
+    unknown_fields,
+)
 from builder_service.domain.kinds import Kind, as_lora, kind_of, scale
-from builder_service.domain.patterns import BOUNDS, ModuleReading, PatternsInvalid, read_names
 from builder_service.domain.rules.config import (
     CLASSIFIES,
     ENCODES,

@@ -11,12 +11,11 @@ from typing import Final
 from builder_service.domain.origin import origin_warnings
 from builder_service.domain.rules.adapter import CheckedAdapter
 from builder_service.pipeline.base_weights import BaseWeights
-from builder_service.pipeline.context import BuildContext
+from builder_service.pipeline.context import BASE_FILES, BuildContext
 from builder_service.pipeline.convert import bundle_bytes
 from builder_service.pipeline.fetch import FetchedAdapter, fetch_adapters
 from builder_service.pipeline.lineage import Lineages
 from builder_service.pipeline.progress import Progress
-from builder_service.pipeline.space import BASE_FILES
 from builder_service.pipeline.validate import check_deployment, check_fetched, rulebook
 from loramux_shared.bases.memory import ITEM_BYTES, widening
 from loramux_shared.bundle.generation import BaseRecord

@@ -11,8 +11,8 @@ from typing import Final, TypeVar
 
 from builder_service.domain.rules.files import extra_files, file_findings
 from builder_service.domain.rules.texts import too_large
+from builder_service.pipeline.context import Space
 from builder_service.pipeline.progress import STOPS, Progress, Stage
-from builder_service.pipeline.space import Space
 from loramux_shared.adapter_files import wanted_files
 from loramux_shared.bundle.manifest import FileDigest
 from loramux_shared.deployment import Repository

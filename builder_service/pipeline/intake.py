@@ -12,10 +12,9 @@ from typing import Final, TypeAlias
 
 from builder_service.domain.rules.adapter import CheckedAdapter, Rulebook
 from builder_service.domain.safetensors_header import HeaderInvalid, read_header
-from builder_service.pipeline.context import BuildContext
+from builder_service.pipeline.context import BuildContext, Space
 from builder_service.pipeline.fetch import FetchedAdapter, ListedAdapter, fetch_adapter, gathered
 from builder_service.pipeline.progress import Progress, Stage
-from builder_service.pipeline.space import Space
 from builder_service.pipeline.validate import ValidAdapter, check_fetched, refuse_any
 from loramux_shared.adapter_files import WEIGHTS
 

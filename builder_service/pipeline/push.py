@@ -11,8 +11,8 @@ from typing import Final
 
 from builder_service.domain.rules.files import extra_files, file_findings
 from builder_service.domain.rules.texts import too_large
+from builder_service.pipeline.context import Space
 from builder_service.pipeline.fetch import MAX_BYTES, FetchedAdapter, no_signature, take_signature
-from builder_service.pipeline.space import Space
 from loramux_shared.adapter_files import (
     CONFIG,
     INDEX,

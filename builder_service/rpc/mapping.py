@@ -9,7 +9,7 @@ from typing import Final
 from google.protobuf.timestamp_pb2 import Timestamp
 from pydantic import ValidationError
 
-from builder_service.builds.history import GenerationView
+from builder_service.builds.pages import GenerationView
 from builder_service.builds.pushes import Pushed, PushedChunk, Upload
 from builder_service.builds.views import DeploymentView
 from builder_service.pipeline.check import ADAPTER, CheckedReport

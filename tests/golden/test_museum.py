@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from builder_service.domain import patterns
+from builder_service.domain import config_fields
 from builder_service.pipeline.build import build
 from builder_service.pipeline.progress import Progress
 from loramux_shared.codes import CODES, Subject
@@ -27,7 +27,7 @@ LONGEST_FINDING = 2000
 def _hasty() -> Iterator[None]:
     """Patterns that would take for ever are given up sooner."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(patterns, "BOUNDS", replace(patterns.BOUNDS, cpu_s=0.2))
+        patch.setattr(config_fields, "BOUNDS", replace(config_fields.BOUNDS, cpu_s=0.2))
         yield
 
 

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from builder_service.builds.builds import Builds
-from builder_service.builds.journal import Journal, JournalEntry
-from builder_service.builds.keeper import BuildLimits
+from builder_service.builds.journal import BuildLimits, Journal, JournalEntry
 from builder_service.builds.views import DeploymentView
 from builder_service.pipeline.check import Checks
 from builder_service.pipeline.context import BuildContext

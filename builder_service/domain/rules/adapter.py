@@ -15,7 +15,6 @@ from builder_service.domain.expansion import expanded
 from builder_service.domain.full_tensors import BaseTensors, check_full_tensors, redundant_warning
 from builder_service.domain.grouping import LONGEST, Grouping
 from builder_service.domain.initial import with_initial
-from builder_service.domain.magnitudes import check_magnitudes
 from builder_service.domain.own_rows import PlannedRows, plan_rows
 from builder_service.domain.pairs import Lone, Pair
 from builder_service.domain.planned import PlannedRow, planned_rows, unchanged, unchanged_warning
@@ -28,11 +27,10 @@ from builder_service.domain.rules.tensors import (
     sort_tensors,
     tower_warning,
 )
-from builder_service.domain.rules.values import check_values
+from builder_service.domain.rules.values import check_magnitudes, check_values
 from builder_service.domain.rules.vectors import check_lone
-from builder_service.domain.safetensors_header import HeaderInvalid, TensorFile, TooManyTensors
+from builder_service.domain.safetensors_header import HeaderInvalid, TensorFile, TooManyTensors, read_weights
 from builder_service.domain.score_heads import PlannedScore, plan_score
-from builder_service.domain.sharded import read_weights
 from builder_service.domain.strict_json import excerpt
 from builder_service.domain.vectors import AdapterVectors, VectorReader
 from loramux_shared.adapter_files import CONFIG, WEIGHTS

@@ -15,9 +15,8 @@ import httpx
 import pytest
 from prometheus_client import CollectorRegistry, Gauge
 
-from builder_service.builds import metrics_server
-from builder_service.builds.meter import BuildMeter
-from builder_service.builds.metrics_server import MAX_CLIENTS, MetricsServer
+from builder_service.builds import meter as metrics
+from builder_service.builds.meter import MAX_CLIENTS, BuildMeter, MetricsServer
 from loramux_shared.faults import SettingsInvalid
 from tests.support.builders import Builders
 from tests.support.metrics import Scrape
@@ -82,7 +81,7 @@ class Clocks(list[Callable[[], None]]):
 def test_silent_clients_are_closed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Clients beyond the bound are closed at once, silent ones after their time; then others are answered."""
     clocks = Clocks()
-    monkeypatch.setattr(metrics_server, "threading", Mock(wraps=threading, Timer=clocks.timer))
+    monkeypatch.setattr(metrics, "threading", Mock(wraps=threading, Timer=clocks.timer))
     registry = CollectorRegistry()
     Gauge("seen", "1.", registry=registry).set(1)
     api = MetricsServer("127.0.0.1", 0, registry)

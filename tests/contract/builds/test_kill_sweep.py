@@ -11,7 +11,7 @@ import pytest
 import structlog
 
 from builder_service.builds.builds import Builds
-from builder_service.builds.keeper import BuildLimits
+from builder_service.builds.journal import BuildLimits
 from builder_service.builds.views import BuildState
 from builder_service.pipeline.build import build
 from builder_service.pipeline.context import BuildContext

@@ -12,7 +12,7 @@ from typing import Any
 import grpc
 import pytest
 
-from builder_service.builds import following, pushes
+from builder_service.builds import pushes, shown
 from builder_service.pipeline.build import build
 from builder_service.pipeline.progress import Progress
 from builder_service.pipeline.update import Update, update
@@ -493,7 +493,7 @@ async def test_the_history_tells_what_changed(world: World) -> None:
 
 async def test_a_follower_hears_of_every_generation(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """A stream that stays open reports builds, pushes, rollbacks, and generations of another builder."""
-    monkeypatch.setattr(following, "POLL_S", 0.01)
+    monkeypatch.setattr(shown, "POLL_S", 0.01)
     received: list[int] = []
     seen: list[tuple[str, int]] = []
 

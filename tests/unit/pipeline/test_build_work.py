@@ -11,9 +11,8 @@ from pathlib import Path
 import pytest
 
 from builder_service.pipeline.build import build
-from builder_service.pipeline.context import claim_identity
+from builder_service.pipeline.context import RESERVE_BYTES, Ledger, Space, claim_identity
 from builder_service.pipeline.progress import Progress, Stage
-from builder_service.pipeline.space import RESERVE_BYTES, Ledger, Space
 from loramux_shared.bundle.reader import read_bundle
 from loramux_shared.faults import AdapterInvalid, BuildCancelled, ResourcesExhausted, StoreUnavailable
 from loramux_shared.storage import patient

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from builder_service.pipeline.context import Ledger, Space
 from builder_service.pipeline.fetch import FetchedAdapter, fetch_adapters
 from builder_service.pipeline.progress import Progress, Stage
-from builder_service.pipeline.space import Ledger, Space
 from loramux_shared.bundle.manifest import FileDigest
 from loramux_shared.deployment import Repository, SourceKind
 from loramux_shared.faults import (
