@@ -35,8 +35,7 @@ from inference_service.serving.service import GenerationService, ServingLimits
 from inference_service.serving.telemetry.request_log import open_watchers
 from inference_service.text.text import Text
 from loramux_shared.process import log_to_stderr, raise_limit
-from loramux_shared.rpc.admission import CORE
-from loramux_shared.rpc.server import RpcServer
+from loramux_shared.rpc.server import CORE, RpcServer
 from loramux_shared.settings import InferenceSettings
 
 VOCAB: Final = 512

@@ -12,8 +12,8 @@ from loramux_shared.extensions import NAMES, find_extensions
 
 if TYPE_CHECKING:
     from loramux import faults
+    from loramux.changes import AdapterChange, ChangeKind, GenerationInfo, PushInfo, RollbackInfo
     from loramux.client import AsyncClient, Client
-    from loramux.generations import AdapterChange, ChangeKind, GenerationInfo, PushInfo, RollbackInfo
     from loramux.operations import AdapterStatus, ReplicaStatus
     from loramux.records import (
         AdapterInfo,
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "loramux.client": ("AsyncClient", "Client"),
-    "loramux.generations": ("AdapterChange", "ChangeKind", "GenerationInfo", "PushInfo", "RollbackInfo"),
+    "loramux.changes": ("AdapterChange", "ChangeKind", "GenerationInfo", "PushInfo", "RollbackInfo"),
     "loramux.operations": ("AdapterStatus", "ReplicaStatus"),
     "loramux.vectors": ("Classification", "Classifications", "Embeddings"),
     "loramux_shared.deployment": ("Deployment",),

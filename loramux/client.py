@@ -24,11 +24,10 @@ from typing import Any, Self, Unpack
 
 import grpc
 
-from loramux.addresses import is_many, split
 from loramux.builder.v1 import builder_pb2
 from loramux.builder.v1.builder_pb2_grpc import BuilderServiceStub
 from loramux.changes import Changes
-from loramux.connection import Calls, CredentialOptions, Credentials
+from loramux.connection import Calls, CredentialOptions, Credentials, is_many, split
 from loramux.inference.v1 import inference_pb2
 from loramux.inference.v1.inference_pb2_grpc import InferenceServiceStub
 from loramux.mapping import Watched, completion_of, deployment_of, event_of, model_of, report_of
@@ -184,7 +183,7 @@ class _Addresses:
     """The addresses of the services, and the credentials for them (see `loramux.connection`).
 
     timeout_s is the deadline of every call that is no stream. inference may be several replicas, see
-    `loramux.addresses`: a request goes to one that has its model, and to another where that does not answer.
+    `loramux.connection`: a request goes to one that has its model, and to another where that does not answer.
     """
 
     _kind: Any

@@ -10,8 +10,7 @@ from loramux.builder.v1 import builder_pb2 as pb
 from loramux_shared.deployment import Deployment, Dtype, LoraConfiguration, Merge, Repository
 from loramux_shared.deployment_file import parse_deployment
 from loramux_shared.faults import DeploymentInvalid, Finding
-from loramux_shared.rounding import Rounding
-from loramux_shared.runtime import Limits
+from loramux_shared.runtime import Limits, Rounding
 from loramux_shared.wording import listed
 
 _PREFIX = "SOURCE_KIND_"

@@ -30,8 +30,7 @@ from loramux_shared.bundle.generation import BUILDS_PREFIX
 from loramux_shared.bundle.manifest import Record
 from loramux_shared.deployment import Deployment
 from loramux_shared.faults import BundleCorrupt, QueueFull, RecordTooLarge, StoreUnavailable
-from loramux_shared.storage.base import ObjectMissing, Store
-from loramux_shared.storage.bounds import JOURNAL_BYTES, bound_of
+from loramux_shared.storage.base import JOURNAL_BYTES, ObjectMissing, Store, bound_of
 
 log = structlog.get_logger()
 

@@ -26,7 +26,7 @@ from loramux_shared.bundle.reader import parse_manifest
 from loramux_shared.faults import BundleCorrupt, ResourcesExhausted
 from loramux_shared.sources.cache import discard
 from loramux_shared.sources.files import PART
-from loramux_shared.storage.bounds import RECORD_BYTES
+from loramux_shared.storage.base import RECORD_BYTES
 
 log = structlog.get_logger()
 

@@ -26,7 +26,7 @@ from inference_service.lora.vocabulary import Vocabularies
 from inference_service.lora.weights import AdapterWeights
 from loramux_shared.bases.rope import AttentionSpec, HeadCounts
 from loramux_shared.faults import InternalFault
-from loramux_shared.rounding import Rounding
+from loramux_shared.runtime import Rounding
 
 Turn = tuple[Tensor, Tensor]
 """cos and sin of the step's rows, in the form that an `Attention` made them."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from inference_service.kernels.experts import ByExpert, Routed, host, reference
 from inference_service.layers.linear import Linear
-from loramux_shared.rounding import Rounding
+from loramux_shared.runtime import Rounding
 
 
 class Grouped(Protocol):

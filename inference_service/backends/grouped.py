@@ -10,7 +10,7 @@ from torch import Tensor
 from inference_service.backends.experts import ExpertOperations, Grouped
 from inference_service.kernels import experts
 from inference_service.kernels.experts import ByExpert, Routed
-from loramux_shared.rounding import Rounding
+from loramux_shared.runtime import Rounding
 
 
 class GroupedOperations(ExpertOperations):

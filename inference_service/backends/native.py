@@ -37,7 +37,7 @@ from inference_service.kernels.sgmv import Update
 from inference_service.layers.linear import Linear
 from inference_service.layers.norm import RMSNorm
 from loramux_shared.bases.rope import HeadCounts
-from loramux_shared.rounding import Rounding
+from loramux_shared.runtime import Rounding
 
 
 class NativeOperations(TorchOperations):

@@ -29,7 +29,7 @@ from inference_service.layers.norm import RMSNorm
 from inference_service.layers.quantized import new_linear
 from inference_service.layers.rope import Rope, rotate
 from loramux_shared.bases.rope import AttentionSpec, HeadCounts
-from loramux_shared.rounding import Rounding
+from loramux_shared.runtime import Rounding
 
 ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     "silu": silu,

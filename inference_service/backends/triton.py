@@ -58,7 +58,7 @@ from inference_service.lora.slots import experts_of
 from inference_service.lora.weights import AdapterWeights
 from loramux_shared.bases.groups import MODULES_APART, GroupShape
 from loramux_shared.bases.rope import AttentionSpec, HeadCounts
-from loramux_shared.rounding import Rounding
+from loramux_shared.runtime import Rounding
 
 MIN_ENTRIES: Final = 16
 MOST_PLANNED: Final = 4096

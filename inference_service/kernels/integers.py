@@ -11,7 +11,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from loramux_shared.rounding import INT4_GROUP, Rounding
+from loramux_shared.runtime import INT4_GROUP, Rounding
 
 STEPS8: Final = 127
 STEPS4: Final = (-8.8, -8.4, -8.0, -7.6, -7.2, -6.8, 7.0, 7.4, 8.0, 8.5)

@@ -47,7 +47,7 @@ from inference_service.models.reader import LayerReader, Reader
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bases.layers import AttentionLayer, DeltaLayer, ExpertsLayer, MlpLayer
 from loramux_shared.bases.rope import QueryScaling
-from loramux_shared.rounding import Rounding
+from loramux_shared.runtime import Rounding
 
 Mixer = AttentionBlock | DeltaBlock
 """The part of a layer that mixes the rows of a sequence, and keeps what later rows need."""

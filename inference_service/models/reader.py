@@ -19,7 +19,7 @@ from inference_service.models.formats.packed import Integers
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bases.groups import GroupShape
 from loramux_shared.bases.layers import AttentionLayer
-from loramux_shared.rounding import Rounding
+from loramux_shared.runtime import Rounding
 
 
 class Reader:

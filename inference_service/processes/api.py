@@ -24,8 +24,7 @@ from loramux_shared.access.keys import Scope
 from loramux_shared.faults import Fault
 from loramux_shared.process import log_to_stderr, raise_limit
 from loramux_shared.rpc import calls
-from loramux_shared.rpc.admission import Rules
-from loramux_shared.rpc.server import RpcServer
+from loramux_shared.rpc.server import RpcServer, Rules
 from loramux_shared.settings import InferenceSettings
 from loramux_shared.tracing import open_tracing
 

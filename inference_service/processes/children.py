@@ -18,8 +18,8 @@ from inference_service.processes.host import ApiHost, ApiPeer
 from inference_service.processes.remote import deployed_to, served_to
 from loramux_shared.faults import Fault, ReplicaFailed
 from loramux_shared.process import SOCKET
-from loramux_shared.rpc.admission import Rules
 from loramux_shared.rpc.options import listen, reserve
+from loramux_shared.rpc.server import Rules
 from loramux_shared.settings import InferenceSettings
 
 log = structlog.get_logger()

@@ -17,7 +17,7 @@ from inference_service.proof.fingerprint import EMBEDDING, HEAD
 from loramux_shared.bundle.manifest import Manifest
 from loramux_shared.bundle.modules import NO_LAYER
 from loramux_shared.deployment import Dtype
-from loramux_shared.rounding import Rounding
+from loramux_shared.runtime import Rounding
 
 EPSILON: Final = {
     Dtype.FLOAT32: torch.finfo(torch.float32).eps,

@@ -29,7 +29,7 @@ from loramux_shared.bundle.modules import NO_LAYER
 from loramux_shared.bundle.proof import Effect, Probe, Proof
 from loramux_shared.deployment import Dtype
 from loramux_shared.faults import ProofFailed
-from loramux_shared.rounding import Rounding
+from loramux_shared.runtime import Rounding
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import grpc
 from inference_service.adapters.manager import AdapterManager
 from inference_service.serving.service import GenerationService
 from loramux_shared.extensions import SERVICES, load_extensions
-from loramux_shared.rpc.admission import CORE, Rules
+from loramux_shared.rpc.server import CORE, Rules
 
 Services = Mapping[str, Callable[[grpc.aio.Server], None]]
 """Functions that add a service to a server, by the full name of the service."""

@@ -28,8 +28,7 @@ from loramux_shared.codes import CODES
 from loramux_shared.deployment import Merge, SourceKind
 from loramux_shared.faults import ResourcesExhausted, SettingsInvalid
 from loramux_shared.process import report
-from loramux_shared.rounding import Rounding
-from loramux_shared.runtime import Pooling, pooling_in
+from loramux_shared.runtime import Pooling, Rounding, pooling_in
 from loramux_shared.settings import InferenceSettings
 from loramux_shared.sources.checkpoint import PlacedBase, with_base
 from loramux_shared.sources.open import Sources

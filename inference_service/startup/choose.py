@@ -27,7 +27,7 @@ from inference_service.layers.quantized import require_able
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.faults import SettingsInvalid
 from loramux_shared.process import open_folder
-from loramux_shared.rounding import Rounding
+from loramux_shared.runtime import Rounding
 from loramux_shared.settings import InferenceSettings, require_triton, variable
 
 TRITONS: Final = {

@@ -15,9 +15,8 @@ from loramux.cli.build import build, prove
 from loramux.cli.change import add, push, remove
 from loramux.cli.chat import chat
 from loramux.cli.check import check
-from loramux.cli.deployments import cancel, deployments, watch
+from loramux.cli.deployments import cancel, deployments, history, rollback, watch
 from loramux.cli.exits import tell_uncaught
-from loramux.cli.history import history, rollback
 from loramux.cli.kernels import kernels
 from loramux.cli.local.demo import demo
 from loramux.cli.local.services import builder, serve

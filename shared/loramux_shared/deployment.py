@@ -9,8 +9,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from loramux_shared.bundle.names import ModelNames, Name
-from loramux_shared.rounding import Rounding
-from loramux_shared.runtime import Limits, Pooling, ReasoningParser, ToolParser, unset
+from loramux_shared.runtime import Limits, Pooling, ReasoningParser, Rounding, ToolParser, unset
 from loramux_shared.signatures import is_file, parse_signer
 
 DEFAULT_MAX_LORA_RANK = 64

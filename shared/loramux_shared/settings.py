@@ -25,8 +25,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from loramux_shared.faults import SettingsInvalid
 from loramux_shared.process import LogFormat
-from loramux_shared.rounding import Rounding
-from loramux_shared.runtime import Parsers, ReasoningParser, ToolParser
+from loramux_shared.runtime import Parsers, ReasoningParser, Rounding, ToolParser
 from loramux_shared.signatures import read_signer
 from loramux_shared.sources.secrets import ENVIRONMENT_PREFIX as SECRET_PREFIX
 from loramux_shared.wording import nearest, refuse_odd

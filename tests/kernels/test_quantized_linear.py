@@ -16,7 +16,7 @@ from inference_service.layers.linear import Linear
 from inference_service.layers.on_gpu import FP8, LARGEST_FP8, rounded_fp8
 from inference_service.layers.quantized import QuantizedLinear, new_linear, require_able
 from loramux_shared.faults import SettingsInvalid
-from loramux_shared.rounding import Rounding
+from loramux_shared.runtime import Rounding
 
 INTEGERS = [Rounding.INT8, Rounding.INT4]
 DTYPES = [torch.float32, torch.bfloat16]

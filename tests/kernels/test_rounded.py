@@ -9,7 +9,7 @@ from inference_service.kernels.integers import quantize
 from inference_service.kernels.rounded import MOST_ROWS, PackedWeight, product
 from inference_service.kernels.rounded.launch import packed_halves, round_rows, widened
 from inference_service.layers.on_gpu import rounded_fp8
-from loramux_shared.rounding import Rounding
+from loramux_shared.runtime import Rounding
 
 BOUND = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 """Relative error; the interpreter truncates to bf16."""

@@ -20,7 +20,7 @@ from loramux_shared.bundle.deployments import current_generation
 from loramux_shared.deployment import Deployment
 from loramux_shared.deployment_file import parse_deployment
 from loramux_shared.faults import DeploymentInvalid, SettingsInvalid
-from loramux_shared.rounding import Rounding
+from loramux_shared.runtime import Rounding
 from loramux_shared.sources.open import open_sources
 from loramux_shared.storage.memory import MemoryStore
 from tests.support.tiny import VOCAB, World, make_world, next_logprobs, oracle, oracle_tokens, run_engine

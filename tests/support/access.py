@@ -9,9 +9,9 @@ from typing import Any
 import trustme
 
 from loramux.connection import Credentials
+from loramux_shared.access.guard import TlsFiles
 from loramux_shared.access.keyring import Keyring
 from loramux_shared.access.keys import KeyEntry, digest, new_key
-from loramux_shared.access.tls import TlsFiles
 
 NOBODY: dict[str, Any] = {"api_key": None, "tls_ca": None, "client_cert": None, "client_key": None}
 """Explicit options that replace those of the environment."""

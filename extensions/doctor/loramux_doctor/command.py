@@ -12,12 +12,12 @@ from typing import Annotated, Any, Final
 import typer
 from rich.filesize import decimal
 
-from loramux.addresses import Address, is_many, resolve
 from loramux.cli import shell
 from loramux.cli.documents import emit
 from loramux.cli.exits import Exit
 from loramux.cli.serving import SERVING, check
 from loramux.client import BUILDER, INFERENCE
+from loramux.connection import Address, is_many, resolve
 from loramux_doctor.installed import Extra, extras, versions
 from loramux_doctor.machine import (
     Inference,

@@ -22,7 +22,7 @@ from loramux_shared.bases.memory import (
 )
 from loramux_shared.bases.read import read_fields
 from loramux_shared.faults import CheckpointInvalid, ResourcesExhausted
-from loramux_shared.rounding import Rounding
+from loramux_shared.runtime import Rounding
 from loramux_shared.settings import InferenceSettings
 
 RANKS: Final = (8, 16, 32, 64)

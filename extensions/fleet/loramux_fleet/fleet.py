@@ -16,8 +16,7 @@ from typing import Any, Final
 
 import grpc
 
-from loramux.addresses import Address
-from loramux.connection import GENERATE, Calls, Credentials
+from loramux.connection import GENERATE, Address, Calls, Credentials
 from loramux.placement import Placement
 from loramux_fleet.members import Members
 from loramux_fleet.trip import Trip, model_of

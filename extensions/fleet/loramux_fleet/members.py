@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
-from loramux.addresses import Address, is_name, look_up
+from loramux.connection import Address, is_name, look_up
 from loramux_shared.faults import ServerUnavailable, SettingsInvalid
 
 EVERY_S: Final = 10.0

@@ -10,11 +10,11 @@ from typing import Annotated, Final
 
 import typer
 
-from loramux.addresses import Address, resolve
 from loramux.cli import shell
 from loramux.cli.documents import emit_line
 from loramux.cli.exits import Exit
 from loramux.client import INFERENCE, AsyncClient
+from loramux.connection import Address, resolve
 from loramux.operations import ReplicaStatus
 from loramux_shared.faults import Fault, PermissionDenied, SettingsInvalid, Status, Unauthenticated
 

@@ -17,9 +17,8 @@ import pytest
 from typer.testing import CliRunner
 
 from loramux import AsyncClient, Client, Delta, Started, faults
-from loramux.addresses import Address
 from loramux.cli.main import app
-from loramux.connection import Credentials
+from loramux.connection import Address, Credentials
 from loramux.inference.v1 import adapters_pb2, inference_pb2 as pb
 from loramux.inference.v1.inference_pb2_grpc import InferenceServiceStub
 from loramux.placement import order

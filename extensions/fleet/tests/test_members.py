@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from loramux.addresses import Address
+from loramux.connection import Address
 from loramux_fleet.members import DOUBT_S, EVERY_S, Members
 from loramux_shared.faults import ServerUnavailable, SettingsInvalid
 from tests.support.waiting import BOUND_S

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from inference_service.adapters.follower import FollowerStanding
-from loramux.addresses import resolve
 from loramux.cli import shell
+from loramux.connection import resolve
 from loramux_fleet.rollout import Rollout
 from loramux_shared.access.guard import Guard
 from tests.support.access import Certificates

@@ -16,8 +16,8 @@ from loramux_ray.calls import End, RpcCall, require_local
 from loramux_ray.context import CallContext, Uploads
 from loramux_shared.access.guard import Guard
 from loramux_shared.faults import PermissionDenied
-from loramux_shared.rpc.admission import AdmissionInterceptor
 from loramux_shared.rpc.calls import CallInterceptor
+from loramux_shared.rpc.server import AdmissionInterceptor
 from loramux_shared.rpc.status import abort
 from loramux_shared.tracing import ServerSpans
 

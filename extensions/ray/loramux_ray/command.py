@@ -19,9 +19,8 @@ from loramux.cli import shell
 from loramux.cli.build import build_with_bars, read_deployment
 from loramux.cli.build_view import show_built
 from loramux.cli.documents import emit
-from loramux.cli.local.preflight import UpPlan, preflight
 from loramux.cli.local.tree import ProcessTree, free_address, run_tree
-from loramux.cli.local.up import DEFAULT_STORE, OPENAI, keep, reachable
+from loramux.cli.local.up import DEFAULT_STORE, OPENAI, UpPlan, keep, preflight, reachable
 from loramux.client import INFERENCE, AsyncClient
 from loramux_shared.faults import SettingsInvalid
 

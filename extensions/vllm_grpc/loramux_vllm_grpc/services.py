@@ -10,7 +10,7 @@ from inference_service.adapters.manager import AdapterManager
 from inference_service.rpc.extensions import Services
 from inference_service.serving.service import GenerationService
 from loramux_shared.access.keys import Scope
-from loramux_shared.rpc.admission import Rules
+from loramux_shared.rpc.server import Rules
 from loramux_vllm_grpc import engine, inference
 from loramux_vllm_grpc.engine import VllmEngineServicer
 from loramux_vllm_grpc.inference import VllmInferenceServicer

@@ -14,8 +14,7 @@ from inference_service.serving.service import GenerationService, ServingLimits
 from inference_service.text.text import Text
 from loramux_shared.access.guard import Guard
 from loramux_shared.access.keys import ACCESS, Access, Scope
-from loramux_shared.rpc.admission import CORE
-from loramux_shared.rpc.server import RpcServer
+from loramux_shared.rpc.server import CORE, RpcServer
 from loramux_vllm_grpc import engine, inference
 from loramux_vllm_grpc.running import Running
 from loramux_vllm_grpc.services import VllmServices

@@ -19,7 +19,7 @@ from inference_service.kernels.cpu.ops import BLOCK, Chunks, CpuOps, Table, adap
 from inference_service.kernels.delta import DeltaInputs, DeltaStates, DeltaWeights, StateChunk, reference
 from inference_service.kernels.integers import quantize
 from inference_service.kernels.sampling import RowParams, draw_rows
-from loramux_shared.rounding import Rounding
+from loramux_shared.runtime import Rounding
 
 TOLERANCE: Final = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
 """Relative tolerance of the norm of the difference."""

@@ -1,22 +1,29 @@
-"""``loramux demo``: everything once, on this machine, with small adapters that come along."""
+"""``loramux demo``: everything once, on this machine: one prompt through small adapters side by side."""
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.live import Live
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
 
 from loramux.cli import shell
 from loramux.cli.build import build_with_bars, read_deployment
 from loramux.cli.build_view import show_built
-from loramux.cli.local.preflight import UpPlan, preflight
-from loramux.cli.local.race import race, show_summary
 from loramux.cli.local.tree import ProcessTree, free_address, run_tree
-from loramux.cli.local.up import OPENAI, keep, program, start_builder, start_inference
+from loramux.cli.local.up import OPENAI, UpPlan, keep, preflight, program, start_builder, start_inference
 from loramux.client import BUILDER, INFERENCE, AsyncClient
+from loramux.records import Delta, Finished, FinishReason, Message, ModelInfo
 from loramux_shared.deployment import SourceKind
 from loramux_shared.faults import SettingsInvalid
 
@@ -100,3 +107,152 @@ def find_examples() -> Path:
         if (folder / "deployment.yaml").is_file():
             return folder
     raise SettingsInvalid(f"the examples are missing: no deployment.yaml in {package.parent / 'examples'}")
+
+
+MIN_COLUMN = 38
+MIN_ROWS = 5
+MAX_ROWS = 12
+FRAME_S = 1 / 12
+
+
+@dataclass
+class Contestant:
+    """One model's answer as it grows; times are of the monotonic clock."""
+
+    model: ModelInfo
+    begin: float = 0.0
+    first: float | None = None
+    last: float = 0.0
+    text: str = ""
+    tokens: int = 0
+    reason: FinishReason | None = None
+
+    @property
+    def title(self) -> str:
+        """The model and its rank."""
+        kind = "base" if self.model.is_base else f"rank {shell.numbers(self.model.ranks)}"
+        return f"{shell.printable(self.model.name)} · {kind}"
+
+    @property
+    def first_token_s(self) -> float | None:
+        """Seconds from the request to the first token."""
+        return None if self.first is None else self.first - self.begin
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """Tokens per second after the first."""
+        if self.first is None or self.last <= self.first:
+            return None
+        return (self.tokens - 1) / (self.last - self.first)
+
+
+async def race(
+    client: AsyncClient, models: Sequence[ModelInfo], prompt: str, max_tokens: int
+) -> Sequence[Contestant]:
+    """Stream the prompt through all models at once, show it, and return the tracks at their ends."""
+    tracks = [Contestant(model) for model in models]
+    shape = grid_shape(len(tracks))
+    running = asyncio.gather(*(_run(client, track, prompt, max_tokens) for track in tracks))
+    if shape is None:
+        await running
+        for track in tracks:
+            shell.show(f"\n{track.title}:")
+            shell.show(track.text.strip())
+        return tracks
+    with Live(console=shell.out, auto_refresh=False, vertical_overflow="crop") as live:
+        while not running.done():
+            await asyncio.wait({running}, timeout=FRAME_S)
+            live.update(_grid(tracks, *shape), refresh=True)
+        await running
+        # The final screen takes only the lines that the answers need.
+        needed = max(len(_wrapped(track, _inner_width(shape[0]))) for track in tracks) + 2
+        live.update(_grid(tracks, shape[0], min(shape[1], needed)), refresh=True)
+    return tracks
+
+
+async def _run(client: AsyncClient, track: Contestant, prompt: str, max_tokens: int) -> None:
+    messages: list[Message] = [{"role": "user", "content": prompt}]
+    track.begin = time.monotonic()
+    async for event in client.generate(track.model.name, messages, max_tokens=max_tokens):
+        if isinstance(event, Delta):
+            track.last = time.monotonic()
+            track.first = track.first or track.last
+            track.text += event.text
+            track.tokens += len(event.token_ids)
+        elif isinstance(event, Finished):
+            track.reason = event.reason
+
+
+def grid_shape(tracks: int) -> tuple[int, int] | None:
+    """Return (columns, lines of a panel) that fit the terminal; None when it cannot show them all."""
+    columns = min(tracks, shell.out.width // MIN_COLUMN)
+    if not shell.out.is_terminal or columns < min(tracks, 2):
+        return None
+    rows = -(-tracks // columns)
+    columns = -(-tracks // rows)  # as even as it gets
+    lines = min((shell.out.height - 1) // rows, MAX_ROWS)
+    return (columns, lines) if lines >= MIN_ROWS else None
+
+
+def _grid(tracks: Sequence[Contestant], columns: int, lines: int) -> Table:
+    grid = Table.grid(expand=True)
+    for _ in range(columns):
+        grid.add_column(ratio=1)
+    panels = [_panel(track, _inner_width(columns), lines) for track in tracks]
+    for begin in range(0, len(panels), columns):
+        grid.add_row(*panels[begin : begin + columns])
+    return grid
+
+
+def _inner_width(columns: int) -> int:
+    return shell.out.width // columns - 4  # a border and a blank on each side
+
+
+def _wrapped(track: Contestant, width: int) -> list[Text]:
+    return list(Text(shell.printable(track.text.strip())).wrap(shell.out, width))
+
+
+def _panel(track: Contestant, width: int, lines: int) -> Panel:
+    return Panel(
+        Text("\n").join(_wrapped(track, width)[-(lines - 2) :]),
+        title=Text(track.title, "bold"),
+        title_align="left",
+        subtitle=Text(_speed(track), "dim"),
+        subtitle_align="right",
+        height=lines,
+        border_style="green" if track.reason else "cyan",
+    )
+
+
+def _speed(track: Contestant) -> str:
+    if track.first_token_s is None:
+        return "waiting"
+    return f"{_number(track.tokens_per_s, 1)} tokens/s · first {track.first_token_s:.2f} s"
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def show_summary(tracks: Sequence[Contestant]) -> None:
+    """Print the table of a race."""
+    shell.show()
+    headers = ("model", "rank", "tokens", "first token", "tokens/s", "end")
+    rows = [
+        (
+            track.model.name,
+            shell.numbers(track.model.ranks),
+            str(track.tokens),
+            f"{_number(track.first_token_s, 2)} s",
+            _number(track.tokens_per_s, 1),
+            str(track.reason),
+        )
+        for track in tracks
+    ]
+    shell.table(headers, rows, frozenset({"tokens", "first token", "tokens/s"}))
+    tokens = sum(track.tokens for track in tracks)
+    took = max(track.last for track in tracks) - min(track.begin for track in tracks)
+    if took > 0:
+        shell.show(
+            f"{len(tracks)} streams in one batch: {tokens} tokens in {took:.1f} s, {tokens / took:.1f} tokens/s"
+        )

@@ -9,8 +9,7 @@ from typing import Any
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bases.hf_config import HfConfig
 from loramux_shared.bases.layers import AttentionLayer, LayerSpec, MlpLayer
-from loramux_shared.bases.rope import AttentionSpec, RopeSpec
-from loramux_shared.bases.rope_config import read_rope
+from loramux_shared.bases.rope import AttentionSpec, RopeSpec, read_rope
 from loramux_shared.bundle.modules import read_dims
 from loramux_shared.faults import CheckpointInvalid
 

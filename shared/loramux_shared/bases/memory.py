@@ -16,7 +16,7 @@ from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bases.groups import GroupShape
 from loramux_shared.bases.layers import ExpertsLayer
 from loramux_shared.faults import ResourcesExhausted
-from loramux_shared.rounding import Rounding
+from loramux_shared.runtime import Rounding
 from loramux_shared.settings import InferenceSettings
 
 ITEM_BYTES: Final = {"float32": 4, "bfloat16": 2, "float16": 2}

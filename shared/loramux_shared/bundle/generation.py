@@ -29,8 +29,7 @@ from loramux_shared.bundle.manifest import (
 from loramux_shared.bundle.names import ModelNames, StoredName
 from loramux_shared.deployment import Aliases, Dtype, Merge, Model, ModelLimits, Repository, Resolve
 from loramux_shared.faults import DeploymentInvalid
-from loramux_shared.rounding import Rounding
-from loramux_shared.runtime import Pooling, ReasoningParser, ToolParser, unset
+from loramux_shared.runtime import Pooling, ReasoningParser, Rounding, ToolParser, unset
 
 BUILDS_PREFIX: Final = "builds/"
 DEPLOYMENTS_PREFIX: Final = "deployments/"

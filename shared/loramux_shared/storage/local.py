@@ -16,8 +16,17 @@ from pathlib import Path
 from typing import BinaryIO
 
 from loramux_shared.faults import StoreUnavailable
-from loramux_shared.storage.base import Entry, ObjectMissing, checked_key, checked_prefix, is_key
-from loramux_shared.storage.bounds import bound_of, bounded_keys, check_size, read_bounded
+from loramux_shared.storage.base import (
+    Entry,
+    ObjectMissing,
+    bound_of,
+    bounded_keys,
+    check_size,
+    checked_key,
+    checked_prefix,
+    is_key,
+    read_bounded,
+)
 
 TEMPORARY = ".tmp"
 TEMPORARY_LIFE_S = 24 * 3600

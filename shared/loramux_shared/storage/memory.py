@@ -7,8 +7,7 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
-from loramux_shared.storage.base import Entry, ObjectMissing
-from loramux_shared.storage.bounds import bound_of, bounded_keys, check_size
+from loramux_shared.storage.base import Entry, ObjectMissing, bound_of, bounded_keys, check_size
 
 
 class MemoryStore:

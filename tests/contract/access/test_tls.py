@@ -16,8 +16,7 @@ import structlog
 
 from inference_service.http.server import HttpServer
 from loramux import AsyncClient, Client
-from loramux_shared.access.guard import Guard
-from loramux_shared.access.tls import TlsFiles
+from loramux_shared.access.guard import Guard, TlsFiles
 from loramux_shared.faults import ServerUnavailable, SettingsInvalid, Unauthenticated
 from loramux_shared.rpc.server import RpcServer
 from tests.support.access import NOBODY, Certificates, keyring

@@ -22,7 +22,7 @@ from loramux.client import AsyncClient
 from loramux.records import DeploymentState
 from loramux_shared.bundle.deployments import current_generation
 from loramux_shared.faults import DeploymentNotFound, QueueFull, RequestIdReused
-from loramux_shared.storage.bounds import bound_of
+from loramux_shared.storage.base import bound_of
 from loramux_shared.storage.memory import MemoryStore
 from tests.support.builders import HOUR, OTHER, OWNER, Builders, Gated, ended, journaled
 from tests.support.waiting import Clock, until

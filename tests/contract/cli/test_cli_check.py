@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 
 from builder_service.pipeline.context import BuildContext
 from loramux.cli.build import overridden
+from loramux.cli.check import layers
 from loramux.cli.main import app
-from loramux.cli.report_view import layers
 from loramux_shared.deployment_file import parse_deployment
 from loramux_shared.sources.open import open_sources
 from loramux_shared.storage.memory import MemoryStore

@@ -23,8 +23,7 @@ from inference_service.rpc.servicer import SERVICE_NAME, InferenceServicer, regi
 from inference_service.serving.engine_thread import EngineThread
 from inference_service.serving.service import GenerationService
 from loramux_shared.faults import SettingsInvalid
-from loramux_shared.rpc.admission import CORE
-from loramux_shared.rpc.server import RpcServer
+from loramux_shared.rpc.server import CORE, RpcServer
 from loramux_shared.runtime import Limits
 from loramux_shared.settings import InferenceSettings
 from tests.support.raw_http import JSON, RawClient

@@ -23,9 +23,8 @@ from loramux_shared.bundle.deployments import read_pointer
 from loramux_shared.bundle.generation import current_key
 from loramux_shared.bundle.manifest import sha256_hex
 from loramux_shared.faults import RecordTooLarge, SettingsInvalid, StoreUnavailable
-from loramux_shared.storage import bounds
-from loramux_shared.storage.base import ObjectMissing, Store
-from loramux_shared.storage.bounds import bound_of, read_bounded
+from loramux_shared.storage import base as bounds
+from loramux_shared.storage.base import ObjectMissing, Store, bound_of, read_bounded
 from loramux_shared.storage.local import LocalStore
 from loramux_shared.storage.open import open_store
 from loramux_shared.storage.s3 import PART_BYTES, S3Store

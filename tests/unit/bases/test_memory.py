@@ -24,7 +24,7 @@ from loramux_shared.bases.memory import (
 )
 from loramux_shared.bases.read import read_config, read_fields
 from loramux_shared.faults import ResourcesExhausted
-from loramux_shared.rounding import Rounding
+from loramux_shared.runtime import Rounding
 from loramux_shared.settings import InferenceSettings
 from loramux_shared.storage.memory import MemoryStore
 from tests.support.examples import examples

@@ -10,7 +10,7 @@ from loramux_shared.bundle.generation import current_key, generation_key
 from loramux_shared.bundle.manifest import Manifest, bundle_key, sha256_hex
 from loramux_shared.bundle.reader import read_bundle
 from loramux_shared.faults import BundleCorrupt, RecordTooLarge
-from loramux_shared.storage.bounds import bound_of
+from loramux_shared.storage.base import bound_of
 from loramux_shared.storage.memory import MemoryStore
 from tests.support.adapters import write_adapter, write_base
 from tests.support.folders import built, deployment_of, workshop

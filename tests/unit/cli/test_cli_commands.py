@@ -12,8 +12,8 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from loramux.cli.exits import MEANINGS
-from loramux.cli.local.preflight import UpPlan
 from loramux.cli.local.services import inference_command, local_roots
+from loramux.cli.local.up import UpPlan
 from loramux.cli.main import app
 from loramux.cli.tables import fitted, fitting_columns
 from loramux_shared.deployment import Build, Deployment, Repository, SourceKind

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from loramux.addresses import Address, is_many, look_up, resolve, split
+from loramux.connection import Address, is_many, look_up, resolve, split
 from loramux_shared.faults import SettingsInvalid
 
 

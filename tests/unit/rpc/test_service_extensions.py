@@ -12,8 +12,7 @@ from google.protobuf.empty_pb2 import Empty
 from inference_service.rpc.extensions import Extensions, ServiceExtension, Services
 from loramux_shared.access.guard import Guard
 from loramux_shared.access.keys import Scope
-from loramux_shared.rpc.admission import CORE, Rules
-from loramux_shared.rpc.server import RpcServer
+from loramux_shared.rpc.server import CORE, RpcServer, Rules
 from tests.support.access import keyring
 
 

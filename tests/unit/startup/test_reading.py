@@ -16,7 +16,7 @@ from inference_service.layers.linear import Linear
 from inference_service.startup import base
 from inference_service.startup.base import BOUND_S, bytes_per_s
 from loramux_shared.bases.config import ModelConfig
-from loramux_shared.rounding import Rounding
+from loramux_shared.runtime import Rounding
 
 INSIDE, OUTSIDE = 4096, 1024
 BYTES = INSIDE * OUTSIDE * 4

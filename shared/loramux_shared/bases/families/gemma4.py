@@ -16,8 +16,7 @@ from loramux_shared.bases.families.gemma2 import NAMES
 from loramux_shared.bases.family import EXPERTS, Architecture, Family, layer_types, llama_like
 from loramux_shared.bases.hf_config import HfConfig
 from loramux_shared.bases.layers import AttentionLayer, ExpertsLayer, InputLayer, LayerSpec, MlpLayer
-from loramux_shared.bases.rope import RopeSpec
-from loramux_shared.bases.rope_config import read_rope_of
+from loramux_shared.bases.rope import RopeSpec, read_rope_of
 from loramux_shared.faults import CheckpointInvalid
 
 FULL, SLIDING = "full_attention", "sliding_attention"

@@ -7,11 +7,11 @@ from functools import partial
 from typing import Any, Final
 
 from loramux_shared.bases.config import ModelConfig, TensorNames
-from loramux_shared.bases.families.qwen3_moe import read_experts
+from loramux_shared.bases.families.qwen2 import read_experts
 from loramux_shared.bases.family import EXPERTS, Architecture, Family, llama_like, windowed
 from loramux_shared.bases.hf_config import HfConfig
 from loramux_shared.bases.layers import ClampedGate
-from loramux_shared.bases.rope_config import read_rope, with_rope
+from loramux_shared.bases.rope import read_rope, with_rope
 
 NAMES: Final = TensorNames(sinks="self_attn.sinks", router="mlp.router")
 SIZES: Final = {"num_key_value_heads": 8, "head_dim": 64}

@@ -8,8 +8,7 @@ from typing import Any, Final
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bases.family import Architecture, Family, llama_like, windowed
 from loramux_shared.bases.hf_config import HfConfig
-from loramux_shared.bases.rope import QueryScaling
-from loramux_shared.bases.rope_config import original_positions, rope_block, with_rope
+from loramux_shared.bases.rope import QueryScaling, original_positions, rope_block, with_rope
 
 
 def _read(config: HfConfig) -> ModelConfig:

@@ -15,8 +15,7 @@ from loramux_shared.bases.family import (
     windowed,
 )
 from loramux_shared.bases.hf_config import HfConfig
-from loramux_shared.bases.rope import RopeSpec
-from loramux_shared.bases.rope_config import read_rope, read_rope_of
+from loramux_shared.bases.rope import RopeSpec, read_rope, read_rope_of
 
 NAMES = TensorNames(
     input_norm=None,

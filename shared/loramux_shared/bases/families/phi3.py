@@ -7,8 +7,7 @@ from dataclasses import replace
 from loramux_shared.bases.config import ModelConfig, TensorNames
 from loramux_shared.bases.family import Architecture, Family, llama_like, windowed
 from loramux_shared.bases.hf_config import HfConfig
-from loramux_shared.bases.rope import RopeSpec
-from loramux_shared.bases.rope_config import read_scaling, rope_block, rope_spec, rotated_part
+from loramux_shared.bases.rope import RopeSpec, read_scaling, rope_block, rope_spec, rotated_part
 from loramux_shared.bundle.modules import FUSED
 
 OLD_NAMES = ("su", "yarn")

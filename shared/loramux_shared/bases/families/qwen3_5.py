@@ -10,12 +10,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from loramux_shared.bases.config import ModelConfig, TensorNames
-from loramux_shared.bases.families.qwen3_moe import read_experts
+from loramux_shared.bases.families.qwen2 import read_experts
 from loramux_shared.bases.family import EXPERTS, Architecture, Family, llama_like
 from loramux_shared.bases.hf_config import HfConfig
 from loramux_shared.bases.layers import DeltaLayer
-from loramux_shared.bases.rope import RopeSpec
-from loramux_shared.bases.rope_config import original_positions, read_scaling, rope_block, rope_spec
+from loramux_shared.bases.rope import RopeSpec, original_positions, read_scaling, rope_block, rope_spec
 from loramux_shared.faults import CheckpointInvalid
 
 NAMES = TensorNames(

@@ -8,8 +8,7 @@ from functools import partial
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bases.family import Architecture, Family, layer_types, llama_like, windowed
 from loramux_shared.bases.hf_config import HfConfig
-from loramux_shared.bases.rope import Still
-from loramux_shared.bases.rope_config import read_rope
+from loramux_shared.bases.rope import Still, read_rope
 from loramux_shared.faults import CheckpointInvalid
 
 ROPE = partial(read_rope, default_theta=2_000_000.0)

@@ -1,22 +1,189 @@
-"""The reader of ``quantization_config``: returns the storage format of weights, or refuses it."""
+"""The reader of ``quantization_config``: returns the storage format of weights, or refuses it.
+
+FP8, GPTQ, AWQ, bitsandbytes and MXFP4 have one scheme for all linears; ``compressed-tensors``, the format of
+llm-compressor, has groups of linears, each with a scheme of its own.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any, Final
 
-from loramux_shared.bases.formats.compressed import read_compressed
-from loramux_shared.bases.formats.others import (
-    read_awq,
-    read_bitsandbytes,
-    read_fbgemm,
-    read_fp8,
-    read_gptq,
-    read_mxfp4,
-)
-from loramux_shared.bases.formats.scheme import Format, Quantization
+from loramux_shared.bases.formats.scheme import Format, Numbers, Quantization, WeightScheme
 from loramux_shared.bases.hf_config import HfConfig
 from loramux_shared.faults import CheckpointInvalid
+
+_BITS: Final[dict[str, dict[tuple[str, int], Numbers]]] = {
+    "pack-quantized": {("int", 4): "int4", ("int", 8): "int8"},
+    "int-quantized": {("int", 8): "int8"},
+    "float-quantized": {("float", 8): "fp8"},
+    "naive-quantized": {("int", 8): "int8", ("float", 8): "fp8"},
+}
+"""Supported number formats of a compressor, by the type and bits of weights."""
+
+
+def read_compressed(config: HfConfig) -> Quantization:
+    """Read the groups. Of which one a linear is, its tensors show: targets and ignore lists are not asked.
+
+    Raises:
+        CheckpointInvalid: a group, or something beside the weights, is not read.
+    """
+    config.require("kv_cache_scheme", None)
+    config.block("sparsity_config").require("format", "dense")
+    config.block("transform_config").require("config_groups", {})
+    groups = config.block("config_groups")
+    if not groups.fields:
+        raise CheckpointInvalid(f"config.json: {config.at}config_groups: expected a group, found none.")
+    overall = config.fields.get("format")
+    read = [_group(groups.block(name), overall) for name in groups.fields]
+    return Quantization(
+        "compressed-tensors",
+        tuple(dict.fromkeys(scheme for scheme, _ in read)),
+        rounds_activations=any(rounds for _, rounds in read),
+    )
+
+
+def _group(group: HfConfig, overall: Any) -> tuple[WeightScheme, bool]:
+    """Return the scheme of a group, and whether it rounds activations."""
+    group = HfConfig({"format": overall, **_present(group.fields)}, group.architecture, at=group.at)
+    group.require("output_activations", None)
+    group.require("format", *_BITS)
+    weights = group.block("weights")
+    weights.require("dynamic", False)
+    served = _BITS[group.text("format", next(iter(_BITS)))]
+    numbers = weights.text("type", "int"), weights.size("num_bits", 8)
+    if numbers not in served:
+        names = ", ".join(f"{kind} of {bits} bits" for kind, bits in served)
+        raise CheckpointInvalid(
+            f"config.json: {weights.at}num_bits: {numbers[0]} of {numbers[1]} bits is not supported in "
+            f"{group.text('format', '')}; supported: {names}."
+        )
+    rows, columns = _shared(weights)
+    symmetric = weights.flag("symmetric", default=True)
+    scheme = WeightScheme(served[numbers], rows, columns, zero_points=not symmetric)
+    return scheme, group.fields.get("input_activations") is not None
+
+
+def _shared(weights: HfConfig) -> tuple[int | None, int | None]:
+    """Return the rows and columns that share a scale."""
+    size = weights.integer("group_size", 0)
+    inferred = "group" if size > 0 else "channel" if size else "tensor"
+    weights.require("strategy", inferred, "tensor", "channel", "group", "block")
+    strategy = weights.text("strategy", inferred)
+    if strategy == "block":
+        rows, columns = block_of(weights, "block_structure")
+        return rows, columns
+    if strategy == "group":
+        return 1, weights.size("group_size")
+    return (1 if strategy == "channel" else None), None
+
+
+def block_of(config: HfConfig, key: str) -> tuple[int, int]:
+    """Return the rows and columns of a block.
+
+    Raises:
+        CheckpointInvalid: it is no pair of positive integers.
+    """
+    block = config.array(key) or []
+    if len(block) != 2 or not all(type(size) is int and size > 0 for size in block):
+        raise CheckpointInvalid(
+            f"config.json: {config.at}{key}: expected two positive integers, found {config.fields.get(key)!r}."
+        )
+    return block[0], block[1]
+
+
+def _present(fields: Any) -> dict[str, Any]:
+    return {key: value for key, value in fields.items() if value is not None}
+
+
+FP8_BLOCK = (128, 128)
+"""Block size of FP8 where a config names none, as in transformers."""
+MXFP4_COLUMNS = 32
+
+
+def read_fp8(config: HfConfig) -> Quantization:
+    """Read DeepSeek's blocks, and scales of a tensor or of a row, as which Mistral and AutoFP8 have them."""
+    config.require("activation_scheme", "dynamic", "static")
+    config.require("scale_fmt", "float", "ue8m0")
+    config.require("expert_dtype", "fp8")
+    config.require("kv_cache_scheme", None)
+    blocks = config.fields.get("weight_block_size", FP8_BLOCK)
+    block = block_of(config, "weight_block_size") if blocks not in (None, FP8_BLOCK) else blocks
+    schemes = [WeightScheme("fp8"), WeightScheme("fp8", rows=1)]
+    if block is not None:
+        schemes.insert(0, WeightScheme("fp8", *block))
+    return Quantization("fp8", tuple(schemes), rounds_activations=True)
+
+
+def read_fbgemm(config: HfConfig) -> Quantization:
+    """Read FP8 with a scale for each row."""
+    del config
+    return Quantization("fp8", (WeightScheme("fp8", rows=1),), rounds_activations=True)
+
+
+def read_gptq(config: HfConfig) -> Quantization:
+    """Read GPTQ, also where ``dynamic`` gives some linears other sizes."""
+    config.require("pack_dtype", "int32")
+    config.require("is_marlin_format", False)
+    key = "checkpoint_format" if config.fields.get("checkpoint_format") else "format"
+    config.require(key, "gptq", "gptq_v2")
+    dynamic = [rule for rule in config.block("dynamic").fields.values() if isinstance(rule, dict)]
+    schemes = [
+        _gptq_scheme(HfConfig({**config.fields, **rule}, config.architecture, at=config.at))
+        for rule in ({}, *dynamic)
+    ]
+    return Quantization(
+        "gptq",
+        tuple(dict.fromkeys(schemes)),
+        columns_are_ordered=config.flag("desc_act", default=False),
+        zeros_less_one=config.text(key, "gptq") == "gptq",
+    )
+
+
+def _gptq_scheme(config: HfConfig) -> WeightScheme:
+    config.require("bits", 4, 8)
+    numbers: Numbers = "int8" if config.integer("bits", 4) == 8 else "int4"
+    return WeightScheme(numbers, 1, _group_size(config), zero_points=True)
+
+
+def read_awq(config: HfConfig) -> Quantization:
+    """Read AWQ as AutoAWQ packs it for its ``gemm``."""
+    config.require("bits", 4)
+    config.require("zero_point", True)
+    key = "version" if config.fields.get("version") is not None else "format"
+    lower: Any = config.text(key, "gemm").lower()
+    HfConfig({key: lower}, config.architecture, at=config.at).require(key, "gemm")
+    return Quantization("awq", (WeightScheme("int4", 1, _group_size(config), zero_points=True),))
+
+
+def _group_size(config: HfConfig) -> int | None:
+    size = config.integer("group_size", 128)
+    if size == 0 or size < -1:
+        raise CheckpointInvalid(
+            f"config.json: {config.at}group_size: expected a positive integer, or -1 for rows, found {size}."
+        )
+    return None if size == -1 else size
+
+
+def read_bitsandbytes(config: HfConfig) -> Quantization:
+    """Read nf4 and fp4, whose blocks each weight describes itself, and int8 with a scale for each row."""
+    four, eight = (config.flag(f"load_in_{bits}bit", default=False) for bits in (4, 8))
+    if four == eight:
+        raise CheckpointInvalid(
+            f"config.json: {config.at}load_in_4bit and load_in_8bit: expected one of both to be true."
+        )
+    if eight:
+        return Quantization("bitsandbytes", (WeightScheme("int8", rows=1),), rounds_activations=True)
+    config.require("bnb_4bit_quant_type", "fp4", "nf4")
+    numbers: Numbers = "nf4" if config.text("bnb_4bit_quant_type", "fp4") == "nf4" else "fp4"
+    return Quantization("bitsandbytes", (WeightScheme(numbers),))
+
+
+def read_mxfp4(config: HfConfig) -> Quantization:
+    """Read the experts of gpt-oss."""
+    del config
+    return Quantization("mxfp4", (WeightScheme("mxfp4", 1, MXFP4_COLUMNS),))
+
 
 QUANTIZE: Final = "quantize_config.json"
 """The file in which AutoGPTQ said how weights are kept, before ``config.json`` did."""
