@@ -11,7 +11,7 @@ from inference_service.kernels.integers import PIECE, Quantized, quantize
 from inference_service.layers.linear import Linear
 from inference_service.layers.on_gpu import Fp8Linear
 from loramux_shared.faults import SettingsInvalid
-from loramux_shared.rounding import Rounding
+from loramux_shared.runtime import Rounding
 
 
 class QuantizedLinear(Linear):
