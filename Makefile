@@ -50,6 +50,7 @@ golden: $(VENV)/.test
 	$(BIN)/python -m tests.golden.kernels.counts
 	$(BIN)/python -m tests.golden.openai.write
 	$(BIN)/python -m tests.golden.metrics.write
+	$(if $(EXTENSIONS),$(BIN)/python -m tests.openapi_golden)
 	$(if $(EXTENSIONS),$(MAKE) deploy/envoy/envoy.yaml)
 
 .PHONY: deploy/envoy/envoy.yaml

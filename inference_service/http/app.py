@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from functools import partial
+from itertools import chain
 from typing import Final
 
 from starlette.datastructures import State
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request as HttpRequest
-from starlette.responses import Response
 from starlette.routing import Route, Router, compile_path
 from starlette.types import Receive, Scope, Send
 
@@ -25,7 +25,6 @@ from inference_service.http.openai.chat import chat_completions
 from inference_service.http.openai.chat_schema import ChatBody
 from inference_service.http.openai.completions import completions
 from inference_service.http.openai.schema import CompletionBody
-from inference_service.http.openapi import ServerFacts, document
 from inference_service.http.page import page_files
 from inference_service.http.responses.compact import compact
 from inference_service.http.responses.create import count_input, create_response
@@ -45,28 +44,15 @@ from inference_service.http.wire.refusals import (
     fault_response,
     http_error_response,
 )
-from inference_service.http.wire.reply import Reply
 from inference_service.serving.service import GenerationService
 from loramux_shared import routes
 from loramux_shared.access.asgi import AccessMiddleware
 from loramux_shared.access.keyring import Keyring
 from loramux_shared.access.keys import Scope as AccessScope
+from loramux_shared.extensions import HTTP_ROUTES, load_extensions
 from loramux_shared.faults import Fault
 from loramux_shared.routes import Route as ApiRoute
 from loramux_shared.tracing import ServerSpans, TraceMiddleware
-
-
-async def show_openapi(service: GenerationService, http: HttpRequest) -> Response:
-    """Return this description."""
-    models = list(service.catalog)
-    served = ServerFacts(
-        model=next((model.name for model in models if model.num_labels is None), service.catalog.base_name),
-        scorer=next((model.name for model in models if model.num_labels == 1), ""),
-        classifier=next((model.name for model in models if model.num_labels), ""),
-        keyless=http.app.state.keyless,
-    )
-    return Reply(document(ENDPOINTS, served))
-
 
 TEXT: Final = "text/plain"
 CHANGES: Final = (403, 404, 409, 504)
@@ -75,7 +61,7 @@ _counting = partial(Endpoint, fails=(404, 429), reads_prompts=True)
 """A route that reads a prompt as answers do, and computes nothing."""
 _computing = partial(_counting, hinted=True)
 """A route that the engine answers."""
-ENDPOINTS: Final = (
+ENDPOINTS: Final[tuple[Endpoint, ...]] = (
     _computing(routes.CHAT_COMPLETIONS, chat_completions, ChatBody),
     _computing(routes.COMPLETIONS, completions, CompletionBody),
     _computing(routes.MESSAGES, create_message, MessagesBody, fails=(404, 429, 529), error=MessageError),
@@ -111,7 +97,7 @@ ENDPOINTS: Final = (
     Endpoint(routes.TOKENIZE, tokens.tokenize, TokenizeBody, fails=(404,)),
     Endpoint(routes.DETOKENIZE, tokens.detokenize, DetokenizeBody, fails=(404,)),
     Endpoint(routes.VERSION, state.show_version),
-    Endpoint(routes.OPENAPI, show_openapi),
+    *chain.from_iterable(load_extensions(HTTP_ROUTES).values()),
     *(Endpoint(route, state.health) for route in (routes.HEALTH, routes.PING, routes.POST_PING)),
     Endpoint(routes.STATE, state.show_state),
     Endpoint(routes.LOAD, state.show_load),

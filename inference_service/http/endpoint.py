@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any
 
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from inference_service.http.wire.body import Body, Query
 from inference_service.http.wire.errors import Error
-from inference_service.http.wire.reply import EventStream, Reply
 from inference_service.serving.service import GenerationService
 from loramux_shared.access.keys import Scope
 from loramux_shared.routes import Route
@@ -56,18 +54,3 @@ class Endpoint:
     def scope(self) -> Scope | None:
         """The scope that a key must have."""
         return self.route.scope
-
-    @cached_property
-    def answer(self) -> Any:
-        """The type of a JSON answer; None where the handler returns none."""
-        return self._held_by(Reply)
-
-    @cached_property
-    def event(self) -> Any:
-        """The type of the events of a stream; None where the handler returns none."""
-        return self._held_by(EventStream)
-
-    def _held_by(self, kind: type) -> Any:
-        returned = get_type_hints(self.handler)["return"]
-        held = [get_args(each) for each in (returned, *get_args(returned)) if get_origin(each) is kind]
-        return held[0][0] if held else None

@@ -1,13 +1,16 @@
-"""Requests that RFC 9112 calls ambiguous for two servers, over a raw socket."""
+"""Requests that RFC 9112 calls ambiguous for two servers, over a raw socket; and rules of all routes."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator
+from pathlib import Path
 
+import httpx
 import pytest
 import pytest_asyncio
 
+from inference_service.http.app import create_app
 from inference_service.http.server import HttpServer
 from inference_service.http.wire.protocol import MAX_FIELDS, MAX_PIPELINED
 from inference_service.serving.service import GenerationService
@@ -168,3 +171,35 @@ async def test_a_trailer_is_no_header(client: RawClient) -> None:
     head = await client.reader.readuntil(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 200")
     assert b"mine" not in head
+
+
+@pytest_asyncio.fixture
+async def web(tmp_path: Path) -> AsyncIterator[httpx.AsyncClient]:
+    """A client of an API that cannot generate."""
+    transport = httpx.ASGITransport(create_app(silent_service(tmp_path)))
+    async with httpx.AsyncClient(transport=transport, base_url="http://api") as client:
+        yield client
+
+
+@pytest.mark.parametrize(
+    ("query", "param"),
+    [
+        ("page_size=0", "page_size"),
+        ("page_size=ten", "page_size"),
+        ("page_sise=5", "page_sise"),
+        ("page_size=1&page_size=2", "page_size"),
+    ],
+)
+async def test_a_query_is_read_as_strictly_as_a_body(web: httpx.AsyncClient, query: str, param: str) -> None:
+    """An unknown name, a wrong value and a name that comes twice are refused by name."""
+    answer = await web.get(f"/v1/adapters?{query}")
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"]) == (400, param)
+    assert error["message"].startswith("the query of the request is not valid.")
+
+
+async def test_a_prompt_is_not_rendered(web: httpx.AsyncClient) -> None:
+    """Options of rendering messages are refused beside a text, rather than ignored."""
+    answer = await web.post("/tokenize", json={"prompt": "Hi", "add_generation_prompt": True})
+    assert answer.status_code == 400
+    assert "only with messages" in answer.json()["error"]["message"]

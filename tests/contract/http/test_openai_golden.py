@@ -6,15 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.golden.openai.script import CASES, FOLDER, described, path_of, transcript
+from tests.golden.openai.script import CASES, path_of, transcript
 
 
 @pytest.mark.parametrize("name", CASES)
 async def test_transcripts_are_the_kept_ones(name: str, tmp_path: Path) -> None:
     """An answer has the recorded bytes, but for ids and time."""
     assert await transcript(CASES[name], tmp_path) == path_of(name).read_bytes()
-
-
-def test_the_description_is_the_recorded_one() -> None:
-    """The recorded description shows a change of bodies and answers in its diff."""
-    assert described() == (FOLDER / "openapi.json").read_bytes()

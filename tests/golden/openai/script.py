@@ -17,8 +17,7 @@ from inference_service.adapters.catalog import Catalog
 from inference_service.adapters.served_model import ServedModel
 from inference_service.core.sequence import EndReason, Token
 from inference_service.engine.engine import SequenceCounts
-from inference_service.http.app import ENDPOINTS, create_app
-from inference_service.http.openapi import ServerFacts, document
+from inference_service.http.app import create_app
 from inference_service.serving.bounds import check
 from inference_service.serving.engine_thread import EngineThread
 from inference_service.serving.request import (
@@ -243,11 +242,6 @@ async def transcript(case: Case, folder: Path) -> bytes:
     fixed = re.sub(rb'"((?:chat)?cmpl-|call_|resp_|msg_|fc_|rs_)[0-9a-f]+"', rb'"\1ID"', fixed)
     fixed = re.sub(rb'"request_id":"[0-9a-f]+"', b'"request_id":"ID"', fixed)
     return fixed if answer.content.endswith(b"\n\n") else pretty(fixed)
-
-
-def described() -> bytes:
-    """Return the OpenAPI document of a server with a model of every kind."""
-    return pretty(json.dumps(document(ENDPOINTS, ServerFacts("base", "scorer", "classifier"))).encode())
 
 
 def pretty(body: bytes) -> bytes:

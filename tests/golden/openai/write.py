@@ -1,4 +1,4 @@
-"""Write the transcripts of the HTTP APIs, and the document that describes them."""
+"""Write the transcripts of the HTTP APIs."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ import asyncio
 import tempfile
 from pathlib import Path
 
-from tests.golden.openai.script import CASES, FOLDER, described, path_of, transcript
+from tests.golden.openai.script import CASES, path_of, transcript
 
 if __name__ == "__main__":
     for name, case in CASES.items():
         with tempfile.TemporaryDirectory() as made:
             path_of(name).write_bytes(asyncio.run(transcript(case, Path(made))))
-    (FOLDER / "openapi.json").write_bytes(described())

@@ -15,8 +15,9 @@ from jsonschema import Draft202012Validator
 from starlette.routing import Route
 
 from inference_service.http.app import ENDPOINTS, Application, create_app
-from inference_service.http.openapi import ServerFacts, document
+from loramux_openapi.document import ServerFacts, document
 from loramux_shared.access.keys import Scope
+from tests.openapi_golden import RECORDED, described
 from tests.support.root import ROOT
 from tests.support.silent import silent_service
 
@@ -210,25 +211,6 @@ def test_bounds_are_those_that_requests_are_judged_by() -> None:
     assert fields["seed"]["anyOf"][0]["minimum"] == -(2**63)
 
 
-@pytest.mark.parametrize(
-    ("query", "param"),
-    [
-        ("page_size=0", "page_size"),
-        ("page_size=ten", "page_size"),
-        ("page_sise=5", "page_sise"),
-        ("page_size=1&page_size=2", "page_size"),
-    ],
-)
-async def test_a_query_is_read_as_strictly_as_a_body(web: httpx.AsyncClient, query: str, param: str) -> None:
-    """An unknown name, a wrong value and a name that comes twice are refused by name."""
-    answer = await web.get(f"/v1/adapters?{query}")
-    error = answer.json()["error"]
-    assert (answer.status_code, error["param"]) == (400, param)
-    assert error["message"].startswith("the query of the request is not valid.")
-
-
-async def test_a_prompt_is_not_rendered(web: httpx.AsyncClient) -> None:
-    """Options of rendering messages are refused beside a text, rather than ignored."""
-    answer = await web.post("/tokenize", json={"prompt": "Hi", "add_generation_prompt": True})
-    assert answer.status_code == 400
-    assert "only with messages" in answer.json()["error"]["message"]
+def test_the_description_is_the_recorded_one() -> None:
+    """The recorded description shows a change of bodies and answers in its diff."""
+    assert described() == RECORDED.read_bytes()

@@ -12,13 +12,22 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import version
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, get_args, get_origin, get_type_hints
 
 from pydantic import BaseModel, TypeAdapter
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
 
 from inference_service.core.sampling import MAX_BIAS, Number
 from inference_service.http.endpoint import Endpoint
-from inference_service.http.openapi_parts import (
+from inference_service.http.vectors.embeddings import ClassifyBody, ScoringBody
+from inference_service.http.wire.body import Body, table
+from inference_service.http.wire.errors import AGAIN
+from inference_service.http.wire.reply import EventStream, Reply
+from inference_service.serving.bounds import IDS, LOGPROBS_MODES, NUMBERS, SANE_ID, TEXTS
+from inference_service.serving.prompts import MAX_TOOLS
+from inference_service.serving.service import GenerationService
+from loramux_openapi.parts import (
     DIGEST_HEADERS,
     HINTS,
     RETRY_AFTER,
@@ -30,13 +39,9 @@ from inference_service.http.openapi_parts import (
     path_parameter,
     query_parameters,
 )
-from inference_service.http.vectors.embeddings import ClassifyBody, ScoringBody
-from inference_service.http.wire.body import Body, table
-from inference_service.http.wire.errors import AGAIN
-from inference_service.serving.bounds import IDS, LOGPROBS_MODES, NUMBERS, SANE_ID, TEXTS
-from inference_service.serving.prompts import MAX_TOOLS
+from loramux_shared.routes import OPENAPI
 
-OPENAPI: Final = "3.1.1"
+VERSION: Final = "3.1.1"
 SCHEMAS: Final = "#/components/schemas/"
 ABOUT: Final = (
     "OpenAI's API, and Anthropic's messages, of a loramux replica; a model is the base or one of its adapters. "
@@ -75,6 +80,40 @@ class ServerFacts:
         return self.classifier if issubclass(body, ClassifyBody) else self.scorer
 
 
+async def show_openapi(service: GenerationService, http: HttpRequest) -> Response:
+    """Return this description."""
+    from inference_service.http.app import ENDPOINTS  # which imports this module
+
+    models = list(service.catalog)
+    served = ServerFacts(
+        model=next((model.name for model in models if model.num_labels is None), service.catalog.base_name),
+        scorer=next((model.name for model in models if model.num_labels == 1), ""),
+        classifier=next((model.name for model in models if model.num_labels), ""),
+        keyless=http.app.state.keyless,
+    )
+    return Reply(document(ENDPOINTS, served))
+
+
+ROUTES: Final = (Endpoint(OPENAPI, show_openapi),)
+"""What this extension adds to the HTTP API."""
+
+
+def answer_of(endpoint: Endpoint) -> Any:
+    """Return the type of a JSON answer; None where the handler returns none."""
+    return _held_by(endpoint, Reply)
+
+
+def event_of(endpoint: Endpoint) -> Any:
+    """Return the type of the events of a stream; None where the handler returns none."""
+    return _held_by(endpoint, EventStream)
+
+
+def _held_by(endpoint: Endpoint, kind: type) -> Any:
+    returned = get_type_hints(endpoint.handler)["return"]
+    held = [get_args(each) for each in (returned, *get_args(returned)) if get_origin(each) is kind]
+    return held[0][0] if held else None
+
+
 @lru_cache(8)
 def document(endpoints: tuple[Endpoint, ...], served: ServerFacts) -> Json:
     """Return the document that describes routes, with the schemas of what they read and answer."""
@@ -87,7 +126,7 @@ def document(endpoints: tuple[Endpoint, ...], served: ServerFacts) -> Json:
     if not served.keyless:
         components["securitySchemes"] = dict(SECURITY)
     return {
-        "openapi": OPENAPI,
+        "openapi": VERSION,
         "info": {"title": "loramux", "version": version("loramux"), "description": ABOUT},
         "paths": paths,
         "components": components,
@@ -97,7 +136,7 @@ def document(endpoints: tuple[Endpoint, ...], served: ServerFacts) -> Json:
 def _schemas(endpoints: tuple[Endpoint, ...]) -> dict[str, Json]:
     """Return the schemas of all bodies, queries and answers, by name."""
     read = [kind for each in endpoints for kind in (each.body, each.query) if kind]
-    written = [kind for each in endpoints for kind in (each.answer, each.event, each.error) if kind]
+    written = [kind for each in endpoints for kind in (answer_of(each), event_of(each), each.error) if kind]
     kinds: list[tuple[Any, Mode]] = [
         *((kind, "validation") for kind in dict.fromkeys(read)),
         *((kind, "serialization") for kind in dict.fromkeys(written)),
@@ -182,10 +221,10 @@ def _content(endpoint: Endpoint) -> Iterator[tuple[str, Json]]:
     if endpoint.text:
         yield endpoint.text, {"schema": {"type": "string"}}
         return
-    whole = {"$ref": SCHEMAS + endpoint.answer.__name__} if endpoint.answer else {"type": "object"}
-    yield "application/json", {"schema": whole}
-    if endpoint.event:
-        events = [SCHEMAS + kind.__name__ for kind in (endpoint.event, endpoint.error)]
+    answer, event = answer_of(endpoint), event_of(endpoint)
+    yield "application/json", {"schema": {"$ref": SCHEMAS + answer.__name__} if answer else {"type": "object"}}
+    if event:
+        events = [SCHEMAS + kind.__name__ for kind in (event, endpoint.error)]
         yield EVENTS, {"schema": event_schema(events)}
 
 

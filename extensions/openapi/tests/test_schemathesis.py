@@ -32,7 +32,7 @@ from tests.support.waiting import BOUND_S
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 COMMAND = shutil.which("schemathesis", path=str(Path(sys.executable).parent))
-HOOKS = ROOT / "tests/support" / "schemathesis"
+HOOKS = ROOT / "extensions/openapi/tests/schemathesis_hooks.py"
 MODELS = ["base", "all"]
 """Names that requests are drawn with: a name that nobody has is 404, whatever else a request says."""
 STATEFUL = ("/v1/load_lora_adapter", "/v1/adapters/{name}/pin", "/v1/adapters/{name}/unpin")
@@ -126,7 +126,7 @@ async def judge(judged: Judged, folder: Path, *arguments: str) -> str:
     """Run the command, and return its output; the test fails where the command finds a fault."""
     (folder / "openapi.json").write_text(json.dumps(judged.document))
     (folder / "schemathesis.toml").write_text(configuration())
-    shutil.copy(HOOKS / "hooks.py", folder)
+    shutil.copy(HOOKS, folder / "hooks.py")
     assert COMMAND is not None
     process = await asyncio.create_subprocess_exec(
         *(COMMAND, "run", "openapi.json", "--url", judged.url, "-H", f"Authorization: Bearer {judged.key}"),
