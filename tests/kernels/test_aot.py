@@ -10,7 +10,7 @@ import pytest
 from inference_service.kernels.launch import ARCHITECTURES
 from tests.golden.kernels import sources
 from tests.golden.kernels.write import package_of, printed, recorded
-from tests.kernels.aot import PACKAGES, Line, Variant, covering, variants
+from tests.kernels.aot import PACKAGES, Line, covering, variants
 
 PORTABLE_SHARED = 99 * 1024
 """Bytes that a program may have on every architecture from sm_80 on (163 KB on sm_80, 227 KB on sm_90)."""
@@ -66,21 +66,6 @@ def test_every_configuration_takes_what_the_table_says(package: str) -> None:
     found = printed([package])
     assert len(found) == sum(package_of(line) == package for line in recorded())
     assert_as_kept(found)
-
-
-@pytest.mark.parametrize("package", PACKAGES)
-def test_every_type_that_is_served_is_compiled(package: str) -> None:
-    """Every kernel that takes the model's type is compiled for bf16, fp16 and fp32."""
-    served = {"bf16", "fp16", "fp32"}
-    every = [variant for architecture in ARCHITECTURES for variant in variants(architecture, [package])]
-    every = [variant for variant in every if _takes_the_models_type(variant)]
-    kernels = {variant.kernel: {v.dtype for v in every if v.kernel is variant.kernel} for variant in every}
-    assert all(dtypes == served for dtypes in kernels.values())
-
-
-def _takes_the_models_type(variant: Variant) -> bool:
-    pointers = (name for name in variant.kernel.arg_names if name.startswith("p_"))
-    return any(name not in variant.types and name not in variant.constants for name in pointers)
 
 
 def test_what_two_choices_allow_meets_in_few_combinations() -> None:

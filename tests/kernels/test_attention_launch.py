@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from inference_service.kernels.attention import AttentionTables, HeadNorm, Inputs, attend, prefill_tile
+from inference_service.kernels.attention import AttentionTables, HeadNorm, Inputs, prefill_tile
 from tests.kernels.attention_case import Case, Heads, Layout, check, make_case, poison, reloaded
 
 LATER = {
@@ -54,16 +54,6 @@ def test_the_memory_of_a_layer_is_what_its_capacity_says(device: str) -> None:
     decode = case.planned()[1][1].arguments
     taken = sum(decode[name].numel() * decode[name].element_size() for name in ("p_partial", "p_lse"))
     assert taken == case.tables.capacity.workspace_bytes(6, 16)
-
-
-def test_fewer_rows_than_the_tables_hold(device: str) -> None:
-    """Tables of a larger capacity serve a step of just its rows."""
-    case = make_case(Layout([(1, 20), (3, 9)], padding=8), device=device)
-    at, keys, values = case.inputs, case.inputs.keys.clone(), case.inputs.values.clone()
-    rows = case.contexts[-1].row + case.contexts[-1].length
-    fewer = replace(at, heads=at.heads[:rows], cos=at.cos[:rows], sin=at.sin[:rows])
-    case.inputs = fewer
-    check(case, attend(fewer, case.tables, case.spec), keys, values)
 
 
 REFUSALS: dict[str, Callable[[Case], Case]] = {

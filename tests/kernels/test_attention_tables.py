@@ -126,23 +126,6 @@ def test_keys_are_shared_so_that_no_program_is_left_alone(
     assert slots <= set(range(capacity.partial_rows))
 
 
-def test_a_short_context_costs_one_item_in_every_batch() -> None:
-    """A context of 4,000 tokens among 31 of 20 is cut, the others are not."""
-    capacity = AttentionCapacity(rows=32, chunks=32, blocks_per_chunk=250, block_size=16)
-    contexts = [Context(i, 1, range(250), 4000 if i == 7 else 20) for i in range(32)]
-    items = loaded(capacity, contexts).decodes
-    pieces = [int((items[:, 0][items[:, 1] > 0] == row).sum()) for row in range(32)]
-    assert pieces == [1] * 7 + [16] + [1] * 24
-
-
-def test_nothing_is_cut_where_all_have_as_much() -> None:
-    """Sequences of one length are not cut when they keep the GPU busy by themselves."""
-    capacity = AttentionCapacity(rows=64, chunks=64, blocks_per_chunk=250, block_size=16)
-    tables = loaded(capacity, [Context(i, 1, range(250), 4000) for i in range(64)])
-    assert int((tables.decodes[:, 1] > 0).sum()) == 64
-    assert not tables.merges.any()
-
-
 def test_memory_of_partial_results_has_a_bound() -> None:
     """The workspace grows with the programs that fill a GPU, not with contexts, and is 0 for short contexts."""
     sizes = [
@@ -152,12 +135,6 @@ def test_memory_of_partial_results_has_a_bound() -> None:
     assert sizes[0] == 0
     assert sizes[2] == sizes[3] == 4 * 32 * 129 * (2 * 32 + 2 * 16 * 32)
     assert AttentionCapacity(8, 8, 8192, 16).workspace_bytes(32, 128) == 4 * 32 * 129 * 40
-
-
-def test_only_blocks_in_use_are_copied() -> None:
-    """The bytes that a step copies grow with its contexts, not with the longest possible."""
-    capacity = AttentionCapacity(rows=8, chunks=8, blocks_per_chunk=8192, block_size=16)
-    assert len(pack_tables(capacity, [Context(0, 1, [3, 4], 20)])) == 8 + 8 * (8 + 32) + 4 * 8 + 2
 
 
 def test_arrays_begin_at_multiples_of_16_bytes() -> None:

@@ -14,7 +14,6 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.counts import per_layer
 from inference_service.backends.triton import TritonLora
 from inference_service.core.adapter import MOST_PARTS, Adapter
 from inference_service.core.sampling import SamplingParams
@@ -28,12 +27,12 @@ from inference_service.engine.lookup import Expected, Lookup
 from inference_service.engine.queues import SchedulerLimits
 from inference_service.engine.residents import AlwaysResident
 from inference_service.engine.runner import Pending, Runner, lay_out
-from inference_service.engine.tape import Tape, TapeRecorder
+from inference_service.engine.tape import TapeRecorder
 from inference_service.lora.places import taken_by
 from inference_service.lora.weights import AdapterWeights, load_adapter
 from inference_service.models.decoder import Decoder
 from inference_service.startup.load import Ready
-from loramux_shared.bases.memory import blend_buckets, buckets, mixed_buckets
+from loramux_shared.bases.memory import blend_buckets, buckets
 from loramux_shared.bundle.deployments import current_generation
 from loramux_shared.bundle.reader import read_bundle
 from loramux_shared.runtime import Pooling
@@ -190,37 +189,6 @@ def _run(ready: Ready, requests: Sequence[Query], walking: Collection[int] = ())
     return list(tokens.values())
 
 
-SAMPLING = [
-    SamplingParams(max_tokens=3, temperature=0.9, top_p=0.8, seed=1, logprobs=2),
-    SamplingParams(max_tokens=4, temperature=1.2, min_p=0.05, seed=2),
-    SamplingParams(max_tokens=4, repetition_penalty=1.5, logprobs=1),
-    SamplingParams(max_tokens=4, logit_bias=dict.fromkeys(range(0, 199, 3), 100.0)),
-]
-
-
-def test_every_kind_of_sampling_is_that_of_a_step_without_graph(
-    world: tuple[World, MemoryStore], ready: Ready, runner: GraphRunner
-) -> None:
-    """Drawn on the device and on the host, with log probabilities or not, the same tokens come out of a runner
-    that has recorded nothing, and those of the host out of the torch backend too; whether log probabilities are
-    asked for changes none."""
-    requests = [(name, prompt[:4], params) for (name, prompt), params in zip(REQUESTS, SAMPLING, strict=False)]
-    replayed = _run(_with(ready, runner), requests)
-    eager = _run(_with(ready, _runner(ready, CountingRecorder())), requests)
-    for ours, theirs in zip(replayed, eager, strict=True):
-        assert [token.id for token in ours] == [token.id for token in theirs]
-        assert [token.logprob for token in ours] == pytest.approx([token.logprob for token in theirs], abs=1e-4)
-        assert [[i for i, _ in token.top] for token in ours] == [[i for i, _ in token.top] for token in theirs]
-    plain = world[0].load(world[1], backend="torch", native=False)
-    on_host = [[token.id for token in tokens] for tokens in _run(plain, requests[2:])]
-    assert [[token.id for token in tokens] for tokens in replayed[2:]] == on_host
-    assert all(token.id % 3 == 0 for token in replayed[3])
-    assert [len(token.top) for token in replayed[0]] == [2] * 3
-    name, prompt, params = requests[0]
-    (alone,) = _run(_with(ready, runner), [(name, prompt, replace(params, logprobs=None))])
-    assert [token.id for token in alone] == [token.id for token in replayed[0]]
-
-
 PARITY = {(token,): (*range(token % 2, VOCAB, 2),) for token in range(VOCAB)}
 """Bad words: two odd tokens one after the other, and two even ones."""
 SHAPING = [
@@ -256,37 +224,6 @@ def test_no_request_sits_out_a_step(
     assert len(set(expected[1])) == 1
     assert [ours == theirs for ours, theirs in zip(expected, free, strict=True)] == [False] * 4
     assert all(token.logprob is not None for token in found[2])
-
-
-def test_preemption_changes_no_token(ready: Ready, runner: GraphRunner) -> None:
-    """A sequence that is preempted with a token in flight is computed again with the same tokens."""
-    kinds = (
-        SamplingParams(max_tokens=5),
-        SamplingParams(max_tokens=5, frequency_penalty=2.0, repetition_penalty=1.5),
-    )
-    requests = [(name, list(range(30, 44)), kind) for name, kind in zip(("all", "base"), kinds, strict=True)]
-    expected = _run(_with(ready, runner), requests)
-    assert _run(_with(ready, runner, blocks=3), requests) == expected
-    assert ready.engine.stats.preemptions > 0
-
-
-def test_a_decode_step_has_few_launches(runner: GraphRunner, recorder: CountingRecorder) -> None:
-    """Per layer: four linears, two norms, two for attention, one gate; and for all adapters one beside each
-    linear's product, and one behind those that no kernel of few rows reads."""
-    if torch.cuda.is_available():
-        pytest.skip("CUDA does not tell what a graph holds")
-    names = [graph.names for graph in recorder.graphs if isinstance(graph, Tape)]
-    decodes = len(list(buckets(LIMITS.max_seqs)))
-    of_blends = 2 * len(blend_buckets(LIMITS.max_seqs))
-    assert len(names) == 2 * len(list(mixed_buckets(LIMITS.max_tokens))) + 2 * decodes + of_blends
-    with_adapters, base = names[-2:]
-    assert per_layer(base) == LINEARS + 5
-    assert per_layer(with_adapters) == 2 * LINEARS + 5 + 2
-    outside = {len(each) - LAYERS * per_layer(each) for each in (base, with_adapters)}
-    assert outside == {14}  # inputs, rotation, head, sampling
-    eight, pair = names[-2 * decodes - of_blends :][:2]
-    assert per_layer(pair) == 4 * LINEARS + 5
-    assert per_layer(eight) == (2 + MOST_PARTS) * LINEARS + 5
 
 
 def test_adapters_that_come_after_the_recording_give_the_torch_backends_tokens(
@@ -384,17 +321,6 @@ def test_there_are_graphs_for_few_and_for_many_rows() -> None:
     for most in (1, 8, 36, 256):
         assert {*blend_buckets(most)} <= {*buckets(most)}
     assert blend_buckets(256) == [8, 32, 128, 256]
-
-
-@pytest.mark.parametrize("most", [16, 40, 512, 1000, 8192])
-def test_steps_with_prompts_compute_few_rows_that_nobody_asked_for(most: int) -> None:
-    """Above 256 rows at most an eighth more, and 7 in 100 in the mean; the largest is the limit itself."""
-    sizes = list(mixed_buckets(most))
-    assert sizes == sorted({*sizes})
-    assert sizes[-1] == most
-    extra = {rows: next(size for size in sizes if size >= rows) / rows for rows in range(257, most + 1)}
-    assert all(each <= 1.125 for each in extra.values())
-    assert sum(extra.values()) <= 1.07 * len(extra)
 
 
 def test_drafts_are_verified_row_by_row(

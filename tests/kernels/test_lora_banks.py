@@ -174,16 +174,6 @@ def test_what_a_bank_cannot_do_is_refused(lora: LoraBackend, message: str) -> No
         expect_right(lora, arrangement({0: 2}), {0: weights})
 
 
-def test_a_held_bank_is_just_large_enough(lora: LoraBackend, device: str) -> None:
-    """A bank of held adapters has exactly their size, each in the slot of its number."""
-    device = device if lora.name != "native" else "cpu"
-    weights = [adapter(ranks, seed) for seed, ranks in enumerate(ADAPTERS)]
-    assert hold(lora, *weights) == [0, 1, 2, 3, 4]
-    needed = sum(taken_by(lora.pack(each).num_bytes) for each in weights)
-    assert needed <= lora.num_bytes <= needed + 5 * 15 * 8 * 7 * LAYERS
-    expect_right(lora, arrangement(dict.fromkeys(range(5), 1)), dict(enumerate(weights)), device)
-
-
 def resident(address: int, num_bytes: int) -> int:
     """Return the bytes of a range of addresses that are in memory: a page's highest bit says so."""
     first, last = address // mmap.PAGESIZE, (address + num_bytes) // mmap.PAGESIZE

@@ -14,7 +14,7 @@ from inference_service.kernels.cpu.ops import ROUNDED, CpuOps, Table, adapters_o
 from inference_service.kernels.integers import Quantized, quantize
 from inference_service.layers.linear import Linear
 from inference_service.layers.on_gpu import FP8, LARGEST_FP8, rounded_fp8
-from inference_service.layers.quantized import QuantizedLinear, new_linear, require_able
+from inference_service.layers.quantized import QuantizedLinear, require_able
 from loramux_shared.faults import SettingsInvalid
 from loramux_shared.runtime import Rounding
 
@@ -41,15 +41,6 @@ def test_a_weight_is_off_by_half_a_step_at_most(quantization: Rounding) -> None:
     assert torch.equal(found.widened()[7], weight[7])
     relative = (found.widened() - weight).norm(dim=1) / weight.norm(dim=1).clamp(min=1e-30)
     assert relative.max() < (0.012 if quantization is Rounding.INT8 else 0.11)
-
-
-def test_what_is_no_whole_number_of_groups_stays_as_it_is() -> None:
-    """A width of 40 has no groups of 32, so the weight is not rounded; nor is a weight without the setting."""
-    weight = torch.randn(6, 40)
-    assert quantize(weight, Rounding.INT4) is None
-    assert type(new_linear(weight, None, Rounding.INT4)) is Linear
-    assert type(new_linear(weight, None, Rounding.NONE)) is Linear
-    assert type(new_linear(weight, None, Rounding.INT8)) is QuantizedLinear
 
 
 @pytest.mark.parametrize("quantization", INTEGERS)

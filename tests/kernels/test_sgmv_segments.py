@@ -59,13 +59,6 @@ def test_a_step_beyond_the_capacity_is_refused(slots: list[int], tokens: list[in
         pack_segments(SegmentCapacity(entries=8, slots=3, tile=16, active=2), slots, token_ids=tokens)
 
 
-def test_segments_follow_the_adapters_of_a_step_and_not_those_that_are_loaded() -> None:
-    """A prefill of 8,192 rows with 16 adapters has 144 segments, each a row of programs, however many exist."""
-    assert SegmentCapacity(8192, 1000, 64).segments == 1128
-    for loaded in (16, 64, 1000, 100_000):
-        assert SegmentCapacity(8192, loaded, 64, active=16).segments == 144
-
-
 def test_scales_need_room() -> None:
     """Scales that the device buffers cannot hold are refused, not ignored."""
     with pytest.raises(ValueError, match="no room"):

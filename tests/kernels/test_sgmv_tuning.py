@@ -1,10 +1,9 @@
 """The tuning tables for linears of served models; test_aot compiles the shipped ones."""
 
 import pytest
-import torch
 
 from inference_service.kernels.launch import ARCHITECTURES, DTYPES
-from inference_service.kernels.sgmv import DECODE_TILE, PREFILL_TILE, Phase, SegmentCapacity, Slices
+from inference_service.kernels.sgmv import DECODE_TILE, PREFILL_TILE, Slices
 from inference_service.kernels.sgmv.tuning import (
     COVERING,
     EXPAND_WAVES,
@@ -43,15 +42,6 @@ def test_planes_partition_k_and_grids_cover_the_device(model: str, shape: GroupS
                         one = sum(-(-size // second.few_n) for size in slices.sizes)
                         covering = max(one, EXPAND_WAVES[phase] * COVERING)
                         assert 1 <= second.grid(slices, segments) <= min(segments * one, covering)
-
-
-def test_there_is_room_for_the_planes_of_every_step() -> None:
-    """A step has the planes of all segments, even if only one segment adapts the linear."""
-    config = shrink_config(90, Phase.DECODE, torch.bfloat16, max_rows=48)
-    capacity = SegmentCapacity(1024, 64, DECODE_TILE)
-    for used in range(1, 65):
-        planes, _ = config.planes(4096, used)
-        assert planes * min(1024, used * DECODE_TILE) * 48 <= config.numel(4096, 48, capacity)
 
 
 def test_the_programs_of_decode_are_what_the_table_says() -> None:

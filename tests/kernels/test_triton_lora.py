@@ -115,22 +115,6 @@ def test_the_weights_are_not_kept(lora: TritonLora) -> None:
     assert not bank.held
 
 
-def test_the_launches_of_a_step_depend_on_its_capacity_alone(lora: TritonLora, device: str) -> None:
-    """Steps of other adapters, and of fewer rows than the capacity has, have the same grids."""
-    hold(lora, *(adapter(ranks, seed=slot) for slot, ranks in enumerate(ADAPTERS)))
-    x, out = torch.zeros(16, 48, device=device), torch.zeros(16, 80, device=device)
-    seen = []
-    for rows in ({0: 1}, {1: 15}, {4: 9}, dict.fromkeys(range(5), 1)):
-        grids: list[tuple[int, ...]] = []
-        with intercepted(lambda launch, grids=grids: grids.append(launch.grid)):
-            lora.begin(arrangement(rows))
-            lora.apply(x, out, 0, "qkv")
-        seen.append(grids)
-    assert seen[0] != []
-    assert seen[:3] == [seen[0]] * 3
-    assert seen[3] > seen[0]  # which has room for one adapter, whatever is loaded
-
-
 def test_what_is_launched_does_not_follow_the_number_of_slots(device: str) -> None:
     """The grids, the workspace and the step are the same for three slots and for three thousand empty ones."""
     grids: list[list[tuple[int, ...]]] = []

@@ -10,15 +10,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, PreTrainedConfig
 
-from builder_service.pipeline.build import build
-from builder_service.pipeline.context import BuildContext
-from builder_service.pipeline.progress import Progress
 from inference_service.core.sampling import SamplingParams
 from inference_service.serving.request import PromptScores
 from loramux_shared.bundle.deployments import current_generation
-from loramux_shared.deployment import Deployment
-from loramux_shared.faults import DeploymentInvalid
-from loramux_shared.sources.open import open_sources
 from loramux_shared.storage.memory import MemoryStore
 from tests.models.test_block_groups import GEMMA3
 from tests.models.test_state_snapshots import QWEN
@@ -148,23 +142,6 @@ async def test_a_request_finds_its_place_once_for_all_answers_and_versions(
     model = oracle(world.base, world.adapters["asked"])
     assert await service.answers(prompt, model="called", **fields) == [oracle_tokens(model, prompt, NEW)]
     await service.close()
-
-
-def test_one_that_acts_on_a_part_is_not_merged(world: World) -> None:
-    """An activated adapter is served beside a hidden base; a build with merge: always writes nothing."""
-    data = world.deployment().model_dump(mode="json")
-    data["build"]["lora_adapters"] = {"called": data["build"]["lora_adapters"]["called"]}
-    for merge in ("auto", "always"):
-        data["runtime"] |= {"serve_base": False, "merge": merge}
-        store, deployment = MemoryStore(), Deployment.model_validate(data)
-        context = BuildContext(store, open_sources(local_roots=[world.root]))
-        if merge == "always":
-            with pytest.raises(DeploymentInvalid, match="cannot be merged") as refused:
-                build(deployment, context, Progress(["called"]))
-            assert "called acts from" in refused.value.findings[0].expected
-            assert not store.objects
-        else:
-            assert build(deployment, context, Progress(["called"])).generation.merged is None
 
 
 @pytest.mark.sweep

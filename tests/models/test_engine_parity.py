@@ -73,14 +73,6 @@ def test_a_mixed_batch_equals_peft(
     assert settings is not SMALL or ready.engine.stats.preemptions > 0
 
 
-def test_each_alone_equals_peft(
-    world: World, store: MemoryStore, requests: list[tuple[str, list[int]]], expected: list[list[int]]
-) -> None:
-    """A request alone gives the tokens that it gives beside others, to the base without a row of an adapter."""
-    ready = world.load(store)
-    assert [run_engine(ready, [request], NEW)[0] for request in requests] == expected
-
-
 @pytest.mark.parametrize("kind", ["int8", "fp8"])
 def test_a_cache_of_8_bits_answers_the_same_in_any_batch(
     world: World, store: MemoryStore, requests: list[tuple[str, list[int]]], kind: str
@@ -96,14 +88,6 @@ def test_a_cache_of_8_bits_answers_the_same_in_any_batch(
     assert preempting.engine.stats.preemptions > 0
     kernels = world.load(store, **settings | {"backend": "triton"})
     assert run_engine(kernels, some[1:2], 2) == [alone[1][:2]]
-
-
-def test_thirty_one_others_change_no_token(world: World, store: MemoryStore) -> None:
-    """A batch of 32 requests of all models, the widest of the table of speeds, answers as each alone."""
-    ready = world.load(store, prefix_cache=False)
-    crowd = [(MODELS[index % 4], prompt) for index, prompt in enumerate(_prompts(32, 40))]
-    together = run_engine(ready, crowd, NEW)
-    assert [run_engine(ready, [request], NEW)[0] for request in crowd[::5]] == together[::5]
 
 
 @pytest.mark.parametrize("native", [True, False], ids=["compiled", "torch"])

@@ -16,7 +16,6 @@ from torch import Tensor
 from transformers import Qwen3_5MoeTextConfig, Qwen3MoeConfig
 from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import Qwen3_5MoeSparseMoeBlock
 
-from builder_service.pipeline.build import build
 from builder_service.pipeline.check import check_one
 from builder_service.pipeline.context import BuildContext
 from builder_service.pipeline.progress import Progress
@@ -32,7 +31,6 @@ from loramux.mapping import report_of
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bases.layers import ExpertsLayer, LayerSpec
 from loramux_shared.bases.read import read_fields
-from loramux_shared.deployment import Deployment
 from loramux_shared.faults import AdapterInvalid
 from loramux_shared.sources.open import open_sources
 from loramux_shared.storage.memory import MemoryStore
@@ -183,20 +181,6 @@ def test_parameters_are_what_peft_makes_of_them(tmp_path: Path, settings: dict[s
     """Parameters of experts act as one linear each, with and without batch-invariant operations."""
     world = make_world_of(tmp_path, CONFIG, {"one": PARAMETERS})
     assert answered(world.base, world.adapters, **settings) == expected_of(world.base, world.adapters)
-
-
-def test_an_adapter_alone_is_merged_into_its_experts(tmp_path: Path) -> None:
-    """A merged adapter answers as beside the base."""
-    world, store = make_world_of(tmp_path, CONFIG, {"one": PARAMETERS}), MemoryStore()
-    data = world.deployment().model_dump(mode="json")
-    data["runtime"]["serve_base"] = False
-    deployment = Deployment.model_validate(data)
-    context = BuildContext(store, open_sources(local_roots=[world.root]))
-    build(deployment, context, Progress(deployment.build.lora_adapters))
-    ready = world.load(store)
-    assert ready.bank is None
-    found = run_engine(ready, [("one", prompt) for prompt in prompts()], NEW)
-    assert found == expected_of(world.base, world.adapters)[len(prompts()) :]
 
 
 @pytest.mark.sweep

@@ -20,7 +20,7 @@ from inference_service.models.formats import packed
 from loramux_shared.bases.formats.read import read_quantization, with_quantize
 from loramux_shared.bases.read import read_config
 from loramux_shared.faults import CheckpointInvalid
-from tests.support.lowbit import KINDS, gptq, int_quantized
+from tests.support.lowbit import KINDS, gptq
 from tests.support.root import ROOT
 
 WRITTEN = ROOT / "tests/golden" / "formats"
@@ -243,16 +243,6 @@ def test_columns_in_turn_need_not_be_numbered(tmp_path: Path) -> None:
         config = KINDS["gptq"].config | {"desc_act": ordered}
         read = checkpoint(tmp_path, named, config, torch.float32)
         assert torch.equal(read.get("layer.weight", (48, 80)), widened)
-
-
-def test_a_group_may_be_larger_than_a_row(tmp_path: Path) -> None:
-    """A group that is larger than a row is a row."""
-    tensors, widened = int_quantized(torch.randn(48, 80))
-    weights = {"num_bits": 8, "strategy": "group", "group_size": 1 << 50}
-    config = KINDS["int-quantized"].config | {"config_groups": {"group_0": {"weights": weights}}}
-    named = {f"layer.{name}": tensor for name, tensor in tensors.items()}
-    read = checkpoint(tmp_path, named, config, torch.float32)
-    assert torch.equal(read.get("layer.weight", (48, 80)), widened)
 
 
 def test_four_bits_of_bitsandbytes_are_of_the_type_that_they_were_quantised_from(tmp_path: Path) -> None:

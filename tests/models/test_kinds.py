@@ -191,13 +191,6 @@ def of_kinds(answers: Answers, *names: str) -> tuple[list[tuple[str, list[int]]]
     return list(requests), list(expected)
 
 
-def test_the_kernels_for_gpus_answer_the_same(answers: Answers) -> None:
-    """Kernels in the interpreter answer the same, a kind beside another and the base."""
-    requests, expected = of_kinds(answers, "base", "dora", "lora-bias", "all-biases")
-    ready = answers.world.load(answers.store, backend="triton", max_batch_tokens=32)
-    assert run_engine(ready, requests, 1) == [answer[:1] for answer in expected]
-
-
 @pytest.mark.parametrize("name", ["dora", "biases", "lora-bias"])
 def test_merged_weights_and_biases_equal_peft(answers: Answers, name: str) -> None:
     """Merged weights equal PEFT, with biases where the base has none too."""

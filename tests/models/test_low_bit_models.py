@@ -23,9 +23,7 @@ from inference_service.layers.on_gpu import PackedLinear
 from loramux_shared.bases.memory import count_weights
 from loramux_shared.bases.read import read_config
 from loramux_shared.bundle.deployments import current_generation
-from loramux_shared.deployment import Deployment, Repository, SourceKind
 from loramux_shared.faults import AdapterInvalid
-from loramux_shared.sources.checkpoint import describe_base
 from loramux_shared.sources.open import open_sources
 from loramux_shared.storage.memory import MemoryStore
 from tests.support import lowbit
@@ -138,18 +136,6 @@ def test_without_torch_dora_of_few_bits_is_refused(
         build(deployment, BuildContext(MemoryStore(), sources), Progress(["dora"]))
 
 
-@pytest.mark.parametrize("retained", ["nf4"], indirect=True)
-def test_an_adapter_is_merged_into_the_widened_weights(retained: Saved) -> None:
-    """An adapter is merged in float32 into the weights that the base is served with."""
-    data = retained.world.deployment().model_dump(mode="json")
-    data["build"]["lora_adapters"] = {"all": data["build"]["lora_adapters"]["all"]}
-    data["runtime"] |= {"serve_base": False}
-    deployment, store = Deployment.model_validate(data), MemoryStore()
-    build(deployment, BuildContext(store, open_sources(local_roots=[retained.world.root])), Progress(["all"]))
-    expected = oracle_tokens(oracle(retained.widened, retained.world.adapters["all"]), PROMPT, NEW)
-    assert run_engine(retained.world.load(store), [("all", PROMPT)], NEW) == [expected]
-
-
 OTHERS = {
     "fp8": (LlamaConfig(**SIZES), WHOLE_BLOCKS),
     "fp8-experts": (
@@ -236,16 +222,6 @@ def test_a_base_may_be_described_by_quantize_config(plain: World, tmp_path: Path
     assert generation is not None
     weights = BaseWeights(generation.base, sources, tmp_path / "again", lambda _: None)
     assert KnownBases().recall(generation.base, None, weights).model == read_config(world.base)
-
-
-def test_a_file_that_the_config_contradicts_is_none_of_the_base(plain: World, tmp_path: Path) -> None:
-    """A base that describes itself in both places is read as before."""
-    keep(plain.base, KINDS["gptq"], tmp_path / "kept", tmp_path / "widened")
-    (tmp_path / "kept" / "quantize_config.json").write_text('{"bits": 3}')
-    base = Repository(source=SourceKind.LOCAL, repo=str(tmp_path / "kept"))
-    found = describe_base(open_sources(local_roots=[tmp_path]), base)
-    assert "quantize_config.json" not in found.record.files
-    assert found.model == read_config(tmp_path / "kept")
 
 
 def test_what_widening_takes_is_told_beforehand(plain: World, tmp_path: Path) -> None:

@@ -62,13 +62,6 @@ def test_merged_and_unmerged_agree(world: World, name: str, native: bool) -> Non
     assert run_engine(merged, requests, 20) == run_engine(beside, requests, 20)
 
 
-def test_a_merged_adapter_differs_from_the_base(world: World) -> None:
-    """The test above would see weights that nothing was added to."""
-    merged = ready_of(world, "all", {"serve_base": False})
-    base = ready_of(world, "all", {})
-    assert run_engine(merged, [("all", PROMPTS[2])], 20) != run_engine(base, [("base", PROMPTS[2])], 20)
-
-
 def test_a_hidden_base_is_unknown_to_clients(world: World) -> None:
     """The base's name is neither listed nor served; the adapter keeps digest and parent."""
     catalog = ready_of(world, "rs", {"serve_base": False}).service.catalog

@@ -115,19 +115,6 @@ def test_random_mixtures_in_one_batch_equal_peft(
     assert small.engine.stats.preemptions > 0
 
 
-@pytest.mark.sweep
-def test_many_random_mixtures_equal_peft(
-    world: World, store: MemoryStore, peft: Oracle, counted: Counted
-) -> None:
-    """The same of three hundred requests."""
-    ready = world.load(store)
-    for seed in range(1, 32):
-        requests = drawn(seed, 20)
-        counted(
-            "mixtures", "native", "swept", answers(ready, requests), [peft(*request) for request in requests]
-        )
-
-
 def test_one_form_of_a_mixture_has_one_prefix(world: World, store: MemoryStore) -> None:
     """Cached prompts of a blend are found in every spelling, and those of other scales are not."""
     ready = world.load(store, block_size=16)

@@ -214,34 +214,12 @@ def test_what_was_said_before_comes_in_few_steps() -> None:
     assert max(lengths.popitem()[1] for lengths in device.lengths[1:]) == 4
 
 
-def test_drafts_take_no_rows_of_others() -> None:
-    """Several sequences share the rows of a draft; as many sequences as it has rows have none."""
-    for count, most in ((1, 4), (2, 4), (3, 4), (4, 4)):
-        engine, device, _ = _engine(0, speculative=3, memory=1)
-        for number in range(count):
-            engine.add(_seq([number, 2], SamplingParams(max_tokens=30)))
-        _drain(engine)
-        decodes = [lengths for lengths in device.lengths if len(lengths) == count][1:]
-        assert max(sum(lengths.values()) for lengths in decodes) == most
-        if count == 4:
-            assert set().union(*(lengths.values() for lengths in decodes)) == {1}
-
-
 def test_a_token_that_nobody_knows_yet_is_not_followed_by_a_draft() -> None:
     """A runner that is a step ahead verifies nothing."""
     engine, _, _ = _engine(1, speculative=3, memory=1)
     engine.add(_seq([1, 2], SamplingParams(max_tokens=30)))
     _drain(engine)
     assert engine.stats.tokens_drafted == 0
-
-
-def test_the_next_step_is_submitted_before_the_token_is_seen() -> None:
-    """Depth 1 gives nothing at the first step, and one token per step from then on."""
-    engine, device, _ = _engine(1)
-    engine.add(_seq([1, 2], SamplingParams(max_tokens=3)))
-    counts = [(len(engine.step()), len(device.lengths)) for _ in range(4)]
-    assert counts == [(0, 1), (1, 2), (1, 3), (1, 3)]
-    assert engine.idle
 
 
 @pytest.mark.parametrize(("depth", "rows"), [(0, 4), (1, 5)])
@@ -293,19 +271,6 @@ def test_a_deadline_ends_a_sequence_with_a_token_in_flight() -> None:
     assert [(output.seq_id, output.finish) for output in engine.step()] == [(late.id, EndReason.DEADLINE)]
     assert engine.idle
     assert manager.num_free == manager.num_blocks
-
-
-def test_a_token_in_flight_never_goes_to_a_namesake() -> None:
-    """A sequence that was aborted and another of the same id, added before the step ends, are not mixed up."""
-    engine, _, _ = _engine(1)
-    first = _seq([1, 2], SamplingParams(max_tokens=9))
-    engine.add(first)
-    engine.step()
-    engine.abort(first.id)
-    namesake = replace(_seq([4, 4, 4], SamplingParams(max_tokens=2)), id=first.id)
-    engine.add(namesake)
-    outputs = _drain(engine)
-    assert [output.token.id for output in outputs if output.token] == _expected([4] * 3, namesake.sampling, 0)
 
 
 def test_after_a_failed_step_nothing_is_trusted() -> None:

@@ -11,18 +11,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, GraniteConfig, LlamaConfig
 
-from builder_service.pipeline.build import build
-from builder_service.pipeline.context import BuildContext
-from builder_service.pipeline.progress import Progress
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Sequence
 from inference_service.lora.segments import Segment
 from loramux_shared.bundle.deployments import current_generation
-from loramux_shared.bundle.generation import Generation
 from loramux_shared.bundle.reader import read_manifest
-from loramux_shared.deployment import Deployment
-from loramux_shared.faults import DeploymentInvalid
-from loramux_shared.sources.open import open_sources
 from loramux_shared.storage.memory import MemoryStore
 from tests.support.tiny import SIZES, VOCAB, World, make_checkpoint, oracle, oracle_tokens, run_engine
 
@@ -169,22 +162,6 @@ def test_other_bases_equal_peft(tmp_path: Path, config: Any) -> None:
     world.build(store)
     requests = requests_of(("base", *adapters))
     assert run_engine(world.load(store), requests, NEW) == answers(world, requests)
-
-
-def test_what_a_table_of_its_own_cannot_be(world: World) -> None:
-    """An adapter with its own embedding rows is served beside a hidden base, and no build merges it."""
-    data = world.deployment().model_dump(mode="json")
-    data["build"]["lora_adapters"] = {"tokens": data["build"]["lora_adapters"]["tokens"]}
-    data["runtime"] |= {"serve_base": False}
-
-    def built(store: MemoryStore) -> Generation:
-        context = BuildContext(store, open_sources(local_roots=[world.root]))
-        return build(Deployment.model_validate(data), context, Progress(["tokens"])).generation
-
-    assert built(MemoryStore()).merged is None
-    data["runtime"]["merge"] = "always"
-    with pytest.raises(DeploymentInvalid, match=r"tokens has embeddings or a head of its own"):
-        built(MemoryStore())
 
 
 def test_a_slot_that_was_left_has_no_tables(world: World, store: MemoryStore) -> None:

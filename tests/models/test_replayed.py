@@ -135,16 +135,3 @@ def test_memory_of_an_output_is_used_again() -> None:
     again = [buffers.lend((4, 8), torch.float32, 4) for _ in range(2)]
     assert address in {tensor.data_ptr() for tensor in again}
     assert all(tensor.data_ptr() % 64 == 0 for tensor in again)
-
-
-def test_a_whole_number_is_a_float_where_the_operation_takes_one(ops: CpuOps) -> None:
-    """A config may write 50 for 50.0."""
-    x, weight = torch.randn(2, 32), torch.ones(32)
-    hidden = x.clone()
-    with ops.recorded(Buffers(8), 2) as recorder:
-        assert recorder is not None
-        out = ops.rms_norm(hidden, None, weight, 1e-6, 1)
-    expected = out.clone()
-    out.zero_()
-    recorder.program().run()
-    assert torch.equal(out, expected)

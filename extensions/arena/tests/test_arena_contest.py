@@ -13,7 +13,7 @@ from loramux.client import AsyncClient
 from loramux_arena.contest import Contest, Found
 from loramux_arena.judge import BEGIN, END, ServedJudge, Trial, conversation, letter_in, rubric
 from loramux_arena.kept import AnswerFile
-from loramux_arena.plan import Plan, in_turns
+from loramux_arena.plan import Plan
 from loramux_arena.questions import Question
 from loramux_arena.records import Answer, Likelihood, Verdict
 from loramux_arena.standings import Standings, standings
@@ -81,16 +81,6 @@ async def test_all_versions_answer_all_questions(tmp_path: Path) -> None:
     assert [(row.answers, row.tokens, row.cost) for row in report.standings] == [(4, 8, 1.0)] * 3
 
 
-def test_few_versions_are_open_at_once() -> None:
-    """Requests that are open together are of one version, as far as the questions fill the batch."""
-    asks = list(in_turns(replace(PLAN, concurrency=2), QUESTIONS, 1))
-    assert [(ask.model, ask.question.id) for ask in asks[:6]] == [
-        *[("base", "q1"), ("base", "q2"), ("a", "q1"), ("a", "q2")],
-        *[("a*0.5+b*0.5", "q1"), ("a*0.5+b*0.5", "q2")],
-    ]
-    assert len({(ask.model, ask.question.id, ask.sample) for ask in in_turns(PLAN, QUESTIONS, 3)}) == 36
-
-
 async def test_what_is_kept_is_not_asked_again(tmp_path: Path) -> None:
     """A second run asks for new answers only: another version, another sample, a new version of a name."""
     plan = replace(PLAN, temperature=1.0)
@@ -108,16 +98,6 @@ async def test_what_is_kept_is_not_asked_again(tmp_path: Path) -> None:
     service.digests["a"] = "d" * 64
     await hold(service, plan, tmp_path / "kept")
     assert [each.model for each in service.heard[3:]] == ["a"] * 4
-
-
-async def test_questions_with_the_same_prompt_have_answers_of_their_own(tmp_path: Path) -> None:
-    """Two equal lines are two requests, and a second run finds both answers."""
-    twice = [replace(QUESTIONS[0], id="one"), replace(QUESTIONS[0], id="two")]
-    service = Versions(lambda *_: f"{len(service.heard)}")
-    first, _ = await hold(service, replace(PLAN, concurrency=1), tmp_path / "kept", twice)
-    again, _ = await hold(service, replace(PLAN, concurrency=1), tmp_path / "kept", twice)
-    assert len({answer.text for answer in first.answers.values()}) == 6
-    assert again.answers == first.answers
 
 
 async def test_a_busy_server_loses_nothing(tmp_path: Path) -> None:
@@ -234,15 +214,6 @@ def test_a_report_is_the_same_in_any_order() -> None:
     assert reports[0] == reports[1]
     for score in reports[1].scores:
         assert all(list(values) == [question.id for question in QUESTIONS] for values in score.values.values())
-
-
-async def test_a_judge_that_only_sees_places_decides_nothing(tmp_path: Path) -> None:
-    """A judge that always prefers the first answer gives both versions one half, and the report says so."""
-    service = Versions(lambda model, requests, _: "A" if model == "b" else f"{model} {requests}")
-    requests = [replace(question, reference=None) for question in QUESTIONS]
-    _, report = await hold(service, replace(PLAN, scores=()), tmp_path / "kept", requests, judge="b")
-    assert [each.paired.difference for each in report.scores[0].comparisons] == [0.0, 0.0]
-    assert "both orders for 0 of 8 pairs; the answer that stood first won 16 times" in report.notes[-1]
 
 
 def test_an_answer_cannot_leave_its_part() -> None:

@@ -99,15 +99,6 @@ def test_what_the_disk_refuses_is_told_with_the_file(tmp_path: Path) -> None:
     assert raised.value.filename == str(tmp_path / "kept")
 
 
-def test_a_device_is_not_removed(tmp_path: Path) -> None:
-    """The store removes an empty file, and leaves a device such as /dev/null."""
-    (tmp_path / "null").symlink_to("/dev/null")
-    for name in ("null", "new"):
-        with AnswerFile(tmp_path / name):
-            pass
-    assert [path.name for path in tmp_path.iterdir()] == ["null"]
-
-
 def test_a_torn_line_costs_only_itself(tmp_path: Path) -> None:
     """A file whose writer was killed in a line continues in the next, and only its owner can read it."""
     path = tmp_path / "kept"

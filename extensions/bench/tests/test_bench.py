@@ -15,9 +15,8 @@ from typer.testing import CliRunner
 
 from loramux.cli.main import app
 from loramux.client import AsyncClient
-from loramux_bench.command import show_report
-from loramux_bench.drive import ClientLoad, LoadPlan, drive
-from loramux_bench.figures import FailureCount, Outcome, percentile, report
+from loramux_bench.drive import LoadPlan, drive
+from loramux_bench.figures import FailureCount, Outcome, report
 from loramux_bench.plot import plot, require_plot
 from loramux_bench.workload import Workload, arrivals, read_prompts
 from loramux_shared.faults import RequestInvalid, SettingsInvalid
@@ -30,14 +29,6 @@ def outcome(model: str = "a", begin: float = 0.0, tokens: int = 11, error: str =
     """A request that waited 0.5 s, then took a second for ten more tokens."""
     first = None if error else begin + 0.5
     return Outcome(model, begin, first, begin + 1.5, begin + 1.5, tokens, 1, 7, 3, error)
-
-
-def test_percentiles_are_values_that_were_measured() -> None:
-    """The nearest rank, not between two."""
-    values = [float(number) for number in range(100, 0, -1)]
-    assert [percentile(values, part) for part in (0.5, 0.9, 0.99)] == [50.0, 90.0, 99.0]
-    assert percentile([3.0], 0.99) == 3.0
-    assert percentile([], 0.5) is None
 
 
 def test_times_of_a_request() -> None:
@@ -68,15 +59,6 @@ def test_arrivals_are_a_poisson_process() -> None:
     assert statistics.stdev(gaps) == pytest.approx(0.02, rel=0.1)
     assert times[:9] == list(itertools.islice(arrivals(50.0, seed=1), 9))
     assert times[:9] != list(itertools.islice(arrivals(50.0, seed=2), 9))
-
-
-def test_models_take_turns_and_prompts_differ() -> None:
-    """Every model gets as many requests, and no two prompts are alike."""
-    asks = list(itertools.islice(Workload(["a", "b"], 0, 20).asks(), 10))
-    assert [ask.model for ask in asks] == ["a", "b"] * 5
-    assert len({str(ask.prompt) for ask in asks}) == 10
-    provided = list(itertools.islice(Workload(["a", "b"], 0, 0, ["x", "y"]).asks(), 6))
-    assert [ask.prompt for ask in provided] == ["x", "x", "y", "y", "x", "x"]
 
 
 def test_prompts_of_a_file(tmp_path: Path) -> None:
@@ -158,13 +140,6 @@ def test_ctrl_c_ends_a_bench_with_its_figures(fakes: Fakes, tmp_path: Path) -> N
         assert command.out.splitlines()[4].split()[0] == "all"
 
 
-def test_a_busy_client_is_reported() -> None:
-    """The report warns of a client near a whole core and of a late event loop."""
-    assert not ClientLoad(0.3, 0.002).is_bottleneck
-    assert ClientLoad(0.95, 0.002).is_bottleneck
-    assert ClientLoad(0.3, 0.2).is_bottleneck
-
-
 def bench(fakes: Fakes, *args: str) -> tuple[int, str, str]:
     """Run the command against the fakes; returns its exit code, stdout and stderr."""
     result = CliRunner().invoke(app, ["bench", "--grpc", fakes.inference_address, *args])
@@ -186,12 +161,6 @@ def test_a_table_for_people(fakes: Fakes) -> None:
     assert "requests/s; on average" in lines[5]
     assert "the client took" in errors
     assert fakes.inference.requests[-1].sampling.ignore_eos
-
-
-def test_nothing_to_show(capsys: pytest.CaptureFixture[str]) -> None:
-    """A run that was stopped before any answer has no table of zeros."""
-    show_report(report([], ["base", "lora1"]))
-    assert capsys.readouterr() == ("", "stopped before the first answer was whole; nothing was measured\n")
 
 
 def test_json_has_everything(fakes: Fakes) -> None:

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from loramux.cli.main import app
 from loramux_doctor import installed
 from loramux_doctor.command import services
-from loramux_doctor.machine import Inference, look_at_inference, look_at_machine, look_at_store
+from loramux_doctor.machine import Inference, look_at_inference, look_at_store
 from loramux_doctor.sizes import PROCESS_BYTES, TOUCHED_BYTES, read_base, sizes_of, weight_files_bytes
 from loramux_shared.access.guard import Guard
 from loramux_shared.bases.groups import features_of
@@ -80,12 +80,6 @@ def test_extras_name_what_they_lack() -> None:
     assert (store.name, store.missing) == ("store", ("no-such-thing",))
     assert (builder.name, builder.missing) == ("builder", ("no-such-thing",))
     assert builder.cure == "pip install 'loramux[builder]'"
-
-
-def test_versions_of_what_is_there() -> None:
-    """The doctor lists the version of a package, and None for a missing one."""
-    assert installed.versions()["torch"] == torch.__version__
-    assert installed.version_of("no-such-thing") is None
 
 
 def test_an_adapter_takes_what_is_said(base: Path) -> None:
@@ -243,13 +237,6 @@ def test_a_store_without_its_packages_names_them(monkeypatch: pytest.MonkeyPatch
     assert (
         "needs boto3, not installed here: pip install 'loramux[store]'" in look_at_store("s3://bucket/x").state
     )
-
-
-def test_a_cache_that_does_not_exist_yet(tmp_path: Path) -> None:
-    """The free space is that of the disk on which it would be made."""
-    found = look_at_machine(tmp_path / "not" / "yet")
-    assert found.cache_free_bytes > 0
-    assert found.cores >= 1
 
 
 def test_no_torch_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

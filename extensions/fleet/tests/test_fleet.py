@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import socket
 import threading
 from collections.abc import Iterator
@@ -14,10 +13,8 @@ from typing import Any
 
 import grpc
 import pytest
-from typer.testing import CliRunner
 
 from loramux import AsyncClient, Client, Delta, Started, faults
-from loramux.cli.main import app
 from loramux.connection import Address, Credentials
 from loramux.inference.v1 import adapters_pb2, inference_pb2 as pb
 from loramux.inference.v1.inference_pb2_grpc import InferenceServiceStub
@@ -84,16 +81,6 @@ async def test_a_model_stays_where_it_is(three: Replicas, client: Client) -> Non
     for address in three.addresses:
         expected = [model for model in MODELS for _ in range(4) if homes(three, model)[0] == address]
         assert three[address].headers == expected
-
-
-def test_one_address_names_its_model_too(three: Replicas) -> None:
-    """The header is for proxies; a name that no header may hold is not put into one."""
-    with Client(three.addresses[0], timeout_s=BOUND_S) as single:
-        single.complete("lora1", "hi")
-        for name in ("größer", "x" * 5000, "a\nb"):
-            with pytest.raises(faults.ModelNotFound):
-                single.complete(name, "hi")
-    assert three.services[0].headers == ["lora1"]
 
 
 def test_streams_go_on_to_the_next_at_the_bound(three: Replicas, client: Client) -> None:
@@ -378,14 +365,6 @@ def test_a_name_with_tls(tmp_path: Path) -> None:
             pytest.raises(faults.ServerUnavailable),
         ):
             client.complete("lora1", "hi")
-
-
-def test_commands_take_lists(three: Replicas) -> None:
-    """Models are those of some replica."""
-    where = ",".join(three.addresses)
-    three.cut(three.addresses[0])
-    done = CliRunner().invoke(app, ["models", "--grpc", where, "--json"])
-    assert [each["name"] for each in json.loads(done.stdout)["models"]] == list(MODELS)
 
 
 def test_what_is_repeated() -> None:

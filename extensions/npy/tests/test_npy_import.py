@@ -172,13 +172,6 @@ def test_a_fused_row_beside_a_part_of_it_is_refused(bench: Bench) -> None:
     assert bench.errors() == [("E_PAIR", "row 1")]
 
 
-def test_the_ceilings_of_the_deployment_hold(bench: Bench) -> None:
-    """Rank and modules above the deployment's are refused as for any adapter."""
-    write(bench.npy, [(1, 0, 8), (4, 0, 4)])
-    codes = [code for code, _ in bench.errors(max_lora_rank=4, lora_target_modules=["attn_q"])]
-    assert sorted(codes) == ["E_MODULE", "E_RANK_MAX"]
-
-
 @pytest.mark.parametrize(
     "value",
     [
@@ -235,24 +228,3 @@ def test_a_fused_row_whose_last_parts_are_not_adapted_is_taken(bench: Bench, ran
 
     write(bench.npy, [(0, 0, rank)], change=only_first)
     assert bench.errors() == []
-
-
-def test_a_row_of_zeros_is_taken(bench: Bench) -> None:
-    """A row of zeros is accepted: a row of zeros adds nothing at any rank."""
-
-    def nothing(weights: Any, config: Any) -> None:
-        weights[0] = 0
-
-    write(bench.npy, [(1, 0, 4), (4, 0, 4)], change=nothing)
-    assert bench.errors() == []
-
-
-def test_float16_rows_that_bfloat16_rounds_are_a_warning(bench: Bench) -> None:
-    """Imported rows are narrowed like any other, and said to be."""
-
-    def odd(weights: Any, config: Any) -> None:
-        weights[0, :8] = 1 + 2.0**-10
-
-    write(bench.npy, [(1, 0, 4)], change=odd)
-    (found,) = [finding for finding in bench.build().manifest.warnings if finding.code == "W_NARROWED"]
-    assert "1 float16, stored as bfloat16, largest relative error 9.8e-04" in found.found

@@ -116,14 +116,6 @@ async def test_a_server_that_is_away_ends_the_batch(tmp_path: Path) -> None:
     assert len(set(sent)) <= 4
 
 
-async def test_a_page_of_a_proxy_is_kept_as_text(tmp_path: Path) -> None:
-    """An answer that is no JSON is the text that it is."""
-    await run(
-        written(tmp_path / "in", request(0)), tmp_path / "out", lambda _: httpx.Response(404, text="<html>")
-    )
-    assert answers(tmp_path / "out")["r0"]["body"] == "<html>"
-
-
 @pytest.mark.parametrize(
     ("line", "where"),
     [
@@ -176,10 +168,3 @@ def test_a_batch_runs_on_a_deployment_that_is_loaded_for_it(
     found = answers(output)
     assert found["r0"]["body"]["usage"]["completion_tokens"] == 3
     assert found["r1"]["status_code"] == 404
-
-
-def test_a_missing_file_is_reported(tmp_path: Path) -> None:
-    """The command names the file that cannot be read."""
-    ran = CliRunner().invoke(app, ["run-batch", str(tmp_path / "none"), str(tmp_path / "out")])
-    assert ran.exit_code
-    assert "No such file" in ran.stderr

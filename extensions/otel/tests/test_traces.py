@@ -247,14 +247,6 @@ async def test_every_request_has_one_line(watched: Watched, lines: list[Any]) ->
     }
 
 
-async def test_a_refused_request_has_a_line(watched: Watched, lines: list[Any]) -> None:
-    """A refused request is in the log with the reason, under the id that the client knows."""
-    answer = await watched.web.post("/v1/completions", json=FIELDS | {"top_p": 7})
-    line = ended(lines)
-    assert (line["outcome"], line["finish"], line["ttft_ms"]) == ("REQUEST_INVALID", [], None)
-    assert line["request_id"] == answer.headers["x-request-id"]
-
-
 async def test_a_request_over_grpc_has_a_line(watched: Watched, lines: list[Any]) -> None:
     """The log line of a call has the id that Started carries."""
     started, *_ = await watched.generate()

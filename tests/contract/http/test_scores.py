@@ -18,7 +18,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification, LlamaCon
 from loramux_shared.bundle.deployments import current_generation
 from loramux_shared.bundle.manifest import ScoreHead
 from loramux_shared.bundle.reader import read_bundle
-from loramux_shared.faults import AdapterInvalid, DeploymentInvalid, RequestInvalid
+from loramux_shared.faults import AdapterInvalid, RequestInvalid
 from loramux_shared.storage.memory import MemoryStore
 from tests.support.grpc_api import open_client
 from tests.support.openai_api import OpenAIApi, open_api
@@ -258,18 +258,6 @@ async def test_a_head_that_is_not_understood_refuses_the_adapter(
         world.build(store)
     assert code in {finding.code for finding in refused.value.findings}
     assert not store.objects
-
-
-async def test_who_classifies_is_not_merged(made: tuple[World, MemoryStore]) -> None:
-    """A classifier on a hidden base is served beside the weights; a build with merge: always is refused."""
-    world = World(made[0].base, {"topics": made[0].adapters["topics"]}, made[0].root)
-    hidden = {"serve_base": False}
-    store = MemoryStore()
-    world.build_with(store, runtime=hidden)
-    generation = current_generation(store, "tiny")
-    assert generation.merged is None
-    with pytest.raises(DeploymentInvalid, match="classifies texts"):
-        world.build_with(MemoryStore(), runtime=hidden | {"merge": "always"})
 
 
 async def test_who_makes_vectors_makes_nothing_else(made: tuple[World, MemoryStore], api: OpenAIApi) -> None:
