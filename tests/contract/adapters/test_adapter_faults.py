@@ -14,7 +14,7 @@ from inference_service.adapters.disk import DiskTier
 from inference_service.adapters.loader import AdapterLoader
 from inference_service.adapters.reading import BundleReader, Tier
 from loramux_shared.storage.local import LocalStore
-from tests.support.bundles import FakePacked, Loaded, Unsteady, build_bundles, load, settle
+from tests.support.bundles import FakePacked, Loaded, build_bundles, load, settle
 from tests.support.dying import dies_at_a_touch, fills
 from tests.support.examples import SWEEPING
 from tests.support.forks import Forked
@@ -115,21 +115,3 @@ def test_a_full_disk_fails_no_load(full, limit, kills):
         assert not list(cache.glob(".part-*"))
     assert serves(store, cache, digests) == [Tier.STORE] * 2
     assert serves(store, cache, digests) == [Tier.DISK] * 2
-
-
-def test_what_is_on_the_disk_outlives_the_store(tmp_path):
-    """Cached bundles are served without the store, others fail by name, and all load afterwards."""
-    store = Unsteady()
-    digests = build_bundles(store, tmp_path / "inputs", 2)
-    loader = AdapterLoader(BundleReader(store, DiskTier(tmp_path / "cache", 10**9)), FakePacked)
-    load(loader, digests[0])
-    settle(loader)
-    store.away = True
-    found = load(loader, digests[0])
-    assert isinstance(found, Loaded)
-    assert found.tier is Tier.DISK
-    failed = load(loader, digests[1])
-    assert getattr(failed, "reason", "") == "STORE_UNAVAILABLE"
-    store.away = False
-    assert isinstance(load(loader, digests[1]), Loaded)
-    loader.close()

@@ -15,7 +15,6 @@ from structlog.testing import capture_logs
 from inference_service.rpc import builder as builder_news
 from inference_service.rpc.builder import FIRST_PAUSE_S, BuilderNews
 from loramux.builder.v1 import builder_pb2 as pb, builder_pb2_grpc as builder_grpc
-from loramux_shared.faults import SettingsInvalid
 from loramux_shared.rpc.server import RpcServer
 from tests.support.s3_gateway import free_port
 from tests.support.waiting import until
@@ -116,9 +115,3 @@ async def test_a_builder_that_is_away_is_logged_once_and_called_again(monkeypatc
         "builder reports no generations, reading the store instead",
         "builder reports generations again",
     ]
-
-
-async def test_an_address_that_is_none_is_a_bad_setting() -> None:
-    """A wrong address is refused at the first call, and not retried."""
-    with pytest.raises(SettingsInvalid, match="HOST:PORT"):
-        await BuilderNews("http://builder", "d", lambda: None).run()

@@ -123,13 +123,6 @@ async def test_a_report_names_labels(world: Served) -> None:
     assert named.kinds == nameless.kinds == ("lora", "classifier")
 
 
-async def test_the_size_of_the_bundle_is_told_beforehand(world: Served) -> None:
-    """bundle_bytes is the size that a build writes."""
-    report = await world.check("one")
-    [record] = built(deployment_of(world.folder, "one"), workshop(world.folder)).progress.adapters
-    assert record.bundle_bytes == report.bundle_bytes > 0
-
-
 async def test_a_refused_adapter_is_an_answer_with_every_violation(world: Served) -> None:
     """Errors come first, warnings behind them; no rows, no bundle, no fault."""
     values = tensors(("q_proj", "v_proj"), rank=80)

@@ -209,13 +209,6 @@ async def test_a_push_during_a_build_stays(world: World) -> None:
     assert list(world.generation.adapters) == ["one", "three", "two"]
 
 
-async def test_an_update_that_changes_nothing_is_unchanged(world: World) -> None:
-    """No generation is published, and the adapter is reported as kept."""
-    await world.client.update("tiny", {"one": world.repository("one")})
-    for done in (await world.ended(), await world.ended()):  # a watcher that comes late gets the same
-        assert (done.unchanged, done.generation, done.adapters[0].kept) == (True, 1, True)
-
-
 async def test_what_an_update_is_refused_for(world: World) -> None:
     """Names, numbers and adapters that do not fit are named before anything is published."""
     with pytest.raises(AdapterNotFound, match="no adapter nine; it has one"):

@@ -317,24 +317,6 @@ async def test_errors_are_the_clients_classes(api: OpenAIApi) -> None:
     assert caught.value.response.headers["x-request-id"]
 
 
-async def test_a_response_is_a_chat_in_other_words(api: OpenAIApi) -> None:
-    """Responses and chat give the same answers, streams and counts, and share the cached prompt."""
-    chat = await api.openai.chat.completions.create(**GREEDY, max_completion_tokens=8)
-    requests: Any = {"model": "rs", "input": "Hi", "temperature": 0, "extra_body": {"ignore_eos": True}}
-    answer = await api.openai.responses.create(**requests, max_output_tokens=8)
-    assert answer.output_text == chat.choices[0].message.content
-    assert (answer.status, answer.incomplete_details.reason) == ("incomplete", "max_output_tokens")
-    assert (answer.usage.input_tokens, answer.usage.output_tokens) == (len("u:Hi;a:"), 8)
-    stream = await api.openai.responses.create(**requests, max_output_tokens=8, stream=True)
-    output = "".join([event.delta async for event in stream if event.type == "response.output_text.delta"])
-    assert output == answer.output_text
-    with pytest.raises(openai.BadRequestError) as caught:
-        await api.openai.responses.create(**requests, tools=[{"type": "function", "name": "a b"}])
-    assert caught.value.param == "tools[0].name"
-    counted = await api.openai.responses.input_tokens.count(model="rs", input="Hi")
-    assert counted.input_tokens == answer.usage.input_tokens
-
-
 async def test_a_response_to_too_much_begins_later(api: OpenAIApi) -> None:
     """The first turns are left out where allowed: as few as possible, and never instructions nor half a
     turn.

@@ -84,14 +84,6 @@ async def refusal(api: OpenAIApi, path: str = PLAIN, **fields: Any) -> tuple[str
     return error["param"], error["code"]
 
 
-async def test_top_k_can_be_minus_one(api: OpenAIApi) -> None:
-    """-1 and 0 are all tokens, as if it were not there."""
-    drawn = {"temperature": 1.5, "seed": 5}
-    plain = await texts(api, **drawn)
-    assert await texts(api, **drawn, top_k=-1) == await texts(api, **drawn, top_k=0) == plain
-    assert await texts(api, **drawn, top_k=1) != plain
-
-
 @BOTH
 async def test_null_is_not_set_whatever_it_is_called(api: OpenAIApi, path: str) -> None:
     """Unknown fields with null are ignored; an unknown field with a value is refused."""

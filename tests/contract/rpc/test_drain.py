@@ -14,7 +14,6 @@ import httpx
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from inference_service.http.wire.front import Front
 from inference_service.rpc.servicer import SERVICE_NAME
 from loramux import AsyncClient
 from loramux.inference.v1 import inference_pb2 as pb
@@ -218,22 +217,6 @@ async def test_an_endpoint_that_leaves_lets_connections_go(apis: EndlessApis) ->
     draining = asyncio.create_task(apis.http.drain(0))
     assert await refusal_of(busy) == REFUSED
     assert not await draining
-
-
-async def test_a_refusal_holds_no_drain_over_http() -> None:
-    """Refusals that are not sent yet are nothing that a drain waits for, or cuts."""
-    front, never = Front(_unasked, lambda _: None), asyncio.Event()
-
-    async def send(_: Any) -> None:
-        await never.wait()
-
-    front.draining = True
-    scope = {"type": "http", "path": "/version", "headers": []}
-    asking = asyncio.create_task(front(scope, _unasked, send))
-    await passes()
-    assert await front.until_idle(0)
-    never.set()
-    await asking
 
 
 async def test_a_refusal_holds_no_drain_over_grpc() -> None:

@@ -161,26 +161,6 @@ async def test_tokens_between_first_and_last_come_together(
     assert [len(delta.token_ids) for delta in deltas[1:-1]] == [1, 39]
 
 
-async def test_stops_end_the_answer_before_their_text(api: RpcApi) -> None:
-    """A stop text is found, not shown, and named; a stop token is reported as a token, without its text."""
-    events = await api.events(sampling=greedy(20))
-    ids = [token for event in events for token in event.delta.token_ids]
-    whole = "".join(event.delta.text for event in events)
-    stop = whole[4:6]
-    events = await api.events(sampling=greedy(20, stop=[stop]))
-    assert "".join(event.delta.text for event in events) == whole[: whole.index(stop)]
-    finished = events[-1].finished
-    assert (finished.reason, finished.stop_text) == (pb.FINISH_REASON_STOP, stop)
-    assert not finished.HasField("stop_token_id")
-    await api.until_free()
-    events = await api.events(sampling=greedy(8, stop_token_ids=[ids[3]]))
-    assert events[-1].finished.reason == pb.FINISH_REASON_STOP
-    assert events[-1].finished.stop_token_id == ids[3]
-    got = [token for event in events for token in event.delta.token_ids]
-    assert got == ids[: ids.index(ids[3]) + 1]
-    assert "".join(event.delta.text for event in events) == api.ready.service.text.decode(got[:-1])
-
-
 async def test_logprobs_belong_to_the_tokens(api: RpcApi) -> None:
     """Greedy tokens are the likeliest, and as many alternatives come as were asked for."""
     events = await api.events(sampling=greedy(4, logprobs=3))
@@ -408,35 +388,6 @@ async def test_what_cannot_be_sent_is_named(api: RpcApi, options: dict[str, Any]
     with Client(api.server.address) as client, pytest.raises(faults.RequestInvalid) as caught:
         client.complete("base", PROMPT, **options)
     assert [finding.where for finding in caught.value.findings] == [named]
-
-
-CALL = {"id": "7", "function": {"name": "f", "arguments": '{"at": 3}'}}
-TOOL = {"type": "function", "function": {"name": "f", "description": "d", "parameters": {"type": "object"}}}
-
-
-async def test_messages_and_tools_reach_the_template(api: RpcApi) -> None:
-    """Names, calls, answers of tools and tools are rendered as they were given."""
-    messages: list[dict[str, Any]] = [
-        {"role": "user", "content": "hi", "name": "Ada"},
-        {"role": "assistant", "content": None, "tool_calls": [CALL]},
-        {"role": "assistant", "tool_calls": [{"function": {"name": "g", "arguments": {"at": "x"}}}]},
-        {"role": "tool", "content": "4", "tool_call_id": "7"},
-    ]
-    turns = "<user/Ada:hi><assistant:nothingf(3)><assistant:nothingg(x)><tool:4#7>"
-    for options, rendered in (
-        ({}, turns + "!"),
-        ({"add_generation_prompt": False}, turns),
-        ({"tools": [TOOL]}, turns + json.dumps([TOOL]) + "!"),
-    ):
-        completion = await api.client.complete(
-            "base",
-            messages,
-            max_tokens=0,
-            prompt_logprobs=0,
-            **options,  # type: ignore[typeddict-item]
-        )
-        tokens = [token.token_id for token in completion.prompt]
-        assert api.ready.service.text.decode(tokens) == rendered
 
 
 async def test_arguments_that_are_no_object_are_refused(api: RpcApi) -> None:

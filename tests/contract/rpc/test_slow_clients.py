@@ -134,15 +134,6 @@ async def test_what_surrounds_a_body_is_bounded(
     assert [line[9:12] for line in stated.split(b"\r\n") if line.startswith(b"HTTP/1.1")] in ([status], [])
 
 
-async def test_chunks_of_one_byte_are_no_attack(apis: EndlessApis) -> None:
-    """Small chunks are framing for the most part, and taken."""
-    body = BODY[:-1] + b" " * 100_000 + b"}"
-    client = await apis.raw(CHUNKED)
-    await client.send(b"".join(b"1\r\n%c\r\n" % byte for byte in body) + b"0\r\n\r\n")
-    assert (await client.reader.readline()).startswith(b"HTTP/1.1 200")
-    client.close()
-
-
 def narrow(apis: EndlessApis) -> socket.socket:
     """Ask for an endless answer through a small receive buffer."""
     sock = socket.socket()

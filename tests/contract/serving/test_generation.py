@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing
@@ -23,7 +22,6 @@ from inference_service.serving.service import (
     Request,
 )
 from loramux_shared.faults import (
-    DeadlineExceeded,
     Fault,
     PromptTooLong,
     QueueFull,
@@ -33,7 +31,7 @@ from loramux_shared.faults import (
 from loramux_shared.storage.memory import MemoryStore
 from tests.support.service import LONG, PROMPT, SAMPLED, Service, open_service
 from tests.support.tiny import VOCAB, World, oracle
-from tests.support.waiting import ended, wait_until
+from tests.support.waiting import ended
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -76,23 +74,6 @@ async def test_closing_the_stream_frees_all_answers(service: Service) -> None:
                 await anext(events)
         await service.until_free()
     assert not service.ready.engine._streams
-
-
-async def test_a_deadline_ends_all_answers(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A deadline ends all answers of a request with one fault, and frees their sequences."""
-    deadline_s, steps = time.monotonic() + 0.1, itertools.count()
-    runner = service.ready.engine._engine._runner
-    submit = runner.submit
-
-    def late(batch: Any) -> Any:
-        if next(steps) == 2:
-            wait_until(lambda: time.monotonic() > deadline_s, "the deadline")
-        return submit(batch)
-
-    monkeypatch.setattr(runner, "submit", late)
-    with pytest.raises(DeadlineExceeded):
-        await service.events(n=3, max_tokens=200, ignore_eos=True, deadline_s=deadline_s)
-    await service.until_free()
 
 
 @pytest.mark.parametrize("read", [1, 6])

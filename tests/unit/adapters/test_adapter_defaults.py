@@ -14,9 +14,7 @@ from inference_service.core.sampling import SamplingParams
 from inference_service.serving.service import Request
 from inference_service.serving.terms import Terms
 from inference_service.startup.load import Ready
-from loramux_shared.bundle.deployments import current_generation
 from loramux_shared.bundle.manifest import TEXT_FILES
-from loramux_shared.bundle.reader import read_bundle
 from loramux_shared.faults import AdapterInvalid, RequestInvalid
 from loramux_shared.storage.memory import MemoryStore
 from tests.support.tiny import World, make_world
@@ -90,16 +88,6 @@ def sampling(ready: Ready, model: str, **fields: Any) -> SamplingParams:
     service = ready.service
     terms = Terms(Request.of(model, "x", **fields), defaults(ready, model), service.text, service.limits, None)
     return asyncio.run(terms.sampling(1))
-
-
-def test_every_file_is_in_the_bundle_byte_for_byte(world: World, store: MemoryStore) -> None:
-    """Files travel with their digests; an adapter without any has a bundle of the two npy files."""
-    generation = current_generation(store, "tiny")
-    bundle = read_bundle(store, generation.adapters["wide"].digest)
-    assert {name: (world.adapters["wide"] / name).read_bytes() for name in TEXT_FILES} == bundle.texts
-    assert set(bundle.manifest.inputs).isdisjoint(TEXT_FILES)
-    assert "W_GENERATION" in [finding.code for finding in bundle.manifest.warnings]
-    assert len(read_bundle(store, generation.adapters["all"].digest).manifest.files) == 2
 
 
 def test_each_model_has_its_own_template(ready: Ready) -> None:

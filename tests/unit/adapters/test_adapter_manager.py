@@ -10,7 +10,6 @@ import pytest
 from inference_service.adapters.catalog import Catalog
 from inference_service.adapters.changing import digest_of as digest_in, repository_of
 from inference_service.adapters.fixed import fixed_manager
-from inference_service.adapters.follower import FollowerStanding
 from inference_service.adapters.served_model import ServedModel
 from inference_service.adapters.views import AdapterPlace
 from inference_service.engine.residents import AdapterState
@@ -243,15 +242,6 @@ async def test_what_is_unloaded_is_gone_when_it_returns() -> None:
             replica.manager.get(name)
     with pytest.raises(ModelNotFound):
         await replica.manager.unload("one")
-
-
-def test_a_replica_that_is_stale_or_blind_says_why() -> None:
-    """A restart that is needed in its words; of the store no address."""
-    replica = operated()
-    replica.deployment.standing = FollowerStanding(1, 2, stale="another base")
-    assert replica.manager.replica().reason == "another base"
-    replica.deployment.standing = FollowerStanding(1, 2, blind="s3://bucket does not answer")
-    assert "the store cannot be read" in replica.manager.replica().reason
 
 
 async def test_a_fixed_replica_serves_what_it_has() -> None:

@@ -227,19 +227,6 @@ def test_an_alias_keeps_its_weights_and_its_keys() -> None:
     assert 140 <= len(moved) <= 260
 
 
-def test_an_alias_without_its_models_is_no_name() -> None:
-    """A model that is gone gets nothing, and one that has the name of an alias comes first."""
-    names = catalog(
-        {"a": "one"}, aliases={"alias": {"a": 1, "gone": 99}, "a": {"gone": 1}, "empty": {"gone": 1}}
-    )
-    assert names.resolve("alias", "k").name == "a"
-    assert names.resolve("a").name == "a"
-    with pytest.raises(ModelNotFound):
-        names.resolve("empty")
-    with pytest.raises(ModelNotFound):
-        names.get("alias")
-
-
 def test_a_caller_gets_no_model_through_another_name() -> None:
     """An alias, its models, versions and prefixes check the rights; a forbidden model does not exist."""
     adapters = {"a": "one", "b": "two"}

@@ -8,7 +8,6 @@ import pytest
 
 from loramux_shared.bundle.npy import (
     cast,
-    parse_header,
     read_config,
     weights_pieces,
     write_checked,
@@ -123,11 +122,3 @@ def test_pickled_objects_are_refused(tmp_path):
     np.save(tmp_path / "o.npy", np.array([[["x"]]], dtype=object), allow_pickle=True)
     with pytest.raises(BundleCorrupt, match="expected a header"):
         read_config((tmp_path / "o.npy").read_bytes(), "config")
-
-
-def test_header_of_version_2_is_read():
-    """Version 2 differs in the width of the length alone."""
-    head = saved(CONFIG[None])[:128]
-    second = b"\x93NUMPY\x02\x00" + (118).to_bytes(4, "little") + head[10:]
-    assert parse_header(second, "config").shape == (1, 2, 4)
-    assert parse_header(second, "config").offset == 130

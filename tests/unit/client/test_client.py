@@ -218,12 +218,6 @@ def test_closing_ends_open_streams(fakes: Fakes) -> None:
         list(events)
 
 
-def test_no_server_is_server_unavailable() -> None:
-    """A port without a listener is an error with the address."""
-    with Client("127.0.0.1:1") as client, pytest.raises(faults.ServerUnavailable, match=r"127\.0\.0\.1:1"):
-        client.models()
-
-
 async def test_listing_turns_the_pages(client: Client, aio: AsyncClient, fakes: Fakes, deploy: Any) -> None:
     """The sync and asyncio clients read all pages."""
     for name in ("page-a", "page-b"):

@@ -35,12 +35,6 @@ def test_who_leaves_moves_its_own_models_only(model: str, fleet: list[str]) -> N
         )
 
 
-def test_models_are_spread_evenly() -> None:
-    """Each of five replicas is the first of about a thousand of 5,000 models."""
-    first = Counter(order(f"model-{number}", REPLICAS)[0] for number in range(5000))
-    assert all(900 < count < 1100 for count in first.values())
-
-
 @settings(max_examples=examples(25))
 @given(st.lists(st.tuples(names, st.integers(0, 3)), max_size=120), fleets, st.floats(0, 0.999))
 def test_no_replica_has_many_more_than_the_mean(

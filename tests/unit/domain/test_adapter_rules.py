@@ -30,21 +30,6 @@ def codes(checked: CheckedAdapter) -> list[str]:
     return [finding.code for finding in checked.findings]
 
 
-def test_a_good_adapter_has_no_findings(tmp_path):
-    """A plain adapter passes, and its rows are sorted by layer and module id."""
-    checked = check_adapter(write_adapter(tmp_path), book())
-    assert checked.findings == ()
-    places = [
-        (planned.row.layer, planned.row.module, planned.row.rank, planned.row.scale) for planned in checked.rows
-    ]
-    assert places == [
-        (0, "attn_q", 4, 2.0),
-        (0, "attn_v", 4, 2.0),
-        (1, "attn_q", 4, 2.0),
-        (1, "attn_v", 4, 2.0),
-    ]
-
-
 @pytest.mark.parametrize(
     "field",
     [

@@ -83,21 +83,6 @@ def test_quantised_copies_by_the_hub_are_the_base() -> None:
 
 
 @pytest.mark.parametrize(
-    ("relation", "words"),
-    [
-        ("finetune", "org/mine is a finetune of Qwen/Qwen3-8B, as the hub says"),
-        ("merge", "org/mine is a merge of Qwen/Qwen3-8B, as the hub says"),
-        ("adapter", "org/mine is an adapter of Qwen/Qwen3-8B, as the hub says"),
-        ("", "org/mine is derived from Qwen/Qwen3-8B, as the hub says"),
-    ],
-)
-def test_other_relatives_are_named(relation: str, words: str) -> None:
-    """The warning names the relation of the bases, as a related base computes other numbers."""
-    warning = base_warning("org/mine", "Qwen/Qwen3-8B", [descent("org/mine", relation, "Qwen/Qwen3-8B")])
-    assert warning.found == f"org/mine; {words}"
-
-
-@pytest.mark.parametrize(
     ("card", "tags", "expected"),
     [
         (

@@ -5,10 +5,7 @@ from __future__ import annotations
 import pytest
 
 from builder_service.domain.origin import licence_warning
-from loramux_shared.sources.licence import MAX_README, licence_in, licence_of
-from tests.support import folders
-from tests.support.adapters import write_adapter, write_base
-from tests.support.folders import deployment_of, workshop
+from loramux_shared.sources.licence import licence_in, licence_of
 
 
 @pytest.mark.parametrize(
@@ -67,28 +64,3 @@ def test_a_file_is_named_where_no_front_matter_says_more(tmp_path):
 def test_licences_that_differ_or_are_not_known_are_a_warning(adapter, base, warned):
     """Equal licences and unknown licences give no warning."""
     assert (licence_warning(adapter, base) is not None) == warned
-
-
-def test_a_generation_records_the_licences_of_base_and_adapters(tmp_path):
-    """A generation records licences, builds warn of differences, and a README changes no bundle or revision."""
-    base, adapter = write_base(tmp_path / "base"), tmp_path / "one"
-    write_adapter(adapter, base_model_name_or_path="base")
-    deployment, context = deployment_of(tmp_path, "one"), workshop(tmp_path)
-
-    def built():
-        done = folders.built(deployment, context)
-        return done.generation, [(finding.code, finding.found) for finding in done.warnings()]
-
-    first, none = built()
-    (base / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
-    (adapter / "README.md").write_text("---\nlicense: mit\n---\n")
-    second, warned = built()
-    one = second.adapters["one"]
-    assert (second.number, second.base.licence, one.licence) == (2, "apache-2.0", "mit")
-    assert (none, warned) == ([], [("W_LICENSE", "mit")])
-    before = first.adapters["one"]
-    assert (one.digest, one.source) == (before.digest, before.source)
-    assert b"licence" not in first.to_bytes()
-    assert built() == (second, warned)  # kept
-    (adapter / "README.md").write_text("---\nlicense: mit\n---\n" + "x" * MAX_README)
-    assert built()[0].adapters["one"].licence == ""

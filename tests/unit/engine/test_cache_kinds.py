@@ -317,15 +317,6 @@ def test_where_two_prompts_part_a_third_one_begins() -> None:
     assert found == [0, 0, 12]
 
 
-def test_a_long_prompt_leaves_states_on_its_way() -> None:
-    """A prompt keeps a state at every spacing of blocks: a shared prefix continues at the last common one."""
-    engine, _, manager = Base(snapshots=9, spacing=2, rows=7).engine()
-    prompt = list(range(40))
-    _run(engine, manager, prompt)
-    assert _run(engine, manager, [*prompt[:21], 50, 51, 52]).progress.num_cached == 16
-    assert _run(engine, manager, [*prompt[:35], 50]).progress.num_cached == 32
-
-
 def test_states_and_windows_agree_on_a_place() -> None:
     """An earlier state is taken where a window lacks a block before the last one, so that both can serve."""
     engine, _, manager = Base((None, 6), snapshots=9, spacing=2, sliding=20).engine()

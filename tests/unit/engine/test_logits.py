@@ -12,7 +12,7 @@ from transformers import MinPLogitsWarper, RepetitionPenaltyLogitsProcessor
 from inference_service.core.constraint import Grammar
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Sequence
-from inference_service.engine.sampler import sample, shape, shapes
+from inference_service.engine.sampler import sample, shape
 from tests.support.examples import examples
 from tests.support.grammars import mask_of, only
 
@@ -136,25 +136,6 @@ def test_hopeless_logits_still_give_a_token(kind: str, temperature: float) -> No
     assert 0 <= sample(model, [made])[0].id < VOCAB
 
 
-def test_the_batch_changes_nothing() -> None:
-    """A row with everything set draws the same token alone as beside any others."""
-    everything: dict[str, Any] = {
-        "temperature": 0.8,
-        "top_p": 0.9,
-        "top_k": 20,
-        "min_p": 0.01,
-        "repetition_penalty": 1.2,
-        "presence_penalty": 0.3,
-        "frequency_penalty": 0.3,
-        "logit_bias": {3: 1.0},
-        "logprobs": 2,
-    }
-    model = logits(6, rows=3)
-    seqs = [seq([1], [2]), seq([1], [2], **everything, seed=5), seq([4, 5], temperature=1.0)]
-    together = sample(model, seqs)
-    assert [sample(model[row : row + 1], [each])[0] for row, each in enumerate(seqs)] == together
-
-
 def test_log_probabilities_are_the_models_own() -> None:
     """A bias decides the token, and is not in its log probability."""
     model = logits(7)
@@ -163,10 +144,3 @@ def test_log_probabilities_are_the_models_own() -> None:
     assert token.id == 7
     assert token.logprob == pytest.approx(float(expected[7]))
     assert token.top[0][0] == int(expected.argmax())
-
-
-def test_plain_rows_are_not_shaped() -> None:
-    """Greedy and sampled requests without further parameters are drawn from unchanged logits."""
-    assert not shapes(seq([1], temperature=0.7, top_p=0.9, min_p=0.1), 0)
-    assert not shapes(seq([1], [2, 3], min_tokens=2), 2)
-    assert shapes(seq([1], [2], min_tokens=2), 1)

@@ -39,11 +39,6 @@ def coins(_: str, __: int) -> int:
     return 7 + DRAW.randrange(2)
 
 
-def one_circle(stream: str, position: int) -> int:
-    """The first stream repeats a circle, the others never repeat."""
-    return circle(stream, position) if stream == "0" else 1000 + position
-
-
 def ordinary(_: str, position: int) -> int:
     """Runs of ten tokens that came before, and ten that did not."""
     return 100 + position % 10 if position // 10 % 2 else 1000 + position
@@ -137,17 +132,6 @@ def test_as_many_are_drafted_as_are_worth_their_rows() -> None:
             engine.step()
             rows.append(machine.rows)
         assert least <= sorted(rows)[50] <= most, (part, streams, sorted(rows))
-
-
-def test_a_stream_that_repeats_itself_does_not_delay_the_others() -> None:
-    """A stream that could have eight tokens a step costs the seven others less than it gains."""
-    machine = Machine(one_circle, 0.02 * STEP_S)
-    engine = _engine(machine, 8)
-    began_s, steps = machine.now_s, 300
-    for _ in range(steps):
-        engine.step()
-    assert machine.now_s - began_s < 1.15 * steps * STEP_S
-    assert engine.stats.tokens_accepted > 3 * steps
 
 
 def test_what_a_step_takes_without_drafts_stays_known() -> None:

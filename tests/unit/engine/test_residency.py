@@ -254,14 +254,6 @@ def test_who_is_copied_at_once_misses_no_step() -> None:
     assert set(world.ends) == {each.id for each in requests}
 
 
-def test_who_was_used_longest_ago_leaves() -> None:
-    """The bank evicts the least recently used of the unused adapters."""
-    world = World(2, [1, 1, 1])
-    world.answer(0, 1, 0, 2)
-    assert world.resident() == {0, 2}
-    assert world.residency.stats.evictions == 1
-
-
 def test_endless_streams_make_room_in_the_bank() -> None:
     """Endless streams hold all places: another model gets one all the same, and they continue after it."""
     world = World(2, [1, 1, 1], seqs=8)
@@ -364,18 +356,6 @@ def test_a_failed_load_ends_those_who_wait_and_nobody_else() -> None:
     world.settle()
     assert world.ends[late.id].finish is EndReason.LENGTH
     assert world.residency.standing(world.adapters[0]).failure is None
-
-
-def test_the_pause_grows_with_every_failure() -> None:
-    """A load that fails again and again is tried less and less often."""
-    world = World(4, [1])
-    world.loader.broken = {world.adapters[0].digest}
-    for pause_s in (1.0, 2.0, 4.0):
-        world.ask(0)
-        world.settle()
-        assert world.residency.refusal(world.adapters[0]) is not None
-        world.now_s += pause_s + 0.01
-        assert world.residency.refusal(world.adapters[0]) is None
 
 
 def test_a_pinned_adapter_that_failed_is_tried_again_when_nobody_asks() -> None:

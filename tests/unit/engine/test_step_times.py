@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections import Counter
 from dataclasses import dataclass, field
 
 import pytest
@@ -16,7 +15,6 @@ from inference_service.engine.queues import SchedulerLimits
 from inference_service.engine.residents import AlwaysResident
 from inference_service.engine.runner import Pending
 from inference_service.engine.step_times import (
-    LONGEST_S,
     LOOK,
     TIMES,
 )
@@ -102,14 +100,6 @@ def _streaming(machine: Machine) -> Engine:
     return engine
 
 
-def _rows(machine: Machine) -> Counter[Sequence]:
-    """Rows of prompts, over all batches: the first step of a stream is none."""
-    rows: Counter[Sequence] = Counter()
-    for batch in machine.batches:
-        rows.update({chunk.seq: chunk.length for chunk in batch.chunks if chunk.length > 1})
-    return rows
-
-
 @pytest.mark.parametrize("depth", [0, 1])
 @pytest.mark.parametrize(
     ("row_s", "token_s"), [(0.0006, 5e-7), (0.0002, 2e-8), (0.002, 0.0)], ids=["steep", "flat", "slow"]
@@ -168,18 +158,6 @@ def test_a_machine_that_stood_still_once_is_not_taken_for_a_slow_one() -> None:
     assert max(times) < 3.2 * decode_s
 
 
-def test_with_nobody_decoding_a_step_is_full_but_not_endless() -> None:
-    """Prompts alone have the whole budget, as far as a later request can wait for the step's end."""
-    for row_s, full in ((0.0001, True), (0.005, False)):
-        machine = Machine(row_s=row_s, token_s=0.0)
-        engine = _engine(machine)
-        _add(engine, _seq(8000))
-        for _ in range(7):
-            engine.step()
-        assert (machine.batches[1].num_tokens == 1024) is full
-        assert max(machine.took_s[1:]) <= LONGEST_S + machine.step_s
-
-
 def test_prompts_go_on_where_a_row_costs_more_than_they_may_have() -> None:
     """A few rows a step are always granted to prompts."""
     machine = Machine(row_s=0.5)
@@ -204,21 +182,6 @@ def test_a_short_request_passes_long_prompts_of_its_own_model() -> None:
             engine.step()
         assert machine.now_s - came_s < 1.0
     assert not any(seq.num_known for seq in long)
-
-
-def test_short_requests_without_end_leave_a_quarter_to_the_oldest() -> None:
-    """Long prompts that came before short ones continue, one after the other."""
-    machine = Machine(token_s=0.0)
-    engine = _streaming(machine)
-    long = _add(engine, *(_seq(LONG) for _ in range(3)))
-    steps = itertools.count()
-    while any(not seq.num_known for seq in long):
-        if not any(seq.num_prompt == 64 for seq in engine._scheduler.waiting):
-            _add(engine, *(_seq(64) for _ in range(4)))
-        engine.step()
-        assert next(steps) < 2000
-    rows = _rows(machine)
-    assert 0.15 < sum(rows[seq] for seq in long) / sum(rows.values()) < 0.3
 
 
 def test_less_urgent_requests_do_not_pass_however_short_they_are() -> None:
@@ -247,15 +210,3 @@ def test_a_first_token_of_another_model_does_not_wait_for_streams(decode_s: floa
         assert len(machine.batches[-1].chunks) == 64
         engine.step()
         engine.step()
-
-
-def test_each_of_several_that_come_apart_has_a_step_of_its_own() -> None:
-    """A request with a free seat does not wait, and a step that only decodes ends the turn of prompts."""
-    machine = Machine(step_s=0.01, decode_s=0.001)
-    engine = _with_64_streams(machine, max_seqs=128)
-    for number in range(3):
-        _add(engine, _seq(64, flow=f"once {number}"))
-        engine.step()
-        assert len(machine.batches[-1].chunks) == 1
-        engine.step()
-        assert len(machine.batches[-1].chunks) == 64

@@ -85,12 +85,6 @@ def test_a_setting_decides_once(tmp_path: Path, spin: Spin, asleep: bool) -> Non
     assert [machine.passes(ran=0.5, waited=waited) for waited in (0.9, 0.9, 0.0)] == [asleep] * 3
 
 
-def test_nothing_is_read_before_it_is_time(machine: Machine) -> None:
-    """A step between two looks costs a look at the clock."""
-    machine.passes(ran=1.0, waited=0.0)
-    assert not machine.passes(ran=0.5, waited=9.0, seconds=LOOK_S / 2)
-
-
 @pytest.fixture
 def two_threads() -> Iterator[None]:
     """An operation of torch is shared by two threads."""

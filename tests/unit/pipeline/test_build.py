@@ -16,7 +16,6 @@ from loramux_shared.deployment_file import parse_deployment
 from loramux_shared.faults import (
     BundleCorrupt,
     CheckpointInvalid,
-    RepoNotFound,
     RevisionNotFound,
     SourceRefused,
 )
@@ -142,12 +141,6 @@ def test_local_folders_need_a_root(tmp_path, context):
     (tmp_path / "one" / "adapter_model.safetensors").symlink_to(outside / "adapter_model.safetensors")
     with pytest.raises(SourceRefused, match="not below a folder"):
         run(deployment(tmp_path, "one"), context)
-
-
-def test_a_missing_folder_is_named(tmp_path, context):
-    """A folder that does not exist is REPO_NOT_FOUND with the adapter's name."""
-    with pytest.raises(RepoNotFound, match="adapter 'nowhere'"):
-        run(deployment(tmp_path, "nowhere"), context)
 
 
 def test_a_pinned_local_adapter_may_not_change(tmp_path, context):

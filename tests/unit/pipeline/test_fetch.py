@@ -11,7 +11,6 @@ from builder_service.pipeline.progress import Progress, Stage
 from loramux_shared.bundle.manifest import FileDigest
 from loramux_shared.deployment import Repository, SourceKind
 from loramux_shared.faults import (
-    BuildInterrupted,
     Fault,
     RepoGated,
     RepoNotFound,
@@ -129,13 +128,6 @@ def test_every_fault_is_said(tmp_path):
     del faults["https://h/b"]
     with pytest.raises(SourceUnavailable):
         fetch(tmp_path, FakeSource(faults), "a", "c")
-
-
-def test_a_build_that_ends_is_no_fault_of_an_adapter(tmp_path):
-    """A build that was asked to end says so, whatever else went wrong."""
-    faults = {"https://h/a": RepoNotFound("nothing"), "https://h/b": BuildInterrupted("stop")}
-    with pytest.raises(BuildInterrupted, match="stop"):
-        fetch(tmp_path, FakeSource(faults), "a", "b")
 
 
 def test_an_adapter_has_a_size(tmp_path):

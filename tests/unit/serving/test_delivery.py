@@ -80,27 +80,6 @@ async def test_requests_that_come_are_waited_for_and_not_without_end() -> None:
             await asyncio.sleep(0)
 
 
-@pytest.mark.parametrize("streams", [4, 4 * SLICE])
-async def test_every_token_comes_once_and_in_order(threads: Threads, streams: int) -> None:
-    """Streams get every token in order, whether they are woken at once or in slices."""
-    thread = threads.make(Device(), MANY, MANY, blocks=4096, interval_s=0.005)
-    opened = [submit(thread, new=40) for _ in range(streams)]
-
-    async def read(outputs: Outputs) -> int:
-        count = 0
-        while True:
-            for output in await following(outputs):
-                assert output.first is (count == 0)
-                count += output.token is not None
-                if output.finish is not None:
-                    outputs.close()
-                    return count
-
-    thread.start()
-    assert set(await ended(asyncio.gather(*map(read, opened)), "all answers")) == {40}
-    assert await thread.stop() is None
-
-
 @pytest.mark.parametrize(("streams", "together"), [(SLICE, True), (SLICE + 1, False)])
 async def test_a_first_token_takes_others_along_only_where_they_are_few(
     threads: Threads, streams: int, *, together: bool
