@@ -41,11 +41,14 @@ from inference_service.kernels.sgmv import (
     DECODE_TILE,
     PREFILL_TILE,
     Group,
-    Planned,
     SegmentCapacity,
     Segments,
     Update,
+    expand,
+    lora_apply,
     pack_segments,
+    shrink,
+    update,
     workspace_numel,
 )
 from inference_service.layers.linear import Linear
@@ -61,7 +64,6 @@ from loramux_shared.bases.rope import AttentionSpec, HeadCounts
 from loramux_shared.runtime import Rounding
 
 MIN_ENTRIES: Final = 16
-MOST_PLANNED: Final = 4096
 EVERY: Final = -1
 """A bit for each linear."""
 
@@ -255,8 +257,6 @@ class TritonLora:
         """Workspace of the step."""
         self._passes: int | None = None
         """Those that are launched; None: all."""
-        self._planned: dict[tuple[tuple[int, str], int], Planned] = {}
-        """Launches of steps without a graph, by linear and the identity of their segments."""
         self._numels: dict[SegmentCapacity, int] = {}
         """Elements of the workspace of a capacity."""
         self._records = False
@@ -353,9 +353,11 @@ class TritonLora:
 
     def adapted(self, base: Callable[[], Tensor], x: Tensor, layer: int, group: str) -> Tensor:
         """Return what the base's product gives [T, all slices], with what the adapters make of x [T, in]."""
-        out, plan = self._shrunk(base, x, layer, group)
-        if plan is not None:
-            for launch in plan.expand(out, self._workspace)[: self._passes]:
+        out, segments = self._shrunk(base, x, layer, group)
+        if segments is not None:
+            for launch in expand(out, self._bank.groups[layer, group], segments, self._workspace)[
+                : self._passes
+            ]:
                 launch()
         return out
 
@@ -365,18 +367,19 @@ class TritonLora:
         """Return what `adapted` does, or in steps of few rows what the base gives, and the missing update."""
         if self._step is None or not self._step.capacity.rows:
             return self.adapted(base, x, layer, group), None
-        out, plan = self._shrunk(base, x, layer, group)
-        return out, None if plan is None else plan.update(self._workspace)
+        out, segments = self._shrunk(base, x, layer, group)
+        if segments is None:
+            return out, None
+        return out, update(self._bank.groups[layer, group], segments, self._workspace)
 
     def _shrunk(
         self, base: Callable[[], Tensor], x: Tensor, layer: int, group: str
-    ) -> tuple[Tensor, Planned | None]:
-        """Return the base's product, and what is launched behind it; None where no adapter touches it."""
+    ) -> tuple[Tensor, Segments | None]:
+        """Return the base's product, and the segments to expand; None where no adapter touches it."""
         linear = layer, group
         if self._step is None or not self._touched >> self._linears[linear] & 1:
             return base(), None
-        plan = self._plan_of(linear, self._bank.groups[linear], self._step)
-        first = plan.shrink(x, self._workspace)
+        first = shrink(x, self._bank.groups[linear], self._step, self._workspace)
         if self._records:
             self._side = self._side or SideStream(self._device)
             self._side.launch(first)
@@ -385,7 +388,7 @@ class TritonLora:
         else:
             first()
             out = base()
-        return out, plan
+        return out, self._step
 
     def apply(self, x: Tensor, out: Tensor, layer: int, group: str) -> None:
         """Add to out [T, all slices] what the adapters make of x [T, in]; base rows are not touched."""
@@ -408,25 +411,9 @@ class TritonLora:
         """The same of each place's expert, with segments that are made on the device once per layer."""
         if self._step is None or not self.adapts_experts(layer):
             return
-        linear = layer, group
+        of_experts = self._bank.experts[layer, group]
         for segments in self._segments_of(pairs, self._step):
-            workspace = self._workspaces[segments.capacity]
-            plan = self._plan_of(linear, self._bank.experts[linear], segments)
-            plan.shrink(x, workspace)()
-            for launch in plan.expand(out, workspace):
-                launch()
-
-    def _plan_of(self, linear: tuple[int, str], group: Group, segments: Segments) -> Planned:
-        """Return the launches of a linear; those of steps without a graph are kept for the next one."""
-        key = linear, id(segments)
-        planned = self._planned.get(key)
-        if planned is None or planned.segments is not segments:
-            planned = Planned(group, segments)
-            if self._passes is not None:
-                if len(self._planned) >= MOST_PLANNED:
-                    self._planned.clear()
-                self._planned[key] = planned
-        return planned
+            lora_apply(x, out, of_experts, segments, self._workspaces[segments.capacity])
 
     def _segments_of(self, pairs: ByExpert, step: Segments) -> list[Segments]:
         """The segments of a layer's pairs, pass by pass: of the first adapters of tokens, of the second, ..."""

@@ -163,7 +163,7 @@ class StepBuffers:
         self.positions = view["positions"]
         """int32 [rows]"""
         self.last_rows = view["last_rows"]
-        """int32 [seqs]: the row that each token is drawn from, then those of which vectors are made."""
+        """int32 [seqs]: the row that each token is drawn from."""
         device = memory.packed.device
         self.attention = {
             cut: _in(view[name], AttentionTables.allocate(each, device))
@@ -208,7 +208,7 @@ class StepBuffers:
     def _pack(self, rows: Rows, host: npt.NDArray[np.int32]) -> list[slice]:
         """Fill the host's copy; return the parts of it that are used."""
         view = {name: host[where] for name, where in self._sections.items()}
-        known = {"tokens": rows.tokens, "positions": rows.positions, "last_rows": rows.ends}
+        known = {"tokens": rows.tokens, "positions": rows.positions, "last_rows": rows.last_rows}
         for name, values in known.items():
             view[name][: len(values)] = np.array(values, dtype=np.int32)
             view[name][len(values) :] = 0

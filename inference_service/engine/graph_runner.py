@@ -7,7 +7,6 @@ from functools import partial
 from typing import Final, Protocol
 
 import torch
-from torch import Tensor
 
 from inference_service.backends.base import LoraBackend, no_recurrence
 from inference_service.backends.triton import TritonAttention
@@ -17,6 +16,7 @@ from inference_service.engine.graphs import Graph, Recorder
 from inference_service.engine.queues import SchedulerLimits
 from inference_service.engine.runner import Blocks, Pending, Rows, Runner, Vectors, lay_out, pool
 from inference_service.engine.shaping import Shaper
+from inference_service.engine.trace import TraceRecorder
 from inference_service.engine.transfer import Reading, score_prompt
 from inference_service.kernels.attention import cut_of
 from inference_service.kernels.delta import delta_tile, gated_delta
@@ -28,6 +28,8 @@ from loramux_shared.bases.memory import RECORDED_ROWS, blend_buckets, buckets, m
 
 ROOM: Final = 256
 """Columns of logits for tokens that adapters have and the base does not."""
+MOST_TRACES: Final = 128
+"""Traces that are held: each takes about a megabyte of the host's memory."""
 
 
 class SegmentedLora(LoraBackend, Protocol):
@@ -53,9 +55,9 @@ class GraphRunner(Runner):
 
     Capacities are those of `buckets` for steps that decode and do nothing else, and of `mixed_buckets` for the
     others; rows that a step does not need are padding. Each has a graph with adapters and one without, up to
-    `RECORDED_ROWS`, and steps that decode one with mixtures of two; others are launched one kernel after the
-    other, from the same tensors. Tokens are
-    drawn on the device: within the graph, and behind it where logits are shaped.
+    `RECORDED_ROWS`, and steps that decode one with mixtures of two. Of the others a trace is repeated, from the
+    same tensors; the first step of a kind is the recording. Tokens are drawn on the device: within the graph or
+    the trace, and behind it where logits are shaped.
     """
 
     def __init__(
@@ -84,12 +86,14 @@ class GraphRunner(Runner):
         self._tried: list[Graph] = []
         self._graphs: dict[tuple[StepCapacity, int, bool], Graph] = {}
         """Graphs by the number of adapters that a row has at most, and whether these touch experts."""
+        self._traces: dict[tuple[StepCapacity, int, int, bool], Graph] = {}
+        """Traces by the same, and how many of these adapters the rows of the step have."""
         most, hidden = limits.max_seqs, model.config.dims.hidden
         rows = max(most, limits.max_tokens)
         self._embedded = torch.empty((rows, hidden), dtype=model.dtype, device=model.device)
         """Input of the layers: the embeddings of the step's rows; then the residual stream."""
-        self._states = torch.empty((most, hidden), dtype=model.dtype, device=model.device)
-        """Input of the head."""
+        self._hidden = torch.empty_like(self._embedded)
+        """The last hidden states of the step's rows."""
         self._logits = torch.full((most, vocab), -torch.inf, dtype=model.dtype, device=model.device)
         self._wide = False
         """True if the last step had added tokens."""
@@ -100,12 +104,13 @@ class GraphRunner(Runner):
 
         Whatever adapters come and leave afterwards, they stay right.
 
-        Of the steps that are too large for a graph the smallest and the largest are done once: those between
+        Of the steps that are too large for a graph the smallest and the largest are traced: those between
         them launch the same, with other grids. So whatever a step launches was launched before. Recorded steps
         are of padding, which touches neither the cache nor the drawn tokens.
         """
         padding = lay_out(Batch(()), {})
         self._graphs.clear()
+        self._traces.clear()
         self._buffers.clear()
         capacities = sorted(self._capacities(), key=lambda each: each.rows, reverse=True)
         too_large = [each for each in capacities if each.mixed and each.rows > RECORDED_ROWS]
@@ -119,11 +124,11 @@ class GraphRunner(Runner):
                 if segments is not None:
                     segments.load(torch.from_numpy(pack_segments(segments.capacity, [])))
                 for experts in (True, False) if self._parts_experts(segments) else (True,):
-                    work = partial(self._compute, buffers, segments, experts=experts)
                     if _is_recorded(capacity, segments):
+                        work = partial(self._compute, buffers, segments, experts=experts)
                         self._graphs[capacity, _passes(segments), experts] = self._recorder.capture(work)
                     else:
-                        work()
+                        self._repeat(buffers, segments, experts=experts)
         self._shaper.warm_up(self._logits, self._ids)
 
     @torch.inference_mode()
@@ -159,25 +164,31 @@ class GraphRunner(Runner):
         experts = True
         if self._parts_experts(segments):
             experts = self._segmented.touch_experts(each.slot for each in rows.arrangement.segments)
-        graph = self._graphs.get((capacity, _passes(segments), experts))
         own = self._lora.vocabularies.of(rows.arrangement.segments, rows.drawing)
-        places = [range(at, at + 1) for at in range(len(rows.sampled), len(rows.ends))]
-        states = self._states
-        scores: list[Callable[[], None]] = []
-        if rows.in_full:
-            states = self._compute_in_full(buffers, segments, own)
-            for seq, scored in rows.scored.items():
-                head = partial(self._logits_of, seq)
-                scores.append(score_prompt(seq, states[scored.start : scored.stop], head))
-            places = [each.rows for each in rows.pooled]
-        else:
-            self._embed(buffers, own)
-            eager = partial(self._compute, buffers, segments, experts=experts)
-            work = eager if graph is None else graph.replay
-            work()
-            if own is not None:
-                self._draw(buffers, states[: capacity.seqs], own)
-        return pool(rows.pooled, [states[place.start : place.stop] for place in places]), scores
+        self._embed(buffers, own)
+        self._repeat(buffers, segments, experts=experts)
+        if own is not None:
+            self._draw(buffers, own)
+        scores = []
+        for seq, scored in rows.scored.items():
+            hidden = self._hidden[scored.start : scored.stop]
+            scores.append(score_prompt(seq, hidden, partial(self._logits_of, seq)))
+        states = [self._hidden[each.rows.start : each.rows.stop] for each in rows.pooled]
+        return pool(rows.pooled, states), scores
+
+    def _repeat(self, buffers: StepBuffers, segments: Segments | None, *, experts: bool) -> None:
+        """Do a step by its graph or its trace, or record the trace."""
+        capacity, passes = buffers.capacity, _passes(segments)
+        repeated = self._graphs.get((capacity, passes, experts))
+        key = capacity, passes, buffers.parts, experts
+        repeated = repeated or self._traces.get(key)
+        if repeated is not None:
+            repeated.replay()
+            return
+        if len(self._traces) >= MOST_TRACES:
+            self._traces.clear()
+        work = partial(self._compute, buffers, segments, experts=experts)
+        self._traces[key] = TraceRecorder().capture(work)
 
     def _embed(self, buffers: StepBuffers, own: StepVocabulary | None = None) -> None:
         """Begin a step: launched before its graph, for adapters may have embeddings of their own."""
@@ -189,50 +200,28 @@ class GraphRunner(Runner):
         return segments is not None and _passes(segments) == 1 and self._segmented.has_experts
 
     def _compute(self, buffers: StepBuffers, segments: Segments | None, *, experts: bool = True) -> None:
-        """Go from static tensors to the tokens that the base's head draws: what graphs hold."""
-        states = self._states[: buffers.capacity.seqs]
-        self._draw(buffers, self._hidden(buffers, segments, buffers.last_rows, states, experts))
-
-    def _compute_in_full(
-        self,
-        buffers: StepBuffers,
-        segments: Segments | None,
-        own: StepVocabulary | None,
-    ) -> Tensor:
-        """Do a step without a graph; return the hidden states of all rows."""
-        self._embed(buffers, own)
-        every = torch.arange(buffers.capacity.rows, device=self._ids.device)
-        hidden = self._hidden(buffers, segments, every)
-        self._draw(buffers, hidden[buffers.last_rows], own)
-        return hidden
-
-    def _hidden(
-        self,
-        buffers: StepBuffers,
-        segments: Segments | None,
-        rows: Tensor,
-        out: Tensor | None = None,
-        experts: bool = True,
-    ) -> Tensor:
+        """Go from static tensors to the tokens that the base's head draws: what graphs and traces hold."""
         if segments is not None:
             recorded = _is_recorded(buffers.capacity, segments)
             self._segmented.use(segments, None if recorded else buffers.parts, experts=experts)
         tables = {heads: buffers.attention[cut] for heads, cut in self._cuts.items()}
-        attention = TritonAttention(tables, self._model.config.windows)
-        return self._model.hidden(
+        rows = buffers.capacity.rows
+        self._model.hidden(
             buffers.tokens(),
-            self._embedded[: buffers.capacity.rows],
+            self._embedded[:rows],
             buffers.positions,
-            rows,
-            attention,
+            None,
+            TritonAttention(tables, self._model.config.windows),
             self._cache,
             self._lora if segments is not None else None,
             no_recurrence if buffers.delta is None else partial(gated_delta, tables=buffers.delta),
-            out,
+            self._hidden[:rows],
         )
+        self._draw(buffers)
 
-    def _draw(self, buffers: StepBuffers, hidden: Tensor, own: StepVocabulary | None = None) -> None:
+    def _draw(self, buffers: StepBuffers, own: StepVocabulary | None = None) -> None:
         seqs = buffers.capacity.seqs
+        hidden = self._hidden.index_select(0, buffers.last_rows)
         logits = self._model.logits(hidden, own)
         self._wide |= logits.shape[1] > self._model.config.dims.vocab
         self._logits[:seqs, : logits.shape[1]].copy_(logits)

@@ -62,16 +62,6 @@ class Rows:
     pooled: list[PooledRows]
     """Rows that become vectors: no token is drawn for them."""
 
-    @property
-    def in_full(self) -> bool:
-        """True when hidden states of more than last rows are wanted."""
-        return bool(self.scored) or any(each.seq.pooling is not Pooling.LAST for each in self.pooled)
-
-    @property
-    def ends(self) -> list[int]:
-        """The rows that tokens are drawn from, then the last one of each that becomes a vector."""
-        return self.last_rows + [each.rows[-1] for each in self.pooled] if self.pooled else self.last_rows
-
     def drawing(self) -> list[Segment]:
         """The segments of those among ``sampled`` that have an adapter, and one alone."""
         runs = [(slot, len(list(same))) for slot, same in groupby(seq.slot for seq in self.sampled)]

@@ -14,7 +14,6 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from inference_service.kernels.launch import Launch, intercepted
 
@@ -53,7 +52,7 @@ class _Operation:
 
     def replay(self) -> None:
         """Run it again."""
-        again = _tensors(self.function(*self.args, **self.kwargs))
+        again = tensors_of(self.function(*self.args, **self.kwargs))
         for place, result in self.results:
             result.copy_(again[place])
 
@@ -80,15 +79,15 @@ class _Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch l
         kwargs = kwargs or {}
         if self._in_kernel:
             return func(*args, **kwargs)
-        inputs = _tensors((args, kwargs))
-        _refuse(func, inputs)
+        inputs = tensors_of((args, kwargs))
+        refuse(func, inputs)
         with self:
             parts = func.decompose(*args, **kwargs)
         if parts is not NotImplemented:
             return parts
         self._note(inputs)
         out = func(*args, **kwargs)
-        results = tuple((at, t) for at, t in enumerate(_tensors(out)) if _memory(t) not in self._known)
+        results = tuple((at, t) for at, t in enumerate(tensors_of(out)) if _memory(t) not in self._known)
         self._keep(out, [result for _, result in results])
         writes = any(arg.alias_info is not None and arg.alias_info.is_write for arg in func._schema.arguments)
         if writes or (results and func._schema.name.removeprefix("aten::") not in UNINITIALIZED):
@@ -98,7 +97,7 @@ class _Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch l
 
     def launch(self, launch: Launch) -> None:
         """Take a kernel launch; what the interpreter does within it is not recorded."""
-        self._note(_tensors(launch.arguments))
+        self._note(tensors_of(launch.arguments))
         self.steps.append(launch.enqueue)
         self.launched.append(launch)
         self._in_kernel = True
@@ -186,8 +185,17 @@ def names_of(launched: Iterable[Launch | str]) -> tuple[str, ...]:
     return tuple(each if isinstance(each, str) else each.kernel.fn.__name__ for each in launched)
 
 
-def _tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+def tensors_of(tree: object) -> list[Tensor]:
+    """Return the tensors within arguments or results."""
+    if isinstance(tree, Tensor):
+        return [tree]
+    found: list[Tensor] = []
+    for part in tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list | tuple) else ():
+        if isinstance(part, Tensor):
+            found.append(part)
+        elif isinstance(part, list | tuple | dict):
+            found += tensors_of(part)
+    return found
 
 
 def _memory(tensor: Tensor) -> int:
@@ -198,7 +206,8 @@ def _memory(tensor: Tensor) -> int:
     return int(storage._cdata) if tensor.is_meta else storage.data_ptr()
 
 
-def _refuse(function: Any, inputs: Sequence[Tensor]) -> None:
+def refuse(function: Any, inputs: Sequence[Tensor]) -> None:
+    """Raise `CaptureRefused` for an operation that cannot be repeated as it is."""
     name = function._schema.name.removeprefix("aten::")
     reasons = [REFUSED[name]] if name in REFUSED else []
     if name in INDEXING:

@@ -29,20 +29,18 @@ class Launch:
     beside: bool = False
     """Whether it runs on a `SideStream`, so that what the current stream is given next does not wait for it."""
 
-    def with_arguments(self, **arguments: Any) -> Launch:
-        """Return the same launch with some other arguments, which are not checked again."""
-        return Launch(self.kernel, self.grid, {**self.arguments, **arguments}, self.beside)
+    def positional(self) -> list[Any]:
+        """Return the arguments in the kernel's order, as a compiled kernel takes them."""
+        parameters = self.kernel.signature.parameters.values()
+        return [self.arguments.get(each.name, each.default) for each in parameters]
 
     def __call__(self) -> None:
         """Enqueue it on the current stream, or give it to who intercepts launches."""
-        if _interceptors:
-            _interceptors[-1](self)
-        else:
-            self.enqueue()
+        taker()(self)
 
-    def enqueue(self) -> None:
-        """Enqueue it on the current stream."""
-        self.kernel[self.grid](**self.arguments)
+    def enqueue(self) -> Any:
+        """Enqueue it on the current stream; return the compiled kernel, which the interpreter has none of."""
+        return self.kernel[self.grid](**self.arguments)
 
 
 @cache
@@ -92,6 +90,11 @@ def intercepted(take: Callable[[Launch], None]) -> Iterator[None]:
         yield
     finally:
         _interceptors.pop()
+
+
+def taker() -> Callable[[Launch], Any]:
+    """Return what takes launches now."""
+    return _interceptors[-1] if _interceptors else Launch.enqueue
 
 
 _compiled_for: list[int] = []

@@ -182,14 +182,14 @@ class Decoder:
         tokens: Tensor,
         hidden: Tensor,
         positions: Tensor,
-        last_rows: Tensor,
+        last_rows: Tensor | None,
         attention: Attention,
         cache: Cache,
         lora: StepLora | None,
         recurrence: Recurrence = no_recurrence,
         out: Tensor | None = None,
     ) -> Tensor:
-        """Run tokens [T] at positions [T]; return what the head reads of some rows [N, hidden size].
+        """Run tokens [T] at positions [T]; return what the head reads of some or all rows [N, hidden size].
 
         Their embeddings, hidden [T, hidden size], become the residual stream. The result is what transformers
         calls the last hidden state; it is in out, where that is given.
@@ -208,8 +208,9 @@ class Decoder:
         else:
             hidden, delta = run(hidden, attention, turns)
         delta_norm = None if delta is None else self._delta_norm
-        last = None if delta is None else delta[last_rows]
-        return ops.norm(hidden[last_rows], self._norm, last, delta_norm, out)
+        if last_rows is not None:
+            hidden, delta = hidden[last_rows], None if delta is None else delta[last_rows]
+        return ops.norm(hidden, self._norm, delta, delta_norm, out)
 
     @torch.inference_mode()
     def draw(self, logits: Tensor, rows: Sequence[RowParams]) -> Drawn:

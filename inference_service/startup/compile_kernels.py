@@ -75,7 +75,7 @@ class _Once:
         """Nothing was recorded."""
 
 
-class _Target:
+class Target:
     """Triton's driver of a GPU that is not here: it compiles, and launches nothing."""
 
     def __init__(self, architecture: int) -> None:
@@ -125,7 +125,7 @@ def compile_kernels(
 
     with ExitStack() as stack:
         stack.callback(setattr, driver, "_active", driver._active)  # `active` looks for a GPU
-        driver.set_active(_Target(architecture))
+        driver.set_active(Target(architecture))
         contexts: tuple[AbstractContextManager[object], ...] = (
             compiling_for(architecture),
             intercepted(compile_one),

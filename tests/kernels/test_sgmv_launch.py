@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 
-from inference_service.kernels.sgmv import DECODE_TILE, Planned, Slices, lora_apply, pack_segments, plan
+from inference_service.kernels.sgmv import DECODE_TILE, Slices, lora_apply, pack_segments, plan
 from inference_service.kernels.sgmv.tuning import COVERING
 from tests.kernels.sgmv_case import TOLERANCE, Case, make_case, make_group, relative_errors
 
@@ -77,22 +77,6 @@ def test_grids_are_those_of_the_largest_step_or_cover_the_device(device: str) ->
     first, second = plan(many.x, many.out, many.group, many.segments, many.workspace)
     assert first.grid == (COVERING,)
     assert second.grid == (400,)  # narrow tiles of one segment
-
-
-def test_launches_that_were_planned_once_serve_other_rows(device: str) -> None:
-    """Rows, outputs and workspaces of later steps take the place of the first ones, which are not held."""
-    case = small_case(device, slots=[0, 1, 2, 3])
-    planned, before = Planned(case.group, case.segments), case.out.clone()
-    case.run()
-    for rows in (case.x, case.x.repeat(1, 2)[:, : case.x.shape[1]]):
-        out, workspace = before.clone(), torch.full_like(case.workspace, torch.nan)
-        planned.shrink(rows, workspace)()
-        for launch in planned.expand(out, workspace):
-            launch()
-        assert torch.equal(out, case.out)
-    held = [planned._shrink, *planned._expand]
-    rows_held = {launch.arguments.get(name) for launch in held if launch for name in ("p_x", "p_out", "p_y")}
-    assert rows_held == {None}
 
 
 REFUSALS: dict[str, Callable[[Case], Case]] = {

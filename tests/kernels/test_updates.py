@@ -12,7 +12,7 @@ import torch
 from inference_service.kernels.attention import attend
 from inference_service.kernels.launch import intercepted
 from inference_service.kernels.rows import gated
-from inference_service.kernels.sgmv import Planned, SegmentCapacity, Update, expand, pack_segments
+from inference_service.kernels.sgmv import SegmentCapacity, Update, expand, pack_segments, shrink, update
 from tests.kernels.attention_case import Heads, Layout, make_case as attention_case
 from tests.kernels.sgmv_case import Case, make_case
 from tests.kernels.test_rows import poisoned
@@ -38,9 +38,9 @@ def step(
     """Return a case behind shrink, and its update."""
     case = make_case(slots=slots, ranks=ranks, K=40, sizes=sizes, dtype=dtype, device=device, rows=rows)
     case.x.nan_to_num_()
-    planned = Planned(case.group, case.segments)
-    planned.shrink(case.x, case.workspace)()
-    return replace(case, out=torch.randn(rows, sum(sizes)).to(device, dtype)), planned.update(case.workspace)
+    shrink(case.x, case.group, case.segments, case.workspace)()
+    behind = replace(case, out=torch.randn(rows, sum(sizes)).to(device, dtype))
+    return behind, update(case.group, case.segments, case.workspace)
 
 
 def expanded(case: Case) -> torch.Tensor:
@@ -56,10 +56,10 @@ def expanded(case: Case) -> torch.Tensor:
 def test_gate_and_up_take_their_updates_on_the_way(name: str, dtype: torch.dtype, device: str) -> None:
     """The result is that of expand and the activation, for rows of adapters, of the base, and of padding."""
     slots, ranks = STEPS[name], [(16, 3), (0, 40), (5, 0)]
-    case, update = step(slots, ranks, (72, 72), 32, dtype, device)
+    case, missing = step(slots, ranks, (72, 72), 32, dtype, device)
     expected = gated(expanded(case), "silu")
     with intercepted(poisoned):
-        found = gated(case.out, "silu", update)
+        found = gated(case.out, "silu", missing)
     torch.testing.assert_close(found, expected)
     base = np.setdiff1d(np.arange(32), np.nonzero(np.array(slots) >= 0)[0])
     assert torch.equal(found[base], expected[base])
@@ -79,9 +79,9 @@ def test_heads_take_their_updates_on_the_way(name: str, heads: Heads, dtype: tor
     slots, sizes = STEPS[name], [count * heads.dim for count in (heads.queries, heads.kv, heads.kv)]
     layout = Layout([(1, 3 + i) for i in range(len(slots))], padding=0, spare=32 - len(slots), decode_only=True)
     at = attention_case(replace(layout, padding=32 - len(slots)), heads, dtype=dtype, device=device)
-    case, update = step(slots, [(16, 3, 0), (0, 0, 40), (5, 0, 8)], sizes, len(at.inputs.heads), dtype, device)
+    case, behind = step(slots, [(16, 3, 0), (0, 0, 40), (5, 0, 8)], sizes, len(at.inputs.heads), dtype, device)
     found = []
-    for rows, missing in ((expanded(case), None), (case.out, update)):
+    for rows, missing in ((expanded(case), None), (case.out, behind)):
         keys, values = at.inputs.keys.clone(), at.inputs.values.clone()
         inputs = replace(at.inputs, heads=rows.view(len(rows), -1, heads.dim), keys=keys, values=values)
         found.append((attend(inputs, at.tables, at.spec, at.norm, None, missing), keys, values))
@@ -93,7 +93,7 @@ def test_an_update_needs_all_rows_in_segments(device: str) -> None:
     """A capacity that leaves out rows of the base, or has several passes with them, is refused."""
     case = make_case(slots=[0], ranks=[(4,)], K=40, sizes=(16,), dtype=torch.float32, device=device)
     with pytest.raises(ValueError, match="in no segment"):
-        Planned(case.group, case.segments).update(case.workspace)
+        update(case.group, case.segments, case.workspace)
     with pytest.raises(ValueError, match="one pass"):
         SegmentCapacity(8, 1, 16, passes=2, rows=4)
 

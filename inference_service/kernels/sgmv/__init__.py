@@ -18,7 +18,15 @@ anyway adds the update itself (`Update`): then expand is not launched.
 This package needs torch alone; Triton is imported at the first launch.
 """
 
-from inference_service.kernels.sgmv.launch import Planned, Update, expand, lora_apply, plan, workspace_numel
+from inference_service.kernels.sgmv.launch import (
+    Update,
+    expand,
+    lora_apply,
+    plan,
+    shrink,
+    update,
+    workspace_numel,
+)
 from inference_service.kernels.sgmv.layout import (
     Group,
     Phase,
@@ -35,7 +43,6 @@ __all__ = [
     "PREFILL_TILE",
     "Group",
     "Phase",
-    "Planned",
     "SegmentCapacity",
     "Segments",
     "Slices",
@@ -45,5 +52,7 @@ __all__ = [
     "pack_segments",
     "pack_table",
     "plan",
+    "shrink",
+    "update",
     "workspace_numel",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,40 +63,6 @@ class Update:
     config: ExpandConfig
     runs: int
     """Runs of rows at most."""
-
-
-class Planned:
-    """The launches of ``lora_apply`` for one linear and segments, checked once and given rows again and again.
-
-    Rows have the dtype, device and columns of the first ones; they are not held.
-    """
-
-    def __init__(self, group: Group, segments: Segments) -> None:
-        self.segments: Final = segments
-        self._group = group
-        self._shrink: Launch | None = None
-        self._expand: list[Launch] = []
-
-    def shrink(self, x: Tensor, workspace: Tensor) -> Launch:
-        """Return the first launch, as ``shrink``."""
-        if self._shrink is None:
-            first = shrink(x, self._group, self.segments, workspace)
-            self._shrink = first.with_arguments(p_x=None, p_y=None)
-            return first
-        return self._shrink.with_arguments(p_x=x, stride_x=x.stride(0), p_y=workspace)
-
-    def expand(self, out: Tensor, workspace: Tensor) -> list[Launch]:
-        """Return the other launches, as ``expand``."""
-        if not self._expand:
-            others = expand(out, self._group, self.segments, workspace)
-            self._expand = [each.with_arguments(p_out=None, p_y=None) for each in others]
-            return others
-        new = {"p_out": out, "stride_out": out.stride(0), "p_y": workspace}
-        return [each.with_arguments(**new) for each in self._expand]
-
-    def update(self, workspace: Tensor) -> Update:
-        """Return what another kernel needs to do without ``expand``; the capacity has rows."""
-        return update(self._group, self.segments, workspace)
 
 
 def workspace_numel(group: Group, segments: Segments) -> int:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
+import weakref
 from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +15,9 @@ from torch import Tensor
 from torch.nn.functional import linear, rms_norm
 
 from inference_service.engine import graphs
+from inference_service.engine.graphs import Recorder
 from inference_service.engine.tape import CaptureRefused, TapeRecorder
+from inference_service.engine.trace import TraceRecorder
 from inference_service.kernels.launch import Launch, SideStream, intercepted, stream_of
 
 STATIC = torch.zeros(4, 6)
@@ -20,7 +25,14 @@ INDEX = torch.tensor([2, 0])
 MASK = torch.tensor([True, False, True, False])
 
 
-def test_a_replay_computes_with_what_the_static_tensors_hold_then() -> None:
+@pytest.fixture(params=[TapeRecorder, TraceRecorder])
+def recorder(request: pytest.FixtureRequest) -> Recorder:
+    """A recorder of graphs, and one of traces."""
+    made: Recorder = request.param()
+    return made
+
+
+def test_a_replay_computes_with_what_the_static_tensors_hold_then(recorder: Recorder) -> None:
     """Views, fresh results, updates in place and results of several tensors: equal to the work itself."""
     x, weight, out = torch.randn(4, 6), torch.randn(8, 6), torch.zeros(4)
 
@@ -32,7 +44,7 @@ def test_a_replay_computes_with_what_the_static_tensors_hold_then() -> None:
         parts = torch.empty_like(best).copy_(best).index_select(0, at[0])
         out.copy_(torch.cat([best.sum(0), parts.sum(0)]).to(torch.float64))
 
-    graph = TapeRecorder().capture(work)
+    graph = recorder.capture(work)
     for _ in range(3):
         x.copy_(torch.randn(4, 6))
         work()
@@ -59,17 +71,17 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_depends_on_the_host_is_refused(name: str) -> None:
+def test_what_depends_on_the_host_is_refused(recorder: Recorder, name: str) -> None:
     """Synchronisation, shapes made of values, values from Python and draws of the host end the recording."""
     work, message = REFUSED[name]
     with pytest.raises(CaptureRefused, match=message):
-        TapeRecorder().capture(work)  # type: ignore[arg-type]
+        recorder.capture(work)  # type: ignore[arg-type]
 
 
-def test_indices_are_no_masks() -> None:
+def test_indices_are_no_masks(recorder: Recorder) -> None:
     """Gathering and scattering rows by number has a static shape."""
     out = torch.zeros(2, 6)
-    graph = TapeRecorder().capture(lambda: out.copy_(STATIC[INDEX] + 1))  # type: ignore[arg-type]
+    graph = recorder.capture(lambda: out.copy_(STATIC[INDEX] + 1))  # type: ignore[arg-type]
     out.zero_()
     graph.replay()
     assert torch.equal(out, torch.ones(2, 6))
@@ -118,6 +130,46 @@ def test_accumulation_over_uninitialised_memory_shows() -> None:
     graph = TapeRecorder().capture(work)
     graph.replay()
     assert out.isnan().all()
+
+
+class Kernel:
+    """A compiled kernel, which doubles; Triton launches it by keyword, a trace by position."""
+
+    def __init__(self) -> None:
+        self.signature = inspect.signature(lambda p_x, p_out, FACTOR=2: None)  # noqa: ARG005 - names alone count
+        self.calls: list[tuple[tuple[int, ...], tuple[Any, ...]]] = []
+        self.seen: list[weakref.ref[Tensor]] = []
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Kernel]:
+        """Return what launches it on a grid."""
+
+        def launch(*args: Any, **arguments: Any) -> Kernel:
+            self.calls.append((grid, args))
+            x, out, factor = args or (arguments["p_x"], arguments["p_out"], 2)
+            torch.mul(x, factor, out=out)
+            self.seen = [weakref.ref(x), weakref.ref(out)]
+            return self
+
+        return launch
+
+
+def test_a_trace_launches_by_position_and_holds_no_tensor_of_its_work() -> None:
+    """Every replay makes the tensors of the work again, and gives them back."""
+    x, total, kernel = torch.ones(3), torch.zeros(3), Kernel()
+
+    def work() -> None:
+        doubled = x.new_empty(3)
+        Launch(kernel, (5,), {"p_x": x + 1, "p_out": doubled})()
+        total.add_(doubled)
+
+    trace = TraceRecorder().capture(work)
+    assert kernel.calls == [((5,), ())]
+    for count in (2, 3):
+        trace.replay()
+        assert torch.equal(total, torch.full((3,), 4.0 * count))
+        assert [(grid, args[2]) for grid, args in kernel.calls[1:]] == [((5, 1, 1), 2)]
+        del kernel.calls[1:]
+        assert [each() for each in kernel.seen] == [None, None]
 
 
 def test_a_capture_is_not_ended_by_other_threads(monkeypatch: pytest.MonkeyPatch) -> None:
