@@ -121,7 +121,7 @@ def _settings(arguments: Sequence[str] | None) -> BuilderSettings:
         "--allow-host",
         dest="allowed_hosts",
         action="append",
-        help="Host that REMOTE_URL may reach though its address is not public; repeatable.",
+        help="Host that REMOTE_URL and OCI may reach though its address is not public; repeatable.",
     )
     parser.add_argument("--insecure", action="store_true", default=None, help=fields["insecure"].description)
     flags = vars(parser.parse_args(arguments))

@@ -55,7 +55,7 @@ def main() -> int:
         "--allow-host",
         action="append",
         dest="allowed_hosts",
-        help="host that REMOTE_URL may reach though its address is not public",
+        help="host that REMOTE_URL and OCI may reach though its address is not public",
     )
     parser.add_argument(
         "--insecure",

@@ -29,6 +29,7 @@ PARALLEL: Final = 16
 _PINNED: Final = {
     SourceKind.HF: re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}"),
     SourceKind.REMOTE_URL: re.compile(r"[0-9a-f]{64}"),
+    SourceKind.OCI: re.compile(r"[0-9a-f]{64}"),
 }
 """Patterns of revisions that mean one content for ever, known without a request."""
 

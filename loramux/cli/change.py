@@ -47,7 +47,9 @@ Repo = Annotated[
 ]
 Source = Annotated[
     SourceKind | None,
-    typer.Option("--source", metavar="KIND", help="HF, S3, GCS, AZURE, REMOTE_URL or LOCAL; else by REPO."),
+    typer.Option(
+        "--source", metavar="KIND", help="HF, S3, GCS, AZURE, REMOTE_URL, OCI or LOCAL; else by REPO."
+    ),
 ]
 Revision = Annotated[str, typer.Option("--revision", metavar="REV", help="Branch, tag, commit or digest.")]
 Subfolder = Annotated[str, typer.Option("--subfolder", metavar="DIR", help="Folder inside the repository.")]

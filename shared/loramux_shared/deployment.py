@@ -13,7 +13,7 @@ from loramux_shared.runtime import Limits, Pooling, ReasoningParser, Rounding, T
 from loramux_shared.signatures import is_file, parse_signer
 
 DEFAULT_MAX_LORA_RANK = 64
-RESOLVED = r"^(hf:|s3://|gs://|azure://|https://)[^\s@#?]+$"
+RESOLVED = r"^(hf:|s3://|gs://|azure://|https://|oci://)[^\s@#?]+$"
 """A pattern of repositories; folders of the builder's machine have none."""
 
 
@@ -25,6 +25,7 @@ class SourceKind(StrEnum):
     GCS = "GCS"
     AZURE = "AZURE"
     REMOTE_URL = "REMOTE_URL"
+    OCI = "OCI"
     LOCAL = "LOCAL"
     PUSHED = "PUSHED"
     """Sent to the builder by PutAdapter; ``repo`` is the name under which it was."""
@@ -65,7 +66,7 @@ class Repository(Model):
     repo: str = Field(min_length=1, max_length=4096)
     """``namespace/name`` for HF, an absolute directory for LOCAL, a name for PUSHED, else an address."""
     revision: str = ""
-    """Branch, tag or commit (HF); else a digest: of the archive (REMOTE_URL), or of the files that are used."""
+    """Branch, tag or commit (HF); else a digest: of archive (REMOTE_URL), manifest (OCI), or the used files."""
     subfolder: str = ""
     """A folder inside the repository that holds the files."""
     runtime_secret_name: str = ""

@@ -186,7 +186,8 @@ class Settings(BaseSettings):
     local_roots: Folders = ()
     """The folders from which LOCAL repositories may be read, with everything below; none by default."""
     allowed_hosts: Hosts = ()
-    """Hosts that REMOTE_URL may reach though their addresses are not public: HOST or HOST:PORT, by commas."""
+    """Hosts that REMOTE_URL and OCI may reach though their addresses are not public: HOST or HOST:PORT, with
+    commas between them."""
     secrets_dir: HomePath = Path("/secrets")
     """Holds one file per secret; a repository's runtime_secret_name is the file's name."""
     keys_file: HomePath | None = None

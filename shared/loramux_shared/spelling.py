@@ -6,7 +6,7 @@
     hf:org/name@revision                            Hugging Face, whatever exists here
     ./folder   /folder   ~/folder   local:folder    a folder of this machine
     s3://bucket/prefix   gs://bucket/prefix   azure://account/container/path
-    https://host/adapter.tar.gz
+    https://host/adapter.tar.gz   oci://registry/adapter:tag
 
 ``#folder`` at the end names a folder inside the repository (of a local one, write the longer path).
 """
@@ -25,10 +25,11 @@ _SCHEMES: Final = {
     "gs://": SourceKind.GCS,
     "azure://": SourceKind.AZURE,
     "https://": SourceKind.REMOTE_URL,
+    "oci://": SourceKind.OCI,
 }
 _HUB: Final = re.compile(r"(?P<repo>[\w.-]+(?:/[\w.-]+)?)(?:@(?P<revision>[^@#\s]+))?")
 _LOCAL: Final = ("/", "./", "../", "~")
-GRAMMAR: Final = "org/name[@revision], a path, s3://, gs://, azure:// or https://, each with [#folder]"
+GRAMMAR: Final = "org/name[@revision], a path, s3://, gs://, azure://, https:// or oci://, each with [#folder]"
 
 
 def parse_repository(text: str, folder: Path | None = None) -> Repository:

@@ -35,16 +35,18 @@ class Archive:
     """For messages."""
     size: int
     max_unpacked: int = MAX_UNPACKED
+    plain: bool = False
+    """Whether the archive may be a tar that is not compressed."""
 
-    def listing(self, progress: Progress = unwatched) -> dict[str, SourceFile]:
-        """Return every file by its name in the archive, with its digest.
+    def listing(self, progress: Progress = unwatched, under: str = "") -> dict[str, SourceFile]:
+        """Return every file by its name in the archive, with its digest; under leaves out other folders.
 
         Raises:
             SourceRefused: it is no tar.gz, is damaged, unpacks to too much, or has a member that is
                 neither a file nor a folder inside the archive.
         """
         files: dict[str, SourceFile] = {}
-        for member, pieces in self._members(progress):
+        for member, pieces in self._members(progress, under):
             if member.name in files:
                 raise SourceRefused(f"{self.name}: {member.name!r} appears twice")
             digest = hash_pieces(pieces, unwatched)
@@ -62,14 +64,20 @@ class Archive:
             if not left:
                 return
 
-    def _members(self, progress: Progress) -> Iterator[tuple[tarfile.TarInfo, Iterator[bytes]]]:
-        with _refused(self.name), gzip.GzipFile(fileobj=_Pieces(self.file), mode="rb") as packed:
+    def _members(
+        self, progress: Progress, under: str = ""
+    ) -> Iterator[tuple[tarfile.TarInfo, Iterator[bytes]]]:
+        plain = self.plain and os.pread(self.file.fileno(), 2, 0) != b"\x1f\x8b"
+        raw = _Pieces(self.file)
+        with _refused(self.name), raw if plain else gzip.GzipFile(fileobj=raw, mode="rb") as packed:
             most = max(self.max_unpacked, MAX_RATIO * self.size)
             stream = _Forward(packed, most, self.name, progress)
             with tarfile.open(fileobj=stream, mode="r:") as tar:
                 for count, member in enumerate(tar):
                     if count == MAX_FILES:
                         raise SourceRefused(f"{self.name}: more than {MAX_FILES} files and folders")
+                    if not member.name.removeprefix("./").startswith(under):
+                        continue
                     member.name = self._checked(member)
                     if member.isreg():
                         yield member, stream.take(member.offset_data, member.size)
@@ -107,7 +115,7 @@ class _Pieces(io.RawIOBase):
 class _Forward(io.RawIOBase):
     """A compressed file that is read once from its beginning, up to a limit."""
 
-    def __init__(self, packed: gzip.GzipFile, most: int, name: str, progress: Progress) -> None:
+    def __init__(self, packed: io.RawIOBase | gzip.GzipFile, most: int, name: str, progress: Progress) -> None:
         super().__init__()
         self._packed = packed
         self._most = most

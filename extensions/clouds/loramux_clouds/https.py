@@ -44,6 +44,12 @@ class PinnedConnection(HTTPSConnection):
             raise
 
 
+class Challenged(RepoGated):
+    """A server that wants authorization, in the way that its challenge says."""
+
+    challenge = ""
+
+
 class Download:
     """A response with its status checked."""
 
@@ -79,7 +85,7 @@ class Https:
 
     @contextmanager
     def get(
-        self, url: str, deadline: TimeLeft, authorization: tuple[str, str] | None = None
+        self, url: str, deadline: TimeLeft, authorization: tuple[str, str] | None = None, *, accept: str = "*/*"
     ) -> Iterator[Download]:
         """Yield what an address or a redirect of it answers; authorization is (host, header).
 
@@ -91,7 +97,7 @@ class Https:
         for _ in range(MAX_REDIRECTS + 1):
             name = without_query(parts)
             host, port = str(parts.hostname), parts.port or _PORT
-            headers = {"Accept-Encoding": "identity", "User-Agent": "loramux"}
+            headers = {"Accept-Encoding": "identity", "User-Agent": "loramux", "Accept": accept}
             if authorization and authorization[0] in {host, f"{host}:{port}"}:
                 headers["Authorization"] = authorization[1]
             with _translated(name), self._request(parts, headers, deadline) as response:
@@ -197,7 +203,9 @@ def _answered(response: HTTPResponse, name: str) -> Fault:
     if status in {404, 410}:
         return RepoNotFound(f"REMOTE_URL {name}: not found ({status}). Correct the address.")
     if status in {400, 401, 403}:
-        return RepoGated(f"REMOTE_URL {name}: refused ({status}). Signed addresses expire: make a new one.")
+        gated = Challenged(f"REMOTE_URL {name}: refused ({status}). Signed addresses expire: make a new one.")
+        gated.challenge = response.headers.get("WWW-Authenticate", "")
+        return gated
     message = f"REMOTE_URL {name}: answered with status {status}"
     if status in {408, 425, 429} or status >= 500:
         return Busy.until(message, response.headers.get("Retry-After"))

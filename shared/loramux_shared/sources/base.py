@@ -54,7 +54,8 @@ class Resolved:
     """A repository whose content cannot change under us any more, or whose change will be noticed."""
 
     repository: Repository
-    """Repository with the commit (HF) or the archive's digest (REMOTE_URL). Others keep what was asked for."""
+    """Repository with the commit (HF), or the digest of archive (REMOTE_URL) or manifest (OCI); others are as
+    they were requested."""
     files: Mapping[str, SourceFile]
     """Files by path inside the subfolder."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -76,8 +77,8 @@ def open_sources(
 ) -> Sources:
     """Return the sources of this version.
 
-    local_roots are the folders that LOCAL may read, allowed_hosts what REMOTE_URL may reach beside public
-    addresses; hub_endpoint is for mirrors, and HF_ENDPOINT's value where it is not given. work_dir holds
+    local_roots are the folders that LOCAL may read, allowed_hosts what REMOTE_URL and OCI may reach beside
+    public addresses; hub_endpoint is for mirrors, and HF_ENDPOINT's value where it is not given. work_dir holds
     what is not kept; the system's temporary folder when not given.
     """
     secrets = Secrets(secrets_dir, environment)
@@ -90,17 +91,22 @@ def open_sources(
             SourceKind.LOCAL: LocalSource(local_roots),
         },
         work_dir,
-        {SourceKind.REMOTE_URL: lambda: open_remote_url(allowed_hosts, secrets, work_dir)},
+        {
+            kind: partial(open_address, kind, allowed_hosts, secrets, work_dir)
+            for kind in (SourceKind.REMOTE_URL, SourceKind.OCI)
+        },
     )
 
 
-def open_remote_url(allowed_hosts: Collection[str], secrets: Secrets, work_dir: Path | None) -> Source:
-    """Return the source of archives behind addresses, which is an extension.
+def open_address(
+    kind: SourceKind, allowed_hosts: Collection[str], secrets: Secrets, work_dir: Path | None
+) -> Source:
+    """Return the source of archives behind addresses, or of registries, which is an extension.
 
     Raises:
         SourceRefused: it is not installed.
     """
-    source: Source = part_of(SourceKind.REMOTE_URL).open_source(allowed_hosts, secrets, work_dir)
+    source: Source = part_of(kind).open_source(allowed_hosts, secrets, work_dir)
     return source
 
 
