@@ -13,7 +13,6 @@ import typer
 from loramux.cli import keys, shell
 from loramux.cli.build import build, prove
 from loramux.cli.change import add, push, remove
-from loramux.cli.chat import chat
 from loramux.cli.check import check
 from loramux.cli.deployments import cancel, deployments, history, rollback, watch
 from loramux.cli.exits import tell_uncaught
@@ -35,7 +34,7 @@ app = typer.Typer(
 for function in (
     *(demo, up, build, watch, cancel, deployments, check, prove),
     *(add, remove, push, history, rollback),
-    *(models, pin, unpin, chat, serve, builder, kernels, health),
+    *(models, pin, unpin, serve, builder, kernels, health),
 ):
     app.command()(function)
 app.add_typer(keys.app, name="keys")

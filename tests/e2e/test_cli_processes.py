@@ -318,27 +318,3 @@ def test_the_demo_on_a_terminal(
     assert "loramux demo --keep" in text
     panels = [line.strip() for line in text.splitlines() if line.startswith(("│", "╭", "╰"))]
     assert max(map(len, panels)) <= 80
-
-
-def test_a_conversation(fakes: Fakes, tmp_path: Path) -> None:
-    """A chat keeps its history, forgets it but for the system message, completes names, recalls lines, changes
-    the model, survives wrong ones, stops an answer at Ctrl-C, and leaves at Ctrl-D."""
-    fakes.inference.cancelled.clear()
-    typed = [b"one", b"two", b"/system be brief", b"three", b"/clear", b"\x1b[A\x1b[A", b"/model lo\t2"]
-    typed += [b"four", b"/model lora22", b"/models", b"/help", b"/modle x", b"wait"]
-    dialogue = [("> ", line + b"\n") for line in typed]
-    dialogue += [("the ", b"\x03"), ("> ", b"hello\n"), ("> ", b"\x04")]
-    args = ["chat", "lora1", "--grpc", fakes.inference_address]
-    text = on_a_terminal(args, {"XDG_STATE_HOME": str(tmp_path)}, dialogue)
-    stated = [[turn.content for turn in request.messages.messages] for request in fakes.inference.requests[-7:]]
-    assert [turns[-1] for turns in stated] == ["one", "two", "three", "three", "four", "wait", "hello"]
-    assert stated[2][0] == stated[3][0] == stated[4][0] == "be brief"
-    assert [len(turns) for turns in stated] == [1, 3, 6, 2, 4, 6, 8]
-    assert re.findall(r"sings \((\d)\)", text) == ["1", "3", "6", "2", "4", "8"]
-    assert "lora2> " in text
-    assert "* lora2" in text
-    assert "error: MODEL_NOT_FOUND: no model 'lora22'; served are base, lora1, lora2." in text
-    assert "no command /modle" in text
-    assert "stopped" in text
-    assert fakes.inference.cancelled.is_set()
-    assert "two\n" in (tmp_path / "loramux/chat_history").read_text()

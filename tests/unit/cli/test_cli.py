@@ -142,31 +142,6 @@ def test_who_generates_no_text_is_told_what_it_is_asked_for() -> None:
     assert task(("lora",)) == ""
 
 
-def test_chat_answers_each_line_of_a_pipe(fakes: Fakes) -> None:
-    """Each line of piped input is a separate conversation."""
-    code, text, _ = run("chat", "lora1", "--grpc", fakes.inference_address, text="hello\n\nagain\n")
-    assert code == 0
-    assert text == "the grey sea sings (1)\n" * 2
-
-
-def test_chat_with_nobody(fakes: Fakes) -> None:
-    """An unknown model is an error that lists the served models, and names a near one."""
-    code, _, errors = run("chat", "nobody", "--grpc", fakes.inference_address, text="hello\n")
-    assert code == 1
-    assert errors == "error: MODEL_NOT_FOUND: no model 'nobody'; served are base, lora1, lora2.\n"
-    assert "Did you mean lora1?" in run("chat", "lora01", "--grpc", fakes.inference_address)[2]
-    code, _, errors = run("chat", "lora2*0.7 + nobody*0.5", "--grpc", fakes.inference_address, text="hello\n")
-    assert (code, errors.partition(";")[0]) == (1, "error: MODEL_NOT_FOUND: no model 'nobody'")
-    run("chat", "lora2*0.7 + lora1", "--grpc", fakes.inference_address, text="hello\n")
-    assert fakes.inference.requests[-1].model == "lora2*0.7 + lora1"
-
-
-def test_chat_without_a_name_is_with_the_first_model(fakes: Fakes) -> None:
-    """The base answers where no model is named."""
-    assert run("chat", "--grpc", fakes.inference_address, text="hello\n")[0] == 0
-    assert fakes.inference.requests[-1].model == "base"
-
-
 def test_health(fakes: Fakes) -> None:
     """``health`` prints SERVING with exit 0, and fails where no server answers."""
     assert run("health", fakes.builder_address) == (0, "SERVING\n", "")

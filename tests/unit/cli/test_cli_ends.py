@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 from pathlib import Path
 
 import grpc
@@ -22,10 +21,8 @@ from loramux_shared.faults import (
     Unauthenticated,
 )
 from loramux_shared.rpc.status import CallFailed
-from tests.support.commands import running
 from tests.support.fake_services import Fakes
 from tests.support.forks import command_line
-from tests.support.waiting import wait_until
 
 
 @pytest.mark.parametrize(
@@ -59,25 +56,6 @@ def test_a_reader_that_goes(fakes: Fakes, tmp_path: Path, flags: list[str]) -> N
         process = command_line(words, [None, writing, file.fileno()], tmp_path, {})
     os.close(writing)
     assert (process.wait(), errors.read_text()) == (141, "")
-
-
-def test_ctrl_c_is_quiet(fakes: Fakes, tmp_path: Path) -> None:
-    """Ctrl-C while an answer is waited for is exit code 130, with no word about it."""
-    before = len(fakes.inference.requests)
-    with running(tmp_path, "chat", "base", "--grpc", fakes.inference_address) as command:
-        os.write(command.stdin, b"wait\n")
-        wait_until(lambda: len(fakes.inference.requests) > before, "a request", lambda: command.errors)
-        assert command.end(signal.SIGINT) == 130
-        assert "Traceback" not in command.errors
-
-
-def test_closed_stdin(fakes: Fakes, tmp_path: Path) -> None:
-    """A chat whose stdin is closed says so in one line."""
-    with running(tmp_path, "chat", "base", "--grpc", fakes.inference_address, stdin=False) as command:
-        assert command.end() == 1
-        assert command.errors == (
-            "error: REQUEST_INVALID: stdin is closed. Pipe prompts into it, or run it in a terminal\n"
-        )
 
 
 def test_an_error_of_ours_is_one_line_and_a_file(

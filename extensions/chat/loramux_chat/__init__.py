@@ -1,0 +1,1 @@
+"""The extension `chat`: conversations in a terminal."""
