@@ -11,7 +11,7 @@ from typing import Any, Final
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bases.families import load_families
 from loramux_shared.bases.family import Architecture, Family
-from loramux_shared.bases.formats.read import FORMATS
+from loramux_shared.bases.formats import FORMATS
 from loramux_shared.bases.read import read_fields
 from loramux_shared.bundle.modules import BY_NAME, FUSED_PATHS
 from scripts.pages import table

@@ -15,7 +15,7 @@ from builder_service.pipeline.progress import AdapterProgress, Progress
 from builder_service.pipeline.push import PushedAdapter
 from builder_service.pipeline.update import changed, push
 from loramux_shared.adapter_files import CONFIG, WEIGHTS
-from loramux_shared.bundle.changes import newest_generation, require
+from loramux_shared.bundle.deployments import newest_generation, require
 from loramux_shared.bundle.generation import AdapterRecord
 from loramux_shared.bundle.names import bad_name
 from loramux_shared.faults import (

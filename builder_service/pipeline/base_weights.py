@@ -1,6 +1,7 @@
 """The base's own tensors, for adapters that carry copies of them; their shards are fetched when asked for.
 
-Weights of few bits are widened by a process of its own where torch is: the builder itself never imports it.
+Weights of few bits are widened by a process of its own where torch is: the builder never imports it. Bases as
+they were recorded are read again without a look at their weights.
 """
 
 from __future__ import annotations
@@ -14,18 +15,21 @@ import tempfile
 import threading
 import time
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import IO, Any, Final
+from typing import IO, Any, Final, TypeAlias
 
 from builder_service.domain.safetensors_header import HeaderInvalid, TensorFile, read_header
 from builder_service.domain.strict_json import JsonInvalid, parse
-from loramux_shared.bases.formats.read import QUANTIZE
+from loramux_shared.bases.config import ModelConfig
+from loramux_shared.bases.formats import QUANTIZE, with_quantize
+from loramux_shared.bases.read import read_fields
 from loramux_shared.bundle.generation import BaseRecord
 from loramux_shared.bundle.manifest import FileDigest
 from loramux_shared.faults import FAULTS, BundleCorrupt, CheckpointInvalid, InternalFault, ResourcesExhausted
 from loramux_shared.sources.base import Progress, Room, unwatched
-from loramux_shared.sources.checkpoint import INDEX, WEIGHTS
+from loramux_shared.sources.checkpoint import CONFIG, GENERATION, INDEX, WEIGHTS, Base
 from loramux_shared.sources.files import hash_if_there
 from loramux_shared.sources.open import Sources
 
@@ -120,7 +124,6 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 MAX_INDEX: Final = 64 << 20
-CONFIG: Final = "config.json"
 
 
 class BaseWeights:
@@ -226,3 +229,57 @@ class BaseWeights:
                 f"base: {name} changed while the build ran: expected sha256 {expected.sha256}. Build again."
             )
         return path
+
+
+MOST: Final = 64
+"""Configs that are remembered; one is a few KB."""
+
+CONFIGS: Final = (CONFIG, GENERATION, QUANTIZE)
+"""Files that describe a base."""
+
+_Key: TypeAlias = tuple[tuple[str, ...], int | None]
+
+
+class KnownBases:
+    """Remembers the configs of bases by their digests; safe for several threads."""
+
+    def __init__(self) -> None:
+        self._models: OrderedDict[_Key, ModelConfig] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def remember(self, base: Base, max_seq_len: int | None) -> None:
+        """Keep what was read of a base."""
+        with self._lock:
+            self._models[_key(base.record, max_seq_len)] = base.model
+            while len(self._models) > MOST:
+                self._models.popitem(last=False)
+
+    def recall(self, record: BaseRecord, max_seq_len: int | None, weights: BaseWeights) -> Base:
+        """Return a recorded base; its configs are fetched where they were not read before.
+
+        Raises:
+            BundleCorrupt: a config is not the recorded one any more.
+            CheckpointInvalid: this release does not serve the base.
+            Fault: what its source raises.
+        """
+        with self._lock:
+            known = self._models.get(_key(record, max_seq_len))
+        if known is not None:
+            return Base(record, known)
+        fields, generation, quantize = (
+            _fields(weights, name) if name in record.files else None for name in CONFIGS
+        )
+        model = read_fields(with_quantize(fields or {}, quantize), generation, max_seq_len)
+        base = Base(record, model)
+        self.remember(base, max_seq_len)
+        return base
+
+
+def _key(record: BaseRecord, max_seq_len: int | None) -> _Key:
+    digests = [record.files[name].sha256 if name in record.files else "" for name in CONFIGS]
+    return tuple(digests), max_seq_len
+
+
+def _fields(weights: BaseWeights, name: str) -> dict[str, Any]:
+    fields: dict[str, Any] = json.loads(weights.fetch(name).read_bytes())
+    return fields

@@ -10,11 +10,14 @@ import structlog
 
 from builder_service.pipeline.context import BuildContext
 from builder_service.pipeline.keep import Keeping, Moved, same_conditions, still_fits
-from builder_service.pipeline.making import Workshop, making, prover, workshop
+from builder_service.pipeline.making import Workshop, hold, making, prover, workshop
 from builder_service.pipeline.progress import Progress
-from builder_service.pipeline.publish import hold
-from loramux_shared.bundle.changes import newest_generation, publish_change
-from loramux_shared.bundle.deployments import current_generation, publish_generation
+from loramux_shared.bundle.deployments import (
+    current_generation,
+    newest_generation,
+    publish_change,
+    publish_generation,
+)
 from loramux_shared.bundle.generation import AdapterRecord, BaseRecord, Generation, Recipe
 from loramux_shared.deployment import Deployment, Dtype, SourceKind
 from loramux_shared.faults import BundleCorrupt, DeploymentInvalid, DeploymentNotFound, Fault, Finding

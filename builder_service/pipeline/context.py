@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, TextIO
 
-from builder_service.pipeline.known_bases import KnownBases
+from builder_service.pipeline.base_weights import KnownBases
 from loramux_shared.faults import ResourcesExhausted
 from loramux_shared.sources.base import Room
 from loramux_shared.sources.open import Sources

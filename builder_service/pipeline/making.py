@@ -1,16 +1,18 @@
 """Making: the adapters of one build, from their repositories to what the generation says of them.
 
-Bundles are converted and published several at once, each only once.
+Bundles are converted and published several at once, each only once, and with its manifest last.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
+
+import structlog
 
 from builder_service.domain.origin import origin_warnings
 from builder_service.domain.rules.adapter import Rulebook
@@ -22,18 +24,75 @@ from builder_service.pipeline.intake import Identity, Intake, identity
 from builder_service.pipeline.keep import Keeping, keep
 from builder_service.pipeline.lineage import Lineages
 from builder_service.pipeline.progress import Progress, Stage
-from builder_service.pipeline.publish import publish_bundle
 from builder_service.pipeline.validate import ValidAdapter, rulebook
 from loramux_shared.bundle.generation import CONVERTER, AdapterRecord, BaseRecord, Descent
-from loramux_shared.bundle.manifest import apart
+from loramux_shared.bundle.manifest import MANIFEST_FILE, apart, bundle_key
 from loramux_shared.bundle.proof import Proof
+from loramux_shared.bundle.reader import read_manifest
 from loramux_shared.deployment import Build, Dtype, Merge, Repository
 from loramux_shared.extensions import need_extension
-from loramux_shared.faults import DeploymentInvalid, Finding
+from loramux_shared.faults import BundleCorrupt, DeploymentInvalid, Finding
 from loramux_shared.sources.base import Room
 from loramux_shared.sources.checkpoint import Base
 from loramux_shared.sources.open import Sources
-from loramux_shared.storage.base import Store
+from loramux_shared.storage.base import ObjectMissing, Store
+
+log = structlog.get_logger()
+
+
+def publish_bundle(
+    store: Store, bundle: BuiltBundle, names: Sequence[str], served: Collection[str], progress: Progress
+) -> None:
+    """Put a bundle into the store, unless it is there; its files leave the work folder.
+
+    What is there is read back: a file that differs from what was built is put again, and the adapters are
+    reported as repaired where a replica could have met the damage.
+
+    One that is there, and that the served generation does not refer to, may be an orphan: its manifest is
+    put again, for its age is what keeps `loramux gc` from it until a generation does.
+    """
+    total = sum(file.size for file in bundle.manifest.files.values())
+    for name in names:
+        progress.enter(name, Stage.PUBLISHING, total)
+    manifest = _stored_manifest(store, bundle)
+    reused = manifest == bundle.manifest_bytes
+    for file, path in bundle.paths.items():
+        expected, key = bundle.manifest.files[file], bundle_key(bundle.digest, file)
+        if store.sha256(key) == expected.sha256:
+            path.unlink()
+        else:
+            store.take(key, path)
+            reused = False
+        for name in names:
+            progress.advance(name, expected.size)
+    if not reused or bundle.digest not in served:
+        store.put(bundle_key(bundle.digest, MANIFEST_FILE), bundle.manifest_bytes)
+    repaired = not reused and (manifest is not None or bundle.digest in served)
+    if repaired:
+        log.warning("damaged bundle repaired", digest=bundle.digest, adapters=list(names))
+    for name in names:
+        progress.update(name, stage=Stage.DONE, bytes_done=total, reused=reused, repaired=repaired)
+
+
+def _stored_manifest(store: Store, bundle: BuiltBundle) -> bytes | None:
+    try:
+        return store.get(bundle_key(bundle.digest, MANIFEST_FILE))
+    except ObjectMissing:
+        return None
+
+
+def hold(store: Store, digests: Collection[str]) -> None:
+    """Make bundles young again, which a generation is about to refer to and the served one does not.
+
+    Raises:
+        BundleCorrupt: one of them is not there any more.
+    """
+    for digest in sorted(digests):
+        manifest = read_manifest(store, digest)
+        store.put(bundle_key(digest, MANIFEST_FILE), manifest.to_bytes())
+        there = set(store.list(bundle_key(digest, "")))
+        if lost := sorted(name for name in manifest.files if bundle_key(digest, name) not in there):
+            raise BundleCorrupt(f"bundle {digest[:12]}: {lost[0]} is not in {store.uri}. Build again.")
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,11 @@ from pydantic import Field, model_validator
 from builder_service.pipeline.build import BuildResult, digests_of
 from builder_service.pipeline.context import BuildContext
 from builder_service.pipeline.keep import Keeping, Moved, keep, same_conditions
-from builder_service.pipeline.making import Making, Workshop, making, prover, workshop
+from builder_service.pipeline.making import Making, Workshop, hold, making, prover, workshop
 from builder_service.pipeline.progress import Progress
-from builder_service.pipeline.publish import hold
 from builder_service.pipeline.push import PushedAdapter
-from loramux_shared.bundle.changes import newest_generation, publish_change, require
 from loramux_shared.bundle.claims import generation_numbers
-from loramux_shared.bundle.deployments import read_generation
+from loramux_shared.bundle.deployments import newest_generation, publish_change, read_generation, require
 from loramux_shared.bundle.generation import AdapterRecord, Generation, Recipe
 from loramux_shared.bundle.names import Name, StoredName
 from loramux_shared.deployment import Build, LoraConfiguration, Model, Repository

@@ -17,6 +17,7 @@ from builder_service.domain.rules.adapter import (
 )
 from builder_service.domain.rules.tensors import AdapterLimits
 from builder_service.domain.rules.texts import check_texts
+from builder_service.domain.rules.values import row_norms
 from builder_service.domain.safetensors_header import Tensor, TensorFile
 from builder_service.domain.score_heads import with_labels
 from builder_service.domain.truncation import LowRank, best_approximation
@@ -29,7 +30,6 @@ from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bundle.added_tokens import AddedToken, OwnTokens
 from loramux_shared.bundle.manifest import TEXT_FILES, Truncation
 from loramux_shared.bundle.modules import BY_HF, BY_NAME
-from loramux_shared.bundle.norms import row_norms
 from loramux_shared.bundle.npy import Array, cast
 from loramux_shared.deployment import Deployment, Dtype, LoraConfiguration
 from loramux_shared.extensions import need_extension

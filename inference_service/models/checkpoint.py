@@ -15,7 +15,7 @@ from inference_service.models.formats.find import Found
 from inference_service.models.formats.packed import Grouped, Integers, Packed, widened
 from inference_service.models.formats.pieces import FLOATS, Pieces
 from inference_service.models.shard import ShardInvalid, read_shard
-from loramux_shared.bases.formats.scheme import Quantization
+from loramux_shared.bases.formats import Quantization
 from loramux_shared.bundle.manifest import FileDigest
 from loramux_shared.faults import CheckpointInvalid
 from loramux_shared.sources.files import hash_if_there

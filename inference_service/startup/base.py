@@ -20,7 +20,7 @@ from inference_service.models.decoder import Decoder
 from inference_service.startup.choose import choose_backend
 from inference_service.text.text import Text
 from loramux_shared.bases.config import ModelConfig
-from loramux_shared.bases.formats.scheme import Quantization
+from loramux_shared.bases.formats import Quantization
 from loramux_shared.bases.memory import GB, may_stay_packed, token_bytes, weights_bytes, widening
 from loramux_shared.bases.read import read_config
 from loramux_shared.bundle.generation import Generation

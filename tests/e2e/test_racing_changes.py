@@ -10,9 +10,14 @@ from itertools import pairwise
 
 from hypothesis import given, settings, strategies as st
 
-from loramux_shared.bundle.changes import newest_generation, publish_change
 from loramux_shared.bundle.claims import claimed_numbers, generation_numbers
-from loramux_shared.bundle.deployments import current_generation, publish_generation, read_generation
+from loramux_shared.bundle.deployments import (
+    current_generation,
+    newest_generation,
+    publish_change,
+    publish_generation,
+    read_generation,
+)
 from loramux_shared.bundle.generation import Generation
 from loramux_shared.faults import GenerationMismatch
 from loramux_shared.storage.base import Store

@@ -19,7 +19,7 @@ from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import Qwen3_5MoeSpars
 from builder_service.pipeline.check import check_one
 from builder_service.pipeline.context import BuildContext
 from builder_service.pipeline.progress import Progress
-from builder_service.rpc.mapping import report_message
+from builder_service.rpc.servicer import report_message
 from inference_service.backends.torch import TorchOperations
 from inference_service.kernels.attention import Context
 from inference_service.models.blocks import Cache, Step

@@ -17,7 +17,7 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from inference_service.models.checkpoint import Checkpoint
 from inference_service.models.formats import packed
-from loramux_shared.bases.formats.read import read_quantization, with_quantize
+from loramux_shared.bases.formats import read_quantization, with_quantize
 from loramux_shared.bases.read import read_config
 from loramux_shared.faults import CheckpointInvalid
 from tests.support.lowbit import KINDS, gptq

@@ -13,11 +13,10 @@ from structlog.testing import capture_logs
 from transformers import GptOssConfig, LlamaConfig, Qwen3MoeConfig
 
 from builder_service.pipeline import base_weights
-from builder_service.pipeline.base_weights import BaseWeights
+from builder_service.pipeline.base_weights import BaseWeights, KnownBases
 from builder_service.pipeline.build import build
 from builder_service.pipeline.check import check_one
 from builder_service.pipeline.context import BuildContext
-from builder_service.pipeline.known_bases import KnownBases
 from builder_service.pipeline.progress import Progress
 from inference_service.layers.on_gpu import PackedLinear
 from loramux_shared.bases.memory import count_weights

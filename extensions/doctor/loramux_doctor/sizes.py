@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from loramux_shared.bases.formats.read import QUANTIZE, with_quantize
+from loramux_shared.bases.formats import QUANTIZE, with_quantize
 from loramux_shared.bases.hf_config import read_json
 from loramux_shared.bases.memory import (
     ITEM_BYTES,

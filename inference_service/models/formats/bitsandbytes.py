@@ -13,7 +13,7 @@ from torch import Tensor
 
 from inference_service.models.formats.pieces import Pieces
 from inference_service.models.formats.words import looked_up, pairs
-from loramux_shared.bases.formats.scheme import Numbers
+from loramux_shared.bases.formats import Numbers
 from loramux_shared.faults import CheckpointInvalid
 
 NF4: Final = (

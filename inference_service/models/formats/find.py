@@ -14,7 +14,7 @@ from inference_service.models.formats.pack_quantized import PackQuantized
 from inference_service.models.formats.packed import Packed
 from inference_service.models.formats.pieces import Pieces
 from inference_service.models.formats.scaled import Scaled
-from loramux_shared.bases.formats.scheme import FormatName
+from loramux_shared.bases.formats import FormatName
 from loramux_shared.faults import CheckpointInvalid
 
 WEIGHT: Final = "weight"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from inference_service.models.formats.pieces import Pieces, named
-from loramux_shared.bases.formats.scheme import WeightScheme
+from loramux_shared.bases.formats import WeightScheme
 
 CHUNK: Final = 1 << 18
 """Numbers that are widened at once: what comes between takes a megabyte each, and stays near the processor."""

@@ -9,7 +9,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from loramux_shared.bases.formats.scheme import Numbers, Quantization, WeightScheme
+from loramux_shared.bases.formats import Numbers, Quantization, WeightScheme
 from loramux_shared.faults import CheckpointInvalid
 
 FLOATS: Final = (torch.float32, torch.bfloat16, torch.float16)

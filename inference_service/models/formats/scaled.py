@@ -12,7 +12,7 @@ from torch import Tensor
 from inference_service.models.formats.packed import Shared, grids, has_zeros
 from inference_service.models.formats.pieces import FLOATS, Pieces
 from inference_service.models.formats.words import NO_NUMBER, powers
-from loramux_shared.bases.formats.scheme import Numbers
+from loramux_shared.bases.formats import Numbers
 
 NUMBERS: Final[dict[torch.dtype, Numbers]] = {
     torch.float8_e4m3fn: "fp8",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from inference_service.models.formats.pieces import WHOLE, Pieces
-from loramux_shared.bases.formats.scheme import Numbers, WeightScheme
+from loramux_shared.bases.formats import Numbers, WeightScheme
 
 WORD: Final = 32
 NO_NUMBER: Final = 255

@@ -11,8 +11,7 @@ from typing import TypeVar
 
 import structlog
 
-from loramux_shared.access.keyring import Keyring
-from loramux_shared.access.watch import Watch
+from loramux_shared.access.keyring import Keyring, Watch
 from loramux_shared.faults import SettingsInvalid
 from loramux_shared.settings import Settings
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
-from loramux_shared.bases.formats.scheme import Quantization
+from loramux_shared.bases.formats import Quantization
 from loramux_shared.bases.groups import GroupShape, distinct, features_of, named_apart
 from loramux_shared.bases.layers import AttentionLayer, ExpertsLayer, InputLayer, LayerSpec
 from loramux_shared.bases.rope import HeadCounts, QueryScaling, RopeSpec

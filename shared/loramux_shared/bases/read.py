@@ -10,7 +10,7 @@ from typing import Any, Final
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bases.families import load_families
 from loramux_shared.bases.family import Architecture, Family, token_ids
-from loramux_shared.bases.formats.read import QUANTIZE, read_quantization, with_quantize
+from loramux_shared.bases.formats import QUANTIZE, read_quantization, with_quantize
 from loramux_shared.bases.hf_config import HfConfig, read_json
 from loramux_shared.faults import CheckpointInvalid
 

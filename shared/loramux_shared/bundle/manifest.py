@@ -119,7 +119,7 @@ class ModuleRow(Model):
     scale: float
     """alpha/r or alpha/sqrt(r); folded into B already."""
     norm_a: float = Field(ge=0, allow_inf_nan=False)
-    """Frobenius norm of A as stored; like the other two, see `loramux_shared.bundle.norms`."""
+    """Frobenius norm of A as stored; like the other two, see `builder_service.domain.rules.values`."""
     norm_b: float = Field(ge=0, allow_inf_nan=False)
     """Norm of the scaled B as stored."""
     norm_ba: float = Field(ge=0, allow_inf_nan=False)

@@ -13,7 +13,7 @@ from typing import Any, Final, TypeVar
 import structlog
 
 from loramux_shared.bases.config import ModelConfig
-from loramux_shared.bases.formats.read import QUANTIZE, says_quantization, with_quantize
+from loramux_shared.bases.formats import QUANTIZE, says_quantization, with_quantize
 from loramux_shared.bases.read import read_fields
 from loramux_shared.bundle.generation import BaseRecord
 from loramux_shared.bundle.manifest import FileDigest

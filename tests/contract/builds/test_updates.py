@@ -19,7 +19,7 @@ from builder_service.pipeline.update import Update, update
 from loramux.builder.v1 import builder_pb2 as pb, builder_pb2_grpc
 from loramux.client import AsyncClient
 from loramux.records import DeploymentInfo, DeploymentState
-from loramux_shared.bundle.changes import publish_change
+from loramux_shared.bundle.deployments import publish_change
 from loramux_shared.bundle.generation import Generation, generation_key
 from loramux_shared.bundle.manifest import WEIGHTS_FILE, bundle_key
 from loramux_shared.bundle.reader import read_manifest

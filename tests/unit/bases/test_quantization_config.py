@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from loramux_shared.bases.config import ModelConfig
-from loramux_shared.bases.formats.scheme import Quantization, WeightScheme
+from loramux_shared.bases.formats import Quantization, WeightScheme
 from loramux_shared.bases.memory import widening
 from loramux_shared.bases.read import read_fields
 from loramux_shared.faults import CheckpointInvalid

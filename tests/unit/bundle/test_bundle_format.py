@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from loramux_shared.bundle.norms import row_norms
+from builder_service.domain.rules.values import row_norms
 from loramux_shared.storage.local import LocalStore
 from tests.support.adapters import HIDDEN, Tensors, key, tensors, write_adapter, write_base
 from tests.support.folders import built, deployment_of, workshop

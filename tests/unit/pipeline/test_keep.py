@@ -14,7 +14,7 @@ from builder_service.pipeline.build import build
 from builder_service.pipeline.context import BuildContext
 from builder_service.pipeline.progress import AdapterProgress, Progress
 from builder_service.pipeline.update import Update, update
-from loramux_shared.bundle.changes import publish_change
+from loramux_shared.bundle.deployments import publish_change
 from loramux_shared.bundle.generation import CONVERTER, Generation
 from loramux_shared.bundle.manifest import FileDigest, bundle_key
 from loramux_shared.bundle.reader import read_bundle
