@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -119,15 +118,3 @@ def test_bad_settings_end_the_start(tmp_path, flags, expected):
     assert builder_service([*store, *flags], log, environment()).wait() == 2
     (line,) = log.read_text().splitlines()
     assert expected in line
-
-
-def test_a_taken_port_ends_the_start(tmp_path):
-    """A port that another process has is named, and nothing is shared with it."""
-    log = tmp_path / "log"
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        address = f"127.0.0.1:{taken.getsockname()[1]}"
-        flags = ["--store", f"file://{tmp_path}", "--grpc", address]
-        assert builder_service(flags, log, environment()).wait() == 2
-    assert f"cannot listen on '{address}'" in log.read_text()

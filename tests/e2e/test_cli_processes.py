@@ -107,23 +107,6 @@ def test_a_failure_beside_children_stops_them() -> None:
     assert not psutil.pid_exists(pids[0])
 
 
-def test_children_end_in_the_reverse_order_of_their_start(tmp_path: Path) -> None:
-    """A service ends after all that may call it."""
-    ends = tmp_path / "ends"
-    program = (
-        "import pathlib, signal, sys; from loramux_shared.process import notify, READY; "
-        "signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM]); notify(READY); "
-        "signal.sigwait([signal.SIGTERM]); pathlib.Path(sys.argv[1]).open('a').write(sys.argv[2])"
-    )
-
-    async def work(tree: ProcessTree) -> None:
-        for name in "abc":
-            await tree.serve(name, [sys.executable, "-c", program, str(ends), name])
-
-    run_tree(work)
-    assert ends.read_text() == "cba"
-
-
 def test_a_child_is_ready_when_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Waiting ends with the child's own word, and its progress is reported, however long the path of the
     temporary folder is."""
@@ -172,14 +155,6 @@ def test_up_on_a_taken_address(fakes: Fakes, deployment: Callable[..., str], fla
     assert [json.loads(line)["error"]["reason"] for line in ended.stdout.splitlines()] == ["SETTINGS_INVALID"]
     assert f"cannot listen on '{fakes.inference_address}' (Address already in use)" in ended.stderr
     assert "service on" not in ended.stderr
-
-
-def test_up_with_a_wrong_setting(deployment: Callable[..., str]) -> None:
-    """A value that the inference service would refuse after the build is refused before it, in one line."""
-    ended = CliRunner().invoke(app, ["up", deployment("tiny", "lora1"), "--dtype", "bf16"])
-    assert ended.exit_code == 2
-    [line] = ended.stderr.splitlines()
-    assert "SETTINGS_INVALID: --dtype=bf16: expected 'auto', 'float32', 'bfloat16' or 'float16'" in line
 
 
 @pytest.fixture

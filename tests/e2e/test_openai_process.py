@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,8 +21,8 @@ from loramux.cli.main import app
 from loramux.faults import ReplicaFailed
 from loramux_shared.storage.local import LocalStore
 from tests.support.dying import steps_hang
-from tests.support.forks import Forked, builder_service, inference_service
-from tests.support.served_process import flags_of, serving
+from tests.support.forks import Forked, builder_service
+from tests.support.served_process import serving
 from tests.support.tiny import World, make_world
 from tests.support.waiting import BOUND_S, wait_until
 
@@ -88,17 +87,6 @@ def test_a_step_that_hangs_ends_the_process(world: World, tmp_path: Path) -> Non
         assert next(watch).status == health_pb2.HealthCheckResponse.NOT_SERVING
         assert process.wait() == BROKEN == Exit.BROKEN
     assert "engine step exceeds its time limit" in (tmp_path / "log").read_text()
-
-
-def test_a_port_that_is_taken_stops_the_start(world: World, tmp_path: Path) -> None:
-    """The message names the address, and the exit status is that of bad settings."""
-    log = tmp_path / "log"
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-        flags = flags_of(world, "--grpc", "127.0.0.1:0", "--http", f"127.0.0.1:{port}")
-        assert inference_service(flags, log).wait() == 2
-    assert f"cannot listen on '127.0.0.1:{port}'" in log.read_text()
-    assert "Traceback" not in log.read_text()
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from loramux_arena.questions import Question
 from loramux_arena.records import Answer, Likelihood, Verdict
 from loramux_arena.standings import Standings, standings
 from loramux_arena.work import Gate, Patience
-from loramux_shared.faults import Fault, ModelNotFound, PromptTooLong, QueueFull, ServerUnavailable
+from loramux_shared.faults import Fault, PromptTooLong, QueueFull, ServerUnavailable
 from tests.arena_server import Versions, serving
 from tests.support.waiting import until
 
@@ -142,13 +142,6 @@ async def test_a_server_that_stays_away_ends_the_run(tmp_path: Path) -> None:
     again, _ = await hold(Versions(says), PLAN, tmp_path / "kept")
     assert 1 <= again.again <= 4
     assert len(again.answers) == 12
-
-
-async def test_a_name_that_is_not_served_stops_before_anything(tmp_path: Path) -> None:
-    """The fault names the version, and nothing is answered."""
-    with pytest.raises(ModelNotFound, match=r"^nobody: no model 'nobody'"):
-        await hold(Versions(says), replace(PLAN, models=("base", "nobody")), tmp_path / "kept")
-    assert not (tmp_path / "kept").exists()
 
 
 async def test_likelihood_is_of_the_references_tokens(tmp_path: Path) -> None:

@@ -17,9 +17,9 @@ from loramux.cli.main import app
 from loramux.client import AsyncClient
 from loramux_bench.drive import LoadPlan, drive
 from loramux_bench.figures import FailureCount, Outcome, report
-from loramux_bench.plot import plot, require_plot
+from loramux_bench.plot import plot
 from loramux_bench.workload import Workload, arrivals, read_prompts
-from loramux_shared.faults import RequestInvalid, SettingsInvalid
+from loramux_shared.faults import RequestInvalid
 from tests.support.commands import running
 from tests.support.fake_services import Fakes
 from tests.support.waiting import wait_until
@@ -29,15 +29,6 @@ def outcome(model: str = "a", begin: float = 0.0, tokens: int = 11, error: str =
     """A request that waited 0.5 s, then took a second for ten more tokens."""
     first = None if error else begin + 0.5
     return Outcome(model, begin, first, begin + 1.5, begin + 1.5, tokens, 1, 7, 3, error)
-
-
-def test_times_of_a_request() -> None:
-    """Time per token counts from the first tokens, which may come several at once, to the last."""
-    assert outcome().first_token_s == 0.5
-    assert outcome().per_token_s == pytest.approx(0.1)
-    together = Outcome("a", 0.0, 0.5, 0.5, 0.6, 4, 4, 7, 0)
-    assert together.per_token_s is None
-    assert outcome(error="QUEUE_FULL").first_token_s is None
 
 
 def test_a_report_counts_what_failed_apart() -> None:
@@ -116,14 +107,6 @@ async def test_an_open_loop_sends_when_it_is_time(fakes: Fakes) -> None:
     assert most_open(run.outcomes) > 1
 
 
-async def test_time_ends_a_closed_loop(fakes: Fakes) -> None:
-    """The run sends nothing after its duration, and waits for open requests."""
-    async with AsyncClient(inference=fakes.inference_address) as client:
-        run = await drive(client, Workload(["base"], 0, 4), LoadPlan(concurrency=2, duration_s=0.2))
-    assert run.outcomes
-    assert all(each.begin < 0.2 and each.tokens == 5 for each in run.outcomes)
-
-
 async def test_failures_are_outcomes(fakes: Fakes) -> None:
     """A refused request is counted under its reason and does not end the run."""
     async with AsyncClient(inference=fakes.inference_address) as client:
@@ -189,13 +172,6 @@ def test_bad_wishes_are_refused_before_anything_is_sent(fakes: Fakes, tmp_path: 
     assert "Did you mean lora1?" in bench(fakes, "--model", "lora11")[2]
     assert "expected a .png" in bench(fakes, "--plot", str(tmp_path / "a.pdf"))[2]
     assert len(fakes.inference.requests) == before
-
-
-def test_a_missing_matplotlib_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The option ``--plot`` names the missing package without the extra."""
-    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
-    with pytest.raises(SettingsInvalid, match=r"pip install 'loramux\[bench\]'"):
-        require_plot(tmp_path / "a.png")
 
 
 @pytest.mark.parametrize("models", [2, 12])

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -17,7 +15,7 @@ from typer.testing import CliRunner
 from loramux.cli.main import app
 from loramux_doctor import installed
 from loramux_doctor.command import services
-from loramux_doctor.machine import Inference, look_at_inference, look_at_store
+from loramux_doctor.machine import Inference, look_at_store
 from loramux_doctor.sizes import PROCESS_BYTES, TOUCHED_BYTES, read_base, sizes_of, weight_files_bytes
 from loramux_shared.access.guard import Guard
 from loramux_shared.bases.groups import features_of
@@ -152,13 +150,6 @@ def test_a_checkpoint_of_4_bits_stays_packed_on_a_gpu() -> None:
     assert "widened from" in ordered.widened
 
 
-def test_what_does_not_fit_says_so_in_the_words_of_a_replica() -> None:
-    """The doctor reports a lack of cache or adapters with the refusal of the memory plan."""
-    sizes = sizes_of(LLAMA, SETTINGS, 100_000, "float32")
-    assert (sizes.kv_bytes, [fit.adapters for fit in sizes.fits]) == (0, [0, 0, 0, 0])
-    assert "LORAMUX_MAX_BATCH_TOKENS" in sizes.refusal
-
-
 PLACES = list(product([("cpu", "float32"), ("cpu", "bfloat16"), ("cuda", "float16")], [None, 4.0]))
 """A device with a dtype, and a size of the cache; each base is tried in two."""
 
@@ -228,21 +219,6 @@ def test_a_store_answers_or_not(tmp_path: Path) -> None:
     """A store is fine when it answers, empty or not; a wrong address is reported."""
     assert look_at_store(f"file://{tmp_path}").state == "answers, 0 deployments"
     assert not look_at_store("ftp://nowhere").ok
-
-
-def test_a_store_without_its_packages_names_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A missing extra for S3 is reported with the pip install."""
-    monkeypatch.setitem(sys.modules, "boto3", None)
-    monkeypatch.delitem(sys.modules, "loramux_shared.storage.s3", raising=False)
-    assert (
-        "needs boto3, not installed here: pip install 'loramux[store]'" in look_at_store("s3://bucket/x").state
-    )
-
-
-def test_no_torch_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A missing extra has a reason with its cure instead of a device."""
-    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
-    assert look_at_inference(tmp_path) == "torch is not installed: pip install 'loramux[inference]'"
 
 
 def test_all_of_it(base: Path, fakes: Fakes) -> None:

@@ -178,12 +178,6 @@ def test_what_is_wrong_is_named(words: tuple[str, ...], expected: str) -> None:
     assert "SETTINGS_INVALID" in result.stderr
 
 
-def test_a_time_is_a_number_of_seconds() -> None:
-    """A time that Envoy could not read is refused here."""
-    for seconds in ("nan", "inf", "-1"):
-        assert CliRunner().invoke(app, ["envoy", "a", "--first-token", seconds]).exit_code == 2
-
-
 def test_a_port_that_is_taken_stops_envoy(tmp_path: Path) -> None:
     """Envoy does not share its ports: the start names the port that is taken, and ends."""
     with socket.create_server(("127.0.0.1", 0), reuse_port=True) as taken:

@@ -156,17 +156,6 @@ async def test_the_same_on_an_event_loop(three: Replicas) -> None:
             await anext(lost)
 
 
-def test_a_replica_that_comes_back_is_used_again(three: Replicas, client: Client) -> None:
-    """A client reconnects by itself to a replica that restarted."""
-    first, *_ = homes(three, "lora1")
-    client.complete("lora1", "hi")
-    three.cut(first)
-    assert client.complete("lora1", "hi").text == TEXT
-    three.repair(first)
-    before = len(three[first].requests)
-    wait_until(lambda: client.complete("lora1", "hi") and len(three[first].requests) > before, "its answer")
-
-
 def test_what_is_refused_is_asked_elsewhere(three: Replicas, client: Client) -> None:
     """A refused request goes to another replica; a fault that every replica would raise is unchanged."""
     first, second, _ = homes(three, "lora1")
@@ -256,19 +245,6 @@ async def test_closing_ends_open_streams(three: Replicas) -> None:
     with pytest.raises(faults.CallFailed, match="closed"):
         client.complete("lora1", "hi")
     assert sum(three.counts) == 2
-
-
-async def test_a_cancelled_task_leaves_nothing(three: Replicas) -> None:
-    """The stream of a cancelled task ends on the server, and is not counted any more."""
-    async with AsyncClient(three.addresses) as client:
-        for prompt in ("silent", "held"):
-            task = asyncio.create_task(client.complete("lora1", prompt))
-            await until(lambda: any(service.open for service in three.services), "the request")
-            task.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await task
-            await until(lambda: not any(service.open for service in three.services), "its end")
-        assert open_streams(client) == 0
 
 
 def test_threads_share_a_client(three: Replicas, client: Client) -> None:

@@ -26,7 +26,6 @@ from loramux_shared.storage.base import Store
 from loramux_shared.storage.local import LocalStore
 from loramux_shared.storage.memory import MemoryStore
 from tests.support.adapters import tensors, write_adapter, write_base
-from tests.unit.cli.test_cli_json import documents
 
 DAY = timedelta(days=1)
 LATER = datetime.now(UTC) + timedelta(days=2)
@@ -227,16 +226,3 @@ def test_the_command(tmp_path):
     assert not list(store.list(f"bundles/sha256/{lost}"))
     read_bundle(store, digest(store, "one"))
     assert run(app, ["gc", "--store", address, "--grace", "soon"]).exit_code == 2
-
-
-def test_json_has_sizes_in_bytes(tmp_path: Path) -> None:
-    """``gc`` lists its findings with their sizes in bytes."""
-    digest = "ab" * 32
-    orphan = tmp_path / f"bundles/sha256/{digest}/model.lora_weights.npy"
-    orphan.parent.mkdir(parents=True)
-    orphan.write_bytes(b"x" * 10)
-    [spared] = documents("gc", "--store", f"file://{tmp_path}")
-    assert (spared["orphans"], len(spared["spared"])) == ([], 1)
-    [removed] = documents("gc", "--store", f"file://{tmp_path}", "--grace", "0", "--delete")
-    [found] = removed["orphans"]
-    assert (found["kind"], found["name"], found["bytes"], found["removed"]) == ("bundle", digest, 10, True)

@@ -62,17 +62,6 @@ def test_import_bundle_wants_npy_files(folder: Path) -> None:
     assert (code, "adapter_config.json" in errors) == (1, True)
 
 
-@pytest.mark.parametrize("published", [(), ("--deployment", "imported")])
-def test_import_bundle_refuses_names_that_are_none(folder: Path, published: tuple[str, ...]) -> None:
-    """A check refuses a bad name too, so that a name that was checked can be published."""
-    write(folder / "npy", [(1, 0, 4)])
-    code, _, errors = run(
-        "import-bundle", folder / "npy", "--base", folder / "base", "--name", ".x", *published
-    )
-    assert code == 1
-    assert "Begin with a letter, a digit, _ or :" in errors
-
-
 def test_import_bundle_publishes_a_deployment_of_one(folder: Path, fakes: Fakes) -> None:
     """An import with a deployment's name is a build of that one adapter."""
     write(folder / "npy", [(1, 0, 4)])

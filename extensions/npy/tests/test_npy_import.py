@@ -166,12 +166,6 @@ def test_magnitudes_are_taken_as_they_are(bench: Bench) -> None:
         np.testing.assert_array_equal(row.vectors[0].astype(np.float32), part)
 
 
-def test_a_fused_row_beside_a_part_of_it_is_refused(bench: Bench) -> None:
-    """attn_qkv and attn_k in one layer would adapt k twice."""
-    write(bench.npy, [(0, 0, 4), (2, 0, 4)])
-    assert bench.errors() == [("E_PAIR", "row 1")]
-
-
 @pytest.mark.parametrize(
     "value",
     [
@@ -216,15 +210,3 @@ def test_a_zero_b_that_could_be_padding_is_refused(bench: Bench) -> None:
 
     write(bench.npy, [(1, 0, 4)], change=no_b)
     assert [code for code, _ in bench.errors()] == ["E_RANK_SHAPE"]
-
-
-@pytest.mark.parametrize(("rank", "parts"), [(1, 1), (2, 2), (4, 1)])
-def test_a_fused_row_whose_last_parts_are_not_adapted_is_taken(bench: Bench, rank: int, parts: int) -> None:
-    """Zeros for k and v, or for v alone, are no padding: there B ends with a part."""
-    end = rank * (HIDDEN + (Q, Q + KV)[parts - 1])
-
-    def only_first(weights: Any, config: Any) -> None:
-        weights[0, end:] = 0
-
-    write(bench.npy, [(0, 0, rank)], change=only_first)
-    assert bench.errors() == []

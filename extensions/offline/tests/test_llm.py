@@ -60,14 +60,6 @@ def test_answers_come_in_the_order_of_the_prompts(llm: LLM, world: World) -> Non
     assert [model.name for model in llm.models()] == ["base", *sorted(world.adapters)]
 
 
-def test_vectors_are_those_of_their_texts(llm: LLM) -> None:
-    """Each text has a vector, of the model that is named; the base's differ from an adapter's."""
-    ours, theirs = llm.embed(["hello", "bye"]), llm.embed(["hello", "bye"], next(iter(llm.models()[1:])).name)
-    assert len(ours.vectors) == 2
-    assert ours.vectors[0] != ours.vectors[1]
-    assert ours.vectors != theirs.vectors
-
-
 def test_a_refused_prompt_ends_the_call_or_stands_in_its_place(llm: LLM) -> None:
     """The fault names the prompt; with return_exceptions the others are answered."""
     prompts: list[Any] = ["hello", [10**6], "bye"]
@@ -77,17 +69,6 @@ def test_a_refused_prompt_ends_the_call_or_stands_in_its_place(llm: LLM) -> None
     assert [isinstance(answer, Fault) for answer in answers] == [False, True, False]
     with pytest.raises(ModelNotFound, match="nobody"):
         llm.generate(["hello"], "nobody")
-
-
-@pytest.mark.parametrize(
-    ("prompts", "models", "found"),
-    [("hello", "", "one text"), (["a", "b"], ["base"], "1 names"), (["a"], ["base", "base"], "2 names")],
-)
-def test_arguments_that_do_not_fit_are_refused(llm: LLM, prompts: Any, models: Any, found: str) -> None:
-    """A single text is refused as a list; there must be as many names as prompts."""
-    with pytest.raises(RequestInvalid) as refused:
-        llm.generate(prompts, models)
-    assert refused.value.findings[0].found == found
 
 
 class Interrupting(Sequence[str]):
@@ -126,12 +107,3 @@ def test_a_start_that_fails_says_why_and_leaves_nothing(world: World, tmp_path: 
         LLM(world.deployment(), store=store, no_such_setting=1)
     with pytest.raises(DeploymentInvalid):
         LLM(base="file:no repository")
-
-
-def test_a_closed_model_says_so(world: World, tmp_path: Path) -> None:
-    """A deployment object is loaded too; close may be called twice, and a call after it is refused."""
-    with LLM(world.deployment(), store=f"file://{tmp_path}/store", **SETTINGS) as llm:
-        assert alone(llm, "hello", "base", max_tokens=2)
-    llm.close()
-    with pytest.raises(SettingsInvalid, match="closed"):
-        llm.models()

@@ -247,12 +247,6 @@ async def test_every_request_has_one_line(watched: Watched, lines: list[Any]) ->
     }
 
 
-async def test_a_request_over_grpc_has_a_line(watched: Watched, lines: list[Any]) -> None:
-    """The log line of a call has the id that Started carries."""
-    started, *_ = await watched.generate()
-    assert ended(lines)["request_id"] == started.started.request_id
-
-
 @pytest.mark.parametrize("watched", [True], indirect=True)
 async def test_texts_are_logged_where_that_is_asked(watched: Watched, lines: list[Any]) -> None:
     """The line has the prompt and every answer with LORAMUX_LOG_PROMPTS."""

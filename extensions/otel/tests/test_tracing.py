@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -62,28 +61,6 @@ def test_an_exporter_that_is_missing(
     assert tracing is None
     assert (line["log_level"], line["exporter"]) == ("warning", exporter)
     assert line["cure"].startswith("pip install 'loramux[otel]'")
-
-
-def _sends(path: Path, variables: dict[str, str]) -> None:
-    os.environ.update(variables)
-    sys.stdout = path.open("w")
-    tracing = open_tracing("loramux-test")
-    assert tracing is not None
-    with tracing.call("a call", {}, {"n": 1}):
-        pass
-    tracing.close()
-    sys.stdout.close()
-
-
-@pytest.mark.parametrize(("variable", "name"), [({}, "loramux-test"), ({"OTEL_SERVICE_NAME": "mine"}, "mine")])
-def test_spans_are_sent_when_it_closes(variable: dict[str, str], name: str, tmp_path: Path) -> None:
-    """A standard exporter gets the remaining spans at the end; OTEL_SERVICE_NAME overrides the default name."""
-    variables = {"OTEL_TRACES_EXPORTER": "console"} | variable
-    Forked(_sends, tmp_path / "out", variables).wait(BOUND_S)
-    sent = (tmp_path / "out").read_text()
-    assert "traces are exported" in sent
-    assert '"name": "a call"' in sent
-    assert f'"service.name": "{name}"' in sent
 
 
 def test_what_the_sdk_says_is_in_the_log() -> None:

@@ -17,7 +17,6 @@ import grpc
 import httpx
 import pytest
 import pytest_asyncio
-from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from inference_service.http.server import HttpServer
 from inference_service.rpc.servicer import SERVICE_NAME, InferenceServicer, register
@@ -192,19 +191,6 @@ def test_what_is_refused_has_its_reason_and_no_stack_trace(fleet: RayFleet, clie
         assert "Traceback" not in refused.value.details()
         with pytest.raises(grpc.RpcError, match="larger than 8388608 bytes"):
             list(stub.Generate(pb.GenerateRequest(model="a1", text="x" * (9 << 20)), timeout=BOUND_S))
-
-
-def test_health_is_told_as_our_own_apis_tell_it(fleet: RayFleet) -> None:
-    """Ray's proxy has our services in grpc.health.v1, and only those; HTTP has /health."""
-    with grpc.insecure_channel(fleet.rpc) as channel:
-        stub = health_pb2_grpc.HealthStub(channel)
-        for name in ("", "loramux.inference.v1.InferenceService", "loramux.builder.v1.BuilderService"):
-            answer = stub.Check(health_pb2.HealthCheckRequest(service=name), timeout=BOUND_S)
-            assert answer.status == health_pb2.HealthCheckResponse.SERVING
-        with pytest.raises(grpc.RpcError) as refused:
-            stub.Check(health_pb2.HealthCheckRequest(service="nothing"), timeout=BOUND_S)
-        assert refused.value.code() is grpc.StatusCode.NOT_FOUND
-    assert httpx.get(f"{fleet.url}/health", timeout=BOUND_S).status_code == 200
 
 
 def test_a_model_is_answered_where_its_adapter_is(fleet: RayFleet, client: Client) -> None:

@@ -112,14 +112,3 @@ async def test_without_keys_other_machines_are_refused(service: Service) -> None
         parts = answered(app, HttpCall(scope, b"", "10.0.0.7"), local_only=local_only)
         statuses += [part[0]["status"] async for part in parts]
     assert statuses == [403, 200]
-
-
-async def test_a_call_that_is_let_go_is_freed(service: Service) -> None:
-    """A call that the proxy closes leaves the engine."""
-    request = pb.GenerateRequest(
-        model="base", token_ids=pb.TokenIds(ids=PROMPT), sampling=pb.SamplingParams(max_tokens=200)
-    )
-    parts = bridge_of(service).run(RpcCall(GENERATE, request.SerializeToString(), (), None, "127.0.0.1"))
-    await anext(parts)
-    await parts.aclose()
-    await service.until_free()

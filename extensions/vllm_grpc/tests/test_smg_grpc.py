@@ -110,44 +110,6 @@ async def test_answers_are_those_of_the_replica(gateway: Gateway, model: str) ->
                 assert emitted == pytest.approx(real, abs=1e-5)
 
 
-@pytest.mark.parametrize("model", ["base", MODEL])
-async def test_streams_are_those_of_the_replica(gateway: Gateway, model: str) -> None:
-    """The pieces join to the answer, and the usage counts its tokens once."""
-    direct, _ = await gateway.both(model=model)
-    stream = await gateway.through.chat.completions.create(
-        model=model, messages=HELLO, stream=True, stream_options={"include_usage": True}, **GREEDY
-    )
-    chunks = [chunk async for chunk in stream]
-    pieces = [choice.delta.content or "" for chunk in chunks for choice in chunk.choices]
-    assert len(pieces) > 3
-    assert "".join(pieces) == direct.choices[0].message.content
-    assert chunks[-1].usage.completion_tokens == direct.usage.completion_tokens
-    plain = [
-        await each.completions.create(model=model, prompt="hello", **GREEDY)
-        for each in (gateway.direct, gateway.through)
-    ]
-    assert plain[0].choices[0].text == plain[1].choices[0].text
-
-
-@pytest.mark.parametrize("model", ["base", MODEL])
-async def test_vectors_are_those_of_the_replica(gateway: Gateway, model: str) -> None:
-    """The same numbers, and the same count of tokens."""
-    clients = (gateway.direct, gateway.through)
-    direct, through = [await each.embeddings.create(model=model, input="hello") for each in clients]
-    assert through.data[0].embedding == pytest.approx(direct.data[0].embedding, abs=1e-5)
-    assert through.usage.prompt_tokens == direct.usage.prompt_tokens
-
-
-async def test_a_client_that_goes_away_frees_its_sequence(gateway: Gateway) -> None:
-    """The gateway aborts the requests of a client that disconnects."""
-    stream = await gateway.through.chat.completions.create(
-        model="base", messages=HELLO, max_tokens=200, stream=True, extra_body={"ignore_eos": True}
-    )
-    await anext(aiter(stream))
-    await stream.close()
-    await gateway.apis.until_free()
-
-
 async def test_refusals_reach_the_client(gateway: Gateway) -> None:
     """The gateway reports that a model that is not served has no worker, and an error as the client's fault."""
     with pytest.raises(APIStatusError) as caught:

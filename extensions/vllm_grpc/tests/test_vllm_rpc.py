@@ -225,18 +225,6 @@ async def test_a_call_that_ends_early_frees_its_sequence(apis: VllmApis) -> None
     await apis.until_free()
 
 
-async def test_a_prompt_becomes_a_vector(apis: VllmApis) -> None:
-    """A vector has length 1, and is another with an adapter; an input that is no prompt is refused."""
-    tokens = engine.TokenizedInput(input_ids=PROMPT)
-    made = [await stub.Embed(engine.EmbedRequest(tokenized=tokens)) for stub in (apis.engine, apis.of_model)]
-    for each in made:
-        assert (each.prompt_tokens, each.embedding_dim, len(each.embedding)) == (4, 48, 48)
-        assert sum(number**2 for number in each.embedding) == pytest.approx(1.0, abs=1e-5)
-    assert made[0].embedding != made[1].embedding
-    assert (await failure(apis.engine.Embed(engine.EmbedRequest())))[2] == ["tokenized"]
-    assert (await failure(apis.engine.Embed(engine.EmbedRequest(tokenized=engine.TokenizedInput()))))[1]
-
-
 async def test_model_server_and_loads(apis: VllmApis) -> None:
     """A gateway reads these at registration, and every second."""
     for stub, name in ((apis.engine, "base"), (apis.of_model, MODEL)):
