@@ -1,4 +1,4 @@
-"""Hostile, broken and odd adapters, each judged by the whole pipeline."""
+"""Hostile, broken and odd adapters, each judged by the whole pipeline, and manifests byte for byte."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from loramux_shared.storage.memory import MemoryStore
 from tests.golden.hostile.exhibit import BASE, Exhibit, base
 from tests.golden.hostile.files import CANARY
 from tests.golden.hostile.museum import EXHIBITS
+from tests.golden.manifests.write import ADAPTERS, FOLDER, manifest
 from tests.support.folders import deployment_of, workshop
 
 LONGEST_FINDING = 2000
@@ -67,3 +68,9 @@ def test_exhibits_have_names_of_their_own() -> None:
     """Two exhibits of one name would hide one another in a report."""
     names = [exhibit.name for exhibit in EXHIBITS]
     assert sorted(set(names)) == sorted(names)
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_manifests_are_the_same_on_every_machine(name):
+    """The same adapter and settings give the same manifest, digests and norms included, byte for byte."""
+    assert manifest(name) == (FOLDER / f"{name}.json").read_bytes()

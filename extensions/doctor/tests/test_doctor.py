@@ -32,7 +32,7 @@ from tests.support.lowbit import KINDS, keep
 from tests.support.replicas import replicas
 from tests.support.tiny import make_world
 from tests.support.weights import adapter_of
-from tests.unit.bases.test_served_bases import REFUSED
+from tests.unit.bases.test_base_weights import REFUSED
 
 SETTINGS = InferenceSettings(deployment="none")
 LLAMA = {

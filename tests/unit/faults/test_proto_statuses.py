@@ -20,9 +20,12 @@ from inference_service.adapters.texts import AdapterTexts
 from inference_service.rpc.mapping import request_from_message
 from inference_service.rpc.pooling import requests_from_message
 from inference_service.serving.service import GenerationService
+from loramux_shared.codes import CODES, CURES
 from loramux_shared.faults import FAULTS
 from loramux_shared.rpc import calls
+from loramux_shared.rpc.status import unreachable
 from loramux_shared.sources.base import Source
+from scripts import docs, errors_doc
 from tests.support.root import ROOT
 
 PROTOS = sorted((ROOT / "protos").glob("loramux/*/v1/*.proto"))
@@ -134,3 +137,43 @@ def test_no_reason_is_missing() -> None:
     texts = "".join(path.read_text(encoding="utf-8") for path in PROTOS)
     named = {match["reason"] for match in (*_LINE.finditer(texts), *_MORE.finditer(texts))}
     assert set(FAULTS) - ELSEWHERE - named == set()
+
+
+PACKAGES = ("shared/loramux_shared", "builder_service", "loramux", "inference_service")
+
+
+def codes_in(path: Path) -> list[str]:
+    """The strings of a module that are codes."""
+    return re.findall(r'"([EW]_[A-Z0-9]+(?:_[A-Z0-9]+)*)"', path.read_text(encoding="utf-8"))
+
+
+def test_every_code_that_is_used_has_a_page_entry_and_the_reverse():
+    """A code without an explanation and an explanation without a code are both mistakes."""
+    of_npy_files = {"E_BAD_NPY", "W_GATE_UP"}  # which an extension reads
+    used = {
+        code
+        for package in PACKAGES
+        for path in (ROOT / package).rglob("*.py")
+        if path.name != "codes.py" and "v1" not in path.parts
+        for code in codes_in(path)
+    }
+    assert used | of_npy_files == set(CODES)
+
+
+def test_every_reason_has_a_cure_and_the_reverse():
+    """Every fault has a cure."""
+    assert set(CURES) == set(FAULTS)
+
+
+def test_the_page_is_what_the_codes_say():
+    """docs/reference/errors.md is generated, and names every code and every reason."""
+    page = errors_doc.page()
+    assert (docs.DOCS / "reference" / "errors.md").read_text() == page
+    assert all(f"- `{name}`: " in page for name in (*CODES, *FAULTS))
+
+
+def test_who_died_in_the_middle_is_not_asked_for_tls() -> None:
+    """A closed connection is a sign of TLS while it is made, and none after something was heard."""
+    connecting = "failed to connect to all addresses; last error: UNAVAILABLE: ipv4:1.2.3.4:1: Socket closed"
+    assert unreachable("a:1", connecting).endswith("Does it speak TLS? Then its address is grpcs://a:1")
+    assert unreachable("a:1", "Stream removed (Socket closed)").endswith("Is it running?")

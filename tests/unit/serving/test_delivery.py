@@ -1,16 +1,22 @@
-"""The delivery of outputs to their streams: a few at once, many in slices, and never lost or reordered."""
+"""The delivery of outputs to their streams, and answers made of outputs that come together."""
 
 from __future__ import annotations
 
 import asyncio
 import math
 import threading
+from collections.abc import Sequence as Seq
 
 import pytest
+from tokenizers import Tokenizer, decoders, models
 
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import EndReason, Sequence, StepOutput, Token
+from inference_service.serving.answer import Answer
 from inference_service.serving.delivery import SLICE, Delivery, Outputs
+from inference_service.serving.request import AnswerDelta, AnswerFinished, Event
+from inference_service.text.text import StopTexts, Text
+from loramux_shared.faults import InternalFault
 from tests.support.waiting import BOUND_S, bounded, ended, until
 from tests.unit.serving.threads import Device, Threads, following, submit
 
@@ -117,3 +123,57 @@ async def test_a_first_token_takes_others_along_only_where_they_are_few(
     assert await thread.stop() is None
     for task in waiting:
         task.cancel()
+
+
+WORDS = ("a", "b", "c", "d", "</s>")
+END = WORDS.index("</s>")
+
+
+def _answer(stops: Seq[str] = (), *, keep: bool = False) -> Answer:
+    tokenizer = Tokenizer(models.WordLevel(dict(zip(WORDS, range(len(WORDS)), strict=True)), unk_token="a"))  # noqa: S106 - a word
+    tokenizer.decoder = decoders.Fuse()
+    text = Text(tokenizer, None, len(WORDS))
+    seq = Sequence("0", [0], SamplingParams(max_tokens=9, stop_token_ids=frozenset({END})))
+    return Answer(0, seq, text.detokenizer([0]), StopTexts(stops, keep=keep))
+
+
+def _outputs(tokens: Seq[int], finish: EndReason | None = None) -> list[StepOutput]:
+    outputs = [StepOutput("0", Token(token)) for token in tokens]
+    outputs[-1] = outputs[-1]._replace(finish=finish)
+    return outputs
+
+
+def _reported(events: Seq[Event]) -> tuple[str, list[int], EndReason | None]:
+    """Return the text of events, the ids of their tokens, and how they end."""
+    deltas = [event for event in events if isinstance(event, AnswerDelta)]
+    ends = [event.reason for event in events if isinstance(event, AnswerFinished)]
+    ids = [token.id for delta in deltas for token in delta.tokens]
+    return "".join(delta.text for delta in deltas), ids, ends[0] if ends else None
+
+
+@pytest.mark.parametrize(
+    ("stops", "keep", "expected"),
+    [
+        ((), False, ("abc", [0, 1, 2, END], EndReason.STOP)),
+        ((), True, ("abc</s>", [0, 1, 2, END], EndReason.STOP)),
+        (("x",), False, ("abc", [0, 1, 2, END], EndReason.STOP)),
+        (("b",), False, ("a", [0, 1], EndReason.STOP)),
+        (("ab",), True, ("ab", [0, 1], EndReason.STOP)),
+    ],
+)
+@pytest.mark.parametrize("together", [1, 2, 4])
+def test_how_many_tokens_come_together_changes_nothing(
+    stops: Seq[str], *, keep: bool, expected: object, together: int
+) -> None:
+    """The text, the tokens up to a stop text, and the end are those of tokens that come one by one."""
+    answer, outputs = _answer(stops, keep=keep), _outputs([0, 1, 2, END], EndReason.STOP)
+    batches = [outputs[start : start + together] for start in range(0, len(outputs), together)]
+    assert _reported([event for each in batches for event in answer.advance(each)]) == expected
+
+
+def test_a_stop_text_ends_an_answer_before_the_failure_behind_it() -> None:
+    """A sequence that fails in the delivery in which its answer ended has no failure."""
+    outputs = [*_outputs([0, 1]), StepOutput("0", None, EndReason.FAILED)]
+    assert _reported(_answer(["b"]).advance(outputs)) == ("a", [0, 1], EndReason.STOP)
+    with pytest.raises(InternalFault):
+        _answer(["c"]).advance(outputs)

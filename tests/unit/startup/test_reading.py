@@ -1,9 +1,12 @@
-"""The speed of reading weights: measured at the start, within a bound."""
+"""The speed of reading weights, measured at the start, and the allocator of a replica."""
 
 from __future__ import annotations
 
+import ctypes
+import threading
 from collections.abc import Iterator
 from itertools import chain, repeat
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -13,7 +16,7 @@ import torch
 from inference_service.backends.base import Backend
 from inference_service.core.computing import Computing
 from inference_service.layers.linear import Linear
-from inference_service.startup import base
+from inference_service.startup import base, memory as heap
 from inference_service.startup.base import BOUND_S, bytes_per_s
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.runtime import Rounding
@@ -98,3 +101,36 @@ def test_what_is_known_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
     assert both.reading == "0.27 GB of weights a token, 19 GB/s measured: at best 14.2 ms a token"
     assert Computing(bytes_per_s=19e9).reading == "19 GB/s measured"
     assert Computing().reading == ""
+
+
+def anonymous() -> int:
+    """Bytes of this process that lie in no file."""
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("Anonymous:"))
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="another libc")
+def test_what_a_thread_freed_is_the_systems_again() -> None:
+    """Pieces too small to be mapped alone are given back, though the last of them is still there."""
+    heap.bound_arenas()
+    libc = ctypes.CDLL(None)
+    libc.malloc.restype = ctypes.c_void_p
+    libc.free.argtypes = [ctypes.c_void_p]
+    pieces: list[int] = []
+
+    def load() -> None:
+        pieces.extend(libc.malloc(60_000) for _ in range(1000))
+        for piece in pieces:
+            ctypes.memset(piece, 1, 60_000)
+        for piece in pieces[:-1]:
+            libc.free(piece)
+
+    before = anonymous()
+    thread = threading.Thread(target=load)
+    thread.start()
+    thread.join()
+    full = anonymous()
+    heap.give_back()
+    libc.free(pieces[-1])
+    assert full - before > 50_000_000
+    assert anonymous() - before < 10_000_000
