@@ -1,4 +1,4 @@
-"""Aliases, limits and drafts wherever they stand, and repositories in one word."""
+"""Aliases, limits and drafts in files, messages, generations and keys; and repositories in one word."""
 
 from __future__ import annotations
 
