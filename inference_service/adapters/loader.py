@@ -26,9 +26,9 @@ from inference_service.lora.packed import PackedAdapter
 from inference_service.lora.places import ALIGNMENT
 from inference_service.lora.weights import AdapterWeights, load_adapter, values_of
 from inference_service.models.decoder import Decoder
-from inference_service.proof.replay import replay
 from loramux_shared.bundle.manifest import REBUILD
 from loramux_shared.bundle.reader import Bundle
+from loramux_shared.extensions import need_extension
 from loramux_shared.faults import BundleCorrupt, Fault, InternalFault, ResourcesExhausted, ShuttingDown
 
 log = structlog.get_logger()
@@ -113,6 +113,7 @@ class Packer:
             lora.copy(packed, 0)
             lora.enter(0, 0, packed)
             adapter = Adapter(bundle.digest, 0)
+            replay = need_extension("prove.replay", "a bundle with a proof").replay
             replayed = replay(short, manifest.proof, manifest, adapter, lora, self._model, self._block_size)
         log.info(
             "adapter passed its proof",

@@ -14,10 +14,10 @@ from inference_service.core.adapter import Adapter
 from inference_service.lora.packed import PackedAdapter
 from inference_service.lora.places import taken_by
 from inference_service.lora.weights import AdapterWeights, load_adapter
-from inference_service.proof.replay import replay
 from inference_service.startup.base import LoadedBase, checkpoint
 from loramux_shared.bundle.generation import Generation
 from loramux_shared.bundle.reader import Bundle, read_bundle
+from loramux_shared.extensions import need_extension
 from loramux_shared.storage.base import Store
 
 log = structlog.get_logger()
@@ -67,6 +67,7 @@ def _prove(name: str, bundle: Bundle, base: LoadedBase, block_size: int) -> None
     weights = load_adapter(bundle, config.layer_groups, model.dtype, lora.home)
     packed = lora.pack(weights)
     [slot] = hold_packed(lora, [packed], packed.max_rank)
+    replay = need_extension("prove.replay", "a bundle with a proof").replay
     replayed = replay(name, manifest.proof, manifest, Adapter(bundle.digest, slot), lora, model, block_size)
     log.info("adapter passed its proof", adapter=name, effect=replayed.effect, logprob=replayed.logprob)
 

@@ -16,7 +16,6 @@ from loramux.cli.change import add, push, remove
 from loramux.cli.check import check
 from loramux.cli.deployments import cancel, deployments, history, rollback, watch
 from loramux.cli.exits import tell_uncaught
-from loramux.cli.kernels import kernels
 from loramux.cli.local.demo import demo
 from loramux.cli.local.services import builder, serve
 from loramux.cli.local.up import up
@@ -34,7 +33,7 @@ app = typer.Typer(
 for function in (
     *(demo, up, build, watch, cancel, deployments, check, prove),
     *(add, remove, push, history, rollback),
-    *(models, pin, unpin, serve, builder, kernels, health),
+    *(models, pin, unpin, serve, builder, health),
 ):
     app.command()(function)
 app.add_typer(keys.app, name="keys")

@@ -42,14 +42,14 @@ def load_extensions(group: str) -> dict[str, Any]:
 
 
 def need_extension(name: str, what: str) -> Any:
-    """Return the module of an extension for what needs it.
+    """Return the module of an extension for what needs it; of one with several, NAME.MODULE.
 
     Raises:
         SettingsInvalid: it is not installed.
     """
     found = find_extensions(PARTS)
     if name not in found:
-        raise absent(what, name)
+        raise absent(what, name.partition(".")[0])
     return found[name].load()
 
 

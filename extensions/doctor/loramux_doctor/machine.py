@@ -82,7 +82,7 @@ def look_at_inference(folder: Path) -> Inference | str:
     """
     if importlib.util.find_spec("torch") is None:
         return "torch is not installed: pip install 'loramux[inference]'"
-    command = [sys.executable, "-m", "inference_service.doctor", str(folder)]
+    command = [sys.executable, "-m", "loramux_doctor.replica", str(folder)]
     # Without a deadline: the first start compiles operations, for as long as that takes here.
     done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - our own module
     if done.returncode:

@@ -20,8 +20,8 @@ from typing import Any, Final
 
 import torch
 
-from inference_service.proof.fingerprint import effect_of
 from loramux_prove.adapter_source import read_adapter
+from loramux_prove.fingerprint import effect_of
 from loramux_prove.reference import Reference, Run
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bases.read import read_config

@@ -16,10 +16,10 @@ from torch.nn.functional import gelu, silu
 
 from inference_service.layers.rope import frequencies
 from inference_service.models.checkpoint import Checkpoint
-from inference_service.proof.fingerprint import EMBEDDING, HEAD
 from loramux_prove import delta
 from loramux_prove.adapter_source import SourceAdapter
 from loramux_prove.factors import ReferenceFactors
+from loramux_prove.fingerprint import EMBEDDING, HEAD
 from loramux_prove.vocabulary_source import OwnRows, OwnTable, embedded, headed
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bases.layers import AttentionLayer, DeltaLayer, ExpertsLayer, InputLayer, MlpLayer

@@ -13,8 +13,8 @@ from typing import Any, Final, TypeAlias
 import torch
 from torch import Tensor
 
-from inference_service.proof.fingerprint import EMBEDDING, HEAD
 from loramux_prove.factors import ReferenceFactors, scale_of
+from loramux_prove.fingerprint import EMBEDDING, HEAD
 from loramux_shared.bases.config import ModelConfig
 
 _MODULES: Final = {"embed_tokens": EMBEDDING, "lm_head": HEAD}

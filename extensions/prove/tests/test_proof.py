@@ -20,11 +20,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from builder_service.pipeline.build import build
 from builder_service.pipeline.context import BuildContext
 from builder_service.pipeline.progress import Progress
-from inference_service.proof.fingerprint import difference
 from inference_service.startup.load import Ready
 from loramux_prove import building
 from loramux_prove.__main__ import prove
 from loramux_prove.adapter_source import SourceAdapter, read_adapter
+from loramux_prove.fingerprint import difference
 from loramux_prove.reference import Reference
 from loramux_shared.bases.read import read_config
 from loramux_shared.bundle.deployments import current_generation, publish_generation

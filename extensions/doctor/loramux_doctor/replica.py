@@ -1,4 +1,4 @@
-"""``python -m inference_service.doctor FOLDER``: what a replica of a base would run on here, as JSON on stdout.
+"""``python -m loramux_doctor.replica FOLDER``: what a replica of a base would run on here, as JSON on stdout.
 
 FOLDER holds the base's ``config.json``. Either form is the answer::
 

@@ -38,7 +38,7 @@ def kernels(
     """
     require_triton("triton")
     sizes = [str(max_lora_rank), *([str(max_seq_len)] if max_seq_len else [])]
-    command = [sys.executable, "-m", "inference_service.startup.compile_kernels", str(base), arch, str(out)]
+    command = [sys.executable, "-m", "loramux_kernels.compiling", str(base), arch, str(out)]
     with shell.working(f"compiling for {arch}"):
         done = subprocess.run([*command, *sizes], stdout=subprocess.PIPE, text=True, check=False)  # noqa: S603 - our own module
     if done.returncode:

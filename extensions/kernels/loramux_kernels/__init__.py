@@ -1,0 +1,1 @@
+"""Kernels for a GPU, compiled for an image on a machine without one."""
