@@ -48,7 +48,7 @@ def test_no_file_of_the_core_imports_an_extension(tree: Path) -> None:
     """The core, its tests and their support import no extension; a benchmark may do so at run time."""
     assert MODULES
     files = [path for path in tree.rglob("*.py") if path.parts[len(tree.parts)] != "benchmarks"]
-    assert len(files) > 900
+    assert len(files) > 500  # the core is there
     assert not [path for path in files if IMPORTS.search(path.read_text())]
 
 
