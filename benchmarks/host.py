@@ -45,9 +45,8 @@ from inference_service.engine.graphs import Graph
 from inference_service.engine.queues import SchedulerLimits
 from inference_service.engine.residents import AlwaysResident
 from inference_service.engine.trace import TraceRecorder
-from inference_service.kernels.launch import compiling_for
+from inference_service.kernels.launch import Target, compiling_for
 from inference_service.lora.vocabulary import Vocabularies
-from inference_service.startup.compile_kernels import Target
 from loramux_shared.bases.rope import HeadCounts
 
 Kind = Literal["decode", "starved", "crowded"]

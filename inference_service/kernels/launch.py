@@ -155,3 +155,24 @@ def require(
         raise ValueError(f"{name} must be {dtype}, got {tensor.dtype}")
     if device is not None and tensor.device != device:
         raise ValueError(f"{name} must be on {device}, got {tensor.device}")
+
+
+class Target:
+    """Triton's driver of a GPU that is not here: it compiles, and launches nothing."""
+
+    def __init__(self, architecture: int) -> None:
+        self._architecture = architecture
+
+    def get_current_device(self) -> int:
+        """The only one."""
+        return 0
+
+    def get_current_stream(self, _device: int) -> int:
+        """The only one."""
+        return 0
+
+    def get_current_target(self) -> Any:
+        """Return the architecture, as Triton names it."""
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self._architecture, 32)

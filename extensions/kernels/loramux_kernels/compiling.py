@@ -25,7 +25,7 @@ from inference_service.backends.triton import TritonLora, TritonOperations
 from inference_service.engine.graph_runner import GraphRunner
 from inference_service.engine.graphs import Graph
 from inference_service.engine.queues import SchedulerLimits
-from inference_service.kernels.launch import ARCHITECTURES, Launch, compiling_for, intercepted
+from inference_service.kernels.launch import ARCHITECTURES, Launch, Target, compiling_for, intercepted
 from inference_service.models.decoder import Decoder
 from inference_service.startup.choose import CACHE_DTYPES, compute_dtype
 from loramux_shared.bases.config import ModelConfig
@@ -35,7 +35,6 @@ from loramux_shared.settings import InferenceSettings, load_settings
 
 PREFIX: Final = "sm_"
 META: Final = torch.device("meta")
-WARP: Final = 32
 SLOTS: Final = 64
 BLOCKS: Final = 64
 """Slots and cache blocks of a replica that runs nothing: no kernel is another one for their number."""
@@ -73,27 +72,6 @@ class _Once:
 
     def replay(self) -> None:
         """Nothing was recorded."""
-
-
-class Target:
-    """Triton's driver of a GPU that is not here: it compiles, and launches nothing."""
-
-    def __init__(self, architecture: int) -> None:
-        self._architecture = architecture
-
-    def get_current_device(self) -> int:
-        """The only one."""
-        return 0
-
-    def get_current_stream(self, _device: int) -> int:
-        """The only one."""
-        return 0
-
-    def get_current_target(self) -> Any:
-        """Return the architecture, as Triton names it."""
-        from triton.backends.compiler import GPUTarget
-
-        return GPUTarget("cuda", self._architecture, WARP)
 
 
 def compile_kernels(
