@@ -1,0 +1,143 @@
+"""A callback of transformers' trainers that pushes checkpoints as versions of an adapter.
+
+https://huggingface.co/docs/transformers/main_classes/callback
+"""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import structlog
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from loramux.client import BUILDER, INFERENCE, AsyncClient
+from loramux_arena.contest import Contest
+from loramux_arena.kept import AnswerFile
+from loramux_arena.paired import Paired
+from loramux_arena.plan import Plan
+from loramux_arena.questions import Question, read_questions, with_reference
+from loramux_arena.standings import standings
+from loramux_shared.faults import Fault, RequestInvalid
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True)
+class PushedCheckpoint:
+    """A checkpoint that was pushed, or why it was not."""
+
+    step: int
+    digest: str = ""
+    """sha256 of the bundle's manifest, in hex."""
+    generation: int = 0
+    promoted: bool = False
+    """Whether the adapter's name stands for it since then."""
+    compared: Paired | None = None
+    """Log probabilities per token of the references, against the version before."""
+    failure: Fault | None = None
+
+
+class PushAdapter(TrainerCallback):  # type: ignore[misc]  # transformers has no types here
+    """Push the adapter whenever a trainer saves a checkpoint, or after each evaluation.
+
+    With prompts that have references, the version is first served as ``NAME-candidate``, and promoted to NAME
+    unless it is worse than the present one: the references are less likely, beyond chance at 95 %. A push that
+    fails is a warning, and training goes on. `pushed` has all of them.
+    """
+
+    def __init__(
+        self,
+        deployment: str,
+        name: str,
+        *,
+        builder: str = BUILDER,
+        inference: str = INFERENCE,
+        prompts: Path | str | None = None,
+        on: Literal["save", "evaluate"] = "save",
+    ) -> None:
+        """Push to a deployment, of which a replica is asked where prompts are given.
+
+        Raises:
+            RequestInvalid: the file of prompts has a line that is no prompt, or no reference.
+        """
+        self._deployment = deployment
+        self._name = name
+        self._builder = builder
+        self._inference = inference
+        self._on = on
+        self._questions: list[Question] = []
+        if prompts is not None:
+            self._questions = list(with_reference(read_questions(Path(prompts), "")))
+            if not self._questions:
+                raise RequestInvalid(
+                    f"{prompts}: expected prompts with a reference, found none. Add the right answers."
+                )
+        self.pushed: list[PushedCheckpoint] = []
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Push the checkpoint that was saved."""
+        del control
+        if self._on == "save" and state.is_world_process_zero:
+            self._take(Path(args.output_dir, f"checkpoint-{state.global_step}"), state.global_step)
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model: Any, **_: Any
+    ) -> None:
+        """Push the adapter as it is now."""
+        del args, control
+        if self._on == "evaluate" and state.is_world_process_zero:
+            with tempfile.TemporaryDirectory() as folder:
+                model.save_pretrained(folder)
+                self._take(Path(folder), state.global_step)
+
+    def _take(self, folder: Path, step: int) -> None:
+        try:
+            with ThreadPoolExecutor(1) as thread:  # a notebook has an event loop of its own
+                pushed = thread.submit(asyncio.run, self._push(folder, step)).result()
+        except Fault as fault:
+            log.warning("checkpoint was not pushed", step=step, reason=fault.reason, problem=str(fault))
+            self.pushed.append(PushedCheckpoint(step, failure=fault))
+            return
+        compared = round(pushed.compared.difference, 4) if pushed.compared else None
+        log.info(
+            "checkpoint pushed", step=step, digest=pushed.digest[:12], promoted=pushed.promoted, better=compared
+        )
+        self.pushed.append(pushed)
+
+    async def _push(self, folder: Path, step: int) -> PushedCheckpoint:
+        async with AsyncClient(builder=self._builder, inference=self._inference) as client:
+            if not self._questions or self._name not in {model.name for model in await client.models()}:
+                info = await client.push(self._deployment, self._name, folder)
+                return PushedCheckpoint(step, info.digest, info.generation, promoted=True)
+            candidate = f"{self._name}-candidate"
+            info = await client.push(self._deployment, candidate, folder)
+            try:
+                compared = await self._compared(client, candidate, info.generation)
+                promoted = compared.interval.high >= 0
+                if promoted:
+                    info = await client.push(self._deployment, self._name, folder)
+            finally:
+                await client.update(self._deployment, remove=[candidate])
+            return PushedCheckpoint(step, info.digest, info.generation, promoted, compared)
+
+    async def _compared(self, client: AsyncClient, candidate: str, generation: int) -> Paired:
+        """Return how likely a candidate finds the references, against the present version."""
+        plan = Plan((self._name, candidate), self._name, max_tokens=0, likelihood=True)
+        async for _ in client.generate(
+            candidate, self._questions[0].prompt, max_tokens=1, min_generation=generation
+        ):
+            pass  # served from here on
+        with tempfile.TemporaryDirectory() as folder, AnswerFile(Path(folder, "answers")) as answers:
+            contest = Contest(client, plan, self._questions, answers)
+            await contest.meet()
+            await contest.score_likelihoods()
+        report = standings(plan, self._questions, contest.found)
+        [score] = report.scores
+        if not score.comparisons:
+            raise RequestInvalid(f"no reference could be scored: {report.failures[0].message}")
+        return score.comparisons[0].paired
