@@ -1,0 +1,1 @@
+"""Webhooks of a hub, which update adapters."""

@@ -1,0 +1,203 @@
+"""Events of Hugging Face's webhooks, and the updates that follow from them.
+
+https://huggingface.co/docs/hub/webhooks: a POST with the secret in ``X-Webhook-Secret``, repeated until a 2xx.
+"""
+
+from __future__ import annotations
+
+import hmac
+import json
+import re
+import threading
+import time
+from collections.abc import Callable, Collection, Mapping
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import TracebackType
+from typing import Any, Final, Self
+
+import structlog
+
+from loramux.client import Client
+from loramux.records import DeploymentState
+from loramux_shared.deployment import Repository, SourceKind
+from loramux_shared.faults import Fault, Status
+from loramux_shared.rpc.options import listen
+
+log = structlog.get_logger()
+
+MAX_BODY: Final = 1 << 20
+TIMEOUT_S: Final = 20.0
+"""Seconds for which a connection may be silent."""
+RETRY_S: Final = 30.0
+"""Seconds before an update is repeated that the builder had no room or no store for."""
+MAIN: Final = "main"
+_COMMIT: Final = re.compile(r"[0-9a-f]{40}")
+_PASSING: Final = (Status.UNAVAILABLE, Status.RESOURCE_EXHAUSTED, Status.ABORTED, Status.DEADLINE_EXCEEDED)
+
+
+class Followed:
+    """The adapters of a deployment file that follow a branch or tag of a repository on the hub."""
+
+    def __init__(self, adapters: Mapping[str, Repository]) -> None:
+        self.adapters = {
+            name: each
+            for name, each in adapters.items()
+            if each.source is SourceKind.HF and not _COMMIT.fullmatch(each.revision)
+        }
+
+    def touched(self, event: Any) -> dict[str, Repository]:
+        """Return the adapters that an event is about; an event without refs is about all of a repository."""
+        if not isinstance(event, dict):
+            return {}
+        about, repo, refs = (event.get(key) for key in ("event", "repo", "updatedRefs"))
+        if not isinstance(about, dict) or not str(about.get("scope", "")).startswith("repo.content"):
+            return {}
+        name = str(repo.get("name", "")) if isinstance(repo, dict) else ""
+        changed = None
+        if isinstance(refs, list) and refs:
+            changed = {str(each.get("ref", "")).split("/", 2)[-1] for each in refs if isinstance(each, dict)}
+        return {
+            adapter: each
+            for adapter, each in self.adapters.items()
+            if each.repo.casefold() == name.casefold()
+            and (changed is None or (each.revision or MAIN) in changed)
+        }
+
+
+class Updates:
+    """Updates of a deployment's adapters, each after its last event was some seconds ago; in one thread."""
+
+    def __init__(
+        self,
+        client: Client,
+        deployment: str,
+        debounce_s: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._client = client
+        self._deployment = deployment
+        self._debounce_s = debounce_s
+        self._clock = clock
+        self._due: dict[str, tuple[float, Repository]] = {}
+        self._news = threading.Condition()
+        self._ended = False
+        self._thread = threading.Thread(target=self._run, name="updates", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self._news:
+            self._ended = True
+            self._news.notify()
+        self._thread.join(TIMEOUT_S)
+
+    def note(self, adapters: Mapping[str, Repository], after_s: float | None = None) -> None:
+        """Have adapters updated once they were quiet for the time."""
+        due = self._clock() + (self._debounce_s if after_s is None else after_s)
+        with self._news:
+            self._due |= {name: (due, repository) for name, repository in adapters.items()}
+            self._news.notify()
+
+    def take(self) -> dict[str, Repository]:
+        """Return the adapters whose time has come, which are no longer noted."""
+        now = self._clock()
+        with self._news:
+            found = {name: repository for name, (due, repository) in self._due.items() if due <= now}
+            for name in found:
+                del self._due[name]
+        return found
+
+    def publish(self, adapters: Mapping[str, Repository]) -> None:
+        """Update adapters, and return when that has ended; what fails for now is noted again."""
+        try:
+            self._client.update(self._deployment, adapters)
+            *_, last = self._client.watch(self._deployment)
+            if last.state is DeploymentState.FAILED and last.failure is not None:
+                raise last.failure
+        except Fault as fault:
+            log.warning("adapters not updated", adapters=[*adapters], reason=fault.reason, problem=str(fault))
+            if fault.status in _PASSING:
+                self.note(adapters, RETRY_S)
+        else:
+            log.info("adapters updated", adapters=[*adapters], generation=last.generation)
+
+    def _run(self) -> None:
+        while not self._ended:
+            if adapters := self.take():
+                self.publish(adapters)
+                continue
+            with self._news:
+                soonest = min((due for due, _ in self._due.values()), default=None)
+                if not self._ended:
+                    self._news.wait(None if soonest is None else max(0.0, soonest - self._clock()))
+
+
+class Receiver(ThreadingHTTPServer):
+    """The address that a hub posts events to."""
+
+    daemon_threads = True
+
+    def __init__(self, address: str, secret: str, followed: Followed, updates: Updates) -> None:
+        """Listen on ``HOST:PORT``.
+
+        Raises:
+            SettingsInvalid: the address is in use, or not one of this machine.
+        """
+        listening = listen(address)
+        super().__init__(listening.getsockname()[:2], _Handler, bind_and_activate=False)
+        self.socket.close()
+        self.socket = listening
+        self._secret = secret.encode()
+        self._followed = followed
+        self._updates = updates
+
+    @property
+    def address(self) -> str:
+        """Return where it listens."""
+        return f"{self.server_address[0]!s}:{self.server_address[1]}"
+
+    def take(self, secret: str, body: bytes) -> tuple[int, Collection[str]]:
+        """Return the status for an event, and the adapters that it is about."""
+        if not hmac.compare_digest(secret.encode(), self._secret):
+            return 403, ()
+        try:
+            event = json.loads(body)
+        except (ValueError, RecursionError):
+            return 400, ()
+        touched = self._followed.touched(event)
+        if touched:
+            self._updates.note(touched)
+        return 202, touched
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: Receiver
+    timeout = TIMEOUT_S
+
+    def do_POST(self) -> None:
+        """Take an event."""
+        length = self.headers.get("Content-Length", "")
+        if not length.isascii() or not length.isdigit() or int(length) > MAX_BODY:
+            return self._answer(413 if length.isdigit() else 411, ())
+        body = self.rfile.read(int(length))
+        status, adapters = self.server.take(self.headers.get("X-Webhook-Secret", ""), body)
+        return self._answer(status, adapters)
+
+    def do_GET(self) -> None:
+        """Answer probes."""
+        self._answer(200, ())
+
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the base class's name
+        """Log nothing: updates are logged."""
+
+    def _answer(self, status: int, adapters: Collection[str]) -> None:
+        data = json.dumps({"adapters": sorted(adapters)}).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
