@@ -44,6 +44,7 @@ from loramux_shared.sources.local import LocalSource
 from loramux_shared.sources.open import Sources
 from loramux_shared.storage.memory import MemoryStore
 from tests.support.adapters import tensors, write_adapter, write_base
+from tests.support.cases import cases
 from tests.support.openai_api import TEMPLATE
 from tests.support.tiny import make_world
 from tests.support.waiting import BOUND_S
@@ -65,40 +66,8 @@ ITEMS = [
     {"type": "function_call", "call_id": "c1", "name": "f", "arguments": "{}"},
     {"type": "function_call_output", "call_id": "c1", "output": "4"},
 ]
-BLOCKS: dict[str, Any] = {
-    "model": "wide",
-    "system": [{"type": "text", "text": "Be brief.", "cache_control": {"type": "ephemeral"}}],
-    "messages": [
-        {"role": "user", "content": [{"type": "text", "text": "What"}, {"type": "text", "text": "is it?"}]},
-        {
-            "role": "assistant",
-            "content": [{"type": "tool_use", "id": "c1", "name": "look", "input": {"at": 1}}],
-        },
-        {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "c1", "content": "4"}]},
-    ],
-    "tools": [{"name": "look", "description": "Look.", "input_schema": {"type": "object", "properties": {}}}],
-    "tool_choice": {"type": "auto", "disable_parallel_tool_use": True},
-    "thinking": {"type": "enabled", "budget_tokens": 1},
-}
-SAMPLED: dict[str, Any] = {
-    "n": 2,
-    "max_tokens": 2,
-    "temperature": 1.0,
-    "top_p": 0.9,
-    "top_k": 5,
-    "min_p": 0.01,
-    "min_tokens": 1,
-    "stop": ["END"],
-    "stop_token_ids": [7],
-    "seed": 3,
-    "presence_penalty": 0.5,
-    "frequency_penalty": 0.5,
-    "repetition_penalty": 1.1,
-    "logit_bias": {"5": 1.5},
-    "bad_words": ["END", " ab"],
-    "allowed_token_ids": [*range(3, 99)],
-    "include_stop_str_in_output": True,
-}
+BLOCKS: dict[str, Any] = cases(__file__, "BLOCKS")
+SAMPLED: dict[str, Any] = cases(__file__, "SAMPLED")
 ENDLESS = f"/{ADAPTERS}/WatchReplica"
 BODIES: Mapping[str, tuple[type[Body], dict[str, Any]]] = {
     "/v1/chat/completions": (
@@ -283,19 +252,7 @@ async def outcome(channel: grpc.aio.Channel, path: str, request: bytes) -> str:
     return fault.reason
 
 
-VALID: Mapping[str, str] = {
-    **dict.fromkeys(("/score", "/v1/score", "/rerank", "/v1/rerank", "/v2/rerank"), "invalid_value"),
-    **dict.fromkeys(("/classify", "/v1/classify"), "invalid_value"),
-    "/v1/responses/compact": "context_length_exceeded",
-    "/v1/load_lora_adapter": "no_builder",
-    "/v1/unload_lora_adapter": "no_builder",
-    "/v1/rollback": "no_builder",
-    f"/{INFERENCE}/Classify": "REQUEST_INVALID",
-    f"/{ADAPTERS}/LoadAdapter": "NO_BUILDER",
-    f"/{ADAPTERS}/UnloadAdapter": "NO_BUILDER",
-    f"/{ADAPTERS}/RollbackReplica": "NO_BUILDER",
-    f"/{BUILDER}/PutAdapter": "ADAPTER_INVALID",
-}
+VALID: Mapping[str, str] = cases(__file__, "VALID")
 """Reasons of valid requests that cannot succeed here: the replica knows no builder and no classifier, the
 question for a summary is longer than its sequences, and an upload has more than one message.
 """

@@ -11,34 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from builder_service.domain.config_fields import KNOWN
 from builder_service.domain.rules.adapter import check_adapter
 from loramux_shared.codes import CODES
 from tests.fuzz.mutate import TEXTS, bounded, json_text, mutated_json
 from tests.golden.hostile.configs import EXPONENTIAL, GIANT
-from tests.support.adapters import ADAPTER_CONFIG, write_adapter
+from tests.support.adapters import write_adapter
+from tests.support.cases import cases
 from tests.unit.domain.test_adapter_rules import book
 
-SEEDS: tuple[dict[str, Any], ...] = (
-    ADAPTER_CONFIG,
-    ADAPTER_CONFIG
-    | {
-        "rank_pattern": {"q_proj": 4, r".*\.v_proj": 4},
-        "alpha_pattern": {"self_attn.q_proj": 8.5},
-        "layers_to_transform": [0, 1],
-        "layers_pattern": "layers",
-        "exclude_modules": ["lm_head"],
-        "modules_to_save": ["embed_tokens"],
-        "trainable_token_indices": {"embed_tokens": [3, 5], "lm_head": [4]},
-        "ensure_weight_tying": True,
-        "use_rslora": True,
-    },
-    ADAPTER_CONFIG | {"target_modules": r".*\.self_attn\.[qv]_proj", "exclude_modules": r".*\.mlp\..*"},
-    dict.fromkeys(sorted(KNOWN)) | ADAPTER_CONFIG | {"alora_invocation_tokens": [1, 2, 3]},
-    ADAPTER_CONFIG | {"init_lora_weights": "pissa"},
-    ADAPTER_CONFIG | {"peft_type": "ADALORA", "init_r": 4, "rank_pattern": {"q_proj.lora_E": [True, False]}},
-    ADAPTER_CONFIG | {"peft_type": "LOKR", "alpha": 8, "rank_pattern": {"v_proj": 2}, "decompose_factor": 8},
-)
+SEEDS: tuple[dict[str, Any], ...] = cases(__file__, "SEEDS")
 PATTERNS = (*TEXTS, GIANT, "(?:a?){99}", "q_proj|v_proj", ".*", "(?i)Q_PROJ", "[", "(" * 50, "\\")
 
 

@@ -26,36 +26,12 @@ from loramux_shared.faults import (
     SettingsInvalid,
     Unauthenticated,
 )
+from tests.support.cases import cases
 from tests.support.https_server import served
 
 
 @pytest.mark.parametrize(
-    ("name", "answer", "reference", "agrees"),
-    [
-        ("exact", "Paris", "Paris", True),
-        ("exact", "Paris ", "Paris", False),
-        ("strip", " Paris\n", "Paris", True),
-        ("strip", "paris", "Paris", False),
-        ("casefold", " STRASSE", "straße ", True),
-        ("casefold", "Paris!", "Paris", False),
-        ("numeric", "First 3, then 1,200.50.", "1200.5", True),
-        ("numeric", "It is -7", "7", False),
-        ("numeric", "It is .5", "0.50", True),
-        ("numeric", "none", "7", False),
-        ("numeric", "9" * 10_000, "9" * 10_000, False),
-        ("numeric", "7", "none", False),
-        ("json", ' {"b": [1, 2.0], "a": null}', '{"a": null, "b": [1.0, 2]}', True),
-        ("json", "Sure:\n```json\n[1]\n```\nThere.", "[1]", True),
-        ("json", "[true]", "[1]", False),
-        ("json", "[1, 2]", "[2, 1]", False),
-        ("json", '{"a": 1}', '{"a": 1, "b": 2}', False),
-        ("json", "NaN", "NaN", False),
-        ("json", "[" * 100_000, "[]", False),
-        ("regex=#### (-?[0-9]+)", "so it is\n#### 42", "42", True),
-        ("regex=#### (-?[0-9]+)", "#### 42", "steps\n#### 42", True),
-        (r"regex=\b[A-D]\b", "Answer: B, not C", "B", True),
-        ("regex=[A-D]", "none of them", "none of them", False),
-    ],
+    ("name", "answer", "reference", "agrees"), cases(__file__, "test_agreement_has_a_name")
 )
 def test_agreement_has_a_name(name: str, answer: str, reference: str, agrees: bool) -> None:
     """Each score ignores the differences in its name, and no others."""

@@ -19,6 +19,7 @@ from inference_service.http.responses.items import carried, uncarried
 from inference_service.http.responses.mapping import SUMMED_UP
 from loramux_shared.faults import QueueFull, RateLimited, ReplicaFailed, RequestInvalid
 from loramux_shared.runtime import ReasoningParser
+from tests.support.cases import cases
 from tests.support.generations import change_deployed
 from tests.support.responses import check_events, check_response, read_stream
 from tests.support.talker import TalkerApi, open_talker
@@ -314,51 +315,7 @@ async def test_what_cannot_be_summed_up_is_refused(api: TalkerApi) -> None:
     assert (refused.status_code, refused.json()["error"]["message"]) == (400, NO_SUMMARY)
 
 
-REFUSED: list[tuple[dict[str, Any], str, str]] = [
-    ({"previous_response_id": "resp_1"}, "previous_response_id", "unsupported_parameter"),
-    ({"conversation": {"id": "c"}}, "conversation", "unsupported_parameter"),
-    ({"background": True}, "background", "unsupported_parameter"),
-    ({"prompt": {"id": "p"}}, "prompt", "unsupported_parameter"),
-    ({"input": [{"type": "item_reference", "id": "m"}]}, "input[0]", "unsupported_parameter"),
-    ({"input": [{"type": "computer_call_output", "call_id": "m"}]}, "input[0]", "unsupported_parameter"),
-    (
-        {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "data:"}]}]},
-        "input[0].content",
-        "unsupported_parameter",
-    ),
-    ({"input": [{"role": "boss", "content": ""}]}, "input[0].role", "invalid_value"),
-    ({"input": [{"role": "user", "content": "", "contnt": ""}]}, "input[0].contnt", "unknown_parameter"),
-    ({"input": [{"role": "user"}]}, "input[0].content", "missing_required_parameter"),
-    (
-        {"input": [{"type": "function_call_output", "call_id": "c", "output": ""}]},
-        "input[0].call_id",
-        "invalid_value",
-    ),
-    ({"input": []}, "input", "invalid_value"),
-    ({"input": 5}, "input", "invalid_value"),
-    ({"input": [5]}, "input[0]", "invalid_value"),
-    (
-        {"input": [{"type": "reasoning", "summary": [], "encrypted_content": "gAAAA"}]},
-        "input[0].encrypted_content",
-        "invalid_value",
-    ),
-    ({"tools": [{"type": "web_search"}]}, "tools[0]", "unsupported_parameter"),
-    ({"tools": [WEATHER], "tool_choice": {"type": "mcp"}}, "tool_choice", "unsupported_parameter"),
-    ({"tools": [WEATHER], "tool_choice": {"type": "function", "name": "x"}}, "tool_choice", "invalid_value"),
-    (
-        {"tools": [WEATHER], "tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": [TIME]}},
-        "tool_choice",
-        "invalid_value",
-    ),
-    ({"text": {"format": {"type": "json_schema", "name": "n"}}}, "text.format", "invalid_value"),
-    ({"text": {"verbosity": "low"}}, "text.verbosity", "unsupported_parameter"),
-    ({"text": 5}, "text", "invalid_value"),
-    ({"metadata": {"a": 1}}, "metadata.a", "invalid_value"),
-    ({"top_logprobs": 21}, "top_logprobs", "invalid_value"),
-    ({"include": ["x"]}, "include[0]", "invalid_value"),
-    ({"messages": []}, "messages", "unsupported_parameter"),
-    ({"temprature": 1}, "temprature", "unknown_parameter"),
-]
+REFUSED: list[tuple[dict[str, Any], str, str]] = cases(__file__, "REFUSED")
 
 
 @pytest.mark.parametrize(("fields", "param", "code"), REFUSED)

@@ -23,6 +23,7 @@ from inference_service.text.sandbox.process import SandboxProcess
 from inference_service.text.text import Text
 from loramux_shared.faults import RequestInvalid
 from loramux_shared.storage.memory import MemoryStore
+from tests.support.cases import cases
 from tests.support.grammars import mask_of
 from tests.support.service import until_free
 from tests.support.tiny import World
@@ -224,29 +225,7 @@ async def test_masks_along_a_draft_are_those_that_it_leads_to(ready: Ready) -> N
 
 
 @pytest.mark.parametrize(
-    ("kind", "text", "why"),
-    [
-        ("json_schema", "{", "not JSON"),
-        ("json_schema", "[1]", "list"),
-        ("json_schema", '{"type": "foo"}', "foo"),
-        ("json_schema", '{"not": {"type": "string"}}', "not"),
-        ("json_schema", '{"items":' * 900 + "{}" + "}" * 900, "JSON"),
-        ("json_schema", '{"$ref": "http://example.com/x.json"}', "into the schema itself"),
-        ("json_schema", '{"$ref": "#"}', "leads only to itself"),
-        ("json_schema", '{"oneOf": [{"type": "string"}, {"maxLength": 3}]}', "use anyOf"),
-        ("json_schema", '{"minLength": 99999999}', "minLength: 99999999, more than 100000"),
-        ("json_schema", '{"type": "string", "format": "date", "pattern": "a"}', "exclude each other"),
-        ("gbnf", "root ::= " + "(" * 3000 + '"a"' + ")" * 3000, "too deeply nested"),
-        ("gbnf", 'root ::= "a"{2,1}', "range end must be"),
-        ("regex", "a{99999999}", "{99999999} in a{99999999}"),
-        ("lark", 'start: "a"~99999999', "~99999999, more than"),
-        ("gbnf", "root ::= root", "leads only to itself"),
-        ("regex", "(", "unclosed"),
-        ("regex", "(?=a)b", "look-around"),
-        ("lark", "x: /a/", "start"),
-        ("lark", "start: r0\n" + "".join(f"r{i}: r{i + 1}\n" for i in range(3000)) + 'r3000: "a"', "nested"),
-        ("json_schema", '{"type": "integer", "multipleOf": 999983}', "more than 0.3 s"),
-    ],
+    ("kind", "text", "why"), cases(__file__, "test_a_constraint_that_cannot_be_used_is_refused_with_the_reason")
 )
 async def test_a_constraint_that_cannot_be_used_is_refused_with_the_reason(
     ready: Ready, kind: Kind, text: str, why: str

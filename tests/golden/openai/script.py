@@ -41,15 +41,6 @@ PATHS = {
     "message": "/v1/messages",
     "responses": "/v1/responses",
 }
-WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
-WEATHER_HERE = {"type": "function", "name": "weather", "parameters": {"type": "object"}}
-NAMESPACE = {
-    "type": "namespace",
-    "name": "sky",
-    "description": "The sky.",
-    "tools": [WEATHER_HERE, WEATHER_HERE | {"name": "no name"}],
-}
-CHAT_BODY = {"model": "pirate", "messages": [{"role": "user", "content": "Hi"}]}
 
 
 @dataclass(frozen=True)
@@ -65,133 +56,16 @@ class Case:
     """Comes in place of the end."""
 
 
-LONG_CHAT = CHAT_BODY | {"max_tokens": 50}
-LOOK = {"name": "look", "input_schema": {"type": "object"}}
+FAULTS = {"InternalFault": InternalFault, "ReplicaFailed": ReplicaFailed}
 CASES = {
-    "chat": Case("chat", CHAT_BODY, ["Ahoy!"]),
-    "chat_stream": Case("chat", CHAT_BODY | {"stream": True}, ["A|hoy|!"]),
-    "chat_stream_usage": Case(
-        "chat",
-        CHAT_BODY | {"stream": True, "stream_options": {"include_usage": True}},
-        ["A|hoy"],
-        EndReason.LENGTH,
-    ),
-    "chat_stream_two_logprobs": Case(
-        "chat", CHAT_BODY | {"stream": True, "n": 2, "logprobs": True, "top_logprobs": 1}, ["A|h", "B|o"]
-    ),
-    "chat_stream_tool_auto": Case(
-        "chat",
-        CHAT_BODY | {"stream": True, "tools": [WEATHER]},
-        ['Let me see.<tool|_call>{"name": "weather", "argu|ments": {"city": "Oslo"}}</tool_call>'],
-    ),
-    "chat_stream_tool_required": Case(
-        "chat",
-        CHAT_BODY | {"stream": True, "tools": [WEATHER], "tool_choice": "required"},
-        ['{"name": "weat|her", "arguments": {"ci|ty": "Oslo"}}'],
-    ),
-    "chat_stream_failure": Case(
-        "chat", CHAT_BODY | {"stream": True}, ["A|h"], failure=InternalFault("the engine failed.")
-    ),
-    "chat_tool": Case(
-        "chat",
-        CHAT_BODY | {"tools": [WEATHER]},
-        ['<tool_call>{"name": "weather", "arguments": {}}</tool_call>'],
-    ),
-    "chat_unknown_parameter": Case("chat", CHAT_BODY | {"temprature": 1}, []),
-    "completion_echo_logprobs": Case(
-        "completion",
-        {"model": "tiny", "prompt": ["AB", [36, 37]], "echo": True, "logprobs": 1, "max_tokens": 1},
-        ["C"],
-        EndReason.LENGTH,
-    ),
-    "message": Case("message", LONG_CHAT | {"stop_sequences": ["x"]}, ["Ahoy!"]),
-    "message_stream": Case("message", LONG_CHAT | {"stream": True}, ["A|hoy"], EndReason.LENGTH),
-    "message_stream_failure": Case(
-        "message", LONG_CHAT | {"stream": True}, ["A|h"], failure=InternalFault("the engine failed.")
-    ),
-    "message_stream_tool": Case(
-        "message",
-        LONG_CHAT | {"stream": True, "tools": [LOOK], "tool_choice": {"type": "any"}},
-        ['{"name": "lo|ok", "arguments": {"ci|ty": "Oslo"}}'],
-    ),
-    "message_stream_tool_results": Case(
-        "message",
-        LONG_CHAT
-        | {
-            "stream": True,
-            "system": "Be brief.",
-            "tools": [LOOK],
-            "messages": [
-                *CHAT_BODY["messages"],
-                {
-                    "role": "assistant",
-                    "content": [{"type": "tool_use", "id": "c1", "name": "look", "input": {}}],
-                },
-                {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "c1", "content": "Blue."}]},
-            ],
-        },
-        ["It is |blue."],
-    ),
-    "message_refused": Case(
-        "message", LONG_CHAT | {"stop_sequences": [""], "tools": [LOOK | {"name": "no name"}], "top_p": 2}, []
-    ),
-    "message_unknown_parameter": Case("message", LONG_CHAT | {"temprature": 1}, []),
-    "responses": Case(
-        "responses",
-        {"model": "pirate", "instructions": "Be brief.", "input": "Hi", "metadata": {"a": "b"}},
-        ["Ahoy!"],
-    ),
-    "responses_stream_incomplete": Case(
-        "responses",
-        {"model": "pirate", "input": "Hi", "stream": True, "include": ["message.output_text.logprobs"]},
-        ["A|hoy"],
-        EndReason.LENGTH,
-    ),
-    "responses_stream_tool": Case(
-        "responses",
-        {"model": "pirate", "input": "Hi", "stream": True, "tools": [WEATHER_HERE]},
-        ['Let me see.<tool|_call>{"name": "weather", "argu|ments": {"city": "Oslo"}}</tool_call>'],
-    ),
-    "responses_stream_failure": Case(
-        "responses",
-        {"model": "pirate", "input": "Hi", "stream": True},
-        ["A|h"],
-        failure=ReplicaFailed("the engine failed."),
-    ),
-    "responses_stream": Case(
-        "responses",
-        {"model": "pirate", "input": "Hi", "stream": True, "instructions": "Be brief."},
-        ["A|hoy|!"],
-    ),
-    "responses_refused_fields": Case(
-        "responses",
-        {
-            "model": "pirate",
-            "input": [{"role": "user", "content": "Hi"}],
-            "tools": [WEATHER_HERE, NAMESPACE],
-            "max_output_tokens": -1,
-            "top_p": 2,
-        },
-        [],
-    ),
-    "responses_refused": Case(
-        "responses",
-        {"model": "pirate", "input": [{"type": "item_reference", "id": "msg_1"}], "previous_response_id": "r"},
-        [],
-    ),
-    "chat_refused": Case(
-        "chat",
-        CHAT_BODY
-        | {
-            "max_completion_tokens": -1,
-            "top_p": 2,
-            "tools": [WEATHER | {"function": {"name": "no name"}}],
-            "messages": [{"role": "tool", "content": "4"}],
-        },
-        [],
-    ),
-    "completion_refused": Case("completion", {"model": "tiny", "prompt": "AB", "min_p": 2, "stop": [""]}, []),
-    "completion_stream": Case("completion", {"model": "tiny", "prompt": "AB", "stream": True}, ["C|D"]),
+    name: Case(
+        case["endpoint"],
+        case["body"],
+        case["answers"],
+        EndReason(case.get("reason", "stop")),
+        FAULTS[case["failure"]]("the engine failed.") if "failure" in case else None,
+    )
+    for name, case in json.loads((FOLDER / "requests.json").read_text()).items()
 }
 
 

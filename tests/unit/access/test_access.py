@@ -15,6 +15,7 @@ from loramux_shared.access.keys import Scope, digest, new_key, parse_keys
 from loramux_shared.faults import PermissionDenied, SettingsInvalid, Unauthenticated
 from loramux_shared.settings import BuilderSettings
 from tests.support.access import lines, new_entry
+from tests.support.cases import cases
 
 
 def test_keys_are_long_and_distinct() -> None:
@@ -33,28 +34,7 @@ def test_an_entry_survives_its_line() -> None:
     assert json.loads(entry.line())["sha256"] == digest(key).hex()
 
 
-@pytest.mark.parametrize(
-    ("line", "expected"),
-    [
-        ("lmx_pasted-key", "line 2: expected a JSON object with id, sha256 and scopes"),
-        ('["lmx_pasted-key"]', "line 2: expected a JSON object with id, sha256 and scopes"),
-        ('{"id": "a", "sha256": "lmx_pasted-key", "scopes": ["infer"]}', "line 2: sha256: "),
-        ('{"id": "a b", "sha256": "%s", "scopes": ["infer"]}', "line 2: id: "),
-        ('{"id": "a", "sha256": "%s", "scopes": []}', "line 2: scopes: "),
-        (
-            '{"id": "a", "sha256": "%s", "scopes": ["root"]}',
-            "expected 'infer', 'build', 'resolve', 'metrics' or 'admin'",
-        ),
-        ('{"id": "a", "sha256": "%s", "scopes": ["infer"], "models": []}', "line 2: models: "),
-        (
-            '{"id": "a", "sha256": "%s", "scopes": ["build"], "models": ["m"]}',
-            "models and limits only with the scope infer",
-        ),
-        ('{"id": "a", "sha256": "%s", "scopes": ["admin"], "models": ["m"]}', "without admin"),
-        ('{"id": "a", "sha256": "%s", "scopes": ["infer"], "model": ["m"]}', "line 2: model: Extra inputs"),
-        ('{"id": "first", "sha256": "%s", "scopes": ["infer"]}', "two entries have the same id"),
-    ],
-)
+@pytest.mark.parametrize(("line", "expected"), cases(__file__, "test_a_bad_line"))
 def test_a_bad_line(line: str, expected: str) -> None:
     """A bad line is named by its number and field, and nothing of it is repeated: it may hold a key."""
     good = lines(new_entry("first", "infer")[1])

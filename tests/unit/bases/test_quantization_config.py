@@ -12,6 +12,7 @@ from loramux_shared.bases.memory import widening
 from loramux_shared.bases.read import read_fields
 from loramux_shared.faults import CheckpointInvalid
 from tests.support.adapters import BASE_CONFIG
+from tests.support.cases import cases
 
 INT4 = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 128}
 FP8 = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "channel"}
@@ -119,46 +120,7 @@ def _group(**change: Any) -> dict[str, Any]:
     return COMPRESSED | {"config_groups": {"group_0": group | rest | {"weights": weights}}}
 
 
-@pytest.mark.parametrize(
-    ("config", "expected"),
-    [
-        (
-            {"quant_method": "hqq"},
-            "quant_method 'hqq' is not supported; supported: fp8, fbgemm_fp8, compressed",
-        ),
-        ({"quant_method": ["gptq"]}, r"quant_method \['gptq'\] is not supported"),
-        ("gptq", "quantization_config: expected an object, found 'gptq'"),
-        (
-            GPTQ | {"bits": 3},
-            r"quantization_config\.bits 3 is not supported for LlamaForCausalLM; supported: 4, 8",
-        ),
-        (GPTQ | {"group_size": 0}, "group_size: expected a positive integer, or -1 for rows, found 0"),
-        (GPTQ | {"checkpoint_format": "marlin"}, 'checkpoint_format "marlin" is not supported'),
-        (GPTQ | {"dynamic": {"+:x": {"bits": 2}}}, "bits 2 is not supported"),
-        ({"quant_method": "awq", "bits": 4, "version": "gemv"}, 'version "gemv" is not supported'),
-        ({"quant_method": "awq", "bits": 4, "zero_point": False}, "zero_point false is not supported"),
-        ({"quant_method": "bitsandbytes"}, "expected one of both to be true"),
-        (NF4 | {"bnb_4bit_quant_type": "af4"}, 'bnb_4bit_quant_type "af4" is not supported'),
-        ({"quant_method": "fp8", "weight_block_size": [128, 0]}, "weight_block_size: expected two positive"),
-        ({"quant_method": "fp8", "expert_dtype": "fp4"}, 'expert_dtype "fp4" is not supported'),
-        (COMPRESSED | {"kv_cache_scheme": {"num_bits": 8}}, "kv_cache_scheme .* is not supported"),
-        (
-            COMPRESSED | {"sparsity_config": {"format": "sparse-24-bitmask"}},
-            r"sparsity_config\.format .*bitmask",
-        ),
-        (COMPRESSED | {"transform_config": {"config_groups": {"R1": {}}}}, r"transform_config\.config_groups"),
-        (COMPRESSED | {"format": "nvfp4-pack-quantized"}, 'format "nvfp4-pack-quantized" is not supported'),
-        (COMPRESSED | {"config_groups": {}}, "config_groups: expected a group, found none"),
-        (
-            _group(num_bits=3),
-            "int of 3 bits is not supported in pack-quantized; supported: int of 4 bits, int of 8",
-        ),
-        (_group(dynamic=True), "weights.dynamic true is not supported"),
-        (_group(strategy="tensor_group"), 'strategy "tensor_group" is not supported'),
-        (_group(group_size=-3, strategy="group"), "group_size: expected a positive integer, found -3"),
-        (_group(output_activations={"num_bits": 8}), "output_activations .* is not supported"),
-    ],
-)
+@pytest.mark.parametrize(("config", "expected"), cases(__file__, "test_what_is_not_read_is_refused_by_name"))
 def test_what_is_not_read_is_refused_by_name(config: Any, expected: str) -> None:
     """The refusal has the value that was found, and the supported ones."""
     with pytest.raises(CheckpointInvalid, match=expected):

@@ -17,6 +17,7 @@ from loramux_shared.deployment_file import (
     load_deployment,
 )
 from loramux_shared.faults import DeploymentInvalid, Finding
+from tests.support.cases import cases
 
 HOSTED = """
 model_name: Qwen2.5-Coder-LoRA
@@ -171,25 +172,7 @@ def test_an_older_rank_beside_no_mapping(tmp_path: Path, block: str) -> None:
     assert set(_findings(tmp_path, text)) == {"build.lora_configuration"}
 
 
-@pytest.mark.parametrize(
-    ("text", "where", "near"),
-    [
-        ("modelname: x\n" + MINIMAL, "modelname", "model_name"),
-        (MINIMAL + "  lora_adaptors: {}\n", "build.lora_adaptors", "lora_adapters"),
-        (
-            MINIMAL + "  lora_configuration: {max_rank: 8}\n",
-            "build.lora_configuration.max_rank",
-            "max_lora_rank",
-        ),
-        (
-            MINIMAL + "  lora_adapters: {repo: {source: HF, repo: a/b, revison: x}}\n",
-            "build.lora_adapters.repo.revison",
-            "revision",
-        ),
-        ("runtime: {serve_model_name: x}\n" + MINIMAL, "runtime.serve_model_name", "served_model_name"),
-        ("trt_llm:\n  biuld: {}\n", "biuld", "build"),
-    ],
-)
+@pytest.mark.parametrize(("text", "where", "near"), cases(__file__, "test_a_misspelt_key"))
 def test_a_misspelt_key(tmp_path: Path, text: str, where: str, near: str) -> None:
     """A misspelt key is named with its place and the nearest known key."""
     finding = _findings(tmp_path, text)[where]

@@ -14,13 +14,13 @@ from loramux.builder.v1 import builder_pb2 as pb
 from loramux.messages import deployment_from_message, deployment_to_message
 from loramux_shared.access.keys import parse_keys
 from loramux_shared.bundle.generation import BaseRecord, Generation
-from loramux_shared.bundle.names import OWN_NAME
 from loramux_shared.deployment import Deployment, Dtype, ModelLimits, Repository, Runtime, SourceKind
 from loramux_shared.deployment_file import parse_deployment
 from loramux_shared.faults import DeploymentInvalid, SettingsInvalid
 from loramux_shared.runtime import Limits
 from loramux_shared.spelling import parse_repository
 from scripts.deployment_doc import MORE
+from tests.support.cases import cases
 
 ADAPTERS = ("support-v1", "support-v2")
 
@@ -46,33 +46,7 @@ def test_blocks_may_be_empty() -> None:
     assert parsed({"aliases": None, "limits": None}).runtime == Runtime()
 
 
-@pytest.mark.parametrize(
-    ("runtime", "where", "expected"),
-    [
-        ({"aliases": {"a": {}}}, "runtime.aliases.a", "a weight above 0"),
-        ({"aliases": {"a": {"support-v1": 0}}}, "runtime.aliases.a", "a weight above 0"),
-        ({"aliases": {"a": {"d": 1}}, "serve_base": False}, "runtime.aliases.a", "a served model"),
-        ({"aliases": {"a": {"support-v1": -1}}}, "runtime.aliases.a.support-v1", "greater than or equal to 0"),
-        ({"aliases": {"a b": {"support-v1": 1}}}, "runtime.aliases.a b", "match pattern"),
-        ({"aliases": {"a": {"gone": 1}}}, "runtime.aliases.a", "models of this deployment"),
-        (
-            {"aliases": {"a": {"support-v1": 1}, "b": {"a": 1}}},
-            "runtime.aliases.b",
-            "models of this deployment",
-        ),
-        ({"aliases": {"Support-V1": {"support-v2": 1}}}, "build.lora_adapters.support-v1", OWN_NAME),
-        ({"aliases": {"D": {"support-v2": 1}}}, "runtime.aliases.D", OWN_NAME),
-        ({"aliases": {"a": {"d": 1}, "A": {"d": 1}}}, "runtime.aliases.A", OWN_NAME),
-        ({"speculative_tokens": -1}, "runtime.speculative_tokens", "greater than or equal to 0"),
-        ({"pooling": "cls"}, "runtime.pooling", "'last' or 'mean'"),
-        ({"tool_parser": "hermes2"}, "runtime.tool_parser", "'hermes'"),
-        ({"reasoning_parser": "thunk"}, "runtime.reasoning_parser", "'think'"),
-        ({"limits": {"models": {"gone": {}}}}, "deployment", "runtime.limits.models, unlike gone"),
-        ({"limits": {"default": {"weight": 0}}}, "runtime.limits.default.weight", "greater than 0"),
-        ({"limits": {"default": {"max_waiting": 0}}}, "runtime.limits.default.max_waiting", "or equal to 1"),
-        ({"limits": {"models": {"d": {"weigth": 1}}}}, "runtime.limits.models.d.weigth", "one of weight"),
-    ],
-)
+@pytest.mark.parametrize(("runtime", "where", "expected"), cases(__file__, "test_what_is_refused"))
 def test_what_is_refused(runtime: Any, where: str, expected: str) -> None:
     """Each violation is refused at its place, with the expected value."""
     with pytest.raises(DeploymentInvalid) as refused:

@@ -13,6 +13,7 @@ from builder_service.domain.rules.tensors import AdapterLimits
 from loramux_shared.bases.read import read_fields
 from loramux_shared.deployment import Dtype
 from tests.support.adapters import BASE_CONFIG, key, tensors, write_adapter
+from tests.support.cases import cases
 
 ROOT = "base_model.model.model."
 
@@ -108,57 +109,7 @@ Q = f"{ROOT}layers.0.self_attn.q_proj"
 
 
 @pytest.mark.parametrize(
-    ("config", "extra", "words"),
-    [
-        ({"lora_alpha": 1e30}, {}, ("E_BAD_CONFIG", "lora_alpha", "above -1e+30 and below 1e+30", "1e+30", "")),
-        ({"r": "4"}, {}, ("E_BAD_CONFIG", "adapter_config.json: r", "a whole number from 1", '"4"', "Correct")),
-        (
-            {"rank_pattern": {"q_proj": "4"}},
-            {},
-            ("E_BAD_CONFIG", "rank_pattern.q_proj", "a whole number from 1", '"4"', "Correct"),
-        ),
-        (
-            {},
-            {f"{Q}.lora_velora_embed": (4,)},
-            ("E_VARIANT", "q_proj.lora_velora_embed", "lora_A and lora_B", "VeLoRA", "without these tensors"),
-        ),
-        (
-            {"target_parameters": ["self_attn.q_proj.weight"]},
-            {},
-            (
-                "E_TARGET_PARAMS",
-                "target_parameters",
-                "target_modules",
-                "q_proj.weight",
-                "target_modules q_proj",
-            ),
-        ),
-        (
-            {"target_parameters": ["mlp.experts.down_proj"]},
-            {},
-            ("E_TARGET_PARAMS", "target_parameters", "target_modules", "experts.down_proj", "Merge it"),
-        ),
-        (
-            {"modules_to_save": ["norm"]},
-            {},
-            ("E_EMBED", "modules_to_save", "unset", "norm, which has no tensors", "the base's norm"),
-        ),
-        (
-            {"modules_to_save": ["norm"]},
-            {f"{ROOT}norm.weight": (16,)},
-            ("E_EMBED", "model.norm.weight", "the base's own model.norm", "a whole", "base's model.norm"),
-        ),
-        (
-            {},
-            {f"{ROOT}layers.0.mlp.experts.0.up_proj.lora_A.weight": (4, 16)},
-            ("E_MOE", "experts.0.up_proj", "dense MLP", "experts or a router", "exclude_modules"),
-        ),
-        (
-            {},
-            {f"{ROOT}norm.lora_A.weight": (4, 16)},
-            ("E_UNKNOWN_KEY", "norm.lora_A", "lora_A and lora_B of", "an unknown form", "Expected keys like"),
-        ),
-    ],
+    ("config", "extra", "words"), cases(__file__, "test_messages_name_field_value_expected_and_cure")
 )
 def test_messages_name_field_value_expected_and_cure(tmp_path, config, extra, words):
     """A finding names the place, the found value, the expected one, and the cure."""

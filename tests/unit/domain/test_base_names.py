@@ -10,6 +10,7 @@ from huggingface_hub.hf_api import ModelInfo
 from builder_service.domain.origin import base_warning, licence_warning, plain_name
 from loramux_shared.bundle.generation import Descent
 from loramux_shared.sources.licence import MOST, descent_of, licence_in, licence_of
+from tests.support.cases import cases
 
 
 def descent(model: str, relation: str, parent: str) -> Descent:
@@ -17,29 +18,7 @@ def descent(model: str, relation: str, parent: str) -> Descent:
     return Descent.model_validate({"model": model, "relation": relation, "parent": parent})
 
 
-@pytest.mark.parametrize(
-    "copy",
-    [
-        "Qwen/Qwen3-8B",
-        "unsloth/Qwen3-8B",
-        "unsloth/Qwen3-8B-bnb-4bit",
-        "unsloth/Qwen3-8B-unsloth-bnb-4bit",
-        "unsloth/Qwen3-8B-GGUF",
-        "unsloth/Qwen3-8B-BF16",
-        "Qwen/Qwen3-8B-AWQ",
-        "Qwen/Qwen3-8B-GPTQ",
-        "Qwen/Qwen3-8B-GPTQ-Int4",
-        "Qwen/Qwen3-8B-FP8",
-        "RedHatAI/Qwen3-8B-FP8-dynamic",
-        "RedHatAI/Qwen3-8B-quantized.w4a16",
-        "org/Qwen3-8B-W4A16-G128",
-        "mlx-community/Qwen3-8B-MLX-4bit",
-        "mlx-community/Qwen3-8B-4bit",
-        "nvidia/Qwen3-8B-NVFP4",
-        "org/qwen3-8b-Q4_K_M-GGUF",
-        "/root/models/Qwen3-8B/",
-    ],
-)
+@pytest.mark.parametrize("copy", cases(__file__, "test_a_copy_in_another_format_is_the_base"))
 def test_a_copy_in_another_format_is_the_base(copy: str) -> None:
     """A copy of any author is the base, whichever of the two the adapter names."""
     assert base_warning(copy, "Qwen/Qwen3-8B") is None
@@ -108,27 +87,7 @@ def test_cards_and_tags_are_read(
 
 
 @pytest.mark.parametrize(
-    ("matter", "expected"),
-    [
-        ("license: apache-2.0", "apache-2.0"),
-        ("tags:\n- license\nlicense: 'mit' # ours\nmodel-index:\n- name: x\n  license: gpl", "mit"),
-        ("license: other\nlicense_name: llama3.1\nlicense_link: LICENSE", "llama3.1"),
-        ("license: [mit, apache-2.0]", "mit, apache-2.0"),
-        ("license:\n- mit\n- bsd\ntags: [a]", "mit, bsd"),
-        ("license: other", "other"),
-        ("license: unknown", ""),
-        ("license:", ""),
-        ("license: {a: mit}", ""),
-        ("text: |\n  license: mit", ""),
-        ("- license: mit", ""),
-        ("license: 'x\x07y'", ""),
-        (f"license: {'m' * 500}", ""),
-        ("license: *nobody", ""),
-        ("a: &a x\nlicense: *a", ""),
-        ("{license: mit", ""),
-        ("a: " + "[" * 2_000, ""),
-        ("x: &a [y]\n" + "".join(f"b{i}: &b{i} {{<<: [*a, *a]}}\n" for i in range(500)), ""),
-    ],
+    ("matter", "expected"), cases(__file__, "test_the_front_matter_is_read_and_nothing_else")
 )
 def test_the_front_matter_is_read_and_nothing_else(matter, expected):
     """A licence is the text under `license` at the top of a card; other content gives none."""

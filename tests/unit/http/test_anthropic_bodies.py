@@ -17,6 +17,7 @@ from inference_service.http.anthropic.schema import CountBody, MessagesBody
 from inference_service.http.wire.errors import invalid_body
 from inference_service.http.wire.refusals import message_fault
 from loramux_shared.faults import Fault, QueueFull, RequestInvalid, ShuttingDown
+from tests.support.cases import cases
 from tests.support.root import ROOT
 
 USER = {"role": "user", "content": "Hi"}
@@ -25,51 +26,7 @@ TOOL = {"name": "look", "input_schema": {"type": "object"}}
 USE = {"type": "tool_use", "id": "c1", "name": "look", "input": {"at": "sky"}}
 RESULT = {"type": "tool_result", "tool_use_id": "c1", "content": "blue"}
 SCHEMA = {"type": "json_schema", "schema": {"type": "object"}}
-CLAUDE_CODE: dict[str, Any] = {
-    "model": "m",
-    "max_tokens": 32000,
-    "stream": True,
-    "temperature": 1,
-    "system": [
-        {"type": "text", "text": "x-anthropic-billing-header: cc_version=2.1; cch=a0b1c;"},
-        {"type": "text", "text": "You are an agent."},
-        {"type": "text", "text": "Be brief.", "cache_control": {"type": "ephemeral", "ttl": "1h"}},
-    ],
-    "metadata": {"user_id": "user_0_account__session_0"},
-    "tools": [
-        {"name": name, "description": "Does it.", "input_schema": {"type": "object", "properties": {}}}
-        for name in ("Bash", "Edit", "Read", "mcp__files__list")
-    ],
-    "thinking": {"type": "adaptive"},
-    "output_config": {"effort": "max"},
-    "context_management": {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]},
-    "messages": [
-        {
-            "role": "user",
-            "content": [
-                {"type": "text", "text": "<system-reminder>x</system-reminder>"},
-                {"type": "text", "text": "List.", "cache_control": {"type": "ephemeral"}},
-            ],
-        },
-        {
-            "role": "assistant",
-            "content": [
-                {"type": "thinking", "thinking": "I list.", "signature": "s"},
-                {"type": "text", "text": "I look."},
-                {"type": "tool_use", "id": "c1", "name": "Bash", "input": {"command": "ls"}, "caller": None},
-                {"type": "tool_use", "id": "c2", "name": "Read", "input": {}},
-            ],
-        },
-        {
-            "role": "user",
-            "content": [
-                {"type": "tool_result", "tool_use_id": "c1", "content": [{"type": "text", "text": "a b"}]},
-                {"type": "tool_result", "tool_use_id": "c2", "content": "no file", "is_error": True},
-                {"type": "text", "text": "Go on."},
-            ],
-        },
-    ],
-}
+CLAUDE_CODE: dict[str, Any] = cases(__file__, "CLAUDE_CODE")
 
 
 def _chat(**fields: Any) -> ChatRequest:
@@ -89,42 +46,7 @@ def _refused(**fields: Any) -> Fault:
 
 @pytest.mark.parametrize(
     ("fields", "where"),
-    [
-        ({"max_tokens": None}, "max_tokens"),
-        ({"max_tokens": 0}, "max_tokens"),
-        ({"max_tokens": "5"}, "max_tokens"),
-        ({"messages": []}, "messages"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role"),
-        ({"messages": [{"role": "user"}]}, "messages[0].content"),
-        ({"messages": [{"role": "user", "content": 3}]}, "messages[0].content"),
-        ({"messages": [{"role": "user", "content": ["x"]}]}, "messages[0].content[0]"),
-        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "messages[0].content[0]"),
-        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0].content[0].text"),
-        ({"messages": [{"role": "user", "content": [USE]}]}, "messages[0].content[0]"),
-        ({"messages": [{"role": "assistant", "content": [RESULT]}]}, "messages[0].content[0]"),
-        ({"messages": [USER, {"role": "assistant", "content": [USE]}]}, "messages[1]"),
-        ({"messages": [USER, {"role": "assistant", "content": ""}]}, "messages[1]"),
-        ({"system": [{"type": "image"}]}, "system[0]"),
-        ({"system": [{"type": "text", "text": "x", "mood": 1}]}, "system[0].mood"),
-        ({"cache_control": {"type": "eternal"}}, "cache_control.type"),
-        ({"temperature": 1.5}, "temperature"),
-        ({"temprature": 1}, "temprature"),
-        ({"n": 2}, "n"),
-        ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "tools[0]"),
-        ({"tools": [{"name": "look"}]}, "tools[0].input_schema"),
-        ({"tools": [TOOL | {"defer_loading": True}]}, "tools[0].defer_loading"),
-        ({"tools": [TOOL | {"allowed_callers": ["code_execution_20250825"]}]}, "tools[0].allowed_callers"),
-        ({"tool_choice": {"type": "tool"}}, "tool_choice"),
-        ({"tool_choice": {"type": "any"}}, "tool_choice"),
-        ({"tools": [TOOL], "tool_choice": {"type": "tool", "name": "leap"}}, "tool_choice"),
-        ({"thinking": {"type": "between_tools"}}, "thinking.type"),
-        ({"output_format": SCHEMA, "output_config": {"format": SCHEMA | {"schema": {}}}}, "output_format"),
-        ({"output_format": SCHEMA, "messages": [USER, {"role": "assistant", "content": "{"}]}, "messages[1]"),
-        ({"context_management": {"edits": [{"type": "compact_20260112"}]}}, "context_management.edits[0]"),
-        ({"speed": "fast"}, "speed"),
-        *(({name: {}}, name) for name in ("container", "compaction", "thread", "diagnostics", "fallbacks")),
-        ({"mcp_servers": [{"type": "url"}]}, "mcp_servers"),
-    ],
+    cases(__file__, "test_what_is_not_taken_is_named")
 )  # fmt: skip
 def test_what_is_not_taken_is_named(fields: dict[str, Any], where: str) -> None:
     """A refusal names the place as the client wrote it."""

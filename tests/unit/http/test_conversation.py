@@ -21,6 +21,7 @@ from inference_service.text.text import Text
 from loramux_shared.faults import RequestInvalid
 from loramux_shared.runtime import ReasoningParser, ToolParser
 from tests.golden.openai.script import Case, Scripted
+from tests.support.cases import cases
 from tests.support.family_templates import FAMILIES
 from tests.support.generations import change_deployed
 from tests.support.readings import Collected, collected
@@ -113,31 +114,7 @@ async def test_one_call_is_one_call(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("family", "says", "fields", "constraint"),
-    [
-        (
-            "Qwen 2.5",
-            CALL,
-            {"tool_choice": "required"},
-            '"<tool_call>" call (("\\n")? "<tool_call>" call){0,15}',
-        ),
-        (
-            "Qwen 2.5",
-            CALL,
-            {"tool_choice": FIND | {"function": {"name": "find"}}},
-            'start:  "<tool_call>" call\n',
-        ),
-        ("Qwen 2.5", "Hi.", {}, "until"),
-        ("Qwen 2.5", "Hi.", {"bad_words": ["x"]}, ""),
-        ("Llama 3", "Hi.", {}, ""),
-        ("Qwen 2.5", CALL, {"response_format": {"type": "json_object"}}, "@answer |"),
-        ("Qwen 2.5", CALL, {"tools": [FIND | {"function": {"name": "find", "strict": True}}]}, "until"),
-        (
-            "Gemma 4",
-            "{}",
-            {"tools": None, "response_format": {"type": "json_object"}},
-            "start: thinks? @answer",
-        ),
-    ],
+    cases(__file__, "test_what_is_demanded_is_demanded_in_the_dialect"),
 )
 async def test_what_is_demanded_is_demanded_in_the_dialect(
     tmp_path: Path, family: str, says: str, fields: dict[str, Any], constraint: str

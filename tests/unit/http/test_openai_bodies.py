@@ -16,6 +16,7 @@ from inference_service.http.openai.mapping import turns_of
 from inference_service.http.openai.schema import MAX_PROMPTS, CompletionBody
 from inference_service.http.wire.body import Body
 from inference_service.http.wire.errors import error_body, invalid_body, param_of
+from tests.support.cases import cases
 from tests.support.root import ROOT
 
 USER = {"role": "user", "content": "Hi"}
@@ -33,38 +34,7 @@ def _error(kind: type[Body], text: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     ("fields", "param", "code"),
-    [
-        ({"messages": None}, "messages", INVALID),
-        ({"messages": []}, "messages", INVALID),
-        ({"messages": [{"content": "x"}]}, "messages[0].role", "missing_required_parameter"),
-        ({"messages": [{"role": "user"}]}, "messages[0]", INVALID),
-        ({"messages": [USER | {"tool_calls": [{"id": "1", **TOOL}]}]}, ARGUMENTS, "missing_required_parameter"),
-        ({"messages": [USER | {"content": [{"type": "image_url"}]}]}, "messages[0].content", UNSUPPORTED),
-        ({"messages": [USER | {"content": [{"type": "input_audio"}]}]}, "messages[0].content", UNSUPPORTED),
-        ({"messages": [USER | {"content": [{"type": "text"}]}]}, "messages[0].content", INVALID),
-        ({"messages": [USER | {"mood": 1}]}, "messages[0].mood", "unknown_parameter"),
-        ({"temperature": "1"}, "temperature", INVALID),
-        ({"n": 1.5}, "n", INVALID),
-        ({"n": True}, "n", INVALID),
-        ({"stop": [1]}, "stop", INVALID),
-        ({"seed": 2**63}, "seed", INVALID),
-        ({"logit_bias": {"x": 1}}, "logit_bias.x", INVALID),
-        ({"temprature": 1}, "temprature", "unknown_parameter"),
-        ({"guided_json": {}}, "guided_json", "unknown_parameter"),
-        ({"stream_options": {"usage": True}}, "stream_options.usage", "unknown_parameter"),
-        ({"reasoning_effort": "huge"}, "reasoning_effort", INVALID),
-        ({"chat_template_kwargs": ["x"]}, "chat_template_kwargs", INVALID),
-        ({"messages": [USER | {"reasoning": "a", "reasoning_content": "b"}]}, "messages[0]", INVALID),
-        ({"verbosity": "low"}, "verbosity", UNSUPPORTED),
-        ({"modalities": ["audio"]}, "modalities", UNSUPPORTED),
-        ({"functions": []}, "functions", UNSUPPORTED),
-        ({"tools": [{"type": "custom", "custom": {}}]}, "tools[0].type", UNSUPPORTED),
-        ({"tool_choice": "maybe"}, "tool_choice", INVALID),
-        ({"tool_choice": {"type": "allowed_tools"}}, "tool_choice", INVALID),
-        ({"tool_choice": {"type": "custom", "name": "f"}}, "tool_choice", UNSUPPORTED),
-        ({"response_format": {"type": "json_schema"}}, "response_format", INVALID),
-        ({"response_format": {"type": "yaml"}}, "response_format.type", INVALID),
-    ],
+    cases(__file__, "test_what_is_not_taken_is_named")
 )  # fmt: skip
 def test_what_is_not_taken_is_named(fields: dict[str, Any], param: str, code: str) -> None:
     """An error names the field as OpenAI does, and the code says what is wrong."""

@@ -19,6 +19,7 @@ from inference_service.http.responses.items import carried, uncarried
 from inference_service.http.responses.mapping import chat_of
 from inference_service.http.responses.output import OutputItems
 from inference_service.http.responses.schema import ResponsesBody
+from tests.support.cases import cases
 
 FUNCTION = {"name": "f", "description": "d", "parameters": {"type": "object"}, "strict": True}
 SCHEMA = {"name": "n", "schema": {"type": "object"}, "strict": True}
@@ -75,101 +76,14 @@ EMPTY = {"role": "assistant", "content": ""}
 
 @pytest.mark.parametrize(
     ("items", "turns"),
-    [
-        ([{"role": "developer", "content": "D"}, USER], [{"role": "system", "content": "D"}, USER]),
-        (
-            [{"role": "developer", "content": "D"}, SYSTEM | {"content": "S"}, USER, SYSTEM],
-            [{"role": "system", "content": "D\n\nS"}, USER, SYSTEM],
-        ),
-        ([USER, PIRATE, USER], [USER, {"role": "assistant", "content": "Ahoy"}, USER]),
-        ([USER, PIRATE, PIRATE], [USER, *[{"role": "assistant", "content": "Ahoy"}] * 2]),
-        (
-            [USER, THINK, PIRATE, _call(1), _call(2), _gave(1), _gave(2), PIRATE],
-            [
-                USER,
-                {"role": "assistant", "content": "Ahoy"} | _thought("Hm") | _called(1, 2),
-                _tool(1),
-                _tool(2),
-                {"role": "assistant", "content": "Ahoy"},
-            ],
-        ),
-        (
-            [USER, _call(1), PIRATE, _gave(1)],
-            [USER, {"role": "assistant", "content": "Ahoy"} | _called(1), _tool(1)],
-        ),
-        (
-            [USER, THINK, _call(1), THINK, _call(2), _gave(1), _gave(2)],
-            [USER, EMPTY | _thought("Hm\nHm") | _called(1, 2), _tool(1), _tool(2)],
-        ),
-        (
-            [USER, PIRATE, THINK],
-            [USER, {"role": "assistant", "content": "Ahoy"}, EMPTY | _thought("Hm")],
-        ),
-        ([USER, {"type": "reasoning", "summary": []}], [USER]),
-        (
-            [USER, {"type": "reasoning", "summary": [{"type": "summary_text", "text": "S"}]}, PIRATE],
-            [USER, {"role": "assistant", "content": "Ahoy"} | _thought("S")],
-        ),
-        (
-            [USER, {"type": "reasoning", "summary": [], "encrypted_content": carried("Hm")}, PIRATE],
-            [USER, {"role": "assistant", "content": "Ahoy"} | _thought("Hm")],
-        ),
-        (
-            [{"role": "user", "content": [{"type": "input_text", "text": each} for each in "ab"]}],
-            [{"role": "user", "content": "a\nb"}],
-        ),
-    ],
+    cases(__file__, "test_items_of_a_turn_are_one_message")
 )  # fmt: skip
 def test_items_of_a_turn_are_one_message(items: list[dict[str, Any]], turns: list[dict[str, Any]]) -> None:
     """The assistant's reasoning, text and calls until the next role are one message, in any order."""
     assert _turns(items) == turns
 
 
-@pytest.mark.parametrize(
-    ("here", "there"),
-    [
-        ({}, {}),
-        (
-            {"instructions": "I"},
-            {"messages": [{"role": "system", "content": "I"}, {"role": "user", "content": "Hi"}]},
-        ),
-        (
-            {"instructions": "I", "input": [{"role": "developer", "content": "D"}, USER]},
-            {"messages": [{"role": "system", "content": "I\n\nD"}, USER]},
-        ),
-        (
-            {"tools": [{"type": "function"} | FUNCTION], "parallel_tool_calls": False},
-            {"tools": [{"type": "function", "function": FUNCTION}], "parallel_tool_calls": False},
-        ),
-        (
-            {"tools": [{"type": "function"} | FUNCTION], "tool_choice": {"type": "function", "name": "f"}},
-            {
-                "tools": [{"type": "function", "function": FUNCTION}],
-                "tool_choice": {"type": "function", "function": {"name": "f"}},
-            },
-        ),
-        (
-            {"text": {"format": {"type": "json_schema"} | SCHEMA}},
-            {"response_format": {"type": "json_schema", "json_schema": SCHEMA}},
-        ),
-        ({"text": {"format": {"type": "json_object"}}}, {"response_format": {"type": "json_object"}}),
-        ({"max_output_tokens": 5}, {"max_completion_tokens": 5}),
-        ({"reasoning": {"effort": "none"}}, {"reasoning_effort": "none"}),
-        ({"top_logprobs": 3}, {"logprobs": True, "top_logprobs": 3}),
-        ({"include": ["message.output_text.logprobs"]}, {"logprobs": True}),
-        *[
-            (same, same)
-            for same in (
-                {"temperature": 0.5, "top_p": 0.5, "top_k": 3, "min_p": 0.1, "stop": ["x"], "seed": 3},
-                {"presence_penalty": 1.0, "frequency_penalty": 1.0, "repetition_penalty": 1.1},
-                {"logit_bias": {"5": 1.0}, "bad_words": ["a"], "allowed_token_ids": [5], "ignore_eos": True},
-                {"cache_salt": "s", "priority": 2, "lora_path": "l", "min_generation": 3, "user": "u"},
-                {"structured_outputs": {"regex": "a+"}},
-                {"chat_template_kwargs": {"enable_thinking": False}},
-            )
-        ],
-    ],
-)
+@pytest.mark.parametrize(("here", "there"), cases(__file__, "test_a_response_is_a_chat"))
 def test_a_response_is_a_chat(here: dict[str, Any], there: dict[str, Any]) -> None:
     """A response and a chat make the same request to the engine."""
     body = {"model": "m", "messages": [{"role": "user", "content": "Hi"}]} | there

@@ -10,6 +10,7 @@ import pytest
 from loramux_shared.faults import SettingsInvalid
 from loramux_shared.settings import BuilderSettings, InferenceSettings, Settings, load_settings
 from loramux_shared.storage.open import open_store
+from tests.support.cases import cases
 
 
 @pytest.fixture(autouse=True)
@@ -96,27 +97,7 @@ def test_model_ports(monkeypatch: pytest.MonkeyPatch) -> None:
         assert f"LORAMUX_MODEL_PORTS={wrong}: expected {why}" in _refusal(InferenceSettings)
 
 
-@pytest.mark.parametrize(
-    ("name", "value", "allowed"),
-    [
-        ("BACKEND", "cuda", "'auto', 'native', 'torch' or 'triton'"),
-        ("DEVICE", "gpu", "'auto', 'cpu' or 'cuda'"),
-        ("DTYPE", "fp16", "'auto', 'float32', 'bfloat16' or 'float16'"),
-        ("THREADS", "0", "greater than or equal to 1"),
-        ("MAX_BATCH_TOKENS", "many", "a valid integer"),
-        ("MAX_BATCH_TOKENS", "1_024", "a number of the digits 0 to 9"),
-        ("KV_MEMORY_GB", "0_1.5", "a number of the digits 0 to 9"),
-        ("GRPC", "127.0.0.1:٣٣", "HOST:PORT, for example"),
-        ("BLOCK_SIZE", "24", "a power of two"),
-        ("KV_MEMORY_GB", "0", "greater than 0"),
-        ("KV_MEMORY_GB", "inf", "a finite number"),
-        ("DRAIN_TIMEOUT_S", "-1", "greater than or equal to 0"),
-        ("PREFIX_CACHE", "maybe", "a valid boolean"),
-        ("GRPC", "50052", "HOST:PORT, for example"),
-        ("GRPC", "127.0.0.1:65536", "HOST:PORT, for example"),
-        ("GRPC", "http://127.0.0.1:1", "HOST:PORT, for example"),
-    ],
-)
+@pytest.mark.parametrize(("name", "value", "allowed"), cases(__file__, "test_a_bad_value"))
 def test_a_bad_value(name: str, value: str, allowed: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A bad value is refused with the variable, the value and the allowed values."""
     monkeypatch.setenv("LORAMUX_DEPLOYMENT", "demo")
