@@ -14,6 +14,7 @@ from loramux_arena.kept import AnswerFile
 from loramux_arena.questions import read_questions
 from loramux_arena.records import Answer
 from loramux_shared.faults import RequestInvalid, SettingsInvalid
+from tests.support.cases import cases
 
 
 def lines(path: Path, *provided: object) -> Path:
@@ -45,20 +46,7 @@ def test_questions_of_a_file(tmp_path: Path) -> None:
     ]
 
 
-BAD: list[tuple[Any, str]] = [
-    ("{", "E_BAD_FIELD line 2: expected JSON, as the line begins with {"),
-    ({"prompt": "x", "answer": "y"}, "E_UNKNOWN_FIELD line 2: expected one of prompt, "),
-    ({"reference": "y"}, "E_MISSING_FIELD line 2: expected one of prompt, messages, text, found none"),
-    ({"prompt": "x", "text": "y"}, "found prompt and text"),
-    ({"prompt": " "}, "line 2, prompt: expected text"),
-    ({"messages": [{"content": "x"}]}, "line 2, messages: expected a list of turns"),
-    ({"messages": [{"role": "system", "content": "s"}]}, "no turn of the system's beside --system"),
-    ({"text": "x"}, "expected prompt or messages beside --system"),
-    ({"prompt": "x", "tags": "t"}, "line 2, tags: expected a list of texts"),
-    ({"prompt": "x", "id": [1]}, "line 2, id: expected text"),
-    ({"prompt": "x", "id": 1}, "line 2, id: expected another than line 1 has"),
-    ({"messages": [{"role": "u", "tool_calls": [{}]}]}, "line 2, messages: expected {"),
-]
+BAD: list[tuple[Any, str]] = cases(__file__, "BAD")
 
 
 @pytest.mark.parametrize(("line", "expected"), BAD)

@@ -17,6 +17,7 @@ from loramux_clouds.public import AddressGuard, is_public
 from loramux_shared.faults import SourceRefused, SourceUnavailable
 from loramux_shared.sources.base import MAX_FILES, SourceFile
 from tests.support.archives import member, pack, pack_members, zeros
+from tests.support.cases import cases
 
 FILES = {"adapter_config.json": b"{}", "adapter_model.safetensors": bytes(range(256)) * 9000}
 
@@ -160,54 +161,7 @@ def test_an_archive_hides_names_that_are_no_text() -> None:
     assert inner_files(files, "") == {"a": "top/a"}
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "127.0.0.1",
-        "127.8.8.8",
-        "0.0.0.0",  # noqa: S104 - nothing is bound
-        "0.1.2.3",
-        "10.0.0.1",
-        "172.16.0.1",
-        "172.31.255.255",
-        "192.168.1.1",
-        "169.254.169.254",
-        "100.64.0.1",
-        "100.100.100.200",
-        "192.0.0.192",
-        "192.0.2.1",
-        "198.18.0.1",
-        "198.51.100.1",
-        "203.0.113.1",
-        "192.88.99.1",
-        "224.0.0.1",
-        "239.255.255.255",
-        "240.0.0.1",
-        "255.255.255.255",
-        "168.63.129.16",
-        "::",
-        "::1",
-        "::7f00:1",
-        "::ffff:127.0.0.1",
-        "::ffff:10.0.0.1",
-        "::ffff:169.254.169.254",
-        "64:ff9b::7f00:1",
-        "64:ff9b:1::1",
-        "64:ff9b::a9fe:a9fe",
-        "2002:7f00:1::",
-        "2002:a00:1::",
-        "2001:0:7f00:1::",
-        "2001:db8::1",
-        "fc00::1",
-        "fd00:ec2::254",
-        "fe80::1",
-        "fe80::1%1",
-        "fec0::1",
-        "ff02::1",
-        "100::1",
-        "3fff::1",
-    ],
-)
+@pytest.mark.parametrize("text", cases(__file__, "test_addresses_that_are_not_public"))
 def test_addresses_that_are_not_public(text):
     """No private, shared, link-local, loopback, multicast, reserved or translated-to-such address is public."""
     assert not is_public(ip_address(text))

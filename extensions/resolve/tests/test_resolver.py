@@ -24,6 +24,7 @@ from loramux_shared.faults import (
     StoreUnavailable,
 )
 from loramux_shared.storage.memory import MemoryStore
+from tests.support.cases import cases
 from tests.support.operated import Operated, operated
 
 LABEL = "hub_key"
@@ -73,22 +74,7 @@ def replica() -> Replica:
 
 
 @pytest.mark.parametrize(
-    ("requested", "address"),
-    [
-        ("lab/support", "lab/support@"),
-        ("hf:lab/support@v2", "lab/support@v2"),
-        ("s3://models/adapters/a", "s3://models/adapters/a@"),
-        ("https://files.example/a.tar.gz", "https://files.example/a.tar.gz@"),
-        *(
-            (refused, "")
-            for refused in ("lab/", "labs/a", "lab/a#b", "lab/a/b", "support", "/etc/lab/a", "../lab/a")
-        ),
-        *((refused, "") for refused in ("s3://models/adapters/a/b", "s3://models/adapters/", "s3://other/a")),
-        *(
-            (refused, "")
-            for refused in ("https://files.example/a/b.tar.gz", "https://files.example/a.tar.gz?k=1")
-        ),
-    ],
+    ("requested", "address"), cases(__file__, "test_only_repositories_that_a_pattern_allows_are_added")
 )
 def test_only_repositories_that_a_pattern_allows_are_added(requested: str, address: str) -> None:
     """A star is one part of a path; folders of a machine, subfolders and queries never match."""

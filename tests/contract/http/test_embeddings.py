@@ -16,6 +16,7 @@ import pytest_asyncio
 from loramux_shared.faults import ModelNotFound, RequestInvalid
 from loramux_shared.runtime import FILE, Pooling
 from loramux_shared.storage.memory import MemoryStore
+from tests.support.cases import cases
 from tests.support.grpc_api import open_client
 from tests.support.openai_api import OpenAIApi, open_api
 from tests.support.pooled import expected_of
@@ -85,24 +86,7 @@ async def test_more_texts_than_the_queue_holds(api: OpenAIApi) -> None:
     await api.until_free()
 
 
-@pytest.mark.parametrize(
-    ("fields", "code", "param"),
-    [
-        ({"dimensions": 0}, "invalid_value", "dimensions"),
-        ({"dimensions": 49}, "invalid_value", "dimensions"),
-        ({"pooling": "max"}, "invalid_value", "pooling"),
-        ({"encoding_format": "hex"}, "invalid_value", "encoding_format"),
-        ({"input": []}, "invalid_value", "input"),
-        ({"input": ""}, "invalid_value", "input"),
-        ({"input": [[5], [500]]}, "invalid_value", "input"),
-        ({"input": [7] * 257}, "context_length_exceeded", None),
-        ({"input": [[5]] * 2049}, "invalid_value", "input"),
-        ({"prompt": "x"}, "unknown_parameter", "prompt"),
-        ({"model": "nobody"}, "model_not_found", "model"),
-        ({"truncate_prompt_tokens": 0}, "invalid_value", "truncate_prompt_tokens"),
-        ({"max_tokens": 3}, "unknown_parameter", "max_tokens"),
-    ],
-)
+@pytest.mark.parametrize(("fields", "code", "param"), cases(__file__, "test_what_is_refused_is_named"))
 async def test_what_is_refused_is_named(
     api: OpenAIApi, fields: dict[str, Any], code: str, param: str | None
 ) -> None:

@@ -148,22 +148,7 @@ def test_file_and_variable_add_up(tmp_path: Path) -> None:
     assert repr(ring) == f"Keyring(2 keys, file={tmp_path / 'k'})"
 
 
-@pytest.mark.parametrize(
-    ("headers", "key"),
-    [
-        (["Bearer abc"], "abc"),
-        (["bearer  abc "], "abc"),
-        (["Basic OmFiYw=="], "abc"),
-        (["basic dXNlcjphOmI="], "a:b"),
-        (["Basic YWJj"], None),
-        (["Basic abc"], None),
-        (["Basic /w=="], None),
-        ([], None),
-        (["abc"], None),
-        (["Bearer "], None),
-        (["Bearer abc", "Bearer def"], None),
-    ],
-)
+@pytest.mark.parametrize(("headers", "key"), cases(__file__, "test_bearer"))
 def test_bearer(headers: list[str], key: str | None) -> None:
     """A key is the text after Bearer in the only header, or the password of Basic."""
     assert bearer(headers) == key
@@ -186,21 +171,7 @@ def test_a_key_has_two_headers(headers: dict[str, str], key: str | None) -> None
     assert key_of([(name.encode(), value.encode()) for name, value in headers.items()]) == key
 
 
-@pytest.mark.parametrize(
-    ("address", "local"),
-    [
-        ("127.0.0.1:1", True),
-        ("127.8.8.8:1", True),
-        ("[::1]:1", True),
-        ("localhost:1", True),
-        ("unix:/run/l.sock", True),
-        ("0.0.0.0:1", False),
-        ("[::]:1", False),
-        ("192.168.1.2:1", False),
-        ("builder:1", False),
-        ("localhost.example.com:1", False),
-    ],
-)
+@pytest.mark.parametrize(("address", "local"), cases(__file__, "test_what_is_this_machine"))
 def test_what_is_this_machine(address: str, local: bool) -> None:
     """Only loopback and Unix sockets cannot be reached from elsewhere."""
     assert is_local(address) is local

@@ -25,9 +25,10 @@ from loramux import (
 from loramux.builder.v1 import builder_pb2
 from loramux.inference.v1 import inference_pb2
 from loramux.mapping import completion_of, deployment_of, event_of
-from loramux.requests import CONSTRAINT, OF_MESSAGES, generate_request
+from loramux.requests import generate_request
 from loramux.vectors import ScoreOptions, classify_request, embed_request
 from loramux_shared.deployment import Deployment
+from tests.support.cases import cases
 from tests.support.fake_services import DIGEST, WORDS, Fakes
 from tests.support.waiting import BOUND_S, until
 
@@ -102,20 +103,7 @@ def test_values_that_fit_no_field_are_all_named() -> None:
     assert {item.where for item in caught.value.findings} == wrong
 
 
-WRONG: dict[str, tuple[Any, str, str]] = {
-    "temperature": ("hot", "a number", "'hot'"),
-    "top_k": (-1, "a whole number from 0 to 4294967295", "-1"),
-    "ignore_eos": ("yes", "True or False", "'yes'"),
-    "stop": ([1], "a list, each text", "[1]"),
-    "logit_bias": (
-        {"a": 1},
-        "a mapping, each key a whole number from 0 to 4294967295, each value a number",
-        "{'a': 1}",
-    ),
-    "cache_salt": (3, "text", "3"),
-    "regex": (5, CONSTRAINT, "regex 5"),
-    "tools": ([{}], OF_MESSAGES, "[{}]"),
-}
+WRONG: dict[str, tuple[Any, str, str]] = cases(__file__, "WRONG")
 """A value that does not fit, by option, with what is said to be expected and found."""
 
 

@@ -16,6 +16,7 @@ from builder_service.domain.tokens import FLAGS
 from builder_service.pipeline.base_tokens import BaseTokens
 from loramux_shared.bundle.manifest import FileDigest
 from loramux_shared.sources.files import hash_if_there
+from tests.support.cases import cases
 
 WORDS = ("a", "b", "c", "ab")
 ENDS = {"bos_token": "<s>", "eos_token": "</s>"}
@@ -148,19 +149,7 @@ def test_another_meaning_of_an_id_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "codes"),
-    [
-        ("added_tokens.json", {"<s>": 4}, []),
-        ("added_tokens.json", {"<tool>": 6}, ["E_EMBED"]),
-        ("added_tokens.json", {"<s>": 5}, ["E_EMBED"]),
-        ("tokenizer_config.json", {"added_tokens_decoder": {"4": {"content": "<s>"}}}, []),
-        ("tokenizer_config.json", {"added_tokens_decoder": {"6": {"content": "<tool>"}}}, ["E_EMBED"]),
-        ("tokenizer_config.json", {"added_tokens_decoder": {"9" * 5000: {"content": "x"}}}, ["E_BAD_TEXT"]),
-        ("tokenizer_config.json", {"added_tokens_decoder": [1]}, ["E_BAD_TEXT"]),
-        ("tokenizer.json", {"added_tokens": [{"id": True, "content": "x"}]}, ["E_BAD_TEXT"]),
-        ("tokenizer.json", {"model": {"vocab": [[["x"], 0]]}}, ["E_BAD_TEXT"]),
-        ("tokenizer.json", {"model": 7}, ["E_BAD_TEXT"]),
-    ],
+    ("name", "content", "codes"), cases(__file__, "test_every_place_of_added_tokens_is_looked_at")
 )
 def test_every_place_of_added_tokens_is_looked_at(tmp_path, name, content, codes):
     """Older releases write tokens into separate files; an unreadable file is refused too."""

@@ -11,6 +11,7 @@ from inference_service.core.constraint import Constraint
 from inference_service.serving.bounds import check
 from inference_service.serving.request import Request
 from loramux_shared.faults import Fault, PromptTooLong, RequestInvalid
+from tests.support.cases import cases
 
 USER = {"role": "user", "content": "x"}
 CALL = {"id": "c1", "type": "function", "function": {"name": "look", "arguments": {}}}
@@ -40,22 +41,7 @@ def test_a_length_below_nothing_is_one_fault() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "low", "high", "step"),
-    [
-        ("n", 1, QUEUE, 1),
-        ("max_tokens", 1, 2**70, 1),
-        ("temperature", 0.0, 100.0, 0.01),
-        ("top_p", math.ulp(0.0), 1.0, 0.01),
-        ("top_k", -1, 2**70, 1),
-        ("min_p", 0.0, 1.0, 0.01),
-        ("seed", -(2**63), 2**64 - 1, 1),
-        ("repetition_penalty", 0.01, 10.0, 0.005),
-        ("presence_penalty", -2.0, 2.0, 0.01),
-        ("frequency_penalty", -2.0, 2.0, 0.01),
-        ("logprobs", 0, 20, 1),
-        ("prompt_logprobs", 0, 20, 1),
-        ("truncate_prompt_tokens", 1, LENGTH, 1),
-    ],
+    ("name", "low", "high", "step"), cases(__file__, "test_a_number_is_taken_up_to_its_bounds")
 )
 def test_a_number_is_taken_up_to_its_bounds(name: str, low: float, high: float, step: float) -> None:
     """A number at a bound is accepted; a number beyond, or NaN, is refused by name."""

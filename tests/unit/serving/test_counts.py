@@ -7,28 +7,12 @@ import json
 import pytest
 
 from inference_service.serving.counts import MOST, MOST_UP_TO, too_many
+from tests.support.cases import cases
 
 MANY = MOST + 1
 
 
-@pytest.mark.parametrize(
-    "pattern",
-    [
-        f"a{{{MANY}}}",
-        f"a{{{MANY},}}",
-        f"a{{0,{MANY}}}",
-        f"x(a|b){{{MANY}}}y",
-        "(a{1000}){1000}",
-        "((a{100}b?){100}){100}",
-        "a{1000}{1000}",
-        f"[]a]{{{MANY}}}",
-        f"[^]]{{{MANY}}}",
-        f"[a[b]]{{{MANY}}}",
-        r"\p{Greek}" f"{{{MANY}}}",
-        "a{60000}b{60000}",
-        "a{" + "9" * 5000 + "}",
-    ],
-)
+@pytest.mark.parametrize("pattern", cases(__file__, "test_patterns_that_unfold_to_too_much"))
 def test_patterns_that_unfold_to_too_much(pattern: str) -> None:
     """Counts are multiplied where they are nested, and added where they are beside each other."""
     assert "characters or more" in (too_many("regex", pattern) or "")
