@@ -56,6 +56,7 @@ class Case:
     """Comes in place of the end."""
 
 
+CHAT_BODY = {"model": "pirate", "messages": [{"role": "user", "content": "Hi"}]}
 FAULTS = {"InternalFault": InternalFault, "ReplicaFailed": ReplicaFailed}
 CASES = {
     name: Case(
