@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from typing import Final
+from typing import Final, NamedTuple
 
 from inference_service.chat.demands import ConstraintAt, Demand
 from inference_service.chat.dialect import Dialect, dialect_of
@@ -23,6 +23,7 @@ from inference_service.chat.pieces import (
 )
 from inference_service.chat.request import ANY_ARGUMENTS, ChatRequest, ChatTool, naming
 from inference_service.core.constraint import ByEnding
+from inference_service.serving.delivery import Sink
 from inference_service.serving.request import (
     AnswerDelta,
     AnswerFinished,
@@ -38,8 +39,7 @@ from loramux_shared.runtime import ReasoningParser, ToolParser
 UNKNOWN: Final = Dialect(ToolParser.AUTO, ReasoningParser.AUTO)
 
 
-@dataclass(frozen=True)
-class AnswerPart:
+class AnswerPart(NamedTuple):
     """More of an answer, or its end, and what that says."""
 
     event: AnswerDelta | AnswerFinished
@@ -57,19 +57,26 @@ class Conversation:
         """Dialect of the model that answers, once that is known."""
         self.request = chat.request()
 
-    async def events(self) -> AsyncGenerator[AnswerStarted | PromptScores | AnswerPart]:
-        """Yield what `GenerationService.generate` does, with the answers read.
+    async def events(
+        self, sink: Sink[AnswerPart] | None = None
+    ) -> AsyncGenerator[AnswerStarted | PromptScores | AnswerPart]:
+        """Yield what `GenerationService.generate` does, with the answers read; a sink takes parts as there.
 
         Raises:
             Fault: as it does.
         """
         readings: list[AnswerReader] = []
+
+        def read(delta: AnswerDelta) -> AnswerPart:
+            return AnswerPart(delta, self._released(readings[delta.index].push(delta.text)))
+
+        deltas = None if sink is None else sink.mapped(read)
         with naming(self._chat.place):
             request, begin = await self._looked_up()
             with self._service.following_to_its_end(request):
                 constraint = self._constraint(begin)
             request = replace(request, output=replace(request.output, constraint_by_ending=constraint))
-            async with aclosing(self._service.generate(request)) as events:
+            async with aclosing(self._service.generate(request, deltas)) as events:
                 async for event in events:
                     match event:
                         case AnswerStarted():
@@ -79,7 +86,7 @@ class Conversation:
                         case PromptScores():
                             yield event
                         case AnswerDelta():
-                            yield AnswerPart(event, self._released(readings[event.index].push(event.text)))
+                            yield read(event)
                         case AnswerFinished():
                             yield AnswerPart(event, self._released(readings[event.index].finish()))
 

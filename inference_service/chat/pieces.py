@@ -8,21 +8,21 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class TextPiece:
     """Text for the user."""
 
     text: str
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Thought:
     """Reasoning, apart from the text for the user."""
 
     text: str
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class CallBegun:
     """A call of a tool begins."""
 
@@ -32,7 +32,7 @@ class CallBegun:
     name: str
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class CallArguments:
     """More of the arguments of a call, as JSON text."""
 

@@ -40,8 +40,7 @@ class EndReason(Enum):
     """The step that it was part of failed."""
 
 
-@dataclass(frozen=True)
-class Token:
+class Token(NamedTuple):
     """A token, and what the model thought of it.
 
     Log probabilities are the model's own: those of its logits before bias, penalties, masks and temperature.

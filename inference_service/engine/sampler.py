@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence as Seq
-from dataclasses import replace
 from typing import Final
 from weakref import WeakKeyDictionary
 
@@ -111,7 +110,7 @@ def sample(
                 impossible.add(row)
     tokens = [_token(logits[row], shaped.get(row, logits[row]), ids[row], seq) for row, seq in enumerate(seqs)]
     for row in impossible:
-        tokens[row] = replace(tokens[row], impossible=True)
+        tokens[row] = tokens[row]._replace(impossible=True)
     return marked(tokens, tops)
 
 
@@ -119,7 +118,7 @@ def marked(tokens: list[Token], tops: Seq[float]) -> list[Token]:
     """Return the tokens of rows with these largest logits; NaN is the largest of a row that has any."""
     if all(map(math.isfinite, tops)):
         return tokens
-    return [replace(token, finite=math.isfinite(top)) for token, top in zip(tokens, tops, strict=True)]
+    return [token._replace(finite=math.isfinite(top)) for token, top in zip(tokens, tops, strict=True)]
 
 
 def row_params(seq: Sequence, generated: int) -> RowParams:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence as Seq
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -118,7 +117,7 @@ class Reading:
                 for row, token in zip(rows, tokens_of(parts), strict=True):
                     tokens[row] = token
             for row in () if impossible is None else impossible.nonzero().flatten().tolist():
-                tokens[row] = replace(tokens[row], impossible=True)
+                tokens[row] = tokens[row]._replace(impossible=True)
             return marked(tokens, tops.tolist())
 
         return wait

@@ -60,6 +60,10 @@ class Answer:
             events.append(self._finished(reason, outputs[-1]))
         return events
 
+    def more(self, outputs: Seq[StepOutput]) -> AnswerDelta:
+        """Return what outputs say that have tokens and no end, of an answer without stop texts."""
+        return self._read(outputs)[0]
+
     def _read(self, outputs: Seq[StepOutput]) -> tuple[AnswerDelta, EndReason | None]:
         """Read up to a stop text; without stop texts, all tokens are decoded together."""
         last = outputs[-1]

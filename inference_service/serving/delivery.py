@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence as Seq
-from typing import Final
+from collections.abc import Callable, Mapping, Sequence as Seq
+from dataclasses import dataclass
+from typing import Final, Generic, TypeVar
 
 from inference_service.core.sequence import Sequence, StepOutput
 from loramux_shared.faults import Fault
@@ -17,6 +18,24 @@ LONGEST_REST_S: Final = 0.1
 """Longest rest, where something else blocked the loop in the middle of a slice."""
 YIELDS: Final = 4
 """Factor by which they wait longer than usual at most for requests that come."""
+
+
+S = TypeVar("S")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Sink(Generic[T]):
+    """A short cut to a client: what comes while the client has room is written at once, without a task."""
+
+    has_room: Callable[[], bool]
+    """True when everything that came before was written."""
+    take: Callable[[T], None]
+    """Writes; called only while there is room."""
+
+    def mapped(self, make: Callable[[S], T]) -> Sink[S]:
+        """Return a sink of what `make` makes the items of this one from."""
+        return Sink(self.has_room, lambda item: self.take(make(item)))
 
 
 class Outputs:
@@ -35,7 +54,9 @@ class Outputs:
         self._awake = False
         """Whether `get` has something to return or to raise."""
         self._reader: asyncio.Future[None] | None = None
-        self._failure: Fault | None = None
+        self._failure: Exception | None = None
+        self.sink: Callable[[Mapping[str, list[StepOutput]]], bool] | None = None
+        """Takes outputs while the reader waits for them, or returns False and leaves them to the reader."""
 
     def put(self, seq_id: str, outputs: list[StepOutput]) -> Seq[Sequence]:
         """Keep outputs of a sequence until `wake`; return the sequences that were to wait for them."""
@@ -48,8 +69,16 @@ class Outputs:
 
     def wake(self) -> None:
         """Hand over what was put."""
-        if self._waiting:
-            self._wake()
+        if not self._waiting:
+            return
+        if self.sink is not None and self._reader is not None and not self._reader.done():
+            try:
+                if self.sink(self._waiting):
+                    self._waiting = {}
+                    return
+            except Exception as error:  # noqa: BLE001 - the reader raises it
+                self._failure = self._failure or error
+        self._wake()
 
     def _wake(self) -> None:
         self._awake = True

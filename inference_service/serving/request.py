@@ -202,7 +202,7 @@ WORDLESS: Final = 4
 """Tokens without text that are held back at the beginning of an answer: the bytes of a character."""
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class AnswerDelta:
     """New text of an answer, and the tokens that were decoded for it."""
 

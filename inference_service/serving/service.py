@@ -6,6 +6,7 @@ import itertools
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence as Seq
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
+from functools import partial
 
 from inference_service.adapters.catalog import Catalog
 from inference_service.adapters.fixed import fixed_manager
@@ -21,7 +22,7 @@ from inference_service.serving.answer import Answer
 from inference_service.serving.base_files import BaseFiles
 from inference_service.serving.bounds import check
 from inference_service.serving.constraints import Constraints
-from inference_service.serving.delivery import Outputs
+from inference_service.serving.delivery import Outputs, Sink
 from inference_service.serving.engine_thread import EngineThread
 from inference_service.serving.limits import Limiter, Ticket
 from inference_service.serving.naming import Naming
@@ -38,7 +39,7 @@ from inference_service.serving.request import (
 )
 from inference_service.serving.telemetry.metrics import Metrics
 from inference_service.serving.telemetry.model_series import MOST
-from inference_service.serving.telemetry.record import Watcher, following
+from inference_service.serving.telemetry.record import RequestFollower, Watcher, following
 from inference_service.serving.terms import ServingLimits, Terms, of_answer
 from inference_service.text.text import StopTexts, Text
 from loramux_shared.access.keys import ACCESS
@@ -116,8 +117,8 @@ class GenerationService:
         """Requests of all APIs that have not ended."""
         self.constraints = Constraints(limits.eos_token_ids)
 
-    async def generate(self, request: Request) -> AsyncGenerator[Event]:
-        """Answer a request.
+    async def generate(self, request: Request, sink: Sink[AnswerDelta] | None = None) -> AsyncGenerator[Event]:
+        """Answer a request; deltas that a sink has room for go there, and are not yielded.
 
         Raises:
             ModelNotFound: no such base or adapter.
@@ -154,6 +155,8 @@ class GenerationService:
                     yield AnswerStarted(
                         request.id, model, served.generation, len(tokens), terms.text, tuple(tokens)
                     )
+                    if sink is not None and not request.sampling.stop:
+                        outputs.sink = partial(_sink, answers, follower, ticket, sink)
                     while outputs.open:
                         for event in _events(await outputs.get(), answers, outputs):
                             follower.see(event)
@@ -311,3 +314,24 @@ def _events(
         yield from answer.advance(each)
         if answer.finished:
             outputs.drop(seq_id)
+
+
+def _sink(
+    answers: Mapping[str, Answer],
+    follower: RequestFollower,
+    ticket: Ticket,
+    sink: Sink[AnswerDelta],
+    arrived: Mapping[str, Seq[StepOutput]],
+) -> bool:
+    """Hand over outputs that only have tokens; False where there are others, or the client has no room."""
+    for each in arrived.values():
+        if each[-1].finish is not None or each[0].first:
+            return False
+    if not sink.has_room():
+        return False
+    for seq_id, each in arrived.items():
+        delta = answers[seq_id].more(each)
+        follower.see(delta)
+        ticket.see(delta)
+        sink.take(delta)
+    return True

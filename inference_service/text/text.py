@@ -228,11 +228,14 @@ class Text:
         special = self._left_out if skip_special_tokens else {}
         if special and visible:
             special = special | {token: name for name in visible if (token := self.token_id(name)) in special}
-        return Detokenizer(self._tokenizer, prompt, special)
+        return Detokenizer(self._tokenizer, prompt, special, self.vocabulary.whole)
 
 
 class Detokenizer:
-    """Tokens in, text out, never half a character."""
+    """Tokens in, text out, never half a character.
+
+    Byte-level tokens that are whole characters are looked up while no character waits for its rest.
+    """
 
     # Tokens of the prompt that decide how the first token of the answer is spaced.
     CONTEXT = 6
@@ -242,19 +245,34 @@ class Detokenizer:
         tokenizer: Tokenizer,
         prompt: Sequence[int],
         special: Mapping[int, str],
+        whole: Mapping[int, str] | None = None,
     ) -> None:
         """Begin behind a prompt; special tokens have the given texts, and the tokenizer never sees them."""
         self._tokenizer = tokenizer
         self._special = special
         context = [token for token in prompt[-self.CONTEXT :] if token not in special]
-        self._stream = DecodeStream(ids=context, skip_special_tokens=False)
+        self._stream: DecodeStream | None = DecodeStream(ids=context, skip_special_tokens=False)
+        """None: the last token was looked up."""
+        self._whole = whole
+        self._last = 0
+        self._waits = True
+        """Whether a token may have begun a character that has not ended."""
 
     def push(self, tokens: Sequence[int]) -> str:
         """Return the text that became certain with these tokens; often, but not always, their own."""
-        step, tokenizer, special = self._stream.step, self._tokenizer, self._special
-        return "".join(
-            [special[token] if token in special else step(tokenizer, token) or "" for token in tokens]
-        )
+        return "".join([self._push(token) for token in tokens])
+
+    def _push(self, token: int) -> str:
+        if token in self._special:
+            return self._special[token]
+        if self._whole is not None and not self._waits and (text := self._whole[token]):
+            self._stream, self._last = None, token
+            return text
+        if self._stream is None:
+            self._stream = DecodeStream(ids=[self._last], skip_special_tokens=False)
+        text = self._stream.step(self._tokenizer, token) or ""
+        self._waits = not text
+        return text
 
 
 class StopTexts:

@@ -13,6 +13,20 @@ from tokenizers import Tokenizer
 _BYTE: Final = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
+class WholeTexts(dict[int, str]):
+    """The texts of byte-level tokens, found as they are looked up; empty for a part of a character."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        super().__init__()
+        self._tokenizer = tokenizer
+
+    def __missing__(self, token: int) -> str:
+        """Decode a token that was not looked up before."""
+        text = str(self._tokenizer.decode([token], skip_special_tokens=False))
+        self[token] = found = "" if "\N{REPLACEMENT CHARACTER}" in text else text
+        return found
+
+
 class TokenBytes:
     """Tokens as bytes, for byte-level vocabularies, for those that fall back to bytes, and for plain ones."""
 
@@ -23,6 +37,8 @@ class TokenBytes:
         decoders = _decoders(json.loads(tokenizer.to_str())["decoder"])
         kinds = {decoder["type"] for decoder in decoders}
         self._byte_level = "ByteLevel" in kinds
+        self.whole = WholeTexts(tokenizer) if kinds == {"ByteLevel"} else None
+        """Texts of tokens that are whole characters; None where a token's text depends on its neighbours."""
         self._byte_fallback = "ByteFallback" in kinds
         self._replaced = dict(filter(None, map(_replacement, decoders)))
         added = tokenizer.get_added_tokens_decoder()

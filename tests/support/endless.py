@@ -40,7 +40,7 @@ class Endless(Scripted):
         self.pieces = 0
         """Number of pieces taken from all answers."""
 
-    async def generate(self, request: Request) -> AsyncGenerator[Event]:
+    async def generate(self, request: Request, _sink: object = None) -> AsyncGenerator[Event]:
         """Go on and on."""
         self.open += 1
         try:

@@ -67,7 +67,7 @@ class ScriptedPage(GenerationService):
         self.let_go = 0
         """Requests that ended before their answer."""
 
-    async def generate(self, request: Request) -> AsyncGenerator[Event]:
+    async def generate(self, request: Request, _sink: object = None) -> AsyncGenerator[Event]:
         """Answer with the model's script."""
         self.asked.append(request.model.name)
         model = self.catalog.get(request.model.name)

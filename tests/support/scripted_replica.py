@@ -42,7 +42,7 @@ class Named(Scripted):
         self.ends = asyncio.Event()
         """For those that wait."""
 
-    async def generate(self, request: Request) -> AsyncGenerator[Event]:
+    async def generate(self, request: Request, _sink: object = None) -> AsyncGenerator[Event]:
         """Answer once the gate of tokens is open."""
         model = self.catalog.get(request.model.name)
         if self.refuses is not None:

@@ -33,7 +33,7 @@ class Talker(Scripted):
         """Fail one more request before its first token."""
         self._cases.append(Case("chat", {}, [], failure=failure))
 
-    async def generate(self, request: Request) -> AsyncGenerator[Event]:
+    async def generate(self, request: Request, _sink: object = None) -> AsyncGenerator[Event]:
         """Stream the scripted answer."""
         self.asked.append(request)
         self._case = self._cases.pop(0)

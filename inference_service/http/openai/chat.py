@@ -33,7 +33,17 @@ from inference_service.http.openai.chat_schema import ChatBody
 from inference_service.http.openai.logprobs import TokenNames, chat_logprobs, prompt_logprobs
 from inference_service.http.openai.mapping import chat_of
 from inference_service.http.wire.body import read_body
-from inference_service.http.wire.reply import EventStream, Head, Reply, open_stream, while_connected
+from inference_service.http.wire.reply import (
+    EventStream,
+    Head,
+    Reply,
+    TextEvent,
+    encoded,
+    open_stream,
+    sink_of,
+    while_connected,
+)
+from inference_service.serving.delivery import Sink
 from inference_service.serving.request import AnswerDelta, AnswerFinished, AnswerStarted, PromptScores
 from inference_service.serving.service import GenerationService
 
@@ -113,6 +123,20 @@ class ChatChoice:
             choice["token_ids"] = self._ids
         return choice
 
+    def text_alone(self, part: AnswerPart) -> str | None:
+        """Return the text of a part whose chunk differs from others in its text alone."""
+        pieces = part.pieces
+        if not self._begun or self._names is not None or self._ids is not None or len(pieces) != 1:
+            return None
+        if not isinstance(pieces[0], TextPiece):
+            return None
+        self._unread = 0
+        return pieces[0].text
+
+    def text_part(self, text: str) -> ChatAnswerPart:
+        """Return the choice of more text in a chunk."""
+        return self._choice({"content": text})
+
     def parts(self, part: AnswerPart) -> list[ChatAnswerPart]:
         """Collect more of the answer, or its end; return its choices in chunks.
 
@@ -179,7 +203,7 @@ async def chat_completions(
     body = await read_body(http, ChatBody)
     chat = Chat(service, body, Conversation(service, chat_of(body, http.headers)))
     if body.stream:
-        return await open_stream(http.receive, chat.chunks(), chat.head)
+        return await open_stream(http.receive, chat.chunks(http), chat.head)
     whole = await while_connected(http.receive, chat.whole())
     return Reply(whole, headers=chat.head.headers)
 
@@ -199,6 +223,8 @@ class Chat:
         """Report about the prompt, with the answer or with its first chunk."""
         self._ends: list[AnswerFinished] = []
         self._tally = Tally()
+        self._events: dict[int, TextEvent] = {}
+        """Events with text, by the answer's index."""
 
     async def whole(self) -> ChatCompletion:
         """Return the answers at once."""
@@ -216,25 +242,38 @@ class Chat:
             **self._prompt,
         }
 
-    async def chunks(self) -> AsyncGenerator[ChatCompletionChunk]:
-        """Yield the answers in chunks as they are generated."""
-        async with aclosing(self._answers()) as answers:
+    async def chunks(self, http: HttpRequest) -> AsyncGenerator[ChatCompletionChunk]:
+        """Yield the answers in chunks as they are generated, but for those that are written at once."""
+        async with aclosing(self._answers(sink_of(http, self._written))) as answers:
             async for part in answers:
-                index = part.event.index
-                for choice in self._choices[index].parts(part):
-                    chunk = self._chunk([choice])
-                    if self._body.continuous_usage:
-                        chunk["usage"] = self._tally.usage(index)
-                    elif self._body.include_usage:
-                        chunk["usage"] = None
-                    yield {**chunk, **self._prompt}
-                    self._prompt = {}
+                for choice in self._choices[part.event.index].parts(part):
+                    yield self._chunk_of(choice)
         if self._body.include_usage:
             yield {**self._chunk([]), "usage": self._usage()}
 
-    async def _answers(self) -> AsyncGenerator[AnswerPart]:
+    def _written(self, part: AnswerPart) -> bytes:
+        """Return more of an answer as events."""
+        index = part.event.index
+        choice = self._choices[index]
+        if self._prompt or self._body.continuous_usage or (text := choice.text_alone(part)) is None:
+            self._tally.see(part.event)
+            return encoded(map(self._chunk_of, choice.parts(part)))
+        if index not in self._events:
+            self._events[index] = TextEvent(lambda text: self._chunk_of(choice.text_part(text)))
+        return self._events[index].of(text)
+
+    def _chunk_of(self, choice: ChatAnswerPart) -> ChatCompletionChunk:
+        chunk = self._chunk([choice])
+        if self._body.continuous_usage:
+            chunk["usage"] = self._tally.usage(choice["index"])
+        elif self._body.include_usage:
+            chunk["usage"] = None
+        prompt, self._prompt = self._prompt, {}
+        return {**chunk, **prompt} if prompt else chunk
+
+    async def _answers(self, sink: Sink[AnswerPart] | None = None) -> AsyncGenerator[AnswerPart]:
         """Yield more of the answers, or an end of one; what comes before them is noted."""
-        async with aclosing(self._conversation.events()) as events:
+        async with aclosing(self._conversation.events(sink)) as events:
             async for event in events:
                 match event:
                     case AnswerStarted():

@@ -25,7 +25,17 @@ from inference_service.http.openai.logprobs import TokenNames, legacy_logprobs, 
 from inference_service.http.openai.mapping import completion_requests
 from inference_service.http.openai.schema import CompletionBody
 from inference_service.http.wire.body import in_words_of, read_body
-from inference_service.http.wire.reply import EventStream, Head, Reply, open_stream, while_connected
+from inference_service.http.wire.reply import (
+    EventStream,
+    Head,
+    Reply,
+    TextEvent,
+    encoded,
+    open_stream,
+    sink_of,
+    while_connected,
+)
+from inference_service.serving.delivery import Sink
 from inference_service.serving.request import (
     AnswerDelta,
     AnswerFinished,
@@ -121,6 +131,15 @@ class CompletionChoice:
         tells = delta.text or self._names is not None or self._ids is not None
         return [self._part(delta.text, delta.tokens, ids)] if tells else []
 
+    def text_alone(self, delta: AnswerDelta) -> str | None:
+        """Return the text of a delta whose chunk differs from others in its text alone."""
+        plain = self._names is None and self._ids is None and not self._in_next
+        return delta.text if plain and delta.text else None
+
+    def text_part(self, text: str) -> PlainAnswerPart:
+        """Return the choice of more text in a chunk."""
+        return self._choice(text, (), ())
+
     def end(self, finished: AnswerFinished) -> list[PlainAnswerPart]:
         """Note the end of the answer; return its choice in a chunk."""
         self._finish_reason = REASONS[finished.reason]
@@ -163,7 +182,7 @@ async def completions(
     with in_words_of(body):
         completion = CompletionAnswer(service, body, completion_requests(body, service, http.headers))
         if body.stream:
-            return await open_stream(http.receive, completion.chunks(), completion.head)
+            return await open_stream(http.receive, completion.chunks(http), completion.head)
         whole = await while_connected(http.receive, completion.whole())
     return Reply(whole, headers=completion.head.headers)
 
@@ -185,6 +204,8 @@ class CompletionAnswer:
         """The text side of the model that answers; the base's until that is known."""
         self._ends: list[AnswerFinished] = []
         self._tallies = [Tally() for _ in requests]
+        self._texts: dict[int, TextEvent] = {}
+        """Events with text, by the answer's index."""
 
     async def whole(self) -> Completion:
         """Return the answers at once."""
@@ -201,19 +222,32 @@ class CompletionAnswer:
             "usage": usage(self._ends),
         }
 
-    async def chunks(self) -> AsyncGenerator[CompletionChunk]:
-        """Yield the answers in chunks as they are generated."""
-        async with aclosing(await self._events()) as events:
+    async def chunks(self, http: HttpRequest) -> AsyncGenerator[CompletionChunk]:
+        """Yield the answers in chunks as they are generated, but for those that are written at once."""
+        async with aclosing(await self._events(sink_of(http, self._written))) as events:
             async for number, event in events:
                 for part in self._read(number, event):
-                    chunk = self._chunk([part])
-                    if self._body.continuous_usage:
-                        chunk["usage"] = self._tallies[number].usage(part["index"] % self._n)
-                    elif self._body.include_usage:
-                        chunk["usage"] = None
-                    yield chunk
+                    yield self._chunk_of(part)
         if self._body.include_usage:
             yield {**self._chunk([]), "usage": usage(self._ends)}
+
+    def _written(self, delta: AnswerDelta) -> bytes:
+        """Return more of an answer to the only prompt as events."""
+        choice = self._choices[0][delta.index]
+        if self._body.continuous_usage or (text := choice.text_alone(delta)) is None:
+            return encoded(map(self._chunk_of, self._read(0, delta)))
+        if delta.index not in self._texts:
+            self._texts[delta.index] = TextEvent(lambda text: self._chunk_of(choice.text_part(text)))
+        return self._texts[delta.index].of(text)
+
+    def _chunk_of(self, part: PlainAnswerPart) -> CompletionChunk:
+        chunk = self._chunk([part])
+        if self._body.continuous_usage:
+            number, index = divmod(part["index"], self._n)
+            chunk["usage"] = self._tallies[number].usage(index)
+        elif self._body.include_usage:
+            chunk["usage"] = None
+        return chunk
 
     def _chunk(self, choices: list[PlainAnswerPart]) -> CompletionChunk:
         return {
@@ -225,12 +259,16 @@ class CompletionAnswer:
             "choices": choices,
         }
 
-    async def _events(self) -> AsyncGenerator[tuple[int, Event]]:
-        """Return the events of all answers; one version answers all prompts."""
+    async def _events(self, sink: Sink[AnswerDelta] | None = None) -> AsyncGenerator[tuple[int, Event]]:
+        """Return the events of all answers; one version answers all prompts.
+
+        A sink takes deltas of a single prompt: those of several wait for each other in `merged`.
+        """
         if len(self._requests) > 1:
             served = await self._service.naming.choose(self._requests[0])
             self._requests = [request.answered_by(served) for request in self._requests]
-        return merged([self._service.generate(request) for request in self._requests])
+        alone = sink if len(self._requests) == 1 else None
+        return merged([self._service.generate(request, alone) for request in self._requests])
 
     def _read(self, number: int, event: Event) -> list[PlainAnswerPart]:
         """Read an event of a prompt; return its choices."""

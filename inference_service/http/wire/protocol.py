@@ -20,6 +20,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from inference_service.http.wire.errors import status_of
 from inference_service.http.wire.front import ARRIVED, DRAINING
 from inference_service.http.wire.refusals import fault_body, refused_body
+from inference_service.http.wire.reply import CONNECTION
 from loramux_shared.arrival import arrived_at, unread_bytes, unsent_bytes
 from loramux_shared.faults import ShuttingDown
 
@@ -197,6 +198,19 @@ class BoundedHttp(HttpToolsProtocol):
         self._waits = (0.0, 0)
         """Since when the answer waits for the client, and how many bytes of it waited then."""
 
+    def has_room(self) -> bool:
+        """Return True where the stream that is being answered can be written to, and its client takes it."""
+        cycle = self._answered
+        return bool(
+            cycle.response_started
+            and cycle.chunked_encoding
+            and not (cycle.response_complete or cycle.disconnected or self.flow.write_paused)
+        )
+
+    def write_part(self, data: bytes) -> None:
+        """Write a part of that stream, as its `send` does."""
+        self.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+
     @property
     def unused_since(self) -> float | None:
         """Since when the server owes the client nothing, by the loop's clock; None while it answers."""
@@ -323,6 +337,7 @@ class BoundedHttp(HttpToolsProtocol):
             self._reject(400, "invalid_http", f"more than {MAX_PIPELINED} requests wait for an answer.")
         self._in_head, self._since_body = False, 0
         queued = self._busy()
+        self.scope["state"][CONNECTION] = self
         self.scope["state"][ARRIVED] = arrived_at(self.transport.get_extra_info("socket"))
         super().on_headers_complete()
         if self._leaving():

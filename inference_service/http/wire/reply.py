@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, Final, Generic, NoReturn, TypeVar
 
 from pydantic_core import to_json
-from starlette.requests import ClientDisconnect
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
 from inference_service.http.wire.errors import error_body
+from inference_service.serving.delivery import Sink
 from inference_service.serving.request import AnswerStarted
 from loramux_shared.faults import Fault
 from loramux_shared.routes import MODEL_HEADER
@@ -23,6 +24,10 @@ T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
 E = TypeVar("E", bound=Mapping[str, object])
 E_co = TypeVar("E_co", bound=Mapping[str, object], covariant=True)
+CONNECTION: Final = "connection"
+"""Key of a scope's state: the connection, which writes parts of a stream."""
+MARK: Final = "\0"
+"""Stands for the text in a `TextEvent`."""
 DONE = b"data: [DONE]\n\n"
 """Ends a stream that did not fail."""
 HEARTBEAT_S: Final = 15.0
@@ -45,6 +50,35 @@ class Reply(Response, Generic[T_co]):
 def event(body: Mapping[str, object]) -> bytes:
     """Return a server-sent event."""
     return b"data: " + to_json(body) + b"\n\n"
+
+
+def encoded(bodies: Iterable[Mapping[str, object]]) -> bytes:
+    """Return server-sent events."""
+    return b"".join(map(event, bodies))
+
+
+class TextEvent:
+    """A server-sent event that differs from others of its stream in one text alone."""
+
+    def __init__(self, body_of: Callable[[str], Mapping[str, object]]) -> None:
+        self._before, self._after = event(body_of(MARK)).split(to_json(MARK))
+
+    def of(self, text: str) -> bytes:
+        """Return the event of a text: the same bytes as `event` of its body."""
+        return self._before + to_json(text) + self._after
+
+
+def sink_of(http: Request, encode: Callable[[T], bytes]) -> Sink[T] | None:
+    """Return a short cut to the client of a stream; None where the server has none."""
+    connection = http.scope["state"].get(CONNECTION)
+    if connection is None:
+        return None
+
+    def take(item: T) -> None:
+        if data := encode(item):
+            connection.write_part(data)
+
+    return Sink(connection.has_room, take)
 
 
 def named_event(body: Mapping[str, object]) -> bytes:

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import httpx
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from tokenizers import Tokenizer
 
 from inference_service.adapters.catalog import Catalog
@@ -18,7 +19,9 @@ from inference_service.adapters.served_model import ServedModel
 from inference_service.core.sequence import EndReason, Token
 from inference_service.engine.engine import SequenceCounts
 from inference_service.http.app import create_app
+from inference_service.http.wire.reply import CONNECTION
 from inference_service.serving.bounds import check
+from inference_service.serving.delivery import Sink
 from inference_service.serving.engine_thread import EngineThread
 from inference_service.serving.request import (
     AnswerDelta,
@@ -83,7 +86,7 @@ class Scripted(GenerationService):
         self.metrics = replica(SequenceCounts({}, {}))
         self._case = case
 
-    async def generate(self, request: Request) -> AsyncGenerator[Event]:
+    async def generate(self, request: Request, sink: Sink[AnswerDelta] | None = None) -> AsyncGenerator[Event]:
         """Stream the answer of the case."""
         check(request, self.text.vocab, max_queue=16, max_seq_len=self.limits.max_seq_len)
         prompt = request.prompt.content if isinstance(request.prompt.content, str) else "??"
@@ -93,7 +96,11 @@ class Scripted(GenerationService):
         steps = [answer.split("|") for answer in self._case.answers]
         for nth in range(max(map(len, steps), default=0)):
             for index, answer in enumerate(steps):
-                yield AnswerDelta(answer[nth], self._tokens(answer[nth], request.sampling.logprobs), index)
+                delta = AnswerDelta(answer[nth], self._tokens(answer[nth], request.sampling.logprobs), index)
+                if sink is not None and nth and sink.has_room():
+                    sink.take(delta)
+                else:
+                    yield delta
         if self._case.failure:
             raise self._case.failure
         for index, answer in enumerate(steps):
@@ -106,11 +113,37 @@ class Scripted(GenerationService):
         return tuple(Token(number, -0.5, ((number, -0.5),)[:logprobs]) for number in ids)
 
 
-async def transcript(case: Case, folder: Path) -> bytes:
+class Direct:
+    """An application whose streams can be written to past `send`, as a connection's can."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+        self._body = bytearray()
+        self.write_part = self._body.extend
+
+    def has_room(self) -> bool:
+        """Take everything behind the first event."""
+        return bool(self._body)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request with the parts of both ways in one."""
+
+        async def collect(message: Message) -> None:
+            self._body += message.get("body", b"")
+            if message["type"] == "http.response.start":
+                await send(message)
+            elif not message.get("more_body"):
+                await send(message | {"body": bytes(self._body)})
+
+        await self._app(scope | {"state": {CONNECTION: self}}, receive, collect)
+
+
+async def transcript(case: Case, folder: Path, *, direct: bool = False) -> bytes:
     """Return the body of the answer, with a fixed time and fixed ids."""
     write_tokenizer(folder)
     text = Text(Tokenizer.from_file(str(folder / "tokenizer.json")), None, VOCAB)
-    transport = httpx.ASGITransport(create_app(Scripted(case, text)))
+    app = create_app(Scripted(case, text))
+    transport = httpx.ASGITransport(Direct(app) if direct else app)
     async with httpx.AsyncClient(transport=transport, base_url="http://api") as client:
         answer = await client.post(PATHS[case.endpoint], json=case.body)
     fixed = re.sub(rb'"(created|created_at|completed_at)":\d+', rb'"\1":0', answer.content)

@@ -46,7 +46,7 @@ class Speaks(Scripted):
         self.constraint = ""
         """Constraint of the last answer, as Lark or as a schema."""
 
-    async def generate(self, request: Request) -> AsyncGenerator[Event]:
+    async def generate(self, request: Request, _sink: object = None) -> AsyncGenerator[Event]:
         """Stream the scripted answer."""
         self.asked.append(request)
         model = self.catalog.get(request.model.name)

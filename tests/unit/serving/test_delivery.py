@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import threading
-from collections.abc import Sequence as Seq
+from collections.abc import Mapping, Sequence as Seq
 
 import pytest
 from tokenizers import Tokenizer, decoders, models
@@ -16,7 +16,7 @@ from inference_service.serving.answer import Answer
 from inference_service.serving.delivery import SLICE, Delivery, Outputs
 from inference_service.serving.request import AnswerDelta, AnswerFinished, Event
 from inference_service.text.text import StopTexts, Text
-from loramux_shared.faults import InternalFault
+from loramux_shared.faults import InternalFault, ReplicaFailed
 from tests.support.waiting import BOUND_S, bounded, ended, until
 from tests.unit.serving.threads import Device, Threads, following, submit
 
@@ -74,6 +74,37 @@ async def test_what_comes_while_a_stream_waits_is_one_message() -> None:
     stream.put("0", [StepOutput("0", Token(9), EndReason.LENGTH)])
     delivery.add(stream, urgent=True)
     assert [output.token for output in await following(stream)] == [Token(9)]
+
+
+@pytest.mark.parametrize("takes", [True, False, ReplicaFailed("the sink broke")])
+async def test_a_sink_takes_what_comes_while_the_reader_waits(takes: bool | ReplicaFailed) -> None:
+    """Outputs go to the sink; those that it leaves, and its failure, go to the reader."""
+    stream, seen = _stream(1), []
+
+    def sink(arrived: Mapping[str, list[StepOutput]]) -> bool:
+        seen.extend(arrived["1"])
+        if isinstance(takes, ReplicaFailed):
+            raise takes
+        return takes
+
+    stream.sink = sink
+    stream.wake()
+    assert not seen  # the reader is not there yet
+    first = await stream.get()
+    reader = asyncio.ensure_future(stream.get())
+    await asyncio.sleep(0)
+    stream.put("1", first["1"])
+    stream.wake()
+    await asyncio.sleep(0)
+    assert seen == first["1"]
+    assert reader.done() is (takes is not True)
+    if takes is True:
+        reader.cancel()
+    elif takes is False:
+        assert await reader == first
+    else:
+        with pytest.raises(ReplicaFailed):
+            await reader
 
 
 async def test_requests_that_come_are_waited_for_and_not_without_end() -> None:

@@ -101,12 +101,16 @@ def test_special_tokens_that_are_shown_are_in_the_text() -> None:
 def test_special_tokens_and_how_many_tokens_come_together_change_nothing(
     answer: list[int], *, skips: bool, together: int
 ) -> None:
-    """The text is the tokenizer's own, up to a character whose last bytes never came."""
+    """The text is the tokenizer's own, looked up or decoded, up to a character whose last bytes never came."""
     text = _byte_text()
     text._tokenizer.add_special_tokens(["[CALL]", "[END]"])
     text = Text(text._tokenizer, None, 258)
-    detokenizer = text.detokenizer([256, 65], skip_special_tokens=skips)
-    emitted = "".join(detokenizer.push(answer[at : at + together]) for at in range(0, len(answer), together))
+    looking_up, decoding = (text.detokenizer([256, 65], skip_special_tokens=skips) for _ in range(2))
+    decoding._whole = None
+    slices = [answer[at : at + together] for at in range(0, len(answer), together)]
+    pieces = list(map(looking_up.push, slices))
+    assert pieces == list(map(decoding.push, slices))
+    emitted = "".join(pieces)
     whole = text.decode([65, *answer], skip_special_tokens=skips).removeprefix(text.decode([65]))
     assert emitted == whole or (whole.startswith(emitted) and whole.endswith("\N{REPLACEMENT CHARACTER}"))
 
