@@ -1,157 +1,189 @@
-"""Many streams: the time of a first token over both APIs while hundreds of answers are under way.
+"""Many streams over both APIs, in the engine's process and in API processes of their own.
 
-An engine whose steps take a time and no processor stands behind the real APIs, in a process of its own; the
-clients of the streams are another process, and the calls that are timed come from this one. `begin` is the time
-to the first token where all streams begin at once, `beside` that of 40 calls at once beside streams that run,
-each of which has a token in every step. The exit status is 1 when a bar is missed.
+The engine's steps take a time and no processor. For each API, number of API processes N and number of streams:
+tokens a second, the 99th percentiles of first tokens of streams that begin at once and of steps, and
+microseconds of CPU a token of the engine's process, of API processes and of the clients, which are one process. Then one
+request at a time. The exit status is 1 when a bar is missed.
 
     python -m benchmarks.streams
-    python -m benchmarks.streams --streams 64 256 --step-ms 10 --interval-ms 0
+    python -m benchmarks.streams --apis grpc --processes 0 1 --streams 8 256
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
-import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from statistics import median
 from typing import Final
 
-import httpx
 import psutil
 
-from benchmarks.figures import Figure, percentile
-from benchmarks.streams_clients import first_tokens_s, opened
+from benchmarks.figures import Figure, machine, percentile
 
-CLIENTS: Final = ("grpc/1", "grpc/16", "http")
-"""APIs, and their numbers of channels."""
-NEW: Final = 40
-"""Calls that come beside the streams ..."""
-NEW_TOKENS: Final = 4
-"""... and their tokens."""
-BAR_S: Final = 1.0
-BAR_STREAMS: Final = 1000
-GROWTH_BAR: Final = 2.5
-"""Times as long may half of the first tokens take where twice as many begin."""
+FEW, MANY = 8, 256
+"""Streams whose steps are compared."""
+LONG, SHORT = 8000, 64
+"""Tokens of streams that outlast their measurement, and of one request at a time."""
+TURNS, ALONE = 3, 10
+"""Turns of a server of each kind, and requests one at a time in each."""
+BAR_S, BAR_STREAMS = 1.0, 1000
 
 
 class Server:
-    """The server's process, and what it says of itself."""
+    """The server's process, and those that it started."""
 
-    def __init__(self, step_ms: float, interval_ms: float) -> None:
-        command = [sys.executable, "-m", "benchmarks.streams_server", str(step_ms), str(interval_ms)]
-        self.process = psutil.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    def __init__(self, step_ms: float, processes: int) -> None:
+        command = [sys.executable, "-m", "benchmarks.streams_server", str(step_ms), str(processes)]
+        pipe = subprocess.PIPE
+        self.process = psutil.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL)
         self.addresses: dict[str, str] = json.loads(self.process.stdout.readline())
+        self.children = self.process.children(recursive=True)
 
-    def used(self) -> tuple[float, float]:
-        """Return the seconds of processors that it has had, and the tokens of all answers so far."""
-        times = self.process.cpu_times()
-        text = httpx.get(f"http://{self.addresses['http']}/metrics", timeout=60).text
-        tokens = (line for line in text.splitlines() if line.startswith("loramux_generated_tokens_total{"))
-        return times.user + times.system, sum(float(line.rpartition(" ")[2]) for line in tokens)
+    def report(self) -> tuple[list[float], int]:
+        """Return the seconds of steps and the number of tokens since the last call."""
+        self.process.stdin.write(b"\n")
+        self.process.stdin.flush()
+        steps, tokens = json.loads(self.process.stdout.readline())
+        return steps, tokens
+
+    @contextmanager
+    def clients(self, api: str, streams: int, tokens: int) -> Iterator[psutil.Popen]:
+        """Have so many streams run for as long as the block takes."""
+        command = [sys.executable, "-m", "benchmarks.streams_clients", api, self.addresses[api]]
+        process = psutil.Popen([*command, str(streams), str(tokens)], stdout=subprocess.PIPE)
+        try:
+            yield process
+        finally:
+            process.kill()
+            process.wait()
+
+    def end(self) -> None:
+        """End all processes."""
+        for each in (*self.children, self.process):
+            each.kill()
+        self.process.wait()
 
 
 @dataclass(frozen=True)
 class Point:
-    """The results with so many streams of one kind of clients: seconds to first tokens."""
+    """The results with so many streams over one API and so many API processes."""
 
-    clients: str
+    api: str
+    processes: int
     streams: int
-    begin_s: Sequence[float]
-    beside_s: Sequence[float]
-    token_us: float
-    """Microseconds of the server's CPU per token, its engine's thread included."""
+    tokens_per_s: float
+    first_s: float
+    step_s: float
+    token_us: Sequence[float]
 
     def __str__(self) -> str:
-        firsts = (percentile(found, part) for found in (self.begin_s, self.beside_s) for part in (0.5, 0.99))
-        cells = "".join(f"{seconds * 1e3:>8.0f}" for seconds in firsts)
-        return f"{self.clients:<8}{self.streams:>6}{cells}{self.token_us:>10.1f}"
+        head = f"{self.api:<6}{self.processes:>3}{self.streams:>8}{self.tokens_per_s:>11.0f}"
+        cells = "".join(f"{each:>9.1f}" for each in (self.step_s * 1e3, *self.token_us))
+        return f"{head}{self.first_s * 1e3:>9.0f}{cells}"
 
 
 HEADING: Final = (
-    f"{'':14}{'all begin, ms':>16}{f'{NEW} beside them':>16}\n"
-    f"{'clients':<8}{'N':>6}{'p50':>8}{'p99':>8}{'p50':>8}{'p99':>8}{'us/token':>10}"
+    f"{'p99, ms':>44}{'CPU, us a token':>29}\n"
+    f"{'API':<6}{'N':>3}{'streams':>8}{'tokens/s':>11}{'first':>9}{'step':>9}"
+    f"{'engine':>9}{'APIs':>9}{'clients':>9}"
 )
 
 
-@contextmanager
-def _ended(process: psutil.Popen) -> Iterator[psutil.Popen]:
+def measure(api: str, processes: int, streams: int, step_ms: float, seconds: float) -> Point:
+    """Measure streams on a server of their own."""
+    server = Server(step_ms, processes)
     try:
-        yield process
+        with server.clients(api, FEW, SHORT) as warm:
+            warm.stdout.readline()
+        with server.clients(api, streams, LONG) as clients:
+            firsts = json.loads(clients.stdout.readline())
+            groups: list[list[psutil.Process]] = [[server.process], server.children, [clients]]
+            before, began_s = [_cpu_s(group) for group in groups], time.monotonic()
+            server.report()
+            time.sleep(seconds)
+            (steps, tokens), after = server.report(), [_cpu_s(group) for group in groups]
+            took_s = time.monotonic() - began_s
     finally:
-        process.kill()
-        process.wait()
+        server.end()
+    us = [1e6 * (end - start) / tokens for start, end in zip(before, after, strict=True)]
+    first_s, step_s = percentile(firsts, 0.99), percentile(steps, 0.99)
+    return Point(api, processes, streams, tokens / took_s, first_s, step_s, us)
 
 
-async def measure(clients: str, streams: int, step_ms: float, interval_ms: float) -> Point:
-    """Measure both situations on a server of their own."""
-    kind, _, channels = clients.partition("/")
-    server = Server(step_ms, interval_ms)
-    with _ended(server.process):
-        address = server.addresses[kind]
-        async with opened(kind, address, 1) as warm:
-            await first_tokens_s(warm, 8, NEW_TOKENS)
-        command = [
-            sys.executable,
-            "-m",
-            "benchmarks.streams_clients",
-            kind,
-            address,
-            channels or "1",
-            str(streams),
-        ]
-        with _ended(psutil.Popen(command, stdout=subprocess.PIPE)) as process:
-            begin = json.loads(process.stdout.readline())
-            before = server.used()
-            await asyncio.sleep(2)
-            cpu_s, tokens = (after - first for after, first in zip(server.used(), before, strict=True))
-            beside: list[float] = []
-            for _ in range(3):
-                async with opened(kind, address, 1) as calls:
-                    await first_tokens_s(calls, 1, NEW_TOKENS)  # the connection is there
-                    beside += await first_tokens_s(calls, NEW, NEW_TOKENS)
-    return Point(clients, streams, begin, beside, 1e6 * cpu_s / tokens)
+def _cpu_s(group: Sequence[psutil.Process]) -> float:
+    return sum(times.user + times.system for times in (each.cpu_times() for each in group))
 
 
-def figures(points: Sequence[Point]) -> list[Figure]:
-    """Return what has bars."""
+Alone = Mapping[int, tuple[float, float]]
+"""Seconds to a first token, and of each token behind it, by N."""
+
+
+def alone(api: str, step_ms: float) -> Alone:
+    """Measure one request at a time without and with an API process, in turns."""
+    servers = {number: Server(step_ms, number) for number in (0, 1)}
+    found: dict[int, list[tuple[float, float]]] = {number: [] for number in servers}
+    try:
+        for _ in range(TURNS):
+            for number, server in servers.items():
+                with server.clients(api, 1, SHORT) as clients:
+                    for _ in range(ALONE):
+                        [first_s], [end_s] = (json.loads(clients.stdout.readline()) for _ in range(2))
+                        found[number].append((first_s, (end_s - first_s) / (SHORT - 1)))
+    finally:
+        for server in servers.values():
+            server.end()
+    halves = {number: list(zip(*each, strict=True)) for number, each in found.items()}
+    return {number: (median(firsts), median(later)) for number, (firsts, later) in halves.items()}
+
+
+def figures(points: Sequence[Point], one: Mapping[str, Alone]) -> list[Figure]:
+    """Return what has bars; that on tokens a second is one on the seconds of a token."""
+    by_key = {(point.api, point.processes, point.streams): point for point in points}
     found = []
-    by_key = {(point.clients, point.streams): point for point in points}
-    for point in points:
-        name = f"{point.clients}, {point.streams}"
-        if point.streams == BAR_STREAMS:
-            for what, seconds in (("all begin", point.begin_s), (f"{NEW} beside them", point.beside_s)):
-                found.append(Figure(f"{name}: p99, {what}", percentile(seconds, 0.99), "s", BAR_S))
-        if half := by_key.get((point.clients, point.streams // 2)):
-            growth = percentile(point.begin_s, 0.5) / percentile(half.begin_s, 0.5)
-            found.append(Figure(f"{name}: p50, all begin, against {half.streams}", growth, "x", GROWTH_BAR))
+    for (api, number, streams), point in by_key.items():
+        name = f"{api}, N = {number}, {streams}"
+        if number == 1 and (inside := by_key.get((api, 0, streams))):
+            slower = inside.tokens_per_s / point.tokens_per_s
+            found.append(Figure(f"{name}: seconds a token against N = 0", slower, "x", 1 / 1.6))
+        if streams == MANY and number == 1 and (few := by_key.get((api, number, FEW))):
+            found.append(Figure(f"{name}: p99 step against {FEW}", point.step_s / few.step_s, "x", 1.2))
+        if streams == BAR_STREAMS:
+            found.append(Figure(f"{name}: p99 first token", point.first_s, "s", BAR_S))
+    for api, times in one.items():
+        for what, inside_s, beside_s in zip(("first token", "token"), times[0], times[1], strict=True):
+            note = f"{inside_s * 1e3:.2f} to {beside_s * 1e3:.2f} ms"
+            found.append(Figure(f"{api}, N = 1, 1: {what} against N = 0", beside_s / inside_s, "x", 1.03, note))
     return found
-
-
-async def _measure(options: argparse.Namespace) -> bool:
-    print(HEADING)
-    points = []
-    for streams in options.streams:
-        for clients in CLIENTS:
-            points.append(await measure(clients, streams, options.step_ms, options.interval_ms))
-            print(points[-1], flush=True)
-    found = figures(points)
-    print(f"load average {os.getloadavg()[0]:.1f}", *found, sep="\n")
-    return all(figure.met for figure in found)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, and print; 1 when a bar is missed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--streams", type=int, nargs="+", default=(100, 500, 1000))
-    parser.add_argument("--step-ms", type=float, default=40)
-    parser.add_argument("--interval-ms", type=float, default=40, help="LORAMUX_STREAM_INTERVAL_MS")
-    return 0 if asyncio.run(_measure(parser.parse_args(arguments))) else 1
+    parser.add_argument("--apis", nargs="+", choices=("http", "grpc"), default=("http", "grpc"))
+    parser.add_argument("--processes", type=int, nargs="+", default=(0, 1, 2))
+    parser.add_argument("--streams", type=int, nargs="*", default=(FEW, 64, MANY, BAR_STREAMS))
+    parser.add_argument("--step-ms", type=float, default=2)
+    parser.add_argument("--seconds", type=float, default=3, help="of each measurement")
+    parser.add_argument("--alone-step-ms", type=float, default=10, help="steps of one request at a time")
+    options = parser.parse_args(arguments)
+    print(HEADING)
+    points: list[Point] = []
+    for api in options.apis:
+        for streams in options.streams:
+            for number in options.processes:
+                points.append(measure(api, number, streams, options.step_ms, options.seconds))
+                print(points[-1], flush=True)
+    both = {0, 1} <= set(options.processes)
+    one = {api: alone(api, options.alone_step_ms) for api in options.apis if both}
+    found = figures(points, one)
+    print(machine(), *found, sep="\n")
+    return 0 if all(figure.met for figure in found) else 1
 
 
 if __name__ == "__main__":

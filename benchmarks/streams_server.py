@@ -1,7 +1,7 @@
 """Both APIs before the engine, the service and the telemetry of a replica; only the model is left out.
 
-``python -m benchmarks.streams_server STEP_MS INTERVAL_MS [API_PROCESSES]`` prints its addresses and
-serves until it is killed.
+``python -m benchmarks.streams_server STEP_MS [API_PROCESSES]`` prints its addresses, and for each line that it
+reads the seconds of steps and the number of tokens since the last one; it serves until it is killed.
 """
 
 from __future__ import annotations
@@ -10,12 +10,14 @@ import asyncio
 import json
 import sys
 import tempfile
+import threading
 import time
 from functools import partial
 from pathlib import Path
 from typing import Final
 
-from benchmarks.on_gpu.checkpoint import write_tokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
 from benchmarks.streams_clients import MODEL
 from inference_service.adapters.catalog import Catalog
 from inference_service.adapters.served_model import ServedModel
@@ -52,11 +54,22 @@ class Instant:
 
     def __init__(self, step_s: float) -> None:
         self._step_s = step_s
+        self._began_s = 0.0
+        self._steps: list[float] = []
+        self._tokens = 0
+
+    def report(self) -> str:
+        """Return the seconds between steps and the number of tokens since the last time."""
+        found, self._steps, self._tokens = (self._steps, self._tokens), [], 0
+        return json.dumps(found)
 
     def submit(self, batch: Batch) -> Pending:
         """Begin a step."""
-        until = time.monotonic() + self._step_s
+        now = time.monotonic()
+        self._steps.append(now - self._began_s)
+        self._began_s, until = now, now + self._step_s
         seqs = tuple(chunk.seq for chunk in batch.chunks if chunk.samples)
+        self._tokens += len(seqs)
 
         def wait() -> list[Token]:
             time.sleep(max(0.0, until - time.monotonic()))
@@ -65,24 +78,29 @@ class Instant:
         return Pending(seqs, wait)
 
 
-def service(folder: Path, step_s: float, interval_s: float) -> tuple[GenerationService, EngineThread]:
-    """Return a service that has one model, and its engine."""
-    write_tokenizer(folder / "tokenizer.json", VOCAB)
+def service(folder: Path, device: Instant) -> tuple[GenerationService, EngineThread]:
+    """Return a service that has one model, and its engine; tokens are bytes, as most models' are."""
+    words = ["<unk>", *(f"\u0120w{number}" for number in range(1, VOCAB))]
+    ids = {word: number for number, word in enumerate(words)}
+    tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))  # noqa: S106 - a token of text
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "chat_template.jinja").write_text("{{ messages[0].content }}")
     limits = SchedulerLimits(max_tokens=8192, max_seqs=SEATS, max_adapters=1, max_seq_len=LONGEST)
     blocks = BlockManager(BLOCKS, BLOCK_SIZE, prefix_cache=False)
-    engine = Engine(Instant(step_s), limits, blocks, AlwaysResident())
-    thread = EngineThread(engine, SEATS, lambda: None, step_timeout_s=60, interval_s=interval_s)
+    engine = Engine(device, limits, blocks, AlwaysResident())
+    thread = EngineThread(engine, SEATS, lambda: None, step_timeout_s=60)
     catalog = Catalog(1, MODEL, [ServedModel(MODEL)])
     bounds = ServingLimits(LONGEST, frozenset())
     return GenerationService(catalog, Text.load(folder, VOCAB), thread, bounds, open_watchers()), thread
 
 
-async def serve(step_s: float, interval_s: float, api_processes: int = 0) -> None:
+async def serve(device: Instant, api_processes: int = 0) -> None:
     """Serve until it is cancelled."""
     raise_limit()
     sys.setswitchinterval(SWITCH_S)
     with tempfile.TemporaryDirectory(prefix="loramux-servers-") as folder:
-        made, thread = service(Path(folder), step_s, interval_s)
+        made, thread = service(Path(folder), device)
         inside, apis = f"unix:{folder}/engine", None
         rpc = RpcServer(
             inside if api_processes else "127.0.0.1:0",
@@ -109,4 +127,8 @@ async def serve(step_s: float, interval_s: float, api_processes: int = 0) -> Non
 
 if __name__ == "__main__":
     log_to_stderr("json")
-    asyncio.run(serve(float(sys.argv[1]) / 1e3, float(sys.argv[2]) / 1e3, *map(int, sys.argv[3:])))
+    instant = Instant(float(sys.argv[1]) / 1e3)
+    threading.Thread(
+        target=lambda: [print(instant.report(), flush=True) for _ in sys.stdin], daemon=True
+    ).start()
+    asyncio.run(serve(instant, *map(int, sys.argv[2:])))

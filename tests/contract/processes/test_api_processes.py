@@ -16,7 +16,7 @@ import pytest
 import pytest_asyncio
 
 from benchmarks.streams_clients import MODEL
-from benchmarks.streams_server import service
+from benchmarks.streams_server import Instant, service
 from inference_service.processes.children import ApiProcesses
 from inference_service.processes.host import ApiHost
 from inference_service.rpc.servicer import SERVICE_NAME, InferenceServicer, register
@@ -88,7 +88,7 @@ class Replica:
 @asynccontextmanager
 async def replica(folder: Path, count: int = 2, **times: float) -> AsyncIterator[Replica]:
     """Serve with API processes."""
-    made, thread = service(folder, 0.001, 0.0)
+    made, thread = service(folder, Instant(0.001))
     inside = f"unix:{folder}/engine"
     rpc = RpcServer(inside, {SERVICE_NAME: partial(register, InferenceServicer(made))})
     await rpc.start()
