@@ -2,8 +2,8 @@
 
 The engine's steps take a time and no processor. For each API, number of API processes N and number of streams:
 tokens a second, the 99th percentiles of first tokens of streams that begin at once and of steps, and
-microseconds of CPU a token of the engine's process, of API processes and of the clients, which are one process. Then one
-request at a time. The exit status is 1 when a bar is missed.
+microseconds of CPU a token of the engine's process, of API processes and of the clients, which are one process.
+Then one request at a time. The exit status is 1 when a bar is missed.
 
     python -m benchmarks.streams
     python -m benchmarks.streams --apis grpc --processes 0 1 --streams 8 256
