@@ -27,6 +27,7 @@ from loramux_shared.bases.formats import QUANTIZE, with_quantize
 from loramux_shared.bases.read import read_fields
 from loramux_shared.bundle.generation import BaseRecord
 from loramux_shared.bundle.manifest import FileDigest
+from loramux_shared.extensions import PARTS, find_extensions
 from loramux_shared.faults import FAULTS, BundleCorrupt, CheckpointInvalid, InternalFault, ResourcesExhausted
 from loramux_shared.sources.base import Progress, Room, unwatched
 from loramux_shared.sources.checkpoint import CONFIG, GENERATION, INDEX, WEIGHTS, Base
@@ -34,7 +35,7 @@ from loramux_shared.sources.files import hash_if_there
 from loramux_shared.sources.open import Sources
 
 NEEDS: Final = ("torch", "inference_service")
-MODULE: Final = "inference_service.models.formats.widen"
+MODULE: Final = "loramux_lowbit.widen"
 LIMIT_S: Final = 600.0
 """For one weight, the start of the process included; a large one takes a second."""
 POLL_S: Final = 0.5
@@ -42,7 +43,8 @@ POLL_S: Final = 0.5
 
 def can_widen() -> bool:
     """Return True if the packages that it takes are installed here."""
-    return all(importlib.util.find_spec(name) is not None for name in NEEDS)
+    there = all(importlib.util.find_spec(name) is not None for name in NEEDS)
+    return there and "lowbit" in find_extensions(PARTS)
 
 
 class Widener:

@@ -11,12 +11,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from inference_service.models.formats.find import Found
-from inference_service.models.formats.packed import Grouped, Integers, Packed, widened
-from inference_service.models.formats.pieces import FLOATS, Pieces
+from inference_service.models.packed import FLOATS, Grouped, Integers, Packed, Pieces, widened
 from inference_service.models.shard import ShardInvalid, read_shard
 from loramux_shared.bases.formats import Quantization
 from loramux_shared.bundle.manifest import FileDigest
+from loramux_shared.extensions import need_extension
 from loramux_shared.faults import CheckpointInvalid
 from loramux_shared.sources.files import hash_if_there
 
@@ -92,7 +91,10 @@ class Checkpoint:
                     self._where |= dict.fromkeys(file.keys(), path)
             except (SafetensorError, OSError) as error:
                 self._refuse(path, error)
-        self._found = None if quantization is None else Found(quantization.format, self._where)
+        self._found = None
+        if quantization is not None:
+            lowbit = need_extension("lowbit", f"a base with weights in {quantization.label}")
+            self._found = lowbit.Found(quantization.format, self._where)
 
     def has(self, name: str) -> bool:
         """Return True if there is such a tensor, whole or of few bits."""
@@ -155,7 +157,8 @@ class Checkpoint:
         if self._quantization is None or self._found is None or name not in self._found:
             return None
         tensors = {role: self._take(each) for role, each in self._found.parts(name).items()}
-        return self._found.open(Pieces(name, shape, self._quantization, tensors))
+        opened: Packed = self._found.open(Pieces(name, shape, self._quantization, tensors))
+        return opened
 
     def _take(self, name: str) -> Tensor:
         """Return a tensor as the file has it."""

@@ -15,7 +15,7 @@ from inference_service.layers.norm import RMSNorm
 from inference_service.layers.on_gpu import PackedLinear
 from inference_service.lora.weights import AdapterWeights, GroupWeights
 from inference_service.models.checkpoint import Tensors
-from inference_service.models.formats.packed import Integers
+from inference_service.models.packed import Integers
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bases.groups import GroupShape
 from loramux_shared.bases.layers import AttentionLayer

@@ -7,9 +7,8 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from inference_service.models.formats.packed import Grouped, Shared
-from inference_service.models.formats.pieces import Pieces
-from inference_service.models.formats.words import WORD
+from inference_service.models.packed import Grouped, Pieces, Shared
+from loramux_lowbit.words import WORD
 
 ORDER: Final = (0, 2, 4, 6, 1, 3, 5, 7)
 """The row of each of a word's eight numbers, from its lowest four bits on."""

@@ -6,14 +6,13 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping
 from typing import Final
 
-from inference_service.models.formats.awq import Awq
-from inference_service.models.formats.bitsandbytes import STATE, EightBits, FourBits
-from inference_service.models.formats.gptq import Gptq
-from inference_service.models.formats.mxfp4 import Mxfp4
-from inference_service.models.formats.pack_quantized import PackQuantized
-from inference_service.models.formats.packed import Packed
-from inference_service.models.formats.pieces import Pieces
-from inference_service.models.formats.scaled import Scaled
+from inference_service.models.packed import Packed, Pieces
+from loramux_lowbit.awq import Awq
+from loramux_lowbit.bitsandbytes import STATE, EightBits, FourBits
+from loramux_lowbit.gptq import Gptq
+from loramux_lowbit.mxfp4 import Mxfp4
+from loramux_lowbit.pack_quantized import PackQuantized
+from loramux_lowbit.scaled import Scaled
 from loramux_shared.bases.formats import FormatName
 from loramux_shared.faults import CheckpointInvalid
 

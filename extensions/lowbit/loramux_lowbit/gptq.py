@@ -7,9 +7,8 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from inference_service.models.formats.packed import Grouped, Shared
-from inference_service.models.formats.pieces import Pieces
-from inference_service.models.formats.words import NUMBERS, WORD, bits_of, groups_of, unpacked
+from inference_service.models.packed import Grouped, Pieces, Shared
+from loramux_lowbit.words import NUMBERS, WORD, bits_of, groups_of, unpacked
 
 ONES: Final = {4: 0x11111111, 8: 0x01010101}
 """One in each number of a word."""

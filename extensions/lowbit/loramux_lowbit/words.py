@@ -8,7 +8,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from inference_service.models.formats.pieces import WHOLE, Pieces
+from inference_service.models.packed import WHOLE, Pieces
 from loramux_shared.bases.formats import Numbers, WeightScheme
 
 WORD: Final = 32

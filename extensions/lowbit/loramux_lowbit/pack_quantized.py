@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from inference_service.models.formats.packed import Grouped, Shared, grids, has_zeros
-from inference_service.models.formats.pieces import FLOATS, WHOLE, Pieces
-from inference_service.models.formats.words import NUMBERS, WORD, bits_of, groups_of, unpacked
+from inference_service.models.packed import FLOATS, WHOLE, Grouped, Pieces, Shared, grids, has_zeros
+from loramux_lowbit.words import NUMBERS, WORD, bits_of, groups_of, unpacked
 
 
 class PackQuantized(Grouped):

@@ -9,9 +9,8 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from inference_service.models.formats.packed import Shared, grids, has_zeros
-from inference_service.models.formats.pieces import FLOATS, Pieces
-from inference_service.models.formats.words import NO_NUMBER, powers
+from inference_service.models.packed import FLOATS, Pieces, Shared, grids, has_zeros
+from loramux_lowbit.words import NO_NUMBER, powers
 from loramux_shared.bases.formats import Numbers
 
 NUMBERS: Final[dict[torch.dtype, Numbers]] = {

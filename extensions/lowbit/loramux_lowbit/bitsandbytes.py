@@ -11,8 +11,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from inference_service.models.formats.pieces import Pieces
-from inference_service.models.formats.words import looked_up, pairs
+from inference_service.models.packed import Pieces
+from loramux_lowbit.words import looked_up, pairs
 from loramux_shared.bases.formats import Numbers
 from loramux_shared.faults import CheckpointInvalid
 

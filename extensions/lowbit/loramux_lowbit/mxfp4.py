@@ -7,8 +7,8 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from inference_service.models.formats.pieces import Pieces
-from inference_service.models.formats.words import NO_NUMBER, looked_up, pairs, powers
+from inference_service.models.packed import Pieces
+from loramux_lowbit.words import NO_NUMBER, looked_up, pairs, powers
 
 VALUES: Final = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 """E2M1, by its bits."""

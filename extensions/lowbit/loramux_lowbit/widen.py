@@ -1,4 +1,4 @@
-"""``python -m inference_service.models.formats.widen``: weights of few bits, widened as a replica does it.
+"""``python -m loramux_lowbit.widen``: weights of few bits, widened as a replica does it.
 
 A JSON object a line comes in on stdin, and one a line goes out on stdout, until stdin ends::
 
@@ -23,9 +23,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from inference_service.models.formats.find import Found
-from inference_service.models.formats.packed import widened
-from inference_service.models.formats.pieces import Pieces
+from inference_service.models.packed import Pieces, widened
+from loramux_lowbit.find import Found
 from loramux_shared.bases.read import read_config
 from loramux_shared.faults import CheckpointInvalid, Fault
 
